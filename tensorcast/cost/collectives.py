@@ -1,0 +1,274 @@
+"""Seconds of a collective: per tier ``latency + wire/bandwidth + 2*sqrt(chunk*wire/bandwidth)``, cheapest algorithm.
+
+``wire`` is what one rank sends over its link of that tier; the square root is what filling a pipeline of optimally
+sized chunks costs. Step counts: Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in
+MPICH" (2005). MoE exchanges: DeepEP (github.com/deepseek-ai/DeepEP).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from tensorcast.cost.work import Size
+from tensorcast.errors import InputError
+from tensorcast.profiles.device import CollectiveConstants, DeviceProfile, Tier
+
+Op = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
+Kind = Literal["direct", "high_throughput", "low_latency"]
+Phase = Literal["dispatch", "combine"]
+Evidence = Literal["calibrated", "datasheet"]
+
+EFFICIENCY = {"ring": 0.80, "one_shot": 0.60, "two_shot": 0.60, "direct": 0.75}
+"""Fractions of link speed assumed where nothing was measured (assumption; fitted NVLink values lie in 0.5-1.0)."""
+
+EXCHANGE = {
+    # kind, spans nodes: (fixed seconds, fraction of link speed)
+    ("low_latency", False): (14e-6, 0.60),
+    ("low_latency", True): (24e-6, 0.95),
+    ("high_throughput", False): (35e-6, 0.65),
+    ("high_throughput", True): (60e-6, 0.88),
+}
+"""MoE exchange kernels where nothing was fitted. Across nodes from DeepEP's published tables (README, one 400 Gb/s NIC
+per GPU): low latency 47-48 GB/s physical at 2, 4 and 8 nodes, two-stage 43-45 GB/s at 4 and 8. Inside a node: fits of
+H100 and H200 tables."""
+
+DATASHEET_ERROR = 0.4
+"""Median relative error stated where no constants were fitted (plain alpha-beta on the NVLink tables gives 0.3-0.5)."""
+
+
+@dataclass(frozen=True)
+class CollectiveTime:
+    """Seconds of one collective; arrays where the payload was one.
+
+    ``algorithm`` is the cheapest one (an array of names where the payload is an array), ``tier`` the outermost tier
+    that the group spans, ``wire_bytes`` what one rank sends to others over all tiers, ``error`` the median relative
+    error of the worst constants involved, on rows held out of the fit (an assumption where evidence is ``datasheet``).
+    """
+
+    seconds: Size
+    algorithm: str | np.ndarray
+    tier: str
+    wire_bytes: Size
+    evidence: Evidence
+    error: float
+
+
+@dataclass(frozen=True)
+class _Leg:
+    """One algorithm's time, before the cheapest is chosen."""
+
+    algorithm: str
+    seconds: Size
+    wire: Size
+    calibrated: bool
+    error: float
+
+    def then(self, other: _Leg, algorithm: str) -> _Leg:
+        return _Leg(
+            algorithm, self.seconds + other.seconds, self.wire + other.wire,
+            self.calibrated and other.calibrated, max(self.error, other.error),
+        )
+
+
+def group_extent(size: int, stride: int, device: DeviceProfile) -> tuple[int, ...]:
+    """How many ranks of a group lie inside one domain of each tier, innermost first, up to the tier that holds all.
+
+    The group's ranks are ``0, stride, 2*stride, ...``; groups are taken as aligned with the domains. ``(8, 32)``:
+    8 per node, 32 in all.
+    """
+    if size < 1 or stride < 1:
+        raise InputError(f"group of {size} ranks spaced {stride}: both must be at least 1")
+    span = (size - 1) * stride + 1
+    if span > device.world_limit:
+        raise InputError(
+            f"a group of {size} ranks spaced {stride} spans {span} GPUs: {device.name} has at most {device.world_limit}"
+        )
+    extent: list[int] = []
+    for tier in device.interconnect:
+        extent.append(min(size, math.ceil(tier.size / stride)))
+        if extent[-1] == size:
+            break
+    return tuple(extent)
+
+
+def find_constants(device: DeviceProfile, op: str, tier: str, algorithm: str, engine: str) -> CollectiveConstants | None:
+    """The fitted constants for this engine, else for any engine, else none."""
+    if device.calibration is None:
+        return None
+    found = {c.engine: c for c in device.calibration.collectives if (c.op, c.tier, c.algorithm) == (op, tier, algorithm)}
+    return found.get(engine) or found.get("any")
+
+
+def pipelined(wire: Size, bytes_per_s: float, chunk_s: float) -> Size:
+    """Seconds to move ``wire`` bytes through a pipeline of chunks that cost ``chunk_s`` each, optimally sized."""
+    moving = wire / bytes_per_s
+    return moving + 2.0 * np.sqrt(chunk_s * moving) if chunk_s else moving
+
+
+def _leg(
+    device: DeviceProfile, tier: Tier, op: str, algorithm: str, engine: str, ranks: int, wire: Size, hops: float,
+    tree: bool = False,
+) -> _Leg:
+    """One algorithm among ``ranks`` ranks of one tier; ``hops`` messages one after another where nothing is fitted."""
+    fit = find_constants(device, op, tier.name, algorithm, engine)
+    name, speed = "tree" if tree else algorithm, float(tier.bandwidth_bytes_per_s)
+    if fit is None:
+        moving = wire / (speed * EFFICIENCY[algorithm])
+        return _Leg(name, hops * float(tier.latency_s) + moving, wire, False, DATASHEET_ERROR)
+    steps = 2.0 * math.log2(ranks) if tree else ranks - 2
+    fixed = fit.latency_s + fit.step_latency_s * steps
+    moving = pipelined(wire, speed * fit.bandwidth_efficiency, fit.pipeline_s)
+    return _Leg(name, fixed + moving, wire, True, DATASHEET_ERROR if fit.median_error is None else fit.median_error)
+
+
+def _cheapest(legs: list[_Leg]) -> _Leg:
+    """Elementwise cheapest; the name becomes an array where the seconds are one."""
+    if len(legs) == 1:
+        return legs[0]
+    seconds = np.stack(np.broadcast_arrays(*[np.asarray(leg.seconds, dtype=float) for leg in legs]))
+    best = seconds.argmin(axis=0)
+    used = [legs[i] for i in np.unique(best)]
+    wire = np.choose(best, [np.asarray(leg.wire, dtype=float) for leg in legs])
+    names = np.array([leg.algorithm for leg in legs])[best]
+    scalar = best.ndim == 0
+    return _Leg(
+        str(names) if scalar else names, seconds.min(axis=0)[()], wire[()],
+        all(leg.calibrated for leg in used), max(leg.error for leg in used),
+    )
+
+
+def _all_reduce_on(device: DeviceProfile, tier: int, ranks: int, payload: Size, engine: str) -> _Leg:
+    """All-reduce inside one tier. One- and two-shot kernels read peers' memory: innermost tier only."""
+    level = device.interconnect[tier]
+    around = 2.0 * (ranks - 1) / ranks * payload
+    legs = [
+        _leg(device, level, "all_reduce", "ring", engine, ranks, around, 2.0 * (ranks - 1)),
+        _leg(device, level, "all_reduce", "ring", engine, ranks, 2.0 * payload, 2.0 * math.log2(ranks), tree=True),
+    ]
+    if tier == 0:
+        legs.append(_leg(device, level, "all_reduce", "one_shot", engine, ranks, (ranks - 1.0) * payload, 2.0))
+        legs.append(_leg(device, level, "all_reduce", "two_shot", engine, ranks, around, 4.0))
+    return _cheapest(legs)
+
+
+def _gather_on(device: DeviceProfile, op: str, tier: int, ranks: int, payload: Size, engine: str) -> _Leg:
+    """All-gather or reduce-scatter of ``payload`` bytes in all inside one tier."""
+    wire = (ranks - 1.0) / ranks * payload
+    return _leg(device, device.interconnect[tier], op, "ring", engine, ranks, wire, ranks - 1.0)
+
+
+def _levels(extent: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(tier, ranks that take part in it) of every tier that the group uses, innermost first."""
+    inner, levels = 1, []
+    for tier, ranks in enumerate(extent):
+        parts = math.ceil(ranks / inner)
+        if parts > 1:
+            levels.append((tier, parts))
+        inner = ranks
+    return levels
+
+
+def _all_reduce(device: DeviceProfile, levels: list[tuple[int, int]], payload: Size, engine: str) -> _Leg:
+    """Over several tiers: reduce-scatter, all-reduce across, all-gather; or whole tensors tier by tier when small."""
+    (tier, ranks), outer = levels[0], levels[1:]
+    inside = _all_reduce_on(device, tier, ranks, payload, engine)
+    if not outer:
+        return inside
+    scatter = _gather_on(device, "reduce_scatter", tier, ranks, payload, engine)
+    gather = _gather_on(device, "all_gather", tier, ranks, payload, engine)
+    across = _all_reduce(device, outer, payload / ranks, engine)
+    nested = inside.then(_all_reduce(device, outer, payload, engine), "nested")
+    return _cheapest([scatter.then(across, "hierarchical").then(gather, "hierarchical"), nested])
+
+
+def _gather(device: DeviceProfile, op: str, levels: list[tuple[int, int]], payload: Size, engine: str) -> _Leg:
+    """All-gather: the outermost tier moves each rank's share first, the inner ones ever larger pieces of the total."""
+    legs, share = [], payload
+    for tier, ranks in levels:  # innermost moves the whole total, the next 1/ranks of it, ...
+        legs.append(_gather_on(device, op, tier, ranks, share, engine))
+        share = share / ranks
+    whole = legs[0]
+    for leg in legs[1:]:
+        whole = whole.then(leg, "hierarchical")
+    return whole
+
+
+def _exchange(
+    device: DeviceProfile, extent: tuple[int, ...], payload: Size, engine: str, kind: Kind, phase: Phase,
+    copies: Size, distinct_nodes: Size | None, distinct_ranks: Size | None,
+) -> _Leg:
+    """All-to-all: every tier carries the share that goes to peers first met there; tiers work at the same time."""
+    ranks, levels = extent[-1], _levels(extent)
+    spans = len(levels) > 1
+    worst, wire_total, fixed, calibrated, error = 0.0, 0.0, 0.0, True, 0.0
+    for tier, _ in levels:
+        level, inner = device.interconnect[tier], extent[tier - 1] if tier else 1
+        wire = payload * (extent[tier] - inner) / ranks
+        if kind == "high_throughput":  # one copy per distinct node over the NIC, then one per distinct rank inside
+            groups = math.ceil(ranks / inner)
+            distinct = distinct_ranks if tier == 0 else distinct_nodes
+            if distinct is None:
+                distinct = groups * (1.0 - np.power(1.0 - 1.0 / groups, copies))
+            wire = payload / copies * distinct * (groups - 1.0) / groups
+        algorithm = "direct" if kind == "direct" else f"{kind}_{phase}"
+        fit = find_constants(device, "all_to_all", level.name, algorithm, engine)
+        if fit is not None:
+            efficiency, chunk = fit.bandwidth_efficiency, fit.pipeline_s
+            start = fit.latency_s + fit.step_latency_s * (ranks - 2)
+            error = max(error, DATASHEET_ERROR if fit.median_error is None else fit.median_error)
+        else:
+            calibrated, error, chunk = False, max(error, DATASHEET_ERROR), 0.0
+            start, efficiency = (
+                (2.0 * float(level.latency_s), EFFICIENCY["direct"]) if kind == "direct" else EXCHANGE[kind, tier > 0]
+            )
+        fixed = max(fixed, start)
+        worst = np.maximum(worst, pipelined(wire, float(level.bandwidth_bytes_per_s) * efficiency, chunk))
+        wire_total = wire_total + wire
+    name = kind if kind != "direct" else ("hierarchical" if spans else "direct")
+    return _Leg(name, fixed + worst, wire_total, calibrated, error)
+
+
+def collective_time(
+    op: Op, payload_bytes: Size, extent: tuple[int, ...], device: DeviceProfile, *, engine: str = "any",
+    kind: Kind = "direct", phase: Phase = "dispatch", copies: Size = 1.0,
+    distinct_nodes: Size | None = None, distinct_ranks: Size | None = None,
+) -> CollectiveTime:
+    """Seconds of one collective of a group that lies as ``extent`` says (:func:`group_extent`).
+
+    ``payload_bytes``, per op:
+
+    * all_reduce: the tensor on each rank;
+    * all_gather: the gathered total; reduce_scatter: the total that each rank puts in;
+    * all_to_all: what one rank sends in all, to itself included: tokens x copies x bytes of one copy;
+    * send_recv: the message; it crosses the outermost tier of ``extent``.
+
+    ``kind`` (all_to_all only): ``direct`` pairwise messages (NCCL); ``low_latency`` every copy goes straight to its
+    expert's rank; ``high_throughput`` one copy per distinct node over the outer tier, forwarded inside. The last needs
+    ``copies`` (experts per token) and, where routing is not uniform, the expected ``distinct_nodes`` and
+    ``distinct_ranks`` that a token's copies go to.
+    """
+    levels = _levels(extent)
+    if not levels:
+        zero = np.zeros_like(np.asarray(payload_bytes, dtype=float))[()]
+        return CollectiveTime(zero, "none", device.interconnect[0].name, zero, "datasheet", 0.0)
+    if len(extent) > len(device.interconnect):
+        raise InputError(f"extent {extent} has more tiers than {device.name} ({len(device.interconnect)})")
+    if op == "all_reduce":
+        leg = _all_reduce(device, levels, payload_bytes, engine)
+    elif op in ("all_gather", "reduce_scatter"):
+        leg = _gather(device, op, levels, payload_bytes, engine)
+    elif op == "all_to_all":
+        leg = _exchange(
+            device, extent, payload_bytes, engine, kind, phase, copies, distinct_nodes, distinct_ranks
+        )
+    elif op == "send_recv":
+        tier = device.interconnect[levels[-1][0]]
+        leg = _leg(device, tier, "send_recv", "direct", engine, 2, payload_bytes, 1.0)
+    else:
+        raise InputError(f"unknown collective {op!r}: all_reduce, all_gather, reduce_scatter, all_to_all, send_recv")
+    evidence: Evidence = "calibrated" if leg.calibrated else "datasheet"
+    return CollectiveTime(leg.seconds, leg.algorithm, device.interconnect[levels[-1][0]].name, leg.wire, evidence, leg.error)

@@ -1,0 +1,255 @@
+"""From a row of the op table to work: a registry of few-line formulas, each naming its shapes.
+
+An op without a formula is priced as memory traffic and reported: nothing is silently free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tensorcast.cost import work as w
+from tensorcast.cost.work import Precision, Work
+from tensorcast.modeling.quantization import SCHEMES, Scheme
+from tensorcast.trace.dims import Dim, Sizes
+from tensorcast.trace.table import DTYPE_BYTES, Op, Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a formula may ask beside the row: sizes, hit experts, phase, and how this device runs a scheme."""
+
+    sizes: Sizes
+    hit: Any = 0.0
+    decode: bool = True
+    kv_bytes: float = 2.0
+    has_fp4: bool = False
+
+    def value(self, size: Any) -> Any:
+        """A dim or a plain number at these sizes."""
+        return size.at(self.sizes) if isinstance(size, Dim) else size
+
+    def precision(self, op: Op, output: Tensor) -> Precision:
+        """How the row's matmul runs here: MXFP4 weights are unpacked to bf16 where there is no FP4 arithmetic."""
+        scheme: Scheme = SCHEMES[op.attrs.get("scheme", "bf16")]
+        name = {"mxfp4": "w4a8" if self.has_fp4 else "mxfp4"}.get(scheme.name, scheme.name)
+        activation = next((t for t in op.inputs if not t.weight), op.inputs[0])
+        weight_bytes = scheme.weight_bytes
+        if scheme.name == "bf16":
+            weight_bytes = next((DTYPE_BYTES[t.dtype] for t in op.inputs if t.weight and len(t.dims) > 1), 2.0)
+        activation_bytes = scheme.activation_bytes if scheme.quantizes_activation else DTYPE_BYTES[activation.dtype]
+        return Precision(name, name, weight_bytes, activation_bytes, DTYPE_BYTES[output.dtype])
+
+
+Formula = Callable[[Op, Context], list[Work]]
+_FORMULAS: dict[str, Formula] = {}
+
+
+def formula(*names: str) -> Callable[[Formula], Formula]:
+    """Register a formula for the named ops."""
+
+    def register(function: Formula) -> Formula:
+        _FORMULAS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def has_formula(op: Op) -> bool:
+    """Whether the row is priced by a formula of its own."""
+    return op.name in _FORMULAS
+
+
+def work_of(op: Op, context: Context) -> list[Work]:
+    """The kernels of one row."""
+    return _FORMULAS.get(op.name, traffic)(op, context)
+
+
+def _read(op: Op, at: Context) -> Any:
+    return sum((t.bytes(at.sizes) for t in op.inputs), 0.0)
+
+
+def _written(op: Op, at: Context) -> Any:
+    return sum((t.bytes(at.sizes) for t in op.outputs), 0.0)
+
+
+MOVES = tuple(
+    "pointwise quantize_activation init_routing_v2 unpermute_tokens expert_counts add sub mul div neg pow rsqrt sqrt mean"
+    " sum var var_mean cat copy_ clone _to_copy silu gelu relu sigmoid tanh softplus exp log1p _softmax softmax topk sort"
+    " gather scatter scatter_ masked_fill where index index_select fill_ zero_ zeros_like ones_like full_like full zeros"
+    " ones arange cos sin clamp maximum minimum bitwise_not bitwise_and bitwise_or lt gt le ge eq ne native_layer_norm"
+    " repeat constant_pad_nd square floor polar div_ add_ mul_ sub_ tril triu stack flip cumsum amax max min abs erf"
+    " logical_not logical_and select_scatter slice_scatter index_put_ one_hot zeros_ new_zeros new_ones new_full".split()
+)
+
+
+@formula(*MOVES)
+def traffic(op: Op, at: Context) -> list[Work]:
+    """Reads its inputs once and writes its outputs once."""
+    return [w.memory(_read(op, at), _written(op, at))]
+
+
+@formula("embedding")
+def embedding(op: Op, at: Context) -> list[Work]:
+    """One table row per token, not the table."""
+    moved = _written(op, at)
+    return [w.memory(moved + op.inputs[-1].bytes(at.sizes), moved)]
+
+
+@formula("mm", "addmm")
+def matmul(op: Op, at: Context) -> list[Work]:
+    """``[M,K] x [K,N]``; merged linears add up their N."""
+    x = next((t for t in op.inputs if not t.weight and len(t.dims) > 1), op.inputs[0])
+    k = at.value(x.dims[-1])
+    m = x.numel(at.sizes) / k
+    n = sum(at.value(t.dims[-1]) for t in op.outputs)
+    return [w.gemm(m, n, k, at.precision(op, op.outputs[0]))]
+
+
+@formula("bmm")
+def batched_matmul(op: Op, at: Context) -> list[Work]:
+    """``[b,M,K] x [b,K,N]``."""
+    a, b = op.inputs[0], op.inputs[1]
+    batch, m, k = (at.value(d) for d in a.dims)
+    precision = Precision("bf16", "bf16", DTYPE_BYTES[b.dtype], DTYPE_BYTES[a.dtype], DTYPE_BYTES[op.outputs[0].dtype])
+    return [w.gemm(m, at.value(b.dims[-1]), k, precision, batch)]
+
+
+@formula("grouped_matmul")
+def grouped_matmul(op: Op, at: Context) -> list[Work]:
+    """Rows ``[R,K]`` of the busiest rank against the hit experts' ``[N,K]``."""
+    x, out = op.inputs[0], op.outputs[0]
+    return [
+        w.grouped_gemm(at.value(x.dims[0]), at.hit, at.value(out.dims[-1]), at.value(x.dims[-1]), at.precision(op, out))
+    ]
+
+
+@formula("mla_absorb")
+def mla_absorb(op: Op, at: Context) -> list[Work]:
+    """Per head: query into the latent ``[T,nope] x [nope,latent]``, output out of it ``[T,latent] x [latent,v]``."""
+    tokens = op.inputs[0].numel(at.sizes) / op.attrs["latent"]
+    a = op.attrs
+    return [
+        w.gemm(tokens, a["latent"], a["nope"], batch=a["heads"]),
+        w.gemm(tokens, a["v_dim"], a["latent"], batch=a["heads"]),
+    ]
+
+
+@formula("mla_expand")
+def mla_expand(op: Op, at: Context) -> list[Work]:
+    """Keys and values of all ``B*L`` tokens from their latents."""
+    return matmul(op, at)
+
+
+def chunk_pairs(new: Any, past: Any, chunk: int) -> Any:
+    """(query, key) pairs where a query sees only its own chunk of the sequence: ``p mod chunk + 1`` keys at position p."""
+
+    def up_to(n: Any) -> Any:
+        n = np.asarray(n, dtype=float)
+        whole, rest = np.floor(n / chunk), np.mod(n, chunk)
+        return whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
+
+    return up_to(np.asarray(past) + new) - up_to(past)
+
+
+@formula("attention")
+def attention(op: Op, at: Context) -> list[Work]:
+    """q ``[B,Hq,S,D]``, new k ``[B,Hkv,S,D]``, v ``[B,Hkv,S,Dv]`` after ``past`` cached tokens."""
+    q, k, v = op.inputs[:3]
+    batch, heads, new, width = (at.value(d) for d in q.dims)
+    past, a = at.value(op.attrs["past"]), op.attrs
+    if a["latent"]:
+        nope = width - a["rope"]
+        return [
+            w.mla(batch, new, past, heads, a["latent"], a["rope"], nope, at.value(v.dims[-1]), kv_bytes=at.kv_bytes,
+                  selected=a["selected"], decode=at.decode)
+        ]
+    window = a["window"] or a["selected"]
+    if a["chunk"]:
+        past = np.where(np.asarray(past) + new > a["chunk"], np.mod(past, a["chunk"]), past)
+    found = w.attention(
+        batch, new, past, heads, at.value(k.dims[1]), width, at.value(v.dims[-1]),
+        kv_bytes=at.kv_bytes, window=window, causal=a["causal"], decode=at.decode,
+    )
+    if a["chunk"]:  # a long prefill crosses chunks: count its pairs exactly
+        exact = chunk_pairs(new, at.value(op.attrs["past"]), a["chunk"]) / w.attended_pairs(new, past, window)
+        scale = np.minimum(exact, 1.0)
+        tilings = tuple(replace(t, flops=t.flops * scale) for t in found.tilings)
+        found = replace(
+            found, flops=found.flops * scale, issued_flops=found.issued_flops * scale, tilings=tilings,
+            elements=found.elements * scale,
+        )
+    return [found]
+
+
+INDEXER_KEY_BYTES = 132
+"""Cached indexer key of 128 FP8 values and one fp32 scale (vLLM and SGLang, DeepSeek-V3.2)."""
+
+
+@formula("sparse_indexer")
+def sparse_indexer(op: Op, at: Context) -> list[Work]:
+    """Scores of every visible cached token per query and head, then top-k: q ``[B*S,Hi,Di]``, keys ``[B,L,Di]``."""
+    heads, width, new = at.value(op.attrs["heads"]), at.value(op.attrs["head_dim"]), at.sizes.S
+    pairs = at.sizes.B * w.attended_pairs(new, at.sizes.P)
+    keys = at.sizes.B * at.sizes.L * (INDEXER_KEY_BYTES / 128 * width)
+    queries = at.sizes.B * new * heads * width
+    flops = 2.0 * pairs * heads * width
+    # fp32 scores are written once and read once by the selection
+    family = "attention_decode" if at.decode else "attention_prefill"
+    score = Work(family, "bf16", flops, keys + queries + 4.0 * pairs, flops)
+    return [score, w.memory(4.0 * pairs, _written(op, at))]
+
+
+@formula("kv_cache_write")
+def kv_cache_write(op: Op, at: Context) -> list[Work]:
+    """New keys and values in bf16 read, written in the cache's dtype."""
+    numel = sum((t.numel(at.sizes) for t in op.inputs), 0.0)
+    return [w.memory(2.0 * numel, at.kv_bytes * numel)]
+
+
+@formula("kv_cache_read")
+def kv_cache_read(op: Op, at: Context) -> list[Work]:
+    """All cached entries read once (eager view of an indexer)."""
+    return [w.memory(_written(op, at), 0.0)]
+
+
+@formula("linear_attention")
+def linear_attention(op: Op, at: Context) -> list[Work]:
+    """Gated delta rule, q, k ``[B,S,H,D]``, v ``[B,S,Hv,Dv]``, fp32 state ``[B,Hv,D,Dv]`` read and written.
+
+    Per token and value head the state is read for the prediction, updated and read for the output: ``6*D*Dv`` FLOPs;
+    the chunked form adds ``2*C*(2*D + 2*Dv)`` inside chunks of C (Gated DeltaNet, arXiv 2412.06464, section 3.3).
+    """
+    v, k = op.inputs[2], op.inputs[1]
+    batch, new, heads, v_dim = (at.value(d) for d in v.dims)
+    k_dim, chunk = at.value(k.dims[-1]), op.attrs.get("chunk", 64)
+    per_token = 6.0 * k_dim * v_dim + (0.0 if at.decode else 4.0 * chunk * (k_dim + v_dim))
+    state = 2.0 * 4.0 * batch * heads * k_dim * v_dim
+    flops = batch * new * heads * per_token
+    moved = sum((t.bytes(at.sizes) for t in (*op.inputs[:3], op.outputs[0])), 0.0) + state
+    return [Work("memory" if at.decode else "attention_prefill", "bf16", flops, moved, flops)]
+
+
+@formula("ssm_scan")
+def ssm_scan(op: Op, at: Context) -> list[Work]:
+    """Mamba-2, x ``[B,S,H,D]``, b, c ``[B,S,G,N]``, fp32 state ``[B,H,D,N]``: ``6*D*N`` per token and head; the chunked
+    form adds ``2*C*(N + D)`` (Mamba-2, arXiv 2405.21060, section 6)."""
+    x, b = op.inputs[0], op.inputs[1]
+    batch, new, heads, width = (at.value(d) for d in x.dims)
+    n, chunk = at.value(b.dims[-1]), op.attrs.get("chunk", 256)
+    flops = batch * new * heads * (6.0 * width * n + (0.0 if at.decode else 2.0 * chunk * (n + width)))
+    moved = sum((t.bytes(at.sizes) for t in (*op.inputs[:3], op.outputs[0])), 0.0) + 2.0 * 4.0 * batch * heads * width * n
+    return [Work("memory" if at.decode else "attention_prefill", "bf16", flops, moved, flops)]
+
+
+@formula("causal_conv1d", "convolution")
+def causal_conv1d(op: Op, at: Context) -> list[Work]:
+    """Depthwise over ``[B,C,S]`` with weight ``[C,width]``; the state of ``width`` inputs is read and written."""
+    x, weight = op.inputs[0], op.inputs[1]
+    width = at.value(weight.dims[-1])
+    moved = 2.0 * x.bytes(at.sizes) + weight.bytes(at.sizes)
+    state = 2.0 * at.value(x.dims[0]) * at.value(x.dims[1]) * width * DTYPE_BYTES[x.dtype]
+    return [w.memory(moved, state, 2.0 * x.numel(at.sizes) * width)]

@@ -1,0 +1,134 @@
+"""What a rank holds: weights, KV cache and states, activations, communication buffers. All in bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tensorcast.modeling.quantization import Quantization
+from tensorcast.trace.dims import Sizes
+from tensorcast.trace.table import DTYPE_BYTES, Op, OpTable, Tensor
+
+MLA_FP8_SCALE_GROUP = 128
+"""FP8 latent cache: fp8 latent, one fp32 scale per 128 of it, bf16 rope part: 656 bytes per layer for 512 + 64
+(FlashMLA, github.com/deepseek-ai/FlashMLA)."""
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """Cache of one layer kind on one rank: per token, up to ``limit`` tokens (0: all); or per sequence."""
+
+    kind: int
+    per_token: float
+    limit: int
+    per_sequence: float = 0.0
+
+
+def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
+    """What every layer of each kind keeps per token and per sequence, in bytes on this rank.
+
+    Read off the cache writes of the trace; windows and chunks off the attention of the same layer kind.
+    """
+    unit = Sizes(B=1.0, S=1.0, P=0.0)
+    entries = []
+    for op in table.ops:
+        if op.name == "kv_cache_write":
+            keys, values = op.inputs
+            attention = next((a for a in table.ops if a.name == "attention" and a.kind == op.kind), None)
+            limit = (attention.attrs["window"] or attention.attrs["chunk"]) if attention else 0
+            entries.append(CacheEntry(op.kind, _token_bytes(op, keys, values, unit, kv, attention), int(limit)))
+        elif op.name in ("linear_attention", "ssm_scan"):
+            entries.append(CacheEntry(op.kind, 0.0, 0, float(op.outputs[1].bytes(unit))))
+        elif op.name == "causal_conv1d":
+            x, weight = op.inputs[:2]
+            state = x.dims[1].coef * (weight.dims[-1].coef - 1) * DTYPE_BYTES[x.dtype]
+            entries.append(CacheEntry(op.kind, 0.0, 0, float(state)))
+    return entries
+
+
+def _token_bytes(op: Op, keys: Tensor, values: Tensor, unit: Sizes, kv: str, attention: Op | None) -> float:
+    numel = float(keys.numel(unit) + values.numel(unit))
+    if op.attrs["kind"] == "indexer":  # engines keep it in fp8 with one fp32 scale per 128, whatever the KV dtype
+        return numel + 4.0 * math.ceil(numel / 128)
+    if kv == "bf16":
+        return 2.0 * numel
+    if attention is not None and attention.attrs["latent"]:
+        latent = float(keys.numel(unit))
+        return latent + 4.0 * latent / MLA_FP8_SCALE_GROUP + 2.0 * float(values.numel(unit))
+    return numel
+
+
+def kv_bytes_per_token(table: OpTable, kv: str = "bf16") -> float:
+    """Bytes that one more token adds over all layers, before any window is full."""
+    return sum(e.per_token * table.layer_kinds.count(e.kind) for e in cache_entries(table, kv))
+
+
+def cache_bytes(table: OpTable, kv: str, sequences: Any, length: Any, layers: slice = slice(None)) -> Any:
+    """KV cache and recurrent state of ``sequences`` sequences of ``length`` tokens over ``layers``."""
+    kinds = table.layer_kinds[layers]
+    total: Any = 0.0
+    for entry in cache_entries(table, kv):
+        tokens = np.minimum(length, entry.limit) if entry.limit else length
+        total = total + kinds.count(entry.kind) * sequences * (entry.per_token * tokens + entry.per_sequence)
+    return total
+
+
+def weight_bytes(
+    table: OpTable, quantization: Quantization, ep: int = 1, etp: int = 1, layers: slice = slice(None),
+    first: bool = True, last: bool = True,
+) -> float:
+    """Weights on one rank: experts split over ``ep`` and ``etp``, the rest as traced at this tp. Scales included."""
+    total = 0.0
+    for p in table.params:
+        if p.kind < 0 and not _in_stage(table, p.role, first, last):
+            continue
+        scheme = quantization.scheme(p.name, p.role)
+        per_element = scheme.weight_bytes if scheme.name != "bf16" else DTYPE_BYTES[p.dtype]
+        numel = float(p.numel)
+        if p.role == "experts":
+            experts = table.facts["num_experts"]
+            numel = p.full_numel / experts * math.ceil(experts / ep) / etp
+        total += numel * per_element * table.count(p, layers)
+    return total
+
+
+def _in_stage(table: OpTable, role: str, first: bool, last: bool) -> bool:
+    """Whether a parameter outside the layers lies on this pipeline stage."""
+    if role == "embedding":
+        return first or (last and table.facts["tied_embedding"])
+    return last if role == "lm_head" else True
+
+
+def activation_bytes(table: OpTable, sizes: Sizes) -> Any:
+    """Peak of live activations over a step: every tensor from the row that makes it to the last that reads it."""
+    last: dict[int, int] = {}
+    for i, op in enumerate(table.ops):
+        for t in (*op.inputs, *op.outputs):
+            if not t.weight:
+                last[t.storage] = i
+    live: dict[int, Any] = {}
+    peak: Any = 0.0
+    for i, op in enumerate(table.ops):
+        for t in (*op.inputs, *op.outputs):
+            if not t.weight:
+                live[t.storage] = np.maximum(live.get(t.storage, 0.0), t.bytes(sizes))
+        peak = np.maximum(peak, sum(live.values(), 0.0))
+        for t in (*op.inputs, *op.outputs):
+            if last.get(t.storage) == i:
+                live.pop(t.storage, None)
+    return peak
+
+
+def low_latency_buffer_bytes(tokens_per_rank: Any, hidden: int, num_experts: int) -> Any:
+    """DeepEP's low-latency RDMA buffer: two of (send + receive + signal), a slot per expert and token.
+
+    Source: ``get_low_latency_rdma_size_hint`` of github.com/deepseek-ai/DeepEP; 16-byte headers, fp32 scale per 128.
+    """
+    message = 16 + np.maximum(2 * hidden, hidden + 4 * hidden / 128)
+    combine = 2 * hidden
+    send = np.maximum(tokens_per_rank * message, num_experts * tokens_per_rank * combine)
+    receive = num_experts * tokens_per_rank * np.maximum(message, combine)
+    return 2 * (send + receive + 4 * num_experts)

@@ -1,0 +1,158 @@
+"""How unevenly tokens fall on experts: rows on the busiest rank, and how many of its experts are hit at all.
+
+``balanced``: every expert gets the same. ``uniform``: every token picks k of E experts at random. ``zipf:S``: expert
+popularity falls as ``rank**-S``, experts placed at random. A CSV of counts: popularity as measured, experts placed in
+order. Hit experts of independent picks: ``sum_e 1 - (1 - q_e)^T``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from tensorcast.errors import InputError
+
+PLACEMENTS = 64
+"""Random placements of experts whose median stands for a popularity law."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Work of the busiest expert-parallel rank in one MoE layer: (token, choice) rows and experts with at least one."""
+
+    rows: Any
+    hit: Any
+    mean_rows: Any
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A law of expert popularity. ``inclusion`` is None for balanced, else the chance q_e that a token picks e."""
+
+    name: str = "balanced"
+    exponent: float = 0.0
+    counts: tuple[float, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Routing:
+        """``balanced``, ``uniform``, ``zipf:S`` or the path of a CSV with a ``count`` column (``expert``, ``layer``)."""
+        if text in ("balanced", "uniform"):
+            return cls(text)
+        if text.startswith("zipf:"):
+            try:
+                exponent = float(text[5:])
+            except ValueError:
+                exponent = -1.0
+            if not 0 <= exponent < 10:
+                raise InputError(f"--routing {text!r}: the exponent after zipf: must be a number from 0 to 10")
+            return cls(text, exponent)
+        if Path(text).is_file():
+            return cls(text, counts=_read_counts(Path(text)))
+        raise InputError(f"--routing {text!r}: use balanced, uniform, zipf:S, or a CSV file of per-expert counts")
+
+    def inclusion(self, num_experts: int, top_k: int) -> np.ndarray:
+        """Chance that a token picks each expert, ``[E]``, summing to k. Raises :class:`InputError` on a wrong length."""
+        if self.counts:
+            if len(self.counts) != num_experts:
+                raise InputError(
+                    f"--routing {self.name}: {len(self.counts)} counts, but the model has {num_experts} experts per layer"
+                )
+            popularity = np.asarray(self.counts, dtype=float)
+        else:
+            popularity = np.arange(1, num_experts + 1, dtype=float) ** -self.exponent
+        return _capped(popularity, top_k)
+
+
+def _read_counts(path: Path) -> tuple[float, ...]:
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path, comment="#")
+    except Exception as reason:
+        raise InputError(f"--routing {path}: not a CSV file ({str(reason).splitlines()[0]})") from None
+    if "count" not in frame.columns:
+        raise InputError(f"--routing {path}: needs a column 'count', found {', '.join(map(str, frame.columns))}")
+    counts = frame.groupby("expert")["count"].sum() if "expert" in frame.columns else frame["count"]
+    if not (np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0):
+        raise InputError(f"--routing {path}: counts must be numbers of at least 0, not all 0")
+    return tuple(float(c) for c in counts)
+
+
+def _capped(popularity: np.ndarray, top_k: int) -> np.ndarray:
+    """``q_e = min(1, c * p_e)`` with ``c`` such that they sum to k: no token picks an expert twice."""
+    share = popularity / popularity.sum()
+    free = np.ones(len(share), dtype=bool)
+    q = np.minimum(1.0, top_k * share)
+    for _ in range(len(share)):
+        over = free & (q >= 1.0)
+        if not over.any():
+            break
+        free &= ~over
+        left = share[free].sum()
+        q[~free] = 1.0
+        if left <= 0:
+            break
+        q[free] = (top_k - (~free).sum()) * share[free] / left
+    return np.clip(q, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """Expert load of one layout; build with :func:`expert_load`, then ask :meth:`at` for any number of tokens."""
+
+    num_experts: int
+    top_k: int
+    ranks: int
+    busiest: np.ndarray | None
+    """Inclusion chances of the busiest rank's experts (None: balanced)."""
+    noise: float
+    """Expected maximum over ranks of a standard normal: how far sampling lifts the busiest rank."""
+
+    @property
+    def local_experts(self) -> int:
+        """Experts on a rank; the first ranks hold one more where they do not divide."""
+        return math.ceil(self.num_experts / self.ranks)
+
+    def at(self, tokens: Any) -> Load:
+        """Load when ``tokens`` tokens in all (over the whole expert-parallel group) are routed."""
+        tokens = np.asarray(tokens, dtype=float)
+        copies = tokens * self.top_k
+        mean = copies / self.ranks
+        local = float(self.local_experts)
+        if self.busiest is None:
+            rows = np.maximum(mean * local * self.ranks / self.num_experts, np.minimum(copies, 1.0))
+            return Load(rows, np.minimum(local, rows), mean)
+        expected = tokens * self.busiest.sum()
+        spread = np.sqrt(tokens * (self.busiest * (1.0 - self.busiest)).sum())
+        rows = np.minimum(np.maximum(expected + self.noise * spread, np.minimum(copies, 1.0)), tokens * min(local, self.top_k))
+        # the lift is extra tokens that pick this rank: as if that many more had come
+        effective = tokens * np.maximum(rows / np.maximum(expected, 1e-12), 1.0)
+        missed = np.exp(np.multiply.outer(effective, np.log1p(-np.minimum(self.busiest, 1.0 - 1e-12))))
+        return Load(rows, np.minimum((1.0 - missed).sum(-1), rows), mean)
+
+
+def expert_load(routing: Routing, num_experts: int, top_k: int, ranks: int, seed: int = 0) -> ExpertLoad:
+    """The load model of ``num_experts`` experts over ``ranks`` expert-parallel ranks (contiguous placement)."""
+    if routing.name == "balanced":
+        return ExpertLoad(num_experts, top_k, ranks, None, 0.0)
+    q = routing.inclusion(num_experts, top_k)
+    noise = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
+    bounds = np.linspace(0, num_experts, ranks + 1)
+    owner = np.minimum(np.searchsorted(bounds, np.arange(num_experts), side="right") - 1, ranks - 1)
+    if routing.counts or routing.exponent == 0:
+        orders = [np.arange(num_experts)]
+    else:
+        generator = np.random.default_rng(seed)
+        orders = [generator.permutation(num_experts) for _ in range(PLACEMENTS)]
+    found = []
+    for order in orders:
+        per_rank = np.bincount(owner, weights=q[order], minlength=ranks)
+        top = int(per_rank.argmax())
+        found.append((float(per_rank[top]), q[order][owner == top]))
+    found.sort(key=lambda pair: pair[0])
+    return ExpertLoad(num_experts, top_k, ranks, found[len(found) // 2][1], noise)

@@ -1,0 +1,196 @@
+"""What a kernel asks of a device: FLOPs, bytes, tiles. Shape arithmetic only, on floats or numpy arrays alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Size = Any
+"""A float, or a numpy array with one entry per candidate."""
+
+GEMM_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (16, 64))
+"""Output tiles (rows, columns) that GEMM libraries choose from (CUTLASS, cuBLAS, DeepGEMM; 16 rows: operands swapped)."""
+
+ATTENTION_ROWS = 128
+"""Queries per tile of FlashAttention-2 and -3 in prefill."""
+
+DECODE_ROWS = 64
+"""Rows of the matrix instruction that the heads of one KV head share in decode."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """One way to cut a kernel into equal pieces, one piece per processor at a time.
+
+    ``flops`` is what one piece issues, padding included; ``rate`` the fraction of the best rate that a piece of this
+    size reaches; ``depth`` how many steps it takes one after another (the inner dimension). Where pieces are ``whole``
+    the last wave counts in full; else they even out, and nothing is shorter than the ``longest`` (in mean pieces).
+    ``split``: spare processors may share a piece along ``depth`` (split-K, split-KV).
+    """
+
+    tiles: Size
+    flops: Size
+    depth: Size
+    rate: float = 1.0
+    whole: bool = True
+    longest: float = 1.0
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kernel call, or several that the device runs as one.
+
+    ``flops`` counts a multiply-add as 2; ``issued_flops`` adds what padding to 128 x 128 tiles wastes; ``bytes`` is
+    traffic with device memory, reads plus writes; ``tiles`` are independent pieces of work. ``tilings``: the ways in
+    which the kernel can be cut, the fastest of which runs (none: compute spreads evenly). ``rows`` and ``elements``
+    are work beside the matrix units: rows of the input and their elements that a call passes over first
+    (quantisation, permutation), or softmax rows and scores.
+    """
+
+    family: str
+    dtype: str
+    flops: Size = 0.0
+    bytes: Size = 0.0
+    issued_flops: Size = 0.0
+    tiles: Size = 0.0
+    tilings: tuple[Tiling, ...] = ()
+    rows: Size = 0.0
+    elements: Size = 0.0
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes per element of a matmul's operands (scales included) and the arithmetic it runs in."""
+
+    name: str = "bf16"
+    compute: str = "bf16"
+    weight_bytes: float = 2.0
+    activation_bytes: float = 2.0
+    output_bytes: float = 2.0
+
+
+def _tile_rate(rows: int, columns: int) -> float:
+    """A tile's operand reuse, FLOPs per operand loaded, saturating: small tiles wait for shared memory."""
+    reuse, largest = rows * columns / (rows + columns), 128 * 256 / (128 + 256)
+    return reuse / (reuse + 20.0) * (largest + 20.0) / largest
+
+
+def _gemm_tilings(groups: Size, m: Size, n: Size, k: Size, split: bool, least_rows: int = 1) -> tuple[Tiling, ...]:
+    m, n = np.asarray(m, dtype=float), np.asarray(n, dtype=float)
+    return tuple(
+        Tiling(groups * np.ceil(m / rows) * np.ceil(n / columns), 2.0 * rows * columns * k, k,
+               _tile_rate(rows, columns), split=split)
+        for rows, columns in GEMM_TILES if rows >= least_rows
+    )
+
+
+def gemm(m: Size, n: Size, k: Size, precision: Precision = Precision(), batch: Size = 1.0) -> Work:
+    """``batch`` products ``[m,k] x [k,n] -> [m,n]``, each with weights of its own."""
+    tilings = _gemm_tilings(batch, m, n, k, split=True)
+    moved = m * k * precision.activation_bytes + k * n * precision.weight_bytes + m * n * precision.output_bytes
+    return Work(
+        "gemm", precision.name, 2.0 * batch * m * n * k, batch * moved, tilings[1].tiles * tilings[1].flops,
+        tilings[1].tiles, tilings, batch * m, batch * m * k,
+    )
+
+
+def grouped_gemm(rows: Size, hit: Size, n: Size, k: Size, precision: Precision = Precision(), align: int = 16) -> Work:
+    """One GEMM per hit expert over ``rows`` rows in all; weights ``[n,k]`` of the ``hit`` experts are read once.
+
+    An expert's rows are padded to the tile that suits, at least ``align`` (contiguous layouts of DeepGEMM: 128).
+    """
+    rows_per_expert = np.asarray(rows, dtype=float) / np.maximum(hit, 1.0)
+    tilings = _gemm_tilings(hit, rows_per_expert, n, k, split=False, least_rows=align)
+    moved = rows * k * precision.activation_bytes + hit * n * k * precision.weight_bytes
+    return Work(
+        "grouped_gemm", precision.name, 2.0 * rows * n * k, moved + rows * n * precision.output_bytes,
+        tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings, rows, rows * k,
+    )
+
+
+def attended_pairs(new: Size, past: Size, window: Size = 0, causal: bool = True) -> Size:
+    """(query, key) pairs that one sequence's attention computes: ``new`` queries after ``past`` cached tokens.
+
+    Causal queries see ``past + 1 ... past + new`` keys, at most ``window`` of them where ``window > 0``.
+    """
+    new, past, window = (np.asarray(x, dtype=float) for x in (new, past, window))
+    if not causal:
+        return new * (past + new)
+    full = new * past + new * (new + 1) / 2
+    growing = np.clip(window - past, 0, new)  # queries whose history is still shorter than the window
+    windowed = growing * past + growing * (growing + 1) / 2 + (new - growing) * window
+    return np.where(window > 0, windowed, full)
+
+
+def _attention_tilings(
+    batch: Size, new: Size, pairs: Size, keys: Size, heads: Size, kv_heads: Size, dims: Size, decode: bool,
+) -> tuple[Tiling, ...]:
+    """Prefill: a tile per head and block of queries. Decode: a tile per KV head, its query heads are the rows."""
+    if decode:
+        blocks = np.ceil(np.asarray(new) * heads / kv_heads / DECODE_ROWS)
+        return (Tiling(batch * kv_heads * blocks, 2.0 * DECODE_ROWS * keys * dims, keys, whole=False, split=True),)
+    blocks = np.ceil(np.asarray(new, dtype=float) / ATTENTION_ROWS)
+    # a block of queries passes over the keys of its middle query and half a block more: diagonal tiles are not halved
+    mean_keys = np.minimum(pairs / new + ATTENTION_ROWS / 2, np.maximum(keys, 1.0))
+    return (
+        Tiling(batch * heads * blocks, 2.0 * ATTENTION_ROWS * mean_keys * dims, mean_keys, whole=False, longest=1.5),
+    )
+
+
+def attention(
+    batch: Size, new: Size, past: Size, q_heads: Size, kv_heads: Size, qk_dim: Size, v_dim: Size,
+    *, kv_bytes: float = 2.0, window: Size = 0, causal: bool = True, decode: bool = False, dtype: str = "bf16",
+) -> Work:
+    """Softmax attention over a paged cache; queries and outputs in bf16, keys and values ``kv_bytes`` per element.
+
+    Reads the ``past`` (or window) cached tokens and the new ones once per KV head (grouped queries share them).
+    """
+    pairs = attended_pairs(new, past, window, causal)
+    keys = np.where(np.asarray(window) > 0, np.minimum(past + new, np.asarray(window) + new - 1), past + new)
+    flops = 2.0 * batch * q_heads * pairs * (qk_dim + v_dim)
+    kv = batch * keys * kv_heads * (qk_dim + v_dim) * kv_bytes
+    io = batch * new * q_heads * (qk_dim + v_dim) * 2.0
+    tilings = _attention_tilings(batch, new, pairs, keys, q_heads, kv_heads, qk_dim + v_dim, decode)
+    family = "attention_decode" if decode else "attention_prefill"
+    return Work(
+        family, dtype, flops, kv + io, tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings,
+        batch * new * q_heads, batch * q_heads * pairs,
+    )
+
+
+def mla(
+    batch: Size, new: Size, past: Size, heads: Size, latent: Size, rope: Size, nope: Size, v_dim: Size,
+    *, kv_bytes: float = 2.0, selected: Size = 0, decode: bool = False, dtype: str = "bf16",
+) -> Work:
+    """Multi-head latent attention: absorbed in decode (all heads share one latent), expanded in prefill.
+
+    ``selected > 0``: sparse attention, each query reads that many cached tokens (DeepSeek sparse attention).
+    Source: DeepSeek-V2 (arXiv 2405.04434) section 2.1; FlashMLA for the absorbed form.
+    """
+    absorbed = decode or np.any(np.asarray(selected) > 0)
+    pairs = attended_pairs(new, past)
+    keys = np.asarray(past + new, dtype=float)
+    if np.any(np.asarray(selected) > 0):
+        pairs = attended_pairs(new, past, selected)
+        keys = np.where(np.asarray(new) > 1, keys, np.minimum(keys, selected))
+    if absorbed:
+        dims = 2 * latent + rope
+        kv = batch * keys * (latent + rope) * kv_bytes
+        tilings = _attention_tilings(batch, new, pairs, keys, heads, 1.0, dims, True)
+    else:
+        dims = nope + rope + v_dim
+        kv = batch * keys * heads * dims * 2.0  # the expanded keys and values of this step
+        tilings = _attention_tilings(batch, new, pairs, keys, heads, heads, dims, False)
+    return Work(
+        "mla_decode" if decode else "mla_prefill", dtype, 2.0 * batch * heads * pairs * dims,
+        kv + batch * new * heads * dims * 2.0, tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings,
+        batch * new * heads, batch * heads * pairs,
+    )
+
+
+def memory(read: Size, written: Size, flops: Size = 0.0, dtype: str = "bf16") -> Work:
+    """A kernel that is memory traffic: elementwise runs, norms, copies, gathers."""
+    return Work("memory", dtype, flops, read + written, flops)

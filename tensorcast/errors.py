@@ -1,0 +1,23 @@
+"""The one exception that users see as a clear line instead of a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line: the field, the value, and what would be right.
+
+    The command line prints it on stderr and exits with ``exit_code``.
+    """
+
+    exit_code = 2
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
+    """An :class:`InputError` for a name that does not exist, with the nearest ones that do."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names)}"
+    return InputError(f"unknown {what} {name!r}: {hint}")

@@ -1,0 +1,106 @@
+"""From a model profile to the Hugging Face config of one tensor-parallel rank.
+
+A tensor-parallel rank of a transformer is a narrower transformer: fewer heads, narrower MLPs, a slice of the
+vocabulary. So sharding is arithmetic on config fields whose names say *heads* or *width*, with no rule per model;
+``trace/sharding.py`` then finds out which weights became column- or row-parallel.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tensorcast.errors import InputError
+from tensorcast.profiles.model import ModelProfile
+
+QUERY_HEADS = (
+    "num_attention_heads", "n_heads", "n_head", "num_global_attention_heads", "swa_num_attention_heads",
+    "num_sliding_attention_heads", "linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads",
+    "mamba_n_heads", "o_groups",
+)
+KEY_VALUE_HEADS = (
+    "num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads", "kv_n_heads", "n_groups",
+    "mamba_n_groups",
+)
+WIDTHS = (
+    "intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size", "shared_intermediate_size", "shared_experts_intermediate_size",
+    "share_expert_dim", "ffn_hidden_size", "expert_ffn_hidden_size", "dense_intermediate_size",
+    "prefix_dense_intermediate_size", "mlp_intermediate_size", "mamba_d_ssm", "vocab_size",
+)
+PADDED = ("vocab_size",)
+"""Widths that engines pad to a multiple of tp; every other one must divide."""
+
+
+def hf_config(profile: ModelProfile) -> PreTrainedConfig:
+    """The text config of a profile, as transformers reads it. Raises :class:`InputError` if it cannot."""
+    values = dict(profile.config)
+    model_type = _known_type(values.pop("model_type"), values.pop("architectures", None))
+    for noise in ("auto_map", "transformers_version"):
+        values.pop(noise, None)
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+    except Exception as reason:
+        line = str(reason).strip().splitlines()[0][:200]
+        raise InputError(f"model {profile.name}: transformers rejects config (model_type={model_type!r}): {line}")
+    text = config.get_text_config(decoder=True)
+    text.pad_token_id = None  # an index into a vocabulary that sharding makes smaller; it shapes no op
+    return text
+
+
+def _known_type(model_type: str, architectures: list[str] | None) -> str:
+    """``model_type``, or for one with remote code only, the type whose stock class the config names (Kimi-K2)."""
+    if model_type in CONFIG_MAPPING or not architectures:
+        return model_type
+    stock = {name: kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if isinstance(name, str)}
+    return stock.get(architectures[0], model_type)
+
+
+def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in list(vars(config).values()):
+        if isinstance(value, PreTrainedConfig):
+            yield from _nested(value)
+
+
+def _divide(name: str, value: Any, tp: int) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_divide(name, item, tp) for item in value)
+    if name in KEY_VALUE_HEADS:
+        return max(1, value // tp)  # fewer KV heads than ranks: engines replicate them
+    if name in PADDED:
+        return -(-value // tp)
+    if value % tp:
+        raise InputError(f"tp={tp}: {name}={value} does not divide by it; choose a tp that divides {value}")
+    return value // tp
+
+
+def narrow(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
+    """A copy of ``config`` for one of ``tp`` ranks. Raises :class:`InputError` where a size does not divide."""
+    if tp == 1:
+        return config
+    narrowed = copy.deepcopy(config)
+    for part in _nested(narrowed):
+        fields = vars(part)
+        if fields.get("head_dim") is None and fields.get("num_attention_heads") and fields.get("hidden_size"):
+            object.__setattr__(part, "head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+        for name in (*QUERY_HEADS, *KEY_VALUE_HEADS, *WIDTHS):
+            value = fields.get(name)
+            if isinstance(value, (int, list, tuple)) and not isinstance(value, bool) and value:
+                object.__setattr__(part, name, _divide(name, value, tp))
+    return narrowed
+
+
+def field(config: PreTrainedConfig, *names: str, default: Any = None) -> Any:
+    """The first of ``names`` that the config sets."""
+    for name in names:
+        # A field that varies by layer refuses getattr on the whole config; its stored value is the general one.
+        value = vars(config).get(name)
+        value = getattr(config, name, None) if value is None else value
+        if value is not None:
+            return value
+    return default

@@ -1,0 +1,82 @@
+"""Linear-attention, scan and convolution kernels of the kernels hub, as ops while tracing.
+
+transformers marks these functions with ``use_kernel_func_from_hub_with_fallback(name, package)``: the name says which
+kernel an engine would load. While tracing, each marked function of the traced model's own file is swapped for its op.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TC = torch.ops.tensor_cast
+
+
+def _delta_rule(q: Tensor, k: Tensor, v: Tensor, *_: Any, **kw: Any) -> tuple[Tensor, Tensor | None]:
+    out, state = TC.linear_attention(q, k, v, kw.get("initial_state"), int(kw.get("chunk_size", 64)))
+    return out, (state if kw.get("output_final_state") else None)
+
+
+def _chunk_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *_: Any, **kw: Any) -> Any:
+    out, state = TC.ssm_scan(x, b, c, kw.get("initial_states"), int(kw.get("chunk_size", 256)))
+    return (out, state) if kw.get("return_final_states") else out
+
+
+def _state_update(state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *_: Any, **__: Any) -> Tensor:
+    """One token: x [B,H,D], b and c [B,groups,N], as mamba_ssm's ``selective_state_update`` takes them."""
+    def with_token(t: Tensor) -> Tensor:
+        return t.reshape(t.shape[0], 1, -1, t.shape[-1])
+
+    out, _ = TC.ssm_scan(with_token(x), with_token(b), with_token(c), state, 1)
+    return out.reshape(x.shape)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    return TC.causal_conv1d(x, weight, bias)
+
+
+def _conv_update(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    return TC.causal_conv1d(x, weight, bias)
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "chunk_gated_delta_rule": _delta_rule,
+    "fused_recurrent_gated_delta_rule": _delta_rule,
+    "chunk_kda": _delta_rule,
+    "fused_recurrent_kda": _delta_rule,
+    "mamba_chunk_scan_combined": _chunk_scan,
+    "selective_state_update": _state_update,
+    "causal_conv1d_fn": _conv,
+    "causal_conv1d_update": _conv_update,
+}
+
+
+def _hub_name(function: Callable[..., Any]) -> str | None:
+    try:
+        return inspect.getclosurevars(function).nonlocals.get("func_name")
+    except (TypeError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def hub_kernels_as_ops(model: nn.Module) -> Iterator[list[str]]:
+    """Swap marked functions for ops inside the ``with`` block; yields the names swapped, restores them after."""
+    files = {type(m).__module__ for m in model.modules() if type(m).__module__.startswith("transformers.models")}
+    saved: list[tuple[Any, str, Any]] = []
+    for file in sorted(files):
+        module = sys.modules[file]
+        for name, value in list(vars(module).items()):
+            if inspect.isfunction(value) and hasattr(value, "__wrapped__") and _hub_name(value) in KERNELS:
+                saved.append((module, name, value))
+                setattr(module, name, KERNELS[str(_hub_name(value))])
+    try:
+        yield [name for _, name, _ in saved]
+    finally:
+        for module, name, value in saved:
+            setattr(module, name, value)

@@ -1,0 +1,23 @@
+"""How an op enters the ``tensor_cast`` namespace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "tensor_cast"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(schema: str, *, fake: Callable[..., Any], real: Callable[..., Any] | None) -> None:
+    """Register ``tensor_cast::<schema>`` with its fake kernel and, unless it is only ever traced, its real one.
+
+    Python kernels repeat the schema's defaults: the dispatcher drops arguments that equal them.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if real is not None:
+        _library.impl(name, real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)

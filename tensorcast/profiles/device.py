@@ -1,0 +1,106 @@
+"""What a device profile says: peaks, memory, interconnect tiers, and fitted kernel constants."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tensorcast.profiles.sourced import Figure, Frozen, Number
+
+ComputeDtype = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4"]
+"""Arithmetic that a device has a peak rate for; kernels' dtypes map onto one of these."""
+
+
+class Tier(Frozen):
+    """One level of the interconnect, innermost first."""
+
+    name: str
+    size: int = Field(ge=1, description="GPUs inside one domain of this tier")
+    bandwidth_bytes_per_s: Figure = Field(description="per GPU and direction")
+    latency_s: Figure = Field(description="one hop, software included")
+
+
+class KernelConstants(Frozen):
+    """Fitted constants of one kernel family and dtype: see ``cost/roofline.py`` for the formula they enter."""
+
+    family: str
+    dtype: str = "any"
+    engine: str = "any"
+    compute_efficiency: Number = Field(gt=0, le=1)
+    memory_efficiency: Number = Field(gt=0, le=1)
+    launch_s: Number = Field(ge=0)
+    tile_s: Number = Field(default=0.0, ge=0, description="start and end of one tile")
+    step_s: Number = Field(default=0.0, ge=0, description="least time of one step of a tile's inner dimension")
+    split_s: Number = Field(default=0.0, ge=0, description="added where idle processors share a tile (split-K, -KV)")
+    row_s: Number = Field(default=0.0, ge=0, description="per input or softmax row: work beside the matrix units")
+    element_s: Number = Field(default=0.0, ge=0, description="per element of those rows")
+    smoothing: Number = Field(default=2.0, ge=1, description="p of the p-norm joining compute and memory time")
+    points: int = Field(default=0, ge=0, description="measured rows used in the fit")
+    median_error: Number | None = Field(default=None, description="median |predicted/measured - 1| on rows held out")
+    mean_error: Number | None = None
+    p90_error: Number | None = None
+
+
+class CollectiveConstants(Frozen):
+    """Fitted constants of one collective on one tier: see ``cost/collectives.py`` for the formula they enter."""
+
+    op: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
+    tier: str
+    algorithm: str = "any"
+    engine: str = "any"
+    latency_s: Number = Field(ge=0, description="fixed time per call of two ranks")
+    step_latency_s: Number = Field(default=0.0, ge=0, description="added per rank beyond the second")
+    pipeline_s: Number = Field(default=0.0, ge=0, description="chunk cost c: w seconds on the wire take 2*sqrt(c*w) more")
+    bandwidth_efficiency: Number = Field(gt=0, le=1.2, description="of the tier's bandwidth per GPU and direction")
+    points: int = Field(default=0, ge=0)
+    median_error: Number | None = None
+    mean_error: Number | None = None
+    p90_error: Number | None = None
+
+
+class Calibration(Frozen):
+    """Generated part of a device profile. Never edited by hand."""
+
+    provenance: str
+    date: str
+    dropped: dict[str, int] = Field(default={}, description="measured rows left out, by family and reason")
+    kernels: tuple[KernelConstants, ...] = ()
+    collectives: tuple[CollectiveConstants, ...] = ()
+
+
+class DeviceProfile(Frozen):
+    """A GPU (or NPU, or CPU) and the machine around it."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    vendor: str
+    architecture: str
+    description: str
+    sources: dict[str, str]
+    processors: int = Field(ge=1, description="SMs, CUs or cores that run tiles side by side")
+    peak_flops: dict[ComputeDtype, Figure] = Field(description="dense, no sparsity")
+    memory_bytes: Figure
+    memory_bandwidth_bytes_per_s: Figure
+    interconnect: tuple[Tier, ...] = Field(min_length=1)
+    price_per_hour_usd: Figure | None = None
+    calibration: Calibration | None = None
+
+    @field_validator("interconnect")
+    @classmethod
+    def _tiers_grow(cls, tiers: tuple[Tier, ...]) -> tuple[Tier, ...]:
+        sizes = [tier.size for tier in tiers]
+        if sizes != sorted(set(sizes)):
+            raise ValueError(f"tier sizes must grow from the innermost outwards, got {sizes}")
+        return tiers
+
+    @model_validator(mode="after")
+    def _has_bf16_or_fp16(self) -> DeviceProfile:
+        if not {"bf16", "fp16"} & set(self.peak_flops):
+            raise ValueError("peak_flops needs bf16 or fp16")
+        return self
+
+    @property
+    def world_limit(self) -> int:
+        """GPUs in the largest domain that the profile describes."""
+        return self.interconnect[-1].size

@@ -1,0 +1,39 @@
+"""What an engine profile says: how a serving engine runs a traced step."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tensorcast.profiles.sourced import Figure, Frozen
+
+Fusion = Literal[
+    "merged_gemm",  # linears that read the same activation run as one GEMM (QKV, gate+up)
+    "pointwise",  # runs of elementwise and row-wise ops become one kernel
+    "allreduce_norm",  # all-reduce, residual add and RMSNorm in one kernel
+    "norm_quant",  # RMSNorm writes the quantised activation
+    "activation_quant",  # SwiGLU writes the quantised activation
+]
+
+
+class EngineProfile(Frozen):
+    """vLLM, SGLang, TensorRT-LLM: which fusions they have and what a step costs beside its kernels."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    version: str
+    description: str
+    sources: dict[str, str]
+    fusions: tuple[Fusion, ...]
+    graph_captured_phases: tuple[Literal["prefill", "decode"], ...] = Field(
+        description="phases whose kernels are replayed from a captured graph"
+    )
+    graph_launch_gap_s: Figure = Field(description="gap between two kernels inside a captured graph")
+    eager_launch_gap_s: Figure = Field(description="least time between two kernels launched one by one")
+    step_overhead_s: Figure = Field(description="scheduling, sampling and input preparation per step")
+    request_overhead_s: Figure | None = Field(default=None, description="the same, per sequence in the batch")
+    memory_fraction: Figure = Field(description="share of device memory that the engine takes")
+    reserved_bytes: Figure = Field(description="context, workspace and captured graphs, outside weights and KV cache")
+    max_tokens_per_step: int = Field(ge=1, description="default chunked-prefill budget in tokens")
+    all2all: dict[Literal["prefill", "decode"], str] = Field(description="default MoE exchange per phase, dp > 1")

@@ -1,0 +1,80 @@
+"""Op tables on disk: a second run of the same model, phase and tp needs neither torch nor transformers.
+
+The key covers the config, the stored format, and the source of the stages that make a table, so a changed tracer never
+reads an old table. ``TENSORCAST_CACHE`` moves the folder; ``TENSORCAST_CACHE=off`` switches it off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from tensorcast.profiles.model import ModelProfile
+from tensorcast.trace.table import FORMAT, OpTable
+
+
+def cache_dir() -> Path | None:
+    """Folder of the trace cache, or None when it is off."""
+    chosen = os.environ.get("TENSORCAST_CACHE", "")
+    if chosen.lower() == "off":
+        return None
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "tensorcast"
+
+
+@cache
+def _code_version() -> str:
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for part in ("ops", "modeling", "trace"):
+        for file in sorted((root / part).glob("*.py")):
+            digest.update(file.read_bytes())
+    for package in ("torch", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            digest.update(importlib.metadata.version(package).encode())
+    return digest.hexdigest()
+
+
+def _file(profile: ModelProfile, phase: str, tp: int) -> Path | None:
+    folder = cache_dir()
+    if folder is None:
+        return None
+    key = json.dumps([FORMAT, _code_version(), profile.name, profile.config, phase, tp], sort_keys=True)
+    return folder / "traces" / f"{profile.name}-{phase}-tp{tp}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write to a temporary name beside ``path`` and rename, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def traced(profile: ModelProfile, phase: str, tp: int = 1) -> OpTable:
+    """The op table of ``profile`` at ``tp``: from the cache, or traced now and stored."""
+    path = _file(profile, phase, tp)
+    if path is not None and path.exists():
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # damaged: trace again
+            return OpTable.from_json(json.loads(path.read_text(encoding="utf-8")))
+    from tensorcast.trace.tracer import trace  # torch and transformers load only here
+
+    table = trace(profile, phase, tp)  # type: ignore[arg-type]
+    if path is not None:
+        with contextlib.suppress(OSError):  # a read-only home costs time, not the answer
+            write_atomically(path, json.dumps(table.to_json(), separators=(",", ":")))
+    return table

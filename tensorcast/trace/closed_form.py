@@ -1,0 +1,100 @@
+"""From three traces at prime sizes to closed forms.
+
+B, S, P are drawn so that B, S, S+P and P's large factor are distinct primes that no model dimension shares: factoring
+a recorded size then reads off its monomial. The second and third trace verify it; what fits no monomial is tried as
+``monomial/c + d`` and must fit all three.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from tensorcast.trace.dims import Dim
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Sizes of one trace. ``P = 2 * half`` with ``half`` and ``L = S + P`` prime."""
+
+    B: int
+    S: int
+    half: int
+
+    @property
+    def P(self) -> int:
+        return 2 * self.half
+
+    @property
+    def L(self) -> int:
+        return self.S + self.P
+
+
+PREFILL = (Probe(1009, 3001, 5003), Probe(1013, 3011, 5119), Probe(1019, 3019, 5009))
+DECODE = (Probe(1009, 1, 5003), Probe(1013, 1, 5039), Probe(1019, 1, 5051))
+
+
+class NoClosedForm(ValueError):
+    """A size that is no monomial in B, S, P."""
+
+
+def solve(values: Sequence[int], probes: Sequence[Probe]) -> Dim:
+    """The closed form of a size seen as ``values`` at ``probes``. Raises :class:`NoClosedForm`."""
+    if len(set(values)) == 1:
+        return Dim(values[0])
+    for dim in (_factor(values[0], probes[0]), *_affine(values, probes), *_rounded(values, probes)):
+        if all(_evaluate(dim, probe) == value for value, probe in zip(values, probes, strict=True)):
+            return dim
+    raise NoClosedForm(f"sizes {list(values)} at {[(p.B, p.S, p.P) for p in probes]}")
+
+
+def _evaluate(dim: Dim, probe: Probe) -> Fraction:
+    powers = {"B": probe.B, "S": probe.S, "L": probe.L, "P": probe.P}
+    value = Fraction(dim.coef)
+    for atom, size in powers.items():
+        value *= size ** getattr(dim, atom)
+    if dim.rounded:
+        value = Fraction(math.floor(value) if dim.rounded < 0 else math.ceil(value))
+    return value + dim.plus
+
+
+def _factor(value: int, probe: Probe) -> Dim:
+    powers = {}
+    for atom, prime in (("B", probe.B), ("S", probe.S), ("L", probe.L), ("P", probe.half)):
+        powers[atom] = 0
+        while prime > 1 and value and value % prime == 0:
+            value //= prime
+            powers[atom] += 1
+    coef = Fraction(value, 2 ** powers["P"])
+    return Dim(_plain(coef), **powers)
+
+
+def _affine(values: Sequence[int], probes: Sequence[Probe]) -> list[Dim]:
+    """Candidates ``c * monomial + d`` through the first two points."""
+    found = []
+    for powers in ({"S": 1}, {"L": 1}, {"P": 1}, {"B": 1}, {"B": 1, "S": 1}, {"B": 1, "L": 1}):
+        unit = Dim(1, **powers)
+        at = [_evaluate(unit, probe) for probe in probes[:2]]
+        if at[0] == at[1]:
+            continue
+        slope = Fraction(values[0] - values[1]) / (at[0] - at[1])
+        offset = values[0] - slope * at[0]
+        if slope > 0 and offset.denominator == 1 and abs(offset) <= 65536 and slope.denominator <= 1024:
+            found.append(Dim(_plain(slope), **powers, plus=int(offset)))
+    return found
+
+
+def _rounded(values: Sequence[int], probes: Sequence[Probe]) -> list[Dim]:
+    """Candidates ``floor`` or ``ceil`` of ``monomial / n``: blocks, strides and compression ratios."""
+    found = []
+    for powers in ({"S": 1}, {"L": 1}, {"P": 1}, {"B": 1, "S": 1}, {"B": 1, "L": 1}):
+        ratio = values[0] and round(_evaluate(Dim(1, **powers), probes[0]) / values[0])
+        if ratio > 1:
+            found += [Dim(1 / ratio, **powers, rounded=r) for r in (-1, 1)]
+    return found
+
+
+def _plain(value: Fraction) -> float:
+    return int(value) if value.denominator == 1 else float(value)

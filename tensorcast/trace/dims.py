@@ -1,0 +1,101 @@
+"""Sizes in closed form: monomials in the few quantities that a deployment changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ATOMS = ("B", "S", "L", "P", "R", "E", "X")
+"""B sequences, S new tokens each, P cached tokens each, L = P + S; in the experts' region R rows on this rank,
+E experts on this rank, X = 1 / (experts' tensor-parallel size)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Values of the atoms: floats, or numpy arrays with one entry per candidate."""
+
+    B: Any
+    S: Any
+    P: Any
+    R: Any = 0.0
+    E: Any = 0.0
+    X: Any = 1.0
+
+    @property
+    def L(self) -> Any:
+        return self.P + self.S
+
+    @property
+    def tokens(self) -> Any:
+        """T = B * S new tokens on this rank."""
+        return self.B * self.S
+
+
+class Dim(NamedTuple):
+    """``coef * B^b * S^s * L^l * P^p * R^r * E^e * X^x + plus``, rounded down (up) where ``rounded`` is -1 (1)."""
+
+    coef: float = 1
+    B: int = 0
+    S: int = 0
+    L: int = 0
+    P: int = 0
+    R: int = 0
+    E: int = 0
+    X: int = 0
+    plus: int = 0
+    rounded: int = 0
+
+    @property
+    def powers(self) -> tuple[int, ...]:
+        return tuple(self[1:8])
+
+    @property
+    def is_constant(self) -> bool:
+        return not any(self.powers)
+
+    def at(self, sizes: Sizes) -> Any:
+        """The size as a number (or array)."""
+        value: Any = self.coef
+        for atom, power in zip(ATOMS, self.powers, strict=True):
+            for _ in range(power):
+                value = value * getattr(sizes, atom)
+        if self.rounded:
+            value = np.floor(value) if self.rounded < 0 else np.ceil(value)
+        return value + self.plus if self.plus else value
+
+    def __str__(self) -> str:
+        factors = [
+            (f"{atom}^{power}" if power > 1 else atom) if atom != "X" else "/etp"
+            for atom, power in zip(ATOMS, self.powers, strict=True)
+            if power
+        ]
+        coef = f"{self.coef:g}" if self.coef != int(self.coef) else str(int(self.coef))
+        symbols = "".join(f if f.startswith("/") else f"·{f}" for f in factors).lstrip("·")
+        text = coef if not symbols else symbols if coef == "1" and not symbols.startswith("/") else (
+            coef + symbols if symbols.startswith("/") else f"{coef}·{symbols}"
+        )
+        if self.rounded:
+            text = f"⌊{text}⌋" if self.rounded < 0 else f"⌈{text}⌉"
+        return f"{text}{self.plus:+d}" if self.plus else text
+
+
+def constant(value: float) -> Dim:
+    """A size that no deployment changes."""
+    return Dim(value)
+
+
+def product(dims: Iterable[Dim]) -> list[Dim]:
+    """Number of elements of a tensor, as a list of monomials to be multiplied: one, unless some dim has an offset."""
+    coef: float = 1
+    powers = [0] * len(ATOMS)
+    offset: list[Dim] = []
+    for dim in dims:
+        if dim.plus or dim.rounded:
+            offset.append(dim)
+            continue
+        coef *= dim.coef
+        powers = [a + b for a, b in zip(powers, dim.powers, strict=True)]
+    return [Dim(coef, *powers), *offset]

@@ -1,0 +1,105 @@
+"""One layer per structural kind: the others would record the same ops again.
+
+A kind is a signature: submodule names and classes, their scalar attributes, parameter shapes, the layer type that the
+config gives the layer, and the shapes of the tensors it is called with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from tensorcast.modeling.attention import layer_type
+
+POSITIONAL = frozenset({"layer_idx", "layer_id", "layer_number", "moe_layer_idx", "training"})
+"""Attributes that tell where a layer is, not what it does."""
+
+
+@dataclass
+class Kinds:
+    """Which kind each decoder layer is of, and the layer that stands for each kind."""
+
+    paths: list[str] = field(default_factory=list)
+    of_layer: list[int] = field(default_factory=list)
+    representatives: list[str] = field(default_factory=list)
+
+    def kind_of(self, module: str) -> int:
+        """The kind whose representative holds the module, or -1."""
+        for kind, path in enumerate(self.representatives):
+            if module == path or module.startswith(path + "."):
+                return kind
+        return -1
+
+    def layers(self, kind: int) -> list[int]:
+        return [i for i, k in enumerate(self.of_layer) if k == kind]
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder layers: the longest list of the classes that the model says not to split."""
+    names: set[str] = set()
+    for module in model.modules():
+        names |= set(getattr(module, "_no_split_modules", None) or ())
+    best_path, best = "", nn.ModuleList()
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(word in path for word in ("vision", "visual", "audio")):
+            continue
+        is_layers = {type(layer).__name__ for layer in module} & names or path.rpartition(".")[2] in ("layers", "h", "blocks")
+        if is_layers and len(module) > len(best):
+            best_path, best = path, module
+    return best_path, best
+
+
+def signature(layer: nn.Module, extra: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+    """Equal for two layers exactly when they record the same ops on the same inputs."""
+    rows: list[Any] = [extra]
+    for name, module in layer.named_modules():
+        scalars = tuple(
+            sorted(
+                (key, repr(value)) for key, value in vars(module).items()
+                if isinstance(value, (int, float, str, bool, type(None))) and key not in POSITIONAL and key[0] != "_"
+            )
+        )
+        shapes = tuple((k, tuple(p.shape), str(p.dtype)) for k, p in module._parameters.items() if p is not None)
+        rows.append((name, type(module).__name__, scalars, shapes))
+    return tuple(rows)
+
+
+@contextlib.contextmanager
+def one_per_kind(model: nn.Module, config: Any, kinds: Kinds) -> Iterator[None]:
+    """Inside, only the first layer of each kind runs; the others hand on its output. Fills ``kinds``."""
+    path, layers = decoder_layers(model)
+    outputs: dict[Any, Any] = {}
+    index: dict[Any, int] = {}
+    fresh = not kinds.paths
+
+    def stand_in(i: int, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        own = signature(layer, (layer_type(config, i),))
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            leaves = tree_leaves((args, {k: v for k, v in kwargs.items() if isinstance(v, (torch.Tensor, tuple))}))
+            key = (own, tuple(tuple(t.shape) for t in leaves if isinstance(t, torch.Tensor)))
+            if fresh:
+                if key not in index:
+                    index[key] = len(kinds.representatives)
+                    kinds.representatives.append(f"{path}.{i}")
+                kinds.paths.append(f"{path}.{i}")
+                kinds.of_layer.append(index[key])
+            if key not in outputs:
+                outputs[key] = forward(*args, **kwargs)
+            return outputs[key]
+
+        return run
+
+    for i, layer in enumerate(layers):
+        layer.forward = stand_in(i, layer, layer.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

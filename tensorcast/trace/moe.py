@@ -1,0 +1,88 @@
+"""Marking the experts' region of a trace, whose sizes depend on the layout and not only on this rank's tokens.
+
+From ``init_routing_v2`` to ``unpermute_tokens`` rows are (token, choice) pairs. Once dispatched, a rank holds ``R`` of
+them for its ``E`` experts, each narrowed by the experts' tensor-parallel size (``X = 1/etp``).
+"""
+
+from __future__ import annotations
+
+from tensorcast.trace.dims import Dim
+from tensorcast.trace.table import Op, Tensor
+
+STAGES = ("permute", "experts", "unpermute")
+
+
+def _rows(tensor: Tensor, per_token: float) -> Tensor:
+    """Replace the leading ``k*B*S`` by ``R``."""
+    def swap(dim: Dim) -> Dim:
+        is_rows = dim.coef == per_token and (dim.B, dim.S, dim.L, dim.P) in ((1, 1, 0, 0), (1, 0, 0, 0)) and not dim.plus
+        return Dim(1, R=1) if is_rows else dim
+
+    if tensor.weight or not tensor.dims:
+        return tensor
+    return Tensor((swap(tensor.dims[0]), *tensor.dims[1:]), tensor.dtype, tensor.storage, "", tensor.expanded, tensor.offset)
+
+
+def _narrow_last(tensor: Tensor) -> Tensor:
+    """The last dim is the experts' intermediate width: divide it by etp."""
+    *rest, last = tensor.dims
+    if last.is_constant and last.coef > 1:
+        last = Dim(last.coef, X=1)
+    return Tensor((*rest, last), tensor.dtype, tensor.storage, tensor.weight, tensor.expanded, tensor.offset)
+
+
+def _expert_weight(tensor: Tensor, narrowed: int | None) -> Tensor:
+    """``[E, a, b]``: the first dim becomes E; dim ``narrowed`` is the intermediate width."""
+    dims = [Dim(1, E=1), *tensor.dims[1:]]
+    if narrowed is not None:
+        dims[narrowed] = Dim(tensor.dims[narrowed].coef, X=1)
+    return Tensor(tuple(dims), tensor.dtype, tensor.storage, tensor.weight, tensor.expanded, tensor.offset)
+
+
+def _matmul(op: Op, per_token: float, up: bool) -> Op:
+    x, weight, counts, *bias = op.inputs
+    transposed = bool(op.attrs.get("transposed"))
+    out_dim, in_dim = (2, 1) if transposed else (1, 2)
+    x, out = _rows(x, per_token), _rows(op.outputs[0], per_token)
+    if up:
+        out = _narrow_last(out)
+    else:
+        x = _narrow_last(x)
+    weight = _expert_weight(weight, out_dim if up else in_dim)
+    counts = Tensor((Dim(1, E=1),), counts.dtype, counts.storage)
+    biases = tuple(_expert_weight(b, 1 if up else None) for b in bias)
+    return op.but(inputs=(x, weight, counts, *biases), outputs=(out,), attrs={**op.attrs, "projection": "up" if up else "down"})
+
+
+def mark_experts(ops: list[Op]) -> list[Op]:
+    """Tag the rows of every experts region with their stage and put their sizes in R, E, X."""
+    marked: list[Op] = []
+    region = ""  # storage order: routing opens it, unpermute closes it
+    per_token: float = 0
+    matmuls = 0
+    for op in ops:
+        if op.name == "init_routing_v2" and not region:
+            region, matmuls = "permute", 0
+            per_token = op.inputs[1].dims[-1].coef
+            marked.append(op.but(stage="permute"))
+        elif op.name == "unpermute_tokens" and region:
+            region = ""
+            marked.append(op.but(stage="unpermute"))
+        elif not region:
+            marked.append(op)
+        elif op.name == "init_routing_v2" or op.name == "expert_counts":
+            marked.append(op.but(stage="permute"))
+        elif op.name == "grouped_matmul":
+            matmuls += 1
+            marked.append(_matmul(op, per_token, up=matmuls == 1).but(stage="experts"))
+        else:
+            between = matmuls == 1
+            change = (lambda t: _narrow_last(_rows(t, per_token))) if between else (lambda t: _rows(t, per_token))
+            marked.append(
+                op.but(
+                    inputs=tuple(t if t.weight else change(t) for t in op.inputs),
+                    outputs=tuple(change(t) for t in op.outputs),
+                    stage="experts",
+                )
+            )
+    return marked

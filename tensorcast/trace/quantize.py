@@ -1,0 +1,62 @@
+"""Putting a quantisation on a traced table: each matmul gets its scheme, its activation a quantising kernel."""
+
+from __future__ import annotations
+
+from tensorcast.modeling.quantization import Quantization, Scheme
+from tensorcast.trace.table import Op, OpTable, Tensor
+
+MATMULS = frozenset({"mm", "addmm", "grouped_matmul", "mla_absorb", "mla_expand"})
+
+ACTIVATION_DTYPE = {"fp8": "act_fp8", "fp8_block": "act_fp8_block", "int8": "act_int8", "nvfp4": "act_nvfp4"}
+
+
+def apply_quantization(table: OpTable, quantization: Quantization) -> OpTable:
+    """The table with ``attrs["scheme"]`` on every matmul and ``quantize_activation`` rows before those that need one.
+
+    Routed rows are quantised once per token before they are permuted and sent, as dispatch in FP8 does.
+    """
+    role = {p.name: p.role for p in table.params}
+    ops: list[Op] = []
+    made: dict[tuple[int, int, str], Tensor] = {}
+    routed: dict[int, Tensor] = {}
+    storage = 1 + max((t.storage for op in table.ops for t in (*op.inputs, *op.outputs)), default=0)
+
+    def quantized(op: Op, activation: Tensor, scheme: Scheme) -> Tensor:
+        nonlocal storage
+        key = (activation.storage, activation.offset, scheme.name)
+        if key not in made:
+            made[key] = Tensor(activation.dims, ACTIVATION_DTYPE[scheme.name], storage)
+            storage += 1
+            ops.append(Op("quantize_activation", op.module, op.kind, (activation,), (made[key],),
+                          {"scheme": scheme.name}, op.stage))
+        return made[key]
+
+    experts_scheme = _experts_scheme(table, quantization, role)
+    for op in table.ops:
+        if op.name == "init_routing_v2" and experts_scheme.quantizes_activation and len(op.inputs[0].dims) == 2 \
+                and op.inputs[0].dims[-1].coef > 1:
+            x = quantized(op.but(stage=""), op.inputs[0], experts_scheme)
+            out = op.outputs[0]
+            routed[out.storage] = Tensor(out.dims, x.dtype, out.storage, "", out.expanded, out.offset)
+            ops.append(op.but(inputs=(x, *op.inputs[1:]), outputs=(routed[out.storage],)))
+            continue
+        if op.name not in MATMULS or not op.weights:
+            ops.append(op)
+            continue
+        scheme = quantization.scheme(op.weights[0], role.get(op.weights[0], "other"))
+        inputs = op.inputs
+        if scheme.quantizes_activation and op.name != "mla_absorb":  # absorbed matmuls run in bf16
+            at = next(i for i, t in enumerate(inputs) if not t.weight)
+            activation = inputs[at]
+            x = (
+                Tensor(activation.dims, routed[activation.storage].dtype, activation.storage)
+                if activation.storage in routed else quantized(op, activation, scheme)
+            )
+            inputs = (*inputs[:at], x, *inputs[at + 1 :])
+        ops.append(op.but(inputs=inputs, attrs={**op.attrs, "scheme": scheme.name}))
+    return table.with_ops(ops)
+
+
+def _experts_scheme(table: OpTable, quantization: Quantization, role: dict[str, str]) -> Scheme:
+    name = next((p.name for p in table.params if p.role == "experts"), "")
+    return quantization.scheme(name, role.get(name, "other"))

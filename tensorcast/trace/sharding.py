@@ -1,0 +1,51 @@
+"""Which weights a narrower config made column- or row-parallel, found by comparing two traces of the same model."""
+
+from __future__ import annotations
+
+from tensorcast.trace.table import Op, OpTable, Tensor
+
+MATMULS = frozenset({"mm", "addmm", "bmm", "mla_absorb", "mla_expand"})
+REDUCTIONS = frozenset({"mean", "sum", "var", "var_mean", "norm", "linalg_vector_norm"})
+
+
+def _contraction(op: Op) -> tuple[float, float]:
+    """(K, N) of a matmul row."""
+    activation = op.inputs[1] if op.name == "addmm" else op.inputs[0]
+    return activation.dims[-1].coef, op.outputs[0].dims[-1].coef
+
+
+def _narrowed(a: Tensor, b: Tensor, dim: int) -> bool:
+    return a.dims[dim].coef != b.dims[dim].coef
+
+
+def _style(whole: Op, shard: Op) -> str:
+    if whole.stage == "experts":
+        return "experts"
+    if whole.name in MATMULS:
+        (k1, n1), (k2, n2) = _contraction(whole), _contraction(shard)
+        if k2 != k1 and n2 == n1:
+            return "row"
+        return "column" if n2 != n1 else "replicated"
+    if whole.name == "embedding" and whole.weights:
+        return "row" if _narrowed(whole.inputs[0], shard.inputs[0], 0) else "replicated"
+    if whole.name in REDUCTIONS and "dim" in whole.attrs and whole.inputs[0].dims:
+        dim = whole.attrs["dim"]
+        return "row" if -len(whole.inputs[0].dims) <= dim < len(whole.inputs[0].dims) and _narrowed(
+            whole.inputs[0], shard.inputs[0], dim
+        ) else ""
+    return ""
+
+
+def mark_sharding(whole: OpTable, shard: OpTable) -> OpTable:
+    """``shard``'s rows with their style: ``row`` leaves partial sums (an all-reduce follows), ``column`` splits outputs.
+
+    ``whole`` is the trace at tp=1. The experts' region is taken from it: experts are sharded by their own sizes.
+    """
+    names = [op.name for op in whole.ops]
+    if names != [op.name for op in shard.ops]:
+        raise ValueError(f"{whole.model}: tp={shard.tp} traced another sequence of ops than tp=1")
+    rows = []
+    for a, b in zip(whole.ops, shard.ops, strict=True):
+        base = a if a.stage == "experts" else b
+        rows.append(base.but(shard=_style(a, b)))
+    return shard.with_ops(rows)

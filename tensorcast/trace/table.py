@@ -1,0 +1,169 @@
+"""The op table: what one step does on one rank, with every size in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from tensorcast.trace.dims import Dim, Sizes, product
+
+FORMAT = 1
+"""Version of the stored form; part of the trace cache's key."""
+
+DTYPE_BYTES: dict[str, float] = {
+    "float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
+    "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "complex64": 8,
+    # Quantised activations with their scales: see modeling/quantization.py.
+    "act_fp8": 1, "act_fp8_block": 1 + 4 / 128, "act_int8": 1, "act_nvfp4": 0.5 + 1 / 16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One operand: logical shape, which dims are only expanded views (read once), dtype, identity of its storage."""
+
+    dims: tuple[Dim, ...]
+    dtype: str
+    storage: int = -1
+    weight: str = ""
+    expanded: tuple[int, ...] = ()
+    offset: int = 0
+
+    def numel(self, sizes: Sizes) -> Any:
+        """Elements that lie in memory: expanded dims count once."""
+        value: Any = 1.0
+        for dim in product(d for i, d in enumerate(self.dims) if i not in self.expanded):
+            value = value * dim.at(sizes)
+        return value
+
+    def bytes(self, sizes: Sizes) -> Any:
+        """Bytes in the traced dtype."""
+        return self.numel(sizes) * DTYPE_BYTES[self.dtype]
+
+    def shape(self) -> str:
+        return "[" + ", ".join(str(d) for d in self.dims) + "]"
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One row. ``kind`` is the layer kind it belongs to (-1: outside the layers); ``stage`` its place in a MoE block."""
+
+    name: str
+    module: str
+    kind: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    stage: str = ""
+    shard: str = ""
+    parts: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(t.weight for t in self.inputs if t.weight)
+
+    def but(self, **changes: Any) -> Op:
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter of one layer kind (or outside the layers): this rank's elements and the whole model's."""
+
+    name: str
+    module: str
+    kind: int
+    numel: int
+    full_numel: int
+    dtype: str
+    role: str
+    """``linear``, ``experts``, ``embedding``, ``lm_head`` or ``other``."""
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpTable:
+    """A step of one phase at one tensor-parallel size."""
+
+    model: str
+    phase: str
+    tp: int
+    ops: tuple[Op, ...]
+    layer_kinds: tuple[int, ...]
+    kind_names: tuple[str, ...]
+    params: tuple[Param, ...]
+    facts: dict[str, Any]
+    """Sizes that layout rules and formulas need: num_experts, top_k, hidden_size, heads, ..."""
+
+    def count(self, op: Op | Param, layers: slice = slice(None)) -> int:
+        """How often a row runs in one step: layers of its kind, or once."""
+        return self.layer_kinds[layers].count(op.kind) if op.kind >= 0 else 1
+
+    def with_ops(self, ops: tuple[Op, ...] | list[Op]) -> OpTable:
+        return replace(self, ops=tuple(ops))
+
+    def total_params(self) -> int:
+        """Parameters of the whole model (tied weights once)."""
+        return sum(p.full_numel * self.count(p) for p in self.params)
+
+    def active_params(self, with_embedding: bool = True) -> int:
+        """Parameters that one token uses: ``top_k`` of the experts; the embedding counted or not, as publishers do."""
+        share = self.facts.get("top_k", 0) / max(self.facts.get("num_experts", 0), 1)
+        total = 0.0
+        for p in self.params:
+            if p.role == "embedding" and not with_embedding and not self.facts.get("tied_embedding"):
+                continue
+            total += p.full_numel * self.count(p) * (share if p.role == "experts" else 1)
+        return math.floor(total)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> OpTable:
+        data = {k: v for k, v in data.items() if k != "format"}
+        data["ops"] = tuple(_op(row) for row in data["ops"])
+        data["params"] = tuple(Param(**{**row, "shape": tuple(row["shape"])}) for row in data["params"])
+        return cls(**{**data, "layer_kinds": tuple(data["layer_kinds"]), "kind_names": tuple(data["kind_names"])})
+
+
+def _tensor(row: dict[str, Any]) -> Tensor:
+    dims = tuple(Dim(*d) for d in row["dims"])
+    return Tensor(dims, row["dtype"], row["storage"], row["weight"], tuple(row["expanded"]), row["offset"])
+
+
+def _op(row: dict[str, Any]) -> Op:
+    attrs = {k: Dim(*v) if isinstance(v, list) and len(v) == len(Dim._fields) else v for k, v in row["attrs"].items()}
+    return Op(
+        **{
+            **row,
+            "inputs": tuple(_tensor(t) for t in row["inputs"]),
+            "outputs": tuple(_tensor(t) for t in row["outputs"]),
+            "attrs": attrs,
+            "parts": tuple(row["parts"]),
+        }
+    )
+
+
+def layer_ranges(indices: list[int]) -> str:
+    """Layer numbers for people: ``3-60``, ``0-34:2``, ``0,5,7``."""
+
+    def runs() -> Iterator[str]:
+        i = 0
+        while i < len(indices):
+            step = indices[i + 1] - indices[i] if i + 1 < len(indices) else 1
+            j = i
+            while j + 1 < len(indices) and indices[j + 1] - indices[j] == step:
+                j += 1
+            long_enough = j - i >= 2 or (step == 1 and j > i)
+            if long_enough:
+                yield f"{indices[i]}-{indices[j]}" + (f":{step}" if step > 1 else "")
+                i = j + 1
+            else:
+                yield str(indices[i])
+                i += 1
+
+    text = ",".join(runs())
+    return text if len(text) <= 24 else f"{indices[0]}..{indices[-1]} x{len(indices)}"

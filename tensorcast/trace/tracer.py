@@ -1,0 +1,176 @@
+"""From a model profile to op tables: build on meta, record at three prime sizes, solve, mark."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from tensorcast.modeling.build import build
+from tensorcast.modeling.config import field, hf_config, narrow
+from tensorcast.profiles.model import ModelProfile
+from tensorcast.trace.closed_form import DECODE, PREFILL, NoClosedForm, solve
+from tensorcast.trace.dims import Dim
+from tensorcast.trace.forward import record_step
+from tensorcast.trace.layers import Kinds
+from tensorcast.trace.mla import mark_latent
+from tensorcast.trace.moe import mark_experts
+from tensorcast.trace.record import Call, Seen
+from tensorcast.trace.sharding import mark_sharding
+from tensorcast.trace.table import Op, OpTable, Param, Tensor, layer_ranges
+
+Phase = Literal["prefill", "decode"]
+
+
+def trace(profile: ModelProfile, phase: Phase, tp: int = 1) -> OpTable:
+    """Op table of one step of ``profile`` on one of ``tp`` ranks. Seconds, not minutes; nothing is allocated."""
+    transformers_logging.set_verbosity_error()
+    config = hf_config(profile)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = _trace_one(profile, config, config, phase, 1)
+        if tp == 1:
+            return whole
+        shard = _trace_one(profile, narrow(config, tp), config, phase, tp)
+    params = tuple(
+        Param(**{**_fields(narrow_), "full_numel": full.numel, **({"numel": full.numel} if full.role == "experts" else {})})
+        for full, narrow_ in zip(whole.params, shard.params, strict=True)
+    )
+    table = mark_sharding(whole, shard)
+    return OpTable(
+        table.model, phase, tp, table.ops, table.layer_kinds, table.kind_names, params, whole.facts
+    )
+
+
+def _fields(param: Param) -> dict[str, Any]:
+    return {name: getattr(param, name) for name in Param.__dataclass_fields__}
+
+
+def _trace_one(
+    profile: ModelProfile, config: PreTrainedConfig, whole: PreTrainedConfig, phase: Phase, tp: int
+) -> OpTable:
+    model = build(config)
+    kinds = Kinds()
+    probes = DECODE if phase == "decode" else PREFILL
+    recorded = [
+        record_step(model, config, batch=p.B, new=p.S, past=p.P, recurrent_state=phase == "decode", kinds=kinds)
+        for p in probes
+    ]
+    ops = mark_latent(mark_experts(_solve_all(model, kinds, recorded, probes)), phase)
+    facts = _facts(whole, ops)
+    params = _params(model, kinds, ops)
+    return OpTable(
+        profile.name, phase, tp, tuple(ops), tuple(kinds.of_layer), tuple(_kind_name(model, kinds)), params, facts
+    )
+
+
+def _kind_name(model: nn.Module, kinds: Kinds) -> list[str]:
+    return [layer_ranges(kinds.layers(kind)) for kind in range(len(kinds.representatives))]
+
+
+def _solve_all(model: nn.Module, kinds: Kinds, recorded: list[list[Call]], probes: Any) -> list[Op]:
+    lengths = {len(calls) for calls in recorded}
+    if len(lengths) != 1:
+        raise NoClosedForm(f"the number of ops depends on the sizes: {sorted(lengths)}")
+    weights = {p.untyped_storage()._cdata: name for name, p in [*model.named_parameters(), *model.named_buffers()]}
+    storages: dict[int, int] = {}
+    ops = []
+    for triple in zip(*recorded, strict=True):
+        first = triple[0]
+        attrs: dict[str, Any] = dict(first.attrs)
+        for name, value in first.attrs.items():
+            seen = [call.attrs[name] for call in triple]
+            if isinstance(value, int) and not isinstance(value, bool) and len(set(seen)) > 1:
+                attrs[name] = solve(seen, probes)
+        ops.append(_as_mm(
+            Op(
+                first.name,
+                _label(first.module, kinds),
+                kinds.kind_of(first.module),
+                tuple(_tensor(t, probes, weights, storages) for t in zip(*(c.inputs for c in triple), strict=True)),
+                tuple(_tensor(t, probes, weights, storages) for t in zip(*(c.outputs for c in triple), strict=True)),
+                attrs,
+            )
+        ))
+    return ops
+
+
+def _as_mm(op: Op) -> Op:
+    """A batched matmul whose weight is only expanded over the batch (a linear on a strided input) is one matmul."""
+    if op.name != "bmm" or not op.inputs[1].weight or 0 not in op.inputs[1].expanded:
+        return op
+    x, weight, out = op.inputs[0], op.inputs[1], op.outputs[0]
+
+    def flat(t: Tensor) -> Tensor:
+        batch, rows, width = t.dims
+        joined = batch if rows == Dim(1) else Dim(batch.coef * rows.coef, *map(sum, zip(batch.powers, rows.powers)))
+        return replace(t, dims=(joined, width), expanded=())
+
+    return op.but(name="mm", inputs=(flat(x), replace(weight, dims=weight.dims[1:], expanded=())), outputs=(flat(out),))
+
+
+def _tensor(seen: tuple[Seen, ...], probes: Any, weights: dict[int, str], storages: dict[int, int]) -> Tensor:
+    first = seen[0]
+    dims = tuple(solve(sizes, probes) for sizes in zip(*(s.shape for s in seen), strict=True))
+    storage = storages.setdefault(first.storage, len(storages))
+    return Tensor(dims, first.dtype, storage, weights.get(first.storage, ""), first.expanded, first.offset)
+
+
+def _label(module: str, kinds: Kinds) -> str:
+    """``model.layers.3.mlp`` of a representative becomes ``layers[3-60].mlp``: the layers that it stands for."""
+    kind = kinds.kind_of(module)
+    if kind < 0:
+        return module.removeprefix("model.")
+    prefix = kinds.representatives[kind]
+    return f"{prefix.rpartition('.')[0].removeprefix('model.')}[{layer_ranges(kinds.layers(kind))}]{module[len(prefix):]}"
+
+
+def _facts(config: PreTrainedConfig, ops: list[Op]) -> dict[str, Any]:
+    """Sizes of the unsharded model that layout rules and formulas ask for."""
+    routing = next((op for op in ops if op.name == "init_routing_v2"), None)
+    experts = next((op for op in ops if op.name == "expert_counts"), None)
+    width = next((op.inputs[1] for op in ops if op.name == "grouped_matmul" and op.attrs["projection"] == "down"), None)
+    hidden = field(config, "hidden_size", "d_model")
+    return {
+        "hidden_size": hidden,
+        "vocab_size": field(config, "vocab_size"),
+        "layers": field(config, "num_hidden_layers", "n_layers"),
+        "heads": field(config, "num_attention_heads", "n_heads"),
+        "kv_heads": field(config, "num_key_value_heads", "kv_n_heads", default=field(config, "num_attention_heads", "n_heads")),
+        "num_experts": int(experts.attrs["num_experts"]) if experts else 0,
+        "top_k": int(routing.inputs[1].dims[-1].coef) if routing else 0,
+        "moe_hidden_size": int(routing.inputs[0].dims[-1].coef) if routing else 0,
+        "moe_intermediate_size": int(next(d.coef for d in width.dims if d.X)) if width else 0,
+        "expert_groups": int(field(config, "n_group", default=1) or 1),
+        "expert_groups_chosen": int(field(config, "topk_group", default=1) or 1),
+        "tied_embedding": bool(getattr(config, "tie_word_embeddings", False)),
+    }
+
+
+def _params(model: nn.Module, kinds: Kinds, ops: list[Op]) -> tuple[Param, ...]:
+    """Every parameter of one layer per kind and of what lies outside the layers, by the role it plays in the trace."""
+    experts = {w for op in ops if op.name == "grouped_matmul" for w in op.weights}
+    names = ("mm", "addmm", "bmm", "mla_absorb", "mla_expand")
+    matmul = {w for op in ops if op.name in names for w in op.weights}
+    embedded = {w for op in ops if op.name == "embedding" for w in op.weights}
+    rows = []
+    standing = set(kinds.representatives)
+    other_layers = tuple(path + "." for path in kinds.paths if path not in standing)
+    for name, param in model.named_parameters():
+        if name.startswith(other_layers):
+            continue
+        module = name.rpartition(".")[0]
+        is_linear = type(model.get_submodule(module)) is nn.Linear
+        role = (
+            "experts" if name in experts else "embedding" if name in embedded else
+            "lm_head" if kinds.kind_of(module) < 0 and name in matmul else
+            "linear" if is_linear and name in matmul else "other"  # a router is a matmul, but never quantised
+        )
+        dtype = str(param.dtype).removeprefix("torch.")
+        numel = param.numel()
+        rows.append(Param(name, _label(module, kinds), kinds.kind_of(module), numel, numel, dtype, role, tuple(param.shape)))
+    return tuple(rows)

@@ -95,11 +95,14 @@ def group_extent(size: int, stride: int, device: DeviceProfile) -> tuple[int, ..
     return tuple(extent)
 
 
-def find_constants(device: DeviceProfile, op: str, tier: str, algorithm: str, engine: str) -> CollectiveConstants | None:
+def find_constants(
+    device: DeviceProfile, op: str, tier: str, algorithm: str, engine: str
+) -> CollectiveConstants | None:
     """The fitted constants for this engine, else for any engine, else none."""
     if device.calibration is None:
         return None
-    found = {c.engine: c for c in device.calibration.collectives if (c.op, c.tier, c.algorithm) == (op, tier, algorithm)}
+    key = (op, tier, algorithm)
+    found = {c.engine: c for c in device.calibration.collectives if (c.op, c.tier, c.algorithm) == key}
     return found.get(engine) or found.get("any")
 
 
@@ -271,4 +274,5 @@ def collective_time(
     else:
         raise InputError(f"unknown collective {op!r}: all_reduce, all_gather, reduce_scatter, all_to_all, send_recv")
     evidence: Evidence = "calibrated" if leg.calibrated else "datasheet"
-    return CollectiveTime(leg.seconds, leg.algorithm, device.interconnect[levels[-1][0]].name, leg.wire, evidence, leg.error)
+    outermost = device.interconnect[levels[-1][0]].name
+    return CollectiveTime(leg.seconds, leg.algorithm, outermost, leg.wire, evidence, leg.error)

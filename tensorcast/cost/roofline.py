@@ -39,9 +39,9 @@ DATASHEET_ERROR = 0.5
 """Median relative error to state where no constants were fitted (what these fractions get on the measured devices)."""
 
 NEAREST = {
-    "bf16": ("fp16",), "fp16": ("bf16",), "fp8": ("fp8_block", "int8"), "fp8_block": ("fp8",), "int8": ("fp8", "fp8_block"),
-    "nvfp4": ("w4a8", "fp8"), "mxfp4": ("w4a16", "bf16"), "w4a16": ("mxfp4", "w8a16", "bf16"), "w8a16": ("w4a16", "bf16"),
-    "w4a8": ("fp8", "nvfp4"),
+    "bf16": ("fp16",), "fp16": ("bf16",), "fp8": ("fp8_block", "int8"), "fp8_block": ("fp8",),
+    "int8": ("fp8", "fp8_block"), "nvfp4": ("w4a8", "fp8"), "w4a8": ("fp8", "nvfp4"), "mxfp4": ("w4a16", "bf16"),
+    "w4a16": ("mxfp4", "w8a16", "bf16"), "w8a16": ("w4a16", "bf16"),
 }
 """Whose fitted fractions to borrow first when a family was not measured in a dtype; any other dtype comes after."""
 
@@ -79,7 +79,8 @@ def constants_for(
     fitted = [c for c in (device.calibration.kernels if device.calibration else ()) if c.family == family]
     if fitted:
         order = [dtype, "any", *NEAREST.get(dtype, ()), *sorted({c.dtype for c in fitted})]
-        return min(fitted, key=lambda c: (order.index(c.dtype), (engine, "any", c.engine).index(c.engine))), "calibrated"
+        best = min(fitted, key=lambda c: (order.index(c.dtype), (engine, "any", c.engine).index(c.engine)))
+        return best, "calibrated"
     compute, memory = DATASHEET.get(family, DATASHEET["memory"])
     assumed = KernelConstants(
         family=family, dtype=dtype, compute_efficiency=compute, memory_efficiency=memory, launch_s=DATASHEET_LAUNCH_S,

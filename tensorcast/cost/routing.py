@@ -156,3 +156,34 @@ def expert_load(routing: Routing, num_experts: int, top_k: int, ranks: int, seed
         found.append((float(per_rank[top]), q[order][owner == top]))
     found.sort(key=lambda pair: pair[0])
     return ExpertLoad(num_experts, top_k, ranks, found[len(found) // 2][1], noise)
+
+
+def _none_of(pool: float, avoided: float, picks: int) -> float:
+    """Chance that ``picks`` distinct items of ``pool`` contain none of ``avoided``: C(pool-avoided, k) / C(pool, k)."""
+    chance = 1.0
+    for i in range(picks):
+        chance *= max(pool - avoided - i, 0.0) / (pool - i)
+    return chance
+
+
+def expected_distinct(num_experts: int, top_k: int, parts: int, groups: int = 1, chosen: int = 1) -> float:
+    """How many of ``parts`` equal shares of the experts a token's k choices touch, on average.
+
+    Parts are nodes or ranks; with group-limited routing the k come from ``chosen`` of ``groups`` groups.
+    Source: DeepEP's ``get_theoretical_num_sms``; DeepSeek-V3 (arXiv 2412.19437) section 2.1.2 for the limit.
+    """
+    if groups <= 1 or chosen >= groups:
+        groups = chosen = 1
+    pool = num_experts * chosen / groups
+    per_group = num_experts / groups
+    if parts > groups:  # a part is a piece of one group
+        missed = 1.0 - chosen / groups * (1.0 - _none_of(pool, num_experts / parts, top_k))
+    else:
+        held = groups // parts  # groups on one part; sum over how many of them were chosen
+        missed = sum(
+            math.comb(held, j) * math.comb(groups - held, chosen - j) / math.comb(groups, chosen)
+            * _none_of(pool, j * per_group, top_k)
+            for j in range(min(held, chosen) + 1)
+            if chosen - j <= groups - held
+        )
+    return parts * (1.0 - missed)

@@ -11,7 +11,7 @@ Size = Any
 """A float, or a numpy array with one entry per candidate."""
 
 GEMM_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (16, 64))
-"""Output tiles (rows, columns) that GEMM libraries choose from (CUTLASS, cuBLAS, DeepGEMM; 16 rows: operands swapped)."""
+"""Output tiles (rows, columns) that GEMM libraries choose from (CUTLASS, cuBLAS, DeepGEMM; 16: operands swapped)."""
 
 ATTENTION_ROWS = 128
 """Queries per tile of FlashAttention-2 and -3 in prefill."""
@@ -142,7 +142,7 @@ def _attention_tilings(
 
 def attention(
     batch: Size, new: Size, past: Size, q_heads: Size, kv_heads: Size, qk_dim: Size, v_dim: Size,
-    *, kv_bytes: float = 2.0, window: Size = 0, causal: bool = True, decode: bool = False, dtype: str = "bf16",
+    *, kv_bytes: Size = 2.0, window: Size = 0, causal: bool = True, decode: bool = False, dtype: str = "bf16",
 ) -> Work:
     """Softmax attention over a paged cache; queries and outputs in bf16, keys and values ``kv_bytes`` per element.
 
@@ -163,7 +163,7 @@ def attention(
 
 def mla(
     batch: Size, new: Size, past: Size, heads: Size, latent: Size, rope: Size, nope: Size, v_dim: Size,
-    *, kv_bytes: float = 2.0, selected: Size = 0, decode: bool = False, dtype: str = "bf16",
+    *, kv_bytes: Size = 2.0, selected: Size = 0, decode: bool = False, dtype: str = "bf16",
 ) -> Work:
     """Multi-head latent attention: absorbed in decode (all heads share one latent), expanded in prefill.
 

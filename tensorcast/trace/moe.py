@@ -9,8 +9,6 @@ from __future__ import annotations
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.table import Op, Tensor
 
-STAGES = ("permute", "experts", "unpermute")
-
 
 def _rows(tensor: Tensor, per_token: float) -> Tensor:
     """Replace the leading ``k*B*S`` by ``R``."""
@@ -54,23 +52,31 @@ def _matmul(op: Op, per_token: float, up: bool) -> Op:
     return op.but(inputs=(x, weight, counts, *biases), outputs=(out,), attrs={**op.attrs, "projection": "up" if up else "down"})
 
 
+def _dispatched(op: Op, per_token: float) -> Op:
+    """A permute leaves on this rank the rows that its experts will work on."""
+    return op.but(outputs=tuple(_rows(t, per_token) for t in op.outputs), stage="permute")
+
+
 def mark_experts(ops: list[Op]) -> list[Op]:
     """Tag the rows of every experts region with their stage and put their sizes in R, E, X."""
     marked: list[Op] = []
-    region = ""  # storage order: routing opens it, unpermute closes it
+    region = ""  # routing opens it, unpermute closes it
     per_token: float = 0
     matmuls = 0
     for op in ops:
         if op.name == "init_routing_v2" and not region:
             region, matmuls = "permute", 0
             per_token = op.inputs[1].dims[-1].coef
-            marked.append(op.but(stage="permute"))
+            marked.append(_dispatched(op, per_token))
         elif op.name == "unpermute_tokens" and region:
             region = ""
-            marked.append(op.but(stage="unpermute"))
+            inputs = (_rows(op.inputs[0], per_token), *op.inputs[1:])
+            marked.append(op.but(inputs=inputs, stage="unpermute"))
         elif not region:
             marked.append(op)
-        elif op.name == "init_routing_v2" or op.name == "expert_counts":
+        elif op.name == "init_routing_v2":
+            marked.append(_dispatched(op, per_token))
+        elif op.name == "expert_counts":
             marked.append(op.but(stage="permute"))
         elif op.name == "grouped_matmul":
             matmuls += 1

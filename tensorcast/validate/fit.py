@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from tensorcast.cost import collectives, roofline
+from tensorcast.cost import roofline
 from tensorcast.cost.work import Work
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import Calibration, CollectiveConstants, DeviceProfile, KernelConstants
@@ -85,7 +85,9 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def fit_constants(bounds: dict[str, tuple[float, float, float]], predict: Predict, seconds: np.ndarray) -> tuple[dict[str, float], float]:
+def fit_constants(
+    bounds: dict[str, tuple[float, float, float]], predict: Predict, seconds: np.ndarray
+) -> tuple[dict[str, float], float]:
     """Constants (searched in log space) that make ``predict`` match ``seconds``, without terms that do not pay."""
     names = list(bounds)
     start, low, high = (np.log([bounds[name][i] for name in names]) for i in range(3))
@@ -135,7 +137,7 @@ def fit_kernel(
     for smoothing in (1.0,) if family == "memory" else (1.0, 2.0, 4.0):
         def build(values: dict[str, float], p: float = smoothing) -> KernelConstants:
             return KernelConstants.model_construct(
-                family=family, dtype=dtype, engine=engine, smoothing=p, **{"compute_efficiency": 1.0, **values}
+                family=family, dtype=dtype, engine=engine, smoothing=p, **{"compute_efficiency": 1.0, **values},  # type: ignore[arg-type]
             )
 
         found, loss = fit_constants(
@@ -148,14 +150,13 @@ def fit_kernel(
     scored = test if len(test) else train
     predicted = kernel_seconds(measured.works_of(family, dtype, scored), constants, others, device)
     score = errors(predicted, scored.seconds.to_numpy(float))
-    fields = {**constants.model_dump(exclude_unset=True), "points": int((~out).sum()), **score}
-    return KernelConstants(**fields)
+    counts = {"points": len(train), "held_out": int(out.sum())}
+    return KernelConstants(**{**constants.model_dump(exclude_unset=True), **counts, **score})
 
 
-def _pooled(frame: pd.DataFrame) -> pd.DataFrame:
-    """As many rows of every engine, so that none outvotes the others."""
-    least = max(int(frame.engine.value_counts().min()), FEWEST)
-    return pd.concat([rows.sample(min(least, len(rows)), random_state=0) for _, rows in frame.groupby("engine")])
+def _best_of_engines(frame: pd.DataFrame, family: str) -> pd.DataFrame:
+    """The fastest engine's time of every shape: what an unnamed engine is taken to reach."""
+    return frame.sort_values("seconds", kind="stable").drop_duplicates(list(measured.SHAPE[family]), keep="first")
 
 
 def fit_kernels(device: DeviceProfile, tables: measured.Tables, system: str) -> tuple[KernelConstants, ...]:
@@ -169,7 +170,7 @@ def fit_kernels(device: DeviceProfile, tables: measured.Tables, system: str) -> 
                 continue
             groups = [(str(engine), part) for engine, part in rows.groupby("engine") if len(part) >= FEWEST]
             if len(groups) != 1:
-                groups.append(("any", _pooled(rows)))
+                groups.append(("any", _best_of_engines(rows, family)))
             new = [fit_kernel(family, str(dtype), engine, part, device, others) for engine, part in groups]
             fitted += new
             if family == "memory":  # the tables' quantisation kernels: the best engine's are what a fused op costs
@@ -196,17 +197,22 @@ def fit_collective(op: str, algorithm: str, frame: pd.DataFrame, device: DeviceP
     found, _ = fit_constants(bounds, lambda values: _alpha_beta(values, ranks[~out], wire[~out], speed), seconds[~out])
     score = errors(_alpha_beta(found, ranks[out], wire[out], speed), seconds[out])
     return CollectiveConstants(
-        op=op, tier=tier.name, algorithm=algorithm, engine="any", points=int((~out).sum()), **found, **score  # type: ignore[arg-type]
+        op=op, tier=tier.name, algorithm=algorithm, engine="any", points=int((~out).sum()),  # type: ignore[arg-type]
+        held_out=int(out.sum()), **found, **score,
     )
 
 
-def fit_custom_all_reduce(engine: str, frame: pd.DataFrame, ring: CollectiveConstants, device: DeviceProfile) -> list[CollectiveConstants]:
+def fit_custom_all_reduce(
+    engine: str, frame: pd.DataFrame, ring: CollectiveConstants, device: DeviceProfile
+) -> list[CollectiveConstants]:
     """The engines' own all-reduce: one-shot or two-shot or NCCL's, whichever is fastest, so all are fitted at once."""
     tier = device.interconnect[0]
     speed = float(tier.bandwidth_bytes_per_s)
     out = measured.held_out(frame, measured.SHAPE["all_reduce"]).to_numpy()
     ranks, payload, seconds = (frame[c].to_numpy(float) for c in ("ranks", "payload_bytes", "seconds"))
-    start = {"latency_s": (4e-6, 5e-7, 5e-5), "step_latency_s": (1e-7, 1e-9, 5e-6), "bandwidth_efficiency": (0.6, 0.1, 1.0)}
+    start = {
+        "latency_s": (4e-6, 5e-7, 5e-5), "step_latency_s": (1e-7, 1e-9, 5e-6), "bandwidth_efficiency": (0.6, 0.1, 1.0),
+    }
     bounds = {f"{name}:{shot}": value for shot in ("one_shot", "two_shot") for name, value in start.items()}
 
     def part(values: dict[str, float], shot: str) -> dict[str, float]:
@@ -226,7 +232,7 @@ def fit_custom_all_reduce(engine: str, frame: pd.DataFrame, ring: CollectiveCons
     return [
         CollectiveConstants(
             op="all_reduce", tier=tier.name, algorithm=shot, engine=engine, points=int((~out).sum()),
-            **part(found, shot), **score,
+            held_out=int(out.sum()), **part(found, shot), **score,
         )
         for shot in ("one_shot", "two_shot")
     ]
@@ -250,13 +256,16 @@ def fit_collectives(device: DeviceProfile, tables: measured.Tables, system: str)
     return tuple(fitted)
 
 
-def fit_device(device: DeviceProfile, tables: measured.Tables, system: str | None = None, date: str | None = None) -> Calibration:
+def fit_device(
+    device: DeviceProfile, tables: measured.Tables, system: str | None = None, date: str | None = None
+) -> Calibration:
     """All constants of one device. ``system``: its name in the tables (default: the profile's, ``-`` as ``_``)."""
     system = system or device.name.replace("-", "_")
     frames = [frame[frame.system == system] for frame in tables.frames.values()]
     if not any(len(frame) for frame in frames):
         raise InputError(f"the tables hold nothing measured on {system}")
-    versions = sorted({f"{e} {v}" for f in frames for e, v in zip(f.engine, f.engine_version, strict=True) if e != "any"})
+    pairs = pd.concat([frame[["engine", "engine_version"]] for frame in frames]).drop_duplicates()
+    versions = sorted(f"{row.engine} {row.engine_version}" for row in pairs.itertuples() if row.engine != "any")
     dropped: dict[str, int] = {}
     for (where, family, reason), count in sorted(tables.dropped.items()):
         if where == system:
@@ -313,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profiles", type=Path, default=Path("profiles/devices"), help="folder of device profiles")
     options = parser.parse_args(arguments)
     systems = {path.name for path in options.tables.glob("*") if path.is_dir()}
-    names = options.device or sorted(p.stem for p in options.profiles.glob("*.yaml") if p.stem.replace("-", "_") in systems)
+    known = sorted(path.stem for path in options.profiles.glob("*.yaml"))
+    names = options.device or [name for name in known if name.replace("-", "_") in systems]
     for name in names:
         path = options.profiles / f"{name}.yaml"
         if not path.is_file():

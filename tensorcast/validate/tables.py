@@ -56,6 +56,11 @@ PRECISION = {
 }
 """Bytes per element with scales: 128 x 128 blocks (fp8_block), 16 (nvfp4), 32 (mx), 128 (int4, usual group size)."""
 
+SLOWER = "slower kernel or repeat of the same engine for the same shape"
+
+NON_GATED = [(1024, 2688, 22, 512), (2048, 5120, 22, 512), (8192, 5120, 22, 512), (2688, 1856, 6, 128)]
+"""(hidden, inter, top-k, experts) of Nemotron models, whose experts have no gate; one engine's tables say so."""
+
 LOWEST_S = 1e-6
 """No kernel takes less: launch and drain alone take about 2 us on these devices."""
 
@@ -98,7 +103,8 @@ def works_of(family: str, dtype: str, frame: pd.DataFrame) -> list[work.Work]:
         inter, hidden = c["inter"] / c["moe_tp"], c["hidden"]
         up = work.grouped_gemm(rows, hit, inter * (1.0 + c["gated"]), hidden, precision)
         down = work.grouped_gemm(rows, hit, hidden, inter, precision)
-        return [up, work.memory(rows * inter * (1.0 + c["gated"]) * 2.0, rows * inter * precision.activation_bytes), down]
+        activation = work.memory(rows * inter * (1.0 + c["gated"]) * 2.0, rows * inter * precision.activation_bytes)
+        return [up, activation, down]
     if family.startswith("attention"):
         return [work.attention(
             c["batch"], c["new"], c["past"], c["q_heads"], c["kv_heads"], c["head_dim"], c["head_dim"],
@@ -139,7 +145,8 @@ def _moe(raw: pd.DataFrame) -> pd.DataFrame:
         "num_tokens": "tokens", "hidden_size": "hidden", "inter_size": "inter", "num_experts": "experts",
         "moe_tp_size": "moe_tp", "moe_ep_size": "moe_ep",
     }
-    gated = ~raw.kernel_source.str.contains("nongated")
+    shape = list(zip(raw.hidden_size, raw.inter_size, raw.topk, raw.num_experts, strict=True))
+    gated = ~(raw.kernel_source.str.contains("nongated") | pd.Series(shape, index=raw.index).isin(NON_GATED))
     return raw.rename(columns=names).assign(dtype=raw.moe_dtype, gated=gated.astype(int))
 
 
@@ -245,7 +252,9 @@ def _repeats(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return frame.sort_values("seconds", kind="stable").drop_duplicates(keys, keep="first")
 
 
-def read_tables(folder: Path, systems: tuple[str, ...] | None = None, families: tuple[str, ...] | None = None) -> Tables:
+def read_tables(
+    folder: Path, systems: tuple[str, ...] | None = None, families: tuple[str, ...] | None = None
+) -> Tables:
     """Read every known table below ``folder`` (``SYSTEM/KIND/ENGINE_TABLE.parquet``)."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -253,7 +262,7 @@ def read_tables(folder: Path, systems: tuple[str, ...] | None = None, families: 
     parts: dict[str, list[pd.DataFrame]] = {}
     tables = Tables()
     for path in sorted(folder.glob("*/*/*.parquet")):
-        system, (engine, _, table) = path.parts[-3], path.stem.partition("_")
+        system, table = path.parts[-3], path.stem.partition("_")[2]
         kind, family, normalise = READERS.get(table, ("", "", _gemm))
         if kind != path.parts[-2] or (systems and system not in systems):
             continue
@@ -271,12 +280,13 @@ def read_tables(folder: Path, systems: tuple[str, ...] | None = None, families: 
                     rows = rows[~bad]
             parts.setdefault(str(name), []).append(rows[[*ID, *SHAPE[str(name)], "seconds"]])
     if not parts:
-        raise InputError(f"no measured tables below {folder}: expected SYSTEM/gemm/ENGINE_gemm_perf.parquet and the like")
+        raise InputError(f"no measured tables below {folder}: expected SYSTEM/gemm/ENGINE_gemm_perf.parquet and so on")
     for name, frames in parts.items():
         whole = pd.concat(frames, ignore_index=True)
         keys = [*ID, *SHAPE[name]]
         tables.frames[name] = _repeats(whole, keys).reset_index(drop=True)
-        for system, count in (whole.system.value_counts() - tables.frames[name].system.value_counts()).items():
+        fewer = whole.system.value_counts() - tables.frames[name].system.value_counts()
+        for slow_system, count in fewer.items():
             if count > 0:
-                tables.dropped[str(system), name, "slower kernel of the same engine for the same shape"] = int(count)
+                tables.dropped[str(slow_system), name, SLOWER] = int(count)
     return tables

@@ -1,0 +1,58 @@
+"""What ``import tensorcast`` offers: names in, typed results out. Heavy imports happen inside the calls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tensorcast.errors import InputError
+
+if TYPE_CHECKING:
+    from tensorcast.deploy.simulate import Simulation
+    from tensorcast.profiles.device import DeviceProfile
+
+
+def device_profile(name: str) -> DeviceProfile:
+    """A device profile by name or path; ``cpu`` is this machine, measured at first use and cached."""
+    if name.lower() == "cpu":
+        from tensorcast.validate.host import host_profile
+
+        return host_profile()
+    from tensorcast.profiles import load_device
+
+    return load_device(name)
+
+
+def simulate(
+    model: str, *, device: str, world_size: int = 1, tp: int | None = None, dp: int = 1, ep: int = 1, pp: int = 1,
+    phase: str = "decode", batch: int = 1, input_len: int | None = None, context: int | None = None,
+    engine: str = "vllm", quant: str | None = None, kv_dtype: str | None = None, routing: str = "balanced",
+    fusion: str = "engine", all2all: str = "auto", dispatch: str | None = None, allow_oversize: bool = False,
+) -> Simulation:
+    """Simulate one step of ``model`` on ``world_size`` of ``device``.
+
+    ``model``, ``device`` and ``engine`` are names, or paths of profiles; a model may be a directory with a Hugging
+    Face ``config.json``. ``batch`` counts sequences per data-parallel rank. ``tp`` defaults to what dp and pp leave.
+    Decode defaults to ``context=4096`` cached tokens, prefill to ``input_len=4096`` new ones.
+    Raises :class:`tensorcast.InputError`, one line, on anything that cannot be.
+
+    >>> import tensorcast as tc
+    >>> run = tc.simulate("deepseek-v3", device="h200", world_size=32, dp=32, ep=32, batch=128)  # doctest: +SKIP
+    >>> run.step_s, run.ops.head()  # doctest: +SKIP
+    """
+    from tensorcast.deploy.layout import Layout
+    from tensorcast.deploy.simulate import Options
+    from tensorcast.deploy.simulate import simulate as run
+    from tensorcast.deploy.workload import Workload
+    from tensorcast.profiles import load_engine, load_model
+
+    if dp < 1 or pp < 1:
+        raise InputError(f"layout: dp = {dp} and pp = {pp} must be at least 1")
+    layout = Layout(world_size, tp if tp is not None else max(1, world_size // (dp * pp)), dp, ep, pp)
+    if phase == "decode":
+        workload = Workload(phase, batch, 1 if input_len is None else input_len, 4096 if context is None else context)
+    else:
+        workload = Workload(phase, batch, 4096 if input_len is None else input_len, context or 0)  # type: ignore[arg-type]
+    options = Options(fusion, quant, kv_dtype, routing, all2all, dispatch)
+    return run(
+        load_model(model), device_profile(device), load_engine(engine), layout, workload, options, allow_oversize
+    )

@@ -1,0 +1,128 @@
+"""How a model is spread over GPUs, and the rules that a layout must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tensorcast.errors import InputError
+from tensorcast.profiles.device import DeviceProfile
+
+ALL2ALL = ("auto", "allgather_reducescatter", "high_throughput", "low_latency", "direct")
+"""How tokens reach experts on other data-parallel ranks: gather everything; DeepEP's two modes; plain all-to-all."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel groups. Ranks are numbered tp fastest, then dp, then pp.
+
+    Experts live on the ``tp * dp`` ranks of a pipeline stage: ``ep`` groups of whole experts, each expert cut over
+    ``etp`` ranks, ``ep * etp == tp * dp``.
+    """
+
+    world_size: int
+    tp: int = 1
+    dp: int = 1
+    ep: int = 1
+    pp: int = 1
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.tp * self.dp
+
+    @property
+    def etp(self) -> int:
+        """Experts' tensor-parallel size."""
+        return max(1, self.stage_ranks // max(self.ep, 1))
+
+    def __str__(self) -> str:
+        parts = [f"tp{self.tp}", f"dp{self.dp}"]
+        parts += [f"ep{self.ep}"] if self.ep > 1 else []
+        parts += [f"pp{self.pp}"] if self.pp > 1 else []
+        return "-".join(parts)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named condition on a layout; ``broken`` says what is wrong, or is empty."""
+
+    name: str
+    broken: Callable[[Layout, dict[str, Any], DeviceProfile], str]
+
+
+def _world(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
+    product = layout.tp * layout.dp * layout.pp
+    if product == layout.world_size:
+        return ""
+    return f"tp*dp*pp = {layout.tp}*{layout.dp}*{layout.pp} = {product}, but world_size = {layout.world_size}"
+
+
+def _heads(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
+    if facts["heads"] % layout.tp == 0:
+        return ""
+    return f"{facts['heads']} attention heads do not divide over tp = {layout.tp}"
+
+
+def _expert_ranks(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
+    if not facts["num_experts"]:
+        return "" if layout.ep == 1 else f"ep = {layout.ep}, but the model has no experts; use ep = 1"
+    if layout.stage_ranks % layout.ep == 0:
+        return ""
+    return f"ep = {layout.ep} does not divide tp*dp = {layout.stage_ranks}"
+
+
+def _experts_per_rank(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
+    if layout.ep <= max(facts["num_experts"], 1):
+        return ""
+    return f"ep = {layout.ep} is more than the {facts['num_experts']} experts; a rank would hold none"
+
+
+def _expert_width(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
+    width = facts["moe_intermediate_size"]
+    if not facts["num_experts"] or width % layout.etp == 0:
+        return ""
+    return f"expert width {width} does not divide over tp*dp/ep = {layout.etp} ranks; raise ep"
+
+
+def _stages(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
+    if layout.pp <= facts["layers"]:
+        return ""
+    return f"pp = {layout.pp} is more than the {facts['layers']} layers"
+
+
+def _reach(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
+    if layout.world_size <= device.world_limit:
+        return ""
+    return f"world_size = {layout.world_size}, but {device.name}'s interconnect reaches {device.world_limit}"
+
+
+RULES = (
+    Rule("world size", _world),
+    Rule("heads per rank", _heads),
+    Rule("expert ranks", _expert_ranks),
+    Rule("experts per rank", _experts_per_rank),
+    Rule("expert width", _expert_width),
+    Rule("pipeline stages", _stages),
+    Rule("interconnect reach", _reach),
+)
+
+
+def check(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> None:
+    """Raise :class:`InputError` naming the first rule that ``layout`` breaks for a model with these ``facts``."""
+    for name in ("world_size", "tp", "dp", "ep", "pp"):
+        if getattr(layout, name) < 1:
+            raise InputError(f"layout: {name} = {getattr(layout, name)} must be at least 1")
+    for rule in RULES:
+        problem = rule.broken(layout, facts, device)
+        if problem:
+            raise InputError(f"layout {layout} breaks rule '{rule.name}': {problem}")
+
+
+def stage_layers(layers: int, pp: int) -> list[slice]:
+    """Layers of each pipeline stage: contiguous, the first stages one more where they do not divide."""
+    bounds = [0]
+    for stage in range(pp):
+        bounds.append(bounds[-1] + layers // pp + (1 if stage < layers % pp else 0))
+    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -1,0 +1,184 @@
+"""From an op table and a layout to the rows of one rank's step: the table's ops with the layout's collectives between.
+
+Rules: a row-parallel matmul leaves partial sums, an all-reduce over tp follows. A MoE block exchanges tokens the way
+``all2all`` says when dp > 1; at dp = 1 every rank already has all tokens, works on its experts, and one all-reduce
+sums routed and shared experts alike. The logits are gathered. Pipeline stages hand on hidden state and residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tensorcast.cost.collectives import group_extent
+from tensorcast.deploy.layout import Layout
+from tensorcast.errors import InputError
+from tensorcast.modeling.quantization import SCHEMES, Scheme
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.trace.dims import Dim
+from tensorcast.trace.table import Op, OpTable
+
+CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective row: what moves, in which group, and how the payload grows with the sizes.
+
+    ``payload`` is ``scale`` bytes times the tokens of this rank (or, ``per="sequence"``, its sequences), in the units
+    that :func:`tensorcast.cost.collectives.collective_time` defines per op.
+    """
+
+    op: CollectiveOp
+    module: str
+    kind: int
+    group: str
+    ranks: int
+    extent: tuple[int, ...]
+    scale: float
+    per: Literal["token", "sequence"] = "token"
+    exchange: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+
+Row = Op | Collective
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of one rank's step, in order, and how the MoE blocks exchange tokens."""
+
+    rows: tuple[Row, ...]
+    all2all: str
+    dispatch: Scheme
+
+
+def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any) -> str:
+    """The exchange that runs: ``none`` at dp = 1, else the wanted one, else the engine's default for the phase."""
+    if layout.dp == 1:
+        return "none"
+    if wanted == "auto":
+        default = engine.all2all.get(phase, "allgather_reducescatter")
+        return default if layout.etp == 1 and layout.ep > 1 else "allgather_reducescatter"
+    if wanted != "allgather_reducescatter" and (layout.etp > 1 or layout.ep == 1):
+        raise InputError(
+            f"--all2all {wanted}: needs whole experts on every rank (ep = tp*dp = {layout.stage_ranks}), got ep = {layout.ep}"
+        )
+    return wanted
+
+
+def make_plan(
+    table: OpTable, layout: Layout, device: DeviceProfile, engine: EngineProfile, all2all: str = "auto",
+    dispatch: str | None = None,
+) -> Plan:
+    """The rows of one rank. ``dispatch``: scheme that tokens are sent in, default the experts' own if it is FP8."""
+    chosen = choose_all2all(all2all, layout, engine, table.phase)
+    experts = next((op for op in table.ops if op.name == "grouped_matmul"), None)
+    scheme = SCHEMES[dispatch or (experts.attrs.get("scheme", "bf16") if experts else "bf16")]
+    if not scheme.quantizes_activation:
+        scheme = SCHEMES["bf16"]
+    rows = tuple(_with_collectives(table, layout, device, chosen, scheme))
+    return Plan(rows, chosen, scheme)
+
+
+def _with_collectives(
+    table: OpTable, layout: Layout, device: DeviceProfile, all2all: str, dispatch: Scheme
+) -> Iterator[Row]:
+    moe = _MoEExchange(table, layout, device, all2all, dispatch)
+    tp = group_extent(layout.tp, 1, device)
+    for i, op in enumerate(table.ops):
+        if op.name == "init_routing_v2":
+            yield from moe.dispatch(op)
+        yield op
+        if layout.tp > 1 and op.shard == "row" and not moe.sums(op):
+            yield _reduced(op, layout.tp, tp)
+        if layout.tp > 1 and op.shard == "column" and op.kind < 0 and op.name in ("mm", "addmm"):
+            vocabulary = table.facts["vocab_size"] * 2.0
+            yield Collective("all_gather", op.module, op.kind, "tp", layout.tp, tp, vocabulary, "sequence", label="logits")
+        if i in moe.experts_end:
+            yield from moe.combine(op)
+        if i in moe.block_end:
+            yield from moe.gather(op)
+    if layout.pp > 1:
+        hop = group_extent(2, layout.stage_ranks, device)
+        state = 2 * 2.0 * table.facts["hidden_size"]  # hidden state and residual in bf16
+        yield Collective("send_recv", "pipeline", -1, "pp", 2, hop, state, label="stage hand-over")
+
+
+def _reduced(op: Op, ranks: int, extent: tuple[int, ...]) -> Collective:
+    """All-reduce of a row-parallel result: a matmul's output, or the one number per token that a norm reduces to."""
+    out = op.outputs[0]
+    if op.name == "pointwise":
+        return Collective("all_reduce", op.module, op.kind, "tp", ranks, extent, 4.0, label="norm over sharded width")
+    width = out.dims[-1].coef
+    return Collective("all_reduce", op.module, op.kind, "tp", ranks, extent, 2.0 * width)
+
+
+class _MoEExchange:
+    """A MoE block's collectives: dispatch before its permute, combine after its experts, the rest after its last row."""
+
+    def __init__(
+        self, table: OpTable, layout: Layout, device: DeviceProfile, all2all: str, dispatch: Scheme
+    ) -> None:
+        self.layout, self.all2all, self.facts = layout, all2all, table.facts
+        self.hidden = float(table.facts["moe_hidden_size"])
+        self.token = self.hidden * dispatch.activation_bytes
+        self.groups = {
+            "tp": (layout.tp, group_extent(layout.tp, 1, device)),
+            "dp": (layout.dp, group_extent(layout.dp, layout.tp, device)),
+            "ep": (layout.stage_ranks, group_extent(layout.stage_ranks, 1, device)),
+        }
+        self.blocks = {op.kind: _block(op.module) for op in table.ops if op.name == "init_routing_v2"}
+        experts: dict[int, int] = {}
+        blocks: dict[int, int] = {}
+        for i, op in enumerate(table.ops):
+            if op.stage == "experts":
+                experts[op.kind] = i
+            if op.kind in self.blocks and op.module.startswith(self.blocks[op.kind]):
+                blocks[op.kind] = i
+        self.experts_end, self.block_end = set(experts.values()), set(blocks.values())
+
+    def sums(self, op: Op) -> bool:
+        """Whether a row-parallel shared expert's sum rides on the block's own all-reduce."""
+        block = self.blocks.get(op.kind)
+        return bool(block) and self.all2all == "none" and op.module.startswith(str(block))
+
+    def _row(self, op: Op, name: CollectiveOp, group: str, scale: float, label: str, **exchange: Any) -> Collective:
+        ranks, extent = self.groups[group]
+        return Collective(name, op.module, op.kind, group, ranks, extent, scale, "token", exchange, label)
+
+    def _all_to_all(self, op: Op, copy_bytes: float, phase: str) -> Collective:
+        copies = self.facts["top_k"]
+        exchange = {"kind": self.all2all, "phase": phase, "copies": copies}
+        # a token is sent by one of the tp ranks that hold it
+        return self._row(op, "all_to_all", "ep", copy_bytes * copies / self.layout.tp, phase, **exchange)
+
+    def dispatch(self, op: Op) -> Iterator[Collective]:
+        """Tokens travel to the ranks of their experts."""
+        if self.all2all == "allgather_reducescatter":
+            yield self._row(op, "all_gather", "dp", self.token * self.layout.dp, "dispatch")
+        elif self.all2all != "none":
+            yield self._all_to_all(op, self.token, "dispatch")
+
+    def combine(self, op: Op) -> Iterator[Collective]:
+        """Results travel back, in bf16."""
+        if self.all2all not in ("none", "allgather_reducescatter"):
+            yield self._all_to_all(op, 2.0 * self.hidden, "combine")
+
+    def gather(self, op: Op) -> Iterator[Collective]:
+        """What leaves the block's result on every rank that holds the token."""
+        whole = 2.0 * self.hidden
+        if self.all2all == "allgather_reducescatter":
+            yield self._row(op, "reduce_scatter", "dp", whole * self.layout.dp, "combine")
+        if self.layout.tp > 1:
+            split = self.all2all not in ("none", "allgather_reducescatter")
+            name: CollectiveOp = "all_gather" if split else "all_reduce"
+            yield self._row(op, name, "tp", whole, "tokens split over tp" if split else "experts")
+
+
+def _block(module: str) -> str:
+    """The MoE block that holds an experts module: its parent, unless that is the layer itself."""
+    parent = module.rpartition(".")[0]
+    return module if not parent or parent.endswith("]") else parent

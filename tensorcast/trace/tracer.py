@@ -60,7 +60,8 @@ def _trace_one(
         record_step(model, config, batch=p.B, new=p.S, past=p.P, recurrent_state=phase == "decode", kinds=kinds)
         for p in probes
     ]
-    ops = mark_latent(mark_experts(_solve_all(model, kinds, recorded, probes)), phase)
+    linears = [_as_mm(op) for op in closed_ops(model, kinds, recorded, probes)]
+    ops = mark_latent(mark_experts(linears), phase)
     facts = _facts(whole, ops)
     params = _params(model, kinds, ops)
     return OpTable(
@@ -72,7 +73,8 @@ def _kind_name(model: nn.Module, kinds: Kinds) -> list[str]:
     return [layer_ranges(kinds.layers(kind)) for kind in range(len(kinds.representatives))]
 
 
-def _solve_all(model: nn.Module, kinds: Kinds, recorded: list[list[Call]], probes: Any) -> list[Op]:
+def closed_ops(model: nn.Module, kinds: Kinds, recorded: list[list[Call]], probes: Any) -> list[Op]:
+    """Recordings of one step at several sizes as rows whose every dim is a closed form, nothing marked yet."""
     lengths = {len(calls) for calls in recorded}
     if len(lengths) != 1:
         raise NoClosedForm(f"the number of ops depends on the sizes: {sorted(lengths)}")
@@ -86,7 +88,7 @@ def _solve_all(model: nn.Module, kinds: Kinds, recorded: list[list[Call]], probe
             seen = [call.attrs[name] for call in triple]
             if isinstance(value, int) and not isinstance(value, bool) and len(set(seen)) > 1:
                 attrs[name] = solve(seen, probes)
-        ops.append(_as_mm(
+        ops.append(
             Op(
                 first.name,
                 _label(first.module, kinds),
@@ -95,7 +97,7 @@ def _solve_all(model: nn.Module, kinds: Kinds, recorded: list[list[Call]], probe
                 tuple(_tensor(t, probes, weights, storages) for t in zip(*(c.outputs for c in triple), strict=True)),
                 attrs,
             )
-        ))
+        )
     return ops
 
 

@@ -236,7 +236,16 @@ def _rules(family: str, frame: pd.DataFrame) -> list[tuple[str, pd.Series]]:
             "sglang passes over the choices of other ranks too (EP > 1 without an exchange)",
             (frame.engine == "sglang") & (frame.moe_ep > 1),
         ))
+        rules.append((
+            "trtllm's min-latency kernel, another backend than the default one in the same table",
+            frame.kernel_source.str.contains("min_latency"),
+        ))
         rules.append(("skewed routing: not used for kernel constants", frame.distribution != "balanced"))
+    if family == "all_to_all":
+        rules.append((
+            "low-latency exchange with under 32 experts (few warps drive the link: a tenth of its speed)",
+            frame.algorithm.str.startswith("low_latency") & (frame.experts < 32),
+        ))
     return rules
 
 

@@ -171,7 +171,7 @@ def test_solver_refuses_what_is_no_closed_form() -> None:
 
 def test_probes_share_no_factor_with_each_other() -> None:
     for probe in (*PREFILL, *DECODE):
-        primes = [probe.B, probe.half, probe.L] + ([probe.S] if probe.S > 1 else [])
+        primes = [probe.B, probe.half, probe.L] + ([probe.s] if probe.s > 1 else [])
         assert all(sympy.isprime(n) for n in primes)
         assert len(set(primes)) == len(primes)
     assert isinstance(PREFILL[0], Probe)

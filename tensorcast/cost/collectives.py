@@ -144,7 +144,7 @@ def _cheapest(legs: list[_Leg]) -> _Leg:
     )
 
 
-def _all_reduce_on(device: DeviceProfile, tier: int, ranks: int, payload: Size, engine: str) -> _Leg:
+def _all_reduce_on(device: DeviceProfile, tier: int, ranks: int, payload: Size, engine: str, custom: bool) -> _Leg:
     """All-reduce inside one tier. One- and two-shot kernels read peers' memory: innermost tier only."""
     level = device.interconnect[tier]
     around = 2.0 * (ranks - 1) / ranks * payload
@@ -152,7 +152,7 @@ def _all_reduce_on(device: DeviceProfile, tier: int, ranks: int, payload: Size, 
         _leg(device, level, "all_reduce", "ring", engine, ranks, around, 2.0 * (ranks - 1)),
         _leg(device, level, "all_reduce", "ring", engine, ranks, 2.0 * payload, 2.0 * math.log2(ranks), tree=True),
     ]
-    if tier == 0:
+    if tier == 0 and custom:
         legs.append(_leg(device, level, "all_reduce", "one_shot", engine, ranks, (ranks - 1.0) * payload, 2.0))
         legs.append(_leg(device, level, "all_reduce", "two_shot", engine, ranks, around, 4.0))
     return _cheapest(legs)
@@ -175,16 +175,18 @@ def _levels(extent: tuple[int, ...]) -> list[tuple[int, int]]:
     return levels
 
 
-def _all_reduce(device: DeviceProfile, levels: list[tuple[int, int]], payload: Size, engine: str) -> _Leg:
+def _all_reduce(
+    device: DeviceProfile, levels: list[tuple[int, int]], payload: Size, engine: str, custom: bool
+) -> _Leg:
     """Over several tiers: reduce-scatter, all-reduce across, all-gather; or whole tensors tier by tier when small."""
     (tier, ranks), outer = levels[0], levels[1:]
-    inside = _all_reduce_on(device, tier, ranks, payload, engine)
+    inside = _all_reduce_on(device, tier, ranks, payload, engine, custom)
     if not outer:
         return inside
     scatter = _gather_on(device, "reduce_scatter", tier, ranks, payload, engine)
     gather = _gather_on(device, "all_gather", tier, ranks, payload, engine)
-    across = _all_reduce(device, outer, payload / ranks, engine)
-    nested = inside.then(_all_reduce(device, outer, payload, engine), "nested")
+    across = _all_reduce(device, outer, payload / ranks, engine, custom)
+    nested = inside.then(_all_reduce(device, outer, payload, engine, custom), "nested")
     return _cheapest([scatter.then(across, "hierarchical").then(gather, "hierarchical"), nested])
 
 
@@ -238,7 +240,7 @@ def _exchange(
 def collective_time(
     op: Op, payload_bytes: Size, extent: tuple[int, ...], device: DeviceProfile, *, engine: str = "any",
     kind: Kind = "direct", phase: Phase = "dispatch", copies: Size = 1.0,
-    distinct_nodes: Size | None = None, distinct_ranks: Size | None = None,
+    distinct_nodes: Size | None = None, distinct_ranks: Size | None = None, custom: bool = True,
 ) -> CollectiveTime:
     """Seconds of one collective of a group that lies as ``extent`` says (:func:`group_extent`).
 
@@ -252,7 +254,8 @@ def collective_time(
     ``kind`` (all_to_all only): ``direct`` pairwise messages (NCCL); ``low_latency`` every copy goes straight to its
     expert's rank; ``high_throughput`` one copy per distinct node over the outer tier, forwarded inside. The last needs
     ``copies`` (experts per token) and, where routing is not uniform, the expected ``distinct_nodes`` and
-    ``distinct_ranks`` that a token's copies go to.
+    ``distinct_ranks`` that a token's copies go to. ``custom``: the engine's own one- and two-shot all-reduce may run
+    (else NCCL alone); constants are those of ``engine`` where it was measured.
     """
     levels = _levels(extent)
     if not levels:
@@ -261,7 +264,7 @@ def collective_time(
     if len(extent) > len(device.interconnect):
         raise InputError(f"extent {extent} has more tiers than {device.name} ({len(device.interconnect)})")
     if op == "all_reduce":
-        leg = _all_reduce(device, levels, payload_bytes, engine)
+        leg = _all_reduce(device, levels, payload_bytes, engine, custom)
     elif op in ("all_gather", "reduce_scatter"):
         leg = _gather(device, op, levels, payload_bytes, engine)
     elif op == "all_to_all":

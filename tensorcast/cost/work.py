@@ -140,13 +140,19 @@ def _attention_tilings(
     )
 
 
+def _cache_dtype(kv_bytes: Size, decode: bool) -> str:
+    """Decode kernels are chosen, and were measured, by what the cache holds."""
+    return "fp8" if decode and np.all(np.asarray(kv_bytes) < 1.5) else "bf16"
+
+
 def attention(
     batch: Size, new: Size, past: Size, q_heads: Size, kv_heads: Size, qk_dim: Size, v_dim: Size,
-    *, kv_bytes: Size = 2.0, window: Size = 0, causal: bool = True, decode: bool = False, dtype: str = "bf16",
+    *, kv_bytes: Size = 2.0, window: Size = 0, causal: bool = True, decode: bool = False, dtype: str = "",
 ) -> Work:
     """Softmax attention over a paged cache; queries and outputs in bf16, keys and values ``kv_bytes`` per element.
 
     Reads the ``past`` (or window) cached tokens and the new ones once per KV head (grouped queries share them).
+    ``dtype``: in prefill the arithmetic (bf16 unless said), in decode the cache's (fp8 below 1.5 bytes per element).
     """
     pairs = attended_pairs(new, past, window, causal)
     keys = np.where(np.asarray(window) > 0, np.minimum(past + new, np.asarray(window) + new - 1), past + new)
@@ -156,19 +162,19 @@ def attention(
     tilings = _attention_tilings(batch, new, pairs, keys, q_heads, kv_heads, qk_dim + v_dim, decode)
     family = "attention_decode" if decode else "attention_prefill"
     return Work(
-        family, dtype, flops, kv + io, tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings,
-        batch * new * q_heads, batch * q_heads * pairs,
+        family, dtype or _cache_dtype(kv_bytes, decode), flops, kv + io, tilings[0].tiles * tilings[0].flops,
+        tilings[0].tiles, tilings, batch * new * q_heads, batch * q_heads * pairs,
     )
 
 
 def mla(
     batch: Size, new: Size, past: Size, heads: Size, latent: Size, rope: Size, nope: Size, v_dim: Size,
-    *, kv_bytes: Size = 2.0, selected: Size = 0, decode: bool = False, dtype: str = "bf16",
+    *, kv_bytes: Size = 2.0, selected: Size = 0, decode: bool = False, dtype: str = "",
 ) -> Work:
     """Multi-head latent attention: absorbed in decode (all heads share one latent), expanded in prefill.
 
     ``selected > 0``: sparse attention, each query reads that many cached tokens (DeepSeek sparse attention).
-    Source: DeepSeek-V2 (arXiv 2405.04434) section 2.1; FlashMLA for the absorbed form.
+    ``dtype`` as in :func:`attention`. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; FlashMLA (absorbed form).
     """
     absorbed = decode or np.any(np.asarray(selected) > 0)
     pairs = attended_pairs(new, past)
@@ -179,15 +185,15 @@ def mla(
     if absorbed:
         dims = 2 * latent + rope
         kv = batch * keys * (latent + rope) * kv_bytes
-        tilings = _attention_tilings(batch, new, pairs, keys, heads, 1.0, dims, True)
+        tilings = _attention_tilings(batch, new, pairs, pairs / new, heads, 1.0, dims, True)
     else:
         dims = nope + rope + v_dim
         kv = batch * keys * heads * dims * 2.0  # the expanded keys and values of this step
         tilings = _attention_tilings(batch, new, pairs, keys, heads, heads, dims, False)
     return Work(
-        "mla_decode" if decode else "mla_prefill", dtype, 2.0 * batch * heads * pairs * dims,
-        kv + batch * new * heads * dims * 2.0, tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings,
-        batch * new * heads, batch * heads * pairs,
+        "mla_decode" if decode else "mla_prefill", dtype or _cache_dtype(kv_bytes, decode),
+        2.0 * batch * heads * pairs * dims, kv + batch * new * heads * dims * 2.0,
+        tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings, batch * new * heads, batch * heads * pairs,
     )
 
 

@@ -85,6 +85,7 @@ def narrow(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
         return config
     narrowed = copy.deepcopy(config)
     for part in _nested(narrowed):
+        per_layer = _per_layer(part, tp)
         fields = vars(part)
         if fields.get("head_dim") is None and fields.get("num_attention_heads") and fields.get("hidden_size"):
             object.__setattr__(part, "head_dim", fields["hidden_size"] // fields["num_attention_heads"])
@@ -92,7 +93,23 @@ def narrow(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
             value = fields.get(name)
             if isinstance(value, (int, list, tuple)) and not isinstance(value, bool) and value:
                 object.__setattr__(part, name, _divide(name, value, tp))
+        if per_layer:
+            part.per_layer_config = per_layer
     return narrowed
+
+
+def _per_layer(config: PreTrainedConfig, tp: int) -> dict[int, dict[str, Any]]:
+    """Fields that transformers lets vary by layer (Gemma-4's global KV heads), narrowed layer by layer."""
+    if not getattr(config, "is_heterogeneous", False):
+        return {}
+    sharded = {*QUERY_HEADS, *KEY_VALUE_HEADS, *WIDTHS}
+    return {
+        i: {
+            name: _divide(name, getattr(layer, name), tp) if name in sharded else getattr(layer, name)
+            for name in config.per_layer_attributes
+        }
+        for i, layer in enumerate(config.per_layer_config)
+    }
 
 
 def field(config: PreTrainedConfig, *names: str, default: Any = None) -> Any:

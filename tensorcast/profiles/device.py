@@ -37,7 +37,7 @@ class KernelConstants(Frozen):
     element_s: Number = Field(default=0.0, ge=0, description="per element of those rows")
     smoothing: Number = Field(default=2.0, ge=1, description="p of the p-norm joining compute and memory time")
     points: int = Field(default=0, ge=0, description="measured rows used in the fit")
-    held_out: int = Field(default=0, ge=0, description="measured rows kept out of it, on which the errors are taken")
+    held_out: int = Field(default=0, ge=0, description="measured rows kept out of it; the errors are theirs")
     median_error: Number | None = Field(default=None, description="median |predicted/measured - 1| on rows held out")
     mean_error: Number | None = None
     p90_error: Number | None = None
@@ -52,7 +52,7 @@ class CollectiveConstants(Frozen):
     engine: str = "any"
     latency_s: Number = Field(ge=0, description="fixed time per call of two ranks")
     step_latency_s: Number = Field(default=0.0, ge=0, description="added per rank beyond the second")
-    pipeline_s: Number = Field(default=0.0, ge=0, description="chunk cost c: w seconds on the wire take 2*sqrt(c*w) more")
+    pipeline_s: Number = Field(default=0.0, ge=0, description="chunk cost c: w s on the wire take 2*sqrt(c*w) more")
     bandwidth_efficiency: Number = Field(gt=0, le=1.2, description="of the tier's bandwidth per GPU and direction")
     points: int = Field(default=0, ge=0)
     held_out: int = Field(default=0, ge=0)

@@ -17,15 +17,20 @@ from tensorcast.trace.dims import Dim
 
 @dataclass(frozen=True)
 class Probe:
-    """Sizes of one trace. ``P = 2 * half`` with ``half`` and ``L = S + P`` prime."""
+    """Sizes of one trace: ``S = block * s``, ``P = 2 * block * half``, with B, s, half and ``s + 2 * half`` prime."""
 
     B: int
-    S: int
+    s: int
     half: int
+    block: int = 1
+
+    @property
+    def S(self) -> int:
+        return self.block * self.s
 
     @property
     def P(self) -> int:
-        return 2 * self.half
+        return 2 * self.block * self.half
 
     @property
     def L(self) -> int:
@@ -34,6 +39,9 @@ class Probe:
 
 PREFILL = (Probe(1009, 3001, 5003), Probe(1013, 3011, 5119), Probe(1019, 3019, 5009))
 DECODE = (Probe(1009, 1, 5003), Probe(1013, 1, 5039), Probe(1019, 1, 5051))
+BLOCK = 128
+BLOCKWISE = tuple(Probe(p.B, p.s, p.half, BLOCK) for p in PREFILL)
+"""For models that cut the sequence into blocks (compressed caches): exact where S and P are multiples of BLOCK."""
 
 
 class NoClosedForm(ValueError):
@@ -62,12 +70,12 @@ def _evaluate(dim: Dim, probe: Probe) -> Fraction:
 
 def _factor(value: int, probe: Probe) -> Dim:
     powers = {}
-    for atom, prime in (("B", probe.B), ("S", probe.S), ("L", probe.L), ("P", probe.half)):
+    for atom, prime in (("B", probe.B), ("S", probe.s), ("L", probe.s + 2 * probe.half), ("P", probe.half)):
         powers[atom] = 0
         while prime > 1 and value and value % prime == 0:
             value //= prime
             powers[atom] += 1
-    coef = Fraction(value, 2 ** powers["P"])
+    coef = Fraction(value, 2 ** powers["P"] * probe.block ** (powers["S"] + powers["L"] + powers["P"]))
     return Dim(_plain(coef), **powers)
 
 
@@ -86,13 +94,19 @@ def _affine(values: Sequence[int], probes: Sequence[Probe]) -> list[Dim]:
     return found
 
 
+BLOCKS = (2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
 def _rounded(values: Sequence[int], probes: Sequence[Probe]) -> list[Dim]:
-    """Candidates ``floor`` or ``ceil`` of ``monomial / n``: blocks, strides and compression ratios."""
+    """Candidates ``floor`` or ``ceil`` of ``monomial / n``, plus a few: blocks, strides and compression ratios."""
     found = []
     for powers in ({"S": 1}, {"L": 1}, {"P": 1}, {"B": 1, "S": 1}, {"B": 1, "L": 1}):
-        ratio = values[0] and round(_evaluate(Dim(1, **powers), probes[0]) / values[0])
-        if ratio > 1:
-            found += [Dim(1 / ratio, **powers, rounded=r) for r in (-1, 1)]
+        for block in BLOCKS:
+            for rounded in (-1, 1):
+                dim = Dim(1 / block, **powers, rounded=rounded)
+                offset = values[0] - _evaluate(dim, probes[0])
+                if abs(offset) <= 4:
+                    found.append(dim._replace(plus=int(offset)))
     return found
 
 

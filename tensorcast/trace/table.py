@@ -108,12 +108,15 @@ class OpTable:
         """Parameters of the whole model (tied weights once)."""
         return sum(p.full_numel * self.count(p) for p in self.params)
 
-    def active_params(self, with_embedding: bool = True) -> int:
-        """Parameters that one token uses: ``top_k`` of the experts; the embedding counted or not, as publishers do."""
+    def active_params(self, with_embedding: bool = True, with_head: bool = True) -> int:
+        """Parameters that one token uses: ``top_k`` of the experts; embedding and head counted or not, as published."""
         share = self.facts.get("top_k", 0) / max(self.facts.get("num_experts", 0), 1)
         total = 0.0
         for p in self.params:
-            if p.role == "embedding" and not with_embedding and not self.facts.get("tied_embedding"):
+            tied = self.facts.get("tied_embedding")
+            if p.role == "embedding" and not (with_embedding or (tied and with_head)):
+                continue
+            if p.role == "lm_head" and not with_head:
                 continue
             total += p.full_numel * self.count(p) * (share if p.role == "experts" else 1)
         return math.floor(total)

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from tensorcast.errors import InputError
 from tensorcast.modeling.build import build
 from tensorcast.modeling.config import field, hf_config, narrow
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.trace.closed_form import DECODE, PREFILL, NoClosedForm, solve
+from tensorcast.trace.closed_form import BLOCK, BLOCKWISE, DECODE, PREFILL, NoClosedForm, Probe, solve
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.forward import record_step
 from tensorcast.trace.layers import Kinds
@@ -54,19 +55,30 @@ def _trace_one(
     profile: ModelProfile, config: PreTrainedConfig, whole: PreTrainedConfig, phase: Phase, tp: int
 ) -> OpTable:
     model = build(config)
-    kinds = Kinds()
-    probes = DECODE if phase == "decode" else PREFILL
-    recorded = [
-        record_step(model, config, batch=p.B, new=p.S, past=p.P, recurrent_state=phase == "decode", kinds=kinds)
-        for p in probes
-    ]
-    linears = [_as_mm(op) for op in closed_ops(model, kinds, recorded, probes)]
-    ops = mark_latent(mark_experts(linears), phase)
-    facts = _facts(whole, ops)
+    blockwise = False
+    try:
+        kinds, linears = _closed(model, config, phase, DECODE if phase == "decode" else PREFILL)
+    except NoClosedForm:
+        blockwise = True
+        try:
+            kinds, linears = _closed(model, config, phase, BLOCKWISE)
+        except NoClosedForm as reason:
+            raise InputError(f"model {profile.name}: {phase} has a size with no closed form: {reason}") from None
+    ops = mark_latent(mark_experts([_as_mm(op) for op in linears]), phase)
+    facts = _facts(whole, ops) | {"block": BLOCK if blockwise else 1}
     params = _params(model, kinds, ops)
     return OpTable(
         profile.name, phase, tp, tuple(ops), tuple(kinds.of_layer), tuple(_kind_name(model, kinds)), params, facts
     )
+
+
+def _closed(model: nn.Module, config: PreTrainedConfig, phase: str, probes: tuple[Probe, ...]) -> tuple[Kinds, list[Op]]:
+    kinds = Kinds()
+    recorded = [
+        record_step(model, config, batch=p.B, new=p.S, past=p.P, recurrent_state=phase == "decode", kinds=kinds)
+        for p in probes
+    ]
+    return kinds, closed_ops(model, kinds, recorded, probes)
 
 
 def _kind_name(model: nn.Module, kinds: Kinds) -> list[str]:

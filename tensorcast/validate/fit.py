@@ -24,7 +24,7 @@ from tensorcast.profiles.device import Calibration, CollectiveConstants, DeviceP
 from tensorcast.validate import tables as measured
 
 KERNEL_FAMILIES = (
-    "memory", "gemm", "grouped_gemm", "attention_prefill", "attention_decode", "mla_prefill", "mla_decode",
+    "quantize", "gemm", "grouped_gemm", "attention_prefill", "attention_decode", "mla_prefill", "mla_decode",
 )
 
 SOURCE = "aiconfigurator-core 0.12.0 (Apache-2.0), kernel tables measured on {system}"
@@ -126,15 +126,15 @@ def fit_kernel(
     family: str, dtype: str, engine: str, frame: pd.DataFrame, device: DeviceProfile, others: KernelConstants
 ) -> KernelConstants:
     """Constants of one family, dtype and engine from ``frame`` (shape columns and ``seconds``), errors on held-out."""
-    out = measured.held_out(frame, measured.SHAPE[family]).to_numpy()
+    out = measured.held_out(frame, measured.SHAPE[family])
     train, test = frame[~out], frame[out]
     train = train.sample(min(SAMPLE, len(train)), random_state=0)
     bounds = KERNEL_BOUNDS
-    if family == "memory":
+    if family == "quantize":
         bounds = {name: KERNEL_BOUNDS[name] for name in ("memory_efficiency", "launch_s")}
     works, seconds = measured.works_of(family, dtype, train), train.seconds.to_numpy(float)
     best: tuple[float, KernelConstants] | None = None
-    for smoothing in (1.0,) if family == "memory" else (1.0, 2.0, 4.0):
+    for smoothing in (1.0,) if family == "quantize" else (1.0, 2.0, 4.0):
         def build(values: dict[str, float], p: float = smoothing) -> KernelConstants:
             return KernelConstants.model_construct(
                 family=family, dtype=dtype, engine=engine, smoothing=p, **{"compute_efficiency": 1.0, **values},  # type: ignore[arg-type]
@@ -173,9 +173,11 @@ def fit_kernels(device: DeviceProfile, tables: measured.Tables, system: str) -> 
                 groups.append(("any", _best_of_engines(rows, family)))
             new = [fit_kernel(family, str(dtype), engine, part, device, others) for engine, part in groups]
             fitted += new
-            if family == "memory":  # the tables' quantisation kernels: the best engine's are what a fused op costs
-                others = min(new, key=lambda c: c.median_error or 1.0).model_copy(update={"engine": "any"})
-                fitted = [c for c in fitted if c.family != "memory" or c.engine != "any"] + [others]
+            if family == "quantize":  # the one streaming kernel in the tables stands for all: the best engine's
+                others = max(new, key=lambda c: c.memory_efficiency).model_copy(
+                    update={"family": "memory", "dtype": "any", "engine": "any"}
+                )
+                fitted.append(others)
     return tuple(fitted)
 
 
@@ -188,7 +190,7 @@ def _alpha_beta(values: dict[str, float], ranks: np.ndarray, wire: np.ndarray, s
 def fit_collective(op: str, algorithm: str, frame: pd.DataFrame, device: DeviceProfile) -> CollectiveConstants:
     """Alpha-beta constants of one algorithm on the innermost tier, from ``ranks``, ``payload_bytes``, ``seconds``."""
     tier = device.interconnect[0]
-    out = measured.held_out(frame, measured.SHAPE[op]).to_numpy()
+    out = measured.held_out(frame, measured.SHAPE[op])
     ranks, wire = frame.ranks.to_numpy(float), measured.wire_bytes(op, algorithm, frame)
     bounds = dict(COLLECTIVE_BOUNDS)
     if frame.ranks.nunique() == 1:
@@ -208,7 +210,7 @@ def fit_custom_all_reduce(
     """The engines' own all-reduce: one-shot or two-shot or NCCL's, whichever is fastest, so all are fitted at once."""
     tier = device.interconnect[0]
     speed = float(tier.bandwidth_bytes_per_s)
-    out = measured.held_out(frame, measured.SHAPE["all_reduce"]).to_numpy()
+    out = measured.held_out(frame, measured.SHAPE["all_reduce"])
     ranks, payload, seconds = (frame[c].to_numpy(float) for c in ("ranks", "payload_bytes", "seconds"))
     start = {
         "latency_s": (4e-6, 5e-7, 5e-5), "step_latency_s": (1e-7, 1e-9, 5e-6), "bandwidth_efficiency": (0.6, 0.1, 1.0),
@@ -293,25 +295,30 @@ def render(calibration: Calibration) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Write a temporary file beside ``path`` and move it there: a reader sees the old text or the new, never half."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", text=True)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.chmod(temporary, path.stat().st_mode if path.exists() else 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 def write_calibration(path: Path, calibration: Calibration) -> None:
     """Replace the generated block at the end of a device profile, or append one; the rest stays byte for byte."""
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode("utf-8")  # as it is, line ends included
     hand, _, _ = text.partition(MARKER)
     if any(line.startswith("calibration:") for line in hand.splitlines()):
         raise InputError(f"{path}: has a calibration block that this program did not write; remove it first")
     if hand and not hand.endswith("\n"):
         hand += "\n"
     separator = "" if MARKER in text or not hand else "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", text=True)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(hand + separator + render(calibration))
-        os.chmod(temporary, path.stat().st_mode)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, hand + separator + render(calibration))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,8 +7,8 @@ A directory holds ``SYSTEM/KIND/ENGINE_TABLE.parquet``, the layout in which the 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ SHAPE = {
     "attention_decode": ("batch", "new", "past", "q_heads", "kv_heads", "head_dim", "window", "kv_bytes"),
     "mla_prefill": ("batch", "new", "past", "q_heads", "kv_bytes"),
     "mla_decode": ("batch", "new", "past", "q_heads", "kv_bytes"),
-    "memory": ("m", "k", "read_bytes", "written_bytes"),
+    "quantize": ("m", "k", "read_bytes", "written_bytes"),
     "all_reduce": ("ranks", "payload_bytes"),
     "all_gather": ("ranks", "payload_bytes"),
     "reduce_scatter": ("ranks", "payload_bytes"),
@@ -78,11 +78,20 @@ class Tables:
         return self.frames.get(name, empty)
 
 
-def held_out(frame: pd.DataFrame, shape: tuple[str, ...], share: int = 4) -> pd.Series:
-    """True for one shape in ``share``: by a hash of the shape alone, so the same on every device, dtype and engine."""
-    text = frame[list(shape)].astype(str).agg("|".join, axis=1) if len(frame) else pd.Series(dtype=str)
+def row_hash(frame: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+    """crc32 of the named columns' text, numbers in one notation: the same wherever a row was read from."""
+    text = pd.Series("", index=frame.index)
+    for name in columns:
+        values = frame[name]
+        written = {v: v if isinstance(v, str) else f"{float(v):.10g}" for v in values.unique()}
+        text = text + "|" + values.map(written)
     codes = {key: zlib.crc32(key.encode()) for key in text.unique()}
-    return text.map(codes).fillna(0).astype(np.int64) % share == 0
+    return text.map(codes).to_numpy(np.int64)
+
+
+def held_out(frame: pd.DataFrame, shape: Sequence[str], share: int = 4) -> np.ndarray:
+    """True for one shape in ``share``: by a hash of the shape alone, so the same on every device, dtype and engine."""
+    return row_hash(frame, shape) % share == 0
 
 
 def balanced_rows(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +124,7 @@ def works_of(family: str, dtype: str, frame: pd.DataFrame) -> list[work.Work]:
             c["batch"], c["new"], c["past"], c["q_heads"], LATENT, ROPE, NOPE, V_DIM,
             kv_bytes=c["kv_bytes"], decode=family == "mla_decode", dtype=dtype,
         )]
-    return [work.memory(c["read_bytes"], c["written_bytes"])]
+    return [replace(work.memory(c["read_bytes"], c["written_bytes"]), family="quantize")]
 
 
 def distinct_ranks(frame: pd.DataFrame) -> np.ndarray:
@@ -211,7 +220,7 @@ READERS: dict[str, tuple[str, str, Reader]] = {
     "generation_attention_perf": ("attention", "attention_decode", _attention),
     "context_mla_perf": ("mla", "mla_prefill", _mla),
     "generation_mla_perf": ("mla", "mla_decode", _mla),
-    "scale_matrix_perf": ("quantize", "memory", _quantise),
+    "scale_matrix_perf": ("quantize", "quantize", _quantise),
     "nccl_perf": ("comm", "collective", _nccl),
     "custom_allreduce_perf": ("comm", "all_reduce", _custom_all_reduce),
     "wideep_deepep_ll_perf": ("comm", "all_to_all", lambda raw: _deepep(raw, "low_latency")),

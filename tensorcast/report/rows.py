@@ -1,0 +1,84 @@
+"""The op table as plain records: for JSON, and in the order in which the step runs them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from tensorcast.deploy.simulate import Simulation
+
+
+class Call(NamedTuple):
+    """One call in step order: the op's record and the layer it runs in (None outside the layers)."""
+
+    record: dict[str, Any]
+    layer: int | None
+
+
+def records(run: Simulation) -> list[dict[str, Any]]:
+    """Rows of ``run.ops``, costliest first, as dicts of plain Python values."""
+    return [{str(key): value for key, value in row.items()} for row in run.ops.to_dict("records")]
+
+
+def to_json(document: Any, indent: int | None = None) -> str:
+    """Valid JSON of any report: numbers that are none become null, numpy scalars plain numbers."""
+    separators = None if indent else (",", ":")
+    return json.dumps(_plain(document), indent=indent, separators=separators, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def calls(run: Simulation) -> list[Call]:
+    """Every call of the step: what comes before the layers, each layer's rows in turn, what comes after.
+
+    With pipeline stages this is one micro-batch on its way through all of them.
+    """
+    kinds, stages = run.deployment.step.table.layer_kinds, run.deployment.step.stages
+    ends = {stage.stop for stage in stages[:-1]}
+    rows = _in_step_order(run)
+    layers: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    before, after, between = [], [], []
+    for kind, record in rows:
+        if kind >= 0:
+            layers[kind].append(record)
+        elif record["op"] == "send_recv":
+            between.append(record)
+        elif record["op"] == "embedding" or record["module"].startswith(("embed", "rotary")):
+            before.append(record)
+        else:
+            after.append(record)
+    found = [Call(record, None) for record in before]
+    for i, kind in enumerate(kinds):
+        found += [Call(record, i) for record in layers[kind]]
+        if i + 1 in ends:
+            found += [Call(record, None) for record in between]
+    found += [Call(record, None) for record in after]
+    # A row that runs more often than its layers say is still part of the step's time.
+    missing: dict[int, int] = {id(record): record["count"] for _, record in rows}
+    for call in found:
+        missing[id(call.record)] -= 1
+    return found + [Call(record, None) for _, record in rows for _ in range(missing[id(record)])]
+
+
+def _in_step_order(run: Simulation) -> list[tuple[int, dict[str, Any]]]:
+    """Layer kind and record of every row that runs. The frame is sorted by cost; the price keeps the order."""
+    waiting: dict[tuple[str, int, float], list[dict[str, Any]]] = defaultdict(list)
+    for record in records(run):
+        waiting[record["module"], record["count"], record["seconds_per_call"]].append(record)
+    return [
+        # Rows equal in all three keep their order in the frame, whose sort is stable.
+        (price.row.kind, waiting[price.row.module, n, float(price.seconds)].pop(0))
+        for price, n in zip(run.price.rows, run.price.counts, strict=True)
+        if n
+    ]

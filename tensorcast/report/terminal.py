@@ -1,0 +1,188 @@
+"""A simulation on a terminal, from 80 columns up: what was simulated, totals, memory, and the costliest ops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from tensorcast.report import units, words
+from tensorcast.report.rows import records
+
+if TYPE_CHECKING:
+    from tensorcast.deploy.simulate import Simulation
+
+WITH_SHAPE = 100
+"""Columns from which the op table shows shapes."""
+
+WITH_EVIDENCE = 120
+"""Columns from which evidence is a word, not a letter, and the two panels stand side by side."""
+
+_BOUND_STYLE = {"compute": "green", "memory": "yellow", "network": "magenta", "latency": "cyan"}
+
+
+def print_simulation(run: Simulation, console: Console, top: int = 20) -> None:
+    """Print ``run`` with its ``top`` costliest ops, laid out for the console's width."""
+    t = run.totals()
+    console.print(Text(words.headline(t), style="bold"))
+    console.print(Text(words.workload(t)))
+    console.print(Text(words.numerics(t), style="dim"))
+    step = Panel(_step(t), title="Step", title_align="left", box=box.ROUNDED)
+    memory = Panel(_memory(t, console), title="Memory per GPU", title_align="left", box=box.ROUNDED)
+    if console.width >= WITH_EVIDENCE:
+        both = Table.grid(padding=(0, 1, 0, 0), expand=True, pad_edge=False)
+        both.add_column(ratio=55)
+        both.add_column(ratio=45)
+        both.add_row(step, memory)
+        console.print(both)
+    else:
+        console.print(step, memory)
+    rows = records(run)
+    console.print(_ops(rows, top, console.width))
+    console.print(_foot(rows[:top], t, console.width))
+
+
+def _step(t: dict[str, Any]) -> RenderableType:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column()
+    for name, value in words.step_lines(t):
+        grid.add_row(name, Text(value, style="bold" if name in ("step time", "output speed", "prompt speed") else ""))
+    return grid
+
+
+def _memory(t: dict[str, Any], console: Console) -> RenderableType:
+    inside = (console.width if console.width < WITH_EVIDENCE else int(console.width * 0.45)) - 4
+    bar = max(8, min(30, inside - 36))
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(width=bar, no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True)
+    for row in words.memory_rows(t):
+        style = "" if row.name != "total" else "bold" if t["fits"] else "bold red"
+        drawn = _bar(row.share, bar, console.options.ascii_only)
+        grid.add_row(
+            row.name, Text(units.nbytes(row.bytes), style=style), Text(drawn, style=style or "blue"),
+            Text(units.percent(row.share), style=style),
+        )
+    said = Text(words.verdict(t), style="green" if t["fits"] else "bold red")
+    return Group(grid, said, Text(words.largest(t)))
+
+
+def _bar(share: float, width: int, ascii_only: bool) -> str:
+    """A bar of ``share`` of ``width`` columns, in eighths; what overflows the budget ends in ``>``."""
+    if share > 1:
+        return ("#" if ascii_only else "█") * (width - 1) + ">"
+    if ascii_only:
+        return "#" * round(share * width)
+    whole, part = divmod(round(share * width * 8), 8)
+    return "█" * whole + ("", *"▏▎▍▌▋▊▉")[part]
+
+
+def _ops(rows: list[dict[str, Any]], top: int, width: int) -> RenderableType:
+    """The costliest ops. Numbers keep their width; op, module and shape share what is left."""
+    shown, rest = rows[:top], rows[top:]
+    gap = 2 if width >= WITH_EVIDENCE else 1
+    numbers = [_numbers(row, width) for row in shown]
+    if rest:
+        total = {key: sum(row[key] for row in rest) for key in ("count", "flops", "bytes", "wire_bytes", "seconds", "share")}
+        numbers.append(_numbers({**total, "bound": "", "evidence": ""}, width))
+    heads = ["n", "FLOPs", "bytes", "time", "share", "bound", "evidence" if width >= WITH_EVIDENCE else "e"]
+    taken = sum(max(len(head), *(len(cells[i]) for cells in numbers)) + gap for i, head in enumerate(heads))
+    names = [_op_name(row) for row in shown] + ([f"+ {words.plural(len(rest), 'more op')}"] if rest else [])
+    modules, shapes = [_module(row, width) for row in shown], [_shape(row) for row in shown]
+    left = max(24, width - taken)
+    widths = _split(left, gap, [names, modules, shapes] if width >= WITH_SHAPE else [names, modules])
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0), header_style="bold",
+        title=Text(f"Costliest ops, {len(shown)} of {len(rows)}", style="bold"), title_justify="left", title_style="",
+    )
+    for head, size in zip(("op", "module", "shape"), widths, strict=False):
+        table.add_column(head, width=size, no_wrap=True)
+    for head in heads:
+        table.add_column(head, no_wrap=True, justify="left" if head in ("bound", "evidence", "e") else "right")
+    for i, cells in enumerate(numbers):
+        texts = [names[i], modules[i] if i < len(shown) else "", shapes[i] if i < len(shown) else ""]
+        fitted = [fit(texts[0], widths[0]), fit_path(texts[1], widths[1]), *(fit(texts[2], w) for w in widths[2:])]
+        style = "" if i < len(shown) else "dim"
+        bound = cells[-2]
+        table.add_row(
+            *(Text(text, style=style) for text in (*fitted, *cells[:-2])),
+            Text(bound, style=_BOUND_STYLE.get(bound, style)), Text(cells[-1], style=style),
+        )
+    return table
+
+
+def _numbers(row: dict[str, Any], width: int) -> list[str]:
+    """Count, FLOPs, bytes (of collectives: on the wire), time, share, bound and evidence of one row."""
+    wide = width >= WITH_EVIDENCE
+    moved = row["bytes"] + row["wire_bytes"]
+    return [
+        units.count(row["count"]), _large(row["flops"], wide, units.flops), _large(moved, wide, units.nbytes),
+        units.seconds(row["seconds"]), units.percent(row["share"]), row["bound"],
+        row["evidence"] if wide else row["evidence"][:1],
+    ]
+
+
+def _large(value: float, wide: bool, full: Any) -> str:
+    return str(full(value)) if wide and value else units.short(value)
+
+
+def _op_name(row: dict[str, Any]) -> str:
+    return str(row["op"]).removeprefix("pointwise:")
+
+
+def _module(row: dict[str, Any], width: int) -> str:
+    """Module path; of a collective on a narrow terminal its group and tier, which say more."""
+    if row["op"] in words.COLLECTIVES and width < WITH_SHAPE:
+        return " ".join(str(row["detail"]).split()[:2])
+    return str(row["module"])
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return f"{row['shape']} {row['detail']}".strip()
+
+
+def _split(width: int, gap: int, columns: list[list[str]]) -> list[int]:
+    """Widths of text columns that share ``width``: what each needs, the widest cut first where it does not suffice."""
+    needs = [max([6, *map(len, texts)]) for texts in columns]
+    room = width - gap * (len(columns) - 1)
+    while sum(needs) > room and max(needs) > 6:
+        needs[needs.index(max(needs))] -= 1
+    return needs
+
+
+def fit(text: str, width: int) -> str:
+    """``text`` cut at the right to ``width`` characters."""
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+
+
+def fit_path(path: str, width: int) -> str:
+    """A module path shortened from the left, at a dot where one is near: its end says what it is."""
+    if len(path) <= width:
+        return path
+    tail = path[len(path) - width + 1 :]
+    head, dot, rest = tail.partition(".")
+    return "…" + (rest if dot and len(head) < width // 3 else tail)
+
+
+def _foot(shown: list[dict[str, Any]], t: dict[str, Any], width: int) -> RenderableType:
+    """What the letters mean, and the notes."""
+    lines = []
+    if width < WITH_EVIDENCE:
+        said = {"m": "measured", "c": "calibrated", "d": "datasheet"}
+        used = {row["evidence"][:1] for row in shown}
+        lines.append("n calls per step; e evidence: " + ", ".join(f"{k} {v}" for k, v in said.items() if k in used))
+    if any(row["op"] in words.COLLECTIVES for row in shown):
+        lines.append("bytes of collectives: on the wire, per GPU")
+    if width >= WITH_SHAPE and (legend := words.legend(row["shape"] for row in shown)):
+        lines.append(legend)
+    text = Text("\n".join(lines), style="dim")
+    for note in t["notes"]:
+        text.append(f"\nnote: {note}", style="default")
+    return text

@@ -1,0 +1,103 @@
+"""Custom ops: schema, fake kernel and real kernel agree (opcheck), and the real ones compute what they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tensorcast import ops  # noqa: F401
+from tensorcast.ops import library
+
+TC = torch.ops.tensor_cast
+
+
+def _routing(tokens: int, experts: int, k: int) -> torch.Tensor:
+    return torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]) if tokens else torch.empty((0, k), dtype=torch.long)
+
+
+def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    x, index = torch.randn(6, 8), _routing(6, 4, 2)
+    rows, counts = TC.init_routing_v2(x, index), TC.expert_counts(index, 4)
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
+    return {
+        "moe_gating_top_k_softmax": (TC.moe_gating_top_k_softmax.default, (torch.randn(6, 4), 2)),
+        "init_routing_v2": (TC.init_routing_v2.default, (x, index)),
+        "unpermute_tokens": (TC.unpermute_tokens.default, (rows, index)),
+        "expert_counts": (TC.expert_counts.default, (index, 4)),
+        "grouped_matmul": (TC.grouped_matmul.default, (rows, torch.randn(4, 16, 8), counts)),
+        "grouped_matmul, bias": (TC.grouped_matmul.default, (rows, torch.randn(4, 16, 8), counts, torch.randn(4, 16))),
+        "grouped_matmul, transposed": (TC.grouped_matmul.default, (rows, torch.randn(4, 8, 16), counts, None, True)),
+        "attention": (TC.attention.default, (q, k, v, 0, 0.3, True, 3, 0, 0, 0, 0, torch.randn(4))),
+        "kv_cache_write": (TC.kv_cache_write.default, (k, v, "kv")),
+        "kv_cache_read": (TC.kv_cache_read.default, (torch.randn(2, 5, 8), 0)),
+    }
+
+
+@pytest.mark.parametrize("name", list(_cases()))
+def test_opcheck(name: str) -> None:
+    torch.manual_seed(sum(map(ord, name)))
+    op, arguments = _cases()[name]
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def test_every_op_with_a_real_kernel_is_checked() -> None:
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(library.NAMESPACE)}
+    trace_only = {"linear_attention", "ssm_scan", "causal_conv1d"}
+    assert registered == {name.split(",")[0] for name in _cases()} | trace_only
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(0, 30), experts=st.integers(1, 12), k=st.integers(1, 12), seed=st.integers(0, 10**6))
+def test_permute_and_unpermute_are_inverse_and_ordered(tokens: int, experts: int, k: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    k = min(k, experts)
+    index, x = _routing(tokens, experts, k), torch.randn(tokens, 3)
+    rows = TC.init_routing_v2(x, index)
+    flat, order = index.reshape(-1).sort(stable=True)
+    assert torch.equal(rows, x[order // k])
+    assert torch.equal(TC.expert_counts(index, experts), torch.bincount(flat, minlength=experts))
+    assert torch.equal(TC.unpermute_tokens(rows, index), x[:, None].expand(-1, k, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_matmul_equals_a_loop_over_experts(dtype: torch.dtype, transposed: bool) -> None:
+    torch.manual_seed(1)
+    counts = torch.tensor([0, 7, 1, 0, 24])  # experts without rows included
+    x, weight, bias = torch.randn(32, 16, dtype=dtype), torch.randn(5, 24, 16, dtype=dtype), torch.randn(5, 24, dtype=dtype)
+    given_weight = weight.transpose(1, 2).contiguous() if transposed else weight
+    out = TC.grouped_matmul(x, given_weight, counts, bias, transposed)
+    start = 0
+    for expert, n in enumerate(counts.tolist()):
+        expected = x[start : start + n] @ weight[expert].T + bias[expert]
+        torch.testing.assert_close(out[start : start + n], expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+        start += n
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+@pytest.mark.parametrize("past", [0, 4])
+def test_attention_equals_sdpa(window: int, past: int) -> None:
+    torch.manual_seed(2)
+    new, total = 5, 5 + past
+    q, k, v = torch.randn(2, 4, new, 8), torch.randn(2, 2, total, 8), torch.randn(2, 2, total, 6)
+    at, key = torch.arange(past, total)[:, None], torch.arange(total)[None]
+    seen = key <= at
+    if window:
+        seen &= at - key < window
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.3, enable_gqa=True)
+    found = TC.attention(q, k, v, past, 0.3, True, window)
+    torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_refuses_keys_of_another_length() -> None:
+    with pytest.raises(ValueError, match="keys hold 5 tokens, expected past"):
+        TC.attention(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), 3)
+
+
+def test_trace_only_ops_refuse_real_tensors() -> None:
+    with pytest.raises(NotImplementedError):
+        TC.causal_conv1d(torch.randn(1, 2, 3), torch.randn(2, 2), None)

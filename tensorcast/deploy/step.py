@@ -135,10 +135,13 @@ class Step:
     def _row(self, row: Row, at: Context) -> RowPrice:
         return self._collective(row, at) if isinstance(row, Collective) else self._kernel(row, at)
 
-    def _gap(self, kernel_s: Any) -> Any:
-        """What launching adds: a gap inside a captured graph, else the wait until the host has launched the kernel."""
+    def _gap(self, kernel_s: Any, launch_s: Any) -> Any:
+        """What launching adds beyond ``launch_s``, which kernel times measured in graph replay already hold.
+
+        Inside a captured graph: what the gap exceeds it by. Launched one by one: the wait for the host.
+        """
         if self.captured:
-            return float(self.engine.graph_launch_gap_s)
+            return np.maximum(float(self.engine.graph_launch_gap_s) - launch_s, 0.0)
         return np.maximum(float(self.engine.eager_launch_gap_s) - kernel_s, 0.0)
 
     def _kernel(self, op: Op, at: Context) -> RowPrice:
@@ -151,7 +154,7 @@ class Step:
         for work in work_of(op, at):
             constants, found = constants_for(self.device, work.family, work.dtype, self.engine.name)
             timing = kernel_time(work, constants, self.device)
-            gap = self._gap(timing.seconds)
+            gap = self._gap(timing.seconds, timing.launch_s)
             seconds = seconds + timing.seconds + gap
             flops, moved = flops + work.flops, moved + work.bytes
             ideal = ideal + work.flops / peak_flops(self.device, work.dtype)
@@ -173,7 +176,7 @@ class Step:
         )
         tier = next(t for t in self.device.interconnect if t.name == time.tier)
         on_wire = time.wire_bytes / float(tier.bandwidth_bytes_per_s)
-        gap = self._gap(time.seconds)
+        gap = self._gap(time.seconds, time.seconds)
         seconds = time.seconds + gap
         parts = {"compute": 0.0, "memory": 0.0, "network": on_wire, "latency": np.maximum(seconds - on_wire, 0.0)}
         algorithm = time.algorithm if isinstance(time.algorithm, str) else str(np.ravel(time.algorithm)[0])

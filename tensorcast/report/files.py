@@ -18,7 +18,7 @@ NAMES = ("report.md", "ops.csv", "summary.json", "trace.json")
 
 
 def check_directory(directory: Path) -> None:
-    """Raise :class:`InputError` where ``directory`` cannot be one; creates nothing, so it may be asked before any work."""
+    """Raise :class:`InputError` where ``directory`` cannot be one. Creates nothing: ask before the work starts."""
     for path in (directory, *directory.parents):
         if path.is_dir():
             if not os.access(path, os.W_OK | os.X_OK):

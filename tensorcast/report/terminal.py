@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -19,8 +21,11 @@ if TYPE_CHECKING:
 WITH_SHAPE = 100
 """Columns from which the op table shows shapes."""
 
-WITH_EVIDENCE = 120
-"""Columns from which evidence is a word, not a letter, and the two panels stand side by side."""
+SIDE_BY_SIDE = 110
+"""Columns from which the two panels stand side by side."""
+
+WITH_UNITS = 140
+"""Columns from which sizes carry their unit, module paths their full start, and evidence is a word, not a letter."""
 
 _BOUND_STYLE = {"compute": "green", "memory": "yellow", "network": "magenta", "latency": "cyan"}
 
@@ -31,19 +36,29 @@ def print_simulation(run: Simulation, console: Console, top: int = 20) -> None:
     console.print(Text(words.headline(t), style="bold"))
     console.print(Text(words.workload(t)))
     console.print(Text(words.numerics(t), style="dim"))
-    step = Panel(_step(t), title="Step", title_align="left", box=box.ROUNDED)
-    memory = Panel(_memory(t, console), title="Memory per GPU", title_align="left", box=box.ROUNDED)
-    if console.width >= WITH_EVIDENCE:
-        both = Table.grid(padding=(0, 1, 0, 0), expand=True, pad_edge=False)
-        both.add_column(ratio=55)
-        both.add_column(ratio=45)
-        both.add_row(step, memory)
-        console.print(both)
-    else:
-        console.print(step, memory)
+    _print_panels(t, console)
     rows = records(run)
     console.print(_ops(rows, top, console.width))
     console.print(_foot(rows[:top], t, console.width))
+
+
+def _print_panels(t: dict[str, Any], console: Console) -> None:
+    if console.width < SIDE_BY_SIDE:
+        for title, inside in (("Step", _step(t)), ("Memory per GPU", _memory(t, console.width, console))):
+            console.print(Panel(inside, title=title, title_align="left"))
+        return
+    widths = (console.width - 1) * 11 // 20, (console.width - 1) - (console.width - 1) * 11 // 20
+    contents = _step(t), _memory(t, widths[1], console)
+    lines = [
+        len(console.render_lines(inside, console.options.update(width=width - 4)))
+        for inside, width in zip(contents, widths, strict=True)
+    ]
+    both = Table.grid(padding=(0, 1, 0, 0), pad_edge=False)
+    both.add_row(*(
+        Panel(inside, title=title, title_align="left", width=width, height=max(lines) + 2)
+        for title, inside, width in zip(("Step", "Memory per GPU"), contents, widths, strict=True)
+    ))
+    console.print(both)
 
 
 def _step(t: dict[str, Any]) -> RenderableType:
@@ -55,9 +70,8 @@ def _step(t: dict[str, Any]) -> RenderableType:
     return grid
 
 
-def _memory(t: dict[str, Any], console: Console) -> RenderableType:
-    inside = (console.width if console.width < WITH_EVIDENCE else int(console.width * 0.45)) - 4
-    bar = max(8, min(30, inside - 36))
+def _memory(t: dict[str, Any], width: int, console: Console) -> RenderableType:
+    bar = max(8, min(30, width - 40))
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(justify="right", no_wrap=True)
@@ -87,12 +101,13 @@ def _bar(share: float, width: int, ascii_only: bool) -> str:
 def _ops(rows: list[dict[str, Any]], top: int, width: int) -> RenderableType:
     """The costliest ops. Numbers keep their width; op, module and shape share what is left."""
     shown, rest = rows[:top], rows[top:]
-    gap = 2 if width >= WITH_EVIDENCE else 1
+    gap = 2 if width >= SIDE_BY_SIDE else 1
     numbers = [_numbers(row, width) for row in shown]
     if rest:
-        total = {key: sum(row[key] for row in rest) for key in ("count", "flops", "bytes", "wire_bytes", "seconds", "share")}
+        added = ("count", "flops", "bytes", "wire_bytes", "seconds", "share")
+        total = {key: sum(row[key] for row in rest) for key in added}
         numbers.append(_numbers({**total, "bound": "", "evidence": ""}, width))
-    heads = ["n", "FLOPs", "bytes", "time", "share", "bound", "evidence" if width >= WITH_EVIDENCE else "e"]
+    heads = ["n", "FLOPs", "bytes", "time", "share", "bound", "evidence" if width >= WITH_UNITS else "e"]
     taken = sum(max(len(head), *(len(cells[i]) for cells in numbers)) + gap for i, head in enumerate(heads))
     names = [_op_name(row) for row in shown] + ([f"+ {words.plural(len(rest), 'more op')}"] if rest else [])
     modules, shapes = [_module(row, width) for row in shown], [_shape(row) for row in shown]
@@ -120,7 +135,7 @@ def _ops(rows: list[dict[str, Any]], top: int, width: int) -> RenderableType:
 
 def _numbers(row: dict[str, Any], width: int) -> list[str]:
     """Count, FLOPs, bytes (of collectives: on the wire), time, share, bound and evidence of one row."""
-    wide = width >= WITH_EVIDENCE
+    wide = width >= WITH_UNITS
     moved = row["bytes"] + row["wire_bytes"]
     return [
         units.count(row["count"]), _large(row["flops"], wide, units.flops), _large(moved, wide, units.nbytes),
@@ -129,8 +144,8 @@ def _numbers(row: dict[str, Any], width: int) -> list[str]:
     ]
 
 
-def _large(value: float, wide: bool, full: Any) -> str:
-    return str(full(value)) if wide and value else units.short(value)
+def _large(value: float, wide: bool, full: Callable[[float], str]) -> str:
+    return full(value) if wide and value else units.short(value)
 
 
 def _op_name(row: dict[str, Any]) -> str:
@@ -141,7 +156,8 @@ def _module(row: dict[str, Any], width: int) -> str:
     """Module path; of a collective on a narrow terminal its group and tier, which say more."""
     if row["op"] in words.COLLECTIVES and width < WITH_SHAPE:
         return " ".join(str(row["detail"]).split()[:2])
-    return str(row["module"])
+    module = str(row["module"])
+    return module if width >= WITH_UNITS else re.sub(r"^\w+(?=\[)", "", module)  # layers[3-60].mlp: [3-60].mlp
 
 
 def _shape(row: dict[str, Any]) -> str:
@@ -174,7 +190,7 @@ def fit_path(path: str, width: int) -> str:
 def _foot(shown: list[dict[str, Any]], t: dict[str, Any], width: int) -> RenderableType:
     """What the letters mean, and the notes."""
     lines = []
-    if width < WITH_EVIDENCE:
+    if width < WITH_UNITS:
         said = {"m": "measured", "c": "calibrated", "d": "datasheet"}
         used = {row["evidence"][:1] for row in shown}
         lines.append("n calls per step; e evidence: " + ", ".join(f"{k} {v}" for k, v in said.items() if k in used))

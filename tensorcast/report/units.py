@@ -40,6 +40,13 @@ def seconds(value: float) -> str:
     return f"{number} {prefix}s"
 
 
+def span(low: float, high: float) -> str:
+    """``63.6-82.5 ms``; each end with its unit where they differ."""
+    start, end = seconds(low), seconds(high)
+    number, _, unit = start.partition(" ")
+    return f"{number}-{end}" if end.endswith(f" {unit}") else f"{start} - {end}"
+
+
 def nbytes(value: float) -> str:
     """``4.56 GB``."""
     number, prefix = _from_one(value)

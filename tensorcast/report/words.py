@@ -73,16 +73,17 @@ def step_lines(t: dict[str, Any]) -> list[tuple[str, str]]:
     prefill = t["phase"] == "prefill"
     gpus = f"; {units.rate(t['tokens_per_s_per_gpu'] * t['world_size'])} on {t['world_size']}"
     speed = f"{units.rate(t['tokens_per_s_per_gpu'])} tokens/s per GPU{gpus if t['world_size'] > 1 else ''}"
-    low, high = units.seconds(t["step_low_s"]), units.seconds(t["step_high_s"])
+    within = units.span(t["step_low_s"], t["step_high_s"])
+    overhead = t["overhead_s"] / t["step_s"]
     lines = [
-        ("step time", f"{units.seconds(t['step_s'])}  (half of such steps: {low} to {high})"),
+        ("step time", f"{units.seconds(t['step_s'])}  (half of such steps: {within})"),
         ("prompt speed" if prefill else "output speed", speed),
     ]
     if not prefill:
         lines.append(("per sequence", f"{units.rate(1.0 / t['step_s'])} tokens/s"))
     lines += [
         ("use of a GPU", f"MFU {units.percent(t['mfu'])}, memory bandwidth {units.percent(t['memory_bandwidth_use'])}"),
-        ("overhead", f"{units.seconds(t['overhead_s'])} outside kernels ({units.percent(t['overhead_s'] / t['step_s'])})"),
+        ("overhead", f"{units.seconds(t['overhead_s'])} outside kernels ({units.percent(overhead)})"),
         ("bound by", shares(t["seconds_by_bound"])),
         ("spent in", shares(t["seconds_by_family"], 5)),
         ("evidence", shares(t["seconds_by_evidence"])),
@@ -91,7 +92,7 @@ def step_lines(t: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def shares(seconds: dict[str, float], most: int = 0) -> str:
-    """``network 38.5%, compute 30.2%, ...``: what each takes of their sum; beyond ``most`` they are summed as others."""
+    """``network 38.5%, compute 30.2%, ...``: what each takes of their sum, the rest after ``most`` as others."""
     total = sum(seconds.values()) or 1.0
     named = [(name, value / total) for name, value in sorted(seconds.items(), key=lambda item: -item[1]) if value > 0]
     if most and len(named) > most:

@@ -38,7 +38,8 @@ def draw_sample(tables: measured.Tables, per_group: int = 2) -> pd.DataFrame:
         frame = tables.family(family)
         frame = frame[frame.dtype.isin([*measured.PRECISION, "any"])]
         frame = frame[measured.held_out(frame, measured.SHAPE[family])]
-        frame = frame.assign(order=measured.row_hash(frame, [*measured.ID, *measured.SHAPE[family]])).sort_values("order")
+        order = measured.row_hash(frame, [*measured.ID, *measured.SHAPE[family]])
+        frame = frame.assign(order=order).sort_values("order")
         parts.append(frame.groupby(["system", "dtype", "engine", "algorithm"]).head(per_group).drop(columns="order"))
     sample = pd.concat(parts)
     columns = [c for c in sample.columns if c != "seconds"]
@@ -47,7 +48,9 @@ def draw_sample(tables: measured.Tables, per_group: int = 2) -> pd.DataFrame:
 
 def write_sample(path: Path, sample: pd.DataFrame) -> None:
     """Comma-separated, source on top, empty where a column says nothing about a family."""
-    write_atomically(Path(path), SAMPLE_HEADER + sample.to_csv(index=False, float_format="%.5g"))
+    exact = sample.drop(columns="seconds").convert_dtypes()  # whole numbers without a trailing .0
+    written = exact.assign(seconds=sample.seconds.map("{:.5g}".format))
+    write_atomically(Path(path), SAMPLE_HEADER + written.to_csv(index=False))
 
 
 def read_sample(path: Path) -> pd.DataFrame:
@@ -99,9 +102,10 @@ def _collective(rows: pd.DataFrame, key: Key, device: DeviceProfile) -> tuple[np
 def predict(sample: pd.DataFrame) -> pd.DataFrame:
     """The sample with ``predicted`` and ``roofline`` seconds (datasheet peaks alone), their errors, and evidence."""
     parts = []
+    devices = {name: load_device(str(name).replace("_", "-")) for name in sample.system.unique()}
     for key, rows in sample.groupby(["system", "family", "dtype", "engine", "algorithm"]):
         names = tuple(str(part) for part in key)
-        device = load_device(names[0].replace("_", "-"))
+        device = devices[names[0]]
         price = _collective if names[1] in COLLECTIVES else _kernel
         seconds, plain, evidence = price(rows, names, device)
         parts.append(rows.assign(

@@ -1,0 +1,77 @@
+# Everything a developer runs. Needs GNU make and a Python of 3.10 or later; the rest is installed into .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+SAMPLE := tests/data/kernel_sample.csv
+DEMO   := out/demo
+# Worker processes of the test run; each holds torch and transformers.
+JOBS   ?= 2
+# Extra arguments of pytest: make test ARGS='-k wheel'
+ARGS   ?=
+
+# Constraints reach the build backend's own environment only through the environment: PIP_CONSTRAINT with pip below
+# 25.3, PIP_BUILD_CONSTRAINT from then on.
+export PIP_CONSTRAINT       := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONUNBUFFERED := 1
+
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test lint accuracy calibrate bench reports wheel clean
+
+help:  ## what each target does
+	@echo "make TARGET, where TARGET is one of"
+	@sed -nE 's/^([a-z]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name words; do \
+	  printf '  %-10s %s\n' $$name "$$words"; done
+	@echo "Settings: PYTHON=$(PYTHON) (makes .venv), JOBS=$(JOBS) (test processes), ARGS= (more for pytest)"
+
+venv: $(STAMP)  ## create .venv and install the package with the pinned versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing tensorcast and its tools into $(VENV) (first time: some minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+demo: $(STAMP)  ## simulate DeepSeek-V3 decode on 32 H200 and say where the report is
+	@$(BIN)/tensorcast simulate deepseek-v3 --device h200 --world-size 32 --tp 1 --dp 32 --ep 32 \
+	  --phase decode --batch 128 --context 4096 --out $(DEMO)
+	@echo
+	@echo "Report: $(DEMO)/report.md; ops.csv and summary.json beside it; trace.json opens in https://ui.perfetto.dev"
+
+test: lint  ## lint, types and the whole test suite
+	@$(BIN)/python -m pytest -n $(JOBS) --durations=10 $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+
+accuracy: $(STAMP)  ## predicted against measured kernels of the sample table -> reports/accuracy.md
+	@$(BIN)/python -m tensorcast.validate.accuracy --sample $(SAMPLE) --out reports/accuracy.md
+
+calibrate: $(STAMP)  ## fit the device profiles' constants: make calibrate TABLES=DIR (measured parquet tables)
+	@test -n "$(TABLES)" || { echo "make calibrate needs TABLES=DIR, a folder of measured tables" >&2; exit 2; }
+	@$(BIN)/python -m pip install --quiet --editable '.[tables]'
+	@$(BIN)/python -m tensorcast.validate.fit --tables "$(TABLES)"
+
+bench: $(STAMP)  ## how long start, tracing and pricing take on this machine
+	@$(BIN)/python benchmarks/cold_start.py
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/price_points.py
+
+reports: $(STAMP)  ## the example reports that are kept in reports/
+	@$(BIN)/tensorcast simulate deepseek-v3 --device h200 --world-size 32 --tp 1 --dp 32 --ep 32 \
+	  --phase decode --batch 128 --context 4096 --out reports/simulate-deepseek-v3-h200
+	@$(BIN)/tensorcast simulate qwen3-235b-a22b --device h100 --world-size 8 --tp 8 --ep 8 \
+	  --phase prefill --batch 4 --input-len 4096 --out reports/simulate-qwen3-235b-h100
+
+wheel: $(STAMP)  ## build dist/*.whl and the source archive
+	@$(BIN)/python -m build --no-isolation --outdir dist
+
+clean:  ## remove .venv, caches and everything built
+	@rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find tensorcast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

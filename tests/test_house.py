@@ -1,0 +1,172 @@
+"""The house rules, checked on the source: who may import whom, how large a file may grow, what loads when."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tensorcast as tc
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "tensorcast"
+LONGEST = 420
+
+STAGES = ("profiles", "ops", "modeling", "trace", "cost", "deploy", "report")
+"""Data moves one way: each stage knows only the stages before it."""
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "ops": set(),
+    **{stage: set(STAGES[:i]) for i, stage in enumerate(STAGES) if stage != "ops"},
+    "validate": {"profiles", "ops", "modeling", "trace", "cost", "deploy"},
+    "api": {*STAGES, "validate"},
+    "cli": {*STAGES, "validate", "api"},
+    "__main__": {"cli"},
+    "__init__": {"api"},
+}
+"""Per part of the package the others that it may import, besides itself and ``errors``."""
+
+HEAVY = {"torch", "transformers"}
+HEAVY_PARTS = {"ops", "modeling"}
+HEAVY_FILES = {f"trace/{name}.py" for name in ("record", "layers", "forward", "tracer")}
+"""The only files that may import torch or transformers when they are themselves imported. A file of ``validate``
+joins them here if it cannot do its work otherwise."""
+
+
+def sources(folder: Path = PACKAGE) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def part_of(path: Path) -> str:
+    """``trace`` for ``tensorcast/trace/dims.py``, ``cli`` for ``tensorcast/cli.py``."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def targets(node: ast.AST, package: tuple[str, ...]) -> Iterator[str]:
+    """Dotted names that an import statement may load, the imported names included (they may be modules)."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        above = package[: len(package) - node.level + 1] if node.level else ()
+        base = ".".join((*above, node.module)) if node.module else ".".join(above)
+        yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, name) of every import, wherever it stands: a late import couples two stages as much as an early one."""
+    package = ("tensorcast", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(parsed(path)):
+        yield from ((getattr(node, "lineno", 0), name) for name in targets(node, package))
+
+
+def at_import_time(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements that run when the module is imported: no function bodies, nothing under ``if TYPE_CHECKING``."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
+            yield from at_import_time(statement.orelse)
+        elif not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            for field in ("body", "orelse", "finalbody"):
+                yield from at_import_time(getattr(statement, field, []))
+            for handler in getattr(statement, "handlers", []):
+                yield from at_import_time(handler.body)
+
+
+def test_each_stage_imports_only_earlier_ones() -> None:
+    wrong = []
+    for path in sources():
+        part = part_of(path)
+        assert part in MAY_IMPORT, f"{path.relative_to(ROOT)}: a new part; give it its place in MAY_IMPORT"
+        for line, name in imports(path):
+            head, *rest = name.split(".")
+            if head != "tensorcast" or (rest and rest[0].startswith("__")):
+                continue
+            # a name that is no part of the package comes from its top, which is the api
+            other = rest[0] if rest and rest[0] in MAY_IMPORT else "api"
+            if other not in (part, "errors") and other not in MAY_IMPORT[part]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}: {part} may not know {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_import_guard_sees_every_kind_of_import() -> None:
+    """The guard itself: relative, late, aliased and from-package imports are all found."""
+    code = "def f():\n    from . import fuse\n    from ..cost import work\nimport tensorcast.report.units as u\n"
+    found = [name for node in ast.walk(ast.parse(code)) for name in targets(node, ("tensorcast", "trace"))]
+    assert sorted(found) == ["tensorcast.cost.work", "tensorcast.report.units", "tensorcast.trace.fuse"]
+
+
+def test_torch_and_transformers_load_late() -> None:
+    wrong = []
+    for path in sources():
+        relative = path.relative_to(PACKAGE).as_posix()
+        if part_of(path) in HEAVY_PARTS and relative != "modeling/quantization.py" or relative in HEAVY_FILES:
+            continue
+        for statement in at_import_time(parsed(path).body):
+            heavy = HEAVY & {name.split(".")[0] for name in targets(statement, ())}
+            wrong += [f"tensorcast/{relative}:{statement.lineno} imports {name} when imported" for name in heavy]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("folder", ["tensorcast", "tests", "benchmarks"])
+def test_files_stay_readable(folder: str) -> None:
+    long = {
+        path.relative_to(ROOT).as_posix(): lines
+        for path in sources(ROOT / folder)
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > LONGEST
+    }
+    assert not long, f"over {LONGEST} lines, split them: {long}"
+
+
+def test_no_drawer_for_odds_and_ends() -> None:
+    drawers = {"utils.py", "util.py", "helpers.py", "misc.py", "common.py"}
+    assert not [path for path in sources() if path.name in drawers]
+
+
+def test_no_path_of_one_machine() -> None:
+    """A file that names somebody's folder works on one machine only."""
+    folder = re.compile(r"(?<![\w.~/:])/(?:" + "|".join(["work", "home", "root", "Users", "tmp", "mnt"]) + r")/\w")
+    wrong = []
+    for path in (*sources(), *sources(ROOT / "tests"), *sources(ROOT / "benchmarks")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if folder.search(line):
+                wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not wrong, "\n".join(wrong)
+
+
+def loaded_by(code: str, *watched: str) -> set[str]:
+    """Which of the ``watched`` packages a fresh interpreter has loaded after running ``code``."""
+    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted(set({watched!r}) & set(sys.modules))))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return set(found)
+
+
+@pytest.mark.parametrize("module", ["tensorcast", "tensorcast.cli"])
+def test_importing_is_light(module: str) -> None:
+    heavy = ("torch", "transformers", "pandas", "matplotlib", "sympy", "scipy")
+    assert not loaded_by(f"import {module}", *heavy)
+
+
+def test_a_warm_simulation_needs_no_torch() -> None:
+    """From the second time a step is priced from the table on disk: torch and transformers stay out."""
+    call = "simulate('qwen3-30b-a3b', device='h200', world_size=2, tp=2, ep=2, batch=8).step_s"
+    assert tc.simulate("qwen3-30b-a3b", device="h200", world_size=2, tp=2, ep=2, batch=8).step_s > 0
+    assert not loaded_by(f"import tensorcast as tc\nassert tc.{call} > 0", "torch", "transformers")

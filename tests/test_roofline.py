@@ -121,6 +121,17 @@ def test_split_uses_idle_processors() -> None:
     assert seconds(shared, constants) == pytest.approx(seconds(alone, constants) / 10)
 
 
+def test_passes_over_rows_can_be_left_to_the_caller() -> None:
+    constants = make_constants(row_s=1e-9, element_s=1e-12)
+    gemm, attention = work.gemm(64, 128, 256), work.attention(2, 16, 0, 4, 4, 64, 64)
+    beside = [
+        seconds(found, constants) - float(roofline.kernel_time(found, constants, DEVICE, passes=False).seconds)
+        for found in (gemm, attention)
+    ]
+    assert beside[0] == pytest.approx(64 * 1e-9 + 64 * 256 * 1e-12)
+    assert beside[1] == 0
+
+
 def test_arrays_equal_scalars() -> None:
     m = np.array([1, 64, 65, 4096])
     together = roofline.kernel_time(work.gemm(m, 7168, 4096), make_constants(), DEVICE).seconds

@@ -126,11 +126,16 @@ def _joined(compute: Size, traffic: Size, p: float) -> Size:
     return np.power(np.power(compute, p) + np.power(traffic, p), 1.0 / p)
 
 
-def kernel_time(work: Work, constants: KernelConstants, device: DeviceProfile) -> Timing:
-    """Time of ``work`` with ``constants``. Never faster than the datasheet's peaks allow."""
+def kernel_time(work: Work, constants: KernelConstants, device: DeviceProfile, *, passes: bool = True) -> Timing:
+    """Time of ``work`` with ``constants``. Never faster than the datasheet's peaks allow.
+
+    ``passes=False`` leaves out what an engine's GEMM call does to its rows beside the product (quantising activations,
+    permuting and combining expert rows), for callers that price those as operations of their own.
+    """
     compute = _compute_time(work, constants, device)
     traffic = work.bytes / (float(device.memory_bandwidth_bytes_per_s) * constants.memory_efficiency)
     seconds = constants.launch_s + _joined(compute, traffic, constants.smoothing)
-    if constants.row_s or constants.element_s:
+    beside = passes or work.family not in ("gemm", "grouped_gemm")  # an attention's softmax rows always count
+    if beside and (constants.row_s or constants.element_s):
         seconds = seconds + work.rows * constants.row_s + work.elements * constants.element_s
     return Timing(seconds, compute, traffic, constants.launch_s)

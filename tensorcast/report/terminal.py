@@ -101,7 +101,7 @@ def _bar(share: float, width: int, ascii_only: bool) -> str:
 def _ops(rows: list[dict[str, Any]], top: int, width: int) -> RenderableType:
     """The costliest ops. Numbers keep their width; op, module and shape share what is left."""
     shown, rest = rows[:top], rows[top:]
-    gap = 2 if width >= SIDE_BY_SIDE else 1
+    gap = 2 if width >= WITH_UNITS else 1
     numbers = [_numbers(row, width) for row in shown]
     if rest:
         added = ("count", "flops", "bytes", "wire_bytes", "seconds", "share")
@@ -110,7 +110,7 @@ def _ops(rows: list[dict[str, Any]], top: int, width: int) -> RenderableType:
     heads = ["n", "FLOPs", "bytes", "time", "share", "bound", "evidence" if width >= WITH_UNITS else "e"]
     taken = sum(max(len(head), *(len(cells[i]) for cells in numbers)) + gap for i, head in enumerate(heads))
     names = [_op_name(row) for row in shown] + ([f"+ {words.plural(len(rest), 'more op')}"] if rest else [])
-    modules, shapes = [_module(row, width) for row in shown], [_shape(row) for row in shown]
+    modules, shapes = [_module(row, width) for row in shown], [_shape(row, width) for row in shown]
     left = max(24, width - taken)
     widths = _split(left, gap, [names, modules, shapes] if width >= WITH_SHAPE else [names, modules])
     table = Table(
@@ -160,8 +160,12 @@ def _module(row: dict[str, Any], width: int) -> str:
     return module if width >= WITH_UNITS else re.sub(r"^\w+(?=\[)", "", module)  # layers[3-60].mlp: [3-60].mlp
 
 
-def _shape(row: dict[str, Any]) -> str:
-    return f"{row['shape']} {row['detail']}".strip()
+def _shape(row: dict[str, Any], width: int) -> str:
+    """Shape and weight scheme; of a collective what it carries, its group, tier and algorithm."""
+    shape = str(row["shape"])
+    if width < WITH_UNITS:
+        shape = shape.replace("] x [", "]x[").replace(", ", ",")
+    return f"{shape} {row['detail']}".strip()
 
 
 def _split(width: int, gap: int, columns: list[list[str]]) -> list[int]:
@@ -196,6 +200,8 @@ def _foot(shown: list[dict[str, Any]], t: dict[str, Any], width: int) -> Rendera
         lines.append("n calls per step; e evidence: " + ", ".join(f"{k} {v}" for k, v in said.items() if k in used))
     if any(row["op"] in words.COLLECTIVES for row in shown):
         lines.append("bytes of collectives: on the wire, per GPU")
+    if t["pp"] > 1:
+        lines.append(f"pipeline: rows are one micro-batch on its way through all {t['pp']} stages")
     if width >= WITH_SHAPE and (legend := words.legend(row["shape"] for row in shown)):
         lines.append(legend)
     text = Text("\n".join(lines), style="dim")

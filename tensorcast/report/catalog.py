@@ -1,0 +1,216 @@
+"""What there is to simulate: tables of the model, device and engine profiles, for people and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from tensorcast.report import units
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tensorcast.profiles import DeviceProfile, EngineProfile, ModelProfile
+
+Record = dict[str, Any]
+
+WITH_SOURCE = 120
+"""Columns from which the tables show where the figures are from."""
+
+_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "experts_per_token", "top_k_experts", "moe_k", "moe_topk")
+
+
+def model_record(profile: ModelProfile) -> Record:
+    """Published sizes and what the config says; None where nothing does."""
+    from tensorcast.modeling.quantization import Quantization, from_config, override
+
+    config = profile.config
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    if profile.quantization:
+        quantization = override(Quantization(kv=profile.kv_dtype), profile.quantization)
+    else:
+        quantization = from_config(config, profile.kv_dtype)
+    return {
+        "name": profile.name, "aliases": list(profile.aliases), "hf_id": profile.hf_id,
+        "description": profile.description, "model_type": config["model_type"],
+        "total_params": float(profile.total_params) if profile.total_params else None,
+        "active_params": float(profile.active_params) if profile.active_params else None,
+        "experts": _first(text, _EXPERTS), "top_k": _first(text, _TOP_K), "layers": text.get("num_hidden_layers"),
+        "attention": attention(text), "linear_dtype": quantization.linear.name,
+        "expert_dtype": quantization.experts.name, "kv_dtype": quantization.kv,
+        "kv_bytes_per_token": float(profile.kv_bytes_per_token) if profile.kv_bytes_per_token else None,
+        "sources": dict(profile.sources),
+    }
+
+
+def device_record(profile: DeviceProfile) -> Record:
+    """Memory, peaks, interconnect tiers, and whether kernels were measured on it."""
+    fitted = profile.calibration
+    errors = [row.median_error for row in (*fitted.kernels, *fitted.collectives) if row.median_error is not None] if fitted else []
+    return {
+        "name": profile.name, "aliases": list(profile.aliases), "vendor": profile.vendor,
+        "architecture": profile.architecture, "description": profile.description, "processors": profile.processors,
+        "memory_bytes": float(profile.memory_bytes),
+        "memory_bandwidth_bytes_per_s": float(profile.memory_bandwidth_bytes_per_s),
+        "peak_flops_per_s": {dtype: float(figure) for dtype, figure in profile.peak_flops.items()},
+        "interconnect": [
+            {
+                "name": tier.name, "size": tier.size, "bandwidth_bytes_per_s": float(tier.bandwidth_bytes_per_s),
+                "latency_s": float(tier.latency_s),
+            }
+            for tier in profile.interconnect
+        ],
+        "evidence": "calibrated" if fitted else "datasheet",
+        "median_error": sorted(errors)[len(errors) // 2] if errors else None,
+        "calibration": fitted.provenance if fitted else None, "sources": dict(profile.sources),
+    }
+
+
+def engine_record(profile: EngineProfile) -> Record:
+    """Fusions, captured phases, overheads, memory."""
+    return {
+        "name": profile.name, "aliases": list(profile.aliases), "version": profile.version,
+        "description": profile.description, "fusions": list(profile.fusions),
+        "graph_captured_phases": list(profile.graph_captured_phases),
+        "step_overhead_s": float(profile.step_overhead_s),
+        "request_overhead_s": float(profile.request_overhead_s) if profile.request_overhead_s else 0.0,
+        "graph_launch_gap_s": float(profile.graph_launch_gap_s),
+        "eager_launch_gap_s": float(profile.eager_launch_gap_s),
+        "memory_fraction": float(profile.memory_fraction), "reserved_bytes": float(profile.reserved_bytes),
+        "max_tokens_per_step": profile.max_tokens_per_step, "all2all": dict(profile.all2all),
+        "sources": dict(profile.sources),
+    }
+
+
+def attention(config: Record) -> str:
+    """Kind of attention by the field names that configs share: ``MLA``, ``GQA 64/8, window 128``, ..."""
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if config.get("kv_lora_rank"):
+        kind = "MLA"
+    elif kv_heads is None or kv_heads == heads:
+        kind = f"MHA {heads}"
+    else:
+        kind = f"MQA {heads}/1" if kv_heads == 1 else f"GQA {heads}/{kv_heads}"
+    kinds = set(config.get("layer_types") or ())
+    if "linear_attention" in kinds:
+        kind += " + linear"
+    if "mamba" in kinds or "M" in str(config.get("hybrid_override_pattern") or ""):
+        kind += " + mamba"
+    if chosen := config.get("index_topk"):
+        kind += f", sparse {chosen}"
+    if (window := config.get("sliding_window")) and config.get("use_sliding_window", True):
+        kind += f", window {window}"
+    if chunk := config.get("attention_chunk_size"):
+        kind += f", chunks {chunk}"
+    return kind
+
+
+def _first(config: Record, names: Iterable[str]) -> Any:
+    return next((config[name] for name in names if config.get(name)), None)
+
+
+def print_models(records: list[Record], console: Console) -> None:
+    """One model per line."""
+    def dtype(row: Record) -> str:
+        both = row["linear_dtype"], row["expert_dtype"]
+        return both[0] if both[0] == both[1] or not row["experts"] else f"{both[1]} experts"
+
+    rows = [
+        [
+            row["name"], _params(row["total_params"]), _params(row["active_params"]),
+            f"{row['experts']} x {row['top_k']}" if row["experts"] else "dense", str(row["layers"] or "?"),
+            row["attention"], dtype(row), units.count(row["kv_bytes_per_token"]) if row["kv_bytes_per_token"] else "",
+            _link(row["sources"]),
+        ]
+        for row in records
+    ]
+    heads = ("model", "total", "active", "experts", "layers", "attention", "dtype", "KV B/token", "source")
+    _print(console, heads, "lrrrrllrl", rows, drop=("KV B/token",))
+    _say(console, "Parameters as published; experts x how many a token uses; KV bytes per token where published (bf16).")
+    _say(console, "A directory with a Hugging Face config.json works in place of a name. All figures: --json")
+
+
+def print_devices(records: list[Record], console: Console) -> None:
+    """One device per line."""
+    def tiers(row: Record) -> str:
+        return " > ".join(
+            f"{tier['size']} {tier['name']} {units.byte_rate(tier['bandwidth_bytes_per_s'])}" for tier in row["interconnect"]
+        )
+
+    def evidence(row: Record) -> str:
+        error = row["median_error"]
+        return row["evidence"] if error is None else f"{row['evidence']} ±{units.percent(error)}"
+
+    rows = [
+        [
+            row["name"], units.nbytes(row["memory_bytes"]), units.byte_rate(row["memory_bandwidth_bytes_per_s"]),
+            _peak(row, "bf16", "fp16"), _peak(row, "fp8"), tiers(row), evidence(row), _link(row["sources"]),
+        ]
+        for row in records
+    ]
+    heads = ("device", "memory", "bandwidth", "bf16", "fp8", "GPUs in reach, each direction", "evidence", "source")
+    _print(console, heads, "lrrrrlll", rows)
+    _say(console, "bf16, fp8: peak TFLOP/s, dense; evidence: median error of the kernels measured on it, or datasheet only.")
+    _say(console, "cpu: this machine, measured when first used. All figures: --json")
+
+
+def print_engines(records: list[Record], console: Console) -> None:
+    """One engine per line."""
+    rows = [
+        [
+            row["name"], row["version"], ", ".join(row["graph_captured_phases"]) or "none",
+            f"{units.seconds(row['step_overhead_s'])} + {units.seconds(row['request_overhead_s'])}/seq",
+            units.percent(row["memory_fraction"]), ", ".join(row["fusions"]) or "none",
+            ", ".join(f"{phase} {kind}" for phase, kind in row["all2all"].items()), _link(row["sources"]),
+        ]
+        for row in records
+    ]
+    heads = ("engine", "version", "graphs", "overhead", "memory", "fuses", "exchange", "source")
+    _print(console, heads, "lllrrlll", rows, drop=("exchange",))
+    _say(console, "graphs: phases replayed from captured graphs; overhead per step; memory: share of the device it takes.")
+    _say(console, "All figures: --json")
+
+
+def _params(value: float | None) -> str:
+    return units.parameters(value) if value else "?"
+
+
+def _peak(row: Record, *dtypes: str) -> str:
+    peaks = row["peak_flops_per_s"]
+    return next((units.count(peaks[dtype] / 1e12) for dtype in dtypes if dtype in peaks), "-")
+
+
+def _link(sources: dict[str, str]) -> str:
+    """The first source: where the profile comes from."""
+    words = next(iter(sources.values()), "").split()
+    return words[0].removeprefix("https://") if words else ""
+
+
+def _print(
+    console: Console, heads: tuple[str, ...], align: str, rows: list[list[str]], drop: tuple[str, ...] = ()
+) -> None:
+    """A table without the columns in ``drop`` and without sources where the console is narrow."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    narrow = console.width < WITH_SOURCE
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0 if narrow else 1, 0, 0))
+    kept = [i for i, head in enumerate(heads) if not narrow or head not in (*drop, "source")]
+    for i in kept:
+        # Long texts give way before names and numbers do.
+        soft = heads[i] in ("attention", "fuses", "exchange", "source") or heads[i].startswith("GPUs")
+        table.add_column(
+            heads[i], justify="right" if align[i] == "r" else "left", no_wrap=not soft or heads[i] == "source",
+            overflow="ellipsis" if heads[i] == "source" else "fold", style="dim" if heads[i] == "source" else "",
+        )
+    for row in rows:
+        table.add_row(*(Text(row[i], style="bold" if i == 0 else "") for i in kept))
+    console.print(table)
+
+
+def _say(console: Console, text: str) -> None:
+    from rich.text import Text
+
+    console.print(Text(text, style="dim"))

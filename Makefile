@@ -35,7 +35,7 @@ venv: $(STAMP)  ## create .venv and install the package with the pinned versions
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing tensorcast and its tools into $(VENV) (first time: some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@$(BIN)/python -m pip install -qq --editable '.[test]'
 	@touch $@
 
 demo: $(STAMP)  ## simulate DeepSeek-V3 decode on 32 H200 and say where the report is
@@ -56,7 +56,7 @@ accuracy: $(STAMP)  ## predicted against measured kernels of the sample table ->
 
 calibrate: $(STAMP)  ## fit the device profiles' constants: make calibrate TABLES=DIR (measured parquet tables)
 	@test -n "$(TABLES)" || { echo "make calibrate needs TABLES=DIR, a folder of measured tables" >&2; exit 2; }
-	@$(BIN)/python -m pip install --quiet --editable '.[tables]'
+	@$(BIN)/python -m pip install -qq --editable '.[tables]'
 	@$(BIN)/python -m tensorcast.validate.fit --tables "$(TABLES)"
 
 bench: $(STAMP)  ## how long start, tracing and pricing take on this machine

@@ -23,10 +23,26 @@ def device_profile(name: str) -> DeviceProfile:
 
 
 def simulate(
-    model: str, *, device: str, world_size: int = 1, tp: int | None = None, dp: int = 1, ep: int = 1, pp: int = 1,
-    phase: str = "decode", batch: int = 1, input_len: int | None = None, context: int | None = None,
-    engine: str = "vllm", quant: str | None = None, kv_dtype: str | None = None, routing: str = "balanced",
-    fusion: str = "engine", all2all: str = "auto", dispatch: str | None = None, allow_oversize: bool = False,
+    model: str,
+    *,
+    device: str,
+    world_size: int = 1,
+    tp: int | None = None,
+    dp: int = 1,
+    ep: int = 1,
+    pp: int = 1,
+    phase: str = "decode",
+    batch: int = 1,
+    input_len: int | None = None,
+    context: int | None = None,
+    engine: str = "vllm",
+    quant: str | None = None,
+    kv_dtype: str | None = None,
+    routing: str = "balanced",
+    fusion: str = "engine",
+    all2all: str = "auto",
+    dispatch: str | None = None,
+    allow_oversize: bool = False,
 ) -> Simulation:
     """Simulate one step of ``model`` on ``world_size`` of ``device``.
 
@@ -48,10 +64,13 @@ def simulate(
     if dp < 1 or pp < 1:
         raise InputError(f"layout: dp = {dp} and pp = {pp} must be at least 1")
     layout = Layout(world_size, tp if tp is not None else max(1, world_size // (dp * pp)), dp, ep, pp)
-    if phase == "decode":
-        workload = Workload(phase, batch, 1 if input_len is None else input_len, 4096 if context is None else context)
-    else:
-        workload = Workload(phase, batch, 4096 if input_len is None else input_len, context or 0)  # type: ignore[arg-type]
+    default_new, default_past = (1, 4096) if phase == "decode" else (4096, 0)
+    workload = Workload(
+        phase,
+        batch,
+        default_new if input_len is None else input_len,
+        default_past if context is None else context,
+    )
     options = Options(fusion, quant, kv_dtype, routing, all2all, dispatch)
     return run(
         load_model(model), device_profile(device), load_engine(engine), layout, workload, options, allow_oversize

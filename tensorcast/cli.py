@@ -22,33 +22,35 @@ PATIENCE_S = 1.0
 
 EXAMPLES = """[bold]Examples[/bold]
 
-tensorcast simulate deepseek-v3 --device h200 --world-size 32 --dp 32 --ep 32 --batch 128
+tensorcast models
 
-tensorcast simulate qwen3-235b-a22b --device h100 --world-size 8 --ep 8 --phase prefill --batch 4
+tensorcast simulate mixtral-8x7b --device h100 --world-size 2 --batch 32
 
-tensorcast models"""
+tensorcast simulate deepseek-v3 -d h200 -n 32 --dp 32 --ep 32 --batch 128
+
+tensorcast simulate --help"""
 
 SIMULATE_EXAMPLES = """[bold]Examples[/bold]
 
 [dim]DeepSeek-V3 decoding on 32 GPUs: attention data-parallel, 8 experts per GPU[/dim]
 
-tensorcast simulate deepseek-v3 --device h200 --world-size 32 --dp 32 --ep 32 --batch 128
+tensorcast simulate deepseek-v3 -d h200 -n 32 --dp 32 --ep 32 --batch 128
 
 [dim]A prompt of 4096 tokens on one node, everything tensor-parallel but the experts[/dim]
 
-tensorcast simulate qwen3-235b-a22b --device h100 --world-size 8 --ep 8 --phase prefill
+tensorcast simulate qwen3-235b-a22b -d h100 -n 8 --ep 8 --phase prefill
 
-[dim]Skewed experts, FP8 cache; tables, CSV and a trace for Perfetto in out/[/dim]
+[dim]Some experts busier than others; tables, CSV and a trace for Perfetto in out/[/dim]
 
-tensorcast simulate gpt-oss-120b --device h100 --routing zipf:0.8 --kv-dtype fp8 --out out
+tensorcast simulate gpt-oss-120b -d h100 -n 2 --routing zipf:0.8 --out out
 
 [dim]Your own model directory, as JSON for scripts[/dim]
 
-tensorcast simulate ./my-model --device b200 --json | jq .step_s"""
+tensorcast simulate ./my-model -d b200 --json | jq .step_s"""
 
 
 class _Commands(TyperGroup):
-    """Bad input is one line on stderr and exit code 2; Ctrl-C is one line and 130. Anything else is a bug: a traceback."""
+    """Bad input: one line on stderr, exit code 2. Ctrl-C: one line, 130. Anything else is a bug: a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -132,15 +134,18 @@ def simulate(
         "--dp", help="Data-parallel replicas of attention.", rich_help_panel=_DEPLOYMENT,
     )] = 1,
     ep: Annotated[int, typer.Option(
-        "--ep", help="Groups that whole experts are spread over; a divisor of tp*dp. At 1 every expert is cut over tp*dp GPUs.",
-        rich_help_panel=_DEPLOYMENT,
+        "--ep", rich_help_panel=_DEPLOYMENT,
+        help="Expert-parallel groups, a divisor of tp*dp: whole experts are dealt out to them. At 1 every expert is cut "
+        "over tp*dp GPUs.",
     )] = 1,
     pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.", rich_help_panel=_DEPLOYMENT)] = 1,
     phase: Annotated[str, typer.Option(
-        "--phase", metavar="prefill|decode", help="Read prompts, or make one token per sequence.", rich_help_panel=_WORK,
+        "--phase", metavar="prefill|decode", help="Read prompts, or make one token per sequence.",
+        rich_help_panel=_WORK,
     )] = "decode",
     batch: Annotated[int, typer.Option(
-        "--batch", "-b", help="Sequences [bold]per data-parallel rank[/bold]: dp times as many in all.", rich_help_panel=_WORK,
+        "--batch", "-b", help="Sequences [bold]per data-parallel rank[/bold]: dp times as many in all.",
+        rich_help_panel=_WORK,
     )] = 1,
     context: Annotated[int | None, typer.Option(
         "--context", "-c", help="Cached tokens per sequence.  [dim]\\[default: 4096 in decode, 0 in prefill][/dim]",
@@ -151,8 +156,8 @@ def simulate(
         show_default=False, rich_help_panel=_WORK,
     )] = None,
     engine: Annotated[str, typer.Option(
-        "--engine", "-e", metavar="vllm|sglang|trtllm|eager",
-        help="Name (see [bold]tensorcast engines[/bold]) or profile file.", rich_help_panel=_CHOICES,
+        "--engine", "-e", metavar="NAME",
+        help="vllm, sglang, trtllm, eager (see [bold]tensorcast engines[/bold]) or a profile file.", rich_help_panel=_CHOICES,
     )] = "vllm",
     quant: Annotated[str | None, typer.Option(
         "--quant", metavar="SCHEME",
@@ -165,11 +170,12 @@ def simulate(
         rich_help_panel=_CHOICES,
     )] = None,
     routing: Annotated[str, typer.Option(
-        "--routing", metavar="LAW", help="How tokens fall on experts: balanced, uniform, zipf:S, or a CSV of counts per expert.",
-        rich_help_panel=_CHOICES,
+        "--routing", metavar="LAW", rich_help_panel=_CHOICES,
+        help="How tokens fall on experts: balanced, uniform, zipf:S, or a CSV of counts per expert.",
     )] = "balanced",
     fusion: Annotated[str, typer.Option(
-        "--fusion", metavar="engine|none", help="Fuse kernels as the engine does, or not at all.", rich_help_panel=_CHOICES,
+        "--fusion", metavar="engine|none", help="Fuse kernels as the engine does, or not at all.",
+        rich_help_panel=_CHOICES,
     )] = "engine",
     all2all: Annotated[str, typer.Option(
         "--all2all", metavar="KIND",
@@ -178,7 +184,8 @@ def simulate(
         rich_help_panel=_CHOICES,
     )] = "auto",
     dispatch: Annotated[str | None, typer.Option(
-        "--dispatch", metavar="SCHEME", help="What tokens are sent in, such as bf16 or fp8_block.  [dim]\\[default: as the experts read them][/dim]",
+        "--dispatch", metavar="SCHEME",
+        help="What tokens are sent in, such as bf16 or fp8_block.  [dim]\\[default: as the experts read them][/dim]",
         show_default=False, rich_help_panel=_CHOICES,
     )] = None,
     allow_oversize: Annotated[bool, typer.Option(
@@ -188,8 +195,8 @@ def simulate(
         "--top", min=0, help="Costliest ops to list.", rich_help_panel=_OUTPUT,
     )] = 20,
     out: Annotated[Path | None, typer.Option(
-        "--out", "-o", metavar="DIR", help="Also write report.md, ops.csv, summary.json and trace.json (for Perfetto) there.",
-        show_default=False, rich_help_panel=_OUTPUT,
+        "--out", "-o", metavar="DIR", show_default=False, rich_help_panel=_OUTPUT,
+        help="Also write report.md, ops.csv, summary.json and trace.json (for Perfetto) there.",
     )] = None,
     as_json: Annotated[bool, typer.Option(
         "--json", help="Print JSON alone: totals and all ops, units in the names.", rich_help_panel=_OUTPUT,

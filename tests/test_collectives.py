@@ -71,9 +71,9 @@ def test_ring_all_reduce_by_hand() -> None:
 
 def test_gather_and_scatter_by_hand() -> None:
     for op in ("all_gather", "reduce_scatter"):
-        found = collective_time(op, 8e8, (8,), DEVICE)  # type: ignore[arg-type]
+        found = collective_time(op, 8e8, (8,), DEVICE)
         assert found.seconds == pytest.approx(7 * HOP + 7e8 / (INNER * EFFICIENCY["ring"]))
-        both = collective_time(op, 3.2e9, (8, 32), DEVICE)  # type: ignore[arg-type]
+        both = collective_time(op, 3.2e9, (8, 32), DEVICE)
         # across: 4 ranks share an eighth of the total over the NIC; inside: 8 ranks the whole
         across = 3 * FAR + 3 / 4 * 4e8 / (OUTER * EFFICIENCY["ring"])
         inside = 7 * HOP + 7 / 8 * 3.2e9 / (INNER * EFFICIENCY["ring"])
@@ -185,4 +185,4 @@ def test_high_throughput_sends_one_copy_per_node() -> None:
 
 def test_unknown_op_is_one_clear_line() -> None:
     with pytest.raises(InputError, match="unknown collective"):
-        collective_time("gossip", 1.0, (8,), DEVICE)  # type: ignore[arg-type]
+        collective_time("gossip", 1.0, (8,), DEVICE)

@@ -34,7 +34,9 @@ def test_a_deepseek_layer_becomes_an_engines_kernels() -> None:
     assert len(_layer(raw, 1)) > 80
     assert len(_layer(fused, 1)) <= 24
     modules = {op.module.rpartition(".")[2]: op for op in _layer(fused, 1) if op.name == "mm"}
-    assert {"q_a_proj+kv_a_proj_with_mqa", "q_b_proj", "o_proj", "gate", "gate_proj+up_proj", "down_proj"} == set(modules)
+    assert {"q_a_proj+kv_a_proj_with_mqa", "q_b_proj", "o_proj", "gate", "gate_proj+up_proj", "down_proj"} == set(
+        modules
+    )
 
 
 def test_a_qwen_layer_merges_qkv_and_keeps_two_norms_fused_with_adds() -> None:
@@ -76,9 +78,15 @@ def test_fused_traffic_is_less_than_eager_but_not_nothing(family: str) -> None:
     raw = _small(family)
 
     def traffic(table: OpTable) -> float:
-        return float(sum(
-            t.bytes(SIZES) for op in table.ops if op.name not in BARRIERS for t in (*op.inputs, *op.outputs) if not t.weight
-        ))
+        return float(
+            sum(
+                t.bytes(SIZES)
+                for op in table.ops
+                if op.name not in BARRIERS
+                for t in (*op.inputs, *op.outputs)
+                if not t.weight
+            )
+        )
 
     fused = traffic(fuse(raw, ENGINE))
     assert 0 < fused < 0.7 * traffic(raw)
@@ -98,7 +106,11 @@ def test_parameter_only_ops_are_folded_and_stay_parameters() -> None:
 
 def test_intermediates_of_a_run_cost_nothing_and_results_are_written_once() -> None:
     a, b, c, d = (_tensor(i) for i in range(4))
-    ops = [Op("mul", "m", 0, (a,), (b,)), Op("add", "m", 0, (b, a), (c,)), Op("mm", "m", 0, (c, _tensor(9, weight="w")), (d,))]
+    ops = [
+        Op("mul", "m", 0, (a,), (b,)),
+        Op("add", "m", 0, (b, a), (c,)),
+        Op("mm", "m", 0, (c, _tensor(9, weight="w")), (d,)),
+    ]
     run, matmul = pointwise_runs(ops)
     assert (run.inputs, run.outputs, run.parts) == ((a,), (c,), ("mul", "add"))
     assert matmul.name == "mm"
@@ -108,7 +120,11 @@ def test_two_halves_of_a_tensor_are_two_reads_a_whole_and_its_half_is_one() -> N
     whole = _tensor(0, 8)
     first, second = (Tensor((Dim(1, B=1), Dim(4)), "bfloat16", 0, "", (), offset) for offset in (0, 4))
     make = Op("mm", "m", 0, (_tensor(7), _tensor(8, weight="w")), (whole,))
-    halves = [make, Op("silu", "m", 0, (first,), (_tensor(1, 4),)), Op("mul", "m", 0, (_tensor(1, 4), second), (_tensor(2, 4),))]
+    halves = [
+        make,
+        Op("silu", "m", 0, (first,), (_tensor(1, 4),)),
+        Op("mul", "m", 0, (_tensor(1, 4), second), (_tensor(2, 4),)),
+    ]
     assert len(pointwise_runs(halves)[1].inputs) == 2
     mixed = [make, Op("silu", "m", 0, (whole,), (_tensor(1),)), Op("mul", "m", 0, (first, _tensor(1)), (_tensor(2),))]
     assert pointwise_runs(mixed)[1].inputs == (whole,)

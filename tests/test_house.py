@@ -114,7 +114,7 @@ def test_torch_and_transformers_load_late() -> None:
     wrong = []
     for path in sources():
         relative = path.relative_to(PACKAGE).as_posix()
-        if part_of(path) in HEAVY_PARTS and relative != "modeling/quantization.py" or relative in HEAVY_FILES:
+        if (part_of(path) in HEAVY_PARTS and relative != "modeling/quantization.py") or relative in HEAVY_FILES:
             continue
         for statement in at_import_time(parsed(path).body):
             heavy = HEAVY & {name.split(".")[0] for name in targets(statement, ())}

@@ -66,16 +66,21 @@ def _collectives(deployment: Deployment) -> list[tuple[str, str, float, int]]:
     counts = [sum(c) for c in zip(*(step._counts(i) for i in range(len(step.stages))), strict=True)]
     return [
         (row.op, row.group, row.scale, n)
-        for row, n in zip(step.plan.rows, counts, strict=True) if isinstance(row, Collective)
+        for row, n in zip(step.plan.rows, counts, strict=True)
+        if isinstance(row, Collective)
     ]
 
 
 def test_tensor_parallel_layers_reduce_twice() -> None:
     """Qwen3-30B at tp8 (etp8): embedding, attention and experts reduced, logits gathered. 48 layers, hidden 2048."""
-    assert sorted(_collectives(_deploy("qwen3-30b-a3b", Layout(8, 8)))) == sorted([
-        ("all_reduce", "tp", 2 * 2048.0, 1), ("all_reduce", "tp", 2 * 2048.0, 48), ("all_reduce", "tp", 2 * 2048.0, 48),
-        ("all_gather", "tp", 2 * 151936.0, 1),
-    ])
+    assert sorted(_collectives(_deploy("qwen3-30b-a3b", Layout(8, 8)))) == sorted(
+        [
+            ("all_reduce", "tp", 2 * 2048.0, 1),
+            ("all_reduce", "tp", 2 * 2048.0, 48),
+            ("all_reduce", "tp", 2 * 2048.0, 48),
+            ("all_gather", "tp", 2 * 151936.0, 1),
+        ]
+    )
 
 
 def test_expert_parallel_without_dp_needs_no_exchange() -> None:
@@ -96,14 +101,16 @@ def test_data_parallel_experts_exchange_copies(kind: str) -> None:
     """DeepSeek-V3 EP32: dispatch 8 fp8 copies with scales, combine 8 bf16 copies, 58 layers."""
     found = _collectives(_deploy("deepseek-v3", Layout(32, 1, 32, 32), all2all=kind))
     assert found == [
-        ("all_to_all", "ep", pytest.approx(8 * 7168 * (1 + 4 / 128)), 58), ("all_to_all", "ep", 8 * 2 * 7168.0, 58),
+        ("all_to_all", "ep", pytest.approx(8 * 7168 * (1 + 4 / 128)), 58),
+        ("all_to_all", "ep", 8 * 2 * 7168.0, 58),
     ]
 
 
 def test_gather_and_scatter_move_every_token_to_every_rank() -> None:
     found = _collectives(_deploy("deepseek-v3", Layout(32, 1, 32, 32), all2all="allgather_reducescatter"))
     assert found == [
-        ("all_gather", "dp", pytest.approx(32 * 7168 * (1 + 4 / 128)), 58), ("reduce_scatter", "dp", 32 * 2 * 7168.0, 58),
+        ("all_gather", "dp", pytest.approx(32 * 7168 * (1 + 4 / 128)), 58),
+        ("reduce_scatter", "dp", 32 * 2 * 7168.0, 58),
     ]
 
 
@@ -130,9 +137,15 @@ def test_pipeline_hands_on_between_stages() -> None:
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [("deepseek-v3", Layout(32, 1, 32, 32)), ("qwen3-30b-a3b", Layout(8, 4, 2, 8)), ("gpt-oss-20b", Layout(2, 2)),
-     ("llama-3.1-8b", Layout(2, 2)), ("llama-4-scout", Layout(8, 2, 4, 8)), ("qwen3.5-35b-a3b", Layout(4, 4)),
-     ("glm-5", Layout(16, 1, 16, 16))],
+    [
+        ("deepseek-v3", Layout(32, 1, 32, 32)),
+        ("qwen3-30b-a3b", Layout(8, 4, 2, 8)),
+        ("gpt-oss-20b", Layout(2, 2)),
+        ("llama-3.1-8b", Layout(2, 2)),
+        ("llama-4-scout", Layout(8, 2, 4, 8)),
+        ("qwen3.5-35b-a3b", Layout(4, 4)),
+        ("glm-5", Layout(16, 1, 16, 16)),
+    ],
 )
 @pytest.mark.parametrize("routing", ["balanced", "uniform", "zipf:0.8"])
 def test_arrays_price_like_single_points_and_grow(model: str, layout: Layout, routing: str) -> None:
@@ -163,8 +176,10 @@ def test_pipeline_bubble() -> None:
 
 
 def test_skewed_routing_costs_more() -> None:
-    times = [float(_deploy("deepseek-v3", Layout(32, 1, 32, 32), routing=r).step.seconds(128.0, 1.0, 4096.0))
-             for r in ("balanced", "uniform", "zipf:0.6", "zipf:1")]
+    times = [
+        float(_deploy("deepseek-v3", Layout(32, 1, 32, 32), routing=r).step.seconds(128.0, 1.0, 4096.0))
+        for r in ("balanced", "uniform", "zipf:0.6", "zipf:1")
+    ]
     assert times == sorted(times) and times[-1] > 1.2 * times[0]
 
 

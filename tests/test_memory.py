@@ -49,7 +49,9 @@ def test_profiles_that_state_a_cache_size_agree_with_the_trace() -> None:
     for name in list_models():
         profile = load_model(name)
         if profile.kv_bytes_per_token is not None:
-            assert kv_bytes_per_token(traced(profile, "decode")) == pytest.approx(float(profile.kv_bytes_per_token)), name
+            assert kv_bytes_per_token(traced(profile, "decode")) == pytest.approx(float(profile.kv_bytes_per_token)), (
+                name
+            )
 
 
 def test_windows_cap_the_cache() -> None:
@@ -85,8 +87,10 @@ def test_weights_per_rank_by_hand(tp: int, ep: int) -> None:
 def test_pipeline_stages_add_up_to_the_whole() -> None:
     table, quantization = traced(load_model("deepseek-v3"), "decode"), from_config({})
     whole = weight_bytes(table, quantization)
-    parts = [weight_bytes(table, quantization, 1, 1, s, first=i == 0, last=i == 1)
-             for i, s in enumerate((slice(0, 31), slice(31, 61)))]
+    parts = [
+        weight_bytes(table, quantization, 1, 1, s, first=i == 0, last=i == 1)
+        for i, s in enumerate((slice(0, 31), slice(31, 61)))
+    ]
     norm = 7168 * 2  # the final norm is counted on both; it is 14 kB of 1.3 TB
     assert sum(parts) == pytest.approx(whole + norm)
 
@@ -106,6 +110,7 @@ def test_low_latency_buffer_matches_deepep() -> None:
 
 def test_peak_of_activations_by_hand() -> None:
     """a -> b -> c: b and its input live together, then b and c; an early result that is read last stays alive."""
+
     def tensor(name: int, width: int) -> Tensor:
         return Tensor((Dim(1, B=1), Dim(width)), "bfloat16", name)
 

@@ -28,7 +28,9 @@ def _config(family: str) -> Any:
 def test_rewritten_model_equals_eager(family: str) -> None:
     torch.manual_seed(3)
     config = _config(family)
-    stock = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager").eval()
+    stock = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     if hasattr(stock, "set_experts_implementation"):
         stock.set_experts_implementation("eager")
     with torch.no_grad():
@@ -38,8 +40,12 @@ def test_rewritten_model_equals_eager(family: str) -> None:
             if "correction_bias" in name:
                 buffer.normal_(0.0, 0.05)
     ours = build(config, dtype=torch.float32, device="cpu")
-    renamed = {k.replace(".router.", ".gate.").replace(".shared_expert.", ".shared_experts.") if family == "llama4_text"
-               else k: v for k, v in stock.state_dict().items()}
+    renamed = {
+        k.replace(".router.", ".gate.").replace(".shared_expert.", ".shared_experts.")
+        if family == "llama4_text"
+        else k: v
+        for k, v in stock.state_dict().items()
+    }
     ours.load_state_dict(renamed)
     for (_, a), (_, b) in zip(stock.named_buffers(), ours.named_buffers(), strict=True):
         b.copy_(a)

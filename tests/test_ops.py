@@ -16,7 +16,11 @@ TC = torch.ops.tensor_cast
 
 
 def _routing(tokens: int, experts: int, k: int) -> torch.Tensor:
-    return torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]) if tokens else torch.empty((0, k), dtype=torch.long)
+    return (
+        torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)])
+        if tokens
+        else torch.empty((0, k), dtype=torch.long)
+    )
 
 
 def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -45,7 +49,9 @@ def test_opcheck(name: str) -> None:
 
 
 def test_every_op_with_a_real_kernel_is_checked() -> None:
-    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(library.NAMESPACE)}
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(library.NAMESPACE)
+    }
     trace_only = {"linear_attention", "ssm_scan", "causal_conv1d"}
     assert registered == {name.split(",")[0] for name in _cases()} | trace_only
 
@@ -68,13 +74,19 @@ def test_permute_and_unpermute_are_inverse_and_ordered(tokens: int, experts: int
 def test_grouped_matmul_equals_a_loop_over_experts(dtype: torch.dtype, transposed: bool) -> None:
     torch.manual_seed(1)
     counts = torch.tensor([0, 7, 1, 0, 24])  # experts without rows included
-    x, weight, bias = torch.randn(32, 16, dtype=dtype), torch.randn(5, 24, 16, dtype=dtype), torch.randn(5, 24, dtype=dtype)
+    x, weight, bias = (
+        torch.randn(32, 16, dtype=dtype),
+        torch.randn(5, 24, 16, dtype=dtype),
+        torch.randn(5, 24, dtype=dtype),
+    )
     given_weight = weight.transpose(1, 2).contiguous() if transposed else weight
     out = TC.grouped_matmul(x, given_weight, counts, bias, transposed)
     start = 0
     for expert, n in enumerate(counts.tolist()):
         expected = x[start : start + n] @ weight[expert].T + bias[expert]
-        torch.testing.assert_close(out[start : start + n], expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+        torch.testing.assert_close(
+            out[start : start + n], expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2
+        )
         start += n
 
 

@@ -21,14 +21,36 @@ PUBLISHED = [
     ({"quant_method": "gptq", "bits": 4}, "w4a16"),
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
     ({"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8"),
-    ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {
-        "weights": {"type": "int", "num_bits": 8}, "input_activations": {"num_bits": 8}}}}, "int8"),
-    ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {
-        "weights": {"type": "int", "num_bits": 4, "group_size": 32}}}}, "w4a16"),
-    ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {
-        "weights": {"type": "float", "num_bits": 4, "group_size": 16}}}}, "nvfp4"),
-    ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {
-        "weights": {"type": "float", "num_bits": 8, "strategy": "block"}}}}, "fp8_block"),
+    (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                "group_0": {"weights": {"type": "int", "num_bits": 8}, "input_activations": {"num_bits": 8}}
+            },
+        },
+        "int8",
+    ),
+    (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4, "group_size": 32}}},
+        },
+        "w4a16",
+    ),
+    (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 4, "group_size": 16}}},
+        },
+        "nvfp4",
+    ),
+    (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 8, "strategy": "block"}}},
+        },
+        "fp8_block",
+    ),
 ]
 
 
@@ -51,8 +73,11 @@ def test_gpt_oss_is_mxfp4_in_its_experts_only() -> None:
 
 def test_ignored_modules_stay_bf16() -> None:
     quantization = Quantization(
-        SCHEMES["fp8"], SCHEMES["fp8"], ("lm_head", "model.layers.*.self_attn", "re:.*mlp\\.gate$", "shared_expert_gate")
+        SCHEMES["fp8"],
+        SCHEMES["fp8"],
+        ("lm_head", "model.layers.*.self_attn", "re:.*mlp\\.gate$", "shared_expert_gate"),
     )
+
     def scheme(name: str, role: str = "linear") -> str:
         return quantization.scheme(name, role).name
 
@@ -99,8 +124,11 @@ def test_quantised_tables_quantise_each_activation_once() -> None:
     sizes = Sizes(B=7.0, S=1.0, P=9.0, R=56.0, E=128.0)
     for op in made:
         assert op.outputs[0].bytes(sizes) == pytest.approx(op.inputs[0].numel(sizes) * (1 + 4 / 128))
-    schemes = {op.weights[0].split(".")[-2 if "proj" in op.weights[0] else -1]: op.attrs["scheme"]
-               for op in table.ops if "scheme" in op.attrs and op.weights}
+    schemes = {
+        op.weights[0].split(".")[-2 if "proj" in op.weights[0] else -1]: op.attrs["scheme"]
+        for op in table.ops
+        if "scheme" in op.attrs and op.weights
+    }
     assert "bf16" in schemes.values() and "fp8_block" in schemes.values()
 
 

@@ -78,7 +78,9 @@ def test_experts_that_do_not_divide_load_the_first_ranks_more() -> None:
 
 def test_counts_file_sets_the_busiest_rank(tmp_path: Path) -> None:
     file = tmp_path / "load.csv"
-    file.write_text("layer,expert,count\n" + "".join(f"{layer},{e},{10 if e < 2 else 1}\n" for layer in (0, 1) for e in range(8)))
+    file.write_text(
+        "layer,expert,count\n" + "".join(f"{layer},{e},{10 if e < 2 else 1}\n" for layer in (0, 1) for e in range(8))
+    )
     load = expert_load(Routing.parse(str(file)), 8, 1, 4)
     share = 20 / 26  # the two popular experts sit on rank 0
     assert load.at(1e6).rows == pytest.approx(1e6 * share, rel=0.01)
@@ -87,7 +89,11 @@ def test_counts_file_sets_the_busiest_rank(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a,b\n1,2\n", "needs a column 'count'"), ("count\n-1\n2\n", "at least 0"), ("count\n1\n1\n", "2 counts, but the model has 8")],
+    [
+        ("a,b\n1,2\n", "needs a column 'count'"),
+        ("count\n-1\n2\n", "at least 0"),
+        ("count\n1\n1\n", "2 counts, but the model has 8"),
+    ],
 )
 def test_bad_counts_are_one_clear_line(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "bad.csv"
@@ -104,7 +110,10 @@ def test_unknown_routing_is_refused(text: str) -> None:
 
 
 def test_load_grows_with_skew() -> None:
-    rows = [float(expert_load(Routing.parse(r), 128, 8, 16).at(4096.0).rows) for r in ("balanced", "uniform", "zipf:0.5", "zipf:1")]
+    rows = [
+        float(expert_load(Routing.parse(r), 128, 8, 16).at(4096.0).rows)
+        for r in ("balanced", "uniform", "zipf:0.5", "zipf:1")
+    ]
     assert rows == sorted(rows)
 
 

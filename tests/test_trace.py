@@ -93,7 +93,9 @@ def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "mixtral", "gpt_oss", "qwen3_moe", "ernie4_5_moe", "minimax_m2", "llama"])
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", "mixtral", "gpt_oss", "qwen3_moe", "ernie4_5_moe", "minimax_m2", "llama"]
+)
 def test_table_equals_symbolic_shape_trace(family: str) -> None:
     """torch's own symbolic shapes, with no prime numbers involved, give the same closed forms; nothing is pinned.
 
@@ -103,11 +105,11 @@ def test_table_equals_symbolic_shape_trace(family: str) -> None:
     past = 384
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
+    dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
     with mode:
         model = build(config, device="cpu")
     ids = mode.from_tensor(torch.empty((6, 640), dtype=torch.long), symbolic_context=dynamic)
-    batch, new = (d.node.expr for d in ids.shape)
+    batch, new = (_expression(d) for d in ids.shape)
     cache = trace_cache(model, config, past)
     shapes = _Shapes()
     with torch.no_grad(), masks(False), past_length(past), hub_kernels_as_ops(model), mode:
@@ -127,7 +129,9 @@ def test_table_equals_symbolic_shape_trace(family: str) -> None:
     for op in ops:
         row = (op.name, tuple(tuple(closed(d) for d in t.dims) for t in (*op.inputs, *op.outputs)))
         expected[row] += len(kinds.layers(op.kind)) if op.kind >= 0 else 1
-    found = collections.Counter((name, tuple(tuple(sympy.expand(d) for d in s) for s in row)) for name, row in shapes.rows)
+    found = collections.Counter(
+        (name, tuple(tuple(sympy.expand(d) for d in s) for s in row)) for name, row in shapes.rows
+    )
     assert found == expected
 
 

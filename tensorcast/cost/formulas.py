@@ -77,12 +77,13 @@ def _written(op: Op, at: Context) -> Any:
 
 
 MOVES = tuple(
-    "pointwise quantize_activation init_routing_v2 unpermute_tokens expert_counts add sub mul div neg pow rsqrt sqrt mean"
-    " sum var var_mean cat copy_ clone _to_copy silu gelu relu sigmoid tanh softplus exp log1p _softmax softmax topk sort"
-    " gather scatter scatter_ masked_fill where index index_select fill_ zero_ zeros_like ones_like full_like full zeros"
-    " ones arange cos sin clamp maximum minimum bitwise_not bitwise_and bitwise_or lt gt le ge eq ne native_layer_norm"
-    " repeat constant_pad_nd square floor polar div_ add_ mul_ sub_ tril triu stack flip cumsum amax max min abs erf"
-    " logical_not logical_and select_scatter slice_scatter index_put_ one_hot zeros_ new_zeros new_ones new_full".split()
+    "pointwise quantize_activation init_routing_v2 unpermute_tokens expert_counts"
+    " add sub mul div neg pow square rsqrt sqrt exp log1p floor abs erf sin cos tanh sigmoid silu gelu relu softplus"
+    " clamp maximum minimum max min amax mean sum var var_mean cumsum softmax _softmax native_layer_norm topk sort"
+    " gather scatter index index_select index_put_ where masked_fill one_hot lt gt le ge eq ne bitwise_not bitwise_and"
+    " bitwise_or logical_not logical_and cat stack clone repeat copy_ _to_copy constant_pad_nd select_scatter"
+    " slice_scatter tril triu flip polar fill_ zero_ zeros zeros_like ones ones_like full full_like new_zeros new_ones"
+    " new_full arange add_ sub_ mul_ div_ scatter_".split()
 )
 
 
@@ -129,7 +130,7 @@ def grouped_matmul(op: Op, at: Context) -> list[Work]:
 
 @formula("mla_absorb")
 def mla_absorb(op: Op, at: Context) -> list[Work]:
-    """Per head: query into the latent ``[T,nope] x [nope,latent]``, output out of it ``[T,latent] x [latent,v]``."""
+    """Per head: query into the latent ``[T,nope] x [nope,latent]``, output from it ``[T,latent] x [latent,v]``."""
     tokens = op.inputs[0].numel(at.sizes) / op.attrs["latent"]
     a = op.attrs
     return [
@@ -145,7 +146,7 @@ def mla_expand(op: Op, at: Context) -> list[Work]:
 
 
 def chunk_pairs(new: Any, past: Any, chunk: int) -> Any:
-    """(query, key) pairs where a query sees only its own chunk of the sequence: ``p mod chunk + 1`` keys at position p."""
+    """(query, key) pairs where a query sees its own chunk of the sequence only: ``p mod chunk + 1`` at position p."""
 
     def up_to(n: Any) -> Any:
         n = np.asarray(n, dtype=float)
@@ -164,22 +165,45 @@ def attention(op: Op, at: Context) -> list[Work]:
     if a["latent"]:
         nope = width - a["rope"]
         return [
-            w.mla(batch, new, past, heads, a["latent"], a["rope"], nope, at.value(v.dims[-1]), kv_bytes=at.kv_bytes,
-                  selected=a["selected"], decode=at.decode)
+            w.mla(
+                batch,
+                new,
+                past,
+                heads,
+                a["latent"],
+                a["rope"],
+                nope,
+                at.value(v.dims[-1]),
+                kv_bytes=at.kv_bytes,
+                selected=a["selected"],
+                decode=at.decode,
+            )
         ]
     window = a["window"] or a["selected"]
     if a["chunk"]:
         past = np.where(np.asarray(past) + new > a["chunk"], np.mod(past, a["chunk"]), past)
     found = w.attention(
-        batch, new, past, heads, at.value(k.dims[1]), width, at.value(v.dims[-1]),
-        kv_bytes=at.kv_bytes, window=window, causal=a["causal"], decode=at.decode,
+        batch,
+        new,
+        past,
+        heads,
+        at.value(k.dims[1]),
+        width,
+        at.value(v.dims[-1]),
+        kv_bytes=at.kv_bytes,
+        window=window,
+        causal=a["causal"],
+        decode=at.decode,
     )
     if a["chunk"]:  # a long prefill crosses chunks: count its pairs exactly
         exact = chunk_pairs(new, at.value(op.attrs["past"]), a["chunk"]) / w.attended_pairs(new, past, window)
         scale = np.minimum(exact, 1.0)
         tilings = tuple(replace(t, flops=t.flops * scale) for t in found.tilings)
         found = replace(
-            found, flops=found.flops * scale, issued_flops=found.issued_flops * scale, tilings=tilings,
+            found,
+            flops=found.flops * scale,
+            issued_flops=found.issued_flops * scale,
+            tilings=tilings,
             elements=found.elements * scale,
         )
     return [found]
@@ -241,7 +265,9 @@ def ssm_scan(op: Op, at: Context) -> list[Work]:
     batch, new, heads, width = (at.value(d) for d in x.dims)
     n, chunk = at.value(b.dims[-1]), op.attrs.get("chunk", 256)
     flops = batch * new * heads * (6.0 * width * n + (0.0 if at.decode else 2.0 * chunk * (n + width)))
-    moved = sum((t.bytes(at.sizes) for t in (*op.inputs[:3], op.outputs[0])), 0.0) + 2.0 * 4.0 * batch * heads * width * n
+    moved = (
+        sum((t.bytes(at.sizes) for t in (*op.inputs[:3], op.outputs[0])), 0.0) + 2.0 * 4.0 * batch * heads * width * n
+    )
     return [Work("memory" if at.decode else "attention_prefill", "bf16", flops, moved, flops)]
 
 

@@ -77,8 +77,13 @@ def cache_bytes(table: OpTable, kv: str, sequences: Any, length: Any, layers: sl
 
 
 def weight_bytes(
-    table: OpTable, quantization: Quantization, ep: int = 1, etp: int = 1, layers: slice = slice(None),
-    first: bool = True, last: bool = True,
+    table: OpTable,
+    quantization: Quantization,
+    ep: int = 1,
+    etp: int = 1,
+    layers: slice = slice(None),
+    first: bool = True,
+    last: bool = True,
 ) -> float:
     """Weights on one rank: experts split over ``ep`` and ``etp``, the rest as traced at this tp. Scales included."""
     total = 0.0

@@ -40,7 +40,7 @@ class Routing:
 
     @classmethod
     def parse(cls, text: str) -> Routing:
-        """``balanced``, ``uniform``, ``zipf:S`` or the path of a CSV with a ``count`` column (``expert``, ``layer``)."""
+        """``balanced``, ``uniform``, ``zipf:S`` or a CSV file with a ``count`` column (``expert``, ``layer``)."""
         if text in ("balanced", "uniform"):
             return cls(text)
         if text.startswith("zipf:"):
@@ -56,11 +56,11 @@ class Routing:
         raise InputError(f"--routing {text!r}: use balanced, uniform, zipf:S, or a CSV file of per-expert counts")
 
     def inclusion(self, num_experts: int, top_k: int) -> np.ndarray:
-        """Chance that a token picks each expert, ``[E]``, summing to k. Raises :class:`InputError` on a wrong length."""
+        """Chance that a token picks each expert, ``[E]``, summing to k. A wrong length raises :class:`InputError`."""
         if self.counts:
             if len(self.counts) != num_experts:
                 raise InputError(
-                    f"--routing {self.name}: {len(self.counts)} counts, but the model has {num_experts} experts per layer"
+                    f"--routing {self.name}: {len(self.counts)} counts, but the model has {num_experts} experts a layer"
                 )
             popularity = np.asarray(self.counts, dtype=float)
         else:
@@ -129,7 +129,9 @@ class ExpertLoad:
             return Load(rows, np.minimum(local, rows), mean)
         expected = tokens * self.busiest.sum()
         spread = np.sqrt(tokens * (self.busiest * (1.0 - self.busiest)).sum())
-        rows = np.minimum(np.maximum(expected + self.noise * spread, np.minimum(copies, 1.0)), tokens * min(local, self.top_k))
+        rows = np.minimum(
+            np.maximum(expected + self.noise * spread, np.minimum(copies, 1.0)), tokens * min(local, self.top_k)
+        )
         # the lift is extra tokens that pick this rank: as if that many more had come
         effective = tokens * np.maximum(rows / np.maximum(expected, 1e-12), 1.0)
         missed = np.exp(np.multiply.outer(effective, np.log1p(-np.minimum(self.busiest, 1.0 - 1e-12))))
@@ -181,7 +183,9 @@ def expected_distinct(num_experts: int, top_k: int, parts: int, groups: int = 1,
     else:
         held = groups // parts  # groups on one part; sum over how many of them were chosen
         missed = sum(
-            math.comb(held, j) * math.comb(groups - held, chosen - j) / math.comb(groups, chosen)
+            math.comb(held, j)
+            * math.comb(groups - held, chosen - j)
+            / math.comb(groups, chosen)
             * _none_of(pool, j * per_group, top_k)
             for j in range(min(held, chosen) + 1)
             if chosen - j <= groups - held

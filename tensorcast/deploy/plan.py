@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tensorcast.cost.collectives import group_extent
-from tensorcast.deploy.layout import Layout
-from tensorcast.errors import InputError
+from tensorcast.deploy.layout import ALL2ALL, Layout
+from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import SCHEMES, Scheme
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.trace.dims import Dim
 from tensorcast.trace.table import Op, OpTable
 
 CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
@@ -57,6 +56,8 @@ class Plan:
 
 def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any) -> str:
     """The exchange that runs: ``none`` at dp = 1, else the wanted one, else the engine's default for the phase."""
+    if wanted not in ALL2ALL:
+        raise unknown_name("--all2all", wanted, ALL2ALL)
     if layout.dp == 1:
         return "none"
     if wanted == "auto":
@@ -64,18 +65,25 @@ def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: An
         return default if layout.etp == 1 and layout.ep > 1 else "allgather_reducescatter"
     if wanted != "allgather_reducescatter" and (layout.etp > 1 or layout.ep == 1):
         raise InputError(
-            f"--all2all {wanted}: needs whole experts on every rank (ep = tp*dp = {layout.stage_ranks}), got ep = {layout.ep}"
+            f"--all2all {wanted}: needs whole experts on every rank (ep = tp*dp = {layout.stage_ranks}), "
+            f"got ep = {layout.ep}"
         )
     return wanted
 
 
 def make_plan(
-    table: OpTable, layout: Layout, device: DeviceProfile, engine: EngineProfile, all2all: str = "auto",
+    table: OpTable,
+    layout: Layout,
+    device: DeviceProfile,
+    engine: EngineProfile,
+    all2all: str = "auto",
     dispatch: str | None = None,
 ) -> Plan:
     """The rows of one rank. ``dispatch``: scheme that tokens are sent in, default the experts' own if it is FP8."""
     chosen = choose_all2all(all2all, layout, engine, table.phase)
     experts = next((op for op in table.ops if op.name == "grouped_matmul"), None)
+    if dispatch is not None and dispatch not in SCHEMES:
+        raise unknown_name("--dispatch dtype", dispatch, SCHEMES)
     scheme = SCHEMES[dispatch or (experts.attrs.get("scheme", "bf16") if experts else "bf16")]
     if not scheme.quantizes_activation:
         scheme = SCHEMES["bf16"]
@@ -96,7 +104,9 @@ def _with_collectives(
             yield _reduced(op, layout.tp, tp)
         if layout.tp > 1 and op.shard == "column" and op.kind < 0 and op.name in ("mm", "addmm"):
             vocabulary = table.facts["vocab_size"] * 2.0
-            yield Collective("all_gather", op.module, op.kind, "tp", layout.tp, tp, vocabulary, "sequence", label="logits")
+            yield Collective(
+                "all_gather", op.module, op.kind, "tp", layout.tp, tp, vocabulary, "sequence", label="logits"
+            )
         if i in moe.experts_end:
             yield from moe.combine(op)
         if i in moe.block_end:
@@ -117,11 +127,9 @@ def _reduced(op: Op, ranks: int, extent: tuple[int, ...]) -> Collective:
 
 
 class _MoEExchange:
-    """A MoE block's collectives: dispatch before its permute, combine after its experts, the rest after its last row."""
+    """A MoE block's collectives: dispatch before the permute, combine after the experts, the rest at its end."""
 
-    def __init__(
-        self, table: OpTable, layout: Layout, device: DeviceProfile, all2all: str, dispatch: Scheme
-    ) -> None:
+    def __init__(self, table: OpTable, layout: Layout, device: DeviceProfile, all2all: str, dispatch: Scheme) -> None:
         self.layout, self.all2all, self.facts = layout, all2all, table.facts
         self.hidden = float(table.facts["moe_hidden_size"])
         self.token = self.hidden * dispatch.activation_bytes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tensorcast.cost.memory import activation_bytes, cache_bytes, low_latency_buffer_bytes, weight_bytes
 from tensorcast.cost.routing import Routing
 from tensorcast.deploy.layout import Layout, check
-from tensorcast.deploy.plan import Collective, make_plan
+from tensorcast.deploy.plan import Collective, Row, make_plan
 from tensorcast.deploy.step import RowPrice, Step, StepPrice
 from tensorcast.deploy.workload import Workload
 from tensorcast.errors import InputError
@@ -20,7 +20,7 @@ from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.fuse import fuse
 from tensorcast.trace.quantize import apply_quantization
-from tensorcast.trace.table import OpTable
+from tensorcast.trace.table import Op, OpTable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,8 +79,11 @@ class Deployment:
         stages = self.step.stages
         kv = self.quantization.kv
         held = max(
-            (weight_bytes(self.raw, self.quantization, layout.ep, layout.etp, layers, i == 0, i == len(stages) - 1)
-             + float(cache_bytes(self.raw, kv, batch, past + new, layers)), i)
+            (
+                weight_bytes(self.raw, self.quantization, layout.ep, layout.etp, layers, i == 0, i == len(stages) - 1)
+                + float(cache_bytes(self.raw, kv, batch, past + new, layers)),
+                i,
+            )
             for i, layers in enumerate(stages)
         )[1]
         layers = stages[held]
@@ -92,8 +95,13 @@ class Deployment:
         activations = float(activation_bytes(table, context.sizes))
         capacity = float(self.device.memory_bytes)
         return Memory(
-            weights, cache, activations, self._communication_bytes(batch * new, context.sizes),
-            float(self.engine.reserved_bytes), capacity, capacity * float(self.engine.memory_fraction),
+            weights,
+            cache,
+            activations,
+            self._communication_bytes(batch * new, context.sizes),
+            float(self.engine.reserved_bytes),
+            capacity,
+            capacity * float(self.engine.memory_fraction),
         )
 
     def _communication_bytes(self, tokens: int, sizes: Sizes) -> float:
@@ -122,12 +130,20 @@ class Deployment:
 
 
 def deploy(
-    model: ModelProfile, device: DeviceProfile, engine: EngineProfile, layout: Layout, phase: str,
+    model: ModelProfile,
+    device: DeviceProfile,
+    engine: EngineProfile,
+    layout: Layout,
+    phase: str,
     options: Options = Options(),
 ) -> Deployment:
     """Trace (or load) the model at this tp, quantise, fuse, and lay it out. Raises :class:`InputError` if illegal."""
-    quantization = override(from_config(model.config, model.kv_dtype) if not model.quantization else
-                            override(Quantization(kv=model.kv_dtype), model.quantization), options.quant)
+    quantization = override(
+        from_config(model.config, model.kv_dtype)
+        if not model.quantization
+        else override(Quantization(kv=model.kv_dtype), model.quantization),
+        options.quant,
+    )
     if options.kv_dtype:
         quantization = override(quantization, f"kv={options.kv_dtype}")
     if options.fusion not in ("engine", "none"):
@@ -141,7 +157,8 @@ def deploy(
     table = apply_quantization(raw, quantization)
     table = fuse(table, engine.fusions if options.fusion == "engine" else ())
     plan = make_plan(table, layout, device, engine, options.all2all, options.dispatch)
-    step = Step(table, plan, layout, device, engine, routing, quantization.kv)
+    captured = options.fusion == "engine"  # the eager view launches its kernels one by one
+    step = Step(table, plan, layout, device, engine, routing, quantization.kv, captured)
     return Deployment(model, device, engine, layout, phase, options, quantization, raw, step)
 
 
@@ -209,9 +226,7 @@ class Simulation:
         import pandas as pd
 
         total = self._sum("seconds")
-        rows = [
-            _describe(price, n, total) for price, n in zip(self.price.rows, self.price.counts, strict=True) if n
-        ]
+        rows = [_describe(price, n, total) for price, n in zip(self.price.rows, self.price.counts, strict=True) if n]
         frame = pd.DataFrame(rows)
         return frame.sort_values("seconds", ascending=False, kind="stable").reset_index(drop=True)
 
@@ -220,25 +235,50 @@ class Simulation:
         d, m = self.deployment, self.memory
         low, high = self.interval_s
         return {
-            "model": d.model.name, "device": d.device.name, "engine": d.engine.name, "layout": str(d.layout),
-            "world_size": d.layout.world_size, "tp": d.layout.tp, "dp": d.layout.dp, "ep": d.layout.ep,
-            "etp": d.layout.etp if self.deployment.raw.facts["num_experts"] else 1, "pp": d.layout.pp,
-            "phase": self.workload.phase, "batch_per_dp_rank": self.workload.batch,
+            "model": d.model.name,
+            "device": d.device.name,
+            "engine": d.engine.name,
+            "layout": str(d.layout),
+            "world_size": d.layout.world_size,
+            "tp": d.layout.tp,
+            "dp": d.layout.dp,
+            "ep": d.layout.ep,
+            "etp": d.layout.etp if self.deployment.raw.facts["num_experts"] else 1,
+            "pp": d.layout.pp,
+            "phase": self.workload.phase,
+            "batch_per_dp_rank": self.workload.batch,
             "batch_total": self.workload.batch * d.layout.dp,
-            "input_len": self.workload.input_len, "context": self.workload.context,
-            "quantization": d.quantization.describe(), "routing": d.options.routing, "fusion": d.options.fusion,
-            "all2all": d.step.plan.all2all, "dispatch_dtype": d.step.plan.dispatch.name,
-            "step_s": self.step_s, "step_low_s": low, "step_high_s": high, "overhead_s": float(self.price.overhead_s),
-            "tokens_per_step": self.tokens, "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu,
-            "mfu": self.mfu, "memory_bandwidth_use": self.bandwidth_use,
+            "input_len": self.workload.input_len,
+            "context": self.workload.context,
+            "quantization": d.quantization.describe(),
+            "routing": d.options.routing,
+            "fusion": d.options.fusion,
+            "all2all": d.step.plan.all2all,
+            "dispatch_dtype": d.step.plan.dispatch.name,
+            "step_s": self.step_s,
+            "step_low_s": low,
+            "step_high_s": high,
+            "overhead_s": float(self.price.overhead_s),
+            "tokens_per_step": self.tokens,
+            "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu,
+            "mfu": self.mfu,
+            "memory_bandwidth_use": self.bandwidth_use,
             "memory_bytes": {
-                "weights": m.weights, "kv_cache": m.kv_cache, "activations": m.activations,
-                "communication": m.communication, "engine": m.engine, "total": m.total, "budget": m.budget,
+                "weights": m.weights,
+                "kv_cache": m.kv_cache,
+                "activations": m.activations,
+                "communication": m.communication,
+                "engine": m.engine,
+                "total": m.total,
+                "budget": m.budget,
                 "capacity": m.capacity,
             },
-            "fits": m.fits, "largest_batch_per_dp_rank": self.largest_batch,
-            "seconds_by_evidence": self.time_by("evidence"), "seconds_by_family": self.time_by("family"),
-            "seconds_by_bound": self.time_by("bound"), "notes": list(self.notes),
+            "fits": m.fits,
+            "largest_batch_per_dp_rank": self.largest_batch,
+            "seconds_by_evidence": self.time_by("evidence"),
+            "seconds_by_family": self.time_by("family"),
+            "seconds_by_bound": self.time_by("bound"),
+            "notes": list(self.notes),
         }
 
 
@@ -249,22 +289,37 @@ def bound(price: RowPrice) -> str:
 
 def _describe(price: RowPrice, count: int, total: float) -> dict[str, Any]:
     row = price.row
-    if isinstance(row, Collective):
-        name, shape, detail = row.op, row.label, price.detail
-    else:
-        name = "pointwise:" + row.attrs["label"] if row.name == "pointwise" and "label" in row.attrs else row.name
-        shape, detail = _shape(row), row.attrs.get("scheme", "")
+    name, shape, detail = _words(row, price.detail)
     seconds = float(price.seconds)
     return {
-        "op": name, "module": row.module, "shape": shape, "detail": detail, "count": count,
-        "flops": float(price.flops) * count, "bytes": float(price.bytes) * count,
-        "wire_bytes": float(price.wire_bytes) * count, "seconds_per_call": seconds, "seconds": seconds * count,
-        "share": seconds * count / total if total else 0.0, "bound": bound(price), "family": price.family,
-        "evidence": price.evidence, "error": price.error,
+        "op": name,
+        "module": row.module,
+        "shape": shape,
+        "detail": detail,
+        "count": count,
+        "flops": float(price.flops) * count,
+        "bytes": float(price.bytes) * count,
+        "wire_bytes": float(price.wire_bytes) * count,
+        "seconds_per_call": seconds,
+        "seconds": seconds * count,
+        "share": seconds * count / total if total else 0.0,
+        "bound": bound(price),
+        "family": price.family,
+        "evidence": price.evidence,
+        "error": price.error,
     }
 
 
-def _shape(op: Any) -> str:
+def _words(row: Row, detail: str) -> tuple[str, str, str]:
+    """Name, shape and detail of a row."""
+    if isinstance(row, Collective):
+        return row.op, row.label, detail
+    labelled = row.name == "pointwise" and "label" in row.attrs
+    name = f"pointwise:{row.attrs['label']}" if labelled else row.name
+    return name, _shape(row), str(row.attrs.get("scheme", ""))
+
+
+def _shape(op: Op) -> str:
     """Activation and weight shapes as formulas: ``[B, 7168] x [7168, 2112]``."""
     activations = [t for t in op.inputs if not t.weight][: 3 if op.name == "attention" else 1]
     weights = [t for t in op.inputs if t.weight and len(t.dims) > 1]
@@ -275,10 +330,15 @@ def _shape(op: Any) -> str:
 
 
 def simulate(
-    model: ModelProfile, device: DeviceProfile, engine: EngineProfile, layout: Layout, workload: Workload,
-    options: Options = Options(), allow_oversize: bool = False,
+    model: ModelProfile,
+    device: DeviceProfile,
+    engine: EngineProfile,
+    layout: Layout,
+    workload: Workload,
+    options: Options = Options(),
+    allow_oversize: bool = False,
 ) -> Simulation:
-    """Price one step. Raises :class:`InputError` for an illegal layout or, unless allowed, a batch that does not fit."""
+    """Price one step. An illegal layout or, unless allowed, a batch that does not fit raises :class:`InputError`."""
     deployment = deploy(model, device, engine, layout, workload.phase, options)
     memory = deployment.memory(workload.batch, workload.input_len, workload.context)
     largest = deployment.largest_batch(workload.input_len, workload.context)
@@ -294,8 +354,8 @@ def _does_not_fit(deployment: Deployment, workload: Workload, memory: Memory, la
         need = (memory.total - memory.kv_cache) / 1e9
         return (
             f"{deployment.model.name} does not fit on {deployment.layout.world_size} {deployment.device.name} as "
-            f"{deployment.layout}: {memory.weights / 1e9:.1f} GB of weights per GPU ({need:.1f} GB with buffers) against a "
-            f"budget of {memory.budget / 1e9:.1f} GB, not even one sequence of {workload.length} tokens fits; "
+            f"{deployment.layout}: {memory.weights / 1e9:.1f} GB of weights per GPU ({need:.1f} GB with buffers) on a "
+            f"budget of {memory.budget / 1e9:.1f} GB: not even one sequence of {workload.length} tokens fits; "
             f"spread over more GPUs, or quantise"
         )
     return (

@@ -23,7 +23,7 @@ PARTS = ("compute", "memory", "network", "latency")
 
 @dataclass(frozen=True)
 class RowPrice:
-    """One call of one row. Seconds, FLOPs and bytes are floats or arrays; ``parts`` splits seconds by what bounds it."""
+    """One call of one row; numbers are floats or arrays. ``parts`` splits the seconds by what bounds them."""
 
     row: Row
     seconds: Any
@@ -55,12 +55,19 @@ class Step:
     """A plan on a device under an engine, ready to be priced for any batch, new tokens and cached tokens."""
 
     def __init__(
-        self, table: OpTable, plan: Plan, layout: Layout, device: DeviceProfile, engine: EngineProfile,
-        routing: Routing, kv: str = "bf16",
+        self,
+        table: OpTable,
+        plan: Plan,
+        layout: Layout,
+        device: DeviceProfile,
+        engine: EngineProfile,
+        routing: Routing,
+        kv: str = "bf16",
+        captured: bool = True,
     ) -> None:
         self.table, self.plan, self.layout, self.device, self.engine = table, plan, layout, device, engine
         self.kv_bytes = {"bf16": 2.0, "fp8": 1.0}[kv]
-        self.captured = table.phase in engine.graph_captured_phases
+        self.captured = captured and table.phase in engine.graph_captured_phases
         self.stages = stage_layers(len(table.layer_kinds), layout.pp)
         facts = table.facts
         self.load: ExpertLoad | None = None
@@ -172,9 +179,7 @@ class Step:
         options = dict(row.exchange)
         if options.get("kind") == "high_throughput":
             options |= {"distinct_nodes": self.distinct["nodes"], "distinct_ranks": self.distinct["ranks"]}
-        time = collective_time(
-            row.op, row.scale * units, row.extent, self.device, engine=self.engine.name, **options
-        )
+        time = collective_time(row.op, row.scale * units, row.extent, self.device, engine=self.engine.name, **options)
         tier = next(t for t in self.device.interconnect if t.name == time.tier)
         on_wire = time.wire_bytes / float(tier.bandwidth_bytes_per_s)
         gap = self._gap(time.seconds, time.seconds)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from tensorcast.errors import InputError
-
-Phase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class Workload:
     (0 unless a prefix is cached).
     """
 
-    phase: Phase
+    phase: str
     batch: int
     input_len: int = 1
     context: int = 0
@@ -34,7 +31,9 @@ class Workload:
         if self.context < 0:
             raise InputError(f"--context {self.context}: must be at least 0 cached tokens")
         if self.phase == "decode" and self.input_len != 1:
-            raise InputError(f"--input-len {self.input_len}: a decode step has 1 new token; use --context for cached ones")
+            raise InputError(
+                f"--input-len {self.input_len}: a decode step has 1 new token; use --context for cached ones"
+            )
 
     @property
     def length(self) -> int:

@@ -53,8 +53,15 @@ def _selected(module: nn.Module, kwargs: dict[str, Any]) -> int:
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
-    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, **kwargs: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention interface's function: everything the call knows becomes arguments of one op."""
     past = _past.get() if getattr(module, "layer_idx", None) is not None else 0
@@ -108,7 +115,9 @@ def trace_cache(model: nn.Module, config: PreTrainedConfig, past: int) -> Dynami
     """A :class:`TraceCache`, mixed into the model's own cache class where its family has one."""
     files = {type(m).__module__ for m in model.modules() if type(m).__module__.startswith("transformers.models")}
     own = [
-        value for file in sorted(files) for value in vars(sys.modules[file]).values()
+        value
+        for file in sorted(files)
+        for value in vars(sys.modules[file]).values()
         if inspect.isclass(value) and issubclass(value, DynamicCache) and value.__module__ == file
     ]
     kind = type(f"Trace{own[0].__name__}", (TraceCache, own[0]), {}) if own else TraceCache

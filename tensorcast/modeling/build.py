@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -23,12 +24,12 @@ def build(config: PreTrainedConfig, *, dtype: torch.dtype = torch.bfloat16, devi
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
         except ValueError as reason:
             line = str(reason).strip().splitlines()[0]
-            raise InputError(f"model_type {config.model_type!r}: transformers builds no causal LM from it: {line}")
+            raise InputError(
+                f"model_type {config.model_type!r}: transformers builds no causal LM from it: {line}"
+            ) from None
     model.eval().requires_grad_(False)
     if hasattr(model, "set_experts_implementation"):
-        try:
+        with contextlib.suppress(ValueError, KeyError):  # a model without decorated experts has nothing to set
             model.set_experts_implementation(NAME)
-        except (ValueError, KeyError):
-            pass  # a model without decorated experts has nothing to set
     adapt_experts(model)
     return model

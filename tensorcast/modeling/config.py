@@ -18,19 +18,42 @@ from tensorcast.errors import InputError
 from tensorcast.profiles.model import ModelProfile
 
 QUERY_HEADS = (
-    "num_attention_heads", "n_heads", "n_head", "num_global_attention_heads", "swa_num_attention_heads",
-    "num_sliding_attention_heads", "linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads",
-    "mamba_n_heads", "o_groups",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "num_global_attention_heads",
+    "swa_num_attention_heads",
+    "num_sliding_attention_heads",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "mamba_num_heads",
+    "mamba_n_heads",
+    "o_groups",
 )
 KEY_VALUE_HEADS = (
-    "num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads", "kv_n_heads", "n_groups",
+    "num_key_value_heads",
+    "num_global_key_value_heads",
+    "swa_num_key_value_heads",
+    "kv_n_heads",
+    "n_groups",
     "mamba_n_groups",
 )
 WIDTHS = (
-    "intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "shared_expert_intermediate_size",
-    "moe_shared_expert_intermediate_size", "shared_intermediate_size", "shared_experts_intermediate_size",
-    "share_expert_dim", "ffn_hidden_size", "expert_ffn_hidden_size", "dense_intermediate_size",
-    "prefix_dense_intermediate_size", "mlp_intermediate_size", "mamba_d_ssm", "vocab_size",
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "shared_experts_intermediate_size",
+    "share_expert_dim",
+    "ffn_hidden_size",
+    "expert_ffn_hidden_size",
+    "dense_intermediate_size",
+    "prefix_dense_intermediate_size",
+    "mlp_intermediate_size",
+    "mamba_d_ssm",
+    "vocab_size",
 )
 PADDED = ("vocab_size",)
 """Widths that engines pad to a multiple of tp; every other one must divide."""
@@ -46,7 +69,9 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
         config = AutoConfig.for_model(model_type, **values)
     except Exception as reason:
         line = str(reason).strip().splitlines()[0][:200]
-        raise InputError(f"model {profile.name}: transformers rejects config (model_type={model_type!r}): {line}")
+        raise InputError(
+            f"model {profile.name}: transformers rejects config (model_type={model_type!r}): {line}"
+        ) from None
     text = config.get_text_config(decoder=True)
     text.pad_token_id = None  # an index into a vocabulary that sharding makes smaller; it shapes no op
     return text
@@ -85,7 +110,7 @@ def narrow(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
         return config
     narrowed = copy.deepcopy(config)
     for part in _nested(narrowed):
-        per_layer = _per_layer(part, tp)
+        per_layer: Any = _per_layer(part, tp)
         fields = vars(part)
         if fields.get("head_dim") is None and fields.get("num_attention_heads") and fields.get("hidden_size"):
             object.__setattr__(part, "head_dim", fields["hidden_size"] // fields["num_attention_heads"])
@@ -106,7 +131,7 @@ def _per_layer(config: PreTrainedConfig, tp: int) -> dict[int, dict[str, Any]]:
     return {
         i: {
             name: _divide(name, getattr(layer, name), tp) if name in sharded else getattr(layer, name)
-            for name in config.per_layer_attributes
+            for name in config.per_layer_attributes or ()
         }
         for i, layer in enumerate(config.per_layer_config)
     }

@@ -102,7 +102,7 @@ def adapt_experts(model: nn.Module) -> list[str]:
             _describe(child)
             arguments = list(inspect.signature(type(child).forward).parameters)[1:]
             if len(arguments) >= 3:
-                child.forward = routed_experts.__get__(child)  # type: ignore[method-assign]
+                child.forward = routed_experts.__get__(child)
             else:
                 _replace_block(model, path, module, name)
             adapted.append(f"{path}.{name}")

@@ -82,8 +82,11 @@ def from_config(config: dict[str, Any], kv: str = "bf16") -> Quantization:
         return Quantization(kv=kv)
     method = str(said.get("quant_method", said.get("quant_algo", ""))).lower()
     ignore = tuple(
-        said.get("modules_to_not_convert") or said.get("ignore") or said.get("exclude_modules")
-        or said.get("ignored_layers") or ()
+        said.get("modules_to_not_convert")
+        or said.get("ignore")
+        or said.get("exclude_modules")
+        or said.get("ignored_layers")
+        or ()
     )
     name = _scheme_name(method, said)
     scheme = SCHEMES[name]
@@ -109,7 +112,8 @@ def _scheme_name(method: str, said: dict[str, Any]) -> str:
         for group in (said.get("config_groups") or {}).values():
             return _compressed(group)
     raise InputError(
-        f"quantization_config: quant_method={method!r} (bits={bits}) is not known; set --quant to one of {', '.join(SCHEMES)}"
+        f"quantization_config: quant_method={method!r} (bits={bits}) is not known; "
+        f"set --quant to one of {', '.join(SCHEMES)}"
     )
 
 
@@ -143,5 +147,9 @@ def override(base: Quantization, text: str | None) -> Quantization:
         if key not in ("", "linear", "experts"):
             raise InputError(f"--quant {item!r}: the part before '=' must be linear, experts or kv")
         scheme = SCHEMES[value]
-        base = replace(base, **({key: scheme} if key else {"linear": scheme, "experts": scheme}))
+        base = replace(
+            base,
+            linear=scheme if key in ("", "linear") else base.linear,
+            experts=scheme if key in ("", "experts") else base.experts,
+        )
     return base

@@ -30,6 +30,7 @@ def _chunk_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *_: Any,
 
 def _state_update(state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *_: Any, **__: Any) -> Tensor:
     """One token: x [B,H,D], b and c [B,groups,N], as mamba_ssm's ``selective_state_update`` takes them."""
+
     def with_token(t: Tensor) -> Tensor:
         return t.reshape(t.shape[0], 1, -1, t.shape[-1])
 

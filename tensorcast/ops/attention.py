@@ -18,8 +18,18 @@ _ATTENTION = (
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, past: int = 0, scale: float = 1.0, causal: bool = True, window: int = 0,
-    chunk: int = 0, selected: int = 0, latent: int = 0, rope: int = 0, sinks: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: int = 0,
+    scale: float = 1.0,
+    causal: bool = True,
+    window: int = 0,
+    chunk: int = 0,
+    selected: int = 0,
+    latent: int = 0,
+    rope: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Reference kernel. ``k``/``v`` hold all ``past + S`` tokens here: a real run keeps its cache in tensors."""
     total, new = k.shape[2], q.shape[2]
@@ -48,8 +58,18 @@ def _attention(
 
 
 def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, past: int = 0, scale: float = 1.0, causal: bool = True, window: int = 0,
-    chunk: int = 0, selected: int = 0, latent: int = 0, rope: int = 0, sinks: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: int = 0,
+    scale: float = 1.0,
+    causal: bool = True,
+    window: int = 0,
+    chunk: int = 0,
+    selected: int = 0,
+    latent: int = 0,
+    rope: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[-1]))
 

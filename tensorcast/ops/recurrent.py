@@ -32,7 +32,9 @@ def _ssm_scan(x: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int)
 
 
 # Mamba-2. x [B,S,H,D], b, c [B,S,groups,N] -> out [B,S,H,D], state [B,H,D,N] in fp32.
-define("ssm_scan(Tensor x, Tensor b, Tensor c, Tensor? state, int chunk) -> (Tensor, Tensor)", real=None, fake=_ssm_scan)
+define(
+    "ssm_scan(Tensor x, Tensor b, Tensor c, Tensor? state, int chunk) -> (Tensor, Tensor)", real=None, fake=_ssm_scan
+)
 
 # Depthwise causal convolution over [B,C,S] with weight [C,width]; decode keeps the last inputs as state.
 define(

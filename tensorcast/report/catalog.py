@@ -47,7 +47,10 @@ def model_record(profile: ModelProfile) -> Record:
 def device_record(profile: DeviceProfile) -> Record:
     """Memory, peaks, interconnect tiers, and whether kernels were measured on it."""
     fitted = profile.calibration
-    errors = [row.median_error for row in (*fitted.kernels, *fitted.collectives) if row.median_error is not None] if fitted else []
+    errors: list[float] = []
+    if fitted:
+        said = [row.median_error for row in fitted.kernels] + [row.median_error for row in fitted.collectives]
+        errors = [error for error in said if error is not None]
     return {
         "name": profile.name, "aliases": list(profile.aliases), "vendor": profile.vendor,
         "architecture": profile.architecture, "description": profile.description, "processors": profile.processors,
@@ -118,7 +121,7 @@ def print_models(records: list[Record], console: Console) -> None:
 
     rows = [
         [
-            row["name"], _params(row["total_params"]), _params(row["active_params"]),
+            row["name"], _params(row["total_params"]), _params(row["active_params"]) if row["experts"] else "all",
             f"{row['experts']} x {row['top_k']}" if row["experts"] else "dense", str(row["layers"] or "?"),
             row["attention"], dtype(row), units.count(row["kv_bytes_per_token"]) if row["kv_bytes_per_token"] else "",
             _link(row["sources"]),
@@ -126,8 +129,8 @@ def print_models(records: list[Record], console: Console) -> None:
         for row in records
     ]
     heads = ("model", "total", "active", "experts", "layers", "attention", "dtype", "KV B/token", "source")
-    _print(console, heads, "lrrrrllrl", rows, drop=("KV B/token",))
-    _say(console, "Parameters as published; experts x how many a token uses; KV bytes per token where published (bf16).")
+    _print(console, heads, "lrrrrllrl", rows, soft=("attention",), optional=("KV B/token",))
+    _say(console, "Parameters as published; experts x those a token uses; KV bytes per token (bf16) where published.")
     _say(console, "A directory with a Hugging Face config.json works in place of a name. All figures: --json")
 
 
@@ -135,7 +138,8 @@ def print_devices(records: list[Record], console: Console) -> None:
     """One device per line."""
     def tiers(row: Record) -> str:
         return " > ".join(
-            f"{tier['size']} {tier['name']} {units.byte_rate(tier['bandwidth_bytes_per_s'])}" for tier in row["interconnect"]
+            f"{tier['size']} {tier['name']} {units.byte_rate(tier['bandwidth_bytes_per_s'])}"
+            for tier in row["interconnect"]
         )
 
     def evidence(row: Record) -> str:
@@ -149,9 +153,10 @@ def print_devices(records: list[Record], console: Console) -> None:
         ]
         for row in records
     ]
-    heads = ("device", "memory", "bandwidth", "bf16", "fp8", "GPUs in reach, each direction", "evidence", "source")
-    _print(console, heads, "lrrrrlll", rows)
-    _say(console, "bf16, fp8: peak TFLOP/s, dense; evidence: median error of the kernels measured on it, or datasheet only.")
+    heads = ("device", "memory", "bandwidth", "bf16", "fp8", "interconnect", "evidence", "source")
+    _print(console, heads, "lrrrrlll", rows, soft=("interconnect",))
+    _say(console, "bf16, fp8: peak TFLOP/s, dense. Interconnect: GPUs in reach, bandwidth per GPU and direction.")
+    _say(console, "Evidence: median error of the fitted kernels on measurements held out, or datasheet figures only.")
     _say(console, "cpu: this machine, measured when first used. All figures: --json")
 
 
@@ -160,16 +165,20 @@ def print_engines(records: list[Record], console: Console) -> None:
     rows = [
         [
             row["name"], row["version"], ", ".join(row["graph_captured_phases"]) or "none",
-            f"{units.seconds(row['step_overhead_s'])} + {units.seconds(row['request_overhead_s'])}/seq",
+            units.seconds(row["step_overhead_s"]) + _per_sequence(row["request_overhead_s"]),
             units.percent(row["memory_fraction"]), ", ".join(row["fusions"]) or "none",
-            ", ".join(f"{phase} {kind}" for phase, kind in row["all2all"].items()), _link(row["sources"]),
+            ", ".join(dict.fromkeys(row["all2all"].values())), _link(row["sources"]),
         ]
         for row in records
     ]
     heads = ("engine", "version", "graphs", "overhead", "memory", "fuses", "exchange", "source")
-    _print(console, heads, "lllrrlll", rows, drop=("exchange",))
-    _say(console, "graphs: phases replayed from captured graphs; overhead per step; memory: share of the device it takes.")
-    _say(console, "All figures: --json")
+    _print(console, heads, "lllrrlll", rows, soft=("fuses", "exchange"), optional=("exchange",))
+    _say(console, "Graphs: phases replayed from captured graphs. Overhead: per step and sequence, outside kernels.")
+    _say(console, "Memory: share of the device that it takes. All figures: --json")
+
+
+def _per_sequence(seconds: float) -> str:
+    return f" + {units.seconds(seconds)}/seq" if seconds else ""
 
 
 def _params(value: float | None) -> str:
@@ -188,22 +197,31 @@ def _link(sources: dict[str, str]) -> str:
 
 
 def _print(
-    console: Console, heads: tuple[str, ...], align: str, rows: list[list[str]], drop: tuple[str, ...] = ()
+    console: Console, heads: tuple[str, ...], align: str, rows: list[list[str]], soft: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
 ) -> None:
-    """A table without the columns in ``drop`` and without sources where the console is narrow."""
+    """A table in the console's width: ``soft`` columns wrap, ``optional`` ones and sources go where there is no room."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    narrow = console.width < WITH_SOURCE
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0 if narrow else 1, 0, 0))
-    kept = [i for i, head in enumerate(heads) if not narrow or head not in (*drop, "source")]
+    widths = [max(len(head), *(len(row[i]) for row in rows), 1) for i, head in enumerate(heads)]
+    kept = list(range(len(heads)))
+    for name in ("source", *optional):
+        needed = sum(min(widths[i], 24 if heads[i] in soft else 32) + 1 for i in kept) - 1
+        if needed > console.width:
+            kept.remove(heads.index(name))
+    free = console.width - len(kept) + 1 - sum(widths[i] for i in kept if heads[i] not in (*soft, "source"))
+    for i in (i for i in kept if heads[i] in soft):
+        later = sum(1 for k in kept if k > i and heads[k] in (*soft, "source"))
+        widths[i] = max(12, min(widths[i], free - later * 24))
+        free -= widths[i]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for i in kept:
-        # Long texts give way before names and numbers do.
-        soft = heads[i] in ("attention", "fuses", "exchange", "source") or heads[i].startswith("GPUs")
+        last = heads[i] == "source"
         table.add_column(
-            heads[i], justify="right" if align[i] == "r" else "left", no_wrap=not soft or heads[i] == "source",
-            overflow="ellipsis" if heads[i] == "source" else "fold", style="dim" if heads[i] == "source" else "",
+            heads[i], justify="right" if align[i] == "r" else "left", no_wrap=heads[i] not in soft,
+            width=max(6, min(widths[i], free)) if last else widths[i], style="dim" if last else "",
         )
     for row in rows:
         table.add_row(*(Text(row[i], style="bold" if i == 0 else "") for i in kept))

@@ -74,8 +74,12 @@ class Dim(NamedTuple):
         ]
         coef = f"{self.coef:g}" if self.coef != int(self.coef) else str(int(self.coef))
         symbols = "".join(f if f.startswith("/") else f"·{f}" for f in factors).lstrip("·")
-        text = coef if not symbols else symbols if coef == "1" and not symbols.startswith("/") else (
-            coef + symbols if symbols.startswith("/") else f"{coef}·{symbols}"
+        text = (
+            coef
+            if not symbols
+            else symbols
+            if coef == "1" and not symbols.startswith("/")
+            else (coef + symbols if symbols.startswith("/") else f"{coef}·{symbols}")
         )
         if self.rounded:
             text = f"⌊{text}⌋" if self.rounded < 0 else f"⌈{text}⌉"

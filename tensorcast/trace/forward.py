@@ -19,8 +19,15 @@ WARM_UP_TOKENS = 8
 
 
 def record_step(
-    model: nn.Module, config: PreTrainedConfig, *, batch: int, new: int, past: int, recurrent_state: bool,
-    kinds: Kinds | None = None, with_masks: bool | None = None,
+    model: nn.Module,
+    config: PreTrainedConfig,
+    *,
+    batch: int,
+    new: int,
+    past: int,
+    recurrent_state: bool,
+    kinds: Kinds | None = None,
+    with_masks: bool | None = None,
 ) -> list[Call]:
     """Ops of one forward pass of ``batch`` sequences with ``new`` tokens each after ``past`` cached ones.
 
@@ -30,8 +37,16 @@ def record_step(
     """
     if with_masks is None:
         try:
-            return record_step(model, config, batch=batch, new=new, past=past, recurrent_state=recurrent_state,
-                               kinds=kinds, with_masks=False)
+            return record_step(
+                model,
+                config,
+                batch=batch,
+                new=new,
+                past=past,
+                recurrent_state=recurrent_state,
+                kinds=kinds,
+                with_masks=False,
+            )
         except (TypeError, AttributeError) as reason:
             if "NoneType" not in str(reason):
                 raise
@@ -55,8 +70,14 @@ def _is_recurrent(cache: Any) -> bool:
 
 
 def _run(
-    model: nn.Module, config: PreTrainedConfig, cache: Any, batch: int, new: int, kinds: Kinds | None,
-    recorder: Recorder | None = None, device: torch.device | str = "meta",
+    model: nn.Module,
+    config: PreTrainedConfig,
+    cache: Any,
+    batch: int,
+    new: int,
+    kinds: Kinds | None,
+    recorder: Recorder | None = None,
+    device: torch.device | str = "meta",
 ) -> None:
     """One call of the model; logits of the last position only, as a serving engine asks for."""
     inputs: dict[str, Any] = {

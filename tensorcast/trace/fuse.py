@@ -24,9 +24,18 @@ REFERENCE = Sizes(B=64.0, S=64.0, P=4096.0, R=4096.0, E=8.0, X=1.0)
 """Sizes at which two operands of one storage are compared."""
 
 LABELS = (
-    ("topk", "top_k"), ("softmax", "softmax"), ("_softmax", "softmax"), ("rsqrt", "rms_norm"),
-    ("native_layer_norm", "layer_norm"), ("silu", "silu"), ("gelu", "gelu"), ("sigmoid", "sigmoid"), ("cos", "rope_table"),
-    ("neg", "rope"), ("unpermute_tokens", "unpermute"), ("quantize_activation", "quantize"),
+    ("topk", "top_k"),
+    ("softmax", "softmax"),
+    ("_softmax", "softmax"),
+    ("rsqrt", "rms_norm"),
+    ("native_layer_norm", "layer_norm"),
+    ("silu", "silu"),
+    ("gelu", "gelu"),
+    ("sigmoid", "sigmoid"),
+    ("cos", "rope_table"),
+    ("neg", "rope"),
+    ("unpermute_tokens", "unpermute"),
+    ("quantize_activation", "quantize"),
 )
 
 
@@ -36,8 +45,9 @@ def fold(ops: Iterable[Op]) -> list[Op]:
     kept: list[Op] = []
     for op in ops:
         inputs = tuple(
-            t if t.weight or t.storage not in made else
-            Tensor(t.dims, t.dtype, t.storage, made[t.storage], t.expanded, t.offset)
+            t
+            if t.weight or t.storage not in made
+            else Tensor(t.dims, t.dtype, t.storage, made[t.storage], t.expanded, t.offset)
             for t in op.inputs
         )
         if op.outputs and all(t.weight for t in inputs) and op.name not in BARRIERS:
@@ -63,7 +73,16 @@ def merge_gemms(ops: Iterable[Op]) -> list[Op]:
             merged.append(op)
             continue
         block = op.module.rpartition(".")[0]
-        key = (activation.storage, activation.offset, activation.dims, block, op.name, op.attrs.get("scheme"), op.shard, op.kind)
+        key = (
+            activation.storage,
+            activation.offset,
+            activation.dims,
+            block,
+            op.name,
+            op.attrs.get("scheme"),
+            op.shard,
+            op.kind,
+        )
         if key in seen:
             first = merged[seen[key]]
             leaf = op.module.rpartition(".")[2]
@@ -111,8 +130,11 @@ def _group(ops: list[Op], fusions: Collection[str]) -> list[list[Op]]:
         first_of_kind.setdefault(op.kind, len(groups))
         place = len(groups)
         after = max(
-            [first_of_kind[op.kind], *(wrote.get(t.storage, -1) for t in op.inputs),
-             *(touched.get(t.storage, -1) for t in op.outputs)]
+            [
+                first_of_kind[op.kind],
+                *(wrote.get(t.storage, -1) for t in op.inputs),
+                *(touched.get(t.storage, -1) for t in op.outputs),
+            ]
         )
         if op.name not in BARRIERS or op.name == "quantize_activation":
             place = next((i for i in range(after, len(groups)) if _joins(op, groups[i], fusions)), len(groups))
@@ -155,7 +177,9 @@ def _fuse_run(run: list[Op], last_read: dict[int, int], size: dict[int, float], 
                 read[t.storage].append(t)
         for t in op.outputs:
             made.add(t.storage)
-            if last_read.get(t.storage, -1) > end and all(_view(t) != _view(w) for w in written.setdefault(t.storage, [])):
+            if last_read.get(t.storage, -1) > end and all(
+                _view(t) != _view(w) for w in written.setdefault(t.storage, [])
+            ):
                 written[t.storage].append(t)
     inputs = tuple(t for tensors in read.values() for t in _cap(tensors, size))
     outputs = tuple(t for tensors in written.values() for t in _cap(tensors, size))
@@ -212,7 +236,10 @@ def across_layers(ops: list[Op]) -> list[Op]:
         if len(inputs) == len(last.inputs) + len(first.inputs):
             continue  # the opening run does not read what the closing run writes
         joined = last.but(
-            module=first.module, inputs=inputs, outputs=last.outputs + first.outputs, parts=last.parts + first.parts,
+            module=first.module,
+            inputs=inputs,
+            outputs=last.outputs + first.outputs,
+            parts=last.parts + first.parts,
             attrs=_labelled([last, first]),
         )
         result[rows[0]] = joined

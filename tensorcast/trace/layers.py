@@ -49,7 +49,11 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(word in path for word in ("vision", "visual", "audio")):
             continue
-        is_layers = {type(layer).__name__ for layer in module} & names or path.rpartition(".")[2] in ("layers", "h", "blocks")
+        is_layers = {type(layer).__name__ for layer in module} & names or path.rpartition(".")[2] in (
+            "layers",
+            "h",
+            "blocks",
+        )
         if is_layers and len(module) > len(best):
             best_path, best = path, module
     return best_path, best
@@ -61,7 +65,8 @@ def signature(layer: nn.Module, extra: tuple[Any, ...] = ()) -> tuple[Any, ...]:
     for name, module in layer.named_modules():
         scalars = tuple(
             sorted(
-                (key, repr(value)) for key, value in vars(module).items()
+                (key, repr(value))
+                for key, value in vars(module).items()
                 if isinstance(value, (int, float, str, bool, type(None))) and key not in POSITIONAL and key[0] != "_"
             )
         )
@@ -97,7 +102,7 @@ def one_per_kind(model: nn.Module, config: Any, kinds: Kinds) -> Iterator[None]:
         return run
 
     for i, layer in enumerate(layers):
-        layer.forward = stand_in(i, layer, layer.forward)  # type: ignore[method-assign]
+        layer.forward = stand_in(i, layer, layer.forward)
     try:
         yield
     finally:

@@ -24,15 +24,24 @@ def mark_latent(ops: list[Op], phase: str) -> list[Op]:
             continue
         heads = attention.inputs[0].dims[1].coef
         nope = attention.inputs[0].dims[-1].coef - attention.attrs["rope"]
-        attrs = {**op.attrs, "heads": heads, "latent": attention.attrs["latent"], "nope": nope,
-                 "v_dim": attention.inputs[2].dims[-1].coef}
+        attrs = {
+            **op.attrs,
+            "heads": heads,
+            "latent": attention.attrs["latent"],
+            "nope": nope,
+            "v_dim": attention.inputs[2].dims[-1].coef,
+        }
         if phase == "decode":
             marked.append(op.but(name="mla_absorb", attrs=attrs))
         else:
-            marked.append(op.but(
-                name="mla_expand", attrs=attrs, inputs=(_all_tokens(op.inputs[0]), *op.inputs[1:]),
-                outputs=tuple(_all_tokens(t) for t in op.outputs),
-            ))
+            marked.append(
+                op.but(
+                    name="mla_expand",
+                    attrs=attrs,
+                    inputs=(_all_tokens(op.inputs[0]), *op.inputs[1:]),
+                    outputs=tuple(_all_tokens(t) for t in op.outputs),
+                )
+            )
     return marked
 
 

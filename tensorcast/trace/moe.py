@@ -12,13 +12,18 @@ from tensorcast.trace.table import Op, Tensor
 
 def _rows(tensor: Tensor, per_token: float) -> Tensor:
     """Replace the leading ``k*B*S`` by ``R``."""
+
     def swap(dim: Dim) -> Dim:
-        is_rows = dim.coef == per_token and (dim.B, dim.S, dim.L, dim.P) in ((1, 1, 0, 0), (1, 0, 0, 0)) and not dim.plus
+        is_rows = (
+            dim.coef == per_token and (dim.B, dim.S, dim.L, dim.P) in ((1, 1, 0, 0), (1, 0, 0, 0)) and not dim.plus
+        )
         return Dim(1, R=1) if is_rows else dim
 
     if tensor.weight or not tensor.dims:
         return tensor
-    return Tensor((swap(tensor.dims[0]), *tensor.dims[1:]), tensor.dtype, tensor.storage, "", tensor.expanded, tensor.offset)
+    return Tensor(
+        (swap(tensor.dims[0]), *tensor.dims[1:]), tensor.dtype, tensor.storage, "", tensor.expanded, tensor.offset
+    )
 
 
 def _narrow_last(tensor: Tensor) -> Tensor:
@@ -27,6 +32,11 @@ def _narrow_last(tensor: Tensor) -> Tensor:
     if last.is_constant and last.coef > 1:
         last = Dim(last.coef, X=1)
     return Tensor((*rest, last), tensor.dtype, tensor.storage, tensor.weight, tensor.expanded, tensor.offset)
+
+
+def _inside(tensor: Tensor, per_token: float, narrowed: bool) -> Tensor:
+    rows = _rows(tensor, per_token)
+    return _narrow_last(rows) if narrowed else rows
 
 
 def _expert_weight(tensor: Tensor, narrowed: int | None) -> Tensor:
@@ -49,7 +59,9 @@ def _matmul(op: Op, per_token: float, up: bool) -> Op:
     weight = _expert_weight(weight, out_dim if up else in_dim)
     counts = Tensor((Dim(1, E=1),), counts.dtype, counts.storage)
     biases = tuple(_expert_weight(b, 1 if up else None) for b in bias)
-    return op.but(inputs=(x, weight, counts, *biases), outputs=(out,), attrs={**op.attrs, "projection": "up" if up else "down"})
+    return op.but(
+        inputs=(x, weight, counts, *biases), outputs=(out,), attrs={**op.attrs, "projection": "up" if up else "down"}
+    )
 
 
 def _dispatched(op: Op, per_token: float) -> Op:
@@ -82,13 +94,10 @@ def mark_experts(ops: list[Op]) -> list[Op]:
             matmuls += 1
             marked.append(_matmul(op, per_token, up=matmuls == 1).but(stage="experts"))
         else:
-            between = matmuls == 1
-            change = (lambda t: _narrow_last(_rows(t, per_token))) if between else (lambda t: _rows(t, per_token))
-            marked.append(
-                op.but(
-                    inputs=tuple(t if t.weight else change(t) for t in op.inputs),
-                    outputs=tuple(change(t) for t in op.outputs),
-                    stage="experts",
-                )
+            narrowed = matmuls == 1  # between the two matmuls rows have the intermediate width
+            inputs, outputs = (
+                tuple(t if t.weight else _inside(t, per_token, narrowed) for t in tensors)
+                for tensors in (op.inputs, op.outputs)
             )
+            marked.append(op.but(inputs=inputs, outputs=outputs, stage="experts"))
     return marked

@@ -27,14 +27,27 @@ def apply_quantization(table: OpTable, quantization: Quantization) -> OpTable:
         if key not in made:
             made[key] = Tensor(activation.dims, ACTIVATION_DTYPE[scheme.name], storage)
             storage += 1
-            ops.append(Op("quantize_activation", op.module, op.kind, (activation,), (made[key],),
-                          {"scheme": scheme.name}, op.stage))
+            ops.append(
+                Op(
+                    "quantize_activation",
+                    op.module,
+                    op.kind,
+                    (activation,),
+                    (made[key],),
+                    {"scheme": scheme.name},
+                    op.stage,
+                )
+            )
         return made[key]
 
     experts_scheme = _experts_scheme(table, quantization, role)
     for op in table.ops:
-        if op.name == "init_routing_v2" and experts_scheme.quantizes_activation and len(op.inputs[0].dims) == 2 \
-                and op.inputs[0].dims[-1].coef > 1:
+        if (
+            op.name == "init_routing_v2"
+            and experts_scheme.quantizes_activation
+            and len(op.inputs[0].dims) == 2
+            and op.inputs[0].dims[-1].coef > 1
+        ):
             x = quantized(op.but(stage=""), op.inputs[0], experts_scheme)
             out = op.outputs[0]
             routed[out.storage] = Tensor(out.dims, x.dtype, out.storage, "", out.expanded, out.offset)
@@ -50,7 +63,8 @@ def apply_quantization(table: OpTable, quantization: Quantization) -> OpTable:
             activation = inputs[at]
             x = (
                 Tensor(activation.dims, routed[activation.storage].dtype, activation.storage)
-                if activation.storage in routed else quantized(op, activation, scheme)
+                if activation.storage in routed
+                else quantized(op, activation, scheme)
             )
             inputs = (*inputs[:at], x, *inputs[at + 1 :])
         ops.append(op.but(inputs=inputs, attrs={**op.attrs, "scheme": scheme.name}))

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 VIEWS = frozenset(
-    "view _unsafe_view reshape transpose t t_ permute expand slice select split split_with_sizes unsqueeze squeeze detach"
-    " alias chunk unbind as_strided _reshape_alias narrow unfold lift_fresh view_as_real view_as_complex diagonal"
-    " _conj real imag unsafe_split movedim swapaxes view_as".split()
+    "view _unsafe_view reshape transpose t t_ permute expand slice select split split_with_sizes unsqueeze squeeze"
+    " detach alias chunk unbind as_strided _reshape_alias narrow unfold lift_fresh view_as_real view_as_complex"
+    " diagonal _conj real imag unsafe_split movedim swapaxes view_as".split()
 )
 """Ops that move no data."""
 
@@ -50,8 +50,13 @@ class Call:
 def _see(tensor: torch.Tensor) -> Seen:
     shape = tuple(int(s) for s in tensor.shape)
     expanded = tuple(i for i, (n, step) in enumerate(zip(shape, tensor.stride(), strict=True)) if step == 0 and n > 1)
-    return Seen(shape, expanded, str(tensor.dtype).removeprefix("torch."), tensor.untyped_storage()._cdata,
-                tensor.storage_offset())
+    return Seen(
+        shape,
+        expanded,
+        str(tensor.dtype).removeprefix("torch."),
+        tensor.untyped_storage()._cdata,
+        int(tensor.storage_offset()),
+    )
 
 
 def _attrs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -115,5 +120,3 @@ class Recorder(TorchDispatchMode):
         attrs = _attrs(func, args, kwargs)
         self.calls.append(Call(name, self.module, [_see(t) for t in inputs], [_see(t) for t in outputs], attrs))
         return out
-
-

@@ -30,14 +30,17 @@ def _style(whole: Op, shard: Op) -> str:
         return "row" if _narrowed(whole.inputs[0], shard.inputs[0], 0) else "replicated"
     if whole.name in REDUCTIONS and "dim" in whole.attrs and whole.inputs[0].dims:
         dim = whole.attrs["dim"]
-        return "row" if -len(whole.inputs[0].dims) <= dim < len(whole.inputs[0].dims) and _narrowed(
-            whole.inputs[0], shard.inputs[0], dim
-        ) else ""
+        return (
+            "row"
+            if -len(whole.inputs[0].dims) <= dim < len(whole.inputs[0].dims)
+            and _narrowed(whole.inputs[0], shard.inputs[0], dim)
+            else ""
+        )
     return ""
 
 
 def mark_sharding(whole: OpTable, shard: OpTable) -> OpTable:
-    """``shard``'s rows with their style: ``row`` leaves partial sums (an all-reduce follows), ``column`` splits outputs.
+    """``shard``'s rows with their style: ``row`` leaves partial sums (then all-reduced), ``column`` splits outputs.
 
     ``whole`` is the trace at tp=1. The experts' region is taken from it: experts are sharded by their own sizes.
     """

@@ -13,10 +13,24 @@ FORMAT = 1
 """Version of the stored form; part of the trace cache's key."""
 
 DTYPE_BYTES: dict[str, float] = {
-    "float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
-    "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "complex64": 8,
+    "float32": 4,
+    "float64": 8,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "complex64": 8,
     # Quantised activations with their scales: see modeling/quantization.py.
-    "act_fp8": 1, "act_fp8_block": 1 + 4 / 128, "act_int8": 1, "act_nvfp4": 0.5 + 1 / 16,
+    "act_fp8": 1,
+    "act_fp8_block": 1 + 4 / 128,
+    "act_int8": 1,
+    "act_nvfp4": 0.5 + 1 / 16,
 }
 
 
@@ -48,7 +62,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One row. ``kind`` is the layer kind it belongs to (-1: outside the layers); ``stage`` its place in a MoE block."""
+    """One row. ``kind``: the layer kind it belongs to (-1: outside the layers); ``stage``: its place in a MoE block."""
 
     name: str
     module: str

@@ -15,7 +15,7 @@ from tensorcast.modeling.build import build
 from tensorcast.modeling.config import field, hf_config, narrow
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.closed_form import BLOCK, BLOCKWISE, DECODE, PREFILL, NoClosedForm, Probe, solve
-from tensorcast.trace.dims import Dim
+from tensorcast.trace.dims import product
 from tensorcast.trace.forward import record_step
 from tensorcast.trace.layers import Kinds
 from tensorcast.trace.mla import mark_latent
@@ -38,13 +38,17 @@ def trace(profile: ModelProfile, phase: Phase, tp: int = 1) -> OpTable:
             return whole
         shard = _trace_one(profile, narrow(config, tp), config, phase, tp)
     params = tuple(
-        Param(**{**_fields(narrow_), "full_numel": full.numel, **({"numel": full.numel} if full.role == "experts" else {})})
+        Param(
+            **{
+                **_fields(narrow_),
+                "full_numel": full.numel,
+                **({"numel": full.numel} if full.role == "experts" else {}),
+            }
+        )
         for full, narrow_ in zip(whole.params, shard.params, strict=True)
     )
     table = mark_sharding(whole, shard)
-    return OpTable(
-        table.model, phase, tp, table.ops, table.layer_kinds, table.kind_names, params, whole.facts
-    )
+    return OpTable(table.model, phase, tp, table.ops, table.layer_kinds, table.kind_names, params, whole.facts)
 
 
 def _fields(param: Param) -> dict[str, Any]:
@@ -72,7 +76,9 @@ def _trace_one(
     )
 
 
-def _closed(model: nn.Module, config: PreTrainedConfig, phase: str, probes: tuple[Probe, ...]) -> tuple[Kinds, list[Op]]:
+def _closed(
+    model: nn.Module, config: PreTrainedConfig, phase: str, probes: tuple[Probe, ...]
+) -> tuple[Kinds, list[Op]]:
     kinds = Kinds()
     recorded = [
         record_step(model, config, batch=p.B, new=p.S, past=p.P, recurrent_state=phase == "decode", kinds=kinds)
@@ -121,7 +127,7 @@ def _as_mm(op: Op) -> Op:
 
     def flat(t: Tensor) -> Tensor:
         batch, rows, width = t.dims
-        joined = batch if rows == Dim(1) else Dim(batch.coef * rows.coef, *map(sum, zip(batch.powers, rows.powers)))
+        joined, *_ = product((batch, rows))
         return replace(t, dims=(joined, width), expanded=())
 
     return op.but(name="mm", inputs=(flat(x), replace(weight, dims=weight.dims[1:], expanded=())), outputs=(flat(out),))
@@ -140,7 +146,9 @@ def _label(module: str, kinds: Kinds) -> str:
     if kind < 0:
         return module.removeprefix("model.")
     prefix = kinds.representatives[kind]
-    return f"{prefix.rpartition('.')[0].removeprefix('model.')}[{layer_ranges(kinds.layers(kind))}]{module[len(prefix):]}"
+    return (
+        f"{prefix.rpartition('.')[0].removeprefix('model.')}[{layer_ranges(kinds.layers(kind))}]{module[len(prefix) :]}"
+    )
 
 
 def _facts(config: PreTrainedConfig, ops: list[Op]) -> dict[str, Any]:
@@ -154,7 +162,9 @@ def _facts(config: PreTrainedConfig, ops: list[Op]) -> dict[str, Any]:
         "vocab_size": field(config, "vocab_size"),
         "layers": field(config, "num_hidden_layers", "n_layers"),
         "heads": field(config, "num_attention_heads", "n_heads"),
-        "kv_heads": field(config, "num_key_value_heads", "kv_n_heads", default=field(config, "num_attention_heads", "n_heads")),
+        "kv_heads": field(
+            config, "num_key_value_heads", "kv_n_heads", default=field(config, "num_attention_heads", "n_heads")
+        ),
         "num_experts": int(experts.attrs["num_experts"]) if experts else 0,
         "top_k": int(routing.inputs[1].dims[-1].coef) if routing else 0,
         "moe_hidden_size": int(routing.inputs[0].dims[-1].coef) if routing else 0,
@@ -180,11 +190,19 @@ def _params(model: nn.Module, kinds: Kinds, ops: list[Op]) -> tuple[Param, ...]:
         module = name.rpartition(".")[0]
         is_linear = type(model.get_submodule(module)) is nn.Linear
         role = (
-            "experts" if name in experts else "embedding" if name in embedded else
-            "lm_head" if kinds.kind_of(module) < 0 and name in matmul else
-            "linear" if is_linear and name in matmul else "other"  # a router is a matmul, but never quantised
+            "experts"
+            if name in experts
+            else "embedding"
+            if name in embedded
+            else "lm_head"
+            if kinds.kind_of(module) < 0 and name in matmul
+            else "linear"
+            if is_linear and name in matmul
+            else "other"  # a router is a matmul, but never quantised
         )
         dtype = str(param.dtype).removeprefix("torch.")
         numel = param.numel()
-        rows.append(Param(name, _label(module, kinds), kinds.kind_of(module), numel, numel, dtype, role, tuple(param.shape)))
+        rows.append(
+            Param(name, _label(module, kinds), kinds.kind_of(module), numel, numel, dtype, role, tuple(param.shape))
+        )
     return tuple(rows)

@@ -1,0 +1,175 @@
+"""The whole step through the public interface: totals that add up, anchors from publications, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import SMALL
+
+import tensorcast as tc
+from tensorcast.cost.formulas import Context, chunk_pairs, has_formula, work_of
+from tensorcast.deploy.workload import Workload
+from tensorcast.trace.dims import Dim, Sizes
+from tensorcast.trace.table import Op, Tensor
+
+DEEPSEEK: dict[str, Any] = {"device": "h200", "world_size": 32, "tp": 1, "dp": 32, "ep": 32}
+
+
+@pytest.fixture(scope="module")
+def deepseek() -> Any:
+    return tc.simulate("deepseek-v3", **DEEPSEEK, phase="decode", batch=128, context=4096)
+
+
+def test_op_table_adds_up_to_the_step(deepseek: Any) -> None:
+    frame = deepseek.ops
+    assert frame["seconds"].sum() + float(deepseek.price.overhead_s) == pytest.approx(deepseek.step_s)
+    assert frame["share"].sum() == pytest.approx(1.0)
+    assert (frame["seconds"].diff().dropna() <= 0).all()
+    for key in ("evidence", "family", "bound"):
+        assert sum(deepseek.time_by(key).values()) == pytest.approx(frame["seconds"].sum())
+
+
+def test_deepseek_decode_flops_by_hand(deepseek: Any) -> None:
+    """2 FLOPs per active weight and token, experts' rows as routed; attention 2*H*(2r+d_r) per query and key.
+
+    Per rank: 128 tokens through attention, dense layers, shared experts, router and head; 1024 expert rows.
+    """
+    tokens, layers, moe, hidden = 128, 61, 58, 7168
+    attention_weights = hidden * 1536 + 1536 * 128 * 192 + hidden * 576 + 512 * 128 * 256 + 128 * 128 * hidden
+    expert = 3 * hidden * 2048
+    weights = layers * attention_weights + 3 * 3 * hidden * 18432 + moe * (expert + 256 * hidden) + 129280 * hidden
+    rows = tokens * 32 * 8 / 32
+    core = layers * tokens * 2 * 128 * 4097 * (2 * 512 + 64)
+    by_hand = 2 * tokens * weights + 2 * moe * rows * expert + core
+    assert deepseek.ops["flops"].sum() == pytest.approx(by_hand, rel=1e-3)
+
+
+def test_totals_are_json_and_consistent(deepseek: Any) -> None:
+    totals = json.loads(json.dumps(deepseek.totals(), allow_nan=False))
+    memory = totals["memory_bytes"]
+    assert sum(memory[k] for k in ("weights", "kv_cache", "activations", "communication", "engine")) == memory["total"]
+    assert memory["kv_cache"] == 128 * 4097 * 70_272
+    assert totals["tokens_per_s_per_gpu"] == pytest.approx(128 / totals["step_s"])
+    assert totals["step_low_s"] < totals["step_s"] < totals["step_high_s"]
+    assert 0 < totals["mfu"] < 1 and 0 < totals["memory_bandwidth_use"] < 1
+    assert totals["fits"] and totals["largest_batch_per_dp_rank"] > 128
+
+
+def test_prefill_flops_by_hand() -> None:
+    """Llama-3.1-8B, 2 sequences of 2048 tokens: 2 * weights * tokens (head: last tokens only) + causal attention."""
+    run = tc.simulate("llama-3.1-8b", device="h100", phase="prefill", batch=2, input_len=2048)
+    layer = 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336
+    pairs = 2048 * 2049 / 2
+    by_hand = 2 * (32 * layer * 2 * 2048 + 2 * 128256 * 4096) + 32 * 2 * 2 * 32 * 128 * 2 * pairs
+    assert run.ops["flops"].sum() == pytest.approx(by_hand, rel=1e-3)
+
+
+def test_decode_reads_at_least_the_weights_and_the_cache() -> None:
+    """Dense bf16 decode moves every weight and every cached token once, and little else."""
+    run = tc.simulate("llama-3.1-8b", device="h100", batch=16, context=4096)
+    floor = (8.03e9 - 128256 * 4096) * 2 + 16 * 4097 * 131_072
+    assert floor < run.ops["bytes"].sum() < 1.05 * floor
+    assert run.bandwidth_use < 1.0
+
+
+def test_a_faster_device_is_faster() -> None:
+    times = [tc.simulate("qwen3-30b-a3b", device=d, world_size=8, ep=8, batch=32).step_s for d in ("a100", "h100", "h200")]
+    assert times == sorted(times, reverse=True)
+
+
+def test_eager_fusion_costs_more() -> None:
+    fused, eager = (tc.simulate("qwen3-30b-a3b", device="h100", batch=8, context=512, fusion=f) for f in ("engine", "none"))
+    assert len(eager.ops) > 3 * len(fused.ops)
+    assert eager.step_s > 1.5 * fused.step_s
+
+
+def test_quantising_shrinks_memory_and_time() -> None:
+    whole, small = (tc.simulate("mixtral-8x7b", device="h200", batch=1, context=128, quant=q) for q in ("bf16", "fp8_block"))
+    assert small.memory.weights == pytest.approx(whole.memory.weights / 2, rel=0.02)
+    assert small.step_s < whole.step_s
+
+
+def test_fp8_cache_fits_more_sequences() -> None:
+    runs = [tc.simulate("qwen3-30b-a3b", device="h100", batch=1, context=8192, kv_dtype=kv) for kv in ("bf16", "fp8")]
+    assert runs[1].largest_batch == pytest.approx(2 * runs[0].largest_batch, rel=0.02)
+
+
+def test_largest_batch_fits_and_one_more_does_not() -> None:
+    run = tc.simulate("qwen3-30b-a3b", device="h100", batch=1, context=8192)
+    deployment, largest = run.deployment, run.largest_batch
+    assert deployment.memory(largest, 1, 8192).fits
+    assert not deployment.memory(largest + 1, 1, 8192).fits
+
+
+def test_local_config_directory_is_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL["qwen3_moe"]))
+    run = tc.simulate(str(tmp_path), device="h100", batch=4, context=64)
+    assert run.deployment.raw.facts["num_experts"] == 16
+    assert math.isfinite(run.step_s)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "deepsek-v33"}, "unknown model .* did you mean .*deepseek-v3"),
+        ({"device": "h1000"}, "unknown device 'h1000': did you mean"),
+        ({"engine": "vlm"}, "unknown engine 'vlm': did you mean vllm"),
+        ({"batch": 0}, "--batch 0"),
+        ({"context": -1}, "--context -1"),
+        ({"phase": "train"}, "--phase 'train'"),
+        ({"input_len": 5}, "a decode step has 1 new token"),
+        ({"tp": 3}, "world_size|divide"),
+        ({"dp": 0}, "at least 1"),
+        ({"quant": "fp3"}, "unknown quantization scheme 'fp3'"),
+        ({"kv_dtype": "int4"}, "kv='int4'"),
+        ({"routing": "skewed"}, "--routing 'skewed'"),
+        ({"fusion": "all"}, "--fusion 'all'"),
+        ({"all2all": "magic", "tp": 1, "dp": 8, "ep": 8}, "unknown --all2all 'magic'"),
+        ({"dispatch": "fp7"}, "unknown --dispatch dtype 'fp7'"),
+        ({"batch": 100_000}, r"--batch 100000 does not fit: needs .* over the budget .* the largest that fits is \d+"),
+        ({"model": "deepseek-v3", "context": 10}, "not even one sequence"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments: dict[str, Any], message: str) -> None:
+    given = {"model": "qwen3-30b-a3b", "device": "h100", "world_size": 8, "batch": 1, **arguments}
+    with pytest.raises(tc.InputError, match=message) as caught:
+        tc.simulate(given.pop("model"), **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_oversized_batches_can_be_priced_on_request() -> None:
+    run = tc.simulate("qwen3-30b-a3b", device="h100", batch=100_000, allow_oversize=True)
+    assert not run.memory.fits and run.step_s > 0
+
+
+def test_workload_defaults_and_lengths() -> None:
+    assert Workload("decode", 1, 1, 100).length == 101
+    assert Workload("prefill", 1, 100, 28).length == 128
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_chunked_attention_pairs_equal_brute_force(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    new, past, chunk = (int(generator.integers(1, n)) for n in (60, 90, 25))
+    brute = sum(position % chunk + 1 for position in range(past, past + new))
+    assert chunk_pairs(float(new), float(past), chunk) == brute
+
+
+def test_an_op_without_a_formula_is_traffic_and_reported() -> None:
+    x = Tensor((Dim(1, B=1), Dim(64)), "bfloat16", 0)
+    op = Op("brand_new_kernel", "m", 0, (x,), (x,))
+    (work,) = work_of(op, Context(Sizes(B=10.0, S=1.0, P=0.0)))
+    assert not has_formula(op)
+    assert (work.family, work.bytes) == ("memory", 2 * 10 * 64 * 2)
+
+
+def test_embedding_reads_rows_not_the_table() -> None:
+    table, ids = Tensor((Dim(50_000), Dim(64)), "bfloat16", 0, "w"), Tensor((Dim(1, B=1), Dim(1)), "int64", 1)
+    out = Tensor((Dim(1, B=1), Dim(1), Dim(64)), "bfloat16", 2)
+    (work,) = work_of(Op("embedding", "m", -1, (table, ids), (out,)), Context(Sizes(B=10.0, S=1.0, P=0.0)))
+    assert work.bytes == 2 * 10 * 64 * 2 + 10 * 8

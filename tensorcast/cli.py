@@ -135,8 +135,8 @@ def simulate(
     )] = 1,
     ep: Annotated[int, typer.Option(
         "--ep", rich_help_panel=_DEPLOYMENT,
-        help="Expert-parallel groups, a divisor of tp*dp: whole experts are dealt out to them. At 1 every expert is cut "
-        "over tp*dp GPUs.",
+        help="Expert-parallel groups, a divisor of tp*dp: whole experts are dealt out to them. At 1 every expert is "
+        "cut over tp*dp GPUs.",
     )] = 1,
     pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.", rich_help_panel=_DEPLOYMENT)] = 1,
     phase: Annotated[str, typer.Option(
@@ -157,7 +157,8 @@ def simulate(
     )] = None,
     engine: Annotated[str, typer.Option(
         "--engine", "-e", metavar="NAME",
-        help="vllm, sglang, trtllm, eager (see [bold]tensorcast engines[/bold]) or a profile file.", rich_help_panel=_CHOICES,
+        help="vllm, sglang, trtllm, eager (see [bold]tensorcast engines[/bold]) or a profile file.",
+        rich_help_panel=_CHOICES,
     )] = "vllm",
     quant: Annotated[str | None, typer.Option(
         "--quant", metavar="SCHEME",

@@ -124,12 +124,14 @@ def print_models(records: list[Record], console: Console) -> None:
             row["name"], _params(row["total_params"]), _params(row["active_params"]) if row["experts"] else "all",
             f"{row['experts']} x {row['top_k']}" if row["experts"] else "dense", str(row["layers"] or "?"),
             row["attention"], dtype(row), units.count(row["kv_bytes_per_token"]) if row["kv_bytes_per_token"] else "",
-            _link(row["sources"]),
+            row["hf_id"],
         ]
         for row in records
     ]
     heads = ("model", "total", "active", "experts", "layers", "attention", "dtype", "KV B/token", "source")
     _print(console, heads, "lrrrrllrl", rows, soft=("attention",), optional=("KV B/token",))
+    if console.width >= WITH_SOURCE:
+        _say(console, "Source: the config on Hugging Face; every figure has its own in the profile.")
     _say(console, "Parameters as published; experts x those a token uses; KV bytes per token (bf16) where published.")
     _say(console, "A directory with a Hugging Face config.json works in place of a name. All figures: --json")
 
@@ -200,16 +202,16 @@ def _print(
     console: Console, heads: tuple[str, ...], align: str, rows: list[list[str]], soft: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
 ) -> None:
-    """A table in the console's width: ``soft`` columns wrap, ``optional`` ones and sources go where there is no room."""
+    """A table in the console's width: ``soft`` columns wrap; ``optional`` ones, then sources, go for want of room."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     widths = [max(len(head), *(len(row[i]) for row in rows), 1) for i, head in enumerate(heads)]
     kept = list(range(len(heads)))
-    for name in ("source", *optional):
-        needed = sum(min(widths[i], 24 if heads[i] in soft else 32) + 1 for i in kept) - 1
-        if needed > console.width:
+    for name in (*optional, "source"):
+        needed = sum(min(widths[i], 24 if heads[i] in (*soft, "source") else widths[i]) + 1 for i in kept) - 1
+        if needed > console.width or (name == "source" and console.width < WITH_SOURCE):
             kept.remove(heads.index(name))
     free = console.width - len(kept) + 1 - sum(widths[i] for i in kept if heads[i] not in (*soft, "source"))
     for i in (i for i in kept if heads[i] in soft):

@@ -66,20 +66,20 @@ def markdown(run: Simulation, top: int = 20) -> str:
     shown = rows[:top]
     lines += [f"## Costliest ops ({len(shown)} of {len(rows)})", ""]
     head = ("op", "module", "shape", "count", "FLOPs", "bytes", "time", "share", "bound", "evidence")
-    lines += _table(head, [_cells(row) for row in shown], "lllrrrrrll")
+    lines += _table(head, [_cells(row, t) for row in shown], "lllrrrrrll")
     if rest := rows[top:]:
         spent = sum(row["seconds"] for row in rest)
         share = units.percent(sum(row["share"] for row in rest))
         lines += ["", f"+ {words.plural(len(rest), 'more op')}: {units.seconds(spent)} ({share})."]
-    legend = words.legend(row["shape"] for row in shown)
+    legend = words.legend(words.shape(row, t) for row in shown)
     lines += ["", f"Sizes: {legend}. Bytes of collectives are bytes on the wire." if legend else ""]
     if t["notes"]:
         lines += ["", "## Notes", "", *(f"- {note}" for note in t["notes"])]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    shape = f"{row['shape']} {row['detail']}".strip()
+def _cells(row: dict[str, Any], t: dict[str, Any]) -> list[str]:
+    shape = f"{words.shape(row, t)} {row['detail']}".strip()
     return [
         row["op"], row["module"], shape, units.count(row["count"]),
         units.flops(row["flops"]) if row["flops"] else "-", units.nbytes(row["bytes"] or row["wire_bytes"]),

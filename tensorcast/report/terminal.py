@@ -38,7 +38,7 @@ def print_simulation(run: Simulation, console: Console, top: int = 20) -> None:
     console.print(Text(words.numerics(t), style="dim"))
     _print_panels(t, console)
     rows = records(run)
-    console.print(_ops(rows, top, console.width))
+    console.print(_ops(rows, t, top, console.width))
     console.print(_foot(rows[:top], t, console.width))
 
 
@@ -94,11 +94,11 @@ def _bar(share: float, width: int, ascii_only: bool) -> str:
         return ("#" if ascii_only else "█") * (width - 1) + ">"
     if ascii_only:
         return "#" * round(share * width)
-    whole, part = divmod(round(share * width * 8), 8)
-    return "█" * whole + ("", *"▏▎▍▌▋▊▉")[part]
+    eighths = round(share * width * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _ops(rows: list[dict[str, Any]], top: int, width: int) -> RenderableType:
+def _ops(rows: list[dict[str, Any]], t: dict[str, Any], top: int, width: int) -> RenderableType:
     """The costliest ops. Numbers keep their width; op, module and shape share what is left."""
     shown, rest = rows[:top], rows[top:]
     gap = 2 if width >= WITH_UNITS else 1
@@ -110,7 +110,7 @@ def _ops(rows: list[dict[str, Any]], top: int, width: int) -> RenderableType:
     heads = ["n", "FLOPs", "bytes", "time", "share", "bound", "evidence" if width >= WITH_UNITS else "e"]
     taken = sum(max(len(head), *(len(cells[i]) for cells in numbers)) + gap for i, head in enumerate(heads))
     names = [_op_name(row) for row in shown] + ([f"+ {words.plural(len(rest), 'more op')}"] if rest else [])
-    modules, shapes = [_module(row, width) for row in shown], [_shape(row, width) for row in shown]
+    modules, shapes = [_module(row, width) for row in shown], [_shape(row, words.shape(row, t), width) for row in shown]
     left = max(24, width - taken)
     widths = _split(left, gap, [names, modules, shapes] if width >= WITH_SHAPE else [names, modules])
     table = Table(
@@ -160,9 +160,8 @@ def _module(row: dict[str, Any], width: int) -> str:
     return module if width >= WITH_UNITS else re.sub(r"^\w+(?=\[)", "", module)  # layers[3-60].mlp: [3-60].mlp
 
 
-def _shape(row: dict[str, Any], width: int) -> str:
+def _shape(row: dict[str, Any], shape: str, width: int) -> str:
     """Shape and weight scheme; of a collective what it carries, its group, tier and algorithm."""
-    shape = str(row["shape"])
     if width < WITH_UNITS:
         shape = shape.replace("] x [", "]x[").replace(", ", ",")
     return f"{shape} {row['detail']}".strip()
@@ -202,7 +201,7 @@ def _foot(shown: list[dict[str, Any]], t: dict[str, Any], width: int) -> Rendera
         lines.append("bytes of collectives: on the wire, per GPU")
     if t["pp"] > 1:
         lines.append(f"pipeline: rows are one micro-batch on its way through all {t['pp']} stages")
-    if width >= WITH_SHAPE and (legend := words.legend(row["shape"] for row in shown)):
+    if width >= WITH_SHAPE and (legend := words.legend(words.shape(row, t) for row in shown)):
         lines.append(legend)
     text = Text("\n".join(lines), style="dim")
     for note in t["notes"]:

@@ -129,6 +129,12 @@ def largest(t: dict[str, Any]) -> str:
     return f"largest batch that fits: {plural(best, 'sequence')}{rank}"
 
 
+def shape(row: dict[str, Any], t: dict[str, Any]) -> str:
+    """Shape of an op as a formula; experts that are whole are not shown divided by one."""
+    text = str(row["shape"])
+    return text.replace("/etp", "") if t["etp"] == 1 else text
+
+
 def legend(shapes: Iterable[str]) -> str:
     """What the letters used in ``shapes`` mean."""
     import re

@@ -1,0 +1,79 @@
+"""Figures that can be read alone: the title says the finding, axes have units, colours are safe for the colour-blind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tensorcast.deploy.simulate import Simulation
+
+GROUPS = ("attention", "dense GEMM", "experts", "token exchange", "all-reduce and gather", "norms and other small", "engine")
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#999999", "#CC79A7")
+"""Okabe and Ito's palette (https://jfly.uni-koeln.de/color/)."""
+
+
+def group_of(family: str, shape: str) -> str:
+    """Which part of a step an op belongs to, by its kernel family and, for collectives, what it moves."""
+    if family.startswith(("attention", "mla")):
+        return "attention"
+    if family in ("gemm", "grouped_gemm"):
+        return "dense GEMM" if family == "gemm" else "experts"
+    if family == "memory":
+        return "norms and other small"
+    return "token exchange" if shape in ("dispatch", "combine") else "all-reduce and gather"
+
+
+def seconds_by_group(run: Simulation) -> dict[str, float]:
+    """Seconds of a step per group of :data:`GROUPS`; they add up to ``run.step_s`` at pp = 1."""
+    found = dict.fromkeys(GROUPS, 0.0)
+    for row in run.ops.itertuples():
+        found[group_of(str(row.family), str(row.shape))] += float(row.seconds)
+    found["engine"] += float(run.price.overhead_s)
+    return found
+
+
+def step_bars(runs: Mapping[str, Simulation], title: str, path: Path) -> Path:
+    """Where a step's time goes, one stacked bar per run; the whisker is the step's interval. PNG or SVG by suffix."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 1.7 + 0.62 * len(runs)), layout="constrained", dpi=160)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = list(runs)
+    parts = [seconds_by_group(run) for run in runs.values()]
+    left = [0.0] * len(names)
+    for group, colour in zip(GROUPS, COLOURS, strict=True):
+        widths = [1e3 * part[group] for part in parts]
+        if max(widths) > 0:
+            axes.barh(names, widths, left=left, color=colour, label=group, height=0.62)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for i, run in enumerate(runs.values()):
+        low, high = (1e3 * s for s in run.interval_s)
+        axes.plot([low, high], [i, i], color="black", linewidth=1.2, marker="|", markersize=7)
+        axes.annotate(
+            f"{1e3 * run.step_s:.1f} ms   {run.tokens_per_s_per_gpu:,.0f} tokens/s per GPU",
+            (high, i), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9,
+        )
+    axes.set_xlim(0, 1.5 * max(1e3 * run.interval_s[1] for run in runs.values()))
+    axes.set_xlabel("time of one step, ms (black: interval from the kernels' held-out errors)")
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return save(figure, path)
+
+
+def save(figure: object, path: Path) -> Path:
+    """Write a figure to a temporary name beside ``path`` and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=path.suffix)
+    os.close(handle)
+    figure.savefig(name)  # type: ignore[attr-defined]
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+    return path

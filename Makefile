@@ -22,7 +22,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate bench reports wheel clean
+.PHONY: help venv demo test lint accuracy calibrate bench reports figures wheel clean
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
@@ -68,6 +68,9 @@ reports: $(STAMP)  ## the example reports that are kept in reports/
 	  --phase decode --batch 128 --context 4096 --out reports/simulate-deepseek-v3-h200
 	@$(BIN)/tensorcast simulate qwen3-235b-a22b --device h100 --world-size 8 --tp 8 --ep 8 \
 	  --phase prefill --batch 4 --input-len 4096 --out reports/simulate-qwen3-235b-h100
+
+figures: $(STAMP)  ## the README's picture -> reports/readme.png
+	@$(BIN)/python benchmarks/readme_figure.py
 
 wheel: $(STAMP)  ## build dist/*.whl and the source archive
 	@$(BIN)/python -m build --no-isolation --outdir dist

@@ -21,7 +21,13 @@ def main(path: Path = Path("reports/readme.png")) -> None:
     """Simulate each layout at the same load and draw them."""
     runs = {
         name: tc.simulate(
-            "deepseek-v3", device="h200", world_size=32, batch=TOKENS // layout["dp"], context=4096, engine="sglang", **layout
+            "deepseek-v3",
+            device="h200",
+            world_size=32,
+            batch=TOKENS // layout["dp"],
+            context=4096,
+            engine="sglang",
+            **layout,
         )
         for name, layout in LAYOUTS.items()
     }

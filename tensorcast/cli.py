@@ -225,7 +225,8 @@ def simulate(
 
     print_simulation(run, _console(), top)
     if written:
-        typer.echo("wrote " + ", ".join(str(path) for path in written))
+        names = [path.name for path in written]
+        typer.echo(f"wrote {', '.join(names[:-1])} and {names[-1]} to {out}")
 
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone, units in the names.")]

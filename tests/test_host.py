@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import tensorcast as tc
 from tensorcast.cost.roofline import constants_for
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.validate import host
+from tensorcast.validate import host, probes
 
 EFFORT = 0.02
 """Rough figures in about a second."""
@@ -23,12 +25,14 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> DeviceProfile:
     """Measured once for this module, and kept in the folder that the next fixture offers as a cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENSORCAST_CACHE", str(tmp_path_factory.mktemp("measured")))
+        patch.setattr(host, "load_per_core", lambda: 0.0)  # the suite itself keeps this machine busy
         return host.host_profile(EFFORT)
 
 
 @pytest.fixture
 def cache(profile: DeviceProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder that holds ``profile``; its file."""
+    """A cache folder that holds ``profile``, on an idle machine; its file."""
+    monkeypatch.setattr(host, "load_per_core", lambda: 0.0)
     monkeypatch.setenv("TENSORCAST_CACHE", str(tmp_path))
     path = host._file(EFFORT)
     assert path is not None
@@ -41,11 +45,11 @@ def canned(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Measuring is replaced by made-up figures; the list says with which efforts it was asked for."""
     asked: list[float] = []
 
-    def measure(effort: float) -> host.Measured:
+    def measure(threads: int, effort: float) -> probes.Measured:
         asked.append(effort)
-        return host.Measured({"bf16": 2e11, "fp32": 1e11}, 3e10, 2e-6, {})
+        return probes.Measured({"bf16": 2e11, "fp32": 1e11}, 3e10, 2e-6, {})
 
-    monkeypatch.setattr(host, "measure", measure)
+    monkeypatch.setattr(probes, "measure", measure)
     return asked
 
 
@@ -61,8 +65,8 @@ def test_profile_is_plausible(profile: DeviceProfile) -> None:
 
 def test_profile_says_how_sure_it_is(profile: DeviceProfile) -> None:
     assert profile.calibration is not None
-    for family in host.PROBES:
-        for dtype in host.DTYPES:
+    for family in probes.PROBES:
+        for dtype in probes.DTYPES:
             constants, evidence = constants_for(profile, family, dtype)
             assert (constants.family, constants.dtype, evidence) == (family, dtype, "calibrated")
             assert constants.points >= 4 and constants.held_out >= 2
@@ -96,6 +100,18 @@ def test_cache_off_measures_every_time(canned: list[float], monkeypatch: pytest.
     assert canned == [1.0, 1.0]
 
 
+def test_busy_machine_is_not_measured_for_keeps(
+    cache: Path, canned: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.unlink()
+    monkeypatch.setattr(host, "load_per_core", lambda: 1.5)
+    assert "1.5 processes per core" in host.host_profile(EFFORT).sources["host"]
+    assert not cache.exists()
+    monkeypatch.setattr(host, "load_per_core", lambda: 0.1)
+    assert "processes per core" not in host.host_profile(EFFORT).sources["host"]
+    assert cache.exists() and canned == [EFFORT, EFFORT]
+
+
 def test_unwritable_cache_costs_only_time(
     canned: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +134,11 @@ def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_measuring_leaves_torch_as_it_was(profile: DeviceProfile) -> None:
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_reading_the_file_needs_no_torch(cache: Path) -> None:
+    code = f"from tensorcast.validate.host import host_profile as p; p({EFFORT}); import sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_simulate_on_this_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 HEAVY = {"torch", "transformers"}
 HEAVY_PARTS = {"ops", "modeling"}
-HEAVY_FILES = {f"trace/{name}.py" for name in ("record", "layers", "forward", "tracer")}
+HEAVY_FILES = {
+    "trace/record.py", "trace/layers.py", "trace/forward.py", "trace/tracer.py", "validate/probes.py",
+}
 """The only files that may import torch or transformers when they are themselves imported. A file of ``validate``
 joins them here if it cannot do its work otherwise."""
 

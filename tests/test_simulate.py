@@ -78,18 +78,24 @@ def test_decode_reads_at_least_the_weights_and_the_cache() -> None:
 
 
 def test_a_faster_device_is_faster() -> None:
-    times = [tc.simulate("qwen3-30b-a3b", device=d, world_size=8, ep=8, batch=32).step_s for d in ("a100", "h100", "h200")]
+    times = [
+        tc.simulate("qwen3-30b-a3b", device=d, world_size=8, ep=8, batch=32).step_s for d in ("a100", "h100", "h200")
+    ]
     assert times == sorted(times, reverse=True)
 
 
 def test_eager_fusion_costs_more() -> None:
-    fused, eager = (tc.simulate("qwen3-30b-a3b", device="h100", batch=8, context=512, fusion=f) for f in ("engine", "none"))
+    fused, eager = (
+        tc.simulate("qwen3-30b-a3b", device="h100", batch=8, context=512, fusion=f) for f in ("engine", "none")
+    )
     assert len(eager.ops) > 3 * len(fused.ops)
     assert eager.step_s > 1.5 * fused.step_s
 
 
 def test_quantising_shrinks_memory_and_time() -> None:
-    whole, small = (tc.simulate("mixtral-8x7b", device="h200", batch=1, context=128, quant=q) for q in ("bf16", "fp8_block"))
+    whole, small = (
+        tc.simulate("mixtral-8x7b", device="h200", batch=1, context=128, quant=q) for q in ("bf16", "fp8_block")
+    )
     assert small.memory.weights == pytest.approx(whole.memory.weights / 2, rel=0.02)
     assert small.step_s < whole.step_s
 
@@ -126,7 +132,7 @@ def test_local_config_directory_is_a_model(tmp_path: Path) -> None:
         ({"tp": 3}, "world_size|divide"),
         ({"dp": 0}, "at least 1"),
         ({"quant": "fp3"}, "unknown quantization scheme 'fp3'"),
-        ({"kv_dtype": "int4"}, "kv='int4'"),
+        ({"kv_dtype": "int4"}, "unknown --kv-dtype 'int4'"),
         ({"routing": "skewed"}, "--routing 'skewed'"),
         ({"fusion": "all"}, "--fusion 'all'"),
         ({"all2all": "magic", "tp": 1, "dp": 8, "ep": 8}, "unknown --all2all 'magic'"),

@@ -45,10 +45,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("installed") / "venv"
     run([sys.executable, "-m", "venv", "--without-pip", home])
     scripts = home / ("Scripts" if os.name == "nt" else "bin")
-    pip = [sys.executable, "-m", "pip", "--python", scripts / "python"]
-    run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel])
+    python = str(scripts / "python")
+    run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel])
     libraries = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
-    own = run([scripts / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
+    own = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
     (Path(own) / "lent.pth").write_text("\n".join(libraries) + "\n", encoding="utf-8")
     return scripts
 

@@ -11,8 +11,8 @@ from tensorcast.deploy.layout import Layout, check
 from tensorcast.deploy.plan import Collective, Row, make_plan
 from tensorcast.deploy.step import RowPrice, Step, StepPrice
 from tensorcast.deploy.workload import Workload
-from tensorcast.errors import InputError
-from tensorcast.modeling.quantization import Quantization, from_config, override
+from tensorcast.errors import InputError, unknown_name
+from tensorcast.modeling.quantization import KV_DTYPES, Quantization, from_config, override
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
@@ -145,6 +145,8 @@ def deploy(
         options.quant,
     )
     if options.kv_dtype:
+        if options.kv_dtype not in KV_DTYPES:
+            raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
         quantization = override(quantization, f"kv={options.kv_dtype}")
     if options.fusion not in ("engine", "none"):
         raise InputError(f"--fusion {options.fusion!r}: must be engine or none")
@@ -220,14 +222,17 @@ class Simulation:
             found[name] = found.get(name, 0.0) + float(price.seconds) * n
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
+    def records(self) -> list[dict[str, Any]]:
+        """One plain dict per row that runs, in step order: sizes, FLOPs, bytes and seconds over the step, evidence."""
+        total = self._sum("seconds")
+        return [_describe(p, n, total) for p, n in zip(self.price.rows, self.price.counts, strict=True) if n]
+
     @property
     def ops(self) -> pd.DataFrame:
-        """One row per op, costliest first: sizes, FLOPs, bytes and seconds over the step, share, bound, evidence."""
+        """:meth:`records` as a frame, costliest first."""
         import pandas as pd
 
-        total = self._sum("seconds")
-        rows = [_describe(price, n, total) for price, n in zip(self.price.rows, self.price.counts, strict=True) if n]
-        frame = pd.DataFrame(rows)
+        frame = pd.DataFrame(self.records()).drop(columns="kind")
         return frame.sort_values("seconds", ascending=False, kind="stable").reset_index(drop=True)
 
     def totals(self) -> dict[str, Any]:
@@ -261,6 +266,7 @@ class Simulation:
             "overhead_s": float(self.price.overhead_s),
             "tokens_per_step": self.tokens,
             "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu,
+            "micro_batches": self.price.micro_batches,
             "mfu": self.mfu,
             "memory_bandwidth_use": self.bandwidth_use,
             "memory_bytes": {
@@ -293,6 +299,7 @@ def _describe(price: RowPrice, count: int, total: float) -> dict[str, Any]:
     seconds = float(price.seconds)
     return {
         "op": name,
+        "kind": row.kind,
         "module": row.module,
         "shape": shape,
         "detail": detail,

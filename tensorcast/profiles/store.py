@@ -196,7 +196,7 @@ def _loader() -> Any:
 
     base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-    class ProfileLoader(base):  # type: ignore[misc]
+    class ProfileLoader(base):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
             # PyYAML keeps the last of two equal keys and says nothing: half of an edit would be lost.
             seen: set[str] = set()

@@ -146,7 +146,7 @@ def print_devices(records: list[Record], console: Console) -> None:
 
     def evidence(row: Record) -> str:
         error = row["median_error"]
-        return row["evidence"] if error is None else f"{row['evidence']} ±{units.percent(error)}"
+        return row["evidence"] if error is None else f"{row['evidence']} {units.percent(error)}"
 
     rows = [
         [

@@ -1,4 +1,4 @@
-"""Figures that can be read alone: the title says the finding, axes have units, colours are safe for the colour-blind."""
+"""Figures that can be read alone: the title says the finding, axes have units, colours suit the colour-blind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tensorcast.deploy.simulate import Simulation
 
-GROUPS = ("attention", "dense GEMM", "experts", "token exchange", "all-reduce and gather", "norms and other small", "engine")
+GROUPS = (
+    "attention",
+    "dense GEMM",
+    "experts",
+    "token exchange",
+    "all-reduce and gather",
+    "norms and other small",
+    "engine",
+)
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#999999", "#CC79A7")
 """Okabe and Ito's palette (https://jfly.uni-koeln.de/color/)."""
 
@@ -30,8 +38,8 @@ def group_of(family: str, shape: str) -> str:
 def seconds_by_group(run: Simulation) -> dict[str, float]:
     """Seconds of a step per group of :data:`GROUPS`; they add up to ``run.step_s`` at pp = 1."""
     found = dict.fromkeys(GROUPS, 0.0)
-    for row in run.ops.itertuples():
-        found[group_of(str(row.family), str(row.shape))] += float(row.seconds)
+    for row in run.records():
+        found[group_of(row["family"], row["shape"])] += row["seconds"]
     found["engine"] += float(run.price.overhead_s)
     return found
 
@@ -57,7 +65,11 @@ def step_bars(runs: Mapping[str, Simulation], title: str, path: Path) -> Path:
         axes.plot([low, high], [i, i], color="black", linewidth=1.2, marker="|", markersize=7)
         axes.annotate(
             f"{1e3 * run.step_s:.1f} ms   {run.tokens_per_s_per_gpu:,.0f} tokens/s per GPU",
-            (high, i), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9,
+            (high, i),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
         )
     axes.set_xlim(0, 1.5 * max(1e3 * run.interval_s[1] for run in runs.values()))
     axes.set_xlabel("time of one step, ms (black: interval from the kernels' held-out errors)")

@@ -19,8 +19,9 @@ class Call(NamedTuple):
 
 
 def records(run: Simulation) -> list[dict[str, Any]]:
-    """Rows of ``run.ops``, costliest first, as dicts of plain Python values."""
-    return [{str(key): value for key, value in row.items()} for row in run.ops.to_dict("records")]
+    """Rows of the step, costliest first, as dicts of plain Python values."""
+    rows = sorted(run.records(), key=lambda record: -record["seconds"])
+    return [{key: value for key, value in row.items() if key != "kind"} for row in rows]
 
 
 def to_json(document: Any, indent: int | None = None) -> str:
@@ -46,7 +47,7 @@ def calls(run: Simulation) -> list[Call]:
     """
     kinds, stages = run.deployment.step.table.layer_kinds, run.deployment.step.stages
     ends = {stage.stop for stage in stages[:-1]}
-    rows = _in_step_order(run)
+    rows = [(record["kind"], record) for record in run.records()]
     layers: dict[int, list[dict[str, Any]]] = defaultdict(list)
     before, after, between = [], [], []
     for kind, record in rows:
@@ -69,16 +70,3 @@ def calls(run: Simulation) -> list[Call]:
     for call in found:
         missing[id(call.record)] -= 1
     return found + [Call(record, None) for _, record in rows for _ in range(missing[id(record)])]
-
-
-def _in_step_order(run: Simulation) -> list[tuple[int, dict[str, Any]]]:
-    """Layer kind and record of every row that runs. The frame is sorted by cost; the price keeps the order."""
-    waiting: dict[tuple[str, int, float], list[dict[str, Any]]] = defaultdict(list)
-    for record in records(run):
-        waiting[record["module"], record["count"], record["seconds_per_call"]].append(record)
-    return [
-        # Rows equal in all three keep their order in the frame, whose sort is stable.
-        (price.row.kind, waiting[price.row.module, n, float(price.seconds)].pop(0))
-        for price, n in zip(run.price.rows, run.price.counts, strict=True)
-        if n
-    ]

@@ -58,6 +58,7 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        os.chmod(name, 0o644)  # mkstemp makes it for the owner alone
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -1,0 +1,152 @@
+"""Collectives by group name: traced with no process group at all, run on whatever group the name is bound to.
+
+Fake kernels are shape arithmetic on the group's size, which the call carries. Real kernels look the name up in
+:data:`_GROUPS` (see :func:`bind_group`); a group of one rank needs no binding. Token exchange takes counts instead of
+splits: how many rows go where is data, so its fake kernel assumes balanced routing, as many rows in as out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tensorcast.ops.library import define
+
+_GROUPS: dict[str, Any] = {}
+
+
+def bind_group(name: str, group: Any) -> None:
+    """Let collectives on ``name`` run on a ``torch.distributed`` process group of this process (None: forget it)."""
+    if group is None:
+        _GROUPS.pop(name, None)
+    else:
+        _GROUPS[name] = group
+
+
+def _group(name: str, size: int) -> Any:
+    group = _GROUPS.get(name)
+    if group is None:
+        raise RuntimeError(f"group {name!r} of {size} ranks is not bound to a process group: call bind_group first")
+    if dist.get_world_size(group) != size:
+        raise RuntimeError(f"group {name!r} has {dist.get_world_size(group)} ranks, the layer was built for {size}")
+    return group
+
+
+def _all_reduce(x: Tensor, group: str, size: int) -> Tensor:
+    out = x.clone()
+    if size > 1:
+        dist.all_reduce(out, group=_group(group, size))
+    return out
+
+
+define(
+    "all_reduce(Tensor x, str group, SymInt size) -> Tensor",
+    real=_all_reduce,
+    fake=lambda x, group, size: torch.empty_like(x),
+)
+
+
+def _all_gather(x: Tensor, group: str, size: int) -> Tensor:
+    if size == 1:
+        return x.clone()
+    parts = [torch.empty_like(x) for _ in range(size)]
+    dist.all_gather(parts, x.contiguous(), group=_group(group, size))
+    return torch.cat(parts)
+
+
+# [n, ...] on every rank -> [size*n, ...], ranks in order
+define(
+    "all_gather(Tensor x, str group, SymInt size) -> Tensor",
+    real=_all_gather,
+    fake=lambda x, group, size: x.new_empty((x.shape[0] * size, *x.shape[1:])),
+)
+
+
+def _reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
+    if size == 1:
+        return x.clone()
+    process_group = _group(group, size)
+    total = x.clone()  # gloo has no reduce-scatter of uneven or CPU tensors on every build: sum, then take the slice
+    dist.all_reduce(total, group=process_group)
+    return total.chunk(size)[dist.get_rank(process_group)].clone()
+
+
+# [size*n, ...] on every rank -> the sum's [n, ...] slice of this rank
+define(
+    "reduce_scatter(Tensor x, str group, SymInt size) -> Tensor",
+    real=_reduce_scatter,
+    fake=lambda x, group, size: x.new_empty((x.shape[0] // size, *x.shape[1:])),
+)
+
+
+def _exchange(x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    out = x.new_empty((sum(received), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+    return out
+
+
+def _dispatch(rows: Tensor, counts: Tensor, experts: list[int], rank: int, group: str) -> tuple[Tensor, Tensor]:
+    if len(experts) == 1:
+        return rows.clone(), counts.clone().view(1, -1)
+    process_group = _group(group, len(experts))
+    sources = _exchange(counts, experts, [experts[rank]] * len(experts), process_group).view(len(experts), -1)
+    sent = [int(part.sum()) for part in counts.split(experts)]
+    return _exchange(rows, sent, sources.sum(1).tolist(), process_group), sources
+
+
+def _dispatch_fake(rows: Tensor, counts: Tensor, experts: list[int], rank: int, group: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows), counts.new_empty((len(experts), experts[rank]))
+
+
+# Rows [R,H] ordered by global expert, counts [E] of them, experts per rank -> the rows of this rank's experts, source
+# rank by source rank, and their counts [ranks, E_local].
+define(
+    "dispatch_rows(Tensor rows, Tensor counts, int[] experts, int rank, str group) -> (Tensor, Tensor)",
+    real=_dispatch,
+    fake=_dispatch_fake,
+)
+
+
+def _combine(rows: Tensor, counts: Tensor, sources: Tensor, experts: list[int], group: str) -> Tensor:
+    if len(experts) == 1:
+        return rows.clone()
+    back = [int(part.sum()) for part in counts.split(experts)]
+    return _exchange(rows, sources.sum(1).tolist(), back, _group(group, len(experts)))
+
+
+# The way back: rows in the order that dispatch_rows gave, counts [E] and sources [ranks, E_local] as there.
+define(
+    "combine_rows(Tensor rows, Tensor counts, Tensor sources, int[] experts, str group) -> Tensor",
+    real=_combine,
+    fake=lambda rows, counts, sources, experts, group: torch.empty_like(rows),
+)
+
+
+def _expert_major(sources: Tensor) -> Tensor:
+    """Order that turns (rank, expert)-major rows into (expert, rank)-major ones; stable."""
+    ranks, experts = sources.shape
+    ids = torch.arange(experts, device=sources.device).repeat(ranks)
+    return torch.argsort(ids.repeat_interleave(sources.reshape(-1)), stable=True)
+
+
+define(
+    "to_expert_major(Tensor rows, Tensor sources) -> Tensor",
+    real=lambda rows, sources: rows[_expert_major(sources)],
+    fake=lambda rows, sources: torch.empty_like(rows),
+)
+
+
+def _to_rank_major(rows: Tensor, sources: Tensor) -> Tensor:
+    out = torch.empty_like(rows)
+    out[_expert_major(sources)] = rows
+    return out
+
+
+define(
+    "to_rank_major(Tensor rows, Tensor sources) -> Tensor",
+    real=_to_rank_major,
+    fake=lambda rows, sources: torch.empty_like(rows),
+)

@@ -23,6 +23,24 @@ def _routing(tokens: int, experts: int, k: int) -> torch.Tensor:
     )
 
 
+def _collective_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Groups of one rank (many ranks: test_moe_layer.py); counts are balanced, as the fake kernels assume."""
+    rows, counts = torch.randn(12, 8), torch.full((4,), 3)
+    return {
+        "all_reduce": (TC.all_reduce.default, (rows, "g", 1)),
+        "all_gather": (TC.all_gather.default, (rows, "g", 1)),
+        "reduce_scatter": (TC.reduce_scatter.default, (rows, "g", 1)),
+        "gather_rows": (TC.gather_rows.default, (rows, "g", 1)),
+        "scatter_rows": (TC.scatter_rows.default, (rows, torch.tensor([12]), "g", 1)),
+        "dispatch_rows": (TC.dispatch_rows.default, (rows, counts, [4], 0, "g")),
+        "combine_rows": (TC.combine_rows.default, (rows, counts, counts.view(1, 4), [4], "g")),
+        "to_expert_major": (TC.to_expert_major.default, (rows, torch.full((2, 2), 3))),
+        "to_rank_major": (TC.to_rank_major.default, (rows, torch.full((2, 2), 3))),
+        "slice_experts": (TC.slice_experts.default, (rows, counts, 1, 2)),
+        "place_experts": (TC.place_experts.default, (rows[:6], counts, 1, 12)),
+    }
+
+
 def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     x, index = torch.randn(6, 8), _routing(6, 4, 2)
     rows, counts = TC.init_routing_v2(x, index), TC.expert_counts(index, 4)
@@ -38,6 +56,7 @@ def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "attention": (TC.attention.default, (q, k, v, 0, 0.3, True, 3, 0, 0, 0, 0, torch.randn(4))),
         "kv_cache_write": (TC.kv_cache_write.default, (k, v, "kv")),
         "kv_cache_read": (TC.kv_cache_read.default, (torch.randn(2, 5, 8), 0)),
+        **_collective_cases(),
     }
 
 
@@ -108,6 +127,23 @@ def test_attention_equals_sdpa(window: int, past: int) -> None:
 def test_attention_refuses_keys_of_another_length() -> None:
     with pytest.raises(ValueError, match="keys hold 5 tokens, expected past"):
         TC.attention(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), 3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(ranks=st.integers(1, 4), experts=st.integers(1, 4), seed=st.integers(0, 10**6))
+def test_rank_major_and_expert_major_are_inverse(ranks: int, experts: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    sources = torch.randint(0, 4, (ranks, experts))
+    ids = torch.arange(experts).repeat(ranks).repeat_interleave(sources.reshape(-1))
+    rows = torch.stack([ids.float(), torch.arange(len(ids)).float()], dim=1)
+    ordered = TC.to_expert_major(rows, sources)
+    assert (ordered[:, 0].diff() >= 0).all()
+    assert torch.equal(TC.to_rank_major(ordered, sources), rows)
+
+
+def test_unbound_groups_say_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match="group 'tp' of 2 ranks is not bound"):
+        TC.all_reduce(torch.randn(3), "tp", 2)
 
 
 def test_trace_only_ops_refuse_real_tensors() -> None:

@@ -47,12 +47,12 @@ def _gated(self: Any, gate_up: Tensor) -> Tensor:
     return self.act_fn(gate) * up
 
 
-def _is_stacked(module: nn.Module) -> bool:
+def is_stacked(module: nn.Module) -> bool:
     up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     return isinstance(up, Tensor) and isinstance(down, Tensor) and up.dim() == down.dim() == 3
 
 
-def _describe(experts: Any) -> None:
+def describe_stacked(experts: Any) -> None:
     """Give an undecorated stacked experts module the attributes that the interface's decorator would."""
     experts.has_gate, experts.has_post_expert_norm = True, False
     experts.has_bias = hasattr(experts, "gate_up_proj_bias")
@@ -97,9 +97,9 @@ def adapt_experts(model: nn.Module) -> list[str]:
     adapted: list[str] = []
     for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
-            if not _is_stacked(child) or hasattr(child, "is_transposed"):
+            if not is_stacked(child) or hasattr(child, "is_transposed"):
                 continue
-            _describe(child)
+            describe_stacked(child)
             arguments = list(inspect.signature(type(child).forward).parameters)[1:]
             if len(arguments) >= 3:
                 child.forward = routed_experts.__get__(child)

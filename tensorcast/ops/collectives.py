@@ -150,3 +150,78 @@ define(
     real=_to_rank_major,
     fake=lambda rows, sources: torch.empty_like(rows),
 )
+
+
+def _gather_rows(x: Tensor, group: str, size: int) -> tuple[Tensor, Tensor]:
+    own = torch.tensor([x.shape[0]], device=x.device)
+    if size == 1:
+        return x.clone(), own
+    process_group = _group(group, size)
+    sizes = [torch.empty_like(own) for _ in range(size)]
+    dist.all_gather(sizes, own, group=process_group)
+    counts = torch.cat(sizes)
+    # every rank sends its rows to all: an all-gather of unequal parts
+    copies = x.repeat(size, *[1] * (x.dim() - 1))
+    return _exchange(copies, [x.shape[0]] * size, counts.tolist(), process_group), counts
+
+
+# Rows of every rank of the group, ranks in order, and how many each had (real ranks may hold unequal numbers, or none).
+define(
+    "gather_rows(Tensor x, str group, SymInt size) -> (Tensor, Tensor)",
+    real=_gather_rows,
+    fake=lambda x, group, size: (
+        x.new_empty((x.shape[0] * size, *x.shape[1:])),
+        x.new_empty((size,), dtype=torch.int64),
+    ),
+)
+
+
+def _scatter_rows(x: Tensor, sizes: Tensor, group: str, size: int) -> Tensor:
+    if size == 1:
+        return x.clone()
+    process_group = _group(group, size)
+    total = x.clone()
+    dist.all_reduce(total, group=process_group)
+    return total.split(sizes.tolist())[dist.get_rank(process_group)].clone()
+
+
+# The way back: the sum over ranks, cut to this rank's own rows.
+define(
+    "scatter_rows(Tensor x, Tensor sizes, str group, SymInt size) -> Tensor",
+    real=_scatter_rows,
+    fake=lambda x, sizes, group, size: x.new_empty((x.shape[0] // size, *x.shape[1:])),
+)
+
+
+def _slice_experts(rows: Tensor, counts: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    first = int(counts[:start].sum())
+    own = counts[start : start + count].clone()
+    return rows[first : first + int(own.sum())].clone(), own
+
+
+def _slice_experts_fake(rows: Tensor, counts: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    balanced = rows.shape[0] * count // counts.shape[0]
+    return rows.new_empty((balanced, rows.shape[1])), counts.new_empty((count,))
+
+
+# Of rows ordered by expert, those of experts start ... start + count - 1, where every rank holds all tokens.
+define(
+    "slice_experts(Tensor rows, Tensor counts, int start, int count) -> (Tensor, Tensor)",
+    real=_slice_experts,
+    fake=_slice_experts_fake,
+)
+
+
+def _place_experts(rows: Tensor, counts: Tensor, start: int, total: int) -> Tensor:
+    out = rows.new_zeros((total, rows.shape[1]))
+    first = int(counts[:start].sum())
+    out[first : first + rows.shape[0]] = rows
+    return out
+
+
+# The way back: rows of other ranks' experts are zero, to be summed.
+define(
+    "place_experts(Tensor rows, Tensor counts, int start, SymInt total) -> Tensor",
+    real=_place_experts,
+    fake=lambda rows, counts, start, total: rows.new_empty((total, rows.shape[1])),
+)

@@ -1,0 +1,207 @@
+"""The rewritten MoE layer against transformers' own blocks: one process, many processes, and as traced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from moe_blocks import MOE, block_of
+from moe_worker import LAYOUTS, TOKENS, run
+from torch import Tensor, nn
+
+from tensorcast.errors import InputError
+from tensorcast.modeling.moe.experts import ExpertWrapper
+from tensorcast.modeling.moe.groups import MoEGroups
+from tensorcast.modeling.moe.layer import FusedMoETensorCast, MoELayer, MoEOptions, ParallelMoELayer
+from tensorcast.profiles.model import MoEFields
+from tensorcast.trace.record import Recorder
+
+
+def _output(block: nn.Module, x: Tensor) -> Tensor:
+    out = block(x)
+    out = out[0] if isinstance(out, tuple) else out
+    return out.reshape(x.shape)
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_rewritten_block_equals_eager(family: str) -> None:
+    block, x = block_of(family), torch.randn(2, 17, 64)
+    with torch.no_grad():
+        expected = _output(block, x)
+        assert _error(MoELayer(block)(x), expected) < 1e-5
+        assert _error(ParallelMoELayer(MoELayer(block), MoEGroups())(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_rewritten_block_equals_eager_in_bfloat16(family: str) -> None:
+    """bf16 keeps 8 bits: both run the same products, summed in another order."""
+    block, x = block_of(family, torch.bfloat16), torch.randn(2, 17, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert _error(MoELayer(block)(x).float(), _output(block, x).float()) < 0.05
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_real_ranks_equal_one_process(world: int, tmp_path: Path) -> None:
+    """gloo, unequal tokens per rank, one rank with none, every kind of layout, four kinds of block."""
+    families = ["deepseek_v3", "gpt_oss", "llama4_text", "qwen2_moe"]
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    arguments = (world, families, str(tmp_path / "rendezvous"), queue)
+    mp.spawn(run, arguments, nprocs=world, join=True)
+    results = [queue.get() for _ in range(world * len(families) * len(LAYOUTS[world]) * 2)]
+    wrong = [(name, rank, error) for name, rank, error in results if not error < 1e-5]
+    assert not wrong
+    assert 0 in TOKENS[:world]
+
+
+def _traced(layer: ParallelMoELayer, tokens: int) -> list[tuple[str, tuple[Any, ...]]]:
+    recorder = Recorder(layer)
+    with torch.no_grad(), recorder:
+        layer(torch.empty(1, tokens, 64, device="meta"))
+    return [(c.name, tuple(t.shape for t in (*c.inputs, *c.outputs))) for c in recorder.calls]
+
+
+@pytest.mark.parametrize(("tp", "dp", "ep"), [(1, 32, 32), (8, 4, 32), (8, 1, 8), (4, 8, 1)])
+def test_one_rank_of_any_world_traces_on_meta(tp: int, dp: int, ep: int) -> None:
+    """No process group anywhere: 32 ranks' worth of layout on one meta tensor; every rank traces the same shapes."""
+    block = block_of("qwen3_moe").to("meta")
+    exchange = "all_to_all" if ep == tp * dp else "allgather_reducescatter"
+    if ep > 16:  # the small block has 16 experts
+        ep, dp = 16, 16 // tp
+    traces = []
+    for rank in (0, tp * dp - 1):
+        groups = MoEGroups.of(tp, dp, ep, rank)
+        traces.append(_traced(ParallelMoELayer(MoELayer(block), groups, MoEOptions(exchange)), 24))  # type: ignore[arg-type]
+    assert traces[0] == traces[1]
+    sizes = {name: shapes for name, shapes in traces[0]}
+    experts = 16 // ep
+    rows = 24 * 4 // tp if exchange == "all_to_all" and dp > 1 else 24 * dp * 4 // ep
+    grouped = sizes["grouped_matmul"]
+    assert grouped[0][0] == rows and grouped[1][0] == experts
+
+
+def test_one_token_per_rank_costs_one_token_per_rank() -> None:
+    """The remainder does not pile up on rank 0: with one token and k = 4 each rank of EP16 gets 4 rows."""
+    block = block_of("qwen3_moe").to("meta")
+    layer = ParallelMoELayer(MoELayer(block), MoEGroups.of(1, 16, 16, 0))
+    grouped = [shapes for name, shapes in _traced(layer, 1) if name == "grouped_matmul"]
+    assert [shape[0][0] for shape in grouped] == [4, 4]
+
+
+def test_what_is_traced_is_what_runs() -> None:
+    """The real layer under the recorder and the meta trace of the same layout: same ops, same shapes."""
+    block = block_of("deepseek_v3")
+    real = ParallelMoELayer(MoELayer(block), MoEGroups())
+    recorder, x = Recorder(real), torch.randn(1, 12, 64)
+    with torch.no_grad(), recorder:
+        real(x)
+    ran = [(c.name, tuple(t.shape for t in (*c.inputs, *c.outputs))) for c in recorder.calls]
+    assert _traced(ParallelMoELayer(MoELayer(block.to("meta")), MoEGroups()), 12) == ran
+
+
+class _MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(8, 12, bias=False), nn.Linear(8, 12, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(12, 8, bias=False), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class _ListBlock(nn.Module):
+    """An older block: a linear gate with raw logits and a ModuleList of MLPs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 6, bias=False), nn.ModuleList(_MLP() for _ in range(6))
+        self.top_k, self.norm_topk_prob = 2, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = self.gate(x).softmax(-1).topk(self.top_k)
+        weights = weights / weights.sum(-1, keepdim=True)
+        rows = [
+            sum(w * self.experts[int(e)](t) for w, e in zip(ws, es, strict=True))
+            for t, ws, es in zip(x, weights, index, strict=True)
+        ]
+        return torch.stack(rows)
+
+
+def test_raw_logits_and_module_lists() -> None:
+    torch.manual_seed(4)
+    block, x = _ListBlock(), torch.randn(9, 8)
+    with torch.no_grad():
+        assert _error(MoELayer(block)(x), block(x)) < 1e-5
+
+
+def test_expert_wrapper_has_one_face() -> None:
+    torch.manual_seed(5)
+    listed = ExpertWrapper(_ListBlock().experts)
+    stacked = ExpertWrapper(listed.stacked())
+    rows = torch.randn(4, 8)
+    with torch.no_grad():
+        for expert in range(6):
+            torch.testing.assert_close(listed.call(expert, rows), stacked.call(expert, rows))
+        torch.testing.assert_close(stacked.slice(2, 3).call(1, rows), listed.call(3, rows))
+    assert len(listed) == len(stacked) == 6 and len(listed.slice(1, 2)) == 2
+    empty = rows[:0]
+    assert listed.call(0, empty) is empty and stacked.call(0, empty) is empty
+    with pytest.raises(TypeError, match="expected a ModuleList"):
+        ExpertWrapper(nn.Linear(2, 2))
+
+
+def test_router_callable_gets_token_ids() -> None:
+    """Hash routing: experts looked up by token id, no logits."""
+    block = _ListBlock()
+    table = torch.arange(100)[:, None] % 6 + torch.tensor([0, 1])
+
+    def by_id(gate: Any, x: Tensor, k: int, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        return table[ids] % 6, torch.full((x.shape[0], k), 0.5)
+
+    ids, x = torch.tensor([3, 9, 50]), torch.randn(3, 8)
+    with torch.no_grad():
+        found = MoELayer(block, router=by_id)(x, ids)
+        expected = torch.stack(
+            [
+                0.5 * (block.experts[i % 6](t) + block.experts[(i + 1) % 6](t))
+                for i, t in zip(ids.tolist(), x, strict=True)
+            ]
+        )
+    assert _error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (MoEFields(gate="switch"), "moe.gate = 'switch', but its MoE block has"),
+        (MoEFields(experts="mlps"), "moe.experts = 'mlps'"),
+        (MoEFields(top_k="num_chosen"), r"field top_k \('num_chosen'\) is on neither"),
+    ],
+)
+def test_profile_fields_that_do_not_exist_are_named(fields: MoEFields, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        MoELayer(_ListBlock(), fields, model="my-model")
+    assert "my-model" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_blocks_that_cannot_be_are_refused() -> None:
+    block: Any = _ListBlock()
+    block.top_k = 7
+    with pytest.raises(InputError, match="top_k = 7 of 6 experts"):
+        MoELayer(block)
+    dense: Any = nn.Module()
+    dense.gate = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="has no experts"):
+        MoELayer(dense)
+    with pytest.raises(InputError, match="ep = 8 is more than the 6 experts"):
+        FusedMoETensorCast(MoELayer(_ListBlock()).wrapper.stacked(), MoEGroups.of(1, 8, 8))
+    with pytest.raises(InputError, match="does not divide"):
+        MoEGroups.of(2, 2, 3)

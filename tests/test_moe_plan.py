@@ -1,0 +1,113 @@
+"""The layer that runs and the rows that are priced: the same collectives, the same bytes, the same expert shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import SMALL
+from moe_blocks import block_of
+
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.plan import Collective
+from tensorcast.deploy.simulate import Options, deploy
+from tensorcast.modeling.moe.groups import MoEGroups
+from tensorcast.modeling.moe.layer import MoELayer, MoEOptions, ParallelMoELayer
+from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.trace.record import Recorder
+from tensorcast.trace.table import Op
+
+TOKENS, HIDDEN = 24, 64
+
+
+def _moved_by_layer(family: str, layout: Layout, exchange: str) -> dict[str, float]:
+    """Bytes of token rows per collective of the traced layer, in the plan's units, in bf16."""
+    block = block_of(family).to("meta").to(torch.bfloat16)
+    groups = MoEGroups.of(layout.tp, layout.dp, layout.ep, 0)
+    layer = ParallelMoELayer(MoELayer(block), groups, MoEOptions(exchange))  # type: ignore[arg-type]
+    recorder = Recorder(layer)
+    with torch.no_grad(), recorder:
+        layer(torch.empty(1, TOKENS, HIDDEN, device="meta", dtype=torch.bfloat16))
+    moved: dict[str, float] = {}
+    for call in recorder.calls:
+        sent, got = call.inputs[0].shape, call.outputs[0].shape
+        if sent[-1] != HIDDEN:
+            continue  # routing indices and weights ride along with gathered tokens; they are not priced
+        rows = {
+            "dispatch_rows": sent,
+            "combine_rows": sent,
+            "all_reduce": sent,
+            "gather_rows": got,
+            "scatter_rows": sent,
+            "all_gather": got,
+        }.get(call.name)
+        if rows is not None:
+            moved[call.name] = moved.get(call.name, 0.0) + 2.0 * rows[0] * rows[1]
+    return moved
+
+
+def _moved_by_plan(folder: Path, layout: Layout, all2all: str) -> dict[str, float]:
+    deployment = deploy(
+        load_model(str(folder)), load_device("h200"), load_engine("vllm"), layout, "decode", Options(all2all=all2all)
+    )
+    moved: dict[str, float] = {}
+    for row in deployment.step.plan.rows:
+        if isinstance(row, Collective) and row.label in ("dispatch", "combine", "experts", "tokens split over tp"):
+            moved[f"{row.op} {row.label}"] = row.scale * TOKENS
+    return moved
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(
+    ("layout", "exchange", "same"),
+    [
+        (Layout(4, 4), "all_to_all", {"all_reduce": "all_reduce experts"}),
+        (Layout(4, 4, 1, 4), "all_to_all", {"all_reduce": "all_reduce experts"}),
+        (Layout(4, 1, 4, 4), "all_to_all",
+         {"dispatch_rows": "all_to_all dispatch", "combine_rows": "all_to_all combine"}),
+        (Layout(8, 2, 4, 8), "all_to_all",
+         {"dispatch_rows": "all_to_all dispatch", "combine_rows": "all_to_all combine",
+          "all_gather": "all_gather tokens split over tp"}),
+        (Layout(4, 1, 4, 1), "allgather_reducescatter",
+         {"gather_rows": "all_gather dispatch", "scatter_rows": "reduce_scatter combine"}),
+        (Layout(4, 2, 2, 4), "allgather_reducescatter",
+         {"gather_rows": "all_gather dispatch", "scatter_rows": "reduce_scatter combine", "all_reduce": "all_reduce experts"}),
+    ],
+)  # fmt: skip
+def test_layer_moves_what_the_plan_prices(
+    family: str, layout: Layout, exchange: str, same: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL[family]))
+    layer = _moved_by_layer(family, layout, exchange)
+    plan = _moved_by_plan(tmp_path, layout, "direct" if exchange == "all_to_all" else exchange)
+    assert set(layer) == set(same)
+    for traced, priced in same.items():
+        assert layer[traced] == plan[priced], f"{traced} against {priced}"
+    assert set(plan) == set(same.values())
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(1), Layout(4, 4, 1, 4), Layout(4, 1, 4, 4), Layout(4, 4), Layout(8, 2, 4, 2)]
+)
+def test_layer_runs_the_expert_shapes_that_the_plan_prices(layout: Layout, tmp_path: Path) -> None:
+    """Rows, experts and widths of the grouped matmuls on one rank, balanced routing."""
+    (tmp_path / "config.json").write_text(json.dumps(SMALL["mixtral"]))
+    exchange = "all_to_all" if layout.dp > 1 and layout.etp == 1 else "allgather_reducescatter"
+    block = block_of("mixtral").to("meta")
+    groups = MoEGroups.of(layout.tp, layout.dp, layout.ep, 0)
+    recorder = Recorder(block)
+    layer = ParallelMoELayer(MoELayer(block), groups, MoEOptions(exchange))  # type: ignore[arg-type]
+    with torch.no_grad(), recorder:
+        layer(torch.empty(1, TOKENS, HIDDEN, device="meta"))
+    traced = [tuple(t.shape for t in call.inputs[:2]) for call in recorder.calls if call.name == "grouped_matmul"]
+    deployment = deploy(load_model(str(tmp_path)), load_device("h200"), load_engine("vllm"), layout, "decode")
+    context: Any = deployment.step._context(float(TOKENS), 1.0, 10.0)
+    priced = [
+        tuple(tuple(int(d.at(context.sizes)) for d in t.dims) for t in row.inputs[:2])
+        for row in deployment.step.plan.rows
+        if isinstance(row, Op) and row.name == "grouped_matmul"
+    ]
+    assert traced == priced

@@ -1,4 +1,4 @@
-"""One rank of the distributed MoE tests: runs every layout of its world size and reports the error of its own tokens."""
+"""One rank of the distributed MoE tests: runs every layout of its world size, reports the error of its tokens."""
 
 from __future__ import annotations
 

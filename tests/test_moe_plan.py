@@ -74,7 +74,8 @@ def _moved_by_plan(folder: Path, layout: Layout, all2all: str) -> dict[str, floa
         (Layout(4, 1, 4, 1), "allgather_reducescatter",
          {"gather_rows": "all_gather dispatch", "scatter_rows": "reduce_scatter combine"}),
         (Layout(4, 2, 2, 4), "allgather_reducescatter",
-         {"gather_rows": "all_gather dispatch", "scatter_rows": "reduce_scatter combine", "all_reduce": "all_reduce experts"}),
+         {"gather_rows": "all_gather dispatch", "scatter_rows": "reduce_scatter combine",
+          "all_reduce": "all_reduce experts"}),
     ],
 )  # fmt: skip
 def test_layer_moves_what_the_plan_prices(

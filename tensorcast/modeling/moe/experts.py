@@ -23,7 +23,7 @@ class ExpertWrapper(nn.Module):
         super().__init__()
         if not isinstance(experts, nn.ModuleList) and not hasattr(experts, "down_proj"):
             raise TypeError(
-                f"experts of type {type(experts).__name__}: expected a ModuleList, or stacked gate_up_proj and down_proj"
+                f"experts of type {type(experts).__name__}: expected a ModuleList, or stacked up and down projections"
             )
         self.experts = experts
 

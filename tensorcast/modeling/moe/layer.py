@@ -32,13 +32,14 @@ def find_fields(block: nn.Module, given: MoEFields = MoEFields(), model: str = "
         name = getattr(given, role)
         if name is not None and name not in children:
             raise InputError(
-                f"model {model or type(block).__name__}: moe.{role} = {name!r}, but its MoE block has {', '.join(children)}"
+                f"model {model or type(block).__name__}: moe.{role} = {name!r}, "
+                f"but its MoE block has {', '.join(children)}"
             )
     experts = given.experts or next(
         (
             n
             for n, c in children.items()
-            if isinstance(c, nn.ModuleList) or hasattr(c, "down_proj") and "shared" not in n
+            if isinstance(c, nn.ModuleList) or (hasattr(c, "down_proj") and "shared" not in n)
         ),
         None,
     )
@@ -99,8 +100,8 @@ class MoELayer(nn.Module):
         top_k = _looked_up(block, self.gate, fields.top_k, "top_k")
         if top_k is None:
             raise InputError(
-                f"model {model or type(block).__name__}: field top_k ({fields.top_k or 'top_k'!r}) is on neither its MoE "
-                f"block nor its gate; set moe.top_k in the model profile"
+                f"model {model or type(block).__name__}: field top_k ({fields.top_k or 'top_k'!r}) is on neither its "
+                f"MoE block nor its gate; set moe.top_k in the model profile"
             )
         self.top_k = int(top_k)
         if self.top_k > len(self.wrapper):
@@ -212,8 +213,9 @@ class FusedMoETensorCast(nn.Module):
 class MoEOptions:
     """What a parallel MoE layer can choose.
 
-    ``exchange``: how tokens reach experts on other ranks when dp > 1. ``route_after_dp_transform``: the gate runs on the
-    gathered or sliced tokens instead of this rank's own. ``chunk_tokens``: tokens that pass the experts at a time (0: all).
+    ``exchange``: how tokens reach experts on other ranks when dp > 1. ``route_after_dp_transform``: the gate runs on
+    the gathered or sliced tokens instead of this rank's own. ``chunk_tokens``: tokens that pass the experts at a time
+    (0: all).
     """
 
     exchange: Literal["allgather_reducescatter", "all_to_all"] = "all_to_all"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_blocks import block_of
 
 from tensorcast import ops  # noqa: F401
 from tensorcast.ops import library
@@ -47,6 +48,10 @@ def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
     return {
         "moe_gating_top_k_softmax": (TC.moe_gating_top_k_softmax.default, (torch.randn(6, 4), 2)),
+        "moe_gating_grouped_top_k": (
+            TC.moe_gating_grouped_top_k.default,
+            (torch.randn(6, 16), torch.randn(16), 4, 4, 2, True, True, 2.5),
+        ),
         "init_routing_v2": (TC.init_routing_v2.default, (x, index)),
         "unpermute_tokens": (TC.unpermute_tokens.default, (rows, index)),
         "expert_counts": (TC.expert_counts.default, (index, 4)),
@@ -139,6 +144,25 @@ def test_rank_major_and_expert_major_are_inverse(ranks: int, experts: int, seed:
     ordered = TC.to_expert_major(rows, sources)
     assert (ordered[:, 0].diff() >= 0).all()
     assert torch.equal(TC.to_rank_major(ordered, sources), rows)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "minimax_m2"])
+def test_grouped_gating_equals_the_routers_of_transformers(family: str) -> None:
+    block = block_of(family)
+    gate, x = block.gate, torch.randn(40, 64)
+    config = getattr(block, "config", None)
+    with torch.no_grad():
+        if family == "minimax_m2":
+            _, weights, indices = gate(x, block.e_score_correction_bias)
+            bias, groups, chosen, scale = block.e_score_correction_bias, 1, 1, 1.0
+        else:
+            _, weights, indices = gate(x)
+            bias, groups, chosen = gate.e_score_correction_bias, config.n_group, config.topk_group
+            scale = config.routed_scaling_factor
+        logits = torch.nn.functional.linear(x, gate.weight)
+        found = TC.moe_gating_grouped_top_k(logits, bias, gate.top_k, groups, chosen, True, True, scale)
+    dense = [torch.zeros_like(logits).scatter(-1, i, w) for w, i in ((weights, indices), found)]
+    torch.testing.assert_close(dense[1], dense[0], rtol=1e-5, atol=1e-6)
 
 
 def test_unbound_groups_say_what_to_do() -> None:

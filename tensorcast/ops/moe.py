@@ -29,6 +29,54 @@ define(
 )
 
 
+def _grouped_gating(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    groups: int = 1,
+    chosen_groups: int = 1,
+    sigmoid: bool = True,
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    scores = logits.float().sigmoid() if sigmoid else logits.float().softmax(-1)
+    ranked = scores if bias is None else scores + bias
+    if groups > 1:
+        by_group = ranked.unflatten(-1, (groups, -1))
+        # a group is worth its two best experts with a bias (DeepSeek-V3), its best one without (DeepSeek-V2)
+        worth = by_group.topk(2 if bias is not None else 1, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(chosen_groups, dim=-1).indices, True)
+        ranked = by_group.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+    indices = ranked.topk(k, dim=-1).indices
+    weights = scores.gather(-1, indices)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return (weights * scale).to(logits.dtype), indices
+
+
+def _grouped_gating_fake(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    groups: int = 1,
+    chosen_groups: int = 1,
+    sigmoid: bool = True,
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    return _gating_fake(logits, k)
+
+
+# The router of DeepSeek-V3 and its kin (arXiv 2412.19437, section 2.1.2): the bias steers the choice, not the weight;
+# experts come from the best groups only. logits [T,E], bias [E] -> weights and indices [T,k].
+define(
+    "moe_gating_grouped_top_k(Tensor logits, Tensor? bias, SymInt k, int groups=1, int chosen_groups=1, "
+    "bool sigmoid=True, bool renormalize=True, float scale=1.0) -> (Tensor weights, Tensor indices)",
+    real=_grouped_gating,
+    fake=_grouped_gating_fake,
+)
+
+
 def _order(expert_indices: Tensor) -> Tensor:
     """Positions in the flattened ``[T*k]`` choices, ordered by expert id; stable, so tokens keep their order."""
     return torch.argsort(expert_indices.reshape(-1), stable=True)

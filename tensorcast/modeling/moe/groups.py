@@ -86,7 +86,7 @@ class MoEGroups:
         }
 
     def bind(self, distributed: Any) -> None:
-        """Create and bind the process groups; ``distributed`` is ``torch.distributed``, initialised with tp*dp ranks."""
+        """Create and bind the process groups; ``distributed`` is ``torch.distributed`` with tp*dp ranks."""
         for name, lists in self.members().items():
             for ranks in lists:
                 group = distributed.new_group(ranks)

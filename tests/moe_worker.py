@@ -11,6 +11,7 @@ from moe_blocks import block_of
 
 from tensorcast.modeling.moe.groups import MoEGroups
 from tensorcast.modeling.moe.layer import MoELayer, MoEOptions, ParallelMoELayer
+from tensorcast.modeling.moe.placement import Placement, eplb, round_robin
 from tensorcast.ops.collectives import bind_group
 
 TOKENS = (5, 0, 13, 2)
@@ -46,16 +47,30 @@ def run(rank: int, world: int, families: list[str], address: str, queue: Any) ->
             for tp, dp, ep, exchange in LAYOUTS[world]:
                 for after in (False, True):
                     name = f"{family} tp{tp} dp{dp} ep{ep} {exchange} route_after={after}"
-                    queue.put((name, rank, _error(block, rank, tp, dp, ep, exchange, after)))
+                    queue.put((name, rank, _error(block, rank, (tp, dp, ep), exchange, after)))
+            experts = block.experts.down_proj.shape[0]
+            for kind, placement in placements(experts, world).items():
+                name = f"{family} dp{world} ep{world} {kind}"
+                queue.put((name, rank, _error(block, rank, (1, world, world), "all_to_all", False, placement)))
     finally:
         dist.destroy_process_group()
 
 
-def _error(block: Any, rank: int, tp: int, dp: int, ep: int, exchange: str, after: bool) -> float:
+def placements(experts: int, ranks: int) -> dict[str, Placement]:
+    """Round robin, and EPLB with replicas for counts that fall off steeply."""
+    counts = [100.0 / (1 + expert) for expert in range(experts)]
+    return {"round_robin": round_robin(experts, ranks), "eplb": eplb(counts, ranks, redundant=ranks)}
+
+
+def _error(
+    block: Any, rank: int, sizes: tuple[int, int, int], exchange: str, after: bool, placement: Placement | None = None
+) -> float:
     """Largest relative error of this rank's output against the stock block on the same tokens."""
-    groups = MoEGroups.of(tp, dp, ep, rank)
+    groups = MoEGroups.of(*sizes, rank)
     groups.bind(dist)
-    layer = ParallelMoELayer(MoELayer(block), groups, MoEOptions(exchange, after, chunk_tokens=4 if tp > 1 else 0))  # type: ignore[arg-type]
+    chunk = 4 if after else 0
+    options = MoEOptions(exchange, after, chunk, max_tokens=max(TOKENS))  # type: ignore[arg-type]
+    layer = ParallelMoELayer(MoELayer(block), groups, options, placement)
     generator = torch.Generator().manual_seed(100 + groups.dp.rank)  # tp ranks hold the same tokens
     x = torch.randn(1, TOKENS[groups.dp.rank], 64, generator=generator)
     with torch.no_grad():

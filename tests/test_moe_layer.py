@@ -16,6 +16,7 @@ from tensorcast.errors import InputError
 from tensorcast.modeling.moe.experts import ExpertWrapper
 from tensorcast.modeling.moe.groups import MoEGroups
 from tensorcast.modeling.moe.layer import FusedMoETensorCast, MoELayer, MoEOptions, ParallelMoELayer
+from tensorcast.modeling.moe.placement import linear
 from tensorcast.profiles.model import MoEFields
 from tensorcast.trace.record import Recorder
 
@@ -55,7 +56,7 @@ def test_real_ranks_equal_one_process(world: int, tmp_path: Path) -> None:
     queue = context.SimpleQueue()
     arguments = (world, families, str(tmp_path / "rendezvous"), queue)
     mp.spawn(run, arguments, nprocs=world, join=True)
-    results = [queue.get() for _ in range(world * len(families) * len(LAYOUTS[world]) * 2)]
+    results = [queue.get() for _ in range(world * len(families) * (len(LAYOUTS[world]) * 2 + 2))]
     wrong = [(name, rank, error) for name, rank, error in results if not error < 1e-5]
     assert not wrong
     assert 0 in TOKENS[:world]
@@ -203,5 +204,9 @@ def test_blocks_that_cannot_be_are_refused() -> None:
         MoELayer(dense)
     with pytest.raises(InputError, match="ep = 8 is more than the 6 experts"):
         FusedMoETensorCast(MoELayer(_ListBlock()).wrapper.stacked(), MoEGroups.of(1, 8, 8))
+    with pytest.raises(InputError, match="needs max_tokens"):
+        ParallelMoELayer(MoELayer(_ListBlock()), MoEGroups.of(1, 2, 2), MoEOptions(chunk_tokens=4))
+    with pytest.raises(InputError, match="placement of 6 experts on 3 ranks, but the layer has 6 experts and ep = 2"):
+        ParallelMoELayer(MoELayer(_ListBlock()), MoEGroups.of(1, 2, 2), placement=linear(6, 3))
     with pytest.raises(InputError, match="does not divide"):
         MoEGroups.of(2, 2, 3)

@@ -17,7 +17,7 @@ from tensorcast.errors import InputError
 from tensorcast.modeling.experts import describe_stacked, is_stacked
 from tensorcast.modeling.moe.experts import ExpertWrapper, FusedMoEBase
 from tensorcast.modeling.moe.groups import MoEGroups
-from tensorcast.modeling.moe.placement import assign_experts
+from tensorcast.modeling.moe.placement import Placement, choose_replica, linear
 from tensorcast.profiles.model import MoEFields
 
 TC = torch.ops.tensor_cast
@@ -161,34 +161,56 @@ class MoELayer(nn.Module):
 class FusedMoETensorCast(nn.Module):
     """The expert stage of one rank: its experts' weights, and the exchange of rows with the ranks that hold the others.
 
+    ``placement`` says which experts (and replicas of busy ones) each ep rank holds; contiguous without one.
     ``exchange``: ``none`` (every rank holds all tokens and works on its own experts' rows), ``all_to_all`` (rows travel
     to their experts and back).
     """
 
-    def __init__(self, experts: nn.Module, groups: MoEGroups, exchange: Exchange = "none") -> None:
+    def __init__(
+        self,
+        experts: nn.Module,
+        groups: MoEGroups,
+        exchange: Exchange = "none",
+        placement: Placement | None = None,
+    ) -> None:
         super().__init__()
         self.groups, self.exchange = groups, exchange
         down: Any = experts.down_proj
-        self.num_experts = int(down.shape[0])
-        if groups.ep.size > self.num_experts:
+        num_experts = int(down.shape[0])
+        if placement is None:
+            if groups.ep.size > num_experts:
+                raise InputError(
+                    f"ep = {groups.ep.size} is more than the {num_experts} experts; a rank would hold none"
+                )
+            placement = linear(num_experts, groups.ep.size)
+        if (placement.num_experts, placement.ranks) != (num_experts, groups.ep.size):
             raise InputError(
-                f"ep = {groups.ep.size} is more than the {self.num_experts} experts; a rank would hold none"
+                f"placement of {placement.num_experts} experts on {placement.ranks} ranks, "
+                f"but the layer has {num_experts} experts and ep = {groups.ep.size}"
             )
-        spans = [assign_experts(self.num_experts, groups.ep.size, rank) for rank in range(groups.ep.size)]
-        self.per_rank = [count for _, count in spans]
-        self.start, self.count = spans[groups.ep.rank]
-        self.local = FusedMoEBase(experts, range(self.start, self.start + self.count), groups.etp)
+        self.per_rank = list(placement.experts_per_rank)
+        self.num_physical = placement.num_physical
+        slots = placement.slots(groups.ep.rank)
+        self.start, self.count = slots.start, len(slots)
+        self.local = FusedMoEBase(experts, [placement.physical_to_logical[slot] for slot in slots], groups.etp)
+        self.replicated = placement.physical_to_logical != tuple(range(num_experts))
+        table = torch.tensor(placement.logical_to_physical().tolist(), device=down.device)
+        self.register_buffer("physical", table, persistent=False)
+        copies = torch.tensor(placement.replica_counts.tolist(), device=down.device)
+        self.register_buffer("copies", copies, persistent=False)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, weight_on_input: bool = False) -> Tensor:
         """``x [T,H]``, ``indices, weights [T,k]`` -> ``[T,H]``; partial sums over the ranks that share the tokens.
 
         ``weight_on_input``: the weights scale the experts' input rows, not their output.
         """
+        if self.replicated:  # ranks start at different copies, so that one token each does not meet on one rank
+            indices = choose_replica(indices, self.physical, self.copies, self.groups.dp.rank)
         rows = TC.init_routing_v2(x, indices)
         if weight_on_input:
             # each (token, choice) pair is one row with one choice: its weight, in the order of the rows
             rows = rows * TC.init_routing_v2(weights.reshape(-1, 1), indices.reshape(-1, 1))
-        counts = TC.expert_counts(indices, self.num_experts)
+        counts = TC.expert_counts(indices, self.num_physical)
         if self.groups.ep.size == 1:
             out = self.local(rows, counts)
         elif self.exchange == "all_to_all":
@@ -215,12 +237,14 @@ class MoEOptions:
 
     ``exchange``: how tokens reach experts on other ranks when dp > 1. ``route_after_dp_transform``: the gate runs on
     the gathered or sliced tokens instead of this rank's own. ``chunk_tokens``: tokens that pass the experts at a time
-    (0: all).
+    (0: all); with ``all_to_all`` it needs ``max_tokens``, the most that any rank may hold, so that all ranks run the
+    same number of chunks.
     """
 
     exchange: Literal["allgather_reducescatter", "all_to_all"] = "all_to_all"
     route_after_dp_transform: bool = False
     chunk_tokens: int = 0
+    max_tokens: int = 0
 
 
 class ParallelMoELayer(nn.Module):
@@ -232,7 +256,13 @@ class ParallelMoELayer(nn.Module):
     A rank without tokens takes part in every collective.
     """
 
-    def __init__(self, layer: MoELayer, groups: MoEGroups, options: MoEOptions = MoEOptions()) -> None:
+    def __init__(
+        self,
+        layer: MoELayer,
+        groups: MoEGroups,
+        options: MoEOptions = MoEOptions(),
+        placement: Placement | None = None,
+    ) -> None:
         super().__init__()
         self.layer, self.groups, self.options = layer, groups, options
         moved = groups.dp.size > 1 and groups.ep.size > 1 and options.exchange == "all_to_all"
@@ -240,11 +270,14 @@ class ParallelMoELayer(nn.Module):
             raise InputError(
                 "all_to_all with etp > 1 needs tp = 1: the ranks that share an expert must hold other tokens"
             )
+        if moved and options.chunk_tokens and not options.max_tokens:
+            raise InputError("chunk_tokens with all_to_all needs max_tokens: every rank must run as many chunks")
         if groups.dp.size == 1:
             self.exchange: Exchange = "none"
         else:
             self.exchange = "all_to_all" if moved else "allgather_reducescatter"
-        self.experts = FusedMoETensorCast(layer.wrapper.stacked(), groups, "all_to_all" if moved else "none")
+        kind: Exchange = "all_to_all" if moved else "none"
+        self.experts = FusedMoETensorCast(layer.wrapper.stacked(), groups, kind, placement)
 
     def forward(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> Tensor:
         """``[..., H]`` of this rank's tokens -> the same shape."""
@@ -262,12 +295,19 @@ class ParallelMoELayer(nn.Module):
         return out.reshape(hidden_states.shape).to(hidden_states.dtype)
 
     def _chunked(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        chunk = self.options.chunk_tokens
-        if not chunk or x.shape[0] <= chunk:
+        chunks = self._chunks(x.shape[0])
+        if chunks <= 1:
             out: Tensor = self.experts(x, indices, weights, self.layer.weight_on_input)
             return out
-        parts = zip(x.split(chunk), indices.split(chunk), weights.split(chunk), strict=True)
+        parts = zip(*(t.tensor_split(chunks) for t in (x, indices, weights)), strict=True)
         return torch.cat([self.experts(*part, self.layer.weight_on_input) for part in parts])
+
+    def _chunks(self, tokens: int) -> int:
+        """How many times the experts run: the same on every rank that exchanges rows, whatever its own tokens."""
+        chunk = self.options.chunk_tokens
+        if not chunk:
+            return 1
+        return -(-(self.options.max_tokens if self.exchange == "all_to_all" else tokens) // chunk)
 
     def _sliced(self, x: Tensor, ids: Tensor | None) -> Tensor:
         tp, tokens = self.groups.tp, x.shape[0]

@@ -44,12 +44,14 @@ demo: $(STAMP)  ## simulate DeepSeek-V3 decode on 32 H200 and say where the repo
 	@echo
 	@echo "Report: $(DEMO)/report.md; ops.csv and summary.json beside it; trace.json opens in https://ui.perfetto.dev"
 
-test: lint  ## lint, types and the whole test suite
-	@$(BIN)/python -m pytest -n $(JOBS) --durations=10 $(ARGS)
+test: $(STAMP)  ## lint, types and the whole test suite: all three run, whichever fails
+	@failed=; \
+	$(MAKE) --no-print-directory lint || failed="lint or types"; \
+	$(BIN)/python -m pytest -n $(JOBS) --durations=10 $(ARGS) || failed="$${failed:+$$failed, }tests"; \
+	test -z "$$failed" || { echo "make test: failed: $$failed" >&2; exit 1; }
 
 lint: $(STAMP)  ## ruff and mypy
-	@$(BIN)/ruff check
-	@$(BIN)/mypy
+	@failed=; $(BIN)/ruff check || failed=1; $(BIN)/mypy || failed=1; test -z "$$failed"
 
 accuracy: $(STAMP)  ## predicted against measured kernels of the sample table -> reports/accuracy.md
 	@$(BIN)/python -m tensorcast.validate.accuracy --sample $(SAMPLE) --out reports/accuracy.md

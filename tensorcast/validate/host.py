@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 from pathlib import Path
@@ -33,15 +34,15 @@ LATENCY_S = 5e-5
 HELD_OUT = 3
 """One shape in so many is kept out of the fit."""
 
-BUSY = 0.75
-"""Runnable processes per core, over the last minute, from which on this machine is not measured for keeps."""
+CROWDED = 0.15
+"""Cores per thread taken by other processes from which on figures are not kept: threads wait for each other."""
 
 
 def host_profile(effort: float = 1.0) -> DeviceProfile:
     """This machine as a device: read from the cache, else measured now (about 4 s) and stored.
 
-    ``effort``, at most 1, scales sizes and repeats; below 1 the figures are rough. What is measured while other work
-    keeps the cores busy says so in its sources and is not stored, nor is anything with ``TENSORCAST_CACHE=off``.
+    ``effort``, at most 1, scales sizes and repeats; below 1 the figures are rough. What is measured while other
+    processes hold the cores says so, on stderr too, and is not stored; nor is anything with ``TENSORCAST_CACHE=off``.
     """
     path = _file(effort)
     if path is not None and path.exists():
@@ -49,9 +50,11 @@ def host_profile(effort: float = 1.0) -> DeviceProfile:
             return DeviceProfile.model_validate_json(path.read_bytes())
     from tensorcast.validate.probes import measure  # torch loads only here
 
-    count, load = threads(), load_per_core()
-    profile = profile_of(measure(count, effort), count, load)
-    if path is not None and load < BUSY:
+    measured = measure(threads(), effort)
+    profile = profile_of(measured, threads())
+    if measured.crowding >= CROWDED:
+        logging.getLogger("tensorcast").warning("warning: %s", profile.sources["host"])
+    elif path is not None:
         with contextlib.suppress(OSError):  # a read-only home costs time, not the answer
             write_atomically(path, profile.model_dump_json(exclude_defaults=True, indent=1))
     return profile
@@ -62,13 +65,6 @@ def threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
-
-
-def load_per_core() -> float:
-    """Processes that wanted a core over the last minute, per core; 0 where the system does not tell."""
-    with contextlib.suppress(OSError, AttributeError):
-        return os.getloadavg()[0] / (os.cpu_count() or 1)
-    return 0.0
 
 
 def cpu_model() -> str:
@@ -96,12 +92,12 @@ def _file(effort: float) -> Path | None:
     return folder / "hosts" / f"cpu-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
 
 
-def profile_of(measured: Measured, count: int, load: float = 0.0) -> DeviceProfile:
-    """The profile that says what was ``measured`` with ``count`` threads, under ``load`` processes per core."""
+def profile_of(measured: Measured, count: int) -> DeviceProfile:
+    """The profile that says what was ``measured`` with ``count`` threads."""
     today = datetime.date.today().isoformat()
     how = f"torch {importlib.metadata.version('torch')}, {count} threads"
-    if load >= BUSY:
-        how += f", while other work kept {load:.1f} processes per core busy: too slow, do not keep"
+    if measured.crowding >= CROWDED:
+        how += f", while other processes took {measured.crowding:.0%} of the cores: far too slow"
     bandwidth = measured.bandwidth
     device = DeviceProfile.model_validate({
         "name": "cpu", "vendor": platform.system(), "architecture": platform.machine(), "description": cpu_model(),
@@ -126,7 +122,7 @@ def profile_of(measured: Measured, count: int, load: float = 0.0) -> DeviceProfi
         for (family, dtype), samples in measured.samples.items()
     )
     provenance = (
-        f"measured on this machine with {how}: lower quartile of repeated calls, operands from memory; "
+        f"measured on this machine with {how}: first decile of repeated calls, operands from memory; "
         f"one shape in {HELD_OUT} held out"
     )
     return device.model_copy(update={"calibration": Calibration(provenance=provenance, date=today, kernels=kernels)})

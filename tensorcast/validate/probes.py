@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +30,12 @@ WIDTH = 2048
 """Inner and outer size of the measured GEMMs at full effort."""
 
 REPEATS = 7
-"""Timed calls of every probe, after two that warm up."""
+"""Timed calls of every probe at full effort, at least, after two that warm up."""
 
-PATIENCE_S = 0.3
+SPAN_S = 0.015
+"""Shortest probe at full effort."""
+
+PATIENCE_S = 0.15
 """A probe that took so long stops after three calls: the machine is slow, or busy."""
 
 HEAD = 128
@@ -53,25 +58,37 @@ class Sample:
 
 @dataclass
 class Measured:
-    """Everything that was measured. Peak FLOP/s by dtype, bytes/s, seconds, and samples by (family, dtype)."""
+    """Everything that was measured. Peak FLOP/s by dtype, bytes/s, seconds, and samples by (family, dtype).
+
+    ``crowding``: cores that other processes took from ours meanwhile, per thread; 0 where the system does not tell.
+    """
 
     flops: dict[str, float] = field(default_factory=dict)
     bandwidth: float = 0.0
     launch_s: float = 0.0
     samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
+    crowding: float = 0.0
 
 
 def timed(call: Callable[[], Any], repeats: int, inner: int = 1) -> float:
-    """Lower quartile of the seconds of one call: other processes only ever add to it."""
+    """First decile of the seconds of one call: other processes only ever add to it.
+
+    At least ``repeats`` calls over at least ``SPAN_S * repeats / REPEATS``, as another process may hold a core for
+    several milliseconds; at most ``PATIENCE_S``, but three calls in any case.
+    """
     for _ in range(2):
         call()
     taken: list[float] = []
-    while len(taken) < repeats and (len(taken) < 3 or sum(taken) * inner < PATIENCE_S):
+    began = time.perf_counter()
+    while True:
         start = time.perf_counter()
         for _ in range(inner):
             call()
-        taken.append((time.perf_counter() - start) / inner)
-    return sorted(taken)[(len(taken) - 1) // 4]
+        now = time.perf_counter()
+        taken.append((now - start) / inner)
+        enough = len(taken) >= repeats and now - began >= SPAN_S * repeats / REPEATS
+        if enough or (len(taken) >= 3 and now - began >= PATIENCE_S):
+            return sorted(taken)[len(taken) // 10]
 
 
 class Pool:
@@ -100,6 +117,7 @@ def measure(threads: int, effort: float = 1.0) -> Measured:
     repeats = max(3, round(REPEATS * effort))
     width = max(256, round(WIDTH * effort**0.5 / 128) * 128)
     found = Measured()
+    began, own, all_cores = time.perf_counter(), time.process_time(), _busy_s()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -118,7 +136,18 @@ def measure(threads: int, effort: float = 1.0) -> Measured:
             found.flops |= other_peaks(width // 2, found.flops["fp32"])
     finally:
         torch.set_num_threads(before)
+    others = (_busy_s() - all_cores - (time.process_time() - own)) / (time.perf_counter() - began)
+    found.crowding = max(0.0, others + threads - (os.cpu_count() or 1)) / threads
     return found
+
+
+def _busy_s() -> float:
+    """Core-seconds that all processes, and a hypervisor's other guests, have used since this machine started."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]]
+        idle, waiting = ticks[3], ticks[4]
+        return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def stream(flat: Tensor, repeats: int) -> float:

@@ -150,7 +150,7 @@ def test_rank_major_and_expert_major_are_inverse(ranks: int, experts: int, seed:
 def test_grouped_gating_equals_the_routers_of_transformers(family: str) -> None:
     block = block_of(family)
     gate, x = block.gate, torch.randn(40, 64)
-    config = getattr(block, "config", None)
+    config: Any = getattr(block, "config", None)
     with torch.no_grad():
         if family == "minimax_m2":
             _, weights, indices = gate(x, block.e_score_correction_bias)

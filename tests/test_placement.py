@@ -202,7 +202,8 @@ def test_eplb_matches_or_beats_the_published_algorithm(law: str) -> None:
 
 def test_copies_stay_apart_unless_that_costs_balance() -> None:
     rng = np.random.default_rng(3)
-    kept = [wasted(eplb(draw_load(law, 64, rng), 16, 16)) for law in ("zipf", "lognormal", "uniform") for _ in range(20)]
+    laws = ("zipf", "lognormal", "uniform") * 20
+    kept = [wasted(eplb(draw_load(law, 64, rng), 16, 16)) for law in laws]
     assert sum(copies > 0 for copies in kept) <= 6
     # A's copies (5 and 5) on one rank balance B and C (8 and 2) exactly; apart, the best is 13 against 7
     assert eplb([10, 8, 2], 2, 1).balancedness([10, 8, 2]) == 1
@@ -252,7 +253,7 @@ def test_monte_carlo_ep32(exponent: float) -> None:
     standard deviation of 0.058 and 0.037 at Zipf 0.6, 0.035 and 0.080 at 1.0 (150 orders), so they need only lie within
     two of our mean. EPLB without copies is bound by the hottest expert, in any order: that one must agree closely.
     """
-    got = study(32, exponent, 40, [(0, 4, 8), (32, 4, 8)])
+    got = study(32, exponent, 30, [(0, 4, 8), (32, 4, 8)])
     line, plain, ours, redundant, ours_redundant = got.mean(axis=0)
     stated = FIGURES[exponent]
     assert plain == pytest.approx(stated[1], abs=0.015)
@@ -339,7 +340,7 @@ class Choice(torch.nn.Module):
     [
         (lambda: assign_experts(8, 2, 2), "rank 2: must be from 0 to 1"),
         (lambda: assign_experts(8, 0, 0), "world_size 0"),
-        (lambda: linear(8, 16), "16 expert-parallel ranks, but only 8 experts .* at most 8 ranks or at least 8 redundant"),
+        (lambda: linear(8, 16), "16 expert-parallel ranks, but only 8 experts .* 8 ranks or at least 8 redundant"),
         (lambda: round_robin(8, 9), "at most 8 ranks"),
         (lambda: linear(8, 2, redundant=-1), "-1 redundant"),
         (lambda: eplb(np.ones(256), 30, 32), r"288 .* 30 ranks: use 14 or 44 redundant experts"),

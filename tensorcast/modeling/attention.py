@@ -34,9 +34,8 @@ def _window_and_chunk(module: nn.Module, kwargs: dict[str, Any]) -> tuple[int, i
     kind = layer_type(config, getattr(module, "layer_idx", None))
     if kind == "chunked_attention":
         return 0, int(getattr(config, "attention_chunk_size", 0) or 0)
-    window = kwargs.get("sliding_window")
-    if window is None:
-        window = getattr(module, "sliding_window", None)
+    # A layer that passes None means it: some keep the config's window on their full layers too.
+    window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
     if window is None and kind == "sliding_attention":
         window = getattr(config, "sliding_window", None)
     return (window if isinstance(window, int) and not isinstance(window, bool) else 0), 0

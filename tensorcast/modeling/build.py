@@ -3,33 +3,82 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tensorcast.errors import InputError
 from tensorcast.modeling import attention  # noqa: F401  (registers the attention function)
+from tensorcast.modeling.config import field
 from tensorcast.modeling.experts import NAME, adapt_experts
+
+
+class TextWithHead(nn.Module):
+    """The text model of a multimodal family under an output head: what its conditional-generation class computes."""
+
+    def __init__(self, model: Any, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.lm_head = nn.Linear(field(config, "hidden_size"), field(config, "vocab_size"), bias=False, dtype=dtype)
+        if getattr(config, "tie_word_embeddings", False):
+            self.lm_head.weight = model.get_input_embeddings().weight
+
+    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **inputs: Any) -> Tensor:
+        """``[B,S]`` token ids -> logits of the last ``logits_to_keep`` positions (0: of all)."""
+        hidden = self.model(input_ids=input_ids, **inputs)[0]
+        return self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+
+
+def _text_classes(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
+    """Decoders in the config's own modeling file that take exactly this config, those with a head first."""
+    try:
+        file = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    except ImportError:
+        return []
+    found = [
+        value
+        for value in vars(file).values()
+        if inspect.isclass(value)
+        and issubclass(value, PreTrainedModel)
+        and getattr(value, "config_class", None) is type(config)
+        and value.__name__.endswith(("ForCausalLM", "Model"))
+        and {"input_ids", "past_key_values"} <= set(inspect.signature(value.forward).parameters)
+    ]
+    return sorted(found, key=lambda c: not c.__name__.endswith("ForCausalLM"))
+
+
+def _stock(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """transformers' causal LM of ``config``, or for a text config that no auto class lists, its decoder and a head."""
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+    except ValueError as reason:
+        line = str(reason).strip().splitlines()[0]
+        listed = type(config) in AutoModelForCausalLM._model_mapping  # then it is the config that is wrong
+        decoders = [] if listed or getattr(config, "is_encoder_decoder", False) else _text_classes(config)
+        if not decoders:
+            raise InputError(
+                f"model_type {config.model_type!r}: transformers builds no causal LM from it: {line}"
+            ) from None
+    model = decoders[0]._from_config(config, dtype=dtype, attn_implementation=NAME)
+    return model if hasattr(model, "lm_head") else TextWithHead(model, config, dtype)
 
 
 def build(config: PreTrainedConfig, *, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> nn.Module:
     """The model of ``config`` with our experts and attention functions behind transformers' own interfaces.
 
-    Raises :class:`InputError` when no causal language model of transformers takes the config.
+    Raises :class:`InputError` when transformers has no decoder with a language-model head for the config.
     """
     with torch.device(device):
-        try:
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
-        except ValueError as reason:
-            line = str(reason).strip().splitlines()[0]
-            raise InputError(
-                f"model_type {config.model_type!r}: transformers builds no causal LM from it: {line}"
-            ) from None
+        model = _stock(config, dtype)
     model.eval().requires_grad_(False)
-    if hasattr(model, "set_experts_implementation"):
-        with contextlib.suppress(ValueError, KeyError):  # a model without decorated experts has nothing to set
-            model.set_experts_implementation(NAME)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and hasattr(part, "set_experts_implementation"):
+            with contextlib.suppress(ValueError, KeyError):  # a model without decorated experts has nothing to set
+                part.set_experts_implementation(NAME)
+            break
     adapt_experts(model)
     return model

@@ -73,7 +73,8 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
             f"model {profile.name}: transformers rejects config (model_type={model_type!r}): {line}"
         ) from None
     text = config.get_text_config(decoder=True)
-    text.pad_token_id = None  # an index into a vocabulary that sharding makes smaller; it shapes no op
+    # An index into a vocabulary that sharding makes smaller; it shapes no op. Some configs insist on an integer.
+    object.__setattr__(text, "pad_token_id", None)
     return text
 
 

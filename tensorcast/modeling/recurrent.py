@@ -28,6 +28,17 @@ def _chunk_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *_: Any,
     return (out, state) if kw.get("return_final_states") else out
 
 
+def _selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *_: Any, **kw: Any) -> Any:
+    """Mamba-1: x [B,C,S], b and c [B,N,S]. One head as wide as the channels, token by token: no chunked form exists."""
+
+    def by_token(t: Tensor) -> Tensor:
+        return t.transpose(1, 2).unsqueeze(2)
+
+    out, state = TC.ssm_scan(by_token(x), by_token(b), by_token(c), None, 0)
+    out = out.squeeze(2).transpose(1, 2)
+    return (out, state.squeeze(1)) if kw.get("return_last_state") else out
+
+
 def _state_update(state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *_: Any, **__: Any) -> Tensor:
     """One token: x [B,H,D], b and c [B,groups,N], as mamba_ssm's ``selective_state_update`` takes them."""
 
@@ -52,6 +63,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "chunk_kda": _delta_rule,
     "fused_recurrent_kda": _delta_rule,
     "mamba_chunk_scan_combined": _chunk_scan,
+    "selective_scan_fn": _selective_scan,
     "selective_state_update": _state_update,
     "causal_conv1d_fn": _conv,
     "causal_conv1d_update": _conv_update,

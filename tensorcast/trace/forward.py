@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from tensorcast.modeling.attention import masks, past_length, trace_cache
 from tensorcast.modeling.recurrent import hub_kernels_as_ops
@@ -66,7 +67,9 @@ def record_step(
 
 
 def _is_recurrent(cache: Any) -> bool:
-    return any(getattr(cache, "is_linear", ()) or ()) or hasattr(cache, "linear_cache")
+    """Whether a layer keeps a state besides keys and values, or instead of them."""
+    has_state = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in getattr(cache, "layers", ()))
+    return has_state or any(getattr(cache, "is_linear", ()) or ()) or hasattr(cache, "linear_cache")
 
 
 def _run(

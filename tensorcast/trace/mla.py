@@ -22,14 +22,17 @@ def mark_latent(ops: list[Op], phase: str) -> list[Op]:
         if attention is None or op.name != "mm" or op.inputs[0].dims[-1].coef != attention.attrs["latent"]:
             marked.append(op)
             continue
-        heads = attention.inputs[0].dims[1].coef
+        heads, v_dim = attention.inputs[0].dims[1].coef, attention.inputs[2].dims[-1].coef
         nope = attention.inputs[0].dims[-1].coef - attention.attrs["rope"]
+        if op.outputs[0].dims[-1].coef != heads * (nope + v_dim):  # a query's up-projection from a latent as wide
+            marked.append(op)
+            continue
         attrs = {
             **op.attrs,
             "heads": heads,
             "latent": attention.attrs["latent"],
             "nope": nope,
-            "v_dim": attention.inputs[2].dims[-1].coef,
+            "v_dim": v_dim,
         }
         if phase == "decode":
             marked.append(op.but(name="mla_absorb", attrs=attrs))

@@ -14,7 +14,7 @@ from tensorcast.errors import InputError
 from tensorcast.modeling.build import build
 from tensorcast.modeling.config import field, hf_config, narrow
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.trace.closed_form import BLOCK, BLOCKWISE, DECODE, PREFILL, NoClosedForm, Probe, solve
+from tensorcast.trace.closed_form import BLOCK, BLOCKWISE, DECODE, PREFILL, NoClosedForm, Probe, ProgramVaries, solve
 from tensorcast.trace.dims import product
 from tensorcast.trace.forward import record_step
 from tensorcast.trace.layers import Kinds
@@ -59,17 +59,19 @@ def _trace_one(
     profile: ModelProfile, config: PreTrainedConfig, whole: PreTrainedConfig, phase: Phase, tp: int
 ) -> OpTable:
     model = build(config)
-    blockwise = False
-    try:
-        kinds, linears = _closed(model, config, phase, DECODE if phase == "decode" else PREFILL)
-    except NoClosedForm:
-        blockwise = True
+    tries = (DECODE,) if phase == "decode" else (PREFILL, BLOCKWISE)
+    for probes in tries:
         try:
-            kinds, linears = _closed(model, config, phase, BLOCKWISE)
+            kinds, linears = _closed(model, config, phase, probes)
+            break
         except NoClosedForm as reason:
-            raise InputError(f"model {profile.name}: {phase} has a size with no closed form: {reason}") from None
+            if probes is tries[-1] or isinstance(reason, ProgramVaries):
+                raise InputError(f"model {profile.name}: {phase} has a size with no closed form: {reason}") from None
+        except NotImplementedError as reason:  # meta tensors refuse ops whose result is a matter of data
+            line = str(reason).strip().splitlines()[0]
+            raise InputError(f"model {profile.name}: {phase} cannot be traced without data: {line}") from None
     ops = mark_latent(mark_experts([_as_mm(op) for op in linears]), phase)
-    facts = _facts(whole, ops) | {"block": BLOCK if blockwise else 1}
+    facts = _facts(whole, ops) | {"block": BLOCK if probes is BLOCKWISE else 1}
     params = _params(model, kinds, ops)
     return OpTable(
         profile.name, phase, tp, tuple(ops), tuple(kinds.of_layer), tuple(_kind_name(model, kinds)), params, facts
@@ -95,7 +97,7 @@ def closed_ops(model: nn.Module, kinds: Kinds, recorded: list[list[Call]], probe
     """Recordings of one step at several sizes as rows whose every dim is a closed form, nothing marked yet."""
     lengths = {len(calls) for calls in recorded}
     if len(lengths) != 1:
-        raise NoClosedForm(f"the number of ops depends on the sizes: {sorted(lengths)}")
+        raise ProgramVaries(f"the number of ops depends on the sizes: {sorted(lengths)}")
     weights = {p.untyped_storage()._cdata: name for name, p in [*model.named_parameters(), *model.named_buffers()]}
     storages: dict[int, int] = {}
     ops = []

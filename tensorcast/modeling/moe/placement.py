@@ -252,13 +252,12 @@ def _balance(load: np.ndarray, total: int, ranks: int, nodes: int, groups: int) 
     floor, found = np.inf, []
     for arrangement in arrangements:
         experts = [members[row].ravel() for row in arrangement]  # of each node
-        greedy = [_Copies.greedy(load[ids], total // nodes) for ids in experts]
-        packed = [copies.pack(ranks // nodes, apart=False) for copies in greedy]
+        published = [_published(load[ids], ids, total // nodes, ranks // nodes) for ids in experts]
         if arrangement is dealt:
-            floor = max(map(_Copies.busiest, greedy, packed)) * (1 + ROUNDING)
+            floor = max(copies.busiest(rows) for copies, rows in published) * (1 + ROUNDING)
         top, parts = 0.0, []
-        for ids, first, as_packed in zip(experts, greedy, packed, strict=True):
-            copies, rows = _within(load[ids], first, as_packed, floor)
+        for ids, (greedy, packed) in zip(experts, published, strict=True):
+            copies, rows = _within(load[ids], greedy, packed, floor)
             top = max(top, copies.busiest(rows))
             parts.append(ids[copies.logical[rows]])
         if top <= floor:
@@ -267,11 +266,18 @@ def _balance(load: np.ndarray, total: int, ranks: int, nodes: int, groups: int) 
     return min(found, key=lambda one: one[:2])[2]  # fewest copies beside another of their own, then most even
 
 
+def _published(load: np.ndarray, ids: np.ndarray, total: int, ranks: int) -> tuple[_Copies, np.ndarray]:
+    """One node as published. It leaves open who of equally loaded experts gets a copy: the best of four orders."""
+    turns = np.arange(len(ids))
+    greedy = [_Copies.greedy(load, total, order) for order in (turns, -turns, ids, -ids)]
+    return min(((copies, copies.pack(ranks, apart=False)) for copies in greedy), key=lambda one: one[0].busiest(one[1]))
+
+
 def _within(load: np.ndarray, greedy: _Copies, packed: np.ndarray, floor: float) -> tuple[_Copies, np.ndarray]:
     """Copies on the ranks of one node, apart from each other as far as the busiest rank stays within ``floor``."""
     ranks, total = len(packed), packed.size
     # a copy on every rank is as even as an expert gets: what more copies would take, others can use
-    spread = _Copies.greedy(load, total, limit=max(ranks, -(-total // len(load))))
+    spread = _Copies.greedy(load, total, np.arange(len(load)), limit=max(ranks, -(-total // len(load))))
     plain = _Copies.of(load, np.arange(total) % len(load))  # linear placement may happen to be the best
     starts = [(spread, spread.pack(ranks, apart=True)), (greedy, packed), (plain, np.arange(total).reshape(ranks, -1))]
     apart = []
@@ -297,22 +303,23 @@ class _Copies:
         return cls(logical, (load / np.bincount(logical))[logical])
 
     @classmethod
-    def greedy(cls, load: np.ndarray, total: int, limit: int = 0) -> _Copies:
+    def greedy(cls, load: np.ndarray, total: int, order: np.ndarray, limit: int = 0) -> _Copies:
         """One copy of each expert; each further one to the expert with most load per copy (at most ``limit`` each).
 
-        Ties go to the lowest id, as published; with a limit first to the expert with fewest copies.
+        Ties go to the lowest in ``order``; with a limit, first to the expert with fewest copies.
         """
-        copies = [1] * len(load)
-        queue = [(-value, 1 if limit else 0, expert) for expert, value in enumerate(load.tolist())]
+        copies, turn = [1] * len(load), order.tolist()
+        queue = [(-value, 0, turn[expert], expert) for expert, value in enumerate(load.tolist())]
         heapq.heapify(queue)
         logical = list(range(len(load)))
         while len(logical) < total:
-            _, _, expert = heapq.heappop(queue)
+            expert = heapq.heappop(queue)[-1]
             if limit and copies[expert] >= limit:
                 continue  # full: leaves the queue for good
             logical.append(expert)
             copies[expert] += 1
-            heapq.heappush(queue, (-float(load[expert]) / copies[expert], copies[expert] if limit else 0, expert))
+            share = float(load[expert]) / copies[expert]
+            heapq.heappush(queue, (-share, copies[expert] if limit else 0, turn[expert], expert))
         return cls.of(load, np.array(logical))
 
     def pack(self, ranks: int, apart: bool) -> np.ndarray:

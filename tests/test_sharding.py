@@ -80,3 +80,12 @@ def test_norm_over_a_sharded_width_is_reduced() -> None:
     reduced = [op for op in trace(profile, "decode", 2).ops if op.name == "mean" and op.shard == "row"]
     assert len(reduced) == 2  # q_norm and k_norm of the one layer kind
     assert all("norm" in op.module for op in reduced)
+
+
+def test_one_head_per_rank_is_still_sharded() -> None:
+    """With one head left reshapes become views, so copies vanish from the trace: the rest still pairs up."""
+    profile = ModelProfile(name="m", hf_id="m", description="d", sources={}, config=SMALL["qwen3_next"])
+    table = trace(profile, "decode", 4)
+    assert len(table.ops) != len(trace(profile, "decode", 1).ops)
+    styles = {op.module.rpartition(".")[2]: op.shard for op in table.ops if op.name == "mm"}
+    assert (styles["q_proj"], styles["o_proj"], styles["out_proj"]) == ("column", "row", "row")

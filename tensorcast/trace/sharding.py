@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from tensorcast.errors import InputError
 from tensorcast.trace.table import Op, OpTable, Tensor
 
 MATMULS = frozenset({"mm", "addmm", "bmm", "mla_absorb", "mla_expand"})
 REDUCTIONS = frozenset({"mean", "sum", "var", "var_mean", "norm", "linalg_vector_norm"})
+
+COPIES = frozenset({"clone", "copy_", "_to_copy"})
 
 
 def _contraction(op: Op) -> tuple[float, float]:
@@ -44,11 +47,23 @@ def mark_sharding(whole: OpTable, shard: OpTable) -> OpTable:
 
     ``whole`` is the trace at tp=1. The experts' region is taken from it: experts are sharded by their own sizes.
     """
-    names = [op.name for op in whole.ops]
-    if names != [op.name for op in shard.ops]:
-        raise ValueError(f"{whole.model}: tp={shard.tp} traced another sequence of ops than tp=1")
-    rows = []
-    for a, b in zip(whole.ops, shard.ops, strict=True):
+    paired = [op for op in whole.ops if _pairs(op)]
+    if [op.name for op in paired] != [op.name for op in shard.ops if _pairs(op)]:
+        raise InputError(
+            f"model {whole.model}: tp = {shard.tp} runs other operations than tp = 1: what it shards cannot be told; "
+            f"use a smaller tp"
+        )
+    rows, twins = [], iter(paired)
+    for b in shard.ops:
+        if not _pairs(b):
+            rows.append(b)
+            continue
+        a = next(twins)
         base = a if a.stage == "experts" else b
         rows.append(base.but(shard=_style(a, b)))
     return shard.with_ops(rows)
+
+
+def _pairs(op: Op) -> bool:
+    """Copies come and go with head counts (one head left makes a reshape a view); every other op has its twin."""
+    return op.name not in COPIES or op.stage == "experts"

@@ -159,11 +159,10 @@ def eplb(
     never busier than under the published greedy algorithm. Copies of one expert lie on different ranks, except where
     it has more copies than there are ranks or where no arrangement found that keeps them apart is as balanced.
     """
-    values = np.asarray(counts, dtype=float)
-    if values.ndim != 1:
-        raise InputError(f"eplb: counts must be one layer's loads [experts], got shape {list(values.shape)}")
-    num_experts = len(values)
-    load = _checked_counts(values, num_experts)
+    if np.ndim(counts) != 1:
+        raise InputError(f"eplb: counts must be one layer's loads [experts], got shape {list(np.shape(counts))}")
+    num_experts = len(counts)
+    load = _checked_counts(counts, num_experts)
     _check_sizes(num_experts, ranks, redundant)
     if nodes < 1 or groups < 1:
         raise InputError(f"eplb: nodes {nodes} and groups {groups} must be at least 1")
@@ -178,8 +177,8 @@ def eplb(
         nodes = 1  # a node cannot hold whole groups: balance over all ranks, as the published policy does
     if ranks % nodes or (nodes > 1 and num_experts % groups):
         raise InputError(f"eplb: {ranks} ranks must divide by {nodes} nodes, {num_experts} experts by {groups} groups")
-    rows = _balance(load, total, ranks, nodes, groups)
-    return Placement(num_experts, ranks, tuple(np.sort(rows, axis=1).ravel().tolist()), (total // ranks,) * ranks)
+    rows = np.sort(_balance(load, total, ranks, nodes, groups), axis=1)
+    return Placement(num_experts, ranks, tuple(rows.ravel().tolist()), (total // ranks,) * ranks)
 
 
 def physical_choice(indices: Any, placement: Placement, first_token: int = 0) -> Any:
@@ -209,12 +208,12 @@ def choose_replica(indices: Any, table: Any, replica_counts: Any, first_token: i
     """
     if table.shape[1] == 1:
         return table[indices, 0]
+    end = first_token + indices.shape[0]
     if isinstance(indices, np.ndarray):
-        tokens: Any = np.arange(first_token, first_token + indices.shape[0])
+        tokens: Any = np.arange(first_token, end)
     else:
         import torch
 
-        end = first_token + indices.shape[0]
         tokens = torch.arange(first_token, end, dtype=indices.dtype, device=indices.device)
     return table[indices, tokens[:, None] % replica_counts[indices]]
 
@@ -356,10 +355,8 @@ def _holdings(rows: np.ndarray, kind: np.ndarray) -> np.ndarray:
 
 def _trade(held: np.ndarray, a: int, b: int, given: int, taken: int) -> None:
     """Book that bin ``a`` gives ``b`` an item of kind ``given`` for one of kind ``taken``."""
-    held[a, given] -= 1
-    held[b, given] += 1
-    held[b, taken] -= 1
-    held[a, taken] += 1
+    for bin_, kind, change in ((a, given, -1), (b, given, 1), (b, taken, -1), (a, taken, 1)):
+        held[bin_, kind] += change
 
 
 def _part(rows: np.ndarray, weight: np.ndarray, kind: np.ndarray, ceiling: float = np.inf) -> np.ndarray:

@@ -164,6 +164,9 @@ def attention(op: Op, at: Context) -> list[Work]:
     past, a = at.value(op.attrs["past"]), op.attrs
     if a["latent"]:
         nope = width - a["rope"]
+        kv_bytes = at.kv_bytes
+        if kv_bytes < 2.0:  # FlashMLA's FP8 layout: one fp32 scale per 128 values, the rope part in bf16
+            kv_bytes = (a["latent"] * (1.0 + 4.0 / 128) + 2.0 * a["rope"]) / (a["latent"] + a["rope"])
         return [
             w.mla(
                 batch,
@@ -174,7 +177,7 @@ def attention(op: Op, at: Context) -> list[Work]:
                 a["rope"],
                 nope,
                 at.value(v.dims[-1]),
-                kv_bytes=at.kv_bytes,
+                kv_bytes=kv_bytes,
                 selected=a["selected"],
                 decode=at.decode,
             )

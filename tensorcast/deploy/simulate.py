@@ -377,7 +377,10 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
     unknown = sorted({p.row.name for p in price.rows if not p.has_formula and not isinstance(p.row, Collective)})
     if unknown:
         notes.append(f"no formula, priced as memory traffic: {', '.join(unknown)}")
-    kv = deployment.model.config
-    if kv.get("num_nextn_predict_layers") or (kv.get("text_config") or {}).get("mtp_num_hidden_layers"):
+    config = deployment.model.config
+    text = config.get("text_config") or {}
+    if any(config.get("compress_ratios") or text.get("compress_ratios") or ()):
+        notes.append("compressed keys and values (compress_ratios) are not counted: attention and cache are too small")
+    if config.get("num_nextn_predict_layers") or text.get("mtp_num_hidden_layers"):
         notes.append("multi-token prediction is not simulated: one token per sequence and step")
     return tuple(notes)

@@ -1,8 +1,8 @@
 """Copies of experts on ranks of equal size, as even as counts allow: the packing behind EPLB placement.
 
-Starts from the published load balancer of DeepSeek (github.com/deepseek-ai/EPLB): one more copy for the expert with most
-load per copy, then the heaviest copy to the lightest rank with room, by nodes where groups divide over them. Swaps then
-improve on it; the busiest rank is never busier than with the published algorithm.
+Starts from the published load balancer of DeepSeek (github.com/deepseek-ai/EPLB): one more copy for the expert with
+most load per copy, then the heaviest copy to the lightest rank with room, by nodes where groups divide over them. Swaps
+then improve it; the busiest rank is never busier than with the published algorithm.
 """
 
 from __future__ import annotations

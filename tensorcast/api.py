@@ -42,6 +42,8 @@ def simulate(
     fusion: str = "engine",
     all2all: str = "auto",
     dispatch: str | None = None,
+    redundant_experts: int = 0,
+    placement: str = "linear",
     allow_oversize: bool = False,
 ) -> Simulation:
     """Simulate one step of ``model`` on ``world_size`` of ``device``.
@@ -71,7 +73,7 @@ def simulate(
         default_new if input_len is None else input_len,
         default_past if context is None else context,
     )
-    options = Options(fusion, quant, kv_dtype, routing, all2all, dispatch)
+    options = Options(fusion, quant, kv_dtype, routing, all2all, dispatch, redundant_experts, placement)
     return run(
         load_model(model), device_profile(device), load_engine(engine), layout, workload, options, allow_oversize
     )

@@ -189,6 +189,14 @@ def simulate(
         help="What tokens are sent in, such as bf16 or fp8_block.  [dim]\\[default: as the experts read them][/dim]",
         show_default=False, rich_help_panel=_CHOICES,
     )] = None,
+    redundant_experts: Annotated[int, typer.Option(
+        "--redundant-experts", min=0, rich_help_panel=_CHOICES,
+        help="Copies of experts in each MoE layer, over all expert-parallel groups.",
+    )] = 0,
+    placement: Annotated[str, typer.Option(
+        "--placement", metavar="POLICY", rich_help_panel=_CHOICES,
+        help="Which group holds which experts: linear, round_robin, or eplb, balanced for --routing.",
+    )] = "linear",
     allow_oversize: Annotated[bool, typer.Option(
         "--allow-oversize", help="Price a batch that does not fit into memory.", rich_help_panel=_CHOICES,
     )] = False,
@@ -213,7 +221,8 @@ def simulate(
         run = run_simulation(
             model, device=device, world_size=world_size, tp=tp, dp=dp, ep=ep, pp=pp, phase=phase, batch=batch,
             input_len=input_len, context=context, engine=engine, quant=quant, kv_dtype=kv_dtype, routing=routing,
-            fusion=fusion, all2all=all2all, dispatch=dispatch, allow_oversize=allow_oversize,
+            fusion=fusion, all2all=all2all, dispatch=dispatch, redundant_experts=redundant_experts,
+            placement=placement, allow_oversize=allow_oversize,
         )
         written = write_report(run, out, top) if out is not None else []
     if as_json:

@@ -109,6 +109,38 @@ def test_unknown_routing_is_refused(text: str) -> None:
         Routing.parse(text)
 
 
+@pytest.mark.parametrize("policy", ["linear", "round_robin", "eplb"])
+def test_placement_keeps_the_mean_and_eplb_lowers_the_busiest(policy: str) -> None:
+    routing = Routing.parse("zipf:0.6")
+    plain = expert_load(routing, 256, 8, 32).at(4096.0)
+    placed = expert_load(routing, 256, 8, 32, policy=policy).at(4096.0)
+    assert placed.mean_rows == plain.mean_rows
+    assert placed.rows < 0.9 * plain.rows if policy == "eplb" else placed.rows == pytest.approx(plain.rows, rel=0.15)
+
+
+def test_copies_of_hot_experts_share_their_load() -> None:
+    """One expert takes all tokens: with 3 copies on 4 ranks each of three ranks gets a third."""
+    routing = Routing("file", counts=(1.0, 1e-9, 1e-9, 1e-9, 1e-9, 1e-9))
+    load = expert_load(routing, 6, 1, 4, redundant=2, policy="eplb")
+    assert (load.num_physical, load.local_experts) == (8, 2)
+    assert load.at(9e6).rows == pytest.approx(3e6, rel=0.01)
+    assert expert_load(routing, 6, 1, 4).at(9e6).rows == pytest.approx(9e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("policy", "redundant", "message"),
+    [
+        ("random", 0, "unknown --placement 'random'"),
+        ("round_robin", 4, "round_robin places no copies"),
+        ("eplb", 3, "do not divide by 4 ranks: use 0 or 4 redundant experts"),
+        ("linear", -1, "--redundant-experts -1"),
+    ],
+)
+def test_placements_that_cannot_be_are_refused(policy: str, redundant: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        expert_load(Routing.parse("balanced"), 8, 2, 4, redundant=redundant, policy=policy)
+
+
 def test_load_grows_with_skew() -> None:
     rows = [
         float(expert_load(Routing.parse(r), 128, 8, 16).at(4096.0).rows)

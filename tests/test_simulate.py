@@ -148,6 +148,20 @@ def test_bad_input_is_one_clear_line(arguments: dict[str, Any], message: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_redundant_experts_cost_memory_and_save_time_under_skew() -> None:
+    def run(**options: Any) -> Any:
+        return tc.simulate(
+            "deepseek-v3", **DEEPSEEK, batch=128, context=4096, all2all="low_latency", routing="zipf:0.8", **options
+        )
+
+    plain, placed, copied = run(), run(placement="eplb"), run(placement="eplb", redundant_experts=32)
+    assert plain.step_s > placed.step_s > copied.step_s
+    expert = 3 * 7168 * 2048 * (1 + 4 / 128**2)
+    assert copied.memory.weights - placed.memory.weights == pytest.approx(58 * expert)  # one more per rank and layer
+    with pytest.raises(tc.InputError, match="has no experts"):
+        tc.simulate("llama-3.1-8b", device="h100", redundant_experts=8)
+
+
 def test_oversized_batches_can_be_priced_on_request() -> None:
     run = tc.simulate("qwen3-30b-a3b", device="h100", batch=100_000, allow_oversize=True)
     assert not run.memory.fits and run.step_s > 0

@@ -84,8 +84,12 @@ def weight_bytes(
     layers: slice = slice(None),
     first: bool = True,
     last: bool = True,
+    local_experts: int | None = None,
 ) -> float:
-    """Weights on one rank: experts split over ``ep`` and ``etp``, the rest as traced at this tp. Scales included."""
+    """Weights on one rank: experts split over ``ep`` and ``etp``, the rest as traced at this tp. Scales included.
+
+    ``local_experts``: experts and copies on the fullest rank, by default what even splitting gives.
+    """
     total = 0.0
     for p in table.params:
         if p.kind < 0 and not _in_stage(table, p.role, first, last):
@@ -95,7 +99,8 @@ def weight_bytes(
         numel = float(p.numel)
         if p.role == "experts":
             experts = table.facts["num_experts"]
-            numel = p.full_numel / experts * math.ceil(experts / ep) / etp
+            held = math.ceil(experts / ep) if local_experts is None else local_experts
+            numel = p.full_numel / experts * held / etp
         total += numel * per_element * table.count(p, layers)
     return total
 

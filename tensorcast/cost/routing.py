@@ -8,6 +8,7 @@ order. Hit experts of independent picks: ``sum_e 1 - (1 - q_e)^T``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -15,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from tensorcast.errors import InputError
+from tensorcast.errors import InputError, unknown_name
+from tensorcast.modeling.moe.placement import Placement, eplb, linear, round_robin
 
-PLACEMENTS = 64
-"""Random placements of experts whose median stands for a popularity law."""
+PLACEMENTS = (64, 16)
+"""Random orders of a popularity law whose median stands for it; fewer where each is balanced anew (EPLB)."""
 
 
 @dataclass(frozen=True)
@@ -105,18 +107,16 @@ def _capped(popularity: np.ndarray, top_k: int) -> np.ndarray:
 class ExpertLoad:
     """Expert load of one layout; build with :func:`expert_load`, then ask :meth:`at` for any number of tokens."""
 
-    num_experts: int
+    num_physical: int
+    """Experts with their redundant copies."""
     top_k: int
     ranks: int
     busiest: np.ndarray | None
-    """Inclusion chances of the busiest rank's experts (None: balanced)."""
+    """Chances that a token picks each of the busiest rank's experts (None: balanced)."""
     noise: float
     """Expected maximum over ranks of a standard normal: how far sampling lifts the busiest rank."""
-
-    @property
-    def local_experts(self) -> int:
-        """Experts on a rank; the first ranks hold one more where they do not divide."""
-        return math.ceil(self.num_experts / self.ranks)
+    local_experts: int
+    """Experts on the fullest rank."""
 
     def at(self, tokens: Any) -> Load:
         """Load when ``tokens`` tokens in all (over the whole expert-parallel group) are routed."""
@@ -125,7 +125,7 @@ class ExpertLoad:
         mean = copies / self.ranks
         local = float(self.local_experts)
         if self.busiest is None:
-            rows = np.maximum(mean * local * self.ranks / self.num_experts, np.minimum(copies, 1.0))
+            rows = np.maximum(mean * local * self.ranks / self.num_physical, np.minimum(copies, 1.0))
             return Load(rows, np.minimum(local, rows), mean)
         expected = tokens * self.busiest.sum()
         spread = np.sqrt(tokens * (self.busiest * (1.0 - self.busiest)).sum())
@@ -138,26 +138,60 @@ class ExpertLoad:
         return Load(rows, np.minimum((1.0 - missed).sum(-1), rows), mean)
 
 
-def expert_load(routing: Routing, num_experts: int, top_k: int, ranks: int, seed: int = 0) -> ExpertLoad:
-    """The load model of ``num_experts`` experts over ``ranks`` expert-parallel ranks (contiguous placement)."""
+def expert_load(
+    routing: Routing,
+    num_experts: int,
+    top_k: int,
+    ranks: int,
+    *,
+    redundant: int = 0,
+    policy: str = "linear",
+    seed: int = 0,
+) -> ExpertLoad:
+    """The load model of ``num_experts`` experts, and ``redundant`` copies of some, over ``ranks`` ranks.
+
+    ``policy`` places them: ``linear``, ``round_robin``, or ``eplb``, which knows the popularity that it balances.
+    """
+    if policy not in POLICIES:
+        raise unknown_name("--placement", policy, POLICIES)
+    if redundant < 0:
+        raise InputError(f"--redundant-experts {redundant}: must be at least 0")
+    place = POLICIES[policy]
     if routing.name == "balanced":
-        return ExpertLoad(num_experts, top_k, ranks, None, 0.0)
+        even = place(np.ones(num_experts), ranks, redundant)
+        return ExpertLoad(even.num_physical, top_k, ranks, None, 0.0, max(even.experts_per_rank))
     q = routing.inclusion(num_experts, top_k)
     noise = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
-    bounds = np.linspace(0, num_experts, ranks + 1)
-    owner = np.minimum(np.searchsorted(bounds, np.arange(num_experts), side="right") - 1, ranks - 1)
     if routing.counts or routing.exponent == 0:
-        orders = [np.arange(num_experts)]
+        popularities = [q]
     else:
         generator = np.random.default_rng(seed)
-        orders = [generator.permutation(num_experts) for _ in range(PLACEMENTS)]
+        popularities = [generator.permutation(q) for _ in range(PLACEMENTS[policy == "eplb"])]
     found = []
-    for order in orders:
-        per_rank = np.bincount(owner, weights=q[order], minlength=ranks)
-        top = int(per_rank.argmax())
-        found.append((float(per_rank[top]), q[order][owner == top]))
-    found.sort(key=lambda pair: pair[0])
-    return ExpertLoad(num_experts, top_k, ranks, found[len(found) // 2][1], noise)
+    for popularity in popularities:
+        placement = place(popularity, ranks, redundant)
+        logical = np.asarray(placement.physical_to_logical)
+        share = (popularity / placement.replica_counts)[logical]
+        held = np.split(share, np.cumsum(placement.experts_per_rank)[:-1])
+        busiest = max(held, key=lambda experts: float(experts.sum()))
+        found.append((float(busiest.sum()), busiest, placement))
+    found.sort(key=lambda one: one[0])
+    _, busiest, placement = found[len(found) // 2]
+    return ExpertLoad(placement.num_physical, top_k, ranks, busiest, noise, max(placement.experts_per_rank))
+
+
+def _round_robin(popularity: np.ndarray, ranks: int, redundant: int) -> Placement:
+    if redundant:
+        raise InputError(f"--redundant-experts {redundant}: round_robin places no copies; use --placement eplb")
+    return round_robin(len(popularity), ranks)
+
+
+POLICIES: dict[str, Callable[[np.ndarray, int, int], Placement]] = {
+    "linear": lambda popularity, ranks, redundant: linear(len(popularity), ranks, redundant),
+    "round_robin": _round_robin,
+    "eplb": lambda popularity, ranks, redundant: eplb(popularity, ranks, redundant),
+}
+"""Placement by name, from the popularity of each expert."""
 
 
 def _none_of(pool: float, avoided: float, picks: int) -> float:

@@ -36,6 +36,8 @@ class Options:
     routing: str = "balanced"
     all2all: str = "auto"
     dispatch: str | None = None
+    redundant_experts: int = 0
+    placement: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,25 @@ class Deployment:
 
     def memory(self, batch: int, new: int, past: int) -> Memory:
         """Memory of a step of ``batch`` sequences per data-parallel rank that end at ``past + new`` tokens."""
-        layout, table = self.layout, self.step.table
-        stages = self.step.stages
-        kv = self.quantization.kv
-        held = max(
+        layout, table, stages = self.layout, self.step.table, self.step.stages
+        local_experts = self.step.load.local_experts if self.step.load is not None else None
+        per_stage = [
             (
-                weight_bytes(self.raw, self.quantization, layout.ep, layout.etp, layers, i == 0, i == len(stages) - 1)
-                + float(cache_bytes(self.raw, kv, batch, past + new, layers)),
-                i,
+                weight_bytes(
+                    self.raw,
+                    self.quantization,
+                    layout.ep,
+                    layout.etp,
+                    layers,
+                    first=i == 0,
+                    last=i == len(stages) - 1,
+                    local_experts=local_experts,
+                ),
+                float(cache_bytes(self.raw, self.quantization.kv, batch, past + new, layers)),
             )
             for i, layers in enumerate(stages)
-        )[1]
-        layers = stages[held]
-        weights = weight_bytes(
-            self.raw, self.quantization, layout.ep, layout.etp, layers, held == 0, held == len(stages) - 1
-        )
-        cache = float(cache_bytes(self.raw, kv, batch, past + new, layers))
+        ]
+        weights, cache = max(per_stage, key=sum)
         context = self.step._context(float(batch) / max(1, min(layout.pp, batch)), float(new), float(past))
         activations = float(activation_bytes(table, context.sizes))
         capacity = float(self.device.memory_bytes)
@@ -160,7 +165,20 @@ def deploy(
     table = fuse(table, engine.fusions if options.fusion == "engine" else ())
     plan = make_plan(table, layout, device, engine, options.all2all, options.dispatch)
     captured = options.fusion == "engine"  # the eager view launches its kernels one by one
-    step = Step(table, plan, layout, device, engine, routing, quantization.kv, captured)
+    if not raw.facts["num_experts"] and (options.redundant_experts or options.placement != "linear"):
+        raise InputError(f"model {model.name} has no experts: --redundant-experts and --placement do not apply")
+    step = Step(
+        table,
+        plan,
+        layout,
+        device,
+        engine,
+        routing,
+        quantization.kv,
+        captured,
+        options.redundant_experts,
+        options.placement,
+    )
     return Deployment(model, device, engine, layout, phase, options, quantization, raw, step)
 
 
@@ -257,6 +275,8 @@ class Simulation:
             "context": self.workload.context,
             "quantization": d.quantization.describe(),
             "routing": d.options.routing,
+            "redundant_experts": d.options.redundant_experts,
+            "placement": d.options.placement,
             "fusion": d.options.fusion,
             "all2all": d.step.plan.all2all,
             "dispatch_dtype": d.step.plan.dispatch.name,

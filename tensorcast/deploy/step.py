@@ -64,6 +64,8 @@ class Step:
         routing: Routing,
         kv: str = "bf16",
         captured: bool = True,
+        redundant_experts: int = 0,
+        placement: str = "linear",
     ) -> None:
         self.table, self.plan, self.layout, self.device, self.engine = table, plan, layout, device, engine
         self.kv_bytes = {"bf16": 2.0, "fp8": 1.0}[kv]
@@ -73,7 +75,9 @@ class Step:
         self.load: ExpertLoad | None = None
         self.distinct: dict[str, float] = {}
         if facts["num_experts"]:
-            self.load = expert_load(routing, facts["num_experts"], facts["top_k"], layout.ep)
+            self.load = expert_load(
+                routing, facts["num_experts"], facts["top_k"], layout.ep, redundant=redundant_experts, policy=placement
+            )
             limits = (facts["expert_groups"], facts["expert_groups_chosen"])
             self.distinct = {
                 tier: expected_distinct(facts["num_experts"], facts["top_k"], parts, *limits)

@@ -61,6 +61,9 @@ def numerics(t: dict[str, Any]) -> str:
     ]
     if has_experts:
         parts.append(f"routing {t['routing']}")
+        if t["placement"] != "linear" or t["redundant_experts"]:
+            copies = f" with {t['redundant_experts']} redundant experts" if t["redundant_experts"] else ""
+            parts.append(f"placement {t['placement']}{copies}")
     if t["all2all"] != "none":
         parts.append(f"exchange {t['all2all']} in {t['dispatch_dtype']}")
     if t["fusion"] != "engine":

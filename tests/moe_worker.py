@@ -69,7 +69,7 @@ def _error(
     groups = MoEGroups.of(*sizes, rank)
     groups.bind(dist)
     chunk = 4 if after else 0
-    options = MoEOptions(exchange, after, chunk, max_tokens=max(TOKENS))  # type: ignore[arg-type]
+    options = MoEOptions(exchange, after, chunk, max_tokens=max(TOKENS), enable_shared_expert_tp=after)  # type: ignore[arg-type]
     layer = ParallelMoELayer(MoELayer(block), groups, options, placement)
     generator = torch.Generator().manual_seed(100 + groups.dp.rank)  # tp ranks hold the same tokens
     x = torch.randn(1, TOKENS[groups.dp.rank], 64, generator=generator)

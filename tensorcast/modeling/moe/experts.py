@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from tensorcast.errors import InputError
 from tensorcast.modeling.moe.groups import ParallelGroup
 
 TC = torch.ops.tensor_cast
@@ -74,6 +76,42 @@ def _stack(experts: nn.ModuleList) -> nn.Module:
     stacked.is_concatenated, stacked.has_post_expert_norm = True, False
     stacked._apply_gate = lambda h: stacked.act_fn(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
     return stacked
+
+
+class ShardedMLP(nn.Module):
+    """A gated MLP (``gate_proj``, ``up_proj``, ``down_proj``) cut over a group's ranks: outputs are partial sums."""
+
+    gate_proj: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+    gate_proj_bias: Tensor | None
+    up_proj_bias: Tensor | None
+    down_proj_bias: Tensor | None
+
+    def __init__(self, mlp: nn.Module, group: ParallelGroup) -> None:
+        super().__init__()
+        source: Any = mlp
+        if not all(hasattr(source, name) for name in ("gate_proj", "up_proj", "down_proj")):
+            raise TypeError(f"cannot cut {type(mlp).__name__} over ranks: no gate_proj, up_proj, down_proj")
+        width = source.down_proj.weight.shape[1]
+        if width % group.size:
+            raise InputError(f"shared expert of width {width} does not divide over tp = {group.size}")
+        self.act_fn: Any = getattr(source, "act_fn", None) or source.activation_fn
+        part = slice(group.rank * (width // group.size), (group.rank + 1) * (width // group.size))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            layer = getattr(source, name)
+            weight = layer.weight.detach()[:, part] if name == "down_proj" else layer.weight.detach()[part]
+            setattr(self, name, nn.Parameter(weight.contiguous(), requires_grad=False))
+            bias = layer.bias
+            if bias is not None:  # the output bias is added once, not once per rank
+                bias = bias.detach()[part] if name != "down_proj" else bias.detach() * (group.rank == 0)
+            self.register_buffer(f"{name}_bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T,H]`` -> ``[T,H]``, to be summed over the group."""
+        hidden = self.act_fn(F.linear(x, self.gate_proj, self.gate_proj_bias))
+        hidden = hidden * F.linear(x, self.up_proj, self.up_proj_bias)
+        return F.linear(hidden, self.down_proj, self.down_proj_bias)
 
 
 class FusedMoEBase(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tensorcast.errors import InputError
 from tensorcast.modeling.experts import describe_stacked, is_stacked
-from tensorcast.modeling.moe.experts import ExpertWrapper, FusedMoEBase
+from tensorcast.modeling.moe.experts import ExpertWrapper, FusedMoEBase, ShardedMLP
 from tensorcast.modeling.moe.groups import MoEGroups
 from tensorcast.modeling.moe.placement import Placement, choose_replica, linear
 from tensorcast.profiles.model import MoEFields
@@ -142,11 +142,12 @@ class MoELayer(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         return indices, weights.to(x.dtype)
 
-    def shared(self, x: Tensor) -> Tensor | None:
-        """Output of the shared experts, times its gate where there is one."""
-        if self.shared_experts is None:
+    def shared(self, x: Tensor, mlp: nn.Module | None = None) -> Tensor | None:
+        """Output of the shared experts (or of ``mlp``, this rank's slice of them), times their gate if there is one."""
+        mlp = mlp if mlp is not None else self.shared_experts
+        if mlp is None:
             return None
-        out: Tensor = self.shared_experts(x)
+        out: Tensor = mlp(x)
         return out if self.shared_experts_gate is None else torch.sigmoid(self.shared_experts_gate(x)) * out
 
     def forward(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> Tensor:
@@ -238,13 +239,15 @@ class MoEOptions:
     ``exchange``: how tokens reach experts on other ranks when dp > 1. ``route_after_dp_transform``: the gate runs on
     the gathered or sliced tokens instead of this rank's own. ``chunk_tokens``: tokens that pass the experts at a time
     (0: all); with ``all_to_all`` it needs ``max_tokens``, the most that any rank may hold, so that all ranks run the
-    same number of chunks.
+    same number of chunks. ``enable_shared_expert_tp``: the shared expert works on this rank's own tokens, cut over tp;
+    at dp = 1 its sum rides on the routed experts' all-reduce.
     """
 
     exchange: Literal["allgather_reducescatter", "all_to_all"] = "all_to_all"
     route_after_dp_transform: bool = False
     chunk_tokens: int = 0
     max_tokens: int = 0
+    enable_shared_expert_tp: bool = False
 
 
 class ParallelMoELayer(nn.Module):
@@ -278,19 +281,26 @@ class ParallelMoELayer(nn.Module):
             self.exchange = "all_to_all" if moved else "allgather_reducescatter"
         kind: Exchange = "all_to_all" if moved else "none"
         self.experts = FusedMoETensorCast(layer.wrapper.stacked(), groups, kind, placement)
+        cut = options.enable_shared_expert_tp and layer.shared_experts is not None and groups.tp.size > 1
+        self.shared_slice = ShardedMLP(layer.shared_experts, groups.tp) if cut else None  # type: ignore[arg-type]
 
     def forward(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> Tensor:
         """``[..., H]`` of this rank's tokens -> the same shape."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         ids = input_ids.reshape(-1) if input_ids is not None else None
+        shared = self.layer.shared(x, self.shared_slice)
+        if shared is not None and self.shared_slice is not None and self.exchange != "none":
+            shared = self.groups.tp.all_reduce(shared)
         if self.exchange == "none":
             indices, weights = self.layer.route(x, ids)
-            out = self.groups.tp.all_reduce(self._chunked(x, indices, weights))
+            out = self._chunked(x, indices, weights)
+            if shared is not None and self.shared_slice is not None:
+                out, shared = out + shared, None
+            out = self.groups.tp.all_reduce(out)
         elif self.exchange == "all_to_all":
             out = self._sliced(x, ids)
         else:
             out = self._gathered(x, ids)
-        shared = self.layer.shared(x)
         out = out if shared is None else out + shared
         return out.reshape(hidden_states.shape).to(hidden_states.dtype)
 

@@ -33,9 +33,16 @@ PUBLISHED = [
     (
         {
             "quant_method": "compressed-tensors",
-            "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4, "group_size": 32}}},
+            "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4, "group_size": 128}}},
         },
         "w4a16",
+    ),
+    (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4, "group_size": 32}}},
+        },
+        "w4a16_g32",
     ),
     (
         {

@@ -119,6 +119,16 @@ def test_local_config_directory_is_a_model(tmp_path: Path) -> None:
     assert math.isfinite(run.step_s)
 
 
+def test_a_class_that_cannot_be_narrowed_is_one_clear_line(tmp_path: Path) -> None:
+    """OLMoE derives its head size from the hidden size, so fewer heads would be wider ones."""
+    config = {key: value for key, value in SMALL["olmoe"].items() if key != "head_dim"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert tc.simulate(str(tmp_path), device="h100", context=64).step_s > 0
+    with pytest.raises(tc.InputError, match="use tp = 1") as caught:
+        tc.simulate(str(tmp_path), device="h100", world_size=2, tp=2, context=64)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

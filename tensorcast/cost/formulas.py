@@ -35,7 +35,7 @@ class Context:
     def precision(self, op: Op, output: Tensor) -> Precision:
         """How the row's matmul runs here: MXFP4 weights are unpacked to bf16 where there is no FP4 arithmetic."""
         scheme: Scheme = SCHEMES[op.attrs.get("scheme", "bf16")]
-        name = {"mxfp4": "w4a8" if self.has_fp4 else "mxfp4"}.get(scheme.name, scheme.name)
+        name = {"mxfp4": "w4a8" if self.has_fp4 else "mxfp4"}.get(scheme.kernel, scheme.kernel)
         activation = next((t for t in op.inputs if not t.weight), op.inputs[0])
         weight_bytes = scheme.weight_bytes
         if scheme.name == "bf16":

@@ -16,12 +16,18 @@ class Scheme:
 
     Sources: FP8 128x128 blocks with fp32 scales and 1x128 activation groups, DeepSeek-V3 (arXiv 2412.19437) section
     3.3; MXFP4 and MXFP8 blocks of 32 with one 8-bit exponent, OCP Microscaling Formats v1.0; NVFP4 blocks of 16 with an
-    fp8 scale, NVIDIA Blackwell documentation; W4A16 groups of 128 with an fp16 scale and zero point, AWQ (2306.00978).
+    fp8 scale, NVIDIA Blackwell documentation; W4A16 groups of 128 with an fp16 scale and zero point, AWQ (2306.00978),
+    ``_g32`` groups of 32 with a scale only (compressed-tensors checkpoints such as Kimi-K2-Thinking).
     """
 
     name: str
     weight_bytes: float
     activation_bytes: float = 2.0
+
+    @property
+    def kernel(self) -> str:
+        """The kernels' name for it: group sizes differ in bytes, not in arithmetic."""
+        return self.name.partition("_g")[0]
 
     @property
     def quantizes_activation(self) -> bool:
@@ -36,6 +42,7 @@ SCHEMES = {
         Scheme("fp8_block", 1.0 + 4 / 128**2, 1.0 + 4 / 128),
         Scheme("int8", 1.0, 1.0),
         Scheme("w4a16", 0.5 + 2 / 128 + 0.5 / 128),
+        Scheme("w4a16_g32", 0.5 + 2 / 32),
         Scheme("mxfp4", 0.5 + 1 / 32),
         Scheme("nvfp4", 0.5 + 1 / 16, 0.5 + 1 / 16),
     )
@@ -127,7 +134,7 @@ def _compressed(group: dict[str, Any]) -> str:
     if kind == "int" and bits == 8 and group.get("input_activations"):
         return "int8"
     if kind == "int" and bits == 4:
-        return "w4a16"
+        return "w4a16_g32" if weights.get("group_size") == 32 else "w4a16"
     raise InputError(f"quantization_config: weights of type={kind!r}, num_bits={bits!r} are not known")
 
 

@@ -36,7 +36,7 @@ def trace(profile: ModelProfile, phase: Phase, tp: int = 1) -> OpTable:
         whole = _trace_one(profile, config, config, phase, 1)
         if tp == 1:
             return whole
-        shard = _trace_one(profile, narrow(config, tp), config, phase, tp)
+        shard = _trace_shard(profile, config, phase, tp)
     params = tuple(
         Param(
             **{
@@ -49,6 +49,18 @@ def trace(profile: ModelProfile, phase: Phase, tp: int = 1) -> OpTable:
     )
     table = mark_sharding(whole, shard)
     return OpTable(table.model, phase, tp, table.ops, table.layer_kinds, table.kind_names, params, whole.facts)
+
+
+def _trace_shard(profile: ModelProfile, config: PreTrainedConfig, phase: Phase, tp: int) -> OpTable:
+    narrowed = narrow(config, tp)
+    try:
+        return _trace_one(profile, narrowed, config, phase, tp)
+    except RuntimeError as reason:  # a class that derives one width from another (OLMoE: heads from the hidden size)
+        line = str(reason).strip().splitlines()[0][:120]
+        raise InputError(
+            f"model {profile.name}: transformers' class does not run with the widths of one of tp = {tp} ranks; "
+            f"use tp = 1 ({line})"
+        ) from None
 
 
 def _fields(param: Param) -> dict[str, Any]:

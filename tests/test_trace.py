@@ -135,6 +135,22 @@ def test_table_equals_symbolic_shape_trace(family: str) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("family", "phase", "form"),
+    [
+        ("deepseek_v3", "decode", "mla_absorb"),
+        ("deepseek_v3", "prefill", "mla_expand"),
+        ("glm_moe_dsa", "prefill", "mla_absorb"),
+    ],
+)
+def test_latent_attention_is_absorbed_where_engines_absorb_it(family: str, phase: str, form: str) -> None:
+    table = trace(profile_of(family), phase)  # type: ignore[arg-type]
+    found = [op for op in table.ops if op.name in ("mla_absorb", "mla_expand")]
+    assert {op.name for op in found} == {form}
+    rows = {op.inputs[0].dims[0] for op in found}
+    assert rows == {Dim(1, B=1, L=1) if form == "mla_expand" else Dim(1, B=1, S=int(phase == "prefill"))}
+
+
 @pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-30b-a3b", "gpt-oss-20b"])
 def test_table_survives_the_cache(name: str) -> None:
     import json

@@ -1,7 +1,8 @@
 """Multi-head latent attention's up-projection, as engines run it in each phase.
 
 Decode absorbs it into the query and the output (two batched matmuls per head: DeepSeek-V2, arXiv 2405.04434, section
-2.1.2); prefill expands keys and values of every token of the sequence, cached ones too.
+2.1.2); prefill expands keys and values of every token of the sequence, cached ones too. Sparse attention reads a few
+cached latents per query, so it stays absorbed in prefill as well (FlashMLA's sparse prefill kernel).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from tensorcast.trace.table import Op, Tensor
 
 
 def mark_latent(ops: list[Op], phase: str) -> list[Op]:
-    """Rename each latent attention's up-projection to ``mla_absorb`` (decode) or ``mla_expand`` (prefill)."""
+    """Rename each latent attention's up-projection to ``mla_absorb`` (decode, sparse) or ``mla_expand``."""
     latent = {op.module: op for op in ops if op.name == "attention" and op.attrs.get("latent")}
-    expanded_keys = {op.inputs[1].storage for op in latent.values()} if phase == "decode" else set()
+    absorbed = {op.module for op in latent.values() if phase == "decode" or op.attrs["selected"]}
+    expanded_keys = {op.inputs[1].storage for op in latent.values() if op.module in absorbed}
     marked = []
     for op in ops:
         if op.name == "copy_" and op.outputs[0].storage in expanded_keys:
@@ -34,7 +36,7 @@ def mark_latent(ops: list[Op], phase: str) -> list[Op]:
             "nope": nope,
             "v_dim": v_dim,
         }
-        if phase == "decode":
+        if attention.module in absorbed:
             marked.append(op.but(name="mla_absorb", attrs=attrs))
         else:
             marked.append(

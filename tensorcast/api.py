@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
-    from tensorcast.deploy.simulate import Simulation
+    from tensorcast.deploy.result import Simulation
     from tensorcast.profiles.device import DeviceProfile
 
 

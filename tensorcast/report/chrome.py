@@ -9,7 +9,7 @@ from tensorcast.report.rows import calls
 from tensorcast.report.words import COLLECTIVES, headline, workload
 
 if TYPE_CHECKING:
-    from tensorcast.deploy.simulate import Simulation
+    from tensorcast.deploy.result import Simulation
 
 TRACKS = {"compute": 1, "communication": 2, "host": 3}
 """Thread id of each track. ``host`` holds what the engine adds to a step beside its kernels."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tensorcast.deploy.simulate import Simulation
+    from tensorcast.deploy.result import Simulation
 
 GROUPS = (
     "attention",

@@ -12,7 +12,7 @@ from tensorcast.report import units, words
 from tensorcast.report.rows import records, to_json
 
 if TYPE_CHECKING:
-    from tensorcast.deploy.simulate import Simulation
+    from tensorcast.deploy.result import Simulation
 
 NAMES = ("report.md", "ops.csv", "summary.json", "trace.json")
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from tensorcast.deploy.simulate import Simulation
+    from tensorcast.deploy.result import Simulation
 
 
 class Call(NamedTuple):

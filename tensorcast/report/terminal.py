@@ -16,7 +16,7 @@ from tensorcast.report import units, words
 from tensorcast.report.rows import records
 
 if TYPE_CHECKING:
-    from tensorcast.deploy.simulate import Simulation
+    from tensorcast.deploy.result import Simulation
 
 WITH_SHAPE = 100
 """Columns from which the op table shows shapes."""

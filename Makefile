@@ -22,7 +22,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate bench reports figures wheel clean
+.PHONY: help venv demo test lint accuracy calibrate bench reports figures wheel clean families
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
@@ -73,6 +73,9 @@ reports: $(STAMP)  ## the example reports that are kept in reports/
 
 figures: $(STAMP)  ## the README's picture -> reports/readme.png
 	@$(BIN)/python benchmarks/readme_figure.py
+
+families: $(STAMP)  ## the census of MoE families -> docs/families.md
+	@$(BIN)/python tests/census.py --write docs/families.md
 
 wheel: $(STAMP)  ## build dist/*.whl and the source archive
 	@$(BIN)/python -m build --no-isolation --outdir dist

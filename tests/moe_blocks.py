@@ -15,11 +15,8 @@ from tensorcast.profiles.model import ModelProfile
 MOE = [name for name in SMALL if name != "llama"]
 
 
-def block_of(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """The last MoE block of a small model of the family."""
-    config = hf_config(ModelProfile(name=family, hf_id=family, description="d", sources={}, config=SMALL[family]))
-    torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+def randomize(model: Any) -> Any:
+    """Fresh random weights and correction biases; experts run by transformers' eager loop."""
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     with torch.no_grad():
@@ -28,4 +25,12 @@ def block_of(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
         for name, buffer in model.named_buffers():
             if "correction_bias" in name:
                 buffer.normal_(0.0, 0.05)
+    return model
+
+
+def block_of(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """The last MoE block of a small model of the family."""
+    config = hf_config(ModelProfile(name=family, hf_id=family, description="d", sources={}, config=SMALL[family]))
+    torch.manual_seed(seed)
+    model = randomize(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
     return [m for m in model.modules() if any(is_stacked(child) for child in m.children())][-1].to(dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import SMALL
+from moe_blocks import randomize
 from transformers import AutoModelForCausalLM
 
 from tensorcast.errors import InputError
@@ -31,14 +32,7 @@ def test_rewritten_model_equals_eager(family: str) -> None:
     stock = AutoModelForCausalLM.from_config(
         copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    if hasattr(stock, "set_experts_implementation"):
-        stock.set_experts_implementation("eager")
-    with torch.no_grad():
-        for parameter in stock.parameters():
-            parameter.normal_(0.0, 0.1)
-        for name, buffer in stock.named_buffers():
-            if "correction_bias" in name:
-                buffer.normal_(0.0, 0.05)
+    randomize(stock)
     ours = build(config, dtype=torch.float32, device="cpu")
     renamed = {
         k.replace(".router.", ".gate.").replace(".shared_expert.", ".shared_experts.")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost import work as w
+from tensorcast.cost.memory import indexer_key_bytes, latent_bytes
 from tensorcast.cost.work import Precision, Work
 from tensorcast.modeling.quantization import SCHEMES, Scheme
 from tensorcast.trace.dims import Dim, Sizes
@@ -165,8 +166,8 @@ def attention(op: Op, at: Context) -> list[Work]:
     if a["latent"]:
         nope = width - a["rope"]
         kv_bytes = at.kv_bytes
-        if kv_bytes < 2.0:  # FlashMLA's FP8 layout: one fp32 scale per 128 values, the rope part in bf16
-            kv_bytes = (a["latent"] * (1.0 + 4.0 / 128) + 2.0 * a["rope"]) / (a["latent"] + a["rope"])
+        if kv_bytes < 2.0:
+            kv_bytes = latent_bytes(a["latent"], a["rope"]) / (a["latent"] + a["rope"])
         return [
             w.mla(
                 batch,
@@ -212,16 +213,12 @@ def attention(op: Op, at: Context) -> list[Work]:
     return [found]
 
 
-INDEXER_KEY_BYTES = 132
-"""Cached indexer key of 128 FP8 values and one fp32 scale (vLLM and SGLang, DeepSeek-V3.2)."""
-
-
 @formula("sparse_indexer")
 def sparse_indexer(op: Op, at: Context) -> list[Work]:
     """Scores of every visible cached token per query and head, then top-k: q ``[B*S,Hi,Di]``, keys ``[B,L,Di]``."""
     heads, width, new = at.value(op.attrs["heads"]), at.value(op.attrs["head_dim"]), at.sizes.S
     pairs = at.sizes.B * w.attended_pairs(new, at.sizes.P)
-    keys = at.sizes.B * at.sizes.L * (INDEXER_KEY_BYTES / 128 * width)
+    keys = at.sizes.B * at.sizes.L * indexer_key_bytes(width)
     queries = at.sizes.B * new * heads * width
     flops = 2.0 * pairs * heads * width
     # fp32 scores are written once and read once by the selection

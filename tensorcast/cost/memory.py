@@ -49,15 +49,24 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
     return entries
 
 
+def latent_bytes(latent: float, rope: float) -> float:
+    """One token's FP8 latent cache entry: see :data:`MLA_FP8_SCALE_GROUP`."""
+    return latent + 4.0 * latent / MLA_FP8_SCALE_GROUP + 2.0 * rope
+
+
+def indexer_key_bytes(width: float) -> float:
+    """One token's indexer key: fp8 with one fp32 scale per 128, whatever the KV dtype (vLLM, SGLang: 132 bytes)."""
+    return width + 4.0 * math.ceil(width / 128)
+
+
 def _token_bytes(op: Op, keys: Tensor, values: Tensor, unit: Sizes, kv: str, attention: Op | None) -> float:
     numel = float(keys.numel(unit) + values.numel(unit))
-    if op.attrs["kind"] == "indexer":  # engines keep it in fp8 with one fp32 scale per 128, whatever the KV dtype
-        return numel + 4.0 * math.ceil(numel / 128)
+    if op.attrs["kind"] == "indexer":
+        return indexer_key_bytes(numel)
     if kv == "bf16":
         return 2.0 * numel
     if attention is not None and attention.attrs["latent"]:
-        latent = float(keys.numel(unit))
-        return latent + 4.0 * latent / MLA_FP8_SCALE_GROUP + 2.0 * float(values.numel(unit))
+        return latent_bytes(float(keys.numel(unit)), float(values.numel(unit)))
     return numel
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tensorcast.cost.memory import activation_bytes, cache_bytes, low_latency_buffer_bytes, weight_bytes
 from tensorcast.cost.routing import Routing
@@ -140,24 +140,18 @@ def deploy(
     options: Options = Options(),
 ) -> Deployment:
     """Trace (or load) the model at this tp, quantise, fuse, and lay it out. Raises :class:`InputError` if illegal."""
-    quantization = override(
-        from_config(model.config, model.kv_dtype)
-        if not model.quantization
-        else override(Quantization(kv=model.kv_dtype), model.quantization),
-        options.quant,
-    )
+    base = Quantization(kv=model.kv_dtype) if model.quantization else from_config(model.config, model.kv_dtype)
+    quantization = override(override(base, model.quantization), options.quant)
     if options.kv_dtype:
         if options.kv_dtype not in KV_DTYPES:
             raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
-        quantization = override(quantization, f"kv={options.kv_dtype}")
+        quantization = replace(quantization, kv=options.kv_dtype)
     if options.fusion not in ("engine", "none"):
         raise InputError(f"--fusion {options.fusion!r}: must be engine or none")
     routing = Routing.parse(options.routing)
-    facts = traced(model, phase, 1).facts if layout.tp > 1 else None
-    if facts is not None:
-        check(layout, facts, device)
-    raw = traced(model, phase, layout.tp)
-    check(layout, raw.facts, device)
+    whole = traced(model, phase)
+    check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
+    raw = whole if layout.tp == 1 else traced(model, phase, layout.tp)
     table = apply_quantization(raw, quantization)
     table = fuse(table, engine.fusions if options.fusion == "engine" else ())
     plan = make_plan(table, layout, device, engine, options.all2all, options.dispatch)

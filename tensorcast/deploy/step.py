@@ -98,9 +98,9 @@ class Step:
         micro = 1 if pp == 1 else int(min(pp, np.min(batch)))
         context = self._context(np.asarray(batch, dtype=float) / micro if micro > 1 else batch, new, past)
         rows = tuple(self._row(row, context) for row in self.plan.rows)
+        per_stage = [self._counts(i) for i in range(pp)]
         stage_s = [
-            sum((price.seconds * n for price, n in zip(rows, self._counts(i), strict=True) if n), 0.0)
-            for i in range(len(self.stages))
+            sum((price.seconds * n for price, n in zip(rows, calls, strict=True) if n), 0.0) for calls in per_stage
         ]
         slowest = stage_s[0]
         for seconds in stage_s[1:]:
@@ -109,7 +109,7 @@ class Step:
         overhead: Any = float(self.engine.step_overhead_s)
         if self.engine.request_overhead_s is not None:
             overhead = overhead + float(self.engine.request_overhead_s) * batch
-        counts = tuple(sum(column) for column in zip(*(self._counts(i) for i in range(pp)), strict=True))
+        counts = tuple(sum(column) for column in zip(*per_stage, strict=True))
         total = slowest * turns + overhead
         return StepPrice(rows, counts, total, overhead, _step_error(rows, counts), micro)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tensorcast.trace.cache import write_atomically
+
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from tensorcast.deploy.result import Simulation
 
 GROUPS = (
@@ -80,12 +83,9 @@ def step_bars(runs: Mapping[str, Simulation], title: str, path: Path) -> Path:
     return save(figure, path)
 
 
-def save(figure: object, path: Path) -> Path:
-    """Write a figure to a temporary name beside ``path`` and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=path.suffix)
-    os.close(handle)
-    figure.savefig(name)  # type: ignore[attr-defined]
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+def save(figure: Figure, path: Path) -> Path:
+    """Render by ``path``'s suffix, then write at once."""
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix.removeprefix("."))
+    write_atomically(path, image.getvalue())
     return path

@@ -51,14 +51,14 @@ def _file(profile: ModelProfile, phase: str, tp: int) -> Path | None:
     return folder / "traces" / f"{profile.name}-{phase}-tp{tp}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write to a temporary name beside ``path`` and rename, so that no reader sees half a file."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write to a temporary name beside ``path`` and rename: a reader sees the old file or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # mkstemp makes it for the owner alone
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.chmod(name, path.stat().st_mode if path.exists() else 0o644)  # mkstemp makes it for the owner alone
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -72,9 +72,10 @@ def traced(profile: ModelProfile, phase: str, tp: int = 1) -> OpTable:
     if path is not None and path.exists():
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # damaged: trace again
             return OpTable.from_json(json.loads(path.read_text(encoding="utf-8")))
+    whole = traced(profile, phase) if tp > 1 else None
     from tensorcast.trace.tracer import trace  # torch and transformers load only here
 
-    table = trace(profile, phase, tp)  # type: ignore[arg-type]
+    table = trace(profile, phase, tp, whole)  # type: ignore[arg-type]
     if path is not None:
         with contextlib.suppress(OSError):  # a read-only home costs time, not the answer
             write_atomically(path, json.dumps(table.to_json(), separators=(",", ":")))

@@ -52,7 +52,7 @@ def record_step(
             if "NoneType" not in str(reason):
                 raise
             if kinds is not None:
-                kinds.__init__()  # type: ignore[misc]  # what the failed attempt found is void
+                kinds.clear()  # what the failed attempt found is void
             with_masks = True
     device = next(model.parameters()).device
     cache: Any = trace_cache(model, config, past)

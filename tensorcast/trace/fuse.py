@@ -268,7 +268,7 @@ def sparse_indexers(ops: list[Op]) -> list[Op]:
         scores = next(row for row in region if row.name == "bmm")
         query, keys = scores.inputs[0], op.outputs[0]
         heads = query.dims[-2] if len(query.dims) == 3 else Dim(1)
-        selected = ends[0] and ops[ends[0]].outputs[0].dims[-1]
+        selected = ops[ends[0]].outputs[0].dims[-1]
         attrs = {"heads": heads, "selected": selected, "head_dim": keys.dims[-1]}
         result.append(Op("sparse_indexer", op.module, op.kind, (query, keys), ops[ends[0]].outputs[1:], attrs))
         i = ends[0] + 1

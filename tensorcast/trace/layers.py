@@ -29,6 +29,11 @@ class Kinds:
     of_layer: list[int] = field(default_factory=list)
     representatives: list[str] = field(default_factory=list)
 
+    def clear(self) -> None:
+        """Forget what was found."""
+        for found in (self.paths, self.of_layer, self.representatives):
+            found.clear()
+
     def kind_of(self, module: str) -> int:
         """The kind whose representative holds the module, or -1."""
         for kind, path in enumerate(self.representatives):

@@ -27,13 +27,16 @@ from tensorcast.trace.table import Op, OpTable, Param, Tensor, layer_ranges
 Phase = Literal["prefill", "decode"]
 
 
-def trace(profile: ModelProfile, phase: Phase, tp: int = 1) -> OpTable:
-    """Op table of one step of ``profile`` on one of ``tp`` ranks. Seconds, not minutes; nothing is allocated."""
+def trace(profile: ModelProfile, phase: Phase, tp: int = 1, whole: OpTable | None = None) -> OpTable:
+    """Op table of one step of ``profile`` on one of ``tp`` ranks. Seconds, not minutes; nothing is allocated.
+
+    ``whole``: the table at tp = 1, where the caller has it; a rank's is compared with it.
+    """
     transformers_logging.set_verbosity_error()
     config = hf_config(profile)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        whole = _trace_one(profile, config, config, phase, 1)
+        whole = whole or _trace_one(profile, config, config, phase, 1)
         if tp == 1:
             return whole
         shard = _trace_shard(profile, config, phase, tp)

@@ -18,8 +18,9 @@ from tensorcast.cost.collectives import Kind, Phase, collective_time
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import list_devices, load_device
+from tensorcast.trace.cache import write_atomically
 from tensorcast.validate import tables as measured
-from tensorcast.validate.fit import KERNEL_FAMILIES, kernel_seconds, write_atomically
+from tensorcast.validate.fit import KERNEL_FAMILIES, kernel_seconds
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 

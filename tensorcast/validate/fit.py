@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from tensorcast.cost import roofline
 from tensorcast.cost.work import Work
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import Calibration, CollectiveConstants, DeviceProfile, KernelConstants
+from tensorcast.trace.cache import write_atomically
 from tensorcast.validate import tables as measured
 
 KERNEL_FAMILIES = (
@@ -293,19 +292,6 @@ def render(calibration: Calibration) -> str:
         if entries:
             lines += [f"  {name}:", *(_line(entry) for entry in entries)]
     return "\n".join(lines) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a temporary file beside ``path`` and move it there: a reader sees the old text or the new, never half."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", text=True)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        os.chmod(temporary, path.stat().st_mode if path.exists() else 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:

@@ -137,7 +137,8 @@ class FusedMoEBase(nn.Module):
 
     def _take(self, source: nn.Module, name: str, chosen: Tensor) -> None:
         whole: Tensor = getattr(source, name)
-        part = whole.detach()[chosen.to(whole.device) if whole.device.type != "meta" else chosen.to("meta")]
+        every = chosen.tolist() == list(range(whole.shape[0]))  # then share the weights instead of copying them
+        part = whole.detach() if every else whole.detach()[chosen.to(whole.device)]
         is_up = name.startswith(self.up_name)
         if self.etp.size > 1 and name != "down_proj_bias":
             # up: the output dim; down: the input dim; biases have no input dim

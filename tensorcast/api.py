@@ -58,7 +58,7 @@ def simulate(
     >>> run.step_s, run.ops.head()  # doctest: +SKIP
     """
     from tensorcast.deploy.layout import Layout
-    from tensorcast.deploy.simulate import Options
+    from tensorcast.deploy.options import Options
     from tensorcast.deploy.simulate import simulate as run
     from tensorcast.deploy.workload import Workload
     from tensorcast.profiles import load_engine, load_model

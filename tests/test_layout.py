@@ -9,8 +9,9 @@ import pytest
 
 from tensorcast.cost.routing import Routing
 from tensorcast.deploy.layout import Layout, check, stage_layers
+from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan import Collective
-from tensorcast.deploy.simulate import Deployment, Options, deploy
+from tensorcast.deploy.simulate import Deployment, deploy
 from tensorcast.errors import InputError
 from tensorcast.profiles import load_device, load_engine, load_model
 from tensorcast.trace.cache import traced

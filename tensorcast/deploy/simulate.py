@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from tensorcast.cost.memory import activation_bytes, cache_bytes, low_latency_buffer_bytes, weight_bytes
 from tensorcast.cost.routing import Routing
 from tensorcast.deploy.layout import Layout, check
+from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan import Collective, make_plan
 from tensorcast.deploy.result import Simulation
 from tensorcast.deploy.step import Step, StepPrice
@@ -21,20 +22,6 @@ from tensorcast.trace.dims import Sizes
 from tensorcast.trace.fuse import fuse
 from tensorcast.trace.quantize import apply_quantization
 from tensorcast.trace.table import OpTable
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a deployment can choose beside its layout."""
-
-    fusion: str = "engine"
-    quant: str | None = None
-    kv_dtype: str | None = None
-    routing: str = "balanced"
-    all2all: str = "auto"
-    dispatch: str | None = None
-    redundant_experts: int = 0
-    placement: str = "linear"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""The command line's frame: the app, how errors end it, and what every command shares."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tensorcast.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PATIENCE_S = 1.0
+"""Seconds after which a terminal is told that work is going on."""
+
+EXAMPLES = """[bold]Examples[/bold]
+
+tensorcast models
+
+tensorcast simulate mixtral-8x7b --device h100 --world-size 2 --batch 32
+
+tensorcast simulate deepseek-v3 -d h200 -n 32 --dp 32 --ep 32 --batch 128
+
+tensorcast simulate --help"""
+
+
+class _Commands(TyperGroup):
+    """Bad input: one line on stderr, exit code 2. Ctrl-C: one line, 130. Anything else is a bug: a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES,
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # A terminal that cannot show a character gets a ? instead of a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        app(prog_name="tensorcast")
+    except BrokenPipeError:
+        _reader_left()
+    except SystemExit as leaving:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _reader_left()
+        raise leaving from None
+
+
+def _reader_left() -> None:
+    """Whoever read our output (``| head``) has seen enough: leave without a word, also while Python shuts down."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(1) from None
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from tensorcast import __version__
+
+        typer.echo(f"tensorcast {__version__}")
+        raise typer.Exit
+
+
+DEPLOYMENT, WORK, CHOICES, OUTPUT = "Deployment", "One step", "Engine and numerics", "Output"
+"""Panels of `--help`."""
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone, units in the names.")]
+
+
+@app.callback()
+def _tensorcast(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What a Mixture-of-Experts model will cost on a cluster, before you rent it."""
+
+
+def console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+@contextlib.contextmanager
+def patience(model: str) -> Iterator[None]:
+    """On a terminal, say what takes so long once it has taken :data:`PATIENCE_S`; elsewhere be silent."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    import threading
+
+    done = threading.Event()
+
+    def report() -> None:
+        if done.wait(PATIENCE_S):
+            return
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+            task = progress.add_task("")
+            while not done.wait(0.1):
+                progress.update(task, description=_doing(model))
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _doing(model: str) -> str:
+    """What is under way, by what has been loaded for it."""
+    if "tensorcast.trace.tracer" in sys.modules:
+        return f"tracing {model}, once: later runs read it from the cache"
+    if "tensorcast.validate.host" in sys.modules:
+        return "measuring this machine, once"
+    return f"simulating {model}"

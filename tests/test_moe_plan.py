@@ -13,8 +13,8 @@ from moe_blocks import block_of
 
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.simulate import deploy
 from tensorcast.deploy.plan import Collective
+from tensorcast.deploy.simulate import deploy
 from tensorcast.modeling.moe.groups import MoEGroups
 from tensorcast.modeling.moe.layer import MoELayer, MoEOptions, ParallelMoELayer
 from tensorcast.profiles import load_device, load_engine, load_model

@@ -21,17 +21,29 @@ from tensorcast.trace.table import DTYPE_BYTES, Op, Tensor
 
 @dataclass(frozen=True)
 class Context:
-    """What a formula may ask beside the row: sizes, hit experts, phase, and how this device runs a scheme."""
+    """What a formula may ask beside the row: sizes, hit experts, phase, and how this device runs a scheme.
+
+    ``backend``: how expert matmuls run. ``capacity``: rows that a masked one keeps room for, per expert. ``verify``:
+    new tokens per sequence that a decode step checks at once (1 + drafted ones); ``sizes.B`` then counts all of them.
+    """
 
     sizes: Sizes
     hit: Any = 0.0
     decode: bool = True
     kv_bytes: float = 2.0
     has_fp4: bool = False
+    backend: str = "grouped_mm"
+    capacity: Any = 0.0
+    masked_skips: bool = True
+    verify: float = 1.0
 
     def value(self, size: Any) -> Any:
         """A dim or a plain number at these sizes."""
         return size.at(self.sizes) if isinstance(size, Dim) else size
+
+    def sequences(self, batch: Any, new: Any) -> tuple[Any, Any]:
+        """Sequences and new tokens of each, where a decode step checks drafted tokens along with the last one."""
+        return batch / self.verify, new * self.verify
 
     def precision(self, op: Op, output: Tensor) -> Precision:
         """How the row's matmul runs here: MXFP4 weights are unpacked to bf16 where there is no FP4 arithmetic."""
@@ -120,13 +132,31 @@ def batched_matmul(op: Op, at: Context) -> list[Work]:
     return [w.gemm(m, at.value(b.dims[-1]), k, precision, batch)]
 
 
+CONTIGUOUS_ROWS, MASKED_ROWS = 128, 64
+"""Least rows of a tile in DeepGEMM's contiguous and masked layouts (github.com/deepseek-ai/DeepGEMM)."""
+
+
 @formula("grouped_matmul")
 def grouped_matmul(op: Op, at: Context) -> list[Work]:
-    """Rows ``[R,K]`` of the busiest rank against the hit experts' ``[N,K]``."""
+    """Rows ``[R,K]`` of the busiest rank against the hit experts' ``[N,K]``, as ``at.backend`` runs them.
+
+    ``grouped_mm``: one kernel; ``contiguous`` pads every expert's rows to 128; ``masked`` to 64 where the kernel skips
+    empty tiles, else it computes all experts at full capacity. ``eager``: one GEMM per hit expert. ``batched_mm``:
+    each row copies its expert's weights, then multiplies alone (transformers' experts interface).
+    """
     x, out = op.inputs[0], op.outputs[0]
-    return [
-        w.grouped_gemm(at.value(x.dims[0]), at.hit, at.value(out.dims[-1]), at.value(x.dims[-1]), at.precision(op, out))
-    ]
+    rows, k, n = at.value(x.dims[0]), at.value(x.dims[-1]), at.value(out.dims[-1])
+    precision = at.precision(op, out)
+    if at.backend == "eager":
+        return [replace(w.gemm(rows / np.maximum(at.hit, 1.0), n, k, precision), calls=at.hit)]
+    if at.backend == "batched_mm":
+        copied = rows * n * k * precision.weight_bytes
+        return [w.memory(copied, copied), w.gemm(1.0, n, k, precision, batch=rows)]
+    if at.backend == "masked" and not at.masked_skips:
+        padded = w.grouped_gemm(at.sizes.E * at.capacity, at.sizes.E, n, k, precision)
+        return [replace(padded, flops=2.0 * rows * n * k)]
+    least = {"contiguous": CONTIGUOUS_ROWS, "masked": MASKED_ROWS}.get(at.backend, 16)
+    return [w.grouped_gemm(rows, at.hit, n, k, precision, least)]
 
 
 @formula("mla_absorb")
@@ -162,6 +192,7 @@ def attention(op: Op, at: Context) -> list[Work]:
     """q ``[B,Hq,S,D]``, new k ``[B,Hkv,S,D]``, v ``[B,Hkv,S,Dv]`` after ``past`` cached tokens."""
     q, k, v = op.inputs[:3]
     batch, heads, new, width = (at.value(d) for d in q.dims)
+    batch, new = at.sequences(batch, new)
     past, a = at.value(op.attrs["past"]), op.attrs
     if a["latent"]:
         nope = width - a["rope"]
@@ -216,10 +247,11 @@ def attention(op: Op, at: Context) -> list[Work]:
 @formula("sparse_indexer")
 def sparse_indexer(op: Op, at: Context) -> list[Work]:
     """Scores of every visible cached token per query and head, then top-k: q ``[B*S,Hi,Di]``, keys ``[B,L,Di]``."""
-    heads, width, new = at.value(op.attrs["heads"]), at.value(op.attrs["head_dim"]), at.sizes.S
-    pairs = at.sizes.B * w.attended_pairs(new, at.sizes.P)
-    keys = at.sizes.B * at.sizes.L * indexer_key_bytes(width)
-    queries = at.sizes.B * new * heads * width
+    heads, width = at.value(op.attrs["heads"]), at.value(op.attrs["head_dim"])
+    batch, new = at.sequences(at.sizes.B, at.sizes.S)
+    pairs = batch * w.attended_pairs(new, at.sizes.P)
+    keys = batch * at.sizes.L * indexer_key_bytes(width)
+    queries = batch * new * heads * width
     flops = 2.0 * pairs * heads * width
     # fp32 scores are written once and read once by the selection
     family = "attention_decode" if at.decode else "attention_prefill"
@@ -249,6 +281,7 @@ def linear_attention(op: Op, at: Context) -> list[Work]:
     """
     v, k = op.inputs[2], op.inputs[1]
     batch, new, heads, v_dim = (at.value(d) for d in v.dims)
+    batch, new = at.sequences(batch, new)
     k_dim, chunk = at.value(k.dims[-1]), op.attrs.get("chunk", 64)
     per_token = 6.0 * k_dim * v_dim + (0.0 if at.decode else 4.0 * chunk * (k_dim + v_dim))
     state = 2.0 * 4.0 * batch * heads * k_dim * v_dim
@@ -263,6 +296,7 @@ def ssm_scan(op: Op, at: Context) -> list[Work]:
     form adds ``2*C*(N + D)`` (Mamba-2, arXiv 2405.21060, section 6)."""
     x, b = op.inputs[0], op.inputs[1]
     batch, new, heads, width = (at.value(d) for d in x.dims)
+    batch, new = at.sequences(batch, new)
     n, chunk = at.value(b.dims[-1]), op.attrs.get("chunk", 256)
     flops = batch * new * heads * (6.0 * width * n + (0.0 if at.decode else 2.0 * chunk * (n + width)))
     moved = (

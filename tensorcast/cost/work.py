@@ -47,7 +47,7 @@ class Work:
     traffic with device memory, reads plus writes; ``tiles`` are independent pieces of work. ``tilings``: the ways in
     which the kernel can be cut, the fastest of which runs (none: compute spreads evenly). ``rows`` and ``elements``
     are work beside the matrix units: rows of the input and their elements that a call passes over first
-    (quantisation, permutation), or softmax rows and scores.
+    (quantisation, permutation), or softmax rows and scores. ``calls``: how many such calls run one after another.
     """
 
     family: str
@@ -59,6 +59,7 @@ class Work:
     tilings: tuple[Tiling, ...] = ()
     rows: Size = 0.0
     elements: Size = 0.0
+    calls: Size = 1.0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,21 @@ class Layout:
         parts += [f"ep{self.ep}"] if self.ep > 1 else []
         parts += [f"pp{self.pp}"] if self.pp > 1 else []
         return "-".join(parts)
+
+
+def parse_layout(text: str, world_size: int | None = None) -> Layout:
+    """A layout from words such as ``tp8-dp4-ep32-pp2``, as ``str(layout)`` writes them; a size left out is 1.
+
+    ``world_size`` defaults to tp*dp*pp. Raises :class:`InputError` on anything else.
+    """
+    sizes: dict[str, int] = {}
+    for word in re.split(r"[-,\s]+", text.strip().lower()):
+        found = re.fullmatch(r"(tp|dp|ep|pp)=?(\d+)", word)
+        if not found or found[1] in sizes:
+            raise InputError(f"layout {text!r}: {word!r} is not one size each of tp, dp, ep, pp, as in tp1-dp32-ep32")
+        sizes[found[1]] = int(found[2])
+    product = sizes.get("tp", 1) * sizes.get("dp", 1) * sizes.get("pp", 1)
+    return Layout(product if world_size is None else world_size, **sizes)
 
 
 @dataclass(frozen=True)

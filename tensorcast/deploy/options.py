@@ -1,13 +1,27 @@
-"""What a deployment can choose beside its layout."""
+"""What a deployment can choose beside its layout, and the rules that the choices must keep."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from tensorcast.deploy.layout import Layout
+from tensorcast.errors import InputError
+
+EXCHANGES = ("high_throughput", "low_latency", "direct")
+"""All-to-all kinds in which every rank sends its own tokens and works on what it receives."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Precision, kernels, exchange and expert placement; ``None`` and ``auto`` are what model and engine default to."""
+    """Precision, kernels, exchange and expert placement; ``None`` and ``auto`` are what model and engine default to.
+
+    ``shared_expert_tp``: shared experts are cut over tp (else every tp rank holds them whole).
+    ``external_shared_experts``: expert-parallel ranks that hold only the shared expert. ``dual_batch_overlap``: two
+    half batches, one computing while the other communicates. ``mtp_depth``: tokens drafted per sequence and step.
+    ``chunk_tokens``: tokens that pass the experts at a time (0: all).
+    """
 
     fusion: str = "engine"
     quant: str | None = None
@@ -17,3 +31,103 @@ class Options:
     dispatch: str | None = None
     redundant_experts: int = 0
     placement: str = "linear"
+    experts_backend: str = "auto"
+    shared_expert_tp: bool = True
+    external_shared_experts: int = 0
+    dual_batch_overlap: bool = False
+    mtp_depth: int = 0
+    chunk_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class OptionRule:
+    """A named condition on options for a layout, a model's facts and the exchange that runs (see ``RULES`` too)."""
+
+    name: str
+    broken: Callable[[Options, Layout, dict[str, Any], str], str]
+
+
+def _numbers(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
+    for flag in ("redundant_experts", "external_shared_experts", "mtp_depth", "chunk_tokens"):
+        if getattr(o, flag) < 0:
+            return f"--{flag.replace('_', '-')} {getattr(o, flag)} must be at least 0"
+    if o.fusion not in ("engine", "none"):
+        return f"--fusion {o.fusion!r} must be engine or none"
+    return ""
+
+
+def _experts(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
+    asked = o.redundant_experts or o.placement != "linear" or o.experts_backend != "auto" or o.chunk_tokens
+    if facts["num_experts"] or not (asked or o.external_shared_experts or o.dual_batch_overlap):
+        return ""
+    return (
+        "the model has no experts: --redundant-experts, --placement, --experts-backend, --chunk-tokens, "
+        "--external-shared-experts and --dual-batch-overlap do not apply"
+    )
+
+
+def _external(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
+    n = o.external_shared_experts
+    if not n:
+        return ""
+    if not facts["shared_experts"]:
+        return f"--external-shared-experts {n}: the model has no shared expert"
+    if all2all not in EXCHANGES:
+        return (
+            f"--external-shared-experts {n}: tokens must travel to it; use dp > 1, ep = tp*dp and an all-to-all "
+            f"({', '.join(EXCHANGES)}), not {all2all}"
+        )
+    if n >= layout.ep:
+        return f"--external-shared-experts {n} leaves none of ep = {layout.ep} ranks for routed experts"
+    return ""
+
+
+def _redundant(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
+    physical, ranks = facts["num_experts"] + o.redundant_experts, layout.ep - o.external_shared_experts
+    if not o.redundant_experts or o.placement != "eplb" or ranks < 1 or physical % ranks == 0:
+        return ""
+    return f"{physical} experts and copies do not divide over {ranks} ranks, as --placement eplb needs"
+
+
+def _overlap(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
+    if not o.dual_batch_overlap or all2all in ("high_throughput", "low_latency"):
+        return ""
+    return f"--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is {all2all}"
+
+
+def _drafts(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
+    if not o.mtp_depth or facts["mtp_modules"]:
+        return ""
+    return f"--mtp-depth {o.mtp_depth}: the model's config has no multi-token prediction module"
+
+
+OPTION_RULES = (
+    OptionRule("valid numbers", _numbers),
+    OptionRule("experts to place", _experts),
+    OptionRule("external shared experts", _external),
+    OptionRule("redundant experts", _redundant),
+    OptionRule("overlap needs an exchange", _overlap),
+    OptionRule("drafts need a module", _drafts),
+)
+
+
+def broken_option(options: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> tuple[str, str]:
+    """Name of the first rule that ``options`` break and what is wrong; two empty strings if none."""
+    for rule in OPTION_RULES:
+        if problem := rule.broken(options, layout, facts, all2all):
+            return rule.name, problem
+    return "", ""
+
+
+def check_options(options: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> None:
+    """Raise :class:`InputError` with what the first broken rule says. ``facts``: :func:`option_facts`."""
+    _, problem = broken_option(options, layout, facts, all2all)
+    if problem:
+        raise InputError(problem)
+
+
+def option_facts(facts: dict[str, Any], shared_experts: bool, config: dict[str, Any]) -> dict[str, Any]:
+    """A table's ``facts`` with what options depend on beside them: shared experts, multi-token prediction modules."""
+    text = config.get("text_config") or config
+    modules = next((text[k] for k in ("num_nextn_predict_layers", "mtp_num_hidden_layers") if text.get(k)), 0)
+    return {**facts, "shared_experts": shared_experts, "mtp_modules": modules}

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tensorcast.cost.collectives import group_extent
+from tensorcast.deploy.blocks import blocks_of
 from tensorcast.deploy.layout import ALL2ALL, Layout
+from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import SCHEMES, Scheme
 from tensorcast.profiles.device import DeviceProfile
@@ -47,11 +49,12 @@ Row = Op | Collective
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of one rank's step, in order, and how the MoE blocks exchange tokens."""
+    """Rows of one rank's step, in order, how the MoE blocks exchange tokens, and how their matmuls run."""
 
     rows: tuple[Row, ...]
     all2all: str
     dispatch: Scheme
+    backend: str = "grouped_mm"
 
 
 def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any) -> str:
@@ -71,30 +74,48 @@ def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: An
     return wanted
 
 
+EXPERTS_BACKENDS = ("auto", "eager", "batched_mm", "grouped_mm", "contiguous", "masked")
+"""How expert matmuls run: transformers' three, and the two layouts of a grouped GEMM in serving engines."""
+
+BACKEND_OF = {"high_throughput": "contiguous", "low_latency": "masked"}
+"""Layout in which an exchange delivers rows, and so the grouped GEMM that reads them (DeepEP with DeepGEMM)."""
+
+
+def choose_experts_backend(wanted: str, all2all: str, engine: EngineProfile, phase: Any) -> str:
+    """The experts backend that runs: the wanted one, else what the exchange delivers to, else the engine's.
+
+    ``wanted``: a name, or names by phase as in ``prefill=contiguous,decode=masked``.
+    """
+    chosen = wanted
+    if "=" in wanted:
+        by_phase = dict(part.partition("=")[::2] for part in wanted.replace(" ", "").split(","))
+        if strange := set(by_phase) - {"prefill", "decode"}:
+            raise InputError(f"--experts-backend {wanted!r}: {min(strange)!r} must be prefill or decode")
+        chosen = by_phase.get(phase, "auto")
+    if chosen not in EXPERTS_BACKENDS:
+        raise unknown_name("--experts-backend", chosen, EXPERTS_BACKENDS)
+    if chosen != "auto":
+        return chosen
+    return BACKEND_OF.get(all2all) or engine.experts_backend.get(phase, "grouped_mm")
+
+
 def make_plan(
-    table: OpTable,
-    layout: Layout,
-    device: DeviceProfile,
-    engine: EngineProfile,
-    all2all: str = "auto",
-    dispatch: str | None = None,
+    table: OpTable, layout: Layout, device: DeviceProfile, engine: EngineProfile, options: Options = Options()
 ) -> Plan:
-    """The rows of one rank. ``dispatch``: scheme that tokens are sent in, default the experts' own if it is FP8."""
-    chosen = choose_all2all(all2all, layout, engine, table.phase)
+    """The rows of one rank, by ``options``' exchange, dispatch dtype (default the experts' own if FP8) and backend."""
+    chosen, dispatch = choose_all2all(options.all2all, layout, engine, table.phase), options.dispatch
     experts = next((op for op in table.ops if op.name == "grouped_matmul"), None)
     if dispatch is not None and dispatch not in SCHEMES:
         raise unknown_name("--dispatch dtype", dispatch, SCHEMES)
     scheme = SCHEMES[dispatch or (experts.attrs.get("scheme", "bf16") if experts else "bf16")]
     if not scheme.quantizes_activation:
         scheme = SCHEMES["bf16"]
-    rows = tuple(_with_collectives(table, layout, device, chosen, scheme))
-    return Plan(rows, chosen, scheme)
+    moe = _MoEExchange(table, layout, device, chosen, scheme, int(options.external_shared_experts > 0))
+    rows = tuple(_with_collectives(table, layout, device, moe))
+    return Plan(rows, chosen, scheme, choose_experts_backend(options.experts_backend, chosen, engine, table.phase))
 
 
-def _with_collectives(
-    table: OpTable, layout: Layout, device: DeviceProfile, all2all: str, dispatch: Scheme
-) -> Iterator[Row]:
-    moe = _MoEExchange(table, layout, device, all2all, dispatch)
+def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe: _MoEExchange) -> Iterator[Row]:
     tp = group_extent(layout.tp, 1, device)
     for i, op in enumerate(table.ops):
         if op.name == "init_routing_v2":
@@ -129,8 +150,11 @@ def _reduced(op: Op, ranks: int, extent: tuple[int, ...]) -> Collective:
 class _MoEExchange:
     """A MoE block's collectives: dispatch before the permute, combine after the experts, the rest at its end."""
 
-    def __init__(self, table: OpTable, layout: Layout, device: DeviceProfile, all2all: str, dispatch: Scheme) -> None:
-        self.layout, self.all2all, self.facts = layout, all2all, table.facts
+    def __init__(
+        self, table: OpTable, layout: Layout, device: DeviceProfile, all2all: str, dispatch: Scheme, external: int
+    ) -> None:
+        self.layout, self.all2all = layout, all2all
+        self.copies = table.facts["top_k"] + external  # a copy for the ranks of an external shared expert
         self.hidden = float(table.facts["moe_hidden_size"])
         self.token = self.hidden * dispatch.activation_bytes
         self.groups = {
@@ -138,7 +162,7 @@ class _MoEExchange:
             "dp": (layout.dp, group_extent(layout.dp, layout.tp, device)),
             "ep": (layout.stage_ranks, group_extent(layout.stage_ranks, 1, device)),
         }
-        self.blocks = {op.kind: _block(op.module) for op in table.ops if op.name == "init_routing_v2"}
+        self.blocks = blocks_of(table.ops)
         experts: dict[int, int] = {}
         blocks: dict[int, int] = {}
         for i, op in enumerate(table.ops):
@@ -158,10 +182,9 @@ class _MoEExchange:
         return Collective(name, op.module, op.kind, group, ranks, extent, scale, "token", exchange, label)
 
     def _all_to_all(self, op: Op, copy_bytes: float, phase: str) -> Collective:
-        copies = self.facts["top_k"]
-        exchange = {"kind": self.all2all, "phase": phase, "copies": copies}
+        exchange = {"kind": self.all2all, "phase": phase, "copies": self.copies}
         # a token is sent by one of the tp ranks that hold it
-        return self._row(op, "all_to_all", "ep", copy_bytes * copies / self.layout.tp, phase, **exchange)
+        return self._row(op, "all_to_all", "ep", copy_bytes * self.copies / self.layout.tp, phase, **exchange)
 
     def dispatch(self, op: Op) -> Iterator[Collective]:
         """Tokens travel to the ranks of their experts."""
@@ -184,9 +207,3 @@ class _MoEExchange:
             split = self.all2all not in ("none", "allgather_reducescatter")
             name: CollectiveOp = "all_gather" if split else "all_reduce"
             yield self._row(op, name, "tp", whole, "tokens split over tp" if split else "experts")
-
-
-def _block(module: str) -> str:
-    """The MoE block that holds an experts module: its parent, unless that is the layer itself."""
-    parent = module.rpartition(".")[0]
-    return module if not parent or parent.endswith("]") else parent

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 from tensorcast.cost.memory import activation_bytes, cache_bytes, low_latency_buffer_bytes, weight_bytes
-from tensorcast.cost.routing import Routing
+from tensorcast.deploy.blocks import Whole, has_shared, with_whole_shared
 from tensorcast.deploy.layout import Layout, check
-from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan import Collective, make_plan
+from tensorcast.deploy.options import EXCHANGES, Options, check_options, option_facts
+from tensorcast.deploy.plan import Collective, choose_all2all, make_plan
 from tensorcast.deploy.result import Simulation
 from tensorcast.deploy.step import Step, StepPrice
 from tensorcast.deploy.workload import Workload
@@ -26,22 +30,22 @@ from tensorcast.trace.table import OpTable
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank."""
+    """Bytes on the fullest rank; arrays where the batch was one."""
 
-    weights: float
-    kv_cache: float
-    activations: float
-    communication: float
+    weights: Any
+    kv_cache: Any
+    activations: Any
+    communication: Any
     engine: float
     capacity: float
     budget: float
 
     @property
-    def total(self) -> float:
+    def total(self) -> Any:
         return self.weights + self.kv_cache + self.activations + self.communication + self.engine
 
     @property
-    def fits(self) -> bool:
+    def fits(self) -> Any:
         return self.total <= self.budget
 
 
@@ -59,63 +63,85 @@ class Deployment:
     raw: OpTable
     step: Step
 
-    def memory(self, batch: int, new: int, past: int) -> Memory:
-        """Memory of a step of ``batch`` sequences per data-parallel rank that end at ``past + new`` tokens."""
-        layout, table, stages = self.layout, self.step.table, self.step.stages
-        local_experts = self.step.load.local_experts if self.step.load is not None else None
-        per_stage = [
-            (
-                weight_bytes(
-                    self.raw,
-                    self.quantization,
-                    layout.ep,
-                    layout.etp,
-                    layers,
-                    first=i == 0,
-                    last=i == len(stages) - 1,
-                    local_experts=local_experts,
-                ),
-                float(cache_bytes(self.raw, self.quantization.kv, batch, past + new, layers)),
-            )
-            for i, layers in enumerate(stages)
-        ]
-        weights, cache = max(per_stage, key=sum)
-        context = self.step._context(float(batch) / max(1, min(layout.pp, batch)), float(new), float(past))
-        activations = float(activation_bytes(table, context.sizes))
+    def memory(self, batch: Any, new: int, past: int) -> Memory:
+        """Memory of a step of ``batch`` sequences per data-parallel rank that end at ``past + new`` tokens.
+
+        ``batch`` may be an array; then so are the parts that grow with it.
+        """
+        sequences = np.asarray(batch, dtype=float)
+        weights: Any = 0.0
+        cache: Any = 0.0
+        for held, layers in self._stage_weights:
+            kept = cache_bytes(self._drafting, self.quantization.kv, sequences, past + new, layers)
+            fuller = held + kept > weights + cache
+            weights, cache = np.where(fuller, held, weights), np.where(fuller, kept, cache)
+        micro = np.maximum(1.0, np.minimum(self.layout.pp, sequences))
+        sizes = self.step.context(sequences / micro, float(new), float(past)).sizes
         capacity = float(self.device.memory_bytes)
         return Memory(
-            weights,
-            cache,
-            activations,
-            self._communication_bytes(batch * new, context.sizes),
+            _plain(weights),
+            _plain(cache),
+            _plain(activation_bytes(self.step.table, sizes)),
+            _plain(self._communication_bytes(sequences * new, sizes)),
             float(self.engine.reserved_bytes),
             capacity,
             capacity * float(self.engine.memory_fraction),
         )
 
-    def _communication_bytes(self, tokens: int, sizes: Sizes) -> float:
+    @cached_property
+    def _drafting(self) -> OpTable:
+        """The table with the layer that drafts tokens after the last one, if any."""
+        drafts = self.options.mtp_depth > 0
+        kinds = self.raw.layer_kinds
+        return replace(self.raw, layer_kinds=(*kinds, kinds[-1])) if drafts else self.raw
+
+    @cached_property
+    def _stage_weights(self) -> list[tuple[float, slice]]:
+        """Bytes of weights on the fullest rank of each pipeline stage, and its layers."""
+        stages, layout, load = list(self.step.stages), self.layout, self.step.load
+        stages[-1] = slice(stages[-1].start, len(self._drafting.layer_kinds))
+        local = load.local_experts if load is not None else None
+        found = []
+        for i, layers in enumerate(stages):
+            last = i == len(stages) - 1
+            weights = weight_bytes(
+                self._drafting, self.quantization, layout.ep, layout.etp, layers, first=i == 0, last=last,
+                local_experts=local,
+            )
+            if last and self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
+                weights += 2.0 * 2.0 * self.raw.facts["hidden_size"] ** 2
+            found.append((weights, layers))
+        return found
+
+    def _communication_bytes(self, tokens: Any, sizes: Sizes) -> Any:
         """Receive buffers of the MoE exchange; collectives' own buffers are in the engine's reserve."""
         facts, kind = self.raw.facts, self.step.plan.all2all
         hidden = facts["moe_hidden_size"]
         if kind == "low_latency":
-            return float(low_latency_buffer_bytes(tokens / self.layout.tp, hidden, facts["num_experts"]))
+            return low_latency_buffer_bytes(tokens / self.layout.tp, hidden, facts["num_experts"])
         if kind == "allgather_reducescatter":
             return 2.0 * 2.0 * tokens * self.layout.dp * hidden  # gathered tokens and the sums to scatter, bf16
         if kind in ("high_throughput", "direct"):
-            return float(sizes.R) * hidden * (self.step.plan.dispatch.activation_bytes + 2.0)
+            return sizes.R * hidden * (self.step.plan.dispatch.activation_bytes + 2.0)
         return 0.0
 
     def largest_batch(self, new: int, past: int) -> int:
         """Most sequences per data-parallel rank that fit; 0 if not even one does."""
-        if not self.memory(1, new, past).fits:
-            return 0
-        low, high = 1, 2
-        while self.memory(high, new, past).fits and high < 1 << 24:
-            low, high = high, high * 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.memory(middle, new, past).fits else (low, middle)
+        low, high = 0, 1 << 24
+        while high - low > 1:  # 63 batches at a time: memory only grows with the batch
+            tried = np.unique(np.linspace(low, high, 65).astype(np.int64)[1:-1])
+            fits = np.broadcast_to(self.memory(tried, new, past).fits, tried.shape)
+            inside = int(fits.sum())
+            low, high = (
+                int(tried[inside - 1]) if inside else low,
+                int(tried[inside]) if inside < len(tried) else high,
+            )
         return low
+
+
+def _plain(value: Any) -> Any:
+    """A float where the value is one number."""
+    return float(value) if np.ndim(value) == 0 else value
 
 
 def deploy(
@@ -133,30 +159,19 @@ def deploy(
         if options.kv_dtype not in KV_DTYPES:
             raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
         quantization = replace(quantization, kv=options.kv_dtype)
-    if options.fusion not in ("engine", "none"):
-        raise InputError(f"--fusion {options.fusion!r}: must be engine or none")
-    routing = Routing.parse(options.routing)
     whole = traced(model, phase)
     check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
     raw = whole if layout.tp == 1 else traced(model, phase, layout.tp)
+    all2all = choose_all2all(options.all2all, layout, engine, phase)
+    check_options(options, layout, option_facts(whole.facts, has_shared(whole), model.config), all2all)
+    if options.external_shared_experts:
+        raw = with_whole_shared(raw, Whole(layout.dp / options.external_shared_experts, resident=False))
+    elif not options.shared_expert_tp and layout.tp > 1:
+        raw = with_whole_shared(raw, Whole(1.0 / layout.tp if all2all in EXCHANGES else 1.0))
     table = apply_quantization(raw, quantization)
     table = fuse(table, engine.fusions if options.fusion == "engine" else ())
-    plan = make_plan(table, layout, device, engine, options.all2all, options.dispatch)
-    captured = options.fusion == "engine"  # the eager view launches its kernels one by one
-    if not raw.facts["num_experts"] and (options.redundant_experts or options.placement != "linear"):
-        raise InputError(f"model {model.name} has no experts: --redundant-experts and --placement do not apply")
-    step = Step(
-        table,
-        plan,
-        layout,
-        device,
-        engine,
-        routing,
-        quantization.kv,
-        captured,
-        options.redundant_experts,
-        options.placement,
-    )
+    plan = make_plan(table, layout, device, engine, options)
+    step = Step(table, plan, layout, device, engine, quantization.kv, options)
     return Deployment(model, device, engine, layout, phase, options, quantization, raw, step)
 
 
@@ -205,6 +220,7 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
     text = config.get("text_config") or {}
     if any(config.get("compress_ratios") or text.get("compress_ratios") or ()):
         notes.append("compressed keys and values (compress_ratios) are not counted: attention and cache are too small")
-    if config.get("num_nextn_predict_layers") or text.get("mtp_num_hidden_layers"):
+    drafts = config.get("num_nextn_predict_layers") or text.get("mtp_num_hidden_layers")
+    if drafts and not deployment.options.mtp_depth:
         notes.append("multi-token prediction is not simulated: one token per sequence and step")
     return tuple(notes)

@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tensorcast.cost.collectives import collective_time
 from tensorcast.cost.formulas import Context, has_formula, work_of
-from tensorcast.cost.roofline import constants_for, kernel_time, peak_flops
+from tensorcast.cost.roofline import Evidence, constants_for, kernel_time, peak_flops
 from tensorcast.cost.routing import ExpertLoad, Routing, expected_distinct, expert_load
+from tensorcast.deploy.blocks import EXPERT_STAGES
 from tensorcast.deploy.layout import Layout, stage_layers
+from tensorcast.deploy.options import Options
+from tensorcast.deploy.overlap import Overlap
 from tensorcast.deploy.plan import Collective, Plan, Row
-from tensorcast.profiles.device import DeviceProfile
+from tensorcast.deploy.price import PARTS, RowPrice
+from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.trace.dims import Sizes
-from tensorcast.trace.table import Op, OpTable
-
-PARTS = ("compute", "memory", "network", "latency")
+from tensorcast.trace.dims import Dim, Sizes
+from tensorcast.trace.table import Op, OpTable, Tensor
 
 
-@dataclass(frozen=True)
-class RowPrice:
-    """One call of one row; numbers are floats or arrays. ``parts`` splits the seconds by what bounds them."""
+class _Sizes(NamedTuple):
+    """What rows are priced at: the step's context, and how many chunks of which context pass the experts."""
 
-    row: Row
-    seconds: Any
-    flops: Any
-    bytes: Any
-    wire_bytes: Any
-    ideal_compute_s: Any
-    parts: dict[str, Any]
-    family: str
-    evidence: str
-    error: float
-    has_formula: bool = True
-    detail: str = ""
+    whole: Context
+    chunks: tuple[Any, Context]
 
 
 @dataclass(frozen=True)
 class StepPrice:
-    """A step: its rows' prices and the time of the slowest pipeline stage, of the whole step, and of its overheads."""
+    """A step: its rows' prices and the time of the slowest pipeline stage, of the whole step, and of its overheads.
+
+    ``hidden_s``: kernel seconds that pass while others run; ``hidden_comm_s`` of them are communication,
+    ``exposed_comm_s`` is the communication that the step waits for.
+    """
 
     rows: tuple[RowPrice, ...]
     counts: tuple[int, ...]
@@ -49,6 +44,9 @@ class StepPrice:
     overhead_s: Any
     error: Any
     micro_batches: int
+    hidden_s: Any = 0.0
+    hidden_comm_s: Any = 0.0
+    exposed_comm_s: Any = 0.0
 
 
 class Step:
@@ -61,22 +59,28 @@ class Step:
         layout: Layout,
         device: DeviceProfile,
         engine: EngineProfile,
-        routing: Routing,
         kv: str = "bf16",
-        captured: bool = True,
-        redundant_experts: int = 0,
-        placement: str = "linear",
+        options: Options = Options(),
     ) -> None:
         self.table, self.plan, self.layout, self.device, self.engine = table, plan, layout, device, engine
+        self.options = options
         self.kv_bytes = {"bf16": 2.0, "fp8": 1.0}[kv]
-        self.captured = captured and table.phase in engine.graph_captured_phases
+        # the eager view launches its kernels one by one
+        self.captured = options.fusion == "engine" and table.phase in engine.graph_captured_phases
         self.stages = stage_layers(len(table.layer_kinds), layout.pp)
+        self.overlap = Overlap(plan, table, engine, options, self.captured)
+        self._constants: dict[tuple[str, str], tuple[KernelConstants, Evidence]] = {}
         facts = table.facts
         self.load: ExpertLoad | None = None
         self.distinct: dict[str, float] = {}
         if facts["num_experts"]:
             self.load = expert_load(
-                routing, facts["num_experts"], facts["top_k"], layout.ep, redundant=redundant_experts, policy=placement
+                Routing.parse(options.routing),
+                facts["num_experts"],
+                facts["top_k"],
+                layout.ep - options.external_shared_experts,
+                redundant=options.redundant_experts,
+                policy=options.placement,
             )
             limits = (facts["expert_groups"], facts["expert_groups_chosen"])
             self.distinct = {
@@ -93,15 +97,25 @@ class Step:
 
         With pipeline stages the batch runs as ``min(pp, batch)`` micro-batches: a decode step ends when every
         micro-batch has passed every stage; prefill adds the bubble, ``(m + pp - 1)`` turns of the slowest stage.
+        Under dual-batch overlap every stage runs two halves, each priced as the half it is. With drafted tokens a
+        decode step checks ``1 + mtp_depth`` tokens per sequence and then drafts anew.
         """
-        pp = self.layout.pp
+        pp, halves = self.layout.pp, 1 + self.options.dual_batch_overlap
         micro = 1 if pp == 1 else int(min(pp, np.min(batch)))
-        context = self._context(np.asarray(batch, dtype=float) / micro if micro > 1 else batch, new, past)
-        rows = tuple(self._row(row, context) for row in self.plan.rows)
-        per_stage = [self._counts(i) for i in range(pp)]
+        parts = micro * halves
+        context = self.context(np.asarray(batch, dtype=float) / parts if parts > 1 else batch, new, past)
+        at = _Sizes(context, self._chunk(context))
+        rows = tuple(self._row(row, at) for row in self.plan.rows)
+        hidden, hidden_comm = self.overlap.hidden(rows, context.sizes.tokens)
+        per_stage = [[n * halves for n in self._counts(i)] for i in range(pp)]
         stage_s = [
-            sum((price.seconds * n for price, n in zip(rows, calls, strict=True) if n), 0.0) for calls in per_stage
+            sum((price.seconds * n for price, n in zip(rows, calls, strict=True) if n), 0.0) - self._over(hidden, i)
+            for i, calls in enumerate(per_stage)
         ]
+        if draft := self._draft(np.asarray(batch, dtype=float) / micro, past):
+            rows, calls = (*rows, *draft), [self.options.mtp_depth] * len(draft)
+            per_stage = [counts + ([0] * len(draft) if i < pp - 1 else calls) for i, counts in enumerate(per_stage)]
+            stage_s[-1] = stage_s[-1] + sum((p.seconds * n for p, n in zip(draft, calls, strict=True)), 0.0)
         slowest = stage_s[0]
         for seconds in stage_s[1:]:
             slowest = np.maximum(slowest, seconds)
@@ -111,7 +125,18 @@ class Step:
             overhead = overhead + float(self.engine.request_overhead_s) * batch
         counts = tuple(sum(column) for column in zip(*per_stage, strict=True))
         total = slowest * turns + overhead
-        return StepPrice(rows, counts, total, overhead, _step_error(rows, counts), micro)
+        # of one pass over all stages, as rows and counts are
+        moved: Any = sum(
+            (p.seconds * n for p, n in zip(rows, counts, strict=True) if isinstance(p.row, Collective)), 0.0
+        )
+        saved, saved_comm = (sum((self._over(kinds, i) for i in range(pp)), 0.0) for kinds in (hidden, hidden_comm))
+        error = _step_error(rows, counts)
+        return StepPrice(rows, counts, total, overhead, error, micro, saved, saved_comm, moved - saved_comm)
+
+    def _over(self, per_kind: dict[int, Any], stage: int) -> Any:
+        """Seconds per layer of each kind, summed over a stage's layers."""
+        kinds = self.table.layer_kinds[self.stages[stage]]
+        return sum((kinds.count(kind) * seconds for kind, seconds in per_kind.items()), 0.0)
 
     def seconds(self, batch: Any, new: Any, past: Any) -> Any:
         """Step time alone."""
@@ -132,18 +157,63 @@ class Step:
 
         return [calls(row) for row in self.plan.rows]
 
-    def _context(self, batch: Any, new: Any, past: Any) -> Context:
-        tokens = batch * new
-        rows: Any = 0.0
-        hit: Any = 0.0
-        local = 0
-        if self.load is not None:
-            load = self.load.at(tokens * self.layout.dp)
-            rows, hit, local = load.rows, load.hit, self.load.local_experts
-        sizes = Sizes(B=batch, S=new, P=past, R=rows, E=float(local), X=1.0 / self.layout.etp)
-        return Context(sizes, hit, self.table.phase == "decode", self.kv_bytes, "fp4" in self.device.peak_flops)
+    def context(self, batch: Any, new: Any, past: Any, verify: float | None = None) -> Context:
+        if verify is None:
+            verify = 1.0 + self.options.mtp_depth if self.table.phase == "decode" else 1.0
+        sizes = Sizes(B=batch * verify, S=new, P=past, E=0.0, X=1.0 / self.layout.etp)
+        known = Context(
+            sizes,
+            decode=self.table.phase == "decode",
+            kv_bytes=self.kv_bytes,
+            has_fp4="fp4" in self.device.peak_flops,
+            backend=self.plan.backend,
+            masked_skips=self.engine.masked_gemm == "skips",
+            verify=verify,
+        )
+        return self._loaded(known, sizes.tokens)
 
-    def _row(self, row: Row, at: Context) -> RowPrice:
+    def _loaded(self, context: Context, tokens: Any) -> Context:
+        """``context`` with the expert load of ``tokens`` tokens per data-parallel rank."""
+        if self.load is None:
+            return context
+        every = tokens * self.layout.dp
+        load = self.load.at(every)
+        sizes = replace(context.sizes, R=load.rows, E=float(self.load.local_experts))
+        return replace(context, sizes=sizes, hit=load.hit, capacity=every)
+
+    def _chunk(self, context: Context) -> tuple[Any, Context]:
+        """How many chunks of tokens pass the experts, and one chunk's context."""
+        tokens, most = context.sizes.tokens, self.options.chunk_tokens
+        if not most:
+            return 1.0, context
+        chunks = np.maximum(np.ceil(np.asarray(tokens) / most), 1.0)
+        part = replace(context, sizes=replace(context.sizes, B=context.sizes.B / chunks))
+        return chunks, self._loaded(part, tokens / chunks)
+
+    def _draft(self, batch: Any, past: Any) -> tuple[RowPrice, ...]:
+        """Rows of drafting one token per sequence: a layer of the last kind and the head (DeepSeek-V3, section 2.2).
+
+        The module also projects hidden state and embedding, ``[T,2H] x [2H,H]``.
+        """
+        if not self.options.mtp_depth or self.table.phase != "decode":
+            return ()
+        last, hidden = self.table.layer_kinds[-1], float(self.table.facts["hidden_size"])
+        context = self.context(batch, 1.0, past, verify=1.0)
+        joined = Tensor((Dim(1, B=1), Dim(2 * hidden)), "bfloat16")
+        weight = Tensor((Dim(2 * hidden), Dim(hidden)), "bfloat16", weight="eh_proj.weight")
+        project = Op("mm", "eh_proj", -1, (joined, weight), (Tensor((Dim(1, B=1), Dim(hidden)), "bfloat16"),))
+        rows = [r for r in self.plan.rows if r.kind == last or (r.kind < 0 and r.module.startswith("lm_head"))]
+        at = _Sizes(context, self._chunk(context))
+        return tuple(self._row(replace(row, module=f"mtp.{row.module}"), at) for row in (project, *rows))
+
+    def _row(self, row: Row, at: _Sizes) -> RowPrice:
+        inside = (isinstance(row, Op) and row.stage in EXPERT_STAGES) or (isinstance(row, Collective) and row.exchange)
+        if not inside or at.chunks[1] is at.whole:
+            return self._one(row, at.whole)
+        count, context = at.chunks
+        return _times(self._one(row, context), count)
+
+    def _one(self, row: Row, at: Context) -> RowPrice:
         return self._collective(row, at) if isinstance(row, Collective) else self._kernel(row, at)
 
     def _gap(self, kernel_s: Any, launch_s: Any) -> Any:
@@ -163,20 +233,25 @@ class Step:
         parts: dict[str, Any] = dict.fromkeys(PARTS, 0.0)
         family, evidence, error = "memory", "calibrated", 0.0
         for work in work_of(op, at):
-            constants, found = constants_for(self.device, work.family, work.dtype, self.engine.name)
+            constants, found = self._constants_for(work.family, work.dtype)
             # quantising and permuting are rows of their own here, not part of the matmul's time
             timing = kernel_time(work, constants, self.device, passes=False)
-            gap = self._gap(timing.seconds, timing.launch_s)
-            seconds = seconds + timing.seconds + gap
-            flops, moved = flops + work.flops, moved + work.bytes
-            ideal = ideal + work.flops / peak_flops(self.device, work.dtype)
-            parts["compute"] = parts["compute"] + timing.compute_s
-            parts["memory"] = parts["memory"] + timing.memory_s
-            parts["latency"] = parts["latency"] + timing.launch_s + gap
+            launch = 0.0 if op.attrs.get("joined") else timing.launch_s + self._gap(timing.seconds, timing.launch_s)
+            seconds = seconds + (timing.seconds - timing.launch_s + launch) * work.calls
+            flops, moved = flops + work.flops * work.calls, moved + work.bytes * work.calls
+            ideal = ideal + work.flops * work.calls / peak_flops(self.device, work.dtype)
+            parts["compute"] = parts["compute"] + timing.compute_s * work.calls
+            parts["memory"] = parts["memory"] + timing.memory_s * work.calls
+            parts["latency"] = parts["latency"] + launch * work.calls
             family = work.family
             evidence = found if found == "datasheet" else evidence
             error = max(error, constants.median_error or 0.0)
         return RowPrice(op, seconds, flops, moved, 0.0, ideal, parts, family, evidence, error, has_formula(op))
+
+    def _constants_for(self, family: str, dtype: str) -> tuple[KernelConstants, Evidence]:
+        if (family, dtype) not in self._constants:
+            self._constants[family, dtype] = constants_for(self.device, family, dtype, self.engine.name)
+        return self._constants[family, dtype]
 
     def _collective(self, row: Collective, at: Context) -> RowPrice:
         units = at.sizes.tokens if row.per == "token" else at.sizes.B
@@ -194,6 +269,19 @@ class Step:
         return RowPrice(
             row, seconds, 0.0, 0.0, time.wire_bytes, 0.0, parts, row.op, time.evidence, time.error, True, detail
         )
+
+
+def _times(price: RowPrice, count: Any) -> RowPrice:
+    """The price of ``count`` such calls."""
+    return replace(
+        price,
+        seconds=price.seconds * count,
+        flops=price.flops * count,
+        bytes=price.bytes * count,
+        wire_bytes=price.wire_bytes * count,
+        ideal_compute_s=price.ideal_compute_s * count,
+        parts={part: seconds * count for part, seconds in price.parts.items()},
+    )
 
 
 def _step_error(rows: tuple[RowPrice, ...], counts: tuple[int, ...]) -> Any:

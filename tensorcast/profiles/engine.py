@@ -37,3 +37,12 @@ class EngineProfile(Frozen):
     reserved_bytes: Figure = Field(description="context, workspace and captured graphs, outside weights and KV cache")
     max_tokens_per_step: int = Field(ge=1, description="default chunked-prefill budget in tokens")
     all2all: dict[Literal["prefill", "decode"], str] = Field(description="default MoE exchange per phase, dp > 1")
+    experts_backend: dict[Literal["prefill", "decode"], str] = Field(
+        default={}, description="how expert matmuls run per phase, where the exchange does not decide it; else grouped_mm"
+    )
+    masked_gemm: Literal["skips", "pads"] = Field(
+        default="skips", description="whether a masked grouped GEMM leaves out tiles without rows or computes capacity"
+    )
+    shared_expert_stream_tokens: Figure | None = Field(
+        default=None, description="most tokens of a captured step whose shared expert runs on a stream of its own"
+    )

@@ -1,0 +1,92 @@
+"""What a layer hides: communication behind another half batch, shared experts behind routed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tensorcast.cost.overlap import CONTENTION, beside, two_streams
+from tensorcast.deploy.blocks import EXPERT_STAGES, blocks_of, is_shared
+from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan import Collective, Plan, Row
+from tensorcast.deploy.price import RowPrice
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.trace.table import Op, OpTable
+
+Rows = Sequence[RowPrice]
+
+
+class Overlap:
+    """Which rows of each kind of MoE layer may run at the same time, and how many seconds that hides.
+
+    * External shared experts run on ranks of their own: the layer waits for the longer of them and the routed ones.
+    * Dual-batch overlap: attention and experts of one half batch beside dispatch and combine of the other, the order
+      of DeepSeek's published schedule: attention beside combine and dispatch, experts beside dispatch and combine.
+    * Else, in small captured steps, a shared expert runs on a stream beside the exchange and the routed experts.
+    """
+
+    def __init__(
+        self, plan: Plan, table: OpTable, engine: EngineProfile, options: Options, captured: bool
+    ) -> None:
+        self.dual = options.dual_batch_overlap
+        self.external = options.external_shared_experts > 0
+        self.contention = CONTENTION.get(plan.all2all)
+        limit = engine.shared_expert_stream_tokens
+        self.stream_tokens = float(limit) if limit is not None and captured else 0.0
+        blocks = blocks_of(table.ops)
+        self.places: dict[int, dict[str, list[int]]] = {}
+        for i, row in enumerate(plan.rows):
+            if row.kind in blocks:
+                place = _place(row, blocks)
+                self.places.setdefault(row.kind, {}).setdefault(place, []).append(i)
+
+    def hidden(self, rows: Rows, tokens: Any) -> tuple[dict[int, Any], dict[int, Any]]:
+        """Seconds hidden per layer of each kind, over both half batches, and how much of them is communication."""
+        hidden: dict[int, Any] = {}
+        communication: dict[int, Any] = {}
+        for kind, places in self.places.items():
+            part = {name: [rows[i] for i in found] for name, found in places.items()}
+            hidden[kind], communication[kind] = self._layer(part, tokens)
+        return hidden, communication
+
+    def _layer(self, part: dict[str, list[RowPrice]], tokens: Any) -> tuple[Any, Any]:
+        shared, experts = part.get("shared", []), part.get("experts", [])
+        dispatch, combine = _seconds(part.get("dispatch", [])), _seconds(part.get("combine", []))
+        saved: Any = 0.0
+        if self.external:
+            saved = np.minimum(_seconds(shared), _seconds(experts))
+        if self.dual and self.contention is not None:
+            attention = _seconds(part.get("rest", [])) + (0.0 if self.external else _seconds(shared))
+            routed = _seconds(experts) - saved + (_seconds(shared) if self.external else 0.0)
+            serial = 2.0 * (attention + routed + dispatch + combine)
+            pairs = (attention, combine), (attention, dispatch), (routed, dispatch), (routed, combine)
+            together = sum(beside(compute, moved, self.contention) for compute, moved in pairs)
+            overlapped = serial - together
+            return 2.0 * saved + overlapped, np.clip(overlapped, 0.0, 2.0 * (dispatch + combine))
+        if self.external or not shared or not self.stream_tokens:
+            return saved, 0.0
+        main = [*experts, *part.get("dispatch", []), *part.get("combine", [])]
+        both = two_streams(_seconds(main), _busy(main), _seconds(shared), _busy(shared))
+        saved = np.where(np.asarray(tokens) <= self.stream_tokens, _seconds(main) + _seconds(shared) - both, 0.0)[()]
+        return saved, np.minimum(saved, dispatch + combine)
+
+
+def _place(row: Row, blocks: dict[int, str]) -> str:
+    """Where a row of a MoE layer stands: dispatch, experts, combine, shared (experts), or the rest."""
+    if isinstance(row, Collective):
+        if row.label in ("dispatch", "combine"):
+            return row.label
+        return "shared" if not row.label and is_shared(row.module, row.kind, blocks) else "rest"
+    if isinstance(row, Op) and row.stage in EXPERT_STAGES:
+        return "experts"
+    return "shared" if is_shared(row.module, row.kind, blocks) else "rest"
+
+
+def _seconds(rows: Rows) -> Any:
+    return sum((row.seconds for row in rows), 0.0)
+
+
+def _busy(rows: Rows) -> Any:
+    return sum((row.busy_s for row in rows), 0.0)

@@ -44,13 +44,20 @@ def simulate(
     dispatch: str | None = None,
     redundant_experts: int = 0,
     placement: str = "linear",
+    experts_backend: str = "auto",
+    shared_expert_tp: bool = True,
+    external_shared_experts: int = 0,
+    dual_batch_overlap: bool = False,
+    mtp_depth: int = 0,
+    chunk_tokens: int = 0,
     allow_oversize: bool = False,
 ) -> Simulation:
     """Simulate one step of ``model`` on ``world_size`` of ``device``.
 
     ``model``, ``device`` and ``engine`` are names, or paths of profiles; a model may be a directory with a Hugging
     Face ``config.json``. ``batch`` counts sequences per data-parallel rank. ``tp`` defaults to what dp and pp leave.
-    Decode defaults to ``context=4096`` cached tokens, prefill to ``input_len=4096`` new ones.
+    Decode defaults to ``context=4096`` cached tokens, prefill to ``input_len=4096`` new ones. The choices from
+    ``fusion`` to ``chunk_tokens`` are those of :class:`tensorcast.deploy.options.Options`.
     Raises :class:`tensorcast.InputError`, one line, on anything that cannot be.
 
     >>> import tensorcast as tc
@@ -73,7 +80,10 @@ def simulate(
         default_new if input_len is None else input_len,
         default_past if context is None else context,
     )
-    options = Options(fusion, quant, kv_dtype, routing, all2all, dispatch, redundant_experts, placement)
+    options = Options(
+        fusion, quant, kv_dtype, routing, all2all, dispatch, redundant_experts, placement, experts_backend,
+        shared_expert_tp, external_shared_experts, dual_batch_overlap, mtp_depth, chunk_tokens,
+    )
     return run(
         load_model(model), device_profile(device), load_engine(engine), layout, workload, options, allow_oversize
     )

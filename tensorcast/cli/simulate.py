@@ -112,6 +112,30 @@ def simulate(
         "--placement", metavar="POLICY", rich_help_panel=CHOICES,
         help="Which group holds which experts: linear, round_robin, or eplb, balanced for --routing.",
     )] = "linear",
+    experts_backend: Annotated[str, typer.Option(
+        "--experts-backend", metavar="NAME", rich_help_panel=CHOICES,
+        help="How expert matmuls run: grouped_mm, batched_mm, eager, contiguous, masked, or auto; by phase as "
+        "prefill=contiguous,decode=masked.",
+    )] = "auto",
+    shared_expert_tp: Annotated[bool, typer.Option(
+        "--shared-expert-tp/--no-shared-expert-tp", rich_help_panel=CHOICES,
+        help="Cut shared experts over tp, or keep them whole on every GPU.",
+    )] = True,
+    external_shared_experts: Annotated[int, typer.Option(
+        "--external-shared-experts", min=0, rich_help_panel=CHOICES,
+        help="Expert-parallel groups that hold only the shared expert.",
+    )] = 0,
+    dual_batch_overlap: Annotated[bool, typer.Option(
+        "--dual-batch-overlap", rich_help_panel=CHOICES,
+        help="Two half batches: one computes while the other exchanges tokens.",
+    )] = False,
+    mtp_depth: Annotated[int, typer.Option(
+        "--mtp-depth", min=0, help="Tokens drafted per sequence and step.", rich_help_panel=CHOICES,
+    )] = 0,
+    chunk_tokens: Annotated[int, typer.Option(
+        "--chunk-tokens", min=0, rich_help_panel=CHOICES,
+        help="Tokens that pass the experts at a time; 0 is all.",
+    )] = 0,
     allow_oversize: Annotated[bool, typer.Option(
         "--allow-oversize", help="Price a batch that does not fit into memory.", rich_help_panel=CHOICES,
     )] = False,
@@ -137,7 +161,9 @@ def simulate(
             model, device=device, world_size=world_size, tp=tp, dp=dp, ep=ep, pp=pp, phase=phase, batch=batch,
             input_len=input_len, context=context, engine=engine, quant=quant, kv_dtype=kv_dtype, routing=routing,
             fusion=fusion, all2all=all2all, dispatch=dispatch, redundant_experts=redundant_experts,
-            placement=placement, allow_oversize=allow_oversize,
+            placement=placement, experts_backend=experts_backend, shared_expert_tp=shared_expert_tp,
+            external_shared_experts=external_shared_experts, dual_batch_overlap=dual_batch_overlap,
+            mtp_depth=mtp_depth, chunk_tokens=chunk_tokens, allow_oversize=allow_oversize,
         )
         written = write_report(run, out, top) if out is not None else []
     if as_json:

@@ -111,7 +111,9 @@ def make_plan(
     if not scheme.quantizes_activation:
         scheme = SCHEMES["bf16"]
     moe = _MoEExchange(table, layout, device, chosen, scheme, int(options.external_shared_experts > 0))
-    rows = tuple(_with_collectives(table, layout, device, moe))
+    rows: tuple[Row, ...] = tuple(_with_collectives(table, layout, device, moe))
+    if options.fusion == "engine" and "allreduce_norm" in engine.fusions:
+        rows = tuple(_norms_joined(rows))
     return Plan(rows, chosen, scheme, choose_experts_backend(options.experts_backend, chosen, engine, table.phase))
 
 
@@ -136,6 +138,16 @@ def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe
         hop = group_extent(2, layout.stage_ranks, device)
         state = 2 * 2.0 * table.facts["hidden_size"]  # hidden state and residual in bf16
         yield Collective("send_recv", "pipeline", -1, "pp", 2, hop, state, label="stage hand-over")
+
+
+def _norms_joined(rows: tuple[Row, ...]) -> Iterator[Row]:
+    """A norm right after an all-reduce inside one node runs in the all-reduce's kernel: it is not launched itself."""
+    before: Row | None = None
+    for row in rows:
+        fused = isinstance(before, Collective) and before.op == "all_reduce" and len(before.extent) == 1
+        is_norm = isinstance(row, Op) and row.name == "pointwise" and "norm" in str(row.attrs.get("label"))
+        yield row.but(attrs={**row.attrs, "joined": True}) if fused and is_norm and isinstance(row, Op) else row
+        before = row
 
 
 def _reduced(op: Op, ranks: int, extent: tuple[int, ...]) -> Collective:

@@ -9,22 +9,20 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.memory import activation_bytes, cache_bytes, low_latency_buffer_bytes, weight_bytes
-from tensorcast.deploy.blocks import Whole, has_shared, with_whole_shared
+from tensorcast.deploy.blocks import Whole, has_shared
 from tensorcast.deploy.layout import Layout, check
 from tensorcast.deploy.options import EXCHANGES, Options, check_options, option_facts
 from tensorcast.deploy.plan import Collective, choose_all2all, make_plan
 from tensorcast.deploy.result import Simulation
 from tensorcast.deploy.step import Step, StepPrice
+from tensorcast.deploy.tables import rank_tables, traced_table
 from tensorcast.deploy.workload import Workload
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, from_config, override
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Sizes
-from tensorcast.trace.fuse import fuse
-from tensorcast.trace.quantize import apply_quantization
 from tensorcast.trace.table import OpTable
 
 
@@ -159,17 +157,17 @@ def deploy(
         if options.kv_dtype not in KV_DTYPES:
             raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
         quantization = replace(quantization, kv=options.kv_dtype)
-    whole = traced(model, phase)
+    whole = traced_table(model, phase)
     check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
-    raw = whole if layout.tp == 1 else traced(model, phase, layout.tp)
     all2all = choose_all2all(options.all2all, layout, engine, phase)
     check_options(options, layout, option_facts(whole.facts, has_shared(whole), model.config), all2all)
+    shared = None
     if options.external_shared_experts:
-        raw = with_whole_shared(raw, Whole(layout.dp / options.external_shared_experts, resident=False))
+        shared = Whole(layout.dp / options.external_shared_experts, resident=False)
     elif not options.shared_expert_tp and layout.tp > 1:
-        raw = with_whole_shared(raw, Whole(1.0 / layout.tp if all2all in EXCHANGES else 1.0))
-    table = apply_quantization(raw, quantization)
-    table = fuse(table, engine.fusions if options.fusion == "engine" else ())
+        shared = Whole(1.0 / layout.tp if all2all in EXCHANGES else 1.0)
+    fusions = tuple(engine.fusions) if options.fusion == "engine" else ()
+    raw, table = rank_tables(model, phase, layout.tp, quantization, fusions, shared)
     plan = make_plan(table, layout, device, engine, options)
     step = Step(table, plan, layout, device, engine, quantization.kv, options)
     return Deployment(model, device, engine, layout, phase, options, quantization, raw, step)
@@ -222,5 +220,7 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
         notes.append("compressed keys and values (compress_ratios) are not counted: attention and cache are too small")
     drafts = config.get("num_nextn_predict_layers") or text.get("mtp_num_hidden_layers")
     if drafts and not deployment.options.mtp_depth:
-        notes.append("multi-token prediction is not simulated: one token per sequence and step")
+        notes.append("multi-token prediction is not simulated: one token per sequence and step (see --mtp-depth)")
+    elif depth := deployment.options.mtp_depth:
+        notes.append(f"tokens are counted without drafts: accepted ones make up to {1 + depth} per sequence and step")
     return tuple(notes)

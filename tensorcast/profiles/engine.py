@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tensorcast.profiles.sourced import Figure, Frozen
+from tensorcast.profiles.sourced import Figure, Frozen, Number
 
 Fusion = Literal[
     "merged_gemm",  # linears that read the same activation run as one GEMM (QKV, gate+up)
@@ -38,11 +38,22 @@ class EngineProfile(Frozen):
     max_tokens_per_step: int = Field(ge=1, description="default chunked-prefill budget in tokens")
     all2all: dict[Literal["prefill", "decode"], str] = Field(description="default MoE exchange per phase, dp > 1")
     experts_backend: dict[Literal["prefill", "decode"], str] = Field(
-        default={}, description="how expert matmuls run per phase, where the exchange does not decide it; else grouped_mm"
+        default={}, description="how expert matmuls run per phase (grouped_mm if not said), unless the exchange decides"
     )
     masked_gemm: Literal["skips", "pads"] = Field(
         default="skips", description="whether a masked grouped GEMM leaves out tiles without rows or computes capacity"
     )
     shared_expert_stream_tokens: Figure | None = Field(
         default=None, description="most tokens of a captured step whose shared expert runs on a stream of its own"
+    )
+    prefill_alone: bool = Field(default=False, description="whether prompts run in steps without decoding sequences")
+    reserves_reply: bool = Field(
+        default=False, description="whether a request is admitted only if its cache has room for the whole reply"
+    )
+    arrival_wait_steps: Number = Field(
+        default=1.0, ge=0, description="steps that pass before the step that a new request rides in, in a closed loop"
+    )
+    first_token_overhead_s: Figure | None = Field(
+        default=None,
+        description="per request, outside the GPU and before its first token: HTTP, tokenising, admission, streaming",
     )

@@ -44,6 +44,8 @@ def chrome_trace(run: Simulation) -> dict[str, Any]:
             args["layer"] = layer
         events.append(_event(record["op"], track, record["family"], start, clock, args))
     about = {"step": headline(totals), "workload": workload(totals), "step_us": totals["step_s"] * 1e6}
+    if totals["hidden_s"]:  # kernels are drawn one after another
+        about["overlap"] = f"{totals['hidden_s'] * 1e6:.1f} us of these kernels pass while others run"
     return {"displayTimeUnit": "ms", "otherData": about, "traceEvents": events}
 
 

@@ -66,6 +66,18 @@ def numerics(t: dict[str, Any]) -> str:
             parts.append(f"placement {t['placement']}{copies}")
     if t["all2all"] != "none":
         parts.append(f"exchange {t['all2all']} in {t['dispatch_dtype']}")
+    if has_experts and t["experts_backend"] != "grouped_mm":
+        parts.append(f"{t['experts_backend']} expert GEMMs")
+    if t["chunk_tokens"]:
+        parts.append(f"{t['chunk_tokens']} tokens at a time through the experts")
+    if t["external_shared_experts"]:
+        parts.append(f"shared expert on {plural(t['external_shared_experts'], 'rank')} of its own")
+    elif not t["shared_expert_tp"]:
+        parts.append("shared expert whole on every rank")
+    if t["dual_batch_overlap"]:
+        parts.append("dual-batch overlap")
+    if t["mtp_depth"]:
+        parts.append(f"{plural(t['mtp_depth'], 'token')} drafted per sequence")
     if t["fusion"] != "engine":
         parts.append("nothing fused" if t["fusion"] == "none" else f"fusion {t['fusion']}")
     return ", ".join(parts)
@@ -87,11 +99,20 @@ def step_lines(t: dict[str, Any]) -> list[tuple[str, str]]:
     lines += [
         ("use of a GPU", f"MFU {units.percent(t['mfu'])}, memory bandwidth {units.percent(t['memory_bandwidth_use'])}"),
         ("overhead", f"{units.seconds(t['overhead_s'])} outside kernels ({units.percent(overhead)})"),
+        *_overlap_line(t),
         ("bound by", shares(t["seconds_by_bound"])),
         ("spent in", shares(t["seconds_by_family"], 5)),
         ("evidence", shares(t["seconds_by_evidence"])),
     ]
     return lines
+
+
+def _overlap_line(t: dict[str, Any]) -> list[tuple[str, str]]:
+    """What kernels hide, where some do."""
+    if not t["hidden_s"] > 0:
+        return [("overlap", f"none gained: {units.seconds(-t['hidden_s'])} lost")] if t["hidden_s"] < 0 else []
+    exposed = f"communication: {units.seconds(t['hidden_comm_s'])} hidden, {units.seconds(t['exposed_comm_s'])} not"
+    return [("overlap", f"{units.seconds(t['hidden_s'])} of kernel time hidden ({exposed})")]
 
 
 def shares(seconds: dict[str, float], most: int = 0) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tensorcast.modeling.quantization import Quantization, Scheme
 from tensorcast.trace.table import Op, OpTable, Tensor
 
@@ -38,7 +40,7 @@ def apply_quantization(table: OpTable, quantization: Quantization) -> OpTable:
                     op.stage,
                 )
             )
-        return made[key]
+        return replace(made[key], dims=activation.dims)  # another row may read other rows of it
 
     experts_scheme = _experts_scheme(table, quantization, role)
     for op in table.ops:

@@ -1,0 +1,269 @@
+"""What a deployment can choose beside its layout, held to hand counts: kernels, shared experts, drafts, overlap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensorcast.cost.overlap import Contention, beside, two_streams
+from tensorcast.deploy.layout import Layout, parse_layout
+from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan import Collective
+from tensorcast.deploy.simulate import Deployment, deploy
+from tensorcast.errors import InputError
+from tensorcast.profiles import load_device, load_engine, load_model
+
+EP32, TP8 = parse_layout("dp32-ep32"), parse_layout("tp8-dp4-ep32")
+HIDDEN, WIDTH, LAYERS, MOE_LAYERS, TOP_K, EXPERTS = 7168, 2048, 61, 58, 8, 256  # DeepSeek-V3
+
+
+def deepseek(layout: Layout = EP32, engine: str = "sglang", phase: str = "decode", **options: Any) -> Deployment:
+    return deploy(
+        load_model("deepseek-v3"), load_device("h200"), load_engine(engine), layout, phase, Options(**options)
+    )
+
+
+def rows_of(deployment: Deployment, batch: float, name: str, past: float = 4096.0, new: float = 1.0) -> list[Any]:
+    """(price, calls) of the rows with this name, MoE layers and drafts alike."""
+    price = deployment.step.price(batch, new, past)
+    return [
+        (p, n)
+        for p, n in zip(price.rows, price.counts, strict=True)
+        if (p.row.op if isinstance(p.row, Collective) else p.row.name) == name
+    ]
+
+
+seconds = st.floats(0.0, 10.0)
+slower = st.floats(1.0, 3.0)
+
+
+@given(seconds, seconds, slower, slower)
+def test_beside_is_what_a_clock_would_show(compute: float, moved: float, k: float, m: float) -> None:
+    """Each makes 1/slowdown of its progress while both run: whoever ends first, the other goes on at full speed."""
+    first = min(compute * k, moved * m)
+    rest = max(compute - first / k, 0.0) + max(moved - first / m, 0.0)
+    assert beside(compute, moved, Contention(k, m)) == pytest.approx(first + rest, abs=1e-9)
+
+
+@given(seconds, seconds, st.floats(0, 1), st.floats(0, 1))
+def test_two_streams_never_beat_the_longer_nor_lose_to_running_in_turn(a: float, b: float, p: float, q: float) -> None:
+    both = two_streams(a, a * p, b, b * q)
+    assert max(a, b) <= both <= a + b + 1e-12
+
+
+def test_batched_mm_copies_an_expert_per_row() -> None:
+    found = rows_of(deepseek(experts_backend="batched_mm"), 16.0, "grouped_matmul")
+    rows = 16 * TOP_K  # balanced: as many come as go
+    copies = rows * 3 * HIDDEN * WIDTH * (1 + 4 / 128**2)
+    assert sum(float(p.bytes) for p, _ in found) > 3 * copies  # written once, read twice
+    assert sum(float(p.flops) for p, _ in found) == pytest.approx(2 * rows * 3 * HIDDEN * WIDTH)
+
+
+def test_eager_launches_a_gemm_per_hit_expert_and_needs_longer() -> None:
+    eager, grouped = (rows_of(deepseek(experts_backend=b), 64.0, "grouped_matmul") for b in ("eager", "grouped_mm"))
+    for (one, _), (other, _) in zip(eager, grouped, strict=True):
+        assert float(one.flops) == pytest.approx(float(other.flops))
+        assert float(one.parts["latency"]) == pytest.approx(8 * 4.2e-6, rel=0.6)  # 8 local experts, some us each
+        assert float(one.seconds) > float(other.seconds)
+
+
+def test_masked_pays_for_its_capacity_where_the_kernel_does() -> None:
+    """Transformers' bmm computes every expert's full capacity, DeepGEMM leaves out what is empty."""
+    masked, grouped = (
+        rows_of(deepseek(engine="eager", experts_backend=b), 256.0, "grouped_matmul") for b in ("masked", "grouped_mm")
+    )
+    for (one, _), (other, _) in zip(masked, grouped, strict=True):
+        assert float(one.flops) == pytest.approx(float(other.flops))
+        assert float(one.seconds) > 10 * float(other.seconds)  # capacity 32 * 256 rows an expert, 256 of them used
+    skipping, plain = (deepseek(experts_backend=b).step.seconds(256.0, 1.0, 4096.0) for b in ("masked", "grouped_mm"))
+    assert plain <= skipping < 1.2 * plain
+
+
+def test_the_exchange_and_the_phase_choose_the_backend() -> None:
+    assert deepseek().step.plan.backend == "masked"
+    assert deepseek(phase="prefill").step.plan.backend == "contiguous"
+    assert deepseek(engine="vllm").step.plan.backend == "grouped_mm"
+    by_phase = "prefill=eager,decode=batched_mm"
+    assert deepseek(experts_backend=by_phase).step.plan.backend == "batched_mm"
+    assert deepseek(phase="prefill", experts_backend=by_phase).step.plan.backend == "eager"
+    for wrong in ("cutlass", "prefill=cutlass", "train=eager"):
+        with pytest.raises(InputError, match=r"--experts-backend|prefill or decode"):
+            deepseek(phase="prefill", experts_backend=wrong)
+
+
+def test_chunks_are_priced_as_the_chunks_they_are() -> None:
+    """256 tokens in four chunks: the experts' rows cost four times what 64 tokens cost, the rest is unchanged."""
+    chunked, whole = deepseek(chunk_tokens=64), deepseek()
+    for name in ("grouped_matmul", "init_routing_v2", "all_to_all"):
+        parts = rows_of(chunked, 256.0, name)
+        for (p, _), (small, _) in zip(parts, rows_of(whole, 64.0, name), strict=True):
+            assert float(p.seconds) == pytest.approx(4 * float(small.seconds))
+    attention = [float(rows_of(d, 256.0, "attention")[0][0].seconds) for d in (chunked, whole)]
+    assert attention[0] == attention[1]
+    assert chunked.memory(256, 1, 4096).activations <= whole.memory(256, 1, 4096).activations
+
+
+def test_drafted_tokens_share_the_cache_but_not_the_arithmetic() -> None:
+    plain, drafting = deepseek(), deepseek(mtp_depth=2)
+    (one, n), *_ = rows_of(plain, 32.0, "attention")
+    (three, m), *draft = rows_of(drafting, 32.0, "attention")
+    assert n == m and draft
+    assert float(three.flops) == pytest.approx(3 * float(one.flops), rel=1e-3)  # one key more or less at the ends
+    queries = 2 * 32 * 128 * (2 * 512 + 64) * 2  # two more tokens' queries and outputs
+    assert float(three.bytes) - float(one.bytes) == pytest.approx(queries, rel=0.01)
+    price = drafting.step.price(32.0, 1.0, 4096.0)
+    drafted = [(p, n) for p, n in zip(price.rows, price.counts, strict=True) if p.row.module.startswith("mtp.")]
+    assert {n for _, n in drafted} == {2}
+    assert any("eh_proj" in p.row.module and float(p.flops) == 2 * 32 * 2 * HIDDEN * HIDDEN for p, _ in drafted)
+    more = drafting.memory(32, 1, 4096)
+    less = plain.memory(32, 1, 4096)
+    assert float(more.kv_cache / less.kv_cache) == pytest.approx((LAYERS + 1) / LAYERS)
+    assert more.weights > less.weights + EXPERTS / 32 * 3 * HIDDEN * WIDTH
+    with pytest.raises(InputError, match="no multi-token prediction module"):
+        deploy(load_model("mixtral-8x7b"), load_device("h200"), load_engine("vllm"), parse_layout("tp8"), "decode",
+               Options(mtp_depth=1))  # fmt: skip
+
+
+def shared(deployment: Deployment, batch: float) -> tuple[float, int]:
+    """FLOPs of one layer's shared expert on a rank, and all-reduces after it."""
+    price = deployment.step.price(batch, 1.0, 4096.0)
+    inside = [p for p in price.rows if "shared_experts" in p.row.module]
+    sums = [p for p in inside if isinstance(p.row, Collective) and p.row.op == "all_reduce" and not p.row.label]
+    return sum(float(p.flops) for p in inside), len(sums)
+
+
+def test_shared_expert_whole_on_every_rank() -> None:
+    """Full width on a tp-th of the tokens: the same FLOPs, tp times the weights, no all-reduce."""
+    cut, whole = deepseek(TP8), deepseek(TP8, shared_expert_tp=False)
+    assert shared(cut, 64.0) == (2 * 64 * 3 * HIDDEN * WIDTH / 8, 1)
+    assert shared(whole, 64.0) == (2 * 64 * 3 * HIDDEN * WIDTH / 8, 0)
+    more = MOE_LAYERS * 3 * HIDDEN * WIDTH * (1 + 4 / 128**2) * 7 / 8
+    assert whole.memory(1, 1, 0).weights - cut.memory(1, 1, 0).weights == pytest.approx(more)
+
+
+def test_external_shared_experts_take_their_rows_and_their_weights_elsewhere() -> None:
+    inside, outside = deepseek(), deepseek(external_shared_experts=4)
+    assert outside.step.load is not None and outside.step.load.ranks == 28
+    assert shared(outside, 64.0)[0] == 2 * 64 * (32 / 4) * 3 * HIDDEN * WIDTH  # 32 ranks' tokens on 4
+    sent = [float(rows_of(d, 64.0, "all_to_all")[0][0].wire_bytes) for d in (inside, outside)]
+    assert sent[1] == pytest.approx(sent[0] * (TOP_K + 1) / TOP_K)
+    experts = MOE_LAYERS * (10 - 8) * 3 * HIDDEN * WIDTH  # 256 experts on 28 ranks: 10 on the fullest, not 8
+    gone = MOE_LAYERS * 3 * HIDDEN * WIDTH
+    scales = 1 + 4 / 128**2
+    difference = outside.memory(1, 1, 0).weights - inside.memory(1, 1, 0).weights
+    assert difference == pytest.approx((experts - gone) * scales)
+    price = outside.step.price(64.0, 1.0, 4096.0)
+    part = {"experts": 0.0, "shared": 0.0}
+    for p in price.rows:
+        if not isinstance(p.row, Collective) and p.row.kind == 1:
+            place = "experts" if p.row.stage else "shared" if "shared_experts" in p.row.module else ""
+            part[place] = part.get(place, 0.0) + float(p.seconds)
+    assert float(price.hidden_s) == pytest.approx(MOE_LAYERS * min(part["experts"], part["shared"]))
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "words"),
+    [
+        ("tp8-dp4-ep32", {"engine": "vllm", "external_shared_experts": 2}, "all-to-all"),
+        ("dp32-ep32", {"external_shared_experts": 32}, "leaves none of ep = 32"),
+        ("tp32", {"dual_batch_overlap": True}, "here it is none"),
+        ("dp32-ep32", {"engine": "vllm", "dual_batch_overlap": True}, "allgather_reducescatter"),
+        ("dp32-ep32", {"redundant_experts": 3, "placement": "eplb"}, "do not divide over 32 ranks"),
+        ("dp32-ep32", {"chunk_tokens": -1}, "--chunk-tokens -1"),
+    ],
+)
+def test_options_that_cannot_be(layout: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        deepseek(parse_layout(layout), **options)
+
+
+def by_place(deployment: Deployment, batch: float) -> dict[str, float]:
+    """Seconds of one MoE layer at ``batch``: rest (attention, shared expert), experts, dispatch, combine."""
+    part = dict.fromkeys(("rest", "experts", "dispatch", "combine"), 0.0)
+    for p in deployment.step.price(batch, 1.0, 4096.0).rows:
+        if p.row.kind == 1:
+            place = p.row.label or "rest" if isinstance(p.row, Collective) else "experts" if p.row.stage else "rest"
+            part[place] += float(p.seconds)
+    return part
+
+
+def test_dual_batch_overlap_prices_halves_and_can_lose() -> None:
+    serial, dual = deepseek(), deepseek(dual_batch_overlap=True)
+    half = by_place(serial, 64.0)
+    price = dual.step.price(128.0, 1.0, 4096.0)
+    k, m = 1.08, 1.1  # low latency: no SMs taken
+    together = sum(
+        max(c * k, t * m) - (k - 1 if c * k > t * m else m - 1) / (k if c * k > t * m else m) * abs(c * k - t * m)
+        for c, t in (
+            (half["rest"], half["combine"]), (half["rest"], half["dispatch"]),
+            (half["experts"], half["dispatch"]), (half["experts"], half["combine"]),
+        )
+    )  # fmt: skip
+    assert 2 * sum(half.values()) - float(price.hidden_s) / MOE_LAYERS == pytest.approx(together)
+    gain = [serial.step.seconds(b, 1.0, 4096.0) / dual.step.seconds(b, 1.0, 4096.0) for b in (8.0, 256.0)]
+    assert gain[0] < 1.0 < gain[1]
+
+
+def test_communication_is_either_exposed_or_hidden() -> None:
+    for options in ({}, {"dual_batch_overlap": True}, {"external_shared_experts": 4}):
+        price = deepseek(**options).step.price(64.0, 1.0, 4096.0)
+        moved = sum(
+            float(p.seconds) * n for p, n in zip(price.rows, price.counts, strict=True) if isinstance(p.row, Collective)
+        )
+        assert float(price.exposed_comm_s + price.hidden_comm_s) == pytest.approx(moved)
+        assert float(price.exposed_comm_s) >= 0
+
+
+def test_a_shared_expert_streams_beside_in_small_captured_steps_only() -> None:
+    deployment = deepseek(engine="vllm")
+    hidden = [float(deployment.step.price(b, 1.0, 4096.0).hidden_s) for b in (64.0, 256.0, 257.0)]
+    assert hidden[0] > 0 and hidden[1] > 0 and hidden[2] == 0.0
+    assert float(deepseek(engine="vllm", phase="prefill").step.price(1.0, 64.0, 0.0).hidden_s) == 0.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dual_batch_overlap": True}, {"mtp_depth": 1}, {"chunk_tokens": 48}, {"external_shared_experts": 4}],
+)
+def test_arrays_price_and_weigh_as_their_entries_do(options: dict[str, Any]) -> None:
+    deployment = deepseek(**options)
+    batches = np.array([2.0, 31.0, 64.0, 300.0])
+    price = deployment.step.price(batches, 1.0, 4096.0)
+    memory = deployment.memory(batches, 1, 4096)
+    for i, batch in enumerate(batches):
+        one = deployment.step.price(float(batch), 1.0, 4096.0)
+        for name in ("seconds", "hidden_s", "hidden_comm_s", "exposed_comm_s"):
+            assert np.broadcast_to(getattr(price, name), 4)[i] == pytest.approx(float(getattr(one, name)), rel=1e-12)
+        assert np.broadcast_to(memory.total, 4)[i] == pytest.approx(deployment.memory(int(batch), 1, 4096).total)
+    largest = deployment.largest_batch(1, 4096)
+    assert deployment.memory(largest, 1, 4096).fits and not deployment.memory(largest + 1, 1, 4096).fits
+
+
+def test_a_norm_after_an_all_reduce_inside_a_node_is_not_launched() -> None:
+    def norms(engine: str) -> list[bool]:
+        deployment = deploy(
+            load_model("qwen3-235b-a22b"), load_device("h100"), load_engine(engine), parse_layout("tp8"), "decode"
+        )
+        return [
+            bool(row.attrs.get("joined"))
+            for row in deployment.step.plan.rows
+            if not isinstance(row, Collective) and "norm" in str(row.attrs.get("label"))
+        ]
+
+    assert sum(norms("vllm")) == 2 and not any(norms("eager"))
+
+
+@pytest.mark.parametrize("text", ["", "tp8-tp2", "ep", "tp0x", "8"])
+def test_layouts_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(InputError, match="tp, dp, ep, pp"):
+        parse_layout(text)
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64), st.integers(1, 8))
+def test_layouts_read_back(tp: int, dp: int, ep: int, pp: int) -> None:
+    layout = Layout(tp * dp * pp, tp, dp, ep, pp)
+    assert parse_layout(str(layout)) == layout

@@ -74,7 +74,8 @@ def test_eager_launches_a_gemm_per_hit_expert_and_needs_longer() -> None:
 def test_masked_pays_for_its_capacity_where_the_kernel_does() -> None:
     """Transformers' bmm computes every expert's full capacity, DeepGEMM leaves out what is empty."""
     masked, grouped = (
-        rows_of(deepseek(engine="eager", experts_backend=b), 256.0, "grouped_matmul") for b in ("masked", "grouped_mm")
+        rows_of(deepseek(engine="eager", experts_backend=b), 256.0, "grouped_matmul")
+        for b in ("masked", "decode=grouped_mm")
     )
     for (one, _), (other, _) in zip(masked, grouped, strict=True):
         assert float(one.flops) == pytest.approx(float(other.flops))
@@ -90,9 +91,19 @@ def test_the_exchange_and_the_phase_choose_the_backend() -> None:
     by_phase = "prefill=eager,decode=batched_mm"
     assert deepseek(experts_backend=by_phase).step.plan.backend == "batched_mm"
     assert deepseek(phase="prefill", experts_backend=by_phase).step.plan.backend == "eager"
-    for wrong in ("cutlass", "prefill=cutlass", "train=eager"):
-        with pytest.raises(InputError, match=r"--experts-backend|prefill or decode"):
+    for wrong in ("cutlass", "prefill=cutlass"):
+        with pytest.raises(InputError, match=r"unknown experts backend 'cutlass'"):
             deepseek(phase="prefill", experts_backend=wrong)
+
+
+def test_transformers_decodes_in_copies_on_a_gpu_only() -> None:
+    assert deepseek(engine="eager").step.plan.backend == "batched_mm"
+    assert deepseek(engine="eager", phase="prefill").step.plan.backend == "grouped_mm"
+    cpu = load_device("h200").model_copy(update={"name": "cpu"})
+    model, layout = load_model("mixtral-8x7b"), parse_layout("tp1")
+    for wanted in ("auto", "grouped_mm"):
+        plan = deploy(model, cpu, load_engine("eager"), layout, "decode", Options(experts_backend=wanted)).step.plan
+        assert plan.backend == "grouped_mm"
 
 
 def test_chunks_are_priced_as_the_chunks_they_are() -> None:

@@ -16,6 +16,7 @@ from tensorcast.deploy.blocks import blocks_of
 from tensorcast.deploy.layout import ALL2ALL, Layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
+from tensorcast.modeling.moe.backends import choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
@@ -74,29 +75,24 @@ def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: An
     return wanted
 
 
-EXPERTS_BACKENDS = ("auto", "eager", "batched_mm", "grouped_mm", "contiguous", "masked")
-"""How expert matmuls run: transformers' three, and the two layouts of a grouped GEMM in serving engines."""
-
 BACKEND_OF = {"high_throughput": "contiguous", "low_latency": "masked"}
 """Layout in which an exchange delivers rows, and so the grouped GEMM that reads them (DeepEP with DeepGEMM)."""
 
 
-def choose_experts_backend(wanted: str, all2all: str, engine: EngineProfile, phase: Any) -> str:
+def choose_experts_backend(
+    wanted: str, all2all: str, engine: EngineProfile, device: DeviceProfile, phase: Any
+) -> str:
     """The experts backend that runs: the wanted one, else what the exchange delivers to, else the engine's.
 
-    ``wanted``: a name, or names by phase as in ``prefill=contiguous,decode=masked``.
+    ``wanted``: a name, or names by phase or sub-config, as :func:`choose_backend` reads them. Where the engine is
+    transformers itself, its own rule holds: on a GPU ``grouped_mm`` decodes as ``batched_mm``.
     """
-    chosen = wanted
-    if "=" in wanted:
-        by_phase = dict(part.partition("=")[::2] for part in wanted.replace(" ", "").split(","))
-        if strange := set(by_phase) - {"prefill", "decode"}:
-            raise InputError(f"--experts-backend {wanted!r}: {min(strange)!r} must be prefill or decode")
-        chosen = by_phase.get(phase, "auto")
-    if chosen not in EXPERTS_BACKENDS:
-        raise unknown_name("--experts-backend", chosen, EXPERTS_BACKENDS)
+    by_rule = engine.experts_backend.get("decode") == "batched_mm" and device.name != "cpu"
+    chosen = choose_backend(wanted, phase, part="text_config", device="cuda" if by_rule else "cpu", auto={})
     if chosen != "auto":
         return chosen
-    return BACKEND_OF.get(all2all) or engine.experts_backend.get(phase, "grouped_mm")
+    default = BACKEND_OF.get(all2all) or engine.experts_backend.get(phase, "grouped_mm")
+    return "grouped_mm" if default == "batched_mm" and not by_rule else default
 
 
 def make_plan(
@@ -114,7 +110,8 @@ def make_plan(
     rows: tuple[Row, ...] = tuple(_with_collectives(table, layout, device, moe))
     if options.fusion == "engine" and "allreduce_norm" in engine.fusions:
         rows = tuple(_norms_joined(rows))
-    return Plan(rows, chosen, scheme, choose_experts_backend(options.experts_backend, chosen, engine, table.phase))
+    backend = choose_experts_backend(options.experts_backend, chosen, engine, device, table.phase)
+    return Plan(rows, chosen, scheme, backend)
 
 
 def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe: _MoEExchange) -> Iterator[Row]:

@@ -1,0 +1,58 @@
+"""Which kernels run a MoE layer's experts: names, what each phase picks, and overrides per phase and sub-config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from tensorcast.errors import InputError
+
+Phase = Literal["prefill", "decode"]
+
+BACKENDS = ("eager", "batched_mm", "grouped_mm", "contiguous", "masked")
+"""Loop over hit experts; one GEMM per row on a copy of its expert's weights; one grouped GEMM; a grouped GEMM whose
+segments start at a tile; a batched GEMM at fixed capacity per expert. The first three are transformers' own names, the
+last two the layouts of serving kernels (github.com/deepseek-ai/DeepGEMM)."""
+
+SERVING: dict[str, str] = {"prefill": "contiguous", "decode": "masked"}
+"""What ``auto`` means in a serving pipeline: throughput layout in prefill, graph-capturable layout in decode."""
+
+Wanted = str | Mapping[str, "str | Mapping[str, str]"]
+"""A backend, or backends by phase or sub-config, a sub-config's again by phase; the empty key stands for all others."""
+
+
+def choose_backend(
+    wanted: Wanted, phase: Phase, *, part: str = "", device: str = "cuda", auto: Mapping[str, str] = SERVING
+) -> str:
+    """The backend of one phase and sub-config (``part``, such as ``text_config``; empty: the whole model).
+
+    ``wanted`` may be text: ``masked`` or ``text_config=grouped_mm,decode=masked``. ``auto`` says what "auto" means per
+    phase; where it is silent, "auto" is returned. As in transformers' ``generate``, ``grouped_mm`` decodes as
+    ``batched_mm``, except on the CPU or where it is named for decode. Raises :class:`InputError` on an unknown name.
+    """
+    named = _parse(wanted) if isinstance(wanted, str) else dict(wanted)
+    for value in named.values():
+        for name in (value,) if isinstance(value, str) else value.values():
+            _check(name)
+    found = named.get(part) if part else None
+    for_this_phase = found is None and phase in named
+    if found is None:
+        found = named.get(phase, named.get("", "auto"))
+    if not isinstance(found, str):
+        for_this_phase = phase in found
+        found = found.get(phase, found.get("", "auto"))
+    if found == "auto":
+        return auto.get(phase, "auto")
+    switched = (found, phase) == ("grouped_mm", "decode") and device != "cpu" and not for_this_phase
+    return "batched_mm" if switched else found
+
+
+def _parse(text: str) -> dict[str, str | Mapping[str, str]]:
+    """``masked`` -> all of the model; ``decode=masked,text_config=eager`` -> by key."""
+    pairs = (item.rpartition("=") for item in text.split(","))
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _check(name: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise InputError(f"unknown experts backend {name!r}: choose one of auto, {', '.join(BACKENDS)}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,9 +59,8 @@ class Dim(NamedTuple):
     def at(self, sizes: Sizes) -> Any:
         """The size as a number (or array)."""
         value: Any = self.coef
-        for atom, power in zip(ATOMS, self.powers, strict=True):
-            for _ in range(power):
-                value = value * getattr(sizes, atom)
+        for atom in _factors(self):
+            value = value * getattr(sizes, atom)
         if self.rounded:
             value = np.floor(value) if self.rounded < 0 else np.ceil(value)
         return value + self.plus if self.plus else value
@@ -86,13 +85,20 @@ class Dim(NamedTuple):
         return f"{text}{self.plus:+d}" if self.plus else text
 
 
+@cache
+def _factors(dim: Dim) -> tuple[str, ...]:
+    """The atoms to multiply, each as often as its power says; pricing evaluates the same few dims again and again."""
+    return tuple(atom for atom, power in zip(ATOMS, dim.powers, strict=True) for _ in range(power))
+
+
 def constant(value: float) -> Dim:
     """A size that no deployment changes."""
     return Dim(value)
 
 
-def product(dims: Iterable[Dim]) -> list[Dim]:
-    """Number of elements of a tensor, as a list of monomials to be multiplied: one, unless some dim has an offset."""
+@cache
+def product(dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """Number of elements of a tensor, as monomials to be multiplied: one, unless some dim has an offset."""
     coef: float = 1
     powers = [0] * len(ATOMS)
     offset: list[Dim] = []
@@ -102,4 +108,4 @@ def product(dims: Iterable[Dim]) -> list[Dim]:
             continue
         coef *= dim.coef
         powers = [a + b for a, b in zip(powers, dim.powers, strict=True)]
-    return [Dim(coef, *powers), *offset]
+    return (Dim(coef, *powers), *offset)

@@ -48,9 +48,12 @@ class Tensor:
     def numel(self, sizes: Sizes) -> Any:
         """Elements that lie in memory: expanded dims count once."""
         value: Any = 1.0
-        for dim in product(d for i, d in enumerate(self.dims) if i not in self.expanded):
+        for dim in product(self.dims if not self.expanded else self._kept()):
             value = value * dim.at(sizes)
         return value
+
+    def _kept(self) -> tuple[Dim, ...]:
+        return tuple(d for i, d in enumerate(self.dims) if i not in self.expanded)
 
     def bytes(self, sizes: Sizes) -> Any:
         """Bytes in the traced dtype."""

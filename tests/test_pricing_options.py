@@ -254,18 +254,24 @@ def test_arrays_price_and_weigh_as_their_entries_do(options: dict[str, Any]) -> 
     assert deployment.memory(largest, 1, 4096).fits and not deployment.memory(largest + 1, 1, 4096).fits
 
 
-def test_a_norm_after_an_all_reduce_inside_a_node_is_not_launched() -> None:
-    def norms(engine: str) -> list[bool]:
+def test_a_norm_after_a_small_all_reduce_inside_a_node_is_not_launched() -> None:
+    """vLLM on Hopper at tp 8: up to half a MiB, 64 tokens of 4096 bf16 numbers."""
+
+    def launches(engine: str, batch: float) -> list[float]:
         deployment = deploy(
             load_model("qwen3-235b-a22b"), load_device("h100"), load_engine(engine), parse_layout("tp8"), "decode"
         )
+        rows = deployment.step.price(batch, 1.0, 4096.0).rows
         return [
-            bool(row.attrs.get("joined"))
-            for row in deployment.step.plan.rows
-            if not isinstance(row, Collective) and "norm" in str(row.attrs.get("label"))
+            float(p.parts["latency"])
+            for p in rows
+            if not isinstance(p.row, Collective) and "norm" in str(p.row.attrs.get("label"))
         ]
 
-    assert sum(norms("vllm")) == 2 and not any(norms("eager"))
+    assert launches("vllm", 64.0).count(0.0) == 2
+    assert 0.0 not in launches("vllm", 65.0)
+    assert launches("trtllm", 65.0).count(0.0) == 2
+    assert 0.0 not in launches("eager", 1.0)
 
 
 @pytest.mark.parametrize("text", ["", "tp8-tp2", "ep", "tp0x", "8"])

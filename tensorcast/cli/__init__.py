@@ -2,6 +2,6 @@
 
 from tensorcast.cli.app import app, main
 
-from tensorcast.cli import simulate, catalog  # isort: skip  (each registers its commands, in the order of --help)
+from tensorcast.cli import simulate, launch, catalog  # isort: skip  (each registers its commands, in the order of --help)
 
-__all__ = ["app", "catalog", "main", "simulate"]
+__all__ = ["app", "catalog", "launch", "main", "simulate"]

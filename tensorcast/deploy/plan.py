@@ -7,6 +7,7 @@ sums routed and shared experts alike. The logits are gathered. Pipeline stages h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -109,7 +110,7 @@ def make_plan(
     moe = _MoEExchange(table, layout, device, chosen, scheme, int(options.external_shared_experts > 0))
     rows: tuple[Row, ...] = tuple(_with_collectives(table, layout, device, moe))
     if options.fusion == "engine" and "allreduce_norm" in engine.fusions:
-        rows = tuple(_norms_joined(rows))
+        rows = tuple(_norms_joined(rows, device, engine))
     backend = choose_experts_backend(options.experts_backend, chosen, engine, device, table.phase)
     return Plan(rows, chosen, scheme, backend)
 
@@ -137,13 +138,19 @@ def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe
         yield Collective("send_recv", "pipeline", -1, "pp", 2, hop, state, label="stage hand-over")
 
 
-def _norms_joined(rows: tuple[Row, ...]) -> Iterator[Row]:
-    """A norm right after an all-reduce inside one node runs in the all-reduce's kernel: it is not launched itself."""
+def _norms_joined(rows: tuple[Row, ...], device: DeviceProfile, engine: EngineProfile) -> Iterator[Row]:
+    """A norm right after a small all-reduce inside one node runs in its kernel: attrs say up to how many tokens."""
     before: Row | None = None
     for row in rows:
         fused = isinstance(before, Collective) and before.op == "all_reduce" and len(before.extent) == 1
         is_norm = isinstance(row, Op) and row.name == "pointwise" and "norm" in str(row.attrs.get("label"))
-        yield row.but(attrs={**row.attrs, "joined": True}) if fused and is_norm and isinstance(row, Op) else row
+        if fused and is_norm and isinstance(row, Op) and isinstance(before, Collective):
+            limit = math.inf
+            if engine.allreduce_norm is not None:
+                limit = engine.allreduce_norm.limit_bytes(device.architecture, before.ranks, before.scale)
+            yield row.but(attrs={**row.attrs, "joined_tokens": limit / before.scale})
+        else:
+            yield row
         before = row
 
 

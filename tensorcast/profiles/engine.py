@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -15,6 +16,24 @@ Fusion = Literal[
     "norm_quant",  # RMSNorm writes the quantised activation
     "activation_quant",  # SwiGLU writes the quantised activation
 ]
+
+
+class AllreduceNorm(Frozen):
+    """Limits of the kernel that all-reduces and normalises: device architectures, tokens, bytes by group size."""
+
+    architectures: tuple[str, ...]
+    max_tokens: int | None = None
+    max_bytes: dict[str, dict[int, int]] = Field(default={}, description="architecture -> ranks -> largest tensor")
+    source: str = Field(min_length=3)
+
+    def limit_bytes(self, architecture: str, ranks: int, token_bytes: float) -> float:
+        """Largest all-reduce that is fused on this device in a group of ``ranks``; 0 where none is."""
+        if architecture.lower() not in self.architectures:
+            return 0.0
+        largest = math.inf if self.max_tokens is None else self.max_tokens * token_bytes
+        if self.max_bytes:
+            largest = min(largest, self.max_bytes.get(architecture.lower(), {}).get(ranks, 0))
+        return largest
 
 
 class EngineProfile(Frozen):
@@ -43,6 +62,7 @@ class EngineProfile(Frozen):
     masked_gemm: Literal["skips", "pads"] = Field(
         default="skips", description="whether a masked grouped GEMM leaves out tiles without rows or computes capacity"
     )
+    allreduce_norm: AllreduceNorm | None = Field(default=None, description="where it runs; else everywhere")
     shared_expert_stream_tokens: Figure | None = Field(
         default=None, description="most tokens of a captured step whose shared expert runs on a stream of its own"
     )

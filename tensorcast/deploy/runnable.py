@@ -1,0 +1,194 @@
+"""Which layouts and options an engine can run at all: its limits, named as in the engine's launch table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.options import Options
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is to run. ``facts``: ``num_experts``, and ``mtp_modules`` where it is known."""
+
+    engine: str
+    layout: Layout
+    facts: dict[str, Any]
+    options: Options
+    gpus_per_node: int
+
+    @property
+    def nodes(self) -> int:
+        return max(1, math.ceil(self.layout.world_size / self.gpus_per_node))
+
+    @property
+    def exchange(self) -> str:
+        """How tokens reach experts of other dp ranks, in our words; empty where the engine has nothing to choose.
+
+        SGLang's ``auto`` is DeepEP where it can run, in each phase's mode (``by_phase``), as its engine profile says.
+        """
+        if self.layout.dp == 1 or self.layout.ep == 1:
+            return ""
+        if self.options.all2all != "auto":
+            return self.options.all2all
+        if self.engine == "sglang":
+            return "by_phase" if self.layout.etp == 1 else "allgather_reducescatter"
+        return "allgather_reducescatter" if self.engine == "vllm" else "auto"
+
+
+Broken = Callable[[Case], str]
+_DEEPEP = ("high_throughput", "low_latency", "by_phase")
+
+
+def _whole_or_cut(c: Case) -> str:
+    if not c.facts["num_experts"] or c.layout.ep in (1, c.layout.stage_ranks):
+        return ""
+    return (
+        f"experts are spread over all tp*dp = {c.layout.stage_ranks} ranks or each is cut over all of them: "
+        f"ep must be {c.layout.stage_ranks} or 1, not {c.layout.ep}"
+    )
+
+
+def _plain(c: Case) -> str:
+    return "no plain all-to-all between experts; choose another all2all" if c.exchange == "direct" else ""
+
+
+def _overlap_needs_deepep(c: Case) -> str:
+    if not c.options.dual_batch_overlap or c.exchange in _DEEPEP:
+        return ""
+    return f"dual-batch overlap needs DeepEP (high_throughput or low_latency) at dp > 1, not {c.exchange or 'none'}"
+
+
+def _no_overlap(c: Case) -> str:
+    return "no dual-batch overlap" if c.options.dual_batch_overlap else ""
+
+
+def _balanced(c: Case) -> str:
+    copies, experts = c.options.redundant_experts, c.facts["num_experts"]
+    if not copies and c.options.placement != "eplb":
+        return ""
+    if c.layout.ep == 1:
+        return "experts are copied or rearranged between expert-parallel ranks only: ep = 1"
+    if (experts + copies) % c.layout.ep:
+        return f"{experts} experts and {copies} copies do not divide over ep = {c.layout.ep}"
+    return ""
+
+
+def _external(c: Case) -> str:
+    n = c.options.external_shared_experts
+    return f"no ranks for shared experts alone (external_shared_experts = {n})" if n else ""
+
+
+def _drafts(c: Case) -> str:
+    modules = c.facts.get("mtp_modules")
+    if not c.options.mtp_depth or modules is None or modules:
+        return ""
+    return "the model has no multi-token-prediction layer to draft with"
+
+
+def _draft_multiple(c: Case) -> str:
+    depth, modules = c.options.mtp_depth, c.facts.get("mtp_modules")
+    if missing := _drafts(c):
+        return missing
+    if modules and depth > modules and depth % modules:
+        return f"{depth} drafted tokens are no multiple of the model's {modules} multi-token-prediction layers"
+    return ""
+
+
+def _drafts_in_pipeline(c: Case) -> str:
+    return f"no speculative decoding at pp = {c.layout.pp}" if c.options.mtp_depth and c.layout.pp > 1 else ""
+
+
+def _nodes(c: Case) -> str:
+    if c.nodes == 1 or c.layout.world_size % c.gpus_per_node == 0:
+        return ""
+    return f"{c.layout.world_size} GPUs do not fill nodes of {c.gpus_per_node}"
+
+
+def _ranks_on_nodes(c: Case) -> str:
+    ranks = c.layout.tp * c.layout.pp
+    if c.nodes == 1 or c.gpus_per_node % ranks == 0 or ranks % c.gpus_per_node == 0:
+        return ""
+    return f"tp*pp = {ranks} GPUs of a data-parallel rank neither divide nor fill nodes of {c.gpus_per_node}"
+
+
+def _deepep_over_all(c: Case) -> str:
+    if c.exchange not in _DEEPEP or c.layout.etp == 1:
+        return ""
+    return f"DeepEP spreads experts over all tp*dp = {c.layout.stage_ranks} ranks, not ep = {c.layout.ep}"
+
+
+def _dense_on_one_node(c: Case) -> str:
+    if c.facts["num_experts"] or c.layout.dp == 1 or c.nodes == 1:
+        return ""
+    return f"dp = {c.layout.dp} of a dense model over {c.nodes} nodes: start an engine per node"
+
+
+def _attention_over_all(c: Case) -> str:
+    if not c.facts["num_experts"] or 1 in (c.layout.tp, c.layout.dp):
+        return ""
+    return f"attention is tensor-parallel or data-parallel over all ranks, not tp{c.layout.tp} x dp{c.layout.dp}"
+
+
+def _dense_replicas(c: Case) -> str:
+    if c.facts["num_experts"] or c.layout.dp == 1:
+        return ""
+    return f"a dense model has no dp: start {c.layout.dp} engines of tp{c.layout.tp}"
+
+
+def _whole_for_exchange(c: Case) -> str:
+    if c.exchange in ("", "auto", "allgather_reducescatter") or c.layout.etp == 1:
+        return ""
+    return f"experts cut over {c.layout.etp} ranks: tokens are gathered, no {c.exchange} exchange"
+
+
+_SHARED: dict[str, Broken] = {
+    "plain all-to-all": _plain,
+    "balanced experts": _balanced,
+    "external shared experts": _external,
+    "whole nodes": _nodes,
+}
+ENGINE_RULES: dict[str, dict[str, Broken]] = {
+    "vllm": {
+        **_SHARED,
+        "whole experts or all cut": _whole_or_cut,
+        "dual-batch overlap": _overlap_needs_deepep,
+        "draft layers": _draft_multiple,
+        "data-parallel ranks on nodes": _ranks_on_nodes,
+    },
+    "sglang": {
+        **_SHARED,
+        "all-to-all over all ranks": _deepep_over_all,
+        "dual-batch overlap": _overlap_needs_deepep,
+        "draft layers": _drafts,
+        "drafts in a pipeline": _drafts_in_pipeline,
+        "dense replicas on one node": _dense_on_one_node,
+    },
+    "trtllm": {
+        **_SHARED,
+        "attention over all ranks": _attention_over_all,
+        "dense replicas": _dense_replicas,
+        "all-to-all with whole experts": _whole_for_exchange,
+        "dual-batch overlap": _no_overlap,
+        "draft layers": _drafts,
+    },
+}
+"""By engine and rule name: what is wrong, or empty. Sources stand in ``profiles/launch/ENGINE.yaml``."""
+
+
+def engine_can_run(
+    engine: str, layout: Layout, facts: dict[str, Any], options: Options = Options(), gpus_per_node: int = 8
+) -> str:
+    """Why ``engine`` cannot run this; empty if it can, or if it has no rules here.
+
+    ``facts`` are those of an op table (``num_experts``; ``mtp_modules`` if known).
+    """
+    case = Case(engine, layout, facts, options, gpus_per_node)
+    for name, broken in ENGINE_RULES.get(engine, {}).items():
+        if problem := broken(case):
+            return f"{name}: {problem}"
+    return ""

@@ -1,0 +1,193 @@
+"""Take-away of a choice: the commands that start it under vLLM, SGLang or TensorRT-LLM, every flag with its source."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from types import ModuleType
+from typing import Any
+
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.options import Options, option_facts
+from tensorcast.deploy.runnable import Case, engine_can_run
+from tensorcast.errors import InputError
+from tensorcast.modeling.quantization import KV_DTYPES, Quantization, from_config, override
+from tensorcast.profiles import load_engine
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.launch import LaunchTable, load_launch_table
+from tensorcast.profiles.model import ModelProfile
+from tensorcast.report.launch import sglang, trtllm, vllm
+from tensorcast.report.launch.settings import Plan, Setting, Settings
+
+__all__ = ["Launch", "Setting", "engine_can_run", "launch", "model_facts"]
+
+WRITERS: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "trtllm": trtllm}
+ROLES = (None, "prefill", "decode")
+FP8_KV_BY_DEFAULT = ("deepseek_v32",)
+"""Model types whose cache vLLM keeps in fp8 unless told bf16 (vllm/config/cache.py)."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start one engine instance: a command per node (one for all under Slurm) and the files they read.
+
+    ``problem``: why the engine cannot run it, and then nothing else is there; ``notes``: what no flag can say.
+    """
+
+    engine: str
+    version: str
+    commands: tuple[str, ...] = ()
+    config_files: dict[str, str] = field(default_factory=dict)
+    flags: tuple[Setting, ...] = ()
+    notes: tuple[str, ...] = ()
+    problem: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**asdict(self), "flags": [s._asdict() for s in self.flags]}
+
+
+def launch(
+    engine: str,
+    model_profile: ModelProfile,
+    layout: Layout,
+    options: Options = Options(),
+    *,
+    batch: int,
+    input_len: int,
+    output_len: int,
+    chunk_tokens: int | None = None,
+    gpus_per_node: int = 8,
+    role: str | None = None,
+    memory_fraction: float | None = None,
+) -> Launch:
+    """Commands that start ``layout`` of a model. ``batch`` and ``chunk_tokens`` are per data-parallel rank.
+
+    ``chunk_tokens`` and ``memory_fraction`` default to the engine profile's, ``role`` None serves both phases. What the
+    engine cannot run is a ``problem``; bad arguments and unknown engines raise :class:`InputError`.
+    """
+    profile = load_engine(engine)
+    table = load_launch_table(profile.name)
+    _check(batch=batch, input_len=input_len, output_len=output_len, gpus_per_node=gpus_per_node)
+    if role not in ROLES:
+        raise InputError(f"role {role!r}: choose prefill, decode or none")
+    case = Case(table.name, layout, model_facts(model_profile), options, gpus_per_node)
+    problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node)
+    problem = problem or _too_long(model_profile, input_len + output_len)
+    have = _checkpoint(model_profile)
+    want = override(have, options.quant)
+    problem = problem or _not_quantizable(table, have, want)
+    if problem:
+        return Launch(table.name, table.version, problem=problem)
+    plan = Plan(
+        table, case, model_profile, batch, input_len, output_len, chunk_tokens or _chunk(case, profile),
+        _kv(table, model_profile, options.kv_dtype or want.kv), want.linear.name if want.linear != have.linear else "",
+        memory_fraction or float(profile.memory_fraction), role or "",
+    )  # fmt: skip
+    return _written(plan)
+
+
+def _written(plan: Plan) -> Launch:
+    writer = WRITERS[plan.table.name]
+    slurm = plan.table.name == "trtllm"
+    settings: list[Settings] = [writer.settings(plan, node) for node in range(1 if slurm else plan.case.nodes)]
+    files = {}
+    if slurm:
+        import yaml
+
+        text = yaml.safe_dump(settings[0].config(), sort_keys=False)
+        files[trtllm.config_name(plan)] = f"# {plan.table.name} {plan.table.version}, {plan.case.layout}\n{text}"
+    words = () if plan.table.name == "sglang" else (plan.path,)
+    launcher = trtllm.LAUNCHER if slurm and plan.case.nodes > 1 else ()
+    flags = dict.fromkeys(setting for found in settings for _, setting, _ in found.items)
+    return Launch(
+        plan.table.name, plan.table.version, tuple(found.command(*words, launcher=launcher) for found in settings),
+        files, tuple(flags), tuple(_placeholders(plan, settings) + writer.notes(plan) + _notes(plan)),
+    )  # fmt: skip
+
+
+def _placeholders(plan: Plan, settings: list[Settings]) -> list[str]:
+    text = " ".join(found.command() for found in settings) + plan.path
+    meanings = {
+        "HEAD_NODE_IP": "the first node's address",
+        "THIS_NODE_IP": "the address of the node that runs the command",
+        "/path/to/": f"the directory that holds {plan.model.name}",
+    }
+    said = [f"{word}: {meaning}" for word, meaning in meanings.items() if word in text]
+    return [f"to be filled in: {'; '.join(said)}"] if said else []
+
+
+def _notes(plan: Plan) -> list[str]:
+    options, said = plan.case.options, []
+    if options.chunk_tokens and plan.table.name != "trtllm":
+        said.append(f"{options.chunk_tokens} tokens through the experts at a time: no flag, the engine decides")
+    if options.experts_backend != "auto":
+        said.append(f"experts_backend {options.experts_backend}: the engine chooses its kernels by itself")
+    if not options.shared_expert_tp and plan.case.layout.tp > 1:
+        said.append("shared experts held whole by every rank: no flag, the engine decides")
+    return said
+
+
+def model_facts(profile: ModelProfile) -> dict[str, Any]:
+    """What layout and engine rules ask of a model, from its config alone; 0 where the config does not say."""
+    text = _text_config(profile)
+    names = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+    experts = next((int(text[name]) for name in names if text.get(name)), 0)
+    return {
+        "heads": int(text.get("num_attention_heads") or 0),
+        "layers": int(text.get("num_hidden_layers") or 0),
+        "num_experts": experts,
+        "moe_intermediate_size": int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 0),
+        "mtp_modules": option_facts({}, False, profile.config)["mtp_modules"],
+    }
+
+
+def _text_config(profile: ModelProfile) -> dict[str, Any]:
+    inner = profile.config.get("text_config")
+    return inner if isinstance(inner, dict) else profile.config
+
+
+def _check(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f"{name} = {size} must be at least 1")
+
+
+def _chunk(case: Case, profile: EngineProfile) -> int:
+    """Prompt tokens per step and rank that the engine takes unasked."""
+    low_latency = case.engine == "vllm" and case.exchange == "low_latency"
+    return vllm.LOW_LATENCY_TOKENS if low_latency else profile.max_tokens_per_step
+
+
+def _too_long(profile: ModelProfile, tokens: int) -> str:
+    longest = _text_config(profile).get("max_position_embeddings")
+    if not longest or tokens <= longest:
+        return ""
+    return f"context length: input_len + output_len = {tokens}, but the model has {longest} positions"
+
+
+def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str) -> str:
+    if kv_dtype not in KV_DTYPES:
+        raise InputError(f"kv_dtype {kv_dtype!r}: choose one of {', '.join(KV_DTYPES)}")
+    sparse = _text_config(profile).get("model_type") in FP8_KV_BY_DEFAULT
+    return "bf16_not_fp8" if table.name == "vllm" and kv_dtype == "bf16" and sparse else kv_dtype
+
+
+def _checkpoint(profile: ModelProfile) -> Quantization:
+    base = Quantization(kv=profile.kv_dtype) if profile.quantization else from_config(profile.config, profile.kv_dtype)
+    return override(base, profile.quantization)
+
+
+def _not_quantizable(table: LaunchTable, have: Quantization, want: Quantization) -> str:
+    """Why the engine cannot turn a checkpoint that is ``have`` into ``want`` as it loads; empty if it can."""
+    if (have.linear, have.experts) == (want.linear, want.experts):
+        return ""
+    entry = table.flags.get("quantization")
+    can = entry.values if entry else {}
+    plain = {have.linear.name, have.experts.name} == {"bf16"}
+    if plain and want.linear == want.experts and want.linear.name in can:
+        return ""
+    kinds = f"from bf16 to {' or '.join(can)}" if can else "nothing"
+    return (
+        f"quantisation: the checkpoint is linear={have.linear.name}, experts={have.experts.name}; at load {table.name} "
+        f"quantises {kinds}: use a checkpoint with linear={want.linear.name}, experts={want.experts.name}"
+    )

@@ -1,0 +1,91 @@
+"""SGLang: ``sglang.launch_server`` on every node; with attention DP its tp-size counts all ranks of a stage."""
+
+from __future__ import annotations
+
+from tensorcast.report.launch.settings import HEAD, Plan, Settings
+
+SERVER_PORT, MASTER_PORT = 30000, 20000
+DEFAULT_DISPATCH_TOKENS = 128
+"""Tokens per rank that DeepEP's low-latency buffers hold unasked (python/sglang/srt/environ.py)."""
+
+
+def settings(plan: Plan, node: int) -> Settings:
+    """Flags of the command on ``node``."""
+    layout, options, nodes = plan.case.layout, plan.case.options, plan.case.nodes
+    attention_dp = layout.dp if plan.case.facts["num_experts"] else 1
+    found = Settings(plan.table)
+    found.add("model", plan.path)
+    found.add("host", "0.0.0.0")
+    found.add("port", SERVER_PORT)
+    found.add("tensor_parallel", layout.tp * attention_dp)
+    if layout.pp > 1:
+        found.add("pipeline_parallel", layout.pp)
+    if layout.dp > 1:
+        found.add("data_parallel", layout.dp)
+    if attention_dp > 1:
+        found.add("attention_dp")
+        found.add("head_dp")
+        if layout.tp == 1:
+            found.add("dense_tp", 1)
+    if nodes > 1:
+        found.add("nodes", nodes)
+        found.add("node_rank", node)
+        found.add("master_address", f"{HEAD}:{MASTER_PORT}")
+    _experts(plan, found)
+    if plan.quant:
+        found.add("quantization", plan.quant)
+    found.add("kv_dtype", plan.kv_dtype)
+    found.add("context_length", plan.context)
+    found.add("max_batch", plan.batch * layout.dp)
+    if plan.role != "decode":
+        found.add("chunk_tokens", plan.chunk_tokens * attention_dp)
+    if plan.role != "prefill":
+        found.add("graph_batch", plan.batch)
+    found.add("memory_fraction", plan.memory_fraction)
+    if options.mtp_depth:
+        found.add("speculative_algorithm", "NEXTN")
+        found.add("draft_steps", options.mtp_depth)
+        found.add("draft_topk", 1)
+        found.add("draft_tokens", options.mtp_depth + 1)
+    if plan.role:
+        found.add("role", plan.role)
+        found.add("transfer", "mooncake")
+    return found
+
+
+def _experts(plan: Plan, found: Settings) -> None:
+    layout, options = plan.case.layout, plan.case.options
+    if layout.ep > 1:
+        found.add("expert_parallel", layout.ep)
+    if exchange := plan.case.exchange:
+        found.add("all2all", exchange)
+        if exchange == "by_phase" and plan.role:
+            exchange = "high_throughput" if plan.role == "prefill" else "low_latency"
+        elif exchange == "low_latency" and not plan.role:
+            exchange = "by_phase"  # a chunk of a prompt does not fit into low-latency buffers
+        if exchange != "allgather_reducescatter":
+            found.add("all2all_mode", exchange)
+            if options.dispatch:
+                found.add("dispatch", options.dispatch)
+        if exchange in ("low_latency", "by_phase") and plan.decode_tokens > DEFAULT_DISPATCH_TOKENS:
+            found.add("dispatch_tokens", plan.decode_tokens)
+    if options.redundant_experts or options.placement == "eplb":
+        found.add("balance_experts")
+    if options.redundant_experts:
+        found.add("redundant_experts", options.redundant_experts)
+    if options.dual_batch_overlap:
+        found.add("dual_batch_overlap")
+
+
+def notes(plan: Plan) -> list[str]:
+    """What the flags cannot say."""
+    said = []
+    if plan.case.exchange == "high_throughput" and plan.role != "prefill":
+        said.append("DeepEP's normal mode turns CUDA graphs off, in decode too")
+    if plan.case.exchange == "low_latency" and not plan.role:
+        said.append("prompts take DeepEP's normal kernels, only decode the low-latency ones")
+    if plan.case.layout.dp > 1 and plan.case.layout.tp > 1 and plan.case.facts["num_experts"]:
+        said.append("dense layers are cut over all ranks of a stage; SGLang cannot cut them over attention's tp alone")
+    if plan.role:
+        said.append("a router in front sends each request to a prefill and then to a decode server")
+    return said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,9 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_blocks import block_of
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from tensorcast import ops  # noqa: F401
 from tensorcast.ops import library
+from tensorcast.ops.moe import align_counts, aligned_rows
+from tensorcast.ops.quantized import FORMATS, quantize_weight
 
 TC = torch.ops.tensor_cast
 
@@ -42,9 +47,55 @@ def _collective_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     }
 
 
+def _layout_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Layouts of the experts' rows and the matmuls on them; expert 2 has no rows."""
+    rows, counts, bias = torch.randn(9, 8), torch.tensor([4, 1, 0, 4]), torch.randn(4, 16)
+    held = TC.to_capacity(rows, counts, 5)
+    weight, transposed = torch.randn(4, 16, 8), torch.randn(4, 8, 16)
+    return {
+        "align_rows": (TC.align_rows.default, (rows, counts, 4)),
+        "unalign_rows": (TC.unalign_rows.default, (TC.align_rows(rows, counts, 4), counts, 9, 4)),
+        "to_capacity": (TC.to_capacity.default, (rows, counts, 5)),
+        "from_capacity": (TC.from_capacity.default, (held, counts, 9)),
+        "low_latency_dispatch": (TC.low_latency_dispatch.default, (rows, counts, [4], 0, 5, "g")),
+        "low_latency_combine": (
+            TC.low_latency_combine.default,
+            (held, counts, counts.view(1, 4), [4], 5, 9, "g"),
+        ),
+        "grouped_matmul": (TC.grouped_matmul.default, (rows, weight, counts)),
+        "grouped_matmul, bias": (TC.grouped_matmul.default, (rows, weight, counts, bias)),
+        "grouped_matmul, transposed": (TC.grouped_matmul.default, (rows, transposed, counts, None, True)),
+        "grouped_matmul, odd sizes": (TC.grouped_matmul.default, (rows[:, :7], weight[:, :5, :7], counts)),
+        "batched_matmul": (TC.batched_matmul.default, (rows, weight, counts, bias)),
+        "batched_matmul, transposed": (TC.batched_matmul.default, (rows, transposed, counts, None, True)),
+        "masked_grouped_matmul": (TC.masked_grouped_matmul.default, (held, weight, counts, bias)),
+        "masked_grouped_matmul, transposed": (
+            TC.masked_grouped_matmul.default,
+            (held, transposed, counts, None, True),
+        ),
+    }
+
+
+def _quantized_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    rows, counts, bias = torch.randn(9, 144), torch.tensor([4, 1, 0, 4]), torch.randn(4, 24)
+    held, bf16 = TC.to_capacity(rows, counts, 5), torch.bfloat16
+    cases: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    for scheme, kind in FORMATS.items():
+        weight = quantize_weight(torch.randn(4, 24, 144), scheme)
+        x, x_held = [rows.to(bf16)], [held.to(bf16)]
+        if kind.activation is not None:
+            cases[f"quantize_activation, {scheme}"] = (TC.quantize_activation.default, (rows, scheme))
+            x, x_held = (TC.quantize_activation(t, scheme) for t in (rows, held))
+            cases[f"dequantize_activation, {scheme}"] = (TC.dequantize_activation.default, (x, scheme, bf16))
+        for form, operand in (("grouped", x), ("masked_grouped", x_held), ("batched", x)):
+            op = getattr(TC, f"scaled_{form}_matmul").default
+            cases[f"scaled_{form}_matmul, {scheme}"] = (op, (operand, weight, counts, scheme, bf16, bias))
+    return cases
+
+
 def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     x, index = torch.randn(6, 8), _routing(6, 4, 2)
-    rows, counts = TC.init_routing_v2(x, index), TC.expert_counts(index, 4)
+    rows = TC.init_routing_v2(x, index)
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
     return {
         "moe_gating_top_k_softmax": (TC.moe_gating_top_k_softmax.default, (torch.randn(6, 4), 2)),
@@ -55,13 +106,12 @@ def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "init_routing_v2": (TC.init_routing_v2.default, (x, index)),
         "unpermute_tokens": (TC.unpermute_tokens.default, (rows, index)),
         "expert_counts": (TC.expert_counts.default, (index, 4)),
-        "grouped_matmul": (TC.grouped_matmul.default, (rows, torch.randn(4, 16, 8), counts)),
-        "grouped_matmul, bias": (TC.grouped_matmul.default, (rows, torch.randn(4, 16, 8), counts, torch.randn(4, 16))),
-        "grouped_matmul, transposed": (TC.grouped_matmul.default, (rows, torch.randn(4, 8, 16), counts, None, True)),
         "attention": (TC.attention.default, (q, k, v, 0, 0.3, True, 3, 0, 0, 0, 0, torch.randn(4))),
         "kv_cache_write": (TC.kv_cache_write.default, (k, v, "kv")),
         "kv_cache_read": (TC.kv_cache_read.default, (torch.randn(2, 5, 8), 0)),
         **_collective_cases(),
+        **_layout_cases(),
+        **_quantized_cases(),
     }
 
 
@@ -69,7 +119,19 @@ def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 def test_opcheck(name: str) -> None:
     torch.manual_seed(sum(map(ord, name)))
     op, arguments = _cases()[name]
-    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    tensors = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+    checks: tuple[str, ...] = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    if any(t.dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu) for t in tensors):
+        # torch's schema check compares values, which it cannot for these dtypes: the same by storage and bytes
+        checks, before = checks[1:], [t.clone() for t in tensors]
+        outputs = [t for t in tree_leaves(op(*arguments)) if isinstance(t, torch.Tensor)]
+        assert all(torch.equal(_bytes(t), _bytes(old)) for t, old in zip(tensors, before, strict=True))
+        assert not {t.untyped_storage().data_ptr() for t in outputs} & {t.untyped_storage().data_ptr() for t in tensors}
+    torch.library.opcheck(op, arguments, test_utils=checks)
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
 
 
 def test_every_op_with_a_real_kernel_is_checked() -> None:
@@ -95,23 +157,81 @@ def test_permute_and_unpermute_are_inverse_and_ordered(tokens: int, experts: int
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_grouped_matmul_equals_a_loop_over_experts(dtype: torch.dtype, transposed: bool) -> None:
+@pytest.mark.parametrize(("n", "k"), [(24, 16), (5, 7)])  # the second is no whole number of 16 bytes
+def test_expert_matmuls_equal_a_loop_over_experts(dtype: torch.dtype, transposed: bool, n: int, k: int) -> None:
     torch.manual_seed(1)
-    counts = torch.tensor([0, 7, 1, 0, 24])  # experts without rows included
-    x, weight, bias = (
-        torch.randn(32, 16, dtype=dtype),
-        torch.randn(5, 24, 16, dtype=dtype),
-        torch.randn(5, 24, dtype=dtype),
+    counts, capacity = torch.tensor([0, 7, 1, 0, 24]), 25  # experts without rows included
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((32, k), (5, n, k), (5, n)))
+    expected = torch.cat(
+        [rows @ weight[expert].T + bias[expert] for expert, rows in enumerate(x.split(counts.tolist()))]
     )
     given_weight = weight.transpose(1, 2).contiguous() if transposed else weight
-    out = TC.grouped_matmul(x, given_weight, counts, bias, transposed)
-    start = 0
-    for expert, n in enumerate(counts.tolist()):
-        expected = x[start : start + n] @ weight[expert].T + bias[expert]
-        torch.testing.assert_close(
-            out[start : start + n], expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2
-        )
-        start += n
+    held = TC.masked_grouped_matmul(TC.to_capacity(x, counts, capacity), given_weight, counts, bias, transposed)
+    found = {
+        "grouped": TC.grouped_matmul(x, given_weight, counts, bias, transposed),
+        "batched": TC.batched_matmul(x, given_weight, counts, bias, transposed),
+        "masked": TC.from_capacity(held, counts, 32),
+        "aligned": TC.unalign_rows(
+            TC.grouped_matmul(TC.align_rows(x, counts, 4), given_weight, align_counts(counts, 4), bias, transposed),
+            counts,
+            32,
+            4,
+        ),
+    }
+    for name, out in found.items():
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        assert out.shape == expected.shape, name
+        assert torch.allclose(out, expected, rtol=tolerance, atol=tolerance), name
+    assert all((held[expert, n:] == 0).all() for expert, n in enumerate(counts.tolist()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=7), block=st.integers(1, 8), more=st.integers(0, 3))
+def test_layouts_hold_every_row_once_and_come_back(counts: list[int], block: int, more: int) -> None:
+    rows = torch.arange(1.0, sum(counts) * 2 + 1).view(-1, 2)
+    given, parts = torch.tensor(counts), rows.split(counts)
+    aligned = TC.align_rows(rows, given, block)
+    filled = torch.cat([torch.cat([p, p.new_zeros(-len(p) % block, 2)]) for p in parts])
+    assert torch.equal(aligned[: len(filled)], filled) and not aligned[len(filled) :].any()
+    assert len(filled) <= len(aligned) <= len(rows) + len(counts) * (block - 1)
+    assert torch.equal(align_counts(given, block), torch.tensor([-(-n // block) * block for n in counts]))
+    assert torch.equal(TC.unalign_rows(aligned, given, len(rows), block), rows)
+    held = TC.to_capacity(rows, given, max(counts) + more)
+    for expert, part in enumerate(parts):
+        assert torch.equal(held[expert, : len(part)], part) and not held[expert, len(part) :].any()
+    assert torch.equal(TC.from_capacity(held, given, len(rows)), rows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(0, 12), experts=st.integers(1, 4), block=st.integers(1, 4))
+def test_aligned_layout_is_as_long_as_the_worst_counts_need(rows: int, experts: int, block: int) -> None:
+    """Brute force over all ways to give the rows to the experts."""
+    splits = (c for c in itertools.product(range(rows + 1), repeat=experts) if sum(c) == rows)
+    worst = max(sum(-(-n // block) * block for n in counts) for counts in splits)
+    assert aligned_rows(rows, experts, block) == worst
+
+
+def test_an_expert_over_its_capacity_is_an_error() -> None:
+    with pytest.raises(ValueError, match="expert 1 has 5 rows, more than its capacity of 4"):
+        TC.to_capacity(torch.randn(8, 2), torch.tensor([3, 5]), 4)
+
+
+def test_flops_of_expert_matmuls_are_counted() -> None:
+    """As multiply-adds of every row that the layout computes, times two."""
+    counts, rows, weight = torch.tensor([2, 3]), torch.randn(5, 32), torch.randn(2, 48, 32)
+    quantized = quantize_weight(weight, "mxfp4")
+    calls: dict[int, Any] = {
+        5: lambda: TC.grouped_matmul(rows, weight, counts),
+        2 * 4: lambda: TC.masked_grouped_matmul(TC.to_capacity(rows, counts, 4), weight, counts),
+        2 * 8: lambda: TC.grouped_matmul(TC.align_rows(rows, counts, 8), weight, align_counts(counts, 8)),
+    }
+    for computed, call in calls.items():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == 2 * computed * 48 * 32
+    with FlopCounterMode(display=False) as counter:
+        TC.scaled_batched_matmul([rows], quantized, counts, "mxfp4", torch.float32)
+    assert counter.get_total_flops() == 2 * 5 * 48 * 32
 
 
 @pytest.mark.parametrize("window", [0, 1, 3])

@@ -63,7 +63,7 @@ def surroundings(tmp_path: Path) -> dict[str, str]:
 
 def test_wheel_carries_profiles_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for kind in ("models", "devices", "engines"):
+    for kind in ("models", "devices", "engines", "launch"):
         shipped = {f"tensorcast/_profiles/{kind}/{path.name}" for path in (ROOT / "profiles" / kind).glob("*.yaml")}
         assert shipped and shipped <= names
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tensorcast").rglob("*.py")}

@@ -4,6 +4,6 @@ Importing this package registers every op with torch. Each has a schema, a fake 
 (so it works on meta tensors, under FakeTensorMode and with symbolic sizes), and a real kernel.
 """
 
-from tensorcast.ops import attention, collectives, moe, recurrent
+from tensorcast.ops import attention, collectives, flops, low_latency, moe, quantized, recurrent
 
-__all__ = ["attention", "collectives", "moe", "recurrent"]
+__all__ = ["attention", "collectives", "flops", "low_latency", "moe", "quantized", "recurrent"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tensorcast.ops.library import define
 
@@ -33,17 +34,34 @@ def _attention(
     rope: int = 0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Reference kernel. ``k``/``v`` hold all ``past + S`` tokens here: a real run keeps its cache in tensors."""
+    """``k``/``v`` hold all ``past + S`` tokens here: a real run keeps its cache in tensors.
+
+    torch's fused attention, which has no sinks: with those, the textbook formula.
+    """
     total, new = k.shape[2], q.shape[2]
     if total != past + new:
         raise ValueError(f"attention: keys hold {total} tokens, expected past + new = {past} + {new}")
     if selected:
         raise ValueError("attention: token selection needs the indexer's mask; run sparse attention with sdpa")
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
-    query_at = torch.arange(past, total, device=q.device)[:, None]
-    key_at = torch.arange(total, device=q.device)[None]
+    hidden = _hidden(past, new, causal, window, chunk, q.device)
+    if sinks is not None:
+        return _with_sinks(q, k, v, scale, hidden, sinks)
+    whole = causal and past == 0 and not (window and window < total) and not (chunk and chunk < total)
+    out = F.scaled_dot_product_attention(
+        q, k, v, None if whole or hidden is None else ~hidden, is_causal=whole and new > 1, scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _hidden(past: int, new: int, causal: bool, window: int, chunk: int, device: torch.device) -> Tensor | None:
+    """Which of ``past + new`` keys each new query may not see ``[S,L]``; None where it sees them all."""
+    total = past + new
+    every = (not causal or new == 1) and not (window and window < total) and not (chunk and chunk < total)
+    if every:
+        return None
+    query_at = torch.arange(past, total, device=device)[:, None]
+    key_at = torch.arange(total, device=device)[None]
     hidden = torch.zeros_like(query_at == key_at)
     if causal:
         hidden = hidden | (key_at > query_at)
@@ -51,11 +69,18 @@ def _attention(
         hidden = hidden | (query_at - key_at >= window)
     if chunk:
         hidden = hidden | (query_at // chunk != key_at // chunk)
-    scores = scores.masked_fill(hidden, float("-inf"))
-    if sinks is not None:
-        column = sinks.float().reshape(1, -1, 1, 1).expand(q.shape[0], -1, new, 1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = scores.softmax(-1)[..., :total]
+    return hidden
+
+
+def _with_sinks(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None, sinks: Tensor) -> Tensor:
+    """Each head's sink takes a share of the softmax and has no value (gpt-oss)."""
+    groups, total = q.shape[1] // k.shape[1], k.shape[2]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, float("-inf"))
+    column = sinks.float().reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+    weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :total]
     return (weights.to(v.dtype) @ v).transpose(1, 2).contiguous()
 
 

@@ -88,7 +88,9 @@ def _exchange(x: Tensor, sent: list[int], received: list[int], group: Any) -> Te
     return out
 
 
-def _dispatch(rows: Tensor, counts: Tensor, experts: list[int], rank: int, group: str) -> tuple[Tensor, Tensor]:
+def _dispatch(
+    rows: Tensor, counts: Tensor, experts: list[int], rank: int, group: str, expected: int = -1
+) -> tuple[Tensor, Tensor]:
     if len(experts) == 1:
         return rows.clone(), counts.clone().view(1, -1)
     process_group = _group(group, len(experts))
@@ -97,31 +99,41 @@ def _dispatch(rows: Tensor, counts: Tensor, experts: list[int], rank: int, group
     return _exchange(rows, sent, sources.sum(1).tolist(), process_group), sources
 
 
-def _dispatch_fake(rows: Tensor, counts: Tensor, experts: list[int], rank: int, group: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rows), counts.new_empty((len(experts), experts[rank]))
+def _dispatch_fake(
+    rows: Tensor, counts: Tensor, experts: list[int], rank: int, group: str, expected: int = -1
+) -> tuple[Tensor, Tensor]:
+    received = rows.new_empty((rows.shape[0] if expected < 0 else expected, *rows.shape[1:]))
+    return received, counts.new_empty((len(experts), experts[rank]))
 
 
 # Rows [R,H] ordered by global expert, counts [E] of them, experts per rank -> the rows of this rank's experts, source
-# rank by source rank, and their counts [ranks, E_local].
+# rank by source rank, and their counts [ranks, E_local]. expected: rows received under balanced routing (-1: as many as
+# sent), which only a trace needs.
 define(
-    "dispatch_rows(Tensor rows, Tensor counts, int[] experts, int rank, str group) -> (Tensor, Tensor)",
+    "dispatch_rows(Tensor rows, Tensor counts, int[] experts, int rank, str group, SymInt expected=-1)"
+    " -> (Tensor, Tensor)",
     real=_dispatch,
     fake=_dispatch_fake,
 )
 
 
-def _combine(rows: Tensor, counts: Tensor, sources: Tensor, experts: list[int], group: str) -> Tensor:
+def _combine(
+    rows: Tensor, counts: Tensor, sources: Tensor, experts: list[int], group: str, total: int = -1
+) -> Tensor:
     if len(experts) == 1:
         return rows.clone()
     back = [int(part.sum()) for part in counts.split(experts)]
     return _exchange(rows, sources.sum(1).tolist(), back, _group(group, len(experts)))
 
 
-# The way back: rows in the order that dispatch_rows gave, counts [E] and sources [ranks, E_local] as there.
+# The way back: rows in the order that dispatch_rows gave, counts [E] and sources [ranks, E_local] as there; total: rows
+# that dispatch_rows was given (-1: as many as it gave), which only a trace needs.
 define(
-    "combine_rows(Tensor rows, Tensor counts, Tensor sources, int[] experts, str group) -> Tensor",
+    "combine_rows(Tensor rows, Tensor counts, Tensor sources, int[] experts, str group, SymInt total=-1) -> Tensor",
     real=_combine,
-    fake=lambda rows, counts, sources, experts, group: torch.empty_like(rows),
+    fake=lambda rows, counts, sources, experts, group, total=-1: rows.new_empty(
+        (rows.shape[0] if total < 0 else total, *rows.shape[1:])
+    ),
 )
 
 
@@ -193,20 +205,25 @@ define(
 )
 
 
-def _slice_experts(rows: Tensor, counts: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+def _slice_experts(
+    rows: Tensor, counts: Tensor, start: int, count: int, expected: int = -1
+) -> tuple[Tensor, Tensor]:
     first = int(counts[:start].sum())
     own = counts[start : start + count].clone()
     return rows[first : first + int(own.sum())].clone(), own
 
 
-def _slice_experts_fake(rows: Tensor, counts: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    balanced = rows.shape[0] * count // counts.shape[0]
+def _slice_experts_fake(
+    rows: Tensor, counts: Tensor, start: int, count: int, expected: int = -1
+) -> tuple[Tensor, Tensor]:
+    balanced = rows.shape[0] * count // counts.shape[0] if expected < 0 else expected
     return rows.new_empty((balanced, rows.shape[1])), counts.new_empty((count,))
 
 
-# Of rows ordered by expert, those of experts start ... start + count - 1, where every rank holds all tokens.
+# Of rows ordered by expert, those of experts start ... start + count - 1, where every rank holds all tokens; expected:
+# how many under balanced routing (-1: this share of the rows), which only a trace needs.
 define(
-    "slice_experts(Tensor rows, Tensor counts, int start, int count) -> (Tensor, Tensor)",
+    "slice_experts(Tensor rows, Tensor counts, int start, int count, SymInt expected=-1) -> (Tensor, Tensor)",
     real=_slice_experts,
     fake=_slice_experts_fake,
 )

@@ -1,9 +1,12 @@
-"""Mixture-of-experts ops: gate, permute, grouped matmul, unpermute.
+"""Mixture-of-experts ops: gate, permute, layouts of the experts' rows, their matmuls, unpermute.
 
-Symbols: T tokens, E experts, k chosen per token, H hidden, N and K a projection's output and input width.
+Symbols: T tokens, E experts, k chosen per token, R = T*k rows, H hidden, N and K a projection's output and input
+width, C capacity of one expert.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -105,25 +108,162 @@ define(
 )
 
 
-def _grouped_matmul(
-    x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, transposed: bool = False
-) -> Tensor:
-    stacked = weight if transposed else weight.transpose(-2, -1)  # [E,K,N]
-    out = F.grouped_mm(x, stacked, offs=counts.cumsum(0).to(torch.int32))
-    if bias is not None:
-        out = out + bias.repeat_interleave(counts, dim=0, output_size=x.shape[0])
+def row_experts(counts: Tensor, rows: int) -> Tensor:
+    """Expert of each of ``rows`` rows ordered by expert, ``[rows]``; rows beyond the counts' sum go to the last one."""
+    ends = counts.cumsum(0)
+    found = torch.searchsorted(ends, torch.arange(rows, device=counts.device), right=True)
+    return found.clamp(max=counts.shape[0] - 1)
+
+
+def _places(counts: Tensor, rows: int, starts: Tensor) -> Tensor:
+    """Where rows ordered by expert go if expert e's segment begins at ``starts[e]``; ``[rows]``, no host sync."""
+    experts = row_experts(counts, rows)
+    return torch.arange(rows, device=counts.device) - (counts.cumsum(0) - counts)[experts] + starts[experts]
+
+
+def align_counts(counts: Tensor, block: int) -> Tensor:
+    """Rows that each expert's segment takes in :func:`align_rows`' layout, ``[E]``."""
+    return (counts + (block - 1)) // block * block
+
+
+def aligned_rows(rows: int, experts: int, block: int) -> int:
+    """Most rows that the aligned layout can need: every expert hit, each one row into its last block."""
+    return torch.sym_min(rows * block, (rows + experts * (block - 1)) // block * block)
+
+
+def _aligned_starts(counts: Tensor, block: int) -> Tensor:
+    aligned = align_counts(counts, block)
+    return aligned.cumsum(0) - aligned
+
+
+def _align_rows(rows: Tensor, counts: Tensor, block: int = 128) -> Tensor:
+    out = rows.new_zeros((aligned_rows(rows.shape[0], counts.shape[0], block), *rows.shape[1:]))
+    out[_places(counts, rows.shape[0], _aligned_starts(counts, block))] = rows
     return out
 
 
-def _grouped_matmul_fake(
-    x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, transposed: bool = False
-) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[-1] if transposed else weight.shape[-2]))
+define(
+    # DeepGEMM's contiguous layout: rows [R,H] ordered by expert, each expert's segment filled up with zeros to a
+    # multiple of block (align_counts); as many rows as any counts may need, so the shape depends on R and E only
+    "align_rows(Tensor rows, Tensor counts, int block=128) -> Tensor",
+    real=_align_rows,
+    fake=lambda rows, counts, block=128: rows.new_empty(
+        (aligned_rows(rows.shape[0], counts.shape[0], block), *rows.shape[1:])
+    ),
+)
+
+
+def _unalign_rows(aligned: Tensor, counts: Tensor, total: int, block: int = 128) -> Tensor:
+    return aligned[_places(counts, total, _aligned_starts(counts, block))]
 
 
 define(
-    # rows [R,K] ordered by expert; weight [E,N,K], or [E,K,N] when transposed; counts [E] sum to R; bias [E,N]
-    "grouped_matmul(Tensor x, Tensor weight, Tensor counts, Tensor? bias=None, bool transposed=False) -> Tensor",
-    real=_grouped_matmul,
-    fake=_grouped_matmul_fake,
+    "unalign_rows(Tensor aligned, Tensor counts, SymInt total, int block=128) -> Tensor",  # -> [total,H], as before
+    real=_unalign_rows,
+    fake=lambda aligned, counts, total, block=128: aligned.new_empty((total, *aligned.shape[1:])),
 )
+
+
+def _check_capacity(counts: Tensor, capacity: int) -> None:
+    """An expert's rows beyond its capacity would be lost: never silently."""
+    if counts.is_cuda and torch.cuda.is_current_stream_capturing():  # no host sync here; the replay checks itself
+        torch._assert_async((counts <= capacity).all(), "to_capacity: an expert has more rows than its capacity")
+        return
+    most = int(counts.max()) if counts.numel() else 0
+    if most > capacity:
+        raise ValueError(
+            f"to_capacity: expert {int(counts.argmax())} has {most} rows, more than its capacity of {capacity}; "
+            f"raise the capacity, or use a layout without one (contiguous, grouped_mm)"
+        )
+
+
+def _capacity_places(counts: Tensor, rows: int, capacity: int) -> Tensor:
+    return _places(counts, rows, torch.arange(counts.shape[0], device=counts.device) * capacity)
+
+
+def _to_capacity(rows: Tensor, counts: Tensor, capacity: int) -> Tensor:
+    _check_capacity(counts, capacity)
+    out = rows.new_zeros((counts.shape[0] * capacity, *rows.shape[1:]))
+    out[_capacity_places(counts, rows.shape[0], capacity)] = rows
+    return out.view(counts.shape[0], capacity, *rows.shape[1:])
+
+
+define(
+    # rows [R,H] ordered by expert -> [E,C,H], zeros beyond an expert's count; an error if a count exceeds the capacity
+    "to_capacity(Tensor rows, Tensor counts, SymInt capacity) -> Tensor",
+    real=_to_capacity,
+    fake=lambda rows, counts, capacity: rows.new_empty((counts.shape[0], capacity, *rows.shape[1:])),
+)
+
+define(
+    "from_capacity(Tensor x, Tensor counts, SymInt total) -> Tensor",  # [E,C,H] -> [total,H] ordered by expert
+    real=lambda x, counts, total: x.flatten(0, 1)[_capacity_places(counts, total, x.shape[1])],
+    fake=lambda x, counts, total: x.new_empty((total, *x.shape[2:])),
+)
+
+
+def _stacked(weight: Tensor, transposed: bool) -> Tensor:
+    return weight if transposed else weight.transpose(-2, -1)  # [E,K,N]
+
+
+def finish_grouped(out: Tensor, counts: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias ``[E,N]`` on rows ``[R,N]`` ordered by expert."""
+    return out if bias is None else out + bias[row_experts(counts, out.shape[0])]
+
+
+def finish_masked(out: Tensor, counts: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias on ``[E,C,N]``, and zeros beyond each expert's count."""
+    out = out if bias is None else out + bias.unsqueeze(1)
+    empty = torch.arange(out.shape[1], device=out.device) >= counts.unsqueeze(1)
+    return out.masked_fill_(empty.unsqueeze(2), 0.0)
+
+
+def _grouped_matmul(
+    x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    stacked, offsets = _stacked(weight, transposed), counts.cumsum(0).to(torch.int32)
+    short = [-n % (16 // x.element_size()) for n in stacked.shape[1:]]  # grouped_mm reads rows of whole 16 bytes
+    if any(short):
+        x, stacked = F.pad(x, (0, short[0])), F.pad(stacked, (0, short[1], 0, short[0]))
+        out = F.grouped_mm(x, stacked, offs=offsets)[:, : stacked.shape[2] - short[1]]
+    else:
+        out = F.grouped_mm(x, stacked, offs=offsets)
+    return finish_grouped(out.contiguous(), counts, bias)
+
+
+def _rows_fake(
+    x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[-1] if transposed else weight.shape[-2]))
+
+
+def _batched_matmul(
+    x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    experts = row_experts(counts, x.shape[0])
+    out = torch.bmm(x.unsqueeze(1), _stacked(weight[experts], transposed)).squeeze(1)
+    return out if bias is None else out + bias[experts]
+
+
+def _masked_grouped_matmul(
+    x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    return finish_masked(torch.bmm(x, _stacked(weight, transposed)), counts, bias)
+
+
+MATMULS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    # rows [R,K] ordered by expert, counts [E] sum to R (rows beyond them: undefined) -> [R,N], one grouped GEMM
+    "grouped_matmul": (_grouped_matmul, _rows_fake),
+    # the same function as one GEMM per row, on a copy of its expert's weights
+    "batched_matmul": (_batched_matmul, _rows_fake),
+    # [E,C,K] with counts [E] <= C -> [E,C,N], zero beyond an expert's count; computes the whole capacity
+    "masked_grouped_matmul": (_masked_grouped_matmul, _rows_fake),
+}
+"""Real and fake kernel of each form of the experts' matmul. weight [E,N,K], or [E,K,N] when transposed; bias [E,N]."""
+
+for _name, (_real, _fake) in MATMULS.items():
+    define(
+        f"{_name}(Tensor x, Tensor weight, Tensor counts, Tensor? bias=None, bool transposed=False) -> Tensor",
+        real=_real,
+        fake=_fake,
+    )

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from tensorcast.errors import InputError
 from tensorcast.modeling.moe.groups import ParallelGroup
-
-TC = torch.ops.tensor_cast
+from tensorcast.modeling.moe.kernels import Projection, Rows, check_backend, run_experts, run_masked
+from tensorcast.ops.quantized import parts_of, quantize_weight
 
 
 class ExpertWrapper(nn.Module):
@@ -118,27 +118,50 @@ class FusedMoEBase(nn.Module):
     """Stacked weights of some experts, each cut over ``etp`` ranks; rows ordered by expert in, rows out.
 
     ``experts`` lists ids of ``source`` (replicas may repeat). Works on any module with the attributes of transformers'
-    experts interface: gated or not, with biases, transposed, gate and up concatenated or interleaved.
+    experts interface: gated or not, with biases, transposed, gate and up concatenated or interleaved. ``backend`` and
+    ``capacity`` as :func:`run_experts` takes them. ``scheme``: the weights are held quantised (``bf16``: as they are);
+    a quantised source is cut by experts, not over ranks.
     """
 
-    def __init__(self, source: nn.Module, experts: Sequence[int], etp: ParallelGroup = ParallelGroup("etp")) -> None:
+    def __init__(
+        self,
+        source: nn.Module,
+        experts: Sequence[int],
+        etp: ParallelGroup = ParallelGroup("etp"),
+        backend: str = "grouped_mm",
+        capacity: int = 0,
+        scheme: str = "bf16",
+    ) -> None:
         super().__init__()
+        check_backend(backend)
+        held = getattr(source, "scheme", "bf16") if isinstance(source, FusedMoEBase) else "bf16"
+        if held != "bf16" and (scheme not in ("bf16", held) or etp.size > 1):
+            raise InputError(f"experts quantised as {held}: cannot be cut over {etp.size} ranks or become {scheme}")
         root = source.source[0] if isinstance(source, FusedMoEBase) else source
         self.source: Any = [root]  # in a list: its other experts are not this module's parameters
-        self.etp = etp
+        self.etp, self.backend, self.capacity = etp, backend, capacity
+        self.scheme = held if held != "bf16" else scheme
+        origin: Any = source
+        self.dtype: torch.dtype = origin.dtype if isinstance(origin, FusedMoEBase) else origin.down_proj.dtype
         for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"):
             setattr(self, name, getattr(source, name, name == "is_concatenated"))
         self.up_name = "gate_up_proj" if self.has_gate else "up_proj"
+        self._suffixes = [""] if self.scheme == "bf16" else ["", *(f"_{part}" for part in parts_of(self.scheme)[1:])]
         chosen = torch.as_tensor(list(experts), dtype=torch.long)
         for name in (self.up_name, "down_proj"):
-            self._take(source, name, chosen)
+            if held == "bf16":
+                self._keep(name, self._quantized(self._take(source, name, chosen)))
+            else:
+                self._keep(name, [_chosen(getattr(source, name + suffix), chosen) for suffix in self._suffixes])
             if self.has_bias:
-                self._take(source, f"{name}_bias", chosen)
+                bias = f"{name}_bias"
+                setattr(self, bias, nn.Parameter(self._take(source, bias, chosen), requires_grad=False))
+        if self.scheme != "bf16":
+            self.is_transposed = False  # quantised weights are [E,N,K]
 
-    def _take(self, source: nn.Module, name: str, chosen: Tensor) -> None:
-        whole: Tensor = getattr(source, name)
-        every = chosen.tolist() == list(range(whole.shape[0]))  # then share the weights instead of copying them
-        part = whole.detach() if every else whole.detach()[chosen.to(whole.device)]
+    def _take(self, source: nn.Module, name: str, chosen: Tensor) -> Tensor:
+        """This rank's share of the chosen experts' tensor."""
+        part = _chosen(getattr(source, name), chosen)
         is_up = name.startswith(self.up_name)
         if self.etp.size > 1 and name != "down_proj_bias":
             # up: the output dim; down: the input dim; biases have no input dim
@@ -150,7 +173,7 @@ class FusedMoEBase(nn.Module):
             part = self._cut(part, dim, halves=is_up and bool(self.has_gate) and bool(self.is_concatenated))
         elif name == "down_proj_bias" and self.etp.rank > 0:
             part = torch.zeros_like(part)  # added once, not once per rank
-        setattr(self, name, nn.Parameter(part.contiguous(), requires_grad=False))
+        return part.contiguous()
 
     def _cut(self, part: Tensor, dim: int, halves: bool) -> Tensor:
         """This rank's slice along ``dim``; of both halves where gate and up lie one after the other."""
@@ -158,12 +181,42 @@ class FusedMoEBase(nn.Module):
         width = pieces[0].shape[dim] // self.etp.size
         return torch.cat([p.narrow(dim, self.etp.rank * width, width) for p in pieces], dim)
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """``rows [R,H]`` ordered by expert, ``counts [E_local]`` -> ``[R,H]`` (partial sums when etp > 1)."""
+    def _quantized(self, weight: Tensor) -> list[Tensor]:
+        if self.scheme == "bf16":
+            return [weight]
+        return quantize_weight(weight.transpose(1, 2) if self.is_transposed else weight, self.scheme)
+
+    def _keep(self, name: str, parts: list[Tensor]) -> None:
+        for suffix, part in zip(self._suffixes, parts, strict=True):
+            setattr(self, name + suffix, nn.Parameter(part, requires_grad=False))
+
+    def _projection(self, name: str) -> Projection:
+        weight = [getattr(self, name + suffix) for suffix in self._suffixes]
+        bias = getattr(self, f"{name}_bias") if self.has_bias else None
+        return Projection(weight, bias, bool(self.is_transposed), self.scheme)
+
+    def forward(self, rows: Rows, counts: Tensor, *, backend: str | None = None, capacity: int | None = None) -> Tensor:
+        """``rows [R,H]`` ordered by expert, ``counts [E_local]`` -> ``[R,H]`` (partial sums when etp > 1).
+
+        Rows may come at fixed capacity, ``[E_local,C,H]``: then the masked kernels run on them as they are. They may
+        come quantised, as the parts that ``quantize_activation`` gives for this module's scheme. ``backend`` and
+        ``capacity`` replace this module's own for one call, as a phase may.
+        """
         source = self.source[0]
-        up_bias = getattr(self, f"{self.up_name}_bias") if self.has_bias else None
-        down_bias = self.down_proj_bias if self.has_bias else None
-        hidden = TC.grouped_matmul(rows, getattr(self, self.up_name), counts, up_bias, self.is_transposed)
-        hidden = source._apply_gate(hidden) if self.has_gate else source.act_fn(hidden)
-        out: Tensor = TC.grouped_matmul(hidden, self.down_proj, counts, down_bias, self.is_transposed)
+        activation = source._apply_gate if self.has_gate else source.act_fn
+        up, down = self._projection(self.up_name), self._projection("down_proj")
+        first, dtype = (rows, rows.dtype) if isinstance(rows, Tensor) else (rows[0], self.dtype)
+        if first.dim() == 3:
+            out = run_masked(up.prepare(rows), counts, up, activation, down, dtype)
+        else:
+            backend = self.backend if backend is None else backend
+            capacity = self.capacity if capacity is None else capacity
+            out = run_experts(backend, rows, counts, up, activation, down, dtype, capacity)
         return source.post_expert_norm(out) if self.has_post_expert_norm else out
+
+
+def _chosen(whole: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen experts of a stacked tensor; the tensor itself, not a copy, where that is all of them in order."""
+    if chosen.tolist() == list(range(whole.shape[0])):
+        return whole.detach()
+    return whole.detach()[chosen.to(whole.device)]

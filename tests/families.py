@@ -24,6 +24,40 @@ _MLA = {
     "n_shared_experts": 1,
 }
 
+MOE_ONLY: dict[str, dict[str, Any]] = {
+    "nemotron_h": {
+        "model_type": "nemotron_h",
+        **_GQA,
+        "layers_block_type": ["full_attention", "moe"],
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "moe_shared_expert_intermediate_size": 96,
+        "moe_latent_size": 32,
+    },
+    "longcat_flash": {
+        "model_type": "longcat_flash",
+        **_MLA,
+        "num_layers": 1,
+        "num_hidden_layers": 2,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 48,
+        "zero_expert_num": 8,
+        "moe_topk": 4,
+        "head_dim": 16,
+    },
+    "deepseek_v4": {
+        "model_type": "deepseek_v4",
+        **_BASE,
+        "num_hidden_layers": 2,
+        "moe_intermediate_size": 48,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "mlp_layer_types": ["hash_moe", "moe"],
+    },
+}
+"""Families for the MoE layer's own tests: latent experts, zero experts, hash routing."""
+
 SMALL: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"model_type": "deepseek_v3", **_MLA},
     "glm_moe_dsa": {

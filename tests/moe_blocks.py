@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from families import SMALL
+from families import MOE_ONLY, SMALL
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tensorcast.modeling.config import hf_config
-from tensorcast.modeling.experts import is_stacked
+from tensorcast.modeling.moe.apply import moe_blocks
 from tensorcast.profiles.model import ModelProfile
 
 MOE = [name for name in SMALL if name != "llama"]
 
 
 def randomize(model: Any) -> Any:
-    """Fresh random weights and correction biases; experts run by transformers' eager loop."""
+    """Fresh random weights, correction biases and hash tables; experts run by transformers' eager loop."""
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     with torch.no_grad():
@@ -25,12 +26,33 @@ def randomize(model: Any) -> Any:
         for name, buffer in model.named_buffers():
             if "correction_bias" in name:
                 buffer.normal_(0.0, 0.05)
+            if name.endswith("tid2eid"):
+                buffer.copy_(torch.rand(len(buffer), 16).argsort(-1)[:, : buffer.shape[1]])
     return model
 
 
-def block_of(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """The last MoE block of a small model of the family."""
-    config = hf_config(ModelProfile(name=family, hf_id=family, description="d", sources={}, config=SMALL[family]))
+def model_of(family: str, seed: int = 0) -> Any:
+    """A small model of the family."""
+    said = {**SMALL, **MOE_ONLY}[family]
+    config = hf_config(ModelProfile(name=family, hf_id=family, description="d", sources={}, config=said))
     torch.manual_seed(seed)
-    model = randomize(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
-    return [m for m in model.modules() if any(is_stacked(child) for child in m.children())][-1].to(dtype)
+    return randomize(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+
+
+def block_of(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, at: int = -1) -> Any:
+    """A MoE block of a small model of the family, the last one unless ``at`` says another."""
+    return list(moe_blocks(model_of(family, seed)))[at][1].to(dtype)
+
+
+def output_of(block: Any, x: Tensor, *more: Any) -> Tensor:
+    """What the stock block returns for ``x``, without its router's logits."""
+    out = block(x, *more)
+    out = out[0] if isinstance(out, tuple) else out
+    return out.reshape(x.shape)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest value; 0 for no values of the same shape."""
+    if not expected.numel():
+        return 0.0 if found.shape == expected.shape else float("inf")
+    return float((found - expected).abs().max() / expected.abs().max())

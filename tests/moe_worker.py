@@ -1,21 +1,50 @@
-"""One rank of the distributed MoE tests: runs every layout of its world size, reports the error of its tokens."""
+"""One rank of the distributed MoE tests: runs every case of its world size, reports the error of its tokens."""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from moe_blocks import block_of
+from moe_blocks import block_of, error, output_of
+from torch import Tensor
 
 from tensorcast.modeling.moe.groups import MoEGroups
-from tensorcast.modeling.moe.layer import MoELayer, MoEOptions, ParallelMoELayer
-from tensorcast.modeling.moe.placement import Placement, eplb, round_robin
-from tensorcast.ops.collectives import bind_group
+from tensorcast.modeling.moe.layer import MoELayer
+from tensorcast.modeling.moe.parallel import MoEOptions, ParallelMoELayer
+from tensorcast.modeling.moe.phase import in_phase
+from tensorcast.modeling.moe.placement import Placement, eplb, linear, round_robin
+from tensorcast.trace.record import Call, Recorder
 
 TOKENS = (5, 0, 13, 2)
 """Of each data-parallel rank: unequal, and one with none."""
+
+EVEN_TOKENS = 8
+"""Of each rank where routing is balanced: every expert gets as many rows, as a trace assumes."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout (tp, dp, ep), a block and what the layer chooses; ``balanced``: held against its meta trace instead."""
+
+    sizes: tuple[int, int, int]
+    family: str
+    exchange: str = "all_to_all"
+    options: dict[str, Any] = field(default_factory=dict)
+    placement: str = ""
+    phase: str = ""
+    balanced: bool = False
+    bound: float = 1e-5
+
 
 LAYOUTS: dict[int, list[tuple[int, int, int, str]]] = {  # world size -> (tp, dp, ep, exchange)
     2: [
@@ -24,61 +53,187 @@ LAYOUTS: dict[int, list[tuple[int, int, int, str]]] = {  # world size -> (tp, dp
         (1, 2, 2, "all_to_all"),
         (1, 2, 1, "allgather_reducescatter"),
         (1, 2, 2, "allgather_reducescatter"),
+        (1, 2, 2, "low_latency"),
     ],
     4: [
         (4, 1, 4, "all_to_all"),
         (2, 2, 4, "all_to_all"),
+        (2, 2, 2, "all_to_all"),  # experts cut over tp, exchanged over dp
         (1, 4, 4, "all_to_all"),
         (1, 4, 2, "allgather_reducescatter"),
         (2, 2, 1, "allgather_reducescatter"),
         (4, 1, 2, "all_to_all"),
+        (2, 2, 4, "low_latency"),
+        (2, 2, 2, "low_latency"),
     ],
 }
+FAMILIES = ("deepseek_v3", "gpt_oss", "llama4_text", "qwen2_moe")
+"""Grouped sigmoid routing; biases and clamps; weights on the input; a gated shared expert."""
 
 
-def run(rank: int, world: int, families: list[str], address: str, queue: Any) -> None:
-    """Entry point of a spawned rank."""
+def cases(world: int) -> Iterator[Case]:
+    """Every kind of layout, placement, exchange and phase of this world size."""
+    chunked = {"route_after_dp_transform": True, "chunk_tokens": 4, "enable_shared_expert_tp": True}
+    for tp, dp, ep, exchange in LAYOUTS[world]:
+        for family in FAMILIES:
+            yield Case((tp, dp, ep), family, exchange)
+            yield Case((tp, dp, ep), family, exchange, chunked)
+        yield Case((tp, dp, ep), "nemotron_h", exchange)
+        yield Case((tp, dp, ep), "longcat_flash", exchange)
+        external = {"external_shared_experts": 1 if ep < 4 else 2}
+        if ep > 1:
+            yield Case((tp, dp, ep), "deepseek_v3", exchange, external)
+            yield Case((tp, dp, ep), "qwen2_moe", exchange, {**external, "chunk_tokens": 4})
+            yield Case((tp, dp, ep), "llama4_text", exchange, external, "eplb")
+            yield Case((tp, dp, ep), "gpt_oss", exchange, {}, "eplb")
+            yield Case((tp, dp, ep), "mixtral", exchange, {}, "round_robin")
+        yield Case((tp, dp, ep), "qwen2_moe", exchange, {"backend": "masked"}, phase="decode")
+        phases = {"exchange": "all_to_all", "decode_exchange": "low_latency"}
+        for phase in ("prefill", "decode"):
+            if exchange == "all_to_all":
+                yield Case((tp, dp, ep), "deepseek_v3", options=phases, phase=phase)
+        for options in ({}, {"enable_shared_expert_tp": True}, external if ep > 1 else {}):
+            yield Case((tp, dp, ep), "deepseek_v3", exchange, options, balanced=True)
+        yield Case((tp, dp, ep), "deepseek_v3", exchange, {}, phase="decode", balanced=True)
+    every = (1, world, world)
+    for exchange in ("all_to_all", "low_latency"):  # FP8 keeps 3 bits of mantissa
+        yield Case(every, "deepseek_v3", exchange, {"dispatch": "fp8_block"}, bound=0.05)
+        yield Case(every, "deepseek_v3", exchange, {"dispatch": "fp8_block"}, balanced=True)
+    for placement in ("round_robin", "eplb", "uneven"):
+        yield Case(every, "deepseek_v3", placement=placement)
+    split = (world, 1, world)
+    for exchange in ("all_to_all", "low_latency"):
+        yield Case(split, "deepseek_v3", exchange, {"split_tokens_over_tp": True})
+        yield Case(split, "qwen2_moe", exchange, {"split_tokens_over_tp": True, "external_shared_experts": 1})
+        yield Case(split, "deepseek_v3", exchange, {"split_tokens_over_tp": True}, balanced=True)
+    yield Case((2, world // 2, world), "deepseek_v3", options={"sequence_parallel": True, "split_tokens_over_tp": True})
+
+
+def run(rank: int, world: int, address: str) -> None:
+    """Entry point of a rank; writes (case, error over the bound, difference from the trace) beside ``address``."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
+    found: list[tuple[str, float, str]] = []
+    blocks = {family: block_of(family) for family in {case.family for case in cases(world)}}
     try:
-        for family in families:
-            block = block_of(family)
-            for tp, dp, ep, exchange in LAYOUTS[world]:
-                for after in (False, True):
-                    name = f"{family} tp{tp} dp{dp} ep{ep} {exchange} route_after={after}"
-                    queue.put((name, rank, _error(block, rank, (tp, dp, ep), exchange, after)))
-            experts = block.experts.down_proj.shape[0]
-            for kind, placement in placements(experts, world).items():
-                name = f"{family} dp{world} ep{world} {kind}"
-                queue.put((name, rank, _error(block, rank, (1, world, world), "all_to_all", False, placement)))
+        for sizes, group in groupby(sorted(cases(world), key=lambda case: case.sizes), key=lambda case: case.sizes):
+            tp, dp, ep = sizes
+            groups = MoEGroups.of(tp, dp, ep, rank)
+            groups.bind(dist)
+            for case in group:
+                measure = _traced_and_run if case.balanced else _error
+                found.append((str(case), *measure(blocks[case.family], groups, case)))
+        Path(f"{address}.{rank}.json").write_text(json.dumps(found))
     finally:
         dist.destroy_process_group()
 
 
-def placements(experts: int, ranks: int) -> dict[str, Placement]:
-    """Round robin, and EPLB with replicas for counts that fall off steeply."""
+def _options(case: Case, tokens: int) -> MoEOptions:
+    said = {"exchange": case.exchange, "max_tokens": tokens, **case.options}
+    if case.sizes[1] > 1:
+        said.pop("split_tokens_over_tp", None)
+    return MoEOptions(**said)
+
+
+def _placed(kind: str, experts: int, ranks: int) -> Placement | None:
+    """EPLB with replicas for counts that fall off steeply; ``uneven``: one more copy than divides over the ranks."""
+    redundant = -experts % ranks or ranks
     counts = [100.0 / (1 + expert) for expert in range(experts)]
-    return {"round_robin": round_robin(experts, ranks), "eplb": eplb(counts, ranks, redundant=ranks)}
+    return {
+        "": lambda: None,
+        "round_robin": lambda: round_robin(experts, ranks),
+        "eplb": lambda: eplb(counts, ranks, redundant),
+        "uneven": lambda: linear(experts, ranks, redundant + 1),
+    }[kind]()
 
 
-def _error(
-    block: Any, rank: int, sizes: tuple[int, int, int], exchange: str, after: bool, placement: Placement | None = None
-) -> float:
+def _error(block: Any, groups: MoEGroups, case: Case) -> tuple[float, str]:
     """Largest relative error of this rank's output against the stock block on the same tokens."""
-    groups = MoEGroups.of(*sizes, rank)
-    groups.bind(dist)
-    chunk = 4 if after else 0
-    options = MoEOptions(exchange, after, chunk, max_tokens=max(TOKENS), enable_shared_expert_tp=after)  # type: ignore[arg-type]
+    options = _options(case, max(TOKENS))
+    ranks = groups.ep.size - options.external_shared_experts
+    placement = _placed(case.placement, block.experts.down_proj.shape[0], ranks)
     layer = ParallelMoELayer(MoELayer(block), groups, options, placement)
-    generator = torch.Generator().manual_seed(100 + groups.dp.rank)  # tp ranks hold the same tokens
-    x = torch.randn(1, TOKENS[groups.dp.rank], 64, generator=generator)
-    with torch.no_grad():
+    # tp ranks hold the same tokens, unless the sequence is cut over them
+    source = groups.dp.rank * groups.tp.size + groups.tp.rank if options.sequence_parallel else groups.dp.rank
+    x = torch.randn(1, TOKENS[source], 64, generator=torch.Generator().manual_seed(100 + source))
+    with torch.no_grad(), in_phase(case.phase) if case.phase else nullcontext():  # type: ignore[arg-type]
         found = layer(x)
-        expected = block(x)
-    expected = expected[0] if isinstance(expected, tuple) else expected
-    for name in ("tp", "dp", "ep", "etp"):
-        bind_group(name, None)
-    if x.shape[1] == 0:
-        return 0.0 if found.shape == x.shape else float("inf")
-    return float((found - expected.reshape(found.shape)).abs().max() / expected.abs().max())
+        expected = output_of(block, x) if x.numel() else x
+    return error(found, expected) / case.bound, ""
+
+
+def _balanced(gate: Any, x: Tensor, k: int, ids: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """Experts in turn: over 8 tokens with 4 choices each of 16 experts gets two rows."""
+    turn = torch.arange(x.shape[0] * k, device=x.device).view(-1, k) % 16
+    return turn, torch.full((x.shape[0], k), 1 / k, device=x.device)
+
+
+def _traced_and_run(block: Any, groups: MoEGroups, case: Case) -> tuple[float, str]:
+    """The real layer under the recorder against the meta trace of this rank: ops, shapes and bytes sent."""
+    options = _options(case, EVEN_TOKENS)
+    real, sent = _recorded(block, groups, options, case.phase, "cpu")
+    traced, _ = _recorded(copy.deepcopy(block).to("meta"), groups, options, case.phase, "meta")
+    ran, expected = ([_shapes(call) for call in calls] for calls in (real, traced))
+    for mine, theirs in zip(ran, expected, strict=False):
+        if mine != theirs:
+            return 0.0, f"ran {mine}, traced {theirs}"
+    if len(ran) != len(expected):
+        return 0.0, f"ran {len(ran)} ops, traced {len(expected)}"
+    stated = sum(bytes_sent(call) for call in traced)
+    return 0.0, "" if sent == stated else f"sent {sent} bytes, traced {stated}"
+
+
+def _recorded(block: Any, groups: MoEGroups, options: MoEOptions, phase: str, device: str) -> tuple[list[Call], int]:
+    layer = ParallelMoELayer(MoELayer(block, router=_balanced), groups, options)
+    recorder, x = Recorder(layer), torch.zeros(1, EVEN_TOKENS, 64, device=device)
+    with torch.no_grad(), in_phase(phase) if phase else nullcontext(), counting() as sent, recorder:  # type: ignore[arg-type]
+        layer(x)
+    return recorder.calls, sum(sent)
+
+
+def _shapes(call: Call) -> tuple[str, Any, Any]:
+    return call.name, [t.shape for t in call.inputs], [t.shape for t in call.outputs]
+
+
+ITEM_BYTES = {"float32": 4, "uint8": 1}
+
+
+def bytes_sent(call: Call) -> int:
+    """What a traced collective hands to the network for all ranks together, this one included; rows only."""
+    rows = call.inputs[0] if call.inputs else None
+    if rows is None or rows.dtype not in ITEM_BYTES or call.attrs.get("size") == 1:
+        return 0
+    factor = {
+        "all_reduce": 1.0,
+        "all_gather": 1.0,
+        "scatter_rows": 1.0,
+        "dispatch_rows": 1.0,
+        "combine_rows": 1.0,
+        "gather_rows": call.attrs.get("size", 1),
+    }.get(call.name, 0.0)
+    elements = factor * rows.shape[0] * rows.shape[-1]
+    if call.name == "low_latency_dispatch":  # every expert's capacity, filled or not
+        elements = call.inputs[1].shape[0] * call.attrs["capacity"] * rows.shape[-1]
+    if call.name == "low_latency_combine":
+        elements = rows.shape[0] * rows.shape[1] * rows.shape[-1]
+    return int(ITEM_BYTES[rows.dtype] * elements)
+
+
+@contextmanager
+def counting() -> Iterator[list[int]]:
+    """Bytes of rows that torch.distributed is given to send; indices and counts ride along unpriced."""
+    sent: list[int] = []
+
+    def spy(name: str, argument: int) -> Any:
+        real = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if args[argument].dtype != torch.int64:
+                sent.append(args[argument].numel() * args[argument].element_size())
+            return real(*args, **kwargs)
+
+        return mock.patch.object(dist, name, call)
+
+    with spy("all_reduce", 0), spy("all_gather", 1), spy("all_to_all_single", 1):
+        yield sent

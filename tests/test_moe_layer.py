@@ -2,63 +2,75 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from moe_blocks import MOE, block_of
-from moe_worker import LAYOUTS, TOKENS, run
+from families import MOE_ONLY
+from moe_blocks import MOE, block_of, error, output_of
+from moe_worker import TOKENS, cases, run
 from torch import Tensor, nn
 
 from tensorcast.errors import InputError
+from tensorcast.modeling.moe.backends import BACKENDS
 from tensorcast.modeling.moe.experts import ExpertWrapper
+from tensorcast.modeling.moe.fused import FusedMoETensorCast
 from tensorcast.modeling.moe.groups import MoEGroups
-from tensorcast.modeling.moe.layer import FusedMoETensorCast, MoELayer, MoEOptions, ParallelMoELayer
+from tensorcast.modeling.moe.layer import MoELayer
+from tensorcast.modeling.moe.parallel import MoEOptions, ParallelMoELayer
+from tensorcast.modeling.moe.phase import PHASES
 from tensorcast.modeling.moe.placement import linear
 from tensorcast.profiles.model import MoEFields
 from tensorcast.trace.record import Recorder
 
-
-def _output(block: nn.Module, x: Tensor) -> Tensor:
-    out = block(x)
-    out = out[0] if isinstance(out, tuple) else out
-    return out.reshape(x.shape)
+FAMILIES = [*MOE, *MOE_ONLY]
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-@pytest.mark.parametrize("family", MOE)
-def test_rewritten_block_equals_eager(family: str) -> None:
-    block, x = block_of(family), torch.randn(2, 17, 64)
-    with torch.no_grad():
-        expected = _output(block, x)
-        assert _error(MoELayer(block)(x), expected) < 1e-5
-        assert _error(ParallelMoELayer(MoELayer(block), MoEGroups())(x), expected) < 1e-5
-
-
-@pytest.mark.parametrize("family", MOE)
-def test_rewritten_block_equals_eager_in_bfloat16(family: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=["fp32", "bf16"])
+def test_rewritten_block_equals_eager_on_every_backend(family: str, dtype: torch.dtype, bound: float) -> None:
     """bf16 keeps 8 bits: both run the same products, summed in another order."""
-    block, x = block_of(family, torch.bfloat16), torch.randn(2, 17, 64, dtype=torch.bfloat16)
+    block, x = block_of(family, dtype), torch.randn(2, 17, 64, dtype=dtype)
     with torch.no_grad():
-        assert _error(MoELayer(block)(x).float(), _output(block, x).float()) < 0.05
+        expected = output_of(block, x).float()
+        for backend in BACKENDS:
+            assert error(MoELayer(block, backend=backend)(x).float(), expected) < bound, backend
+        for phase in PHASES:
+            layer = ParallelMoELayer(MoELayer(block), MoEGroups())
+            assert error(layer(x, phase=phase).float(), expected) < bound, phase
+
+
+def test_hash_routing_of_deepseek_v4() -> None:
+    """Its first blocks look experts up by token id."""
+    block, x, ids = block_of("deepseek_v4", at=0), torch.randn(2, 9, 64), torch.randint(0, 512, (2, 9))
+    with torch.no_grad():
+        expected = output_of(block, x, ids)
+        for layer in (MoELayer(block), ParallelMoELayer(MoELayer(block), MoEGroups())):
+            assert error(layer(x, ids), expected) < 1e-5
+    with pytest.raises(InputError, match="pass input_ids"):
+        MoELayer(block)(x)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_real_ranks_equal_one_process(world: int, tmp_path: Path) -> None:
-    """gloo, unequal tokens per rank, one rank with none, every kind of layout, four kinds of block."""
-    families = ["deepseek_v3", "gpt_oss", "llama4_text", "qwen2_moe"]
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    arguments = (world, families, str(tmp_path / "rendezvous"), queue)
-    mp.spawn(run, arguments, nprocs=world, join=True)
-    results = [queue.get() for _ in range(world * len(families) * (len(LAYOUTS[world]) * 2 + 2))]
-    wrong = [(name, rank, error) for name, rank, error in results if not error < 1e-5]
-    assert not wrong
+def test_real_ranks_equal_one_process(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo, unequal tokens per rank, one rank with none: every layout, exchange, placement, phase and kind of block.
+
+    The balanced cases also run as traced: the same ops, shapes and bytes sent as the meta trace of the same rank.
+    """
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # ranks are forked from a server that imports once
+    mp.get_context("forkserver").set_forkserver_preload(["moe_worker"])
+    address = tmp_path / "rendezvous"
+    mp.start_processes(run, (world, str(address)), nprocs=world, start_method="forkserver")
+    wrong: list[Any] = []
+    expected = len(list(cases(world)))
+    for rank in range(world):
+        results = json.loads(Path(f"{address}.{rank}.json").read_text())
+        assert len(results) == expected
+        wrong += [(rank, *result) for result in results if not result[1] < 1 or result[2]]
+    assert not wrong, "\n".join(map(str, wrong))
     assert 0 in TOKENS[:world]
 
 
@@ -140,7 +152,7 @@ def test_raw_logits_and_module_lists() -> None:
     torch.manual_seed(4)
     block, x = _ListBlock(), torch.randn(9, 8)
     with torch.no_grad():
-        assert _error(MoELayer(block)(x), block(x)) < 1e-5
+        assert error(MoELayer(block)(x), block(x)) < 1e-5
 
 
 def test_expert_wrapper_has_one_face() -> None:
@@ -176,7 +188,7 @@ def test_router_callable_gets_token_ids() -> None:
                 for i, t in zip(ids.tolist(), x, strict=True)
             ]
         )
-    assert _error(found, expected) < 1e-5
+    assert error(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -193,20 +205,64 @@ def test_profile_fields_that_do_not_exist_are_named(fields: MoEFields, message: 
     assert "my-model" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def _layer(block: Any, sizes: tuple[int, int, int], **said: Any) -> ParallelMoELayer:
+    return ParallelMoELayer(MoELayer(block), MoEGroups.of(*sizes), MoEOptions(**said))
+
+
 def test_blocks_that_cannot_be_are_refused() -> None:
     block: Any = _ListBlock()
-    block.top_k = 7
-    with pytest.raises(InputError, match="top_k = 7 of 6 experts"):
-        MoELayer(block)
+    for wrong in (7, 0):
+        block.top_k = wrong
+        with pytest.raises(InputError, match=f"top_k = {wrong} of 6 experts"):
+            MoELayer(block)
     dense: Any = nn.Module()
     dense.gate = nn.Linear(2, 2)
     with pytest.raises(InputError, match="has no experts"):
         MoELayer(dense)
+    half = _ListBlock()
+    half.to_latent = nn.Linear(8, 4)
+    with pytest.raises(InputError, match="one latent projection, 'to_latent'; name both"):
+        MoELayer(half)
     with pytest.raises(InputError, match="ep = 8 is more than the 6 experts"):
-        FusedMoETensorCast(MoELayer(_ListBlock()).wrapper.stacked(), MoEGroups.of(1, 8, 8))
-    with pytest.raises(InputError, match="needs max_tokens"):
-        ParallelMoELayer(MoELayer(_ListBlock()), MoEGroups.of(1, 2, 2), MoEOptions(chunk_tokens=4))
+        FusedMoETensorCast(MoELayer(_ListBlock()).stacked, MoEGroups.of(1, 8, 8))
     with pytest.raises(InputError, match="placement of 6 experts on 3 ranks, but the layer has 6 experts and ep = 2"):
         ParallelMoELayer(MoELayer(_ListBlock()), MoEGroups.of(1, 2, 2), placement=linear(6, 3))
     with pytest.raises(InputError, match="does not divide"):
         MoEGroups.of(2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said", "message"),
+    [
+        ((1, 2, 2), {"chunk_tokens": 4}, "needs max_tokens"),
+        ((1, 2, 2), {"decode_exchange": "low_latency"}, "low_latency needs max_tokens"),
+        ((1, 4, 2), {}, r"all_to_all with etp = 2: .* ep must be tp\*dp = 4 or dp = 4, not 2"),
+        ((1, 2, 2), {"split_tokens_over_tp": True}, "split_tokens_over_tp is for dp = 1 and ep = tp"),
+        ((2, 1, 2), {"sequence_parallel": True, "exchange": "allgather_reducescatter"}, "sequence_parallel needs rows"),
+        ((1, 2, 2), {"external_shared_experts": 1}, "external_shared_experts = 1: model _ListBlock has no shared"),
+        ((1, 2, 2), {"external_shared_experts": 2}, "= 2 leaves none of ep = 2 ranks for routed experts"),
+        ((1, 2, 2), {"external_shared_experts": -1}, "= -1 leaves none"),
+        ((1, 2, 2), {"backend": "triton"}, "unknown experts backend 'triton'"),
+        ((1, 2, 2), {"dispatch": "w4a16"}, "dispatch = 'w4a16': this scheme keeps activations"),
+        ((1, 2, 2), {"dispatch": "fp7"}, "fp7"),
+        ((1, 2, 2), {"scheme": "fp7"}, "fp7"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(sizes: tuple[int, int, int], said: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        _layer(_ListBlock(), sizes, **said)
+    assert "\n" not in str(caught.value)
+
+
+def test_external_shared_experts_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InputError, match="has latent or zero experts"):
+        _layer(block_of("nemotron_h"), (1, 2, 2), external_shared_experts=1)
+    with pytest.raises(InputError, match="ep = 16 less 1 external is more than the 8 routed experts"):
+        _layer(block_of("qwen2_moe"), (1, 16, 16), external_shared_experts=1)
+    layer, x = MoELayer(_ListBlock()), torch.randn(4, 8)
+    with pytest.raises(InputError, match="phase 'warmup': must be prefill or decode"):
+        layer(x, phase="warmup")
+    with pytest.raises(InputError, match="4 tokens on a rank, more than max_tokens = 3"):
+        _layer(_ListBlock(), (1, 1, 1), max_tokens=3)(x)
+    with pytest.raises(InputError, match="for the masked backend; eager cannot"):
+        _layer(_ListBlock(), (1, 2, 2), exchange="low_latency", max_tokens=4, backend="eager")(x)

@@ -16,7 +16,8 @@ from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan import Collective
 from tensorcast.deploy.simulate import deploy
 from tensorcast.modeling.moe.groups import MoEGroups
-from tensorcast.modeling.moe.layer import MoELayer, MoEOptions, ParallelMoELayer
+from tensorcast.modeling.moe.layer import MoELayer
+from tensorcast.modeling.moe.parallel import MoEOptions, ParallelMoELayer
 from tensorcast.profiles import load_device, load_engine, load_model
 from tensorcast.trace.record import Recorder
 from tensorcast.trace.table import Op

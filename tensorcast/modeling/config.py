@@ -61,7 +61,7 @@ PADDED = ("vocab_size",)
 
 def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     """The text config of a profile, as transformers reads it. Raises :class:`InputError` if it cannot."""
-    values = dict(profile.config)
+    values = copy.deepcopy(profile.config)  # transformers writes into nested dicts; the profile keys the cache
     model_type = _known_type(values.pop("model_type"), values.pop("architectures", None))
     for noise in ("auto_map", "transformers_version"):
         values.pop(noise, None)

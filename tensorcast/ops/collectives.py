@@ -117,9 +117,7 @@ define(
 )
 
 
-def _combine(
-    rows: Tensor, counts: Tensor, sources: Tensor, experts: list[int], group: str, total: int = -1
-) -> Tensor:
+def _combine(rows: Tensor, counts: Tensor, sources: Tensor, experts: list[int], group: str, total: int = -1) -> Tensor:
     if len(experts) == 1:
         return rows.clone()
     back = [int(part.sum()) for part in counts.split(experts)]
@@ -205,9 +203,7 @@ define(
 )
 
 
-def _slice_experts(
-    rows: Tensor, counts: Tensor, start: int, count: int, expected: int = -1
-) -> tuple[Tensor, Tensor]:
+def _slice_experts(rows: Tensor, counts: Tensor, start: int, count: int, expected: int = -1) -> tuple[Tensor, Tensor]:
     first = int(counts[:start].sum())
     own = counts[start : start + count].clone()
     return rows[first : first + int(own.sum())].clone(), own

@@ -29,6 +29,8 @@ class MoEFields(Frozen):
     shared_experts_gate: str | None = None
     top_k: str | None = None
     norm_topk_prob: str | None = None
+    latent_down: str | None = None
+    latent_up: str | None = None
 
 
 class ModelProfile(Frozen):

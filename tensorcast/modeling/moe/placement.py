@@ -174,6 +174,21 @@ def eplb(
     return Placement(num_experts, ranks, tuple(rows.ravel().tolist()), (total // ranks,) * ranks)
 
 
+def with_external(placement: Placement, n: int) -> Placement:
+    """``n`` ranks before those of ``placement``, each with a copy of one expert more, the last: a shared expert.
+
+    Every token visits it, so by :func:`choose_replica` each of the ``n`` gets an ``n``-th of a rank's tokens.
+    """
+    if n < 1:
+        raise InputError(f"{n} external shared experts: at least 1")
+    return Placement(
+        placement.num_experts + 1,
+        placement.ranks + n,
+        (placement.num_experts,) * n + placement.physical_to_logical,
+        (1,) * n + placement.experts_per_rank,
+    )
+
+
 def physical_choice(indices: Any, placement: Placement, first_token: int = 0) -> Any:
     """Physical experts ``[T, k]`` for logical ones ``[T, k]`` (numpy array or tensor on any device, meta included).
 

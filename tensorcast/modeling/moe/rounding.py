@@ -1,0 +1,47 @@
+"""Widths that a kernel rounds up: hidden size of experts in MXFP4, padded with zeros."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MULTIPLES = {"mxfp4": 256}
+"""Multiple of the hidden size by quantisation scheme. vLLM (``mxfp4_round_up_hidden_size_and_intermediate_size``) pads
+to 256 for its Marlin and FlashInfer TRT-LLM kernels; FlashInfer's CUTLASS kernels need 128 only."""
+
+
+def rounded_hidden(hidden: int, scheme: str, multiple: int = 0) -> int:
+    """Hidden size that the experts' weights, their rows and the exchange have: 2880 in MXFP4 becomes 3072.
+
+    ``multiple``: of the kernel at hand (0: what :data:`MULTIPLES` says, which is 1 for schemes it does not name).
+    """
+    multiple = multiple or MULTIPLES.get(scheme, 1)
+    return -(-hidden // multiple) * multiple
+
+
+def with_hidden(experts: Any, hidden: int) -> nn.Module:
+    """The same stacked experts for rows of ``hidden`` columns, those beyond the model's zero; in and out."""
+    short = hidden - hidden_of(experts)
+    if not short:
+        return experts
+    wide = copy.copy(experts)  # other attributes, and the methods that apply the gate, stay the experts' own
+    wide._parameters = dict(experts._parameters)
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    _pad(wide, up, (0, 0, 0, short) if experts.is_transposed else (0, short))
+    _pad(wide, "down_proj", (0, short) if experts.is_transposed else (0, 0, 0, short))
+    if experts.has_bias:
+        _pad(wide, "down_proj_bias", (0, short))
+    return wide
+
+
+def hidden_of(experts: Any) -> int:
+    """Columns of the rows that stacked experts take."""
+    down: Tensor = experts.down_proj
+    return int(down.shape[2 if experts.is_transposed else 1])
+
+
+def _pad(module: nn.Module, name: str, short: tuple[int, ...]) -> None:
+    setattr(module, name, nn.Parameter(F.pad(getattr(module, name).detach(), short), requires_grad=False))

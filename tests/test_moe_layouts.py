@@ -22,7 +22,8 @@ from tensorcast.modeling.moe.layer import MoELayer
 from tensorcast.modeling.moe.parallel import MoEOptions, ParallelMoELayer
 from tensorcast.modeling.moe.phase import PHASES, in_phase
 from tensorcast.modeling.moe.placement import eplb, linear, physical_choice, with_external
-from tensorcast.modeling.moe.rounding import rounded_hidden, with_hidden
+from tensorcast.modeling.moe.rounding import with_hidden
+from tensorcast.modeling.quantization import rounded_hidden
 from tensorcast.trace.record import Call, Recorder
 
 TC = torch.ops.tensor_cast

@@ -274,6 +274,18 @@ def test_a_norm_after_a_small_all_reduce_inside_a_node_is_not_launched() -> None
     assert 0.0 not in launches("eager", 1.0)
 
 
+def test_mxfp4_experts_hold_and_send_a_rounded_hidden_size() -> None:
+    """gpt-oss: 2880 becomes 3072 where the engine's kernels want multiples of 256."""
+    model, device, layout = load_model("gpt-oss-120b"), load_device("h200"), parse_layout("dp8-ep8")
+    exchange = Options(all2all="low_latency")
+    padded, plain = (deploy(model, device, load_engine(e), layout, "decode", exchange) for e in ("vllm", "eager"))
+    experts = 36 * 128 / 8 * 3 * 2880 * 2880 * (0.5 + 1 / 32)
+    difference = padded.memory(1, 1, 0).weights - plain.memory(1, 1, 0).weights
+    assert difference == pytest.approx(experts * (3072 / 2880 - 1), rel=1e-3)  # biases too
+    sent = [rows_of(d, 8.0, "all_to_all")[0][0].wire_bytes for d in (padded, plain)]
+    assert sent[0] / sent[1] == pytest.approx(3072 / 2880)
+
+
 @pytest.mark.parametrize("text", ["", "tp8-tp2", "ep", "tp0x", "8"])
 def test_layouts_that_cannot_be_read(text: str) -> None:
     with pytest.raises(InputError, match="tp, dp, ep, pp"):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any, TypeVar
 
 import numpy as np
 
-from tensorcast.modeling.quantization import Quantization
+from tensorcast.modeling.quantization import Quantization, rounded_hidden
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import DTYPE_BYTES, Op, OpTable, Tensor
 
@@ -27,6 +31,26 @@ class CacheEntry:
     per_sequence: float = 0.0
 
 
+Found = TypeVar("Found")
+
+
+def per_table(function: Callable[..., Found]) -> Callable[..., Found]:
+    """Remember what ``function`` finds in a table (by identity: tables hold dicts) for its other arguments."""
+    found: dict[tuple[Any, ...], tuple[OpTable, Found]] = {}
+
+    @functools.wraps(function)
+    def remembered(table: OpTable, *rest: Any) -> Found:
+        key = (id(table), *rest)
+        if key not in found:
+            if len(found) >= 1024:
+                found.pop(next(iter(found)))
+            found[key] = table, function(table, *rest)  # the table stays alive, so its id stays its own
+        return found[key][1]
+
+    return remembered
+
+
+@per_table
 def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
     """What every layer of each kind keeps per token and per sequence, in bytes on this rank.
 
@@ -94,10 +118,12 @@ def weight_bytes(
     first: bool = True,
     last: bool = True,
     local_experts: int | None = None,
+    rounded: bool = False,
 ) -> float:
     """Weights on one rank: experts split over ``ep`` and ``etp``, the rest as traced at this tp. Scales included.
 
-    ``local_experts``: experts and copies on the fullest rank, by default what even splitting gives.
+    ``local_experts``: experts and copies on the fullest rank, by default what even splitting gives. ``rounded``: the
+    engine pads experts' hidden size to their kernels' multiple.
     """
     total = 0.0
     for p in table.params:
@@ -109,6 +135,8 @@ def weight_bytes(
         if p.role == "experts":
             experts = table.facts["num_experts"]
             held = math.ceil(experts / ep) if local_experts is None else local_experts
+            hidden = table.facts["moe_hidden_size"]
+            per_element *= rounded_hidden(hidden, scheme.name) / hidden if rounded and hidden else 1.0
             numel = p.full_numel / experts * held / etp
         total += numel * per_element * table.count(p, layers)
     return total
@@ -123,22 +151,39 @@ def _in_stage(table: OpTable, role: str, first: bool, last: bool) -> bool:
 
 def activation_bytes(table: OpTable, sizes: Sizes) -> Any:
     """Peak of live activations over a step: every tensor from the row that makes it to the last that reads it."""
-    last: dict[int, int] = {}
-    for i, op in enumerate(table.ops):
-        for t in (*op.inputs, *op.outputs):
-            if not t.weight:
-                last[t.storage] = i
-    live: dict[int, Any] = {}
+    storages, moments = _liveness(table)
+    held = [reduce(np.maximum, [t.bytes(sizes) for t in tensors]) for tensors in storages]
     peak: Any = 0.0
-    for i, op in enumerate(table.ops):
-        for t in (*op.inputs, *op.outputs):
-            if not t.weight:
-                live[t.storage] = np.maximum(live.get(t.storage, 0.0), t.bytes(sizes))
-        peak = np.maximum(peak, sum(live.values(), 0.0))
-        for t in (*op.inputs, *op.outputs):
-            if last.get(t.storage) == i:
-                live.pop(t.storage, None)
+    for moment in moments:
+        peak = np.maximum(peak, sum((count * held[i] for i, count in moment), 0.0))
     return peak
+
+
+@per_table
+def _liveness(table: OpTable) -> tuple[list[tuple[Tensor, ...]], list[tuple[tuple[int, int], ...]]]:
+    """What storages hold (the tensors seen in them so far), and by moment how many storages hold which of those.
+
+    A moment at which nothing lives that does not live at another one, too, is left out.
+    """
+    last = {t.storage: i for i, op in enumerate(table.ops) for t in (*op.inputs, *op.outputs) if not t.weight}
+    numbers: dict[tuple[Tensor, ...], int] = {}
+    live: dict[int, tuple[Tensor, ...]] = {}
+    moments: list[Counter[int]] = []
+    for i, op in enumerate(table.ops):
+        touched = [t for t in (*op.inputs, *op.outputs) if not t.weight]
+        for t in touched:
+            shape = replace(t, storage=-1, offset=0)
+            seen = live.get(t.storage, ())
+            live[t.storage] = seen if shape in seen else (*seen, shape)
+        moments.append(Counter(numbers.setdefault(tensors, len(numbers)) for tensors in live.values()))
+        for t in touched:
+            if last[t.storage] == i:
+                live.pop(t.storage, None)
+    largest: list[Counter[int]] = []
+    for moment in sorted(moments, key=lambda m: -m.total()):
+        if not any(moment <= other for other in largest):
+            largest.append(moment)
+    return list(numbers), [tuple(moment.items()) for moment in largest]
 
 
 def low_latency_buffer_bytes(tokens_per_rank: Any, hidden: int, num_experts: int) -> Any:

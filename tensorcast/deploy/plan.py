@@ -18,7 +18,7 @@ from tensorcast.deploy.layout import ALL2ALL, Layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.backends import choose_backend
-from tensorcast.modeling.quantization import SCHEMES, Scheme
+from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.table import Op, OpTable
@@ -107,7 +107,10 @@ def make_plan(
     scheme = SCHEMES[dispatch or (experts.attrs.get("scheme", "bf16") if experts else "bf16")]
     if not scheme.quantizes_activation:
         scheme = SCHEMES["bf16"]
-    moe = _MoEExchange(table, layout, device, chosen, scheme, int(options.external_shared_experts > 0))
+    width = table.facts["moe_hidden_size"]
+    if engine.pads_hidden and experts is not None:
+        width = rounded_hidden(width, experts.attrs.get("scheme", "bf16"))
+    moe = _MoEExchange(table, layout, device, chosen, scheme, width, int(options.external_shared_experts > 0))
     rows: tuple[Row, ...] = tuple(_with_collectives(table, layout, device, moe))
     if options.fusion == "engine" and "allreduce_norm" in engine.fusions:
         rows = tuple(_norms_joined(rows, device, engine))
@@ -167,12 +170,20 @@ class _MoEExchange:
     """A MoE block's collectives: dispatch before the permute, combine after the experts, the rest at its end."""
 
     def __init__(
-        self, table: OpTable, layout: Layout, device: DeviceProfile, all2all: str, dispatch: Scheme, external: int
+        self,
+        table: OpTable,
+        layout: Layout,
+        device: DeviceProfile,
+        all2all: str,
+        dispatch: Scheme,
+        width: int,
+        external: int,
     ) -> None:
         self.layout, self.all2all = layout, all2all
         self.copies = table.facts["top_k"] + external  # a copy for the ranks of an external shared expert
         self.hidden = float(table.facts["moe_hidden_size"])
-        self.token = self.hidden * dispatch.activation_bytes
+        self.width = float(width)  # of the rows that travel
+        self.token = self.width * dispatch.activation_bytes
         self.groups = {
             "tp": (layout.tp, group_extent(layout.tp, 1, device)),
             "dp": (layout.dp, group_extent(layout.dp, layout.tp, device)),
@@ -212,13 +223,13 @@ class _MoEExchange:
     def combine(self, op: Op) -> Iterator[Collective]:
         """Results travel back, in bf16."""
         if self.all2all not in ("none", "allgather_reducescatter"):
-            yield self._all_to_all(op, 2.0 * self.hidden, "combine")
+            yield self._all_to_all(op, 2.0 * self.width, "combine")
 
     def gather(self, op: Op) -> Iterator[Collective]:
         """What leaves the block's result on every rank that holds the token."""
         whole = 2.0 * self.hidden
         if self.all2all == "allgather_reducescatter":
-            yield self._row(op, "reduce_scatter", "dp", whole * self.layout.dp, "combine")
+            yield self._row(op, "reduce_scatter", "dp", 2.0 * self.width * self.layout.dp, "combine")
         if self.layout.tp > 1:
             split = self.all2all not in ("none", "allgather_reducescatter")
             name: CollectiveOp = "all_gather" if split else "all_reduce"

@@ -160,3 +160,17 @@ def override(base: Quantization, text: str | None) -> Quantization:
             experts=scheme if key in ("", "experts") else base.experts,
         )
     return base
+
+
+HIDDEN_MULTIPLES = {"mxfp4": 256}
+"""Multiple of the hidden size by quantisation scheme. vLLM (``mxfp4_round_up_hidden_size_and_intermediate_size``) pads
+to 256 for its Marlin and FlashInfer TRT-LLM kernels; FlashInfer's CUTLASS kernels need 128 only."""
+
+
+def rounded_hidden(hidden: int, scheme: str, multiple: int = 0) -> int:
+    """Hidden size that the experts' weights, their rows and the exchange have: 2880 in MXFP4 becomes 3072.
+
+    ``multiple``: of the kernel at hand (0: as :data:`HIDDEN_MULTIPLES` says, 1 for schemes that it does not name).
+    """
+    multiple = multiple or HIDDEN_MULTIPLES.get(scheme, 1)
+    return -(-hidden // multiple) * multiple

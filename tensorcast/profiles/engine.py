@@ -59,6 +59,7 @@ class EngineProfile(Frozen):
     experts_backend: dict[Literal["prefill", "decode"], str] = Field(
         default={}, description="how expert matmuls run per phase (grouped_mm if not said), unless the exchange decides"
     )
+    pads_hidden: bool = Field(default=True, description="experts' hidden size is padded as their kernels want (MXFP4)")
     masked_gemm: Literal["skips", "pads"] = Field(
         default="skips", description="whether a masked grouped GEMM leaves out tiles without rows or computes capacity"
     )
@@ -76,4 +77,8 @@ class EngineProfile(Frozen):
     first_token_overhead_s: Figure | None = Field(
         default=None,
         description="per request, outside the GPU and before its first token: HTTP, tokenising, admission, streaming",
+    )
+    hand_over_overhead_s: Figure | None = Field(
+        default=None,
+        description="disaggregated: per request beside the bytes: routing, meeting of two workers, setting up the transfer",
     )

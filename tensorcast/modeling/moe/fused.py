@@ -13,7 +13,8 @@ from tensorcast.errors import InputError
 from tensorcast.modeling.moe.experts import FusedMoEBase, ShardedMLP
 from tensorcast.modeling.moe.groups import MoEGroups, ParallelGroup
 from tensorcast.modeling.moe.placement import Placement, choose_replica, linear
-from tensorcast.modeling.moe.rounding import hidden_of, rounded_hidden, with_hidden
+from tensorcast.modeling.moe.rounding import hidden_of, with_hidden
+from tensorcast.modeling.quantization import rounded_hidden
 from tensorcast.ops.quantized import format_of
 
 TC = torch.ops.tensor_cast

@@ -1,4 +1,4 @@
-"""Widths that a kernel rounds up: hidden size of experts in MXFP4, padded with zeros."""
+"""Experts padded with zeros to the hidden size that their kernels round up to (MXFP4)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-MULTIPLES = {"mxfp4": 256}
-"""Multiple of the hidden size by quantisation scheme. vLLM (``mxfp4_round_up_hidden_size_and_intermediate_size``) pads
-to 256 for its Marlin and FlashInfer TRT-LLM kernels; FlashInfer's CUTLASS kernels need 128 only."""
-
-
-def rounded_hidden(hidden: int, scheme: str, multiple: int = 0) -> int:
-    """Hidden size that the experts' weights, their rows and the exchange have: 2880 in MXFP4 becomes 3072.
-
-    ``multiple``: of the kernel at hand (0: what :data:`MULTIPLES` says, which is 1 for schemes it does not name).
-    """
-    multiple = multiple or MULTIPLES.get(scheme, 1)
-    return -(-hidden // multiple) * multiple
 
 
 def with_hidden(experts: Any, hidden: int) -> nn.Module:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tensorcast.deploy.blocks import copies_per_token
+from tensorcast.errors import InputError
 from tensorcast.modeling.attention import masks, past_length, trace_cache
 from tensorcast.modeling.build import build
 from tensorcast.modeling.config import hf_config
@@ -203,3 +207,26 @@ def test_probes_share_no_factor_with_each_other() -> None:
 )
 def test_layer_ranges_read_well(layers: list[int], text: str) -> None:
     assert layer_ranges(layers) == text
+
+
+LONGCAT: dict[str, Any] = {
+    "model_type": "longcat_flash", "hidden_size": 64, "ffn_hidden_size": 128, "expert_ffn_hidden_size": 32,
+    "num_layers": 2, "num_hidden_layers": 4, "n_routed_experts": 8, "zero_expert_num": 4, "moe_topk": 3,
+    "num_attention_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 16, "head_dim": 8, "vocab_size": 512,
+}  # fmt: skip
+
+
+def test_experts_that_compute_nothing_have_no_rows_and_no_weights(tmp_path: Path) -> None:
+    """LongCat: 3 of 8 + 4 choices, so two rows a token on average; transformers stacks up projections for all 12."""
+    (tmp_path / "config.json").write_text(json.dumps(LONGCAT))
+    table = trace(load_model(str(tmp_path)), "decode")
+    assert (table.facts["num_experts"], table.facts["zero_experts"]) == (8, 4)
+    assert copies_per_token(table.facts) == 2.0
+    assert sum(p.full_numel for p in table.params if p.role == "experts") == 8 * 3 * 64 * 32
+
+
+def test_sizes_that_do_not_go_together_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LONGCAT, "head_dim": 64}))
+    with pytest.raises(InputError, match="fails with this config in decode: .*broadcast"):
+        trace(load_model(str(tmp_path)), "decode")

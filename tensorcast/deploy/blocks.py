@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.table import Op, OpTable, Param, Tensor
@@ -26,6 +27,12 @@ def is_shared(module: str, kind: int, blocks: dict[int, str]) -> bool:
     """Whether a row belongs to the shared experts (or their gate) of its layer's MoE block."""
     block = blocks.get(kind)
     return block is not None and module.startswith(block) and "shared" in module[len(block) :]
+
+
+def copies_per_token(facts: dict[str, Any]) -> float:
+    """(token, expert) rows of a token on average: its k choices less those of experts that compute nothing."""
+    every = facts["num_experts"] + facts["zero_experts"]
+    return float(facts["top_k"] * facts["num_experts"] / every) if every else 0.0
 
 
 def has_shared(table: OpTable) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tensorcast.cost.collectives import group_extent
-from tensorcast.deploy.blocks import blocks_of
+from tensorcast.deploy.blocks import blocks_of, copies_per_token
 from tensorcast.deploy.layout import ALL2ALL, Layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
@@ -180,7 +180,7 @@ class _MoEExchange:
         external: int,
     ) -> None:
         self.layout, self.all2all = layout, all2all
-        self.copies = table.facts["top_k"] + external  # a copy for the ranks of an external shared expert
+        self.copies = copies_per_token(table.facts) + external  # a copy for the ranks of an external shared expert
         self.hidden = float(table.facts["moe_hidden_size"])
         self.width = float(width)  # of the rows that travel
         self.token = self.width * dispatch.activation_bytes

@@ -36,7 +36,7 @@ def trace(profile: ModelProfile, phase: Phase, tp: int = 1, whole: OpTable | Non
     config = hf_config(profile)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        whole = whole or _trace_one(profile, config, config, phase, 1)
+        whole = whole or _trace_whole(profile, config, phase)
         if tp == 1:
             return whole
         shard = _trace_shard(profile, config, phase, tp)
@@ -52,6 +52,15 @@ def trace(profile: ModelProfile, phase: Phase, tp: int = 1, whole: OpTable | Non
     )
     table = mark_sharding(whole, shard)
     return OpTable(table.model, phase, tp, table.ops, table.layer_kinds, table.kind_names, params, whole.facts)
+
+
+def _trace_whole(profile: ModelProfile, config: PreTrainedConfig, phase: Phase) -> OpTable:
+    try:
+        return _trace_one(profile, config, config, phase, 1)
+    except RuntimeError as reason:  # sizes that do not go together, which transformers does not check
+        line = str(reason).strip().splitlines()[0][:160]
+        problem = f"transformers' class fails with this config in {phase}: {line}"
+        raise InputError(f"model {profile.name}: {problem}") from reason
 
 
 def _trace_shard(profile: ModelProfile, config: PreTrainedConfig, phase: Phase, tp: int) -> OpTable:
@@ -87,7 +96,7 @@ def _trace_one(
             raise InputError(f"model {profile.name}: {phase} cannot be traced without data: {line}") from None
     ops = mark_latent(mark_experts([_as_mm(op) for op in linears]), phase)
     facts = _facts(whole, ops) | {"block": BLOCK if probes is BLOCKWISE else 1}
-    params = _params(model, kinds, ops)
+    params = _params(model, config, kinds, ops)
     return OpTable(
         profile.name, phase, tp, tuple(ops), tuple(kinds.of_layer), tuple(_kind_name(model, kinds)), params, facts
     )
@@ -174,6 +183,7 @@ def _facts(config: PreTrainedConfig, ops: list[Op]) -> dict[str, Any]:
     experts = next((op for op in ops if op.name == "expert_counts"), None)
     width = next((op.inputs[1] for op in ops if op.name == "grouped_matmul" and op.attrs["projection"] == "down"), None)
     hidden = field(config, "hidden_size", "d_model")
+    zero = _zero_experts(config)
     return {
         "hidden_size": hidden,
         "vocab_size": field(config, "vocab_size"),
@@ -182,8 +192,9 @@ def _facts(config: PreTrainedConfig, ops: list[Op]) -> dict[str, Any]:
         "kv_heads": field(
             config, "num_key_value_heads", "kv_n_heads", default=field(config, "num_attention_heads", "n_heads")
         ),
-        "num_experts": int(experts.attrs["num_experts"]) if experts else 0,
+        "num_experts": int(experts.attrs["num_experts"]) - zero if experts else 0,
         "top_k": int(routing.inputs[1].dims[-1].coef) if routing else 0,
+        "zero_experts": zero,
         "moe_hidden_size": int(routing.inputs[0].dims[-1].coef) if routing else 0,
         "moe_intermediate_size": int(next(d.coef for d in width.dims if d.X)) if width else 0,
         "expert_groups": int(field(config, "n_group", default=1) or 1),
@@ -192,12 +203,19 @@ def _facts(config: PreTrainedConfig, ops: list[Op]) -> dict[str, Any]:
     }
 
 
-def _params(model: nn.Module, kinds: Kinds, ops: list[Op]) -> tuple[Param, ...]:
+def _zero_experts(config: PreTrainedConfig) -> int:
+    """Experts that hand their input back (LongCat), with ids after the others and, in transformers, unused weights."""
+    return int(field(config, "zero_expert_num", default=0) or 0)
+
+
+def _params(model: nn.Module, config: PreTrainedConfig, kinds: Kinds, ops: list[Op]) -> tuple[Param, ...]:
     """Every parameter of one layer per kind and of what lies outside the layers, by the role it plays in the trace."""
     experts = {w for op in ops if op.name == "grouped_matmul" for w in op.weights}
     names = ("mm", "addmm", "bmm", "mla_absorb", "mla_expand")
     matmul = {w for op in ops if op.name in names for w in op.weights}
     embedded = {w for op in ops if op.name == "embedding" for w in op.weights}
+    zero = _zero_experts(config)
+    counts = next((op.attrs["num_experts"] for op in ops if op.name == "expert_counts"), 0)
     rows = []
     standing = set(kinds.representatives)
     other_layers = tuple(path + "." for path in kinds.paths if path not in standing)
@@ -219,6 +237,8 @@ def _params(model: nn.Module, kinds: Kinds, ops: list[Op]) -> tuple[Param, ...]:
         )
         dtype = str(param.dtype).removeprefix("torch.")
         numel = param.numel()
+        if role == "experts" and zero and param.shape[0] > zero:  # no checkpoint has weights for them
+            numel = numel // param.shape[0] * min(param.shape[0], int(counts) - zero)
         rows.append(
             Param(name, _label(module, kinds), kinds.kind_of(module), numel, numel, dtype, role, tuple(param.shape))
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tensorcast.errors import InputError
@@ -44,7 +45,7 @@ def simulate(
     dispatch: str | None = None,
     redundant_experts: int = 0,
     placement: str = "linear",
-    experts_backend: str = "auto",
+    experts_backend: str | Mapping[str, str] = "auto",
     shared_expert_tp: bool = True,
     external_shared_experts: int = 0,
     dual_batch_overlap: bool = False,
@@ -80,6 +81,8 @@ def simulate(
         default_new if input_len is None else input_len,
         default_past if context is None else context,
     )
+    if not isinstance(experts_backend, str):  # by phase or sub-config; the empty key is all others
+        experts_backend = ",".join(f"{key}={name}" for key, name in experts_backend.items())
     options = Options(
         fusion, quant, kv_dtype, routing, all2all, dispatch, redundant_experts, placement, experts_backend,
         shared_expert_tp, external_shared_experts, dual_batch_overlap, mtp_depth, chunk_tokens,

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tensorcast as tc
 from tensorcast.cost.overlap import Contention, beside, two_streams
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
@@ -296,3 +297,16 @@ def test_layouts_that_cannot_be_read(text: str) -> None:
 def test_layouts_read_back(tp: int, dp: int, ep: int, pp: int) -> None:
     layout = Layout(tp * dp * pp, tp, dp, ep, pp)
     assert parse_layout(str(layout)) == layout
+
+
+@pytest.mark.parametrize(
+    ("wanted", "runs"),
+    [
+        ({"prefill": "contiguous", "decode": "masked"}, "masked"),
+        ({"": "eager"}, "eager"),
+        ({"text_config": "batched_mm"}, "batched_mm"),
+    ],
+)
+def test_backends_from_a_dict(wanted: dict[str, str], runs: str) -> None:
+    run = tc.simulate("mixtral-8x7b", device="h100", world_size=2, batch=4, experts_backend=wanted)
+    assert run.totals()["experts_backend"] == runs

@@ -228,5 +228,5 @@ def test_experts_that_compute_nothing_have_no_rows_and_no_weights(tmp_path: Path
 
 def test_sizes_that_do_not_go_together_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LONGCAT, "head_dim": 64}))
-    with pytest.raises(InputError, match="fails with this config in decode: .*broadcast"):
+    with pytest.raises(InputError, match="fails with this config in decode: Attempting to broadcast"):
         trace(load_model(str(tmp_path)), "decode")

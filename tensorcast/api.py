@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
+    from tensorcast.deploy.compare import Comparison
+    from tensorcast.deploy.explain import Explanation
     from tensorcast.deploy.result import Simulation
     from tensorcast.profiles.device import DeviceProfile
 
@@ -89,4 +91,112 @@ def simulate(
     )
     return run(
         load_model(model), device_profile(device), load_engine(engine), layout, workload, options, allow_oversize
+    )
+
+
+def compare(
+    model: str,
+    *,
+    device: str | Sequence[str],
+    world_size: int | Sequence[int],
+    input_len: int,
+    output_len: int,
+    ttft_s: float | None = None,
+    tpot_s: float | None = None,
+    objective: str = "tokens_per_gpu",
+    engine: str = "vllm",
+    layouts: Sequence[str] | None = None,
+    forms: Sequence[str] = ("aggregated", "disaggregated"),
+    request_rate: float | None = None,
+    prices: Mapping[str, float] | None = None,
+    prefix_cached: int = 0,
+    quant: str | None = None,
+    routing: str = "balanced",
+    placement: str = "linear",
+    kv_dtype: Sequence[str] | None = None,
+    mtp_depth: Sequence[int] | None = None,
+    mtp_acceptance: float = 0.8,
+    all2all: Sequence[str] | None = None,
+    dispatch: Sequence[str] | None = None,
+    chunk_tokens: Sequence[int] | None = None,
+    full: bool = False,
+    runnable_only: bool = True,
+    jobs: int = 1,
+    executor: str | None = None,
+) -> Comparison:
+    """Compare every legal layout of ``model`` on ``world_size`` of ``device``, with every option that matters.
+
+    Users send prompts of ``input_len`` tokens (``prefix_cached`` of them cached) and read ``output_len``; ``ttft_s``
+    and ``tpot_s`` are the longest mean time to first token and per output token that they accept. ``objective``:
+    ``tokens_per_gpu``, ``latency``, ``cost`` (of ``prices``, US dollars per GPU hour by device) or ``gpus`` (fewest for
+    ``request_rate`` requests per second). Several devices or sizes are compared together. ``layouts``: only these,
+    such as ``tp8-ep8``. Options that are given are searched over the given values alone; ``full`` also searches KV
+    dtypes and depths of drafting. ``runnable_only``: only what ``engine`` can run.
+
+    Raises :class:`tensorcast.InputError` on what cannot be: with ``exit_code`` 3 where no layout keeps the limits, the
+    message saying which one binds and how close the best came.
+
+    >>> import tensorcast as tc
+    >>> found = tc.compare("deepseek-v3", device="h200", world_size=32, input_len=4096, output_len=1024,
+    ...                    ttft_s=2, tpot_s=0.05)  # doctest: +SKIP
+    >>> found.best["layout"], found.best["tokens_per_s_per_gpu"]  # doctest: +SKIP
+    """
+    from tensorcast.deploy.ask import ask
+    from tensorcast.deploy.compare import compare as decide
+    from tensorcast.deploy.parallel import spread
+    from tensorcast.deploy.search import answer
+    from tensorcast.profiles import load_engine, load_model
+
+    devices = [device] if isinstance(device, str) else list(device)
+    questions = ask(
+        load_model(model), [device_profile(name) for name in devices], load_engine(engine),
+        [world_size] if isinstance(world_size, int) else list(world_size),
+        input_len=input_len, output_len=output_len, prefix_cached=prefix_cached, mtp_acceptance=mtp_acceptance,
+        ttft_s=ttft_s, tpot_s=tpot_s, objective=objective, layouts=layouts, forms=forms, request_rate=request_rate,
+        prices={device_profile(name).name: value for name, value in (prices or {}).items()},
+        quant=quant, routing=routing, placement=placement, full=full, runnable_only=runnable_only,
+        searched={
+            "kv_dtype": kv_dtype, "mtp_depth": mtp_depth, "exchange": all2all, "dispatch": dispatch,
+            "chunk_tokens": chunk_tokens,
+        },
+    )  # fmt: skip
+    return decide(questions, spread(answer, questions, jobs, executor))
+
+
+def explain(
+    model: str,
+    *,
+    device: str,
+    world_size: int,
+    layout: str,
+    versus: str,
+    phase: str = "decode",
+    batch: int | None = None,
+    context: int = 4096,
+    input_len: int = 4096,
+    engine: str = "vllm",
+    quant: str | None = None,
+    kv_dtype: str | None = None,
+    routing: str = "balanced",
+) -> Explanation:
+    """Two layouts side by side at the same load: which groups of ops moved and why, and what would help each.
+
+    ``batch`` counts sequences per data-parallel rank of ``layout``; ``versus`` gets as many in all. By default it is
+    the largest that fits in both. Decode is priced after ``context`` cached tokens, prefill with ``input_len`` new ones.
+
+    >>> import tensorcast as tc
+    >>> why = tc.explain("deepseek-v3", device="h200", world_size=32, layout="tp1-dp32-ep32",
+    ...                  versus="tp8-dp4-ep32")  # doctest: +SKIP
+    >>> why.groups, why.elasticities  # doctest: +SKIP
+    """
+    from tensorcast.deploy.explain import explain as run
+    from tensorcast.deploy.layout import parse_layout
+    from tensorcast.deploy.options import Options
+    from tensorcast.profiles import load_engine, load_model
+
+    pair = parse_layout(layout, world_size), parse_layout(versus, world_size)
+    options = Options(quant=quant, kv_dtype=kv_dtype, routing=routing)
+    new, past = (1, context) if phase == "decode" else (input_len, 0)
+    return run(
+        load_model(model), device_profile(device), load_engine(engine), *pair, phase, batch, new, past, options
     )

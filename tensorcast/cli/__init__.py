@@ -2,6 +2,7 @@
 
 from tensorcast.cli.app import app, main
 
-from tensorcast.cli import simulate, launch, catalog  # isort: skip  (each registers its commands, in the order of --help)
+# each registers its commands, in the order of --help
+from tensorcast.cli import simulate, compare, explain, predict, launch, validate, calibrate, catalog  # isort: skip
 
-__all__ = ["app", "catalog", "launch", "main", "simulate"]
+__all__ = ["app", "calibrate", "catalog", "compare", "explain", "launch", "main", "predict", "simulate", "validate"]

@@ -56,7 +56,7 @@ class CollectiveTime:
     tier: str
     wire_bytes: Size
     evidence: Evidence
-    error: float
+    error: Size
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class _Leg:
     seconds: Size
     wire: Size
     calibrated: bool
-    error: float
+    error: Size
 
     def then(self, other: _Leg, algorithm: str) -> _Leg:
         return _Leg(
             algorithm, self.seconds + other.seconds, self.wire + other.wire,
-            self.calibrated and other.calibrated, max(self.error, other.error),
+            self.calibrated and other.calibrated, np.maximum(self.error, other.error),
         )
 
 
@@ -142,7 +142,7 @@ def _cheapest(legs: list[_Leg]) -> _Leg:
     scalar = best.ndim == 0
     return _Leg(
         str(names) if scalar else names, seconds.min(axis=0)[()], wire[()],
-        all(leg.calibrated for leg in used), max(leg.error for leg in used),
+        all(leg.calibrated for leg in used), np.choose(best, [np.asarray(leg.error) for leg in legs])[()],
     )
 
 

@@ -77,8 +77,11 @@ def has_formula(op: Op) -> bool:
 
 
 def work_of(op: Op, context: Context) -> list[Work]:
-    """The kernels of one row."""
-    return _FORMULAS.get(op.name, traffic)(op, context)
+    """The kernels of one row. Those of unfused ops that only move data bear the op's name."""
+    works = _FORMULAS.get(op.name, traffic)(op, context)
+    if op.name == "pointwise":
+        return works
+    return [replace(work, kernel=op.name) if work.family == "memory" else work for work in works]
 
 
 def _read(op: Op, at: Context) -> Any:

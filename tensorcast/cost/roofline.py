@@ -73,14 +73,17 @@ def peak_flops(device: DeviceProfile, dtype: str) -> float:
 
 
 def constants_for(
-    device: DeviceProfile, family: str, dtype: str, engine: str = "any"
+    device: DeviceProfile, family: str, dtype: str, engine: str = "any", kernel: str = ""
 ) -> tuple[KernelConstants, Evidence]:
     """Constants of one kernel family on one device, and where they come from.
 
     Order: this engine, then ``any``, then another engine with the same dtype; then the same for the nearest dtypes
-    (:data:`NEAREST`, then whichever were fitted); else the datasheet fractions with :data:`DATASHEET_ERROR`.
+    (:data:`NEAREST`, then whichever were fitted); else the datasheet fractions with :data:`DATASHEET_ERROR`. Constants
+    of this one ``kernel`` of the family, fitted as ``family/kernel``, come before those of the family.
     """
-    fitted = [c for c in (device.calibration.kernels if device.calibration else ()) if c.family == family]
+    known = device.calibration.kernels if device.calibration else ()
+    fitted = [c for c in known if kernel and c.family == f"{family}/{kernel}"]
+    fitted = fitted or [c for c in known if c.family == family]
     if fitted:
         order = [dtype, "any", *NEAREST.get(dtype, ()), *sorted({c.dtype for c in fitted})]
         best = min(fitted, key=lambda c: (order.index(c.dtype), (engine, "any", c.engine).index(c.engine)))
@@ -96,8 +99,8 @@ def constants_for(
 def _compute_time(work: Work, constants: KernelConstants, device: DeviceProfile) -> Size:
     """Time on the matrix units: the fastest of the kernel's tilings, with whole waves and, where it helps, a split."""
     rate = peak_flops(device, work.dtype) * constants.compute_efficiency
-    if not work.tilings:
-        return work.issued_flops / rate
+    if not work.tilings or not device.whole_tiles:
+        return (work.issued_flops if device.whole_tiles else work.flops) / rate
     processors, best = float(device.processors), None
     for tiling in work.tilings:
         inner = tiling.flops * (processors / (rate * tiling.rate))

@@ -7,6 +7,7 @@ order. Hit experts of independent picks: ``sum_e 1 - (1 - q_e)^T``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Routing:
             return cls(text, counts=_read_counts(Path(text)))
         raise InputError(f"--routing {text!r}: use balanced, uniform, zipf:S, or a CSV file of per-expert counts")
 
-    def inclusion(self, num_experts: int, top_k: int) -> np.ndarray:
+    def inclusion(self, num_experts: int, top_k: float) -> np.ndarray:
         """Chance that a token picks each expert, ``[E]``, summing to k. A wrong length raises :class:`InputError`."""
         if self.counts:
             if len(self.counts) != num_experts:
@@ -85,7 +86,7 @@ def _read_counts(path: Path) -> tuple[float, ...]:
     return tuple(float(c) for c in counts)
 
 
-def _capped(popularity: np.ndarray, top_k: int) -> np.ndarray:
+def _capped(popularity: np.ndarray, top_k: float) -> np.ndarray:
     """``q_e = min(1, c * p_e)`` with ``c`` such that they sum to k: no token picks an expert twice."""
     share = popularity / popularity.sum()
     free = np.ones(len(share), dtype=bool)
@@ -109,7 +110,7 @@ class ExpertLoad:
 
     num_physical: int
     """Experts with their redundant copies."""
-    top_k: int
+    top_k: float
     ranks: int
     busiest: np.ndarray | None
     """Chances that a token picks each of the busiest rank's experts (None: balanced)."""
@@ -138,10 +139,11 @@ class ExpertLoad:
         return Load(rows, np.minimum((1.0 - missed).sum(-1), rows), mean)
 
 
+@functools.lru_cache(maxsize=4096)
 def expert_load(
     routing: Routing,
     num_experts: int,
-    top_k: int,
+    top_k: float,
     ranks: int,
     *,
     redundant: int = 0,

@@ -48,6 +48,7 @@ class Work:
     which the kernel can be cut, the fastest of which runs (none: compute spreads evenly). ``rows`` and ``elements``
     are work beside the matrix units: rows of the input and their elements that a call passes over first
     (quantisation, permutation), or softmax rows and scores. ``calls``: how many such calls run one after another.
+    ``kernel``: which one of the family it is, where that is known (an op's name).
     """
 
     family: str
@@ -60,6 +61,7 @@ class Work:
     rows: Size = 0.0
     elements: Size = 0.0
     calls: Size = 1.0
+    kernel: str = ""
 
 
 @dataclass(frozen=True)

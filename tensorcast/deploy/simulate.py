@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.memory import activation_bytes, cache_bytes, low_latency_buffer_bytes, weight_bytes
-from tensorcast.deploy.blocks import Whole, has_shared
+from tensorcast.deploy.blocks import has_shared
 from tensorcast.deploy.layout import Layout, check
-from tensorcast.deploy.options import EXCHANGES, Options, check_options, option_facts
+from tensorcast.deploy.options import Options, check_options, option_facts
 from tensorcast.deploy.plan import Collective, choose_all2all, make_plan
 from tensorcast.deploy.result import Simulation
 from tensorcast.deploy.step import Step, StepPrice
-from tensorcast.deploy.tables import rank_tables, traced_table
+from tensorcast.deploy.tables import rank_tables, shared_form, traced_table
 from tensorcast.deploy.workload import Workload
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, from_config, override
@@ -67,12 +67,7 @@ class Deployment:
         ``batch`` may be an array; then so are the parts that grow with it.
         """
         sequences = np.asarray(batch, dtype=float)
-        weights: Any = 0.0
-        cache: Any = 0.0
-        for held, layers in self._stage_weights:
-            kept = cache_bytes(self._drafting, self.quantization.kv, sequences, past + new, layers)
-            fuller = held + kept > weights + cache
-            weights, cache = np.where(fuller, held, weights), np.where(fuller, kept, cache)
+        weights, cache = self.held(sequences, past + new)
         micro = np.maximum(1.0, np.minimum(self.layout.pp, sequences))
         sizes = self.step.context(sequences / micro, float(new), float(past)).sizes
         capacity = float(self.device.memory_bytes)
@@ -85,6 +80,16 @@ class Deployment:
             capacity,
             capacity * float(self.engine.memory_fraction),
         )
+
+    def held(self, sequences: Any, length: int) -> tuple[Any, Any]:
+        """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences."""
+        weights: Any = 0.0
+        cache: Any = 0.0
+        for stage, layers in self._stage_weights:
+            kept = cache_bytes(self._drafting, self.quantization.kv, sequences, length, layers)
+            fuller = stage + kept > weights + cache
+            weights, cache = np.where(fuller, stage, weights), np.where(fuller, kept, cache)
+        return weights, cache
 
     @cached_property
     def _drafting(self) -> OpTable:
@@ -104,7 +109,7 @@ class Deployment:
             last = i == len(stages) - 1
             weights = weight_bytes(
                 self._drafting, self.quantization, layout.ep, layout.etp, layers, first=i == 0, last=last,
-                local_experts=local,
+                local_experts=local, rounded=self.engine.pads_hidden,
             )
             if last and self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
                 weights += 2.0 * 2.0 * self.raw.facts["hidden_size"] ** 2
@@ -161,12 +166,8 @@ def deploy(
     check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
     all2all = choose_all2all(options.all2all, layout, engine, phase)
     check_options(options, layout, option_facts(whole.facts, has_shared(whole), model.config), all2all)
-    shared = None
-    if options.external_shared_experts:
-        shared = Whole(layout.dp / options.external_shared_experts, resident=False)
-    elif not options.shared_expert_tp and layout.tp > 1:
-        shared = Whole(1.0 / layout.tp if all2all in EXCHANGES else 1.0)
     fusions = tuple(engine.fusions) if options.fusion == "engine" else ()
+    shared = shared_form(options, layout, all2all)
     raw, table = rank_tables(model, phase, layout.tp, quantization, fusions, shared)
     plan = make_plan(table, layout, device, engine, options)
     step = Step(table, plan, layout, device, engine, quantization.kv, options)

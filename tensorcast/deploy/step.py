@@ -11,7 +11,7 @@ from tensorcast.cost.collectives import collective_time
 from tensorcast.cost.formulas import Context, has_formula, work_of
 from tensorcast.cost.roofline import Evidence, constants_for, kernel_time, peak_flops
 from tensorcast.cost.routing import ExpertLoad, Routing, expected_distinct, expert_load
-from tensorcast.deploy.blocks import EXPERT_STAGES
+from tensorcast.deploy.blocks import EXPERT_STAGES, copies_per_token
 from tensorcast.deploy.layout import Layout, stage_layers
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.overlap import Overlap
@@ -43,7 +43,7 @@ class StepPrice:
     seconds: Any
     overhead_s: Any
     error: Any
-    micro_batches: int
+    micro_batches: Any
     hidden_s: Any = 0.0
     hidden_comm_s: Any = 0.0
     exposed_comm_s: Any = 0.0
@@ -69,7 +69,7 @@ class Step:
         self.captured = options.fusion == "engine" and table.phase in engine.graph_captured_phases
         self.stages = stage_layers(len(table.layer_kinds), layout.pp)
         self.overlap = Overlap(plan, table, engine, options, self.captured)
-        self._constants: dict[tuple[str, str], tuple[KernelConstants, Evidence]] = {}
+        self._constants: dict[tuple[str, str, str], tuple[KernelConstants, Evidence]] = {}
         facts = table.facts
         self.load: ExpertLoad | None = None
         self.distinct: dict[str, float] = {}
@@ -77,7 +77,7 @@ class Step:
             self.load = expert_load(
                 Routing.parse(options.routing),
                 facts["num_experts"],
-                facts["top_k"],
+                copies_per_token(facts),
                 layout.ep - options.external_shared_experts,
                 redundant=options.redundant_experts,
                 policy=options.placement,
@@ -101,9 +101,9 @@ class Step:
         decode step checks ``1 + mtp_depth`` tokens per sequence and then drafts anew.
         """
         pp, halves = self.layout.pp, 1 + self.options.dual_batch_overlap
-        micro = 1 if pp == 1 else int(min(pp, np.min(batch)))
-        parts = micro * halves
-        context = self.context(np.asarray(batch, dtype=float) / parts if parts > 1 else batch, new, past)
+        # of each candidate by itself: its price must not depend on what is priced beside it
+        micro: Any = 1 if pp == 1 else np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, pp)
+        context = self.context(np.asarray(batch, dtype=float) / (micro * halves), new, past)
         at = _Sizes(context, self._chunk(context))
         rows = tuple(self._row(row, at) for row in self.plan.rows)
         hidden, hidden_comm = self.overlap.hidden(rows, context.sizes.tokens)
@@ -131,6 +131,7 @@ class Step:
         )
         saved, saved_comm = (sum((self._over(kinds, i) for i in range(pp)), 0.0) for kinds in (hidden, hidden_comm))
         error = _step_error(rows, counts)
+        micro = micro if np.ndim(micro) else int(micro)
         return StepPrice(rows, counts, total, overhead, error, micro, saved, saved_comm, moved - saved_comm)
 
     def _over(self, per_kind: dict[int, Any], stage: int) -> Any:
@@ -178,7 +179,7 @@ class Step:
             return context
         every = tokens * self.layout.dp
         load = self.load.at(every)
-        sizes = replace(context.sizes, R=load.rows, E=float(self.load.local_experts))
+        sizes = replace(context.sizes, R=load.rows, E=1.0 * self.load.local_experts)
         return replace(context, sizes=sizes, hit=load.hit, capacity=every)
 
     def _chunk(self, context: Context) -> tuple[Any, Context]:
@@ -195,7 +196,7 @@ class Step:
 
         The module also projects hidden state and embedding, ``[T,2H] x [2H,H]``.
         """
-        if not self.options.mtp_depth or self.table.phase != "decode":
+        if self.table.phase != "decode" or not np.any(self.options.mtp_depth):
             return ()
         last, hidden = self.table.layer_kinds[-1], float(self.table.facts["hidden_size"])
         context = self.context(batch, 1.0, past, verify=1.0)
@@ -232,11 +233,14 @@ class Step:
         ideal: Any = 0.0
         parts: dict[str, Any] = dict.fromkeys(PARTS, 0.0)
         family, evidence, error = "memory", "calibrated", 0.0
+        alone: Any = 1.0  # or part of the all-reduce's kernel before it
+        if "joined_tokens" in op.attrs:
+            alone = np.where(np.asarray(at.sizes.tokens) > op.attrs["joined_tokens"], 1.0, 0.0)[()]
         for work in work_of(op, at):
-            constants, found = self._constants_for(work.family, work.dtype)
+            constants, found = self._constants_for(work.family, work.dtype, work.kernel)
             # quantising and permuting are rows of their own here, not part of the matmul's time
             timing = kernel_time(work, constants, self.device, passes=False)
-            launch = 0.0 if op.attrs.get("joined") else timing.launch_s + self._gap(timing.seconds, timing.launch_s)
+            launch = (timing.launch_s + self._gap(timing.seconds, timing.launch_s)) * alone
             seconds = seconds + (timing.seconds - timing.launch_s + launch) * work.calls
             flops, moved = flops + work.flops * work.calls, moved + work.bytes * work.calls
             ideal = ideal + work.flops * work.calls / peak_flops(self.device, work.dtype)
@@ -248,10 +252,11 @@ class Step:
             error = max(error, constants.median_error or 0.0)
         return RowPrice(op, seconds, flops, moved, 0.0, ideal, parts, family, evidence, error, has_formula(op))
 
-    def _constants_for(self, family: str, dtype: str) -> tuple[KernelConstants, Evidence]:
-        if (family, dtype) not in self._constants:
-            self._constants[family, dtype] = constants_for(self.device, family, dtype, self.engine.name)
-        return self._constants[family, dtype]
+    def _constants_for(self, family: str, dtype: str, kernel: str) -> tuple[KernelConstants, Evidence]:
+        key = family, dtype, kernel
+        if key not in self._constants:
+            self._constants[key] = constants_for(self.device, family, dtype, self.engine.name, kernel)
+        return self._constants[key]
 
     def _collective(self, row: Collective, at: Context) -> RowPrice:
         units = at.sizes.tokens if row.per == "token" else at.sizes.B

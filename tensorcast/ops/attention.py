@@ -47,9 +47,13 @@ def _attention(
     if sinks is not None:
         return _with_sinks(q, k, v, scale, hidden, sinks)
     whole = causal and past == 0 and not (window and window < total) and not (chunk and chunk < total)
+    seen = None if whole or hidden is None else ~hidden
+    if new == 1:  # heads that share keys are rows of one product, as in every decode kernel: keys are read once
+        rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+        out = F.scaled_dot_product_attention(rows, k, v, seen, scale=scale)
+        return out.reshape(q.shape[0], 1, q.shape[1], -1)
     out = F.scaled_dot_product_attention(
-        q, k, v, None if whole or hidden is None else ~hidden, is_causal=whole and new > 1, scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, seen, is_causal=whole, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2).contiguous()
 

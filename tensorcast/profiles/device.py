@@ -81,6 +81,7 @@ class DeviceProfile(Frozen):
     description: str
     sources: dict[str, str]
     processors: int = Field(ge=1, description="SMs, CUs or cores that run tiles side by side")
+    whole_tiles: bool = Field(default=True, description="matmuls run in the tiles of GPU libraries, padded to them")
     peak_flops: dict[ComputeDtype, Figure] = Field(description="dense, no sparsity")
     memory_bytes: Figure
     memory_bandwidth_bytes_per_s: Figure

@@ -54,6 +54,11 @@ def load_device(name: str | os.PathLike[str]) -> DeviceProfile:
     return _read(_path_of("device", os.fspath(name)), DeviceProfile)
 
 
+def device_path(name: str | os.PathLike[str]) -> Path:
+    """The file that :func:`load_device` reads."""
+    return _path_of("device", os.fspath(name))
+
+
 def load_engine(name: str | os.PathLike[str]) -> EngineProfile:
     """Engine profile by name, alias or YAML path. Raises :class:`InputError`, one line, on any bad input."""
     from tensorcast.profiles.engine import EngineProfile

@@ -1,0 +1,88 @@
+"""`tensorcast calibrate`: fold measured kernels into device profiles, from a validate run or from published tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tensorcast.cli.app import OUTPUT, AsJson, app
+from tensorcast.errors import InputError
+
+EXAMPLES = """[bold]Examples[/bold]
+
+[dim]This machine, from a validate run; the result is a profile like any other[/dim]
+
+tensorcast calibrate -d cpu --from out/cpu/measurements.parquet --write cpu.yaml
+
+tensorcast simulate qwen3-30b-a3b -d cpu.yaml --engine eager --allow-oversize
+
+[dim]From the tables of the public package aiconfigurator-core, where it is installed[/dim]
+
+tensorcast calibrate -d h200 --from silicon --write my-profiles"""
+
+
+@app.command(epilog=EXAMPLES)
+def calibrate(
+    origin: Annotated[str, typer.Option(
+        "--from", metavar="FILE|DIR|silicon", show_default=False,
+        help="measurements.parquet (or .csv) of tensorcast validate, a folder of measured tables, or silicon: the "
+        "tables of an installed aiconfigurator-core.",
+    )],
+    device: Annotated[str | None, typer.Option(
+        "--device", "-d", show_default=False,
+        help="Profile to calibrate: name or file; cpu is this machine.  [dim]\\[default, from tables: all][/dim]",
+    )] = None,
+    engine: Annotated[str, typer.Option(
+        "--engine", "-e", metavar="NAME", help="Whose kernels a validate run measured.",
+    )] = "eager",
+    write: Annotated[Path | None, typer.Option(
+        "--write", "-w", metavar="PATH", show_default=False, rich_help_panel=OUTPUT,
+        help="From a validate run: the profile to write; what is written by hand in one that is there stays. From "
+        "tables: the folder of profiles to update.",
+    )] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit kernel times to measured ones; a fit that is worse than what stands is refused."""
+    if origin == "silicon" or Path(origin).is_dir():
+        _from_tables(None if origin == "silicon" else Path(origin), device, write or Path("profiles"))
+        return
+    from tensorcast.api import device_profile
+    from tensorcast.profiles.store import device_path
+    from tensorcast.report import units
+    from tensorcast.report.files import check_directory
+    from tensorcast.report.rows import to_json
+    from tensorcast.validate import calibrate as fold
+    from tensorcast.validate.compare import median_error
+    from tensorcast.validate.record import read_table
+
+    if device is None:
+        raise InputError("--device is missing: name the device that was measured")
+    if write is not None:
+        check_directory(write.parent)
+    frame, profile = read_table(Path(origin)), device_profile(device)
+    found, fits = fold.calibrate(profile, frame, engine)
+    if write is not None:
+        fold.write_profile(write, found, None if device.lower() == "cpu" else device_path(device))
+    before, after = (median_error(fold.left_out_errors(frame, d, engine).error) for d in (profile, found))
+    if as_json:
+        told = {"written": str(write) if write else None, "error_before": before, "error_after": after}
+        typer.echo(to_json({**told, "fits": fold.fits_frame(fits).to_dict("records")}, indent=2))
+        return
+    for fit in fits:
+        verdict = fit.verdict or f"{units.percent(fit.before)} -> {units.percent(fit.after)}"
+        typer.echo(f"{fit.family} {fit.dtype}: {verdict} ({fit.points} shapes fitted, {fit.held_out} left out)")
+    typer.echo(f"median error on shapes left out of every fit: {units.percent(before)} -> {units.percent(after)}")
+    if write is not None:
+        typer.echo(f"wrote {write}")
+
+
+def _from_tables(folder: Path | None, device: str | None, profiles: Path) -> None:
+    """Constants and kernel models from measured tables, None: the installed ones, into a folder of profiles."""
+    from tensorcast.validate.measured import installed_tables
+    from tensorcast.validate.silicon import calibrate as from_tables
+
+    if not (profiles / "devices").is_dir():
+        raise InputError(f"--write {profiles}: no folder devices/ of profiles in it")
+    from_tables(folder or installed_tables(), profiles, (device,) if device else ())

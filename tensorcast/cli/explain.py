@@ -1,0 +1,97 @@
+"""``tensorcast explain``: two layouts at the same load, op group by op group."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tensorcast.cli.app import CHOICES, DEPLOYMENT, WORK, AsJson, app, console, patience
+
+EXAMPLES = """[bold]Examples[/bold]
+
+[dim]Why data-parallel attention? At the largest batch that fits in both[/dim]
+
+tensorcast explain deepseek-v3 -d h200 -n 32 --layout tp1-dp32-ep32 --versus tp8-dp4-ep32
+
+[dim]At 16 sequences per data-parallel rank of the first, and as many in all of the second[/dim]
+
+tensorcast explain deepseek-v3 -d h200 -n 32 --layout dp32-ep32 --versus tp8-dp4-ep32 --batch 16
+
+[dim]Prompts of 8192 tokens: experts whole, or cut?[/dim]
+
+tensorcast explain qwen3-235b-a22b -d h100 -n 8 --layout tp8-ep8 --versus tp8 --phase prefill -b 1 -i 8192"""
+
+
+@app.command(epilog=EXAMPLES)
+def explain(
+    model: Annotated[str, typer.Argument(
+        help="Name (see [bold]tensorcast models[/bold]), profile file, or directory with a Hugging Face config.json.",
+        show_default=False,
+    )],
+    device: Annotated[str, typer.Option(
+        "--device", "-d", help="Name (see [bold]tensorcast devices[/bold]) or profile file.", show_default=False,
+        rich_help_panel=DEPLOYMENT,
+    )],
+    world_size: Annotated[int, typer.Option(
+        "--world-size", "-n", help="GPUs of either layout.", show_default=False, rich_help_panel=DEPLOYMENT,
+    )],
+    layout: Annotated[str, typer.Option(
+        "--layout", "-l", metavar="tpN-dpN-epN-ppN", help="The first, A; a size left out is 1.", show_default=False,
+        rich_help_panel=DEPLOYMENT,
+    )],
+    versus: Annotated[str, typer.Option(
+        "--versus", "-v", metavar="tpN-dpN-epN-ppN", help="The second, B.", show_default=False,
+        rich_help_panel=DEPLOYMENT,
+    )],
+    phase: Annotated[str, typer.Option(
+        "--phase", metavar="prefill|decode", help="Read prompts, or make one token per sequence.", rich_help_panel=WORK,
+    )] = "decode",
+    batch: Annotated[int | None, typer.Option(
+        "--batch", "-b", min=1, show_default=False, rich_help_panel=WORK,
+        help="Sequences per data-parallel rank of A; B gets as many in all.  [dim]\\[default: most that fit in both]"
+        "[/dim]",
+    )] = None,
+    context: Annotated[int, typer.Option(
+        "--context", "-c", min=0, help="Cached tokens per sequence, in decode.", rich_help_panel=WORK,
+    )] = 4096,
+    input_len: Annotated[int, typer.Option(
+        "--input-len", "-i", min=1, help="New tokens per sequence, in prefill.", rich_help_panel=WORK,
+    )] = 4096,
+    output_len: Annotated[int | None, typer.Option(
+        "--output-len", "-o", min=1, show_default=False, rich_help_panel=WORK,
+        help="Tokens of a reply: decode is then priced halfway through, after input-len + output-len / 2 cached ones.",
+    )] = None,
+    engine: Annotated[str, typer.Option(
+        "--engine", "-e", metavar="NAME", help="vllm, sglang, trtllm or a profile file.", rich_help_panel=CHOICES,
+    )] = "vllm",
+    quant: Annotated[str | None, typer.Option(
+        "--quant", metavar="SCHEME", help="Weights, as in simulate.", show_default=False, rich_help_panel=CHOICES,
+    )] = None,
+    kv_dtype: Annotated[str | None, typer.Option(
+        "--kv-dtype", metavar="bf16|fp8", help="KV cache.", show_default=False, rich_help_panel=CHOICES,
+    )] = None,
+    routing: Annotated[str, typer.Option(
+        "--routing", metavar="LAW", help="balanced, uniform, zipf:S, or a CSV.", rich_help_panel=CHOICES,
+    )] = "balanced",
+    as_json: AsJson = False,
+) -> None:
+    """Explain why layout A of MODEL is faster or slower than B, and what would help each."""
+    from tensorcast.api import explain as run_explanation
+
+    if output_len is not None:
+        context = input_len + output_len // 2
+    with patience(model):
+        why = run_explanation(
+            model, device=device, world_size=world_size, layout=layout, versus=versus, phase=phase, batch=batch,
+            context=context, input_len=input_len, engine=engine, quant=quant, kv_dtype=kv_dtype, routing=routing,
+        )
+    if as_json:
+        from tensorcast.report.explain_terminal import explanation_record
+        from tensorcast.report.rows import to_json
+
+        typer.echo(to_json(explanation_record(why), indent=2))
+        return
+    from tensorcast.report.explain_terminal import print_explanation
+
+    print_explanation(why, console())

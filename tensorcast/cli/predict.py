@@ -1,0 +1,73 @@
+"""``tensorcast predict``: a table of deployments in, the table with predictions out, with errors where measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tensorcast.cli.app import OUTPUT, AsJson, app, console
+from tensorcast.errors import InputError
+
+
+@app.command(epilog="Columns, aliases and defaults: tensorcast predict --columns")
+def predict(
+    runs: Annotated[Path | None, typer.Argument(help="CSV with one deployment per row.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="CSV to write: the rows with predictions.", rich_help_panel=OUTPUT)
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", help="Markdown of the errors, a figure beside it.", rich_help_panel=OUTPUT),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes.")] = 1,
+    columns: Annotated[bool, typer.Option("--columns", help="List the columns that are read, and leave.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict TTFT, TPOT and throughput of every deployment in a table; score them where they were measured.
+
+    Measured columns are ``measured_ttft_s``, ``measured_tpot_s``, ``measured_output_tokens_per_s``. Rows that cannot be
+    predicted stay and say why in the column ``problem``.
+    """
+    if columns:
+        _list_columns(as_json)
+        return
+    if runs is None:
+        raise InputError("predict needs a table: tensorcast predict runs.csv --out predictions.csv")
+    from tensorcast.deploy.predict import predict_file
+    from tensorcast.deploy.score import summarise
+    from tensorcast.report.rows import to_json
+    from tensorcast.report.serving import print_summary, write_serving_report
+    from tensorcast.trace.cache import write_atomically
+
+    for path in (out, report):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"{path}: no such directory: {path.absolute().parent}")
+    table = predict_file(runs, jobs)
+    summary = summarise(table)
+    if out is not None:
+        write_atomically(out, table.to_csv(index=False, lineterminator="\n").encode())
+        if summary["errors"]:
+            write_atomically(out.with_suffix(".errors.json"), (to_json(summary, indent=2) + "\n").encode())
+    if report is not None:
+        write_serving_report(table, summary, report)
+    if as_json:
+        document: dict[str, Any] = {"summary": summary}
+        if out is None:
+            document["rows"] = table.to_dict("records")
+        typer.echo(to_json(document, indent=2))
+        return
+    print_summary(table, summary, console(), rows=out is None)
+
+
+def _list_columns(as_json: bool) -> None:
+    from tensorcast.deploy.runs import MEASURED, describe_columns
+    from tensorcast.report.rows import to_json
+    from tensorcast.report.serving import print_columns
+
+    records = describe_columns()
+    if as_json:
+        typer.echo(to_json({"columns": records, "measured": {k: list(v) for k, v in MEASURED.items()}}, indent=2))
+    else:
+        print_columns(records, console())

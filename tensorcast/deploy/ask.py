@@ -1,0 +1,75 @@
+"""From what a user asks to questions: one per device and cluster size, every value checked first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tensorcast.cost.routing import Routing
+from tensorcast.deploy.compare import OBJECTIVES
+from tensorcast.deploy.layout import Layout, parse_layout
+from tensorcast.deploy.options import Options
+from tensorcast.deploy.search import FORMS, Question
+from tensorcast.deploy.serving import Load
+from tensorcast.deploy.space import FULL, Axes
+from tensorcast.errors import InputError, unknown_name
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.model import ModelProfile
+
+
+def ask(
+    model: ModelProfile, devices: Sequence[DeviceProfile], engine: EngineProfile, world_sizes: Sequence[int], *,
+    input_len: int, output_len: int, prefix_cached: int = 0, mtp_acceptance: float = 0.8, ttft_s: float | None = None,
+    tpot_s: float | None = None, objective: str = "tokens_per_gpu", layouts: Sequence[str] | None = None,
+    forms: Sequence[str] = FORMS, request_rate: float | None = None, prices: Mapping[str, float] | None = None,
+    quant: str | None = None, routing: str = "balanced", placement: str = "linear", full: bool = False,
+    runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,
+) -> list[Question]:
+    """Questions of every device and size. ``searched``: values of axes; those left out are the default space's.
+
+    Raises :class:`InputError`, one line, on anything that cannot be.
+    """
+    if objective not in OBJECTIVES:
+        raise unknown_name("--objective", objective, OBJECTIVES)
+    for form in forms:
+        if form not in FORMS:
+            raise unknown_name("--form", form, FORMS)
+    for name, value in (("--ttft", ttft_s), ("--tpot", tpot_s), ("--request-rate", request_rate)):
+        if value is not None and not value > 0:
+            raise InputError(f"{name} {value}: must be more than 0")
+    if objective == "gpus" and request_rate is None:
+        raise InputError("--objective gpus: say for how many requests per second, with --request-rate")
+    if wrong := [size for size in world_sizes if size < 1]:
+        raise InputError(f"--world-size {wrong[0]}: must be at least 1")
+    for device in devices:
+        if max(world_sizes) > device.world_limit:
+            raise InputError(
+                f"--world-size {max(world_sizes)}: {device.name}'s interconnect reaches {device.world_limit} GPUs"
+            )
+    Routing.parse(routing)
+    # one request in flight stands for the load until a candidate's batch says how many there are
+    load = Load(input_len, output_len, 1, prefix_cached, mtp_acceptance)
+    given = {name: tuple(values) for name, values in (searched or {}).items() if values}
+    axes = replace(FULL if full else Axes(), **given)
+    wanted = tuple(parse_layout(text) for text in layouts or ())
+    for layout in wanted:
+        if not any(size % layout.world_size == 0 for size in world_sizes):
+            sizes = ", ".join(map(str, world_sizes))
+            raise InputError(
+                f"layout {layout} takes {layout.world_size} GPUs, which does not divide --world-size {sizes}"
+            )
+    base = Options(quant=quant, routing=routing, placement=placement)
+    return [
+        Question(
+            model, device, engine, size, load, ttft_s, tpot_s, objective, axes, base, _of(wanted, size), tuple(forms),
+            request_rate, (prices or {}).get(device.name), runnable_only,
+        )
+        for device in devices
+        for size in world_sizes
+    ]
+
+
+def _of(layouts: tuple[Layout, ...], size: int) -> tuple[Layout, ...]:
+    return tuple(layout for layout in layouts if size % layout.world_size == 0)

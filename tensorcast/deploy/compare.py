@@ -1,0 +1,239 @@
+"""Comparing layouts for a load and its limits: the best, the runner-up, and what cannot be told apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tensorcast.deploy.options import option_facts
+from tensorcast.deploy.pareto import alike, pareto
+from tensorcast.deploy.search import Answer, Question, smallest_that_fits, stacked
+from tensorcast.deploy.serving import Load
+from tensorcast.deploy.simulate import Deployment
+from tensorcast.deploy.space import Variant
+from tensorcast.deploy.tables import traced_table
+from tensorcast.errors import InputError, unknown_name
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.model import ModelProfile
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class NoLayoutMeets(InputError):
+    """The limits leave nothing; the message says which one binds and how close the best came."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is searched for. ``score``: a candidate frame's value of it, more is better."""
+
+    name: str
+    words: str
+    score: Callable[[pd.DataFrame], Any]
+
+
+OBJECTIVES = {
+    one.name: one
+    for one in (
+        Objective("tokens_per_gpu", "most output tokens/s per GPU", lambda f: f["tokens_per_s_per_gpu"]),
+        Objective("latency", "shortest time of a request", lambda f: -f["request_s"]),
+        Objective("cost", "least cost per output token", lambda f: -f["cost_per_million_tokens"]),
+        # of those with as few GPUs, the one with most to spare
+        Objective("gpus", "fewest GPUs", lambda f: -f["gpus"] + 1e-9 * f["tokens_per_s_per_gpu"]),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of :func:`compare`. ``candidates``: one row per candidate kept, of ``examined`` in all.
+
+    Kept are, of every form and layout at every batch, the options that do best, and all of the Pareto front.
+    ``pruned``: layouts (by the rules on layouts and engines) and candidates (by those on memory and pace) that fell
+    away. ``ties``: candidates that cannot be told apart from the best (:func:`tensorcast.deploy.pareto.alike`).
+    """
+
+    model: ModelProfile
+    devices: tuple[DeviceProfile, ...]
+    engine: EngineProfile
+    objective: str
+    targets: tuple[float | None, float | None]
+    input_len: int
+    output_len: int
+    candidates: pd.DataFrame
+    pruned: dict[str, int]
+    best: dict[str, Any] | None
+    runner_up: dict[str, Any] | None
+    ties: list[str]
+    notes: tuple[str, ...]
+    examined: int = 0
+    questions: tuple[Question, ...] = field(default=(), repr=False)
+    behind: dict[str, tuple[int, Variant, Variant]] = field(default_factory=dict, repr=False)
+    """Of every candidate: its question's number and the variants that prefill and decode."""
+
+    def deployments(self, candidate: str) -> tuple[Deployment, Deployment]:
+        """(prefill, decode) of a candidate, made anew. Raises :class:`InputError` for an unknown one."""
+        if candidate not in self.behind:
+            raise unknown_name("candidate", candidate, self.behind)
+        number, prefill, decode = self.behind[candidate]
+        scene = self.questions[number].scene
+        return (
+            scene.deployment(prefill.layout, "prefill", prefill.prefill),
+            scene.deployment(decode.layout, "decode", decode.decode),
+        )
+
+    def load(self, candidate: str) -> Load:
+        """What users send to a candidate."""
+        return self.questions[self.behind[candidate][0]].load
+
+    @cached_property
+    def families(self) -> pd.DataFrame:
+        """The best candidate of every form and layout, best first; those within the limits come before the others."""
+        score = OBJECTIVES[self.objective].score(self.candidates)
+        frame = self.candidates.assign(score=score).sort_values(["meets", "score"], ascending=False, kind="stable")
+        keys = ["device", "engine", "gpus", "form", "layout", "prefill_layout"]
+        keys = [key for key in keys if key != "gpus" or self.objective != "gpus"]
+        return frame.drop_duplicates(keys).drop(columns="score").reset_index(drop=True)
+
+
+def compare(questions: Sequence[Question], answers: Sequence[Answer]) -> Comparison:
+    """Put the answers together: names, Pareto front, the best, the runner-up, ties.
+
+    Raises :class:`InputError` where nothing fits, :class:`NoLayoutMeets` where nothing keeps within the limits.
+    """
+    first = questions[0]
+    frame = stacked([one.frame for one in answers])
+    if not len(frame):
+        raise InputError(_too_big(questions))
+    pairs = [(number, *pair) for number, one in enumerate(answers) for pair in one.variants]
+    frame["candidate"] = [f"{form[0]}{i}" for i, form in enumerate(frame["form"])]
+    frame["pareto"] = pareto(frame["tokens_per_s_per_user"].to_numpy(), frame["tokens_per_s_per_gpu"].to_numpy())
+    if first.objective == "cost" and frame["cost_per_million_tokens"].isna().all():
+        names = ", ".join(dict.fromkeys(q.device.name for q in questions))
+        raise InputError(f"--objective cost: no price per GPU hour is known for {names}; use --price, as in H200=2.5")
+    pruned: Counter[str] = Counter()
+    for one in answers:
+        pruned += one.pruned
+    comparison = Comparison(
+        first.model, tuple({q.device.name: q.device for q in questions}.values()), first.engine, first.objective,
+        (first.ttft_s, first.tpot_s), first.load.input_len, first.load.output_len, frame, dict(pruned.most_common()),
+        None, None, [], notes(questions, frame), sum(one.examined for one in answers), tuple(questions),
+        dict(zip(frame["candidate"], pairs, strict=True)),
+    )  # fmt: skip
+    return _decided(comparison)
+
+
+def _decided(comparison: Comparison) -> Comparison:
+    """With the best, the best of another layout, and what cannot be told apart from the best."""
+    ranked = comparison.families[comparison.families["meets"]]
+    if not len(ranked):
+        raise NoLayoutMeets(_closest(comparison))
+    records: list[dict[str, Any]] = ranked.head(CONTENDERS).to_dict("records")
+    best = records[0]
+    kind = ("device", "form", "layout")
+    others = [r for r in records[1:] if any(r[key] != best[key] for key in kind)]
+    sums = {r["candidate"]: work_by_family(comparison, r) for r in [best, *others]}
+    ties = [r["candidate"] for r in others if alike(sums[best["candidate"]], sums[r["candidate"]])]
+    return replace(comparison, best=best, runner_up=others[0] if others else None, ties=ties)
+
+
+CONTENDERS = 12
+"""Layouts that are compared with the best kernel by kernel."""
+
+
+def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """What the objective adds up for a candidate, by kernel family: (amount, relative median error).
+
+    GPU seconds per output token; for the objective ``latency`` seconds of a request. Families on tiers that are known
+    differently well (fitted or not) are apart.
+    """
+    prefill, decode = comparison.deployments(row["candidate"])
+    load = comparison.load(row["candidate"])
+    fresh = prefill.step.price(1.0, float(load.new), float(load.prefix_cached))
+    step = decode.step.price(float(row["batch"]), 1.0, load.context)
+    decoded = row["tpot_s"] * (load.output_len - 1)
+    found: dict[str, tuple[float, float]] = {}
+    whole = row["request_s"] if comparison.objective == "latency" else row["gpus"] / row["output_tokens_per_s"]
+    for price, share in ((step, decoded / row["request_s"]), (fresh, 1 - decoded / row["request_s"])):
+        rows = [(f"{p.family} {p.evidence}", float(p.seconds) * float(n), float(np.max(p.error)))
+                for p, n in zip(price.rows, price.counts, strict=True)]
+        total = sum(seconds for _, seconds, _ in rows) or 1.0
+        for name, seconds, error in rows:
+            amount = whole * share * seconds / total
+            before, worst = found.get(name, (0.0, 0.0))
+            found[name] = before + amount, max(worst, error)
+    return found
+
+
+def _closest(comparison: Comparison) -> str:
+    """Which limit binds and how close the best came."""
+    frame, (ttft, tpot) = comparison.candidates, comparison.targets
+    asked = {"ttft": ttft, "tpot": tpot}
+    ratios = np.array([frame[f"{name}_s"] / limit for name, limit in asked.items() if limit is not None])
+    worst = ratios.max(axis=0) if len(ratios) else np.ones(len(frame))
+    row = frame.iloc[int(np.argmin(worst))]
+    alone = [name for name, limit in asked.items() if limit is not None and frame[f"{name}_s"].min() > limit]
+    binding = alone or ([str(row["limit"])] if row["limit"] else ["gpus"])
+    where = f"{row['gpus']} {row['device']} as {row['layout']} ({row['form']}, {row['batch']:g} sequences per rank)"
+    return (
+        f"no layout meets {_limits(asked)}: the limit on {' and '.join(b.upper() for b in binding)} binds; the "
+        f"closest, {where}, has a TTFT of {_seconds(row['ttft_s'])} and a TPOT of {_seconds(row['tpot_s'])}"
+    )
+
+
+def _too_big(questions: Sequence[Question]) -> str:
+    """How many GPUs it takes, where a cluster holds no layout at all."""
+    first = questions[0]
+    needed = []
+    for question in {q.device.name: q for q in sorted(questions, key=lambda q: q.gpus)}.values():
+        if (size := smallest_that_fits(question)) is not None:
+            needed.append(f"{size} {question.device.name}")
+    sizes = ", ".join(dict.fromkeys(f"{q.gpus} {q.device.name}" for q in questions))
+    length = first.load.input_len + first.load.output_len
+    hint = f"it needs at least {' or '.join(needed)}" if needed else "nor on any number of them"
+    if first.layouts:
+        hint = f"none of the layouts asked for holds it; {hint}"
+    return f"{first.model.name} does not fit on {sizes} with a sequence of {length} tokens: {hint}, or quantise"
+
+
+def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]:
+    """What the numbers rest on and a reader may not expect."""
+    first = questions[0]
+    found = []
+    if first.axes.kv_dtype == (None,) and first.base.kv_dtype is None:
+        found.append(f"KV cache in {frame['kv_dtype'].iloc[0]}, as the model ships; --kv-dtype bf16,fp8 compares both")
+    table = traced_table(first.model, "decode")
+    modules = option_facts(table.facts, False, first.model.config)["mtp_modules"]
+    if modules and first.axes.mtp_depth == (0,):
+        found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")
+    elif max(first.axes.mtp_depth) > 0:
+        found.append(f"drafted tokens are accepted with a chance of {first.load.mtp_acceptance:g} each: an assumption")
+    if table.facts["num_experts"] and first.base.routing == "balanced":
+        found.append("tokens fall evenly on experts; --routing zipf:0.6 shows what skew costs")
+    if "disaggregated" in first.forms:
+        found.append("disaggregated pools use as many GPUs as match, which may be fewer than there are")
+    unsure = frame.loc[frame["meets"], "share_datasheet"] if frame["meets"].any() else frame["share_datasheet"]
+    if len(unsure) and unsure.max() > 0.2:
+        found.append("candidates that span nodes rest on datasheet figures for the network: see share_datasheet")
+    if not first.runnable_only:
+        found.append("layouts that no engine may be able to run are among them")
+    return tuple(found)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def _limits(limits: Mapping[str, float | None]) -> str:
+    """``TTFT <= 2 s and TPOT <= 50 ms``."""
+    said = [f"{name.upper()} <= {_seconds(limit)}" for name, limit in limits.items() if limit is not None]
+    return " and ".join(said) or "the number of GPUs"

@@ -1,0 +1,168 @@
+"""A deployment's step times as functions of load: decode steps over the batch, prefill steps over prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tensorcast.deploy.blocks import EXPERT_STAGES
+from tensorcast.deploy.plan import Collective, Row
+from tensorcast.deploy.simulate import Deployment
+from tensorcast.deploy.step import StepPrice
+from tensorcast.profiles.engine import EngineProfile
+
+GRID = np.array(sorted({c * 2.0**k for k in range(-6, 24) for c in (1.0, 1.25, 1.5, 1.75)}))
+"""Batches that are priced; between them lines. Fixed, so that a batch's price does not depend on what else is asked."""
+
+PER_SEQUENCE = ("attention", "indexer_scores", "linear_attention", "ssm_scan", "causal_conv1d")
+"""Ops that run per sequence: in a step with prompts they run once for the prompts and once for the decoding rows."""
+
+EVIDENCE = ("measured", "calibrated", "datasheet")
+
+
+class DecodeCurve:
+    """Decode steps of ``deployment`` at ``context`` cached tokens, over sequences per data-parallel rank."""
+
+    def __init__(self, deployment: Deployment, context: float, largest: float, smallest: float = 0.0) -> None:
+        end = int(np.searchsorted(GRID, largest)) + 1
+        self.batch = GRID[int(np.searchsorted(GRID, smallest)) : end]
+        self.columns = decode_columns(deployment.step.price(self.batch, 1.0, context), deployment.engine)
+
+    def at(self, column: str, batch: Any) -> Any:
+        values = np.broadcast_to(np.asarray(self.columns[column], dtype=float), self.batch.shape)
+        return np.interp(batch, self.batch, values)
+
+
+class PrefillLine:
+    """Prefill steps of ``deployment``: seconds are ``fixed_s + prompt_s * prompts`` with ``per_step`` prompts at most.
+
+    A prompt longer than a step's ``chunk`` tokens runs as equal chunks; ``per_step`` is below 1 then, and a chunk is
+    priced at the mean of the tokens cached before it. ``token_s``: what one more token adds. Every data-parallel rank
+    has as many prompts; ``expert_s`` is what experts and exchange take of ``prompt_s`` or, with one prompt per step, of
+    ``fixed_s``: a rank with a prompt where others have none needs its part of that.
+    """
+
+    def __init__(self, deployment: Deployment, new: int, prefix: int, chunk: int) -> None:
+        self.asked = self._cut(new, prefix, chunk)
+        price = deployment.step.price(self.asked, self.tokens, self.past)
+        self._read(price.seconds, price.error, evidence_shares(price), expert_seconds(price))
+
+    def _cut(self, new: int, prefix: int, chunk: int) -> np.ndarray:
+        """How prompts are cut into steps; the batches to price."""
+        chunks = -(-new // chunk)
+        self.tokens, self.past = new / chunks, prefix + (new - new / chunks) / 2
+        most = max(1.0, chunk // new) if chunks == 1 else 1.0
+        self.per_step = most if chunks == 1 else 1.0 / chunks
+        return np.array([0.5, 1.0, most])
+
+    def _read(self, seconds: Any, error: Any, evidence: dict[str, Any], experts: Any) -> None:
+        """Take prices of the three batches asked for, on the last axis."""
+        half, one, full = np.moveaxis(_over(seconds, 3), -1, 0)
+        if self.per_step > 1:
+            self.prompt_s = np.maximum((full - one) / (self.per_step - 1), 0.0)
+            self.token_s = self.prompt_s / self.tokens
+        else:
+            self.prompt_s = np.zeros_like(one)
+            self.token_s = np.maximum(one - half, 0.0) / (self.tokens / 2)
+        self.fixed_s, self.step_s = one - self.prompt_s, one
+        some, more = _over(experts, 3)[..., 0], _over(experts, 3)[..., 1]
+        # with pipeline stages another prompt takes one more turn, less than its way through all stages
+        self.expert_s = np.clip(2 * (more - some), 0.0, self.prompt_s if self.per_step > 1 else one)
+        self.error = _over(error, 3)[..., 1]
+        self.evidence = {kind: _over(share, 3)[..., 1] for kind, share in evidence.items()}
+
+    @property
+    def most_per_s(self) -> float:
+        """Prompts per second of one data-parallel rank that does nothing else."""
+        return self.per_step / (self.fixed_s + self.prompt_s * max(self.per_step, 1.0))
+
+    def at_rate(self, rate: Any) -> tuple[Any, Any]:
+        """Seconds in service of a prompt when ``rate`` per second come to a rank, and the share of time it is busy.
+
+        Prompts that came while a step ran share the next: ``n`` of them where ``n = rate * (fixed + prompt_s * n)``.
+        """
+        alone = (self.fixed_s + self.prompt_s) / min(self.per_step, 1.0)
+        together = rate * self.fixed_s / np.maximum(1 - rate * self.prompt_s, 1e-9)
+        together = np.clip(together, 1.0, max(self.per_step, 1.0))
+        service = np.where(self.per_step <= 1, alone, self.fixed_s + self.prompt_s * together)
+        return service, rate * service / np.where(self.per_step <= 1, 1.0, together)
+
+
+def sequences_that_fit(
+    prefill: Deployment, decode: Deployment, prompts: PrefillLine | None, input_len: int, output_len: int
+) -> Any:
+    """Sequences per data-parallel rank whose cache fits beside weights and the buffers of a full prefill step.
+
+    Engines that admit a request only if its whole reply has room count all of it, the others the mean over the reply.
+    """
+    taken = decode_bytes(decode, input_len)
+    if prompts is not None:
+        taken = np.maximum(taken, prefill_bytes(prefill, prompts))
+    return room(decode, taken, sequence_bytes(decode, input_len, output_len))
+
+
+def decode_bytes(decode: Deployment, input_len: int) -> Any:
+    """What a decode step takes beside the cache."""
+    memory = decode.memory(1, 1, input_len)
+    return memory.total - memory.kv_cache
+
+
+def prefill_bytes(prefill: Deployment, prompts: PrefillLine) -> Any:
+    """What a full prefill step takes beside the cache."""
+    memory = prefill.memory(int(max(prompts.per_step, 1.0)), int(prompts.tokens), int(prompts.past))
+    return memory.total - memory.kv_cache
+
+
+def sequence_bytes(decode: Deployment, input_len: int, output_len: int) -> Any:
+    """The cache that a sequence needs to be admitted."""
+    length = input_len + (output_len if decode.engine.reserves_reply else output_len / 2)
+    return decode.held(1.0, int(length))[1]
+
+
+def room(decode: Deployment, taken: Any, per_sequence: Any) -> Any:
+    """Sequences whose cache fits beside ``taken`` bytes."""
+    budget = float(decode.device.memory_bytes) * float(decode.engine.memory_fraction)
+    return np.floor(np.maximum(budget - taken, 0.0) / np.maximum(per_sequence, 1.0))
+
+
+def _over(value: Any, points: int) -> Any:
+    """One entry per priced batch on the last axis."""
+    return np.broadcast_to(value, (*np.shape(value)[:-1], points))
+
+
+def decode_columns(price: StepPrice, engine: EngineProfile) -> dict[str, Any]:
+    """What decode curves hold, from decode steps priced over batches."""
+    attention = _sum(price, lambda row: getattr(row, "name", "") in PER_SEQUENCE)
+    return {
+        "seconds": price.seconds,
+        "attention_s": attention + price.overhead_s - float(engine.step_overhead_s),
+        "error": price.error,
+        "exposed_comm_s": price.exposed_comm_s,
+        "hidden_comm_s": price.hidden_comm_s,
+        **evidence_shares(price),
+    }
+
+
+def evidence_shares(price: StepPrice) -> dict[str, Any]:
+    """Share of kernel seconds behind which each kind of evidence stands."""
+    seconds = {kind: _sum(price, None, kind) for kind in EVIDENCE}
+    total = np.maximum(sum(seconds.values()), 1e-30)
+    return {kind: value / total for kind, value in seconds.items()}
+
+
+def expert_seconds(price: StepPrice) -> Any:
+    """Seconds of the rows that work on the tokens of all data-parallel ranks: experts, dispatch and combine."""
+
+    def of_all_ranks(row: Row) -> bool:
+        return row.group in ("dp", "ep") if isinstance(row, Collective) else row.stage in EXPERT_STAGES
+
+    return _sum(price, of_all_ranks)
+
+
+def _sum(price: StepPrice, wanted: Any, evidence: str | None = None) -> Any:
+    total: Any = 0.0
+    for row, calls in zip(price.rows, price.counts, strict=True):
+        if (wanted is None or wanted(row.row)) and evidence in (None, row.evidence):
+            total = total + calls * row.seconds
+    return total

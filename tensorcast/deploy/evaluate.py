@@ -1,0 +1,325 @@
+"""Serving numbers of many candidates at once: variants are priced in fleets, loads follow in whole arrays.
+
+Nothing is approximated that pricing one candidate alone does not approximate: the same rows, the same curves and the
+same steady state, only with more than one entry per array (``tests/test_compare.py`` holds it to that).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from tensorcast.cost.collectives import group_extent
+from tensorcast.deploy.blocks import Whole
+from tensorcast.deploy.curves import (
+    EVIDENCE,
+    GRID,
+    decode_bytes,
+    decode_columns,
+    evidence_shares,
+    expert_seconds,
+    prefill_bytes,
+    room,
+    sequence_bytes,
+)
+from tensorcast.deploy.fleet import Memo, fleet
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan import choose_all2all
+from tensorcast.deploy.points import (
+    Array,
+    Line,
+    Points,
+    Prompts,
+)
+from tensorcast.deploy.serving import Load
+from tensorcast.deploy.simulate import Deployment, deploy
+from tensorcast.deploy.space import LARGEST_BATCH, Variant
+from tensorcast.deploy.tables import shared_form
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.model import ModelProfile
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What stays the same while layouts and options vary."""
+
+    model: ModelProfile
+    device: DeviceProfile
+    engine: EngineProfile
+    load: Load
+
+    def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
+        return deploy(self.model, self.device, self.engine, layout, phase, options)
+
+
+_PLAIN: dict[str, Any] = {
+    "kv_dtype": None, "all2all": "auto", "redundant_experts": 0, "external_shared_experts": 0,
+    "dual_batch_overlap": False, "mtp_depth": 0,
+}  # fmt: skip
+KV_BYTES = {"bf16": 2.0, "fp8": 1.0}
+
+
+def _called(key: tuple[str, Layout, Options]) -> tuple[Layout, str, Options]:
+    phase, layout, options = key
+    return layout, phase, options
+
+
+def cache_dtype(deployment: Deployment, asked: str | None) -> str:
+    """The cache's dtype where ``asked`` may leave it to the model."""
+    return asked or deployment.quantization.kv
+
+
+def with_setting(one: Deployment, kv_dtype: str, mtp_depth: int) -> Deployment:
+    """A fleet's deployment at one setting, for its memory; its prices need none."""
+    options = replace(one.options, mtp_depth=mtp_depth)
+    step = copy.copy(one.step)
+    step.options = options
+    return replace(one, options=options, quantization=replace(one.quantization, kv=kv_dtype), step=step)
+
+
+def _tiers(layout: Layout, device: DeviceProfile) -> tuple[int, ...]:
+    """How many tiers of the interconnect each group spans: what evidence stands behind its collectives."""
+    spans = [(layout.tp, 1), (layout.dp, layout.tp), (layout.stage_ranks, 1)]
+    spans += [(2, layout.stage_ranks)] if layout.pp > 1 else []
+    return tuple(len(group_extent(size, stride, device)) for size, stride in spans)
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """What the members of a fleet share, in both phases."""
+
+    tp: int
+    pp: int
+    tiers: tuple[int, ...]
+    exchange: tuple[str, str]
+    shared: tuple[Whole | None, Whole | None]
+    common: tuple[Options, Options]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What fleets take as further batches: it changes few rows, or the tokens of a step."""
+
+    kv_dtype: str | None
+    mtp_depth: int
+
+
+_Member = tuple[Layout, Options, Options]
+
+
+@dataclass
+class Workshop:
+    """Prices variants of one scene; keeps what they share.
+
+    ``chunks``: chunked-prefill budgets to try. After :meth:`price` the other methods are arithmetic.
+    """
+
+    scene: Scene
+    variants: list[Variant]
+    chunks: tuple[int, ...]
+    memo: Memo = field(default_factory=dict)
+
+    @cached_property
+    def grid(self) -> Array:
+        return GRID[(GRID >= 1) & (GRID <= LARGEST_BATCH)]
+
+    @cached_property
+    def layouts(self) -> dict[str, Array]:
+        """Sizes of the variants' layouts."""
+        names = ("world_size", "tp", "dp", "ep", "etp", "pp")
+        return {name: np.array([getattr(v.layout, name) for v in self.variants], dtype=float) for name in names}
+
+    @cached_property
+    def depths(self) -> Array:
+        return np.array([v.decode.mtp_depth for v in self.variants])
+
+    @cached_property
+    def budgets(self) -> list[int]:
+        return sorted({*self.chunks, self.scene.engine.max_tokens_per_step})
+
+    def price(self) -> None:
+        """Decode curves, prefill lines and room in memory of every variant."""
+        count = len(self.variants)
+        names = ("seconds", "attention_s", "error", "exposed_comm_s", "hidden_comm_s", *EVIDENCE)
+        self.curves = {name: np.empty((count, len(self.grid))) for name in names}
+        self.prompts = {budget: Prompts.of(self.scene.load, budget, count) for budget in self.budgets}
+        self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
+        self._fleets: list[tuple[Array, Array, Deployment]] = []
+        self._bases: dict[tuple[str, Layout, Options], Deployment] = {}
+        self._taken: dict[tuple[Any, ...], Any] = {}
+        for members in self._groups().values():
+            every = {setting for found in members.values() for setting in found}
+            settings = sorted(every, key=lambda s: (str(s.kv_dtype), s.mtp_depth))
+            rows = np.array([[found.get(s, -1) for s in settings] for found in members.values()])
+            taken = self._price_prefill(list(members), settings, rows)
+            self._price_decode(list(members), settings, rows, taken)
+
+    def _fleet(self, members: list[_Member], phase: str) -> tuple[Deployment, tuple[Any, ...]]:
+        """The members as one deployment, and what its memory hangs on: overlap changes none, and no member's plan."""
+        made = []
+        for layout, *options in members:
+            key = (phase, layout, replace(options[phase == "decode"], dual_batch_overlap=False))
+            if key not in self._bases:
+                self._bases[key] = self.scene.deployment(*_called(key))
+            made.append(self._bases[key])
+        first, *chosen = members[0]
+        prototype, own = made[0], chosen[phase == "decode"]
+        if own.dual_batch_overlap:
+            prototype = self.scene.deployment(first, phase, own)
+        return fleet(prototype, made, self.memo), (phase, *map(id, made))
+
+    def _beside_cache(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Any]) -> Any:
+        """What a step takes beside the cache; the cache's dtype moves it only where stages are weighed against others."""
+        key = (*held, what, one.quantization.kv if one.layout.pp > 1 else "")
+        if key not in self._taken:
+            self._taken[key] = ask()
+        return self._taken[key]
+
+    def _price_decode(
+        self, members: list[_Member], settings: list[_Setting], rows: Array, taken: dict[Any, dict[int, Any]]
+    ) -> None:
+        load, grid = self.scene.load, self.grid
+        decode, held = self._fleet(members, "decode")
+        kv = [cache_dtype(decode, s.kv_dtype) for s in settings]
+        decode.step.options = replace(  # type: ignore[misc]
+            decode.options, mtp_depth=np.repeat([s.mtp_depth for s in settings], len(grid))  # type: ignore[arg-type]
+        )
+        decode.step.kv_bytes = np.repeat([KV_BYTES[name] for name in kv], len(grid))  # type: ignore[assignment]
+        price = decode.step.price(np.tile(grid, len(settings)), 1.0, load.context)
+        shape = (len(members), len(settings), len(grid))
+        there = rows >= 0
+        for name, values in decode_columns(price, decode.engine).items():
+            whole = np.broadcast_to(values, (shape[0], shape[1] * shape[2])).reshape(shape)
+            self.curves[name][rows[there]] = whole[there]
+        for i, setting in enumerate(settings):
+            mine, at = there[:, i], rows[there[:, i], i]
+            one = with_setting(decode, kv[i], setting.mtp_depth)
+            taking = self._beside_cache(held, one, setting.mtp_depth, lambda: decode_bytes(one, load.input_len))  # noqa: B023
+            steps = np.broadcast_to(taking, (len(members), 1))
+            each = np.broadcast_to(sequence_bytes(one, load.input_len, load.output_len), (len(members), 1))
+            self.room_decode[at] = room(one, steps, each)[mine, 0]
+            for budget, prefilling in taken[setting.kv_dtype].items():
+                self.prompts[budget].fits[at] = room(one, np.maximum(steps, prefilling), each)[mine, 0]
+            self._fleets.append((rows[:, i], mine, one))
+
+    def _price_prefill(
+        self, members: list[_Member], settings: list[_Setting], rows: Array
+    ) -> dict[Any, dict[int, Any]]:
+        """Prefill lines; what a full step takes in memory, by the setting's KV dtype and the budget."""
+        load = self.scene.load
+        prefill, held = self._fleet(members, "prefill")
+        kinds = list(dict.fromkeys(s.kv_dtype for s in settings))
+        lines = [Line(load.new, load.prefix_cached, budget) for budget in self.budgets]
+        sizes = [(b, line.tokens, line.past) for line in lines for b in line.asked]
+        batch, new, past = np.tile(np.array(sizes), (len(kinds), 1)).T
+        kv = [cache_dtype(prefill, kind) for kind in kinds]
+        prefill.step.kv_bytes = np.repeat([KV_BYTES[name] for name in kv], len(sizes))  # type: ignore[assignment]
+        price = prefill.step.price(batch, new, past)
+        shares, experts = evidence_shares(price), expert_seconds(price)
+
+        def three(values: Any, kind: int, line: int) -> Array:
+            start = (kind * len(lines) + line) * 3
+            return np.broadcast_to(values, (len(members), len(batch)))[:, start : start + 3]
+
+        taken: dict[Any, dict[int, Any]] = {}
+        for k, kind in enumerate(kinds):
+            one = with_setting(prefill, kv[k], 0)
+            for i, line in enumerate(lines):
+                line._read(
+                    three(price.seconds, k, i), three(price.error, k, i),
+                    {name: three(share, k, i) for name, share in shares.items()}, three(experts, k, i),
+                )
+                for column, setting in enumerate(settings):
+                    if setting.kv_dtype == kind:
+                        self.prompts[self.budgets[i]].keep(line, rows[:, column])
+                budget = self.budgets[i]
+                taking = self._beside_cache(held, one, budget, lambda: prefill_bytes(one, line))  # noqa: B023
+                taken.setdefault(kind, {})[budget] = taking
+            own = taken[kind][self.scene.engine.max_tokens_per_step]
+            fits = np.broadcast_to(room(one, own, sequence_bytes(one, load.input_len, 0)), (len(members), 1))[:, 0]
+            for column, setting in enumerate(settings):
+                if setting.kv_dtype == kind:
+                    mine = rows[:, column] >= 0
+                    self.room_prefill[rows[mine, column]] = fits[mine]
+        return taken
+
+    def _groups(self) -> dict[_Structure, dict[_Member, dict[_Setting, int]]]:
+        """Positions of the variants by structure, member and setting."""
+        found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
+        tiers: dict[Layout, tuple[int, ...]] = {}
+        for i, variant in enumerate(self.variants):
+            layout = variant.layout
+            if layout not in tiers:
+                tiers[layout] = _tiers(layout, self.scene.device)
+            prefill, decode = (replace(o, kv_dtype=None, mtp_depth=0) for o in (variant.prefill, variant.decode))
+            options = {"prefill": prefill, "decode": decode}
+            exchange = [choose_all2all(o.all2all, layout, self.scene.engine, phase) for phase, o in options.items()]
+            shared = [shared_form(o, layout, kind) for o, kind in zip(options.values(), exchange, strict=True)]
+            # what becomes a column of the fleet's arrays may differ
+            common = [
+                replace(
+                    o, dispatch=None, redundant_experts=0, external_shared_experts=min(1, o.external_shared_experts)
+                )
+                for o in options.values()
+            ]
+            key = _Structure(
+                layout.tp, layout.pp, tiers[layout], (exchange[0], exchange[1]), (shared[0], shared[1]),
+                (common[0], common[1]),
+            )
+            setting = _Setting(variant.decode.kv_dtype, variant.decode.mtp_depth)
+            found.setdefault(key, {}).setdefault((layout, prefill, decode), {})[setting] = i
+        return found
+
+    def without_room(self) -> int:
+        """Variants that hold no sequence, in either form of serving."""
+        room = np.max([self.room_decode, *(self.prompts[budget].fits for budget in self.chunks)], axis=0)
+        return int((room < 1).sum())
+
+    def exchange(self, variant: Variant) -> str:
+        """How tokens reach their experts in decode."""
+        return choose_all2all(variant.decode.all2all, variant.layout, self.scene.engine, "decode")
+
+    @cached_property
+    def cache_dtypes(self) -> dict[str | None, str]:
+        """What the cache holds, by what was asked for."""
+        one = self._fleets[0][2]
+        model = self.scene.deployment(Layout(1), "decode", replace(one.options, **_PLAIN)).quantization.kv
+        return {kv: kv or model for kv in {v.decode.kv_dtype for v in self.variants}}
+
+    def steps(self, depth: int) -> float:
+        """Decode steps of one reply with ``depth`` drafted tokens."""
+        return max(self.scene.load.output_len - 1, 1) / self.scene.load.tokens_per_step(depth)
+
+    def deployment(self, index: int, phase: str) -> Deployment:
+        variant = self.variants[index]
+        return self.scene.deployment(variant.layout, phase, getattr(variant, phase))
+
+    @property
+    def lines(self) -> Prompts:
+        """Prefill lines at the engine's own budget."""
+        return self.prompts[self.scene.engine.max_tokens_per_step]
+
+    def memory(self, points: Points) -> dict[str, Array]:
+        """Bytes on the fullest GPU of every point while its batch decodes, each reply half done."""
+        names = ("weights", "kv_cache", "activations", "total")
+        found = {name: np.full(len(points), np.nan) for name in names}
+        batch = points.columns["batch"]
+        for rows, there, decode in self._fleets:
+            member = np.full(len(self.variants), -1)
+            member[rows[there]] = np.flatnonzero(there)
+            mine = np.flatnonzero(member[points.variant] >= 0)
+            if not len(mine):
+                continue
+            values, column = np.unique(batch[mine], return_inverse=True)
+            memory = decode.memory(values[None, :], 1, int(self.scene.load.context) - 1)
+            for name in names:
+                whole = np.broadcast_to(getattr(memory, name), (len(rows), len(values)))
+                found[name][mine] = whole[member[points.variant[mine]], column]
+        return found

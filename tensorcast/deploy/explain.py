@@ -1,0 +1,296 @@
+"""Why one layout beats another: the same load on both, op group by op group, and what would help each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tensorcast.deploy.blocks import EXPERT_STAGES, blocks_of, is_shared
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan import Collective, Row
+from tensorcast.deploy.simulate import Deployment, deploy
+from tensorcast.deploy.step import StepPrice
+from tensorcast.deploy.workload import Workload
+from tensorcast.errors import InputError
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.sourced import Figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GROUPS = (
+    "attention", "attention projections", "experts", "shared experts", "dense layers", "router, norms, rest",
+    "embedding and head", "dispatch", "combine", "all-reduce", "other collectives", "drafting", "hidden by overlap",
+    "pipeline: waiting", "outside kernels",
+)  # fmt: skip
+"""Groups of ops of a step, in the order in which they are listed; their seconds add up to the step's."""
+
+MORE = 1.1
+"""How much better a resource is made for its elasticity: +10 %."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two layouts: the deployment, its batch per data-parallel rank, and the price of that step."""
+
+    deployment: Deployment
+    batch: float
+    price: StepPrice
+    largest_batch: int
+    """Sequences per data-parallel rank that fit."""
+
+    @property
+    def name(self) -> str:
+        return str(self.deployment.layout)
+
+    @property
+    def step_s(self) -> float:
+        return float(self.price.seconds)
+
+    @property
+    def sequences(self) -> float:
+        """In all."""
+        return self.batch * self.deployment.layout.dp
+
+    @property
+    def most_sequences(self) -> int:
+        return self.largest_batch * self.deployment.layout.dp
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The result of :func:`explain`.
+
+    ``groups``: per group of ops seconds, bytes, FLOPs and bytes on the wire of both sides (``_a`` and ``_b``) on one
+    GPU, the difference ``saved_s`` (what A spends less), and why. ``elasticities``: by how much A and B would gain in
+    tokens/s from 10 % more of each resource; of memory, at the largest batch that then fits.
+    """
+
+    a: Side
+    b: Side
+    phase: str
+    new: int
+    past: int
+    groups: pd.DataFrame
+    elasticities: pd.DataFrame
+
+    @property
+    def faster(self) -> float:
+        """How many times as long B's step takes."""
+        return self.b.step_s / self.a.step_s
+
+
+def explain(
+    model: ModelProfile, device: DeviceProfile, engine: EngineProfile, layout: Layout, versus: Layout, phase: str,
+    batch: int | None, new: int, past: int, options: Options = Options(),
+) -> Explanation:
+    """Price both layouts at one load: ``batch`` sequences per dp rank of ``layout``, as many in all of ``versus``.
+
+    ``batch=None``: the most that fit in both. Raises :class:`InputError` where a layout is illegal or the batch does
+    not fit.
+    """
+    if layout == versus:
+        raise InputError(f"--versus {versus}: is the layout itself; name another one")
+    made = [deploy(model, device, engine, one, phase, options) for one in (layout, versus)]
+    most = [one.largest_batch(new, past) for one in made]
+    for one, largest in zip(made, most, strict=True):
+        if not largest:
+            raise InputError(f"layout {one.layout} does not hold one sequence of {new + past} tokens of {model.name}")
+    if batch is None:
+        total = min(largest * one.layout.dp for one, largest in zip(made, most, strict=True))
+        batch = max(1, total // layout.dp)
+    Workload(phase, batch, new, past)
+    sides = []
+    for one, largest in zip(made, most, strict=True):
+        share = batch * layout.dp / one.layout.dp
+        if share > largest:
+            raise InputError(
+                f"--batch {batch}: {batch * layout.dp} sequences in all are {share:g} per data-parallel rank of "
+                f"{one.layout}, which holds {largest}"
+            )
+        sides.append(Side(one, share, one.step.price(share, float(new), float(past)), largest))
+    a, b = sides
+    return Explanation(a, b, phase, new, past, _groups(a, b), _elasticities(a, b, new, past))
+
+
+def group_of(row: Row, blocks: dict[int, str], price_family: str) -> str:
+    """The group that a row belongs to."""
+    if row.module.startswith("mtp."):
+        return "drafting"
+    if isinstance(row, Collective):
+        if row.label in ("dispatch", "combine"):
+            return row.label
+        return "all-reduce" if row.op == "all_reduce" else "other collectives"
+    if is_shared(row.module, row.kind, blocks):
+        return "shared experts"
+    if row.stage in EXPERT_STAGES:
+        return "experts"
+    if row.kind < 0:
+        return "embedding and head"
+    if "attention" in price_family or price_family.startswith("mla") or row.name in _ATTENTION:
+        return "attention"
+    if row.name in ("mm", "addmm", "bmm"):
+        block = blocks.get(row.kind)
+        if block is not None and row.module.startswith(block):
+            return "router, norms, rest"
+        return "attention projections" if "attn" in row.module or "attention" in row.module else "dense layers"
+    return "router, norms, rest"
+
+
+_ATTENTION = (
+    "attention", "kv_cache_write", "kv_cache_read", "sparse_indexer", "mla_absorb", "mla_expand", "linear_attention",
+    "ssm_scan", "causal_conv1d",
+)  # fmt: skip
+
+
+def by_group(side: Side) -> dict[str, dict[str, float]]:
+    """Seconds, bytes, FLOPs, wire bytes and calls by group, of one GPU over the step.
+
+    Rows are counted over all pipeline stages for one micro-batch; a GPU runs one stage for all micro-batches.
+    """
+    price, step = side.price, side.deployment.step
+    passes = float(price.micro_batches) / side.deployment.layout.pp
+    blocks = blocks_of(step.table.ops)
+    found = {name: dict.fromkeys(("seconds", "bytes", "flops", "wire_bytes", "calls"), 0.0) for name in GROUPS}
+    for row, count in zip(price.rows, price.counts, strict=True):
+        into = found[group_of(row.row, blocks, row.family)]
+        times = float(count) * passes
+        for name in ("seconds", "bytes", "flops", "wire_bytes"):
+            into[name] += float(getattr(row, name)) * times
+        into["calls"] += times
+    found["hidden by overlap"]["seconds"] = -float(price.hidden_s) * passes
+    found["outside kernels"]["seconds"] = float(price.overhead_s)
+    found["pipeline: waiting"]["seconds"] = side.step_s - sum(group["seconds"] for group in found.values())
+    return found
+
+
+def _groups(a: Side, b: Side) -> pd.DataFrame:
+    import pandas as pd
+
+    first, second = by_group(a), by_group(b)
+    rows = []
+    for name in GROUPS:
+        one, other = first[name], second[name]
+        if max(abs(one["seconds"]), abs(other["seconds"])) < 1e-9 * a.step_s:
+            continue
+        numbers = {
+            f"{key}_{side}": group[key]
+            for key in ("seconds", "bytes", "flops", "wire_bytes", "calls")
+            for side, group in (("a", one), ("b", other))
+        }
+        saved = other["seconds"] - one["seconds"]
+        rows.append({"group": name, **numbers, "saved_s": saved, "why": _why(one, other)})
+    return pd.DataFrame(rows)
+
+
+_SAID: dict[str, str] = {"bytes": "memory traffic", "flops": "FLOPs", "wire_bytes": "on the wire", "calls": "calls"}
+
+
+def _why(one: dict[str, float], other: dict[str, float]) -> str:
+    """What changed most in the direction in which the time moved: ``3.1 x the memory traffic``."""
+    longer, shorter, side = (one, other, "A") if one["seconds"] > other["seconds"] else (other, one, "B")
+    if longer["seconds"] - shorter["seconds"] < 0.01 * max(abs(longer["seconds"]), 1e-12):
+        return "the same"
+    ratios = {}
+    if shorter["calls"] == 0:
+        return f"only {side} has it" if longer["calls"] else ""
+    for key in _SAID:
+        if shorter[key] > 0:
+            ratios[key] = longer[key] / shorter[key]
+    if not ratios:
+        return ""
+    key = max(ratios, key=lambda name: ratios[name])
+    if ratios[key] < 1.05:
+        return f"{side}: slower links" if longer["wire_bytes"] else f"{side}: as much, less efficiently"
+    times = f"{ratios[key]:.1f}" if ratios[key] < 10 else f"{ratios[key]:.0f}"
+    return f"{side}: {times} x {_SAID[key]}"
+
+
+def _scaled(figure: Figure, factor: float) -> Figure:
+    return figure.model_copy(update={"value": figure.value * factor})
+
+
+def _compute(device: DeviceProfile) -> DeviceProfile:
+    return device.model_copy(
+        update={"peak_flops": {name: _scaled(peak, MORE) for name, peak in device.peak_flops.items()}}
+    )
+
+
+def _memory_bandwidth(device: DeviceProfile) -> DeviceProfile:
+    return device.model_copy(
+        update={"memory_bandwidth_bytes_per_s": _scaled(device.memory_bandwidth_bytes_per_s, MORE)}
+    )
+
+
+def _tiers(inner: bool) -> Callable[[DeviceProfile], DeviceProfile]:
+    """Faster links of the innermost tier, or of all others."""
+
+    def better(device: DeviceProfile) -> DeviceProfile:
+        tiers = tuple(
+            tier.model_copy(update={"bandwidth_bytes_per_s": _scaled(tier.bandwidth_bytes_per_s, MORE)})
+            if (i == 0) is inner
+            else tier
+            for i, tier in enumerate(device.interconnect)
+        )
+        return device.model_copy(update={"interconnect": tiers})
+
+    return better
+
+
+def _latency(device: DeviceProfile) -> DeviceProfile:
+    """Everything that a call costs however small it is: launches, and the first byte of a message."""
+    tiers = tuple(
+        tier.model_copy(update={"latency_s": _scaled(tier.latency_s, 1 / MORE)}) for tier in device.interconnect
+    )
+    found = device.calibration
+    if found is not None:
+        kernels = tuple(one.model_copy(update={"launch_s": one.launch_s / MORE}) for one in found.kernels)
+        collectives = tuple(
+            one.model_copy(update={"latency_s": one.latency_s / MORE, "step_latency_s": one.step_latency_s / MORE})
+            for one in found.collectives
+        )
+        found = found.model_copy(update={"kernels": kernels, "collectives": collectives})
+    return device.model_copy(update={"interconnect": tiers, "calibration": found})
+
+
+def _memory_size(device: DeviceProfile) -> DeviceProfile:
+    return device.model_copy(update={"memory_bytes": _scaled(device.memory_bytes, MORE)})
+
+
+RESOURCES: dict[str, Callable[[DeviceProfile], DeviceProfile]] = {
+    "compute": _compute,
+    "memory bandwidth": _memory_bandwidth,
+    "scale-up bandwidth": _tiers(True),
+    "scale-out bandwidth": _tiers(False),
+    "latency": _latency,
+    "memory size": _memory_size,
+}
+"""A device with 10 % more of each resource (of latency: 10 % shorter)."""
+
+
+def _elasticities(a: Side, b: Side, new: int, past: int) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    for name, better in RESOURCES.items():
+        gains = [gain(side, better, new, past, at_largest=name == "memory size") for side in (a, b)]
+        rows.append({"resource": name, "gain_a": gains[0], "gain_b": gains[1]})
+    return pd.DataFrame(rows)
+
+
+def gain(
+    side: Side, better: Callable[[DeviceProfile], DeviceProfile], new: int, past: int, at_largest: bool = False
+) -> float:
+    """Relative gain in tokens/s on a ``better`` device; ``at_largest``: each device at the largest batch it holds."""
+    one = side.deployment
+    other = deploy(one.model, better(one.device), one.engine, one.layout, one.phase, one.options)
+    if not at_largest:
+        return float(side.step_s / float(other.step.price(side.batch, float(new), float(past)).seconds) - 1)
+    batches = [float(side.largest_batch), float(other.largest_batch(new, past))]
+    rates = [batch / float(d.step.price(batch, float(new), float(past)).seconds)
+             for d, batch in zip((one, other), batches, strict=True)]
+    return rates[1] / rates[0] - 1

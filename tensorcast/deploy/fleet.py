@@ -1,0 +1,244 @@
+"""Many deployments of one structure priced in one call: sizes that differ between them become an axis of their arrays.
+
+A step's price is a sum over rows, and deployments that differ in dp, ep, what is dispatched or how many experts are
+copied have the same rows. So a *fleet* is a :class:`Deployment` whose layout holds columns ``[members, 1]`` instead of
+numbers; batches are the other axis. Rows that no member changes (attention, dense layers, norms) are priced once, and
+remembered for other fleets of the same table: the memo is what makes options cheap.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from tensorcast.cost.formulas import Context
+from tensorcast.cost.memory import per_table
+from tensorcast.cost.routing import ExpertLoad, Load
+from tensorcast.deploy.blocks import EXPERT_STAGES
+from tensorcast.deploy.plan import Collective, Row
+from tensorcast.deploy.price import RowPrice
+from tensorcast.deploy.simulate import Deployment
+from tensorcast.deploy.step import Step, StepPrice
+from tensorcast.trace.table import Op, OpTable
+
+READS_CACHE = ("attention", "kv_cache_write", "kv_cache_read", "sparse_indexer")
+"""Ops whose kernels or traffic depend on the cache's dtype."""
+
+Memo = dict[tuple[Any, ...], Any]
+"""Prices of rows by table, row and sizes; shared by the fleets of one model, device and engine."""
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Layouts of the members: tp and pp are one number, the rest are columns ``[members, 1]``."""
+
+    tp: int
+    pp: int
+    world_size: Any
+    dp: Any
+    ep: Any
+    etp: Any
+    stage_ranks: Any
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Expert loads of the members."""
+
+    members: tuple[ExpertLoad, ...]
+    local_experts: Any
+
+    def at(self, tokens: Any) -> Load:
+        """Loads at ``tokens [members, batches]`` (or ``[members, 1]``): every distinct load is asked once."""
+        found: list[np.ndarray] = [np.empty(np.shape(tokens)) for _ in range(3)]
+        for load, rows in _distinct(self.members):
+            at = load.at(tokens[rows])
+            for whole, part in zip(found, (at.rows, at.hit, at.mean_rows), strict=True):
+                whole[rows] = part
+        return Load(*found)
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """What tokens are sent in: bytes per element, a column."""
+
+    activation_bytes: Any
+
+
+@dataclass(frozen=True)
+class Collectives(Collective):
+    """One row's collective of every member; what they share is in the fields of the first."""
+
+    members: tuple[Collective, ...] = field(default=())
+
+
+class FleetStep(Step):
+    """The prototype's step with every size that differs between ``members`` as a column."""
+
+    def __init__(self, prototype: Step, members: Sequence[Step], memo: Memo) -> None:
+        # the prototype in all but what is set below; its own making would ask for one layout
+        self.__dict__.update(prototype.__dict__)
+        layouts = [member.layout for member in members]
+        self.layout = Layouts(  # type: ignore[assignment]
+            prototype.layout.tp, prototype.layout.pp,
+            *(_column([getattr(one, name) for one in layouts]) for name in ("world_size", "dp", "ep", "etp")),
+            _column([one.stage_ranks for one in layouts]),
+        )
+        if prototype.load is not None:
+            loads = tuple(member.load for member in members if member.load is not None)
+            self.load = Loads(loads, _column([one.local_experts for one in loads]))  # type: ignore[assignment]
+        self.distinct = {name: _column([one.distinct[name] for one in members]) for name in prototype.distinct}
+        known = _ops_of(prototype.table)
+        rows = tuple(
+            _merged(row, [member.plan.rows[i] for member in members], known)
+            for i, row in enumerate(prototype.plan.rows)
+        )
+        sent = Dispatch(_column([member.plan.dispatch.activation_bytes for member in members]))
+        self.plan = replace(prototype.plan, rows=rows, dispatch=sent)  # type: ignore[arg-type]
+        self.size, self._memo = len(members), memo
+        self._keys: dict[int, tuple[Context, tuple[bytes, ...]]] = {}
+        self._contexts: dict[tuple[int, float, bool], tuple[Context, Context]] = {}
+
+    def _kernel(self, op: Op, at: Context) -> RowPrice:
+        place = op.attrs.get("memo")
+        if place is None:
+            return super()._kernel(op, at)
+        if np.ndim(at.kv_bytes):
+            if op.name in READS_CACHE:
+                return self._by_cache_dtype(op, at)
+            at = self._with(at, float(at.kv_bytes[0]))  # all the same to it
+        key = (id(self.table), place, self.captured, self._key(at))
+        if key not in self._memo:
+            self._memo[key] = (self.table, super()._kernel(op, at))  # the table stays alive, so its id stays its own
+        price: RowPrice = self._memo[key][1]
+        return price
+
+    def _by_cache_dtype(self, op: Op, at: Context) -> RowPrice:
+        """Kernels are chosen by what the cache holds: each dtype's batches are priced apart."""
+        parts = [(np.flatnonzero(at.kv_bytes == kv), float(kv)) for kv in np.unique(at.kv_bytes)]
+        prices = [(where, self._kernel(op, self._with(at, kv, where))) for where, kv in parts]
+        return _joined(prices, (len(at.kv_bytes),))
+
+    def _with(self, at: Context, kv_bytes: float, where: Any = slice(None)) -> Context:
+        """``at`` for one cache dtype, at some of its batches."""
+        key = (id(at), kv_bytes, isinstance(where, slice))
+        if key not in self._contexts:
+            width = len(at.kv_bytes)
+            some = {n: np.broadcast_to(getattr(at.sizes, n), width)[where] for n in ("B", "S", "P")}
+            verify = np.broadcast_to(at.verify, width)[where]
+            one = replace(at, sizes=replace(at.sizes, **some), verify=verify, kv_bytes=kv_bytes)
+            self._contexts[key] = (at, one)
+        return self._contexts[key][1]
+
+    def _key(self, at: Context) -> tuple[Any, ...]:
+        """What the price of a row that routing does not touch depends on."""
+        if id(at) not in self._keys:
+            numbers = (at.sizes.B, at.sizes.S, at.sizes.P, at.verify, at.kv_bytes)
+            self._keys[id(at)] = (at, tuple(np.asarray(x, dtype=float).tobytes() for x in numbers))
+        return self._keys[id(at)][1]
+
+    def price(self, batch: Any, new: Any, past: Any) -> StepPrice:
+        self._keys.clear()
+        self._contexts.clear()
+        return super().price(batch, new, past)
+
+    def _collective(self, row: Collective, at: Context) -> RowPrice:
+        if not isinstance(row, Collectives):
+            return super()._collective(row, at)
+        first = row.members[0]
+        alone = replace(first, module=row.module)
+        if all(m.extent == first.extent and m.scale == first.scale for m in row.members) and not row.exchange:
+            key = (row.op, row.group, first.extent, first.scale, row.per, self.captured, self._key(at))
+            if key not in self._memo:
+                self._memo[key] = super()._collective(alone, at)
+            price: RowPrice = self._memo[key]
+            return price
+        kinds = [(m.extent, *sorted(m.exchange.items())) for m in row.members]
+        found: list[tuple[np.ndarray, RowPrice]] = []
+        for _, members in _distinct(kinds):
+            some = copy.copy(self)
+            some.distinct = {name: column[members] for name, column in self.distinct.items()}
+            scale = _column([row.members[i].scale for i in members])
+            one = replace(row.members[members[0]], scale=scale, module=row.module)
+            found.append((members, Step._collective(some, one, at)))
+        return self._gathered(alone, found)
+
+    def _gathered(self, row: Collective, found: list[tuple[np.ndarray, RowPrice]]) -> RowPrice:
+        """One price from those of groups of members."""
+        width = max(np.shape(price.seconds)[-1] for _, price in found)
+        return replace(_joined(found, (self.size, width)), row=row)
+
+
+def _joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]) -> RowPrice:
+    """One price from those of parts of the first axis."""
+
+    def gather(values: list[Any]) -> np.ndarray:
+        whole = np.empty(shape)
+        for (part, _), value in zip(found, values, strict=True):
+            whole[part] = value
+        return whole
+
+    prices = [price for _, price in found]
+    numbers = ("seconds", "flops", "bytes", "wire_bytes", "ideal_compute_s", "error")
+    return replace(
+        prices[0],
+        **{name: gather([getattr(price, name) for price in prices]) for name in numbers},
+        parts={name: gather([price.parts[name] for price in prices]) for name in prices[0].parts},
+    )
+
+
+def fleet(prototype: Deployment, members: Sequence[Deployment], memo: Memo) -> Deployment:
+    """``members`` as one deployment; they have the ``prototype``'s table, rows, options and engine.
+
+    Its step prices are arrays ``[members, batches]`` (or what broadcasts to that), its memory is, too.
+    """
+    step = FleetStep(prototype.step, [member.step for member in members], memo)
+    return replace(prototype, layout=step.layout, step=step)
+
+
+@per_table
+def _ops_of(table: OpTable) -> frozenset[int]:
+    """Identities of the table's rows, which plans take over as they are."""
+    return frozenset(id(op) for op in table.ops)
+
+
+def _merged(row: Row, members: list[Row], known: frozenset[int]) -> Row:
+    """The row as a fleet has it: collectives of all members; ops that routing does not touch with a name for the memo.
+
+    A row of the table is known by its identity; one that a plan has changed (a norm in an all-reduce) by content.
+    """
+    if not isinstance(row, Collective):
+        if _is_routed(row):
+            return row
+        changes = sorted((name, str(value)) for name, value in row.attrs.items())
+        place = id(row) if id(row) in known else (row.name, row.inputs, row.outputs, tuple(changes))
+        return row.but(attrs={**row.attrs, "memo": place})
+    shared = tuple(m for m in members if isinstance(m, Collective) and (m.op, m.label) == (row.op, row.label))
+    assert len(shared) == len(members), "members of a fleet have the same rows"
+    values = {name: getattr(row, name) for name in Collective.__dataclass_fields__}
+    return Collectives(**values, members=shared)
+
+
+def _is_routed(op: Op) -> bool:
+    """Whether a row's sizes depend on how tokens fall on experts, and so on the layout."""
+    dims = [dim for tensor in (*op.inputs, *op.outputs) for dim in tensor.dims]
+    return op.stage in EXPERT_STAGES or any(dim.R or dim.E or dim.X for dim in dims)
+
+
+def _column(values: Sequence[Any]) -> np.ndarray:
+    return np.array(values, dtype=float)[:, None]
+
+
+def _distinct(items: Sequence[Any]) -> list[tuple[Any, np.ndarray]]:
+    """Distinct items (by identity of unhashable ones) and where they stand."""
+    where: dict[Any, list[int]] = {}
+    first: dict[Any, Any] = {}
+    for i, item in enumerate(items):
+        key = item if isinstance(item, tuple) else id(item)
+        where.setdefault(key, []).append(i)
+        first.setdefault(key, item)
+    return [(first[key], np.array(found)) for key, found in where.items()]

@@ -1,0 +1,196 @@
+"""What a search tries: every layout of a world size and of its divisors, times the options that matter there.
+
+A *variant* is one engine instance: a layout and how it runs. Options that change nothing for a layout (how tokens
+travel where every rank has them all) are not tried, so no two variants are the same deployment.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from tensorcast.deploy.layout import ALL2ALL, RULES, Layout
+from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
+from tensorcast.deploy.options import Options
+from tensorcast.errors import InputError, unknown_name
+from tensorcast.modeling.quantization import KV_DTYPES, SCHEMES
+from tensorcast.profiles.device import DeviceProfile
+
+EXCHANGES: dict[str, dict[str, str]] = {
+    "auto": {"prefill": "auto", "decode": "auto"},
+    "deepep": {"prefill": "high_throughput", "decode": "low_latency"},
+    **{kind: {"prefill": kind, "decode": kind} for kind in ALL2ALL if kind != "auto"},
+}
+"""How tokens reach experts, by phase; ``deepep`` is DeepEP with the mode that suits the phase."""
+
+LARGEST_BATCH = 1 << 13
+"""Sequences per data-parallel rank beyond which no engine is asked to go: several times their own defaults."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Values to try on each axis beside the layout; one value means that the axis is not searched.
+
+    The default searches what leaves the model's numbers alone. The KV cache's dtype changes them, and what drafted
+    tokens bring hangs on an acceptance rate: both are tried where asked for (:data:`FULL`).
+    """
+
+    exchange: tuple[str, ...] = ("allgather_reducescatter", "deepep")
+    dispatch: tuple[str | None, ...] = (None, "bf16")
+    kv_dtype: tuple[str | None, ...] = (None,)
+    shared_expert_tp: tuple[bool, ...] = (True, False)
+    external_shared_experts: tuple[bool, ...] = (False, True)
+    redundant_experts: tuple[bool, ...] = (False, True)
+    dual_batch_overlap: tuple[bool, ...] = (False, True)
+    mtp_depth: tuple[int, ...] = (0,)
+    chunk_tokens: tuple[int, ...] = (2048, 8192, 16384)
+    batch: tuple[int, ...] = ()
+    """Sequences per data-parallel rank; empty: powers of two and the largest that fits."""
+
+    def __post_init__(self) -> None:
+        for name in self.exchange:
+            if name not in EXCHANGES:
+                raise unknown_name("--all2all", name, EXCHANGES)
+        for name, known in (("kv_dtype", KV_DTYPES), ("dispatch", SCHEMES)):
+            for value in getattr(self, name):
+                if value is not None and value not in known:
+                    raise unknown_name(f"--{name.replace('_', '-')}", value, known)
+        for name, least in (("mtp_depth", 0), ("chunk_tokens", 1), ("batch", 1)):
+            if wrong := [value for value in getattr(self, name) if value < least]:
+                raise InputError(f"--{name.partition('_')[0]} {wrong[0]}: must be at least {least}")
+
+
+FULL = Axes(kv_dtype=("bf16", "fp8"), mtp_depth=(0, 1, 2))
+"""Every axis."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One engine instance: a layout, and the options of a deployment in each phase."""
+
+    layout: Layout
+    prefill: Options
+    decode: Options
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """When an axis changes a deployment: ``holds`` looks at the layout, the model's facts, and whether tokens are sent
+    to their experts one by one (else all of them are gathered, or every rank has them)."""
+
+    axis: str
+    holds: Callable[[Layout, dict[str, Any], bool], bool]
+
+
+RELEVANT = (
+    Relevance("dispatch", lambda layout, facts, sent: layout.dp > 1 and facts["quantized_dispatch"]),
+    Relevance("kv_dtype", lambda layout, facts, sent: True),
+    Relevance("shared_expert_tp", lambda layout, facts, sent: facts["shared_experts"] and layout.tp > 1),
+    # k + 1 ranks at least, so that one of k + 1 copies of a token gives the shared expert's ranks what the others have
+    Relevance(
+        "external_shared_experts",
+        lambda layout, facts, sent: facts["shared_experts"] and sent and layout.ep > facts["top_k"],
+    ),
+    # copies help where the load is uneven: by the routing, or because experts do not divide
+    Relevance(
+        "redundant_experts",
+        lambda layout, facts, sent: layout.ep > 1
+        and (facts["routing"] != "balanced" or facts["num_experts"] % layout.ep > 0),
+    ),
+    Relevance("dual_batch_overlap", lambda layout, facts, sent: sent),
+    Relevance("mtp_depth", lambda layout, facts, sent: facts["mtp_modules"] > 0),
+)
+"""The options' side of :data:`tensorcast.deploy.layout.RULES`: an axis is searched only where it changes anything."""
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def layouts(world_size: int) -> Iterator[Layout]:
+    """Every tp x dp x pp of ``world_size`` with every ep that divides tp*dp, legal for some model or not."""
+    for tp in divisors(world_size):
+        for dp in divisors(world_size // tp):
+            for ep in divisors(tp * dp):
+                yield Layout(world_size, tp, dp, ep, world_size // (tp * dp))
+
+
+def legal(
+    candidates: Iterable[Layout], facts: dict[str, Any], device: DeviceProfile, pruned: Counter[str]
+) -> list[Layout]:
+    """Those that break no rule; the others are counted in ``pruned`` under the first rule that they break."""
+    kept = []
+    for layout in candidates:
+        broken = next((rule.name for rule in RULES if rule.broken(layout, facts, device)), None)
+        if broken:
+            pruned[broken] += 1
+        else:
+            kept.append(layout)
+    return kept
+
+
+def variants(layout: Layout, facts: dict[str, Any], axes: Axes, base: Options = Options()) -> list[Variant]:
+    """Every combination of the options that matter for ``layout``; ``base`` holds what is not searched.
+
+    ``facts``: :func:`tensorcast.deploy.options.option_facts`, and ``quantized_dispatch``, ``routing``.
+    """
+    whole = layout.dp > 1 and facts["num_experts"] > 0 and layout.ep == layout.stage_ranks
+    exchanges = [name for name in axes.exchange if whole or not _sends(name)]
+    if layout.dp == 1 or not facts["num_experts"]:
+        exchanges = ["auto"]
+    found = []
+    for name in exchanges or ["allgather_reducescatter"]:
+        sent = whole and _sends(name)
+        tried = {r.axis: getattr(axes, r.axis) if r.holds(layout, facts, sent) else _FIXED[r.axis] for r in RELEVANT}
+        for values in product(*tried.values()):
+            chosen = dict(zip(tried, values, strict=True))
+            external = external_ranks(layout, facts) if chosen["external_shared_experts"] else 0
+            if external and not chosen["shared_expert_tp"] and True in tried["shared_expert_tp"]:
+                continue  # ranks of their own hold it whole either way
+            if chosen["redundant_experts"]:
+                chosen["redundant_experts"] = copies(facts["num_experts"], layout.ep - external)
+            else:
+                chosen["redundant_experts"] = base.redundant_experts
+            common = replace(base, **{**chosen, "external_shared_experts": external})
+            kinds = EXCHANGES[name]
+            decode = replace(common, all2all=kinds["decode"])
+            found.append(Variant(layout, replace(common, all2all=kinds["prefill"], mtp_depth=0), decode))
+    return found
+
+
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "dispatch": (None,), "kv_dtype": (None,), "shared_expert_tp": (True,), "external_shared_experts": (False,),
+    "redundant_experts": (False,), "dual_batch_overlap": (False,), "mtp_depth": (0,),
+}
+"""Where an axis changes nothing."""
+
+
+def _sends(exchange: str) -> bool:
+    """Whether an exchange sends tokens to their experts in every phase; what ``auto`` does is the engine's choice."""
+    return all(kind in ALL_TO_ALL for kind in EXCHANGES[exchange].values())
+
+
+def external_ranks(layout: Layout, facts: dict[str, Any]) -> int:
+    """Ranks for the shared expert alone that have as many rows as others: one of a token's k + 1 copies goes there."""
+    return max(1, round(layout.ep / (facts["top_k"] + 1)))
+
+
+def copies(experts: int, ranks: int) -> int:
+    """Redundant experts that leave every rank the same number: one more than even shares rounded down."""
+    return (experts // ranks + 1) * ranks - experts
+
+
+def family(layout: Layout, experts: bool = True) -> str:
+    """A layout in a word or two: how attention and experts are spread; ``PP`` in front where there are stages."""
+    attention = [name for name, size in (("TP", layout.tp), ("DP", layout.dp)) if size > 1]
+    spread = [] if layout.stage_ranks == 1 or not experts else ["EP"] if layout.ep > 1 else ["TP"]
+    if spread == ["EP"] and layout.etp > 1:
+        spread = ["EPxTP"]
+    if layout.dp == 1 and spread == ["TP"]:
+        spread = []
+    words = (["PP"] if layout.pp > 1 else []) + attention + spread
+    return "+".join(words) or "1 GPU"

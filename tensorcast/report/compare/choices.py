@@ -1,0 +1,216 @@
+"""Which candidates a report shows, what they are called, and where the time of their steps goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tensorcast.deploy.plan import Collective
+from tensorcast.report import units
+from tensorcast.report.figures import GROUPS, group_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tensorcast.deploy.compare import Comparison
+    from tensorcast.deploy.simulate import Deployment
+    from tensorcast.deploy.step import StepPrice
+
+MOST_SHOWN = 8
+"""Layouts in a figure that has one bar per layout: more are no longer read."""
+
+PARTS = (*GROUPS[:-1], "launches and engine", "waiting")
+"""Where a step's time goes. ``waiting``: pipeline stages for each other, overlapped kernels for shared resources."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A column to rank by: whether less is better, its name with the unit, and how a value is written."""
+
+    column: str
+    less: bool
+    name: str
+    write: Callable[[float], str]
+
+    def ranked(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """``frame`` with the best first: what meets the targets before what does not, ties by tokens per GPU."""
+        by = ["meets", self.column, "tokens_per_s_per_gpu"]
+        return frame.sort_values(by, ascending=[False, self.less, False], kind="stable")
+
+
+OBJECTIVES = {
+    "tokens_per_gpu": Objective("tokens_per_s_per_gpu", False, "tokens/s per GPU", units.rate),
+    "latency": Objective("request_s", True, "for a whole request", units.seconds),
+    "cost": Objective("cost_per_million_tokens", True, "USD per million output tokens", units.digits),
+    "gpus": Objective("gpus", True, "GPUs", units.count),
+}
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """A step's seconds by :data:`PARTS`, which add up to ``seconds``, and the communication hidden behind them."""
+
+    seconds: float
+    parts: dict[str, float]
+    hidden_s: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One candidate with its name in figures and the deployments behind it."""
+
+    row: dict[str, Any]
+    label: str
+    prefill: Deployment
+    decode: Deployment
+
+
+class View:
+    """A comparison as a report reads it: the frame ranked, the best candidate of each layout, their deployments."""
+
+    def __init__(self, comparison: Comparison, price: float | None = None) -> None:
+        self.comparison = comparison
+        self.objective = OBJECTIVES[comparison.objective]
+        self.frame = comparison.candidates
+        if price is not None:
+            per_second = self.frame["gpus"] * price / 3600.0
+            cost = 1e6 * per_second / self.frame["output_tokens_per_s"]
+            self.frame = self.frame.assign(cost_per_million_tokens=cost)
+        self.price = price
+        self.several_devices = self.frame["device"].nunique() > 1
+        # pools take as many GPUs as match, so their number alone does not say that several clusters were asked about
+        self.several_sizes = self.frame.loc[self.frame["form"] == "aggregated", "gpus"].nunique() > 1
+        self.layout_columns = ["form", "device", "layout", "prefill_layout", *(["gpus"] if self.several_sizes else [])]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in a sequence's cache halfway through its answer."""
+        return self.comparison.input_len + self.comparison.output_len // 2
+
+    def record(self, row: dict[str, Any] | None) -> dict[str, Any] | None:
+        """``row`` of the comparison as this view has it (a price may have been added)."""
+        if row is None:
+            return None
+        found = self.frame[self.frame["candidate"] == row["candidate"]]
+        return dict(row) if found.empty else _plain(found.iloc[0])
+
+    @cached_property
+    def best(self) -> dict[str, Any] | None:
+        return self.record(self.comparison.best)
+
+    @cached_property
+    def runner_up(self) -> dict[str, Any] | None:
+        return self.record(self.comparison.runner_up)
+
+    @cached_property
+    def per_layout(self) -> pd.DataFrame:
+        """The best candidate of each layout, best first; the comparison's own best and runner-up stand for theirs."""
+        frame = self.objective.ranked(self.frame)
+        named = [row["candidate"] for row in (self.best, self.runner_up) if row is not None]
+        order = frame["candidate"].map({name: i for i, name in enumerate(named)}).fillna(len(named))
+        frame = frame.assign(_named=order).sort_values("_named", kind="stable").drop(columns="_named")
+        return frame.drop_duplicates(self.layout_columns)
+
+    def name(self, row: Any) -> str:
+        """What tells a candidate's layout from all others here: ``tp8-dp4-ep32``, ``2 x tp4-dp1 on h200-sxm``."""
+        layout, copies = row["layout"], row["replicas"]
+        if row["form"] == "disaggregated":
+            prefill = _times(row["prefill_workers"] * copies, row["prefill_layout"])
+            layout = f"{prefill} > {_times(row['decode_workers'] * copies, layout)}"
+        else:
+            layout = _times(copies, layout)
+        place = []
+        if self.several_sizes:
+            place.append(units.count(row["gpus"]))
+        if self.several_devices:
+            place.append(row["device"])
+        return f"{layout} on {' '.join(place)}" if place else layout
+
+    def of_layout(self, row: dict[str, Any]) -> pd.DataFrame:
+        """All candidates of the layout that ``row`` is one of."""
+        found = self.frame
+        for column in self.layout_columns:
+            value = row[column]
+            missing = value is None or value != value
+            found = found[found[column].isna() if missing else found[column] == value]
+        return found
+
+    @cached_property
+    def shown(self) -> list[Choice]:
+        """Layouts to draw, best first, with their deployments: the best two, then the best of each form and family.
+
+        At most :data:`MOST_SHOWN`; what is left is filled with the next best.
+        """
+        ranked = self.per_layout.reset_index(drop=True)
+        forms = ranked.index[:2].union(ranked.drop_duplicates("form").index)
+        first = forms.union(ranked.drop_duplicates("family").index[: max(0, MOST_SHOWN - len(forms))])
+        rest = ranked.index.difference(first)[: max(0, MOST_SHOWN - len(first))]
+        rows = [_plain(row) for _, row in ranked.loc[first.union(rest)].iterrows()]
+        return [Choice(row, self.name(row), *self.comparison.deployments(row["candidate"])) for row in rows]
+
+    def full(self, row: dict[str, Any]) -> bool:
+        """Whether memory ends a candidate's batch: it decodes as many sequences as fit, but for a hundredth."""
+        return bool(row["batch"] >= 0.99 * row["largest_batch"])
+
+    @cached_property
+    def load(self) -> float:
+        """Decoding sequences per GPU at which layouts are set side by side: those of the first shown."""
+        row = self.shown[0].row
+        return float(row["batch"] / (row["tp"] * row["pp"]))
+
+    def batch_at_load(self, choice: Choice) -> tuple[int, bool]:
+        """Sequences per dp rank at :attr:`load`, and whether they all fit (else: as many as do)."""
+        row = choice.row
+        wanted = max(1, round(self.load * row["tp"] * row["pp"]))
+        largest = int(row["largest_batch"])
+        return max(1, min(wanted, largest)), wanted <= largest
+
+    def decode_price(self, choice: Choice, batch: float) -> StepPrice:
+        """A decode step of ``batch`` sequences per dp rank, halfway through the answers."""
+        return choice.decode.step.price(float(batch), 1.0, float(self.cached_tokens))
+
+    def decode_parts(self, choice: Choice) -> StepParts:
+        """Where a decode step goes at :attr:`load`."""
+        return step_parts(choice.decode, self.decode_price(choice, self.batch_at_load(choice)[0]))
+
+    def own_parts(self, choice: Choice) -> StepParts:
+        """Where a decode step goes at the candidate's own batch."""
+        return step_parts(choice.decode, self.decode_price(choice, max(1.0, choice.row["batch"])))
+
+
+def _times(copies: float, layout: str) -> str:
+    return f"{units.count(copies)} x {layout}" if copies > 1 else layout
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    """A frame's row as a dict of plain values."""
+    return {key: value.item() if hasattr(value, "item") else value for key, value in row.to_dict().items()}
+
+
+def step_parts(deployment: Deployment, price: StepPrice) -> StepParts:
+    """Split a step into :data:`PARTS`.
+
+    Rows are counted over all pipeline stages for one micro-batch; a GPU runs one stage for all of them. Launches are
+    what kernel times hold beside compute and traffic. What other kernels hide is in no part: communication of the
+    token exchange, and shared experts (dense GEMMs) on a stream of their own.
+    """
+    passes = price.micro_batches / deployment.layout.pp
+    parts = dict.fromkeys(PARTS, 0.0)
+    for row, count in zip(price.rows, price.counts, strict=True):
+        label = row.row.label if isinstance(row.row, Collective) else None
+        launch = float(row.parts["latency"]) if label is None else 0.0
+        parts[group_of(row.family, label or "")] += (float(row.seconds) - launch) * count * passes
+        parts["launches and engine"] += launch * count * passes
+    hidden, communication = float(price.hidden_s) * passes, float(price.hidden_comm_s) * passes
+    for name, less in (("token exchange", communication), ("dense GEMM", hidden - communication)):
+        parts[name] = max(0.0, parts[name] - max(0.0, less))
+    parts["launches and engine"] += float(price.overhead_s)
+    seconds = float(price.seconds)
+    whole = sum(parts.values())
+    if whole > seconds:  # more was hidden than the two parts that may be: each gives up its share
+        parts = {name: value * seconds / whole for name, value in parts.items()}
+    else:
+        parts["waiting"] = seconds - whole
+    return StepParts(seconds, parts, max(0.0, communication))

@@ -1,0 +1,114 @@
+"""What a comparison's ``--out DIR`` writes: the page, all candidates, the answer as JSON, and the figures."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorcast.errors import InputError
+from tensorcast.report.compare import fronts, steps, words
+from tensorcast.report.compare.choices import View
+from tensorcast.report.compare.figures import Chart, style
+from tensorcast.report.compare.page import html, today
+from tensorcast.report.compare.roofline import roofline
+from tensorcast.report.files import check_directory
+from tensorcast.report.rows import to_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+    from tensorcast.deploy.compare import Comparison
+
+FIGURES: tuple[Callable[[View], Chart | None], ...] = (
+    fronts.pareto, steps.step_bars, fronts.throughput, fronts.heatmap, steps.memory, roofline, steps.sensitivity,
+)
+"""In the order of the page. A figure that would say nothing is None."""
+
+FIGURE_NAMES = ("pareto", "step", "throughput", "heatmap", "memory", "roofline", "expert_load")
+"""Files that an earlier report may have left: those that this one does not draw are removed."""
+
+
+def charts(view: View) -> list[Chart]:
+    """All figures of a comparison that has candidates."""
+    if view.frame.empty:
+        return []
+    with style():
+        drawn = [figure(view) for figure in FIGURES]
+    return [chart for chart in drawn if chart is not None]
+
+
+def write_comparison(comparison: Comparison, directory: Path, price: float | None = None) -> list[Path]:
+    """Write ``report.html``, ``candidates.parquet`` and ``.csv``, ``summary.json`` and the figures into ``directory``.
+
+    ``price``: USD per GPU hour, where the device profiles' own is not wanted. Every file is complete in a hidden folder
+    beside before the first one is moved to its name. Raises :class:`InputError` where ``directory`` cannot be written.
+    """
+    check_directory(directory)
+    view = View(comparison, price)
+    figures = charts(view)
+    page = html(view, figures)
+    summary = to_json(summary_of(view, figures), indent=2) + "\n"
+    written = ["report.html", "candidates.parquet", "candidates.csv", "summary.json"]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".tensorcast-") as name:
+            hidden = Path(name)
+            (hidden / "report.html").write_text(page, encoding="utf-8")
+            write_frame(view.frame, hidden)
+            (hidden / "summary.json").write_text(summary, encoding="utf-8")
+            for chart in figures:
+                (hidden / f"{chart.name}.png").write_bytes(chart.png)
+                (hidden / f"{chart.name}.svg").write_bytes(chart.svg)
+                written += [f"{chart.name}.png", f"{chart.name}.svg"]
+            for file in written:
+                os.replace(hidden / file, directory / file)
+        for stale in {f"{name}.{kind}" for name in FIGURE_NAMES for kind in ("png", "svg")} - set(written):
+            (directory / stale).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {directory}: cannot be written: {error.strerror or error}") from None
+    return [directory / file for file in written]
+
+
+def write_frame(frame: pd.DataFrame, directory: Path) -> None:
+    """``candidates.parquet`` as it is, ``candidates.csv`` with six significant digits."""
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    parquet.write_table(pa.Table.from_pandas(frame, preserve_index=False), directory / "candidates.parquet")
+    numbers = frame.select_dtypes("float")
+    rounded = frame.assign(**{str(name): six_digits(numbers[name].to_numpy()) for name in numbers})
+    options = csv.WriteOptions(quoting_style="needed")
+    csv.write_csv(pa.Table.from_pandas(rounded, preserve_index=False), directory / "candidates.csv", options)
+
+
+def six_digits(values: np.ndarray) -> np.ndarray:
+    """``values`` rounded to six significant digits, as the doubles nearest to those decimals."""
+    import numpy as np
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        places = np.where(values == 0, 0.0, 5 - np.floor(np.log10(np.abs(values))))
+        up, down = 10.0 ** np.maximum(places, 0), 10.0 ** np.maximum(-places, 0)
+        rounded = np.rint(values * up / down) / up * down
+    return np.where(np.isfinite(rounded), rounded, values)
+
+
+def summary_of(view: View, figures: list[Chart]) -> dict[str, Any]:
+    """The answer for scripts: what was asked, the best and its runner-up with all their columns, counts, findings."""
+    from tensorcast import __version__
+
+    c, answer = view.comparison, words.answer(view)
+    return {
+        "model": c.model.name, "devices": [device.name for device in c.devices], "engine": c.engine.name,
+        "objective": c.objective,
+        "targets": dict(zip(words.LIMITS, c.targets, strict=True)), "input_len": c.input_len,
+        "output_len": c.output_len, "price_per_gpu_hour_usd": view.price, "answer": answer.headline,
+        "explanation": list(answer.paragraphs), "best": view.best, "runner_up": view.runner_up,
+        "ties": list(c.ties), "candidates": len(view.frame), "examined": c.examined, "pruned": dict(c.pruned),
+        "evidence": dict(words.evidence(view)),
+        "findings": {figure.name: figure.title for figure in figures}, "notes": list(c.notes),
+        "version": __version__, "date": today(),
+    }

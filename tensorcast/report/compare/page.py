@@ -1,0 +1,79 @@
+"""``report.html``: one file that opens from disk, asks the network for nothing, and says the answer first."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from tensorcast.report import units
+from tensorcast.report.compare import words
+from tensorcast.report.compare.choices import View
+from tensorcast.report.compare.figures import Chart
+from tensorcast.report.compare.table import table
+from tensorcast.report.rows import to_json
+
+
+def html(view: View, charts: Sequence[Chart]) -> str:
+    """The page. ``charts`` come in the order in which they are shown."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    loader = PackageLoader("tensorcast.report.compare")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = lambda name: Markup(loader.get_source(environment, name)[0])  # noqa: E731
+    rows = table(view)
+    template = environment.get_template("report.html.j2")
+    return template.render(
+        question=words.question(view),
+        answer=words.answer(view),
+        charts=[{"name": c.name, "title": c.title, "caption": c.caption, "svg": Markup(c.inline)} for c in charts],
+        table=rows,
+        data=Markup(_for_script(to_json(rows.document()))),
+        candidates=len(view.frame),
+        examined=view.comparison.examined,
+        pruned=sorted(((n, rule) for rule, n in view.comparison.pruned.items() if n), reverse=True),
+        evidence=[(name, share, units.percent(share)) for name, share in words.evidence(view)],
+        assumptions=words.assumptions(view, view.shown),
+        notes=view.comparison.notes,
+        environment=environment_of(view),
+        style=source("style.css"),
+        script=source("table.js"),
+        count=units.count,
+    )
+
+
+def _for_script(text: str) -> str:
+    """JSON that no browser mistakes for the end of its script element."""
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def today() -> str:
+    """The date of the report, UTC; ``SOURCE_DATE_EPOCH`` sets it for builds that must repeat."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    when = datetime.datetime.fromtimestamp(int(epoch), datetime.timezone.utc) if epoch else now
+    return when.date().isoformat()
+
+
+def environment_of(view: View) -> list[tuple[str, str]]:
+    """What made the report: versions, date, and where the devices' and the engine's numbers come from."""
+    from tensorcast import __version__
+
+    lines = [("tensorcast", f"{__version__}, Python {platform.python_version()}"), ("date", today())]
+    seen: dict[str, Any] = {}
+    for choice in view.shown:
+        for deployment in (choice.decode, choice.prefill):
+            seen.setdefault(deployment.device.name, deployment)
+    for name, deployment in seen.items():
+        fitted = deployment.device.calibration
+        made = f"calibrated {fitted.date}: {fitted.provenance}" if fitted else "datasheet only, nothing measured"
+        lines.append((name, f"{deployment.device.description}; {made}"))
+    if view.shown:
+        engine, model = view.shown[0].decode.engine, view.shown[0].decode.model
+        lines += [(engine.name, f"version {engine.version}"), (model.name, f"{model.hf_id}: {model.description}")]
+    return lines

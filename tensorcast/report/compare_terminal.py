@@ -1,0 +1,116 @@
+"""A comparison on a terminal of 80 columns or more: the answer in words, the best of each layout, what fell away."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tensorcast.report import units
+from tensorcast.report.compare.choices import View
+from tensorcast.report.compare.words import answer, limit_name, options, question
+from tensorcast.report.terminal import fit
+from tensorcast.report.words import plural
+
+if TYPE_CHECKING:
+    from tensorcast.deploy.compare import Comparison
+
+WIDEST = 100
+"""Columns that the text uses at most; a table wider than a page is not read."""
+
+
+def print_comparison(found: Comparison, console: Console, top: int = 12) -> None:
+    """Print the answer, the ``top`` layouts, what was pruned, and the notes."""
+    view = View(found)
+    said = answer(view)
+    width = min(console.width, WIDEST)
+    console.print(Text(question(view), style="dim"), width=width)
+    console.print(Text(said.headline, style="bold green"), width=width)
+    for text in said.paragraphs:
+        console.print(Text(text), width=width)
+    console.print()
+    for number in said.numbers:
+        console.print(Text(f"  {number.name:<24}{number.value:>10}   {number.note}"), width=width)
+    console.print()
+    console.print(_table(view, top, width), width=width)
+    console.print(Text(_pruned(found), style="dim"), width=width)
+    for note in found.notes:
+        console.print(Text(f"note: {note}"), width=width)
+
+
+def _table(view: View, top: int, width: int) -> Table:
+    """The best candidate of each layout."""
+    every = view.per_layout
+    rows = every.head(top).to_dict("records")
+    title = f"Best of each layout, {len(rows)} of {len(every)}"
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, header_style="bold",
+        title=Text(title, style="bold"), title_justify="left", title_style="",
+    )
+    cost = view.frame["cost_per_million_tokens"].notna().any()
+    heads = ["GPUs", "batch", "TTFT", "TPOT", "tok/s", "per GPU", *(["USD/Mtok"] if cost else []), ""]
+    tied = set(view.comparison.ties)
+    cells = [[*_cells(row, cost), _verdict(row, view, tied)] for row in rows]
+    taken = sum(max([len(head), *(len(c[i]) for c in cells)]) + 1 for i, head in enumerate(heads))
+    names = [view.name(row) for row in rows]
+    left = max(18, min(width - taken - 1, max(map(len, names), default=18)))
+    table.add_column("layout", width=left, no_wrap=True)
+    for head in heads:
+        table.add_column(head, justify="left" if not head else "right", no_wrap=True)
+    for row, name, values in zip(rows, names, cells, strict=True):
+        style = "" if row["meets"] else "dim"
+        table.add_row(*(Text(text, style=style) for text in (fit(name, left), *values)))
+    return table
+
+
+def _verdict(row: dict[str, Any], view: View, tied: set[str]) -> str:
+    if not row["meets"]:
+        return f"over {limit_name(row['limit'])}"
+    if view.best is not None and row["candidate"] == view.best["candidate"]:
+        return "best"
+    return "tie" if row["candidate"] in tied else ""
+
+
+def _cells(row: dict[str, Any], cost: bool) -> list[str]:
+    values = [
+        units.count(row["gpus"]), units.count(row["batch"]), units.seconds(row["ttft_s"]), units.seconds(row["tpot_s"]),
+        units.rate(row["tokens_per_s_per_user"]), units.rate(row["tokens_per_s_per_gpu"]),
+    ]
+    return [*values, *([units.digits(row["cost_per_million_tokens"])] if cost else [])]
+
+
+def _pruned(found: Comparison) -> str:
+    fell = ", ".join(f"{rule} {units.count(number)}" for rule, number in found.pruned.items())
+    return (
+        f"{plural(found.examined, 'candidate')} examined, {units.count(len(found.candidates))} kept. "
+        f"batch: sequences per data-parallel rank; tok/s: per user; a > b: prefill > decode workers"
+        + (f"\npruned by rule: {fell}" if fell else "")
+    )
+
+
+def comparison_record(found: Comparison) -> dict[str, Any]:
+    """The comparison for ``--json``: answer, best of each layout, pruned counts, notes."""
+    view = View(found)
+    said = answer(view)
+    return {
+        "model": found.model.name,
+        "devices": [device.name for device in found.devices],
+        "engine": found.engine.name,
+        "objective": found.objective,
+        "input_len": found.input_len,
+        "output_len": found.output_len,
+        "ttft_limit_s": found.targets[0],
+        "tpot_limit_s": found.targets[1],
+        "answer": [said.headline, *said.paragraphs],
+        "best": found.best,
+        "best_options": options(found.best) if found.best else "",
+        "runner_up": found.runner_up,
+        "ties": found.ties,
+        "layouts": view.per_layout.to_dict("records"),
+        "pruned": found.pruned,
+        "examined": found.examined,
+        "notes": list(found.notes),
+    }

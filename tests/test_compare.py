@@ -1,0 +1,299 @@
+"""Comparing layouts: every number as if its candidate were alone, the answer by brute force, clear ends."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from typer.testing import CliRunner
+
+import tensorcast as tc
+from tensorcast.cli import app
+from tensorcast.cli.compare import duration, read_layouts
+from tensorcast.deploy.compare import Comparison
+from tensorcast.deploy.evaluate import Scene, Workshop
+from tensorcast.deploy.forms import aggregated as all_aggregated
+from tensorcast.deploy.forms import disaggregated as all_pools
+from tensorcast.deploy.forms import steady
+from tensorcast.deploy.options import Options
+from tensorcast.deploy.pareto import alike, pareto
+from tensorcast.deploy.points import batches, largest_where
+from tensorcast.deploy.search import COLUMNS, Question, space
+from tensorcast.deploy.serving import Load, aggregated, disaggregated
+from tensorcast.deploy.space import FULL
+from tensorcast.profiles import load_device, load_engine, load_model
+
+QWEN: dict[str, Any] = {"device": "h100", "world_size": 8, "input_len": 2048, "output_len": 256}
+LIMITED: dict[str, Any] = {**QWEN, "ttft_s": 1.0, "tpot_s": 0.03}
+
+
+@pytest.fixture(scope="module")
+def found() -> Comparison:
+    return tc.compare("qwen3-30b-a3b", **LIMITED)
+
+
+@pytest.fixture(scope="module")
+def shop() -> Workshop:
+    """Every axis, nothing left out because of an engine, shared experts and uneven load."""
+    from collections import Counter
+
+    question = Question(
+        load_model("deepseek-v3"), load_device("h200"), load_engine("sglang"), 16, Load(3000, 500, 1),
+        axes=FULL, base=Options(routing="zipf:0.4"), runnable_only=False,
+    )  # fmt: skip
+    workshop = Workshop(
+        Scene(question.model, question.device, question.engine, question.load), space(question, Counter()), (2048, 8192)
+    )
+    workshop.price()
+    return workshop
+
+
+NUMBERS = (
+    "batch", "ttft_s", "tpot_s", "output_tokens_per_s", "ttft_error", "tpot_error", "decode_step_s", "prefill_step_s",
+    "exposed_comm_s", "hidden_comm_s",
+)  # fmt: skip
+
+
+def test_every_candidate_is_priced_as_if_alone(shop: Workshop) -> None:
+    """200 random candidates of both forms against deployments made one by one: the same to rounding.
+
+    The other way round, too: a candidate is given by its batch here, alone by the users that this batch serves.
+    """
+    generator = np.random.default_rng(0)
+    scene, limits = shop.scene, (3.0, 0.06)
+    for pools, (every, _) in ((False, all_aggregated(shop, limits)), (True, all_pools(shop, 16, limits))):
+        points = every if pools else every.where(steady(shop, every))
+        assert len(points) > 0.9 * len(every)
+        for i in generator.choice(len(points), 100, replace=False):
+            variant = shop.variants[points.variant[i]]
+            numbers = {name: values[i] for name, values in points.columns.items()}
+            load = replace(scene.load, concurrency=float(numbers["concurrency"]))
+            decode = scene.deployment(variant.layout, "decode", variant.decode)
+            if pools:
+                first = shop.variants[int(numbers["prefill"])]
+                prefill = scene.deployment(first.layout, "prefill", first.prefill)
+                workers = int(numbers["prefill_workers"]), int(numbers["decode_workers"])
+                alone = disaggregated(prefill, decode, *workers, load)
+            else:
+                prefill = scene.deployment(variant.layout, "prefill", variant.prefill)
+                alone = aggregated(prefill, decode, load, int(numbers["chunk_tokens"]))
+            assert not alone.problem
+            for name in NUMBERS:
+                assert numbers[name] == pytest.approx(getattr(alone, name), rel=1e-7, abs=1e-12), (name, variant)
+            for kind, share in alone.evidence.items():
+                assert numbers[f"share_{kind}"] == pytest.approx(share, abs=1e-9)
+
+
+def test_memory_is_that_of_the_deployment(shop: Workshop) -> None:
+    points, _ = all_aggregated(shop)
+    some = points.where(np.random.default_rng(1).choice(len(points), 30, replace=False))
+    memory = shop.memory(some)
+    for i in range(30):
+        variant, batch = shop.variants[some.variant[i]], some.columns["batch"][i]
+        decode = shop.scene.deployment(variant.layout, "decode", variant.decode)
+        alone = decode.memory(batch, 1, int(shop.scene.load.context) - 1)
+        for name in ("weights", "kv_cache", "activations", "total"):
+            assert memory[name][i] == pytest.approx(getattr(alone, name))
+
+
+def test_batches_are_powers_of_two_and_the_largest() -> None:
+    rows, batch = batches(np.array([5.0, 0.0, 8.0]), np.array([3.0, 0.0, 8.0]))
+    assert sorted(zip(rows.tolist(), batch.tolist(), strict=True)) == [
+        (0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (2, 1), (2, 2), (2, 4), (2, 8),
+    ]  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=8))
+def test_largest_batch_within_a_limit_by_brute_force(rows: list[tuple[int, int]]) -> None:
+    limit, largest = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    expected = [max((b for b in range(1, int(m) + 1) if b <= at), default=0) for at, m in rows]
+    assert largest_where(lambda batch: batch <= limit, largest).tolist() == expected
+
+
+@given(arrays.arrays(float, (2, 40), elements=st.integers(0, 9).map(float)))
+def test_pareto_by_brute_force(points: np.ndarray) -> None:
+    mask = pareto(points[0], points[1])
+    for i in range(points.shape[1]):
+        beaten = ((points >= points[:, [i]]).all(axis=0) & (points > points[:, [i]]).any(axis=0)).any()
+        assert not (mask[i] and beaten)
+    kept = {tuple(p) for p in points[:, mask].T}
+    assert all(
+        tuple(p) in kept or ((points >= p[:, None]).all(axis=0) & (points > p[:, None]).any(axis=0)).any()
+        for p in points.T
+    )
+
+
+def test_ties_are_judged_by_what_differs() -> None:
+    """A shared error cancels: half as much again of one kernel is no tie at 30 % error, a tenth of another is."""
+    gemm = {"gemm": (1.0, 0.3)}
+    assert not alike(gemm, {"gemm": (1.5, 0.3)})
+    assert alike({"gemm": (1.0, 0.3)}, {"attention": (1.1, 0.3)})
+    assert alike(gemm, {"gemm": (1.01, 0.0001)}) and not alike({"gemm": (1.0, 0.0)}, {"gemm": (1.1, 0.0)})
+
+
+def test_frame_has_the_columns_and_adds_up(found: Comparison) -> None:
+    frame = found.candidates
+    assert tuple(frame.columns) == COLUMNS and frame["candidate"].is_unique
+    assert set(frame["form"]) == {"aggregated", "disaggregated"}
+    per_gpu = frame["output_tokens_per_s"] / frame["gpus"]
+    assert np.allclose(frame["tokens_per_s_per_gpu"], per_gpu)
+    assert (frame["gpus"] == frame["replicas"] * frame["world_size"]).all() and (frame["gpus"] <= 8).all()
+    # Little's law: users in flight are requests per second times the time of a request
+    assert np.allclose(frame["concurrency"], frame["output_tokens_per_s"] / found.output_len * frame["request_s"])
+    assert (frame["ttft_low_s"] <= frame["ttft_s"]).all() and (frame["tpot_s"] <= frame["tpot_high_s"]).all()
+    shares = frame[["share_measured", "share_calibrated", "share_datasheet"]].sum(axis=1)
+    assert np.allclose(shares, 1.0)
+    within = (frame["ttft_s"] <= 1.0) & (frame["tpot_s"] <= 0.03)
+    assert (frame["meets"] == within).all() and (frame["meets"] == (frame["limit"] == "")).all()
+    assert (frame["memory_bytes"] <= frame["capacity_bytes"]).all()
+    pools = frame[frame["form"] == "disaggregated"]
+    assert (pools["prefill_workers"] >= 1).all() and pools["chunk_tokens"].isna().all()
+
+
+def test_the_best_is_the_best(found: Comparison) -> None:
+    frame = found.candidates[found.candidates["meets"]]
+    assert found.best is not None and found.runner_up is not None
+    assert found.best["tokens_per_s_per_gpu"] == frame["tokens_per_s_per_gpu"].max()
+    assert (found.best["form"], found.best["layout"]) != (found.runner_up["form"], found.runner_up["layout"])
+    assert found.best["candidate"] not in found.ties
+    assert found.examined > 10 * len(found.families) and sum(found.pruned.values()) > 0
+
+
+def test_a_candidate_can_be_made_again(found: Comparison) -> None:
+    assert found.best is not None
+    prefill, decode = found.deployments(found.best["candidate"])
+    assert (prefill.phase, decode.phase) == ("prefill", "decode") and str(decode.layout) == found.best["layout"]
+    step = decode.step.price(found.best["batch"], 1.0, 2048 + 128)
+    assert float(step.seconds) == pytest.approx(found.best["decode_step_s"], rel=0.02)
+    with pytest.raises(tc.InputError, match="unknown candidate"):
+        found.deployments("z9")
+
+
+def test_objectives() -> None:
+    fast = tc.compare("qwen3-30b-a3b", **QWEN, objective="latency", forms=["aggregated"])
+    assert fast.best is not None and fast.best["request_s"] == fast.candidates["request_s"].min()
+    few = tc.compare("qwen3-30b-a3b", **LIMITED, objective="gpus", request_rate=4.0)
+    assert few.best is not None
+    rate = few.best["output_tokens_per_s"] / 256
+    assert rate >= 4.0 and few.best["gpus"] < 8
+    cheap = tc.compare("qwen3-30b-a3b", **LIMITED, objective="cost", prices={"h100": 2.0})
+    assert cheap.best is not None
+    by_hand = 2.0 / 3600 / cheap.best["tokens_per_s_per_gpu"] * 1e6
+    assert cheap.best["cost_per_million_tokens"] == pytest.approx(by_hand)
+
+
+def test_several_devices_sizes_and_processes_agree() -> None:
+    asked: dict[str, Any] = {**LIMITED, "device": ["h100", "h200"], "world_size": [2, 4]}
+    one, two = (tc.compare("qwen3-30b-a3b", **asked, jobs=jobs) for jobs in (1, 2))
+    assert set(one.candidates["device"]) == {"h100-sxm", "h200-sxm"}
+    assert one.best is not None and two.best is not None
+    assert one.candidates.equals(two.candidates) and one.best["candidate"] == two.best["candidate"]
+
+
+def test_only_the_layouts_asked_for() -> None:
+    asked = ["tp4-ep4", "tp8", "dp8-ep8"]
+    some = tc.compare("qwen3-30b-a3b", **LIMITED, layouts=asked)
+    assert set(some.candidates["layout"]) <= {"tp4-dp1-ep4", "tp8-dp1", "tp1-dp8-ep8"}
+    assert set(some.candidates.loc[some.candidates["layout"] == "tp4-dp1-ep4", "replicas"]) >= {2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        ({"ttft_s": 1e-4}, r"no layout meets TTFT <= 0.1 ms: the limit on TTFT binds; the closest, .* has a TTFT", 3),
+        ({"tpot_s": 1e-4}, "the limit on TPOT binds", 3),
+        ({"model": "deepseek-v3"}, r"does not fit on 8 h100-sxm .*needs at least 16 h100-sxm", 2),
+        ({"model": "llama-3.1-70b", "world_size": 1}, "needs at least 2 h100-sxm", 2),
+        ({"objective": "best"}, "unknown --objective 'best'", 2),
+        ({"objective": "gpus"}, "--request-rate", 2),
+        ({"objective": "cost"}, "no price per GPU hour is known for h100-sxm; use --price", 2),
+        ({"layouts": ["tp3"]}, "takes 3 GPUs, which does not divide --world-size 8", 2),
+        ({"layouts": ["tp8-tp2"]}, "layout 'tp8-tp2'", 2),
+        ({"world_size": 0}, "--world-size 0", 2),
+        ({"ttft_s": -1.0}, "--ttft -1.0", 2),
+        ({"forms": ["both"]}, "unknown --form 'both'", 2),
+        ({"routing": "skewed"}, "--routing 'skewed'", 2),
+        ({"executor": "ray:x"}, "--executor 'ray:x': must be dask:ADDRESS", 2),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments: dict[str, Any], message: str, code: int) -> None:
+    given_ = {"model": "qwen3-30b-a3b", **QWEN, **arguments}
+    with pytest.raises(tc.InputError, match=message) as caught:
+        tc.compare(given_.pop("model"), **given_)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == code
+
+
+def test_durations_and_layout_files(tmp_path: Path) -> None:
+    assert [duration("--ttft", text) for text in ("2s", "50ms", "0.5", "1min", " 7 us ", None)] == [
+        2.0, pytest.approx(0.05), 0.5, 60.0, pytest.approx(7e-6), None,
+    ]  # fmt: skip
+    for text in ("fast", "-2s", "0s", "2 h"):
+        with pytest.raises(tc.InputError, match=r"--ttft .*must be a time"):
+            duration("--ttft", text)
+    path = tmp_path / "layouts.yaml"
+    path.write_text("layouts:\n  - tp8-ep8\n  - {tp: 4, dp: 2}\n")
+    assert read_layouts(path) == ["tp8-ep8", "tp4-dp2"]
+    path.write_text("tp8")
+    with pytest.raises(tc.InputError, match="must be a list of layouts"):
+        read_layouts(path)
+    with pytest.raises(tc.InputError, match="cannot be read"):
+        read_layouts(tmp_path / "none.yaml")
+
+
+def run(*arguments: str, columns: int = 100) -> Any:
+    return CliRunner().invoke(app, ["compare", *arguments], env={"COLUMNS": str(columns)})
+
+
+def test_command_line_answers_in_words_and_fits() -> None:
+    load = ("-i", "2048", "-o", "256", "--ttft", "1s", "--tpot", "30ms")
+    for columns in (80, 100, 200):
+        done = run("qwen3-30b-a3b", "-d", "h100", "-n", "8", *load, columns=columns)
+        assert done.exit_code == 0, done.output
+        assert max(map(len, done.output.splitlines())) <= min(columns, 100)
+        assert " is best: " in " ".join(done.output.split()) and "pruned by rule" in done.output
+        assert "…" not in re.split(r"layout +GPUs", done.output)[1].splitlines()[0]
+    done = run("qwen3-30b-a3b", "-d", "h100", "-n", "8", *load, "--json")
+    document = json.loads(done.output)
+    assert document["best"]["meets"] and document["layouts"] and document["tpot_limit_s"] == 0.03
+    failed = run("qwen3-30b-a3b", "-d", "h100", "-n", "8", "--tpot", "1us")
+    assert failed.exit_code == 3 and failed.output.startswith("error: no layout meets TPOT")
+
+
+def test_dask_gives_the_same_though_a_worker_dies(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed", reason="no Dask here: pip install 'tensorcast[dask]'")
+    import threading
+    import time
+
+    asked: dict[str, Any] = {**LIMITED, "world_size": [1, 2, 4, 8], "device": ["h100", "h200"]}
+    alone = tc.compare("qwen3-30b-a3b", **asked)
+    cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+    with cluster, distributed.Client(cluster) as watch:
+        killed: list[int] = []
+
+        def kill() -> None:
+            """Once a task runs, kill the process that runs it, without a goodbye."""
+            deadline = time.monotonic() + 60
+            while not killed and time.monotonic() < deadline:
+                for address, keys in watch.processing().items():
+                    if keys:
+                        worker = next(w for w in cluster.workers.values() if w.worker_address == address)
+                        killed.append(worker.pid)
+                        worker.process.process._process.kill()
+                        return
+                time.sleep(0.02)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        spread = tc.compare("qwen3-30b-a3b", **asked, executor=f"dask:{cluster.scheduler_address}")
+        killer.join()
+        assert killed
+    assert spread.best is not None and alone.best is not None
+    assert spread.candidates.equals(alone.candidates) and spread.best["candidate"] == alone.best["candidate"]

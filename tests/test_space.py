@@ -1,0 +1,144 @@
+"""The space of layouts and options: complete, legal, and without two names for one deployment."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tensorcast as tc
+from tensorcast.deploy.blocks import has_shared
+from tensorcast.deploy.layout import RULES, Layout, check
+from tensorcast.deploy.options import Options, broken_option, option_facts
+from tensorcast.deploy.plan import choose_all2all
+from tensorcast.deploy.space import FULL, Axes, Variant, copies, divisors, family, layouts, legal, variants
+from tensorcast.deploy.tables import traced_table
+from tensorcast.profiles import load_device, load_engine, load_model
+
+
+def facts_of(name: str, routing: str = "balanced") -> dict[str, Any]:
+    model = load_model(name)
+    table = traced_table(model, "decode")
+    facts = option_facts(table.facts, has_shared(table), model.config)
+    return {**facts, "quantized_dispatch": name.startswith("deepseek"), "routing": routing}
+
+
+@given(st.integers(1, 96))
+def test_layouts_are_every_factorisation(world: int) -> None:
+    """tp * dp * pp = world with ep a divisor of tp * dp, counted by brute force."""
+    sizes = range(1, world + 1)
+    brute = {
+        (tp, dp, ep, world // (tp * dp))
+        for tp in sizes if world % tp == 0
+        for dp in sizes if (world // tp) % dp == 0
+        for ep in sizes if (tp * dp) % ep == 0
+    }  # fmt: skip
+    found = [(one.tp, one.dp, one.ep, one.pp) for one in layouts(world)]
+    assert len(found) == len(set(found)) and set(found) == brute
+    assert all(one.ep * one.etp == one.tp * one.dp for one in layouts(world))
+
+
+@given(st.integers(1, 10_000))
+def test_divisors(number: int) -> None:
+    assert divisors(number) == [n for n in range(1, number + 1) if not number % n]
+
+
+def test_what_is_pruned_breaks_a_rule_and_is_counted() -> None:
+    facts, device = facts_of("gpt-oss-120b"), load_device("h200")
+    pruned: Counter[str] = Counter()
+    every = [*layouts(48), *layouts(256)]
+    kept = legal(every, facts, device, pruned)
+    assert len(kept) + sum(pruned.values()) == len(every)
+    assert set(pruned) <= {rule.name for rule in RULES} and pruned["expert width"] and pruned["heads per rank"]
+    for layout in every:
+        if layout in kept:
+            check(layout, facts, device)
+        else:
+            with pytest.raises(tc.InputError, match="breaks rule"):
+                check(layout, facts, device)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-235b-a22b", "llama-3.1-8b"])
+@pytest.mark.parametrize("routing", ["balanced", "zipf:0.6"])
+def test_variants_are_legal_and_distinct(name: str, routing: str) -> None:
+    """What runs in each phase: no two variants of a layout are the same deployment, none breaks a rule."""
+    facts, engine = facts_of(name, routing), load_engine("vllm")
+    for layout in legal(layouts(16), facts, load_device("h200"), Counter()):
+        found = variants(layout, facts, FULL, Options(routing=routing))
+        assert found
+        seen = set()
+        for variant in found:
+            kinds = []
+            for phase in ("prefill", "decode"):
+                options = getattr(variant, phase)
+                kind = choose_all2all(options.all2all, layout, engine, phase)
+                assert broken_option(options, layout, facts, kind) == ("", "")
+                kinds.append((replace(options, all2all=kind), kind))
+            seen.add(tuple(kinds))
+        assert len(seen) == len(found)
+
+
+def counted(layout: Layout, facts: dict[str, Any], axes: Axes = FULL) -> Counter[str]:
+    return Counter(one.decode.all2all for one in variants(layout, facts, axes))
+
+
+def test_options_that_change_nothing_do_not_multiply() -> None:
+    """By hand: KV 2 x drafts 3 always; dispatch 2 where tokens travel, overlap 2 where they are sent."""
+    facts = facts_of("deepseek-v3")
+    assert counted(Layout(8, 8, 1, 1), facts) == {"auto": 6 * 2}  # shared expert cut or whole
+    assert counted(Layout(8, 1, 8, 4), facts) == {"allgather_reducescatter": 6 * 2}  # experts cut: gathered
+    assert counted(Layout(8, 1, 8, 8), facts) == {"allgather_reducescatter": 6 * 2, "low_latency": 6 * 2 * 2}
+    # from k + 1 = 9 ranks on the shared expert may live on ranks of its own, with tp > 1 also whole on every rank
+    assert counted(Layout(16, 1, 16, 16), facts)["low_latency"] == 6 * 2 * 2 * 2
+    assert counted(Layout(16, 2, 8, 16), facts)["low_latency"] == 6 * 2 * 2 * 3
+    dense = facts_of("llama-3.1-8b")
+    assert counted(Layout(8, 1, 8, 1), dense) == {"auto": 2}
+
+
+def test_copies_of_experts_even_the_load_out() -> None:
+    assert [copies(256, ranks) for ranks in (32, 144, 100)] == [32, 32, 44]
+    skewed = variants(Layout(32, 1, 32, 32), facts_of("deepseek-v3", "zipf:0.6"), Axes())
+    assert {v.decode.redundant_experts for v in skewed if not v.decode.external_shared_experts} == {0, 32}
+    even = variants(Layout(32, 1, 32, 32), facts_of("deepseek-v3"), Axes())
+    assert {v.decode.redundant_experts for v in even if not v.decode.external_shared_experts} == {0}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        (Layout(8, 8), "TP"),
+        (Layout(8, 8, 1, 8), "TP+EP"),
+        (Layout(8, 8, 1, 4), "TP+EPxTP"),
+        (Layout(8, 1, 8, 8), "DP+EP"),
+        (Layout(8, 1, 8, 1), "DP+TP"),
+        (Layout(16, 2, 4, 8, 2), "PP+TP+DP+EP"),
+        (Layout(1), "1 GPU"),
+    ],
+)
+def test_families_have_names(layout: Layout, name: str) -> None:
+    assert family(layout) == name
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"exchange": ("magic",)}, "unknown --all2all 'magic'"),
+        ({"kv_dtype": ("int4",)}, "unknown --kv-dtype 'int4'"),
+        ({"mtp_depth": (-1,)}, "--mtp -1: must be at least 0"),
+        ({"chunk_tokens": (0,)}, "--chunk 0|--chunk-tokens 0"),
+    ],
+)
+def test_values_of_axes_are_checked(axes: dict[str, Any], message: str) -> None:
+    with pytest.raises(tc.InputError, match=message):
+        Axes(**axes)
+
+
+def test_a_variant_says_how_each_phase_runs() -> None:
+    found = variants(Layout(8, 1, 8, 8), facts_of("deepseek-v3"), Axes(exchange=("deepep",), mtp_depth=(1,)))
+    assert all(isinstance(one, Variant) for one in found)
+    assert {(v.prefill.all2all, v.decode.all2all) for v in found} == {("high_throughput", "low_latency")}
+    assert {(v.prefill.mtp_depth, v.decode.mtp_depth) for v in found} == {(0, 1)}

@@ -176,7 +176,7 @@ class Workshop:
         return fleet(prototype, made, self.memo), (phase, *map(id, made))
 
     def _beside_cache(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Any]) -> Any:
-        """What a step takes beside the cache; the cache's dtype moves it only where stages are weighed against others."""
+        """What a step takes beside the cache; the cache's dtype moves it only where stages are weighed."""
         key = (*held, what, one.quantization.kv if one.layout.pp > 1 else "")
         if key not in self._taken:
             self._taken[key] = ask()

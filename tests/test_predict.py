@@ -1,0 +1,280 @@
+"""Predicting tables: every row comes back, says what was assumed or what is wrong, and is scored as by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from tensorcast.cli import app
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.predict import predict, predict_file
+from tensorcast.deploy.runs import COLUMNS, WORKER_COLUMNS, canonical_columns, counted_twice, describe_columns, read_run
+from tensorcast.deploy.score import choice, errors, summarise
+from tensorcast.errors import InputError
+
+SAMPLE = Path(__file__).parent / "data" / "serving_sample.csv"
+ROW = {"model": "llama-3.1-8b", "device": "h100", "isl": "512", "osl": "128", "concurrency": "8"}
+
+
+def table(*rows: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame([{**ROW, **row} for row in rows]).astype(object).where(lambda f: f.notna(), "")
+
+
+@pytest.fixture(scope="module")
+def sample() -> pd.DataFrame:
+    rows = pd.read_csv(SAMPLE, comment="#", dtype=str, keep_default_na=False)
+    return predict(rows.iloc[::3])
+
+
+def test_sample_of_measured_runs(sample: pd.DataFrame) -> None:
+    """Public runs, drawn at random: all predicted, time per token within what reports/serving.md states."""
+    assert len(sample) == 20 and (sample["problem"] == "").all()
+    off = (sample["tpot_s"] / sample["measured_tpot_s"] - 1).abs()
+    assert off.median() < 0.16
+    assert (sample["ttft_s"] / sample["measured_ttft_s"] - 1).abs().median() < 0.4
+    for name in ("ttft", "tpot"):
+        assert (sample[f"{name}_low_s"] < sample[f"{name}_s"]).all()
+        assert (sample[f"{name}_s"] < sample[f"{name}_high_s"]).all()
+    shares = sample[["share_measured", "share_calibrated", "share_datasheet"]].sum(axis=1)
+    assert np.allclose(shares.astype(float), 1)
+
+
+def test_order_and_own_columns_stay() -> None:
+    rows = table({"note": "b", "concurrency": "64"}, {"note": "a", "model": "nonesuch"}, {"note": "c"})
+    out = predict(rows)
+    assert list(out["note"]) == ["b", "a", "c"] and len(out) == 3
+    assert list(out["problem"] == "") == [True, False, True]
+    assert "nonesuch" in out["problem"][1] and math.isnan(out["tpot_s"][1])
+    assert out["tpot_s"][0] > out["tpot_s"][2]
+
+
+def test_names_of_other_tools_mean_the_same() -> None:
+    ours = predict(table({"tp": "2", "engine": "trtllm", "precision": "fp8"}))
+    theirs = pd.DataFrame([
+        {
+            "model_path": "meta-llama/Llama-3.1-8B-Instruct", "system": "h100_sxm", "backend": "trtllm",
+            "input_len": 512, "output_len": 128, "max_concurrency": 8, "tp_size": 2.0, "precision": "FP8",
+        }
+    ])  # fmt: skip
+    assert predict(theirs)["tpot_s"][0] == ours["tpot_s"][0]
+    with pytest.raises(InputError, match="both mean concurrency"):
+        predict(theirs.assign(conc=8))
+
+
+def test_defaults_are_stated() -> None:
+    out = predict(pd.DataFrame([{"model": "llama-3.1-8b", "device": "h100"}]))
+    for said in ("engine vllm", "mode agg", "isl 1024", "osl 1024", "concurrency 1"):
+        assert said in out["assumed"][0]
+    given_batch = read_run({**ROW, "concurrency": "", "batch": "4", "dp": "2"})
+    assert given_batch.concurrency == 8 and "concurrency 8" in given_batch.assumed
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"device": "toaster"}, "toaster"),
+        ({"engine": "nothing"}, "nothing"),
+        ({"mode": "sideways"}, "mode"),
+        ({"concurrency": "many"}, "concurrency"),
+        ({"concurrency": "-1"}, "concurrency"),
+        ({"isl": "1.5"}, "isl"),
+        ({"tp": "3"}, "heads"),
+        ({"precision": "fp3"}, "fp3"),
+        ({"kv_dtype": "int4"}, "kv_dtype"),
+        ({"model": ""}, "model"),
+        ({"length_ratio": "2"}, "length_ratio"),
+        ({"prefix_cached": "512"}, "prefix_cached"),
+        ({"model": "mixtral-8x7b", "tp": "8", "ep": "2", "moe_tp": "2"}, r"moe_tp\*ep = 2\*2"),
+        ({"model": "llama-3.1-70b"}, "does not fit"),
+        ({"mtp_depth": "1"}, "multi-token"),
+    ],
+)
+def test_rows_that_cannot_be_say_why(row: dict[str, str], says: str) -> None:
+    out = predict(table(row, {}))
+    assert len(out) == 2 and out["problem"][1] == ""
+    assert says in out["problem"][0].replace("\\", "") or pd.Series(out["problem"][:1]).str.contains(says).all()
+    assert "\n" not in out["problem"][0] and math.isnan(out["ttft_s"][0])
+
+
+CELL = st.one_of(
+    st.sampled_from(["", "nan", "0", "1", "2", "-3", "1e9", "1.5", "x", "agg", "disagg", "fp8", "inf", "mixtral-8x7b"]),
+    st.text(max_size=5),
+)
+FIELDS = [*COLUMNS, *WORKER_COLUMNS, "prefill_tp", "decode_workers"]
+
+
+@settings(max_examples=60)
+@given(st.dictionaries(st.sampled_from(FIELDS), CELL, max_size=6))
+def test_no_cell_is_too_strange_to_read(row: dict[str, str]) -> None:
+    """Whatever stands in a cell: the row is read, or an error names what is wrong."""
+    try:
+        run = read_run({**ROW, **row})
+    except InputError as error:
+        assert str(error)
+    else:
+        assert run.concurrency > 0 and run.isl >= 1 and run.gpus >= 1
+
+
+def test_layouts_of_both_pools() -> None:
+    run = read_run({
+        **ROW, "model": "deepseek-v3", "mode": "disagg", "prefill_tp": "8", "prefill_ep": "8", "decode_dp": "16",
+        "decode_ep": "16", "prefill_workers": "3", "decode_workers": "2",
+    })  # fmt: skip
+    assert run.prefill == Layout(8, 8, 1, 8) and run.decode == Layout(16, 1, 16, 16)
+    assert run.workers == (3, 2) and run.gpus == 3 * 8 + 2 * 16
+    # a size without prefix counts for both
+    both = read_run({**ROW, "mode": "disagg", "tp": "4"})
+    assert both.prefill == both.decode == Layout(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "launched"),
+    [
+        ((64, 1, 8, 8), (8, 1, 1, 8)),  # tp 8 and ep 8 on 8 GPUs
+        ((1, 64, 8, 8), (1, 8, 1, 8)),  # the same with attention data-parallel
+        ((4, 4, 1, 16), (4, 1, 1, 4)),
+        ((8, 1, 1, 8), None),
+        ((8, 1, 8, 1), None),
+        ((4, 1, 1, 4), None),
+        ((1, 8, 1, 8), None),
+        ((8, 1, 2, 4), None),
+    ],
+)
+def test_sizes_that_a_record_counts_twice(sizes: tuple[int, ...], launched: tuple[int, ...] | None) -> None:
+    assert counted_twice(*sizes) == launched
+    if launched:
+        tp, dp, etp, ep = launched
+        assert tp * dp == etp * ep and (tp * dp) ** 2 == sizes[0] * sizes[1]
+
+
+def test_precision_follows_the_model_where_it_has_as_many_bits() -> None:
+    def quant(model: str, **cells: str) -> str | None:
+        return read_run({**ROW, "model": model, **cells}).options.quant
+
+    assert quant("deepseek-v3", precision="fp8") is None  # its own blocks of fp8
+    assert quant("gpt-oss-120b", precision="fp4") is None  # its own mxfp4
+    assert quant("llama-3.1-8b", precision="fp8") == "linear=fp8,experts=fp8"
+    assert quant("llama-3.1-8b", precision="bf16") is None
+    assert quant("deepseek-v3", precision="nvfp4") == "linear=nvfp4,experts=nvfp4"
+    assert quant("qwen3-30b-a3b", gemm_precision="bf16", moe_precision="fp8_block") == "experts=fp8_block"
+    assert read_run({**ROW, "kv_dtype": "fp8_e4m3"}).options.kv_dtype == "fp8"
+
+
+def test_models_by_any_name() -> None:
+    for name in ("deepseek-ai/DeepSeek-V3", "DSV3", "deepseek-v3"):
+        assert predict(table({"model": name, "tp": "16", "device": "h200"}))["problem"][0] == ""
+    near = read_run({**ROW, "model": "nvidia/Llama-3.1-8B-Instruct-FP8"})
+    assert near.model == "llama-3.1-8b" and "model llama-3.1-8b" in near.assumed
+
+
+def test_replicas_share_the_load() -> None:
+    out = predict(table({"replicas": "4", "concurrency": "32"}, {"concurrency": "8"}))
+    assert out["tpot_s"][0] == pytest.approx(out["tpot_s"][1])
+    assert out["output_tokens_per_s"][0] == pytest.approx(4 * out["output_tokens_per_s"][1])
+    assert out["gpus"][0] == 4
+
+
+def test_processes_change_nothing() -> None:
+    rows = table(*({"concurrency": str(c), "tp": str(tp)} for tp in (1, 2) for c in (1, 5, 90)))
+    pd.testing.assert_frame_equal(predict(rows), predict(rows, jobs=2))
+
+
+def test_errors_by_hand() -> None:
+    frame = pd.DataFrame({"tpot_s": [1.0, 1.1, 2.0, math.nan], "measured_tpot_s": [1.0, 1.0, 4.0, 1.0]})
+    frame["tpot_low_s"], frame["tpot_high_s"] = frame["tpot_s"] * 0.9, frame["tpot_s"] * 1.05
+    found = errors(frame, "tpot_s")
+    assert found["rows"] == 3 and found["median"] == pytest.approx(0.1) and found["mean"] == pytest.approx(0.6 / 3)
+    assert found["within_20"] == pytest.approx(2 / 3) and found["ratio"] == pytest.approx(1.0)
+    assert found["inside"] == pytest.approx(2 / 3)
+    assert errors(frame.iloc[3:], "tpot_s") == {"rows": 0}
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.floats(1, 9), st.floats(1, 9)), min_size=2, max_size=6))
+def test_regret_against_brute_force(pairs: list[tuple[float, float]]) -> None:
+    layouts = [f"tp{i}" for i in range(len(pairs))]
+    frame = pd.DataFrame({"layout": layouts, "tpot_s": [p for p, _ in pairs], "measured_tpot_s": [m for _, m in pairs]})
+    frame = frame.assign(model="m", device="d", isl=1, osl=1, concurrency=1)
+    found = choice(frame, "tpot_s")
+    picked = min(range(len(pairs)), key=lambda i: (pairs[i][0], layouts[i]))
+    best = min(m for _, m in pairs)
+    assert found["groups"] == 1
+    assert found["regret"] == pytest.approx((pairs[picked][1] - best) / best)
+    assert found["best"] == (1.0 if pairs[picked][1] == best else 0.0)
+
+
+def test_only_the_layout_may_differ() -> None:
+    rows = [{"layout": f"tp{i}", "concurrency": i, "tpot_s": 1.0, "measured_tpot_s": 1.0} for i in range(1, 4)]
+    frame = pd.DataFrame(rows).assign(model="m", device="d", isl=1, osl=1)
+    assert choice(frame, "tpot_s") == {"groups": 0}
+    alike = frame.assign(concurrency=1, gpus=[1, 2, 2])
+    assert choice(alike, "tpot_s")["pairs"] is None  # none measured apart
+    assert choice(alike, "tpot_s", same_gpus=True)["groups"] == 1
+
+
+def test_summary(sample: pd.DataFrame) -> None:
+    summary = summarise(sample)
+    assert summary["rows"] == summary["predicted"] == 20 and not summary["problems"]
+    assert set(summary["by"]) == {"mode", "model", "device", "engine", "layout"}
+    assert sum(e["tpot_s"]["rows"] for e in summary["by"]["engine"].values()) == 20
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["predict", *arguments], env={"COLUMNS": "120", "NO_COLOR": "1"})
+
+
+def test_command_writes_rows_errors_and_report(tmp_path: Path) -> None:
+    runs, out, report = tmp_path / "runs.csv", tmp_path / "out.csv", tmp_path / "serving.md"
+    rows = table({"tp": "1"}, {"tp": "2"}, {"tp": "3"}).assign(measured_tpot_s=0.008, measured_ttft_s=0.05)
+    runs.write_text("# a comment\n" + rows.to_csv(index=False))
+    done = run(str(runs), "--out", str(out), "--report", str(report))
+    assert done.exit_code == 0 and "2 of 3 rows predicted" in done.output
+    written = pd.read_csv(out, keep_default_na=False)
+    assert len(written) == 3 and "heads" in written["problem"][2]
+    assert json.loads((tmp_path / "out.errors.json").read_text())["errors"]["tpot_s"]["rows"] == 2
+    text = report.read_text()
+    assert "time per token" in text and (tmp_path / "serving.png").stat().st_size > 10_000
+    # what is written by hand below the mark outlives the next report
+    report.write_text(text + "\n<!-- by hand: what follows is kept when the report is made again -->\nMine.\n")
+    assert run(str(runs), "--out", str(out), "--report", str(report)).exit_code == 0
+    assert report.read_text().endswith("\nMine.\n")
+    assert predict_file(out)["problem"][0] == ""  # its own output can be predicted anew
+
+
+def test_command_json_and_columns(tmp_path: Path) -> None:
+    runs = tmp_path / "runs.csv"
+    runs.write_text(table({}).to_csv(index=False))
+    document = json.loads(run(str(runs), "--json").output)
+    assert document["summary"]["predicted"] == 1 and document["rows"][0]["tpot_s"] > 0
+    listed = run("--columns").output
+    assert all(record["column"] in listed for record in describe_columns())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("", "not a CSV"), ("a,b\n1,2\n", "model and device"), ("model,model_path\nx,y\n", "both mean")],
+)
+def test_bad_tables_are_one_line(tmp_path: Path, text: str, says: str) -> None:
+    runs = tmp_path / "runs.csv"
+    runs.write_text(text)
+    done = run(str(runs))
+    assert done.exit_code == 2 and says in done.output and done.output.count("\n") == 1
+    assert run(str(tmp_path / "none.csv")).exit_code == 2
+    assert run().exit_code == 2
+
+
+def test_no_two_columns_share_a_name() -> None:
+    columns = [*COLUMNS.items(), *WORKER_COLUMNS.items()]
+    names = [name for key, (_, _, also) in columns for name in (key, *also)]
+    assert len(names) == len(set(names))
+    assert canonical_columns(["Model-Path", "TP_Size"]) == {"Model-Path": "model", "TP_Size": "tp"}

@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
+from html import escape as html_escape
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,6 +27,7 @@ from tensorcast.report.compare import fronts, table, words
 from tensorcast.report.compare.choices import PARTS, View, step_parts
 from tensorcast.report.compare.figures import places, spread
 from tensorcast.report.compare.files import FIGURE_NAMES, six_digits, write_comparison
+from tensorcast.report.compare.takeaway import takeaways
 
 MODEL = "qwen3-30b-a3b"
 
@@ -340,3 +343,25 @@ def test_without_scripts_the_answer_is_still_there(browser: Any, written: Path) 
     assert "is best" in watched.page.locator("h1").inner_text()
     assert watched.page.locator("noscript p").is_visible()
     watched.context.close()
+
+
+# Launch commands
+
+
+def test_the_best_candidate_can_be_started_from_the_report(view: View, written: Path) -> None:
+    """The page and the files hold what `tensorcast launch` writes for the best candidate's layout, per engine."""
+    assert view.best is not None
+    found = {one.engine: one for one in takeaways(view)}
+    assert list(found)[0] == "sglang" and set(found) == {"vllm", "sglang", "trtllm"}
+    page = (written / "report.html").read_text()
+    for engine, one in found.items():
+        file = written / f"launch-{engine}.sh"
+        assert file.exists() == (not one.problem)
+        if one.problem:
+            assert "cannot run it" in page
+            continue
+        assert file.read_text() == one.script
+        assert subprocess.run(["bash", "-n", file], check=False).returncode == 0
+        assert html_escape(one.script.splitlines()[-1], quote=False) in page
+    ranks = view.best["tp"] * view.best["dp"]
+    assert f"--tp-size {ranks}" in found["sglang"].script

@@ -10,7 +10,7 @@ from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, app
 from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
-    from tensorcast.report.launch import Launch
+    pass
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -104,7 +104,7 @@ def launch(
     from tensorcast.deploy.options import Options
     from tensorcast.profiles import load_model
     from tensorcast.report.launch import launch as write
-    from tensorcast.report.launch import model_facts
+    from tensorcast.report.launch import model_facts, script
 
     if all2all not in ALL2ALL:
         raise InputError(f"--all2all {all2all!r}: choose one of {', '.join(ALL2ALL)}")
@@ -125,14 +125,4 @@ def launch(
 
         typer.echo(to_json(found.record(), indent=2))
         return
-    typer.echo(_script(found))
-
-
-def _script(found: Launch) -> str:
-    """A shell script, except that each node runs its own command."""
-    lines = [f"# {found.engine} {found.version}", *(f"# {note}" for note in found.notes)]
-    for name, text in found.config_files.items():
-        lines += ["", f"cat > {name} <<'END'", text.rstrip("\n"), "END"]
-    for node, command in enumerate(found.commands):
-        lines += ["", *([f"# node {node}"] if len(found.commands) > 1 else []), command]
-    return "\n".join(lines)
+    typer.echo(script(found))

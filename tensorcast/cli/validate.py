@@ -96,8 +96,8 @@ def validate(
     )] = True,
     out: Annotated[Path | None, typer.Option(
         "--out", "-o", metavar="DIR", show_default=False, rich_help_panel=OUTPUT,
-        help="Also write report.md, report.html, accuracy.png and the measurements there. A run that was interrupted "
-        "goes on from what it kept there.",
+        help="Also write report.md, report.html, accuracy.png, the measurements and the profile fitted to them. A run "
+        "that was interrupted goes on from what it kept there.",
     )] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -107,6 +107,7 @@ def validate(
     from tensorcast.report.files import check_directory
     from tensorcast.report.rows import to_json
     from tensorcast.report.validation import finding, write_validation
+    from tensorcast.validate.calibrate import write_profile
     from tensorcast.validate.record import write_table
     from tensorcast.validate.run import Request, summary
     from tensorcast.validate.run import validate as run
@@ -128,6 +129,9 @@ def validate(
     written = []
     if out is not None:
         written = [*write_validation(result, out), *write_table(result.measurements(), out)]
+        if result.calibrated is not None:
+            written.append(out / "calibrated.yaml")
+            write_profile(written[-1], result.calibrated, None)
     if as_json:
         told = {**summary(result), "notes": list(result.notes), "environment": result.environment}
         typer.echo(to_json(told, indent=2))

@@ -44,13 +44,13 @@ def print_comparison(found: Comparison, console: Console, top: int = 12) -> None
 def _table(view: View, top: int, width: int) -> Table:
     """The best candidate of each layout."""
     every = view.per_layout
-    rows = every.head(top).to_dict("records")
+    rows: list[dict[str, Any]] = [{str(k): v for k, v in row.items()} for row in every.head(top).to_dict("records")]
     title = f"Best of each layout, {len(rows)} of {len(every)}"
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, header_style="bold",
         title=Text(title, style="bold"), title_justify="left", title_style="",
     )
-    cost = view.frame["cost_per_million_tokens"].notna().any()
+    cost = bool(view.frame["cost_per_million_tokens"].notna().any())
     heads = ["GPUs", "batch", "TTFT", "TPOT", "tok/s", "per GPU", *(["USD/Mtok"] if cost else []), ""]
     tied = set(view.comparison.ties)
     cells = [[*_cells(row, cost), _verdict(row, view, tied)] for row in rows]

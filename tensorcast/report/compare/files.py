@@ -14,7 +14,9 @@ from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.figures import Chart, style
 from tensorcast.report.compare.page import html, today
 from tensorcast.report.compare.roofline import roofline
+from tensorcast.report.compare.takeaway import takeaways
 from tensorcast.report.files import check_directory
+from tensorcast.report.launch import WRITERS
 from tensorcast.report.rows import to_json
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def charts(view: View) -> list[Chart]:
 
 
 def write_comparison(comparison: Comparison, directory: Path, price: float | None = None) -> list[Path]:
-    """Write ``report.html``, ``candidates.parquet`` and ``.csv``, ``summary.json`` and the figures into ``directory``.
+    """Write ``report.html``, ``candidates.parquet`` and ``.csv``, ``summary.json``, figures and launch commands.
 
     ``price``: USD per GPU hour, where the device profiles' own is not wanted. Every file is complete in a hidden folder
     beside before the first one is moved to its name. Raises :class:`InputError` where ``directory`` cannot be written.
@@ -52,6 +54,7 @@ def write_comparison(comparison: Comparison, directory: Path, price: float | Non
     figures = charts(view)
     page = html(view, figures)
     summary = to_json(summary_of(view, figures), indent=2) + "\n"
+    starts = [one for one in takeaways(view) if not one.problem]
     written = ["report.html", "candidates.parquet", "candidates.csv", "summary.json"]
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -64,9 +67,13 @@ def write_comparison(comparison: Comparison, directory: Path, price: float | Non
                 (hidden / f"{chart.name}.png").write_bytes(chart.png)
                 (hidden / f"{chart.name}.svg").write_bytes(chart.svg)
                 written += [f"{chart.name}.png", f"{chart.name}.svg"]
+            for one in starts:
+                (hidden / one.file).write_text(one.script, encoding="utf-8")
+            written += [one.file for one in starts]
             for file in written:
                 os.replace(hidden / file, directory / file)
-        for stale in {f"{name}.{kind}" for name in FIGURE_NAMES for kind in ("png", "svg")} - set(written):
+        ours = {f"{name}.{kind}" for name in FIGURE_NAMES for kind in ("png", "svg")}
+        for stale in (ours | {f"launch-{engine}.sh" for engine in WRITERS}) - set(written):
             (directory / stale).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--out {directory}: cannot be written: {error.strerror or error}") from None

@@ -13,6 +13,7 @@ from tensorcast.report.compare import words
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.figures import Chart
 from tensorcast.report.compare.table import table
+from tensorcast.report.compare.takeaway import takeaways
 from tensorcast.report.rows import to_json
 
 
@@ -32,6 +33,7 @@ def html(view: View, charts: Sequence[Chart]) -> str:
         question=words.question(view),
         answer=words.answer(view),
         charts=[{"name": c.name, "title": c.title, "caption": c.caption, "svg": Markup(c.inline)} for c in charts],
+        takeaways=takeaways(view),
         table=rows,
         data=Markup(_for_script(to_json(rows.document()))),
         candidates=len(view.frame),

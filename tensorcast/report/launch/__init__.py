@@ -18,7 +18,7 @@ from tensorcast.profiles.model import ModelProfile
 from tensorcast.report.launch import sglang, trtllm, vllm
 from tensorcast.report.launch.settings import Plan, Setting, Settings
 
-__all__ = ["Launch", "Setting", "engine_can_run", "launch", "model_facts"]
+__all__ = ["Launch", "Setting", "engine_can_run", "launch", "model_facts", "script"]
 
 WRITERS: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "trtllm": trtllm}
 ROLES = (None, "prefill", "decode")
@@ -84,6 +84,16 @@ def launch(
         memory_fraction or float(profile.memory_fraction), role or "",
     )  # fmt: skip
     return _written(plan)
+
+
+def script(found: Launch) -> str:
+    """A shell script, except that each node runs its own command."""
+    lines = [f"# {found.engine} {found.version}", *(f"# {note}" for note in found.notes)]
+    for name, text in found.config_files.items():
+        lines += ["", f"cat > {name} <<'END'", text.rstrip("\n"), "END"]
+    for node, command in enumerate(found.commands):
+        lines += ["", *([f"# node {node}"] if len(found.commands) > 1 else []), command]
+    return "\n".join(lines)
 
 
 def _written(plan: Plan) -> Launch:

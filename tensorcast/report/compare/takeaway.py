@@ -1,0 +1,55 @@
+"""How to start the best candidate: its launch commands under the engine it was priced for, and under the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tensorcast.errors import InputError
+from tensorcast.report.compare.choices import Choice, View
+from tensorcast.report.launch import WRITERS, launch, script
+
+
+@dataclass(frozen=True)
+class Takeaway:
+    """One engine's shell script for the best candidate, or why that engine cannot run it."""
+
+    engine: str
+    version: str
+    script: str
+    problem: str
+
+    @property
+    def file(self) -> str:
+        return f"launch-{self.engine}.sh"
+
+
+def takeaways(view: View) -> list[Takeaway]:
+    """One per engine that has launch commands, the comparison's own first; none without a best candidate."""
+    choice = next(iter(view.shown), None)
+    if choice is None or view.best is None or choice.row["candidate"] != view.best["candidate"]:
+        return []
+    own = view.comparison.engine.name
+    return [_of(view, choice, engine) for engine in sorted(WRITERS, key=lambda name: (name != own, name))]
+
+
+def _of(view: View, choice: Choice, engine: str) -> Takeaway:
+    pools: list[tuple[str | None, str]] = [(None, "")]
+    if choice.row["form"] == "disaggregated":
+        pools = [(role, f"# {int(choice.row[f'{role}_workers'])} x {role} worker\n") for role in ("prefill", "decode")]
+    texts, version = [], ""
+    for role, head in pools:
+        deployment = choice.prefill if role == "prefill" else choice.decode
+        try:
+            found = launch(
+                engine, deployment.model, deployment.layout, deployment.options,
+                batch=max(1, round(choice.row["batch"])), input_len=view.comparison.input_len,
+                output_len=view.comparison.output_len, role=role,
+                gpus_per_node=deployment.device.interconnect[0].size,
+            )  # fmt: skip
+        except InputError as error:
+            return Takeaway(engine, "", "", str(error))
+        if found.problem:
+            return Takeaway(engine, found.version, "", found.problem)
+        version = found.version
+        texts.append(head + script(found))
+    return Takeaway(engine, version, "\n\n".join(texts) + "\n", "")

@@ -22,12 +22,12 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate bench reports figures wheel clean families
+.PHONY: help venv demo test lint accuracy calibrate serving validate validate-gpu bench reports figures wheel clean families
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
-	@sed -nE 's/^([a-z]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name words; do \
-	  printf '  %-10s %s\n' $$name "$$words"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name words; do \
+	  printf '  %-13s %s\n' $$name "$$words"; done
 	@echo "Settings: PYTHON=$(PYTHON) (makes .venv), JOBS=$(JOBS) (test processes), ARGS= (more for pytest)"
 
 venv: $(STAMP)  ## create .venv and install the package with the pinned versions of constraints.txt
@@ -58,18 +58,38 @@ accuracy: $(STAMP)  ## predicted against measured kernels of the sample table ->
 
 calibrate: $(STAMP)  ## fit the device profiles' constants: make calibrate TABLES=DIR (measured parquet tables)
 	@test -n "$(TABLES)" || { echo "make calibrate needs TABLES=DIR, a folder of measured tables" >&2; exit 2; }
-	@$(BIN)/python -m pip install -qq --editable '.[tables]'
+	@$(BIN)/python -m pip install -qq --editable '.[silicon]'
 	@$(BIN)/python -m tensorcast.validate.fit --tables "$(TABLES)"
 
-bench: $(STAMP)  ## how long start, tracing and pricing take on this machine
+serving: $(STAMP)  ## predicted against measured serving -> reports/serving.md: make serving TABLE=FILE
+	@test -n "$(TABLE)" || { echo "make serving needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }
+	@mkdir -p out
+	@$(BIN)/tensorcast predict "$(TABLE)" --out out/serving.csv --report reports/serving.md --jobs $(JOBS)
+
+validate: $(STAMP)  ## run real kernels on this machine's CPU, fit, report -> reports/validate-cpu (minutes)
+	@$(BIN)/tensorcast validate qwen3-30b-a3b --device cpu --layers 1 --out reports/validate-cpu
+
+validate-gpu: $(STAMP)  ## numerics, layer times and op times on a CUDA GPU -> reports/validate-gpu
+	@$(BIN)/python benchmarks/validate_gpu.py $(ARGS)
+
+bench: $(STAMP)  ## how long start, tracing, pricing and searching take on this machine
 	@$(BIN)/python benchmarks/cold_start.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/price_points.py
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compare.py
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/predict_kernels.py
 
 reports: $(STAMP)  ## the example reports that are kept in reports/
 	@$(BIN)/tensorcast simulate deepseek-v3 --device h200 --world-size 32 --tp 1 --dp 32 --ep 32 \
 	  --phase decode --batch 128 --context 4096 --out reports/simulate-deepseek-v3-h200
 	@$(BIN)/tensorcast simulate qwen3-235b-a22b --device h100 --world-size 8 --tp 8 --ep 8 \
 	  --phase prefill --batch 4 --input-len 4096 --out reports/simulate-qwen3-235b-h100
+
+	@$(BIN)/tensorcast compare deepseek-v3 --device h200 --world-size 32 --input-len 4096 --output-len 1024 \
+	  --ttft 2s --tpot 50ms --engine sglang --out reports/compare-deepseek-v3-32xh200
+	@$(BIN)/tensorcast compare qwen3-235b-a22b-fp8 --device h100 --world-size 8 --input-len 4096 --output-len 1024 \
+	  --tpot 50ms --layouts reports/qwen3-235b-layouts.yaml --out reports/compare-qwen3-235b-8xh100
+	@$(BIN)/tensorcast compare gpt-oss-120b --device h100,h200,b200 --world-size 8 --input-len 4096 --output-len 1024 \
+	  --tpot 20ms --out reports/compare-gpt-oss-120b
 
 figures: $(STAMP)  ## the README's picture -> reports/readme.png
 	@$(BIN)/python benchmarks/readme_figure.py

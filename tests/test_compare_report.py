@@ -352,7 +352,7 @@ def test_the_best_candidate_can_be_started_from_the_report(view: View, written: 
     """The page and the files hold what `tensorcast launch` writes for the best candidate's layout, per engine."""
     assert view.best is not None
     found = {one.engine: one for one in takeaways(view)}
-    assert list(found)[0] == "sglang" and set(found) == {"vllm", "sglang", "trtllm"}
+    assert next(iter(found)) == "sglang" and set(found) == {"vllm", "sglang", "trtllm"}
     page = (written / "report.html").read_text()
     for engine, one in found.items():
         file = written / f"launch-{engine}.sh"

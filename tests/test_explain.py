@@ -71,13 +71,14 @@ def test_elasticities_are_gains_no_larger_than_the_resource(why: Explanation) ->
     assert (speed >= -1e-12).all().all() and (speed <= 0.1 + 1e-9).all().all()
     # 10 % more of everything that a step waits for is about 10 % in all
     assert 0.05 < speed["gain_a"].sum() < 0.115
-    assert gains.loc["scale-out bandwidth", "gain_b"] > gains.loc["scale-out bandwidth", "gain_a"] > 0
+    out: dict[Any, Any] = gains.loc["scale-out bandwidth"].to_dict()
+    assert out["gain_b"] > out["gain_a"] > 0
 
 
 def test_links_between_nodes_do_not_matter_inside_one() -> None:
     inside = tc.explain("qwen3-30b-a3b", device="h100", world_size=8, layout="tp8", versus="dp8-ep8", batch=8)
     gains = inside.elasticities.set_index("resource")
-    assert gains.loc["scale-out bandwidth"].abs().max() == 0 and gains.loc["scale-up bandwidth", "gain_a"] > 0
+    assert gains.loc["scale-out bandwidth"].abs().max() == 0 and gains.loc["scale-up bandwidth"].min() > 0
 
 
 @pytest.mark.parametrize(

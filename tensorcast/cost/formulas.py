@@ -30,12 +30,12 @@ class Context:
     sizes: Sizes
     hit: Any = 0.0
     decode: bool = True
-    kv_bytes: float = 2.0
+    kv_bytes: Any = 2.0
     has_fp4: bool = False
     backend: str = "grouped_mm"
     capacity: Any = 0.0
     masked_skips: bool = True
-    verify: float = 1.0
+    verify: Any = 1.0
 
     def value(self, size: Any) -> Any:
         """A dim or a plain number at these sizes."""

@@ -151,8 +151,9 @@ def _in_stage(table: OpTable, role: str, first: bool, last: bool) -> bool:
 
 def activation_bytes(table: OpTable, sizes: Sizes) -> Any:
     """Peak of live activations over a step: every tensor from the row that makes it to the last that reads it."""
-    storages, moments = _liveness(table)
-    held = [reduce(np.maximum, [t.bytes(sizes) for t in tensors]) for tensors in storages]
+    tensors, storages, moments = _liveness(table)
+    size = [t.bytes(sizes) for t in tensors]
+    held = [reduce(np.maximum, [size[i] for i in seen]) for seen in storages]
     peak: Any = 0.0
     for moment in moments:
         peak = np.maximum(peak, sum((count * held[i] for i, count in moment), 0.0))
@@ -160,22 +161,23 @@ def activation_bytes(table: OpTable, sizes: Sizes) -> Any:
 
 
 @per_table
-def _liveness(table: OpTable) -> tuple[list[tuple[Tensor, ...]], list[tuple[tuple[int, int], ...]]]:
-    """What storages hold (the tensors seen in them so far), and by moment how many storages hold which of those.
+def _liveness(table: OpTable) -> tuple[list[Tensor], list[tuple[int, ...]], list[tuple[tuple[int, int], ...]]]:
+    """Distinct tensors; what storages hold (those seen in them so far); by moment how many storages hold which of that.
 
     A moment at which nothing lives that does not live at another one, too, is left out.
     """
+    shapes: dict[Tensor, int] = {}
     last = {t.storage: i for i, op in enumerate(table.ops) for t in (*op.inputs, *op.outputs) if not t.weight}
-    numbers: dict[tuple[Tensor, ...], int] = {}
-    live: dict[int, tuple[Tensor, ...]] = {}
+    numbers: dict[tuple[int, ...], int] = {}
+    live: dict[int, tuple[int, ...]] = {}
     moments: list[Counter[int]] = []
     for i, op in enumerate(table.ops):
         touched = [t for t in (*op.inputs, *op.outputs) if not t.weight]
         for t in touched:
-            shape = replace(t, storage=-1, offset=0)
+            shape = shapes.setdefault(replace(t, storage=-1, offset=0), len(shapes))
             seen = live.get(t.storage, ())
             live[t.storage] = seen if shape in seen else (*seen, shape)
-        moments.append(Counter(numbers.setdefault(tensors, len(numbers)) for tensors in live.values()))
+        moments.append(Counter(numbers.setdefault(held, len(numbers)) for held in live.values()))
         for t in touched:
             if last[t.storage] == i:
                 live.pop(t.storage, None)
@@ -183,7 +185,7 @@ def _liveness(table: OpTable) -> tuple[list[tuple[Tensor, ...]], list[tuple[tupl
     for moment in sorted(moments, key=lambda m: -m.total()):
         if not any(moment <= other for other in largest):
             largest.append(moment)
-    return list(numbers), [tuple(moment.items()) for moment in largest]
+    return list(shapes), list(numbers), [tuple(moment.items()) for moment in largest]
 
 
 def low_latency_buffer_bytes(tokens_per_rank: Any, hidden: int, num_experts: int) -> Any:

@@ -137,7 +137,7 @@ def _decided(comparison: Comparison) -> Comparison:
     ranked = comparison.families[comparison.families["meets"]]
     if not len(ranked):
         raise NoLayoutMeets(_closest(comparison))
-    records: list[dict[str, Any]] = ranked.head(CONTENDERS).to_dict("records")
+    records = [{str(key): value for key, value in row.items()} for row in ranked.head(CONTENDERS).to_dict("records")]
     best = records[0]
     kind = ("device", "form", "layout")
     others = [r for r in records[1:] if any(r[key] != best[key] for key in kind)]
@@ -209,6 +209,8 @@ def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]
     """What the numbers rest on and a reader may not expect."""
     first = questions[0]
     found = []
+    if first.ttft_s is None and first.tpot_s is None and first.objective != "latency":
+        found.append("no limit on TTFT or TPOT: the busiest batch wins, however long users wait; set --ttft and --tpot")
     if first.axes.kv_dtype == (None,) and first.base.kv_dtype is None:
         found.append(f"KV cache in {frame['kv_dtype'].iloc[0]}, as the model ships; --kv-dtype bf16,fp8 compares both")
     table = traced_table(first.model, "decode")

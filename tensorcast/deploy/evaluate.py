@@ -188,10 +188,10 @@ class Workshop:
         load, grid = self.scene.load, self.grid
         decode, held = self._fleet(members, "decode")
         kv = [cache_dtype(decode, s.kv_dtype) for s in settings]
-        decode.step.options = replace(  # type: ignore[misc]
+        decode.step.options = replace(
             decode.options, mtp_depth=np.repeat([s.mtp_depth for s in settings], len(grid))  # type: ignore[arg-type]
         )
-        decode.step.kv_bytes = np.repeat([KV_BYTES[name] for name in kv], len(grid))  # type: ignore[assignment]
+        decode.step.kv_bytes = np.repeat([KV_BYTES[name] for name in kv], len(grid))
         price = decode.step.price(np.tile(grid, len(settings)), 1.0, load.context)
         shape = (len(members), len(settings), len(grid))
         there = rows >= 0
@@ -220,7 +220,7 @@ class Workshop:
         sizes = [(b, line.tokens, line.past) for line in lines for b in line.asked]
         batch, new, past = np.tile(np.array(sizes), (len(kinds), 1)).T
         kv = [cache_dtype(prefill, kind) for kind in kinds]
-        prefill.step.kv_bytes = np.repeat([KV_BYTES[name] for name in kv], len(sizes))  # type: ignore[assignment]
+        prefill.step.kv_bytes = np.repeat([KV_BYTES[name] for name in kv], len(sizes))
         price = prefill.step.price(batch, new, past)
         shares, experts = evidence_shares(price), expert_seconds(price)
 

@@ -3,7 +3,7 @@
 A step's price is a sum over rows, and deployments that differ in dp, ep, what is dispatched or how many experts are
 copied have the same rows. So a *fleet* is a :class:`Deployment` whose layout holds columns ``[members, 1]`` instead of
 numbers; batches are the other axis. Rows that no member changes (attention, dense layers, norms) are priced once, and
-remembered for other fleets of the same table: the memo is what makes options cheap.
+remembered for other fleets: the memo is what makes options cheap.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ READS_CACHE = ("attention", "kv_cache_write", "kv_cache_read", "sparse_indexer")
 """Ops whose kernels or traffic depend on the cache's dtype."""
 
 Memo = dict[tuple[Any, ...], Any]
-"""Prices of rows by table, row and sizes; shared by the fleets of one model, device and engine."""
+"""Prices of rows by what they do and at which sizes; shared by the fleets of one model, device and engine."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class Layouts:
     ep: Any
     etp: Any
     stage_ranks: Any
+
+
+_VARYING = ("world_size", "dp", "ep", "etp", "stage_ranks")
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,13 @@ class FleetStep(Step):
         # the prototype in all but what is set below; its own making would ask for one layout
         self.__dict__.update(prototype.__dict__)
         layouts = [member.layout for member in members]
-        self.layout = Layouts(  # type: ignore[assignment]
-            prototype.layout.tp, prototype.layout.pp,
-            *(_column([getattr(one, name) for one in layouts]) for name in ("world_size", "dp", "ep", "etp")),
-            _column([one.stage_ranks for one in layouts]),
-        )
+        columns = {name: _column([getattr(one, name) for one in layouts]) for name in _VARYING}
+        self.layout = Layouts(prototype.layout.tp, prototype.layout.pp, **columns)  # type: ignore[assignment]
         if prototype.load is not None:
             loads = tuple(member.load for member in members if member.load is not None)
             self.load = Loads(loads, _column([one.local_experts for one in loads]))  # type: ignore[assignment]
         self.distinct = {name: _column([one.distinct[name] for one in members]) for name in prototype.distinct}
-        known = _ops_of(prototype.table)
+        known = _contents(prototype.table)
         rows = tuple(
             _merged(row, [member.plan.rows[i] for member in members], known)
             for i, row in enumerate(prototype.plan.rows)
@@ -104,17 +104,17 @@ class FleetStep(Step):
         self._contexts: dict[tuple[int, float, bool], tuple[Context, Context]] = {}
 
     def _kernel(self, op: Op, at: Context) -> RowPrice:
-        place = op.attrs.get("memo")
-        if place is None:
+        content = op.attrs.get("memo")
+        if content is None:
             return super()._kernel(op, at)
         if np.ndim(at.kv_bytes):
             if op.name in READS_CACHE:
                 return self._by_cache_dtype(op, at)
             at = self._with(at, float(at.kv_bytes[0]))  # all the same to it
-        key = (id(self.table), place, self.captured, self._key(at))
+        key = (self.table.phase, content, self.captured, self._key(at))
         if key not in self._memo:
-            self._memo[key] = (self.table, super()._kernel(op, at))  # the table stays alive, so its id stays its own
-        price: RowPrice = self._memo[key][1]
+            self._memo[key] = super()._kernel(op, at)
+        price: RowPrice = self._memo[key]
         return price
 
     def _by_cache_dtype(self, op: Op, at: Context) -> RowPrice:
@@ -184,9 +184,10 @@ def _joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]
 
     prices = [price for _, price in found]
     numbers = ("seconds", "flops", "bytes", "wire_bytes", "ideal_compute_s", "error")
+    whole: dict[str, Any] = {name: gather([getattr(price, name) for price in prices]) for name in numbers}
     return replace(
         prices[0],
-        **{name: gather([getattr(price, name) for price in prices]) for name in numbers},
+        **whole,
         parts={name: gather([price.parts[name] for price in prices]) for name in prices[0].parts},
     )
 
@@ -201,22 +202,29 @@ def fleet(prototype: Deployment, members: Sequence[Deployment], memo: Memo) -> D
 
 
 @per_table
-def _ops_of(table: OpTable) -> frozenset[int]:
-    """Identities of the table's rows, which plans take over as they are."""
-    return frozenset(id(op) for op in table.ops)
+def _contents(table: OpTable) -> dict[int, int]:
+    """:func:`_content` of the table's rows by identity; plans take most of them over as they are."""
+    return {id(op): _content(op) for op in table.ops}
 
 
-def _merged(row: Row, members: list[Row], known: frozenset[int]) -> Row:
-    """The row as a fleet has it: collectives of all members; ops that routing does not touch with a name for the memo.
+_numbers: dict[tuple[Any, ...], int] = {}
 
-    A row of the table is known by its identity; one that a plan has changed (a norm in an all-reduce) by content.
-    """
+
+def _content(op: Op) -> int:
+    """A number for all that an op's price depends on, beside the sizes: equal ops of any layer or table share it."""
+    tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
+    changes = sorted((name, str(value)) for name, value in op.attrs.items())
+    key = (op.name, *map(tuple, tensors), tuple(changes))
+    return _numbers.setdefault(key, len(_numbers))
+
+
+def _merged(row: Row, members: list[Row], known: dict[int, int]) -> Row:
+    """The row as a fleet has it: collectives of all members; an op that routing does not touch with a memo's name."""
     if not isinstance(row, Collective):
         if _is_routed(row):
             return row
-        changes = sorted((name, str(value)) for name, value in row.attrs.items())
-        place = id(row) if id(row) in known else (row.name, row.inputs, row.outputs, tuple(changes))
-        return row.but(attrs={**row.attrs, "memo": place})
+        content = known[id(row)] if id(row) in known else _content(row)
+        return row.but(attrs={**row.attrs, "memo": content})
     shared = tuple(m for m in members if isinstance(m, Collective) and (m.op, m.label) == (row.op, row.label))
     assert len(shared) == len(members), "members of a fleet have the same rows"
     values = {name: getattr(row, name) for name in Collective.__dataclass_fields__}

@@ -118,9 +118,7 @@ def disaggregated(shop: Workshop, gpus: int, limits: Limits = (None, None)) -> t
         for workers in _pool_sizes(int((gpus - wide) // size.min())):
             others = np.floor((gpus - workers * size) / wide)
             keep_up = others * capacity / workers
-            full = largest_where(
-                lambda b, up=keep_up: b * shop.layouts["dp"] / (steps * every.at("seconds", b)) <= up, most
-            )
+            full = largest_where(_slower(shop, every, steps, keep_up), most)
             mine = np.flatnonzero((others >= 1) & (full >= 1))
             found.append((mine, full[mine], others[mine], np.full(len(mine), float(workers))))
         some, at, x, y = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -131,6 +129,11 @@ def disaggregated(shop: Workshop, gpus: int, limits: Limits = (None, None)) -> t
             if (there := chosen & (shop.depths[some] == depth)).any()
         ]
     return Points.joined(parts), unstable
+
+
+def _slower(shop: Workshop, curves: CurvesAt, steps: Array, limit: Array) -> Callable[[Array], Array]:
+    """Whether decode workers at a batch ask for no more prompts per second than ``limit``."""
+    return lambda batch: batch * shop.layouts["dp"] / (steps * curves.at("seconds", batch)) <= limit
 
 
 def _pools(

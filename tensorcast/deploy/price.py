@@ -24,7 +24,7 @@ class RowPrice:
     parts: dict[str, Any]
     family: str
     evidence: str
-    error: float
+    error: Any
     has_formula: bool = True
     detail: str = ""
 

@@ -64,7 +64,7 @@ class Step:
     ) -> None:
         self.table, self.plan, self.layout, self.device, self.engine = table, plan, layout, device, engine
         self.options = options
-        self.kv_bytes = {"bf16": 2.0, "fp8": 1.0}[kv]
+        self.kv_bytes: Any = {"bf16": 2.0, "fp8": 1.0}[kv]
         # the eager view launches its kernels one by one
         self.captured = options.fusion == "engine" and table.phase in engine.graph_captured_phases
         self.stages = stage_layers(len(table.layer_kinds), layout.pp)
@@ -72,7 +72,7 @@ class Step:
         self._constants: dict[tuple[str, str, str], tuple[KernelConstants, Evidence]] = {}
         facts = table.facts
         self.load: ExpertLoad | None = None
-        self.distinct: dict[str, float] = {}
+        self.distinct: dict[str, Any] = {}
         if facts["num_experts"]:
             self.load = expert_load(
                 Routing.parse(options.routing),

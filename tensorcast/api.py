@@ -182,7 +182,7 @@ def explain(
     """Two layouts side by side at the same load: which groups of ops moved and why, and what would help each.
 
     ``batch`` counts sequences per data-parallel rank of ``layout``; ``versus`` gets as many in all. By default it is
-    the largest that fits in both. Decode is priced after ``context`` cached tokens, prefill with ``input_len`` new ones.
+    the largest that fits in both. Decode is priced after ``context`` cached tokens, prefill with ``input_len`` new.
 
     >>> import tensorcast as tc
     >>> why = tc.explain("deepseek-v3", device="h200", world_size=32, layout="tp1-dp32-ep32",

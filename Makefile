@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-SAMPLE := tests/data/kernel_sample.csv
 DEMO   := out/demo
 # Worker processes of the test run; each holds torch and transformers.
 JOBS   ?= 2
@@ -53,24 +52,26 @@ test: $(STAMP)  ## lint, types and the whole test suite: all three run, whicheve
 lint: $(STAMP)  ## ruff and mypy
 	@failed=; $(BIN)/ruff check || failed=1; $(BIN)/mypy || failed=1; test -z "$$failed"
 
-accuracy: $(STAMP)  ## predicted against measured kernels of the sample table -> reports/accuracy.md
-	@$(BIN)/python -m tensorcast.validate.accuracy --sample $(SAMPLE) --out reports/accuracy.md
+accuracy: $(STAMP)  ## predicted against held-out kernels -> reports/accuracy.md: make accuracy TABLES=DIR
+	@test -n "$(TABLES)" || { echo "make accuracy needs TABLES=DIR, a folder of measured tables" >&2; exit 2; }
+	@$(BIN)/python -m pip install -qq --editable '.[calibrate]'
+	@$(BIN)/python -m tensorcast.validate.accuracy --tables "$(TABLES)" --out reports/accuracy.md
 
-calibrate: $(STAMP)  ## fit the device profiles' constants: make calibrate TABLES=DIR (measured parquet tables)
+calibrate: $(STAMP)  ## fit kernel constants and models: make calibrate TABLES=DIR (measured parquet tables)
 	@test -n "$(TABLES)" || { echo "make calibrate needs TABLES=DIR, a folder of measured tables" >&2; exit 2; }
-	@$(BIN)/python -m pip install -qq --editable '.[silicon]'
-	@$(BIN)/python -m tensorcast.validate.fit --tables "$(TABLES)"
+	@$(BIN)/python -m pip install -qq --editable '.[calibrate]'
+	@$(BIN)/python -m tensorcast.validate.silicon --tables "$(TABLES)"
 
 serving: $(STAMP)  ## predicted against measured serving -> reports/serving.md: make serving TABLE=FILE
 	@test -n "$(TABLE)" || { echo "make serving needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }
 	@mkdir -p out
 	@$(BIN)/tensorcast predict "$(TABLE)" --out out/serving.csv --report reports/serving.md --jobs $(JOBS)
 
-validate: $(STAMP)  ## run real kernels on this machine's CPU, fit, report -> reports/validate-cpu (minutes)
-	@$(BIN)/tensorcast validate qwen3-30b-a3b --device cpu --layers 1 --out reports/validate-cpu
+validate: $(STAMP)  ## this machine's kernels beside their predictions -> reports/validate-cpu (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/tensorcast validate qwen3-30b-a3b --device cpu --layers 1 --out reports/validate-cpu
 
-validate-gpu: $(STAMP)  ## numerics, layer times and op times on a CUDA GPU -> reports/validate-gpu
-	@$(BIN)/python benchmarks/validate_gpu.py $(ARGS)
+validate-gpu: $(STAMP)  ## all that needs a GPU -> reports/validate-gpu: make validate-gpu DEVICE=h200
+	@$(BIN)/python benchmarks/validate_gpu.py --device $(or $(DEVICE),h200) $(ARGS)
 
 bench: $(STAMP)  ## how long start, tracing, pricing and searching take on this machine
 	@$(BIN)/python benchmarks/cold_start.py

@@ -1,7 +1,7 @@
 """tensorcast: what a Mixture-of-Experts model will cost on a cluster, before you rent it."""
 
-from tensorcast.api import compare, device_profile, explain, simulate
+from tensorcast.api import compare, device_profile, explain, predict_kernels, simulate
 from tensorcast.errors import InputError
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "__version__", "compare", "device_profile", "explain", "simulate"]
+__all__ = ["InputError", "__version__", "compare", "device_profile", "explain", "predict_kernels", "simulate"]

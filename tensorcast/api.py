@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from tensorcast.deploy.compare import Comparison
     from tensorcast.deploy.explain import Explanation
     from tensorcast.deploy.result import Simulation
@@ -200,3 +202,15 @@ def explain(
     return run(
         load_model(model), device_profile(device), load_engine(engine), *pair, phase, batch, new, past, options
     )
+
+
+def predict_kernels(frame: pd.DataFrame, *, device: str, engine: str | None = None) -> pd.DataFrame:
+    """Kernel times of a frame of shapes: see :func:`tensorcast.cost.predict.predict_kernels`.
+
+    >>> import pandas as pd, tensorcast as tc
+    >>> rows = pd.DataFrame({"family": ["gemm"], "m": [64], "n": [7168], "k": [2048], "dtype": ["fp8_block"]})
+    >>> tc.predict_kernels(rows, device="h200", engine="sglang")["seconds"]  # doctest: +SKIP
+    """
+    from tensorcast.cost.predict import predict_kernels as predict
+
+    return predict(frame, device=device, engine=engine)

@@ -39,7 +39,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 HEAVY = {"torch", "transformers"}
 HEAVY_PARTS = {"ops", "modeling"}
 HEAVY_FILES = {
-    "trace/record.py", "trace/layers.py", "trace/forward.py", "trace/tracer.py", "validate/probes.py",
+    "trace/record.py", "trace/layers.py", "trace/forward.py", "trace/tracer.py",
+    *(f"validate/{name}.py" for name in (
+        "bench", "buffers", "collectives", "kernels", "layers", "moe_layers", "probes", "replay",
+    )),
 }
 """The only files that may import torch or transformers when they are themselves imported. A file of ``validate``
 joins them here if it cannot do its work otherwise."""

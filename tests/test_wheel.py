@@ -68,6 +68,8 @@ def test_wheel_carries_profiles_and_nothing_else(wheel: Path) -> None:
         assert shipped and shipped <= names
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tensorcast").rglob("*.py")}
     assert modules <= names
+    models = {f"tensorcast/_profiles/calibration/{p.name}" for p in (ROOT / "profiles" / "calibration").glob("*.npz")}
+    assert models and models <= names
     templates = {"report.html.j2", "style.css", "table.js"}
     assert {f"tensorcast/report/compare/templates/{name}" for name in templates} <= names
     assert "tensorcast/py.typed" in names

@@ -80,5 +80,5 @@ class EngineProfile(Frozen):
     )
     hand_over_overhead_s: Figure | None = Field(
         default=None,
-        description="disaggregated: per request beside the bytes: routing, two workers meeting, setting up the transfer",
+        description="disaggregated: per request beside the bytes: routing, two workers meeting, transfer set up",
     )

@@ -1,7 +1,8 @@
 """How far predicted kernel times are from measured ones, on a small table of rows that no fit has seen.
 
-``python -m tensorcast.validate.accuracy --sample tests/data/kernel_sample.csv --out reports/accuracy.md``. With
-``--tables DIR`` the sample is first drawn anew from full tables. Predictions use the shipped device profiles.
+``python -m tensorcast.validate.accuracy --tables DIR | --from silicon --out reports/accuracy.md`` writes the full
+comparison (:mod:`tensorcast.validate.splits`); without tables, what the fitted constants alone reach on the sample.
+Predictions use the shipped device profiles and kernel models.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import pandas as pd
 
 from tensorcast.cost import roofline
 from tensorcast.cost.collectives import Kind, Phase, collective_time
+from tensorcast.cost.predict import model_path
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import list_devices, load_device
 from tensorcast.trace.cache import write_atomically
+from tensorcast.validate import accuracy_page, splits
 from tensorcast.validate import tables as measured
-from tensorcast.validate.fit import KERNEL_FAMILIES, kernel_seconds
+from tensorcast.validate.fit import KERNEL_FAMILIES, SOURCE, kernel_seconds
+from tensorcast.validate.measured import installed_tables, read_system, systems_in
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
@@ -200,16 +204,33 @@ def page(predicted: pd.DataFrame) -> str:
     return "\n".join([*lines, *_table(["family: reason", *(d.name for d in fitted)], counts)]) + "\n"
 
 
+def write_full(folder: Path, out: Path) -> None:
+    """Page and figures from full tables: shapes, models and a device left out, four methods side by side."""
+    systems = systems_in(folder)
+    names = [name for name in list_devices() if name.replace("-", "_") in systems and model_path(name)]
+    errors = splits.compare(folder, tuple(names))
+    dropped = {name: read_system(folder, name.replace("-", "_")).dropped for name in names}
+    provenance = [SOURCE.format(system=name.replace("-", "_")) for name in names]
+    write_atomically(out, accuracy_page.page(errors, dropped, provenance))
+    accuracy_page.figures(errors, out.parent)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tensorcast.validate.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=Path, default=Path("tests/data/kernel_sample.csv"), help="measured rows")
     parser.add_argument("--out", type=Path, default=Path("reports/accuracy.md"), help="page to write")
-    parser.add_argument("--tables", type=Path, help="draw the sample anew from full tables (SYSTEM/KIND/*.parquet)")
+    parser.add_argument("--tables", type=Path, help="full tables (SYSTEM/KIND/*.parquet): every split, every method")
+    parser.add_argument("--from", dest="origin", choices=["silicon"], help="silicon: an installed aiconfigurator-core")
+    parser.add_argument("--draw", action="store_true", help="draw the sample anew from the full tables")
     options = parser.parse_args(arguments)
-    if options.tables is not None:
-        write_sample(options.sample, draw_sample(measured.read_tables(options.tables)))
-    write_atomically(options.out, page(predict(read_sample(options.sample))))
+    folder = installed_tables() if options.origin else options.tables
+    if options.draw and folder is not None:
+        write_sample(options.sample, draw_sample(measured.read_tables(folder)))
+    if folder is None:
+        write_atomically(options.out, page(predict(read_sample(options.sample))))
+    else:
+        write_full(folder, options.out)
     print(f"wrote {options.out}")
     return 0
 

@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 
     from tensorcast.validate.probes import Measured, Sample
 
-FORMAT = 1
+FORMAT = 3
 """Raised when what is measured changes, so that older files are not read."""
 
 LATENCY_S = 5e-5
 """One message between two processes over loopback. Assumption: what gloo takes on a server, not measured."""
+
+PROCESSES = 64
+"""Ranks that may be simulated on one machine; nothing but its cores sets a limit."""
 
 HELD_OUT = 3
 """One shape in so many is kept out of the fit."""
@@ -106,11 +109,12 @@ def profile_of(measured: Measured, count: int) -> DeviceProfile:
             "system": "what the operating system, or the container, lets this process use",
         },
         "processors": count,
+        "whole_tiles": False,
         "peak_flops": {dtype: {"value": _round(rate), "source": "host"} for dtype, rate in measured.flops.items()},
         "memory_bytes": {"value": memory_bytes(), "source": "system"},
         "memory_bandwidth_bytes_per_s": {"value": _round(bandwidth), "source": "host"},
         "interconnect": [{
-            "name": "host", "size": count,
+            "name": "host", "size": PROCESSES,
             "bandwidth_bytes_per_s": {
                 "value": _round(bandwidth / 2), "source": "host: half the stream, as a message is written and read",
             },

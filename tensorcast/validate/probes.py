@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import tensorcast.ops  # noqa: F401  (registers the ops)
 from tensorcast.cost import work
 from tensorcast.cost.work import Precision, Work
+from tensorcast.validate.environment import Crowding
 
 BUFFER_BYTES = 256 << 20
 """Memory that operands are taken from in turn."""
@@ -117,7 +115,7 @@ def measure(threads: int, effort: float = 1.0) -> Measured:
     repeats = max(3, round(REPEATS * effort))
     width = max(256, round(WIDTH * effort**0.5 / 128) * 128)
     found = Measured()
-    began, own, all_cores = time.perf_counter(), time.process_time(), _busy_s()
+    crowding = Crowding(threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -136,18 +134,8 @@ def measure(threads: int, effort: float = 1.0) -> Measured:
             found.flops |= other_peaks(width // 2, found.flops["fp32"])
     finally:
         torch.set_num_threads(before)
-    others = (_busy_s() - all_cores - (time.process_time() - own)) / (time.perf_counter() - began)
-    found.crowding = max(0.0, others + threads - (os.cpu_count() or 1)) / threads
+    found.crowding = crowding.share
     return found
-
-
-def _busy_s() -> float:
-    """Core-seconds that all processes, and a hypervisor's other guests, have used since this machine started."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]]
-        idle, waiting = ticks[3], ticks[4]
-        return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK")
-    return 0.0
 
 
 def stream(flat: Tensor, repeats: int) -> float:
@@ -213,11 +201,11 @@ def grouped_gemm(pool: Pool, width: int, repeats: int) -> Iterator[Sample]:
 
 
 def _attention(pool: Pool, shapes: list[tuple[int, int, int, int]], decode: bool, repeats: int) -> Iterator[Sample]:
-    """torch's fused attention on ``(B, L, Hq, Hkv)``: ``L`` new tokens, or one new token after ``L - 1``."""
+    """The package's own op on ``(B, L, Hq, Hkv)``: ``L`` new tokens, or one new token after ``L - 1``."""
 
-    def call(q: Tensor, batch: int, kv_heads: int, length: int) -> Tensor:
+    def call(q: Tensor, batch: int, kv_heads: int, length: int) -> Any:
         k, v = (pool.take(batch, kv_heads, length, HEAD) for _ in range(2))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=not decode, enable_gqa=True)
+        return torch.ops.tensor_cast.attention(q, k, v, length - q.shape[2], HEAD**-0.5)
 
     for batch, length, heads, kv_heads in shapes:
         new = 1 if decode else length

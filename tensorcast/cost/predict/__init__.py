@@ -1,0 +1,227 @@
+"""Kernel times with an interval and a word on where they come from: physics, and a fitted residual where it pays.
+
+``predict_kernels`` prices a frame of shapes; :class:`Predictor` one kernel's arrays at a time, for pricing steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tensorcast.cost.predict.load import skew_of
+from tensorcast.cost.predict.model import NORMAL_80, DeviceModel, Kernel, read_model
+from tensorcast.cost.predict.physics import Physics, physics_of
+from tensorcast.cost.predict.shapes import Columns
+from tensorcast.cost.roofline import NEAREST
+from tensorcast.cost.work import Size
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.store import load_device, profile_roots
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Estimate", "Predictor", "predict_kernels", "predictor_for"]
+
+LEVELS = ("datasheet", "calibrated", "measured")
+PARTS = ("seconds", "low", "high", "level", "factor")
+
+TRANSFERRED = "other-devices"
+"""Name of the model fitted over all measured devices, for those of their vendor that were not."""
+
+BEST_OF = ("grouped_gemm", "attention_decode", "mla_prefill", "mla_decode")
+"""Families whose engines ran kernels of different generations on the measured devices: slow ones say little about a
+new device."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of every call, the ends of an 80 % interval, where they come from (an index into :data:`LEVELS`), and
+    ``factor``, by which the fitted residual changed the physics formula's seconds."""
+
+    seconds: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    level: np.ndarray
+    factor: np.ndarray
+
+    @property
+    def evidence(self) -> np.ndarray:
+        """``measured``, ``calibrated`` or ``datasheet`` per call."""
+        return np.array(LEVELS, dtype=object)[self.level]
+
+    @property
+    def error(self) -> np.ndarray:
+        """Median relative error that the interval stands for."""
+        return np.log(self.high / self.low) / 2.0 / NORMAL_80
+
+
+class Predictor:
+    """Prices kernels of one device under one engine."""
+
+    def __init__(self, device: DeviceProfile, engine: str, model: DeviceModel | None) -> None:
+        self.device, self.engine, self.model = device, engine, model
+
+    def estimate(self, family: str, dtype: str, variant: str = "", **sizes: Size) -> Estimate:
+        """One kernel's calls. ``sizes`` as in :data:`SIZES`, scalars or arrays of one length.
+
+        Missing ones: batch 1, past 0, window 0, bf16 cache, moe_tp and moe_ep 1, gated, slots as experts, balanced.
+        Of ``grouped_gemm`` the load may be given as ``rows`` and ``hit`` instead of being worked out from tokens.
+        """
+        given = {**DEFAULTS.get(family, {}), **sizes}
+        if family == "grouped_gemm":
+            given.setdefault("slots", given["experts"])
+            given["skew"] = skew_of(given.pop("distribution"))
+        arrays = np.broadcast_arrays(*(np.atleast_1d(np.asarray(value, dtype=float)) for value in given.values()))
+        return self.price(family, dtype, variant, dict(zip(given, arrays, strict=True)))
+
+    def price(self, family: str, dtype: str, variant: str, columns: Columns) -> Estimate:
+        """One kernel's calls from columns of equal length."""
+        if family == "moe_exchange" and variant.endswith(":both"):
+            return self._both_ways(dtype, variant.removesuffix(":both"), columns)
+        if self.model is not None and self.model.device == TRANSFERRED:
+            return self._from_other_devices(family, dtype, variant, columns)
+        kernel = self.model.find(family, dtype, self.engine, variant) if self.model else None
+        engine = kernel.engine if kernel is not None else self.engine
+        physics = physics_of(family, dtype, variant, columns, self.device, engine)
+        if kernel is None:
+            return _without_residual(physics)
+        return self._with_residual(kernel, physics, columns, lambda c: physics_of(
+            family, dtype, variant, c, self.device, engine))
+
+    def _with_residual(
+        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics]
+    ) -> Estimate:
+        beyond, features = kernel.beyond(columns), physics.features
+        outside = np.flatnonzero(beyond > 0)
+        if len(outside):  # there the residual is that of the nearest measured sizes
+            nearest = kernel.inside({name: values[outside] for name, values in columns.items()})
+            held = formula(nearest).features
+            features = dict(features)
+            for name in kernel.trees.names:
+                features[name] = features[name].copy()
+                features[name][outside] = held[name]
+        known = kernel.known(columns)
+        correction = kernel.correction(features, known) + kernel.level(columns)
+        seconds = np.maximum(physics.seconds * np.exp(correction), physics.floor)
+        measured = known & (beyond <= 0) & (kernel.engine in (self.engine, "any"))
+        low, high = kernel.interval(seconds, measured, beyond)
+        return Estimate(
+            seconds, np.maximum(seconds * np.exp(low), np.minimum(physics.floor, seconds)), seconds * np.exp(high),
+            np.where(measured, 2, 1), seconds / physics.seconds,
+        )
+
+    def _from_other_devices(self, family: str, dtype: str, variant: str, columns: Columns) -> Estimate:
+        """No data of this device: what its vendor's others need over the same formula. Where engines differ for the
+        kernels that they happen to run there (:data:`BEST_OF`), the fastest engine's."""
+        assert self.model is not None
+        engines = ("trtllm", "vllm", "sglang") if family in BEST_OF else (self.engine,)
+
+        def formula(sizes: Columns) -> Physics:
+            return physics_of(family, dtype, variant, sizes, self.device, self.engine)
+
+        physics = formula(columns)
+        best: Estimate | None = None
+        for engine in engines:
+            nearest = (self.model.find(family, name, engine, "") for name in (dtype, *NEAREST.get(dtype, ())))
+            kernel = next((found for found in nearest if found is not None), None)
+            if kernel is None or variant or (family in BEST_OF and kernel.engine != engine):
+                continue
+            found = self._with_residual(kernel, physics, columns, formula)
+            if best is None:
+                best = found
+            else:
+                faster = found.seconds < best.seconds
+                pairs = ((getattr(found, part), getattr(best, part)) for part in PARTS)
+                best = Estimate(*(np.where(faster, new, old) for new, old in pairs))
+        if best is None:
+            return _without_residual(physics)
+        return replace(best, level=np.zeros(len(best.level), dtype=int))
+
+    def _both_ways(self, dtype: str, backend: str, columns: Columns) -> Estimate:
+        """Dispatch and combine, one after the other: intervals add, as one kernel's errors move together."""
+        there = self.price("moe_exchange", dtype, f"{backend}:dispatch", columns)
+        bf16 = np.full_like(columns["copy_bytes"], 2.0)
+        back = self.price("moe_exchange", dtype, f"{backend}:combine", {**columns, "copy_bytes": bf16})
+        return Estimate(
+            there.seconds + back.seconds, there.low + back.low, there.high + back.high,
+            np.minimum(there.level, back.level), (there.factor + back.factor) / 2.0,
+        )
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemm": {"batch": 1.0},
+    "grouped_gemm": {"moe_tp": 1.0, "moe_ep": 1.0, "gated": 1.0, "distribution": "balanced"},
+    "attention_prefill": {"past": 0.0, "window": 0.0, "kv_bytes": 2.0},
+    "attention_decode": {"new": 1.0, "window": 0.0, "kv_bytes": 2.0},
+    "mla_prefill": {"past": 0.0, "kv_bytes": 2.0}, "mla_decode": {"new": 1.0, "kv_bytes": 2.0},
+    "moe_exchange": {"nodes": 1.0, "sms": 20.0, "copy_bytes": 2.0},
+}
+
+
+def _without_residual(physics: Physics) -> Estimate:
+    width = NORMAL_80 * physics.error
+    level = np.full(len(physics.seconds), LEVELS.index(physics.evidence))
+    seconds = np.maximum(physics.seconds, physics.floor)
+    low = np.maximum(seconds * np.exp(-width), np.minimum(physics.floor, seconds))
+    return Estimate(seconds, low, seconds * np.exp(width), level, np.ones(len(seconds)))
+
+
+@lru_cache(maxsize=32)
+def _model_at(path: Path, _changed: float) -> DeviceModel:
+    return read_model(path)
+
+
+def model_path(device: str) -> Path | None:
+    """Where the kernel model of a device is kept, the user's own before the shipped one."""
+    for root in profile_roots():
+        path = root / "calibration" / f"{device}.npz"
+        if path.is_file():
+            return path
+    return None
+
+
+def predictor_for(device: DeviceProfile, engine: str = "any") -> Predictor:
+    """The predictor of a device under an engine; a model file is read once.
+
+    A device without calibration is priced by the formula with datasheet fractions, and if it is NVIDIA's by what the
+    measured NVIDIA devices need over that.
+    """
+    measured = device.calibration is not None
+    path = model_path(device.name if measured else TRANSFERRED)
+    if path is None or not (measured or device.vendor == "NVIDIA"):
+        return Predictor(device, engine, None)
+    return Predictor(device, engine, _model_at(path, os.stat(path).st_mtime))
+
+
+def predict_kernels(frame: pd.DataFrame, *, device: str | DeviceProfile, engine: str | None = None) -> pd.DataFrame:
+    """Seconds of every row's kernel, with an 80 % interval and evidence.
+
+    ``frame``: a column ``family`` (one of :data:`SIZES`, or a measured table's name such as ``moe``) and the shape
+    columns of its rows' families, in the measured tables' words (``num_tokens``, ``moe_ep_size``, ...) or ours. A
+    column ``engine`` names the engine row by row where ``engine`` is not given. Returns the frame with ``seconds, low,
+    high, evidence`` (``measured``: on or between measured points; ``calibrated``: a fitted model carries them further;
+    ``datasheet``: nothing was measured). Raises :class:`InputError` for an unknown family or a missing column.
+    """
+    from tensorcast.cost.predict.frames import calls_of
+
+    profile = load_device(device) if isinstance(device, str) else device
+    size = len(frame)
+    seconds, low, high, level = np.zeros(size), np.zeros(size), np.zeros(size), np.zeros(size, dtype=int)
+    if engine is None and "engine" in frame.columns:
+        parts = frame["engine"].astype(str).reset_index(drop=True).groupby(frame["engine"].to_numpy()).indices
+    else:
+        parts = {engine or "any": np.arange(size)}
+    for name, rows in parts.items():
+        predictor = predictor_for(profile, str(name))
+        for calls in calls_of(frame if len(rows) == size else frame.iloc[rows]):
+            at = rows[calls.rows]
+            found = predictor.price(calls.family, calls.dtype, calls.variant, calls.columns)
+            seconds[at], low[at], high[at], level[at] = found.seconds, found.low, found.high, found.level
+    return frame.assign(seconds=seconds, low=low, high=high, evidence=np.array(LEVELS, dtype=object)[level])
+

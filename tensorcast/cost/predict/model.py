@@ -1,0 +1,242 @@
+"""One device's kernel model: per kernel the fitted residual over physics, where it was measured, how far off it was.
+
+Stored as ``calibration/DEVICE.npz`` beside the device profiles: small integer arrays for the trees and one JSON text
+for the rest; no pickle. ``calibration/DEVICE.yaml`` says the same in words for readers (provenance, points, errors).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tensorcast.cost.predict.shapes import Columns
+from tensorcast.cost.predict.trees import Trees
+from tensorcast.errors import InputError
+
+FORMAT = 1
+"""Layout of the stored file; another number is refused."""
+
+LINES = {
+    "gemm": (), "grouped_gemm": ("hidden", "inter", "topk", "experts"),
+    "attention_prefill": ("head_dim", "window", "kv_bytes"), "attention_decode": ("head_dim", "window", "kv_bytes"),
+    "mla_prefill": ("kv_bytes",), "mla_decode": ("kv_bytes",), "mla_prefill_module": ("kv_bytes",),
+    "mla_decode_module": ("kv_bytes",), "moe_exchange": ("ranks", "nodes"),
+}
+"""Sizes that must equal a measured combination for a shape to count as measured (collectives: the group size); in the
+others it must lie between the least and the most that were measured."""
+
+CONFIGURATION = {"grouped_gemm": ("hidden", "inter", "topk", "experts", "moe_tp", "moe_ep", "skew")}
+"""Sizes that an engine picks its kernel by once, for all numbers of tokens: measured configurations may run at a level
+of their own, which no size explains."""
+
+CODE = np.random.default_rng(7).random(8) + 0.5
+"""Weights that give every combination of sizes a number of its own."""
+
+NORMAL_80 = 1.2816 / 0.6745
+"""Half an 80 % interval over the median absolute error of a normal law."""
+
+OUTSIDE = 0.15
+"""How much wider, per factor of two beyond the measured sizes, an interval grows (assumption)."""
+
+
+FEW = {2: 2.40, 3: 1.47, 4: 1.28, 5: 1.20, 6: 1.15}
+"""By how much an interval over models widens where so few were measured: Student's 90 % quantile with one degree of
+freedom fewer, over the normal one."""
+
+ONE_MODEL = NORMAL_80 * 0.4
+"""Half an interval for other models where one alone was measured: the error of datasheet constants."""
+
+
+def widened(low: float, high: float, models: int) -> tuple[float, float]:
+    """Ends of an interval over ``models`` models (logs), as wide as so few allow."""
+    if models <= 1:
+        return min(low, -ONE_MODEL), max(high, ONE_MODEL)
+    middle, half = (low + high) / 2.0, (high - low) / 2.0 * FEW.get(models, 1.0)
+    return min(low, middle - half), max(high, middle + half)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of one engine. Errors are of rows held out of the fit, as log(measured / predicted).
+
+    ``low``, ``high``: 10 % and 90 % quantiles per bin of log2 predicted seconds, bins between ``edges``; ``new_low``,
+    ``new_high`` the same over whole shapes (models, weight sizes) left out, for shapes that were not measured, where
+    only the first ``new_trees`` are used. ``levels``: measured configurations off the level that their sizes tell, the
+    sizes of :data:`CONFIGURATION` and then log of the factor.
+    """
+
+    family: str
+    dtype: str
+    engine: str
+    variant: str
+    trees: Trees
+    box: Mapping[str, tuple[float, float]]
+    seen: tuple[tuple[float, ...], ...]
+    edges: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    new_low: float
+    new_high: float
+    new_trees: int
+    levels: tuple[tuple[float, ...], ...] = ()
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return LINES.get(self.family, ("ranks",) if "payload_bytes" in self.box else ())
+
+    def inside(self, columns: Columns) -> Columns:
+        """The sizes, each brought to the nearest measured one: beyond the data the residual stays as at its edge."""
+        held = {name: np.clip(columns[name], low, high) for name, (low, high) in self.box.items() if name in columns}
+        return {**columns, **held}
+
+    def beyond(self, columns: Columns) -> np.ndarray:
+        """Factors of two by which the sizes lie outside what was measured, added up."""
+        total: Any = 0.0
+        for name, (low, high) in self.box.items():
+            if name in columns:
+                value = np.maximum(columns[name], 1e-9)
+                total = total + np.log2(np.maximum(value / max(high, 1e-9), 1.0))
+                total = total + (np.log2(np.maximum(low / value, 1.0)) if low > 0 else 0.0)
+        return np.asarray(total)
+
+    def known(self, columns: Columns) -> np.ndarray:
+        """Whether the sizes of :attr:`lines` are a combination that was measured."""
+        size = len(next(iter(columns.values())))
+        if not self.lines or not all(name in columns for name in self.lines):
+            return np.full(size, not self.lines)
+        if not self.seen:
+            return np.zeros(size, dtype=bool)
+        weights = np.array([1.0, 1e5 + 3, 1e9 + 7, 1e13 + 9])[: len(self.lines)]  # distinct sums of distinct sizes
+        mine = sum(w * columns[name] for w, name in zip(weights, self.lines, strict=True))
+        return np.isin(np.round(mine), np.round(np.asarray(self.seen, dtype=float) @ weights))
+
+    def correction(self, features: Columns, known: np.ndarray) -> np.ndarray:
+        """log of what to multiply physics by."""
+        if self.new_trees >= len(self.trees.feature) or known.all():
+            return self.trees.values(features)
+        if not known.any():
+            return self.trees.values(features, self.new_trees)
+        result = np.empty(len(known))
+        for at, count in ((known, None), (~known, self.new_trees)):
+            result[at] = self.trees.values({name: features[name][at] for name in self.trees.names}, count)
+        return result
+
+    def level(self, columns: Columns) -> np.ndarray | float:
+        """log of the factor by which a measured configuration differs from others of like sizes; 0 if none is known."""
+        names = CONFIGURATION.get(self.family, ())
+        if not self.levels or not all(name in columns for name in names):
+            return 0.0
+        table = np.asarray(self.levels, dtype=float)
+        codes = table[:, :-1] @ CODE[: len(names)]
+        order = np.argsort(codes)
+        mine = sum(w * columns[name] for w, name in zip(CODE, names, strict=False))
+        place = order[np.minimum(np.searchsorted(codes[order], mine - 1e-7), len(order) - 1)]
+        return np.where(np.abs(codes[place] - mine) < 1e-6, table[place, -1], 0.0)
+
+    def interval(self, seconds: np.ndarray, measured: np.ndarray, beyond: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """log of the 80 % interval's ends over ``seconds``."""
+        part = np.searchsorted(self.edges, np.log2(np.maximum(seconds, 1e-9)))
+        wider = 1.0 + OUTSIDE * beyond
+        ends = (self.new_low, self.new_high)
+        if self.family == "grouped_gemm" and self.seen:
+            ends = widened(*ends, len(self.seen))
+        low = np.where(measured, np.asarray(self.low)[part], ends[0] * wider)
+        high = np.where(measured, np.asarray(self.high)[part], ends[1] * wider)
+        return low, high
+
+
+@dataclass(frozen=True)
+class DeviceModel:
+    """All kernels of a device, by (family, dtype, engine, variant)."""
+
+    device: str
+    kernels: Mapping[tuple[str, str, str, str], Kernel]
+    provenance: str = ""
+
+    def find(self, family: str, dtype: str, engine: str, variant: str) -> Kernel | None:
+        """This engine's kernel, else the plain variant's, else another engine's of the same dtype."""
+        for name in (variant, "") if variant != "eager" else (variant,):
+            for who in (engine, "any", *STAND_IN.get(engine, STAND_IN["any"])):
+                found = self.kernels.get((family, dtype, who, name))
+                if found is not None:
+                    return found
+        return None
+
+
+STAND_IN = {
+    "vllm": ("sglang", "trtllm"), "sglang": ("vllm", "trtllm"), "trtllm": ("vllm", "sglang"),
+    "any": ("trtllm", "vllm", "sglang"),
+}
+"""Whose kernel to take where an engine's own was not measured (or not soundly): vLLM and SGLang share most kernels."""
+
+
+def pack(model: DeviceModel) -> bytes:
+    """The stored form: leaves as bytes with one scale per tree, questions as small integers."""
+    heads, borders, feature, border, leaves, scales = [], [], [], [], [], []
+    for kernel in model.kernels.values():
+        head = {k: v for k, v in asdict(kernel).items() if k != "trees"}
+        trees = kernel.trees
+        shape = {"names": trees.names, "bias": trees.bias, "trees": len(trees.feature), "depth": trees.feature.shape[1]}
+        heads.append(head | {"shape": shape, "borders": [len(b) for b in trees.borders]})
+        borders += [np.asarray(b, dtype=np.float32) for b in trees.borders]
+        feature.append(trees.feature.ravel())
+        border.append(trees.border.ravel())
+        scale = np.maximum(np.abs(trees.leaves).max(axis=1), 1e-9) / 127.0
+        leaves.append(np.round(trees.leaves / scale[:, None]).astype(np.int8).ravel())
+        scales.append(scale.astype(np.float32))
+    about = {"format": FORMAT, "device": model.device, "provenance": model.provenance, "kernels": heads}
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8), borders=_joined(borders, np.float32),
+        feature=_joined(feature, np.uint8), border=_joined(border, np.uint8), leaves=_joined(leaves, np.int8),
+        scales=_joined(scales, np.float32),
+    )
+    return buffer.getvalue()
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+
+def read_model(path: Path) -> DeviceModel:
+    """A stored model. Raises :class:`InputError` where the file is damaged or of another format."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+        about = json.loads(arrays["about"].tobytes().decode())
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a kernel model ({str(error).splitlines()[0]})") from None
+    if about.get("format") != FORMAT:
+        raise InputError(f"{path}: format {about.get('format')!r}, this version reads {FORMAT}; calibrate anew")
+    kernels: dict[tuple[str, str, str, str], Kernel] = {}
+    at = dict.fromkeys(("borders", "split", "leaf", "tree"), 0)
+
+    def take(name: str, cursor: str, count: int, move: bool = True) -> np.ndarray:
+        part = arrays[name][at[cursor] : at[cursor] + count]
+        at[cursor] += count if move else 0
+        return part
+
+    for head in about["kernels"]:
+        shape, counts = head.pop("shape"), head.pop("borders")
+        trees, depth = shape["trees"], shape["depth"]
+        borders = tuple(take("borders", "borders", n) for n in counts)
+        feature = take("feature", "split", trees * depth, move=False).reshape(trees, depth)
+        border = take("border", "split", trees * depth).reshape(trees, depth)
+        scale = take("scales", "tree", trees)
+        leaves = take("leaves", "leaf", trees << depth).reshape(trees, 1 << depth) * scale[:, None]
+        head["seen"] = tuple(tuple(line) for line in head["seen"])
+        head["box"] = {name: tuple(ends) for name, ends in head["box"].items()}
+        for name in ("edges", "low", "high"):
+            head[name] = tuple(head[name])
+        head["levels"] = tuple(tuple(line) for line in head["levels"])
+        grown = Trees(tuple(shape["names"]), borders, feature, border, leaves.astype(np.float32), shape["bias"])
+        kernel = Kernel(trees=grown, **head)
+        kernels[kernel.family, kernel.dtype, kernel.engine, kernel.variant] = kernel
+    return DeviceModel(about["device"], kernels, about["provenance"])

@@ -1,0 +1,60 @@
+"""Gradient-boosted oblivious trees, evaluated with numpy: every level of a tree asks one question of all rows.
+
+A tree of depth D has D questions ``feature > border`` and ``2**D`` leaves; the answers are the bits of the leaf's
+index. Fitted elsewhere (CatBoost grows such trees); here they are arrays of small integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+ROWS, BLOCK = 16384, 65536
+"""Rows at a time, and answers (rows x trees) at a time: few enough to stay in the cache, many enough to be worth a
+call."""
+
+
+@dataclass(frozen=True)
+class Trees:
+    """``value = bias + sum over trees of leaves[tree, bits]``.
+
+    ``borders`` per feature, ascending; ``feature``, ``border`` ``[trees, depth]`` index features and their borders;
+    ``leaves`` ``[trees, 2**depth]``.
+    """
+
+    names: tuple[str, ...]
+    borders: tuple[np.ndarray, ...]
+    feature: np.ndarray
+    border: np.ndarray
+    leaves: np.ndarray
+    bias: float
+
+    def values(self, columns: Mapping[str, np.ndarray], trees: int | None = None) -> np.ndarray:
+        """One value per row from the named features; ``trees``: of the first so many alone."""
+        count = len(self.feature) if trees is None else min(trees, len(self.feature))
+        size = len(columns[self.names[0]]) if self.names else 0
+        result = np.full(size, self.bias)
+        if not count or not size:
+            return result
+        bins = np.empty((len(self.names), size), dtype=np.uint8)
+        for i, (name, borders) in enumerate(zip(self.names, self.borders, strict=True)):
+            bins[i] = np.searchsorted(borders, columns[name].astype(np.float32), side="left")
+        for start in range(0, size, ROWS):
+            part = bins[:, start : start + ROWS]
+            together = max(BLOCK // part.shape[1], 1)
+            for first in range(0, count, together):
+                result[start : start + ROWS] += self._sum(part, slice(first, min(first + together, count)))
+        return result
+
+    def _sum(self, bins: np.ndarray, trees: slice) -> np.ndarray:
+        """Sum of the leaves of some trees that ``bins`` ``[features, rows]`` reach."""
+        feature, border, leaves = self.feature[trees], self.border[trees], self.leaves[trees]
+        index = (bins[feature[:, 0]] > border[:, 0, None]).view(np.uint8)
+        for level in range(1, feature.shape[1]):
+            index |= (bins[feature[:, level]] > border[:, level, None]).view(np.uint8) << level
+        if len(leaves) == 1:
+            return leaves[0].take(index[0])
+        flat = index + (np.arange(len(leaves), dtype=np.int32) * leaves.shape[1])[:, None]
+        return leaves.ravel().take(flat).sum(0)

@@ -1,0 +1,144 @@
+"""The predictor beside three others on the same rows, none of which took part in a fit.
+
+Splits: ``shape`` (one shape in four), ``model`` (whole models out of the experts' fit), ``device`` (A100, H100 and H200
+fitted, B200 predicted from its datasheet). Methods: ``predictor``; ``tuned`` (roofline with fitted constants);
+``plain`` (peaks alone); ``nearest`` (the measured tables, interpolated from the nearest rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tensorcast.cost.predict import Predictor, predictor_for
+from tensorcast.cost.predict.model import LINES, widened
+from tensorcast.cost.predict.physics import Physics, physics_of
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.store import load_device
+from tensorcast.validate import residual, transfer
+from tensorcast.validate.measured import Key, Measured, System, held_out, read_system
+
+METHODS = ("predictor", "tuned", "nearest", "plain")
+
+NEIGHBOURS = 4
+"""Measured rows that an interpolated one is averaged from, nearer ones weighing more."""
+
+FITTED_ON, LEFT_OUT_DEVICE = ("a100-sxm", "h100-sxm", "h200-sxm"), "b200-sxm"
+
+MODEL_DEVICES = ("h100-sxm", "h200-sxm", "b200-sxm")
+
+
+def nearest(train: Measured, seconds: np.ndarray, test: Measured) -> np.ndarray:
+    """log seconds of the nearest measured rows, sizes on a log scale, averaged by inverse distance."""
+    from sklearn.neighbors import KNeighborsRegressor
+
+    def scaled(rows: Measured) -> np.ndarray:
+        return np.stack([np.log2(np.maximum(v, 0.0) + 1.0) if n != "skew" else 8.0 * v
+                         for n, v in rows.columns.items()], axis=1)
+
+    model = KNeighborsRegressor(min(NEIGHBOURS, len(train)), weights="distance")
+    return np.exp(model.fit(scaled(train), np.log(seconds)).predict(scaled(test)))
+
+
+def _plain(physics: Physics, key: Key, device: DeviceProfile) -> np.ndarray:
+    """Peaks alone; a collective's bytes on the wire at link speed."""
+    if physics.floor.any():
+        return physics.floor
+    return np.exp2(physics.features["log_wire"]) / float(device.interconnect[0].bandwidth_bytes_per_s)
+
+
+def _rows(
+    split: str, device: str, key: Key, seconds: np.ndarray, held: np.ndarray, **predicted: np.ndarray
+) -> pd.DataFrame:
+    errors = {name: np.abs(values / seconds - 1.0).astype(np.float32) for name, values in predicted.items()}
+    family, dtype, engine, variant = key
+    return pd.DataFrame({**errors, "seconds": seconds, "held": held}).assign(
+        split=split, device=device, family=family, dtype=dtype, engine=engine, variant=variant
+    )
+
+
+def by_shape(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
+    """Shapes that the shipped model has not seen."""
+    for key, rows in sorted(system.kernels.items()):
+        predictor = predictor_for(device, key[2])
+        out = held_out(key[0], rows.columns)
+        if len(rows) < residual.FEWEST or not out.any() or out.all() or predictor.model is None:
+            continue
+        if key not in predictor.model.kernels:
+            continue
+        train, test = rows.take(~out), rows.take(out)
+        physics = physics_of(key[0], key[1], key[3], test.columns, device, key[2])
+        found = predictor.price(key[0], key[1], key[3], test.columns)
+        held = residual.held_across(found.seconds, np.log(test.seconds / found.seconds))
+        yield _rows(
+            "shape", device.name, key, test.seconds, held, predictor=found.seconds, tuned=physics.seconds,
+            nearest=nearest(train, train.seconds, test), plain=_plain(physics, key, device),
+        )
+
+
+def by_model(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
+    """Whole models (width, expert width, top-k, experts) left out of the experts' fit."""
+    for key, rows in sorted(system.kernels.items()):
+        if key[0] != "grouped_gemm" or key[3]:
+            continue
+        physics = physics_of(key[0], key[1], key[3], rows.columns, device, key[2])
+        found = residual.left_out(rows, physics, residual.capacity_for(len(rows)))
+        if found is None:
+            continue
+        lines = np.unique(np.stack([rows.columns[n] for n in LINES[key[0]]]), axis=1, return_inverse=True)[1].ravel()
+        near, held = np.full(len(rows), np.nan), np.zeros(len(rows), dtype=bool)
+        for one in np.unique(found.fold):
+            test = found.rows[found.fold[found.rows] == one]
+            train = np.flatnonzero(found.fold != one)
+            near[test] = nearest(rows.take(train), rows.seconds[train], rows.take(test))
+            at, others = found.fold[found.rows] == one, found.fold[found.rows] != one
+            # the interval of the other models, as wide as their number allows
+            ends = np.quantile(found.errors[others], residual.QUANTILES)
+            low, high = widened(float(ends[0]), float(ends[1]), len(np.unique(lines[found.rows[others]])))
+            held[test] = (found.errors[at] >= low) & (found.errors[at] <= high)
+        at, seconds = found.rows, rows.seconds[found.rows]
+        predicted = np.maximum(seconds * np.exp(-found.errors), physics.floor[at])
+        yield _rows(
+            "model", device.name, key, seconds, held[at], predictor=predicted, tuned=physics.seconds[at],
+            nearest=near[at], plain=physics.floor[at],
+        )
+
+
+def by_device(folder: Path) -> Iterator[pd.DataFrame]:
+    """The left-out device from its datasheet and from what the fitted devices need over theirs."""
+    found, architectures = {}, {}
+    for name in (*FITTED_ON, LEFT_OUT_DEVICE):
+        device = load_device(name)
+        system = read_system(folder, name.replace("-", "_"), transfer.FAMILIES)
+        found[name], architectures[name] = transfer.sampled(system, device), device.architecture
+    model = transfer.fit_transfer({name: found[name] for name in FITTED_ON}, architectures)
+    device = transfer.bare(load_device(LEFT_OUT_DEVICE))
+    for key, (rows, physics) in found[LEFT_OUT_DEVICE].items():
+        estimate = Predictor(device, key[2], model).price(key[0], key[1], "", rows.columns)
+        held = (estimate.low <= rows.seconds) & (rows.seconds <= estimate.high)
+        siblings = [part for name in FITTED_ON if (part := found[name].get(key)) is not None]
+        near = np.full(len(rows), np.nan)
+        if siblings:  # the last fitted device's table, taken as it is
+            near = nearest(siblings[-1][0], siblings[-1][0].seconds, rows)
+        yield _rows(
+            "device", LEFT_OUT_DEVICE, key, rows.seconds, held, predictor=estimate.seconds, tuned=physics.seconds,
+            nearest=near, plain=physics.floor,
+        )
+
+
+def compare(folder: Path, devices: tuple[str, ...]) -> pd.DataFrame:
+    """One row per held-out measurement and split: every method's |predicted / measured - 1|, whether the 80 % interval
+    held, and what was measured."""
+    parts: list[pd.DataFrame] = []
+    for name in devices:
+        device = load_device(name)
+        system = read_system(folder, name.replace("-", "_"))
+        parts += by_shape(system, device)
+        if name in MODEL_DEVICES:
+            parts += by_model(system, device)
+    if {*FITTED_ON, LEFT_OUT_DEVICE} <= set(devices):
+        parts += by_device(folder)
+    return pd.concat(parts, ignore_index=True)

@@ -47,6 +47,7 @@ def simulate(
     fusion: str = "engine",
     all2all: str = "auto",
     dispatch: str | None = None,
+    combine: str | None = None,
     redundant_experts: int = 0,
     placement: str = "linear",
     experts_backend: str | Mapping[str, str] = "auto",
@@ -88,7 +89,7 @@ def simulate(
     if not isinstance(experts_backend, str):  # by phase or sub-config; the empty key is all others
         experts_backend = ",".join(f"{key}={name}" for key, name in experts_backend.items())
     options = Options(
-        fusion, quant, kv_dtype, routing, all2all, dispatch, redundant_experts, placement, experts_backend,
+        fusion, quant, kv_dtype, routing, all2all, dispatch, combine, redundant_experts, placement, experts_backend,
         shared_expert_tp, external_shared_experts, dual_batch_overlap, mtp_depth, chunk_tokens,
     )
     return run(
@@ -143,9 +144,11 @@ def compare(
     ...                    ttft_s=2, tpot_s=0.05)  # doctest: +SKIP
     >>> found.best["layout"], found.best["tokens_per_s_per_gpu"]  # doctest: +SKIP
     """
+    from dataclasses import replace
+
     from tensorcast.deploy.ask import ask
     from tensorcast.deploy.compare import compare as decide
-    from tensorcast.deploy.parallel import spread
+    from tensorcast.deploy.parallel import note, spread
     from tensorcast.deploy.search import answer
     from tensorcast.profiles import load_engine, load_model
 
@@ -162,7 +165,9 @@ def compare(
             "chunk_tokens": chunk_tokens,
         },
     )  # fmt: skip
-    return decide(questions, spread(answer, questions, jobs, executor))
+    found = decide(questions, spread(answer, questions, jobs, executor))
+    said = note(len(questions), jobs, executor)
+    return replace(found, notes=(*found.notes, said)) if said else found
 
 
 def explain(
@@ -180,11 +185,19 @@ def explain(
     quant: str | None = None,
     kv_dtype: str | None = None,
     routing: str = "uniform",
+    all2all: str = "auto",
+    dispatch: str | None = None,
+    redundant_experts: int = 0,
+    shared_expert_tp: bool = True,
+    external_shared_experts: int = 0,
+    dual_batch_overlap: bool = False,
+    mtp_depth: int = 0,
 ) -> Explanation:
     """Two layouts side by side at the same load: which groups of ops moved and why, and what would help each.
 
     ``batch`` counts sequences per data-parallel rank of ``layout``; ``versus`` gets as many in all. By default it is
     the largest that fits in both. Decode is priced after ``context`` cached tokens, prefill with ``input_len`` new.
+    The choices from ``quant`` to ``mtp_depth`` hold for both, as far as they apply to ``versus``.
 
     >>> import tensorcast as tc
     >>> why = tc.explain("deepseek-v3", device="h200", world_size=32, layout="tp1-dp32-ep32",
@@ -197,7 +210,11 @@ def explain(
     from tensorcast.profiles import load_engine, load_model
 
     pair = parse_layout(layout, world_size), parse_layout(versus, world_size)
-    options = Options(quant=quant, kv_dtype=kv_dtype, routing=routing)
+    options = Options(
+        quant=quant, kv_dtype=kv_dtype, routing=routing, all2all=all2all, dispatch=dispatch,
+        redundant_experts=redundant_experts, shared_expert_tp=shared_expert_tp,
+        external_shared_experts=external_shared_experts, dual_batch_overlap=dual_batch_overlap, mtp_depth=mtp_depth,
+    )  # fmt: skip
     new, past = (1, context) if phase == "decode" else (input_len, 0)
     return run(
         load_model(model), device_profile(device), load_engine(engine), *pair, phase, batch, new, past, options

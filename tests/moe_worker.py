@@ -97,8 +97,12 @@ def cases(world: int) -> Iterator[Case]:
         yield Case((tp, dp, ep), "deepseek_v3", exchange, {}, phase="decode", balanced=True)
     every = (1, world, world)
     for exchange in ("all_to_all", "low_latency"):  # FP8 keeps 3 bits of mantissa
-        yield Case(every, "deepseek_v3", exchange, {"dispatch": "fp8_block"}, bound=0.05)
-        yield Case(every, "deepseek_v3", exchange, {"dispatch": "fp8_block"}, balanced=True)
+        for sent in ({"dispatch": "fp8_block"}, {"combine": "fp8_block"}, {"dispatch": "fp8", "combine": "int8"}):
+            yield Case(every, "deepseek_v3", exchange, sent, bound=0.05)
+            yield Case(every, "deepseek_v3", exchange, sent, balanced=True)
+        narrow = {"dispatch": "nvfp4", "combine": "nvfp4"}  # 1 bit of mantissa, and scales in FP8 that travel too
+        yield Case(every, "deepseek_v3", exchange, narrow, bound=0.25)
+        yield Case(every, "deepseek_v3", exchange, narrow, balanced=True)
     for placement in ("round_robin", "eplb", "uneven"):
         yield Case(every, "deepseek_v3", placement=placement)
     split = (world, 1, world)

@@ -208,6 +208,21 @@ def test_unknown_backends_are_named_with_the_choices(wanted: Any) -> None:
         FusedMoEBase(block_of("mixtral").experts, range(8), backend="auto")
 
 
+@pytest.mark.parametrize(
+    ("wanted", "key"),
+    [
+        ("foo=masked", "foo"),
+        ("prefil=eager,decode=masked", "prefil"),
+        ({"text": "masked"}, "text"),
+        ({"text_config": {"decoding": "masked"}}, "decoding"),
+    ],
+)
+def test_backends_of_nothing_are_refused(wanted: Any, key: str) -> None:
+    line = f"experts backend of '{key}': choose prefill, decode or a sub-config such as text_config"
+    with pytest.raises(InputError, match=f"^{line}$"):
+        choose_backend(wanted, "prefill")
+
+
 def _rounding(part: Tensor, rounded: Tensor) -> float:
     """Root mean square of a quantised operand's error, relative to the operand."""
     return float((rounded - part).norm() / part.norm())

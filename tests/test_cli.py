@@ -79,14 +79,14 @@ def test_every_option_arrives() -> None:
         "simulate", "mixtral-8x7b", "-d", "h200", "-n", "4", "--tp", "2", "--dp", "2", "--ep", "4", "--pp", "1",
         "--phase", "prefill", "-b", "3", "-c", "100", "-i", "512", "-e", "sglang", "--quant", "fp8",
         "--kv-dtype", "fp8", "--routing", "zipf:0.5", "--fusion", "none", "--all2all", "direct",
-        "--dispatch", "bf16", "--json",
+        "--dispatch", "bf16", "--combine", "fp8_block", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     wanted = {
         "device": "h200-sxm", "engine": "sglang", "world_size": 4, "tp": 2, "dp": 2, "ep": 4, "pp": 1,
         "phase": "prefill", "batch_per_dp_rank": 3, "batch_total": 6, "input_len": 512, "context": 100,
         "routing": "zipf:0.5", "fusion": "none", "all2all": "direct", "dispatch_dtype": "bf16",
-        "quantization": "linear=fp8,experts=fp8,kv=fp8",
+        "combine_dtype": "fp8_block", "quantization": "linear=fp8,experts=fp8,kv=fp8",
     }  # fmt: skip
     document = json.loads(result.stdout)
     assert {key: document[key] for key in wanted} == wanted

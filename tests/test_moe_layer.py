@@ -245,6 +245,9 @@ def test_blocks_that_cannot_be_are_refused() -> None:
         ((1, 2, 2), {"backend": "triton"}, "unknown experts backend 'triton'"),
         ((1, 2, 2), {"dispatch": "w4a16"}, "dispatch = 'w4a16': this scheme keeps activations"),
         ((1, 2, 2), {"dispatch": "fp7"}, "fp7"),
+        ((1, 2, 2), {"combine": "mxfp4"}, "combine = 'mxfp4': this scheme keeps activations"),
+        ((1, 2, 2), {"combine": "logfmt10"}, "logfmt10"),
+        ((1, 2, 2), {"backend": "foo=masked"}, "experts backend of 'foo'"),
         ((1, 2, 2), {"scheme": "fp7"}, "fp7"),
     ],
 )

@@ -214,6 +214,25 @@ def test_low_latency_refuses_more_rows_than_its_capacity() -> None:
         TC.low_latency_dispatch(rows, counts, [2], 0, 3, "g")
 
 
+@pytest.mark.parametrize("exchange", ["all_to_all", "low_latency"])
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_block", "int8", "nvfp4"])
+def test_rows_come_back_rounded_once(exchange: Any, scheme: str) -> None:
+    """Each (token, choice) row is quantised on its own before its weight: the sum is that of the rounded rows."""
+    layer, x = MoELayer(block_of("mixtral")), torch.randn(7, 64)
+    plain, rounding = (FusedMoETensorCast(layer.stacked, MoEGroups(), combine=c) for c in ("bf16", scheme))
+    with torch.no_grad():
+        indices, weights = layer.route(x)
+        each = [
+            plain(x, indices[:, [k]], torch.ones(7, 1), exchange=exchange, capacity=7) for k in range(indices.shape[1])
+        ]
+        rounded = [TC.dequantize_activation(TC.quantize_activation(t, scheme), scheme, t.dtype) for t in each]
+        expected = sum(w * t for w, t in zip(weights.T.unsqueeze(-1), rounded, strict=True))
+        found = rounding(x, indices, weights, exchange=exchange, capacity=7)
+        exact = plain(x, indices, weights, exchange=exchange, capacity=7)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert 1e-4 < error(found, exact) < 0.2
+
+
 @pytest.mark.parametrize(("tokens", "split"), [(3, False), (4, True), (9, True)])
 def test_tokens_are_split_over_tp_from_tp_tokens_on(tokens: int, split: bool) -> None:
     calls = trace(block_of("qwen2_moe"), MoEGroups.of(4, 1, 4, 1), tokens, split_tokens_over_tp=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,56 @@ def test_bad_frames_are_one_clear_line() -> None:
         predict_kernels(pd.DataFrame({"family": ["gemm"], "m": [1], "n": [1]}), device="h200")
     empty = predict_kernels(pd.DataFrame({"family": [], "m": []}), device="h200")
     assert len(empty) == 0 and "seconds" in empty
+
+
+GEMM = {"family": "gemm", "dtype": "bf16", "m": 8, "n": 128, "k": 128}
+EXPERTS = {"family": "moe", "num_tokens": 8, "hidden_size": 128, "inter_size": 64, "topk": 2, "num_experts": 64}
+
+
+@pytest.mark.parametrize(("row", "words"), [
+    (GEMM | {"m": 0}, "m 0 in row 1: must be above 0"), (GEMM | {"m": -5}, "m -5 in row 1"),
+    (GEMM | {"k": float("inf")}, "k inf in row 1: must be above 0 and finite"), (GEMM | {"n": "wide"}, "'n' must hold"),
+    (GEMM | {"dtype": "banana"}, "dtype 'banana' in row 1: must be one of bf16"),
+    (EXPERTS | {"topk": 200}, "topk 200 in row 1: more than its experts, 64"),
+    (EXPERTS | {"moe_ep_size": 128}, "moe_ep_size 128 in row 1: more than its experts, 64"),
+    (EXPERTS | {"num_tokens": 0}, "num_tokens 0 in row 1"), (GEMM | {"engine": "nosuchengine"}, "'nosuchengine'"),
+    ({"family": "all_reduce", "ranks": 0, "payload_bytes": 64}, "ranks 0 in row 1"),
+])
+def test_what_no_kernel_can_be_is_one_line(row: dict[str, Any], words: str) -> None:
+    good = (GEMM if row["family"] == "gemm" else EXPERTS if row["family"] == "moe" else row | {"ranks": 8})
+    good = {"engine": "vllm", **good}
+    assert predict_kernels(pd.DataFrame([good]), device="h200").seconds[0] > 0
+    with pytest.raises(InputError, match=re.escape(words)) as refused:
+        predict_kernels(pd.DataFrame([good, good | row]), device="h200")
+    assert "\n" not in str(refused.value)
+
+
+def test_engines_by_alias_and_rows_without_one() -> None:
+    frame = pd.DataFrame([GEMM | {"engine": name} for name in ("sglang", "SGL", None, "any")])
+    found = predict_kernels(frame, device="h200")
+    assert found.seconds[0] == found.seconds[1] > 0 and found.seconds[2] == found.seconds[3] > 0
+
+
+def test_another_variants_kernel_is_not_measured() -> None:
+    frame = pd.DataFrame([GEMM | {"n": 4096, "k": 4096, "variant": name} for name in ("", "nosuchvariant")])
+    found = predict_kernels(frame, device="h200", engine="vllm")
+    assert found.evidence.tolist() == ["measured", "calibrated"]
+
+
+@given(
+    n=st.integers(64, 65536), k=st.integers(64, 65536), dtype=st.sampled_from(["bf16", "fp8", "fp8_block"]),
+    engine=st.sampled_from(["trtllm", "vllm", "sglang"]), m=st.lists(st.integers(1, 80_000), min_size=2, max_size=40),
+)
+@settings(max_examples=60, deadline=None)
+def test_without_own_data_a_larger_gemm_is_never_faster(n: int, k: int, dtype: str, engine: str, m: list[int]) -> None:
+    """What other devices need over the formula knows nothing of this one's tiles."""
+    predictor = predictor_for(load_device("h20"), engine)
+    sizes = np.unique(np.concatenate([m, np.asarray(m) + 1])).astype(float)
+    found = predictor.estimate("gemm", dtype, m=sizes, n=float(n), k=float(k))
+    assert (np.diff(found.seconds) >= -1e-9 * found.seconds[1:]).all()
+    assert (found.low <= found.seconds).all() and (found.seconds <= found.high).all()
+    one = predictor.estimate("gemm", dtype, m=sizes[-1], n=float(n), k=float(k))
+    assert one.seconds[0] == pytest.approx(found.seconds[-1], rel=1e-9)
 
 
 def test_exchange_without_a_phase_is_dispatch_and_combine() -> None:

@@ -275,6 +275,39 @@ def test_a_norm_after_a_small_all_reduce_inside_a_node_is_not_launched() -> None
     assert 0.0 not in launches("eager", 1.0)
 
 
+@pytest.mark.parametrize(("scheme", "bits"), [("fp8", 8), ("fp8_block", 8.25), ("logfmt10", 10.25), ("bf16", 16)])
+def test_results_come_back_in_what_was_asked_for(scheme: str, bits: float) -> None:
+    """Bits of a number, an fp32 scale per 128 included; what is sent out is as before."""
+    plain, combined = deepseek(), deepseek(combine=scheme)
+    for (p, _), (q, _) in zip(*(rows_of(d, 64.0, "all_to_all") for d in (plain, combined)), strict=True):
+        share = bits / 16 if p.row.label == "combine" else 1.0
+        assert q.row.label == p.row.label and float(q.wire_bytes) == pytest.approx(share * float(p.wire_bytes))
+    assert combined.step.price(64.0, 1.0, 4096.0).seconds <= plain.step.price(64.0, 1.0, 4096.0).seconds
+
+
+@pytest.mark.parametrize("all2all", ["high_throughput", "direct", "allgather_reducescatter"])
+def test_results_in_fp8_need_smaller_buffers(all2all: str) -> None:
+    """A byte less for every number that comes back: of 64 tokens' 8 rows, or of all 32 ranks' tokens."""
+    plain, combined = (deepseek(all2all=all2all, combine=c).memory(64, 1, 4096) for c in (None, "fp8"))
+    rows = 64 * (32 if all2all == "allgather_reducescatter" else TOP_K)
+    assert float(plain.communication - combined.communication) == pytest.approx(rows * HIDDEN)
+
+
+def test_combine_in_totals_and_words() -> None:
+    from tensorcast.report.words import numerics
+
+    said = {"device": "h100", "world_size": 2, "dp": 2, "ep": 2, "all2all": "low_latency"}
+    for asked, name in ((None, "bf16"), ("logfmt10", "logfmt10")):
+        totals = tc.simulate("mixtral-8x7b", **said, combine=asked).totals()  # type: ignore[arg-type]
+        assert totals["combine_dtype"] == name
+        assert ("back in logfmt10" in numerics(totals)) == (asked is not None)
+    for wrong, words in (("fp7", "unknown --combine dtype 'fp7'"), ("mxfp4", "unknown --combine dtype 'mxfp4'")):
+        with pytest.raises(InputError, match=words):
+            deepseek(combine=wrong)
+    with pytest.raises(InputError, match="only the low_latency exchange has it, and here it is high_throughput"):
+        deepseek(combine="logfmt10", all2all="high_throughput")
+
+
 def test_mxfp4_experts_hold_and_send_a_rounded_hidden_size() -> None:
     """gpt-oss: 2880 becomes 3072 where the engine's kernels want multiples of 256."""
     model, device, layout = load_model("gpt-oss-120b"), load_device("h200"), parse_layout("dp8-ep8")

@@ -285,7 +285,8 @@ def synthetic(noise: float = 0.0, outliers: int = 0) -> pd.DataFrame:
                 seconds = float(kernel_time(w, TRUTH[w.family], device()).seconds)
                 rows.append({
                     "level": "op", "op": w.kernel or "mm", "family": w.family, "dtype": "bf16", "shape": f"{m}x{n}",
-                    "seconds": seconds * math.exp(generator.normal(0, noise)), "works": works_text([w]), "device": "x",
+                    "seconds": seconds * math.exp(generator.normal(0, noise)), "works": works_text([w]),
+                    "device": "made up",
                 })
     for i in range(outliers):
         rows[5 * i] |= {"seconds": 30.0 * float(str(rows[5 * i]["seconds"]))}

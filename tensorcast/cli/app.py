@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -33,15 +33,41 @@ tensorcast simulate --help"""
 class _Commands(TyperGroup):
     """Bad input: one line on stderr, exit code 2. Ctrl-C: one line, 130. Anything else is a bug: a traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:  # shows --help
+            return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.TyperException as error:
+            _refuse(_usage(error), error.exit_code)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except InputError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(error.exit_code) from None
+            _refuse(str(error), error.exit_code)
+        except typer.TyperException as error:
+            _refuse(_usage(error), error.exit_code)
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
+
+
+def _refuse(message: str, exit_code: int) -> NoReturn:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(exit_code) from None
+
+
+def _usage(error: typer.TyperException) -> str:
+    """What typer found wrong with the arguments, in our words: the option, its value, and what would be right."""
+    context = getattr(error, "ctx", None)
+    hint = f"; see {context.command_path} --help" if context is not None else ""
+    found = getattr(error.__cause__, "errors", None)  # pydantic's, where a value is of the wrong kind or size
+    names = getattr(getattr(error, "param", None), "opts", None)
+    if found is None or not names:
+        return f"{error.format_message().rstrip('.')}{hint}"
+    first = found()[0]
+    return f"{names[0]} {first['input']!r}: {first['msg'].partition(',')[0].replace('Input should', 'must')}{hint}"
 
 
 app = typer.Typer(
@@ -104,8 +130,11 @@ def console(stderr: bool = False) -> Console:
 
 
 @contextlib.contextmanager
-def patience(model: str) -> Iterator[None]:
-    """On a terminal, say what takes so long once it has taken :data:`PATIENCE_S`; elsewhere be silent."""
+def patience(model: str, verb: str = "simulating") -> Iterator[None]:
+    """On a terminal, say what takes so long once it has taken :data:`PATIENCE_S`; elsewhere be silent.
+
+    ``verb`` is what is done to ``model`` while nothing more special is under way.
+    """
     if not sys.stderr.isatty():
         yield
         return
@@ -122,7 +151,7 @@ def patience(model: str) -> Iterator[None]:
         with Progress(*columns, console=console(stderr=True), transient=True) as progress:
             task = progress.add_task("")
             while not done.wait(0.1):
-                progress.update(task, description=_doing(model))
+                progress.update(task, description=_doing(model, verb))
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()
@@ -133,10 +162,19 @@ def patience(model: str) -> Iterator[None]:
         thread.join()
 
 
-def _doing(model: str) -> str:
-    """What is under way, by what has been loaded for it."""
-    if "tensorcast.trace.tracer" in sys.modules:
+def _doing(model: str, verb: str) -> str:
+    """What is under way, by the modules whose functions the main thread is in."""
+    import threading
+
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    running = set()
+    while frame is not None:
+        running.add(str(frame.f_globals.get("__name__", "")))
+        frame = frame.f_back
+    if "tensorcast.trace.tracer" in running:
         return f"tracing {model}, once: later runs read it from the cache"
-    if "tensorcast.validate.host" in sys.modules:
+    if "tensorcast.validate.host" in running:
         return "measuring this machine, once"
-    return f"simulating {model}"
+    if any(name.startswith("tensorcast.report.") for name in running):
+        return "writing the report"
+    return f"{verb} {model}"

@@ -34,9 +34,10 @@ def calibrate(
         "--device", "-d", show_default=False,
         help="Profile to calibrate: name or file; cpu is this machine.  [dim]\\[default, from tables: all][/dim]",
     )] = None,
-    engine: Annotated[str, typer.Option(
-        "--engine", "-e", metavar="NAME", help="Whose kernels a validate run measured.",
-    )] = "eager",
+    engine: Annotated[str | None, typer.Option(
+        "--engine", "-e", metavar="NAME", show_default=False,
+        help="Whose kernels a validate run measured.  [dim]\\[default: eager][/dim]",
+    )] = None,
     write: Annotated[Path | None, typer.Option(
         "--write", "-w", metavar="PATH", show_default=False, rich_help_panel=OUTPUT,
         help="From a validate run: the profile to write; what is written by hand in one that is there stays. From "
@@ -46,12 +47,18 @@ def calibrate(
 ) -> None:
     """Fit kernel times to measured ones; a fit that is worse than what stands is refused."""
     if origin == "silicon" or Path(origin).is_dir():
-        _from_tables(None if origin == "silicon" else Path(origin), device, write or Path("profiles"))
+        if engine is not None or as_json:
+            flag = "--engine" if engine is not None else "--json"
+            raise InputError(f"{flag}: for a validate run only; tables name their engines, and the fit is written")
+        if write is None:
+            raise InputError("--write is missing: the folder of profiles to change (devices/ and calibration/ in it)")
+        _from_tables(None if origin == "silicon" else Path(origin), device, write)
         return
     from tensorcast.api import device_profile
+    from tensorcast.profiles import load_engine
     from tensorcast.profiles.store import device_path
     from tensorcast.report import units
-    from tensorcast.report.files import check_directory
+    from tensorcast.report.files import check_file, writing
     from tensorcast.report.rows import to_json
     from tensorcast.validate import calibrate as fold
     from tensorcast.validate.compare import median_error
@@ -60,11 +67,12 @@ def calibrate(
     if device is None:
         raise InputError("--device is missing: name the device that was measured")
     if write is not None:
-        check_directory(write.parent)
-    frame, profile = read_table(Path(origin)), device_profile(device)
+        check_file("--write", write)
+    frame, profile, engine = read_table(Path(origin)), device_profile(device), load_engine(engine or "eager").name
     found, fits = fold.calibrate(profile, frame, engine)
     if write is not None:
-        fold.write_profile(write, found, None if device.lower() == "cpu" else device_path(device))
+        with writing("--write", write):
+            fold.write_profile(write, found, None if device.lower() == "cpu" else device_path(device))
     before, after = (median_error(fold.left_out_errors(frame, d, engine).error) for d in (profile, found))
     if as_json:
         told = {"written": str(write) if write else None, "error_before": before, "error_after": after}
@@ -80,9 +88,13 @@ def calibrate(
 
 def _from_tables(folder: Path | None, device: str | None, profiles: Path) -> None:
     """Constants and kernel models from measured tables, None: the installed ones, into a folder of profiles."""
+    from tensorcast.profiles.store import load_device
     from tensorcast.validate.measured import installed_tables
     from tensorcast.validate.silicon import calibrate as from_tables
 
     if not (profiles / "devices").is_dir():
         raise InputError(f"--write {profiles}: no folder devices/ of profiles in it")
-    from_tables(folder or installed_tables(), profiles, (device,) if device else ())
+    folder = folder or installed_tables()
+    if device and not (profiles / "devices" / f"{device}.yaml").is_file():
+        device = load_device(device).name
+    from_tables(folder, profiles, (device,) if device else ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -139,29 +140,38 @@ def compare(
     top: Annotated[int, typer.Option("--top", min=0, help="Layouts to list.", rich_help_panel=OUTPUT)] = 12,
     out: Annotated[Path | None, typer.Option(
         "--out", metavar="DIR", show_default=False, rich_help_panel=OUTPUT,
-        help="Also write report.html, candidates.parquet and .csv, summary.json and figures there.",
+        help="Also write report.html, its figures, candidates.parquet and .csv, summary.json and what starts the best "
+        "layout (launch-ENGINE.sh) there.",
     )] = None,
     as_json: AsJson = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes.", rich_help_panel=OUTPUT)] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes.", rich_help_panel=SEARCH)] = 1,
     executor: Annotated[str | None, typer.Option(
         "--executor", metavar="dask:ADDRESS", help="Spread devices and sizes over a Dask cluster.", show_default=False,
-        rich_help_panel=OUTPUT,
+        rich_help_panel=SEARCH,
     )] = None,
 ) -> None:
     """Compare every legal layout of MODEL for a load and its limits: the best, why, and what comes close."""
     from tensorcast.api import compare as run_comparison
+    from tensorcast.api import device_profile
 
     if out is not None:
         from tensorcast.report.files import check_directory
 
         check_directory(out)  # before the work, not after
-    with patience(model):
+    if request_rate is not None and objective != "gpus":
+        raise InputError(f"--request-rate {request_rate:g}: is for --objective gpus, and the objective is {objective}")
+    prices, devices = _prices(price), _listed("--device", device)
+    asked = {device_profile(name).name for name in devices}
+    for name in prices:
+        if device_profile(name).name not in asked:
+            raise InputError(f"--price {name}={prices[name]:g}: {name} is not one of --device {device}")
+    with patience(model, "comparing layouts of"):
         found = run_comparison(
-            model, device=_names(device), world_size=_numbers("--world-size", world_size), input_len=input_len,
+            model, device=devices, world_size=_numbers("--world-size", world_size), input_len=input_len,
             output_len=output_len, ttft_s=duration("--ttft", ttft), tpot_s=duration("--tpot", tpot),
-            objective=objective, engine=engine, layouts=read_layouts(layouts) if layouts else None, forms=_names(form),
-            request_rate=request_rate, prices=_prices(price), prefix_cached=prefix_cached, quant=quant,
-            routing=routing, placement=placement, kv_dtype=_names(kv_dtype) or None,
+            objective=objective, engine=engine, layouts=read_layouts(layouts) if layouts else None,
+            forms=_listed("--form", form), request_rate=request_rate, prices=prices, prefix_cached=prefix_cached,
+            quant=quant, routing=routing, placement=placement, kv_dtype=_names(kv_dtype) or None,
             mtp_depth=_numbers("--mtp", mtp) if mtp else None, mtp_acceptance=mtp_acceptance,
             all2all=_names(all2all) or None, dispatch=_names(dispatch) or None,
             chunk_tokens=_numbers("--chunk-tokens", chunk_tokens) if chunk_tokens else None, full=full,
@@ -193,7 +203,7 @@ def duration(flag: str, text: str | None) -> float | None:
     if text is None:
         return None
     found = re.fullmatch(r"\s*(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*(us|ms|s|min|)\s*", text)
-    if not found or float(found[1]) <= 0:
+    if not found or not 0 < float(found[1]) < math.inf:
         raise InputError(f"{flag} {text!r}: must be a time, such as 2s, 500ms or 0.05 (seconds)")
     return float(found[1]) * _UNITS[found[2]]
 
@@ -202,9 +212,16 @@ def _names(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
+def _listed(flag: str, text: str) -> list[str]:
+    found = list(dict.fromkeys(_names(text)))
+    if not found:
+        raise InputError(f"{flag} {text!r}: must be one name or several with commas between")
+    return found
+
+
 def _numbers(flag: str, text: str) -> list[int]:
     try:
-        found = [int(part) for part in _names(text)]
+        found = list(dict.fromkeys(int(part) for part in _names(text)))
     except ValueError:
         found = []
     if not found:
@@ -220,14 +237,16 @@ def _prices(text: str | None) -> dict[str, float]:
             prices[name] = float(value)
         except ValueError:
             raise InputError(f"--price {part!r}: must be DEVICE=USD per GPU hour, as in H200=2.5") from None
-        if not prices[name] > 0:
-            raise InputError(f"--price {part!r}: must be more than 0")
+        if not 0 < prices[name] < math.inf:
+            raise InputError(f"--price {part!r}: must be more than 0 US dollars")
     return prices
 
 
 def read_layouts(path: Path) -> list[str]:
     """Layouts of a YAML file: a list (or ``layouts:`` with one) of words such as ``tp8-ep8`` or of sizes by name."""
     import yaml
+
+    from tensorcast.deploy.layout import parse_layout
 
     try:
         document: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -238,4 +257,12 @@ def read_layouts(path: Path) -> list[str]:
     listed = document.get("layouts") if isinstance(document, dict) else document
     if not isinstance(listed, list) or not listed:
         raise InputError(f"--layouts {path}: must be a list of layouts, such as [tp8, tp8-ep8]")
-    return ["-".join(f"{k}{v}" for k, v in one.items()) if isinstance(one, dict) else str(one) for one in listed]
+    words = ["-".join(f"{k}{v}" for k, v in one.items()) if isinstance(one, dict) else str(one) for one in listed]
+    for word in words:
+        try:
+            sizes = parse_layout(word)
+        except InputError as reason:
+            raise InputError(f"--layouts {path}: {reason}") from None
+        if min(sizes.tp, sizes.dp, sizes.ep, sizes.pp) < 1:
+            raise InputError(f"--layouts {path}: layout {word!r}: sizes must be at least 1")
+    return words

@@ -20,7 +20,12 @@ tensorcast explain deepseek-v3 -d h200 -n 32 --layout dp32-ep32 --versus tp8-dp4
 
 [dim]Prompts of 8192 tokens: experts whole, or cut?[/dim]
 
-tensorcast explain qwen3-235b-a22b -d h100 -n 8 --layout tp8-ep8 --versus tp8 --phase prefill -b 1 -i 8192"""
+tensorcast explain qwen3-235b-a22b -d h100 -n 8 --layout tp8-ep8 --versus tp8 --phase prefill -b 1 -i 8192
+
+[dim]A comparison's winner, with the options that it was priced with[/dim]
+
+tensorcast explain deepseek-v3 -d h200 -n 32 -e sglang -l dp32-ep32 -v tp8-dp4-ep32 --all2all low_latency \\
+--dual-batch-overlap --dispatch bf16"""
 
 
 @app.command(epilog=EXAMPLES)
@@ -74,6 +79,32 @@ def explain(
     routing: Annotated[str, typer.Option(
         "--routing", metavar="LAW", help="balanced, uniform, zipf:S, or a CSV.", rich_help_panel=CHOICES,
     )] = "uniform",
+    all2all: Annotated[str, typer.Option(
+        "--all2all", metavar="KIND", rich_help_panel=CHOICES,
+        help="As in simulate; this and what follows holds for B as far as it applies to it.",
+    )] = "auto",
+    dispatch: Annotated[str | None, typer.Option(
+        "--dispatch", metavar="SCHEME", show_default=False, rich_help_panel=CHOICES,
+        help="What tokens are sent in.  [dim]\\[default: as the experts read them][/dim]",
+    )] = None,
+    redundant_experts: Annotated[int, typer.Option(
+        "--redundant-experts", min=0, help="Copies of experts in each MoE layer.", rich_help_panel=CHOICES,
+    )] = 0,
+    shared_expert_tp: Annotated[bool, typer.Option(
+        "--shared-expert-tp/--no-shared-expert-tp", rich_help_panel=CHOICES,
+        help="Cut shared experts over tp, or keep them whole on every GPU.",
+    )] = True,
+    external_shared_experts: Annotated[int, typer.Option(
+        "--external-shared-experts", min=0, rich_help_panel=CHOICES,
+        help="Expert-parallel groups that hold only the shared expert.",
+    )] = 0,
+    dual_batch_overlap: Annotated[bool, typer.Option(
+        "--dual-batch-overlap", help="Two half batches, one computing while the other exchanges tokens.",
+        rich_help_panel=CHOICES,
+    )] = False,
+    mtp_depth: Annotated[int, typer.Option(
+        "--mtp-depth", min=0, help="Tokens drafted per sequence and step.", rich_help_panel=CHOICES,
+    )] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Explain why layout A of MODEL is faster or slower than B, and what would help each."""
@@ -81,10 +112,13 @@ def explain(
 
     if output_len is not None:
         context = input_len + output_len // 2
-    with patience(model):
+    with patience(model, "explaining two layouts of"):
         why = run_explanation(
             model, device=device, world_size=world_size, layout=layout, versus=versus, phase=phase, batch=batch,
             context=context, input_len=input_len, engine=engine, quant=quant, kv_dtype=kv_dtype, routing=routing,
+            all2all=all2all, dispatch=dispatch, redundant_experts=redundant_experts, shared_expert_tp=shared_expert_tp,
+            external_shared_experts=external_shared_experts, dual_batch_overlap=dual_batch_overlap,
+            mtp_depth=mtp_depth,
         )
     if as_json:
         from tensorcast.report.explain_terminal import explanation_record

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, app
 from tensorcast.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -106,6 +103,8 @@ def launch(
     from tensorcast.report.launch import launch as write
     from tensorcast.report.launch import model_facts, script
 
+    if role not in (None, "prefill", "decode"):
+        raise InputError(f"--role {role!r}: must be prefill or decode")
     if all2all not in ALL2ALL:
         raise InputError(f"--all2all {all2all!r}: choose one of {', '.join(ALL2ALL)}")
     profile, chosen = load_model(model), parse_layout(layout, world_size)

@@ -7,28 +7,43 @@ from typing import Annotated, Any
 
 import typer
 
-from tensorcast.cli.app import OUTPUT, AsJson, app, console
+from tensorcast.cli.app import OUTPUT, AsJson, app, console, patience
 from tensorcast.errors import InputError
 
+EXAMPLES = """[bold]Examples[/bold]
 
-@app.command(epilog="Columns, aliases and defaults: tensorcast predict --columns")
+[dim]A table with columns model, device, tp, ep, isl, osl, concurrency: printed, or written beside its own columns[/dim]
+
+tensorcast predict runs.csv
+
+tensorcast predict runs.csv --out predictions.csv
+
+[dim]With measured columns: the errors, as a page[/dim]
+
+tensorcast predict runs.csv --report errors.md
+
+[dim]All columns, their other names and defaults[/dim]
+
+tensorcast predict --columns"""
+
+
+@app.command(epilog=EXAMPLES)
 def predict(
     runs: Annotated[Path | None, typer.Argument(help="CSV with one deployment per row.", show_default=False)] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="CSV to write: the rows with predictions.", rich_help_panel=OUTPUT)
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option("--report", help="Markdown of the errors, a figure beside it.", rich_help_panel=OUTPUT),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(
+        "--out", metavar="FILE", help="CSV to write: the rows with predictions.", rich_help_panel=OUTPUT,
+    )] = None,
+    report: Annotated[Path | None, typer.Option(
+        "--report", metavar="FILE", help="Markdown of the errors, a figure beside it.", rich_help_panel=OUTPUT,
+    )] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes.")] = 1,
     columns: Annotated[bool, typer.Option("--columns", help="List the columns that are read, and leave.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict TTFT, TPOT and throughput of every deployment in a table; score them where they were measured.
 
-    Measured columns are ``measured_ttft_s``, ``measured_tpot_s``, ``measured_output_tokens_per_s``. Rows that cannot be
-    predicted stay and say why in the column ``problem``.
+    Measured columns are measured_ttft_s, measured_tpot_s and measured_output_tokens_per_s. Rows that cannot be
+    predicted stay and say why in the column problem.
     """
     if columns:
         _list_columns(as_json)
@@ -37,21 +52,29 @@ def predict(
         raise InputError("predict needs a table: tensorcast predict runs.csv --out predictions.csv")
     from tensorcast.deploy.predict import predict_file
     from tensorcast.deploy.score import summarise
+    from tensorcast.report.files import check_file, writing
     from tensorcast.report.rows import to_json
     from tensorcast.report.serving import print_summary, write_serving_report
     from tensorcast.trace.cache import write_atomically
 
-    for path in (out, report):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"{path}: no such directory: {path.absolute().parent}")
-    table = predict_file(runs, jobs)
-    summary = summarise(table)
-    if out is not None:
-        write_atomically(out, table.to_csv(index=False, lineterminator="\n").encode())
-        if summary["errors"]:
-            write_atomically(out.with_suffix(".errors.json"), (to_json(summary, indent=2) + "\n").encode())
-    if report is not None:
-        write_serving_report(table, summary, report)
+    for flag, path in (("--out", out), ("--report", report)):
+        if path is not None:
+            check_file(flag, path)
+            if path.exists() and runs.exists() and path.samefile(runs):
+                raise InputError(f"{flag} {path}: is the table itself; give another name")
+    with patience(str(runs), "predicting"):
+        table = predict_file(runs, jobs)
+        if not len(table):
+            raise InputError(f"{runs}: no rows under its columns, nothing to predict")
+        summary = summarise(table)
+        if out is not None:
+            with writing("--out", out):
+                write_atomically(out, table.to_csv(index=False, lineterminator="\n").encode())
+                if summary["errors"]:
+                    write_atomically(out.with_suffix(".errors.json"), (to_json(summary, indent=2) + "\n").encode())
+        if report is not None:
+            with writing("--report", report):
+                write_serving_report(table, summary, report)
     if as_json:
         document: dict[str, Any] = {"summary": summary}
         if out is None:

@@ -77,8 +77,8 @@ def simulate(
     )] = "vllm",
     quant: Annotated[str | None, typer.Option(
         "--quant", metavar="SCHEME",
-        help="Weights: bf16, fp8, fp8_block, int8, w4a16, mxfp4 or nvfp4, or apart as linear=bf16,experts=mxfp4.  "
-        "[dim]\\[default: as the model ships][/dim]",
+        help="Weights: bf16, fp8, fp8_block, int8, w4a16, w4a16_g32, mxfp4 or nvfp4, or apart as "
+        "linear=bf16,experts=mxfp4.  [dim]\\[default: as the model ships][/dim]",
         show_default=False, rich_help_panel=CHOICES,
     )] = None,
     kv_dtype: Annotated[str | None, typer.Option(
@@ -102,6 +102,11 @@ def simulate(
     dispatch: Annotated[str | None, typer.Option(
         "--dispatch", metavar="SCHEME",
         help="What tokens are sent in, such as bf16 or fp8_block.  [dim]\\[default: as the experts read them][/dim]",
+        show_default=False, rich_help_panel=CHOICES,
+    )] = None,
+    combine: Annotated[str | None, typer.Option(
+        "--combine", metavar="SCHEME",
+        help="What results come back in, such as fp8_block, or logfmt10 at low_latency.  [dim]\\[default: bf16][/dim]",
         show_default=False, rich_help_panel=CHOICES,
     )] = None,
     redundant_experts: Annotated[int, typer.Option(
@@ -160,7 +165,7 @@ def simulate(
         run = run_simulation(
             model, device=device, world_size=world_size, tp=tp, dp=dp, ep=ep, pp=pp, phase=phase, batch=batch,
             input_len=input_len, context=context, engine=engine, quant=quant, kv_dtype=kv_dtype, routing=routing,
-            fusion=fusion, all2all=all2all, dispatch=dispatch, redundant_experts=redundant_experts,
+            fusion=fusion, all2all=all2all, dispatch=dispatch, combine=combine, redundant_experts=redundant_experts,
             placement=placement, experts_backend=experts_backend, shared_expert_tp=shared_expert_tp,
             external_shared_experts=external_shared_experts, dual_batch_overlap=dual_batch_overlap,
             mtp_depth=mtp_depth, chunk_tokens=chunk_tokens, allow_oversize=allow_oversize,

@@ -106,7 +106,7 @@ def validate(
     from tensorcast.profiles import load_engine, load_model
     from tensorcast.report.files import check_directory
     from tensorcast.report.rows import to_json
-    from tensorcast.report.validation import finding, write_validation
+    from tensorcast.report.validation import headline, write_validation
     from tensorcast.validate.calibrate import write_profile
     from tensorcast.validate.record import write_table
     from tensorcast.validate.run import Request, summary
@@ -136,7 +136,8 @@ def validate(
         told = {**summary(result), "notes": list(result.notes), "environment": result.environment}
         typer.echo(to_json(told, indent=2))
         return
-    typer.echo(f"{result.title}: {finding(result)}.")
+    first, *rest = headline(result)
+    typer.echo("\n".join([f"{result.title}: {first}", *rest]))
     for note in result.notes:
         typer.echo(note)
     if written:

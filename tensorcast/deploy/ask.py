@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from tensorcast.cost.routing import Routing
+from tensorcast.deploy.blocks import has_shared
 from tensorcast.deploy.compare import OBJECTIVES
 from tensorcast.deploy.layout import Layout, parse_layout
-from tensorcast.deploy.options import Options
+from tensorcast.deploy.options import Options, check_options, option_facts
+from tensorcast.deploy.runnable import one_exchange
 from tensorcast.deploy.search import FORMS, Question
 from tensorcast.deploy.serving import Load
 from tensorcast.deploy.space import FULL, Axes
+from tensorcast.deploy.tables import traced_table
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
@@ -41,6 +44,11 @@ def ask(
             raise InputError(f"{name} {value}: must be more than 0")
     if objective == "gpus" and request_rate is None:
         raise InputError("--objective gpus: say for how many requests per second, with --request-rate")
+    if objective != "gpus" and request_rate is not None:
+        raise InputError(f"--request-rate {request_rate:g}: says how much to plan for, with --objective gpus alone")
+    names = [device.name for device in devices]
+    if strange := [name for name in prices or {} if name not in names]:
+        raise InputError(f"--price {strange[0]}: is not among the devices compared ({', '.join(names)})")
     if wrong := [size for size in world_sizes if size < 1]:
         raise InputError(f"--world-size {wrong[0]}: must be at least 1")
     for device in devices:
@@ -53,6 +61,8 @@ def ask(
     load = Load(input_len, output_len, 1, prefix_cached, mtp_acceptance)
     given = {name: tuple(values) for name, values in (searched or {}).items() if values}
     axes = replace(FULL if full else Axes(), **given)
+    if runnable_only and one_exchange(engine.name):
+        axes = axes.for_one_exchange()
     wanted = tuple(parse_layout(text) for text in layouts or ())
     for layout in wanted:
         if not any(size % layout.world_size == 0 for size in world_sizes):
@@ -61,6 +71,7 @@ def ask(
                 f"layout {layout} takes {layout.world_size} GPUs, which does not divide --world-size {sizes}"
             )
     base = Options(quant=quant, routing=routing, placement=placement)
+    _applies(model, base, given)
     return [
         Question(
             model, device, engine, size, load, ttft_s, tpot_s, objective, axes, base, _of(wanted, size), tuple(forms),
@@ -69,6 +80,19 @@ def ask(
         for device in devices
         for size in world_sizes
     ]
+
+
+def _applies(model: ModelProfile, base: Options, given: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise :class:`InputError` where the model has nothing that an option asked for is about."""
+    table = traced_table(model, "decode")
+    facts = option_facts(table.facts, has_shared(table), model.config)
+    depths = given.get("mtp_depth", (0,))
+    if max(depths) > 0 and not facts["mtp_modules"]:
+        said = ",".join(map(str, depths))
+        raise InputError(f"--mtp {said}: the config of {model.name} has no multi-token prediction module to draft with")
+    exchange = next((kind for kind in given.get("exchange", ()) if kind != "auto"), "auto")
+    dispatch = next((scheme for scheme in given.get("dispatch", ()) if scheme), None)
+    check_options(replace(base, all2all=exchange, dispatch=dispatch), Layout(1), facts, "none")
 
 
 def _of(layouts: tuple[Layout, ...], size: int) -> tuple[Layout, ...]:

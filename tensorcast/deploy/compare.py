@@ -180,13 +180,19 @@ def _closest(comparison: Comparison) -> str:
     asked = {"ttft": ttft, "tpot": tpot}
     ratios = np.array([frame[f"{name}_s"] / limit for name, limit in asked.items() if limit is not None])
     worst = ratios.max(axis=0) if len(ratios) else np.ones(len(frame))
-    row = frame.iloc[int(np.argmin(worst))]
+    # of those within these limits, or all as close to them, the one on fewest GPUs
+    row = frame.iloc[int(np.lexsort((frame["gpus"], np.maximum(worst, 1.0)))[0])]
     alone = [name for name, limit in asked.items() if limit is not None and frame[f"{name}_s"].min() > limit]
     binding = alone or ([str(row["limit"])] if row["limit"] else ["gpus"])
     where = f"{row['gpus']} {row['device']} as {row['layout']} ({row['form']}, {row['batch']:g} sequences per rank)"
+    words = _limits(asked)
+    if comparison.objective == "gpus":
+        rate, most = comparison.questions[0].request_rate, max(q.gpus for q in comparison.questions)
+        words = " and ".join([*([words] if len(ratios) else []), f"{rate:g} requests/s on {most} GPUs"])
+    names = " and ".join("GPUs" if name == "gpus" else name.upper() for name in binding)
     return (
-        f"no layout meets {_limits(asked)}: the limit on {' and '.join(b.upper() for b in binding)} binds; the "
-        f"closest, {where}, has a TTFT of {_seconds(row['ttft_s'])} and a TPOT of {_seconds(row['tpot_s'])}"
+        f"no layout meets {words}: the limit on {names} binds; the closest, {where}, has a TTFT of "
+        f"{_seconds(row['ttft_s'])} and a TPOT of {_seconds(row['tpot_s'])}"
     )
 
 
@@ -217,9 +223,12 @@ def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]
     modules = option_facts(table.facts, False, first.model.config)["mtp_modules"]
     if modules and first.axes.mtp_depth == (0,):
         found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")
-    elif max(first.axes.mtp_depth) > 0:
+    elif modules and max(first.axes.mtp_depth) > 0:
         found.append(f"drafted tokens are accepted with a chance of {first.load.mtp_acceptance:g} each: an assumption")
-    spread = {"balanced": "tokens fall evenly on experts", "uniform": "tokens pick experts at random, none more popular"}
+    spread = {
+        "balanced": "tokens fall evenly on experts",
+        "uniform": "tokens pick experts at random, none more popular",
+    }
     if table.facts["num_experts"] and first.base.routing in spread:
         found.append(f"{spread[first.base.routing]}; --routing zipf:0.6 shows what skew costs")
     if "disaggregated" in first.forms:

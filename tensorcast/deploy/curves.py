@@ -152,12 +152,12 @@ def evidence_shares(price: StepPrice) -> dict[str, Any]:
 
 
 def expert_seconds(price: StepPrice) -> Any:
-    """Seconds of the rows that work on the tokens of all data-parallel ranks: experts, dispatch and combine."""
+    """Seconds that the tokens of all data-parallel ranks take: experts, dispatch and combine, less what overlaps."""
 
     def of_all_ranks(row: Row) -> bool:
         return row.group in ("dp", "ep") if isinstance(row, Collective) else row.stage in EXPERT_STAGES
 
-    return _sum(price, of_all_ranks)
+    return _sum(price, of_all_ranks) - price.hidden_s
 
 
 def _sum(price: StepPrice, wanted: Any, evidence: str | None = None) -> Any:

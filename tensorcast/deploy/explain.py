@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tensorcast.deploy.blocks import EXPERT_STAGES, blocks_of, is_shared
@@ -90,12 +90,14 @@ def explain(
 ) -> Explanation:
     """Price both layouts at one load: ``batch`` sequences per dp rank of ``layout``, as many in all of ``versus``.
 
-    ``batch=None``: the most that fit in both. Raises :class:`InputError` where a layout is illegal or the batch does
+    ``batch=None``: the most that fit in both. ``options`` are those of ``layout``; ``versus`` has what applies to it
+    (:func:`applicable`). Raises :class:`InputError` where a layout is illegal or the batch does
     not fit.
     """
     if layout == versus:
         raise InputError(f"--versus {versus}: is the layout itself; name another one")
-    made = [deploy(model, device, engine, one, phase, options) for one in (layout, versus)]
+    chosen = ((layout, options), (versus, applicable(options, versus)))
+    made = [deploy(model, device, engine, one, phase, own) for one, own in chosen]
     most = [one.largest_batch(new, past) for one in made]
     for one, largest in zip(made, most, strict=True):
         if not largest:
@@ -115,6 +117,13 @@ def explain(
         sides.append(Side(one, share, one.step.price(share, float(new), float(past)), largest))
     a, b = sides
     return Explanation(a, b, phase, new, past, _groups(a, b), _elasticities(a, b, new, past))
+
+
+def applicable(options: Options, layout: Layout) -> Options:
+    """``options`` without those that ``layout`` has no use for: an exchange, its overlap, copies of experts."""
+    if layout.dp == 1 or layout.ep == 1 or layout.etp > 1:
+        options = replace(options, all2all="auto", external_shared_experts=0, dual_batch_overlap=False)
+    return replace(options, redundant_experts=options.redundant_experts if layout.ep > 1 else 0)
 
 
 def group_of(row: Row, blocks: dict[int, str], price_family: str) -> str:

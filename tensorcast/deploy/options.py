@@ -17,7 +17,8 @@ EXCHANGES = ("high_throughput", "low_latency", "direct")
 class Options:
     """Precision, kernels, exchange and expert placement; ``None`` and ``auto`` are what model and engine default to.
 
-    ``shared_expert_tp``: shared experts are cut over tp (else every tp rank holds them whole).
+    ``dispatch``, ``combine``: schemes that tokens travel to their experts and back in. ``shared_expert_tp``: shared
+    experts are cut over tp (else every tp rank holds them whole).
     ``external_shared_experts``: expert-parallel ranks that hold only the shared expert. ``dual_batch_overlap``: two
     half batches, one computing while the other communicates. ``mtp_depth``: tokens drafted per sequence and step.
     ``chunk_tokens``: tokens that pass the experts at a time (0: all).
@@ -29,6 +30,7 @@ class Options:
     routing: str = "balanced"
     all2all: str = "auto"
     dispatch: str | None = None
+    combine: str | None = None
     redundant_experts: int = 0
     placement: str = "linear"
     experts_backend: str = "auto"
@@ -57,13 +59,22 @@ def _numbers(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) ->
 
 
 def _experts(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
-    asked = o.redundant_experts or o.placement != "linear" or o.experts_backend != "auto" or o.chunk_tokens
-    if facts["num_experts"] or not (asked or o.external_shared_experts or o.dual_batch_overlap):
+    asked = {
+        "--routing": o.routing not in ("balanced", "uniform"),  # the defaults, of a step and of a comparison
+        "--all2all": o.all2all != "auto",
+        "--dispatch": o.dispatch is not None,
+        "--combine": o.combine is not None,
+        "--redundant-experts": o.redundant_experts > 0,
+        "--placement": o.placement != "linear",
+        "--experts-backend": o.experts_backend != "auto",
+        "--chunk-tokens": o.chunk_tokens > 0,
+        "--external-shared-experts": o.external_shared_experts > 0,
+        "--dual-batch-overlap": o.dual_batch_overlap,
+    }
+    flags = [flag for flag, given in asked.items() if given]
+    if facts["num_experts"] or not flags:
         return ""
-    return (
-        "the model has no experts: --redundant-experts, --placement, --experts-backend, --chunk-tokens, "
-        "--external-shared-experts and --dual-batch-overlap do not apply"
-    )
+    return f"the model has no experts: {' and '.join(flags)} {'does' if len(flags) == 1 else 'do'} not apply"
 
 
 def _external(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:

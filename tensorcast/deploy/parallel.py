@@ -36,6 +36,14 @@ def spread(
         return list(pool.map(work, tasks))
 
 
+def note(questions: int, jobs: int = 1, executor: str | None = None) -> str:
+    """What to say where there is nothing to spread; empty where there is."""
+    if questions > 1 or (jobs == 1 and executor is None):
+        return ""
+    asked = f"--executor {executor}" if executor is not None else f"--jobs {jobs}"
+    return f"{asked} spreads devices and sizes: one of each is one question, answered in one process"
+
+
 def _on_dask(work: Callable[[Task], Result], tasks: Sequence[Task], executor: str) -> list[Result]:
     kind, _, address = executor.partition(":")
     if kind != "dask" or not address:

@@ -57,6 +57,7 @@ class Plan:
     all2all: str
     dispatch: Scheme
     backend: str = "grouped_mm"
+    combine: Scheme = SCHEMES["bf16"]
 
 
 def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any) -> str:
@@ -74,6 +75,23 @@ def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: An
             f"got ep = {layout.ep}"
         )
     return wanted
+
+
+COMBINES = {
+    **{name: scheme for name, scheme in SCHEMES.items() if name == "bf16" or scheme.quantizes_activation},
+    "logfmt10": Scheme("logfmt10", 2.0, 10 / 8 + 4 / 128),
+}
+"""What results can travel back in. ``logfmt10``: ten bits a number and four bytes per 128, only in DeepEP's low-latency
+kernels (bytes as github.com/deepseek-ai/DeepEP counts them, tests/legacy/test_low_latency.py)."""
+
+
+def choose_combine(wanted: str | None, all2all: str) -> Scheme:
+    """The scheme that results travel back in: the wanted one, else bf16, as DeepEP does."""
+    if wanted is not None and wanted not in COMBINES:
+        raise unknown_name("--combine dtype", wanted, COMBINES)
+    if wanted == "logfmt10" and all2all != "low_latency":
+        raise InputError(f"--combine logfmt10: only the low_latency exchange has it, and here it is {all2all}")
+    return COMBINES[wanted or "bf16"]
 
 
 BACKEND_OF = {"high_throughput": "contiguous", "low_latency": "masked"}
@@ -99,7 +117,10 @@ def choose_experts_backend(
 def make_plan(
     table: OpTable, layout: Layout, device: DeviceProfile, engine: EngineProfile, options: Options = Options()
 ) -> Plan:
-    """The rows of one rank, by ``options``' exchange, dispatch dtype (default the experts' own if FP8) and backend."""
+    """The rows of one rank, by ``options``' exchange, its dtypes and the backend.
+
+    Tokens are sent as the experts read them if these quantise them, and come back in bf16, unless said otherwise.
+    """
     chosen, dispatch = choose_all2all(options.all2all, layout, engine, table.phase), options.dispatch
     experts = next((op for op in table.ops if op.name == "grouped_matmul"), None)
     if dispatch is not None and dispatch not in SCHEMES:
@@ -107,15 +128,17 @@ def make_plan(
     scheme = SCHEMES[dispatch or (experts.attrs.get("scheme", "bf16") if experts else "bf16")]
     if not scheme.quantizes_activation:
         scheme = SCHEMES["bf16"]
+    combine = choose_combine(options.combine, chosen)
     width = table.facts["moe_hidden_size"]
     if engine.pads_hidden and experts is not None:
         width = rounded_hidden(width, experts.attrs.get("scheme", "bf16"))
-    moe = _MoEExchange(table, layout, device, chosen, scheme, width, int(options.external_shared_experts > 0))
+    external = int(options.external_shared_experts > 0)
+    moe = _MoEExchange(table, layout, device, chosen, scheme, combine, width, external)
     rows: tuple[Row, ...] = tuple(_with_collectives(table, layout, device, moe))
     if options.fusion == "engine" and "allreduce_norm" in engine.fusions:
         rows = tuple(_norms_joined(rows, device, engine))
     backend = choose_experts_backend(options.experts_backend, chosen, engine, device, table.phase)
-    return Plan(rows, chosen, scheme, backend)
+    return Plan(rows, chosen, scheme, backend, combine)
 
 
 def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe: _MoEExchange) -> Iterator[Row]:
@@ -176,6 +199,7 @@ class _MoEExchange:
         device: DeviceProfile,
         all2all: str,
         dispatch: Scheme,
+        combine: Scheme,
         width: int,
         external: int,
     ) -> None:
@@ -184,6 +208,7 @@ class _MoEExchange:
         self.hidden = float(table.facts["moe_hidden_size"])
         self.width = float(width)  # of the rows that travel
         self.token = self.width * dispatch.activation_bytes
+        self.result = self.width * combine.activation_bytes
         self.groups = {
             "tp": (layout.tp, group_extent(layout.tp, 1, device)),
             "dp": (layout.dp, group_extent(layout.dp, layout.tp, device)),
@@ -221,15 +246,15 @@ class _MoEExchange:
             yield self._all_to_all(op, self.token, "dispatch")
 
     def combine(self, op: Op) -> Iterator[Collective]:
-        """Results travel back, in bf16."""
+        """Results travel back."""
         if self.all2all not in ("none", "allgather_reducescatter"):
-            yield self._all_to_all(op, 2.0 * self.width, "combine")
+            yield self._all_to_all(op, self.result, "combine")
 
     def gather(self, op: Op) -> Iterator[Collective]:
         """What leaves the block's result on every rank that holds the token."""
         whole = 2.0 * self.hidden
         if self.all2all == "allgather_reducescatter":
-            yield self._row(op, "reduce_scatter", "dp", 2.0 * self.width * self.layout.dp, "combine")
+            yield self._row(op, "reduce_scatter", "dp", self.result * self.layout.dp, "combine")
         if self.layout.tp > 1:
             split = self.all2all not in ("none", "allgather_reducescatter")
             name: CollectiveOp = "all_gather" if split else "all_reduce"

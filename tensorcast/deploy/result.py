@@ -114,6 +114,7 @@ class Simulation:
             "fusion": d.options.fusion,
             "all2all": d.step.plan.all2all,
             "dispatch_dtype": d.step.plan.dispatch.name,
+            "combine_dtype": d.step.plan.combine.name,
             "experts_backend": d.step.plan.backend,
             "shared_expert_tp": d.options.shared_expert_tp,
             "external_shared_experts": d.options.external_shared_experts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tensorcast.deploy.layout import Layout
@@ -13,13 +13,17 @@ from tensorcast.deploy.options import Options
 
 @dataclass(frozen=True)
 class Case:
-    """What is to run. ``facts``: ``num_experts``, and ``mtp_modules`` where it is known."""
+    """What is to run. ``facts``: ``num_experts``, and ``mtp_modules`` where it is known.
+
+    ``prefill``: options of the same server's prefill where ``options`` are those of its decode.
+    """
 
     engine: str
     layout: Layout
     facts: dict[str, Any]
     options: Options
     gpus_per_node: int
+    prefill: Options | None = None
 
     @property
     def nodes(self) -> int:
@@ -55,6 +59,13 @@ def _whole_or_cut(c: Case) -> str:
 
 def _plain(c: Case) -> str:
     return "no plain all-to-all between experts; choose another all2all" if c.exchange == "direct" else ""
+
+
+def _one_exchange(c: Case) -> str:
+    first = c.exchange if c.prefill is None else replace(c, options=c.prefill).exchange
+    if first == c.exchange:
+        return ""
+    return f"a server has one exchange for both phases, not {first} in prefill and {c.exchange} in decode"
 
 
 def _overlap_needs_deepep(c: Case) -> str:
@@ -155,6 +166,7 @@ _SHARED: dict[str, Broken] = {
 ENGINE_RULES: dict[str, dict[str, Broken]] = {
     "vllm": {
         **_SHARED,
+        "one exchange": _one_exchange,
         "whole experts or all cut": _whole_or_cut,
         "dual-batch overlap": _overlap_needs_deepep,
         "draft layers": _draft_multiple,
@@ -170,6 +182,7 @@ ENGINE_RULES: dict[str, dict[str, Broken]] = {
     },
     "trtllm": {
         **_SHARED,
+        "one exchange": _one_exchange,
         "attention over all ranks": _attention_over_all,
         "dense replicas": _dense_replicas,
         "all-to-all with whole experts": _whole_for_exchange,
@@ -180,14 +193,21 @@ ENGINE_RULES: dict[str, dict[str, Broken]] = {
 """By engine and rule name: what is wrong, or empty. Sources stand in ``profiles/launch/ENGINE.yaml``."""
 
 
+def one_exchange(engine: str) -> bool:
+    """Whether a server of ``engine`` has the same all-to-all in prefill and decode."""
+    return "one exchange" in ENGINE_RULES.get(engine, {})
+
+
 def engine_can_run(
-    engine: str, layout: Layout, facts: dict[str, Any], options: Options = Options(), gpus_per_node: int = 8
+    engine: str, layout: Layout, facts: dict[str, Any], options: Options = Options(), gpus_per_node: int = 8,
+    prefill: Options | None = None,
 ) -> str:
     """Why ``engine`` cannot run this; empty if it can, or if it has no rules here.
 
-    ``facts`` are those of an op table (``num_experts``; ``mtp_modules`` if known).
+    ``facts`` are those of an op table (``num_experts``; ``mtp_modules`` if known). ``prefill``: how the server that
+    decodes by ``options`` reads prompts, if it does both and they differ.
     """
-    case = Case(engine, layout, facts, options, gpus_per_node)
+    case = Case(engine, layout, facts, options, gpus_per_node, prefill)
     for name, broken in ENGINE_RULES.get(engine, {}).items():
         if problem := broken(case):
             return f"{name}: {problem}"

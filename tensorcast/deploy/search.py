@@ -86,9 +86,11 @@ def space(question: Question, pruned: Counter[str]) -> list[Variant]:
     for layout in legal(tried, facts, question.device, pruned):
         every = variants(layout, facts, question.axes, base)
         if question.runnable_only:
+            engine = question.engine.name
             problems = [
-                next(filter(None, (engine_can_run(question.engine.name, layout, facts, o, node) for o in both)), "")
-                for both in ((v.prefill, v.decode) for v in every)
+                engine_can_run(engine, layout, facts, v.prefill, node)
+                or engine_can_run(engine, layout, facts, v.decode, node, v.prefill)
+                for v in every
             ]
             if every and all(problems):
                 pruned[f"{question.engine.name}: {problems[0].partition(':')[0]}"] += 1

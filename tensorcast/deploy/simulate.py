@@ -118,14 +118,15 @@ class Deployment:
 
     def _communication_bytes(self, tokens: Any, sizes: Sizes) -> Any:
         """Receive buffers of the MoE exchange; collectives' own buffers are in the engine's reserve."""
-        facts, kind = self.raw.facts, self.step.plan.all2all
-        hidden = facts["moe_hidden_size"]
+        facts, plan = self.raw.facts, self.step.plan
+        kind, hidden = plan.all2all, facts["moe_hidden_size"]
         if kind == "low_latency":
             return low_latency_buffer_bytes(tokens / self.layout.tp, hidden, facts["num_experts"])
         if kind == "allgather_reducescatter":
-            return 2.0 * 2.0 * tokens * self.layout.dp * hidden  # gathered tokens and the sums to scatter, bf16
+            gathered = tokens * self.layout.dp * hidden  # tokens, in bf16, and the sums to scatter
+            return gathered * (2.0 + plan.combine.activation_bytes)
         if kind in ("high_throughput", "direct"):
-            return sizes.R * hidden * (self.step.plan.dispatch.activation_bytes + 2.0)
+            return sizes.R * hidden * (plan.dispatch.activation_bytes + plan.combine.activation_bytes)
         return 0.0
 
     def largest_batch(self, new: int, past: int) -> int:

@@ -63,6 +63,22 @@ class Axes:
                 raise InputError(f"--{name.partition('_')[0]} {wrong[0]}: must be at least {least}")
 
 
+    def for_one_exchange(self) -> Axes:
+        """The same for servers that have one exchange for both phases: each of DeepEP's modes alone.
+
+        Pools may still differ: any variant's prefill goes with any other's decode.
+        """
+        kinds = [kind for name in self.exchange for kind in EXCHANGES[name].values()]
+        chunks = self.chunk_tokens
+        if "low_latency" in kinds and chunks == Axes.chunk_tokens:
+            chunks = (LOW_LATENCY_CHUNK, *chunks)
+        return replace(self, exchange=tuple(dict.fromkeys(kinds)), chunk_tokens=chunks)
+
+
+LOW_LATENCY_CHUNK = 256
+"""Chunk of a prompt that goes through low-latency buffers, which grow with it: vLLM's own default where prompts have to
+(vllm/engine/arg_utils.py)."""
+
 FULL = Axes(kv_dtype=("bf16", "fp8"), mtp_depth=(0, 1, 2))
 """Every axis."""
 

@@ -66,7 +66,11 @@ class Step:
         self.options = options
         self.kv_bytes: Any = {"bf16": 2.0, "fp8": 1.0}[kv]
         # the eager view launches its kernels one by one
-        self.captured = options.fusion == "engine" and table.phase in engine.graph_captured_phases
+        self.captured = (
+            options.fusion == "engine"
+            and table.phase in engine.graph_captured_phases
+            and plan.all2all not in engine.eager_exchanges
+        )
         self.stages = stage_layers(len(table.layer_kinds), layout.pp)
         self.overlap = Overlap(plan, table, engine, options, self.captured)
         self._constants: dict[tuple[str, str, str], tuple[KernelConstants, Evidence]] = {}

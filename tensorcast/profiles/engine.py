@@ -48,6 +48,9 @@ class EngineProfile(Frozen):
     graph_captured_phases: tuple[Literal["prefill", "decode"], ...] = Field(
         description="phases whose kernels are replayed from a captured graph"
     )
+    eager_exchanges: tuple[str, ...] = Field(
+        default=(), description="exchanges between experts that cannot be captured: all of their steps run eagerly"
+    )
     graph_launch_gap_s: Figure = Field(description="gap between two kernels inside a captured graph")
     eager_launch_gap_s: Figure = Field(description="least time between two kernels launched one by one")
     step_overhead_s: Figure = Field(description="scheduling, sampling and input preparation per step")

@@ -129,10 +129,11 @@ def print_models(records: list[Record], console: Console) -> None:
         for row in records
     ]
     heads = ("model", "total", "active", "experts", "layers", "attention", "dtype", "KV B/token", "source")
-    _print(console, heads, "lrrrrllrl", rows, soft=("attention",), optional=("KV B/token",))
+    shown = _print(console, heads, "lrrrrllrl", rows, soft=("attention",), optional=("KV B/token",), narrow=("dtype", "layers"))
     if console.width >= WITH_SOURCE:
         _say(console, "Source: the config on Hugging Face; every figure has its own in the profile.")
-    _say(console, "Parameters as published; experts x those a token uses; KV bytes per token (bf16) where published.")
+    cache = "; KV bytes per token (bf16) where published" if "KV B/token" in shown else ""
+    _say(console, f"Parameters as published; experts x those a token uses{cache}.")
     _say(console, "A directory with a Hugging Face config.json works in place of a name. All figures: --json")
 
 
@@ -156,7 +157,7 @@ def print_devices(records: list[Record], console: Console) -> None:
         for row in records
     ]
     heads = ("device", "memory", "bandwidth", "bf16", "fp8", "interconnect", "evidence", "source")
-    _print(console, heads, "lrrrrlll", rows, soft=("interconnect",))
+    _print(console, heads, "lrrrrlll", rows, soft=("interconnect",), narrow=("fp8", "evidence"))
     _say(console, "bf16, fp8: peak TFLOP/s, dense. Interconnect: GPUs in reach, bandwidth per GPU and direction.")
     _say(console, "Evidence: median error of the fitted kernels on measurements held out, or datasheet figures only.")
     _say(console, "cpu: this machine, measured when first used. All figures: --json")
@@ -174,7 +175,7 @@ def print_engines(records: list[Record], console: Console) -> None:
         for row in records
     ]
     heads = ("engine", "version", "graphs", "overhead", "memory", "fuses", "exchange", "source")
-    _print(console, heads, "lllrrlll", rows, soft=("fuses", "exchange"), optional=("exchange",))
+    _print(console, heads, "lllrrlll", rows, soft=("fuses", "exchange"), optional=("exchange",), narrow=("version", "graphs"))
     _say(console, "Graphs: phases replayed from captured graphs. Overhead: per step and sequence, outside kernels.")
     _say(console, "Memory: share of the device that it takes. All figures: --json")
 
@@ -200,17 +201,21 @@ def _link(sources: dict[str, str]) -> str:
 
 def _print(
     console: Console, heads: tuple[str, ...], align: str, rows: list[list[str]], soft: tuple[str, ...] = (),
-    optional: tuple[str, ...] = (),
-) -> None:
-    """A table in the console's width: ``soft`` columns wrap; ``optional`` ones, then sources, go for want of room."""
+    optional: tuple[str, ...] = (), narrow: tuple[str, ...] = (),
+) -> list[str]:
+    """A table in the console's width: ``soft`` columns wrap; ``optional`` ones, then sources, go for want of room.
+
+    Of a width that no soft column can wrap to, ``narrow`` ones go too, rather than that numbers are cut.
+    Returns the heads of the columns that stayed.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     widths = [max(len(head), *(len(row[i]) for row in rows), 1) for i, head in enumerate(heads)]
     kept = list(range(len(heads)))
-    for name in (*optional, "source"):
-        needed = sum(min(widths[i], 24 if heads[i] in (*soft, "source") else widths[i]) + 1 for i in kept) - 1
+    for name, least in (*((name, 24) for name in (*optional, "source")), *((name, 12) for name in narrow)):
+        needed = sum(min(widths[i], least if heads[i] in (*soft, "source") else widths[i]) + 1 for i in kept) - 1
         if needed > console.width or (name == "source" and console.width < WITH_SOURCE):
             kept.remove(heads.index(name))
     free = console.width - len(kept) + 1 - sum(widths[i] for i in kept if heads[i] not in (*soft, "source"))
@@ -228,6 +233,7 @@ def _print(
     for row in rows:
         table.add_row(*(Text(row[i], style="bold" if i == 0 else "") for i in kept))
     console.print(table)
+    return [heads[i] for i in kept]
 
 
 def _say(console: Console, text: str) -> None:

@@ -12,7 +12,6 @@ from rich.text import Text
 from tensorcast.report import units
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.words import answer, limit_name, options, question
-from tensorcast.report.terminal import fit
 from tensorcast.report.words import plural
 
 if TYPE_CHECKING:
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
 
 WIDEST = 100
 """Columns that the text uses at most; a table wider than a page is not read."""
+
+LEAST_NAME = 18
+"""Columns that a layout's name has at least; numbers give way to it."""
 
 
 def print_comparison(found: Comparison, console: Console, top: int = 12) -> None:
@@ -32,8 +34,9 @@ def print_comparison(found: Comparison, console: Console, top: int = 12) -> None
     for text in said.paragraphs:
         console.print(Text(text), width=width)
     console.print()
+    widest = max((len(number.name) for number in said.numbers), default=0)
     for number in said.numbers:
-        console.print(Text(f"  {number.name:<24}{number.value:>10}   {number.note}"), width=width)
+        console.print(Text(f"  {number.name:<{max(22, widest)}}  {number.value:>10}   {number.note}"), width=width)
     console.print()
     console.print(_table(view, top, width), width=width)
     console.print(Text(_pruned(found), style="dim"), width=width)
@@ -45,7 +48,7 @@ def _table(view: View, top: int, width: int) -> Table:
     """The best candidate of each layout."""
     every = view.per_layout
     rows: list[dict[str, Any]] = [{str(k): v for k, v in row.items()} for row in every.head(top).to_dict("records")]
-    title = f"Best of each layout, {len(rows)} of {len(every)}"
+    title = f"Best of each layout, {units.count(len(rows))} of {units.count(len(every))}"
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, header_style="bold",
         title=Text(title, style="bold"), title_justify="left", title_style="",
@@ -54,15 +57,21 @@ def _table(view: View, top: int, width: int) -> Table:
     heads = ["GPUs", "batch", "TTFT", "TPOT", "tok/s", "per GPU", *(["USD/Mtok"] if cost else []), ""]
     tied = set(view.comparison.ties)
     cells = [[*_cells(row, cost), _verdict(row, view, tied)] for row in rows]
-    taken = sum(max([len(head), *(len(c[i]) for c in cells)]) + 1 for i, head in enumerate(heads))
+    sizes = [max([len(head), *(len(c[i]) for c in cells)]) + 1 for i, head in enumerate(heads)]
+    for head in ("tok/s", "batch", "GPUs"):  # on less than 80 columns: whole numbers rather than all of them
+        if sum(sizes) + LEAST_NAME > width:
+            i = heads.index(head)
+            heads, sizes = heads[:i] + heads[i + 1 :], sizes[:i] + sizes[i + 1 :]
+            cells = [line[:i] + line[i + 1 :] for line in cells]
+    taken = sum(sizes)
     names = [view.name(row) for row in rows]
-    left = max(18, min(width - taken - 1, max(map(len, names), default=18)))
-    table.add_column("layout", width=left, no_wrap=True)
+    left = max(LEAST_NAME, min(width - taken - 1, max(map(len, names), default=LEAST_NAME)))
+    table.add_column("layout", width=left)  # a name too long for it wraps: cut, it would no longer tell layouts apart
     for head in heads:
         table.add_column(head, justify="left" if not head else "right", no_wrap=True)
     for row, name, values in zip(rows, names, cells, strict=True):
         style = "" if row["meets"] else "dim"
-        table.add_row(*(Text(text, style=style) for text in (fit(name, left), *values)))
+        table.add_row(*(Text(text, style=style) for text in (name, *values)))
     return table
 
 
@@ -85,7 +94,8 @@ def _cells(row: dict[str, Any], cost: bool) -> list[str]:
 def _pruned(found: Comparison) -> str:
     fell = ", ".join(f"{rule} {units.count(number)}" for rule, number in found.pruned.items())
     return (
-        f"{plural(found.examined, 'candidate')} examined, {units.count(len(found.candidates))} kept. "
+        f"{plural(found.examined, 'candidate')} examined, {units.count(len(found.candidates))} kept: the best options "
+        "of each layout and batch, and all of the Pareto front. "
         f"batch: sequences per data-parallel rank; tok/s: per user; a > b: prefill > decode workers"
         + (f"\npruned by rule: {fell}" if fell else "")
     )

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from tensorcast.report import units
-from tensorcast.report.terminal import fit
 from tensorcast.report.words import plural
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def reason(why: Explanation) -> str:
     sign = 1.0 if why.faster >= 1 else -1.0
     moved = sorted(((sign * row["saved_s"], row["group"]) for row in why.groups.to_dict("records")), reverse=True)
     saves = [f"{units.seconds(s)} in {name}" for s, name in moved[:2] if s > 0]
-    pays = [f"{units.seconds(-s)} in {name}" for s, name in moved[-2:] if s < 0]
+    pays = [f"{units.seconds(-s)} in {name}" for s, name in moved[:-3:-1] if s < 0]
     text = f"It saves {' and '.join(saves)}" if saves else "It saves nothing"
     return f"{text}, and pays {' and '.join(pays)}." if pays else f"{text}."
 
@@ -77,13 +76,14 @@ def _groups(why: Explanation, width: int) -> Table:
     )
     heads = ["group", "A", "B", "B - A", "bytes A", "bytes B", *(["FLOPs A", "FLOPs B"] if wide else []), "why"]
     for head in heads:
-        table.add_column(head, justify="left" if head in ("group", "why") else "right", no_wrap=True)
+        words = head in ("group", "why")  # wrap where room is short; numbers and their heads never do
+        table.add_column(head, justify="left" if words else "right", no_wrap=not words)
     for row in why.groups.to_dict("records"):
         sizes = [units.short(row[f"bytes_{s}"] + row[f"wire_bytes_{s}"]) for s in "ab"]
         sizes += [units.short(row[f"flops_{s}"]) for s in "ab"] if wide else []
         table.add_row(
-            fit(row["group"], 20), *(_ms(row[f"seconds_{s}"]) for s in "ab"), _ms(row["saved_s"], True), *sizes,
-            fit(row["why"], 26),
+            row["group"], *(_ms(row[f"seconds_{s}"]) for s in "ab"), _ms(row["saved_s"], True), *sizes,
+            row["why"],
         )
     totals = (_ms(why.a.step_s), _ms(why.b.step_s), _ms(why.b.step_s - why.a.step_s, True))
     table.add_row(Text("step", style="bold"), *(Text(total, style="bold") for total in totals))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,26 @@ def check_directory(directory: Path) -> None:
             return
         if path.exists() or path.is_symlink():
             raise InputError(f"--out {directory}: {path} is {'a file' if path.is_file() else 'there'}, not a directory")
+
+
+def check_file(flag: str, path: Path) -> None:
+    """Raise :class:`InputError` if no file can be written at ``path``. Creates nothing: ask before the work starts."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise InputError(f"{flag} {path}: is a directory, must be a file")
+    if not folder.is_dir():
+        raise InputError(f"{flag} {path}: no such directory: {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {path}: no permission to write in {folder}")
+
+
+@contextlib.contextmanager
+def writing(flag: str, path: Path) -> Iterator[None]:
+    """What the system refuses while ``path`` is written as an :class:`InputError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written: {error.strerror or error}") from None
 
 
 def write_report(run: Simulation, directory: Path, top: int = 20) -> list[Path]:

@@ -54,7 +54,8 @@ def print_summary(table: pd.DataFrame, summary: dict[str, Any], console: Console
         for head in ("model", "device", "engine", "layout", "users", "TTFT ms", "TPOT ms", "tokens/s"):
             shown.add_column(head, justify="left" if head in ("model", "device", "engine", "layout") else "right")
         for row in named(table).head(SHOWN).to_dict("records"):
-            cells = [str(row.get(name, "")) for name in ("model", "device", "engine", "layout", "concurrency")]
+            values = [row.get(name, "") for name in ("model", "device", "engine", "layout", "concurrency")]
+            cells = ["" if value != value else str(value) for value in values]  # not a number: not predicted
             numbers = (1e3 * row["ttft_s"], 1e3 * row["tpot_s"], row["output_tokens_per_s"])
             shown.add_row(*cells, *(digits(number) for number in numbers))
         console.print(shown)
@@ -127,13 +128,13 @@ def write_serving_report(table: pd.DataFrame, summary: dict[str, Any], path: Pat
     frame = named(table)
     lines = [
         "# Serving: predicted against measured", "",
-        "Made by `tensorcast predict TABLE --report` from a table of public benchmark runs: closed loops of a fixed "
-        "number of users on vLLM, SGLang and TensorRT-LLM. Errors are |predicted / measured - 1|. Nothing is adjusted "
-        "per model; what was fitted to such runs, and on which of them, is said under Fitted and left out.", "",
+        "Made by `tensorcast predict TABLE --report`. Every row is read as a closed loop of a fixed number of users. "
+        "Errors are |predicted / measured - 1|. Nothing is adjusted per model; what was fitted to served runs, and to "
+        "which, is said under Fitted and left out.", "",
         f"{summary['predicted']} of {summary['rows']} rows predicted"
         + "".join(f"; {count} not: {problem}" for problem, count in summary["problems"].items()) + ".", "",
     ]  # fmt: skip
-    if {"measured_tpot_s", "measured_ttft_s"} <= set(frame):
+    if all(summary["errors"].get(name, {}).get("rows") for name in ("tpot_s", "ttft_s")):
         lines += [f"![predicted against measured]({picture.name})", ""]
         _figure(frame, summary, picture)
     for title, head, rows in _tables(summary):
@@ -151,12 +152,15 @@ def _halves(frame: pd.DataFrame) -> list[str]:
         return []
     half = fitted_half(frame)
     rows = []
-    for label, chosen in (("fitted to", frame[half]), ("left out", frame[~half])):
+    for label, chosen in (("even: fitted to", frame[half]), ("odd: left out", frame[~half])):
         for name in ("tpot_s", "ttft_s"):
             if (e := errors(chosen, name))["rows"]:
                 rows.append([label, WORDS[name], _percent(e["median"]), _percent(e["mean"]), str(e["rows"])])
+    if not rows:
+        return []
     text = (
-        "Each engine's fixed time of a first token and TensorRT-LLM's of a hand-over were fitted to groups of runs "
+        "Of the public benchmark runs that tensorcast is held against (no other table was fitted to): each engine's "
+        "fixed time of a first token and TensorRT-LLM's of a hand-over were fitted to groups of runs "
         "(model, device, layout, lengths) whose hash is even. Picked by looking at all runs, none left out: "
         "two waiting steps, how many prompts ride together, tokens that choose experts at random (uniform routing), "
         "how records are read, their default workers and SGLang's intervals, the width of intervals. "
@@ -171,8 +175,9 @@ def fitted_half(frame: pd.DataFrame) -> pd.Series[bool]:
 
     import pandas as pd
 
-    keys = frame[["model", "device", "layout", "isl", "osl"]].astype(str).agg("|".join, axis=1)
-    even = [hashlib.sha256(key.encode()).digest()[0] % 2 == 0 for key in keys]
+    keys = frame.reindex(columns=["model", "device", "layout", "isl", "osl"]).astype(object)
+    texts = ["|".join(map(str, key)) for key in keys.itertuples(index=False)]
+    even = [hashlib.sha256(text.encode()).digest()[0] % 2 == 0 for text in texts]
     return pd.Series(even, index=frame.index)
 
 
@@ -181,6 +186,8 @@ def _largest(frame: pd.DataFrame, most: int = 10) -> list[str]:
     if "measured_tpot_s" not in frame:
         return []
     both = frame[(frame["tpot_s"] > 0) & (frame["measured_tpot_s"] > 0)]
+    if both.empty:
+        return []
     logs = (both["tpot_s"] / both["measured_tpot_s"]).map(math.log)
     keys = [name for name in ("engine", "model", "device", "mode") if name in both]
     groups = logs.groupby([both[name] for name in keys])

@@ -18,6 +18,9 @@ from tensorcast.report.rows import records
 if TYPE_CHECKING:
     from tensorcast.deploy.result import Simulation
 
+WITH_SIZES = 72
+"""Columns from which the op table shows FLOPs and bytes: below, whole numbers rather than all of them."""
+
 WITH_SHAPE = 100
 """Columns from which the op table shows shapes."""
 
@@ -108,7 +111,9 @@ def _ops(rows: list[dict[str, Any]], t: dict[str, Any], top: int, width: int) ->
         total = {key: sum(row[key] for row in rest) for key in added}
         numbers.append(_numbers({**total, "bound": "", "evidence": ""}, width))
     heads = ["n", "FLOPs", "bytes", "time", "share", "bound", "evidence" if width >= WITH_UNITS else "e"]
-    taken = sum(max(len(head), *(len(cells[i]) for cells in numbers)) + gap for i, head in enumerate(heads))
+    sizes = [max([len(head), *(len(cells[i]) for cells in numbers)]) + gap for i, head in enumerate(heads)]
+    left_out = {"FLOPs", "bytes"} if width < WITH_SIZES else set()
+    taken = sum(size for head, size in zip(heads, sizes, strict=True) if head not in left_out)
     names = [_op_name(row) for row in shown] + ([f"+ {words.plural(len(rest), 'more op')}"] if rest else [])
     modules, shapes = [_module(row, width) for row in shown], [_shape(row, words.shape(row, t), width) for row in shown]
     left = max(24, width - taken)
@@ -120,14 +125,15 @@ def _ops(rows: list[dict[str, Any]], t: dict[str, Any], top: int, width: int) ->
     for head, size in zip(("op", "module", "shape"), widths, strict=False):
         table.add_column(head, width=size, no_wrap=True)
     for head in heads:
-        table.add_column(head, no_wrap=True, justify="left" if head in ("bound", "evidence", "e") else "right")
+        if head not in left_out:
+            table.add_column(head, no_wrap=True, justify="left" if head in ("bound", "evidence", "e") else "right")
     for i, cells in enumerate(numbers):
         texts = [names[i], modules[i] if i < len(shown) else "", shapes[i] if i < len(shown) else ""]
         fitted = [fit(texts[0], widths[0]), fit_path(texts[1], widths[1]), *(fit(texts[2], w) for w in widths[2:])]
         style = "" if i < len(shown) else "dim"
-        bound = cells[-2]
+        bound, kept = cells[-2], [cell for head, cell in zip(heads[:-2], cells, strict=False) if head not in left_out]
         table.add_row(
-            *(Text(text, style=style) for text in (*fitted, *cells[:-2])),
+            *(Text(text, style=style) for text in (*fitted, *kept)),
             Text(bound, style=_BOUND_STYLE.get(bound, style)), Text(cells[-1], style=style),
         )
     return table
@@ -197,7 +203,7 @@ def _foot(shown: list[dict[str, Any]], t: dict[str, Any], width: int) -> Rendera
         said = {"m": "measured", "c": "calibrated", "d": "datasheet"}
         used = {row["evidence"][:1] for row in shown}
         lines.append("n calls per step; e evidence: " + ", ".join(f"{k} {v}" for k, v in said.items() if k in used))
-    if any(row["op"] in words.COLLECTIVES for row in shown):
+    if width >= WITH_SIZES and any(row["op"] in words.COLLECTIVES for row in shown):
         lines.append("bytes of collectives: on the wire, per GPU")
     if t["pp"] > 1:
         lines.append(f"pipeline: rows are one micro-batch on its way through all {t['pp']} stages")

@@ -123,9 +123,30 @@ def finding(result: Result) -> str:
     return text
 
 
+def headline(result: Result) -> tuple[str, ...]:
+    """The finding; beside it the error by time and by family, which many small ops cannot flatter; and whether the
+    device profile itself was measured on a busy machine."""
+    found = [finding(result) + "."]
+    ops = result.ops[result.ops.seconds > 0] if len(result.ops) else result.ops
+    if len(ops):
+        taken = ops.seconds * ops["count"]
+        by_time = float((ops.error.abs() * taken).sum() / taken.sum())
+        parts = []
+        for family, part in _measured(ops).groupby("family"):
+            share = float(taken[ops.family == family].sum() / taken.sum())
+            parts.append((share, f"{_word(str(family))} {units.percent(float(part.error.abs().median()))} "
+                                 f"({len(part)} ops, {units.percent(share)} of the time)"))
+        found.append(f"Weighted by the time that ops take in these steps, the error is {units.percent(by_time)}.")
+        found.append(f"Median per family, by its time: {'; '.join(text for _, text in sorted(parts, reverse=True))}.")
+    _, busy, crowd = result.environment.get("device profile", "").partition(", while ")
+    if busy:
+        found.append(f"The device profile compared with was itself measured while {crowd}.")
+    return tuple(found)
+
+
 def sections(result: Result, figure: str = "") -> list[Section]:
     """The page, top to bottom."""
-    found = [Section(f"Validation: {result.title}", (finding(result) + ".",), figure=figure)]
+    found = [Section(f"Validation: {result.title}", headline(result), figure=figure)]
     if result.notes:
         found.append(Section("Notes", tuple(result.notes)))
     found.append(Section("Environment", table=Table(

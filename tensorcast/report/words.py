@@ -65,7 +65,8 @@ def numerics(t: dict[str, Any]) -> str:
             copies = f" with {t['redundant_experts']} redundant experts" if t["redundant_experts"] else ""
             parts.append(f"placement {t['placement']}{copies}")
     if t["all2all"] != "none":
-        parts.append(f"exchange {t['all2all']} in {t['dispatch_dtype']}")
+        back = f", back in {t['combine_dtype']}" if t["combine_dtype"] != "bf16" else ""
+        parts.append(f"exchange {t['all2all']} in {t['dispatch_dtype']}{back}")
     if has_experts and t["experts_backend"] != "grouped_mm":
         parts.append(f"{t['experts_backend']} expert GEMMs")
     if t["chunk_tokens"]:

@@ -7,6 +7,7 @@ the shapes left out. A fit that is worse there than the constants that stand is 
 from __future__ import annotations
 
 import datetime
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +40,9 @@ GAIN = 1e-4
 
 LARGE_BYTES = 8e6
 """Traffic from which on a kernel's bytes/s are memory's: its operands rotate through more than a cache holds."""
+
+OTHER_BOARDS = {"pcie", "nvl"}
+"""Words of a GPU's name that tell it from the SXM module of the same chip."""
 
 Bounds = dict[str, tuple[float, float, float]]
 """name: (start, least, most)"""
@@ -294,6 +298,33 @@ def calibrated(device: DeviceProfile, fits: Sequence[Fit], provenance: str, date
     return device.model_copy(update={"calibration": new})
 
 
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.casefold().replace("ascend", " ")))
+
+
+def is_device(recorded: str, device: DeviceProfile) -> bool:
+    """Whether a measurement's ``device`` (CUDA's name of the GPU, the processor's on a host) is this profile's: the
+    host's description, else a name or alias of the profile as a word in it; other boards than SXM are other devices."""
+    names = {name.casefold() for name in (device.name, *device.aliases, device.description)}
+    if recorded.casefold() in names:
+        return True
+    if "host" in device.sources:
+        return False
+    words = _words(recorded)
+    return bool(words & names) and not (words & OTHER_BOARDS and "sxm" in device.name)
+
+
+def check_device(device: DeviceProfile, frame: pd.DataFrame) -> None:
+    """Raises :class:`InputError`, one line, where ``frame`` holds measurements of another device."""
+    for recorded in sorted({str(name or "") for name in frame["device"]}):
+        if not is_device(recorded, device):
+            what = f"{device.name} ({device.description})" if "host" in device.sources else device.name
+            raise InputError(
+                f"--device {what}: the measurements were taken on {recorded or 'a device that they do not name'}; "
+                "if that is the same, name it so in the profile's aliases"
+            )
+
+
 def engine_of(device: DeviceProfile, asked: str) -> str:
     """``any`` on a device whose constants name no engine (this machine), else the engine that was measured."""
     standing = device.calibration.kernels if device.calibration else ()
@@ -301,9 +332,11 @@ def engine_of(device: DeviceProfile, asked: str) -> str:
 
 
 def calibrate(device: DeviceProfile, frame: pd.DataFrame, engine: str = "eager") -> tuple[DeviceProfile, list[Fit]]:
-    """Fit everything that ``frame`` holds. Raises :class:`InputError` where nothing beats what stands."""
+    """Fit everything that ``frame`` holds. Raises :class:`InputError` where it was measured on another device, or where
+    nothing beats what stands."""
     if not len(frame):
         raise InputError("no measurements to calibrate from")
+    check_device(device, frame)
     device = device_with_peaks(device, frame)
     fits = [*fit_kernels(frame, device, engine_of(device, engine)), *fit_collectives(frame, device)]
     if not fits:

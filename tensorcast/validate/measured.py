@@ -156,7 +156,7 @@ def read_system(folder: Path, system: str, families: tuple[str, ...] | None = No
         try:
             raw = pd.read_parquet(path)
         except ImportError as error:
-            raise InputError("reading measured tables needs pyarrow: pip install 'tensorcast[tables]'") from error
+            raise InputError("reading measured tables needs pyarrow: pip install 'tensorcast[calibrate]'") from error
         raw = raw.assign(family=table, system=system)
         if table.startswith("wideep_deepep"):
             raw = _both_directions(raw)

@@ -126,12 +126,17 @@ def read_table(path: Path) -> pd.DataFrame:
     except ImportError:
         raise InputError(f"{path}: reading parquet needs pyarrow (pip install pyarrow), or take {TEXT}") from None
     except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0][:160]
+        line = "no such file" if isinstance(error, FileNotFoundError) else str(error).strip().splitlines()[0][:160]
         raise InputError(f"cannot read measurements from {path}: {line}") from None
     needed = ("level", "family", "dtype", "seconds", "works", "device")
     for name in needed:
         if name not in frame.columns:
             raise InputError(f"{path}: no column {name!r}; a table of `tensorcast validate` has {', '.join(needed)}")
+    seconds = pd.to_numeric(frame["seconds"], errors="coerce")
+    if (wrong := seconds.isna() & frame["seconds"].notna() & (frame["seconds"] != "")).any():
+        row = int(wrong.to_numpy().argmax())
+        raise InputError(f"{path}, row {row + 1}: seconds {frame['seconds'].iloc[row]!r}: must be a number")
+    frame = frame.assign(seconds=seconds)
     text = [name for name in WORDS if name in frame.columns]
     return frame.assign(**{name: frame[name].astype(object).fillna("").astype(str) for name in text})
 

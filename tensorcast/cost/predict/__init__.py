@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tensorcast.cost.predict.growth import GROWS, growing
 from tensorcast.cost.predict.load import skew_of
 from tensorcast.cost.predict.model import NORMAL_80, DeviceModel, Kernel, read_model
 from tensorcast.cost.predict.physics import Physics, physics_of
@@ -92,10 +93,11 @@ class Predictor:
         if kernel is None:
             return _without_residual(physics)
         return self._with_residual(kernel, physics, columns, lambda c: physics_of(
-            family, dtype, variant, c, self.device, engine))
+            family, dtype, variant, c, self.device, engine), variant)
 
     def _with_residual(
-        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics]
+        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
+        variant: str = "",
     ) -> Estimate:
         beyond, features = kernel.beyond(columns), physics.features
         outside = np.flatnonzero(beyond > 0)
@@ -109,7 +111,8 @@ class Predictor:
         known = kernel.known(columns)
         correction = kernel.correction(features, known) + kernel.level(columns)
         seconds = np.maximum(physics.seconds * np.exp(correction), physics.floor)
-        measured = known & (beyond <= 0) & (kernel.engine in (self.engine, "any"))
+        own = kernel.engine in (self.engine, "any") and kernel.variant == variant
+        measured = known & (beyond <= 0) & own
         low, high = kernel.interval(seconds, measured, beyond)
         return Estimate(
             seconds, np.maximum(seconds * np.exp(low), np.minimum(physics.floor, seconds)), seconds * np.exp(high),
@@ -118,7 +121,8 @@ class Predictor:
 
     def _from_other_devices(self, family: str, dtype: str, variant: str, columns: Columns) -> Estimate:
         """No data of this device: what its vendor's others need over the same formula. Where engines differ for the
-        kernels that they happen to run there (:data:`BEST_OF`), the fastest engine's."""
+        kernels that they happen to run there (:data:`BEST_OF`), the fastest engine's. Times grow with size
+        (:mod:`tensorcast.cost.predict.growth`)."""
         assert self.model is not None
         engines = ("trtllm", "vllm", "sglang") if family in BEST_OF else (self.engine,)
 
@@ -133,6 +137,8 @@ class Predictor:
             if kernel is None or variant or (family in BEST_OF and kernel.engine != engine):
                 continue
             found = self._with_residual(kernel, physics, columns, formula)
+            if family in GROWS:
+                found = self._growing(found, kernel, physics, columns, formula)
             if best is None:
                 best = found
             else:
@@ -142,6 +148,19 @@ class Predictor:
         if best is None:
             return _without_residual(physics)
         return replace(best, level=np.zeros(len(best.level), dtype=int))
+
+    def _growing(
+        self, found: Estimate, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics]
+    ) -> Estimate:
+        """The estimate with times that never fall as the size grows; its interval moves along."""
+        def times(sizes: Columns) -> tuple[np.ndarray, np.ndarray]:
+            plain = formula(sizes)
+            return plain.seconds, self._with_residual(kernel, plain, sizes, formula).seconds
+
+        seconds = np.maximum(growing(kernel.family, columns, physics.seconds, times), physics.floor)
+        moved = seconds / found.seconds
+        low = np.maximum(found.low * moved, np.minimum(physics.floor, seconds))
+        return Estimate(seconds, low, found.high * moved, found.level, seconds / physics.seconds)
 
     def _both_ways(self, dtype: str, backend: str, columns: Columns) -> Estimate:
         """Dispatch and combine, one after the other: intervals add, as one kernel's errors move together."""
@@ -206,20 +225,25 @@ def predict_kernels(frame: pd.DataFrame, *, device: str | DeviceProfile, engine:
     columns of its rows' families, in the measured tables' words (``num_tokens``, ``moe_ep_size``, ...) or ours. A
     column ``engine`` names the engine row by row where ``engine`` is not given. Returns the frame with ``seconds, low,
     high, evidence`` (``measured``: on or between measured points; ``calibrated``: a fitted model carries them further;
-    ``datasheet``: nothing was measured). Raises :class:`InputError` for an unknown family or a missing column.
+    ``datasheet``: nothing was measured). Raises :class:`InputError` for an unknown family, dtype or engine, a missing
+    column, and sizes that no kernel has.
     """
+    from tensorcast.cost.predict.checks import check_calls, engine_name
     from tensorcast.cost.predict.frames import calls_of
 
     profile = load_device(device) if isinstance(device, str) else device
     size = len(frame)
     seconds, low, high, level = np.zeros(size), np.zeros(size), np.zeros(size), np.zeros(size, dtype=int)
     if engine is None and "engine" in frame.columns:
-        parts = frame["engine"].astype(str).reset_index(drop=True).groupby(frame["engine"].to_numpy()).indices
+        said = frame["engine"].astype(object).fillna("any").astype(str).reset_index(drop=True)
+        parts = said.groupby(said).indices
     else:
         parts = {engine or "any": np.arange(size)}
     for name, rows in parts.items():
-        predictor = predictor_for(profile, str(name))
-        for calls in calls_of(frame if len(rows) == size else frame.iloc[rows]):
+        predictor = predictor_for(profile, engine_name(str(name)))
+        part = frame if len(rows) == size else frame.iloc[rows]
+        for calls in calls_of(part):
+            check_calls(calls, part)
             at = rows[calls.rows]
             found = predictor.price(calls.family, calls.dtype, calls.variant, calls.columns)
             seconds[at], low[at], high[at], level[at] = found.seconds, found.low, found.high, found.level

@@ -47,7 +47,10 @@ def _numbers(raw: pd.DataFrame, family: str, *names: str, default: float | None 
     """The first of the named columns that is there, as floats; its gaps filled with ``default``."""
     for name in names:
         if name in raw.columns:
-            values = pd.to_numeric(raw[name]).to_numpy(float)
+            try:
+                values = pd.to_numeric(raw[name]).to_numpy(float)
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{family}: column {name!r} must hold numbers: {error}") from None
             missing = np.isnan(values)
             if not missing.any():
                 return values

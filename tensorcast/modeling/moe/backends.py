@@ -28,12 +28,17 @@ def choose_backend(
 
     ``wanted`` may be text: ``masked`` or ``text_config=grouped_mm,decode=masked``. ``auto`` says what "auto" means per
     phase; where it is silent, "auto" is returned. As in transformers' ``generate``, ``grouped_mm`` decodes as
-    ``batched_mm``, except on the CPU or where it is named for decode. Raises :class:`InputError` on an unknown name.
+    ``batched_mm``, except on the CPU or where it is named for decode. Raises :class:`InputError` on an unknown name or
+    key.
     """
     named = _parse(wanted) if isinstance(wanted, str) else dict(wanted)
-    for value in named.values():
-        for name in (value,) if isinstance(value, str) else value.values():
+    for key, value in named.items():
+        by_phase = {"": value} if isinstance(value, str) else value
+        for inner, name in by_phase.items():
             _check(name)
+            _check_key(inner)
+        if not key.endswith("_config"):
+            _check_key(key)
     found = named.get(part) if part else None
     for_this_phase = found is None and phase in named
     if found is None:
@@ -56,3 +61,8 @@ def _parse(text: str) -> dict[str, str | Mapping[str, str]]:
 def _check(name: str) -> None:
     if name != "auto" and name not in BACKENDS:
         raise InputError(f"unknown experts backend {name!r}: choose one of auto, {', '.join(BACKENDS)}")
+
+
+def _check_key(key: str) -> None:
+    if key not in ("", "prefill", "decode"):
+        raise InputError(f"experts backend of {key!r}: choose prefill, decode or a sub-config such as text_config")

@@ -31,8 +31,9 @@ class FusedMoETensorCast(nn.Module):
     ``external``: a shared expert on ranks of its own; the placement counts it as one expert more, its last, and a rank
     holds either it or routed ones. ``zero_experts``: ids beyond the experts that return their input (LongCat), on
     whatever rank the token is. ``scheme``: the routed experts' weights are held quantised, as wide as its kernels need.
-    ``dispatch``: scheme of rows that travel to experts (they come back in the activations' dtype). ``count_loads``:
-    keep in ``loads`` [E] how many rows each expert was chosen for by this rank's calls, as EPLB placement wants it.
+    ``dispatch``, ``combine``: schemes of rows that travel to experts and back (``bf16``: in the activations' dtype).
+    ``count_loads``: keep in ``loads`` [E] how many rows each expert was chosen for by this rank's calls, as EPLB
+    placement wants it.
     """
 
     _loads: Tensor | None
@@ -47,6 +48,7 @@ class FusedMoETensorCast(nn.Module):
         zero_experts: int = 0,
         scheme: str = "bf16",
         dispatch: str = "bf16",
+        combine: str = "bf16",
         count_loads: bool = False,
     ) -> None:
         super().__init__()
@@ -56,9 +58,10 @@ class FusedMoETensorCast(nn.Module):
         self.external = external is not None
         self.hidden = hidden_of(experts)
         self.width = rounded_hidden(self.hidden, scheme)
-        self.dispatch = dispatch
-        if dispatch != "bf16" and format_of(dispatch).activation is None:
-            raise InputError(f"dispatch = {dispatch!r}: this scheme keeps activations as they are; fp8_block does not")
+        self.dispatch, self.combine = dispatch, combine
+        for way, sent in (("dispatch", dispatch), ("combine", combine)):
+            if sent != "bf16" and format_of(sent).activation is None:
+                raise InputError(f"{way} = {sent!r}: this scheme keeps activations as they are; fp8_block does not")
         if getattr(experts, "has_post_expert_norm", False) and (groups.etp.size > 1 or self.width > self.hidden):
             raise InputError(f"experts with a norm after them cannot be cut over etp = {groups.etp.size} or widened")
         self.per_rank = list(self.placement.experts_per_rank)
@@ -179,35 +182,44 @@ class FusedMoETensorCast(nn.Module):
         self, rows: Tensor, counts: Tensor, tokens: int, chosen: int, exchange: Exchange, backend: str, capacity: int
     ) -> Tensor:
         ep, total, to = self.groups.ep, rows.shape[0], (self.per_rank, self.groups.ep.rank)
+        going = _packed(rows, self.dispatch)
         if exchange == "low_latency":
-            sent = [TC.low_latency_dispatch(part, counts, *to, capacity, ep.name) for part in self._packed(rows)]
-            laid, sources = self._unpacked([part for part, _ in sent], rows.dtype), sent[0][1]
+            sent = [TC.low_latency_dispatch(part, counts, *to, capacity, ep.name) for part in going]
+            laid, sources = _unpacked([part for part, _ in sent], self.dispatch, rows.dtype), sent[0][1]
             out = self.local(laid, sources.sum(0), backend="masked", capacity=ep.size * capacity)
-            return TC.low_latency_combine(out, counts, sources, self.per_rank, capacity, total, ep.name)
+            back = (counts, sources, self.per_rank, capacity, total, ep.name)
+            returned = [TC.low_latency_combine(part, *back) for part in _packed(out, self.combine)]
+            return _unpacked(returned, self.combine, out.dtype)
         expected = self.expected_rows(tokens, chosen, ep.size)
-        sent = [TC.dispatch_rows(part, counts, *to, ep.name, expected) for part in self._packed(rows)]
+        sent = [TC.dispatch_rows(part, counts, *to, ep.name, expected) for part in going]
         received, sources = [part for part, _ in sent], sent[0][1]
-        ordered = self._unpacked([TC.to_expert_major(part, sources) for part in received], rows.dtype)
+        ordered = _unpacked([TC.to_expert_major(part, sources) for part in received], self.dispatch, rows.dtype)
         out = self._run(ordered, sources.sum(0), backend, ep.size * capacity)
-        return TC.combine_rows(TC.to_rank_major(out, sources), counts, sources, self.per_rank, ep.name, total)
-
-    def _packed(self, rows: Tensor) -> list[Tensor]:
-        """What travels: the rows, or quantised values (as bytes, which every network library sends) and scales."""
-        if self.dispatch == "bf16":
-            return [rows]
-        values, *scales = TC.quantize_activation(rows, self.dispatch)
-        return [values.view(torch.uint8), *scales]
-
-    def _unpacked(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-        if self.dispatch == "bf16":
-            return parts[0]
-        values = parts[0].view(format_of(self.dispatch).dtype)
-        out: Tensor = TC.dequantize_activation([values, *parts[1:]], self.dispatch, dtype)
-        return out
+        parts = [TC.to_rank_major(part, sources) for part in _packed(out, self.combine)]
+        returned = [TC.combine_rows(part, counts, sources, self.per_rank, ep.name, total) for part in parts]
+        return _unpacked(returned, self.combine, out.dtype)
 
     def _run(self, rows: Tensor, counts: Tensor, backend: str, capacity: int) -> Tensor:
         out: Tensor = self.local(rows, counts, backend=backend, capacity=capacity)
         return out
+
+
+def _packed(rows: Tensor, scheme: str) -> list[Tensor]:
+    """What travels: the rows, or their quantised parts; FP8 goes as bytes, which every network library sends."""
+    if scheme == "bf16":
+        return [rows]
+    parts = TC.quantize_activation(rows, scheme)
+    return [part.view(torch.uint8) if part.element_size() == 1 else part for part in parts]
+
+
+def _unpacked(parts: list[Tensor], scheme: str, dtype: torch.dtype) -> Tensor:
+    """The rows that :func:`_packed` took apart, in ``dtype``."""
+    if scheme == "bf16":
+        return parts[0]
+    kind = format_of(scheme)
+    stored = zip(parts, (kind.dtype, kind.scale, torch.float32), strict=False)  # few schemes have a third part
+    out: Tensor = TC.dequantize_activation([part.view(own) for part, own in stored], scheme, dtype)
+    return out
 
 
 class SharedRank(nn.Module):

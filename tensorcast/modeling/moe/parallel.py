@@ -33,7 +33,8 @@ class MoEOptions:
     ranks hold the shared expert and nothing else. ``split_tokens_over_tp``: at dp = 1, as many tokens as tp or more are
     cut over tp and travel, instead of being worked on by all ranks. ``sequence_parallel``: tp ranks hold different
     tokens before and after. ``backend``: of the experts (None: the layer's own). ``scheme``: of the experts' weights,
-    ``dispatch``: of the rows that travel to them. ``count_loads``: the layer counts its experts' rows.
+    ``dispatch``, ``combine``: of the rows that travel to them and back. ``count_loads``: the layer counts its experts'
+    rows.
     """
 
     exchange: Chosen = "all_to_all"
@@ -48,6 +49,7 @@ class MoEOptions:
     backend: Wanted | None = None
     scheme: str = "bf16"
     dispatch: str = "bf16"
+    combine: str = "bf16"
     count_loads: bool = False
 
     def exchange_in(self, phase: Phase | None) -> Chosen:
@@ -87,6 +89,7 @@ class ParallelMoELayer(nn.Module):
             zero_experts=layer.zero_experts,
             scheme=options.scheme,
             dispatch=options.dispatch,
+            combine=options.combine,
             count_loads=options.count_loads,
         )
         cut = options.enable_shared_expert_tp and layer.shared_experts is not None and groups.tp.size > 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tensorcast.errors import InputError
 from tensorcast.report.compare.choices import Choice, View
-from tensorcast.report.launch import WRITERS, launch, script
+from tensorcast.report.launch import WRITERS, engine_can_run, launch, model_facts, script
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ def _of(view: View, choice: Choice, engine: str) -> Takeaway:
     pools: list[tuple[str | None, str]] = [(None, "")]
     if choice.row["form"] == "disaggregated":
         pools = [(role, f"# {int(choice.row[f'{role}_workers'])} x {role} worker\n") for role in ("prefill", "decode")]
+    if len(pools) == 1 and (problem := _mixed(choice, engine)):
+        return Takeaway(engine, "", "", problem)
+    # a pool reads prompts in steps as large as its engine's own, one engine for both phases in the candidate's
+    chunk = int(choice.row["chunk_tokens"]) if len(pools) == 1 else view.comparison.engine.max_tokens_per_step
     texts, version = [], ""
     for role, head in pools:
         deployment = choice.prefill if role == "prefill" else choice.decode
@@ -43,7 +47,7 @@ def _of(view: View, choice: Choice, engine: str) -> Takeaway:
             found = launch(
                 engine, deployment.model, deployment.layout, deployment.options,
                 batch=max(1, round(choice.row["batch"])), input_len=view.comparison.input_len,
-                output_len=view.comparison.output_len, role=role,
+                output_len=view.comparison.output_len, chunk_tokens=chunk, role=role,
                 gpus_per_node=deployment.device.interconnect[0].size,
             )  # fmt: skip
         except InputError as error:
@@ -53,3 +57,10 @@ def _of(view: View, choice: Choice, engine: str) -> Takeaway:
         version = found.version
         texts.append(head + script(found))
     return Takeaway(engine, version, "\n\n".join(texts) + "\n", "")
+
+
+def _mixed(choice: Choice, engine: str) -> str:
+    """Why one server of ``engine`` cannot run the candidate's two phases together; empty if it can."""
+    one, facts = choice.decode, model_facts(choice.decode.model)
+    node = one.device.interconnect[0].size
+    return engine_can_run(engine, one.layout, facts, one.options, node, choice.prefill.options)

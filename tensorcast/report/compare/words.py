@@ -57,11 +57,12 @@ def limit_name(limit: str) -> str:
 def question(view: View) -> str:
     """What was asked: ``deepseek-v3 on up to 32 x h200-sxm, vllm, 4,096 tokens in and 1,024 out, TPOT up to 50 ms``."""
     c = view.comparison
-    gpus = units.count(view.frame["gpus"].max()) if len(view.frame) else "?"
+    sizes = {q.gpus for q in c.questions}
     asked = [f"{name} up to {units.seconds(limit)}" for name, limit in targets(view).items() if limit is not None]
     devices = " or ".join(device.name for device in c.devices)
     parts = [
-        f"{c.model.name} on {'up to ' if view.several_sizes else ''}{gpus} x {devices}", c.engine.name,
+        f"{c.model.name} on {'up to ' if len(sizes) > 1 or c.objective == 'gpus' else ''}{units.count(max(sizes))} x "
+        f"{devices}", c.engine.name,
         f"{units.count(c.input_len)} tokens in and {units.count(c.output_len)} out", *asked,
     ]
     return ", ".join(parts)

@@ -1,0 +1,142 @@
+"""Mistakes at the command line: each is one line that names the option, its value and what would be right."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner, Result
+
+from tensorcast.cli import app
+from tensorcast.cli.app import _doing
+
+COMPARE = ("compare", "qwen3-30b-a3b", "-d", "h100", "-n", "4")
+RUNS = "model,device,tp,concurrency\nqwen3-30b-a3b,h100,1,8\n"
+
+
+def invoke(*arguments: str, columns: int = 80) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(columns), "NO_COLOR": "1"})
+
+
+def refused(*arguments: str) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and result.stdout == "", (result.output, result.exception)
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("simulate",), ("Missing argument 'model'", "--help")),
+        (("simulate", "mixtral-8x7b"), ("--device",)),
+        (("simulat",), ("'simulat'", "'simulate'")),
+        (("--verbose",), ("--verbose",)),
+        (("simulate", "mixtral-8x7b", "-d", "h100", "--bathc", "3"), ("--bathc", "--batch")),
+        (("simulate", "mixtral-8x7b", "-d", "h100", "-b", "1e3"), ("--batch '1e3'", "must be a valid integer")),
+        (("simulate", "mixtral-8x7b", "-d", "h100", "--top", "-1"), ("--top '-1'", "equal to 0")),
+        ((*COMPARE, "--mtp-acceptance", "2"), ("--mtp-acceptance '2'", "less than or equal to 1")),
+        ((*COMPARE, "--ttft", "soon"), ("--ttft 'soon'", "500ms")),
+        ((*COMPARE, "--ttft", "1e400"), ("--ttft '1e400'",)),
+        ((*COMPARE, "--tpot", "0ms"), ("--tpot '0ms'",)),
+        (("compare", "qwen3-30b-a3b", "-d", ",", "-n", "4"), ("--device ','",)),
+        ((*COMPARE, "--form", ""), ("--form ''",)),
+        ((*COMPARE, "--price", "h100=inf"), ("--price 'h100=inf'",)),
+        ((*COMPARE, "--price", "h200=2"), ("--price h200=2", "--device h100")),
+        ((*COMPARE, "--request-rate", "5"), ("--request-rate 5", "--objective gpus")),
+        (("launch", "mixtral-8x7b", "-d", "h100", "--layout", "tp2", "--role", "both"), ("--role 'both'", "decode")),
+        (("predict", "no-such.csv"), ("no-such.csv", "no such file")),
+        (("calibrate", "-d", "cpu", "--from", "no-such.parquet"), ("no-such.parquet: no such file",)),
+        (("calibrate", "-d", "cpu", "--from", "x.csv", "--engine", "vlm"), ("'vlm'", "vllm")),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], said: tuple[str, ...]) -> None:
+    message = refused(*arguments)
+    assert all(text in message for text in said), message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[tp0]", ("'tp0'", "at least 1")), ("- tp: -4", ("'tp-4'", "tp1-dp32-ep32")), ("[tp4, xx9]", ("'xx9'",)),
+        ("[tp4", ("not YAML",)), ("", ("must be a list",)), ("tp4", ("must be a list",)),
+    ],
+)
+def test_layouts_that_are_none_name_their_file(tmp_path: Path, content: str, said: tuple[str, ...]) -> None:
+    (tmp_path / "layouts.yaml").write_text(content)
+    message = refused(*COMPARE, "--layouts", str(tmp_path / "layouts.yaml"))
+    assert "--layouts" in message and "layouts.yaml" in message and all(text in message for text in said), message
+
+
+def test_predict_spares_its_table_and_says_where_it_cannot_write(tmp_path: Path) -> None:
+    table = tmp_path / "runs.csv"
+    table.write_text(RUNS)
+    assert "is the table itself" in refused("predict", str(table), "--out", str(table))
+    assert "is a directory" in refused("predict", str(table), "--report", str(tmp_path))
+    assert "no such directory" in refused("predict", str(table), "--out", str(tmp_path / "none" / "x.csv"))
+    assert table.read_text() == RUNS and os.listdir(tmp_path) == ["runs.csv"]
+    table.write_text(RUNS.splitlines()[0])
+    assert "no rows" in refused("predict", str(table))
+
+
+def test_a_report_of_a_table_with_holes(tmp_path: Path) -> None:
+    """Empty, negative and wordy cells, columns that are not there: what can be scored is, and nothing breaks."""
+    table, page = tmp_path / "runs.csv", tmp_path / "errors.md"
+    table.write_text(
+        "model,device,concurrency,measured_ttft_s,measured_tpot_s\n"
+        "qwen3-30b-a3b,h100,8,nan,\nqwen3-30b-a3b,h100,0,soon,0.01\nqwen3-30b-a3b,h100,8,0.1,-1\n"
+    )
+    result = invoke("predict", str(table), "--report", str(page))
+    assert result.exit_code == 0 and "2 of 3 rows predicted" in result.stdout, (result.output, result.exception)
+    assert "nan" not in result.stdout.split("tokens/s", 1)[1]
+    assert "2 of 3 rows predicted" in page.read_text()
+
+
+def test_calibrate_names_the_row_that_is_no_number(tmp_path: Path) -> None:
+    columns = ("level", "family", "dtype", "seconds", "works", "device")
+    pd.DataFrame([("op", "gemm", "bf16", "fast", "[]", "CPU")], columns=columns).to_csv(tmp_path / "m.csv", index=False)
+    message = refused("calibrate", "-d", "cpu", "--from", str(tmp_path / "m.csv"))
+    assert "row 1" in message and "'fast'" in message
+    assert "is a directory" in refused("calibrate", "-d", "cpu", "--from", "m.csv", "--write", str(tmp_path))
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("simulate", "mixtral-8x7b", "-d", "h100", "-n", "2", "--top", "3"), ("models",), ("devices",), ("engines",),
+        ("compare", "qwen3-30b-a3b", "-d", "h100,h200", "-n", "4", "--form", "aggregated", "--top", "3",
+         "--objective", "cost", "--price", "h100=2,h200=3"),
+    ],
+)  # fmt: skip
+def test_numbers_are_whole_at_any_width(arguments: tuple[str, ...], columns: int) -> None:
+    """No line is wider than the terminal, and no number is cut: an ellipsis is in names alone."""
+    result = invoke(*arguments, columns=columns)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert not [line for line in lines if any(word.endswith("…") and word[:1].isdigit() for word in line.split())]
+
+
+def test_progress_says_what_is_under_way() -> None:
+    """The main thread is in none of our modules here, so the verb stands."""
+    assert threading.current_thread() is threading.main_thread()
+    assert _doing("mixtral-8x7b", "comparing layouts of") == "comparing layouts of mixtral-8x7b"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_killed_write_leaves_no_half_file(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, signal\nimport tensorcast.trace.cache as c\n"
+        "c.os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from tensorcast.cli import main\nimport sys\nsys.argv = ['tensorcast', 'predict', 'runs.csv', '--out', 'o.csv']"
+        "\nmain()"
+    )
+    (tmp_path / "runs.csv").write_text(RUNS)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False, timeout=120)
+    assert done.returncode == -9 and not (tmp_path / "o.csv").exists()

@@ -163,6 +163,10 @@ def expert_seconds(price: StepPrice) -> Any:
 def _sum(price: StepPrice, wanted: Any, evidence: str | None = None) -> Any:
     total: Any = 0.0
     for row, calls in zip(price.rows, price.counts, strict=True):
-        if (wanted is None or wanted(row.row)) and evidence in (None, row.evidence):
-            total = total + calls * row.seconds
+        if wanted is not None and not wanted(row.row):
+            continue
+        if evidence is None or isinstance(row.evidence, str):
+            total = total + calls * row.seconds if evidence in (None, row.evidence) else total
+        else:
+            total = total + calls * row.seconds * (row.evidence == evidence)
     return total

@@ -113,7 +113,8 @@ def grouped_gemm(rows: Size, hit: Size, n: Size, k: Size, precision: Precision =
     moved = rows * k * precision.activation_bytes + hit * n * k * precision.weight_bytes
     return Work(
         "grouped_gemm", precision.name, 2.0 * rows * n * k, moved + rows * n * precision.output_bytes,
-        tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings, rows, rows * k, sizes={"rows": rows, "hit": hit},
+        tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings, rows, rows * k,
+        sizes={"rows": rows, "hit": hit},
     )
 
 

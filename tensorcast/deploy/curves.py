@@ -60,7 +60,7 @@ class PrefillLine:
         """Take prices of the three batches asked for, on the last axis."""
         half, one, full = np.moveaxis(_over(seconds, 3), -1, 0)
         if self.per_step > 1:
-            self.prompt_s = np.maximum((full - one) / (self.per_step - 1), 0.0)
+            self.prompt_s = np.clip((full - one) / (self.per_step - 1), 0.0, one)
             self.token_s = self.prompt_s / self.tokens
         else:
             self.prompt_s = np.zeros_like(one)

@@ -26,7 +26,6 @@ from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.dims import Dim, Sizes
 from tensorcast.trace.table import Op, OpTable, Tensor
 
-
 EXCHANGE_SMS = 20.0
 """Processors that DeepEP's two-stage kernels take by default (github.com/deepseek-ai/DeepEP, ``Buffer.num_sms``)."""
 

@@ -284,7 +284,8 @@ class Step:
         return {
             "tokens": at.capacity, "hidden": facts["moe_hidden_size"], "inter": facts["moe_intermediate_size"],
             "topk": facts["top_k"], "experts": facts["num_experts"], "slots": at.sizes.E * layout.ep,
-            "moe_tp": layout.etp, "moe_ep": layout.ep, "gated": self.gated, **work.sizes,
+            "moe_tp": layout.etp, "moe_ep": layout.ep, "gated": self.gated,
+            "skew": 0.0 if self.options.routing == "balanced" else -1.0, **work.sizes,
         }
 
     def _constants_for(

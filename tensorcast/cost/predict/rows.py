@@ -61,7 +61,7 @@ class Corrections:
         return self.at(work.family, work.dtype, work.kernel, sizes) if sizes else None
 
     def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> Correction | None:
-        """The correction of ``family`` at ``sizes``, scalars or arrays that broadcast."""
+        """The correction of ``family`` at ``sizes`` (all of its own), scalars or arrays that broadcast."""
         variant = variant if variant in VARIANTS or ":" in variant else ""
         belongs = self._whose(family, dtype, variant)
         if belongs is None:
@@ -79,7 +79,7 @@ class Corrections:
         shape = np.broadcast_shapes(*(value.shape for value in held.values()))
         flat = {n: np.broadcast_to(value, shape).ravel() for n, value in held.items()}
         first, where = _distinct(list(flat.values()))
-        found = self.predictor.estimate(*name, **{n: value[first] for n, value in flat.items()})
+        found = self.predictor.price(*name, {n: value[first] for n, value in flat.items()})
         factor, error, level = (x[where].reshape(shape)[()] for x in (found.factor, found.error, found.level))
         return Correction(factor, error, level, *belongs)
 

@@ -113,7 +113,7 @@ def compare(
     prices: Mapping[str, float] | None = None,
     prefix_cached: int = 0,
     quant: str | None = None,
-    routing: str = "balanced",
+    routing: str = "uniform",
     placement: str = "linear",
     kv_dtype: Sequence[str] | None = None,
     mtp_depth: Sequence[int] | None = None,
@@ -179,7 +179,7 @@ def explain(
     engine: str = "vllm",
     quant: str | None = None,
     kv_dtype: str | None = None,
-    routing: str = "balanced",
+    routing: str = "uniform",
 ) -> Explanation:
     """Two layouts side by side at the same load: which groups of ops moved and why, and what would help each.
 

@@ -266,8 +266,7 @@ def said(family: str) -> tuple[int, int, int, int]:
         value = next(fields[name] for name in names if fields.get(name))
         return int(value[0] if isinstance(value, list) else value)
 
-    identity = int(fields.get("zero_expert_num", 0))  # experts that hand on their input: routed to like the others
-    return first(EXPERTS) + identity, first(CHOSEN), first(WIDTH), first(HIDDEN)
+    return first(EXPERTS), first(CHOSEN), first(WIDTH), first(HIDDEN)
 
 
 def _default(family: str, names: list[str]) -> str:
@@ -362,7 +361,7 @@ def page() -> str:
         "",
         "## Known limits",
         "",
-        "- Identity experts (LongCat-Flash's `zero_expert_num`) are priced like the others: an upper bound.",
+        "- Identity experts (LongCat-Flash's `zero_expert_num`) take their share of the choices and cost nothing.",
         "- Vision experts (ERNIE-4.5-VL) hold parameters but are on no text token's path: not counted as MoE layers.",
         "- Unlimited-OCR's window over decoded tokens (beside all prefilled ones) is read as full attention.",
         "- Talker and code predictor of Qwen3-Omni are not traced; its thinker's text model is.",

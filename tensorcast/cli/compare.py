@@ -132,7 +132,7 @@ def compare(
     routing: Annotated[str, typer.Option(
         "--routing", metavar="LAW", help="balanced, uniform, zipf:S, or a CSV of counts per expert.",
         rich_help_panel=CHOICES,
-    )] = "balanced",
+    )] = "uniform",
     placement: Annotated[str, typer.Option(
         "--placement", metavar="POLICY", help="linear, round_robin, or eplb.", rich_help_panel=CHOICES,
     )] = "linear",

@@ -73,7 +73,7 @@ def explain(
     )] = None,
     routing: Annotated[str, typer.Option(
         "--routing", metavar="LAW", help="balanced, uniform, zipf:S, or a CSV.", rich_help_panel=CHOICES,
-    )] = "balanced",
+    )] = "uniform",
     as_json: AsJson = False,
 ) -> None:
     """Explain why layout A of MODEL is faster or slower than B, and what would help each."""

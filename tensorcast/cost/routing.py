@@ -113,7 +113,9 @@ class ExpertLoad:
     top_k: float
     ranks: int
     busiest: np.ndarray | None
-    """Chances that a token picks each of the busiest rank's experts (None: balanced)."""
+    """Distinct chances that a token picks an expert of the busiest rank (None: balanced)."""
+    alike: np.ndarray | None
+    """How many of that rank's experts have each of these chances."""
     noise: float
     """Expected maximum over ranks of a standard normal: how far sampling lifts the busiest rank."""
     local_experts: int
@@ -125,18 +127,18 @@ class ExpertLoad:
         copies = tokens * self.top_k
         mean = copies / self.ranks
         local = float(self.local_experts)
-        if self.busiest is None:
+        if self.busiest is None or self.alike is None:
             rows = np.maximum(mean * local * self.ranks / self.num_physical, np.minimum(copies, 1.0))
             return Load(rows, np.minimum(local, rows), mean)
-        expected = tokens * self.busiest.sum()
-        spread = np.sqrt(tokens * (self.busiest * (1.0 - self.busiest)).sum())
+        expected = tokens * (self.alike * self.busiest).sum()
+        spread = np.sqrt(tokens * (self.alike * self.busiest * (1.0 - self.busiest)).sum())
         rows = np.minimum(
             np.maximum(expected + self.noise * spread, np.minimum(copies, 1.0)), tokens * min(local, self.top_k)
         )
         # the lift is extra tokens that pick this rank: as if that many more had come
         effective = tokens * np.maximum(rows / np.maximum(expected, 1e-12), 1.0)
         missed = np.exp(np.multiply.outer(effective, np.log1p(-np.minimum(self.busiest, 1.0 - 1e-12))))
-        return Load(rows, np.minimum((1.0 - missed).sum(-1), rows), mean)
+        return Load(rows, np.minimum((self.alike * (1.0 - missed)).sum(-1), rows), mean)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -161,7 +163,7 @@ def expert_load(
     place = POLICIES[policy]
     if routing.name == "balanced":
         even = place(np.ones(num_experts), ranks, redundant)
-        return ExpertLoad(even.num_physical, top_k, ranks, None, 0.0, max(even.experts_per_rank))
+        return ExpertLoad(even.num_physical, top_k, ranks, None, None, 0.0, max(even.experts_per_rank))
     q = routing.inclusion(num_experts, top_k)
     noise = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
     if routing.counts or routing.exponent == 0:
@@ -179,7 +181,8 @@ def expert_load(
         found.append((float(busiest.sum()), busiest, placement))
     found.sort(key=lambda one: one[0])
     _, busiest, placement = found[len(found) // 2]
-    return ExpertLoad(placement.num_physical, top_k, ranks, busiest, noise, max(placement.experts_per_rank))
+    chances, alike = np.unique(busiest, return_counts=True)
+    return ExpertLoad(placement.num_physical, top_k, ranks, chances, alike, noise, max(placement.experts_per_rank))
 
 
 def _round_robin(popularity: np.ndarray, ranks: int, redundant: int) -> Placement:

@@ -24,7 +24,7 @@ def ask(
     input_len: int, output_len: int, prefix_cached: int = 0, mtp_acceptance: float = 0.8, ttft_s: float | None = None,
     tpot_s: float | None = None, objective: str = "tokens_per_gpu", layouts: Sequence[str] | None = None,
     forms: Sequence[str] = FORMS, request_rate: float | None = None, prices: Mapping[str, float] | None = None,
-    quant: str | None = None, routing: str = "balanced", placement: str = "linear", full: bool = False,
+    quant: str | None = None, routing: str = "uniform", placement: str = "linear", full: bool = False,
     runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,
 ) -> list[Question]:
     """Questions of every device and size. ``searched``: values of axes; those left out are the default space's.

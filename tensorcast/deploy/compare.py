@@ -219,8 +219,9 @@ def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]
         found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")
     elif max(first.axes.mtp_depth) > 0:
         found.append(f"drafted tokens are accepted with a chance of {first.load.mtp_acceptance:g} each: an assumption")
-    if table.facts["num_experts"] and first.base.routing == "balanced":
-        found.append("tokens fall evenly on experts; --routing zipf:0.6 shows what skew costs")
+    spread = {"balanced": "tokens fall evenly on experts", "uniform": "tokens pick experts at random, none more popular"}
+    if table.facts["num_experts"] and first.base.routing in spread:
+        found.append(f"{spread[first.base.routing]}; --routing zipf:0.6 shows what skew costs")
     if "disaggregated" in first.forms:
         found.append("disaggregated pools use as many GPUs as match, which may be fewer than there are")
     unsure = frame.loc[frame["meets"], "share_datasheet"] if frame["meets"].any() else frame["share_datasheet"]

@@ -98,7 +98,7 @@ RELEVANT = (
     Relevance(
         "redundant_experts",
         lambda layout, facts, sent: layout.ep > 1
-        and (facts["routing"] != "balanced" or facts["num_experts"] % layout.ep > 0),
+        and (facts["routing"] not in ("balanced", "uniform") or facts["num_experts"] % layout.ep > 0),
     ),
     Relevance("dual_batch_overlap", lambda layout, facts, sent: sent),
     Relevance("mtp_depth", lambda layout, facts, sent: facts["mtp_modules"] > 0),

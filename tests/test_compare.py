@@ -87,9 +87,10 @@ def test_every_candidate_is_priced_as_if_alone(shop: Workshop) -> None:
                 alone = aggregated(prefill, decode, load, int(numbers["chunk_tokens"]))
             assert not alone.problem
             for name in NUMBERS:
-                assert numbers[name] == pytest.approx(getattr(alone, name), rel=1e-7, abs=1e-12), (name, variant)
+                # alone, the batch is found by halving, to 1e-9 of the largest that fits (up to some hundreds)
+                assert numbers[name] == pytest.approx(getattr(alone, name), rel=1e-6, abs=1e-12), (name, variant)
             for kind, share in alone.evidence.items():
-                assert numbers[f"share_{kind}"] == pytest.approx(share, abs=1e-7)
+                assert numbers[f"share_{kind}"] == pytest.approx(share, abs=1e-6)
 
 
 def test_memory_is_that_of_the_deployment(shop: Workshop) -> None:

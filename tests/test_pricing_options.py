@@ -22,9 +22,15 @@ EP32, TP8 = parse_layout("dp32-ep32"), parse_layout("tp8-dp4-ep32")
 HIDDEN, WIDTH, LAYERS, MOE_LAYERS, TOP_K, EXPERTS = 7168, 2048, 61, 58, 8, 256  # DeepSeek-V3
 
 
-def deepseek(layout: Layout = EP32, engine: str = "sglang", phase: str = "decode", **options: Any) -> Deployment:
+BARE = "mi300x"
+"""A device of which no kernels were measured: prices are the formulas'."""
+
+
+def deepseek(
+    layout: Layout = EP32, engine: str = "sglang", phase: str = "decode", device: str = "h200", **options: Any
+) -> Deployment:
     return deploy(
-        load_model("deepseek-v3"), load_device("h200"), load_engine(engine), layout, phase, Options(**options)
+        load_model("deepseek-v3"), load_device(device), load_engine(engine), layout, phase, Options(**options)
     )
 
 
@@ -65,10 +71,12 @@ def test_batched_mm_copies_an_expert_per_row() -> None:
 
 
 def test_eager_launches_a_gemm_per_hit_expert_and_needs_longer() -> None:
-    eager, grouped = (rows_of(deepseek(experts_backend=b), 64.0, "grouped_matmul") for b in ("eager", "grouped_mm"))
+    eager, grouped = (
+        rows_of(deepseek(experts_backend=b, device=BARE), 64.0, "grouped_matmul") for b in ("eager", "grouped_mm")
+    )
     for (one, _), (other, _) in zip(eager, grouped, strict=True):
         assert float(one.flops) == pytest.approx(float(other.flops))
-        assert float(one.parts["latency"]) == pytest.approx(8 * 4.2e-6, rel=0.6)  # 8 local experts, some us each
+        assert float(one.parts["latency"]) == pytest.approx(8 * 3e-6, rel=0.6)  # 8 local experts, some us each
         assert float(one.seconds) > float(other.seconds)
 
 
@@ -81,7 +89,9 @@ def test_masked_pays_for_its_capacity_where_the_kernel_does() -> None:
     for (one, _), (other, _) in zip(masked, grouped, strict=True):
         assert float(one.flops) == pytest.approx(float(other.flops))
         assert float(one.seconds) > 10 * float(other.seconds)  # capacity 32 * 256 rows an expert, 256 of them used
-    skipping, plain = (deepseek(experts_backend=b).step.seconds(256.0, 1.0, 4096.0) for b in ("masked", "grouped_mm"))
+    skipping, plain = (
+        deepseek(experts_backend=b, device=BARE).step.seconds(256.0, 1.0, 4096.0) for b in ("masked", "grouped_mm")
+    )
     assert plain <= skipping < 1.2 * plain
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ class Work:
     which the kernel can be cut, the fastest of which runs (none: compute spreads evenly). ``rows`` and ``elements``
     are work beside the matrix units: rows of the input and their elements that a call passes over first
     (quantisation, permutation), or softmax rows and scores. ``calls``: how many such calls run one after another.
-    ``kernel``: which one of the family it is, where that is known (an op's name).
+    ``kernel``: which one of the family it is, where that is known (an op's name). ``sizes``: the shape in the words of
+    :data:`tensorcast.cost.predict.shapes.SIZES`, where a fitted residual may be asked for it.
     """
 
     family: str
@@ -62,6 +64,7 @@ class Work:
     elements: Size = 0.0
     calls: Size = 1.0
     kernel: str = ""
+    sizes: Mapping[str, Size] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def gemm(m: Size, n: Size, k: Size, precision: Precision = Precision(), batch: S
     moved = m * k * precision.activation_bytes + k * n * precision.weight_bytes + m * n * precision.output_bytes
     return Work(
         "gemm", precision.name, 2.0 * batch * m * n * k, batch * moved, tilings[1].tiles * tilings[1].flops,
-        tilings[1].tiles, tilings, batch * m, batch * m * k,
+        tilings[1].tiles, tilings, batch * m, batch * m * k, sizes={"m": m, "n": n, "k": k, "batch": batch},
     )
 
 
@@ -111,6 +114,7 @@ def grouped_gemm(rows: Size, hit: Size, n: Size, k: Size, precision: Precision =
     return Work(
         "grouped_gemm", precision.name, 2.0 * rows * n * k, moved + rows * n * precision.output_bytes,
         tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings, rows, rows * k,
+        sizes={"rows": rows, "hit": hit},
     )
 
 
@@ -166,7 +170,10 @@ def attention(
     family = "attention_decode" if decode else "attention_prefill"
     return Work(
         family, dtype or _cache_dtype(kv_bytes, decode), flops, kv + io, tilings[0].tiles * tilings[0].flops,
-        tilings[0].tiles, tilings, batch * new * q_heads, batch * q_heads * pairs,
+        tilings[0].tiles, tilings, batch * new * q_heads, batch * q_heads * pairs, sizes={
+            "batch": batch, "new": new, "past": past, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": qk_dim,
+            "window": window, "kv_bytes": kv_bytes,
+        },
     )
 
 
@@ -179,10 +186,11 @@ def mla(
     ``selected > 0``: sparse attention, each query reads that many cached tokens (DeepSeek sparse attention).
     ``dtype`` as in :func:`attention`. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; FlashMLA (absorbed form).
     """
-    absorbed = decode or np.any(np.asarray(selected) > 0)
+    plain = not np.any(np.asarray(selected) > 0)
+    absorbed = decode or not plain
     pairs = attended_pairs(new, past)
     keys = np.asarray(past + new, dtype=float)
-    if np.any(np.asarray(selected) > 0):
+    if not plain:
         pairs = attended_pairs(new, past, selected)
         keys = np.where(np.asarray(new) > 1, keys, np.minimum(keys, selected))
     if absorbed:
@@ -197,6 +205,7 @@ def mla(
         "mla_decode" if decode else "mla_prefill", dtype or _cache_dtype(kv_bytes, decode),
         2.0 * batch * heads * pairs * dims, kv + batch * new * heads * dims * 2.0,
         tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings, batch * new * heads, batch * heads * pairs,
+        sizes={"batch": batch, "new": new, "past": past, "q_heads": heads, "kv_bytes": kv_bytes} if plain else {},
     )
 
 

@@ -153,8 +153,8 @@ CONTENDERS = 12
 def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """What the objective adds up for a candidate, by kernel family: (amount, relative median error).
 
-    GPU seconds per output token; for the objective ``latency`` seconds of a request. Families on tiers that are known
-    differently well (fitted or not) are apart.
+    GPU seconds per output token; for the objective ``latency`` seconds of a request. What rests on measurements and
+    what on datasheets alone err apart.
     """
     prefill, decode = comparison.deployments(row["candidate"])
     load = comparison.load(row["candidate"])
@@ -164,13 +164,13 @@ def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tup
     found: dict[str, tuple[float, float]] = {}
     whole = row["request_s"] if comparison.objective == "latency" else row["gpus"] / row["output_tokens_per_s"]
     for price, share in ((step, decoded / row["request_s"]), (fresh, 1 - decoded / row["request_s"])):
-        rows = [(f"{p.family} {p.evidence}", float(p.seconds) * float(n), float(np.max(p.error)))
+        rows = [(f"{p.family} {p.evidence == 'datasheet'}", float(p.seconds) * float(n), float(np.max(p.error)))
                 for p, n in zip(price.rows, price.counts, strict=True)]
         total = sum(seconds for _, seconds, _ in rows) or 1.0
         for name, seconds, error in rows:
             amount = whole * share * seconds / total
-            before, worst = found.get(name, (0.0, 0.0))
-            found[name] = before + amount, max(worst, error)
+            before, mean = found.get(name, (0.0, 0.0))
+            found[name] = before + amount, (before * mean + amount * error) / max(before + amount, 1e-30)
     return found
 
 

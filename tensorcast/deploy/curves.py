@@ -60,7 +60,7 @@ class PrefillLine:
         """Take prices of the three batches asked for, on the last axis."""
         half, one, full = np.moveaxis(_over(seconds, 3), -1, 0)
         if self.per_step > 1:
-            self.prompt_s = np.maximum((full - one) / (self.per_step - 1), 0.0)
+            self.prompt_s = np.clip((full - one) / (self.per_step - 1), 0.0, one)
             self.token_s = self.prompt_s / self.tokens
         else:
             self.prompt_s = np.zeros_like(one)
@@ -163,6 +163,10 @@ def expert_seconds(price: StepPrice) -> Any:
 def _sum(price: StepPrice, wanted: Any, evidence: str | None = None) -> Any:
     total: Any = 0.0
     for row, calls in zip(price.rows, price.counts, strict=True):
-        if (wanted is None or wanted(row.row)) and evidence in (None, row.evidence):
-            total = total + calls * row.seconds
+        if wanted is not None and not wanted(row.row):
+            continue
+        if evidence is None or isinstance(row.evidence, str):
+            total = total + calls * row.seconds if evidence in (None, row.evidence) else total
+        else:
+            total = total + calls * row.seconds * (row.evidence == evidence)
     return total

@@ -297,6 +297,7 @@ def gain(
     """Relative gain in tokens/s on a ``better`` device; ``at_largest``: each device at the largest batch it holds."""
     one = side.deployment
     other = deploy(one.model, better(one.device), one.engine, one.layout, one.phase, one.options)
+    other.step.corrections = one.step.corrections  # what its formulas miss stays what was measured
     if not at_largest:
         return float(side.step_s / float(other.step.price(side.batch, float(new), float(past)).seconds) - 1)
     batches = [float(side.largest_batch), float(other.largest_batch(new, past))]

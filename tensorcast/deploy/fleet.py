@@ -185,9 +185,15 @@ def _joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]
     prices = [price for _, price in found]
     numbers = ("seconds", "flops", "bytes", "wire_bytes", "ideal_compute_s", "error")
     whole: dict[str, Any] = {name: gather([getattr(price, name) for price in prices]) for name in numbers}
+    words: Any = prices[0].evidence
+    if any(not isinstance(price.evidence, str) or price.evidence != words for price in prices):
+        words = np.empty(shape, dtype="U10")
+        for (part, _), price in zip(found, prices, strict=True):
+            words[part] = price.evidence
     return replace(
         prices[0],
         **whole,
+        evidence=words,
         parts={name: gather([price.parts[name] for price in prices]) for name in prices[0].parts},
     )
 

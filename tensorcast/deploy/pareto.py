@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from tensorcast.deploy.price import WITHIN_80
+
 REPEAT = 0.03
 """Repeating a measurement moves it by 3-5 % (aiconfigurator-core 0.12.0's tables hold repeats): nothing closer than
 this is a difference."""
@@ -21,7 +23,7 @@ def pareto(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def spread(one: Mapping[str, tuple[float, float]], other: Mapping[str, tuple[float, float]]) -> float:
-    """How far the difference of two sums may be off, as a median error.
+    """How far the difference of two sums may be off: half of its 80 % interval.
 
     ``one`` and ``other``: seconds and relative median error by kernel family. A family's error is that of its fitted
     constants, so it moves both sums the same way: what counts is how much *more* of that family one of them has. That
@@ -33,10 +35,10 @@ def spread(one: Mapping[str, tuple[float, float]], other: Mapping[str, tuple[flo
         a, b = one.get(family, (0.0, 0.0)), other.get(family, (0.0, 0.0))
         total += (a[0] * a[1] - b[0] * b[1]) ** 2
     largest = max(sum(seconds for seconds, _ in sums.values()) for sums in (one, other))
-    return float(np.sqrt(total + (REPEAT * largest) ** 2))
+    return float(np.sqrt(WITHIN_80**2 * total + (REPEAT * largest) ** 2))
 
 
 def alike(one: Mapping[str, tuple[float, float]], other: Mapping[str, tuple[float, float]]) -> bool:
-    """Whether the difference of two sums is less than its own median error."""
+    """Whether the difference of two sums lies within its own error, four times in five."""
     difference = sum(seconds for seconds, _ in one.values()) - sum(seconds for seconds, _ in other.values())
     return abs(difference) <= spread(one, other)

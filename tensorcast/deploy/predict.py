@@ -19,6 +19,7 @@ import numpy as np
 from tensorcast.deploy.curves import EVIDENCE
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.price import WITHIN_80
 from tensorcast.deploy.runs import MEASURED, Run, canonical_columns, read_run
 from tensorcast.deploy.serving import Load, Served, aggregated, disaggregated
 from tensorcast.deploy.simulate import Deployment, deploy
@@ -30,10 +31,7 @@ if TYPE_CHECKING:
 PREDICTED = ("ttft_s", "tpot_s", "output_tokens_per_s")
 """Predicted columns; each has the ends of its interval beside it (``ttft_low_s``, as units end a name)."""
 
-SPREAD = 1.2816 / 0.6745
-"""Half an 80 % interval in median errors: of a normal error, 80 % lie within 1.9 times the median."""
-
-SERVING_ERROR = {"ttft_s": 0.35, "tpot_s": 0.12}
+SERVING_ERROR = {"ttft_s": 0.36, "tpot_s": 0.14}
 """Relative median error that the serving model adds to the kernels' (scheduling, launch options that nobody recorded).
 Set so that about four in five of the aggregated runs behind ``reports/serving.md`` lie in their intervals, on all of
 them, none left out: the report says how many do."""
@@ -194,7 +192,7 @@ def _record(served: Served, run: Run, i: int) -> dict[str, Any]:
     errors["output_tokens_per_s"] = math.hypot(share * errors["ttft_s"], (1 - share) * errors["tpot_s"])
     record: dict[str, Any] = {"mean_batch": served.batch[i], "problem": ""}
     for name, value in values.items():
-        factor = 1 + SPREAD * errors[name]
+        factor = 1 + WITHIN_80 * errors[name]
         record |= {name: value, bound(name, "low"): value / factor, bound(name, "high"): value * factor}
     return record | {f"share_{kind}": share[i] for kind, share in served.evidence.items()}
 

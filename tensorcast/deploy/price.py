@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tensorcast.cost.predict.model import NORMAL_80
 from tensorcast.deploy.plan import Row
+
+WITHIN_80 = NORMAL_80
+"""Half an 80 % interval in median errors: of a normal error, 80 % lie within 1.9 times the median."""
 
 PARTS = ("compute", "memory", "network", "latency")
 """What the seconds of a row are spent on."""
@@ -13,7 +17,11 @@ PARTS = ("compute", "memory", "network", "latency")
 
 @dataclass(frozen=True)
 class RowPrice:
-    """One call of one row; numbers are floats or arrays. ``parts`` splits the seconds by what bounds them."""
+    """One call of one row; numbers are floats or arrays. ``parts`` splits the seconds by what bounds them.
+
+    ``error``: relative median error of the seconds. ``evidence``: ``measured``, ``calibrated`` or ``datasheet``, or an
+    array of these where calls differ.
+    """
 
     row: Row
     seconds: Any
@@ -23,7 +31,7 @@ class RowPrice:
     ideal_compute_s: Any
     parts: dict[str, Any]
     family: str
-    evidence: str
+    evidence: Any
     error: Any
     has_formula: bool = True
     detail: str = ""

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tensorcast.deploy.plan import Collective, Row
-from tensorcast.deploy.step import RowPrice, StepPrice
+from tensorcast.deploy.price import WITHIN_80, RowPrice
+from tensorcast.deploy.step import StepPrice
 from tensorcast.deploy.workload import Workload
 from tensorcast.trace.table import Op
 
@@ -34,9 +35,10 @@ class Simulation:
 
     @property
     def interval_s(self) -> tuple[float, float]:
-        """Step time less and plus the median error of its kernels (about half of all such steps lie inside)."""
-        spread = float(self.price.error) * (self.step_s - float(self.price.overhead_s))
-        return self.step_s - spread, self.step_s + spread
+        """Ends of an 80 % interval of the step time, from the errors of its kernels alone."""
+        overhead = float(self.price.overhead_s)
+        factor = 1.0 + WITHIN_80 * float(self.price.error)
+        return overhead + (self.step_s - overhead) / factor, overhead + (self.step_s - overhead) * factor
 
     @property
     def tokens(self) -> int:

@@ -16,6 +16,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, option_facts
 from tensorcast.deploy.pareto import pareto
 from tensorcast.deploy.points import Points
+from tensorcast.deploy.price import WITHIN_80
 from tensorcast.deploy.runnable import engine_can_run
 from tensorcast.deploy.serving import Load
 from tensorcast.deploy.space import Axes, Variant, divisors, family, layouts, legal, variants
@@ -250,7 +251,7 @@ def _frame(question: Question, workshop: Workshop, form: str, points: Points) ->
         "mtp_depth": [v.decode.mtp_depth for v in chosen],
         "chunk_tokens": nothing if pools else c["chunk_tokens"],
         **{
-            f"{what}{end}_s": c[f"{what}_s"] * (1 + sign * c[f"{what}_error"])
+            f"{what}{end}_s": c[f"{what}_s"] * (1 + WITHIN_80 * c[f"{what}_error"]) ** sign
             for what in ("ttft", "tpot")
             for end, sign in (("", 0.0), ("_low", -1.0), ("_high", 1.0))
         },

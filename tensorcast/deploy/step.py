@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -9,8 +10,11 @@ import numpy as np
 
 from tensorcast.cost.collectives import collective_time
 from tensorcast.cost.formulas import Context, has_formula, work_of
+from tensorcast.cost.predict import LEVELS
+from tensorcast.cost.predict.rows import Correction, corrections_for
 from tensorcast.cost.roofline import Evidence, constants_for, kernel_time, peak_flops
 from tensorcast.cost.routing import ExpertLoad, Routing, expected_distinct, expert_load
+from tensorcast.cost.work import Work
 from tensorcast.deploy.blocks import EXPERT_STAGES, copies_per_token
 from tensorcast.deploy.layout import Layout, stage_layers
 from tensorcast.deploy.options import Options
@@ -21,6 +25,9 @@ from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.dims import Dim, Sizes
 from tensorcast.trace.table import Op, OpTable, Tensor
+
+EXCHANGE_SMS = 20.0
+"""Processors that DeepEP's two-stage kernels take by default (github.com/deepseek-ai/DeepEP, ``Buffer.num_sms``)."""
 
 
 class _Sizes(NamedTuple):
@@ -73,8 +80,10 @@ class Step:
         )
         self.stages = stage_layers(len(table.layer_kinds), layout.pp)
         self.overlap = Overlap(plan, table, engine, options, self.captured)
-        self._constants: dict[tuple[str, str, str], tuple[KernelConstants, Evidence]] = {}
+        self._constants: dict[tuple[str, str, str, str], tuple[KernelConstants, Evidence]] = {}
+        self.corrections = corrections_for(device, engine.name)
         facts = table.facts
+        self.gated = _gated(plan)
         self.load: ExpertLoad | None = None
         self.distinct: dict[str, Any] = {}
         if facts["num_experts"]:
@@ -236,30 +245,59 @@ class Step:
         moved: Any = 0.0
         ideal: Any = 0.0
         parts: dict[str, Any] = dict.fromkeys(PARTS, 0.0)
-        family, evidence, error = "memory", "calibrated", 0.0
+        family, level, error = "memory", LEVELS.index("measured"), 0.0
         alone: Any = 1.0  # or part of the all-reduce's kernel before it
         if "joined_tokens" in op.attrs:
             alone = np.where(np.asarray(at.sizes.tokens) > op.attrs["joined_tokens"], 1.0, 0.0)[()]
-        for work in work_of(op, at):
-            constants, found = self._constants_for(work.family, work.dtype, work.kernel)
+        for work, known in self._works(op, at):
+            engine = known.engine if known is not None else self.engine.name
+            constants, found = self._constants_for(work.family, work.dtype, work.kernel, engine)
             # quantising and permuting are rows of their own here, not part of the matmul's time
             timing = kernel_time(work, constants, self.device, passes=False)
-            launch = (timing.launch_s + self._gap(timing.seconds, timing.launch_s)) * alone
-            seconds = seconds + (timing.seconds - timing.launch_s + launch) * work.calls
+            factor = known.factor if known is not None else 1.0
+            kernel_s, launch_s = timing.seconds * factor, timing.launch_s * factor
+            launch = (launch_s + self._gap(kernel_s, launch_s)) * alone
+            seconds = seconds + (kernel_s - launch_s + launch) * work.calls
             flops, moved = flops + work.flops * work.calls, moved + work.bytes * work.calls
             ideal = ideal + work.flops * work.calls / peak_flops(self.device, work.dtype)
-            parts["compute"] = parts["compute"] + timing.compute_s * work.calls
-            parts["memory"] = parts["memory"] + timing.memory_s * work.calls
+            parts["compute"] = parts["compute"] + timing.compute_s * factor * work.calls
+            parts["memory"] = parts["memory"] + timing.memory_s * factor * work.calls
             parts["latency"] = parts["latency"] + launch * work.calls
             family = work.family
-            evidence = found if found == "datasheet" else evidence
-            error = max(error, constants.median_error or 0.0)
-        return RowPrice(op, seconds, flops, moved, 0.0, ideal, parts, family, evidence, error, has_formula(op))
+            level = np.minimum(level, LEVELS.index(found) if known is None else known.level)
+            error = np.maximum(error, (constants.median_error or 0.0) if known is None else known.error)
+        return RowPrice(op, seconds, flops, moved, 0.0, ideal, parts, family, _word(level), error, has_formula(op))
 
-    def _constants_for(self, family: str, dtype: str, kernel: str) -> tuple[KernelConstants, Evidence]:
-        key = family, dtype, kernel
+    def _works(self, op: Op, at: Context) -> Iterator[tuple[Work, Correction | None]]:
+        """The row's kernels, each with what the device's fitted model makes of its formula."""
+        if op.name != "grouped_matmul" or at.backend in ("eager", "batched_mm"):
+            yield from ((work, self.corrections.of(work)) for work in work_of(op, at))
+            return
+        (work,) = work_of(op, at)
+        if at.backend == "masked" and not at.masked_skips:
+            yield work, None
+            return
+        known = self.corrections.at(work.family, work.dtype, work.kernel, self._expert_sizes(work, at))
+        if known is not None and known.variant == at.backend:  # a kernel of that layout was fitted over plain tiles
+            (work,) = work_of(op, replace(at, backend="grouped_mm"))
+        yield work, known
+
+    def _expert_sizes(self, work: Work, at: Context) -> dict[str, Any]:
+        """The experts' whole feed-forward network as models know it: up, activation and down in one."""
+        facts, layout = self.table.facts, self.layout
+        return {
+            "tokens": at.capacity, "hidden": facts["moe_hidden_size"], "inter": facts["moe_intermediate_size"],
+            "topk": facts["top_k"], "experts": facts["num_experts"], "slots": at.sizes.E * layout.ep,
+            "moe_tp": layout.etp, "moe_ep": layout.ep, "gated": self.gated,
+            "skew": 0.0 if self.options.routing == "balanced" else -1.0, **work.sizes,
+        }
+
+    def _constants_for(
+        self, family: str, dtype: str, kernel: str, engine: str
+    ) -> tuple[KernelConstants, Evidence]:
+        key = family, dtype, kernel, engine
         if key not in self._constants:
-            self._constants[key] = constants_for(self.device, family, dtype, self.engine.name, kernel)
+            self._constants[key] = constants_for(self.device, family, dtype, engine, kernel)
         return self._constants[key]
 
     def _collective(self, row: Collective, at: Context) -> RowPrice:
@@ -267,17 +305,49 @@ class Step:
         options = dict(row.exchange)
         if options.get("kind") == "high_throughput":
             options |= {"distinct_nodes": self.distinct["nodes"], "distinct_ranks": self.distinct["ranks"]}
-        time = collective_time(row.op, row.scale * units, row.extent, self.device, engine=self.engine.name, **options)
+        known = self._known_collective(row, units)
+        engine = known.engine if known is not None else self.engine.name
+        time = collective_time(row.op, row.scale * units, row.extent, self.device, engine=engine, **options)
+        kernel_s = time.seconds if known is None else time.seconds * known.factor
         tier = next(t for t in self.device.interconnect if t.name == time.tier)
         on_wire = time.wire_bytes / float(tier.bandwidth_bytes_per_s)
-        gap = self._gap(time.seconds, time.seconds)
-        seconds = time.seconds + gap
+        seconds = kernel_s + self._gap(kernel_s, kernel_s)
         parts = {"compute": 0.0, "memory": 0.0, "network": on_wire, "latency": np.maximum(seconds - on_wire, 0.0)}
         algorithm = time.algorithm if isinstance(time.algorithm, str) else str(np.ravel(time.algorithm)[0])
         detail = f"{row.group}{row.ranks} {time.tier} {algorithm}"
-        return RowPrice(
-            row, seconds, 0.0, 0.0, time.wire_bytes, 0.0, parts, row.op, time.evidence, time.error, True, detail
-        )
+        evidence, error = (time.evidence, time.error) if known is None else (_word(known.level), known.error)
+        return RowPrice(row, seconds, 0.0, 0.0, time.wire_bytes, 0.0, parts, row.op, evidence, error, True, detail)
+
+    def _known_collective(self, row: Collective, units: Any) -> Correction | None:
+        """What the device's fitted model makes of a collective on its innermost links, or of an expert exchange."""
+        if row.exchange.get("kind") in ("low_latency", "high_throughput"):
+            facts, copies, tp = self.table.facts, row.exchange["copies"], self.layout.tp
+            hidden = float(facts["moe_hidden_size"])
+            sizes = {
+                "tokens": units / tp, "hidden": hidden, "topk": copies, "experts": facts["num_experts"],
+                "ranks": row.ranks, "nodes": -(-row.ranks // self.device.interconnect[0].size),
+                "copy_bytes": row.scale * tp / copies / hidden, "sms": EXCHANGE_SMS,
+            }
+            return self.corrections.at("moe_exchange", "any", f"{row.exchange['kind']}:{row.exchange['phase']}", sizes)
+        if row.exchange or len(row.extent) > 1:
+            return None
+        sizes = {"ranks": row.ranks, "payload_bytes": row.scale * units}
+        return self.corrections.at(row.op, "any", "custom" if row.op == "all_reduce" else "nccl", sizes)
+
+
+def _gated(plan: Plan) -> float:
+    """1 where experts' first matmul makes gate and up, 0 where there is no gate."""
+    ops = {r.attrs["projection"]: r for r in plan.rows if isinstance(r, Op) and r.name == "grouped_matmul"}
+    if len(ops) < 2:
+        return 1.0
+    return float(ops["up"].outputs[0].dims[-1].coef > 1.5 * ops["down"].inputs[0].dims[-1].coef)
+
+
+def _word(level: Any) -> Any:
+    """The level of evidence by name: one for all calls, or an array of them."""
+    if np.min(level) == np.max(level):
+        return LEVELS[int(np.min(level))]
+    return np.array(LEVELS)[level]
 
 
 def _times(price: RowPrice, count: Any) -> RowPrice:

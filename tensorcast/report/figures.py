@@ -79,7 +79,7 @@ def step_bars(runs: Mapping[str, Simulation], title: str, path: Path) -> Path:
             fontsize=9,
         )
     axes.set_xlim(0, 1.5 * max(1e3 * run.interval_s[1] for run in runs.values()))
-    axes.set_xlabel("time of one step, ms (black: interval from the kernels' held-out errors)")
+    axes.set_xlabel("time of one step, ms (black: 80 % interval from the kernels' held-out errors)")
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")

@@ -92,7 +92,7 @@ def step_lines(t: dict[str, Any]) -> list[tuple[str, str]]:
     within = units.span(t["step_low_s"], t["step_high_s"])
     overhead = t["overhead_s"] / t["step_s"]
     lines = [
-        ("step time", f"{units.seconds(t['step_s'])}  (half of such steps: {within})"),
+        ("step time", f"{units.seconds(t['step_s'])}  (80 % of such steps: {within})"),
         ("prompt speed" if prefill else "output speed", speed),
     ]
     if not prefill:

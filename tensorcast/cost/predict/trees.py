@@ -57,4 +57,5 @@ class Trees:
         if len(leaves) == 1:
             return leaves[0].take(index[0])
         flat = index + (np.arange(len(leaves), dtype=np.int32) * leaves.shape[1])[:, None]
-        return leaves.ravel().take(flat).sum(0)
+        # in double precision the sum does not hang on how many rows are asked for at once
+        return leaves.ravel().take(flat).sum(0, dtype=np.float64)

@@ -86,7 +86,7 @@ def answer(view: View) -> Answer:
 
 
 def interval(view: View, row: dict[str, Any], column: str) -> tuple[float, float]:
-    """Lower and upper end of a column's value, carried from the kernels' median errors through TTFT and TPOT."""
+    """Lower and upper end of a column's value, carried from the kernels' errors through TTFT and TPOT."""
     if column in ("ttft_s", "tpot_s"):
         stem = column.removesuffix("_s")
         return row[f"{stem}_low_s"], row[f"{stem}_high_s"]
@@ -340,8 +340,8 @@ def assumptions(view: View, shown: list[Choice]) -> list[str]:
         f"Every request brings {units.count(c.input_len)} tokens and asks for {units.count(c.output_len)}; latencies "
         "are means in the steady state at a constant number of requests in flight.",
         f"Steps are split into parts at {units.count(view.cached_tokens)} cached tokens, halfway through an answer.",
-        "Intervals carry the median errors of the kernels' predictions on held-out measurements: about half of all "
-        "such values should lie inside.",
+        "Intervals carry the errors of the kernels' predictions on held-out measurements, and no others: 80 % of all "
+        "values should lie inside as far as kernels go.",
     ]
     for deployment in {choice.decode.device.name: choice.decode for choice in shown}.values():
         engine, precision = deployment.engine, deployment.quantization.describe().replace(",", ", ").replace("=", " ")

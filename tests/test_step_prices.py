@@ -1,0 +1,111 @@
+"""Steps are priced by the kernel model where one speaks for a row, and by the formula alone where none does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tensorcast import predict_kernels
+from tensorcast.cost.predict.rows import corrections_for
+from tensorcast.cost.work import gemm
+from tensorcast.deploy.curves import evidence_shares
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.price import WITHIN_80
+from tensorcast.deploy.simulate import Deployment, deploy
+from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.profiles.device import DeviceProfile
+
+LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "inter": 14336}  # Llama-3.1-8B's config.json
+QWEN = {"hidden_size": 2048, "inter_size": 768, "topk": 8, "num_experts": 128}  # Qwen3-30B-A3B's
+
+
+def deployment(
+    model: str = "llama-3.1-8b", phase: str = "decode", device: DeviceProfile | None = None, **layout: Any
+) -> Deployment:
+    """On an H200 under vLLM, without gaps between kernels: tables time kernels alone."""
+    engine = load_engine("vllm")
+    none = {"graph_launch_gap_s": 0.0, "eager_launch_gap_s": 0.0}
+    ranks = Layout(**{"world_size": 1, **layout})
+    made = deploy(load_model(model), device or load_device("h200"), engine, ranks, phase)
+    made.step.engine = engine.model_copy(update=none)
+    return made
+
+
+def row(made: Deployment, module: str, *sizes: Any, name: str = "") -> Any:
+    price = made.step.price(*sizes)
+    return next(p for p in price.rows if module in p.row.module and name in getattr(p.row, "name", ""))
+
+
+@pytest.mark.parametrize(("batch", "context"), [(1, 1000), (16, 4095), (100, 700)])
+def test_decode_attention_costs_what_the_predictor_says(batch: int, context: int) -> None:
+    found = row(deployment(), "self_attn", float(batch), 1.0, float(context), name="attention")
+    shape = {"family": "attention_decode", "batch": batch, "past": context, "q_heads": LLAMA["heads"],
+             "kv_heads": LLAMA["kv_heads"], "head_dim": LLAMA["head_dim"]}  # fmt: skip
+    told = predict_kernels(pd.DataFrame([shape]), device="h200", engine="vllm").iloc[0]
+    assert float(found.seconds) == pytest.approx(told.seconds, rel=1e-6)
+    assert found.evidence == told.evidence == "measured"
+    assert WITHIN_80 * float(found.error) == pytest.approx(np.log(told.high / told.low) / 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 37, 512, 5000])
+def test_a_matmul_costs_what_the_predictor_says(tokens: int) -> None:
+    found = row(deployment(phase="prefill"), "down_proj", 1.0, float(tokens), 0.0, name="mm")
+    shape = {"family": "gemm", "m": tokens, "n": LLAMA["hidden"], "k": LLAMA["inter"], "dtype": "bf16"}
+    told = predict_kernels(pd.DataFrame([shape]), device="h200", engine="vllm").iloc[0]
+    assert float(found.seconds) == pytest.approx(told.seconds, rel=0.01)  # what a call does beside is another row
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_experts_of_up_and_down_rows_share_the_tables_factor(ep: int) -> None:
+    """Passes over the rows are rows of their own in a step: its matmuls take no longer than the tables' whole call."""
+    made = deployment("qwen3-30b-a3b", world_size=ep, tp=ep, ep=ep)
+    price = made.step.price(256.0, 1.0, 1000.0)
+    both = sum(float(p.seconds) for p in price.rows if p.family == "grouped_gemm")
+    shape = {"family": "moe", "num_tokens": 256, "moe_tp_size": 1, "moe_ep_size": ep, "moe_dtype": "bf16",
+             "distribution": "balanced", **QWEN}  # fmt: skip
+    told = predict_kernels(pd.DataFrame([shape]), device="h200", engine="vllm").iloc[0]
+    assert 0.5 * told.seconds < both <= told.seconds
+    assert {p.evidence for p in price.rows if p.family == "grouped_gemm"} == {told.evidence}
+
+
+def test_a_users_own_constants_win() -> None:
+    """A family whose constants are not those of the fit is priced by the formula alone; the others stay."""
+    device = load_device("h200")
+    assert device.calibration is not None
+    slower = tuple(
+        k.model_copy(update={"launch_s": k.launch_s * 1.1}) if k.family == "gemm" else k
+        for k in device.calibration.kernels
+    )
+    own = device.model_copy(update={"calibration": device.calibration.model_copy(update={"kernels": slower})})
+    sizes = 8.0, 1.0, 1000.0
+    prices = deployment(device=own).step.price(*sizes).rows
+    assert {p.evidence for p in prices if p.family == "gemm"} == {"calibrated"}
+    assert {p.evidence for p in prices if p.family == "attention_decode"} == {"measured"}
+    assert corrections_for(own, "vllm").of(gemm(8.0, 4096.0, 4096.0)) is None
+    assert corrections_for(device, "vllm").of(gemm(8.0, 4096.0, 4096.0)) is not None
+
+
+@pytest.mark.parametrize("device", ["mi300x", "ascend-910b"])
+def test_other_vendors_devices_keep_the_formula(device: str) -> None:
+    prices = deployment(device=load_device(device)).step.price(8.0, 1.0, 1000.0).rows
+    assert {p.evidence for p in prices} == {"datasheet"}
+    assert corrections_for(load_device(device), "vllm").of(gemm(8.0, 4096.0, 4096.0)) is None
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen3-30b-a3b"])
+def test_arrays_are_priced_as_their_entries(model: str) -> None:
+    """Batches up to far outside what was measured, so that evidence changes within the array."""
+    made = deployment(model)
+    batches = np.array([0.25, 1.0, 1.5, 33.0, 1024.0, 60000.0])
+    together = made.step.price(batches, 1.0, 2000.0)
+    shares = evidence_shares(together)
+    for i, batch in enumerate(batches):
+        alone = made.step.price(batch, 1.0, 2000.0)
+        assert together.seconds[i] == pytest.approx(float(alone.seconds), rel=1e-12)
+        assert together.error[i] == pytest.approx(float(alone.error), rel=1e-9)
+        for kind, share in evidence_shares(alone).items():
+            assert np.broadcast_to(shares[kind], len(batches))[i] == pytest.approx(float(share), abs=1e-12)
+    assert np.ptp(shares["measured"]) > 0.1

@@ -30,6 +30,7 @@ from tensorcast.deploy.curves import (
 from tensorcast.deploy.fleet import Memo, fleet
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.overlap import Overlap
 from tensorcast.deploy.plan import choose_all2all
 from tensorcast.deploy.points import (
     Array,
@@ -82,6 +83,14 @@ def with_setting(one: Deployment, kv_dtype: str, mtp_depth: int) -> Deployment:
     step = copy.copy(one.step)
     step.options = options
     return replace(one, options=options, quantization=replace(one.quantization, kv=kv_dtype), step=step)
+
+
+def with_overlap(one: Deployment, options: Options) -> Deployment:
+    """A fleet's deployment whose members overlap half batches or do not, as ``options`` say: their rows are the same."""
+    step = copy.copy(one.step)
+    step.options = options
+    step.overlap = Overlap(step.plan, step.table, step.engine, options, step.captured)
+    return replace(one, options=options, step=step)
 
 
 def _tiers(layout: Layout, device: DeviceProfile) -> tuple[int, ...]:
@@ -153,6 +162,7 @@ class Workshop:
         self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
         self._fleets: list[tuple[Array, Array, Deployment]] = []
         self._bases: dict[tuple[str, Layout, Options], Deployment] = {}
+        self._made: dict[tuple[Any, ...], Deployment] = {}
         self._taken: dict[tuple[Any, ...], Any] = {}
         for members in self._groups().values():
             every = {setting for found in members.values() for setting in found}
@@ -169,11 +179,10 @@ class Workshop:
             if key not in self._bases:
                 self._bases[key] = self.scene.deployment(*_called(key))
             made.append(self._bases[key])
-        first, *chosen = members[0]
-        prototype, own = made[0], chosen[phase == "decode"]
-        if own.dual_batch_overlap:
-            prototype = self.scene.deployment(first, phase, own)
-        return fleet(prototype, made, self.memo), (phase, *map(id, made))
+        held = (phase, *map(id, made))
+        if held not in self._made:
+            self._made[held] = fleet(made[0], made, self.memo)
+        return with_overlap(self._made[held], members[0][1 + (phase == "decode")]), held
 
     def _beside_cache(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Any]) -> Any:
         """What a step takes beside the cache; the cache's dtype moves it only where stages are weighed."""

@@ -92,9 +92,9 @@ class FleetStep(Step):
             loads = tuple(member.load for member in members if member.load is not None)
             self.load = Loads(loads, _column([one.local_experts for one in loads]))  # type: ignore[assignment]
         self.distinct = {name: _column([one.distinct[name] for one in members]) for name in prototype.distinct}
-        known = _contents(prototype.table)
+        named = _named(prototype.table)
         rows = tuple(
-            _merged(row, [member.plan.rows[i] for member in members], known)
+            _merged(row, [member.plan.rows[i] for member in members], named)
             for i, row in enumerate(prototype.plan.rows)
         )
         sent = Dispatch(_column([member.plan.dispatch.activation_bytes for member in members]))
@@ -107,15 +107,18 @@ class FleetStep(Step):
         content = op.attrs.get("memo")
         if content is None:
             return super()._kernel(op, at)
-        if np.ndim(at.kv_bytes):
-            if op.name in READS_CACHE:
-                return self._by_cache_dtype(op, at)
-            at = self._with(at, float(at.kv_bytes[0]))  # all the same to it
         key = (self.table.phase, content, self.captured, self._key(at))
         if key not in self._memo:
-            self._memo[key] = super()._kernel(op, at)
+            self._memo[key] = self._unknown(op, at)
         price: RowPrice = self._memo[key]
         return price
+
+    def _unknown(self, op: Op, at: Context) -> RowPrice:
+        if not np.ndim(at.kv_bytes):
+            return super()._kernel(op, at)
+        if op.name in READS_CACHE:
+            return self._by_cache_dtype(op, at)
+        return self._kernel(op, self._with(at, float(at.kv_bytes[0])))  # all the same to it
 
     def _by_cache_dtype(self, op: Op, at: Context) -> RowPrice:
         """Kernels are chosen by what the cache holds: each dtype's batches are priced apart."""
@@ -202,9 +205,9 @@ def fleet(prototype: Deployment, members: Sequence[Deployment], memo: Memo) -> D
 
 
 @per_table
-def _contents(table: OpTable) -> dict[int, int]:
-    """:func:`_content` of the table's rows by identity; plans take most of them over as they are."""
-    return {id(op): _content(op) for op in table.ops}
+def _named(table: OpTable) -> dict[int, tuple[Op, Op]]:
+    """Ops by identity, and as :func:`_merged` has them; the table's plans share most of their rows."""
+    return {}
 
 
 _numbers: dict[tuple[Any, ...], int] = {}
@@ -218,13 +221,12 @@ def _content(op: Op) -> int:
     return _numbers.setdefault(key, len(_numbers))
 
 
-def _merged(row: Row, members: list[Row], known: dict[int, int]) -> Row:
+def _merged(row: Row, members: list[Row], named: dict[int, tuple[Op, Op]]) -> Row:
     """The row as a fleet has it: collectives of all members; an op that routing does not touch with a memo's name."""
     if not isinstance(row, Collective):
-        if _is_routed(row):
-            return row
-        content = known[id(row)] if id(row) in known else _content(row)
-        return row.but(attrs={**row.attrs, "memo": content})
+        if id(row) not in named:
+            named[id(row)] = row, row if _is_routed(row) else row.but(attrs={**row.attrs, "memo": _content(row)})
+        return named[id(row)][1]
     shared = tuple(m for m in members if isinstance(m, Collective) and (m.op, m.label) == (row.op, row.label))
     assert len(shared) == len(members), "members of a fleet have the same rows"
     values = {name: getattr(row, name) for name in Collective.__dataclass_fields__}

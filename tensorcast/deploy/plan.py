@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tensorcast.cost.collectives import group_extent
+from tensorcast.cost.memory import per_table
 from tensorcast.deploy.blocks import blocks_of, copies_per_token
 from tensorcast.deploy.layout import ALL2ALL, Layout
 from tensorcast.deploy.options import Options
@@ -113,7 +114,7 @@ def make_plan(
     moe = _MoEExchange(table, layout, device, chosen, scheme, width, int(options.external_shared_experts > 0))
     rows: tuple[Row, ...] = tuple(_with_collectives(table, layout, device, moe))
     if options.fusion == "engine" and "allreduce_norm" in engine.fusions:
-        rows = tuple(_norms_joined(rows, device, engine))
+        rows = tuple(_norms_joined(rows, device, engine, _joined(table)))
     backend = choose_experts_backend(options.experts_backend, chosen, engine, device, table.phase)
     return Plan(rows, chosen, scheme, backend)
 
@@ -141,7 +142,15 @@ def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe
         yield Collective("send_recv", "pipeline", -1, "pp", 2, hop, state, label="stage hand-over")
 
 
-def _norms_joined(rows: tuple[Row, ...], device: DeviceProfile, engine: EngineProfile) -> Iterator[Row]:
+@per_table
+def _joined(table: OpTable) -> dict[tuple[int, float], tuple[Op, Op]]:
+    """Norms by identity and limit, and as :func:`_norms_joined` has them: the table's plans share them."""
+    return {}
+
+
+def _norms_joined(
+    rows: tuple[Row, ...], device: DeviceProfile, engine: EngineProfile, joined: dict[tuple[int, float], tuple[Op, Op]]
+) -> Iterator[Row]:
     """A norm right after a small all-reduce inside one node runs in its kernel: attrs say up to how many tokens."""
     before: Row | None = None
     for row in rows:
@@ -151,7 +160,10 @@ def _norms_joined(rows: tuple[Row, ...], device: DeviceProfile, engine: EnginePr
             limit = math.inf
             if engine.allreduce_norm is not None:
                 limit = engine.allreduce_norm.limit_bytes(device.architecture, before.ranks, before.scale)
-            yield row.but(attrs={**row.attrs, "joined_tokens": limit / before.scale})
+            key = id(row), limit / before.scale
+            if key not in joined:
+                joined[key] = row, row.but(attrs={**row.attrs, "joined_tokens": key[1]})
+            yield joined[key][1]
         else:
             yield row
         before = row

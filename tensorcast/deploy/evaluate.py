@@ -160,7 +160,10 @@ class Workshop:
         self.curves = {name: np.empty((count, len(self.grid))) for name in names}
         self.prompts = {budget: Prompts.of(self.scene.load, budget, count) for budget in self.budgets}
         self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
-        self._fleets: list[tuple[Array, Array, Deployment]] = []
+        # by variant: which fleet at one setting, as which member; overlap changes no memory, so pairs share a fleet
+        self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
+        self._fleets: list[Deployment] = []
+        self._numbers: dict[tuple[Any, ...], int] = {}
         self._bases: dict[tuple[str, Layout, Options], Deployment] = {}
         self._made: dict[tuple[Any, ...], Deployment] = {}
         self._taken: dict[tuple[Any, ...], Any] = {}
@@ -216,7 +219,10 @@ class Workshop:
             self.room_decode[at] = room(one, steps, each)[mine, 0]
             for budget, prefilling in taken[setting.kv_dtype].items():
                 self.prompts[budget].fits[at] = room(one, np.maximum(steps, prefilling), each)[mine, 0]
-            self._fleets.append((rows[:, i], mine, one))
+            number = self._numbers.setdefault((*held, setting), len(self._fleets))
+            if number == len(self._fleets):
+                self._fleets.append(one)
+            self._fleet_of[at], self._member_of[at] = number, np.flatnonzero(mine)
 
     def _price_prefill(
         self, members: list[_Member], settings: list[_Setting], rows: Array
@@ -261,30 +267,32 @@ class Workshop:
 
     def _groups(self) -> dict[_Structure, dict[_Member, dict[_Setting, int]]]:
         """Positions of the variants by structure, member and setting."""
-        found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
-        tiers: dict[Layout, tuple[int, ...]] = {}
+        settings: dict[_Member, dict[_Setting, int]] = {}
+        plain: dict[Options, Options] = {}  # many variants, few options
         for i, variant in enumerate(self.variants):
-            layout = variant.layout
-            if layout not in tiers:
-                tiers[layout] = _tiers(layout, self.scene.device)
-            prefill, decode = (replace(o, kv_dtype=None, mtp_depth=0) for o in (variant.prefill, variant.decode))
-            options = {"prefill": prefill, "decode": decode}
-            exchange = [choose_all2all(o.all2all, layout, self.scene.engine, phase) for phase, o in options.items()]
-            shared = [shared_form(o, layout, kind) for o, kind in zip(options.values(), exchange, strict=True)]
-            # what becomes a column of the fleet's arrays may differ
-            common = [
-                replace(
-                    o, dispatch=None, redundant_experts=0, external_shared_experts=min(1, o.external_shared_experts)
-                )
-                for o in options.values()
-            ]
-            key = _Structure(
-                layout.tp, layout.pp, tiers[layout], (exchange[0], exchange[1]), (shared[0], shared[1]),
-                (common[0], common[1]),
-            )
-            setting = _Setting(variant.decode.kv_dtype, variant.decode.mtp_depth)
-            found.setdefault(key, {}).setdefault((layout, prefill, decode), {})[setting] = i
+            for options in (variant.prefill, variant.decode):
+                if options not in plain:
+                    plain[options] = replace(options, kv_dtype=None, mtp_depth=0)
+            member = variant.layout, plain[variant.prefill], plain[variant.decode]
+            settings.setdefault(member, {})[_Setting(variant.decode.kv_dtype, variant.decode.mtp_depth)] = i
+        found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
+        for member, positions in settings.items():
+            found.setdefault(self._structure(*member), {})[member] = positions
         return found
+
+    def _structure(self, layout: Layout, prefill: Options, decode: Options) -> _Structure:
+        options = {"prefill": prefill, "decode": decode}
+        exchange = [choose_all2all(o.all2all, layout, self.scene.engine, phase) for phase, o in options.items()]
+        shared = [shared_form(o, layout, kind) for o, kind in zip(options.values(), exchange, strict=True)]
+        # what becomes a column of the fleet's arrays may differ
+        common = [
+            replace(o, dispatch=None, redundant_experts=0, external_shared_experts=min(1, o.external_shared_experts))
+            for o in options.values()
+        ]
+        return _Structure(
+            layout.tp, layout.pp, _tiers(layout, self.scene.device), (exchange[0], exchange[1]),
+            (shared[0], shared[1]), (common[0], common[1]),
+        )  # fmt: skip
 
     def without_room(self) -> int:
         """Variants that hold no sequence, in either form of serving."""
@@ -298,7 +306,7 @@ class Workshop:
     @cached_property
     def cache_dtypes(self) -> dict[str | None, str]:
         """What the cache holds, by what was asked for."""
-        one = self._fleets[0][2]
+        one = self._fleets[0]
         model = self.scene.deployment(Layout(1), "decode", replace(one.options, **_PLAIN)).quantization.kv
         return {kv: kv or model for kv in {v.decode.kv_dtype for v in self.variants}}
 
@@ -319,16 +327,13 @@ class Workshop:
         """Bytes on the fullest GPU of every point while its batch decodes, each reply half done."""
         names = ("weights", "kv_cache", "activations", "total")
         found = {name: np.full(len(points), np.nan) for name in names}
-        batch = points.columns["batch"]
-        for rows, there, decode in self._fleets:
-            member = np.full(len(self.variants), -1)
-            member[rows[there]] = np.flatnonzero(there)
-            mine = np.flatnonzero(member[points.variant] >= 0)
-            if not len(mine):
-                continue
+        batch, number = points.columns["batch"], self._fleet_of[points.variant]
+        order = np.argsort(number, kind="stable")
+        for mine in np.split(order, np.flatnonzero(np.diff(number[order])) + 1) if len(points) else ():
             values, column = np.unique(batch[mine], return_inverse=True)
+            decode, member = self._fleets[number[mine[0]]], self._member_of[points.variant[mine]]
             memory = decode.memory(values[None, :], 1, int(self.scene.load.context) - 1)
             for name in names:
-                whole = np.broadcast_to(getattr(memory, name), (len(rows), len(values)))
-                found[name][mine] = whole[member[points.variant[mine]], column]
+                whole = np.broadcast_to(getattr(memory, name), (decode.step.size, len(values)))  # type: ignore[attr-defined]
+                found[name][mine] = whole[member, column]
         return found

@@ -212,16 +212,17 @@ class Workshop:
             self.curves[name][rows[there]] = whole[there]
         for i, setting in enumerate(settings):
             mine, at = there[:, i], rows[there[:, i], i]
-            one = with_setting(decode, kv[i], setting.mtp_depth)
+            number = self._numbers.setdefault((*held, setting), len(self._fleets))
+            if number == len(self._fleets):
+                self._fleets.append(with_setting(decode, kv[i], setting.mtp_depth))
+            one = self._fleets[number]
             taking = self._beside_cache(held, one, setting.mtp_depth, lambda: decode_bytes(one, load.input_len))  # noqa: B023
             steps = np.broadcast_to(taking, (len(members), 1))
-            each = np.broadcast_to(sequence_bytes(one, load.input_len, load.output_len), (len(members), 1))
+            admitted = sequence_bytes(one, load.input_len, load.output_len)
+            each = np.broadcast_to(admitted, (len(members), 1))
             self.room_decode[at] = room(one, steps, each)[mine, 0]
             for budget, prefilling in taken[setting.kv_dtype].items():
                 self.prompts[budget].fits[at] = room(one, np.maximum(steps, prefilling), each)[mine, 0]
-            number = self._numbers.setdefault((*held, setting), len(self._fleets))
-            if number == len(self._fleets):
-                self._fleets.append(one)
             self._fleet_of[at], self._member_of[at] = number, np.flatnonzero(mine)
 
     def _price_prefill(

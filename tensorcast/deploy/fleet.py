@@ -65,6 +65,15 @@ class Loads:
         return Load(*found)
 
 
+def _together(loads: tuple[ExpertLoad, ...]) -> Any:
+    """Loads of the members; even ones are plain arithmetic, so one load with columns stands for all."""
+    names = ("num_physical", "ranks", "local_experts")
+    columns: dict[str, Any] = {name: _column([getattr(one, name) for one in loads]) for name in names}
+    if all(one.busiest is None for one in loads):
+        return replace(loads[0], **columns)
+    return Loads(loads, columns["local_experts"])
+
+
 @dataclass(frozen=True)
 class Dispatch:
     """What tokens are sent in: bytes per element, a column."""
@@ -90,7 +99,7 @@ class FleetStep(Step):
         self.layout = Layouts(prototype.layout.tp, prototype.layout.pp, **columns)  # type: ignore[assignment]
         if prototype.load is not None:
             loads = tuple(member.load for member in members if member.load is not None)
-            self.load = Loads(loads, _column([one.local_experts for one in loads]))  # type: ignore[assignment]
+            self.load = _together(loads)
         self.distinct = {name: _column([one.distinct[name] for one in members]) for name in prototype.distinct}
         named = _named(prototype.table)
         rows = tuple(

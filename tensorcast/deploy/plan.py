@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from tensorcast.cost.collectives import group_extent
@@ -90,11 +91,17 @@ def choose_experts_backend(
     transformers itself, its own rule holds: on a GPU ``grouped_mm`` decodes as ``batched_mm``.
     """
     by_rule = engine.experts_backend.get("decode") == "batched_mm" and device.name != "cpu"
-    chosen = choose_backend(wanted, phase, part="text_config", device="cuda" if by_rule else "cpu", auto={})
+    chosen = _asked_backend(wanted, phase, "cuda" if by_rule else "cpu")
     if chosen != "auto":
         return chosen
     default = BACKEND_OF.get(all2all) or engine.experts_backend.get(phase, "grouped_mm")
     return "grouped_mm" if default == "batched_mm" and not by_rule else default
+
+
+@cache
+def _asked_backend(wanted: str, phase: Any, device: str) -> str:
+    """What ``wanted`` says for the language model; read once, plans are many."""
+    return choose_backend(wanted, phase, part="text_config", device=device, auto={})
 
 
 def make_plan(
@@ -178,6 +185,20 @@ def _reduced(op: Op, ranks: int, extent: tuple[int, ...]) -> Collective:
     return Collective("all_reduce", op.module, op.kind, "tp", ranks, extent, 2.0 * width)
 
 
+@per_table
+def _blocks(table: OpTable) -> tuple[dict[int, str], set[int], set[int]]:
+    """MoE blocks by layer kind, the last rows of their experts, and their own last rows."""
+    found = blocks_of(table.ops)
+    experts: dict[int, int] = {}
+    blocks: dict[int, int] = {}
+    for i, op in enumerate(table.ops):
+        if op.stage == "experts":
+            experts[op.kind] = i
+        if op.kind in found and op.module.startswith(found[op.kind]):
+            blocks[op.kind] = i
+    return found, set(experts.values()), set(blocks.values())
+
+
 class _MoEExchange:
     """A MoE block's collectives: dispatch before the permute, combine after the experts, the rest at its end."""
 
@@ -201,15 +222,7 @@ class _MoEExchange:
             "dp": (layout.dp, group_extent(layout.dp, layout.tp, device)),
             "ep": (layout.stage_ranks, group_extent(layout.stage_ranks, 1, device)),
         }
-        self.blocks = blocks_of(table.ops)
-        experts: dict[int, int] = {}
-        blocks: dict[int, int] = {}
-        for i, op in enumerate(table.ops):
-            if op.stage == "experts":
-                experts[op.kind] = i
-            if op.kind in self.blocks and op.module.startswith(self.blocks[op.kind]):
-                blocks[op.kind] = i
-        self.experts_end, self.block_end = set(experts.values()), set(blocks.values())
+        self.blocks, self.experts_end, self.block_end = _blocks(table)
 
     def sums(self, op: Op) -> bool:
         """Whether a row-parallel shared expert's sum rides on the block's own all-reduce."""

@@ -163,6 +163,11 @@ def expert_seconds(price: StepPrice) -> Any:
 def _sum(price: StepPrice, wanted: Any, evidence: str | None = None) -> Any:
     total: Any = 0.0
     for row, calls in zip(price.rows, price.counts, strict=True):
-        if (wanted is None or wanted(row.row)) and evidence in (None, row.evidence):
-            total = total + calls * row.seconds
+        if wanted is not None and not wanted(row.row):
+            continue
+        if evidence is None or isinstance(row.evidence, str):
+            if evidence in (None, row.evidence):
+                total = total + calls * row.seconds
+        else:  # of members of a fleet that span more or fewer tiers
+            total = total + calls * row.seconds * (row.evidence == evidence)
     return total

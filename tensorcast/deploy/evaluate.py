@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from tensorcast.cost.collectives import group_extent
 from tensorcast.deploy.blocks import Whole
 from tensorcast.deploy.curves import (
     EVIDENCE,
@@ -93,20 +92,12 @@ def with_overlap(one: Deployment, options: Options) -> Deployment:
     return replace(one, options=options, step=step)
 
 
-def _tiers(layout: Layout, device: DeviceProfile) -> tuple[int, ...]:
-    """How many tiers of the interconnect each group spans: what evidence stands behind its collectives."""
-    spans = [(layout.tp, 1), (layout.dp, layout.tp), (layout.stage_ranks, 1)]
-    spans += [(2, layout.stage_ranks)] if layout.pp > 1 else []
-    return tuple(len(group_extent(size, stride, device)) for size, stride in spans)
-
-
 @dataclass(frozen=True)
 class _Structure:
     """What the members of a fleet share, in both phases."""
 
     tp: int
     pp: int
-    tiers: tuple[int, ...]
     exchange: tuple[str, str]
     shared: tuple[Whole | None, Whole | None]
     common: tuple[Options, Options]
@@ -291,9 +282,8 @@ class Workshop:
             for o in options.values()
         ]
         return _Structure(
-            layout.tp, layout.pp, _tiers(layout, self.scene.device), (exchange[0], exchange[1]),
-            (shared[0], shared[1]), (common[0], common[1]),
-        )  # fmt: skip
+            layout.tp, layout.pp, (exchange[0], exchange[1]), (shared[0], shared[1]), (common[0], common[1])
+        )
 
     def without_room(self) -> int:
         """Variants that hold no sequence, in either form of serving."""

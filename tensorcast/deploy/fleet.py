@@ -186,7 +186,7 @@ class FleetStep(Step):
 
 
 def _joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]) -> RowPrice:
-    """One price from those of parts of the first axis."""
+    """One price from those of parts of the first axis; evidence is an array where it differs."""
 
     def gather(values: list[Any]) -> np.ndarray:
         whole = np.empty(shape)
@@ -197,6 +197,12 @@ def _joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]
     prices = [price for _, price in found]
     numbers = ("seconds", "flops", "bytes", "wire_bytes", "ideal_compute_s", "error")
     whole: dict[str, Any] = {name: gather([getattr(price, name) for price in prices]) for name in numbers}
+    whole["evidence"] = prices[0].evidence
+    if any(price.evidence != prices[0].evidence for price in prices):
+        kinds = np.empty((shape[0], *(1,) * (len(shape) - 1)), dtype=object)
+        for part, price in found:
+            kinds[part] = price.evidence
+        whole["evidence"] = kinds
     return replace(
         prices[0],
         **whole,

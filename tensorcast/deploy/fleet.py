@@ -25,6 +25,9 @@ from tensorcast.deploy.simulate import Deployment
 from tensorcast.deploy.step import Step, StepPrice
 from tensorcast.trace.table import Op, OpTable
 
+RECENT = 16
+"""Loads and sizes whose routed rows are remembered: prefill, decode and drafts of the last few fleets."""
+
 READS_CACHE = ("attention", "kv_cache_write", "kv_cache_read", "sparse_indexer")
 """Ops whose kernels or traffic depend on the cache's dtype."""
 
@@ -97,9 +100,13 @@ class FleetStep(Step):
         layouts = [member.layout for member in members]
         columns = {name: _column([getattr(one, name) for one in layouts]) for name in _VARYING}
         self.layout = Layouts(prototype.layout.tp, prototype.layout.pp, **columns)  # type: ignore[assignment]
+        self._loads: tuple[ExpertLoad, ...] = ()
+        self._load_key: tuple[Any, ...] = ()
         if prototype.load is not None:
             loads = tuple(member.load for member in members if member.load is not None)
-            self.load = _together(loads)
+            self.load, self._loads = _together(loads), loads
+            sizes = [getattr(self.layout, name).tobytes() for name in ("dp", "etp")]
+            self._load_key = (*sizes, *map(id, loads))
         self.distinct = {name: _column([one.distinct[name] for one in members]) for name in prototype.distinct}
         named = _named(prototype.table)
         rows = tuple(
@@ -117,13 +124,26 @@ class FleetStep(Step):
         if content is None:
             return super()._kernel(op, at)
         key = (self.table.phase, content, self.captured, self._key(at))
-        if key not in self._memo:
-            self._memo[key] = self._unknown(op, at)
-        price: RowPrice = self._memo[key]
+        known = self._at_load(at) if op.attrs["routed"] else self._memo
+        if key not in known:
+            known[key] = self._unknown(op, at)
+        price: RowPrice = known[key]
         return price
 
+    def _at_load(self, at: Context) -> Memo:
+        """Prices of routed rows at these loads and sizes. Large, so only the last few of them are kept: fleets that
+        differ in their shared experts follow each other."""
+        recent: dict[Any, Any] = self._memo.setdefault(("recent",), {})
+        key = (self.table.phase, self.plan.backend, *self._load_key, self._key(at))
+        loads, found = recent.pop(key, (self._loads, {}))  # loads stay alive, so their ids stay their own
+        recent[key] = loads, found
+        if len(recent) > RECENT:
+            recent.pop(next(iter(recent)))
+        prices: Memo = found
+        return prices
+
     def _unknown(self, op: Op, at: Context) -> RowPrice:
-        if not np.ndim(at.kv_bytes):
+        if op.attrs["routed"] or not np.ndim(at.kv_bytes):
             return super()._kernel(op, at)
         if op.name in READS_CACHE:
             return self._by_cache_dtype(op, at)
@@ -237,10 +257,10 @@ def _content(op: Op) -> int:
 
 
 def _merged(row: Row, members: list[Row], named: dict[int, tuple[Op, Op]]) -> Row:
-    """The row as a fleet has it: collectives of all members; an op that routing does not touch with a memo's name."""
+    """The row as a fleet has it: collectives of all members; an op with a memo's name, and whether routing touches it."""
     if not isinstance(row, Collective):
         if id(row) not in named:
-            named[id(row)] = row, row if _is_routed(row) else row.but(attrs={**row.attrs, "memo": _content(row)})
+            named[id(row)] = row, row.but(attrs={**row.attrs, "memo": _content(row), "routed": _is_routed(row)})
         return named[id(row)][1]
     shared = tuple(m for m in members if isinstance(m, Collective) and (m.op, m.label) == (row.op, row.label))
     assert len(shared) == len(members), "members of a fleet have the same rows"

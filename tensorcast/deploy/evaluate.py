@@ -85,7 +85,7 @@ def with_setting(one: Deployment, kv_dtype: str, mtp_depth: int) -> Deployment:
 
 
 def with_overlap(one: Deployment, options: Options) -> Deployment:
-    """A fleet's deployment whose members overlap half batches or do not, as ``options`` say: their rows are the same."""
+    """A fleet's deployment with half batches overlapped or not, as ``options`` say: its rows are the same."""
     step = copy.copy(one.step)
     step.options = options
     step.overlap = Overlap(step.plan, step.table, step.engine, options, step.captured)
@@ -109,6 +109,11 @@ class _Setting:
 
     kv_dtype: str | None
     mtp_depth: int
+
+
+def _columns(values: list[Any], members: int) -> Array:
+    """Side by side; each a number or ``[members, 1]``."""
+    return np.hstack([np.broadcast_to(value, (members, 1)) for value in values])
 
 
 _Member = tuple[Layout, Options, Options]
@@ -176,7 +181,8 @@ class Workshop:
         held = (phase, *map(id, made))
         if held not in self._made:
             self._made[held] = fleet(made[0], made, self.memo)
-        return with_overlap(self._made[held], members[0][1 + (phase == "decode")]), held
+        _, *own = members[0]
+        return with_overlap(self._made[held], own[phase == "decode"]), held
 
     def _beside_cache(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Any]) -> Any:
         """What a step takes beside the cache; the cache's dtype moves it only where stages are weighed."""
@@ -186,7 +192,7 @@ class Workshop:
         return self._taken[key]
 
     def _price_decode(
-        self, members: list[_Member], settings: list[_Setting], rows: Array, taken: dict[Any, dict[int, Any]]
+        self, members: list[_Member], settings: list[_Setting], rows: Array, taken: dict[int, Array]
     ) -> None:
         load, grid = self.scene.load, self.grid
         decode, held = self._fleet(members, "decode")
@@ -201,25 +207,23 @@ class Workshop:
         for name, values in decode_columns(price, decode.engine).items():
             whole = np.broadcast_to(values, (shape[0], shape[1] * shape[2])).reshape(shape)
             self.curves[name][rows[there]] = whole[there]
+        steps, each = np.empty((2, *rows.shape))
         for i, setting in enumerate(settings):
-            mine, at = there[:, i], rows[there[:, i], i]
             number = self._numbers.setdefault((*held, setting), len(self._fleets))
             if number == len(self._fleets):
                 self._fleets.append(with_setting(decode, kv[i], setting.mtp_depth))
             one = self._fleets[number]
             taking = self._beside_cache(held, one, setting.mtp_depth, lambda: decode_bytes(one, load.input_len))  # noqa: B023
-            steps = np.broadcast_to(taking, (len(members), 1))
-            admitted = sequence_bytes(one, load.input_len, load.output_len)
-            each = np.broadcast_to(admitted, (len(members), 1))
-            self.room_decode[at] = room(one, steps, each)[mine, 0]
-            for budget, prefilling in taken[setting.kv_dtype].items():
-                self.prompts[budget].fits[at] = room(one, np.maximum(steps, prefilling), each)[mine, 0]
-            self._fleet_of[at], self._member_of[at] = number, np.flatnonzero(mine)
+            steps[:, i : i + 1] = taking
+            each[:, i : i + 1] = sequence_bytes(one, load.input_len, load.output_len)
+            mine = there[:, i]
+            self._fleet_of[rows[mine, i]], self._member_of[rows[mine, i]] = number, np.flatnonzero(mine)
+        self.room_decode[rows[there]] = room(decode, steps, each)[there]
+        for budget, prefilling in taken.items():
+            self.prompts[budget].fits[rows[there]] = room(decode, np.maximum(steps, prefilling), each)[there]
 
-    def _price_prefill(
-        self, members: list[_Member], settings: list[_Setting], rows: Array
-    ) -> dict[Any, dict[int, Any]]:
-        """Prefill lines; what a full step takes in memory, by the setting's KV dtype and the budget."""
+    def _price_prefill(self, members: list[_Member], settings: list[_Setting], rows: Array) -> dict[int, Array]:
+        """Prefill lines; what a full step of each budget takes in memory, ``[members, settings]``."""
         load = self.scene.load
         prefill, held = self._fleet(members, "prefill")
         kinds = list(dict.fromkeys(s.kv_dtype for s in settings))
@@ -230,31 +234,26 @@ class Workshop:
         prefill.step.kv_bytes = np.repeat([KV_BYTES[name] for name in kv], len(sizes))
         price = prefill.step.price(batch, new, past)
         shares, experts = evidence_shares(price), expert_seconds(price)
+        shape, there = (len(members), len(kinds), len(lines), 3), rows >= 0
+        kind_of = [kinds.index(setting.kv_dtype) for setting in settings]
 
-        def three(values: Any, kind: int, line: int) -> Array:
-            start = (kind * len(lines) + line) * 3
-            return np.broadcast_to(values, (len(members), len(batch)))[:, start : start + 3]
+        def of(values: Any, line: int) -> Array:
+            whole = np.broadcast_to(values, (shape[0], len(batch))).reshape(shape)
+            return whole[:, kind_of, line]
 
-        taken: dict[Any, dict[int, Any]] = {}
-        for k, kind in enumerate(kinds):
-            one = with_setting(prefill, kv[k], 0)
-            for i, line in enumerate(lines):
-                line._read(
-                    three(price.seconds, k, i), three(price.error, k, i),
-                    {name: three(share, k, i) for name, share in shares.items()}, three(experts, k, i),
-                )
-                for column, setting in enumerate(settings):
-                    if setting.kv_dtype == kind:
-                        self.prompts[self.budgets[i]].keep(line, rows[:, column])
-                budget = self.budgets[i]
-                taking = self._beside_cache(held, one, budget, lambda: prefill_bytes(one, line))  # noqa: B023
-                taken.setdefault(kind, {})[budget] = taking
-            own = taken[kind][self.scene.engine.max_tokens_per_step]
-            fits = np.broadcast_to(room(one, own, sequence_bytes(one, load.input_len, 0)), (len(members), 1))[:, 0]
-            for column, setting in enumerate(settings):
-                if setting.kv_dtype == kind:
-                    mine = rows[:, column] >= 0
-                    self.room_prefill[rows[mine, column]] = fits[mine]
+        ones = [with_setting(prefill, name, 0) for name in kv]
+        taken: dict[int, Array] = {}
+        for i, (budget, line) in enumerate(zip(self.budgets, lines, strict=True)):
+            line._read(
+                of(price.seconds, i), of(price.error, i), {name: of(share, i) for name, share in shares.items()},
+                of(experts, i),
+            )  # fmt: skip
+            self.prompts[budget].keep(line, rows)
+            asked = [self._beside_cache(held, one, budget, lambda: prefill_bytes(one, line)) for one in ones]  # noqa: B023
+            taken[budget] = _columns(asked, len(members))[:, kind_of]
+        own = taken[self.scene.engine.max_tokens_per_step]
+        each = _columns([sequence_bytes(one, load.input_len, 0) for one in ones], len(members))[:, kind_of]
+        self.room_prefill[rows[there]] = room(prefill, own, each)[there]
         return taken
 
     def _groups(self) -> dict[_Structure, dict[_Member, dict[_Setting, int]]]:
@@ -325,6 +324,6 @@ class Workshop:
             decode, member = self._fleets[number[mine[0]]], self._member_of[points.variant[mine]]
             memory = decode.memory(values[None, :], 1, int(self.scene.load.context) - 1)
             for name in names:
-                whole = np.broadcast_to(getattr(memory, name), (decode.step.size, len(values)))  # type: ignore[attr-defined]
+                whole = np.broadcast_to(getattr(memory, name), (decode.step.size, len(values)))
                 found[name][mine] = whole[member, column]
         return found

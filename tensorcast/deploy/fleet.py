@@ -257,7 +257,7 @@ def _content(op: Op) -> int:
 
 
 def _merged(row: Row, members: list[Row], named: dict[int, tuple[Op, Op]]) -> Row:
-    """The row as a fleet has it: collectives of all members; an op with a memo's name, and whether routing touches it."""
+    """The row as a fleet has it: collectives of all members; an op with a memo's name and whether it is routed."""
     if not isinstance(row, Collective):
         if id(row) not in named:
             named[id(row)] = row, row.but(attrs={**row.attrs, "memo": _content(row), "routed": _is_routed(row)})

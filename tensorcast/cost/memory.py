@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tensorcast.modeling.quantization import Quantization, rounded_hidden
-from tensorcast.trace.dims import Sizes
+from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.table import DTYPE_BYTES, Op, OpTable, Tensor
 
 MLA_FP8_SCALE_GROUP = 128
@@ -35,16 +34,19 @@ Found = TypeVar("Found")
 
 
 def per_table(function: Callable[..., Found]) -> Callable[..., Found]:
-    """Remember what ``function`` finds in a table (by identity: tables hold dicts) for its other arguments."""
+    """Remember what ``function`` finds in a table's ops and params for its other arguments.
+
+    By identity: tables hold dicts. How many layers there are must not matter: tables that differ in no more share it.
+    """
     found: dict[tuple[Any, ...], tuple[OpTable, Found]] = {}
 
     @functools.wraps(function)
     def remembered(table: OpTable, *rest: Any) -> Found:
-        key = (id(table), *rest)
+        key = (id(table.ops), id(table.params), *rest)
         if key not in found:
             if len(found) >= 1024:
                 found.pop(next(iter(found)))
-            found[key] = table, function(table, *rest)  # the table stays alive, so its id stays its own
+            found[key] = table, function(table, *rest)  # the table stays alive, so its ids stay its own
         return found[key][1]
 
     return remembered
@@ -125,21 +127,45 @@ def weight_bytes(
     ``local_experts``: experts and copies on the fullest rank, by default what even splitting gives. ``rounded``: the
     engine pads experts' hidden size to their kernels' multiple.
     """
+    kinds = table.layer_kinds[layers]
     total = 0.0
-    for p in table.params:
-        if p.kind < 0 and not _in_stage(table, p.role, first, last):
+    for part in _weights(table, quantization, rounded):
+        if part.kind < 0 and not _in_stage(table, part.role, first, last):
             continue
+        size = part.size_bytes
+        if part.expert_bytes:
+            held = math.ceil(table.facts["num_experts"] / ep) if local_experts is None else local_experts
+            size += part.expert_bytes * held / etp
+        total += size * (kinds.count(part.kind) if part.kind >= 0 else 1)
+    return total
+
+
+@dataclass
+class _Weights:
+    """Parameters of one layer kind, or of one role outside the layers."""
+
+    kind: int
+    role: str
+    size_bytes: float = 0.0
+    expert_bytes: float = 0.0
+    """Of one whole expert."""
+
+
+@per_table
+def _weights(table: OpTable, quantization: Quantization, rounded: bool) -> list[_Weights]:
+    found: dict[tuple[int, str], _Weights] = {}
+    for p in table.params:
+        role = p.role if p.kind < 0 else ""
+        part = found.setdefault((p.kind, role), _Weights(p.kind, role))
         scheme = quantization.scheme(p.name, p.role)
         per_element = scheme.weight_bytes if scheme.name != "bf16" else DTYPE_BYTES[p.dtype]
-        numel = float(p.numel)
         if p.role == "experts":
-            experts = table.facts["num_experts"]
-            held = math.ceil(experts / ep) if local_experts is None else local_experts
             hidden = table.facts["moe_hidden_size"]
             per_element *= rounded_hidden(hidden, scheme.name) / hidden if rounded and hidden else 1.0
-            numel = p.full_numel / experts * held / etp
-        total += numel * per_element * table.count(p, layers)
-    return total
+            part.expert_bytes += p.full_numel / table.facts["num_experts"] * per_element
+        else:
+            part.size_bytes += p.numel * per_element
+    return list(found.values())
 
 
 def _in_stage(table: OpTable, role: str, first: bool, last: bool) -> bool:
@@ -151,41 +177,62 @@ def _in_stage(table: OpTable, role: str, first: bool, last: bool) -> bool:
 
 def activation_bytes(table: OpTable, sizes: Sizes) -> Any:
     """Peak of live activations over a step: every tensor from the row that makes it to the last that reads it."""
-    tensors, storages, moments = _liveness(table)
-    size = [t.bytes(sizes) for t in tensors]
-    held = [reduce(np.maximum, [size[i] for i in seen]) for seen in storages]
-    peak: Any = 0.0
-    for moment in moments:
-        peak = np.maximum(peak, sum((count * held[i] for i, count in moment), 0.0))
-    return peak
+    amounts, moments = _liveness(table)
+    values = [reduce(np.maximum, [coef * _value(factors, sizes) for factors, coef in some]) for some in amounts]
+    return reduce(np.maximum, [sum((coef * values[i] for i, coef in moment), 0.0) for moment in moments], 0.0)
+
+
+def _value(factors: tuple[Dim, ...], sizes: Sizes) -> Any:
+    return math.prod((dim.at(sizes) for dim in factors), start=1.0)
+
+
+_Amount = tuple[tuple[tuple[Dim, ...], float], ...]
+"""Bytes of a storage: the largest of what is seen in it, each as factors that hang on the sizes and a number."""
+
+
+def _amount(tensors: Iterable[Tensor]) -> tuple[_Amount, float]:
+    """Bytes of a storage as an amount and how much of it: sizes that differ by a number alone are the same amount."""
+    found: dict[tuple[Dim, ...], float] = {}
+    for tensor in tensors:
+        whole, *offset = product(tensor.dims if not tensor.expanded else tensor._kept())
+        factors = (whole._replace(coef=1), *offset)
+        found[factors] = max(found.get(factors, 0.0), whole.coef * DTYPE_BYTES[tensor.dtype])
+    if len(found) > 1:
+        return tuple(found.items()), 1.0
+    ((factors, coef),) = found.items()
+    return ((factors, 1.0),), coef
 
 
 @per_table
-def _liveness(table: OpTable) -> tuple[list[Tensor], list[tuple[int, ...]], list[tuple[tuple[int, int], ...]]]:
-    """Distinct tensors; what storages hold (those seen in them so far); by moment how many storages hold which of that.
+def _liveness(table: OpTable) -> tuple[list[_Amount], list[tuple[tuple[int, float], ...]]]:
+    """Amounts that storages hold; by moment how much of which lives (a storage counts what was seen in it so far).
 
-    A moment at which nothing lives that does not live at another one, too, is left out.
+    A moment at which no more lives than at another one is left out.
     """
-    shapes: dict[Tensor, int] = {}
     last = {t.storage: i for i, op in enumerate(table.ops) for t in (*op.inputs, *op.outputs) if not t.weight}
-    numbers: dict[tuple[int, ...], int] = {}
-    live: dict[int, tuple[int, ...]] = {}
-    moments: list[Counter[int]] = []
+    numbers: dict[_Amount, int] = {}
+    seen: dict[int, frozenset[Tensor]] = {}
+    live: dict[int, tuple[int, float]] = {}
+    moments: list[dict[int, float]] = []
     for i, op in enumerate(table.ops):
         touched = [t for t in (*op.inputs, *op.outputs) if not t.weight]
         for t in touched:
-            shape = shapes.setdefault(replace(t, storage=-1, offset=0), len(shapes))
-            seen = live.get(t.storage, ())
-            live[t.storage] = seen if shape in seen else (*seen, shape)
-        moments.append(Counter(numbers.setdefault(held, len(numbers)) for held in live.values()))
+            seen[t.storage] = seen.get(t.storage, frozenset()) | {replace(t, storage=-1, offset=0)}
+            amount, coef = _amount(seen[t.storage])
+            live[t.storage] = numbers.setdefault(amount, len(numbers)), coef
+        moment: dict[int, float] = {}
+        for number, coef in live.values():
+            moment[number] = moment.get(number, 0.0) + coef
+        moments.append(moment)
         for t in touched:
             if last[t.storage] == i:
                 live.pop(t.storage, None)
-    largest: list[Counter[int]] = []
-    for moment in sorted(moments, key=lambda m: -m.total()):
-        if not any(moment <= other for other in largest):
+                seen.pop(t.storage, None)
+    largest: list[dict[int, float]] = []
+    for moment in sorted(moments, key=lambda m: -sum(m.values())):
+        if not any(all(coef <= other.get(n, 0.0) for n, coef in moment.items()) for other in largest):
             largest.append(moment)
-    return list(shapes), list(numbers), [tuple(moment.items()) for moment in largest]
+    return list(numbers), [tuple(moment.items()) for moment in largest]
 
 
 def low_latency_buffer_bytes(tokens_per_rank: Any, hidden: int, num_experts: int) -> Any:

@@ -126,7 +126,7 @@ class ExpertLoad:
         tokens = np.asarray(tokens, dtype=float)
         copies = tokens * self.top_k
         mean = copies / self.ranks
-        local = float(self.local_experts)
+        local = 1.0 * self.local_experts
         if self.busiest is None or self.alike is None:
             rows = np.maximum(mean * local * self.ranks / self.num_physical, np.minimum(copies, 1.0))
             return Load(rows, np.minimum(local, rows), mean)
@@ -207,6 +207,7 @@ def _none_of(pool: float, avoided: float, picks: int) -> float:
     return chance
 
 
+@functools.cache
 def expected_distinct(num_experts: int, top_k: int, parts: int, groups: int = 1, chosen: int = 1) -> float:
     """How many of ``parts`` equal shares of the experts a token's k choices touch, on average.
 

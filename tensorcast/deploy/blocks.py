@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tensorcast.cost.memory import per_table
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.table import Op, OpTable, Param, Tensor
 
@@ -35,6 +36,7 @@ def copies_per_token(facts: dict[str, Any]) -> float:
     return float(facts["top_k"] * facts["num_experts"] / every) if every else 0.0
 
 
+@per_table
 def has_shared(table: OpTable) -> bool:
     """Whether any MoE block has shared experts."""
     blocks = blocks_of(table.ops)

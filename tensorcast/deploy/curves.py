@@ -167,6 +167,6 @@ def _sum(price: StepPrice, wanted: Any, evidence: str | None = None) -> Any:
             continue
         if evidence is None or isinstance(row.evidence, str):
             total = total + calls * row.seconds if evidence in (None, row.evidence) else total
-        else:
+        else:  # per candidate, or per member of a fleet that spans more or fewer tiers
             total = total + calls * row.seconds * (row.evidence == evidence)
     return total

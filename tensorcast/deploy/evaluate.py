@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from tensorcast.cost.collectives import group_extent
 from tensorcast.deploy.blocks import Whole
 from tensorcast.deploy.curves import (
     EVIDENCE,
@@ -30,6 +29,7 @@ from tensorcast.deploy.curves import (
 from tensorcast.deploy.fleet import Memo, fleet
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.overlap import Overlap
 from tensorcast.deploy.plan import choose_all2all
 from tensorcast.deploy.points import (
     Array,
@@ -84,11 +84,12 @@ def with_setting(one: Deployment, kv_dtype: str, mtp_depth: int) -> Deployment:
     return replace(one, options=options, quantization=replace(one.quantization, kv=kv_dtype), step=step)
 
 
-def _tiers(layout: Layout, device: DeviceProfile) -> tuple[int, ...]:
-    """How many tiers of the interconnect each group spans: what evidence stands behind its collectives."""
-    spans = [(layout.tp, 1), (layout.dp, layout.tp), (layout.stage_ranks, 1)]
-    spans += [(2, layout.stage_ranks)] if layout.pp > 1 else []
-    return tuple(len(group_extent(size, stride, device)) for size, stride in spans)
+def with_overlap(one: Deployment, options: Options) -> Deployment:
+    """A fleet's deployment with half batches overlapped or not, as ``options`` say: its rows are the same."""
+    step = copy.copy(one.step)
+    step.options = options
+    step.overlap = Overlap(step.plan, step.table, step.engine, options, step.captured)
+    return replace(one, options=options, step=step)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,6 @@ class _Structure:
 
     tp: int
     pp: int
-    tiers: tuple[int, ...]
     exchange: tuple[str, str]
     shared: tuple[Whole | None, Whole | None]
     common: tuple[Options, Options]
@@ -109,6 +109,11 @@ class _Setting:
 
     kv_dtype: str | None
     mtp_depth: int
+
+
+def _columns(values: list[Any], members: int) -> Array:
+    """Side by side; each a number or ``[members, 1]``."""
+    return np.hstack([np.broadcast_to(value, (members, 1)) for value in values])
 
 
 _Member = tuple[Layout, Options, Options]
@@ -151,8 +156,12 @@ class Workshop:
         self.curves = {name: np.empty((count, len(self.grid))) for name in names}
         self.prompts = {budget: Prompts.of(self.scene.load, budget, count) for budget in self.budgets}
         self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
-        self._fleets: list[tuple[Array, Array, Deployment]] = []
+        # by variant: which fleet at one setting, as which member; overlap changes no memory, so pairs share a fleet
+        self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
+        self._fleets: list[Deployment] = []
+        self._numbers: dict[tuple[Any, ...], int] = {}
         self._bases: dict[tuple[str, Layout, Options], Deployment] = {}
+        self._made: dict[tuple[Any, ...], Deployment] = {}
         self._taken: dict[tuple[Any, ...], Any] = {}
         for members in self._groups().values():
             every = {setting for found in members.values() for setting in found}
@@ -169,11 +178,11 @@ class Workshop:
             if key not in self._bases:
                 self._bases[key] = self.scene.deployment(*_called(key))
             made.append(self._bases[key])
-        first, *chosen = members[0]
-        prototype, own = made[0], chosen[phase == "decode"]
-        if own.dual_batch_overlap:
-            prototype = self.scene.deployment(first, phase, own)
-        return fleet(prototype, made, self.memo), (phase, *map(id, made))
+        held = (phase, *map(id, made))
+        if held not in self._made:
+            self._made[held] = fleet(made[0], made, self.memo)
+        _, *own = members[0]
+        return with_overlap(self._made[held], own[phase == "decode"]), held
 
     def _beside_cache(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Any]) -> Any:
         """What a step takes beside the cache; the cache's dtype moves it only where stages are weighed."""
@@ -183,7 +192,7 @@ class Workshop:
         return self._taken[key]
 
     def _price_decode(
-        self, members: list[_Member], settings: list[_Setting], rows: Array, taken: dict[Any, dict[int, Any]]
+        self, members: list[_Member], settings: list[_Setting], rows: Array, taken: dict[int, Array]
     ) -> None:
         load, grid = self.scene.load, self.grid
         decode, held = self._fleet(members, "decode")
@@ -198,21 +207,23 @@ class Workshop:
         for name, values in decode_columns(price, decode.engine).items():
             whole = np.broadcast_to(values, (shape[0], shape[1] * shape[2])).reshape(shape)
             self.curves[name][rows[there]] = whole[there]
+        steps, each = np.empty((2, *rows.shape))
         for i, setting in enumerate(settings):
-            mine, at = there[:, i], rows[there[:, i], i]
-            one = with_setting(decode, kv[i], setting.mtp_depth)
+            number = self._numbers.setdefault((*held, setting), len(self._fleets))
+            if number == len(self._fleets):
+                self._fleets.append(with_setting(decode, kv[i], setting.mtp_depth))
+            one = self._fleets[number]
             taking = self._beside_cache(held, one, setting.mtp_depth, lambda: decode_bytes(one, load.input_len))  # noqa: B023
-            steps = np.broadcast_to(taking, (len(members), 1))
-            each = np.broadcast_to(sequence_bytes(one, load.input_len, load.output_len), (len(members), 1))
-            self.room_decode[at] = room(one, steps, each)[mine, 0]
-            for budget, prefilling in taken[setting.kv_dtype].items():
-                self.prompts[budget].fits[at] = room(one, np.maximum(steps, prefilling), each)[mine, 0]
-            self._fleets.append((rows[:, i], mine, one))
+            steps[:, i : i + 1] = taking
+            each[:, i : i + 1] = sequence_bytes(one, load.input_len, load.output_len)
+            mine = there[:, i]
+            self._fleet_of[rows[mine, i]], self._member_of[rows[mine, i]] = number, np.flatnonzero(mine)
+        self.room_decode[rows[there]] = room(decode, steps, each)[there]
+        for budget, prefilling in taken.items():
+            self.prompts[budget].fits[rows[there]] = room(decode, np.maximum(steps, prefilling), each)[there]
 
-    def _price_prefill(
-        self, members: list[_Member], settings: list[_Setting], rows: Array
-    ) -> dict[Any, dict[int, Any]]:
-        """Prefill lines; what a full step takes in memory, by the setting's KV dtype and the budget."""
+    def _price_prefill(self, members: list[_Member], settings: list[_Setting], rows: Array) -> dict[int, Array]:
+        """Prefill lines; what a full step of each budget takes in memory, ``[members, settings]``."""
         load = self.scene.load
         prefill, held = self._fleet(members, "prefill")
         kinds = list(dict.fromkeys(s.kv_dtype for s in settings))
@@ -223,59 +234,55 @@ class Workshop:
         prefill.step.kv_bytes = np.repeat([KV_BYTES[name] for name in kv], len(sizes))
         price = prefill.step.price(batch, new, past)
         shares, experts = evidence_shares(price), expert_seconds(price)
+        shape, there = (len(members), len(kinds), len(lines), 3), rows >= 0
+        kind_of = [kinds.index(setting.kv_dtype) for setting in settings]
 
-        def three(values: Any, kind: int, line: int) -> Array:
-            start = (kind * len(lines) + line) * 3
-            return np.broadcast_to(values, (len(members), len(batch)))[:, start : start + 3]
+        def of(values: Any, line: int) -> Array:
+            whole = np.broadcast_to(values, (shape[0], len(batch))).reshape(shape)
+            return whole[:, kind_of, line]
 
-        taken: dict[Any, dict[int, Any]] = {}
-        for k, kind in enumerate(kinds):
-            one = with_setting(prefill, kv[k], 0)
-            for i, line in enumerate(lines):
-                line._read(
-                    three(price.seconds, k, i), three(price.error, k, i),
-                    {name: three(share, k, i) for name, share in shares.items()}, three(experts, k, i),
-                )
-                for column, setting in enumerate(settings):
-                    if setting.kv_dtype == kind:
-                        self.prompts[self.budgets[i]].keep(line, rows[:, column])
-                budget = self.budgets[i]
-                taking = self._beside_cache(held, one, budget, lambda: prefill_bytes(one, line))  # noqa: B023
-                taken.setdefault(kind, {})[budget] = taking
-            own = taken[kind][self.scene.engine.max_tokens_per_step]
-            fits = np.broadcast_to(room(one, own, sequence_bytes(one, load.input_len, 0)), (len(members), 1))[:, 0]
-            for column, setting in enumerate(settings):
-                if setting.kv_dtype == kind:
-                    mine = rows[:, column] >= 0
-                    self.room_prefill[rows[mine, column]] = fits[mine]
+        ones = [with_setting(prefill, name, 0) for name in kv]
+        taken: dict[int, Array] = {}
+        for i, (budget, line) in enumerate(zip(self.budgets, lines, strict=True)):
+            line._read(
+                of(price.seconds, i), of(price.error, i), {name: of(share, i) for name, share in shares.items()},
+                of(experts, i),
+            )  # fmt: skip
+            self.prompts[budget].keep(line, rows)
+            asked = [self._beside_cache(held, one, budget, lambda: prefill_bytes(one, line)) for one in ones]  # noqa: B023
+            taken[budget] = _columns(asked, len(members))[:, kind_of]
+        own = taken[self.scene.engine.max_tokens_per_step]
+        each = _columns([sequence_bytes(one, load.input_len, 0) for one in ones], len(members))[:, kind_of]
+        self.room_prefill[rows[there]] = room(prefill, own, each)[there]
         return taken
 
     def _groups(self) -> dict[_Structure, dict[_Member, dict[_Setting, int]]]:
         """Positions of the variants by structure, member and setting."""
-        found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
-        tiers: dict[Layout, tuple[int, ...]] = {}
+        settings: dict[_Member, dict[_Setting, int]] = {}
+        plain: dict[Options, Options] = {}  # many variants, few options
         for i, variant in enumerate(self.variants):
-            layout = variant.layout
-            if layout not in tiers:
-                tiers[layout] = _tiers(layout, self.scene.device)
-            prefill, decode = (replace(o, kv_dtype=None, mtp_depth=0) for o in (variant.prefill, variant.decode))
-            options = {"prefill": prefill, "decode": decode}
-            exchange = [choose_all2all(o.all2all, layout, self.scene.engine, phase) for phase, o in options.items()]
-            shared = [shared_form(o, layout, kind) for o, kind in zip(options.values(), exchange, strict=True)]
-            # what becomes a column of the fleet's arrays may differ
-            common = [
-                replace(
-                    o, dispatch=None, redundant_experts=0, external_shared_experts=min(1, o.external_shared_experts)
-                )
-                for o in options.values()
-            ]
-            key = _Structure(
-                layout.tp, layout.pp, tiers[layout], (exchange[0], exchange[1]), (shared[0], shared[1]),
-                (common[0], common[1]),
-            )
-            setting = _Setting(variant.decode.kv_dtype, variant.decode.mtp_depth)
-            found.setdefault(key, {}).setdefault((layout, prefill, decode), {})[setting] = i
+            for options in (variant.prefill, variant.decode):
+                if options not in plain:
+                    plain[options] = replace(options, kv_dtype=None, mtp_depth=0)
+            member = variant.layout, plain[variant.prefill], plain[variant.decode]
+            settings.setdefault(member, {})[_Setting(variant.decode.kv_dtype, variant.decode.mtp_depth)] = i
+        found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
+        for member, positions in settings.items():
+            found.setdefault(self._structure(*member), {})[member] = positions
         return found
+
+    def _structure(self, layout: Layout, prefill: Options, decode: Options) -> _Structure:
+        options = {"prefill": prefill, "decode": decode}
+        exchange = [choose_all2all(o.all2all, layout, self.scene.engine, phase) for phase, o in options.items()]
+        shared = [shared_form(o, layout, kind) for o, kind in zip(options.values(), exchange, strict=True)]
+        # what becomes a column of the fleet's arrays may differ
+        common = [
+            replace(o, dispatch=None, redundant_experts=0, external_shared_experts=min(1, o.external_shared_experts))
+            for o in options.values()
+        ]
+        return _Structure(
+            layout.tp, layout.pp, (exchange[0], exchange[1]), (shared[0], shared[1]), (common[0], common[1])
+        )
 
     def without_room(self) -> int:
         """Variants that hold no sequence, in either form of serving."""
@@ -289,7 +296,7 @@ class Workshop:
     @cached_property
     def cache_dtypes(self) -> dict[str | None, str]:
         """What the cache holds, by what was asked for."""
-        one = self._fleets[0][2]
+        one = self._fleets[0]
         model = self.scene.deployment(Layout(1), "decode", replace(one.options, **_PLAIN)).quantization.kv
         return {kv: kv or model for kv in {v.decode.kv_dtype for v in self.variants}}
 
@@ -310,16 +317,13 @@ class Workshop:
         """Bytes on the fullest GPU of every point while its batch decodes, each reply half done."""
         names = ("weights", "kv_cache", "activations", "total")
         found = {name: np.full(len(points), np.nan) for name in names}
-        batch = points.columns["batch"]
-        for rows, there, decode in self._fleets:
-            member = np.full(len(self.variants), -1)
-            member[rows[there]] = np.flatnonzero(there)
-            mine = np.flatnonzero(member[points.variant] >= 0)
-            if not len(mine):
-                continue
+        batch, number = points.columns["batch"], self._fleet_of[points.variant]
+        order = np.argsort(number, kind="stable")
+        for mine in np.split(order, np.flatnonzero(np.diff(number[order])) + 1) if len(points) else ():
             values, column = np.unique(batch[mine], return_inverse=True)
+            decode, member = self._fleets[number[mine[0]]], self._member_of[points.variant[mine]]
             memory = decode.memory(values[None, :], 1, int(self.scene.load.context) - 1)
             for name in names:
-                whole = np.broadcast_to(getattr(memory, name), (len(rows), len(values)))
-                found[name][mine] = whole[member[points.variant[mine]], column]
+                whole = np.broadcast_to(getattr(memory, name), (decode.step.size, len(values)))
+                found[name][mine] = whole[member, column]
         return found

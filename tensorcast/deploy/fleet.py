@@ -25,6 +25,9 @@ from tensorcast.deploy.simulate import Deployment
 from tensorcast.deploy.step import Step, StepPrice
 from tensorcast.trace.table import Op, OpTable
 
+RECENT = 16
+"""Loads and sizes whose routed rows are remembered: prefill, decode and drafts of the last few fleets."""
+
 READS_CACHE = ("attention", "kv_cache_write", "kv_cache_read", "sparse_indexer")
 """Ops whose kernels or traffic depend on the cache's dtype."""
 
@@ -65,6 +68,15 @@ class Loads:
         return Load(*found)
 
 
+def _together(loads: tuple[ExpertLoad, ...]) -> Any:
+    """Loads of the members; even ones are plain arithmetic, so one load with columns stands for all."""
+    names = ("num_physical", "ranks", "local_experts")
+    columns: dict[str, Any] = {name: _column([getattr(one, name) for one in loads]) for name in names}
+    if all(one.busiest is None for one in loads):
+        return replace(loads[0], **columns)
+    return Loads(loads, columns["local_experts"])
+
+
 @dataclass(frozen=True)
 class Dispatch:
     """What tokens are sent in: bytes per element, a column."""
@@ -88,13 +100,17 @@ class FleetStep(Step):
         layouts = [member.layout for member in members]
         columns = {name: _column([getattr(one, name) for one in layouts]) for name in _VARYING}
         self.layout = Layouts(prototype.layout.tp, prototype.layout.pp, **columns)  # type: ignore[assignment]
+        self._loads: tuple[ExpertLoad, ...] = ()
+        self._load_key: tuple[Any, ...] = ()
         if prototype.load is not None:
             loads = tuple(member.load for member in members if member.load is not None)
-            self.load = Loads(loads, _column([one.local_experts for one in loads]))  # type: ignore[assignment]
+            self.load, self._loads = _together(loads), loads
+            sizes = [getattr(self.layout, name).tobytes() for name in ("dp", "etp")]
+            self._load_key = (*sizes, *map(id, loads))
         self.distinct = {name: _column([one.distinct[name] for one in members]) for name in prototype.distinct}
-        known = _contents(prototype.table)
+        named = _named(prototype.table)
         rows = tuple(
-            _merged(row, [member.plan.rows[i] for member in members], known)
+            _merged(row, [member.plan.rows[i] for member in members], named)
             for i, row in enumerate(prototype.plan.rows)
         )
         sent = Dispatch(_column([member.plan.dispatch.activation_bytes for member in members]))
@@ -107,15 +123,31 @@ class FleetStep(Step):
         content = op.attrs.get("memo")
         if content is None:
             return super()._kernel(op, at)
-        if np.ndim(at.kv_bytes):
-            if op.name in READS_CACHE:
-                return self._by_cache_dtype(op, at)
-            at = self._with(at, float(at.kv_bytes[0]))  # all the same to it
         key = (self.table.phase, content, self.captured, self._key(at))
-        if key not in self._memo:
-            self._memo[key] = super()._kernel(op, at)
-        price: RowPrice = self._memo[key]
+        known = self._at_load(at) if op.attrs["routed"] else self._memo
+        if key not in known:
+            known[key] = self._unknown(op, at)
+        price: RowPrice = known[key]
         return price
+
+    def _at_load(self, at: Context) -> Memo:
+        """Prices of routed rows at these loads and sizes. Large, so only the last few of them are kept: fleets that
+        differ in their shared experts follow each other."""
+        recent: dict[Any, Any] = self._memo.setdefault(("recent",), {})
+        key = (self.table.phase, self.plan.backend, *self._load_key, self._key(at))
+        loads, found = recent.pop(key, (self._loads, {}))  # loads stay alive, so their ids stay their own
+        recent[key] = loads, found
+        if len(recent) > RECENT:
+            recent.pop(next(iter(recent)))
+        prices: Memo = found
+        return prices
+
+    def _unknown(self, op: Op, at: Context) -> RowPrice:
+        if op.attrs["routed"] or not np.ndim(at.kv_bytes):
+            return super()._kernel(op, at)
+        if op.name in READS_CACHE:
+            return self._by_cache_dtype(op, at)
+        return self._kernel(op, self._with(at, float(at.kv_bytes[0])))  # all the same to it
 
     def _by_cache_dtype(self, op: Op, at: Context) -> RowPrice:
         """Kernels are chosen by what the cache holds: each dtype's batches are priced apart."""
@@ -174,7 +206,7 @@ class FleetStep(Step):
 
 
 def _joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]) -> RowPrice:
-    """One price from those of parts of the first axis."""
+    """One price from those of parts of the first axis; evidence is an array where it differs."""
 
     def gather(values: list[Any]) -> np.ndarray:
         whole = np.empty(shape)
@@ -208,9 +240,9 @@ def fleet(prototype: Deployment, members: Sequence[Deployment], memo: Memo) -> D
 
 
 @per_table
-def _contents(table: OpTable) -> dict[int, int]:
-    """:func:`_content` of the table's rows by identity; plans take most of them over as they are."""
-    return {id(op): _content(op) for op in table.ops}
+def _named(table: OpTable) -> dict[int, tuple[Op, Op]]:
+    """Ops by identity, and as :func:`_merged` has them; the table's plans share most of their rows."""
+    return {}
 
 
 _numbers: dict[tuple[Any, ...], int] = {}
@@ -224,13 +256,12 @@ def _content(op: Op) -> int:
     return _numbers.setdefault(key, len(_numbers))
 
 
-def _merged(row: Row, members: list[Row], known: dict[int, int]) -> Row:
-    """The row as a fleet has it: collectives of all members; an op that routing does not touch with a memo's name."""
+def _merged(row: Row, members: list[Row], named: dict[int, tuple[Op, Op]]) -> Row:
+    """The row as a fleet has it: collectives of all members; an op with a memo's name and whether it is routed."""
     if not isinstance(row, Collective):
-        if _is_routed(row):
-            return row
-        content = known[id(row)] if id(row) in known else _content(row)
-        return row.but(attrs={**row.attrs, "memo": content})
+        if id(row) not in named:
+            named[id(row)] = row, row.but(attrs={**row.attrs, "memo": _content(row), "routed": _is_routed(row)})
+        return named[id(row)][1]
     shared = tuple(m for m in members if isinstance(m, Collective) and (m.op, m.label) == (row.op, row.label))
     assert len(shared) == len(members), "members of a fleet have the same rows"
     values = {name: getattr(row, name) for name in Collective.__dataclass_fields__}

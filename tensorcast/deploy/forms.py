@@ -118,9 +118,10 @@ def disaggregated(shop: Workshop, gpus: int, limits: Limits = (None, None)) -> t
         for workers in _pool_sizes(int((gpus - wide) // size.min())):
             others = np.floor((gpus - workers * size) / wide)
             keep_up = others * capacity / workers
-            full = largest_where(_slower(shop, every, steps, keep_up), most)
-            mine = np.flatnonzero((others >= 1) & (full >= 1))
-            found.append((mine, full[mine], others[mine], np.full(len(mine), float(workers))))
+            mine = np.flatnonzero(same & (others >= 1))
+            full = largest_where(_slower(shop, mine, steps, keep_up), most[mine])
+            mine, full = mine[full >= 1], full[full >= 1]
+            found.append((mine, full, others[mine], np.full(len(mine), float(workers))))
         some, at, x, y = (np.concatenate(column) for column in zip(*found, strict=True))
         chosen = same[some] & (x > 0)
         parts += [
@@ -131,9 +132,10 @@ def disaggregated(shop: Workshop, gpus: int, limits: Limits = (None, None)) -> t
     return Points.joined(parts), unstable
 
 
-def _slower(shop: Workshop, curves: CurvesAt, steps: Array, limit: Array) -> Callable[[Array], Array]:
-    """Whether decode workers at a batch ask for no more prompts per second than ``limit``."""
-    return lambda batch: batch * shop.layouts["dp"] / (steps * curves.at("seconds", batch)) <= limit
+def _slower(shop: Workshop, rows: Array, steps: Array, limit: Array) -> Callable[[Array], Array]:
+    """Whether decode workers of ``rows`` at a batch ask for no more prompts per second than their ``limit``."""
+    curves, ranks = CurvesAt(shop.grid, shop.curves, rows), shop.layouts["dp"][rows]
+    return lambda batch: batch * ranks / (steps[rows] * curves.at("seconds", batch)) <= limit[rows]
 
 
 def _pools(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,17 @@ class Overlap:
         self.contention = CONTENTION.get(plan.all2all)
         limit = engine.shared_expert_stream_tokens
         self.stream_tokens = float(limit) if limit is not None and captured else 0.0
-        blocks = blocks_of(table.ops)
-        self.places: dict[int, dict[str, list[int]]] = {}
-        for i, row in enumerate(plan.rows):
+        self._plan, self._table = plan, table
+
+    @cached_property
+    def places(self) -> dict[int, dict[str, list[int]]]:
+        """Positions of the rows of each kind of MoE layer by where they stand (see :func:`_place`)."""
+        blocks = blocks_of(self._table.ops)
+        found: dict[int, dict[str, list[int]]] = {}
+        for i, row in enumerate(self._plan.rows):
             if row.kind in blocks:
-                place = _place(row, blocks)
-                self.places.setdefault(row.kind, {}).setdefault(place, []).append(i)
+                found.setdefault(row.kind, {}).setdefault(_place(row, blocks), []).append(i)
+        return found
 
     def hidden(self, rows: Rows, tokens: Any) -> tuple[dict[int, Any], dict[int, Any]]:
         """Seconds hidden per layer of each kind, over both half batches, and how much of them is communication."""

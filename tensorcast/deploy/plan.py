@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from tensorcast.cost.collectives import group_extent
+from tensorcast.cost.memory import per_table
 from tensorcast.deploy.blocks import blocks_of, copies_per_token
 from tensorcast.deploy.layout import ALL2ALL, Layout
 from tensorcast.deploy.options import Options
@@ -107,11 +109,17 @@ def choose_experts_backend(
     transformers itself, its own rule holds: on a GPU ``grouped_mm`` decodes as ``batched_mm``.
     """
     by_rule = engine.experts_backend.get("decode") == "batched_mm" and device.name != "cpu"
-    chosen = choose_backend(wanted, phase, part="text_config", device="cuda" if by_rule else "cpu", auto={})
+    chosen = _asked_backend(wanted, phase, "cuda" if by_rule else "cpu")
     if chosen != "auto":
         return chosen
     default = BACKEND_OF.get(all2all) or engine.experts_backend.get(phase, "grouped_mm")
     return "grouped_mm" if default == "batched_mm" and not by_rule else default
+
+
+@cache
+def _asked_backend(wanted: str, phase: Any, device: str) -> str:
+    """What ``wanted`` says for the language model; read once, plans are many."""
+    return choose_backend(wanted, phase, part="text_config", device=device, auto={})
 
 
 def make_plan(
@@ -136,7 +144,7 @@ def make_plan(
     moe = _MoEExchange(table, layout, device, chosen, scheme, combine, width, external)
     rows: tuple[Row, ...] = tuple(_with_collectives(table, layout, device, moe))
     if options.fusion == "engine" and "allreduce_norm" in engine.fusions:
-        rows = tuple(_norms_joined(rows, device, engine))
+        rows = tuple(_norms_joined(rows, device, engine, _joined(table)))
     backend = choose_experts_backend(options.experts_backend, chosen, engine, device, table.phase)
     return Plan(rows, chosen, scheme, backend, combine)
 
@@ -164,7 +172,15 @@ def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe
         yield Collective("send_recv", "pipeline", -1, "pp", 2, hop, state, label="stage hand-over")
 
 
-def _norms_joined(rows: tuple[Row, ...], device: DeviceProfile, engine: EngineProfile) -> Iterator[Row]:
+@per_table
+def _joined(table: OpTable) -> dict[tuple[int, float], tuple[Op, Op]]:
+    """Norms by identity and limit, and as :func:`_norms_joined` has them: the table's plans share them."""
+    return {}
+
+
+def _norms_joined(
+    rows: tuple[Row, ...], device: DeviceProfile, engine: EngineProfile, joined: dict[tuple[int, float], tuple[Op, Op]]
+) -> Iterator[Row]:
     """A norm right after a small all-reduce inside one node runs in its kernel: attrs say up to how many tokens."""
     before: Row | None = None
     for row in rows:
@@ -174,7 +190,10 @@ def _norms_joined(rows: tuple[Row, ...], device: DeviceProfile, engine: EnginePr
             limit = math.inf
             if engine.allreduce_norm is not None:
                 limit = engine.allreduce_norm.limit_bytes(device.architecture, before.ranks, before.scale)
-            yield row.but(attrs={**row.attrs, "joined_tokens": limit / before.scale})
+            key = id(row), limit / before.scale
+            if key not in joined:
+                joined[key] = row, row.but(attrs={**row.attrs, "joined_tokens": key[1]})
+            yield joined[key][1]
         else:
             yield row
         before = row
@@ -187,6 +206,20 @@ def _reduced(op: Op, ranks: int, extent: tuple[int, ...]) -> Collective:
         return Collective("all_reduce", op.module, op.kind, "tp", ranks, extent, 4.0, label="norm over sharded width")
     width = out.dims[-1].coef
     return Collective("all_reduce", op.module, op.kind, "tp", ranks, extent, 2.0 * width)
+
+
+@per_table
+def _blocks(table: OpTable) -> tuple[dict[int, str], set[int], set[int]]:
+    """MoE blocks by layer kind, the last rows of their experts, and their own last rows."""
+    found = blocks_of(table.ops)
+    experts: dict[int, int] = {}
+    blocks: dict[int, int] = {}
+    for i, op in enumerate(table.ops):
+        if op.stage == "experts":
+            experts[op.kind] = i
+        if op.kind in found and op.module.startswith(found[op.kind]):
+            blocks[op.kind] = i
+    return found, set(experts.values()), set(blocks.values())
 
 
 class _MoEExchange:
@@ -214,15 +247,7 @@ class _MoEExchange:
             "dp": (layout.dp, group_extent(layout.dp, layout.tp, device)),
             "ep": (layout.stage_ranks, group_extent(layout.stage_ranks, 1, device)),
         }
-        self.blocks = blocks_of(table.ops)
-        experts: dict[int, int] = {}
-        blocks: dict[int, int] = {}
-        for i, op in enumerate(table.ops):
-            if op.stage == "experts":
-                experts[op.kind] = i
-            if op.kind in self.blocks and op.module.startswith(self.blocks[op.kind]):
-                blocks[op.kind] = i
-        self.experts_end, self.block_end = set(experts.values()), set(blocks.values())
+        self.blocks, self.experts_end, self.block_end = _blocks(table)
 
     def sums(self, op: Op) -> bool:
         """Whether a row-parallel shared expert's sum rides on the block's own all-reduce."""

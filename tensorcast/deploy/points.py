@@ -43,14 +43,19 @@ class CurvesAt:
 
     def __init__(self, grid: Array, columns: dict[str, Array], rows: Array) -> None:
         self.grid, self.columns, self.rows = grid, columns, rows
+        self._found: tuple[Array, Array, Array, Array] | None = None
 
     def at(self, column: str, batch: Array) -> Array:
         """Linear between the grid's batches, as ``numpy.interp``."""
-        values = self.columns[column]
-        right = np.clip(np.searchsorted(self.grid, batch, side="right"), 1, len(self.grid) - 1)
-        low, x = values[self.rows, right - 1], self.grid[right - 1]
-        slope = (values[self.rows, right] - low) / (self.grid[right] - x)
-        return np.where(batch >= self.grid[-1], values[self.rows, -1], slope * (batch - x) + low)
+        if self._found is None or self._found[0] is not batch:  # most batches are read in several columns
+            right = np.clip(np.searchsorted(self.grid, batch, side="right"), 1, len(self.grid) - 1)
+            left = self.rows * len(self.grid) + right - 1
+            self._found = batch, left, batch - self.grid[right - 1], self.grid[right] - self.grid[right - 1]
+        _, left, beyond, width = self._found
+        values = self.columns[column].ravel()
+        low = values[left]
+        last = self.columns[column][self.rows, -1]
+        return np.where(batch >= self.grid[-1], last, (values[left + 1] - low) / width * beyond + low)
 
 
 class PromptsAt(PrefillLine):

@@ -214,6 +214,9 @@ def _frame(question: Question, workshop: Workshop, form: str, points: Points) ->
     names, ratios = list(excess), np.array(list(excess.values()))
     over = ratios.max(axis=0) > 1
     experts = bool(traced_table(question.model, "decode").facts["num_experts"])
+    every = dict.fromkeys(v.layout for v in workshop.variants)  # thousands of rows, few layouts
+    called = {layout: str(layout) for layout in every}
+    families = {layout: family(layout, experts) for layout in every}
     pools = form == "disaggregated"
     prefill = [workshop.variants[int(i)] for i in c["prefill"]] if pools else chosen
     kv = workshop.cache_dtypes
@@ -227,8 +230,8 @@ def _frame(question: Question, workshop: Workshop, form: str, points: Points) ->
         "form": form,
         "device": question.device.name,
         "engine": question.engine.name,
-        "layout": [str(v.layout) for v in chosen],
-        "family": [family(v.layout, experts) for v in chosen],
+        "layout": [called[v.layout] for v in chosen],
+        "family": [families[v.layout] for v in chosen],
         **{
             name: [getattr(v.layout, name) if name != "etp" or experts else 1 for v in chosen]
             for name in ("tp", "dp", "ep", "etp", "pp")
@@ -236,7 +239,7 @@ def _frame(question: Question, workshop: Workshop, form: str, points: Points) ->
         "replicas": replicas.astype(int),
         "world_size": size.astype(int),
         "gpus": gpus.astype(int),
-        "prefill_layout": [str(v.layout) for v in prefill] if pools else None,
+        "prefill_layout": [called[v.layout] for v in prefill] if pools else None,
         "prefill_workers": c["prefill_workers"] if pools else nothing,
         "decode_workers": c["decode_workers"] if pools else nothing,
         "batch": c["batch"],

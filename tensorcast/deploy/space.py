@@ -171,10 +171,11 @@ def variants(layout: Layout, facts: dict[str, Any], axes: Axes, base: Options = 
                 chosen["redundant_experts"] = copies(facts["num_experts"], layout.ep - external)
             else:
                 chosen["redundant_experts"] = base.redundant_experts
-            common = replace(base, **{**chosen, "external_shared_experts": external})
+            chosen["external_shared_experts"] = external
             kinds = EXCHANGES[name]
-            decode = replace(common, all2all=kinds["decode"])
-            found.append(Variant(layout, replace(common, all2all=kinds["prefill"], mtp_depth=0), decode))
+            decode = replace(base, **chosen, all2all=kinds["decode"])
+            prefill = replace(base, **{**chosen, "mtp_depth": 0}, all2all=kinds["prefill"])
+            found.append(Variant(layout, prefill, decode))
     return found
 
 

@@ -52,15 +52,13 @@ test: $(STAMP)  ## lint, types and the whole test suite: all three run, whicheve
 lint: $(STAMP)  ## ruff and mypy
 	@failed=; $(BIN)/ruff check || failed=1; $(BIN)/mypy || failed=1; test -z "$$failed"
 
-accuracy: $(STAMP)  ## predicted against held-out kernels -> reports/accuracy.md: make accuracy TABLES=DIR
-	@test -n "$(TABLES)" || { echo "make accuracy needs TABLES=DIR, a folder of measured tables" >&2; exit 2; }
-	@$(BIN)/python -m pip install -qq --editable '.[calibrate]'
-	@$(BIN)/python -m tensorcast.validate.accuracy --tables "$(TABLES)" --out reports/accuracy.md
+accuracy: $(STAMP)  ## predicted against held-out kernels -> reports/accuracy.md: [TABLES=DIR, else aiconfigurator-core's]
+	@$(BIN)/python -m pip install -qq --editable '.[$(if $(TABLES),calibrate,silicon)]'
+	@$(BIN)/python -m tensorcast.validate.accuracy $(if $(TABLES),--tables "$(TABLES)",--from silicon) --out reports/accuracy.md
 
-calibrate: $(STAMP)  ## fit kernel constants and models: make calibrate TABLES=DIR (measured parquet tables)
-	@test -n "$(TABLES)" || { echo "make calibrate needs TABLES=DIR, a folder of measured tables" >&2; exit 2; }
-	@$(BIN)/python -m pip install -qq --editable '.[calibrate]'
-	@$(BIN)/python -m tensorcast.validate.silicon --tables "$(TABLES)"
+calibrate: $(STAMP)  ## fit kernel constants and models into profiles/: [TABLES=DIR, else aiconfigurator-core's tables]
+	@$(BIN)/python -m pip install -qq --editable '.[$(if $(TABLES),calibrate,silicon)]'
+	@$(BIN)/python -m tensorcast.validate.silicon $(if $(TABLES),--tables "$(TABLES)",--from silicon) --profiles profiles
 
 serving: $(STAMP)  ## predicted against measured serving -> reports/serving.md: make serving TABLE=FILE
 	@test -n "$(TABLE)" || { echo "make serving needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }

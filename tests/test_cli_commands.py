@@ -134,8 +134,8 @@ def test_a_killed_write_leaves_no_half_file(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, signal\nimport tensorcast.trace.cache as c\n"
         "c.os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from tensorcast.cli import main\nimport sys\nsys.argv = ['tensorcast', 'predict', 'runs.csv', '--out', 'o.csv']"
-        "\nmain()"
+        "from tensorcast.cli import main\nimport sys\n"
+        "sys.argv = ['tensorcast', 'predict', 'runs.csv', '--out', 'o.csv']\nmain()"
     )
     (tmp_path / "runs.csv").write_text(RUNS)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False, timeout=120)

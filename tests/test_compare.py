@@ -18,16 +18,22 @@ from typer.testing import CliRunner
 import tensorcast as tc
 from tensorcast.cli import app
 from tensorcast.cli.compare import duration, read_layouts
+from tensorcast.deploy.blocks import EXPERT_STAGES
 from tensorcast.deploy.compare import Comparison
+from tensorcast.deploy.curves import PrefillLine
 from tensorcast.deploy.evaluate import Scene, Workshop
 from tensorcast.deploy.forms import aggregated as all_aggregated
 from tensorcast.deploy.forms import disaggregated as all_pools
 from tensorcast.deploy.forms import steady
+from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.parallel import note
 from tensorcast.deploy.pareto import alike, pareto
+from tensorcast.deploy.plan import Collective
 from tensorcast.deploy.points import batches, largest_where
 from tensorcast.deploy.search import COLUMNS, Question, space
 from tensorcast.deploy.serving import Load, aggregated, disaggregated
+from tensorcast.deploy.simulate import deploy
 from tensorcast.deploy.space import FULL
 from tensorcast.profiles import load_device, load_engine, load_model
 
@@ -222,6 +228,12 @@ def test_only_the_layouts_asked_for() -> None:
         ({"ttft_s": -1.0}, "--ttft -1.0", 2),
         ({"forms": ["both"]}, "unknown --form 'both'", 2),
         ({"routing": "skewed"}, "--routing 'skewed'", 2),
+        ({"request_rate": 5.0}, "--request-rate 5: says how much to plan for, with --objective gpus alone", 2),
+        ({"prices": {"b200": 3.0}}, r"--price b200\S*: is not among the devices compared \(h100-sxm\)", 2),
+        ({"mtp_depth": [1, 2]}, "--mtp 1,2: the config of qwen3-30b-a3b has no multi-token prediction module", 2),
+        ({"model": "llama-3.1-8b", "placement": "eplb"}, "^the model has no experts: --placement does not apply$", 2),
+        ({"model": "llama-3.1-8b", "all2all": ["deepep"]}, "no experts: --all2all does not apply", 2),
+        ({"model": "llama-3.1-8b", "routing": "zipf:0.6"}, "no experts: --routing does not apply", 2),
         ({"executor": "ray:x"}, "--executor 'ray:x': must be dask:ADDRESS", 2),
     ],
 )
@@ -230,6 +242,76 @@ def test_bad_input_is_one_clear_line(arguments: dict[str, Any], message: str, co
     with pytest.raises(tc.InputError, match=message) as caught:
         tc.compare(given_.pop("model"), **given_)
     assert "\n" not in str(caught.value) and caught.value.exit_code == code
+
+
+def test_too_few_gpus_for_a_rate_names_how_few_it_takes() -> None:
+    """By hand from what each candidate serves: whole replicas, as many as the rate needs."""
+    asked: dict[str, Any] = {**QWEN, "forms": ["aggregated"], "tpot_s": 0.03}
+    every = tc.compare("qwen3-30b-a3b", **asked).candidates
+    every = every[every["meets"]]
+    served = every["output_tokens_per_s"] / every["replicas"] / 256
+    fewest = int((np.ceil(20_000 / served) * every["world_size"]).min())
+    with pytest.raises(tc.InputError, match="the limit on GPUs binds") as caught:
+        tc.compare("qwen3-30b-a3b", **asked, objective="gpus", request_rate=20_000)
+    message = str(caught.value)
+    assert "no layout meets TPOT <= 30 ms and 20000 requests/s on 8 GPUs" in message
+    named = re.search(r"the closest, (\d+) h100-sxm as", message)
+    assert named and int(named[1]) == pytest.approx(fewest, rel=0.01)
+
+
+def test_one_server_of_vllm_exchanges_tokens_in_one_way() -> None:
+    """Pools are servers of their own and may differ; SGLang's DeepEP has a mode for each phase."""
+    asked: dict[str, Any] = {**LIMITED, "layouts": ["dp4-ep4", "dp2-ep2"], "all2all": ["deepep"]}
+    kinds: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for engine in ("vllm", "sglang"):
+        compared = tc.compare("qwen3-30b-a3b", **asked, engine=engine)
+        for name, form in zip(compared.candidates["candidate"], compared.candidates["form"], strict=True):
+            _, prefill, decode = compared.behind[name]
+            kinds.setdefault((engine, form), set()).add((prefill.prefill.all2all, decode.decode.all2all))
+    high, low = "high_throughput", "low_latency"
+    assert kinds["vllm", "aggregated"] == {(high, high), (low, low)}
+    assert (high, low) in kinds["vllm", "disaggregated"]
+    assert kinds["sglang", "aggregated"] == kinds["sglang", "disaggregated"] == {(high, low)}
+
+
+def test_steps_that_cannot_be_captured_are_launched_kernel_by_kernel() -> None:
+    captured = {
+        (engine, kind): deploy(
+            load_model("qwen3-30b-a3b"), load_device("h100"), load_engine(engine), Layout(4, 1, 4, 4), "decode",
+            Options(all2all=kind),
+        ).step.captured
+        for engine in ("vllm", "sglang") for kind in ("high_throughput", "low_latency")
+    }  # fmt: skip
+    assert [key for key, value in captured.items() if not value] == [("vllm", "high_throughput")]
+
+
+@pytest.mark.parametrize("kind", ["high_throughput", "low_latency"])
+def test_what_overlap_hides_is_not_saved_again_where_ranks_idle(kind: str) -> None:
+    """A lone prompt spares experts and exchange; its attention and dense matmuls take as long as ever."""
+    options = Options(all2all=kind, dual_batch_overlap=True)
+    one = deploy(
+        load_model("deepseek-v3"), load_device("h200"), load_engine("vllm"), Layout(32, 1, 32, 32), "prefill", options
+    )
+    line = PrefillLine(one, 2048, 0, 2048)
+    price = one.step.price(1.0, 2048.0, 0.0)
+    own = sum(
+        float(n) * float(row.seconds) for row, n in zip(price.rows, price.counts, strict=True)
+        if not isinstance(row.row, Collective) and row.row.stage not in EXPERT_STAGES
+    )  # fmt: skip
+    assert float(price.hidden_s) > 0
+    assert own * 0.9 < float(line.step_s - line.expert_s) < float(line.step_s)
+
+
+def test_one_question_says_that_it_has_nothing_to_spread() -> None:
+    asked: dict[str, Any] = {**LIMITED, "layouts": ["tp8"], "forms": ["aggregated"]}
+    one, two = (tc.compare("qwen3-30b-a3b", **asked, jobs=jobs).notes for jobs in (1, 4))
+    assert two == (*one, "--jobs 4 spreads devices and sizes: one of each is one question, answered in one process")
+    assert note(2, 4) == note(1, 1) == "" and note(1, 1, "dask:x").startswith("--executor dask:x spreads")
+
+
+def test_drafts_are_spoken_of_where_the_model_has_them() -> None:
+    dense = tc.compare("llama-3.1-8b", device="h100", world_size=1, input_len=512, output_len=64, full=True)
+    assert not [line for line in dense.notes if "drafted" in line]
 
 
 def test_durations_and_layout_files(tmp_path: Path) -> None:

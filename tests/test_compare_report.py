@@ -365,3 +365,24 @@ def test_the_best_candidate_can_be_started_from_the_report(view: View, written: 
         assert one.script.splitlines()[-1] in unescape(page)
     ranks = view.best["tp"] * view.best["dp"]
     assert f"--tp-size {ranks}" in found["sglang"].script
+
+
+def best_scripts(**asked: Any) -> tuple[View, dict[str, Any]]:
+    given = {"device": "h100", "world_size": 4, "input_len": 1024, "output_len": 256, "forms": ["aggregated"], **asked}
+    view = View(tc.compare(MODEL, **given))
+    return view, {one.engine: one for one in takeaways(view)}
+
+
+@pytest.mark.parametrize("chunk", [1536, 8192])
+def test_the_script_takes_chunks_as_large_as_were_priced(chunk: int) -> None:
+    view, found = best_scripts(chunk_tokens=[chunk], layouts=["tp4", "tp4-ep4"], engine="vllm", tpot_s=0.03)
+    assert view.best is not None and view.best["chunk_tokens"] == chunk
+    assert f"--max-num-batched-tokens {chunk}" in found["vllm"].script
+    assert f"--chunked-prefill-size {chunk}" in found["sglang"].script
+
+
+def test_no_script_where_one_server_cannot_exchange_both_ways() -> None:
+    """Priced with DeepEP's mode by phase, as SGLang runs it: no launch of vLLM or TensorRT-LLM is that candidate."""
+    _, found = best_scripts(all2all=["deepep"], layouts=["dp4-ep4"], engine="sglang")
+    assert found["sglang"].script and not found["vllm"].script
+    assert found["vllm"].problem.startswith("one exchange: ") and found["trtllm"].problem.startswith("one exchange: ")

@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 
 import tensorcast as tc
 from tensorcast.cli import app
-from tensorcast.deploy.explain import Explanation, by_group
+from tensorcast.deploy.explain import Explanation, applicable, by_group
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.options import Options
 
 PAIR: dict[str, Any] = {"device": "h200", "world_size": 32, "layout": "tp1-dp32-ep32", "versus": "tp8-dp4-ep32"}
 
@@ -81,6 +83,37 @@ def test_links_between_nodes_do_not_matter_inside_one() -> None:
     assert gains.loc["scale-out bandwidth"].abs().max() == 0 and gains.loc["scale-up bandwidth"].min() > 0
 
 
+def test_the_winner_of_a_comparison_can_be_explained() -> None:
+    """Its step, to the digit, from the options in its row."""
+    found = tc.compare(
+        "deepseek-v3", device="h200", world_size=16, input_len=2048, output_len=512, engine="sglang",
+        forms=["aggregated"], layouts=["dp16-ep16"], mtp_depth=[1], all2all=["deepep"],
+        tpot_s=0.06,
+    )  # fmt: skip
+    assert found.best is not None
+    best = found.best
+    names = (
+        "all2all", "redundant_experts", "external_shared_experts", "shared_expert_tp", "dual_batch_overlap", "mtp_depth"
+    )
+    why = tc.explain(
+        "deepseek-v3", device="h200", world_size=16, layout="dp16-ep16", versus="tp2-dp8-ep16", engine="sglang",
+        batch=int(best["batch"]), context=2048 + 256, dispatch=best["dispatch"] or None,
+        **{name: best[name] for name in names},
+    )  # fmt: skip
+    assert best["all2all"] == "low_latency" and best["mtp_depth"] == 1
+    assert why.a.step_s == pytest.approx(best["decode_step_s"], rel=0.02)
+    assert "drafting" in set(why.groups["group"])
+
+
+def test_options_hold_for_the_other_layout_as_far_as_they_apply() -> None:
+    asked = Options(
+        all2all="low_latency", redundant_experts=8, external_shared_experts=1, dual_batch_overlap=True, mtp_depth=1
+    )
+    assert applicable(asked, Layout(8, 1, 8, 8)) == asked
+    assert applicable(asked, Layout(8, 8, 1, 8)) == Options(redundant_experts=8, mtp_depth=1)
+    assert applicable(asked, Layout(8, 8)) == applicable(asked, Layout(8, 2, 4)) == Options(mtp_depth=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -104,5 +137,8 @@ def test_command_line() -> None:
         assert done.exit_code == 0, done.output
         assert max(map(len, done.output.splitlines())) <= min(columns, 100)
         assert "x as fast as" in done.output and "memory size" in done.output
+    overlapped = CliRunner().invoke(app, [*words[:-3], "dp8-ep8", "--versus", "tp8", "--all2all", "low_latency",
+                                         "--dual-batch-overlap", "--dispatch", "bf16"])  # fmt: skip
+    assert overlapped.exit_code == 0 and "hidden by overlap" in overlapped.output
     document = json.loads(CliRunner().invoke(app, [*words, "--json", "-o", "100"]).output)
     assert document["context"] == 4096 + 50 and document["a"]["layout"] == "tp8-dp1"

@@ -294,6 +294,18 @@ def test_refused_with_the_rule_that_is_broken(engine: str, layout: str, options:
     assert found.problem == problem and found.commands == () and found.flags == ()
 
 
+def test_one_server_one_exchange() -> None:
+    """vLLM and TensorRT-LLM choose it at start, for both phases; SGLang's DeepEP has a mode for each."""
+    layout = parse_layout("dp8-ep8")
+    decode, prefill = (Options(all2all=kind) for kind in ("low_latency", "high_throughput"))
+    for engine in ENGINES:
+        assert engine_can_run(engine, layout, MOE, decode, prefill=decode) == ""
+        problem = engine_can_run(engine, layout, MOE, decode, prefill=prefill)
+        assert problem.startswith("one exchange: a server has one") if engine != "sglang" else problem == ""
+    whole = parse_layout("tp8-ep8")  # nothing to exchange
+    assert engine_can_run("vllm", whole, MOE, decode, prefill=prefill) == ""
+
+
 def test_the_same_layouts_run_elsewhere() -> None:
     """Experts half spread, half cut: not in vLLM, but in SGLang (tokens gathered) and TensorRT-LLM."""
     assert engine_can_run("sglang", parse_layout("tp8-ep4"), MOE) == ""

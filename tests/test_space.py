@@ -68,7 +68,7 @@ def test_variants_are_legal_and_distinct(name: str, routing: str) -> None:
     """What runs in each phase: no two variants of a layout are the same deployment, none breaks a rule."""
     facts, engine = facts_of(name, routing), load_engine("vllm")
     for layout in legal(layouts(16), facts, load_device("h200"), Counter()):
-        found = variants(layout, facts, FULL, Options(routing=routing))
+        found = variants(layout, facts, FULL, Options(routing=routing if facts["num_experts"] else "balanced"))
         assert found
         seen = set()
         for variant in found:
@@ -80,6 +80,34 @@ def test_variants_are_legal_and_distinct(name: str, routing: str) -> None:
                 kinds.append((replace(options, all2all=kind), kind))
             seen.add(tuple(kinds))
         assert len(seen) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("asked", "flag"),
+    [
+        ({"routing": "zipf:0.6"}, "--routing"),
+        ({"all2all": "low_latency"}, "--all2all"),
+        ({"all2all": "allgather_reducescatter"}, "--all2all"),
+        ({"dispatch": "bf16"}, "--dispatch"),
+        ({"combine": "fp8_block"}, "--combine"),
+        ({"placement": "eplb"}, "--placement"),
+        ({"dual_batch_overlap": True}, "--dual-batch-overlap"),
+    ],
+)
+def test_a_dense_model_has_nothing_for_experts_options(asked: dict[str, Any], flag: str) -> None:
+    facts = facts_of("llama-3.1-8b")
+    name, problem = broken_option(Options(**asked), Layout(2, 1, 2), facts, "none")
+    assert name == "experts to place" and problem == f"the model has no experts: {flag} does not apply"
+    for default in ("balanced", "uniform"):
+        assert broken_option(Options(routing=default), Layout(2, 1, 2), facts, "none") == ("", "")
+
+
+def test_one_exchange_takes_deepep_apart() -> None:
+    axes = Axes().for_one_exchange()
+    assert axes.exchange == ("allgather_reducescatter", "high_throughput", "low_latency")
+    assert set(axes.chunk_tokens) == {256, *Axes().chunk_tokens}
+    assert Axes(exchange=("deepep",), chunk_tokens=(512,)).for_one_exchange().chunk_tokens == (512,)
+    assert Axes(exchange=("auto", "direct")).for_one_exchange() == Axes(exchange=("auto", "direct"))
 
 
 def counted(layout: Layout, facts: dict[str, Any], axes: Axes = FULL) -> Counter[str]:

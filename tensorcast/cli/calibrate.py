@@ -68,7 +68,8 @@ def calibrate(
         raise InputError("--device is missing: name the device that was measured")
     if write is not None:
         check_file("--write", write)
-    frame, profile, engine = read_table(Path(origin)), device_profile(device), load_engine(engine or "eager").name
+    engine = load_engine(engine or "eager").name
+    frame, profile = read_table(Path(origin)), device_profile(device)
     found, fits = fold.calibrate(profile, frame, engine)
     if write is not None:
         with writing("--write", write):

@@ -91,8 +91,7 @@ def explain(
     """Price both layouts at one load: ``batch`` sequences per dp rank of ``layout``, as many in all of ``versus``.
 
     ``batch=None``: the most that fit in both. ``options`` are those of ``layout``; ``versus`` has what applies to it
-    (:func:`applicable`). Raises :class:`InputError` where a layout is illegal or the batch does
-    not fit.
+    (:func:`applicable`). Raises :class:`InputError` where a layout is illegal or the batch does not fit.
     """
     if layout == versus:
         raise InputError(f"--versus {versus}: is the layout itself; name another one")

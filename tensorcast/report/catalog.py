@@ -129,7 +129,7 @@ def print_models(records: list[Record], console: Console) -> None:
         for row in records
     ]
     heads = ("model", "total", "active", "experts", "layers", "attention", "dtype", "KV B/token", "source")
-    shown = _print(console, heads, "lrrrrllrl", rows, soft=("attention",), optional=("KV B/token",), narrow=("dtype", "layers"))
+    shown = _print(console, heads, "lrrrrllrl", rows, ("attention",), ("KV B/token",), narrow=("dtype", "layers"))
     if console.width >= WITH_SOURCE:
         _say(console, "Source: the config on Hugging Face; every figure has its own in the profile.")
     cache = "; KV bytes per token (bf16) where published" if "KV B/token" in shown else ""
@@ -175,7 +175,7 @@ def print_engines(records: list[Record], console: Console) -> None:
         for row in records
     ]
     heads = ("engine", "version", "graphs", "overhead", "memory", "fuses", "exchange", "source")
-    _print(console, heads, "lllrrlll", rows, soft=("fuses", "exchange"), optional=("exchange",), narrow=("version", "graphs"))
+    _print(console, heads, "lllrrlll", rows, ("fuses", "exchange"), ("exchange",), narrow=("version", "graphs"))
     _say(console, "Graphs: phases replayed from captured graphs. Overhead: per step and sequence, outside kernels.")
     _say(console, "Memory: share of the device that it takes. All figures: --json")
 

@@ -150,6 +150,8 @@ def test_pipeline_hands_on_between_stages() -> None:
 )
 @pytest.mark.parametrize("routing", ["balanced", "uniform", "zipf:0.8"])
 def test_arrays_price_like_single_points_and_grow(model: str, layout: Layout, routing: str) -> None:
+    if model == "llama-3.1-8b" and routing != "uniform":
+        pytest.skip("a dense model has no experts to route to")
     step = _deploy(model, layout, routing=routing).step
     generator = np.random.default_rng(5)
     batch, past = generator.integers(1, 300, 20).astype(float), generator.integers(1, 30_000, 20).astype(float)

@@ -112,7 +112,7 @@ def test_sources_are_links_or_say_what_they_are() -> None:
 
 def test_no_source_is_listed_for_nothing() -> None:
     # These stand behind fields that are not figures.
-    general = {"config", "training", "report", "cores", "arguments", "fusion", "transformers"}
+    general = {"config", "training", "report", "cores", "arguments", "fusion", "graphs", "transformers"}
     for profile in every_profile():
         used = {figure.source for _, figure in figures(profile)}
         assert set(profile.sources) - used - general == set(), profile.name

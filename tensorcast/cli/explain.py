@@ -24,8 +24,8 @@ tensorcast explain qwen3-235b-a22b -d h100 -n 8 --layout tp8-ep8 --versus tp8 --
 
 [dim]A comparison's winner, with the options that it was priced with[/dim]
 
-tensorcast explain deepseek-v3 -d h200 -n 32 -e sglang -l dp32-ep32 -v tp8-dp4-ep32 --all2all low_latency \\
---dual-batch-overlap --dispatch bf16"""
+tensorcast explain deepseek-v3 -d h200 -n 32 -e sglang -l dp32-ep32 -v tp8-dp4-ep32 --all2all low_latency
+--dual-batch-overlap"""
 
 
 @app.command(epilog=EXAMPLES)

@@ -159,7 +159,7 @@ def grouped_matmul(op: Op, at: Context) -> list[Work]:
         padded = w.grouped_gemm(at.sizes.E * at.capacity, at.sizes.E, n, k, precision)
         return [replace(padded, flops=2.0 * rows * n * k)]
     least = {"contiguous": CONTIGUOUS_ROWS, "masked": MASKED_ROWS}.get(at.backend, 16)
-    return [replace(w.grouped_gemm(rows, at.hit, n, k, precision, least), kernel=at.backend)]
+    return [w.grouped_gemm(rows, at.hit, n, k, precision, least)]
 
 
 @formula("mla_absorb")
@@ -168,8 +168,8 @@ def mla_absorb(op: Op, at: Context) -> list[Work]:
     tokens = op.inputs[0].numel(at.sizes) / op.attrs["latent"]
     a = op.attrs
     return [
-        replace(w.gemm(tokens, *sizes, batch=a["heads"]), kernel="absorb")
-        for sizes in ((a["latent"], a["nope"]), (a["v_dim"], a["latent"]))
+        w.gemm(tokens, a["latent"], a["nope"], batch=a["heads"]),
+        w.gemm(tokens, a["v_dim"], a["latent"], batch=a["heads"]),
     ]
 
 

@@ -271,13 +271,14 @@ class Step:
     def _works(self, op: Op, at: Context) -> Iterator[tuple[Work, Correction | None]]:
         """The row's kernels, each with what the device's fitted model makes of its formula."""
         if op.name != "grouped_matmul" or at.backend in ("eager", "batched_mm"):
-            yield from ((work, self.corrections.of(work)) for work in work_of(op, at))
+            variant = "absorb" if op.name == "mla_absorb" else ""
+            yield from ((work, self.corrections.of(work, variant)) for work in work_of(op, at))
             return
         (work,) = work_of(op, at)
         if at.backend == "masked" and not at.masked_skips:
             yield work, None
             return
-        known = self.corrections.at(work.family, work.dtype, work.kernel, self._expert_sizes(work, at))
+        known = self.corrections.at(work.family, work.dtype, at.backend, self._expert_sizes(work, at))
         if known is not None and known.variant == at.backend:  # a kernel of that layout was fitted over plain tiles
             (work,) = work_of(op, replace(at, backend="grouped_mm"))
         yield work, known

@@ -145,8 +145,9 @@ def works_text(works: list[Work]) -> str:
     """The work of a row as JSON, numbers to ten digits, without what is as by default."""
     def plain(value: Any) -> Any:
         if isinstance(value, (Work, Tiling)):
-            said = {f.name: getattr(value, f.name) for f in fields(value)}
-            return {f.name: plain(said[f.name]) for f in fields(value) if not _is_default(said[f.name], f.default)}
+            said = {f.name: getattr(value, f.name) for f in fields(value) if f.name != "sizes"}  # formulas do without
+            defaults = {f.name: f.default for f in fields(value)}
+            return {name: plain(one) for name, one in said.items() if not _is_default(one, defaults[name])}
         if isinstance(value, tuple):
             return [plain(item) for item in value]
         return value if isinstance(value, (str, bool)) else float(f"{float(value):.10g}")
@@ -162,7 +163,7 @@ def _is_default(value: Any, default: Any) -> bool:
 
 def works_from(text: str) -> list[Work]:
     """The way back. Raises :class:`InputError` on text that no work is in."""
-    known, parts = ({f.name for f in fields(kind)} for kind in (Work, Tiling))
+    known, parts = ({f.name for f in fields(kind)} - {"sizes"} for kind in (Work, Tiling))
     try:
         found = []
         for row in json.loads(text):

@@ -55,10 +55,9 @@ class Corrections:
         self._kernels: dict[tuple[str, str, str], tuple[str, str] | None] = {}
         self._found: dict[tuple[Any, ...], Correction] = {}
 
-    def of(self, work: Work, sizes: Mapping[str, Size] | None = None) -> Correction | None:
+    def of(self, work: Work, variant: str = "") -> Correction | None:
         """The correction of one kernel; None where no model speaks for it."""
-        sizes = work.sizes if sizes is None else sizes
-        return self.at(work.family, work.dtype, work.kernel, sizes) if sizes else None
+        return self.at(work.family, work.dtype, variant, work.sizes) if work.sizes else None
 
     def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> Correction | None:
         """The correction of ``family`` at ``sizes`` (all of its own), scalars or arrays that broadcast."""
@@ -138,7 +137,7 @@ class _Held:
         return isinstance(other, _Held) and other.device is self.device
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def _made(device: _Held, engine: str) -> Corrections:
     return Corrections(device.device, engine)
 

@@ -16,7 +16,6 @@ from tensorcast.cost.predict import Predictor, model_path, predict_kernels, pred
 from tensorcast.cost.predict.load import rank_load
 from tensorcast.cost.predict.model import DeviceModel, pack, read_model
 from tensorcast.cost.predict.physics import physics_of
-from tensorcast.cost.predict.surface import Surface
 from tensorcast.cost.predict.trees import Trees
 from tensorcast.errors import InputError
 from tensorcast.profiles.store import load_device
@@ -325,18 +324,3 @@ def test_exchange_without_a_phase_is_dispatch_and_combine() -> None:
     parts = [predict_kernels(pd.DataFrame([row | {"phase": p}]), device="h200").seconds[0]
              for p in ("dispatch", "combine")]
     assert whole == pytest.approx(sum(parts), rel=1e-6)
-
-
-def test_a_surface_agrees_with_the_predictor_on_its_knots() -> None:
-    predictor = predictor_for(load_device("h200"), "vllm")
-    surface = Surface(predictor, "gemm", "bf16", lambda m: {"m": m, "n": 4096.0, "k": 4096.0}, (1, 65536))
-    knots = surface.axes[0]
-    exact = predictor.estimate("gemm", "bf16", m=knots, n=4096.0, k=4096.0)
-    found = surface.at(knots)
-    assert np.allclose(found.factor, exact.factor) and np.allclose(found.high, exact.high / exact.seconds)
-    heads: dict[str, Any] = {"q_heads": 32.0, "kv_heads": 8.0, "head_dim": 128.0}
-    plane = Surface(
-        predictor, "attention_decode", "bf16", lambda b, p: {"batch": b, "past": p, **heads}, (1, 512), (16, 65536)
-    )
-    one = predictor.estimate("attention_decode", "bf16", batch=16.0, past=16.0, **heads)
-    assert plane.at(16.0, 16.0).factor == pytest.approx(one.factor[0], rel=1e-6)

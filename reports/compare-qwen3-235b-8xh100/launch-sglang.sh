@@ -1,0 +1,21 @@
+# sglang 0.5.14
+# prompts take DeepEP's normal kernels, only decode the low-latency ones
+
+python3 -m sglang.launch_server \
+  --model-path Qwen/Qwen3-235B-A22B-FP8 \
+  --host 0.0.0.0 \
+  --port 30000 \
+  --tp-size 8 \
+  --dp-size 8 \
+  --enable-dp-attention \
+  --enable-dp-lm-head \
+  --moe-dense-tp-size 1 \
+  --ep-size 8 \
+  --moe-a2a-backend deepep \
+  --deepep-mode auto \
+  --kv-cache-dtype bf16 \
+  --context-length 5120 \
+  --max-running-requests 272 \
+  --chunked-prefill-size 2048 \
+  --cuda-graph-max-bs-decode 34 \
+  --mem-fraction-static 0.897

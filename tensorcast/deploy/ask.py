@@ -49,6 +49,8 @@ def ask(
     names = [device.name for device in devices]
     if strange := [name for name in prices or {} if name not in names]:
         raise InputError(f"--price {strange[0]}: is not among the devices compared ({', '.join(names)})")
+    if not names or not world_sizes:
+        raise InputError("compare: needs at least one device and one world size")
     if wrong := [size for size in world_sizes if size < 1]:
         raise InputError(f"--world-size {wrong[0]}: must be at least 1")
     for device in devices:
@@ -63,7 +65,7 @@ def ask(
     axes = replace(FULL if full else Axes(), **given)
     if runnable_only and one_exchange(engine.name):
         axes = axes.for_one_exchange()
-    wanted = tuple(parse_layout(text) for text in layouts or ())
+    wanted = tuple(dict.fromkeys(parse_layout(text) for text in layouts or ()))
     for layout in wanted:
         if not any(size % layout.world_size == 0 for size in world_sizes):
             sizes = ", ".join(map(str, world_sizes))

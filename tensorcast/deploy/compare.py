@@ -184,7 +184,7 @@ def _closest(comparison: Comparison) -> str:
     row = frame.iloc[int(np.lexsort((frame["gpus"], np.maximum(worst, 1.0)))[0])]
     alone = [name for name, limit in asked.items() if limit is not None and frame[f"{name}_s"].min() > limit]
     binding = alone or ([str(row["limit"])] if row["limit"] else ["gpus"])
-    where = f"{row['gpus']} {row['device']} as {row['layout']} ({row['form']}, {row['batch']:g} sequences per rank)"
+    where = f"{row['gpus']} {row['device']} as {row['layout']} ({row['form']}, batch {row['batch']:g} per rank)"
     words = _limits(asked)
     if comparison.objective == "gpus":
         rate, most = comparison.questions[0].request_rate, max(q.gpus for q in comparison.questions)
@@ -205,10 +205,10 @@ def _too_big(questions: Sequence[Question]) -> str:
             needed.append(f"{size} {question.device.name}")
     sizes = ", ".join(dict.fromkeys(f"{q.gpus} {q.device.name}" for q in questions))
     length = first.load.input_len + first.load.output_len
-    hint = f"it needs at least {' or '.join(needed)}" if needed else "nor on any number of them"
+    hint = f"it needs at least {' or '.join(needed)}" if needed else "no number of them holds it"
     if first.layouts:
         hint = f"none of the layouts asked for holds it; {hint}"
-    return f"{first.model.name} does not fit on {sizes} with a sequence of {length} tokens: {hint}, or quantise"
+    return f"{first.model.name} does not fit on {sizes} with a sequence of {length} tokens: {hint}; or quantise"
 
 
 def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]:

@@ -56,6 +56,8 @@ def parse_layout(text: str, world_size: int | None = None) -> Layout:
         if not found or found[1] in sizes:
             raise InputError(f"layout {text!r}: {word!r} is not one size each of tp, dp, ep, pp, as in tp1-dp32-ep32")
         sizes[found[1]] = int(found[2])
+    if min(sizes.values()) < 1:
+        raise InputError(f"layout {text!r}: every size must be at least 1")
     product = sizes.get("tp", 1) * sizes.get("dp", 1) * sizes.get("pp", 1)
     return Layout(product if world_size is None else world_size, **sizes)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from tensorcast.cost.predict.model import NORMAL_80
+from tensorcast.cost.predict.rows import corrections_for
 from tensorcast.cost.roofline import constants_for, kernel_time
 from tensorcast.cost.work import Work
 from tensorcast.profiles.device import DeviceProfile
@@ -24,7 +27,7 @@ CACHE_BYTES = {"cpu": 32e6, "cuda": 50e6}
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one row; the interval is what its kernels' held-out error leaves open."""
+    """Seconds of one row as a step prices it, and their 80 % interval from its kernels' held-out errors."""
 
     seconds: float
     low_s: float
@@ -39,17 +42,21 @@ def predict(works: Sequence[Work], device: DeviceProfile, engine: str) -> Predic
     """One row's kernels, one after another, without the gaps between them: what a device event or a replay sees."""
     total = launch = compute = memory = spread = 0.0
     evidence = "calibrated"
+    corrections = corrections_for(device, engine)
     for work in works:
-        constants, found = constants_for(device, work.family, work.dtype, engine, work.kernel)
+        # experts' models ask for a layout's load, which a row by itself does not have
+        known = corrections.of(work) if work.family != "grouped_gemm" else None
+        whose = known.engine if known else engine
+        constants, found = constants_for(device, work.family, work.dtype, whose, work.kernel)
         timing = kernel_time(work, constants, device, passes=False)
         calls = float(work.calls)
-        seconds = float(timing.seconds) * calls
+        seconds = float(timing.seconds) * calls * (float(known.factor) if known else 1.0)
         total, launch = total + seconds, launch + float(timing.launch_s) * calls
         compute, memory = compute + float(timing.compute_s) * calls, memory + float(timing.memory_s) * calls
-        spread += seconds * (constants.median_error or 0.0)
+        spread += seconds * (float(known.error) if known else constants.median_error or 0.0)
         evidence = found if found == "datasheet" else evidence
-    off = spread / total if total else 0.0
-    return Prediction(total, total / (1.0 + off), total * (1.0 + off), evidence, launch, compute, memory)
+    off = NORMAL_80 * spread / total if total else 0.0
+    return Prediction(total, total * math.exp(-off), total * math.exp(off), evidence, launch, compute, memory)
 
 
 def likely_cause(measured_s: float, predicted: Prediction, works: Sequence[Work], device_type: str) -> str:

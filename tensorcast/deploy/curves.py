@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from tensorcast.cost.predict import LEVELS
 from tensorcast.deploy.blocks import EXPERT_STAGES
 from tensorcast.deploy.plan import Collective, Row
+from tensorcast.deploy.price import StepPrice
 from tensorcast.deploy.simulate import Deployment
-from tensorcast.deploy.step import StepPrice
 from tensorcast.profiles.engine import EngineProfile
 
 GRID = np.array(sorted({c * 2.0**k for k in range(-6, 24) for c in (1.0, 1.25, 1.5, 1.75)}))
@@ -146,7 +148,13 @@ def decode_columns(price: StepPrice, engine: EngineProfile) -> dict[str, Any]:
 
 def evidence_shares(price: StepPrice) -> dict[str, Any]:
     """Share of kernel seconds behind which each kind of evidence stands."""
-    seconds = {kind: _sum(price, None, kind) for kind in EVIDENCE}
+    seconds: dict[str, Any] = dict.fromkeys(EVIDENCE, 0.0)
+    for row, spent in price.spent:
+        if isinstance(row.level, int):
+            seconds[LEVELS[row.level]] = seconds[LEVELS[row.level]] + spent
+            continue
+        for level, kind in enumerate(LEVELS):  # per candidate, or per member of a fleet that spans more or fewer tiers
+            seconds[kind] = seconds[kind] + spent * (row.level == level)
     total = np.maximum(sum(seconds.values()), 1e-30)
     return {kind: value / total for kind, value in seconds.items()}
 
@@ -160,13 +168,5 @@ def expert_seconds(price: StepPrice) -> Any:
     return _sum(price, of_all_ranks) - price.hidden_s
 
 
-def _sum(price: StepPrice, wanted: Any, evidence: str | None = None) -> Any:
-    total: Any = 0.0
-    for row, calls in zip(price.rows, price.counts, strict=True):
-        if wanted is not None and not wanted(row.row):
-            continue
-        if evidence is None or isinstance(row.evidence, str):
-            total = total + calls * row.seconds if evidence in (None, row.evidence) else total
-        else:  # per candidate, or per member of a fleet that spans more or fewer tiers
-            total = total + calls * row.seconds * (row.evidence == evidence)
-    return total
+def _sum(price: StepPrice, wanted: Callable[[Row], bool]) -> Any:
+    return sum((spent for row, spent in price.spent if wanted(row.row)), 0.0)

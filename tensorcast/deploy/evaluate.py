@@ -84,12 +84,14 @@ def with_setting(one: Deployment, kv_dtype: str, mtp_depth: int) -> Deployment:
     return replace(one, options=options, quantization=replace(one.quantization, kv=kv_dtype), step=step)
 
 
-def with_overlap(one: Deployment, options: Options) -> Deployment:
-    """A fleet's deployment with half batches overlapped or not, as ``options`` say: its rows are the same."""
-    step = copy.copy(one.step)
-    step.options = options
-    step.overlap = Overlap(step.plan, step.table, step.engine, options, step.captured)
-    return replace(one, options=options, step=step)
+def vary(one: Deployment, kv_bytes: Array, mtp_depth: Array, dual_batch_overlap: Array) -> None:
+    """Let a fleet's step take, batch by batch, what its rows do not depend on or only few of them."""
+    step = one.step
+    step.kv_bytes = kv_bytes
+    step.options = replace(
+        one.options, mtp_depth=mtp_depth, dual_batch_overlap=dual_batch_overlap  # type: ignore[arg-type]
+    )
+    step.overlap = Overlap(step.plan, step.table, step.engine, step.options, step.captured)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class _Setting:
 
     kv_dtype: str | None
     mtp_depth: int
+    dual_batch_overlap: bool
 
 
 def _columns(values: list[Any], members: int) -> Array:
@@ -165,7 +168,7 @@ class Workshop:
         self._taken: dict[tuple[Any, ...], Any] = {}
         for members in self._groups().values():
             every = {setting for found in members.values() for setting in found}
-            settings = sorted(every, key=lambda s: (str(s.kv_dtype), s.mtp_depth))
+            settings = sorted(every, key=lambda s: (str(s.kv_dtype), s.mtp_depth, s.dual_batch_overlap))
             rows = np.array([[found.get(s, -1) for s in settings] for found in members.values()])
             taken = self._price_prefill(list(members), settings, rows)
             self._price_decode(list(members), settings, rows, taken)
@@ -174,15 +177,14 @@ class Workshop:
         """The members as one deployment, and what its memory hangs on: overlap changes none, and no member's plan."""
         made = []
         for layout, *options in members:
-            key = (phase, layout, replace(options[phase == "decode"], dual_batch_overlap=False))
+            key = (phase, layout, options[phase == "decode"])
             if key not in self._bases:
                 self._bases[key] = self.scene.deployment(*_called(key))
             made.append(self._bases[key])
         held = (phase, *map(id, made))
         if held not in self._made:
             self._made[held] = fleet(made[0], made, self.memo)
-        _, *own = members[0]
-        return with_overlap(self._made[held], own[phase == "decode"]), held
+        return self._made[held], held
 
     def _beside_cache(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Any]) -> Any:
         """What a step takes beside the cache; the cache's dtype moves it only where stages are weighed."""
@@ -197,10 +199,9 @@ class Workshop:
         load, grid = self.scene.load, self.grid
         decode, held = self._fleet(members, "decode")
         kv = [cache_dtype(decode, s.kv_dtype) for s in settings]
-        decode.step.options = replace(
-            decode.options, mtp_depth=np.repeat([s.mtp_depth for s in settings], len(grid))  # type: ignore[arg-type]
-        )
-        decode.step.kv_bytes = np.repeat([KV_BYTES[name] for name in kv], len(grid))
+        bytes_each, depth = [KV_BYTES[name] for name in kv], [s.mtp_depth for s in settings]
+        dual = [s.dual_batch_overlap for s in settings]
+        vary(decode, *(np.repeat(values, len(grid)) for values in (bytes_each, depth, dual)))
         price = decode.step.price(np.tile(grid, len(settings)), 1.0, load.context)
         shape = (len(members), len(settings), len(grid))
         there = rows >= 0
@@ -209,7 +210,7 @@ class Workshop:
             self.curves[name][rows[there]] = whole[there]
         steps, each = np.empty((2, *rows.shape))
         for i, setting in enumerate(settings):
-            number = self._numbers.setdefault((*held, setting), len(self._fleets))
+            number = self._numbers.setdefault((*held, setting.kv_dtype, setting.mtp_depth), len(self._fleets))
             if number == len(self._fleets):
                 self._fleets.append(with_setting(decode, kv[i], setting.mtp_depth))
             one = self._fleets[number]
@@ -226,16 +227,17 @@ class Workshop:
         """Prefill lines; what a full step of each budget takes in memory, ``[members, settings]``."""
         load = self.scene.load
         prefill, held = self._fleet(members, "prefill")
-        kinds = list(dict.fromkeys(s.kv_dtype for s in settings))
+        kinds = list(dict.fromkeys((s.kv_dtype, s.dual_batch_overlap) for s in settings))
         lines = [Line(load.new, load.prefix_cached, budget) for budget in self.budgets]
         sizes = [(b, line.tokens, line.past) for line in lines for b in line.asked]
         batch, new, past = np.tile(np.array(sizes), (len(kinds), 1)).T
-        kv = [cache_dtype(prefill, kind) for kind in kinds]
-        prefill.step.kv_bytes = np.repeat([KV_BYTES[name] for name in kv], len(sizes))
+        kv = [cache_dtype(prefill, kind) for kind, _ in kinds]
+        bytes_each, dual = [KV_BYTES[name] for name in kv], [dual for _, dual in kinds]
+        vary(prefill, *(np.repeat(values, len(sizes)) for values in (bytes_each, [0] * len(kinds), dual)))
         price = prefill.step.price(batch, new, past)
         shares, experts = evidence_shares(price), expert_seconds(price)
         shape, there = (len(members), len(kinds), len(lines), 3), rows >= 0
-        kind_of = [kinds.index(setting.kv_dtype) for setting in settings]
+        kind_of = [kinds.index((setting.kv_dtype, setting.dual_batch_overlap)) for setting in settings]
 
         def of(values: Any, line: int) -> Array:
             whole = np.broadcast_to(values, (shape[0], len(batch))).reshape(shape)
@@ -263,9 +265,9 @@ class Workshop:
         for i, variant in enumerate(self.variants):
             for options in (variant.prefill, variant.decode):
                 if options not in plain:
-                    plain[options] = replace(options, kv_dtype=None, mtp_depth=0)
-            member = variant.layout, plain[variant.prefill], plain[variant.decode]
-            settings.setdefault(member, {})[_Setting(variant.decode.kv_dtype, variant.decode.mtp_depth)] = i
+                    plain[options] = replace(options, kv_dtype=None, mtp_depth=0, dual_batch_overlap=False)
+            member, own = (variant.layout, plain[variant.prefill], plain[variant.decode]), variant.decode
+            settings.setdefault(member, {})[_Setting(own.kv_dtype, own.mtp_depth, own.dual_batch_overlap)] = i
         found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
         for member, positions in settings.items():
             found.setdefault(self._structure(*member), {})[member] = positions

@@ -10,8 +10,8 @@ from tensorcast.deploy.blocks import EXPERT_STAGES, blocks_of, is_shared
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan import Collective, Row
+from tensorcast.deploy.price import StepPrice
 from tensorcast.deploy.simulate import Deployment, deploy
-from tensorcast.deploy.step import StepPrice
 from tensorcast.deploy.workload import Workload
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile

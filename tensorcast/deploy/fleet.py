@@ -20,9 +20,9 @@ from tensorcast.cost.memory import per_table
 from tensorcast.cost.routing import ExpertLoad, Load
 from tensorcast.deploy.blocks import EXPERT_STAGES
 from tensorcast.deploy.plan import Collective, Row
-from tensorcast.deploy.price import RowPrice
+from tensorcast.deploy.price import RowPrice, StepPrice, one_level
 from tensorcast.deploy.simulate import Deployment
-from tensorcast.deploy.step import Step, StepPrice
+from tensorcast.deploy.step import Step
 from tensorcast.trace.table import Op, OpTable
 
 RECENT = 16
@@ -206,7 +206,7 @@ class FleetStep(Step):
 
 
 def _joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]) -> RowPrice:
-    """One price from those of parts of the first axis; evidence is an array where it differs."""
+    """One price from those of parts of the first axis."""
 
     def gather(values: list[Any]) -> np.ndarray:
         whole = np.empty(shape)
@@ -217,15 +217,11 @@ def _joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]
     prices = [price for _, price in found]
     numbers = ("seconds", "flops", "bytes", "wire_bytes", "ideal_compute_s", "error")
     whole: dict[str, Any] = {name: gather([getattr(price, name) for price in prices]) for name in numbers}
-    words: Any = prices[0].evidence
-    if any(not isinstance(price.evidence, str) or price.evidence != words for price in prices):
-        words = np.empty(shape, dtype="U10")
-        for (part, _), price in zip(found, prices, strict=True):
-            words[part] = price.evidence
+    level = one_level(gather([price.level for price in prices]).astype(np.int8))
     return replace(
         prices[0],
         **whole,
-        evidence=words,
+        level=level,
         parts={name: gather([price.parts[name] for price in prices]) for name in prices[0].parts},
     )
 

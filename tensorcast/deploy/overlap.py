@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorcast.cost.overlap import CONTENTION, beside, two_streams
+from tensorcast.cost.overlap import CONTENTION, Contention, beside, two_streams
 from tensorcast.deploy.blocks import EXPERT_STAGES, blocks_of, is_shared
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan import Collective, Plan, Row
@@ -17,6 +17,8 @@ from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.table import Op, OpTable
 
 Rows = Sequence[RowPrice]
+Parts = dict[str, list[RowPrice]]
+"""Rows of a layer by where they stand (see :func:`_place`)."""
 
 
 class Overlap:
@@ -57,26 +59,43 @@ class Overlap:
             hidden[kind], communication[kind] = self._layer(part, tokens)
         return hidden, communication
 
-    def _layer(self, part: dict[str, list[RowPrice]], tokens: Any) -> tuple[Any, Any]:
-        shared, experts = part.get("shared", []), part.get("experts", [])
+    def _layer(self, part: Parts, tokens: Any) -> tuple[Any, Any]:
+        if self.contention is None or not np.any(self.dual):
+            return self._one_batch(part, tokens)
+        halves = self._two_halves(part, self.contention)
+        if np.all(self.dual):
+            return halves
+        pairs = zip(halves, self._one_batch(part, tokens), strict=True)
+        saved, communication = (np.where(self.dual, two, one) for two, one in pairs)
+        return saved, communication
+
+    def _two_halves(self, part: Parts, contention: Contention) -> tuple[Any, Any]:
+        """One half batch computes while the other communicates."""
+        shared, routed = _seconds(part.get("shared", [])), _seconds(part.get("experts", []))
         dispatch, combine = _seconds(part.get("dispatch", [])), _seconds(part.get("combine", []))
-        saved: Any = 0.0
+        attention, saved = _seconds(part.get("rest", [])), 0.0
         if self.external:
-            saved = np.minimum(_seconds(shared), _seconds(experts))
-        if self.dual and self.contention is not None:
-            attention = _seconds(part.get("rest", [])) + (0.0 if self.external else _seconds(shared))
-            routed = _seconds(experts) - saved + (_seconds(shared) if self.external else 0.0)
-            serial = 2.0 * (attention + routed + dispatch + combine)
-            pairs = (attention, combine), (attention, dispatch), (routed, dispatch), (routed, combine)
-            together = sum(beside(compute, moved, self.contention) for compute, moved in pairs)
-            overlapped = serial - together
-            return 2.0 * saved + overlapped, np.clip(overlapped, 0.0, 2.0 * (dispatch + combine))
-        if self.external or not shared or not self.stream_tokens:
-            return saved, 0.0
-        main = [*experts, *part.get("dispatch", []), *part.get("combine", [])]
+            saved = np.minimum(shared, routed)
+            routed = routed - saved + shared
+        else:
+            attention = attention + shared
+        serial = 2.0 * (attention + routed + dispatch + combine)
+        pairs = (attention, combine), (attention, dispatch), (routed, dispatch), (routed, combine)
+        overlapped = serial - sum(beside(compute, moved, contention) for compute, moved in pairs)
+        return 2.0 * saved + overlapped, np.clip(overlapped, 0.0, 2.0 * (dispatch + combine))
+
+    def _one_batch(self, part: Parts, tokens: Any) -> tuple[Any, Any]:
+        """Shared experts beside routed ones, on ranks or on a stream of their own."""
+        shared, experts = part.get("shared", []), part.get("experts", [])
+        if self.external:
+            return np.minimum(_seconds(shared), _seconds(experts)), 0.0
+        if not shared or not self.stream_tokens:
+            return 0.0, 0.0
+        moves = [*part.get("dispatch", []), *part.get("combine", [])]
+        main = [*experts, *moves]
         both = two_streams(_seconds(main), _busy(main), _seconds(shared), _busy(shared))
         saved = np.where(np.asarray(tokens) <= self.stream_tokens, _seconds(main) + _seconds(shared) - both, 0.0)[()]
-        return saved, np.minimum(saved, dispatch + combine)
+        return saved, np.minimum(saved, _seconds(moves))
 
 
 def _place(row: Row, blocks: dict[int, str]) -> str:

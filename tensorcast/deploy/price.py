@@ -1,12 +1,16 @@
-"""The price of one row of a step."""
+"""Prices of a step's rows and of the step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from tensorcast.cost.predict import LEVELS
 from tensorcast.cost.predict.model import NORMAL_80
-from tensorcast.deploy.plan import Row
+from tensorcast.deploy.plan import Collective, Row
 
 WITHIN_80 = NORMAL_80
 """Half an 80 % interval in median errors: of a normal error, 80 % lie within 1.9 times the median."""
@@ -19,8 +23,8 @@ PARTS = ("compute", "memory", "network", "latency")
 class RowPrice:
     """One call of one row; numbers are floats or arrays. ``parts`` splits the seconds by what bounds them.
 
-    ``error``: relative median error of the seconds. ``evidence``: ``measured``, ``calibrated`` or ``datasheet``, or an
-    array of these where calls differ.
+    ``error``: relative median error of the seconds. ``level``: what stands behind them, an index into
+    :data:`tensorcast.cost.predict.LEVELS`, or an array of these where calls differ.
     """
 
     row: Row
@@ -31,12 +35,79 @@ class RowPrice:
     ideal_compute_s: Any
     parts: dict[str, Any]
     family: str
-    evidence: Any
+    level: Any
     error: Any
     has_formula: bool = True
     detail: str = ""
 
     @property
+    def evidence(self) -> Any:
+        """``measured``, ``calibrated`` or ``datasheet``; an array of these where calls differ."""
+        level = one_level(self.level)
+        return np.array(LEVELS)[level] if np.ndim(level) else LEVELS[level]
+
+    @property
     def busy_s(self) -> Any:
         """Seconds in which the row keeps the device's arithmetic or memory busy."""
         return self.seconds - self.parts["latency"] - self.parts["network"]
+
+
+@dataclass(frozen=True)
+class StepPrice:
+    """A step: its rows' prices and the time of the slowest pipeline stage, of the whole step, and of its overheads.
+
+    ``hidden_s``: kernel seconds that pass while others run; ``hidden_comm_s`` of them are communication.
+    """
+
+    rows: tuple[RowPrice, ...]
+    counts: tuple[Any, ...]
+    seconds: Any
+    overhead_s: Any
+    micro_batches: Any
+    hidden_s: Any = 0.0
+    hidden_comm_s: Any = 0.0
+
+    @cached_property
+    def spent(self) -> list[tuple[RowPrice, Any]]:
+        """Rows that run, each with the seconds of all of its calls: one pass over all stages."""
+        calls = zip(self.rows, self.counts, strict=True)
+        return [(price, price.seconds * n) for price, n in calls if not isinstance(n, int) or n]
+
+    @cached_property
+    def error(self) -> Any:
+        """Median relative error of the sum: errors of one family move together, families independently."""
+        by_family: dict[str, Any] = {}
+        for price, seconds in self.spent:
+            by_family[price.family] = by_family.get(price.family, 0.0) + seconds * price.error
+        squares = sum((np.square(error) for error in by_family.values()), 0.0)
+        return np.sqrt(squares) / np.maximum(sum((seconds for _, seconds in self.spent), 0.0), 1e-30)
+
+    @cached_property
+    def exposed_comm_s(self) -> Any:
+        """Communication that the step waits for."""
+        moved = sum((seconds for price, seconds in self.spent if isinstance(price.row, Collective)), 0.0)
+        return moved - self.hidden_comm_s
+
+
+class Stage(NamedTuple):
+    """A pipeline stage: calls of each row, and how many layers of each kind it has."""
+
+    calls: tuple[int, ...]
+    layers: tuple[tuple[int, int], ...]
+
+    def seconds(self, rows: tuple[RowPrice, ...]) -> Any:
+        """Kernel seconds, one after another."""
+        return sum((price.seconds * n for price, n in zip(rows, self.calls, strict=True) if n), 0.0)
+
+    def over(self, per_kind: dict[int, Any]) -> Any:
+        """Seconds per layer of each kind, summed over the layers."""
+        return sum((count * per_kind[kind] for kind, count in self.layers if kind in per_kind), 0.0)
+
+
+def one_level(levels: Any) -> Any:
+    """Levels as one number where they are all the same."""
+    if isinstance(levels, int):
+        return levels
+    levels = np.asarray(levels)
+    first = levels.flat[0]
+    return levels if levels.size > 1 and (levels != first).any() else int(first)

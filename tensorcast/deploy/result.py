@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tensorcast.deploy.plan import Collective, Row
-from tensorcast.deploy.price import WITHIN_80, RowPrice
-from tensorcast.deploy.step import StepPrice
+from tensorcast.deploy.price import WITHIN_80, RowPrice, StepPrice
 from tensorcast.deploy.workload import Workload
 from tensorcast.trace.table import Op
 

@@ -13,8 +13,9 @@ from tensorcast.deploy.blocks import has_shared
 from tensorcast.deploy.layout import Layout, check
 from tensorcast.deploy.options import Options, check_options, option_facts
 from tensorcast.deploy.plan import Collective, choose_all2all, make_plan
+from tensorcast.deploy.price import StepPrice
 from tensorcast.deploy.result import Simulation
-from tensorcast.deploy.step import Step, StepPrice
+from tensorcast.deploy.step import Step
 from tensorcast.deploy.tables import rank_tables, shared_form, traced_table
 from tensorcast.deploy.workload import Workload
 from tensorcast.errors import InputError, unknown_name

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from tensorcast.deploy.layout import Layout, stage_layers
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.overlap import Overlap
 from tensorcast.deploy.plan import Collective, Plan, Row
-from tensorcast.deploy.price import PARTS, RowPrice
+from tensorcast.deploy.price import PARTS, RowPrice, Stage, StepPrice, one_level
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.dims import Dim, Sizes
@@ -35,25 +37,6 @@ class _Sizes(NamedTuple):
 
     whole: Context
     chunks: tuple[Any, Context]
-
-
-@dataclass(frozen=True)
-class StepPrice:
-    """A step: its rows' prices and the time of the slowest pipeline stage, of the whole step, and of its overheads.
-
-    ``hidden_s``: kernel seconds that pass while others run; ``hidden_comm_s`` of them are communication,
-    ``exposed_comm_s`` is the communication that the step waits for.
-    """
-
-    rows: tuple[RowPrice, ...]
-    counts: tuple[int, ...]
-    seconds: Any
-    overhead_s: Any
-    error: Any
-    micro_batches: Any
-    hidden_s: Any = 0.0
-    hidden_comm_s: Any = 0.0
-    exposed_comm_s: Any = 0.0
 
 
 class Step:
@@ -113,44 +96,38 @@ class Step:
         Under dual-batch overlap every stage runs two halves, each priced as the half it is. With drafted tokens a
         decode step checks ``1 + mtp_depth`` tokens per sequence and then drafts anew.
         """
-        pp, halves = self.layout.pp, 1 + self.options.dual_batch_overlap
+        pp = self.layout.pp
+        halves: Any = 1 + self.options.dual_batch_overlap
         # of each candidate by itself: its price must not depend on what is priced beside it
         micro: Any = 1 if pp == 1 else np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, pp)
         context = self.context(np.asarray(batch, dtype=float) / (micro * halves), new, past)
         at = _Sizes(context, self._chunk(context))
         rows = tuple(self._row(row, at) for row in self.plan.rows)
         hidden, hidden_comm = self.overlap.hidden(rows, context.sizes.tokens)
-        per_stage = [[n * halves for n in self._counts(i)] for i in range(pp)]
-        stage_s = [
-            sum((price.seconds * n for price, n in zip(rows, calls, strict=True) if n), 0.0) - self._over(hidden, i)
-            for i, calls in enumerate(per_stage)
-        ]
+        stages = self._stages
+        # stages of the same layers take the same time
+        alike = {stage: stage.seconds(rows) * halves - stage.over(hidden) for stage in dict.fromkeys(stages)}
+        counts = tuple(sum(calls) * halves for calls in zip(*(stage.calls for stage in stages), strict=True))
+        last_s = alike.pop(stages[-1]) if stages.count(stages[-1]) == 1 else alike[stages[-1]]
         if draft := self._draft(np.asarray(batch, dtype=float) / micro, past):
-            rows, calls = (*rows, *draft), [self.options.mtp_depth] * len(draft)
-            per_stage = [counts + ([0] * len(draft) if i < pp - 1 else calls) for i, counts in enumerate(per_stage)]
-            stage_s[-1] = stage_s[-1] + sum((p.seconds * n for p, n in zip(draft, calls, strict=True)), 0.0)
-        slowest = stage_s[0]
-        for seconds in stage_s[1:]:
+            last_s = last_s + sum((price.seconds for price in draft), 0.0) * self.options.mtp_depth
+            rows, counts = (*rows, *draft), counts + (self.options.mtp_depth,) * len(draft)
+        slowest = last_s
+        for seconds in alike.values():
             slowest = np.maximum(slowest, seconds)
         turns = pp if self.table.phase == "decode" else micro + pp - 1
         overhead: Any = float(self.engine.step_overhead_s)
         if self.engine.request_overhead_s is not None:
             overhead = overhead + float(self.engine.request_overhead_s) * batch
-        counts = tuple(sum(column) for column in zip(*per_stage, strict=True))
-        total = slowest * turns + overhead
-        # of one pass over all stages, as rows and counts are
-        moved: Any = sum(
-            (p.seconds * n for p, n in zip(rows, counts, strict=True) if isinstance(p.row, Collective)), 0.0
-        )
-        saved, saved_comm = (sum((self._over(kinds, i) for i in range(pp)), 0.0) for kinds in (hidden, hidden_comm))
-        error = _step_error(rows, counts)
+        saved, saved_comm = (sum(stage.over(kinds) for stage in stages) for kinds in (hidden, hidden_comm))
         micro = micro if np.ndim(micro) else int(micro)
-        return StepPrice(rows, counts, total, overhead, error, micro, saved, saved_comm, moved - saved_comm)
+        return StepPrice(rows, counts, slowest * turns + overhead, overhead, micro, saved, saved_comm)
 
-    def _over(self, per_kind: dict[int, Any], stage: int) -> Any:
-        """Seconds per layer of each kind, summed over a stage's layers."""
-        kinds = self.table.layer_kinds[self.stages[stage]]
-        return sum((kinds.count(kind) * seconds for kind, seconds in per_kind.items()), 0.0)
+    @cached_property
+    def _stages(self) -> list[Stage]:
+        """Pipeline stages: calls of each row there, and their layers' kinds."""
+        kinds = self.table.layer_kinds
+        return [Stage(tuple(self._counts(i)), tuple(Counter(kinds[s]).items())) for i, s in enumerate(self.stages)]
 
     def seconds(self, batch: Any, new: Any, past: Any) -> Any:
         """Step time alone."""
@@ -205,20 +182,25 @@ class Step:
         return chunks, self._loaded(part, tokens / chunks)
 
     def _draft(self, batch: Any, past: Any) -> tuple[RowPrice, ...]:
-        """Rows of drafting one token per sequence: a layer of the last kind and the head (DeepSeek-V3, section 2.2).
+        """Rows of drafting one token per sequence."""
+        if self.table.phase != "decode" or not np.any(self.options.mtp_depth):
+            return ()
+        context = self.context(batch, 1.0, past, verify=1.0)
+        at = _Sizes(context, self._chunk(context))
+        return tuple(self._row(row, at) for row in self._draft_rows)
+
+    @cached_property
+    def _draft_rows(self) -> tuple[Row, ...]:
+        """A layer of the last kind and the head (DeepSeek-V3, section 2.2).
 
         The module also projects hidden state and embedding, ``[T,2H] x [2H,H]``.
         """
-        if self.table.phase != "decode" or not np.any(self.options.mtp_depth):
-            return ()
         last, hidden = self.table.layer_kinds[-1], float(self.table.facts["hidden_size"])
-        context = self.context(batch, 1.0, past, verify=1.0)
         joined = Tensor((Dim(1, B=1), Dim(2 * hidden)), "bfloat16")
         weight = Tensor((Dim(2 * hidden), Dim(hidden)), "bfloat16", weight="eh_proj.weight")
         project = Op("mm", "eh_proj", -1, (joined, weight), (Tensor((Dim(1, B=1), Dim(hidden)), "bfloat16"),))
         rows = [r for r in self.plan.rows if r.kind == last or (r.kind < 0 and r.module.startswith("lm_head"))]
-        at = _Sizes(context, self._chunk(context))
-        return tuple(self._row(replace(row, module=f"mtp.{row.module}"), at) for row in (project, *rows))
+        return tuple(replace(row, module=f"mtp.{row.module}") for row in (project, *rows))
 
     def _row(self, row: Row, at: _Sizes) -> RowPrice:
         inside = (isinstance(row, Op) and row.stage in EXPERT_STAGES) or (isinstance(row, Collective) and row.exchange)
@@ -264,9 +246,10 @@ class Step:
             parts["memory"] = parts["memory"] + timing.memory_s * factor * work.calls
             parts["latency"] = parts["latency"] + launch * work.calls
             family = work.family
-            level = np.minimum(level, LEVELS.index(found) if known is None else known.level)
+            mine = LEVELS.index(found) if known is None else known.level
+            level = min(level, mine) if isinstance(mine, int) else np.minimum(level, mine)
             error = np.maximum(error, (constants.median_error or 0.0) if known is None else known.error)
-        return RowPrice(op, seconds, flops, moved, 0.0, ideal, parts, family, _word(level), error, has_formula(op))
+        return RowPrice(op, seconds, flops, moved, 0.0, ideal, parts, family, one_level(level), error, has_formula(op))
 
     def _works(self, op: Op, at: Context) -> Iterator[tuple[Work, Correction | None]]:
         """The row's kernels, each with what the device's fitted model makes of its formula."""
@@ -316,8 +299,10 @@ class Step:
         parts = {"compute": 0.0, "memory": 0.0, "network": on_wire, "latency": np.maximum(seconds - on_wire, 0.0)}
         algorithm = time.algorithm if isinstance(time.algorithm, str) else str(np.ravel(time.algorithm)[0])
         detail = f"{row.group}{row.ranks} {time.tier} {algorithm}"
-        evidence, error = (time.evidence, time.error) if known is None else (_word(known.level), known.error)
-        return RowPrice(row, seconds, 0.0, 0.0, time.wire_bytes, 0.0, parts, row.op, evidence, error, True, detail)
+        level, error = (LEVELS.index(time.evidence), time.error) if known is None else (known.level, known.error)
+        return RowPrice(
+            row, seconds, 0.0, 0.0, time.wire_bytes, 0.0, parts, row.op, one_level(level), error, True, detail
+        )
 
     def _known_collective(self, row: Collective, units: Any) -> Correction | None:
         """What the device's fitted model makes of a collective on its innermost links, or of an expert exchange."""
@@ -344,13 +329,6 @@ def _gated(plan: Plan) -> float:
     return float(ops["up"].outputs[0].dims[-1].coef > 1.5 * ops["down"].inputs[0].dims[-1].coef)
 
 
-def _word(level: Any) -> Any:
-    """The level of evidence by name: one for all calls, or an array of them."""
-    if np.min(level) == np.max(level):
-        return LEVELS[int(np.min(level))]
-    return np.array(LEVELS)[level]
-
-
 def _times(price: RowPrice, count: Any) -> RowPrice:
     """The price of ``count`` such calls."""
     return replace(
@@ -362,14 +340,3 @@ def _times(price: RowPrice, count: Any) -> RowPrice:
         ideal_compute_s=price.ideal_compute_s * count,
         parts={part: seconds * count for part, seconds in price.parts.items()},
     )
-
-
-def _step_error(rows: tuple[RowPrice, ...], counts: tuple[int, ...]) -> Any:
-    """Median relative error of the sum: errors of one family move together, families independently."""
-    by_family: dict[str, Any] = {}
-    total: Any = 0.0
-    for price, n in zip(rows, counts, strict=True):
-        by_family[price.family] = by_family.get(price.family, 0.0) + n * price.seconds * price.error
-        total = total + n * price.seconds
-    squares = sum((np.square(e) for e in by_family.values()), 0.0)
-    return np.sqrt(squares) / np.maximum(total, 1e-30)

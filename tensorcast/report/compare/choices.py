@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tensorcast.deploy.compare import Comparison
+    from tensorcast.deploy.price import StepPrice
     from tensorcast.deploy.simulate import Deployment
-    from tensorcast.deploy.step import StepPrice
 
 MOST_SHOWN = 8
 """Layouts in a figure that has one bar per layout: more are no longer read."""

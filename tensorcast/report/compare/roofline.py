@@ -15,8 +15,8 @@ from tensorcast.report.figures import group_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from tensorcast.deploy.price import StepPrice
     from tensorcast.deploy.simulate import Deployment
-    from tensorcast.deploy.step import StepPrice
 
 COSTLIEST, LEAST_SHARE = 8, 0.005
 """Ops in the roofline: how many at most, and the share of kernel time below which one is left out."""

@@ -29,10 +29,10 @@ SAME = 1e-6
 """Relative difference up to which a formula is the one that a model was fitted over."""
 
 WEIGHTS = np.random.default_rng(11).random(16) + 0.5
-"""Weights that give every combination of sizes a number of its own."""
+"""Weights that give every combination of sizes a number of its own, its code."""
 
-MOST = 4096
-"""Answers that are kept."""
+MOST, MOST_SIZES = 4096, 1 << 18
+"""Answers that are kept: to whole questions, and by single sizes of each kernel."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Corrections:
         self.device, self.predictor = device, predictor_for(device, engine)
         self._kernels: dict[tuple[str, str, str], tuple[str, str] | None] = {}
         self._found: dict[tuple[Any, ...], Correction] = {}
+        self._answers: dict[tuple[str, ...], _Answers] = {}
 
     def of(self, work: Work, variant: str = "") -> Correction | None:
         """The correction of one kernel; None where no model speaks for it."""
@@ -76,11 +77,18 @@ class Corrections:
     def _ask(self, belongs: tuple[str, str], name: tuple[str, str, str], sizes: dict[str, np.ndarray]) -> Correction:
         held = {n: np.maximum(value, 1.0) if n in AT_LEAST_ONE else value for n, value in sizes.items()}
         shape = np.broadcast_shapes(*(value.shape for value in held.values()))
-        flat = {n: np.broadcast_to(value, shape).ravel() for n, value in held.items()}
-        first, where = _distinct(list(flat.values()))
-        found = self.predictor.price(*name, {n: value[first] for n, value in flat.items()})
-        factor, error, level = (x[where].reshape(shape)[()] for x in (found.factor, found.error, found.level))
-        return Correction(factor, error, level, *belongs)
+        codes: Any = sum(weight * value for weight, value in zip(WEIGHTS, held.values(), strict=False))
+        codes, first, where = np.unique(np.broadcast_to(codes, shape), return_index=True, return_inverse=True)
+        answers = self._answers.setdefault((*name, *sizes), _Answers())
+        if len(answers.codes) > MOST_SIZES:
+            answers = self._answers[(*name, *sizes)] = _Answers()
+        if len(new := answers.without(codes)):
+            at = first[new]
+            columns = {n: np.broadcast_to(value, shape).ravel()[at] for n, value in held.items()}
+            found = self.predictor.price(*name, columns)
+            answers.keep(codes[new], np.array([found.factor, found.error, found.level]))
+        factor, error, level = answers.of(codes)[:, where.reshape(shape)]
+        return Correction(factor[()], error[()], level.astype(int)[()], *belongs)
 
     def _whose(self, family: str, dtype: str, variant: str) -> tuple[str, str] | None:
         """Engine and variant of the kernel whose residual applies, if one does."""
@@ -107,13 +115,27 @@ class Corrections:
         return bool(abs(now - then) <= SAME * then)
 
 
-def _distinct(columns: list[np.ndarray]) -> tuple[Any, Any]:
-    """Where each distinct combination of the columns' values first stands, and which of them every entry is."""
-    varying = [column for column in columns if len(column) > 1 and column.min() < column.max()]
-    if not varying:
-        return slice(0, 1), np.zeros(len(columns[0]), dtype=int)
-    codes = sum(weight * column for weight, column in zip(WEIGHTS, varying, strict=False))
-    return np.unique(codes, return_index=True, return_inverse=True)[1:]
+class _Answers:
+    """What the model said of one kernel, by the codes of its sizes: searches ask for the same few again and again."""
+
+    def __init__(self) -> None:
+        self.codes, self.values = np.empty(0), np.empty((3, 0))
+
+    def without(self, codes: np.ndarray) -> np.ndarray:
+        """Positions of the codes that have no answer yet."""
+        if not len(self.codes):
+            return np.arange(len(codes))
+        nearest = self.codes[np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)]
+        return np.flatnonzero(nearest != codes)
+
+    def keep(self, codes: np.ndarray, values: np.ndarray) -> None:
+        """Answers ``[3, n]`` to codes that had none: factor, error, level."""
+        every = np.concatenate([self.codes, codes])
+        order = np.argsort(every, kind="stable")
+        self.codes, self.values = every[order], np.concatenate([self.values, values], axis=1)[:, order]
+
+    def of(self, codes: np.ndarray) -> np.ndarray:
+        return self.values[:, np.searchsorted(self.codes, codes)]
 
 
 def _cached(family: str, sizes: Mapping[str, Size]) -> Mapping[str, Size]:

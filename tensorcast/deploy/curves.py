@@ -149,12 +149,12 @@ def decode_columns(price: StepPrice, engine: EngineProfile) -> dict[str, Any]:
 def evidence_shares(price: StepPrice) -> dict[str, Any]:
     """Share of kernel seconds behind which each kind of evidence stands."""
     seconds: dict[str, Any] = dict.fromkeys(EVIDENCE, 0.0)
-    for row, spent in price.spent:
-        if isinstance(row.level, int):
-            seconds[LEVELS[row.level]] = seconds[LEVELS[row.level]] + spent
+    for spent in price.spent:
+        if isinstance(spent.level, int):
+            seconds[LEVELS[spent.level]] = seconds[LEVELS[spent.level]] + spent.seconds
             continue
         for level, kind in enumerate(LEVELS):  # per candidate, or per member of a fleet that spans more or fewer tiers
-            seconds[kind] = seconds[kind] + spent * (row.level == level)
+            seconds[kind] = seconds[kind] + spent.seconds * (spent.level == level)
     total = np.maximum(sum(seconds.values()), 1e-30)
     return {kind: value / total for kind, value in seconds.items()}
 
@@ -169,4 +169,4 @@ def expert_seconds(price: StepPrice) -> Any:
 
 
 def _sum(price: StepPrice, wanted: Callable[[Row], bool]) -> Any:
-    return sum((spent for row, spent in price.spent if wanted(row.row)), 0.0)
+    return sum((spent.seconds for spent in price.spent if wanted(spent.row)), 0.0)

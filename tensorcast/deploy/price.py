@@ -52,11 +52,23 @@ class RowPrice:
         return self.seconds - self.parts["latency"] - self.parts["network"]
 
 
+class Spent(NamedTuple):
+    """Seconds of all calls of a row in one pass over all stages; ``error`` and ``level`` as in :class:`RowPrice`."""
+
+    row: Row
+    family: str
+    seconds: Any
+    error: Any
+    level: Any
+
+
 @dataclass(frozen=True)
 class StepPrice:
     """A step: its rows' prices and the time of the slowest pipeline stage, of the whole step, and of its overheads.
 
     ``hidden_s``: kernel seconds that pass while others run; ``hidden_comm_s`` of them are communication.
+    ``draft_at``: where several batches draft the same, the last ``drafts`` rows hold each case once, and this is which
+    of them every batch is.
     """
 
     rows: tuple[RowPrice, ...]
@@ -66,26 +78,35 @@ class StepPrice:
     micro_batches: Any
     hidden_s: Any = 0.0
     hidden_comm_s: Any = 0.0
+    drafts: int = 0
+    draft_at: Any = None
 
     @cached_property
-    def spent(self) -> list[tuple[RowPrice, Any]]:
-        """Rows that run, each with the seconds of all of its calls: one pass over all stages."""
-        calls = zip(self.rows, self.counts, strict=True)
-        return [(price, price.seconds * n) for price, n in calls if not isinstance(n, int) or n]
+    def spent(self) -> list[Spent]:
+        """What the rows that run take."""
+        own = len(self.rows) - self.drafts
+        calls = zip(self.rows[:own], self.counts[:own], strict=True)
+        found = [
+            Spent(p.row, p.family, p.seconds * n, p.error, p.level) for p, n in calls if not isinstance(n, int) or n
+        ]
+        for p, n in zip(self.rows[own:], self.counts[own:], strict=True):
+            seconds, error, level = (pick(value, self.draft_at) for value in (p.seconds, p.error, p.level))
+            found.append(Spent(p.row, p.family, seconds * n, error, level))
+        return found
 
     @cached_property
     def error(self) -> Any:
         """Median relative error of the sum: errors of one family move together, families independently."""
         by_family: dict[str, Any] = {}
-        for price, seconds in self.spent:
-            by_family[price.family] = by_family.get(price.family, 0.0) + seconds * price.error
+        for spent in self.spent:
+            by_family[spent.family] = by_family.get(spent.family, 0.0) + spent.seconds * spent.error
         squares = sum((np.square(error) for error in by_family.values()), 0.0)
-        return np.sqrt(squares) / np.maximum(sum((seconds for _, seconds in self.spent), 0.0), 1e-30)
+        return np.sqrt(squares) / np.maximum(sum((spent.seconds for spent in self.spent), 0.0), 1e-30)
 
     @cached_property
     def exposed_comm_s(self) -> Any:
         """Communication that the step waits for."""
-        moved = sum((seconds for price, seconds in self.spent if isinstance(price.row, Collective)), 0.0)
+        moved = sum((spent.seconds for spent in self.spent if isinstance(spent.row, Collective)), 0.0)
         return moved - self.hidden_comm_s
 
 
@@ -111,3 +132,8 @@ def one_level(levels: Any) -> Any:
     levels = np.asarray(levels)
     first = levels.flat[0]
     return levels if levels.size > 1 and (levels != first).any() else int(first)
+
+
+def pick(value: Any, where: Any) -> Any:
+    """Entries ``where`` of the last axis; numbers as they are."""
+    return value if where is None or np.ndim(value) == 0 or np.shape(value)[-1] == 1 else value[..., where]

@@ -22,7 +22,7 @@ from tensorcast.deploy.layout import Layout, stage_layers
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.overlap import Overlap
 from tensorcast.deploy.plan import Collective, Plan, Row
-from tensorcast.deploy.price import PARTS, RowPrice, Stage, StepPrice, one_level
+from tensorcast.deploy.price import PARTS, RowPrice, Stage, StepPrice, one_level, pick
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.dims import Dim, Sizes
@@ -109,8 +109,10 @@ class Step:
         alike = {stage: stage.seconds(rows) * halves - stage.over(hidden) for stage in dict.fromkeys(stages)}
         counts = tuple(sum(calls) * halves for calls in zip(*(stage.calls for stage in stages), strict=True))
         last_s = alike.pop(stages[-1]) if stages.count(stages[-1]) == 1 else alike[stages[-1]]
-        if draft := self._draft(np.asarray(batch, dtype=float) / micro, past):
-            last_s = last_s + sum((price.seconds for price in draft), 0.0) * self.options.mtp_depth
+        draft, draft_at = self._draft(np.asarray(batch, dtype=float) / micro, past)
+        if draft:
+            drafting = pick(sum((price.seconds for price in draft), 0.0), draft_at)
+            last_s = last_s + drafting * self.options.mtp_depth
             rows, counts = (*rows, *draft), counts + (self.options.mtp_depth,) * len(draft)
         slowest = last_s
         for seconds in alike.values():
@@ -121,7 +123,9 @@ class Step:
             overhead = overhead + float(self.engine.request_overhead_s) * batch
         saved, saved_comm = (sum(stage.over(kinds) for stage in stages) for kinds in (hidden, hidden_comm))
         micro = micro if np.ndim(micro) else int(micro)
-        return StepPrice(rows, counts, slowest * turns + overhead, overhead, micro, saved, saved_comm)
+        return StepPrice(
+            rows, counts, slowest * turns + overhead, overhead, micro, saved, saved_comm, len(draft), draft_at
+        )
 
     @cached_property
     def _stages(self) -> list[Stage]:
@@ -181,13 +185,19 @@ class Step:
         part = replace(context, sizes=replace(context.sizes, B=context.sizes.B / chunks))
         return chunks, self._loaded(part, tokens / chunks)
 
-    def _draft(self, batch: Any, past: Any) -> tuple[RowPrice, ...]:
-        """Rows of drafting one token per sequence."""
+    def _draft(self, batch: Any, past: Any) -> tuple[tuple[RowPrice, ...], Any]:
+        """Rows of drafting one token per sequence, each different case once, and which of them every batch is."""
         if self.table.phase != "decode" or not np.any(self.options.mtp_depth):
-            return ()
-        context = self.context(batch, 1.0, past, verify=1.0)
+            return (), None
+        kv_bytes, which = self.kv_bytes, None
+        if np.ndim(batch) == 1:
+            every = np.array([np.broadcast_to(value, np.shape(batch)) for value in (batch, past, kv_bytes)])
+            _, first, which = np.unique(every, axis=1, return_index=True, return_inverse=True)
+            batch, past, kv_bytes = (values[first] if np.ndim(of) else of
+                                     for values, of in zip(every, (batch, past, kv_bytes), strict=True))
+        context = replace(self.context(batch, 1.0, past, verify=1.0), kv_bytes=kv_bytes)
         at = _Sizes(context, self._chunk(context))
-        return tuple(self._row(row, at) for row in self._draft_rows)
+        return tuple(self._row(row, at) for row in self._draft_rows), which
 
     @cached_property
     def _draft_rows(self) -> tuple[Row, ...]:

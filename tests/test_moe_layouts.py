@@ -210,7 +210,7 @@ def test_low_latency_refuses_more_rows_than_its_capacity() -> None:
     laid, sources = TC.low_latency_dispatch(rows, counts, [2], 0, 4, "g")
     assert laid.shape == (2, 4, 4) and torch.equal(laid[0, :1], rows[:1]) and not laid[0, 1:].any()
     assert torch.equal(TC.low_latency_combine(laid, counts, sources, [2], 4, 5, "g"), rows)
-    with pytest.raises(ValueError, match="4 rows for one expert, more than the capacity of 3"):
+    with pytest.raises(ValueError, match="low_latency_dispatch: expert 1 has 4 rows, more than its capacity of 3"):
         TC.low_latency_dispatch(rows, counts, [2], 0, 3, "g")
 
 

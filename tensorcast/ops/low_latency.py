@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tensorcast.ops.collectives import _group
 from tensorcast.ops.library import define
+from tensorcast.ops.moe import capacity_places, check_capacity, spread_to_capacity
 
 
 def _exchange(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
@@ -40,31 +41,13 @@ def _packed(sources: Tensor, capacity: int) -> Tensor:
     return torch.where(row < sources.unsqueeze(-1), place, experts * ranks * capacity)
 
 
-def _spread(rows: Tensor, counts: Tensor, capacity: int) -> Tensor:
-    """Rows ordered by expert -> ``[E * capacity, H]``, each expert's from its own start, zeros after them."""
-    if counts.is_cuda:  # no host waits here: the device itself stops, rows are never lost silently
-        torch._assert_async((counts <= capacity).all(), "low-latency dispatch: more rows for an expert than capacity")
-    elif counts.numel() and (most := int(counts.max())) > capacity:
-        raise ValueError(f"low-latency dispatch: {most} rows for one expert, more than the capacity of {capacity}")
-    out = rows.new_zeros((counts.shape[0] * capacity + 1, *rows.shape[1:]))
-    out[_from_start(counts, rows.shape[0], capacity)] = rows
-    return out[:-1]
-
-
-def _from_start(counts: Tensor, rows: int, capacity: int) -> Tensor:
-    """Where row i of ``rows`` ordered by expert lies when expert e's segment starts at ``e * capacity``."""
-    at = torch.arange(rows, device=counts.device)
-    expert = torch.searchsorted(counts.cumsum(0), at, right=True)
-    within = at - (counts.cumsum(0) - counts)[expert]
-    return torch.where(within < capacity, expert * capacity + within, counts.shape[0] * capacity)
-
-
 def _dispatch(
     rows: Tensor, counts: Tensor, experts: list[int], rank: int, capacity: int, group: str
 ) -> tuple[Tensor, Tensor]:
     ranks, local = len(experts), experts[rank]
+    check_capacity("low_latency_dispatch", counts, capacity, wait=False)
     sources = _exchange(counts, experts, [local] * ranks, group).view(ranks, local)
-    sent = _spread(rows, counts, capacity)
+    sent = spread_to_capacity(rows, counts, capacity).flatten(0, 1)
     got = _exchange(sent, [n * capacity for n in experts], [local * capacity] * ranks, group)
     out = rows.new_zeros((local * ranks * capacity + 1, *rows.shape[1:]))
     out[_packed(sources, capacity).reshape(-1)] = got
@@ -97,7 +80,7 @@ def _combine(
     flat = torch.cat([x.flatten(0, 1), x.new_zeros((1, *x.shape[2:]))])
     back = flat[_packed(sources, capacity).reshape(-1)]
     got = _exchange(back, [local * capacity] * ranks, [n * capacity for n in experts], group)
-    return got[_from_start(counts, total, capacity)]
+    return got[capacity_places(counts, total, capacity)]
 
 
 # The way back: the buffer as low_latency_dispatch gave it, counts [E] and sources [ranks, E_local] as there -> the

@@ -164,27 +164,35 @@ define(
 )
 
 
-def _check_capacity(counts: Tensor, capacity: int) -> None:
-    """An expert's rows beyond its capacity would be lost: never silently."""
-    if counts.is_cuda and torch.cuda.is_current_stream_capturing():  # no host sync here; the replay checks itself
-        torch._assert_async((counts <= capacity).all(), "to_capacity: an expert has more rows than its capacity")
+def check_capacity(op: str, counts: Tensor, capacity: int, wait: bool) -> None:
+    """An expert's rows beyond its capacity would be lost: never silently. Without ``wait`` no host looks at counts on
+    a GPU; the device itself stops."""
+    if counts.is_cuda and not wait:
+        torch._assert_async((counts <= capacity).all(), f"{op}: an expert has more rows than its capacity")
         return
     most = int(counts.max()) if counts.numel() else 0
     if most > capacity:
         raise ValueError(
-            f"to_capacity: expert {int(counts.argmax())} has {most} rows, more than its capacity of {capacity}; "
+            f"{op}: expert {int(counts.argmax())} has {most} rows, more than its capacity of {capacity}; "
             f"raise the capacity, or use a layout without one (contiguous, grouped_mm)"
         )
 
 
-def _capacity_places(counts: Tensor, rows: int, capacity: int) -> Tensor:
+def capacity_places(counts: Tensor, rows: int, capacity: int) -> Tensor:
+    """Where row i of ``rows`` ordered by expert lies when expert e's rows start at ``e * capacity``."""
     return _places(counts, rows, torch.arange(counts.shape[0], device=counts.device) * capacity)
 
 
 def _to_capacity(rows: Tensor, counts: Tensor, capacity: int) -> Tensor:
-    _check_capacity(counts, capacity)
+    # while a graph is captured no host may wait; the replay checks itself
+    check_capacity("to_capacity", counts, capacity, not (counts.is_cuda and torch.cuda.is_current_stream_capturing()))
+    return spread_to_capacity(rows, counts, capacity)
+
+
+def spread_to_capacity(rows: Tensor, counts: Tensor, capacity: int) -> Tensor:
+    """Rows ordered by expert -> ``[E,C,H]``, zeros after each expert's; no count may exceed the capacity."""
     out = rows.new_zeros((counts.shape[0] * capacity, *rows.shape[1:]))
-    out[_capacity_places(counts, rows.shape[0], capacity)] = rows
+    out[capacity_places(counts, rows.shape[0], capacity)] = rows
     return out.view(counts.shape[0], capacity, *rows.shape[1:])
 
 
@@ -197,7 +205,7 @@ define(
 
 define(
     "from_capacity(Tensor x, Tensor counts, SymInt total) -> Tensor",  # [E,C,H] -> [total,H] ordered by expert
-    real=lambda x, counts, total: x.flatten(0, 1)[_capacity_places(counts, total, x.shape[1])],
+    real=lambda x, counts, total: x.flatten(0, 1)[capacity_places(counts, total, x.shape[1])],
     fake=lambda x, counts, total: x.new_empty((total, *x.shape[2:])),
 )
 

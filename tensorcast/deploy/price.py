@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -45,6 +45,13 @@ class RowPrice:
         """``measured``, ``calibrated`` or ``datasheet``; an array of these where calls differ."""
         level = one_level(self.level)
         return np.array(LEVELS)[level] if np.ndim(level) else LEVELS[level]
+
+    def at(self, where: slice, row: Row | None = None) -> RowPrice:
+        """The price at some of the batches, perhaps as that of another ``row`` that does the same."""
+        numbers = ("seconds", "flops", "bytes", "wire_bytes", "ideal_compute_s", "level", "error")
+        some: dict[str, Any] = {name: pick(getattr(self, name), where) for name in numbers}
+        parts = {name: pick(value, where) for name, value in self.parts.items()}
+        return replace(self, **some, parts=parts, row=self.row if row is None else row)
 
     @property
     def busy_s(self) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -100,16 +100,15 @@ class Step:
         halves: Any = 1 + self.options.dual_batch_overlap
         # of each candidate by itself: its price must not depend on what is priced beside it
         micro: Any = 1 if pp == 1 else np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, pp)
-        context = self.context(np.asarray(batch, dtype=float) / (micro * halves), new, past)
-        at = _Sizes(context, self._chunk(context))
-        rows = tuple(self._row(row, at) for row in self.plan.rows)
-        hidden, hidden_comm = self.overlap.hidden(rows, context.sizes.tokens)
+        whole = np.asarray(batch, dtype=float) / micro
+        part, verify = whole / halves, self._verify
+        rows, draft, draft_at = self._rows(part, whole, new, past)
+        hidden, hidden_comm = self.overlap.hidden(rows, part * verify * new)
         stages = self._stages
         # stages of the same layers take the same time
         alike = {stage: stage.seconds(rows) * halves - stage.over(hidden) for stage in dict.fromkeys(stages)}
         counts = tuple(sum(calls) * halves for calls in zip(*(stage.calls for stage in stages), strict=True))
         last_s = alike.pop(stages[-1]) if stages.count(stages[-1]) == 1 else alike[stages[-1]]
-        draft, draft_at = self._draft(np.asarray(batch, dtype=float) / micro, past)
         if draft:
             drafting = pick(sum((price.seconds for price in draft), 0.0), draft_at)
             last_s = last_s + drafting * self.options.mtp_depth
@@ -152,14 +151,18 @@ class Step:
 
         return [calls(row) for row in self.plan.rows]
 
-    def context(self, batch: Any, new: Any, past: Any, verify: float | None = None) -> Context:
-        if verify is None:
-            verify = 1.0 + self.options.mtp_depth if self.table.phase == "decode" else 1.0
+    @property
+    def _verify(self) -> Any:
+        """Tokens of each sequence that a step checks: the last one and drafted ones."""
+        return 1.0 + self.options.mtp_depth if self.table.phase == "decode" else 1.0
+
+    def context(self, batch: Any, new: Any, past: Any, verify: Any = None, kv_bytes: Any = None) -> Context:
+        verify = self._verify if verify is None else verify
         sizes = Sizes(B=batch * verify, S=new, P=past, E=0.0, X=1.0 / self.layout.etp)
         known = Context(
             sizes,
             decode=self.table.phase == "decode",
-            kv_bytes=self.kv_bytes,
+            kv_bytes=self.kv_bytes if kv_bytes is None else kv_bytes,
             has_fp4="fp4" in self.device.peak_flops,
             backend=self.plan.backend,
             masked_skips=self.engine.masked_gemm == "skips",
@@ -185,32 +188,55 @@ class Step:
         part = replace(context, sizes=replace(context.sizes, B=context.sizes.B / chunks))
         return chunks, self._loaded(part, tokens / chunks)
 
-    def _draft(self, batch: Any, past: Any) -> tuple[tuple[RowPrice, ...], Any]:
-        """Rows of drafting one token per sequence, each different case once, and which of them every batch is."""
+    def _rows(
+        self, batch: Any, drafting: Any, new: Any, past: Any
+    ) -> tuple[tuple[RowPrice, ...], tuple[RowPrice, ...], Any]:
+        """The plan's rows for ``batch`` sequences; those of drafting one token for each of ``drafting``, where batches
+        draft alike once; and which of these cases every batch is."""
         if self.table.phase != "decode" or not np.any(self.options.mtp_depth):
-            return (), None
-        kv_bytes, which = self.kv_bytes, None
-        if np.ndim(batch) == 1:
-            every = np.array([np.broadcast_to(value, np.shape(batch)) for value in (batch, past, kv_bytes)])
-            _, first, which = np.unique(every, axis=1, return_index=True, return_inverse=True)
-            batch, past, kv_bytes = (values[first] if np.ndim(of) else of
-                                     for values, of in zip(every, (batch, past, kv_bytes), strict=True))
-        context = replace(self.context(batch, 1.0, past, verify=1.0), kv_bytes=kv_bytes)
+            return self._priced(self.plan.rows, self.context(batch, new, past)), (), None
+        if np.ndim(batch) == 0:
+            drafts = self._priced([row for _, row in self._drafts], self.context(drafting, 1.0, past, verify=1.0))
+            return self._priced(self.plan.rows, self.context(batch, new, past)), drafts, None
+        # cases are further batches of the same rows
+        every = np.array([np.broadcast_to(value, np.shape(batch)) for value in (drafting, past, self.kv_bytes)])
+        cases, which = np.unique(every, axis=1, return_inverse=True)
+
+        def both(value: Any, case: Any) -> Any:
+            return np.concatenate([np.broadcast_to(value, np.shape(batch)), np.broadcast_to(case, cases.shape[1:])])
+
+        joined = self.context(
+            both(batch, cases[0]), new if np.ndim(new) == 0 else both(new, 1.0),
+            past if np.ndim(past) == 0 else both(past, cases[1]), both(self._verify, 1.0),
+            self.kv_bytes if np.ndim(self.kv_bytes) == 0 else both(self.kv_bytes, cases[2]),
+        )  # fmt: skip
+        priced = self._priced((*self.plan.rows, self._project), joined)
+        own, further = slice(len(batch)), slice(len(batch), None)
+        draft = tuple(priced[i].at(further, row) for i, row in self._drafts)
+        return tuple(price.at(own) for price in priced[:-1]), draft, which
+
+    def _priced(self, rows: Sequence[Row], context: Context) -> tuple[RowPrice, ...]:
         at = _Sizes(context, self._chunk(context))
-        return tuple(self._row(row, at) for row in self._draft_rows), which
+        return tuple(self._row(row, at) for row in rows)
 
     @cached_property
-    def _draft_rows(self) -> tuple[Row, ...]:
-        """A layer of the last kind and the head (DeepSeek-V3, section 2.2).
+    def _drafts(self) -> list[tuple[int, Row]]:
+        """What drafts a token: a layer of the last kind and the head (DeepSeek-V3, section 2.2), by their positions in
+        the plan, after hidden state and embedding are projected together."""
+        last = self.table.layer_kinds[-1]
+        rows = [(len(self.plan.rows), self._project)]
+        for i, row in enumerate(self.plan.rows):
+            if row.kind == last or (row.kind < 0 and row.module.startswith("lm_head")):
+                rows.append((i, row))
+        return [(i, replace(row, module=f"mtp.{row.module}")) for i, row in rows]
 
-        The module also projects hidden state and embedding, ``[T,2H] x [2H,H]``.
-        """
-        last, hidden = self.table.layer_kinds[-1], float(self.table.facts["hidden_size"])
+    @cached_property
+    def _project(self) -> Row:
+        """``[T,2H] x [2H,H]``"""
+        hidden = float(self.table.facts["hidden_size"])
         joined = Tensor((Dim(1, B=1), Dim(2 * hidden)), "bfloat16")
         weight = Tensor((Dim(2 * hidden), Dim(hidden)), "bfloat16", weight="eh_proj.weight")
-        project = Op("mm", "eh_proj", -1, (joined, weight), (Tensor((Dim(1, B=1), Dim(hidden)), "bfloat16"),))
-        rows = [r for r in self.plan.rows if r.kind == last or (r.kind < 0 and r.module.startswith("lm_head"))]
-        return tuple(replace(row, module=f"mtp.{row.module}") for row in (project, *rows))
+        return Op("mm", "eh_proj", -1, (joined, weight), (Tensor((Dim(1, B=1), Dim(hidden)), "bfloat16"),))
 
     def _row(self, row: Row, at: _Sizes) -> RowPrice:
         inside = (isinstance(row, Op) and row.stage in EXPERT_STAGES) or (isinstance(row, Collective) and row.exchange)

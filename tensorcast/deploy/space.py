@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -172,11 +173,16 @@ def variants(layout: Layout, facts: dict[str, Any], axes: Axes, base: Options = 
             else:
                 chosen["redundant_experts"] = base.redundant_experts
             chosen["external_shared_experts"] = external
-            kinds = EXCHANGES[name]
-            decode = replace(base, **chosen, all2all=kinds["decode"])
-            prefill = replace(base, **{**chosen, "mtp_depth": 0}, all2all=kinds["prefill"])
-            found.append(Variant(layout, prefill, decode))
+            found.append(Variant(layout, *_both_phases(base, name, tuple(chosen.items()))))
     return found
+
+
+@lru_cache(maxsize=4096)
+def _both_phases(base: Options, exchange: str, chosen: tuple[tuple[str, Any], ...]) -> tuple[Options, Options]:
+    """Options of prefill and decode; many layouts share them."""
+    kinds, values = EXCHANGES[exchange], dict(chosen)
+    decode = replace(base, **values, all2all=kinds["decode"])
+    return replace(decode, mtp_depth=0, all2all=kinds["prefill"]), decode
 
 
 _FIXED: dict[str, tuple[Any, ...]] = {

@@ -39,7 +39,7 @@ def _of(view: View, choice: Choice, engine: str) -> Takeaway:
     if len(pools) == 1 and (problem := _mixed(choice, engine)):
         return Takeaway(engine, "", "", problem)
     # a pool reads prompts in steps as large as its engine's own, one engine for both phases in the candidate's
-    chunk = int(choice.row["chunk_tokens"]) if len(pools) == 1 else view.comparison.engine.max_tokens_per_step
+    chunk = int(choice.row["chunk_tokens"]) if len(pools) == 1 else 0
     texts, version = [], ""
     for role, head in pools:
         deployment = choice.prefill if role == "prefill" else choice.decode

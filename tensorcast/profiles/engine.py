@@ -92,14 +92,16 @@ class EngineProfile(Frozen):
         description="disaggregated: per request beside the bytes: routing, two workers meeting, transfer set up",
     )
 
-    def tokens_per_step(self, device: DeviceProfile, dp: int = 1, exchange: str = "") -> int:
+    def tokens_per_step(self, device: DeviceProfile | None = None, dp: int = 1, exchange: str = "") -> int:
         """Default chunked-prefill budget of a data-parallel rank on ``device``."""
-        if self.step_tokens is None:
-            return self.max_tokens_per_step
-        if exchange in self.step_tokens.exchanges:
-            return self.step_tokens.exchanges[exchange]
-        tokens = self.step_tokens.of_server(device, self.max_tokens_per_step)
-        return max(1, tokens // dp) if self.step_tokens.over_dp else tokens
+        found, rule = self.max_tokens_per_step, self.step_tokens
+        if rule is None:
+            return found
+        if device is not None:
+            found = rule.of_server(device, found)
+        if rule.over_dp:
+            found = max(1, found // dp)
+        return min(found, rule.exchanges.get(exchange, found))
 
     def prefill_graph_tokens(self, device: DeviceProfile, dp: int, pp: int, config: dict[str, Any]) -> int:
         """Tokens of the largest prefill step that is captured in pieces; 0: none is."""

@@ -53,7 +53,7 @@ class StepTokens(Frozen):
 
     from_mib: dict[int, int] = Field(default={}, description="device memory in MiB -> tokens from there on")
     devices: dict[str, int] = Field(default={}, description="word in the device's name -> tokens")
-    exchanges: dict[str, int] = Field(default={}, description="exchange between experts -> tokens")
+    exchanges: dict[str, int] = Field(default={}, description="exchange between experts -> tokens at most")
     over_dp: bool = Field(default=False, description="of a server: data-parallel attention divides them over its ranks")
     source: str = Field(min_length=3)
 

@@ -212,7 +212,9 @@ def deploy(
     shared = shared_form(options, layout, all2all)
     raw, table = rank_tables(model, phase, layout.tp, quantization, fusions, shared)
     plan = make_plan(table, layout, device, engine, options)
-    step = Step(table, plan, layout, device, engine, quantization.kv, options)
+    dp = layout.dp if whole.facts["num_experts"] else 1
+    graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
+    step = Step(table, plan, layout, device, engine, quantization.kv, options, graphs)
     return Deployment(model, device, engine, layout, phase, options, quantization, raw, step)
 
 

@@ -119,7 +119,7 @@ def sequence_bytes(decode: Deployment, input_len: int, output_len: int) -> Any:
 
 
 def room(decode: Deployment, budget: Any, per_sequence: Any) -> Any:
-    """Sequences whose cache fits into ``budget`` bytes, and whose decode steps, captured, fit into the engine's reserve."""
+    """Sequences whose cache fits into ``budget`` bytes; their captured decode steps take of it, too."""
     budget, reserve = np.maximum(budget, 0.0), decode.engine.reserve
     few = np.floor(budget / np.maximum(per_sequence + decode.graph_bytes(1), 1.0))
     if reserve is None or not reserve.many_sequences:

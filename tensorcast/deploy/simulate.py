@@ -91,8 +91,10 @@ class Deployment:
         beside = activations + communication + context + graphs
         share = self.memory_share - graphs / capacity
         left = cache_budget(self.engine.memory_covers, share, capacity, context, weights, beside)
-        parts = (weights, cache, activations, communication, context + graphs)
-        return Memory(*map(_plain, parts), capacity, _plain(left))
+        return Memory(
+            _plain(weights), _plain(cache), _plain(activations), _plain(communication), _plain(context + graphs),
+            capacity, _plain(left),
+        )  # fmt: skip
 
     def graph_bytes(self, sequences: Any) -> Any:
         """What the engine leaves free for captured decode steps of up to ``sequences`` per data-parallel rank."""

@@ -42,7 +42,7 @@ class Reserve(Frozen):
         return MIB * np.maximum(fixed, self.floor_mib if capacity > self.floor_above_mib * MIB else 0.0)
 
     def graph_bytes(self, sequences: Any, dp: Any) -> Any:
-        """Decode steps of up to ``sequences`` per data-parallel rank, captured. ``dp``: 1 without parallel attention."""
+        """Terms of decode steps of up to ``sequences`` per data-parallel rank; ``dp`` is of attention."""
         many = np.asarray(sequences) > self.many_sequences
         per_dp = np.where(np.asarray(dp) > 1, self.dp_sequence_mib + self.dp_many_mib * many, 0.0)
         return MIB * sequences * (self.sequence_mib + per_dp * dp)
@@ -79,7 +79,7 @@ class PrefillGraphs(Frozen):
     def largest(self, device: DeviceProfile, dp: int, pp: int, config: dict[str, Any], step_tokens: int) -> int:
         """Tokens of the largest captured step; 0: none is."""
         names = config.get("architectures") or ()
-        if self.one_stage and (dp > 1 or pp > 1) or self.text_only and "text_config" in config:
+        if (self.one_stage and (dp > 1 or pp > 1)) or (self.text_only and "text_config" in config):
             return 0
         if (self.vendors and device.vendor not in self.vendors) or set(names) & set(self.not_architectures):
             return 0

@@ -12,6 +12,8 @@ from tensorcast.report.words import plural
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tensorcast.deploy.compare import Comparison
+
 LIMITS = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
 """Names of the limits by their columns, in the order of ``Comparison.targets``."""
 
@@ -353,4 +355,18 @@ def assumptions(view: View, shown: list[Choice]) -> list[str]:
         lines.append("A > B: workers laid out as A read the prompts and hand them to workers laid out as B.")
     if view.price is not None:
         lines.append(f"Price as given: {units.digits(view.price)} USD per GPU hour.")
+    else:
+        lines += [f"Cost on {name}: {price}." for name, price in _prices(c).items()]
     return lines
+
+
+def _prices(comparison: Comparison) -> dict[str, str]:
+    """By device, where its price is from."""
+    found = {}
+    for question in comparison.questions:
+        listed = question.device.price_per_hour_usd
+        if question.price_per_hour is not None:
+            found[question.device.name] = f"{units.digits(question.price_per_hour)} USD per GPU hour, as given"
+        elif listed is not None:
+            found[question.device.name] = str(listed)
+    return found

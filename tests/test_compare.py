@@ -87,7 +87,7 @@ def test_every_candidate_is_priced_as_if_alone(shop: Workshop) -> None:
                 first = shop.variants[int(numbers["prefill"])]
                 prefill = scene.deployment(first.layout, "prefill", first.prefill)
                 workers = int(numbers["prefill_workers"]), int(numbers["decode_workers"])
-                alone = disaggregated(prefill, decode, *workers, load)
+                alone = disaggregated(prefill, decode, *workers, load, scene.own_chunk)
             else:
                 prefill = scene.deployment(variant.layout, "prefill", variant.prefill)
                 alone = aggregated(prefill, decode, load, int(numbers["chunk_tokens"]))

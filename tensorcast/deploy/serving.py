@@ -177,7 +177,8 @@ class Disaggregated:
 
 
 def disaggregated(
-    prefill: Deployment, decode: Deployment, prefill_workers: int, decode_workers: int, load: Load
+    prefill: Deployment, decode: Deployment, prefill_workers: int, decode_workers: int, load: Load,
+    chunk_tokens: int | None = None,
 ) -> Served:
     """Pools of prefill and of decode workers; a worker is one whole layout. Prompts go to the least loaded worker."""
     for name, workers in (("prefill_workers", prefill_workers), ("decode_workers", decode_workers)):
@@ -185,7 +186,7 @@ def disaggregated(
             raise InputError(f"{name} = {workers}: must be at least 1")
     engine, dp = decode.engine, decode.layout.dp
     concurrency = np.asarray(load.concurrency, dtype=float)
-    prompts = PrefillLine(prefill, load.new, load.prefix_cached, own_chunk(prefill))
+    prompts = PrefillLine(prefill, load.new, load.prefix_cached, chunk_tokens or own_chunk(prefill))
     fits = sequences_that_fit(decode, decode, None, load.input_len, load.output_len)
     if fits < 1:
         return _unserved(concurrency, f"does not fit: no room for one sequence of {load.input_len} tokens")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from tensorcast.deploy.compare import Comparison
 
+COVERS = {"everything": "", "weights_and_cache": " for weights and cache", "cache": " that these leave for the cache"}
+"""What an engine's share of the memory is for."""
 LIMITS = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
 """Names of the limits by their columns, in the order of ``Comparison.targets``."""
 
@@ -349,7 +351,8 @@ def assumptions(view: View, shown: list[Choice]) -> list[str]:
         engine, precision = deployment.engine, deployment.quantization.describe().replace(",", ", ").replace("=", " ")
         lines.append(
             f"On {deployment.device.name}: {precision}; routing {deployment.options.routing}; "
-            f"{engine.name} {engine.version} may use {units.percent(float(engine.memory_fraction))} of the memory."
+            f"{engine.name} {engine.version} may use {units.percent(float(deployment.memory_share))} of the memory"
+            f"{COVERS[engine.memory_covers]}."
         )
     if (view.frame["form"] == "disaggregated").any():
         lines.append("A > B: workers laid out as A read the prompts and hand them to workers laid out as B.")

@@ -105,7 +105,7 @@ def test_trtllm_attention_dp_and_expert_parallel() -> None:
     assert yaml.safe_load(found.config_files["trtllm-serve.yaml"]) == {
         "tensor_parallel_size": 8, "pipeline_parallel_size": 1, "gpus_per_node": 8, "enable_attention_dp": True,
         "moe_expert_parallel_size": 8, "moe_tensor_parallel_size": 1,
-        "moe_config": {"backend": "WIDEEP", "load_balancer": {"num_slots": 288, "layer_updates_per_iter": 1}},
+        "moe_config": {"load_balancer": {"num_slots": 288, "layer_updates_per_iter": 1}},
         "max_batch_size": 128, "max_num_tokens": 8192, "max_seq_len": 5120, "enable_chunked_prefill": True,
         "kv_cache_config": {"dtype": "fp8", "free_gpu_memory_fraction": 0.9},
         "cuda_graph_config": {"enable_padding": True, "max_batch_size": 128},

@@ -170,7 +170,8 @@ def print_engines(records: list[Record], console: Console) -> None:
         [
             row["name"], row["version"], ", ".join(row["graph_captured_phases"]) or "none",
             units.seconds(row["step_overhead_s"]) + _per_sequence(row["request_overhead_s"]),
-            "by layout" if row["memory_by_layout"] else units.percent(row["memory_fraction"]), ", ".join(row["fusions"]) or "none",
+            "by layout" if row["memory_by_layout"] else units.percent(row["memory_fraction"]),
+            ", ".join(row["fusions"]) or "none",
             ", ".join(dict.fromkeys(row["all2all"].values())), _link(row["sources"]),
         ]
         for row in records

@@ -84,7 +84,7 @@ COMBINES = {
     "logfmt10": Scheme("logfmt10", 2.0, 10 / 8 + 4 / 128),
 }
 """What results can travel back in. ``logfmt10``: ten bits a number and four bytes per 128, only in DeepEP's low-latency
-kernels (bytes as github.com/deepseek-ai/DeepEP counts them, tests/test_low_latency.py)."""
+kernels (bytes as github.com/deepseek-ai/DeepEP counts them, tests/legacy/test_low_latency.py)."""
 
 
 def choose_combine(wanted: str | None, all2all: str) -> Scheme:

@@ -69,7 +69,7 @@ def notes(plan: Plan) -> list[str]:
     if plan.case.nodes > 1:
         said.append("the model and the config file must lie where every node sees them")
     if plan.case.exchange == "auto":
-        said.append("the exchange is chosen at start: over NVLink, else DeepEP, else gather and scatter, which is priced")
+        said.append("the exchange is chosen at start: over NVLink, else DeepEP, else gather and scatter, as priced")
     if plan.case.options.dispatch:
         said.append(f"dispatch in {plan.case.options.dispatch}: TensorRT-LLM has no option, its kernels decide")
     if plan.role:

@@ -87,7 +87,7 @@ def test_every_candidate_is_priced_as_if_alone(shop: Workshop) -> None:
                 first = shop.variants[int(numbers["prefill"])]
                 prefill = scene.deployment(first.layout, "prefill", first.prefill)
                 workers = int(numbers["prefill_workers"]), int(numbers["decode_workers"])
-                alone = disaggregated(prefill, decode, *workers, load)
+                alone = disaggregated(prefill, decode, *workers, load, scene.own_chunk)
             else:
                 prefill = scene.deployment(variant.layout, "prefill", variant.prefill)
                 alone = aggregated(prefill, decode, load, int(numbers["chunk_tokens"]))
@@ -221,7 +221,7 @@ def test_only_the_layouts_asked_for() -> None:
         ({"model": "llama-3.1-70b", "world_size": 1}, "needs at least 2 h100-sxm", 2),
         ({"objective": "best"}, "unknown --objective 'best'", 2),
         ({"objective": "gpus"}, "--request-rate", 2),
-        ({"objective": "cost"}, "no price per GPU hour is known for h100-sxm; use --price", 2),
+        ({"objective": "cost", "device": "mi300x"}, "no price per GPU hour is known for mi300x; use --price", 2),
         ({"layouts": ["tp3"]}, "takes 3 GPUs, which does not divide --world-size 8", 2),
         ({"layouts": ["tp8-tp2"]}, "layout 'tp8-tp2'", 2),
         ({"world_size": 0}, "--world-size 0", 2),

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 import tensorcast as tc
 from tensorcast.cli import app
 from tensorcast.profiles import load_device
-from tensorcast.report.validation import finding, markdown, page_html, sections
+from tensorcast.report.sections import markdown, page_html
+from tensorcast.report.validation import finding, sections
 from tensorcast.validate import host
 from tensorcast.validate.record import PARTIAL, Store, read_table
 from tensorcast.validate.run import Validation

@@ -101,24 +101,25 @@ def launch(
     from tensorcast.deploy.options import Options
     from tensorcast.profiles import load_model
     from tensorcast.report.launch import launch as write
-    from tensorcast.report.launch import model_facts, script
+    from tensorcast.report.launch import model_facts, script, with_room
 
     if role not in (None, "prefill", "decode"):
         raise InputError(f"--role {role!r}: must be prefill or decode")
     if all2all not in ALL2ALL:
         raise InputError(f"--all2all {all2all!r}: choose one of {', '.join(ALL2ALL)}")
-    profile, chosen = load_model(model), parse_layout(layout, world_size)
-    check(chosen, model_facts(profile), device_profile(device))
+    profile, chosen, gpu = load_model(model), parse_layout(layout, world_size), device_profile(device)
+    check(chosen, model_facts(profile), gpu)
     options = Options(
         quant=quant, kv_dtype=kv_dtype, all2all=all2all, redundant_experts=redundant_experts, mtp_depth=mtp_depth,
         dual_batch_overlap=dual_batch_overlap,
     )
     found = write(
         engine, profile, chosen, options, batch=batch, input_len=input_len, output_len=output_len, chunk_tokens=chunk,
-        gpus_per_node=gpus_per_node, role=role,
+        gpus_per_node=gpus_per_node, role=role, device=gpu,
     )
     if found.problem:
         raise InputError(f"{found.engine} {found.version} cannot run {chosen}: {found.problem}")
+    found = with_room(found, profile, gpu, chosen, options, role, batch, input_len + output_len)
     if as_json:
         from tensorcast.report.rows import to_json
 

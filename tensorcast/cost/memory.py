@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tensorcast.modeling.quantization import Quantization, rounded_hidden
+from tensorcast.profiles.memory import MemoryCovers
 from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.table import DTYPE_BYTES, Op, OpTable, Tensor
 
@@ -245,3 +246,20 @@ def low_latency_buffer_bytes(tokens_per_rank: Any, hidden: int, num_experts: int
     send = np.maximum(tokens_per_rank * message, num_experts * tokens_per_rank * combine)
     receive = num_experts * tokens_per_rank * np.maximum(message, combine)
     return 2 * (send + receive + 4 * num_experts)
+
+
+def cache_budget(
+    covers: MemoryCovers, share: Any, capacity: float, context: float, weights: Any, beside: Any
+) -> Any:
+    """Bytes that an engine's memory settings leave for the cache; below 0 where not even the rest fits.
+
+    ``share`` of the device's ``capacity``: of what, ``covers`` says. ``context`` is in use before the engine starts;
+    ``beside`` holds it too, and all else that is neither weights nor cache.
+    """
+    free = capacity - weights - beside
+    if covers == "everything":
+        return free - (1.0 - share) * capacity
+    if covers == "cache":
+        return share * free
+    # activations live in what is left over; where they need more, the share has to be set lower
+    return np.minimum(share * (capacity - context) - weights, free)

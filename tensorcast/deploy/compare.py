@@ -117,8 +117,8 @@ def compare(questions: Sequence[Question], answers: Sequence[Answer]) -> Compari
     pairs = [(number, *pair) for number, one in enumerate(answers) for pair in one.variants]
     frame["candidate"] = [f"{form[0]}{i}" for i, form in enumerate(frame["form"])]
     frame["pareto"] = pareto(frame["tokens_per_s_per_user"].to_numpy(), frame["tokens_per_s_per_gpu"].to_numpy())
-    if first.objective == "cost" and frame["cost_per_million_tokens"].isna().all():
-        names = ", ".join(dict.fromkeys(q.device.name for q in questions))
+    if first.objective == "cost" and (free := dict.fromkeys(q.device.name for q in questions if q.price is None)):
+        names = ", ".join(free)
         raise InputError(f"--objective cost: no price per GPU hour is known for {names}; use --price, as in H200=2.5")
     pruned: Counter[str] = Counter()
     for one in answers:
@@ -236,6 +236,9 @@ def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]
     unsure = frame.loc[frame["meets"], "share_datasheet"] if frame["meets"].any() else frame["share_datasheet"]
     if len(unsure) and unsure.max() > 0.2:
         found.append("candidates that span nodes rest on datasheet figures for the network: see share_datasheet")
+    listed = {q.device.name: q.device.price_per_hour_usd for q in questions if q.price_per_hour is None}
+    if prices := [f"{name} {price}" for name, price in listed.items() if price is not None]:
+        found.append(f"costs at list prices; --price sets yours: {', '.join(prices)}")
     if not first.runnable_only:
         found.append("layouts that no engine may be able to run are among them")
     return tuple(found)

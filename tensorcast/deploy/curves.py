@@ -98,22 +98,20 @@ def sequences_that_fit(
 
     Engines that admit a request only if its whole reply has room count all of it, the others the mean over the reply.
     """
-    taken = decode_bytes(decode, input_len)
+    left = decode_budget(decode, input_len)
     if prompts is not None:
-        taken = np.maximum(taken, prefill_bytes(prefill, prompts))
-    return room(decode, taken, sequence_bytes(decode, input_len, output_len))
+        left = np.minimum(left, prefill_budget(prefill, prompts))
+    return room(decode, left, sequence_bytes(decode, input_len, output_len))
 
 
-def decode_bytes(decode: Deployment, input_len: int) -> Any:
-    """What a decode step takes beside the cache."""
-    memory = decode.memory(1, 1, input_len)
-    return memory.total - memory.kv_cache
+def decode_budget(decode: Deployment, input_len: int) -> Any:
+    """What decode steps leave for the cache."""
+    return decode.memory(1, 1, input_len).cache_budget
 
 
-def prefill_bytes(prefill: Deployment, prompts: PrefillLine) -> Any:
-    """What a full prefill step takes beside the cache."""
-    memory = prefill.memory(int(max(prompts.per_step, 1.0)), int(prompts.tokens), int(prompts.past))
-    return memory.total - memory.kv_cache
+def prefill_budget(prefill: Deployment, prompts: PrefillLine) -> Any:
+    """What a full prefill step leaves for the cache."""
+    return prefill.memory(int(max(prompts.per_step, 1.0)), int(prompts.tokens), int(prompts.past)).cache_budget
 
 
 def sequence_bytes(decode: Deployment, input_len: int, output_len: int) -> Any:
@@ -122,10 +120,15 @@ def sequence_bytes(decode: Deployment, input_len: int, output_len: int) -> Any:
     return decode.held(1.0, int(length))[1]
 
 
-def room(decode: Deployment, taken: Any, per_sequence: Any) -> Any:
-    """Sequences whose cache fits beside ``taken`` bytes."""
-    budget = float(decode.device.memory_bytes) * float(decode.engine.memory_fraction)
-    return np.floor(np.maximum(budget - taken, 0.0) / np.maximum(per_sequence, 1.0))
+def room(decode: Deployment, budget: Any, per_sequence: Any) -> Any:
+    """Sequences whose cache fits into ``budget`` bytes; their captured decode steps take of it, too."""
+    budget, reserve = np.maximum(budget, 0.0), decode.engine.reserve
+    few = np.floor(budget / np.maximum(per_sequence + decode.graph_bytes(1), 1.0))
+    if reserve is None or not reserve.many_sequences:
+        return few
+    limit = reserve.many_sequences
+    many = np.floor(budget / np.maximum(per_sequence + decode.graph_bytes(limit + 1) / (limit + 1), 1.0))
+    return np.where(few > limit, np.maximum(many, limit), few)
 
 
 def _over(value: Any, points: int) -> Any:

@@ -18,11 +18,11 @@ from tensorcast.deploy.blocks import Whole
 from tensorcast.deploy.curves import (
     EVIDENCE,
     GRID,
-    decode_bytes,
+    decode_budget,
     decode_columns,
     evidence_shares,
     expert_seconds,
-    prefill_bytes,
+    prefill_budget,
     room,
     sequence_bytes,
 )
@@ -54,6 +54,11 @@ class Scene:
     device: DeviceProfile
     engine: EngineProfile
     load: Load
+
+    @property
+    def own_chunk(self) -> int:
+        """Prompt tokens per step and rank where they are not searched; launch commands say so."""
+        return self.engine.tokens_per_step(self.device)
 
     def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
         return deploy(self.model, self.device, self.engine, layout, phase, options)
@@ -150,7 +155,7 @@ class Workshop:
 
     @cached_property
     def budgets(self) -> list[int]:
-        return sorted({*self.chunks, self.scene.engine.max_tokens_per_step})
+        return sorted({*self.chunks, self.scene.own_chunk})
 
     def price(self) -> None:
         """Decode curves, prefill lines and room in memory of every variant."""
@@ -165,13 +170,13 @@ class Workshop:
         self._numbers: dict[tuple[Any, ...], int] = {}
         self._bases: dict[tuple[str, Layout, Options], Deployment] = {}
         self._made: dict[tuple[Any, ...], Deployment] = {}
-        self._taken: dict[tuple[Any, ...], Any] = {}
+        self._left: dict[tuple[Any, ...], Any] = {}
         for members in self._groups().values():
             every = {setting for found in members.values() for setting in found}
             settings = sorted(every, key=lambda s: (str(s.kv_dtype), s.mtp_depth, s.dual_batch_overlap))
             rows = np.array([[found.get(s, -1) for s in settings] for found in members.values()])
-            taken = self._price_prefill(list(members), settings, rows)
-            self._price_decode(list(members), settings, rows, taken)
+            left = self._price_prefill(list(members), settings, rows)
+            self._price_decode(list(members), settings, rows, left)
 
     def _fleet(self, members: list[_Member], phase: str) -> tuple[Deployment, tuple[Any, ...]]:
         """The members as one deployment, and what its memory hangs on: overlap changes none, and no member's plan."""
@@ -186,15 +191,15 @@ class Workshop:
             self._made[held] = fleet(made[0], made, self.memo)
         return self._made[held], held
 
-    def _beside_cache(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Any]) -> Any:
-        """What a step takes beside the cache; the cache's dtype moves it only where stages are weighed."""
+    def _cache_budget(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Any]) -> Any:
+        """What a step leaves for the cache; the cache's dtype moves it only where stages are weighed."""
         key = (*held, what, one.quantization.kv if one.layout.pp > 1 else "")
-        if key not in self._taken:
-            self._taken[key] = ask()
-        return self._taken[key]
+        if key not in self._left:
+            self._left[key] = ask()
+        return self._left[key]
 
     def _price_decode(
-        self, members: list[_Member], settings: list[_Setting], rows: Array, taken: dict[int, Array]
+        self, members: list[_Member], settings: list[_Setting], rows: Array, left: dict[int, Array]
     ) -> None:
         load, grid = self.scene.load, self.grid
         decode, held = self._fleet(members, "decode")
@@ -214,17 +219,17 @@ class Workshop:
             if number == len(self._fleets):
                 self._fleets.append(with_setting(decode, kv[i], setting.mtp_depth))
             one = self._fleets[number]
-            taking = self._beside_cache(held, one, setting.mtp_depth, lambda: decode_bytes(one, load.input_len))  # noqa: B023
-            steps[:, i : i + 1] = taking
+            leaving = self._cache_budget(held, one, setting.mtp_depth, lambda: decode_budget(one, load.input_len))  # noqa: B023
+            steps[:, i : i + 1] = leaving
             each[:, i : i + 1] = sequence_bytes(one, load.input_len, load.output_len)
             mine = there[:, i]
             self._fleet_of[rows[mine, i]], self._member_of[rows[mine, i]] = number, np.flatnonzero(mine)
         self.room_decode[rows[there]] = room(decode, steps, each)[there]
-        for budget, prefilling in taken.items():
-            self.prompts[budget].fits[rows[there]] = room(decode, np.maximum(steps, prefilling), each)[there]
+        for budget, prefilling in left.items():
+            self.prompts[budget].fits[rows[there]] = room(decode, np.minimum(steps, prefilling), each)[there]
 
     def _price_prefill(self, members: list[_Member], settings: list[_Setting], rows: Array) -> dict[int, Array]:
-        """Prefill lines; what a full step of each budget takes in memory, ``[members, settings]``."""
+        """Prefill lines; what a full step of each budget leaves for the cache, ``[members, settings]``."""
         load = self.scene.load
         prefill, held = self._fleet(members, "prefill")
         kinds = list(dict.fromkeys((s.kv_dtype, s.dual_batch_overlap) for s in settings))
@@ -244,19 +249,19 @@ class Workshop:
             return whole[:, kind_of, line]
 
         ones = [with_setting(prefill, name, 0) for name in kv]
-        taken: dict[int, Array] = {}
+        left: dict[int, Array] = {}
         for i, (budget, line) in enumerate(zip(self.budgets, lines, strict=True)):
             line._read(
                 of(price.seconds, i), of(price.error, i), {name: of(share, i) for name, share in shares.items()},
                 of(experts, i),
             )  # fmt: skip
             self.prompts[budget].keep(line, rows)
-            asked = [self._beside_cache(held, one, budget, lambda: prefill_bytes(one, line)) for one in ones]  # noqa: B023
-            taken[budget] = _columns(asked, len(members))[:, kind_of]
-        own = taken[self.scene.engine.max_tokens_per_step]
+            asked = [self._cache_budget(held, one, budget, lambda: prefill_budget(one, line)) for one in ones]  # noqa: B023
+            left[budget] = _columns(asked, len(members))[:, kind_of]
+        own = left[self.scene.own_chunk]
         each = _columns([sequence_bytes(one, load.input_len, 0) for one in ones], len(members))[:, kind_of]
         self.room_prefill[rows[there]] = room(prefill, own, each)[there]
-        return taken
+        return left
 
     def _groups(self) -> dict[_Structure, dict[_Member, dict[_Setting, int]]]:
         """Positions of the variants by structure, member and setting."""
@@ -313,7 +318,7 @@ class Workshop:
     @property
     def lines(self) -> Prompts:
         """Prefill lines at the engine's own budget."""
-        return self.prompts[self.scene.engine.max_tokens_per_step]
+        return self.prompts[self.scene.own_chunk]
 
     def memory(self, points: Points) -> dict[str, Array]:
         """Bytes on the fullest GPU of every point while its batch decodes, each reply half done."""

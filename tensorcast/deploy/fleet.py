@@ -123,7 +123,7 @@ class FleetStep(Step):
         content = op.attrs.get("memo")
         if content is None:
             return super()._kernel(op, at)
-        key = (self.table.phase, content, self.captured, self._key(at))
+        key = (self.table.phase, content, self.graph_tokens, self._key(at))
         known = self._at_load(at) if op.attrs["routed"] else self._memo
         if key not in known:
             known[key] = self._unknown(op, at)
@@ -184,7 +184,7 @@ class FleetStep(Step):
         first = row.members[0]
         alone = replace(first, module=row.module)
         if all(m.extent == first.extent and m.scale == first.scale for m in row.members) and not row.exchange:
-            key = (row.op, row.group, first.extent, first.scale, row.per, self.captured, self._key(at))
+            key = (row.op, row.group, first.extent, first.scale, row.per, self.graph_tokens, self._key(at))
             if key not in self._memo:
                 self._memo[key] = super()._collective(alone, at)
             price: RowPrice = self._memo[key]

@@ -147,7 +147,7 @@ def serve(run: Run, concurrency: Any) -> Served:
     prefill, decode = deployments(run)
     if run.mode == "agg":
         return aggregated(prefill, decode, load, run.chunk_tokens)
-    return disaggregated(prefill, decode, *run.workers, load)
+    return disaggregated(prefill, decode, *run.workers, load, run.chunk_tokens)
 
 
 def deployments(run: Run) -> tuple[Deployment, Deployment]:

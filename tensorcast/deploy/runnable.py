@@ -37,12 +37,19 @@ class Case:
         """
         if self.layout.dp == 1 or self.layout.ep == 1:
             return ""
+        first = self.options if self.prefill is None else self.prefill
+        if self.engine == "sglang" and (first.all2all, self.options.all2all) == ("high_throughput", "low_latency"):
+            return "by_phase"
         if self.options.all2all != "auto":
             return self.options.all2all
         if self.engine == "sglang":
             return "by_phase" if self.layout.etp == 1 else "allgather_reducescatter"
         return "allgather_reducescatter" if self.engine == "vllm" else "auto"
 
+
+MOST_DRAFTS = 7
+"""Deepest draft that any engine's own tables try with a layer that is run again and again
+(SGLang 0.5.14, speculative/adaptive_spec_params.py; it takes 3 for DeepSeek-V3 unasked)."""
 
 Broken = Callable[[Case], str]
 _DEEPEP = ("high_throughput", "low_latency", "by_phase")
@@ -95,10 +102,12 @@ def _external(c: Case) -> str:
 
 
 def _drafts(c: Case) -> str:
-    modules = c.facts.get("mtp_modules")
-    if not c.options.mtp_depth or modules is None or modules:
+    depth, modules = c.options.mtp_depth, c.facts.get("mtp_modules")
+    if not depth or modules is None or depth <= MOST_DRAFTS <= MOST_DRAFTS * modules:
         return ""
-    return "the model has no multi-token-prediction layer to draft with"
+    if not modules:
+        return "the model has no multi-token-prediction layer to draft with"
+    return f"{depth} drafted tokens from {modules} multi-token-prediction layer(s): {MOST_DRAFTS} at most are drafted"
 
 
 def _draft_multiple(c: Case) -> str:

@@ -56,6 +56,12 @@ class Question:
     runnable_only: bool = True
 
     @property
+    def price(self) -> float | None:
+        """US dollars per GPU hour: what was given, else the list price of the device, if any is known."""
+        listed = self.device.price_per_hour_usd
+        return float(listed) if self.price_per_hour is None and listed is not None else self.price_per_hour
+
+    @property
     def scene(self) -> Scene:
         return Scene(self.model, self.device, self.engine, self.load)
 
@@ -221,9 +227,7 @@ def _frame(question: Question, workshop: Workshop, form: str, points: Points) ->
     prefill = [workshop.variants[int(i)] for i in c["prefill"]] if pools else chosen
     kv = workshop.cache_dtypes
     tokens = c["output_tokens_per_s"] * replicas
-    price = question.price_per_hour
-    if price is None and question.device.price_per_hour_usd is not None:
-        price = float(question.device.price_per_hour_usd)
+    price = question.price
     nothing = np.full(n, np.nan)
     return pd.DataFrame({
         "candidate": "",

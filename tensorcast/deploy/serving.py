@@ -105,7 +105,7 @@ def aggregated(prefill: Deployment, decode: Deployment, load: Load, chunk_tokens
     ``prefill`` and ``decode`` are the same layout laid out for either phase.
     """
     engine, dp = decode.engine, decode.layout.dp
-    chunk = chunk_tokens or engine.max_tokens_per_step
+    chunk = chunk_tokens or own_chunk(prefill)
     if chunk < 1:
         raise InputError(f"chunk_tokens = {chunk_tokens}: must be at least 1")
     concurrency = np.asarray(load.concurrency, dtype=float)
@@ -177,7 +177,8 @@ class Disaggregated:
 
 
 def disaggregated(
-    prefill: Deployment, decode: Deployment, prefill_workers: int, decode_workers: int, load: Load
+    prefill: Deployment, decode: Deployment, prefill_workers: int, decode_workers: int, load: Load,
+    chunk_tokens: int | None = None,
 ) -> Served:
     """Pools of prefill and of decode workers; a worker is one whole layout. Prompts go to the least loaded worker."""
     for name, workers in (("prefill_workers", prefill_workers), ("decode_workers", decode_workers)):
@@ -185,7 +186,7 @@ def disaggregated(
             raise InputError(f"{name} = {workers}: must be at least 1")
     engine, dp = decode.engine, decode.layout.dp
     concurrency = np.asarray(load.concurrency, dtype=float)
-    prompts = PrefillLine(prefill, load.new, load.prefix_cached, engine.max_tokens_per_step)
+    prompts = PrefillLine(prefill, load.new, load.prefix_cached, chunk_tokens or own_chunk(prefill))
     fits = sequences_that_fit(decode, decode, None, load.input_len, load.output_len)
     if fits < 1:
         return _unserved(concurrency, f"does not fit: no room for one sequence of {load.input_len} tokens")
@@ -197,6 +198,12 @@ def disaggregated(
     pools = Disaggregated(load, engine, ranks, lanes, decode.options.mtp_depth, hand_over, decoding, prompts)
     limit = np.minimum(concurrency / ranks, fits)
     return pools.served(steady_batch(lambda b: pools.in_flight(b, concurrency), limit, concurrency), concurrency)
+
+
+def own_chunk(prefill: Deployment) -> int:
+    """Prompt tokens per step and data-parallel rank that the engine takes unasked."""
+    dp = prefill.layout.dp if prefill.raw.facts["num_experts"] else 1  # dense models: a server of its own per rank
+    return prefill.engine.tokens_per_step(prefill.device, dp, prefill.step.plan.all2all)
 
 
 def transfer_s(prefill: Deployment, decode: Deployment, tokens: int, workers: int) -> float:

@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from tensorcast.cost.memory import activation_bytes, cache_bytes, low_latency_buffer_bytes, weight_bytes
+from tensorcast.cost.memory import (
+    activation_bytes,
+    cache_budget,
+    cache_bytes,
+    low_latency_buffer_bytes,
+    weight_bytes,
+)
 from tensorcast.deploy.blocks import has_shared
 from tensorcast.deploy.layout import Layout, check
 from tensorcast.deploy.options import Options, check_options, option_facts
@@ -22,6 +28,7 @@ from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, from_config, override
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.memory import is_latent
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import OpTable
@@ -35,17 +42,23 @@ class Memory:
     kv_cache: Any
     activations: Any
     communication: Any
-    engine: float
+    engine: Any
     capacity: float
-    budget: float
+    cache_budget: Any
+    """What the engine's memory settings leave for the cache."""
 
     @property
     def total(self) -> Any:
         return self.weights + self.kv_cache + self.activations + self.communication + self.engine
 
     @property
+    def budget(self) -> Any:
+        """The most that all may take together."""
+        return self.total - self.kv_cache + self.cache_budget
+
+    @property
     def fits(self) -> Any:
-        return self.total <= self.budget
+        return self.kv_cache <= self.cache_budget
 
 
 @dataclass(frozen=True)
@@ -71,16 +84,28 @@ class Deployment:
         weights, cache = self.held(sequences, past + new)
         micro = np.maximum(1.0, np.minimum(self.layout.pp, sequences))
         sizes = self.step.context(sequences / micro, float(new), float(past)).sizes
-        capacity = float(self.device.memory_bytes)
+        activations = activation_bytes(self.step.table, sizes)
+        communication = self._communication_bytes(sequences * new, sizes)
+        capacity, context, graphs = float(self.device.memory_bytes), float(self.engine.reserved_bytes), 0.0
+        if self.phase == "decode":
+            graphs = self.graph_bytes(sequences)
+        beside = activations + communication + context + graphs
+        share = self.memory_share - graphs / capacity
+        left = cache_budget(self.engine.memory_covers, share, capacity, context, weights, beside)
         return Memory(
-            _plain(weights),
-            _plain(cache),
-            _plain(activation_bytes(self.step.table, sizes)),
-            _plain(self._communication_bytes(sequences * new, sizes)),
-            float(self.engine.reserved_bytes),
-            capacity,
-            capacity * float(self.engine.memory_fraction),
-        )
+            _plain(weights), _plain(cache), _plain(activations), _plain(communication), _plain(context + graphs),
+            capacity, _plain(left),
+        )  # fmt: skip
+
+    def graph_bytes(self, sequences: Any) -> Any:
+        """What the engine leaves free for captured decode steps of up to ``sequences`` per data-parallel rank."""
+        dp = self.layout.dp if self.raw.facts["num_experts"] else 1  # dense models: a server of its own per rank
+        return 0.0 if self.engine.reserve is None else self.engine.reserve.graph_bytes(sequences, dp)
+
+    @cached_property
+    def memory_share(self) -> Any:
+        """Share of the device that the engine takes, before its decode steps are captured."""
+        return memory_share(self.engine, self.device, self.layout, self.raw.facts["num_experts"] > 0, self.model.config)
 
     def held(self, sequences: Any, length: int) -> tuple[Any, Any]:
         """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences."""
@@ -144,6 +169,24 @@ class Deployment:
         return low
 
 
+def memory_share(
+    engine: EngineProfile, device: DeviceProfile, layout: Layout, experts: bool, config: dict[str, Any]
+) -> Any:
+    """Share of the device that ``engine`` takes in ``layout``, before decode steps are captured.
+
+    An engine that leaves memory free by a formula gets the tokens per step that it takes unasked.
+    """
+    if engine.reserve is None:
+        return float(engine.memory_fraction)
+    capacity, dp = float(device.memory_bytes), layout.dp if experts else 1
+    graphs = engine.prefill_graphs
+    captured = engine.prefill_graph_tokens(device, int(np.max(dp)), layout.pp, config)
+    sizes = graphs.count(captured) if graphs is not None else 0
+    tokens = engine.tokens_per_step(device)
+    ranks = layout.tp * dp * layout.pp
+    return 1.0 - engine.reserve.fixed_bytes(capacity, tokens, ranks, sizes, is_latent(config)) / capacity
+
+
 def _plain(value: Any) -> Any:
     """A float where the value is one number."""
     return float(value) if np.ndim(value) == 0 else value
@@ -172,7 +215,9 @@ def deploy(
     shared = shared_form(options, layout, all2all)
     raw, table = rank_tables(model, phase, layout.tp, quantization, fusions, shared)
     plan = make_plan(table, layout, device, engine, options)
-    step = Step(table, plan, layout, device, engine, quantization.kv, options)
+    dp = layout.dp if whole.facts["num_experts"] else 1
+    graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
+    step = Step(table, plan, layout, device, engine, quantization.kv, options, graphs)
     return Deployment(model, device, engine, layout, phase, options, quantization, raw, step)
 
 

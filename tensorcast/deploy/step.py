@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,7 +30,8 @@ from tensorcast.trace.dims import Dim, Sizes
 from tensorcast.trace.table import Op, OpTable, Tensor
 
 EXCHANGE_SMS = 20.0
-"""Processors that DeepEP's two-stage kernels take by default (github.com/deepseek-ai/DeepEP, ``Buffer.num_sms``)."""
+"""Processors that DeepEP's two-stage kernels take by default (github.com/deepseek-ai/DeepEP at 189df34,
+deep_ep/buffers/legacy.py, ``Buffer.num_sms``)."""
 
 
 class _Sizes(NamedTuple):
@@ -51,16 +53,17 @@ class Step:
         engine: EngineProfile,
         kv: str = "bf16",
         options: Options = Options(),
+        prefill_graph_tokens: int = 0,
     ) -> None:
         self.table, self.plan, self.layout, self.device, self.engine = table, plan, layout, device, engine
         self.options = options
         self.kv_bytes: Any = {"bf16": 2.0, "fp8": 1.0}[kv]
         # the eager view launches its kernels one by one
-        self.captured = (
-            options.fusion == "engine"
-            and table.phase in engine.graph_captured_phases
-            and plan.all2all not in engine.eager_exchanges
-        )
+        eager = options.fusion != "engine" or plan.all2all in engine.eager_exchanges
+        self.captured = not eager and table.phase in engine.graph_captured_phases
+        # tokens of the largest step that is replayed from a graph
+        most = math.inf if self.captured else prefill_graph_tokens if table.phase == "prefill" else 0
+        self.graph_tokens = 0.0 if eager else float(most)
         self.stages = stage_layers(len(table.layer_kinds), layout.pp)
         self.overlap = Overlap(plan, table, engine, options, self.captured)
         self._constants: dict[tuple[str, str, str, str], tuple[KernelConstants, Evidence]] = {}
@@ -248,14 +251,18 @@ class Step:
     def _one(self, row: Row, at: Context) -> RowPrice:
         return self._collective(row, at) if isinstance(row, Collective) else self._kernel(row, at)
 
-    def _gap(self, kernel_s: Any, launch_s: Any) -> Any:
+    def _gap(self, kernel_s: Any, launch_s: Any, at: Context) -> Any:
         """What launching adds beyond ``launch_s``, which kernel times measured in graph replay already hold.
 
         Inside a captured graph: what the gap exceeds it by. Launched one by one: the wait for the host.
         """
-        if self.captured:
-            return np.maximum(float(self.engine.graph_launch_gap_s) - launch_s, 0.0)
-        return np.maximum(float(self.engine.eager_launch_gap_s) - kernel_s, 0.0)
+        replayed = np.maximum(float(self.engine.graph_launch_gap_s) - launch_s, 0.0)
+        if self.graph_tokens == math.inf:
+            return replayed
+        waited = np.maximum(float(self.engine.eager_launch_gap_s) - kernel_s, 0.0)
+        if not self.graph_tokens:
+            return waited
+        return np.where(np.asarray(at.sizes.tokens) <= self.graph_tokens, replayed, waited)[()]
 
     def _kernel(self, op: Op, at: Context) -> RowPrice:
         seconds: Any = 0.0
@@ -274,7 +281,7 @@ class Step:
             timing = kernel_time(work, constants, self.device, passes=False)
             factor = known.factor if known is not None else 1.0
             kernel_s, launch_s = timing.seconds * factor, timing.launch_s * factor
-            launch = (launch_s + self._gap(kernel_s, launch_s)) * alone
+            launch = (launch_s + self._gap(kernel_s, launch_s, at)) * alone
             seconds = seconds + (kernel_s - launch_s + launch) * work.calls
             flops, moved = flops + work.flops * work.calls, moved + work.bytes * work.calls
             ideal = ideal + work.flops * work.calls / peak_flops(self.device, work.dtype)
@@ -331,7 +338,7 @@ class Step:
         kernel_s = time.seconds if known is None else time.seconds * known.factor
         tier = next(t for t in self.device.interconnect if t.name == time.tier)
         on_wire = time.wire_bytes / float(tier.bandwidth_bytes_per_s)
-        seconds = kernel_s + self._gap(kernel_s, kernel_s)
+        seconds = kernel_s + self._gap(kernel_s, kernel_s, at)
         parts = {"compute": 0.0, "memory": 0.0, "network": on_wire, "latency": np.maximum(seconds - on_wire, 0.0)}
         algorithm = time.algorithm if isinstance(time.algorithm, str) else str(np.ravel(time.algorithm)[0])
         detail = f"{row.group}{row.ranks} {time.tier} {algorithm}"

@@ -21,6 +21,16 @@ class Tier(Frozen):
     latency_s: Figure = Field(description="one hop, software included")
 
 
+class ListPrice(Figure):
+    """US dollars per GPU hour that a seller asks in public; what is really paid may be far less."""
+
+    seller: str = Field(min_length=3)
+    date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="when the price was read")
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} USD per GPU hour (list price of {self.seller} on {self.date})"
+
+
 class KernelConstants(Frozen):
     """Fitted constants of one kernel family and dtype: see ``cost/roofline.py`` for the formula they enter."""
 
@@ -86,7 +96,7 @@ class DeviceProfile(Frozen):
     memory_bytes: Figure
     memory_bandwidth_bytes_per_s: Figure
     interconnect: tuple[Tier, ...] = Field(min_length=1)
-    price_per_hour_usd: Figure | None = None
+    price_per_hour_usd: ListPrice | None = None
     calibration: Calibration | None = None
 
     @field_validator("interconnect")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.memory import MemoryCovers, PrefillGraphs, Reserve, StepTokens
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
 Fusion = Literal[
@@ -55,9 +57,13 @@ class EngineProfile(Frozen):
     eager_launch_gap_s: Figure = Field(description="least time between two kernels launched one by one")
     step_overhead_s: Figure = Field(description="scheduling, sampling and input preparation per step")
     request_overhead_s: Figure | None = Field(default=None, description="the same, per sequence in the batch")
-    memory_fraction: Figure = Field(description="share of device memory that the engine takes")
+    memory_fraction: Figure = Field(description="share of device memory that the engine takes, without a `reserve`")
+    memory_covers: MemoryCovers = Field(default="everything", description="what that share holds")
+    reserve: Reserve | None = Field(default=None, description="what it leaves free instead of a fixed share")
     reserved_bytes: Figure = Field(description="context, workspace and captured graphs, outside weights and KV cache")
     max_tokens_per_step: int = Field(ge=1, description="default chunked-prefill budget in tokens")
+    step_tokens: StepTokens | None = Field(default=None, description="where that default is another")
+    prefill_graphs: PrefillGraphs | None = Field(default=None, description="prefill steps that are captured in pieces")
     all2all: dict[Literal["prefill", "decode"], str] = Field(description="default MoE exchange per phase, dp > 1")
     experts_backend: dict[Literal["prefill", "decode"], str] = Field(
         default={}, description="how expert matmuls run per phase (grouped_mm if not said), unless the exchange decides"
@@ -85,3 +91,20 @@ class EngineProfile(Frozen):
         default=None,
         description="disaggregated: per request beside the bytes: routing, two workers meeting, transfer set up",
     )
+
+    def tokens_per_step(self, device: DeviceProfile | None = None, dp: int = 1, exchange: str = "") -> int:
+        """Default chunked-prefill budget of a data-parallel rank on ``device``."""
+        found, rule = self.max_tokens_per_step, self.step_tokens
+        if rule is None:
+            return found
+        if device is not None:
+            found = rule.of_server(device, found)
+        if rule.over_dp:
+            found = max(1, found // dp)
+        return min(found, rule.exchanges.get(exchange, found))
+
+    def prefill_graph_tokens(self, device: DeviceProfile, dp: int, pp: int, config: dict[str, Any]) -> int:
+        """Tokens of the largest prefill step that is captured in pieces; 0: none is."""
+        if self.prefill_graphs is None:
+            return 0
+        return self.prefill_graphs.largest(device, dp, pp, config, self.tokens_per_step(device, dp))

@@ -80,7 +80,8 @@ def engine_record(profile: EngineProfile) -> Record:
         "request_overhead_s": float(profile.request_overhead_s) if profile.request_overhead_s else 0.0,
         "graph_launch_gap_s": float(profile.graph_launch_gap_s),
         "eager_launch_gap_s": float(profile.eager_launch_gap_s),
-        "memory_fraction": float(profile.memory_fraction), "reserved_bytes": float(profile.reserved_bytes),
+        "memory_fraction": float(profile.memory_fraction), "memory_covers": profile.memory_covers,
+        "memory_by_layout": profile.reserve is not None, "reserved_bytes": float(profile.reserved_bytes),
         "max_tokens_per_step": profile.max_tokens_per_step, "all2all": dict(profile.all2all),
         "sources": dict(profile.sources),
     }
@@ -169,7 +170,8 @@ def print_engines(records: list[Record], console: Console) -> None:
         [
             row["name"], row["version"], ", ".join(row["graph_captured_phases"]) or "none",
             units.seconds(row["step_overhead_s"]) + _per_sequence(row["request_overhead_s"]),
-            units.percent(row["memory_fraction"]), ", ".join(row["fusions"]) or "none",
+            "by layout" if row["memory_by_layout"] else units.percent(row["memory_fraction"]),
+            ", ".join(row["fusions"]) or "none",
             ", ".join(dict.fromkeys(row["all2all"].values())), _link(row["sources"]),
         ]
         for row in records
@@ -177,7 +179,7 @@ def print_engines(records: list[Record], console: Console) -> None:
     heads = ("engine", "version", "graphs", "overhead", "memory", "fuses", "exchange", "source")
     _print(console, heads, "lllrrlll", rows, ("fuses", "exchange"), ("exchange",), narrow=("version", "graphs"))
     _say(console, "Graphs: phases replayed from captured graphs. Overhead: per step and sequence, outside kernels.")
-    _say(console, "Memory: share of the device that it takes. All figures: --json")
+    _say(console, "Memory: share of the device, or of what weights leave, that it takes. All figures: --json")
 
 
 def _per_sequence(seconds: float) -> str:

@@ -53,7 +53,8 @@ def _table(view: View, top: int, width: int) -> Table:
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, header_style="bold",
         title=Text(title, style="bold"), title_justify="left", title_style="",
     )
-    cost = bool(view.frame["cost_per_million_tokens"].notna().any())
+    asked = view.comparison.objective == "cost" or any(q.price_per_hour for q in view.comparison.questions)
+    cost = asked and bool(view.frame["cost_per_million_tokens"].notna().any())
     heads = ["GPUs", "batch", "TTFT", "TPOT", "tok/s", "per GPU", *(["USD/Mtok"] if cost else []), ""]
     tied = set(view.comparison.ties)
     cells = [[*_cells(row, cost), _verdict(row, view, tied)] for row in rows]

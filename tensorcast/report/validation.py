@@ -5,15 +5,13 @@ The result is taken as plain tables; columns are named with their units.
 
 from __future__ import annotations
 
-import base64
-import html
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tensorcast.report import units
 from tensorcast.report.figures import COLOURS, save
+from tensorcast.report.sections import Head, Section, Table, markdown, page_html
 from tensorcast.trace.cache import write_atomically
 
 if TYPE_CHECKING:
@@ -48,28 +46,6 @@ class Result(Protocol):
     def left_out(self) -> pd.DataFrame: ...
     @property
     def notes(self) -> tuple[str, ...]: ...
-
-
-Head = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Head and rows of text; ``align`` has one letter per column, l or r."""
-
-    head: Head
-    rows: list[list[str]]
-    align: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, its sentences, and perhaps a table or the figure's file name."""
-
-    title: str
-    text: tuple[str, ...] = ()
-    table: Table | None = None
-    figure: str = ""
 
 
 def signed(share: Any) -> str:
@@ -290,52 +266,6 @@ def _collectives(result: Result) -> list[Section]:
         said = ("The MoE layer with its experts on all ranks, for real, against the whole block on one.",)
         found.append(Section("Expert parallelism", said, Table(head, rows, "llrrr")))
     return found
-
-
-def markdown(page: list[Section]) -> str:
-    lines: list[str] = []
-    for level, section in enumerate(page):
-        lines += [f"{'#' if level == 0 else '##'} {section.title}", ""]
-        for text in section.text:
-            lines += [text, ""]
-        if section.figure:
-            lines += [f"![{section.title}]({section.figure})", ""]
-        if section.table is not None:
-            table = section.table
-            lines.append("| " + " | ".join(table.head) + " |")
-            lines.append("|" + "|".join("---:" if side == "r" else "---" for side in table.align) + "|")
-            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
-            lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:76em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
-td,th{padding:.25em .7em;border-bottom:1px solid #ddd}
-th{text-align:left;background:#f5f5f5}td.r,th.r{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}"""
-
-
-def page_html(page: list[Section], figure: bytes | None = None) -> str:
-    """One file that needs nothing beside it."""
-    out = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(page[0].title)}</title>"
-           f"<style>{STYLE}</style>"]
-    for level, section in enumerate(page):
-        out.append(f"<h{1 if level == 0 else 2}>{html.escape(section.title)}</h{1 if level == 0 else 2}>")
-        out += [f"<p>{html.escape(text)}</p>" for text in section.text]
-        if section.figure and figure is not None:
-            image = base64.b64encode(figure).decode()
-            out.append(f'<img alt="{html.escape(section.text[0])}" src="data:image/png;base64,{image}">')
-        if section.table is not None:
-            table = section.table
-            out.append("<table>" + _row(list(table.head), table.align, "th"))
-            out += [_row(row, table.align, "td") for row in table.rows]
-            out.append("</table>")
-    return "\n".join(out) + "\n"
-
-
-def _row(cells: list[str], align: str, tag: str) -> str:
-    inside = (f"<{tag} class={side}>{html.escape(cell)}</{tag}>" for cell, side in zip(cells, align, strict=True))
-    return f"<tr>{''.join(inside)}</tr>"
 
 
 def scatter(result: Result, path: Path) -> Path:

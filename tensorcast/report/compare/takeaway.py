@@ -39,7 +39,8 @@ def _of(view: View, choice: Choice, engine: str) -> Takeaway:
     if len(pools) == 1 and (problem := _mixed(choice, engine)):
         return Takeaway(engine, "", "", problem)
     # a pool reads prompts in steps as large as its engine's own, one engine for both phases in the candidate's
-    chunk = int(choice.row["chunk_tokens"]) if len(pools) == 1 else view.comparison.engine.max_tokens_per_step
+    own = view.comparison.engine.tokens_per_step(choice.prefill.device)
+    chunk = int(choice.row["chunk_tokens"]) if len(pools) == 1 else own
     texts, version = [], ""
     for role, head in pools:
         deployment = choice.prefill if role == "prefill" else choice.decode
@@ -48,7 +49,8 @@ def _of(view: View, choice: Choice, engine: str) -> Takeaway:
                 engine, deployment.model, deployment.layout, deployment.options,
                 batch=max(1, round(choice.row["batch"])), input_len=view.comparison.input_len,
                 output_len=view.comparison.output_len, chunk_tokens=chunk, role=role,
-                gpus_per_node=deployment.device.interconnect[0].size,
+                gpus_per_node=deployment.device.interconnect[0].size, device=deployment.device,
+                prefill=choice.prefill.options if role is None else None,
             )  # fmt: skip
         except InputError as error:
             return Takeaway(engine, "", "", str(error))

@@ -12,6 +12,10 @@ from tensorcast.report.words import plural
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tensorcast.deploy.compare import Comparison
+
+COVERS = {"everything": "", "weights_and_cache": " for weights and cache", "cache": " that these leave for the cache"}
+"""What an engine's share of the memory is for."""
 LIMITS = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
 """Names of the limits by their columns, in the order of ``Comparison.targets``."""
 
@@ -347,10 +351,25 @@ def assumptions(view: View, shown: list[Choice]) -> list[str]:
         engine, precision = deployment.engine, deployment.quantization.describe().replace(",", ", ").replace("=", " ")
         lines.append(
             f"On {deployment.device.name}: {precision}; routing {deployment.options.routing}; "
-            f"{engine.name} {engine.version} may use {units.percent(float(engine.memory_fraction))} of the memory."
+            f"{engine.name} {engine.version} may use {units.percent(float(deployment.memory_share))} of the memory"
+            f"{COVERS[engine.memory_covers]}."
         )
     if (view.frame["form"] == "disaggregated").any():
         lines.append("A > B: workers laid out as A read the prompts and hand them to workers laid out as B.")
     if view.price is not None:
         lines.append(f"Price as given: {units.digits(view.price)} USD per GPU hour.")
+    else:
+        lines += [f"Cost on {name}: {price}." for name, price in _prices(c).items()]
     return lines
+
+
+def _prices(comparison: Comparison) -> dict[str, str]:
+    """By device, where its price is from."""
+    found = {}
+    for question in comparison.questions:
+        listed = question.device.price_per_hour_usd
+        if question.price_per_hour is not None:
+            found[question.device.name] = f"{units.digits(question.price_per_hour)} USD per GPU hour, as given"
+        elif listed is not None:
+            found[question.device.name] = str(listed)
+    return found

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
+from tensorcast.deploy.curves import decode_budget, room
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, option_facts
 from tensorcast.deploy.runnable import Case, engine_can_run
+from tensorcast.deploy.simulate import deploy, memory_share
 from tensorcast.errors import InputError
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, from_config, override
 from tensorcast.profiles import load_engine
+from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.launch import LaunchTable, load_launch_table
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.report.launch import sglang, trtllm, vllm
 from tensorcast.report.launch.settings import Plan, Setting, Settings
 
-__all__ = ["Launch", "Setting", "engine_can_run", "launch", "model_facts", "script"]
+__all__ = ["Launch", "Setting", "engine_can_run", "launch", "model_facts", "script", "with_room"]
 
 WRITERS: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "trtllm": trtllm}
 ROLES = (None, "prefill", "decode")
@@ -59,19 +62,22 @@ def launch(
     gpus_per_node: int = 8,
     role: str | None = None,
     memory_fraction: float | None = None,
+    device: DeviceProfile | None = None,
+    prefill: Options | None = None,
 ) -> Launch:
     """Commands that start ``layout`` of a model. ``batch`` and ``chunk_tokens`` are per data-parallel rank.
 
-    ``chunk_tokens`` and ``memory_fraction`` default to the engine profile's, ``role`` None serves both phases. What the
-    engine cannot run is a ``problem``; bad arguments and unknown engines raise :class:`InputError`.
+    ``chunk_tokens`` and ``memory_fraction`` default to the engine's on ``device``, ``role`` None serves both phases,
+    ``prefill`` are options of the same server's prefill where they differ. What the engine cannot run is a ``problem``;
+    bad arguments and unknown engines raise :class:`InputError`.
     """
     profile = load_engine(engine)
     table = load_launch_table(profile.name)
     _check(batch=batch, input_len=input_len, output_len=output_len, gpus_per_node=gpus_per_node)
     if role not in ROLES:
         raise InputError(f"role {role!r}: choose prefill, decode or none")
-    case = Case(table.name, layout, model_facts(model_profile), options, gpus_per_node)
-    problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node)
+    case = Case(table.name, layout, model_facts(model_profile), options, gpus_per_node, prefill)
+    problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill)
     problem = problem or _too_long(model_profile, input_len + output_len)
     have = _checkpoint(model_profile)
     want = override(have, options.quant)
@@ -79,11 +85,36 @@ def launch(
     if problem:
         return Launch(table.name, table.version, problem=problem)
     plan = Plan(
-        table, case, model_profile, batch, input_len, output_len, chunk_tokens or _chunk(case, profile),
+        table, case, model_profile, batch, input_len, output_len, chunk_tokens or _chunk(case, profile, device),
         _kv(table, model_profile, options.kv_dtype or want.kv), want.linear.name if want.linear != have.linear else "",
-        memory_fraction or float(profile.memory_fraction), role or "",
+        memory_fraction or _share(case, profile, device, model_profile, batch), role or "",
     )  # fmt: skip
+    if table.name == "sglang" and (problem := sglang.too_many(plan)):
+        return Launch(table.name, table.version, problem=problem)
     return _written(plan)
+
+
+def with_room(
+    found: Launch, model: ModelProfile, device: DeviceProfile, layout: Layout, options: Options, role: str | None,
+    batch: int, length: int,
+) -> Launch:
+    """``found`` with a note where memory holds fewer than ``batch`` sequences of ``length`` tokens per rank.
+
+    Raises :class:`InputError` where not even one fits. Traces the model, unless its trace is cached.
+    """  # fmt: skip
+    phase = "prefill" if role == "prefill" else "decode"
+    one = deploy(model, device, load_engine(found.engine), layout, phase, options)
+    fits = int(room(one, decode_budget(one, length - 1), one.held(1.0, length)[1]))
+    if fits < 1:
+        memory = one.memory(1, 1, length - 1)
+        raise InputError(
+            f"{layout} does not fit on {device.name}: {memory.weights / 1e9:.1f} GB of weights per GPU leave "
+            f"{found.engine} no room for one sequence of {length} tokens"
+        )
+    if fits >= batch or phase == "prefill":
+        return found
+    note = f"memory holds {fits} of {batch} sequences per data-parallel rank at their full {length} tokens; others wait"
+    return replace(found, notes=(*found.notes, note))
 
 
 def script(found: Launch) -> str:
@@ -162,10 +193,19 @@ def _check(**sizes: int) -> None:
             raise InputError(f"{name} = {size} must be at least 1")
 
 
-def _chunk(case: Case, profile: EngineProfile) -> int:
+def _chunk(case: Case, profile: EngineProfile, device: DeviceProfile | None) -> int:
     """Prompt tokens per step and rank that the engine takes unasked."""
-    low_latency = case.engine == "vllm" and case.exchange == "low_latency"
-    return vllm.LOW_LATENCY_TOKENS if low_latency else profile.max_tokens_per_step
+    dp = case.layout.dp if case.facts["num_experts"] else 1
+    return profile.tokens_per_step(device, dp, case.exchange)
+
+
+def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, model: ModelProfile, batch: int) -> float:
+    """Share of memory that the engine may take, less what it leaves for decode steps of ``batch`` sequences."""
+    if device is None or profile.reserve is None:
+        return float(profile.memory_fraction)
+    experts = case.facts["num_experts"] > 0
+    graphs = profile.reserve.graph_bytes(batch, case.layout.dp if experts else 1) / float(device.memory_bytes)
+    return round(float(memory_share(profile, device, case.layout, experts, model.config) - graphs), 3)
 
 
 def _too_long(profile: ModelProfile, tokens: int) -> str:

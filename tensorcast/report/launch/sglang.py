@@ -7,6 +7,8 @@ from tensorcast.report.launch.settings import HEAD, Plan, Settings
 SERVER_PORT, MASTER_PORT = 30000, 20000
 DEFAULT_DISPATCH_TOKENS = 128
 """Tokens per rank that DeepEP's low-latency buffers hold unasked (python/sglang/srt/environ.py)."""
+MOST_DISPATCH_TOKENS = 1024
+"""The most that they can hold (python/sglang/srt/layers/moe/token_dispatcher/deepep.py)."""
 
 
 def settings(plan: Plan, node: int) -> Settings:
@@ -61,14 +63,12 @@ def _experts(plan: Plan, found: Settings) -> None:
         found.add("all2all", exchange)
         if exchange == "by_phase" and plan.role:
             exchange = "high_throughput" if plan.role == "prefill" else "low_latency"
-        elif exchange == "low_latency" and not plan.role:
-            exchange = "by_phase"  # a chunk of a prompt does not fit into low-latency buffers
         if exchange != "allgather_reducescatter":
             found.add("all2all_mode", exchange)
             if options.dispatch:
                 found.add("dispatch", options.dispatch)
-        if exchange in ("low_latency", "by_phase") and plan.decode_tokens > DEFAULT_DISPATCH_TOKENS:
-            found.add("dispatch_tokens", plan.decode_tokens)
+        if _buffered(plan) > DEFAULT_DISPATCH_TOKENS:
+            found.add("dispatch_tokens", _buffered(plan))
     if options.redundant_experts or options.placement == "eplb":
         found.add("balance_experts")
     if options.redundant_experts:
@@ -77,13 +77,28 @@ def _experts(plan: Plan, found: Settings) -> None:
         found.add("dual_batch_overlap")
 
 
+def _buffered(plan: Plan) -> int:
+    """Tokens of the largest step per rank that goes through low-latency buffers."""
+    if plan.case.exchange == "by_phase":
+        return 0 if plan.role == "prefill" else plan.decode_tokens
+    return plan.step_tokens if plan.case.exchange == "low_latency" else 0
+
+
+def too_many(plan: Plan) -> str:
+    """Why low-latency buffers cannot hold a step; empty if they can."""
+    tokens = _buffered(plan)
+    if tokens <= MOST_DISPATCH_TOKENS:
+        return ""
+    return f"low-latency buffers: {tokens} tokens per rank and step, and they hold {MOST_DISPATCH_TOKENS} at most"
+
+
 def notes(plan: Plan) -> list[str]:
     """What the flags cannot say."""
     said = []
     if plan.case.exchange == "high_throughput" and plan.role != "prefill":
         said.append("DeepEP's normal mode turns CUDA graphs off, in decode too")
     if plan.case.exchange == "low_latency" and not plan.role:
-        said.append("prompts take DeepEP's normal kernels, only decode the low-latency ones")
+        said.append("prompts take DeepEP's low-latency kernels too, whose buffers grow with the chunk")
     if plan.case.layout.dp > 1 and plan.case.layout.tp > 1 and plan.case.facts["num_experts"]:
         said.append("dense layers are cut over all ranks of a stage; SGLang cannot cut them over attention's tp alone")
     if plan.role:

@@ -59,7 +59,6 @@ def _experts(plan: Plan, found: Settings) -> None:
     if options.chunk_tokens:
         found.add("expert_chunk", options.chunk_tokens)
     if options.redundant_experts or options.placement == "eplb":
-        found.add("experts_backend", "WIDEEP")  # the backend that the guide balances experts with
         found.add("expert_slots", plan.case.facts["num_experts"] + options.redundant_experts)
         found.add("balance_layers", 1)
 
@@ -70,7 +69,7 @@ def notes(plan: Plan) -> list[str]:
     if plan.case.nodes > 1:
         said.append("the model and the config file must lie where every node sees them")
     if plan.case.exchange == "auto":
-        said.append("the exchange is chosen at start: over multi-node NVLink, else DeepEP, else gather and scatter")
+        said.append("the exchange is chosen at start: over NVLink, else DeepEP, else gather and scatter, as priced")
     if plan.case.options.dispatch:
         said.append(f"dispatch in {plan.case.options.dispatch}: TensorRT-LLM has no option, its kernels decide")
     if plan.role:

@@ -9,8 +9,6 @@ from tensorcast.report.launch.settings import HEAD, HERE, Plan, Settings
 SERVER_PORT, RPC_PORT, MASTER_PORT = 8000, 13345, 29501
 DEFAULT_GRAPH_TOKENS = 512
 """Tokens up to which vLLM captures graphs unasked (vllm/config/vllm.py)."""
-LOW_LATENCY_TOKENS = 256
-"""Step of a rank unasked with DeepEP's low-latency kernels, whose buffers grow with it (vllm/engine/arg_utils.py)."""
 
 
 def settings(plan: Plan, node: int) -> Settings:

@@ -1,0 +1,96 @@
+"""What an engine sets by device and layout unless told: memory it leaves free, tokens per step, prefill graphs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.sourced import Frozen, Number
+
+MIB = float(1 << 20)
+
+MemoryCovers = Literal[
+    "everything",  # the share holds weights, cache, activations and graphs (vLLM)
+    "weights_and_cache",  # the rest of the device is for activations and graphs (SGLang)
+    "cache",  # a share of what weights, activations and graphs leave (TensorRT-LLM)
+]
+
+
+class Reserve(Frozen):
+    """What an engine leaves free for activations and captured graphs: a sum of terms in MiB, at least ``floor_mib``."""
+
+    constant_mib: Number = Field(ge=0)
+    token_mib: Number = Field(ge=0, description="per token of a server's step, as the engine sets it")
+    rank_mib: Number = Field(default=0.0, ge=0, description="per rank of the server")
+    sequence_mib: Number = Field(default=0.0, ge=0, description="per sequence of the largest captured decode step")
+    dp_sequence_mib: Number = Field(default=0.0, ge=0, description="the same times dp, under data-parallel attention")
+    many_sequences: int = Field(default=0, ge=0, description="captured steps beyond it take `dp_many_mib` more")
+    dp_many_mib: Number = Field(default=0.0, ge=0, description="per sequence, times dp")
+    prefill_graph_mib: Number = Field(default=0.0, ge=0, description="per captured size of a prefill step")
+    latent_prefill_graphs_mib: Number = Field(default=0.0, ge=0, description="instead, for all, if attention is MLA")
+    floor_mib: Number = Field(default=0.0, ge=0)
+    floor_above_mib: Number = Field(default=0.0, ge=0, description="device memory above which the floor holds")
+    source: str = Field(min_length=3)
+
+    def fixed_bytes(self, capacity: float, tokens: int, ranks: Any, prefill_graphs: int, latent: bool) -> Any:
+        """Terms that the batch does not change. ``prefill_graphs``: sizes of prefill steps that are captured."""
+        graphs = self.latent_prefill_graphs_mib if latent else self.prefill_graph_mib * prefill_graphs
+        fixed = self.constant_mib + self.token_mib * tokens + self.rank_mib * ranks + graphs * (prefill_graphs > 0)
+        return MIB * np.maximum(fixed, self.floor_mib if capacity > self.floor_above_mib * MIB else 0.0)
+
+    def graph_bytes(self, sequences: Any, dp: Any) -> Any:
+        """Terms of decode steps of up to ``sequences`` per data-parallel rank; ``dp`` is of attention."""
+        many = np.asarray(sequences) > self.many_sequences
+        per_dp = np.where(np.asarray(dp) > 1, self.dp_sequence_mib + self.dp_many_mib * many, 0.0)
+        return MIB * sequences * (self.sequence_mib + per_dp * dp)
+
+
+class StepTokens(Frozen):
+    """Tokens that an engine takes per step unasked, where that is not ``max_tokens_per_step``."""
+
+    from_mib: dict[int, int] = Field(default={}, description="device memory in MiB -> tokens from there on")
+    devices: dict[str, int] = Field(default={}, description="word in the device's name -> tokens")
+    exchanges: dict[str, int] = Field(default={}, description="exchange between experts -> tokens at most")
+    over_dp: bool = Field(default=False, description="of a server: data-parallel attention divides them over its ranks")
+    source: str = Field(min_length=3)
+
+    def of_server(self, device: DeviceProfile, tokens: int) -> int:
+        """Tokens on this device, ``tokens`` elsewhere."""
+        memory = float(device.memory_bytes) / MIB
+        tokens = next((self.from_mib[size] for size in sorted(self.from_mib, reverse=True) if memory >= size), tokens)
+        return next((found for word, found in self.devices.items() if word in device.name), tokens)
+
+
+class PrefillGraphs(Frozen):
+    """Which prefill steps are replayed from captured graphs, between pieces of which attention runs eagerly."""
+
+    max_tokens: int | None = Field(default=None, description="of a step; none: as many as a step may have")
+    latent_max_tokens: int | None = Field(default=None, description="the same where attention is MLA")
+    ranges: tuple[tuple[int, int | None, int], ...] = Field(description="first, last (none: the most), step of sizes")
+    one_stage: bool = Field(default=False, description="neither data-parallel attention nor pipeline stages")
+    text_only: bool = Field(default=False, description="not in models that also see or hear")
+    vendors: tuple[str, ...] = ()
+    not_architectures: tuple[str, ...] = Field(default=(), description="model classes that are never captured")
+    source: str = Field(min_length=3)
+
+    def largest(self, device: DeviceProfile, dp: int, pp: int, config: dict[str, Any], step_tokens: int) -> int:
+        """Tokens of the largest captured step; 0: none is."""
+        names = config.get("architectures") or ()
+        if (self.one_stage and (dp > 1 or pp > 1)) or (self.text_only and "text_config" in config):
+            return 0
+        if (self.vendors and device.vendor not in self.vendors) or set(names) & set(self.not_architectures):
+            return 0
+        limit = self.latent_max_tokens if is_latent(config) and self.latent_max_tokens else self.max_tokens
+        return min(limit or step_tokens, step_tokens)
+
+    def count(self, largest: int) -> int:
+        """How many sizes up to ``largest`` are captured."""
+        return sum(len(range(first, min(last or largest, largest) + 1, step)) for first, last, step in self.ranges)
+
+
+def is_latent(config: dict[str, Any]) -> bool:
+    """Whether attention keeps a latent instead of keys and values (MLA), from the model's config."""
+    return bool((config.get("text_config") or config).get("kv_lora_rank"))

@@ -1,0 +1,127 @@
+"""What engines set by device and layout unless told: memory, tokens per step, captured prefill steps.
+
+The expected numbers are worked out by hand from the released rules: sglang 0.5.14 server_args.py
+(``_handle_gpu_memory_settings``), vllm 0.24.0 engine/arg_utils.py and v1/worker/gpu_worker.py, and TensorRT-LLM's
+``_cal_max_memory``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tensorcast.cost.memory import cache_budget
+from tensorcast.deploy.curves import decode_budget, room
+from tensorcast.deploy.layout import Layout, parse_layout
+from tensorcast.deploy.simulate import deploy, memory_share
+from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.profiles.memory import MIB
+
+SGLANG, VLLM, TRTLLM = (load_engine(name) for name in ("sglang", "vllm", "trtllm"))
+MLA, GQA = load_model("deepseek-v3").config, load_model("qwen3-235b-a22b").config
+
+
+def sglang_share(device: str, layout: str, sequences: int, config: dict[str, object], experts: bool = True) -> float:
+    """mem_fraction_static with decode steps of ``sequences`` per data-parallel rank captured, as SGLang rounds it."""
+    found, gpu = parse_layout(layout), load_device(device)
+    assert SGLANG.reserve is not None
+    graphs = SGLANG.reserve.graph_bytes(sequences, found.dp if experts else 1) / float(gpu.memory_bytes)
+    return round(float(memory_share(SGLANG, gpu, found, experts, config) - graphs), 3)
+
+
+@pytest.mark.parametrize(
+    ("device", "layout", "sequences", "config", "left_mib"),
+    [
+        # 58 sizes of prefill steps are captured up to 8192 tokens
+        ("h200", "tp8", 512, GQA, 512 + 1.5 * 8192 + 1024 + 2 * 512 + 8 * 58),
+        ("h200", "tp8", 512, MLA, 512 + 1.5 * 8192 + 1024 + 2 * 512 + 1536),
+        # attention DP: no prefill graphs, 3 + 1.5 MiB a sequence and rank beyond 300 of them
+        ("h100", "dp8-ep8", 512, MLA, 512 + 1.5 * 8192 + 1024 + 512 * (2 + 4.5 * 8)),
+        ("h100", "dp8-ep8", 300, MLA, 512 + 1.5 * 8192 + 1024 + 300 * (2 + 3 * 8)),
+        ("h200", "tp8-pp2", 256, GQA, 512 + 1.5 * 8192 + 2048 + 2 * 256),
+        # 16384 tokens per step from 160 GiB on, 74 sizes of prefill steps
+        ("b200", "tp8", 512, GQA, 512 + 1.5 * 16384 + 1024 + 2 * 512 + 8 * 74),
+        ("b200", "tp8", 512, MLA, 512 + 1.5 * 16384 + 1024 + 2 * 512 + 1536),
+        ("mi300x", "tp8", 512, MLA, 512 + 1.5 * 16384 + 1024 + 2 * 512),  # no prefill graphs
+    ],
+)
+def test_sglang_leaves_what_its_rule_says(
+    device: str, layout: str, sequences: int, config: dict[str, object], left_mib: float
+) -> None:
+    capacity = float(load_device(device).memory_bytes) / MIB
+    assert sglang_share(device, layout, sequences, config) == round((capacity - left_mib) / capacity, 3)
+
+
+def test_the_shares_that_sglang_prints() -> None:
+    assert sglang_share("h200", "tp8", 512, MLA) == 0.886
+    assert sglang_share("h100", "dp8-ep8", 512, MLA) == 0.592
+    assert sglang_share("b200", "tp8", 512, MLA) == 0.844
+
+
+def test_least_that_is_left() -> None:
+    """10 GiB above 60 GiB of memory, however small the steps."""
+    assert SGLANG.reserve is not None
+    small, large = (SGLANG.reserve.fixed_bytes(size * 1024 * MIB, 2048, 1, 0, False) / MIB for size in (40, 80))
+    assert (small, large) == (512 + 3072 + 128, 10240)
+
+
+def test_tokens_per_step() -> None:
+    h100, a100, b200 = (load_device(name) for name in ("h100", "a100", "b200"))
+    assert [VLLM.tokens_per_step(device) for device in (h100, a100, b200)] == [8192, 2048, 8192]
+    assert VLLM.tokens_per_step(h100, 8) == 8192 and VLLM.tokens_per_step(h100, 8, "low_latency") == 256
+    assert [SGLANG.tokens_per_step(device) for device in (h100, a100, b200)] == [8192, 8192, 16384]
+    # of a server: its data-parallel ranks share them; low-latency buffers hold 1024
+    assert SGLANG.tokens_per_step(b200, 8) == 2048 and SGLANG.tokens_per_step(b200, 8, "low_latency") == 1024
+    assert SGLANG.tokens_per_step() == TRTLLM.tokens_per_step(a100, 8) == 8192
+
+
+def test_prefill_steps_that_are_captured() -> None:
+    h100, mi300x, b200 = (load_device(name) for name in ("h100", "mi300x", "b200"))
+    assert [SGLANG.prefill_graph_tokens(device, 1, 1, GQA) for device in (h100, b200)] == [8192, 16384]
+    assert SGLANG.prefill_graph_tokens(h100, 1, 1, MLA) == 2048
+    for device, dp, pp, config in ((h100, 2, 1, GQA), (h100, 1, 2, GQA), (mi300x, 1, 1, GQA)):
+        assert SGLANG.prefill_graph_tokens(device, dp, pp, config) == 0
+    assert SGLANG.prefill_graph_tokens(h100, 1, 1, load_model("qwen3.5-35b-a3b").config) == 0  # it sees, too
+    assert VLLM.prefill_graph_tokens(h100, 8, 2, MLA) == 512 and TRTLLM.prefill_graph_tokens(h100, 1, 1, GQA) == 0
+    assert SGLANG.prefill_graphs is not None
+    sizes = [*range(4, 33, 4), *range(48, 257, 16), *range(288, 513, 32), *range(576, 1025, 64)]
+    sizes += [*range(1280, 4097, 256), *range(4608, 16385, 512)]
+    for most in (32, 2048, 4096, 8192, 16384):
+        assert SGLANG.prefill_graphs.count(most) == sum(size <= most for size in sizes)
+
+
+@pytest.mark.parametrize(("engine", "largest"), [("vllm", 512), ("sglang", 8192), ("trtllm", 0)])
+def test_captured_prefill_launches_faster(engine: str, largest: int) -> None:
+    """Up to the largest captured step kernels follow each other as in a graph, beyond it as the host launches them."""
+    one = deploy(load_model("llama-3.1-8b"), load_device("h100"), load_engine(engine), Layout(8, 8), "prefill")
+    eager = deploy(load_model("llama-3.1-8b"), load_device("h100"), load_engine(engine), Layout(8, 8), "prefill")
+    eager.step.graph_tokens = 0.0
+    tokens = np.array([8.0, 64.0, 512.0, 528.0, 8192.0, 8704.0])
+    gain = np.broadcast_to(eager.step.seconds(1.0, tokens, 0.0) - one.step.seconds(1.0, tokens, 0.0), tokens.shape)
+    assert (gain[tokens > largest] == 0).all() and (gain >= 0).all()
+    assert (gain[tokens <= min(largest, 64)] > 1e-5).all()
+    alone = [one.step.seconds(1.0, t, 0.0) for t in tokens]  # each as it is priced beside the others
+    assert alone == pytest.approx(list(one.step.seconds(1.0, tokens, 0.0)), rel=1e-12)
+
+
+def test_what_a_share_covers() -> None:
+    """100 GB, 1 of them in use before, 30 of weights, 10 more for everything else."""
+    sizes = {"capacity": 100.0, "context": 1.0, "weights": 30.0, "beside": 10.0}
+    assert cache_budget("everything", 0.9, **sizes) == pytest.approx(90 - 30 - 10)
+    assert cache_budget("cache", 0.9, **sizes) == pytest.approx(0.9 * (100 - 30 - 10))
+    assert cache_budget("weights_and_cache", 0.9, **sizes) == pytest.approx(0.9 * 99 - 30)
+    # activations that do not fit into the tenth that is left make it smaller
+    assert cache_budget("weights_and_cache", 0.9, **{**sizes, "beside": 25.0}) == pytest.approx(100 - 30 - 25)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+@pytest.mark.parametrize("layout", ["tp4-ep4", "dp4-ep4"])
+def test_room_is_what_fits(engine: str, layout: str) -> None:
+    """Sequences by division, against the largest batch whose memory fits; decode steps' own buffers are small."""
+    model, device = load_model("qwen3-30b-a3b"), load_device("h100")
+    decode = deploy(model, device, load_engine(engine), parse_layout(layout), "decode")
+    for length in (1000, 3000, 30_000):
+        found = float(room(decode, decode_budget(decode, length - 1), decode.held(1.0, length)[1]))
+        assert found == pytest.approx(decode.largest_batch(1, length - 1), rel=0.02, abs=1)
+        memory = decode.memory(found, 1, length - 1)
+        assert memory.total == pytest.approx(memory.budget, rel=0.05) and memory.budget <= memory.capacity

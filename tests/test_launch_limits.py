@@ -1,0 +1,151 @@
+"""What cannot be launched: limits of the engines, of their buffers, of the model and of memory, each in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tensorcast.cli import app
+from tensorcast.deploy.layout import Layout, parse_layout
+from tensorcast.deploy.options import Options
+from tensorcast.deploy.runnable import engine_can_run
+from tensorcast.errors import InputError
+from tensorcast.profiles import list_models, load_device, load_model
+from tensorcast.report.launch import launch, model_facts
+
+ENGINES = ("vllm", "sglang", "trtllm")
+DEEPSEEK, QWEN, LLAMA = load_model("deepseek-v3"), load_model("qwen3-235b-a22b"), load_model("llama-3.1-70b")
+MOE = {"num_experts": 256, "mtp_modules": 1}
+
+
+@pytest.mark.parametrize(
+    ("engine", "layout", "options", "rule"),
+    [
+        ("vllm", "tp8-dp4-ep16", Options(), "whole experts or all cut"),
+        ("vllm", "tp8-ep4", Options(), "whole experts or all cut"),
+        ("vllm", "dp8-ep8", Options(all2all="direct"), "plain all-to-all"),
+        ("vllm", "dp8-ep8", Options(dual_batch_overlap=True), "dual-batch overlap"),
+        ("vllm", "tp8", Options(redundant_experts=8), "balanced experts"),
+        ("vllm", "dp8-ep8", Options(redundant_experts=3), "balanced experts"),
+        ("vllm", "dp8-ep8", Options(external_shared_experts=2), "external shared experts"),
+        ("vllm", "tp12", Options(), "whole nodes"),
+        ("vllm", "tp3-dp8", Options(), "data-parallel ranks on nodes"),
+        ("sglang", "dp16-ep8", Options(all2all="low_latency"), "all-to-all over all ranks"),
+        ("sglang", "tp8-ep8", Options(dual_batch_overlap=True), "dual-batch overlap"),
+        ("sglang", "tp8-pp2", Options(mtp_depth=1), "drafts in a pipeline"),
+        ("trtllm", "tp8-dp4-ep32", Options(), "attention over all ranks"),
+        ("trtllm", "dp16-ep8", Options(all2all="high_throughput"), "all-to-all with whole experts"),
+        ("trtllm", "dp8-ep8", Options(dual_batch_overlap=True), "dual-batch overlap"),
+    ],
+)
+def test_refused_with_the_rule_that_is_broken(engine: str, layout: str, options: Options, rule: str) -> None:
+    problem = engine_can_run(engine, parse_layout(layout), MOE, options)
+    assert problem.startswith(f"{rule}: ") and "\n" not in problem
+    found = launch(engine, DEEPSEEK, parse_layout(layout), options, batch=8, input_len=100, output_len=10)
+    assert found.problem == problem and found.commands == () and found.flags == ()
+
+
+def test_one_server_one_exchange() -> None:
+    """vLLM and TensorRT-LLM choose it at start, for both phases; SGLang's DeepEP has a mode for each."""
+    layout = parse_layout("dp8-ep8")
+    decode, prefill = (Options(all2all=kind) for kind in ("low_latency", "high_throughput"))
+    for engine in ENGINES:
+        assert engine_can_run(engine, layout, MOE, decode, prefill=decode) == ""
+        problem = engine_can_run(engine, layout, MOE, decode, prefill=prefill)
+        assert problem.startswith("one exchange: a server has one") if engine != "sglang" else problem == ""
+    whole = parse_layout("tp8-ep8")  # nothing to exchange
+    assert engine_can_run("vllm", whole, MOE, decode, prefill=prefill) == ""
+
+
+def test_the_same_layouts_run_elsewhere() -> None:
+    """Experts half spread, half cut: not in vLLM, but in SGLang (tokens gathered) and TensorRT-LLM."""
+    assert engine_can_run("sglang", parse_layout("tp8-ep4"), MOE) == ""
+    assert engine_can_run("sglang", parse_layout("dp16-ep8"), MOE) == ""
+    assert engine_can_run("trtllm", parse_layout("dp16-ep8"), MOE) == ""
+    assert engine_can_run("eager", parse_layout("tp8-dp2-ep4"), MOE) == ""  # no rules known
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_models_limit_options(engine: str) -> None:
+    drafts = launch(engine, QWEN, Layout(8, 8), Options(mtp_depth=1), batch=8, input_len=100, output_len=10)
+    assert drafts.problem.startswith("draft layers: ")
+    long = launch(engine, QWEN, Layout(8, 8), batch=8, input_len=40000, output_len=1000)
+    assert long.problem == "context length: input_len + output_len = 41000, but the model has 40960 positions"
+    fp4 = launch(engine, DEEPSEEK, Layout(8, 8), Options(quant="nvfp4"), batch=8, input_len=100, output_len=10)
+    assert fp4.problem.startswith("quantisation: the checkpoint is linear=fp8_block, experts=fp8_block; ")
+    fp8 = launch(engine, QWEN, Layout(8, 8), Options(quant="fp8"), batch=8, input_len=100, output_len=10)
+    assert (fp8.problem == "") == (engine != "trtllm")
+
+
+def test_drafts_are_as_deep_as_engines_ever_go() -> None:
+    """One layer is run again for more drafts; none of the engines tries more than seven by itself."""
+    for engine in ENGINES:
+        for depth, drafts in ((7, True), (8, False), (99, False)):
+            found = launch(engine, DEEPSEEK, Layout(8, 8), Options(mtp_depth=depth), batch=8, input_len=9, output_len=9)
+            assert (found.problem == "") == drafts
+    assert found.problem.startswith("draft layers: 99 drafted tokens from 1 multi-token-prediction layer")
+
+
+@pytest.mark.parametrize(("given", "tokens"), [({"chunk_tokens": 2048}, 2048), ({"batch": 1200}, 1200)])
+def test_low_latency_buffers_are_small(given: dict[str, Any], tokens: int) -> None:
+    sizes = {"batch": 64, "input_len": 4096, "output_len": 1024, "device": load_device("h200"), **given}
+    found = launch("sglang", DEEPSEEK, parse_layout("dp8-ep8"), Options(all2all="low_latency"), **sizes)
+    assert found.problem == (
+        f"low-latency buffers: {tokens} tokens per rank and step, and they hold 1024 at most"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("qwen3-30b-a3b", "-d", "h100", "-l", "tp1", "-b", "4"), ""),
+        (("qwen3-30b-a3b", "-d", "h100", "-l", "tp1", "-b", "4000"), "of 4000 sequences per data-parallel rank at"),
+        (("llama-3.1-70b", "-d", "h100", "-l", "tp1"), "error: tp1-dp1 does not fit on h100-sxm: 141.1 GB of weights"),
+    ],
+)
+def test_memory_is_looked_at(arguments: tuple[str, ...], said: str) -> None:
+    """Too many sequences wait for each other, which is said; where not one fits there is nothing to launch."""
+    result = CliRunner().invoke(app, ["launch", *arguments], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert result.exit_code == (2 if said.startswith("error") else 0)
+    assert said in (result.stderr if result.exit_code else result.stdout) and result.stderr.count("\n") <= 1
+    assert ("memory holds" in result.stdout) == ("sequences" in said)
+
+
+def test_dense_replicas() -> None:
+    """Without experts data-parallel ranks are copies: SGLang deals them out on one node, TensorRT-LLM not at all."""
+    found = launch("sglang", LLAMA, parse_layout("tp2-dp4"), batch=8, input_len=100, output_len=10)
+    assert "--tp-size 2 " in found.commands[0] and "--enable-dp-attention" not in found.commands[0]
+    facts = model_facts(LLAMA)
+    assert engine_can_run("sglang", parse_layout("tp8-dp2"), facts).startswith("dense replicas on one node: ")
+    assert engine_can_run("trtllm", parse_layout("tp2-dp4"), facts) == (
+        "dense replicas: a dense model has no dp: start 4 engines of tp2"
+    )
+
+
+def test_facts_of_every_model() -> None:
+    """Experts read from the config alone: none for the dense models, a number for all others."""
+    for name in list_models():
+        facts = model_facts(load_model(name))
+        dense = name.startswith(("llama-3", "qwen3-32b"))
+        assert (facts["num_experts"] == 0) == dense and facts["heads"] > 0 and facts["layers"] > 0, name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"engine": "vlm"}, "unknown engine 'vlm': did you mean vllm"),
+        ({"engine": "eager"}, "unknown engine to launch 'eager': known: sglang, trtllm, vllm"),
+        ({"batch": 0}, "batch = 0 must be at least 1"),
+        ({"role": "both"}, "role 'both': choose prefill, decode or none"),
+        ({"options": Options(kv_dtype="fp4")}, "kv_dtype 'fp4': choose one of bf16, fp8"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "engine": "vllm", "model_profile": QWEN, "layout": Layout(8, 8), "batch": 1, "input_len": 10, "output_len": 10,
+    }  # fmt: skip
+    with pytest.raises(InputError) as raised:
+        launch(**{**arguments, **change})
+    assert str(raised.value).startswith(message)

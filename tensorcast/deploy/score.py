@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tensorcast.deploy.predict import PREDICTED, bound
 from tensorcast.deploy.runs import COLUMNS, canonical_columns
+from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,3 +150,46 @@ def _alike(frame: pd.DataFrame, same_gpus: bool, *needed: str) -> Any:
     fixed += [name for name in rows.columns if str(name).lower() in ("backend_version", "engine_version")]
     fixed += ["gpus"] if same_gpus else []
     return rows.groupby(fixed, dropna=False, sort=True)
+
+
+def fitted_half(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Rows of the half that constants are fitted to: by a hash of model, device, layout and lengths as written."""
+    import pandas as pd
+
+    keys = frame.reindex(columns=["model", "device", "layout", "isl", "osl"]).astype(object)
+    texts = ["|".join(map(str, key)) for key in keys.itertuples(index=False)]
+    even = [hashlib.sha256(text.encode()).digest()[0] % 2 == 0 for text in texts]
+    return pd.Series(even, index=frame.index)
+
+
+def left_out(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Rows of a table that no engine's overheads were fitted to.
+
+    Fitted to are rows of :func:`fitted_half` of the models, devices and engines that the engine profiles name, and
+    what was measured the same to the last digit: records of one run under two names.
+    """
+    import pandas as pd
+
+    known = {key: _fitted_models(*key) for key in set(zip(frame["engine"], frame["device"], strict=True))}
+    keys = zip(frame["engine"], frame["device"], frame["model"], strict=True)
+    named_there = pd.Series([model in known[engine, device] for engine, device, model in keys], index=frame.index)
+    used = fitted_half(frame) & named_there
+    return ~(used | used.groupby(same_run(frame)).transform("any"))
+
+
+def same_run(frame: pd.DataFrame) -> pd.Series[Any]:
+    """A number per measured run: rows of one engine and device with the same measured times have the same."""
+    columns = ["engine", "device", *(name for name in ("measured_ttft_s", "measured_tpot_s") if name in frame)]
+    return frame.groupby(columns, dropna=False).ngroup()
+
+
+def _fitted_models(engine: str, device: str) -> frozenset[str]:
+    """Models whose runs on ``device`` the overheads of ``engine`` were fitted to; names as tables have them."""
+    from tensorcast.profiles import load_device, load_engine
+
+    try:
+        fit = load_engine(engine).fitted
+        here = fit.devices.get(load_device(device.replace("_", "-")).name) if fit else None
+    except InputError:  # such rows cannot be predicted, and could not be fitted to
+        return frozenset()
+    return frozenset(here.models) if here else frozenset()

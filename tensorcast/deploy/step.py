@@ -133,9 +133,8 @@ class Step:
         for seconds in stage_s[1:]:
             slowest = np.maximum(slowest, seconds)
         turns = pp if self.table.phase == "decode" else micro + pp - 1
-        overhead: Any = float(self.engine.step_overhead_s)
-        if self.engine.request_overhead_s is not None:
-            overhead = overhead + float(self.engine.request_overhead_s) * batch
+        beside = self.engine.overhead(self.device.name)
+        overhead: Any = beside.seconds(batch)
         counts = tuple(sum(column) for column in zip(*per_stage, strict=True))
         total = slowest * turns + overhead
         # of one pass over all stages, as rows and counts are
@@ -143,7 +142,7 @@ class Step:
             (p.seconds * n for p, n in zip(rows, counts, strict=True) if isinstance(p.row, Collective)), 0.0
         )
         saved, saved_comm = (sum((self._over(kinds, i) for i in range(pp)), 0.0) for kinds in (hidden, hidden_comm))
-        error = _step_error(rows, counts)
+        error = _step_error(rows, counts, overhead, beside.error_s)
         micro = micro if np.ndim(micro) else int(micro)
         return StepPrice(rows, counts, total, overhead, error, micro, saved, saved_comm, moved - saved_comm)
 
@@ -364,12 +363,12 @@ def _times(price: RowPrice, count: Any) -> RowPrice:
     )
 
 
-def _step_error(rows: tuple[RowPrice, ...], counts: tuple[int, ...]) -> Any:
-    """Median relative error of the sum: errors of one family move together, families independently."""
+def _step_error(rows: tuple[RowPrice, ...], counts: tuple[int, ...], overhead_s: Any, overhead_error_s: float) -> Any:
+    """Median relative error of the sum: errors of one family move together, families and overhead independently."""
     by_family: dict[str, Any] = {}
-    total: Any = 0.0
+    total: Any = overhead_s
     for price, n in zip(rows, counts, strict=True):
         by_family[price.family] = by_family.get(price.family, 0.0) + n * price.seconds * price.error
         total = total + n * price.seconds
-    squares = sum((np.square(e) for e in by_family.values()), 0.0)
+    squares = sum((np.square(e) for e in by_family.values()), overhead_error_s**2)
     return np.sqrt(squares) / np.maximum(total, 1e-30)

@@ -146,7 +146,7 @@ def write_serving_report(table: pd.DataFrame, summary: dict[str, Any], path: Pat
 
 def _halves(frame: pd.DataFrame) -> list[str]:
     """Errors on the half of the table that constants were fitted to, and on the other: see :func:`fitted_half`."""
-    from tensorcast.deploy.score import errors
+    from tensorcast.deploy.score import errors, fitted_half
 
     if "measured_ttft_s" not in frame:
         return []
@@ -167,18 +167,6 @@ def _halves(frame: pd.DataFrame) -> list[str]:
         "No time per token was fitted."
     )
     return ["## Fitted and left out", "", text, "", *_markdown(["half", "", "median error", "mean", "rows"], rows), ""]
-
-
-def fitted_half(frame: pd.DataFrame) -> pd.Series[bool]:
-    """Rows of the half that constants were fitted to: by a hash of model, device, layout and lengths."""
-    import hashlib
-
-    import pandas as pd
-
-    keys = frame.reindex(columns=["model", "device", "layout", "isl", "osl"]).astype(object)
-    texts = ["|".join(map(str, key)) for key in keys.itertuples(index=False)]
-    even = [hashlib.sha256(text.encode()).digest()[0] % 2 == 0 for text in texts]
-    return pd.Series(even, index=frame.index)
 
 
 def _largest(frame: pd.DataFrame, most: int = 10) -> list[str]:

@@ -22,7 +22,8 @@ OBJECTIVES = {"tpot_s": "least", "tokens_per_s_per_gpu": "most"}
 
 
 def summarise(table: pd.DataFrame) -> dict[str, Any]:
-    """Errors of a predicted table: in all, by every column of :data:`BY`, and of picking layouts. Plain values.
+    """Errors of a predicted table: in all, on rows left out of all fits (:func:`left_out`), by every column of
+    :data:`BY`, and of picking layouts. Plain values.
 
     ``table``: what :func:`tensorcast.deploy.predict.predict` returns. Sections whose columns were not measured are left
     out; rows that could not be predicted count in ``rows`` and ``predicted``.
@@ -34,6 +35,9 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
         "problems": {str(k): int(v) for k, v in frame["problem"][frame["problem"] != ""].value_counts().items()},
         "errors": {name: errors(frame, name) for name in PREDICTED if f"measured_{name}" in frame},
     }
+    fresh = left_out(frame)
+    # empty where no row was fitted to: then all were left out
+    summary["left_out"] = {} if fresh.all() else {name: errors(frame[fresh], name) for name in summary["errors"]}
     if not summary["errors"]:
         return summary
     summary["by"] = {

@@ -21,7 +21,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate serving validate validate-gpu bench reports figures wheel clean families
+.PHONY: help venv demo test lint accuracy calibrate engines serving validate validate-gpu bench reports figures wheel clean families
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
@@ -64,6 +64,10 @@ serving: $(STAMP)  ## predicted against measured serving -> reports/serving.md: 
 	@test -n "$(TABLE)" || { echo "make serving needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }
 	@mkdir -p out
 	@$(BIN)/tensorcast predict "$(TABLE)" --out out/serving.csv --report reports/serving.md --jobs $(JOBS)
+
+engines: $(STAMP)  ## fit engines' overheads to measured serving, into profiles/engines/: make engines TABLE=FILE
+	@test -n "$(TABLE)" || { echo "make engines needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }
+	@$(BIN)/python -m tensorcast.validate.engines --table "$(TABLE)" --profiles profiles
 
 validate: $(STAMP)  ## this machine's kernels beside their predictions -> reports/validate-cpu (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/tensorcast validate qwen3-30b-a3b --device cpu --layers 1 --out reports/validate-cpu

@@ -82,7 +82,7 @@ def simulated(users: int, output_len: int, spread: float, alone: bool, rounds: i
 
 def model_of(users: int, output_len: int, spread: float, alone: bool) -> Any:
     engine = load_engine("vllm").model_copy(
-        update={"prefill_alone": alone, "arrival_wait_steps": 1.0, "first_token_overhead_s": None}
+        update={"prefill_alone": alone, "arrival_wait_steps": 1.0, "first_token_overhead_s": None, "fitted": None}
     )
     load = Load(512, output_len + 1, float(users), spread=spread)
     # the line of prompts holds the decoding rows' share of a mixed step; engines that keep apart pay it on top

@@ -12,7 +12,6 @@ from tensorcast.deploy.blocks import EXPERT_STAGES
 from tensorcast.deploy.plan import Collective, Row
 from tensorcast.deploy.price import StepPrice
 from tensorcast.deploy.simulate import Deployment
-from tensorcast.profiles.engine import EngineProfile
 
 GRID = np.array(sorted({c * 2.0**k for k in range(-6, 24) for c in (1.0, 1.25, 1.5, 1.75)}))
 """Batches that are priced; between them lines. Fixed, so that a batch's price does not depend on what else is asked."""
@@ -29,7 +28,7 @@ class DecodeCurve:
     def __init__(self, deployment: Deployment, context: float, largest: float, smallest: float = 0.0) -> None:
         end = int(np.searchsorted(GRID, largest)) + 1
         self.batch = GRID[int(np.searchsorted(GRID, smallest)) : end]
-        self.columns = decode_columns(deployment.step.price(self.batch, 1.0, context), deployment.engine)
+        self.columns = decode_columns(deployment.step.price(self.batch, 1.0, context), deployment)
 
     def at(self, column: str, batch: Any) -> Any:
         values = np.broadcast_to(np.asarray(self.columns[column], dtype=float), self.batch.shape)
@@ -136,12 +135,13 @@ def _over(value: Any, points: int) -> Any:
     return np.broadcast_to(value, (*np.shape(value)[:-1], points))
 
 
-def decode_columns(price: StepPrice, engine: EngineProfile) -> dict[str, Any]:
-    """What decode curves hold, from decode steps priced over batches."""
+def decode_columns(price: StepPrice, deployment: Deployment) -> dict[str, Any]:
+    """What decode curves hold, from decode steps of ``deployment`` priced over batches."""
+    per_step = deployment.engine.overhead(deployment.device.name).step_s
     attention = _sum(price, lambda row: getattr(row, "name", "") in PER_SEQUENCE)
     return {
         "seconds": price.seconds,
-        "attention_s": attention + price.overhead_s - float(engine.step_overhead_s),
+        "attention_s": attention + price.overhead_s - per_step,
         "error": price.error,
         "exposed_comm_s": price.exposed_comm_s,
         "hidden_comm_s": price.hidden_comm_s,

@@ -6,10 +6,11 @@ says why in ``problem``; nothing is dropped.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from tensorcast.deploy.runs import MEASURED, Run, canonical_columns, read_run
 from tensorcast.deploy.serving import Load, Served, aggregated, disaggregated
 from tensorcast.deploy.simulate import Deployment, deploy
 from tensorcast.errors import InputError
+from tensorcast.profiles.engine import EngineProfile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,41 +33,43 @@ if TYPE_CHECKING:
 PREDICTED = ("ttft_s", "tpot_s", "output_tokens_per_s")
 """Predicted columns; each has the ends of its interval beside it (``ttft_low_s``, as units end a name)."""
 
-SERVING_ERROR = {"ttft_s": 0.36, "tpot_s": 0.14}
-"""Relative median error that the serving model adds to the kernels' (scheduling, launch options that nobody recorded).
-Set so that about four in five of the aggregated runs behind ``reports/serving.md`` lie in their intervals, on all of
-them, none left out: the report says how many do."""
+SERVING_ERROR = {"ttft_s": 0.38, "tpot_s": 0.13}
+"""Relative median error that the serving model adds to the steps' (scheduling, launch options that nobody recorded).
+Set so that about four in five of the runs behind ``reports/serving.md`` lie in their intervals, on all of them, none
+left out: the report says how many do."""
 
 
 def predict_file(path: Path, jobs: int = 1) -> pd.DataFrame:
     """:func:`predict` of a CSV file; ``#`` begins a comment. Raises :class:`InputError` on bad files."""
+    return predict(read_file(path), jobs)
+
+
+def read_file(path: Path) -> pd.DataFrame:
+    """A CSV file as the table that :func:`predict` takes, every cell as it is written."""
     import pandas as pd
 
     if not path.is_file():
         raise InputError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
     try:
-        table = pd.read_csv(path, comment="#", dtype=str, keep_default_na=False, skipinitialspace=True)
+        return pd.read_csv(path, comment="#", dtype=str, keep_default_na=False, skipinitialspace=True)
     except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
         raise InputError(f"{path}: not a CSV table: {' '.join(str(error).split())}") from None
-    return predict(table, jobs)
 
 
 def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
     """``table`` with predictions. ``jobs``: processes. Raises :class:`InputError` if no row could be read at all.
 
     Columns added: ``layout, gpus, ttft_s, tpot_s, output_tokens_per_s`` with 80 % intervals, ``mean_batch`` (decoding
-    sequences per dp rank), ``share_measured, share_calibrated, share_datasheet`` (of kernel time), ``assumed``,
-    ``problem``, and measured columns in seconds under our names. Columns of that name in the table are replaced.
+    sequences per dp rank), ``decode_step_s`` (of the time per token, a step without prompts), ``step_error`` (relative
+    median error of steps by their kernels and the engine's overhead), ``share_measured, share_calibrated,
+    share_datasheet`` (of kernel time), ``assumed``, ``problem``, and measured columns in seconds under our names.
+    Columns of that name in the table are replaced.
     """
     import pandas as pd
 
     ours = canonical_columns([str(name) for name in table.columns])
-    if "model" not in ours.values() or "device" not in ours.values():
-        raise InputError(f"the table needs columns model and device, has {', '.join(map(str, table.columns))}")
-    stated = frozenset(name.strip().lower() for name in ours)
-    rows = [{ours[name]: value for name, value in row.items() if name in ours} for row in table.to_dict("records")]
-    runs, problems = _read(rows, stated)
-    groups = _groups(runs)
+    runs, problems = read_table(table)
+    groups = group_runs(runs)
     if jobs > 1 and len(groups) > 1:
         from concurrent.futures import ProcessPoolExecutor
 
@@ -79,7 +83,7 @@ def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
         for (index, run), record in zip(group, served, strict=True):
             records[index] = {"layout": run.layout, "gpus": run.gpus, **record, "assumed": "; ".join(run.assumed)}
     out = pd.DataFrame(records, columns=_columns(), index=table.index)
-    measured = _measured(table, ours)
+    measured = measured_columns(table)
     kept = table.drop(columns=[c for c in table.columns if c in out.columns or ours.get(str(c)) in measured.columns])
     return pd.concat([kept, measured, out], axis=1)
 
@@ -88,7 +92,8 @@ def _columns() -> list[str]:
     names = ["layout", "gpus"]
     for name in PREDICTED:
         names += [name, bound(name, "low"), bound(name, "high")]
-    return [*names, "mean_batch", *(f"share_{kind}" for kind in EVIDENCE), "assumed", "problem"]
+    names += ["mean_batch", "decode_step_s", "step_error"]
+    return [*names, *(f"share_{kind}" for kind in EVIDENCE), "assumed", "problem"]
 
 
 def bound(name: str, side: str) -> str:
@@ -97,7 +102,13 @@ def bound(name: str, side: str) -> str:
     return f"{stem}_{side}{unit}"
 
 
-def _read(rows: list[dict[str, Any]], stated: frozenset[str]) -> tuple[list[Run | None], list[str]]:
+def read_table(table: pd.DataFrame) -> tuple[list[Run | None], list[str]]:
+    """The run of every row and what keeps it from being read: either is there. Raises where no row can be read."""
+    ours = canonical_columns([str(name) for name in table.columns])
+    if "model" not in ours.values() or "device" not in ours.values():
+        raise InputError(f"the table needs columns model and device, has {', '.join(map(str, table.columns))}")
+    stated = frozenset(name.strip().lower() for name in ours)
+    rows = [{ours[name]: value for name, value in row.items() if name in ours} for row in table.to_dict("records")]
     runs: list[Run | None] = []
     problems = []
     for row in rows:
@@ -113,7 +124,7 @@ def _read(rows: list[dict[str, Any]], stated: frozenset[str]) -> tuple[list[Run 
 Group = list[tuple[int, Run]]
 
 
-def _groups(runs: list[Run | None]) -> list[Group]:
+def group_runs(runs: list[Run | None]) -> list[Group]:
     """Rows that differ in concurrency alone, in the order of deployments."""
     groups: dict[Run, Group] = defaultdict(list)
     for index, run in enumerate(runs):
@@ -137,14 +148,19 @@ def _serve(group: Group) -> list[dict[str, Any]]:
     return [_record(served, run, i) for i in range(len(group))]
 
 
-def serve(run: Run, concurrency: Any) -> Served:
-    """What ``run`` serves at the given requests in flight per replica."""
+def serve(run: Run, concurrency: Any, engine: EngineProfile | None = None) -> Served:
+    """What ``run`` serves at the given requests in flight per replica.
+
+    ``engine``: in place of the run's own; it must not differ from that in more than overheads.
+    """
     mean = (1 + run.length_ratio) / 2
     load = Load(
         max(1, round(run.isl * mean)), max(1, round(run.osl * mean)), concurrency, run.prefix_cached,
         run.mtp_acceptance, (1 - run.length_ratio) / (1 + run.length_ratio), run.rounds, run.wait_steps,
     )  # fmt: skip
     prefill, decode = deployments(run)
+    if engine is not None:
+        prefill, decode = _under(prefill, engine), _under(decode, engine)
     if run.mode == "agg":
         return aggregated(prefill, decode, load, run.chunk_tokens)
     return disaggregated(prefill, decode, *run.workers, load, run.chunk_tokens)
@@ -157,6 +173,12 @@ def deployments(run: Run) -> tuple[Deployment, Deployment]:
         _deployed(run.model, run.device, run.engine, run.prefill, "prefill", drafted),
         _deployed(run.model, run.device, run.engine, run.decode, "decode", run.options),
     )
+
+
+def _under(deployment: Deployment, engine: EngineProfile) -> Deployment:
+    step = copy.copy(deployment.step)
+    step.engine = engine
+    return replace(deployment, engine=engine, step=step)
 
 
 @functools.lru_cache(maxsize=64)
@@ -191,17 +213,19 @@ def _record(served: Served, run: Run, i: int) -> dict[str, Any]:
     share = values["ttft_s"] / served.request_s[i]
     errors["output_tokens_per_s"] = math.hypot(share * errors["ttft_s"], (1 - share) * errors["tpot_s"])
     record: dict[str, Any] = {"mean_batch": served.batch[i], "problem": ""}
+    record |= {"decode_step_s": served.decode_step_s[i], "step_error": served.tpot_error[i]}
     for name, value in values.items():
         factor = 1 + WITHIN_80 * errors[name]
         record |= {name: value, bound(name, "low"): value / factor, bound(name, "high"): value * factor}
     return record | {f"share_{kind}": share[i] for kind, share in served.evidence.items()}
 
 
-def _measured(table: pd.DataFrame, ours: Mapping[str, str]) -> pd.DataFrame:
+def measured_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """The measured columns of a table under our names, in seconds; cells that are no numbers become NaN."""
     import pandas as pd
 
     found = {}
-    for name, column in ours.items():
+    for name, column in canonical_columns([str(name) for name in table.columns]).items():
         if column in MEASURED:
             values = pd.to_numeric(table[name], errors="coerce")
             found[column] = values / 1e3 if name.strip().lower().endswith("_ms") else values

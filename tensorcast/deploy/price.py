@@ -82,6 +82,7 @@ class StepPrice:
     counts: tuple[Any, ...]
     seconds: Any
     overhead_s: Any
+    overhead_error_s: float
     micro_batches: Any
     hidden_s: Any = 0.0
     hidden_comm_s: Any = 0.0
@@ -103,12 +104,14 @@ class StepPrice:
 
     @cached_property
     def error(self) -> Any:
-        """Median relative error of the sum: errors of one family move together, families independently."""
+        """Median relative error of the sum: errors of one family move together, families and overhead independently."""
         by_family: dict[str, Any] = {}
+        total = self.overhead_s
         for spent in self.spent:
             by_family[spent.family] = by_family.get(spent.family, 0.0) + spent.seconds * spent.error
-        squares = sum((np.square(error) for error in by_family.values()), 0.0)
-        return np.sqrt(squares) / np.maximum(sum((spent.seconds for spent in self.spent), 0.0), 1e-30)
+            total = total + spent.seconds
+        squares = sum((np.square(error) for error in by_family.values()), self.overhead_error_s**2)
+        return np.sqrt(squares) / np.maximum(total, 1e-30)
 
     @cached_property
     def exposed_comm_s(self) -> Any:

@@ -34,10 +34,9 @@ class Simulation:
 
     @property
     def interval_s(self) -> tuple[float, float]:
-        """Ends of an 80 % interval of the step time, from the errors of its kernels alone."""
-        overhead = float(self.price.overhead_s)
+        """Ends of an 80 % interval of the step time, from the errors of its kernels and of the engine's overhead."""
         factor = 1.0 + WITHIN_80 * float(self.price.error)
-        return overhead + (self.step_s - overhead) / factor, overhead + (self.step_s - overhead) * factor
+        return self.step_s / factor, self.step_s * factor
 
     @property
     def tokens(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tensorcast.deploy.predict import PREDICTED, bound
 from tensorcast.deploy.runs import COLUMNS, canonical_columns
+from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +22,8 @@ OBJECTIVES = {"tpot_s": "least", "tokens_per_s_per_gpu": "most"}
 
 
 def summarise(table: pd.DataFrame) -> dict[str, Any]:
-    """Errors of a predicted table: in all, by every column of :data:`BY`, and of picking layouts. Plain values.
+    """Errors of a predicted table: in all, on rows left out of all fits (:func:`left_out`), by every column of
+    :data:`BY`, and of picking layouts. Plain values.
 
     ``table``: what :func:`tensorcast.deploy.predict.predict` returns. Sections whose columns were not measured are left
     out; rows that could not be predicted count in ``rows`` and ``predicted``.
@@ -32,6 +35,9 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
         "problems": {str(k): int(v) for k, v in frame["problem"][frame["problem"] != ""].value_counts().items()},
         "errors": {name: errors(frame, name) for name in PREDICTED if f"measured_{name}" in frame},
     }
+    fresh = left_out(frame)
+    # empty where no row was fitted to: then all were left out
+    summary["left_out"] = {} if fresh.all() else {name: errors(frame[fresh], name) for name in summary["errors"]}
     if not summary["errors"]:
         return summary
     summary["by"] = {
@@ -148,3 +154,46 @@ def _alike(frame: pd.DataFrame, same_gpus: bool, *needed: str) -> Any:
     fixed += [name for name in rows.columns if str(name).lower() in ("backend_version", "engine_version")]
     fixed += ["gpus"] if same_gpus else []
     return rows.groupby(fixed, dropna=False, sort=True)
+
+
+def fitted_half(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Rows of the half that constants are fitted to: by a hash of model, device, layout and lengths as written."""
+    import pandas as pd
+
+    keys = frame.reindex(columns=["model", "device", "layout", "isl", "osl"]).astype(object)
+    texts = ["|".join(map(str, key)) for key in keys.itertuples(index=False)]
+    even = [hashlib.sha256(text.encode()).digest()[0] % 2 == 0 for text in texts]
+    return pd.Series(even, index=frame.index)
+
+
+def left_out(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Rows of a table that no engine's overheads were fitted to.
+
+    Fitted to are rows of :func:`fitted_half` of the models, devices and engines that the engine profiles name, and
+    what was measured the same to the last digit: records of one run under two names.
+    """
+    import pandas as pd
+
+    known = {key: _fitted_models(*key) for key in set(zip(frame["engine"], frame["device"], strict=True))}
+    keys = zip(frame["engine"], frame["device"], frame["model"], strict=True)
+    named_there = pd.Series([model in known[engine, device] for engine, device, model in keys], index=frame.index)
+    used = fitted_half(frame) & named_there
+    return ~(used | used.groupby(same_run(frame)).transform("any"))
+
+
+def same_run(frame: pd.DataFrame) -> pd.Series[Any]:
+    """A number per measured run: rows of one engine and device with the same measured times have the same."""
+    columns = ["engine", "device", *(name for name in ("measured_ttft_s", "measured_tpot_s") if name in frame)]
+    return frame.groupby(columns, dropna=False).ngroup()
+
+
+def _fitted_models(engine: str, device: str) -> frozenset[str]:
+    """Models whose runs on ``device`` the overheads of ``engine`` were fitted to; names as tables have them."""
+    from tensorcast.profiles import load_device, load_engine
+
+    try:
+        fit = load_engine(engine).fitted
+        here = fit.devices.get(load_device(device.replace("_", "-")).name) if fit else None
+    except InputError:  # such rows cannot be predicted, and could not be fitted to
+        return frozenset()
+    return frozenset(here.models) if here else frozenset()

@@ -79,7 +79,7 @@ class Aggregated:
         """The steady state, seconds to the first token, and seconds of a reply from there."""
         step, bunched = self.at(batch), self.bunched_s(batch) / 2
         first = (self.engine.arrival_wait_steps + self.load.wait_steps) * step.met_s + step.own_s + bunched
-        first = first + wave_s(self.prompts, batch) / 2 / self.load.rounds + _overhead_s(self.engine)
+        first = first + wave_s(self.prompts, batch) / 2 / self.load.rounds + self.engine.first_token_s
         if not self.engine.prefill_alone:
             beside = IN_STEP_PROMPTS / (1 + self.load.spread / IN_STEP_SPREAD)
             first = first + np.minimum(beside, np.maximum(batch - 1, 0)) / self.prompts.most_per_s
@@ -148,7 +148,7 @@ class Disaggregated:
         queue = np.minimum(queue, np.maximum(concurrency / self.lanes - 1, 0))
         burst = wave_s(self.prompts, batch * self.ranks / self.lanes) / 2 / self.load.rounds
         waits = (self.engine.arrival_wait_steps + self.load.wait_steps) * self.decoding.at("seconds", batch)
-        overhead = _overhead_s(self.engine) + float(self.engine.hand_over_overhead_s or 0.0)
+        overhead = self.engine.first_token_s + self.engine.hand_over_s
         return service * (1 + queue) + burst + self.hand_over_s + waits + overhead
 
     def in_flight(self, batch: Any, concurrency: Any = np.inf) -> Any:
@@ -226,11 +226,6 @@ def hand_over_s(prefill: Deployment, gpus: Any, tokens: int) -> Any:
 def wave_s(prompts: PrefillLine, prompts_at_once: Any) -> Any:
     """Seconds until the last of so many prompts that come to a rank at once is done, beyond those of the first."""
     return np.maximum(prompts_at_once - 1, 0) / prompts.most_per_s
-
-
-def _overhead_s(engine: EngineProfile) -> float:
-    overhead = engine.first_token_overhead_s
-    return 0.0 if overhead is None else float(overhead)
 
 
 @dataclass(frozen=True)

@@ -120,14 +120,14 @@ class Step:
         for seconds in alike.values():
             slowest = np.maximum(slowest, seconds)
         turns = pp if self.table.phase == "decode" else micro + pp - 1
-        overhead: Any = float(self.engine.step_overhead_s)
-        if self.engine.request_overhead_s is not None:
-            overhead = overhead + float(self.engine.request_overhead_s) * batch
+        beside = self.engine.overhead(self.device.name)
+        overhead: Any = beside.seconds(batch)
         saved, saved_comm = (sum(stage.over(kinds) for stage in stages) for kinds in (hidden, hidden_comm))
         micro = micro if np.ndim(micro) else int(micro)
         return StepPrice(
-            rows, counts, slowest * turns + overhead, overhead, micro, saved, saved_comm, len(draft), draft_at
-        )
+            rows, counts, slowest * turns + overhead, overhead, beside.error_s, micro, saved, saved_comm,
+            len(draft), draft_at,
+        )  # fmt: skip
 
     @cached_property
     def _stages(self) -> list[Stage]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
@@ -38,6 +39,52 @@ class AllreduceNorm(Frozen):
         return largest
 
 
+@dataclass(frozen=True)
+class Overhead:
+    """What a step takes beside its kernels: seconds per step and per sequence; ``error_s``: median error of the sum."""
+
+    step_s: float
+    request_s: float
+    error_s: float
+
+    def seconds(self, batch: Any) -> Any:
+        """Of a step with ``batch`` sequences; an array gives an array."""
+        return self.step_s + self.request_s * batch
+
+
+class DeviceFit(Frozen):
+    """An engine on one device: its overhead per step, from how many runs, and the models of all runs fitted to."""
+
+    step_s: Number = Field(ge=0)
+    rows: int = Field(ge=0)
+    models: tuple[str, ...]
+
+
+class EngineFit(Frozen):
+    """What was fitted to measured serving runs (:mod:`tensorcast.validate.engines`); replaces the published figures.
+
+    Errors are of the time per token: of runs left out of the fit (``left_out``), and of models of which no run was
+    fitted to (``unseen``), by the published overhead and by the fitted one.
+    """
+
+    source: str = Field(min_length=3)
+    rows: int = Field(ge=1, description="runs at small batch that the overhead per step was fitted to")
+    models: int = Field(ge=1, description="different networks among them")
+    dropped: dict[str, int] = Field(default={}, description="runs of this engine not fitted to, by reason")
+    step_s: Number = Field(ge=0, description="seconds per step; for devices that no run was measured on")
+    step_error_s: Number = Field(ge=0, description="median distance of a network's own value from one fitted to others")
+    devices: dict[str, DeviceFit] = Field(default={}, description="by device profile")
+    first_token_s: Number | None = Field(default=None, ge=0)
+    first_token_rows: int = Field(default=0, ge=0)
+    hand_over_s: Number | None = Field(default=None, ge=0)
+    hand_over_rows: int = Field(default=0, ge=0)
+    left_out_rows: int = 0
+    left_out_before: Number | None = None
+    left_out_error: Number | None = None
+    unseen_before: Number | None = None
+    unseen_error: Number | None = None
+
+
 class EngineProfile(Frozen):
     """vLLM, SGLang, TensorRT-LLM: which fusions they have and what a step costs beside its kernels."""
 
@@ -55,7 +102,7 @@ class EngineProfile(Frozen):
     )
     graph_launch_gap_s: Figure = Field(description="gap between two kernels inside a captured graph")
     eager_launch_gap_s: Figure = Field(description="least time between two kernels launched one by one")
-    step_overhead_s: Figure = Field(description="scheduling, sampling and input preparation per step")
+    step_overhead_s: Figure = Field(description="scheduling, sampling and input preparation per step, as published")
     request_overhead_s: Figure | None = Field(default=None, description="the same, per sequence in the batch")
     memory_fraction: Figure = Field(description="share of device memory that the engine takes, without a `reserve`")
     memory_covers: MemoryCovers = Field(default="everything", description="what that share holds")
@@ -91,6 +138,7 @@ class EngineProfile(Frozen):
         default=None,
         description="disaggregated: per request beside the bytes: routing, two workers meeting, transfer set up",
     )
+    fitted: EngineFit | None = Field(default=None, description="overheads fitted to served runs; they come first")
 
     def tokens_per_step(self, device: DeviceProfile | None = None, dp: int = 1, exchange: str = "") -> int:
         """Default chunked-prefill budget of a data-parallel rank on ``device``."""
@@ -108,3 +156,28 @@ class EngineProfile(Frozen):
         if self.prefill_graphs is None:
             return 0
         return self.prefill_graphs.largest(device, dp, pp, config, self.tokens_per_step(device, dp))
+
+    def overhead(self, device: str) -> Overhead:
+        """Of a step on ``device``, a profile's name: as fitted there, else in general, else as published."""
+        request_s = 0.0 if self.request_overhead_s is None else float(self.request_overhead_s)
+        if self.fitted is None:
+            return Overhead(float(self.step_overhead_s), request_s, 0.0)
+        here = self.fitted.devices.get(device)
+        step_s = self.fitted.step_s if here is None else here.step_s
+        return Overhead(step_s, request_s, self.fitted.step_error_s)
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds of a request outside the GPU and before its first token."""
+        return _first(self.fitted.first_token_s if self.fitted else None, self.first_token_overhead_s)
+
+    @property
+    def hand_over_s(self) -> float:
+        """Seconds of a request between two pools, beside the bytes that move."""
+        return _first(self.fitted.hand_over_s if self.fitted else None, self.hand_over_overhead_s)
+
+
+def _first(fitted: float | None, stated: Figure | None) -> float:
+    if fitted is not None:
+        return fitted
+    return 0.0 if stated is None else float(stated)

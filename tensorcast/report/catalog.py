@@ -71,13 +71,16 @@ def device_record(profile: DeviceProfile) -> Record:
 
 
 def engine_record(profile: EngineProfile) -> Record:
-    """Fusions, captured phases, overheads, memory."""
+    """Fusions, captured phases, overheads, memory. ``step_overhead_s`` where no device says its own."""
+    fit, general = profile.fitted, profile.overhead("")
     return {
         "name": profile.name, "aliases": list(profile.aliases), "version": profile.version,
         "description": profile.description, "fusions": list(profile.fusions),
         "graph_captured_phases": list(profile.graph_captured_phases),
-        "step_overhead_s": float(profile.step_overhead_s),
-        "request_overhead_s": float(profile.request_overhead_s) if profile.request_overhead_s else 0.0,
+        "step_overhead_s": general.step_s, "request_overhead_s": general.request_s,
+        "device_step_overhead_s": {name: one.step_s for name, one in fit.devices.items()} if fit else {},
+        "first_token_s": profile.first_token_s, "hand_over_s": profile.hand_over_s,
+        "overheads_fitted_to": fit.source if fit else None,
         "graph_launch_gap_s": float(profile.graph_launch_gap_s),
         "eager_launch_gap_s": float(profile.eager_launch_gap_s),
         "memory_fraction": float(profile.memory_fraction), "memory_covers": profile.memory_covers,

@@ -11,6 +11,7 @@ import numpy as np
 
 from tensorcast.deploy.score import named
 from tensorcast.report.figures import COLOURS, save
+from tensorcast.report.serving_causes import Lines, fits, headline, markdown, percent, remaining
 from tensorcast.report.units import digits
 from tensorcast.trace.cache import write_atomically
 
@@ -72,19 +73,18 @@ def print_summary(table: pd.DataFrame, summary: dict[str, Any], console: Console
             console.print(f"+ {len(lines) - SHOWN} more: --json or --report", style="dim")
 
 
-Lines = list[list[str]]
-
-
 def _tables(summary: dict[str, Any]) -> Iterable[tuple[str, list[str], Lines]]:
     """Title, head and lines of every table of errors."""
     if not summary["errors"]:
         return
     head = ["median error", "mean", "within 10 %", "within 20 %", "predicted / measured", "in interval", "rows"]
-    yield "Errors", ["", *head], [[WORDS[name], *_cells(e)] for name, e in summary["errors"].items() if e["rows"]]
+    for title, found in (("Errors on rows left out of all fits", summary["left_out"]), ("Errors", summary["errors"])):
+        if any(e["rows"] for e in found.values()):
+            yield title, ["", *head], [[WORDS[name], *_cells(e)] for name, e in found.items() if e["rows"]]
     layouts = [
         [
-            PICKED[name], _percent(c["best"]), _percent(c["regret"]), _percent(c["regret_where_wrong"]),
-            _ratio(c["rank_correlation"]), _percent(c["pairs"]), str(c["groups"]),
+            PICKED[name], percent(c["best"]), percent(c["regret"]), percent(c["regret_where_wrong"]),
+            _ratio(c["rank_correlation"]), percent(c["pairs"]), str(c["groups"]),
         ]
         for name, c in summary["layouts"].items()
         if c["groups"]
@@ -97,7 +97,7 @@ def _tables(summary: dict[str, Any]) -> Iterable[tuple[str, list[str], Lines]]:
         lines = []
         many = sorted(groups.items(), key=lambda item: -max(item[1][name]["rows"] for name in names))
         for key, found in many:
-            cells = [key, *(_percent(found[name].get("median")) for name in names)]
+            cells = [key, *(percent(found[name].get("median")) for name in names)]
             cells += [*(_ratio(found[name].get("ratio")) for name in names)]
             if any(found[name]["rows"] for name in names):
                 lines.append([*cells, str(max(found[name]["rows"] for name in names))])
@@ -106,12 +106,8 @@ def _tables(summary: dict[str, Any]) -> Iterable[tuple[str, list[str], Lines]]:
 
 
 def _cells(e: dict[str, Any]) -> list[str]:
-    percents = [_percent(e[key]) for key in ("median", "mean", "within_10", "within_20")]
-    return [*percents, _ratio(e["ratio"]), _percent(e.get("inside")), str(e["rows"])]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
+    percents = [percent(e[key]) for key in ("median", "mean", "within_10", "within_20")]
+    return [*percents, _ratio(e["ratio"]), percent(e.get("inside")), str(e["rows"])]
 
 
 def _ratio(value: float | None) -> str:
@@ -131,6 +127,7 @@ def write_serving_report(table: pd.DataFrame, summary: dict[str, Any], path: Pat
         "Made by `tensorcast predict TABLE --report`. Every row is read as a closed loop of a fixed number of users. "
         "Errors are |predicted / measured - 1|. Nothing is adjusted per model; what was fitted to served runs, and to "
         "which, is said under Fitted and left out.", "",
+        *headline(summary),
         f"{summary['predicted']} of {summary['rows']} rows predicted"
         + "".join(f"; {count} not: {problem}" for problem, count in summary["problems"].items()) + ".", "",
     ]  # fmt: skip
@@ -138,47 +135,11 @@ def write_serving_report(table: pd.DataFrame, summary: dict[str, Any], path: Pat
         lines += [f"![predicted against measured]({picture.name})", ""]
         _figure(frame, summary, picture)
     for title, head, rows in _tables(summary):
-        lines += [f"## {title}", "", *_markdown(head, rows), ""]
-    lines += _halves(frame)
+        lines += [f"## {title}", "", *markdown(head, rows), ""]
+    lines += fits(frame, WORDS)
     lines += _largest(frame)
+    lines += remaining(frame)
     write_atomically(path, ("\n".join(lines).rstrip() + "\n" + kept).encode())
-
-
-def _halves(frame: pd.DataFrame) -> list[str]:
-    """Errors on the half of the table that constants were fitted to, and on the other: see :func:`fitted_half`."""
-    from tensorcast.deploy.score import errors
-
-    if "measured_ttft_s" not in frame:
-        return []
-    half = fitted_half(frame)
-    rows = []
-    for label, chosen in (("even: fitted to", frame[half]), ("odd: left out", frame[~half])):
-        for name in ("tpot_s", "ttft_s"):
-            if (e := errors(chosen, name))["rows"]:
-                rows.append([label, WORDS[name], _percent(e["median"]), _percent(e["mean"]), str(e["rows"])])
-    if not rows:
-        return []
-    text = (
-        "Of the public benchmark runs that tensorcast is held against (no other table was fitted to): each engine's "
-        "fixed time of a first token and TensorRT-LLM's of a hand-over were fitted to groups of runs "
-        "(model, device, layout, lengths) whose hash is even. Picked by looking at all runs, none left out: "
-        "two waiting steps, how many prompts ride together, tokens that choose experts at random (uniform routing), "
-        "how records are read, their default workers and SGLang's intervals, the width of intervals. "
-        "No time per token was fitted."
-    )
-    return ["## Fitted and left out", "", text, "", *_markdown(["half", "", "median error", "mean", "rows"], rows), ""]
-
-
-def fitted_half(frame: pd.DataFrame) -> pd.Series[bool]:
-    """Rows of the half that constants were fitted to: by a hash of model, device, layout and lengths."""
-    import hashlib
-
-    import pandas as pd
-
-    keys = frame.reindex(columns=["model", "device", "layout", "isl", "osl"]).astype(object)
-    texts = ["|".join(map(str, key)) for key in keys.itertuples(index=False)]
-    even = [hashlib.sha256(text.encode()).digest()[0] % 2 == 0 for text in texts]
-    return pd.Series(even, index=frame.index)
 
 
 def _largest(frame: pd.DataFrame, most: int = 10) -> list[str]:
@@ -195,18 +156,11 @@ def _largest(frame: pd.DataFrame, most: int = 10) -> list[str]:
     rows = []
     for key, share in shares.head(most).items():
         group = groups.get_group(key)
-        cells = _percent(share), _percent(len(group) / len(logs)), _ratio(math.exp(group.median()))
+        cells = percent(share), percent(len(group) / len(logs)), _ratio(math.exp(group.median()))
         rows.append([" ".join(map(str, key)) if isinstance(key, tuple) else str(key), *cells])
     head = ["runs", "of all error", "of all rows", "predicted / measured"]
     text = "Time per token, sum of |log(predicted / measured)|."
-    return ["## Where the error is", "", text, "", *_markdown(head, rows), ""]
-
-
-def _markdown(head: list[str], rows: Lines) -> list[str]:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(head), "|---|" + "---:|" * (len(head) - 1), *map(line, rows)]
+    return ["## Where the error is", "", text, "", *markdown(head, rows), ""]
 
 
 def _figure(frame: pd.DataFrame, summary: dict[str, Any], path: Path) -> None:

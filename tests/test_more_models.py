@@ -10,6 +10,7 @@ import tensorcast as tc
 from tensorcast.cost.memory import cache_bytes, kv_bytes_per_token
 from tensorcast.deploy.runs import read_run
 from tensorcast.errors import InputError
+from tensorcast.modeling.config import hf_config
 from tensorcast.modeling.quantization import from_config
 from tensorcast.profiles import list_devices, load_device, load_model
 from tensorcast.trace.cache import traced
@@ -65,6 +66,14 @@ def test_int4_experts_of_kimi_k2_thinking() -> None:
     assert found.scheme("model.layers.7.mlp.experts.gate_up_proj", "experts").name == "w4a16_g32"
     assert {found.scheme(f"model.layers.0.{module}.weight", "linear").name for module in bf16} == {"bf16"}
     assert found.scheme("lm_head.weight", "linear").name == "bf16"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_may_be_said_of_the_whole_model(tied: bool) -> None:
+    profile = load_model("qwen3-vl-32b")
+    profile.config["tie_word_embeddings"] = tied
+    assert "tie_word_embeddings" not in profile.config["text_config"]
+    assert hf_config(profile).tie_word_embeddings is tied
 
 
 def both(scheme: str) -> str:

@@ -23,6 +23,9 @@ GPU_NAMES = [
     ("NVIDIA GB200", "gb200", True), ("NVIDIA H20", "h20", True), ("Ascend910B3", "ascend-910b", True),
     ("NVIDIA H200", "h20", False), ("NVIDIA GB200", "b200", False), ("NVIDIA H100 PCIe", "h100", False),
     ("AMD EPYC", "h200", False), ("", "h200", False),
+    ("NVIDIA H100 PCIe", "h100-pcie", True), ("NVIDIA A100 80GB PCIe", "a100-pcie", True), ("NVIDIA L4", "l4", True),
+    ("NVIDIA L40S", "l4", False), ("NVIDIA H100 80GB HBM3", "h100-pcie", False), ("NVIDIA GB300", "b300", False),
+    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000", True), ("AMD Instinct MI325X", "mi325x", True),
 ]
 
 

@@ -127,8 +127,8 @@ def test_dense_replicas() -> None:
 def test_facts_of_every_model() -> None:
     """Experts read from the config alone: none for the dense models, a number for all others."""
     for name in list_models():
-        facts = model_facts(load_model(name))
-        dense = name.startswith(("llama-3", "qwen3-32b"))
+        profile = load_model(name)
+        facts, dense = model_facts(profile), profile.active_params is None
         assert (facts["num_experts"] == 0) == dense and facts["heads"] > 0 and facts["layers"] > 0, name
 
 

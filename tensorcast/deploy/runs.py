@@ -7,14 +7,13 @@ nothing) takes the default. For disaggregated rows every size of a layout exists
 
 from __future__ import annotations
 
-import functools
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.modelnames import SCHEME_OF, model_facts
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
 
@@ -78,17 +77,8 @@ its scripts (github.com/SemiAnalysisAI/InferenceX, benchmarks/single_node/): len
 SGLang launched with ``--stream-interval`` 10 or 30 and ``--scheduler-recv-interval`` 10 or 30 (20 taken); TensorRT-LLM
 with an FP8 cache where weights are FP8 (its own FP8 checkpoints ask for it, too)."""
 
-SCHEME_OF = {
-    "bf16": "bf16", "bfloat16": "bf16", "fp16": "bf16", "float16": "bf16", "half": "bf16", "auto": "", "default": "",
-    "fp8": "fp8", "fp8_block": "fp8_block", "fp8_static": "fp8", "fp8_ootb": "fp8", "float8": "fp8", "fp8_e4m3": "fp8",
-    "fp4": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "mxfp4", "w4a16_mxfp4": "mxfp4",
-    "int8": "int8", "int8_wo": "int8", "w8a8": "int8", "int4": "w4a16", "int4_wo": "w4a16", "w4a16": "w4a16",
-    "awq": "w4a16", "gptq": "w4a16",
-}  # fmt: skip
-"""Precisions as people write them, and our scheme."""
-
 BITS = {"bf16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "nvfp4": 4, "mxfp4": 4, "w4a16": 4, "w4a16_g32": 4}
-_SUFFIX = re.compile(r"-(instruct|chat|base|hf|it|fp8|fp4|nvfp4|mxfp4|bf16|int4|awq|gptq|dynamic|block|\d{4})$")
+INTEGER = ("int8", "w4a16", "w4a16_g32")
 _NOTHING = ("", "nan", "none", "null", "na", "n/a", "-")
 
 
@@ -291,8 +281,12 @@ def counted_twice(tp: int, dp: int, etp: int, ep: int) -> tuple[int, int, int, i
 
 
 def _quant(cells: _Cells, facts: dict[str, Any]) -> str | None:
-    """Scheme of linears and experts, as an option; the model's own where it has as many bits as the row asks for."""
+    """Scheme of linears and experts, as an option; the model's own where it has as many bits as the row asks
+    for, integers or floats alike; without a column, what the model's name says."""
     whole = cells.text("precision", None)
+    if whole is None and facts["named"] and not cells.text("gemm_precision", cells.text("moe_precision", None)):
+        whole = facts["named"]
+        cells.assumed.append(f"precision {whole} (in the model's name)")
     parts = []
     for part, column in (("linear", "gemm_precision"), ("experts", "moe_precision")):
         said = cells.text(column, None) or whole
@@ -303,8 +297,8 @@ def _quant(cells: _Cells, facts: dict[str, Any]) -> str | None:
             raise unknown_name(column if cells.text(column, None) else "precision", str(said), SCHEME_OF)
         own = facts["own"]
         # a model that ships in these bits runs as shipped: block scales, layers left in bf16
-        native = BITS.get(own["experts"] if facts["num_experts"] else own["linear"])
-        if scheme and BITS[scheme] != native:
+        native = own["experts"] if facts["num_experts"] else own["linear"]
+        if scheme and (BITS[scheme], scheme in INTEGER) != (BITS.get(native), native in INTEGER):
             parts.append(f"{part}={scheme}")
     return ",".join(parts) or None
 
@@ -319,49 +313,6 @@ def _kv(cells: _Cells, engine: str, stated: frozenset[str]) -> str | None:
     if scheme not in ("bf16", "fp8"):
         raise InputError(f"kv_dtype {said!r}: must be bf16 or fp8")
     return scheme
-
-
-def model_facts(name: str, assumed: list[str]) -> tuple[str, dict[str, Any]]:
-    """Profile name of a model and what reading a row needs of it: whether it has experts, its own precision."""
-    profile, facts = _model_facts(name)
-    if profile.casefold() != name.casefold() and facts["near"]:
-        assumed.append(f"model {profile}")
-    return profile, facts
-
-
-@functools.lru_cache(maxsize=256)
-def _model_facts(name: str) -> tuple[str, dict[str, Any]]:
-    from tensorcast.modeling.quantization import from_config, override
-    from tensorcast.profiles import load_model
-
-    try:
-        found, near, model = name, False, load_model(name)
-    except InputError:
-        found, near = _nearest(name), True
-        model = load_model(found)
-    text = model.config.get("text_config") or model.config
-    keys = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
-    experts = next((text[key] for key in keys if text.get(key)), 0)
-    quantization = override(from_config({} if model.quantization else model.config), model.quantization)
-    own = {"linear": quantization.linear.name, "experts": quantization.experts.name}
-    return found if near else name, {"num_experts": experts, "own": own, "near": near}
-
-
-def _nearest(name: str) -> str:
-    """A shipped model of the same name but for owner, fine-tuning and precision; else the error that says so."""
-    from tensorcast.profiles import list_models, load_model
-
-    def stem(text: str) -> str:
-        text = text.rstrip("/").rpartition("/")[2].casefold().replace("_", "-").replace("meta-llama-3", "llama-3")
-        while (short := _SUFFIX.sub("", text)) != text:
-            text = short
-        return text
-
-    wanted = stem(name)
-    same = [m for m in list_models() if wanted in (stem(m), stem(load_model(m).hf_id))]
-    if not same:
-        load_model(name)  # raises, with the known names
-    return min(same, key=len)
 
 
 def describe_columns() -> list[dict[str, Any]]:

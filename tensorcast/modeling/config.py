@@ -65,6 +65,8 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     model_type = _known_type(values.pop("model_type"), values.pop("architectures", None))
     for noise in ("auto_map", "transformers_version"):
         values.pop(noise, None)
+    if isinstance(text := values.get("text_config"), dict) and "tie_word_embeddings" in values:
+        text.setdefault("tie_word_embeddings", values["tie_word_embeddings"])  # said of the whole (Qwen3-VL)
     try:
         config = AutoConfig.for_model(model_type, **values)
     except Exception as reason:
@@ -72,10 +74,10 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
         raise InputError(
             f"model {profile.name}: transformers rejects config (model_type={model_type!r}): {line}"
         ) from None
-    text = config.get_text_config(decoder=True)
+    text_config = config.get_text_config(decoder=True)
     # An index into a vocabulary that sharding makes smaller; it shapes no op. Some configs insist on an integer.
-    object.__setattr__(text, "pad_token_id", None)
-    return text
+    object.__setattr__(text_config, "pad_token_id", None)
+    return text_config
 
 
 def _known_type(model_type: str, architectures: list[str] | None) -> str:

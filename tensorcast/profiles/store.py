@@ -153,7 +153,7 @@ def _aliases(path: Path) -> set[str]:
     import yaml
 
     try:
-        head = yaml.load("\n".join(_HEAD.findall(path.read_text(encoding="utf-8"))), Loader=yaml.SafeLoader)
+        head = yaml.load("\n".join(_HEAD.findall(path.read_text(encoding="utf-8"))), Loader=_loader())
     except (OSError, ValueError, yaml.YAMLError):
         return set()  # whoever asks for this profile by name is told what is wrong with it
     head = head if isinstance(head, dict) else {}

@@ -99,7 +99,7 @@ def attention(config: Record) -> str:
         kind = f"MHA {heads}"
     else:
         kind = f"MQA {heads}/1" if kv_heads == 1 else f"GQA {heads}/{kv_heads}"
-    kinds = set(config.get("layer_types") or ())
+    kinds = set(config.get("layer_types") or config.get("layers_block_type") or ())
     if "linear_attention" in kinds:
         kind += " + linear"
     if "mamba" in kinds or "M" in str(config.get("hybrid_override_pattern") or ""):

@@ -6,23 +6,18 @@ says why in ``problem``; nothing is dropped.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tensorcast.deploy.curves import EVIDENCE
-from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.options import Options
+from tensorcast.deploy.parallel import spread
 from tensorcast.deploy.price import WITHIN_80
 from tensorcast.deploy.runs import MEASURED, Run, canonical_columns, read_run
-from tensorcast.deploy.serving import Load, Served, aggregated, disaggregated
-from tensorcast.deploy.simulate import Deployment, deploy
+from tensorcast.deploy.serving import Served
+from tensorcast.deploy.together import serve
 from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,6 +30,12 @@ SERVING_ERROR = {"ttft_s": 0.36, "tpot_s": 0.14}
 """Relative median error that the serving model adds to the kernels' (scheduling, launch options that nobody recorded).
 Set so that about four in five of the aggregated runs behind ``reports/serving.md`` lie in their intervals, on all of
 them, none left out: the report says how many do."""
+
+AT_ONCE = 512
+"""Rows of one model that are served together at most: some hundred megabytes."""
+
+FEW = 256
+"""Rows below which one process answers sooner than several start."""
 
 
 def predict_file(path: Path, jobs: int = 1) -> pd.DataFrame:
@@ -65,18 +66,11 @@ def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
     stated = frozenset(name.strip().lower() for name in ours)
     rows = [{ours[name]: value for name, value in row.items() if name in ours} for row in table.to_dict("records")]
     runs, problems = _read(rows, stated)
-    groups = _groups(runs)
-    if jobs > 1 and len(groups) > 1:
-        from concurrent.futures import ProcessPoolExecutor
-
-        # neighbours share a deployment: whole stretches keep it in one process
-        with ProcessPoolExecutor(jobs) as pool:
-            results = list(pool.map(_serve, groups, chunksize=max(1, -(-len(groups) // (jobs * 8)))))
-    else:
-        results = [_serve(group) for group in groups]
+    stretches = _stretches(runs, jobs)
+    results = spread(_serve, stretches, jobs if len(rows) >= FEW else 1)
     records: list[dict[str, Any]] = [{"problem": problem} for problem in problems]
-    for group, served in zip(groups, results, strict=True):
-        for (index, run), record in zip(group, served, strict=True):
+    for stretch, served in zip(stretches, results, strict=True):
+        for (index, run), record in zip(stretch, served, strict=True):
             records[index] = {"layout": run.layout, "gpus": run.gpus, **record, "assumed": "; ".join(run.assumed)}
     out = pd.DataFrame(records, columns=_columns(), index=table.index)
     measured = _measured(table, ours)
@@ -110,91 +104,51 @@ def _read(rows: list[dict[str, Any]], stated: frozenset[str]) -> tuple[list[Run 
     return runs, problems
 
 
-Group = list[tuple[int, Run]]
+def _stretches(runs: list[Run | None], jobs: int) -> list[list[tuple[int, Run]]]:
+    """Rows in the order of deployments, cut where models change and where a stretch would be a process's whole share.
+
+    Rows of a model share tables and their predictions' models; few of them are as quick in one process.
+    """
+    rows = [(index, run) for index, run in enumerate(runs) if run is not None]
+
+    def deployment(row: tuple[int, Run]) -> tuple[str, ...]:
+        run = row[1]
+        return run.model, str(run.options.quant), run.engine, run.device, str(run.options), run.layout
+
+    rows.sort(key=deployment)
+    share = min(AT_ONCE, -(-len(rows) // (jobs * 2)))
+    stretches = []
+    for _, same in itertools.groupby(rows, key=lambda row: row[1].model):
+        whole = list(same)
+        parts = -(-len(whole) // max(share, 1))
+        size = -(-len(whole) // parts)
+        stretches += [whole[start : start + size] for start in range(0, len(whole), size)]
+    return stretches
 
 
-def _groups(runs: list[Run | None]) -> list[Group]:
-    """Rows that differ in concurrency alone, in the order of deployments."""
-    groups: dict[Run, Group] = defaultdict(list)
-    for index, run in enumerate(runs):
-        if run is not None:
-            groups[replace(run, concurrency=0.0)].append((index, run))
-
-    def deployment(run: Run) -> tuple[str, ...]:
-        return run.model, run.device, run.engine, str(run.options), run.layout
-
-    return [groups[key] for key in sorted(groups, key=deployment)]
+def _serve(stretch: list[tuple[int, Run]]) -> list[dict[str, Any]]:
+    runs = [run for _, run in stretch]
+    return [_record(served, run) for served, run in zip(serve(runs), runs, strict=True)]
 
 
-def _serve(group: Group) -> list[dict[str, Any]]:
-    """Predictions of rows that differ in concurrency alone."""
-    run = group[0][1]
-    concurrency = np.array([run.concurrency for _, run in group])
-    try:
-        served = serve(run, concurrency / run.replicas)
-    except InputError as error:
-        return [{"problem": str(error)} for _ in group]
-    return [_record(served, run, i) for i in range(len(group))]
-
-
-def serve(run: Run, concurrency: Any) -> Served:
-    """What ``run`` serves at the given requests in flight per replica."""
-    mean = (1 + run.length_ratio) / 2
-    load = Load(
-        max(1, round(run.isl * mean)), max(1, round(run.osl * mean)), concurrency, run.prefix_cached,
-        run.mtp_acceptance, (1 - run.length_ratio) / (1 + run.length_ratio), run.rounds, run.wait_steps,
-    )  # fmt: skip
-    prefill, decode = deployments(run)
-    if run.mode == "agg":
-        return aggregated(prefill, decode, load, run.chunk_tokens)
-    return disaggregated(prefill, decode, *run.workers, load)
-
-
-def deployments(run: Run) -> tuple[Deployment, Deployment]:
-    """Prefill and decode side of a run."""
-    drafted = replace(run.options, mtp_depth=0)  # drafting is the decode step's
-    return (
-        _deployed(run.model, run.device, run.engine, run.prefill, "prefill", drafted),
-        _deployed(run.model, run.device, run.engine, run.decode, "decode", run.options),
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _deployed(model: str, device: str, engine: str, layout: Layout, phase: str, options: Options) -> Deployment:
-    return deploy(_model(model), _device(device), _engine(engine), layout, phase, options)
-
-
-def _profile(kind: str) -> Callable[[str], Any]:
-    @functools.lru_cache(maxsize=64)
-    def load(name: str) -> Any:
-        from tensorcast import profiles
-
-        return getattr(profiles, f"load_{kind}")(name.replace("_", "-") if kind == "device" else name)
-
-    return load
-
-
-_model, _device, _engine = _profile("model"), _profile("device"), _profile("engine")
-
-
-def _record(served: Served, run: Run, i: int) -> dict[str, Any]:
-    if problem := served.problem[i]:
-        return {"problem": problem}
+def _record(served: Served, run: Run) -> dict[str, Any]:
+    if served.problem:
+        return {"problem": served.problem}
     values = {
-        "ttft_s": served.ttft_s[i],
-        "tpot_s": served.tpot_s[i],
-        "output_tokens_per_s": served.output_tokens_per_s[i] * run.replicas,
+        "ttft_s": served.ttft_s,
+        "tpot_s": served.tpot_s,
+        "output_tokens_per_s": served.output_tokens_per_s * run.replicas,
     }
-    kernels = {"ttft_s": served.ttft_error[i], "tpot_s": served.tpot_error[i]}
+    kernels = {"ttft_s": served.ttft_error, "tpot_s": served.tpot_error}
     errors = {name: math.hypot(error, SERVING_ERROR[name]) for name, error in kernels.items()}
     # a request's time is its first token's and the others'
-    share = values["ttft_s"] / served.request_s[i]
+    share = values["ttft_s"] / served.request_s
     errors["output_tokens_per_s"] = math.hypot(share * errors["ttft_s"], (1 - share) * errors["tpot_s"])
-    record: dict[str, Any] = {"mean_batch": served.batch[i], "problem": ""}
+    record: dict[str, Any] = {"mean_batch": served.batch, "problem": ""}
     for name, value in values.items():
         factor = 1 + WITHIN_80 * errors[name]
         record |= {name: value, bound(name, "low"): value / factor, bound(name, "high"): value * factor}
-    return record | {f"share_{kind}": share[i] for kind, share in served.evidence.items()}
+    return record | {f"share_{kind}": share for kind, share in served.evidence.items()}
 
 
 def _measured(table: pd.DataFrame, ours: Mapping[str, str]) -> pd.DataFrame:

@@ -114,12 +114,9 @@ class Step:
         decode step checks ``1 + mtp_depth`` tokens per sequence and then drafts anew.
         """
         pp, halves = self.layout.pp, 1 + self.options.dual_batch_overlap
-        # of each candidate by itself: its price must not depend on what is priced beside it
-        micro: Any = 1 if pp == 1 else np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, pp)
-        context = self.context(np.asarray(batch, dtype=float) / (micro * halves), new, past)
-        at = _Sizes(context, self._chunk(context))
+        micro, at = self._at(batch, new, past)
         rows = tuple(self._row(row, at) for row in self.plan.rows)
-        hidden, hidden_comm = self.overlap.hidden(rows, context.sizes.tokens)
+        hidden, hidden_comm = self.overlap.hidden(rows, at.whole.sizes.tokens)
         per_stage = [[n * halves for n in self._counts(i)] for i in range(pp)]
         stage_s = [
             sum((price.seconds * n for price, n in zip(rows, calls, strict=True) if n), 0.0) - self._over(hidden, i)
@@ -146,6 +143,16 @@ class Step:
         error = _step_error(rows, counts)
         micro = micro if np.ndim(micro) else int(micro)
         return StepPrice(rows, counts, total, overhead, error, micro, saved, saved_comm, moved - saved_comm)
+
+    def _at(self, batch: Any, new: Any, past: Any) -> tuple[Any, _Sizes]:
+        """Micro-batches, and what the rows of one of them (or of half of it) are priced at."""
+        # of each candidate by itself: its price must not depend on what is priced beside it
+        micro: Any = 1
+        if self.layout.pp > 1:
+            micro = np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, self.layout.pp)
+        halves = 1 + self.options.dual_batch_overlap
+        context = self.context(np.asarray(batch, dtype=float) / (micro * halves), new, past)
+        return micro, _Sizes(context, self._chunk(context))
 
     def _over(self, per_kind: dict[int, Any], stage: int) -> Any:
         """Seconds per layer of each kind, summed over a stage's layers."""

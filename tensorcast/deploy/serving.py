@@ -201,8 +201,8 @@ def room_for(
     prefill: Deployment, decode: Deployment, prompts: PrefillLine, load: Load, pooled: bool
 ) -> tuple[Any, str]:
     """Sequences of ``load`` that fit on a decoding rank, and why none does. ``pooled``: prefill has its own GPUs."""
-    beside = (decode, decode, None) if pooled else (prefill, decode, prompts)
-    fits = sequences_that_fit(*beside, load.input_len, load.output_len)
+    beside = None if pooled else prompts  # what a full prefill step takes on the same GPUs
+    fits = sequences_that_fit(prefill, decode, beside, load.input_len, load.output_len)
     if fits < 1:
         return fits, f"does not fit: no room for one sequence of {load.input_len} tokens"
     if pooled and sequences_that_fit(prefill, prefill, prompts, load.input_len, 0) < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -209,7 +209,7 @@ def _aggregated(rows: list[_Row]) -> Served:
     """As :func:`tensorcast.deploy.serving.aggregated`, rows of one engine that all cut their prompts or all do not."""
     load = Load.together([row.load for row in rows])
     dp, depth = (np.array(values) for values in zip(*((r.ranks, r.run.options.mtp_depth) for r in rows), strict=True))
-    one = Aggregated(load, rows[0].decode.engine, dp, depth, _curves(rows), _Lines(rows))  # type: ignore[arg-type]
+    one = Aggregated(load, rows[0].decode.engine, dp, depth, _curves(rows), _Lines(rows))
     limit = np.minimum(load.concurrency / dp, [row.fits for row in rows])
     return one.served(steady_batch(one.in_flight, limit, load.concurrency), load.concurrency)
 

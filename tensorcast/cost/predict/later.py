@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Awaited:
     level: Size = 0
 
 
-Question = tuple[Awaited, tuple[int, ...], list[np.ndarray]]
+Question = tuple[Awaited, list[np.ndarray]]
 
 
 class Later:
@@ -44,20 +45,22 @@ class Later:
         if belongs is None:
             return None
         found = Awaited(*belongs)
-        shape = np.broadcast_shapes(*(value.shape for value in columns.values()))
-        flat = [np.broadcast_to(value, shape).ravel() for value in columns.values()]
-        self._asked[(*name, belongs, *columns)].append((found, shape, flat))
+        self._asked[(*name, belongs, *columns)].append((found, list(columns.values())))
         return found
 
     def find(self) -> None:
         """Ask each kernel's model once, and hand the numbers out."""
         for (family, dtype, variant, belongs, *names), questions in self._asked.items():
-            columns = (np.concatenate(parts) for parts in zip(*(flat for _, _, flat in questions), strict=True))
-            together = self._corrections.ask(
-                belongs, (family, dtype, variant), dict(zip(names, columns, strict=True))
-            )
-            ends = np.cumsum([len(flat[0]) for _, _, flat in questions])[:-1]
-            split = [np.split(np.asarray(x), ends) for x in (together.factor, together.error, together.level)]
-            for (found, shape, _), factor, error, level in zip(questions, *split, strict=True):
-                found.factor, found.error, found.level = (x.reshape(shape)[()] for x in (factor, error, level))
+            shapes = [np.broadcast_shapes(*(value.shape for value in values)) for _, values in questions]
+            ends = np.cumsum([math.prod(shape) for shape in shapes])
+            parts = [slice(end - math.prod(shape), end) for end, shape in zip(ends, shapes, strict=True)]
+            columns = np.empty((len(names), ends[-1]))
+            for (_, values), part, shape in zip(questions, parts, shapes, strict=True):
+                for column, value in zip(columns, values, strict=True):
+                    column[part].reshape(shape)[...] = value
+            sizes = dict(zip(names, columns, strict=True))
+            together = self._corrections.ask(belongs, (family, dtype, variant), sizes)
+            numbers = [np.asarray(x) for x in (together.factor, together.error, together.level)]
+            for (found, _), part, shape in zip(questions, parts, shapes, strict=True):
+                found.factor, found.error, found.level = (x[part].reshape(shape)[()] for x in numbers)
         self._asked.clear()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import random
 import subprocess
@@ -16,12 +17,12 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from tensorcast.deploy.layout import Layout, check
-from tensorcast.deploy.space import layouts
 from tensorcast.errors import InputError
 from tensorcast.profiles import list_devices, list_models, load_device, load_model
 from tensorcast.report.launch import model_facts
@@ -33,21 +34,25 @@ FEW = 20
 """Deployments of the table that repeats them."""
 
 WRONG = 0.02
-"""Share of rows whose layout is drawn blindly, so that most of them break a rule."""
+"""Share of layouts that break a rule and are kept."""
+
+
+shipped = cache(lambda names: list(names()))
+device_of = cache(load_device)
 
 
 @cache
-def legal(model: str, device: str, gpus: int) -> list[Layout]:
-    """Layouts of so many GPUs that keep every rule, with tensor parallelism inside one server."""
-    found, facts, profile = [], model_facts(load_model(model)), load_device(device)
-    for layout in layouts(gpus):
-        try:
-            check(layout, facts, profile)
-        except InputError:
-            continue
-        if layout.tp <= 8 and layout.pp <= 4:
-            found.append(layout)
-    return found
+def facts_of(model: str) -> dict[str, Any]:
+    """What layout rules ask of a model."""
+    return model_facts(load_model(model))
+
+
+@cache
+def fewest(model: str, device: str) -> int:
+    """GPUs, a power of two, that could hold a model's weights in 16 bits."""
+    params, memory = load_model(model).total_params, float(device_of(device).memory_bytes)
+    need = 1.3 * 2 * float(params.value) / memory if params else 4.0
+    return 1 << max(0, math.ceil(math.log2(need)))
 
 
 def sizes(layout: Layout, role: str = "") -> Row:
@@ -56,23 +61,25 @@ def sizes(layout: Layout, role: str = "") -> Row:
 
 
 def some_layout(dice: random.Random, model: str, device: str) -> Layout:
-    """A legal layout on GPUs that could hold 16-bit weights, up to eight times as many."""
-    profile, params = load_device(device), load_model(model).total_params
-    need = 2 * float(params.value) * 1.3 / float(profile.memory_bytes) if params else 4
-    least = max(1, 1 << (max(1, round(need)) - 1).bit_length())
-    found: list[Layout] = []
-    while not found:
-        found = legal(model, device, least * 2 ** dice.randint(0, 3))
-        least = max(1, least // 2)  # devices whose links reach less far
-    if dice.random() < WRONG:
-        tp, dp, ep = (2 ** dice.randint(0, 4) for _ in range(3))
-        return Layout(tp * dp, tp, dp, ep)
-    return dice.choice(found)
+    """A layout on enough GPUs, up to eight times as many, that keeps every rule; a few may break them."""
+    profile, least = device_of(device), fewest(model, device)
+    while True:
+        gpus = least * 2 ** dice.randint(0, 3)
+        tp, pp, ep = (2 ** dice.randint(0, most) for most in (3, 2, 8))
+        if tp * pp > gpus or ep * pp > gpus:
+            continue
+        found = Layout(gpus, tp, gpus // (tp * pp), ep, pp)
+        try:
+            check(found, facts_of(model), profile)
+        except InputError:
+            if dice.random() > WRONG:
+                continue
+        return found
 
 
 def deployment(dice: random.Random) -> Row:
     """A random deployment: model, device, engine, form, layout and precision."""
-    model, device, engine = dice.choice(list_models()), dice.choice(list_devices()), dice.choice(ENGINES)
+    model, device, engine = dice.choice(shipped(list_models)), dice.choice(shipped(list_devices)), dice.choice(ENGINES)
     row: Row = {"model": model, "device": device, "engine": engine}
     row["precision"] = dice.choice(("", "", "bf16", "fp8"))
     row["kv_dtype"] = dice.choice(("", "", "fp8"))

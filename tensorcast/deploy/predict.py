@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tensorcast.deploy.csv_table import read_table
 from tensorcast.deploy.curves import EVIDENCE
 from tensorcast.deploy.parallel import spread
 from tensorcast.deploy.price import WITHIN_80
-from tensorcast.deploy.runs import MEASURED, Run, canonical_columns, read_run
+from tensorcast.deploy.runs import MEASURED, Run, canonical_columns, is_empty, plain_number, read_run
 from tensorcast.deploy.serving import Served
 from tensorcast.deploy.together import serve
 from tensorcast.errors import InputError
@@ -39,16 +40,11 @@ FEW = 256
 
 
 def predict_file(path: Path, jobs: int = 1) -> pd.DataFrame:
-    """:func:`predict` of a CSV file; ``#`` begins a comment. Raises :class:`InputError` on bad files."""
-    import pandas as pd
-
-    if not path.is_file():
-        raise InputError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
+    """:func:`predict` of a CSV file. Raises :class:`InputError` on bad files."""
     try:
-        table = pd.read_csv(path, comment="#", dtype=str, keep_default_na=False, skipinitialspace=True)
-    except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
-        raise InputError(f"{path}: not a CSV table: {' '.join(str(error).split())}") from None
-    return predict(table, jobs)
+        return predict(read_table(path), jobs)
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
 
 
 def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
@@ -72,8 +68,10 @@ def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
     for stretch, served in zip(stretches, results, strict=True):
         for (index, run), record in zip(stretch, served, strict=True):
             records[index] = {"layout": run.layout, "gpus": run.gpus, **record, "assumed": "; ".join(run.assumed)}
+    measured, unread = _measured(table, ours)
+    for record, said in zip(records, unread, strict=True):
+        record["assumed"] = (record.get("assumed", "") + said).removeprefix("; ")
     out = pd.DataFrame(records, columns=_columns(), index=table.index)
-    measured = _measured(table, ours)
     kept = table.drop(columns=[c for c in table.columns if c in out.columns or ours.get(str(c)) in measured.columns])
     return pd.concat([kept, measured, out], axis=1)
 
@@ -151,12 +149,25 @@ def _record(served: Served, run: Run) -> dict[str, Any]:
     return record | {f"share_{kind}": share for kind, share in served.evidence.items()}
 
 
-def _measured(table: pd.DataFrame, ours: Mapping[str, str]) -> pd.DataFrame:
+def _measured(table: pd.DataFrame, ours: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
+    """Measured columns as numbers, in seconds, under our names; and for each row the cells that are no number."""
     import pandas as pd
 
-    found = {}
+    found, unread = {}, [""] * len(table)
     for name, column in ours.items():
         if column in MEASURED:
-            values = pd.to_numeric(table[name], errors="coerce")
-            found[column] = values / 1e3 if name.strip().lower().endswith("_ms") else values
-    return pd.DataFrame(found, index=table.index)
+            values = [_number(cell) for cell in table[name]]
+            for i, (value, cell) in enumerate(zip(values, table[name], strict=True)):
+                if value is None:
+                    unread[i] += f"; {name} {cell!r} is no number and is not scored"
+            unit = 1e3 if name.strip().lower().endswith("_ms") else 1.0
+            found[column] = [math.nan if value is None else value / unit for value in values]
+    return pd.DataFrame(found, index=table.index, dtype=float), unread
+
+
+def _number(cell: Any) -> float | None:
+    """NaN where nothing is said, None where what is said is no number."""
+    try:
+        return math.nan if is_empty(cell) else plain_number(cell)
+    except ValueError:
+        return None

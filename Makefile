@@ -80,6 +80,7 @@ bench: $(STAMP)  ## how long start, tracing, pricing and searching take on this 
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/price_points.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compare.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/predict_kernels.py
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/predict_rows.py
 
 reports: $(STAMP)  ## the example reports that are kept in reports/
 	@$(BIN)/tensorcast simulate deepseek-v3 --device h200 --world-size 32 --tp 1 --dp 32 --ep 32 \

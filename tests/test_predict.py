@@ -183,7 +183,8 @@ def test_replicas_share_the_load() -> None:
     assert out["gpus"][0] == 4
 
 
-def test_processes_change_nothing() -> None:
+def test_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorcast.deploy.predict.FEW", 1)
     rows = table(*({"concurrency": str(c), "tp": str(tp)} for tp in (1, 2) for c in (1, 5, 90)))
     pd.testing.assert_frame_equal(predict(rows), predict(rows, jobs=2))
 
@@ -262,7 +263,17 @@ def test_command_json_and_columns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("", "not a CSV"), ("a,b\n1,2\n", "model and device"), ("model,model_path\nx,y\n", "both mean")],
+    [
+        ("", "is empty"),
+        ("# nothing but this\n\n", "is empty"),
+        ("model,device\n", "no rows"),
+        ("a,b\n1,2\n", "model and device"),
+        ("model,model_path\nx,y\n", "both mean"),
+        ("model,device,tp,tp\nx,y,1,2\n", "'tp' is there twice, as columns 3 and 4"),
+        ("model,device,note,note\nx,y,1,2\n", "'note' is there twice"),
+        ("# first\nmodel,device\nllama-3.1-8b,h100\nllama-3.1-8b,h100,4\n", "line 4: has 3 cells"),
+        ('model,device\n"llama-3.1-8b,h100\nllama-3.1-8b,h100\n', "not a CSV"),
+    ],
 )
 def test_bad_tables_are_one_line(tmp_path: Path, text: str, says: str) -> None:
     runs = tmp_path / "runs.csv"
@@ -271,6 +282,54 @@ def test_bad_tables_are_one_line(tmp_path: Path, text: str, says: str) -> None:
     assert done.exit_code == 2 and says in done.output and done.output.count("\n") == 1
     assert run(str(tmp_path / "none.csv")).exit_code == 2
     assert run().exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfmodel,device,isl\nllama-3.1-8b,h100,512\n",
+        b"model;device;isl\r\nllama-3.1-8b;h100;512\r\n",
+        b"model\tdevice\tisl\nllama-3.1-8b\th100\t512\n",
+        b"# said before\n\nmodel, device, isl\n# and between\nllama-3.1-8b, h100, 512,,\n",
+        b",model,device,isl\n0,llama-3.1-8b,h100,512\n",
+        b'model,device,isl,osl\n"llama-3.1-8b",h100,512\n',
+    ],
+)
+def test_tables_as_programs_write_them(tmp_path: Path, content: bytes) -> None:
+    runs = tmp_path / "runs.csv"
+    runs.write_bytes(content)
+    out = predict_file(runs)
+    alone = predict(pd.DataFrame([{"model": "llama-3.1-8b", "device": "h100", "isl": "512"}]))
+    assert len(out) == 1 and out["problem"][0] == "" and out["tpot_s"][0] == alone["tpot_s"][0]
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    runs = tmp_path / "runs.csv"
+    runs.write_bytes("model,device\nllama-3.1-8b,h100\n".encode("utf-16"))
+    with pytest.raises(InputError, match="UTF-8"):
+        predict_file(runs)
+
+
+def test_numbers_with_commas() -> None:
+    """Commas may part thousands; a comma for decimals is not read as a ten times larger number."""
+    out = predict(table({"isl": "1,024"}, {"isl": "1024"}, {"length_ratio": "0,8"}, {"measured_tpot_s": "0,008"}))
+    assert out["tpot_s"][0] == out["tpot_s"][1]
+    assert "length_ratio '0,8'" in out["problem"][2]
+    assert "measured_tpot_s '0,008' is no number" in out["assumed"][3] and math.isnan(out["measured_tpot_s"][3])
+
+
+def test_contexts_beyond_the_models_positions() -> None:
+    row = {"model": "mixtral-8x7b", "tp": "2", "osl": "768"}  # 32,768 positions
+    out = predict(table({**row, "isl": "32000"}, {**row, "isl": "32001"}))
+    assert out["problem"][0] == ""
+    assert out["problem"][1] == "context length: isl + osl = 32769, but the model has 32768 positions"
+
+
+def test_results_come_back_in_what_a_row_says() -> None:
+    row = {"model": "deepseek-v3", "device": "h200", "dp": "32", "ep": "32", "all2all": "high_throughput"}
+    out = predict(table({**row, "combine": "fp8"}, row, {**row, "combine": "fp7"}))
+    assert out["tpot_s"][0] < out["tpot_s"][1]
+    assert "fp7" in out["problem"][2]
 
 
 def test_no_two_columns_share_a_name() -> None:

@@ -36,7 +36,7 @@ def predict(
     report: Annotated[Path | None, typer.Option(
         "--report", metavar="FILE", help="Markdown of the errors, a figure beside it.", rich_help_panel=OUTPUT,
     )] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes; short tables need one.")] = 2,
     columns: Annotated[bool, typer.Option("--columns", help="List the columns that are read, and leave.")] = False,
     as_json: AsJson = False,
 ) -> None:

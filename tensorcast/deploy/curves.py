@@ -76,16 +76,16 @@ class PrefillLine:
     @property
     def most_per_s(self) -> float:
         """Prompts per second of one data-parallel rank that does nothing else."""
-        return self.per_step / (self.fixed_s + self.prompt_s * max(self.per_step, 1.0))
+        return self.per_step / (self.fixed_s + self.prompt_s * np.maximum(self.per_step, 1.0))
 
     def at_rate(self, rate: Any) -> tuple[Any, Any]:
         """Seconds in service of a prompt when ``rate`` per second come to a rank, and the share of time it is busy.
 
         Prompts that came while a step ran share the next: ``n`` of them where ``n = rate * (fixed + prompt_s * n)``.
         """
-        alone = (self.fixed_s + self.prompt_s) / min(self.per_step, 1.0)
+        alone = (self.fixed_s + self.prompt_s) / np.minimum(self.per_step, 1.0)
         together = rate * self.fixed_s / np.maximum(1 - rate * self.prompt_s, 1e-9)
-        together = np.clip(together, 1.0, max(self.per_step, 1.0))
+        together = np.clip(together, 1.0, np.maximum(self.per_step, 1.0))
         service = np.where(self.per_step <= 1, alone, self.fixed_s + self.prompt_s * together)
         return service, rate * service / np.where(self.per_step <= 1, 1.0, together)
 

@@ -244,7 +244,7 @@ def _named(table: OpTable) -> dict[int, tuple[Op, Op]]:
 _numbers: dict[tuple[Any, ...], int] = {}
 
 
-def _content(op: Op) -> int:
+def content_of(op: Op) -> int:
     """A number for all that an op's price depends on, beside the sizes: equal ops of any layer or table share it."""
     tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
     changes = sorted((name, str(value)) for name, value in op.attrs.items())
@@ -256,7 +256,7 @@ def _merged(row: Row, members: list[Row], named: dict[int, tuple[Op, Op]]) -> Ro
     """The row as a fleet has it: collectives of all members; an op with a memo's name and whether it is routed."""
     if not isinstance(row, Collective):
         if id(row) not in named:
-            named[id(row)] = row, row.but(attrs={**row.attrs, "memo": _content(row), "routed": _is_routed(row)})
+            named[id(row)] = row, row.but(attrs={**row.attrs, "memo": content_of(row), "routed": _is_routed(row)})
         return named[id(row)][1]
     shared = tuple(m for m in members if isinstance(m, Collective) and (m.op, m.label) == (row.op, row.label))
     assert len(shared) == len(members), "members of a fleet have the same rows"

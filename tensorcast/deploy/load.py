@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from tensorcast.errors import InputError
 
 @dataclass(frozen=True)
 class Load:
-    """What users send. ``concurrency`` counts requests in flight over the whole deployment; it may be an array.
+    """What users send. ``concurrency`` counts requests in flight over the whole deployment; it may be an array, and so
+    may, in :meth:`together`, everything else: one entry per load.
 
     ``prefix_cached``: tokens of the prompt that are in the cache already. ``mtp_acceptance``: chance that a drafted
     token is accepted, given that those before it were. ``spread``: replies are between ``1 - spread`` and ``1 +
@@ -22,44 +24,49 @@ class Load:
     ``wait_steps``: steps before a first token reaches the client that batching of messages adds.
     """
 
-    input_len: int
-    output_len: int
+    input_len: Any
+    output_len: Any
     concurrency: Any
-    prefix_cached: int = 0
-    mtp_acceptance: float = 0.8
-    spread: float = 0.0
-    rounds: float = math.inf
-    wait_steps: float = 0.0
+    prefix_cached: Any = 0
+    mtp_acceptance: Any = 0.8
+    spread: Any = 0.0
+    rounds: Any = math.inf
+    wait_steps: Any = 0.0
 
     def __post_init__(self) -> None:
-        if self.input_len < 1:
+        if np.any(self.input_len < 1):
             raise InputError(f"input_len = {self.input_len}: a prompt has at least 1 token")
-        if self.output_len < 1:
+        if np.any(self.output_len < 1):
             raise InputError(f"output_len = {self.output_len}: a reply has at least 1 token")
         if not np.all(np.asarray(self.concurrency, dtype=float) > 0):
             raise InputError(f"concurrency = {self.concurrency}: must be more than 0 requests in flight")
-        if not 0 <= self.prefix_cached < self.input_len:
+        if not np.all((self.prefix_cached >= 0) & (self.prefix_cached < self.input_len)):
             raise InputError(
                 f"prefix_cached = {self.prefix_cached}: must be at least 0 and less than input_len = {self.input_len}"
             )
-        if not 0 <= self.mtp_acceptance <= 1:
+        if not np.all((self.mtp_acceptance >= 0) & (self.mtp_acceptance <= 1)):
             raise InputError(f"mtp_acceptance = {self.mtp_acceptance}: a chance lies between 0 and 1")
-        if self.rounds < 1:
+        if np.any(self.rounds < 1):
             raise InputError(f"rounds = {self.rounds}: every client sends at least 1 request")
 
+    @classmethod
+    def together(cls, loads: Sequence[Load]) -> Load:
+        """Loads of one entry each as one load of arrays."""
+        return cls(**{field.name: np.array([getattr(load, field.name) for load in loads]) for field in fields(cls)})
+
     @property
-    def new(self) -> int:
+    def new(self) -> Any:
         """Prompt tokens to compute."""
         return self.input_len - self.prefix_cached
 
     @property
-    def context(self) -> float:
+    def context(self) -> Any:
         """Cached tokens of a decoding sequence, mean over its reply."""
         return self.input_len + self.output_len / 2
 
-    def tokens_per_step(self, depth: int) -> float:
+    def tokens_per_step(self, depth: Any) -> Any:
         """Tokens that a decode step brings a sequence with ``depth`` drafted: 1 + a + ... + a^depth."""
-        return float(sum(self.mtp_acceptance**i for i in range(depth + 1)))
+        return sum((np.where(i <= depth, self.mtp_acceptance**i, 0.0)[()] for i in range(int(np.max(depth)) + 1)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -85,3 +92,9 @@ class Served:
     hidden_comm_s: Any
     evidence: dict[str, Any]
     problem: Any
+
+    def one(self, i: int) -> Served:
+        """Entry ``i`` of arrays."""
+        numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "evidence"}
+        evidence = {kind: value[i] for kind, value in self.evidence.items()}
+        return Served(**{name: value[i] for name, value in numbers.items()}, evidence=evidence)

@@ -48,9 +48,10 @@ class CurvesAt:
     def at(self, column: str, batch: Array) -> Array:
         """Linear between the grid's batches, as ``numpy.interp``."""
         if self._found is None or self._found[0] is not batch:  # most batches are read in several columns
-            right = np.clip(np.searchsorted(self.grid, batch, side="right"), 1, len(self.grid) - 1)
+            inside = np.maximum(batch, self.grid[0])
+            right = np.clip(np.searchsorted(self.grid, inside, side="right"), 1, len(self.grid) - 1)
             left = self.rows * len(self.grid) + right - 1
-            self._found = batch, left, batch - self.grid[right - 1], self.grid[right] - self.grid[right - 1]
+            self._found = batch, left, inside - self.grid[right - 1], self.grid[right] - self.grid[right - 1]
         _, left, beyond, width = self._found
         values = self.columns[column].ravel()
         low = values[left]

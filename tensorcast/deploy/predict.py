@@ -6,26 +6,19 @@ says why in ``problem``; nothing is dropped.
 
 from __future__ import annotations
 
-import copy
-import functools
+import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from tensorcast.deploy.csv_table import read_table
 from tensorcast.deploy.curves import EVIDENCE
-from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.options import Options
+from tensorcast.deploy.parallel import spread
 from tensorcast.deploy.price import WITHIN_80
-from tensorcast.deploy.runs import MEASURED, Run, canonical_columns, read_run
-from tensorcast.deploy.serving import Load, Served, aggregated, disaggregated
-from tensorcast.deploy.simulate import Deployment, deploy
+from tensorcast.deploy.runs import MEASURED, Run, canonical_columns, is_empty, plain_number, read_run
+from tensorcast.deploy.serving import Served
+from tensorcast.deploy.together import serve
 from tensorcast.errors import InputError
-from tensorcast.profiles.engine import EngineProfile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,22 +31,19 @@ SERVING_ERROR = {"ttft_s": 0.38, "tpot_s": 0.13}
 Set so that about four in five of the runs behind ``reports/serving.md`` lie in their intervals, on all of them, none
 left out: the report says how many do."""
 
+AT_ONCE = 512
+"""Rows of one model that are served together at most: some hundred megabytes."""
+
+FEW = 256
+"""Rows below which one process answers sooner than several start."""
+
 
 def predict_file(path: Path, jobs: int = 1) -> pd.DataFrame:
-    """:func:`predict` of a CSV file; ``#`` begins a comment. Raises :class:`InputError` on bad files."""
-    return predict(read_file(path), jobs)
-
-
-def read_file(path: Path) -> pd.DataFrame:
-    """A CSV file as the table that :func:`predict` takes, every cell as it is written."""
-    import pandas as pd
-
-    if not path.is_file():
-        raise InputError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
+    """:func:`predict` of a CSV file. Raises :class:`InputError` on bad files."""
     try:
-        return pd.read_csv(path, comment="#", dtype=str, keep_default_na=False, skipinitialspace=True)
-    except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
-        raise InputError(f"{path}: not a CSV table: {' '.join(str(error).split())}") from None
+        return predict(read_table(path), jobs)
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
 
 
 def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
@@ -67,23 +57,18 @@ def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
     """
     import pandas as pd
 
-    ours = canonical_columns([str(name) for name in table.columns])
-    runs, problems = read_table(table)
-    groups = group_runs(runs)
-    if jobs > 1 and len(groups) > 1:
-        from concurrent.futures import ProcessPoolExecutor
-
-        # neighbours share a deployment: whole stretches keep it in one process
-        with ProcessPoolExecutor(jobs) as pool:
-            results = list(pool.map(_serve, groups, chunksize=max(1, -(-len(groups) // (jobs * 8)))))
-    else:
-        results = [_serve(group) for group in groups]
+    runs, problems = read_runs(table)
+    parts = stretches(runs, jobs)
+    results = spread(_serve, parts, jobs if len(table) >= FEW else 1)
     records: list[dict[str, Any]] = [{"problem": problem} for problem in problems]
-    for group, served in zip(groups, results, strict=True):
-        for (index, run), record in zip(group, served, strict=True):
+    for stretch, served in zip(parts, results, strict=True):
+        for (index, run), record in zip(stretch, served, strict=True):
             records[index] = {"layout": run.layout, "gpus": run.gpus, **record, "assumed": "; ".join(run.assumed)}
+    measured, unread = measured_columns(table)
+    for record, said in zip(records, unread, strict=True):
+        record["assumed"] = (record.get("assumed", "") + said).removeprefix("; ")
     out = pd.DataFrame(records, columns=_columns(), index=table.index)
-    measured = measured_columns(table)
+    ours = canonical_columns([str(name) for name in table.columns])
     kept = table.drop(columns=[c for c in table.columns if c in out.columns or ours.get(str(c)) in measured.columns])
     return pd.concat([kept, measured, out], axis=1)
 
@@ -102,7 +87,7 @@ def bound(name: str, side: str) -> str:
     return f"{stem}_{side}{unit}"
 
 
-def read_table(table: pd.DataFrame) -> tuple[list[Run | None], list[str]]:
+def read_runs(table: pd.DataFrame) -> tuple[list[Run | None], list[str]]:
     """The run of every row and what keeps it from being read: either is there. Raises where no row can be read."""
     ours = canonical_columns([str(name) for name in table.columns])
     if "model" not in ours.values() or "device" not in ours.values():
@@ -121,112 +106,73 @@ def read_table(table: pd.DataFrame) -> tuple[list[Run | None], list[str]]:
     return runs, problems
 
 
-Group = list[tuple[int, Run]]
+def stretches(runs: list[Run | None], jobs: int) -> list[list[tuple[int, Run]]]:
+    """Rows in the order of deployments, cut where models change and where a stretch would be a process's whole share.
 
-
-def group_runs(runs: list[Run | None]) -> list[Group]:
-    """Rows that differ in concurrency alone, in the order of deployments."""
-    groups: dict[Run, Group] = defaultdict(list)
-    for index, run in enumerate(runs):
-        if run is not None:
-            groups[replace(run, concurrency=0.0)].append((index, run))
-
-    def deployment(run: Run) -> tuple[str, ...]:
-        return run.model, run.device, run.engine, str(run.options), run.layout
-
-    return [groups[key] for key in sorted(groups, key=deployment)]
-
-
-def _serve(group: Group) -> list[dict[str, Any]]:
-    """Predictions of rows that differ in concurrency alone."""
-    run = group[0][1]
-    concurrency = np.array([run.concurrency for _, run in group])
-    try:
-        served = serve(run, concurrency / run.replicas)
-    except InputError as error:
-        return [{"problem": str(error)} for _ in group]
-    return [_record(served, run, i) for i in range(len(group))]
-
-
-def serve(run: Run, concurrency: Any, engine: EngineProfile | None = None) -> Served:
-    """What ``run`` serves at the given requests in flight per replica.
-
-    ``engine``: in place of the run's own; it must not differ from that in more than overheads.
+    Rows of a model share tables and their predictions' models; few of them are as quick in one process.
     """
-    mean = (1 + run.length_ratio) / 2
-    load = Load(
-        max(1, round(run.isl * mean)), max(1, round(run.osl * mean)), concurrency, run.prefix_cached,
-        run.mtp_acceptance, (1 - run.length_ratio) / (1 + run.length_ratio), run.rounds, run.wait_steps,
-    )  # fmt: skip
-    prefill, decode = deployments(run)
-    if engine is not None:
-        prefill, decode = _under(prefill, engine), _under(decode, engine)
-    if run.mode == "agg":
-        return aggregated(prefill, decode, load, run.chunk_tokens)
-    return disaggregated(prefill, decode, *run.workers, load, run.chunk_tokens)
+    rows = [(index, run) for index, run in enumerate(runs) if run is not None]
+
+    def deployment(row: tuple[int, Run]) -> tuple[str, ...]:
+        run = row[1]
+        return run.model, str(run.options.quant), run.engine, run.device, str(run.options), run.layout
+
+    rows.sort(key=deployment)
+    share = min(AT_ONCE, -(-len(rows) // (jobs * 2)))
+    found = []
+    for _, same in itertools.groupby(rows, key=lambda row: row[1].model):
+        whole = list(same)
+        parts = -(-len(whole) // max(share, 1))
+        size = -(-len(whole) // parts)
+        found += [whole[start : start + size] for start in range(0, len(whole), size)]
+    return found
 
 
-def deployments(run: Run) -> tuple[Deployment, Deployment]:
-    """Prefill and decode side of a run."""
-    drafted = replace(run.options, mtp_depth=0)  # drafting is the decode step's
-    return (
-        _deployed(run.model, run.device, run.engine, run.prefill, "prefill", drafted),
-        _deployed(run.model, run.device, run.engine, run.decode, "decode", run.options),
-    )
+def _serve(stretch: list[tuple[int, Run]]) -> list[dict[str, Any]]:
+    runs = [run for _, run in stretch]
+    return [_record(served, run) for served, run in zip(serve(runs), runs, strict=True)]
 
 
-def _under(deployment: Deployment, engine: EngineProfile) -> Deployment:
-    step = copy.copy(deployment.step)
-    step.engine = engine
-    return replace(deployment, engine=engine, step=step)
-
-
-@functools.lru_cache(maxsize=64)
-def _deployed(model: str, device: str, engine: str, layout: Layout, phase: str, options: Options) -> Deployment:
-    return deploy(_model(model), _device(device), _engine(engine), layout, phase, options)
-
-
-def _profile(kind: str) -> Callable[[str], Any]:
-    @functools.lru_cache(maxsize=64)
-    def load(name: str) -> Any:
-        from tensorcast import profiles
-
-        return getattr(profiles, f"load_{kind}")(name.replace("_", "-") if kind == "device" else name)
-
-    return load
-
-
-_model, _device, _engine = _profile("model"), _profile("device"), _profile("engine")
-
-
-def _record(served: Served, run: Run, i: int) -> dict[str, Any]:
-    if problem := served.problem[i]:
-        return {"problem": problem}
+def _record(served: Served, run: Run) -> dict[str, Any]:
+    if served.problem:
+        return {"problem": served.problem}
     values = {
-        "ttft_s": served.ttft_s[i],
-        "tpot_s": served.tpot_s[i],
-        "output_tokens_per_s": served.output_tokens_per_s[i] * run.replicas,
+        "ttft_s": served.ttft_s,
+        "tpot_s": served.tpot_s,
+        "output_tokens_per_s": served.output_tokens_per_s * run.replicas,
     }
-    kernels = {"ttft_s": served.ttft_error[i], "tpot_s": served.tpot_error[i]}
+    kernels = {"ttft_s": served.ttft_error, "tpot_s": served.tpot_error}
     errors = {name: math.hypot(error, SERVING_ERROR[name]) for name, error in kernels.items()}
     # a request's time is its first token's and the others'
-    share = values["ttft_s"] / served.request_s[i]
+    share = values["ttft_s"] / served.request_s
     errors["output_tokens_per_s"] = math.hypot(share * errors["ttft_s"], (1 - share) * errors["tpot_s"])
-    record: dict[str, Any] = {"mean_batch": served.batch[i], "problem": ""}
-    record |= {"decode_step_s": served.decode_step_s[i], "step_error": served.tpot_error[i]}
+    record: dict[str, Any] = {"mean_batch": served.batch, "problem": ""}
+    record |= {"decode_step_s": served.decode_step_s, "step_error": served.tpot_error}
     for name, value in values.items():
         factor = 1 + WITHIN_80 * errors[name]
         record |= {name: value, bound(name, "low"): value / factor, bound(name, "high"): value * factor}
-    return record | {f"share_{kind}": share[i] for kind, share in served.evidence.items()}
+    return record | {f"share_{kind}": share for kind, share in served.evidence.items()}
 
 
-def measured_columns(table: pd.DataFrame) -> pd.DataFrame:
-    """The measured columns of a table under our names, in seconds; cells that are no numbers become NaN."""
+def measured_columns(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Measured columns as numbers, in seconds, under our names; and for each row the cells that are no number."""
     import pandas as pd
 
-    found = {}
+    found, unread = {}, [""] * len(table)
     for name, column in canonical_columns([str(name) for name in table.columns]).items():
         if column in MEASURED:
-            values = pd.to_numeric(table[name], errors="coerce")
-            found[column] = values / 1e3 if name.strip().lower().endswith("_ms") else values
-    return pd.DataFrame(found, index=table.index)
+            values = [_number(cell) for cell in table[name]]
+            for i, (value, cell) in enumerate(zip(values, table[name], strict=True)):
+                if value is None:
+                    unread[i] += f"; {name} {cell!r} is no number and is not scored"
+            unit = 1e3 if name.strip().lower().endswith("_ms") else 1.0
+            found[column] = [math.nan if value is None else value / unit for value in values]
+    return pd.DataFrame(found, index=table.index, dtype=float), unread
+
+
+def _number(cell: Any) -> float | None:
+    """NaN where nothing is said, None where what is said is no number."""
+    try:
+        return math.nan if is_empty(cell) else plain_number(cell)
+    except ValueError:
+        return None

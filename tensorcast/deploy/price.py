@@ -53,6 +53,12 @@ class RowPrice:
         parts = {name: pick(value, where) for name, value in self.parts.items()}
         return replace(self, **some, parts=parts, row=self.row if row is None else row)
 
+    def times(self, count: Any) -> RowPrice:
+        """The price of ``count`` such calls."""
+        numbers = ("seconds", "flops", "bytes", "wire_bytes", "ideal_compute_s")
+        more: dict[str, Any] = {name: getattr(self, name) * count for name in numbers}
+        return replace(self, **more, parts={part: seconds * count for part, seconds in self.parts.items()})
+
     @property
     def busy_s(self) -> Any:
         """Seconds in which the row keeps the device's arithmetic or memory busy."""

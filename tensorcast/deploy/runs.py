@@ -8,6 +8,7 @@ nothing) takes the default. For disaggregated rows every size of a layout exists
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "kv_dtype": ("KV cache: bf16 or fp8; default the model's", None, ("kv_cache_dtype", "kvcache_quant_mode")),
     "all2all": ("MoE exchange; default the engine's", "auto", ("moe_backend",)),
     "dispatch": ("dtype tokens are sent in; default the experts'", None, ()),
+    "combine": ("dtype results come back in, or logfmt10 (low_latency); default bf16", None, ()),
     "routing": ("how tokens spread over experts: balanced, uniform (each picks at random), zipf:S", "uniform", ()),
     "redundant_experts": ("copies of experts", 0, ()),
     "prefix_cached": ("prompt tokens found in the cache", 0, ()),
@@ -79,6 +81,7 @@ with an FP8 cache where weights are FP8 (its own FP8 checkpoints ask for it, too
 
 BITS = {"bf16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "nvfp4": 4, "mxfp4": 4, "w4a16": 4, "w4a16_g32": 4}
 INTEGER = ("int8", "w4a16", "w4a16_g32")
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 _NOTHING = ("", "nan", "none", "null", "na", "n/a", "-")
 
 
@@ -130,7 +133,10 @@ def canonical_columns(names: list[str]) -> dict[str, str]:
     for name, others in MEASURED.items():
         known |= dict.fromkeys((name, *others), name)
     found: dict[str, str] = {}
-    for name in names:
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            both = f"{names.index(name) + 1} and {i + 1}"
+            raise InputError(f"column {name!r} is there twice, as columns {both}: keep one")
         ours = known.get(name.strip().lower().replace("-", "_"))
         if ours is None:
             continue
@@ -146,7 +152,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
 
     ``stated``: the table's own column names, lower case; some formats have defaults of their own.
     """
-    cells = _Cells({name: value for name, value in row.items() if not _empty(value)})
+    cells = _Cells({name: value for name, value in row.items() if not is_empty(value)})
     model, device, engine = cells.text("model"), cells.text("device"), cells.text("engine")
     mode = {"aggregated": "agg", "disaggregated": "disagg", "pd": "disagg"}.get(m := cells.text("mode").lower(), m)
     if mode not in ("agg", "disagg"):
@@ -167,6 +173,9 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     wait = cells.number("wait_steps", RECORD["wait_steps"].get(engine, 0.0) if record else 0.0)
     if not 0 < ratio <= 1:
         raise InputError(f"length_ratio {ratio:g}: must be more than 0 and at most 1")
+    isl, osl = cells.whole("isl"), cells.whole("osl")
+    if facts["positions"] and isl + osl > facts["positions"]:
+        raise InputError(f"context length: isl + osl = {isl + osl}, but the model has {facts['positions']} positions")
     chunk = cells.number("chunk_tokens", None)
     options = Options(
         quant=_quant(cells, facts),
@@ -174,11 +183,12 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         routing=cells.text("routing"),
         all2all=cells.text("all2all"),
         dispatch=cells.text("dispatch", None),
+        combine=cells.text("combine", None),
         redundant_experts=cells.whole("redundant_experts", least=0),
         mtp_depth=cells.whole("mtp_depth", least=0),
     )
     return Run(
-        profile, device, engine, mode, cells.whole("isl"), cells.whole("osl"), concurrency, prefill, decode,
+        profile, device, engine, mode, isl, osl, concurrency, prefill, decode,
         workers, cells.whole("replicas"), ratio, cells.number("rounds", 10.0), wait,
         cells.whole("prefix_cached", least=0),
         cells.number("mtp_acceptance", 0.8), None if chunk is None else int(chunk), options, tuple(cells.assumed),
@@ -211,7 +221,7 @@ class _Cells:
         if value is None:
             return default
         try:
-            number = float(str(value).replace(",", "").replace("_", ""))
+            number = plain_number(value)
         except ValueError:
             raise InputError(f"{role}{name} {value!r}: must be a number") from None
         if not math.isfinite(number):
@@ -230,6 +240,12 @@ class _Cells:
         return int(number)
 
 
+def plain_number(cell: Any) -> float:
+    """The number that a cell says; commas may part thousands. Raises :class:`ValueError`."""
+    text = str(cell).strip().replace("_", "")
+    return float(text.replace(",", "") if _THOUSANDS.fullmatch(text) else text)
+
+
 def _workers(cells: _Cells, concurrency: float | None) -> tuple[int, int]:
     """Prefill and decode workers; :data:`PER_DECODE_WORKER` and :data:`DECODE_PER_PREFILL` where they are not said."""
     said = [int(cells.number("workers", 0, role)) or None for role in ("prefill_", "decode_")]
@@ -242,7 +258,8 @@ def _workers(cells: _Cells, concurrency: float | None) -> tuple[int, int]:
     return prefill, decode
 
 
-def _empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether a cell says nothing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     return isinstance(value, str) and value.strip().lower() in _NOTHING

@@ -49,14 +49,14 @@ class Aggregated:
     load: Load
     engine: EngineProfile
     dp: Any
-    depth: int
+    depth: Any
     decoding: DecodeCurve
     prompts: PrefillLine
 
     @property
-    def steps(self) -> float:
+    def steps(self) -> Any:
         """Decode steps of one reply."""
-        return max(self.load.output_len - 1, 1) / self.load.tokens_per_step(self.depth)
+        return np.maximum(self.load.output_len - 1, 1) / self.load.tokens_per_step(self.depth)
 
     def at(self, batch: Any) -> _Steps:
         # during a reply, every other sequence's client sends one prompt
@@ -110,9 +110,9 @@ def aggregated(prefill: Deployment, decode: Deployment, load: Load, chunk_tokens
         raise InputError(f"chunk_tokens = {chunk_tokens}: must be at least 1")
     concurrency = np.asarray(load.concurrency, dtype=float)
     prompts = PrefillLine(prefill, load.new, load.prefix_cached, chunk)
-    fits = sequences_that_fit(prefill, decode, prompts, load.input_len, load.output_len)
-    if fits < 1:
-        return _unserved(concurrency, f"does not fit: no room for one sequence of {load.input_len} tokens")
+    fits, problem = room_for(prefill, decode, prompts, load, pooled=False)
+    if problem:
+        return unserved(concurrency, problem)
     decoding = DecodeCurve(decode, load.context, float(concurrency.max()) / dp)
     one = Aggregated(load, engine, dp, decode.options.mtp_depth, decoding, prompts)
     return one.served(steady_batch(one.in_flight, np.minimum(concurrency / dp, fits), concurrency), concurrency)
@@ -130,14 +130,14 @@ class Disaggregated:
     engine: EngineProfile
     ranks: Any
     lanes: Any
-    depth: int
+    depth: Any
     hand_over_s: Any
     decoding: DecodeCurve
     prompts: PrefillLine
 
     def generation_s(self, batch: Any) -> Any:
         """Seconds of a reply after its first token."""
-        steps = max(self.load.output_len - 1, 1) / self.load.tokens_per_step(self.depth)
+        steps = np.maximum(self.load.output_len - 1, 1) / self.load.tokens_per_step(self.depth)
         return steps * self.decoding.at("seconds", batch)
 
     def ttft(self, batch: Any, concurrency: Any) -> Any:
@@ -187,11 +187,9 @@ def disaggregated(
     engine, dp = decode.engine, decode.layout.dp
     concurrency = np.asarray(load.concurrency, dtype=float)
     prompts = PrefillLine(prefill, load.new, load.prefix_cached, chunk_tokens or own_chunk(prefill))
-    fits = sequences_that_fit(decode, decode, None, load.input_len, load.output_len)
-    if fits < 1:
-        return _unserved(concurrency, f"does not fit: no room for one sequence of {load.input_len} tokens")
-    if sequences_that_fit(prefill, prefill, prompts, load.input_len, 0) < 1:
-        return _unserved(concurrency, f"does not fit: prefill workers have no room for {load.input_len} tokens")
+    fits, problem = room_for(prefill, decode, prompts, load, pooled=True)
+    if problem:
+        return unserved(concurrency, problem)
     ranks, lanes = decode_workers * dp, prefill_workers * prefill.layout.dp
     decoding = DecodeCurve(decode, load.context, float(concurrency.max()) / ranks)
     hand_over = transfer_s(prefill, decode, load.input_len, prefill_workers + decode_workers)
@@ -204,6 +202,19 @@ def own_chunk(prefill: Deployment) -> int:
     """Prompt tokens per step and data-parallel rank that the engine takes unasked."""
     dp = prefill.layout.dp if prefill.raw.facts["num_experts"] else 1  # dense models: a server of its own per rank
     return prefill.engine.tokens_per_step(prefill.device, dp, prefill.step.plan.all2all)
+
+
+def room_for(
+    prefill: Deployment, decode: Deployment, prompts: PrefillLine, load: Load, pooled: bool
+) -> tuple[Any, str]:
+    """Sequences of ``load`` that fit on a decoding rank, and why none does. ``pooled``: prefill has its own GPUs."""
+    beside = None if pooled else prompts  # what a full prefill step takes on the same GPUs
+    fits = sequences_that_fit(prefill, decode, beside, load.input_len, load.output_len)
+    if fits < 1:
+        return fits, f"does not fit: no room for one sequence of {load.input_len} tokens"
+    if pooled and sequences_that_fit(prefill, prefill, prompts, load.input_len, 0) < 1:
+        return fits, f"does not fit: prefill workers have no room for {load.input_len} tokens"
+    return fits, ""
 
 
 def transfer_s(prefill: Deployment, decode: Deployment, tokens: int, workers: int) -> float:
@@ -246,7 +257,7 @@ def _steps(decoding: DecodeCurve, prompts: PrefillLine, batch: Any, arrivals: An
     extra = first - plain
     per_rank = arrivals / dp
     used = per_rank / prompts.per_step
-    if prompts.per_step <= 1:  # a prompt takes 1 / per_step steps of its own
+    if np.all(prompts.per_step <= 1):  # a prompt takes 1 / per_step steps of its own
         mixed = 1 - np.maximum(1 - used, 0) ** dp
         idle = 1 - np.maximum(used, 1e-12) / np.maximum(mixed, 1e-12)  # share of the ranks that have none
         each = np.maximum(extra + prompts.prompt_s - prompts.expert_s * idle, 0.0)
@@ -290,7 +301,7 @@ def _served(
     load: Load, concurrency: Any, batch: Any, first: Any, generation: Any,
     decoding: DecodeCurve, prompts: PrefillLine, prefill_share: Any,
 ) -> Served:
-    per_token = generation / max(load.output_len - 1, 1)
+    per_token = generation / np.maximum(load.output_len - 1, 1)
     request = first + per_token * (load.output_len - 1)
     share = prefill_share
     error = np.hypot((1 - share) * decoding.at("error", batch), share * prompts.error)
@@ -316,7 +327,8 @@ def _served(
     return Served(**{name: _plain(value) for name, value in columns.items()}, evidence=evidence, problem=problem)
 
 
-def _unserved(concurrency: Any, why: str) -> Served:
+def unserved(concurrency: Any, why: str) -> Served:
+    """No numbers, and ``why``."""
     columns = {field.name: np.full(concurrency.shape, np.nan) for field in fields(Served)}
     columns |= {"concurrency": concurrency, "problem": np.full(concurrency.shape, why, dtype=object)}
     return Served(**{name: _plain(value) for name, value in columns.items()} | {"evidence": {}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -39,6 +39,21 @@ class _Sizes(NamedTuple):
 
     whole: Context
     chunks: tuple[Any, Context]
+
+
+class _Batches(NamedTuple):
+    """Micro-batches, the tokens of one of them (or of half of it), and what rows are priced at.
+
+    ``drafts``: what drafting is priced at, if the step drafts. Or, where there are several batches, ``rows`` holds what
+    they draft behind the ``own`` batches, and ``draft_at`` says which of those cases every batch is.
+    """
+
+    micro: Any
+    tokens: Any
+    rows: _Sizes
+    drafts: _Sizes | None = None
+    own: int | None = None
+    draft_at: Any = None
 
 
 class Step:
@@ -99,21 +114,17 @@ class Step:
         Under dual-batch overlap every stage runs two halves, each priced as the half it is. With drafted tokens a
         decode step checks ``1 + mtp_depth`` tokens per sequence and then drafts anew.
         """
-        pp = self.layout.pp
+        at = self._at(batch, new, past)
+        rows, draft = self._rows(at)
+        hidden, hidden_comm = self.overlap.hidden(rows, at.tokens)
+        stages, micro, pp = self._stages, at.micro, self.layout.pp
         halves: Any = 1 + self.options.dual_batch_overlap
-        # of each candidate by itself: its price must not depend on what is priced beside it
-        micro: Any = 1 if pp == 1 else np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, pp)
-        whole = np.asarray(batch, dtype=float) / micro
-        part, verify = whole / halves, self._verify
-        rows, draft, draft_at = self._rows(part, whole, new, past)
-        hidden, hidden_comm = self.overlap.hidden(rows, part * verify * new)
-        stages = self._stages
         # stages of the same layers take the same time
         alike = {stage: stage.seconds(rows) * halves - stage.over(hidden) for stage in dict.fromkeys(stages)}
         counts = tuple(sum(calls) * halves for calls in zip(*(stage.calls for stage in stages), strict=True))
         last_s = alike.pop(stages[-1]) if stages.count(stages[-1]) == 1 else alike[stages[-1]]
         if draft:
-            drafting = pick(sum((price.seconds for price in draft), 0.0), draft_at)
+            drafting = pick(sum((price.seconds for price in draft), 0.0), at.draft_at)
             last_s = last_s + drafting * self.options.mtp_depth
             rows, counts = (*rows, *draft), counts + (self.options.mtp_depth,) * len(draft)
         slowest = last_s
@@ -126,8 +137,44 @@ class Step:
         micro = micro if np.ndim(micro) else int(micro)
         return StepPrice(
             rows, counts, slowest * turns + overhead, overhead, beside.error_s, micro, saved, saved_comm,
-            len(draft), draft_at,
+            len(draft), at.draft_at,
         )  # fmt: skip
+
+    def _at(self, batch: Any, new: Any, past: Any) -> _Batches:
+        # of each candidate by itself: its price must not depend on what is priced beside it
+        micro: Any = 1
+        if self.layout.pp > 1:
+            micro = np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, self.layout.pp)
+        whole = np.asarray(batch, dtype=float) / micro
+        part = whole / (1 + self.options.dual_batch_overlap)
+        tokens = part * self._verify * new
+        if self.table.phase != "decode" or not np.any(self.options.mtp_depth):
+            return _Batches(micro, tokens, self._sizes(part, new, past))
+        if np.ndim(whole) != 1 or np.ndim(past) > 1:
+            drafts = self._sizes(whole, 1.0, past, verify=1.0)
+            return _Batches(micro, tokens, self._sizes(part, new, past), drafts)
+        # what batches draft, where they draft alike once, is priced as further batches of the same rows
+        every = np.array([np.broadcast_to(value, whole.shape) for value in (whole, past, self.kv_bytes)])
+        cases, draft_at = np.unique(every, axis=1, return_inverse=True)
+
+        def both(value: Any, case: Any) -> Any:
+            return np.concatenate([np.broadcast_to(value, whole.shape), np.broadcast_to(case, cases.shape[1:])])
+
+        joined = self._sizes(
+            both(part, cases[0]), new if np.ndim(new) == 0 else both(new, 1.0),
+            past if np.ndim(past) == 0 else both(past, cases[1]), both(self._verify, 1.0),
+            self.kv_bytes if np.ndim(self.kv_bytes) == 0 else both(self.kv_bytes, cases[2]),
+        )  # fmt: skip
+        return _Batches(micro, tokens, joined, None, len(whole), draft_at)
+
+    def _rows(self, at: _Batches) -> tuple[tuple[RowPrice, ...], tuple[RowPrice, ...]]:
+        """Prices of the plan's rows, and of the rows of drafting one token per sequence."""
+        if at.own is None:
+            draft = () if at.drafts is None else tuple(self._row(row, at.drafts) for _, row in self._drafts)
+            return tuple(self._row(row, at.rows) for row in self.plan.rows), draft
+        priced = [self._row(row, at.rows) for row in (*self.plan.rows, self._project)]
+        own, further = slice(at.own), slice(at.own, None)
+        return tuple(p.at(own) for p in priced[:-1]), tuple(priced[i].at(further, row) for i, row in self._drafts)
 
     @cached_property
     def _stages(self) -> list[Stage]:
@@ -191,36 +238,9 @@ class Step:
         part = replace(context, sizes=replace(context.sizes, B=context.sizes.B / chunks))
         return chunks, self._loaded(part, tokens / chunks)
 
-    def _rows(
-        self, batch: Any, drafting: Any, new: Any, past: Any
-    ) -> tuple[tuple[RowPrice, ...], tuple[RowPrice, ...], Any]:
-        """The plan's rows for ``batch`` sequences; those of drafting one token for each of ``drafting``, where batches
-        draft alike once; and which of these cases every batch is."""
-        if self.table.phase != "decode" or not np.any(self.options.mtp_depth):
-            return self._priced(self.plan.rows, self.context(batch, new, past)), (), None
-        if np.ndim(batch) == 0:
-            drafts = self._priced([row for _, row in self._drafts], self.context(drafting, 1.0, past, verify=1.0))
-            return self._priced(self.plan.rows, self.context(batch, new, past)), drafts, None
-        # cases are further batches of the same rows
-        every = np.array([np.broadcast_to(value, np.shape(batch)) for value in (drafting, past, self.kv_bytes)])
-        cases, which = np.unique(every, axis=1, return_inverse=True)
-
-        def both(value: Any, case: Any) -> Any:
-            return np.concatenate([np.broadcast_to(value, np.shape(batch)), np.broadcast_to(case, cases.shape[1:])])
-
-        joined = self.context(
-            both(batch, cases[0]), new if np.ndim(new) == 0 else both(new, 1.0),
-            past if np.ndim(past) == 0 else both(past, cases[1]), both(self._verify, 1.0),
-            self.kv_bytes if np.ndim(self.kv_bytes) == 0 else both(self.kv_bytes, cases[2]),
-        )  # fmt: skip
-        priced = self._priced((*self.plan.rows, self._project), joined)
-        own, further = slice(len(batch)), slice(len(batch), None)
-        draft = tuple(priced[i].at(further, row) for i, row in self._drafts)
-        return tuple(price.at(own) for price in priced[:-1]), draft, which
-
-    def _priced(self, rows: Sequence[Row], context: Context) -> tuple[RowPrice, ...]:
-        at = _Sizes(context, self._chunk(context))
-        return tuple(self._row(row, at) for row in rows)
+    def _sizes(self, batch: Any, new: Any, past: Any, verify: Any = None, kv_bytes: Any = None) -> _Sizes:
+        context = self.context(batch, new, past, verify, kv_bytes)
+        return _Sizes(context, self._chunk(context))
 
     @cached_property
     def _drafts(self) -> list[tuple[int, Row]]:
@@ -246,7 +266,7 @@ class Step:
         if not inside or at.chunks[1] is at.whole:
             return self._one(row, at.whole)
         count, context = at.chunks
-        return _times(self._one(row, context), count)
+        return self._one(row, context).times(count)
 
     def _one(self, row: Row, at: Context) -> RowPrice:
         return self._collective(row, at) if isinstance(row, Collective) else self._kernel(row, at)
@@ -370,16 +390,3 @@ def _gated(plan: Plan) -> float:
     if len(ops) < 2:
         return 1.0
     return float(ops["up"].outputs[0].dims[-1].coef > 1.5 * ops["down"].inputs[0].dims[-1].coef)
-
-
-def _times(price: RowPrice, count: Any) -> RowPrice:
-    """The price of ``count`` such calls."""
-    return replace(
-        price,
-        seconds=price.seconds * count,
-        flops=price.flops * count,
-        bytes=price.bytes * count,
-        wire_bytes=price.wire_bytes * count,
-        ideal_compute_s=price.ideal_compute_s * count,
-        parts={part: seconds * count for part, seconds in price.parts.items()},
-    )

@@ -49,6 +49,13 @@ class ModelProfile(Frozen):
     kv_dtype: Literal["bf16", "fp8"] = "bf16"
     moe: MoEFields = MoEFields()
 
+    @property
+    def positions(self) -> int | None:
+        """The longest context that the config states; engines refuse longer requests unless told otherwise."""
+        inner = self.config.get("text_config")
+        longest = (inner if isinstance(inner, dict) else self.config).get("max_position_embeddings")
+        return int(longest) if longest else None
+
     @field_validator("config")
     @classmethod
     def _names_a_type(cls, config: dict[str, Any]) -> dict[str, Any]:

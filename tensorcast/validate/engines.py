@@ -31,9 +31,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tensorcast.deploy.predict import group_runs, measured_columns, read_file, read_table, serve
+from tensorcast.deploy import predict
+from tensorcast.deploy.csv_table import read_table
 from tensorcast.deploy.runs import canonical_columns
 from tensorcast.deploy.score import fitted_half, named, same_run
+from tensorcast.deploy.together import serve
 from tensorcast.errors import InputError
 from tensorcast.profiles import load_device, load_engine, load_model
 from tensorcast.profiles.engine import DeviceFit, EngineFit, EngineProfile
@@ -64,9 +66,9 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
     written, ``mode, measured_tpot_s, measured_ttft_s``, ``users`` (requests per data-parallel rank), ``even`` (may be
     fitted to), ``stated`` (no workers assumed), ``same`` (a number per measured run).
     """
-    runs, _ = read_table(table)
+    runs, _ = predict.read_runs(table)
     read = pd.Series([run is not None for run in runs], index=table.index)
-    measured = measured_columns(table)
+    measured, _ = predict.measured_columns(table)
     ours = canonical_columns([str(name) for name in table.columns])
     frame = named(table.drop(columns=[name for name, column in ours.items() if column in measured]))
     frame = frame.assign(**measured, layout=[run.layout if run else "" for run in runs])
@@ -92,14 +94,11 @@ def served_times(rows: pd.DataFrame, engine: Change) -> pd.DataFrame:
     NaN where a run cannot be served.
     """
     out = np.full((len(rows), 3), np.nan)
-    for group in group_runs(list(rows["run"])):
-        run, places = group[0][1], [i for i, _ in group]
-        users = np.array([one.concurrency for _, one in group]) / run.replicas
-        try:
-            served = serve(run, users, engine(rows["engine"].iloc[places[0]]))
-        except InputError:
-            continue
-        out[places] = np.stack([served.tpot_s, served.ttft_s, served.decode_step_s], axis=1)
+    for stretch in predict.stretches(list(rows["run"]), jobs=1):
+        found = serve([run for _, run in stretch], lambda name: engine(load_engine(name).name))
+        for (place, _), served in zip(stretch, found, strict=True):
+            if not served.problem:
+                out[place] = served.tpot_s, served.ttft_s, served.decode_step_s
     return pd.DataFrame(out, columns=["tpot_s", "ttft_s", "decode_step_s"], index=rows.index)
 
 
@@ -303,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profiles", type=Path, default=Path("profiles"), help="folder of profiles to write into")
     parser.add_argument("--source", default="", help="where the runs are from (default: the table's name and rows)")
     options = parser.parse_args(arguments)
-    rows = read_runs(read_file(options.table))
+    rows = read_runs(read_table(options.table))
     paths = {path.stem: path for path in sorted((options.profiles / "engines").glob("*.yaml"))}
     engines = {one.name: one for one in map(read_engine, paths.values())}
     source = options.source or f"{len(rows)} measured runs of {options.table.name}"

@@ -62,19 +62,29 @@ class Corrections:
 
     def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> Correction | None:
         """The correction of ``family`` at ``sizes`` (all of its own), scalars or arrays that broadcast."""
-        variant = variant if variant in VARIANTS or ":" in variant else ""
-        belongs = self._whose(family, dtype, variant)
+        name, belongs, columns = self.question(family, dtype, variant, sizes)
         if belongs is None:
             return None
-        values = [np.asarray(value, dtype=float) for value in _cached(family, sizes).values()]
-        key = (family, dtype, variant, *sizes, *((value.shape, value.tobytes()) for value in values))
+        key = (*name, *sizes, *((value.shape, value.tobytes()) for value in columns.values()))
         if key not in self._found:
             while len(self._found) >= MOST:
                 del self._found[next(iter(self._found))]
-            self._found[key] = self._ask(belongs, (family, dtype, variant), dict(zip(sizes, values, strict=True)))
+            self._found[key] = self.ask(belongs, name, columns)
         return self._found[key]
 
-    def _ask(self, belongs: tuple[str, str], name: tuple[str, str, str], sizes: dict[str, np.ndarray]) -> Correction:
+    def question(
+        self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]
+    ) -> tuple[tuple[str, str, str], tuple[str, str] | None, dict[str, np.ndarray]]:
+        """The kernel's full name; engine and variant whose residual applies, if one does; the sizes as models know
+        them."""
+        name = family, dtype, variant if variant in VARIANTS or ":" in variant else ""
+        belongs = self._whose(*name)
+        if belongs is None:
+            return name, None, {}
+        return name, belongs, {n: np.asarray(v, dtype=float) for n, v in _cached(family, sizes).items()}
+
+    def ask(self, belongs: tuple[str, str], name: tuple[str, str, str], sizes: dict[str, np.ndarray]) -> Correction:
+        """The answer to a :meth:`question`, not kept."""
         held = {n: np.maximum(value, 1.0) if n in AT_LEAST_ONE else value for n, value in sizes.items()}
         shape = np.broadcast_shapes(*(value.shape for value in held.values()))
         codes: Any = sum(weight * value for weight, value in zip(WEIGHTS, held.values(), strict=False))

@@ -209,10 +209,9 @@ def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, mod
 
 
 def _too_long(profile: ModelProfile, tokens: int) -> str:
-    longest = _text_config(profile).get("max_position_embeddings")
-    if not longest or tokens <= longest:
+    if not profile.positions or tokens <= profile.positions:
         return ""
-    return f"context length: input_len + output_len = {tokens}, but the model has {longest} positions"
+    return f"context length: input_len + output_len = {tokens}, but the model has {profile.positions} positions"
 
 
 def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str) -> str:

@@ -1,0 +1,71 @@
+"""Reading a table of text cells from a CSV file, and saying in one line what is wrong with one that is none."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from tensorcast.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DELIMITERS = (",", ";", "\t")
+"""Cells are separated by the first of these that the header has."""
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """The cells of a CSV file as text. Lines that begin with ``#`` are comments, cells missing at a line's end empty.
+
+    Comma, semicolon or tab, with or without a byte order mark. Raises :class:`InputError` on anything else.
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        raise InputError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            lines = _Lines(file)
+            names, rows = _cells(path, lines)
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a CSV table: not text in UTF-8") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, line {lines.number}: not a CSV table: {error}") from None
+    return pd.DataFrame(rows, columns=names, dtype=object)
+
+
+class _Lines:
+    """Lines of a file but its comments; ``number`` counts all of them."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.number = file, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self.file:
+            self.number += 1
+            if line.strip() and not line.lstrip().startswith("#"):
+                yield line
+
+
+def _cells(path: Path, lines: _Lines) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows."""
+    each = iter(lines)
+    header = next(each, "")
+    if not header:
+        raise InputError(f"{path}: is empty, not a CSV table: its first line must name the columns")
+    delimiter = next((mark for mark in DELIMITERS if mark in header), ",")
+    names = [
+        name.strip() or f"Unnamed: {i}"  # as pandas writes the name of an index that has none
+        for i, name in enumerate(next(csv.reader([header], delimiter=delimiter, skipinitialspace=True, strict=True)))
+    ]
+    rows = []
+    for cells in csv.reader(each, delimiter=delimiter, skipinitialspace=True, strict=True):
+        if any(cell.strip() for cell in cells[len(names) :]):
+            raise InputError(
+                f"{path}, line {lines.number}: has {len(cells)} cells, but there are {len(names)} columns; "
+                f"a cell with {delimiter!r} in it needs quotes"
+            )
+        rows.append([*cells[: len(names)], *[""] * (len(names) - len(cells))])
+    return names, rows

@@ -113,7 +113,8 @@ def _path_of(kind: str, text: str) -> Path:
         return found
     if text.startswith((".", "~", os.sep)):
         raise InputError(f"{kind} {text}: no such file or directory")
-    raise unknown_name(kind, text, _names(kind))
+    unread = _unreadable(kind)  # one of these may have had the name among its aliases
+    raise InputError("; ".join([str(unknown_name(kind, text, _names(kind))), *unread]))
 
 
 def _find(kind: str, text: str) -> Path | None:
@@ -142,6 +143,19 @@ def _files(kind: str) -> Iterator[Path]:
             if path.suffix in (".yaml", ".yml") and path.stem.casefold() not in seen:
                 seen.add(path.stem.casefold())
                 yield path
+
+
+def _unreadable(kind: str) -> list[str]:
+    """What is wrong with each of the user's files that is no YAML."""
+    found = []
+    for path in _files(kind):
+        if path.parent.parent == profile_roots()[-1]:  # shipped
+            continue
+        try:
+            _load_yaml(path)
+        except InputError as error:
+            found.append(str(error))
+    return found
 
 
 def _names(kind: str) -> tuple[str, ...]:
@@ -190,8 +204,9 @@ def _load_yaml(path: Path) -> Any:
         raise InputError(f"{path}{line}: broken YAML: {_one_line(reason)}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: broken YAML: {_one_line(error)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {_one_line(error)}") from None
+    except (OSError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read: {_one_line(reason)}") from None
 
 
 @functools.cache

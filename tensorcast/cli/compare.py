@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, AsJson, app, console, patience
+from tensorcast.cli.options import Engine, Model
 from tensorcast.errors import InputError
 
 LOAD, SEARCH = "Load and limits", "What is searched"
@@ -45,10 +46,7 @@ tensorcast compare deepseek-v3 -d h100,h200,b200 -n 16,32,64,128 --executor dask
 
 @app.command(epilog=EXAMPLES)
 def compare(
-    model: Annotated[str, typer.Argument(
-        help="Name (see [bold]tensorcast models[/bold]), profile file, or directory with a Hugging Face config.json.",
-        show_default=False,
-    )],
+    model: Model,
     device: Annotated[str, typer.Option(
         "--device", "-d", metavar="NAME,...", help="One or more (see [bold]tensorcast devices[/bold]).",
         show_default=False, rich_help_panel=DEPLOYMENT,
@@ -123,9 +121,7 @@ def compare(
     any_engine: Annotated[bool, typer.Option(
         "--any-engine", help="Also layouts and options that --engine cannot run.", rich_help_panel=SEARCH,
     )] = False,
-    engine: Annotated[str, typer.Option(
-        "--engine", "-e", metavar="NAME", help="vllm, sglang, trtllm or a profile file.", rich_help_panel=CHOICES,
-    )] = "vllm",
+    engine: Engine = "vllm",
     quant: Annotated[str | None, typer.Option(
         "--quant", metavar="SCHEME", help="Weights, as in simulate.  [dim]\\[default: as the model ships][/dim]",
         show_default=False, rich_help_panel=CHOICES,

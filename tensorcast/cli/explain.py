@@ -7,6 +7,18 @@ from typing import Annotated
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, WORK, AsJson, app, console, patience
+from tensorcast.cli.options import (
+    Device,
+    Dispatch,
+    DualBatchOverlap,
+    Engine,
+    ExternalSharedExperts,
+    Model,
+    MTPDepth,
+    Phase,
+    RedundantExperts,
+    SharedExpertTP,
+)
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -30,14 +42,8 @@ tensorcast explain deepseek-v3 -d h200 -n 32 -e sglang -l dp32-ep32 -v tp8-dp4-e
 
 @app.command(epilog=EXAMPLES)
 def explain(
-    model: Annotated[str, typer.Argument(
-        help="Name (see [bold]tensorcast models[/bold]), profile file, or directory with a Hugging Face config.json.",
-        show_default=False,
-    )],
-    device: Annotated[str, typer.Option(
-        "--device", "-d", help="Name (see [bold]tensorcast devices[/bold]) or profile file.", show_default=False,
-        rich_help_panel=DEPLOYMENT,
-    )],
+    model: Model,
+    device: Device,
     world_size: Annotated[int, typer.Option(
         "--world-size", "-n", help="GPUs of either layout.", show_default=False, rich_help_panel=DEPLOYMENT,
     )],
@@ -49,9 +55,7 @@ def explain(
         "--versus", "-v", metavar="tpN-dpN-epN-ppN", help="The second, B.", show_default=False,
         rich_help_panel=DEPLOYMENT,
     )],
-    phase: Annotated[str, typer.Option(
-        "--phase", metavar="prefill|decode", help="Read prompts, or make one token per sequence.", rich_help_panel=WORK,
-    )] = "decode",
+    phase: Phase = "decode",
     batch: Annotated[int | None, typer.Option(
         "--batch", "-b", min=1, show_default=False, rich_help_panel=WORK,
         help="Sequences per data-parallel rank of A; B gets as many in all.  [dim]\\[default: most that fit in both]"
@@ -67,9 +71,7 @@ def explain(
         "--output-len", "-o", min=1, show_default=False, rich_help_panel=WORK,
         help="Tokens of a reply: decode is then priced halfway through, after input-len + output-len / 2 cached ones.",
     )] = None,
-    engine: Annotated[str, typer.Option(
-        "--engine", "-e", metavar="NAME", help="vllm, sglang, trtllm or a profile file.", rich_help_panel=CHOICES,
-    )] = "vllm",
+    engine: Engine = "vllm",
     quant: Annotated[str | None, typer.Option(
         "--quant", metavar="SCHEME", help="Weights, as in simulate.", show_default=False, rich_help_panel=CHOICES,
     )] = None,
@@ -83,28 +85,12 @@ def explain(
         "--all2all", metavar="KIND", rich_help_panel=CHOICES,
         help="As in simulate; this and what follows holds for B as far as it applies to it.",
     )] = "auto",
-    dispatch: Annotated[str | None, typer.Option(
-        "--dispatch", metavar="SCHEME", show_default=False, rich_help_panel=CHOICES,
-        help="What tokens are sent in.  [dim]\\[default: as the experts read them][/dim]",
-    )] = None,
-    redundant_experts: Annotated[int, typer.Option(
-        "--redundant-experts", min=0, help="Copies of experts in each MoE layer.", rich_help_panel=CHOICES,
-    )] = 0,
-    shared_expert_tp: Annotated[bool, typer.Option(
-        "--shared-expert-tp/--no-shared-expert-tp", rich_help_panel=CHOICES,
-        help="Cut shared experts over tp, or keep them whole on every GPU.",
-    )] = True,
-    external_shared_experts: Annotated[int, typer.Option(
-        "--external-shared-experts", min=0, rich_help_panel=CHOICES,
-        help="Expert-parallel groups that hold only the shared expert.",
-    )] = 0,
-    dual_batch_overlap: Annotated[bool, typer.Option(
-        "--dual-batch-overlap", help="Two half batches, one computing while the other exchanges tokens.",
-        rich_help_panel=CHOICES,
-    )] = False,
-    mtp_depth: Annotated[int, typer.Option(
-        "--mtp-depth", min=0, help="Tokens drafted per sequence and step.", rich_help_panel=CHOICES,
-    )] = 0,
+    dispatch: Dispatch = None,
+    redundant_experts: RedundantExperts = 0,
+    shared_expert_tp: SharedExpertTP = True,
+    external_shared_experts: ExternalSharedExperts = 0,
+    dual_batch_overlap: DualBatchOverlap = False,
+    mtp_depth: MTPDepth = 0,
     as_json: AsJson = False,
 ) -> None:
     """Explain why layout A of MODEL is faster or slower than B, and what would help each."""

@@ -121,6 +121,7 @@ def compare(
     mtp_acceptance: float = 0.8,
     all2all: Sequence[str] | None = None,
     dispatch: Sequence[str] | None = None,
+    combine: Sequence[str] | None = None,
     chunk_tokens: Sequence[int] | None = None,
     full: bool = False,
     runnable_only: bool = True,
@@ -162,7 +163,7 @@ def compare(
         quant=quant, routing=routing, placement=placement, full=full, runnable_only=runnable_only,
         searched={
             "kv_dtype": kv_dtype, "mtp_depth": mtp_depth, "exchange": all2all, "dispatch": dispatch,
-            "chunk_tokens": chunk_tokens,
+            "combine": combine, "chunk_tokens": chunk_tokens,
         },
     )  # fmt: skip
     found = decide(questions, spread(answer, questions, jobs, executor))
@@ -179,14 +180,15 @@ def explain(
     versus: str,
     phase: str = "decode",
     batch: int | None = None,
-    context: int = 4096,
-    input_len: int = 4096,
+    context: int | None = None,
+    input_len: int | None = None,
     engine: str = "vllm",
     quant: str | None = None,
     kv_dtype: str | None = None,
     routing: str = "uniform",
     all2all: str = "auto",
     dispatch: str | None = None,
+    combine: str | None = None,
     redundant_experts: int = 0,
     shared_expert_tp: bool = True,
     external_shared_experts: int = 0,
@@ -196,7 +198,7 @@ def explain(
     """Two layouts side by side at the same load: which groups of ops moved and why, and what would help each.
 
     ``batch`` counts sequences per data-parallel rank of ``layout``; ``versus`` gets as many in all. By default it is
-    the largest that fits in both. Decode is priced after ``context`` cached tokens, prefill with ``input_len`` new.
+    the largest that fits in both. Decode defaults to ``context=4096`` cached tokens, prefill to ``input_len=4096`` new.
     The choices from ``quant`` to ``mtp_depth`` hold for both, as far as they apply to ``versus``.
 
     >>> import tensorcast as tc
@@ -211,11 +213,12 @@ def explain(
 
     pair = parse_layout(layout, world_size), parse_layout(versus, world_size)
     options = Options(
-        quant=quant, kv_dtype=kv_dtype, routing=routing, all2all=all2all, dispatch=dispatch,
+        quant=quant, kv_dtype=kv_dtype, routing=routing, all2all=all2all, dispatch=dispatch, combine=combine,
         redundant_experts=redundant_experts, shared_expert_tp=shared_expert_tp,
         external_shared_experts=external_shared_experts, dual_batch_overlap=dual_batch_overlap, mtp_depth=mtp_depth,
     )  # fmt: skip
-    new, past = (1, context) if phase == "decode" else (input_len, 0)
+    new, past = (1, 4096) if phase == "decode" else (4096, 0)
+    new, past = new if input_len is None else input_len, past if context is None else context
     return run(
         load_model(model), device_profile(device), load_engine(engine), *pair, phase, batch, new, past, options
     )

@@ -8,6 +8,7 @@ import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, WORK, AsJson, app, console, patience
 from tensorcast.cli.options import (
+    Combine,
     Device,
     Dispatch,
     DualBatchOverlap,
@@ -19,6 +20,7 @@ from tensorcast.cli.options import (
     RedundantExperts,
     SharedExpertTP,
 )
+from tensorcast.errors import InputError
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -61,12 +63,14 @@ def explain(
         help="Sequences per data-parallel rank of A; B gets as many in all.  [dim]\\[default: most that fit in both]"
         "[/dim]",
     )] = None,
-    context: Annotated[int, typer.Option(
-        "--context", "-c", min=0, help="Cached tokens per sequence, in decode.", rich_help_panel=WORK,
-    )] = 4096,
-    input_len: Annotated[int, typer.Option(
-        "--input-len", "-i", min=1, help="New tokens per sequence, in prefill.", rich_help_panel=WORK,
-    )] = 4096,
+    context: Annotated[int | None, typer.Option(
+        "--context", "-c", min=0, show_default=False, rich_help_panel=WORK,
+        help="Cached tokens per sequence.  [dim]\\[default: 4096 in decode, 0 in prefill][/dim]",
+    )] = None,
+    input_len: Annotated[int | None, typer.Option(
+        "--input-len", "-i", min=1, show_default=False, rich_help_panel=WORK,
+        help="New tokens per sequence, in prefill.  [dim]\\[default: 4096][/dim]",
+    )] = None,
     output_len: Annotated[int | None, typer.Option(
         "--output-len", "-o", min=1, show_default=False, rich_help_panel=WORK,
         help="Tokens of a reply: decode is then priced halfway through, after input-len + output-len / 2 cached ones.",
@@ -86,6 +90,7 @@ def explain(
         help="As in simulate; this and what follows holds for B as far as it applies to it.",
     )] = "auto",
     dispatch: Dispatch = None,
+    combine: Combine = None,
     redundant_experts: RedundantExperts = 0,
     shared_expert_tp: SharedExpertTP = True,
     external_shared_experts: ExternalSharedExperts = 0,
@@ -97,12 +102,16 @@ def explain(
     from tensorcast.api import explain as run_explanation
 
     if output_len is not None:
-        context = input_len + output_len // 2
+        if phase == "prefill" or context is not None:
+            beside = "--phase prefill: a reply is decoded" if phase == "prefill" else f"--context {context}: give one"
+            raise InputError(f"--output-len {output_len} does not go with {beside}")
+        context, input_len = (input_len or 4096) + output_len // 2, None
     with patience(model, "explaining two layouts of"):
         why = run_explanation(
             model, device=device, world_size=world_size, layout=layout, versus=versus, phase=phase, batch=batch,
             context=context, input_len=input_len, engine=engine, quant=quant, kv_dtype=kv_dtype, routing=routing,
-            all2all=all2all, dispatch=dispatch, redundant_experts=redundant_experts, shared_expert_tp=shared_expert_tp,
+            all2all=all2all, dispatch=dispatch, combine=combine, redundant_experts=redundant_experts,
+            shared_expert_tp=shared_expert_tp,
             external_shared_experts=external_shared_experts, dual_batch_overlap=dual_batch_overlap,
             mtp_depth=mtp_depth,
         )

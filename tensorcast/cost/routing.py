@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ class Routing:
             return cls(text, exponent)
         if Path(text).is_file():
             return cls(text, counts=_read_counts(Path(text)))
+        if text.lower().endswith(".csv") or os.sep in text:
+            what = "is a directory" if Path(text).is_dir() else "no such file"
+            raise InputError(f"--routing {text}: {what}; give a CSV file of per-expert counts")
         raise InputError(f"--routing {text!r}: use balanced, uniform, zipf:S, or a CSV file of per-expert counts")
 
     def inclusion(self, num_experts: int, top_k: float) -> np.ndarray:

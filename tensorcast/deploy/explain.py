@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tensorcast.deploy.blocks import EXPERT_STAGES, blocks_of, is_shared
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.options import Options
+from tensorcast.deploy.options import Options, idle_note
 from tensorcast.deploy.plan import Collective, Row
 from tensorcast.deploy.simulate import Deployment, deploy
 from tensorcast.deploy.step import StepPrice
@@ -77,6 +77,7 @@ class Explanation:
     past: int
     groups: pd.DataFrame
     elasticities: pd.DataFrame
+    notes: tuple[str, ...] = ()
 
     @property
     def faster(self) -> float:
@@ -95,6 +96,7 @@ def explain(
     """
     if layout == versus:
         raise InputError(f"--versus {versus}: is the layout itself; name another one")
+    Workload(phase, 1 if batch is None else batch, new, past).check_length(model)
     chosen = ((layout, options), (versus, applicable(options, versus)))
     made = [deploy(model, device, engine, one, phase, own) for one, own in chosen]
     most = [one.largest_batch(new, past) for one in made]
@@ -104,7 +106,6 @@ def explain(
     if batch is None:
         total = min(largest * one.layout.dp for one, largest in zip(made, most, strict=True))
         batch = max(1, total // layout.dp)
-    Workload(phase, batch, new, past)
     sides = []
     for one, largest in zip(made, most, strict=True):
         share = batch * layout.dp / one.layout.dp
@@ -115,13 +116,18 @@ def explain(
             )
         sides.append(Side(one, share, one.step.price(share, float(new), float(past)), largest))
     a, b = sides
-    return Explanation(a, b, phase, new, past, _groups(a, b), _elasticities(a, b, new, past))
+    idle = made[0].idle(options)
+    idle = {flag: why for flag, why in idle.items() if flag in made[1].idle(options)}
+    notes = (idle_note(idle),) if idle else ()
+    return Explanation(a, b, phase, new, past, _groups(a, b), _elasticities(a, b, new, past), notes)
 
 
 def applicable(options: Options, layout: Layout) -> Options:
     """``options`` without those that ``layout`` has no use for: an exchange, its overlap, copies of experts."""
     if layout.dp == 1 or layout.ep == 1 or layout.etp > 1:
         options = replace(options, all2all="auto", external_shared_experts=0, dual_batch_overlap=False)
+        if options.combine == "logfmt10":  # low-latency kernels alone send it
+            options = replace(options, combine=None)
     return replace(options, redundant_experts=options.redundant_experts if layout.ep > 1 else 0)
 
 

@@ -193,7 +193,7 @@ def _firsts(keys: list[Any]) -> Any:
 
 COLUMNS = tuple(
     "candidate form device engine layout family tp dp ep etp pp replicas world_size gpus prefill_layout prefill_workers"
-    " decode_workers batch concurrency all2all dispatch kv_dtype redundant_experts external_shared_experts"
+    " decode_workers batch concurrency all2all dispatch combine kv_dtype redundant_experts external_shared_experts"
     " shared_expert_tp dual_batch_overlap mtp_depth chunk_tokens ttft_s ttft_low_s ttft_high_s tpot_s tpot_low_s"
     " tpot_high_s request_s output_tokens_per_s tokens_per_s_per_gpu tokens_per_s_per_user decode_step_s prefill_step_s"
     " exposed_comm_s hidden_comm_s memory_bytes weights_bytes kv_cache_bytes activations_bytes capacity_bytes"
@@ -246,6 +246,7 @@ def _frame(question: Question, workshop: Workshop, form: str, points: Points) ->
         "concurrency": c["concurrency"] * replicas,
         "all2all": [workshop.exchange(v) for v in chosen],
         "dispatch": [v.decode.dispatch or "" for v in chosen],
+        "combine": [v.decode.combine or "" for v in chosen],
         "kv_dtype": [kv[v.decode.kv_dtype] for v in chosen],
         "redundant_experts": [v.decode.redundant_experts for v in chosen],
         "external_shared_experts": [v.decode.external_shared_experts for v in chosen],

@@ -11,7 +11,8 @@ import numpy as np
 from tensorcast.cost.memory import activation_bytes, cache_bytes, low_latency_buffer_bytes, weight_bytes
 from tensorcast.deploy.blocks import has_shared
 from tensorcast.deploy.layout import Layout, check
-from tensorcast.deploy.options import Options, check_options, option_facts
+from tensorcast.deploy.load import Load
+from tensorcast.deploy.options import Options, check_options, idle_note, idle_options, option_facts
 from tensorcast.deploy.plan import Collective, choose_all2all, make_plan
 from tensorcast.deploy.result import Simulation
 from tensorcast.deploy.step import Step, StepPrice
@@ -129,6 +130,11 @@ class Deployment:
             return sizes.R * hidden * (plan.dispatch.activation_bytes + plan.combine.activation_bytes)
         return 0.0
 
+    def idle(self, options: Options) -> dict[str, str]:
+        """Those of ``options`` that would change no time here, with the reason."""
+        facts = option_facts(self.raw.facts, has_shared(self.raw), self.model.config)
+        return idle_options(options, self.layout, facts, self.step.plan.all2all, self.phase)
+
     def largest_batch(self, new: int, past: int) -> int:
         """Most sequences per data-parallel rank that fit; 0 if not even one does."""
         low, high = 0, 1 << 24
@@ -185,6 +191,7 @@ def simulate(
     allow_oversize: bool = False,
 ) -> Simulation:
     """Price one step. An illegal layout or, unless allowed, a batch that does not fit raises :class:`InputError`."""
+    workload.check_length(model)
     deployment = deploy(model, device, engine, layout, workload.phase, options)
     memory = deployment.memory(workload.batch, workload.input_len, workload.context)
     largest = deployment.largest_batch(workload.input_len, workload.context)
@@ -202,13 +209,30 @@ def _does_not_fit(deployment: Deployment, workload: Workload, memory: Memory, la
             f"{deployment.model.name} does not fit on {deployment.layout.world_size} {deployment.device.name} as "
             f"{deployment.layout}: {memory.weights / 1e9:.1f} GB of weights per GPU ({need:.1f} GB with buffers) on a "
             f"budget of {memory.budget / 1e9:.1f} GB: not even one sequence of {workload.length} tokens fits; "
-            f"spread over more GPUs, or quantise"
+            f"{_enough(deployment, workload)}, or quantise"
         )
     return (
         f"--batch {workload.batch} does not fit: needs {memory.total / 1e9:.1f} GB per GPU, "
         f"{over:.1f} GB over the budget of {memory.budget / 1e9:.1f} GB; the largest that fits is {largest} "
         f"(per data-parallel rank, {workload.length} tokens each)"
     )
+
+
+def _enough(deployment: Deployment, workload: Workload) -> str:
+    """How many GPUs hold the model and one sequence, in the layout that takes the fewest."""
+    from tensorcast.deploy.search import Question, smallest_that_fits  # it stands on this file
+
+    options, device = deployment.options, deployment.device
+    base = Options(quant=options.quant, kv_dtype=options.kv_dtype)
+    load = Load(max(1, workload.length - 1), 1, 1)
+    least = smallest_that_fits(
+        Question(deployment.model, device, deployment.engine, 1, load, base=base, runnable_only=False)
+    )
+    if least is None:
+        return f"no number of {device.name} holds it"
+    if least <= deployment.layout.world_size:
+        return f"{least} {device.name} hold it in another layout (tensorcast compare finds it)"
+    return f"it needs at least {least} {device.name}"
 
 
 def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
@@ -225,4 +249,6 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
         notes.append("multi-token prediction is not simulated: one token per sequence and step (see --mtp-depth)")
     elif depth := deployment.options.mtp_depth:
         notes.append(f"tokens are counted without drafts: accepted ones make up to {1 + depth} per sequence and step")
+    if idle := deployment.idle(deployment.options):
+        notes.append(idle_note(idle))
     return tuple(notes)

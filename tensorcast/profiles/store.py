@@ -111,6 +111,11 @@ def _path_of(kind: str, text: str) -> Path:
         return path
     if found := _find(kind, text):
         return found
+    path = Path(text).expanduser()
+    folder = " or a directory with a Hugging Face config.json" if kind == "model" else ""
+    if path.exists() and _is_path(text):
+        what = "a directory" if path.is_dir() else "a file of another kind"
+        raise InputError(f"{kind} {text}: is {what}; give a name, a profile (NAME.yaml){folder}")
     if text.startswith((".", "~", os.sep)):
         raise InputError(f"{kind} {text}: no such file or directory")
     unread = _unreadable(kind)  # one of these may have had the name among its aliases

@@ -146,7 +146,8 @@ def options(row: dict[str, Any]) -> str:
     parts = []
     if row["all2all"] not in (None, "none") and row["all2all"] == row["all2all"]:
         dispatch = f" in {row['dispatch']}" if row["dispatch"] else ""
-        parts.append(f"{EXCHANGES.get(row['all2all'], row['all2all'])}{dispatch}")
+        back = f", results back in {row['combine']}" if row["combine"] else ""
+        parts.append(f"{EXCHANGES.get(row['all2all'], row['all2all'])}{dispatch}{back}")
     parts.append(f"KV cache {row['kv_dtype']}")
     if row["redundant_experts"]:
         parts.append(plural(row["redundant_experts"], "redundant expert"))

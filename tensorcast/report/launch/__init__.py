@@ -169,7 +169,7 @@ def _chunk(case: Case, profile: EngineProfile) -> int:
 
 
 def _too_long(profile: ModelProfile, tokens: int) -> str:
-    longest = _text_config(profile).get("max_position_embeddings")
+    longest = profile.max_positions
     if not longest or tokens <= longest:
         return ""
     return f"context length: input_len + output_len = {tokens}, but the model has {longest} positions"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, AsJson, app, console, patience
 from tensorcast.cli.options import Engine, Model
 from tensorcast.errors import InputError
+
+if TYPE_CHECKING:
+    from tensorcast.deploy.compare import Comparison
 
 LOAD, SEARCH = "Load and limits", "What is searched"
 
@@ -157,7 +162,7 @@ def compare(
         from tensorcast.report.files import check_directory
 
         check_directory(out)  # before the work, not after
-    with patience(model, "comparing layouts of"):
+    with patience(model, "comparing layouts of"), _told(out):
         found = run_comparison(
             model, device=_listed("--device", device), world_size=_numbers("--world-size", world_size),
             input_len=input_len, output_len=output_len,
@@ -171,11 +176,7 @@ def compare(
             chunk_tokens=_numbers("--chunk-tokens", chunk_tokens) if chunk_tokens else None, full=full,
             runnable_only=not any_engine, jobs=jobs, executor=executor,
         )
-        written = []
-        if out is not None:
-            from tensorcast.report.compare.files import write_comparison
-
-            written = write_comparison(found, out)
+        written = _written(found, out)
     if as_json:
         from tensorcast.report.compare_terminal import comparison_record
         from tensorcast.report.rows import to_json
@@ -187,6 +188,27 @@ def compare(
     print_comparison(found, console(), top)
     if written:
         typer.echo(f"wrote {len(written)} files to {out}: open {out / 'report.html'}")  # type: ignore[operator]
+
+
+def _written(found: Comparison, out: Path | None) -> list[Path]:
+    if out is None:
+        return []
+    from tensorcast.report.compare.files import write_comparison
+
+    return write_comparison(found, out)
+
+
+@contextlib.contextmanager
+def _told(out: Path | None) -> Iterator[None]:
+    """Where no layout keeps the limits, the report says so, too; it is still the same error."""
+    from tensorcast.deploy.compare import NoLayoutMeets
+
+    try:
+        yield
+    except NoLayoutMeets as error:
+        if _written(error.comparison, out):
+            raise NoLayoutMeets(f"{error}; all candidates are in {out}", error.comparison) from None
+        raise
 
 
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "": 1.0, "min": 60.0}

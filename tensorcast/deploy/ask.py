@@ -65,8 +65,6 @@ def ask(
                 f"--world-size {max(world_sizes)}: {device.name}'s interconnect reaches {device.world_limit} GPUs"
             )
     Routing.parse(routing)
-    if problem := model.too_long(input_len + output_len):
-        raise InputError(f"--input-len {input_len} and --output-len {output_len}: {problem}")
     # one request in flight stands for the load until a candidate's batch says how many there are
     load = Load(input_len, output_len, 1, prefix_cached, mtp_acceptance)
     given = {name: tuple(values) for name, values in (searched or {}).items() if values}
@@ -82,6 +80,8 @@ def ask(
             )
     base = Options(quant=quant, routing=routing, placement=placement)
     _applies(model, base, given)
+    if problem := model.too_long(input_len + output_len):
+        raise InputError(f"--input-len {input_len} and --output-len {output_len}: {problem}")
     return [
         Question(
             model, device, engine, size, load, ttft_s, tpot_s, objective, axes, base, _of(wanted, size), tuple(forms),

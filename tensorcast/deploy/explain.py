@@ -96,9 +96,10 @@ def explain(
     """
     if layout == versus:
         raise InputError(f"--versus {versus}: is the layout itself; name another one")
-    Workload(phase, 1 if batch is None else batch, new, past).check_length(model)
+    workload = Workload(phase, 1 if batch is None else batch, new, past)
     chosen = ((layout, options), (versus, applicable(options, versus)))
     made = [deploy(model, device, engine, one, phase, own) for one, own in chosen]
+    workload.check_length(model)
     most = [one.largest_batch(new, past) for one in made]
     for one, largest in zip(made, most, strict=True):
         if not largest:

@@ -191,8 +191,8 @@ def simulate(
     allow_oversize: bool = False,
 ) -> Simulation:
     """Price one step. An illegal layout or, unless allowed, a batch that does not fit raises :class:`InputError`."""
-    workload.check_length(model)
     deployment = deploy(model, device, engine, layout, workload.phase, options)
+    workload.check_length(model)
     memory = deployment.memory(workload.batch, workload.input_len, workload.context)
     largest = deployment.largest_batch(workload.input_len, workload.context)
     if not memory.fits and not allow_oversize:

@@ -108,7 +108,10 @@ class Relevance:
 
 
 RELEVANT = (
-    Relevance("dispatch", lambda layout, facts, sent: layout.dp > 1 and facts["quantized_dispatch"]),
+    Relevance(
+        "dispatch",
+        lambda layout, facts, sent: layout.dp > 1 and facts["num_experts"] > 0 and facts["quantized_dispatch"],
+    ),
     Relevance("combine", lambda layout, facts, sent: layout.dp > 1 and facts["num_experts"] > 0),
     Relevance("kv_dtype", lambda layout, facts, sent: True),
     Relevance("shared_expert_tp", lambda layout, facts, sent: facts["shared_experts"] and layout.tp > 1),

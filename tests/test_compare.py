@@ -315,8 +315,8 @@ def test_drafts_are_spoken_of_where_the_model_has_them() -> None:
 
 
 def test_durations_and_layout_files(tmp_path: Path) -> None:
-    assert [duration("--ttft", text) for text in ("2s", "50ms", "0.5", "1min", " 7 us ", None)] == [
-        2.0, pytest.approx(0.05), 0.5, 60.0, pytest.approx(7e-6), None,
+    assert [duration("--ttft", text) for text in ("2s", "50ms", "0.5", "1min", " 7 us ", "2S", None)] == [
+        2.0, pytest.approx(0.05), 0.5, 60.0, pytest.approx(7e-6), 2.0, None,
     ]  # fmt: skip
     for text in ("fast", "-2s", "0s", "2 h"):
         with pytest.raises(tc.InputError, match=r"--ttft .*must be a time"):

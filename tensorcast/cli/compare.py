@@ -218,7 +218,7 @@ def duration(flag: str, text: str | None) -> float | None:
     """``2s``, ``50ms``, ``1.5`` (seconds) in seconds. Raises :class:`InputError` on anything else."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*(us|ms|s|min|)\s*", text)
+    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*(us|ms|s|min|)\s*", text.lower())
     if not found or not 0 < float(found[1]) < math.inf:
         raise InputError(f"{flag} {text!r}: must be a time, such as 2s, 500ms or 0.05 (seconds)")
     return float(found[1]) * _UNITS[found[2]]

@@ -47,7 +47,7 @@ def explain(
     model: Model,
     device: Device,
     world_size: Annotated[int, typer.Option(
-        "--world-size", "-n", help="GPUs of either layout.", show_default=False, rich_help_panel=DEPLOYMENT,
+        "--world-size", "-n", min=1, help="GPUs of either layout.", show_default=False, rich_help_panel=DEPLOYMENT,
     )],
     layout: Annotated[str, typer.Option(
         "--layout", "-l", metavar="tpN-dpN-epN-ppN", help="The first, A; a size left out is 1.", show_default=False,

@@ -47,24 +47,24 @@ def simulate(
         show_default=False, rich_help_panel=DEPLOYMENT,
     )],
     world_size: Annotated[int, typer.Option(
-        "--world-size", "-n", help="GPUs in all: tp*dp*pp.", rich_help_panel=DEPLOYMENT,
+        "--world-size", "-n", min=1, help="GPUs in all: tp*dp*pp.", rich_help_panel=DEPLOYMENT,
     )] = 1,
     tp: Annotated[int | None, typer.Option(
-        "--tp", help="Tensor-parallel GPUs.  [dim]\\[default: what dp and pp leave][/dim]", show_default=False,
+        "--tp", min=1, help="Tensor-parallel GPUs.  [dim]\\[default: what dp and pp leave][/dim]", show_default=False,
         rich_help_panel=DEPLOYMENT,
     )] = None,
     dp: Annotated[int, typer.Option(
-        "--dp", help="Data-parallel replicas of attention.", rich_help_panel=DEPLOYMENT,
+        "--dp", min=1, help="Data-parallel replicas of attention.", rich_help_panel=DEPLOYMENT,
     )] = 1,
     ep: Annotated[int, typer.Option(
-        "--ep", rich_help_panel=DEPLOYMENT,
+        "--ep", min=1, rich_help_panel=DEPLOYMENT,
         help="Expert-parallel groups, a divisor of tp*dp: whole experts are dealt out to them. At 1 every expert is "
         "cut over tp*dp GPUs.",
     )] = 1,
-    pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.", rich_help_panel=DEPLOYMENT)] = 1,
+    pp: Annotated[int, typer.Option("--pp", min=1, help="Pipeline stages.", rich_help_panel=DEPLOYMENT)] = 1,
     phase: Phase = "decode",
     batch: Annotated[int, typer.Option(
-        "--batch", "-b", help="Sequences [bold]per data-parallel rank[/bold]: dp times as many in all.",
+        "--batch", "-b", min=1, help="Sequences [bold]per data-parallel rank[/bold]: dp times as many in all.",
         rich_help_panel=WORK,
     )] = 1,
     context: Annotated[int | None, typer.Option(

@@ -112,7 +112,7 @@ def explain(
         share = batch * layout.dp / one.layout.dp
         if share > largest:
             raise InputError(
-                f"--batch {batch}: {batch * layout.dp} sequences in all are {share:g} per data-parallel rank of "
+                f"--batch {batch}: {batch * layout.dp} sequences in all are {share:.10g} per data-parallel rank of "
                 f"{one.layout}, which holds {largest}"
             )
         sides.append(Side(one, share, one.step.price(share, float(new), float(past)), largest))

@@ -11,6 +11,7 @@ from tensorcast.deploy.layout import RULES, Layout
 from tensorcast.deploy.options import idle_note, option_facts
 from tensorcast.deploy.search import NO_PACE, NO_ROOM, Question, smallest_that_fits, space, stacked
 from tensorcast.deploy.serving import Load
+from tensorcast.deploy.simulate import uncut
 from tensorcast.deploy.space import FULL, Axes
 from tensorcast.deploy.tables import traced_table
 
@@ -45,6 +46,9 @@ def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]
         found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")
     elif modules and max(first.axes.mtp_depth) > 0:
         found.append(f"drafted tokens are accepted with a chance of {first.load.mtp_acceptance:g} each: an assumption")
+    cut = [int(tp) for tp in frame["tp"].unique() if tp > 1]
+    if cut and (whole := uncut(traced_table(first.model, "decode", min(cut)))):
+        found.append(whole)
     spread = {
         "balanced": "tokens fall evenly on experts",
         "uniform": "tokens pick experts at random, none more popular",

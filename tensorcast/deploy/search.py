@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from tensorcast.deploy.runnable import engine_can_run
 from tensorcast.deploy.serving import Load
 from tensorcast.deploy.space import Axes, Variant, divisors, family, layouts, legal, variants
 from tensorcast.deploy.tables import traced_table
+from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
@@ -84,7 +85,7 @@ def space(question: Question, pruned: Counter[str]) -> list[Variant]:
         tried = [one for size in divisors(question.gpus) for one in layouts(size)]
     found = []
     node = question.device.interconnect[0].size
-    for layout in legal(tried, facts, question.device, pruned):
+    for layout in _traceable(legal(tried, facts, question.device, pruned), question.model, pruned):
         every = variants(layout, facts, question.axes, base)
         if question.runnable_only:
             engine = question.engine.name
@@ -98,6 +99,25 @@ def space(question: Question, pruned: Counter[str]) -> list[Variant]:
             every = [v for v, problem in zip(every, problems, strict=True) if not problem]
         found += every
     return found
+
+
+NARROW = "widths of a rank"
+"""Rule on layouts beside those of their own: transformers' class runs with a tensor-parallel rank's sizes."""
+
+
+def _traceable(layouts_: Sequence[Layout], model: ModelProfile, pruned: Counter[str]) -> Iterator[Layout]:
+    """Those whose ranks can be traced; the others (OLMoE at tp > 1) are counted in ``pruned``."""
+    runs = {1: True}  # a model that cannot be traced at all is an error
+    for layout in layouts_:
+        if layout.tp not in runs:
+            try:
+                runs[layout.tp] = bool(traced_table(model, "decode", layout.tp))
+            except InputError:
+                runs[layout.tp] = False
+        if runs[layout.tp]:
+            yield layout
+        else:
+            pruned[NARROW] += 1
 
 
 def answer(question: Question) -> Answer:

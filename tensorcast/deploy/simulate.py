@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorcast.cost.memory import activation_bytes, cache_bytes, low_latency_buffer_bytes, weight_bytes
+from tensorcast.cost.memory import activation_bytes, cache_bytes, low_latency_buffer_bytes, per_table, weight_bytes
 from tensorcast.deploy.blocks import has_shared
 from tensorcast.deploy.layout import Layout, check
 from tensorcast.deploy.load import Load
@@ -235,6 +235,33 @@ def _enough(deployment: Deployment, workload: Workload) -> str:
     return f"it needs at least {least} {device.name}"
 
 
+UNCUT_SAID = 0.2
+"""Share of the linear weights from which uncut ones are spoken of: what engines leave whole, too (down-projections of
+latent attention, indexers), is less."""
+
+
+@per_table
+def uncut(table: OpTable) -> str:
+    """A note on matrices that tensor parallelism should cut and a narrower config does not; empty if they are few."""
+    sizes: dict[str, float] = {}
+    total = 0.0
+    for param in table.params:
+        if param.role in ("linear", "other") and len(param.shape) == 2:
+            size = param.full_numel * (table.layer_kinds.count(param.kind) if param.kind >= 0 else 1)
+            total += size
+            if table.tp > 1 and param.numel == param.full_numel:
+                name = param.module.rpartition("]")[2].lstrip(".")
+                sizes[name] = sizes.get(name, 0.0) + size
+    share = sum(sizes.values()) / total if total else 0.0
+    if share < UNCUT_SAID:
+        return ""
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:2]
+    return (
+        f"{100 * share:.0f} % of the linear weights ({', '.join(largest)}, ...) are whole on every tensor-parallel "
+        "GPU, though engines may cut them: such layouts look slower than they are"
+    )
+
+
 def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
     notes = []
     unknown = sorted({p.row.name for p in price.rows if not p.has_formula and not isinstance(p.row, Collective)})
@@ -249,6 +276,8 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
         notes.append("multi-token prediction is not simulated: one token per sequence and step (see --mtp-depth)")
     elif depth := deployment.options.mtp_depth:
         notes.append(f"tokens are counted without drafts: accepted ones make up to {1 + depth} per sequence and step")
+    if whole := uncut(deployment.raw):
+        notes.append(whole)
     if idle := deployment.idle(deployment.options):
         notes.append(idle_note(idle))
     return tuple(notes)

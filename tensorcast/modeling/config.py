@@ -69,7 +69,7 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     try:
         config = AutoConfig.for_model(model_type, **values)
     except Exception as reason:
-        line = str(reason).strip().splitlines()[0][:200]
+        line = " ".join(str(reason).split())[:200]
         raise InputError(
             f"model {profile.name}: transformers rejects config (model_type={model_type!r}): {line}"
         ) from None

@@ -41,7 +41,7 @@ def load_model(name: str | os.PathLike[str]) -> ModelProfile:
 
     text = os.fspath(name)
     directory = Path(text).expanduser()
-    if directory.is_dir() and (_is_path(text) or _find("model", text) is None):
+    if text and directory.is_dir() and (_is_path(text) or _find("model", text) is None):
         return _model_from_config(directory / "config.json")
     path = _path_of("model", text)
     return _model_from_config(path) if path.suffix == ".json" else _read(path, ModelProfile)
@@ -210,8 +210,7 @@ def _load_yaml(path: Path) -> Any:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: broken YAML: {_one_line(error)}") from None
     except (OSError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read: {_one_line(reason)}") from None
+        raise InputError(f"{path}: cannot be read: {_one_line(getattr(error, 'strerror', None) or error)}") from None
 
 
 @functools.cache
@@ -251,7 +250,7 @@ def _model_from_config(path: Path) -> ModelProfile:
     if not path.is_file():
         raise InputError(f"model {path.parent}: no config.json there (a Hugging Face model directory has one)")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -269,6 +268,11 @@ def _model_from_config(path: Path) -> ModelProfile:
         "config": config,
     }
     return _validated(path, ModelProfile, content)
+
+
+def _special_float(pairs: dict[str, Any]) -> Any:
+    """``{"__float__": "Infinity"}``, as transformers writes what JSON has no number for, as that number."""
+    return float(pairs["__float__"]) if set(pairs) == {"__float__"} else pairs
 
 
 def _describe(config: dict[str, Any]) -> str:

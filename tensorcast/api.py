@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from tensorcast.errors import InputError
 
@@ -14,6 +16,32 @@ if TYPE_CHECKING:
     from tensorcast.deploy.explain import Explanation
     from tensorcast.deploy.result import Simulation
     from tensorcast.profiles.device import DeviceProfile
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NAMES = {
+    "--ttft": "ttft_s", "--tpot": "tpot_s", "--mtp": "mtp_depth", "--price": "prices", "--form": "forms",
+    "--any-engine": "runnable_only=False",
+}
+"""Arguments that are not called what the command line calls them, but for dashes."""
+
+
+def _python_names(call: Callable[P, R]) -> Callable[P, R]:
+    """Messages of bad input name the arguments of ``call``: ``kv_dtype`` instead of ``--kv-dtype``."""
+
+    @functools.wraps(call)
+    def named(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return call(*args, **kwargs)
+        except InputError as error:
+            error.typed = error.typed or str(error)
+            argument = lambda flag: NAMES.get(flag[0], flag[0][2:].replace("-", "_"))  # noqa: E731
+            error.args = (re.sub(r"--[a-z][a-z0-9-]*", argument, error.typed),)
+            raise
+
+    return named
 
 
 def device_profile(name: str) -> DeviceProfile:
@@ -27,6 +55,7 @@ def device_profile(name: str) -> DeviceProfile:
     return load_device(name)
 
 
+@_python_names
 def simulate(
     model: str,
     *,
@@ -97,6 +126,7 @@ def simulate(
     )
 
 
+@_python_names
 def compare(
     model: str,
     *,
@@ -171,6 +201,7 @@ def compare(
     return replace(found, notes=(*found.notes, said)) if said else found
 
 
+@_python_names
 def explain(
     model: str,
     *,

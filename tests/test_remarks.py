@@ -77,13 +77,13 @@ def test_positions_as_engines_read_them(config: dict[str, Any], longest: int | N
 def test_sequences_longer_than_the_model_are_refused() -> None:
     step = {"device": "h100", "world_size": 4}
     assert tc.simulate("qwen3-30b-a3b", **step, context=40959).step_s > 0
-    with pytest.raises(tc.InputError, match=r"^--context 40960: 40961 tokens, but qwen3-30b-a3b has 40960 positions"):
+    with pytest.raises(tc.InputError, match=r"^context 40960: 40961 tokens, but qwen3-30b-a3b has 40960 positions"):
         tc.simulate("qwen3-30b-a3b", **step, context=40960)
-    with pytest.raises(tc.InputError, match=r"^--input-len 40000 and --context 961: 40961 tokens"):
+    with pytest.raises(tc.InputError, match=r"^input_len 40000 and context 961: 40961 tokens"):
         tc.simulate("qwen3-30b-a3b", **step, phase="prefill", input_len=40000, context=961)
-    with pytest.raises(tc.InputError, match="--context 50000: 50001 tokens"):
+    with pytest.raises(tc.InputError, match="context 50000: 50001 tokens"):
         tc.explain("qwen3-30b-a3b", **step, layout="tp4", versus="tp4-ep4", context=50000)
-    with pytest.raises(tc.InputError, match="--input-len 40000 and --output-len 961: 40961 tokens"):
+    with pytest.raises(tc.InputError, match="input_len 40000 and output_len 961: 40961 tokens"):
         tc.compare(**{**QWEN, "input_len": 40000, "output_len": 961})
 
 
@@ -237,5 +237,5 @@ def test_ten_bit_logarithms_travel_at_low_latency_alone() -> None:
         for options in (one.prefill, one.decode):
             assert options.combine != "logfmt10" or options.all2all == "low_latency"
     assert any(one.decode.combine == "logfmt10" and one.prefill.combine is None for one in made)
-    with pytest.raises(tc.InputError, match="--combine logfmt10: only the low_latency exchange"):
+    with pytest.raises(tc.InputError, match="combine logfmt10: only the low_latency exchange"):
         Axes(exchange=("direct",), combine=("logfmt10",))

@@ -57,6 +57,50 @@ def test_a_class_with_attention_of_its_own_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": -1}, "num_hidden_layers = -1: must be at least 1"),
+        ({"vocab_size": 0}, "vocab_size = 0: must be at least 1"),
+        ({"num_attention_heads": 0}, "transformers' class fails with its config"),
+        ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
+        ({"quantization_config": "fp8"}, "quantization_config 'fp8': must be an object"),
+        ({"quantization_config": {"quant_method": "odd"}}, "quant_method='odd' .* is not known; set quant to one of"),
+    ],
+)
+def test_configs_that_make_no_sense_are_one_line(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(tc.InputError, match=message) as caught:
+        tc.simulate(folder(tmp_path, {**SMALL["qwen3_moe"], **fields}), device="h100", context=64)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_quantisation_can_be_set_by_hand(tmp_path: Path) -> None:
+    config = SMALL["qwen3_moe"]
+    odd = folder(tmp_path, {**config, "quantization_config": {"quant_method": "odd"}})
+    by_hand = tc.simulate(odd, device="h100", context=64, quant="fp8")
+    (tmp_path / "plain").mkdir()
+    plain = tc.simulate(folder(tmp_path / "plain", config), device="h100", context=64, quant="fp8")
+    assert by_hand.step_s == plain.step_s and by_hand.memory.weights == plain.memory.weights
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("count\n", "counts must be numbers"),
+        ("count\na\nb\n", "counts must be numbers"),
+        ("expert,count\n0,1\n0,x\n", "counts must be numbers"),
+        ("expert,count\n0,1\n", "1 counts, but the model has"),
+        (None, "no such file; give a CSV"),
+    ],
+)
+def test_expert_counts_that_are_none(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "counts.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(tc.InputError, match=message):
+        tc.simulate("qwen3-30b-a3b", device="h100", routing=str(path))
+
+
 def test_matrices_that_are_not_cut_are_spoken_of(tmp_path: Path) -> None:
     """GPT-NeoX derives its attention's widths from the hidden size. By hand: 4 H^2 of 4 H^2 + 8 H^2 stay whole."""
     model = folder(tmp_path, NEOX)

@@ -163,7 +163,12 @@ def deploy(
     options: Options = Options(),
 ) -> Deployment:
     """Trace (or load) the model at this tp, quantise, fuse, and lay it out. Raises :class:`InputError` if illegal."""
-    base = Quantization(kv=model.kv_dtype) if model.quantization else from_config(model.config, model.kv_dtype)
+    try:
+        base = Quantization(kv=model.kv_dtype) if model.quantization else from_config(model.config, model.kv_dtype)
+    except InputError:
+        if not options.quant:
+            raise
+        base = Quantization(kv=model.kv_dtype)  # a method that is not known here, as what was asked for instead
     quantization = override(override(base, model.quantization), options.quant)
     if options.kv_dtype:
         if options.kv_dtype not in KV_DTYPES:

@@ -76,6 +76,10 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     text = config.get_text_config(decoder=True)
     if problem := _no_decoder(config, text, named):
         raise InputError(f"model {profile.name}: {problem}; only causal language models can be priced")
+    for size in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        value = field(text, size)
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"model {profile.name}: {size} = {value}: must be at least 1")
     # An index into a vocabulary that sharding makes smaller; it shapes no op. Some configs insist on an integer.
     object.__setattr__(text, "pad_token_id", None)
     return text

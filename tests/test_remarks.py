@@ -202,6 +202,14 @@ def test_no_layout_meets_it_and_the_report_is_there_all_the_same(tmp_path: Path)
     assert binding == ["tpot"] and row["tpot_s"] == caught.value.comparison.candidates["tpot_s"].min()
 
 
+def test_too_few_gpus_for_a_rate_are_said_in_the_report(tmp_path: Path) -> None:
+    asked = ("compare", "qwen3-30b-a3b", "-d", "h100", "-n", "2", "-i", "1024", "-o", "128", "--objective", "gpus")
+    assert run(*asked, "--request-rate", "9999", "--out", str(tmp_path)).exit_code == 3
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["answer"] == "No layout meets the targets: the number of GPUs binds"
+    assert summary["explanation"][0].endswith("where there are 2.")
+
+
 def test_without_limits_the_answer_leads_with_a_warning() -> None:
     free = tc.compare(**QWEN)
     said = answer(View(free))

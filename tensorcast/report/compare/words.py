@@ -313,7 +313,7 @@ def _no_answer(view: View) -> Answer:
         return Answer("No layout can run this: see what was ruled out below", ())
     closest, binding = view.comparison.closest
     row = view.record(closest) or closest
-    names = [limit_name(limit) for limit in binding]
+    names = ["the number of GPUs" if limit == "gpus" else limit_name(limit) for limit in binding]
     verb = "binds" if len(names) == 1 else "bind"
     asked = dict(zip(LIMITS, view.comparison.targets, strict=True))
     over = [

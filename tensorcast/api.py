@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from tensorcast.errors import InputError
 
@@ -14,6 +16,32 @@ if TYPE_CHECKING:
     from tensorcast.deploy.explain import Explanation
     from tensorcast.deploy.result import Simulation
     from tensorcast.profiles.device import DeviceProfile
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NAMES = {
+    "--ttft": "ttft_s", "--tpot": "tpot_s", "--mtp": "mtp_depth", "--price": "prices", "--form": "forms",
+    "--any-engine": "runnable_only=False",
+}
+"""Arguments that are not called what the command line calls them, but for dashes."""
+
+
+def _python_names(call: Callable[P, R]) -> Callable[P, R]:
+    """Messages of bad input name the arguments of ``call``: ``kv_dtype`` instead of ``--kv-dtype``."""
+
+    @functools.wraps(call)
+    def named(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return call(*args, **kwargs)
+        except InputError as error:
+            error.typed = error.typed or str(error)
+            argument = lambda flag: NAMES.get(flag[0], flag[0][2:].replace("-", "_"))  # noqa: E731
+            error.args = (re.sub(r"--[a-z][a-z0-9-]*", argument, error.typed),)
+            raise
+
+    return named
 
 
 def device_profile(name: str) -> DeviceProfile:
@@ -27,6 +55,7 @@ def device_profile(name: str) -> DeviceProfile:
     return load_device(name)
 
 
+@_python_names
 def simulate(
     model: str,
     *,
@@ -97,6 +126,7 @@ def simulate(
     )
 
 
+@_python_names
 def compare(
     model: str,
     *,
@@ -121,6 +151,7 @@ def compare(
     mtp_acceptance: float = 0.8,
     all2all: Sequence[str] | None = None,
     dispatch: Sequence[str] | None = None,
+    combine: Sequence[str] | None = None,
     chunk_tokens: Sequence[int] | None = None,
     full: bool = False,
     runnable_only: bool = True,
@@ -162,7 +193,7 @@ def compare(
         quant=quant, routing=routing, placement=placement, full=full, runnable_only=runnable_only,
         searched={
             "kv_dtype": kv_dtype, "mtp_depth": mtp_depth, "exchange": all2all, "dispatch": dispatch,
-            "chunk_tokens": chunk_tokens,
+            "combine": combine, "chunk_tokens": chunk_tokens,
         },
     )  # fmt: skip
     found = decide(questions, spread(answer, questions, jobs, executor))
@@ -170,6 +201,7 @@ def compare(
     return replace(found, notes=(*found.notes, said)) if said else found
 
 
+@_python_names
 def explain(
     model: str,
     *,
@@ -179,14 +211,15 @@ def explain(
     versus: str,
     phase: str = "decode",
     batch: int | None = None,
-    context: int = 4096,
-    input_len: int = 4096,
+    context: int | None = None,
+    input_len: int | None = None,
     engine: str = "vllm",
     quant: str | None = None,
     kv_dtype: str | None = None,
     routing: str = "uniform",
     all2all: str = "auto",
     dispatch: str | None = None,
+    combine: str | None = None,
     redundant_experts: int = 0,
     shared_expert_tp: bool = True,
     external_shared_experts: int = 0,
@@ -196,7 +229,7 @@ def explain(
     """Two layouts side by side at the same load: which groups of ops moved and why, and what would help each.
 
     ``batch`` counts sequences per data-parallel rank of ``layout``; ``versus`` gets as many in all. By default it is
-    the largest that fits in both. Decode is priced after ``context`` cached tokens, prefill with ``input_len`` new.
+    the largest that fits in both. Decode defaults to ``context=4096`` cached tokens, prefill to ``input_len=4096`` new.
     The choices from ``quant`` to ``mtp_depth`` hold for both, as far as they apply to ``versus``.
 
     >>> import tensorcast as tc
@@ -211,11 +244,12 @@ def explain(
 
     pair = parse_layout(layout, world_size), parse_layout(versus, world_size)
     options = Options(
-        quant=quant, kv_dtype=kv_dtype, routing=routing, all2all=all2all, dispatch=dispatch,
+        quant=quant, kv_dtype=kv_dtype, routing=routing, all2all=all2all, dispatch=dispatch, combine=combine,
         redundant_experts=redundant_experts, shared_expert_tp=shared_expert_tp,
         external_shared_experts=external_shared_experts, dual_batch_overlap=dual_batch_overlap, mtp_depth=mtp_depth,
     )  # fmt: skip
-    new, past = (1, context) if phase == "decode" else (input_len, 0)
+    new, past = (1, 4096) if phase == "decode" else (4096, 0)
+    new, past = new if input_len is None else input_len, past if context is None else context
     return run(
         load_model(model), device_profile(device), load_engine(engine), *pair, phase, batch, new, past, options
     )

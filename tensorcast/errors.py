@@ -13,6 +13,8 @@ class InputError(ValueError):
     """
 
     exit_code = 2
+    typed: str | None = None
+    """The message in the command line's words, where ``str()`` has Python's (:mod:`tensorcast.api`)."""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:

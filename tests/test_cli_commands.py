@@ -16,6 +16,7 @@ from tensorcast.cli import app
 from tensorcast.cli.app import _doing
 
 COMPARE = ("compare", "qwen3-30b-a3b", "-d", "h100", "-n", "4")
+EXPLAIN = ("explain", "qwen3-30b-a3b", "-d", "h100", "-n", "4", "-l", "tp4", "-v", "tp4-ep4")
 RUNS = "model,device,tp,concurrency\nqwen3-30b-a3b,h100,1,8\n"
 
 
@@ -46,8 +47,21 @@ def refused(*arguments: str) -> str:
         ((*COMPARE, "--tpot", "0ms"), ("--tpot '0ms'",)),
         (("compare", "qwen3-30b-a3b", "-d", ",", "-n", "4"), ("--device ','",)),
         ((*COMPARE, "--form", ""), ("--form ''",)),
-        ((*COMPARE, "--price", "h100=inf"), ("--price 'h100=inf'",)),
-        ((*COMPARE, "--price", "h200=2"), ("--price h200=2", "--device h100")),
+        ((*COMPARE, "--price", "h100=inf"), ("--price h100-sxm=inf", "more than 0")),
+        ((*COMPARE, "--price", "h200=2"), ("--price h200-sxm=2", "--device h100-sxm")),
+        ((*COMPARE, "--prefix-cached", "4096"), ("--prefix-cached 4096", "--input-len 4096")),
+        ((*COMPARE, "--chunk-tokens", "8,0"), ("--chunk-tokens 0", "at least 1")),
+        ((*COMPARE, "--kv-dtype", "bf16,int3"), ("--kv-dtype 'int3'",)),
+        ((*COMPARE, "--combine", "logfmt10", "--all2all", "direct"), ("--combine logfmt10", "low_latency")),
+        ((*COMPARE, "--combine", "fp7"), ("--combine 'fp7'", "fp8")),
+        ((*COMPARE, "-i", "40000", "-o", "1000"), ("--input-len 40000", "--output-len 1000", "40960 positions")),
+        ((*EXPLAIN, "-c", "40960"), ("--context 40960: 40961 tokens", "40960 positions")),
+        ((*EXPLAIN, "-i", "100"), ("--input-len 100", "--context")),
+        ((*EXPLAIN, "-o", "100", "-c", "10"), ("--output-len 100", "--context 10")),
+        ((*EXPLAIN, "-o", "100", "--phase", "prefill"), ("--output-len 100", "--phase prefill")),
+        (("simulate", "/etc/passwd", "-d", "h100"), ("model /etc/passwd: is a file of another kind", "config.json")),
+        (("simulate", "mixtral-8x7b", "-d", "/etc"), ("device /etc: is a directory", "NAME.yaml")),
+        ((*COMPARE, "--routing", "no-such.csv"), ("--routing no-such.csv: no such file",)),
         ((*COMPARE, "--request-rate", "5"), ("--request-rate 5", "--objective gpus")),
         (("launch", "mixtral-8x7b", "-d", "h100", "--layout", "tp2", "--role", "both"), ("--role 'both'", "decode")),
         (("predict", "no-such.csv"), ("no-such.csv", "no such file")),

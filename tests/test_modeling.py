@@ -78,3 +78,34 @@ def test_a_type_known_by_its_architecture_only_builds_the_stock_class() -> None:
     """Kimi-K2's config.json names a model_type of its own and DeepSeek-V3's class."""
     config = {**SMALL["deepseek_v3"], "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
     assert type(build(_config_of(config))).__name__ == "DeepseekV3ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert"}, "bert is an encoder"),
+        ({"model_type": "xlm-roberta", "architectures": ["XLMRobertaForSequenceClassification"]}, "is an encoder"),
+        ({"model_type": "whisper"}, "whisper is an encoder and a decoder"),
+        ({"model_type": "bart"}, "bart is an encoder and a decoder"),
+        ({"model_type": "t5"}, "t5 is an encoder and a decoder"),
+        (
+            {**SMALL["llama"], "architectures": ["LlamaForSequenceClassification"]},
+            "architectures: LlamaForSequenceClassification does not generate text",
+        ),
+    ],
+)
+def test_what_makes_no_text_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"model x: .*{message}") as caught:
+        hf_config(ModelProfile(name="x", hf_id="x", description="d", sources={}, config=config))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("architectures", [None, ["LlamaForCausalLM"], ["LlamaModel"], ["TheirOwnForCausalLM"]])
+def test_decoders_pass_also_with_remote_code(architectures: list[str] | None) -> None:
+    config = {**SMALL["llama"], "architectures": architectures}
+    assert hf_config(ModelProfile(name="x", hf_id="x", description="d", sources={}, config=config)).num_hidden_layers
+
+
+def test_a_bert_that_decodes_is_a_decoder() -> None:
+    config = {"model_type": "bert", "is_decoder": True, "architectures": ["BertLMHeadModel"]}
+    assert hf_config(ModelProfile(name="x", hf_id="x", description="d", sources={}, config=config)).is_decoder

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import tensorcast.profiles as profiles
+from tensorcast.cli import app
 from tensorcast.errors import InputError
 
 DEVICE = """
@@ -190,6 +192,35 @@ def test_a_binary_file_is_no_profile(user: Path) -> None:
     assert "cannot be read" in complaint(profiles.load_device, "binary")
     # It must not keep the others from being found by alias.
     assert profiles.load_device("h200").name == "h200-sxm"
+
+
+@pytest.mark.parametrize("content", [b"vendor: [", b"on: 2020-13-45", b"\xff\xfe", b"- a", b"name: a\x00b"])
+@pytest.mark.parametrize(
+    ("kind", "shipped", "load"),
+    [
+        ("device", "h200-sxm", profiles.load_device),
+        ("model", "deepseek-ai/DeepSeek-V3", profiles.load_model),
+        ("engine", "vllm", profiles.load_engine),
+    ],
+)
+def test_a_broken_file_breaks_itself_alone(
+    user: Path, kind: str, shipped: str, load: Callable[[Any], Any], content: bytes
+) -> None:
+    """Listed, with one line where it is asked for; every other profile can be read."""
+    (user / f"{kind}s" / "aaa.yaml").write_bytes(content)
+    assert "aaa" in getattr(profiles, f"list_{kind}s")()
+    assert "aaa.yaml" in complaint(load, "aaa")
+    assert load(shipped)
+    result = CliRunner().invoke(app, [f"{kind}s", "--json"])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "aaa.yaml" in result.stderr
+    names = {row["name"] for row in json.loads(result.stdout)}
+    assert names == set(getattr(profiles, f"list_{kind}s")()) - {"aaa"}
+
+
+def test_an_alias_that_a_broken_file_may_have_had(user: Path) -> None:
+    (user / "devices" / "h200-sxm.yaml").write_text("aliases: [h200\nvendor: [")
+    message = complaint(profiles.load_device, "h200")
+    assert "unknown device 'h200'" in message and "h200-sxm.yaml, line 2: broken YAML" in message
 
 
 def test_a_broken_profile_does_not_hide_its_alias(user: Path) -> None:

@@ -45,7 +45,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            _refuse(str(error), error.exit_code)
+            _refuse(error.typed or str(error), error.exit_code)
         except typer.TyperException as error:
             _refuse(_usage(error), error.exit_code)
         except KeyboardInterrupt:

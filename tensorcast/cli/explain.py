@@ -7,6 +7,20 @@ from typing import Annotated
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, WORK, AsJson, app, console, patience
+from tensorcast.cli.options import (
+    Combine,
+    Device,
+    Dispatch,
+    DualBatchOverlap,
+    Engine,
+    ExternalSharedExperts,
+    Model,
+    MTPDepth,
+    Phase,
+    RedundantExperts,
+    SharedExpertTP,
+)
+from tensorcast.errors import InputError
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -30,16 +44,10 @@ tensorcast explain deepseek-v3 -d h200 -n 32 -e sglang -l dp32-ep32 -v tp8-dp4-e
 
 @app.command(epilog=EXAMPLES)
 def explain(
-    model: Annotated[str, typer.Argument(
-        help="Name (see [bold]tensorcast models[/bold]), profile file, or directory with a Hugging Face config.json.",
-        show_default=False,
-    )],
-    device: Annotated[str, typer.Option(
-        "--device", "-d", help="Name (see [bold]tensorcast devices[/bold]) or profile file.", show_default=False,
-        rich_help_panel=DEPLOYMENT,
-    )],
+    model: Model,
+    device: Device,
     world_size: Annotated[int, typer.Option(
-        "--world-size", "-n", help="GPUs of either layout.", show_default=False, rich_help_panel=DEPLOYMENT,
+        "--world-size", "-n", min=1, help="GPUs of either layout.", show_default=False, rich_help_panel=DEPLOYMENT,
     )],
     layout: Annotated[str, typer.Option(
         "--layout", "-l", metavar="tpN-dpN-epN-ppN", help="The first, A; a size left out is 1.", show_default=False,
@@ -49,27 +57,25 @@ def explain(
         "--versus", "-v", metavar="tpN-dpN-epN-ppN", help="The second, B.", show_default=False,
         rich_help_panel=DEPLOYMENT,
     )],
-    phase: Annotated[str, typer.Option(
-        "--phase", metavar="prefill|decode", help="Read prompts, or make one token per sequence.", rich_help_panel=WORK,
-    )] = "decode",
+    phase: Phase = "decode",
     batch: Annotated[int | None, typer.Option(
         "--batch", "-b", min=1, show_default=False, rich_help_panel=WORK,
         help="Sequences per data-parallel rank of A; B gets as many in all.  [dim]\\[default: most that fit in both]"
         "[/dim]",
     )] = None,
-    context: Annotated[int, typer.Option(
-        "--context", "-c", min=0, help="Cached tokens per sequence, in decode.", rich_help_panel=WORK,
-    )] = 4096,
-    input_len: Annotated[int, typer.Option(
-        "--input-len", "-i", min=1, help="New tokens per sequence, in prefill.", rich_help_panel=WORK,
-    )] = 4096,
+    context: Annotated[int | None, typer.Option(
+        "--context", "-c", min=0, show_default=False, rich_help_panel=WORK,
+        help="Cached tokens per sequence.  [dim]\\[default: 4096 in decode, 0 in prefill][/dim]",
+    )] = None,
+    input_len: Annotated[int | None, typer.Option(
+        "--input-len", "-i", min=1, show_default=False, rich_help_panel=WORK,
+        help="New tokens per sequence, in prefill.  [dim]\\[default: 4096][/dim]",
+    )] = None,
     output_len: Annotated[int | None, typer.Option(
         "--output-len", "-o", min=1, show_default=False, rich_help_panel=WORK,
         help="Tokens of a reply: decode is then priced halfway through, after input-len + output-len / 2 cached ones.",
     )] = None,
-    engine: Annotated[str, typer.Option(
-        "--engine", "-e", metavar="NAME", help="vllm, sglang, trtllm or a profile file.", rich_help_panel=CHOICES,
-    )] = "vllm",
+    engine: Engine = "vllm",
     quant: Annotated[str | None, typer.Option(
         "--quant", metavar="SCHEME", help="Weights, as in simulate.", show_default=False, rich_help_panel=CHOICES,
     )] = None,
@@ -83,40 +89,29 @@ def explain(
         "--all2all", metavar="KIND", rich_help_panel=CHOICES,
         help="As in simulate; this and what follows holds for B as far as it applies to it.",
     )] = "auto",
-    dispatch: Annotated[str | None, typer.Option(
-        "--dispatch", metavar="SCHEME", show_default=False, rich_help_panel=CHOICES,
-        help="What tokens are sent in.  [dim]\\[default: as the experts read them][/dim]",
-    )] = None,
-    redundant_experts: Annotated[int, typer.Option(
-        "--redundant-experts", min=0, help="Copies of experts in each MoE layer.", rich_help_panel=CHOICES,
-    )] = 0,
-    shared_expert_tp: Annotated[bool, typer.Option(
-        "--shared-expert-tp/--no-shared-expert-tp", rich_help_panel=CHOICES,
-        help="Cut shared experts over tp, or keep them whole on every GPU.",
-    )] = True,
-    external_shared_experts: Annotated[int, typer.Option(
-        "--external-shared-experts", min=0, rich_help_panel=CHOICES,
-        help="Expert-parallel groups that hold only the shared expert.",
-    )] = 0,
-    dual_batch_overlap: Annotated[bool, typer.Option(
-        "--dual-batch-overlap", help="Two half batches, one computing while the other exchanges tokens.",
-        rich_help_panel=CHOICES,
-    )] = False,
-    mtp_depth: Annotated[int, typer.Option(
-        "--mtp-depth", min=0, help="Tokens drafted per sequence and step.", rich_help_panel=CHOICES,
-    )] = 0,
+    dispatch: Dispatch = None,
+    combine: Combine = None,
+    redundant_experts: RedundantExperts = 0,
+    shared_expert_tp: SharedExpertTP = True,
+    external_shared_experts: ExternalSharedExperts = 0,
+    dual_batch_overlap: DualBatchOverlap = False,
+    mtp_depth: MTPDepth = 0,
     as_json: AsJson = False,
 ) -> None:
     """Explain why layout A of MODEL is faster or slower than B, and what would help each."""
     from tensorcast.api import explain as run_explanation
 
     if output_len is not None:
-        context = input_len + output_len // 2
+        if phase == "prefill" or context is not None:
+            beside = "--phase prefill: a reply is decoded" if phase == "prefill" else f"--context {context}: give one"
+            raise InputError(f"--output-len {output_len} does not go with {beside}")
+        context, input_len = (input_len or 4096) + output_len // 2, None
     with patience(model, "explaining two layouts of"):
         why = run_explanation(
             model, device=device, world_size=world_size, layout=layout, versus=versus, phase=phase, batch=batch,
             context=context, input_len=input_len, engine=engine, quant=quant, kv_dtype=kv_dtype, routing=routing,
-            all2all=all2all, dispatch=dispatch, redundant_experts=redundant_experts, shared_expert_tp=shared_expert_tp,
+            all2all=all2all, dispatch=dispatch, combine=combine, redundant_experts=redundant_experts,
+            shared_expert_tp=shared_expert_tp,
             external_shared_experts=external_shared_experts, dual_batch_overlap=dual_batch_overlap,
             mtp_depth=mtp_depth,
         )

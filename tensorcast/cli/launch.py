@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, app
+from tensorcast.cli.options import Device, DualBatchOverlap, KVDtype, Model, MTPDepth, RedundantExperts
 from tensorcast.errors import InputError
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -30,14 +31,8 @@ tensorcast launch qwen3-235b-a22b -d h100 --layout tp8 --batch 32 --json | jq .f
 
 @app.command(epilog=EXAMPLES)
 def launch(
-    model: Annotated[str, typer.Argument(
-        help="Name (see [bold]tensorcast models[/bold]), profile file, or directory with a Hugging Face config.json.",
-        show_default=False,
-    )],
-    device: Annotated[str, typer.Option(
-        "--device", "-d", help="Name (see [bold]tensorcast devices[/bold]) or profile file.", show_default=False,
-        rich_help_panel=DEPLOYMENT,
-    )],
+    model: Model,
+    device: Device,
     layout: Annotated[str, typer.Option(
         "--layout", "-l", metavar="tpN-dpN-epN-ppN", help="Sizes of the parallel groups; one left out is 1.",
         show_default=False, rich_help_panel=DEPLOYMENT,
@@ -73,24 +68,14 @@ def launch(
         "--quant", metavar="SCHEME", help="Quantise weights at load.  [dim]\\[default: as the model ships][/dim]",
         show_default=False, rich_help_panel=CHOICES,
     )] = None,
-    kv_dtype: Annotated[str | None, typer.Option(
-        "--kv-dtype", metavar="bf16|fp8", help="KV cache.  [dim]\\[default: the model's][/dim]", show_default=False,
-        rich_help_panel=CHOICES,
-    )] = None,
+    kv_dtype: KVDtype = None,
     all2all: Annotated[str, typer.Option(
         "--all2all", metavar="KIND", rich_help_panel=CHOICES,
         help="How tokens reach their experts at dp > 1: allgather_reducescatter, high_throughput, low_latency, auto.",
     )] = "auto",
-    redundant_experts: Annotated[int, typer.Option(
-        "--redundant-experts", min=0, help="Copies of experts in each MoE layer.", rich_help_panel=CHOICES,
-    )] = 0,
-    mtp_depth: Annotated[int, typer.Option(
-        "--mtp-depth", min=0, help="Tokens drafted per sequence and step.", rich_help_panel=CHOICES,
-    )] = 0,
-    dual_batch_overlap: Annotated[bool, typer.Option(
-        "--dual-batch-overlap", help="Two half batches, one computes while the other communicates.",
-        rich_help_panel=CHOICES,
-    )] = False,
+    redundant_experts: RedundantExperts = 0,
+    mtp_depth: MTPDepth = 0,
+    dual_batch_overlap: DualBatchOverlap = False,
     as_json: Annotated[bool, typer.Option(
         "--json", help="Print JSON alone: commands, files, every flag with version and source.", rich_help_panel=OUTPUT,
     )] = False,

@@ -8,6 +8,17 @@ from typing import Annotated
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, app, console, patience
+from tensorcast.cli.options import (
+    Combine,
+    Dispatch,
+    DualBatchOverlap,
+    ExternalSharedExperts,
+    KVDtype,
+    Model,
+    MTPDepth,
+    Phase,
+    SharedExpertTP,
+)
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -30,36 +41,30 @@ tensorcast simulate ./my-model -d b200 --json | jq .step_s"""
 
 @app.command(epilog=EXAMPLES)
 def simulate(
-    model: Annotated[str, typer.Argument(
-        help="Name (see [bold]tensorcast models[/bold]), profile file, or directory with a Hugging Face config.json.",
-        show_default=False,
-    )],
+    model: Model,
     device: Annotated[str, typer.Option(
         "--device", "-d", help="Name (see [bold]tensorcast devices[/bold]) or profile file; cpu is this machine.",
         show_default=False, rich_help_panel=DEPLOYMENT,
     )],
     world_size: Annotated[int, typer.Option(
-        "--world-size", "-n", help="GPUs in all: tp*dp*pp.", rich_help_panel=DEPLOYMENT,
+        "--world-size", "-n", min=1, help="GPUs in all: tp*dp*pp.", rich_help_panel=DEPLOYMENT,
     )] = 1,
     tp: Annotated[int | None, typer.Option(
-        "--tp", help="Tensor-parallel GPUs.  [dim]\\[default: what dp and pp leave][/dim]", show_default=False,
+        "--tp", min=1, help="Tensor-parallel GPUs.  [dim]\\[default: what dp and pp leave][/dim]", show_default=False,
         rich_help_panel=DEPLOYMENT,
     )] = None,
     dp: Annotated[int, typer.Option(
-        "--dp", help="Data-parallel replicas of attention.", rich_help_panel=DEPLOYMENT,
+        "--dp", min=1, help="Data-parallel replicas of attention.", rich_help_panel=DEPLOYMENT,
     )] = 1,
     ep: Annotated[int, typer.Option(
-        "--ep", rich_help_panel=DEPLOYMENT,
+        "--ep", min=1, rich_help_panel=DEPLOYMENT,
         help="Expert-parallel groups, a divisor of tp*dp: whole experts are dealt out to them. At 1 every expert is "
         "cut over tp*dp GPUs.",
     )] = 1,
-    pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.", rich_help_panel=DEPLOYMENT)] = 1,
-    phase: Annotated[str, typer.Option(
-        "--phase", metavar="prefill|decode", help="Read prompts, or make one token per sequence.",
-        rich_help_panel=WORK,
-    )] = "decode",
+    pp: Annotated[int, typer.Option("--pp", min=1, help="Pipeline stages.", rich_help_panel=DEPLOYMENT)] = 1,
+    phase: Phase = "decode",
     batch: Annotated[int, typer.Option(
-        "--batch", "-b", help="Sequences [bold]per data-parallel rank[/bold]: dp times as many in all.",
+        "--batch", "-b", min=1, help="Sequences [bold]per data-parallel rank[/bold]: dp times as many in all.",
         rich_help_panel=WORK,
     )] = 1,
     context: Annotated[int | None, typer.Option(
@@ -81,10 +86,7 @@ def simulate(
         "linear=bf16,experts=mxfp4.  [dim]\\[default: as the model ships][/dim]",
         show_default=False, rich_help_panel=CHOICES,
     )] = None,
-    kv_dtype: Annotated[str | None, typer.Option(
-        "--kv-dtype", metavar="bf16|fp8", help="KV cache.  [dim]\\[default: the model's][/dim]", show_default=False,
-        rich_help_panel=CHOICES,
-    )] = None,
+    kv_dtype: KVDtype = None,
     routing: Annotated[str, typer.Option(
         "--routing", metavar="LAW", rich_help_panel=CHOICES,
         help="How tokens fall on experts: balanced, uniform, zipf:S, or a CSV of counts per expert.",
@@ -99,16 +101,8 @@ def simulate(
         "or auto, the engine's.",
         rich_help_panel=CHOICES,
     )] = "auto",
-    dispatch: Annotated[str | None, typer.Option(
-        "--dispatch", metavar="SCHEME",
-        help="What tokens are sent in, such as bf16 or fp8_block.  [dim]\\[default: as the experts read them][/dim]",
-        show_default=False, rich_help_panel=CHOICES,
-    )] = None,
-    combine: Annotated[str | None, typer.Option(
-        "--combine", metavar="SCHEME",
-        help="What results come back in, such as fp8_block, or logfmt10 at low_latency.  [dim]\\[default: bf16][/dim]",
-        show_default=False, rich_help_panel=CHOICES,
-    )] = None,
+    dispatch: Dispatch = None,
+    combine: Combine = None,
     redundant_experts: Annotated[int, typer.Option(
         "--redundant-experts", min=0, rich_help_panel=CHOICES,
         help="Copies of experts in each MoE layer, over all expert-parallel groups.",
@@ -122,21 +116,10 @@ def simulate(
         help="How expert matmuls run: grouped_mm, batched_mm, eager, contiguous, masked, or auto; by phase as "
         "prefill=contiguous,decode=masked.",
     )] = "auto",
-    shared_expert_tp: Annotated[bool, typer.Option(
-        "--shared-expert-tp/--no-shared-expert-tp", rich_help_panel=CHOICES,
-        help="Cut shared experts over tp, or keep them whole on every GPU.",
-    )] = True,
-    external_shared_experts: Annotated[int, typer.Option(
-        "--external-shared-experts", min=0, rich_help_panel=CHOICES,
-        help="Expert-parallel groups that hold only the shared expert.",
-    )] = 0,
-    dual_batch_overlap: Annotated[bool, typer.Option(
-        "--dual-batch-overlap", rich_help_panel=CHOICES,
-        help="Two half batches: one computes while the other exchanges tokens.",
-    )] = False,
-    mtp_depth: Annotated[int, typer.Option(
-        "--mtp-depth", min=0, help="Tokens drafted per sequence and step.", rich_help_panel=CHOICES,
-    )] = 0,
+    shared_expert_tp: SharedExpertTP = True,
+    external_shared_experts: ExternalSharedExperts = 0,
+    dual_batch_overlap: DualBatchOverlap = False,
+    mtp_depth: MTPDepth = 0,
     chunk_tokens: Annotated[int, typer.Option(
         "--chunk-tokens", min=0, rich_help_panel=CHOICES,
         help="Tokens that pass the experts at a time; 0 is all.",

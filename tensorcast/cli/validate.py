@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, AsJson, app, console
+from tensorcast.cli.options import Model
 from tensorcast.errors import InputError
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -44,10 +45,7 @@ def numbers(flag: str, text: str | None) -> tuple[int, ...]:
 
 @app.command(epilog=EXAMPLES)
 def validate(
-    model: Annotated[str, typer.Argument(
-        help="Name (see [bold]tensorcast models[/bold]), profile file, or directory with a Hugging Face config.json.",
-        show_default=False,
-    )],
+    model: Model,
     device: Annotated[str, typer.Option(
         "--device", "-d", help="Profile to compare with; cpu is this machine, any other runs on its CUDA device.",
         rich_help_panel=DEPLOYMENT,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ class Routing:
             return cls(text, exponent)
         if Path(text).is_file():
             return cls(text, counts=_read_counts(Path(text)))
+        if text.lower().endswith(".csv") or os.sep in text:
+            what = "is a directory" if Path(text).is_dir() else "no such file"
+            raise InputError(f"--routing {text}: {what}; give a CSV file of per-expert counts")
         raise InputError(f"--routing {text!r}: use balanced, uniform, zipf:S, or a CSV file of per-expert counts")
 
     def inclusion(self, num_experts: int, top_k: float) -> np.ndarray:
@@ -80,8 +84,9 @@ def _read_counts(path: Path) -> tuple[float, ...]:
         raise InputError(f"--routing {path}: not a CSV file ({str(reason).splitlines()[0]})") from None
     if "count" not in frame.columns:
         raise InputError(f"--routing {path}: needs a column 'count', found {', '.join(map(str, frame.columns))}")
-    counts = frame.groupby("expert")["count"].sum() if "expert" in frame.columns else frame["count"]
-    if not (np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0):
+    said = pd.to_numeric(frame["count"], errors="coerce")
+    counts = said.groupby(frame["expert"]).sum() if "expert" in frame.columns else said
+    if not (np.isfinite(said).all() and (said >= 0).all() and said.sum() > 0):
         raise InputError(f"--routing {path}: counts must be numbers of at least 0, not all 0")
     return tuple(float(c) for c in counts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,15 +41,20 @@ def ask(
         if form not in FORMS:
             raise unknown_name("--form", form, FORMS)
     for name, value in (("--ttft", ttft_s), ("--tpot", tpot_s), ("--request-rate", request_rate)):
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise InputError(f"{name} {value}: must be more than 0")
     if objective == "gpus" and request_rate is None:
         raise InputError("--objective gpus: say for how many requests per second, with --request-rate")
+    if not 0 <= prefix_cached < max(1, input_len):
+        raise InputError(f"--prefix-cached {prefix_cached}: must be at least 0 and less than --input-len {input_len}")
     if objective != "gpus" and request_rate is not None:
         raise InputError(f"--request-rate {request_rate:g}: says how much to plan for, with --objective gpus alone")
     names = [device.name for device in devices]
-    if strange := [name for name in prices or {} if name not in names]:
-        raise InputError(f"--price {strange[0]}: is not among the devices compared ({', '.join(names)})")
+    for name, value in (prices or {}).items():
+        if name not in names:
+            raise InputError(f"--price {name}={value:g}: {name} is not one of --device {','.join(names)}")
+        if not 0 < value < math.inf:
+            raise InputError(f"--price {name}={value:g}: must be more than 0 US dollars per GPU hour")
     if not names or not world_sizes:
         raise InputError("compare: needs at least one device and one world size")
     if wrong := [size for size in world_sizes if size < 1]:
@@ -74,6 +80,8 @@ def ask(
             )
     base = Options(quant=quant, routing=routing, placement=placement)
     _applies(model, base, given)
+    if problem := model.too_long(input_len + output_len):
+        raise InputError(f"--input-len {input_len} and --output-len {output_len}: {problem}")
     return [
         Question(
             model, device, engine, size, load, ttft_s, tpot_s, objective, axes, base, _of(wanted, size), tuple(forms),
@@ -93,8 +101,10 @@ def _applies(model: ModelProfile, base: Options, given: Mapping[str, tuple[Any, 
         said = ",".join(map(str, depths))
         raise InputError(f"--mtp {said}: the config of {model.name} has no multi-token prediction module to draft with")
     exchange = next((kind for kind in given.get("exchange", ()) if kind != "auto"), "auto")
-    dispatch = next((scheme for scheme in given.get("dispatch", ()) if scheme), None)
-    check_options(replace(base, all2all=exchange, dispatch=dispatch), Layout(1), facts, "none")
+    dispatch, combine = (
+        next((scheme for scheme in given.get(axis, ()) if scheme), None) for axis in ("dispatch", "combine")
+    )
+    check_options(replace(base, all2all=exchange, dispatch=dispatch, combine=combine), Layout(1), facts, "none")
 
 
 def _of(layouts: tuple[Layout, ...], size: int) -> tuple[Layout, ...]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tensorcast.deploy.options import option_facts
 from tensorcast.deploy.pareto import alike, pareto
-from tensorcast.deploy.search import Answer, Question, smallest_that_fits, stacked
+from tensorcast.deploy.remarks import by_what, in_seconds, notes, nothing_left, warning
+from tensorcast.deploy.search import Answer, Question, stacked
 from tensorcast.deploy.serving import Load
 from tensorcast.deploy.simulate import Deployment
 from tensorcast.deploy.space import Variant
-from tensorcast.deploy.tables import traced_table
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
@@ -30,6 +29,10 @@ class NoLayoutMeets(InputError):
     """The limits leave nothing; the message says which one binds and how close the best came."""
 
     exit_code = 3
+
+    def __init__(self, message: str, comparison: Comparison) -> None:
+        super().__init__(message)
+        self.comparison = comparison
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,10 @@ class Comparison:
     """The result of :func:`compare`. ``candidates``: one row per candidate kept, of ``examined`` in all.
 
     Kept are, of every form and layout at every batch, the options that do best, and all of the Pareto front.
-    ``pruned``: layouts (by the rules on layouts and engines) and candidates (by those on memory and pace) that fell
-    away. ``ties``: candidates that cannot be told apart from the best (:func:`tensorcast.deploy.pareto.alike`).
+    ``pruned``: how many fell away by which rule, of ``layouts`` (rules on layouts and engines), of ``variants``
+    (layouts with their options: memory) and of ``candidates`` (variants at a batch: pace). ``warning``: what to know
+    before trusting the best, if anything. ``ties``: candidates that cannot be told apart from the best
+    (:func:`tensorcast.deploy.pareto.alike`).
     """
 
     model: ModelProfile
@@ -70,7 +75,7 @@ class Comparison:
     input_len: int
     output_len: int
     candidates: pd.DataFrame
-    pruned: dict[str, int]
+    pruned: dict[str, dict[str, int]]
     best: dict[str, Any] | None
     runner_up: dict[str, Any] | None
     ties: list[str]
@@ -79,6 +84,7 @@ class Comparison:
     questions: tuple[Question, ...] = field(default=(), repr=False)
     behind: dict[str, tuple[int, Variant, Variant]] = field(default_factory=dict, repr=False)
     """Of every candidate: its question's number and the variants that prefill and decode."""
+    warning: str = ""
 
     def deployments(self, candidate: str) -> tuple[Deployment, Deployment]:
         """(prefill, decode) of a candidate, made anew. Raises :class:`InputError` for an unknown one."""
@@ -94,6 +100,22 @@ class Comparison:
     def load(self, candidate: str) -> Load:
         """What users send to a candidate."""
         return self.questions[self.behind[candidate][0]].load
+
+    @cached_property
+    def closest(self) -> tuple[dict[str, Any], list[str]]:
+        """Where nothing keeps within the limits: the candidate that comes closest, and the limits that bind.
+
+        Binding are those that no candidate keeps, each taken alone (``ttft``, ``tpot``); else the closest one's worst.
+        """
+        frame, asked = self.candidates, dict(zip(("ttft", "tpot"), self.targets, strict=True))
+        limits = {name: limit for name, limit in asked.items() if limit is not None}
+        ratios = np.array([frame[f"{name}_s"] / limit for name, limit in limits.items()])
+        worst = ratios.max(axis=0) if len(ratios) else np.ones(len(frame))
+        # of those within these limits, or all as close to them, the one on fewest GPUs
+        first = frame.iloc[int(np.lexsort((frame["gpus"], np.maximum(worst, 1.0)))[0])]
+        row = {str(key): value for key, value in first.to_dict().items()}
+        alone = [name for name, limit in limits.items() if frame[f"{name}_s"].min() > limit]
+        return row, alone or [str(row["limit"]) or "gpus"]
 
     @cached_property
     def families(self) -> pd.DataFrame:
@@ -112,20 +134,20 @@ def compare(questions: Sequence[Question], answers: Sequence[Answer]) -> Compari
     """
     first = questions[0]
     frame = stacked([one.frame for one in answers])
+    pruned: Counter[str] = Counter()
+    for one in answers:
+        pruned += one.pruned
     if not len(frame):
-        raise InputError(_too_big(questions))
+        raise InputError(nothing_left(questions, pruned))
     pairs = [(number, *pair) for number, one in enumerate(answers) for pair in one.variants]
     frame["candidate"] = [f"{form[0]}{i}" for i, form in enumerate(frame["form"])]
     frame["pareto"] = pareto(frame["tokens_per_s_per_user"].to_numpy(), frame["tokens_per_s_per_gpu"].to_numpy())
     if first.objective == "cost" and (free := dict.fromkeys(q.device.name for q in questions if q.price is None)):
         names = ", ".join(free)
         raise InputError(f"--objective cost: no price per GPU hour is known for {names}; use --price, as in H200=2.5")
-    pruned: Counter[str] = Counter()
-    for one in answers:
-        pruned += one.pruned
     comparison = Comparison(
         first.model, tuple({q.device.name: q.device for q in questions}.values()), first.engine, first.objective,
-        (first.ttft_s, first.tpot_s), first.load.input_len, first.load.output_len, frame, dict(pruned.most_common()),
+        (first.ttft_s, first.tpot_s), first.load.input_len, first.load.output_len, frame, by_what(pruned),
         None, None, [], notes(questions, frame), sum(one.examined for one in answers), tuple(questions),
         dict(zip(frame["candidate"], pairs, strict=True)),
     )  # fmt: skip
@@ -136,14 +158,15 @@ def _decided(comparison: Comparison) -> Comparison:
     """With the best, the best of another layout, and what cannot be told apart from the best."""
     ranked = comparison.families[comparison.families["meets"]]
     if not len(ranked):
-        raise NoLayoutMeets(_closest(comparison))
+        raise NoLayoutMeets(_not_met(comparison), comparison)
     records = [{str(key): value for key, value in row.items()} for row in ranked.head(CONTENDERS).to_dict("records")]
     best = records[0]
     kind = ("device", "form", "layout")
     others = [r for r in records[1:] if any(r[key] != best[key] for key in kind)]
     sums = {r["candidate"]: work_by_family(comparison, r) for r in [best, *others]}
     ties = [r["candidate"] for r in others if alike(sums[best["candidate"]], sums[r["candidate"]])]
-    return replace(comparison, best=best, runner_up=others[0] if others else None, ties=ties)
+    said = warning(comparison.questions[0], comparison.candidates, best["ttft_s"], best["tpot_s"])
+    return replace(comparison, best=best, runner_up=others[0] if others else None, ties=ties, warning=said)
 
 
 CONTENDERS = 12
@@ -174,81 +197,19 @@ def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tup
     return found
 
 
-def _closest(comparison: Comparison) -> str:
+def _not_met(comparison: Comparison) -> str:
     """Which limit binds and how close the best came."""
-    frame, (ttft, tpot) = comparison.candidates, comparison.targets
-    asked = {"ttft": ttft, "tpot": tpot}
-    ratios = np.array([frame[f"{name}_s"] / limit for name, limit in asked.items() if limit is not None])
-    worst = ratios.max(axis=0) if len(ratios) else np.ones(len(frame))
-    # of those within these limits, or all as close to them, the one on fewest GPUs
-    row = frame.iloc[int(np.lexsort((frame["gpus"], np.maximum(worst, 1.0)))[0])]
-    alone = [name for name, limit in asked.items() if limit is not None and frame[f"{name}_s"].min() > limit]
-    binding = alone or ([str(row["limit"])] if row["limit"] else ["gpus"])
+    row, binding = comparison.closest
+    ttft, tpot = comparison.targets
+    asked = {"TTFT": ttft, "TPOT": tpot}
     where = f"{row['gpus']} {row['device']} as {row['layout']} ({row['form']}, batch {row['batch']:g} per rank)"
-    words = _limits(asked)
+    said = [f"{name} <= {in_seconds(limit)}" for name, limit in asked.items() if limit is not None]
     if comparison.objective == "gpus":
-        rate, most = comparison.questions[0].request_rate, max(q.gpus for q in comparison.questions)
-        words = " and ".join([*([words] if len(ratios) else []), f"{rate:g} requests/s on {most} GPUs"])
+        most = max(q.gpus for q in comparison.questions)
+        said.append(f"{comparison.questions[0].request_rate:g} requests/s on {most} GPUs")
     names = " and ".join("GPUs" if name == "gpus" else name.upper() for name in binding)
+    verb = f"the limit on {names} binds" if len(binding) == 1 else f"the limits on {names} bind"
     return (
-        f"no layout meets {words}: the limit on {names} binds; the closest, {where}, has a TTFT of "
-        f"{_seconds(row['ttft_s'])} and a TPOT of {_seconds(row['tpot_s'])}"
+        f"no layout meets {' and '.join(said) or 'the number of GPUs'}: {verb}; the closest, {where}, has a TTFT of "
+        f"{in_seconds(row['ttft_s'])} and a TPOT of {in_seconds(row['tpot_s'])}"
     )
-
-
-def _too_big(questions: Sequence[Question]) -> str:
-    """How many GPUs it takes, where a cluster holds no layout at all."""
-    first = questions[0]
-    needed = []
-    for question in {q.device.name: q for q in sorted(questions, key=lambda q: q.gpus)}.values():
-        if (size := smallest_that_fits(question)) is not None:
-            needed.append(f"{size} {question.device.name}")
-    sizes = ", ".join(dict.fromkeys(f"{q.gpus} {q.device.name}" for q in questions))
-    length = first.load.input_len + first.load.output_len
-    hint = f"it needs at least {' or '.join(needed)}" if needed else "no number of them holds it"
-    if first.layouts:
-        hint = f"none of the layouts asked for holds it; {hint}"
-    return f"{first.model.name} does not fit on {sizes} with a sequence of {length} tokens: {hint}; or quantise"
-
-
-def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]:
-    """What the numbers rest on and a reader may not expect."""
-    first = questions[0]
-    found = []
-    if first.ttft_s is None and first.tpot_s is None and first.objective != "latency":
-        found.append("no limit on TTFT or TPOT: the busiest batch wins, however long users wait; set --ttft and --tpot")
-    if first.axes.kv_dtype == (None,) and first.base.kv_dtype is None:
-        found.append(f"KV cache in {frame['kv_dtype'].iloc[0]}, as the model ships; --kv-dtype bf16,fp8 compares both")
-    table = traced_table(first.model, "decode")
-    modules = option_facts(table.facts, False, first.model.config)["mtp_modules"]
-    if modules and first.axes.mtp_depth == (0,):
-        found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")
-    elif modules and max(first.axes.mtp_depth) > 0:
-        found.append(f"drafted tokens are accepted with a chance of {first.load.mtp_acceptance:g} each: an assumption")
-    spread = {
-        "balanced": "tokens fall evenly on experts",
-        "uniform": "tokens pick experts at random, none more popular",
-    }
-    if table.facts["num_experts"] and first.base.routing in spread:
-        found.append(f"{spread[first.base.routing]}; --routing zipf:0.6 shows what skew costs")
-    if "disaggregated" in first.forms:
-        found.append("disaggregated pools use as many GPUs as match, which may be fewer than there are")
-    unsure = frame.loc[frame["meets"], "share_datasheet"] if frame["meets"].any() else frame["share_datasheet"]
-    if len(unsure) and unsure.max() > 0.2:
-        found.append("candidates that span nodes rest on datasheet figures for the network: see share_datasheet")
-    listed = {q.device.name: q.device.price_per_hour_usd for q in questions if q.price_per_hour is None}
-    if prices := [f"{name} {price}" for name, price in listed.items() if price is not None]:
-        found.append(f"costs at list prices; --price sets yours: {', '.join(prices)}")
-    if not first.runnable_only:
-        found.append("layouts that no engine may be able to run are among them")
-    return tuple(found)
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
-
-
-def _limits(limits: Mapping[str, float | None]) -> str:
-    """``TTFT <= 2 s and TPOT <= 50 ms``."""
-    said = [f"{name.upper()} <= {_seconds(limit)}" for name, limit in limits.items() if limit is not None]
-    return " and ".join(said) or "the number of GPUs"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tensorcast.deploy.blocks import EXPERT_STAGES, blocks_of, is_shared
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.options import Options
+from tensorcast.deploy.options import Options, idle_note
 from tensorcast.deploy.plan import Collective, Row
 from tensorcast.deploy.price import StepPrice
 from tensorcast.deploy.simulate import Deployment, deploy
@@ -77,6 +77,7 @@ class Explanation:
     past: int
     groups: pd.DataFrame
     elasticities: pd.DataFrame
+    notes: tuple[str, ...] = ()
 
     @property
     def faster(self) -> float:
@@ -95,8 +96,10 @@ def explain(
     """
     if layout == versus:
         raise InputError(f"--versus {versus}: is the layout itself; name another one")
+    workload = Workload(phase, 1 if batch is None else batch, new, past)
     chosen = ((layout, options), (versus, applicable(options, versus)))
     made = [deploy(model, device, engine, one, phase, own) for one, own in chosen]
+    workload.check_length(model)
     most = [one.largest_batch(new, past) for one in made]
     for one, largest in zip(made, most, strict=True):
         if not largest:
@@ -104,24 +107,28 @@ def explain(
     if batch is None:
         total = min(largest * one.layout.dp for one, largest in zip(made, most, strict=True))
         batch = max(1, total // layout.dp)
-    Workload(phase, batch, new, past)
     sides = []
     for one, largest in zip(made, most, strict=True):
         share = batch * layout.dp / one.layout.dp
         if share > largest:
             raise InputError(
-                f"--batch {batch}: {batch * layout.dp} sequences in all are {share:g} per data-parallel rank of "
+                f"--batch {batch}: {batch * layout.dp} sequences in all are {share:.10g} per data-parallel rank of "
                 f"{one.layout}, which holds {largest}"
             )
         sides.append(Side(one, share, one.step.price(share, float(new), float(past)), largest))
     a, b = sides
-    return Explanation(a, b, phase, new, past, _groups(a, b), _elasticities(a, b, new, past))
+    idle = made[0].idle(options)
+    idle = {flag: why for flag, why in idle.items() if flag in made[1].idle(options)}
+    notes = (idle_note(idle),) if idle else ()
+    return Explanation(a, b, phase, new, past, _groups(a, b), _elasticities(a, b, new, past), notes)
 
 
 def applicable(options: Options, layout: Layout) -> Options:
     """``options`` without those that ``layout`` has no use for: an exchange, its overlap, copies of experts."""
     if layout.dp == 1 or layout.ep == 1 or layout.etp > 1:
         options = replace(options, all2all="auto", external_shared_experts=0, dual_batch_overlap=False)
+        if options.combine == "logfmt10":  # low-latency kernels alone send it
+            options = replace(options, combine=None)
     return replace(options, redundant_experts=options.redundant_experts if layout.ep > 1 else 0)
 
 

@@ -78,7 +78,7 @@ def _world(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
 
 
 def _heads(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
-    if facts["heads"] % layout.tp == 0:
+    if not facts["heads"] or facts["heads"] % layout.tp == 0:  # a state-space model has none
         return ""
     return f"{facts['heads']} attention heads do not divide over tp = {layout.tp}"
 

@@ -46,7 +46,7 @@ def _model_facts(name: str) -> tuple[str, dict[str, Any]]:
     experts = next((text[key] for key in keys if text.get(key)), 0)
     quantization = override(from_config({} if model.quantization else model.config), model.quantization)
     own = {"linear": quantization.linear.name, "experts": quantization.experts.name}
-    facts = {"num_experts": experts, "own": own, "near": near, "named": named, "positions": model.positions}
+    facts = {"num_experts": experts, "own": own, "near": near, "named": named, "positions": model.max_positions}
     return found if near else name, facts
 
 

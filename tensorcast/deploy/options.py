@@ -137,6 +137,37 @@ def check_options(options: Options, layout: Layout, facts: dict[str, Any], all2a
         raise InputError(problem)
 
 
+def idle_options(
+    options: Options, layout: Layout, facts: dict[str, Any], all2all: str, phase: str
+) -> dict[str, str]:
+    """Options that were chosen and change no time here, with the reason. Arguments: as for the rules."""
+    stays = "no tokens travel to other GPUs"
+    whole = "tp is 1" if facts["shared_experts"] else "there is no shared expert"
+    cases = {
+        "--all2all": (options.all2all != "auto" and all2all == "none", stays),
+        "--dispatch": (options.dispatch is not None and all2all == "none", stays),
+        "--combine": (options.combine is not None and all2all == "none", stays),
+        "--placement": (options.placement != "linear" and layout.ep == 1, "experts are in one group"),
+        "--redundant-experts": (
+            options.redundant_experts > 0 and layout.ep == 1, "copies in one group of experts only take memory",
+        ),
+        "--no-shared-expert-tp": (
+            not options.shared_expert_tp and (layout.tp == 1 or not facts["shared_experts"]), whole,
+        ),
+        "--mtp-depth": (options.mtp_depth > 0 and phase != "decode", "tokens are drafted in decode"),
+    }
+    return {flag: why for flag, (idle, why) in cases.items() if idle}
+
+
+def idle_note(idle: dict[str, str]) -> str:
+    """:func:`idle_options` in a line: ``no effect here: --all2all and --dispatch (no tokens travel ...)``."""
+    said = [
+        f"{' and '.join(flag for flag, reason in idle.items() if reason == why)} ({why})"
+        for why in dict.fromkeys(idle.values())
+    ]
+    return f"no effect here: {', '.join(said)}"
+
+
 def option_facts(facts: dict[str, Any], shared_experts: bool, config: dict[str, Any]) -> dict[str, Any]:
     """A table's ``facts`` with what options depend on beside them: shared experts, multi-token prediction modules."""
     text = config.get("text_config") or config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from tensorcast.deploy.runnable import engine_can_run
 from tensorcast.deploy.serving import Load
 from tensorcast.deploy.space import Axes, Variant, divisors, family, layouts, legal, variants
 from tensorcast.deploy.tables import traced_table
+from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
@@ -90,7 +91,7 @@ def space(question: Question, pruned: Counter[str]) -> list[Variant]:
         tried = [one for size in divisors(question.gpus) for one in layouts(size)]
     found = []
     node = question.device.interconnect[0].size
-    for layout in legal(tried, facts, question.device, pruned):
+    for layout in _traceable(legal(tried, facts, question.device, pruned), question.model, pruned):
         every = variants(layout, facts, question.axes, base)
         if question.runnable_only:
             engine = question.engine.name
@@ -104,6 +105,25 @@ def space(question: Question, pruned: Counter[str]) -> list[Variant]:
             every = [v for v, problem in zip(every, problems, strict=True) if not problem]
         found += every
     return found
+
+
+NARROW = "widths of a rank"
+"""Rule on layouts beside those of their own: transformers' class runs with a tensor-parallel rank's sizes."""
+
+
+def _traceable(layouts_: Sequence[Layout], model: ModelProfile, pruned: Counter[str]) -> Iterator[Layout]:
+    """Those whose ranks can be traced; the others (OLMoE at tp > 1) are counted in ``pruned``."""
+    runs = {1: True}  # a model that cannot be traced at all is an error
+    for layout in layouts_:
+        if layout.tp not in runs:
+            try:
+                runs[layout.tp] = bool(traced_table(model, "decode", layout.tp))
+            except InputError:
+                runs[layout.tp] = False
+        if runs[layout.tp]:
+            yield layout
+        else:
+            pruned[NARROW] += 1
 
 
 def answer(question: Question) -> Answer:
@@ -199,7 +219,7 @@ def _firsts(keys: list[Any]) -> Any:
 
 COLUMNS = tuple(
     "candidate form device engine layout family tp dp ep etp pp replicas world_size gpus prefill_layout prefill_workers"
-    " decode_workers batch concurrency all2all dispatch kv_dtype redundant_experts external_shared_experts"
+    " decode_workers batch concurrency all2all dispatch combine kv_dtype redundant_experts external_shared_experts"
     " shared_expert_tp dual_batch_overlap mtp_depth chunk_tokens ttft_s ttft_low_s ttft_high_s tpot_s tpot_low_s"
     " tpot_high_s request_s output_tokens_per_s tokens_per_s_per_gpu tokens_per_s_per_user decode_step_s prefill_step_s"
     " exposed_comm_s hidden_comm_s memory_bytes weights_bytes kv_cache_bytes activations_bytes capacity_bytes"
@@ -250,6 +270,7 @@ def _frame(question: Question, workshop: Workshop, form: str, points: Points) ->
         "concurrency": c["concurrency"] * replicas,
         "all2all": [workshop.exchange(v) for v in chosen],
         "dispatch": [v.decode.dispatch or "" for v in chosen],
+        "combine": [v.decode.combine or "" for v in chosen],
         "kv_dtype": [kv[v.decode.kv_dtype] for v in chosen],
         "redundant_experts": [v.decode.redundant_experts for v in chosen],
         "external_shared_experts": [v.decode.external_shared_experts for v in chosen],

@@ -13,11 +13,13 @@ from tensorcast.cost.memory import (
     cache_budget,
     cache_bytes,
     low_latency_buffer_bytes,
+    per_table,
     weight_bytes,
 )
 from tensorcast.deploy.blocks import has_shared
 from tensorcast.deploy.layout import Layout, check
-from tensorcast.deploy.options import Options, check_options, option_facts
+from tensorcast.deploy.load import Load
+from tensorcast.deploy.options import Options, check_options, idle_note, idle_options, option_facts
 from tensorcast.deploy.plan import Collective, choose_all2all, make_plan
 from tensorcast.deploy.price import StepPrice
 from tensorcast.deploy.result import Simulation
@@ -155,6 +157,11 @@ class Deployment:
             return sizes.R * hidden * (plan.dispatch.activation_bytes + plan.combine.activation_bytes)
         return 0.0
 
+    def idle(self, options: Options) -> dict[str, str]:
+        """Those of ``options`` that would change no time here, with the reason."""
+        facts = option_facts(self.raw.facts, has_shared(self.raw), self.model.config)
+        return idle_options(options, self.layout, facts, self.step.plan.all2all, self.phase)
+
     def largest_batch(self, new: int, past: int) -> int:
         """Most sequences per data-parallel rank that fit; 0 if not even one does."""
         low, high = 0, 1 << 24
@@ -201,7 +208,12 @@ def deploy(
     options: Options = Options(),
 ) -> Deployment:
     """Trace (or load) the model at this tp, quantise, fuse, and lay it out. Raises :class:`InputError` if illegal."""
-    base = Quantization(kv=model.kv_dtype) if model.quantization else from_config(model.config, model.kv_dtype)
+    try:
+        base = Quantization(kv=model.kv_dtype) if model.quantization else from_config(model.config, model.kv_dtype)
+    except InputError:
+        if not options.quant:
+            raise
+        base = Quantization(kv=model.kv_dtype)  # a method that is not known here, as what was asked for instead
     quantization = override(override(base, model.quantization), options.quant)
     if options.kv_dtype:
         if options.kv_dtype not in KV_DTYPES:
@@ -232,6 +244,7 @@ def simulate(
 ) -> Simulation:
     """Price one step. An illegal layout or, unless allowed, a batch that does not fit raises :class:`InputError`."""
     deployment = deploy(model, device, engine, layout, workload.phase, options)
+    workload.check_length(model)
     memory = deployment.memory(workload.batch, workload.input_len, workload.context)
     largest = deployment.largest_batch(workload.input_len, workload.context)
     if not memory.fits and not allow_oversize:
@@ -248,12 +261,56 @@ def _does_not_fit(deployment: Deployment, workload: Workload, memory: Memory, la
             f"{deployment.model.name} does not fit on {deployment.layout.world_size} {deployment.device.name} as "
             f"{deployment.layout}: {memory.weights / 1e9:.1f} GB of weights per GPU ({need:.1f} GB with buffers) on a "
             f"budget of {memory.budget / 1e9:.1f} GB: not even one sequence of {workload.length} tokens fits; "
-            f"spread over more GPUs, or quantise"
+            f"{_enough(deployment, workload)}, or quantise"
         )
     return (
         f"--batch {workload.batch} does not fit: needs {memory.total / 1e9:.1f} GB per GPU, "
         f"{over:.1f} GB over the budget of {memory.budget / 1e9:.1f} GB; the largest that fits is {largest} "
         f"(per data-parallel rank, {workload.length} tokens each)"
+    )
+
+
+def _enough(deployment: Deployment, workload: Workload) -> str:
+    """How many GPUs hold the model and one sequence, in the layout that takes the fewest."""
+    from tensorcast.deploy.search import Question, smallest_that_fits  # it stands on this file
+
+    options, device = deployment.options, deployment.device
+    base = Options(quant=options.quant, kv_dtype=options.kv_dtype)
+    load = Load(max(1, workload.length - 1), 1, 1)
+    least = smallest_that_fits(
+        Question(deployment.model, device, deployment.engine, 1, load, base=base, runnable_only=False)
+    )
+    if least is None:
+        return f"no number of {device.name} holds it"
+    if least <= deployment.layout.world_size:
+        return f"{least} {device.name} hold it in another layout (tensorcast compare finds it)"
+    return f"it needs at least {least} {device.name}"
+
+
+UNCUT_SAID = 0.2
+"""Share of the linear weights from which uncut ones are spoken of: what engines leave whole, too (down-projections of
+latent attention, indexers), is less."""
+
+
+@per_table
+def uncut(table: OpTable) -> str:
+    """A note on matrices that tensor parallelism should cut and a narrower config does not; empty if they are few."""
+    sizes: dict[str, float] = {}
+    total = 0.0
+    for param in table.params:
+        if param.role in ("linear", "other") and len(param.shape) == 2:
+            size = param.full_numel * (table.layer_kinds.count(param.kind) if param.kind >= 0 else 1)
+            total += size
+            if table.tp > 1 and param.numel == param.full_numel:
+                name = param.module.rpartition("]")[2].lstrip(".")
+                sizes[name] = sizes.get(name, 0.0) + size
+    share = sum(sizes.values()) / total if total else 0.0
+    if share < UNCUT_SAID:
+        return ""
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:2]
+    return (
+        f"{100 * share:.0f} % of the linear weights ({', '.join(largest)}, ...) are whole on every tensor-parallel "
+        "GPU, though engines may cut them: such layouts look slower than they are"
     )
 
 
@@ -271,4 +328,8 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
         notes.append("multi-token prediction is not simulated: one token per sequence and step (see --mtp-depth)")
     elif depth := deployment.options.mtp_depth:
         notes.append(f"tokens are counted without drafts: accepted ones make up to {1 + depth} per sequence and step")
+    if whole := uncut(deployment.raw):
+        notes.append(whole)
+    if idle := deployment.idle(deployment.options):
+        notes.append(idle_note(idle))
     return tuple(notes)

@@ -16,6 +16,7 @@ from typing import Any
 from tensorcast.deploy.layout import ALL2ALL, RULES, Layout
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan import COMBINES
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES, SCHEMES
 from tensorcast.profiles.device import DeviceProfile
@@ -41,6 +42,7 @@ class Axes:
 
     exchange: tuple[str, ...] = ("allgather_reducescatter", "deepep")
     dispatch: tuple[str | None, ...] = (None, "bf16")
+    combine: tuple[str | None, ...] = (None,)
     kv_dtype: tuple[str | None, ...] = (None,)
     shared_expert_tp: tuple[bool, ...] = (True, False)
     external_shared_experts: tuple[bool, ...] = (False, True)
@@ -55,14 +57,18 @@ class Axes:
         for name in self.exchange:
             if name not in EXCHANGES:
                 raise unknown_name("--all2all", name, EXCHANGES)
-        for name, known in (("kv_dtype", KV_DTYPES), ("dispatch", SCHEMES)):
+        for name, known in (("kv_dtype", KV_DTYPES), ("dispatch", SCHEMES), ("combine", COMBINES)):
             for value in getattr(self, name):
                 if value is not None and value not in known:
                     raise unknown_name(f"--{name.replace('_', '-')}", value, known)
-        for name, least in (("mtp_depth", 0), ("chunk_tokens", 1), ("batch", 1)):
+        for name, flag, least in (
+            ("mtp_depth", "--mtp", 0), ("chunk_tokens", "--chunk-tokens", 1), ("batch", "--batch", 1),
+        ):
             if wrong := [value for value in getattr(self, name) if value < least]:
-                raise InputError(f"--{name.partition('_')[0]} {wrong[0]}: must be at least {least}")
-
+                raise InputError(f"{flag} {wrong[0]}: must be at least {least}")
+        kinds = {kind for name in self.exchange for kind in EXCHANGES[name].values()}
+        if "logfmt10" in self.combine and "low_latency" not in kinds:
+            raise InputError("--combine logfmt10: only the low_latency exchange has it; use --all2all low_latency")
 
     def for_one_exchange(self) -> Axes:
         """The same for servers that have one exchange for both phases: each of DeepEP's modes alone.
@@ -103,7 +109,11 @@ class Relevance:
 
 
 RELEVANT = (
-    Relevance("dispatch", lambda layout, facts, sent: layout.dp > 1 and facts["quantized_dispatch"]),
+    Relevance(
+        "dispatch",
+        lambda layout, facts, sent: layout.dp > 1 and facts["num_experts"] > 0 and facts["quantized_dispatch"],
+    ),
+    Relevance("combine", lambda layout, facts, sent: layout.dp > 1 and facts["num_experts"] > 0),
     Relevance("kv_dtype", lambda layout, facts, sent: True),
     Relevance("shared_expert_tp", lambda layout, facts, sent: facts["shared_experts"] and layout.tp > 1),
     # k + 1 ranks at least, so that one of k + 1 copies of a token gives the shared expert's ranks what the others have
@@ -174,20 +184,30 @@ def variants(layout: Layout, facts: dict[str, Any], axes: Axes, base: Options = 
                 chosen["redundant_experts"] = base.redundant_experts
             chosen["external_shared_experts"] = external
             found.append(Variant(layout, *_both_phases(base, name, tuple(chosen.items()))))
-    return found
+    return list(dict.fromkeys(found)) if "logfmt10" in axes.combine else found
+
+
+def _back(combine: str | None, kind: str) -> str | None:
+    """``combine`` where ``kind`` can send it: ten-bit logarithms are low latency's alone."""
+    return None if combine == "logfmt10" and kind != "low_latency" else combine
 
 
 @lru_cache(maxsize=4096)
 def _both_phases(base: Options, exchange: str, chosen: tuple[tuple[str, Any], ...]) -> tuple[Options, Options]:
     """Options of prefill and decode; many layouts share them."""
     kinds, values = EXCHANGES[exchange], dict(chosen)
-    decode = replace(base, **values, all2all=kinds["decode"])
-    return replace(decode, mtp_depth=0, all2all=kinds["prefill"]), decode
+    combine = values.pop("combine")
+    decode, prefill = (
+        replace(base, **values, all2all=kind, combine=_back(combine, kind))
+        for kind in (kinds["decode"], kinds["prefill"])
+    )
+    return replace(prefill, mtp_depth=0), decode
 
 
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "dispatch": (None,), "kv_dtype": (None,), "shared_expert_tp": (True,), "external_shared_experts": (False,),
-    "redundant_experts": (False,), "dual_batch_overlap": (False,), "mtp_depth": (0,),
+    "dispatch": (None,), "combine": (None,), "kv_dtype": (None,), "shared_expert_tp": (True,),
+    "external_shared_experts": (False,), "redundant_experts": (False,),
+    "dual_batch_overlap": (False,), "mtp_depth": (0,),
 }
 """Where an axis changes nothing."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tensorcast.errors import InputError
+from tensorcast.profiles.model import ModelProfile
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Workload:
             raise InputError(
                 f"--input-len {self.input_len}: a decode step has 1 new token; use --context for cached ones"
             )
+
+    def check_length(self, model: ModelProfile) -> None:
+        """Raise :class:`InputError` where the sequences are longer than ``model`` has positions."""
+        if problem := model.too_long(self.length):
+            new = f"--input-len {self.input_len} and " if self.phase == "prefill" else ""
+            raise InputError(f"{new}--context {self.context}: {problem}")
 
     @property
     def length(self) -> int:

@@ -55,8 +55,10 @@ def _stock(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """transformers' causal LM of ``config``, or for a text config that no auto class lists, its decoder and a head."""
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
-    except AttributeError as reason:  # a config class that lacks what its own model reads (DBRX)
-        problem = f"transformers' class fails with its config: {reason}"
+    # a config class that lacks what its own model reads (DBRX); a class with attention functions of its own (Falcon);
+    # values that only the class itself finds wrong
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as reason:
+        problem = f"transformers' class fails with its config or our attention function: {reason}"
         raise InputError(f"model_type {config.model_type!r}: {problem}") from None
     except ValueError as reason:
         line = str(reason).strip().splitlines()[0]

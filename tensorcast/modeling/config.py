@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
 from tensorcast.errors import InputError
 from tensorcast.profiles.model import ModelProfile
@@ -62,7 +62,8 @@ PADDED = ("vocab_size",)
 def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     """The text config of a profile, as transformers reads it. Raises :class:`InputError` if it cannot."""
     values = copy.deepcopy(profile.config)  # transformers writes into nested dicts; the profile keys the cache
-    model_type = _known_type(values.pop("model_type"), values.pop("architectures", None))
+    named = values.pop("architectures", None) or []
+    model_type = _known_type(values.pop("model_type"), named)
     for noise in ("auto_map", "transformers_version"):
         values.pop(noise, None)
     if isinstance(text := values.get("text_config"), dict) and "tie_word_embeddings" in values:
@@ -70,21 +71,59 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     try:
         config = AutoConfig.for_model(model_type, **values)
     except Exception as reason:
-        line = str(reason).strip().splitlines()[0][:200]
+        line = " ".join(str(reason).split())[:200]
         raise InputError(
             f"model {profile.name}: transformers rejects config (model_type={model_type!r}): {line}"
         ) from None
     text_config = config.get_text_config(decoder=True)
+    if problem := _no_decoder(config, text_config, named):
+        raise InputError(f"model {profile.name}: {problem}; only causal language models can be priced")
+    for size in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        value = field(text_config, size)
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"model {profile.name}: {size} = {value}: must be at least 1")
     # An index into a vocabulary that sharding makes smaller; it shapes no op. Some configs insist on an integer.
     object.__setattr__(text_config, "pad_token_id", None)
     return text_config
 
 
-def _known_type(model_type: str, architectures: list[str] | None) -> str:
+def _no_decoder(config: PreTrainedConfig, text: PreTrainedConfig, architectures: list[str]) -> str:
+    """Why a config is no causal language model's, by transformers' own lists of classes; empty if it is one.
+
+    An architecture that transformers does not know (remote code), or a bare trunk, is taken at its config's word.
+    """
+    for part in (config, text):
+        if getattr(part, "is_encoder_decoder", False):
+            return f"{part.model_type} is an encoder and a decoder (is_encoder_decoder)"
+        masked = part.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if masked and getattr(part, "is_decoder", True) is False:
+            return f"{part.model_type} is an encoder (is_decoder is false)"
+    others = {
+        name
+        for lists, mapping in vars(modeling_auto).items()
+        if lists.startswith("MODEL_FOR_") and lists.endswith("_MAPPING_NAMES") and lists not in _GENERATING
+        for name in _class_names(mapping)
+    }
+    generating = {name for lists in _GENERATING for name in _class_names(getattr(modeling_auto, lists))}
+    wrong = [name for name in architectures if name in others - generating]
+    return f"architectures: {wrong[0]} does not generate text" if wrong else ""
+
+
+_GENERATING = tuple(f"MODEL_FOR_{task}_MAPPING_NAMES" for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"))
+"""transformers' lists of classes that make one token after another."""
+
+
+def _class_names(mapping: dict[str, str | tuple[str, ...]]) -> Iterator[str]:
+    for names in mapping.values():
+        yield from (names,) if isinstance(names, str) else names
+
+
+def _known_type(model_type: str, architectures: list[str]) -> str:
     """``model_type``, or for one with remote code only, the type whose stock class the config names (Kimi-K2)."""
     if model_type in CONFIG_MAPPING or not architectures:
         return model_type
-    stock = {name: kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if isinstance(name, str)}
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    stock = {name: kind for kind, name in causal.items() if isinstance(name, str)}
     return stock.get(architectures[0], model_type)
 
 

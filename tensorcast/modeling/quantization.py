@@ -87,6 +87,8 @@ def from_config(config: dict[str, Any], kv: str = "bf16") -> Quantization:
     said = config.get("quantization_config") or text.get("quantization_config")
     if not said:
         return Quantization(kv=kv)
+    if not isinstance(said, dict):
+        raise InputError(f"quantization_config {said!r}: must be an object with quant_method")
     method = str(said.get("quant_method", said.get("quant_algo", ""))).lower()
     ignore = tuple(
         said.get("modules_to_not_convert")

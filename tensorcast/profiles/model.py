@@ -49,16 +49,46 @@ class ModelProfile(Frozen):
     kv_dtype: Literal["bf16", "fp8"] = "bf16"
     moe: MoEFields = MoEFields()
 
-    @property
-    def positions(self) -> int | None:
-        """The longest context that the config states; engines refuse longer requests unless told otherwise."""
-        inner = self.config.get("text_config")
-        longest = (inner if isinstance(inner, dict) else self.config).get("max_position_embeddings")
-        return int(longest) if longest else None
-
     @field_validator("config")
     @classmethod
     def _names_a_type(cls, config: dict[str, Any]) -> dict[str, Any]:
         if "model_type" not in config:
             raise ValueError("config needs model_type, as every Hugging Face config.json has")
         return config
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of the config: all of it, unless the model is multimodal."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest sequence, of prompt and reply together; None where the config does not say.
+
+        RoPE scaling extends it as serving engines read it: YaRN to ``factor`` times the original length, linear and
+        dynamic scaling to ``factor`` times the stated one; of other kinds the stated length is the extended one.
+        """
+        text = self.text_config
+        stated = next((text[name] for name in LENGTHS if isinstance(text.get(name), int) and text[name] > 0), None)
+        scaling = text.get("rope_scaling") or text.get("rope_parameters")
+        rope = scaling if isinstance(scaling, dict) else {}
+        factor, kind = rope.get("factor"), rope.get("rope_type", rope.get("type"))
+        if stated is None or not isinstance(factor, int | float) or kind not in ("yarn", "linear", "dynamic"):
+            return stated
+        original = rope.get("original_max_position_embeddings") if kind == "yarn" else None
+        return max(stated, int((original or stated) * factor))
+
+    def too_long(self, tokens: int) -> str:
+        """What is wrong with sequences of ``tokens`` tokens, which an engine refuses to serve; empty if nothing."""
+        longest = self.max_positions
+        if longest is None or tokens <= longest:
+            return ""
+        return (
+            f"{tokens} tokens, but {self.name} has {longest} positions (max_position_embeddings); engines go beyond "
+            "them only with rope_scaling in its config"
+        )
+
+
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""Fields of configs that hold the longest sequence."""

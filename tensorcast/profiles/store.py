@@ -41,7 +41,7 @@ def load_model(name: str | os.PathLike[str]) -> ModelProfile:
 
     text = os.fspath(name)
     directory = Path(text).expanduser()
-    if directory.is_dir() and (_is_path(text) or _find("model", text) is None):
+    if text and directory.is_dir() and (_is_path(text) or _find("model", text) is None):
         return _model_from_config(directory / "config.json")
     path = _path_of("model", text)
     return _model_from_config(path) if path.suffix == ".json" else _read(path, ModelProfile)
@@ -111,9 +111,15 @@ def _path_of(kind: str, text: str) -> Path:
         return path
     if found := _find(kind, text):
         return found
+    path = Path(text).expanduser()
+    folder = " or a directory with a Hugging Face config.json" if kind == "model" else ""
+    if path.exists() and _is_path(text):
+        what = "a directory" if path.is_dir() else "a file of another kind"
+        raise InputError(f"{kind} {text}: is {what}; give a name, a profile (NAME.yaml){folder}")
     if text.startswith((".", "~", os.sep)):
         raise InputError(f"{kind} {text}: no such file or directory")
-    raise unknown_name(kind, text, _names(kind))
+    unread = _unreadable(kind)  # one of these may have had the name among its aliases
+    raise InputError("; ".join([str(unknown_name(kind, text, _names(kind))), *unread]))
 
 
 def _find(kind: str, text: str) -> Path | None:
@@ -142,6 +148,19 @@ def _files(kind: str) -> Iterator[Path]:
             if path.suffix in (".yaml", ".yml") and path.stem.casefold() not in seen:
                 seen.add(path.stem.casefold())
                 yield path
+
+
+def _unreadable(kind: str) -> list[str]:
+    """What is wrong with each of the user's files that is no YAML."""
+    found = []
+    for path in _files(kind):
+        if path.parent.parent == profile_roots()[-1]:  # shipped
+            continue
+        try:
+            _load_yaml(path)
+        except InputError as error:
+            found.append(str(error))
+    return found
 
 
 def _names(kind: str) -> tuple[str, ...]:
@@ -190,8 +209,8 @@ def _load_yaml(path: Path) -> Any:
         raise InputError(f"{path}{line}: broken YAML: {_one_line(reason)}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: broken YAML: {_one_line(error)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {_one_line(error)}") from None
+    except (OSError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
+        raise InputError(f"{path}: cannot be read: {_one_line(getattr(error, 'strerror', None) or error)}") from None
 
 
 @functools.cache
@@ -231,7 +250,7 @@ def _model_from_config(path: Path) -> ModelProfile:
     if not path.is_file():
         raise InputError(f"model {path.parent}: no config.json there (a Hugging Face model directory has one)")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -249,6 +268,11 @@ def _model_from_config(path: Path) -> ModelProfile:
         "config": config,
     }
     return _validated(path, ModelProfile, content)
+
+
+def _special_float(pairs: dict[str, Any]) -> Any:
+    """``{"__float__": "Infinity"}``, as transformers writes what JSON has no number for, as that number."""
+    return float(pairs["__float__"]) if set(pairs) == {"__float__"} else pairs
 
 
 def _describe(config: dict[str, Any]) -> str:

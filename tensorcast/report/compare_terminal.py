@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tensorcast.deploy.remarks import COUNTED
 from tensorcast.report import units
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.words import answer, limit_name, options, question
@@ -32,7 +33,7 @@ def print_comparison(found: Comparison, console: Console, top: int = 12) -> None
     console.print(Text(question(view), style="dim"), width=width)
     console.print(Text(said.headline, style="bold green"), width=width)
     for text in said.paragraphs:
-        console.print(Text(text), width=width)
+        console.print(Text(text, style="yellow" if text == said.warning else ""), width=width)
     console.print()
     widest = max((len(number.name) for number in said.numbers), default=0)
     for number in said.numbers:
@@ -93,10 +94,15 @@ def _cells(row: dict[str, Any], cost: bool) -> list[str]:
 
 
 def _pruned(found: Comparison) -> str:
-    fell = ", ".join(f"{rule} {units.count(number)}" for rule, number in found.pruned.items())
+    fell = "; ".join(
+        f"{COUNTED[what]}: " + ", ".join(f"{rule} {units.count(number)}" for rule, number in by_rule.items())
+        for what, by_rule in found.pruned.items()
+        if by_rule
+    )
     return (
-        f"{plural(found.examined, 'candidate')} examined, {units.count(len(found.candidates))} kept: the best options "
-        "of each layout and batch, and all of the Pareto front. "
+        f"{plural(found.examined, 'candidate')} (a layout with its options at a batch) examined, "
+        f"{units.count(len(found.candidates))} kept: the best options of each layout and batch, and all of the Pareto "
+        "front. "
         f"batch: sequences per data-parallel rank; tok/s: per user; a > b: prefill > decode workers"
         + (f"\npruned by rule: {fell}" if fell else "")
     )
@@ -115,6 +121,7 @@ def comparison_record(found: Comparison) -> dict[str, Any]:
         "output_len": found.output_len,
         "ttft_limit_s": found.targets[0],
         "tpot_limit_s": found.targets[1],
+        "warning": said.warning,
         "answer": [said.headline, *said.paragraphs],
         "best": found.best,
         "best_options": options(found.best) if found.best else "",

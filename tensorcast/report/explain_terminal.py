@@ -34,6 +34,8 @@ def print_explanation(why: Explanation, console: Console) -> None:
     console.print(_groups(why, width), width=width)
     console.print()
     console.print(_elasticities(why), width=width)
+    for note in why.notes:
+        console.print(Text(f"note: {note}"), width=width)
 
 
 def verdict(why: Explanation) -> str:
@@ -122,5 +124,5 @@ def explanation_record(why: Explanation) -> dict[str, Any]:
     return {
         **sides, "phase": why.phase, "input_len": why.new, "context": why.past, "verdict": verdict(why),
         "reason": reason(why), "groups": why.groups.to_dict("records"),
-        "elasticities": why.elasticities.to_dict("records"),
+        "elasticities": why.elasticities.to_dict("records"), "notes": list(why.notes),
     }

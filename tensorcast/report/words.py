@@ -32,7 +32,8 @@ class MemoryRow(NamedTuple):
 
 def plural(number: float, what: str) -> str:
     """``1 sequence``, ``4,096 sequences``."""
-    return f"{units.count(number)} {what}{'' if number == 1 else 's'}"
+    counted = units.count(number)
+    return f"{counted} {what}{'' if counted == '1' else 's'}"
 
 
 def headline(t: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
+from tensorcast.deploy.remarks import COUNTED
 from tensorcast.report import units
 from tensorcast.report.compare import words
 from tensorcast.report.compare.choices import View
@@ -38,7 +39,10 @@ def html(view: View, charts: Sequence[Chart]) -> str:
         data=Markup(_for_script(to_json(rows.document()))),
         candidates=len(view.frame),
         examined=view.comparison.examined,
-        pruned=sorted(((n, rule) for rule, n in view.comparison.pruned.items() if n), reverse=True),
+        pruned=[
+            (rule, number, COUNTED[what]) for what, by_rule in view.comparison.pruned.items()
+            for rule, number in by_rule.items()
+        ],
         evidence=[(name, share, units.percent(share)) for name, share in words.evidence(view)],
         assumptions=words.assumptions(view, view.shown),
         notes=view.comparison.notes,

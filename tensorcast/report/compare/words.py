@@ -45,12 +45,14 @@ class Answer:
     runner_up: str = ""
     ways: tuple[str, ...] = ()
     ties: str = ""
+    warning: str = ""
+    """What to know before trusting the headline, if anything."""
 
     @property
     def paragraphs(self) -> list[str]:
         """The answer as plain text, after its headline."""
         second = f"{self.runner_up} {'; or '.join(self.ways)}." if self.ways else self.runner_up
-        return [text for text in (self.how, second, self.ties) if text]
+        return [text for text in (self.warning, self.how, second, self.ties) if text]
 
 
 def limit_name(limit: str) -> str:
@@ -85,7 +87,7 @@ def answer(view: View) -> Answer:
     runner_up, ways = _runner_up(view, best, second) if second is not None else ("", ())
     return Answer(
         f"{view.name(best)} is best: {_worth(view, best)}", tuple(_numbers(view, best)), _how(view, best), runner_up,
-        ways, _ties(view, best),
+        ways, _ties(view, best), view.comparison.warning,
     )
 
 
@@ -150,7 +152,8 @@ def options(row: dict[str, Any]) -> str:
     parts = []
     if row["all2all"] not in (None, "none") and row["all2all"] == row["all2all"]:
         dispatch = f" in {row['dispatch']}" if row["dispatch"] else ""
-        parts.append(f"{EXCHANGES.get(row['all2all'], row['all2all'])}{dispatch}")
+        back = f", results back in {row['combine']}" if row["combine"] else ""
+        parts.append(f"{EXCHANGES.get(row['all2all'], row['all2all'])}{dispatch}{back}")
     parts.append(f"KV cache {row['kv_dtype']}")
     if row["redundant_experts"]:
         parts.append(plural(row["redundant_experts"], "redundant expert"))
@@ -310,22 +313,24 @@ def _ties(view: View, best: dict[str, Any]) -> str:
 
 def _no_answer(view: View) -> Answer:
     """No candidate meets the targets: which limit binds, and how close the best came."""
-    frame = view.frame
-    if frame.empty:
+    if view.frame.empty:
         return Answer("No layout can run this: see what was ruled out below", ())
-    asked = {column: limit for column, limit in zip(LIMITS, view.comparison.targets, strict=True) if limit is not None}
-    if not asked:
-        row = view.objective.ranked(frame).to_dict("records")[0]
-        return Answer("No layout keeps within the GPUs there are", tuple(_numbers(view, row)))
-    over = frame[list(asked)].div(list(asked.values())).max(axis=1)
-    row = frame.to_dict("records")[int(over.to_numpy().argmin())]
-    binds = max(asked, key=lambda column: row[column] / asked[column])
-    headline = f"No layout meets the targets: {LIMITS[binds]} binds"
-    text = (
-        f"Closest is {view.name(row)} with {plural(row['concurrency'], 'request')} in flight: {LIMITS[binds]} "
-        f"{units.seconds(row[binds])} where {units.seconds(asked[binds])} was asked, "
-        f"{units.percent(row[binds] / asked[binds] - 1)} over."
-    )
+    closest, binding = view.comparison.closest
+    row = view.record(closest) or closest
+    names = ["the number of GPUs" if limit == "gpus" else limit_name(limit) for limit in binding]
+    verb = "binds" if len(names) == 1 else "bind"
+    asked = dict(zip(LIMITS, view.comparison.targets, strict=True))
+    over = [
+        f"{LIMITS[column]} {units.seconds(row[column])} where {units.seconds(limit)} was asked, "
+        f"{units.percent(row[column] / limit - 1)} over"
+        for column, limit in asked.items()
+        if limit is not None and row[column] > limit
+    ]
+    if "gpus" in binding:
+        there = max((q.gpus for q in view.comparison.questions), default=0)
+        over.append(f"it takes {plural(row['gpus'], 'GPU')} where there are {units.count(there)}")
+    text = f"Closest is {view.name(row)} with {plural(row['concurrency'], 'request')} in flight: {'; '.join(over)}."
+    headline = f"No layout meets the targets: {' and '.join(names)} {verb}"
     return Answer(headline, tuple(_numbers(view, row)), text)
 
 

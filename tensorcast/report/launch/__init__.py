@@ -209,9 +209,10 @@ def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, mod
 
 
 def _too_long(profile: ModelProfile, tokens: int) -> str:
-    if not profile.positions or tokens <= profile.positions:
+    longest = profile.max_positions
+    if not longest or tokens <= longest:
         return ""
-    return f"context length: input_len + output_len = {tokens}, but the model has {profile.positions} positions"
+    return f"context length: input_len + output_len = {tokens}, but the model has {longest} positions"
 
 
 def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str) -> str:

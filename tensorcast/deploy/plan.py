@@ -142,61 +142,78 @@ def make_plan(
         width = rounded_hidden(width, experts.attrs.get("scheme", "bf16"))
     external = int(options.external_shared_experts > 0)
     moe = _MoEExchange(table, layout, device, chosen, scheme, combine, width, external)
-    rows: tuple[Row, ...] = tuple(_with_collectives(table, layout, device, moe))
+    rows = _with_collectives(table, layout, device, moe)
     if options.fusion == "engine" and "allreduce_norm" in engine.fusions:
-        rows = tuple(_norms_joined(rows, device, engine, _joined(table)))
+        _join_norms(rows, device, engine, _joined(table))
     backend = choose_experts_backend(options.experts_backend, chosen, engine, device, table.phase)
-    return Plan(rows, chosen, scheme, backend, combine)
+    return Plan(tuple(rows), chosen, scheme, backend, combine)
 
 
-def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe: _MoEExchange) -> Iterator[Row]:
-    tp = group_extent(layout.tp, 1, device)
-    for i, op in enumerate(table.ops):
+def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe: _MoEExchange) -> list[Row]:
+    tp, done, rows = group_extent(layout.tp, 1, device), 0, list[Row]()
+    for i in _sites(table):
+        op = table.ops[i]
         if op.name == "init_routing_v2":
-            yield from moe.dispatch(op)
-        yield op
+            rows += [*table.ops[done:i], *moe.dispatch(op)]
+            done = i
+        rows += table.ops[done : i + 1]
+        done = i + 1
         if layout.tp > 1 and op.shard == "row" and not moe.sums(op):
-            yield _reduced(op, layout.tp, tp)
-        if layout.tp > 1 and op.shard == "column" and op.kind < 0 and op.name in ("mm", "addmm"):
+            rows.append(_reduced(op, layout.tp, tp))
+        if layout.tp > 1 and _is_logits(op):
             vocabulary = table.facts["vocab_size"] * 2.0
-            yield Collective(
+            rows.append(Collective(
                 "all_gather", op.module, op.kind, "tp", layout.tp, tp, vocabulary, "sequence", label="logits"
-            )
+            ))  # fmt: skip
         if i in moe.experts_end:
-            yield from moe.combine(op)
+            rows += moe.combine(op)
         if i in moe.block_end:
-            yield from moe.gather(op)
+            rows += moe.gather(op)
+    rows += table.ops[done:]
     if layout.pp > 1:
         hop = group_extent(2, layout.stage_ranks, device)
         state = 2 * 2.0 * table.facts["hidden_size"]  # hidden state and residual in bf16
-        yield Collective("send_recv", "pipeline", -1, "pp", 2, hop, state, label="stage hand-over")
+        rows.append(Collective("send_recv", "pipeline", -1, "pp", 2, hop, state, label="stage hand-over"))
+    return rows
+
+
+@per_table
+def _sites(table: OpTable) -> list[int]:
+    """Positions of the ops before or after which something may be communicated; plans of a table are many."""
+    _, *ends = _blocks(table)
+    return [
+        i for i, op in enumerate(table.ops)
+        if op.name == "init_routing_v2" or op.shard == "row" or _is_logits(op) or any(i in some for some in ends)
+    ]  # fmt: skip
+
+
+def _is_logits(op: Op) -> bool:
+    return op.shard == "column" and op.kind < 0 and op.name in ("mm", "addmm")
 
 
 @per_table
 def _joined(table: OpTable) -> dict[tuple[int, float], tuple[Op, Op]]:
-    """Norms by identity and limit, and as :func:`_norms_joined` has them: the table's plans share them."""
+    """Norms by identity and limit, and as :func:`_join_norms` has them: the table's plans share them."""
     return {}
 
 
-def _norms_joined(
-    rows: tuple[Row, ...], device: DeviceProfile, engine: EngineProfile, joined: dict[tuple[int, float], tuple[Op, Op]]
-) -> Iterator[Row]:
+def _join_norms(
+    rows: list[Row], device: DeviceProfile, engine: EngineProfile, joined: dict[tuple[int, float], tuple[Op, Op]]
+) -> None:
     """A norm right after a small all-reduce inside one node runs in its kernel: attrs say up to how many tokens."""
-    before: Row | None = None
-    for row in rows:
-        fused = isinstance(before, Collective) and before.op == "all_reduce" and len(before.extent) == 1
-        is_norm = isinstance(row, Op) and row.name == "pointwise" and "norm" in str(row.attrs.get("label"))
-        if fused and is_norm and isinstance(row, Op) and isinstance(before, Collective):
-            limit = math.inf
-            if engine.allreduce_norm is not None:
-                limit = engine.allreduce_norm.limit_bytes(device.architecture, before.ranks, before.scale)
-            key = id(row), limit / before.scale
-            if key not in joined:
-                joined[key] = row, row.but(attrs={**row.attrs, "joined_tokens": key[1]})
-            yield joined[key][1]
-        else:
-            yield row
-        before = row
+    for i, before in enumerate(rows[:-1]):
+        if not isinstance(before, Collective) or before.op != "all_reduce" or len(before.extent) > 1:
+            continue
+        row = rows[i + 1]
+        if not isinstance(row, Op) or row.name != "pointwise" or "norm" not in str(row.attrs.get("label")):
+            continue
+        limit = math.inf
+        if engine.allreduce_norm is not None:
+            limit = engine.allreduce_norm.limit_bytes(device.architecture, before.ranks, before.scale)
+        key = id(row), limit / before.scale
+        if key not in joined:
+            joined[key] = row, row.but(attrs={**row.attrs, "joined_tokens": key[1]})
+        rows[i + 1] = joined[key][1]
 
 
 def _reduced(op: Op, ranks: int, extent: tuple[int, ...]) -> Collective:

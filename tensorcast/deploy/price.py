@@ -48,10 +48,12 @@ class RowPrice:
 
     def at(self, where: slice, row: Row | None = None) -> RowPrice:
         """The price at some of the batches, perhaps as that of another ``row`` that does the same."""
-        numbers = ("seconds", "flops", "bytes", "wire_bytes", "ideal_compute_s", "level", "error")
-        some: dict[str, Any] = {name: pick(getattr(self, name), where) for name in numbers}
-        parts = {name: pick(value, where) for name, value in self.parts.items()}
-        return replace(self, **some, parts=parts, row=self.row if row is None else row)
+        return RowPrice(
+            self.row if row is None else row, pick(self.seconds, where), pick(self.flops, where),
+            pick(self.bytes, where), pick(self.wire_bytes, where), pick(self.ideal_compute_s, where),
+            {name: pick(value, where) for name, value in self.parts.items()}, self.family, pick(self.level, where),
+            pick(self.error, where), self.has_formula, self.detail,
+        )  # fmt: skip
 
     def times(self, count: Any) -> RowPrice:
         """The price of ``count`` such calls."""
@@ -152,4 +154,6 @@ def one_level(levels: Any) -> Any:
 
 def pick(value: Any, where: Any) -> Any:
     """Entries ``where`` of the last axis; numbers as they are."""
-    return value if where is None or np.ndim(value) == 0 or np.shape(value)[-1] == 1 else value[..., where]
+    if where is None or not isinstance(value, np.ndarray) or value.ndim == 0 or value.shape[-1] == 1:
+        return value
+    return value[..., where]

@@ -123,6 +123,13 @@ def _apart(errors: pd.DataFrame, shown: Shown) -> str:
     return f"{percent(quantile(every, 0.5))} / {percent(quantile(every, 0.9))}" if len(every) else "nothing"
 
 
+def _untold(errors: pd.DataFrame) -> str:
+    """Median and p90 of models left out where it is not told whose kernel ran."""
+    part = errors[errors.split == "model"]
+    known = part["untold"] if "untold" in part else pd.Series(dtype=float)
+    return f"{percent(quantile(known, 0.5))} / {percent(quantile(known, 0.9))}" if len(known) else "nothing"
+
+
 def _detail(errors: pd.DataFrame, split: str) -> list[str]:
     rows = [
         [one["family"], one["dtype"], one["engine"], one["variant"], one["device"], f"{one['rows']:,}",
@@ -154,7 +161,8 @@ def page(
         f"fitted, {LEFT_OUT_DEVICE} predicted from its datasheet; there *tuned* is the formula with datasheet",
         "fractions and *nearest* the last fitted device's table as it is.", "",
         "For models left out, the rows say which library's kernel ran (the tables' `kernel_source`): engines pick it",
-        "by model. A shape that does not say so is priced as the library that ran most models.", "",
+        "by model. A shape that does not say so is priced as the library that ran most models; models left out then",
+        f"come to {_untold(errors)}.", "",
         "What is not blind here: the number and depth of trees were settled on these held-out shapes; how models left",
         "out are fitted was settled by leaving models out of the H200 and B200 fits in other groups than here; the",
         "formula's seven constants per kernel have seen every model; and whether a family takes its own engine's",

@@ -59,12 +59,13 @@ class Part:
 class LeftOut:
     """Rows whose whole line (model, weight size) took no part in the fit that predicts them: their positions, their
     log(measured / predicted), the fold of every row, and the number of trees that serves such rows best (0: others,
-    grown for them)."""
+    grown for them). ``untold``: the errors where it is not told whose kernel ran."""
 
     rows: np.ndarray
     errors: np.ndarray
     fold: np.ndarray
     trees: int
+    untold: np.ndarray | None = None
 
 
 def models_of(rows: Measured) -> np.ndarray:
@@ -117,15 +118,30 @@ class Experts:
             return None
         fold = np.random.default_rng(0).permutation(len(models))[line] % min(FOLDS, len(models))
         test = np.random.default_rng(1).permutation(len(line))[:TESTED]
-        errors = np.full(len(line), np.nan)
+        errors, untold = np.full((2, len(line)), np.nan)
         for one in np.unique(fold):
             at = test[fold[test] == one]
             trees = grow_carry(own, others, np.random.default_rng(1), np.unique(own.model[fold == one]))
             if trees is not None and len(at):
                 asked = {name: values[at] for name, values in own.features.items()} | {"own": np.ones(len(at))}
                 errors[at] = own.target[at] - trees.values(asked)
+                guessed = _most_ran(own, np.flatnonzero(fold != one), at)
+                untold[at] = own.target[at] - trees.values({**asked, "source": guessed})
         found = np.flatnonzero(~np.isnan(errors))
-        return LeftOut(found, errors[found], fold, 0)
+        return LeftOut(found, errors[found], fold, 0, untold[found])
+
+
+def _most_ran(part: Part, train: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Whose kernel most models among the rows ``train`` ran that are spread and gated as the rows ``at``."""
+    source, result = part.features["source"], np.zeros(len(at))
+    kind = np.stack([part.features["moe_ep"] > 0, part.features["gated"]], axis=1)
+    for one in np.unique(kind[at], axis=0):
+        like = train[(kind[train] == one).all(axis=1)]
+        like = like if len(like) else train[kind[train, 0] == one[0]]
+        codes, counts = np.unique(np.unique([part.model[like], source[like]], axis=1)[1], return_counts=True)
+        if len(codes):
+            result[(kind[at] == one).all(axis=1)] = codes[counts.argmax()]
+    return result
 
 
 def grow_carry(

@@ -107,6 +107,7 @@ def by_model(system: System, device: DeviceProfile, experts: carry.Experts) -> I
         yield _rows(
             "model", device.name, rows.take(at), held[at], predictor=predicted, tuned=physics.seconds[at],
             nearest=near[at], plain=physics.floor[at],
+            **({} if found.untold is None else {"untold": seconds * np.exp(-found.untold)}),
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorcast.cost.predict.shapes import Columns
+from tensorcast.cost.predict.shapes import NON_GATED, Columns
 from tensorcast.cost.predict.trees import Trees
 from tensorcast.errors import InputError
 
@@ -132,17 +132,20 @@ class Kernel:
 
     def told(self, features: Columns, columns: Columns) -> Columns:
         """Features with ``source``, the library whose kernel runs: as measured for the model, for other models as the
-        columns say, else what most models ran."""
+        columns say, else what most models with such experts (gated or not) ran."""
         if not self.sources or not all(name in columns for name in (*SOURCE_OF, "moe_ep")):
             return features
         table, split = np.asarray(self.sources), columns["moe_ep"] > 1
         source = _looked_up(table, [*(columns[name] for name in SOURCE_OF), split.astype(float)])
         said = columns.get("source", np.zeros(len(split)))
         source = np.where(np.isnan(source) & np.isin(said, table[:, -1]), said, source)
-        for spread in (False, True):
-            codes, counts = np.unique(table[table[:, -2] == spread, -1], return_counts=True)
+        plain = np.array([tuple(line[:4]) in NON_GATED for line in self.sources])
+        ungated = columns.get("gated", np.ones(len(split))) == 0
+        for spread, without in ((False, False), (False, True), (True, False), (True, True)):
+            same = (table[:, -2] == spread) & (plain == without)
+            codes, counts = np.unique(table[same if same.any() else table[:, -2] == spread, -1], return_counts=True)
             if len(codes):
-                source[np.isnan(source) & (split == spread)] = codes[counts.argmax()]
+                source[np.isnan(source) & (split == spread) & (ungated == without)] = codes[counts.argmax()]
         return {**features, "source": np.nan_to_num(source)}
 
     def correction(self, features: Columns, known: np.ndarray) -> np.ndarray:
@@ -153,7 +156,7 @@ class Kernel:
             return self._carried(features)
         result = np.empty(len(known))
         for at, values in ((known, self.trees.values), (~known, self._carried)):
-            result[at] = values({name: features[name][at] for name in self.asked()})
+            result[at] = values({name: features[name][at] for name in self.asked() & features.keys()})
         return result
 
     def _carried(self, features: Columns) -> np.ndarray:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ SOURCE_OF = ("hidden", "inter", "topk", "experts")
 
 CODE = np.random.default_rng(7).random(8) + 0.5
 """Weights that give every combination of sizes a number of its own."""
+
+WEIGHTS = (1.0, 1e5 + 3, 1e9 + 7, 1e13 + 9)
+"""Weights under which whole sizes have distinct sums."""
 
 NORMAL_80 = 1.2816 / 0.6745
 """Half an 80 % interval over the median absolute error of a normal law."""
@@ -122,9 +126,13 @@ class Kernel:
             return np.full(size, not self.lines)
         if not self.seen:
             return np.zeros(size, dtype=bool)
-        weights = np.array([1.0, 1e5 + 3, 1e9 + 7, 1e13 + 9])[: len(self.lines)]  # distinct sums of distinct sizes
-        mine = sum(w * columns[name] for w, name in zip(weights, self.lines, strict=True))
-        return np.isin(np.round(mine), np.round(np.asarray(self.seen, dtype=float) @ weights))
+        mine = np.round(sum((w * columns[name] for w, name in zip(WEIGHTS, self.lines, strict=False)), np.zeros(1)))
+        return self._codes[np.minimum(np.searchsorted(self._codes, mine), len(self._codes) - 1)] == mine
+
+    @cached_property
+    def _codes(self) -> np.ndarray:
+        """A number for every combination of :attr:`lines` that was measured, ascending."""
+        return np.unique(np.round(np.asarray(self.seen, dtype=float) @ np.array(WEIGHTS[: len(self.lines)])))
 
     def asked(self) -> set[str]:
         """Features that the residual asks for."""
@@ -226,7 +234,7 @@ def pack(model: DeviceModel) -> bytes:
     """The stored form: leaves as bytes with one scale per tree, questions as small integers."""
     heads, borders, feature, border, leaves, scales = [], [], [], [], [], []
     for kernel in model.kernels.values():
-        head = {name: value for name, value in vars(kernel).items() if name not in GROWN}
+        head = {part.name: getattr(kernel, part.name) for part in fields(kernel) if part.name not in GROWN}
         for name in GROWN:
             trees: Trees | None = getattr(kernel, name)
             if trees is None:

@@ -169,7 +169,9 @@ def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = 
     if new is None:
         new_low, new_high, new_trees = 2.0 * min(low), 2.0 * max(high), trees
     else:
-        new_low, new_high = (float(v) for v in np.quantile(new.errors, QUANTILES))
+        # who asks for a model that was not measured seldom knows whose kernel would run
+        blind = new.errors if new.untold is None else new.untold
+        new_low, new_high = (float(v) for v in np.quantile(blind, QUANTILES))
         new_trees = new.trees or trees
         size = np.exp(-new.errors)
         found = fit.errors(size, np.ones_like(size))

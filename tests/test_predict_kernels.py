@@ -168,7 +168,7 @@ def test_a_damaged_or_newer_file_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "new.npz").write_bytes(data)
     with np.load(tmp_path / "new.npz") as found:
         arrays = dict(found)
-    arrays["about"] = np.frombuffer(arrays["about"].tobytes().replace(b'"format": 1', b'"format": 9'), dtype=np.uint8)
+    arrays["about"] = np.frombuffer(arrays["about"].tobytes().replace(b'"format": 2', b'"format": 9'), dtype=np.uint8)
     np.savez(tmp_path / "new.npz", **arrays)
     with pytest.raises(InputError, match="format 9"):
         read_model(tmp_path / "new.npz")

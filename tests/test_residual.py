@@ -22,7 +22,7 @@ from tensorcast.cost.predict.physics import physics_of
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device
-from tensorcast.validate import accuracy_page, residual, silicon, splits, transfer
+from tensorcast.validate import accuracy_page, grow, residual, silicon, splits, transfer
 from tensorcast.validate.measured import Measured, held_out, installed_tables, read_system, systems_in
 
 pytest.importorskip("catboost", reason="fitting kernel models needs catboost: pip install 'tensorcast[calibrate]'")
@@ -190,11 +190,11 @@ def test_trees_say_what_catboost_says() -> None:
     trees = residual.grow(features, target, 60, 4, 0.2)
     assert set(trees.names) <= set("abc")
     theirs = catboost.CatBoostRegressor(
-        iterations=60, depth=4, learning_rate=0.2, loss_function="MAE", border_count=residual.BORDERS, thread_count=1,
+        iterations=60, depth=4, learning_rate=0.2, loss_function="MAE", border_count=grow.BORDERS, thread_count=1,
         l2_leaf_reg=1.0, random_strength=0.0, bootstrap_type="No", random_seed=0, verbose=0, allow_writing_files=False,
     )
     matrix, centre = np.stack([features[n] for n in "abc"], axis=1).astype(np.float32), float(np.median(target))
-    theirs.fit(matrix, np.clip(target - centre, -residual.CLIP, residual.CLIP))
+    theirs.fit(matrix, np.clip(target - centre, -grow.CLIP, grow.CLIP))
     assert np.abs(trees.values(features) - theirs.predict(matrix) - centre).max() < 0.02
 
 
@@ -235,12 +235,12 @@ def test_another_device_from_those_that_were_measured() -> None:
 def test_the_accuracy_page_compares_the_methods(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Per held-out row every method's error; the page names them, and figures are drawn."""
     monkeypatch.setenv("TENSORCAST_PROFILES", str(fitted / "profiles"))
-    errors = splits.compare(fitted / "tables", ("h200-sxm",))
+    errors, shown = splits.compare(fitted / "tables", ("h200-sxm",))
     assert set(errors.split) == {"shape", "model"} and set(splits.METHODS) <= set(errors.columns)
     shape = errors[errors.split == "shape"]
     assert shape.predictor.median() < shape.tuned.median() < shape.plain.median()
     dropped = {"h200-sxm": read_system(fitted / "tables", "h200_sxm").dropped}
-    page = accuracy_page.page(errors, dropped, ["made up"])
+    page = accuracy_page.page(errors, shown, dropped, ["made up"])
     assert "made up" in page and "no time or under 1 us" in page
     accuracy_page.figures(errors, fitted)
     assert len(list(fitted.glob("*.png"))) == 2

@@ -21,7 +21,7 @@ from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import list_devices, load_device
 from tensorcast.trace.cache import write_atomically
-from tensorcast.validate import accuracy_page, splits
+from tensorcast.validate import accuracy_page, command, splits
 from tensorcast.validate import tables as measured
 from tensorcast.validate.fit import KERNEL_FAMILIES, SOURCE, kernel_seconds
 from tensorcast.validate.measured import installed_tables, read_system, systems_in
@@ -208,10 +208,10 @@ def write_full(folder: Path, out: Path) -> None:
     """Page and figures from full tables: shapes, models and a device left out, four methods side by side."""
     systems = systems_in(folder)
     names = [name for name in list_devices() if name.replace("-", "_") in systems and model_path(name)]
-    errors = splits.compare(folder, tuple(names))
+    errors, shown = splits.compare(folder, tuple(names))
     dropped = {name: read_system(folder, name.replace("-", "_")).dropped for name in names}
     provenance = [SOURCE.format(system=name.replace("-", "_")) for name in names]
-    write_atomically(out, accuracy_page.page(errors, dropped, provenance))
+    write_atomically(out, accuracy_page.page(errors, shown, dropped, provenance))
     accuracy_page.figures(errors, out.parent)
 
 
@@ -236,10 +236,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import sys
-
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    command.run(main)

@@ -20,6 +20,7 @@ from tensorcast.cost.work import Work
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import Calibration, CollectiveConstants, DeviceProfile, KernelConstants
 from tensorcast.trace.cache import write_atomically
+from tensorcast.validate import command
 from tensorcast.validate import tables as measured
 
 KERNEL_FAMILIES = (
@@ -330,10 +331,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import sys
-
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    command.run(main)

@@ -6,23 +6,19 @@ rows, and for shapes that were not measured from fits that leave whole models (o
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tensorcast.cost.predict.model import CONFIGURATION, LINES, DeviceModel, Kernel
-from tensorcast.cost.predict.physics import Physics, physics_of
-from tensorcast.cost.predict.trees import Trees
-from tensorcast.errors import InputError
+from tensorcast.cost.predict.model import CONFIGURATION, LINES, SOURCE_OF, DeviceModel, Kernel
+from tensorcast.cost.predict.physics import Physics, constants_digest, physics_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.validate import fit
-from tensorcast.validate.measured import Measured, System, held_out
+from tensorcast.validate.carry import FAMILY, FOLDS, Experts, LeftOut
+from tensorcast.validate.grow import grow
+from tensorcast.validate.measured import Key, Measured, System, held_out
 
 SIZE = (
     (15000, 240, 6, 0.16), (6000, 200, 6, 0.17), (2000, 160, 6, 0.17), (500, 130, 5, 0.15), (150, 120, 5, 0.14),
@@ -33,18 +29,11 @@ SIZE = (
 FEWEST = 24
 """Fewer rows than this get no residual."""
 
-BORDERS = 100
-"""Most borders per feature."""
-
-CLIP = 2.0
-"""|log ratio| to the kernel's median ratio beyond which a row pulls no harder."""
-
 LEVEL = 0.08
 """log of the factor from which on a configuration's own level is worth remembering: repeats differ by half of it."""
 
 LEVEL_ROWS = 2000
 
-FOLDS = 4
 NEW_ROWS = 8000
 """Rows of the fits that leave whole shapes out (their errors need no more)."""
 
@@ -65,58 +54,6 @@ def capacity_for(rows: int) -> tuple[int, int, float]:
     return next((trees, depth, rate) for least, trees, depth, rate in SIZE if rows >= least)
 
 
-def grow(features: dict[str, np.ndarray], target: np.ndarray, trees: int, depth: int, rate: float) -> Trees:
-    """Oblivious trees that minimise the mean absolute error of ``target``: what a few slow repeats cannot bend."""
-    try:
-        import catboost
-    except ImportError:
-        raise InputError("fitting kernel residuals needs catboost: pip install 'tensorcast[calibrate]'") from None
-    names = tuple(sorted(name for name, values in features.items() if np.ptp(values) > 0))
-    centre = float(np.median(target)) if len(target) else 0.0
-    if not names:
-        return _no_trees(centre)
-    model = catboost.CatBoostRegressor(
-        iterations=trees, depth=depth, learning_rate=rate, loss_function="MAE", border_count=BORDERS, thread_count=1,
-        l2_leaf_reg=1.0, random_strength=0.0, bootstrap_type="No", random_seed=0, verbose=0, allow_writing_files=False,
-    )
-    matrix = np.stack([features[name] for name in names], axis=1).astype(np.float32)
-    model.fit(matrix, np.clip(target - centre, -CLIP, CLIP))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trees.json"
-        model.save_model(str(path), format="json")
-        return _compact(names, json.loads(path.read_text(encoding="utf-8")), depth, centre)
-
-
-def _no_trees(bias: float) -> Trees:
-    return Trees((), (), np.zeros((0, 1), np.uint8), np.zeros((0, 1), np.uint8), np.zeros((0, 2), np.float32), bias)
-
-
-def _compact(names: tuple[str, ...], grown: dict[str, Any], depth: int, centre: float) -> Trees:
-    """Only the features and borders that a tree asks for; leaves rounded to 127 steps of the tree's largest."""
-    asked: dict[int, set[float]] = {}
-    for tree in grown["oblivious_trees"]:
-        for split in tree["splits"] or ():
-            asked.setdefault(split["float_feature_index"], set()).add(float(np.float32(split["border"])))
-    order = sorted(asked)
-    borders = {i: np.array(sorted(asked[i]), dtype=np.float32) for i in order}
-    count = len(grown["oblivious_trees"])
-    feature = np.zeros((count, depth), dtype=np.uint8)
-    border = np.full((count, depth), 255, dtype=np.uint8)  # a question that all answer with no
-    leaves = np.zeros((count, 1 << depth), dtype=np.float32)
-    for t, tree in enumerate(grown["oblivious_trees"]):
-        for level, split in enumerate(tree["splits"] or ()):
-            at = split["float_feature_index"]
-            feature[t, level] = order.index(at)
-            border[t, level] = np.searchsorted(borders[at], np.float32(split["border"]))
-        leaves[t, : len(tree["leaf_values"])] = tree["leaf_values"]
-    scale = np.maximum(np.abs(leaves).max(axis=1, keepdims=True), 1e-9) / 127.0
-    factor, bias = grown["scale_and_bias"][0], grown["scale_and_bias"][1]
-    return Trees(
-        tuple(names[i] for i in order), tuple(borders[i] for i in order), feature, border,
-        (np.round(leaves / scale) * scale * factor).astype(np.float32), centre + float(np.ravel(bias)[0]),
-    )
-
-
 def _rows(features: dict[str, np.ndarray], at: np.ndarray) -> dict[str, np.ndarray]:
     return {name: values[at] for name, values in features.items()}
 
@@ -129,17 +66,6 @@ def _lines(rows: Measured) -> np.ndarray:
         return np.zeros(len(rows), dtype=int)
     table = np.stack([rows.columns[name] for name in names], axis=1)
     return np.unique(table, axis=0, return_inverse=True)[1].ravel()
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Rows whose whole line (model, weight size) took no part in the fit that predicts them: their positions, their
-    log(measured / predicted), the fold of every row, and the number of trees that serves such rows best."""
-
-    rows: np.ndarray
-    errors: np.ndarray
-    fold: np.ndarray
-    trees: int
 
 
 def left_out(rows: Measured, physics: Physics, capacity: tuple[int, int, float]) -> LeftOut | None:
@@ -180,7 +106,16 @@ def _bins(seconds: np.ndarray, errors: np.ndarray) -> tuple[list[float], list[fl
 
 
 def _boxes(rows: Measured) -> dict[str, tuple[float, float]]:
-    return {name: (float(v.min()), float(v.max())) for name, v in rows.columns.items()}
+    return {name: (float(v.min()), float(v.max())) for name, v in rows.columns.items() if name != "source"}
+
+
+def _sources(rows: Measured) -> tuple[tuple[float, ...], ...]:
+    """Which library ran which model, where there is a choice."""
+    source = rows.columns.get("source")
+    if source is None or not np.ptp(source):
+        return ()
+    sizes = [*(rows.columns[name] for name in SOURCE_OF), rows.columns["moe_ep"] > 1, source]
+    return tuple(tuple(float(v) for v in line) for line in np.unique(np.stack(sizes, axis=1), axis=0))
 
 
 def _seen(rows: Measured, lines: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
@@ -204,41 +139,47 @@ def level_table(rows: Measured, errors: np.ndarray, train: np.ndarray) -> tuple[
     return tuple((*(float(v) for v in line[:-1]), round(float(line[-1]), 3)) for line in table)
 
 
-def fit_kernel(rows: Measured, device: DeviceProfile) -> Kernel:
-    """Residual, intervals and errors of one kernel from all its measured rows."""
+def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = None) -> Kernel:
+    """Residual, intervals and errors of one kernel from all its measured rows. ``experts``: of grouped GEMMs, what
+    carries over to other models is learnt from them."""
     family, dtype, engine, variant = rows.key
     physics = physics_of(family, dtype, variant, rows.columns, device, engine)
-    target = np.log(rows.seconds / physics.seconds)
+    target, sources, features = np.log(rows.seconds / physics.seconds), _sources(rows), physics.features
+    if sources:
+        features = {**features, "source": rows.columns["source"]}
     out = held_out(family, rows.columns)
     if out.all() or not out.any():
         out = np.arange(len(rows)) % 4 == 0
     capacity = capacity_for(int((~out).sum()))
     trees = capacity[0]
-    grown = grow(_rows(physics.features, ~out), target[~out], *capacity)
-    correction = grown.values(physics.features) if grown.names else np.full(len(rows), grown.bias)
+    grown = grow(_rows(features, ~out), target[~out], *capacity)
+    correction = grown.values(features) if grown.names else np.full(len(rows), grown.bias)
     levels = level_table(rows, target - correction, ~out)
     kernel = Kernel(family, dtype, engine, variant, grown, {}, (), (), (), (), 0.0, 0.0, trees, levels)
     predicted = np.maximum(physics.seconds * np.exp(correction + kernel.level(rows.columns)), physics.floor)
     errors = np.log(rows.seconds / predicted)
     edges, low, high = _bins(predicted[out], errors[out])
     first = int(np.flatnonzero(out)[0])
-    new = left_out(rows, physics, capacity)
+    new = left_out(rows, physics, capacity) if experts is None else experts.left_out(rows.key)
     report: dict[str, Any] = {"points": int((~out).sum()), "held_out": int(out.sum())}
     report |= fit.errors(predicted[out], rows.seconds[out]) | {"coverage": _coverage(predicted[out], errors[out])}
-    report |= {"probe": {name: float(values[first]) for name, values in rows.columns.items()}}
+    report |= {"probe": {name: float(rows.columns[name][first]) for name in _boxes(rows)}}
     report |= {"probe_formula_s": float(physics.seconds[first]), "probe_s": float(predicted[first])}
     report |= {"formula_median_error": fit.errors(physics.seconds[out], rows.seconds[out])["median_error"]}
     if new is None:
         new_low, new_high, new_trees = 2.0 * min(low), 2.0 * max(high), trees
     else:
-        new_low, new_high = (float(v) for v in np.quantile(new.errors, QUANTILES))
-        new_trees = new.trees
+        # who asks for a model that was not measured seldom knows whose kernel would run
+        blind = new.errors if new.untold is None else new.untold
+        new_low, new_high = (float(v) for v in np.quantile(blind, QUANTILES))
+        new_trees = new.trees or trees
         size = np.exp(-new.errors)
         found = fit.errors(size, np.ones_like(size))
         report |= {"new_shape_median_error": found["median_error"], "new_shape_p90_error": found["p90_error"]}
     return Kernel(
         family, dtype, engine, variant, grown, _boxes(rows), _seen(rows, _lines_of(family, rows)), tuple(edges),
-        tuple(low), tuple(high), round(new_low, 5), round(new_high, 5), new_trees, levels, report,
+        tuple(low), tuple(high), round(new_low, 5), round(new_high, 5), new_trees, levels, sources,
+        experts.carry(rows.key) if experts else None, constants_digest(family, dtype, device, engine), report,
     )
 
 
@@ -261,11 +202,17 @@ def _coverage(predicted: np.ndarray, errors: np.ndarray) -> float:
     return round(float(held_across(predicted, errors).mean()), 3) if len(errors) >= 20 else float("nan")
 
 
+def carried(key: Key) -> bool:
+    """Whether a kernel has trees of their own for models that were not measured."""
+    return key[0] == FAMILY and not key[3]
+
+
 def fit_kernels(system: System, device: DeviceProfile) -> Iterator[Kernel]:
     """Every kernel with enough rows."""
+    experts = Experts(system, device)
     for key in sorted(system.kernels):
         if len(system.kernels[key]) >= FEWEST:
-            yield fit_kernel(system.kernels[key], device)
+            yield fit_kernel(system.kernels[key], device, experts if carried(key) else None)
 
 
 def fit_model(system: System, device: DeviceProfile, provenance: str) -> DeviceModel:

@@ -20,7 +20,7 @@ from tensorcast.cost.predict.model import DeviceModel, Kernel, pack
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.trace.cache import write_atomically
-from tensorcast.validate import fit, residual, transfer
+from tensorcast.validate import command, fit, residual, transfer
 from tensorcast.validate import tables as measured
 from tensorcast.validate.measured import System, installed_tables, read_system, systems_in
 
@@ -126,10 +126,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import sys
-
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    command.run(main)

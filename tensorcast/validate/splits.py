@@ -18,7 +18,8 @@ from tensorcast.cost.predict.model import LINES, widened
 from tensorcast.cost.predict.physics import Physics, physics_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device
-from tensorcast.validate import residual, transfer
+from tensorcast.validate import carry, residual, transfer
+from tensorcast.validate.causes import Table, leading, table_of
 from tensorcast.validate.measured import Key, Measured, System, held_out, read_system
 
 METHODS = ("predictor", "tuned", "nearest", "plain")
@@ -51,11 +52,13 @@ def _plain(physics: Physics, key: Key, device: DeviceProfile) -> np.ndarray:
 
 
 def _rows(
-    split: str, device: str, key: Key, seconds: np.ndarray, held: np.ndarray, **predicted: np.ndarray
+    split: str, device: str, rows: Measured, held: np.ndarray, **predicted: np.ndarray
 ) -> pd.DataFrame:
+    key, seconds = rows.key, rows.seconds
     errors = {name: np.abs(values / seconds - 1.0).astype(np.float32) for name, values in predicted.items()}
     family, dtype, engine, variant = key
-    return pd.DataFrame({**errors, "seconds": seconds, "held": held}).assign(
+    ratio, size = predicted["predictor"] / seconds, rows.columns[leading(key[0])]
+    return pd.DataFrame({**errors, "seconds": seconds, "held": held, "ratio": ratio, "size": size}).assign(
         split=split, device=device, family=family, dtype=dtype, engine=engine, variant=variant
     )
 
@@ -74,18 +77,18 @@ def by_shape(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
         found = predictor.price(key[0], key[1], key[3], test.columns)
         held = residual.held_across(found.seconds, np.log(test.seconds / found.seconds))
         yield _rows(
-            "shape", device.name, key, test.seconds, held, predictor=found.seconds, tuned=physics.seconds,
+            "shape", device.name, test, held, predictor=found.seconds, tuned=physics.seconds,
             nearest=nearest(train, train.seconds, test), plain=_plain(physics, key, device),
         )
 
 
-def by_model(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
+def by_model(system: System, device: DeviceProfile, experts: carry.Experts) -> Iterator[pd.DataFrame]:
     """Whole models (width, expert width, top-k, experts) left out of the experts' fit."""
     for key, rows in sorted(system.kernels.items()):
-        if key[0] != "grouped_gemm" or key[3]:
+        if not residual.carried(key) or len(rows) < residual.FEWEST:
             continue
         physics = physics_of(key[0], key[1], key[3], rows.columns, device, key[2])
-        found = residual.left_out(rows, physics, residual.capacity_for(len(rows)))
+        found = experts.left_out(key)
         if found is None:
             continue
         lines = np.unique(np.stack([rows.columns[n] for n in LINES[key[0]]]), axis=1, return_inverse=True)[1].ravel()
@@ -102,8 +105,9 @@ def by_model(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
         at, seconds = found.rows, rows.seconds[found.rows]
         predicted = np.maximum(seconds * np.exp(-found.errors), physics.floor[at])
         yield _rows(
-            "model", device.name, key, seconds, held[at], predictor=predicted, tuned=physics.seconds[at],
+            "model", device.name, rows.take(at), held[at], predictor=predicted, tuned=physics.seconds[at],
             nearest=near[at], plain=physics.floor[at],
+            **({} if found.untold is None else {"untold": seconds * np.exp(-found.untold)}),
         )
 
 
@@ -124,21 +128,26 @@ def by_device(folder: Path) -> Iterator[pd.DataFrame]:
         if siblings:  # the last fitted device's table, taken as it is
             near = nearest(siblings[-1][0], siblings[-1][0].seconds, rows)
         yield _rows(
-            "device", LEFT_OUT_DEVICE, key, rows.seconds, held, predictor=estimate.seconds, tuned=physics.seconds,
+            "device", LEFT_OUT_DEVICE, rows, held, predictor=estimate.seconds, tuned=physics.seconds,
             nearest=near, plain=physics.floor,
         )
 
 
-def compare(folder: Path, devices: tuple[str, ...]) -> pd.DataFrame:
+def compare(folder: Path, devices: tuple[str, ...]) -> tuple[pd.DataFrame, dict[tuple[str, Key], Table]]:
     """One row per held-out measurement and split: every method's |predicted / measured - 1|, whether the 80 % interval
-    held, and what was measured."""
+    held, and what was measured; and by device and kernel what the measured table itself shows."""
     parts: list[pd.DataFrame] = []
+    shown: dict[tuple[str, Key], Table] = {}
     for name in devices:
         device = load_device(name)
         system = read_system(folder, name.replace("-", "_"))
+        experts = carry.Experts(system, device)
         parts += by_shape(system, device)
         if name in MODEL_DEVICES:
-            parts += by_model(system, device)
+            parts += by_model(system, device, experts)
+        for key, rows in system.kernels.items():
+            in_fit = int((~held_out(key[0], rows.columns)).sum())
+            shown[name, key] = table_of(rows, in_fit, experts if residual.carried(key) else None)
     if {*FITTED_ON, LEFT_OUT_DEVICE} <= set(devices):
         parts += by_device(folder)
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts, ignore_index=True), shown

@@ -52,7 +52,7 @@ def _fitted(key: Key, parts: Sequence[Sampled]) -> Kernel:
     box = {
         name: (min(float(rows.columns[name].min()) for rows, _ in parts),
                max(float(rows.columns[name].max()) for rows, _ in parts))
-        for name in parts[0][0].columns
+        for name in parts[0][0].columns if name != "source"
     }
     return Kernel(*key, trees, box, (), (), (0.0,), (0.0,), 0.0, 0.0, len(trees.feature))
 

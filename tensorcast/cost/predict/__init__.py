@@ -99,13 +99,13 @@ class Predictor:
         self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
         variant: str = "",
     ) -> Estimate:
-        beyond, features = kernel.beyond(columns), physics.features
+        beyond, features = kernel.beyond(columns), kernel.told(physics.features, columns)
         outside = np.flatnonzero(beyond > 0)
         if len(outside):  # there the residual is that of the nearest measured sizes
             nearest = kernel.inside({name: values[outside] for name, values in columns.items()})
             held = formula(nearest).features
             features = dict(features)
-            for name in kernel.trees.names:
+            for name in kernel.asked() & held.keys():
                 features[name] = features[name].copy()
                 features[name][outside] = held[name]
         known = kernel.known(columns)

@@ -21,6 +21,7 @@ from tensorcast.cost.predict.shapes import (
     NON_GATED,
     NOPE,
     SIZES,
+    SOURCES,
     V_DIM,
     Columns,
 )
@@ -121,7 +122,15 @@ def _experts(raw: pd.DataFrame, name: str) -> Read:
     variant = {"wideep_context_moe": "contiguous", "moe_context": "contiguous", "wideep_generation_moe": "masked",
                "moe_generation": "masked", "wideep_moe": "wide", "wideep_moe_eplb": "wide"}.get(name, "")
     variants = pd.Series(variant, index=raw.index)
+    if "kernel_source" in raw.columns:
+        codes, names = pd.factorize(source)
+        sizes["source"] = np.array([source_of(str(text)) for text in names])[codes]
     return sizes, _dtypes(raw, "moe_dtype"), variants.mask(source.str.contains("min_latency"), "min_latency")
+
+
+def source_of(kernel: str) -> float:
+    """Which of :data:`SOURCES` a table's ``kernel_source`` names, counted from one; 0 where it names none."""
+    return next((float(i) for i, name in enumerate(SOURCES, 1) if name in kernel), 0.0)
 
 
 def _kv_bytes(raw: pd.DataFrame, name: str) -> np.ndarray:

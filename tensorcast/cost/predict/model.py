@@ -9,17 +9,18 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tensorcast.cost.predict.shapes import Columns
+from tensorcast.cost.predict.shapes import NON_GATED, Columns
 from tensorcast.cost.predict.trees import Trees
 from tensorcast.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 """Layout of the stored file; another number is refused."""
 
 LINES = {
@@ -35,8 +36,15 @@ CONFIGURATION = {"grouped_gemm": ("hidden", "inter", "topk", "experts", "moe_tp"
 """Sizes that an engine picks its kernel by once, for all numbers of tokens: measured configurations may run at a level
 of their own, which no size explains."""
 
+SOURCE_OF = ("hidden", "inter", "topk", "experts")
+"""Sizes of a model, whose experts an engine runs with a library of its choice: one where ranks hold whole experts
+(``moe_ep`` over 1), one else."""
+
 CODE = np.random.default_rng(7).random(8) + 0.5
 """Weights that give every combination of sizes a number of its own."""
+
+WEIGHTS = (1.0, 1e5 + 3, 1e9 + 7, 1e13 + 9)
+"""Weights under which whole sizes have distinct sums."""
 
 NORMAL_80 = 1.2816 / 0.6745
 """Half an 80 % interval over the median absolute error of a normal law."""
@@ -67,8 +75,10 @@ class Kernel:
 
     ``low``, ``high``: 10 % and 90 % quantiles per bin of log2 predicted seconds, bins between ``edges``; ``new_low``,
     ``new_high`` the same over whole shapes (models, weight sizes) left out, for shapes that were not measured, where
-    only the first ``new_trees`` are used. ``levels``: measured configurations off the level that their sizes tell, the
-    sizes of :data:`CONFIGURATION` and then log of the factor.
+    ``carry`` is used if there is one, else the first ``new_trees`` alone. ``levels``: measured configurations off the
+    level that their sizes tell, the sizes of :data:`CONFIGURATION` and then log of the factor. ``sources``: where one
+    engine runs several libraries' kernels, the sizes of :data:`SOURCE_OF`, whether experts are spread over ranks, and
+    which (of :data:`~tensorcast.cost.predict.shapes.SOURCES`). ``constants``: digest of what the formula rested on.
     """
 
     family: str
@@ -85,6 +95,9 @@ class Kernel:
     new_high: float
     new_trees: int
     levels: tuple[tuple[float, ...], ...] = ()
+    sources: tuple[tuple[float, ...], ...] = ()
+    carry: Trees | None = None
+    constants: str = ""
     report: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -113,32 +126,60 @@ class Kernel:
             return np.full(size, not self.lines)
         if not self.seen:
             return np.zeros(size, dtype=bool)
-        weights = np.array([1.0, 1e5 + 3, 1e9 + 7, 1e13 + 9])[: len(self.lines)]  # distinct sums of distinct sizes
-        mine = sum(w * columns[name] for w, name in zip(weights, self.lines, strict=True))
-        return np.isin(np.round(mine), np.round(np.asarray(self.seen, dtype=float) @ weights))
+        mine = np.round(sum((w * columns[name] for w, name in zip(WEIGHTS, self.lines, strict=False)), np.zeros(1)))
+        return self._codes[np.minimum(np.searchsorted(self._codes, mine), len(self._codes) - 1)] == mine
+
+    @cached_property
+    def _codes(self) -> np.ndarray:
+        """A number for every combination of :attr:`lines` that was measured, ascending."""
+        return np.unique(np.round(np.asarray(self.seen, dtype=float) @ np.array(WEIGHTS[: len(self.lines)])))
+
+    def asked(self) -> set[str]:
+        """Features that the residual asks for."""
+        return {*self.trees.names, *(self.carry.names if self.carry else ())}
+
+    def told(self, features: Columns, columns: Columns) -> Columns:
+        """Features with ``source``, the library whose kernel runs: as measured for the model, for other models as the
+        columns say, else what most models with such experts (gated or not) ran."""
+        if not self.sources or not all(name in columns for name in (*SOURCE_OF, "moe_ep")):
+            return features
+        table, split = np.asarray(self.sources), columns["moe_ep"] > 1
+        source = _looked_up(table, [*(columns[name] for name in SOURCE_OF), split.astype(float)])
+        said = columns.get("source", np.zeros(len(split)))
+        source = np.where(np.isnan(source) & np.isin(said, table[:, -1]), said, source)
+        plain = np.array([tuple(line[:4]) in NON_GATED for line in self.sources])
+        ungated = columns.get("gated", np.ones(len(split))) == 0
+        for spread, without in ((False, False), (False, True), (True, False), (True, True)):
+            same = (table[:, -2] == spread) & (plain == without)
+            codes, counts = np.unique(table[same if same.any() else table[:, -2] == spread, -1], return_counts=True)
+            if len(codes):
+                source[np.isnan(source) & (split == spread) & (ungated == without)] = codes[counts.argmax()]
+        return {**features, "source": np.nan_to_num(source)}
 
     def correction(self, features: Columns, known: np.ndarray) -> np.ndarray:
         """log of what to multiply physics by."""
-        if self.new_trees >= len(self.trees.feature) or known.all():
+        if known.all() or (self.carry is None and self.new_trees >= len(self.trees.feature)):
             return self.trees.values(features)
         if not known.any():
-            return self.trees.values(features, self.new_trees)
+            return self._carried(features)
         result = np.empty(len(known))
-        for at, count in ((known, None), (~known, self.new_trees)):
-            result[at] = self.trees.values({name: features[name][at] for name in self.trees.names}, count)
+        for at, values in ((known, self.trees.values), (~known, self._carried)):
+            result[at] = values({name: features[name][at] for name in self.asked() & features.keys()})
         return result
+
+    def _carried(self, features: Columns) -> np.ndarray:
+        """The same for models that were not measured."""
+        if self.carry is None:
+            return self.trees.values(features, self.new_trees)
+        size = len(next(iter(features.values())))  # those trees have seen other dtypes' rows too
+        return self.carry.values({"source": np.zeros(size), **features, "own": np.ones(size)})
 
     def level(self, columns: Columns) -> np.ndarray | float:
         """log of the factor by which a measured configuration differs from others of like sizes; 0 if none is known."""
         names = CONFIGURATION.get(self.family, ())
         if not self.levels or not all(name in columns for name in names):
             return 0.0
-        table = np.asarray(self.levels, dtype=float)
-        codes = table[:, :-1] @ CODE[: len(names)]
-        order = np.argsort(codes)
-        mine = sum(w * columns[name] for w, name in zip(CODE, names, strict=False))
-        place = order[np.minimum(np.searchsorted(codes[order], mine - 1e-7), len(order) - 1)]
-        return np.where(np.abs(codes[place] - mine) < 1e-6, table[place, -1], 0.0)
+        return np.nan_to_num(_looked_up(np.asarray(self.levels, dtype=float), [columns[name] for name in names]))
 
     def interval(self, seconds: np.ndarray, measured: np.ndarray, beyond: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log of the 80 % interval's ends over ``seconds``."""
@@ -150,6 +191,15 @@ class Kernel:
         low = np.where(measured, np.asarray(self.low)[part], ends[0] * wider)
         high = np.where(measured, np.asarray(self.high)[part], ends[1] * wider)
         return low, high
+
+
+def _looked_up(table: np.ndarray, sizes: Sequence[np.ndarray]) -> np.ndarray:
+    """The last column of the row of ``table`` whose others equal ``sizes``, per call; NaN where there is none."""
+    codes = table[:, :-1] @ CODE[: len(sizes)]
+    order = np.argsort(codes)
+    mine = sum((w * size for w, size in zip(CODE, sizes, strict=False)), np.zeros(1))
+    place = order[np.minimum(np.searchsorted(codes[order], mine - 1e-7), len(order) - 1)]
+    return np.where(np.abs(codes[place] - mine) < 1e-6, table[place, -1], np.nan)
 
 
 @dataclass(frozen=True)
@@ -170,6 +220,9 @@ class DeviceModel:
         return None
 
 
+GROWN = ("trees", "carry")
+"""Fields of a kernel that are trees; the second may be missing."""
+
 STAND_IN = {
     "vllm": ("sglang", "trtllm"), "sglang": ("vllm", "trtllm"), "trtllm": ("vllm", "sglang"),
     "any": ("trtllm", "vllm", "sglang"),
@@ -181,16 +234,20 @@ def pack(model: DeviceModel) -> bytes:
     """The stored form: leaves as bytes with one scale per tree, questions as small integers."""
     heads, borders, feature, border, leaves, scales = [], [], [], [], [], []
     for kernel in model.kernels.values():
-        head = {k: v for k, v in asdict(kernel).items() if k != "trees"}
-        trees = kernel.trees
-        shape = {"names": trees.names, "bias": trees.bias, "trees": len(trees.feature), "depth": trees.feature.shape[1]}
-        heads.append(head | {"shape": shape, "borders": [len(b) for b in trees.borders]})
-        borders += [np.asarray(b, dtype=np.float32) for b in trees.borders]
-        feature.append(trees.feature.ravel())
-        border.append(trees.border.ravel())
-        scale = np.maximum(np.abs(trees.leaves).max(axis=1), 1e-9) / 127.0
-        leaves.append(np.round(trees.leaves / scale[:, None]).astype(np.int8).ravel())
-        scales.append(scale.astype(np.float32))
+        head = {part.name: getattr(kernel, part.name) for part in fields(kernel) if part.name not in GROWN}
+        for name in GROWN:
+            trees: Trees | None = getattr(kernel, name)
+            if trees is None:
+                continue
+            head[name] = {"names": trees.names, "bias": trees.bias, "trees": len(trees.feature),
+                          "depth": trees.feature.shape[1], "borders": [len(b) for b in trees.borders]}
+            borders += [np.asarray(b, dtype=np.float32) for b in trees.borders]
+            feature.append(trees.feature.ravel())
+            border.append(trees.border.ravel())
+            scale = np.maximum(np.abs(trees.leaves).max(axis=1), 1e-9) / 127.0
+            leaves.append(np.round(trees.leaves / scale[:, None]).astype(np.int8).ravel())
+            scales.append(scale.astype(np.float32))
+        heads.append(head)
     about = {"format": FORMAT, "device": model.device, "provenance": model.provenance, "kernels": heads}
     buffer = io.BytesIO()
     np.savez_compressed(
@@ -223,20 +280,22 @@ def read_model(path: Path) -> DeviceModel:
         at[cursor] += count if move else 0
         return part
 
-    for head in about["kernels"]:
-        shape, counts = head.pop("shape"), head.pop("borders")
+    def grown(shape: Mapping[str, Any]) -> Trees:
         trees, depth = shape["trees"], shape["depth"]
-        borders = tuple(take("borders", "borders", n) for n in counts)
+        borders = tuple(take("borders", "borders", n) for n in shape["borders"])
         feature = take("feature", "split", trees * depth, move=False).reshape(trees, depth)
         border = take("border", "split", trees * depth).reshape(trees, depth)
         scale = take("scales", "tree", trees)
         leaves = take("leaves", "leaf", trees << depth).reshape(trees, 1 << depth) * scale[:, None]
-        head["seen"] = tuple(tuple(line) for line in head["seen"])
+        return Trees(tuple(shape["names"]), borders, feature, border, leaves.astype(np.float32), shape["bias"])
+
+    for head in about["kernels"]:
+        head |= {name: grown(head[name]) for name in GROWN if name in head}
         head["box"] = {name: tuple(ends) for name, ends in head["box"].items()}
         for name in ("edges", "low", "high"):
             head[name] = tuple(head[name])
-        head["levels"] = tuple(tuple(line) for line in head["levels"])
-        grown = Trees(tuple(shape["names"]), borders, feature, border, leaves.astype(np.float32), shape["bias"])
-        kernel = Kernel(trees=grown, **head)
+        for name in ("seen", "levels", "sources"):
+            head[name] = tuple(tuple(line) for line in head[name])
+        kernel = Kernel(**head)
         kernels[kernel.family, kernel.dtype, kernel.engine, kernel.variant] = kernel
     return DeviceModel(about["device"], kernels, about["provenance"])

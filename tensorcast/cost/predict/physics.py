@@ -7,8 +7,11 @@ best; ``features`` the sizes and ratios from which a fitted residual may tell wh
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -160,6 +163,16 @@ WORKS: dict[str, Callable[[Columns, Precision, DeviceProfile], tuple[list[Work],
 }
 
 
+def _routed(c: Columns, seconds: np.ndarray, bandwidth: float) -> Columns:
+    """log2 of what beside the GEMMs an expert layer may pass over, as shares of the formula's ``seconds``: every
+    choice's input and activation (engines differ in whether they skip other ranks' choices), and a row per expert."""
+    choices = c["tokens"] * c["topk"] * 2.0 / bandwidth
+    return {
+        "share_routed": _log(choices * c["hidden"] / seconds), "share_experts": _log(c["experts"] / seconds),
+        "share_activation": _log(choices * c["inter"] / c["moe_tp"] / seconds),
+    }
+
+
 def _sizes(family: str, c: Columns) -> Columns:
     """log2 of every size, of one more where it may be zero."""
     shifted = ("past", "window", "gated")
@@ -182,6 +195,8 @@ def _kernels(family: str, c: Columns, dtype: str, device: DeviceProfile, engine:
         error = max(error, constants.median_error or 0.0)
         evidence = found if found == "datasheet" else evidence
     balance = {"log_seconds": _log(seconds), "log_intensity": _log(compute / traffic)}
+    if family == "grouped_gemm":
+        balance |= _routed(c, seconds, bandwidth)
     return Physics(seconds, np.maximum(compute, traffic), _sizes(family, c) | balance | features, error, evidence)
 
 
@@ -213,6 +228,24 @@ def _collectives(
     if family == "moe_exchange":
         features["log_token_bytes"] = _log(c["hidden"] * c["copy_bytes"])
     return Physics(seconds, np.zeros(size), features, error, evidence)  # type: ignore[arg-type]
+
+
+def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str) -> str:
+    """A short hash of every number of the device that the formula of a kernel rests on, whatever its shape."""
+    said = {"points", "held_out", "median_error", "mean_error", "p90_error"}  # what a fit says of itself
+    if family in WORKS:
+        shape = {name: np.ones(1) for name in SIZES[family]}
+        works, _ = WORKS[family](shape, PRECISION.get(dtype, PRECISION["bf16"]), device)
+        facts: list[Any] = [device.memory_bandwidth_bytes_per_s, device.processors, device.whole_tiles]
+        for name, kind in sorted({(one.family, one.dtype) for one in works}):
+            constants, _ = roofline.constants_for(device, name, kind, engine)
+            facts += [constants.model_dump(exclude=said), roofline.peak_flops(device, kind)]
+    else:
+        op, tier = "all_to_all" if family == "moe_exchange" else family, device.interconnect[0]
+        facts = [tier.size, float(tier.bandwidth_bytes_per_s), float(tier.latency_s)]
+        known = device.calibration.collectives if device.calibration else ()
+        facts += [one.model_dump(exclude=said) for one in known if one.op == op]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
 def physics_of(

@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorcast.cost.predict import TRANSFERRED, predictor_for
 from tensorcast.cost.predict.model import Kernel
-from tensorcast.cost.predict.physics import physics_of
+from tensorcast.cost.predict.physics import constants_digest, physics_of
 from tensorcast.cost.work import Size, Work
 from tensorcast.profiles.device import DeviceProfile
 
@@ -118,7 +118,9 @@ class Corrections:
         return (kernel.engine, kernel.variant) if kernel is not None and self._belongs(kernel) else None
 
     def _belongs(self, kernel: Kernel) -> bool:
-        """Whether the formula gives the seconds that the model's residual was fitted over."""
+        """Whether formula and constants are those that the model's residual was fitted over."""
+        if kernel.constants != constants_digest(kernel.family, kernel.dtype, self.device, kernel.engine):
+            return False
         sizes = {name: np.array([value]) for name, value in kernel.report["probe"].items()}
         now = physics_of(kernel.family, kernel.dtype, kernel.variant, sizes, self.device, kernel.engine).seconds[0]
         then = float(kernel.report["probe_formula_s"])

@@ -65,6 +65,9 @@ PRECISION = {
 }
 """Bytes per element with scales: 128 x 128 blocks (fp8_block), 16 (nvfp4), 32 (mx), 128 (int4, usual group size)."""
 
+SOURCES = ("marlin", "modular", "trtllm_moe", "_trtllm_", "triton", "cutlass", "nongated", "deepgemm")
+"""Libraries whose grouped GEMM an engine may run, as the tables' ``kernel_source`` names them."""
+
 NON_GATED = [(1024, 2688, 22, 512), (2048, 5120, 22, 512), (8192, 5120, 22, 512), (2688, 1856, 6, 128),
              (4096, 2688, 22, 512)]
 """(hidden, inter, top-k, experts) of Nemotron models, whose experts have no gate; one engine's tables say so."""

@@ -34,7 +34,7 @@ class Trees:
     def values(self, columns: Mapping[str, np.ndarray], trees: int | None = None) -> np.ndarray:
         """One value per row from the named features; ``trees``: of the first so many alone."""
         count = len(self.feature) if trees is None else min(trees, len(self.feature))
-        size = len(columns[self.names[0]]) if self.names else 0
+        size = len(next(iter(columns.values()))) if columns else 0
         result = np.full(size, self.bias)
         if not count or not size:
             return result

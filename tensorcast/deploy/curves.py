@@ -156,8 +156,12 @@ def evidence_shares(price: StepPrice) -> dict[str, Any]:
         if isinstance(spent.level, int):
             seconds[LEVELS[spent.level]] = seconds[LEVELS[spent.level]] + spent.seconds
             continue
-        for level, kind in enumerate(LEVELS):  # per candidate, or per member of a fleet that spans more or fewer tiers
-            seconds[kind] = seconds[kind] + spent.seconds * (spent.level == level)
+        # per candidate, or per member of a fleet that spans more or fewer tiers
+        lowest, rest = int(spent.level.min()), spent.seconds
+        for level in range(lowest + 1, len(LEVELS)):
+            part = spent.seconds * (spent.level == level)
+            seconds[LEVELS[level]], rest = seconds[LEVELS[level]] + part, rest - part
+        seconds[LEVELS[lowest]] = seconds[LEVELS[lowest]] + rest
     total = np.maximum(sum(seconds.values()), 1e-30)
     return {kind: value / total for kind, value in seconds.items()}
 

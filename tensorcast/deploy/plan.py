@@ -62,6 +62,14 @@ class Plan:
     combine: Scheme = SCHEMES["bf16"]
 
 
+def gated(plan: Plan) -> float:
+    """1 where experts' first matmul makes gate and up, 0 where there is no gate."""
+    ops = {r.attrs["projection"]: r for r in plan.rows if isinstance(r, Op) and r.name == "grouped_matmul"}
+    if len(ops) < 2:
+        return 1.0
+    return float(ops["up"].outputs[0].dims[-1].coef > 1.5 * ops["down"].inputs[0].dims[-1].coef)
+
+
 def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any) -> str:
     """The exchange that runs: ``none`` at dp = 1, else the wanted one, else the engine's default for the phase."""
     if wanted not in ALL2ALL:

@@ -129,18 +129,13 @@ class StepPrice:
 
 
 class Stage(NamedTuple):
-    """A pipeline stage: calls of each row, and how many layers of each kind it has."""
+    """A pipeline stage: how often it runs the rows of each place (a layer's kind, or a place outside the layers)."""
 
-    calls: tuple[int, ...]
-    layers: tuple[tuple[int, int], ...]
+    calls: tuple[tuple[int, int], ...]
 
-    def seconds(self, rows: tuple[RowPrice, ...]) -> Any:
-        """Kernel seconds, one after another."""
-        return sum((price.seconds * n for price, n in zip(rows, self.calls, strict=True) if n), 0.0)
-
-    def over(self, per_kind: dict[int, Any]) -> Any:
-        """Seconds per layer of each kind, summed over the layers."""
-        return sum((count * per_kind[kind] for kind, count in self.layers if kind in per_kind), 0.0)
+    def of(self, per_place: dict[int, Any]) -> Any:
+        """Seconds per place, summed over the stage."""
+        return sum((count * per_place[place] for place, count in self.calls if count and place in per_place), 0.0)
 
 
 def one_level(levels: Any) -> Any:

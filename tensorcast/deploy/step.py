@@ -22,7 +22,7 @@ from tensorcast.deploy.blocks import EXPERT_STAGES, copies_per_token
 from tensorcast.deploy.layout import Layout, stage_layers
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.overlap import Overlap
-from tensorcast.deploy.plan import Collective, Plan, Row
+from tensorcast.deploy.plan import Collective, Plan, Row, gated
 from tensorcast.deploy.price import PARTS, RowPrice, Stage, StepPrice, one_level, pick
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.engine import EngineProfile
@@ -32,6 +32,10 @@ from tensorcast.trace.table import Op, OpTable, Tensor
 EXCHANGE_SMS = 20.0
 """Processors that DeepEP's two-stage kernels take by default (github.com/deepseek-ai/DeepEP at 189df34,
 deep_ep/buffers/legacy.py, ``Buffer.num_sms``)."""
+
+
+FIRST, LAST, HAND_OVER = -1, -2, -3
+"""Places of rows outside the layers: on the first pipeline stage, on the last, on all but the last."""
 
 
 class _Sizes(NamedTuple):
@@ -84,7 +88,7 @@ class Step:
         self._constants: dict[tuple[str, str, str, str], tuple[KernelConstants, Evidence]] = {}
         self.corrections = corrections_for(device, engine.name)
         facts = table.facts
-        self.gated = _gated(plan)
+        self.gated = gated(plan)
         self.load: ExpertLoad | None = None
         self.distinct: dict[str, Any] = {}
         if facts["num_experts"]:
@@ -119,9 +123,13 @@ class Step:
         hidden, hidden_comm = self.overlap.hidden(rows, at.tokens)
         stages, micro, pp = self._stages, at.micro, self.layout.pp
         halves: Any = 1 + self.options.dual_batch_overlap
+        each: dict[int, Any] = {}
+        for place, row in zip(self._places, rows, strict=True):
+            each[place] = each[place] + row.seconds if place in each else row.seconds
         # stages of the same layers take the same time
-        alike = {stage: stage.seconds(rows) * halves - stage.over(hidden) for stage in dict.fromkeys(stages)}
-        counts = tuple(sum(calls) * halves for calls in zip(*(stage.calls for stage in stages), strict=True))
+        alike = {stage: stage.of(each) * halves - stage.of(hidden) for stage in dict.fromkeys(stages)}
+        calls = Counter({place: sum(dict(stage.calls).get(place, 0) for stage in stages) for place in each})
+        counts = tuple(calls[place] * halves for place in self._places)
         last_s = alike.pop(stages[-1]) if stages.count(stages[-1]) == 1 else alike[stages[-1]]
         if draft:
             drafting = pick(sum((price.seconds for price in draft), 0.0), at.draft_at)
@@ -133,7 +141,7 @@ class Step:
         turns = pp if self.table.phase == "decode" else micro + pp - 1
         beside = self.engine.overhead(self.device.name)
         overhead: Any = beside.seconds(batch)
-        saved, saved_comm = (sum(stage.over(kinds) for stage in stages) for kinds in (hidden, hidden_comm))
+        saved, saved_comm = (sum(stage.of(kinds) for stage in stages) for kinds in (hidden, hidden_comm))
         micro = micro if np.ndim(micro) else int(micro)
         return StepPrice(
             rows, counts, slowest * turns + overhead, overhead, beside.error_s, micro, saved, saved_comm,
@@ -178,28 +186,31 @@ class Step:
 
     @cached_property
     def _stages(self) -> list[Stage]:
-        """Pipeline stages: calls of each row there, and their layers' kinds."""
-        kinds = self.table.layer_kinds
-        return [Stage(tuple(self._counts(i)), tuple(Counter(kinds[s]).items())) for i, s in enumerate(self.stages)]
+        """What each pipeline stage runs, and how often."""
+        found = []
+        for i, layers in enumerate(self.stages):
+            first, last = i == 0, i == len(self.stages) - 1
+            outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
+            found.append(Stage((*Counter(self.table.layer_kinds[layers]).items(), *outside.items())))
+        return found
+
+    @cached_property
+    def _places(self) -> list[int]:
+        """Where each row runs: in layers of its kind, or outside the layers."""
+
+        def place(row: Row) -> int:
+            if row.kind >= 0:
+                return row.kind
+            if isinstance(row, Collective) and row.op == "send_recv":
+                return HAND_OVER
+            at_start = row.module.startswith(("embed", "rotary")) or getattr(row, "name", "") == "embedding"
+            return FIRST if at_start else LAST
+
+        return [place(row) for row in self.plan.rows]
 
     def seconds(self, batch: Any, new: Any, past: Any) -> Any:
         """Step time alone."""
         return self.price(batch, new, past).seconds
-
-    def _counts(self, stage: int) -> list[int]:
-        """Calls of each row on one pipeline stage: layers of its kind there; rows outside the layers on their stage."""
-        kinds = self.table.layer_kinds[self.stages[stage]]
-        first, last = stage == 0, stage == len(self.stages) - 1
-
-        def calls(row: Row) -> int:
-            if row.kind >= 0:
-                return kinds.count(row.kind)
-            if isinstance(row, Collective) and row.op == "send_recv":
-                return int(not last)
-            at_start = row.module.startswith(("embed", "rotary")) or getattr(row, "name", "") == "embedding"
-            return int(first if at_start else last)
-
-        return [calls(row) for row in self.plan.rows]
 
     @property
     def _verify(self) -> Any:
@@ -382,11 +393,3 @@ class Step:
             return None
         sizes = {"ranks": row.ranks, "payload_bytes": row.scale * units}
         return self.corrections.at(row.op, "any", "custom" if row.op == "all_reduce" else "nccl", sizes)
-
-
-def _gated(plan: Plan) -> float:
-    """1 where experts' first matmul makes gate and up, 0 where there is no gate."""
-    ops = {r.attrs["projection"]: r for r in plan.rows if isinstance(r, Op) and r.name == "grouped_matmul"}
-    if len(ops) < 2:
-        return 1.0
-    return float(ops["up"].outputs[0].dims[-1].coef > 1.5 * ops["down"].inputs[0].dims[-1].coef)

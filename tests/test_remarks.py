@@ -16,6 +16,7 @@ from tensorcast.deploy.compare import NoLayoutMeets
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, idle_note, idle_options, option_facts
 from tensorcast.deploy.remarks import COUNTED
+from tensorcast.deploy.simulate import not_counted
 from tensorcast.deploy.space import Axes, variants
 from tensorcast.profiles import load_model
 from tensorcast.profiles.model import ModelProfile
@@ -72,6 +73,22 @@ def test_positions_as_engines_read_them(config: dict[str, Any], longest: int | N
     assert model.max_positions == longest
     if longest is not None:
         assert not model.too_long(longest) and f"{longest} positions" in model.too_long(longest + 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"compress_ratios": [0, 4, 4]}, ["compress_ratios"]),
+        ({"text_config": {"compress_ratios": [4]}}, ["compress_ratios"]),
+        ({"sparse_attention_config": {"use_sparse_attention": True}}, ["sparse_attention_config"]),
+        ({"sparse_attention_config": {"use_sparse_attention": False}, "compress_ratios": [0, 0]}, []),
+        ({}, []),
+    ],
+)
+def test_attention_that_a_trace_does_not_show_is_named(config: dict[str, Any], said: list[str]) -> None:
+    model = ModelProfile(name="m", hf_id="m", description="d", sources={}, config={"model_type": "llama", **config})
+    found = not_counted(model)
+    assert len(found) == len(said) and all(name in text for name, text in zip(said, found, strict=True))
 
 
 def test_sequences_longer_than_the_model_are_refused() -> None:

@@ -11,7 +11,7 @@ from tensorcast.deploy.layout import RULES, Layout
 from tensorcast.deploy.options import idle_note, option_facts
 from tensorcast.deploy.search import NO_PACE, NO_ROOM, Question, smallest_that_fits, space, stacked
 from tensorcast.deploy.serving import Load
-from tensorcast.deploy.simulate import uncut
+from tensorcast.deploy.simulate import not_counted, uncut
 from tensorcast.deploy.space import FULL, Axes
 from tensorcast.deploy.tables import traced_table
 
@@ -35,7 +35,7 @@ def by_what(pruned: Counter[str]) -> dict[str, dict[str, int]]:
 def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]:
     """What the numbers rest on and a reader may not expect."""
     first = questions[0]
-    found = [f"left out: {text}" for text in left_out(questions, frame)]
+    found = [f"left out: {text}" for text in left_out(questions, frame)] + not_counted(first.model)
     if idle := _idle(first, frame):
         found.append(idle_note(idle))
     if first.axes.kv_dtype == (None,) and first.base.kv_dtype is None:

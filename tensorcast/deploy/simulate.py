@@ -314,15 +314,24 @@ def uncut(table: OpTable) -> str:
     )
 
 
+def not_counted(model: ModelProfile) -> list[str]:
+    """What a model's config says of attention that its trace does not show."""
+    text, found = model.text_config, []
+    if any(model.config.get("compress_ratios") or text.get("compress_ratios") or ()):
+        found.append("compressed keys and values (compress_ratios) are not counted: attention and cache are too small")
+    if (text.get("sparse_attention_config") or {}).get("use_sparse_attention"):
+        found.append("blocks that attention picks (sparse_attention_config) are not counted: it is too fast")
+    return found
+
+
 def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
     notes = []
     unknown = sorted({p.row.name for p in price.rows if not p.has_formula and not isinstance(p.row, Collective)})
     if unknown:
         notes.append(f"no formula, priced as memory traffic: {', '.join(unknown)}")
+    notes += not_counted(deployment.model)
     config = deployment.model.config
     text = config.get("text_config") or {}
-    if any(config.get("compress_ratios") or text.get("compress_ratios") or ()):
-        notes.append("compressed keys and values (compress_ratios) are not counted: attention and cache are too small")
     drafts = config.get("num_nextn_predict_layers") or text.get("mtp_num_hidden_layers")
     if drafts and not deployment.options.mtp_depth:
         notes.append("multi-token prediction is not simulated: one token per sequence and step (see --mtp-depth)")

@@ -174,7 +174,7 @@ CONTENDERS = 12
 
 
 def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """What the objective adds up for a candidate, by kernel family: (amount, relative median error).
+    """What the objective adds up for a candidate, by kernel family and beside them: (amount, relative median error).
 
     GPU seconds per output token; for the objective ``latency`` seconds of a request. What rests on measurements and
     what on datasheets alone err apart.
@@ -189,6 +189,8 @@ def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tup
     for price, share in ((step, decoded / row["request_s"]), (fresh, 1 - decoded / row["request_s"])):
         rows = [(f"{p.family} {p.evidence == 'datasheet'}", float(p.seconds) * float(n), float(np.max(p.error)))
                 for p, n in zip(price.rows, price.counts, strict=True)]
+        beside = max(float(price.overhead_s), 1e-30)
+        rows.append(("engine", beside, price.overhead_error_s / beside))
         total = sum(seconds for _, seconds, _ in rows) or 1.0
         for name, seconds, error in rows:
             amount = whole * share * seconds / total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,7 @@ def fit(table: pd.DataFrame) -> EngineFit:
 
 
 def test_known_overheads_are_found(measured: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "PUBLISHED", 0.0)
-    monkeypatch.setattr(engines, "GENERAL", 0.0)
+    monkeypatch.setattr(engines, "WEIGHTS", (engines.Weights(0.0, 0.0),))
     found = fit(measured)
     assert found.step_s == pytest.approx(1.7e-3, rel=0.02)
     assert {name for name in found.devices} == {"h100-sxm", "h200-sxm"}
@@ -120,11 +120,33 @@ def test_known_overheads_are_found(measured: pd.DataFrame, monkeypatch: pytest.M
     assert found.unseen_error is not None and found.unseen_error < 0.005 and found.step_error_s < 5e-5
 
 
-def test_few_networks_are_drawn_towards_what_is_published(measured: pd.DataFrame) -> None:
+def test_few_networks_are_drawn_towards_what_is_published(
+    measured: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "WEIGHTS", (engines.Weights(8.0, 2.0),))
     found, published = fit(measured), float(load_engine("vllm").step_overhead_s)
     # two networks beside eight published ones; one network on an H200 beside two of the engine's value
     assert found.step_s == pytest.approx((2 * 1.7e-3 + 8 * published) / 10, rel=0.03)
     assert found.devices["h200-sxm"].step_s == pytest.approx((1.7e-3 + 2 * found.step_s) / 3, rel=0.03)
+
+
+def synthetic_small(own_s: dict[str, float]) -> pd.DataFrame:
+    """Runs at small batch of networks whose steps take 4 ms and so much more, on one device each."""
+    rows = [
+        {"engine": "vllm", "device": f"d{i % 2}", "network": i, "even": True, "same": 100 * i + n, "base_s": base_s,
+         "slope": 1.0, "measured_tpot_s": base_s + seconds}
+        for i, seconds in enumerate(own_s.values()) for n, base_s in enumerate((4e-3, 5e-3, 6e-3))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_weights_are_those_that_serve_networks_not_fitted_to() -> None:
+    """Networks that agree are believed; of networks that disagree wildly none says anything about the next."""
+    agreed = synthetic_small(dict.fromkeys("abcd", 2e-3))
+    assert engines.choose(agreed, 1e-4) == engines.WEIGHTS[-1]
+    torn = synthetic_small({"a": 0.0, "b": 8e-3, "c": 0.0, "d": 0.0, "e": 0.0, "f": 0.0})
+    assert math.isinf(engines.choose(torn, 0.0).published)
+    assert engines.choose(agreed[agreed["network"] == 0], 1e-4) == engines.WEIGHTS[0]
 
 
 def test_runs_left_out_do_not_move_the_fit(measured: pd.DataFrame) -> None:

@@ -6,9 +6,9 @@
 step, brings predicted times per token closest to the measured ones. A record may lack what decides the time (drafted
 tokens, say) and kernels err per model, so absolute errors are summed, in which no single run weighs much, and every
 network on every device counts alike. Networks agree badly on their engine's overhead. So the engine's value is drawn
-towards the published one, which counts as :data:`PUBLISHED` networks, and a device's towards the engine's, which counts
-as :data:`GENERAL` networks. Both weights were picked, with the bounds of a small batch, on all runs, as a compromise:
-lighter ones bring networks that were fitted to closer, and others further away. What a sequence adds stays as
+towards the published one, and a device's towards the engine's, each by as many networks' weight
+(:data:`WEIGHTS`) as brings networks closest that are fitted to without their own runs; where nothing does, the
+published value stays. What a sequence adds stays as
 published: fitted beside the step's, to runs of larger batches, it made runs left out no better and devices left out
 worse.
 
@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -47,8 +48,15 @@ SMALL_BATCH = 16.0
 PROMPTS_SHARE = 0.3
 """Most of such a run's time per token that prompts take, as predicted."""
 
-PUBLISHED, GENERAL = 16.0, 4.0
-"""Networks as which the published overhead counts beside an engine's, and the engine's beside those on a device."""
+class Weights(NamedTuple):
+    """As how many networks the published overhead counts beside an engine's, and the engine's beside a device's."""
+
+    published: float
+    general: float
+
+
+WEIGHTS = tuple(Weights(p, g) for p in (math.inf, 32.0, 16.0, 8.0, 4.0) for g in (math.inf, 8.0, 4.0, 2.0, 1.0))
+"""What is tried, the heaviest first."""
 
 FEWEST = 8
 """Runs below which nothing is fitted."""
@@ -140,7 +148,7 @@ class StepFit:
         return devices.map(lambda name: self.devices.get(name, self.step_s)).astype(float)
 
 
-def fit_step(rows: pd.DataFrame, published_s: float) -> StepFit:
+def fit_step(rows: pd.DataFrame, published_s: float, weights: Weights) -> StepFit:
     """From runs at small batch of one engine: ``base_s`` without overhead, ``slope`` per second of it."""
 
     def fit(some: pd.DataFrame) -> float:
@@ -148,16 +156,34 @@ def fit_step(rows: pd.DataFrame, published_s: float) -> StepFit:
 
     def drawn(some: pd.DataFrame, towards: float, count: float) -> float:
         networks = some["network"].nunique()
-        return (networks * fit(some) + count * towards) / (networks + count)
+        return towards if math.isinf(count) else (networks * fit(some) + count * towards) / (networks + count)
 
-    step_s = drawn(rows, published_s, PUBLISHED) if len(rows) else published_s
-    devices = {str(name): drawn(some, step_s, GENERAL) for name, some in rows.groupby("device")}
+    step_s = drawn(rows, published_s, weights.published) if len(rows) else published_s
+    devices = {str(name): drawn(some, step_s, weights.general) for name, some in rows.groupby("device")}
     own = {
         (str(name), network): fit(some)
         for name, here in rows.groupby("device")
         for network, some in ((n, here[here["network"] == n]) for n in here["network"].unique())
     }
     return StepFit(step_s, devices, own)
+
+
+def choose(rows: pd.DataFrame, published_s: float) -> Weights:
+    """The weights with which every network of ``rows``, fitted to without its own runs, is closest in the mean."""
+    networks = list(rows["network"].unique())
+    if len(networks) < 2:
+        return WEIGHTS[0]
+
+    def off(weights: Weights) -> float:
+        found = []
+        for network in networks:
+            fit = fit_step(rows[rows["network"] != network], published_s, weights)
+            some = rows[rows["network"] == network]
+            error = ((some["base_s"] + fit.on(some["device"]) * some["slope"]) / some["measured_tpot_s"] - 1).abs()
+            found += list(error.groupby(some["device"]).median())
+        return float(np.mean(found))
+
+    return min(WEIGHTS, key=off)
 
 
 def small_batch(rows: pd.DataFrame) -> tuple[pd.Series[bool], dict[str, int]]:
@@ -191,9 +217,10 @@ class Unseen:
 def unseen(rows: pd.DataFrame, small: pd.Series[bool], published_s: float) -> Unseen:
     """One engine's ``rows``, of which ``small`` are fitted to and all aggregated ones scored."""
     scored = rows[(rows["mode"] == "agg") & (rows["tpot_s"] > 0) & (rows["measured_tpot_s"] > 0)]
-    own, off, after = fit_step(rows[small], published_s).own, [], pd.Series(0.0, index=scored.index)
+    own, off, after = fit_step(rows[small], published_s, WEIGHTS[0]).own, [], pd.Series(0.0, index=scored.index)
     for network, some in scored.groupby("network"):
-        fit = fit_step(rows[small & (rows["network"] != network)], published_s)
+        others = rows[small & (rows["network"] != network)]
+        fit = fit_step(others, published_s, choose(others, published_s))
         after[some.index] = some["base_s"] + fit.on(some["device"]) * some["slope"]
         off += [abs(s - fit.devices.get(name, fit.step_s)) for (name, one), s in own.items() if one == network]
     if scored["network"].nunique() < 2:
@@ -247,16 +274,16 @@ def _step_part(
     own: pd.DataFrame, small: pd.Series[bool], dropped: dict[str, int], published_s: float, source: str
 ) -> EngineFit:
     used = own[small]
-    fit = fit_step(used, published_s)
+    fit = fit_step(used, published_s, choose(used, published_s))
     devices = {
         name: DeviceFit(
-            step_s=round(fit.devices.get(name, fit.step_s), 5), rows=int((used["device"] == name).sum()), models=()
+            step_s=round(fit.devices.get(name, fit.step_s), 6), rows=int((used["device"] == name).sum()), models=()
         )
         for name in sorted(set(own.loc[own["even"], "device"]))
     }
     new = unseen(own, small, published_s)
     return EngineFit(
-        source=source, rows=len(used), models=used["network"].nunique(), dropped=dropped, step_s=round(fit.step_s, 5),
+        source=source, rows=len(used), models=used["network"].nunique(), dropped=dropped, step_s=round(fit.step_s, 6),
         step_error_s=round(new.error_s, 5), devices=devices, unseen_before=new.before, unseen_error=new.after,
     )  # fmt: skip
 

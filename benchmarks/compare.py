@@ -7,6 +7,7 @@ with a warm trace cache; 200,000 candidates per second inside.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from rich.table import Table
 
 ASKED = ("-i", "4096", "-o", "1024", "--ttft", "2s", "--tpot", "50ms")
 FULL = ("--full", "--any-engine")
+TRIES = 3
+"""Runs of each measurement, of which the fastest is printed: other work on the machine only adds time."""
 
 
 def process(model: str, device: str, gpus: int, extra: tuple[str, ...], cache: Path) -> float:
@@ -34,7 +37,7 @@ def process(model: str, device: str, gpus: int, extra: tuple[str, ...], cache: P
 
 
 def inside(model: str, device: str, gpus: int) -> tuple[int, int, float, float]:
-    """Variants, candidates, and seconds to price variants and to serve loads, with every axis; tables are in memory."""
+    """Variants, candidates, and the least seconds to price and to serve them, with every axis; tables are in memory."""
     from tensorcast.deploy.evaluate import Workshop
     from tensorcast.deploy.forms import aggregated, disaggregated
     from tensorcast.deploy.search import Question, space
@@ -48,14 +51,17 @@ def inside(model: str, device: str, gpus: int) -> tuple[int, int, float, float]:
     )  # fmt: skip
     tried = space(question, Counter())
     Workshop(question.scene, tried, question.axes.chunk_tokens).price()  # every table is read and fused
-    start = time.perf_counter()
-    shop = Workshop(question.scene, space(question, Counter()), question.axes.chunk_tokens)
-    shop.price()
-    priced = time.perf_counter()
-    found = [aggregated(shop, (2.0, 0.05)), disaggregated(shop, gpus, (2.0, 0.05))]
-    served = time.perf_counter()
-    candidates = sum(len(points) + slow for points, slow in found)
-    return len(tried), candidates, priced - start, served - priced
+    best = (0, 0.0, math.inf)
+    for _ in range(TRIES):
+        start = time.perf_counter()
+        shop = Workshop(question.scene, space(question, Counter()), question.axes.chunk_tokens)
+        shop.price()
+        priced = time.perf_counter()
+        found = [aggregated(shop, (2.0, 0.05)), disaggregated(shop, gpus, (2.0, 0.05))]
+        served = time.perf_counter()
+        if served - start < best[1] + best[2]:
+            best = sum(len(points) + slow for points, slow in found), priced - start, served - priced
+    return len(tried), *best
 
 
 def main() -> None:
@@ -73,8 +79,8 @@ def main() -> None:
         warm = Path(folder) / "warm"
         process(options.model, options.device, 32, FULL, warm)
         for what, extra, caches, target in (
-            ("default space, warm", (), [warm] * 3, "5"),
-            ("every axis, any engine, warm", FULL, [warm] * 3, "5"),
+            ("default space, warm", (), [warm] * TRIES, "5"),
+            ("every axis, any engine, warm", FULL, [warm] * TRIES, "5"),
             ("every axis, any engine, cold", FULL, [Path(folder) / f"cold{i}" for i in range(2)], "15"),
         ):
             best = min(process(options.model, options.device, 32, extra, cache) for cache in caches)

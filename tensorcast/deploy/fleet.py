@@ -20,9 +20,10 @@ from tensorcast.cost.memory import per_table
 from tensorcast.cost.routing import ExpertLoad, Load
 from tensorcast.deploy.blocks import EXPERT_STAGES
 from tensorcast.deploy.plan import Collective, Row
-from tensorcast.deploy.price import RowPrice, StepPrice, one_level
+from tensorcast.deploy.price import RowPrice, Spending, StepPrice, one_level, pick
 from tensorcast.deploy.simulate import Deployment
 from tensorcast.deploy.step import Step
+from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import Op, OpTable
 
 RECENT = 16
@@ -118,6 +119,7 @@ class FleetStep(Step):
         self.size, self._memo = len(members), memo
         self._keys: dict[int, tuple[Context, tuple[bytes, ...]]] = {}
         self._contexts: dict[tuple[int, float, bool], tuple[Context, Context]] = {}
+        self._tokens: dict[int, tuple[Context, Context, Any]] = {}
 
     def _kernel(self, op: Op, at: Context) -> RowPrice:
         content = op.attrs.get("memo")
@@ -143,7 +145,10 @@ class FleetStep(Step):
         return prices
 
     def _unknown(self, op: Op, at: Context) -> RowPrice:
-        if op.attrs["routed"] or not np.ndim(at.kv_bytes):
+        if op.attrs["routed"]:
+            few, where = self._by_tokens(at)
+            return super()._kernel(op, few).at(where)
+        if not np.ndim(at.kv_bytes):
             return super()._kernel(op, at)
         if op.name in READS_CACHE:
             return self._by_cache_dtype(op, at)
@@ -166,6 +171,21 @@ class FleetStep(Step):
             self._contexts[key] = (at, one)
         return self._contexts[key][1]
 
+    def _by_tokens(self, at: Context) -> tuple[Context, Any]:
+        """``at`` with every number of tokens once, and which of these each batch has: all that experts are told."""
+        if id(at) not in self._tokens:
+            few, where = at, None
+            if np.ndim(at.sizes.B) == 1:
+                every = np.array(np.broadcast_arrays(at.sizes.B, at.sizes.S))
+                _, first, inverse = np.unique(every, axis=1, return_index=True, return_inverse=True)
+                if len(first) < every.shape[1]:
+                    sizes = {name: pick(getattr(at.sizes, name), first) for name in ("B", "S", "P", "R", "E", "X")}
+                    names = ("hit", "capacity", "verify", "kv_bytes")
+                    loads = {name: pick(getattr(at, name), first) for name in names}
+                    few, where = replace(at, sizes=Sizes(**sizes), **loads), inverse
+            self._tokens[id(at)] = at, few, where
+        return self._tokens[id(at)][1:]
+
     def _key(self, at: Context) -> tuple[Any, ...]:
         """What the price of a row that routing does not touch depends on."""
         if id(at) not in self._keys:
@@ -176,6 +196,7 @@ class FleetStep(Step):
     def price(self, batch: Any, new: Any, past: Any) -> StepPrice:
         self._keys.clear()
         self._contexts.clear()
+        self._tokens.clear()
         return super().price(batch, new, past)
 
     def _collective(self, row: Collective, at: Context) -> RowPrice:
@@ -189,6 +210,7 @@ class FleetStep(Step):
                 self._memo[key] = super()._collective(alone, at)
             price: RowPrice = self._memo[key]
             return price
+        few, where = self._by_tokens(at)
         kinds = [(m.extent, *sorted(m.exchange.items())) for m in row.members]
         found: list[tuple[np.ndarray, RowPrice]] = []
         for _, members in _distinct(kinds):
@@ -196,8 +218,8 @@ class FleetStep(Step):
             some.distinct = {name: column[members] for name, column in self.distinct.items()}
             scale = _column([row.members[i].scale for i in members])
             one = replace(row.members[members[0]], scale=scale, module=row.module)
-            found.append((members, Step._collective(some, one, at)))
-        return self._gathered(alone, found)
+            found.append((members, Step._collective(some, one, few)))
+        return self._gathered(alone, found).at(where)
 
     def _gathered(self, row: Collective, found: list[tuple[np.ndarray, RowPrice]]) -> RowPrice:
         """One price from those of groups of members."""
@@ -208,22 +230,22 @@ class FleetStep(Step):
 def _joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]) -> RowPrice:
     """One price from those of parts of the first axis."""
 
-    def gather(values: list[Any]) -> np.ndarray:
+    def gather(values: Sequence[Any]) -> np.ndarray:
         whole = np.empty(shape)
         for (part, _), value in zip(found, values, strict=True):
             whole[part] = value
         return whole
 
+    def spend() -> Spending:
+        each = [price.spending for _, price in found]
+        flops, moved, wire, ideal_s = (gather([one[i] for one in each]) for i in range(4))
+        return Spending(flops, moved, wire, ideal_s, {n: gather([one.parts[n] for one in each]) for n in each[0].parts})
+
     prices = [price for _, price in found]
-    numbers = ("seconds", "flops", "bytes", "wire_bytes", "ideal_compute_s", "error")
+    numbers = ("seconds", "waits_s", "error")
     whole: dict[str, Any] = {name: gather([getattr(price, name) for price in prices]) for name in numbers}
     level = one_level(gather([price.level for price in prices]).astype(np.int8))
-    return replace(
-        prices[0],
-        **whole,
-        level=level,
-        parts={name: gather([price.parts[name] for price in prices]) for name in prices[0].parts},
-    )
+    return replace(prices[0], **whole, level=level, spend=spend)
 
 
 def fleet(prototype: Deployment, members: Sequence[Deployment], memo: Memo) -> Deployment:

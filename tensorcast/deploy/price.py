@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,7 +11,10 @@ import numpy as np
 
 from tensorcast.cost.predict import LEVELS
 from tensorcast.cost.predict.model import NORMAL_80
+from tensorcast.cost.roofline import Timing, peak_flops
+from tensorcast.cost.work import Work
 from tensorcast.deploy.plan import Collective, Row
+from tensorcast.profiles.device import DeviceProfile
 
 WITHIN_80 = NORMAL_80
 """Half an 80 % interval in median errors: of a normal error, 80 % lie within 1.9 times the median."""
@@ -19,26 +23,63 @@ PARTS = ("compute", "memory", "network", "latency")
 """What the seconds of a row are spent on."""
 
 
+class Spending(NamedTuple):
+    """What one call of a row moves and computes; ``parts`` splits its seconds by what bounds them (:data:`PARTS`)."""
+
+    flops: Any = 0.0
+    bytes: Any = 0.0
+    wire_bytes: Any = 0.0
+    ideal_compute_s: Any = 0.0
+    parts: dict[str, Any] = dict.fromkeys(PARTS, 0.0)
+
+    def each(self, change: Callable[[Any], Any]) -> Spending:
+        """The same with every number changed."""
+        flops, moved, wire, ideal_s = map(change, self[:4])
+        return Spending(flops, moved, wire, ideal_s, {name: change(value) for name, value in self.parts.items()})
+
+
 @dataclass(frozen=True)
 class RowPrice:
-    """One call of one row; numbers are floats or arrays. ``parts`` splits the seconds by what bounds them.
+    """One call of one row; numbers are floats or arrays.
 
-    ``error``: relative median error of the seconds. ``level``: what stands behind them, an index into
-    :data:`tensorcast.cost.predict.LEVELS`, or an array of these where calls differ.
+    ``waits_s``: of its seconds, those in which it keeps neither arithmetic nor memory busy. ``error``: relative median
+    error of the seconds. ``level``: what stands behind them, an index into :data:`tensorcast.cost.predict.LEVELS`, or
+    an array of these where calls differ. ``spend`` tells what is computed and moved, for those who ask.
     """
 
     row: Row
     seconds: Any
-    flops: Any
-    bytes: Any
-    wire_bytes: Any
-    ideal_compute_s: Any
-    parts: dict[str, Any]
+    waits_s: Any
     family: str
     level: Any
     error: Any
+    spend: Callable[[], Spending]
     has_formula: bool = True
     detail: str = ""
+
+    @cached_property
+    def spending(self) -> Spending:
+        return self.spend()
+
+    @property
+    def flops(self) -> Any:
+        return self.spending.flops
+
+    @property
+    def bytes(self) -> Any:
+        return self.spending.bytes
+
+    @property
+    def wire_bytes(self) -> Any:
+        return self.spending.wire_bytes
+
+    @property
+    def ideal_compute_s(self) -> Any:
+        return self.spending.ideal_compute_s
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        return self.spending.parts
 
     @property
     def evidence(self) -> Any:
@@ -46,25 +87,52 @@ class RowPrice:
         level = one_level(self.level)
         return np.array(LEVELS)[level] if np.ndim(level) else LEVELS[level]
 
-    def at(self, where: slice, row: Row | None = None) -> RowPrice:
+    def at(self, where: Any, row: Row | None = None) -> RowPrice:
         """The price at some of the batches, perhaps as that of another ``row`` that does the same."""
         return RowPrice(
-            self.row if row is None else row, pick(self.seconds, where), pick(self.flops, where),
-            pick(self.bytes, where), pick(self.wire_bytes, where), pick(self.ideal_compute_s, where),
-            {name: pick(value, where) for name, value in self.parts.items()}, self.family, pick(self.level, where),
-            pick(self.error, where), self.has_formula, self.detail,
+            self.row if row is None else row, pick(self.seconds, where), pick(self.waits_s, where), self.family,
+            pick(self.level, where), pick(self.error, where),
+            lambda: self.spending.each(lambda value: pick(value, where)), self.has_formula, self.detail,
         )  # fmt: skip
 
     def times(self, count: Any) -> RowPrice:
         """The price of ``count`` such calls."""
-        numbers = ("seconds", "flops", "bytes", "wire_bytes", "ideal_compute_s")
-        more: dict[str, Any] = {name: getattr(self, name) * count for name in numbers}
-        return replace(self, **more, parts={part: seconds * count for part, seconds in self.parts.items()})
+        return replace(
+            self, seconds=self.seconds * count, waits_s=self.waits_s * count,
+            spend=lambda: self.spending.each(lambda value: value * count),
+        )  # fmt: skip
 
     @property
     def busy_s(self) -> Any:
         """Seconds in which the row keeps the device's arithmetic or memory busy."""
-        return self.seconds - self.parts["latency"] - self.parts["network"]
+        return self.seconds - self.waits_s
+
+
+class Call(NamedTuple):
+    """A kernel of a row: its work and time before correction, the factor that corrects it, seconds of launching."""
+
+    work: Work
+    timing: Timing
+    factor: Any
+    launch_s: Any
+
+
+def spending_of(calls: list[Call], device: DeviceProfile) -> Spending:
+    """What the kernels of a row compute and move, and what bounds them."""
+
+    def total(of: Callable[[Call], Any]) -> Any:
+        return sum((of(call) * call.work.calls for call in calls), 0.0)
+
+    return Spending(
+        total(lambda c: c.work.flops), total(lambda c: c.work.bytes), 0.0,
+        total(lambda c: c.work.flops / peak_flops(device, c.work.dtype)),
+        {
+            "compute": total(lambda c: c.timing.compute_s * c.factor),
+            "memory": total(lambda c: c.timing.memory_s * c.factor),
+            "network": 0.0,
+            "latency": total(lambda c: c.launch_s),
+        },
+    )  # fmt: skip
 
 
 class Spent(NamedTuple):

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from tensorcast.cost.collectives import collective_time
 from tensorcast.cost.formulas import Context, has_formula, work_of
 from tensorcast.cost.predict import LEVELS
 from tensorcast.cost.predict.rows import Correction, corrections_for
-from tensorcast.cost.roofline import Evidence, constants_for, kernel_time, peak_flops
+from tensorcast.cost.roofline import Evidence, constants_for, kernel_time
 from tensorcast.cost.routing import ExpertLoad, Routing, expected_distinct, expert_load
 from tensorcast.cost.work import Work
 from tensorcast.deploy.blocks import EXPERT_STAGES, copies_per_token
@@ -23,7 +23,7 @@ from tensorcast.deploy.layout import Layout, stage_layers
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.overlap import Overlap
 from tensorcast.deploy.plan import Collective, Plan, Row, gated
-from tensorcast.deploy.price import PARTS, RowPrice, Stage, StepPrice, one_level, pick
+from tensorcast.deploy.price import Call, RowPrice, Spending, Stage, StepPrice, one_level, pick, spending_of
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.dims import Dim, Sizes
@@ -297,10 +297,8 @@ class Step:
 
     def _kernel(self, op: Op, at: Context) -> RowPrice:
         seconds: Any = 0.0
-        flops: Any = 0.0
-        moved: Any = 0.0
-        ideal: Any = 0.0
-        parts: dict[str, Any] = dict.fromkeys(PARTS, 0.0)
+        waits: Any = 0.0
+        calls: list[Call] = []
         family, level, error = "memory", LEVELS.index("measured"), 0.0
         alone: Any = 1.0  # or part of the all-reduce's kernel before it
         if "joined_tokens" in op.attrs:
@@ -314,16 +312,14 @@ class Step:
             kernel_s, launch_s = timing.seconds * factor, timing.launch_s * factor
             launch = (launch_s + self._gap(kernel_s, launch_s, at)) * alone
             seconds = seconds + (kernel_s - launch_s + launch) * work.calls
-            flops, moved = flops + work.flops * work.calls, moved + work.bytes * work.calls
-            ideal = ideal + work.flops * work.calls / peak_flops(self.device, work.dtype)
-            parts["compute"] = parts["compute"] + timing.compute_s * factor * work.calls
-            parts["memory"] = parts["memory"] + timing.memory_s * factor * work.calls
-            parts["latency"] = parts["latency"] + launch * work.calls
+            waits = waits + launch * work.calls
+            calls.append(Call(work, timing, factor, launch))
             family = work.family
             mine = LEVELS.index(found) if known is None else known.level
             level = min(level, mine) if isinstance(mine, int) else np.minimum(level, mine)
             error = np.maximum(error, (constants.median_error or 0.0) if known is None else known.error)
-        return RowPrice(op, seconds, flops, moved, 0.0, ideal, parts, family, one_level(level), error, has_formula(op))
+        spend = partial(spending_of, calls, self.device)
+        return RowPrice(op, seconds, waits, family, one_level(level), error, spend, has_formula(op))
 
     def _works(self, op: Op, at: Context) -> Iterator[tuple[Work, Correction | None]]:
         """The row's kernels, each with what the device's fitted model makes of its formula."""
@@ -371,12 +367,12 @@ class Step:
         on_wire = time.wire_bytes / float(tier.bandwidth_bytes_per_s)
         seconds = kernel_s + self._gap(kernel_s, kernel_s, at)
         parts = {"compute": 0.0, "memory": 0.0, "network": on_wire, "latency": np.maximum(seconds - on_wire, 0.0)}
+        spending = Spending(wire_bytes=time.wire_bytes, parts=parts)
         algorithm = time.algorithm if isinstance(time.algorithm, str) else str(np.ravel(time.algorithm)[0])
         detail = f"{row.group}{row.ranks} {time.tier} {algorithm}"
         level, error = (LEVELS.index(time.evidence), time.error) if known is None else (known.level, known.error)
-        return RowPrice(
-            row, seconds, 0.0, 0.0, time.wire_bytes, 0.0, parts, row.op, one_level(level), error, True, detail
-        )
+        waits = on_wire + parts["latency"]
+        return RowPrice(row, seconds, waits, row.op, one_level(level), error, lambda: spending, True, detail)
 
     def _known_collective(self, row: Collective, units: Any) -> Correction | None:
         """What the device's fitted model makes of a collective on its innermost links, or of an expert exchange."""

@@ -43,20 +43,20 @@ class CurvesAt:
 
     def __init__(self, grid: Array, columns: dict[str, Array], rows: Array) -> None:
         self.grid, self.columns, self.rows = grid, columns, rows
-        self._found: tuple[Array, Array, Array, Array] | None = None
+        self._found: tuple[Array, Array, Array] | None = None
 
     def at(self, column: str, batch: Array) -> Array:
-        """Linear between the grid's batches, as ``numpy.interp``."""
+        """Linear between the grid's batches, flat beyond its ends, as ``numpy.interp``."""
         if self._found is None or self._found[0] is not batch:  # most batches are read in several columns
-            inside = np.maximum(batch, self.grid[0])
+            inside = np.clip(batch, self.grid[0], self.grid[-1])
             right = np.clip(np.searchsorted(self.grid, inside, side="right"), 1, len(self.grid) - 1)
-            left = self.rows * len(self.grid) + right - 1
-            self._found = batch, left, inside - self.grid[right - 1], self.grid[right] - self.grid[right - 1]
-        _, left, beyond, width = self._found
+            before = self.grid[right - 1]
+            share = (inside - before) / (self.grid[right] - before)
+            self._found = batch, self.rows * len(self.grid) + right - 1, share
+        _, left, share = self._found
         values = self.columns[column].ravel()
         low = values[left]
-        last = self.columns[column][self.rows, -1]
-        return np.where(batch >= self.grid[-1], last, (values[left + 1] - low) / width * beyond + low)
+        return low + (values[left + 1] - low) * share
 
 
 class PromptsAt(PrefillLine):

@@ -9,9 +9,9 @@ python3 -m sglang.launch_server \
   --tp-size 1 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 386 \
+  --max-running-requests 312 \
   --chunked-prefill-size 8192 \
-  --mem-fraction-static 0.897 \
+  --mem-fraction-static 0.856 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
 
@@ -19,7 +19,7 @@ python3 -m sglang.launch_server \
 # sglang 0.5.14
 # a router in front sends each request to a prefill and then to a decode server
 
-SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK=386 \
+SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK=312 \
 python3 -m sglang.launch_server \
   --model-path openai/gpt-oss-120b \
   --host 0.0.0.0 \
@@ -34,8 +34,8 @@ python3 -m sglang.launch_server \
   --deepep-mode low_latency \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 1544 \
-  --cuda-graph-max-bs-decode 386 \
-  --mem-fraction-static 0.897 \
+  --max-running-requests 1248 \
+  --cuda-graph-max-bs-decode 312 \
+  --mem-fraction-static 0.826 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

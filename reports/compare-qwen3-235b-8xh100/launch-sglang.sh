@@ -1,6 +1,7 @@
 # sglang 0.5.14
-# prompts take DeepEP's normal kernels, only decode the low-latency ones
+# prompts take DeepEP's low-latency kernels too, whose buffers grow with the chunk
 
+SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK=256 \
 python3 -m sglang.launch_server \
   --model-path Qwen/Qwen3-235B-A22B-FP8 \
   --host 0.0.0.0 \
@@ -12,10 +13,10 @@ python3 -m sglang.launch_server \
   --moe-dense-tp-size 1 \
   --ep-size 8 \
   --moe-a2a-backend deepep \
-  --deepep-mode auto \
+  --deepep-mode low_latency \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
   --max-running-requests 272 \
   --chunked-prefill-size 2048 \
   --cuda-graph-max-bs-decode 34 \
-  --mem-fraction-static 0.897
+  --mem-fraction-static 0.82

@@ -64,7 +64,7 @@ def fits(frame: pd.DataFrame, words: dict[str, str]) -> list[str]:
         "runs at small batch, seconds per first token to aggregated runs, per hand-over to disaggregated runs that "
         "state their workers. It takes groups of runs (model, device, layout, lengths) whose hash is even. Left out "
         "is every other row, less records that measured the same to the last digit as one that was fitted to. An "
-        "overhead per step is drawn towards the published one (0.126 ms, BLIS for vLLM) as far as serves those models "
+        "overhead per step is drawn towards the published one (of BLIS, for vLLM) as far as serves those models "
         "best, among the runs fitted to, whose own runs are taken out; where models do not agree on any, the published "
         "one stays. Picked by looking at all runs, none left out: what counts as a small batch, two waiting "
         "steps, how many prompts ride together, tokens that choose experts at random (uniform routing), how records "

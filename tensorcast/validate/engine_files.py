@@ -6,10 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from tensorcast.errors import InputError
 from tensorcast.profiles import load_engine
 from tensorcast.profiles.engine import EngineFit, EngineProfile
-from tensorcast.trace.cache import write_atomically
+from tensorcast.validate.generated import replace_block
 
 MARKER = "# Fitted by `python -m tensorcast.validate.engines`, which replaces all that follows; do not edit.\n"
 
@@ -35,11 +34,4 @@ def render(fit: EngineFit) -> str:
 
 def write_fit(path: Path, fit: EngineFit) -> None:
     """Replace the generated block at the end of an engine profile, or append one; the rest stays byte for byte."""
-    text = path.read_bytes().decode("utf-8")  # as it is, line ends included
-    hand, _, _ = text.partition(MARKER)
-    if any(line.startswith("fitted:") for line in hand.splitlines()):
-        raise InputError(f"{path}: has a fitted block that this program did not write; remove it first")
-    if hand and not hand.endswith("\n"):
-        hand += "\n"
-    separator = "" if MARKER in text or not hand else "\n"
-    write_atomically(path, hand + separator + render(fit))
+    replace_block(path, "fitted", MARKER, render(fit))

@@ -40,6 +40,7 @@ from tensorcast.deploy.together import serve
 from tensorcast.errors import InputError
 from tensorcast.profiles import load_device, load_engine, load_model
 from tensorcast.profiles.engine import DeviceFit, EngineFit, EngineProfile
+from tensorcast.validate import command
 from tensorcast.validate.engine_files import read_engine, write_fit
 
 SMALL_BATCH = 16.0
@@ -358,10 +359,4 @@ def _change(before: float | None, after: float | None) -> str:
 
 
 if __name__ == "__main__":
-    import sys
-
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    command.run(main)

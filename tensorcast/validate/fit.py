@@ -19,9 +19,9 @@ from tensorcast.cost import roofline
 from tensorcast.cost.work import Work
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import Calibration, CollectiveConstants, DeviceProfile, KernelConstants
-from tensorcast.trace.cache import write_atomically
 from tensorcast.validate import command
 from tensorcast.validate import tables as measured
+from tensorcast.validate.generated import replace_block
 
 KERNEL_FAMILIES = (
     "quantize", "gemm", "grouped_gemm", "attention_prefill", "attention_decode", "mla_prefill", "mla_decode",
@@ -297,15 +297,7 @@ def render(calibration: Calibration) -> str:
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
     """Replace the generated block at the end of a device profile, or append one; the rest stays byte for byte."""
-    path = Path(path)
-    text = path.read_bytes().decode("utf-8")  # as it is, line ends included
-    hand, _, _ = text.partition(MARKER)
-    if any(line.startswith("calibration:") for line in hand.splitlines()):
-        raise InputError(f"{path}: has a calibration block that this program did not write; remove it first")
-    if hand and not hand.endswith("\n"):
-        hand += "\n"
-    separator = "" if MARKER in text or not hand else "\n"
-    write_atomically(path, hand + separator + render(calibration))
+    replace_block(Path(path), "calibration", MARKER, render(calibration))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

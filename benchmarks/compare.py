@@ -40,6 +40,7 @@ def inside(model: str, device: str, gpus: int) -> tuple[int, int, float, float]:
     """Variants, candidates, and the least seconds to price and to serve them, with every axis; tables are in memory."""
     from tensorcast.deploy.evaluate import Workshop
     from tensorcast.deploy.forms import aggregated, disaggregated
+    from tensorcast.deploy.parallel import uncollected
     from tensorcast.deploy.search import Question, space
     from tensorcast.deploy.serving import Load
     from tensorcast.deploy.space import FULL as EVERY_AXIS
@@ -53,12 +54,13 @@ def inside(model: str, device: str, gpus: int) -> tuple[int, int, float, float]:
     Workshop(question.scene, tried, question.axes.chunk_tokens).price()  # every table is read and fused
     best = (0, 0.0, math.inf)
     for _ in range(TRIES):
-        start = time.perf_counter()
-        shop = Workshop(question.scene, space(question, Counter()), question.axes.chunk_tokens)
-        shop.price()
-        priced = time.perf_counter()
-        found = [aggregated(shop, (2.0, 0.05)), disaggregated(shop, gpus, (2.0, 0.05))]
-        served = time.perf_counter()
+        with uncollected():  # as tensorcast.deploy.search.answer runs
+            start = time.perf_counter()
+            shop = Workshop(question.scene, space(question, Counter()), question.axes.chunk_tokens)
+            shop.price()
+            priced = time.perf_counter()
+            found = [aggregated(shop, (2.0, 0.05)), disaggregated(shop, gpus, (2.0, 0.05))]
+            served = time.perf_counter()
         if served - start < best[1] + best[2]:
             best = sum(len(points) + slow for points, slow in found), priced - start, served - priced
     return len(tried), *best

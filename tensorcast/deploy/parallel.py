@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tensorcast.errors import InputError
@@ -12,6 +14,18 @@ Result = TypeVar("Result")
 
 LOST_WORKERS = 10
 """Workers that may die under one task before it is given up; a task is not lost before that."""
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the search for cycles of garbage: pricing makes many small objects and hardly a cycle."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def spread(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorcast.deploy.csv_table import read_table
 from tensorcast.deploy.curves import EVIDENCE
-from tensorcast.deploy.parallel import spread
+from tensorcast.deploy.parallel import spread, uncollected
 from tensorcast.deploy.price import WITHIN_80
 from tensorcast.deploy.runs import MEASURED, Run, canonical_columns, is_empty, plain_number, read_run
 from tensorcast.deploy.serving import Served
@@ -128,6 +128,7 @@ def stretches(runs: list[Run | None], jobs: int) -> list[list[tuple[int, Run]]]:
     return found
 
 
+@uncollected()
 def _serve(stretch: list[tuple[int, Run]]) -> list[dict[str, Any]]:
     runs = [run for _, run in stretch]
     return [_record(served, run) for served, run in zip(serve(runs), runs, strict=True)]

@@ -14,6 +14,7 @@ from tensorcast.deploy.evaluate import Scene, Workshop
 from tensorcast.deploy.forms import aggregated, disaggregated, steady
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, option_facts
+from tensorcast.deploy.parallel import uncollected
 from tensorcast.deploy.pareto import pareto
 from tensorcast.deploy.points import Points
 from tensorcast.deploy.price import WITHIN_80
@@ -126,6 +127,7 @@ def _traceable(layouts_: Sequence[Layout], model: ModelProfile, pruned: Counter[
             pruned[NARROW] += 1
 
 
+@uncollected()
 def answer(question: Question) -> Answer:
     """Evaluate every candidate of one question. Tops: a few seconds for a large model and 32 GPUs."""
     pruned: Counter[str] = Counter()

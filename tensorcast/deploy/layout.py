@@ -127,6 +127,11 @@ RULES = (
 )
 
 
+def attention_dp(layout: Layout, num_experts: int) -> int:
+    """Data-parallel ranks of one server's attention: of a dense model every rank is a server of its own."""
+    return layout.dp if num_experts else 1
+
+
 def check(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> None:
     """Raise :class:`InputError` naming the first rule that ``layout`` breaks for a model with these ``facts``."""
     for name in ("world_size", "tp", "dp", "ep", "pp"):

@@ -33,7 +33,7 @@ def model_facts(name: str, assumed: list[str]) -> tuple[str, dict[str, Any]]:
 
 @functools.lru_cache(maxsize=256)
 def _model_facts(name: str) -> tuple[str, dict[str, Any]]:
-    from tensorcast.modeling.quantization import from_config, override
+    from tensorcast.modeling.quantization import checkpoint
     from tensorcast.profiles import load_model
 
     try:
@@ -44,7 +44,7 @@ def _model_facts(name: str) -> tuple[str, dict[str, Any]]:
     text = model.config.get("text_config") or model.config
     keys = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
     experts = next((text[key] for key in keys if text.get(key)), 0)
-    quantization = override(from_config({} if model.quantization else model.config), model.quantization)
+    quantization = checkpoint(model)
     own = {"linear": quantization.linear.name, "experts": quantization.experts.name}
     facts = {"num_experts": experts, "own": own, "near": near, "named": named, "positions": model.max_positions}
     return found if near else name, facts

@@ -1,7 +1,7 @@
 """Predicting a table of deployments: rows in, the same rows with predictions, intervals and problems out.
 
-Rows that differ in load alone are priced together. A row that cannot be read, laid out or served keeps its place and
-says why in ``problem``; nothing is dropped.
+Rows of one model are served together, those of one deployment priced in one call. A row that cannot be read, laid out
+or served keeps its place and says why in ``problem``; nothing is dropped.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ import numpy as np
 
 from tensorcast.cost.memory import cache_bytes
 from tensorcast.deploy.curves import DecodeCurve, PrefillLine, sequences_that_fit
+from tensorcast.deploy.layout import attention_dp
 from tensorcast.deploy.load import Load, Served
 from tensorcast.deploy.simulate import Deployment
 from tensorcast.errors import InputError
@@ -200,7 +201,7 @@ def disaggregated(
 
 def own_chunk(prefill: Deployment) -> int:
     """Prompt tokens per step and data-parallel rank that the engine takes unasked."""
-    dp = prefill.layout.dp if prefill.raw.facts["num_experts"] else 1  # dense models: a server of its own per rank
+    dp = attention_dp(prefill.layout, prefill.raw.facts["num_experts"])
     return prefill.engine.tokens_per_step(prefill.device, dp, prefill.step.plan.all2all)
 
 

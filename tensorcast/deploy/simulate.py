@@ -17,7 +17,7 @@ from tensorcast.cost.memory import (
     weight_bytes,
 )
 from tensorcast.deploy.blocks import has_shared
-from tensorcast.deploy.layout import Layout, check
+from tensorcast.deploy.layout import Layout, attention_dp, check
 from tensorcast.deploy.load import Load
 from tensorcast.deploy.options import Options, check_options, idle_note, idle_options, option_facts
 from tensorcast.deploy.plan import Collective, choose_all2all, make_plan
@@ -27,7 +27,7 @@ from tensorcast.deploy.step import Step
 from tensorcast.deploy.tables import rank_tables, shared_form, traced_table
 from tensorcast.deploy.workload import Workload
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.modeling.quantization import KV_DTYPES, Quantization, from_config, override
+from tensorcast.modeling.quantization import KV_DTYPES, Quantization, checkpoint, override
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.memory import is_latent
@@ -101,7 +101,7 @@ class Deployment:
 
     def graph_bytes(self, sequences: Any) -> Any:
         """What the engine leaves free for captured decode steps of up to ``sequences`` per data-parallel rank."""
-        dp = self.layout.dp if self.raw.facts["num_experts"] else 1  # dense models: a server of its own per rank
+        dp = attention_dp(self.layout, self.raw.facts["num_experts"])
         return 0.0 if self.engine.reserve is None else self.engine.reserve.graph_bytes(sequences, dp)
 
     @cached_property
@@ -185,7 +185,7 @@ def memory_share(
     """
     if engine.reserve is None:
         return float(engine.memory_fraction)
-    capacity, dp = float(device.memory_bytes), layout.dp if experts else 1
+    capacity, dp = float(device.memory_bytes), attention_dp(layout, experts)
     graphs = engine.prefill_graphs
     captured = engine.prefill_graph_tokens(device, int(np.max(dp)), layout.pp, config)
     sizes = graphs.count(captured) if graphs is not None else 0
@@ -209,12 +209,12 @@ def deploy(
 ) -> Deployment:
     """Trace (or load) the model at this tp, quantise, fuse, and lay it out. Raises :class:`InputError` if illegal."""
     try:
-        base = Quantization(kv=model.kv_dtype) if model.quantization else from_config(model.config, model.kv_dtype)
+        base = checkpoint(model)
     except InputError:
         if not options.quant:
             raise
         base = Quantization(kv=model.kv_dtype)  # a method that is not known here, as what was asked for instead
-    quantization = override(override(base, model.quantization), options.quant)
+    quantization = override(base, options.quant)
     if options.kv_dtype:
         if options.kv_dtype not in KV_DTYPES:
             raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
@@ -227,7 +227,7 @@ def deploy(
     shared = shared_form(options, layout, all2all)
     raw, table = rank_tables(model, phase, layout.tp, quantization, fusions, shared)
     plan = make_plan(table, layout, device, engine, options)
-    dp = layout.dp if whole.facts["num_experts"] else 1
+    dp = attention_dp(layout, whole.facts["num_experts"])
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
     step = Step(table, plan, layout, device, engine, quantization.kv, options, graphs)
     return Deployment(model, device, engine, layout, phase, options, quantization, raw, step)

@@ -128,8 +128,7 @@ class Step:
             each[place] = each[place] + row.seconds if place in each else row.seconds
         # stages of the same layers take the same time
         alike = {stage: stage.of(each) * halves - stage.of(hidden) for stage in dict.fromkeys(stages)}
-        calls = Counter({place: sum(dict(stage.calls).get(place, 0) for stage in stages) for place in each})
-        counts = tuple(calls[place] * halves for place in self._places)
+        counts = tuple(self._calls[place] * halves for place in self._places)
         last_s = alike.pop(stages[-1]) if stages.count(stages[-1]) == 1 else alike[stages[-1]]
         if draft:
             drafting = pick(sum((price.seconds for price in draft), 0.0), at.draft_at)
@@ -193,6 +192,14 @@ class Step:
             outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
             found.append(Stage((*Counter(self.table.layer_kinds[layers]).items(), *outside.items())))
         return found
+
+    @cached_property
+    def _calls(self) -> Counter[int]:
+        """How often all stages together run the rows of each place."""
+        calls: Counter[int] = Counter()
+        for stage in self._stages:
+            calls.update(dict(stage.calls))
+        return calls
 
     @cached_property
     def _places(self) -> list[int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tensorcast.errors import InputError, unknown_name
+from tensorcast.profiles.model import ModelProfile
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,13 @@ def from_config(config: dict[str, Any], kv: str = "bf16") -> Quantization:
         return Quantization(SCHEMES["bf16"], scheme, ignore, kv)
     experts = {"fp4": "mxfp4", "fp8": name}.get(str(config.get("expert_dtype", "")), name)
     return Quantization(scheme, SCHEMES[experts], ignore, kv)
+
+
+def checkpoint(model: ModelProfile) -> Quantization:
+    """How a model is stored as shipped: as its profile says, else as its config does."""
+    if model.quantization:
+        return override(Quantization(kv=model.kv_dtype), model.quantization)
+    return from_config(model.config, model.kv_dtype)
 
 
 def _scheme_name(method: str, said: dict[str, Any]) -> str:

@@ -23,14 +23,11 @@ _TOP_K = ("num_experts_per_tok", "experts_per_token", "top_k_experts", "moe_k", 
 
 def model_record(profile: ModelProfile) -> Record:
     """Published sizes and what the config says; None where nothing does."""
-    from tensorcast.modeling.quantization import Quantization, from_config, override
+    from tensorcast.modeling.quantization import checkpoint
 
     config = profile.config
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    if profile.quantization:
-        quantization = override(Quantization(kv=profile.kv_dtype), profile.quantization)
-    else:
-        quantization = from_config(config, profile.kv_dtype)
+    quantization = checkpoint(profile)
     return {
         "name": profile.name, "aliases": list(profile.aliases), "hf_id": profile.hf_id,
         "description": profile.description, "model_type": config["model_type"],

@@ -7,12 +7,12 @@ from types import ModuleType
 from typing import Any
 
 from tensorcast.deploy.curves import decode_budget, room
-from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options, option_facts
 from tensorcast.deploy.runnable import Case, engine_can_run
 from tensorcast.deploy.simulate import deploy, memory_share
 from tensorcast.errors import InputError
-from tensorcast.modeling.quantization import KV_DTYPES, Quantization, from_config, override
+from tensorcast.modeling.quantization import KV_DTYPES, Quantization, checkpoint, override
 from tensorcast.profiles import load_engine
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
@@ -79,7 +79,7 @@ def launch(
     case = Case(table.name, layout, model_facts(model_profile), options, gpus_per_node, prefill)
     problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill)
     problem = problem or _too_long(model_profile, input_len + output_len)
-    have = _checkpoint(model_profile)
+    have = checkpoint(model_profile)
     want = override(have, options.quant)
     problem = problem or _not_quantizable(table, have, want)
     if problem:
@@ -195,7 +195,7 @@ def _check(**sizes: int) -> None:
 
 def _chunk(case: Case, profile: EngineProfile, device: DeviceProfile | None) -> int:
     """Prompt tokens per step and rank that the engine takes unasked."""
-    dp = case.layout.dp if case.facts["num_experts"] else 1
+    dp = attention_dp(case.layout, case.facts["num_experts"])
     return profile.tokens_per_step(device, dp, case.exchange)
 
 
@@ -204,7 +204,7 @@ def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, mod
     if device is None or profile.reserve is None:
         return float(profile.memory_fraction)
     experts = case.facts["num_experts"] > 0
-    graphs = profile.reserve.graph_bytes(batch, case.layout.dp if experts else 1) / float(device.memory_bytes)
+    graphs = profile.reserve.graph_bytes(batch, attention_dp(case.layout, experts)) / float(device.memory_bytes)
     return round(float(memory_share(profile, device, case.layout, experts, model.config) - graphs), 3)
 
 
@@ -220,11 +220,6 @@ def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str) -> str:
         raise InputError(f"kv_dtype {kv_dtype!r}: choose one of {', '.join(KV_DTYPES)}")
     sparse = _text_config(profile).get("model_type") in FP8_KV_BY_DEFAULT
     return "bf16_not_fp8" if table.name == "vllm" and kv_dtype == "bf16" and sparse else kv_dtype
-
-
-def _checkpoint(profile: ModelProfile) -> Quantization:
-    base = Quantization(kv=profile.kv_dtype) if profile.quantization else from_config(profile.config, profile.kv_dtype)
-    return override(base, profile.quantization)
 
 
 def _not_quantizable(table: LaunchTable, have: Quantization, want: Quantization) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tensorcast.deploy.layout import attention_dp
 from tensorcast.report.launch.settings import HEAD, Plan, Settings
 
 SERVER_PORT, MASTER_PORT = 30000, 20000
@@ -14,17 +15,17 @@ MOST_DISPATCH_TOKENS = 1024
 def settings(plan: Plan, node: int) -> Settings:
     """Flags of the command on ``node``."""
     layout, options, nodes = plan.case.layout, plan.case.options, plan.case.nodes
-    attention_dp = layout.dp if plan.case.facts["num_experts"] else 1
+    dp = attention_dp(layout, plan.case.facts["num_experts"])
     found = Settings(plan.table)
     found.add("model", plan.path)
     found.add("host", "0.0.0.0")
     found.add("port", SERVER_PORT)
-    found.add("tensor_parallel", layout.tp * attention_dp)
+    found.add("tensor_parallel", layout.tp * dp)
     if layout.pp > 1:
         found.add("pipeline_parallel", layout.pp)
     if layout.dp > 1:
         found.add("data_parallel", layout.dp)
-    if attention_dp > 1:
+    if dp > 1:
         found.add("attention_dp")
         found.add("head_dp")
         if layout.tp == 1:
@@ -40,7 +41,7 @@ def settings(plan: Plan, node: int) -> Settings:
     found.add("context_length", plan.context)
     found.add("max_batch", plan.batch * layout.dp)
     if plan.role != "decode":
-        found.add("chunk_tokens", plan.chunk_tokens * attention_dp)
+        found.add("chunk_tokens", plan.chunk_tokens * dp)
     if plan.role != "prefill":
         found.add("graph_batch", plan.batch)
     found.add("memory_fraction", plan.memory_fraction)

@@ -49,7 +49,13 @@ def shared_form(options: Options, layout: Layout, all2all: str) -> Whole | None:
 
 
 def rank_tables(
-    model: ModelProfile, phase: str, tp: int, quantization: Quantization, fusions: tuple[str, ...], shared: Whole | None
+    model: ModelProfile,
+    phase: str,
+    tp: int,
+    quantization: Quantization,
+    fusions: tuple[str, ...],
+    apart: tuple[tuple[str, ...], ...],
+    shared: Whole | None,
 ) -> tuple[OpTable, OpTable]:
     """A rank's table as it holds weights and cache, and as it runs. ``shared``: shared experts not cut over tp."""
     raw = traced_table(model, phase, tp)
@@ -57,5 +63,5 @@ def rank_tables(
         narrow, whole = raw, shared
         raw = _once(narrow, ("shared", whole), lambda: with_whole_shared(narrow, whole))
     held = raw
-    key = ("runs", quantization, fusions)
-    return held, _once(held, key, lambda: fuse(apply_quantization(held, quantization), fusions))
+    key = ("runs", quantization, fusions, apart)
+    return held, _once(held, key, lambda: fuse(apply_quantization(held, quantization), fusions, apart))

@@ -21,6 +21,13 @@ Fusion = Literal[
 ]
 
 
+class OwnGemms(Frozen):
+    """Projections that read what others read, but run as a GEMM of their own group, by the modules' last names."""
+
+    groups: tuple[tuple[str, ...], ...]
+    source: str = Field(min_length=3)
+
+
 class AllreduceNorm(Frozen):
     """Limits of the kernel that all-reduces and normalises: device architectures, tokens, bytes by group size."""
 
@@ -94,6 +101,7 @@ class EngineProfile(Frozen):
     description: str
     sources: dict[str, str]
     fusions: tuple[Fusion, ...]
+    own_gemms: OwnGemms | None = Field(default=None, description="what `merged_gemm` leaves apart")
     graph_captured_phases: tuple[Literal["prefill", "decode"], ...] = Field(
         description="phases whose kernels are replayed from a captured graph"
     )

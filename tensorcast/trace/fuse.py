@@ -58,8 +58,12 @@ def fold(ops: Iterable[Op]) -> list[Op]:
     return kept
 
 
-def merge_gemms(ops: Iterable[Op]) -> list[Op]:
-    """One matmul for those that read the same activation, in the same block, with weights of the same scheme."""
+def merge_gemms(ops: Iterable[Op], apart: Iterable[Collection[str]] = ()) -> list[Op]:
+    """One matmul for those that read the same activation, in the same block, with weights of the same scheme.
+
+    Modules whose last names are in one group of ``apart`` merge with each other only.
+    """
+    group = {leaf: i for i, leaves in enumerate(apart) for leaf in leaves}
     merged: list[Op] = []
     seen: dict[tuple[object, ...], int] = {}
     for op in ops:
@@ -72,12 +76,13 @@ def merge_gemms(ops: Iterable[Op]) -> list[Op]:
         if activation is None:
             merged.append(op)
             continue
-        block = op.module.rpartition(".")[0]
+        block, _, leaf = op.module.rpartition(".")
         key = (
             activation.storage,
             activation.offset,
             activation.dims,
             block,
+            group.get(leaf),
             op.name,
             op.attrs.get("scheme"),
             op.shard,
@@ -85,7 +90,6 @@ def merge_gemms(ops: Iterable[Op]) -> list[Op]:
         )
         if key in seen:
             first = merged[seen[key]]
-            leaf = op.module.rpartition(".")[2]
             merged[seen[key]] = first.but(
                 module=f"{first.module}+{leaf}",
                 inputs=first.inputs + tuple(t for t in op.inputs if t.weight),
@@ -291,14 +295,17 @@ def permute_kernels(ops: list[Op]) -> list[Op]:
     return result
 
 
-def fuse(table: OpTable, fusions: Collection[str]) -> OpTable:
-    """The table as an engine with these ``fusions`` runs it; none of them gives the eager view."""
+def fuse(table: OpTable, fusions: Collection[str], apart: Iterable[Collection[str]] = ()) -> OpTable:
+    """The table as an engine with these ``fusions`` runs it; none of them gives the eager view.
+
+    ``apart``: groups of projections that it does not merge with others (:class:`tensorcast.profiles.engine.OwnGemms`).
+    """
     ops = list(table.ops)
     if not fusions:
         return table
     ops = permute_kernels(sparse_indexers(fold(ops)))
     if "merged_gemm" in fusions:
-        ops = merge_gemms(ops)
+        ops = merge_gemms(ops, apart)
     if "pointwise" in fusions:
         ops = across_layers(pointwise_runs(ops, fusions))
     return table.with_ops(ops)

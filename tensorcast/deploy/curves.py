@@ -12,6 +12,7 @@ from tensorcast.deploy.blocks import EXPERT_STAGES
 from tensorcast.deploy.plan import Collective, Row
 from tensorcast.deploy.price import StepPrice
 from tensorcast.deploy.simulate import Deployment
+from tensorcast.profiles.engine import UnderLoad
 
 GRID = np.array(sorted({c * 2.0**k for k in range(-6, 24) for c in (1.0, 1.25, 1.5, 1.75)}))
 """Batches that are priced; between them lines. Fixed, so that a batch's price does not depend on what else is asked."""
@@ -36,7 +37,9 @@ class DecodeCurve:
 
 
 class PrefillLine:
-    """Prefill steps of ``deployment``: seconds are ``fixed_s + prompt_s * prompts`` with ``per_step`` prompts at most.
+    """Prefill steps of ``deployment`` in a server under load.
+
+    Seconds are ``fixed_s + prompt_s * prompts`` with ``per_step`` prompts at most.
 
     A prompt longer than a step's ``chunk`` tokens runs as equal chunks; ``per_step`` is below 1 then, and a chunk is
     priced at the mean of the tokens cached before it. ``token_s``: what one more token adds. Every data-parallel rank
@@ -47,7 +50,7 @@ class PrefillLine:
     def __init__(self, deployment: Deployment, new: int, prefix: int, chunk: int) -> None:
         self.asked = self._cut(new, prefix, chunk)
         price = deployment.step.price(self.asked, self.tokens, self.past)
-        self._read(price.seconds, price.error, evidence_shares(price), expert_seconds(price))
+        self._read(price.seconds, price.error, evidence_shares(price), expert_seconds(price), under_load(deployment))
 
     def _cut(self, new: int, prefix: int, chunk: int) -> np.ndarray:
         """How prompts are cut into steps; the batches to price."""
@@ -57,8 +60,9 @@ class PrefillLine:
         self.per_step = most if chunks == 1 else 1.0 / chunks
         return np.array([0.5, 1.0, most])
 
-    def _read(self, seconds: Any, error: Any, evidence: dict[str, Any], experts: Any) -> None:
-        """Take prices of the three batches asked for, on the last axis."""
+    def _read(self, seconds: Any, error: Any, evidence: dict[str, Any], experts: Any, load: UnderLoad) -> None:
+        """Take prices of the three batches asked for, on the last axis, as they are under ``load``."""
+        seconds, experts, error = load.factor * seconds, load.factor * experts, np.hypot(error, load.error)
         half, one, full = np.moveaxis(_over(seconds, 3), -1, 0)
         if self.per_step > 1:
             self.prompt_s = np.clip((full - one) / (self.per_step - 1), 0.0, one)
@@ -88,6 +92,11 @@ class PrefillLine:
         together = np.clip(together, 1.0, np.maximum(self.per_step, 1.0))
         service = np.where(self.per_step <= 1, alone, self.fixed_s + self.prompt_s * together)
         return service, rate * service / np.where(self.per_step <= 1, 1.0, together)
+
+
+def under_load(prefill: Deployment) -> UnderLoad:
+    """How steps with prompts of ``prefill`` slow down in a server under load."""
+    return prefill.engine.under_load(prefill.device.name)
 
 
 def sequences_that_fit(

@@ -25,6 +25,7 @@ from tensorcast.deploy.curves import (
     prefill_budget,
     room,
     sequence_bytes,
+    under_load,
 )
 from tensorcast.deploy.fleet import Memo, fleet
 from tensorcast.deploy.layout import Layout
@@ -253,7 +254,7 @@ class Workshop:
         for i, (budget, line) in enumerate(zip(self.budgets, lines, strict=True)):
             line._read(
                 of(price.seconds, i), of(price.error, i), {name: of(share, i) for name, share in shares.items()},
-                of(experts, i),
+                of(experts, i), under_load(prefill),
             )  # fmt: skip
             self.prompts[budget].keep(line, rows)
             asked = [self._cache_budget(held, one, budget, lambda: prefill_budget(one, line)) for one in ones]  # noqa: B023

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tensorcast.deploy.ahead import Asked, prices
-from tensorcast.deploy.curves import GRID, PrefillLine, decode_columns, evidence_shares, expert_seconds
+from tensorcast.deploy.curves import GRID, PrefillLine, decode_columns, evidence_shares, expert_seconds, under_load
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.points import LINE, CurvesAt, Line
@@ -162,7 +162,8 @@ def _price_prompts(rows: list[_Row]) -> None:
         )
         evidence = {kind: np.broadcast_to(share, shape) for kind, share in evidence_shares(price).items()}
         for i, row in enumerate(part):
-            row.line._read(seconds[i], error[i], {k: share[i] for k, share in evidence.items()}, experts[i])
+            shares = {kind: share[i] for kind, share in evidence.items()}
+            row.line._read(seconds[i], error[i], shares, experts[i], under_load(row.prefill))
 
 
 def _price_decoding(rows: list[_Row]) -> None:

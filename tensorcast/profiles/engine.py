@@ -59,11 +59,25 @@ class Overhead:
         return self.step_s + self.request_s * batch
 
 
+@dataclass(frozen=True)
+class UnderLoad:
+    """How many times as long as its kernels, timed alone, a step with prompts takes in a server under load.
+
+    ``error``: relative, a median.
+    """
+
+    factor: float = 1.0
+    error: float = 0.0
+
+
 class DeviceFit(Frozen):
-    """An engine on one device: its overhead per step, from how many runs, and the models of all runs fitted to."""
+    """An engine on one device: what was fitted there, from how many runs, and the models of all runs fitted to."""
 
     step_s: Number = Field(ge=0)
     rows: int = Field(ge=0)
+    prefill_factor: Number = Field(default=1.0, ge=1, description="prefill steps under load over their kernels")
+    prefill_error: Number = Field(default=0.0, ge=0, description="median distance of a network's own, over the factor")
+    prefill_rows: int = Field(default=0, ge=0)
     models: tuple[str, ...]
 
 
@@ -173,6 +187,11 @@ class EngineProfile(Frozen):
         here = self.fitted.devices.get(device)
         step_s = self.fitted.step_s if here is None else here.step_s
         return Overhead(step_s, request_s, self.fitted.step_error_s)
+
+    def under_load(self, device: str) -> UnderLoad:
+        """Of prefill steps on ``device``, a profile's name: as fitted there, else none."""
+        here = self.fitted.devices.get(device) if self.fitted else None
+        return UnderLoad() if here is None else UnderLoad(here.prefill_factor, here.prefill_error)
 
     @property
     def first_token_s(self) -> float:

@@ -12,6 +12,11 @@ published value stays. What a sequence adds stays as
 published: fitted beside the step's, to runs of larger batches, it made runs left out no better and devices left out
 worse.
 
+**Prompts under load**: kernels are timed alone, in short bursts, on a cool chip; in a server they share steps with
+decoding rows, run on for minutes at the power limit, and prompts do not fill their steps evenly. How many times as
+long as their kernels steps with prompts take, 1 at least, is fitted per device to aggregated runs of all engines and
+of any batch: drawn towards 1 as far as serves networks best that are not fitted to.
+
 **First token, hand-over**: what runs of any batch take from request to first token beyond what the model explains,
 fitted in the same way, every run alike, with the overhead per step in place; the hand-over from runs that state their
 workers.
@@ -23,11 +28,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,6 +45,16 @@ from tensorcast.profiles import load_device, load_engine, load_model
 from tensorcast.profiles.engine import DeviceFit, EngineFit, EngineProfile
 from tensorcast.validate import command
 from tensorcast.validate.engine_files import read_engine, write_fit
+from tensorcast.validate.engine_fit import (
+    Constant,
+    Slower,
+    fit_drawn,
+    fit_slower,
+    least_off,
+    median_error,
+    once,
+    unseen,
+)
 
 SMALL_BATCH = 16.0
 """Most requests per data-parallel rank of a run that the overhead per step is fitted to."""
@@ -49,21 +62,11 @@ SMALL_BATCH = 16.0
 PROMPTS_SHARE = 0.3
 """Most of such a run's time per token that prompts take, as predicted."""
 
-class Weights(NamedTuple):
-    """As how many networks the published overhead counts beside an engine's, and the engine's beside a device's."""
-
-    published: float
-    general: float
-
-
-WEIGHTS = tuple(Weights(p, g) for p in (math.inf, 32.0, 16.0, 8.0, 4.0) for g in (math.inf, 8.0, 4.0, 2.0, 1.0))
-"""What is tried, the heaviest first."""
-
 FEWEST = 8
 """Runs below which nothing is fitted."""
 
-STEP_S, FIRST_S = 1e-3, 0.05
-"""Overheads that are tried to see what a second of them adds to a time per token and to a first token."""
+STEP_S, SLOWER, FIRST_S = 1e-3, 0.25, 0.05
+"""What is tried to see what overheads and slower prompts add to a time per token and to a first token."""
 
 Change = Callable[[str], EngineProfile]
 
@@ -111,84 +114,10 @@ def served_times(rows: pd.DataFrame, engine: Change) -> pd.DataFrame:
     return pd.DataFrame(out, columns=["tpot_s", "ttft_s", "decode_step_s"], index=rows.index)
 
 
-def least_off(base: Any, slope: Any, measured: Any, weight: Any) -> float:
-    """Seconds, 0 or more, of which ``slope`` times added to ``base`` come closest to ``measured``.
-
-    Least weighted sum of |predicted / measured - 1| over ``[N]`` runs, which is a weighted median.
-    """
-    base, slope, measured, weight = (np.asarray(a, dtype=float) for a in (base, slope, measured, weight))
-    moves = slope > 1e-3  # of a full house, the first token waits for others' replies
-    if not moves.any():
-        return 0.0
-    meets, pull = (measured - base)[moves] / slope[moves], (weight * slope / measured)[moves]
-    order = np.argsort(meets)
-    below = np.cumsum(pull[order])
-    return max(float(meets[order][np.searchsorted(below, below[-1] / 2)]), 0.0)
-
-
-def once(rows: pd.DataFrame) -> pd.Series[float]:
-    """Weights by which a run counts once, however often it is recorded."""
-    return 1.0 / rows.groupby("same")["even"].transform("size")
-
-
-def alike(rows: pd.DataFrame) -> pd.Series[float]:
-    """:func:`once`, and every network on every device of an engine the same."""
-    one = once(rows)
-    return one / one.groupby([rows["engine"], rows["device"], rows["network"]]).transform("sum")
-
-
-@dataclass(frozen=True)
-class StepFit:
-    """Seconds per step in general and by device; ``own``: by (device, network), each from its runs alone."""
-
-    step_s: float
-    devices: dict[str, float]
-    own: dict[tuple[str, int], float]
-
-    def on(self, devices: pd.Series[str]) -> pd.Series[float]:
-        return devices.map(lambda name: self.devices.get(name, self.step_s)).astype(float)
-
-
-def fit_step(rows: pd.DataFrame, published_s: float, weights: Weights) -> StepFit:
-    """From runs at small batch of one engine: ``base_s`` without overhead, ``slope`` per second of it."""
-
-    def fit(some: pd.DataFrame) -> float:
-        return least_off(some["base_s"], some["slope"], some["measured_tpot_s"], alike(some))
-
-    def drawn(some: pd.DataFrame, towards: float, count: float) -> float:
-        networks = some["network"].nunique()
-        return towards if math.isinf(count) else (networks * fit(some) + count * towards) / (networks + count)
-
-    step_s = drawn(rows, published_s, weights.published) if len(rows) else published_s
-    devices = {str(name): drawn(some, step_s, weights.general) for name, some in rows.groupby("device")}
-    own = {
-        (str(name), network): fit(some)
-        for name, here in rows.groupby("device")
-        for network, some in ((n, here[here["network"] == n]) for n in here["network"].unique())
-    }
-    return StepFit(step_s, devices, own)
-
-
-def choose(rows: pd.DataFrame, published_s: float) -> Weights:
-    """The weights with which every network of ``rows``, fitted to without its own runs, is closest in the mean."""
-    networks = list(rows["network"].unique())
-    if len(networks) < 2:
-        return WEIGHTS[0]
-
-    def off(weights: Weights) -> float:
-        found = []
-        for network in networks:
-            fit = fit_step(rows[rows["network"] != network], published_s, weights)
-            some = rows[rows["network"] == network]
-            error = ((some["base_s"] + fit.on(some["device"]) * some["slope"]) / some["measured_tpot_s"] - 1).abs()
-            found += list(error.groupby(some["device"]).median())
-        return float(np.mean(found))
-
-    return min(WEIGHTS, key=off)
-
-
-def small_batch(rows: pd.DataFrame) -> tuple[pd.Series[bool], dict[str, int]]:
-    """Runs that an overhead per step may be seen in, and how many others there are by the first reason that holds."""
+def with_uses(rows: pd.DataFrame) -> pd.DataFrame:
+    """``rows`` with what they are used for: ``scored``; ``prompts``, fitted to for prompts under load; ``small``, for
+    the overhead per step; and ``why``, the first reason that they are not ``small``."""
+    why = pd.Series("", index=rows.index)
     reasons = {
         "not predicted or not measured": ~((rows["tpot_s"] > 0) & (rows["measured_tpot_s"] > 0)),
         "disaggregated": rows["mode"] != "agg",
@@ -197,41 +126,17 @@ def small_batch(rows: pd.DataFrame) -> tuple[pd.Series[bool], dict[str, int]]:
         f"prompts take more than {PROMPTS_SHARE:.0%} of the time": 1 - rows["decode_step_s"] / rows["tpot_s"]
         > PROMPTS_SHARE,
     }
-    kept, dropped = pd.Series(True, index=rows.index), {}
     for reason, holds in reasons.items():
-        if count := int((kept & holds).sum()):
-            dropped[reason] = count
-        kept &= ~holds
-    return kept, dropped
+        why[holds & (why == "")] = reason
+    used = {"not predicted or not measured", "disaggregated"}
+    scored = ~why.isin(used)
+    return rows.assign(scored=scored, prompts=scored & rows["even"], small=why == "", why=why)
 
 
-@dataclass(frozen=True)
-class Unseen:
-    """Networks, each fitted to without its own runs: median error of their times per token by the published overhead
-    and by the fitted one, and the median distance of a network's own overhead from the one that it is given."""
-
-    before: float | None
-    after: float | None
-    error_s: float
-
-
-def unseen(rows: pd.DataFrame, small: pd.Series[bool], published_s: float) -> Unseen:
-    """One engine's ``rows``, of which ``small`` are fitted to and all aggregated ones scored."""
-    scored = rows[(rows["mode"] == "agg") & (rows["tpot_s"] > 0) & (rows["measured_tpot_s"] > 0)]
-    own, off, after = fit_step(rows[small], published_s, WEIGHTS[0]).own, [], pd.Series(0.0, index=scored.index)
-    for network, some in scored.groupby("network"):
-        others = rows[small & (rows["network"] != network)]
-        fit = fit_step(others, published_s, choose(others, published_s))
-        after[some.index] = some["base_s"] + fit.on(some["device"]) * some["slope"]
-        off += [abs(s - fit.devices.get(name, fit.step_s)) for (name, one), s in own.items() if one == network]
-    if scored["network"].nunique() < 2:
-        return Unseen(None, None, float(np.median(off)))
-    before, since = _median_error(scored["tpot_s"], scored), _median_error(after, scored)
-    return Unseen(round(before, 3), round(since, 3), float(np.median(off)))
-
-
-def _median_error(predicted: pd.Series[float], rows: pd.DataFrame, name: str = "tpot_s") -> float:
-    return float((predicted / rows[f"measured_{name}"] - 1).abs().median())
+def _dropped(own: pd.DataFrame) -> dict[str, int]:
+    """Runs that no overhead per step was fitted to, by reason."""
+    counts = own.loc[~own["small"], "why"].value_counts(sort=False)
+    return {str(why): int(count) for why, count in counts.items()}
 
 
 def fit_engines(rows: pd.DataFrame, engines: dict[str, EngineProfile], source: str) -> dict[str, EngineFit]:
@@ -245,13 +150,20 @@ def fit_engines(rows: pd.DataFrame, engines: dict[str, EngineProfile], source: s
     known = known.join(served_times(known, published.__getitem__))
     more = {name: with_fit(one, step_s=float(one.step_overhead_s) + STEP_S) for name, one in published.items()}
     slope = (served_times(known, more.__getitem__)["tpot_s"] - known["tpot_s"]) / STEP_S
-    known = known.assign(slope=slope, base_s=known["tpot_s"] - slope * step_s)
-    found: dict[str, EngineFit] = {}
-    for name, own in known.groupby("engine"):
-        small, dropped = small_batch(own)
-        if int(small.sum()) >= FEWEST:
-            found[str(name)] = _step_part(own, small, dropped, float(published[str(name)].step_overhead_s), source)
-    known = known[known["engine"].isin(found)].reset_index(drop=True)
+    loaded = {name: with_fit(one, devices=_loaded(one, set(known["device"]))) for name, one in published.items()}
+    prompt_slope = (served_times(known, loaded.__getitem__)["tpot_s"] - known["tpot_s"]) / SLOWER
+    known = known.assign(slope=slope, prompt_slope=prompt_slope, base_s=known["tpot_s"] - slope * step_s)
+    known = with_uses(known)
+    counts = known.groupby("engine")["small"].sum()
+    known = known[known["engine"].isin(counts[counts >= FEWEST].index)].reset_index(drop=True)
+    steps = {
+        str(name): fit_drawn(own[own["small"]], float(published[str(name)].step_overhead_s))
+        for name, own in known.groupby("engine")
+    }
+    base_s = pd.concat([steps[str(name)].added(own) for name, own in known.groupby("engine")])
+    full = known.assign(base_s=base_s, slope=known["prompt_slope"])[known["prompts"]]
+    slower = {str(name): fit_slower(here) for name, here in full.groupby("device")}
+    found = {name: _steps_part(known[known["engine"] == name], steps[name], slower, source) for name in steps}
     stepped = {name: one.model_copy(update={"fitted": found[name]}) for name, one in published.items() if name in found}
     known = known.assign(first_s=served_times(known, stepped.__getitem__)["ttft_s"])
     later = {
@@ -266,26 +178,34 @@ def fit_engines(rows: pd.DataFrame, engines: dict[str, EngineProfile], source: s
 
 
 def with_fit(engine: EngineProfile, **fields: Any) -> EngineProfile:
-    """``engine`` with overheads as if fitted, on all devices alike."""
+    """``engine`` with constants as if fitted, on all devices alike."""
     fields = {"step_s": float(engine.step_overhead_s), "step_error_s": 0.0, **fields}
     return engine.model_copy(update={"fitted": EngineFit(source="given", rows=1, models=1, **fields)})
 
 
-def _step_part(
-    own: pd.DataFrame, small: pd.Series[bool], dropped: dict[str, int], published_s: float, source: str
-) -> EngineFit:
-    used = own[small]
-    fit = fit_step(used, published_s, choose(used, published_s))
+def _loaded(engine: EngineProfile, devices: set[str]) -> dict[str, DeviceFit]:
+    """Steps with prompts of ``engine`` as if slower under load on every device."""
+    one = DeviceFit(step_s=float(engine.step_overhead_s), rows=0, models=(), prefill_factor=1 + SLOWER)
+    return dict.fromkeys(devices, one)
+
+
+def _steps_part(own: pd.DataFrame, steps: Constant, slower: dict[str, Slower], source: str) -> EngineFit:
+    """What an engine's steps take beside their kernels, and how much slower those with prompts are under load."""
+    used, prompts = own[own["small"]], own[own["prompts"]]
+    published_s = float(load_engine(str(own["engine"].iloc[0])).step_overhead_s)
+    new = unseen(own, published_s, slower)
     devices = {
         name: DeviceFit(
-            step_s=round(fit.devices.get(name, fit.step_s), 6), rows=int((used["device"] == name).sum()), models=()
+            step_s=round(steps.at(name), 6), rows=int((used["device"] == name).sum()), models=(),
+            prefill_factor=round(1 + slower[name].more, 3), prefill_error=round(slower[name].off, 3),
+            prefill_rows=int((prompts["device"] == name).sum()),
         )
-        for name in sorted(set(own.loc[own["even"], "device"]))
-    }
-    new = unseen(own, small, published_s)
+        for name in sorted(set(own.loc[own["even"], "device"]) & set(slower))
+    }  # fmt: skip
     return EngineFit(
-        source=source, rows=len(used), models=used["network"].nunique(), dropped=dropped, step_s=round(fit.step_s, 6),
-        step_error_s=round(new.error_s, 5), devices=devices, unseen_before=new.before, unseen_error=new.after,
+        source=source, rows=len(used), models=used["network"].nunique(), dropped=_dropped(own),
+        step_s=round(steps.general, 6), step_error_s=round(new.off, 5), devices=devices,
+        unseen_before=new.before, unseen_error=new.after,
     )  # fmt: skip
 
 
@@ -318,7 +238,7 @@ def _scored(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
     rows = own[fresh & (own["after_s"] > 0) & (own["measured_tpot_s"] > 0)]
     if rows.empty:
         return fit
-    before, after = _median_error(rows["tpot_s"], rows), _median_error(rows["after_s"], rows)
+    before, after = median_error(rows["tpot_s"], rows), median_error(rows["after_s"], rows)
     scores = {"left_out_rows": len(rows), "left_out_before": round(before, 3), "left_out_error": round(after, 3)}
     return fit.model_copy(update=scores)
 
@@ -351,7 +271,9 @@ def report(fit: EngineFit) -> str:
     pools = "" if fit.hand_over_s is None else f", {1e3 * fit.hand_over_s:.0f} ms per hand-over"
     seen = f"time per token of {fit.left_out_rows} runs left out {_change(fit.left_out_before, fit.left_out_error)}"
     new = f"models not fitted to {_change(fit.unseen_before, fit.unseen_error)}"
-    return f"{1e3 * fit.step_s:.2f} ms per step ({devices}){first}{pools}; {seen}, {new}"
+    slower = ", ".join(f"{name} {one.prefill_factor:.2f}" for name, one in fit.devices.items())
+    load = f", prompts under load x ({slower})"
+    return f"{1e3 * fit.step_s:.2f} ms per step ({devices}){load}{first}{pools}; {seen}, {new}"
 
 
 def _change(before: float | None, after: float | None) -> str:

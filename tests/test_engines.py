@@ -21,7 +21,7 @@ from tensorcast.deploy.simulate import deploy
 from tensorcast.errors import InputError
 from tensorcast.profiles import load_device, load_engine, load_model
 from tensorcast.profiles.engine import DeviceFit, EngineFit, EngineProfile
-from tensorcast.validate import engines
+from tensorcast.validate import engine_fit, engines
 from tensorcast.validate.engine_files import MARKER, read_engine, write_fit
 
 SAMPLE = Path(__file__).parent / "data" / "serving_sample.csv"
@@ -81,12 +81,15 @@ def test_least_off_against_brute_force(runs: list[tuple[float, float, float, flo
     def off(seconds: Any) -> Any:
         return np.abs((base + np.multiply.outer(seconds, slope)) / measured - 1) @ weight
 
-    best = off(engines.least_off(base, slope, measured, weight))
+    best = off(engine_fit.least_off(base, slope, measured, weight))
     assert best <= off(np.linspace(0, 200, 20001)).min() + 1e-9
 
 
-def synthetic(step_s: float, first_s: float) -> pd.DataFrame:
-    """Runs of two models as they would be measured if an engine took so much more than its kernels."""
+def synthetic(step_s: float, first_s: float, slower: float = 1.0) -> pd.DataFrame:
+    """Runs of two models as they would be measured if an engine took so much more than its kernels.
+
+    ``slower``: prompts under load on an H100.
+    """
     rows = [
         {"model": model, "device": device, "engine": "vllm", "tp": tp, "isl": isl, "osl": osl, "concurrency": users}
         for model, device in (("llama-3.1-8b", "h100"), ("llama-3.1-8b", "h200"), ("qwen3-30b-a3b", "h100"))
@@ -94,7 +97,8 @@ def synthetic(step_s: float, first_s: float) -> pd.DataFrame:
         for users in ("1", "4", "16", "64")
     ]
     table = pd.DataFrame(rows)
-    true = engines.with_fit(load_engine("vllm"), step_s=step_s, first_token_s=first_s)
+    devices = {"h100-sxm": DeviceFit(step_s=step_s, rows=1, models=(), prefill_factor=slower)}
+    true = engines.with_fit(load_engine("vllm"), step_s=step_s, first_token_s=first_s, devices=devices)
     times = engines.served_times(engines.read_runs(table), lambda name: true)
     return table.assign(measured_tpot_s=times["tpot_s"], measured_ttft_s=times["ttft_s"])
 
@@ -109,7 +113,7 @@ def fit(table: pd.DataFrame) -> EngineFit:
 
 
 def test_known_overheads_are_found(measured: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "WEIGHTS", (engines.Weights(0.0, 0.0),))
+    monkeypatch.setattr(engine_fit, "WEIGHTS", (engine_fit.Weights(0.0, 0.0),))
     found = fit(measured)
     assert found.step_s == pytest.approx(1.7e-3, rel=0.02)
     assert {name for name in found.devices} == {"h100-sxm", "h200-sxm"}
@@ -120,10 +124,39 @@ def test_known_overheads_are_found(measured: pd.DataFrame, monkeypatch: pytest.M
     assert found.unseen_error is not None and found.unseen_error < 0.005 and found.step_error_s < 5e-5
 
 
+def test_slower_prompts_are_found_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 whose steps with prompts take 1.4 times their kernels, beside an H200 that takes what they say."""
+    monkeypatch.setattr(engine_fit, "WEIGHTS", (engine_fit.Weights(0.0, 0.0),))
+    found = fit(synthetic(1.7e-3, 0.033, slower=1.4))
+    assert found.devices["h100-sxm"].prefill_factor == pytest.approx(1.4, abs=0.05)
+    assert found.devices["h200-sxm"].prefill_factor == pytest.approx(1.0, abs=0.02)
+    assert found.devices["h100-sxm"].prefill_error < 0.05
+    assert found.left_out_error is not None and found.left_out_error < 0.01
+
+
+@pytest.mark.parametrize("form", ["agg", "disagg"])
+def test_prompts_under_load_take_their_factor(form: str) -> None:
+    """The first token of one user, alone, comes later by as much as prompts are slower; a token of a reply does not."""
+    row = {"model": "llama-3.1-8b", "device": "h100", "engine": "vllm", "mode": form, "isl": "8000", "osl": "64",
+           "concurrency": "1", "tp": "1", "prefill_tp": "1", "decode_tp": "1"}  # fmt: skip
+    runs = engines.read_runs(pd.DataFrame([row]).assign(measured_tpot_s="1", measured_ttft_s="1"))
+    plain, slow = (
+        engines.with_fit(
+            load_engine("vllm"), devices={"h100-sxm": DeviceFit(step_s=1e-4, rows=1, models=(), prefill_factor=factor)}
+        )
+        for factor in (1.0, 1.5)
+    )
+    one, other = (engines.served_times(runs, lambda name, e=e: e).iloc[0] for e in (plain, slow))
+    prefill = deploy(load_model("llama-3.1-8b"), load_device("h100"), plain, Layout(1), "prefill")
+    step_s = float(prefill.step.price(1.0, 8000.0, 0.0).seconds)
+    assert other["ttft_s"] - one["ttft_s"] == pytest.approx(0.5 * step_s, rel=2e-3)
+    assert other["tpot_s"] == pytest.approx(one["tpot_s"], rel=0.01)  # decoding a smaller share of the time
+
+
 def test_few_networks_are_drawn_towards_what_is_published(
     measured: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "WEIGHTS", (engines.Weights(8.0, 2.0),))
+    monkeypatch.setattr(engine_fit, "WEIGHTS", (engine_fit.Weights(8.0, 2.0),))
     found, published = fit(measured), float(load_engine("vllm").step_overhead_s)
     # two networks beside eight published ones; one network on an H200 beside two of the engine's value
     assert found.step_s == pytest.approx((2 * 1.7e-3 + 8 * published) / 10, rel=0.03)
@@ -143,10 +176,10 @@ def synthetic_small(own_s: dict[str, float]) -> pd.DataFrame:
 def test_weights_are_those_that_serve_networks_not_fitted_to() -> None:
     """Networks that agree are believed; of networks that disagree wildly none says anything about the next."""
     agreed = synthetic_small(dict.fromkeys("abcd", 2e-3))
-    assert engines.choose(agreed, 1e-4) == engines.WEIGHTS[-1]
+    assert engine_fit.choose(agreed, 1e-4) == engine_fit.WEIGHTS[-1]
     torn = synthetic_small({"a": 0.0, "b": 8e-3, "c": 0.0, "d": 0.0, "e": 0.0, "f": 0.0})
-    assert math.isinf(engines.choose(torn, 0.0).published)
-    assert engines.choose(agreed[agreed["network"] == 0], 1e-4) == engines.WEIGHTS[0]
+    assert math.isinf(engine_fit.choose(torn, 0.0).published)
+    assert engine_fit.choose(agreed[agreed["network"] == 0], 1e-4) == engine_fit.WEIGHTS[0]
 
 
 def test_runs_left_out_do_not_move_the_fit(measured: pd.DataFrame) -> None:

@@ -31,10 +31,10 @@ from tensorcast.deploy.simulate import Deployment
 from tensorcast.errors import InputError
 from tensorcast.profiles.engine import EngineProfile
 
-IN_STEP_PROMPTS, IN_STEP_SPREAD = 1.5, 0.05
+IN_STEP_PROMPTS, IN_STEP_SPREAD = 0.75, 0.05
 """Prompts that come in together with one's own, beyond chance, where all replies are equally long: clients that once
 waited for the same step move in step. With replies of a relative spread ``s`` it is ``1 / (1 + s / 0.05)`` of that.
-Both were picked among five pairs by their errors on all runs of ``reports/serving.md``: none were left out."""
+Both were picked among eight pairs by their errors on all runs of ``reports/serving.md``: none were left out."""
 
 HALVINGS = 30
 """Steps of the bisection that finds the steady state: relative error 1e-9."""

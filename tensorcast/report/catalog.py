@@ -76,6 +76,7 @@ def engine_record(profile: EngineProfile) -> Record:
         "graph_captured_phases": list(profile.graph_captured_phases),
         "step_overhead_s": general.step_s, "request_overhead_s": general.request_s,
         "device_step_overhead_s": {name: one.step_s for name, one in fit.devices.items()} if fit else {},
+        "device_prefill_factor": {name: one.prefill_factor for name, one in fit.devices.items()} if fit else {},
         "first_token_s": profile.first_token_s, "hand_over_s": profile.hand_over_s,
         "overheads_fitted_to": fit.source if fit else None,
         "graph_launch_gap_s": float(profile.graph_launch_gap_s),

@@ -62,13 +62,14 @@ def fits(frame: pd.DataFrame, words: dict[str, str]) -> list[str]:
     text = (
         "`make engines` fits what an engine does beside its kernels to measured runs: seconds per step to aggregated "
         "runs at small batch, seconds per first token to aggregated runs, per hand-over to disaggregated runs that "
-        "state their workers. It takes groups of runs (model, device, layout, lengths) whose hash is even. Left out "
-        "is every other row, less records that measured the same to the last digit as one that was fitted to. An "
-        "overhead per step is drawn towards the published one (of BLIS, for vLLM) as far as serves those models "
-        "best, among the runs fitted to, whose own runs are taken out; where models do not agree on any, the published "
-        "one stays. Picked by looking at all runs, none left out: what counts as a small batch, two waiting "
-        "steps, how many prompts ride together, tokens that choose experts at random (uniform routing), how records "
-        "are read, their default workers and SGLang's intervals, the width of intervals."
+        "state their workers, and, per device over all engines, how many times as long as their kernels steps with "
+        "prompts take under load. It takes groups of runs (model, device, layout, lengths) whose hash is even. Left "
+        "out is every other row, less records that measured the same to the last digit as one that was fitted to. An "
+        "overhead per step is drawn towards the published one (of BLIS, for vLLM), and prompts under load towards 1, "
+        "as far as serves those models best, among the runs fitted to, whose own runs are taken out; where models do "
+        "not agree on any, the published one stays. Picked by looking at all runs, none left out: what counts as a "
+        "small batch, two waiting steps, how many prompts ride together, tokens that choose experts at random "
+        "(uniform routing), how records are read, their default workers and SGLang's intervals, the width of intervals."
     )
     lines = ["## Fitted and left out", "", text, ""]
     rows = []
@@ -93,14 +94,17 @@ def _fit(engine: str) -> EngineFit | None:
 def _overheads(found: dict[str, EngineFit]) -> list[str]:
     """A line per engine: its overheads, and the error of the time per token before and after."""
     head = [
-        "engine", "ms per step", "by device", "give or take", "runs", "ms per first token", "ms per hand-over",
-        "runs left out, before", "after", "models not fitted to, before", "after",
+        "engine", "ms per step", "by device", "give or take", "runs", "prompts under load",
+        "ms per first token", "ms per hand-over", "runs left out, before", "after", "models not fitted to, before", "after",
     ]  # fmt: skip
     rows = []
     for name, fit in found.items():
         devices = ", ".join(f"{device} {_ms(one.step_s)}" for device, one in fit.devices.items())
+        load = ", ".join(
+            f"{device} x {one.prefill_factor:.2f} ± {percent(one.prefill_error)}" for device, one in fit.devices.items()
+        )
         rows.append([
-            name, _ms(fit.step_s), devices, _ms(fit.step_error_s), str(fit.rows), _ms(fit.first_token_s),
+            name, _ms(fit.step_s), devices, _ms(fit.step_error_s), str(fit.rows), load, _ms(fit.first_token_s),
             _ms(fit.hand_over_s), percent(fit.left_out_before), percent(fit.left_out_error),
             percent(fit.unseen_before), percent(fit.unseen_error),
         ])  # fmt: skip

@@ -156,6 +156,8 @@ def fit_engines(rows: pd.DataFrame, engines: dict[str, EngineProfile], source: s
     known = with_uses(known)
     counts = known.groupby("engine")["small"].sum()
     known = known[known["engine"].isin(counts[counts >= FEWEST].index)].reset_index(drop=True)
+    if known.empty:
+        return {}
     steps = {
         str(name): fit_drawn(own[own["small"]], float(published[str(name)].step_overhead_s))
         for name, own in known.groupby("engine")

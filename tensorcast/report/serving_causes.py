@@ -95,7 +95,8 @@ def _overheads(found: dict[str, EngineFit]) -> list[str]:
     """A line per engine: its overheads, and the error of the time per token before and after."""
     head = [
         "engine", "ms per step", "by device", "give or take", "runs", "prompts under load",
-        "ms per first token", "ms per hand-over", "runs left out, before", "after", "models not fitted to, before", "after",
+        "ms per first token", "ms per hand-over", "runs left out, before", "after",
+        "models not fitted to, before", "after",
     ]  # fmt: skip
     rows = []
     for name, fit in found.items():

@@ -221,7 +221,7 @@ def test_only_the_layouts_asked_for() -> None:
         ({"model": "llama-3.1-70b", "world_size": 1}, "needs at least 2 h100-sxm", 2),
         ({"objective": "best"}, "unknown objective 'best'", 2),
         ({"objective": "gpus"}, "request_rate", 2),
-        ({"objective": "cost", "device": "mi300x"}, "no price per GPU hour is known for mi300x; use prices", 2),
+        ({"objective": "cost", "device": "h20"}, "no price per GPU hour is known for h20; use prices", 2),
         ({"layouts": ["tp3"]}, "takes 3 GPUs, which does not divide world_size 8", 2),
         ({"layouts": ["tp8-tp2"]}, "layout 'tp8-tp2'", 2),
         ({"world_size": 0}, "world_size 0", 2),

@@ -125,3 +125,20 @@ def test_room_is_what_fits(engine: str, layout: str) -> None:
         assert found == pytest.approx(decode.largest_batch(1, length - 1), rel=0.02, abs=1)
         memory = decode.memory(found, 1, length - 1)
         assert memory.total == pytest.approx(memory.budget, rel=0.05) and memory.budget <= memory.capacity
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "runs"),
+    [
+        ("qwen3-235b-a22b", "tp4", True),
+        ("qwen3-32b", "tp4", False),  # not in SGLang's list
+        ("minimax-m2.5", "tp4", False),
+        ("qwen3-235b-a22b", "tp4-ep4", True),
+        ("qwen3-235b-a22b", "tp4-dp2", False),  # attention is data-parallel
+        ("qwen3-vl-235b-a22b", "tp4-dp1", True),
+    ],
+)
+def test_models_whose_norms_sglang_joins_to_all_reduces(model: str, layout: str, runs: bool) -> None:
+    made = deploy(load_model(model), load_device("h100"), load_engine("sglang"), parse_layout(layout), "decode")
+    limits = [row.attrs["joined_tokens"] for row in made.step.plan.rows if "joined_tokens" in getattr(row, "attrs", {})]
+    assert set(limits) == ({2048.0} if runs else set())

@@ -29,6 +29,11 @@ BF16 = {
     "step-3.7-flash": 2 * 45 * 8 * (128 + 128),
     "mimo-v2-flash": 2 * (9 * 4 + 39 * 8) * (192 + 128),
     "gemma-4-31b": 2 * (50 * 16 * (256 + 256) + 10 * 4 * (512 + 512)),
+    "glm-4.7-flash": 2 * 47 * (512 + 64),
+    "hy3-preview": 2 * 80 * 8 * (128 + 128),
+    "laguna-xs.2": 2 * 40 * 8 * (128 + 128),
+    "ling-3.0-flash": 2 * 7 * (512 + 64),
+    "solar-open-100b": 2 * 48 * 8 * (128 + 128),
 }
 
 LAYERS = {
@@ -40,6 +45,8 @@ LAYERS = {
     "step-3.7-flash": [1, 2, 11, 31],  # full dense, windowed dense, full MoE, windowed MoE
     "mimo-v2-flash": [1, 8, 39],  # full dense, full MoE, windowed MoE
     "gemma-4-31b": [10, 50],
+    "laguna-xs.2": [1, 9, 30],  # full dense, full MoE, windowed MoE
+    "ling-3.0-flash": [2, 7, 33],  # delta-rule dense, MLA MoE, delta-rule MoE
 }
 
 
@@ -57,6 +64,15 @@ def test_windowed_layers_keep_a_window(name: str, windowed: int, window: int) ->
     lost = cache_bytes(table, "bf16", 1, window) * 5 - cache_bytes(table, "bf16", 1, window * 5)
     width = 2 * 8 * (192 + 128 if name == "mimo-v2-flash" else 128 + 128)
     assert lost == windowed * 4 * window * width
+
+
+@pytest.mark.parametrize("name", ["laguna-xs.2", "ling-3.0-flash"])
+def test_heads_of_every_layer_are_divided(name: str) -> None:
+    """Heads that vary by layer (Laguna) or belong to delta-rule layers (Ling): a rank of two has half of each query."""
+    whole, rank = (traced(load_model(name), "decode", tp) for tp in (1, 2))
+    queries = {p.name: p.numel for p in whole.params if p.name.endswith("q_proj.weight")}
+    assert queries
+    assert {p.name: 2 * p.numel for p in rank.params if p.name in queries} == queries
 
 
 def test_int4_experts_of_kimi_k2_thinking() -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from tensorcast.cost.collectives import group_extent
 from tensorcast.cost.memory import per_table
 from tensorcast.deploy.blocks import blocks_of, copies_per_token
-from tensorcast.deploy.layout import ALL2ALL, Layout
+from tensorcast.deploy.layout import ALL2ALL, Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.backends import choose_backend
@@ -131,9 +131,14 @@ def _asked_backend(wanted: str, phase: Any, device: str) -> str:
 
 
 def make_plan(
-    table: OpTable, layout: Layout, device: DeviceProfile, engine: EngineProfile, options: Options = Options()
+    table: OpTable,
+    layout: Layout,
+    device: DeviceProfile,
+    engine: EngineProfile,
+    options: Options,
+    config: dict[str, Any],
 ) -> Plan:
-    """The rows of one rank, by ``options``' exchange, its dtypes and the backend.
+    """The rows of one rank, by ``options``' exchange, its dtypes and the backend. ``config``: the model's.
 
     Tokens are sent as the experts read them if these quantise them, and come back in bf16, unless said otherwise.
     """
@@ -151,7 +156,9 @@ def make_plan(
     external = int(options.external_shared_experts > 0)
     moe = _MoEExchange(table, layout, device, chosen, scheme, combine, width, external)
     rows = _with_collectives(table, layout, device, moe)
-    if options.fusion == "engine" and "allreduce_norm" in engine.fusions:
+    asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
+    dp = attention_dp(layout, table.facts["num_experts"])
+    if asked and (limits is None or limits.runs(config, dp)):
         _join_norms(rows, device, engine, _joined(table))
     backend = choose_experts_backend(options.experts_backend, chosen, engine, device, table.phase)
     return Plan(tuple(rows), chosen, scheme, backend, combine)

@@ -29,12 +29,19 @@ class OwnGemms(Frozen):
 
 
 class AllreduceNorm(Frozen):
-    """Limits of the kernel that all-reduces and normalises: device architectures, tokens, bytes by group size."""
+    """Where the kernel runs that all-reduces and normalises, and up to which size."""
 
-    architectures: tuple[str, ...]
+    architectures: tuple[str, ...] = Field(description="of devices")
+    models: tuple[str, ...] = Field(default=(), description="model classes that it is switched on for; else all")
+    one_replica: bool = Field(default=False, description="not under data-parallel attention")
     max_tokens: int | None = None
     max_bytes: dict[str, dict[int, int]] = Field(default={}, description="architecture -> ranks -> largest tensor")
     source: str = Field(min_length=3)
+
+    def runs(self, config: dict[str, Any], dp: int) -> bool:
+        """Whether a server of the model with this ``config`` has it; ``dp``: data-parallel ranks of its attention."""
+        listed = not self.models or bool(set(self.models) & set(config.get("architectures") or ()))
+        return listed and not (self.one_replica and dp > 1)
 
     def limit_bytes(self, architecture: str, ranks: int, token_bytes: float) -> float:
         """Largest all-reduce that is fused on this device in a group of ``ranks``; 0 where none is."""

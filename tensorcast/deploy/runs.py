@@ -7,6 +7,7 @@ nothing) takes the default. For disaggregated rows every size of a layout exists
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.modelnames import SCHEME_OF, model_facts
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
+from tensorcast.profiles import load_device
 
 WORKER_COLUMNS = {
     "tp": ("attention tensor-parallel size", 1, ("tp_size",)),
@@ -71,13 +73,20 @@ a quarter has 16 requests and fewer, a quarter 160 and more."""
 
 RECORD: dict[str, Any] = {
     "length_ratio": 0.8,
-    "wait_steps": {"sglang": 20.0},
+    "receive_interval": {"few": 10, "many": 30, "hopper": 0},
+    "stream_interval": {"other": 30, "hopper": 10},
+    "pools_wait_steps": 20.0,
     "fp8_cache": (("trtllm", "fp8"),),
 }
 """Defaults of tables that name sizes as benchmark records of InferenceX do (``attention_dp_size, moe_ep_size``), from
 its scripts (github.com/SemiAnalysisAI/InferenceX, benchmarks/single_node/): lengths between 0.8 and 1 of the stated;
-SGLang launched with ``--stream-interval`` 10 or 30 and ``--scheduler-recv-interval`` 10 or 30 (20 taken); TensorRT-LLM
-with an FP8 cache where weights are FP8 (its own FP8 checkpoints ask for it, too)."""
+TensorRT-LLM with an FP8 cache where weights are FP8 (its own FP8 checkpoints ask for it, too); SGLang launched with
+``--scheduler-recv-interval`` 10, from 16 users on 30, and ``--stream-interval`` 30, but on Hopper only with the latter,
+10 (dsr1_fp8_h200.sh, dsr1_fp8_b200.sh, qwen3.5_fp8_b200.sh, qwen3.5_bf16_mi355x.sh). Its pools are launched elsewhere:
+20 steps taken."""
+
+MANY_USERS = 16
+"""Users from which those scripts let SGLang look for requests more rarely."""
 
 BITS = {"bf16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "nvfp4": 4, "mxfp4": 4, "w4a16": 4, "w4a16_g32": 4}
 INTEGER = ("int8", "w4a16", "w4a16_g32")
@@ -170,7 +179,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     if concurrency <= 0:
         raise InputError(f"concurrency {concurrency:g}: must be more than 0")
     ratio = cells.number("length_ratio", RECORD["length_ratio"] if record else 1.0)
-    wait = cells.number("wait_steps", RECORD["wait_steps"].get(engine, 0.0) if record else 0.0)
+    wait = cells.number("wait_steps", _wait_steps(device, mode, concurrency) if record and engine == "sglang" else 0.0)
     if not 0 < ratio <= 1:
         raise InputError(f"length_ratio {ratio:g}: must be more than 0 and at most 1")
     isl, osl = cells.whole("isl"), cells.whole("osl")
@@ -193,6 +202,21 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         cells.whole("prefix_cached", least=0),
         cells.number("mtp_acceptance", 0.8), None if chunk is None else int(chunk), options, tuple(cells.assumed),
     )  # fmt: skip
+
+
+def _wait_steps(device: str, mode: str, users: float) -> float:
+    """Steps that the intervals of a record's SGLang add to a first token: half of each, in the mean."""
+    if mode != "agg":
+        return float(RECORD["pools_wait_steps"])
+    receive, stream = RECORD["receive_interval"], RECORD["stream_interval"]
+    if _architecture(device) == "hopper":
+        return (receive["hopper"] + stream["hopper"]) / 2
+    return (receive["many" if users >= MANY_USERS else "few"] + stream["other"]) / 2
+
+
+@functools.lru_cache
+def _architecture(device: str) -> str:
+    return load_device(device.replace("_", "-")).architecture.lower()
 
 
 class _Cells:

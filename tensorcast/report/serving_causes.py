@@ -69,7 +69,8 @@ def fits(frame: pd.DataFrame, words: dict[str, str]) -> list[str]:
         "as far as serves those models best, among the runs fitted to, whose own runs are taken out; where models do "
         "not agree on any, the published one stays. Picked by looking at all runs, none left out: what counts as a "
         "small batch, two waiting steps, how many prompts ride together, tokens that choose experts at random "
-        "(uniform routing), how records are read, their default workers and SGLang's intervals, the width of intervals."
+        "(uniform routing), how records are read, their default workers, SGLang's intervals in pools, the width of "
+        "intervals."
     )
     lines = ["## Fitted and left out", "", text, ""]
     rows = []

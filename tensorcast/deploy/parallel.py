@@ -61,8 +61,8 @@ def _in_processes(work: Callable[[Task], Result], tasks: Sequence[Task], jobs: i
     with lease, held, ProcessPoolExecutor(jobs, context, initializer=_work_until_closed, initargs=(lease,)) as pool:
         try:
             with _interrupts_held_back():
-                results = pool.map(work, tasks)
-            return list(results)
+                answers = [pool.submit(work, task) for task in tasks]
+            return [answer.result() for answer in answers]
         except BrokenProcessPool:
             raise InputError(f"--jobs {jobs}: a process was killed, perhaps for want of memory; try fewer") from None
         except BaseException:

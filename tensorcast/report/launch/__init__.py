@@ -78,7 +78,8 @@ def launch(
         raise InputError(f"role {role!r}: choose prefill, decode or none")
     case = Case(table.name, layout, model_facts(model_profile), options, gpus_per_node, prefill)
     problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill)
-    problem = problem or _too_long(model_profile, input_len + output_len)
+    if not problem and (long := model_profile.too_long(input_len + output_len)):
+        problem = f"context length: {long}"
     have = checkpoint(model_profile)
     want = override(have, options.quant)
     problem = problem or _not_quantizable(table, have, want)
@@ -206,13 +207,6 @@ def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, mod
     experts = case.facts["num_experts"] > 0
     graphs = profile.reserve.graph_bytes(batch, attention_dp(case.layout, experts)) / float(device.memory_bytes)
     return round(float(memory_share(profile, device, case.layout, experts, model.config) - graphs), 3)
-
-
-def _too_long(profile: ModelProfile, tokens: int) -> str:
-    longest = profile.max_positions
-    if not longest or tokens <= longest:
-        return ""
-    return f"context length: input_len + output_len = {tokens}, but the model has {longest} positions"
 
 
 def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str) -> str:

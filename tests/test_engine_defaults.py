@@ -13,6 +13,7 @@ import pytest
 from tensorcast.cost.memory import cache_budget
 from tensorcast.deploy.curves import decode_budget, room
 from tensorcast.deploy.layout import Layout, parse_layout
+from tensorcast.deploy.options import Options
 from tensorcast.deploy.simulate import deploy, memory_share
 from tensorcast.profiles import load_device, load_engine, load_model
 from tensorcast.profiles.memory import MIB
@@ -115,13 +116,14 @@ def test_what_a_share_covers() -> None:
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
-@pytest.mark.parametrize("layout", ["tp4-ep4", "dp4-ep4"])
-def test_room_is_what_fits(engine: str, layout: str) -> None:
-    """Sequences by division, against the largest batch whose memory fits; decode steps' own buffers are small."""
+@pytest.mark.parametrize(("layout", "exchange"), [("tp4-ep4", "auto"), ("dp4-ep4", "auto"), ("dp4-ep4", "low_latency")])
+def test_room_is_what_fits(engine: str, layout: str, exchange: str) -> None:
+    """Sequences by division, against the largest batch whose memory fits, the buffers of its decode step and all."""
     model, device = load_model("qwen3-30b-a3b"), load_device("h100")
-    decode = deploy(model, device, load_engine(engine), parse_layout(layout), "decode")
-    for length in (1000, 3000, 30_000):
-        found = float(room(decode, decode_budget(decode, length - 1), decode.held(1.0, length)[1]))
-        assert found == pytest.approx(decode.largest_batch(1, length - 1), rel=0.02, abs=1)
+    decode = deploy(model, device, load_engine(engine), parse_layout(layout), "decode", Options(all2all=exchange))
+    for length in (300, 1000, 3000, 30_000):
+        left, buffers = decode_budget(decode, length - 1)
+        found = float(room(decode, left, decode.held(1.0, length)[1] + buffers))
+        assert found == pytest.approx(decode.largest_batch(1, length - 1), rel=0.005, abs=1)
         memory = decode.memory(found, 1, length - 1)
         assert memory.total == pytest.approx(memory.budget, rel=0.05) and memory.budget <= memory.capacity

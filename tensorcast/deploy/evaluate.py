@@ -213,20 +213,21 @@ class Workshop:
         for name, values in decode_columns(price, decode).items():
             whole = np.broadcast_to(values, (shape[0], shape[1] * shape[2])).reshape(shape)
             self.curves[name][rows[there]] = whole[there]
-        steps, each = np.empty((2, *rows.shape))
+        steps, buffers, each = np.empty((3, *rows.shape))
         for i, setting in enumerate(settings):
             number = self._numbers.setdefault((*held, setting.kv_dtype, setting.mtp_depth), len(self._fleets))
             if number == len(self._fleets):
                 self._fleets.append(with_setting(decode, kv[i], setting.mtp_depth))
             one = self._fleets[number]
             leaving = self._cache_budget(held, one, setting.mtp_depth, lambda: decode_budget(one, load.input_len))  # noqa: B023
-            steps[:, i : i + 1] = leaving
+            steps[:, i : i + 1], buffers[:, i : i + 1] = leaving
             each[:, i : i + 1] = sequence_bytes(one, load.input_len, load.output_len)
             mine = there[:, i]
             self._fleet_of[rows[mine, i]], self._member_of[rows[mine, i]] = number, np.flatnonzero(mine)
-        self.room_decode[rows[there]] = room(decode, steps, each)[there]
+        fits = room(decode, steps, each + buffers)
+        self.room_decode[rows[there]] = fits[there]
         for budget, prefilling in left.items():
-            self.prompts[budget].fits[rows[there]] = room(decode, np.minimum(steps, prefilling), each)[there]
+            self.prompts[budget].fits[rows[there]] = np.minimum(fits, room(decode, prefilling, each))[there]
 
     def _price_prefill(self, members: list[_Member], settings: list[_Setting], rows: Array) -> dict[int, Array]:
         """Prefill lines; what a full step of each budget leaves for the cache, ``[members, settings]``."""

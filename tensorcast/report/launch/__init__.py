@@ -105,7 +105,8 @@ def with_room(
     """  # fmt: skip
     phase = "prefill" if role == "prefill" else "decode"
     one = deploy(model, device, load_engine(found.engine), layout, phase, options)
-    fits = int(room(one, decode_budget(one, length - 1), one.held(1.0, length)[1]))
+    left, buffers = decode_budget(one, length - 1)
+    fits = int(room(one, left, one.held(1.0, length)[1] + buffers))
     if fits < 1:
         memory = one.memory(1, 1, length - 1)
         raise InputError(

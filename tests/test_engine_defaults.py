@@ -85,6 +85,8 @@ def test_prefill_steps_that_are_captured() -> None:
     assert SGLANG.prefill_graph_tokens(h100, 1, 1, load_model("qwen3.5-35b-a3b").config) == 0  # it sees, too
     assert VLLM.prefill_graph_tokens(h100, 8, 2, MLA) == 512 and TRTLLM.prefill_graph_tokens(h100, 1, 1, GQA) == 0
     assert SGLANG.prefill_graphs is not None
+    # a server of one phase captures none: the rule "PD disaggregation" of server_args.py
+    assert SGLANG.in_pools().prefill_graph_tokens(h100, 1, 1, GQA) == 0 and VLLM.in_pools() is VLLM
     sizes = [*range(4, 33, 4), *range(48, 257, 16), *range(288, 513, 32), *range(576, 1025, 64)]
     sizes += [*range(1280, 4097, 256), *range(4608, 16385, 512)]
     for most in (32, 2048, 4096, 8192, 16384):

@@ -71,7 +71,7 @@ def launch(
     ``prefill`` are options of the same server's prefill where they differ. What the engine cannot run is a ``problem``;
     bad arguments and unknown engines raise :class:`InputError`.
     """
-    profile = load_engine(engine)
+    profile = _served(engine, role)
     table = load_launch_table(profile.name)
     _check(batch=batch, input_len=input_len, output_len=output_len, gpus_per_node=gpus_per_node)
     if role not in ROLES:
@@ -104,7 +104,7 @@ def with_room(
     Raises :class:`InputError` where not even one fits. Traces the model, unless its trace is cached.
     """  # fmt: skip
     phase = "prefill" if role == "prefill" else "decode"
-    one = deploy(model, device, load_engine(found.engine), layout, phase, options)
+    one = deploy(model, device, _served(found.engine, role), layout, phase, options)
     left, buffers = decode_budget(one, length - 1)
     fits = int(room(one, left, one.held(1.0, length)[1] + buffers))
     if fits < 1:
@@ -117,6 +117,10 @@ def with_room(
         return found
     note = f"memory holds {fits} of {batch} sequences per data-parallel rank at their full {length} tokens; others wait"
     return replace(found, notes=(*found.notes, note))
+
+
+def _served(engine: str, role: str | None) -> EngineProfile:
+    return load_engine(engine) if role is None else load_engine(engine).in_pools()
 
 
 def script(found: Launch) -> str:

@@ -139,7 +139,7 @@ def test_facts_of_every_model() -> None:
         ({"engine": "eager"}, "unknown engine to launch 'eager': known: sglang, trtllm, vllm"),
         ({"batch": 0}, "batch = 0 must be at least 1"),
         ({"role": "both"}, "role 'both': choose prefill, decode or none"),
-        ({"options": Options(kv_dtype="fp4")}, "kv_dtype 'fp4': choose one of bf16, fp8"),
+        ({"options": Options(kv_dtype="fp4")}, "unknown --kv-dtype 'fp4': did you mean fp8?"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:

@@ -254,6 +254,8 @@ def _prices(text: str | None) -> dict[str, float]:
     for part in _names(text):
         name, _, value = part.partition("=")
         try:
+            if not name:
+                raise ValueError
             prices[name] = float(value)
         except ValueError:
             raise InputError(f"--price {part!r}: must be DEVICE=USD per GPU hour, as in H200=2.5") from None
@@ -273,6 +275,8 @@ def read_layouts(path: Path) -> list[str]:
     except (yaml.YAMLError, UnicodeDecodeError) as reason:
         raise InputError(f"--layouts {path}: not YAML: {' '.join(str(reason).split())[:120]}") from None
     listed = document.get("layouts") if isinstance(document, dict) else document
+    if isinstance(document, dict) and (others := [key for key in document if key != "layouts"]):
+        raise InputError(f"--layouts {path}: {others[0]!r} is not known; it must be a list, or layouts: with one")
     if not isinstance(listed, list) or not listed:
         raise InputError(f"--layouts {path}: must be a list of layouts, such as [tp8, tp8-ep8]")
     words = ["-".join(f"{k}{v}" for k, v in one.items()) if isinstance(one, dict) else str(one) for one in listed]

@@ -11,7 +11,7 @@ from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options, option_facts
 from tensorcast.deploy.runnable import Case, engine_can_run
 from tensorcast.deploy.simulate import deploy, memory_share
-from tensorcast.errors import InputError
+from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, checkpoint, override
 from tensorcast.profiles import load_engine
 from tensorcast.profiles.device import DeviceProfile
@@ -216,7 +216,7 @@ def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, mod
 
 def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str) -> str:
     if kv_dtype not in KV_DTYPES:
-        raise InputError(f"kv_dtype {kv_dtype!r}: choose one of {', '.join(KV_DTYPES)}")
+        raise unknown_name("--kv-dtype", kv_dtype, KV_DTYPES)
     sparse = _text_config(profile).get("model_type") in FP8_KV_BY_DEFAULT
     return "bf16_not_fp8" if table.name == "vllm" and kv_dtype == "bf16" and sparse else kv_dtype
 

@@ -48,6 +48,7 @@ WIDTHS = (
     "shared_experts_intermediate_size",
     "share_expert_dim",
     "ffn_hidden_size",
+    "ffn_dim",
     "expert_ffn_hidden_size",
     "dense_intermediate_size",
     "prefix_dense_intermediate_size",

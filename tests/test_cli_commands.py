@@ -111,10 +111,20 @@ def test_predict_spares_its_table_and_says_where_it_cannot_write(tmp_path: Path)
     table.write_text(RUNS)
     assert "is the table itself" in refused("predict", str(table), "--out", str(table))
     assert "is a directory" in refused("predict", str(table), "--report", str(tmp_path))
+    same = refused("predict", str(table), "--out", str(tmp_path / "a.md"), "--report", str(tmp_path / "a.md"))
+    assert "is --out, too" in same
     assert "no such directory" in refused("predict", str(table), "--out", str(tmp_path / "none" / "x.csv"))
     assert table.read_text() == RUNS and os.listdir(tmp_path) == ["runs.csv"]
     table.write_text(RUNS.splitlines()[0])
     assert "no rows" in refused("predict", str(table))
+
+
+def test_measured_cells_that_cannot_be_scored_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text(
+        "model,device,concurrency,measured_tpot_s\nqwen3-30b-a3b,h100,8,50ms\nqwen3-30b-a3b,h100,8,\n"
+    )
+    shown = " ".join(invoke("predict", str(tmp_path / "runs.csv")).stdout.split())
+    assert "1 x a measured cell is no number and is not scored" in shown and "By model" not in shown
 
 
 def test_a_report_of_a_table_with_holes(tmp_path: Path) -> None:

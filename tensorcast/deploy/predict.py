@@ -32,6 +32,9 @@ SERVING_ERROR = {"ttft_s": 0.38, "tpot_s": 0.13}
 Set so that about four in five of the runs behind ``reports/serving.md`` lie in their intervals, on all of them, none
 left out: the report says how many do."""
 
+UNREAD = "is no number and is not scored"
+"""What is said of a measured cell that is not read."""
+
 AT_ONCE = 512
 """Rows of one model that are served together at most: some hundred megabytes."""
 
@@ -168,7 +171,7 @@ def measured_columns(table: pd.DataFrame, ours: Mapping[Any, str]) -> tuple[pd.D
             values = [_number(cell) for cell in table[name]]
             for i, (value, cell) in enumerate(zip(values, table[name], strict=True)):
                 if value is None:
-                    unread[i] += f"; {name} {cell!r} is no number and is not scored"
+                    unread[i] += f"; {name} {cell!r} {UNREAD}"
             unit = 1e3 if name.strip().lower().endswith("_ms") else 1.0
             found[column] = [math.nan if value is None else value / unit for value in values]
     return pd.DataFrame(found, index=table.index, dtype=float), unread

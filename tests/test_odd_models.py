@@ -67,6 +67,7 @@ def test_a_class_with_attention_of_its_own_is_one_line(tmp_path: Path) -> None:
         ({"num_hidden_layers": -1}, "num_hidden_layers = -1: must be at least 1"),
         ({"vocab_size": 0}, "vocab_size = 0: must be at least 1"),
         ({"num_attention_heads": 0}, "transformers' class fails with its config"),
+        ({"num_experts_per_tok": 800}, "num_experts_per_tok = 800: must be at most the"),
         ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
         ({"quantization_config": "fp8"}, "quantization_config 'fp8': must be an object"),
         ({"quantization_config": {"quant_method": "odd"}}, "quant_method='odd' .* is not known; set quant to one of"),

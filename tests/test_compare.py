@@ -99,24 +99,6 @@ def test_every_candidate_is_priced_as_if_alone(shop: Workshop) -> None:
                 assert numbers[f"share_{kind}"] == pytest.approx(share, abs=1e-6)
 
 
-def test_pools_are_priced_as_servers_of_one_phase() -> None:
-    """SGLang captures prompts at tp 4 on one server for both phases, in pools it does not: as if made one by one."""
-    asked: dict[str, Any] = {**QWEN, "world_size": 8, "engine": "sglang", "layouts": ["tp4", "tp2-dp2"]}
-    compared = tc.compare("qwen3-30b-a3b", **asked)
-    frame, scene = compared.candidates, compared.questions[0].scene
-    pools = frame[(frame["form"] == "disaggregated") & (frame["prefill_layout"] == "tp4-dp1")]
-    assert len(pools)
-    for _, row in pools.sample(min(5, len(pools)), random_state=0).iterrows():
-        prefill, decode = compared.deployments(row["candidate"])
-        load = replace(scene.load, concurrency=float(row["concurrency"] / row["replicas"]))
-        workers = int(row["prefill_workers"]), int(row["decode_workers"])
-        alone = disaggregated(prefill, decode, *workers, load, scene.own_chunk)
-        assert row["ttft_s"] == pytest.approx(float(alone.ttft_s), rel=1e-6)
-        captured = scene.deployment(prefill.layout, "prefill", prefill.options)
-        assert captured.step.graph_tokens > 0 == prefill.step.graph_tokens
-        assert disaggregated(captured, decode, *workers, load, scene.own_chunk).ttft_s <= alone.ttft_s
-
-
 def test_memory_is_that_of_the_deployment(shop: Workshop) -> None:
     points, _ = all_aggregated(shop)
     some = points.where(np.random.default_rng(1).choice(len(points), 30, replace=False))

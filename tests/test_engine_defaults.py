@@ -7,13 +7,17 @@ The expected numbers are worked out by hand from the released rules: sglang 0.5.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+import tensorcast as tc
 from tensorcast.cost.memory import cache_budget
 from tensorcast.deploy.curves import decode_budget, room
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.serving import disaggregated
 from tensorcast.deploy.simulate import deploy, memory_share
 from tensorcast.profiles import load_device, load_engine, load_model
 from tensorcast.profiles.memory import MIB
@@ -129,3 +133,23 @@ def test_room_is_what_fits(engine: str, layout: str, exchange: str) -> None:
         assert found == pytest.approx(decode.largest_batch(1, length - 1), rel=0.005, abs=1)
         memory = decode.memory(found, 1, length - 1)
         assert memory.total == pytest.approx(memory.budget, rel=0.05) and memory.budget <= memory.capacity
+
+
+def test_pools_are_priced_as_servers_of_one_phase() -> None:
+    """SGLang captures prompts at tp 4 on one server for both phases, in pools it does not: as if made one by one."""
+    compared = tc.compare(
+        "qwen3-30b-a3b", device="h100", world_size=8, engine="sglang", layouts=["tp4", "tp2-dp2"], input_len=2048,
+        output_len=256,
+    )  # fmt: skip
+    frame, scene = compared.candidates, compared.questions[0].scene
+    pools = frame[(frame["form"] == "disaggregated") & (frame["prefill_layout"] == "tp4-dp1")]
+    assert len(pools)
+    for _, row in pools.sample(min(5, len(pools)), random_state=0).iterrows():
+        prefill, decode = compared.deployments(row["candidate"])
+        load = replace(scene.load, concurrency=float(row["concurrency"] / row["replicas"]))
+        workers = int(row["prefill_workers"]), int(row["decode_workers"])
+        alone = disaggregated(prefill, decode, *workers, load, scene.own_chunk)
+        assert row["ttft_s"] == pytest.approx(float(alone.ttft_s), rel=1e-6)
+        captured = scene.deployment(prefill.layout, "prefill", prefill.options)
+        assert captured.step.graph_tokens > 0 == prefill.step.graph_tokens
+        assert disaggregated(captured, decode, *workers, load, scene.own_chunk).ttft_s <= alone.ttft_s

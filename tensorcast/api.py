@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from tensorcast.errors import InputError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from tensorcast.deploy.result import Simulation
     from tensorcast.profiles.device import DeviceProfile
 
+    Noted = TypeVar("Noted", Simulation, Comparison, Explanation)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,6 +44,11 @@ def _python_names(call: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return named
+
+
+def _noted(found: Noted, *said: str) -> Noted:
+    """``found`` with what is said, but for empty lines, among its notes."""
+    return replace(found, notes=(*found.notes, *filter(None, said)))
 
 
 def device_profile(name: str) -> DeviceProfile:
@@ -90,9 +97,10 @@ def simulate(
     """Simulate one step of ``model`` on ``world_size`` of ``device``.
 
     ``model``, ``device`` and ``engine`` are names, or paths of profiles; a model may be a directory with a Hugging
-    Face ``config.json``. ``batch`` counts sequences per data-parallel rank. ``tp`` defaults to what dp and pp leave.
-    Decode defaults to ``context=4096`` cached tokens, prefill to ``input_len=4096`` new ones. The choices from
-    ``fusion`` to ``chunk_tokens`` are those of :class:`tensorcast.deploy.options.Options`.
+    Face ``config.json``, or a shipped one's checkpoint by a name that says its precision. ``batch`` counts sequences
+    per data-parallel rank. ``tp`` defaults to what dp and pp leave. Decode defaults to ``context=4096`` cached tokens,
+    prefill to ``input_len=4096`` new ones. The choices from ``fusion`` to ``chunk_tokens`` are those of
+    :class:`tensorcast.deploy.options.Options`.
     Raises :class:`tensorcast.InputError`, one line, on anything that cannot be.
 
     >>> import tensorcast as tc
@@ -100,10 +108,11 @@ def simulate(
     >>> run.step_s, run.ops.head()  # doctest: +SKIP
     """
     from tensorcast.deploy.layout import Layout
+    from tensorcast.deploy.modelnames import named_model
     from tensorcast.deploy.options import Options
     from tensorcast.deploy.simulate import simulate as run
     from tensorcast.deploy.workload import Workload
-    from tensorcast.profiles import load_engine, load_model
+    from tensorcast.profiles import load_engine
 
     if dp < 1 or pp < 1:
         raise InputError(f"layout: dp = {dp} and pp = {pp} must be at least 1")
@@ -121,9 +130,9 @@ def simulate(
         fusion, quant, kv_dtype, routing, all2all, dispatch, combine, redundant_experts, placement, experts_backend,
         shared_expert_tp, external_shared_experts, dual_batch_overlap, mtp_depth, chunk_tokens,
     )
-    return run(
-        load_model(model), device_profile(device), load_engine(engine), layout, workload, options, allow_oversize
-    )
+    profile, read_as = named_model(model)
+    found = run(profile, device_profile(device), load_engine(engine), layout, workload, options, allow_oversize)
+    return _noted(found, read_as)
 
 
 @_python_names
@@ -175,17 +184,17 @@ def compare(
     ...                    ttft_s=2, tpot_s=0.05)  # doctest: +SKIP
     >>> found.best["layout"], found.best["tokens_per_s_per_gpu"]  # doctest: +SKIP
     """
-    from dataclasses import replace
-
     from tensorcast.deploy.ask import ask
     from tensorcast.deploy.compare import compare as decide
+    from tensorcast.deploy.modelnames import named_model
     from tensorcast.deploy.parallel import note, spread
     from tensorcast.deploy.search import answer
-    from tensorcast.profiles import load_engine, load_model
+    from tensorcast.profiles import load_engine
 
     devices = [device] if isinstance(device, str) else list(device)
+    profile, read_as = named_model(model)
     questions = ask(
-        load_model(model), [device_profile(name) for name in devices], load_engine(engine),
+        profile, [device_profile(name) for name in devices], load_engine(engine),
         [world_size] if isinstance(world_size, int) else list(world_size),
         input_len=input_len, output_len=output_len, prefix_cached=prefix_cached, mtp_acceptance=mtp_acceptance,
         ttft_s=ttft_s, tpot_s=tpot_s, objective=objective, layouts=layouts, forms=forms, request_rate=request_rate,
@@ -197,8 +206,7 @@ def compare(
         },
     )  # fmt: skip
     found = decide(questions, spread(answer, questions, jobs, executor))
-    said = note(len(questions), jobs, executor)
-    return replace(found, notes=(*found.notes, said)) if said else found
+    return _noted(found, read_as, note(len(questions), jobs, executor))
 
 
 @_python_names
@@ -239,8 +247,9 @@ def explain(
     """
     from tensorcast.deploy.explain import explain as run
     from tensorcast.deploy.layout import parse_layout
+    from tensorcast.deploy.modelnames import named_model
     from tensorcast.deploy.options import Options
-    from tensorcast.profiles import load_engine, load_model
+    from tensorcast.profiles import load_engine
 
     pair = parse_layout(layout, world_size), parse_layout(versus, world_size)
     options = Options(
@@ -250,9 +259,9 @@ def explain(
     )  # fmt: skip
     new, past = (1, 4096) if phase == "decode" else (4096, 0)
     new, past = new if input_len is None else input_len, past if context is None else context
-    return run(
-        load_model(model), device_profile(device), load_engine(engine), *pair, phase, batch, new, past, options
-    )
+    profile, read_as = named_model(model)
+    found = run(profile, device_profile(device), load_engine(engine), *pair, phase, batch, new, past, options)
+    return _noted(found, read_as)
 
 
 def predict_kernels(frame: pd.DataFrame, *, device: str, engine: str | None = None) -> pd.DataFrame:

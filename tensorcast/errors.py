@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_LISTED = 24
+"""Known names that a message lists."""
+
 
 class InputError(ValueError):
     """Bad input. The message is one line: the field, the value, and what would be right.
@@ -21,5 +24,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
     """An :class:`InputError` for a name that does not exist, with the nearest ones that do."""
     names = sorted(known)
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names)}"
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:MOST_LISTED])}"
+    if not near and len(names) > MOST_LISTED:
+        hint += f" and {len(names) - MOST_LISTED} more"
     return InputError(f"unknown {what} {name!r}: {hint}")

@@ -42,12 +42,19 @@ def refused(*arguments: str) -> str:
         (("simulate", "mixtral-8x7b", "-d", "h100", "-b", "1e3"), ("--batch '1e3'", "must be a valid integer")),
         (("simulate", "mixtral-8x7b", "-d", "h100", "--top", "-1"), ("--top '-1'", "equal to 0")),
         ((*COMPARE, "--mtp-acceptance", "2"), ("--mtp-acceptance '2'", "less than or equal to 1")),
-        ((*COMPARE, "--ttft", "soon"), ("--ttft 'soon'", "500ms")),
+        ((*COMPARE, "--ttft", "soon"), ("--ttft 'soon'", "50ms")),
         ((*COMPARE, "--ttft", "1e400"), ("--ttft '1e400'",)),
+        ((*COMPARE, "--tpot", "50"), ("--tpot '50'", "50ms or 50s")),
         ((*COMPARE, "--tpot", "0ms"), ("--tpot '0ms'",)),
         (("compare", "qwen3-30b-a3b", "-d", ",", "-n", "4"), ("--device ','",)),
         ((*COMPARE, "--form", ""), ("--form ''",)),
         ((*COMPARE, "--price", "h100=inf"), ("--price h100-sxm=inf", "more than 0")),
+        ((*COMPARE, "--price", "=2"), ("--price '=2'", "DEVICE=USD")),
+        (("simulate", "", "-d", "h100"), ("model: the name is empty", "tensorcast models")),
+        (("simulate", "wholly-unknown-9000", "-d", "h100"), ("unknown model 'wholly-unknown-9000'", "more")),
+        (("simulate", "mixtral-8x7b", "-d", "h100", "--fusion", "all"), ("--fusion 'all': must be",)),
+        (("simulate", "qwen3-30b-a3b", "-d", "h100", "--redundant-experts", "999"), ("fewer --redundant-experts",)),
+        (("launch", "mixtral-8x7b", "-d", "h100", "-l", "tp2", "--kv-dtype", "x"), ("--kv-dtype 'x'", "fp8")),
         ((*COMPARE, "--price", "h200=2"), ("--price h200-sxm=2", "--device h100-sxm")),
         ((*COMPARE, "--prefix-cached", "4096"), ("--prefix-cached 4096", "--input-len 4096")),
         ((*COMPARE, "--chunk-tokens", "8,0"), ("--chunk-tokens 0", "at least 1")),
@@ -79,6 +86,7 @@ def test_a_mistake_is_one_line(arguments: tuple[str, ...], said: tuple[str, ...]
     [
         ("[tp0]", ("'tp0'", "at least 1")), ("- tp: -4", ("'tp-4'", "tp1-dp32-ep32")), ("[tp4, xx9]", ("'xx9'",)),
         ("[tp4", ("not YAML",)), ("", ("must be a list",)), ("tp4", ("must be a list",)),
+        ("layouts: [tp4]\nlayout: [tp2]", ("'layout' is not known",)),
     ],
 )
 def test_layouts_that_are_none_name_their_file(tmp_path: Path, content: str, said: tuple[str, ...]) -> None:
@@ -87,15 +95,36 @@ def test_layouts_that_are_none_name_their_file(tmp_path: Path, content: str, sai
     assert "--layouts" in message and "layouts.yaml" in message and all(text in message for text in said), message
 
 
+def test_another_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs.csv").write_text(RUNS)
+    assert "model runs.csv: is a file of another kind" in refused("simulate", "runs.csv", "-d", "h100")
+
+
+def test_what_is_not_listed_has_no_legend() -> None:
+    lines = [invoke("simulate", "mixtral-8x7b", "-d", "h100", "-n", "2", "--top", n).stdout for n in ("0", "3")]
+    assert ["n calls per step" in shown for shown in lines] == [False, True]
+
+
 def test_predict_spares_its_table_and_says_where_it_cannot_write(tmp_path: Path) -> None:
     table = tmp_path / "runs.csv"
     table.write_text(RUNS)
     assert "is the table itself" in refused("predict", str(table), "--out", str(table))
     assert "is a directory" in refused("predict", str(table), "--report", str(tmp_path))
+    same = refused("predict", str(table), "--out", str(tmp_path / "a.md"), "--report", str(tmp_path / "a.md"))
+    assert "is --out, too" in same
     assert "no such directory" in refused("predict", str(table), "--out", str(tmp_path / "none" / "x.csv"))
     assert table.read_text() == RUNS and os.listdir(tmp_path) == ["runs.csv"]
     table.write_text(RUNS.splitlines()[0])
     assert "no rows" in refused("predict", str(table))
+
+
+def test_measured_cells_that_cannot_be_scored_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text(
+        "model,device,concurrency,measured_tpot_s\nqwen3-30b-a3b,h100,8,50ms\nqwen3-30b-a3b,h100,8,\n"
+    )
+    shown = " ".join(invoke("predict", str(tmp_path / "runs.csv")).stdout.split())
+    assert "1 x a measured cell is no number and is not scored" in shown and "By model" not in shown
 
 
 def test_a_report_of_a_table_with_holes(tmp_path: Path) -> None:

@@ -316,12 +316,17 @@ def test_drafts_are_spoken_of_where_the_model_has_them() -> None:
 
 
 def test_durations_and_layout_files(tmp_path: Path) -> None:
-    assert [duration("--ttft", text) for text in ("2s", "50ms", "0.5", "1min", " 7 us ", "2S", None)] == [
-        2.0, pytest.approx(0.05), 0.5, 60.0, pytest.approx(7e-6), 2.0, None,
-    ]  # fmt: skip
+    texts = {"2s": 2.0, "50ms": 0.05, "0.5s": 0.5, "1min": 60.0, " 7 us ": 7e-6, "2S": 2.0, ".5 s": 0.5, "2e-2s": 0.02}
+    assert {text: duration("--ttft", text) for text in texts} == pytest.approx(texts)
+    assert duration("--ttft", None) is None
     for text in ("fast", "-2s", "0s", "2 h"):
         with pytest.raises(tc.InputError, match=r"--ttft .*must be a time"):
             duration("--ttft", text)
+    for text in ("50", "0.05", " 2 "):
+        with pytest.raises(tc.InputError, match=rf"--tpot '{text}': .* needs its unit: {text.strip()}ms or "):
+            duration("--tpot", text)
+    with pytest.raises(tc.InputError, match="tpot_s '50ms': must be a number more than 0"):
+        tc.compare("qwen3-30b-a3b", **QWEN, tpot_s="50ms")  # type: ignore[arg-type]
     path = tmp_path / "layouts.yaml"
     path.write_text("layouts:\n  - tp8-ep8\n  - {tp: 4, dp: 2}\n")
     assert read_layouts(path) == ["tp8-ep8", "tp4-dp2"]

@@ -7,12 +7,17 @@ The expected numbers are worked out by hand from the released rules: sglang 0.5.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+import tensorcast as tc
 from tensorcast.cost.memory import cache_budget
 from tensorcast.deploy.curves import decode_budget, room
 from tensorcast.deploy.layout import Layout, parse_layout
+from tensorcast.deploy.options import Options
+from tensorcast.deploy.serving import disaggregated
 from tensorcast.deploy.simulate import deploy, memory_share
 from tensorcast.profiles import load_device, load_engine, load_model
 from tensorcast.profiles.memory import MIB
@@ -84,6 +89,8 @@ def test_prefill_steps_that_are_captured() -> None:
     assert SGLANG.prefill_graph_tokens(h100, 1, 1, load_model("qwen3.5-35b-a3b").config) == 0  # it sees, too
     assert VLLM.prefill_graph_tokens(h100, 8, 2, MLA) == 512 and TRTLLM.prefill_graph_tokens(h100, 1, 1, GQA) == 0
     assert SGLANG.prefill_graphs is not None
+    # a server of one phase captures none: the rule "PD disaggregation" of server_args.py
+    assert SGLANG.in_pools().prefill_graph_tokens(h100, 1, 1, GQA) == 0 and VLLM.in_pools() is VLLM
     sizes = [*range(4, 33, 4), *range(48, 257, 16), *range(288, 513, 32), *range(576, 1025, 64)]
     sizes += [*range(1280, 4097, 256), *range(4608, 16385, 512)]
     for most in (32, 2048, 4096, 8192, 16384):
@@ -115,14 +122,15 @@ def test_what_a_share_covers() -> None:
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
-@pytest.mark.parametrize("layout", ["tp4-ep4", "dp4-ep4"])
-def test_room_is_what_fits(engine: str, layout: str) -> None:
-    """Sequences by division, against the largest batch whose memory fits; decode steps' own buffers are small."""
+@pytest.mark.parametrize(("layout", "exchange"), [("tp4-ep4", "auto"), ("dp4-ep4", "auto"), ("dp4-ep4", "low_latency")])
+def test_room_is_what_fits(engine: str, layout: str, exchange: str) -> None:
+    """Sequences by division, against the largest batch whose memory fits, the buffers of its decode step and all."""
     model, device = load_model("qwen3-30b-a3b"), load_device("h100")
-    decode = deploy(model, device, load_engine(engine), parse_layout(layout), "decode")
-    for length in (1000, 3000, 30_000):
-        found = float(room(decode, decode_budget(decode, length - 1), decode.held(1.0, length)[1]))
-        assert found == pytest.approx(decode.largest_batch(1, length - 1), rel=0.02, abs=1)
+    decode = deploy(model, device, load_engine(engine), parse_layout(layout), "decode", Options(all2all=exchange))
+    for length in (300, 1000, 3000, 30_000):
+        left, buffers = decode_budget(decode, length - 1)
+        found = float(room(decode, left, decode.held(1.0, length)[1] + buffers))
+        assert found == pytest.approx(decode.largest_batch(1, length - 1), rel=0.005, abs=1)
         memory = decode.memory(found, 1, length - 1)
         assert memory.total == pytest.approx(memory.budget, rel=0.05) and memory.budget <= memory.capacity
 
@@ -142,3 +150,23 @@ def test_models_whose_norms_sglang_joins_to_all_reduces(model: str, layout: str,
     made = deploy(load_model(model), load_device("h100"), load_engine("sglang"), parse_layout(layout), "decode")
     limits = [row.attrs["joined_tokens"] for row in made.step.plan.rows if "joined_tokens" in getattr(row, "attrs", {})]
     assert set(limits) == ({2048.0} if runs else set())
+
+
+def test_pools_are_priced_as_servers_of_one_phase() -> None:
+    """SGLang captures prompts at tp 4 on one server for both phases, in pools it does not: as if made one by one."""
+    compared = tc.compare(
+        "qwen3-30b-a3b", device="h100", world_size=8, engine="sglang", layouts=["tp4", "tp2-dp2"], input_len=2048,
+        output_len=256,
+    )  # fmt: skip
+    frame, scene = compared.candidates, compared.questions[0].scene
+    pools = frame[(frame["form"] == "disaggregated") & (frame["prefill_layout"] == "tp4-dp1")]
+    assert len(pools)
+    for _, row in pools.sample(min(5, len(pools)), random_state=0).iterrows():
+        prefill, decode = compared.deployments(row["candidate"])
+        load = replace(scene.load, concurrency=float(row["concurrency"] / row["replicas"]))
+        workers = int(row["prefill_workers"]), int(row["decode_workers"])
+        alone = disaggregated(prefill, decode, *workers, load, scene.own_chunk)
+        assert row["ttft_s"] == pytest.approx(float(alone.ttft_s), rel=1e-6)
+        captured = scene.deployment(prefill.layout, "prefill", prefill.options)
+        assert captured.step.graph_tokens > 0 == prefill.step.graph_tokens
+        assert disaggregated(captured, decode, *workers, load, scene.own_chunk).ttft_s <= alone.ttft_s

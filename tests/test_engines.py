@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorcast.deploy.causes import causes
+from tensorcast.deploy.attribution import attribute
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.predict import predict
 from tensorcast.deploy.score import fitted_half, left_out, named, same_run, summarise
@@ -269,7 +269,7 @@ def table_of_errors(kind: str, seed: int, rows: int = 160) -> pd.DataFrame:
 
 @pytest.mark.parametrize("kind", ["step", "batch", "prompts", "kernels", "rest"])
 def test_a_known_cause_is_named(kind: str) -> None:
-    found = causes(table_of_errors(kind, seed=7))
+    found = attribute(table_of_errors(kind, seed=7))
     shares = {name: part["share"] for name, part in found["parts"].items()} | {"rest": found["rest"]}
     assert sum(shares.values()) == pytest.approx(1.0)
     assert max(shares, key=shares.__getitem__) == kind
@@ -284,8 +284,8 @@ def test_runs_that_do_not_say_what_ran_are_told_apart() -> None:
     open_rows = np.arange(len(frame)) < 24
     frame.loc[open_rows, "assumed"] = "workers 1 prefill, 2 decode"
     frame.loc[open_rows, "measured_tpot_s"] = frame["tpot_s"] * 5.0
-    found = causes(frame)
+    found = attribute(frame)
     others = np.abs(np.log(frame["measured_tpot_s"] / frame["tpot_s"]))[~open_rows]
     expected = 24 * (np.log(5.0) - others.mean()) / (24 * np.log(5.0) + others.sum())
     assert found["parts"]["record"]["share"] == pytest.approx(expected) and found["open_rows"] == 24
-    assert causes(frame.head(50)) == {}
+    assert attribute(frame.head(50)) == {}

@@ -20,6 +20,10 @@ NEOX = {
     "model_type": "gpt_neox", "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
     "intermediate_size": 2048, "vocab_size": 1024, "max_position_embeddings": 2048,
 }  # fmt: skip
+OPT = {
+    "model_type": "opt", "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "ffn_dim": 2048,
+    "vocab_size": 1024, "max_position_embeddings": 2048, "word_embed_proj_dim": 512,
+}  # fmt: skip
 MAMBA = {
     "model_type": "mamba2", "hidden_size": 512, "num_hidden_layers": 2, "num_heads": 16, "head_dim": 64, "n_groups": 2,
     "state_size": 64, "vocab_size": 1024, "time_step_limit": [0.0, {"__float__": "Infinity"}],
@@ -63,6 +67,7 @@ def test_a_class_with_attention_of_its_own_is_one_line(tmp_path: Path) -> None:
         ({"num_hidden_layers": -1}, "num_hidden_layers = -1: must be at least 1"),
         ({"vocab_size": 0}, "vocab_size = 0: must be at least 1"),
         ({"num_attention_heads": 0}, "transformers' class fails with its config"),
+        ({"num_experts_per_tok": 800}, "num_experts_per_tok = 800: must be at most the"),
         ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
         ({"quantization_config": "fp8"}, "quantization_config 'fp8': must be an object"),
         ({"quantization_config": {"quant_method": "odd"}}, "quant_method='odd' .* is not known; set quant to one of"),
@@ -101,12 +106,16 @@ def test_expert_counts_that_are_none(tmp_path: Path, content: str | None, messag
         tc.simulate("qwen3-30b-a3b", device="h100", routing=str(path))
 
 
-def test_matrices_that_are_not_cut_are_spoken_of(tmp_path: Path) -> None:
-    """GPT-NeoX derives its attention's widths from the hidden size. By hand: 4 H^2 of 4 H^2 + 8 H^2 stay whole."""
-    model = folder(tmp_path, NEOX)
+@pytest.mark.parametrize(
+    ("config", "largest"),
+    [(NEOX, "attention.query_key_value, attention.dense"), (OPT, "self_attn.k_proj, self_attn.v_proj")],
+)
+def test_matrices_that_are_not_cut_are_spoken_of(tmp_path: Path, config: dict[str, Any], largest: str) -> None:
+    """Both derive their attention's widths from the hidden size. By hand: 4 H^2 of 4 H^2 + 8 H^2 stay whole."""
+    model = folder(tmp_path, config)
     run = tc.simulate(model, device="h100", world_size=2, context=64)
     said = [note for note in run.notes if "whole on every tensor-parallel GPU" in note]
-    assert said and said[0].startswith("33 % of the linear weights (attention.query_key_value, attention.dense, ...)")
+    assert said and said[0].startswith(f"33 % of the linear weights ({largest}, ...)")
     assert not [note for note in tc.simulate(model, device="h100", context=64).notes if "tensor-parallel" in note]
     assert [note for note in tc.compare(model, **LOAD).notes if note == said[0]]
 

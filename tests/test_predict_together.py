@@ -55,7 +55,8 @@ def some_row(dice: random.Random) -> dict[str, Any]:
 def alone(run: Run) -> Served:
     """The run by the functions that serve one load."""
     mean = (1 + run.length_ratio) / 2
-    profiles = load_model(run.model), load_device(run.device), load_engine(run.engine)
+    engine = load_engine(run.engine)
+    profiles = load_model(run.model), load_device(run.device), engine if run.mode == "agg" else engine.in_pools()
     load = Load(
         max(1, round(run.isl * mean)), max(1, round(run.osl * mean)), np.array([run.concurrency / run.replicas]),
         run.prefix_cached, run.mtp_acceptance, (1 - run.length_ratio) / (1 + run.length_ratio), run.rounds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -82,6 +83,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app(prog_name="tensorcast")
     except BrokenPipeError:
@@ -92,6 +94,11 @@ def main() -> None:
         except BrokenPipeError:
             _reader_left()
         raise leaving from None
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """SIGTERM leaves as an error does: what is half written is removed, workers end."""
+    raise SystemExit(128 + number)
 
 
 def _reader_left() -> None:

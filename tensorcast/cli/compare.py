@@ -211,17 +211,21 @@ def _told(out: Path | None) -> Iterator[None]:
         raise
 
 
-_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "": 1.0, "min": 60.0}
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 
 
 def duration(flag: str, text: str | None) -> float | None:
-    """``2s``, ``50ms``, ``1.5`` (seconds) in seconds. Raises :class:`InputError` on anything else."""
+    """``2s``, ``50ms`` or ``1.5 s`` in seconds. Raises :class:`InputError` on anything else, a bare number as well:
+    50 may be meant as milliseconds."""
     if text is None:
         return None
     found = re.fullmatch(r"\s*(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*(us|ms|s|min|)\s*", text.lower())
     if not found or not 0 < float(found[1]) < math.inf:
-        raise InputError(f"{flag} {text!r}: must be a time, such as 2s, 500ms or 0.05 (seconds)")
-    return float(found[1]) * _UNITS[found[2]]
+        raise InputError(f"{flag} {text!r}: must be a time, such as 2s, 50ms or 0.05s")
+    number, unit = found.groups()
+    if not unit:
+        raise InputError(f"{flag} {text!r}: a time needs its unit: {number}ms or {number}s")
+    return float(number) * _UNITS[unit]
 
 
 def _names(text: str | None) -> list[str]:
@@ -250,6 +254,8 @@ def _prices(text: str | None) -> dict[str, float]:
     for part in _names(text):
         name, _, value = part.partition("=")
         try:
+            if not name:
+                raise ValueError
             prices[name] = float(value)
         except ValueError:
             raise InputError(f"--price {part!r}: must be DEVICE=USD per GPU hour, as in H200=2.5") from None
@@ -269,6 +275,8 @@ def read_layouts(path: Path) -> list[str]:
     except (yaml.YAMLError, UnicodeDecodeError) as reason:
         raise InputError(f"--layouts {path}: not YAML: {' '.join(str(reason).split())[:120]}") from None
     listed = document.get("layouts") if isinstance(document, dict) else document
+    if isinstance(document, dict) and (others := [key for key in document if key != "layouts"]):
+        raise InputError(f"--layouts {path}: {others[0]!r} is not known; it must be a list, or layouts: with one")
     if not isinstance(listed, list) or not listed:
         raise InputError(f"--layouts {path}: must be a list of layouts, such as [tp8, tp8-ep8]")
     words = ["-".join(f"{k}{v}" for k, v in one.items()) if isinstance(one, dict) else str(one) for one in listed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -83,17 +84,19 @@ def launch(
     """Print the commands that start MODEL in a layout, one per node, ready for a shell."""
     from tensorcast.api import device_profile
     from tensorcast.deploy.layout import ALL2ALL, check, parse_layout
+    from tensorcast.deploy.modelnames import named_model
     from tensorcast.deploy.options import Options
-    from tensorcast.profiles import load_model
+    from tensorcast.deploy.tables import traced_table
     from tensorcast.report.launch import launch as write
-    from tensorcast.report.launch import model_facts, script, with_room
+    from tensorcast.report.launch import script, with_room
 
     if role not in (None, "prefill", "decode"):
         raise InputError(f"--role {role!r}: must be prefill or decode")
     if all2all not in ALL2ALL:
         raise InputError(f"--all2all {all2all!r}: choose one of {', '.join(ALL2ALL)}")
-    profile, chosen, gpu = load_model(model), parse_layout(layout, world_size), device_profile(device)
-    check(chosen, model_facts(profile), gpu)
+    chosen, gpu = parse_layout(layout, world_size), device_profile(device)
+    profile, read_as = named_model(model)
+    check(chosen, traced_table(profile, role or "decode").facts, gpu)  # of a decoder: nothing else is traced
     options = Options(
         quant=quant, kv_dtype=kv_dtype, all2all=all2all, redundant_experts=redundant_experts, mtp_depth=mtp_depth,
         dual_batch_overlap=dual_batch_overlap,
@@ -105,6 +108,8 @@ def launch(
     if found.problem:
         raise InputError(f"{found.engine} {found.version} cannot run {chosen}: {found.problem}")
     found = with_room(found, profile, gpu, chosen, options, role, batch, input_len + output_len)
+    if read_as:
+        found = replace(found, notes=(*found.notes, read_as))
     if as_json:
         from tensorcast.report.rows import to_json
 

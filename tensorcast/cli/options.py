@@ -9,7 +9,8 @@ import typer
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, WORK
 
 Model = Annotated[str, typer.Argument(
-    help="Name (see [bold]tensorcast models[/bold]), profile file, or directory with a Hugging Face config.json.",
+    help="Name (see [bold]tensorcast models[/bold]), profile file, directory with a Hugging Face config.json, or a "
+    "shipped one's checkpoint, as nvidia/DeepSeek-R1-0528-NVFP4.",
     show_default=False,
 )]
 Device = Annotated[str, typer.Option(

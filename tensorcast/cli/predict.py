@@ -62,6 +62,8 @@ def predict(
             check_file(flag, path)
             if path.exists() and runs.exists() and path.samefile(runs):
                 raise InputError(f"{flag} {path}: is the table itself; give another name")
+    if out is not None and report is not None and out.resolve() == report.resolve():
+        raise InputError(f"--report {report}: is --out, too; give another name")
     with patience(str(runs), "predicting"):
         table = predict_file(runs, jobs)
         if not len(table):

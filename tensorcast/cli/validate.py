@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,7 +102,8 @@ def validate(
 ) -> None:
     """Run MODEL's kernels on this machine and compare them with what is predicted."""
     from tensorcast.api import device_profile
-    from tensorcast.profiles import load_engine, load_model
+    from tensorcast.deploy.modelnames import named_model
+    from tensorcast.profiles import load_engine
     from tensorcast.report.files import check_directory
     from tensorcast.report.rows import to_json
     from tensorcast.report.validation import headline, write_validation
@@ -115,8 +117,9 @@ def validate(
     if out is not None:
         check_directory(out)
     say = _progress()
+    profile, read_as = named_model(model)
     request = Request(
-        load_model(model), device_profile(device), load_engine(engine), tp=tp, dp=max(1, ep // tp), ep=ep, phase=phase,
+        profile, device_profile(device), load_engine(engine), tp=tp, dp=max(1, ep // tp), ep=ep, phase=phase,
         batch=numbers("--batch", batch), input_len=numbers("--input-len", input_len), context=context, layers=layers,
         quant=quant, shrink=shrink, effort=effort, end_to_end=end_to_end, out=out, say=say,
     )
@@ -124,6 +127,8 @@ def validate(
     say("")
     if result is None:  # another rank of torchrun tells
         return
+    if read_as:
+        result = replace(result, notes=(*result.notes, f"{read_as}."))
     written = []
     if out is not None:
         written = [*write_validation(result, out), *write_table(result.measurements(), out)]

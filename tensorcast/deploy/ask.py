@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 from tensorcast.cost.routing import Routing
@@ -41,8 +42,8 @@ def ask(
         if form not in FORMS:
             raise unknown_name("--form", form, FORMS)
     for name, value in (("--ttft", ttft_s), ("--tpot", tpot_s), ("--request-rate", request_rate)):
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"{name} {value}: must be more than 0")
+        if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+            raise InputError(f"{name} {value!r}: must be a number more than 0")
     if objective == "gpus" and request_rate is None:
         raise InputError("--objective gpus: say for how many requests per second, with --request-rate")
     if not 0 <= prefix_cached < max(1, input_len):

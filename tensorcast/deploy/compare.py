@@ -92,10 +92,17 @@ class Comparison:
             raise unknown_name("candidate", candidate, self.behind)
         number, prefill, decode = self.behind[candidate]
         scene = self.questions[number].scene
+        if candidate in self._in_pools:
+            scene = scene.in_pools()
         return (
             scene.deployment(prefill.layout, "prefill", prefill.prefill),
             scene.deployment(decode.layout, "decode", decode.decode),
         )
+
+    @cached_property
+    def _in_pools(self) -> frozenset[str]:
+        frame = self.candidates
+        return frozenset(frame["candidate"][frame["form"] == "disaggregated"])
 
     def load(self, candidate: str) -> Load:
         """What users send to a candidate."""

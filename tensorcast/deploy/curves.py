@@ -106,15 +106,23 @@ def sequences_that_fit(
 
     Engines that admit a request only if its whole reply has room count all of it, the others the mean over the reply.
     """
-    left = decode_budget(decode, input_len)
-    if prompts is not None:
-        left = np.minimum(left, prefill_budget(prefill, prompts))
-    return room(decode, left, sequence_bytes(decode, input_len, output_len))
+    (left, buffers), each = decode_budget(decode, input_len), sequence_bytes(decode, input_len, output_len)
+    fits = room(decode, left, each + buffers)
+    return fits if prompts is None else np.minimum(fits, room(decode, prefill_budget(prefill, prompts), each))
 
 
-def decode_budget(decode: Deployment, input_len: int) -> Any:
-    """What decode steps leave for the cache."""
-    return decode.memory(1, 1, input_len).cache_budget
+SEVERAL = 256
+"""Sequences of a decode step by which its buffers' growth is told: a sum of terms that nearly all grow evenly."""
+
+
+def decode_budget(decode: Deployment, input_len: int) -> tuple[Any, Any]:
+    """What decode steps leave for the cache, and how much of it the buffers of each of their sequences take: live
+    activations and what the MoE exchange receives, where they share memory with the cache."""
+    one = decode.memory(1, 1, input_len).cache_budget
+    if decode.engine.memory_covers == "weights_and_cache":
+        return one, 0.0
+    buffers = (one - decode.memory(SEVERAL, 1, input_len).cache_budget) / (SEVERAL - 1)
+    return one + buffers, buffers
 
 
 def prefill_budget(prefill: Deployment, prompts: PrefillLine) -> Any:

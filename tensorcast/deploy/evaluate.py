@@ -7,6 +7,7 @@ same steady state, only with more than one entry per array (``tests/test_compare
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,7 +29,7 @@ from tensorcast.deploy.curves import (
     under_load,
 )
 from tensorcast.deploy.fleet import Memo, fleet
-from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.overlap import Overlap
 from tensorcast.deploy.plan import choose_all2all
@@ -41,7 +42,7 @@ from tensorcast.deploy.points import (
 from tensorcast.deploy.serving import Load
 from tensorcast.deploy.simulate import Deployment, deploy
 from tensorcast.deploy.space import LARGEST_BATCH, Variant
-from tensorcast.deploy.tables import shared_form
+from tensorcast.deploy.tables import shared_form, traced_table
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
@@ -60,6 +61,9 @@ class Scene:
     def own_chunk(self) -> int:
         """Prompt tokens per step and rank where they are not searched; launch commands say so."""
         return self.engine.tokens_per_step(self.device)
+
+    def in_pools(self) -> Scene:
+        return replace(self, engine=self.engine.in_pools())
 
     def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
         return deploy(self.model, self.device, self.engine, layout, phase, options)
@@ -125,6 +129,13 @@ def _columns(values: list[Any], members: int) -> Array:
     return np.hstack([np.broadcast_to(value, (members, 1)) for value in values])
 
 
+def _put(values: Array, rows: list[int], others: Array) -> Array:
+    """``values`` with ``others`` at ``rows``."""
+    values = values.copy()
+    values[rows] = others
+    return values
+
+
 _Member = tuple[Layout, Options, Options]
 
 
@@ -179,6 +190,30 @@ class Workshop:
             left = self._price_prefill(list(members), settings, rows)
             self._price_decode(list(members), settings, rows, left)
 
+    def in_pools(self) -> Workshop:
+        """The variants as pools of disaggregated serving run them: those whose prompts are captured only where one
+        server has both phases are priced again."""
+        scene = self.scene.in_pools()
+        if scene.engine is self.scene.engine:
+            return self
+        experts = traced_table(scene.model, "prefill").facts["num_experts"]
+        captured = functools.cache(
+            lambda layout: self.scene.engine.prefill_graph_tokens(
+                scene.device, attention_dp(layout, experts), layout.pp, scene.model.config
+            )
+        )
+        rows = [i for i, v in enumerate(self.variants) if captured(v.layout)]
+        own, pools = self.lines, copy.copy(self)
+        pools.scene = scene
+        if rows:
+            again = Workshop(scene, [self.variants[i] for i in rows], (scene.own_chunk,))
+            again.price()
+            columns = {name: _put(values, rows, again.lines.columns[name]) for name, values in own.columns.items()}
+            pools.prompts = {**self.prompts, scene.own_chunk: replace(own, columns=columns)}
+            pools.room_decode = _put(self.room_decode, rows, again.room_decode)
+            pools.room_prefill = _put(self.room_prefill, rows, again.room_prefill)
+        return pools
+
     def _fleet(self, members: list[_Member], phase: str) -> tuple[Deployment, tuple[Any, ...]]:
         """The members as one deployment, and what its memory hangs on: overlap changes none, and no member's plan."""
         made = []
@@ -214,20 +249,21 @@ class Workshop:
         for name, values in decode_columns(price, decode).items():
             whole = np.broadcast_to(values, (shape[0], shape[1] * shape[2])).reshape(shape)
             self.curves[name][rows[there]] = whole[there]
-        steps, each = np.empty((2, *rows.shape))
+        steps, buffers, each = np.empty((3, *rows.shape))
         for i, setting in enumerate(settings):
             number = self._numbers.setdefault((*held, setting.kv_dtype, setting.mtp_depth), len(self._fleets))
             if number == len(self._fleets):
                 self._fleets.append(with_setting(decode, kv[i], setting.mtp_depth))
             one = self._fleets[number]
             leaving = self._cache_budget(held, one, setting.mtp_depth, lambda: decode_budget(one, load.input_len))  # noqa: B023
-            steps[:, i : i + 1] = leaving
+            steps[:, i : i + 1], buffers[:, i : i + 1] = leaving
             each[:, i : i + 1] = sequence_bytes(one, load.input_len, load.output_len)
             mine = there[:, i]
             self._fleet_of[rows[mine, i]], self._member_of[rows[mine, i]] = number, np.flatnonzero(mine)
-        self.room_decode[rows[there]] = room(decode, steps, each)[there]
+        fits = room(decode, steps, each + buffers)
+        self.room_decode[rows[there]] = fits[there]
         for budget, prefilling in left.items():
-            self.prompts[budget].fits[rows[there]] = room(decode, np.minimum(steps, prefilling), each)[there]
+            self.prompts[budget].fits[rows[there]] = np.minimum(fits, room(decode, prefilling, each))[there]
 
     def _price_prefill(self, members: list[_Member], settings: list[_Setting], rows: Array) -> dict[int, Array]:
         """Prefill lines; what a full step of each budget leaves for the cache, ``[members, settings]``."""

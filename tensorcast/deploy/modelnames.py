@@ -1,12 +1,17 @@
-"""Models as tables of runs write them: ``nvidia/DeepSeek-R1-0528-FP4-v2`` is a shipped profile and a precision."""
+"""Models as people write them: ``nvidia/DeepSeek-R1-0528-FP4-v2`` is a shipped profile and a precision."""
 
 from __future__ import annotations
 
 import functools
+import os
 import re
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 from tensorcast.errors import InputError
+from tensorcast.modeling.quantization import Quantization, checkpoint
+from tensorcast.profiles import list_models, load_model
+from tensorcast.profiles.model import ModelProfile
 
 SCHEME_OF = {
     "bf16": "bf16", "bfloat16": "bf16", "fp16": "bf16", "float16": "bf16", "half": "bf16", "auto": "", "default": "",
@@ -23,37 +28,73 @@ _SUFFIX = re.compile(
 )
 
 
-def model_facts(name: str, assumed: list[str]) -> tuple[str, dict[str, Any]]:
-    """Profile name of a model and what reading a row needs of it: whether it has experts, its own precision."""
-    profile, facts = _model_facts(name)
-    if profile.casefold() != name.casefold() and facts["near"]:
-        assumed.append(f"model {profile}")
-    return profile, facts
+BITS = {"bf16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "nvfp4": 4, "mxfp4": 4, "w4a16": 4, "w4a16_g32": 4}
+INTEGER = ("int8", "w4a16", "w4a16_g32")
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a name stands for: a profile, and of a checkpoint that has none of its own the precision in its name."""
+
+    profile: ModelProfile
+    near: bool
+    precision: str
+
+    @functools.cached_property
+    def num_experts(self) -> int:
+        keys = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+        return next((self.profile.text_config[key] for key in keys if self.profile.text_config.get(key)), 0)
+
+    @functools.cached_property
+    def _stored(self) -> Quantization:
+        return checkpoint(self.profile)
+
+    def quant(self, linear: str | None, experts: str | None) -> str | None:
+        """Precisions that are keys of :data:`SCHEME_OF` as an option; None for those that the profile ships in.
+
+        A model that ships in as many bits, integers or floats alike, runs as shipped: block scales, layers in bf16.
+        """
+        native = (self._stored.experts if self.num_experts else self._stored.linear).name
+        parts = []
+        for part, said in (("linear", linear), ("experts", experts)):
+            scheme = SCHEME_OF[said.lower()] if said else ""
+            if scheme and (BITS[scheme], scheme in INTEGER) != (BITS.get(native), native in INTEGER):
+                parts.append(f"{part}={scheme}")
+        return ",".join(parts) or None
 
 
 @functools.lru_cache(maxsize=256)
-def _model_facts(name: str) -> tuple[str, dict[str, Any]]:
-    from tensorcast.modeling.quantization import checkpoint
-    from tensorcast.profiles import load_model
-
+def understand(name: str) -> Named:
+    """The profile of a name, path or alias; failing that, the shipped one of the same name but for owner, fine-tuning
+    and precision. Raises :class:`InputError` with the known names."""
     try:
-        found, named, near, model = name, "", False, load_model(name)
+        return Named(load_model(name), False, "")
     except InputError:
-        (found, named), near = _nearest(name), True
-        model = load_model(found)
-    text = model.config.get("text_config") or model.config
-    keys = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
-    experts = next((text[key] for key in keys if text.get(key)), 0)
-    quantization = checkpoint(model)
-    own = {"linear": quantization.linear.name, "experts": quantization.experts.name}
-    facts = {"num_experts": experts, "own": own, "near": near, "named": named, "positions": model.max_positions}
-    return found if near else name, facts
+        near = _nearest(name)
+        if near is None:
+            raise
+        return Named(load_model(near), True, _named_precision(name))
 
 
-def _nearest(name: str) -> tuple[str, str]:
-    """A shipped model of the same name but for owner, fine-tuning and precision, and the precision that ``name`` says
-    (empty: none); else the error that says so."""
-    from tensorcast.profiles import list_models, load_model
+def named_model(name: str) -> tuple[ModelProfile, str]:
+    """The profile that a command's ``name`` stands for, stored as the name says, and a line on what was understood.
+
+    The line is empty where the name is a profile's own. A path must be there.
+    """
+    if name.startswith((".", "~", os.sep)) or Path(name).exists():
+        return load_model(name), ""
+    named = understand(name)
+    profile = load_model(named.profile.name if named.near else name)  # one's own, to keep
+    if not named.near:
+        return profile, ""
+    stored = named.quant(named.precision, named.precision)
+    said = f"; stored in {SCHEME_OF[named.precision]}, as the name says" if stored else ", as it ships"
+    changed = {"hf_id": name} | ({"quantization": stored} if stored else {})
+    return profile.model_copy(update=changed), f"{name} is read as {profile.name}{said}"
+
+
+def _nearest(name: str) -> str | None:
+    """A shipped model of the same name but for owner, fine-tuning and precision."""
 
     def stem(text: str) -> str:
         text = text.rstrip("/").rpartition("/")[2].casefold().replace("_", "-").replace("meta-llama-3", "llama-3")
@@ -62,14 +103,14 @@ def _nearest(name: str) -> tuple[str, str]:
         return text
 
     def stems(model: str) -> set[str]:
-        profile = load_model(model)
+        try:
+            profile = load_model(model)
+        except InputError:  # one's own, broken: whoever names it is told
+            return set()
         return {stem(text) for text in (model, profile.hf_id, *profile.aliases)}
 
     wanted = stem(name)
-    same = [model for model in list_models() if wanted in stems(model)]
-    if not same:
-        load_model(name)  # raises, with the known names
-    return min(same, key=len), _named_precision(name)
+    return min((model for model in list_models() if wanted in stems(model)), key=len, default=None)
 
 
 def _named_precision(name: str) -> str:

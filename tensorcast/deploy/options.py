@@ -54,7 +54,7 @@ def _numbers(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) ->
         if getattr(o, flag) < 0:
             return f"--{flag.replace('_', '-')} {getattr(o, flag)} must be at least 0"
     if o.fusion not in ("engine", "none"):
-        return f"--fusion {o.fusion!r} must be engine or none"
+        return f"--fusion {o.fusion!r}: must be engine or none"
     return ""
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tensorcast.errors import InputError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -41,13 +47,53 @@ def spread(
         return _on_dask(work, tasks, executor)
     if jobs == 1 or len(tasks) < 2:
         return [work(task) for task in tasks]
+    return _in_processes(work, tasks, min(jobs, len(tasks)))
+
+
+def _in_processes(work: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> list[Result]:
+    """Whatever ends this process, or this call, ends its workers."""
     import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
     # a fresh interpreter imports in a second; a forked one would share the parent's threads
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context) as pool:
-        return list(pool.map(work, tasks))
+    lease, held = context.Pipe(duplex=False)
+    with lease, held, ProcessPoolExecutor(jobs, context, initializer=_work_until_closed, initargs=(lease,)) as pool:
+        try:
+            with _interrupts_held_back():
+                answers = [pool.submit(work, task) for task in tasks]
+            return [answer.result() for answer in answers]
+        except BrokenProcessPool:
+            raise InputError(f"--jobs {jobs}: a process was killed, perhaps for want of memory; try fewer") from None
+        except BaseException:
+            held.close()  # nobody waits for what is still under way
+            raise
+
+
+def _work_until_closed(lease: Connection) -> None:
+    """A worker's first act: to see to it that it ends once its parent has closed the other end of ``lease``, by will
+    or by dying. Ctrl-C goes to every process of a terminal; the parent answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        with suppress(OSError):
+            lease.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits; a process that is started meanwhile gets none, not even while it imports."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    was = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, was)
 
 
 def note(questions: int, jobs: int = 1, executor: str | None = None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ SERVING_ERROR = {"ttft_s": 0.38, "tpot_s": 0.13}
 """Relative median error that the serving model adds to the steps' (scheduling, launch options that nobody recorded).
 Set so that about four in five of the runs behind ``reports/serving.md`` lie in their intervals, on all of them, none
 left out: the report says how many do."""
+
+UNREAD = "is no number and is not scored"
+"""What is said of a measured cell that is not read."""
 
 AT_ONCE = 512
 """Rows of one model that are served together at most: some hundred megabytes."""
@@ -57,18 +61,18 @@ def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
     """
     import pandas as pd
 
-    runs, problems = read_runs(table)
+    ours = canonical_columns(table)
+    runs, problems = read_runs(table, ours)
     parts = stretches(runs, jobs)
     results = spread(_serve, parts, jobs if len(table) >= FEW else 1)
     records: list[dict[str, Any]] = [{"problem": problem} for problem in problems]
     for stretch, served in zip(parts, results, strict=True):
         for (index, run), record in zip(stretch, served, strict=True):
             records[index] = {"layout": run.layout, "gpus": run.gpus, **record, "assumed": "; ".join(run.assumed)}
-    measured, unread = measured_columns(table)
+    measured, unread = measured_columns(table, ours)
     for record, said in zip(records, unread, strict=True):
         record["assumed"] = (record.get("assumed", "") + said).removeprefix("; ")
     out = pd.DataFrame(records, columns=_columns(), index=table.index)
-    ours = canonical_columns([str(name) for name in table.columns])
     kept = table.drop(columns=[c for c in table.columns if c in out.columns or ours.get(str(c)) in measured.columns])
     return pd.concat([kept, measured, out], axis=1)
 
@@ -87,9 +91,11 @@ def bound(name: str, side: str) -> str:
     return f"{stem}_{side}{unit}"
 
 
-def read_runs(table: pd.DataFrame) -> tuple[list[Run | None], list[str]]:
-    """The run of every row and what keeps it from being read: either is there. Raises where no row can be read."""
-    ours = canonical_columns([str(name) for name in table.columns])
+def read_runs(table: pd.DataFrame, ours: Mapping[Any, str]) -> tuple[list[Run | None], list[str]]:
+    """The run of every row and what keeps it from being read: either is there. Raises where no row can be read.
+
+    ``ours``: the table's :func:`canonical_columns`.
+    """
     if "model" not in ours.values() or "device" not in ours.values():
         raise InputError(f"the table needs columns model and device, has {', '.join(map(str, table.columns))}")
     stated = frozenset(name.strip().lower() for name in ours)
@@ -155,17 +161,17 @@ def _record(served: Served, run: Run) -> dict[str, Any]:
     return record | {f"share_{kind}": share for kind, share in served.evidence.items()}
 
 
-def measured_columns(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+def measured_columns(table: pd.DataFrame, ours: Mapping[Any, str]) -> tuple[pd.DataFrame, list[str]]:
     """Measured columns as numbers, in seconds, under our names; and for each row the cells that are no number."""
     import pandas as pd
 
     found, unread = {}, [""] * len(table)
-    for name, column in canonical_columns([str(name) for name in table.columns]).items():
+    for name, column in ours.items():
         if column in MEASURED:
             values = [_number(cell) for cell in table[name]]
             for i, (value, cell) in enumerate(zip(values, table[name], strict=True)):
                 if value is None:
-                    unread[i] += f"; {name} {cell!r} is no number and is not scored"
+                    unread[i] += f"; {name} {cell!r} {UNREAD}"
             unit = 1e3 if name.strip().lower().endswith("_ms") else 1.0
             found[column] = [math.nan if value is None else value / unit for value in values]
     return pd.DataFrame(found, index=table.index, dtype=float), unread

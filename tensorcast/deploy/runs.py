@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.modelnames import SCHEME_OF, model_facts
+from tensorcast.deploy.modelnames import SCHEME_OF, Named, understand
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles import load_device
@@ -88,8 +88,6 @@ TensorRT-LLM with an FP8 cache where weights are FP8 (its own FP8 checkpoints as
 MANY_USERS = 16
 """Users from which those scripts let SGLang look for requests more rarely."""
 
-BITS = {"bf16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "nvfp4": 4, "mxfp4": 4, "w4a16": 4, "w4a16_g32": 4}
-INTEGER = ("int8", "w4a16", "w4a16_g32")
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 _NOTHING = ("", "nan", "none", "null", "na", "n/a", "-")
 
@@ -131,8 +129,9 @@ class Run:
         return f"{self.workers[0]}x {self.prefill} + {self.workers[1]}x {self.decode}"
 
 
-def canonical_columns(names: list[str]) -> dict[str, str]:
-    """Our name of every column that has one, keyed by the table's name. Raises where two columns mean the same."""
+def canonical_columns(table: Iterable[Any]) -> dict[str, str]:
+    """Our name of every column of a table that has one, keyed by the table's. Raises where two mean the same."""
+    names = [str(name) for name in table]
     known: dict[str, str] = {}
     for name, (_, _, others) in COLUMNS.items():
         known |= dict.fromkeys((name, *others), name)
@@ -166,10 +165,13 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     mode = {"aggregated": "agg", "disaggregated": "disagg", "pd": "disagg"}.get(m := cells.text("mode").lower(), m)
     if mode not in ("agg", "disagg"):
         raise InputError(f"mode {mode!r}: must be agg or disagg")
-    profile, facts = model_facts(model, cells.assumed)
+    named = understand(model)
+    profile = named.profile.name if named.near else model
+    if named.near and profile.casefold() != model.casefold():
+        cells.assumed.append(f"model {profile}")
     roles = ("", "") if mode == "agg" else ("prefill_", "decode_")
     record = "moe_ep_size" in stated and ("dp" in cells.cells or "prefill_dp" in cells.cells)
-    prefill, decode = (_layout(cells, role, facts, record and mode == "agg") for role in roles)
+    prefill, decode = (_layout(cells, role, named.num_experts, record and mode == "agg") for role in roles)
     concurrency = cells.number("concurrency", None)
     workers = (1, 1) if mode == "agg" else _workers(cells, concurrency)
     if concurrency is None:
@@ -183,11 +185,11 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     if not 0 < ratio <= 1:
         raise InputError(f"length_ratio {ratio:g}: must be more than 0 and at most 1")
     isl, osl = cells.whole("isl"), cells.whole("osl")
-    if facts["positions"] and isl + osl > facts["positions"]:
-        raise InputError(f"context length: isl + osl = {isl + osl}, but the model has {facts['positions']} positions")
+    if problem := named.profile.too_long(isl + osl):
+        raise InputError(f"context length: {problem}")
     chunk = cells.number("chunk_tokens", None)
     options = Options(
-        quant=_quant(cells, facts),
+        quant=_quant(cells, named),
         kv_dtype=_kv(cells, engine, stated),
         routing=cells.text("routing"),
         all2all=cells.text("all2all"),
@@ -289,11 +291,11 @@ def is_empty(value: Any) -> bool:
     return isinstance(value, str) and value.strip().lower() in _NOTHING
 
 
-def _layout(cells: _Cells, role: str, facts: dict[str, Any], record: bool) -> Layout:
+def _layout(cells: _Cells, role: str, num_experts: int, record: bool) -> Layout:
     """Layout of a row's sizes. ``record``: the sizes may be those of a benchmark record that multiplies them twice."""
     tp, dp, pp = (cells.whole(name, role) for name in ("tp", "dp", "pp"))
     ep, etp = (int(cells.number(name, 0, role)) or None for name in ("ep", "moe_tp"))
-    if not facts["num_experts"]:
+    if not num_experts:
         return Layout(tp * dp * pp, tp, dp, 1, pp)
     if record and ep and (twice := counted_twice(tp, dp, etp or 1, ep)):
         tp, dp, etp, ep = twice
@@ -321,27 +323,17 @@ def counted_twice(tp: int, dp: int, etp: int, ep: int) -> tuple[int, int, int, i
     return None
 
 
-def _quant(cells: _Cells, facts: dict[str, Any]) -> str | None:
-    """Scheme of linears and experts, as an option; the model's own where it has as many bits as the row asks
-    for, integers or floats alike; without a column, what the model's name says."""
+def _quant(cells: _Cells, named: Named) -> str | None:
+    """Scheme of linears and experts, as an option; without a column, what the model's name says."""
     whole = cells.text("precision", None)
-    if whole is None and facts["named"] and not cells.text("gemm_precision", cells.text("moe_precision", None)):
-        whole = facts["named"]
+    if whole is None and named.precision and not cells.text("gemm_precision", cells.text("moe_precision", None)):
+        whole = named.precision
         cells.assumed.append(f"precision {whole} (in the model's name)")
-    parts = []
-    for part, column in (("linear", "gemm_precision"), ("experts", "moe_precision")):
-        said = cells.text(column, None) or whole
-        if said is None:
-            continue
-        scheme = SCHEME_OF.get(str(said).lower())
-        if scheme is None:
-            raise unknown_name(column if cells.text(column, None) else "precision", str(said), SCHEME_OF)
-        own = facts["own"]
-        # a model that ships in these bits runs as shipped: block scales, layers left in bf16
-        native = own["experts"] if facts["num_experts"] else own["linear"]
-        if scheme and (BITS[scheme], scheme in INTEGER) != (BITS.get(native), native in INTEGER):
-            parts.append(f"{part}={scheme}")
-    return ",".join(parts) or None
+    said = [cells.text(column, None) or whole for column in ("gemm_precision", "moe_precision")]
+    for column, precision in zip(("gemm_precision", "moe_precision"), said, strict=True):
+        if precision is not None and precision.lower() not in SCHEME_OF:
+            raise unknown_name(column if cells.text(column, None) else "precision", precision, SCHEME_OF)
+    return named.quant(*said)
 
 
 def _kv(cells: _Cells, engine: str, stated: frozenset[str]) -> str | None:

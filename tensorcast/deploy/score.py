@@ -61,7 +61,7 @@ def named(table: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    frame = table.rename(columns=canonical_columns([str(name) for name in table.columns]))
+    frame = table.rename(columns=canonical_columns(table))
     for name in ("model", "device", "engine", "mode"):
         text = frame[name].astype(str).str.strip() if name in frame else pd.Series("", index=frame.index)
         frame[name] = text.replace("", COLUMNS[name][1] or "")

@@ -143,7 +143,9 @@ def answer(question: Question) -> Answer:
     limits = question.ttft_s, question.tpot_s
     for form in question.forms:
         points, slow = (
-            aggregated(workshop, limits) if form == "aggregated" else disaggregated(workshop, question.gpus, limits)
+            aggregated(workshop, limits)
+            if form == "aggregated"
+            else disaggregated(workshop.in_pools(), question.gpus, limits)
         )
         if slow:
             pruned[NO_PACE] += slow

@@ -284,7 +284,8 @@ def _enough(deployment: Deployment, workload: Workload) -> str:
     if least is None:
         return f"no number of {device.name} holds it"
     if least <= deployment.layout.world_size:
-        return f"{least} {device.name} hold it in another layout (tensorcast compare finds it)"
+        fewer = "with fewer --redundant-experts, or " if options.redundant_experts else ""
+        return f"{least} {device.name} hold it {fewer}in another layout (tensorcast compare finds it)"
     return f"it needs at least {least} {device.name}"
 
 

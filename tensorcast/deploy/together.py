@@ -117,7 +117,7 @@ class _Deployed:
     def __call__(self, run: Run, layout: Layout, phase: str) -> Deployment:
         # drafting is the decode step's
         options = replace(run.options, mtp_depth=0) if phase == "prefill" and run.options.mtp_depth else run.options
-        key = run.model, run.device, run.engine, layout, phase, options
+        key = run.model, run.device, run.engine, run.mode != "agg", layout, phase, options
         if key not in self._made:
             self._made[key] = self._make(*key)
         found = self._made[key]
@@ -126,10 +126,12 @@ class _Deployed:
         return found
 
     def _make(
-        self, model: str, device: str, engine: str, layout: Layout, phase: str, options: Options
+        self, model: str, device: str, engine: str, pools: bool, layout: Layout, phase: str, options: Options
     ) -> Deployment | InputError:
         try:
-            return deploy(_model(model), _device(device), self._engine(engine), layout, phase, options)
+            served = self._engine(engine)
+            served = served.in_pools() if pools else served
+            return deploy(_model(model), _device(device), served, layout, phase, options)
         except InputError as error:
             return error
 

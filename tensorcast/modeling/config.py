@@ -50,6 +50,7 @@ WIDTHS = (
     "shared_experts_intermediate_size",
     "share_expert_dim",
     "ffn_hidden_size",
+    "ffn_dim",
     "expert_ffn_hidden_size",
     "dense_intermediate_size",
     "prefix_dense_intermediate_size",
@@ -84,6 +85,10 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
         value = field(text_config, size)
         if isinstance(value, int) and value < 1:
             raise InputError(f"model {profile.name}: {size} = {value}: must be at least 1")
+    chosen = field(text_config, "num_experts_per_tok", "moe_k", "top_k_experts")
+    experts = field(text_config, "n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+    if isinstance(chosen, int) and isinstance(experts, int) and chosen > experts > 0:
+        raise InputError(f"model {profile.name}: num_experts_per_tok = {chosen}: must be at most the {experts} experts")
     # An index into a vocabulary that sharding makes smaller; it shapes no op. Some configs insist on an integer.
     object.__setattr__(text_config, "pad_token_id", None)
     return text_config

@@ -107,10 +107,14 @@ def from_config(config: dict[str, Any], kv: str = "bf16") -> Quantization:
 
 
 def checkpoint(model: ModelProfile) -> Quantization:
-    """How a model is stored as shipped: as its profile says, else as its config does."""
-    if model.quantization:
-        return override(Quantization(kv=model.kv_dtype), model.quantization)
-    return from_config(model.config, model.kv_dtype)
+    """How a model is stored as shipped: in the schemes that its profile says, else as its config does."""
+    try:
+        found = from_config(model.config, model.kv_dtype)
+    except InputError:
+        if not model.quantization:
+            raise
+        found = Quantization(kv=model.kv_dtype)
+    return override(found, model.quantization)
 
 
 def _scheme_name(method: str, said: dict[str, Any]) -> str:

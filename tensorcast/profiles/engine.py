@@ -186,6 +186,12 @@ class EngineProfile(Frozen):
             return 0
         return self.prefill_graphs.largest(device, dp, pp, config, self.tokens_per_step(device, dp))
 
+    def in_pools(self) -> EngineProfile:
+        """The profile of a server that runs one phase, the other being another's."""
+        if self.prefill_graphs is None or self.prefill_graphs.pools:
+            return self
+        return self.model_copy(update={"prefill_graphs": None})
+
     def overhead(self, device: str) -> Overhead:
         """Of a step on ``device``, a profile's name: as fitted there, else in general, else as published."""
         request_s = 0.0 if self.request_overhead_s is None else float(self.request_overhead_s)

@@ -70,6 +70,7 @@ class PrefillGraphs(Frozen):
     max_tokens: int | None = Field(default=None, description="of a step; none: as many as a step may have")
     latent_max_tokens: int | None = Field(default=None, description="the same where attention is MLA")
     ranges: tuple[tuple[int, int | None, int], ...] = Field(description="first, last (none: the most), step of sizes")
+    pools: bool = Field(default=True, description="also on servers of one phase, in disaggregated serving")
     one_stage: bool = Field(default=False, description="neither data-parallel attention nor pipeline stages")
     text_only: bool = Field(default=False, description="not in models that also see or hear")
     vendors: tuple[str, ...] = ()

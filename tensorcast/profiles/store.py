@@ -113,11 +113,13 @@ def _path_of(kind: str, text: str) -> Path:
         return found
     path = Path(text).expanduser()
     folder = " or a directory with a Hugging Face config.json" if kind == "model" else ""
-    if path.exists() and _is_path(text):
+    if path.is_file() or (path.exists() and _is_path(text)):
         what = "a directory" if path.is_dir() else "a file of another kind"
         raise InputError(f"{kind} {text}: is {what}; give a name, a profile (NAME.yaml){folder}")
     if text.startswith((".", "~", os.sep)):
         raise InputError(f"{kind} {text}: no such file or directory")
+    if not text:
+        raise InputError(f"{kind}: the name is empty; `tensorcast {kind}s` lists them")
     unread = _unreadable(kind)  # one of these may have had the name among its aliases
     raise InputError("; ".join([str(unknown_name(kind, text, _names(kind))), *unread]))
 

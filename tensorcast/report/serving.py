@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tensorcast.deploy.predict import UNREAD
 from tensorcast.deploy.score import named
 from tensorcast.report.figures import COLOURS, save
 from tensorcast.report.serving_causes import Lines, fits, headline, markdown, percent, remaining
@@ -50,6 +51,8 @@ def print_summary(table: pd.DataFrame, summary: dict[str, Any], console: Console
     console.print(f"{summary['predicted']} of {summary['rows']} rows predicted")
     for problem, count in summary["problems"].items():
         console.print(f"  {count} x {problem}", style="yellow")
+    if unread := int(table["assumed"].astype(str).str.contains(UNREAD, regex=False).sum()):
+        console.print(f"  {unread} x a measured cell {UNREAD} (which: column assumed)", style="yellow")
     if rows:
         shown = Table(box=None, pad_edge=False)
         for head in ("model", "device", "engine", "layout", "users", "TTFT ms", "TPOT ms", "tokens/s"):
@@ -101,8 +104,9 @@ def _tables(summary: dict[str, Any]) -> Iterable[tuple[str, list[str], Lines]]:
             cells += [*(_ratio(found[name].get("ratio")) for name in names)]
             if any(found[name]["rows"] for name in names):
                 lines.append([*cells, str(max(found[name]["rows"] for name in names))])
-        short = [WORDS[name] for name in names]
-        yield f"By {column}", [column, *(f"{s}, median" for s in short), *(f"{s}, ratio" for s in short), "rows"], lines
+        head = [column, *(f"{WORDS[name]}, {what}" for what in ("median", "ratio") for name in names), "rows"]
+        if lines:
+            yield f"By {column}", head, lines
 
 
 def _cells(e: dict[str, Any]) -> list[str]:

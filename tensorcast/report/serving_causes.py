@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tensorcast.deploy.causes import causes
+from tensorcast.deploy.attribution import attribute
 from tensorcast.deploy.score import errors, left_out
 from tensorcast.errors import InputError
 from tensorcast.profiles import load_engine
@@ -124,7 +124,7 @@ def _ms(seconds: float | None) -> str:
 
 def remaining(frame: pd.DataFrame) -> list[str]:
     """What the error on rows left out is made of."""
-    found = causes(frame)
+    found = attribute(frame)
     if not found:
         return []
     parts = sorted(found["parts"].items(), key=lambda item: -item[1]["share"])

@@ -199,7 +199,7 @@ def fit_path(path: str, width: int) -> str:
 def _foot(shown: list[dict[str, Any]], t: dict[str, Any], width: int) -> RenderableType:
     """What the letters mean, and the notes."""
     lines = []
-    if width < WITH_UNITS:
+    if shown and width < WITH_UNITS:
         said = {"m": "measured", "c": "calibrated", "d": "datasheet"}
         used = {row["evidence"][:1] for row in shown}
         lines.append("n calls per step; e evidence: " + ", ".join(f"{k} {v}" for k, v in said.items() if k in used))
@@ -209,7 +209,5 @@ def _foot(shown: list[dict[str, Any]], t: dict[str, Any], width: int) -> Rendera
         lines.append(f"pipeline: rows are one micro-batch on its way through all {t['pp']} stages")
     if width >= WITH_SHAPE and (legend := words.legend(words.shape(row, t) for row in shown)):
         lines.append(legend)
-    text = Text("\n".join(lines), style="dim")
-    for note in t["notes"]:
-        text.append(f"\nnote: {note}", style="default")
-    return text
+    texts = [Text(line, style="dim") for line in lines]
+    return Text("\n").join([*texts, *(Text(f"note: {note}") for note in t["notes"])])

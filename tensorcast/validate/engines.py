@@ -78,10 +78,10 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
     written, ``mode, measured_tpot_s, measured_ttft_s``, ``users`` (requests per data-parallel rank), ``even`` (may be
     fitted to), ``stated`` (no workers assumed), ``same`` (a number per measured run).
     """
-    runs, _ = predict.read_runs(table)
+    ours = canonical_columns(table)
+    runs, _ = predict.read_runs(table, ours)
     read = pd.Series([run is not None for run in runs], index=table.index)
-    measured, _ = predict.measured_columns(table)
-    ours = canonical_columns([str(name) for name in table.columns])
+    measured, _ = predict.measured_columns(table, ours)
     frame = named(table.drop(columns=[name for name, column in ours.items() if column in measured]))
     frame = frame.assign(**measured, layout=[run.layout if run else "" for run in runs])
     out = frame.reindex(columns=["model", "mode", "measured_tpot_s", "measured_ttft_s"])[read]

@@ -11,7 +11,7 @@ from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options, option_facts
 from tensorcast.deploy.runnable import Case, engine_can_run
 from tensorcast.deploy.simulate import deploy, memory_share
-from tensorcast.errors import InputError
+from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, checkpoint, override
 from tensorcast.profiles import load_engine
 from tensorcast.profiles.device import DeviceProfile
@@ -71,14 +71,15 @@ def launch(
     ``prefill`` are options of the same server's prefill where they differ. What the engine cannot run is a ``problem``;
     bad arguments and unknown engines raise :class:`InputError`.
     """
-    profile = load_engine(engine)
+    profile = _served(engine, role)
     table = load_launch_table(profile.name)
     _check(batch=batch, input_len=input_len, output_len=output_len, gpus_per_node=gpus_per_node)
     if role not in ROLES:
         raise InputError(f"role {role!r}: choose prefill, decode or none")
     case = Case(table.name, layout, model_facts(model_profile), options, gpus_per_node, prefill)
     problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill)
-    problem = problem or _too_long(model_profile, input_len + output_len)
+    if not problem and (long := model_profile.too_long(input_len + output_len)):
+        problem = f"context length: {long}"
     have = checkpoint(model_profile)
     want = override(have, options.quant)
     problem = problem or _not_quantizable(table, have, want)
@@ -103,8 +104,9 @@ def with_room(
     Raises :class:`InputError` where not even one fits. Traces the model, unless its trace is cached.
     """  # fmt: skip
     phase = "prefill" if role == "prefill" else "decode"
-    one = deploy(model, device, load_engine(found.engine), layout, phase, options)
-    fits = int(room(one, decode_budget(one, length - 1), one.held(1.0, length)[1]))
+    one = deploy(model, device, _served(found.engine, role), layout, phase, options)
+    left, buffers = decode_budget(one, length - 1)
+    fits = int(room(one, left, one.held(1.0, length)[1] + buffers))
     if fits < 1:
         memory = one.memory(1, 1, length - 1)
         raise InputError(
@@ -115,6 +117,10 @@ def with_room(
         return found
     note = f"memory holds {fits} of {batch} sequences per data-parallel rank at their full {length} tokens; others wait"
     return replace(found, notes=(*found.notes, note))
+
+
+def _served(engine: str, role: str | None) -> EngineProfile:
+    return load_engine(engine) if role is None else load_engine(engine).in_pools()
 
 
 def script(found: Launch) -> str:
@@ -208,16 +214,9 @@ def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, mod
     return round(float(memory_share(profile, device, case.layout, experts, model.config) - graphs), 3)
 
 
-def _too_long(profile: ModelProfile, tokens: int) -> str:
-    longest = profile.max_positions
-    if not longest or tokens <= longest:
-        return ""
-    return f"context length: input_len + output_len = {tokens}, but the model has {longest} positions"
-
-
 def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str) -> str:
     if kv_dtype not in KV_DTYPES:
-        raise InputError(f"kv_dtype {kv_dtype!r}: choose one of {', '.join(KV_DTYPES)}")
+        raise unknown_name("--kv-dtype", kv_dtype, KV_DTYPES)
     sparse = _text_config(profile).get("model_type") in FP8_KV_BY_DEFAULT
     return "bf16_not_fp8" if table.name == "vllm" and kv_dtype == "bf16" and sparse else kv_dtype
 

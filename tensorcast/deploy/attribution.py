@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tensorcast.deploy.runs import model_facts
+from tensorcast.deploy.modelnames import understand
 from tensorcast.deploy.score import left_out
 from tensorcast.errors import InputError
-from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.profiles import load_device, load_engine
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +46,7 @@ NORMAL_MEAN = 0.7979 / 0.6745
 """Mean of a normal error's absolute value over its median."""
 
 
-def causes(frame: pd.DataFrame) -> dict[str, Any]:
+def attribute(frame: pd.DataFrame) -> dict[str, Any]:
     """Of a named, predicted and measured table: ``rows, mean`` (of ``|r|``), ``parts``, ``rest``; see the module.
 
     ``kernels_held_out``: mean of ``|r|`` if kernels erred as they do on held-out measurements and all else were right.
@@ -108,7 +108,7 @@ def _described(rows: pd.DataFrame) -> pd.DataFrame:
 def _network(model: str) -> str:
     """Equal for models that differ in weights alone."""
     try:
-        return json.dumps(load_model(model_facts(model, [])[0]).config, sort_keys=True)
+        return json.dumps(understand(model).profile.config, sort_keys=True)
     except InputError:
         return model
 

@@ -1,0 +1,68 @@
+"""Work in several processes: the same answers in order, and no process that outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tensorcast.deploy.parallel import spread
+from tensorcast.errors import InputError
+
+AT_WORK = """
+import sys, tensorcast.api
+from tensorcast.cli import main
+from tensorcast.deploy.parallel import spread
+task = "__import__('os').write(1, b'at work\\\\n')\\nfor _ in range(600): __import__('time').sleep(0.1)"
+tensorcast.api.compare = lambda *args, **options: spread(exec, [task] * 5, 2)
+sys.argv = ["tensorcast", "compare", "qwen3-30b-a3b", "-d", "h100", "-n", "4"]
+main()
+"""
+"""A command whose two workers say so when they have begun, and take a minute."""
+
+
+def test_answers_come_in_order() -> None:
+    assert spread(abs, [-3, 1, -2, 0], 3) == spread(abs, [-3, 1, -2, 0]) == [3, 1, 2, 0]
+
+
+def test_an_error_of_a_task_is_raised_and_the_others_are_not_waited_for() -> None:
+    with pytest.raises(ValueError, match="no"):
+        spread(exec, ["raise ValueError('no')", "while True: __import__('time').sleep(0.1)"], 2)
+
+
+def test_a_killed_worker_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"--jobs 2: a process was killed"):
+        spread(os._exit, [9, 9], 2)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
+def test_no_worker_outlives_its_parent(name: str, status: int) -> None:
+    """Workers hold the same output: it ends when the last of them has."""
+    started = subprocess.Popen(
+        [sys.executable, "-c", AT_WORK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert started.stdout is not None
+    assert [started.stdout.readline(), started.stdout.readline()] == ["at work\n"] * 2
+    if name == "SIGINT":  # a terminal sends it to all
+        os.killpg(started.pid, signal.SIGINT)
+    else:
+        started.send_signal(getattr(signal, name))
+    _, said = started.communicate(timeout=50)
+    assert started.returncode == status
+    if name != "SIGKILL":
+        assert said == ("interrupted\n" if name == "SIGINT" else "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_an_interrupt_while_workers_start_is_one_line() -> None:
+    code = AT_WORK.replace("spread(exec", "__import__('_thread').start_new_thread(soon, ()) and spread(exec")
+    code = "import os, signal, time\ndef soon(): time.sleep(0.4); os.killpg(0, signal.SIGINT)\n" + code
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100, start_new_session=True
+    )
+    assert done.returncode == 130 and done.stderr == "interrupted\n"

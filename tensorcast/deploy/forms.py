@@ -21,7 +21,8 @@ Limits = tuple[float | None, float | None]
 def aggregated(shop: Workshop, limits: Limits = (None, None)) -> tuple[Points, int]:
     """Every variant at every chunk budget and batch that fits, and how many of those prompts would overrun.
 
-    Batches are powers of two, and of those that were priced the largest that fits and the largest within the limits.
+    Batches are powers of two, and of those that were priced the largest that fits and the largest at which prompts keep
+    up and users wait no longer than the limits say.
     """
     parts, unstable = [], 0
     for budget in shop.chunks:
@@ -29,11 +30,8 @@ def aggregated(shop: Workshop, limits: Limits = (None, None)) -> tuple[Points, i
             mine = np.flatnonzero(shop.depths == depth)
             most = np.minimum(shop.prompts[budget].fits[mine], LARGEST_BATCH)
             fits = shop.grid <= most[:, None]
-            kept = None
-            if limits != (None, None):
-                every = _engine(shop, budget, int(depth), mine[:, None])
-                kept = last_of(shop.grid, fits & _keeps(every, shop.grid, limits))
-            rows, at = batches(last_of(shop.grid, fits), kept)
+            every = _engine(shop, budget, int(depth), mine[:, None])
+            rows, at = batches(last_of(shop.grid, fits), last_of(shop.grid, fits & _keeps(every, shop.grid, limits)))
             some = mine[rows]
             users, served = _at(_engine(shop, budget, int(depth), some), at)
             stable = np.isfinite(users)
@@ -58,7 +56,7 @@ def _at(engine: Aggregated, batch: Array) -> tuple[Array, Served]:
 
 
 def _keeps(engine: Aggregated, grid: Array, limits: Limits) -> Array:
-    """Whether each row keeps within the limits at each batch. All are tried: tiles make times fall, too."""
+    """Whether each row keeps up with prompts, and within the limits, at each batch: times fall as well as they rise."""
     with np.errstate(invalid="ignore", over="ignore"):
         step, first, generation = engine.times(grid[None, :])
     per_token = generation / max(engine.load.output_len - 1, 1)

@@ -95,7 +95,7 @@ def test_more_memory_never_hurts(model: str, layouts: list[str], past: int, engi
     except tc.InputError:
         reject()  # a layout that the model or its memory does not allow
     for side, gained in ((why.a, "gain_a"), (why.b, "gain_b")):
-        won = why.elasticities.set_index("resource").loc["memory size", gained]
+        won: Any = why.elasticities.set_index("resource").loc["memory size", gained]
         bigger = explain.RESOURCES["memory size"](side.deployment.device)
         one = side.deployment
         more = deploy(one.model, bigger, one.engine, one.layout, "decode", one.options).largest_batch(1, why.past)

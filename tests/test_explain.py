@@ -6,13 +6,17 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import tensorcast as tc
 from tensorcast.cli import app
+from tensorcast.deploy import explain
 from tensorcast.deploy.explain import Explanation, applicable, by_group
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.simulate import deploy
 
 PAIR: dict[str, Any] = {"device": "h200", "world_size": 32, "layout": "tp1-dp32-ep32", "versus": "tp8-dp4-ep32"}
 
@@ -75,6 +79,27 @@ def test_elasticities_are_gains_no_larger_than_the_resource(why: Explanation) ->
     assert 0.05 < speed["gain_a"].sum() < 0.115
     out: dict[Any, Any] = gains.loc["scale-out bandwidth"].to_dict()
     assert out["gain_b"] > out["gain_a"] > 0
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    model=st.sampled_from(["deepseek-v3", "qwen3-30b-a3b", "gpt-oss-120b"]),
+    layouts=st.permutations(["tp1-dp32-ep32", "tp8-dp4-ep32", "tp4-dp8-ep8", "tp2-dp16-ep32", "tp1-dp16-ep16-pp2"]),
+    past=st.integers(0, 30_000), engine=st.sampled_from(["vllm", "sglang", "trtllm"]),
+)
+def test_more_memory_never_hurts(model: str, layouts: list[str], past: int, engine: str) -> None:
+    """A server may always run the smaller batch. At most, all cache that is won holds sequences at no cost."""
+    asked: dict[str, Any] = {"device": "h200", "world_size": 32, "engine": engine, "batch": 1}
+    try:
+        why = tc.explain(model, **asked, layout=layouts[0], versus=layouts[1], context=past + 1)
+    except tc.InputError:
+        reject()  # a layout that the model or its memory does not allow
+    for side, gained in ((why.a, "gain_a"), (why.b, "gain_b")):
+        won: Any = why.elasticities.set_index("resource").loc["memory size", gained]
+        bigger = explain.RESOURCES["memory size"](side.deployment.device)
+        one = side.deployment
+        more = deploy(one.model, bigger, one.engine, one.layout, "decode", one.options).largest_batch(1, why.past)
+        assert 0 <= won <= more / side.largest_batch - 1 + 1e-9
 
 
 def test_links_between_nodes_do_not_matter_inside_one() -> None:

@@ -14,8 +14,19 @@ from tensorcast.deploy.price import StepPrice
 from tensorcast.deploy.simulate import Deployment
 from tensorcast.profiles.engine import UnderLoad
 
-GRID = np.array(sorted({c * 2.0**k for k in range(-6, 24) for c in (1.0, 1.25, 1.5, 1.75)}))
-"""Batches that are priced; between them lines. Fixed, so that a batch's price does not depend on what else is asked."""
+
+def _batches(per_octave: Callable[[int], int]) -> np.ndarray:
+    """From 1/64 to 2^24; so many between 2^k and 2^(k+1), whole ones from 1 on."""
+    every = {k: per_octave(k) if k < 0 else min(2**k, per_octave(k)) for k in range(-6, 24)}
+    return np.concatenate([2.0**k * (1 + np.arange(many) / many) for k, many in every.items()])
+
+
+GRID = _batches(lambda k: 32 if 0 <= k < 9 else 16 if 9 <= k < 13 else 4)
+"""Batches at which decode steps are priced; between them lines, as tiles make steps of it. Fixed, so that a batch's
+price does not depend on what else is asked. Every whole batch up to 64 is there, then one every 3 % up to 512."""
+
+COARSE = _batches(lambda k: 8 if 0 <= k < 13 else 4)
+"""Those of :data:`GRID` at which every variant of a search is priced."""
 
 PER_SEQUENCE = ("attention", "indexer_scores", "linear_attention", "ssm_scan", "causal_conv1d")
 """Ops that run per sequence: in a step with prompts they run once for the prompts and once for the decoding rows."""

@@ -17,8 +17,8 @@ import numpy as np
 
 from tensorcast.deploy.blocks import Whole
 from tensorcast.deploy.curves import (
+    COARSE,
     EVIDENCE,
-    GRID,
     decode_budget,
     decode_columns,
     evidence_shares,
@@ -143,17 +143,15 @@ _Member = tuple[Layout, Options, Options]
 class Workshop:
     """Prices variants of one scene; keeps what they share.
 
-    ``chunks``: chunked-prefill budgets to try. After :meth:`price` the other methods are arithmetic.
+    ``chunks``: chunked-prefill budgets to try; ``grid``: batches of decode steps to price. After :meth:`price` the
+    other methods are arithmetic.
     """
 
     scene: Scene
     variants: list[Variant]
     chunks: tuple[int, ...]
     memo: Memo = field(default_factory=dict)
-
-    @cached_property
-    def grid(self) -> Array:
-        return GRID[(GRID >= 1) & (GRID <= LARGEST_BATCH)]
+    grid: Array = field(default_factory=lambda: COARSE[(COARSE >= 1) & (COARSE <= LARGEST_BATCH)])
 
     @cached_property
     def layouts(self) -> dict[str, Array]:

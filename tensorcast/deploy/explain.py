@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tensorcast.deploy.blocks import EXPERT_STAGES, blocks_of, is_shared
+from tensorcast.deploy.curves import GRID
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, idle_note
 from tensorcast.deploy.plan import Collective, Row
@@ -67,7 +70,7 @@ class Explanation:
 
     ``groups``: per group of ops seconds, bytes, FLOPs and bytes on the wire of both sides (``_a`` and ``_b``) on one
     GPU, the difference ``saved_s`` (what A spends less), and why. ``elasticities``: by how much A and B would gain in
-    tokens/s from 10 % more of each resource; of memory, at the largest batch that then fits.
+    tokens/s from 10 % more of each resource; of memory, each time at the best batch that fits.
     """
 
     a: Side
@@ -292,21 +295,24 @@ def _elasticities(a: Side, b: Side, new: int, past: int) -> pd.DataFrame:
 
     rows = []
     for name, better in RESOURCES.items():
-        gains = [gain(side, better, new, past, at_largest=name == "memory size") for side in (a, b)]
+        gains = [gain(side, better, new, past, at_best=name == "memory size") for side in (a, b)]
         rows.append({"resource": name, "gain_a": gains[0], "gain_b": gains[1]})
     return pd.DataFrame(rows)
 
 
 def gain(
-    side: Side, better: Callable[[DeviceProfile], DeviceProfile], new: int, past: int, at_largest: bool = False
+    side: Side, better: Callable[[DeviceProfile], DeviceProfile], new: int, past: int, at_best: bool = False
 ) -> float:
-    """Relative gain in tokens/s on a ``better`` device; ``at_largest``: each device at the largest batch it holds."""
+    """Relative gain in tokens/s on a ``better`` device; ``at_best``: each device at the best batch that it holds."""
     one = side.deployment
     other = deploy(one.model, better(one.device), one.engine, one.layout, one.phase, one.options)
     other.step.corrections = one.step.corrections  # what its formulas miss stays what was measured
-    if not at_largest:
+    if not at_best:
         return float(side.step_s / float(other.step.price(side.batch, float(new), float(past)).seconds) - 1)
-    batches = [float(side.largest_batch), float(other.largest_batch(new, past))]
-    rates = [batch / float(d.step.price(batch, float(new), float(past)).seconds)
-             for d, batch in zip((one, other), batches, strict=True)]
+    most = [float(side.largest_batch), float(other.largest_batch(new, past))]
+    tried = np.union1d(GRID[GRID >= 1], most)  # the largest is not the best where a tile more has just begun
+    rates = []
+    for deployment, largest in zip((one, other), most, strict=True):
+        batch = tried[tried <= largest]
+        rates.append(float((batch / deployment.step.price(batch, float(new), float(past)).seconds).max()))
     return rates[1] / rates[0] - 1

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tensorcast.deploy.evaluate import Workshop
-from tensorcast.deploy.points import Array, CurvesAt, Points, PromptsAt, batches, largest_where, points_of
+from tensorcast.deploy.points import Array, CurvesAt, Points, PromptsAt, batches, largest_where, last_of, points_of
 from tensorcast.deploy.serving import Aggregated, Disaggregated, Served, hand_over_s, steady_batch
 from tensorcast.deploy.space import LARGEST_BATCH
 
@@ -21,15 +21,17 @@ Limits = tuple[float | None, float | None]
 def aggregated(shop: Workshop, limits: Limits = (None, None)) -> tuple[Points, int]:
     """Every variant at every chunk budget and batch that fits, and how many of those prompts would overrun.
 
-    Beside powers of two and the largest that fits: the largest batch that keeps within the limits.
+    Batches are powers of two, and of those that were priced the largest that fits and the largest at which prompts keep
+    up and users wait no longer than the limits say.
     """
     parts, unstable = [], 0
     for budget in shop.chunks:
         for depth in np.unique(shop.depths):
             mine = np.flatnonzero(shop.depths == depth)
             most = np.minimum(shop.prompts[budget].fits[mine], LARGEST_BATCH)
-            kept = largest_where(_keeps(_engine(shop, budget, int(depth), mine), limits), most)
-            rows, at = batches(most, kept)
+            fits = shop.grid <= most[:, None]
+            every = _engine(shop, budget, int(depth), mine[:, None])
+            rows, at = batches(last_of(shop.grid, fits), last_of(shop.grid, fits & _keeps(every, shop.grid, limits)))
             some = mine[rows]
             users, served = _at(_engine(shop, budget, int(depth), some), at)
             stable = np.isfinite(users)
@@ -53,17 +55,13 @@ def _at(engine: Aggregated, batch: Array) -> tuple[Array, Served]:
         return users, engine.served(batch, users)
 
 
-def _keeps(engine: Aggregated, limits: Limits) -> Callable[[Array], Array] | None:
-    """Whether a batch keeps within the limits; None where there are none."""
-    if limits == (None, None):
-        return None
-
-    def keeps(batch: Array) -> Array:
-        users, served = _at(engine, batch)
-        within = (served.ttft_s <= (limits[0] or np.inf)) & (served.tpot_s <= (limits[1] or np.inf))
-        return np.isfinite(users) & within
-
-    return keeps
+def _keeps(engine: Aggregated, grid: Array, limits: Limits) -> Array:
+    """Whether each row keeps up with prompts, and within the limits, at each batch: times fall as well as they rise."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        step, first, generation = engine.times(grid[None, :])
+    per_token = generation / max(engine.load.output_len - 1, 1)
+    kept: Array = ~step.full & (first <= (limits[0] or np.inf)) & (per_token <= (limits[1] or np.inf))
+    return kept
 
 
 def steady(shop: Workshop, points: Points) -> Array:
@@ -90,21 +88,24 @@ def steady(shop: Workshop, points: Points) -> Array:
 def disaggregated(shop: Workshop, gpus: int, limits: Limits = (None, None)) -> tuple[Points, int]:
     """Every decode variant with prefill workers that keep up with it, on at most ``gpus`` GPUs; and how many had none.
 
-    At each batch (powers of two, the largest that fits, the largest within the limit on TPOT) the pools that match at
-    fewest GPUs per request; and for each number of decode workers the largest batch with which prefill workers on all
-    other GPUs keep up.
+    At each batch (powers of two; of those priced the largest that fits, the largest within the limit on TPOT) the pools
+    that match at fewest GPUs per request; for each number of decode workers, prefill workers on all other GPUs. Of all
+    these pools the largest batch that prompts keep up with; and where that is late with a first token, the largest in
+    time.
     """
     parts, unstable = [], 0
-    every = CurvesAt(shop.grid, shop.curves, np.arange(len(shop.variants)))
+    grid, decode_s = shop.grid, shop.curves["seconds"]
     steps = np.array([shop.steps(int(depth)) for depth in shop.depths])
-    per_token = steps / max(shop.scene.load.output_len - 1, 1)
-    room = np.minimum(shop.room_decode, LARGEST_BATCH)
-    within = None if limits[1] is None else lambda b: per_token * every.at("seconds", b) <= limits[1]
-    kept = largest_where(within, room)
-    rows, batch = batches(room, kept)
+    per_token = (steps / max(shop.scene.load.output_len - 1, 1))[:, None] * decode_s
+    fits = grid <= np.minimum(shop.room_decode, LARGEST_BATCH)[:, None]
+    within = fits & (per_token <= (limits[1] or np.inf))
+    rows, batch = batches(last_of(grid, fits), last_of(grid, within))
     # prompts per second that one decode worker asks for
-    asks = CurvesAt(shop.grid, shop.curves, rows).at("seconds", batch)
-    rate = batch * shop.layouts["dp"][rows] / (steps[rows] * asks)
+    rates = grid * shop.layouts["dp"][:, None] / (steps[:, None] * decode_s)
+    rate = rates[rows, np.searchsorted(grid, batch)]
+    usable = np.where(within.any(axis=1, keepdims=True), within, fits)
+    # the least of any usable batch from here on: unlike the rates themselves it never falls
+    least = np.minimum.accumulate(np.where(usable, rates, np.inf)[:, ::-1], axis=1)[:, ::-1]
     size = shop.layouts["world_size"]
     for prefill in _prefill_choices(shop, gpus, limits[0]):
         variant = shop.variants[prefill]
@@ -114,49 +115,80 @@ def disaggregated(shop: Workshop, gpus: int, limits: Limits = (None, None)) -> t
         x, y = _matched(rate, capacity, wide, size[rows], gpus)
         found = [(rows, batch, x, y)]
         unstable += int((x == 0)[same[rows]].sum())
-        most = np.where(kept > 0, kept, room) if within else room
+        # these pools' own largest batch, too
+        one, some_x, some_y = np.unique(np.stack([rows, x, y])[:, x > 0], axis=1)
+        one = one.astype(int)
+        found.append((one, _keeping_up(grid, least[one], some_x * capacity / some_y), some_x, some_y))
         for workers in _pool_sizes(int((gpus - wide) // size.min())):
             others = np.floor((gpus - workers * size) / wide)
-            keep_up = others * capacity / workers
             mine = np.flatnonzero(same & (others >= 1))
-            full = largest_where(_slower(shop, mine, steps, keep_up), most[mine])
-            mine, full = mine[full >= 1], full[full >= 1]
+            full = _keeping_up(grid, least[mine], others[mine] * capacity / workers)
             found.append((mine, full, others[mine], np.full(len(mine), float(workers))))
         some, at, x, y = (np.concatenate(column) for column in zip(*found, strict=True))
-        chosen = same[some] & (x > 0)
-        parts += [
-            _pools(shop, prefill, line, depth, some[there], at[there], x[there], y[there])
-            for depth in np.unique(shop.depths)
-            if (there := chosen & (shop.depths[some] == depth)).any()
-        ]
+        chosen = same[some] & (x > 0) & (at >= 1)
+        for depth in np.unique(shop.depths):
+            if (there := chosen & (shop.depths[some] == depth)).any():
+                pools = _Pools(shop, prefill, line, int(depth), some[there], x[there], y[there])
+                parts.append(pools.points(at[there]))
+                parts += pools.sooner(at[there], limits[0])
     return Points.joined(parts), unstable
 
 
-def _slower(shop: Workshop, rows: Array, steps: Array, limit: Array) -> Callable[[Array], Array]:
-    """Whether decode workers of ``rows`` at a batch ask for no more prompts per second than their ``limit``."""
-    curves, ranks = CurvesAt(shop.grid, shop.curves, rows), shop.layouts["dp"][rows]
-    return lambda batch: batch * ranks / (steps[rows] * curves.at("seconds", batch)) <= limit[rows]
+def _keeping_up(grid: Array, least: Array, limit: Array) -> Array:
+    """The largest batch of each row at which its decode workers ask for no more than ``limit``; 0: none."""
+    rows = np.arange(len(least))
+    # positions count from 1
+    last = largest_where(lambda n: least[rows, n.astype(int) - 1] <= limit, np.full(len(least), float(len(grid))))
+    return np.concatenate([[0.0], grid])[last.astype(int)]
 
 
-def _pools(
-    shop: Workshop, prefill: int, line: PromptsAt, depth: int, rows: Array, batch: Array, x: Array, y: Array
-) -> Points:
-    """``x`` prefill workers of one variant and ``y`` decode workers of each of ``rows``, at their batches."""
-    layout = shop.variants[prefill].layout
-    gpus = (layout.world_size + shop.layouts["world_size"][rows]) * (x + y) / 2
-    pool = Disaggregated(
-        shop.scene.load, shop.scene.engine, y * shop.layouts["dp"][rows], x * layout.dp, int(depth),
-        hand_over_s(shop.deployment(prefill, "prefill"), gpus, shop.scene.load.input_len),
-        CurvesAt(shop.grid, shop.curves, rows), line,  # type: ignore[arg-type]
-    )  # fmt: skip
-    with np.errstate(invalid="ignore", over="ignore"):  # where prompts come faster than they are read
-        users = pool.users(batch)
-        served = pool.served(batch, users)
-    extra = {
-        "prefill": np.full(len(rows), prefill), "prefill_workers": x, "decode_workers": y,
-        "largest_batch": np.minimum(shop.room_decode[rows], LARGEST_BATCH),
-    }  # fmt: skip
-    return points_of(rows, served, extra).where(np.isfinite(users))
+@dataclass(frozen=True)
+class _Pools:
+    """``x`` prefill workers of one variant and ``y`` decode workers of each of ``rows``, all drafting ``depth``."""
+
+    shop: Workshop
+    prefill: int
+    line: PromptsAt
+    depth: int
+    rows: Array
+    x: Array
+    y: Array
+
+    def points(self, batch: Array) -> Points:
+        """What they serve at their batches."""
+        users, served = self._at(batch)
+        extra = {
+            "prefill": np.full(len(self.rows), self.prefill), "prefill_workers": self.x, "decode_workers": self.y,
+            "largest_batch": np.minimum(self.shop.room_decode[self.rows], LARGEST_BATCH),
+        }  # fmt: skip
+        return points_of(self.rows, served, extra).where(np.isfinite(users))
+
+    def sooner(self, batch: Array, ttft_s: float | None) -> list[Points]:
+        """Smaller batches of those that are late with a first token: the largest in time."""
+        if ttft_s is None:
+            return []
+        late = np.flatnonzero(self._at(batch)[1].ttft_s > ttft_s)
+        some, grid = self._some(late), np.concatenate([[1.0], self.shop.grid])
+        last = np.searchsorted(self.shop.grid, batch[late]).astype(float)
+        last = largest_where(lambda n: some._at(grid[n.astype(int)])[1].ttft_s <= ttft_s, last)
+        there = np.flatnonzero(last >= 1)
+        return [some._some(there).points(grid[last[there].astype(int)])] if len(there) else []
+
+    def _some(self, where: Array) -> _Pools:
+        return replace(self, rows=self.rows[where], x=self.x[where], y=self.y[where])
+
+    def _at(self, batch: Array) -> tuple[Array, Served]:
+        """Users in flight and what they meet; infinitely many where prompts come faster than they are read."""
+        shop, layout = self.shop, self.shop.variants[self.prefill].layout
+        gpus = (layout.world_size + shop.layouts["world_size"][self.rows]) * (self.x + self.y) / 2
+        pool = Disaggregated(
+            shop.scene.load, shop.scene.engine, self.y * shop.layouts["dp"][self.rows], self.x * layout.dp, self.depth,
+            hand_over_s(shop.deployment(self.prefill, "prefill"), gpus, shop.scene.load.input_len),
+            CurvesAt(shop.grid, shop.curves, self.rows), self.line,  # type: ignore[arg-type]
+        )  # fmt: skip
+        with np.errstate(invalid="ignore", over="ignore"):
+            users = pool.users(batch)
+            return users, pool.served(batch, users)
 
 
 def _prefill_choices(shop: Workshop, gpus: int, ttft_s: float | None) -> list[int]:

@@ -98,6 +98,11 @@ class Prompts:
             self.columns[kind][rows[there]] = line.evidence[kind][there]
 
 
+def last_of(grid: Array, holds: Array) -> Array:
+    """The largest batch of ``grid`` for which each row ``holds``, ``[rows, grid]``; 0: none."""
+    return np.where(holds, grid, 0.0).max(axis=1)
+
+
 def batches(largest: Array, also: Array | None = None) -> tuple[Array, Array]:
     """(row, batch) of every power of two up to ``largest`` of each row, of the largest itself and of ``also``."""
     powers = 2.0 ** np.arange(np.log2(LARGEST_BATCH) + 1)
@@ -113,14 +118,12 @@ def batches(largest: Array, also: Array | None = None) -> tuple[Array, Array]:
     return np.concatenate([rows for rows, _ in found]), np.concatenate([batch for _, batch in found])
 
 
-def largest_where(holds: Callable[[Array], Array] | None, largest: Array) -> Array:
-    """The largest whole batch of each row, up to ``largest``, for which ``holds``; 0: none, or nothing to hold.
+def largest_where(holds: Callable[[Array], Array], largest: Array) -> Array:
+    """The largest whole number of each row, up to ``largest``, for which ``holds``; 0: none.
 
-    ``holds(batch)`` is true up to some batch and false beyond.
+    ``holds(number)`` is true up to some number and false beyond.
     """
     low = np.zeros_like(largest)
-    if holds is None:
-        return low
     high = np.floor(largest) + 1
     while (high - low > 1).any():
         middle = np.maximum(np.floor((low + high) / 2), 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tensorcast.deploy.parallel import uncollected
 from tensorcast.deploy.pareto import pareto
 from tensorcast.deploy.points import Points
 from tensorcast.deploy.price import WITHIN_80
+from tensorcast.deploy.refine import finer
 from tensorcast.deploy.runnable import engine_can_run
 from tensorcast.deploy.serving import Load
 from tensorcast.deploy.space import Axes, Variant, divisors, family, layouts, legal, variants
@@ -129,7 +131,10 @@ def _traceable(layouts_: Sequence[Layout], model: ModelProfile, pruned: Counter[
 
 @uncollected()
 def answer(question: Question) -> Answer:
-    """Evaluate every candidate of one question. Tops: a few seconds for a large model and 32 GPUs."""
+    """Evaluate every candidate of one question. Tops: a few seconds for a large model and 32 GPUs.
+
+    Every candidate's step is priced at the very batch that it stands at.
+    """
     pruned: Counter[str] = Counter()
     tried = space(question, pruned)
     if not tried:
@@ -139,31 +144,45 @@ def answer(question: Question) -> Answer:
     none = workshop.without_room()
     if none:
         pruned[NO_ROOM] += none
-    parts: list[tuple[str, Points]] = []
-    limits = question.ttft_s, question.tpot_s
+    parts, examined = _candidates(question, workshop, pruned)
+    examined += pruned[NO_PACE]
+    every = [(workshop, parts)]
+    if fine := finer(workshop, parts, partial(_in_time, question, workshop)):
+        between, more = _candidates(question, fine, Counter(), workshop.grid)
+        every.append((fine, between))
+        examined += more
+    frames, behind = [], []
+    for shop, found in every:
+        for form, points in found.items():
+            frames.append(_frame(question, shop, form, points))
+            prefill = points.columns.get("prefill", points.variant).astype(int)
+            behind += [(shop.variants[p], shop.variants[d]) for p, d in zip(prefill, points.variant, strict=True)]
+    return Answer(stacked(frames), behind, pruned, examined)
+
+
+def _candidates(
+    question: Question, workshop: Workshop, pruned: Counter[str], known: Any = ()
+) -> tuple[dict[str, Points], int]:
+    """Points worth a row by form, and of how many; those at batches that are ``known`` left out."""
+    limits, found, examined = (question.ttft_s, question.tpot_s), {}, 0
     for form in question.forms:
         points, slow = (
             aggregated(workshop, limits)
             if form == "aggregated"
             else disaggregated(workshop.in_pools(), question.gpus, limits)
         )
-        if slow:
-            pruned[NO_PACE] += slow
-        parts.append((form, points))
-    examined = sum(len(points) for _, points in parts) + pruned[NO_PACE]
-    frames, behind = [], []
-    for form, points in parts:
+        pruned[NO_PACE] += slow
         if not len(points):
             continue
+        points = points.where(~np.isin(points.columns["batch"], known))
+        examined += len(points)
         kept = points.where(_kept(question, workshop, form, points))
         if form == "aggregated":
             inside = steady(workshop, kept)
             pruned[NO_PACE] += int((~inside).sum())
             kept = kept.where(inside)
-        frames.append(_frame(question, workshop, form, kept))
-        prefill = kept.columns.get("prefill", kept.variant).astype(int)
-        behind += [(tried[p], tried[d]) for p, d in zip(prefill, kept.variant, strict=True)]
-    return Answer(stacked(frames), behind, pruned, examined)
+        found[form] = kept
+    return found, examined
 
 
 def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -192,25 +211,36 @@ def _excess(question: Question, ttft_s: Any, tpot_s: Any, gpus: Any) -> dict[str
     return {name: value / limit for name, (value, limit) in asked.items() if limit is not None}
 
 
+def _score(question: Question, workshop: Workshop, form: str, points: Points) -> Any:
+    """What the objective makes of every point: more is better."""
+    _, size, gpus = _sizes(question, workshop, form, points)
+    per_gpu = points.columns["output_tokens_per_s"] / size
+    if question.objective == "latency":
+        return -points.columns["request_s"]
+    return -gpus + 1e-9 * per_gpu if question.objective == "gpus" else per_gpu
+
+
+def _in_time(question: Question, workshop: Workshop, form: str, points: Points) -> Any:
+    """The score; -inf where users wait too long."""
+    c = points.columns
+    late = (c["ttft_s"] > (question.ttft_s or np.inf)) | (c["tpot_s"] > (question.tpot_s or np.inf))
+    return np.where(late, -np.inf, _score(question, workshop, form, points))
+
+
 def _kept(question: Question, workshop: Workshop, form: str, points: Points) -> Any:
     """Positions worth a row: per layout and batch the best options, and the whole Pareto front."""
     c = points.columns
     _, size, gpus = _sizes(question, workshop, form, points)
-    per_gpu = c["output_tokens_per_s"] / size
     worst = np.max(list(_excess(question, c["ttft_s"], c["tpot_s"], gpus).values()), axis=0)
     layout_of = {layout: i for i, layout in enumerate(dict.fromkeys(v.layout for v in workshop.variants))}
     of_variant = np.array([layout_of[v.layout] for v in workshop.variants])
     keys = [of_variant[points.variant], np.log2(c["batch"]).round(3)]
-    score = per_gpu
-    if question.objective == "latency":
-        score = -c["request_s"]
-    elif question.objective == "gpus":
-        score = -gpus + 1e-9 * per_gpu
+    score = _score(question, workshop, form, points)
     order = np.lexsort((-score, worst > 1, *keys))
     found = [order[_firsts([key[order] for key in keys])]]
     order = np.lexsort((worst, *keys))  # the closest to the limits
     found.append(order[_firsts([key[order] for key in keys])])
-    found.append(np.flatnonzero(pareto(1.0 / c["tpot_s"], per_gpu)))
+    found.append(np.flatnonzero(pareto(1.0 / c["tpot_s"], c["output_tokens_per_s"] / size)))
     return np.unique(np.concatenate(found))
 
 

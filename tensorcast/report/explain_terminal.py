@@ -106,7 +106,7 @@ def _elasticities(why: Explanation) -> Table:
     for head in ("resource", "A", "B"):
         table.add_column(head, justify="left" if head == "resource" else "right", no_wrap=True)
     for row in why.elasticities.to_dict("records"):
-        note = " (at the largest batch)" if row["resource"] == "memory size" else ""
+        note = " (at the best batch)" if row["resource"] == "memory size" else ""
         table.add_row(f"{row['resource']}{note}", *(f"{100 * row[f'gain_{s}']:+.1f} %" for s in "ab"))
     return table
 

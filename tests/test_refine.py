@@ -1,0 +1,167 @@
+"""Candidates stand on prices of their own batch, and no batch that was left out does better: by pricing all of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import tensorcast as tc
+from tensorcast.deploy.compare import Comparison
+from tensorcast.deploy.curves import COARSE, GRID, PrefillLine, decode_columns, sequences_that_fit
+from tensorcast.deploy.forms import PREFILL_BUSY
+from tensorcast.deploy.points import last_of
+from tensorcast.deploy.search import Question, space
+from tensorcast.deploy.serving import Aggregated, Disaggregated, Load, hand_over_s
+from tensorcast.deploy.simulate import Deployment
+from tensorcast.deploy.space import Variant
+
+
+class Exact:
+    """Decode steps of one deployment, each priced at the very batch asked for."""
+
+    def __init__(self, decode: Deployment, context: float) -> None:
+        self.decode, self.context = decode, context
+
+    def at(self, column: str, batch: Any) -> Any:
+        batch = np.asarray(batch, dtype=float)
+        values = decode_columns(self.decode.step.price(batch.ravel(), 1.0, self.context), self.decode)[column]
+        return np.broadcast_to(values, batch.ravel().shape).reshape(batch.shape)
+
+
+def served(
+    decode: Deployment, prefill: Deployment, load: Load, chunk: int, batch: Any, workers: tuple[int, int] | None
+) -> tuple[Any, Any]:
+    """(users, what they meet) at exact prices; ``workers`` (prefill, decode): of pools."""
+    line, curve = PrefillLine(prefill, load.new, load.prefix_cached, chunk), Exact(decode, load.context)
+    depth, engine, one = decode.options.mtp_depth, decode.engine, decode.layout
+    if workers is None:
+        form: Any = Aggregated(load, engine, one.dp, depth, curve, line)  # type: ignore[arg-type]
+        users = form.in_flight(batch)
+    else:
+        x, y = workers
+        gpus = (prefill.layout.world_size + one.world_size) * (x + y) / 2
+        form = Disaggregated(
+            load, engine, y * one.dp, x * prefill.layout.dp, depth, hand_over_s(prefill, gpus, load.input_len),
+            curve, line,  # type: ignore[arg-type]
+        )  # fmt: skip
+        users = form.users(batch)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return users, form.served(batch, users)
+
+
+QUESTIONS: list[dict[str, Any]] = [
+    {"model": "qwen3-30b-a3b", "device": "h100", "world_size": 8, "input_len": 3000, "output_len": 300, "tpot_s": 0.02},
+    {"model": "deepseek-v3", "device": "h200", "world_size": 32, "input_len": 4096, "output_len": 1024, "ttft_s": 2.0,
+     "tpot_s": 0.05, "layouts": ["tp1-dp8-ep8", "tp2-dp4-ep8", "tp1-dp8-ep8-pp2", "tp1-dp32-ep32"]},
+    {"model": "gpt-oss-120b", "device": "b200", "world_size": 4, "input_len": 9000, "output_len": 200, "ttft_s": 1.5,
+     "engine": "trtllm"},
+    {"model": "llama-3.1-8b", "device": "h100", "world_size": 4, "input_len": 700, "output_len": 900,
+     "engine": "sglang"},
+    {"model": "glm-4.5-air", "device": "h200", "world_size": 8, "input_len": 2000, "output_len": 500, "tpot_s": 0.025,
+     "objective": "gpus", "request_rate": 8.0, "mtp_depth": [0, 1]},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=range(len(QUESTIONS)), ids=[asked["model"] for asked in QUESTIONS])
+def found(request: pytest.FixtureRequest) -> Comparison:
+    asked = dict(QUESTIONS[request.param])
+    return tc.compare(asked.pop("model"), **asked)
+
+
+def test_every_candidate_is_what_a_fresh_pricing_at_its_batch_gives(found: Comparison) -> None:
+    """The best, the runner-up, the best of all layouts, and random others."""
+    frame = found.candidates
+    named = [row["candidate"] for row in (found.best, found.runner_up) if row]
+    some = frame["candidate"].sample(min(len(frame), 12), random_state=0)
+    for name in dict.fromkeys([*named, *found.families["candidate"].head(5), *some]):
+        row = frame[frame["candidate"] == name].iloc[0]
+        prefill, decode = found.deployments(name)
+        pools = row["form"] == "disaggregated"
+        workers = (int(row["prefill_workers"]), int(row["decode_workers"])) if pools else None
+        chunk = found.questions[0].scene.own_chunk if pools else int(row["chunk_tokens"])
+        users, alone = served(decode, prefill, found.load(name), chunk, np.array(float(row["batch"])), workers)
+        assert row["concurrency"] == pytest.approx(float(users) * row["replicas"], rel=1e-9)
+        for column in ("ttft_s", "tpot_s", "request_s", "decode_step_s", "exposed_comm_s", "hidden_comm_s"):
+            assert row[column] == pytest.approx(float(getattr(alone, column)), rel=1e-9), (name, column)
+        assert row["output_tokens_per_s"] == pytest.approx(alone.output_tokens_per_s * row["replicas"], rel=1e-9)
+        assert row["batch"] == int(row["batch"]) <= row["largest_batch"]
+        if row["meets"]:
+            for limit, value in zip(found.targets, (alone.ttft_s, alone.tpot_s), strict=True):
+                assert limit is None or value <= limit * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("engine", "limits"),
+    [("vllm", (None, 0.010)), ("sglang", (None, 0.0137)), ("vllm", (0.4, None)), ("sglang", (0.7, 0.03)),
+     ("vllm", (0.12, 0.009)), ("sglang", (20.0, None))],
+)  # fmt: skip
+def test_no_batch_that_is_not_shown_does_better(engine: str, limits: tuple[float | None, float | None]) -> None:
+    """Four layouts on 4 GPUs, one server for both phases or pools: every whole batch that fits, priced one by one."""
+    ttft_s, tpot_s = limits
+    layouts = ["tp1-dp4-ep4", "tp4-dp1", "tp2-dp1", "tp2-dp2-ep4"]
+    narrow: dict[str, Any] = {"all2all": ["allgather_reducescatter"], "dispatch": ["bf16"], "chunk_tokens": [2048]}
+    found = tc.compare(
+        "qwen3-30b-a3b", device="h100", world_size=4, input_len=1500, output_len=250, ttft_s=ttft_s, tpot_s=tpot_s,
+        layouts=layouts, engine=engine, **narrow,
+    )  # fmt: skip
+    assert found.best is not None
+    question = found.questions[0]
+    tried = space(question, Counter())
+    assert {str(v.layout) for v in tried} == set(layouts)
+    best = max(one for decode in tried for one in (_alone(question, decode), *_pooled(question, tried, decode)))
+    assert best * (1 - 1e-9) <= max(found.candidates.loc[found.candidates["meets"], "tokens_per_s_per_gpu"])
+
+
+def _most(question: Question, users: Any, at: Any, size: int, more: Any = True) -> float:
+    """Tokens/s per GPU of the best batch that keeps within the limits."""
+    limits = [(question.ttft_s, at.ttft_s), (question.tpot_s, at.tpot_s)]
+    holds = np.isfinite(users) & more & np.all([value <= (limit or np.inf) for limit, value in limits], axis=0)
+    return float(np.where(holds, at.output_tokens_per_s / size, 0.0).max())
+
+
+def _alone(question: Question, variant: Variant) -> float:
+    load, scene = question.load, question.scene
+    prefill = scene.deployment(variant.layout, "prefill", variant.prefill)
+    decode = scene.deployment(variant.layout, "decode", variant.decode)
+    line = PrefillLine(prefill, load.new, 0, 2048)
+    batch = np.arange(1.0, min(sequences_that_fit(prefill, decode, line, load.input_len, load.output_len), 8192) + 1)
+    return _most(question, *served(decode, prefill, load, 2048, batch, None), variant.layout.world_size)
+
+
+def _pooled(question: Question, tried: list[Variant], variant: Variant) -> Iterator[float]:
+    load, scene = question.load, question.scene.in_pools()
+    decode = scene.deployment(variant.layout, "decode", variant.decode)
+    batch = np.arange(1.0, min(sequences_that_fit(decode, decode, None, load.input_len, load.output_len), 8192) + 1)
+    for other in tried:
+        prefill = scene.deployment(other.layout, "prefill", other.prefill)
+        line = PrefillLine(prefill, load.new, 0, scene.own_chunk)
+        for x, y in itertools.product((1, 2, 3), repeat=2):
+            size = x * other.layout.world_size + y * variant.layout.world_size
+            if size <= question.gpus:
+                users, at = served(decode, prefill, load, scene.own_chunk, batch, (x, y))
+                prompts = batch * decode.layout.dp * y / (load.output_len - 1) / at.decode_step_s
+                keeps_up = prompts <= PREFILL_BUSY * x * prefill.layout.dp * float(line.most_per_s)
+                yield _most(question, users, at, size, keeps_up)
+
+
+@given(arrays(float, (3, 9), elements=st.integers(0, 9).map(float)), st.integers(0, 9))
+def test_the_last_batch_for_which_something_holds(values: np.ndarray, limit: int) -> None:
+    grid = np.arange(1.0, 10.0)
+    expected = [max((b for b, v in zip(grid, row, strict=True) if v <= limit), default=0.0) for row in values]
+    assert last_of(grid, values <= limit).tolist() == expected
+
+
+def test_the_grid_of_a_search_is_part_of_the_grid_of_all_curves() -> None:
+    assert np.isin(COARSE, GRID).all() and (np.diff(GRID) > 0).all()
+    assert np.isin(2.0 ** np.arange(-6, 24), COARSE).all()
+    assert np.isin(np.arange(1, 65), GRID).all() and (GRID[GRID >= 1] % 1 == 0).all()
+    within = (GRID >= 64) & (GRID <= 512)
+    assert (np.diff(GRID[within]) / GRID[within][:-1]).max() <= 1 / 32

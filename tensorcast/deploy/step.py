@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -23,7 +23,19 @@ from tensorcast.deploy.layout import Layout, stage_layers
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.overlap import Overlap
 from tensorcast.deploy.plan import Collective, Plan, Row, gated
-from tensorcast.deploy.price import Call, RowPrice, Spending, Stage, StepPrice, one_level, pick, spending_of
+from tensorcast.deploy.price import (
+    Call,
+    Part,
+    RowPrice,
+    Spending,
+    Stage,
+    StepPrice,
+    one_level,
+    pick,
+    seconds_of,
+    spending_of,
+    total,
+)
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.dims import Dim, Sizes
@@ -45,19 +57,29 @@ class _Sizes(NamedTuple):
     chunks: tuple[Any, Context]
 
 
-class _Batches(NamedTuple):
-    """Micro-batches, the tokens of one of them (or of half of it), and what rows are priced at.
+class Batches(NamedTuple):
+    """Micro-batches, and what the rows of one of them (or of half of it) are priced at.
 
-    ``drafts``: what drafting is priced at, if the step drafts. Or, where there are several batches, ``rows`` holds what
-    they draft behind the ``own`` batches, and ``draft_at`` says which of those cases every batch is.
+    ``drafts``: what drafting is priced at, if the step drafts. Where batches have sizes in common, ``rows`` holds each
+    case once; ``own_at`` and ``draft_at`` say at which of them every batch runs and drafts.
     """
 
     micro: Any
-    tokens: Any
     rows: _Sizes
     drafts: _Sizes | None = None
-    own: int | None = None
+    own_at: Any = None
     draft_at: Any = None
+
+
+def stages_of(layer_kinds: Sequence[int], pp: int) -> list[Stage]:
+    """What pipeline stages run, and how often; those that run the same once, the last one last."""
+    found = []
+    stages = stage_layers(len(layer_kinds), pp)
+    for i, layers in enumerate(stages):
+        first, last = i == 0, i == len(stages) - 1
+        outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
+        found.append(Stage((*Counter(layer_kinds[layers]).items(), *outside.items())))
+    return list(dict.fromkeys(found))
 
 
 class Step:
@@ -120,86 +142,59 @@ class Step:
         """
         at = self._at(batch, new, past)
         rows, draft = self._rows(at)
-        hidden, hidden_comm = self.overlap.hidden(rows, at.tokens)
-        stages, micro, pp = self._stages, at.micro, self.layout.pp
-        halves: Any = 1 + self.options.dual_batch_overlap
-        each: dict[int, Any] = {}
-        for place, row in zip(self._places, rows, strict=True):
-            each[place] = each[place] + row.seconds if place in each else row.seconds
-        # stages of the same layers take the same time
-        alike = {stage: stage.of(each) * halves - stage.of(hidden) for stage in dict.fromkeys(stages)}
-        counts = tuple(self._calls[place] * halves for place in self._places)
-        last_s = alike.pop(stages[-1]) if stages.count(stages[-1]) == 1 else alike[stages[-1]]
-        if draft:
-            drafting = pick(sum((price.seconds for price in draft), 0.0), at.draft_at)
-            last_s = last_s + drafting * self.options.mtp_depth
-            rows, counts = (*rows, *draft), counts + (self.options.mtp_depth,) * len(draft)
-        slowest = last_s
-        for seconds in alike.values():
-            slowest = np.maximum(slowest, seconds)
-        turns = pp if self.table.phase == "decode" else micro + pp - 1
+        pp, depth, halves = self.layout.pp, self.options.mtp_depth, 1 + self.options.dual_batch_overlap
+        hidden, hidden_comm = self.overlap.hidden(rows, at.rows.whole.sizes.tokens, at.own_at)
+        places = self._places
+        each = {
+            place: pick(total(p.seconds for p, where in zip(rows, places, strict=True) if where == place), at.own_at)
+            for place in dict.fromkeys(places)
+        }
+        taken = {place: seconds * halves - hidden.get(place, 0.0) for place, seconds in each.items()}
+        drafting = Part(draft, (1,) * len(draft), depth, at.draft_at)
+        *others, last = self._stages
+        slowest = last.of(taken) + drafting.sum(seconds_of, bool)
+        for stage in others:
+            slowest = np.maximum(slowest, stage.of(taken))
+        turns = pp if self.table.phase == "decode" else at.micro + pp - 1
         beside = self.engine.overhead(self.device.name)
         overhead: Any = beside.seconds(batch)
-        saved, saved_comm = (sum(stage.of(kinds) for stage in stages) for kinds in (hidden, hidden_comm))
-        micro = micro if np.ndim(micro) else int(micro)
-        return StepPrice(
-            rows, counts, slowest * turns + overhead, overhead, beside.error_s, micro, saved, saved_comm,
-            len(draft), at.draft_at,
-        )  # fmt: skip
+        calls = Counter(self.table.layer_kinds)
+        saved, saved_comm = (total(calls[kind] * kinds[kind] for kind in kinds) for kinds in (hidden, hidden_comm))
+        end = places.index(HAND_OVER) if HAND_OVER in places else len(places)
+        parts = (
+            Part(rows[:end], tuple(calls[place] if place >= 0 else 1 for place in places[:end]), halves, at.own_at),
+            Part(rows[end:], (1,) * (len(places) - end), (pp - 1) * halves, at.own_at),
+            drafting,
+        )
+        micro = at.micro if np.ndim(at.micro) else int(at.micro)
+        return StepPrice(parts, slowest * turns + overhead, overhead, beside.error_s, micro, saved, saved_comm)
 
-    def _at(self, batch: Any, new: Any, past: Any) -> _Batches:
+    def _at(self, batch: Any, new: Any, past: Any) -> Batches:
+        micro, whole = self._micro(batch)
+        drafts = self._sizes(whole, 1.0, past, verify=1.0) if self._drafting else None
+        return Batches(micro, self._sizes(whole / (1 + self.options.dual_batch_overlap), new, past), drafts)
+
+    @property
+    def _drafting(self) -> bool:
+        return self.table.phase == "decode" and bool(np.any(self.options.mtp_depth))
+
+    def _micro(self, batch: Any) -> tuple[Any, Any]:
+        """Micro-batches, and the sequences in one of them."""
         # of each candidate by itself: its price must not depend on what is priced beside it
         micro: Any = 1
-        if self.layout.pp > 1:
+        if np.any(np.greater(self.layout.pp, 1)):
             micro = np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, self.layout.pp)
-        whole = np.asarray(batch, dtype=float) / micro
-        part = whole / (1 + self.options.dual_batch_overlap)
-        tokens = part * self._verify * new
-        if self.table.phase != "decode" or not np.any(self.options.mtp_depth):
-            return _Batches(micro, tokens, self._sizes(part, new, past))
-        if np.ndim(whole) != 1 or np.ndim(past) > 1:
-            drafts = self._sizes(whole, 1.0, past, verify=1.0)
-            return _Batches(micro, tokens, self._sizes(part, new, past), drafts)
-        # what batches draft, where they draft alike once, is priced as further batches of the same rows
-        every = np.array([np.broadcast_to(value, whole.shape) for value in (whole, past, self.kv_bytes)])
-        cases, draft_at = np.unique(every, axis=1, return_inverse=True)
+        return micro, np.asarray(batch, dtype=float) / micro
 
-        def both(value: Any, case: Any) -> Any:
-            return np.concatenate([np.broadcast_to(value, whole.shape), np.broadcast_to(case, cases.shape[1:])])
-
-        joined = self._sizes(
-            both(part, cases[0]), new if np.ndim(new) == 0 else both(new, 1.0),
-            past if np.ndim(past) == 0 else both(past, cases[1]), both(self._verify, 1.0),
-            self.kv_bytes if np.ndim(self.kv_bytes) == 0 else both(self.kv_bytes, cases[2]),
-        )  # fmt: skip
-        return _Batches(micro, tokens, joined, None, len(whole), draft_at)
-
-    def _rows(self, at: _Batches) -> tuple[tuple[RowPrice, ...], tuple[RowPrice, ...]]:
+    def _rows(self, at: Batches) -> tuple[tuple[RowPrice, ...], tuple[RowPrice, ...]]:
         """Prices of the plan's rows, and of the rows of drafting one token per sequence."""
-        if at.own is None:
-            draft = () if at.drafts is None else tuple(self._row(row, at.drafts) for _, row in self._drafts)
-            return tuple(self._row(row, at.rows) for row in self.plan.rows), draft
-        priced = [self._row(row, at.rows) for row in (*self.plan.rows, self._project)]
-        own, further = slice(at.own), slice(at.own, None)
-        return tuple(p.at(own) for p in priced[:-1]), tuple(priced[i].at(further, row) for i, row in self._drafts)
+        draft = () if at.drafts is None else tuple(self._row(row, at.drafts) for _, row in self._drafts)
+        return tuple(self._row(row, at.rows) for row in self.plan.rows), draft
 
     @cached_property
     def _stages(self) -> list[Stage]:
-        """What each pipeline stage runs, and how often."""
-        found = []
-        for i, layers in enumerate(self.stages):
-            first, last = i == 0, i == len(self.stages) - 1
-            outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
-            found.append(Stage((*Counter(self.table.layer_kinds[layers]).items(), *outside.items())))
-        return found
-
-    @cached_property
-    def _calls(self) -> Counter[int]:
-        """How often all stages together run the rows of each place."""
-        calls: Counter[int] = Counter()
-        for stage in self._stages:
-            calls.update(dict(stage.calls))
-        return calls
+        """What pipeline stages run, and how often; those that run the same once, the last one last."""
+        return stages_of(self.table.layer_kinds, self.layout.pp)
 
     @cached_property
     def _places(self) -> list[int]:

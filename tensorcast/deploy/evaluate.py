@@ -6,7 +6,6 @@ same steady state, only with more than one entry per array (``tests/test_compare
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -26,8 +25,8 @@ from tensorcast.deploy.curves import (
     room,
     sequence_bytes,
 )
-from tensorcast.deploy.fleet import Memo, fleet
-from tensorcast.deploy.layout import Layout, attention_dp, stage_layers
+from tensorcast.deploy.fleet import Fleet, Memo, fleet
+from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan import choose_all2all
 from tensorcast.deploy.points import (
@@ -78,15 +77,6 @@ def _called(key: tuple[str, Layout, Options]) -> tuple[Layout, str, Options]:
 def cache_dtype(deployment: Deployment, asked: str | None) -> str:
     """The cache's dtype where ``asked`` may leave it to the model."""
     return asked or deployment.quantization.kv
-
-
-def with_setting(one: Deployment, kv_dtype: str, mtp_depth: int, pp: int) -> Deployment:
-    """A fleet's deployment at one setting, for its memory; its prices need none."""
-    options, layout = replace(one.options, mtp_depth=mtp_depth), replace(one.layout, pp=pp)
-    step = copy.copy(one.step)
-    step.options, step.layout, step.stages = options, layout, stage_layers(len(step.table.layer_kinds), pp)
-    quantization = replace(one.quantization, kv=kv_dtype)
-    return replace(one, layout=layout, options=options, quantization=quantization, step=step)
 
 
 @dataclass(frozen=True)
@@ -159,10 +149,10 @@ class Workshop:
         self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
         # by variant: which fleet at one setting, as which member; overlap changes no memory, so pairs share a fleet
         self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
-        self._fleets: list[Deployment] = []
+        self._fleets: list[Fleet] = []
         self._numbers: dict[tuple[Any, ...], int] = {}
         self._bases: dict[tuple[str, Layout, Options], Deployment] = {}
-        self._made: dict[tuple[Any, ...], Deployment] = {}
+        self._made: dict[tuple[Any, ...], Fleet] = {}
         self._left: dict[tuple[Any, ...], Any] = {}
         for members in self._groups().values():
             every = {setting for found in members.values() for setting in found}
@@ -171,7 +161,7 @@ class Workshop:
             left = self._price_prefill(list(members), settings, rows)
             self._price_decode(list(members), settings, rows, left)
 
-    def _fleet(self, members: list[_Member], phase: str) -> tuple[Deployment, tuple[Any, ...]]:
+    def _fleet(self, members: list[_Member], phase: str) -> tuple[Fleet, tuple[Any, ...]]:
         """The members as one deployment, and what its memory hangs on: overlap changes none, and no member's plan."""
         made = []
         for layout, *options in members:
@@ -208,9 +198,10 @@ class Workshop:
             self.curves[name][rows[there]] = whole[there]
         steps, each = np.empty((2, *rows.shape))
         for i, setting in enumerate(settings):
-            number = self._numbers.setdefault((*held, setting.kv_dtype, setting.mtp_depth, setting.pp), len(self._fleets))
+            key = (*held, setting.kv_dtype, setting.mtp_depth, setting.pp)
+            number = self._numbers.setdefault(key, len(self._fleets))
             if number == len(self._fleets):
-                self._fleets.append(with_setting(decode, kv[i], setting.mtp_depth, setting.pp))
+                self._fleets.append(decode.at(kv[i], setting.mtp_depth, setting.pp))
             one = self._fleets[number]
             leaving = self._cache_budget(held, one, setting.mtp_depth, lambda: decode_budget(one, load.input_len))  # noqa: B023
             steps[:, i : i + 1] = leaving
@@ -242,7 +233,7 @@ class Workshop:
             whole = np.broadcast_to(values, (shape[0], len(batch))).reshape(shape)
             return whole[:, kind_of, line]
 
-        ones = [with_setting(prefill, name, 0, stages) for name, stages in zip(kv, pp, strict=True)]
+        ones = [prefill.at(name, 0, stages) for name, stages in zip(kv, pp, strict=True)]
         left: dict[int, Array] = {}
         for i, (budget, line) in enumerate(zip(self.budgets, lines, strict=True)):
             line._read(
@@ -293,8 +284,9 @@ class Workshop:
             for o in options.values()
         ]
         return _Structure(
-            layout.tp, self._graph_tokens(layout), (exchange[0], exchange[1]), (shared[0], shared[1]), (common[0], common[1])
-        )
+            layout.tp, self._graph_tokens(layout), (exchange[0], exchange[1]), (shared[0], shared[1]),
+            (common[0], common[1]),
+        )  # fmt: skip
 
     def without_room(self) -> int:
         """Variants that hold no sequence, in either form of serving."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ from tensorcast.cost.formulas import Context
 from tensorcast.cost.memory import per_table
 from tensorcast.cost.routing import ExpertLoad, Load
 from tensorcast.deploy.blocks import EXPERT_STAGES
-from tensorcast.deploy.plan import Collective, Row
+from tensorcast.deploy.layout import stage_layers
 from tensorcast.deploy.overlap import Overlap
-from tensorcast.deploy.price import RowPrice, Spending, Stage, StepPrice, one_level, pick
+from tensorcast.deploy.plan import Collective, Row
+from tensorcast.deploy.price import RowPrice, Spending, StepPrice, one_level, pick
 from tensorcast.deploy.simulate import Deployment
-from tensorcast.deploy.step import Batches, Step, stages_of
+from tensorcast.deploy.stages import stages_of_each
+from tensorcast.deploy.step import Batches, Step
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import Op, OpTable
 
@@ -128,19 +130,7 @@ class FleetStep(Step):
         self.kv_bytes, self.layout = kv_bytes, replace(self.layout, pp=pp)
         self.options = replace(self.options, mtp_depth=mtp_depth, dual_batch_overlap=dual_batch_overlap)
         self.overlap = Overlap(self.plan, self.table, self.engine, self.options, self.captured)
-        self._stages = self._side_by_side(pp)  # type: ignore[misc]
-
-    def _side_by_side(self, pp: np.ndarray) -> list[Stage]:
-        """Stages whose numbers of calls are those of each batch's own ``pp``."""
-        sizes, where = np.unique(pp, return_inverse=True)
-        every = [stages_of(self.table.layer_kinds, int(size)) for size in sizes]
-        most = max(map(len, every))
-        every = [[*stages[:-1], *stages[-1:] * (1 + most - len(stages))] for stages in every]
-        places = dict.fromkeys(place for stages in every for stage in stages for place, _ in stage.calls)
-        return [
-            Stage(tuple((place, np.array([dict(stage.calls).get(place, 0) for stage in column])[where]) for place in places))
-            for column in zip(*every, strict=True)
-        ]
+        self._stages = stages_of_each(self.table.layer_kinds, pp)
 
     def _at(self, batch: Any, new: Any, past: Any) -> Batches:
         """Every case once: parts of many batches, and what they draft, are of the same sizes."""
@@ -157,7 +147,7 @@ class FleetStep(Step):
         rows = tuple(self._row(row, at.rows) for row in self.plan.rows)
         if at.draft_at is None:
             return rows, ()
-        return rows, tuple(rows[i] if i < len(rows) else self._row(row, at.rows) for i, row in self._drafts)
+        return rows, (self._row(self._project, at.rows), *(rows[i] for i in self._drafted))
 
     def _kernel(self, op: Op, at: Context) -> RowPrice:
         content = op.attrs.get("memo")
@@ -285,14 +275,29 @@ def _joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]
     return replace(prices[0], **whole, level=level, spend=spend)
 
 
-def fleet(members: Sequence[Deployment], memo: Memo) -> Deployment:
-    """``members`` as one deployment; they have the same table, rows, options and engine, some perhaps no stages.
-
-    Its step prices are arrays ``[members, batches]`` (or what broadcasts to that), its memory is, too.
+@dataclass(frozen=True)
+class Fleet(Deployment):
+    """Deployments as one. Its step's prices are arrays ``[members, batches]`` (or what broadcasts to that), its memory
+    is, too.
     """
+
+    step: FleetStep
+
+    def at(self, kv_dtype: str, mtp_depth: int, pp: int) -> Fleet:
+        """All members at one setting, for their memory; their prices need none."""
+        options, layout = replace(self.options, mtp_depth=mtp_depth), replace(self.layout, pp=pp)
+        step = copy.copy(self.step)
+        step.options, step.layout, step.stages = options, layout, stage_layers(len(step.table.layer_kinds), pp)
+        quantization = replace(self.quantization, kv=kv_dtype)
+        return replace(self, layout=layout, options=options, quantization=quantization, step=step)
+
+
+def fleet(members: Sequence[Deployment], memo: Memo) -> Fleet:
+    """``members`` as one; they have the same table, rows (but for stages, that some may lack), options and engine."""
     prototype = max(members, key=lambda member: member.layout.pp)
     step = FleetStep(prototype.step, [member.step for member in members], memo)
-    return replace(prototype, layout=step.layout, step=step)
+    known = {field.name: getattr(prototype, field.name) for field in fields(prototype)}
+    return Fleet(**{**known, "layout": step.layout, "step": step})
 
 
 @per_table

@@ -88,10 +88,10 @@ class RowPrice:
         level = one_level(self.level)
         return np.array(LEVELS)[level] if np.ndim(level) else LEVELS[level]
 
-    def at(self, where: Any, row: Row | None = None) -> RowPrice:
-        """The price at some of the batches, perhaps as that of another ``row`` that does the same."""
+    def at(self, where: Any) -> RowPrice:
+        """The price at some of the batches."""
         return RowPrice(
-            self.row if row is None else row, pick(self.seconds, where), pick(self.waits_s, where), self.family,
+            self.row, pick(self.seconds, where), pick(self.waits_s, where), self.family,
             pick(self.level, where), pick(self.error, where),
             lambda: self.spending.each(lambda value: pick(value, where)), self.has_formula, self.detail,
         )  # fmt: skip
@@ -121,17 +121,17 @@ class Call(NamedTuple):
 def spending_of(calls: list[Call], device: DeviceProfile) -> Spending:
     """What the kernels of a row compute and move, and what bounds them."""
 
-    def total(of: Callable[[Call], Any]) -> Any:
+    def of_all(of: Callable[[Call], Any]) -> Any:
         return sum((of(call) * call.work.calls for call in calls), 0.0)
 
     return Spending(
-        total(lambda c: c.work.flops), total(lambda c: c.work.bytes), 0.0,
-        total(lambda c: c.work.flops / peak_flops(device, c.work.dtype)),
+        of_all(lambda c: c.work.flops), of_all(lambda c: c.work.bytes), 0.0,
+        of_all(lambda c: c.work.flops / peak_flops(device, c.work.dtype)),
         {
-            "compute": total(lambda c: c.timing.compute_s * c.factor),
-            "memory": total(lambda c: c.timing.memory_s * c.factor),
+            "compute": of_all(lambda c: c.timing.compute_s * c.factor),
+            "memory": of_all(lambda c: c.timing.memory_s * c.factor),
             "network": 0.0,
-            "latency": total(lambda c: c.launch_s),
+            "latency": of_all(lambda c: c.launch_s),
         },
     )  # fmt: skip
 
@@ -196,16 +196,6 @@ class StepPrice:
     def exposed_comm_s(self) -> Any:
         """Communication that the step waits for."""
         return self.sum(seconds_of, lambda p: isinstance(p.row, Collective)) - self.hidden_comm_s
-
-
-class Stage(NamedTuple):
-    """A pipeline stage: how often it runs the rows of each place (a layer's kind, or a place outside the layers)."""
-
-    calls: tuple[tuple[int, Any], ...]
-
-    def of(self, per_place: dict[int, Any]) -> Any:
-        """Seconds per place, summed over the stage."""
-        return total(calls * per_place[place] for place, calls in self.calls if place in per_place)
 
 
 def total(values: Iterable[Any]) -> Any:

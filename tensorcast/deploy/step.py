@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -28,7 +28,6 @@ from tensorcast.deploy.price import (
     Part,
     RowPrice,
     Spending,
-    Stage,
     StepPrice,
     one_level,
     pick,
@@ -36,6 +35,7 @@ from tensorcast.deploy.price import (
     spending_of,
     total,
 )
+from tensorcast.deploy.stages import HAND_OVER, Stage, place_of, stages_of
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.dims import Dim, Sizes
@@ -44,10 +44,6 @@ from tensorcast.trace.table import Op, OpTable, Tensor
 EXCHANGE_SMS = 20.0
 """Processors that DeepEP's two-stage kernels take by default (github.com/deepseek-ai/DeepEP at 189df34,
 deep_ep/buffers/legacy.py, ``Buffer.num_sms``)."""
-
-
-FIRST, LAST, HAND_OVER = -1, -2, -3
-"""Places of rows outside the layers: on the first pipeline stage, on the last, on all but the last."""
 
 
 class _Sizes(NamedTuple):
@@ -69,17 +65,6 @@ class Batches(NamedTuple):
     drafts: _Sizes | None = None
     own_at: Any = None
     draft_at: Any = None
-
-
-def stages_of(layer_kinds: Sequence[int], pp: int) -> list[Stage]:
-    """What pipeline stages run, and how often; those that run the same once, the last one last."""
-    found = []
-    stages = stage_layers(len(layer_kinds), pp)
-    for i, layers in enumerate(stages):
-        first, last = i == 0, i == len(stages) - 1
-        outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
-        found.append(Stage((*Counter(layer_kinds[layers]).items(), *outside.items())))
-    return list(dict.fromkeys(found))
 
 
 class Step:
@@ -188,27 +173,16 @@ class Step:
 
     def _rows(self, at: Batches) -> tuple[tuple[RowPrice, ...], tuple[RowPrice, ...]]:
         """Prices of the plan's rows, and of the rows of drafting one token per sequence."""
-        draft = () if at.drafts is None else tuple(self._row(row, at.drafts) for _, row in self._drafts)
+        draft = () if at.drafts is None else tuple(self._row(row, at.drafts) for row in self._drafts)
         return tuple(self._row(row, at.rows) for row in self.plan.rows), draft
 
     @cached_property
     def _stages(self) -> list[Stage]:
-        """What pipeline stages run, and how often; those that run the same once, the last one last."""
         return stages_of(self.table.layer_kinds, self.layout.pp)
 
     @cached_property
     def _places(self) -> list[int]:
-        """Where each row runs: in layers of its kind, or outside the layers."""
-
-        def place(row: Row) -> int:
-            if row.kind >= 0:
-                return row.kind
-            if isinstance(row, Collective) and row.op == "send_recv":
-                return HAND_OVER
-            at_start = row.module.startswith(("embed", "rotary")) or getattr(row, "name", "") == "embedding"
-            return FIRST if at_start else LAST
-
-        return [place(row) for row in self.plan.rows]
+        return [place_of(row) for row in self.plan.rows]
 
     def seconds(self, batch: Any, new: Any, past: Any) -> Any:
         """Step time alone."""
@@ -256,15 +230,18 @@ class Step:
         return _Sizes(context, self._chunk(context))
 
     @cached_property
-    def _drafts(self) -> list[tuple[int, Row]]:
-        """What drafts a token: a layer of the last kind and the head (DeepSeek-V3, section 2.2), by their positions in
-        the plan, after hidden state and embedding are projected together."""
+    def _drafted(self) -> list[int]:
+        """Positions of the rows that draft a token, a layer of the last kind and the head (DeepSeek-V3, section 2.2),
+        after hidden state and embedding are projected together."""
         last = self.table.layer_kinds[-1]
-        rows = [(len(self.plan.rows), self._project)]
-        for i, row in enumerate(self.plan.rows):
-            if row.kind == last or (row.kind < 0 and row.module.startswith("lm_head")):
-                rows.append((i, row))
-        return [(i, replace(row, module=f"mtp.{row.module}")) for i, row in rows]
+        head = {i for i, row in enumerate(self.plan.rows) if row.kind < 0 and row.module.startswith("lm_head")}
+        return [i for i, row in enumerate(self.plan.rows) if row.kind == last or i in head]
+
+    @cached_property
+    def _drafts(self) -> list[Row]:
+        """What drafts a token."""
+        rows = (self._project, *(self.plan.rows[i] for i in self._drafted))
+        return [replace(row, module=f"mtp.{row.module}") for row in rows]
 
     @cached_property
     def _project(self) -> Row:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -90,8 +90,7 @@ class _Structure:
     common: tuple[Options, Options]
 
 
-@dataclass(frozen=True)
-class _Setting:
+class _Setting(NamedTuple):
     """What fleets take as further batches: it changes few rows, or the tokens of a step."""
 
     kv_dtype: str | None
@@ -129,7 +128,7 @@ class Workshop:
     @cached_property
     def layouts(self) -> dict[str, Array]:
         """Sizes of the variants' layouts."""
-        names = ("world_size", "tp", "dp", "ep", "etp", "pp")
+        names = ("world_size", "dp")
         return {name: np.array([getattr(v.layout, name) for v in self.variants], dtype=float) for name in names}
 
     @cached_property
@@ -250,20 +249,24 @@ class Workshop:
 
     def _groups(self) -> dict[_Structure, dict[_Member, dict[_Setting, int]]]:
         """Positions of the variants by structure, member and setting."""
-        settings: dict[tuple[Any, ...], dict[_Setting, int]] = {}
-        plain: dict[Options, Options] = {}  # many variants, few options
+        members: dict[tuple[Any, ...], dict[_Setting, int]] = {}
+        plain: dict[int, Options] = {}  # by identity: many variants, few options
+        made: dict[Options, Options] = {}
         for i, variant in enumerate(self.variants):
             for options in (variant.prefill, variant.decode):
-                if options not in plain:
-                    plain[options] = replace(options, kv_dtype=None, mtp_depth=0, dual_batch_overlap=False)
+                if id(options) not in plain:
+                    one = replace(options, kv_dtype=None, mtp_depth=0, dual_batch_overlap=False)
+                    plain[id(options)] = made.setdefault(one, one)
             layout, own = variant.layout, variant.decode
-            key = (layout.tp, layout.dp, layout.ep, self._graph_tokens(layout), plain[variant.prefill], plain[own])
+            kept = id(plain[id(variant.prefill)]), id(plain[id(own)])
+            key = (layout.tp, layout.dp, layout.ep, self._graph_tokens(layout), *kept)
             setting = _Setting(own.kv_dtype, own.mtp_depth, own.dual_batch_overlap, layout.pp)
-            settings.setdefault(key, {})[setting] = i
+            members.setdefault(key, {})[setting] = i
         found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
-        for (*_, prefill, decode), positions in settings.items():
-            layout = max((self.variants[i].layout for i in positions.values()), key=lambda one: one.pp)
-            found.setdefault(self._structure(layout, prefill, decode), {})[layout, prefill, decode] = positions
+        for positions in members.values():
+            most = self.variants[max(positions.items(), key=lambda item: item[0].pp)[1]]
+            member = (most.layout, plain[id(most.prefill)], plain[id(most.decode)])
+            found.setdefault(self._structure(*member), {})[member] = positions
         return found
 
     @cached_property
@@ -304,7 +307,7 @@ class Workshop:
         model = self.scene.deployment(Layout(1), "decode", replace(one.options, **_PLAIN)).quantization.kv
         return {kv: kv or model for kv in {v.decode.kv_dtype for v in self.variants}}
 
-    def steps(self, depth: int) -> float:
+    def steps(self, depth: Any) -> Any:
         """Decode steps of one reply with ``depth`` drafted tokens."""
         return max(self.scene.load.output_len - 1, 1) / self.scene.load.tokens_per_step(depth)
 

@@ -96,7 +96,7 @@ def disaggregated(shop: Workshop, gpus: int, limits: Limits = (None, None)) -> t
     """
     parts, unstable = [], 0
     every = CurvesAt(shop.grid, shop.curves, np.arange(len(shop.variants)))
-    steps = np.array([shop.steps(int(depth)) for depth in shop.depths])
+    steps = shop.steps(shop.depths)
     per_token = steps / max(shop.scene.load.output_len - 1, 1)
     room = np.minimum(shop.room_decode, LARGEST_BATCH)
     within = None if limits[1] is None else lambda b: per_token * every.at("seconds", b) <= limits[1]

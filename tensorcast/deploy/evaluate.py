@@ -264,7 +264,7 @@ class Workshop:
             members.setdefault(key, {})[setting] = i
         found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
         for positions in members.values():
-            most = self.variants[max(positions.items(), key=lambda item: item[0].pp)[1]]
+            most = self.variants[positions[max(positions, key=lambda setting: setting.pp)]]
             member = (most.layout, plain[id(most.prefill)], plain[id(most.decode)])
             found.setdefault(self._structure(*member), {})[member] = positions
         return found

@@ -156,11 +156,12 @@ class Step:
 
     def _at(self, batch: Any, new: Any, past: Any) -> Batches:
         micro, whole = self._micro(batch)
-        drafts = self._sizes(whole, 1.0, past, verify=1.0) if self._drafting else None
+        drafts = self._sizes(whole, 1.0, past, verify=1.0) if self._speculates else None
         return Batches(micro, self._sizes(whole / (1 + self.options.dual_batch_overlap), new, past), drafts)
 
     @property
-    def _drafting(self) -> bool:
+    def _speculates(self) -> bool:
+        """Whether some batch drafts tokens."""
         return self.table.phase == "decode" and bool(np.any(self.options.mtp_depth))
 
     def _micro(self, batch: Any) -> tuple[Any, Any]:

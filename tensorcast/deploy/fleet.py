@@ -135,7 +135,7 @@ class FleetStep(Step):
     def _at(self, batch: Any, new: Any, past: Any) -> Batches:
         """Every case once: parts of many batches, and what they draft, are of the same sizes."""
         micro, whole = self._micro(batch)
-        sizes = [(whole / (1 + self.options.dual_batch_overlap), new, past, self._verify, self.kv_bytes)]
+        sizes = [(whole / self._halves, new, past, self._verify, self.kv_bytes)]
         if self._speculates:
             sizes.append((whole, 1.0, past, 1.0, self.kv_bytes))
         every = [_in_a_row(values, len(whole)) for values in zip(*sizes, strict=True)]

@@ -146,7 +146,7 @@ class Part(NamedTuple):
     times: Any = 1
     at: Any = None
 
-    def sum(self, of: Callable[[RowPrice], Any], wanted: Callable[[RowPrice], bool]) -> Any:
+    def sum(self, of: Callable[[RowPrice], Any], wanted: Callable[[RowPrice], bool] = lambda row: True) -> Any:
         """As :meth:`StepPrice.sum`."""
         found: dict[int, list[Any]] = {}  # by calls, so that few arrays are multiplied
         for row, calls in zip(self.rows, self.calls, strict=True):

@@ -127,37 +127,48 @@ class Step:
         """
         at = self._at(batch, new, past)
         rows, draft = self._rows(at)
-        pp, depth, halves = self.layout.pp, self.options.mtp_depth, 1 + self.options.dual_batch_overlap
+        parts = *_, drafting = self._parts(rows, draft, at)
         hidden, hidden_comm = self.overlap.hidden(rows, at.rows.whole.sizes.tokens, at.own_at)
         places = self._places
         each = {
             place: pick(total(p.seconds for p, where in zip(rows, places, strict=True) if where == place), at.own_at)
             for place in dict.fromkeys(places)
         }
-        taken = {place: seconds * halves - hidden.get(place, 0.0) for place, seconds in each.items()}
-        drafting = Part(draft, (1,) * len(draft), depth, at.draft_at)
+        taken = {place: seconds * self._halves - hidden.get(place, 0.0) for place, seconds in each.items()}
         *others, last = self._stages
-        slowest = last.of(taken) + drafting.sum(seconds_of, bool)
+        slowest = last.of(taken) + drafting.sum(seconds_of)
         for stage in others:
             slowest = np.maximum(slowest, stage.of(taken))
+        pp = self.layout.pp
         turns = pp if self.table.phase == "decode" else at.micro + pp - 1
         beside = self.engine.overhead(self.device.name)
         overhead: Any = beside.seconds(batch)
         calls = Counter(self.table.layer_kinds)
         saved, saved_comm = (total(calls[kind] * kinds[kind] for kind in kinds) for kinds in (hidden, hidden_comm))
-        end = places.index(HAND_OVER) if HAND_OVER in places else len(places)
-        parts = (
-            Part(rows[:end], tuple(calls[place] if place >= 0 else 1 for place in places[:end]), halves, at.own_at),
-            Part(rows[end:], (1,) * (len(places) - end), (pp - 1) * halves, at.own_at),
-            drafting,
-        )
         micro = at.micro if np.ndim(at.micro) else int(at.micro)
         return StepPrice(parts, slowest * turns + overhead, overhead, beside.error_s, micro, saved, saved_comm)
+
+    def _parts(self, rows: tuple[RowPrice, ...], draft: tuple[RowPrice, ...], at: Batches) -> tuple[Part, Part, Part]:
+        """Rows of all stages, what hands on between them (always the last row), and what drafts."""
+        places, layers = self._places, Counter(self.table.layer_kinds)
+        end = places.index(HAND_OVER) if HAND_OVER in places else len(places)
+        calls = tuple(layers[place] if place >= 0 else 1 for place in places[:end])
+        between = (self.layout.pp - 1) * self._halves
+        return (
+            Part(rows[:end], calls, self._halves, at.own_at),
+            Part(rows[end:], (1,) * (len(places) - end), between, at.own_at),
+            Part(draft, (1,) * len(draft), self.options.mtp_depth, at.draft_at),
+        )
+
+    @property
+    def _halves(self) -> Any:
+        """Parts that a batch runs in: two under dual-batch overlap."""
+        return 1 + self.options.dual_batch_overlap
 
     def _at(self, batch: Any, new: Any, past: Any) -> Batches:
         micro, whole = self._micro(batch)
         drafts = self._sizes(whole, 1.0, past, verify=1.0) if self._speculates else None
-        return Batches(micro, self._sizes(whole / (1 + self.options.dual_batch_overlap), new, past), drafts)
+        return Batches(micro, self._sizes(whole / self._halves, new, past), drafts)
 
     @property
     def _speculates(self) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from tensorcast.cost.predict import LEVELS
 from tensorcast.deploy.blocks import EXPERT_STAGES
 from tensorcast.deploy.plan import Collective, Row
-from tensorcast.deploy.price import StepPrice
+from tensorcast.deploy.price import StepPrice, seconds_of, total
 from tensorcast.deploy.simulate import Deployment
 from tensorcast.profiles.engine import UnderLoad
 
@@ -180,18 +180,13 @@ def decode_columns(price: StepPrice, deployment: Deployment) -> dict[str, Any]:
 def evidence_shares(price: StepPrice) -> dict[str, Any]:
     """Share of kernel seconds behind which each kind of evidence stands."""
     seconds: dict[str, Any] = dict.fromkeys(EVIDENCE, 0.0)
-    for spent in price.spent:
-        if isinstance(spent.level, int):
-            seconds[LEVELS[spent.level]] = seconds[LEVELS[spent.level]] + spent.seconds
-            continue
-        # per candidate, or per member of a fleet that spans more or fewer tiers
-        lowest, rest = int(spent.level.min()), spent.seconds
-        for level in range(lowest + 1, len(LEVELS)):
-            part = spent.seconds * (spent.level == level)
-            seconds[LEVELS[level]], rest = seconds[LEVELS[level]] + part, rest - part
-        seconds[LEVELS[lowest]] = seconds[LEVELS[lowest]] + rest
-    total = np.maximum(sum(seconds.values()), 1e-30)
-    return {kind: value / total for kind, value in seconds.items()}
+    for level, kind in enumerate(LEVELS):
+        # of arrays, levels are per candidate, or per member of a fleet that spans more or fewer tiers
+        seconds[kind] = price.sum(
+            lambda p: p.seconds * (p.level == level), lambda p: not isinstance(p.level, int) or p.level == level  # noqa: B023
+        )
+    whole = np.maximum(total(seconds.values()), 1e-30)
+    return {kind: value / whole for kind, value in seconds.items()}
 
 
 def expert_seconds(price: StepPrice) -> Any:
@@ -204,4 +199,4 @@ def expert_seconds(price: StepPrice) -> Any:
 
 
 def _sum(price: StepPrice, wanted: Callable[[Row], bool]) -> Any:
-    return sum((spent.seconds for spent in price.spent if wanted(spent.row)), 0.0)
+    return price.sum(seconds_of, lambda p: wanted(p.row))

@@ -7,11 +7,10 @@ same steady state, only with more than one entry per array (``tests/test_compare
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,10 +27,9 @@ from tensorcast.deploy.curves import (
     sequence_bytes,
     under_load,
 )
-from tensorcast.deploy.fleet import Memo, fleet
+from tensorcast.deploy.fleet import Fleet, Memo, fleet
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.overlap import Overlap
 from tensorcast.deploy.plan import choose_all2all
 from tensorcast.deploy.points import (
     Array,
@@ -86,42 +84,24 @@ def cache_dtype(deployment: Deployment, asked: str | None) -> str:
     return asked or deployment.quantization.kv
 
 
-def with_setting(one: Deployment, kv_dtype: str, mtp_depth: int) -> Deployment:
-    """A fleet's deployment at one setting, for its memory; its prices need none."""
-    options = replace(one.options, mtp_depth=mtp_depth)
-    step = copy.copy(one.step)
-    step.options = options
-    return replace(one, options=options, quantization=replace(one.quantization, kv=kv_dtype), step=step)
-
-
-def vary(one: Deployment, kv_bytes: Array, mtp_depth: Array, dual_batch_overlap: Array) -> None:
-    """Let a fleet's step take, batch by batch, what its rows do not depend on or only few of them."""
-    step = one.step
-    step.kv_bytes = kv_bytes
-    step.options = replace(
-        one.options, mtp_depth=mtp_depth, dual_batch_overlap=dual_batch_overlap  # type: ignore[arg-type]
-    )
-    step.overlap = Overlap(step.plan, step.table, step.engine, step.options, step.captured)
-
-
 @dataclass(frozen=True)
 class _Structure:
     """What the members of a fleet share, in both phases."""
 
     tp: int
-    pp: int
+    graph_tokens: int
     exchange: tuple[str, str]
     shared: tuple[Whole | None, Whole | None]
     common: tuple[Options, Options]
 
 
-@dataclass(frozen=True)
-class _Setting:
+class _Setting(NamedTuple):
     """What fleets take as further batches: it changes few rows, or the tokens of a step."""
 
     kv_dtype: str | None
     mtp_depth: int
     dual_batch_overlap: bool
+    pp: int
 
 
 def _columns(values: list[Any], members: int) -> Array:
@@ -137,6 +117,8 @@ def _put(values: Array, rows: list[int], others: Array) -> Array:
 
 
 _Member = tuple[Layout, Options, Options]
+"""A layout, of those that differ in pp the one with most stages, and what is not a setting of prefill's and decode's
+options."""
 
 
 @dataclass
@@ -156,7 +138,7 @@ class Workshop:
     @cached_property
     def layouts(self) -> dict[str, Array]:
         """Sizes of the variants' layouts."""
-        names = ("world_size", "tp", "dp", "ep", "etp", "pp")
+        names = ("world_size", "dp")
         return {name: np.array([getattr(v.layout, name) for v in self.variants], dtype=float) for name in names}
 
     @cached_property
@@ -176,14 +158,14 @@ class Workshop:
         self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
         # by variant: which fleet at one setting, as which member; overlap changes no memory, so pairs share a fleet
         self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
-        self._fleets: list[Deployment] = []
+        self._fleets: list[Fleet] = []
         self._numbers: dict[tuple[Any, ...], int] = {}
         self._bases: dict[tuple[str, Layout, Options], Deployment] = {}
-        self._made: dict[tuple[Any, ...], Deployment] = {}
+        self._made: dict[tuple[Any, ...], Fleet] = {}
         self._left: dict[tuple[Any, ...], Any] = {}
         for members in self._groups().values():
             every = {setting for found in members.values() for setting in found}
-            settings = sorted(every, key=lambda s: (str(s.kv_dtype), s.mtp_depth, s.dual_batch_overlap))
+            settings = sorted(every, key=lambda s: (s.pp, str(s.kv_dtype), s.mtp_depth, s.dual_batch_overlap))
             rows = np.array([[found.get(s, -1) for s in settings] for found in members.values()])
             left = self._price_prefill(list(members), settings, rows)
             self._price_decode(list(members), settings, rows, left)
@@ -194,13 +176,7 @@ class Workshop:
         scene = self.scene.in_pools()
         if scene.engine is self.scene.engine:
             return self
-        experts = traced_table(scene.model, "prefill").facts["num_experts"]
-        captured = functools.cache(
-            lambda layout: self.scene.engine.prefill_graph_tokens(
-                scene.device, attention_dp(layout, experts), layout.pp, scene.model.config
-            )
-        )
-        rows = [i for i, v in enumerate(self.variants) if captured(v.layout)]
+        rows = [i for i, v in enumerate(self.variants) if self._graph_tokens(v.layout)]
         own, pools = self.lines, copy.copy(self)
         pools.scene = scene
         if rows:
@@ -212,7 +188,7 @@ class Workshop:
             pools.room_prefill = _put(self.room_prefill, rows, again.room_prefill)
         return pools
 
-    def _fleet(self, members: list[_Member], phase: str) -> tuple[Deployment, tuple[Any, ...]]:
+    def _fleet(self, members: list[_Member], phase: str) -> tuple[Fleet, tuple[Any, ...]]:
         """The members as one deployment, and what its memory hangs on: overlap changes none, and no member's plan."""
         made = []
         for layout, *options in members:
@@ -222,12 +198,12 @@ class Workshop:
             made.append(self._bases[key])
         held = (phase, *map(id, made))
         if held not in self._made:
-            self._made[held] = fleet(made[0], made, self.memo)
+            self._made[held] = fleet(made, self.memo)
         return self._made[held], held
 
     def _cache_budget(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Any]) -> Any:
         """What a step leaves for the cache; the cache's dtype moves it only where stages are weighed."""
-        key = (*held, what, one.quantization.kv if one.layout.pp > 1 else "")
+        key = (*held, what, one.layout.pp, one.quantization.kv if one.layout.pp > 1 else "")
         if key not in self._left:
             self._left[key] = ask()
         return self._left[key]
@@ -239,8 +215,8 @@ class Workshop:
         decode, held = self._fleet(members, "decode")
         kv = [cache_dtype(decode, s.kv_dtype) for s in settings]
         bytes_each, depth = [KV_BYTES[name] for name in kv], [s.mtp_depth for s in settings]
-        dual = [s.dual_batch_overlap for s in settings]
-        vary(decode, *(np.repeat(values, len(grid)) for values in (bytes_each, depth, dual)))
+        dual, pp = [s.dual_batch_overlap for s in settings], [s.pp for s in settings]
+        decode.step.vary(*(np.repeat(values, len(grid)) for values in (bytes_each, depth, dual, pp)))
         price = decode.step.price(np.tile(grid, len(settings)), 1.0, load.context)
         shape = (len(members), len(settings), len(grid))
         there = rows >= 0
@@ -249,9 +225,10 @@ class Workshop:
             self.curves[name][rows[there]] = whole[there]
         steps, buffers, each = np.empty((3, *rows.shape))
         for i, setting in enumerate(settings):
-            number = self._numbers.setdefault((*held, setting.kv_dtype, setting.mtp_depth), len(self._fleets))
+            key = (*held, setting.kv_dtype, setting.mtp_depth, setting.pp)
+            number = self._numbers.setdefault(key, len(self._fleets))
             if number == len(self._fleets):
-                self._fleets.append(with_setting(decode, kv[i], setting.mtp_depth))
+                self._fleets.append(decode.at(kv[i], setting.mtp_depth, setting.pp))
             one = self._fleets[number]
             leaving = self._cache_budget(held, one, setting.mtp_depth, lambda: decode_budget(one, load.input_len))  # noqa: B023
             steps[:, i : i + 1], buffers[:, i : i + 1] = leaving
@@ -267,23 +244,24 @@ class Workshop:
         """Prefill lines; what a full step of each budget leaves for the cache, ``[members, settings]``."""
         load = self.scene.load
         prefill, held = self._fleet(members, "prefill")
-        kinds = list(dict.fromkeys((s.kv_dtype, s.dual_batch_overlap) for s in settings))
+        kinds = list(dict.fromkeys((s.kv_dtype, s.dual_batch_overlap, s.pp) for s in settings))
         lines = [Line(load.new, load.prefix_cached, budget) for budget in self.budgets]
         sizes = [(b, line.tokens, line.past) for line in lines for b in line.asked]
         batch, new, past = np.tile(np.array(sizes), (len(kinds), 1)).T
-        kv = [cache_dtype(prefill, kind) for kind, _ in kinds]
-        bytes_each, dual = [KV_BYTES[name] for name in kv], [dual for _, dual in kinds]
-        vary(prefill, *(np.repeat(values, len(sizes)) for values in (bytes_each, [0] * len(kinds), dual)))
+        dtypes, dual, pp = zip(*kinds, strict=True)
+        kv = [cache_dtype(prefill, dtype) for dtype in dtypes]
+        bytes_each, depth = [KV_BYTES[name] for name in kv], [0] * len(kinds)
+        prefill.step.vary(*(np.repeat(values, len(sizes)) for values in (bytes_each, depth, dual, pp)))
         price = prefill.step.price(batch, new, past)
         shares, experts = evidence_shares(price), expert_seconds(price)
         shape, there = (len(members), len(kinds), len(lines), 3), rows >= 0
-        kind_of = [kinds.index((setting.kv_dtype, setting.dual_batch_overlap)) for setting in settings]
+        kind_of = [kinds.index((s.kv_dtype, s.dual_batch_overlap, s.pp)) for s in settings]
 
         def of(values: Any, line: int) -> Array:
             whole = np.broadcast_to(values, (shape[0], len(batch))).reshape(shape)
             return whole[:, kind_of, line]
 
-        ones = [with_setting(prefill, name, 0) for name in kv]
+        ones = [prefill.at(name, 0, stages) for name, stages in zip(kv, pp, strict=True)]
         left: dict[int, Array] = {}
         for i, (budget, line) in enumerate(zip(self.budgets, lines, strict=True)):
             line._read(
@@ -300,18 +278,33 @@ class Workshop:
 
     def _groups(self) -> dict[_Structure, dict[_Member, dict[_Setting, int]]]:
         """Positions of the variants by structure, member and setting."""
-        settings: dict[_Member, dict[_Setting, int]] = {}
-        plain: dict[Options, Options] = {}  # many variants, few options
+        members: dict[tuple[Any, ...], dict[_Setting, int]] = {}
+        plain: dict[int, Options] = {}  # by identity: many variants, few options
+        made: dict[Options, Options] = {}
         for i, variant in enumerate(self.variants):
             for options in (variant.prefill, variant.decode):
-                if options not in plain:
-                    plain[options] = replace(options, kv_dtype=None, mtp_depth=0, dual_batch_overlap=False)
-            member, own = (variant.layout, plain[variant.prefill], plain[variant.decode]), variant.decode
-            settings.setdefault(member, {})[_Setting(own.kv_dtype, own.mtp_depth, own.dual_batch_overlap)] = i
+                if id(options) not in plain:
+                    one = replace(options, kv_dtype=None, mtp_depth=0, dual_batch_overlap=False)
+                    plain[id(options)] = made.setdefault(one, one)
+            layout, own = variant.layout, variant.decode
+            kept = id(plain[id(variant.prefill)]), id(plain[id(own)])
+            key = (layout.tp, layout.dp, layout.ep, self._graph_tokens(layout), *kept)
+            setting = _Setting(own.kv_dtype, own.mtp_depth, own.dual_batch_overlap, layout.pp)
+            members.setdefault(key, {})[setting] = i
         found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
-        for member, positions in settings.items():
+        for positions in members.values():
+            most = self.variants[positions[max(positions, key=lambda setting: setting.pp)]]
+            member = (most.layout, plain[id(most.prefill)], plain[id(most.decode)])
             found.setdefault(self._structure(*member), {})[member] = positions
         return found
+
+    @cached_property
+    def _graph_tokens(self) -> Callable[[Layout], int]:
+        """Tokens of the largest captured prefill step of a layout."""
+        model, device, engine = self.scene.model, self.scene.device, self.scene.engine
+        experts = traced_table(model, "prefill").facts["num_experts"]
+        largest = cache(lambda dp, pp: engine.prefill_graph_tokens(device, dp, pp, model.config))
+        return lambda layout: largest(attention_dp(layout, experts), layout.pp)
 
     def _structure(self, layout: Layout, prefill: Options, decode: Options) -> _Structure:
         options = {"prefill": prefill, "decode": decode}
@@ -323,8 +316,9 @@ class Workshop:
             for o in options.values()
         ]
         return _Structure(
-            layout.tp, layout.pp, (exchange[0], exchange[1]), (shared[0], shared[1]), (common[0], common[1])
-        )
+            layout.tp, self._graph_tokens(layout), (exchange[0], exchange[1]), (shared[0], shared[1]),
+            (common[0], common[1]),
+        )  # fmt: skip
 
     def without_room(self) -> int:
         """Variants that hold no sequence, in either form of serving."""
@@ -342,7 +336,7 @@ class Workshop:
         model = self.scene.deployment(Layout(1), "decode", replace(one.options, **_PLAIN)).quantization.kv
         return {kv: kv or model for kv in {v.decode.kv_dtype for v in self.variants}}
 
-    def steps(self, depth: int) -> float:
+    def steps(self, depth: Any) -> Any:
         """Decode steps of one reply with ``depth`` drafted tokens."""
         return max(self.scene.load.output_len - 1, 1) / self.scene.load.tokens_per_step(depth)
 

@@ -2,15 +2,17 @@
 
 A step's price is a sum over rows, and deployments that differ in dp, ep, what is dispatched or how many experts are
 copied have the same rows. So a *fleet* is a :class:`Deployment` whose layout holds columns ``[members, 1]`` instead of
-numbers; batches are the other axis. Rows that no member changes (attention, dense layers, norms) are priced once, and
-remembered for other fleets: the memo is what makes options cheap.
+numbers; batches are the other axis. What changes no row but only the sizes of a step (the cache's dtype, drafted
+tokens, half batches, micro-batches of pipeline stages) goes along the batches: sizes that come up again and again are
+priced once. Rows that no member changes (attention, dense layers, norms) are priced once, too, and remembered for
+other fleets: the memo is what makes options cheap.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,13 @@ from tensorcast.cost.formulas import Context
 from tensorcast.cost.memory import per_table
 from tensorcast.cost.routing import ExpertLoad, Load
 from tensorcast.deploy.blocks import EXPERT_STAGES
+from tensorcast.deploy.layout import stage_layers
+from tensorcast.deploy.overlap import Overlap
 from tensorcast.deploy.plan import Collective, Row
 from tensorcast.deploy.price import RowPrice, Spending, StepPrice, one_level, pick
 from tensorcast.deploy.simulate import Deployment
-from tensorcast.deploy.step import Step
+from tensorcast.deploy.stages import stages_of_each
+from tensorcast.deploy.step import Batches, Step
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import Op, OpTable
 
@@ -38,18 +43,17 @@ Memo = dict[tuple[Any, ...], Any]
 
 @dataclass(frozen=True)
 class Layouts:
-    """Layouts of the members: tp and pp are one number, the rest are columns ``[members, 1]``."""
+    """Layouts of the members: tp is one number, pp, too, or one per batch; the rest are columns ``[members, 1]``."""
 
     tp: int
-    pp: int
-    world_size: Any
+    pp: Any
     dp: Any
     ep: Any
     etp: Any
     stage_ranks: Any
 
 
-_VARYING = ("world_size", "dp", "ep", "etp", "stage_ranks")
+_VARYING = ("dp", "ep", "etp", "stage_ranks")
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class FleetStep(Step):
         self.distinct = {name: _column([one.distinct[name] for one in members]) for name in prototype.distinct}
         named = _named(prototype.table)
         rows = tuple(
-            _merged(row, [member.plan.rows[i] for member in members], named)
+            _merged(row, [(*member.plan.rows, row)[i] for member in members], named)  # no stages: never handed over
             for i, row in enumerate(prototype.plan.rows)
         )
         sent = Dispatch(_column([member.plan.dispatch.activation_bytes for member in members]))
@@ -120,6 +124,30 @@ class FleetStep(Step):
         self._keys: dict[int, tuple[Context, tuple[bytes, ...]]] = {}
         self._contexts: dict[tuple[int, float, bool], tuple[Context, Context]] = {}
         self._tokens: dict[int, tuple[Context, Context, Any]] = {}
+
+    def vary(self, kv_bytes: Any, mtp_depth: Any, dual_batch_overlap: Any, pp: Any) -> None:
+        """Take, batch by batch, what rows do not depend on or only few of them."""
+        self.kv_bytes, self.layout = kv_bytes, replace(self.layout, pp=pp)
+        self.options = replace(self.options, mtp_depth=mtp_depth, dual_batch_overlap=dual_batch_overlap)
+        self.overlap = Overlap(self.plan, self.table, self.engine, self.options, self.captured)
+        self._stages = stages_of_each(self.table.layer_kinds, pp)
+
+    def _at(self, batch: Any, new: Any, past: Any) -> Batches:
+        """Every case once: parts of many batches, and what they draft, are of the same sizes."""
+        micro, whole = self._micro(batch)
+        sizes = [(whole / self._halves, new, past, self._verify, self.kv_bytes)]
+        if self._speculates:
+            sizes.append((whole, 1.0, past, 1.0, self.kv_bytes))
+        every = [_in_a_row(values, len(whole)) for values in zip(*sizes, strict=True)]
+        first, where = _cases(every)
+        own, *draft = np.split(where, len(sizes))
+        return Batches(micro, self._sizes(*(pick(value, first) for value in every)), None, own, *draft)
+
+    def _rows(self, at: Batches) -> tuple[tuple[RowPrice, ...], tuple[RowPrice, ...]]:
+        rows = tuple(self._row(row, at.rows) for row in self.plan.rows)
+        if at.draft_at is None:
+            return rows, ()
+        return rows, (self._row(self._project, at.rows), *(rows[i] for i in self._drafted))
 
     def _kernel(self, op: Op, at: Context) -> RowPrice:
         content = op.attrs.get("memo")
@@ -176,9 +204,8 @@ class FleetStep(Step):
         if id(at) not in self._tokens:
             few, where = at, None
             if np.ndim(at.sizes.B) == 1:
-                every = np.array(np.broadcast_arrays(at.sizes.B, at.sizes.S))
-                _, first, inverse = np.unique(every, axis=1, return_index=True, return_inverse=True)
-                if len(first) < every.shape[1]:
+                first, inverse = _cases([at.sizes.B, at.sizes.S])
+                if len(first) < len(inverse):
                     sizes = {name: pick(getattr(at.sizes, name), first) for name in ("B", "S", "P", "R", "E", "X")}
                     names = ("hit", "capacity", "verify", "kv_bytes")
                     loads = {name: pick(getattr(at, name), first) for name in names}
@@ -248,13 +275,29 @@ def _joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]
     return replace(prices[0], **whole, level=level, spend=spend)
 
 
-def fleet(prototype: Deployment, members: Sequence[Deployment], memo: Memo) -> Deployment:
-    """``members`` as one deployment; they have the ``prototype``'s table, rows, options and engine.
-
-    Its step prices are arrays ``[members, batches]`` (or what broadcasts to that), its memory is, too.
+@dataclass(frozen=True)
+class Fleet(Deployment):
+    """Deployments as one. Its step's prices are arrays ``[members, batches]`` (or what broadcasts to that), its memory
+    is, too.
     """
+
+    step: FleetStep
+
+    def at(self, kv_dtype: str, mtp_depth: int, pp: int) -> Fleet:
+        """All members at one setting, for their memory; their prices need none."""
+        options, layout = replace(self.options, mtp_depth=mtp_depth), replace(self.layout, pp=pp)
+        step = copy.copy(self.step)
+        step.options, step.layout, step.stages = options, layout, stage_layers(len(step.table.layer_kinds), pp)
+        quantization = replace(self.quantization, kv=kv_dtype)
+        return replace(self, layout=layout, options=options, quantization=quantization, step=step)
+
+
+def fleet(members: Sequence[Deployment], memo: Memo) -> Fleet:
+    """``members`` as one; they have the same table, rows (but for stages, that some may lack), options and engine."""
+    prototype = max(members, key=lambda member: member.layout.pp)
     step = FleetStep(prototype.step, [member.step for member in members], memo)
-    return replace(prototype, layout=step.layout, step=step)
+    known = {field.name: getattr(prototype, field.name) for field in fields(prototype)}
+    return Fleet(**{**known, "layout": step.layout, "step": step})
 
 
 @per_table
@@ -290,6 +333,24 @@ def _is_routed(op: Op) -> bool:
     """Whether a row's sizes depend on how tokens fall on experts, and so on the layout."""
     dims = [dim for tensor in (*op.inputs, *op.outputs) for dim in tensor.dims]
     return op.stage in EXPERT_STAGES or any(dim.R or dim.E or dim.X for dim in dims)
+
+
+def _in_a_row(values: Sequence[Any], width: int) -> Any:
+    """One after another, each as wide as all batches; a number where all are this number."""
+    if not any(map(np.ndim, values)) and len(set(values)) == 1:
+        return values[0]
+    return np.concatenate([np.broadcast_to(value, width) for value in values])
+
+
+def _cases(columns: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Where every combination of the columns' values first stands, and which combination every entry is."""
+    code: Any = 0
+    for values in columns:
+        if np.ndim(values):
+            found, where = np.unique(values, return_inverse=True)
+            code = code * len(found) + where
+    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+    return first, inverse
 
 
 def _column(values: Sequence[Any]) -> np.ndarray:

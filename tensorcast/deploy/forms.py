@@ -95,7 +95,7 @@ def disaggregated(shop: Workshop, gpus: int, limits: Limits = (None, None)) -> t
     """
     parts, unstable = [], 0
     grid, decode_s = shop.grid, shop.curves["seconds"]
-    steps = np.array([shop.steps(int(depth)) for depth in shop.depths])
+    steps = shop.steps(shop.depths)
     per_token = (steps / max(shop.scene.load.output_len - 1, 1))[:, None] * decode_s
     fits = grid <= np.minimum(shop.room_decode, LARGEST_BATCH)[:, None]
     within = fits & (per_token <= (limits[1] or np.inf))

@@ -12,7 +12,7 @@ from tensorcast.cost.overlap import CONTENTION, Contention, beside, two_streams
 from tensorcast.deploy.blocks import EXPERT_STAGES, blocks_of, is_shared
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan import Collective, Plan, Row
-from tensorcast.deploy.price import RowPrice
+from tensorcast.deploy.price import RowPrice, pick, total
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.table import Op, OpTable
 
@@ -50,24 +50,27 @@ class Overlap:
                 found.setdefault(row.kind, {}).setdefault(_place(row, blocks), []).append(i)
         return found
 
-    def hidden(self, rows: Rows, tokens: Any) -> tuple[dict[int, Any], dict[int, Any]]:
-        """Seconds hidden per layer of each kind, over both half batches, and how much of them is communication."""
+    def hidden(self, rows: Rows, tokens: Any, at: Any = None) -> tuple[dict[int, Any], dict[int, Any]]:
+        """Seconds hidden per layer of each kind, over both half batches, and how much of them is communication.
+
+        ``rows`` are priced at ``tokens``; ``at``: which of these cases every batch is, None: they are the batches.
+        """
         hidden: dict[int, Any] = {}
         communication: dict[int, Any] = {}
         for kind, places in self.places.items():
             part = {name: [rows[i] for i in found] for name, found in places.items()}
-            hidden[kind], communication[kind] = self._layer(part, tokens)
+            hidden[kind], communication[kind] = self._layer(part, tokens, at)
         return hidden, communication
 
-    def _layer(self, part: Parts, tokens: Any) -> tuple[Any, Any]:
+    def _layer(self, part: Parts, tokens: Any, at: Any) -> tuple[Any, Any]:
         if self.contention is None or not np.any(self.dual):
-            return self._one_batch(part, tokens)
-        halves = self._two_halves(part, self.contention)
-        if np.all(self.dual):
-            return halves
-        pairs = zip(halves, self._one_batch(part, tokens), strict=True)
-        saved, communication = (np.where(self.dual, two, one) for two, one in pairs)
-        return saved, communication
+            saved, communication = self._one_batch(part, tokens)
+            return pick(saved, at), pick(communication, at)
+        halves = [pick(value, at) for value in self._two_halves(part, self.contention)]
+        if not np.all(self.dual):
+            one = [pick(value, at) for value in self._one_batch(part, tokens)]
+            halves = [np.where(self.dual, *pair) for pair in zip(halves, one, strict=True)]
+        return halves[0], halves[1]
 
     def _two_halves(self, part: Parts, contention: Contention) -> tuple[Any, Any]:
         """One half batch computes while the other communicates."""
@@ -110,8 +113,8 @@ def _place(row: Row, blocks: dict[int, str]) -> str:
 
 
 def _seconds(rows: Rows) -> Any:
-    return sum((row.seconds for row in rows), 0.0)
+    return total(row.seconds for row in rows)
 
 
 def _busy(rows: Rows) -> Any:
-    return sum((row.busy_s for row in rows), 0.0)
+    return total(row.busy_s for row in rows)

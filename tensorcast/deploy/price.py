@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,10 +88,10 @@ class RowPrice:
         level = one_level(self.level)
         return np.array(LEVELS)[level] if np.ndim(level) else LEVELS[level]
 
-    def at(self, where: Any, row: Row | None = None) -> RowPrice:
-        """The price at some of the batches, perhaps as that of another ``row`` that does the same."""
+    def at(self, where: Any) -> RowPrice:
+        """The price at some of the batches."""
         return RowPrice(
-            self.row if row is None else row, pick(self.seconds, where), pick(self.waits_s, where), self.family,
+            self.row, pick(self.seconds, where), pick(self.waits_s, where), self.family,
             pick(self.level, where), pick(self.error, where),
             lambda: self.spending.each(lambda value: pick(value, where)), self.has_formula, self.detail,
         )  # fmt: skip
@@ -120,29 +121,39 @@ class Call(NamedTuple):
 def spending_of(calls: list[Call], device: DeviceProfile) -> Spending:
     """What the kernels of a row compute and move, and what bounds them."""
 
-    def total(of: Callable[[Call], Any]) -> Any:
+    def of_all(of: Callable[[Call], Any]) -> Any:
         return sum((of(call) * call.work.calls for call in calls), 0.0)
 
     return Spending(
-        total(lambda c: c.work.flops), total(lambda c: c.work.bytes), 0.0,
-        total(lambda c: c.work.flops / peak_flops(device, c.work.dtype)),
+        of_all(lambda c: c.work.flops), of_all(lambda c: c.work.bytes), 0.0,
+        of_all(lambda c: c.work.flops / peak_flops(device, c.work.dtype)),
         {
-            "compute": total(lambda c: c.timing.compute_s * c.factor),
-            "memory": total(lambda c: c.timing.memory_s * c.factor),
+            "compute": of_all(lambda c: c.timing.compute_s * c.factor),
+            "memory": of_all(lambda c: c.timing.memory_s * c.factor),
             "network": 0.0,
-            "latency": total(lambda c: c.launch_s),
+            "latency": of_all(lambda c: c.launch_s),
         },
     )  # fmt: skip
 
 
-class Spent(NamedTuple):
-    """Seconds of all calls of a row in one pass over all stages; ``error`` and ``level`` as in :class:`RowPrice`."""
+class Part(NamedTuple):
+    """Rows of a step that run equally often up to their ``calls``: each ``calls * times``, where ``times`` may hang on
+    the batch. Where batches have sizes in common, rows are priced once for each case, and ``at`` is every batch's case.
+    """
 
-    row: Row
-    family: str
-    seconds: Any
-    error: Any
-    level: Any
+    rows: tuple[RowPrice, ...]
+    calls: tuple[int, ...]
+    times: Any = 1
+    at: Any = None
+
+    def sum(self, of: Callable[[RowPrice], Any], wanted: Callable[[RowPrice], bool] = lambda row: True) -> Any:
+        """As :meth:`StepPrice.sum`."""
+        found: dict[int, list[Any]] = {}  # by calls, so that few arrays are multiplied
+        for row, calls in zip(self.rows, self.calls, strict=True):
+            if calls and wanted(row):
+                found.setdefault(calls, []).append(of(row))
+        every = total(total(values) * calls for calls, values in found.items())
+        return pick(every, self.at) * self.times if found else 0.0
 
 
 @dataclass(frozen=True)
@@ -150,60 +161,53 @@ class StepPrice:
     """A step: its rows' prices and the time of the slowest pipeline stage, of the whole step, and of its overheads.
 
     ``hidden_s``: kernel seconds that pass while others run; ``hidden_comm_s`` of them are communication.
-    ``draft_at``: where several batches draft the same, the last ``drafts`` rows hold each case once, and this is which
-    of them every batch is.
     """
 
-    rows: tuple[RowPrice, ...]
-    counts: tuple[Any, ...]
+    parts: tuple[Part, ...]
     seconds: Any
     overhead_s: Any
     overhead_error_s: float
     micro_batches: Any
     hidden_s: Any = 0.0
     hidden_comm_s: Any = 0.0
-    drafts: int = 0
-    draft_at: Any = None
 
-    @cached_property
-    def spent(self) -> list[Spent]:
-        """What the rows that run take."""
-        own = len(self.rows) - self.drafts
-        calls = zip(self.rows[:own], self.counts[:own], strict=True)
-        found = [
-            Spent(p.row, p.family, p.seconds * n, p.error, p.level) for p, n in calls if not isinstance(n, int) or n
-        ]
-        for p, n in zip(self.rows[own:], self.counts[own:], strict=True):
-            seconds, error, level = (pick(value, self.draft_at) for value in (p.seconds, p.error, p.level))
-            found.append(Spent(p.row, p.family, seconds * n, error, level))
-        return found
+    @property
+    def rows(self) -> tuple[RowPrice, ...]:
+        return tuple(row for part in self.parts for row in part.rows)
+
+    @property
+    def counts(self) -> tuple[Any, ...]:
+        """How often each of the rows runs in one pass over all stages."""
+        return tuple(calls * part.times for part in self.parts for calls in part.calls)
+
+    def sum(self, of: Callable[[RowPrice], Any], wanted: Callable[[RowPrice], bool] = lambda row: True) -> Any:
+        """``of`` each row that is ``wanted``, over all its calls in one pass over all stages."""
+        return total(part.sum(of, wanted) for part in self.parts)
 
     @cached_property
     def error(self) -> Any:
         """Median relative error of the sum: errors of one family move together, families and overhead independently."""
-        by_family: dict[str, Any] = {}
-        total = self.overhead_s
-        for spent in self.spent:
-            by_family[spent.family] = by_family.get(spent.family, 0.0) + spent.seconds * spent.error
-            total = total + spent.seconds
-        squares = sum((np.square(error) for error in by_family.values()), self.overhead_error_s**2)
-        return np.sqrt(squares) / np.maximum(total, 1e-30)
+        families = dict.fromkeys(row.family for row in self.rows)
+        errors = [self.sum(lambda p: p.seconds * p.error, lambda p: p.family == family) for family in families]  # noqa: B023
+        squares = total(map(np.square, errors)) + self.overhead_error_s**2
+        return np.sqrt(squares) / np.maximum(self.sum(seconds_of) + self.overhead_s, 1e-30)
 
     @cached_property
     def exposed_comm_s(self) -> Any:
         """Communication that the step waits for."""
-        moved = sum((spent.seconds for spent in self.spent if isinstance(spent.row, Collective)), 0.0)
-        return moved - self.hidden_comm_s
+        return self.sum(seconds_of, lambda p: isinstance(p.row, Collective)) - self.hidden_comm_s
 
 
-class Stage(NamedTuple):
-    """A pipeline stage: how often it runs the rows of each place (a layer's kind, or a place outside the layers)."""
+def total(values: Iterable[Any]) -> Any:
+    """The sum; numbers and narrow arrays first, so that few additions are over whole fleets."""
+    return sum(sorted(values, key=_axes), 0.0)
 
-    calls: tuple[tuple[int, int], ...]
 
-    def of(self, per_place: dict[int, Any]) -> Any:
-        """Seconds per place, summed over the stage."""
-        return sum((count * per_place[place] for place, count in self.calls if count and place in per_place), 0.0)
+def _axes(value: Any) -> int:
+    return getattr(value, "ndim", 0)
+
+
+seconds_of = attrgetter("seconds")
 
 
 def one_level(levels: Any) -> Any:

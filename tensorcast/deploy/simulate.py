@@ -128,21 +128,24 @@ class Deployment:
 
     @cached_property
     def _stage_weights(self) -> list[tuple[float, slice]]:
-        """Bytes of weights on the fullest rank of each pipeline stage, and its layers."""
+        """Bytes of weights on the fullest rank of each pipeline stage, and its layers; stages that are alike once."""
         stages, layout, load = list(self.step.stages), self.layout, self.step.load
         stages[-1] = slice(stages[-1].start, len(self._drafting.layer_kinds))
         local = load.local_experts if load is not None else None
-        found = []
+        found: dict[Any, tuple[float, slice]] = {}
         for i, layers in enumerate(stages):
             last = i == len(stages) - 1
+            held = (i == 0, last, *sorted(self._drafting.layer_kinds[layers]))
+            if held in found:
+                continue
             weights = weight_bytes(
                 self._drafting, self.quantization, layout.ep, layout.etp, layers, first=i == 0, last=last,
                 local_experts=local, rounded=self.engine.pads_hidden,
             )
             if last and self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
                 weights += 2.0 * 2.0 * self.raw.facts["hidden_size"] ** 2
-            found.append((weights, layers))
-        return found
+            found[held] = weights, layers
+        return list(found.values())
 
     def _communication_bytes(self, tokens: Any, sizes: Sizes) -> Any:
         """Receive buffers of the MoE exchange; collectives' own buffers are in the engine's reserve."""

@@ -23,7 +23,19 @@ from tensorcast.deploy.layout import Layout, stage_layers
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.overlap import Overlap
 from tensorcast.deploy.plan import Collective, Plan, Row, gated
-from tensorcast.deploy.price import Call, RowPrice, Spending, Stage, StepPrice, one_level, pick, spending_of
+from tensorcast.deploy.price import (
+    Call,
+    Part,
+    RowPrice,
+    Spending,
+    StepPrice,
+    one_level,
+    pick,
+    seconds_of,
+    spending_of,
+    total,
+)
+from tensorcast.deploy.stages import HAND_OVER, Stage, place_of, stages_of
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.dims import Dim, Sizes
@@ -34,10 +46,6 @@ EXCHANGE_SMS = 20.0
 deep_ep/buffers/legacy.py, ``Buffer.num_sms``)."""
 
 
-FIRST, LAST, HAND_OVER = -1, -2, -3
-"""Places of rows outside the layers: on the first pipeline stage, on the last, on all but the last."""
-
-
 class _Sizes(NamedTuple):
     """What rows are priced at: the step's context, and how many chunks of which context pass the experts."""
 
@@ -45,18 +53,17 @@ class _Sizes(NamedTuple):
     chunks: tuple[Any, Context]
 
 
-class _Batches(NamedTuple):
-    """Micro-batches, the tokens of one of them (or of half of it), and what rows are priced at.
+class Batches(NamedTuple):
+    """Micro-batches, and what the rows of one of them (or of half of it) are priced at.
 
-    ``drafts``: what drafting is priced at, if the step drafts. Or, where there are several batches, ``rows`` holds what
-    they draft behind the ``own`` batches, and ``draft_at`` says which of those cases every batch is.
+    ``drafts``: what drafting is priced at, if the step drafts. Where batches have sizes in common, ``rows`` holds each
+    case once; ``own_at`` and ``draft_at`` say at which of them every batch runs and drafts.
     """
 
     micro: Any
-    tokens: Any
     rows: _Sizes
     drafts: _Sizes | None = None
-    own: int | None = None
+    own_at: Any = None
     draft_at: Any = None
 
 
@@ -120,100 +127,74 @@ class Step:
         """
         at = self._at(batch, new, past)
         rows, draft = self._rows(at)
-        hidden, hidden_comm = self.overlap.hidden(rows, at.tokens)
-        stages, micro, pp = self._stages, at.micro, self.layout.pp
-        halves: Any = 1 + self.options.dual_batch_overlap
-        each: dict[int, Any] = {}
-        for place, row in zip(self._places, rows, strict=True):
-            each[place] = each[place] + row.seconds if place in each else row.seconds
-        # stages of the same layers take the same time
-        alike = {stage: stage.of(each) * halves - stage.of(hidden) for stage in dict.fromkeys(stages)}
-        counts = tuple(self._calls[place] * halves for place in self._places)
-        last_s = alike.pop(stages[-1]) if stages.count(stages[-1]) == 1 else alike[stages[-1]]
-        if draft:
-            drafting = pick(sum((price.seconds for price in draft), 0.0), at.draft_at)
-            last_s = last_s + drafting * self.options.mtp_depth
-            rows, counts = (*rows, *draft), counts + (self.options.mtp_depth,) * len(draft)
-        slowest = last_s
-        for seconds in alike.values():
-            slowest = np.maximum(slowest, seconds)
-        turns = pp if self.table.phase == "decode" else micro + pp - 1
+        parts = *_, drafting = self._parts(rows, draft, at)
+        hidden, hidden_comm = self.overlap.hidden(rows, at.rows.whole.sizes.tokens, at.own_at)
+        places = self._places
+        each = {
+            place: pick(total(p.seconds for p, where in zip(rows, places, strict=True) if where == place), at.own_at)
+            for place in dict.fromkeys(places)
+        }
+        taken = {place: seconds * self._halves - hidden.get(place, 0.0) for place, seconds in each.items()}
+        *others, last = self._stages
+        slowest = last.of(taken) + drafting.sum(seconds_of)
+        for stage in others:
+            slowest = np.maximum(slowest, stage.of(taken))
+        pp = self.layout.pp
+        turns = pp if self.table.phase == "decode" else at.micro + pp - 1
         beside = self.engine.overhead(self.device.name)
         overhead: Any = beside.seconds(batch)
-        saved, saved_comm = (sum(stage.of(kinds) for stage in stages) for kinds in (hidden, hidden_comm))
-        micro = micro if np.ndim(micro) else int(micro)
-        return StepPrice(
-            rows, counts, slowest * turns + overhead, overhead, beside.error_s, micro, saved, saved_comm,
-            len(draft), at.draft_at,
-        )  # fmt: skip
+        calls = Counter(self.table.layer_kinds)
+        saved, saved_comm = (total(calls[kind] * kinds[kind] for kind in kinds) for kinds in (hidden, hidden_comm))
+        micro = at.micro if np.ndim(at.micro) else int(at.micro)
+        return StepPrice(parts, slowest * turns + overhead, overhead, beside.error_s, micro, saved, saved_comm)
 
-    def _at(self, batch: Any, new: Any, past: Any) -> _Batches:
+    def _parts(self, rows: tuple[RowPrice, ...], draft: tuple[RowPrice, ...], at: Batches) -> tuple[Part, Part, Part]:
+        """Rows of all stages, what hands on between them (always the last row), and what drafts."""
+        places, layers = self._places, Counter(self.table.layer_kinds)
+        end = places.index(HAND_OVER) if HAND_OVER in places else len(places)
+        calls = tuple(layers[place] if place >= 0 else 1 for place in places[:end])
+        between = (self.layout.pp - 1) * self._halves
+        return (
+            Part(rows[:end], calls, self._halves, at.own_at),
+            Part(rows[end:], (1,) * (len(places) - end), between, at.own_at),
+            Part(draft, (1,) * len(draft), self.options.mtp_depth, at.draft_at),
+        )
+
+    @property
+    def _halves(self) -> Any:
+        """Parts that a batch runs in: two under dual-batch overlap."""
+        return 1 + self.options.dual_batch_overlap
+
+    def _at(self, batch: Any, new: Any, past: Any) -> Batches:
+        micro, whole = self._micro(batch)
+        drafts = self._sizes(whole, 1.0, past, verify=1.0) if self._speculates else None
+        return Batches(micro, self._sizes(whole / self._halves, new, past), drafts)
+
+    @property
+    def _speculates(self) -> bool:
+        """Whether some batch drafts tokens."""
+        return self.table.phase == "decode" and bool(np.any(self.options.mtp_depth))
+
+    def _micro(self, batch: Any) -> tuple[Any, Any]:
+        """Micro-batches, and the sequences in one of them."""
         # of each candidate by itself: its price must not depend on what is priced beside it
         micro: Any = 1
-        if self.layout.pp > 1:
+        if np.any(np.greater(self.layout.pp, 1)):
             micro = np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, self.layout.pp)
-        whole = np.asarray(batch, dtype=float) / micro
-        part = whole / (1 + self.options.dual_batch_overlap)
-        tokens = part * self._verify * new
-        if self.table.phase != "decode" or not np.any(self.options.mtp_depth):
-            return _Batches(micro, tokens, self._sizes(part, new, past))
-        if np.ndim(whole) != 1 or np.ndim(past) > 1:
-            drafts = self._sizes(whole, 1.0, past, verify=1.0)
-            return _Batches(micro, tokens, self._sizes(part, new, past), drafts)
-        # what batches draft, where they draft alike once, is priced as further batches of the same rows
-        every = np.array([np.broadcast_to(value, whole.shape) for value in (whole, past, self.kv_bytes)])
-        cases, draft_at = np.unique(every, axis=1, return_inverse=True)
+        return micro, np.asarray(batch, dtype=float) / micro
 
-        def both(value: Any, case: Any) -> Any:
-            return np.concatenate([np.broadcast_to(value, whole.shape), np.broadcast_to(case, cases.shape[1:])])
-
-        joined = self._sizes(
-            both(part, cases[0]), new if np.ndim(new) == 0 else both(new, 1.0),
-            past if np.ndim(past) == 0 else both(past, cases[1]), both(self._verify, 1.0),
-            self.kv_bytes if np.ndim(self.kv_bytes) == 0 else both(self.kv_bytes, cases[2]),
-        )  # fmt: skip
-        return _Batches(micro, tokens, joined, None, len(whole), draft_at)
-
-    def _rows(self, at: _Batches) -> tuple[tuple[RowPrice, ...], tuple[RowPrice, ...]]:
+    def _rows(self, at: Batches) -> tuple[tuple[RowPrice, ...], tuple[RowPrice, ...]]:
         """Prices of the plan's rows, and of the rows of drafting one token per sequence."""
-        if at.own is None:
-            draft = () if at.drafts is None else tuple(self._row(row, at.drafts) for _, row in self._drafts)
-            return tuple(self._row(row, at.rows) for row in self.plan.rows), draft
-        priced = [self._row(row, at.rows) for row in (*self.plan.rows, self._project)]
-        own, further = slice(at.own), slice(at.own, None)
-        return tuple(p.at(own) for p in priced[:-1]), tuple(priced[i].at(further, row) for i, row in self._drafts)
+        draft = () if at.drafts is None else tuple(self._row(row, at.drafts) for row in self._drafts)
+        return tuple(self._row(row, at.rows) for row in self.plan.rows), draft
 
     @cached_property
     def _stages(self) -> list[Stage]:
-        """What each pipeline stage runs, and how often."""
-        found = []
-        for i, layers in enumerate(self.stages):
-            first, last = i == 0, i == len(self.stages) - 1
-            outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
-            found.append(Stage((*Counter(self.table.layer_kinds[layers]).items(), *outside.items())))
-        return found
-
-    @cached_property
-    def _calls(self) -> Counter[int]:
-        """How often all stages together run the rows of each place."""
-        calls: Counter[int] = Counter()
-        for stage in self._stages:
-            calls.update(dict(stage.calls))
-        return calls
+        return stages_of(self.table.layer_kinds, self.layout.pp)
 
     @cached_property
     def _places(self) -> list[int]:
-        """Where each row runs: in layers of its kind, or outside the layers."""
-
-        def place(row: Row) -> int:
-            if row.kind >= 0:
-                return row.kind
-            if isinstance(row, Collective) and row.op == "send_recv":
-                return HAND_OVER
-            at_start = row.module.startswith(("embed", "rotary")) or getattr(row, "name", "") == "embedding"
-            return FIRST if at_start else LAST
-
-        return [place(row) for row in self.plan.rows]
+        return [place_of(row) for row in self.plan.rows]
 
     def seconds(self, batch: Any, new: Any, past: Any) -> Any:
         """Step time alone."""
@@ -261,15 +242,18 @@ class Step:
         return _Sizes(context, self._chunk(context))
 
     @cached_property
-    def _drafts(self) -> list[tuple[int, Row]]:
-        """What drafts a token: a layer of the last kind and the head (DeepSeek-V3, section 2.2), by their positions in
-        the plan, after hidden state and embedding are projected together."""
+    def _drafted(self) -> list[int]:
+        """Positions of the rows that draft a token, a layer of the last kind and the head (DeepSeek-V3, section 2.2),
+        after hidden state and embedding are projected together."""
         last = self.table.layer_kinds[-1]
-        rows = [(len(self.plan.rows), self._project)]
-        for i, row in enumerate(self.plan.rows):
-            if row.kind == last or (row.kind < 0 and row.module.startswith("lm_head")):
-                rows.append((i, row))
-        return [(i, replace(row, module=f"mtp.{row.module}")) for i, row in rows]
+        head = {i for i, row in enumerate(self.plan.rows) if row.kind < 0 and row.module.startswith("lm_head")}
+        return [i for i, row in enumerate(self.plan.rows) if row.kind == last or i in head]
+
+    @cached_property
+    def _drafts(self) -> list[Row]:
+        """What drafts a token."""
+        rows = (self._project, *(self.plan.rows[i] for i in self._drafted))
+        return [replace(row, module=f"mtp.{row.module}") for row in rows]
 
     @cached_property
     def _project(self) -> Row:

@@ -1,0 +1,73 @@
+"""Fleets: whatever is priced together costs what it costs alone, to the last digits."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensorcast.deploy.curves import DecodeCurve, PrefillLine, decode_budget, room, sequence_bytes, sequences_that_fit
+from tensorcast.deploy.evaluate import Workshop
+from tensorcast.deploy.layout import stage_layers
+from tensorcast.deploy.points import LINE
+from tensorcast.deploy.search import Question, space
+from tensorcast.deploy.serving import Load
+from tensorcast.deploy.space import FULL
+from tensorcast.deploy.stages import FIRST, HAND_OVER, LAST, stages_of, stages_of_each
+from tensorcast.profiles import load_device, load_engine, load_model
+
+
+@pytest.mark.parametrize(("model", "engine"), [("deepseek-v3", "vllm"), ("qwen3-32b", "sglang")])
+def test_curves_lines_and_room_are_those_of_each_deployment_alone(model: str, engine: str) -> None:
+    """Every exchange, KV dtype, drafting depth, overlap and number of pipeline stages; engines' captured prefill."""
+    load = Load(3000, 500, 1)
+    question = Question(
+        load_model(model), load_device("h200"), load_engine(engine), 16, load, axes=FULL, runnable_only=False
+    )
+    shop = Workshop(question.scene, space(question, Counter()), (2048, 16384))
+    shop.price()
+    generator = np.random.default_rng(5)
+    some = generator.choice(len(shop.variants), min(25, len(shop.variants)), replace=False)
+    assert {shop.variants[i].layout.pp for i in some} >= {1, 2, 4}
+    for i in some:
+        decode, prefill = shop.deployment(i, "decode"), shop.deployment(i, "prefill")
+        curve = DecodeCurve(decode, load.context, float(shop.grid[-1]), float(shop.grid[0]))
+        assert np.isin(shop.grid, curve.batch).all()
+        for name in curve.columns:
+            # what cancels is compared with what it is a part of
+            alone = curve.at(name, shop.grid)
+            scale = 1e-12 * curve.at("seconds", shop.grid) if name.endswith("_s") else 1e-12
+            assert (abs(shop.curves[name][i] - alone) <= np.maximum(1e-12 * abs(alone), scale)).all(), (name, i)
+        budget, buffers = decode_budget(decode, load.input_len)
+        each = sequence_bytes(decode, load.input_len, 500)
+        assert shop.room_decode[i] == room(decode, budget, each + buffers)
+        for chunk in shop.chunks:
+            line = PrefillLine(prefill, load.new, 0, chunk)
+            for name in LINE:
+                found = shop.prompts[chunk].columns[name][i]
+                assert found == pytest.approx(getattr(line, name), rel=1e-12, abs=1e-12 * float(line.step_s)), (name, i)
+            for kind, share in line.evidence.items():
+                assert shop.prompts[chunk].columns[kind][i] == pytest.approx(float(share), abs=1e-12)
+            fits = sequences_that_fit(prefill, decode, line, load.input_len, 500)
+            assert shop.prompts[chunk].fits[i] == fits
+
+
+KINDS = st.lists(st.integers(0, 2), min_size=4, max_size=20)
+PIPELINES = st.lists(st.integers(1, 4), min_size=1, max_size=5)
+
+
+@given(KINDS, PIPELINES)
+def test_stages_of_several_pipelines_are_those_of_each(kinds: list[int], sizes: list[int]) -> None:
+    """The slowest and the last stage, by counting layers."""
+    per_place = {0: 1.0, 1: 2.5, 2: 7.25, FIRST: 0.5, LAST: 4.0, HAND_OVER: 0.125}
+    together = [stage.of(per_place) for stage in stages_of_each(kinds, np.array(sizes))]
+    for i, pp in enumerate(sizes):
+        expected = [sum(per_place[kind] for kind in kinds[layers]) for layers in stage_layers(len(kinds), pp)]
+        expected[0] += per_place[FIRST]
+        expected[-1] += per_place[LAST]
+        expected = [seconds + per_place[HAND_OVER] for seconds in expected[:-1]] + expected[-1:]
+        assert max(seconds[i] for seconds in together) == max(expected)
+        assert together[-1][i] == expected[-1] == stages_of(kinds, pp)[-1].of(per_place)

@@ -10,14 +10,16 @@ import numpy as np
 
 from tensorcast.cost.predict.model import SOURCE_OF
 from tensorcast.cost.predict.shapes import source_of
-from tensorcast.deploy.tables import traced_table
-from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import list_engines, list_models, load_engine, load_model
 from tensorcast.validate.measured import Measured
 
-EXPERTS = ("moe_hidden_size", "moe_intermediate_size", "top_k", "num_experts")
-"""Facts of a traced model that :data:`SOURCE_OF` names."""
+SAID_AS = {
+    "hidden": ("moe_latent_size", "hidden_size"), "inter": ("moe_intermediate_size", "intermediate_size"),
+    "topk": ("num_experts_per_tok", "top_k_experts", "moe_k"),
+    "experts": ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"),
+}
+"""Fields of models' configs for the sizes of :data:`SOURCE_OF`; the first that is there."""
 
 
 @cache
@@ -25,15 +27,12 @@ def known_models() -> dict[tuple[float, ...], dict[str, Any]]:
     """Configs of the models with a profile, by :data:`SOURCE_OF`; of models with the same experts the first."""
     found: dict[tuple[float, ...], dict[str, Any]] = {}
     for name in list_models():
-        model = load_model(name)
-        if "expert" not in str(model.config):
-            continue
-        try:
-            facts = traced_table(model, "decode").facts
-        except InputError:  # one that cannot be traced is simply not known
-            continue
-        if facts["num_experts"]:
-            found.setdefault(tuple(float(facts[part]) for part in EXPERTS), model.config)
+        config = load_model(name).config
+        text = config.get("text_config") or config
+        named = [next((text[field] for field in SAID_AS[size] if text.get(field)), None) for size in SOURCE_OF]
+        sizes = tuple(float(size) for size in named if isinstance(size, int))
+        if len(sizes) == len(SOURCE_OF):
+            found.setdefault(sizes, config)
     return found
 
 
@@ -45,9 +44,12 @@ def ruled_sources(rows: Measured, device: DeviceProfile) -> np.ndarray:
     result = np.zeros(len(rows))
     if profile is None or profile.experts is None or "moe_ep" not in rows.columns:
         return result
-    models, known = known_models(), np.stack([rows.columns[name] for name in (*SOURCE_OF, "moe_ep")], axis=1)
-    for line in np.unique(np.column_stack([known[:, :4], known[:, 4] > 1]), axis=0):
-        config = models.get(tuple(float(size) for size in line[:4]), {})
-        at = (known[:, :4] == line[:4]).all(axis=1) & ((known[:, 4] > 1) == line[4])
-        result[at] = source_of(profile.experts.library(device.architecture, dtype, config, bool(line[4])))
+    spread = rows.columns["moe_ep"] > 1
+    kinds, kind = np.unique(
+        np.column_stack([*(rows.columns[name] for name in SOURCE_OF), spread]), axis=0, return_inverse=True
+    )
+    for place, (*sizes, whole) in enumerate(kinds.tolist()):
+        config = known_models().get(tuple(sizes), {})
+        named = profile.experts.library(device.architecture, dtype, config, bool(whole))
+        result[kind.ravel() == place] = source_of(named)
     return result

@@ -19,6 +19,7 @@ from tensorcast.cost.predict.load import skew_of
 from tensorcast.cost.predict.model import NORMAL_80, UNTUNED, DeviceModel, Kernel, read_model
 from tensorcast.cost.predict.physics import Physics, physics_of
 from tensorcast.cost.predict.shapes import Columns
+from tensorcast.cost.predict.tiles import of_library
 from tensorcast.cost.roofline import NEAREST
 from tensorcast.cost.work import Size
 from tensorcast.profiles.device import DeviceProfile
@@ -103,7 +104,8 @@ class Predictor:
         outside = np.flatnonzero(beyond > 0)
         if len(outside):  # there the residual is that of the nearest measured sizes
             nearest = kernel.inside({name: values[outside] for name, values in columns.items()})
-            held = formula(nearest).features
+            source = features["source"][outside] if "source" in features else None
+            held = of_library(formula(nearest).features, source)
             features = dict(features)
             for name in kernel.asked() & held.keys():
                 features[name] = features[name].copy()

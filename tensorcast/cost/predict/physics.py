@@ -197,7 +197,7 @@ def _kernels(family: str, c: Columns, dtype: str, device: DeviceProfile, engine:
         evidence = found if found == "datasheet" else evidence
     balance = {"log_seconds": _log(seconds), "log_intensity": _log(compute / traffic)}
     if family == "grouped_gemm":
-        balance |= _routed(c, seconds, bandwidth)
+        balance |= _routed(c, seconds, bandwidth) | triton_tiles(c, features, dtype, device, engine)
     return Physics(seconds, np.maximum(compute, traffic), _sizes(family, c) | balance | features, error, evidence)
 
 
@@ -254,8 +254,5 @@ def physics_of(
 ) -> Physics:
     """Physics of calls of one kernel. ``columns`` as :data:`~tensorcast.cost.predict.shapes.SIZES` names them."""
     if family in WORKS:
-        found = _kernels(family, columns, dtype, device, engine)
-        if family != "grouped_gemm" or variant:
-            return found
-        return replace(found, features=found.features | triton_tiles(columns, found.features, dtype, device, engine))
+        return _kernels(family, columns, dtype, device, engine)
     return _collectives(family, variant, columns, device, engine)

@@ -7,6 +7,7 @@ rows, and for shapes that were not measured from fits that leave whole models (o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pandas as pd
 
 from tensorcast.cost.predict.model import CONFIGURATION, LINES, SOURCE_OF, DeviceModel, Kernel
 from tensorcast.cost.predict.physics import Physics, constants_digest, physics_of
-from tensorcast.cost.predict.tiles import of_library
+from tensorcast.cost.predict.tiles import TILES, of_library
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.validate import fit
 from tensorcast.validate.carry import FAMILY, FOLDS, Experts, LeftOut
@@ -145,6 +146,8 @@ def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = 
     carries over to other models is learnt from them."""
     family, dtype, engine, variant = rows.key
     physics = physics_of(family, dtype, variant, rows.columns, device, engine)
+    if variant:  # kernels of a layout of their own are not Triton's
+        physics = replace(physics, features={n: v for n, v in physics.features.items() if n not in TILES})
     target, sources, features = np.log(rows.seconds / physics.seconds), _sources(rows), physics.features
     if sources:
         features = of_library(features, rows.columns["source"])

@@ -113,6 +113,8 @@ class FleetStep(Step):
             sizes = [getattr(self.layout, name).tobytes() for name in ("dp", "etp")]
             self._load_key = (*sizes, *map(id, loads))
         self.distinct = {name: _column([one.distinct[name] for one in members]) for name in prototype.distinct}
+        # whose experts' kernels run may hang on the spread of experts
+        self.sources = {dtype: _column([one.sources[dtype] for one in members]) for dtype in prototype.sources}
         named = _named(prototype.table)
         rows = tuple(
             _merged(row, [(*member.plan.rows, row)[i] for member in members], named)  # no stages: never handed over

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from tensorcast.cost.collectives import group_extent
 from tensorcast.cost.memory import per_table
+from tensorcast.cost.predict.shapes import PRECISION, source_of
 from tensorcast.deploy.blocks import blocks_of, copies_per_token
 from tensorcast.deploy.layout import ALL2ALL, Layout, attention_dp
 from tensorcast.deploy.options import Options
@@ -68,6 +69,17 @@ def gated(plan: Plan) -> float:
     if len(ops) < 2:
         return 1.0
     return float(ops["up"].outputs[0].dims[-1].coef > 1.5 * ops["down"].inputs[0].dims[-1].coef)
+
+
+def expert_sources(
+    engine: EngineProfile, device: DeviceProfile, config: dict[str, Any], layout: Layout
+) -> dict[str, float]:
+    """Whose experts' kernels the engine runs for a model, by dtype, as kernel models count libraries; 0 where nothing is
+    said."""
+    if engine.experts is None:
+        return {}
+    named = {dtype: engine.experts.library(device.architecture, dtype, config, layout.ep > 1) for dtype in PRECISION}
+    return {dtype: source_of(kernels) for dtype, kernels in named.items()}
 
 
 def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any) -> str:

@@ -20,7 +20,7 @@ from tensorcast.deploy.blocks import has_shared
 from tensorcast.deploy.layout import Layout, attention_dp, check
 from tensorcast.deploy.load import Load
 from tensorcast.deploy.options import Options, check_options, idle_note, idle_options, option_facts
-from tensorcast.deploy.plan import Collective, choose_all2all, make_plan
+from tensorcast.deploy.plan import Collective, choose_all2all, expert_sources, make_plan
 from tensorcast.deploy.price import StepPrice
 from tensorcast.deploy.result import Simulation
 from tensorcast.deploy.step import Step
@@ -233,7 +233,8 @@ def deploy(
     plan = make_plan(table, layout, device, engine, options, model.config)
     dp = attention_dp(layout, whole.facts["num_experts"])
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
-    step = Step(table, plan, layout, device, engine, quantization.kv, options, graphs)
+    sources = expert_sources(engine, device, model.config, layout)
+    step = Step(table, plan, layout, device, engine, quantization.kv, options, graphs, sources)
     return Deployment(model, device, engine, layout, phase, options, quantization, raw, step)
 
 

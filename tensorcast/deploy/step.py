@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -80,9 +80,11 @@ class Step:
         kv: str = "bf16",
         options: Options = Options(),
         prefill_graph_tokens: int = 0,
+        sources: Mapping[str, float] | None = None,
     ) -> None:
         self.table, self.plan, self.layout, self.device, self.engine = table, plan, layout, device, engine
         self.options = options
+        self.sources: dict[str, Any] = dict(sources or {})
         self.kv_bytes: Any = {"bf16": 2.0, "fp8": 1.0}[kv]
         # the eager view launches its kernels one by one
         eager = options.fusion != "engine" or plan.all2all in engine.eager_exchanges
@@ -334,6 +336,7 @@ class Step:
             "tokens": at.capacity, "hidden": facts["moe_hidden_size"], "inter": facts["moe_intermediate_size"],
             "topk": facts["top_k"], "experts": facts["num_experts"], "slots": at.sizes.E * layout.ep,
             "moe_tp": layout.etp, "moe_ep": layout.ep, "gated": self.gated,
+            "source": self.sources.get(work.dtype, 0.0),  # whose kernels run
             "skew": 0.0 if self.options.routing == "balanced" else -1.0, **work.sizes,
         }
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.experts import ExpertKernels
 from tensorcast.profiles.memory import MemoryCovers, PrefillGraphs, Reserve, StepTokens
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
@@ -144,6 +145,7 @@ class EngineProfile(Frozen):
     experts_backend: dict[Literal["prefill", "decode"], str] = Field(
         default={}, description="how expert matmuls run per phase (grouped_mm if not said), unless the exchange decides"
     )
+    experts: ExpertKernels | None = Field(default=None, description="whose experts' kernels it runs, with which tiles")
     pads_hidden: bool = Field(default=True, description="experts' hidden size is padded as their kernels want (MXFP4)")
     masked_gemm: Literal["skips", "pads"] = Field(
         default="skips", description="whether a masked grouped GEMM leaves out tiles without rows or computes capacity"

@@ -15,10 +15,13 @@ import pandas as pd
 
 from tensorcast.cost.predict.model import CODE, CONFIGURATION, LINES
 from tensorcast.cost.predict.physics import physics_of
+from tensorcast.cost.predict.shapes import Columns
+from tensorcast.cost.predict.tiles import of_library
 from tensorcast.cost.predict.trees import Trees
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.validate.grow import grow
 from tensorcast.validate.measured import Key, Measured, System, held_out
+from tensorcast.validate.rules import ruled_sources
 
 FAMILY = "grouped_gemm"
 
@@ -46,26 +49,35 @@ TESTED = 8000
 @dataclass(frozen=True)
 class Part:
     """Rows of one kernel: features, log(measured / formula), the model of each row, and which rows may teach others:
-    those in the fit, in configurations that run like their like."""
+    those in the fit, in configurations that run like their like. ``ruled``: whose kernel the engine's own rules name
+    for each row (0: none)."""
 
     features: Mapping[str, np.ndarray]
     target: np.ndarray
     model: np.ndarray
     apart: np.ndarray
     teach: np.ndarray
+    ruled: np.ndarray
+
+    def at(self, rows: np.ndarray, source: np.ndarray | None = None) -> Columns:
+        """Features of some rows, run by the library that ran them or by ``source``."""
+        some = {name: values[rows] for name, values in self.features.items()}
+        return of_library(some, some["source"] if source is None else source)
 
 
 @dataclass(frozen=True)
 class LeftOut:
     """Rows whose whole line (model, weight size) took no part in the fit that predicts them: their positions, their
     log(measured / predicted), the fold of every row, and the number of trees that serves such rows best (0: others,
-    grown for them). ``untold``: the errors where it is not told whose kernel ran."""
+    grown for them). ``untold``: the errors where it is not told whose kernel ran; ``ruled``: where the engine's own
+    rules say it, as far as they do."""
 
     rows: np.ndarray
     errors: np.ndarray
     fold: np.ndarray
     trees: int
     untold: np.ndarray | None = None
+    ruled: np.ndarray | None = None
 
 
 def models_of(rows: Measured) -> np.ndarray:
@@ -80,12 +92,14 @@ def part_of(rows: Measured, device: DeviceProfile) -> Part:
     target = np.log(rows.seconds / physics.seconds)
     ratios = {name: values for name, values in physics.features.items() if name not in REMEMBER}
     ratios["source"] = rows.columns.get("source", np.zeros(len(rows)))
+    seen = of_library(ratios, ratios["source"])
     some = np.random.default_rng(2).permutation(len(rows))[:OWN_ROWS]
-    quick = grow({name: values[some] for name, values in ratios.items()}, target[some], *QUICK)
+    quick = grow({name: values[some] for name, values in seen.items()}, target[some], *QUICK)
     sizes = pd.DataFrame({name: rows.columns[name] for name in CONFIGURATION[FAMILY]})
-    off = sizes.assign(off=target - quick.values(ratios)).groupby(list(sizes))["off"].transform("median")
+    off = sizes.assign(off=target - quick.values(seen)).groupby(list(sizes))["off"].transform("median")
     apart = off.abs().to_numpy() > APART
-    return Part(ratios, target, models_of(rows), apart, ~apart & ~held_out(family, rows.columns))
+    teach = ~apart & ~held_out(family, rows.columns)
+    return Part(ratios, target, models_of(rows), apart, teach, ruled_sources(rows, device))
 
 
 class Experts:
@@ -118,17 +132,18 @@ class Experts:
             return None
         fold = np.random.default_rng(0).permutation(len(models))[line] % min(FOLDS, len(models))
         test = np.random.default_rng(1).permutation(len(line))[:TESTED]
-        errors, untold = np.full((2, len(line)), np.nan)
+        errors, untold, ruled = np.full((3, len(line)), np.nan)
         for one in np.unique(fold):
             at = test[fold[test] == one]
             trees = grow_carry(own, others, np.random.default_rng(1), np.unique(own.model[fold == one]))
             if trees is not None and len(at):
-                asked = {name: values[at] for name, values in own.features.items()} | {"own": np.ones(len(at))}
-                errors[at] = own.target[at] - trees.values(asked)
                 guessed = _most_ran(own, np.flatnonzero(fold != one), at)
-                untold[at] = own.target[at] - trees.values({**asked, "source": guessed})
+                seen = np.isin(own.ruled[at], own.features["source"][fold != one])
+                said = np.where(seen, own.ruled[at], guessed)
+                for kept, source in ((errors, None), (untold, guessed), (ruled, said)):
+                    kept[at] = own.target[at] - trees.values({**own.at(at, source), "own": np.ones(len(at))})
         found = np.flatnonzero(~np.isnan(errors))
-        return LeftOut(found, errors[found], fold, 0, untold[found])
+        return LeftOut(found, errors[found], fold, 0, untold[found], ruled[found])
 
 
 def _most_ran(part: Part, train: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -156,7 +171,8 @@ def grow_carry(
             parts.append((part, draw.permutation(may)[:most], weight))
     if not parts:
         return None
-    features = {name: np.concatenate([part.features[name][at] for part, at, _ in parts]) for name in own.features}
+    seen = [part.at(at) for part, at, _ in parts]
+    features = {name: np.concatenate([each[name] for each in seen]) for name in own.features}
     features["own"] = np.concatenate([np.full(len(at), float(part is own)) for part, at, _ in parts])
     target = np.concatenate([part.target[at] for part, at, _ in parts])
     return grow(features, target, *CAPACITY, np.concatenate([np.full(len(at), weight) for _, at, weight in parts]))

@@ -7,6 +7,7 @@ rows, and for shapes that were not measured from fits that leave whole models (o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pandas as pd
 
 from tensorcast.cost.predict.model import CONFIGURATION, LINES, SOURCE_OF, DeviceModel, Kernel
 from tensorcast.cost.predict.physics import Physics, constants_digest, physics_of
+from tensorcast.cost.predict.tiles import TILES, of_library
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.validate import fit
 from tensorcast.validate.carry import FAMILY, FOLDS, Experts, LeftOut
@@ -110,9 +112,9 @@ def _boxes(rows: Measured) -> dict[str, tuple[float, float]]:
 
 
 def _sources(rows: Measured) -> tuple[tuple[float, ...], ...]:
-    """Which library ran which model, where there is a choice."""
+    """Which library ran which model, where the tables say it."""
     source = rows.columns.get("source")
-    if source is None or not np.ptp(source):
+    if source is None or not source.any():
         return ()
     sizes = [*(rows.columns[name] for name in SOURCE_OF), rows.columns["moe_ep"] > 1, source]
     return tuple(tuple(float(v) for v in line) for line in np.unique(np.stack(sizes, axis=1), axis=0))
@@ -144,9 +146,11 @@ def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = 
     carries over to other models is learnt from them."""
     family, dtype, engine, variant = rows.key
     physics = physics_of(family, dtype, variant, rows.columns, device, engine)
+    if variant:  # kernels of a layout of their own are not Triton's
+        physics = replace(physics, features={n: v for n, v in physics.features.items() if n not in TILES})
     target, sources, features = np.log(rows.seconds / physics.seconds), _sources(rows), physics.features
     if sources:
-        features = {**features, "source": rows.columns["source"]}
+        features = of_library(features, rows.columns["source"])
     out = held_out(family, rows.columns)
     if out.all() or not out.any():
         out = np.arange(len(rows)) % 4 == 0
@@ -161,6 +165,7 @@ def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = 
     edges, low, high = _bins(predicted[out], errors[out])
     first = int(np.flatnonzero(out)[0])
     new = left_out(rows, physics, capacity) if experts is None else experts.left_out(rows.key)
+    ruled: tuple[float, ...] = ()
     report: dict[str, Any] = {"points": int((~out).sum()), "held_out": int(out.sum())}
     report |= fit.errors(predicted[out], rows.seconds[out]) | {"coverage": _coverage(predicted[out], errors[out])}
     report |= {"probe": {name: float(rows.columns[name][first]) for name in _boxes(rows)}}
@@ -169,9 +174,11 @@ def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = 
     if new is None:
         new_low, new_high, new_trees = 2.0 * min(low), 2.0 * max(high), trees
     else:
-        # who asks for a model that was not measured seldom knows whose kernel would run
+        # who asks for a model that was not measured may not know whose kernel would run
         blind = new.errors if new.untold is None else new.untold
         new_low, new_high = (float(v) for v in np.quantile(blind, QUANTILES))
+        if new.ruled is not None:
+            ruled = tuple(round(float(v), 5) for v in np.quantile(new.ruled, QUANTILES))
         new_trees = new.trees or trees
         size = np.exp(-new.errors)
         found = fit.errors(size, np.ones_like(size))
@@ -179,7 +186,7 @@ def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = 
     return Kernel(
         family, dtype, engine, variant, grown, _boxes(rows), _seen(rows, _lines_of(family, rows)), tuple(edges),
         tuple(low), tuple(high), round(new_low, 5), round(new_high, 5), new_trees, levels, sources,
-        experts.carry(rows.key) if experts else None, constants_digest(family, dtype, device, engine), report,
+        experts.carry(rows.key) if experts else None, ruled, constants_digest(family, dtype, device, engine), report,
     )
 
 

@@ -24,6 +24,9 @@ from tensorcast.validate.measured import Key, Measured, System, held_out, read_s
 
 METHODS = ("predictor", "tuned", "nearest", "plain")
 
+UNTOLD = ("ruled", "untold")
+"""Beside them of models left out: whose kernel runs taken from the engine's own rules, and from most other models."""
+
 NEIGHBOURS = 4
 """Measured rows that an interpolated one is averaged from, nearer ones weighing more."""
 
@@ -107,7 +110,7 @@ def by_model(system: System, device: DeviceProfile, experts: carry.Experts) -> I
         yield _rows(
             "model", device.name, rows.take(at), held[at], predictor=predicted, tuned=physics.seconds[at],
             nearest=near[at], plain=physics.floor[at],
-            **({} if found.untold is None else {"untold": seconds * np.exp(-found.untold)}),
+            **{name: seconds * np.exp(-errors) for name in UNTOLD if (errors := getattr(found, name)) is not None},
         )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from tensorcast.cost.predict import TRANSFERRED, Predictor
 from tensorcast.cost.predict.model import DeviceModel, Kernel
 from tensorcast.cost.predict.physics import Physics, physics_of
+from tensorcast.cost.predict.tiles import TILES
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.validate import fit
 from tensorcast.validate.measured import Key, Measured, System
@@ -45,7 +46,8 @@ def sampled(system: System, device: DeviceProfile) -> dict[Key, Sampled]:
 
 
 def _fitted(key: Key, parts: Sequence[Sampled]) -> Kernel:
-    names = set.intersection(*(set(physics.features) for _, physics in parts))
+    # engines borrow each other's kernels here, and tiles are of one engine
+    names = set.intersection(*(set(physics.features) for _, physics in parts)) - set(TILES)
     features = {name: np.concatenate([physics.features[name] for _, physics in parts]) for name in names}
     target = np.concatenate([np.log(rows.seconds / physics.seconds) for rows, physics in parts])
     trees = grow(features, target, *CAPACITY)

@@ -16,9 +16,10 @@ import numpy as np
 
 from tensorcast.cost.predict.growth import GROWS, growing
 from tensorcast.cost.predict.load import skew_of
-from tensorcast.cost.predict.model import NORMAL_80, DeviceModel, Kernel, read_model
+from tensorcast.cost.predict.model import NORMAL_80, UNTUNED, DeviceModel, Kernel, read_model
 from tensorcast.cost.predict.physics import Physics, physics_of
 from tensorcast.cost.predict.shapes import Columns
+from tensorcast.cost.predict.tiles import of_library
 from tensorcast.cost.roofline import NEAREST
 from tensorcast.cost.work import Size
 from tensorcast.profiles.device import DeviceProfile
@@ -63,10 +64,10 @@ class Estimate:
 
 
 class Predictor:
-    """Prices kernels of one device under one engine."""
+    """Prices kernels of one device under one engine: as measured, or as ``served``, where kernels are tuned."""
 
-    def __init__(self, device: DeviceProfile, engine: str, model: DeviceModel | None) -> None:
-        self.device, self.engine, self.model = device, engine, model
+    def __init__(self, device: DeviceProfile, engine: str, model: DeviceModel | None, served: bool = False) -> None:
+        self.device, self.engine, self.model, self.served = device, engine, model, served
 
     def estimate(self, family: str, dtype: str, variant: str = "", **sizes: Size) -> Estimate:
         """One kernel's calls. ``sizes`` as in :data:`SIZES`, scalars or arrays of one length.
@@ -103,17 +104,20 @@ class Predictor:
         outside = np.flatnonzero(beyond > 0)
         if len(outside):  # there the residual is that of the nearest measured sizes
             nearest = kernel.inside({name: values[outside] for name, values in columns.items()})
-            held = formula(nearest).features
+            source = features["source"][outside] if "source" in features else None
+            held = of_library(formula(nearest).features, source)
             features = dict(features)
             for name in kernel.asked() & held.keys():
                 features[name] = features[name].copy()
                 features[name][outside] = held[name]
         known = kernel.known(columns)
-        correction = kernel.correction(features, known) + kernel.level(columns)
+        level = kernel.level(columns)
+        untuned = (level > UNTUNED) & self.served
+        correction = kernel.correction(features, known) + np.where(untuned, 0.0, level)
         seconds = np.maximum(physics.seconds * np.exp(correction), physics.floor)
         own = kernel.engine in (self.engine, "any") and kernel.variant == variant
-        measured = known & (beyond <= 0) & own
-        low, high = kernel.interval(seconds, measured, beyond)
+        measured = known & (beyond <= 0) & ~untuned & own
+        low, high = kernel.interval(seconds, measured, beyond, kernel.said(columns))
         return Estimate(
             seconds, np.maximum(seconds * np.exp(low), np.minimum(physics.floor, seconds)), seconds * np.exp(high),
             np.where(measured, 2, 1), seconds / physics.seconds,
@@ -205,8 +209,9 @@ def model_path(device: str) -> Path | None:
     return None
 
 
-def predictor_for(device: DeviceProfile, engine: str = "any") -> Predictor:
-    """The predictor of a device under an engine; a model file is read once.
+def predictor_for(device: DeviceProfile, engine: str = "any", served: bool = False) -> Predictor:
+    """The predictor of a device under an engine; a model file is read once. ``served``: of kernels as an engine tunes
+    them, also where they were measured untuned.
 
     A device without calibration is priced by the formula with datasheet fractions, and if it is NVIDIA's by what the
     measured NVIDIA devices need over that.
@@ -214,8 +219,8 @@ def predictor_for(device: DeviceProfile, engine: str = "any") -> Predictor:
     measured = device.calibration is not None
     path = model_path(device.name if measured else TRANSFERRED)
     if path is None or not (measured or device.vendor == "NVIDIA"):
-        return Predictor(device, engine, None)
-    return Predictor(device, engine, _model_at(path, os.stat(path).st_mtime))
+        return Predictor(device, engine, None, served)
+    return Predictor(device, engine, _model_at(path, os.stat(path).st_mtime), served)
 
 
 def predict_kernels(frame: pd.DataFrame, *, device: str | DeviceProfile, engine: str | None = None) -> pd.DataFrame:

@@ -21,9 +21,9 @@ from tensorcast.cost.predict.shapes import (
     NON_GATED,
     NOPE,
     SIZES,
-    SOURCES,
     V_DIM,
     Columns,
+    source_of,
 )
 from tensorcast.errors import InputError, unknown_name
 
@@ -126,11 +126,6 @@ def _experts(raw: pd.DataFrame, name: str) -> Read:
         codes, names = pd.factorize(source)
         sizes["source"] = np.array([source_of(str(text)) for text in names])[codes]
     return sizes, _dtypes(raw, "moe_dtype"), variants.mask(source.str.contains("min_latency"), "min_latency")
-
-
-def source_of(kernel: str) -> float:
-    """Which of :data:`SOURCES` a table's ``kernel_source`` names, counted from one; 0 where it names none."""
-    return next((float(i) for i, name in enumerate(SOURCES, 1) if name in kernel), 0.0)
 
 
 def _kv_bytes(raw: pd.DataFrame, name: str) -> np.ndarray:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.predict.shapes import NON_GATED, Columns
+from tensorcast.cost.predict.tiles import of_library
 from tensorcast.cost.predict.trees import Trees
 from tensorcast.errors import InputError
 
@@ -49,6 +50,12 @@ WEIGHTS = (1.0, 1e5 + 3, 1e9 + 7, 1e13 + 9)
 NORMAL_80 = 1.2816 / 0.6745
 """Half an 80 % interval over the median absolute error of a normal law."""
 
+UNTUNED = 0.3
+"""log of the factor over its like from which on a measured configuration is taken to have run untuned kernels. A third
+of some models' under TensorRT-LLM take 2 to 10 times as long as the same split under another routing law or on another
+device, at random; most likely because the tables' collector shares tuned kernels between processes and GPUs
+(github.com/ai-dynamo/aiconfigurator, ``collector/trtllm/collect_moe.py``). An engine tunes its own."""
+
 OUTSIDE = 0.15
 """How much wider, per factor of two beyond the measured sizes, an interval grows (assumption)."""
 
@@ -75,10 +82,11 @@ class Kernel:
 
     ``low``, ``high``: 10 % and 90 % quantiles per bin of log2 predicted seconds, bins between ``edges``; ``new_low``,
     ``new_high`` the same over whole shapes (models, weight sizes) left out, for shapes that were not measured, where
-    ``carry`` is used if there is one, else the first ``new_trees`` alone. ``levels``: measured configurations off the
-    level that their sizes tell, the sizes of :data:`CONFIGURATION` and then log of the factor. ``sources``: where one
-    engine runs several libraries' kernels, the sizes of :data:`SOURCE_OF`, whether experts are spread over ranks, and
-    which (of :data:`~tensorcast.cost.predict.shapes.SOURCES`). ``constants``: digest of what the formula rested on.
+    ``carry`` is used if there is one, else the first ``new_trees`` alone; ``ruled`` these two where it is said whose
+    kernel runs. ``levels``: measured configurations off the level that their sizes tell, the sizes of
+    :data:`CONFIGURATION` and then log of the factor. ``sources``: whose kernels ran, the sizes of :data:`SOURCE_OF`,
+    whether experts are spread over ranks, and which library (of :data:`~tensorcast.cost.predict.shapes.SOURCES`).
+    ``constants``: digest of what the formula rested on.
     """
 
     family: str
@@ -97,6 +105,7 @@ class Kernel:
     levels: tuple[tuple[float, ...], ...] = ()
     sources: tuple[tuple[float, ...], ...] = ()
     carry: Trees | None = None
+    ruled: tuple[float, ...] = ()
     constants: str = ""
     report: Mapping[str, Any] = field(default_factory=dict)
 
@@ -146,7 +155,7 @@ class Kernel:
         table, split = np.asarray(self.sources), columns["moe_ep"] > 1
         source = _looked_up(table, [*(columns[name] for name in SOURCE_OF), split.astype(float)])
         said = columns.get("source", np.zeros(len(split)))
-        source = np.where(np.isnan(source) & np.isin(said, table[:, -1]), said, source)
+        source = np.where(np.isnan(source) & self.said(columns), said, source)
         plain = np.array([tuple(line[:4]) in NON_GATED for line in self.sources])
         ungated = columns.get("gated", np.ones(len(split))) == 0
         for spread, without in ((False, False), (False, True), (True, False), (True, True)):
@@ -154,7 +163,14 @@ class Kernel:
             codes, counts = np.unique(table[same if same.any() else table[:, -2] == spread, -1], return_counts=True)
             if len(codes):
                 source[np.isnan(source) & (split == spread) & (ungated == without)] = codes[counts.argmax()]
-        return {**features, "source": np.nan_to_num(source)}
+        return of_library(features, np.nan_to_num(source))
+
+    def said(self, columns: Columns) -> np.ndarray:
+        """Whether the columns say whose kernel runs, a library that was measured."""
+        size = len(next(iter(columns.values())))
+        if "source" not in columns or not self.sources:
+            return np.zeros(size, dtype=bool)
+        return np.isin(columns["source"], list({line[-1] for line in self.sources}))
 
     def correction(self, features: Columns, known: np.ndarray) -> np.ndarray:
         """log of what to multiply physics by."""
@@ -174,22 +190,25 @@ class Kernel:
         size = len(next(iter(features.values())))  # those trees have seen other dtypes' rows too
         return self.carry.values({"source": np.zeros(size), **features, "own": np.ones(size)})
 
-    def level(self, columns: Columns) -> np.ndarray | float:
+    def level(self, columns: Columns) -> np.ndarray:
         """log of the factor by which a measured configuration differs from others of like sizes; 0 if none is known."""
         names = CONFIGURATION.get(self.family, ())
         if not self.levels or not all(name in columns for name in names):
-            return 0.0
+            return np.zeros(len(next(iter(columns.values()))))
         return np.nan_to_num(_looked_up(np.asarray(self.levels, dtype=float), [columns[name] for name in names]))
 
-    def interval(self, seconds: np.ndarray, measured: np.ndarray, beyond: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def interval(
+        self, seconds: np.ndarray, measured: np.ndarray, beyond: np.ndarray, said: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """log of the 80 % interval's ends over ``seconds``."""
         part = np.searchsorted(self.edges, np.log2(np.maximum(seconds, 1e-9)))
         wider = 1.0 + OUTSIDE * beyond
-        ends = (self.new_low, self.new_high)
+        ends = self.new_low, self.new_high
+        ruled = (self.ruled[0], self.ruled[1]) if self.ruled else ends
         if self.family == "grouped_gemm" and self.seen:
-            ends = widened(*ends, len(self.seen))
-        low = np.where(measured, np.asarray(self.low)[part], ends[0] * wider)
-        high = np.where(measured, np.asarray(self.high)[part], ends[1] * wider)
+            ends, ruled = (widened(*pair, len(self.seen)) for pair in (ends, ruled))
+        low = np.where(measured, np.asarray(self.low)[part], np.where(said, ruled[0], ends[0]) * wider)
+        high = np.where(measured, np.asarray(self.high)[part], np.where(said, ruled[1], ends[1]) * wider)
         return low, high
 
 
@@ -292,8 +311,8 @@ def read_model(path: Path) -> DeviceModel:
     for head in about["kernels"]:
         head |= {name: grown(head[name]) for name in GROWN if name in head}
         head["box"] = {name: tuple(ends) for name, ends in head["box"].items()}
-        for name in ("edges", "low", "high"):
-            head[name] = tuple(head[name])
+        for name in ("edges", "low", "high", "ruled"):
+            head[name] = tuple(head.get(name, ()))
         for name in ("seen", "levels", "sources"):
             head[name] = tuple(tuple(line) for line in head[name])
         kernel = Kernel(**head)

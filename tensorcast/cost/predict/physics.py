@@ -19,6 +19,7 @@ from tensorcast.cost import roofline, work
 from tensorcast.cost.collectives import Kind, Phase, collective_time
 from tensorcast.cost.predict.load import RankLoad, rank_load
 from tensorcast.cost.predict.shapes import LATENT, NOPE, PRECISION, SIZES, V_DIM, Columns
+from tensorcast.cost.predict.tiles import triton_tiles
 from tensorcast.cost.roofline import Evidence
 from tensorcast.cost.work import Precision, Work
 from tensorcast.profiles.device import DeviceProfile
@@ -196,7 +197,7 @@ def _kernels(family: str, c: Columns, dtype: str, device: DeviceProfile, engine:
         evidence = found if found == "datasheet" else evidence
     balance = {"log_seconds": _log(seconds), "log_intensity": _log(compute / traffic)}
     if family == "grouped_gemm":
-        balance |= _routed(c, seconds, bandwidth)
+        balance |= _routed(c, seconds, bandwidth) | triton_tiles(c, features, dtype, device, engine)
     return Physics(seconds, np.maximum(compute, traffic), _sizes(family, c) | balance | features, error, evidence)
 
 

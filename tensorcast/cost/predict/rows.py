@@ -51,7 +51,7 @@ class Corrections:
     """Corrections for one device under one engine; every answer is kept, by its sizes."""
 
     def __init__(self, device: DeviceProfile, engine: str) -> None:
-        self.device, self.predictor = device, predictor_for(device, engine)
+        self.device, self.predictor = device, predictor_for(device, engine, served=True)
         self._kernels: dict[tuple[str, str, str], tuple[str, str] | None] = {}
         self._found: dict[tuple[Any, ...], Correction] = {}
         self._answers: dict[tuple[str, ...], _Answers] = {}

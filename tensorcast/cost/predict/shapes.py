@@ -68,6 +68,12 @@ PRECISION = {
 SOURCES = ("marlin", "modular", "trtllm_moe", "_trtllm_", "triton", "cutlass", "nongated", "deepgemm")
 """Libraries whose grouped GEMM an engine may run, as the tables' ``kernel_source`` names them."""
 
+
+def source_of(kernel: str) -> float:
+    """Which of :data:`SOURCES` a table's ``kernel_source`` names, counted from one; 0 where it names none."""
+    return next((float(i) for i, name in enumerate(SOURCES, 1) if name in kernel), 0.0)
+
+
 NON_GATED = [(1024, 2688, 22, 512), (2048, 5120, 22, 512), (8192, 5120, 22, 512), (2688, 1856, 6, 128),
              (4096, 2688, 22, 512)]
 """(hidden, inter, top-k, experts) of Nemotron models, whose experts have no gate; one engine's tables say so."""

@@ -1,0 +1,71 @@
+"""What an engine profile says of experts' grouped GEMMs: whose kernels run for a model, and with which tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from tensorcast.profiles.sourced import Frozen
+
+ACTIVATIONS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+"""Fields of a model's config that name the activation between an expert's matmuls."""
+
+
+class Library(Frozen):
+    """Whose kernels run where everything said here holds; what is not said holds always."""
+
+    kernels: str = Field(min_length=3, description="as measured tables name them in `kernel_source`")
+    devices: tuple[str, ...] = Field(default=(), description="device architectures, lower case")
+    dtypes: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = Field(default=(), description="of the model's config")
+    activations: tuple[str, ...] = ()
+    spread: bool | None = Field(default=None, description="whether ranks hold whole experts of their own")
+
+    def holds(self, device: str, dtype: str, architectures: set[str], activation: str, spread: bool) -> bool:
+        """Whether this is a model, dtype and device of the rule."""
+        return (
+            (not self.devices or device in self.devices)
+            and (not self.dtypes or dtype in self.dtypes)
+            and (not self.architectures or bool(architectures & set(self.architectures)))
+            and (not self.activations or activation in self.activations)
+            and self.spread in (None, spread)
+        )
+
+
+class Tile(Frozen):
+    """Output tile of a Triton kernel, for steps of up to so many tokens (none said: of any)."""
+
+    block: tuple[int, int, int] = Field(description="rows, columns, depth")
+    tokens: int | None = Field(default=None, ge=1)
+    tokens_per_expert: float | None = Field(default=None, gt=0, description="over the experts that a rank holds")
+
+
+class TritonTiles(Frozen):
+    """Tiles of an engine's Triton experts: its default ones by dtype, and for which sizes it ships tuned ones."""
+
+    source: str = Field(min_length=3)
+    default: dict[str, tuple[Tile, ...]] = Field(description="by dtype; the first whose limit is not exceeded")
+    tuned: dict[str, dict[str, dict[int, tuple[int, ...]]]] = Field(
+        default={}, description="device profile -> dtype -> experts that a rank holds -> widths of an expert on it"
+    )
+
+
+class ExpertKernels(Frozen):
+    """An engine's choice of experts' kernels, as its source code makes it."""
+
+    source: str = Field(min_length=3)
+    libraries: tuple[Library, ...] = Field(default=(), description="the first that holds")
+    triton: TritonTiles | None = None
+
+    def library(self, device: str, dtype: str, config: dict[str, Any], spread: bool) -> str:
+        """Whose kernels run a model's experts on a device of this architecture; empty where nothing is said.
+
+        ``config`` as the model's publisher wrote it; ``spread``: ranks hold whole experts of their own.
+        """
+        names = set(config.get("architectures") or ())
+        text = config.get("text_config") or config
+        activation = next((str(text[name]) for name in ACTIVATIONS if text.get(name)), "")
+        found = (rule.kernels for rule in self.libraries
+                 if rule.holds(device.lower(), dtype, names, activation, spread))
+        return next(found, "")

@@ -1,0 +1,169 @@
+"""Whose experts' kernels an engine runs, with which tiles: engine profiles against what measured tables say ran."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensorcast.cost.predict import predictor_for
+from tensorcast.cost.predict.model import CONFIGURATION, SOURCE_OF, UNTUNED
+from tensorcast.cost.predict.physics import physics_of
+from tensorcast.cost.predict.shapes import SOURCES, source_of
+from tensorcast.cost.predict.tiles import NONE, TILES, TRITON, of_library
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.plan import expert_sources
+from tensorcast.deploy.simulate import deploy
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.experts import ExpertKernels, Library
+from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.validate.rules import known_models
+
+DEVICES = ("h100-sxm", "h200-sxm", "b200-sxm", "gb200")
+
+NOT_AS_RULED = {("sglang", "hopper", (1024.0, 2688.0, 22.0, 512.0))}
+"""Nemotron Super's experts: the tables ran Triton's on Hopper, where the engine's code asks for CUTLASS."""
+
+
+def library(engine: str, device: str, dtype: str, model: str, spread: bool = False) -> str:
+    experts = load_engine(engine).experts
+    assert experts is not None
+    code = source_of(experts.library(load_device(device).architecture, dtype, load_model(model).config, spread))
+    return SOURCES[int(code) - 1] if code else ""
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("name", DEVICES)
+def test_rules_name_the_library_that_ran(engine: str, name: str) -> None:
+    """The tables' ``kernel_source``, in the shipped kernel models, against rules read from the engines' source."""
+    device, model = load_device(name), predictor_for(load_device(name), engine).model
+    experts = load_engine(engine).experts
+    assert model is not None and experts is not None
+    compared = 0
+    for kernel in model.kernels.values():
+        if kernel.family != "grouped_gemm" or kernel.engine != engine or kernel.variant:
+            continue
+        for *sizes, spread, ran in kernel.sources:
+            configs = known_models().get(tuple(sizes))
+            if configs is None or (engine, device.architecture.lower(), tuple(sizes)) in NOT_AS_RULED:
+                continue
+            # which of the models with such experts was measured is not said
+            ruled = {
+                source_of(experts.library(device.architecture, kernel.dtype, config, bool(spread))) for config in configs
+            }
+            assert ran in ruled, (kernel.dtype, sizes, ruled, ran)
+            compared += 1
+    assert compared >= 20
+
+
+def test_what_the_engines_source_says() -> None:
+    """sglang 0.5.14 server_args.py; vllm 0.24.0 fused_moe/oracle."""
+    assert library("sglang", "b200", "bf16", "qwen3-235b-a22b") == "trtllm_moe"
+    assert library("sglang", "b200", "bf16", "mimo-v2-flash") == "triton"
+    assert library("sglang", "b200", "bf16", "llama-4-scout") == "triton"
+    assert library("sglang", "b200", "fp8_block", "llama-4-scout") == "trtllm_moe"
+    assert library("sglang", "h200", "bf16", "nemotron-3-ultra-550b-a55b") == "cutlass"
+    assert library("vllm", "h100", "fp8_block", "deepseek-v3", spread=True) == "cutlass"
+    assert library("vllm", "h100", "fp8_block", "deepseek-v3", spread=False) == "triton"
+    assert library("vllm", "b200", "bf16", "gemma-4-26b-a4b") == "cutlass"
+    assert library("vllm", "b200", "fp8_block", "llama-4-scout") == "modular"
+    assert library("vllm", "h100", "mxfp4", "gpt-oss-20b") == "triton"
+
+
+def test_the_first_rule_that_holds_counts() -> None:
+    rules = ExpertKernels(source="nowhere", libraries=(
+        Library(kernels="one", devices=("hopper",), dtypes=("fp8",)), Library(kernels="two", architectures=("A", "B")),
+        Library(kernels="three", activations=("gelu",), spread=True), Library(kernels="four", dtypes=("bf16",)),
+    ))
+    text = {"text_config": {"hidden_activation": "gelu"}}
+    assert rules.library("Hopper", "fp8", {"architectures": ["B"]}, False) == "one"
+    assert rules.library("Ampere", "fp8", {"architectures": ["B"]}, False) == "two"
+    assert rules.library("Ampere", "bf16", text, True) == "three"
+    assert rules.library("Ampere", "bf16", text, False) == "four"
+    assert rules.library("Ampere", "fp8", text, False) == ""
+
+
+sizes = st.fixed_dictionaries({
+    "tokens": st.integers(1, 20000), "experts": st.sampled_from([8, 64, 128, 512]),
+    "inter": st.sampled_from([768, 1536, 2048]), "moe_tp": st.sampled_from([1, 2, 4]),
+    "moe_ep": st.sampled_from([1, 2, 8]),
+})
+
+
+@cache
+def device_of(name: str) -> DeviceProfile:
+    return load_device(name)
+
+
+def tiles(engine: str, dtype: str, device: str = "h100", **given: float) -> dict[str, float]:
+    columns = {"hidden": 4096, "topk": 4, "slots": given["experts"], "gated": 1, "skew": 0, **given}
+    found = physics_of("grouped_gemm", dtype, "", {n: np.array([float(v)]) for n, v in columns.items()},
+                       device_of(device), engine).features
+    return {name: float(found[name][0]) for name in TILES if name in found}
+
+
+@given(sizes)
+def test_default_tiles_are_the_engines(given: dict[str, int]) -> None:
+    """By hand from ``get_default_config`` of each engine, where no tuned file is."""
+    held, tokens = given["experts"] // given["moe_ep"], given["tokens"]
+    for engine in ("sglang", "vllm"):
+        found = tiles(engine, "bf16", **given)
+        if engine == "sglang":
+            block = (16, 32, 64) if tokens <= held else (64, 64, 32)
+        else:
+            rows = 16 if tokens <= 32 else 32 if tokens <= 96 else 64 if tokens <= 512 else 128
+            block = (rows, 64, 128) if tokens <= 64 else (rows, 128, 64)
+        assert found["tokens_per_held"] == pytest.approx(np.log2(tokens / held))
+        sides = [found[f"block_{side}"] for side in ("rows", "columns", "depth")]
+        assert sides == ([NONE] * 3 if found["tuned"] else pytest.approx(np.log2(block)))
+
+
+def test_tuned_files_are_of_one_device_dtype_and_width() -> None:
+    """sglang ships ``E=128,N=384,device_name=NVIDIA_H100_80GB_HBM3.json``, and none of N=1536."""
+    size = {"tokens": 100, "experts": 128, "inter": 1536, "moe_tp": 4, "moe_ep": 1}
+    assert tiles("sglang", "bf16", **size)["tuned"] == 1
+    assert tiles("sglang", "bf16", **size | {"moe_tp": 1})["tuned"] == 0
+    assert tiles("sglang", "bf16", "a100", **size)["tuned"] == 0
+    assert tiles("sglang", "nvfp4", "b200", **size) == dict.fromkeys(TILES, NONE)
+    assert tiles("trtllm", "bf16", **size) == {}
+
+
+def test_other_libraries_have_no_triton_tiles() -> None:
+    features = {"tuned": np.ones(3), "block_rows": np.full(3, 4.0), "log_rows": np.arange(3.0)}
+    seen = of_library(features, np.array([TRITON, TRITON + 1, 0.0]))
+    assert seen["tuned"].tolist() == [1, NONE, 1] and seen["block_rows"].tolist() == [4, NONE, 4]
+    assert seen["log_rows"].tolist() == [0, 1, 2] and of_library(features, None) is features
+
+
+def test_a_step_prices_the_library_of_its_model() -> None:
+    """A model that was not measured, of a class to which sglang gives another library than to most."""
+    engine, device, model = load_engine("sglang"), load_device("b200"), load_model("glm-4.5-air")
+    sources = expert_sources(engine, device, model.config, Layout(4, tp=4))
+    assert sources["bf16"] == TRITON and sources["nvfp4"] == source_of("flashinfer_trtllm_moe")
+    step = deploy(model, device, engine, Layout(4, tp=4), "decode").step
+    assert step.sources == sources
+    ruled = step.price(64, 1, 1000).seconds
+    step.sources = {}
+    assert abs(step.price(64, 1, 1000).seconds / ruled - 1.0) > 0.02
+
+
+def test_an_engine_runs_tuned_kernels_where_untuned_ones_were_measured() -> None:
+    device = load_device("h200")
+    plain, served = (predictor_for(device, "trtllm", served=flag) for flag in (False, True))
+    assert plain.model is not None
+    kernel = plain.model.kernels["grouped_gemm", "bf16", "trtllm", ""]
+    lines = np.array(kernel.levels)
+    columns = {name: lines[:, i] for i, name in enumerate(CONFIGURATION["grouped_gemm"])}
+    gated = np.array([not any(tuple(line[:4]) == tuple(known[:4]) and SOURCES[int(known[-1]) - 1] == "nongated"
+                              for known in kernel.sources) for line in lines], dtype=float)
+    columns |= {"tokens": np.full(len(lines), 256.0), "slots": columns["experts"], "gated": gated}
+    assert len(SOURCE_OF) == 4
+    there, here = (p.price("grouped_gemm", "bf16", "", columns) for p in (plain, served))
+    untuned = lines[:, -1] > UNTUNED
+    assert untuned.sum() > 50 and (~untuned).sum() > 50
+    assert np.allclose(np.log(there.seconds / here.seconds)[untuned], lines[untuned, -1], atol=0.02)
+    assert np.array_equal(there.seconds[~untuned], here.seconds[~untuned])
+    assert set(here.evidence[untuned]) == {"calibrated"}

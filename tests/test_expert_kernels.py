@@ -51,9 +51,8 @@ def test_rules_name_the_library_that_ran(engine: str, name: str) -> None:
             if configs is None or (engine, device.architecture.lower(), tuple(sizes)) in NOT_AS_RULED:
                 continue
             # which of the models with such experts was measured is not said
-            ruled = {
-                source_of(experts.library(device.architecture, kernel.dtype, config, bool(spread))) for config in configs
-            }
+            named = {experts.library(device.architecture, kernel.dtype, config, bool(spread)) for config in configs}
+            ruled = {source_of(kernels) for kernels in named}
             assert ran in ruled, (kernel.dtype, sizes, ruled, ran)
             compared += 1
     assert compared >= 20

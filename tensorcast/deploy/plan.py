@@ -74,8 +74,8 @@ def gated(plan: Plan) -> float:
 def expert_sources(
     engine: EngineProfile, device: DeviceProfile, config: dict[str, Any], layout: Layout
 ) -> dict[str, float]:
-    """Whose experts' kernels the engine runs for a model, by dtype, as kernel models count libraries; 0 where nothing is
-    said."""
+    """Whose experts' kernels the engine runs for a model, by dtype, as kernel models count libraries; 0 where it says
+    nothing."""
     if engine.experts is None:
         return {}
     named = {dtype: engine.experts.library(device.architecture, dtype, config, layout.ep > 1) for dtype in PRECISION}

@@ -120,7 +120,7 @@ def by_device(folder: Path) -> Iterator[pd.DataFrame]:
         found[name], architectures[name] = transfer.sampled(system, device), device.architecture
     model = transfer.fit_transfer({name: found[name] for name in FITTED_ON}, architectures)
     device = transfer.bare(load_device(LEFT_OUT_DEVICE))
-    for key, (rows, physics) in found[LEFT_OUT_DEVICE].items():
+    for key, (rows, physics, _) in found[LEFT_OUT_DEVICE].items():
         estimate = Predictor(device, key[2], model).price(key[0], key[1], "", rows.columns)
         held = (estimate.low <= rows.seconds) & (rows.seconds <= estimate.high)
         siblings = [part for name in FITTED_ON if (part := found[name].get(key)) is not None]

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tensorcast.cost.predict.growth import GROWS, growing
 from tensorcast.cost.predict.load import skew_of
 from tensorcast.cost.predict.model import NORMAL_80, DeviceModel, Kernel, read_model
 from tensorcast.cost.predict.physics import Physics, physics_of
+from tensorcast.cost.predict.rising import coordinates, middle_of
 from tensorcast.cost.predict.shapes import Columns
 from tensorcast.cost.roofline import NEAREST
 from tensorcast.cost.work import Size
@@ -67,6 +67,7 @@ class Predictor:
 
     def __init__(self, device: DeviceProfile, engine: str, model: DeviceModel | None) -> None:
         self.device, self.engine, self.model = device, engine, model
+        self._middles: dict[tuple[str, ...], float] = {}
 
     def estimate(self, family: str, dtype: str, variant: str = "", **sizes: Size) -> Estimate:
         """One kernel's calls. ``sizes`` as in :data:`SIZES`, scalars or arrays of one length.
@@ -99,30 +100,59 @@ class Predictor:
         self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
         variant: str = "",
     ) -> Estimate:
-        beyond, features = kernel.beyond(columns), kernel.told(physics.features, columns)
-        outside = np.flatnonzero(beyond > 0)
-        if len(outside):  # there the residual is that of the nearest measured sizes
-            nearest = kernel.inside({name: values[outside] for name, values in columns.items()})
-            held = formula(nearest).features
-            features = dict(features)
-            for name in kernel.asked() & held.keys():
-                features[name] = features[name].copy()
-                features[name][outside] = held[name]
-        known = kernel.known(columns)
-        correction = kernel.correction(features, known) + kernel.level(columns)
-        seconds = np.maximum(physics.seconds * np.exp(correction), physics.floor)
+        """Where it was measured what was; else times that grow with size (:mod:`tensorcast.cost.predict.rising`)."""
+        beyond, known = kernel.beyond(columns), kernel.known(columns)
         own = kernel.engine in (self.engine, "any") and kernel.variant == variant
         measured = known & (beyond <= 0) & own
+        if kernel.rising is None or measured.all():
+            seconds = self._fitted(kernel, physics, columns, formula)
+        else:
+            seconds = np.empty(len(beyond))
+            for at, price in ((measured, self._fitted), (~measured, self._rising)):
+                some = {name: values[at] for name, values in columns.items()}
+                seconds[at] = price(kernel, physics.take(at), some, formula) if at.any() else 0.0
         low, high = kernel.interval(seconds, measured, beyond)
         return Estimate(
             seconds, np.maximum(seconds * np.exp(low), np.minimum(physics.floor, seconds)), seconds * np.exp(high),
             np.where(measured, 2, 1), seconds / physics.seconds,
         )
 
+    def _fitted(
+        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics]
+    ) -> np.ndarray:
+        """Seconds with the residual that knows the measured sizes; beyond them that of the nearest ones."""
+        outside, features = np.flatnonzero(kernel.beyond(columns) > 0), kernel.told(physics.features, columns)
+        if len(outside):
+            held = formula(kernel.inside({name: values[outside] for name, values in columns.items()})).features
+            features = dict(features)
+            for name in kernel.asked() & held.keys():
+                features[name] = features[name].copy()
+                features[name][outside] = held[name]
+        correction = kernel.correction(features, kernel.known(columns)) + kernel.level(columns)
+        return np.maximum(physics.seconds * np.exp(correction), physics.floor)
+
+    def _rising(
+        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
+        middle: float = 0.0,
+    ) -> np.ndarray:
+        """Seconds that never fall as a size grows. Above the measured sizes no shorter than at the nearest of them,
+        below them no longer: nor do they fall where the data ends."""
+        told = coordinates(kernel.family, columns, physics, self.device, middle)
+        log_formula = (physics.features["log_seconds"] - middle) * np.log(2.0)
+        seconds = np.maximum(physics.seconds * np.exp(kernel.raised(told, log_formula)), physics.floor)
+        if not len(kernel.trees.feature):
+            return seconds
+        above, below = kernel.sides(columns)
+        edge = np.flatnonzero(kernel.known(columns) & (above != below))
+        if len(edge):
+            nearest = kernel.inside({name: values[edge] for name, values in columns.items()})
+            there = self._fitted(kernel, formula(nearest), nearest, formula)
+            seconds[edge] = np.where(above[edge], np.maximum(seconds[edge], there), np.minimum(seconds[edge], there))
+        return np.maximum(seconds, physics.floor)
+
     def _from_other_devices(self, family: str, dtype: str, variant: str, columns: Columns) -> Estimate:
         """No data of this device: what its vendor's others need over the same formula. Where engines differ for the
-        kernels that they happen to run there (:data:`BEST_OF`), the fastest engine's. Times grow with size
-        (:mod:`tensorcast.cost.predict.growth`)."""
+        kernels that they happen to run there (:data:`BEST_OF`), the fastest engine's."""
         assert self.model is not None
         engines = ("trtllm", "vllm", "sglang") if family in BEST_OF else (self.engine,)
 
@@ -136,31 +166,27 @@ class Predictor:
             kernel = next((found for found in nearest if found is not None), None)
             if kernel is None or variant or (family in BEST_OF and kernel.engine != engine):
                 continue
-            found = self._with_residual(kernel, physics, columns, formula)
-            if family in GROWS:
-                found = self._growing(found, kernel, physics, columns, formula)
+            seconds = self._rising(kernel, physics, columns, formula, self._middle(kernel, dtype))
+            ends = kernel.interval(seconds, np.zeros(len(seconds), dtype=bool), kernel.beyond(columns))
+            low, high = (seconds * np.exp(end) for end in ends)
+            found = Estimate(
+                seconds, np.maximum(low, np.minimum(physics.floor, seconds)), high, np.zeros(len(seconds), dtype=int),
+                seconds / physics.seconds,
+            )
             if best is None:
                 best = found
             else:
                 faster = found.seconds < best.seconds
                 pairs = ((getattr(found, part), getattr(best, part)) for part in PARTS)
                 best = Estimate(*(np.where(faster, new, old) for new, old in pairs))
-        if best is None:
-            return _without_residual(physics)
-        return replace(best, level=np.zeros(len(best.level), dtype=int))
+        return _without_residual(physics) if best is None else best
 
-    def _growing(
-        self, found: Estimate, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics]
-    ) -> Estimate:
-        """The estimate with times that never fall as the size grows; its interval moves along."""
-        def times(sizes: Columns) -> tuple[np.ndarray, np.ndarray]:
-            plain = formula(sizes)
-            return plain.seconds, self._with_residual(kernel, plain, sizes, formula).seconds
-
-        seconds = np.maximum(growing(kernel.family, columns, physics.seconds, times), physics.floor)
-        moved = seconds / found.seconds
-        low = np.maximum(found.low * moved, np.minimum(physics.floor, seconds))
-        return Estimate(seconds, low, found.high * moved, found.level, seconds / physics.seconds)
+    def _middle(self, kernel: Kernel, dtype: str) -> float:
+        """What a kernel's formula seconds count from on this device (log2)."""
+        key = kernel.family, kernel.dtype, kernel.engine, dtype
+        if key not in self._middles:
+            self._middles[key] = middle_of(kernel.family, dtype, kernel.probes, self.device, self.engine)
+        return self._middles[key]
 
     def _both_ways(self, dtype: str, backend: str, columns: Columns) -> Estimate:
         """Dispatch and combine, one after the other: intervals add, as one kernel's errors move together."""

@@ -79,6 +79,9 @@ class Kernel:
     level that their sizes tell, the sizes of :data:`CONFIGURATION` and then log of the factor. ``sources``: where one
     engine runs several libraries' kernels, the sizes of :data:`SOURCE_OF`, whether experts are spread over ranks, and
     which (of :data:`~tensorcast.cost.predict.shapes.SOURCES`). ``constants``: digest of what the formula rested on.
+    ``rising``: trees for calls that were not measured (:mod:`tensorcast.cost.predict.rising`), over all but a ``share``
+    of the formula's growth within ``span``, the ends of its log seconds in the fit; ``probes``: the shapes from whose
+    median those seconds count, if from any.
     """
 
     family: str
@@ -98,6 +101,10 @@ class Kernel:
     sources: tuple[tuple[float, ...], ...] = ()
     carry: Trees | None = None
     constants: str = ""
+    rising: Trees | None = None
+    share: float = 0.0
+    span: tuple[float, float] = (0.0, 0.0)
+    probes: Mapping[str, Sequence[float]] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -118,6 +125,12 @@ class Kernel:
                 total = total + np.log2(np.maximum(value / max(high, 1e-9), 1.0))
                 total = total + (np.log2(np.maximum(low / value, 1.0)) if low > 0 else 0.0)
         return np.asarray(total)
+
+    def sides(self, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+        """Whether a size lies above what was measured, and whether one lies below."""
+        ends = [(columns[name], low, high) for name, (low, high) in self.box.items() if name in columns]
+        above, below = ([v > high for v, _, high in ends], [v < low for v, low, _ in ends])
+        return np.logical_or.reduce(above), np.logical_or.reduce(below)
 
     def known(self, columns: Columns) -> np.ndarray:
         """Whether the sizes of :attr:`lines` are a combination that was measured."""
@@ -174,6 +187,11 @@ class Kernel:
         size = len(next(iter(features.values())))  # those trees have seen other dtypes' rows too
         return self.carry.values({"source": np.zeros(size), **features, "own": np.ones(size)})
 
+    def raised(self, coordinates: Columns, log_formula: np.ndarray) -> np.ndarray:
+        """log of what to multiply physics by where nothing was measured, such that times grow with every size."""
+        assert self.rising is not None
+        return self.rising.values(coordinates) - self.share * np.clip(log_formula, *self.span)
+
     def level(self, columns: Columns) -> np.ndarray | float:
         """log of the factor by which a measured configuration differs from others of like sizes; 0 if none is known."""
         names = CONFIGURATION.get(self.family, ())
@@ -190,7 +208,7 @@ class Kernel:
             ends = widened(*ends, len(self.seen))
         low = np.where(measured, np.asarray(self.low)[part], ends[0] * wider)
         high = np.where(measured, np.asarray(self.high)[part], ends[1] * wider)
-        return low, high
+        return np.minimum(low, 0.0), np.maximum(high, 0.0)
 
 
 def _looked_up(table: np.ndarray, sizes: Sequence[np.ndarray]) -> np.ndarray:
@@ -220,8 +238,8 @@ class DeviceModel:
         return None
 
 
-GROWN = ("trees", "carry")
-"""Fields of a kernel that are trees; the second may be missing."""
+GROWN = ("trees", "carry", "rising")
+"""Fields of a kernel that are trees; all but the first may be missing."""
 
 STAND_IN = {
     "vllm": ("sglang", "trtllm"), "sglang": ("vllm", "trtllm"), "trtllm": ("vllm", "sglang"),
@@ -292,8 +310,8 @@ def read_model(path: Path) -> DeviceModel:
     for head in about["kernels"]:
         head |= {name: grown(head[name]) for name in GROWN if name in head}
         head["box"] = {name: tuple(ends) for name, ends in head["box"].items()}
-        for name in ("edges", "low", "high"):
-            head[name] = tuple(head[name])
+        for name in ("edges", "low", "high", "span"):
+            head[name] = tuple(head.get(name, (0.0, 0.0)))
         for name in ("seen", "levels", "sources"):
             head[name] = tuple(tuple(line) for line in head[name])
         kernel = Kernel(**head)

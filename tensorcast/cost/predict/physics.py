@@ -41,6 +41,11 @@ class Physics:
     error: float
     evidence: Evidence
 
+    def take(self, at: np.ndarray) -> Physics:
+        """Some of the calls."""
+        features = {name: values[at] for name, values in self.features.items()}
+        return replace(self, seconds=self.seconds[at], floor=self.floor[at], features=features)
+
 
 def _log(values: np.ndarray) -> np.ndarray:
     return np.log2(np.maximum(values, 1e-12))

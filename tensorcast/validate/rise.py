@@ -21,7 +21,7 @@ CAPACITY = (60, 4, 0.15)
 """Trees, depth, learning rate: they say how a kernel goes on, not what was measured."""
 
 OWN_SHARE = 0.4
-"""Of the formula's growth that one device's trees may take back; 0.1 to 0.7 did alike on H200, whole shapes left out."""
+"""Of the formula's growth that one device's trees take back; 0.1 to 0.7 did alike on H200, whole shapes left out."""
 
 PROBES = 32
 """Measured shapes whose median says how fast one device's formula is beside another's."""

@@ -46,9 +46,9 @@ def nearest(train: Measured, seconds: np.ndarray, test: Measured) -> np.ndarray:
 
 def _plain(physics: Physics, key: Key, device: DeviceProfile) -> np.ndarray:
     """Peaks alone; a collective's bytes on the wire at link speed."""
-    if physics.floor.any():
-        return physics.floor
-    return np.exp2(physics.features["log_wire"]) / float(device.interconnect[0].bandwidth_bytes_per_s)
+    if "log_wire" in physics.features:
+        return np.exp2(physics.features["log_wire"]) / float(device.interconnect[0].bandwidth_bytes_per_s)
+    return physics.floor
 
 
 def _rows(

@@ -74,7 +74,7 @@ def _box(parts: Sequence[Sampled]) -> dict[str, tuple[float, float]]:
 
 def fit_transfer(devices: Mapping[str, dict[Key, Sampled]], architectures: Mapping[str, str]) -> DeviceModel:
     """One model over all the named devices, with intervals from leaving out each architecture in turn: a new device is
-    rarely a sibling of a measured one. So is settled what share of a formula's growth a family's trees may take back."""
+    rarely a sibling of a measured one. So is settled what share of a formula's growth a family's trees take back."""
     kernels: dict[Key, Kernel] = {}
     keys = sorted({key for found in devices.values() for key in found})
     for family in sorted({key[0] for key in keys}):

@@ -1,9 +1,9 @@
 """Times that never fall as a size grows, for calls that were not measured.
 
-``log seconds = (1 - share) * log formula + trees``. The formula never falls as a size grows, nor do the features here,
-nor the trees as one of these grows (they are fitted so): their sum cannot. ``share`` is how much of the formula's growth
-the trees may take back, to say where a kernel becomes more efficient; it is settled with the fit. Outside the formula's
-span in the fit the time grows as the formula does.
+``log seconds = (1 - share) * log formula + trees``. The formula never falls as a size grows, nor do the features
+here, nor the trees as one of these grows (they are fitted so): their sum cannot. ``share`` is how much of the formula's
+growth the trees may take back, to say where a kernel becomes more efficient; it is settled with the fit. Outside the
+formula's span in the fit the time grows as the formula does.
 
 A formula differs between devices by a factor above all: beside another device's, its seconds count from the median over
 the kernel's probes, a few of its measured shapes.
@@ -51,8 +51,8 @@ GROWS = {
     "all_reduce": ("payload_bytes",), "all_gather": ("payload_bytes",), "reduce_scatter": ("payload_bytes",),
     "all_to_all": ("payload_bytes",), "moe_exchange": ("tokens", "hidden", "topk"),
 }
-"""Sizes in which a family's times are held to grow: ``window`` where there is one, ``topk`` where routing is not skewed.
-Not the number of experts: the same rows, spread over more of them, may fill fewer tiles."""
+"""Sizes in which a family's times are held to grow (``window`` where there is one, ``topk`` where routing is not
+skewed). Not the number of experts: the same rows, spread over more of them, may fill fewer tiles."""
 
 FREE = ("kv_bytes", "skew", "gated", "moe_tp", "moe_ep", "experts", "slots", "ranks", "nodes", "sms", "copy_bytes")
 """What else the trees may ask for, in either direction."""
@@ -69,8 +69,8 @@ def middle_of(
 
 
 def coordinates(family: str, columns: Columns, physics: Physics, device: DeviceProfile, middle: float = 0.0) -> Columns:
-    """What rising trees are told: :data:`RISES`, the waves that tiles make on this device, log2 of the formula's seconds,
-    of the datasheet's for arithmetic and traffic as they count from ``middle`` (:func:`middle_of`), :data:`FREE`."""
+    """What rising trees are told: :data:`RISES`, the waves that tiles make on this device, log2 of the formula's
+    seconds, of the datasheet's for arithmetic and traffic counted from ``middle`` (:func:`middle_of`), :data:`FREE`."""
     features = physics.features
     found = {name: features[name] for name in RISES[family]}
     for name in RISES[family]:

@@ -116,8 +116,8 @@ def test_above_the_measured_sizes_time_grows_and_does_not_fall_at_the_edge(
     assert predictor.model is not None
     kernels = [k for k in predictor.model.kernels.values() if k.engine == engine and k.rising is not None]
     kernel = data.draw(st.sampled_from(kernels))
-    grown = data.draw(st.sampled_from([n for n in GROWS[kernel.family] if n not in ("head_dim", "window", "q_heads")]))
-    probe = kernel.report["probe"]
+    sizes = [n for n in GROWS[kernel.family] if n not in ("head_dim", "window", "q_heads") and kernel.box[n][1] > 0]
+    grown, probe = data.draw(st.sampled_from(sizes)), kernel.report["probe"]
     ladder = kernel.box[grown][1] * 1.02 ** np.arange(float(steps + 1))
     columns = {name: np.full(steps + 1, value) for name, value in probe.items()} | {grown: ladder}
     found = predictor.price(kernel.family, kernel.dtype, kernel.variant, columns)

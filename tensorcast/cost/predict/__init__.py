@@ -253,6 +253,10 @@ def predict_kernels(frame: pd.DataFrame, *, device: str | DeviceProfile, engine:
     high, evidence`` (``measured``: on or between measured points; ``calibrated``: a fitted model carries them further;
     ``datasheet``: nothing was measured). Raises :class:`InputError` for an unknown family, dtype or engine, a missing
     column, and sizes that no kernel has.
+
+    ``measured`` seconds follow the measurements, also where a larger call was the faster one. All others never fall as
+    a size of :data:`~tensorcast.cost.predict.rising.GROWS` grows, but within the noise for experts on measured devices
+    and at the data's edge, where they start from its last rows. None is under what peaks and links allow.
     """
     from tensorcast.cost.predict.checks import check_calls, engine_name
     from tensorcast.cost.predict.frames import calls_of

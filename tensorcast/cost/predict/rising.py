@@ -52,7 +52,8 @@ GROWS = {
     "all_to_all": ("payload_bytes",), "moe_exchange": ("tokens", "hidden", "topk"),
 }
 """Sizes in which a family's times are held to grow (``window`` where there is one, ``topk`` where routing is not
-skewed). Not the number of experts: the same rows, spread over more of them, may fill fewer tiles."""
+skewed; skewed loads are means over draws and may fall by a few percent). Not the number of experts: the same rows,
+spread over more of them, may fill fewer tiles."""
 
 FREE = ("kv_bytes", "skew", "gated", "moe_tp", "moe_ep", "experts", "slots", "ranks", "nodes", "sms", "copy_bytes")
 """What else the trees may ask for, in either direction."""

@@ -138,6 +138,7 @@ def test_a_head_size_that_was_not_measured_grows_with_the_sequence(
     if grown == "head_dim":
         return
     columns["head_dim"] = np.full_like(columns["head_dim"], 72.0)
+    columns["kv_bytes"] = np.full_like(columns["kv_bytes"], 2.0)
     found = price(predictor, family, "bf16", columns)
     assert set(found.evidence) == {"calibrated"}
     assert (np.diff(found.seconds) >= -1e-9 * found.seconds[1:]).all()
@@ -157,3 +158,14 @@ def test_trees_that_were_grown_to_rise_never_fall() -> None:
         found = trees.values({**still, name: np.linspace(-3, 3, 50)})
         assert (np.diff(found) >= 0.0).all()
     assert free > 0.3
+
+
+def test_more_ranks_than_were_measured_keep_the_links_shares_of_the_measured_ones() -> None:
+    """A formula that is slower over several nodes is not made quicker again by trees that saw one."""
+    predictor = predictor_for(load_device("h200"), "vllm")
+    tokens = np.array([64.0, 512.0, 4096.0])
+    shape = {"hidden": 7168.0, "topk": 8.0, "experts": 256.0, "ranks": 32.0, "nodes": 4.0, "sms": 20.0,
+             "copy_bytes": 1.03125}
+    columns = {name: np.full(3, value) for name, value in shape.items()} | {"tokens": tokens}
+    found = predictor.price("moe_exchange", "any", "low_latency:dispatch", columns)
+    assert (np.abs(np.log(found.factor)) < 0.2).all()

@@ -104,11 +104,12 @@ class Predictor:
         beyond, known = kernel.beyond(columns), kernel.known(columns)
         own = kernel.engine in (self.engine, "any") and kernel.variant == variant
         measured = known & (beyond <= 0) & own
-        if kernel.rising is None or measured.all():
+        rises = ~measured & kernel.comparable(columns)
+        if not rises.any():
             seconds = self._fitted(kernel, physics, columns, formula)
         else:
             seconds = np.empty(len(beyond))
-            for at, price in ((measured, self._fitted), (~measured, self._rising)):
+            for at, price in ((~rises, self._fitted), (rises, self._rising)):
                 some = {name: values[at] for name, values in columns.items()}
                 seconds[at] = price(kernel, physics.take(at), some, formula) if at.any() else 0.0
         low, high = kernel.interval(seconds, measured, beyond)
@@ -255,8 +256,9 @@ def predict_kernels(frame: pd.DataFrame, *, device: str | DeviceProfile, engine:
     column, and sizes that no kernel has.
 
     ``measured`` seconds follow the measurements, also where a larger call was the faster one. All others never fall as
-    a size of :data:`~tensorcast.cost.predict.rising.GROWS` grows, but within the noise for experts on measured devices
-    and at the data's edge, where they start from its last rows. None is under what peaks and links allow.
+    a size of :data:`~tensorcast.cost.predict.rising.GROWS` grows, but within the noise for experts on measured devices,
+    for groups of ranks that were not measured there, and at the data's edge, where they start from its last rows. None
+    is under what peaks and links allow.
     """
     from tensorcast.cost.predict.checks import check_calls, engine_name
     from tensorcast.cost.predict.frames import calls_of

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorcast.cost.predict.rising import FREE
 from tensorcast.cost.predict.shapes import NON_GATED, Columns
 from tensorcast.cost.predict.trees import Trees
 from tensorcast.errors import InputError
@@ -126,6 +127,16 @@ class Kernel:
                 total = total + np.log2(np.maximum(value / max(high + more, 1e-9), 1.0))
                 total = total + (np.log2(np.maximum(low / value, 1.0)) if low > 0 else 0.0)
         return np.asarray(total)
+
+    def comparable(self, columns: Columns) -> np.ndarray:
+        """Whether rising trees speak for the calls: :data:`FREE` sizes as measured. They say how time grows with size,
+        not what other groups of ranks change."""
+        fine = np.full(len(next(iter(columns.values()))), self.rising is not None)
+        for name in FREE:
+            if name in self.box and name in columns:
+                low, high = self.box[name]
+                fine &= (columns[name] >= low) & (columns[name] <= high)
+        return fine
 
     def sides(self, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         """Whether a size lies above what was measured, and whether one lies below."""

@@ -17,7 +17,7 @@ import numpy as np
 from tensorcast.cost.predict.load import skew_of
 from tensorcast.cost.predict.model import NORMAL_80, DeviceModel, Kernel, read_model
 from tensorcast.cost.predict.physics import Physics, physics_of
-from tensorcast.cost.predict.rising import coordinates, middle_of
+from tensorcast.cost.predict.rising import GROWS, coordinates, middle_of
 from tensorcast.cost.predict.shapes import Columns
 from tensorcast.cost.roofline import NEAREST
 from tensorcast.cost.work import Size
@@ -138,16 +138,26 @@ class Predictor:
     ) -> np.ndarray:
         """Seconds that never fall as a size grows. Above the measured sizes no shorter than at the nearest of them,
         below them no longer: nor do they fall where the data ends."""
-        told = coordinates(kernel.family, columns, physics, self.device, middle)
-        log_formula = (physics.features["log_seconds"] - middle) * np.log(2.0)
-        seconds = np.maximum(physics.seconds * np.exp(kernel.raised(told, log_formula)), physics.floor)
+        def correction(sizes: Columns, by_formula: Physics) -> np.ndarray:
+            told = coordinates(kernel.family, sizes, by_formula, self.device, middle)
+            return kernel.raised(told, (by_formula.features["log_seconds"] - middle) * np.log(2.0))
+
+        factor = correction(columns, physics)
         if not len(kernel.trees.feature):
-            return seconds
+            return np.maximum(physics.seconds * np.exp(factor), physics.floor)
+        outside = np.flatnonzero(kernel.beyond(columns) > 0)
+        if len(outside):  # no quicker than the nearest measured sizes are over the formula
+            nearest = kernel.inside({name: values[outside] for name, values in columns.items()})
+            factor[outside] = np.maximum(factor[outside], correction(nearest, formula(nearest)))
+        seconds = np.maximum(physics.seconds * np.exp(factor), physics.floor)
         above, below = kernel.sides(columns)
         edge = np.flatnonzero(kernel.known(columns) & (above != below))
         if len(edge):
             nearest = kernel.inside({name: values[edge] for name, values in columns.items()})
-            there = self._fitted(kernel, formula(nearest), nearest, formula)
+            at_edge = formula(nearest)
+            there = self._fitted(kernel, at_edge, nearest, formula)
+            if len(GROWS[kernel.family]) == 1:  # no other size whose noise would come along
+                there = there * physics.seconds[edge] / at_edge.seconds
             seconds[edge] = np.where(above[edge], np.maximum(seconds[edge], there), np.minimum(seconds[edge], there))
         return np.maximum(seconds, physics.floor)
 
@@ -255,10 +265,10 @@ def predict_kernels(frame: pd.DataFrame, *, device: str | DeviceProfile, engine:
     ``datasheet``: nothing was measured). Raises :class:`InputError` for an unknown family, dtype or engine, a missing
     column, and sizes that no kernel has.
 
-    ``measured`` seconds follow the measurements, also where a larger call was the faster one. All others never fall as
-    a size of :data:`~tensorcast.cost.predict.rising.GROWS` grows, but within the noise for experts on measured devices,
-    for groups of ranks that were not measured there, and at the data's edge, where they start from its last rows. None
-    is under what peaks and links allow.
+    ``measured`` seconds follow the measurements, also where a larger call was the faster one. ``datasheet`` ones never
+    fall as a size of :data:`~tensorcast.cost.predict.rising.GROWS` grows. ``calibrated`` ones do not either as a size
+    leaves the data upwards; in the other sizes they may by the noise at the data's edge, and by that of experts and
+    groups of ranks that were not measured there. None is under what peaks and links allow.
     """
     from tensorcast.cost.predict.checks import check_calls, engine_name
     from tensorcast.cost.predict.frames import calls_of

@@ -219,15 +219,14 @@ def test_another_device_from_those_that_were_measured() -> None:
     """Two devices of one law tell a third: nearer than the datasheet formula, and the interval says datasheet."""
     found: dict[str, Any] = {}
     for name in ("a100-sxm", "h100-sxm", "h200-sxm"):
-        device = transfer.bare(load_device(name))
-        table = timed(gemm_shapes(), "gemm", device, "vllm").head(len(gemm_shapes()))
+        table = timed(gemm_shapes(), "gemm", transfer.bare(load_device(name)), "vllm").head(len(gemm_shapes()))
         calls, = calls_of(table.assign(family="gemm"))
         rows = Measured(("gemm", "bf16", "vllm", ""), calls.columns, table["latency"].to_numpy() / 1e3)
-        found[name] = {rows.key: (rows, physics_of("gemm", "bf16", "", rows.columns, device, "vllm"))}
+        found[name] = {rows.key: transfer.sample(rows, load_device(name))}
     left = found.pop("h200-sxm")
     model = transfer.fit_transfer(found, {"a100-sxm": "Ampere", "h100-sxm": "Hopper"})
     (errors, held), = transfer.left_out_errors(model, load_device("h200"), left).values()
-    (rows, physics), = left.values()
+    (rows, physics, _), = left.values()
     assert np.median(errors) < 0.6 * np.median(np.abs(physics.seconds / rows.seconds - 1.0))
     assert held.mean() > 0.6 and math.isfinite(float(errors.max()))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorcast.cost.predict.rising import FREE
 from tensorcast.cost.predict.trees import Trees
 from tensorcast.errors import InputError
 
@@ -22,9 +23,12 @@ CLIP = 2.0
 
 def grow(
     features: Mapping[str, np.ndarray], target: np.ndarray, trees: int, depth: int, rate: float,
-    weights: np.ndarray | None = None,
+    weights: np.ndarray | None = None, rises: bool = False,
 ) -> Trees:
-    """Oblivious trees that minimise the mean absolute error of ``target``: what a few slow repeats cannot bend."""
+    """Oblivious trees that minimise the mean absolute error of ``target``: what a few slow repeats cannot bend.
+
+    ``rises``: they never fall as a feature grows, but for those of :data:`FREE`.
+    """
     try:
         import catboost
     except ImportError:
@@ -33,9 +37,13 @@ def grow(
     centre = float(np.median(target)) if len(target) else 0.0
     if not names:
         return no_trees(centre)
+    held: dict[str, Any] = {}
+    if rises:
+        held = {"monotone_constraints": [int(name not in FREE) for name in names], "leaf_estimation_method": "Gradient"}
     model = catboost.CatBoostRegressor(
         iterations=trees, depth=depth, learning_rate=rate, loss_function="MAE", border_count=BORDERS, thread_count=1,
         l2_leaf_reg=1.0, random_strength=0.0, bootstrap_type="No", random_seed=0, verbose=0, allow_writing_files=False,
+        **held,
     )
     matrix = np.stack([features[name] for name in names], axis=1).astype(np.float32)
     model.fit(matrix, np.clip(target - centre, -CLIP, CLIP), sample_weight=weights)

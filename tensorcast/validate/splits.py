@@ -49,9 +49,9 @@ def nearest(train: Measured, seconds: np.ndarray, test: Measured) -> np.ndarray:
 
 def _plain(physics: Physics, key: Key, device: DeviceProfile) -> np.ndarray:
     """Peaks alone; a collective's bytes on the wire at link speed."""
-    if physics.floor.any():
-        return physics.floor
-    return np.exp2(physics.features["log_wire"]) / float(device.interconnect[0].bandwidth_bytes_per_s)
+    if "log_wire" in physics.features:
+        return np.exp2(physics.features["log_wire"]) / float(device.interconnect[0].bandwidth_bytes_per_s)
+    return physics.floor
 
 
 def _rows(
@@ -123,7 +123,7 @@ def by_device(folder: Path) -> Iterator[pd.DataFrame]:
         found[name], architectures[name] = transfer.sampled(system, device), device.architecture
     model = transfer.fit_transfer({name: found[name] for name in FITTED_ON}, architectures)
     device = transfer.bare(load_device(LEFT_OUT_DEVICE))
-    for key, (rows, physics) in found[LEFT_OUT_DEVICE].items():
+    for key, (rows, physics, _) in found[LEFT_OUT_DEVICE].items():
         estimate = Predictor(device, key[2], model).price(key[0], key[1], "", rows.columns)
         held = (estimate.low <= rows.seconds) & (rows.seconds <= estimate.high)
         siblings = [part for name in FITTED_ON if (part := found[name].get(key)) is not None]

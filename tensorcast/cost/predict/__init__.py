@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tensorcast.cost.predict.growth import GROWS, growing
 from tensorcast.cost.predict.load import skew_of
 from tensorcast.cost.predict.model import NORMAL_80, UNTUNED, DeviceModel, Kernel, read_model
 from tensorcast.cost.predict.physics import Physics, physics_of
+from tensorcast.cost.predict.rising import GROWS, coordinates, middle_of
 from tensorcast.cost.predict.shapes import Columns
 from tensorcast.cost.predict.tiles import of_library
 from tensorcast.cost.roofline import NEAREST
@@ -68,6 +68,7 @@ class Predictor:
 
     def __init__(self, device: DeviceProfile, engine: str, model: DeviceModel | None, served: bool = False) -> None:
         self.device, self.engine, self.model, self.served = device, engine, model, served
+        self._middles: dict[tuple[str, ...], float] = {}
 
     def estimate(self, family: str, dtype: str, variant: str = "", **sizes: Size) -> Estimate:
         """One kernel's calls. ``sizes`` as in :data:`SIZES`, scalars or arrays of one length.
@@ -100,9 +101,30 @@ class Predictor:
         self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
         variant: str = "",
     ) -> Estimate:
-        beyond, features = kernel.beyond(columns), kernel.told(physics.features, columns)
-        outside = np.flatnonzero(beyond > 0)
-        if len(outside):  # there the residual is that of the nearest measured sizes
+        """Where it was measured what was; else times that grow with size (:mod:`tensorcast.cost.predict.rising`)."""
+        beyond, known = kernel.beyond(columns), kernel.known(columns)
+        own = kernel.engine in (self.engine, "any") and kernel.variant == variant
+        measured = known & (beyond <= 0) & ~self._untuned(kernel.level(columns)) & own
+        rises = ~measured & kernel.comparable(columns)
+        if not rises.any():
+            seconds = self._fitted(kernel, physics, columns, formula)
+        else:
+            seconds = np.empty(len(beyond))
+            for at, price in ((~rises, self._fitted), (rises, self._rising)):
+                some = {name: values[at] for name, values in columns.items()}
+                seconds[at] = price(kernel, physics.take(at), some, formula) if at.any() else 0.0
+        low, high = kernel.interval(seconds, measured, beyond, kernel.said(columns))
+        return Estimate(
+            seconds, np.maximum(seconds * np.exp(low), np.minimum(physics.floor, seconds)), seconds * np.exp(high),
+            np.where(measured, 2, 1), seconds / physics.seconds,
+        )
+
+    def _fitted(
+        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics]
+    ) -> np.ndarray:
+        """Seconds with the residual that knows the measured sizes; beyond them that of the nearest ones."""
+        outside, features = np.flatnonzero(kernel.beyond(columns) > 0), kernel.told(physics.features, columns)
+        if len(outside):
             nearest = kernel.inside({name: values[outside] for name, values in columns.items()})
             source = features["source"][outside] if "source" in features else None
             held = of_library(formula(nearest).features, source)
@@ -110,23 +132,46 @@ class Predictor:
             for name in kernel.asked() & held.keys():
                 features[name] = features[name].copy()
                 features[name][outside] = held[name]
-        known = kernel.known(columns)
         level = kernel.level(columns)
-        untuned = (level > UNTUNED) & self.served
-        correction = kernel.correction(features, known) + np.where(untuned, 0.0, level)
-        seconds = np.maximum(physics.seconds * np.exp(correction), physics.floor)
-        own = kernel.engine in (self.engine, "any") and kernel.variant == variant
-        measured = known & (beyond <= 0) & ~untuned & own
-        low, high = kernel.interval(seconds, measured, beyond, kernel.said(columns))
-        return Estimate(
-            seconds, np.maximum(seconds * np.exp(low), np.minimum(physics.floor, seconds)), seconds * np.exp(high),
-            np.where(measured, 2, 1), seconds / physics.seconds,
-        )
+        correction = kernel.correction(features, kernel.known(columns)) + np.where(self._untuned(level), 0.0, level)
+        return np.maximum(physics.seconds * np.exp(correction), physics.floor)
+
+    def _untuned(self, level: np.ndarray) -> np.ndarray:
+        """Whether a configuration's level is that of a kernel that a server would have tuned."""
+        return (level > UNTUNED) & self.served
+
+    def _rising(
+        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
+        middle: float = 0.0,
+    ) -> np.ndarray:
+        """Seconds that never fall as a size grows. Above the measured sizes no shorter than at the nearest of them,
+        below them no longer: nor do they fall where the data ends."""
+        def correction(sizes: Columns, by_formula: Physics) -> np.ndarray:
+            told = coordinates(kernel.family, sizes, by_formula, self.device, middle)
+            return kernel.raised(told, (by_formula.features["log_seconds"] - middle) * np.log(2.0))
+
+        factor = correction(columns, physics)
+        if not len(kernel.trees.feature):
+            return np.maximum(physics.seconds * np.exp(factor), physics.floor)
+        outside = np.flatnonzero(kernel.beyond(columns) > 0)
+        if len(outside):  # no quicker than the nearest measured sizes are over the formula
+            nearest = kernel.inside({name: values[outside] for name, values in columns.items()})
+            factor[outside] = np.maximum(factor[outside], correction(nearest, formula(nearest)))
+        seconds = np.maximum(physics.seconds * np.exp(factor), physics.floor)
+        above, below = kernel.sides(columns)
+        edge = np.flatnonzero(kernel.known(columns) & (above != below))
+        if len(edge):
+            nearest = kernel.inside({name: values[edge] for name, values in columns.items()})
+            at_edge = formula(nearest)
+            there = self._fitted(kernel, at_edge, nearest, formula)
+            if len(GROWS[kernel.family]) == 1:  # no other size whose noise would come along
+                there = there * physics.seconds[edge] / at_edge.seconds
+            seconds[edge] = np.where(above[edge], np.maximum(seconds[edge], there), np.minimum(seconds[edge], there))
+        return np.maximum(seconds, physics.floor)
 
     def _from_other_devices(self, family: str, dtype: str, variant: str, columns: Columns) -> Estimate:
         """No data of this device: what its vendor's others need over the same formula. Where engines differ for the
-        kernels that they happen to run there (:data:`BEST_OF`), the fastest engine's. Times grow with size
-        (:mod:`tensorcast.cost.predict.growth`)."""
+        kernels that they happen to run there (:data:`BEST_OF`), the fastest engine's."""
         assert self.model is not None
         engines = ("trtllm", "vllm", "sglang") if family in BEST_OF else (self.engine,)
 
@@ -140,31 +185,28 @@ class Predictor:
             kernel = next((found for found in nearest if found is not None), None)
             if kernel is None or variant or (family in BEST_OF and kernel.engine != engine):
                 continue
-            found = self._with_residual(kernel, physics, columns, formula)
-            if family in GROWS:
-                found = self._growing(found, kernel, physics, columns, formula)
+            seconds = self._rising(kernel, physics, columns, formula, self._middle(kernel, dtype))
+            none = np.zeros(len(seconds), dtype=bool)
+            ends = kernel.interval(seconds, none, kernel.beyond(columns), none)
+            low, high = (seconds * np.exp(end) for end in ends)
+            found = Estimate(
+                seconds, np.maximum(low, np.minimum(physics.floor, seconds)), high, np.zeros(len(seconds), dtype=int),
+                seconds / physics.seconds,
+            )
             if best is None:
                 best = found
             else:
                 faster = found.seconds < best.seconds
                 pairs = ((getattr(found, part), getattr(best, part)) for part in PARTS)
                 best = Estimate(*(np.where(faster, new, old) for new, old in pairs))
-        if best is None:
-            return _without_residual(physics)
-        return replace(best, level=np.zeros(len(best.level), dtype=int))
+        return _without_residual(physics) if best is None else best
 
-    def _growing(
-        self, found: Estimate, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics]
-    ) -> Estimate:
-        """The estimate with times that never fall as the size grows; its interval moves along."""
-        def times(sizes: Columns) -> tuple[np.ndarray, np.ndarray]:
-            plain = formula(sizes)
-            return plain.seconds, self._with_residual(kernel, plain, sizes, formula).seconds
-
-        seconds = np.maximum(growing(kernel.family, columns, physics.seconds, times), physics.floor)
-        moved = seconds / found.seconds
-        low = np.maximum(found.low * moved, np.minimum(physics.floor, seconds))
-        return Estimate(seconds, low, found.high * moved, found.level, seconds / physics.seconds)
+    def _middle(self, kernel: Kernel, dtype: str) -> float:
+        """What a kernel's formula seconds count from on this device (log2)."""
+        key = kernel.family, kernel.dtype, kernel.engine, dtype
+        if key not in self._middles:
+            self._middles[key] = middle_of(kernel.family, dtype, kernel.probes, self.device, self.engine)
+        return self._middles[key]
 
     def _both_ways(self, dtype: str, backend: str, columns: Columns) -> Estimate:
         """Dispatch and combine, one after the other: intervals add, as one kernel's errors move together."""
@@ -232,6 +274,11 @@ def predict_kernels(frame: pd.DataFrame, *, device: str | DeviceProfile, engine:
     high, evidence`` (``measured``: on or between measured points; ``calibrated``: a fitted model carries them further;
     ``datasheet``: nothing was measured). Raises :class:`InputError` for an unknown family, dtype or engine, a missing
     column, and sizes that no kernel has.
+
+    ``measured`` seconds follow the measurements, also where a larger call was the faster one. ``datasheet`` ones never
+    fall as a size of :data:`~tensorcast.cost.predict.rising.GROWS` grows. ``calibrated`` ones do not either as a size
+    leaves the data upwards; in the other sizes they may by the noise at the data's edge, and by that of experts and
+    groups of ranks that were not measured there. None is under what peaks and links allow.
     """
     from tensorcast.cost.predict.checks import check_calls, engine_name
     from tensorcast.cost.predict.frames import calls_of

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorcast.cost.predict.rising import FREE
 from tensorcast.cost.predict.shapes import NON_GATED, Columns
 from tensorcast.cost.predict.tiles import of_library
 from tensorcast.cost.predict.trees import Trees
@@ -87,6 +88,9 @@ class Kernel:
     :data:`CONFIGURATION` and then log of the factor. ``sources``: whose kernels ran, the sizes of :data:`SOURCE_OF`,
     whether experts are spread over ranks, and which library (of :data:`~tensorcast.cost.predict.shapes.SOURCES`).
     ``constants``: digest of what the formula rested on.
+    ``rising``: trees for calls that were not measured (:mod:`tensorcast.cost.predict.rising`), over all but a ``share``
+    of the formula's growth within ``span``, the ends of its log seconds in the fit; ``probes``: the shapes from whose
+    median those seconds count, if from any.
     """
 
     family: str
@@ -107,6 +111,10 @@ class Kernel:
     carry: Trees | None = None
     ruled: tuple[float, ...] = ()
     constants: str = ""
+    rising: Trees | None = None
+    share: float = 0.0
+    span: tuple[float, float] = (0.0, 0.0)
+    probes: Mapping[str, Sequence[float]] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -119,14 +127,31 @@ class Kernel:
         return {**columns, **held}
 
     def beyond(self, columns: Columns) -> np.ndarray:
-        """Factors of two by which the sizes lie outside what was measured, added up."""
+        """Factors of two by which the sizes lie outside what was measured, added up; of one more where zero was."""
         total: Any = 0.0
         for name, (low, high) in self.box.items():
             if name in columns:
-                value = np.maximum(columns[name], 1e-9)
-                total = total + np.log2(np.maximum(value / max(high, 1e-9), 1.0))
+                more = 1.0 if low <= 0 else 0.0
+                value = np.maximum(columns[name] + more, 1e-9)
+                total = total + np.log2(np.maximum(value / max(high + more, 1e-9), 1.0))
                 total = total + (np.log2(np.maximum(low / value, 1.0)) if low > 0 else 0.0)
         return np.asarray(total)
+
+    def comparable(self, columns: Columns) -> np.ndarray:
+        """Whether rising trees speak for the calls: :data:`FREE` sizes as measured. They say how time grows with size,
+        not what other groups of ranks change."""
+        fine = np.full(len(next(iter(columns.values()))), self.rising is not None)
+        for name in FREE:
+            if name in self.box and name in columns:
+                low, high = self.box[name]
+                fine &= (columns[name] >= low) & (columns[name] <= high)
+        return fine
+
+    def sides(self, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+        """Whether a size lies above what was measured, and whether one lies below."""
+        ends = [(columns[name], low, high) for name, (low, high) in self.box.items() if name in columns]
+        above, below = ([v > high for v, _, high in ends], [v < low for v, low, _ in ends])
+        return np.logical_or.reduce(above), np.logical_or.reduce(below)
 
     def known(self, columns: Columns) -> np.ndarray:
         """Whether the sizes of :attr:`lines` are a combination that was measured."""
@@ -190,6 +215,11 @@ class Kernel:
         size = len(next(iter(features.values())))  # those trees have seen other dtypes' rows too
         return self.carry.values({"source": np.zeros(size), **features, "own": np.ones(size)})
 
+    def raised(self, coordinates: Columns, log_formula: np.ndarray) -> np.ndarray:
+        """log of what to multiply physics by where nothing was measured, such that times grow with every size."""
+        assert self.rising is not None
+        return self.rising.values(coordinates) - self.share * np.clip(log_formula, *self.span)
+
     def level(self, columns: Columns) -> np.ndarray:
         """log of the factor by which a measured configuration differs from others of like sizes; 0 if none is known."""
         names = CONFIGURATION.get(self.family, ())
@@ -209,7 +239,7 @@ class Kernel:
             ends, ruled = (widened(*pair, len(self.seen)) for pair in (ends, ruled))
         low = np.where(measured, np.asarray(self.low)[part], np.where(said, ruled[0], ends[0]) * wider)
         high = np.where(measured, np.asarray(self.high)[part], np.where(said, ruled[1], ends[1]) * wider)
-        return low, high
+        return np.minimum(low, 0.0), np.maximum(high, 0.0)
 
 
 def _looked_up(table: np.ndarray, sizes: Sequence[np.ndarray]) -> np.ndarray:
@@ -239,8 +269,8 @@ class DeviceModel:
         return None
 
 
-GROWN = ("trees", "carry")
-"""Fields of a kernel that are trees; the second may be missing."""
+GROWN = ("trees", "carry", "rising")
+"""Fields of a kernel that are trees; all but the first may be missing."""
 
 STAND_IN = {
     "vllm": ("sglang", "trtllm"), "sglang": ("vllm", "trtllm"), "trtllm": ("vllm", "sglang"),
@@ -311,7 +341,7 @@ def read_model(path: Path) -> DeviceModel:
     for head in about["kernels"]:
         head |= {name: grown(head[name]) for name in GROWN if name in head}
         head["box"] = {name: tuple(ends) for name, ends in head["box"].items()}
-        for name in ("edges", "low", "high", "ruled"):
+        for name in ("edges", "low", "high", "ruled", "span"):
             head[name] = tuple(head.get(name, ()))
         for name in ("seen", "levels", "sources"):
             head[name] = tuple(tuple(line) for line in head[name])

@@ -42,6 +42,11 @@ class Physics:
     error: float
     evidence: Evidence
 
+    def take(self, at: np.ndarray) -> Physics:
+        """Some of the calls."""
+        features = {name: values[at] for name, values in self.features.items()}
+        return replace(self, seconds=self.seconds[at], floor=self.floor[at], features=features)
+
 
 def _log(values: np.ndarray) -> np.ndarray:
     return np.log2(np.maximum(values, 1e-12))
@@ -207,7 +212,7 @@ def _collectives(
     """Collectives, and a MoE exchange as the all-to-all that it is; one group size at a time."""
     backend, _, phase = variant.partition(":")
     size = len(c["ranks"])
-    seconds, wire, error, evidence = np.zeros(size), np.zeros(size), 0.0, "calibrated"
+    seconds, wire, floor, error, evidence = np.zeros(size), np.zeros(size), np.zeros(size), 0.0, "calibrated"
     exchange: dict[str, object] = {"custom": variant != "nccl"}
     payload = c.get("payload_bytes", np.zeros(size))
     if family == "moe_exchange":
@@ -224,11 +229,14 @@ def _collectives(
         name = "all_to_all" if family == "moe_exchange" else family
         found = collective_time(name, payload[at], extent, device, engine=engine, **options)  # type: ignore[arg-type]
         seconds[at], wire[at], error = found.seconds, found.wire_bytes, max(error, float(np.max(found.error)))
+        if family != "moe_exchange":  # whatever the algorithm, a rank needs what the others hold, over all its links
+            links = sum(float(tier.bandwidth_bytes_per_s) for tier in device.interconnect[: len(extent)])
+            floor[at] = payload[at] * (1.0 - 1.0 / ranks) / links
         evidence = found.evidence if found.evidence == "datasheet" else evidence
     features = _sizes(family, c) | {"log_seconds": _log(seconds), "log_payload": _log(payload), "log_wire": _log(wire)}
     if family == "moe_exchange":
         features["log_token_bytes"] = _log(c["hidden"] * c["copy_bytes"])
-    return Physics(seconds, np.zeros(size), features, error, evidence)  # type: ignore[arg-type]
+    return Physics(seconds, floor, features, error, evidence)  # type: ignore[arg-type]
 
 
 def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str) -> str:

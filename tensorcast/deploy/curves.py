@@ -94,15 +94,24 @@ class PrefillLine:
         return self.per_step / (self.fixed_s + self.prompt_s * np.maximum(self.per_step, 1.0))
 
     def at_rate(self, rate: Any) -> tuple[Any, Any]:
-        """Seconds in service of a prompt when ``rate`` per second come to a rank, and the share of time it is busy.
+        """Seconds in service of a prompt when ``rate`` per second come to a rank, and how many such times it waits.
 
-        Prompts that came while a step ran share the next: ``n`` of them where ``n = rate * (fixed + prompt_s * n)``.
+        Prompts that came while a step ran share the next (a gated queue): in the mean ``n`` of them where
+        ``n = rate * (fixed + prompt_s * n)``. A new one meets a longer step than the mean, waits for half of it, and
+        rides with those that came in all of it; near the limit it waits for those before it that did not fit, too.
+        With one prompt per step this is an M/D/1 queue.
         """
-        alone = (self.fixed_s + self.prompt_s) / np.minimum(self.per_step, 1.0)
-        together = rate * self.fixed_s / np.maximum(1 - rate * self.prompt_s, 1e-9)
-        together = np.clip(together, 1.0, np.maximum(self.per_step, 1.0))
-        service = np.where(self.per_step <= 1, alone, self.fixed_s + self.prompt_s * together)
-        return service, rate * service / np.where(self.per_step <= 1, 1.0, together)
+        most = np.maximum(self.per_step, 1.0)
+        added = np.minimum(rate * self.prompt_s, 1 - 1e-9)  # prompts that come during one prompt more
+        mean = np.clip(rate * self.fixed_s / (1 - added), 1.0, most)
+        step = (self.fixed_s + self.prompt_s * mean) / np.minimum(self.per_step, 1.0)
+        busy, full = np.minimum(rate * step / mean, 1.0), rate / self.most_per_s
+        varied = np.where(most > 1, busy * self.prompt_s**2 * mean / (1 - added**2), 0.0)
+        met = step + varied / step
+        rides = np.minimum(1 + busy * rate * met, most)
+        service = (self.fixed_s + self.prompt_s * rides) / np.minimum(self.per_step, 1.0)
+        crowd = full ** (most + 1) / (2 * most * np.maximum(1 - full, 1e-9))
+        return service, np.where(full < 1, (busy * met / 2 + crowd * step) / service, np.inf)
 
 
 def under_load(prefill: Deployment) -> UnderLoad:

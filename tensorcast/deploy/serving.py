@@ -12,7 +12,7 @@ in steps of their own pay ``d(B)`` on top. Arrivals of one step ride in the next
 moment of the step time follow from those of the Poisson number; a new request waits for the step under way, which is
 longer than the mean step (it is met more often), then for the step that it rides in.
 
-**Disaggregated.** A pool of prefill workers, each a queue with constant service time, hands the cache over to a pool
+**Disaggregated.** A pool of prefill workers, each a queue of prompts that share steps, hands the cache over to a pool
 of decode workers whose steps hold no prompts.
 """
 
@@ -143,8 +143,7 @@ class Disaggregated:
 
     def ttft(self, batch: Any, concurrency: Any) -> Any:
         rate = batch * self.ranks / self.generation_s(batch)
-        service, busy = self.prompts.at_rate(rate / self.lanes)
-        queue = np.where(busy < 1, busy / (2 * np.maximum(1 - busy, 1e-9)), np.inf)
+        service, queue = self.prompts.at_rate(rate / self.lanes)
         # of a closed loop, nobody meets a queue longer than the others in flight
         queue = np.minimum(queue, np.maximum(concurrency / self.lanes - 1, 0))
         burst = wave_s(self.prompts, batch * self.ranks / self.lanes) / 2 / self.load.rounds

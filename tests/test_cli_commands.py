@@ -51,7 +51,7 @@ def refused(*arguments: str) -> str:
         ((*COMPARE, "--price", "h100=inf"), ("--price h100-sxm=inf", "more than 0")),
         ((*COMPARE, "--price", "=2"), ("--price '=2'", "DEVICE=USD")),
         (("simulate", "", "-d", "h100"), ("model: the name is empty", "tensorcast models")),
-        (("simulate", "wholly-unknown-9000", "-d", "h100"), ("unknown model 'wholly-unknown-9000'", "more")),
+        (("simulate", "zzzz", "-d", "h100"), ("unknown model 'zzzz'", "more")),
         (("simulate", "mixtral-8x7b", "-d", "h100", "--fusion", "all"), ("--fusion 'all': must be",)),
         (("simulate", "qwen3-30b-a3b", "-d", "h100", "--redundant-experts", "999"), ("fewer --redundant-experts",)),
         (("launch", "mixtral-8x7b", "-d", "h100", "-l", "tp2", "--kv-dtype", "x"), ("--kv-dtype 'x'", "fp8")),

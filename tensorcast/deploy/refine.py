@@ -1,6 +1,7 @@
 """A closer look at the variants that may do best: every whole batch between those at which all variants are priced.
 
-A step's time jumps where a tile more begins, so no candidate stands between priced batches. What a variant can win
+A step's time jumps where a tile more begins, so no candidate stands between priced batches. It may also fall by a few
+percent, so that a batch beyond the first that is too slow is in time again: two priced batches further are looked at. What a variant can win
 there is bounded: while requests take no less time as the batch grows, tokens per second grow by no more than the batch
 does. Variants whose bound stays below the best candidate are left as they are.
 """
@@ -51,9 +52,10 @@ def finer(shop: Workshop, parts: dict[str, Points], value: Value) -> Workshop | 
 
 
 def _hopes(shop: Workshop, form: str, points: Points, value: Value) -> Points:
-    """Of each point: the last whole batch before the next priced one that fits, and what at most may come of it."""
+    """Of each point: the last whole batch before the next priced one but one, of those that fit, and what at most may
+    come of it."""
     batch, tokens = points.columns["batch"], points.columns["output_tokens_per_s"]
-    after = np.append(shop.grid, np.inf)[np.searchsorted(shop.grid, batch, side="right")]
+    after = np.append(shop.grid, [np.inf, np.inf])[np.searchsorted(shop.grid, batch, side="right") + 1]
     last = np.maximum(np.minimum(after - 1, np.floor(points.columns["largest_batch"])), batch)
     more = Points(points.variant, points.columns | {"output_tokens_per_s": tokens * last / batch})
     prefill = points.columns.get("prefill", points.variant).astype(int)

@@ -9,7 +9,7 @@ from tensorcast.deploy.points import Line
 
 
 def line(per_step: float, fixed_s: float, prompt_s: float) -> Line:
-    """A worker whose steps take ``fixed_s`` and ``prompt_s`` per prompt, of which ``per_step`` ride together at most."""
+    """A worker whose steps take ``fixed_s`` and ``prompt_s`` per prompt; ``per_step`` ride together at most."""
     tokens = 1000
     found = Line(tokens, 0, int(tokens * per_step))
     found.fixed_s, found.prompt_s = np.array(fixed_s), np.array(prompt_s)

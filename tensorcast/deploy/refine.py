@@ -1,9 +1,9 @@
 """A closer look at the variants that may do best: every whole batch between those at which all variants are priced.
 
 A step's time jumps where a tile more begins, so no candidate stands between priced batches. It may also fall by a few
-percent, so that a batch beyond the first that is too slow is in time again: two priced batches further are looked at. What a variant can win
-there is bounded: while requests take no less time as the batch grows, tokens per second grow by no more than the batch
-does. Variants whose bound stays below the best candidate are left as they are.
+percent, so that a batch beyond the first that is too slow is in time again: two priced batches further are looked at.
+What a variant can win there is bounded: while requests take no less time as the batch grows, tokens per second grow by
+no more than the batch does. Variants whose bound stays below the best candidate are left as they are.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -218,7 +218,7 @@ def _liveness(table: OpTable) -> tuple[list[_Amount], list[tuple[tuple[int, floa
     for i, op in enumerate(table.ops):
         touched = [t for t in (*op.inputs, *op.outputs) if not t.weight]
         for t in touched:
-            seen[t.storage] = seen.get(t.storage, frozenset()) | {replace(t, storage=-1, offset=0)}
+            seen[t.storage] = seen.get(t.storage, frozenset()) | {Tensor(t.dims, t.dtype, -1, expanded=t.expanded)}
             amount, coef = _amount(seen[t.storage])
             live[t.storage] = numbers.setdefault(amount, len(numbers)), coef
         moment: dict[int, float] = {}

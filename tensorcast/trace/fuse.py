@@ -54,7 +54,8 @@ def fold(ops: Iterable[Op]) -> list[Op]:
             name = next((t.weight for t in inputs), "constant")
             made.update({t.storage: name for t in op.outputs})
             continue
-        kept.append(op.but(inputs=inputs))
+        same = all(new is old for new, old in zip(inputs, op.inputs, strict=True))
+        kept.append(op if same else op.but(inputs=inputs))
     return kept
 
 
@@ -153,15 +154,16 @@ def _group(ops: list[Op], fusions: Collection[str]) -> list[list[Op]]:
 
 
 def _joins(op: Op, group: list[Op], fusions: Collection[str]) -> bool:
-    if any(other.name in BARRIERS and other.name != "quantize_activation" for other in group):
+    first = group[0]  # a barrier is alone in its group
+    if first.name in BARRIERS and first.name != "quantize_activation":
         return False
-    if group[0].kind != op.kind or _side(group[0]) != _side(op):
+    if first.kind != op.kind or _side(first) != _side(op):
         return False
-    names = {part for other in group for part in (other.name, *other.parts)}
     if op.name == "quantize_activation":  # only in an engine whose norm or activation kernel writes quantised output
+        names = {part for other in group for part in (other.name, *other.parts)}
         normed = "rsqrt" in names or "native_layer_norm" in names
         return "norm_quant" in fusions if normed else "activation_quant" in fusions and len(group) > 0
-    return group[0].name != "quantize_activation"
+    return first.name != "quantize_activation"
 
 
 def _side(op: Op) -> str:

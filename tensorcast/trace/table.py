@@ -82,7 +82,8 @@ class Op:
         return tuple(t.weight for t in self.inputs if t.weight)
 
     def but(self, **changes: Any) -> Op:
-        return replace(self, **changes)
+        """The row with these fields; tables are rewritten row by row, so not by ``dataclasses.replace``."""
+        return Op(*(changes[name] if name in changes else getattr(self, name) for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)

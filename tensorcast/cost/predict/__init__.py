@@ -251,6 +251,13 @@ def model_path(device: str) -> Path | None:
     return None
 
 
+MOST_PREDICTORS = 256
+"""Predictors that are kept."""
+
+_predictors: dict[tuple[int, str, bool], Predictor] = {}
+"""By identity of the device, which the predictor keeps alive."""
+
+
 def predictor_for(device: DeviceProfile, engine: str = "any", served: bool = False) -> Predictor:
     """The predictor of a device under an engine; a model file is read once. ``served``: of kernels as an engine tunes
     them, also where they were measured untuned.
@@ -262,7 +269,14 @@ def predictor_for(device: DeviceProfile, engine: str = "any", served: bool = Fal
     path = model_path(device.name if measured else TRANSFERRED)
     if path is None or not (measured or device.vendor == "NVIDIA"):
         return Predictor(device, engine, None, served)
-    return Predictor(device, engine, _model_at(path, os.stat(path).st_mtime), served)
+    model = _model_at(path, os.stat(path).st_mtime)
+    key = id(device), engine, served
+    known = _predictors.get(key)
+    if known is None or known.device is not device or known.model is not model:
+        if len(_predictors) >= MOST_PREDICTORS:
+            _predictors.clear()
+        known = _predictors[key] = Predictor(device, engine, model, served)
+    return known
 
 
 def predict_kernels(frame: pd.DataFrame, *, device: str | DeviceProfile, engine: str | None = None) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -206,7 +207,8 @@ def test_several_devices_sizes_and_processes_agree() -> None:
     one, two = (tc.compare("qwen3-30b-a3b", **asked, jobs=jobs) for jobs in (1, 2))
     assert set(one.candidates["device"]) == {"h100-sxm", "h200-sxm"}
     assert one.best is not None and two.best is not None
-    assert one.candidates.equals(two.candidates) and one.best["candidate"] == two.best["candidate"]
+    pd.testing.assert_frame_equal(one.candidates, two.candidates, rtol=1e-12)  # sums may round in another order
+    assert one.best["candidate"] == two.best["candidate"]
 
 
 def test_only_the_layouts_asked_for() -> None:
@@ -389,4 +391,5 @@ def test_dask_gives_the_same_though_a_worker_dies(tmp_path: Path) -> None:
         killer.join()
         assert killed
     assert spread.best is not None and alone.best is not None
-    assert spread.candidates.equals(alone.candidates) and spread.best["candidate"] == alone.best["candidate"]
+    pd.testing.assert_frame_equal(spread.candidates, alone.candidates, rtol=1e-12)  # sums may round in another order
+    assert spread.best["candidate"] == alone.best["candidate"]

@@ -1,4 +1,4 @@
-# 1 x prefill worker
+# 2 x prefill worker
 # sglang 0.5.14
 # a router in front sends each request to a prefill and then to a decode server
 
@@ -17,15 +17,14 @@ python3 -m sglang.launch_server \
   --enable-two-batch-overlap \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 1032 \
+  --max-running-requests 792 \
   --chunked-prefill-size 65536 \
-  --mem-fraction-static 0.881 \
+  --mem-fraction-static 0.886 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
 
 # 1 x decode worker
 # sglang 0.5.14
-# dense layers are cut over all ranks of a stage; SGLang cannot cut them over attention's tp alone
 # a router in front sends each request to a prefill and then to a decode server
 
 python3 -m sglang.launch_server \
@@ -33,15 +32,17 @@ python3 -m sglang.launch_server \
   --host 0.0.0.0 \
   --port 30000 \
   --tp-size 8 \
-  --dp-size 4 \
+  --dp-size 8 \
   --enable-dp-attention \
   --enable-dp-lm-head \
-  --ep-size 4 \
-  --moe-a2a-backend none \
+  --moe-dense-tp-size 1 \
+  --ep-size 8 \
+  --moe-a2a-backend deepep \
+  --deepep-mode low_latency \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 516 \
-  --cuda-graph-max-bs-decode 129 \
-  --mem-fraction-static 0.891 \
+  --max-running-requests 792 \
+  --cuda-graph-max-bs-decode 99 \
+  --mem-fraction-static 0.886 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

@@ -1,4 +1,4 @@
-# 3 x prefill worker
+# 2 x prefill worker
 # sglang 0.5.14
 # a router in front sends each request to a prefill and then to a decode server
 
@@ -9,9 +9,9 @@ python3 -m sglang.launch_server \
   --tp-size 1 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 312 \
+  --max-running-requests 306 \
   --chunked-prefill-size 8192 \
-  --mem-fraction-static 0.856 \
+  --mem-fraction-static 0.859 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
 
@@ -19,7 +19,6 @@ python3 -m sglang.launch_server \
 # sglang 0.5.14
 # a router in front sends each request to a prefill and then to a decode server
 
-SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK=312 \
 python3 -m sglang.launch_server \
   --model-path openai/gpt-oss-120b \
   --host 0.0.0.0 \
@@ -29,13 +28,10 @@ python3 -m sglang.launch_server \
   --enable-dp-attention \
   --enable-dp-lm-head \
   --moe-dense-tp-size 1 \
-  --ep-size 4 \
-  --moe-a2a-backend deepep \
-  --deepep-mode low_latency \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 1248 \
-  --cuda-graph-max-bs-decode 312 \
-  --mem-fraction-static 0.826 \
+  --max-running-requests 1224 \
+  --cuda-graph-max-bs-decode 306 \
+  --mem-fraction-static 0.827 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

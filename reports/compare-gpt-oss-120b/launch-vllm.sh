@@ -1,4 +1,4 @@
-# 3 x prefill worker
+# 2 x prefill worker
 # vllm 0.24.0
 # to be filled in: THIS_NODE_IP: the address of the node that runs the command
 # a proxy in front sends each request to a prefill and then to a decode server
@@ -10,7 +10,7 @@ vllm serve openai/gpt-oss-120b \
   --tensor-parallel-size 1 \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 312 \
+  --max-num-seqs 306 \
   --max-num-batched-tokens 8192 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -26,11 +26,9 @@ vllm serve openai/gpt-oss-120b \
   --port 8000 \
   --tensor-parallel-size 1 \
   --data-parallel-size 4 \
-  --enable-expert-parallel \
-  --all2all-backend deepep_low_latency \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 312 \
-  --max-num-batched-tokens 312 \
+  --max-num-seqs 306 \
+  --max-num-batched-tokens 306 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'

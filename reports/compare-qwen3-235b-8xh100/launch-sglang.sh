@@ -16,7 +16,7 @@ python3 -m sglang.launch_server \
   --deepep-mode low_latency \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 272 \
+  --max-running-requests 160 \
   --chunked-prefill-size 2048 \
-  --cuda-graph-max-bs-decode 34 \
-  --mem-fraction-static 0.82
+  --cuda-graph-max-bs-decode 20 \
+  --mem-fraction-static 0.824

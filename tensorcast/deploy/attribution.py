@@ -73,7 +73,8 @@ def attribute(frame: pd.DataFrame) -> dict[str, Any]:
     } | {(): 0.0}
     left = 1 - record
     shares = {name: {"share": left * _shapley(name, names, taken), "alone": left * taken[(name,)]} for name in names}
-    kernel_error = np.sqrt(np.maximum(rows["step_error"] ** 2 - (rows["overhead_error_s"] / rows["tpot_s"]) ** 2, 0))
+    fitted = (rows["overhead_error_s"] / rows["tpot_s"]) ** 2 + (rows["load_error"] * rows["prompts"]) ** 2
+    kernel_error = np.sqrt(np.maximum(rows["step_error"] ** 2 - fitted, 0))
     return {
         "rows": len(rows),
         "open_rows": int((~known).sum()),
@@ -90,10 +91,9 @@ def _described(rows: pd.DataFrame) -> pd.DataFrame:
     """``rows`` with network, release, what is left open, and how the time per token is made up."""
     release = next((name for name in ("backend_version", "engine_version") if name in rows), "engine")
     pairs = list(zip(rows["engine"], rows["device"], strict=True))
-    overheads = {
-        (engine, device): load_engine(engine).overhead(load_device(device.replace("_", "-")).name)
-        for engine, device in set(pairs)
-    }
+    profiles = {pair: (load_engine(pair[0]), load_device(pair[1].replace("_", "-")).name) for pair in set(pairs)}
+    overheads = {pair: engine.overhead(device) for pair, (engine, device) in profiles.items()}
+    loads = {pair: engine.under_load(device) for pair, (engine, device) in profiles.items()}
     networks = {name: _network(name) for name in rows["model"].unique()}
     batch = rows["mean_batch"].to_numpy(dtype=float)
     beside = np.array([overheads[pair].seconds(one) for pair, one in zip(pairs, batch, strict=True)])
@@ -101,7 +101,7 @@ def _described(rows: pd.DataFrame) -> pd.DataFrame:
         release=rows[release].astype(str), network=rows["model"].map(networks),
         open=rows["assumed"].map(lambda text: any(one.startswith(OPEN) for one in str(text).split("; "))),
         kernels=1 - beside / rows["tpot_s"], prompts=(1 - rows["decode_step_s"] / rows["tpot_s"]).clip(lower=0),
-        overhead_error_s=[overheads[pair].error_s for pair in pairs],
+        overhead_error_s=[overheads[pair].error_s for pair in pairs], load_error=[loads[pair].error for pair in pairs],
     )  # fmt: skip
 
 

@@ -21,9 +21,9 @@ def _batches(per_octave: Callable[[int], int]) -> np.ndarray:
     return np.concatenate([2.0**k * (1 + np.arange(many) / many) for k, many in every.items()])
 
 
-GRID = _batches(lambda k: 32 if 0 <= k < 9 else 16 if 9 <= k < 13 else 4)
+GRID = _batches(lambda k: 16 if 0 <= k < 9 else 8 if 9 <= k < 13 else 4)
 """Batches at which decode steps are priced; between them lines, as tiles make steps of it. Fixed, so that a batch's
-price does not depend on what else is asked. Every whole batch up to 64 is there, then one every 3 % up to 512."""
+price does not depend on what else is asked. Every whole batch up to 32 is there, then one every 6 % up to 512."""
 
 COARSE = _batches(lambda k: 8 if 0 <= k < 13 else 4)
 """Those of :data:`GRID` at which every variant of a search is priced."""

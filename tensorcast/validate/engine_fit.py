@@ -116,11 +116,11 @@ def fit_drawn(rows: pd.DataFrame, published: float) -> Constant:
 @dataclass(frozen=True)
 class Slower:
     """By how much more than 1 steps with prompts are slower under load on a device; ``without``: of each network the
-    same, fitted without its runs; ``off``: median distance of a network's own from that, as a part of the factor."""
+    same, fitted without its runs; ``off``: distances of networks' own from that, as parts of the factor."""
 
     more: float
     without: dict[int, float]
-    off: float
+    off: tuple[float, ...]
 
 
 def fit_slower(rows: pd.DataFrame) -> Slower:
@@ -132,7 +132,7 @@ def fit_slower(rows: pd.DataFrame) -> Slower:
     networks = sorted(set(rows["network"]))
     without = {n: fitted(rows[rows["network"] != n]) for n in networks}
     own = {n: fitted(rows[rows["network"] == n], Weights(0.0, 0.0)) for n in networks}
-    return Slower(fitted(rows), without, float(np.median([abs(own[n] - w) / (1 + w) for n, w in without.items()])))
+    return Slower(fitted(rows), without, tuple(abs(own[n] - w) / (1 + w) for n, w in without.items()))
 
 
 @dataclass(frozen=True)

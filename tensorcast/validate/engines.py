@@ -195,11 +195,13 @@ def _steps_part(own: pd.DataFrame, steps: Constant, slower: dict[str, Slower], s
     """What an engine's steps take beside their kernels, and how much slower those with prompts are under load."""
     used, prompts = own[own["small"]], own[own["prompts"]]
     published_s = float(load_engine(str(own["engine"].iloc[0])).step_overhead_s)
+    # of few networks on a device their distances say little: all devices' together
+    off = float(np.median([distance for one in slower.values() for distance in one.off]))
     new = unseen(own, published_s, slower)
     devices = {
         name: DeviceFit(
             step_s=round(steps.at(name), 6), rows=int((used["device"] == name).sum()), models=(),
-            prefill_factor=round(1 + slower[name].more, 3), prefill_error=round(slower[name].off, 3),
+            prefill_factor=round(1 + slower[name].more, 3), prefill_error=round(off, 3),
             prefill_rows=int((prompts["device"] == name).sum()),
         )
         for name in sorted(set(own.loc[own["even"], "device"]) & set(slower))

@@ -50,8 +50,6 @@ class Axes:
     dual_batch_overlap: tuple[bool, ...] = (False, True)
     mtp_depth: tuple[int, ...] = (0,)
     chunk_tokens: tuple[int, ...] = (2048, 8192, 16384)
-    batch: tuple[int, ...] = ()
-    """Sequences per data-parallel rank; empty: powers of two and the largest that fits."""
 
     def __post_init__(self) -> None:
         for name in self.exchange:
@@ -61,9 +59,7 @@ class Axes:
             for value in getattr(self, name):
                 if value is not None and value not in known:
                     raise unknown_name(f"--{name.replace('_', '-')}", value, known)
-        for name, flag, least in (
-            ("mtp_depth", "--mtp", 0), ("chunk_tokens", "--chunk-tokens", 1), ("batch", "--batch", 1),
-        ):
+        for name, flag, least in (("mtp_depth", "--mtp", 0), ("chunk_tokens", "--chunk-tokens", 1)):
             if wrong := [value for value in getattr(self, name) if value < least]:
                 raise InputError(f"{flag} {wrong[0]}: must be at least {least}")
         kinds = {kind for name in self.exchange for kind in EXCHANGES[name].values()}

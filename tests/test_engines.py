@@ -146,7 +146,7 @@ def test_prompts_under_load_take_their_factor(form: str) -> None:
         )
         for factor in (1.0, 1.5)
     )
-    one, other = (engines.served_times(runs, lambda name, e=e: e).iloc[0] for e in (plain, slow))
+    one, other = (engines.served_times(runs, {"vllm": engine}.__getitem__).iloc[0] for engine in (plain, slow))
     prefill = deploy(load_model("llama-3.1-8b"), load_device("h100"), plain, Layout(1), "prefill")
     step_s = float(prefill.step.price(1.0, 8000.0, 0.0).seconds)
     assert other["ttft_s"] - one["ttft_s"] == pytest.approx(0.5 * step_s, rel=2e-3)

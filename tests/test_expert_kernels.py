@@ -97,7 +97,7 @@ def device_of(name: str) -> DeviceProfile:
     return load_device(name)
 
 
-def tiles(engine: str, dtype: str, device: str = "h100", **given: float) -> dict[str, float]:
+def tiles(engine: str, dtype: str, given: dict[str, int], device: str = "h100") -> dict[str, float]:
     columns = {"hidden": 4096, "topk": 4, "slots": given["experts"], "gated": 1, "skew": 0, **given}
     found = physics_of("grouped_gemm", dtype, "", {n: np.array([float(v)]) for n, v in columns.items()},
                        device_of(device), engine).features
@@ -109,7 +109,7 @@ def test_default_tiles_are_the_engines(given: dict[str, int]) -> None:
     """By hand from ``get_default_config`` of each engine, where no tuned file is."""
     held, tokens = given["experts"] // given["moe_ep"], given["tokens"]
     for engine in ("sglang", "vllm"):
-        found = tiles(engine, "bf16", **given)
+        found = tiles(engine, "bf16", given)
         if engine == "sglang":
             block = (16, 32, 64) if tokens <= held else (64, 64, 32)
         else:
@@ -123,11 +123,11 @@ def test_default_tiles_are_the_engines(given: dict[str, int]) -> None:
 def test_tuned_files_are_of_one_device_dtype_and_width() -> None:
     """sglang ships ``E=128,N=384,device_name=NVIDIA_H100_80GB_HBM3.json``, and none of N=1536."""
     size = {"tokens": 100, "experts": 128, "inter": 1536, "moe_tp": 4, "moe_ep": 1}
-    assert tiles("sglang", "bf16", **size)["tuned"] == 1
-    assert tiles("sglang", "bf16", **size | {"moe_tp": 1})["tuned"] == 0
-    assert tiles("sglang", "bf16", "a100", **size)["tuned"] == 0
-    assert tiles("sglang", "nvfp4", "b200", **size) == dict.fromkeys(TILES, NONE)
-    assert tiles("trtllm", "bf16", **size) == {}
+    assert tiles("sglang", "bf16", size)["tuned"] == 1
+    assert tiles("sglang", "bf16", size | {"moe_tp": 1})["tuned"] == 0
+    assert tiles("sglang", "bf16", size, "a100")["tuned"] == 0
+    assert tiles("sglang", "nvfp4", size, "b200") == dict.fromkeys(TILES, NONE)
+    assert tiles("trtllm", "bf16", size) == {}
 
 
 def test_other_libraries_have_no_triton_tiles() -> None:

@@ -13,7 +13,8 @@ from tensorcast.deploy.parallel import spread
 from tensorcast.errors import InputError
 
 AT_WORK = """
-import sys, tensorcast.api
+import signal, sys, tensorcast.api
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from tensorcast.cli import main
 from tensorcast.deploy.parallel import spread
 task = "__import__('os').write(1, b'at work\\\\n')\\nfor _ in range(600): __import__('time').sleep(0.1)"

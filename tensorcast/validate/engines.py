@@ -165,7 +165,10 @@ def fit_engines(rows: pd.DataFrame, engines: dict[str, EngineProfile], source: s
     base_s = pd.concat([steps[str(name)].added(own) for name, own in known.groupby("engine")])
     full = known.assign(base_s=base_s, slope=known["prompt_slope"])[known["prompts"]]
     slower = {str(name): fit_slower(here) for name, here in full.groupby("device")}
-    found = {name: _steps_part(known[known["engine"] == name], steps[name], slower, source) for name in steps}
+    found = {
+        name: _steps_part(known[known["engine"] == name], float(published[name].step_overhead_s), fit, slower, source)
+        for name, fit in steps.items()
+    }
     stepped = {name: one.model_copy(update={"fitted": found[name]}) for name, one in published.items() if name in found}
     known = known.assign(first_s=served_times(known, stepped.__getitem__)["ttft_s"])
     later = {
@@ -191,10 +194,11 @@ def _loaded(engine: EngineProfile, devices: set[str]) -> dict[str, DeviceFit]:
     return dict.fromkeys(devices, one)
 
 
-def _steps_part(own: pd.DataFrame, steps: Constant, slower: dict[str, Slower], source: str) -> EngineFit:
+def _steps_part(
+    own: pd.DataFrame, published_s: float, steps: Constant, slower: dict[str, Slower], source: str
+) -> EngineFit:
     """What an engine's steps take beside their kernels, and how much slower those with prompts are under load."""
     used, prompts = own[own["small"]], own[own["prompts"]]
-    published_s = float(load_engine(str(own["engine"].iloc[0])).step_overhead_s)
     # of few networks on a device their distances say little: all devices' together
     off = float(np.median([distance for one in slower.values() for distance in one.off]))
     new = unseen(own, published_s, slower)

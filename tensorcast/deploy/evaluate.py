@@ -180,7 +180,8 @@ class Workshop:
         own, pools = self.lines, copy.copy(self)
         pools.scene = scene
         if rows:
-            again = Workshop(scene, [self.variants[i] for i in rows], (scene.own_chunk,))
+            # of prompts and room alone: one batch of decode steps is the least that can be priced
+            again = Workshop(scene, [self.variants[i] for i in rows], (scene.own_chunk,), grid=self.grid[:1])
             again.price()
             columns = {name: _put(values, rows, again.lines.columns[name]) for name, values in own.columns.items()}
             pools.prompts = {**self.prompts, scene.own_chunk: replace(own, columns=columns)}

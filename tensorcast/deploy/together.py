@@ -163,9 +163,9 @@ def _price_prompts(rows: list[_Row]) -> None:
             np.broadcast_to(value, shape) for value in (price.seconds, price.error, expert_seconds(price))
         )
         evidence = {kind: np.broadcast_to(share, shape) for kind, share in evidence_shares(price).items()}
+        load = under_load(part[0].prefill)
         for i, row in enumerate(part):
-            shares = {kind: share[i] for kind, share in evidence.items()}
-            row.line._read(seconds[i], error[i], shares, experts[i], under_load(row.prefill))
+            row.line._read(seconds[i], error[i], {k: share[i] for k, share in evidence.items()}, experts[i], load)
 
 
 def _price_decoding(rows: list[_Row]) -> None:

@@ -82,8 +82,7 @@ class Op:
         return tuple(t.weight for t in self.inputs if t.weight)
 
     def but(self, **changes: Any) -> Op:
-        """The row with these fields; tables are rewritten row by row, so not by ``dataclasses.replace``."""
-        return Op(*(changes[name] if name in changes else getattr(self, name) for name in self.__slots__))
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True, slots=True)

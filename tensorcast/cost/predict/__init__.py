@@ -113,11 +113,8 @@ class Predictor:
             for at, price in ((~rises, self._fitted), (rises, self._rising)):
                 some = {name: values[at] for name, values in columns.items()}
                 seconds[at] = price(kernel, physics.take(at), some, formula) if at.any() else 0.0
-        low, high = kernel.interval(seconds, measured, beyond, kernel.said(columns))
-        return Estimate(
-            seconds, np.maximum(seconds * np.exp(low), np.minimum(physics.floor, seconds)), seconds * np.exp(high),
-            np.where(measured, 2, 1), seconds / physics.seconds,
-        )
+        ends = kernel.interval(seconds, measured, beyond, kernel.said(columns))
+        return _estimate(seconds, physics, ends, np.where(measured, 2, 1), seconds / physics.seconds)
 
     def _fitted(
         self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics]
@@ -188,11 +185,7 @@ class Predictor:
             seconds = self._rising(kernel, physics, columns, formula, self._middle(kernel, dtype))
             none = np.zeros(len(seconds), dtype=bool)
             ends = kernel.interval(seconds, none, kernel.beyond(columns), none)
-            low, high = (seconds * np.exp(end) for end in ends)
-            found = Estimate(
-                seconds, np.maximum(low, np.minimum(physics.floor, seconds)), high, np.zeros(len(seconds), dtype=int),
-                seconds / physics.seconds,
-            )
+            found = _estimate(seconds, physics, ends, none.astype(int), seconds / physics.seconds)
             if best is None:
                 best = found
             else:
@@ -229,12 +222,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+def _estimate(
+    seconds: np.ndarray, physics: Physics, ends: tuple[Any, Any], level: np.ndarray, factor: np.ndarray
+) -> Estimate:
+    """With an interval by the logs of its ends over ``seconds``, that goes no lower than physics allows."""
+    low, high = (seconds * np.exp(end) for end in ends)
+    return Estimate(seconds, np.maximum(low, np.minimum(physics.floor, seconds)), high, level, factor)
+
+
 def _without_residual(physics: Physics) -> Estimate:
     width = NORMAL_80 * physics.error
     level = np.full(len(physics.seconds), LEVELS.index(physics.evidence))
     seconds = np.maximum(physics.seconds, physics.floor)
-    low = np.maximum(seconds * np.exp(-width), np.minimum(physics.floor, seconds))
-    return Estimate(seconds, low, seconds * np.exp(width), level, np.ones(len(seconds)))
+    return _estimate(seconds, physics, (-width, width), level, np.ones(len(seconds)))
 
 
 @lru_cache(maxsize=32)

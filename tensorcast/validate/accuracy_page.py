@@ -8,11 +8,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from tensorcast.cost.predict.model import OUTSIDE
 from tensorcast.trace.cache import write_atomically
 from tensorcast.validate.causes import SOME_ROWS, Table, causes
 from tensorcast.validate.measured import Key
 from tensorcast.validate.residual import FEWEST
-from tensorcast.validate.splits import FITTED_ON, LEFT_OUT_DEVICE, METHODS, MODEL_DEVICES
+from tensorcast.validate.splits import (
+    FITTED_ON,
+    LEFT_OUT_DEVICE,
+    METHODS,
+    MODEL_DEVICES,
+    SIZE_DEVICE,
+    SIZE_SHARE,
+)
 
 ATTENTION = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode", "mla_prefill_module",
              "mla_decode_module")
@@ -132,6 +140,18 @@ def _apart(errors: pd.DataFrame, shown: Shown) -> str:
     return f"{percent(quantile(every, 0.5))} / {percent(quantile(every, 0.9))}" if len(every) else "nothing"
 
 
+def _outside(errors: pd.DataFrame) -> list[str]:
+    """Per family and size: rows above the fit, errors, and how often the interval held."""
+    rows: list[list[object]] = []
+    for names, part in errors[errors.split == "size"].groupby(["family", "variant"], observed=True):
+        rows.append([
+            *names, f"{len(part):,}", f"{percent(quantile(part.predictor, 0.5))} / "
+            f"{percent(quantile(part.predictor, 0.9))}", percent(quantile(part.tuned, 0.5)),
+            f"{100 * part.held.mean():.0f} %",
+        ])
+    return table(["family", "size", "rows", "median / p90", "tuned roofline", "80 % interval held"], rows)
+
+
 def _detail(errors: pd.DataFrame, split: str) -> list[str]:
     rows = [
         [one["family"], one["dtype"], one["engine"], one["variant"], one["device"], f"{one['rows']:,}",
@@ -191,10 +211,14 @@ def page(
         "## Whole models left out", "", *_detail(errors, "model"), "",
         f"## {LEFT_OUT_DEVICE} left out", "", *_detail(errors, "device"), "",
         "## Outside the data", "",
-        "Beyond the measured sizes of a device the residual stays as at the nearest one, so times grow there as the",
-        "formula's do; no time is under the floor of peak arithmetic and bandwidth. Inside, times follow what was",
-        "measured, which may fall with size. On a device without measurements GEMM never takes less for more rows; in",
-        "other sizes and families the residual learnt on other devices may step down.", "",
+        "Inside, times follow what was measured, which may fall with size. Outside, the residual stays as at the",
+        "nearest measured sizes, and times stand on a lattice of sizes on which they never fall (a head size or window",
+        "that was measured picks a kernel of its own). Devices without measurements: times grow with every size. No",
+        "time is under the floor of peak arithmetic and bandwidth. An interval grows by",
+        f"{100 * OUTSIDE:.1f} % per factor of two outside.", "",
+        f"How far that carries, on {SIZE_DEVICE}: of one size after the other the largest values are left out of the",
+        f"fit (above the {100 * SIZE_SHARE:.0f}th percentile) and predicted from the smaller ones.", "",
+        *_outside(errors), "",
         "## What it rests on", "", *(f"- {line}" for line in provenance), "",
         f"Kernels with fewer than {FEWEST} rows have no residual. Not measured on any device: exchange and collectives",
         "across nodes, send/receive, sparse and linear attention, norms, kernels overlapping each other.", "",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from tensorcast.cost.predict.lattice import SIDES, Lattice, Price
 from tensorcast.cost.predict.model import CODE, CONFIGURATION, LINES
 from tensorcast.cost.predict.physics import physics_of
 from tensorcast.cost.predict.shapes import Columns
@@ -43,7 +44,7 @@ QUICK = (80, 6, 0.15)
 
 FOLDS = 4
 TESTED = 8000
-"""Rows of a kernel that are predicted with their models left out."""
+"""Rows of a kernel, in whole configurations, that are predicted with their models left out."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,13 @@ class Experts:
 
     def left_out(self, key: Key) -> LeftOut | None:
         """One part of the models after the other left out, in every dtype. None where there are not two."""
-        own, others = self.part(key), self.others(key)
+        own, others, rows = self.part(key), self.others(key), self.system.kernels[key]
         models, line = np.unique(own.model, return_inverse=True)
         if len(models) < 2:
             return None
         fold = np.random.default_rng(0).permutation(len(models))[line] % min(FOLDS, len(models))
-        test = np.random.default_rng(1).permutation(len(line))[:TESTED]
+        test = _whole_configurations(rows)
+        log_seconds, box = np.log(rows.seconds), {name: (v.min(), v.max()) for name, v in rows.columns.items()}
         errors, untold, ruled = np.full((3, len(line)), np.nan)
         for one in np.unique(fold):
             at = test[fold[test] == one]
@@ -140,10 +142,34 @@ class Experts:
                 guessed = _most_ran(own, np.flatnonzero(fold != one), at)
                 seen = np.isin(own.ruled[at], own.features["source"][fold != one])
                 said = np.where(seen, own.ruled[at], guessed)
-                for kept, source in ((errors, None), (untold, guessed), (ruled, said)):
-                    kept[at] = own.target[at] - trees.values({**own.at(at, source), "own": np.ones(len(at))})
+                sizes = rows.take(at).columns
+                lattice = Lattice(SIDES[FAMILY], box, self._node(key, trees), reach=1)
+                for kept, source in ((errors, own.features["source"][at]), (untold, guessed), (ruled, said)):
+                    kept[at] = log_seconds[at] - lattice.log_seconds({**sizes, "source": source})
         found = np.flatnonzero(~np.isnan(errors))
         return LeftOut(found, errors[found], fold, 0, untold[found], ruled[found])
+
+
+    def _node(self, key: Key, trees: Trees) -> Price:
+        """log seconds by trees that carry one kernel over to other models."""
+        family, dtype, engine, variant = key
+
+        def price(sizes: Columns) -> np.ndarray:
+            physics = physics_of(family, dtype, variant, sizes, self.device, engine)
+            told = of_library(physics.features, sizes["source"])
+            residual = trees.values({**told, "own": np.ones(len(physics.seconds))})
+            return np.maximum(np.log(physics.seconds) + residual, np.log(physics.floor))
+
+        return price
+
+
+def _whole_configurations(rows: Measured) -> np.ndarray:
+    """Positions of :data:`TESTED` rows or a few more, drawn by configuration."""
+    sizes = (w * rows.columns[name] for w, name in zip(CODE, CONFIGURATION[FAMILY], strict=False))
+    _, config, count = np.unique(sum(sizes, np.zeros(len(rows))), return_inverse=True, return_counts=True)
+    order = np.random.default_rng(1).permutation(len(count))
+    some = order[: int(np.searchsorted(count[order].cumsum(), TESTED)) + 1]
+    return np.flatnonzero(np.isin(config, some))
 
 
 def _most_ran(part: Part, train: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.predict.rising import FREE
-from tensorcast.cost.predict.trees import Trees
+from tensorcast.cost.predict.trees import Trees, leaf_steps
 from tensorcast.errors import InputError
 
 BORDERS = 100
@@ -58,7 +58,7 @@ def no_trees(bias: float) -> Trees:
 
 
 def _compact(names: tuple[str, ...], grown: dict[str, Any], depth: int, centre: float) -> Trees:
-    """Only the features and borders that a tree asks for; leaves rounded to 127 steps of the tree's largest."""
+    """Only the features and borders that a tree asks for; leaves rounded as they are stored."""
     asked: dict[int, set[float]] = {}
     for tree in grown["oblivious_trees"]:
         for split in tree["splits"] or ():
@@ -75,9 +75,10 @@ def _compact(names: tuple[str, ...], grown: dict[str, Any], depth: int, centre: 
             feature[t, level] = order.index(at)
             border[t, level] = np.searchsorted(borders[at], np.float32(split["border"]))
         leaves[t, : len(tree["leaf_values"])] = tree["leaf_values"]
-    scale = np.maximum(np.abs(leaves).max(axis=1, keepdims=True), 1e-9) / 127.0
     factor, bias = grown["scale_and_bias"][0], grown["scale_and_bias"][1]
+    leaves *= factor
+    step = leaf_steps(leaves)[:, None]
     return Trees(
         tuple(names[i] for i in order), tuple(borders[i] for i in order), feature, border,
-        (np.round(leaves / scale) * scale * factor).astype(np.float32), centre + float(np.ravel(bias)[0]),
+        (np.round(leaves / step) * step).astype(np.float32), centre + float(np.ravel(bias)[0]),
     )

@@ -17,7 +17,7 @@ from tensorcast.cost.predict.model import CONFIGURATION, LINES, SOURCE_OF, Devic
 from tensorcast.cost.predict.physics import Physics, constants_digest, physics_of
 from tensorcast.cost.predict.tiles import TILES, of_library
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.validate import fit, rise
+from tensorcast.validate import fit
 from tensorcast.validate.carry import FAMILY, FOLDS, Experts, LeftOut
 from tensorcast.validate.grow import grow
 from tensorcast.validate.measured import Key, Measured, System, held_out
@@ -187,7 +187,7 @@ def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = 
         family, dtype, engine, variant, grown, _boxes(rows), _seen(rows, _lines_of(family, rows)), tuple(edges),
         tuple(low), tuple(high), round(new_low, 5), round(new_high, 5), new_trees, levels, sources,
         experts.carry(rows.key) if experts else None, ruled, constants_digest(family, dtype, device, engine),
-        report=report, **({} if family == FAMILY else rise.own_rising(rows.take(~out), physics.take(~out), device)),
+        report=report,
     )
 
 

@@ -14,15 +14,6 @@ from tensorcast.profiles.device import DeviceProfile
 from tensorcast.validate.grow import CLIP, grow
 from tensorcast.validate.measured import Measured
 
-ROWS = 6000
-"""Rows of one device's kernel."""
-
-CAPACITY = (60, 4, 0.15)
-"""Trees, depth, learning rate: they say how a kernel goes on, not what was measured."""
-
-OWN_SHARE = 0.4
-"""Of the formula's growth that one device's trees take back; 0.1 to 0.7 did alike on H200, whole shapes left out."""
-
 PROBES = 32
 """Measured shapes whose median says how fast one device's formula is beside another's."""
 
@@ -63,12 +54,6 @@ def grow_rising(climb: Climb, capacity: tuple[int, int, float], share: float) ->
     target = np.clip(climb.target, *(np.median(climb.target) + np.array([-CLIP, CLIP])))
     trees = grow(climb.told, target + share * climb.formula, *capacity, rises=True)
     return {"rising": trees, "share": share, "span": (float(climb.formula.min()), float(climb.formula.max()))}
-
-
-def own_rising(rows: Measured, physics: Physics, device: DeviceProfile) -> dict[str, Any]:
-    """What carries one device's kernel beyond its measured rows."""
-    some = np.random.default_rng(3).permutation(len(rows))[:ROWS]
-    return grow_rising(climb_of(rows, physics, device, {}).take(some), CAPACITY, OWN_SHARE)
 
 
 def joined(parts: Sequence[Climb]) -> Climb:

@@ -1,8 +1,8 @@
 """The predictor beside three others on the same rows, none of which took part in a fit.
 
-Splits: ``shape`` (one shape in four), ``model`` (whole models out of the experts' fit), ``device`` (A100, H100 and H200
-fitted, B200 predicted from its datasheet). Methods: ``predictor``; ``tuned`` (roofline with fitted constants);
-``plain`` (peaks alone); ``nearest`` (the measured tables, interpolated from the nearest rows).
+Splits: ``shape`` (one shape in four), ``model`` (whole models out of the experts' fit), ``size`` (the largest sizes),
+``device`` (A100, H100 and H200 fitted, B200 predicted from its datasheet). Methods: ``predictor``; ``tuned`` (roofline
+with fitted constants); ``plain`` (peaks alone); ``nearest`` (the measured tables, interpolated from the nearest rows).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from tensorcast.cost.predict import Predictor, predictor_for
-from tensorcast.cost.predict.model import LINES, widened
+from tensorcast.cost.predict.lattice import SIDES
+from tensorcast.cost.predict.model import LINES, DeviceModel, widened
 from tensorcast.cost.predict.physics import Physics, physics_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device
@@ -33,6 +34,15 @@ NEIGHBOURS = 4
 FITTED_ON, LEFT_OUT_DEVICE = ("a100-sxm", "h100-sxm", "h200-sxm"), "b200-sxm"
 
 MODEL_DEVICES = ("h100-sxm", "h200-sxm", "b200-sxm")
+
+SIZE_DEVICE = "h100-sxm"
+"""How fast intervals widen outside the data was settled on others."""
+
+SIZE_ROWS, SIZE_FITTED, SIZE_TESTED = 800, 5000, 1500
+"""Fewest rows of a kernel whose largest sizes are left out, and the most that are fitted and predicted."""
+
+SIZE_SHARE = 0.7
+"""Share of the values of a size, from the least up, that stay in the fit."""
 
 
 def nearest(train: Measured, seconds: np.ndarray, test: Measured) -> np.ndarray:
@@ -114,6 +124,30 @@ def by_model(system: System, device: DeviceProfile, experts: carry.Experts) -> I
         )
 
 
+def by_size(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
+    """The largest values of one size after the other left out of a kernel's fit: how it goes on outside its data. The
+    size stands as the variant."""
+    for key, rows in sorted(system.kernels.items()):
+        if key[3] or len(rows) < SIZE_ROWS or key[0] not in SIDES:
+            continue
+        for name in (side for side in SIDES[key[0]] if side not in LINES.get(key[0], ())):
+            values = np.unique(rows.columns[name])
+            out = rows.columns[name] > values[int(len(values) * SIZE_SHARE)]
+            draw = np.random.default_rng(0)
+            known, beyond = (draw.permutation(np.flatnonzero(at)) for at in (~out, out))
+            if len(values) < 6 or len(beyond) < residual.FEWEST:
+                continue
+            kernel = residual.fit_kernel(rows.take(known[:SIZE_FITTED]), device)
+            test = rows.take(beyond[:SIZE_TESTED])
+            found = Predictor(device, key[2], DeviceModel(device.name, {key: kernel})).price(*key[:2], "", test.columns)
+            physics = physics_of(*key[:2], "", test.columns, device, key[2])
+            held = (found.low <= test.seconds) & (test.seconds <= found.high)
+            yield _rows(
+                "size", device.name, test, held, predictor=found.seconds, tuned=physics.seconds,
+                nearest=np.full(len(test), np.nan), plain=physics.floor,
+            ).assign(variant=name)
+
+
 def by_device(folder: Path) -> Iterator[pd.DataFrame]:
     """The left-out device from its datasheet and from what the fitted devices need over theirs."""
     found, architectures = {}, {}
@@ -148,6 +182,8 @@ def compare(folder: Path, devices: tuple[str, ...]) -> tuple[pd.DataFrame, dict[
         parts += by_shape(system, device)
         if name in MODEL_DEVICES:
             parts += by_model(system, device, experts)
+        if name == SIZE_DEVICE:
+            parts += by_size(system, device)
         for key, rows in system.kernels.items():
             in_fit = int((~held_out(key[0], rows.columns)).sum())
             shown[name, key] = table_of(rows, in_fit, experts if residual.carried(key) else None)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tensorcast.cost.predict.lattice import SIDES, Lattice
 from tensorcast.cost.predict.load import skew_of
-from tensorcast.cost.predict.model import NORMAL_80, UNTUNED, DeviceModel, Kernel, read_model
+from tensorcast.cost.predict.model import CONFIGURATION, NORMAL_80, UNTUNED, DeviceModel, Kernel, read_model
 from tensorcast.cost.predict.physics import Physics, physics_of
-from tensorcast.cost.predict.rising import GROWS, coordinates, middle_of
+from tensorcast.cost.predict.rising import coordinates, middle_of
 from tensorcast.cost.predict.shapes import Columns
 from tensorcast.cost.predict.tiles import of_library
 from tensorcast.cost.roofline import NEAREST
@@ -35,6 +36,9 @@ PARTS = ("seconds", "low", "high", "level", "factor")
 
 TRANSFERRED = "other-devices"
 """Name of the model fitted over all measured devices, for those of their vendor that were not."""
+
+LOAD = ("rows", "hit")
+"""Columns that give the busiest rank's load of experts."""
 
 BEST_OF = ("grouped_gemm", "attention_decode", "mla_prefill", "mla_decode")
 """Families whose engines ran kernels of different generations on the measured devices: slow ones say little about a
@@ -69,6 +73,7 @@ class Predictor:
     def __init__(self, device: DeviceProfile, engine: str, model: DeviceModel | None, served: bool = False) -> None:
         self.device, self.engine, self.model, self.served = device, engine, model, served
         self._middles: dict[tuple[str, ...], float] = {}
+        self._lattices: dict[tuple[str | bool, ...], Lattice] = {}
 
     def estimate(self, family: str, dtype: str, variant: str = "", **sizes: Size) -> Estimate:
         """One kernel's calls. ``sizes`` as in :data:`SIZES`, scalars or arrays of one length.
@@ -101,25 +106,29 @@ class Predictor:
         self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
         variant: str = "",
     ) -> Estimate:
-        """Where it was measured what was; else times that grow with size (:mod:`tensorcast.cost.predict.rising`)."""
+        """Where it was measured what was; else times that grow with size (:mod:`tensorcast.cost.predict.lattice`)."""
         beyond, known = kernel.beyond(columns), kernel.known(columns)
-        own = kernel.engine in (self.engine, "any") and kernel.variant == variant
-        measured = known & (beyond <= 0) & ~self._untuned(kernel.level(columns)) & own
-        rises = ~measured & kernel.comparable(columns)
-        if not rises.any():
-            seconds = self._fitted(kernel, physics, columns, formula)
+        inside = known & (beyond <= 0)
+        measured = inside & ~self._untuned(kernel.level(columns)) & (variant == kernel.variant)
+        measured &= kernel.engine in (self.engine, "any")
+        if inside.all():
+            seconds = self._fitted(kernel, physics, columns, formula, known)
         else:
             seconds = np.empty(len(beyond))
-            for at, price in ((~rises, self._fitted), (rises, self._rising)):
-                some = {name: values[at] for name, values in columns.items()}
-                seconds[at] = price(kernel, physics.take(at), some, formula) if at.any() else 0.0
+            for at, known_lines in ((inside, None), (~inside & known, True), (~inside & ~known, False)):
+                if at.any():
+                    some, part = {name: values[at] for name, values in columns.items()}, physics.take(at)
+                    seconds[at] = self._fitted(kernel, part, some, formula, known[at]) if known_lines is None else (
+                        self._carried(kernel, part, some, formula, known_lines)
+                    )
         ends = kernel.interval(seconds, measured, beyond, kernel.said(columns))
         return _estimate(seconds, physics, ends, np.where(measured, 2, 1), seconds / physics.seconds)
 
     def _fitted(
-        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics]
+        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
+        known: np.ndarray,
     ) -> np.ndarray:
-        """Seconds with the residual that knows the measured sizes; beyond them that of the nearest ones."""
+        """Seconds with the residual of the measured sizes, beyond them with that of the nearest ones."""
         outside, features = np.flatnonzero(kernel.beyond(columns) > 0), kernel.told(physics.features, columns)
         if len(outside):
             nearest = kernel.inside({name: values[outside] for name, values in columns.items()})
@@ -129,60 +138,56 @@ class Predictor:
             for name in kernel.asked() & held.keys():
                 features[name] = features[name].copy()
                 features[name][outside] = held[name]
-        level = kernel.level(columns)
-        correction = kernel.correction(features, kernel.known(columns)) + np.where(self._untuned(level), 0.0, level)
+        level = np.where(known, kernel.level(columns), 0.0)
+        correction = kernel.correction(features, known) + np.where(self._untuned(level), 0.0, level)
         return np.maximum(physics.seconds * np.exp(correction), physics.floor)
 
     def _untuned(self, level: np.ndarray) -> np.ndarray:
         """Whether a configuration's level is that of a kernel that a server would have tuned."""
         return (level > UNTUNED) & self.served
 
-    def _rising(
-        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
-        middle: float = 0.0,
+    def _carried(
+        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics], known: bool
     ) -> np.ndarray:
-        """Seconds that never fall as a size grows. Above the measured sizes no shorter than at the nearest of them,
-        below them no longer: nor do they fall where the data ends."""
-        def correction(sizes: Columns, by_formula: Physics) -> np.ndarray:
-            told = coordinates(kernel.family, sizes, by_formula, self.device, middle)
-            return kernel.raised(told, (by_formula.features["log_seconds"] - middle) * np.log(2.0))
-
-        factor = correction(columns, physics)
-        if not len(kernel.trees.feature):
-            return np.maximum(physics.seconds * np.exp(factor), physics.floor)
-        outside = np.flatnonzero(kernel.beyond(columns) > 0)
-        if len(outside):  # no quicker than the nearest measured sizes are over the formula
-            nearest = kernel.inside({name: values[outside] for name, values in columns.items()})
-            factor[outside] = np.maximum(factor[outside], correction(nearest, formula(nearest)))
-        seconds = np.maximum(physics.seconds * np.exp(factor), physics.floor)
-        above, below = kernel.sides(columns)
-        edge = np.flatnonzero(kernel.known(columns) & (above != below))
-        if len(edge):
-            nearest = kernel.inside({name: values[edge] for name, values in columns.items()})
-            at_edge = formula(nearest)
-            there = self._fitted(kernel, at_edge, nearest, formula)
-            if len(GROWS[kernel.family]) == 1:  # no other size whose noise would come along
-                there = there * physics.seconds[edge] / at_edge.seconds
-            seconds[edge] = np.where(above[edge], np.maximum(seconds[edge], there), np.minimum(seconds[edge], there))
+        """Seconds outside the data; ``known``: of lines (models, groups of ranks) that were measured. Where experts'
+        load was given, its formula counts, with the residual for tokens as the routing spreads them."""
+        own = {name: values for name, values in columns.items() if name not in LOAD}
+        seconds = np.exp(self._lattice(kernel, formula, known).log_seconds(own))
+        if len(own) < len(columns):
+            seconds = physics.seconds * seconds / formula(own).seconds
         return np.maximum(seconds, physics.floor)
+
+    def _lattice(self, kernel: Kernel, formula: Callable[[Columns], Physics], known: bool) -> Lattice:
+        """The one on which a kernel is carried beyond its data, of measured lines or of others."""
+        key = kernel.family, kernel.dtype, kernel.engine, kernel.variant, known
+        if key not in self._lattices:
+            def node(sizes: Columns) -> np.ndarray:
+                by_formula = formula(sizes)
+                # a node may hold the sizes of a measured model, which says nothing about others
+                lines = kernel.known(sizes) & (known or kernel.family not in CONFIGURATION)
+                return np.log(self._fitted(kernel, by_formula, sizes, formula, lines))
+
+            every = SIDES[kernel.family].items()
+            sides = {name: nodes for name, nodes in every if not (known and name in kernel.lines)}
+            self._lattices[key] = Lattice(sides, kernel.box, node)
+        return self._lattices[key]
 
     def _from_other_devices(self, family: str, dtype: str, variant: str, columns: Columns) -> Estimate:
         """No data of this device: what its vendor's others need over the same formula. Where engines differ for the
         kernels that they happen to run there (:data:`BEST_OF`), the fastest engine's."""
         assert self.model is not None
         engines = ("trtllm", "vllm", "sglang") if family in BEST_OF else (self.engine,)
-
-        def formula(sizes: Columns) -> Physics:
-            return physics_of(family, dtype, variant, sizes, self.device, self.engine)
-
-        physics = formula(columns)
+        physics = physics_of(family, dtype, variant, columns, self.device, self.engine)
         best: Estimate | None = None
         for engine in engines:
             nearest = (self.model.find(family, name, engine, "") for name in (dtype, *NEAREST.get(dtype, ())))
             kernel = next((found for found in nearest if found is not None), None)
             if kernel is None or variant or (family in BEST_OF and kernel.engine != engine):
                 continue
-            seconds = self._rising(kernel, physics, columns, formula, self._middle(kernel, dtype))
+            middle = self._middle(kernel, dtype)
+            told = coordinates(family, columns, physics, self.device, middle)
+            factor = kernel.raised(told, (physics.features["log_seconds"] - middle) * np.log(2.0))
+            seconds = np.maximum(physics.seconds * np.exp(factor), physics.floor)
             none = np.zeros(len(seconds), dtype=bool)
             ends = kernel.interval(seconds, none, kernel.beyond(columns), none)
             found = _estimate(seconds, physics, ends, none.astype(int), seconds / physics.seconds)
@@ -289,10 +294,9 @@ def predict_kernels(frame: pd.DataFrame, *, device: str | DeviceProfile, engine:
     ``datasheet``: nothing was measured). Raises :class:`InputError` for an unknown family, dtype or engine, a missing
     column, and sizes that no kernel has.
 
-    ``measured`` seconds follow the measurements, also where a larger call was the faster one. ``datasheet`` ones never
-    fall as a size of :data:`~tensorcast.cost.predict.rising.GROWS` grows. ``calibrated`` ones do not either as a size
-    leaves the data upwards; in the other sizes they may by the noise at the data's edge, and by that of experts and
-    groups of ranks that were not measured there. None is under what peaks and links allow.
+    ``measured`` seconds follow the measurements, also where a larger call was the faster one. The others never fall as
+    a size of :data:`~tensorcast.cost.predict.lattice.SIDES` grows, but where a head size or window is one that was
+    measured, or where another engine's measurements stand in. None is under what peaks and links allow.
     """
     from tensorcast.cost.predict.checks import check_calls, engine_name
     from tensorcast.cost.predict.frames import calls_of

@@ -1,4 +1,4 @@
-"""Times that never fall as a size grows, for calls that were not measured.
+"""Times that never fall as a size grows, on devices that were not measured.
 
 ``log seconds = (1 - share) * log formula + trees``. The formula never falls as a size grows, nor do the features
 here, nor the trees as one of these grows (they are fitted so): their sum cannot. ``share`` is how much of the formula's
@@ -20,7 +20,6 @@ from tensorcast.cost.predict.shapes import Columns
 from tensorcast.profiles.device import DeviceProfile
 
 _HEADS = ("batch", "new", "past", "q_heads", "log_batch_heads", "log_batch_tokens", "log_depth", "log_scores", "tiles")
-_SENT = ("payload_bytes", "log_payload")
 
 RISES = {
     "gemm": (
@@ -34,28 +33,11 @@ RISES = {
     "attention_prefill": (*_HEADS, "kv_heads", "head_dim", "log_batch_kv"),
     "attention_decode": (*_HEADS, "kv_heads", "head_dim", "log_batch_kv"),
     "mla_prefill": _HEADS, "mla_decode": _HEADS,
-    "mla_prefill_module": (*_HEADS, "log_tokens"), "mla_decode_module": (*_HEADS, "log_tokens"),
-    "quantize": ("m", "k", "log_mk"),
-    "all_reduce": _SENT, "all_gather": _SENT, "reduce_scatter": _SENT, "all_to_all": _SENT,
-    "moe_exchange": ("tokens", "hidden", "topk", "log_payload", "log_wire", "log_token_bytes"),
 }
-"""Features that never fall as one of the :data:`GROWS` grows, all else equal."""
+"""Features that never fall as one of the :data:`~tensorcast.cost.predict.lattice.SIDES` grows, all else equal. Not as
+the number of experts does: the same rows, spread over more of them, may fill fewer tiles."""
 
-GROWS = {
-    "gemm": ("m", "n", "k", "batch"), "grouped_gemm": ("tokens", "hidden", "inter", "topk"),
-    "attention_prefill": ("batch", "new", "past", "q_heads", "head_dim", "window"),
-    "attention_decode": ("batch", "new", "past", "q_heads", "head_dim", "window"),
-    "mla_prefill": ("batch", "new", "past", "q_heads"), "mla_decode": ("batch", "new", "past", "q_heads"),
-    "mla_prefill_module": ("batch", "new", "past", "q_heads"), "mla_decode_module": ("batch", "new", "past", "q_heads"),
-    "quantize": ("m", "k"),
-    "all_reduce": ("payload_bytes",), "all_gather": ("payload_bytes",), "reduce_scatter": ("payload_bytes",),
-    "all_to_all": ("payload_bytes",), "moe_exchange": ("tokens", "hidden", "topk"),
-}
-"""Sizes in which a family's times are held to grow (``window`` where there is one, ``topk`` where routing is not
-skewed; skewed loads are means over draws and may fall by a few percent). Not the number of experts: the same rows,
-spread over more of them, may fill fewer tiles."""
-
-FREE = ("kv_bytes", "skew", "gated", "moe_tp", "moe_ep", "experts", "slots", "ranks", "nodes", "sms", "copy_bytes")
+FREE = ("kv_bytes", "skew", "gated", "moe_tp", "moe_ep", "experts", "slots")
 """What else the trees may ask for, in either direction."""
 
 

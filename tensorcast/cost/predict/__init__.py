@@ -111,16 +111,12 @@ class Predictor:
         inside = known & (beyond <= 0)
         measured = inside & ~self._untuned(kernel.level(columns)) & (variant == kernel.variant)
         measured &= kernel.engine in (self.engine, "any")
-        if inside.all():
-            seconds = self._fitted(kernel, physics, columns, formula, known)
-        else:
-            seconds = np.empty(len(beyond))
-            for at, known_lines in ((inside, None), (~inside & known, True), (~inside & ~known, False)):
-                if at.any():
-                    some, part = {name: values[at] for name, values in columns.items()}, physics.take(at)
-                    seconds[at] = self._fitted(kernel, part, some, formula, known[at]) if known_lines is None else (
-                        self._carried(kernel, part, some, formula, known_lines)
-                    )
+        seconds = np.empty(len(beyond))
+        for at, price in ((inside, self._fitted), (~inside, self._carried)):
+            if at.all():
+                seconds = price(kernel, physics, columns, formula, known)
+            elif at.any():
+                seconds[at] = price(kernel, physics.take(at), _some(columns, at), formula, known[at])
         ends = kernel.interval(seconds, measured, beyond, kernel.said(columns))
         return _estimate(seconds, physics, ends, np.where(measured, 2, 1), seconds / physics.seconds)
 
@@ -131,7 +127,7 @@ class Predictor:
         """Seconds with the residual of the measured sizes, beyond them with that of the nearest ones."""
         outside, features = np.flatnonzero(kernel.beyond(columns) > 0), kernel.told(physics.features, columns)
         if len(outside):
-            nearest = kernel.inside({name: values[outside] for name, values in columns.items()})
+            nearest = kernel.inside(_some(columns, outside))
             source = features["source"][outside] if "source" in features else None
             held = of_library(formula(nearest).features, source)
             features = dict(features)
@@ -147,18 +143,23 @@ class Predictor:
         return (level > UNTUNED) & self.served
 
     def _carried(
-        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics], known: bool
+        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
+        known: np.ndarray,
     ) -> np.ndarray:
-        """Seconds outside the data; ``known``: of lines (models, groups of ranks) that were measured. Where experts'
-        load was given, its formula counts, with the residual for tokens as the routing spreads them."""
+        """Seconds outside the data. Where experts' load was given, its formula counts, with the residual for tokens as
+        the routing spreads them."""
         own = {name: values for name, values in columns.items() if name not in LOAD}
-        seconds = np.exp(self._lattice(kernel, formula, known).log_seconds(own))
+        seconds = np.empty(len(known))
+        for lines in (True, False):
+            at = known == lines
+            if at.any():
+                seconds[at] = np.exp(self._lattice(kernel, formula, lines).log_seconds(_some(own, at)))
         if len(own) < len(columns):
             seconds = physics.seconds * seconds / formula(own).seconds
         return np.maximum(seconds, physics.floor)
 
     def _lattice(self, kernel: Kernel, formula: Callable[[Columns], Physics], known: bool) -> Lattice:
-        """The one on which a kernel is carried beyond its data, of measured lines or of others."""
+        """The one on which a kernel is carried beyond its data; ``known``: of lines that were measured."""
         key = kernel.family, kernel.dtype, kernel.engine, kernel.variant, known
         if key not in self._lattices:
             def node(sizes: Columns) -> np.ndarray:
@@ -225,6 +226,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mla_prefill": {"past": 0.0, "kv_bytes": 2.0}, "mla_decode": {"new": 1.0, "kv_bytes": 2.0},
     "moe_exchange": {"nodes": 1.0, "sms": 20.0, "copy_bytes": 2.0},
 }
+
+
+def _some(columns: Columns, at: np.ndarray) -> Columns:
+    return {name: values[at] for name, values in columns.items()}
 
 
 def _estimate(

@@ -27,7 +27,7 @@ _PAYLOAD = {"payload_bytes": _from(64)}
 
 SIDES: Mapping[str, Mapping[str, np.ndarray]] = {
     "gemm": {"m": _from(1), "n": _from(64), "k": _from(64), "batch": _from(1)},
-    "grouped_gemm": {"tokens": _from(1), "hidden": _from(256), "inter": _from(64), "topk": _from(1)},
+    "grouped_gemm": {"tokens": _from(1), "hidden": _from(512), "inter": _from(256), "topk": _from(1)},
     "attention_prefill": _HEADS | _KINDS, "attention_decode": _HEADS | _KINDS,
     "mla_prefill": _HEADS, "mla_decode": _HEADS, "mla_prefill_module": _HEADS, "mla_decode_module": _HEADS,
     "quantize": {"m": _from(1), "k": _from(64)},
@@ -37,6 +37,9 @@ SIDES: Mapping[str, Mapping[str, np.ndarray]] = {
 """The sizes in which a family's times grow (top-k where routing is not skewed: skewed loads are means over draws), and
 where the lattice's nodes lie; smaller ones take as long as the first. Head sizes and windows have nodes where some were
 measured: they pick their kernels."""
+
+WEIGHTS = np.random.default_rng(13).random(16) + 0.5
+"""Under which every combination of the other sizes has a sum of its own."""
 
 MOST_NODES = 1 << 21
 """Nodes that are kept."""
@@ -69,17 +72,18 @@ class Lattice:
             columns = columns | {"windowed": np.sign(columns["window"])}
         others = [name for name in columns if name not in self.sides]
         at = self._places(columns)
-        table = np.array([columns[name] for name in others]).reshape(len(others), at.shape[1]).T
-        groups, group = np.unique(table, axis=0, return_inverse=True)
-        order = np.argsort(group.ravel(), kind="stable")
-        parts = np.split(order, np.searchsorted(group.ravel()[order], np.arange(1, len(groups))))
+        table = np.array([columns[name] for name in others]).reshape(len(others), at.shape[1])
+        codes = sum((w * values for w, values in zip(WEIGHTS, table, strict=False)), np.zeros(at.shape[1]))
+        _, first, group = np.unique(codes, return_index=True, return_inverse=True)
+        order, groups = np.argsort(group, kind="stable"), table[:, first].T
+        parts = np.split(order, np.searchsorted(group[order], np.arange(1, len(first))))
         ends = ((at[:, part].min(axis=1), at[:, part].max(axis=1)) for part in parts)
         bounds = [(np.floor(low).astype(int), np.ceil(high).astype(int)) for low, high in ends]
         self._fill(others, groups, bounds)
         result = np.empty(len(order))
         for values, part in zip(groups, parts, strict=True):
-            first, grid = self._grids[tuple(values)]
-            result[part] = _between(grid, at[:, part] - np.array(first)[:, None])
+            start, grid = self._grids[tuple(values)]
+            result[part] = _between(grid, at[:, part] - np.array(start)[:, None])
         return result
 
     def _places(self, columns: Columns) -> np.ndarray:

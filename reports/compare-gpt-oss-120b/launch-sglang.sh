@@ -9,7 +9,7 @@ python3 -m sglang.launch_server \
   --tp-size 1 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 306 \
+  --max-running-requests 301 \
   --chunked-prefill-size 8192 \
   --mem-fraction-static 0.859 \
   --disaggregation-mode prefill \
@@ -28,10 +28,12 @@ python3 -m sglang.launch_server \
   --enable-dp-attention \
   --enable-dp-lm-head \
   --moe-dense-tp-size 1 \
+  --ep-size 4 \
+  --moe-a2a-backend none \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 1224 \
-  --cuda-graph-max-bs-decode 306 \
-  --mem-fraction-static 0.827 \
+  --max-running-requests 1204 \
+  --cuda-graph-max-bs-decode 301 \
+  --mem-fraction-static 0.828 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

@@ -10,7 +10,7 @@ vllm serve openai/gpt-oss-120b \
   --tensor-parallel-size 1 \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 306 \
+  --max-num-seqs 301 \
   --max-num-batched-tokens 8192 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -26,9 +26,11 @@ vllm serve openai/gpt-oss-120b \
   --port 8000 \
   --tensor-parallel-size 1 \
   --data-parallel-size 4 \
+  --enable-expert-parallel \
+  --all2all-backend allgather_reducescatter \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 306 \
-  --max-num-batched-tokens 306 \
+  --max-num-seqs 301 \
+  --max-num-batched-tokens 301 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'

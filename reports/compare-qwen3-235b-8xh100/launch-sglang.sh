@@ -1,7 +1,6 @@
 # sglang 0.5.14
-# prompts take DeepEP's low-latency kernels too, whose buffers grow with the chunk
+# DeepEP's normal mode turns CUDA graphs off, in decode too
 
-SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK=256 \
 python3 -m sglang.launch_server \
   --model-path Qwen/Qwen3-235B-A22B-FP8 \
   --host 0.0.0.0 \
@@ -13,10 +12,10 @@ python3 -m sglang.launch_server \
   --moe-dense-tp-size 1 \
   --ep-size 8 \
   --moe-a2a-backend deepep \
-  --deepep-mode low_latency \
+  --deepep-mode normal \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 160 \
+  --max-running-requests 176 \
   --chunked-prefill-size 2048 \
-  --cuda-graph-max-bs-decode 20 \
-  --mem-fraction-static 0.824
+  --cuda-graph-max-bs-decode 22 \
+  --mem-fraction-static 0.823

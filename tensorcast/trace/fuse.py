@@ -201,11 +201,14 @@ def _view(t: Tensor) -> tuple[object, ...]:
 
 def _cap(tensors: list[Tensor], size: dict[int, float]) -> list[Tensor]:
     """Distinct views of one storage, dropping those beyond its size (a whole and its halves are one read)."""
-    whole = max(size.get(tensors[0].storage, 0.0), max(float(t.numel(REFERENCE)) for t in tensors))
+    if len(tensors) == 1:
+        return tensors
+    sizes = [float(t.numel(REFERENCE)) for t in tensors]
+    whole = max(size.get(tensors[0].storage, 0.0), *sizes)
     kept: list[Tensor] = []
     total = 0.0
-    for t in sorted(tensors, key=lambda t: -float(t.numel(REFERENCE))):
-        total += float(t.numel(REFERENCE))
+    for numel, t in sorted(zip(sizes, tensors, strict=True), key=lambda pair: -pair[0]):
+        total += numel
         if total > whole * 1.001:
             break
         kept.append(t)

@@ -82,7 +82,8 @@ class Op:
         return tuple(t.weight for t in self.inputs if t.weight)
 
     def but(self, **changes: Any) -> Op:
-        return replace(self, **changes)
+        """The row with these fields, several times quicker than ``dataclasses.replace``: tables have many rows."""
+        return Op(*(changes.get(name, getattr(self, name)) for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)

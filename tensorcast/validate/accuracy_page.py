@@ -106,6 +106,23 @@ def targets_table(errors: pd.DataFrame) -> list[str]:
     return table(head, rows)
 
 
+def gemm_table(errors: pd.DataFrame) -> list[str]:
+    """GEMM per dtype and engine over :data:`MODEL_DEVICES`, new shapes: the target as it is put."""
+    _, split, families, median, p90 = TARGETS[0]
+    assert p90 is not None
+    part = chosen(errors, split, families)
+    rows: list[list[object]] = []
+    for names, some in part[part.device.isin(MODEL_DEVICES)].groupby(["dtype", "engine"], observed=True):
+        middle, far = quantile(some.predictor, 0.5), quantile(some.predictor, 0.9)
+        missed = [what for what, value, aim in (("median", middle, median), ("p90", far, p90)) if value > aim]
+        rows.append([
+            *names, f"{len(some):,}", f"{percent(middle)} / {percent(far)}", percent(quantile(some.nearest, 0.5)),
+            f"{100 * some.held.mean():.0f} %", f"misses its {' and '.join(missed)}" if missed else "met",
+        ])
+    head = ["dtype", "engine", "rows", "median / p90", "nearest neighbours, median", "80 % interval held", "target"]
+    return table(head, rows)
+
+
 def missed_table(errors: pd.DataFrame, shown: Shown) -> list[str]:
     """Every kernel that misses its target, worst first, with what its rows show of the reason."""
     rows: list[tuple[float, list[object]]] = []
@@ -192,6 +209,7 @@ def page(
         "formula's seven constants per kernel have seen every model; and whether a family takes its own engine's",
         f"kernel or the fastest one's was settled while looking at {LEFT_OUT_DEVICE}. Those lines flatter a little.",
         "Rows of the public set that were never given to this fit are the better judge.", "",
+        f"### GEMM per dtype and engine, new shapes on {', '.join(MODEL_DEVICES)}", "", *gemm_table(errors), "",
         "## Where a target is missed", "",
         "The last column is computed from the rows. A table is rough where a row lies far off the line between the two",
         "rows next to it in size, all else equal: what no function of the shape can follow. Configurations (model,",

@@ -147,7 +147,8 @@ def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = 
     family, dtype, engine, variant = rows.key
     physics = physics_of(family, dtype, variant, rows.columns, device, engine)
     if variant:  # kernels of a layout of their own are not Triton's
-        physics = replace(physics, features={n: v for n, v in physics.features.items() if n not in TILES})
+        plain = {name: values for name, values in physics.features.items() if name not in TILES}
+        physics = replace(physics, tell=lambda: plain)
     target, sources, features = np.log(rows.seconds / physics.seconds), _sources(rows), physics.features
     if sources:
         features = of_library(features, rows.columns["source"])

@@ -37,6 +37,9 @@ PARTS = ("seconds", "low", "high", "level", "factor")
 TRANSFERRED = "other-devices"
 """Name of the model fitted over all measured devices, for those of their vendor that were not."""
 
+FEW = 0.5
+"""Share of the calls up to which the formula is asked again for some of them, rather than told of all."""
+
 LOAD = ("rows", "hit")
 """Columns that give the busiest rank's load of experts."""
 
@@ -116,7 +119,9 @@ class Predictor:
             if at.all():
                 seconds = price(kernel, physics, columns, formula, known)
             elif at.any():
-                seconds[at] = price(kernel, physics.take(at), _some(columns, at), formula, known[at])
+                some = _some(columns, at)
+                part = formula(some) if at.mean() < FEW else physics.take(at)
+                seconds[at] = price(kernel, part, some, formula, known[at])
         ends = kernel.interval(seconds, measured, beyond, kernel.said(columns))
         return _estimate(seconds, physics, ends, np.where(measured, 2, 1), seconds / physics.seconds)
 

@@ -22,12 +22,12 @@ def _from(first: float) -> np.ndarray:
 
 
 _HEADS = {"batch": _from(1), "new": _from(1), "past": _from(1), "q_heads": _from(1)}
-_KINDS = {"head_dim": np.array([64.0, 128, 192, 256, 512, 1024]), "window": np.array([128.0, 1024, 8192, 1 << 40])}
+_KINDS = {"head_dim": np.array([64.0, 128, 256, 512, 1024]), "window": np.array([128.0, 1024, 8192, 1 << 40])}
 _PAYLOAD = {"payload_bytes": _from(64)}
 
 SIDES: Mapping[str, Mapping[str, np.ndarray]] = {
     "gemm": {"m": _from(1), "n": _from(64), "k": _from(64), "batch": _from(1)},
-    "grouped_gemm": {"tokens": _from(1), "hidden": _from(512), "inter": _from(256), "topk": _from(1)},
+    "grouped_gemm": {"tokens": _from(1), "hidden": _from(1024), "inter": _from(512), "topk": _from(1)},
     "attention_prefill": _HEADS | _KINDS, "attention_decode": _HEADS | _KINDS,
     "mla_prefill": _HEADS, "mla_decode": _HEADS, "mla_prefill_module": _HEADS, "mla_decode_module": _HEADS,
     "quantize": {"m": _from(1), "k": _from(64)},
@@ -51,8 +51,8 @@ Price = Callable[[Columns], np.ndarray]
 class Lattice:
     """The nodes of one kernel, kept by the sizes that are no ``sides`` of the lattice (experts, ranks, routing).
 
-    ``sides``: as in :data:`SIDES`; ``box``: the ends between which a size was measured, beyond which a node only gets
-    longer. ``reach``: how many nodes beside the asked ones are looked at (default: all that matter).
+    ``sides``: as in :data:`SIDES`; ``box``: the ends between which a size was measured, beyond the upper of which nodes
+    only get longer. ``reach``: how many nodes beside the asked ones are looked at (default: all that matter).
     """
 
     def __init__(
@@ -61,18 +61,22 @@ class Lattice:
     ) -> None:
         self.sides, self.price, self.reach = sides, price, reach
         self._last = np.array([len(nodes) - 1 for nodes in sides.values()])
-        self._top = np.array([np.searchsorted(nodes, box[name][1]) for name, nodes in sides.items()])
+        self._box = {name: box[name][1] for name in sides}
+        # beyond a single measured node times only get longer: there nodes need none but their neighbours
+        self._alone = np.array([self._box[name] <= nodes[0] for name, nodes in sides.items()])
         self._grids: dict[tuple[float, ...], tuple[tuple[int, ...], np.ndarray]] = {}
+        self._held = 0
 
     def log_seconds(self, columns: Columns) -> np.ndarray:
         """log seconds of every call."""
-        if sum(grid.size for _, grid in self._grids.values()) > MOST_NODES:
-            self._grids.clear()
+        if self._held > MOST_NODES:
+            self._grids, self._held = {}, 0
         if "window" in self.sides:  # none is zero, and no small one
             columns = columns | {"windowed": np.sign(columns["window"])}
-        others = [name for name in columns if name not in self.sides]
         at = self._places(columns)
-        table = np.array([columns[name] for name in others]).reshape(len(others), at.shape[1])
+        others = [name for name in columns if name not in self.sides]
+        table = np.array([*(columns[name] for name in others), *np.floor(at[self._alone])])
+        table = table.reshape(-1, at.shape[1])
         codes = sum((w * values for w, values in zip(WEIGHTS, table, strict=False)), np.zeros(at.shape[1]))
         _, first, group = np.unique(codes, return_index=True, return_inverse=True)
         order, groups = np.argsort(group, kind="stable"), table[:, first].T
@@ -102,6 +106,14 @@ class Lattice:
             places.append(np.round(at, 12))
         return np.stack(places)
 
+    def _tops(self, others: Mapping[str, float]) -> np.ndarray:
+        """Per side the node beyond which times only grow."""
+        most = dict(self._box)
+        if "q_heads" in most and "kv_heads" in others:
+            most["q_heads"] = most["q_heads"] / others["kv_heads"]
+        places = [np.searchsorted(nodes, most[name]) for name, nodes in self.sides.items()]
+        return np.minimum(places, self._last)
+
     def _fill(
         self, others: Sequence[str], groups: np.ndarray, bounds: Sequence[tuple[np.ndarray, np.ndarray]]
     ) -> None:
@@ -109,7 +121,8 @@ class Lattice:
         asked, grids = [], []
         for values, (low, high) in zip(groups, bounds, strict=True):
             if self.reach is None:
-                first, high = np.zeros_like(low), np.maximum(high, np.minimum(self._top, self._last))
+                top = self._tops(dict(zip(others, values, strict=False)))
+                first, high = np.where(low >= top, low, 0), np.maximum(high, top)
             else:
                 first, high = np.maximum(low - self.reach, 0), np.minimum(high + self.reach, self._last)
             key, known = tuple(values), self._grids.get(tuple(values))
@@ -126,7 +139,8 @@ class Lattice:
         sizes = [len(grid[0]) for grid in grids]
         columns = dict(zip(self.sides, (np.concatenate(side) for side in zip(*grids, strict=True)), strict=True))
         table = np.repeat(np.array([key for key, _, _ in asked]), sizes, axis=0)
-        found = np.split(self.price(_sound(columns | dict(zip(others, table.T, strict=True)))), np.cumsum(sizes)[:-1])
+        found = np.split(self.price(_sound(columns | dict(zip(others, table.T, strict=False)))), np.cumsum(sizes)[:-1])
+        self._held += sum(sizes)
         for (key, start, shape), values in zip(asked, found, strict=True):
             least = most = values.reshape(shape)
             for axis in range(len(shape)):

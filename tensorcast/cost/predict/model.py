@@ -128,13 +128,14 @@ class Kernel:
 
     def beyond(self, columns: Columns) -> np.ndarray:
         """Factors of two by which the sizes lie outside what was measured, added up; of one more where zero was."""
-        total: Any = 0.0
+        total: Any = np.zeros(len(next(iter(columns.values()))))
         for name, (low, high) in self.box.items():
-            if name in columns:
-                more = 1.0 if low <= 0 else 0.0
-                value = np.maximum(columns[name] + more, 1e-9)
-                total = total + np.log2(np.maximum(value / max(high + more, 1e-9), 1.0))
-                total = total + (np.log2(np.maximum(low / value, 1.0)) if low > 0 else 0.0)
+            if name not in columns or ((columns[name] >= low) & (columns[name] <= high)).all():
+                continue
+            more = 1.0 if low <= 0 else 0.0
+            value = np.maximum(columns[name] + more, 1e-9)
+            total = total + np.log2(np.maximum(value / max(high + more, 1e-9), 1.0))
+            total = total + (np.log2(np.maximum(low / value, 1.0)) if low > 0 else 0.0)
         return np.asarray(total)
 
     def known(self, columns: Columns) -> np.ndarray:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,20 +33,31 @@ WAVE_TILES = ((128, 256), (128, 128), (64, 128), (256, 128), (64, 64))
 """Output tiles whose wave counts the residual may ask for."""
 
 
+Tell = Callable[[], Columns]
+"""Works out features when they are asked for."""
+
+
 @dataclass(frozen=True)
 class Physics:
     """One entry per call: seconds, the floor under any estimate, named features; how sure the constants are."""
 
     seconds: np.ndarray
     floor: np.ndarray
-    features: Columns
+    tell: Tell
     error: float
     evidence: Evidence
 
+    @cached_property
+    def features(self) -> Columns:
+        """By name, one entry per call."""
+        return self.tell()
+
     def take(self, at: np.ndarray) -> Physics:
         """Some of the calls."""
-        features = {name: values[at] for name, values in self.features.items()}
-        return replace(self, seconds=self.seconds[at], floor=self.floor[at], features=features)
+        def some() -> Columns:
+            return {name: values[at] for name, values in self.features.items()}
+
+        return replace(self, seconds=self.seconds[at], floor=self.floor[at], tell=some)
 
 
 def _log(values: np.ndarray) -> np.ndarray:
@@ -58,16 +70,20 @@ def _waves(tiles: np.ndarray, device: DeviceProfile) -> tuple[np.ndarray, np.nda
     return _log(tiles), waves / np.ceil(waves)
 
 
-def _gemm(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[list[Work], Columns]:
+def _gemm(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[list[Work], Tell]:
     m, n, k, batch = c["m"], c["n"], c["k"], c["batch"]
-    features = {
-        "log_mn": _log(m * n), "log_nk": _log(n * k), "log_mk": _log(m * k), "pad_128": m / (np.ceil(m / 128) * 128),
-        "pad_64": m / (np.ceil(m / 64) * 64), "even": 1.0 - np.mod(m, 2.0),
-    }
-    for rows, columns in WAVE_TILES:
-        name = f"{rows}x{columns}"
-        tiles = batch * np.ceil(m / rows) * np.ceil(n / columns)
-        features["tiles_" + name], features["fill_" + name] = _waves(tiles, device)
+
+    def features() -> Columns:
+        found = {
+            "log_mn": _log(m * n), "log_nk": _log(n * k), "log_mk": _log(m * k),
+            "pad_128": m / (np.ceil(m / 128) * 128), "pad_64": m / (np.ceil(m / 64) * 64), "even": 1.0 - np.mod(m, 2.0),
+        }
+        for rows, columns in WAVE_TILES:
+            name = f"{rows}x{columns}"
+            tiles = batch * np.ceil(m / rows) * np.ceil(n / columns)
+            found["tiles_" + name], found["fill_" + name] = _waves(tiles, device)
+        return found
+
     return [work.gemm(m, n, k, precision, batch)], features
 
 
@@ -78,7 +94,7 @@ def experts_load(c: Columns) -> RankLoad:
     return rank_load(c["tokens"], c["experts"], c["topk"], c["moe_ep"], c["skew"], c["slots"])
 
 
-def _experts(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[list[Work], Columns]:
+def _experts(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[list[Work], Tell]:
     """Up (and gate) GEMM, activation, down GEMM of the busiest rank."""
     load = experts_load(c)
     hidden, inter, gates = c["hidden"], c["inter"] / c["moe_tp"], 1.0 + c["gated"]
@@ -87,11 +103,15 @@ def _experts(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[l
     activation = work.memory(
         load.rows * inter * gates * 2.0, load.rows * inter * precision.activation_bytes
     )
+    return [up, activation, down], lambda: _experts_features(c, load, device)
+
+
+def _experts_features(c: Columns, load: RankLoad, device: DeviceProfile) -> Columns:
+    hidden, inter, gates = c["hidden"], c["inter"] / c["moe_tp"], 1.0 + c["gated"]
     held = np.maximum(c["slots"] / c["moe_ep"], 1.0)
-    choices = c["tokens"] * c["topk"]
     features = {
         "log_rows": _log(load.rows), "log_hit": _log(load.hit), "log_rows_per_expert": _log(load.rows / load.hit),
-        "log_choices": _log(choices), "log_inter_rank": _log(inter), "log_held": _log(held),
+        "log_choices": _log(c["tokens"] * c["topk"]), "log_inter_rank": _log(inter), "log_held": _log(held),
         "log_largest": _log(load.largest), "hit_share": load.hit / held, "log_tiles_64": _log(load.tiles_64),
         "log_tiles_128": _log(load.tiles_128), "pad_64": load.rows / (64 * load.tiles_64),
         "pad_128": load.rows / (128 * load.tiles_128),
@@ -102,24 +122,26 @@ def _experts(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[l
         ("down_128", load.tiles_128, hidden),
     ):
         features["tiles_" + name], features["fill_" + name] = _waves(rows * np.ceil(columns / 128), device)
-    return [up, activation, down], features
+    return features
 
 
-def _attention(c: Columns, precision: Precision, device: DeviceProfile, decode: bool) -> tuple[list[Work], Columns]:
+def _attention(c: Columns, precision: Precision, device: DeviceProfile, decode: bool) -> tuple[list[Work], Tell]:
     found = work.attention(
         c["batch"], c["new"], c["past"], c["q_heads"], c["kv_heads"], c["head_dim"], c["head_dim"],
         kv_bytes=c["kv_bytes"], window=c["window"], decode=decode, dtype=precision.name,
     )
-    features = {"log_group": _log(c["q_heads"] / c["kv_heads"]), "log_batch_kv": _log(c["batch"] * c["kv_heads"])}
-    return [found], features | _sequence_features(c, found, device)
+    return [found], lambda: {
+        "log_group": _log(c["q_heads"] / c["kv_heads"]), "log_batch_kv": _log(c["batch"] * c["kv_heads"]),
+        **_sequence_features(c, found, device),
+    }
 
 
-def _mla(c: Columns, precision: Precision, device: DeviceProfile, decode: bool) -> tuple[list[Work], Columns]:
+def _mla(c: Columns, precision: Precision, device: DeviceProfile, decode: bool) -> tuple[list[Work], Tell]:
     found = work.mla(
         c["batch"], c["new"], c["past"], c["q_heads"], LATENT, ROPE, NOPE, V_DIM, kv_bytes=c["kv_bytes"],
         decode=decode, dtype=precision.name,
     )
-    return [found], _sequence_features(c, found, device)
+    return [found], lambda: _sequence_features(c, found, device)
 
 
 def _sequence_features(c: Columns, found: Work, device: DeviceProfile) -> Columns:
@@ -133,7 +155,7 @@ def _sequence_features(c: Columns, found: Work, device: DeviceProfile) -> Column
     }
 
 
-def _mla_module(c: Columns, precision: Precision, device: DeviceProfile, decode: bool) -> tuple[list[Work], Columns]:
+def _mla_module(c: Columns, precision: Precision, device: DeviceProfile, decode: bool) -> tuple[list[Work], Tell]:
     """DeepSeek-V3's attention with its projections: queries and latents down, queries up, output."""
     cache = PRECISION["fp8" if np.all(c["kv_bytes"] < 1.5) else "bf16"]
     core, features = _mla(c, cache, device, decode)
@@ -148,15 +170,16 @@ def _mla_module(c: Columns, precision: Precision, device: DeviceProfile, decode:
         works += [work.gemm(tokens, LATENT, NOPE, batch=heads), work.gemm(tokens, V_DIM, LATENT, batch=heads)]
     else:
         works.append(work.gemm(tokens + c["batch"] * c["past"], heads * (NOPE + V_DIM), wide * 0 + LATENT, precision))
-    return core + works, features | {"log_tokens": _log(tokens)}
+    return core + works, lambda: features() | {"log_tokens": _log(tokens)}
 
 
-def _quantise(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[list[Work], Columns]:
+def _quantise(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[list[Work], Tell]:
     elements = c["m"] * c["k"]
-    return [replace(work.memory(2.0 * elements, elements), family="quantize")], {"log_mk": _log(elements)}
+    works = [replace(work.memory(2.0 * elements, elements), family="quantize")]
+    return works, lambda: {"log_mk": _log(elements)}
 
 
-WORKS: dict[str, Callable[[Columns, Precision, DeviceProfile], tuple[list[Work], Columns]]] = {
+WORKS: dict[str, Callable[[Columns, Precision, DeviceProfile], tuple[list[Work], Tell]]] = {
     "gemm": _gemm,
     "grouped_gemm": _experts,
     "attention_prefill": lambda c, p, d: _attention(c, p, d, decode=False),
@@ -200,10 +223,15 @@ def _kernels(family: str, c: Columns, dtype: str, device: DeviceProfile, engine:
         traffic = traffic + one.bytes / bandwidth
         error = max(error, constants.median_error or 0.0)
         evidence = found if found == "datasheet" else evidence
-    balance = {"log_seconds": _log(seconds), "log_intensity": _log(compute / traffic)}
-    if family == "grouped_gemm":
-        balance |= _routed(c, seconds, bandwidth) | triton_tiles(c, features, dtype, device, engine)
-    return Physics(seconds, np.maximum(compute, traffic), _sizes(family, c) | balance | features, error, evidence)
+
+    def tell() -> Columns:
+        own = features()
+        balance = {"log_seconds": _log(seconds), "log_intensity": _log(compute / traffic)}
+        if family == "grouped_gemm":
+            balance |= _routed(c, seconds, bandwidth) | triton_tiles(c, own, dtype, device, engine)
+        return _sizes(family, c) | balance | own
+
+    return Physics(seconds, np.maximum(compute, traffic), tell, error, evidence)
 
 
 def _collectives(
@@ -233,10 +261,12 @@ def _collectives(
             links = sum(float(tier.bandwidth_bytes_per_s) for tier in device.interconnect[: len(extent)])
             floor[at] = payload[at] * (1.0 - 1.0 / ranks) / links
         evidence = found.evidence if found.evidence == "datasheet" else evidence
-    features = _sizes(family, c) | {"log_seconds": _log(seconds), "log_payload": _log(payload), "log_wire": _log(wire)}
-    if family == "moe_exchange":
-        features["log_token_bytes"] = _log(c["hidden"] * c["copy_bytes"])
-    return Physics(seconds, floor, features, error, evidence)  # type: ignore[arg-type]
+
+    def tell() -> Columns:
+        found = _sizes(family, c) | {"log_seconds": _log(seconds), "log_payload": _log(payload), "log_wire": _log(wire)}
+        return found | ({"log_token_bytes": _log(c["hidden"] * c["copy_bytes"])} if family == "moe_exchange" else {})
+
+    return Physics(seconds, floor, tell, error, evidence)  # type: ignore[arg-type]
 
 
 def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ PARTS = ("seconds", "low", "high", "level", "factor")
 TRANSFERRED = "other-devices"
 """Name of the model fitted over all measured devices, for those of their vendor that were not."""
 
-FEW = 0.5
+ASKED_AGAIN = 0.5
 """Share of the calls up to which the formula is asked again for some of them, rather than told of all."""
 
 LOAD = ("rows", "hit")
@@ -115,32 +115,23 @@ class Predictor:
         measured = inside & ~self._untuned(kernel.level(columns)) & (variant == kernel.variant)
         measured &= kernel.engine in (self.engine, "any")
         seconds = np.empty(len(beyond))
-        for at, price in ((inside, self._fitted), (~inside, self._carried)):
+        for at, price in ((inside, self._fitted), (~inside, partial(self._carried, formula))):
             if at.all():
-                seconds = price(kernel, physics, columns, formula, known)
+                seconds = price(kernel, physics, columns, known)
             elif at.any():
                 some = _some(columns, at)
-                part = formula(some) if at.mean() < FEW else physics.take(at)
-                seconds[at] = price(kernel, part, some, formula, known[at])
+                part = formula(some) if at.mean() < ASKED_AGAIN else physics.take(at)
+                seconds[at] = price(kernel, part, some, known[at])
         ends = kernel.interval(seconds, measured, beyond, kernel.said(columns))
         return _estimate(seconds, physics, ends, np.where(measured, 2, 1), seconds / physics.seconds)
 
     def _fitted(
-        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
-        known: np.ndarray,
+        self, kernel: Kernel, physics: Physics, columns: Columns, known: np.ndarray, features: Columns | None = None
     ) -> np.ndarray:
-        """Seconds with the residual of the measured sizes, beyond them with that of the nearest ones."""
-        outside, features = np.flatnonzero(kernel.beyond(columns) > 0), kernel.told(physics.features, columns)
-        if len(outside):
-            nearest = kernel.inside(_some(columns, outside))
-            source = features["source"][outside] if "source" in features else None
-            held = of_library(formula(nearest).features, source)
-            features = dict(features)
-            for name in kernel.asked() & held.keys():
-                features[name] = features[name].copy()
-                features[name][outside] = held[name]
+        """Seconds with the residual of the measured sizes; ``features``: of others than the calls' own."""
+        told = kernel.told(physics.features, columns) if features is None else features
         level = np.where(known, kernel.level(columns), 0.0)
-        correction = kernel.correction(features, known) + np.where(self._untuned(level), 0.0, level)
+        correction = kernel.correction(told, known) + np.where(self._untuned(level), 0.0, level)
         return np.maximum(physics.seconds * np.exp(correction), physics.floor)
 
     def _untuned(self, level: np.ndarray) -> np.ndarray:
@@ -148,7 +139,7 @@ class Predictor:
         return (level > UNTUNED) & self.served
 
     def _carried(
-        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
+        self, formula: Callable[[Columns], Physics], kernel: Kernel, physics: Physics, columns: Columns,
         known: np.ndarray,
     ) -> np.ndarray:
         """Seconds outside the data. Where experts' load was given, its formula counts, with the residual for tokens as
@@ -171,7 +162,8 @@ class Predictor:
                 by_formula = formula(sizes)
                 # a node may hold the sizes of a measured model, which says nothing about others
                 lines = kernel.known(sizes) & (known or kernel.family not in CONFIGURATION)
-                return np.log(self._fitted(kernel, by_formula, sizes, formula, lines))
+                held = _held(kernel, by_formula, sizes, formula)
+                return np.log(self._fitted(kernel, by_formula, sizes, lines, held))
 
             every = SIDES[kernel.family].items()
             sides = {name: nodes for name, nodes in every if not (known and name in kernel.lines)}
@@ -231,6 +223,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mla_prefill": {"past": 0.0, "kv_bytes": 2.0}, "mla_decode": {"new": 1.0, "kv_bytes": 2.0},
     "moe_exchange": {"nodes": 1.0, "sms": 20.0, "copy_bytes": 2.0},
 }
+
+
+def _held(
+    kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics]
+) -> Columns:
+    """Features of the calls, beyond the measured sizes those of the nearest ones."""
+    outside, features = np.flatnonzero(kernel.beyond(columns) > 0), kernel.told(physics.features, columns)
+    if len(outside):
+        nearest = kernel.inside(_some(columns, outside))
+        source = features["source"][outside] if "source" in features else None
+        held = of_library(formula(nearest).features, source)
+        features = dict(features)
+        for name in kernel.asked() & held.keys():
+            features[name] = features[name].copy()
+            features[name][outside] = held[name]
+    return features
 
 
 def _some(columns: Columns, at: np.ndarray) -> Columns:

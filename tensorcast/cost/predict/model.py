@@ -57,8 +57,8 @@ device, at random; most likely because the tables' collector shares tuned kernel
 (github.com/ai-dynamo/aiconfigurator, ``collector/trtllm/collect_moe.py``). An engine tunes its own."""
 
 OUTSIDE = 0.055
-"""By how much (log) an interval's ends move away per factor of two beyond the measured sizes. So 80 % intervals held
-for 82 % of the rows when the largest third of a size was left out of the fit, on H200 and B200."""
+"""By how much (log) an interval's ends move away per factor of two beyond the measured sizes. Settled on H200 and B200
+by leaving the largest values of a size out of the fit; ``make accuracy`` shows on H100 how often that holds."""
 
 
 FEW = {2: 2.40, 3: 1.47, 4: 1.28, 5: 1.20, 6: 1.15}

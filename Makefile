@@ -54,11 +54,11 @@ lint: $(STAMP)  ## ruff and mypy
 
 accuracy: $(STAMP)  ## predicted against held-out kernels -> reports/accuracy.md: [TABLES=DIR, else aiconfigurator-core's]
 	@$(BIN)/python -m pip install -qq --editable '.[$(if $(TABLES),calibrate,silicon)]'
-	@$(BIN)/python -m tensorcast.validate.accuracy $(if $(TABLES),--tables "$(TABLES)",--from silicon) --out reports/accuracy.md
+	@$(BIN)/python -m tensorcast.validate.accuracy.sample $(if $(TABLES),--tables "$(TABLES)",--from silicon) --out reports/accuracy.md
 
 calibrate: $(STAMP)  ## fit kernel constants and models into profiles/: [TABLES=DIR, else aiconfigurator-core's tables]
 	@$(BIN)/python -m pip install -qq --editable '.[$(if $(TABLES),calibrate,silicon)]'
-	@$(BIN)/python -m tensorcast.validate.silicon $(if $(TABLES),--tables "$(TABLES)",--from silicon) --profiles profiles
+	@$(BIN)/python -m tensorcast.calibrate.devices $(if $(TABLES),--tables "$(TABLES)",--from silicon) --profiles profiles
 
 serving: $(STAMP)  ## predicted against measured serving -> reports/serving.md: make serving TABLE=FILE
 	@test -n "$(TABLE)" || { echo "make serving needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }
@@ -67,7 +67,7 @@ serving: $(STAMP)  ## predicted against measured serving -> reports/serving.md: 
 
 engines: $(STAMP)  ## fit engines' overheads to measured serving, into profiles/engines/: make engines TABLE=FILE
 	@test -n "$(TABLE)" || { echo "make engines needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }
-	@$(BIN)/python -m tensorcast.validate.engines --table "$(TABLE)" --profiles profiles
+	@$(BIN)/python -m tensorcast.calibrate.engines.overheads --table "$(TABLE)" --profiles profiles
 
 validate: $(STAMP)  ## this machine's kernels beside their predictions -> reports/validate-cpu (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/tensorcast validate qwen3-30b-a3b --device cpu --layers 1 --out reports/validate-cpu

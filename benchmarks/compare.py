@@ -38,13 +38,14 @@ def process(model: str, device: str, gpus: int, extra: tuple[str, ...], cache: P
 
 def inside(model: str, device: str, gpus: int) -> tuple[int, int, float, float]:
     """Variants, candidates, and the least seconds to price and to serve them, with every axis; tables are in memory."""
-    from tensorcast.deploy.evaluate import Workshop
-    from tensorcast.deploy.forms import aggregated, disaggregated
-    from tensorcast.deploy.parallel import uncollected
-    from tensorcast.deploy.search import Question, space
-    from tensorcast.deploy.serving import Load
-    from tensorcast.deploy.space import FULL as EVERY_AXIS
-    from tensorcast.profiles import load_device, load_engine, load_model
+    from tensorcast.parallel import uncollected
+    from tensorcast.profiles.store import load_device, load_engine, load_model
+    from tensorcast.search.axes import FULL as EVERY_AXIS
+    from tensorcast.search.candidates import aggregated, disaggregated
+    from tensorcast.search.question import Question
+    from tensorcast.search.space import space
+    from tensorcast.search.variant_prices import Workshop
+    from tensorcast.serving.load import Load
 
     question = Question(
         load_model(model), load_device(device), load_engine("vllm"), gpus, Load(4096, 1024, 1), 2.0, 0.05,
@@ -54,7 +55,7 @@ def inside(model: str, device: str, gpus: int) -> tuple[int, int, float, float]:
     Workshop(question.scene, tried, question.axes.chunk_tokens).price()  # every table is read and fused
     best = (0, 0.0, math.inf)
     for _ in range(TRIES):
-        with uncollected():  # as tensorcast.deploy.search.answer runs
+        with uncollected():  # as tensorcast.search.answer.answer runs
             start = time.perf_counter()
             shop = Workshop(question.scene, space(question, Counter()), question.axes.chunk_tokens)
             shop.price()

@@ -24,8 +24,8 @@ from rich.table import Table
 
 from tensorcast.deploy.layout import Layout, check
 from tensorcast.errors import InputError
-from tensorcast.profiles import list_devices, list_models, load_device, load_model
-from tensorcast.report.launch import model_facts
+from tensorcast.launch.launch import model_facts
+from tensorcast.profiles.store import list_devices, list_models, load_device, load_model
 
 Row = dict[str, object]
 TARGET_S = 60.0

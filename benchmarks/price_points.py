@@ -13,9 +13,9 @@ import time
 
 import numpy as np
 
+from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.simulate import deploy
-from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.profiles.store import load_device, load_engine, load_model
 
 TARGET_S = 1.0
 CHECKED = 50

@@ -77,10 +77,10 @@ def numerics(torch_device: Any, families: Sequence[str]) -> list[dict[str, Any]]
 def moe_layers(
     models: Sequence[Any], torch_device: Any, out: Path, tokens: Sequence[int], effort: float
 ) -> list[dict[str, Any]]:
-    """Rows of `tensorcast.validate.moe_layers` for all models."""
-    from tensorcast.validate.environment import environment, fingerprint
-    from tensorcast.validate.moe_layers import measure_moe_layer
-    from tensorcast.validate.record import Store
+    """Rows of `tensorcast.measure.moe_layer` for all models."""
+    from tensorcast.measure.environment import environment, fingerprint
+    from tensorcast.measure.moe_layer import measure_moe_layer
+    from tensorcast.measure.store import Store
 
     store = Store(out / "moe_layers.jsonl")
     belongs = fingerprint(environment(torch_device.type))
@@ -137,10 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from tensorcast.api import device_profile
-    from tensorcast.profiles import load_model
-    from tensorcast.trace.cache import write_atomically
-    from tensorcast.validate.environment import environment
-    from tensorcast.validate.moe_layers import TOKENS
+    from tensorcast.files import write_atomically
+    from tensorcast.measure.environment import environment
+    from tensorcast.measure.moe_layer import TOKENS
+    from tensorcast.profiles.store import load_model
 
     on_cpu = device_profile(options.device).name == "cpu"
     if not on_cpu and not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """``python -m tensorcast``."""
 
-from tensorcast.cli import main
+from tensorcast.cli.app import main
 
 if __name__ == "__main__":
     main()

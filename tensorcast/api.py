@@ -13,10 +13,10 @@ from tensorcast.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tensorcast.deploy.compare import Comparison
     from tensorcast.deploy.explain import Explanation
     from tensorcast.deploy.result import Simulation
     from tensorcast.profiles.device import DeviceProfile
+    from tensorcast.search.compare import Comparison
 
     Noted = TypeVar("Noted", Simulation, Comparison, Explanation)
 
@@ -54,10 +54,10 @@ def _noted(found: Noted, *said: str) -> Noted:
 def device_profile(name: str) -> DeviceProfile:
     """A device profile by name or path; ``cpu`` is this machine, measured at first use and cached."""
     if name.lower() == "cpu":
-        from tensorcast.validate.host import host_profile
+        from tensorcast.calibrate.constants.this_machine import host_profile
 
         return host_profile()
-    from tensorcast.profiles import load_device
+    from tensorcast.profiles.store import load_device
 
     return load_device(name)
 
@@ -108,11 +108,12 @@ def simulate(
     >>> run.step_s, run.ops.head()  # doctest: +SKIP
     """
     from tensorcast.deploy.layout import Layout
-    from tensorcast.deploy.modelnames import named_model
+    from tensorcast.deploy.model_names import named_model
     from tensorcast.deploy.options import Options
     from tensorcast.deploy.simulate import simulate as run
     from tensorcast.deploy.workload import Workload
-    from tensorcast.profiles import load_engine
+    from tensorcast.profiles.store import load_engine
+    from tensorcast.search.answer import enough
 
     if dp < 1 or pp < 1:
         raise InputError(f"layout: dp = {dp} and pp = {pp} must be at least 1")
@@ -131,7 +132,7 @@ def simulate(
         shared_expert_tp, external_shared_experts, dual_batch_overlap, mtp_depth, chunk_tokens,
     )
     profile, read_as = named_model(model)
-    found = run(profile, device_profile(device), load_engine(engine), layout, workload, options, allow_oversize)
+    found = run(profile, device_profile(device), load_engine(engine), layout, workload, options, allow_oversize, enough)
     return _noted(found, read_as)
 
 
@@ -184,12 +185,12 @@ def compare(
     ...                    ttft_s=2, tpot_s=0.05)  # doctest: +SKIP
     >>> found.best["layout"], found.best["tokens_per_s_per_gpu"]  # doctest: +SKIP
     """
-    from tensorcast.deploy.ask import ask
-    from tensorcast.deploy.compare import compare as decide
-    from tensorcast.deploy.modelnames import named_model
-    from tensorcast.deploy.parallel import note, spread
-    from tensorcast.deploy.search import answer
-    from tensorcast.profiles import load_engine
+    from tensorcast.deploy.model_names import named_model
+    from tensorcast.parallel import note, spread
+    from tensorcast.profiles.store import load_engine
+    from tensorcast.search.answer import answer
+    from tensorcast.search.compare import compare as decide
+    from tensorcast.search.question import ask
 
     devices = [device] if isinstance(device, str) else list(device)
     profile, read_as = named_model(model)
@@ -247,9 +248,9 @@ def explain(
     """
     from tensorcast.deploy.explain import explain as run
     from tensorcast.deploy.layout import parse_layout
-    from tensorcast.deploy.modelnames import named_model
+    from tensorcast.deploy.model_names import named_model
     from tensorcast.deploy.options import Options
-    from tensorcast.profiles import load_engine
+    from tensorcast.profiles.store import load_engine
 
     pair = parse_layout(layout, world_size), parse_layout(versus, world_size)
     options = Options(
@@ -265,12 +266,12 @@ def explain(
 
 
 def predict_kernels(frame: pd.DataFrame, *, device: str, engine: str | None = None) -> pd.DataFrame:
-    """Kernel times of a frame of shapes: see :func:`tensorcast.cost.predict.predict_kernels`.
+    """Kernel times of a frame of shapes: see :func:`tensorcast.cost.kernels.predictor.predict_kernels`.
 
     >>> import pandas as pd, tensorcast as tc
     >>> rows = pd.DataFrame({"family": ["gemm"], "m": [64], "n": [7168], "k": [2048], "dtype": ["fp8_block"]})
     >>> tc.predict_kernels(rows, device="h200", engine="sglang")["seconds"]  # doctest: +SKIP
     """
-    from tensorcast.cost.predict import predict_kernels as predict
+    from tensorcast.cost.kernels.predictor import predict_kernels as predict
 
     return predict(frame, device=device, engine=engine)

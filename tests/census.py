@@ -26,8 +26,8 @@ from transformers.utils import logging
 
 from tensorcast.modeling.build import build
 from tensorcast.modeling.config import hf_config
-from tensorcast.profiles import load_engine
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.store import load_engine
 from tensorcast.trace.fuse import fuse
 from tensorcast.trace.table import OpTable
 from tensorcast.trace.tracer import Phase, trace

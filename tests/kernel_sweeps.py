@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from tensorcast.cost.predict import Estimate, Predictor
-from tensorcast.cost.predict.lattice import SIDES
-from tensorcast.cost.predict.shapes import SIZES
+from tensorcast.cost.kernels.lattice import SIDES
+from tensorcast.cost.kernels.predictor import Estimate, Predictor
+from tensorcast.cost.kernels.vocabulary import SIZES
 
 ENGINES = ("vllm", "sglang", "trtllm", "any")
 

@@ -10,12 +10,12 @@ import pytest
 from test_validate import device, synthetic
 from typer.testing import CliRunner
 
+from tensorcast.calibrate.constants import from_validation as calibrate
 from tensorcast.cli import app
 from tensorcast.errors import InputError
-from tensorcast.profiles import load_device
-from tensorcast.report.validation import headline
-from tensorcast.validate import calibrate
-from tensorcast.validate.record import read_table
+from tensorcast.measure.store import read_table
+from tensorcast.profiles.store import load_device
+from tensorcast.report.validate import headline
 from tensorcast.validate.run import Validation
 
 GPU_NAMES = [

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from tensorcast import __version__, profiles
 from tensorcast.cli import app
+from tensorcast.profiles.store import USER_DIRECTORY
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("simulate", "qwen3-30b-a3b", "--device", "h100")
@@ -215,7 +216,7 @@ def test_a_broken_profile_does_not_hide_the_others(tmp_path: Path) -> None:
     folder = tmp_path / "devices"
     folder.mkdir()
     (folder / "mine.yaml").write_text("name: mine\nmemory: lots\n")
-    result = invoke("devices", **{profiles.USER_DIRECTORY: str(tmp_path)})
+    result = invoke("devices", **{USER_DIRECTORY: str(tmp_path)})
     assert result.exit_code == 2
     assert "h100-sxm" in result.stdout
     assert result.stderr.startswith("error: ") and "mine.yaml" in result.stderr and result.stderr.count("\n") == 1

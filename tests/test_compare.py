@@ -18,25 +18,28 @@ from typer.testing import CliRunner
 
 import tensorcast as tc
 from tensorcast.cli import app
-from tensorcast.cli.compare import duration, read_layouts
-from tensorcast.deploy.blocks import EXPERT_STAGES
-from tensorcast.deploy.compare import Comparison
-from tensorcast.deploy.curves import PrefillLine
-from tensorcast.deploy.evaluate import Scene, Workshop
-from tensorcast.deploy.forms import aggregated as all_aggregated
-from tensorcast.deploy.forms import disaggregated as all_pools
-from tensorcast.deploy.forms import steady
+from tensorcast.cli.values import duration, read_layouts
+from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.parallel import note
-from tensorcast.deploy.pareto import alike, pareto
-from tensorcast.deploy.plan import Collective
-from tensorcast.deploy.points import batches, largest_where
-from tensorcast.deploy.search import COLUMNS, Question, space
-from tensorcast.deploy.serving import Load, aggregated, disaggregated
-from tensorcast.deploy.simulate import deploy
-from tensorcast.deploy.space import FULL
-from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES
+from tensorcast.deploy.plan.plan import Collective
+from tensorcast.parallel import note
+from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.search.axes import FULL
+from tensorcast.search.candidate_arrays import batches, largest_where
+from tensorcast.search.candidate_table import COLUMNS
+from tensorcast.search.candidates import aggregated as all_aggregated
+from tensorcast.search.candidates import disaggregated as all_pools
+from tensorcast.search.candidates import steady
+from tensorcast.search.compare import Comparison
+from tensorcast.search.pareto import alike, pareto
+from tensorcast.search.question import Question, Scene
+from tensorcast.search.space import space
+from tensorcast.search.variant_prices import Workshop
+from tensorcast.serving.curves import PrefillLine
+from tensorcast.serving.load import Load
+from tensorcast.serving.steady_state import aggregated, disaggregated
 
 QWEN: dict[str, Any] = {"device": "h100", "world_size": 8, "input_len": 2048, "output_len": 256}
 LIMITED: dict[str, Any] = {**QWEN, "ttft_s": 1.0, "tpot_s": 0.03}

@@ -14,13 +14,13 @@ import pytest
 
 import tensorcast as tc
 from tensorcast.cost.memory import cache_budget
-from tensorcast.deploy.curves import decode_budget, room
+from tensorcast.deploy.deployment import deploy, memory_share
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.serving import disaggregated
-from tensorcast.deploy.simulate import deploy, memory_share
-from tensorcast.profiles import load_device, load_engine, load_model
 from tensorcast.profiles.memory import MIB
+from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.serving.capacity import decode_budget, room
+from tensorcast.serving.steady_state import disaggregated
 
 SGLANG, VLLM, TRTLLM = (load_engine(name) for name in ("sglang", "vllm", "trtllm"))
 MLA, GQA = load_model("deepseek-v3").config, load_model("qwen3-235b-a22b").config

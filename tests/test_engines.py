@@ -13,16 +13,17 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorcast.deploy.attribution import attribute
+from tensorcast.calibrate.engines import overheads as engines
+from tensorcast.calibrate.engines import statistics as engine_fit
+from tensorcast.calibrate.generated_blocks import MARKER, read_engine, write_fit
+from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.predict import predict
-from tensorcast.deploy.score import fitted_half, left_out, named, same_run, summarise
-from tensorcast.deploy.simulate import deploy
 from tensorcast.errors import InputError
-from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.predict.error_causes import attribute
+from tensorcast.predict.predict import predict
+from tensorcast.predict.score import fitted_half, left_out, named, same_run, summarise
 from tensorcast.profiles.engine import DeviceFit, EngineFit, EngineProfile
-from tensorcast.validate import engine_fit, engines
-from tensorcast.validate.engine_files import MARKER, read_engine, write_fit
+from tensorcast.profiles.store import load_device, load_engine, load_model
 
 SAMPLE = Path(__file__).parent / "data" / "serving_sample.csv"
 PROFILES = Path(__file__).parent.parent / "profiles" / "engines"

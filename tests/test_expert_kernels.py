@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorcast.cost.predict import predictor_for
-from tensorcast.cost.predict.model import CONFIGURATION, SOURCE_OF, UNTUNED
-from tensorcast.cost.predict.physics import physics_of
-from tensorcast.cost.predict.shapes import SOURCES, source_of
-from tensorcast.cost.predict.tiles import NONE, TILES, TRITON, of_library
+from tensorcast.calibrate.kernel_models.expert_libraries import known_models
+from tensorcast.cost.kernels.device_model import CONFIGURATION, SOURCE_OF, UNTUNED
+from tensorcast.cost.kernels.formula import physics_of
+from tensorcast.cost.kernels.predictor import predictor_for
+from tensorcast.cost.kernels.triton_tiles import NONE, TILES, TRITON, of_library
+from tensorcast.cost.kernels.vocabulary import SOURCES, source_of
+from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.plan import expert_sources
-from tensorcast.deploy.simulate import deploy
+from tensorcast.deploy.plan.plan import expert_sources
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.experts import ExpertKernels, Library
 from tensorcast.profiles.store import load_device, load_engine, load_model
-from tensorcast.validate.rules import known_models
 
 DEVICES = ("h100-sxm", "h200-sxm", "b200-sxm", "gb200")
 

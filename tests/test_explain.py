@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 import tensorcast as tc
 from tensorcast.cli import app
 from tensorcast.deploy import explain
+from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.explain import Explanation, applicable, by_group
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.simulate import deploy
 
 PAIR: dict[str, Any] = {"device": "h200", "world_size": 32, "layout": "tp1-dp32-ep32", "versus": "tp8-dp4-ep32"}
 

@@ -12,10 +12,14 @@ import pandas as pd
 import pytest
 import yaml
 
+from tensorcast.calibrate.constants import from_tables as fit
+from tensorcast.calibrate.constants import tables
+from tensorcast.calibrate.constants.collectives import fit_collective
+from tensorcast.calibrate.constants.errors import kernel_seconds
 from tensorcast.cost import roofline
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import Calibration, CollectiveConstants, DeviceProfile, KernelConstants
-from tensorcast.validate import accuracy, fit, tables
+from tensorcast.validate.accuracy import sample as accuracy
 
 SAMPLE = Path(__file__).parent / "data" / "kernel_sample.csv"
 
@@ -69,7 +73,7 @@ def test_fit_recovers_known_constants(device: DeviceProfile) -> None:
     )
     frame = gemm_shapes(3000)
     noise = np.exp(np.random.default_rng(2).normal(0, 0.02, len(frame)))
-    frame["seconds"] = fit.kernel_seconds(tables.works_of("gemm", "bf16", frame), truth, truth, device) * noise
+    frame["seconds"] = kernel_seconds(tables.works_of("gemm", "bf16", frame), truth, truth, device) * noise
     found = fit.fit_kernel("gemm", "bf16", "any", frame, device, truth)
     assert found.compute_efficiency == pytest.approx(0.72, rel=0.05)
     assert found.memory_efficiency == pytest.approx(0.85, rel=0.08)
@@ -85,7 +89,7 @@ def test_fit_recovers_known_constants(device: DeviceProfile) -> None:
 def test_outliers_do_not_bend_the_fit(device: DeviceProfile) -> None:
     truth = KernelConstants(family="gemm", compute_efficiency=0.72, memory_efficiency=0.85, launch_s=4e-6)
     frame = gemm_shapes(2000)
-    frame["seconds"] = fit.kernel_seconds(tables.works_of("gemm", "bf16", frame), truth, truth, device)
+    frame["seconds"] = kernel_seconds(tables.works_of("gemm", "bf16", frame), truth, truth, device)
     frame.loc[frame.index % 10 == 0, "seconds"] *= 30.0
     found = fit.fit_kernel("gemm", "bf16", "any", frame, device, truth)
     assert found.compute_efficiency == pytest.approx(0.72, rel=0.1)
@@ -97,7 +101,7 @@ def test_collective_fit_recovers_alpha_and_beta(device: DeviceProfile) -> None:
     frame = pd.DataFrame(rows, columns=["ranks", "payload_bytes"])
     wire = 2.0 * (frame.ranks - 1) / frame.ranks * frame.payload_bytes
     frame["seconds"] = 6e-6 + 1.5e-6 * (frame.ranks - 2) + wire / (4e11 * 0.8)
-    found = fit.fit_collective("all_reduce", "ring", frame, device)
+    found = fit_collective("all_reduce", "ring", frame, device)
     assert found.latency_s == pytest.approx(6e-6, rel=0.03)
     assert found.step_latency_s == pytest.approx(1.5e-6, rel=0.05)
     assert found.bandwidth_efficiency == pytest.approx(0.8, rel=0.03)
@@ -257,7 +261,7 @@ def test_datasheet_fractions_are_no_better_than_stated(predicted: pd.DataFrame) 
         constants, evidence = roofline.constants_for(bare, str(family), str(dtype))
         others, _ = roofline.constants_for(bare, "memory", "bf16")
         assert evidence == "datasheet"
-        seconds = fit.kernel_seconds(tables.works_of(str(family), str(dtype), rows), constants, others, bare)
+        seconds = kernel_seconds(tables.works_of(str(family), str(dtype), rows), constants, others, bare)
         errors += list(np.abs(seconds / rows.seconds - 1.0))
     assert 0.3 * roofline.DATASHEET_ERROR < np.median(errors) <= roofline.DATASHEET_ERROR
 

@@ -9,15 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorcast.deploy.curves import DecodeCurve, PrefillLine, decode_budget, room, sequence_bytes, sequences_that_fit
-from tensorcast.deploy.evaluate import Workshop
 from tensorcast.deploy.layout import stage_layers
-from tensorcast.deploy.points import LINE
-from tensorcast.deploy.search import Question, space
-from tensorcast.deploy.serving import Load
-from tensorcast.deploy.space import FULL
-from tensorcast.deploy.stages import FIRST, HAND_OVER, LAST, stages_of, stages_of_each
-from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, stages_of, stages_of_each
+from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.search.axes import FULL
+from tensorcast.search.question import Question
+from tensorcast.search.space import space
+from tensorcast.search.variant_prices import Workshop
+from tensorcast.serving.capacity import decode_budget, room, sequence_bytes, sequences_that_fit
+from tensorcast.serving.curves import LINE, DecodeCurve, PrefillLine
+from tensorcast.serving.load import Load
 
 
 @pytest.mark.parametrize(("model", "engine"), [("deepseek-v3", "vllm"), ("qwen3-32b", "sglang")])

@@ -7,8 +7,8 @@ import random
 import pytest
 from families import SMALL
 
-from tensorcast.profiles import load_engine, load_model
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.store import load_engine, load_model
 from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Dim, Sizes
 from tensorcast.trace.fuse import BARRIERS, fold, fuse, pointwise_runs

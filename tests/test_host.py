@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import tensorcast as tc
+from tensorcast.calibrate.constants import this_machine as host
 from tensorcast.cost.roofline import constants_for
+from tensorcast.files import write_atomically
+from tensorcast.measure import probes
+from tensorcast.measure.environment import threads as host_threads
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.validate import host, probes
 
 EFFORT = 0.02
 """Rough figures in about a second."""
@@ -34,7 +37,7 @@ def cache(profile: DeviceProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TENSORCAST_CACHE", str(tmp_path))
     path = host._file(EFFORT)
     assert path is not None
-    host.write_atomically(path, profile.model_dump_json(exclude_defaults=True))
+    write_atomically(path, profile.model_dump_json(exclude_defaults=True))
     return path
 
 
@@ -52,7 +55,7 @@ def canned(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_profile_is_plausible(profile: DeviceProfile) -> None:
-    assert profile.name == "cpu" and profile.processors == host.threads()
+    assert profile.name == "cpu" and profile.processors == host_threads()
     assert {"bf16", "fp32"} <= set(profile.peak_flops)
     assert all(1e8 < float(rate) < 1e15 for rate in profile.peak_flops.values())
     assert 1e9 < float(profile.memory_bandwidth_bytes_per_s) < 2e12
@@ -126,9 +129,9 @@ def test_file_depends_on_threads(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert host.threads() == 1
+    assert host_threads() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
-    assert host.threads() >= 1
+    assert host_threads() >= 1
 
 
 def test_measuring_leaves_torch_as_it_was(profile: DeviceProfile) -> None:
@@ -137,7 +140,7 @@ def test_measuring_leaves_torch_as_it_was(profile: DeviceProfile) -> None:
 
 def test_reading_the_file_needs_no_torch(cache: Path) -> None:
     code = (
-        f"import sys; from tensorcast.validate.host import host_profile; host_profile({EFFORT}); "
+        f"import sys; from tensorcast.calibrate.constants.this_machine import host_profile; host_profile({EFFORT}); "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

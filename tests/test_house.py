@@ -21,31 +21,30 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "tensorcast"
 LONGEST = 420
 
-STAGES = ("profiles", "ops", "modeling", "trace", "cost", "deploy", "report")
+STAGES = (
+    "profiles", "ops", "modeling", "trace", "cost", "deploy", "serving", "measure", "search", "predict", "launch",
+    "calibrate", "validate",
+)
 """Data moves one way: each stage knows only the stages before it."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
+    "parallel": set(),
     "ops": set(),
-    **{stage: set(STAGES[:i]) for i, stage in enumerate(STAGES) if stage != "ops"},
-    "validate": {"profiles", "ops", "modeling", "trace", "cost", "deploy"},
-    "api": {*STAGES, "validate"},
-    "cli": {*STAGES, "validate", "api"},
+    **{stage: {*STAGES[:i], "files", "parallel"} for i, stage in enumerate(STAGES) if stage != "ops"},
+    "report": {*STAGES[: STAGES.index("calibrate")], "files", "parallel"},
+    "api": {*STAGES, "files", "parallel"},
+    "cli": {*STAGES, "report", "files", "parallel", "api"},
     "__main__": {"cli"},
     "__init__": {"api"},
 }
 """Per part of the package the others that it may import, besides itself and ``errors``."""
 
 HEAVY = {"torch", "transformers"}
-HEAVY_PARTS = {"ops", "modeling"}
-HEAVY_FILES = {
-    "trace/record.py", "trace/layers.py", "trace/forward.py", "trace/tracer.py",
-    *(f"validate/{name}.py" for name in (
-        "bench", "buffers", "collectives", "kernels", "layers", "moe_layers", "probes", "replay",
-    )),
-}
-"""The only files that may import torch or transformers when they are themselves imported. A file of ``validate``
-joins them here if it cannot do its work otherwise."""
+HEAVY_PARTS = {"ops", "modeling", "measure"}
+HEAVY_FILES = {"trace/record.py", "trace/layers.py", "trace/forward.py", "trace/tracer.py"}
+"""The only files that may import torch or transformers when they are themselves imported."""
 
 
 def sources(folder: Path = PACKAGE) -> list[Path]:

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_sweeps import ENGINES, price, sweeps
 
-from tensorcast.cost.predict import predictor_for
-from tensorcast.cost.predict.lattice import SIDES, Lattice
-from tensorcast.cost.predict.physics import physics_of
-from tensorcast.cost.predict.shapes import Columns
+from tensorcast.cost.kernels.formula import physics_of
+from tensorcast.cost.kernels.lattice import SIDES, Lattice
+from tensorcast.cost.kernels.predictor import predictor_for
+from tensorcast.cost.kernels.vocabulary import Columns
 from tensorcast.profiles.store import load_device
 
 MEASURED = ("a100-sxm", "h100-sxm", "h200-sxm", "b200-sxm", "gb200")

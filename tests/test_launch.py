@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tensorcast.cli import app
+from tensorcast.deploy.engine_limits import ENGINE_RULES
 from tensorcast.deploy.layout import ALL2ALL, Layout, parse_layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.runnable import ENGINE_RULES
-from tensorcast.profiles import load_device, load_model
+from tensorcast.launch.launch import Launch, launch
 from tensorcast.profiles.launch import list_launch_tables, load_launch_table
-from tensorcast.report.launch import Launch, launch
+from tensorcast.profiles.store import load_device, load_model
 
 ENGINES = ("vllm", "sglang", "trtllm")
 DEEPSEEK, QWEN, LLAMA = load_model("deepseek-v3"), load_model("qwen3-235b-a22b"), load_model("llama-3.1-70b")

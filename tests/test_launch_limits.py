@@ -8,12 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from tensorcast.cli import app
+from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.runnable import engine_can_run
 from tensorcast.errors import InputError
-from tensorcast.profiles import list_models, load_device, load_model
-from tensorcast.report.launch import launch, model_facts
+from tensorcast.launch.launch import launch, model_facts
+from tensorcast.profiles.store import list_models, load_device, load_model
 
 ENGINES = ("vllm", "sglang", "trtllm")
 DEEPSEEK, QWEN, LLAMA = load_model("deepseek-v3"), load_model("qwen3-235b-a22b"), load_model("llama-3.1-70b")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from tensorcast.cost.routing import Routing
+from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout, check, stage_layers
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan import Collective
-from tensorcast.deploy.simulate import Deployment, deploy
+from tensorcast.deploy.plan.plan import Collective
 from tensorcast.errors import InputError
-from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.trace.cache import traced
 
 

@@ -12,7 +12,7 @@ from tensorcast.cost.memory import (
     weight_bytes,
 )
 from tensorcast.modeling.quantization import from_config
-from tensorcast.profiles import load_model
+from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Dim, Sizes
 from tensorcast.trace.table import Op, OpTable, Tensor
@@ -44,7 +44,7 @@ def test_fp8_latent_cache_is_656_bytes_per_layer() -> None:
 
 
 def test_profiles_that_state_a_cache_size_agree_with_the_trace() -> None:
-    from tensorcast.profiles import list_models
+    from tensorcast.profiles.store import list_models
 
     for name in list_models():
         profile = load_model(name)

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 import tensorcast as tc
 from tensorcast.cli import app
-from tensorcast.deploy.modelnames import named_model
-from tensorcast.deploy.runs import read_run
+from tensorcast.deploy.model_names import named_model
 from tensorcast.modeling.quantization import checkpoint, override
-from tensorcast.profiles import load_model
+from tensorcast.predict.run_columns import read_run
+from tensorcast.profiles.store import load_model
 
 R1 = "nvidia/DeepSeek-R1-0528-NVFP4"
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from tensorcast.errors import InputError
 from tensorcast.modeling.build import build
 from tensorcast.modeling.config import hf_config
-from tensorcast.profiles import list_models, load_model
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.store import list_models, load_model
 from tensorcast.trace.cache import traced
 
 RUNS = ["deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "ernie4_5_moe", "minimax_m2", "llama"]

@@ -11,14 +11,14 @@ import torch
 from families import SMALL
 from moe_blocks import block_of
 
+from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan import Collective
-from tensorcast.deploy.simulate import deploy
+from tensorcast.deploy.plan.plan import Collective
 from tensorcast.modeling.moe.groups import MoEGroups
 from tensorcast.modeling.moe.layer import MoELayer
 from tensorcast.modeling.moe.parallel import MoEOptions, ParallelMoELayer
-from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.trace.record import Recorder
 from tensorcast.trace.table import Op
 

@@ -8,17 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tensorcast.cost.predict import predict_kernels, predictor_for
-from tensorcast.cost.predict.frames import calls_of
-from tensorcast.cost.predict.model import SOURCE_OF
-from tensorcast.cost.predict.physics import constants_digest
-from tensorcast.cost.predict.shapes import SOURCES
+from tensorcast.calibrate import command
+from tensorcast.calibrate.measured_tables import Measured, System
+from tensorcast.cost.kernels.device_model import SOURCE_OF
+from tensorcast.cost.kernels.formula import constants_digest
+from tensorcast.cost.kernels.predictor import predict_kernels, predictor_for
+from tensorcast.cost.kernels.shape_tables import calls_of
+from tensorcast.cost.kernels.vocabulary import SOURCES
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device
-from tensorcast.validate import command
-from tensorcast.validate.causes import causes, rough, table_of
-from tensorcast.validate.measured import Measured, System
+from tensorcast.validate.accuracy.causes import causes, rough, table_of
 
 MODELS = ((2048.0, 768.0, 8.0, 128.0), (4096.0, 1536.0, 8.0, 128.0), (5120.0, 1536.0, 6.0, 160.0),
           (1024.0, 512.0, 4.0, 32.0))
@@ -48,7 +48,7 @@ def made_up_system(slower: float) -> System:
 def test_a_model_left_out_is_left_out_in_every_dtype() -> None:
     """Changing what one model took changes the errors of that model's own rows, by just that much."""
     pytest.importorskip("catboost")
-    from tensorcast.validate.carry import Experts
+    from tensorcast.calibrate.kernel_models.unseen_models import Experts
 
     key = ("grouped_gemm", "bf16", "vllm", "")
     plain, moved = (Experts(made_up_system(slower), load_device("h200")).left_out(key) for slower in (1.0, 1.2))

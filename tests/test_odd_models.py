@@ -11,8 +11,8 @@ import pytest
 from families import SMALL
 
 import tensorcast as tc
-from tensorcast.deploy.simulate import uncut
-from tensorcast.profiles import list_models, load_model
+from tensorcast.deploy.deployment import uncut
+from tensorcast.profiles.store import list_models, load_model
 from tensorcast.trace.cache import traced
 
 LOAD: dict[str, Any] = {"device": "h100", "world_size": 2, "input_len": 256, "output_len": 32, "ttft_s": 2, "tpot_s": 1}

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from tensorcast.deploy.parallel import spread
 from tensorcast.errors import InputError
+from tensorcast.parallel import spread
 
 AT_WORK = """
 import signal, sys, tensorcast.api

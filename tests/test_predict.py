@@ -16,10 +16,17 @@ from typer.testing import CliRunner
 
 from tensorcast.cli import app
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.predict import predict, predict_file
-from tensorcast.deploy.runs import COLUMNS, WORKER_COLUMNS, canonical_columns, counted_twice, describe_columns, read_run
-from tensorcast.deploy.score import choice, errors, summarise
 from tensorcast.errors import InputError
+from tensorcast.predict.predict import predict, predict_file
+from tensorcast.predict.run_columns import (
+    COLUMNS,
+    WORKER_COLUMNS,
+    canonical_columns,
+    counted_twice,
+    describe_columns,
+    read_run,
+)
+from tensorcast.predict.score import choice, errors, summarise
 
 SAMPLE = Path(__file__).parent / "data" / "serving_sample.csv"
 ROW = {"model": "llama-3.1-8b", "device": "h100", "isl": "512", "osl": "128", "concurrency": "8"}
@@ -184,7 +191,7 @@ def test_replicas_share_the_load() -> None:
 
 
 def test_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tensorcast.deploy.predict.FEW", 1)
+    monkeypatch.setattr("tensorcast.predict.predict.FEW", 1)
     rows = table(*({"concurrency": str(c), "tp": str(tp)} for tp in (1, 2) for c in (1, 5, 90)))
     pd.testing.assert_frame_equal(predict(rows), predict(rows, jobs=2))
 

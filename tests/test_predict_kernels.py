@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorcast.cost.predict import Predictor, model_path, predict_kernels, predictor_for
-from tensorcast.cost.predict.load import rank_load
-from tensorcast.cost.predict.model import DeviceModel, pack, read_model
-from tensorcast.cost.predict.physics import physics_of
-from tensorcast.cost.predict.trees import Trees
+from tensorcast.cost.kernels.device_model import DeviceModel, pack, read_model
+from tensorcast.cost.kernels.expert_load import rank_load
+from tensorcast.cost.kernels.formula import physics_of
+from tensorcast.cost.kernels.predictor import Predictor, model_path, predict_kernels, predictor_for
+from tensorcast.cost.kernels.trees import Trees
 from tensorcast.errors import InputError
 from tensorcast.profiles.store import load_device
 

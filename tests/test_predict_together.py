@@ -9,18 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tensorcast.cost.predict.later import Later
-from tensorcast.cost.predict.rows import corrections_for
-from tensorcast.deploy.ahead import prices
+from tensorcast.cost.kernels.corrections import Later, corrections_for
+from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.predict import predict
-from tensorcast.deploy.runs import Run, read_run
-from tensorcast.deploy.serving import Load, Served, aggregated, disaggregated
-from tensorcast.deploy.simulate import deploy
-from tensorcast.deploy.together import serve
+from tensorcast.deploy.step.batched_lookups import prices
 from tensorcast.errors import InputError
-from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.predict.predict import predict
+from tensorcast.predict.run_columns import Run, read_run
+from tensorcast.predict.serve_runs import serve
+from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.serving.load import Load, Served
+from tensorcast.serving.steady_state import aggregated, disaggregated
 
 ROWS = 60
 LAYOUTS = {

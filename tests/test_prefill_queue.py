@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tensorcast.deploy.points import Line
+from tensorcast.serving.curves import Line
 
 
 def line(per_step: float, fixed_s: float, prompt_s: float) -> Line:

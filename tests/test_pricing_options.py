@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensorcast as tc
-from tensorcast.cost.overlap import Contention, beside, two_streams
+from tensorcast.cost.contention import Contention, beside, two_streams
+from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan import Collective
-from tensorcast.deploy.simulate import Deployment, deploy
+from tensorcast.deploy.plan.plan import Collective
 from tensorcast.errors import InputError
-from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.profiles.store import load_device, load_engine, load_model
 
 EP32, TP8 = parse_layout("dp32-ep32"), parse_layout("tp8-dp4-ep32")
 HIDDEN, WIDTH, LAYERS, MOE_LAYERS, TOP_K, EXPERTS = 7168, 2048, 61, 58, 8, 256  # DeepSeek-V3
@@ -304,7 +304,7 @@ def test_results_in_fp8_need_smaller_buffers(all2all: str) -> None:
 
 
 def test_combine_in_totals_and_words() -> None:
-    from tensorcast.report.words import numerics
+    from tensorcast.report.simulate.words import numerics
 
     said = {"device": "h100", "world_size": 2, "dp": 2, "ep": 2, "all2all": "low_latency"}
     for asked, name in ((None, "bf16"), ("logfmt10", "logfmt10")):

@@ -9,7 +9,7 @@ import pytest
 from tensorcast.cost.memory import weight_bytes
 from tensorcast.errors import InputError
 from tensorcast.modeling.quantization import SCHEMES, Quantization, from_config, override
-from tensorcast.profiles import load_model
+from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.quantize import apply_quantization

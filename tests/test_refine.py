@@ -14,14 +14,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import tensorcast as tc
-from tensorcast.deploy.compare import Comparison
-from tensorcast.deploy.curves import COARSE, GRID, PrefillLine, decode_columns, sequences_that_fit
-from tensorcast.deploy.forms import PREFILL_BUSY
-from tensorcast.deploy.points import last_of
-from tensorcast.deploy.search import Question, space
-from tensorcast.deploy.serving import Aggregated, Disaggregated, Load, hand_over_s
-from tensorcast.deploy.simulate import Deployment
-from tensorcast.deploy.space import Variant
+from tensorcast.deploy.deployment import Deployment
+from tensorcast.deploy.step.sizes import COARSE, GRID
+from tensorcast.search.candidate_arrays import last_of
+from tensorcast.search.candidates import PREFILL_BUSY
+from tensorcast.search.compare import Comparison
+from tensorcast.search.question import Question
+from tensorcast.search.space import Variant, space
+from tensorcast.serving.capacity import sequences_that_fit
+from tensorcast.serving.curves import PrefillLine, decode_columns
+from tensorcast.serving.hand_over import hand_over_s
+from tensorcast.serving.load import Load
+from tensorcast.serving.steady_state import Aggregated, Disaggregated
 
 
 class Exact:

@@ -12,16 +12,17 @@ from typer.testing import CliRunner
 
 import tensorcast as tc
 from tensorcast.cli import app
-from tensorcast.deploy.compare import NoLayoutMeets
+from tensorcast.deploy.deployment import not_counted
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, idle_note, idle_options, option_facts
-from tensorcast.deploy.remarks import COUNTED
-from tensorcast.deploy.simulate import not_counted
-from tensorcast.deploy.space import Axes, variants
-from tensorcast.profiles import load_model
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.store import load_model
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.words import answer
+from tensorcast.search.axes import Axes
+from tensorcast.search.compare import NoLayoutMeets
+from tensorcast.search.notes import COUNTED
+from tensorcast.search.space import variants
 from tensorcast.trace.cache import traced
 
 LOAD: dict[str, Any] = {"input_len": 1024, "output_len": 128}

@@ -17,11 +17,16 @@ from rich.console import Console
 
 import tensorcast as tc
 from tensorcast.errors import InputError
-from tensorcast.report import catalog, units, words
-from tensorcast.report.chrome import TRACKS, chrome_trace
-from tensorcast.report.files import NAMES, check_directory, markdown, write_report
-from tensorcast.report.rows import calls, records, to_json
-from tensorcast.report.terminal import fit, fit_path, print_simulation
+from tensorcast.files import check_directory
+from tensorcast.profiles.store import list_devices, list_engines, list_models, load_device, load_engine, load_model
+from tensorcast.report import catalog, units
+from tensorcast.report.plain import to_json
+from tensorcast.report.simulate import words
+from tensorcast.report.simulate.chrome_trace import TRACKS, chrome_trace
+from tensorcast.report.simulate.files import NAMES, markdown, write_report
+from tensorcast.report.simulate.rows import calls, records
+from tensorcast.report.simulate.terminal import fit, fit_path, print_simulation
+from tensorcast.report.units import plural
 
 MODEL = "qwen3-30b-a3b"
 RUNS: dict[str, dict[str, Any]] = {
@@ -108,7 +113,7 @@ def test_tables_fit_their_terminal(run: Any, width: int) -> None:
     assert words.verdict(t).split(":")[0] in text
     rows = records(run)
     rest = len(rows) - 20
-    assert (f"+ {words.plural(rest, 'more op')}" in text) == (rest > 0)
+    assert (f"+ {plural(rest, 'more op')}" in text) == (rest > 0)
     for row in rows[:3]:
         assert units.seconds(row["seconds"]) in text and units.percent(row["share"]) in text
 
@@ -320,11 +325,10 @@ def test_stages_hand_over_between_their_layers() -> None:
 
 @pytest.mark.parametrize("width", [80, 120, 160])
 def test_catalogue_fits_and_lists_all(width: int) -> None:
-    from tensorcast import profiles
 
-    models = [catalog.model_record(profiles.load_model(name)) for name in profiles.list_models()]
-    devices = [catalog.device_record(profiles.load_device(name)) for name in profiles.list_devices()]
-    engines = [catalog.engine_record(profiles.load_engine(name)) for name in profiles.list_engines()]
+    models = [catalog.model_record(load_model(name)) for name in list_models()]
+    devices = [catalog.device_record(load_device(name)) for name in list_devices()]
+    engines = [catalog.engine_record(load_engine(name)) for name in list_engines()]
     for found, show in (
         (models, catalog.print_models), (devices, catalog.print_devices), (engines, catalog.print_engines),
     ):  # fmt: skip
@@ -353,7 +357,7 @@ def test_catalogue_fits_and_lists_all(width: int) -> None:
     ],
 )
 def test_model_records(model: str, attention: str, experts: tuple[int, int], dtype: str) -> None:
-    from tensorcast.profiles import load_model
+    from tensorcast.profiles.store import load_model
 
     record = catalog.model_record(load_model(model))
     assert record["attention"] == attention
@@ -363,7 +367,7 @@ def test_model_records(model: str, attention: str, experts: tuple[int, int], dty
 
 def test_records_agree_with_the_traced_model() -> None:
     """Experts and layers read off field names are those that the model itself has."""
-    from tensorcast.profiles import load_model
+    from tensorcast.profiles.store import load_model
 
     record = catalog.model_record(load_model(MODEL))
     run = tc.simulate(MODEL, device="h100")

@@ -14,16 +14,22 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tensorcast.calibrate import devices as silicon
+from tensorcast.calibrate.kernel_models import boosting as grow
+from tensorcast.calibrate.kernel_models import residual
+from tensorcast.calibrate.kernel_models import unseen_devices as transfer
+from tensorcast.calibrate.kernel_models.unseen_models import FOLDS
+from tensorcast.calibrate.measured_tables import Measured, held_out, installed_tables, read_system, systems_in
 from tensorcast.cli import app
-from tensorcast.cost.predict import Predictor
-from tensorcast.cost.predict.frames import calls_of
-from tensorcast.cost.predict.model import pack, read_model
-from tensorcast.cost.predict.physics import physics_of
+from tensorcast.cost.kernels.device_model import pack, read_model
+from tensorcast.cost.kernels.formula import physics_of
+from tensorcast.cost.kernels.predictor import Predictor
+from tensorcast.cost.kernels.shape_tables import calls_of
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device
-from tensorcast.validate import accuracy_page, grow, residual, silicon, splits, transfer
-from tensorcast.validate.measured import Measured, held_out, installed_tables, read_system, systems_in
+from tensorcast.validate.accuracy import page as accuracy_page
+from tensorcast.validate.accuracy import splits
 
 pytest.importorskip("catboost", reason="fitting kernel models needs catboost: pip install 'tensorcast[calibrate]'")
 
@@ -177,7 +183,7 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path: Path, monke
 def test_without_catboost_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "catboost", None)
     with pytest.raises(InputError, match=r"tensorcast\[calibrate\]"):
-        residual.grow({"x": np.arange(9.0)}, np.arange(9.0), 2, 2, 0.1)
+        grow.grow({"x": np.arange(9.0)}, np.arange(9.0), 2, 2, 0.1)
 
 
 def test_trees_say_what_catboost_says() -> None:
@@ -187,7 +193,7 @@ def test_trees_say_what_catboost_says() -> None:
     rng = np.random.default_rng(0)
     features = {name: rng.normal(size=600) for name in "abc"} | {"constant": np.ones(600)}
     target = np.sin(features["a"]) + 0.3 * (features["b"] > 0) + rng.normal(0, 0.05, 600)
-    trees = residual.grow(features, target, 60, 4, 0.2)
+    trees = grow.grow(features, target, 60, 4, 0.2)
     assert set(trees.names) <= set("abc")
     theirs = catboost.CatBoostRegressor(
         iterations=60, depth=4, learning_rate=0.2, loss_function="MAE", border_count=grow.BORDERS, thread_count=1,
@@ -212,7 +218,7 @@ def test_whole_weights_are_left_out_together(fitted: Path) -> None:
     found = residual.left_out(rows, physics, (10, 3, 0.3))
     assert found is not None and len(found.rows) == len(rows)
     folds = pd.DataFrame({"n": rows.columns["n"], "k": rows.columns["k"], "fold": found.fold}).groupby(["n", "k"])
-    assert (folds["fold"].nunique() == 1).all() and len(set(found.fold)) == residual.FOLDS
+    assert (folds["fold"].nunique() == 1).all() and len(set(found.fold)) == FOLDS
 
 
 def test_another_device_from_those_that_were_measured() -> None:

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_sweeps import DTYPES, ENGINES, price, sweeps
 
-from tensorcast.cost.predict import predictor_for
-from tensorcast.cost.predict.lattice import SIDES
-from tensorcast.cost.predict.physics import physics_of
-from tensorcast.cost.predict.rising import FREE, RISES, coordinates
+from tensorcast.cost.kernels.formula import physics_of
+from tensorcast.cost.kernels.lattice import SIDES
+from tensorcast.cost.kernels.monotone import FREE, RISES, coordinates
+from tensorcast.cost.kernels.predictor import predictor_for
 from tensorcast.profiles.store import list_devices, load_device
 
 WITHOUT_DATA = tuple(name for name in list_devices() if load_device(name).calibration is None)
@@ -53,7 +53,7 @@ def test_without_own_data_time_grows_with_every_size(
 
 def test_trees_that_were_grown_to_rise_never_fall() -> None:
     pytest.importorskip("catboost", reason="needs catboost")
-    from tensorcast.validate.grow import grow
+    from tensorcast.calibrate.kernel_models.boosting import grow
 
     rng = np.random.default_rng(3)
     features: dict[str, Any] = {name: rng.normal(size=800) for name in ("a", "b", "skew")}

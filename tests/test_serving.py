@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.serving import Aggregated, Load, aggregated, disaggregated, transfer_s
-from tensorcast.deploy.simulate import Deployment, deploy
 from tensorcast.errors import InputError
-from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.serving.hand_over import transfer_s
+from tensorcast.serving.load import Load
+from tensorcast.serving.steady_state import Aggregated, aggregated, disaggregated
 
 PLAIN_S, PER_SEQUENCE_S, FIXED_S, PROMPT_S = 0.010, 0.00008, 0.004, 0.020
 
@@ -91,7 +93,7 @@ def model_of(users: int, output_len: int, spread: float, alone: bool) -> Any:
 
 
 def solved(one: Any, users: int) -> Any:
-    from tensorcast.deploy.serving import steady_batch
+    from tensorcast.serving.steady_state import steady_batch
 
     batch = steady_batch(one.in_flight, np.array(float(users)), np.array(float(users)))
     return one.served(batch, np.array(float(users)))

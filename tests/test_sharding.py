@@ -9,8 +9,8 @@ from families import SMALL
 
 from tensorcast.errors import InputError
 from tensorcast.modeling.config import hf_config, narrow
-from tensorcast.profiles import list_models, load_model
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.store import list_models, load_model
 from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.tracer import trace

@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensorcast as tc
-from tensorcast.deploy.blocks import has_shared
 from tensorcast.deploy.layout import RULES, Layout, check
 from tensorcast.deploy.options import Options, broken_option, option_facts
-from tensorcast.deploy.plan import choose_all2all
-from tensorcast.deploy.space import FULL, Axes, Variant, copies, divisors, family, layouts, legal, variants
-from tensorcast.deploy.tables import traced_table
-from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.deploy.plan.moe_blocks import has_shared
+from tensorcast.deploy.plan.plan import choose_all2all
+from tensorcast.deploy.plan.rank_tables import traced_table
+from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.search.axes import FULL, Axes
+from tensorcast.search.space import Variant, copies, divisors, family, layouts, legal, variants
 
 
 def facts_of(name: str, routing: str = "balanced") -> dict[str, Any]:

@@ -8,15 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tensorcast import predict_kernels
-from tensorcast.cost.predict.rows import corrections_for
+from tensorcast.api import predict_kernels
+from tensorcast.cost.kernels.corrections import corrections_for
 from tensorcast.cost.work import gemm
-from tensorcast.deploy.curves import evidence_shares
+from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.price import WITHIN_80
-from tensorcast.deploy.simulate import Deployment, deploy
-from tensorcast.profiles import load_device, load_engine, load_model
+from tensorcast.deploy.step.price import WITHIN_80
 from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.serving.curves import evidence_shares
 
 LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "inter": 14336}  # Llama-3.1-8B's config.json
 QWEN = {"hidden_size": 2048, "inter_size": 768, "topk": 8, "num_experts": 128}  # Qwen3-30B-A3B's

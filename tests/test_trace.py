@@ -17,14 +17,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tensorcast.deploy.blocks import copies_per_token
+from tensorcast.deploy.plan.moe_blocks import copies_per_token
 from tensorcast.errors import InputError
 from tensorcast.modeling.attention import masks, past_length, trace_cache
 from tensorcast.modeling.build import build
 from tensorcast.modeling.config import hf_config
 from tensorcast.modeling.recurrent import hub_kernels_as_ops
-from tensorcast.profiles import load_model
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.store import load_model
 from tensorcast.trace.closed_form import DECODE, PREFILL, NoClosedForm, Probe, solve
 from tensorcast.trace.dims import Dim, Sizes
 from tensorcast.trace.forward import record_step

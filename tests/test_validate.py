@@ -16,28 +16,25 @@ from families import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensorcast.calibrate.constants import from_validation as calibrate
 from tensorcast.cost import work
 from tensorcast.cost.roofline import kernel_time
+from tensorcast.cost.row_seconds import predict
 from tensorcast.cost.work import Work
-from tensorcast.deploy.simulate import Deployment
+from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.workload import Workload
 from tensorcast.errors import InputError
+from tensorcast.measure import kernels, layers
+from tensorcast.measure import ops as oprun
+from tensorcast.measure import timing as bench
+from tensorcast.measure.operands import Buffers, Unsupported
+from tensorcast.measure.store import CRASHED, Store, key_of, read_table, works_from, works_text, write_table
 from tensorcast.modeling.config import hf_config
-from tensorcast.profiles import load_engine
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.store import load_engine
 from tensorcast.trace.cache import traced
-from tensorcast.validate import bench, calibrate, compare, kernels, layers, oprun
-from tensorcast.validate.buffers import Buffers, Unsupported
-from tensorcast.validate.record import (
-    CRASHED,
-    Store,
-    key_of,
-    read_table,
-    works_from,
-    works_text,
-    write_table,
-)
+from tensorcast.validate import beside_measured as compare
 from tensorcast.validate.run import Request, _deployment, _watcher, cut
 
 CPU = torch.device("cpu")
@@ -345,7 +342,7 @@ def test_tables_come_back_and_damaged_ones_do_not(tmp_path: Path) -> None:
 ])
 def test_likely_cause(measured_over_predicted: float, flops: float, moved: float, words: str) -> None:
     works = [Work("gemm", "bf16", flops, moved, flops * (2.0 if flops > 1e10 else 1.0))]
-    found = compare.predict(works, device(), "eager")
+    found = predict(works, device(), "eager")
     cause = compare.likely_cause(found.seconds * measured_over_predicted, found, works, "cpu")
     assert cause.startswith(words) and bool(cause) == bool(words)
 

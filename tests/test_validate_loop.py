@@ -19,12 +19,12 @@ from families import SMALL
 from typer.testing import CliRunner
 
 import tensorcast as tc
+from tensorcast.calibrate.constants import this_machine as host
 from tensorcast.cli import app
-from tensorcast.profiles import load_device
+from tensorcast.measure.store import PARTIAL, Store, read_table
+from tensorcast.profiles.store import load_device
 from tensorcast.report.sections import markdown, page_html
-from tensorcast.report.validation import finding, sections
-from tensorcast.validate import host
-from tensorcast.validate.record import PARTIAL, Store, read_table
+from tensorcast.report.validate import finding, sections
 from tensorcast.validate.run import Validation
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -180,7 +180,7 @@ def _doing(model: str, verb: str) -> str:
         frame = frame.f_back
     if "tensorcast.trace.tracer" in running:
         return f"tracing {model}, once: later runs read it from the cache"
-    if "tensorcast.validate.host" in running:
+    if "tensorcast.calibrate.constants.this_machine" in running:
         return "measuring this machine, once"
     if any(name.startswith("tensorcast.report.") for name in running):
         return "writing the report"

@@ -55,14 +55,13 @@ def calibrate(
         _from_tables(None if origin == "silicon" else Path(origin), device, write)
         return
     from tensorcast.api import device_profile
-    from tensorcast.profiles import load_engine
-    from tensorcast.profiles.store import device_path
+    from tensorcast.calibrate.constants import from_validation as fold
+    from tensorcast.calibrate.constants.errors import median_error
+    from tensorcast.files import check_file, writing
+    from tensorcast.measure.store import read_table
+    from tensorcast.profiles.store import device_path, load_engine
     from tensorcast.report import units
-    from tensorcast.report.files import check_file, writing
-    from tensorcast.report.rows import to_json
-    from tensorcast.validate import calibrate as fold
-    from tensorcast.validate.compare import median_error
-    from tensorcast.validate.record import read_table
+    from tensorcast.report.plain import to_json
 
     if device is None:
         raise InputError("--device is missing: name the device that was measured")
@@ -89,9 +88,9 @@ def calibrate(
 
 def _from_tables(folder: Path | None, device: str | None, profiles: Path) -> None:
     """Constants and kernel models from measured tables, None: the installed ones, into a folder of profiles."""
+    from tensorcast.calibrate.devices import calibrate as from_tables
+    from tensorcast.calibrate.measured_tables import installed_tables
     from tensorcast.profiles.store import load_device
-    from tensorcast.validate.measured import installed_tables
-    from tensorcast.validate.silicon import calibrate as from_tables
 
     if not (profiles / "devices").is_dir():
         raise InputError(f"--write {profiles}: no folder devices/ of profiles in it")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @app.command()
 def models(as_json: AsJson = False) -> None:
     """Models that are there, with sizes and source."""
-    from tensorcast.profiles import list_models, load_model
+    from tensorcast.profiles.store import list_models, load_model
     from tensorcast.report import catalog
 
     _catalog(list_models(), lambda name: catalog.model_record(load_model(name)), catalog.print_models, as_json)
@@ -26,7 +26,7 @@ def models(as_json: AsJson = False) -> None:
 @app.command()
 def devices(as_json: AsJson = False) -> None:
     """Devices that are there: memory, peaks, interconnect, and how well each is known."""
-    from tensorcast.profiles import list_devices, load_device
+    from tensorcast.profiles.store import list_devices, load_device
     from tensorcast.report import catalog
 
     _catalog(list_devices(), lambda name: catalog.device_record(load_device(name)), catalog.print_devices, as_json)
@@ -35,7 +35,7 @@ def devices(as_json: AsJson = False) -> None:
 @app.command()
 def engines(as_json: AsJson = False) -> None:
     """Serving engines that are there: what they fuse, capture and cost."""
-    from tensorcast.profiles import list_engines, load_engine
+    from tensorcast.profiles.store import list_engines, load_engine
     from tensorcast.report import catalog
 
     _catalog(list_engines(), lambda name: catalog.engine_record(load_engine(name)), catalog.print_engines, as_json)
@@ -53,7 +53,7 @@ def _catalog(
         except InputError as error:
             broken.append(str(error))
     if as_json:
-        from tensorcast.report.rows import to_json
+        from tensorcast.report.plain import to_json
 
         typer.echo(to_json(found, indent=2))
     else:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, AsJson, app, console, patience
 from tensorcast.cli.options import Engine, Model
-from tensorcast.errors import InputError
+from tensorcast.cli.values import device_prices, duration, listed_names, read_layouts, split_names, whole_numbers
 
 if TYPE_CHECKING:
-    from tensorcast.deploy.compare import Comparison
+    from tensorcast.search.compare import Comparison
+
 
 LOAD, SEARCH = "Load and limits", "What is searched"
 
@@ -159,31 +158,32 @@ def compare(
     from tensorcast.api import compare as run_comparison
 
     if out is not None:
-        from tensorcast.report.files import check_directory
+        from tensorcast.files import check_directory
 
         check_directory(out)  # before the work, not after
     with patience(model, "comparing layouts of"), _told(out):
         found = run_comparison(
-            model, device=_listed("--device", device), world_size=_numbers("--world-size", world_size),
+            model, device=listed_names("--device", device), world_size=whole_numbers("--world-size", world_size),
             input_len=input_len, output_len=output_len,
             ttft_s=duration("--ttft", ttft), tpot_s=duration("--tpot", tpot), objective=objective, engine=engine,
             layouts=read_layouts(layouts) if layouts else None,
-            forms=_listed("--form", form), request_rate=request_rate, prices=_prices(price),
+            forms=listed_names("--form", form), request_rate=request_rate, prices=device_prices(price),
             prefix_cached=prefix_cached,
-            quant=quant, routing=routing, placement=placement, kv_dtype=_names(kv_dtype) or None,
-            mtp_depth=_numbers("--mtp", mtp) if mtp else None, mtp_acceptance=mtp_acceptance,
-            all2all=_names(all2all) or None, dispatch=_names(dispatch) or None, combine=_names(combine) or None,
-            chunk_tokens=_numbers("--chunk-tokens", chunk_tokens) if chunk_tokens else None, full=full,
+            quant=quant, routing=routing, placement=placement, kv_dtype=split_names(kv_dtype) or None,
+            mtp_depth=whole_numbers("--mtp", mtp) if mtp else None, mtp_acceptance=mtp_acceptance,
+            all2all=split_names(all2all) or None, dispatch=split_names(dispatch) or None,
+            combine=split_names(combine) or None,
+            chunk_tokens=whole_numbers("--chunk-tokens", chunk_tokens) if chunk_tokens else None, full=full,
             runnable_only=not any_engine, jobs=jobs, executor=executor,
         )
         written = _written(found, out)
     if as_json:
-        from tensorcast.report.compare_terminal import comparison_record
-        from tensorcast.report.rows import to_json
+        from tensorcast.report.compare.terminal import comparison_record
+        from tensorcast.report.plain import to_json
 
         typer.echo(to_json(comparison_record(found), indent=2))
         return
-    from tensorcast.report.compare_terminal import print_comparison
+    from tensorcast.report.compare.terminal import print_comparison
 
     print_comparison(found, console(), top)
     if written:
@@ -201,7 +201,7 @@ def _written(found: Comparison, out: Path | None) -> list[Path]:
 @contextlib.contextmanager
 def _told(out: Path | None) -> Iterator[None]:
     """Where no layout keeps the limits, the report says so, too; it is still the same error."""
-    from tensorcast.deploy.compare import NoLayoutMeets
+    from tensorcast.search.compare import NoLayoutMeets
 
     try:
         yield
@@ -209,82 +209,3 @@ def _told(out: Path | None) -> Iterator[None]:
         if _written(error.comparison, out):
             raise NoLayoutMeets(f"{error}; all candidates are in {out}", error.comparison) from None
         raise
-
-
-_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
-
-
-def duration(flag: str, text: str | None) -> float | None:
-    """``2s``, ``50ms`` or ``1.5 s`` in seconds. Raises :class:`InputError` on anything else, a bare number as well:
-    50 may be meant as milliseconds."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*(us|ms|s|min|)\s*", text.lower())
-    if not found or not 0 < float(found[1]) < math.inf:
-        raise InputError(f"{flag} {text!r}: must be a time, such as 2s, 50ms or 0.05s")
-    number, unit = found.groups()
-    if not unit:
-        raise InputError(f"{flag} {text!r}: a time needs its unit: {number}ms or {number}s")
-    return float(number) * _UNITS[unit]
-
-
-def _names(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _listed(flag: str, text: str) -> list[str]:
-    found = list(dict.fromkeys(_names(text)))
-    if not found:
-        raise InputError(f"{flag} {text!r}: must be one name or several with commas between")
-    return found
-
-
-def _numbers(flag: str, text: str) -> list[int]:
-    try:
-        found = list(dict.fromkeys(int(part) for part in _names(text)))
-    except ValueError:
-        found = []
-    if not found:
-        raise InputError(f"{flag} {text!r}: must be whole numbers, such as 8 or 8,16,32")
-    return found
-
-
-def _prices(text: str | None) -> dict[str, float]:
-    prices = {}
-    for part in _names(text):
-        name, _, value = part.partition("=")
-        try:
-            if not name:
-                raise ValueError
-            prices[name] = float(value)
-        except ValueError:
-            raise InputError(f"--price {part!r}: must be DEVICE=USD per GPU hour, as in H200=2.5") from None
-    return prices
-
-
-def read_layouts(path: Path) -> list[str]:
-    """Layouts of a YAML file: a list (or ``layouts:`` with one) of words such as ``tp8-ep8`` or of sizes by name."""
-    import yaml
-
-    from tensorcast.deploy.layout import parse_layout
-
-    try:
-        document: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as reason:
-        raise InputError(f"--layouts {path}: cannot be read: {reason.strerror or reason}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as reason:
-        raise InputError(f"--layouts {path}: not YAML: {' '.join(str(reason).split())[:120]}") from None
-    listed = document.get("layouts") if isinstance(document, dict) else document
-    if isinstance(document, dict) and (others := [key for key in document if key != "layouts"]):
-        raise InputError(f"--layouts {path}: {others[0]!r} is not known; it must be a list, or layouts: with one")
-    if not isinstance(listed, list) or not listed:
-        raise InputError(f"--layouts {path}: must be a list of layouts, such as [tp8, tp8-ep8]")
-    words = ["-".join(f"{k}{v}" for k, v in one.items()) if isinstance(one, dict) else str(one) for one in listed]
-    for word in words:
-        try:
-            sizes = parse_layout(word)
-        except InputError as reason:
-            raise InputError(f"--layouts {path}: {reason}") from None
-        if min(sizes.tp, sizes.dp, sizes.ep, sizes.pp) < 1:
-            raise InputError(f"--layouts {path}: layout {word!r}: sizes must be at least 1")
-    return words

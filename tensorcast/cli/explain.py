@@ -116,11 +116,11 @@ def explain(
             mtp_depth=mtp_depth,
         )
     if as_json:
-        from tensorcast.report.explain_terminal import explanation_record
-        from tensorcast.report.rows import to_json
+        from tensorcast.report.explain import explanation_record
+        from tensorcast.report.plain import to_json
 
         typer.echo(to_json(explanation_record(why), indent=2))
         return
-    from tensorcast.report.explain_terminal import print_explanation
+    from tensorcast.report.explain import print_explanation
 
     print_explanation(why, console())

@@ -84,11 +84,11 @@ def launch(
     """Print the commands that start MODEL in a layout, one per node, ready for a shell."""
     from tensorcast.api import device_profile
     from tensorcast.deploy.layout import ALL2ALL, check, parse_layout
-    from tensorcast.deploy.modelnames import named_model
+    from tensorcast.deploy.model_names import named_model
     from tensorcast.deploy.options import Options
-    from tensorcast.deploy.tables import traced_table
-    from tensorcast.report.launch import launch as write
-    from tensorcast.report.launch import script, with_room
+    from tensorcast.deploy.plan.rank_tables import traced_table
+    from tensorcast.launch.launch import launch as write
+    from tensorcast.launch.launch import script, with_room
 
     if role not in (None, "prefill", "decode"):
         raise InputError(f"--role {role!r}: must be prefill or decode")
@@ -111,7 +111,7 @@ def launch(
     if read_as:
         found = replace(found, notes=(*found.notes, read_as))
     if as_json:
-        from tensorcast.report.rows import to_json
+        from tensorcast.report.plain import to_json
 
         typer.echo(to_json(found.record(), indent=2))
         return

@@ -50,12 +50,11 @@ def predict(
         return
     if runs is None:
         raise InputError("predict needs a table: tensorcast predict runs.csv --out predictions.csv")
-    from tensorcast.deploy.predict import predict_file
-    from tensorcast.deploy.score import summarise
-    from tensorcast.report.files import check_file, writing
-    from tensorcast.report.rows import to_json
-    from tensorcast.report.serving import print_summary, write_serving_report
-    from tensorcast.trace.cache import write_atomically
+    from tensorcast.files import check_file, write_atomically, writing
+    from tensorcast.predict.predict import predict_file
+    from tensorcast.predict.score import summarise
+    from tensorcast.report.plain import to_json
+    from tensorcast.report.predict.page import print_summary, write_serving_report
 
     for flag, path in (("--out", out), ("--report", report)):
         if path is not None:
@@ -87,9 +86,9 @@ def predict(
 
 
 def _list_columns(as_json: bool) -> None:
-    from tensorcast.deploy.runs import MEASURED, describe_columns
-    from tensorcast.report.rows import to_json
-    from tensorcast.report.serving import print_columns
+    from tensorcast.predict.run_columns import MEASURED, describe_columns
+    from tensorcast.report.plain import to_json
+    from tensorcast.report.predict.page import print_columns
 
     records = describe_columns()
     if as_json:

@@ -140,7 +140,8 @@ def simulate(
 ) -> None:
     """Simulate one step of MODEL: its time, its memory, and the ops that cost it."""
     from tensorcast.api import simulate as run_simulation
-    from tensorcast.report.files import check_directory, write_report
+    from tensorcast.files import check_directory
+    from tensorcast.report.simulate.files import write_report
 
     if out is not None:
         check_directory(out)  # before minutes of work, not after
@@ -155,11 +156,12 @@ def simulate(
         )
         written = write_report(run, out, top) if out is not None else []
     if as_json:
-        from tensorcast.report.rows import records, to_json
+        from tensorcast.report.plain import to_json
+        from tensorcast.report.simulate.rows import records
 
         typer.echo(to_json({**run.totals(), "ops": records(run)}, indent=2))
         return
-    from tensorcast.report.terminal import print_simulation
+    from tensorcast.report.simulate.terminal import print_simulation
 
     print_simulation(run, console(), top)
     if written:

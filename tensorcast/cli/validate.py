@@ -10,6 +10,7 @@ import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, AsJson, app, console
 from tensorcast.cli.options import Model
+from tensorcast.cli.values import numbers
 from tensorcast.errors import InputError
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -29,19 +30,6 @@ torchrun --nproc-per-node 8 -m tensorcast validate qwen3-30b-a3b -d h200 --ep 8 
 [dim]Then fold what was measured back into the device profile[/dim]
 
 tensorcast calibrate -d cpu --from out/cpu/measurements.parquet --write cpu.yaml"""
-
-
-def numbers(flag: str, text: str | None) -> tuple[int, ...]:
-    """``1,8,64`` as numbers. Raises :class:`InputError` on anything else."""
-    if text is None:
-        return ()
-    try:
-        found = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise InputError(f"{flag} {text!r}: give numbers of at least 1, as in 1,8,64")
-    return found
 
 
 @app.command(epilog=EXAMPLES)
@@ -102,13 +90,13 @@ def validate(
 ) -> None:
     """Run MODEL's kernels on this machine and compare them with what is predicted."""
     from tensorcast.api import device_profile
-    from tensorcast.deploy.modelnames import named_model
-    from tensorcast.profiles import load_engine
-    from tensorcast.report.files import check_directory
-    from tensorcast.report.rows import to_json
-    from tensorcast.report.validation import headline, write_validation
-    from tensorcast.validate.calibrate import write_profile
-    from tensorcast.validate.record import write_table
+    from tensorcast.calibrate.constants.from_validation import write_profile
+    from tensorcast.deploy.model_names import named_model
+    from tensorcast.files import check_directory
+    from tensorcast.measure.store import write_table
+    from tensorcast.profiles.store import load_engine
+    from tensorcast.report.plain import to_json
+    from tensorcast.report.validate import headline, write_validation
     from tensorcast.validate.run import Request, summary
     from tensorcast.validate.run import validate as run
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from tensorcast.modeling.quantization import Quantization, rounded_hidden
 from tensorcast.profiles.memory import MemoryCovers
 from tensorcast.trace.dims import Dim, Sizes, product
-from tensorcast.trace.table import DTYPE_BYTES, Op, OpTable, Tensor
+from tensorcast.trace.table import DTYPE_BYTES, Op, OpTable, Tensor, per_table
 
 MLA_FP8_SCALE_GROUP = 128
 """FP8 latent cache: fp8 latent, one fp32 scale per 128 of it, bf16 rope part: 656 bytes per layer for 512 + 64
@@ -29,28 +28,6 @@ class CacheEntry:
     per_token: float
     limit: int
     per_sequence: float = 0.0
-
-
-Found = TypeVar("Found")
-
-
-def per_table(function: Callable[..., Found]) -> Callable[..., Found]:
-    """Remember what ``function`` finds in a table's ops and params for its other arguments.
-
-    By identity: tables hold dicts. How many layers there are must not matter: tables that differ in no more share it.
-    """
-    found: dict[tuple[Any, ...], tuple[OpTable, Found]] = {}
-
-    @functools.wraps(function)
-    def remembered(table: OpTable, *rest: Any) -> Found:
-        key = (id(table.ops), id(table.params), *rest)
-        if key not in found:
-            if len(found) >= 1024:
-                found.pop(next(iter(found)))
-            found[key] = table, function(table, *rest)  # the table stays alive, so its ids stay its own
-        return found[key][1]
-
-    return remembered
 
 
 @per_table

@@ -50,7 +50,7 @@ class Work:
     are work beside the matrix units: rows of the input and their elements that a call passes over first
     (quantisation, permutation), or softmax rows and scores. ``calls``: how many such calls run one after another.
     ``kernel``: which one of the family it is, where that is known (an op's name). ``sizes``: the shape in the words of
-    :data:`tensorcast.cost.predict.shapes.SIZES`, where a fitted residual may be asked for it.
+    :data:`tensorcast.cost.kernels.vocabulary.SIZES`, where a fitted residual may be asked for it.
     """
 
     family: str

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tensorcast.deploy.blocks import EXPERT_STAGES, blocks_of, is_shared
-from tensorcast.deploy.curves import GRID
+from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, idle_note
-from tensorcast.deploy.plan import Collective, Row
-from tensorcast.deploy.price import StepPrice
-from tensorcast.deploy.simulate import Deployment, deploy
+from tensorcast.deploy.plan.moe_blocks import blocks_of
+from tensorcast.deploy.step.breakdown import GROUPS, group_of
+from tensorcast.deploy.step.price import StepPrice
+from tensorcast.deploy.step.sizes import GRID
 from tensorcast.deploy.workload import Workload
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
@@ -25,12 +25,6 @@ from tensorcast.profiles.sourced import Figure
 if TYPE_CHECKING:
     import pandas as pd
 
-GROUPS = (
-    "attention", "attention projections", "experts", "shared experts", "dense layers", "router, norms, rest",
-    "embedding and head", "dispatch", "combine", "all-reduce", "other collectives", "drafting", "hidden by overlap",
-    "pipeline: waiting", "outside kernels",
-)  # fmt: skip
-"""Groups of ops of a step, in the order in which they are listed; their seconds add up to the step's."""
 
 MORE = 1.1
 """How much better a resource is made for its elasticity: +10 %."""
@@ -133,36 +127,6 @@ def applicable(options: Options, layout: Layout) -> Options:
         if options.combine == "logfmt10":  # low-latency kernels alone send it
             options = replace(options, combine=None)
     return replace(options, redundant_experts=options.redundant_experts if layout.ep > 1 else 0)
-
-
-def group_of(row: Row, blocks: dict[int, str], price_family: str) -> str:
-    """The group that a row belongs to."""
-    if row.module.startswith("mtp."):
-        return "drafting"
-    if isinstance(row, Collective):
-        if row.label in ("dispatch", "combine"):
-            return row.label
-        return "all-reduce" if row.op == "all_reduce" else "other collectives"
-    if is_shared(row.module, row.kind, blocks):
-        return "shared experts"
-    if row.stage in EXPERT_STAGES:
-        return "experts"
-    if row.kind < 0:
-        return "embedding and head"
-    if "attention" in price_family or price_family.startswith("mla") or row.name in _ATTENTION:
-        return "attention"
-    if row.name in ("mm", "addmm", "bmm"):
-        block = blocks.get(row.kind)
-        if block is not None and row.module.startswith(block):
-            return "router, norms, rest"
-        return "attention projections" if "attn" in row.module or "attention" in row.module else "dense layers"
-    return "router, norms, rest"
-
-
-_ATTENTION = (
-    "attention", "kv_cache_write", "kv_cache_read", "sparse_indexer", "mla_absorb", "mla_expand", "linear_attention",
-    "ssm_scan", "causal_conv1d",
-)  # fmt: skip
 
 
 def by_group(side: Side) -> dict[str, dict[str, float]]:

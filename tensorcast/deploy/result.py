@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tensorcast.deploy.plan import Collective, Row
-from tensorcast.deploy.price import WITHIN_80, RowPrice, StepPrice
+from tensorcast.deploy.plan.plan import Collective, Row
+from tensorcast.deploy.step.price import WITHIN_80, RowPrice, StepPrice
 from tensorcast.deploy.workload import Workload
 from tensorcast.trace.table import Op
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tensorcast.deploy.simulate import Deployment, Memory
+    from tensorcast.deploy.deployment import Deployment, Memory
 
 
 @dataclass(frozen=True)

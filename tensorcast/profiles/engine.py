@@ -90,7 +90,7 @@ class DeviceFit(Frozen):
 
 
 class EngineFit(Frozen):
-    """What was fitted to measured serving runs (:mod:`tensorcast.validate.engines`); replaces the published figures.
+    """What :mod:`tensorcast.calibrate.engines.overheads` fitted to measured runs, in place of published figures.
 
     Errors are of the time per token: of runs left out of the fit (``left_out``), and of models of which no run was
     fitted to (``unseen``), by the published overhead and by the fitted one.

@@ -10,7 +10,9 @@ from tensorcast.report import units
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tensorcast.profiles import DeviceProfile, EngineProfile, ModelProfile
+    from tensorcast.profiles.device import DeviceProfile
+    from tensorcast.profiles.engine import EngineProfile
+    from tensorcast.profiles.model import ModelProfile
 
 Record = dict[str, Any]
 

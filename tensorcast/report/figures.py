@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tensorcast.trace.cache import write_atomically
+from tensorcast.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from tensorcast.report import units
+
 _LARGE = ("", "k", "M", "G", "T", "P", "E", "Z")
 _SMALL = ("", "m", "u", "n", "p")
 
@@ -103,3 +105,9 @@ def percent(share: float) -> str:
 def _from_one(value: float) -> tuple[str, str]:
     """As :func:`scaled`, without prefixes below one: there is no millibyte."""
     return scaled(value) if abs(value) >= 0.9995 else (digits(value), "")
+
+
+def plural(number: float, what: str) -> str:
+    """``1 sequence``, ``4,096 sequences``."""
+    counted = units.count(number)
+    return f"{counted} {what}{'' if counted == '1' else 's'}"

@@ -10,24 +10,12 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
-import tempfile
 from functools import cache
 from pathlib import Path
 
+from tensorcast.files import cache_dir, write_atomically
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.table import FORMAT, OpTable
-
-
-def cache_dir() -> Path | None:
-    """Folder of the trace cache, or None when it is off."""
-    chosen = os.environ.get("TENSORCAST_CACHE", "")
-    if chosen.lower() == "off":
-        return None
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tensorcast"
 
 
 @cache
@@ -49,21 +37,6 @@ def _file(profile: ModelProfile, phase: str, tp: int) -> Path | None:
         return None
     key = json.dumps([FORMAT, _code_version(), profile.name, profile.config, phase, tp], sort_keys=True)
     return folder / "traces" / f"{profile.name}-{phase}-tp{tp}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write to a temporary name beside ``path`` and rename: a reader sees the old file or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(name, path.stat().st_mode if path.exists() else 0o644)  # mkstemp makes it for the owner alone
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def traced(profile: ModelProfile, phase: str, tp: int = 1) -> OpTable:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tensorcast.trace.dims import Dim, Sizes, product
+
+Found = TypeVar("Found")
+
+
+def per_table(function: Callable[..., Found]) -> Callable[..., Found]:
+    """Remember what ``function`` finds in a table's ops and params for its other arguments.
+
+    By identity: tables hold dicts. How many layers there are must not matter: tables that differ in no more share it.
+    """
+    found: dict[tuple[Any, ...], tuple[OpTable, Found]] = {}
+
+    @functools.wraps(function)
+    def remembered(table: OpTable, *rest: Any) -> Found:
+        key = (id(table.ops), id(table.params), *rest)
+        if key not in found:
+            if len(found) >= 1024:
+                found.pop(next(iter(found)))
+            found[key] = table, function(table, *rest)  # the table stays alive, so its ids stay its own
+        return found[key][1]
+
+    return remembered
+
 
 FORMAT = 1
 """Version of the stored form; part of the trace cache's key."""

@@ -9,24 +9,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tensorcast.calibrate.constants.errors import median_error
 from tensorcast.cost.collectives import collective_time
+from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.simulate import Deployment, deploy
 from tensorcast.deploy.workload import Workload
 from tensorcast.errors import InputError
+from tensorcast.measure import environment as env
+from tensorcast.measure.store import PARTIAL, Store, key_of, works_from
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.validate import environment as env
-from tensorcast.validate.compare import add_predictions, median_error
-from tensorcast.validate.record import PARTIAL, Store, key_of, works_from
+from tensorcast.validate.beside_measured import add_predictions
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from tensorcast.validate.replay import Templates
+    from tensorcast.measure.replay import Templates
 
 POINTS = {
     "cpu": {"decode": ((1, 3, 8, 24, 64), 512), "prefill": ((32, 128, 400), 0)},
@@ -135,7 +136,7 @@ def torch_device(request: Request) -> torch.device:
     import torch
 
     if request.device_type == "cpu":
-        from tensorcast.validate.host import threads
+        from tensorcast.measure.environment import threads
 
         torch.set_num_threads(threads())
         return torch.device("cpu")
@@ -188,8 +189,8 @@ def _measure(
     request: Request, device: torch.device, store: Store, belongs: str, notes: list[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of the op level, of the layer and step level, and of the comparison with transformers."""
-    from tensorcast.validate.buffers import Buffers
-    from tensorcast.validate.oprun import OpRunner, record, rows_of
+    from tensorcast.measure.operands import Buffers
+    from tensorcast.measure.ops import OpRunner, record, rows_of
 
     model = cut(request.model, request.layers) if request.layers else request.model
     deployments = {phase: _deployment(request, model, phase) for phase in {w.phase for w in request.workloads()}}
@@ -198,8 +199,8 @@ def _measure(
     watch = _watcher(request, model)
     every = {w: rows_of(deployments[w.phase], w, watch) for w in request.workloads()}
     if not request.shrink:
-        from tensorcast.validate.buffers import free_bytes
-        from tensorcast.validate.oprun import check_memory
+        from tensorcast.measure.operands import free_bytes
+        from tensorcast.measure.ops import check_memory
 
         check_memory([row for rows in every.values() for row in rows], free_bytes(device))
     for workload, rows in every.items():
@@ -216,9 +217,9 @@ def _measure(
 
 def _watcher(request: Request, model: ModelProfile) -> Callable[[Workload], Templates]:
     """How small ops are called at a workload's sizes; the meta model is built once."""
+    from tensorcast.measure.replay import watch_step
     from tensorcast.modeling.build import build
     from tensorcast.modeling.config import hf_config, narrow
-    from tensorcast.validate.replay import watch_step
 
     config = narrow(hf_config(model), request.tp)
     meta = build(config)
@@ -230,7 +231,7 @@ def _end_to_end(
     belongs: str, ops: list[dict[str, Any]], notes: list[str],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Layers and the step, and the rewritten layers against transformers' own; a note says why not, where not."""
-    from tensorcast.validate.endtoend import check_rows, layer_rows
+    from tensorcast.validate.end_to_end import check_rows, layer_rows
 
     if not request.end_to_end:
         return [], []
@@ -254,8 +255,8 @@ def _end_to_end(
 
 def _in_parallel(request: Request, device: torch.device) -> tuple[list[dict[str, Any]], int]:
     """Collectives and the expert-parallel layer on all ranks of torchrun."""
-    from tensorcast.validate import collectives as c
-    from tensorcast.validate.moe_layers import random_block
+    from tensorcast.measure import collectives as c
+    from tensorcast.measure.moe_layer import random_block
 
     with c.process_group(device) as (rank, ranks):
         repeats = max(3, round(c.REPEATS * request.effort))
@@ -280,7 +281,7 @@ def _in_parallel(request: Request, device: torch.device) -> tuple[list[dict[str,
 
 def _with_fits(result: Validation, request: Request) -> Validation:
     """The result with the constants that its measurements would give, and their error on shapes left out."""
-    from tensorcast.validate import calibrate as cal
+    from tensorcast.calibrate.constants import from_validation as cal
 
     frame = result.measurements()
     if not len(frame):

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tensorcast.deploy.plan import Collective
+from tensorcast.deploy.plan.plan import Collective
 from tensorcast.report import units
 from tensorcast.report.figures import GROUPS, group_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tensorcast.deploy.compare import Comparison
-    from tensorcast.deploy.price import StepPrice
-    from tensorcast.deploy.simulate import Deployment
+    from tensorcast.deploy.deployment import Deployment
+    from tensorcast.deploy.step.price import StepPrice
+    from tensorcast.search.compare import Comparison
 
 MOST_SHOWN = 8
 """Layouts in a figure that has one bar per layout: more are no longer read."""

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorcast.errors import InputError
+from tensorcast.files import check_directory
+from tensorcast.launch.launch import WRITERS
 from tensorcast.report.compare import fronts, steps, words
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.figures import Chart, style
 from tensorcast.report.compare.page import html, today
 from tensorcast.report.compare.roofline import roofline
 from tensorcast.report.compare.takeaway import takeaways
-from tensorcast.report.files import check_directory
-from tensorcast.report.launch import WRITERS
-from tensorcast.report.rows import to_json
+from tensorcast.report.plain import to_json
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    from tensorcast.deploy.compare import Comparison
+    from tensorcast.search.compare import Comparison
 
 FIGURES: tuple[Callable[[View], Chart | None], ...] = (
     fronts.pareto, steps.step_bars, fronts.throughput, fronts.heatmap, steps.memory, roofline, steps.sensitivity,

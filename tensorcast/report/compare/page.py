@@ -8,14 +8,14 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
-from tensorcast.deploy.remarks import COUNTED
 from tensorcast.report import units
 from tensorcast.report.compare import words
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.figures import Chart
 from tensorcast.report.compare.table import table
 from tensorcast.report.compare.takeaway import takeaways
-from tensorcast.report.rows import to_json
+from tensorcast.report.plain import to_json
+from tensorcast.search.notes import COUNTED
 
 
 def html(view: View, charts: Sequence[Chart]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tensorcast.deploy.plan import Collective
+from tensorcast.deploy.plan.plan import Collective
 from tensorcast.report import units
 from tensorcast.report.compare.choices import Choice, View
 from tensorcast.report.compare.figures import INK, MUTED, Chart, canvas, finish, places
@@ -15,8 +15,8 @@ from tensorcast.report.figures import group_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from tensorcast.deploy.price import StepPrice
-    from tensorcast.deploy.simulate import Deployment
+    from tensorcast.deploy.deployment import Deployment
+    from tensorcast.deploy.step.price import StepPrice
 
 COSTLIEST, LEAST_SHARE = 8, 0.005
 """Ops in the roofline: how many at most, and the share of kernel time below which one is left out."""

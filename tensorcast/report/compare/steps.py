@@ -22,7 +22,7 @@ from tensorcast.report.compare.figures import (
     wrapped,
 )
 from tensorcast.report.figures import COLOURS as GROUP_COLOURS
-from tensorcast.report.words import plural
+from tensorcast.report.units import plural
 
 PART_COLOURS = dict(zip(PARTS, (*GROUP_COLOURS, "#3b3b3b"), strict=True))
 
@@ -200,7 +200,7 @@ def sensitivity(view: View) -> Chart | None:
 
 def _under_routings(view: View, choice: Choice) -> list[float]:
     """Seconds of a decode step under each of :data:`ROUTINGS`, at the load of the figures."""
-    from tensorcast.deploy.simulate import deploy
+    from tensorcast.deploy.deployment import deploy
 
     batch, _ = view.batch_at_load(choice)
     d, found = choice.decode, []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.errors import InputError
+from tensorcast.launch.launch import WRITERS, launch, model_facts, script
 from tensorcast.report.compare.choices import Choice, View
-from tensorcast.report.launch import WRITERS, engine_can_run, launch, model_facts, script
 
 
 @dataclass(frozen=True)

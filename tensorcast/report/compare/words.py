@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from tensorcast.report import units
 from tensorcast.report.compare.choices import PARTS, Choice, View
-from tensorcast.report.words import plural
+from tensorcast.report.units import plural
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tensorcast.deploy.compare import Comparison
+    from tensorcast.search.compare import Comparison
 
 COVERS = {"everything": "", "weights_and_cache": " for weights and cache", "cache": " that these leave for the cache"}
 """What an engine's share of the memory is for."""

@@ -1,0 +1,101 @@
+"""Values."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from tensorcast.errors import InputError
+
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+
+
+def duration(flag: str, text: str | None) -> float | None:
+    """``2s``, ``50ms`` or ``1.5 s`` in seconds. Raises :class:`InputError` on anything else, a bare number as well:
+    50 may be meant as milliseconds."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*(us|ms|s|min|)\s*", text.lower())
+    if not found or not 0 < float(found[1]) < math.inf:
+        raise InputError(f"{flag} {text!r}: must be a time, such as 2s, 50ms or 0.05s")
+    number, unit = found.groups()
+    if not unit:
+        raise InputError(f"{flag} {text!r}: a time needs its unit: {number}ms or {number}s")
+    return float(number) * _UNITS[unit]
+
+
+def split_names(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def listed_names(flag: str, text: str) -> list[str]:
+    found = list(dict.fromkeys(split_names(text)))
+    if not found:
+        raise InputError(f"{flag} {text!r}: must be one name or several with commas between")
+    return found
+
+
+def whole_numbers(flag: str, text: str) -> list[int]:
+    try:
+        found = list(dict.fromkeys(int(part) for part in split_names(text)))
+    except ValueError:
+        found = []
+    if not found:
+        raise InputError(f"{flag} {text!r}: must be whole numbers, such as 8 or 8,16,32")
+    return found
+
+
+def device_prices(text: str | None) -> dict[str, float]:
+    prices = {}
+    for part in split_names(text):
+        name, _, value = part.partition("=")
+        try:
+            if not name:
+                raise ValueError
+            prices[name] = float(value)
+        except ValueError:
+            raise InputError(f"--price {part!r}: must be DEVICE=USD per GPU hour, as in H200=2.5") from None
+    return prices
+
+
+def read_layouts(path: Path) -> list[str]:
+    """Layouts of a YAML file: a list (or ``layouts:`` with one) of words such as ``tp8-ep8`` or of sizes by name."""
+    import yaml
+
+    from tensorcast.deploy.layout import parse_layout
+
+    try:
+        document: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as reason:
+        raise InputError(f"--layouts {path}: cannot be read: {reason.strerror or reason}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as reason:
+        raise InputError(f"--layouts {path}: not YAML: {' '.join(str(reason).split())[:120]}") from None
+    listed = document.get("layouts") if isinstance(document, dict) else document
+    if isinstance(document, dict) and (others := [key for key in document if key != "layouts"]):
+        raise InputError(f"--layouts {path}: {others[0]!r} is not known; it must be a list, or layouts: with one")
+    if not isinstance(listed, list) or not listed:
+        raise InputError(f"--layouts {path}: must be a list of layouts, such as [tp8, tp8-ep8]")
+    words = ["-".join(f"{k}{v}" for k, v in one.items()) if isinstance(one, dict) else str(one) for one in listed]
+    for word in words:
+        try:
+            sizes = parse_layout(word)
+        except InputError as reason:
+            raise InputError(f"--layouts {path}: {reason}") from None
+        if min(sizes.tp, sizes.dp, sizes.ep, sizes.pp) < 1:
+            raise InputError(f"--layouts {path}: layout {word!r}: sizes must be at least 1")
+    return words
+
+
+def numbers(flag: str, text: str | None) -> tuple[int, ...]:
+    """``1,8,64`` as numbers. Raises :class:`InputError` on anything else."""
+    if text is None:
+        return ()
+    try:
+        found = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise InputError(f"{flag} {text!r}: give numbers of at least 1, as in 1,8,64")
+    return found

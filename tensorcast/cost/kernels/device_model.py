@@ -1,0 +1,332 @@
+"""One device's kernel model: per kernel the fitted residual over physics, where it was measured, how far off it was.
+
+Stored as ``calibration/DEVICE.npz`` beside the device profiles: small integer arrays for the trees and one JSON text
+for the rest; no pickle. ``calibration/DEVICE.yaml`` says the same in words for readers (provenance, points, errors).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tensorcast.cost.evidence import NORMAL_80
+from tensorcast.cost.kernels.trees import Trees, leaf_steps
+from tensorcast.cost.kernels.triton_tiles import of_library
+from tensorcast.cost.kernels.vocabulary import NON_GATED, Columns
+from tensorcast.errors import InputError
+
+FORMAT = 2
+"""Layout of the stored file; another number is refused."""
+
+LINES = {
+    "gemm": (), "grouped_gemm": ("hidden", "inter", "topk", "experts"),
+    "attention_prefill": ("head_dim", "window", "kv_bytes"), "attention_decode": ("head_dim", "window", "kv_bytes"),
+    "mla_prefill": ("kv_bytes",), "mla_decode": ("kv_bytes",), "mla_prefill_module": ("kv_bytes",),
+    "mla_decode_module": ("kv_bytes",), "moe_exchange": ("ranks", "nodes"),
+}
+"""Sizes that must equal a measured combination for a shape to count as measured (collectives: the group size); in the
+others it must lie between the least and the most that were measured."""
+
+CONFIGURATION = {"grouped_gemm": ("hidden", "inter", "topk", "experts", "moe_tp", "moe_ep", "skew")}
+"""Sizes that an engine picks its kernel by once, for all numbers of tokens: measured configurations may run at a level
+of their own, which no size explains."""
+
+SOURCE_OF = ("hidden", "inter", "topk", "experts")
+"""Sizes of a model, whose experts an engine runs with a library of its choice: one where ranks hold whole experts
+(``moe_ep`` over 1), one else."""
+
+CODE = np.random.default_rng(7).random(8) + 0.5
+"""Weights that give every combination of sizes a number of its own."""
+
+WEIGHTS = (1.0, 1e5 + 3, 1e9 + 7, 1e13 + 9)
+"""Weights under which whole sizes have distinct sums."""
+
+UNTUNED = 0.3
+"""log of the factor over its like from which on a measured configuration is taken to have run untuned kernels. A third
+of some models' under TensorRT-LLM take 2 to 10 times as long as the same split under another routing law or on another
+device, at random; most likely because the tables' collector shares tuned kernels between processes and GPUs
+(github.com/ai-dynamo/aiconfigurator, ``collector/trtllm/collect_moe.py``). An engine tunes its own."""
+
+OUTSIDE = 0.055
+"""By how much (log) an interval's ends move away per factor of two beyond the measured sizes. Settled on H200 and B200
+by leaving the largest values of a size out of the fit; ``make accuracy`` shows on H100 how often that holds."""
+
+FEW = {2: 2.40, 3: 1.47, 4: 1.28, 5: 1.20, 6: 1.15}
+"""By how much an interval over models widens where so few were measured: Student's 90 % quantile with one degree of
+freedom fewer, over the normal one."""
+
+ONE_MODEL = NORMAL_80 * 0.4
+"""Half an interval for other models where one alone was measured: the error of datasheet constants."""
+
+
+def widened(low: float, high: float, models: int) -> tuple[float, float]:
+    """Ends of an interval over ``models`` models (logs), as wide as so few allow."""
+    if models <= 1:
+        return min(low, -ONE_MODEL), max(high, ONE_MODEL)
+    middle, half = (low + high) / 2.0, (high - low) / 2.0 * FEW.get(models, 1.0)
+    return min(low, middle - half), max(high, middle + half)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of one engine. Errors are of rows held out of the fit, as log(measured / predicted).
+
+    ``low``, ``high``: 10 % and 90 % quantiles per bin of log2 predicted seconds, bins between ``edges``; ``new_low``,
+    ``new_high`` the same over whole shapes (models, weight sizes) left out, for shapes that were not measured, where
+    ``carry`` is used if there is one, else the first ``new_trees`` alone; ``ruled`` these two where it is said whose
+    kernel runs. ``levels``: measured configurations off the level that their sizes tell, the sizes of
+    :data:`CONFIGURATION` and then log of the factor. ``sources``: whose kernels ran, the sizes of :data:`SOURCE_OF`,
+    whether experts are spread over ranks, and which library (of :data:`~tensorcast.cost.kernels.vocabulary.SOURCES`).
+    ``constants``: digest of what the formula rested on.
+    ``rising``: trees for other devices (:mod:`tensorcast.cost.kernels.monotone`), over all but a ``share`` of the
+    formula's growth within ``span``, the ends of its log seconds in the fit; ``probes``: the shapes from whose median
+    those seconds count.
+    """
+
+    family: str
+    dtype: str
+    engine: str
+    variant: str
+    trees: Trees
+    box: Mapping[str, tuple[float, float]]
+    seen: tuple[tuple[float, ...], ...]
+    edges: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    new_low: float
+    new_high: float
+    new_trees: int
+    levels: tuple[tuple[float, ...], ...] = ()
+    sources: tuple[tuple[float, ...], ...] = ()
+    carry: Trees | None = None
+    ruled: tuple[float, ...] = ()
+    constants: str = ""
+    rising: Trees | None = None
+    share: float = 0.0
+    span: tuple[float, float] = (0.0, 0.0)
+    probes: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return LINES.get(self.family, ("ranks",) if "payload_bytes" in self.box else ())
+
+    def inside(self, columns: Columns) -> Columns:
+        """The sizes, each brought to the nearest measured one: beyond the data the residual stays as at its edge."""
+        held = {name: np.clip(columns[name], low, high) for name, (low, high) in self.box.items() if name in columns}
+        return {**columns, **held}
+
+    def beyond(self, columns: Columns) -> np.ndarray:
+        """Factors of two by which the sizes lie outside what was measured, added up; of one more where zero was."""
+        total: Any = np.zeros(len(next(iter(columns.values()))))
+        for name, (low, high) in self.box.items():
+            if name not in columns or ((columns[name] >= low) & (columns[name] <= high)).all():
+                continue
+            more = 1.0 if low <= 0 else 0.0
+            value = np.maximum(columns[name] + more, 1e-9)
+            total = total + np.log2(np.maximum(value / max(high + more, 1e-9), 1.0))
+            total = total + (np.log2(np.maximum(low / value, 1.0)) if low > 0 else 0.0)
+        return np.asarray(total)
+
+    def known(self, columns: Columns) -> np.ndarray:
+        """Whether the sizes of :attr:`lines` are a combination that was measured."""
+        size = len(next(iter(columns.values())))
+        if not self.lines or not all(name in columns for name in self.lines):
+            return np.full(size, not self.lines)
+        if not self.seen:
+            return np.zeros(size, dtype=bool)
+        mine = np.round(sum((w * columns[name] for w, name in zip(WEIGHTS, self.lines, strict=False)), np.zeros(1)))
+        return self._codes[np.minimum(np.searchsorted(self._codes, mine), len(self._codes) - 1)] == mine
+
+    @cached_property
+    def _codes(self) -> np.ndarray:
+        """A number for every combination of :attr:`lines` that was measured, ascending."""
+        return np.unique(np.round(np.asarray(self.seen, dtype=float) @ np.array(WEIGHTS[: len(self.lines)])))
+
+    def asked(self) -> set[str]:
+        """Features that the residual asks for."""
+        return {*self.trees.names, *(self.carry.names if self.carry else ())}
+
+    def told(self, features: Columns, columns: Columns) -> Columns:
+        """Features with ``source``, the library whose kernel runs: as measured for the model, for other models as the
+        columns say, else what most models with such experts (gated or not) ran."""
+        if not self.sources or not all(name in columns for name in (*SOURCE_OF, "moe_ep")):
+            return features
+        table, split = np.asarray(self.sources), columns["moe_ep"] > 1
+        source = _looked_up(table, [*(columns[name] for name in SOURCE_OF), split.astype(float)])
+        said = columns.get("source", np.zeros(len(split)))
+        source = np.where(np.isnan(source) & self.said(columns), said, source)
+        plain = np.array([tuple(line[:4]) in NON_GATED for line in self.sources])
+        ungated = columns.get("gated", np.ones(len(split))) == 0
+        for spread, without in ((False, False), (False, True), (True, False), (True, True)):
+            same = (table[:, -2] == spread) & (plain == without)
+            codes, counts = np.unique(table[same if same.any() else table[:, -2] == spread, -1], return_counts=True)
+            if len(codes):
+                source[np.isnan(source) & (split == spread) & (ungated == without)] = codes[counts.argmax()]
+        return of_library(features, np.nan_to_num(source))
+
+    def said(self, columns: Columns) -> np.ndarray:
+        """Whether the columns say whose kernel runs, a library that was measured."""
+        size = len(next(iter(columns.values())))
+        if "source" not in columns or not self.sources:
+            return np.zeros(size, dtype=bool)
+        return np.isin(columns["source"], list({line[-1] for line in self.sources}))
+
+    def correction(self, features: Columns, known: np.ndarray) -> np.ndarray:
+        """log of what to multiply physics by."""
+        if known.all() or (self.carry is None and self.new_trees >= len(self.trees.feature)):
+            return self.trees.values(features)
+        if not known.any():
+            return self._carried(features)
+        result = np.empty(len(known))
+        for at, values in ((known, self.trees.values), (~known, self._carried)):
+            result[at] = values({name: features[name][at] for name in self.asked() & features.keys()})
+        return result
+
+    def _carried(self, features: Columns) -> np.ndarray:
+        """The same for models that were not measured."""
+        if self.carry is None:
+            return self.trees.values(features, self.new_trees)
+        size = len(next(iter(features.values())))  # those trees have seen other dtypes' rows too
+        return self.carry.values({"source": np.zeros(size), **features, "own": np.ones(size)})
+
+    def raised(self, coordinates: Columns, log_formula: np.ndarray) -> np.ndarray:
+        """log of what to multiply physics by on another device, such that times grow with every size."""
+        assert self.rising is not None
+        return self.rising.values(coordinates) - self.share * np.clip(log_formula, *self.span)
+
+    def level(self, columns: Columns) -> np.ndarray:
+        """log of the factor by which a measured configuration differs from others of like sizes; 0 if none is known."""
+        names = CONFIGURATION.get(self.family, ())
+        if not self.levels or not all(name in columns for name in names):
+            return np.zeros(len(next(iter(columns.values()))))
+        return np.nan_to_num(_looked_up(np.asarray(self.levels, dtype=float), [columns[name] for name in names]))
+
+    def interval(
+        self, seconds: np.ndarray, measured: np.ndarray, beyond: np.ndarray, said: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """log of the 80 % interval's ends over ``seconds``."""
+        part = np.searchsorted(self.edges, np.log2(np.maximum(seconds, 1e-9)))
+        ends = self.new_low, self.new_high
+        ruled = (self.ruled[0], self.ruled[1]) if self.ruled else ends
+        if self.family == "grouped_gemm" and self.seen:
+            ends, ruled = (widened(*pair, len(self.seen)) for pair in (ends, ruled))
+        wider = OUTSIDE * beyond
+        low = np.where(measured, np.asarray(self.low)[part], np.where(said, ruled[0], ends[0]) - wider)
+        high = np.where(measured, np.asarray(self.high)[part], np.where(said, ruled[1], ends[1]) + wider)
+        return np.minimum(low, 0.0), np.maximum(high, 0.0)
+
+
+def _looked_up(table: np.ndarray, sizes: Sequence[np.ndarray]) -> np.ndarray:
+    """The last column of the row of ``table`` whose others equal ``sizes``, per call; NaN where there is none."""
+    codes = table[:, :-1] @ CODE[: len(sizes)]
+    order = np.argsort(codes)
+    mine = sum((w * size for w, size in zip(CODE, sizes, strict=False)), np.zeros(1))
+    place = order[np.minimum(np.searchsorted(codes[order], mine - 1e-7), len(order) - 1)]
+    return np.where(np.abs(codes[place] - mine) < 1e-6, table[place, -1], np.nan)
+
+
+@dataclass(frozen=True)
+class DeviceModel:
+    """All kernels of a device, by (family, dtype, engine, variant)."""
+
+    device: str
+    kernels: Mapping[tuple[str, str, str, str], Kernel]
+    provenance: str = ""
+
+    def find(self, family: str, dtype: str, engine: str, variant: str) -> Kernel | None:
+        """This engine's kernel, else the plain variant's, else another engine's of the same dtype."""
+        for name in (variant, "") if variant != "eager" else (variant,):
+            for who in (engine, "any", *STAND_IN.get(engine, STAND_IN["any"])):
+                found = self.kernels.get((family, dtype, who, name))
+                if found is not None:
+                    return found
+        return None
+
+
+GROWN = ("trees", "carry", "rising")
+"""Fields of a kernel that are trees; all but the first may be missing."""
+
+STAND_IN = {
+    "vllm": ("sglang", "trtllm"), "sglang": ("vllm", "trtllm"), "trtllm": ("vllm", "sglang"),
+    "any": ("trtllm", "vllm", "sglang"),
+}
+"""Whose kernel to take where an engine's own was not measured (or not soundly): vLLM and SGLang share most kernels."""
+
+
+def pack(model: DeviceModel) -> bytes:
+    """The stored form: leaves as bytes with one scale per tree, questions as small integers."""
+    heads, borders, feature, border, leaves, scales = [], [], [], [], [], []
+    for kernel in model.kernels.values():
+        head = {part.name: getattr(kernel, part.name) for part in fields(kernel) if part.name not in GROWN}
+        for name in GROWN:
+            trees: Trees | None = getattr(kernel, name)
+            if trees is None:
+                continue
+            head[name] = {"names": trees.names, "bias": trees.bias, "trees": len(trees.feature),
+                          "depth": trees.feature.shape[1], "borders": [len(b) for b in trees.borders]}
+            borders += [np.asarray(b, dtype=np.float32) for b in trees.borders]
+            feature.append(trees.feature.ravel())
+            border.append(trees.border.ravel())
+            scale = leaf_steps(trees.leaves)
+            leaves.append(np.round(trees.leaves / scale[:, None]).astype(np.int8).ravel())
+            scales.append(scale.astype(np.float32))
+        heads.append(head)
+    about = {"format": FORMAT, "device": model.device, "provenance": model.provenance, "kernels": heads}
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8), borders=_joined(borders, np.float32),
+        feature=_joined(feature, np.uint8), border=_joined(border, np.uint8), leaves=_joined(leaves, np.int8),
+        scales=_joined(scales, np.float32),
+    )
+    return buffer.getvalue()
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+
+def read_model(path: Path) -> DeviceModel:
+    """A stored model. Raises :class:`InputError` where the file is damaged or of another format."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+        about = json.loads(arrays["about"].tobytes().decode())
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a kernel model ({str(error).splitlines()[0]})") from None
+    if about.get("format") != FORMAT:
+        raise InputError(f"{path}: format {about.get('format')!r}, this version reads {FORMAT}; calibrate anew")
+    kernels: dict[tuple[str, str, str, str], Kernel] = {}
+    at = dict.fromkeys(("borders", "split", "leaf", "tree"), 0)
+
+    def take(name: str, cursor: str, count: int, move: bool = True) -> np.ndarray:
+        part = arrays[name][at[cursor] : at[cursor] + count]
+        at[cursor] += count if move else 0
+        return part
+
+    def grown(shape: Mapping[str, Any]) -> Trees:
+        trees, depth = shape["trees"], shape["depth"]
+        borders = tuple(take("borders", "borders", n) for n in shape["borders"])
+        feature = take("feature", "split", trees * depth, move=False).reshape(trees, depth)
+        border = take("border", "split", trees * depth).reshape(trees, depth)
+        scale = take("scales", "tree", trees)
+        leaves = take("leaves", "leaf", trees << depth).reshape(trees, 1 << depth) * scale[:, None]
+        return Trees(tuple(shape["names"]), borders, feature, border, leaves.astype(np.float32), shape["bias"])
+
+    for head in about["kernels"]:
+        head |= {name: grown(head[name]) for name in GROWN if name in head}
+        head["box"] = {name: tuple(ends) for name, ends in head["box"].items()}
+        for name in ("edges", "low", "high", "ruled", "span"):
+            head[name] = tuple(head.get(name, ()))
+        for name in ("seen", "levels", "sources"):
+            head[name] = tuple(tuple(line) for line in head[name])
+        kernel = Kernel(**head)
+        kernels[kernel.family, kernel.dtype, kernel.engine, kernel.variant] = kernel
+    return DeviceModel(about["device"], kernels, about["provenance"])

@@ -1,0 +1,173 @@
+"""Times outside the data: priced on a lattice of sizes where they never fall, and between its nodes.
+
+What carries over to other sizes, models or groups of ranks are ratios (rows per expert, full waves, bytes per FLOP),
+and trees over ratios step up and down as a size grows. So they are asked at few sizes alone, mostly powers of two. A
+node takes as long as the middle (of logs) between the longest of the nodes of no larger sizes and the shortest of those
+of no smaller ones, which both never fall; and between nodes the log of the time goes linearly over the logs of sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+
+import numpy as np
+
+from tensorcast.cost.kernels.vocabulary import Columns
+
+
+def _from(first: float) -> np.ndarray:
+    """Powers of two without an end that is asked for."""
+    return first * 2.0 ** np.arange(44.0)
+
+
+_HEADS = {"batch": _from(1), "new": _from(1), "past": _from(1), "q_heads": _from(1)}
+_KINDS = {"head_dim": np.array([64.0, 128, 256, 512, 1024]), "window": np.array([128.0, 1024, 8192, 1 << 40])}
+_PAYLOAD = {"payload_bytes": _from(64)}
+
+SIDES: Mapping[str, Mapping[str, np.ndarray]] = {
+    "gemm": {"m": _from(1), "n": _from(64), "k": _from(64), "batch": _from(1)},
+    "grouped_gemm": {"tokens": _from(1), "hidden": _from(1024), "inter": _from(512), "topk": _from(1)},
+    "attention_prefill": _HEADS | _KINDS, "attention_decode": _HEADS | _KINDS,
+    "mla_prefill": _HEADS, "mla_decode": _HEADS, "mla_prefill_module": _HEADS, "mla_decode_module": _HEADS,
+    "quantize": {"m": _from(1), "k": _from(64)},
+    "all_reduce": _PAYLOAD, "all_gather": _PAYLOAD, "reduce_scatter": _PAYLOAD, "all_to_all": _PAYLOAD,
+    "moe_exchange": {"tokens": _from(1), "hidden": _from(256), "topk": _from(1)},
+}
+"""The sizes in which a family's times grow (top-k where routing is not skewed: skewed loads are means over draws), and
+where the lattice's nodes lie; smaller ones take as long as the first. Head sizes and windows have nodes where some were
+measured: they pick their kernels."""
+
+WEIGHTS = np.random.default_rng(13).random(16) + 0.5
+"""Under which every combination of the other sizes has a sum of its own."""
+
+MOST_NODES = 1 << 21
+"""Nodes that are kept."""
+
+Price = Callable[[Columns], np.ndarray]
+"""log of the seconds of every call, from its sizes."""
+
+
+class Lattice:
+    """The nodes of one kernel, kept by the sizes that are no ``sides`` of the lattice (experts, ranks, routing).
+
+    ``sides``: as in :data:`SIDES`; ``box``: the ends between which a size was measured, beyond the upper of which nodes
+    only get longer. ``reach``: how many nodes beside the asked ones are looked at (default: all that matter).
+    """
+
+    def __init__(
+        self, sides: Mapping[str, np.ndarray], box: Mapping[str, tuple[float, float]], price: Price,
+        reach: int | None = None,
+    ) -> None:
+        self.sides, self.price, self.reach = sides, price, reach
+        self._last = np.array([len(nodes) - 1 for nodes in sides.values()])
+        self._box = {name: box[name][1] for name in sides}
+        # beyond a single measured node times only get longer: there nodes need none but their neighbours
+        self._alone = np.array([self._box[name] <= nodes[0] for name, nodes in sides.items()])
+        self._grids: dict[tuple[float, ...], tuple[tuple[int, ...], np.ndarray]] = {}
+        self._held = 0
+
+    def log_seconds(self, columns: Columns) -> np.ndarray:
+        """log seconds of every call."""
+        if self._held > MOST_NODES:
+            self._grids, self._held = {}, 0
+        if "window" in self.sides:  # none is zero, and no small one
+            columns = columns | {"windowed": np.sign(columns["window"])}
+        at = self._places(columns)
+        others = [name for name in columns if name not in self.sides]
+        table = np.array([*(columns[name] for name in others), *np.floor(at[self._alone])])
+        table = table.reshape(-1, at.shape[1])
+        codes = sum((w * values for w, values in zip(WEIGHTS, table, strict=False)), np.zeros(at.shape[1]))
+        _, first, group = np.unique(codes, return_index=True, return_inverse=True)
+        order, groups = np.argsort(group, kind="stable"), table[:, first].T
+        parts = np.split(order, np.searchsorted(group[order], np.arange(1, len(first))))
+        ends = ((at[:, part].min(axis=1), at[:, part].max(axis=1)) for part in parts)
+        bounds = [(np.floor(low).astype(int), np.ceil(high).astype(int)) for low, high in ends]
+        self._fill(others, groups, bounds)
+        result = np.empty(len(order))
+        for values, part in zip(groups, parts, strict=True):
+            start, grid = self._grids[tuple(values)]
+            result[part] = _between(grid, at[:, part] - np.array(start)[:, None])
+        return result
+
+    def _places(self, columns: Columns) -> np.ndarray:
+        """``[sides, calls]``: between which nodes the sizes lie. Top-k's last one is all experts; query heads count by
+        cached head."""
+        places = []
+        for name, nodes in self.sides.items():
+            size = columns[name]
+            if name == "q_heads" and "kv_heads" in columns:
+                size = size / columns["kv_heads"]
+            if name == "topk":
+                below = np.exp2(np.floor(np.log2(columns["experts"])))
+                left = np.log2(np.maximum(columns["experts"] / below, 1.01))
+                size = np.where(size > below, below * (size / below) ** (1.0 / left), size)
+            at = np.interp(np.log2(np.maximum(size, nodes[0])), np.log2(nodes), np.arange(len(nodes)))
+            places.append(np.round(at, 12))
+        return np.stack(places)
+
+    def _tops(self, others: Mapping[str, float]) -> np.ndarray:
+        """Per side the node beyond which times only grow."""
+        most = dict(self._box)
+        if "q_heads" in most and "kv_heads" in others:
+            most["q_heads"] = most["q_heads"] / others["kv_heads"]
+        places = [np.searchsorted(nodes, most[name]) for name, nodes in self.sides.items()]
+        return np.minimum(places, self._last)
+
+    def _fill(
+        self, others: Sequence[str], groups: np.ndarray, bounds: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> None:
+        """Price the nodes that are asked for and missing, of all groups at once."""
+        asked, grids = [], []
+        for values, (low, high) in zip(groups, bounds, strict=True):
+            if self.reach is None:
+                top = self._tops(dict(zip(others, values, strict=False)))
+                first, high = np.where(low >= top, low, 0), np.maximum(high, top)
+            else:
+                first, high = np.maximum(low - self.reach, 0), np.minimum(high + self.reach, self._last)
+            key, known = tuple(values), self._grids.get(tuple(values))
+            if known is not None:
+                end = np.array(known[0]) + known[1].shape - 1
+                if (first >= known[0]).all() and (high <= end).all():
+                    continue
+                first, high = np.minimum(first, known[0]), np.maximum(high, end)
+            asked.append((key, tuple(int(v) for v in first), tuple(int(v) for v in high - first + 1)))
+            ladders = (nodes[a : b + 1] for nodes, a, b in zip(self.sides.values(), first, high, strict=True))
+            grids.append([side.ravel() for side in np.meshgrid(*ladders, indexing="ij")])
+        if not asked:
+            return
+        sizes = [len(grid[0]) for grid in grids]
+        columns = dict(zip(self.sides, (np.concatenate(side) for side in zip(*grids, strict=True)), strict=True))
+        table = np.repeat(np.array([key for key, _, _ in asked]), sizes, axis=0)
+        found = np.split(self.price(_sound(columns | dict(zip(others, table.T, strict=False)))), np.cumsum(sizes)[:-1])
+        self._held += sum(sizes)
+        for (key, start, shape), values in zip(asked, found, strict=True):
+            least = most = values.reshape(shape)
+            for axis in range(len(shape)):
+                most = np.maximum.accumulate(most, axis=axis)
+                least = np.flip(np.minimum.accumulate(np.flip(least, axis), axis=axis), axis)
+            self._grids[key] = start, (least + most) / 2.0
+
+
+def _sound(columns: Columns) -> Columns:
+    """Nodes as calls that can be: no more choices than experts."""
+    if "topk" in columns and "experts" in columns:
+        columns["topk"] = np.minimum(columns["topk"], columns["experts"])
+    if "kv_heads" in columns:
+        columns["q_heads"] = columns["q_heads"] * columns["kv_heads"]
+    if "windowed" in columns:
+        columns["window"] = columns["window"] * columns.pop("windowed")
+    return columns
+
+
+def _between(grid: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """``grid`` at places ``at [axes, calls]`` (in nodes), linearly along every axis."""
+    low, last = at.astype(int), np.array(grid.shape) - 1
+    share, result = at - low, np.zeros(at.shape[1])
+    axes = [axis for axis in range(len(at)) if share[axis].any()]
+    for corner in product((0, 1), repeat=len(axes)):
+        up, weight = np.zeros_like(low), np.ones(at.shape[1])
+        for axis, one in zip(axes, corner, strict=True):
+            up[axis], weight = one, weight * (share[axis] if one else 1.0 - share[axis])
+        result += weight * grid[tuple(np.minimum(low + up, last[:, None]))]
+    return result

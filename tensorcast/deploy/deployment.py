@@ -1,0 +1,264 @@
+"""Deployment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from tensorcast.cost.memory import activation_bytes, cache_budget, cache_bytes, low_latency_buffer_bytes, weight_bytes
+from tensorcast.deploy.layout import Layout, attention_dp, check
+from tensorcast.deploy.options import Options, check_options, idle_options, option_facts
+from tensorcast.deploy.plan.moe_blocks import has_shared
+from tensorcast.deploy.plan.plan import choose_all2all, expert_sources, make_plan
+from tensorcast.deploy.plan.rank_tables import rank_tables, shared_form, traced_table
+from tensorcast.deploy.step.step import Step
+from tensorcast.errors import InputError, unknown_name
+from tensorcast.modeling.quantization import KV_DTYPES, Quantization, checkpoint, override
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.memory import is_latent
+from tensorcast.profiles.model import ModelProfile
+from tensorcast.trace.dims import Sizes
+from tensorcast.trace.table import OpTable, per_table
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest rank; arrays where the batch was one."""
+
+    weights: Any
+    kv_cache: Any
+    activations: Any
+    communication: Any
+    engine: Any
+    capacity: float
+    cache_budget: Any
+    """What the engine's memory settings leave for the cache."""
+
+    @property
+    def total(self) -> Any:
+        return self.weights + self.kv_cache + self.activations + self.communication + self.engine
+
+    @property
+    def budget(self) -> Any:
+        """The most that all may take together."""
+        return self.total - self.kv_cache + self.cache_budget
+
+    @property
+    def fits(self) -> Any:
+        return self.kv_cache <= self.cache_budget
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Everything that is fixed before a batch is chosen; prices and memory for any batch follow."""
+
+    model: ModelProfile
+    device: DeviceProfile
+    engine: EngineProfile
+    layout: Layout
+    phase: str
+    options: Options
+    quantization: Quantization
+    raw: OpTable
+    step: Step
+
+    def memory(self, batch: Any, new: int, past: int) -> Memory:
+        """Memory of a step of ``batch`` sequences per data-parallel rank that end at ``past + new`` tokens.
+
+        ``batch`` may be an array; then so are the parts that grow with it.
+        """
+        sequences = np.asarray(batch, dtype=float)
+        weights, cache = self.held(sequences, past + new)
+        micro = np.maximum(1.0, np.minimum(self.layout.pp, sequences))
+        sizes = self.step.context(sequences / micro, float(new), float(past)).sizes
+        activations = activation_bytes(self.step.table, sizes)
+        communication = self._communication_bytes(sequences * new, sizes)
+        capacity, context, graphs = float(self.device.memory_bytes), float(self.engine.reserved_bytes), 0.0
+        if self.phase == "decode":
+            graphs = self.graph_bytes(sequences)
+        beside = activations + communication + context + graphs
+        share = self.memory_share - graphs / capacity
+        left = cache_budget(self.engine.memory_covers, share, capacity, context, weights, beside)
+        return Memory(
+            _plain(weights), _plain(cache), _plain(activations), _plain(communication), _plain(context + graphs),
+            capacity, _plain(left),
+        )  # fmt: skip
+
+    def graph_bytes(self, sequences: Any) -> Any:
+        """What the engine leaves free for captured decode steps of up to ``sequences`` per data-parallel rank."""
+        dp = attention_dp(self.layout, self.raw.facts["num_experts"])
+        return 0.0 if self.engine.reserve is None else self.engine.reserve.graph_bytes(sequences, dp)
+
+    @cached_property
+    def memory_share(self) -> Any:
+        """Share of the device that the engine takes, before its decode steps are captured."""
+        return memory_share(self.engine, self.device, self.layout, self.raw.facts["num_experts"] > 0, self.model.config)
+
+    def held(self, sequences: Any, length: int) -> tuple[Any, Any]:
+        """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences."""
+        weights: Any = 0.0
+        cache: Any = 0.0
+        for stage, layers in self._stage_weights:
+            kept = cache_bytes(self._drafting, self.quantization.kv, sequences, length, layers)
+            fuller = stage + kept > weights + cache
+            weights, cache = np.where(fuller, stage, weights), np.where(fuller, kept, cache)
+        return weights, cache
+
+    @cached_property
+    def _drafting(self) -> OpTable:
+        """The table with the layer that drafts tokens after the last one, if any."""
+        drafts = self.options.mtp_depth > 0
+        kinds = self.raw.layer_kinds
+        return replace(self.raw, layer_kinds=(*kinds, kinds[-1])) if drafts else self.raw
+
+    @cached_property
+    def _stage_weights(self) -> list[tuple[float, slice]]:
+        """Bytes of weights on the fullest rank of each pipeline stage, and its layers; stages that are alike once."""
+        stages, layout, load = list(self.step.stages), self.layout, self.step.load
+        stages[-1] = slice(stages[-1].start, len(self._drafting.layer_kinds))
+        local = load.local_experts if load is not None else None
+        found: dict[Any, tuple[float, slice]] = {}
+        for i, layers in enumerate(stages):
+            last = i == len(stages) - 1
+            held = (i == 0, last, *sorted(self._drafting.layer_kinds[layers]))
+            if held in found:
+                continue
+            weights = weight_bytes(
+                self._drafting, self.quantization, layout.ep, layout.etp, layers, first=i == 0, last=last,
+                local_experts=local, rounded=self.engine.pads_hidden,
+            )
+            if last and self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
+                weights += 2.0 * 2.0 * self.raw.facts["hidden_size"] ** 2
+            found[held] = weights, layers
+        return list(found.values())
+
+    def _communication_bytes(self, tokens: Any, sizes: Sizes) -> Any:
+        """Receive buffers of the MoE exchange; collectives' own buffers are in the engine's reserve."""
+        facts, plan = self.raw.facts, self.step.plan
+        kind, hidden = plan.all2all, facts["moe_hidden_size"]
+        if kind == "low_latency":
+            return low_latency_buffer_bytes(tokens / self.layout.tp, hidden, facts["num_experts"])
+        if kind == "allgather_reducescatter":
+            gathered = tokens * self.layout.dp * hidden  # tokens, in bf16, and the sums to scatter
+            return gathered * (2.0 + plan.combine.activation_bytes)
+        if kind in ("high_throughput", "direct"):
+            return sizes.R * hidden * (plan.dispatch.activation_bytes + plan.combine.activation_bytes)
+        return 0.0
+
+    def idle(self, options: Options) -> dict[str, str]:
+        """Those of ``options`` that would change no time here, with the reason."""
+        facts = option_facts(self.raw.facts, has_shared(self.raw), self.model.config)
+        return idle_options(options, self.layout, facts, self.step.plan.all2all, self.phase)
+
+    def largest_batch(self, new: int, past: int) -> int:
+        """Most sequences per data-parallel rank that fit; 0 if not even one does."""
+        low, high = 0, 1 << 24
+        while high - low > 1:  # 63 batches at a time: memory only grows with the batch
+            tried = np.unique(np.linspace(low, high, 65).astype(np.int64)[1:-1])
+            fits = np.broadcast_to(self.memory(tried, new, past).fits, tried.shape)
+            inside = int(fits.sum())
+            low, high = (
+                int(tried[inside - 1]) if inside else low,
+                int(tried[inside]) if inside < len(tried) else high,
+            )
+        return low
+
+
+def memory_share(
+    engine: EngineProfile, device: DeviceProfile, layout: Layout, experts: bool, config: dict[str, Any]
+) -> Any:
+    """Share of the device that ``engine`` takes in ``layout``, before decode steps are captured.
+
+    An engine that leaves memory free by a formula gets the tokens per step that it takes unasked.
+    """
+    if engine.reserve is None:
+        return float(engine.memory_fraction)
+    capacity, dp = float(device.memory_bytes), attention_dp(layout, experts)
+    graphs = engine.prefill_graphs
+    captured = engine.prefill_graph_tokens(device, int(np.max(dp)), layout.pp, config)
+    sizes = graphs.count(captured) if graphs is not None else 0
+    tokens = engine.tokens_per_step(device)
+    ranks = layout.tp * dp * layout.pp
+    return 1.0 - engine.reserve.fixed_bytes(capacity, tokens, ranks, sizes, is_latent(config)) / capacity
+
+
+def _plain(value: Any) -> Any:
+    """A float where the value is one number."""
+    return float(value) if np.ndim(value) == 0 else value
+
+
+def deploy(
+    model: ModelProfile,
+    device: DeviceProfile,
+    engine: EngineProfile,
+    layout: Layout,
+    phase: str,
+    options: Options = Options(),
+) -> Deployment:
+    """Trace (or load) the model at this tp, quantise, fuse, and lay it out. Raises :class:`InputError` if illegal."""
+    try:
+        base = checkpoint(model)
+    except InputError:
+        if not options.quant:
+            raise
+        base = Quantization(kv=model.kv_dtype)  # a method that is not known here, as what was asked for instead
+    quantization = override(base, options.quant)
+    if options.kv_dtype:
+        if options.kv_dtype not in KV_DTYPES:
+            raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
+        quantization = replace(quantization, kv=options.kv_dtype)
+    whole = traced_table(model, phase)
+    check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
+    all2all = choose_all2all(options.all2all, layout, engine, phase)
+    check_options(options, layout, option_facts(whole.facts, has_shared(whole), model.config), all2all)
+    fusions = tuple(engine.fusions) if options.fusion == "engine" else ()
+    apart = engine.own_gemms.groups if engine.own_gemms else ()
+    shared = shared_form(options, layout, all2all)
+    raw, table = rank_tables(model, phase, layout.tp, quantization, fusions, apart, shared)
+    plan = make_plan(table, layout, device, engine, options, model.config)
+    dp = attention_dp(layout, whole.facts["num_experts"])
+    graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
+    sources = expert_sources(engine, device, model.config, layout)
+    step = Step(table, plan, layout, device, engine, quantization.kv, options, graphs, sources)
+    return Deployment(model, device, engine, layout, phase, options, quantization, raw, step)
+
+
+UNCUT_SAID = 0.2
+"""Share of the linear weights from which uncut ones are spoken of: what engines leave whole, too (down-projections of
+latent attention, indexers), is less."""
+
+
+@per_table
+def uncut(table: OpTable) -> str:
+    """A note on matrices that tensor parallelism should cut and a narrower config does not; empty if they are few."""
+    sizes: dict[str, float] = {}
+    total = 0.0
+    for param in table.params:
+        if param.role in ("linear", "other") and len(param.shape) == 2:
+            size = param.full_numel * (table.layer_kinds.count(param.kind) if param.kind >= 0 else 1)
+            total += size
+            if table.tp > 1 and param.numel == param.full_numel:
+                name = param.module.rpartition("]")[2].lstrip(".")
+                sizes[name] = sizes.get(name, 0.0) + size
+    share = sum(sizes.values()) / total if total else 0.0
+    if share < UNCUT_SAID:
+        return ""
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:2]
+    return (
+        f"{100 * share:.0f} % of the linear weights ({', '.join(largest)}, ...) are whole on every tensor-parallel "
+        "GPU, though engines may cut them: such layouts look slower than they are"
+    )
+
+
+def not_counted(model: ModelProfile) -> list[str]:
+    """What a model's config says of attention that its trace does not show."""
+    text, found = model.text_config, []
+    if any(model.config.get("compress_ratios") or text.get("compress_ratios") or ()):
+        found.append("compressed keys and values (compress_ratios) are not counted: attention and cache are too small")
+    if (text.get("sparse_attention_config") or {}).get("use_sparse_attention"):
+        found.append("blocks that attention picks (sparse_attention_config) are not counted: it is too fast")
+    return found

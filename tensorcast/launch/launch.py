@@ -1,0 +1,237 @@
+"""Take-away of a choice: the commands that start it under vLLM, SGLang or TensorRT-LLM, every flag with its source."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+from tensorcast.deploy.deployment import deploy, memory_share
+from tensorcast.deploy.engine_limits import Case, engine_can_run
+from tensorcast.deploy.layout import Layout, attention_dp
+from tensorcast.deploy.options import Options, option_facts
+from tensorcast.errors import InputError, unknown_name
+from tensorcast.launch import sglang, trtllm, vllm
+from tensorcast.launch.settings import Plan, Setting, Settings
+from tensorcast.modeling.quantization import KV_DTYPES, Quantization, checkpoint, override
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.launch import LaunchTable, load_launch_table
+from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.store import load_engine
+from tensorcast.serving.capacity import decode_budget, room
+
+__all__ = ["Launch", "Setting", "engine_can_run", "launch", "model_facts", "script", "with_room"]
+
+WRITERS: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "trtllm": trtllm}
+ROLES = (None, "prefill", "decode")
+FP8_KV_BY_DEFAULT = ("deepseek_v32",)
+"""Model types whose cache vLLM keeps in fp8 unless told bf16 (vllm/config/cache.py)."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start one engine instance: a command per node (one for all under Slurm) and the files they read.
+
+    ``problem``: why the engine cannot run it, and then nothing else is there; ``notes``: what no flag can say.
+    """
+
+    engine: str
+    version: str
+    commands: tuple[str, ...] = ()
+    config_files: dict[str, str] = field(default_factory=dict)
+    flags: tuple[Setting, ...] = ()
+    notes: tuple[str, ...] = ()
+    problem: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**asdict(self), "flags": [s._asdict() for s in self.flags]}
+
+
+def launch(
+    engine: str,
+    model_profile: ModelProfile,
+    layout: Layout,
+    options: Options = Options(),
+    *,
+    batch: int,
+    input_len: int,
+    output_len: int,
+    chunk_tokens: int | None = None,
+    gpus_per_node: int = 8,
+    role: str | None = None,
+    memory_fraction: float | None = None,
+    device: DeviceProfile | None = None,
+    prefill: Options | None = None,
+) -> Launch:
+    """Commands that start ``layout`` of a model. ``batch`` and ``chunk_tokens`` are per data-parallel rank.
+
+    ``chunk_tokens`` and ``memory_fraction`` default to the engine's on ``device``, ``role`` None serves both phases,
+    ``prefill`` are options of the same server's prefill where they differ. What the engine cannot run is a ``problem``;
+    bad arguments and unknown engines raise :class:`InputError`.
+    """
+    profile = _served(engine, role)
+    table = load_launch_table(profile.name)
+    _check(batch=batch, input_len=input_len, output_len=output_len, gpus_per_node=gpus_per_node)
+    if role not in ROLES:
+        raise InputError(f"role {role!r}: choose prefill, decode or none")
+    case = Case(table.name, layout, model_facts(model_profile), options, gpus_per_node, prefill)
+    problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill)
+    if not problem and (long := model_profile.too_long(input_len + output_len)):
+        problem = f"context length: {long}"
+    have = checkpoint(model_profile)
+    want = override(have, options.quant)
+    problem = problem or _not_quantizable(table, have, want)
+    if problem:
+        return Launch(table.name, table.version, problem=problem)
+    plan = Plan(
+        table, case, model_profile, batch, input_len, output_len, chunk_tokens or _chunk(case, profile, device),
+        _kv(table, model_profile, options.kv_dtype or want.kv), want.linear.name if want.linear != have.linear else "",
+        memory_fraction or _share(case, profile, device, model_profile, batch), role or "",
+    )  # fmt: skip
+    if table.name == "sglang" and (problem := sglang.too_many(plan)):
+        return Launch(table.name, table.version, problem=problem)
+    return _written(plan)
+
+
+def with_room(
+    found: Launch, model: ModelProfile, device: DeviceProfile, layout: Layout, options: Options, role: str | None,
+    batch: int, length: int,
+) -> Launch:
+    """``found`` with a note where memory holds fewer than ``batch`` sequences of ``length`` tokens per rank.
+
+    Raises :class:`InputError` where not even one fits. Traces the model, unless its trace is cached.
+    """  # fmt: skip
+    phase = "prefill" if role == "prefill" else "decode"
+    one = deploy(model, device, _served(found.engine, role), layout, phase, options)
+    left, buffers = decode_budget(one, length - 1)
+    fits = int(room(one, left, one.held(1.0, length)[1] + buffers))
+    if fits < 1:
+        memory = one.memory(1, 1, length - 1)
+        raise InputError(
+            f"{layout} does not fit on {device.name}: {memory.weights / 1e9:.1f} GB of weights per GPU leave "
+            f"{found.engine} no room for one sequence of {length} tokens"
+        )
+    if fits >= batch or phase == "prefill":
+        return found
+    note = f"memory holds {fits} of {batch} sequences per data-parallel rank at their full {length} tokens; others wait"
+    return replace(found, notes=(*found.notes, note))
+
+
+def _served(engine: str, role: str | None) -> EngineProfile:
+    return load_engine(engine) if role is None else load_engine(engine).in_pools()
+
+
+def script(found: Launch) -> str:
+    """A shell script, except that each node runs its own command."""
+    lines = [f"# {found.engine} {found.version}", *(f"# {note}" for note in found.notes)]
+    for name, text in found.config_files.items():
+        lines += ["", f"cat > {name} <<'END'", text.rstrip("\n"), "END"]
+    for node, command in enumerate(found.commands):
+        lines += ["", *([f"# node {node}"] if len(found.commands) > 1 else []), command]
+    return "\n".join(lines)
+
+
+def _written(plan: Plan) -> Launch:
+    writer = WRITERS[plan.table.name]
+    slurm = plan.table.name == "trtllm"
+    settings: list[Settings] = [writer.settings(plan, node) for node in range(1 if slurm else plan.case.nodes)]
+    files = {}
+    if slurm:
+        import yaml
+
+        text = yaml.safe_dump(settings[0].config(), sort_keys=False)
+        files[trtllm.config_name(plan)] = f"# {plan.table.name} {plan.table.version}, {plan.case.layout}\n{text}"
+    words = () if plan.table.name == "sglang" else (plan.path,)
+    launcher = trtllm.LAUNCHER if slurm and plan.case.nodes > 1 else ()
+    flags = dict.fromkeys(setting for found in settings for _, setting, _ in found.items)
+    return Launch(
+        plan.table.name, plan.table.version, tuple(found.command(*words, launcher=launcher) for found in settings),
+        files, tuple(flags), tuple(_placeholders(plan, settings) + writer.notes(plan) + _notes(plan)),
+    )  # fmt: skip
+
+
+def _placeholders(plan: Plan, settings: list[Settings]) -> list[str]:
+    text = " ".join(found.command() for found in settings) + plan.path
+    meanings = {
+        "HEAD_NODE_IP": "the first node's address",
+        "THIS_NODE_IP": "the address of the node that runs the command",
+        "/path/to/": f"the directory that holds {plan.model.name}",
+    }
+    said = [f"{word}: {meaning}" for word, meaning in meanings.items() if word in text]
+    return [f"to be filled in: {'; '.join(said)}"] if said else []
+
+
+def _notes(plan: Plan) -> list[str]:
+    options, said = plan.case.options, []
+    if options.chunk_tokens and plan.table.name != "trtllm":
+        said.append(f"{options.chunk_tokens} tokens through the experts at a time: no flag, the engine decides")
+    if options.experts_backend != "auto":
+        said.append(f"experts_backend {options.experts_backend}: the engine chooses its kernels by itself")
+    if not options.shared_expert_tp and plan.case.layout.tp > 1:
+        said.append("shared experts held whole by every rank: no flag, the engine decides")
+    return said
+
+
+def model_facts(profile: ModelProfile) -> dict[str, Any]:
+    """What layout and engine rules ask of a model, from its config alone; 0 where the config does not say."""
+    text = _text_config(profile)
+    names = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+    experts = next((int(text[name]) for name in names if text.get(name)), 0)
+    return {
+        "heads": int(text.get("num_attention_heads") or 0),
+        "layers": int(text.get("num_hidden_layers") or 0),
+        "num_experts": experts,
+        "moe_intermediate_size": int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 0),
+        "mtp_modules": option_facts({}, False, profile.config)["mtp_modules"],
+    }
+
+
+def _text_config(profile: ModelProfile) -> dict[str, Any]:
+    inner = profile.config.get("text_config")
+    return inner if isinstance(inner, dict) else profile.config
+
+
+def _check(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f"{name} = {size} must be at least 1")
+
+
+def _chunk(case: Case, profile: EngineProfile, device: DeviceProfile | None) -> int:
+    """Prompt tokens per step and rank that the engine takes unasked."""
+    dp = attention_dp(case.layout, case.facts["num_experts"])
+    return profile.tokens_per_step(device, dp, case.exchange)
+
+
+def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, model: ModelProfile, batch: int) -> float:
+    """Share of memory that the engine may take, less what it leaves for decode steps of ``batch`` sequences."""
+    if device is None or profile.reserve is None:
+        return float(profile.memory_fraction)
+    experts = case.facts["num_experts"] > 0
+    graphs = profile.reserve.graph_bytes(batch, attention_dp(case.layout, experts)) / float(device.memory_bytes)
+    return round(float(memory_share(profile, device, case.layout, experts, model.config) - graphs), 3)
+
+
+def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str) -> str:
+    if kv_dtype not in KV_DTYPES:
+        raise unknown_name("--kv-dtype", kv_dtype, KV_DTYPES)
+    sparse = _text_config(profile).get("model_type") in FP8_KV_BY_DEFAULT
+    return "bf16_not_fp8" if table.name == "vllm" and kv_dtype == "bf16" and sparse else kv_dtype
+
+
+def _not_quantizable(table: LaunchTable, have: Quantization, want: Quantization) -> str:
+    """Why the engine cannot turn a checkpoint that is ``have`` into ``want`` as it loads; empty if it can."""
+    if (have.linear, have.experts) == (want.linear, want.experts):
+        return ""
+    entry = table.flags.get("quantization")
+    can = entry.values if entry else {}
+    plain = {have.linear.name, have.experts.name} == {"bf16"}
+    if plain and want.linear == want.experts and want.linear.name in can:
+        return ""
+    kinds = f"from bf16 to {' or '.join(can)}" if can else "nothing"
+    return (
+        f"quantisation: the checkpoint is linear={have.linear.name}, experts={have.experts.name}; at load {table.name} "
+        f"quantises {kinds}: use a checkpoint with linear={want.linear.name}, experts={want.experts.name}"
+    )

@@ -1,0 +1,107 @@
+"""SGLang: ``sglang.launch_server`` on every node; with attention DP its tp-size counts all ranks of a stage."""
+
+from __future__ import annotations
+
+from tensorcast.deploy.layout import attention_dp
+from tensorcast.launch.settings import HEAD, Plan, Settings
+
+SERVER_PORT, MASTER_PORT = 30000, 20000
+DEFAULT_DISPATCH_TOKENS = 128
+"""Tokens per rank that DeepEP's low-latency buffers hold unasked (python/sglang/srt/environ.py)."""
+MOST_DISPATCH_TOKENS = 1024
+"""The most that they can hold (python/sglang/srt/layers/moe/token_dispatcher/deepep.py)."""
+
+
+def settings(plan: Plan, node: int) -> Settings:
+    """Flags of the command on ``node``."""
+    layout, options, nodes = plan.case.layout, plan.case.options, plan.case.nodes
+    dp = attention_dp(layout, plan.case.facts["num_experts"])
+    found = Settings(plan.table)
+    found.add("model", plan.path)
+    found.add("host", "0.0.0.0")
+    found.add("port", SERVER_PORT)
+    found.add("tensor_parallel", layout.tp * dp)
+    if layout.pp > 1:
+        found.add("pipeline_parallel", layout.pp)
+    if layout.dp > 1:
+        found.add("data_parallel", layout.dp)
+    if dp > 1:
+        found.add("attention_dp")
+        found.add("head_dp")
+        if layout.tp == 1:
+            found.add("dense_tp", 1)
+    if nodes > 1:
+        found.add("nodes", nodes)
+        found.add("node_rank", node)
+        found.add("master_address", f"{HEAD}:{MASTER_PORT}")
+    _experts(plan, found)
+    if plan.quant:
+        found.add("quantization", plan.quant)
+    found.add("kv_dtype", plan.kv_dtype)
+    found.add("context_length", plan.context)
+    found.add("max_batch", plan.batch * layout.dp)
+    if plan.role != "decode":
+        found.add("chunk_tokens", plan.chunk_tokens * dp)
+    if plan.role != "prefill":
+        found.add("graph_batch", plan.batch)
+    found.add("memory_fraction", plan.memory_fraction)
+    if options.mtp_depth:
+        found.add("speculative_algorithm", "NEXTN")
+        found.add("draft_steps", options.mtp_depth)
+        found.add("draft_topk", 1)
+        found.add("draft_tokens", options.mtp_depth + 1)
+    if plan.role:
+        found.add("role", plan.role)
+        found.add("transfer", "mooncake")
+    return found
+
+
+def _experts(plan: Plan, found: Settings) -> None:
+    layout, options = plan.case.layout, plan.case.options
+    if layout.ep > 1:
+        found.add("expert_parallel", layout.ep)
+    if exchange := plan.case.exchange:
+        found.add("all2all", exchange)
+        if exchange == "by_phase" and plan.role:
+            exchange = "high_throughput" if plan.role == "prefill" else "low_latency"
+        if exchange != "allgather_reducescatter":
+            found.add("all2all_mode", exchange)
+            if options.dispatch:
+                found.add("dispatch", options.dispatch)
+        if _buffered(plan) > DEFAULT_DISPATCH_TOKENS:
+            found.add("dispatch_tokens", _buffered(plan))
+    if options.redundant_experts or options.placement == "eplb":
+        found.add("balance_experts")
+    if options.redundant_experts:
+        found.add("redundant_experts", options.redundant_experts)
+    if options.dual_batch_overlap:
+        found.add("dual_batch_overlap")
+
+
+def _buffered(plan: Plan) -> int:
+    """Tokens of the largest step per rank that goes through low-latency buffers."""
+    if plan.case.exchange == "by_phase":
+        return 0 if plan.role == "prefill" else plan.decode_tokens
+    return plan.step_tokens if plan.case.exchange == "low_latency" else 0
+
+
+def too_many(plan: Plan) -> str:
+    """Why low-latency buffers cannot hold a step; empty if they can."""
+    tokens = _buffered(plan)
+    if tokens <= MOST_DISPATCH_TOKENS:
+        return ""
+    return f"low-latency buffers: {tokens} tokens per rank and step, and they hold {MOST_DISPATCH_TOKENS} at most"
+
+
+def notes(plan: Plan) -> list[str]:
+    """What the flags cannot say."""
+    said = []
+    if plan.case.exchange == "high_throughput" and plan.role != "prefill":
+        said.append("DeepEP's normal mode turns CUDA graphs off, in decode too")
+    if plan.case.exchange == "low_latency" and not plan.role:
+        said.append("prompts take DeepEP's low-latency kernels too, whose buffers grow with the chunk")
+    if plan.case.layout.dp > 1 and plan.case.layout.tp > 1 and plan.case.facts["num_experts"]:
+        said.append("dense layers are cut over all ranks of a stage; SGLang cannot cut them over attention's tp alone")
+    if plan.role:
+        said.append("a router in front sends each request to a prefill and then to a decode server")
+    return said

@@ -1,0 +1,89 @@
+"""vLLM: ``vllm serve`` on every node; data-parallel ranks are engines of their own behind the first node's server."""
+
+from __future__ import annotations
+
+import json
+
+from tensorcast.launch.settings import HEAD, HERE, Plan, Settings
+
+SERVER_PORT, RPC_PORT, MASTER_PORT = 8000, 13345, 29501
+DEFAULT_GRAPH_TOKENS = 512
+"""Tokens up to which vLLM captures graphs unasked (vllm/config/vllm.py)."""
+
+
+def settings(plan: Plan, node: int) -> Settings:
+    """Flags of the command on ``node``."""
+    found = Settings(plan.table)
+    found.add("host", "0.0.0.0")
+    found.add("port", SERVER_PORT)
+    _ranks(plan, node, found)
+    _experts(plan, found)
+    if plan.quant:
+        found.add("quantization", plan.quant)
+    found.add("kv_dtype", plan.kv_dtype)
+    found.add("context_length", plan.context)
+    found.add("max_batch", plan.batch)
+    found.add("chunk_tokens", plan.step_tokens)
+    if plan.role != "prefill" and plan.decode_tokens > DEFAULT_GRAPH_TOKENS:
+        found.add("graph_batch", plan.decode_tokens)
+    found.add("memory_fraction", plan.memory_fraction)
+    if depth := plan.case.options.mtp_depth:
+        found.add("mtp", json.dumps({"method": "mtp", "num_speculative_tokens": depth}))
+    if plan.role:
+        found.add("transfer_host", HERE)
+        roles = {"prefill": "kv_producer", "decode": "kv_consumer"}
+        found.add("transfer", json.dumps({"kv_connector": "NixlConnector", "kv_role": roles[plan.role]}))
+    return found
+
+
+def _ranks(plan: Plan, node: int, found: Settings) -> None:
+    layout, nodes, gpus = plan.case.layout, plan.case.nodes, plan.case.gpus_per_node
+    found.add("tensor_parallel", layout.tp)
+    if layout.pp > 1:
+        found.add("pipeline_parallel", layout.pp)
+    if layout.dp > 1:
+        found.add("data_parallel", layout.dp)
+    if nodes == 1:
+        return
+    if layout.tp * layout.pp <= gpus:  # whole ranks on a node: engines are dealt out by their data-parallel rank
+        local = gpus // (layout.tp * layout.pp)
+        found.add("data_parallel_local", local)
+        if node:
+            found.add("data_parallel_start", node * local)
+        found.add("data_parallel_address", HEAD)
+        found.add("data_parallel_port", RPC_PORT)
+    else:
+        found.add("nodes", nodes)
+        found.add("node_rank", node)
+        found.add("master_address", HEAD)
+        found.add("master_port", MASTER_PORT)
+    if node:
+        found.add("headless")
+
+
+def _experts(plan: Plan, found: Settings) -> None:
+    layout, options = plan.case.layout, plan.case.options
+    if layout.ep > 1:
+        found.add("expert_parallel")
+        if options.placement == "round_robin":
+            found.add("placement", options.placement)
+    if plan.case.exchange:
+        found.add("all2all", plan.case.exchange)
+    if options.redundant_experts or options.placement == "eplb":
+        found.add("balance_experts")
+    if options.redundant_experts:
+        found.add("redundant_experts", json.dumps({"num_redundant_experts": options.redundant_experts}))
+    if options.dual_batch_overlap:
+        found.add("dual_batch_overlap")
+
+
+def notes(plan: Plan) -> list[str]:
+    """What the flags cannot say."""
+    said = []
+    if plan.case.exchange in ("high_throughput", "low_latency") and not plan.role:
+        said.append(f"prefill and decode both exchange tokens by DeepEP's {plan.case.exchange} kernels")
+    if plan.case.options.dispatch:
+        said.append(f"dispatch in {plan.case.options.dispatch}: vLLM has no flag, its kernels decide")
+    if plan.role:
+        said.append("a proxy in front sends each request to a prefill and then to a decode server")
+    return said

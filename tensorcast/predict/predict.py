@@ -1,0 +1,185 @@
+"""Predicting a table of deployments: rows in, the same rows with predictions, intervals and problems out.
+
+Rows of one model are served together, those of one deployment priced in one call. A row that cannot be read, laid out
+or served keeps its place and says why in ``problem``; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorcast.cost.evidence import EVIDENCE
+from tensorcast.deploy.step.price import WITHIN_80
+from tensorcast.errors import InputError
+from tensorcast.parallel import spread, uncollected
+from tensorcast.predict.csv_table import read_table
+from tensorcast.predict.run_columns import MEASURED, Run, canonical_columns, is_empty, plain_number, read_run
+from tensorcast.predict.serve_runs import serve
+from tensorcast.serving.load import Served
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PREDICTED = ("ttft_s", "tpot_s", "output_tokens_per_s")
+"""Predicted columns; each has the ends of its interval beside it (``ttft_low_s``, as units end a name)."""
+
+SERVING_ERROR = {"ttft_s": 0.38, "tpot_s": 0.13}
+"""Relative median error that the serving model adds to the steps' (scheduling, launch options that nobody recorded).
+Set so that about four in five of the runs behind ``reports/serving.md`` lie in their intervals, on all of them, none
+left out: the report says how many do."""
+
+UNREAD = "is no number and is not scored"
+"""What is said of a measured cell that is not read."""
+
+AT_ONCE = 512
+"""Rows of one model that are served together at most: some hundred megabytes."""
+
+FEW = 256
+"""Rows below which one process answers sooner than several start."""
+
+
+def predict_file(path: Path, jobs: int = 1) -> pd.DataFrame:
+    """:func:`predict` of a CSV file. Raises :class:`InputError` on bad files."""
+    try:
+        return predict(read_table(path), jobs)
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+
+
+def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
+    """``table`` with predictions. ``jobs``: processes. Raises :class:`InputError` if no row could be read at all.
+
+    Columns added: ``layout, gpus, ttft_s, tpot_s, output_tokens_per_s`` with 80 % intervals, ``mean_batch`` (decoding
+    sequences per dp rank), ``decode_step_s`` (of the time per token, a step without prompts), ``step_error`` (relative
+    median error of steps by their kernels and the engine's overhead), ``share_measured, share_calibrated,
+    share_datasheet`` (of kernel time), ``assumed``, ``problem``, and measured columns in seconds under our names.
+    Columns of that name in the table are replaced.
+    """
+    import pandas as pd
+
+    ours = canonical_columns(table)
+    runs, problems = read_runs(table, ours)
+    parts = stretches(runs, jobs)
+    results = spread(_serve, parts, jobs if len(table) >= FEW else 1)
+    records: list[dict[str, Any]] = [{"problem": problem} for problem in problems]
+    for stretch, served in zip(parts, results, strict=True):
+        for (index, run), record in zip(stretch, served, strict=True):
+            records[index] = {"layout": run.layout, "gpus": run.gpus, **record, "assumed": "; ".join(run.assumed)}
+    measured, unread = measured_columns(table, ours)
+    for record, said in zip(records, unread, strict=True):
+        record["assumed"] = (record.get("assumed", "") + said).removeprefix("; ")
+    out = pd.DataFrame(records, columns=_columns(), index=table.index)
+    kept = table.drop(columns=[c for c in table.columns if c in out.columns or ours.get(str(c)) in measured.columns])
+    return pd.concat([kept, measured, out], axis=1)
+
+
+def _columns() -> list[str]:
+    names = ["layout", "gpus"]
+    for name in PREDICTED:
+        names += [name, bound(name, "low"), bound(name, "high")]
+    names += ["mean_batch", "decode_step_s", "step_error"]
+    return [*names, *(f"share_{kind}" for kind in EVIDENCE), "assumed", "problem"]
+
+
+def bound(name: str, side: str) -> str:
+    """Name of an interval's end: ``ttft_s`` and ``low`` make ``ttft_low_s``."""
+    stem, unit = (name[:-2], "_s") if name in ("ttft_s", "tpot_s") else (name, "")
+    return f"{stem}_{side}{unit}"
+
+
+def read_runs(table: pd.DataFrame, ours: Mapping[Any, str]) -> tuple[list[Run | None], list[str]]:
+    """The run of every row and what keeps it from being read: either is there. Raises where no row can be read.
+
+    ``ours``: the table's :func:`canonical_columns`.
+    """
+    if "model" not in ours.values() or "device" not in ours.values():
+        raise InputError(f"the table needs columns model and device, has {', '.join(map(str, table.columns))}")
+    stated = frozenset(name.strip().lower() for name in ours)
+    rows = [{ours[name]: value for name, value in row.items() if name in ours} for row in table.to_dict("records")]
+    runs: list[Run | None] = []
+    problems = []
+    for row in rows:
+        try:
+            runs.append(read_run(row, stated))
+            problems.append("")
+        except InputError as error:
+            runs.append(None)
+            problems.append(str(error))
+    return runs, problems
+
+
+def stretches(runs: list[Run | None], jobs: int) -> list[list[tuple[int, Run]]]:
+    """Rows in the order of deployments, cut where models change and where a stretch would be a process's whole share.
+
+    Rows of a model share tables and their predictions' models; few of them are as quick in one process.
+    """
+    rows = [(index, run) for index, run in enumerate(runs) if run is not None]
+
+    def deployment(row: tuple[int, Run]) -> tuple[str, ...]:
+        run = row[1]
+        return run.model, str(run.options.quant), run.engine, run.device, str(run.options), run.layout
+
+    rows.sort(key=deployment)
+    share = min(AT_ONCE, -(-len(rows) // (jobs * 2)))
+    found = []
+    for _, same in itertools.groupby(rows, key=lambda row: row[1].model):
+        whole = list(same)
+        parts = -(-len(whole) // max(share, 1))
+        size = -(-len(whole) // parts)
+        found += [whole[start : start + size] for start in range(0, len(whole), size)]
+    return found
+
+
+@uncollected()
+def _serve(stretch: list[tuple[int, Run]]) -> list[dict[str, Any]]:
+    runs = [run for _, run in stretch]
+    return [_record(served, run) for served, run in zip(serve(runs), runs, strict=True)]
+
+
+def _record(served: Served, run: Run) -> dict[str, Any]:
+    if served.problem:
+        return {"problem": served.problem}
+    values = {
+        "ttft_s": served.ttft_s,
+        "tpot_s": served.tpot_s,
+        "output_tokens_per_s": served.output_tokens_per_s * run.replicas,
+    }
+    kernels = {"ttft_s": served.ttft_error, "tpot_s": served.tpot_error}
+    errors = {name: math.hypot(error, SERVING_ERROR[name]) for name, error in kernels.items()}
+    # a request's time is its first token's and the others'
+    share = values["ttft_s"] / served.request_s
+    errors["output_tokens_per_s"] = math.hypot(share * errors["ttft_s"], (1 - share) * errors["tpot_s"])
+    record: dict[str, Any] = {"mean_batch": served.batch, "problem": ""}
+    record |= {"decode_step_s": served.decode_step_s, "step_error": served.tpot_error}
+    for name, value in values.items():
+        factor = 1 + WITHIN_80 * errors[name]
+        record |= {name: value, bound(name, "low"): value / factor, bound(name, "high"): value * factor}
+    return record | {f"share_{kind}": share for kind, share in served.evidence.items()}
+
+
+def measured_columns(table: pd.DataFrame, ours: Mapping[Any, str]) -> tuple[pd.DataFrame, list[str]]:
+    """Measured columns as numbers, in seconds, under our names; and for each row the cells that are no number."""
+    import pandas as pd
+
+    found, unread = {}, [""] * len(table)
+    for name, column in ours.items():
+        if column in MEASURED:
+            values = [_number(cell) for cell in table[name]]
+            for i, (value, cell) in enumerate(zip(values, table[name], strict=True)):
+                if value is None:
+                    unread[i] += f"; {name} {cell!r} {UNREAD}"
+            unit = 1e3 if name.strip().lower().endswith("_ms") else 1.0
+            found[column] = [math.nan if value is None else value / unit for value in values]
+    return pd.DataFrame(found, index=table.index, dtype=float), unread
+
+
+def _number(cell: Any) -> float | None:
+    """NaN where nothing is said, None where what is said is no number."""
+    try:
+        return math.nan if is_empty(cell) else plain_number(cell)
+    except ValueError:
+        return None

@@ -1,0 +1,358 @@
+"""A table of deployments, one per row: its columns, their aliases and defaults, and what a row says once read.
+
+Column names are compared without case, ``-`` as ``_``. A cell that is empty, ``nan``, ``none`` or ``0`` (where 0 means
+nothing) takes the default. For disaggregated rows every size of a layout exists twice, as ``prefill_tp`` and
+``decode_tp``; a size without prefix counts for both. What defaults were taken is said in the ``assumed`` column.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.model_names import SCHEME_OF, Named, understand
+from tensorcast.deploy.options import Options
+from tensorcast.errors import InputError, unknown_name
+from tensorcast.profiles.store import load_device
+
+WORKER_COLUMNS = {
+    "tp": ("attention tensor-parallel size", 1, ("tp_size",)),
+    "dp": ("attention data-parallel size", 1, ("dp_size", "attention_dp", "attention_dp_size")),
+    "ep": ("expert-parallel size", None, ("ep_size", "moe_ep", "moe_ep_size")),
+    "moe_tp": ("ranks that share one expert; tp*dp = moe_tp*ep", None, ("etp", "moe_tp_size")),
+    "pp": ("pipeline stages", 1, ("pp_size",)),
+    "batch": ("requests per data-parallel rank, where concurrency is not given", None, ("batch_size",)),
+    "workers": ("workers of a pool; default one decode per 64 users, 2.5 decode per prefill", None, ("num_workers",)),
+}
+"""Columns of a layout: what they say, default (None: follows from the others), other names. Prefixes as above."""
+
+COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
+    "model": ("profile, alias, Hugging Face id or path", None, ("model_path", "model_name", "hf_id")),
+    "device": ("profile or alias", None, ("system", "gpu", "hardware")),
+    "engine": ("profile or alias", "vllm", ("backend", "framework")),
+    "mode": ("agg or disagg", "agg", ("form", "serving_mode")),
+    "isl": ("prompt tokens", 1024, ("input_len", "input_tokens", "input_length")),
+    "osl": ("reply tokens", 1024, ("output_len", "output_tokens", "output_length")),
+    "concurrency": ("requests in flight; default batch * dp * workers", None, ("conc", "max_concurrency")),
+    "length_ratio": ("lengths are uniform between this share of isl, osl and the whole", 1.0, ("random_range_ratio",)),
+    "rounds": ("requests per client of the measurement, which starts with all at once", 10, ()),
+    "wait_steps": ("steps that receive and stream intervals add to a first token", 0, ()),
+    "replicas": ("independent copies that share the load (agg)", 1, ()),
+    "precision": ("weights: bf16, fp8, fp8_block, int8, fp4 (nvfp4), mxfp4, w4a16; default: model's", None, ()),
+    "gemm_precision": ("the same for linears", None, ("gemm_quant_mode", "gemm_dtype")),
+    "moe_precision": ("the same for experts", None, ("moe_quant_mode", "moe_dtype")),
+    "kv_dtype": ("KV cache: bf16 or fp8; default the model's", None, ("kv_cache_dtype", "kvcache_quant_mode")),
+    "all2all": ("MoE exchange; default the engine's", "auto", ("moe_backend",)),
+    "dispatch": ("dtype tokens are sent in; default the experts'", None, ()),
+    "combine": ("dtype results come back in, or logfmt10 (low_latency); default bf16", None, ()),
+    "routing": ("how tokens spread over experts: balanced, uniform (each picks at random), zipf:S", "uniform", ()),
+    "redundant_experts": ("copies of experts", 0, ()),
+    "prefix_cached": ("prompt tokens found in the cache", 0, ()),
+    "mtp_depth": ("drafted tokens per step", 0, ("speculative_tokens", "nextn")),
+    "mtp_acceptance": ("chance that a drafted token is accepted", 0.8, ()),
+    "chunk_tokens": ("prompt tokens per step; default the engine's", None, ("max_num_batched_tokens",)),
+}  # fmt: skip
+"""Columns of a row: what they say, default, other names."""
+
+MEASURED = {
+    "measured_ttft_s": ("silicon_ttft_ms", "measured_ttft_ms", "ttft_ms"),
+    "measured_tpot_s": ("silicon_tpot_ms", "measured_tpot_ms", "tpot_ms"),
+    "measured_output_tokens_per_s": ("output_throughput", "measured_output_throughput"),
+}
+"""Measured columns and their other names; a name that ends in ``_ms`` holds milliseconds."""
+
+PER_DECODE_WORKER, DECODE_PER_PREFILL = 64, 2.5
+"""Requests in flight per decode worker and decode workers per prefill worker where a row does not say: medians of the
+35 public disaggregated runs behind ``reports/serving.md`` that do (28 of them state the requests). They spread widely:
+a quarter has 16 requests and fewer, a quarter 160 and more."""
+
+RECORD: dict[str, Any] = {
+    "length_ratio": 0.8,
+    "receive_interval": {"few": 10, "many": 30, "hopper": 0},
+    "stream_interval": {"other": 30, "hopper": 10},
+    "pools_wait_steps": 20.0,
+    "fp8_cache": (("trtllm", "fp8"),),
+}
+"""Defaults of tables that name sizes as benchmark records of InferenceX do (``attention_dp_size, moe_ep_size``), from
+its scripts (github.com/SemiAnalysisAI/InferenceX, benchmarks/single_node/): lengths between 0.8 and 1 of the stated;
+TensorRT-LLM with an FP8 cache where weights are FP8 (its own FP8 checkpoints ask for it, too); SGLang launched with
+``--scheduler-recv-interval`` 10, from 16 users on 30, and ``--stream-interval`` 30, but on Hopper only with the latter,
+10 (dsr1_fp8_h200.sh, dsr1_fp8_b200.sh, qwen3.5_fp8_b200.sh, qwen3.5_bf16_mi355x.sh). Its pools are launched elsewhere:
+20 steps taken."""
+
+MANY_USERS = 16
+"""Users from which those scripts let SGLang look for requests more rarely."""
+
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
+_NOTHING = ("", "nan", "none", "null", "na", "n/a", "-")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row, read: names of profiles, layouts, load, options, and what was assumed where the row says nothing."""
+
+    model: str
+    device: str
+    engine: str
+    mode: str
+    isl: int
+    osl: int
+    concurrency: float
+    prefill: Layout
+    decode: Layout
+    workers: tuple[int, int] = (1, 1)
+    replicas: int = 1
+    length_ratio: float = 1.0
+    rounds: float = 10.0
+    wait_steps: float = 0.0
+    prefix_cached: int = 0
+    mtp_acceptance: float = 0.8
+    chunk_tokens: int | None = None
+    options: Options = field(default_factory=Options)
+    assumed: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def gpus(self) -> int:
+        if self.mode == "agg":
+            return self.decode.world_size * self.replicas
+        return self.workers[0] * self.prefill.world_size + self.workers[1] * self.decode.world_size
+
+    @property
+    def layout(self) -> str:
+        if self.mode == "agg":
+            return str(self.decode) + (f" x{self.replicas}" if self.replicas > 1 else "")
+        return f"{self.workers[0]}x {self.prefill} + {self.workers[1]}x {self.decode}"
+
+
+def canonical_columns(table: Iterable[Any]) -> dict[str, str]:
+    """Our name of every column of a table that has one, keyed by the table's. Raises where two mean the same."""
+    names = [str(name) for name in table]
+    known: dict[str, str] = {}
+    for name, (_, _, others) in COLUMNS.items():
+        known |= dict.fromkeys((name, *others), name)
+    for name, (_, _, others) in WORKER_COLUMNS.items():
+        for prefix in ("", "prefill_", "decode_"):
+            known |= dict.fromkeys((f"{prefix}{n}" for n in (name, *others)), prefix + name)
+    for name, others in MEASURED.items():
+        known |= dict.fromkeys((name, *others), name)
+    found: dict[str, str] = {}
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            both = f"{names.index(name) + 1} and {i + 1}"
+            raise InputError(f"column {name!r} is there twice, as columns {both}: keep one")
+        ours = known.get(name.strip().lower().replace("-", "_"))
+        if ours is None:
+            continue
+        if ours in found.values():
+            first = next(n for n, o in found.items() if o == ours)
+            raise InputError(f"columns {first!r} and {name!r} both mean {ours}: keep one")
+        found[name] = ours
+    return found
+
+
+def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Run:
+    """The run that a row of canonical columns describes. Raises :class:`InputError` naming column and value.
+
+    ``stated``: the table's own column names, lower case; some formats have defaults of their own.
+    """
+    cells = _Cells({name: value for name, value in row.items() if not is_empty(value)})
+    model, device, engine = cells.text("model"), cells.text("device"), cells.text("engine")
+    mode = {"aggregated": "agg", "disaggregated": "disagg", "pd": "disagg"}.get(m := cells.text("mode").lower(), m)
+    if mode not in ("agg", "disagg"):
+        raise InputError(f"mode {mode!r}: must be agg or disagg")
+    named = understand(model)
+    profile = named.profile.name if named.near else model
+    if named.near and profile.casefold() != model.casefold():
+        cells.assumed.append(f"model {profile}")
+    roles = ("", "") if mode == "agg" else ("prefill_", "decode_")
+    record = "moe_ep_size" in stated and ("dp" in cells.cells or "prefill_dp" in cells.cells)
+    prefill, decode = (_layout(cells, role, named.num_experts, record and mode == "agg") for role in roles)
+    concurrency = cells.number("concurrency", None)
+    workers = (1, 1) if mode == "agg" else _workers(cells, concurrency)
+    if concurrency is None:
+        batch = cells.number("batch", None, roles[1])
+        concurrency = float((batch or 1) * decode.dp * workers[1])
+        cells.assumed.append(f"concurrency {concurrency:g}" + ("" if batch else " (nothing said)"))
+    if concurrency <= 0:
+        raise InputError(f"concurrency {concurrency:g}: must be more than 0")
+    ratio = cells.number("length_ratio", RECORD["length_ratio"] if record else 1.0)
+    wait = cells.number("wait_steps", _wait_steps(device, mode, concurrency) if record and engine == "sglang" else 0.0)
+    if not 0 < ratio <= 1:
+        raise InputError(f"length_ratio {ratio:g}: must be more than 0 and at most 1")
+    isl, osl = cells.whole("isl"), cells.whole("osl")
+    if problem := named.profile.too_long(isl + osl):
+        raise InputError(f"context length: {problem}")
+    chunk = cells.number("chunk_tokens", None)
+    options = Options(
+        quant=_quant(cells, named),
+        kv_dtype=_kv(cells, engine, stated),
+        routing=cells.text("routing"),
+        all2all=cells.text("all2all"),
+        dispatch=cells.text("dispatch", None),
+        combine=cells.text("combine", None),
+        redundant_experts=cells.whole("redundant_experts", least=0),
+        mtp_depth=cells.whole("mtp_depth", least=0),
+    )
+    return Run(
+        profile, device, engine, mode, isl, osl, concurrency, prefill, decode,
+        workers, cells.whole("replicas"), ratio, cells.number("rounds", 10.0), wait,
+        cells.whole("prefix_cached", least=0),
+        cells.number("mtp_acceptance", 0.8), None if chunk is None else int(chunk), options, tuple(cells.assumed),
+    )  # fmt: skip
+
+
+def _wait_steps(device: str, mode: str, users: float) -> float:
+    """Steps that the intervals of a record's SGLang add to a first token: half of each, in the mean."""
+    if mode != "agg":
+        return float(RECORD["pools_wait_steps"])
+    receive, stream = RECORD["receive_interval"], RECORD["stream_interval"]
+    if _architecture(device) == "hopper":
+        return (receive["hopper"] + stream["hopper"]) / 2
+    return (receive["many" if users >= MANY_USERS else "few"] + stream["other"]) / 2
+
+
+@functools.lru_cache
+def _architecture(device: str) -> str:
+    return load_device(device.replace("_", "-")).architecture.lower()
+
+
+class _Cells:
+    """The filled cells of a row; what is asked for and missing takes its default, noted in ``assumed``."""
+
+    def __init__(self, cells: dict[str, Any]) -> None:
+        self.cells = cells
+        self.assumed: list[str] = []
+
+    def _get(self, name: str, role: str = "") -> Any:
+        return self.cells.get(role + name, self.cells.get(name))
+
+    def text(self, name: str, default: Any = "") -> Any:
+        value = self._get(name)
+        if value is not None:
+            return str(value).strip()
+        stated = COLUMNS[name][1]
+        if stated is None and default == "":
+            raise InputError(f"{name}: this cell is empty and has no default")
+        if name in ("engine", "mode"):
+            self.assumed.append(f"{name} {stated}")
+        return stated if default == "" else default
+
+    def number(self, name: str, default: Any, role: str = "") -> Any:
+        value = self._get(name, role)
+        if value is None:
+            return default
+        try:
+            number = plain_number(value)
+        except ValueError:
+            raise InputError(f"{role}{name} {value!r}: must be a number") from None
+        if not math.isfinite(number):
+            raise InputError(f"{role}{name} {value!r}: must be a finite number")
+        return number
+
+    def whole(self, name: str, role: str = "", least: int = 1) -> int:
+        default = (COLUMNS | WORKER_COLUMNS)[name][1]
+        number = self.number(name, None, role)
+        if number is None or (number == 0 and least == 1 and name in WORKER_COLUMNS):
+            if name in ("isl", "osl"):
+                self.assumed.append(f"{role}{name} {default}")
+            return int(default)
+        if number != int(number) or number < least:
+            raise InputError(f"{role}{name} {number:g}: must be a whole number of at least {least}")
+        return int(number)
+
+
+def plain_number(cell: Any) -> float:
+    """The number that a cell says; commas may part thousands. Raises :class:`ValueError`."""
+    text = str(cell).strip().replace("_", "")
+    return float(text.replace(",", "") if _THOUSANDS.fullmatch(text) else text)
+
+
+def _workers(cells: _Cells, concurrency: float | None) -> tuple[int, int]:
+    """Prefill and decode workers; :data:`PER_DECODE_WORKER` and :data:`DECODE_PER_PREFILL` where they are not said."""
+    said = [int(cells.number("workers", 0, role)) or None for role in ("prefill_", "decode_")]
+    decode = said[1] or max(1, math.ceil((concurrency or 1) / PER_DECODE_WORKER))
+    prefill = said[0] or max(1, round(decode / DECODE_PER_PREFILL))
+    if min(prefill, decode) < 1:
+        raise InputError(f"prefill_workers {prefill}, decode_workers {decode}: must be at least 1")
+    if None in said:
+        cells.assumed.append(f"workers {prefill} prefill, {decode} decode")
+    return prefill, decode
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell says nothing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    return isinstance(value, str) and value.strip().lower() in _NOTHING
+
+
+def _layout(cells: _Cells, role: str, num_experts: int, record: bool) -> Layout:
+    """Layout of a row's sizes. ``record``: the sizes may be those of a benchmark record that multiplies them twice."""
+    tp, dp, pp = (cells.whole(name, role) for name in ("tp", "dp", "pp"))
+    ep, etp = (int(cells.number(name, 0, role)) or None for name in ("ep", "moe_tp"))
+    if not num_experts:
+        return Layout(tp * dp * pp, tp, dp, 1, pp)
+    if record and ep and (twice := counted_twice(tp, dp, etp or 1, ep)):
+        tp, dp, etp, ep = twice
+        cells.assumed.append(f"recorded sizes count tp and ep twice: read as tp{tp}-dp{dp}-ep{ep}")
+    ranks = tp * dp
+    if ep is None:
+        ep = ranks // etp if etp and ranks % etp == 0 else 1
+    if etp is not None and etp * ep != ranks:
+        raise InputError(f"{role}moe_tp*ep = {etp}*{ep} must equal tp*dp = {tp}*{dp}")
+    return Layout(ranks * pp, tp, dp, ep, pp)
+
+
+def counted_twice(tp: int, dp: int, etp: int, ep: int) -> tuple[int, int, int, int] | None:
+    """Sizes as launched, where a benchmark's record multiplied them: tp, dp, etp, ep; None where it did not.
+
+    InferenceX (github.com/SemiAnalysisAI/InferenceX, benchmarks/single_node/) launches with ``--tp N --ep N`` on N
+    GPUs: experts whole, attention over tp, or over dp. Collections of its results write that as N*N ranks, such as
+    tp 64 = moe_tp 8 * ep 8 on one server of 8 GPUs; the same runs, equal to the last digit, are also there as tp 8
+    and ep 8.
+    """
+    if etp == ep > 1 and tp * dp == ep * ep and 1 in (tp, dp):
+        return (ep, 1, 1, ep) if dp == 1 else (1, ep, 1, ep)
+    if tp == dp > 1 and ep == tp * dp:
+        return tp, 1, 1, tp
+    return None
+
+
+def _quant(cells: _Cells, named: Named) -> str | None:
+    """Scheme of linears and experts, as an option; without a column, what the model's name says."""
+    whole = cells.text("precision", None)
+    if whole is None and named.precision and not cells.text("gemm_precision", cells.text("moe_precision", None)):
+        whole = named.precision
+        cells.assumed.append(f"precision {whole} (in the model's name)")
+    said = [cells.text(column, None) or whole for column in ("gemm_precision", "moe_precision")]
+    for column, precision in zip(("gemm_precision", "moe_precision"), said, strict=True):
+        if precision is not None and precision.lower() not in SCHEME_OF:
+            raise unknown_name(column if cells.text(column, None) else "precision", precision, SCHEME_OF)
+    return named.quant(*said)
+
+
+def _kv(cells: _Cells, engine: str, stated: frozenset[str]) -> str | None:
+    said = cells.text("kv_dtype", None)
+    if said is None and "moe_ep_size" in stated and (engine, cells.text("precision", None)) in RECORD["fp8_cache"]:
+        cells.assumed.append("kv_dtype fp8")
+        return "fp8"
+    if said is None or (scheme := SCHEME_OF.get(said.lower())) == "":
+        return None
+    if scheme not in ("bf16", "fp8"):
+        raise InputError(f"kv_dtype {said!r}: must be bf16 or fp8")
+    return scheme
+
+
+def describe_columns() -> list[dict[str, Any]]:
+    """Columns that are read: name, what it says, default, other names; layouts' come in three prefixes."""
+    records = []
+    for columns, note in ((COLUMNS, ""), (WORKER_COLUMNS, " (also prefill_, decode_)")):
+        for name, (text, default, others) in columns.items():
+            record = {"column": name, "says": text + note, "default": default, "also": list(others)}
+            records.append(record)
+    return records

@@ -1,0 +1,55 @@
+"""The op table as plain records: for JSON, and in the order in which the step runs them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from tensorcast.deploy.result import Simulation
+
+
+
+class Call(NamedTuple):
+    """One call in step order: the op's record and the layer it runs in (None outside the layers)."""
+
+    record: dict[str, Any]
+    layer: int | None
+
+
+def records(run: Simulation) -> list[dict[str, Any]]:
+    """Rows of the step, costliest first, as dicts of plain Python values."""
+    rows = sorted(run.records(), key=lambda record: -record["seconds"])
+    return [{key: value for key, value in row.items() if key != "kind"} for row in rows]
+
+
+def calls(run: Simulation) -> list[Call]:
+    """Every call of the step: what comes before the layers, each layer's rows in turn, what comes after.
+
+    With pipeline stages this is one micro-batch on its way through all of them.
+    """
+    kinds, stages = run.deployment.step.table.layer_kinds, run.deployment.step.stages
+    ends = {stage.stop for stage in stages[:-1]}
+    rows = [(record["kind"], record) for record in run.records()]
+    layers: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    before, after, between = [], [], []
+    for kind, record in rows:
+        if kind >= 0:
+            layers[kind].append(record)
+        elif record["op"] == "send_recv":
+            between.append(record)
+        elif record["op"] == "embedding" or record["module"].startswith(("embed", "rotary")):
+            before.append(record)
+        else:
+            after.append(record)
+    found = [Call(record, None) for record in before]
+    for i, kind in enumerate(kinds):
+        found += [Call(record, i) for record in layers[kind]]
+        if i + 1 in ends:
+            found += [Call(record, None) for record in between]
+    found += [Call(record, None) for record in after]
+    # A row that runs more often than its layers say is still part of the step's time.
+    missing: dict[int, int] = {id(record): record["count"] for _, record in rows}
+    for call in found:
+        missing[id(call.record)] -= 1
+    return found + [Call(record, None) for _, record in rows for _ in range(missing[id(record)])]

@@ -1,0 +1,112 @@
+"""The frame of candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tensorcast.deploy.plan.rank_tables import traced_table
+from tensorcast.deploy.step.price import WITHIN_80
+from tensorcast.search.candidate_arrays import Points
+from tensorcast.search.question import Question
+from tensorcast.search.selection import cluster_sizes, limit_ratios
+from tensorcast.search.space import family
+from tensorcast.search.variant_prices import Workshop
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+
+def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    import pandas as pd
+
+    frames = [frame for frame in frames if len(frame)]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
+
+
+COLUMNS = tuple(
+    "candidate form device engine layout family tp dp ep etp pp replicas world_size gpus prefill_layout prefill_workers"
+    " decode_workers batch concurrency all2all dispatch combine kv_dtype redundant_experts external_shared_experts"
+    " shared_expert_tp dual_batch_overlap mtp_depth chunk_tokens ttft_s ttft_low_s ttft_high_s tpot_s tpot_low_s"
+    " tpot_high_s request_s output_tokens_per_s tokens_per_s_per_gpu tokens_per_s_per_user decode_step_s prefill_step_s"
+    " exposed_comm_s hidden_comm_s memory_bytes weights_bytes kv_cache_bytes activations_bytes capacity_bytes"
+    " largest_batch share_measured share_calibrated share_datasheet meets limit pareto cost_per_million_tokens".split()
+)
+"""Columns of :attr:`Comparison.candidates`; units in the names."""
+
+
+def candidate_frame(question: Question, workshop: Workshop, form: str, points: Points) -> pd.DataFrame:
+    """Rows of :data:`COLUMNS`; candidates are named, and the front drawn, once all questions are answered."""
+    import pandas as pd
+
+    c, n = points.columns, len(points)
+    chosen = [workshop.variants[i] for i in points.variant]
+    replicas, size, gpus = cluster_sizes(question, workshop, form, points)
+    memory = workshop.memory(points)
+    excess = limit_ratios(question, c["ttft_s"], c["tpot_s"], gpus)
+    names, ratios = list(excess), np.array(list(excess.values()))
+    over = ratios.max(axis=0) > 1
+    experts = bool(traced_table(question.model, "decode").facts["num_experts"])
+    every = dict.fromkeys(v.layout for v in workshop.variants)  # thousands of rows, few layouts
+    called = {layout: str(layout) for layout in every}
+    families = {layout: family(layout, experts) for layout in every}
+    pools = form == "disaggregated"
+    prefill = [workshop.variants[int(i)] for i in c["prefill"]] if pools else chosen
+    kv = workshop.cache_dtypes
+    tokens = c["output_tokens_per_s"] * replicas
+    price = question.price
+    nothing = np.full(n, np.nan)
+    return pd.DataFrame({
+        "candidate": "",
+        "form": form,
+        "device": question.device.name,
+        "engine": question.engine.name,
+        "layout": [called[v.layout] for v in chosen],
+        "family": [families[v.layout] for v in chosen],
+        **{
+            name: [getattr(v.layout, name) if name != "etp" or experts else 1 for v in chosen]
+            for name in ("tp", "dp", "ep", "etp", "pp")
+        },
+        "replicas": replicas.astype(int),
+        "world_size": size.astype(int),
+        "gpus": gpus.astype(int),
+        "prefill_layout": [called[v.layout] for v in prefill] if pools else None,
+        "prefill_workers": c["prefill_workers"] if pools else nothing,
+        "decode_workers": c["decode_workers"] if pools else nothing,
+        "batch": c["batch"],
+        "concurrency": c["concurrency"] * replicas,
+        "all2all": [workshop.exchange(v) for v in chosen],
+        "dispatch": [v.decode.dispatch or "" for v in chosen],
+        "combine": [v.decode.combine or "" for v in chosen],
+        "kv_dtype": [kv[v.decode.kv_dtype] for v in chosen],
+        "redundant_experts": [v.decode.redundant_experts for v in chosen],
+        "external_shared_experts": [v.decode.external_shared_experts for v in chosen],
+        "shared_expert_tp": [v.decode.shared_expert_tp for v in chosen],
+        "dual_batch_overlap": [v.decode.dual_batch_overlap for v in chosen],
+        "mtp_depth": [v.decode.mtp_depth for v in chosen],
+        "chunk_tokens": nothing if pools else c["chunk_tokens"],
+        **{
+            f"{what}{end}_s": c[f"{what}_s"] * (1 + WITHIN_80 * c[f"{what}_error"]) ** sign
+            for what in ("ttft", "tpot")
+            for end, sign in (("", 0.0), ("_low", -1.0), ("_high", 1.0))
+        },
+        "request_s": c["request_s"],
+        "output_tokens_per_s": tokens,
+        "tokens_per_s_per_gpu": tokens / gpus,
+        "tokens_per_s_per_user": 1.0 / c["tpot_s"],
+        **{name: c[name] for name in ("decode_step_s", "prefill_step_s", "exposed_comm_s", "hidden_comm_s")},
+        "memory_bytes": memory["total"],
+        "weights_bytes": memory["weights"],
+        "kv_cache_bytes": memory["kv_cache"],
+        "activations_bytes": memory["activations"],
+        "capacity_bytes": float(question.device.memory_bytes),
+        "largest_batch": c["largest_batch"],
+        **{f"share_{kind}": c[f"share_{kind}"] for kind in ("measured", "calibrated", "datasheet")},
+        "meets": ~over,
+        "limit": np.where(over, np.array(names)[ratios.argmax(axis=0)], ""),
+        "pareto": False,
+        "cost_per_million_tokens": nothing if price is None else gpus * price / 3600.0 / tokens * 1e6,
+    })[list(COLUMNS)]

@@ -1,0 +1,207 @@
+"""Comparing layouts for a load and its limits: the best, the runner-up, and what cannot be told apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tensorcast.deploy.deployment import Deployment
+from tensorcast.errors import InputError, unknown_name
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.model import ModelProfile
+from tensorcast.search.answer import Answer
+from tensorcast.search.candidate_table import stacked
+from tensorcast.search.notes import by_what, in_seconds, notes, nothing_left, warning
+from tensorcast.search.objective import OBJECTIVES
+from tensorcast.search.pareto import alike, pareto
+from tensorcast.search.question import Question
+from tensorcast.search.space import Variant
+from tensorcast.serving.load import Load
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+
+class NoLayoutMeets(InputError):
+    """The limits leave nothing; the message says which one binds and how close the best came."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, comparison: Comparison) -> None:
+        super().__init__(message)
+        self.comparison = comparison
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of :func:`compare`. ``candidates``: one row per candidate kept, of ``examined`` in all.
+
+    Kept are, of every form and layout at every batch, the options that do best, and all of the Pareto front.
+    ``pruned``: how many fell away by which rule, of ``layouts`` (rules on layouts and engines), of ``variants``
+    (layouts with their options: memory) and of ``candidates`` (variants at a batch: pace). ``warning``: what to know
+    before trusting the best, if anything. ``ties``: candidates that cannot be told apart from the best
+    (:func:`tensorcast.search.pareto.alike`).
+    """
+
+    model: ModelProfile
+    devices: tuple[DeviceProfile, ...]
+    engine: EngineProfile
+    objective: str
+    targets: tuple[float | None, float | None]
+    input_len: int
+    output_len: int
+    candidates: pd.DataFrame
+    pruned: dict[str, dict[str, int]]
+    best: dict[str, Any] | None
+    runner_up: dict[str, Any] | None
+    ties: list[str]
+    notes: tuple[str, ...]
+    examined: int = 0
+    questions: tuple[Question, ...] = field(default=(), repr=False)
+    behind: dict[str, tuple[int, Variant, Variant]] = field(default_factory=dict, repr=False)
+    """Of every candidate: its question's number and the variants that prefill and decode."""
+    warning: str = ""
+
+    def deployments(self, candidate: str) -> tuple[Deployment, Deployment]:
+        """(prefill, decode) of a candidate, made anew. Raises :class:`InputError` for an unknown one."""
+        if candidate not in self.behind:
+            raise unknown_name("candidate", candidate, self.behind)
+        number, prefill, decode = self.behind[candidate]
+        scene = self.questions[number].scene
+        if candidate in self._in_pools:
+            scene = scene.in_pools()
+        return (
+            scene.deployment(prefill.layout, "prefill", prefill.prefill),
+            scene.deployment(decode.layout, "decode", decode.decode),
+        )
+
+    @cached_property
+    def _in_pools(self) -> frozenset[str]:
+        frame = self.candidates
+        return frozenset(frame["candidate"][frame["form"] == "disaggregated"])
+
+    def load(self, candidate: str) -> Load:
+        """What users send to a candidate."""
+        return self.questions[self.behind[candidate][0]].load
+
+    @cached_property
+    def closest(self) -> tuple[dict[str, Any], list[str]]:
+        """Where nothing keeps within the limits: the candidate that comes closest, and the limits that bind.
+
+        Binding are those that no candidate keeps, each taken alone (``ttft``, ``tpot``); else the closest one's worst.
+        """
+        frame, asked = self.candidates, dict(zip(("ttft", "tpot"), self.targets, strict=True))
+        limits = {name: limit for name, limit in asked.items() if limit is not None}
+        ratios = np.array([frame[f"{name}_s"] / limit for name, limit in limits.items()])
+        worst = ratios.max(axis=0) if len(ratios) else np.ones(len(frame))
+        # of those within these limits, or all as close to them, the one on fewest GPUs
+        first = frame.iloc[int(np.lexsort((frame["gpus"], np.maximum(worst, 1.0)))[0])]
+        row = {str(key): value for key, value in first.to_dict().items()}
+        alone = [name for name, limit in limits.items() if frame[f"{name}_s"].min() > limit]
+        return row, alone or [str(row["limit"]) or "gpus"]
+
+    @cached_property
+    def families(self) -> pd.DataFrame:
+        """The best candidate of every form and layout, best first; those within the limits come before the others."""
+        score = OBJECTIVES[self.objective].score(self.candidates)
+        frame = self.candidates.assign(score=score).sort_values(["meets", "score"], ascending=False, kind="stable")
+        keys = ["device", "engine", "gpus", "form", "layout", "prefill_layout"]
+        keys = [key for key in keys if key != "gpus" or self.objective != "gpus"]
+        return frame.drop_duplicates(keys).drop(columns="score").reset_index(drop=True)
+
+
+def compare(questions: Sequence[Question], answers: Sequence[Answer]) -> Comparison:
+    """Put the answers together: names, Pareto front, the best, the runner-up, ties.
+
+    Raises :class:`InputError` where nothing fits, :class:`NoLayoutMeets` where nothing keeps within the limits.
+    """
+    first = questions[0]
+    frame = stacked([one.frame for one in answers])
+    pruned: Counter[str] = Counter()
+    for one in answers:
+        pruned += one.pruned
+    if not len(frame):
+        raise InputError(nothing_left(questions, pruned))
+    pairs = [(number, *pair) for number, one in enumerate(answers) for pair in one.variants]
+    frame["candidate"] = [f"{form[0]}{i}" for i, form in enumerate(frame["form"])]
+    frame["pareto"] = pareto(frame["tokens_per_s_per_user"].to_numpy(), frame["tokens_per_s_per_gpu"].to_numpy())
+    if first.objective == "cost" and (free := dict.fromkeys(q.device.name for q in questions if q.price is None)):
+        names = ", ".join(free)
+        raise InputError(f"--objective cost: no price per GPU hour is known for {names}; use --price, as in H200=2.5")
+    comparison = Comparison(
+        first.model, tuple({q.device.name: q.device for q in questions}.values()), first.engine, first.objective,
+        (first.ttft_s, first.tpot_s), first.load.input_len, first.load.output_len, frame, by_what(pruned),
+        None, None, [], notes(questions, frame), sum(one.examined for one in answers), tuple(questions),
+        dict(zip(frame["candidate"], pairs, strict=True)),
+    )  # fmt: skip
+    return _decided(comparison)
+
+
+def _decided(comparison: Comparison) -> Comparison:
+    """With the best, the best of another layout, and what cannot be told apart from the best."""
+    ranked = comparison.families[comparison.families["meets"]]
+    if not len(ranked):
+        raise NoLayoutMeets(_not_met(comparison), comparison)
+    records = [{str(key): value for key, value in row.items()} for row in ranked.head(CONTENDERS).to_dict("records")]
+    best = records[0]
+    kind = ("device", "form", "layout")
+    others = [r for r in records[1:] if any(r[key] != best[key] for key in kind)]
+    sums = {r["candidate"]: work_by_family(comparison, r) for r in [best, *others]}
+    ties = [r["candidate"] for r in others if alike(sums[best["candidate"]], sums[r["candidate"]])]
+    said = warning(comparison.questions[0], comparison.candidates, best["ttft_s"], best["tpot_s"])
+    return replace(comparison, best=best, runner_up=others[0] if others else None, ties=ties, warning=said)
+
+
+CONTENDERS = 12
+"""Layouts that are compared with the best kernel by kernel."""
+
+
+def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """What the objective adds up for a candidate, by kernel family and beside them: (amount, relative median error).
+
+    GPU seconds per output token; for the objective ``latency`` seconds of a request. What rests on measurements and
+    what on datasheets alone err apart.
+    """
+    prefill, decode = comparison.deployments(row["candidate"])
+    load = comparison.load(row["candidate"])
+    fresh = prefill.step.price(1.0, float(load.new), float(load.prefix_cached))
+    step = decode.step.price(float(row["batch"]), 1.0, load.context)
+    decoded = row["tpot_s"] * (load.output_len - 1)
+    found: dict[str, tuple[float, float]] = {}
+    whole = row["request_s"] if comparison.objective == "latency" else row["gpus"] / row["output_tokens_per_s"]
+    for price, share in ((step, decoded / row["request_s"]), (fresh, 1 - decoded / row["request_s"])):
+        rows = [(f"{p.family} {p.evidence == 'datasheet'}", float(p.seconds) * float(n), float(np.max(p.error)))
+                for p, n in zip(price.rows, price.counts, strict=True)]
+        beside = max(float(price.overhead_s), 1e-30)
+        rows.append(("engine", beside, price.overhead_error_s / beside))
+        total = sum(seconds for _, seconds, _ in rows) or 1.0
+        for name, seconds, error in rows:
+            amount = whole * share * seconds / total
+            before, mean = found.get(name, (0.0, 0.0))
+            found[name] = before + amount, (before * mean + amount * error) / max(before + amount, 1e-30)
+    return found
+
+
+def _not_met(comparison: Comparison) -> str:
+    """Which limit binds and how close the best came."""
+    row, binding = comparison.closest
+    ttft, tpot = comparison.targets
+    asked = {"TTFT": ttft, "TPOT": tpot}
+    where = f"{row['gpus']} {row['device']} as {row['layout']} ({row['form']}, batch {row['batch']:g} per rank)"
+    said = [f"{name} <= {in_seconds(limit)}" for name, limit in asked.items() if limit is not None]
+    if comparison.objective == "gpus":
+        most = max(q.gpus for q in comparison.questions)
+        said.append(f"{comparison.questions[0].request_rate:g} requests/s on {most} GPUs")
+    names = " and ".join("GPUs" if name == "gpus" else name.upper() for name in binding)
+    verb = f"the limit on {names} binds" if len(binding) == 1 else f"the limits on {names} bind"
+    return (
+        f"no layout meets {' and '.join(said) or 'the number of GPUs'}: {verb}; the closest, {where}, has a TTFT of "
+        f"{in_seconds(row['ttft_s'])} and a TPOT of {in_seconds(row['tpot_s'])}"
+    )

@@ -1,0 +1,155 @@
+"""What is said beside the numbers of a comparison: what they rest on, what fell away and why, how much it takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tensorcast.deploy.deployment import not_counted, uncut
+from tensorcast.deploy.layout import RULES, Layout
+from tensorcast.deploy.options import idle_note, option_facts
+from tensorcast.deploy.plan.rank_tables import traced_table
+from tensorcast.search.answer import NO_PACE, NO_ROOM, smallest_that_fits
+from tensorcast.search.axes import FULL, Axes
+from tensorcast.search.candidate_table import stacked
+from tensorcast.search.question import Question
+from tensorcast.search.space import space
+from tensorcast.serving.load import Load
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COUNTED = {"layouts": "layouts", "variants": "layouts with their options", "candidates": "candidates"}
+"""What rules count, with the words for it: layouts; variants, which are layouts with options; candidates, which are
+variants at a batch."""
+
+
+def by_what(pruned: Counter[str]) -> dict[str, dict[str, int]]:
+    """Counts of a search by what each rule counts (:data:`COUNTED`), the most first."""
+    found: dict[str, dict[str, int]] = {what: {} for what in COUNTED}
+    for rule, number in pruned.most_common():
+        if number:
+            found[{NO_ROOM: "variants", NO_PACE: "candidates"}.get(rule, "layouts")][rule] = number
+    return found
+
+
+def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]:
+    """What the numbers rest on and a reader may not expect."""
+    first = questions[0]
+    found = [f"left out: {text}" for text in left_out(questions, frame)] + not_counted(first.model)
+    if idle := _idle(first, frame):
+        found.append(idle_note(idle))
+    if first.axes.kv_dtype == (None,) and first.base.kv_dtype is None:
+        found.append(f"KV cache in {frame['kv_dtype'].iloc[0]}, as the model ships; --kv-dtype bf16,fp8 compares both")
+    table = traced_table(first.model, "decode")
+    modules = option_facts(table.facts, False, first.model.config)["mtp_modules"]
+    if modules and first.axes.mtp_depth == (0,):
+        found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")
+    elif modules and max(first.axes.mtp_depth) > 0:
+        found.append(f"drafted tokens are accepted with a chance of {first.load.mtp_acceptance:g} each: an assumption")
+    cut = [int(tp) for tp in frame["tp"].unique() if tp > 1]
+    if cut and (whole := uncut(traced_table(first.model, "decode", min(cut)))):
+        found.append(whole)
+    spread = {
+        "balanced": "tokens fall evenly on experts",
+        "uniform": "tokens pick experts at random, none more popular",
+    }
+    if table.facts["num_experts"] and first.base.routing in spread:
+        found.append(f"{spread[first.base.routing]}; --routing zipf:0.6 shows what skew costs")
+    if "disaggregated" in first.forms:
+        found.append("disaggregated pools use as many GPUs as match, which may be fewer than there are")
+    unsure = frame.loc[frame["meets"], "share_datasheet"] if frame["meets"].any() else frame["share_datasheet"]
+    if len(unsure) and unsure.max() > 0.2:
+        found.append("candidates that span nodes rest on datasheet figures for the network: see share_datasheet")
+    listed = {q.device.name: q.device.price_per_hour_usd for q in questions if q.price_per_hour is None}
+    if prices := [f"{name} {price}" for name, price in listed.items() if price is not None]:
+        found.append(f"costs at list prices; --price sets yours: {', '.join(prices)}")
+    if not first.runnable_only:
+        found.append("layouts that no engine may be able to run are among them")
+    return tuple(found)
+
+
+def _idle(question: Question, frame: pd.DataFrame) -> dict[str, str]:
+    """Options asked for that no candidate has a use for, with the reason."""
+    asked, usual = question.axes, (Axes(), FULL, Axes().for_one_exchange(), FULL.for_one_exchange())
+    stay = (frame["all2all"] == "none").all()
+    reasons = {
+        "exchange": ("--all2all", stay, ""),
+        "dispatch": ("--dispatch", (frame["dispatch"] == "").all(), "experts take their tokens in bf16"),
+        "combine": ("--combine", (frame["combine"] == "").all(), "no candidate's exchange can send it"),
+    }
+    found = {
+        flag: "no tokens travel to other GPUs" if stay else why
+        for axis, (flag, unused, why) in reasons.items()
+        if unused and getattr(asked, axis) not in [getattr(axes, axis) for axes in usual]
+    }
+    if question.base.placement != "linear" and (frame["ep"] == 1).all():
+        found["--placement"] = "experts are in one group"
+    if question.load.mtp_acceptance != Load.mtp_acceptance and max(asked.mtp_depth) == 0:
+        found["--mtp-acceptance"] = "no tokens are drafted: see --mtp"
+    return found
+
+
+def warning(question: Question, frame: pd.DataFrame, ttft_s: float, tpot_s: float) -> str:
+    """That no limit holds the best back, where none does; from where on limits can be kept. Else empty."""
+    limits = {"ttft": (question.ttft_s, ttft_s), "tpot": (question.tpot_s, tpot_s)}
+    free = [name for name, (limit, _) in limits.items() if limit is None]
+    if not free or question.objective == "latency":
+        return ""
+    kept = frame[frame["meets"]]
+    waits = {"ttft": "for a first token", "tpot": "for each of the others"}
+    here = " and ".join(f"{in_seconds(limits[name][1])} {waits[name]}" for name in free)
+    ways = " and ".join(f"--{name} (from {in_seconds(kept[f'{name}_s'].min())} up)" for name in free)
+    names = " or ".join(name.upper() for name in free)
+    return f"No limit on {names}: the busiest batch wins however long users wait, here {here}. Set {ways}."
+
+
+def left_out(questions: Sequence[Question], frame: pd.DataFrame) -> Iterator[str]:
+    """Each layout that was asked for and has no candidate, and why: ``tp6 breaks rule 'heads per rank': ...``."""
+    for question in questions:
+        rows = frame[frame["device"] == question.device.name] if len(frame) else frame
+        there = {*rows["layout"], *rows["prefill_layout"]} if len(rows) else set()
+        for layout in question.layouts:
+            if str(layout) not in there:
+                where = f" on {question.device.name}" if len({q.device.name for q in questions}) > 1 else ""
+                yield f"{layout}{where} {_why_not(question, layout)}"
+
+
+def _why_not(question: Question, layout: Layout) -> str:
+    pruned: Counter[str] = Counter()
+    if space(replace(question, layouts=(layout,)), pruned):
+        return "holds no sequence beside the weights, or reads prompts more slowly than they come"
+    name = next(iter(pruned), "")
+    facts = traced_table(question.model, "decode").facts
+    for rule in RULES:
+        if rule.name == name:
+            return f"breaks rule '{name}': {rule.broken(layout, facts, question.device)}"
+    engine, _, limit = name.partition(": ")
+    return f"cannot be run by {engine} ({limit}); --any-engine compares it all the same"
+
+
+def nothing_left(questions: Sequence[Question], pruned: Counter[str]) -> str:
+    """Why there is no candidate at all: layouts that cannot be, or a model that takes more GPUs, and how many."""
+    first = questions[0]
+    needed, sizes = [], ", ".join(dict.fromkeys(f"{q.gpus} {q.device.name}" for q in questions))
+    if not pruned[NO_ROOM] and not pruned[NO_PACE]:
+        asked = list(dict.fromkeys(left_out(questions, stacked([]))))
+        rules = ", ".join(f"{rule} {number}" for rule, number in pruned.most_common())
+        return f"no layout is left to compare on {sizes}: {'; '.join(asked) or 'pruned by rule: ' + rules}"
+    for question in {q.device.name: q for q in sorted(questions, key=lambda q: q.gpus)}.values():
+        size = smallest_that_fits(question)
+        if size is not None:
+            multiple = f" (and --world-size a multiple of {size})" if size <= question.gpus else ""
+            needed.append(f"{size} {question.device.name}{multiple}")
+    length = first.load.input_len + first.load.output_len
+    hint = f"it needs at least {' or '.join(needed)}" if needed else "no number of them holds it"
+    if first.layouts:
+        hint = f"none of the layouts asked for holds it; {hint}"
+    return f"{first.model.name} does not fit on {sizes} with a sequence of {length} tokens: {hint}; or quantise"
+
+
+def in_seconds(value: float) -> str:
+    """``1.5 s``, ``30 ms``."""
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"

@@ -1,0 +1,168 @@
+"""From what a user asks to questions: one per device and cluster size, every value checked first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import Any
+
+from tensorcast.cost.routing import Routing
+from tensorcast.deploy.deployment import Deployment, deploy
+from tensorcast.deploy.engine_limits import one_exchange
+from tensorcast.deploy.layout import Layout, parse_layout
+from tensorcast.deploy.options import Options, check_options, option_facts
+from tensorcast.deploy.plan.moe_blocks import has_shared
+from tensorcast.deploy.plan.rank_tables import traced_table
+from tensorcast.errors import InputError, unknown_name
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.model import ModelProfile
+from tensorcast.search.axes import FULL, Axes
+from tensorcast.search.objective import OBJECTIVES
+from tensorcast.serving.load import Load
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What stays the same while layouts and options vary."""
+
+    model: ModelProfile
+    device: DeviceProfile
+    engine: EngineProfile
+    load: Load
+
+    @property
+    def own_chunk(self) -> int:
+        """Prompt tokens per step and rank where they are not searched; launch commands say so."""
+        return self.engine.tokens_per_step(self.device)
+
+    def in_pools(self) -> Scene:
+        return replace(self, engine=self.engine.in_pools())
+
+    def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
+        return deploy(self.model, self.device, self.engine, layout, phase, options)
+
+
+FORMS = ("aggregated", "disaggregated")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of one device, engine and cluster size; a task of its own for a worker process."""
+
+    model: ModelProfile
+    device: DeviceProfile
+    engine: EngineProfile
+    gpus: int
+    load: Load
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    objective: str = "tokens_per_gpu"
+    axes: Axes = field(default_factory=Axes)
+    base: Options = field(default_factory=Options)
+    layouts: tuple[Layout, ...] = ()
+    """Only these; empty: all."""
+    forms: tuple[str, ...] = FORMS
+    request_rate: float | None = None
+    price_per_hour: float | None = None
+    runnable_only: bool = True
+
+    @property
+    def price(self) -> float | None:
+        """US dollars per GPU hour: what was given, else the list price of the device, if any is known."""
+        listed = self.device.price_per_hour_usd
+        return float(listed) if self.price_per_hour is None and listed is not None else self.price_per_hour
+
+    @property
+    def scene(self) -> Scene:
+        return Scene(self.model, self.device, self.engine, self.load)
+
+
+def ask(
+    model: ModelProfile, devices: Sequence[DeviceProfile], engine: EngineProfile, world_sizes: Sequence[int], *,
+    input_len: int, output_len: int, prefix_cached: int = 0, mtp_acceptance: float = 0.8, ttft_s: float | None = None,
+    tpot_s: float | None = None, objective: str = "tokens_per_gpu", layouts: Sequence[str] | None = None,
+    forms: Sequence[str] = FORMS, request_rate: float | None = None, prices: Mapping[str, float] | None = None,
+    quant: str | None = None, routing: str = "uniform", placement: str = "linear", full: bool = False,
+    runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,
+) -> list[Question]:
+    """Questions of every device and size. ``searched``: values of axes; those left out are the default space's.
+
+    Raises :class:`InputError`, one line, on anything that cannot be.
+    """
+    if objective not in OBJECTIVES:
+        raise unknown_name("--objective", objective, OBJECTIVES)
+    for form in forms:
+        if form not in FORMS:
+            raise unknown_name("--form", form, FORMS)
+    for name, value in (("--ttft", ttft_s), ("--tpot", tpot_s), ("--request-rate", request_rate)):
+        if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+            raise InputError(f"{name} {value!r}: must be a number more than 0")
+    if objective == "gpus" and request_rate is None:
+        raise InputError("--objective gpus: say for how many requests per second, with --request-rate")
+    if not 0 <= prefix_cached < max(1, input_len):
+        raise InputError(f"--prefix-cached {prefix_cached}: must be at least 0 and less than --input-len {input_len}")
+    if objective != "gpus" and request_rate is not None:
+        raise InputError(f"--request-rate {request_rate:g}: says how much to plan for, with --objective gpus alone")
+    names = [device.name for device in devices]
+    for name, value in (prices or {}).items():
+        if name not in names:
+            raise InputError(f"--price {name}={value:g}: {name} is not one of --device {','.join(names)}")
+        if not 0 < value < math.inf:
+            raise InputError(f"--price {name}={value:g}: must be more than 0 US dollars per GPU hour")
+    if not names or not world_sizes:
+        raise InputError("compare: needs at least one device and one world size")
+    if wrong := [size for size in world_sizes if size < 1]:
+        raise InputError(f"--world-size {wrong[0]}: must be at least 1")
+    for device in devices:
+        if max(world_sizes) > device.world_limit:
+            raise InputError(
+                f"--world-size {max(world_sizes)}: {device.name}'s interconnect reaches {device.world_limit} GPUs"
+            )
+    Routing.parse(routing)
+    # one request in flight stands for the load until a candidate's batch says how many there are
+    load = Load(input_len, output_len, 1, prefix_cached, mtp_acceptance)
+    given = {name: tuple(values) for name, values in (searched or {}).items() if values}
+    axes = replace(FULL if full else Axes(), **given)
+    if runnable_only and one_exchange(engine.name):
+        axes = axes.for_one_exchange()
+    wanted = tuple(dict.fromkeys(parse_layout(text) for text in layouts or ()))
+    for layout in wanted:
+        if not any(size % layout.world_size == 0 for size in world_sizes):
+            sizes = ", ".join(map(str, world_sizes))
+            raise InputError(
+                f"layout {layout} takes {layout.world_size} GPUs, which does not divide --world-size {sizes}"
+            )
+    base = Options(quant=quant, routing=routing, placement=placement)
+    _applies(model, base, given)
+    if problem := model.too_long(input_len + output_len):
+        raise InputError(f"--input-len {input_len} and --output-len {output_len}: {problem}")
+    return [
+        Question(
+            model, device, engine, size, load, ttft_s, tpot_s, objective, axes, base, _of(wanted, size), tuple(forms),
+            request_rate, (prices or {}).get(device.name), runnable_only,
+        )
+        for device in devices
+        for size in world_sizes
+    ]
+
+
+def _applies(model: ModelProfile, base: Options, given: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise :class:`InputError` where the model has nothing that an option asked for is about."""
+    table = traced_table(model, "decode")
+    facts = option_facts(table.facts, has_shared(table), model.config)
+    depths = given.get("mtp_depth", (0,))
+    if max(depths) > 0 and not facts["mtp_modules"]:
+        said = ",".join(map(str, depths))
+        raise InputError(f"--mtp {said}: the config of {model.name} has no multi-token prediction module to draft with")
+    exchange = next((kind for kind in given.get("exchange", ()) if kind != "auto"), "auto")
+    dispatch, combine = (
+        next((scheme for scheme in given.get(axis, ()) if scheme), None) for axis in ("dispatch", "combine")
+    )
+    check_options(replace(base, all2all=exchange, dispatch=dispatch, combine=combine), Layout(1), facts, "none")
+
+
+def _of(layouts: tuple[Layout, ...], size: int) -> tuple[Layout, ...]:
+    return tuple(layout for layout in layouts if size % layout.world_size == 0)

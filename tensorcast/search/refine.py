@@ -1,0 +1,63 @@
+"""A closer look at the variants that may do best: every whole batch between those at which all variants are priced.
+
+A step's time jumps where a tile more begins, so no candidate stands between priced batches. It may also fall by a few
+percent, so that a batch beyond the first that is too slow is in time again: two priced batches further are looked at.
+What a variant can win there is bounded: while requests take no less time as the batch grows, tokens per second grow by
+no more than the batch does. Variants whose bound stays below the best candidate are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tensorcast.search.candidate_arrays import Points
+from tensorcast.search.variant_prices import Workshop
+from tensorcast.serving.curves import Array
+
+LISTED = 12
+"""Layouts that are looked at more closely even if they cannot do best: as many as are listed."""
+
+MOST = 64
+"""Batches between two priced ones that are tried: beyond 512 not every one."""
+
+Value = Callable[[str, Points], Array]
+"""What the objective makes of a form's points: more is better; -inf where users wait too long."""
+
+
+def finer(shop: Workshop, parts: dict[str, Points], value: Value) -> Workshop | None:
+    """The most promising variants of ``parts`` (by form), priced at the whole batches where they may do better.
+
+    None where there is no such batch.
+    """
+    best = max((value(form, points).max() for form, points in parts.items() if len(points)), default=-np.inf)
+    hopes = Points.joined([_hopes(shop, form, points, value) for form, points in parts.items()])
+    if best == -np.inf:
+        return None
+    hope, batch, last, prefill = (hopes.columns[name] for name in ("hope", "batch", "last", "prefill"))
+    by_layout: dict[object, int] = {}
+    for i in np.argsort(-hope, kind="stable"):
+        by_layout.setdefault((shop.variants[hopes.variant[i]].layout, shop.variants[prefill[i]].layout), int(i))
+    chosen = np.union1d(np.flatnonzero(hope >= best), list(by_layout.values())[:LISTED])
+    chosen = chosen[(last > batch)[chosen] & (hope > -np.inf)[chosen]]
+    if not len(chosen):
+        return None
+    spans = {*zip(batch[chosen], last[chosen], strict=True)}
+    whole = [np.linspace(low, high, 1 + int(min(high - low, MOST))).round() for low, high in spans]
+    grid = np.unique(np.concatenate([shop.grid, *whole]))
+    variants = [shop.variants[i] for i in np.union1d(hopes.variant[chosen], prefill[chosen])]
+    found = Workshop(shop.scene, variants, shop.chunks, shop.memo, grid)
+    found.price()
+    return found
+
+
+def _hopes(shop: Workshop, form: str, points: Points, value: Value) -> Points:
+    """Of each point: the last whole batch before the next priced one but one, of those that fit, and what at most may
+    come of it."""
+    batch, tokens = points.columns["batch"], points.columns["output_tokens_per_s"]
+    after = np.append(shop.grid, [np.inf, np.inf])[np.searchsorted(shop.grid, batch, side="right") + 1]
+    last = np.maximum(np.minimum(after - 1, np.floor(points.columns["largest_batch"])), batch)
+    more = Points(points.variant, points.columns | {"output_tokens_per_s": tokens * last / batch})
+    prefill = points.columns.get("prefill", points.variant).astype(int)
+    return Points(points.variant, {"hope": value(form, more), "batch": batch, "last": last, "prefill": prefill})

@@ -1,0 +1,223 @@
+"""What a search tries: every layout of a world size and of its divisors, times the options that matter there.
+
+A *variant* is one engine instance: a layout and how it runs. Options that change nothing for a layout (how tokens
+travel where every rank has them all) are not tried, so no two variants are the same deployment.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+from tensorcast.deploy.engine_limits import engine_can_run
+from tensorcast.deploy.layout import RULES, Layout
+from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
+from tensorcast.deploy.options import Options, option_facts
+from tensorcast.deploy.plan.moe_blocks import has_shared
+from tensorcast.deploy.plan.rank_tables import traced_table
+from tensorcast.errors import InputError
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.model import ModelProfile
+from tensorcast.search.axes import EXCHANGES, Axes
+from tensorcast.search.question import Question
+
+
+def space(question: Question, pruned: Counter[str]) -> list[Variant]:
+    """Variants to try; layouts that no rule lets through are counted in ``pruned``."""
+    scene, base = question.scene, question.base
+    first = scene.deployment(Layout(1), "decode", Options(quant=base.quant, kv_dtype=base.kv_dtype))
+    table = traced_table(question.model, "decode")
+    facts = option_facts(table.facts, has_shared(table), question.model.config)
+    facts |= {"quantized_dispatch": first.quantization.experts.quantizes_activation, "routing": base.routing}
+    if question.layouts:
+        tried = [one for one in question.layouts if question.gpus % one.world_size == 0]
+    else:
+        tried = [one for size in divisors(question.gpus) for one in layouts(size)]
+    found = []
+    node = question.device.interconnect[0].size
+    for layout in _traceable(legal(tried, facts, question.device, pruned), question.model, pruned):
+        every = variants(layout, facts, question.axes, base)
+        if question.runnable_only:
+            engine = question.engine.name
+            problems = [
+                engine_can_run(engine, layout, facts, v.prefill, node)
+                or engine_can_run(engine, layout, facts, v.decode, node, v.prefill)
+                for v in every
+            ]
+            if every and all(problems):
+                pruned[f"{question.engine.name}: {problems[0].partition(':')[0]}"] += 1
+            every = [v for v, problem in zip(every, problems, strict=True) if not problem]
+        found += every
+    return found
+
+
+NARROW = "widths of a rank"
+"""Rule on layouts beside those of their own: transformers' class runs with a tensor-parallel rank's sizes."""
+
+
+def _traceable(layouts_: Sequence[Layout], model: ModelProfile, pruned: Counter[str]) -> Iterator[Layout]:
+    """Those whose ranks can be traced; the others (OLMoE at tp > 1) are counted in ``pruned``."""
+    runs = {1: True}  # a model that cannot be traced at all is an error
+    for layout in layouts_:
+        if layout.tp not in runs:
+            try:
+                runs[layout.tp] = bool(traced_table(model, "decode", layout.tp))
+            except InputError:
+                runs[layout.tp] = False
+        if runs[layout.tp]:
+            yield layout
+        else:
+            pruned[NARROW] += 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One engine instance: a layout, and the options of a deployment in each phase."""
+
+    layout: Layout
+    prefill: Options
+    decode: Options
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """When an axis changes a deployment: ``holds`` looks at the layout, the model's facts, and whether tokens are sent
+    to their experts one by one (else all of them are gathered, or every rank has them)."""
+
+    axis: str
+    holds: Callable[[Layout, dict[str, Any], bool], bool]
+
+
+RELEVANT = (
+    Relevance(
+        "dispatch",
+        lambda layout, facts, sent: layout.dp > 1 and facts["num_experts"] > 0 and facts["quantized_dispatch"],
+    ),
+    Relevance("combine", lambda layout, facts, sent: layout.dp > 1 and facts["num_experts"] > 0),
+    Relevance("kv_dtype", lambda layout, facts, sent: True),
+    Relevance("shared_expert_tp", lambda layout, facts, sent: facts["shared_experts"] and layout.tp > 1),
+    # k + 1 ranks at least, so that one of k + 1 copies of a token gives the shared expert's ranks what the others have
+    Relevance(
+        "external_shared_experts",
+        lambda layout, facts, sent: facts["shared_experts"] and sent and layout.ep > facts["top_k"],
+    ),
+    # copies help where the load is uneven: by the routing, or because experts do not divide
+    Relevance(
+        "redundant_experts",
+        lambda layout, facts, sent: layout.ep > 1
+        and (facts["routing"] not in ("balanced", "uniform") or facts["num_experts"] % layout.ep > 0),
+    ),
+    Relevance("dual_batch_overlap", lambda layout, facts, sent: sent),
+    Relevance("mtp_depth", lambda layout, facts, sent: facts["mtp_modules"] > 0),
+)
+"""The options' side of :data:`tensorcast.deploy.layout.RULES`: an axis is searched only where it changes anything."""
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def layouts(world_size: int) -> Iterator[Layout]:
+    """Every tp x dp x pp of ``world_size`` with every ep that divides tp*dp, legal for some model or not."""
+    for tp in divisors(world_size):
+        for dp in divisors(world_size // tp):
+            for ep in divisors(tp * dp):
+                yield Layout(world_size, tp, dp, ep, world_size // (tp * dp))
+
+
+def legal(
+    candidates: Iterable[Layout], facts: dict[str, Any], device: DeviceProfile, pruned: Counter[str]
+) -> list[Layout]:
+    """Those that break no rule; the others are counted in ``pruned`` under the first rule that they break."""
+    kept = []
+    for layout in candidates:
+        broken = next((rule.name for rule in RULES if rule.broken(layout, facts, device)), None)
+        if broken:
+            pruned[broken] += 1
+        else:
+            kept.append(layout)
+    return kept
+
+
+def variants(layout: Layout, facts: dict[str, Any], axes: Axes, base: Options = Options()) -> list[Variant]:
+    """Every combination of the options that matter for ``layout``; ``base`` holds what is not searched.
+
+    ``facts``: :func:`tensorcast.deploy.options.option_facts`, and ``quantized_dispatch``, ``routing``.
+    """
+    whole = layout.dp > 1 and facts["num_experts"] > 0 and layout.ep == layout.stage_ranks
+    exchanges = [name for name in axes.exchange if whole or not _sends(name)]
+    if layout.dp == 1 or not facts["num_experts"]:
+        exchanges = ["auto"]
+    found = []
+    for name in exchanges or ["allgather_reducescatter"]:
+        sent = whole and _sends(name)
+        tried = {r.axis: getattr(axes, r.axis) if r.holds(layout, facts, sent) else _FIXED[r.axis] for r in RELEVANT}
+        for values in product(*tried.values()):
+            chosen = dict(zip(tried, values, strict=True))
+            external = external_ranks(layout, facts) if chosen["external_shared_experts"] else 0
+            if external and not chosen["shared_expert_tp"] and True in tried["shared_expert_tp"]:
+                continue  # ranks of their own hold it whole either way
+            if chosen["redundant_experts"]:
+                chosen["redundant_experts"] = copies(facts["num_experts"], layout.ep - external)
+            else:
+                chosen["redundant_experts"] = base.redundant_experts
+            chosen["external_shared_experts"] = external
+            found.append(Variant(layout, *_both_phases(base, name, tuple(chosen.items()))))
+    return list(dict.fromkeys(found)) if "logfmt10" in axes.combine else found
+
+
+def _back(combine: str | None, kind: str) -> str | None:
+    """``combine`` where ``kind`` can send it: ten-bit logarithms are low latency's alone."""
+    return None if combine == "logfmt10" and kind != "low_latency" else combine
+
+
+@lru_cache(maxsize=4096)
+def _both_phases(base: Options, exchange: str, chosen: tuple[tuple[str, Any], ...]) -> tuple[Options, Options]:
+    """Options of prefill and decode; many layouts share them."""
+    kinds, values = EXCHANGES[exchange], dict(chosen)
+    combine = values.pop("combine")
+    decode, prefill = (
+        replace(base, **values, all2all=kind, combine=_back(combine, kind))
+        for kind in (kinds["decode"], kinds["prefill"])
+    )
+    return replace(prefill, mtp_depth=0), decode
+
+
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "dispatch": (None,), "combine": (None,), "kv_dtype": (None,), "shared_expert_tp": (True,),
+    "external_shared_experts": (False,), "redundant_experts": (False,),
+    "dual_batch_overlap": (False,), "mtp_depth": (0,),
+}
+"""Where an axis changes nothing."""
+
+
+def _sends(exchange: str) -> bool:
+    """Whether an exchange sends tokens to their experts in every phase; what ``auto`` does is the engine's choice."""
+    return all(kind in ALL_TO_ALL for kind in EXCHANGES[exchange].values())
+
+
+def external_ranks(layout: Layout, facts: dict[str, Any]) -> int:
+    """Ranks for the shared expert alone that have as many rows as others: one of a token's k + 1 copies goes there."""
+    return max(1, round(layout.ep / (facts["top_k"] + 1)))
+
+
+def copies(experts: int, ranks: int) -> int:
+    """Redundant experts that leave every rank the same number: one more than even shares rounded down."""
+    return (experts // ranks + 1) * ranks - experts
+
+
+def family(layout: Layout, experts: bool = True) -> str:
+    """A layout in a word or two: how attention and experts are spread; ``PP`` in front where there are stages."""
+    attention = [name for name, size in (("TP", layout.tp), ("DP", layout.dp)) if size > 1]
+    spread = [] if layout.stage_ranks == 1 or not experts else ["EP"] if layout.ep > 1 else ["TP"]
+    if spread == ["EP"] and layout.etp > 1:
+        spread = ["EPxTP"]
+    if layout.dp == 1 and spread == ["TP"]:
+        spread = []
+    words = (["PP"] if layout.pp > 1 else []) + attention + spread
+    return "+".join(words) or "1 GPU"

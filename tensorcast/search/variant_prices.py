@@ -1,0 +1,330 @@
+"""Serving numbers of many candidates at once: variants are priced in fleets, loads follow in whole arrays.
+
+Nothing is approximated that pricing one candidate alone does not approximate: the same rows, the same curves and the
+same steady state, only with more than one entry per array (``tests/test_compare.py`` holds it to that).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tensorcast.cost.evidence import EVIDENCE
+from tensorcast.deploy.deployment import Deployment
+from tensorcast.deploy.fleet import Fleet, fleet
+from tensorcast.deploy.layout import Layout, attention_dp
+from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan.moe_blocks import Whole
+from tensorcast.deploy.plan.plan import choose_all2all
+from tensorcast.deploy.plan.rank_tables import shared_form, traced_table
+from tensorcast.deploy.step.fleet_step import Memo
+from tensorcast.deploy.step.sizes import COARSE
+from tensorcast.search.axes import LARGEST_BATCH
+from tensorcast.search.candidate_arrays import Points
+from tensorcast.search.question import Scene
+from tensorcast.search.space import Variant
+from tensorcast.serving.capacity import decode_budget, prefill_budget, room, sequence_bytes
+from tensorcast.serving.curves import Array, Line, Prompts, decode_columns, evidence_shares, expert_seconds, under_load
+
+_PLAIN: dict[str, Any] = {
+    "kv_dtype": None, "all2all": "auto", "redundant_experts": 0, "external_shared_experts": 0,
+    "dual_batch_overlap": False, "mtp_depth": 0,
+}  # fmt: skip
+KV_BYTES = {"bf16": 2.0, "fp8": 1.0}
+
+
+def _called(key: tuple[str, Layout, Options]) -> tuple[Layout, str, Options]:
+    phase, layout, options = key
+    return layout, phase, options
+
+
+def cache_dtype(deployment: Deployment, asked: str | None) -> str:
+    """The cache's dtype where ``asked`` may leave it to the model."""
+    return asked or deployment.quantization.kv
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """What the members of a fleet share, in both phases."""
+
+    tp: int
+    graph_tokens: int
+    exchange: tuple[str, str]
+    shared: tuple[Whole | None, Whole | None]
+    common: tuple[Options, Options]
+
+
+class _Setting(NamedTuple):
+    """What fleets take as further batches: it changes few rows, or the tokens of a step."""
+
+    kv_dtype: str | None
+    mtp_depth: int
+    dual_batch_overlap: bool
+    pp: int
+
+
+def _columns(values: list[Any], members: int) -> Array:
+    """Side by side; each a number or ``[members, 1]``."""
+    return np.hstack([np.broadcast_to(value, (members, 1)) for value in values])
+
+
+def _put(values: Array, rows: list[int], others: Array) -> Array:
+    """``values`` with ``others`` at ``rows``."""
+    values = values.copy()
+    values[rows] = others
+    return values
+
+
+_Member = tuple[Layout, Options, Options]
+"""A layout, of those that differ in pp the one with most stages, and what is not a setting of prefill's and decode's
+options."""
+
+
+@dataclass
+class Workshop:
+    """Prices variants of one scene; keeps what they share.
+
+    ``chunks``: chunked-prefill budgets to try; ``grid``: batches of decode steps to price. After :meth:`price` the
+    other methods are arithmetic.
+    """
+
+    scene: Scene
+    variants: list[Variant]
+    chunks: tuple[int, ...]
+    memo: Memo = field(default_factory=dict)
+    grid: Array = field(default_factory=lambda: COARSE[(COARSE >= 1) & (COARSE <= LARGEST_BATCH)])
+
+    @cached_property
+    def layouts(self) -> dict[str, Array]:
+        """Sizes of the variants' layouts."""
+        names = ("world_size", "dp")
+        return {name: np.array([getattr(v.layout, name) for v in self.variants], dtype=float) for name in names}
+
+    @cached_property
+    def depths(self) -> Array:
+        return np.array([v.decode.mtp_depth for v in self.variants])
+
+    @cached_property
+    def budgets(self) -> list[int]:
+        return sorted({*self.chunks, self.scene.own_chunk})
+
+    def price(self) -> None:
+        """Decode curves, prefill lines and room in memory of every variant."""
+        count = len(self.variants)
+        names = ("seconds", "attention_s", "error", "exposed_comm_s", "hidden_comm_s", *EVIDENCE)
+        self.curves = {name: np.empty((count, len(self.grid))) for name in names}
+        self.prompts = {budget: Prompts.of(self.scene.load, budget, count) for budget in self.budgets}
+        self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
+        # by variant: which fleet at one setting, as which member; overlap changes no memory, so pairs share a fleet
+        self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
+        self._fleets: list[Fleet] = []
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._bases: dict[tuple[str, Layout, Options], Deployment] = {}
+        self._made: dict[tuple[Any, ...], Fleet] = {}
+        self._left: dict[tuple[Any, ...], Any] = {}
+        for members in self._groups().values():
+            every = {setting for found in members.values() for setting in found}
+            settings = sorted(every, key=lambda s: (s.pp, str(s.kv_dtype), s.mtp_depth, s.dual_batch_overlap))
+            rows = np.array([[found.get(s, -1) for s in settings] for found in members.values()])
+            left = self._price_prefill(list(members), settings, rows)
+            self._price_decode(list(members), settings, rows, left)
+
+    def in_pools(self) -> Workshop:
+        """The variants as pools of disaggregated serving run them: those whose prompts are captured only where one
+        server has both phases are priced again."""
+        scene = self.scene.in_pools()
+        if scene.engine is self.scene.engine:
+            return self
+        rows = [i for i, v in enumerate(self.variants) if self._graph_tokens(v.layout)]
+        own, pools = self.lines, copy.copy(self)
+        pools.scene = scene
+        if rows:
+            # of prompts and room alone: one batch of decode steps is the least that can be priced
+            again = Workshop(scene, [self.variants[i] for i in rows], (scene.own_chunk,), grid=self.grid[:1])
+            again.price()
+            columns = {name: _put(values, rows, again.lines.columns[name]) for name, values in own.columns.items()}
+            pools.prompts = {**self.prompts, scene.own_chunk: replace(own, columns=columns)}
+            pools.room_decode = _put(self.room_decode, rows, again.room_decode)
+            pools.room_prefill = _put(self.room_prefill, rows, again.room_prefill)
+        return pools
+
+    def _fleet(self, members: list[_Member], phase: str) -> tuple[Fleet, tuple[Any, ...]]:
+        """The members as one deployment, and what its memory hangs on: overlap changes none, and no member's plan."""
+        made = []
+        for layout, *options in members:
+            key = (phase, layout, options[phase == "decode"])
+            if key not in self._bases:
+                self._bases[key] = self.scene.deployment(*_called(key))
+            made.append(self._bases[key])
+        held = (phase, *map(id, made))
+        if held not in self._made:
+            self._made[held] = fleet(made, self.memo)
+        return self._made[held], held
+
+    def _cache_budget(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Any]) -> Any:
+        """What a step leaves for the cache; the cache's dtype moves it only where stages are weighed."""
+        key = (*held, what, one.layout.pp, one.quantization.kv if one.layout.pp > 1 else "")
+        if key not in self._left:
+            self._left[key] = ask()
+        return self._left[key]
+
+    def _price_decode(
+        self, members: list[_Member], settings: list[_Setting], rows: Array, left: dict[int, Array]
+    ) -> None:
+        load, grid = self.scene.load, self.grid
+        decode, held = self._fleet(members, "decode")
+        kv = [cache_dtype(decode, s.kv_dtype) for s in settings]
+        bytes_each, depth = [KV_BYTES[name] for name in kv], [s.mtp_depth for s in settings]
+        dual, pp = [s.dual_batch_overlap for s in settings], [s.pp for s in settings]
+        decode.step.vary(*(np.repeat(values, len(grid)) for values in (bytes_each, depth, dual, pp)))
+        price = decode.step.price(np.tile(grid, len(settings)), 1.0, load.context)
+        shape = (len(members), len(settings), len(grid))
+        there = rows >= 0
+        for name, values in decode_columns(price, decode).items():
+            whole = np.broadcast_to(values, (shape[0], shape[1] * shape[2])).reshape(shape)
+            self.curves[name][rows[there]] = whole[there]
+        steps, buffers, each = np.empty((3, *rows.shape))
+        for i, setting in enumerate(settings):
+            key = (*held, setting.kv_dtype, setting.mtp_depth, setting.pp)
+            number = self._numbers.setdefault(key, len(self._fleets))
+            if number == len(self._fleets):
+                self._fleets.append(decode.at(kv[i], setting.mtp_depth, setting.pp))
+            one = self._fleets[number]
+            leaving = self._cache_budget(held, one, setting.mtp_depth, lambda: decode_budget(one, load.input_len))  # noqa: B023
+            steps[:, i : i + 1], buffers[:, i : i + 1] = leaving
+            each[:, i : i + 1] = sequence_bytes(one, load.input_len, load.output_len)
+            mine = there[:, i]
+            self._fleet_of[rows[mine, i]], self._member_of[rows[mine, i]] = number, np.flatnonzero(mine)
+        fits = room(decode, steps, each + buffers)
+        self.room_decode[rows[there]] = fits[there]
+        for budget, prefilling in left.items():
+            self.prompts[budget].fits[rows[there]] = np.minimum(fits, room(decode, prefilling, each))[there]
+
+    def _price_prefill(self, members: list[_Member], settings: list[_Setting], rows: Array) -> dict[int, Array]:
+        """Prefill lines; what a full step of each budget leaves for the cache, ``[members, settings]``."""
+        load = self.scene.load
+        prefill, held = self._fleet(members, "prefill")
+        kinds = list(dict.fromkeys((s.kv_dtype, s.dual_batch_overlap, s.pp) for s in settings))
+        lines = [Line(load.new, load.prefix_cached, budget) for budget in self.budgets]
+        sizes = [(b, line.tokens, line.past) for line in lines for b in line.asked]
+        batch, new, past = np.tile(np.array(sizes), (len(kinds), 1)).T
+        dtypes, dual, pp = zip(*kinds, strict=True)
+        kv = [cache_dtype(prefill, dtype) for dtype in dtypes]
+        bytes_each, depth = [KV_BYTES[name] for name in kv], [0] * len(kinds)
+        prefill.step.vary(*(np.repeat(values, len(sizes)) for values in (bytes_each, depth, dual, pp)))
+        price = prefill.step.price(batch, new, past)
+        shares, experts = evidence_shares(price), expert_seconds(price)
+        shape, there = (len(members), len(kinds), len(lines), 3), rows >= 0
+        kind_of = [kinds.index((s.kv_dtype, s.dual_batch_overlap, s.pp)) for s in settings]
+
+        def of(values: Any, line: int) -> Array:
+            whole = np.broadcast_to(values, (shape[0], len(batch))).reshape(shape)
+            return whole[:, kind_of, line]
+
+        ones = [prefill.at(name, 0, stages) for name, stages in zip(kv, pp, strict=True)]
+        left: dict[int, Array] = {}
+        for i, (budget, line) in enumerate(zip(self.budgets, lines, strict=True)):
+            line._read(
+                of(price.seconds, i), of(price.error, i), {name: of(share, i) for name, share in shares.items()},
+                of(experts, i), under_load(prefill),
+            )  # fmt: skip
+            self.prompts[budget].keep(line, rows)
+            asked = [self._cache_budget(held, one, budget, lambda: prefill_budget(one, line)) for one in ones]  # noqa: B023
+            left[budget] = _columns(asked, len(members))[:, kind_of]
+        own = left[self.scene.own_chunk]
+        each = _columns([sequence_bytes(one, load.input_len, 0) for one in ones], len(members))[:, kind_of]
+        self.room_prefill[rows[there]] = room(prefill, own, each)[there]
+        return left
+
+    def _groups(self) -> dict[_Structure, dict[_Member, dict[_Setting, int]]]:
+        """Positions of the variants by structure, member and setting."""
+        members: dict[tuple[Any, ...], dict[_Setting, int]] = {}
+        plain: dict[int, Options] = {}  # by identity: many variants, few options
+        made: dict[Options, Options] = {}
+        for i, variant in enumerate(self.variants):
+            for options in (variant.prefill, variant.decode):
+                if id(options) not in plain:
+                    one = replace(options, kv_dtype=None, mtp_depth=0, dual_batch_overlap=False)
+                    plain[id(options)] = made.setdefault(one, one)
+            layout, own = variant.layout, variant.decode
+            kept = id(plain[id(variant.prefill)]), id(plain[id(own)])
+            key = (layout.tp, layout.dp, layout.ep, self._graph_tokens(layout), *kept)
+            setting = _Setting(own.kv_dtype, own.mtp_depth, own.dual_batch_overlap, layout.pp)
+            members.setdefault(key, {})[setting] = i
+        found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
+        for positions in members.values():
+            most = self.variants[positions[max(positions, key=lambda setting: setting.pp)]]
+            member = (most.layout, plain[id(most.prefill)], plain[id(most.decode)])
+            found.setdefault(self._structure(*member), {})[member] = positions
+        return found
+
+    @cached_property
+    def _graph_tokens(self) -> Callable[[Layout], int]:
+        """Tokens of the largest captured prefill step of a layout."""
+        model, device, engine = self.scene.model, self.scene.device, self.scene.engine
+        experts = traced_table(model, "prefill").facts["num_experts"]
+        largest = cache(lambda dp, pp: engine.prefill_graph_tokens(device, dp, pp, model.config))
+        return lambda layout: largest(attention_dp(layout, experts), layout.pp)
+
+    def _structure(self, layout: Layout, prefill: Options, decode: Options) -> _Structure:
+        options = {"prefill": prefill, "decode": decode}
+        exchange = [choose_all2all(o.all2all, layout, self.scene.engine, phase) for phase, o in options.items()]
+        shared = [shared_form(o, layout, kind) for o, kind in zip(options.values(), exchange, strict=True)]
+        # what becomes a column of the fleet's arrays may differ
+        common = [
+            replace(o, dispatch=None, redundant_experts=0, external_shared_experts=min(1, o.external_shared_experts))
+            for o in options.values()
+        ]
+        return _Structure(
+            layout.tp, self._graph_tokens(layout), (exchange[0], exchange[1]), (shared[0], shared[1]),
+            (common[0], common[1]),
+        )  # fmt: skip
+
+    def without_room(self) -> int:
+        """Variants that hold no sequence, in either form of serving."""
+        room = np.max([self.room_decode, *(self.prompts[budget].fits for budget in self.chunks)], axis=0)
+        return int((room < 1).sum())
+
+    def exchange(self, variant: Variant) -> str:
+        """How tokens reach their experts in decode."""
+        return choose_all2all(variant.decode.all2all, variant.layout, self.scene.engine, "decode")
+
+    @cached_property
+    def cache_dtypes(self) -> dict[str | None, str]:
+        """What the cache holds, by what was asked for."""
+        one = self._fleets[0]
+        model = self.scene.deployment(Layout(1), "decode", replace(one.options, **_PLAIN)).quantization.kv
+        return {kv: kv or model for kv in {v.decode.kv_dtype for v in self.variants}}
+
+    def steps(self, depth: Any) -> Any:
+        """Decode steps of one reply with ``depth`` drafted tokens."""
+        return max(self.scene.load.output_len - 1, 1) / self.scene.load.tokens_per_step(depth)
+
+    def deployment(self, index: int, phase: str) -> Deployment:
+        variant = self.variants[index]
+        return self.scene.deployment(variant.layout, phase, getattr(variant, phase))
+
+    @property
+    def lines(self) -> Prompts:
+        """Prefill lines at the engine's own budget."""
+        return self.prompts[self.scene.own_chunk]
+
+    def memory(self, points: Points) -> dict[str, Array]:
+        """Bytes on the fullest GPU of every point while its batch decodes, each reply half done."""
+        names = ("weights", "kv_cache", "activations", "total")
+        found = {name: np.full(len(points), np.nan) for name in names}
+        batch, number = points.columns["batch"], self._fleet_of[points.variant]
+        order = np.argsort(number, kind="stable")
+        for mine in np.split(order, np.flatnonzero(np.diff(number[order])) + 1) if len(points) else ():
+            values, column = np.unique(batch[mine], return_inverse=True)
+            decode, member = self._fleets[number[mine[0]]], self._member_of[points.variant[mine]]
+            memory = decode.memory(values[None, :], 1, int(self.scene.load.context) - 1)
+            for name in names:
+                whole = np.broadcast_to(getattr(memory, name), (decode.step.size, len(values)))
+                found[name][mine] = whole[member, column]
+        return found

@@ -2,6 +2,6 @@
 
 from tensorcast.api import compare, device_profile, explain, predict_kernels, simulate
 from tensorcast.errors import InputError
+from tensorcast.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["InputError", "__version__", "compare", "device_profile", "explain", "predict_kernels", "simulate"]

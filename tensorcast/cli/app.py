@@ -109,7 +109,7 @@ def _reader_left() -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        from tensorcast import __version__
+        from tensorcast.version import __version__
 
         typer.echo(f"tensorcast {__version__}")
         raise typer.Exit

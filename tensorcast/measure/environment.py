@@ -23,7 +23,7 @@ QUERY = {
 
 def environment(device_type: str) -> dict[str, str]:
     """Names and versions, one line each; of the GPU too where ``device_type`` is ``cuda``."""
-    from tensorcast import __version__
+    from tensorcast.version import __version__
 
     found = {"date": datetime.date.today().isoformat(), "tensorcast": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers"):

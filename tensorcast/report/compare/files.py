@@ -105,7 +105,7 @@ def six_digits(values: np.ndarray) -> np.ndarray:
 
 def summary_of(view: View, figures: list[Chart]) -> dict[str, Any]:
     """The answer for scripts: what was asked, the best and its runner-up with all their columns, counts, findings."""
-    from tensorcast import __version__
+    from tensorcast.version import __version__
 
     c, answer = view.comparison, words.answer(view)
     return {

@@ -68,7 +68,7 @@ def today() -> str:
 
 def environment_of(view: View) -> list[tuple[str, str]]:
     """What made the report: versions, date, and where the devices' and the engine's numbers come from."""
-    from tensorcast import __version__
+    from tensorcast.version import __version__
 
     lines = [("tensorcast", f"{__version__}, Python {platform.python_version()}"), ("date", today())]
     seen: dict[str, Any] = {}

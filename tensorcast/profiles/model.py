@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
@@ -21,16 +21,40 @@ class ParamCount(Figure):
 
 
 class MoEFields(Frozen):
-    """Names of a MoE block's attributes. Only what differs from what the block itself shows."""
+    """Names of a MoE block's attributes, and what it does with them; only what the block itself does not show.
 
+    Every name is looked up when the model is built; dots lead into a module (``router.layer``).
+    """
+
+    block: str | None = Field(default=None, description="class of the blocks, or the end of their paths (`mlp`)")
     gate: str | None = None
     experts: str | None = None
     shared_experts: str | None = None
     shared_experts_gate: str | None = None
-    top_k: str | None = None
+    top_k: str | None = Field(default=None, description="on the block, its gate or its experts, as all that follow")
     norm_topk_prob: str | None = None
+    num_experts: str | None = None
+    routed_scale: str | None = Field(default=None, description="factor on the routed experts' sum")
     latent_down: str | None = None
     latent_up: str | None = None
+    before: tuple[str, ...] = Field(default=(), description="modules on the experts' input, in order")
+    after: tuple[str, ...] = Field(default=(), description="modules on the routed experts' sum, in order")
+    after_block: tuple[str, ...] = Field(default=(), description="modules on the block's output, in order")
+    bias: str | None = Field(default=None, description="vector added to the routed experts' sum")
+    matrices: tuple[str, ...] = Field(
+        default=(), description="an expert's: (gate, up, down), (gate and up in one, down) or (up, down) without a gate"
+    )
+    activation: str | None = Field(default=None, description="on an expert, or on the module that stacks them")
+    routing: Literal["logits", "pairs", "scores", "states", "hash"] | None = Field(
+        default=None,
+        description="what the gate gives: logits of all experts; indices and weights; a weight for every expert, zero "
+        "where not chosen, for the experts' input; pairs from the block's states; pairs from token ids",
+    )
+    gate_returns_raw_logits: bool | None = Field(default=None, description="the top-k is taken outside the gate")
+    keep_block: bool | None = Field(
+        default=None, description="the block's own code runs around the rewritten experts; unsaid: where it must"
+    )
+    options: dict[str, Any] = Field(default={}, description="of the layer: fields of MoEOptions")
 
 
 class ModelProfile(Frozen):
@@ -41,6 +65,11 @@ class ModelProfile(Frozen):
     hf_id: str
     description: str
     sources: dict[str, str]
+    model: str | None = Field(
+        default=None, description="Python class instead of transformers': package.module:Class or file.py:Class, the "
+        "file beside the profile; its arguments are config",
+    )
+    sharded: tuple[str, ...] = Field(default=(), description="arguments of that class that tensor parallelism divides")
     config: dict[str, Any]
     total_params: ParamCount | None = None
     active_params: ParamCount | None = None
@@ -51,10 +80,18 @@ class ModelProfile(Frozen):
 
     @field_validator("config")
     @classmethod
-    def _names_a_type(cls, config: dict[str, Any]) -> dict[str, Any]:
-        if "model_type" not in config:
+    def _names_a_type(cls, config: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "model_type" not in config and not info.data.get("model"):
             raise ValueError("config needs model_type, as every Hugging Face config.json has")
         return config
+
+    @field_validator("model")
+    @classmethod
+    def _names_a_class(cls, model: str | None) -> str | None:
+        where, _, name = (model or "").rpartition(":")
+        if model is not None and not (where and name.isidentifier()):
+            raise ValueError("must be package.module:Class or file.py:Class")
+        return model
 
     @property
     def text_config(self) -> dict[str, Any]:

@@ -190,6 +190,8 @@ def _read(path: Path, kind: type[ProfileT]) -> ProfileT:
     content = _load_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: a profile is a mapping of fields, this is a {type(content).__name__}")
+    if isinstance(named := content.get("model"), str) and ".py:" in named:  # a file beside the profile
+        content["model"] = str(path.resolve().parent / Path(named).expanduser())
     profile = _validated(path, kind, content)
     name = getattr(profile, "name", path.stem)
     in_store = any(path.parent.parent == root for root in profile_roots())

@@ -73,7 +73,7 @@ NUMBERS = (
 
 
 def test_every_candidate_is_priced_as_if_alone(shop: Workshop) -> None:
-    """200 random candidates of both forms against deployments made one by one: the same to rounding.
+    """200 random candidates of both modes against deployments made one by one: the same to rounding.
 
     The other way round, too: a candidate is given by its batch here, alone by the users that this batch serves.
     """
@@ -157,7 +157,7 @@ def test_ties_are_judged_by_what_differs() -> None:
 def test_frame_has_the_columns_and_adds_up(found: Comparison) -> None:
     frame = found.candidates
     assert tuple(frame.columns) == COLUMNS and frame["candidate"].is_unique
-    assert set(frame["form"]) == {"aggregated", "disaggregated"}
+    assert set(frame["mode"]) == {"aggregated", "disaggregated"}
     per_gpu = frame["output_tokens_per_s"] / frame["gpus"]
     assert np.allclose(frame["tokens_per_s_per_gpu"], per_gpu)
     assert (frame["gpus"] == frame["replicas"] * frame["world_size"]).all() and (frame["gpus"] <= 8).all()
@@ -169,7 +169,7 @@ def test_frame_has_the_columns_and_adds_up(found: Comparison) -> None:
     within = (frame["ttft_s"] <= 1.0) & (frame["tpot_s"] <= 0.03)
     assert (frame["meets"] == within).all() and (frame["meets"] == (frame["limit"] == "")).all()
     assert (frame["memory_bytes"] <= frame["capacity_bytes"]).all()
-    pools = frame[frame["form"] == "disaggregated"]
+    pools = frame[frame["mode"] == "disaggregated"]
     assert (pools["prefill_workers"] >= 1).all() and pools["chunk_tokens"].isna().all()
 
 
@@ -177,7 +177,7 @@ def test_the_best_is_the_best(found: Comparison) -> None:
     frame = found.candidates[found.candidates["meets"]]
     assert found.best is not None and found.runner_up is not None
     assert found.best["tokens_per_s_per_gpu"] == frame["tokens_per_s_per_gpu"].max()
-    assert (found.best["form"], found.best["layout"]) != (found.runner_up["form"], found.runner_up["layout"])
+    assert (found.best["mode"], found.best["layout"]) != (found.runner_up["mode"], found.runner_up["layout"])
     assert found.best["candidate"] not in found.ties
     assert found.examined > 10 * len(found.families) and any(found.pruned.values())
 
@@ -275,9 +275,9 @@ def test_one_server_of_vllm_exchanges_tokens_in_one_way() -> None:
     kinds: dict[tuple[str, str], set[tuple[str, str]]] = {}
     for engine in ("vllm", "sglang"):
         compared = tc.compare("qwen3-30b-a3b", **asked, engine=engine)
-        for name, form in zip(compared.candidates["candidate"], compared.candidates["form"], strict=True):
+        for name, mode in zip(compared.candidates["candidate"], compared.candidates["mode"], strict=True):
             _, prefill, decode = compared.behind[name]
-            kinds.setdefault((engine, form), set()).add((prefill.prefill.all2all, decode.decode.all2all))
+            kinds.setdefault((engine, mode), set()).add((prefill.prefill.all2all, decode.decode.all2all))
     high, low = "high_throughput", "low_latency"
     assert kinds["vllm", "aggregated"] == {(high, high), (low, low)}
     assert (high, low) in kinds["vllm", "disaggregated"]

@@ -159,7 +159,7 @@ def test_pools_are_priced_as_servers_of_one_phase() -> None:
         output_len=256,
     )  # fmt: skip
     frame, scene = compared.candidates, compared.questions[0].scene
-    pools = frame[(frame["form"] == "disaggregated") & (frame["prefill_layout"] == "tp4-dp1")]
+    pools = frame[(frame["mode"] == "disaggregated") & (frame["prefill_layout"] == "tp4-dp1")]
     assert len(pools)
     for _, row in pools.sample(min(5, len(pools)), random_state=0).iterrows():
         prefill, decode = compared.deployments(row["candidate"])

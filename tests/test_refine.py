@@ -88,7 +88,7 @@ def test_every_candidate_is_what_a_fresh_pricing_at_its_batch_gives(found: Compa
     for name in dict.fromkeys([*named, *found.families["candidate"].head(5), *some]):
         row = frame[frame["candidate"] == name].iloc[0]
         prefill, decode = found.deployments(name)
-        pools = row["form"] == "disaggregated"
+        pools = row["mode"] == "disaggregated"
         workers = (int(row["prefill_workers"]), int(row["decode_workers"])) if pools else None
         chunk = found.questions[0].scene.own_chunk if pools else int(row["chunk_tokens"])
         users, alone = served(decode, prefill, found.load(name), chunk, np.array(float(row["batch"])), workers)

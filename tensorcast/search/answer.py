@@ -66,8 +66,8 @@ def answer(question: Question) -> Answer:
         examined += more
     frames, behind = [], []
     for shop, found in every:
-        for form, points in found.items():
-            frames.append(candidate_frame(question, shop, form, points))
+        for mode, points in found.items():
+            frames.append(candidate_frame(question, shop, mode, points))
             prefill = points.columns.get("prefill", points.variant).astype(int)
             behind += [(shop.variants[p], shop.variants[d]) for p, d in zip(prefill, points.variant, strict=True)]
     return Answer(stacked(frames), behind, pruned, examined)
@@ -76,12 +76,12 @@ def answer(question: Question) -> Answer:
 def _candidates(
     question: Question, workshop: Workshop, pruned: Counter[str], known: Any = ()
 ) -> tuple[dict[str, Points], int]:
-    """Points worth a row by form, and of how many; those at batches that are ``known`` left out."""
+    """Points worth a row by mode, and of how many; those at batches that are ``known`` left out."""
     limits, found, examined = (question.ttft_s, question.tpot_s), {}, 0
-    for form in question.forms:
+    for mode in question.forms:
         points, slow = (
             aggregated(workshop, limits)
-            if form == "aggregated"
+            if mode == "aggregated"
             else disaggregated(workshop.in_pools(), question.gpus, limits)
         )
         pruned[NO_PACE] += slow
@@ -89,12 +89,12 @@ def _candidates(
             continue
         points = points.where(~np.isin(points.columns["batch"], known))
         examined += len(points)
-        kept = points.where(worth_a_row(question, workshop, form, points))
-        if form == "aggregated":
+        kept = points.where(worth_a_row(question, workshop, mode, points))
+        if mode == "aggregated":
             inside = steady(workshop, kept)
             pruned[NO_PACE] += int((~inside).sum())
             kept = kept.where(inside)
-        found[form] = kept
+        found[mode] = kept
     return found, examined
 
 

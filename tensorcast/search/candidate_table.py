@@ -28,7 +28,7 @@ def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 COLUMNS = tuple(
-    "candidate form device engine layout family tp dp ep etp pp replicas world_size gpus prefill_layout prefill_workers"
+    "candidate mode device engine layout family tp dp ep etp pp replicas world_size gpus prefill_layout prefill_workers"
     " decode_workers batch concurrency all2all dispatch combine kv_dtype redundant_experts external_shared_experts"
     " shared_expert_tp dual_batch_overlap mtp_depth chunk_tokens ttft_s ttft_low_s ttft_high_s tpot_s tpot_low_s"
     " tpot_high_s request_s output_tokens_per_s tokens_per_s_per_gpu tokens_per_s_per_user decode_step_s prefill_step_s"
@@ -38,13 +38,13 @@ COLUMNS = tuple(
 """Columns of :attr:`Comparison.candidates`; units in the names."""
 
 
-def candidate_frame(question: Question, workshop: Workshop, form: str, points: Points) -> pd.DataFrame:
+def candidate_frame(question: Question, workshop: Workshop, mode: str, points: Points) -> pd.DataFrame:
     """Rows of :data:`COLUMNS`; candidates are named, and the front drawn, once all questions are answered."""
     import pandas as pd
 
     c, n = points.columns, len(points)
     chosen = [workshop.variants[i] for i in points.variant]
-    replicas, size, gpus = cluster_sizes(question, workshop, form, points)
+    replicas, size, gpus = cluster_sizes(question, workshop, mode, points)
     memory = workshop.memory(points)
     excess = limit_ratios(question, c["ttft_s"], c["tpot_s"], gpus)
     names, ratios = list(excess), np.array(list(excess.values()))
@@ -53,7 +53,7 @@ def candidate_frame(question: Question, workshop: Workshop, form: str, points: P
     every = dict.fromkeys(v.layout for v in workshop.variants)  # thousands of rows, few layouts
     called = {layout: str(layout) for layout in every}
     families = {layout: family(layout, experts) for layout in every}
-    pools = form == "disaggregated"
+    pools = mode == "disaggregated"
     prefill = [workshop.variants[int(i)] for i in c["prefill"]] if pools else chosen
     kv = workshop.cache_dtypes
     tokens = c["output_tokens_per_s"] * replicas
@@ -61,7 +61,7 @@ def candidate_frame(question: Question, workshop: Workshop, form: str, points: P
     nothing = np.full(n, np.nan)
     return pd.DataFrame({
         "candidate": "",
-        "form": form,
+        "mode": mode,
         "device": question.device.name,
         "engine": question.engine.name,
         "layout": [called[v.layout] for v in chosen],

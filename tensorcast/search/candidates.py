@@ -1,4 +1,4 @@
-"""The two forms of serving, over all variants that a workshop has priced: one engine for both phases, or two pools."""
+"""The two modes of serving, over all variants that a workshop has priced: one engine for both phases, or two pools."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class NoLayoutMeets(InputError):
 class Comparison:
     """The result of :func:`compare`. ``candidates``: one row per candidate kept, of ``examined`` in all.
 
-    Kept are, of every form and layout at every batch, the options that do best, and all of the Pareto front.
+    Kept are, of every mode and layout at every batch, the options that do best, and all of the Pareto front.
     ``pruned``: how many fell away by which rule, of ``layouts`` (rules on layouts and engines), of ``variants``
     (layouts with their options: memory) and of ``candidates`` (variants at a batch: pace). ``warning``: what to know
     before trusting the best, if anything. ``ties``: candidates that cannot be told apart from the best
@@ -85,7 +85,7 @@ class Comparison:
     @cached_property
     def _in_pools(self) -> frozenset[str]:
         frame = self.candidates
-        return frozenset(frame["candidate"][frame["form"] == "disaggregated"])
+        return frozenset(frame["candidate"][frame["mode"] == "disaggregated"])
 
     def load(self, candidate: str) -> Load:
         """What users send to a candidate."""
@@ -109,10 +109,10 @@ class Comparison:
 
     @cached_property
     def families(self) -> pd.DataFrame:
-        """The best candidate of every form and layout, best first; those within the limits come before the others."""
+        """The best candidate of every mode and layout, best first; those within the limits come before the others."""
         score = OBJECTIVES[self.objective].score(self.candidates)
         frame = self.candidates.assign(score=score).sort_values(["meets", "score"], ascending=False, kind="stable")
-        keys = ["device", "engine", "gpus", "form", "layout", "prefill_layout"]
+        keys = ["device", "engine", "gpus", "mode", "layout", "prefill_layout"]
         keys = [key for key in keys if key != "gpus" or self.objective != "gpus"]
         return frame.drop_duplicates(keys).drop(columns="score").reset_index(drop=True)
 
@@ -130,7 +130,7 @@ def compare(questions: Sequence[Question], answers: Sequence[Answer]) -> Compari
     if not len(frame):
         raise InputError(nothing_left(questions, pruned))
     pairs = [(number, *pair) for number, one in enumerate(answers) for pair in one.variants]
-    frame["candidate"] = [f"{form[0]}{i}" for i, form in enumerate(frame["form"])]
+    frame["candidate"] = [f"{mode[0]}{i}" for i, mode in enumerate(frame["mode"])]
     frame["pareto"] = pareto(frame["tokens_per_s_per_user"].to_numpy(), frame["tokens_per_s_per_gpu"].to_numpy())
     if first.objective == "cost" and (free := dict.fromkeys(q.device.name for q in questions if q.price is None)):
         names = ", ".join(free)
@@ -151,7 +151,7 @@ def _decided(comparison: Comparison) -> Comparison:
         raise NoLayoutMeets(_not_met(comparison), comparison)
     records = [{str(key): value for key, value in row.items()} for row in ranked.head(CONTENDERS).to_dict("records")]
     best = records[0]
-    kind = ("device", "form", "layout")
+    kind = ("device", "mode", "layout")
     others = [r for r in records[1:] if any(r[key] != best[key] for key in kind)]
     sums = {r["candidate"]: work_by_family(comparison, r) for r in [best, *others]}
     ties = [r["candidate"] for r in others if alike(sums[best["candidate"]], sums[r["candidate"]])]
@@ -194,7 +194,7 @@ def _not_met(comparison: Comparison) -> str:
     row, binding = comparison.closest
     ttft, tpot = comparison.targets
     asked = {"TTFT": ttft, "TPOT": tpot}
-    where = f"{row['gpus']} {row['device']} as {row['layout']} ({row['form']}, batch {row['batch']:g} per rank)"
+    where = f"{row['gpus']} {row['device']} as {row['layout']} ({row['mode']}, batch {row['batch']:g} per rank)"
     said = [f"{name} <= {in_seconds(limit)}" for name, limit in asked.items() if limit is not None]
     if comparison.objective == "gpus":
         most = max(q.gpus for q in comparison.questions)

@@ -23,16 +23,16 @@ MOST = 64
 """Batches between two priced ones that are tried: beyond 512 not every one."""
 
 Value = Callable[[str, Points], Array]
-"""What the objective makes of a form's points: more is better; -inf where users wait too long."""
+"""What the objective makes of a mode's points: more is better; -inf where users wait too long."""
 
 
 def finer(shop: Workshop, parts: dict[str, Points], value: Value) -> Workshop | None:
-    """The most promising variants of ``parts`` (by form), priced at the whole batches where they may do better.
+    """The most promising variants of ``parts`` (by mode), priced at the whole batches where they may do better.
 
     None where there is no such batch.
     """
-    best = max((value(form, points).max() for form, points in parts.items() if len(points)), default=-np.inf)
-    hopes = Points.joined([_hopes(shop, form, points, value) for form, points in parts.items()])
+    best = max((value(mode, points).max() for mode, points in parts.items() if len(points)), default=-np.inf)
+    hopes = Points.joined([_hopes(shop, mode, points, value) for mode, points in parts.items()])
     if best == -np.inf:
         return None
     hope, batch, last, prefill = (hopes.columns[name] for name in ("hope", "batch", "last", "prefill"))
@@ -52,7 +52,7 @@ def finer(shop: Workshop, parts: dict[str, Points], value: Value) -> Workshop | 
     return found
 
 
-def _hopes(shop: Workshop, form: str, points: Points, value: Value) -> Points:
+def _hopes(shop: Workshop, mode: str, points: Points, value: Value) -> Points:
     """Of each point: the last whole batch before the next priced one but one, of those that fit, and what at most may
     come of it."""
     batch, tokens = points.columns["batch"], points.columns["output_tokens_per_s"]
@@ -60,4 +60,4 @@ def _hopes(shop: Workshop, form: str, points: Points, value: Value) -> Points:
     last = np.maximum(np.minimum(after - 1, np.floor(points.columns["largest_batch"])), batch)
     more = Points(points.variant, points.columns | {"output_tokens_per_s": tokens * last / batch})
     prefill = points.columns.get("prefill", points.variant).astype(int)
-    return Points(points.variant, {"hope": value(form, more), "batch": batch, "last": last, "prefill": prefill})
+    return Points(points.variant, {"hope": value(mode, more), "batch": batch, "last": last, "prefill": prefill})

@@ -12,10 +12,10 @@ from tensorcast.search.question import Question
 from tensorcast.search.variant_prices import Workshop
 
 
-def cluster_sizes(question: Question, workshop: Workshop, form: str, points: Points) -> tuple[Any, Any, Any]:
+def cluster_sizes(question: Question, workshop: Workshop, mode: str, points: Points) -> tuple[Any, Any, Any]:
     """(replicas, GPUs of one replica or pool, GPUs) of every point."""
     size = workshop.layouts["world_size"][points.variant]
-    if form == "disaggregated":
+    if mode == "disaggregated":
         prefill = workshop.layouts["world_size"][points.columns["prefill"].astype(int)]
         size = prefill * points.columns["prefill_workers"] + size * points.columns["decode_workers"]
     replicas = np.maximum(question.gpus // size, 1.0)
@@ -31,31 +31,31 @@ def limit_ratios(question: Question, ttft_s: Any, tpot_s: Any, gpus: Any) -> dic
     return {name: value / limit for name, (value, limit) in asked.items() if limit is not None}
 
 
-def score_of(question: Question, workshop: Workshop, form: str, points: Points) -> Any:
+def score_of(question: Question, workshop: Workshop, mode: str, points: Points) -> Any:
     """What the objective makes of every point: more is better."""
-    _, size, gpus = cluster_sizes(question, workshop, form, points)
+    _, size, gpus = cluster_sizes(question, workshop, mode, points)
     per_gpu = points.columns["output_tokens_per_s"] / size
     if question.objective == "latency":
         return -points.columns["request_s"]
     return -gpus + 1e-9 * per_gpu if question.objective == "gpus" else per_gpu
 
 
-def score_in_time(question: Question, workshop: Workshop, form: str, points: Points) -> Any:
+def score_in_time(question: Question, workshop: Workshop, mode: str, points: Points) -> Any:
     """The score; -inf where users wait too long."""
     c = points.columns
     late = (c["ttft_s"] > (question.ttft_s or np.inf)) | (c["tpot_s"] > (question.tpot_s or np.inf))
-    return np.where(late, -np.inf, score_of(question, workshop, form, points))
+    return np.where(late, -np.inf, score_of(question, workshop, mode, points))
 
 
-def worth_a_row(question: Question, workshop: Workshop, form: str, points: Points) -> Any:
+def worth_a_row(question: Question, workshop: Workshop, mode: str, points: Points) -> Any:
     """Positions worth a row: per layout and batch the best options, and the whole Pareto front."""
     c = points.columns
-    _, size, gpus = cluster_sizes(question, workshop, form, points)
+    _, size, gpus = cluster_sizes(question, workshop, mode, points)
     worst = np.max(list(limit_ratios(question, c["ttft_s"], c["tpot_s"], gpus).values()), axis=0)
     layout_of = {layout: i for i, layout in enumerate(dict.fromkeys(v.layout for v in workshop.variants))}
     of_variant = np.array([layout_of[v.layout] for v in workshop.variants])
     keys = [of_variant[points.variant], np.log2(c["batch"]).round(3)]
-    score = score_of(question, workshop, form, points)
+    score = score_of(question, workshop, mode, points)
     order = np.lexsort((-score, worst > 1, *keys))
     found = [order[_firsts([key[order] for key in keys])]]
     order = np.lexsort((worst, *keys))  # the closest to the limits

@@ -81,8 +81,8 @@ class View:
         self.price = price
         self.several_devices = self.frame["device"].nunique() > 1
         # pools take as many GPUs as match, so their number alone does not say that several clusters were asked about
-        self.several_sizes = self.frame.loc[self.frame["form"] == "aggregated", "gpus"].nunique() > 1
-        self.layout_columns = ["form", "device", "layout", "prefill_layout", *(["gpus"] if self.several_sizes else [])]
+        self.several_sizes = self.frame.loc[self.frame["mode"] == "aggregated", "gpus"].nunique() > 1
+        self.layout_columns = ["mode", "device", "layout", "prefill_layout", *(["gpus"] if self.several_sizes else [])]
 
     @property
     def cached_tokens(self) -> int:
@@ -116,7 +116,7 @@ class View:
     def name(self, row: Any) -> str:
         """What tells a candidate's layout from all others here: ``tp8-dp4-ep32``, ``2 x tp4-dp1 on h200-sxm``."""
         layout, copies = row["layout"], row["replicas"]
-        if row["form"] == "disaggregated":
+        if row["mode"] == "disaggregated":
             prefill = _times(row["prefill_workers"] * copies, row["prefill_layout"])
             layout = f"{prefill} > {_times(row['decode_workers'] * copies, layout)}"
         else:
@@ -144,7 +144,7 @@ class View:
         At most :data:`MOST_SHOWN`; what is left is filled with the next best.
         """
         ranked = self.per_layout.reset_index(drop=True)
-        forms = ranked.index[:2].union(ranked.drop_duplicates("form").index)
+        forms = ranked.index[:2].union(ranked.drop_duplicates("mode").index)
         first = forms.union(ranked.drop_duplicates("family").index[: max(0, MOST_SHOWN - len(forms))])
         rest = ranked.index.difference(first)[: max(0, MOST_SHOWN - len(first))]
         rows = [_plain(row) for _, row in ranked.loc[first.union(rest)].iterrows()]

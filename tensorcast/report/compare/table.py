@@ -43,12 +43,12 @@ COLUMNS = (
     Column("memory_share", "memory", True, "share of a GPU's memory in use", units.percent),
     Column("gpus", "GPUs", True, "GPUs in all", units.count),
     Column("device", "device"),
-    Column("form", "serving"),
+    Column("mode", "serving"),
     Column("family", "family"),
     Column("options", "options"),
 )
 
-CHOICES = ("family", "form", "device", "verdict")
+CHOICES = ("family", "mode", "device", "verdict")
 """Columns that the page filters by value."""
 
 

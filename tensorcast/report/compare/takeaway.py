@@ -35,7 +35,7 @@ def takeaways(view: View) -> list[Takeaway]:
 
 def _of(view: View, choice: Choice, engine: str) -> Takeaway:
     pools: list[tuple[str | None, str]] = [(None, "")]
-    if choice.row["form"] == "disaggregated":
+    if choice.row["mode"] == "disaggregated":
         pools = [(role, f"# {int(choice.row[f'{role}_workers'])} x {role} worker\n") for role in ("prefill", "decode")]
     if len(pools) == 1 and (problem := _mixed(choice, engine)):
         return Takeaway(engine, "", "", problem)

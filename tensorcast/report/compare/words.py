@@ -163,14 +163,14 @@ def options(row: dict[str, Any]) -> str:
         parts.append("dual-batch overlap")
     if row["mtp_depth"]:
         parts.append(f"{plural(row['mtp_depth'], 'drafted token')} per step")
-    if row["form"] == "aggregated" and row["chunk_tokens"]:
+    if row["mode"] == "aggregated" and row["chunk_tokens"]:
         parts.append(f"prompts in chunks of {units.count(row['chunk_tokens'])}")
     return ", ".join(parts)
 
 
 def _how(view: View, row: dict[str, Any]) -> str:
     """How the layout serves: on what, at which load, with which options."""
-    if row["form"] == "disaggregated":
+    if row["mode"] == "disaggregated":
         prefill, decode = (row[name] * row["replicas"] for name in ("prefill_workers", "decode_workers"))
         start = (
             f"Prompts run on {plural(prefill, 'prefill worker')} ({row['prefill_layout']}), answers on "
@@ -359,7 +359,7 @@ def assumptions(view: View, shown: list[Choice]) -> list[str]:
             f"{engine.name} {engine.version} may use {units.percent(float(deployment.memory_share))} of the memory"
             f"{COVERS[engine.memory_covers]}."
         )
-    if (view.frame["form"] == "disaggregated").any():
+    if (view.frame["mode"] == "disaggregated").any():
         lines.append("A > B: workers laid out as A read the prompts and hand them to workers laid out as B.")
     if view.price is not None:
         lines.append(f"Price as given: {units.digits(view.price)} USD per GPU hour.")

@@ -42,22 +42,22 @@ def inside(model: str, device: str, gpus: int) -> tuple[int, int, float, float]:
     from tensorcast.profiles.store import load_device, load_engine, load_model
     from tensorcast.search.axes import FULL as EVERY_AXIS
     from tensorcast.search.candidates import aggregated, disaggregated
-    from tensorcast.search.question import Question
+    from tensorcast.search.search_task import SearchTask
     from tensorcast.search.space import space
-    from tensorcast.search.variant_prices import Workshop
+    from tensorcast.search.variant_prices import VariantPrices
     from tensorcast.serving.load import Load
 
-    question = Question(
+    task = SearchTask(
         load_model(model), load_device(device), load_engine("vllm"), gpus, Load(4096, 1024, 1), 2.0, 0.05,
         axes=EVERY_AXIS, runnable_only=False,
     )  # fmt: skip
-    tried = space(question, Counter())
-    Workshop(question.scene, tried, question.axes.chunk_tokens).price()  # every table is read and fused
+    tried = space(task, Counter())
+    VariantPrices(task.scenario, tried, task.axes.chunk_tokens).price()  # every table is read and fused
     best = (0, 0.0, math.inf)
     for _ in range(TRIES):
-        with uncollected():  # as tensorcast.search.answer.answer runs
+        with uncollected():  # as tensorcast.search.search.search runs
             start = time.perf_counter()
-            shop = Workshop(question.scene, space(question, Counter()), question.axes.chunk_tokens)
+            shop = VariantPrices(task.scenario, space(task, Counter()), task.axes.chunk_tokens)
             shop.price()
             priced = time.perf_counter()
             found = [aggregated(shop, (2.0, 0.05)), disaggregated(shop, gpus, (2.0, 0.05))]

@@ -113,7 +113,7 @@ def simulate(
     from tensorcast.deploy.simulate import simulate as run
     from tensorcast.deploy.workload import Workload
     from tensorcast.profiles.store import load_engine
-    from tensorcast.search.answer import enough
+    from tensorcast.search.smallest_cluster import what_holds
 
     if dp < 1 or pp < 1:
         raise InputError(f"layout: dp = {dp} and pp = {pp} must be at least 1")
@@ -132,7 +132,8 @@ def simulate(
         shared_expert_tp, external_shared_experts, dual_batch_overlap, mtp_depth, chunk_tokens,
     )
     profile, read_as = named_model(model)
-    found = run(profile, device_profile(device), load_engine(engine), layout, workload, options, allow_oversize, enough)
+    parts = profile, device_profile(device), load_engine(engine), layout
+    found = run(*parts, workload, options, allow_oversize, what_holds)
     return _noted(found, read_as)
 
 
@@ -188,13 +189,13 @@ def compare(
     from tensorcast.deploy.model_names import named_model
     from tensorcast.parallel import note, spread
     from tensorcast.profiles.store import load_engine
-    from tensorcast.search.answer import answer
     from tensorcast.search.compare import compare as decide
-    from tensorcast.search.question import ask
+    from tensorcast.search.search import search
+    from tensorcast.search.search_task import search_tasks
 
     devices = [device] if isinstance(device, str) else list(device)
     profile, read_as = named_model(model)
-    questions = ask(
+    tasks = search_tasks(
         profile, [device_profile(name) for name in devices], load_engine(engine),
         [world_size] if isinstance(world_size, int) else list(world_size),
         input_len=input_len, output_len=output_len, prefix_cached=prefix_cached, mtp_acceptance=mtp_acceptance,
@@ -206,8 +207,8 @@ def compare(
             "combine": combine, "chunk_tokens": chunk_tokens,
         },
     )  # fmt: skip
-    found = decide(questions, spread(answer, questions, jobs, executor))
-    return _noted(found, read_as, note(len(questions), jobs, executor))
+    found = decide(tasks, spread(search, tasks, jobs, executor))
+    return _noted(found, read_as, note(len(tasks), jobs, executor))
 
 
 @_python_names

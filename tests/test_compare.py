@@ -34,9 +34,9 @@ from tensorcast.search.candidates import disaggregated as all_pools
 from tensorcast.search.candidates import steady
 from tensorcast.search.compare import Comparison
 from tensorcast.search.pareto import alike, pareto
-from tensorcast.search.question import Question, Scene
+from tensorcast.search.search_task import Scenario, SearchTask
 from tensorcast.search.space import space
-from tensorcast.search.variant_prices import Workshop
+from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.curves import PrefillLine
 from tensorcast.serving.load import Load
 from tensorcast.serving.steady_state import aggregated, disaggregated
@@ -51,19 +51,19 @@ def found() -> Comparison:
 
 
 @pytest.fixture(scope="module")
-def shop() -> Workshop:
+def shop() -> VariantPrices:
     """Every axis, nothing left out because of an engine, shared experts and uneven load."""
     from collections import Counter
 
-    question = Question(
+    task = SearchTask(
         load_model("deepseek-v3"), load_device("h200"), load_engine("sglang"), 16, Load(3000, 500, 1),
         axes=FULL, base=Options(routing="zipf:0.4"), runnable_only=False,
     )  # fmt: skip
-    workshop = Workshop(
-        Scene(question.model, question.device, question.engine, question.load), space(question, Counter()), (2048, 8192)
+    prices = VariantPrices(
+        Scenario(task.model, task.device, task.engine, task.load), space(task, Counter()), (2048, 8192)
     )
-    workshop.price()
-    return workshop
+    prices.price()
+    return prices
 
 
 NUMBERS = (
@@ -72,28 +72,28 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def test_every_candidate_is_priced_as_if_alone(shop: Workshop) -> None:
+def test_every_candidate_is_priced_as_if_alone(shop: VariantPrices) -> None:
     """200 random candidates of both modes against deployments made one by one: the same to rounding.
 
     The other way round, too: a candidate is given by its batch here, alone by the users that this batch serves.
     """
     generator = np.random.default_rng(0)
-    scene, limits, several = shop.scene, (3.0, 0.06), 0
+    scenario, limits, several = shop.scenario, (3.0, 0.06), 0
     for pools, (every, _) in ((False, all_aggregated(shop, limits)), (True, all_pools(shop, 16, limits))):
         points = every if pools else every.where(steady(shop, every))
         assert len(points) > 0.9 * len(every)
         for i in generator.choice(len(points), 100, replace=False):
             variant = shop.variants[points.variant[i]]
             numbers = {name: values[i] for name, values in points.columns.items()}
-            load = replace(scene.load, concurrency=float(numbers["concurrency"]))
-            decode = scene.deployment(variant.layout, "decode", variant.decode)
+            load = replace(scenario.load, concurrency=float(numbers["concurrency"]))
+            decode = scenario.deployment(variant.layout, "decode", variant.decode)
             if pools:
                 first = shop.variants[int(numbers["prefill"])]
-                prefill = scene.deployment(first.layout, "prefill", first.prefill)
+                prefill = scenario.deployment(first.layout, "prefill", first.prefill)
                 workers = int(numbers["prefill_workers"]), int(numbers["decode_workers"])
-                alone = disaggregated(prefill, decode, *workers, load, scene.own_chunk)
+                alone = disaggregated(prefill, decode, *workers, load, scenario.own_chunk)
             else:
-                prefill = scene.deployment(variant.layout, "prefill", variant.prefill)
+                prefill = scenario.deployment(variant.layout, "prefill", variant.prefill)
                 alone = aggregated(prefill, decode, load, int(numbers["chunk_tokens"]))
             assert not alone.problem
             if alone.batch != pytest.approx(numbers["batch"], rel=1e-6):
@@ -107,14 +107,14 @@ def test_every_candidate_is_priced_as_if_alone(shop: Workshop) -> None:
     assert several <= 4
 
 
-def test_memory_is_that_of_the_deployment(shop: Workshop) -> None:
+def test_memory_is_that_of_the_deployment(shop: VariantPrices) -> None:
     points, _ = all_aggregated(shop)
     some = points.where(np.random.default_rng(1).choice(len(points), 30, replace=False))
     memory = shop.memory(some)
     for i in range(30):
         variant, batch = shop.variants[some.variant[i]], some.columns["batch"][i]
-        decode = shop.scene.deployment(variant.layout, "decode", variant.decode)
-        alone = decode.memory(batch, 1, int(shop.scene.load.context) - 1)
+        decode = shop.scenario.deployment(variant.layout, "decode", variant.decode)
+        alone = decode.memory(batch, 1, int(shop.scenario.load.context) - 1)
         for name in ("weights", "kv_cache", "activations", "total"):
             assert memory[name][i] == pytest.approx(getattr(alone, name))
 

@@ -125,7 +125,7 @@ def test_old_figures_go_and_a_failed_write_leaves_what_was_there(
 
 
 def test_answer_is_what_the_numbers_say(view: View, compared: Any) -> None:
-    answer, best = words.answer(view), view.best
+    answer, best = words.conclusion(view), view.best
     assert best is not None and view.runner_up is not None
     assert view.name(best) in answer.headline and units.rate(best["tokens_per_s_per_gpu"]) in answer.headline
     assert view.name(view.runner_up) in answer.runner_up and answer.ways
@@ -143,7 +143,7 @@ def test_no_layout_meets_the_targets(compared: Any) -> None:
     frame = compared.candidates.assign(meets=False, limit="tpot_s")
     limits = (float(frame["ttft_s"].max()), float(frame["tpot_s"].min()) / 2)
     none = dataclasses.replace(compared, candidates=frame, targets=limits, best=None, runner_up=None, ties=[])
-    answer = words.answer(View(none))
+    answer = words.conclusion(View(none))
     assert answer.headline == "No layout meets the targets: TPOT binds"
     assert units.seconds(frame["tpot_s"].min()) in answer.how and "100.0% over" in answer.how
 
@@ -275,7 +275,7 @@ def opened(browser: Any, written: Path) -> Iterator[Watched]:
 
 
 def test_page_leads_with_the_answer(opened: Watched, view: View) -> None:
-    assert opened.page.title() == opened.page.locator("h1").inner_text() == words.answer(view).headline
+    assert opened.page.title() == opened.page.locator("h1").inner_text() == words.conclusion(view).headline
     assert opened.page.locator("h1").bounding_box()["y"] < 200
     figures = opened.page.locator("figure svg")
     assert figures.count() >= 6

@@ -158,15 +158,15 @@ def test_pools_are_priced_as_servers_of_one_phase() -> None:
         "qwen3-30b-a3b", device="h100", world_size=8, engine="sglang", layouts=["tp4", "tp2-dp2"], input_len=2048,
         output_len=256,
     )  # fmt: skip
-    frame, scene = compared.candidates, compared.questions[0].scene
+    frame, scenario = compared.candidates, compared.tasks[0].scenario
     pools = frame[(frame["mode"] == "disaggregated") & (frame["prefill_layout"] == "tp4-dp1")]
     assert len(pools)
     for _, row in pools.sample(min(5, len(pools)), random_state=0).iterrows():
         prefill, decode = compared.deployments(row["candidate"])
-        load = replace(scene.load, concurrency=float(row["concurrency"] / row["replicas"]))
+        load = replace(scenario.load, concurrency=float(row["concurrency"] / row["replicas"]))
         workers = int(row["prefill_workers"]), int(row["decode_workers"])
-        alone = disaggregated(prefill, decode, *workers, load, scene.own_chunk)
+        alone = disaggregated(prefill, decode, *workers, load, scenario.own_chunk)
         assert row["ttft_s"] == pytest.approx(float(alone.ttft_s), rel=1e-6)
-        captured = scene.deployment(prefill.layout, "prefill", prefill.options)
+        captured = scenario.deployment(prefill.layout, "prefill", prefill.options)
         assert captured.step.graph_tokens > 0 == prefill.step.graph_tokens
-        assert disaggregated(captured, decode, *workers, load, scene.own_chunk).ttft_s <= alone.ttft_s
+        assert disaggregated(captured, decode, *workers, load, scenario.own_chunk).ttft_s <= alone.ttft_s

@@ -13,9 +13,9 @@ from tensorcast.deploy.layout import stage_layers
 from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, stages_of, stages_of_each
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.search.axes import FULL
-from tensorcast.search.question import Question
+from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import space
-from tensorcast.search.variant_prices import Workshop
+from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.capacity import decode_budget, room, sequence_bytes, sequences_that_fit
 from tensorcast.serving.curves import LINE, DecodeCurve, PrefillLine
 from tensorcast.serving.load import Load
@@ -25,10 +25,10 @@ from tensorcast.serving.load import Load
 def test_curves_lines_and_room_are_those_of_each_deployment_alone(model: str, engine: str) -> None:
     """Every exchange, KV dtype, drafting depth, overlap and number of pipeline stages; engines' captured prefill."""
     load = Load(3000, 500, 1)
-    question = Question(
+    task = SearchTask(
         load_model(model), load_device("h200"), load_engine(engine), 16, load, axes=FULL, runnable_only=False
     )
-    shop = Workshop(question.scene, space(question, Counter()), (2048, 16384))
+    shop = VariantPrices(task.scenario, space(task, Counter()), (2048, 16384))
     shop.price()
     generator = np.random.default_rng(5)
     some = generator.choice(len(shop.variants), min(25, len(shop.variants)), replace=False)

@@ -19,7 +19,7 @@ from tensorcast.deploy.step.sizes import COARSE, GRID
 from tensorcast.search.candidate_arrays import last_of
 from tensorcast.search.candidates import PREFILL_BUSY
 from tensorcast.search.compare import Comparison
-from tensorcast.search.question import Question
+from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import Variant, space
 from tensorcast.serving.capacity import sequences_that_fit
 from tensorcast.serving.curves import PrefillLine, decode_columns
@@ -90,7 +90,7 @@ def test_every_candidate_is_what_a_fresh_pricing_at_its_batch_gives(found: Compa
         prefill, decode = found.deployments(name)
         pools = row["mode"] == "disaggregated"
         workers = (int(row["prefill_workers"]), int(row["decode_workers"])) if pools else None
-        chunk = found.questions[0].scene.own_chunk if pools else int(row["chunk_tokens"])
+        chunk = found.tasks[0].scenario.own_chunk if pools else int(row["chunk_tokens"])
         users, alone = served(decode, prefill, found.load(name), chunk, np.array(float(row["batch"])), workers)
         assert row["concurrency"] == pytest.approx(float(users) * row["replicas"], rel=1e-9)
         for column in ("ttft_s", "tpot_s", "request_s", "decode_step_s", "exposed_comm_s", "hidden_comm_s"):
@@ -117,43 +117,43 @@ def test_no_batch_that_is_not_shown_does_better(engine: str, limits: tuple[float
         layouts=layouts, engine=engine, **narrow,
     )  # fmt: skip
     assert found.best is not None
-    question = found.questions[0]
-    tried = space(question, Counter())
+    task = found.tasks[0]
+    tried = space(task, Counter())
     assert {str(v.layout) for v in tried} == set(layouts)
-    best = max(one for decode in tried for one in (_alone(question, decode), *_pooled(question, tried, decode)))
+    best = max(one for decode in tried for one in (_alone(task, decode), *_pooled(task, tried, decode)))
     assert best * (1 - 1e-9) <= max(found.candidates.loc[found.candidates["meets"], "tokens_per_s_per_gpu"])
 
 
-def _most(question: Question, users: Any, at: Any, size: int, more: Any = True) -> float:
+def _most(task: SearchTask, users: Any, at: Any, size: int, more: Any = True) -> float:
     """Tokens/s per GPU of the best batch that keeps within the limits."""
-    limits = [(question.ttft_s, at.ttft_s), (question.tpot_s, at.tpot_s)]
+    limits = [(task.ttft_s, at.ttft_s), (task.tpot_s, at.tpot_s)]
     holds = np.isfinite(users) & more & np.all([value <= (limit or np.inf) for limit, value in limits], axis=0)
     return float(np.where(holds, at.output_tokens_per_s / size, 0.0).max())
 
 
-def _alone(question: Question, variant: Variant) -> float:
-    load, scene = question.load, question.scene
-    prefill = scene.deployment(variant.layout, "prefill", variant.prefill)
-    decode = scene.deployment(variant.layout, "decode", variant.decode)
+def _alone(task: SearchTask, variant: Variant) -> float:
+    load, scenario = task.load, task.scenario
+    prefill = scenario.deployment(variant.layout, "prefill", variant.prefill)
+    decode = scenario.deployment(variant.layout, "decode", variant.decode)
     line = PrefillLine(prefill, load.new, 0, 2048)
     batch = np.arange(1.0, min(sequences_that_fit(prefill, decode, line, load.input_len, load.output_len), 8192) + 1)
-    return _most(question, *served(decode, prefill, load, 2048, batch, None), variant.layout.world_size)
+    return _most(task, *served(decode, prefill, load, 2048, batch, None), variant.layout.world_size)
 
 
-def _pooled(question: Question, tried: list[Variant], variant: Variant) -> Iterator[float]:
-    load, scene = question.load, question.scene.in_pools()
-    decode = scene.deployment(variant.layout, "decode", variant.decode)
+def _pooled(task: SearchTask, tried: list[Variant], variant: Variant) -> Iterator[float]:
+    load, scenario = task.load, task.scenario.in_pools()
+    decode = scenario.deployment(variant.layout, "decode", variant.decode)
     batch = np.arange(1.0, min(sequences_that_fit(decode, decode, None, load.input_len, load.output_len), 8192) + 1)
     for other in tried:
-        prefill = scene.deployment(other.layout, "prefill", other.prefill)
-        line = PrefillLine(prefill, load.new, 0, scene.own_chunk)
+        prefill = scenario.deployment(other.layout, "prefill", other.prefill)
+        line = PrefillLine(prefill, load.new, 0, scenario.own_chunk)
         for x, y in itertools.product((1, 2, 3), repeat=2):
             size = x * other.layout.world_size + y * variant.layout.world_size
-            if size <= question.gpus:
-                users, at = served(decode, prefill, load, scene.own_chunk, batch, (x, y))
+            if size <= task.gpus:
+                users, at = served(decode, prefill, load, scenario.own_chunk, batch, (x, y))
                 prompts = batch * decode.layout.dp * y / (load.output_len - 1) / at.decode_step_s
                 keeps_up = prompts <= PREFILL_BUSY * x * prefill.layout.dp * float(line.most_per_s)
-                yield _most(question, users, at, size, keeps_up)
+                yield _most(task, users, at, size, keeps_up)
 
 
 @given(arrays(float, (3, 9), elements=st.integers(0, 9).map(float)), st.integers(0, 9))

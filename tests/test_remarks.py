@@ -18,7 +18,7 @@ from tensorcast.deploy.options import Options, idle_note, idle_options, option_f
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_model
 from tensorcast.report.compare.choices import View
-from tensorcast.report.compare.words import answer
+from tensorcast.report.compare.words import conclusion
 from tensorcast.search.axes import Axes
 from tensorcast.search.compare import NoLayoutMeets
 from tensorcast.search.notes import COUNTED
@@ -230,7 +230,7 @@ def test_too_few_gpus_for_a_rate_are_said_in_the_report(tmp_path: Path) -> None:
 
 def test_without_limits_the_answer_leads_with_a_warning() -> None:
     free = tc.compare(**QWEN)
-    said = answer(View(free))
+    said = conclusion(View(free))
     assert free.warning == said.warning == said.paragraphs[0]
     assert said.warning.startswith("No limit on TTFT or TPOT: the busiest batch wins")
     ends = re.search(r"--ttft \(from ([\d.]+) ms up\) and --tpot \(from ([\d.]+) ms up\)", said.warning)

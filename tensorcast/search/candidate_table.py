@@ -10,10 +10,10 @@ import numpy as np
 from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.deploy.step.price import WITHIN_80
 from tensorcast.search.candidate_arrays import Points
-from tensorcast.search.question import Question
+from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import cluster_sizes, limit_ratios
 from tensorcast.search.space import family
-from tensorcast.search.variant_prices import Workshop
+from tensorcast.search.variant_prices import VariantPrices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,32 +38,32 @@ COLUMNS = tuple(
 """Columns of :attr:`Comparison.candidates`; units in the names."""
 
 
-def candidate_frame(question: Question, workshop: Workshop, mode: str, points: Points) -> pd.DataFrame:
-    """Rows of :data:`COLUMNS`; candidates are named, and the front drawn, once all questions are answered."""
+def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> pd.DataFrame:
+    """Rows of :data:`COLUMNS`; candidates are named, and the front drawn, once all tasks are searched."""
     import pandas as pd
 
     c, n = points.columns, len(points)
-    chosen = [workshop.variants[i] for i in points.variant]
-    replicas, size, gpus = cluster_sizes(question, workshop, mode, points)
-    memory = workshop.memory(points)
-    excess = limit_ratios(question, c["ttft_s"], c["tpot_s"], gpus)
+    chosen = [prices.variants[i] for i in points.variant]
+    replicas, size, gpus = cluster_sizes(task, prices, mode, points)
+    memory = prices.memory(points)
+    excess = limit_ratios(task, c["ttft_s"], c["tpot_s"], gpus)
     names, ratios = list(excess), np.array(list(excess.values()))
     over = ratios.max(axis=0) > 1
-    experts = bool(traced_table(question.model, "decode").facts["num_experts"])
-    every = dict.fromkeys(v.layout for v in workshop.variants)  # thousands of rows, few layouts
+    experts = bool(traced_table(task.model, "decode").facts["num_experts"])
+    every = dict.fromkeys(v.layout for v in prices.variants)  # thousands of rows, few layouts
     called = {layout: str(layout) for layout in every}
     families = {layout: family(layout, experts) for layout in every}
     pools = mode == "disaggregated"
-    prefill = [workshop.variants[int(i)] for i in c["prefill"]] if pools else chosen
-    kv = workshop.cache_dtypes
+    prefill = [prices.variants[int(i)] for i in c["prefill"]] if pools else chosen
+    kv = prices.cache_dtypes
     tokens = c["output_tokens_per_s"] * replicas
-    price = question.price
+    price = task.price
     nothing = np.full(n, np.nan)
     return pd.DataFrame({
         "candidate": "",
         "mode": mode,
-        "device": question.device.name,
-        "engine": question.engine.name,
+        "device": task.device.name,
+        "engine": task.engine.name,
         "layout": [called[v.layout] for v in chosen],
         "family": [families[v.layout] for v in chosen],
         **{
@@ -78,7 +78,7 @@ def candidate_frame(question: Question, workshop: Workshop, mode: str, points: P
         "decode_workers": c["decode_workers"] if pools else nothing,
         "batch": c["batch"],
         "concurrency": c["concurrency"] * replicas,
-        "all2all": [workshop.exchange(v) for v in chosen],
+        "all2all": [prices.exchange(v) for v in chosen],
         "dispatch": [v.decode.dispatch or "" for v in chosen],
         "combine": [v.decode.combine or "" for v in chosen],
         "kv_dtype": [kv[v.decode.kv_dtype] for v in chosen],
@@ -102,7 +102,7 @@ def candidate_frame(question: Question, workshop: Workshop, mode: str, points: P
         "weights_bytes": memory["weights"],
         "kv_cache_bytes": memory["kv_cache"],
         "activations_bytes": memory["activations"],
-        "capacity_bytes": float(question.device.memory_bytes),
+        "capacity_bytes": float(task.device.memory_bytes),
         "largest_batch": c["largest_batch"],
         **{f"share_{kind}": c[f"share_{kind}"] for kind in ("measured", "calibrated", "datasheet")},
         "meets": ~over,

@@ -1,4 +1,4 @@
-"""The two modes of serving, over all variants that a workshop has priced: one engine for both phases, or two pools."""
+"""The two modes of serving, over all variants that have been priced: one engine for both phases, or two pools."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from tensorcast.search.axes import LARGEST_BATCH
 from tensorcast.search.candidate_arrays import Points, batches, largest_where, last_of, points_of
-from tensorcast.search.variant_prices import Workshop
+from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.curves import Array, CurvesAt, PromptsAt
 from tensorcast.serving.hand_over import hand_over_s
 from tensorcast.serving.load import Served
@@ -21,7 +21,7 @@ Limits = tuple[float | None, float | None]
 """Longest TTFT and TPOT."""
 
 
-def aggregated(shop: Workshop, limits: Limits = (None, None)) -> tuple[Points, int]:
+def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Points, int]:
     """Every variant at every chunk budget and batch that fits, and how many of those prompts would overrun.
 
     Batches are powers of two, and of those that were priced the largest that fits and the largest at which prompts keep
@@ -44,9 +44,9 @@ def aggregated(shop: Workshop, limits: Limits = (None, None)) -> tuple[Points, i
     return Points.joined(parts), unstable
 
 
-def _engine(shop: Workshop, budget: int, depth: int, rows: Array) -> Aggregated:
+def _engine(shop: VariantPrices, budget: int, depth: int, rows: Array) -> Aggregated:
     return Aggregated(
-        shop.scene.load, shop.scene.engine, shop.layouts["dp"][rows], depth,
+        shop.scenario.load, shop.scenario.engine, shop.layouts["dp"][rows], depth,
         CurvesAt(shop.grid, shop.curves, rows), PromptsAt(shop.prompts[budget], rows),  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -67,7 +67,7 @@ def _keeps(engine: Aggregated, grid: Array, limits: Limits) -> Array:
     return kept
 
 
-def steady(shop: Workshop, points: Points) -> Array:
+def steady(shop: VariantPrices, points: Points) -> Array:
     """Mask of aggregated ``points`` whose users bring about their batch.
 
     Close to where prompts take all of a step the wait for them explodes, and as many users may be served at another,
@@ -88,7 +88,7 @@ def steady(shop: Workshop, points: Points) -> Array:
     return found
 
 
-def disaggregated(shop: Workshop, gpus: int, limits: Limits = (None, None)) -> tuple[Points, int]:
+def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None)) -> tuple[Points, int]:
     """Every decode variant with prefill workers that keep up with it, on at most ``gpus`` GPUs; and how many had none.
 
     At each batch (powers of two; of those priced the largest that fits, the largest within the limit on TPOT) the pools
@@ -99,7 +99,7 @@ def disaggregated(shop: Workshop, gpus: int, limits: Limits = (None, None)) -> t
     parts, unstable = [], 0
     grid, decode_s = shop.grid, shop.curves["seconds"]
     steps = shop.steps(shop.depths)
-    per_token = (steps / max(shop.scene.load.output_len - 1, 1))[:, None] * decode_s
+    per_token = (steps / max(shop.scenario.load.output_len - 1, 1))[:, None] * decode_s
     fits = grid <= np.minimum(shop.room_decode, LARGEST_BATCH)[:, None]
     within = fits & (per_token <= (limits[1] or np.inf))
     rows, batch = batches(last_of(grid, fits), last_of(grid, within))
@@ -149,7 +149,7 @@ def _keeping_up(grid: Array, least: Array, limit: Array) -> Array:
 class _Pools:
     """``x`` prefill workers of one variant and ``y`` decode workers of each of ``rows``, all drafting ``depth``."""
 
-    shop: Workshop
+    shop: VariantPrices
     prefill: int
     line: PromptsAt
     depth: int
@@ -182,11 +182,11 @@ class _Pools:
 
     def _at(self, batch: Array) -> tuple[Array, Served]:
         """Users in flight and what they meet; infinitely many where prompts come faster than they are read."""
-        shop, layout = self.shop, self.shop.variants[self.prefill].layout
+        shop, layout, scenario = self.shop, self.shop.variants[self.prefill].layout, self.shop.scenario
         gpus = (layout.world_size + shop.layouts["world_size"][self.rows]) * (self.x + self.y) / 2
         pool = Disaggregated(
-            shop.scene.load, shop.scene.engine, self.y * shop.layouts["dp"][self.rows], self.x * layout.dp, self.depth,
-            hand_over_s(shop.deployment(self.prefill, "prefill"), gpus, shop.scene.load.input_len),
+            scenario.load, scenario.engine, self.y * shop.layouts["dp"][self.rows], self.x * layout.dp, self.depth,
+            hand_over_s(shop.deployment(self.prefill, "prefill"), gpus, scenario.load.input_len),
             CurvesAt(shop.grid, shop.curves, self.rows), self.line,  # type: ignore[arg-type]
         )  # fmt: skip
         with np.errstate(invalid="ignore", over="ignore"):
@@ -194,7 +194,7 @@ class _Pools:
             return users, pool.served(batch, users)
 
 
-def _prefill_choices(shop: Workshop, gpus: int, ttft_s: float | None) -> list[int]:
+def _prefill_choices(shop: VariantPrices, gpus: int, ttft_s: float | None) -> list[int]:
     """Of each KV dtype: the variant with most prompts per GPU, the same among those in time, the fastest for one."""
     every = PromptsAt(shop.lines, np.arange(len(shop.variants)))
     size = shop.layouts["world_size"]

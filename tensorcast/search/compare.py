@@ -15,12 +15,12 @@ from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.search.answer import Answer
 from tensorcast.search.candidate_table import stacked
 from tensorcast.search.notes import by_what, in_seconds, notes, nothing_left, warning
 from tensorcast.search.objective import OBJECTIVES
 from tensorcast.search.pareto import alike, pareto
-from tensorcast.search.question import Question
+from tensorcast.search.search import SearchResult
+from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import Variant
 from tensorcast.serving.load import Load
 
@@ -64,9 +64,9 @@ class Comparison:
     ties: list[str]
     notes: tuple[str, ...]
     examined: int = 0
-    questions: tuple[Question, ...] = field(default=(), repr=False)
+    tasks: tuple[SearchTask, ...] = field(default=(), repr=False)
     behind: dict[str, tuple[int, Variant, Variant]] = field(default_factory=dict, repr=False)
-    """Of every candidate: its question's number and the variants that prefill and decode."""
+    """Of every candidate: its task's number and the variants that prefill and decode."""
     warning: str = ""
 
     def deployments(self, candidate: str) -> tuple[Deployment, Deployment]:
@@ -74,12 +74,12 @@ class Comparison:
         if candidate not in self.behind:
             raise unknown_name("candidate", candidate, self.behind)
         number, prefill, decode = self.behind[candidate]
-        scene = self.questions[number].scene
+        scenario = self.tasks[number].scenario
         if candidate in self._in_pools:
-            scene = scene.in_pools()
+            scenario = scenario.in_pools()
         return (
-            scene.deployment(prefill.layout, "prefill", prefill.prefill),
-            scene.deployment(decode.layout, "decode", decode.decode),
+            scenario.deployment(prefill.layout, "prefill", prefill.prefill),
+            scenario.deployment(decode.layout, "decode", decode.decode),
         )
 
     @cached_property
@@ -89,7 +89,7 @@ class Comparison:
 
     def load(self, candidate: str) -> Load:
         """What users send to a candidate."""
-        return self.questions[self.behind[candidate][0]].load
+        return self.tasks[self.behind[candidate][0]].load
 
     @cached_property
     def closest(self) -> tuple[dict[str, Any], list[str]]:
@@ -117,28 +117,28 @@ class Comparison:
         return frame.drop_duplicates(keys).drop(columns="score").reset_index(drop=True)
 
 
-def compare(questions: Sequence[Question], answers: Sequence[Answer]) -> Comparison:
+def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult]) -> Comparison:
     """Put the answers together: names, Pareto front, the best, the runner-up, ties.
 
     Raises :class:`InputError` where nothing fits, :class:`NoLayoutMeets` where nothing keeps within the limits.
     """
-    first = questions[0]
-    frame = stacked([one.frame for one in answers])
+    first = tasks[0]
+    frame = stacked([one.frame for one in results])
     pruned: Counter[str] = Counter()
-    for one in answers:
+    for one in results:
         pruned += one.pruned
     if not len(frame):
-        raise InputError(nothing_left(questions, pruned))
-    pairs = [(number, *pair) for number, one in enumerate(answers) for pair in one.variants]
+        raise InputError(nothing_left(tasks, pruned))
+    pairs = [(number, *pair) for number, one in enumerate(results) for pair in one.variants]
     frame["candidate"] = [f"{mode[0]}{i}" for i, mode in enumerate(frame["mode"])]
     frame["pareto"] = pareto(frame["tokens_per_s_per_user"].to_numpy(), frame["tokens_per_s_per_gpu"].to_numpy())
-    if first.objective == "cost" and (free := dict.fromkeys(q.device.name for q in questions if q.price is None)):
+    if first.objective == "cost" and (free := dict.fromkeys(task.device.name for task in tasks if task.price is None)):
         names = ", ".join(free)
         raise InputError(f"--objective cost: no price per GPU hour is known for {names}; use --price, as in H200=2.5")
     comparison = Comparison(
-        first.model, tuple({q.device.name: q.device for q in questions}.values()), first.engine, first.objective,
+        first.model, tuple({task.device.name: task.device for task in tasks}.values()), first.engine, first.objective,
         (first.ttft_s, first.tpot_s), first.load.input_len, first.load.output_len, frame, by_what(pruned),
-        None, None, [], notes(questions, frame), sum(one.examined for one in answers), tuple(questions),
+        None, None, [], notes(tasks, frame), sum(one.examined for one in results), tuple(tasks),
         dict(zip(frame["candidate"], pairs, strict=True)),
     )  # fmt: skip
     return _decided(comparison)
@@ -155,7 +155,7 @@ def _decided(comparison: Comparison) -> Comparison:
     others = [r for r in records[1:] if any(r[key] != best[key] for key in kind)]
     sums = {r["candidate"]: work_by_family(comparison, r) for r in [best, *others]}
     ties = [r["candidate"] for r in others if alike(sums[best["candidate"]], sums[r["candidate"]])]
-    said = warning(comparison.questions[0], comparison.candidates, best["ttft_s"], best["tpot_s"])
+    said = warning(comparison.tasks[0], comparison.candidates, best["ttft_s"], best["tpot_s"])
     return replace(comparison, best=best, runner_up=others[0] if others else None, ties=ties, warning=said)
 
 
@@ -197,8 +197,8 @@ def _not_met(comparison: Comparison) -> str:
     where = f"{row['gpus']} {row['device']} as {row['layout']} ({row['mode']}, batch {row['batch']:g} per rank)"
     said = [f"{name} <= {in_seconds(limit)}" for name, limit in asked.items() if limit is not None]
     if comparison.objective == "gpus":
-        most = max(q.gpus for q in comparison.questions)
-        said.append(f"{comparison.questions[0].request_rate:g} requests/s on {most} GPUs")
+        most = max(task.gpus for task in comparison.tasks)
+        said.append(f"{comparison.tasks[0].request_rate:g} requests/s on {most} GPUs")
     names = " and ".join("GPUs" if name == "gpus" else name.upper() for name in binding)
     verb = f"the limit on {names} binds" if len(binding) == 1 else f"the limits on {names} bind"
     return (

@@ -11,10 +11,11 @@ from tensorcast.deploy.deployment import not_counted, uncut
 from tensorcast.deploy.layout import RULES, Layout
 from tensorcast.deploy.options import idle_note, option_facts
 from tensorcast.deploy.plan.rank_tables import traced_table
-from tensorcast.search.answer import NO_PACE, NO_ROOM, smallest_that_fits
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.candidate_table import stacked
-from tensorcast.search.question import Question
+from tensorcast.search.search import NO_PACE, NO_ROOM
+from tensorcast.search.search_task import SearchTask
+from tensorcast.search.smallest_cluster import smallest_cluster
 from tensorcast.search.space import space
 from tensorcast.serving.load import Load
 
@@ -35,10 +36,10 @@ def by_what(pruned: Counter[str]) -> dict[str, dict[str, int]]:
     return found
 
 
-def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]:
+def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
     """What the numbers rest on and a reader may not expect."""
-    first = questions[0]
-    found = [f"left out: {text}" for text in left_out(questions, frame)] + not_counted(first.model)
+    first = tasks[0]
+    found = [f"left out: {text}" for text in left_out(tasks, frame)] + not_counted(first.model)
     if idle := _idle(first, frame):
         found.append(idle_note(idle))
     if first.axes.kv_dtype == (None,) and first.base.kv_dtype is None:
@@ -63,7 +64,7 @@ def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]
     unsure = frame.loc[frame["meets"], "share_datasheet"] if frame["meets"].any() else frame["share_datasheet"]
     if len(unsure) and unsure.max() > 0.2:
         found.append("candidates that span nodes rest on datasheet figures for the network: see share_datasheet")
-    listed = {q.device.name: q.device.price_per_hour_usd for q in questions if q.price_per_hour is None}
+    listed = {task.device.name: task.device.price_per_hour_usd for task in tasks if task.price_per_hour is None}
     if prices := [f"{name} {price}" for name, price in listed.items() if price is not None]:
         found.append(f"costs at list prices; --price sets yours: {', '.join(prices)}")
     if not first.runnable_only:
@@ -71,9 +72,9 @@ def notes(questions: Sequence[Question], frame: pd.DataFrame) -> tuple[str, ...]
     return tuple(found)
 
 
-def _idle(question: Question, frame: pd.DataFrame) -> dict[str, str]:
+def _idle(task: SearchTask, frame: pd.DataFrame) -> dict[str, str]:
     """Options asked for that no candidate has a use for, with the reason."""
-    asked, usual = question.axes, (Axes(), FULL, Axes().for_one_exchange(), FULL.for_one_exchange())
+    asked, usual = task.axes, (Axes(), FULL, Axes().for_one_exchange(), FULL.for_one_exchange())
     stay = (frame["all2all"] == "none").all()
     reasons = {
         "exchange": ("--all2all", stay, ""),
@@ -85,18 +86,18 @@ def _idle(question: Question, frame: pd.DataFrame) -> dict[str, str]:
         for axis, (flag, unused, why) in reasons.items()
         if unused and getattr(asked, axis) not in [getattr(axes, axis) for axes in usual]
     }
-    if question.base.placement != "linear" and (frame["ep"] == 1).all():
+    if task.base.placement != "linear" and (frame["ep"] == 1).all():
         found["--placement"] = "experts are in one group"
-    if question.load.mtp_acceptance != Load.mtp_acceptance and max(asked.mtp_depth) == 0:
+    if task.load.mtp_acceptance != Load.mtp_acceptance and max(asked.mtp_depth) == 0:
         found["--mtp-acceptance"] = "no tokens are drafted: see --mtp"
     return found
 
 
-def warning(question: Question, frame: pd.DataFrame, ttft_s: float, tpot_s: float) -> str:
+def warning(task: SearchTask, frame: pd.DataFrame, ttft_s: float, tpot_s: float) -> str:
     """That no limit holds the best back, where none does; from where on limits can be kept. Else empty."""
-    limits = {"ttft": (question.ttft_s, ttft_s), "tpot": (question.tpot_s, tpot_s)}
+    limits = {"ttft": (task.ttft_s, ttft_s), "tpot": (task.tpot_s, tpot_s)}
     free = [name for name, (limit, _) in limits.items() if limit is None]
-    if not free or question.objective == "latency":
+    if not free or task.objective == "latency":
         return ""
     kept = frame[frame["meets"]]
     waits = {"ttft": "for a first token", "tpot": "for each of the others"}
@@ -106,43 +107,43 @@ def warning(question: Question, frame: pd.DataFrame, ttft_s: float, tpot_s: floa
     return f"No limit on {names}: the busiest batch wins however long users wait, here {here}. Set {ways}."
 
 
-def left_out(questions: Sequence[Question], frame: pd.DataFrame) -> Iterator[str]:
+def left_out(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> Iterator[str]:
     """Each layout that was asked for and has no candidate, and why: ``tp6 breaks rule 'heads per rank': ...``."""
-    for question in questions:
-        rows = frame[frame["device"] == question.device.name] if len(frame) else frame
+    for task in tasks:
+        rows = frame[frame["device"] == task.device.name] if len(frame) else frame
         there = {*rows["layout"], *rows["prefill_layout"]} if len(rows) else set()
-        for layout in question.layouts:
+        for layout in task.layouts:
             if str(layout) not in there:
-                where = f" on {question.device.name}" if len({q.device.name for q in questions}) > 1 else ""
-                yield f"{layout}{where} {_why_not(question, layout)}"
+                where = f" on {task.device.name}" if len({task.device.name for task in tasks}) > 1 else ""
+                yield f"{layout}{where} {_why_not(task, layout)}"
 
 
-def _why_not(question: Question, layout: Layout) -> str:
+def _why_not(task: SearchTask, layout: Layout) -> str:
     pruned: Counter[str] = Counter()
-    if space(replace(question, layouts=(layout,)), pruned):
+    if space(replace(task, layouts=(layout,)), pruned):
         return "holds no sequence beside the weights, or reads prompts more slowly than they come"
     name = next(iter(pruned), "")
-    facts = traced_table(question.model, "decode").facts
+    facts = traced_table(task.model, "decode").facts
     for rule in RULES:
         if rule.name == name:
-            return f"breaks rule '{name}': {rule.broken(layout, facts, question.device)}"
+            return f"breaks rule '{name}': {rule.broken(layout, facts, task.device)}"
     engine, _, limit = name.partition(": ")
     return f"cannot be run by {engine} ({limit}); --any-engine compares it all the same"
 
 
-def nothing_left(questions: Sequence[Question], pruned: Counter[str]) -> str:
+def nothing_left(tasks: Sequence[SearchTask], pruned: Counter[str]) -> str:
     """Why there is no candidate at all: layouts that cannot be, or a model that takes more GPUs, and how many."""
-    first = questions[0]
-    needed, sizes = [], ", ".join(dict.fromkeys(f"{q.gpus} {q.device.name}" for q in questions))
+    first = tasks[0]
+    needed, sizes = [], ", ".join(dict.fromkeys(f"{task.gpus} {task.device.name}" for task in tasks))
     if not pruned[NO_ROOM] and not pruned[NO_PACE]:
-        asked = list(dict.fromkeys(left_out(questions, stacked([]))))
+        asked = list(dict.fromkeys(left_out(tasks, stacked([]))))
         rules = ", ".join(f"{rule} {number}" for rule, number in pruned.most_common())
         return f"no layout is left to compare on {sizes}: {'; '.join(asked) or 'pruned by rule: ' + rules}"
-    for question in {q.device.name: q for q in sorted(questions, key=lambda q: q.gpus)}.values():
-        size = smallest_that_fits(question)
+    for task in {task.device.name: task for task in sorted(tasks, key=lambda task: task.gpus)}.values():
+        size = smallest_cluster(task)
         if size is not None:
-            multiple = f" (and --world-size a multiple of {size})" if size <= question.gpus else ""
-            needed.append(f"{size} {question.device.name}{multiple}")
+            multiple = f" (and --world-size a multiple of {size})" if size <= task.gpus else ""
+            needed.append(f"{size} {task.device.name}{multiple}")
     length = first.load.input_len + first.load.output_len
     hint = f"it needs at least {' or '.join(needed)}" if needed else "no number of them holds it"
     if first.layouts:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tensorcast.search.candidate_arrays import Points
-from tensorcast.search.variant_prices import Workshop
+from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.curves import Array
 
 LISTED = 12
@@ -26,7 +26,7 @@ Value = Callable[[str, Points], Array]
 """What the objective makes of a mode's points: more is better; -inf where users wait too long."""
 
 
-def finer(shop: Workshop, parts: dict[str, Points], value: Value) -> Workshop | None:
+def finer(shop: VariantPrices, parts: dict[str, Points], value: Value) -> VariantPrices | None:
     """The most promising variants of ``parts`` (by mode), priced at the whole batches where they may do better.
 
     None where there is no such batch.
@@ -47,12 +47,12 @@ def finer(shop: Workshop, parts: dict[str, Points], value: Value) -> Workshop | 
     whole = [np.linspace(low, high, 1 + int(min(high - low, MOST))).round() for low, high in spans]
     grid = np.unique(np.concatenate([shop.grid, *whole]))
     variants = [shop.variants[i] for i in np.union1d(hopes.variant[chosen], prefill[chosen])]
-    found = Workshop(shop.scene, variants, shop.chunks, shop.memo, grid)
+    found = VariantPrices(shop.scenario, variants, shop.chunks, shop.memo, grid)
     found.price()
     return found
 
 
-def _hopes(shop: Workshop, mode: str, points: Points, value: Value) -> Points:
+def _hopes(shop: VariantPrices, mode: str, points: Points, value: Value) -> Points:
     """Of each point: the last whole batch before the next priced one but one, of those that fit, and what at most may
     come of it."""
     batch, tokens = points.columns["batch"], points.columns["output_tokens_per_s"]

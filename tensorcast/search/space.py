@@ -23,33 +23,33 @@ from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.axes import EXCHANGES, Axes
-from tensorcast.search.question import Question
+from tensorcast.search.search_task import SearchTask
 
 
-def space(question: Question, pruned: Counter[str]) -> list[Variant]:
+def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     """Variants to try; layouts that no rule lets through are counted in ``pruned``."""
-    scene, base = question.scene, question.base
-    first = scene.deployment(Layout(1), "decode", Options(quant=base.quant, kv_dtype=base.kv_dtype))
-    table = traced_table(question.model, "decode")
-    facts = option_facts(table.facts, has_shared(table), question.model.config)
+    scenario, base = task.scenario, task.base
+    first = scenario.deployment(Layout(1), "decode", Options(quant=base.quant, kv_dtype=base.kv_dtype))
+    table = traced_table(task.model, "decode")
+    facts = option_facts(table.facts, has_shared(table), task.model.config)
     facts |= {"quantized_dispatch": first.quantization.experts.quantizes_activation, "routing": base.routing}
-    if question.layouts:
-        tried = [one for one in question.layouts if question.gpus % one.world_size == 0]
+    if task.layouts:
+        tried = [one for one in task.layouts if task.gpus % one.world_size == 0]
     else:
-        tried = [one for size in divisors(question.gpus) for one in layouts(size)]
+        tried = [one for size in divisors(task.gpus) for one in layouts(size)]
     found = []
-    node = question.device.interconnect[0].size
-    for layout in _traceable(legal(tried, facts, question.device, pruned), question.model, pruned):
-        every = variants(layout, facts, question.axes, base)
-        if question.runnable_only:
-            engine = question.engine.name
+    node = task.device.interconnect[0].size
+    for layout in _traceable(legal(tried, facts, task.device, pruned), task.model, pruned):
+        every = variants(layout, facts, task.axes, base)
+        if task.runnable_only:
+            engine = task.engine.name
             problems = [
                 engine_can_run(engine, layout, facts, v.prefill, node)
                 or engine_can_run(engine, layout, facts, v.decode, node, v.prefill)
                 for v in every
             ]
             if every and all(problems):
-                pruned[f"{question.engine.name}: {problems[0].partition(':')[0]}"] += 1
+                pruned[f"{task.engine.name}: {problems[0].partition(':')[0]}"] += 1
             every = [v for v, problem in zip(every, problems, strict=True) if not problem]
         found += every
     return found

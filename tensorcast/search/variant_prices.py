@@ -26,7 +26,7 @@ from tensorcast.deploy.step.fleet_step import Memo
 from tensorcast.deploy.step.sizes import COARSE
 from tensorcast.search.axes import LARGEST_BATCH
 from tensorcast.search.candidate_arrays import Points
-from tensorcast.search.question import Scene
+from tensorcast.search.search_task import Scenario
 from tensorcast.search.space import Variant
 from tensorcast.serving.capacity import decode_budget, prefill_budget, room, sequence_bytes
 from tensorcast.serving.curves import Array, Line, Prompts, decode_columns, evidence_shares, expert_seconds, under_load
@@ -86,14 +86,14 @@ options."""
 
 
 @dataclass
-class Workshop:
-    """Prices variants of one scene; keeps what they share.
+class VariantPrices:
+    """Prices variants of one scenario; keeps what they share.
 
     ``chunks``: chunked-prefill budgets to try; ``grid``: batches of decode steps to price. After :meth:`price` the
     other methods are arithmetic.
     """
 
-    scene: Scene
+    scenario: Scenario
     variants: list[Variant]
     chunks: tuple[int, ...]
     memo: Memo = field(default_factory=dict)
@@ -111,14 +111,14 @@ class Workshop:
 
     @cached_property
     def budgets(self) -> list[int]:
-        return sorted({*self.chunks, self.scene.own_chunk})
+        return sorted({*self.chunks, self.scenario.own_chunk})
 
     def price(self) -> None:
         """Decode curves, prefill lines and room in memory of every variant."""
         count = len(self.variants)
         names = ("seconds", "attention_s", "error", "exposed_comm_s", "hidden_comm_s", *EVIDENCE)
         self.curves = {name: np.empty((count, len(self.grid))) for name in names}
-        self.prompts = {budget: Prompts.of(self.scene.load, budget, count) for budget in self.budgets}
+        self.prompts = {budget: Prompts.of(self.scenario.load, budget, count) for budget in self.budgets}
         self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
         # by variant: which fleet at one setting, as which member; overlap changes no memory, so pairs share a fleet
         self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
@@ -134,21 +134,21 @@ class Workshop:
             left = self._price_prefill(list(members), settings, rows)
             self._price_decode(list(members), settings, rows, left)
 
-    def in_pools(self) -> Workshop:
+    def in_pools(self) -> VariantPrices:
         """The variants as pools of disaggregated serving run them: those whose prompts are captured only where one
         server has both phases are priced again."""
-        scene = self.scene.in_pools()
-        if scene.engine is self.scene.engine:
+        scenario = self.scenario.in_pools()
+        if scenario.engine is self.scenario.engine:
             return self
         rows = [i for i, v in enumerate(self.variants) if self._graph_tokens(v.layout)]
         own, pools = self.lines, copy.copy(self)
-        pools.scene = scene
+        pools.scenario = scenario
         if rows:
             # of prompts and room alone: one batch of decode steps is the least that can be priced
-            again = Workshop(scene, [self.variants[i] for i in rows], (scene.own_chunk,), grid=self.grid[:1])
+            again = VariantPrices(scenario, [self.variants[i] for i in rows], (scenario.own_chunk,), grid=self.grid[:1])
             again.price()
             columns = {name: _put(values, rows, again.lines.columns[name]) for name, values in own.columns.items()}
-            pools.prompts = {**self.prompts, scene.own_chunk: replace(own, columns=columns)}
+            pools.prompts = {**self.prompts, scenario.own_chunk: replace(own, columns=columns)}
             pools.room_decode = _put(self.room_decode, rows, again.room_decode)
             pools.room_prefill = _put(self.room_prefill, rows, again.room_prefill)
         return pools
@@ -159,7 +159,7 @@ class Workshop:
         for layout, *options in members:
             key = (phase, layout, options[phase == "decode"])
             if key not in self._bases:
-                self._bases[key] = self.scene.deployment(*_called(key))
+                self._bases[key] = self.scenario.deployment(*_called(key))
             made.append(self._bases[key])
         held = (phase, *map(id, made))
         if held not in self._made:
@@ -176,7 +176,7 @@ class Workshop:
     def _price_decode(
         self, members: list[_Member], settings: list[_Setting], rows: Array, left: dict[int, Array]
     ) -> None:
-        load, grid = self.scene.load, self.grid
+        load, grid = self.scenario.load, self.grid
         decode, held = self._fleet(members, "decode")
         kv = [cache_dtype(decode, s.kv_dtype) for s in settings]
         bytes_each, depth = [KV_BYTES[name] for name in kv], [s.mtp_depth for s in settings]
@@ -207,7 +207,7 @@ class Workshop:
 
     def _price_prefill(self, members: list[_Member], settings: list[_Setting], rows: Array) -> dict[int, Array]:
         """Prefill lines; what a full step of each budget leaves for the cache, ``[members, settings]``."""
-        load = self.scene.load
+        load = self.scenario.load
         prefill, held = self._fleet(members, "prefill")
         kinds = list(dict.fromkeys((s.kv_dtype, s.dual_batch_overlap, s.pp) for s in settings))
         lines = [Line(load.new, load.prefix_cached, budget) for budget in self.budgets]
@@ -236,7 +236,7 @@ class Workshop:
             self.prompts[budget].keep(line, rows)
             asked = [self._cache_budget(held, one, budget, lambda: prefill_budget(one, line)) for one in ones]  # noqa: B023
             left[budget] = _columns(asked, len(members))[:, kind_of]
-        own = left[self.scene.own_chunk]
+        own = left[self.scenario.own_chunk]
         each = _columns([sequence_bytes(one, load.input_len, 0) for one in ones], len(members))[:, kind_of]
         self.room_prefill[rows[there]] = room(prefill, own, each)[there]
         return left
@@ -266,14 +266,14 @@ class Workshop:
     @cached_property
     def _graph_tokens(self) -> Callable[[Layout], int]:
         """Tokens of the largest captured prefill step of a layout."""
-        model, device, engine = self.scene.model, self.scene.device, self.scene.engine
+        model, device, engine = self.scenario.model, self.scenario.device, self.scenario.engine
         experts = traced_table(model, "prefill").facts["num_experts"]
         largest = cache(lambda dp, pp: engine.prefill_graph_tokens(device, dp, pp, model.config))
         return lambda layout: largest(attention_dp(layout, experts), layout.pp)
 
     def _structure(self, layout: Layout, prefill: Options, decode: Options) -> _Structure:
         options = {"prefill": prefill, "decode": decode}
-        exchange = [choose_all2all(o.all2all, layout, self.scene.engine, phase) for phase, o in options.items()]
+        exchange = [choose_all2all(o.all2all, layout, self.scenario.engine, phase) for phase, o in options.items()]
         shared = [shared_form(o, layout, kind) for o, kind in zip(options.values(), exchange, strict=True)]
         # what becomes a column of the fleet's arrays may differ
         common = [
@@ -292,27 +292,27 @@ class Workshop:
 
     def exchange(self, variant: Variant) -> str:
         """How tokens reach their experts in decode."""
-        return choose_all2all(variant.decode.all2all, variant.layout, self.scene.engine, "decode")
+        return choose_all2all(variant.decode.all2all, variant.layout, self.scenario.engine, "decode")
 
     @cached_property
     def cache_dtypes(self) -> dict[str | None, str]:
         """What the cache holds, by what was asked for."""
         one = self._fleets[0]
-        model = self.scene.deployment(Layout(1), "decode", replace(one.options, **_PLAIN)).quantization.kv
+        model = self.scenario.deployment(Layout(1), "decode", replace(one.options, **_PLAIN)).quantization.kv
         return {kv: kv or model for kv in {v.decode.kv_dtype for v in self.variants}}
 
     def steps(self, depth: Any) -> Any:
         """Decode steps of one reply with ``depth`` drafted tokens."""
-        return max(self.scene.load.output_len - 1, 1) / self.scene.load.tokens_per_step(depth)
+        return max(self.scenario.load.output_len - 1, 1) / self.scenario.load.tokens_per_step(depth)
 
     def deployment(self, index: int, phase: str) -> Deployment:
         variant = self.variants[index]
-        return self.scene.deployment(variant.layout, phase, getattr(variant, phase))
+        return self.scenario.deployment(variant.layout, phase, getattr(variant, phase))
 
     @property
     def lines(self) -> Prompts:
         """Prefill lines at the engine's own budget."""
-        return self.prompts[self.scene.own_chunk]
+        return self.prompts[self.scenario.own_chunk]
 
     def memory(self, points: Points) -> dict[str, Array]:
         """Bytes on the fullest GPU of every point while its batch decodes, each reply half done."""
@@ -323,7 +323,7 @@ class Workshop:
         for mine in np.split(order, np.flatnonzero(np.diff(number[order])) + 1) if len(points) else ():
             values, column = np.unique(batch[mine], return_inverse=True)
             decode, member = self._fleets[number[mine[0]]], self._member_of[points.variant[mine]]
-            memory = decode.memory(values[None, :], 1, int(self.scene.load.context) - 1)
+            memory = decode.memory(values[None, :], 1, int(self.scenario.load.context) - 1)
             for name in names:
                 whole = np.broadcast_to(getattr(memory, name), (decode.step.size, len(values)))
                 found[name][mine] = whole[member, column]

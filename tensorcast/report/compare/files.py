@@ -107,7 +107,7 @@ def summary_of(view: View, figures: list[Chart]) -> dict[str, Any]:
     """The answer for scripts: what was asked, the best and its runner-up with all their columns, counts, findings."""
     from tensorcast.version import __version__
 
-    c, answer = view.comparison, words.answer(view)
+    c, answer = view.comparison, words.conclusion(view)
     return {
         "model": c.model.name, "devices": [device.name for device in c.devices], "engine": c.engine.name,
         "objective": c.objective,

@@ -31,8 +31,8 @@ def html(view: View, charts: Sequence[Chart]) -> str:
     rows = table(view)
     template = environment.get_template("report.html.j2")
     return template.render(
-        question=words.question(view),
-        answer=words.answer(view),
+        question=words.asked_for(view),
+        answer=words.conclusion(view),
         charts=[{"name": c.name, "title": c.title, "caption": c.caption, "svg": Markup(c.inline)} for c in charts],
         takeaways=takeaways(view),
         table=rows,

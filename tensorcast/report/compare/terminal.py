@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tensorcast.report import units
 from tensorcast.report.compare.choices import View
-from tensorcast.report.compare.words import answer, limit_name, options, question
+from tensorcast.report.compare.words import asked_for, conclusion, limit_name, options
 from tensorcast.report.units import plural
 from tensorcast.search.notes import COUNTED
 
@@ -28,9 +28,9 @@ LEAST_NAME = 18
 def print_comparison(found: Comparison, console: Console, top: int = 12) -> None:
     """Print the answer, the ``top`` layouts, what was pruned, and the notes."""
     view = View(found)
-    said = answer(view)
+    said = conclusion(view)
     width = min(console.width, WIDEST)
-    console.print(Text(question(view), style="dim"), width=width)
+    console.print(Text(asked_for(view), style="dim"), width=width)
     console.print(Text(said.headline, style="bold green"), width=width)
     for text in said.paragraphs:
         console.print(Text(text, style="yellow" if text == said.warning else ""), width=width)
@@ -54,7 +54,7 @@ def _table(view: View, top: int, width: int) -> Table:
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, header_style="bold",
         title=Text(title, style="bold"), title_justify="left", title_style="",
     )
-    asked = view.comparison.objective == "cost" or any(q.price_per_hour for q in view.comparison.questions)
+    asked = view.comparison.objective == "cost" or any(task.price_per_hour for task in view.comparison.tasks)
     cost = asked and bool(view.frame["cost_per_million_tokens"].notna().any())
     heads = ["GPUs", "batch", "TTFT", "TPOT", "tok/s", "per GPU", *(["USD/Mtok"] if cost else []), ""]
     tied = set(view.comparison.ties)
@@ -111,7 +111,7 @@ def _pruned(found: Comparison) -> str:
 def comparison_record(found: Comparison) -> dict[str, Any]:
     """The comparison for ``--json``: answer, best of each layout, pruned counts, notes."""
     view = View(found)
-    said = answer(view)
+    said = conclusion(view)
     return {
         "model": found.model.name,
         "devices": [device.name for device in found.devices],

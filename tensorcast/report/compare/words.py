@@ -36,7 +36,7 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Conclusion:
     """What the page starts with."""
 
     headline: str
@@ -60,10 +60,10 @@ def limit_name(limit: str) -> str:
     return limit.removesuffix("_s").upper().replace("GPUS", "GPUs")
 
 
-def question(view: View) -> str:
+def asked_for(view: View) -> str:
     """What was asked: ``deepseek-v3 on up to 32 x h200-sxm, vllm, 4,096 tokens in and 1,024 out, TPOT up to 50 ms``."""
     c = view.comparison
-    sizes = {q.gpus for q in c.questions}
+    sizes = {task.gpus for task in c.tasks}
     asked = [f"{name} up to {units.seconds(limit)}" for name, limit in targets(view).items() if limit is not None]
     devices = " or ".join(device.name for device in c.devices)
     parts = [
@@ -79,13 +79,13 @@ def targets(view: View) -> dict[str, float | None]:
     return dict(zip(LIMITS.values(), view.comparison.targets, strict=True))
 
 
-def answer(view: View) -> Answer:
+def conclusion(view: View) -> Conclusion:
     """All of it; every number is computed from the candidates."""
     if view.best is None:
-        return _no_answer(view)
+        return _none_meets(view)
     best, second = view.best, view.runner_up
     runner_up, ways = _runner_up(view, best, second) if second is not None else ("", ())
-    return Answer(
+    return Conclusion(
         f"{view.name(best)} is best: {_worth(view, best)}", tuple(_numbers(view, best)), _how(view, best), runner_up,
         ways, _ties(view, best), view.comparison.warning,
     )
@@ -311,10 +311,10 @@ def _ties(view: View, best: dict[str, Any]) -> str:
     return f"Cannot be told apart from it within the error of the predictions: {shown}. Measure these before choosing."
 
 
-def _no_answer(view: View) -> Answer:
+def _none_meets(view: View) -> Conclusion:
     """No candidate meets the targets: which limit binds, and how close the best came."""
     if view.frame.empty:
-        return Answer("No layout can run this: see what was ruled out below", ())
+        return Conclusion("No layout can run this: see what was ruled out below", ())
     closest, binding = view.comparison.closest
     row = view.record(closest) or closest
     names = ["the number of GPUs" if limit == "gpus" else limit_name(limit) for limit in binding]
@@ -327,11 +327,11 @@ def _no_answer(view: View) -> Answer:
         if limit is not None and row[column] > limit
     ]
     if "gpus" in binding:
-        there = max((q.gpus for q in view.comparison.questions), default=0)
+        there = max((task.gpus for task in view.comparison.tasks), default=0)
         over.append(f"it takes {plural(row['gpus'], 'GPU')} where there are {units.count(there)}")
     text = f"Closest is {view.name(row)} with {plural(row['concurrency'], 'request')} in flight: {'; '.join(over)}."
     headline = f"No layout meets the targets: {' and '.join(names)} {verb}"
-    return Answer(headline, tuple(_numbers(view, row)), text)
+    return Conclusion(headline, tuple(_numbers(view, row)), text)
 
 
 def evidence(view: View) -> list[tuple[str, float]]:
@@ -371,10 +371,10 @@ def assumptions(view: View, shown: list[Choice]) -> list[str]:
 def _prices(comparison: Comparison) -> dict[str, str]:
     """By device, where its price is from."""
     found = {}
-    for question in comparison.questions:
-        listed = question.device.price_per_hour_usd
-        if question.price_per_hour is not None:
-            found[question.device.name] = f"{units.digits(question.price_per_hour)} USD per GPU hour, as given"
+    for task in comparison.tasks:
+        listed = task.device.price_per_hour_usd
+        if task.price_per_hour is not None:
+            found[task.device.name] = f"{units.digits(task.price_per_hour)} USD per GPU hour, as given"
         elif listed is not None:
-            found[question.device.name] = str(listed)
+            found[task.device.name] = str(listed)
     return found

@@ -1,4 +1,4 @@
-"""From what a user asks to questions: one per device and cluster size, every value checked first."""
+"""From what a user asks to tasks of a search: one per device and cluster size, every value checked first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tensorcast.serving.load import Load
 
 
 @dataclass(frozen=True)
-class Scene:
+class Scenario:
     """What stays the same while layouts and options vary."""
 
     model: ModelProfile
@@ -38,7 +38,7 @@ class Scene:
         """Prompt tokens per step and rank where they are not searched; launch commands say so."""
         return self.engine.tokens_per_step(self.device)
 
-    def in_pools(self) -> Scene:
+    def in_pools(self) -> Scenario:
         return replace(self, engine=self.engine.in_pools())
 
     def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
@@ -49,7 +49,7 @@ FORMS = ("aggregated", "disaggregated")
 
 
 @dataclass(frozen=True)
-class Question:
+class SearchTask:
     """What is asked of one device, engine and cluster size; a task of its own for a worker process."""
 
     model: ModelProfile
@@ -76,19 +76,19 @@ class Question:
         return float(listed) if self.price_per_hour is None and listed is not None else self.price_per_hour
 
     @property
-    def scene(self) -> Scene:
-        return Scene(self.model, self.device, self.engine, self.load)
+    def scenario(self) -> Scenario:
+        return Scenario(self.model, self.device, self.engine, self.load)
 
 
-def ask(
+def search_tasks(
     model: ModelProfile, devices: Sequence[DeviceProfile], engine: EngineProfile, world_sizes: Sequence[int], *,
     input_len: int, output_len: int, prefix_cached: int = 0, mtp_acceptance: float = 0.8, ttft_s: float | None = None,
     tpot_s: float | None = None, objective: str = "tokens_per_gpu", layouts: Sequence[str] | None = None,
     forms: Sequence[str] = FORMS, request_rate: float | None = None, prices: Mapping[str, float] | None = None,
     quant: str | None = None, routing: str = "uniform", placement: str = "linear", full: bool = False,
     runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,
-) -> list[Question]:
-    """Questions of every device and size. ``searched``: values of axes; those left out are the default space's.
+) -> list[SearchTask]:
+    """Tasks of every device and size. ``searched``: values of axes; those left out are the default space's.
 
     Raises :class:`InputError`, one line, on anything that cannot be.
     """
@@ -140,7 +140,7 @@ def ask(
     if problem := model.too_long(input_len + output_len):
         raise InputError(f"--input-len {input_len} and --output-len {output_len}: {problem}")
     return [
-        Question(
+        SearchTask(
             model, device, engine, size, load, ttft_s, tpot_s, objective, axes, base, _of(wanted, size), tuple(forms),
             request_rate, (prices or {}).get(device.name), runnable_only,
         )

@@ -1,0 +1,93 @@
+"""The search of one task: a model on so many GPUs of one device under one engine; all its candidates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tensorcast.parallel import uncollected
+from tensorcast.search.candidate_arrays import Points
+from tensorcast.search.candidate_table import candidate_frame, stacked
+from tensorcast.search.candidates import aggregated, disaggregated, steady
+from tensorcast.search.refine import finer
+from tensorcast.search.search_task import SearchTask
+from tensorcast.search.selection import score_in_time, worth_a_row
+from tensorcast.search.space import Variant, space
+from tensorcast.search.variant_prices import VariantPrices
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NO_ROOM, NO_PACE = "batch fits memory", "prefill keeps pace"
+"""Rules on candidates beside those on layouts: a sequence fits beside the weights; prompts are read as they come."""
+
+
+@dataclass
+class SearchResult:
+    """Of one task: the candidates that may matter, the pools and variants behind them, and what fell away."""
+
+    frame: pd.DataFrame
+    variants: list[tuple[Variant, Variant]]
+    """(prefill, decode) of every row."""
+    pruned: Counter[str]
+    examined: int
+
+
+@uncollected()
+def search(task: SearchTask) -> SearchResult:
+    """Evaluate every candidate of one task. Tops: a few seconds for a large model and 32 GPUs.
+
+    Every candidate's step is priced at the very batch that it stands at.
+    """
+    pruned: Counter[str] = Counter()
+    tried = space(task, pruned)
+    if not tried:
+        return SearchResult(stacked([]), [], pruned, 0)
+    prices = VariantPrices(task.scenario, tried, task.axes.chunk_tokens)
+    prices.price()
+    none = prices.without_room()
+    if none:
+        pruned[NO_ROOM] += none
+    parts, examined = _candidates(task, prices, pruned)
+    examined += pruned[NO_PACE]
+    every = [(prices, parts)]
+    if fine := finer(prices, parts, partial(score_in_time, task, prices)):
+        between, more = _candidates(task, fine, Counter(), prices.grid)
+        every.append((fine, between))
+        examined += more
+    frames, behind = [], []
+    for shop, found in every:
+        for mode, points in found.items():
+            frames.append(candidate_frame(task, shop, mode, points))
+            prefill = points.columns.get("prefill", points.variant).astype(int)
+            behind += [(shop.variants[p], shop.variants[d]) for p, d in zip(prefill, points.variant, strict=True)]
+    return SearchResult(stacked(frames), behind, pruned, examined)
+
+
+def _candidates(
+    task: SearchTask, prices: VariantPrices, pruned: Counter[str], known: Any = ()
+) -> tuple[dict[str, Points], int]:
+    """Points worth a row by mode, and of how many; those at batches that are ``known`` left out."""
+    limits, found, examined = (task.ttft_s, task.tpot_s), {}, 0
+    for mode in task.forms:
+        points, slow = (
+            aggregated(prices, limits)
+            if mode == "aggregated"
+            else disaggregated(prices.in_pools(), task.gpus, limits)
+        )
+        pruned[NO_PACE] += slow
+        if not len(points):
+            continue
+        points = points.where(~np.isin(points.columns["batch"], known))
+        examined += len(points)
+        kept = points.where(worth_a_row(task, prices, mode, points))
+        if mode == "aggregated":
+            inside = steady(prices, kept)
+            pruned[NO_PACE] += int((~inside).sum())
+            kept = kept.where(inside)
+        found[mode] = kept
+    return found, examined

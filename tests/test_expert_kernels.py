@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tensorcast.calibrate.kernel_models.expert_libraries import known_models
 from tensorcast.cost.kernels.device_model import CONFIGURATION, SOURCE_OF, UNTUNED
-from tensorcast.cost.kernels.formula import physics_of
+from tensorcast.cost.kernels.formula import formula_of
 from tensorcast.cost.kernels.predictor import predictor_for
 from tensorcast.cost.kernels.triton_tiles import NONE, TILES, TRITON, of_library
 from tensorcast.cost.kernels.vocabulary import SOURCES, source_of
@@ -99,7 +99,7 @@ def device_of(name: str) -> DeviceProfile:
 
 def tiles(engine: str, dtype: str, given: dict[str, int], device: str = "h100") -> dict[str, float]:
     columns = {"hidden": 4096, "topk": 4, "slots": given["experts"], "gated": 1, "skew": 0, **given}
-    found = physics_of("grouped_gemm", dtype, "", {n: np.array([float(v)]) for n, v in columns.items()},
+    found = formula_of("grouped_gemm", dtype, "", {n: np.array([float(v)]) for n, v in columns.items()},
                        device_of(device), engine).features
     return {name: float(found[name][0]) for name in TILES if name in found}
 

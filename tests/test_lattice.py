@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_sweeps import ENGINES, price, sweeps
 
-from tensorcast.cost.kernels.formula import physics_of
+from tensorcast.cost.kernels.formula import formula_of
 from tensorcast.cost.kernels.lattice import SIDES, Lattice
 from tensorcast.cost.kernels.predictor import predictor_for
 from tensorcast.cost.kernels.vocabulary import Columns
@@ -113,7 +113,7 @@ def test_outside_the_data_no_time_falls_as_a_size_grows(
     kernel = predictor.model.find(family, dtype, engine, variant)
     outside = found.level == 1
     if kernel is not None:
-        known = kernel.known(columns)
+        known = kernel.measured_shape(columns)
         stands_in = (kernel.engine not in (engine, "any")) | (kernel.variant != variant)
         outside &= ~(stands_in & known & (kernel.beyond(columns) <= 0))
         if grown in ("head_dim", "window"):
@@ -151,7 +151,7 @@ def test_a_load_that_is_given_takes_what_the_lattice_says_of_its_tokens() -> Non
     shape = {"hidden": 3072.0, "inter": 1280.0, "topk": 4.0, "experts": 96.0, "slots": 96.0, "moe_tp": 1.0,
              "moe_ep": 2.0, "gated": 1.0, "skew": -1.0}
     columns = {name: np.full(3, value) for name, value in shape.items()} | {"tokens": tokens}
-    load = {n: np.exp2(physics_of("grouped_gemm", "bf16", "", columns, device, "vllm").features[f"log_{n}"])
+    load = {n: np.exp2(formula_of("grouped_gemm", "bf16", "", columns, device, "vllm").features[f"log_{n}"])
             for n in ("rows", "hit")}
     by_tokens = predictor.price("grouped_gemm", "bf16", "", columns)
     given_load = predictor.price("grouped_gemm", "bf16", "", columns | load)

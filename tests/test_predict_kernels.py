@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tensorcast.cost.kernels.device_model import DeviceModel, pack, read_model
 from tensorcast.cost.kernels.expert_load import rank_load
-from tensorcast.cost.kernels.formula import physics_of
+from tensorcast.cost.kernels.formula import formula_of
 from tensorcast.cost.kernels.predictor import Predictor, model_path, predict_kernels, predictor_for
 from tensorcast.cost.kernels.trees import Trees
 from tensorcast.errors import InputError
@@ -107,7 +107,7 @@ def test_models_belong_to_this_formula(device: str) -> None:
     stale = []
     for key, kernel in read_model(path).kernels.items():
         sizes = {name: np.array([value]) for name, value in kernel.report["probe"].items()}
-        found = physics_of(kernel.family, kernel.dtype, kernel.variant, sizes, profile, kernel.engine).seconds[0]
+        found = formula_of(kernel.family, kernel.dtype, kernel.variant, sizes, profile, kernel.engine).seconds[0]
         if found != pytest.approx(kernel.report["probe_formula_s"], rel=1e-6):
             stale.append(key)
     assert not stale, f"calibrate anew: {stale[:5]} and {len(stale)} in all"
@@ -211,7 +211,7 @@ def test_never_faster_than_physics_and_inside_its_interval(
     defaults = {"batch": 1.0, "past": 0.0, "new": 1.0, "window": 0.0, "kv_bytes": 2.0, "moe_tp": 1.0, "gated": 1.0,
                 "skew": 0.0, "slots": 128.0}
     columns = {name: np.array([value]) for name, value in defaults.items()} | columns
-    floor = physics_of(family, dtype, "", columns, predictor.device, "trtllm").floor
+    floor = formula_of(family, dtype, "", columns, predictor.device, "trtllm").floor
     assert (found.seconds >= floor * (1 - 1e-9)).all()
     assert (found.low <= found.seconds * (1 + 1e-9)).all() and (found.seconds <= found.high * (1 + 1e-9)).all()
     assert np.isfinite(found.high).all() and (found.low > 0).all()

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tensorcast.cost.kernels.corrections import Later, corrections_for
+from tensorcast.cost.kernels.corrections import BatchedCorrections, corrections_for
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
@@ -121,7 +121,7 @@ def test_steps_priced_ahead_are_priced_the_same() -> None:
 
 def test_corrections_found_later_are_those_asked_at_once() -> None:
     corrections = corrections_for(load_device("h200"), "vllm")
-    later, random_sizes = Later(corrections), np.random.default_rng(0)
+    later, random_sizes = BatchedCorrections(corrections), np.random.default_rng(0)
     waiting = []
     for n in (1024, 4096, 1024):
         for m in (17.0, random_sizes.uniform(1, 9000, 5), random_sizes.uniform(1, 99, (2, 3))):

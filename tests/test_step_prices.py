@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 
 from tensorcast.api import predict_kernels
+from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.cost.kernels.corrections import corrections_for
 from tensorcast.cost.work import gemm
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.step.price import WITHIN_80
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.serving.curves import evidence_shares
@@ -47,7 +47,7 @@ def test_decode_attention_costs_what_the_predictor_says(batch: int, context: int
     told = predict_kernels(pd.DataFrame([shape]), device="h200", engine="vllm").iloc[0]
     assert float(found.seconds) == pytest.approx(told.seconds, rel=1e-6)
     assert found.evidence == told.evidence == "measured"
-    assert WITHIN_80 * float(found.error) == pytest.approx(np.log(told.high / told.low) / 2)
+    assert NORMAL_80 * float(found.error) == pytest.approx(np.log(told.high / told.low) / 2)
 
 
 @pytest.mark.parametrize("tokens", [1, 37, 512, 5000])

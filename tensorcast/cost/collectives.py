@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from tensorcast.cost.evidence import Evidence
 from tensorcast.cost.work import Size
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import CollectiveConstants, DeviceProfile, Tier
@@ -20,7 +21,6 @@ from tensorcast.profiles.device import CollectiveConstants, DeviceProfile, Tier
 Op = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
 Kind = Literal["direct", "high_throughput", "low_latency"]
 Phase = Literal["dispatch", "combine"]
-Evidence = Literal["calibrated", "datasheet"]
 
 EFFICIENCY = {"ring": 0.80, "one_shot": 0.60, "two_shot": 0.60, "direct": 0.75}
 """Fractions of link speed assumed where nothing was measured (assumption; fitted NVLink values lie in 0.5-1.0). There

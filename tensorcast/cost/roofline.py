@@ -8,10 +8,10 @@ at its processor's share of peak * compute_efficiency, depth * step_s) + tile_s)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from tensorcast.cost.evidence import Evidence
 from tensorcast.cost.work import Size, Work
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 
@@ -48,8 +48,6 @@ NEAREST = {
     "w4a16": ("mxfp4", "w8a16", "bf16"), "w8a16": ("w4a16", "bf16"),
 }
 """Whose fitted fractions to borrow first when a family was not measured in a dtype; any other dtype comes after."""
-
-Evidence = Literal["measured", "calibrated", "datasheet"]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ PLACEMENTS = (64, 16)
 
 
 @dataclass(frozen=True)
-class Load:
+class RankLoad:
     """Work of the busiest expert-parallel rank in one MoE layer: (token, choice) rows and experts with at least one."""
 
     rows: Any
@@ -126,7 +126,7 @@ class ExpertLoad:
     local_experts: int
     """Experts on the fullest rank."""
 
-    def at(self, tokens: Any) -> Load:
+    def at(self, tokens: Any) -> RankLoad:
         """Load when ``tokens`` tokens in all (over the whole expert-parallel group) are routed."""
         tokens = np.asarray(tokens, dtype=float)
         copies = tokens * self.top_k
@@ -134,7 +134,7 @@ class ExpertLoad:
         local = 1.0 * self.local_experts
         if self.busiest is None or self.alike is None:
             rows = np.maximum(mean * local * self.ranks / self.num_physical, np.minimum(copies, 1.0))
-            return Load(rows, np.minimum(local, rows), mean)
+            return RankLoad(rows, np.minimum(local, rows), mean)
         expected = tokens * (self.alike * self.busiest).sum()
         spread = np.sqrt(tokens * (self.alike * self.busiest * (1.0 - self.busiest)).sum())
         rows = np.minimum(
@@ -143,7 +143,7 @@ class ExpertLoad:
         # the lift is extra tokens that pick this rank: as if that many more had come
         effective = tokens * np.maximum(rows / np.maximum(expected, 1e-12), 1.0)
         missed = np.exp(np.multiply.outer(effective, np.log1p(-np.minimum(self.busiest, 1.0 - 1e-12))))
-        return Load(rows, np.minimum((self.alike * (1.0 - missed)).sum(-1), rows), mean)
+        return RankLoad(rows, np.minimum((self.alike * (1.0 - missed)).sum(-1), rows), mean)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tensorcast.cost.evidence import interval
 from tensorcast.deploy.plan.plan import Collective, Row
-from tensorcast.deploy.step.price import WITHIN_80, RowPrice, StepPrice
+from tensorcast.deploy.step.price import RowPrice, StepPrice
 from tensorcast.deploy.workload import Workload
 from tensorcast.trace.table import Op
 
@@ -35,8 +36,7 @@ class Simulation:
     @property
     def interval_s(self) -> tuple[float, float]:
         """Ends of an 80 % interval of the step time, from the errors of its kernels and of the engine's overhead."""
-        factor = 1.0 + WITHIN_80 * float(self.price.error)
-        return self.step_s / factor, self.step_s * factor
+        return interval(self.step_s, float(self.price.error))
 
     @property
     def tokens(self) -> int:

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorcast.cost.evidence import EVIDENCE
-from tensorcast.deploy.step.price import WITHIN_80
+from tensorcast.cost.evidence import EVIDENCE, NORMAL_80
 from tensorcast.errors import InputError
 from tensorcast.parallel import spread, uncollected
 from tensorcast.predict.csv_table import read_table
@@ -156,7 +155,7 @@ def _record(served: Served, run: Run) -> dict[str, Any]:
     record: dict[str, Any] = {"mean_batch": served.batch, "problem": ""}
     record |= {"decode_step_s": served.decode_step_s, "step_error": served.tpot_error}
     for name, value in values.items():
-        factor = 1 + WITHIN_80 * errors[name]
+        factor = 1 + NORMAL_80 * errors[name]
         record |= {name: value, bound(name, "low"): value / factor, bound(name, "high"): value * factor}
     return record | {f"share_{kind}": share for kind, share in served.evidence.items()}
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tensorcast.cost.evidence import EVIDENCE, NORMAL_80
 from tensorcast.deploy.plan.rank_tables import traced_table
-from tensorcast.deploy.step.price import WITHIN_80
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import cluster_sizes, limit_ratios
@@ -89,7 +89,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
         "mtp_depth": [v.decode.mtp_depth for v in chosen],
         "chunk_tokens": nothing if pools else c["chunk_tokens"],
         **{
-            f"{what}{end}_s": c[f"{what}_s"] * (1 + WITHIN_80 * c[f"{what}_error"]) ** sign
+            f"{what}{end}_s": c[f"{what}_s"] * (1 + NORMAL_80 * c[f"{what}_error"]) ** sign
             for what in ("ttft", "tpot")
             for end, sign in (("", 0.0), ("_low", -1.0), ("_high", 1.0))
         },
@@ -104,7 +104,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
         "activations_bytes": memory["activations"],
         "capacity_bytes": float(task.device.memory_bytes),
         "largest_batch": c["largest_batch"],
-        **{f"share_{kind}": c[f"share_{kind}"] for kind in ("measured", "calibrated", "datasheet")},
+        **{f"share_{kind}": c[f"share_{kind}"] for kind in EVIDENCE},
         "meets": ~over,
         "limit": np.where(over, np.array(names)[ratios.argmax(axis=0)], ""),
         "pareto": False,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tensorcast.deploy.step.price import WITHIN_80
+from tensorcast.cost.evidence import NORMAL_80
 
 REPEAT = 0.03
 """Repeating a measurement moves it by 3-5 % (aiconfigurator-core 0.12.0's tables hold repeats): nothing closer than
@@ -35,7 +35,7 @@ def spread(one: Mapping[str, tuple[float, float]], other: Mapping[str, tuple[flo
         a, b = one.get(family, (0.0, 0.0)), other.get(family, (0.0, 0.0))
         total += (a[0] * a[1] - b[0] * b[1]) ** 2
     largest = max(sum(seconds for seconds, _ in sums.values()) for sums in (one, other))
-    return float(np.sqrt(WITHIN_80**2 * total + (REPEAT * largest) ** 2))
+    return float(np.sqrt(NORMAL_80**2 * total + (REPEAT * largest) ** 2))
 
 
 def alike(one: Mapping[str, tuple[float, float]], other: Mapping[str, tuple[float, float]]) -> bool:

@@ -18,7 +18,7 @@ from tensorcast.calibrate.kernel_models.boosting import grow
 from tensorcast.calibrate.kernel_models.unseen_models import FAMILY, FOLDS, Experts, LeftOut
 from tensorcast.calibrate.measured_tables import Key, Measured, System, held_out
 from tensorcast.cost.kernels.device_model import CONFIGURATION, LINES, SOURCE_OF, DeviceModel, Kernel
-from tensorcast.cost.kernels.formula import Physics, constants_digest, physics_of
+from tensorcast.cost.kernels.formula import KernelFormula, constants_digest, formula_of
 from tensorcast.cost.kernels.triton_tiles import TILES, of_library
 from tensorcast.profiles.device import DeviceProfile
 
@@ -70,7 +70,7 @@ def _lines(rows: Measured) -> np.ndarray:
     return np.unique(table, axis=0, return_inverse=True)[1].ravel()
 
 
-def left_out(rows: Measured, physics: Physics, capacity: tuple[int, int, float]) -> LeftOut | None:
+def left_out(rows: Measured, physics: KernelFormula, capacity: tuple[int, int, float]) -> LeftOut | None:
     """Leave out one part of the lines after the other. None where there are not two lines."""
     lines = _lines(rows)
     kinds = np.random.default_rng(0).permutation(lines.max() + 1)
@@ -145,7 +145,7 @@ def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = 
     """Residual, intervals and errors of one kernel from all its measured rows. ``experts``: of grouped GEMMs, what
     carries over to other models is learnt from them."""
     family, dtype, engine, variant = rows.key
-    physics = physics_of(family, dtype, variant, rows.columns, device, engine)
+    physics = formula_of(family, dtype, variant, rows.columns, device, engine)
     if variant:  # kernels of a layout of their own are not Triton's
         plain = {name: values for name, values in physics.features.items() if name not in TILES}
         physics = replace(physics, tell=lambda: plain)

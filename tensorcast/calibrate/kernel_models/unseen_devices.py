@@ -17,7 +17,7 @@ from tensorcast.calibrate.kernel_models.boosting import CLIP, grow, no_trees
 from tensorcast.calibrate.kernel_models.residual import QUANTILES
 from tensorcast.calibrate.measured_tables import Key, Measured, System
 from tensorcast.cost.kernels.device_model import DeviceModel, Kernel
-from tensorcast.cost.kernels.formula import Physics, physics_of
+from tensorcast.cost.kernels.formula import KernelFormula, formula_of
 from tensorcast.cost.kernels.monotone import coordinates, middle_of
 from tensorcast.cost.kernels.predictor import TRANSFERRED, Predictor
 from tensorcast.profiles.device import DeviceProfile
@@ -41,7 +41,9 @@ class Climb:
         return Climb({name: values[at] for name, values in self.told.items()}, self.formula[at], self.target[at])
 
 
-def climb_of(rows: Measured, physics: Physics, device: DeviceProfile, probes: Mapping[str, Sequence[float]]) -> Climb:
+def climb_of(
+    rows: Measured, physics: KernelFormula, device: DeviceProfile, probes: Mapping[str, Sequence[float]]
+) -> Climb:
     """The measured rows; with ``probes`` the formula's seconds count from its median over those."""
     family, dtype, engine, _ = rows.key
     middle = middle_of(family, dtype, probes, device, engine)
@@ -58,10 +60,10 @@ def probes_of(parts: Sequence[Measured]) -> dict[str, tuple[float, ...]]:
 
 
 def grow_rising(climb: Climb, capacity: tuple[int, int, float], share: float) -> dict[str, Any]:
-    """The fields ``rising``, ``share`` and ``span`` of a :class:`~tensorcast.cost.kernels.device_model.Kernel`."""
+    """The fields ``monotone``, ``share`` and ``span`` of a :class:`~tensorcast.cost.kernels.device_model.Kernel`."""
     target = np.clip(climb.target, *(np.median(climb.target) + np.array([-CLIP, CLIP])))
     trees = grow(climb.told, target + share * climb.formula, *capacity, rises=True)
-    return {"rising": trees, "share": share, "span": (float(climb.formula.min()), float(climb.formula.max()))}
+    return {"monotone": trees, "share": share, "span": (float(climb.formula.min()), float(climb.formula.max()))}
 
 
 def joined(parts: Sequence[Climb]) -> Climb:
@@ -73,7 +75,7 @@ def joined(parts: Sequence[Climb]) -> Climb:
 def climb_errors(fields: Mapping[str, Any], climb: Climb) -> np.ndarray:
     """log(measured / predicted) of rows by what :func:`grow_rising` found."""
     back = fields["share"] * np.clip(climb.formula, *fields["span"])
-    return climb.target - fields["rising"].values(climb.told) + back
+    return climb.target - fields["monotone"].values(climb.told) + back
 
 
 def left_out(
@@ -103,7 +105,7 @@ class Sampled(NamedTuple):
     """Rows of one kernel on one device, their physics by datasheet, and the device as if nothing had been measured."""
 
     rows: Measured
-    physics: Physics
+    physics: KernelFormula
     device: DeviceProfile
 
 
@@ -124,7 +126,7 @@ def sampled(system: System, device: DeviceProfile) -> dict[Key, Sampled]:
 def sample(rows: Measured, device: DeviceProfile) -> Sampled:
     """The rows with their physics by datasheet."""
     family, dtype, engine, _ = rows.key
-    return Sampled(rows, physics_of(family, dtype, "", rows.columns, bare(device), engine), bare(device))
+    return Sampled(rows, formula_of(family, dtype, "", rows.columns, bare(device), engine), bare(device))
 
 
 def _box(parts: Sequence[Sampled]) -> dict[str, tuple[float, float]]:

@@ -17,7 +17,7 @@ from tensorcast.calibrate.kernel_models.boosting import grow
 from tensorcast.calibrate.kernel_models.expert_libraries import ruled_sources
 from tensorcast.calibrate.measured_tables import Key, Measured, System, held_out
 from tensorcast.cost.kernels.device_model import CODE, CONFIGURATION, LINES
-from tensorcast.cost.kernels.formula import physics_of
+from tensorcast.cost.kernels.formula import formula_of
 from tensorcast.cost.kernels.lattice import SIDES, Lattice, Price
 from tensorcast.cost.kernels.trees import Trees
 from tensorcast.cost.kernels.triton_tiles import of_library
@@ -89,7 +89,7 @@ def models_of(rows: Measured) -> np.ndarray:
 def part_of(rows: Measured, device: DeviceProfile) -> Part:
     """One kernel's rows, those at a level of their own told apart."""
     family, dtype, engine, variant = rows.key
-    physics = physics_of(family, dtype, variant, rows.columns, device, engine)
+    physics = formula_of(family, dtype, variant, rows.columns, device, engine)
     target = np.log(rows.seconds / physics.seconds)
     ratios = {name: values for name, values in physics.features.items() if name not in REMEMBER}
     ratios["source"] = rows.columns.get("source", np.zeros(len(rows)))
@@ -155,7 +155,7 @@ class Experts:
         family, dtype, engine, variant = key
 
         def price(sizes: Columns) -> np.ndarray:
-            physics = physics_of(family, dtype, variant, sizes, self.device, engine)
+            physics = formula_of(family, dtype, variant, sizes, self.device, engine)
             told = of_library(physics.features, sizes["source"])
             residual = trees.values({**told, "own": np.ones(len(physics.seconds))})
             return np.maximum(np.log(physics.seconds) + residual, np.log(physics.floor))

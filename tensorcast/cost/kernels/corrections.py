@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.kernels.device_model import Kernel
-from tensorcast.cost.kernels.formula import constants_digest, physics_of
+from tensorcast.cost.kernels.formula import constants_digest, formula_of
 from tensorcast.cost.kernels.predictor import TRANSFERRED, predictor_for
 from tensorcast.cost.work import Size, Work
 from tensorcast.profiles.device import DeviceProfile
 
 
 @dataclass(eq=False)
-class Awaited:
-    """A :class:`~tensorcast.cost.kernels.corrections.Correction` whose numbers are there after :meth:`Later.find`."""
+class PendingCorrection:
+    """A :class:`Correction` whose numbers are there after :meth:`BatchedCorrections.find`."""
 
     engine: str
     variant: str
@@ -33,26 +33,26 @@ class Awaited:
     level: Size = 0
 
 
-Question = tuple[Awaited, list[np.ndarray]]
+Question = tuple[PendingCorrection, list[np.ndarray]]
 
 
-class Later:
+class BatchedCorrections:
     """Stands in for :class:`Corrections` where prices are read only after :meth:`find`."""
 
     def __init__(self, corrections: Corrections) -> None:
         self._corrections = corrections
         self._asked: dict[tuple[Any, ...], list[Question]] = defaultdict(list)
 
-    def of(self, work: Work, variant: str = "") -> Awaited | None:
+    def of(self, work: Work, variant: str = "") -> PendingCorrection | None:
         """As :meth:`Corrections.of`."""
         return self.at(work.family, work.dtype, variant, work.sizes) if work.sizes else None
 
-    def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> Awaited | None:
+    def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> PendingCorrection | None:
         """As :meth:`Corrections.at`."""
         name, belongs, columns = self._corrections.question(family, dtype, variant, sizes)
         if belongs is None:
             return None
-        found = Awaited(*belongs)
+        found = PendingCorrection(*belongs)
         self._asked[(*name, belongs, *columns)].append((found, list(columns.values())))
         return found
 
@@ -177,7 +177,7 @@ class Corrections:
         if kernel.constants != constants_digest(kernel.family, kernel.dtype, self.device, kernel.engine):
             return False
         sizes = {name: np.array([value]) for name, value in kernel.report["probe"].items()}
-        now = physics_of(kernel.family, kernel.dtype, kernel.variant, sizes, self.device, kernel.engine).seconds[0]
+        now = formula_of(kernel.family, kernel.dtype, kernel.variant, sizes, self.device, kernel.engine).seconds[0]
         then = float(kernel.report["probe_formula_s"])
         return bool(abs(now - then) <= SAME * then)
 

@@ -80,12 +80,12 @@ class Kernel:
 
     ``low``, ``high``: 10 % and 90 % quantiles per bin of log2 predicted seconds, bins between ``edges``; ``new_low``,
     ``new_high`` the same over whole shapes (models, weight sizes) left out, for shapes that were not measured, where
-    ``carry`` is used if there is one, else the first ``new_trees`` alone; ``ruled`` these two where it is said whose
-    kernel runs. ``levels``: measured configurations off the level that their sizes tell, the sizes of
+    ``extrapolated`` is used if there is one, else the first ``new_trees`` alone; ``ruled`` these two where it is said
+    whose kernel runs. ``levels``: measured configurations off the level that their sizes tell, the sizes of
     :data:`CONFIGURATION` and then log of the factor. ``sources``: whose kernels ran, the sizes of :data:`SOURCE_OF`,
     whether experts are spread over ranks, and which library (of :data:`~tensorcast.cost.kernels.vocabulary.SOURCES`).
     ``constants``: digest of what the formula rested on.
-    ``rising``: trees for other devices (:mod:`tensorcast.cost.kernels.monotone`), over all but a ``share`` of the
+    ``monotone``: trees for other devices (:mod:`tensorcast.cost.kernels.monotone`), over all but a ``share`` of the
     formula's growth within ``span``, the ends of its log seconds in the fit; ``probes``: the shapes from whose median
     those seconds count.
     """
@@ -105,10 +105,10 @@ class Kernel:
     new_trees: int
     levels: tuple[tuple[float, ...], ...] = ()
     sources: tuple[tuple[float, ...], ...] = ()
-    carry: Trees | None = None
+    extrapolated: Trees | None = None
     ruled: tuple[float, ...] = ()
     constants: str = ""
-    rising: Trees | None = None
+    monotone: Trees | None = None
     share: float = 0.0
     span: tuple[float, float] = (0.0, 0.0)
     probes: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -135,7 +135,7 @@ class Kernel:
             total = total + (np.log2(np.maximum(low / value, 1.0)) if low > 0 else 0.0)
         return np.asarray(total)
 
-    def known(self, columns: Columns) -> np.ndarray:
+    def measured_shape(self, columns: Columns) -> np.ndarray:
         """Whether the sizes of :attr:`lines` are a combination that was measured."""
         size = len(next(iter(columns.values())))
         if not self.lines or not all(name in columns for name in self.lines):
@@ -152,9 +152,9 @@ class Kernel:
 
     def asked(self) -> set[str]:
         """Features that the residual asks for."""
-        return {*self.trees.names, *(self.carry.names if self.carry else ())}
+        return {*self.trees.names, *(self.extrapolated.names if self.extrapolated else ())}
 
-    def told(self, features: Columns, columns: Columns) -> Columns:
+    def features(self, features: Columns, columns: Columns) -> Columns:
         """Features with ``source``, the library whose kernel runs: as measured for the model, for other models as the
         columns say, else what most models with such experts (gated or not) ran."""
         if not self.sources or not all(name in columns for name in (*SOURCE_OF, "moe_ep")):
@@ -162,7 +162,7 @@ class Kernel:
         table, split = np.asarray(self.sources), columns["moe_ep"] > 1
         source = _looked_up(table, [*(columns[name] for name in SOURCE_OF), split.astype(float)])
         said = columns.get("source", np.zeros(len(split)))
-        source = np.where(np.isnan(source) & self.said(columns), said, source)
+        source = np.where(np.isnan(source) & self.stated(columns), said, source)
         plain = np.array([tuple(line[:4]) in NON_GATED for line in self.sources])
         ungated = columns.get("gated", np.ones(len(split))) == 0
         for spread, without in ((False, False), (False, True), (True, False), (True, True)):
@@ -172,7 +172,7 @@ class Kernel:
                 source[np.isnan(source) & (split == spread) & (ungated == without)] = codes[counts.argmax()]
         return of_library(features, np.nan_to_num(source))
 
-    def said(self, columns: Columns) -> np.ndarray:
+    def stated(self, columns: Columns) -> np.ndarray:
         """Whether the columns say whose kernel runs, a library that was measured."""
         size = len(next(iter(columns.values())))
         if "source" not in columns or not self.sources:
@@ -181,7 +181,7 @@ class Kernel:
 
     def correction(self, features: Columns, known: np.ndarray) -> np.ndarray:
         """log of what to multiply physics by."""
-        if known.all() or (self.carry is None and self.new_trees >= len(self.trees.feature)):
+        if known.all() or (self.extrapolated is None and self.new_trees >= len(self.trees.feature)):
             return self.trees.values(features)
         if not known.any():
             return self._carried(features)
@@ -192,15 +192,15 @@ class Kernel:
 
     def _carried(self, features: Columns) -> np.ndarray:
         """The same for models that were not measured."""
-        if self.carry is None:
+        if self.extrapolated is None:
             return self.trees.values(features, self.new_trees)
         size = len(next(iter(features.values())))  # those trees have seen other dtypes' rows too
-        return self.carry.values({"source": np.zeros(size), **features, "own": np.ones(size)})
+        return self.extrapolated.values({"source": np.zeros(size), **features, "own": np.ones(size)})
 
-    def raised(self, coordinates: Columns, log_formula: np.ndarray) -> np.ndarray:
+    def monotone_correction(self, coordinates: Columns, log_formula: np.ndarray) -> np.ndarray:
         """log of what to multiply physics by on another device, such that times grow with every size."""
-        assert self.rising is not None
-        return self.rising.values(coordinates) - self.share * np.clip(log_formula, *self.span)
+        assert self.monotone is not None
+        return self.monotone.values(coordinates) - self.share * np.clip(log_formula, *self.span)
 
     def level(self, columns: Columns) -> np.ndarray:
         """log of the factor by which a measured configuration differs from others of like sizes; 0 if none is known."""
@@ -251,8 +251,8 @@ class DeviceModel:
         return None
 
 
-GROWN = ("trees", "carry", "rising")
-"""Fields of a kernel that are trees; all but the first may be missing."""
+STORED_AS = {"trees": "trees", "extrapolated": "carry", "monotone": "rising"}
+"""Fields of a kernel that are trees, and their names in the file; all but the first may be missing."""
 
 STAND_IN = {
     "vllm": ("sglang", "trtllm"), "sglang": ("vllm", "trtllm"), "trtllm": ("vllm", "sglang"),
@@ -265,12 +265,12 @@ def pack(model: DeviceModel) -> bytes:
     """The stored form: leaves as bytes with one scale per tree, questions as small integers."""
     heads, borders, feature, border, leaves, scales = [], [], [], [], [], []
     for kernel in model.kernels.values():
-        head = {part.name: getattr(kernel, part.name) for part in fields(kernel) if part.name not in GROWN}
-        for name in GROWN:
+        head = {part.name: getattr(kernel, part.name) for part in fields(kernel) if part.name not in STORED_AS}
+        for name, stored in STORED_AS.items():
             trees: Trees | None = getattr(kernel, name)
             if trees is None:
                 continue
-            head[name] = {"names": trees.names, "bias": trees.bias, "trees": len(trees.feature),
+            head[stored] = {"names": trees.names, "bias": trees.bias, "trees": len(trees.feature),
                           "depth": trees.feature.shape[1], "borders": [len(b) for b in trees.borders]}
             borders += [np.asarray(b, dtype=np.float32) for b in trees.borders]
             feature.append(trees.feature.ravel())
@@ -321,7 +321,7 @@ def read_model(path: Path) -> DeviceModel:
         return Trees(tuple(shape["names"]), borders, feature, border, leaves.astype(np.float32), shape["bias"])
 
     for head in about["kernels"]:
-        head |= {name: grown(head[name]) for name in GROWN if name in head}
+        head |= {name: grown(head.pop(stored)) for name, stored in STORED_AS.items() if stored in head}
         head["box"] = {name: tuple(ends) for name, ends in head["box"].items()}
         for name in ("edges", "low", "high", "ruled", "span"):
             head[name] = tuple(head.get(name, ()))

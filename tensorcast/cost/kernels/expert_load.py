@@ -22,7 +22,7 @@ DRAWS = 16
 
 
 @dataclass(frozen=True)
-class RankLoad:
+class TableRankLoad:
     """Expected load of the busiest rank: (token, choice) rows, experts with at least one, 64- and 128-row tiles, and
     the rows of its largest expert. Arrays, one entry per call."""
 
@@ -33,7 +33,7 @@ class RankLoad:
     largest: np.ndarray
 
     @classmethod
-    def even(cls, rows: np.ndarray, hit: np.ndarray) -> RankLoad:
+    def even(cls, rows: np.ndarray, hit: np.ndarray) -> TableRankLoad:
         """``rows`` spread evenly over ``hit`` experts."""
         hit = np.maximum(hit, 1.0)
         each = rows / hit
@@ -91,7 +91,7 @@ def skew_of(distribution: str) -> float:
 def rank_load(
     tokens: np.ndarray, experts: np.ndarray, top_k: np.ndarray, ranks: np.ndarray, skew: np.ndarray,
     slots: np.ndarray,
-) -> RankLoad:
+) -> TableRankLoad:
     """Load of the busiest of ``ranks`` ranks when ``tokens`` tokens in all choose ``top_k`` of ``experts``, each array
     with one entry per call. ``skew`` as :func:`skew_of` says; ``slots``: experts with their redundant copies."""
     result = np.empty((5, len(tokens)))
@@ -108,9 +108,9 @@ def rank_load(
         held = max(slot_count / rank_count, 1.0)
         even_rows = np.ceil(wanted * k / rank_count)
         if alpha == 0:
-            even = RankLoad.even(even_rows, np.minimum(held, even_rows))
+            even = TableRankLoad.even(even_rows, np.minimum(held, even_rows))
         elif alpha < 0:
-            even = RankLoad.even(even_rows, held * (1.0 - (1.0 - 1.0 / max(held, 1.0)) ** even_rows))
+            even = TableRankLoad.even(even_rows, held * (1.0 - (1.0 - 1.0 / max(held, 1.0)) ** even_rows))
         else:
             table = _skewed(expert_count, k, rank_count, alpha)
             at_log = np.log2(np.maximum(wanted, 1.0))
@@ -118,4 +118,4 @@ def rank_load(
                 result[row, at] = np.exp2(np.interp(at_log, np.log2(TOKENS), table[:, row]))
             continue
         result[:, at] = np.stack([even.rows, even.hit, even.tiles_64, even.tiles_128, even.largest])
-    return RankLoad(*result)
+    return TableRankLoad(*result)

@@ -18,10 +18,10 @@ import numpy as np
 
 from tensorcast.cost import roofline, work
 from tensorcast.cost.collectives import Kind, Phase, collective_time
-from tensorcast.cost.kernels.expert_load import RankLoad, rank_load
+from tensorcast.cost.evidence import Evidence
+from tensorcast.cost.kernels.expert_load import TableRankLoad, rank_load
 from tensorcast.cost.kernels.triton_tiles import triton_tiles
 from tensorcast.cost.kernels.vocabulary import LATENT, NOPE, PRECISION, SIZES, V_DIM, Columns
-from tensorcast.cost.roofline import Evidence
 from tensorcast.cost.work import Precision, Work
 from tensorcast.profiles.device import DeviceProfile
 
@@ -38,7 +38,7 @@ Tell = Callable[[], Columns]
 
 
 @dataclass(frozen=True)
-class Physics:
+class KernelFormula:
     """One entry per call: seconds, the floor under any estimate, named features; how sure the constants are."""
 
     seconds: np.ndarray
@@ -52,7 +52,7 @@ class Physics:
         """By name, one entry per call."""
         return self.tell()
 
-    def take(self, at: np.ndarray) -> Physics:
+    def take(self, at: np.ndarray) -> KernelFormula:
         """Some of the calls."""
         def some() -> Columns:
             return {name: values[at] for name, values in self.features.items()}
@@ -87,10 +87,10 @@ def _gemm(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[list
     return [work.gemm(m, n, k, precision, batch)], features
 
 
-def experts_load(c: Columns) -> RankLoad:
+def experts_load(c: Columns) -> TableRankLoad:
     """The busiest rank's load: given as ``rows`` and ``hit``, or from tokens and their routing."""
     if "rows" in c:
-        return RankLoad.even(c["rows"], c["hit"])
+        return TableRankLoad.even(c["rows"], c["hit"])
     return rank_load(c["tokens"], c["experts"], c["topk"], c["moe_ep"], c["skew"], c["slots"])
 
 
@@ -106,7 +106,7 @@ def _experts(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[l
     return [up, activation, down], lambda: _experts_features(c, load, device)
 
 
-def _experts_features(c: Columns, load: RankLoad, device: DeviceProfile) -> Columns:
+def _experts_features(c: Columns, load: TableRankLoad, device: DeviceProfile) -> Columns:
     hidden, inter, gates = c["hidden"], c["inter"] / c["moe_tp"], 1.0 + c["gated"]
     held = np.maximum(c["slots"] / c["moe_ep"], 1.0)
     features = {
@@ -209,7 +209,7 @@ def _sizes(family: str, c: Columns) -> Columns:
     return {name: np.log2(c[name] + 1.0) if name in shifted else _log(c[name]) for name in names}
 
 
-def _kernels(family: str, c: Columns, dtype: str, device: DeviceProfile, engine: str) -> Physics:
+def _kernels(family: str, c: Columns, dtype: str, device: DeviceProfile, engine: str) -> KernelFormula:
     precision = PRECISION.get(dtype, PRECISION["bf16"])
     works, features = WORKS[family](c, precision, device)
     size = len(next(iter(c.values())))
@@ -231,12 +231,12 @@ def _kernels(family: str, c: Columns, dtype: str, device: DeviceProfile, engine:
             balance |= _routed(c, seconds, bandwidth) | triton_tiles(c, own, dtype, device, engine)
         return _sizes(family, c) | balance | own
 
-    return Physics(seconds, np.maximum(compute, traffic), tell, error, evidence)
+    return KernelFormula(seconds, np.maximum(compute, traffic), tell, error, evidence)
 
 
 def _collectives(
     family: str, variant: str, c: Columns, device: DeviceProfile, engine: str
-) -> Physics:
+) -> KernelFormula:
     """Collectives, and a MoE exchange as the all-to-all that it is; one group size at a time."""
     backend, _, phase = variant.partition(":")
     size = len(c["ranks"])
@@ -266,7 +266,7 @@ def _collectives(
         found = _sizes(family, c) | {"log_seconds": _log(seconds), "log_payload": _log(payload), "log_wire": _log(wire)}
         return found | ({"log_token_bytes": _log(c["hidden"] * c["copy_bytes"])} if family == "moe_exchange" else {})
 
-    return Physics(seconds, floor, tell, error, evidence)  # type: ignore[arg-type]
+    return KernelFormula(seconds, floor, tell, error, evidence)  # type: ignore[arg-type]
 
 
 def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str) -> str:
@@ -287,10 +287,10 @@ def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
-def physics_of(
+def formula_of(
     family: str, dtype: str, variant: str, columns: Columns, device: DeviceProfile, engine: str
-) -> Physics:
-    """Physics of calls of one kernel. ``columns`` as :data:`~tensorcast.cost.kernels.vocabulary.SIZES` names them."""
+) -> KernelFormula:
+    """The formula of one kernel; ``columns`` as :data:`~tensorcast.cost.kernels.vocabulary.SIZES` names them."""
     if family in WORKS:
         return _kernels(family, columns, dtype, device, engine)
     return _collectives(family, variant, columns, device, engine)

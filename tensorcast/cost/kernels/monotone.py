@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tensorcast.cost.kernels.formula import Physics, physics_of
+from tensorcast.cost.kernels.formula import KernelFormula, formula_of
 from tensorcast.cost.kernels.vocabulary import Columns
 from tensorcast.profiles.device import DeviceProfile
 
 _HEADS = ("batch", "new", "past", "q_heads", "log_batch_heads", "log_batch_tokens", "log_depth", "log_scores", "tiles")
 
-RISES = {
+MONOTONE = {
     "gemm": (
         "m", "n", "k", "batch", "log_mn", "log_nk", "log_mk", "tiles_128x256", "tiles_128x128", "tiles_64x128",
         "tiles_256x128", "tiles_64x64",
@@ -48,15 +48,17 @@ def middle_of(
     if not probes:
         return 0.0
     columns = {name: np.array(values) for name, values in probes.items()}
-    return float(np.median(physics_of(family, dtype, "", columns, device, engine).features["log_seconds"]))
+    return float(np.median(formula_of(family, dtype, "", columns, device, engine).features["log_seconds"]))
 
 
-def coordinates(family: str, columns: Columns, physics: Physics, device: DeviceProfile, middle: float = 0.0) -> Columns:
-    """What rising trees are told: :data:`RISES`, the waves that tiles make on this device, log2 of the formula's
+def coordinates(
+    family: str, columns: Columns, physics: KernelFormula, device: DeviceProfile, middle: float = 0.0
+) -> Columns:
+    """What monotone trees are told: :data:`MONOTONE`, the waves that tiles make on this device, log2 of the formula's
     seconds, of the datasheet's for arithmetic and traffic counted from ``middle`` (:func:`middle_of`), :data:`FREE`."""
     features = physics.features
-    found = {name: features[name] for name in RISES[family]}
-    for name in RISES[family]:
+    found = {name: features[name] for name in MONOTONE[family]}
+    for name in MONOTONE[family]:
         if name.startswith("tiles"):
             tiles = np.exp2(features[name]) / device.processors
             found["waves" + name.removeprefix("tiles")] = np.log2(np.maximum(np.ceil(tiles - 1e-6), 1.0))

@@ -17,7 +17,7 @@ import numpy as np
 from tensorcast.cost.evidence import LEVELS, NORMAL_80
 from tensorcast.cost.kernels.device_model import CONFIGURATION, UNTUNED, DeviceModel, Kernel, read_model
 from tensorcast.cost.kernels.expert_load import skew_of
-from tensorcast.cost.kernels.formula import Physics, physics_of
+from tensorcast.cost.kernels.formula import KernelFormula, formula_of
 from tensorcast.cost.kernels.lattice import SIDES, Lattice
 from tensorcast.cost.kernels.monotone import coordinates, middle_of
 from tensorcast.cost.kernels.triton_tiles import of_library
@@ -99,18 +99,18 @@ class Predictor:
             return self._from_other_devices(family, dtype, variant, columns)
         kernel = self.model.find(family, dtype, self.engine, variant) if self.model else None
         engine = kernel.engine if kernel is not None else self.engine
-        physics = physics_of(family, dtype, variant, columns, self.device, engine)
+        physics = formula_of(family, dtype, variant, columns, self.device, engine)
         if kernel is None:
             return _without_residual(physics)
-        return self._with_residual(kernel, physics, columns, lambda c: physics_of(
+        return self._with_residual(kernel, physics, columns, lambda c: formula_of(
             family, dtype, variant, c, self.device, engine), variant)
 
     def _with_residual(
-        self, kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics],
+        self, kernel: Kernel, physics: KernelFormula, columns: Columns, formula: Callable[[Columns], KernelFormula],
         variant: str = "",
     ) -> Estimate:
         """Where it was measured what was; else times that grow with size (:mod:`tensorcast.cost.kernels.lattice`)."""
-        beyond, known = kernel.beyond(columns), kernel.known(columns)
+        beyond, known = kernel.beyond(columns), kernel.measured_shape(columns)
         inside = known & (beyond <= 0)
         measured = inside & ~self._untuned(kernel.level(columns)) & (variant == kernel.variant)
         measured &= kernel.engine in (self.engine, "any")
@@ -122,14 +122,15 @@ class Predictor:
                 some = _some(columns, at)
                 part = formula(some) if at.mean() < ASKED_AGAIN else physics.take(at)
                 seconds[at] = price(kernel, part, some, known[at])
-        ends = kernel.interval(seconds, measured, beyond, kernel.said(columns))
+        ends = kernel.interval(seconds, measured, beyond, kernel.stated(columns))
         return _estimate(seconds, physics, ends, np.where(measured, 2, 1), seconds / physics.seconds)
 
     def _fitted(
-        self, kernel: Kernel, physics: Physics, columns: Columns, known: np.ndarray, features: Columns | None = None
+        self, kernel: Kernel, physics: KernelFormula, columns: Columns, known: np.ndarray,
+        features: Columns | None = None,
     ) -> np.ndarray:
         """Seconds with the residual of the measured sizes; ``features``: of others than the calls' own."""
-        told = kernel.told(physics.features, columns) if features is None else features
+        told = kernel.features(physics.features, columns) if features is None else features
         level = np.where(known, kernel.level(columns), 0.0)
         correction = kernel.correction(told, known) + np.where(self._untuned(level), 0.0, level)
         return np.maximum(physics.seconds * np.exp(correction), physics.floor)
@@ -139,7 +140,7 @@ class Predictor:
         return (level > UNTUNED) & self.served
 
     def _carried(
-        self, formula: Callable[[Columns], Physics], kernel: Kernel, physics: Physics, columns: Columns,
+        self, formula: Callable[[Columns], KernelFormula], kernel: Kernel, physics: KernelFormula, columns: Columns,
         known: np.ndarray,
     ) -> np.ndarray:
         """Seconds outside the data. Where experts' load was given, its formula counts, with the residual for tokens as
@@ -154,14 +155,14 @@ class Predictor:
             seconds = physics.seconds * seconds / formula(own).seconds
         return np.maximum(seconds, physics.floor)
 
-    def _lattice(self, kernel: Kernel, formula: Callable[[Columns], Physics], known: bool) -> Lattice:
+    def _lattice(self, kernel: Kernel, formula: Callable[[Columns], KernelFormula], known: bool) -> Lattice:
         """The one on which a kernel is carried beyond its data; ``known``: of lines that were measured."""
         key = kernel.family, kernel.dtype, kernel.engine, kernel.variant, known
         if key not in self._lattices:
             def node(sizes: Columns) -> np.ndarray:
                 by_formula = formula(sizes)
                 # a node may hold the sizes of a measured model, which says nothing about others
-                lines = kernel.known(sizes) & (known or kernel.family not in CONFIGURATION)
+                lines = kernel.measured_shape(sizes) & (known or kernel.family not in CONFIGURATION)
                 held = _held(kernel, by_formula, sizes, formula)
                 return np.log(self._fitted(kernel, by_formula, sizes, lines, held))
 
@@ -175,7 +176,7 @@ class Predictor:
         kernels that they happen to run there (:data:`BEST_OF`), the fastest engine's."""
         assert self.model is not None
         engines = ("trtllm", "vllm", "sglang") if family in BEST_OF else (self.engine,)
-        physics = physics_of(family, dtype, variant, columns, self.device, self.engine)
+        physics = formula_of(family, dtype, variant, columns, self.device, self.engine)
         best: Estimate | None = None
         for engine in engines:
             nearest = (self.model.find(family, name, engine, "") for name in (dtype, *NEAREST.get(dtype, ())))
@@ -184,7 +185,7 @@ class Predictor:
                 continue
             middle = self._middle(kernel, dtype)
             told = coordinates(family, columns, physics, self.device, middle)
-            factor = kernel.raised(told, (physics.features["log_seconds"] - middle) * np.log(2.0))
+            factor = kernel.monotone_correction(told, (physics.features["log_seconds"] - middle) * np.log(2.0))
             seconds = np.maximum(physics.seconds * np.exp(factor), physics.floor)
             none = np.zeros(len(seconds), dtype=bool)
             ends = kernel.interval(seconds, none, kernel.beyond(columns), none)
@@ -226,10 +227,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def _held(
-    kernel: Kernel, physics: Physics, columns: Columns, formula: Callable[[Columns], Physics]
+    kernel: Kernel, physics: KernelFormula, columns: Columns, formula: Callable[[Columns], KernelFormula]
 ) -> Columns:
     """Features of the calls, beyond the measured sizes those of the nearest ones."""
-    outside, features = np.flatnonzero(kernel.beyond(columns) > 0), kernel.told(physics.features, columns)
+    outside, features = np.flatnonzero(kernel.beyond(columns) > 0), kernel.features(physics.features, columns)
     if len(outside):
         nearest = kernel.inside(_some(columns, outside))
         source = features["source"][outside] if "source" in features else None
@@ -246,14 +247,14 @@ def _some(columns: Columns, at: np.ndarray) -> Columns:
 
 
 def _estimate(
-    seconds: np.ndarray, physics: Physics, ends: tuple[Any, Any], level: np.ndarray, factor: np.ndarray
+    seconds: np.ndarray, physics: KernelFormula, ends: tuple[Any, Any], level: np.ndarray, factor: np.ndarray
 ) -> Estimate:
     """With an interval by the logs of its ends over ``seconds``, that goes no lower than physics allows."""
     low, high = (seconds * np.exp(end) for end in ends)
     return Estimate(seconds, np.maximum(low, np.minimum(physics.floor, seconds)), high, level, factor)
 
 
-def _without_residual(physics: Physics) -> Estimate:
+def _without_residual(physics: KernelFormula) -> Estimate:
     width = NORMAL_80 * physics.error
     level = np.full(len(physics.seconds), LEVELS.index(physics.evidence))
     seconds = np.maximum(physics.seconds, physics.floor)

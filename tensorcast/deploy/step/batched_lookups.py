@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tensorcast.cost.formulas import Context
-from tensorcast.cost.kernels.corrections import Later
+from tensorcast.cost.kernels.corrections import BatchedCorrections
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.price import RowPrice, StepPrice
 from tensorcast.deploy.step.row_prices import content_of
@@ -25,7 +25,7 @@ class _Rehearsed(Step):
     pass in chunks, ask when they are priced.
     """
 
-    def __init__(self, asked: Asked, later: Later) -> None:
+    def __init__(self, asked: Asked, later: BatchedCorrections) -> None:
         step, *self._asked = asked
         self.__dict__.update(step.__dict__)
         self._batches = super()._at(*self._asked)
@@ -89,11 +89,11 @@ def _name(row: Row, named: dict[int, tuple[Op, Any]]) -> Any:
 
 def prices(asked: Sequence[Asked]) -> Iterator[StepPrice]:
     """The price of each step, in order: as :meth:`Step.price` gives it."""
-    laters: dict[int, Later] = {}
+    laters: dict[int, BatchedCorrections] = {}
     rehearsed = []
     for one in asked:
         corrections = one[0].corrections
-        later = laters.setdefault(id(corrections), Later(corrections))
+        later = laters.setdefault(id(corrections), BatchedCorrections(corrections))
         rehearsed.append(_Rehearsed(one, later))
     for later in laters.values():
         later.find()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.formulas import Context
-from tensorcast.cost.routing import ExpertLoad, Load
+from tensorcast.cost.routing import ExpertLoad, RankLoad
 from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.overlap import Overlap
@@ -54,14 +54,14 @@ class Loads:
     members: tuple[ExpertLoad, ...]
     local_experts: Any
 
-    def at(self, tokens: Any) -> Load:
+    def at(self, tokens: Any) -> RankLoad:
         """Loads at ``tokens [members, batches]`` (or ``[members, 1]``): every distinct load is asked once."""
         found: list[np.ndarray] = [np.empty(np.shape(tokens)) for _ in range(3)]
         for load, rows in _distinct(self.members):
             at = load.at(tokens[rows])
             for whole, part in zip(found, (at.rows, at.hit, at.mean_rows), strict=True):
                 whole[rows] = part
-        return Load(*found)
+        return RankLoad(*found)
 
 
 def _together(loads: tuple[ExpertLoad, ...]) -> Any:

@@ -10,14 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorcast.cost.evidence import LEVELS, NORMAL_80
+from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.roofline import Timing, peak_flops
 from tensorcast.cost.work import Work
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.profiles.device import DeviceProfile
-
-WITHIN_80 = NORMAL_80
-"""Half an 80 % interval in median errors: of a normal error, 80 % lie within 1.9 times the median."""
 
 PARTS = ("compute", "memory", "network", "latency")
 """What the seconds of a row are spent on."""

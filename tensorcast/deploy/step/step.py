@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.collectives import collective_time
-from tensorcast.cost.evidence import LEVELS
+from tensorcast.cost.evidence import LEVELS, Evidence
 from tensorcast.cost.formulas import Context, has_formula, work_of
 from tensorcast.cost.kernels.corrections import Correction, corrections_for
-from tensorcast.cost.roofline import Evidence, constants_for, kernel_time
+from tensorcast.cost.roofline import constants_for, kernel_time
 from tensorcast.cost.routing import ExpertLoad, Routing, expected_distinct, expert_load
 from tensorcast.cost.work import Work
 from tensorcast.deploy.layout import Layout, stage_layers

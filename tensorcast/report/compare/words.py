@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.report import units
 from tensorcast.report.compare.choices import PARTS, Choice, View
 from tensorcast.report.units import plural
@@ -339,7 +340,7 @@ def evidence(view: View) -> list[tuple[str, float]]:
     if view.frame.empty:
         return []
     row = view.best if view.best is not None else view.frame.iloc[0].to_dict()
-    return [(name, float(row[f"share_{name}"])) for name in ("measured", "calibrated", "datasheet")]
+    return [(name, float(row[f"share_{name}"])) for name in EVIDENCE]
 
 
 def assumptions(view: View, shown: list[Choice]) -> list[str]:

@@ -18,7 +18,7 @@ from tensorcast.calibrate.kernel_models import unseen_devices as transfer
 from tensorcast.calibrate.kernel_models import unseen_models as carry
 from tensorcast.calibrate.measured_tables import Key, Measured, System, held_out, read_system
 from tensorcast.cost.kernels.device_model import LINES, DeviceModel, widened
-from tensorcast.cost.kernels.formula import Physics, physics_of
+from tensorcast.cost.kernels.formula import KernelFormula, formula_of
 from tensorcast.cost.kernels.lattice import SIDES
 from tensorcast.cost.kernels.predictor import Predictor, predictor_for
 from tensorcast.profiles.device import DeviceProfile
@@ -59,7 +59,7 @@ def nearest(train: Measured, seconds: np.ndarray, test: Measured) -> np.ndarray:
     return np.exp(model.fit(scaled(train), np.log(seconds)).predict(scaled(test)))
 
 
-def _plain(physics: Physics, key: Key, device: DeviceProfile) -> np.ndarray:
+def _plain(physics: KernelFormula, key: Key, device: DeviceProfile) -> np.ndarray:
     """Peaks alone; a collective's bytes on the wire at link speed."""
     if "log_wire" in physics.features:
         return np.exp2(physics.features["log_wire"]) / float(device.interconnect[0].bandwidth_bytes_per_s)
@@ -88,7 +88,7 @@ def by_shape(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
         if key not in predictor.model.kernels:
             continue
         train, test = rows.take(~out), rows.take(out)
-        physics = physics_of(key[0], key[1], key[3], test.columns, device, key[2])
+        physics = formula_of(key[0], key[1], key[3], test.columns, device, key[2])
         found = predictor.price(key[0], key[1], key[3], test.columns)
         held = residual.held_across(found.seconds, np.log(test.seconds / found.seconds))
         yield _rows(
@@ -102,7 +102,7 @@ def by_model(system: System, device: DeviceProfile, experts: carry.Experts) -> I
     for key, rows in sorted(system.kernels.items()):
         if not residual.carried(key) or len(rows) < residual.FEWEST:
             continue
-        physics = physics_of(key[0], key[1], key[3], rows.columns, device, key[2])
+        physics = formula_of(key[0], key[1], key[3], rows.columns, device, key[2])
         found = experts.left_out(key)
         if found is None:
             continue
@@ -142,7 +142,7 @@ def by_size(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
             kernel = residual.fit_kernel(rows.take(known[:SIZE_FITTED]), device)
             test = rows.take(beyond[:SIZE_TESTED])
             found = Predictor(device, key[2], DeviceModel(device.name, {key: kernel})).price(*key[:2], "", test.columns)
-            physics = physics_of(*key[:2], "", test.columns, device, key[2])
+            physics = formula_of(*key[:2], "", test.columns, device, key[2])
             held = (found.low <= test.seconds) & (test.seconds <= found.high)
             yield _rows(
                 "size", device.name, test, held, predictor=found.seconds, tuned=physics.seconds,

@@ -10,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_sweeps import DTYPES, ENGINES, price, sweeps
 
-from tensorcast.cost.kernels.formula import physics_of
+from tensorcast.cost.kernels.formula import formula_of
 from tensorcast.cost.kernels.lattice import SIDES
-from tensorcast.cost.kernels.monotone import FREE, RISES, coordinates
+from tensorcast.cost.kernels.monotone import FREE, MONOTONE, coordinates
 from tensorcast.cost.kernels.predictor import predictor_for
 from tensorcast.profiles.store import list_devices, load_device
 
 WITHOUT_DATA = tuple(name for name in list_devices() if load_device(name).calibration is None)
 
 
-@given(data=st.data(), family=st.sampled_from(sorted(RISES)), device=st.sampled_from(["h20", "mi300x", "l4"]))
+@given(data=st.data(), family=st.sampled_from(sorted(MONOTONE)), device=st.sampled_from(["h20", "mi300x", "l4"]))
 @settings(max_examples=120, deadline=None)
 def test_what_rising_trees_are_told_never_falls(data: st.DataObject, family: str, device: str) -> None:
     profile = load_device(device)
     _, columns = data.draw(sweeps(family))
-    physics = physics_of(family, "bf16", "", columns, profile, "vllm")
+    physics = formula_of(family, "bf16", "", columns, profile, "vllm")
     told = coordinates(family, columns, physics, profile)
     for name in told.keys() - {*FREE, "windowed"}:
         assert (np.diff(told[name]) >= -1e-9).all(), name
@@ -45,7 +45,7 @@ def test_without_own_data_time_grows_with_every_size(
     if "ranks" in columns:
         columns["ranks"] = np.minimum(columns["ranks"], float(profile.interconnect[0].size))
     found = price(predictor_for(profile, engine), family, dtype, columns)
-    floor = physics_of(family, dtype, "low_latency:dispatch", columns, profile, engine).floor
+    floor = formula_of(family, dtype, "low_latency:dispatch", columns, profile, engine).floor
     assert set(found.evidence) == {"datasheet"}
     assert (found.seconds >= floor * (1 - 1e-9)).all()
     assert (np.diff(found.seconds) >= -1e-9 * found.seconds[1:]).all()

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorcast.cost.evidence import EVIDENCE, NORMAL_80
+from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.errors import InputError
 from tensorcast.parallel import spread, uncollected
 from tensorcast.predict.csv_table import read_table
 from tensorcast.predict.run_columns import MEASURED, Run, canonical_columns, is_empty, plain_number, read_run
 from tensorcast.predict.serve_runs import serve
+from tensorcast.serving.interval import served_interval
 from tensorcast.serving.load import Served
 
 if TYPE_CHECKING:
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
 
 PREDICTED = ("ttft_s", "tpot_s", "output_tokens_per_s")
 """Predicted columns; each has the ends of its interval beside it (``ttft_low_s``, as units end a name)."""
-
-SERVING_ERROR = {"ttft_s": 0.38, "tpot_s": 0.13}
-"""Relative median error that the serving model adds to the steps' (scheduling, launch options that nobody recorded).
-Set so that about four in five of the runs behind ``reports/serving.md`` lie in their intervals, on all of them, none
-left out: the report says how many do."""
 
 UNREAD = "is no number and is not scored"
 """What is said of a measured cell that is not read."""
@@ -147,16 +143,12 @@ def _record(served: Served, run: Run) -> dict[str, Any]:
         "tpot_s": served.tpot_s,
         "output_tokens_per_s": served.output_tokens_per_s * run.replicas,
     }
-    kernels = {"ttft_s": served.ttft_error, "tpot_s": served.tpot_error}
-    errors = {name: math.hypot(error, SERVING_ERROR[name]) for name, error in kernels.items()}
-    # a request's time is its first token's and the others'
-    share = values["ttft_s"] / served.request_s
-    errors["output_tokens_per_s"] = math.hypot(share * errors["ttft_s"], (1 - share) * errors["tpot_s"])
+    factors = served_interval(served.ttft_error, served.tpot_error, served.ttft_s / served.request_s)
     record: dict[str, Any] = {"mean_batch": served.batch, "problem": ""}
     record |= {"decode_step_s": served.decode_step_s, "step_error": served.tpot_error}
     for name, value in values.items():
-        factor = 1 + NORMAL_80 * errors[name]
-        record |= {name: value, bound(name, "low"): value / factor, bound(name, "high"): value * factor}
+        low, high = value / factors[name], value * factors[name]
+        record |= {name: value, bound(name, "low"): float(low), bound(name, "high"): float(high)}
     return record | {f"share_{kind}": share for kind, share in served.evidence.items()}
 
 

@@ -14,6 +14,7 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import cluster_sizes, limit_ratios
 from tensorcast.search.space import family
 from tensorcast.search.variant_prices import VariantPrices
+from tensorcast.serving.interval import served_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +60,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
     tokens = c["output_tokens_per_s"] * replicas
     price = task.price
     nothing = np.full(n, np.nan)
+    factors = served_interval(c["ttft_error"], c["tpot_error"], c["ttft_s"] / c["request_s"])
     return pd.DataFrame({
         "candidate": "",
         "mode": mode,
@@ -89,7 +91,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
         "mtp_depth": [v.decode.mtp_depth for v in chosen],
         "chunk_tokens": nothing if pools else c["chunk_tokens"],
         **{
-            f"{what}{end}_s": c[f"{what}_s"] * (1 + NORMAL_80 * c[f"{what}_error"]) ** sign
+            f"{what}{end}_s": c[f"{what}_s"] * factors[f"{what}_s"] ** sign
             for what in ("ttft", "tpot")
             for end, sign in (("", 0.0), ("_low", -1.0), ("_high", 1.0))
         },

@@ -1,0 +1,42 @@
+"""Every verb tells one interval of one deployment, and it holds four in five of what may be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import tensorcast as tc
+from tensorcast.predict.predict import predict
+from tensorcast.serving.interval import SERVING_ERROR, served_interval
+
+
+def test_compare_and_predict_tell_the_same_interval_of_a_deployment() -> None:
+    """One engine and pools, at the users that each candidate serves, in a measurement without an end."""
+    found = tc.compare("llama-3.1-8b", device="h100", world_size=4, input_len=2000, output_len=300, layouts=["tp1"])
+    frame = found.candidates[np.log2(found.candidates["batch"]) % 1 == 0]  # batches that predict prices, too
+    some = pd.concat([frame[frame["mode"] == mode].iloc[[0, -1]] for mode in ("aggregated", "disaggregated")])
+    rows = pd.DataFrame({
+        "model": "llama-3.1-8b", "device": some["device"], "engine": some["engine"], "mode": some["mode"],
+        "isl": 2000, "osl": 300, "concurrency": some["concurrency"] / some["replicas"], "rounds": 1e12,
+        "tp": some["tp"], "kv_dtype": some["kv_dtype"],
+        "chunk_tokens": some["chunk_tokens"].fillna(float(found.tasks[0].scenario.own_chunk)),
+        "prefill_workers": some["prefill_workers"].fillna(1), "decode_workers": some["decode_workers"].fillna(1),
+    })  # fmt: skip
+    predicted = predict(rows)
+    assert (predicted["problem"] == "").all()
+    for column in ("ttft_s", "ttft_low_s", "ttft_high_s", "tpot_s", "tpot_low_s", "tpot_high_s"):
+        assert predicted[column].to_numpy() == pytest.approx(some[column].to_numpy(), rel=1e-5), column
+
+
+def test_intervals_hold_four_in_five() -> None:
+    """By drawing: normal errors with the stated medians; a request's time is the sum of two that err apart."""
+    ttft_error, tpot_error, share = 0.1, 0.05, 0.3
+    factors = served_interval(ttft_error, tpot_error, share)
+    dice, n = np.random.default_rng(0), 400_000
+    medians = {"ttft_s": np.hypot(ttft_error, SERVING_ERROR["ttft_s"])}
+    medians["tpot_s"] = np.hypot(tpot_error, SERVING_ERROR["tpot_s"])
+    off = {name: dice.normal(0, median / 0.67449, n) for name, median in medians.items()}
+    off["output_tokens_per_s"] = share * off["ttft_s"] + (1 - share) * off["tpot_s"]
+    for name, error in off.items():
+        assert np.mean(np.abs(error) <= factors[name] - 1) == pytest.approx(0.8, abs=0.005), name

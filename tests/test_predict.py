@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -344,3 +345,23 @@ def test_no_two_columns_share_a_name() -> None:
     names = [name for key, (_, _, also) in columns for name in (key, *also)]
     assert len(names) == len(set(names))
     assert canonical_columns(["Model-Path", "TP_Size"]) == {"Model-Path": "model", "TP_Size": "tp"}
+
+
+MEASURED_CELLS = {"measured_ttft_s": 0.05, "measured_tpot_s": 0.008, "measured_output_tokens_per_s": 900.0}
+
+
+@pytest.mark.parametrize("measured", [names for n in range(4) for names in itertools.combinations(MEASURED_CELLS, n)])
+def test_any_of_the_measured_columns_will_do(tmp_path: Path, measured: tuple[str, ...]) -> None:
+    """Terminal, table, report and JSON of one row; what was measured is scored."""
+    runs, out, report = tmp_path / "runs.csv", tmp_path / "out.csv", tmp_path / "page.md"
+    table({}).assign(**{name: MEASURED_CELLS[name] for name in measured}).to_csv(runs, index=False)
+    said = run(str(runs), "--out", str(out), "--report", str(report))
+    assert said.exit_code == 0, said.output
+    document = json.loads(run(str(runs), "--json").stdout)
+    scored = {name.removeprefix("measured_") for name in measured}
+    assert scored <= set(document["summary"]["errors"])
+    words = {"ttft_s": "time to first token", "tpot_s": "time per token", "output_tokens_per_s": "tokens/s"}
+    for name in scored:
+        assert document["summary"]["errors"][name]["rows"] == 1
+        assert words[name] in said.output and words[name] in report.read_text()
+    assert ("Errors" in said.output) == bool(measured) and len(pd.read_csv(out)) == 1

@@ -56,7 +56,8 @@ def headline(summary: dict[str, Any]) -> list[str]:
 
 def fits(frame: pd.DataFrame, words: dict[str, str]) -> list[str]:
     """What was fitted to which runs, and errors on those and on the others."""
-    if "measured_ttft_s" not in frame:
+    measured = [name for name in words if f"measured_{name}" in frame]
+    if not measured:
         return []
     found = {name: fit for name in sorted(set(frame["engine"])) if (fit := _fit(name)) is not None}
     text = (
@@ -76,7 +77,7 @@ def fits(frame: pd.DataFrame, words: dict[str, str]) -> list[str]:
     rows = []
     fresh = left_out(frame)
     for label, chosen in (("fitted to", frame[~fresh]), ("left out", frame[fresh])):
-        for name in ("tpot_s", "ttft_s"):
+        for name in [name for name in ("tpot_s", "ttft_s") if name in measured] or measured:
             if (e := errors(chosen, name))["rows"]:
                 rows.append([label, words[name], percent(e["median"]), percent(e["mean"]), str(e["rows"])])
     lines += [*markdown(["rows", "", "median error", "mean", "rows"], rows), ""]

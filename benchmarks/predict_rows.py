@@ -17,14 +17,13 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from tensorcast.deploy.layout import Layout, check
 from tensorcast.errors import InputError
-from tensorcast.launch.launch import model_facts
+from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.store import list_devices, list_models, load_device, load_model
 
 Row = dict[str, object]
@@ -42,9 +41,9 @@ device_of = cache(load_device)
 
 
 @cache
-def facts_of(model: str) -> dict[str, Any]:
+def facts_of(model: str) -> ModelFacts:
     """What layout rules ask of a model."""
-    return model_facts(load_model(model))
+    return load_model(model).stated_facts
 
 
 @cache

@@ -27,10 +27,10 @@ ONE_MORE_TOKEN = {("zaya", "prefill"): "v_proj_delayed"}
 def sizes_of(table: OpTable) -> Sizes:
     """Random sizes of one rank that holds all experts, so its rows are its own tokens' choices."""
     generator = random.Random(f"{table.model} {table.phase}")
-    block = int(table.facts["block"])
+    block = int(table.facts.block)
     new = 1 if table.phase == "decode" else block * generator.randint(5, 2000 // block)
     batch, past = generator.randint(2, 40), block * generator.randint(5, 3000 // block)
-    return Sizes(batch, new, past, R=batch * new * table.facts["top_k"], E=table.facts["num_experts"])
+    return Sizes(batch, new, past, R=batch * new * table.facts.top_k, E=table.facts.num_experts)
 
 
 def regions(table: OpTable) -> Iterator[list[Op]]:
@@ -166,10 +166,10 @@ def test_attention_spans_are_those_of_the_configs_layer_types(family: str, phase
 def test_every_parameter_is_counted_once(family: str, phase: Phase) -> None:
     table = census.table(family, phase)
     held = {name: weight.numel() for name, weight in census.model(family).named_parameters()}
-    if zero := table.facts["zero_experts"]:  # transformers stacks up projections for experts that have no weights
-        every = zero + table.facts["num_experts"]
+    if zero := table.facts.zero_experts:  # transformers stacks up projections for experts that have no weights
+        every = zero + table.facts.num_experts
         stacked = {name: held[name] for name in held if name.endswith("experts.gate_up_proj")}
-        held |= {name: numel // every * table.facts["num_experts"] for name, numel in stacked.items()}
+        held |= {name: numel // every * table.facts.num_experts for name, numel in stacked.items()}
     assert table.total_params() == sum(held.values())
 
 

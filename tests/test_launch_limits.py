@@ -12,12 +12,13 @@ from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
-from tensorcast.launch.launch import launch, model_facts
+from tensorcast.launch.launch import launch
+from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.store import list_models, load_device, load_model
 
 ENGINES = ("vllm", "sglang", "trtllm")
 DEEPSEEK, QWEN, LLAMA = load_model("deepseek-v3"), load_model("qwen3-235b-a22b"), load_model("llama-3.1-70b")
-MOE = {"num_experts": 256, "mtp_modules": 1}
+MOE = ModelFacts(num_experts=256, mtp_modules=1)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_dense_replicas() -> None:
     """Without experts data-parallel ranks are copies: SGLang deals them out on one node, TensorRT-LLM not at all."""
     found = launch("sglang", LLAMA, parse_layout("tp2-dp4"), batch=8, input_len=100, output_len=10)
     assert "--tp-size 2 " in found.commands[0] and "--enable-dp-attention" not in found.commands[0]
-    facts = model_facts(LLAMA)
+    facts = LLAMA.stated_facts
     assert engine_can_run("sglang", parse_layout("tp8-dp2"), facts).startswith("dense replicas on one node: ")
     assert engine_can_run("trtllm", parse_layout("tp2-dp4"), facts) == (
         "dense replicas: a dense model has no dp: start 4 engines of tp2"
@@ -128,8 +129,8 @@ def test_facts_of_every_model() -> None:
     """Experts read from the config alone: none for the dense models, a number for all others."""
     for name in list_models():
         profile = load_model(name)
-        facts, dense = model_facts(profile), profile.active_params is None
-        assert (facts["num_experts"] == 0) == dense and facts["heads"] > 0 and facts["layers"] > 0, name
+        facts, dense = profile.stated_facts, profile.active_params is None
+        assert (facts.num_experts == 0) == dense and facts.heads > 0 and facts.layers > 0, name
 
 
 @pytest.mark.parametrize(

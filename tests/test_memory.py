@@ -12,6 +12,7 @@ from tensorcast.cost.memory import (
     weight_bytes,
 )
 from tensorcast.modeling.quantization import from_config
+from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Dim, Sizes
@@ -116,5 +117,5 @@ def test_peak_of_activations_by_hand() -> None:
 
     a, b, c, d = tensor(0, 10), tensor(1, 100), tensor(2, 20), tensor(3, 5)
     ops = (Op("x", "m", 0, (a,), (b,)), Op("x", "m", 0, (b,), (c,)), Op("x", "m", 0, (c, a), (d,)))
-    table = OpTable("t", "decode", 1, ops, (0,), ("0",), (), {})
+    table = OpTable("t", "decode", 1, ops, (0,), ("0",), (), ModelFacts())
     assert activation_bytes(table, Sizes(B=3.0, S=1.0, P=0.0)) == 2 * 3 * (10 + 100 + 20)

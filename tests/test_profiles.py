@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 import tensorcast.profiles as profiles
 from tensorcast.profiles.sourced import Figure
+from tensorcast.report import catalog
 
 LOADERS: dict[str, Any] = {
     "model": (profiles.list_models, profiles.load_model),
@@ -152,6 +154,24 @@ def test_models_name_their_config_and_published_counts() -> None:
         mixture = any("expert" in key for key in text)
         assert (model.active_params is not None) == mixture, name
         assert "auto_map" not in model.config and "vision_config" not in model.config, name
+
+
+def test_every_reader_of_a_config_agrees_about_experts_and_drafts() -> None:
+    """Against fields found by what their names contain, in the part of the config that speaks of language."""
+    drafting = []
+    for name in profiles.list_models():
+        model = profiles.load_model(name)
+        text = model.config.get("text_config", model.config)
+        routed = {value for key, value in text.items() if re.search("^(n|moe_n).*(?<!shared_)experts$", key)}
+        drafts = {value for key, value in text.items() if re.search("nextn|mtp_num_hidden_layers", key)}
+        assert {model.num_experts} == ({value for value in routed if value} or {0}), name
+        assert {model.mtp_modules} == (drafts or {0}), name
+        facts, record = model.stated_facts, catalog.model_record(model)
+        assert (facts.num_experts, facts.mtp_modules) == (model.num_experts, model.mtp_modules)
+        assert (record["experts"] or 0, record["top_k"] or 0) == (model.num_experts, model.experts_per_token)
+        assert (model.num_experts > 0) == (model.active_params is not None), name
+        drafting += [name] if model.mtp_modules else []
+    assert {"deepseek-v3", "step-3.7-flash", "qwen3.5-27b", "glm-5"} <= set(drafting)
 
 
 def test_config_numbers_are_numbers() -> None:

@@ -14,7 +14,7 @@ import tensorcast as tc
 from tensorcast.cli import app
 from tensorcast.deploy.deployment import not_counted
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.options import Options, idle_note, idle_options, option_facts
+from tensorcast.deploy.options import Options, idle_note, idle_options
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_model
 from tensorcast.report.compare.choices import View
@@ -152,9 +152,16 @@ def test_explain_and_compare_say_so_too() -> None:
 
 def test_drafts_in_prefill_are_named() -> None:
     table = traced(load_model("deepseek-v3"), "prefill")
-    facts = option_facts(table.facts, True, load_model("deepseek-v3").config)
-    idle = idle_options(Options(mtp_depth=1), Layout(16, 16), facts, "none", "prefill")
+    idle = idle_options(Options(mtp_depth=1), Layout(16, 16), table.facts, "none", "prefill")
     assert idle_note(idle) == "no effect here: --mtp-depth (tokens are drafted in decode)"
+
+
+def test_every_config_with_draft_modules_is_spoken_of() -> None:
+    """Modules are named in the language model's part of a multimodal config, too."""
+    for name, said in (("deepseek-v3", True), ("step-3.7-flash", True), ("qwen3-30b-a3b", False)):
+        run = tc.simulate(name, device="h200", world_size=16, ep=16, allow_oversize=True)
+        assert run.deployment.raw.facts.mtp_modules == load_model(name).mtp_modules
+        assert any(note.startswith("multi-token prediction is not simulated") for note in run.notes) == said, name
 
 
 # What it takes
@@ -255,9 +262,8 @@ def test_results_dtype_is_an_axis() -> None:
 
 def test_ten_bit_logarithms_travel_at_low_latency_alone() -> None:
     table = traced(load_model("qwen3-30b-a3b"), "decode")
-    facts = option_facts(table.facts, False, {}) | {"quantized_dispatch": False, "routing": "uniform"}
     axes = Axes(exchange=("allgather_reducescatter", "deepep"), combine=("logfmt10", "bf16"), dispatch=(None,))
-    made = variants(Layout(4, 1, 4, 4), facts, axes)
+    made = variants(Layout(4, 1, 4, 4), table.facts, axes, Options(routing="uniform"))
     assert len(made) == len(set(made))
     for one in made:
         for options in (one.prefill, one.decode):

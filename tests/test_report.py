@@ -373,5 +373,5 @@ def test_records_agree_with_the_traced_model() -> None:
     run = tc.simulate(MODEL, device="h100")
     facts = run.deployment.raw.facts
     assert (record["experts"], record["top_k"], record["layers"]) == (
-        facts["num_experts"], facts["top_k"], len(run.deployment.raw.layer_kinds),
+        facts.num_experts, facts.top_k, len(run.deployment.raw.layer_kinds),
     )  # fmt: skip

@@ -116,7 +116,7 @@ def test_largest_batch_fits_and_one_more_does_not() -> None:
 def test_local_config_directory_is_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL["qwen3_moe"]))
     run = tc.simulate(str(tmp_path), device="h100", batch=4, context=64)
-    assert run.deployment.raw.facts["num_experts"] == 16
+    assert run.deployment.raw.facts.num_experts == 16
     assert math.isfinite(run.step_s)
 
 

@@ -12,20 +12,17 @@ from hypothesis import strategies as st
 
 import tensorcast as tc
 from tensorcast.deploy.layout import RULES, Layout, check
-from tensorcast.deploy.options import Options, broken_option, option_facts
-from tensorcast.deploy.plan.moe_blocks import has_shared
+from tensorcast.deploy.options import Options, broken_option
 from tensorcast.deploy.plan.plan import choose_all2all
 from tensorcast.deploy.plan.rank_tables import traced_table
+from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.space import Variant, copies, divisors, family, layouts, legal, variants
 
 
-def facts_of(name: str, routing: str = "balanced") -> dict[str, Any]:
-    model = load_model(name)
-    table = traced_table(model, "decode")
-    facts = option_facts(table.facts, has_shared(table), model.config)
-    return {**facts, "quantized_dispatch": name.startswith("deepseek"), "routing": routing}
+def facts_of(name: str) -> ModelFacts:
+    return traced_table(load_model(name), "decode").facts
 
 
 @given(st.integers(1, 96))
@@ -67,9 +64,10 @@ def test_what_is_pruned_breaks_a_rule_and_is_counted() -> None:
 @pytest.mark.parametrize("routing", ["balanced", "zipf:0.6"])
 def test_variants_are_legal_and_distinct(name: str, routing: str) -> None:
     """What runs in each phase: no two variants of a layout are the same deployment, none breaks a rule."""
-    facts, engine = facts_of(name, routing), load_engine("vllm")
+    facts, engine = facts_of(name), load_engine("vllm")
     for layout in legal(layouts(16), facts, load_device("h200"), Counter()):
-        found = variants(layout, facts, FULL, Options(routing=routing if facts["num_experts"] else "balanced"))
+        base = Options(routing=routing if facts.num_experts else "balanced")
+        found = variants(layout, facts, FULL, base, quantized_dispatch=name.startswith("deepseek"))
         assert found
         seen = set()
         for variant in found:
@@ -111,8 +109,9 @@ def test_one_exchange_takes_deepep_apart() -> None:
     assert Axes(exchange=("auto", "direct")).for_one_exchange() == Axes(exchange=("auto", "direct"))
 
 
-def counted(layout: Layout, facts: dict[str, Any], axes: Axes = FULL) -> Counter[str]:
-    return Counter(one.decode.all2all for one in variants(layout, facts, axes))
+def counted(layout: Layout, facts: ModelFacts, axes: Axes = FULL) -> Counter[str]:
+    found = variants(layout, facts, axes, quantized_dispatch=facts.num_experts > 0)
+    return Counter(one.decode.all2all for one in found)
 
 
 def test_options_that_change_nothing_do_not_multiply() -> None:
@@ -130,7 +129,7 @@ def test_options_that_change_nothing_do_not_multiply() -> None:
 
 def test_copies_of_experts_even_the_load_out() -> None:
     assert [copies(256, ranks) for ranks in (32, 144, 100)] == [32, 32, 44]
-    skewed = variants(Layout(32, 1, 32, 32), facts_of("deepseek-v3", "zipf:0.6"), Axes())
+    skewed = variants(Layout(32, 1, 32, 32), facts_of("deepseek-v3"), Axes(), Options(routing="zipf:0.6"))
     assert {v.decode.redundant_experts for v in skewed if not v.decode.external_shared_experts} == {0, 32}
     even = variants(Layout(32, 1, 32, 32), facts_of("deepseek-v3"), Axes())
     assert {v.decode.redundant_experts for v in even if not v.decode.external_shared_experts} == {0}

@@ -17,7 +17,6 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tensorcast.deploy.plan.moe_blocks import copies_per_token
 from tensorcast.errors import InputError
 from tensorcast.modeling.attention import masks, past_length, trace_cache
 from tensorcast.modeling.build import build
@@ -221,8 +220,8 @@ def test_experts_that_compute_nothing_have_no_rows_and_no_weights(tmp_path: Path
     """LongCat: 3 of 8 + 4 choices, so two rows a token on average; transformers stacks up projections for all 12."""
     (tmp_path / "config.json").write_text(json.dumps(LONGCAT))
     table = trace(load_model(str(tmp_path)), "decode")
-    assert (table.facts["num_experts"], table.facts["zero_experts"]) == (8, 4)
-    assert copies_per_token(table.facts) == 2.0
+    assert (table.facts.num_experts, table.facts.zero_experts) == (8, 4)
+    assert table.facts.copies_per_token == 2.0
     assert sum(p.full_numel for p in table.params if p.role == "experts") == 8 * 3 * 64 * 32
 
 

@@ -112,7 +112,7 @@ def weight_bytes(
             continue
         size = part.size_bytes
         if part.expert_bytes:
-            held = math.ceil(table.facts["num_experts"] / ep) if local_experts is None else local_experts
+            held = math.ceil(table.facts.num_experts / ep) if local_experts is None else local_experts
             size += part.expert_bytes * held / etp
         total += size * (kinds.count(part.kind) if part.kind >= 0 else 1)
     return total
@@ -138,9 +138,9 @@ def _weights(table: OpTable, quantization: Quantization, rounded: bool) -> list[
         scheme = quantization.scheme(p.name, p.role)
         per_element = scheme.weight_bytes if scheme.name != "bf16" else DTYPE_BYTES[p.dtype]
         if p.role == "experts":
-            hidden = table.facts["moe_hidden_size"]
+            hidden = table.facts.moe_hidden_size
             per_element *= rounded_hidden(hidden, scheme.name) / hidden if rounded and hidden else 1.0
-            part.expert_bytes += p.full_numel / table.facts["num_experts"] * per_element
+            part.expert_bytes += p.full_numel / table.facts.num_experts * per_element
         else:
             part.size_bytes += p.numel * per_element
     return list(found.values())
@@ -149,7 +149,7 @@ def _weights(table: OpTable, quantization: Quantization, rounded: bool) -> list[
 def _in_stage(table: OpTable, role: str, first: bool, last: bool) -> bool:
     """Whether a parameter outside the layers lies on this pipeline stage."""
     if role == "embedding":
-        return first or (last and table.facts["tied_embedding"])
+        return first or (last and table.facts.tied_embedding)
     return last if role == "lm_head" else True
 
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from tensorcast.cost.memory import activation_bytes, cache_budget, cache_bytes, low_latency_buffer_bytes, weight_bytes
 from tensorcast.deploy.layout import Layout, attention_dp, check
-from tensorcast.deploy.options import Options, check_options, idle_options, option_facts
-from tensorcast.deploy.plan.moe_blocks import has_shared
+from tensorcast.deploy.options import Options, check_options, idle_options
 from tensorcast.deploy.plan.plan import choose_all2all, expert_sources, make_plan
 from tensorcast.deploy.plan.rank_tables import rank_tables, shared_form, traced_table
 from tensorcast.deploy.step.step import Step
@@ -90,13 +89,13 @@ class Deployment:
 
     def graph_bytes(self, sequences: Any) -> Any:
         """What the engine leaves free for captured decode steps of up to ``sequences`` per data-parallel rank."""
-        dp = attention_dp(self.layout, self.raw.facts["num_experts"])
+        dp = attention_dp(self.layout, self.raw.facts.num_experts)
         return 0.0 if self.engine.reserve is None else self.engine.reserve.graph_bytes(sequences, dp)
 
     @cached_property
     def memory_share(self) -> Any:
         """Share of the device that the engine takes, before its decode steps are captured."""
-        return memory_share(self.engine, self.device, self.layout, self.raw.facts["num_experts"] > 0, self.model.config)
+        return memory_share(self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config)
 
     def held(self, sequences: Any, length: int) -> tuple[Any, Any]:
         """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences."""
@@ -132,16 +131,16 @@ class Deployment:
                 local_experts=local, rounded=self.engine.pads_hidden,
             )
             if last and self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
-                weights += 2.0 * 2.0 * self.raw.facts["hidden_size"] ** 2
+                weights += 2.0 * 2.0 * self.raw.facts.hidden_size ** 2
             found[held] = weights, layers
         return list(found.values())
 
     def _communication_bytes(self, tokens: Any, sizes: Sizes) -> Any:
         """Receive buffers of the MoE exchange; collectives' own buffers are in the engine's reserve."""
         facts, plan = self.raw.facts, self.step.plan
-        kind, hidden = plan.all2all, facts["moe_hidden_size"]
+        kind, hidden = plan.all2all, facts.moe_hidden_size
         if kind == "low_latency":
-            return low_latency_buffer_bytes(tokens / self.layout.tp, hidden, facts["num_experts"])
+            return low_latency_buffer_bytes(tokens / self.layout.tp, hidden, facts.num_experts)
         if kind == "allgather_reducescatter":
             gathered = tokens * self.layout.dp * hidden  # tokens, in bf16, and the sums to scatter
             return gathered * (2.0 + plan.combine.activation_bytes)
@@ -151,8 +150,7 @@ class Deployment:
 
     def idle(self, options: Options) -> dict[str, str]:
         """Those of ``options`` that would change no time here, with the reason."""
-        facts = option_facts(self.raw.facts, has_shared(self.raw), self.model.config)
-        return idle_options(options, self.layout, facts, self.step.plan.all2all, self.phase)
+        return idle_options(options, self.layout, self.raw.facts, self.step.plan.all2all, self.phase)
 
     def largest_batch(self, new: int, past: int) -> int:
         """Most sequences per data-parallel rank that fit; 0 if not even one does."""
@@ -214,13 +212,13 @@ def deploy(
     whole = traced_table(model, phase)
     check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
     all2all = choose_all2all(options.all2all, layout, engine, phase)
-    check_options(options, layout, option_facts(whole.facts, has_shared(whole), model.config), all2all)
+    check_options(options, layout, whole.facts, all2all)
     fusions = tuple(engine.fusions) if options.fusion == "engine" else ()
     apart = engine.own_gemms.groups if engine.own_gemms else ()
     shared = shared_form(options, layout, all2all)
     raw, table = rank_tables(model, phase, layout.tp, quantization, fusions, apart, shared)
     plan = make_plan(table, layout, device, engine, options, model.config)
-    dp = attention_dp(layout, whole.facts["num_experts"])
+    dp = attention_dp(layout, whole.facts.num_experts)
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
     sources = expert_sources(engine, device, model.config, layout)
     step = Step(table, plan, layout, device, engine, quantization.kv, options, graphs, sources)

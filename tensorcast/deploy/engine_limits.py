@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.profiles.facts import ModelFacts
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is to run. ``facts``: ``num_experts``, and ``mtp_modules`` where it is known.
-
-    ``prefill``: options of the same server's prefill where ``options`` are those of its decode.
-    """
+    """What is to run. ``prefill``: options of the same server's prefill where ``options`` are those of its decode."""
 
     engine: str
     layout: Layout
-    facts: dict[str, Any]
+    facts: ModelFacts
     options: Options
     gpus_per_node: int
     prefill: Options | None = None
@@ -56,7 +53,7 @@ _DEEPEP = ("high_throughput", "low_latency", "by_phase")
 
 
 def _whole_or_cut(c: Case) -> str:
-    if not c.facts["num_experts"] or c.layout.ep in (1, c.layout.stage_ranks):
+    if not c.facts.num_experts or c.layout.ep in (1, c.layout.stage_ranks):
         return ""
     return (
         f"experts are spread over all tp*dp = {c.layout.stage_ranks} ranks or each is cut over all of them: "
@@ -86,7 +83,7 @@ def _no_overlap(c: Case) -> str:
 
 
 def _balanced(c: Case) -> str:
-    copies, experts = c.options.redundant_experts, c.facts["num_experts"]
+    copies, experts = c.options.redundant_experts, c.facts.num_experts
     if not copies and c.options.placement != "eplb":
         return ""
     if c.layout.ep == 1:
@@ -102,8 +99,8 @@ def _external(c: Case) -> str:
 
 
 def _drafts(c: Case) -> str:
-    depth, modules = c.options.mtp_depth, c.facts.get("mtp_modules")
-    if not depth or modules is None or depth <= MOST_DRAFTS <= MOST_DRAFTS * modules:
+    depth, modules = c.options.mtp_depth, c.facts.mtp_modules
+    if not depth or depth <= MOST_DRAFTS <= MOST_DRAFTS * modules:
         return ""
     if not modules:
         return "the model has no multi-token-prediction layer to draft with"
@@ -111,7 +108,7 @@ def _drafts(c: Case) -> str:
 
 
 def _draft_multiple(c: Case) -> str:
-    depth, modules = c.options.mtp_depth, c.facts.get("mtp_modules")
+    depth, modules = c.options.mtp_depth, c.facts.mtp_modules
     if missing := _drafts(c):
         return missing
     if modules and depth > modules and depth % modules:
@@ -143,19 +140,19 @@ def _deepep_over_all(c: Case) -> str:
 
 
 def _dense_on_one_node(c: Case) -> str:
-    if c.facts["num_experts"] or c.layout.dp == 1 or c.nodes == 1:
+    if c.facts.num_experts or c.layout.dp == 1 or c.nodes == 1:
         return ""
     return f"dp = {c.layout.dp} of a dense model over {c.nodes} nodes: start an engine per node"
 
 
 def _attention_over_all(c: Case) -> str:
-    if not c.facts["num_experts"] or 1 in (c.layout.tp, c.layout.dp):
+    if not c.facts.num_experts or 1 in (c.layout.tp, c.layout.dp):
         return ""
     return f"attention is tensor-parallel or data-parallel over all ranks, not tp{c.layout.tp} x dp{c.layout.dp}"
 
 
 def _dense_replicas(c: Case) -> str:
-    if c.facts["num_experts"] or c.layout.dp == 1:
+    if c.facts.num_experts or c.layout.dp == 1:
         return ""
     return f"a dense model has no dp: start {c.layout.dp} engines of tp{c.layout.tp}"
 
@@ -208,13 +205,12 @@ def one_exchange(engine: str) -> bool:
 
 
 def engine_can_run(
-    engine: str, layout: Layout, facts: dict[str, Any], options: Options = Options(), gpus_per_node: int = 8,
+    engine: str, layout: Layout, facts: ModelFacts, options: Options = Options(), gpus_per_node: int = 8,
     prefill: Options | None = None,
 ) -> str:
     """Why ``engine`` cannot run this; empty if it can, or if it has no rules here.
 
-    ``facts`` are those of an op table (``num_experts``; ``mtp_modules`` if known). ``prefill``: how the server that
-    decodes by ``options`` reads prompts, if it does both and they differ.
+    ``prefill``: how the server that decodes by ``options`` reads prompts, if it does both and they differ.
     """
     case = Case(engine, layout, facts, options, gpus_per_node, prefill)
     for name, broken in ENGINE_RULES.get(engine, {}).items():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.facts import ModelFacts
 
 ALL2ALL = ("auto", "allgather_reducescatter", "high_throughput", "low_latency", "direct")
 """How tokens reach experts on other data-parallel ranks: gather everything; DeepEP's two modes; plain all-to-all."""
@@ -67,50 +67,50 @@ class Rule:
     """A named condition on a layout; ``broken`` says what is wrong, or is empty."""
 
     name: str
-    broken: Callable[[Layout, dict[str, Any], DeviceProfile], str]
+    broken: Callable[[Layout, ModelFacts, DeviceProfile], str]
 
 
-def _world(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
+def _world(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
     product = layout.tp * layout.dp * layout.pp
     if product == layout.world_size:
         return ""
     return f"tp*dp*pp = {layout.tp}*{layout.dp}*{layout.pp} = {product}, but world_size = {layout.world_size}"
 
 
-def _heads(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
-    if not facts["heads"] or facts["heads"] % layout.tp == 0:  # a state-space model has none
+def _heads(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
+    if not facts.heads or facts.heads % layout.tp == 0:  # a state-space model has none
         return ""
-    return f"{facts['heads']} attention heads do not divide over tp = {layout.tp}"
+    return f"{facts.heads} attention heads do not divide over tp = {layout.tp}"
 
 
-def _expert_ranks(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
-    if not facts["num_experts"]:
+def _expert_ranks(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
+    if not facts.num_experts:
         return "" if layout.ep == 1 else f"ep = {layout.ep}, but the model has no experts; use ep = 1"
     if layout.stage_ranks % layout.ep == 0:
         return ""
     return f"ep = {layout.ep} does not divide tp*dp = {layout.stage_ranks}"
 
 
-def _experts_per_rank(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
-    if layout.ep <= max(facts["num_experts"], 1):
+def _experts_per_rank(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
+    if layout.ep <= max(facts.num_experts, 1):
         return ""
-    return f"ep = {layout.ep} is more than the {facts['num_experts']} experts; a rank would hold none"
+    return f"ep = {layout.ep} is more than the {facts.num_experts} experts; a rank would hold none"
 
 
-def _expert_width(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
-    width = facts["moe_intermediate_size"]
-    if not facts["num_experts"] or width % layout.etp == 0:
+def _expert_width(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
+    width = facts.moe_intermediate_size
+    if not facts.num_experts or width % layout.etp == 0:
         return ""
     return f"expert width {width} does not divide over tp*dp/ep = {layout.etp} ranks; raise ep"
 
 
-def _stages(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
-    if layout.pp <= facts["layers"]:
+def _stages(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
+    if layout.pp <= facts.layers:
         return ""
-    return f"pp = {layout.pp} is more than the {facts['layers']} layers"
+    return f"pp = {layout.pp} is more than the {facts.layers} layers"
 
 
-def _reach(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> str:
+def _reach(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
     if layout.world_size <= device.world_limit:
         return ""
     return f"world_size = {layout.world_size}, but {device.name}'s interconnect reaches {device.world_limit}"
@@ -132,7 +132,7 @@ def attention_dp(layout: Layout, num_experts: int) -> int:
     return layout.dp if num_experts else 1
 
 
-def check(layout: Layout, facts: dict[str, Any], device: DeviceProfile) -> None:
+def check(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> None:
     """Raise :class:`InputError` naming the first rule that ``layout`` breaks for a model with these ``facts``."""
     for name in ("world_size", "tp", "dp", "ep", "pp"):
         if getattr(layout, name) < 1:

@@ -41,11 +41,6 @@ class Named:
     precision: str
 
     @functools.cached_property
-    def num_experts(self) -> int:
-        keys = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
-        return next((self.profile.text_config[key] for key in keys if self.profile.text_config.get(key)), 0)
-
-    @functools.cached_property
     def _stored(self) -> Quantization:
         return checkpoint(self.profile)
 
@@ -54,7 +49,7 @@ class Named:
 
         A model that ships in as many bits, integers or floats alike, runs as shipped: block scales, layers in bf16.
         """
-        native = (self._stored.experts if self.num_experts else self._stored.linear).name
+        native = (self._stored.experts if self.profile.num_experts else self._stored.linear).name
         parts = []
         for part, said in (("linear", linear), ("experts", experts)):
             scheme = SCHEME_OF[said.lower()] if said else ""

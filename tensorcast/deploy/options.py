@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError
+from tensorcast.profiles.facts import ModelFacts
 
 EXCHANGES = ("high_throughput", "low_latency", "direct")
 """All-to-all kinds in which every rank sends its own tokens and works on what it receives."""
@@ -46,10 +46,10 @@ class OptionRule:
     """A named condition on options for a layout, a model's facts and the exchange that runs (see ``RULES`` too)."""
 
     name: str
-    broken: Callable[[Options, Layout, dict[str, Any], str], str]
+    broken: Callable[[Options, Layout, ModelFacts, str], str]
 
 
-def _numbers(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
+def _numbers(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
     for flag in ("redundant_experts", "external_shared_experts", "mtp_depth", "chunk_tokens"):
         if getattr(o, flag) < 0:
             return f"--{flag.replace('_', '-')} {getattr(o, flag)} must be at least 0"
@@ -58,7 +58,7 @@ def _numbers(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) ->
     return ""
 
 
-def _experts(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
+def _experts(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
     asked = {
         "--routing": o.routing not in ("balanced", "uniform"),  # the defaults, of a step and of a comparison
         "--all2all": o.all2all != "auto",
@@ -72,16 +72,16 @@ def _experts(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) ->
         "--dual-batch-overlap": o.dual_batch_overlap,
     }
     flags = [flag for flag, given in asked.items() if given]
-    if facts["num_experts"] or not flags:
+    if facts.num_experts or not flags:
         return ""
     return f"the model has no experts: {' and '.join(flags)} {'does' if len(flags) == 1 else 'do'} not apply"
 
 
-def _external(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
+def _external(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
     n = o.external_shared_experts
     if not n:
         return ""
-    if not facts["shared_experts"]:
+    if not facts.shared_experts:
         return f"--external-shared-experts {n}: the model has no shared expert"
     if all2all not in EXCHANGES:
         return (
@@ -93,21 +93,21 @@ def _external(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -
     return ""
 
 
-def _redundant(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
-    physical, ranks = facts["num_experts"] + o.redundant_experts, layout.ep - o.external_shared_experts
+def _redundant(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
+    physical, ranks = facts.num_experts + o.redundant_experts, layout.ep - o.external_shared_experts
     if not o.redundant_experts or o.placement != "eplb" or ranks < 1 or physical % ranks == 0:
         return ""
     return f"{physical} experts and copies do not divide over {ranks} ranks, as --placement eplb needs"
 
 
-def _overlap(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
+def _overlap(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
     if not o.dual_batch_overlap or all2all in ("high_throughput", "low_latency"):
         return ""
     return f"--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is {all2all}"
 
 
-def _drafts(o: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> str:
-    if not o.mtp_depth or facts["mtp_modules"]:
+def _drafts(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
+    if not o.mtp_depth or facts.mtp_modules:
         return ""
     return f"--mtp-depth {o.mtp_depth}: the model's config has no multi-token prediction module"
 
@@ -122,7 +122,7 @@ OPTION_RULES = (
 )
 
 
-def broken_option(options: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> tuple[str, str]:
+def broken_option(options: Options, layout: Layout, facts: ModelFacts, all2all: str) -> tuple[str, str]:
     """Name of the first rule that ``options`` break and what is wrong; two empty strings if none."""
     for rule in OPTION_RULES:
         if problem := rule.broken(options, layout, facts, all2all):
@@ -130,19 +130,19 @@ def broken_option(options: Options, layout: Layout, facts: dict[str, Any], all2a
     return "", ""
 
 
-def check_options(options: Options, layout: Layout, facts: dict[str, Any], all2all: str) -> None:
-    """Raise :class:`InputError` with what the first broken rule says. ``facts``: :func:`option_facts`."""
+def check_options(options: Options, layout: Layout, facts: ModelFacts, all2all: str) -> None:
+    """Raise :class:`InputError` with what the first broken rule says."""
     _, problem = broken_option(options, layout, facts, all2all)
     if problem:
         raise InputError(problem)
 
 
 def idle_options(
-    options: Options, layout: Layout, facts: dict[str, Any], all2all: str, phase: str
+    options: Options, layout: Layout, facts: ModelFacts, all2all: str, phase: str
 ) -> dict[str, str]:
     """Options that were chosen and change no time here, with the reason. Arguments: as for the rules."""
     stays = "no tokens travel to other GPUs"
-    whole = "tp is 1" if facts["shared_experts"] else "there is no shared expert"
+    whole = "tp is 1" if facts.shared_experts else "there is no shared expert"
     cases = {
         "--all2all": (options.all2all != "auto" and all2all == "none", stays),
         "--dispatch": (options.dispatch is not None and all2all == "none", stays),
@@ -152,7 +152,7 @@ def idle_options(
             options.redundant_experts > 0 and layout.ep == 1, "copies in one group of experts only take memory",
         ),
         "--no-shared-expert-tp": (
-            not options.shared_expert_tp and (layout.tp == 1 or not facts["shared_experts"]), whole,
+            not options.shared_expert_tp and (layout.tp == 1 or not facts.shared_experts), whole,
         ),
         "--mtp-depth": (options.mtp_depth > 0 and phase != "decode", "tokens are drafted in decode"),
     }
@@ -166,10 +166,3 @@ def idle_note(idle: dict[str, str]) -> str:
         for why in dict.fromkeys(idle.values())
     ]
     return f"no effect here: {', '.join(said)}"
-
-
-def option_facts(facts: dict[str, Any], shared_experts: bool, config: dict[str, Any]) -> dict[str, Any]:
-    """A table's ``facts`` with what options depend on beside them: shared experts, multi-token prediction modules."""
-    text = config.get("text_config") or config
-    modules = next((text[k] for k in ("num_nextn_predict_layers", "mtp_num_hidden_layers") if text.get(k)), 0)
-    return {**facts, "shared_experts": shared_experts, "mtp_modules": modules}

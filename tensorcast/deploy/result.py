@@ -100,7 +100,7 @@ class Simulation:
             "tp": d.layout.tp,
             "dp": d.layout.dp,
             "ep": d.layout.ep,
-            "etp": d.layout.etp if self.deployment.raw.facts["num_experts"] else 1,
+            "etp": d.layout.etp if self.deployment.raw.facts.num_experts else 1,
             "pp": d.layout.pp,
             "phase": self.workload.phase,
             "batch_per_dp_rank": self.workload.batch,

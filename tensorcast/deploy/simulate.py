@@ -67,10 +67,7 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
     if unknown:
         notes.append(f"no formula, priced as memory traffic: {', '.join(unknown)}")
     notes += not_counted(deployment.model)
-    config = deployment.model.config
-    text = config.get("text_config") or {}
-    drafts = config.get("num_nextn_predict_layers") or text.get("mtp_num_hidden_layers")
-    if drafts and not deployment.options.mtp_depth:
+    if deployment.raw.facts.mtp_modules and not deployment.options.mtp_depth:
         notes.append("multi-token prediction is not simulated: one token per sequence and step (see --mtp-depth)")
     elif depth := deployment.options.mtp_depth:
         notes.append(f"tokens are counted without drafts: accepted ones make up to {1 + depth} per sequence and step")

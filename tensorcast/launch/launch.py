@@ -9,7 +9,7 @@ from typing import Any
 from tensorcast.deploy.deployment import deploy, memory_share
 from tensorcast.deploy.engine_limits import Case, engine_can_run
 from tensorcast.deploy.layout import Layout, attention_dp
-from tensorcast.deploy.options import Options, option_facts
+from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.launch import sglang, trtllm, vllm
 from tensorcast.launch.settings import Plan, Setting, Settings
@@ -21,7 +21,7 @@ from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_engine
 from tensorcast.serving.capacity import decode_budget, room
 
-__all__ = ["Launch", "Setting", "engine_can_run", "launch", "model_facts", "script", "with_room"]
+__all__ = ["Launch", "Setting", "engine_can_run", "launch", "script", "with_room"]
 
 WRITERS: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "trtllm": trtllm}
 ROLES = (None, "prefill", "decode")
@@ -76,7 +76,7 @@ def launch(
     _check(batch=batch, input_len=input_len, output_len=output_len, gpus_per_node=gpus_per_node)
     if role not in ROLES:
         raise InputError(f"role {role!r}: choose prefill, decode or none")
-    case = Case(table.name, layout, model_facts(model_profile), options, gpus_per_node, prefill)
+    case = Case(table.name, layout, model_profile.stated_facts, options, gpus_per_node, prefill)
     problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill)
     if not problem and (long := model_profile.too_long(input_len + output_len)):
         problem = f"context length: {long}"
@@ -174,25 +174,6 @@ def _notes(plan: Plan) -> list[str]:
     return said
 
 
-def model_facts(profile: ModelProfile) -> dict[str, Any]:
-    """What layout and engine rules ask of a model, from its config alone; 0 where the config does not say."""
-    text = _text_config(profile)
-    names = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
-    experts = next((int(text[name]) for name in names if text.get(name)), 0)
-    return {
-        "heads": int(text.get("num_attention_heads") or 0),
-        "layers": int(text.get("num_hidden_layers") or 0),
-        "num_experts": experts,
-        "moe_intermediate_size": int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 0),
-        "mtp_modules": option_facts({}, False, profile.config)["mtp_modules"],
-    }
-
-
-def _text_config(profile: ModelProfile) -> dict[str, Any]:
-    inner = profile.config.get("text_config")
-    return inner if isinstance(inner, dict) else profile.config
-
-
 def _check(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
@@ -201,7 +182,7 @@ def _check(**sizes: int) -> None:
 
 def _chunk(case: Case, profile: EngineProfile, device: DeviceProfile | None) -> int:
     """Prompt tokens per step and rank that the engine takes unasked."""
-    dp = attention_dp(case.layout, case.facts["num_experts"])
+    dp = attention_dp(case.layout, case.facts.num_experts)
     return profile.tokens_per_step(device, dp, case.exchange)
 
 
@@ -209,7 +190,7 @@ def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, mod
     """Share of memory that the engine may take, less what it leaves for decode steps of ``batch`` sequences."""
     if device is None or profile.reserve is None:
         return float(profile.memory_fraction)
-    experts = case.facts["num_experts"] > 0
+    experts = case.facts.num_experts > 0
     graphs = profile.reserve.graph_bytes(batch, attention_dp(case.layout, experts)) / float(device.memory_bytes)
     return round(float(memory_share(profile, device, case.layout, experts, model.config) - graphs), 3)
 
@@ -217,7 +198,7 @@ def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, mod
 def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str) -> str:
     if kv_dtype not in KV_DTYPES:
         raise unknown_name("--kv-dtype", kv_dtype, KV_DTYPES)
-    sparse = _text_config(profile).get("model_type") in FP8_KV_BY_DEFAULT
+    sparse = profile.text_config.get("model_type") in FP8_KV_BY_DEFAULT
     return "bf16_not_fp8" if table.name == "vllm" and kv_dtype == "bf16" and sparse else kv_dtype
 
 

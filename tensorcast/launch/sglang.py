@@ -15,7 +15,7 @@ MOST_DISPATCH_TOKENS = 1024
 def settings(plan: Plan, node: int) -> Settings:
     """Flags of the command on ``node``."""
     layout, options, nodes = plan.case.layout, plan.case.options, plan.case.nodes
-    dp = attention_dp(layout, plan.case.facts["num_experts"])
+    dp = attention_dp(layout, plan.case.facts.num_experts)
     found = Settings(plan.table)
     found.add("model", plan.path)
     found.add("host", "0.0.0.0")
@@ -100,7 +100,7 @@ def notes(plan: Plan) -> list[str]:
         said.append("DeepEP's normal mode turns CUDA graphs off, in decode too")
     if plan.case.exchange == "low_latency" and not plan.role:
         said.append("prompts take DeepEP's low-latency kernels too, whose buffers grow with the chunk")
-    if plan.case.layout.dp > 1 and plan.case.layout.tp > 1 and plan.case.facts["num_experts"]:
+    if plan.case.layout.dp > 1 and plan.case.layout.tp > 1 and plan.case.facts.num_experts:
         said.append("dense layers are cut over all ranks of a stage; SGLang cannot cut them over attention's tp alone")
     if plan.role:
         said.append("a router in front sends each request to a prefill and then to a decode server")

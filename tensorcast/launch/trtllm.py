@@ -28,7 +28,7 @@ def settings(plan: Plan, node: int) -> Settings:
     found.add("pipeline_parallel", layout.pp)
     found.add("gpus_per_node", gpus)
     found.add("attention_dp", layout.dp > 1)
-    if plan.case.facts["num_experts"]:
+    if plan.case.facts.num_experts:
         _experts(plan, found)
     found.add("max_batch", plan.batch)
     found.add("chunk_tokens", plan.step_tokens)
@@ -59,7 +59,7 @@ def _experts(plan: Plan, found: Settings) -> None:
     if options.chunk_tokens:
         found.add("expert_chunk", options.chunk_tokens)
     if options.redundant_experts or options.placement == "eplb":
-        found.add("expert_slots", plan.case.facts["num_experts"] + options.redundant_experts)
+        found.add("expert_slots", plan.case.facts.num_experts + options.redundant_experts)
         found.add("balance_layers", 1)
 
 

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from tensorcast.errors import InputError
-from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.model import EXPERTS, EXPERTS_PER_TOKEN, ModelProfile
 
 QUERY_HEADS = (
     "num_attention_heads",
@@ -85,8 +85,8 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
         value = field(text_config, size)
         if isinstance(value, int) and value < 1:
             raise InputError(f"model {profile.name}: {size} = {value}: must be at least 1")
-    chosen = field(text_config, "num_experts_per_tok", "moe_k", "top_k_experts")
-    experts = field(text_config, "n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+    chosen = field(text_config, *EXPERTS_PER_TOKEN)
+    experts = field(text_config, *EXPERTS)
     if isinstance(chosen, int) and isinstance(experts, int) and chosen > experts > 0:
         raise InputError(f"model {profile.name}: num_experts_per_tok = {chosen}: must be at most the {experts} experts")
     # An index into a vocabulary that sharding makes smaller; it shapes no op. Some configs insist on an integer.

@@ -171,7 +171,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         cells.assumed.append(f"model {profile}")
     roles = ("", "") if mode == "agg" else ("prefill_", "decode_")
     record = "moe_ep_size" in stated and ("dp" in cells.cells or "prefill_dp" in cells.cells)
-    prefill, decode = (_layout(cells, role, named.num_experts, record and mode == "agg") for role in roles)
+    prefill, decode = (_layout(cells, role, named.profile.num_experts, record and mode == "agg") for role in roles)
     concurrency = cells.number("concurrency", None)
     workers = (1, 1) if mode == "agg" else _workers(cells, concurrency)
     if concurrency is None:

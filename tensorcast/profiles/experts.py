@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
+from tensorcast.profiles.model import text_of
 from tensorcast.profiles.sourced import Frozen
 
 ACTIVATIONS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
@@ -64,7 +65,7 @@ class ExpertKernels(Frozen):
         ``config`` as the model's publisher wrote it; ``spread``: ranks hold whole experts of their own.
         """
         names = set(config.get("architectures") or ())
-        text = config.get("text_config") or config
+        text = text_of(config)
         activation = next((str(text[name]) for name in ACTIVATIONS if text.get(name)), "")
         found = (rule.kernels for rule in self.libraries
                  if rule.holds(device.lower(), dtype, names, activation, spread))

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.model import text_of
 from tensorcast.profiles.sourced import Frozen, Number
 
 MIB = float(1 << 20)
@@ -94,4 +95,4 @@ class PrefillGraphs(Frozen):
 
 def is_latent(config: dict[str, Any]) -> bool:
     """Whether attention keeps a latent instead of keys and values (MLA), from the model's config."""
-    return bool((config.get("text_config") or config).get("kv_lora_rank"))
+    return bool(text_of(config).get("kv_lora_rank"))

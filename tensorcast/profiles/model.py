@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.sourced import Figure, Frozen, Number
+
+EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "top_k_experts", "moe_k", "moe_topk")
+MTP_MODULES = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""Fields of configs that hold the number of experts, of those that a token passes, of layers for multi-token
+prediction, and the longest sequence."""
+
+
+def text_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a Hugging Face config: all of it, unless the model is multimodal."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def stated(config: dict[str, Any], names: Iterable[str]) -> int:
+    """The first of the fields called ``names`` that the text part of a config gives a number above 0; else 0."""
+    values = (text_of(config).get(name) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), 0)
 
 
 class ParamCount(Figure):
@@ -96,8 +117,33 @@ class ModelProfile(Frozen):
     @property
     def text_config(self) -> dict[str, Any]:
         """The language model's part of the config: all of it, unless the model is multimodal."""
-        inner = self.config.get("text_config")
-        return inner if isinstance(inner, dict) else self.config
+        return text_of(self.config)
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a MoE layer; 0: a dense model."""
+        return stated(self.config, EXPERTS)
+
+    @property
+    def experts_per_token(self) -> int:
+        return stated(self.config, EXPERTS_PER_TOKEN)
+
+    @property
+    def mtp_modules(self) -> int:
+        """Layers of multi-token prediction, which can draft tokens."""
+        return stated(self.config, MTP_MODULES)
+
+    @property
+    def stated_facts(self) -> ModelFacts:
+        """What rules of layouts and engines ask, from the config alone; a traced table's facts know more."""
+        return ModelFacts(
+            heads=stated(self.config, ("num_attention_heads",)),
+            layers=stated(self.config, ("num_hidden_layers",)),
+            num_experts=self.num_experts,
+            top_k=self.experts_per_token,
+            moe_intermediate_size=stated(self.config, ("moe_intermediate_size", "intermediate_size")),
+            mtp_modules=self.mtp_modules,
+        )
 
     @property
     def max_positions(self) -> int | None:
@@ -106,15 +152,14 @@ class ModelProfile(Frozen):
         RoPE scaling extends it as serving engines read it: YaRN to ``factor`` times the original length, linear and
         dynamic scaling to ``factor`` times the stated one; of other kinds the stated length is the extended one.
         """
-        text = self.text_config
-        stated = next((text[name] for name in LENGTHS if isinstance(text.get(name), int) and text[name] > 0), None)
-        scaling = text.get("rope_scaling") or text.get("rope_parameters")
+        longest = stated(self.config, LENGTHS) or None
+        scaling = self.text_config.get("rope_scaling") or self.text_config.get("rope_parameters")
         rope = scaling if isinstance(scaling, dict) else {}
         factor, kind = rope.get("factor"), rope.get("rope_type", rope.get("type"))
-        if stated is None or not isinstance(factor, int | float) or kind not in ("yarn", "linear", "dynamic"):
-            return stated
+        if longest is None or not isinstance(factor, int | float) or kind not in ("yarn", "linear", "dynamic"):
+            return longest
         original = rope.get("original_max_position_embeddings") if kind == "yarn" else None
-        return max(stated, int((original or stated) * factor))
+        return max(longest, int((original or longest) * factor))
 
     def too_long(self, tokens: int) -> str:
         """What is wrong with sequences of ``tokens`` tokens, which an engine refuses to serve; empty if nothing."""
@@ -125,7 +170,3 @@ class ModelProfile(Frozen):
             f"{tokens} tokens, but {self.name} has {longest} positions (max_position_embeddings); engines go beyond "
             "them only with rope_scaling in its config"
         )
-
-
-LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-"""Fields of configs that hold the longest sequence."""

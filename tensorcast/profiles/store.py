@@ -280,15 +280,13 @@ def _special_float(pairs: dict[str, Any]) -> Any:
 
 
 def _describe(config: dict[str, Any]) -> str:
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    from tensorcast.profiles.model import EXPERTS, EXPERTS_PER_TOKEN, stated
+
     parts = [f"{config['model_type']} from a local config.json"]
-    if layers := text.get("num_hidden_layers"):
+    if layers := stated(config, ("num_hidden_layers",)):
         parts.append(f"{layers} layers")
-    experts = next(
-        (text[key] for key in ("n_routed_experts", "num_local_experts", "num_experts") if text.get(key)), None
-    )
-    if experts:
-        parts.append(f"{experts} experts, top-{text.get('num_experts_per_tok', '?')}")
+    if experts := stated(config, EXPERTS):
+        parts.append(f"{experts} experts, top-{stated(config, EXPERTS_PER_TOKEN) or '?'}")
     return "; ".join(parts)
 
 

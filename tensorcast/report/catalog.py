@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tensorcast.report import units
@@ -19,25 +18,22 @@ Record = dict[str, Any]
 WITH_SOURCE = 120
 """Columns from which the tables show where the figures are from."""
 
-_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
-_TOP_K = ("num_experts_per_tok", "experts_per_token", "top_k_experts", "moe_k", "moe_topk")
-
 
 def model_record(profile: ModelProfile) -> Record:
     """Published sizes and what the config says; None where nothing does."""
     from tensorcast.modeling.quantization import checkpoint
 
-    config = profile.config
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    config, text = profile.config, profile.text_config
     quantization = checkpoint(profile)
     return {
         "name": profile.name, "aliases": list(profile.aliases), "hf_id": profile.hf_id,
         "description": profile.description, "model_type": config["model_type"],
         "total_params": float(profile.total_params) if profile.total_params else None,
         "active_params": float(profile.active_params) if profile.active_params else None,
-        "experts": _first(text, _EXPERTS), "top_k": _first(text, _TOP_K), "layers": text.get("num_hidden_layers"),
-        "attention": attention(text), "linear_dtype": quantization.linear.name,
-        "expert_dtype": quantization.experts.name, "kv_dtype": quantization.kv,
+        "experts": profile.num_experts or None, "top_k": profile.experts_per_token or None,
+        "layers": text.get("num_hidden_layers"), "attention": attention(text),
+        "linear_dtype": quantization.linear.name, "expert_dtype": quantization.experts.name,
+        "kv_dtype": quantization.kv,
         "kv_bytes_per_token": float(profile.kv_bytes_per_token) if profile.kv_bytes_per_token else None,
         "sources": dict(profile.sources),
     }
@@ -111,10 +107,6 @@ def attention(config: Record) -> str:
     if chunk := config.get("attention_chunk_size"):
         kind += f", chunks {chunk}"
     return kind
-
-
-def _first(config: Record, names: Iterable[str]) -> Any:
-    return next((config[name] for name in names if config.get(name)), None)
 
 
 def print_models(records: list[Record], console: Console) -> None:

@@ -50,7 +50,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
     excess = limit_ratios(task, c["ttft_s"], c["tpot_s"], gpus)
     names, ratios = list(excess), np.array(list(excess.values()))
     over = ratios.max(axis=0) > 1
-    experts = bool(traced_table(task.model, "decode").facts["num_experts"])
+    experts = bool(traced_table(task.model, "decode").facts.num_experts)
     every = dict.fromkeys(v.layout for v in prices.variants)  # thousands of rows, few layouts
     called = {layout: str(layout) for layout in every}
     families = {layout: family(layout, experts) for layout in every}

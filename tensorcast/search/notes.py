@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tensorcast.deploy.deployment import not_counted, uncut
 from tensorcast.deploy.layout import RULES, Layout
-from tensorcast.deploy.options import idle_note, option_facts
+from tensorcast.deploy.options import idle_note
 from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.candidate_table import stacked
@@ -45,7 +45,7 @@ def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
     if first.axes.kv_dtype == (None,) and first.base.kv_dtype is None:
         found.append(f"KV cache in {frame['kv_dtype'].iloc[0]}, as the model ships; --kv-dtype bf16,fp8 compares both")
     table = traced_table(first.model, "decode")
-    modules = option_facts(table.facts, False, first.model.config)["mtp_modules"]
+    modules = table.facts.mtp_modules
     if modules and first.axes.mtp_depth == (0,):
         found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")
     elif modules and max(first.axes.mtp_depth) > 0:
@@ -57,7 +57,7 @@ def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
         "balanced": "tokens fall evenly on experts",
         "uniform": "tokens pick experts at random, none more popular",
     }
-    if table.facts["num_experts"] and first.base.routing in spread:
+    if table.facts.num_experts and first.base.routing in spread:
         found.append(f"{spread[first.base.routing]}; --routing zipf:0.6 shows what skew costs")
     if "disaggregated" in first.forms:
         found.append("disaggregated pools use as many GPUs as match, which may be fewer than there are")

@@ -12,8 +12,7 @@ from tensorcast.cost.routing import Routing
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.engine_limits import one_exchange
 from tensorcast.deploy.layout import Layout, parse_layout
-from tensorcast.deploy.options import Options, check_options, option_facts
-from tensorcast.deploy.plan.moe_blocks import has_shared
+from tensorcast.deploy.options import Options, check_options
 from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
@@ -151,10 +150,9 @@ def search_tasks(
 
 def _applies(model: ModelProfile, base: Options, given: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise :class:`InputError` where the model has nothing that an option asked for is about."""
-    table = traced_table(model, "decode")
-    facts = option_facts(table.facts, has_shared(table), model.config)
+    facts = traced_table(model, "decode").facts
     depths = given.get("mtp_depth", (0,))
-    if max(depths) > 0 and not facts["mtp_modules"]:
+    if max(depths) > 0 and not facts.mtp_modules:
         said = ",".join(map(str, depths))
         raise InputError(f"--mtp {said}: the config of {model.name} has no multi-token prediction module to draft with")
     exchange = next((kind for kind in given.get("exchange", ()) if kind != "auto"), "auto")

@@ -16,11 +16,11 @@ from typing import Any
 from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import RULES, Layout
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
-from tensorcast.deploy.options import Options, option_facts
-from tensorcast.deploy.plan.moe_blocks import has_shared
+from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.axes import EXCHANGES, Axes
 from tensorcast.search.search_task import SearchTask
@@ -30,9 +30,7 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     """Variants to try; layouts that no rule lets through are counted in ``pruned``."""
     scenario, base = task.scenario, task.base
     first = scenario.deployment(Layout(1), "decode", Options(quant=base.quant, kv_dtype=base.kv_dtype))
-    table = traced_table(task.model, "decode")
-    facts = option_facts(table.facts, has_shared(table), task.model.config)
-    facts |= {"quantized_dispatch": first.quantization.experts.quantizes_activation, "routing": base.routing}
+    facts, quantized = first.raw.facts, first.quantization.experts.quantizes_activation
     if task.layouts:
         tried = [one for one in task.layouts if task.gpus % one.world_size == 0]
     else:
@@ -40,7 +38,7 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     found = []
     node = task.device.interconnect[0].size
     for layout in _traceable(legal(tried, facts, task.device, pruned), task.model, pruned):
-        every = variants(layout, facts, task.axes, base)
+        every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized)
         if task.runnable_only:
             engine = task.engine.name
             problems = [
@@ -84,35 +82,47 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where an axis may matter. ``sent``: tokens are sent to their experts one by one (else all of them are gathered,
+    or every rank has them); ``quantized_dispatch``: experts read them in fewer bits than bf16."""
+
+    layout: Layout
+    facts: ModelFacts
+    sent: bool
+    routing: str
+    quantized_dispatch: bool
+
+    @property
+    def spread(self) -> bool:
+        """Whether tokens of several data-parallel ranks go to the same experts."""
+        return self.layout.dp > 1 and self.facts.num_experts > 0
+
+
+@dataclass(frozen=True)
 class Relevance:
-    """When an axis changes a deployment: ``holds`` looks at the layout, the model's facts, and whether tokens are sent
-    to their experts one by one (else all of them are gathered, or every rank has them)."""
+    """Where an axis changes a deployment."""
 
     axis: str
-    holds: Callable[[Layout, dict[str, Any], bool], bool]
+    holds: Callable[[Place], bool]
 
 
 RELEVANT = (
-    Relevance(
-        "dispatch",
-        lambda layout, facts, sent: layout.dp > 1 and facts["num_experts"] > 0 and facts["quantized_dispatch"],
-    ),
-    Relevance("combine", lambda layout, facts, sent: layout.dp > 1 and facts["num_experts"] > 0),
-    Relevance("kv_dtype", lambda layout, facts, sent: True),
-    Relevance("shared_expert_tp", lambda layout, facts, sent: facts["shared_experts"] and layout.tp > 1),
+    Relevance("dispatch", lambda at: at.spread and at.quantized_dispatch),
+    Relevance("combine", lambda at: at.spread),
+    Relevance("kv_dtype", lambda at: True),
+    Relevance("shared_expert_tp", lambda at: at.facts.shared_experts and at.layout.tp > 1),
     # k + 1 ranks at least, so that one of k + 1 copies of a token gives the shared expert's ranks what the others have
     Relevance(
-        "external_shared_experts",
-        lambda layout, facts, sent: facts["shared_experts"] and sent and layout.ep > facts["top_k"],
+        "external_shared_experts", lambda at: at.facts.shared_experts and at.sent and at.layout.ep > at.facts.top_k
     ),
     # copies help where the load is uneven: by the routing, or because experts do not divide
     Relevance(
         "redundant_experts",
-        lambda layout, facts, sent: layout.ep > 1
-        and (facts["routing"] not in ("balanced", "uniform") or facts["num_experts"] % layout.ep > 0),
+        lambda at: at.layout.ep > 1
+        and (at.routing not in ("balanced", "uniform") or at.facts.num_experts % at.layout.ep > 0),
     ),
-    Relevance("dual_batch_overlap", lambda layout, facts, sent: sent),
-    Relevance("mtp_depth", lambda layout, facts, sent: facts["mtp_modules"] > 0),
+    Relevance("dual_batch_overlap", lambda at: at.sent),
+    Relevance("mtp_depth", lambda at: at.facts.mtp_modules > 0),
 )
 """The options' side of :data:`tensorcast.deploy.layout.RULES`: an axis is searched only where it changes anything."""
 
@@ -131,7 +141,7 @@ def layouts(world_size: int) -> Iterator[Layout]:
 
 
 def legal(
-    candidates: Iterable[Layout], facts: dict[str, Any], device: DeviceProfile, pruned: Counter[str]
+    candidates: Iterable[Layout], facts: ModelFacts, device: DeviceProfile, pruned: Counter[str]
 ) -> list[Layout]:
     """Those that break no rule; the others are counted in ``pruned`` under the first rule that they break."""
     kept = []
@@ -144,26 +154,29 @@ def legal(
     return kept
 
 
-def variants(layout: Layout, facts: dict[str, Any], axes: Axes, base: Options = Options()) -> list[Variant]:
+def variants(
+    layout: Layout, facts: ModelFacts, axes: Axes, base: Options = Options(), *, quantized_dispatch: bool = False
+) -> list[Variant]:
     """Every combination of the options that matter for ``layout``; ``base`` holds what is not searched.
 
-    ``facts``: :func:`tensorcast.deploy.options.option_facts`, and ``quantized_dispatch``, ``routing``.
+    ``quantized_dispatch``: the model's experts read tokens in fewer bits than bf16.
     """
-    whole = layout.dp > 1 and facts["num_experts"] > 0 and layout.ep == layout.stage_ranks
+    whole = layout.dp > 1 and facts.num_experts > 0 and layout.ep == layout.stage_ranks
     exchanges = [name for name in axes.exchange if whole or not _sends(name)]
-    if layout.dp == 1 or not facts["num_experts"]:
+    if layout.dp == 1 or not facts.num_experts:
         exchanges = ["auto"]
     found = []
     for name in exchanges or ["allgather_reducescatter"]:
         sent = whole and _sends(name)
-        tried = {r.axis: getattr(axes, r.axis) if r.holds(layout, facts, sent) else _FIXED[r.axis] for r in RELEVANT}
+        at = Place(layout, facts, sent, base.routing, quantized_dispatch)
+        tried = {r.axis: getattr(axes, r.axis) if r.holds(at) else _FIXED[r.axis] for r in RELEVANT}
         for values in product(*tried.values()):
             chosen = dict(zip(tried, values, strict=True))
             external = external_ranks(layout, facts) if chosen["external_shared_experts"] else 0
             if external and not chosen["shared_expert_tp"] and True in tried["shared_expert_tp"]:
                 continue  # ranks of their own hold it whole either way
             if chosen["redundant_experts"]:
-                chosen["redundant_experts"] = copies(facts["num_experts"], layout.ep - external)
+                chosen["redundant_experts"] = copies(facts.num_experts, layout.ep - external)
             else:
                 chosen["redundant_experts"] = base.redundant_experts
             chosen["external_shared_experts"] = external
@@ -201,9 +214,9 @@ def _sends(exchange: str) -> bool:
     return all(kind in ALL_TO_ALL for kind in EXCHANGES[exchange].values())
 
 
-def external_ranks(layout: Layout, facts: dict[str, Any]) -> int:
+def external_ranks(layout: Layout, facts: ModelFacts) -> int:
     """Ranks for the shared expert alone that have as many rows as others: one of a token's k + 1 copies goes there."""
-    return max(1, round(layout.ep / (facts["top_k"] + 1)))
+    return max(1, round(layout.ep / (facts.top_k + 1)))
 
 
 def copies(experts: int, ranks: int) -> int:

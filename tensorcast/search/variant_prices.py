@@ -267,7 +267,7 @@ class VariantPrices:
     def _graph_tokens(self) -> Callable[[Layout], int]:
         """Tokens of the largest captured prefill step of a layout."""
         model, device, engine = self.scenario.model, self.scenario.device, self.scenario.engine
-        experts = traced_table(model, "prefill").facts["num_experts"]
+        experts = traced_table(model, "prefill").facts.num_experts
         largest = cache(lambda dp, pp: engine.prefill_graph_tokens(device, dp, pp, model.config))
         return lambda layout: largest(attention_dp(layout, experts), layout.pp)
 

@@ -62,7 +62,7 @@ def room(decode: Deployment, budget: Any, per_sequence: Any) -> Any:
 
 def own_chunk(prefill: Deployment) -> int:
     """Prompt tokens per step and data-parallel rank that the engine takes unasked."""
-    dp = attention_dp(prefill.layout, prefill.raw.facts["num_experts"])
+    dp = attention_dp(prefill.layout, prefill.raw.facts.num_experts)
     return prefill.engine.tokens_per_step(prefill.device, dp, prefill.step.plan.all2all)
 
 

@@ -22,9 +22,10 @@ from tensorcast.trace.table import FORMAT, OpTable
 def _code_version() -> str:
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for part in ("ops", "modeling", "trace"):
-        for file in sorted((root / part).glob("*.py")):
-            digest.update(file.read_bytes())
+    stated = (root / "profiles" / name for name in ("facts.py", "model.py"))  # what a config says, as stored in tables
+    sources = (file for part in ("ops", "modeling", "trace") for file in sorted((root / part).rglob("*.py")))
+    for file in (*stated, *sources):
+        digest.update(file.read_bytes())
     for package in ("torch", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             digest.update(importlib.metadata.version(package).encode())

@@ -6,8 +6,32 @@ them for its ``E`` experts, each narrowed by the experts' tensor-parallel size (
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from tensorcast.trace.dims import Dim
-from tensorcast.trace.table import Op, Tensor
+from tensorcast.trace.table import Op, Param, Tensor
+
+
+def blocks_of(ops: Iterable[Op]) -> dict[int, str]:
+    """Layer kind -> path of its MoE block."""
+    return {op.kind: _block(op.module) for op in ops if op.name == "init_routing_v2"}
+
+
+def _block(module: str) -> str:
+    """The MoE block that holds an experts module: its parent, unless that is the layer itself."""
+    parent = module.rpartition(".")[0]
+    return module if not parent or parent.endswith("]") else parent
+
+
+def is_shared(module: str, kind: int, blocks: dict[int, str]) -> bool:
+    """Whether a row belongs to the shared experts (or their gate) of its layer's MoE block."""
+    block = blocks.get(kind)
+    return block is not None and module.startswith(block) and "shared" in module[len(block) :]
+
+
+def is_shared_param(param: Param, blocks: dict[int, str]) -> bool:
+    """Whether a weight is of the shared experts (or their gate)."""
+    return param.role != "experts" and is_shared(param.module, param.kind, blocks)
 
 
 def _rows(tensor: Tensor, per_token: float) -> Tensor:

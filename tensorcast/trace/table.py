@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+from tensorcast.profiles.facts import ModelFacts
 from tensorcast.trace.dims import Dim, Sizes, product
 
 Found = TypeVar("Found")
@@ -32,7 +33,7 @@ def per_table(function: Callable[..., Found]) -> Callable[..., Found]:
     return remembered
 
 
-FORMAT = 1
+FORMAT = 2
 """Version of the stored form; part of the trace cache's key."""
 
 DTYPE_BYTES: dict[str, float] = {
@@ -135,8 +136,7 @@ class OpTable:
     layer_kinds: tuple[int, ...]
     kind_names: tuple[str, ...]
     params: tuple[Param, ...]
-    facts: dict[str, Any]
-    """Sizes that layout rules and formulas need: num_experts, top_k, hidden_size, heads, ..."""
+    facts: ModelFacts
 
     def count(self, op: Op | Param, layers: slice = slice(None)) -> int:
         """How often a row runs in one step: layers of its kind, or once."""
@@ -151,11 +151,10 @@ class OpTable:
 
     def active_params(self, with_embedding: bool = True, with_head: bool = True) -> int:
         """Parameters that one token uses: ``top_k`` of the experts; embedding and head counted or not, as published."""
-        share = self.facts.get("top_k", 0) / max(self.facts.get("num_experts", 0), 1)
+        share = self.facts.top_k / max(self.facts.num_experts, 1)
         total = 0.0
         for p in self.params:
-            tied = self.facts.get("tied_embedding")
-            if p.role == "embedding" and not (with_embedding or (tied and with_head)):
+            if p.role == "embedding" and not (with_embedding or (self.facts.tied_embedding and with_head)):
                 continue
             if p.role == "lm_head" and not with_head:
                 continue
@@ -169,6 +168,7 @@ class OpTable:
     def from_json(cls, data: dict[str, Any]) -> OpTable:
         data = {k: v for k, v in data.items() if k != "format"}
         data["ops"] = tuple(_op(row) for row in data["ops"])
+        data["facts"] = ModelFacts(**data["facts"])
         data["params"] = tuple(Param(**{**row, "shape": tuple(row["shape"])}) for row in data["params"])
         return cls(**{**data, "layer_kinds": tuple(data["layer_kinds"]), "kind_names": tuple(data["kind_names"])})
 

@@ -13,13 +13,14 @@ from transformers.utils import logging as transformers_logging
 from tensorcast.errors import InputError
 from tensorcast.modeling.build import build
 from tensorcast.modeling.config import field, hf_config, narrow
+from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.closed_form import BLOCK, BLOCKWISE, DECODE, PREFILL, NoClosedForm, Probe, ProgramVaries, solve
 from tensorcast.trace.dims import product
 from tensorcast.trace.forward import record_step
 from tensorcast.trace.layers import Kinds
 from tensorcast.trace.mla import mark_latent
-from tensorcast.trace.moe import mark_experts
+from tensorcast.trace.moe import blocks_of, is_shared_param, mark_experts
 from tensorcast.trace.record import Call, Seen
 from tensorcast.trace.sharding import mark_sharding
 from tensorcast.trace.table import Op, OpTable, Param, Tensor, layer_ranges
@@ -95,8 +96,13 @@ def _trace_one(
             line = str(reason).strip().splitlines()[0]
             raise InputError(f"model {profile.name}: {phase} cannot be traced without data: {line}") from None
     ops = mark_latent(mark_experts([_as_mm(op) for op in linears]), phase)
-    facts = _facts(whole, ops) | {"block": BLOCK if probes is BLOCKWISE else 1}
     params = _params(model, config, kinds, ops)
+    facts = replace(
+        _facts(whole, ops),
+        shared_experts=any(is_shared_param(param, blocks_of(ops)) for param in params),
+        mtp_modules=profile.mtp_modules,
+        block=BLOCK if probes is BLOCKWISE else 1,
+    )
     return OpTable(
         profile.name, phase, tp, tuple(ops), tuple(kinds.of_layer), tuple(_kind_name(model, kinds)), params, facts
     )
@@ -177,30 +183,27 @@ def _label(module: str, kinds: Kinds) -> str:
     )
 
 
-def _facts(config: PreTrainedConfig, ops: list[Op]) -> dict[str, Any]:
-    """Sizes of the unsharded model that layout rules and formulas ask for."""
+def _facts(config: PreTrainedConfig, ops: list[Op]) -> ModelFacts:
+    """What transformers' config and the recorded ops say of the unsharded model."""
     routing = next((op for op in ops if op.name == "init_routing_v2"), None)
     experts = next((op for op in ops if op.name == "expert_counts"), None)
     width = next((op.inputs[1] for op in ops if op.name == "grouped_matmul" and op.attrs["projection"] == "down"), None)
-    hidden = field(config, "hidden_size", "d_model")
-    zero = _zero_experts(config)
-    return {
-        "hidden_size": hidden,
-        "vocab_size": field(config, "vocab_size"),
-        "layers": field(config, "num_hidden_layers", "n_layers"),
-        "heads": field(config, "num_attention_heads", "n_heads"),
-        "kv_heads": field(
-            config, "num_key_value_heads", "kv_n_heads", default=field(config, "num_attention_heads", "n_heads")
-        ),
-        "num_experts": int(experts.attrs["num_experts"]) - zero if experts else 0,
-        "top_k": int(routing.inputs[1].dims[-1].coef) if routing else 0,
-        "zero_experts": zero,
-        "moe_hidden_size": int(routing.inputs[0].dims[-1].coef) if routing else 0,
-        "moe_intermediate_size": int(next(d.coef for d in width.dims if d.X)) if width else 0,
-        "expert_groups": int(field(config, "n_group", default=1) or 1),
-        "expert_groups_chosen": int(field(config, "topk_group", default=1) or 1),
-        "tied_embedding": bool(getattr(config, "tie_word_embeddings", False)),
-    }
+    heads, zero = field(config, "num_attention_heads", "n_heads", default=0), _zero_experts(config)
+    return ModelFacts(
+        hidden_size=field(config, "hidden_size", "d_model"),
+        vocab_size=field(config, "vocab_size"),
+        layers=field(config, "num_hidden_layers", "n_layers"),
+        heads=heads,
+        kv_heads=field(config, "num_key_value_heads", "kv_n_heads", default=heads),
+        num_experts=int(experts.attrs["num_experts"]) - zero if experts else 0,
+        top_k=int(routing.inputs[1].dims[-1].coef) if routing else 0,
+        zero_experts=zero,
+        moe_hidden_size=int(routing.inputs[0].dims[-1].coef) if routing else 0,
+        moe_intermediate_size=int(next(d.coef for d in width.dims if d.X)) if width else 0,
+        expert_groups=int(field(config, "n_group", default=1) or 1),
+        expert_groups_chosen=int(field(config, "topk_group", default=1) or 1),
+        tied_embedding=bool(getattr(config, "tie_word_embeddings", False)),
+    )
 
 
 def _zero_experts(config: PreTrainedConfig) -> int:

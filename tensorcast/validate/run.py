@@ -20,7 +20,7 @@ from tensorcast.measure import environment as env
 from tensorcast.measure.store import PARTIAL, Store, key_of, works_from
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.model import ModelProfile, text_of
 from tensorcast.validate.beside_measured import add_predictions
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Request:
 def cut(model: ModelProfile, layers: int) -> ModelProfile:
     """The model's first ``layers`` layers."""
     config = copy.deepcopy(model.config)
-    text = config.get("text_config") or config
+    text = text_of(config)
     name = next((n for n in ("num_hidden_layers", "n_layers", "n_layer") if n in text), None)
     if name is None:
         raise InputError(f"--layers {layers}: the config of {model.name} does not say how many layers it has")

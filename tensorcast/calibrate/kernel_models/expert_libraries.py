@@ -12,12 +12,12 @@ from tensorcast.calibrate.measured_tables import Measured
 from tensorcast.cost.kernels.device_model import SOURCE_OF
 from tensorcast.cost.kernels.vocabulary import source_of
 from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.model import EXPERTS, EXPERTS_PER_TOKEN, stated
 from tensorcast.profiles.store import list_engines, list_models, load_engine, load_model
 
 SAID_AS = {
     "hidden": ("moe_latent_size", "hidden_size"), "inter": ("moe_intermediate_size", "intermediate_size"),
-    "topk": ("num_experts_per_tok", "top_k_experts", "moe_k"),
-    "experts": ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"),
+    "topk": EXPERTS_PER_TOKEN, "experts": EXPERTS,
 }
 """Fields of models' configs for the sizes of :data:`SOURCE_OF`; the first that is there."""
 
@@ -28,10 +28,8 @@ def known_models() -> dict[tuple[float, ...], list[dict[str, Any]]]:
     found: dict[tuple[float, ...], list[dict[str, Any]]] = {}
     for name in list_models():
         config = load_model(name).config
-        text = config.get("text_config") or config
-        named = [next((text[field] for field in SAID_AS[size] if text.get(field)), None) for size in SOURCE_OF]
-        sizes = tuple(float(size) for size in named if isinstance(size, int))
-        if len(sizes) == len(SOURCE_OF):
+        sizes = tuple(float(stated(config, SAID_AS[size])) for size in SOURCE_OF)
+        if all(sizes):
             found.setdefault(sizes, []).append(config)
     return found
 

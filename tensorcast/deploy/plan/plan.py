@@ -17,7 +17,7 @@ from tensorcast.cost.collectives import group_extent
 from tensorcast.cost.kernels.vocabulary import PRECISION, source_of
 from tensorcast.deploy.layout import ALL2ALL, Layout, attention_dp
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan.moe_blocks import blocks_of, copies_per_token
+from tensorcast.deploy.plan.moe_blocks import blocks_of
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.backends import choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
@@ -161,14 +161,14 @@ def make_plan(
     if not scheme.quantizes_activation:
         scheme = SCHEMES["bf16"]
     combine = choose_combine(options.combine, chosen)
-    width = table.facts["moe_hidden_size"]
+    width = table.facts.moe_hidden_size
     if engine.pads_hidden and experts is not None:
         width = rounded_hidden(width, experts.attrs.get("scheme", "bf16"))
     external = int(options.external_shared_experts > 0)
     moe = _MoEExchange(table, layout, device, chosen, scheme, combine, width, external)
     rows = _with_collectives(table, layout, device, moe)
     asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
-    dp = attention_dp(layout, table.facts["num_experts"])
+    dp = attention_dp(layout, table.facts.num_experts)
     if asked and (limits is None or limits.runs(config, dp)):
         _join_norms(rows, device, engine, _joined(table))
     backend = choose_experts_backend(options.experts_backend, chosen, engine, device, table.phase)
@@ -187,7 +187,7 @@ def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe
         if layout.tp > 1 and op.shard == "row" and not moe.sums(op):
             rows.append(_reduced(op, layout.tp, tp))
         if layout.tp > 1 and _is_logits(op):
-            vocabulary = table.facts["vocab_size"] * 2.0
+            vocabulary = table.facts.vocab_size * 2.0
             rows.append(Collective(
                 "all_gather", op.module, op.kind, "tp", layout.tp, tp, vocabulary, "sequence", label="logits"
             ))  # fmt: skip
@@ -198,7 +198,7 @@ def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe
     rows += table.ops[done:]
     if layout.pp > 1:
         hop = group_extent(2, layout.stage_ranks, device)
-        state = 2 * 2.0 * table.facts["hidden_size"]  # hidden state and residual in bf16
+        state = 2 * 2.0 * table.facts.hidden_size  # hidden state and residual in bf16
         rows.append(Collective("send_recv", "pipeline", -1, "pp", 2, hop, state, label="stage hand-over"))
     return rows
 
@@ -280,8 +280,8 @@ class _MoEExchange:
         external: int,
     ) -> None:
         self.layout, self.all2all = layout, all2all
-        self.copies = copies_per_token(table.facts) + external  # a copy for the ranks of an external shared expert
-        self.hidden = float(table.facts["moe_hidden_size"])
+        self.copies = table.facts.copies_per_token + external  # a copy for the ranks of an external shared expert
+        self.hidden = float(table.facts.moe_hidden_size)
         self.width = float(width)  # of the rows that travel
         self.token = self.width * dispatch.activation_bytes
         self.result = self.width * combine.activation_bytes

@@ -20,7 +20,7 @@ from tensorcast.cost.routing import ExpertLoad, Routing, expected_distinct, expe
 from tensorcast.cost.work import Work
 from tensorcast.deploy.layout import Layout, stage_layers
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES, copies_per_token
+from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES
 from tensorcast.deploy.plan.plan import Collective, Plan, Row, gated
 from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.pipeline_stages import HAND_OVER, Stage, place_of, stages_of
@@ -77,18 +77,18 @@ class Step:
         self.gated = gated(plan)
         self.load: ExpertLoad | None = None
         self.distinct: dict[str, Any] = {}
-        if facts["num_experts"]:
+        if facts.num_experts:
             self.load = expert_load(
                 Routing.parse(options.routing),
-                facts["num_experts"],
-                copies_per_token(facts),
+                facts.num_experts,
+                facts.copies_per_token,
                 layout.ep - options.external_shared_experts,
                 redundant=options.redundant_experts,
                 policy=options.placement,
             )
-            limits = (facts["expert_groups"], facts["expert_groups_chosen"])
+            limits = (facts.expert_groups, facts.expert_groups_chosen)
             self.distinct = {
-                tier: expected_distinct(facts["num_experts"], facts["top_k"], parts, *limits)
+                tier: expected_distinct(facts.num_experts, facts.top_k, parts, *limits)
                 for tier, parts in (("ranks", layout.ep), ("nodes", self._nodes()))
             }
 
@@ -237,7 +237,7 @@ class Step:
     @cached_property
     def _project(self) -> Row:
         """``[T,2H] x [2H,H]``"""
-        hidden = float(self.table.facts["hidden_size"])
+        hidden = float(self.table.facts.hidden_size)
         joined = Tensor((Dim(1, B=1), Dim(2 * hidden)), "bfloat16")
         weight = Tensor((Dim(2 * hidden), Dim(hidden)), "bfloat16", weight="eh_proj.weight")
         return Op("mm", "eh_proj", -1, (joined, weight), (Tensor((Dim(1, B=1), Dim(hidden)), "bfloat16"),))
@@ -310,8 +310,8 @@ class Step:
         """The experts' whole feed-forward network as models know it: up, activation and down in one."""
         facts, layout = self.table.facts, self.layout
         return {
-            "tokens": at.capacity, "hidden": facts["moe_hidden_size"], "inter": facts["moe_intermediate_size"],
-            "topk": facts["top_k"], "experts": facts["num_experts"], "slots": at.sizes.E * layout.ep,
+            "tokens": at.capacity, "hidden": facts.moe_hidden_size, "inter": facts.moe_intermediate_size,
+            "topk": facts.top_k, "experts": facts.num_experts, "slots": at.sizes.E * layout.ep,
             "moe_tp": layout.etp, "moe_ep": layout.ep, "gated": self.gated,
             "source": self.sources.get(work.dtype, 0.0),  # whose kernels run
             "skew": 0.0 if self.options.routing == "balanced" else -1.0, **work.sizes,
@@ -349,9 +349,9 @@ class Step:
         """What the device's fitted model makes of a collective on its innermost links, or of an expert exchange."""
         if row.exchange.get("kind") in ("low_latency", "high_throughput"):
             facts, copies, tp = self.table.facts, row.exchange["copies"], self.layout.tp
-            hidden = float(facts["moe_hidden_size"])
+            hidden = float(facts.moe_hidden_size)
             sizes = {
-                "tokens": units / tp, "hidden": hidden, "topk": copies, "experts": facts["num_experts"],
+                "tokens": units / tp, "hidden": hidden, "topk": copies, "experts": facts.num_experts,
                 "ranks": row.ranks, "nodes": -(-row.ranks // self.device.interconnect[0].size),
                 "copy_bytes": row.scale * tp / copies / hidden, "sms": EXCHANGE_SMS,
             }

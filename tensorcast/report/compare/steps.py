@@ -161,7 +161,7 @@ def _memory_title(view: View) -> str:
 
 def sensitivity(view: View) -> Chart | None:
     """Decode step time under uneven expert load for the best layouts; None for a model without experts."""
-    if not view.shown[0].decode.raw.facts["num_experts"]:
+    if not view.shown[0].decode.raw.facts.num_experts:
         return None
     lines = {choice.label: _under_routings(view, choice) for choice in view.shown[:SENSITIVE]}
     title = _sensitivity_title(lines)

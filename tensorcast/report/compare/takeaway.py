@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.errors import InputError
-from tensorcast.launch.launch import WRITERS, launch, model_facts, script
+from tensorcast.launch.launch import WRITERS, launch, script
 from tensorcast.report.compare.choices import Choice, View
 
 
@@ -64,6 +64,6 @@ def _of(view: View, choice: Choice, engine: str) -> Takeaway:
 
 def _mixed(choice: Choice, engine: str) -> str:
     """Why one server of ``engine`` cannot run the candidate's two phases together; empty if it can."""
-    one, facts = choice.decode, model_facts(choice.decode.model)
+    one, facts = choice.decode, choice.decode.model.stated_facts
     node = one.device.interconnect[0].size
     return engine_can_run(engine, one.layout, facts, one.options, node, choice.prefill.options)

@@ -1,0 +1,39 @@
+"""Sizes of a model that rules of layouts, options and engines ask for, and formulas of whole blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model's sizes before it is cut over GPUs; 0 where there is no such thing, or a config alone does not say.
+
+    ``zero_experts``: experts that hand their input back. ``moe_hidden_size``: width of what experts read.
+    ``expert_groups``, ``expert_groups_chosen``: a token picks its experts from so many groups of all.
+    ``shared_experts``: every token also passes an expert that is always on. ``mtp_modules``: layers of multi-token
+    prediction, which draft tokens. ``block``: prompts were traced at multiples of so many tokens.
+    """
+
+    hidden_size: int = 0
+    vocab_size: int = 0
+    layers: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    num_experts: int = 0
+    top_k: int = 0
+    zero_experts: int = 0
+    moe_hidden_size: int = 0
+    moe_intermediate_size: int = 0
+    expert_groups: int = 1
+    expert_groups_chosen: int = 1
+    tied_embedding: bool = False
+    shared_experts: bool = False
+    mtp_modules: int = 0
+    block: int = 1
+
+    @property
+    def copies_per_token(self) -> float:
+        """(token, expert) rows of a token on average: its k choices less those of experts that compute nothing."""
+        every = self.num_experts + self.zero_experts
+        return self.top_k * self.num_experts / every if every else 0.0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tensorcast.cost.evidence import EVIDENCE, NORMAL_80
+from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import SearchTask

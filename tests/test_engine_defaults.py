@@ -102,7 +102,7 @@ def test_captured_prefill_launches_faster(engine: str, largest: int) -> None:
     """Up to the largest captured step kernels follow each other as in a graph, beyond it as the host launches them."""
     one = deploy(load_model("llama-3.1-8b"), load_device("h100"), load_engine(engine), Layout(8, 8), "prefill")
     eager = deploy(load_model("llama-3.1-8b"), load_device("h100"), load_engine(engine), Layout(8, 8), "prefill")
-    eager.step.graph_tokens = 0.0
+    eager = replace(eager, step=replace(eager.step, pricer=replace(eager.step.pricer, graph_tokens=0.0)))
     tokens = np.array([8.0, 64.0, 512.0, 528.0, 8192.0, 8704.0])
     gain = np.broadcast_to(eager.step.seconds(1.0, tokens, 0.0) - one.step.seconds(1.0, tokens, 0.0), tokens.shape)
     assert (gain[tokens > largest] == 0).all() and (gain >= 0).all()
@@ -168,5 +168,5 @@ def test_pools_are_priced_as_servers_of_one_phase() -> None:
         alone = disaggregated(prefill, decode, *workers, load, scenario.own_chunk)
         assert row["ttft_s"] == pytest.approx(float(alone.ttft_s), rel=1e-6)
         captured = scenario.deployment(prefill.layout, "prefill", prefill.options)
-        assert captured.step.graph_tokens > 0 == prefill.step.graph_tokens
+        assert captured.step.pricer.graph_tokens > 0 == prefill.step.pricer.graph_tokens
         assert disaggregated(captured, decode, *workers, load, scenario.own_chunk).ttft_s <= alone.ttft_s

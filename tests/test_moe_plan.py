@@ -107,7 +107,7 @@ def test_layer_runs_the_expert_shapes_that_the_plan_prices(layout: Layout, tmp_p
         layer(torch.empty(1, TOKENS, HIDDEN, device="meta"))
     traced = [tuple(t.shape for t in call.inputs[:2]) for call in recorder.calls if call.name == "grouped_matmul"]
     deployment = deploy(load_model(str(tmp_path)), load_device("h200"), load_engine("vllm"), layout, "decode")
-    context: Any = deployment.step.context(float(TOKENS), 1.0, 10.0)
+    context: Any = deployment.step.sizes.context(float(TOKENS), 1.0, 10.0)
     priced = [
         tuple(tuple(int(d.at(context.sizes)) for d in t.dims) for t in row.inputs[:2])
         for row in deployment.step.plan.rows

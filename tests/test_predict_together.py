@@ -13,7 +13,7 @@ from tensorcast.cost.kernels.corrections import BatchedCorrections, corrections_
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.step.batched_lookups import prices
+from tensorcast.deploy.step.step import prices
 from tensorcast.errors import InputError
 from tensorcast.predict.predict import predict
 from tensorcast.predict.run_columns import Run, read_run

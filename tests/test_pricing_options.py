@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import tensorcast as tc
 from tensorcast.cost.contention import Contention, beside, two_streams
+from tensorcast.cost.routing import ExpertLoad
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
@@ -169,7 +170,7 @@ def test_shared_expert_whole_on_every_rank() -> None:
 
 def test_external_shared_experts_take_their_rows_and_their_weights_elsewhere() -> None:
     inside, outside = deepseek(), deepseek(external_shared_experts=4)
-    assert outside.step.load is not None and outside.step.load.ranks == 28
+    assert isinstance(outside.step.sizes.load, ExpertLoad) and outside.step.sizes.load.ranks == 28
     assert shared(outside, 64.0)[0] == 2 * 64 * (32 / 4) * 3 * HIDDEN * WIDTH  # 32 ranks' tokens on 4
     sent = [float(rows_of(d, 64.0, "all_to_all")[0][0].wire_bytes) for d in (inside, outside)]
     assert sent[1] == pytest.approx(sent[0] * (TOP_K + 1) / TOP_K)

@@ -29,9 +29,7 @@ def deployment(
     engine = load_engine("vllm")
     none = {"graph_launch_gap_s": 0.0, "eager_launch_gap_s": 0.0}
     ranks = Layout(**{"world_size": 1, **layout})
-    made = deploy(load_model(model), device or load_device("h200"), engine, ranks, phase)
-    made.step.engine = engine.model_copy(update=none)
-    return made
+    return deploy(load_model(model), device or load_device("h200"), engine.model_copy(update=none), ranks, phase)
 
 
 def row(made: Deployment, module: str, *sizes: Any, name: str = "") -> Any:

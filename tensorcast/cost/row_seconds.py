@@ -1,21 +1,93 @@
-"""Seconds of one row's kernels: formula x correction; the only such loop."""
+"""Seconds of one row's kernels, formula x correction: the one loop for steps, validation and calibration alike."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
 
-from tensorcast.cost.evidence import NORMAL_80
-from tensorcast.cost.kernels.corrections import corrections_for
-from tensorcast.cost.roofline import constants_for, kernel_time
-from tensorcast.cost.work import Work
-from tensorcast.profiles.device import DeviceProfile
+import numpy as np
+
+from tensorcast.cost.evidence import LEVELS, NORMAL_80, Evidence
+from tensorcast.cost.roofline import Timing, constants_for, kernel_time
+from tensorcast.cost.work import Size, Work
+from tensorcast.profiles.device import DeviceProfile, KernelConstants
+
+
+class Factor(Protocol):
+    """What a fitted model makes of a kernel: a :class:`~tensorcast.cost.kernels.corrections.Correction`."""
+
+    @property
+    def engine(self) -> str: ...
+    @property
+    def factor(self) -> Size: ...
+    @property
+    def error(self) -> Size: ...
+    @property
+    def level(self) -> Size: ...
+
+
+class Call(NamedTuple):
+    """A kernel of a row: its work and time before correction, the factor that corrects it, seconds of launching."""
+
+    work: Work
+    timing: Timing
+    factor: Size
+    launch_s: Size
+
+
+@dataclass(frozen=True)
+class RowSeconds:
+    """A row's kernels, one after another: ``waits_s`` of the seconds are launches; ``error`` is relative, a median."""
+
+    seconds: Size
+    waits_s: Size
+    family: str
+    level: Size
+    error: Size
+    calls: tuple[Call, ...]
+
+
+def row_seconds(
+    kernels: Iterable[tuple[Work, Factor | None]],
+    device: DeviceProfile,
+    constants: Callable[[Work, str | None], tuple[KernelConstants, Evidence]],
+    launched: Callable[[Size, Size], Size] = lambda kernel_s, launch_s: launch_s,
+) -> RowSeconds:
+    """Seconds of a row from its kernels, each with its correction if a model speaks for it.
+
+    ``constants``: those of a kernel under the engine of its correction (None: it has none). ``launched``: seconds that
+    launching a kernel takes, from its own seconds and the part of them that kernel times measured in graph replay hold.
+    """
+    seconds: Size = 0.0
+    waits: Size = 0.0
+    family, level, error = "memory", LEVELS.index("measured"), 0.0
+    calls = []
+    for work, known in kernels:
+        fitted, evidence = constants(work, known.engine if known is not None else None)
+        # quantising and permuting are rows of their own in a step, not part of the matmul's time
+        timing = kernel_time(work, fitted, device, passes=False)
+        factor = known.factor if known is not None else 1.0
+        kernel_s, launch_s = timing.seconds * factor, timing.launch_s * factor
+        launch = launched(kernel_s, launch_s)
+        seconds = seconds + (kernel_s - launch_s + launch) * work.calls
+        waits = waits + launch * work.calls
+        calls.append(Call(work, timing, factor, launch))
+        family = work.family
+        mine = LEVELS.index(evidence) if known is None else known.level
+        level = min(level, mine) if isinstance(mine, int) else np.minimum(level, mine)
+        error = np.maximum(error, (fitted.median_error or 0.0) if known is None else known.error)
+    return RowSeconds(seconds, waits, family, level, error, tuple(calls))
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one row as a step prices it, and their 80 % interval from its kernels' held-out errors."""
+    """Seconds of one row without the gaps between its kernels: what a device event or a replay sees.
+
+    Their 80 % interval is from the kernels' held-out errors; ``launch_s``, ``compute_s`` and ``memory_s`` made them.
+    """
 
     seconds: float
     low_s: float
@@ -25,23 +97,27 @@ class Prediction:
     compute_s: float
     memory_s: float
 
+    @classmethod
+    def of(cls, row: RowSeconds) -> Prediction:
+        """What ``row`` says of kernels one after another, at one size."""
+
+        def of_all(name: str) -> float:
+            return sum(float(getattr(call.timing, name) * call.factor * call.work.calls) for call in row.calls)
+
+        seconds, off = of_all("seconds"), NORMAL_80 * float(row.error)
+        return cls(
+            seconds, low_s=seconds * math.exp(-off), high_s=seconds * math.exp(off), evidence=LEVELS[int(row.level)],
+            launch_s=of_all("launch_s"), compute_s=of_all("compute_s"), memory_s=of_all("memory_s"),
+        )
+
 
 def predict(works: Sequence[Work], device: DeviceProfile, engine: str) -> Prediction:
-    """One row's kernels, one after another, without the gaps between them: what a device event or a replay sees."""
-    total = launch = compute = memory = spread = 0.0
-    evidence = "calibrated"
-    corrections = corrections_for(device, engine)
-    for work in works:
-        # experts' models ask for a layout's load, which a row by itself does not have
-        known = corrections.of(work) if work.family != "grouped_gemm" else None
-        whose = known.engine if known else engine
-        constants, found = constants_for(device, work.family, work.dtype, whose, work.kernel)
-        timing = kernel_time(work, constants, device, passes=False)
-        calls = float(work.calls)
-        seconds = float(timing.seconds) * calls * (float(known.factor) if known else 1.0)
-        total, launch = total + seconds, launch + float(timing.launch_s) * calls
-        compute, memory = compute + float(timing.compute_s) * calls, memory + float(timing.memory_s) * calls
-        spread += seconds * (float(known.error) if known else constants.median_error or 0.0)
-        evidence = found if found == "datasheet" else evidence
-    off = NORMAL_80 * spread / total if total else 0.0
-    return Prediction(total, total * math.exp(-off), total * math.exp(off), evidence, launch, compute, memory)
+    """Kernels by their formulas alone, with ``engine``'s constants on ``device``: what a fit of constants sees."""
+    constants = partial(_constants, device, engine)
+    return Prediction.of(row_seconds([(work, None) for work in works], device, constants))
+
+
+def _constants(
+    device: DeviceProfile, engine: str, work: Work, corrected: str | None
+) -> tuple[KernelConstants, Evidence]:
+    return constants_for(device, work.family, work.dtype, corrected or engine, work.kernel)

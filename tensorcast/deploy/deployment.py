@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.memory import activation_bytes, cache_budget, cache_bytes, low_latency_buffer_bytes, weight_bytes
-from tensorcast.deploy.layout import Layout, attention_dp, check
+from tensorcast.deploy.layout import Layout, attention_dp, check, stage_layers
 from tensorcast.deploy.options import Options, check_options, idle_options
 from tensorcast.deploy.plan.plan import choose_all2all, expert_sources, make_plan
 from tensorcast.deploy.plan.rank_tables import rank_tables, shared_form, traced_table
-from tensorcast.deploy.step.step import Step
+from tensorcast.deploy.step.sizes import KV_BYTES
+from tensorcast.deploy.step.step import Step, make_step
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, checkpoint, override
 from tensorcast.profiles.device import DeviceProfile
@@ -73,7 +74,7 @@ class Deployment:
         sequences = np.asarray(batch, dtype=float)
         weights, cache = self.held(sequences, past + new)
         micro = np.maximum(1.0, np.minimum(self.layout.pp, sequences))
-        sizes = self.step.context(sequences / micro, float(new), float(past)).sizes
+        sizes = self.step.sizes.context(sequences / micro, float(new), float(past)).sizes
         activations = activation_bytes(self.step.table, sizes)
         communication = self._communication_bytes(sequences * new, sizes)
         capacity, context, graphs = float(self.device.memory_bytes), float(self.engine.reserved_bytes), 0.0
@@ -117,7 +118,8 @@ class Deployment:
     @cached_property
     def _stage_weights(self) -> list[tuple[float, slice]]:
         """Bytes of weights on the fullest rank of each pipeline stage, and its layers; stages that are alike once."""
-        stages, layout, load = list(self.step.stages), self.layout, self.step.load
+        layout, load = self.layout, self.step.sizes.load
+        stages = stage_layers(len(self.raw.layer_kinds), layout.pp)
         stages[-1] = slice(stages[-1].start, len(self._drafting.layer_kinds))
         local = load.local_experts if load is not None else None
         found: dict[Any, tuple[float, slice]] = {}
@@ -221,7 +223,10 @@ def deploy(
     dp = attention_dp(layout, whole.facts.num_experts)
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
     sources = expert_sources(engine, device, model.config, layout)
-    step = Step(table, plan, layout, device, engine, quantization.kv, options, graphs, sources)
+    step = make_step(
+        table, plan, layout, device, engine, kv_bytes=KV_BYTES[quantization.kv], options=options,
+        prefill_graph_tokens=graphs, sources=sources,
+    )
     return Deployment(model, device, engine, layout, phase, options, quantization, raw, step)
 
 

@@ -270,7 +270,8 @@ def gain(
     """Relative gain in tokens/s on a ``better`` device; ``at_best``: each device at the best batch that it holds."""
     one = side.deployment
     other = deploy(one.model, better(one.device), one.engine, one.layout, one.phase, one.options)
-    other.step.corrections = one.step.corrections  # what its formulas miss stays what was measured
+    step = replace(other.step, pricer=replace(other.step.pricer, corrections=one.step.pricer.corrections))
+    other = replace(other, step=step)  # what its formulas miss stays what was measured
     if not at_best:
         return float(side.step_s / float(other.step.price(side.batch, float(new), float(past)).seconds) - 1)
     most = [float(side.largest_batch), float(other.largest_batch(new, past))]

@@ -10,13 +10,50 @@ other fleets: the memo is what makes options cheap.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, cast
 
+import numpy as np
+
+from tensorcast.cost.routing import ExpertLoad, RankLoad
+from tensorcast.cost.work import Size
 from tensorcast.deploy.deployment import Deployment
-from tensorcast.deploy.layout import stage_layers
-from tensorcast.deploy.step.fleet_step import FleetStep, Memo
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.plan.plan import Collective, Plan, Row
+from tensorcast.deploy.step.asked_rows import Collectives, Memo
+from tensorcast.deploy.step.step import Step
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Layouts of the members: tp and pp are one number, the rest are columns ``[members, 1]``."""
+
+    tp: int
+    pp: int
+    dp: np.ndarray
+    ep: np.ndarray
+    etp: np.ndarray
+    stage_ranks: np.ndarray
+
+
+@dataclass(frozen=True)
+class MemberLoads:
+    """Expert loads of the members."""
+
+    members: tuple[ExpertLoad, ...]
+    local_experts: np.ndarray
+
+    def at(self, tokens: Size) -> RankLoad:
+        """Loads at ``tokens [members, batches]`` (or ``[members, 1]``): every distinct load is asked once."""
+        found = [np.empty(np.shape(tokens)) for _ in range(3)]
+        for load, rows in _alike(self.members, list(map(id, self.members))):
+            at = load.at(tokens[rows])
+            for whole, part in zip(found, (at.rows, at.hit, at.mean_rows), strict=True):
+                whole[rows] = part
+        return RankLoad(*found)
 
 
 @dataclass(frozen=True)
@@ -25,20 +62,89 @@ class Fleet(Deployment):
     is, too.
     """
 
-    step: FleetStep
+    size: int
 
     def at(self, kv_dtype: str, mtp_depth: int, pp: int) -> Fleet:
         """All members at one setting, for their memory; their prices need none."""
+        step = replace(self.step, sizes=replace(self.step.sizes, mtp_depth=mtp_depth, pp=pp))
         options, layout = replace(self.options, mtp_depth=mtp_depth), replace(self.layout, pp=pp)
-        step = copy.copy(self.step)
-        step.options, step.layout, step.stages = options, layout, stage_layers(len(step.table.layer_kinds), pp)
         quantization = replace(self.quantization, kv=kv_dtype)
         return replace(self, layout=layout, options=options, quantization=quantization, step=step)
+
+    def varied(self, kv_bytes: np.ndarray, mtp_depth: np.ndarray, dual: np.ndarray, pp: np.ndarray) -> Step:
+        """The step with, batch by batch, what rows do not depend on or only few of them."""
+        sizes = replace(self.step.sizes, kv_bytes=kv_bytes, mtp_depth=mtp_depth, dual=dual, pp=pp)
+        return replace(self.step, sizes=sizes)
 
 
 def fleet(members: Sequence[Deployment], memo: Memo) -> Fleet:
     """``members`` as one; they have the same table, rows (but for stages, that some may lack), options and engine."""
     prototype = max(members, key=lambda member: member.layout.pp)
-    step = FleetStep(prototype.step, [member.step for member in members], memo)
+    layouts, step = [member.layout for member in members], prototype.step
+    dp, ep, etp, ranks = (_column([getattr(one, n) for one in layouts]) for n in ("dp", "ep", "etp", "stage_ranks"))
+    # a fleet's layout holds columns where a layout holds numbers
+    layout = cast(Layout, Columns(prototype.layout.tp, prototype.layout.pp, dp, ep, etp, ranks))
+    loads = tuple(one.step.sizes.load for one in members if isinstance(one.step.sizes.load, ExpertLoad))
+    pricers = [one.step.pricer for one in members]
+    pricer = replace(
+        step.pricer, ep=ep, etp=etp,
+        distinct={name: _column([one.distinct[name] for one in pricers]) for name in step.pricer.distinct},
+        sources={name: _column([one.sources[name] for one in pricers]) for name in step.pricer.sources},
+    )
+    if loads:
+        memo = replace(memo, load=(dp.tobytes(), etp.tobytes(), *map(id, loads)), members=loads)
+    one = replace(
+        step, plan=_plan(step.plan, [member.step.plan for member in members]), pricer=pricer, memo=memo,
+        sizes=replace(step.sizes, dp=dp, etp=etp, load=_loads(loads)),
+    )
     known = {field.name: getattr(prototype, field.name) for field in fields(prototype)}
-    return Fleet(**{**known, "layout": step.layout, "step": step})
+    return Fleet(**{**known, "layout": layout, "step": one}, size=len(members))
+
+
+def _loads(loads: tuple[ExpertLoad, ...]) -> ExpertLoad | MemberLoads | None:
+    """Loads of the members; even ones are plain arithmetic, so one load with columns stands for all."""
+    if not loads:
+        return None
+    names = ("num_physical", "ranks", "local_experts")
+    columns: dict[str, Any] = {name: _column([getattr(one, name) for one in loads]) for name in names}
+    if all(one.busiest is None for one in loads):
+        return replace(loads[0], **columns)
+    return MemberLoads(loads, columns["local_experts"])
+
+
+def _plan(plan: Plan, members: Sequence[Plan]) -> Plan:
+    """The plan with collectives of all members, and what these dispatch as a column."""
+    rows = tuple(
+        _merged(row, [(*member.rows, row)[i] for member in members])  # no stages: never handed over
+        for i, row in enumerate(plan.rows)
+    )
+    sent: Any = _column([member.dispatch.activation_bytes for member in members])
+    return replace(plan, rows=rows, dispatch=replace(plan.dispatch, activation_bytes=sent))
+
+
+def _merged(row: Row, members: Sequence[Row]) -> Row:
+    """The row as a fleet has it: collectives of all members, those that lie alike together."""
+    if not isinstance(row, Collective):
+        return row
+    shared = [one for one in members if isinstance(one, Collective) and (one.op, one.label) == (row.op, row.label)]
+    assert len(shared) == len(members), "members of a fleet have the same rows"
+    first = shared[0]
+    if all((one.extent, one.scale) == (first.extent, first.scale) for one in shared) and not row.exchange:
+        return replace(first, module=row.module)
+    groups = tuple(
+        (where, replace(one, scale=_column([shared[i].scale for i in where])))
+        for one, where in _alike(shared, [(one.extent, *sorted(one.exchange.items())) for one in shared])
+    )
+    return Collectives(**vars(replace(first, module=row.module)), members=len(members), groups=groups)
+
+
+def _column(values: Sequence[float]) -> np.ndarray:
+    return np.array(values, dtype=float)[:, None]
+
+
+def _alike(items: Sequence[Item], keys: Sequence[Hashable]) -> list[tuple[Item, np.ndarray]]:
+    """The first item of every key, and where items of that key stand."""
+    where: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        where.setdefault(key, []).append(i)
+    return [(items[found[0]], np.array(found)) for found in where.values()]

@@ -44,7 +44,7 @@ def rows_of(deployment: Deployment, workload: Workload, watch: Watch | None) -> 
     from tensorcast.measure.replay import matched
 
     step = deployment.step
-    at = step.context(float(workload.batch), float(workload.input_len), float(workload.context))
+    at = step.sizes.context(float(workload.batch), float(workload.input_len), float(workload.context))
     ops = [row for row in step.plan.rows if not isinstance(row, Collective)]
     templates = matched(ops, watch(workload)) if watch is not None else [None] * len(ops)
     found: dict[tuple[Any, ...], Row] = {}

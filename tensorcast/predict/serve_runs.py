@@ -13,8 +13,8 @@ import numpy as np
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.step.batched_lookups import Asked, prices
 from tensorcast.deploy.step.sizes import GRID
+from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.errors import InputError
 from tensorcast.predict.run_columns import Run
 from tensorcast.profiles.engine import EngineProfile

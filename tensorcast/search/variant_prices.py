@@ -22,8 +22,8 @@ from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.moe_blocks import Whole
 from tensorcast.deploy.plan.plan import choose_all2all
 from tensorcast.deploy.plan.rank_tables import shared_form, traced_table
-from tensorcast.deploy.step.fleet_step import Memo
-from tensorcast.deploy.step.sizes import COARSE
+from tensorcast.deploy.step.asked_rows import Memo
+from tensorcast.deploy.step.sizes import COARSE, KV_BYTES
 from tensorcast.search.axes import LARGEST_BATCH
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import Scenario
@@ -35,7 +35,6 @@ _PLAIN: dict[str, Any] = {
     "kv_dtype": None, "all2all": "auto", "redundant_experts": 0, "external_shared_experts": 0,
     "dual_batch_overlap": False, "mtp_depth": 0,
 }  # fmt: skip
-KV_BYTES = {"bf16": 2.0, "fp8": 1.0}
 
 
 def _called(key: tuple[str, Layout, Options]) -> tuple[Layout, str, Options]:
@@ -96,7 +95,7 @@ class VariantPrices:
     scenario: Scenario
     variants: list[Variant]
     chunks: tuple[int, ...]
-    memo: Memo = field(default_factory=dict)
+    memo: Memo = field(default_factory=Memo)
     grid: Array = field(default_factory=lambda: COARSE[(COARSE >= 1) & (COARSE <= LARGEST_BATCH)])
 
     @cached_property
@@ -181,8 +180,8 @@ class VariantPrices:
         kv = [cache_dtype(decode, s.kv_dtype) for s in settings]
         bytes_each, depth = [KV_BYTES[name] for name in kv], [s.mtp_depth for s in settings]
         dual, pp = [s.dual_batch_overlap for s in settings], [s.pp for s in settings]
-        decode.step.vary(*(np.repeat(values, len(grid)) for values in (bytes_each, depth, dual, pp)))
-        price = decode.step.price(np.tile(grid, len(settings)), 1.0, load.context)
+        step = decode.varied(*(np.repeat(values, len(grid)) for values in (bytes_each, depth, dual, pp)))
+        price = step.price(np.tile(grid, len(settings)), 1.0, load.context)
         shape = (len(members), len(settings), len(grid))
         there = rows >= 0
         for name, values in decode_columns(price, decode).items():
@@ -216,8 +215,8 @@ class VariantPrices:
         dtypes, dual, pp = zip(*kinds, strict=True)
         kv = [cache_dtype(prefill, dtype) for dtype in dtypes]
         bytes_each, depth = [KV_BYTES[name] for name in kv], [0] * len(kinds)
-        prefill.step.vary(*(np.repeat(values, len(sizes)) for values in (bytes_each, depth, dual, pp)))
-        price = prefill.step.price(batch, new, past)
+        step = prefill.varied(*(np.repeat(values, len(sizes)) for values in (bytes_each, depth, dual, pp)))
+        price = step.price(batch, new, past)
         shares, experts = evidence_shares(price), expert_seconds(price)
         shape, there = (len(members), len(kinds), len(lines), 3), rows >= 0
         kind_of = [kinds.index((s.kv_dtype, s.dual_batch_overlap, s.pp)) for s in settings]
@@ -325,6 +324,6 @@ class VariantPrices:
             decode, member = self._fleets[number[mine[0]]], self._member_of[points.variant[mine]]
             memory = decode.memory(values[None, :], 1, int(self.scenario.load.context) - 1)
             for name in names:
-                whole = np.broadcast_to(getattr(memory, name), (decode.step.size, len(values)))
+                whole = np.broadcast_to(getattr(memory, name), (decode.size, len(values)))
                 found[name][mine] = whole[member, column]
         return found

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from tensorcast.cost.collectives import group_extent
 from tensorcast.cost.kernels.vocabulary import PRECISION, source_of
+from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import ALL2ALL, Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.moe_blocks import blocks_of
@@ -42,7 +43,7 @@ class Collective:
     group: str
     ranks: int
     extent: tuple[int, ...]
-    scale: float
+    scale: Size
     per: Literal["token", "sequence"] = "token"
     exchange: dict[str, Any] = field(default_factory=dict)
     label: str = ""

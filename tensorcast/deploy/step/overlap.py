@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from tensorcast.cost.contention import CONTENTION, Contention, beside, two_streams
+from tensorcast.cost.work import Size
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES, blocks_of, is_shared
 from tensorcast.deploy.plan.plan import Collective, Plan, Row
-from tensorcast.deploy.step.price import RowPrice, pick, total
+from tensorcast.deploy.step.price import RowPrice, Where, pick, seconds_of, total
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.trace.table import Op, OpTable
+from tensorcast.trace.table import OpTable
 
-Rows = Sequence[RowPrice]
-Parts = dict[str, list[RowPrice]]
-"""Rows of a layer by where they stand (see :func:`_place`)."""
+Hidden = tuple[Size, Size]
+"""Seconds that a layer hides, and how much of them is communication."""
 
 
+@dataclass(frozen=True)
 class Overlap:
     """Which rows of each kind of MoE layer may run at the same time, and how many seconds that hides.
 
@@ -28,55 +28,53 @@ class Overlap:
     * Dual-batch overlap: attention and experts of one half batch beside dispatch and combine of the other, the order
       of DeepSeek's published schedule: attention beside combine and dispatch, experts beside dispatch and combine.
     * Else, in small captured steps, a shared expert runs on a stream beside the exchange and the routed experts.
+
+    ``positions``: of the plan's rows, by layer kind and place (:func:`_place`).
     """
 
-    def __init__(
-        self, plan: Plan, table: OpTable, engine: EngineProfile, options: Options, captured: bool
-    ) -> None:
-        self.dual = options.dual_batch_overlap
-        self.external = options.external_shared_experts > 0
-        self.contention = CONTENTION.get(plan.all2all)
-        limit = engine.shared_expert_stream_tokens
-        self.stream_tokens = float(limit) if limit is not None and captured else 0.0
-        self._plan, self._table = plan, table
+    positions: dict[int, dict[str, list[int]]]
+    external: bool
+    contention: Contention | None
+    stream_tokens: float
 
-    @cached_property
-    def places(self) -> dict[int, dict[str, list[int]]]:
-        """Positions of the rows of each kind of MoE layer by where they stand (see :func:`_place`)."""
-        blocks = blocks_of(self._table.ops)
-        found: dict[int, dict[str, list[int]]] = {}
-        for i, row in enumerate(self._plan.rows):
+    @classmethod
+    def of(cls, plan: Plan, table: OpTable, engine: EngineProfile, options: Options, captured: bool) -> Overlap:
+        blocks = blocks_of(table.ops)
+        positions: dict[int, dict[str, list[int]]] = {}
+        for i, row in enumerate(plan.rows):
             if row.kind in blocks:
-                found.setdefault(row.kind, {}).setdefault(_place(row, blocks), []).append(i)
-        return found
+                positions.setdefault(row.kind, {}).setdefault(_place(row, blocks), []).append(i)
+        limit = engine.shared_expert_stream_tokens
+        tokens = float(limit) if limit is not None and captured else 0.0
+        return cls(positions, options.external_shared_experts > 0, CONTENTION.get(plan.all2all), tokens)
 
-    def hidden(self, rows: Rows, tokens: Any, at: Any = None) -> tuple[dict[int, Any], dict[int, Any]]:
-        """Seconds hidden per layer of each kind, over both half batches, and how much of them is communication.
+    def hidden(
+        self, rows: Sequence[RowPrice], tokens: Size, dual: bool | np.ndarray, at: Where
+    ) -> dict[int, Hidden]:
+        """What a layer of each kind hides over both half batches, where batches run as ``dual`` ones.
 
         ``rows`` are priced at ``tokens``; ``at``: which of these cases every batch is, None: they are the batches.
         """
-        hidden: dict[int, Any] = {}
-        communication: dict[int, Any] = {}
-        for kind, places in self.places.items():
+        hidden: dict[int, Hidden] = {}
+        for kind, places in self.positions.items():
             part = {name: [rows[i] for i in found] for name, found in places.items()}
-            hidden[kind], communication[kind] = self._layer(part, tokens, at)
-        return hidden, communication
+            halves = one = None
+            if self.contention is not None and np.any(dual):
+                halves = [pick(value, at) for value in self._two_halves(part, self.contention)]
+            if halves is None or not np.all(dual):
+                one = [pick(value, at) for value in self._one_batch(part, tokens)]
+            if halves is not None and one is not None:
+                halves = [np.where(dual, *pair) for pair in zip(halves, one, strict=True)]
+            saved, communication = halves or one or (0.0, 0.0)
+            hidden[kind] = saved, communication
+        return hidden
 
-    def _layer(self, part: Parts, tokens: Any, at: Any) -> tuple[Any, Any]:
-        if self.contention is None or not np.any(self.dual):
-            saved, communication = self._one_batch(part, tokens)
-            return pick(saved, at), pick(communication, at)
-        halves = [pick(value, at) for value in self._two_halves(part, self.contention)]
-        if not np.all(self.dual):
-            one = [pick(value, at) for value in self._one_batch(part, tokens)]
-            halves = [np.where(self.dual, *pair) for pair in zip(halves, one, strict=True)]
-        return halves[0], halves[1]
-
-    def _two_halves(self, part: Parts, contention: Contention) -> tuple[Any, Any]:
+    def _two_halves(self, part: dict[str, list[RowPrice]], contention: Contention) -> Hidden:
         """One half batch computes while the other communicates."""
-        shared, routed = _seconds(part.get("shared", [])), _seconds(part.get("experts", []))
-        dispatch, combine = _seconds(part.get("dispatch", [])), _seconds(part.get("combine", []))
-        attention, saved = _seconds(part.get("rest", [])), 0.0
+        attention, shared, routed, dispatch, combine = (
+            total(map(seconds_of, part.get(name, ()))) for name in ("rest", "shared", "experts", "dispatch", "combine")
+        )
+        saved: Size = 0.0
         if self.external:
             saved = np.minimum(shared, routed)
             routed = routed - saved + shared
@@ -87,18 +85,22 @@ class Overlap:
         overlapped = serial - sum(beside(compute, moved, contention) for compute, moved in pairs)
         return 2.0 * saved + overlapped, np.clip(overlapped, 0.0, 2.0 * (dispatch + combine))
 
-    def _one_batch(self, part: Parts, tokens: Any) -> tuple[Any, Any]:
+    def _one_batch(self, part: dict[str, list[RowPrice]], tokens: Size) -> Hidden:
         """Shared experts beside routed ones, on ranks or on a stream of their own."""
         shared, experts = part.get("shared", []), part.get("experts", [])
-        if self.external:
-            return np.minimum(_seconds(shared), _seconds(experts)), 0.0
-        if not shared or not self.stream_tokens:
+        if not shared or not (self.external or self.stream_tokens):
             return 0.0, 0.0
+        beside_s, experts_s = total(map(seconds_of, shared)), total(map(seconds_of, experts))
+        if self.external:
+            return np.minimum(beside_s, experts_s), 0.0
         moves = [*part.get("dispatch", []), *part.get("combine", [])]
-        main = [*experts, *moves]
-        both = two_streams(_seconds(main), _busy(main), _seconds(shared), _busy(shared))
-        saved = np.where(np.asarray(tokens) <= self.stream_tokens, _seconds(main) + _seconds(shared) - both, 0.0)[()]
-        return saved, np.minimum(saved, _seconds(moves))
+        moves_s = total(map(seconds_of, moves))
+        main_s, main_busy, busy = moves_s + experts_s, *(
+            total(row.busy_s for row in rows) for rows in ([*experts, *moves], shared)
+        )
+        both = two_streams(main_s, main_busy, beside_s, busy)
+        saved = np.where(np.asarray(tokens) <= self.stream_tokens, main_s + beside_s - both, 0.0)[()]
+        return saved, np.minimum(saved, moves_s)
 
 
 def _place(row: Row, blocks: dict[int, str]) -> str:
@@ -107,14 +109,6 @@ def _place(row: Row, blocks: dict[int, str]) -> str:
         if row.label in ("dispatch", "combine"):
             return row.label
         return "shared" if not row.label and is_shared(row.module, row.kind, blocks) else "rest"
-    if isinstance(row, Op) and row.stage in EXPERT_STAGES:
+    if row.stage in EXPERT_STAGES:
         return "experts"
     return "shared" if is_shared(row.module, row.kind, blocks) else "rest"
-
-
-def _seconds(rows: Rows) -> Any:
-    return total(row.seconds for row in rows)
-
-
-def _busy(rows: Rows) -> Any:
-    return total(row.busy_s for row in rows)

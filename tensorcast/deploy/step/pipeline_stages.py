@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import stage_layers
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.price import total
@@ -29,9 +30,9 @@ def place_of(row: Row) -> int:
 class Stage(NamedTuple):
     """A pipeline stage: how often it runs the rows of each place (a layer's kind, or a place outside the layers)."""
 
-    calls: tuple[tuple[int, Any], ...]
+    calls: tuple[tuple[int, Size], ...]
 
-    def of(self, per_place: dict[int, Any]) -> Any:
+    def of(self, per_place: dict[int, Size]) -> Size:
         """Seconds per place, summed over the stage."""
         return total(calls * per_place[place] for place, calls in self.calls if place in per_place)
 
@@ -47,8 +48,10 @@ def stages_of(layer_kinds: Sequence[int], pp: int) -> list[Stage]:
     return list(dict.fromkeys(found))
 
 
-def stages_of_each(layer_kinds: Sequence[int], pp: np.ndarray) -> list[Stage]:
+def stages_of_each(layer_kinds: Sequence[int], pp: int | np.ndarray) -> list[Stage]:
     """:func:`stages_of` every entry of ``pp`` in arrays; an entry with fewer stages than others has its first again."""
+    if not isinstance(pp, np.ndarray):
+        return stages_of(layer_kinds, pp)
     sizes, where = np.unique(pp, return_inverse=True)
     pipelines = [[dict(stage.calls) for stage in stages_of(layer_kinds, int(size))] for size in sizes]
     most = max(map(len, pipelines))

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tensorcast.cost.evidence import LEVELS
-from tensorcast.cost.roofline import Timing, peak_flops
-from tensorcast.cost.work import Work
+from tensorcast.cost.roofline import peak_flops
+from tensorcast.cost.row_seconds import Call
+from tensorcast.cost.work import Size
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.profiles.device import DeviceProfile
 
 PARTS = ("compute", "memory", "network", "latency")
 """What the seconds of a row are spent on."""
 
+Where = np.ndarray | int | None
+"""Entries of the last axis; None: all of them, as they are."""
+
 
 class Spending(NamedTuple):
     """What one call of a row moves and computes; ``parts`` splits its seconds by what bounds them (:data:`PARTS`)."""
 
-    flops: Any = 0.0
-    bytes: Any = 0.0
-    wire_bytes: Any = 0.0
-    ideal_compute_s: Any = 0.0
-    parts: dict[str, Any] = dict.fromkeys(PARTS, 0.0)
+    flops: Size = 0.0
+    bytes: Size = 0.0
+    wire_bytes: Size = 0.0
+    ideal_compute_s: Size = 0.0
+    parts: dict[str, Size] = dict.fromkeys(PARTS, 0.0)
 
-    def each(self, change: Callable[[Any], Any]) -> Spending:
+    def each(self, change: Callable[[Size], Size]) -> Spending:
         """The same with every number changed."""
         flops, moved, wire, ideal_s = map(change, self[:4])
         return Spending(flops, moved, wire, ideal_s, {name: change(value) for name, value in self.parts.items()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowPrice:
     """One call of one row; numbers are floats or arrays.
 
@@ -45,11 +49,11 @@ class RowPrice:
     """
 
     row: Row
-    seconds: Any
-    waits_s: Any
+    seconds: Size
+    waits_s: Size
     family: str
-    level: Any
-    error: Any
+    level: int | np.ndarray
+    error: Size
     spend: Callable[[], Spending]
     has_formula: bool = True
     detail: str = ""
@@ -59,40 +63,42 @@ class RowPrice:
         return self.spend()
 
     @property
-    def flops(self) -> Any:
+    def flops(self) -> Size:
         return self.spending.flops
 
     @property
-    def bytes(self) -> Any:
+    def bytes(self) -> Size:
         return self.spending.bytes
 
     @property
-    def wire_bytes(self) -> Any:
+    def wire_bytes(self) -> Size:
         return self.spending.wire_bytes
 
     @property
-    def ideal_compute_s(self) -> Any:
+    def ideal_compute_s(self) -> Size:
         return self.spending.ideal_compute_s
 
     @property
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Size]:
         return self.spending.parts
 
     @property
-    def evidence(self) -> Any:
+    def evidence(self) -> str | np.ndarray:
         """``measured``, ``calibrated`` or ``datasheet``; an array of these where calls differ."""
         level = one_level(self.level)
-        return np.array(LEVELS)[level] if np.ndim(level) else LEVELS[level]
+        return np.array(LEVELS)[level] if isinstance(level, np.ndarray) else LEVELS[level]
 
-    def at(self, where: Any) -> RowPrice:
+    def at(self, where: Where) -> RowPrice:
         """The price at some of the batches."""
-        return RowPrice(
-            self.row, pick(self.seconds, where), pick(self.waits_s, where), self.family,
-            pick(self.level, where), pick(self.error, where),
-            lambda: self.spending.each(lambda value: pick(value, where)), self.has_formula, self.detail,
+        if where is None:
+            return self
+        return replace(
+            self, seconds=pick(self.seconds, where), waits_s=pick(self.waits_s, where),
+            level=one_level(pick(self.level, where)), error=pick(self.error, where),
+            spend=lambda: self.spending.each(lambda value: pick(value, where)),
         )  # fmt: skip
 
-    def times(self, count: Any) -> RowPrice:
+    def times(self, count: Size) -> RowPrice:
         """The price of ``count`` such calls."""
         return replace(
             self, seconds=self.seconds * count, waits_s=self.waits_s * count,
@@ -100,24 +106,15 @@ class RowPrice:
         )  # fmt: skip
 
     @property
-    def busy_s(self) -> Any:
+    def busy_s(self) -> Size:
         """Seconds in which the row keeps the device's arithmetic or memory busy."""
         return self.seconds - self.waits_s
 
 
-class Call(NamedTuple):
-    """A kernel of a row: its work and time before correction, the factor that corrects it, seconds of launching."""
-
-    work: Work
-    timing: Timing
-    factor: Any
-    launch_s: Any
-
-
-def spending_of(calls: list[Call], device: DeviceProfile) -> Spending:
+def spending_of(calls: Sequence[Call], device: DeviceProfile) -> Spending:
     """What the kernels of a row compute and move, and what bounds them."""
 
-    def of_all(of: Callable[[Call], Any]) -> Any:
+    def of_all(of: Callable[[Call], Size]) -> Size:
         return sum((of(call) * call.work.calls for call in calls), 0.0)
 
     return Spending(
@@ -132,6 +129,28 @@ def spending_of(calls: list[Call], device: DeviceProfile) -> Spending:
     )  # fmt: skip
 
 
+def joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]) -> RowPrice:
+    """One price of this shape from those of parts of the first axis."""
+
+    def gather(values: Iterable[Size]) -> np.ndarray:
+        whole = np.empty(shape)
+        for (part, _), value in zip(found, values, strict=True):
+            whole[part] = value
+        return whole
+
+    def spend() -> Spending:
+        each = [price.spending for _, price in found]
+        flops, moved, wire, ideal_s = (gather(one[i] for one in each) for i in range(4))
+        return Spending(flops, moved, wire, ideal_s, {n: gather(one.parts[n] for one in each) for n in PARTS})
+
+    prices = [price for _, price in found]
+    seconds, waits, error, level = (
+        gather(getattr(price, name) for price in prices) for name in ("seconds", "waits_s", "error", "level")
+    )
+    levels = one_level(level.astype(np.int8))
+    return replace(prices[0], seconds=seconds, waits_s=waits, error=error, level=levels, spend=spend)
+
+
 class Part(NamedTuple):
     """Rows of a step that run equally often up to their ``calls``: each ``calls * times``, where ``times`` may hang on
     the batch. Where batches have sizes in common, rows are priced once for each case, and ``at`` is every batch's case.
@@ -139,20 +158,20 @@ class Part(NamedTuple):
 
     rows: tuple[RowPrice, ...]
     calls: tuple[int, ...]
-    times: Any = 1
-    at: Any = None
+    times: Size = 1
+    at: Where = None
 
-    def sum(self, of: Callable[[RowPrice], Any], wanted: Callable[[RowPrice], bool] = lambda row: True) -> Any:
+    def sum(self, of: Callable[[RowPrice], Size], wanted: Callable[[RowPrice], bool] | None = None) -> Size:
         """As :meth:`StepPrice.sum`."""
-        found: dict[int, list[Any]] = {}  # by calls, so that few arrays are multiplied
+        found: dict[int, list[Size]] = {}  # by calls, so that few arrays are multiplied
         for row, calls in zip(self.rows, self.calls, strict=True):
-            if calls and wanted(row):
+            if calls and (wanted is None or wanted(row)):
                 found.setdefault(calls, []).append(of(row))
         every = total(total(values) * calls for calls, values in found.items())
         return pick(every, self.at) * self.times if found else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepPrice:
     """A step: its rows' prices and the time of the slowest pipeline stage, of the whole step, and of its overheads.
 
@@ -160,53 +179,50 @@ class StepPrice:
     """
 
     parts: tuple[Part, ...]
-    seconds: Any
-    overhead_s: Any
+    seconds: Size
+    overhead_s: Size
     overhead_error_s: float
-    micro_batches: Any
-    hidden_s: Any = 0.0
-    hidden_comm_s: Any = 0.0
+    micro_batches: Size
+    hidden_s: Size = 0.0
+    hidden_comm_s: Size = 0.0
 
-    @property
+    @cached_property
     def rows(self) -> tuple[RowPrice, ...]:
-        return tuple(row for part in self.parts for row in part.rows)
+        """Every row's price at every batch."""
+        return tuple(row.at(part.at) for part in self.parts for row in part.rows)
 
     @property
-    def counts(self) -> tuple[Any, ...]:
+    def counts(self) -> tuple[Size, ...]:
         """How often each of the rows runs in one pass over all stages."""
         return tuple(calls * part.times for part in self.parts for calls in part.calls)
 
-    def sum(self, of: Callable[[RowPrice], Any], wanted: Callable[[RowPrice], bool] = lambda row: True) -> Any:
+    def sum(self, of: Callable[[RowPrice], Size], wanted: Callable[[RowPrice], bool] | None = None) -> Size:
         """``of`` each row that is ``wanted``, over all its calls in one pass over all stages."""
         return total(part.sum(of, wanted) for part in self.parts)
 
     @cached_property
-    def error(self) -> Any:
+    def error(self) -> Size:
         """Median relative error of the sum: errors of one family move together, families and overhead independently."""
-        families = dict.fromkeys(row.family for row in self.rows)
+        families = dict.fromkeys(row.family for part in self.parts for row in part.rows)
         errors = [self.sum(lambda p: p.seconds * p.error, lambda p: p.family == family) for family in families]  # noqa: B023
         squares = total(map(np.square, errors)) + self.overhead_error_s**2
         return np.sqrt(squares) / np.maximum(self.sum(seconds_of) + self.overhead_s, 1e-30)
 
     @cached_property
-    def exposed_comm_s(self) -> Any:
+    def exposed_comm_s(self) -> Size:
         """Communication that the step waits for."""
         return self.sum(seconds_of, lambda p: isinstance(p.row, Collective)) - self.hidden_comm_s
 
 
-def total(values: Iterable[Any]) -> Any:
+def total(values: Iterable[Size]) -> Size:
     """The sum; numbers and narrow arrays first, so that few additions are over whole fleets."""
-    return sum(sorted(values, key=_axes), 0.0)
-
-
-def _axes(value: Any) -> int:
-    return getattr(value, "ndim", 0)
+    return sum(sorted(values, key=np.ndim), 0.0)
 
 
 seconds_of = attrgetter("seconds")
 
 
-def one_level(levels: Any) -> Any:
+def one_level(levels: int | np.ndarray) -> int | np.ndarray:
     """Levels as one number where they are all the same."""
     if isinstance(levels, int):
         return levels
@@ -215,7 +231,7 @@ def one_level(levels: Any) -> Any:
     return levels if levels.size > 1 and (levels != first).any() else int(first)
 
 
-def pick(value: Any, where: Any) -> Any:
+def pick(value: Size, where: Where) -> Size:
     """Entries ``where`` of the last axis; numbers as they are."""
     if where is None or not isinstance(value, np.ndarray) or value.ndim == 0 or value.shape[-1] == 1:
         return value

@@ -1,22 +1,203 @@
-"""One row: kernel or collective, with its fitted correction."""
+"""One row: kernel or collective, with its fitted correction.
+
+Rows are asked first and priced then: in between, the kernels' fitted models answer for all of them at once.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
 
-from tensorcast.trace.table import Op
+import numpy as np
 
-_numbers: dict[tuple[Any, ...], int] = {}
-
-
-def content_of(op: Op) -> int:
-    """A number for all that an op's price depends on, beside the sizes: equal ops of any layer or table share it."""
-    tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
-    changes = sorted((name, str(value)) for name, value in op.attrs.items())
-    key = (op.name, *map(tuple, tensors), tuple(changes))
-    return _numbers.setdefault(key, len(_numbers))
-
+from tensorcast.cost.collectives import collective_time
+from tensorcast.cost.evidence import LEVELS, Evidence
+from tensorcast.cost.formulas import Context, has_formula, work_of
+from tensorcast.cost.kernels.corrections import BatchedCorrections, Correction, Corrections, PendingCorrection
+from tensorcast.cost.roofline import constants_for
+from tensorcast.cost.row_seconds import RowSeconds, row_seconds
+from tensorcast.cost.work import Size, Work
+from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES
+from tensorcast.deploy.plan.plan import Collective
+from tensorcast.deploy.step.price import RowPrice, Spending, one_level, spending_of
+from tensorcast.profiles.device import DeviceProfile, KernelConstants
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.trace.table import Op, OpTable, per_table
 
 EXCHANGE_SMS = 20.0
 """Processors that DeepEP's two-stage kernels take by default (github.com/deepseek-ai/DeepEP at 189df34,
 deep_ep/buffers/legacy.py, ``Buffer.num_sms``)."""
+
+Asked = Corrections | BatchedCorrections
+"""Who answers what fitted models make of a kernel: at once, or when all have been asked."""
+
+Pending = Callable[[], RowPrice]
+"""The price of a row that has asked for its corrections; call it when they are there."""
+
+Known = Correction | PendingCorrection | None
+
+
+class Content(NamedTuple):
+    """``number``: for all that an op's price depends on beside the sizes; equal ops of any layer or table share it.
+
+    ``routed``: whether the sizes depend on how tokens fall on experts, and so on the layout.
+    """
+
+    number: int
+    routed: bool
+
+
+_numbers: dict[tuple[object, ...], int] = {}
+
+
+def content_of(op: Op, known: dict[int, tuple[Op, Content]]) -> Content:
+    """What an op is priced by. ``known``: what was found for ops of its table (:func:`contents`)."""
+    if id(op) not in known:
+        tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
+        changes = sorted((name, str(value)) for name, value in op.attrs.items())
+        key = (op.name, op.stage, *map(tuple, tensors), tuple(changes))
+        dims = [dim for tensor in (*op.inputs, *op.outputs) for dim in tensor.dims]
+        routed = op.stage in EXPERT_STAGES or any(dim.R or dim.E or dim.X for dim in dims)
+        known[id(op)] = op, Content(_numbers.setdefault(key, len(_numbers)), routed)
+    return known[id(op)][1]
+
+
+@per_table
+def contents(table: OpTable) -> dict[int, tuple[Op, Content]]:
+    """Contents by identity; a table's plans share most of their rows."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPricer:
+    """Prices of rows on a device under an engine.
+
+    ``distinct``: nodes and ranks that a token's copies go to, on average; with ``sources`` and sizes of the layout, a
+    column ``[members, 1]`` where several deployments are priced as one. ``graph_tokens``: tokens of the largest step
+    that is replayed from a graph.
+    """
+
+    table: OpTable
+    device: DeviceProfile
+    engine: EngineProfile
+    corrections: Corrections
+    graph_tokens: float
+    tp: int
+    ep: Size
+    etp: Size
+    gated: float
+    balanced: bool
+    sources: Mapping[str, Size]
+    """Whose experts' kernels run, by dtype; hangs on the spread of experts."""
+    distinct: Mapping[str, Size]
+    constants: dict[tuple[str, ...], tuple[KernelConstants, Evidence]] = field(default_factory=dict)
+
+    def kernels(self, op: Op, at: Context, asked: Asked) -> Pending:
+        """Ask for the corrections of an op's kernels."""
+        return partial(self._kernels, op, at, list(self._works(op, at, asked)))
+
+    def seconds(self, op: Op, at: Context) -> RowSeconds:
+        """Seconds of an op by itself."""
+        return self._seconds(op, at, list(self._works(op, at, self.corrections)))
+
+    def _kernels(self, op: Op, at: Context, works: list[tuple[Work, Known]]) -> RowPrice:
+        took = self._seconds(op, at, works)
+        return RowPrice(
+            row=op, seconds=took.seconds, waits_s=took.waits_s, family=took.family, level=one_level(took.level),
+            error=took.error, spend=partial(spending_of, took.calls, self.device), has_formula=has_formula(op),
+        )
+
+    def _seconds(self, op: Op, at: Context, works: list[tuple[Work, Known]]) -> RowSeconds:
+        alone: Size = 1.0  # or part of the all-reduce's kernel before it
+        if "joined_tokens" in op.attrs:
+            alone = np.where(np.asarray(at.sizes.tokens) > op.attrs["joined_tokens"], 1.0, 0.0)[()]
+
+        def launched(kernel_s: Size, launch_s: Size) -> Size:
+            return (launch_s + self._gap(kernel_s, launch_s, at)) * alone
+
+        return row_seconds(works, self.device, self._constants, launched)
+
+    def _constants(self, work: Work, corrected: str | None) -> tuple[KernelConstants, Evidence]:
+        key = work.family, work.dtype, corrected or self.engine.name, work.kernel
+        if key not in self.constants:
+            self.constants[key] = constants_for(self.device, *key)
+        return self.constants[key]
+
+    def _gap(self, kernel_s: Size, launch_s: Size, at: Context) -> Size:
+        """What launching adds beyond ``launch_s``, which kernel times measured in graph replay already hold.
+
+        Inside a captured graph: what the gap exceeds it by. Launched one by one: the wait for the host.
+        """
+        replayed = np.maximum(float(self.engine.graph_launch_gap_s) - launch_s, 0.0)
+        if self.graph_tokens == math.inf:
+            return replayed
+        waited = np.maximum(float(self.engine.eager_launch_gap_s) - kernel_s, 0.0)
+        if not self.graph_tokens:
+            return waited
+        return np.where(np.asarray(at.sizes.tokens) <= self.graph_tokens, replayed, waited)[()]
+
+    def _works(self, op: Op, at: Context, asked: Asked) -> Iterator[tuple[Work, Known]]:
+        """The row's kernels, each with what the device's fitted model makes of its formula."""
+        if op.name != "grouped_matmul" or at.backend in ("eager", "batched_mm"):
+            variant = "absorb" if op.name == "mla_absorb" else ""
+            yield from ((work, asked.of(work, variant)) for work in work_of(op, at))
+            return
+        (work,) = work_of(op, at)
+        if at.backend == "masked" and not at.masked_skips:
+            yield work, None
+            return
+        known = asked.at(work.family, work.dtype, at.backend, self._expert_sizes(work, at))
+        if known is not None and known.variant == at.backend:  # a kernel of that layout was fitted over plain tiles
+            (work,) = work_of(op, replace(at, backend="grouped_mm"))
+        yield work, known
+
+    def _expert_sizes(self, work: Work, at: Context) -> dict[str, Size]:
+        """The experts' whole feed-forward network as models know it: up, activation and down in one."""
+        facts = self.table.facts
+        return {
+            "tokens": at.capacity, "hidden": facts.moe_hidden_size, "inter": facts.moe_intermediate_size,
+            "topk": facts.top_k, "experts": facts.num_experts, "slots": at.sizes.E * self.ep,
+            "moe_tp": self.etp, "moe_ep": self.ep, "gated": self.gated,
+            "source": self.sources.get(work.dtype, 0.0),  # whose kernels run
+            "skew": 0.0 if self.balanced else -1.0, **work.sizes,
+        }
+
+    def collective(self, row: Collective, at: Context, asked: Asked) -> Pending:
+        """Ask for what the device's fitted model makes of a collective on its innermost links, or of an exchange."""
+        units = at.sizes.tokens if row.per == "token" else at.sizes.B
+        known: Known = None
+        if row.exchange.get("kind") in ("low_latency", "high_throughput"):
+            facts, copies = self.table.facts, row.exchange["copies"]
+            hidden = float(facts.moe_hidden_size)
+            sizes = {
+                "tokens": units / self.tp, "hidden": hidden, "topk": copies, "experts": facts.num_experts,
+                "ranks": row.ranks, "nodes": -(-row.ranks // self.device.interconnect[0].size),
+                "copy_bytes": row.scale * self.tp / copies / hidden, "sms": EXCHANGE_SMS,
+            }
+            known = asked.at("moe_exchange", "any", f"{row.exchange['kind']}:{row.exchange['phase']}", sizes)
+        elif not row.exchange and len(row.extent) == 1:
+            sizes = {"ranks": row.ranks, "payload_bytes": row.scale * units}
+            known = asked.at(row.op, "any", "custom" if row.op == "all_reduce" else "nccl", sizes)
+        return partial(self._collective, row, at, row.scale * units, known)
+
+    def _collective(self, row: Collective, at: Context, payload: Size, known: Known) -> RowPrice:
+        options = dict(row.exchange)
+        if options.get("kind") == "high_throughput":
+            options |= {"distinct_nodes": self.distinct["nodes"], "distinct_ranks": self.distinct["ranks"]}
+        engine = known.engine if known is not None else self.engine.name
+        time = collective_time(row.op, payload, row.extent, self.device, engine=engine, **options)
+        kernel_s = time.seconds if known is None else time.seconds * known.factor
+        tier = next(t for t in self.device.interconnect if t.name == time.tier)
+        on_wire = time.wire_bytes / float(tier.bandwidth_bytes_per_s)
+        seconds = kernel_s + self._gap(kernel_s, kernel_s, at)
+        parts = {"compute": 0.0, "memory": 0.0, "network": on_wire, "latency": np.maximum(seconds - on_wire, 0.0)}
+        spending = Spending(wire_bytes=time.wire_bytes, parts=parts)
+        algorithm = time.algorithm if isinstance(time.algorithm, str) else str(np.ravel(time.algorithm)[0])
+        level, error = (LEVELS.index(time.evidence), time.error) if known is None else (known.level, known.error)
+        return RowPrice(
+            row=row, seconds=seconds, waits_s=on_wire + parts["latency"], family=row.op, level=one_level(level),
+            error=error, spend=lambda: spending, detail=f"{row.group}{row.ranks} {time.tier} {algorithm}",
+        )

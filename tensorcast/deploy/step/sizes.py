@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from tensorcast.cost.formulas import Context
+from tensorcast.cost.routing import RankLoad
+from tensorcast.cost.work import Size
+from tensorcast.deploy.step.price import Where, pick
+from tensorcast.trace.dims import Sizes
 
 
 def _batches(per_octave: Callable[[int], int]) -> np.ndarray:
@@ -24,22 +29,148 @@ COARSE = _batches(lambda k: 8 if 0 <= k < 13 else 4)
 """Those of :data:`GRID` at which every variant of a search is priced."""
 
 
-class _Sizes(NamedTuple):
-    """What rows are priced at: the step's context, and how many chunks of which context pass the experts."""
+KV_BYTES = {"bf16": 2.0, "fp8": 1.0}
+"""Bytes of a cached number, by dtype."""
 
-    whole: Context
-    chunks: tuple[Any, Context]
+
+class Loads(Protocol):
+    """How tokens fall on experts, of one layout or of several."""
+
+    @property
+    def local_experts(self) -> Size:
+        """Experts on the fullest rank."""
+
+    def at(self, tokens: Size) -> RankLoad:
+        """The busiest rank's load when ``tokens`` tokens in all are routed."""
 
 
 class Batches(NamedTuple):
     """Micro-batches, and what the rows of one of them (or of half of it) are priced at.
 
-    ``drafts``: what drafting is priced at, if the step drafts. Where batches have sizes in common, ``rows`` holds each
-    case once; ``own_at`` and ``draft_at`` say at which of them every batch runs and drafts.
+    ``whole``: of all rows but those inside the experts, which tokens pass in so many ``chunks`` of ``chunk``. Every
+    case is there once: ``own`` says at which case each batch runs (None: they are the cases), ``draft`` at which it
+    drafts, if the step drafts.
     """
 
-    micro: Any
-    rows: _Sizes
-    drafts: _Sizes | None = None
-    own_at: Any = None
-    draft_at: Any = None
+    micro: Size
+    whole: Context
+    chunks: Size
+    chunk: Context
+    own: Where
+    draft: Where
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """From a batch to what a step's rows are priced at.
+
+    Numbers, or arrays: columns ``[members, 1]`` of ``dp``, ``etp`` and the load where several deployments are priced
+    as one; one entry per batch of ``pp``, ``kv_bytes``, ``mtp_depth`` and ``dual``.
+    """
+
+    decode: bool
+    dp: Size
+    etp: Size
+    pp: Size
+    kv_bytes: Size
+    mtp_depth: Size
+    dual: bool | np.ndarray
+    """Whether a batch runs as two halves (dual-batch overlap)."""
+    load: Loads | None
+    chunk_tokens: int
+    backend: str
+    has_fp4: bool
+    masked_skips: bool
+
+    @property
+    def halves(self) -> Size:
+        """Parts that a batch runs in."""
+        return 1 + self.dual
+
+    def batches(self, batch: Size, new: Size, past: Size) -> Batches:
+        """What to price for ``batch`` sequences per data-parallel rank, ``new`` tokens each after ``past`` cached."""
+        micro: Size = 1
+        if np.any(np.greater(self.pp, 1)):
+            # of each candidate by itself: its price must not depend on what is priced beside it
+            micro = np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, self.pp)
+        whole = np.asarray(batch, dtype=float) / micro
+        asked = [(whole / self.halves, new, past, self._verify, self.kv_bytes)]
+        if self.decode and np.any(self.mtp_depth):
+            asked.append((whole, 1.0, past, 1.0, self.kv_bytes))
+        columns, (own, *draft) = _cases(asked)
+        context = part = self.context(*columns)
+        chunks: Size = 1.0
+        if self.chunk_tokens:
+            chunks = np.maximum(np.ceil(np.asarray(context.sizes.tokens) / self.chunk_tokens), 1.0)
+            sizes = replace(context.sizes, B=context.sizes.B / chunks)
+            part = self._loaded(replace(context, sizes=sizes), context.sizes.tokens / chunks)
+        return Batches(micro, context, chunks, part, own, draft[0] if draft else None)
+
+    @property
+    def _verify(self) -> Size:
+        """Tokens of each sequence that a step checks: the last one and drafted ones."""
+        return 1.0 + self.mtp_depth if self.decode else 1.0
+
+    def context(
+        self, batch: Size, new: Size, past: Size, verify: Size | None = None, kv_bytes: Size | None = None
+    ) -> Context:
+        """What formulas may ask at these sizes; ``verify`` and ``kv_bytes`` are the step's own unless given."""
+        verify = self._verify if verify is None else verify
+        sizes = Sizes(B=batch * verify, S=new, P=past, E=0.0, X=1.0 / self.etp)
+        known = Context(
+            sizes, decode=self.decode, kv_bytes=self.kv_bytes if kv_bytes is None else kv_bytes, has_fp4=self.has_fp4,
+            backend=self.backend, masked_skips=self.masked_skips, verify=verify,
+        )
+        return self._loaded(known, sizes.tokens)
+
+    def _loaded(self, context: Context, tokens: Size) -> Context:
+        """``context`` with the expert load of ``tokens`` tokens per data-parallel rank."""
+        if self.load is None:
+            return context
+        every = tokens * self.dp
+        load = self.load.at(every)
+        sizes = replace(context.sizes, R=load.rows, E=1.0 * self.load.local_experts)
+        return replace(context, sizes=sizes, hit=load.hit, capacity=every)
+
+
+def _cases(asked: Sequence[tuple[Size, ...]]) -> tuple[list[Size], Sequence[Where]]:
+    """Sizes side by side on the last axis, and where those of each of ``asked`` stand.
+
+    Of plain lists of batches every case is there once: parts of many batches, and what they draft, are of the same
+    sizes. Whatever broadcasts (more axes) is left as it is.
+    """
+    axes = max(np.ndim(value) for sizes in asked for value in sizes)
+    width = max((np.shape(value)[-1] for sizes in asked for value in sizes if np.ndim(value)), default=1)
+    columns = [_side_by_side(values, width) for values in zip(*asked, strict=True)]
+    if not axes:
+        return columns, range(len(asked))
+    where = np.arange(width * len(asked))
+    if axes == 1:
+        first, cases = distinct(columns)
+        if len(first) < len(cases):
+            columns, where = [pick(value, first) for value in columns], cases
+        elif len(asked) == 1:
+            return columns, [None]
+    elif len(asked) == 1:
+        return columns, [None]
+    return columns, np.split(where, len(asked))
+
+
+def _side_by_side(values: Sequence[Size], width: int) -> Size:
+    """One after another, each as wide as all batches; as it is where all are the same number or column."""
+    first = values[0]
+    same = all(value is first for value in values) or (not any(map(np.ndim, values)) and len(set(values)) == 1)
+    if len(values) == 1 or (same and (np.ndim(first) == 0 or np.shape(first)[-1] == 1)):
+        return first
+    return np.concatenate([np.broadcast_to(value, (*np.shape(value)[:-1], width)) for value in values], axis=-1)
+
+
+def distinct(columns: Sequence[Size]) -> tuple[np.ndarray, np.ndarray]:
+    """Where every combination of the columns' values first stands, and which combination every entry is."""
+    code = np.zeros(1, dtype=int)
+    for values in columns:
+        if np.ndim(values):
+            found, where = np.unique(values, return_inverse=True)
+            code = code * len(found) + where
+    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+    return first, inverse

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tensorcast.deploy.layout import stage_layers
+
 if TYPE_CHECKING:
     from tensorcast.deploy.result import Simulation
 
@@ -28,7 +30,8 @@ def calls(run: Simulation) -> list[Call]:
 
     With pipeline stages this is one micro-batch on its way through all of them.
     """
-    kinds, stages = run.deployment.step.table.layer_kinds, run.deployment.step.stages
+    kinds = run.deployment.step.table.layer_kinds
+    stages = stage_layers(len(kinds), run.deployment.layout.pp)
     ends = {stage.stop for stage in stages[:-1]}
     rows = [(record["kind"], record) for record in run.records()]
     layers: dict[int, list[dict[str, Any]]] = defaultdict(list)

@@ -1,0 +1,172 @@
+"""Rows of a step at one load: equal ones are asked and priced once, and remembered where a memo is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+
+import numpy as np
+
+from tensorcast.cost.formulas import Context
+from tensorcast.deploy.plan.plan import Collective, Row
+from tensorcast.deploy.step.price import RowPrice, Where, joined, pick
+from tensorcast.deploy.step.row_prices import Asked, Content, Pending, RowPricer, content_of, contents
+from tensorcast.deploy.step.sizes import distinct
+from tensorcast.trace.dims import Sizes
+from tensorcast.trace.table import Op
+
+RECENT = 16
+"""Loads and sizes whose routed rows are remembered: prefill, decode and drafts of the last few fleets."""
+
+READS_CACHE = ("attention", "kv_cache_write", "kv_cache_read", "sparse_indexer")
+"""Ops whose kernels or traffic depend on the cache's dtype."""
+
+Prices = dict[Hashable, RowPrice]
+"""Prices at one load, by what rows do."""
+
+
+@dataclass
+class Memo:
+    """Prices of rows by the sizes they were priced at; shared by the fleets of one model, device and engine.
+
+    ``load`` tells the expert load of a fleet from that of others, by its ``members``' too, which are kept alive, so
+    that their ids stay their own.
+    """
+
+    plain: dict[Hashable, Prices] = field(default_factory=dict)
+    routed: dict[Hashable, tuple[object, Prices]] = field(default_factory=dict)
+    """Of rows that depend on the expert load; large, so only those at the last few loads are kept: fleets that differ
+    in their shared experts follow each other."""
+    load: tuple[Hashable, ...] = ()
+    members: tuple[object, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collectives(Collective):
+    """One row's collective of every member of a fleet; what they share is in the fields of the first.
+
+    ``groups``: members that lie alike, by position, with the bytes of each as a column.
+    """
+
+    members: int
+    groups: tuple[tuple[np.ndarray, Collective], ...]
+
+
+class AskedRows:
+    """Prices of rows at one context: first each row asks for its corrections, then, when they are there, its price."""
+
+    def __init__(self, pricer: RowPricer, at: Context, asked: Asked, memo: Memo) -> None:
+        self._pricer, self._at, self._asked, self._memo = pricer, at, asked, memo
+        numbers = (at.sizes.B, at.sizes.S, at.sizes.P, at.verify, at.kv_bytes)
+        shapes = (np.asarray(number, dtype=float) for number in numbers)
+        self._key = (pricer.table.phase, pricer.graph_tokens, *((value.shape, value.tobytes()) for value in shapes))
+        self._plain = memo.plain.setdefault(self._key, {})
+        self._here: Prices = {}  # not to be remembered: what differs between members
+        self._pending: dict[Hashable, Pending] = {}
+        self._by_dtype: dict[tuple[float, bool], AskedRows] = {}
+        self._contents = contents(pricer.table)
+
+    def ask(self, row: Row) -> None:
+        """Ask for the corrections of a row, unless its price is known or an equal one has asked."""
+        name, prices = self._name(row)
+        if name not in prices and name not in self._pending:
+            self._pending[name] = self._collective(row) if isinstance(row, Collective) else self._op(row)
+
+    def price(self, row: Row) -> RowPrice:
+        """The price of a row that has asked."""
+        name, prices = self._name(row)
+        if name not in prices:
+            prices[name] = self._pending.pop(name)()
+        found = prices[name]
+        return found if found.row is row else replace(found, row=row)
+
+    def _name(self, row: Row) -> tuple[Hashable, Prices]:
+        """What is equal for rows of one price, and where that is remembered."""
+        if not isinstance(row, Collective):
+            content = self._content(row)
+            return content.number, self._routed if content.routed else self._plain
+        if isinstance(row, Collectives):
+            return id(row), self._here
+        name = (row.op, row.group, row.ranks, row.extent, row.scale, row.per, *sorted(row.exchange.items()))
+        return name, self._here if row.exchange else self._plain
+
+    @cached_property
+    def _routed(self) -> Prices:
+        """Prices of rows that depend on the expert load."""
+        recent, key = self._memo.routed, (*self._key, self._at.backend, *self._memo.load)
+        recent[key] = found = recent.pop(key, (self._memo.members, {}))
+        if len(recent) > RECENT:
+            recent.pop(next(iter(recent)))
+        return found[1]
+
+    def _content(self, op: Op) -> Content:
+        return content_of(op, self._contents)
+
+    def _op(self, op: Op) -> Pending:
+        at = self._at
+        if self._content(op).routed:
+            few, where = self._by_tokens
+            return partial(_picked, self._pricer.kernels(op, few, self._asked), where)
+        if not np.ndim(at.kv_bytes):
+            return self._pricer.kernels(op, at, self._asked)
+        if op.name not in READS_CACHE:  # all the same to it
+            return self._of_dtype(op, float(at.kv_bytes[0]), slice(None))
+        # kernels are chosen by what the cache holds: each dtype's batches are priced apart
+        parts = [(np.flatnonzero(at.kv_bytes == kv), float(kv)) for kv in np.unique(at.kv_bytes)]
+        pending = [(where, self._of_dtype(op, kv, where)) for where, kv in parts]
+        return partial(_joined, pending, (len(at.kv_bytes),))
+
+    def _of_dtype(self, op: Op, kv_bytes: float, where: np.ndarray | slice) -> Pending:
+        """The op at the batches ``where`` as if all caches held ``kv_bytes`` per element."""
+        key = kv_bytes, isinstance(where, slice)
+        if key not in self._by_dtype:
+            at = self._at
+            width = len(at.kv_bytes)
+            batch, new, past, verify = (
+                np.broadcast_to(value, width)[where] for value in (at.sizes.B, at.sizes.S, at.sizes.P, at.verify)
+            )
+            one = replace(at, sizes=replace(at.sizes, B=batch, S=new, P=past), verify=verify, kv_bytes=kv_bytes)
+            self._by_dtype[key] = AskedRows(self._pricer, one, self._asked, self._memo)
+        rows = self._by_dtype[key]
+        rows.ask(op)
+        return partial(rows.price, op)
+
+    def _collective(self, row: Collective) -> Pending:
+        if not isinstance(row, Collectives):
+            return self._pricer.collective(row, self._at, self._asked)
+        few, where = self._by_tokens
+        pending = []
+        for members, one in row.groups:
+            copies = {name: np.asarray(column)[members] for name, column in self._pricer.distinct.items()}
+            pricer = replace(self._pricer, distinct=copies)
+            pending.append((members, pricer.collective(one, few, self._asked)))
+        return partial(_of_members, pending, row.members, where)
+
+    @cached_property
+    def _by_tokens(self) -> tuple[Context, Where]:
+        """Every number of tokens once, and which of these each batch has: all that experts are told."""
+        at = self._at
+        if np.ndim(at.sizes.B) != 1:
+            return at, None
+        first, inverse = distinct([at.sizes.B, at.sizes.S])
+        if len(first) == len(inverse):
+            return at, None
+        sizes = {name: pick(getattr(at.sizes, name), first) for name in ("B", "S", "P", "R", "E", "X")}
+        loads = {name: pick(getattr(at, name), first) for name in ("hit", "capacity", "verify", "kv_bytes")}
+        return replace(at, sizes=Sizes(**sizes), **loads), inverse
+
+
+def _picked(pending: Pending, where: Where) -> RowPrice:
+    return pending().at(where)
+
+
+def _joined(pending: Sequence[tuple[np.ndarray, Pending]], shape: tuple[int, ...]) -> RowPrice:
+    return joined([(part, price()) for part, price in pending], shape)
+
+
+def _of_members(pending: Sequence[tuple[np.ndarray, Pending]], members: int, where: Where) -> RowPrice:
+    """One price from those of groups of members."""
+    found = [(part, price()) for part, price in pending]
+    width = max(np.shape(price.seconds)[-1] for _, price in found)
+    return joined(found, (members, width)).at(where)

@@ -219,7 +219,7 @@ def deploy(
     apart = engine.own_gemms.groups if engine.own_gemms else ()
     shared = shared_form(options, layout, all2all)
     raw, table = rank_tables(model, phase, layout.tp, quantization, fusions, apart, shared)
-    plan = make_plan(table, layout, device, engine, options, model.config)
+    plan = make_plan(table, layout, device, engine, options=options, config=model.config)
     dp = attention_dp(layout, whole.facts.num_experts)
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
     sources = expert_sources(engine, device, model.config, layout)

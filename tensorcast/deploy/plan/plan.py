@@ -8,10 +8,9 @@ sums routed and shared experts alike. The logits are gathered. Pipeline stages h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tensorcast.cost.collectives import group_extent
 from tensorcast.cost.kernels.vocabulary import PRECISION, source_of
@@ -147,6 +146,7 @@ def make_plan(
     layout: Layout,
     device: DeviceProfile,
     engine: EngineProfile,
+    *,
     options: Options,
     config: dict[str, Any],
 ) -> Plan:
@@ -165,9 +165,10 @@ def make_plan(
     width = table.facts.moe_hidden_size
     if engine.pads_hidden and experts is not None:
         width = rounded_hidden(width, experts.attrs.get("scheme", "bf16"))
-    external = int(options.external_shared_experts > 0)
-    moe = _MoEExchange(table, layout, device, chosen, scheme, combine, width, external)
-    rows = _with_collectives(table, layout, device, moe)
+    copies = table.facts.copies_per_token + (options.external_shared_experts > 0)  # one for an external shared expert
+    token, result = (float(width) * one.activation_bytes for one in (scheme, combine))
+    sent = _Sent(token, result, table.facts.moe_hidden_size, copies)
+    rows = _with_collectives(table, layout, device, chosen, sent)
     asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
     dp = attention_dp(layout, table.facts.num_experts)
     if asked and (limits is None or limits.runs(config, dp)):
@@ -176,26 +177,41 @@ def make_plan(
     return Plan(tuple(rows), chosen, scheme, backend, combine)
 
 
-def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe: _MoEExchange) -> list[Row]:
+class _Sent(NamedTuple):
+    """What a MoE block exchanges: bytes of a token and of its result, as they travel, the hidden size of the block,
+    and the (token, expert) copies of a token."""
+
+    token_bytes: float
+    result_bytes: float
+    hidden: int
+    copies: float
+
+
+def _with_collectives(
+    table: OpTable, layout: Layout, device: DeviceProfile, all2all: str, sent: _Sent
+) -> list[Row]:
     tp, done, rows = group_extent(layout.tp, 1, device), 0, list[Row]()
-    for i in _sites(table):
-        op = table.ops[i]
-        if op.name == "init_routing_v2":
-            rows += [*table.ops[done:i], *moe.dispatch(op)]
+    sites, blocks = _sites(table)
+    moe = _moe_collectives(layout, device, all2all, sent)
+    for i, (op, places) in sites.items():
+        if "dispatch" in places:
+            rows += table.ops[done:i]
+            rows += (replace(one, module=op.module, kind=op.kind) for one in moe["dispatch"])
             done = i
         rows += table.ops[done : i + 1]
         done = i + 1
-        if layout.tp > 1 and op.shard == "row" and not moe.sums(op):
+        # a block without an exchange sums its shared experts in its own all-reduce
+        summed = all2all == "none" and op.module.startswith(blocks.get(op.kind, "no block"))
+        if layout.tp > 1 and op.shard == "row" and not summed:
             rows.append(_reduced(op, layout.tp, tp))
-        if layout.tp > 1 and _is_logits(op):
+        if layout.tp > 1 and "logits" in places:
             vocabulary = table.facts.vocab_size * 2.0
             rows.append(Collective(
                 "all_gather", op.module, op.kind, "tp", layout.tp, tp, vocabulary, "sequence", label="logits"
             ))  # fmt: skip
-        if i in moe.experts_end:
-            rows += moe.combine(op)
-        if i in moe.block_end:
-            rows += moe.gather(op)
+        for place in ("combine", "end"):
+            if place in places:
+                rows += (replace(one, module=op.module, kind=op.kind) for one in moe[place])
     rows += table.ops[done:]
     if layout.pp > 1:
         hop = group_extent(2, layout.stage_ranks, device)
@@ -205,17 +221,28 @@ def _with_collectives(table: OpTable, layout: Layout, device: DeviceProfile, moe
 
 
 @per_table
-def _sites(table: OpTable) -> list[int]:
-    """Positions of the ops before or after which something may be communicated; plans of a table are many."""
-    _, *ends = _blocks(table)
-    return [
-        i for i, op in enumerate(table.ops)
-        if op.name == "init_routing_v2" or op.shard == "row" or _is_logits(op) or any(i in some for some in ends)
-    ]  # fmt: skip
+def _sites(table: OpTable) -> tuple[dict[int, tuple[Op, frozenset[str]]], dict[int, str]]:
+    """Ops before or after which something may be communicated, by position, with what may; MoE blocks by layer kind.
 
-
-def _is_logits(op: Op) -> bool:
-    return op.shard == "column" and op.kind < 0 and op.name in ("mm", "addmm")
+    Experts are over with their last op, a block with its own. Found once: plans of a table are many.
+    """
+    blocks = blocks_of(table.ops)
+    found: dict[int, set[str]] = {}
+    ends: dict[tuple[str, int], int] = {}
+    for i, op in enumerate(table.ops):
+        if op.name == "init_routing_v2":
+            found[i] = {"dispatch"}
+        elif op.shard == "row":
+            found[i] = {"sum"}
+        elif op.shard == "column" and op.kind < 0 and op.name in ("mm", "addmm"):
+            found[i] = {"logits"}
+        if op.stage == "experts":
+            ends["combine", op.kind] = i
+        if op.kind in blocks and op.module.startswith(blocks[op.kind]):
+            ends["end", op.kind] = i
+    for (place, _), i in ends.items():
+        found.setdefault(i, set()).add(place)
+    return {i: (table.ops[i], frozenset(found[i])) for i in sorted(found)}, blocks
 
 
 @per_table
@@ -252,79 +279,27 @@ def _reduced(op: Op, ranks: int, extent: tuple[int, ...]) -> Collective:
     return Collective("all_reduce", op.module, op.kind, "tp", ranks, extent, 2.0 * width)
 
 
-@per_table
-def _blocks(table: OpTable) -> tuple[dict[int, str], set[int], set[int]]:
-    """MoE blocks by layer kind, the last rows of their experts, and their own last rows."""
-    found = blocks_of(table.ops)
-    experts: dict[int, int] = {}
-    blocks: dict[int, int] = {}
-    for i, op in enumerate(table.ops):
-        if op.stage == "experts":
-            experts[op.kind] = i
-        if op.kind in found and op.module.startswith(found[op.kind]):
-            blocks[op.kind] = i
-    return found, set(experts.values()), set(blocks.values())
-
-
-class _MoEExchange:
-    """A MoE block's collectives: dispatch before the permute, combine after the experts, the rest at its end."""
-
-    def __init__(
-        self,
-        table: OpTable,
-        layout: Layout,
-        device: DeviceProfile,
-        all2all: str,
-        dispatch: Scheme,
-        combine: Scheme,
-        width: int,
-        external: int,
-    ) -> None:
-        self.layout, self.all2all = layout, all2all
-        self.copies = table.facts.copies_per_token + external  # a copy for the ranks of an external shared expert
-        self.hidden = float(table.facts.moe_hidden_size)
-        self.width = float(width)  # of the rows that travel
-        self.token = self.width * dispatch.activation_bytes
-        self.result = self.width * combine.activation_bytes
-        self.groups = {
-            "tp": (layout.tp, group_extent(layout.tp, 1, device)),
-            "dp": (layout.dp, group_extent(layout.dp, layout.tp, device)),
-            "ep": (layout.stage_ranks, group_extent(layout.stage_ranks, 1, device)),
-        }
-        self.blocks, self.experts_end, self.block_end = _blocks(table)
-
-    def sums(self, op: Op) -> bool:
-        """Whether a row-parallel shared expert's sum rides on the block's own all-reduce."""
-        block = self.blocks.get(op.kind)
-        return bool(block) and self.all2all == "none" and op.module.startswith(str(block))
-
-    def _row(self, op: Op, name: CollectiveOp, group: str, scale: float, label: str, **exchange: Any) -> Collective:
-        ranks, extent = self.groups[group]
-        return Collective(name, op.module, op.kind, group, ranks, extent, scale, "token", exchange, label)
-
-    def _all_to_all(self, op: Op, copy_bytes: float, phase: str) -> Collective:
-        exchange = {"kind": self.all2all, "phase": phase, "copies": self.copies}
-        # a token is sent by one of the tp ranks that hold it
-        return self._row(op, "all_to_all", "ep", copy_bytes * self.copies / self.layout.tp, phase, **exchange)
-
-    def dispatch(self, op: Op) -> Iterator[Collective]:
-        """Tokens travel to the ranks of their experts."""
-        if self.all2all == "allgather_reducescatter":
-            yield self._row(op, "all_gather", "dp", self.token * self.layout.dp, "dispatch")
-        elif self.all2all != "none":
-            yield self._all_to_all(op, self.token, "dispatch")
-
-    def combine(self, op: Op) -> Iterator[Collective]:
-        """Results travel back."""
-        if self.all2all not in ("none", "allgather_reducescatter"):
-            yield self._all_to_all(op, self.result, "combine")
-
-    def gather(self, op: Op) -> Iterator[Collective]:
-        """What leaves the block's result on every rank that holds the token."""
-        whole = 2.0 * self.hidden
-        if self.all2all == "allgather_reducescatter":
-            yield self._row(op, "reduce_scatter", "dp", self.result * self.layout.dp, "combine")
-        if self.layout.tp > 1:
-            split = self.all2all not in ("none", "allgather_reducescatter")
-            name: CollectiveOp = "all_gather" if split else "all_reduce"
-            yield self._row(op, name, "tp", whole, "tokens split over tp" if split else "experts")
+def _moe_collectives(
+    layout: Layout, device: DeviceProfile, all2all: str, sent: _Sent
+) -> dict[str, list[Collective]]:
+    """Collectives of a MoE block by place: before the permute (``dispatch``), after the experts, at the block's end."""
+    dp = layout.dp, group_extent(layout.dp, layout.tp, device)
+    ep = layout.stage_ranks, group_extent(layout.stage_ranks, 1, device)
+    both = sent.token_bytes, sent.result_bytes
+    found: dict[str, list[Collective]] = {"dispatch": [], "combine": [], "end": []}
+    gathers = all2all == "allgather_reducescatter"
+    if gathers:
+        token, result = (bytes_each * layout.dp for bytes_each in both)
+        found["dispatch"].append(Collective("all_gather", "", -1, "dp", *dp, token, label="dispatch"))
+        found["end"].append(Collective("reduce_scatter", "", -1, "dp", *dp, result, label="combine"))
+    elif all2all != "none":
+        for phase, copy_bytes in zip(("dispatch", "combine"), both, strict=True):
+            exchange = {"kind": all2all, "phase": phase, "copies": sent.copies}
+            scale = copy_bytes * sent.copies / layout.tp  # a token is sent by one of the tp ranks that hold it
+            found[phase].append(Collective("all_to_all", "", -1, "ep", *ep, scale, exchange=exchange, label=phase))
+    if layout.tp > 1:  # what leaves the block's result, in bf16, on every rank that holds the token
+        split = all2all != "none" and not gathers
+        name: CollectiveOp = "all_gather" if split else "all_reduce"
+        label, tp = "tokens split over tp" if split else "experts", group_extent(layout.tp, 1, device)
+        found["end"].append(Collective(name, "", -1, "tp", layout.tp, tp, 2.0 * sent.hidden, label=label))
+    return found

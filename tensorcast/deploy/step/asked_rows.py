@@ -11,7 +11,7 @@ import numpy as np
 from tensorcast.cost.formulas import Context
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.price import RowPrice, Where, joined, pick
-from tensorcast.deploy.step.row_prices import Asked, Content, Pending, RowPricer, content_of, contents
+from tensorcast.deploy.step.row_prices import Asked, Pending, RowPricer, content_of, contents
 from tensorcast.deploy.step.sizes import distinct
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import Op
@@ -84,7 +84,7 @@ class AskedRows:
     def _name(self, row: Row) -> tuple[Hashable, Prices]:
         """What is equal for rows of one price, and where that is remembered."""
         if not isinstance(row, Collective):
-            content = self._content(row)
+            content = content_of(row, self._contents)
             return content.number, self._routed if content.routed else self._plain
         if isinstance(row, Collectives):
             return id(row), self._here
@@ -100,12 +100,9 @@ class AskedRows:
             recent.pop(next(iter(recent)))
         return found[1]
 
-    def _content(self, op: Op) -> Content:
-        return content_of(op, self._contents)
-
     def _op(self, op: Op) -> Pending:
         at = self._at
-        if self._content(op).routed:
+        if content_of(op, self._contents).routed:
             few, where = self._by_tokens
             return partial(_picked, self._pricer.kernels(op, few, self._asked), where)
         if not np.ndim(at.kv_bytes):
@@ -115,7 +112,7 @@ class AskedRows:
         # kernels are chosen by what the cache holds: each dtype's batches are priced apart
         parts = [(np.flatnonzero(at.kv_bytes == kv), float(kv)) for kv in np.unique(at.kv_bytes)]
         pending = [(where, self._of_dtype(op, kv, where)) for where, kv in parts]
-        return partial(_joined, pending, (len(at.kv_bytes),))
+        return partial(_joined, pending, (len(at.kv_bytes),), None)
 
     def _of_dtype(self, op: Op, kv_bytes: float, where: np.ndarray | slice) -> Pending:
         """The op at the batches ``where`` as if all caches held ``kv_bytes`` per element."""
@@ -141,7 +138,7 @@ class AskedRows:
             copies = {name: np.asarray(column)[members] for name, column in self._pricer.distinct.items()}
             pricer = replace(self._pricer, distinct=copies)
             pending.append((members, pricer.collective(one, few, self._asked)))
-        return partial(_of_members, pending, row.members, where)
+        return partial(_joined, pending, (row.members, np.size(few.sizes.B)), where)
 
     @cached_property
     def _by_tokens(self) -> tuple[Context, Where]:
@@ -161,12 +158,6 @@ def _picked(pending: Pending, where: Where) -> RowPrice:
     return pending().at(where)
 
 
-def _joined(pending: Sequence[tuple[np.ndarray, Pending]], shape: tuple[int, ...]) -> RowPrice:
-    return joined([(part, price()) for part, price in pending], shape)
-
-
-def _of_members(pending: Sequence[tuple[np.ndarray, Pending]], members: int, where: Where) -> RowPrice:
-    """One price from those of groups of members."""
-    found = [(part, price()) for part, price in pending]
-    width = max(np.shape(price.seconds)[-1] for _, price in found)
-    return joined(found, (members, width)).at(where)
+def _joined(pending: Sequence[tuple[np.ndarray, Pending]], shape: tuple[int, ...], where: Where) -> RowPrice:
+    """One price of this shape from those of parts of the first axis, at the batches ``where``."""
+    return joined([(part, price()) for part, price in pending], shape).at(where)

@@ -114,11 +114,7 @@ class RowPricer:
         alone: Size = 1.0  # or part of the all-reduce's kernel before it
         if "joined_tokens" in op.attrs:
             alone = np.where(np.asarray(at.sizes.tokens) > op.attrs["joined_tokens"], 1.0, 0.0)[()]
-
-        def launched(kernel_s: Size, launch_s: Size) -> Size:
-            return (launch_s + self._gap(kernel_s, launch_s, at)) * alone
-
-        return row_seconds(works, self.device, self._constants, launched)
+        return row_seconds(works, self.device, self._constants, partial(self._launched, at, alone))
 
     def _constants(self, work: Work, corrected: str | None) -> tuple[KernelConstants, Evidence]:
         key = work.family, work.dtype, corrected or self.engine.name, work.kernel
@@ -126,18 +122,18 @@ class RowPricer:
             self.constants[key] = constants_for(self.device, *key)
         return self.constants[key]
 
-    def _gap(self, kernel_s: Size, launch_s: Size, at: Context) -> Size:
-        """What launching adds beyond ``launch_s``, which kernel times measured in graph replay already hold.
+    def _launched(self, at: Context, alone: Size, kernel_s: Size, launch_s: Size) -> Size:
+        """Seconds of launching, of which ``launch_s`` are in kernel times measured in graph replay already.
 
-        Inside a captured graph: what the gap exceeds it by. Launched one by one: the wait for the host.
+        Inside a captured graph: what the gap exceeds it by is added. Launched one by one: the wait for the host.
         """
         replayed = np.maximum(float(self.engine.graph_launch_gap_s) - launch_s, 0.0)
         if self.graph_tokens == math.inf:
-            return replayed
-        waited = np.maximum(float(self.engine.eager_launch_gap_s) - kernel_s, 0.0)
-        if not self.graph_tokens:
-            return waited
-        return np.where(np.asarray(at.sizes.tokens) <= self.graph_tokens, replayed, waited)[()]
+            return (launch_s + replayed) * alone
+        gap = np.maximum(float(self.engine.eager_launch_gap_s) - kernel_s, 0.0)
+        if self.graph_tokens:
+            gap = np.where(np.asarray(at.sizes.tokens) <= self.graph_tokens, replayed, gap)[()]
+        return (launch_s + gap) * alone
 
     def _works(self, op: Op, at: Context, asked: Asked) -> Iterator[tuple[Work, Known]]:
         """The row's kernels, each with what the device's fitted model makes of its formula."""
@@ -192,7 +188,7 @@ class RowPricer:
         kernel_s = time.seconds if known is None else time.seconds * known.factor
         tier = next(t for t in self.device.interconnect if t.name == time.tier)
         on_wire = time.wire_bytes / float(tier.bandwidth_bytes_per_s)
-        seconds = kernel_s + self._gap(kernel_s, kernel_s, at)
+        seconds = self._launched(at, 1.0, kernel_s, kernel_s)
         parts = {"compute": 0.0, "memory": 0.0, "network": on_wire, "latency": np.maximum(seconds - on_wire, 0.0)}
         spending = Spending(wire_bytes=time.wire_bytes, parts=parts)
         algorithm = time.algorithm if isinstance(time.algorithm, str) else str(np.ravel(time.algorithm)[0])

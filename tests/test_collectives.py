@@ -185,4 +185,4 @@ def test_high_throughput_sends_one_copy_per_node() -> None:
 
 def test_unknown_op_is_one_clear_line() -> None:
     with pytest.raises(InputError, match="unknown collective"):
-        collective_time("gossip", 1.0, (8,), DEVICE)  # type: ignore[arg-type]
+        collective_time("gossip", 1.0, (8,), DEVICE)

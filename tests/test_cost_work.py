@@ -65,53 +65,54 @@ def test_grouped_gemm_reads_weights_of_hit_experts_only() -> None:
 
 def test_decode_attention_by_hand() -> None:
     """2 sequences, 4 heads on 1 KV head of width 8, 9 cached tokens and 1 new: 10 keys each."""
-    found = work.attention(2, 1, 9, 4, 1, 8, 8, decode=True)
+    found = work.attention(2, 1, 9, 4, 1, qk_dim=8, v_dim=8, decode=True)
     assert found.flops == 2 * 2 * 4 * 10 * (8 + 8)
     assert found.bytes == 2 * 10 * (8 + 8) * 2 + 2 * 4 * (8 + 8) * 2
     assert found.family == "attention_decode"
 
 
 def test_decode_dtype_follows_the_cache() -> None:
-    assert work.attention(1, 1, 9, 4, 1, 8, 8, decode=True, kv_bytes=1.0).dtype == "fp8"
-    assert work.attention(1, 1, 9, 4, 1, 8, 8, decode=True).dtype == "bf16"
-    assert work.attention(1, 9, 0, 4, 1, 8, 8, kv_bytes=1.0).dtype == "bf16"
-    assert work.mla(1, 1, 9, 4, 512, 64, 128, 128, decode=True, kv_bytes=656 / 576).dtype == "fp8"
+    assert work.attention(1, 1, 9, 4, 1, qk_dim=8, v_dim=8, decode=True, kv_bytes=1.0).dtype == "fp8"
+    assert work.attention(1, 1, 9, 4, 1, qk_dim=8, v_dim=8, decode=True).dtype == "bf16"
+    assert work.attention(1, 9, 0, 4, 1, qk_dim=8, v_dim=8, kv_bytes=1.0).dtype == "bf16"
+    narrow = work.mla(1, 1, 9, 4, latent=512, rope=64, nope=128, v_dim=128, decode=True, kv_bytes=656 / 576)
+    assert narrow.dtype == "fp8"
 
 
 def test_window_bounds_the_cache_read() -> None:
-    full = work.attention(1, 1, 10_000, 8, 8, 64, 64, decode=True)
-    windowed = work.attention(1, 1, 10_000, 8, 8, 64, 64, decode=True, window=128)
+    full = work.attention(1, 1, 10_000, 8, 8, qk_dim=64, v_dim=64, decode=True)
+    windowed = work.attention(1, 1, 10_000, 8, 8, qk_dim=64, v_dim=64, decode=True, window=128)
     assert windowed.bytes == pytest.approx(full.bytes * 128 / 10_001, rel=0.02)
     assert windowed.flops == 2 * 8 * 128 * 128
 
 
 def test_mla_counts_match_deepseek_v3() -> None:
     """Per (query, key) pair of 128 heads: 278,528 FLOPs absorbed, 81,920 expanded (DeepSeek-V2 paper, section 2.1)."""
-    absorbed = work.mla(1, 1, 99, 128, 512, 64, 128, 128, decode=True)
+    absorbed = work.mla(1, 1, 99, 128, latent=512, rope=64, nope=128, v_dim=128, decode=True)
     assert absorbed.flops == 100 * 278_528
-    expanded = work.mla(1, 50, 0, 128, 512, 64, 128, 128)
+    expanded = work.mla(1, 50, 0, 128, latent=512, rope=64, nope=128, v_dim=128)
     assert expanded.flops == 50 * 51 / 2 * 81_920
 
 
 def test_mla_decode_reads_one_latent_for_all_heads() -> None:
-    few, many = (work.mla(1, 1, 4095, h, 512, 64, 128, 128, decode=True) for h in (1, 128))
+    few, many = (work.mla(1, 1, 4095, h, latent=512, rope=64, nope=128, v_dim=128, decode=True) for h in (1, 128))
     latent = 4096 * 576 * 2
     assert few.bytes - latent == pytest.approx((many.bytes - latent) / 128)
 
 
 def test_sparse_mla_reads_what_was_selected() -> None:
-    found = work.mla(1, 1, 100_000, 128, 512, 64, 128, 128, selected=2048, decode=True)
+    found = work.mla(1, 1, 100_000, 128, latent=512, rope=64, nope=128, v_dim=128, selected=2048, decode=True)
     assert found.flops == 2048 * 278_528
 
 
 def test_arrays_equal_scalars() -> None:
     m, past = np.array([1, 17, 300]), np.array([0, 100, 5000])
     gemm = work.gemm(m, 4096, 512)
-    attention = work.attention(m, 1, past, 32, 8, 128, 128, decode=True, window=np.array([0, 64, 128]))
+    attention = work.attention(m, 1, past, 32, 8, qk_dim=128, v_dim=128, decode=True, window=np.array([0, 64, 128]))
     for i, window in enumerate((0, 64, 128)):
         one = work.gemm(int(m[i]), 4096, 512)
         assert (gemm.flops[i], gemm.bytes[i]) == (one.flops, one.bytes)
-        single = work.attention(int(m[i]), 1, int(past[i]), 32, 8, 128, 128, decode=True, window=window)
+        single = work.attention(int(m[i]), 1, int(past[i]), 32, 8, qk_dim=128, v_dim=128, decode=True, window=window)
         assert (attention.flops[i], attention.bytes[i]) == (single.flops, single.bytes)
 
 

@@ -101,7 +101,7 @@ def device_of(name: str) -> DeviceProfile:
 def tiles(engine: str, dtype: str, given: dict[str, int], device: str = "h100") -> dict[str, float]:
     columns = {"hidden": 4096, "topk": 4, "slots": given["experts"], "gated": 1, "skew": 0, **given}
     found = formula_of("grouped_gemm", dtype, "", {n: np.array([float(v)]) for n, v in columns.items()},
-                       device_of(device), engine).features
+                       device_of(device), engine=engine).features
     return {name: float(found[name][0]) for name in TILES if name in found}
 
 

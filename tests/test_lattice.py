@@ -65,7 +65,8 @@ def test_a_law_without_steps_comes_back_and_others_sizes_are_kept_apart() -> Non
         return np.log(columns["m"] * columns["k"] ** 0.5) + columns["kind"]
 
     rng = np.random.default_rng(0)
-    columns = {"m": rng.uniform(1, 999, 200), "k": rng.uniform(64, 9999, 200), "kind": rng.integers(0, 3, 200) * 1.0}
+    kind = rng.integers(0, 3, 200).astype(float)
+    columns = {"m": rng.uniform(1, 999, 200), "k": rng.uniform(64, 9999, 200), "kind": kind}
     lattice = Lattice(SIDES["quantize"], BOX, straight)
     assert lattice.log_seconds(columns) == pytest.approx(straight(columns))
     near = Lattice(SIDES["quantize"], BOX, straight, reach=1)
@@ -151,7 +152,7 @@ def test_a_load_that_is_given_takes_what_the_lattice_says_of_its_tokens() -> Non
     shape = {"hidden": 3072.0, "inter": 1280.0, "topk": 4.0, "experts": 96.0, "slots": 96.0, "moe_tp": 1.0,
              "moe_ep": 2.0, "gated": 1.0, "skew": -1.0}
     columns = {name: np.full(3, value) for name, value in shape.items()} | {"tokens": tokens}
-    load = {n: np.exp2(formula_of("grouped_gemm", "bf16", "", columns, device, "vllm").features[f"log_{n}"])
+    load = {n: np.exp2(formula_of("grouped_gemm", "bf16", "", columns, device, engine="vllm").features[f"log_{n}"])
             for n in ("rows", "hit")}
     by_tokens = predictor.price("grouped_gemm", "bf16", "", columns)
     given_load = predictor.price("grouped_gemm", "bf16", "", columns | load)

@@ -24,7 +24,7 @@ WITHOUT_DATA = tuple(name for name in list_devices() if load_device(name).calibr
 def test_what_rising_trees_are_told_never_falls(data: st.DataObject, family: str, device: str) -> None:
     profile = load_device(device)
     _, columns = data.draw(sweeps(family))
-    physics = formula_of(family, "bf16", "", columns, profile, "vllm")
+    physics = formula_of(family, "bf16", "", columns, profile, engine="vllm")
     told = coordinates(family, columns, physics, profile)
     for name in told.keys() - {*FREE, "windowed"}:
         assert (np.diff(told[name]) >= -1e-9).all(), name
@@ -45,7 +45,7 @@ def test_without_own_data_time_grows_with_every_size(
     if "ranks" in columns:
         columns["ranks"] = np.minimum(columns["ranks"], float(profile.interconnect[0].size))
     found = price(predictor_for(profile, engine), family, dtype, columns)
-    floor = formula_of(family, dtype, "low_latency:dispatch", columns, profile, engine).floor
+    floor = formula_of(family, dtype, "low_latency:dispatch", columns, profile, engine=engine).floor
     assert set(found.evidence) == {"datasheet"}
     assert (found.seconds >= floor * (1 - 1e-9)).all()
     assert (np.diff(found.seconds) >= -1e-9 * found.seconds[1:]).all()

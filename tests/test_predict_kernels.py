@@ -80,8 +80,8 @@ def test_a_prefix_of_the_trees_is_the_sum_of_the_first() -> None:
 def test_busiest_rank_holds_its_share_and_no_more_than_there_is(
     tokens: int, top_k: int, ranks: int, skew: float
 ) -> None:
-    one = (np.array([float(x)]) for x in (tokens, 64, top_k, ranks, skew, 64))
-    load = rank_load(*one)
+    one = [np.array([float(x)]) for x in (tokens, 64, top_k, ranks, skew, 64)]
+    load = rank_load(*one[:4], skew=one[4], slots=one[5])
     choices = tokens * top_k
     assert choices / ranks * (1 - 1e-9) - 1 <= load.rows[0] <= choices * (1 + 1e-6) + 0.5
     assert 0 < load.hit[0] <= 64 / ranks + 1e-6
@@ -94,7 +94,8 @@ def test_balanced_load_is_dealing_cards() -> None:
         dealt = np.zeros((ranks, 64 // ranks))
         for choice in range(tokens * top_k):
             dealt[choice % ranks, choice // ranks % (64 // ranks)] += 1
-        load = rank_load(*(np.array([float(x)]) for x in (tokens, 64, top_k, ranks, 0, 64)))
+        *sizes, skew, slots = (np.array([float(x)]) for x in (tokens, 64, top_k, ranks, 0, 64))
+        load = rank_load(*sizes, skew=skew, slots=slots)
         assert load.rows[0] == dealt.sum(axis=1).max()
         assert load.hit[0] == (dealt[0] > 0).sum()
 
@@ -107,7 +108,7 @@ def test_models_belong_to_this_formula(device: str) -> None:
     stale = []
     for key, kernel in read_model(path).kernels.items():
         sizes = {name: np.array([value]) for name, value in kernel.report["probe"].items()}
-        found = formula_of(kernel.family, kernel.dtype, kernel.variant, sizes, profile, kernel.engine).seconds[0]
+        found = formula_of(kernel.family, kernel.dtype, kernel.variant, sizes, profile, engine=kernel.engine).seconds[0]
         if found != pytest.approx(kernel.report["probe_formula_s"], rel=1e-6):
             stale.append(key)
     assert not stale, f"calibrate anew: {stale[:5]} and {len(stale)} in all"
@@ -211,7 +212,7 @@ def test_never_faster_than_physics_and_inside_its_interval(
     defaults = {"batch": 1.0, "past": 0.0, "new": 1.0, "window": 0.0, "kv_bytes": 2.0, "moe_tp": 1.0, "gated": 1.0,
                 "skew": 0.0, "slots": 128.0}
     columns = {name: np.array([value]) for name, value in defaults.items()} | columns
-    floor = formula_of(family, dtype, "", columns, predictor.device, "trtllm").floor
+    floor = formula_of(family, dtype, "", columns, predictor.device, engine="trtllm").floor
     assert (found.seconds >= floor * (1 - 1e-9)).all()
     assert (found.low <= found.seconds * (1 + 1e-9)).all() and (found.seconds <= found.high * (1 + 1e-9)).all()
     assert np.isfinite(found.high).all() and (found.low > 0).all()

@@ -66,7 +66,7 @@ def expert_shapes() -> pd.DataFrame:
 def timed(shapes: pd.DataFrame, family: str, device: DeviceProfile, engine: str) -> pd.DataFrame:
     """The shapes with what the law says they take, in ms; some repeated, some of no sensible time."""
     calls, = calls_of(shapes.assign(family=family))
-    formula = formula_of(calls.family, calls.dtype, "", calls.columns, device, engine)
+    formula = formula_of(calls.family, calls.dtype, "", calls.columns, device, engine=engine)
     noise = np.exp(np.random.default_rng(1).normal(0.0, NOISE, len(shapes)))
     seconds = np.maximum(formula.seconds * distortion(calls.columns), formula.floor) * noise
     found = shapes.assign(latency=seconds * 1e3, engine=engine, engine_version="1.2.3", op_name=family)
@@ -134,7 +134,7 @@ def test_the_model_finds_the_law_that_the_formula_misses(fitted: Path) -> None:
     for key, rows in read_system(fitted / "tables", "h200_sxm").kernels.items():
         out = rows.take(held_out(key[0], rows.columns))
         found = Predictor(device, key[2], model).price(key[0], key[1], key[3], out.columns)
-        formula = formula_of(key[0], key[1], key[3], out.columns, device, key[2]).seconds
+        formula = formula_of(key[0], key[1], key[3], out.columns, device, engine=key[2]).seconds
         error, without = (float(np.median(np.abs(s / out.seconds - 1.0))) for s in (found.seconds, formula))
         assert error < without and error < 0.06, (key, error, without)
         assert set(found.evidence) <= {"measured", "calibrated"}
@@ -214,7 +214,7 @@ def test_held_out_shapes_depend_on_the_shape_alone() -> None:
 def test_whole_weights_are_left_out_together(fitted: Path) -> None:
     """No row is predicted by a fit that has seen its (n, k)."""
     rows = read_system(fitted / "tables", "h200_sxm").kernels["gemm", "bf16", "vllm", ""]
-    physics = formula_of("gemm", "bf16", "", rows.columns, load_device("h200"), "vllm")
+    physics = formula_of("gemm", "bf16", "", rows.columns, load_device("h200"), engine="vllm")
     found = residual.left_out(rows, physics, (10, 3, 0.3))
     assert found is not None and len(found.rows) == len(rows)
     folds = pd.DataFrame({"n": rows.columns["n"], "k": rows.columns["k"], "fold": found.fold}).groupby(["n", "k"])

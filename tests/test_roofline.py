@@ -83,9 +83,9 @@ def test_attention_never_faster_than_peak_and_grows(
         new = 1
 
     def price(b: int, s: int, p: int) -> float:
-        return seconds(work.attention(b, s, p, 32, kv_heads, 128, 128, decode=decode), constants)
+        return seconds(work.attention(b, s, p, 32, kv_heads, qk_dim=128, v_dim=128, decode=decode), constants)
 
-    found = work.attention(batch, new, past, 32, kv_heads, 128, 128, decode=decode)
+    found = work.attention(batch, new, past, 32, kv_heads, qk_dim=128, v_dim=128, decode=decode)
     time = price(batch, new, past)
     assert time >= max(found.flops / 1e15, found.bytes / 4e12) * (1 - 1e-9)
     assert price(batch + 1, new, past) >= time * (1 - 1e-9)
@@ -123,7 +123,7 @@ def test_split_uses_idle_processors() -> None:
 
 def test_passes_over_rows_can_be_left_to_the_caller() -> None:
     constants = make_constants(row_s=1e-9, element_s=1e-12)
-    gemm, attention = work.gemm(64, 128, 256), work.attention(2, 16, 0, 4, 4, 64, 64)
+    gemm, attention = work.gemm(64, 128, 256), work.attention(2, 16, 0, 4, 4, qk_dim=64, v_dim=64)
     beside = [
         seconds(found, constants) - float(roofline.kernel_time(found, constants, DEVICE, passes=False).seconds)
         for found in (gemm, attention)

@@ -9,18 +9,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, TypedDict
 
 import numpy as np
 
 from tensorcast.cost.evidence import Evidence
 from tensorcast.cost.work import Size
 from tensorcast.errors import InputError
-from tensorcast.profiles.device import CollectiveConstants, DeviceProfile, Tier
+from tensorcast.profiles.device import CollectiveConstants, DeviceProfile
 
-Op = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
 Kind = Literal["direct", "high_throughput", "low_latency"]
 Phase = Literal["dispatch", "combine"]
+
+
+class Exchange(TypedDict, total=False):
+    """Options of :func:`collective_time` that say how a group exchanges."""
+
+    kind: Kind
+    phase: Phase
+    copies: Size
+    distinct_nodes: Size | None
+    distinct_ranks: Size | None
+    custom: bool
+
+
 
 EFFICIENCY = {"ring": 0.80, "one_shot": 0.60, "two_shot": 0.60, "direct": 0.75}
 """Fractions of link speed assumed where nothing was measured (assumption; fitted NVLink values lie in 0.5-1.0). There
@@ -115,15 +128,16 @@ def pipelined(wire: Size, bytes_per_s: float, chunk_s: float) -> Size:
 
 
 def _leg(
-    device: DeviceProfile, tier: Tier, op: str, algorithm: str, engine: str, ranks: int, wire: Size, hops: float,
+    device: DeviceProfile, tier: int, op: str, algorithm: str, engine: str, *, ranks: int, wire: Size, hops: float,
     tree: bool = False,
 ) -> _Leg:
     """One algorithm among ``ranks`` ranks of one tier; ``hops`` messages one after another where nothing is fitted."""
-    fit = find_constants(device, op, tier.name, algorithm, engine)
-    name, speed = "tree" if tree else algorithm, float(tier.bandwidth_bytes_per_s)
+    level = device.interconnect[tier]
+    fit = find_constants(device, op, level.name, algorithm, engine)
+    name, speed = "tree" if tree else algorithm, float(level.bandwidth_bytes_per_s)
     if fit is None:
         moving = wire / (speed * EFFICIENCY[algorithm])
-        return _Leg(name, hops * float(tier.latency_s) + moving, wire, False, DATASHEET_ERROR)
+        return _Leg(name, hops * float(level.latency_s) + moving, wire, False, DATASHEET_ERROR)
     steps = 2.0 * math.log2(ranks) if tree else ranks - 2
     fixed = fit.latency_s + fit.step_latency_s * steps
     moving = pipelined(wire, speed * fit.bandwidth_efficiency, fit.pipeline_s)
@@ -146,71 +160,49 @@ def _cheapest(legs: list[_Leg]) -> _Leg:
     )
 
 
-def _all_reduce_on(device: DeviceProfile, tier: int, ranks: int, payload: Size, engine: str, custom: bool) -> _Leg:
-    """All-reduce inside one tier. One- and two-shot kernels read peers' memory: innermost tier only."""
-    level = device.interconnect[tier]
+def _all_reduce(
+    device: DeviceProfile, levels: list[tuple[int, int]], payload: Size, engine: str, *, custom: bool
+) -> _Leg:
+    """Inside one tier the cheapest of rings, trees and, on the innermost one, kernels that read peers' memory (one- and
+    two-shot). Over several: reduce-scatter, all-reduce across, all-gather; or whole tensors tier by tier when small."""
+    (tier, ranks), outer = levels[0], levels[1:]
+    leg = partial(_leg, device, tier, "all_reduce", engine=engine, ranks=ranks)
     around = 2.0 * (ranks - 1) / ranks * payload
     legs = [
-        _leg(device, level, "all_reduce", "ring", engine, ranks, around, 2.0 * (ranks - 1)),
-        _leg(device, level, "all_reduce", "ring", engine, ranks, 2.0 * payload, 2.0 * math.log2(ranks), tree=True),
+        leg("ring", wire=around, hops=2.0 * (ranks - 1)),
+        leg("ring", wire=2.0 * payload, hops=2.0 * math.log2(ranks), tree=True),
     ]
     if tier == 0 and custom:
-        legs.append(_leg(device, level, "all_reduce", "one_shot", engine, ranks, (ranks - 1.0) * payload, 2.0))
-        legs.append(_leg(device, level, "all_reduce", "two_shot", engine, ranks, around, 4.0))
-    return _cheapest(legs)
-
-
-def _gather_on(device: DeviceProfile, op: str, tier: int, ranks: int, payload: Size, engine: str) -> _Leg:
-    """All-gather or reduce-scatter of ``payload`` bytes in all inside one tier."""
-    wire = (ranks - 1.0) / ranks * payload
-    return _leg(device, device.interconnect[tier], op, "ring", engine, ranks, wire, ranks - 1.0)
-
-
-def _levels(extent: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(tier, ranks that take part in it) of every tier that the group uses, innermost first."""
-    inner, levels = 1, []
-    for tier, ranks in enumerate(extent):
-        parts = math.ceil(ranks / inner)
-        if parts > 1:
-            levels.append((tier, parts))
-        inner = ranks
-    return levels
-
-
-def _all_reduce(
-    device: DeviceProfile, levels: list[tuple[int, int]], payload: Size, engine: str, custom: bool
-) -> _Leg:
-    """Over several tiers: reduce-scatter, all-reduce across, all-gather; or whole tensors tier by tier when small."""
-    (tier, ranks), outer = levels[0], levels[1:]
-    inside = _all_reduce_on(device, tier, ranks, payload, engine, custom)
+        legs.append(leg("one_shot", wire=(ranks - 1.0) * payload, hops=2.0))
+        legs.append(leg("two_shot", wire=around, hops=4.0))
+    inside = _cheapest(legs)
     if not outer:
         return inside
-    scatter = _gather_on(device, "reduce_scatter", tier, ranks, payload, engine)
-    gather = _gather_on(device, "all_gather", tier, ranks, payload, engine)
-    across = _all_reduce(device, outer, payload / ranks, engine, custom)
-    nested = inside.then(_all_reduce(device, outer, payload, engine, custom), "nested")
+    scatter, gather = (_gather(device, op, levels[:1], payload, engine) for op in ("reduce_scatter", "all_gather"))
+    across = _all_reduce(device, outer, payload / ranks, engine, custom=custom)
+    nested = inside.then(_all_reduce(device, outer, payload, engine, custom=custom), "nested")
     return _cheapest([scatter.then(across, "hierarchical").then(gather, "hierarchical"), nested])
 
 
 def _gather(device: DeviceProfile, op: str, levels: list[tuple[int, int]], payload: Size, engine: str) -> _Leg:
-    """All-gather: the outermost tier moves each rank's share first, the inner ones ever larger pieces of the total."""
-    legs, share = [], payload
+    """All-gather or reduce-scatter of ``payload`` bytes in all: the outermost tier moves each rank's share first, the
+    inner ones ever larger pieces of the total."""
+    whole: _Leg | None = None
     for tier, ranks in levels:  # innermost moves the whole total, the next 1/ranks of it, ...
-        legs.append(_gather_on(device, op, tier, ranks, share, engine))
-        share = share / ranks
-    whole = legs[0]
-    for leg in legs[1:]:
-        whole = whole.then(leg, "hierarchical")
+        wire = (ranks - 1.0) / ranks * payload
+        leg = _leg(device, tier, op, "ring", engine, ranks=ranks, wire=wire, hops=ranks - 1.0)
+        whole = leg if whole is None else whole.then(leg, "hierarchical")
+        payload = payload / ranks
+    assert whole is not None
     return whole
 
 
 def _exchange(
-    device: DeviceProfile, extent: tuple[int, ...], payload: Size, engine: str, kind: Kind, phase: Phase,
-    copies: Size, distinct_nodes: Size | None, distinct_ranks: Size | None,
+    device: DeviceProfile, extent: tuple[int, ...], levels: list[tuple[int, int]], payload: Size, engine: str, *,
+    kind: Kind, phase: Phase, copies: Size, distinct_nodes: Size | None, distinct_ranks: Size | None,
 ) -> _Leg:
     """All-to-all: every tier carries the share that goes to peers first met there; tiers work at the same time."""
-    ranks, levels = extent[-1], _levels(extent)
-    spans = len(levels) > 1
+    ranks, spans = extent[-1], len(levels) > 1
     worst, wire_total, fixed, calibrated, error = 0.0, 0.0, 0.0, True, 0.0
     for tier, _ in levels:
         level, inner = device.interconnect[tier], extent[tier - 1] if tier else 1
@@ -240,7 +232,7 @@ def _exchange(
 
 
 def collective_time(
-    op: Op, payload_bytes: Size, extent: tuple[int, ...], device: DeviceProfile, *, engine: str = "any",
+    op: str, payload_bytes: Size, extent: tuple[int, ...], device: DeviceProfile, *, engine: str = "any",
     kind: Kind = "direct", phase: Phase = "dispatch", copies: Size = 1.0,
     distinct_nodes: Size | None = None, distinct_ranks: Size | None = None, custom: bool = True,
 ) -> CollectiveTime:
@@ -259,23 +251,25 @@ def collective_time(
     ``distinct_ranks`` that a token's copies go to. ``custom``: the engine's own one- and two-shot all-reduce may run
     (else NCCL alone); constants are those of ``engine`` where it was measured.
     """
-    levels = _levels(extent)
+    # (tier, ranks that take part in it) of every tier that the group uses, innermost first
+    inside = zip((1, *extent), extent, strict=False)
+    levels = [(tier, math.ceil(ranks / inner)) for tier, (inner, ranks) in enumerate(inside) if ranks > inner]
     if not levels:
         zero = np.zeros_like(np.asarray(payload_bytes, dtype=float))[()]
         return CollectiveTime(zero, "none", device.interconnect[0].name, zero, "datasheet", 0.0)
     if len(extent) > len(device.interconnect):
         raise InputError(f"extent {extent} has more tiers than {device.name} ({len(device.interconnect)})")
     if op == "all_reduce":
-        leg = _all_reduce(device, levels, payload_bytes, engine, custom)
+        leg = _all_reduce(device, levels, payload_bytes, engine, custom=custom)
     elif op in ("all_gather", "reduce_scatter"):
         leg = _gather(device, op, levels, payload_bytes, engine)
     elif op == "all_to_all":
         leg = _exchange(
-            device, extent, payload_bytes, engine, kind, phase, copies, distinct_nodes, distinct_ranks
+            device, extent, levels, payload_bytes, engine, kind=kind, phase=phase, copies=copies,
+            distinct_nodes=distinct_nodes, distinct_ranks=distinct_ranks,
         )
     elif op == "send_recv":
-        tier = device.interconnect[levels[-1][0]]
-        leg = _leg(device, tier, "send_recv", "direct", engine, 2, payload_bytes, 1.0)
+        leg = _leg(device, levels[-1][0], "send_recv", "direct", engine, ranks=2, wire=payload_bytes, hops=1.0)
     else:
         raise InputError(f"unknown collective {op!r}: all_reduce, all_gather, reduce_scatter, all_to_all, send_recv")
     evidence: Evidence = "calibrated" if leg.calibrated else "datasheet"

@@ -13,6 +13,7 @@ import numpy as np
 
 from tensorcast.cost import work as w
 from tensorcast.cost.memory import indexer_key_bytes, latent_bytes
+from tensorcast.cost.registry import Registry
 from tensorcast.cost.work import Precision, Work
 from tensorcast.modeling.quantization import SCHEMES, Scheme
 from tensorcast.trace.dims import Dim, Sizes
@@ -58,14 +59,16 @@ class Context:
 
 
 Formula = Callable[[Op, Context], list[Work]]
-_FORMULAS: dict[str, Formula] = {}
+FORMULAS: Registry[Formula] = Registry()
+"""By the name of an op; filled by :func:`formula`."""
 
 
 def formula(*names: str) -> Callable[[Formula], Formula]:
-    """Register a formula for the named ops."""
+    """Register a formula for the named ops. Raises :class:`ValueError` where one of them has one already."""
 
     def register(function: Formula) -> Formula:
-        _FORMULAS.update(dict.fromkeys(names, function))
+        for name in names:
+            FORMULAS[name] = function
         return function
 
     return register
@@ -73,19 +76,15 @@ def formula(*names: str) -> Callable[[Formula], Formula]:
 
 def has_formula(op: Op) -> bool:
     """Whether the row is priced by a formula of its own."""
-    return op.name in _FORMULAS
+    return op.name in FORMULAS
 
 
 def work_of(op: Op, context: Context) -> list[Work]:
     """The kernels of one row. Those of unfused ops that only move data bear the op's name."""
-    works = _FORMULAS.get(op.name, traffic)(op, context)
+    works = FORMULAS.get(op.name, traffic)(op, context)
     if op.name == "pointwise":
         return works
     return [replace(work, kernel=op.name) if work.family == "memory" else work for work in works]
-
-
-def _read(op: Op, at: Context) -> Any:
-    return sum((t.bytes(at.sizes) for t in op.inputs), 0.0)
 
 
 def _written(op: Op, at: Context) -> Any:
@@ -106,7 +105,7 @@ MOVES = tuple(
 @formula(*MOVES)
 def traffic(op: Op, at: Context) -> list[Work]:
     """Reads its inputs once and writes its outputs once."""
-    return [w.memory(_read(op, at), _written(op, at))]
+    return [w.memory(sum((t.bytes(at.sizes) for t in op.inputs), 0.0), _written(op, at))]
 
 
 @formula("embedding")
@@ -116,9 +115,9 @@ def embedding(op: Op, at: Context) -> list[Work]:
     return [w.memory(moved + op.inputs[-1].bytes(at.sizes), moved)]
 
 
-@formula("mm", "addmm")
+@formula("mm", "addmm", "mla_expand")
 def matmul(op: Op, at: Context) -> list[Work]:
-    """``[M,K] x [K,N]``; merged linears add up their N."""
+    """``[M,K] x [K,N]``; merged linears add up their N. MLA's expansion: keys and values of all tokens from latents."""
     x = next((t for t in op.inputs if not t.weight and len(t.dims) > 1), op.inputs[0])
     k = at.value(x.dims[-1])
     m = x.numel(at.sizes) / k
@@ -159,7 +158,7 @@ def grouped_matmul(op: Op, at: Context) -> list[Work]:
         padded = w.grouped_gemm(at.sizes.E * at.capacity, at.sizes.E, n, k, precision)
         return [replace(padded, flops=2.0 * rows * n * k)]
     least = {"contiguous": CONTIGUOUS_ROWS, "masked": MASKED_ROWS}.get(at.backend, 16)
-    return [w.grouped_gemm(rows, at.hit, n, k, precision, least)]
+    return [w.grouped_gemm(rows, at.hit, n, k, precision, align=least)]
 
 
 @formula("mla_absorb")
@@ -171,12 +170,6 @@ def mla_absorb(op: Op, at: Context) -> list[Work]:
         w.gemm(tokens, a["latent"], a["nope"], batch=a["heads"]),
         w.gemm(tokens, a["v_dim"], a["latent"], batch=a["heads"]),
     ]
-
-
-@formula("mla_expand")
-def mla_expand(op: Op, at: Context) -> list[Work]:
-    """Keys and values of all ``B*L`` tokens from their latents."""
-    return matmul(op, at)
 
 
 def chunk_pairs(new: Any, past: Any, chunk: int) -> Any:
@@ -204,34 +197,16 @@ def attention(op: Op, at: Context) -> list[Work]:
             kv_bytes = latent_bytes(a["latent"], a["rope"]) / (a["latent"] + a["rope"])
         return [
             w.mla(
-                batch,
-                new,
-                past,
-                heads,
-                a["latent"],
-                a["rope"],
-                nope,
-                at.value(v.dims[-1]),
-                kv_bytes=kv_bytes,
-                selected=a["selected"],
-                decode=at.decode,
+                batch, new, past, heads, latent=a["latent"], rope=a["rope"], nope=nope, v_dim=at.value(v.dims[-1]),
+                kv_bytes=kv_bytes, selected=a["selected"], decode=at.decode,
             )
         ]
     window = a["window"] or a["selected"]
     if a["chunk"]:
         past = np.where(np.asarray(past) + new > a["chunk"], np.mod(past, a["chunk"]), past)
     found = w.attention(
-        batch,
-        new,
-        past,
-        heads,
-        at.value(k.dims[1]),
-        width,
-        at.value(v.dims[-1]),
-        kv_bytes=at.kv_bytes,
-        window=window,
-        causal=a["causal"],
-        decode=at.decode,
+        batch, new, past, heads, at.value(k.dims[1]), qk_dim=width, v_dim=at.value(v.dims[-1]),
+        kv_bytes=at.kv_bytes, window=window, causal=a["causal"], decode=at.decode,
     )
     if a["chunk"]:  # a long prefill crosses chunks: count its pairs exactly
         exact = chunk_pairs(new, at.value(op.attrs["past"]), a["chunk"]) / w.attended_pairs(new, past, window)

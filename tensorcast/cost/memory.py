@@ -13,7 +13,7 @@ import numpy as np
 from tensorcast.modeling.quantization import Quantization, rounded_hidden
 from tensorcast.profiles.memory import MemoryCovers
 from tensorcast.trace.dims import Dim, Sizes, product
-from tensorcast.trace.table import DTYPE_BYTES, Op, OpTable, Tensor, per_table
+from tensorcast.trace.table import DTYPE_BYTES, OpTable, Tensor, per_table
 
 MLA_FP8_SCALE_GROUP = 128
 """FP8 latent cache: fp8 latent, one fp32 scale per 128 of it, bf16 rope part: 656 bytes per layer for 512 + 64
@@ -43,7 +43,15 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
             keys, values = op.inputs
             attention = next((a for a in table.ops if a.name == "attention" and a.kind == op.kind), None)
             limit = (attention.attrs["window"] or attention.attrs["chunk"]) if attention else 0
-            entries.append(CacheEntry(op.kind, _token_bytes(op, keys, values, unit, kv, attention), int(limit)))
+            numel = float(keys.numel(unit)), float(values.numel(unit))
+            per_token = sum(numel)
+            if op.attrs["kind"] == "indexer":
+                per_token = indexer_key_bytes(sum(numel))
+            elif kv == "bf16":
+                per_token = 2.0 * sum(numel)
+            elif attention is not None and attention.attrs["latent"]:
+                per_token = latent_bytes(*numel)
+            entries.append(CacheEntry(op.kind, per_token, int(limit)))
         elif op.name in ("linear_attention", "ssm_scan"):
             entries.append(CacheEntry(op.kind, 0.0, 0, float(op.outputs[1].bytes(unit))))
         elif op.name == "causal_conv1d":
@@ -63,17 +71,6 @@ def indexer_key_bytes(width: float) -> float:
     return width + 4.0 * math.ceil(width / 128)
 
 
-def _token_bytes(op: Op, keys: Tensor, values: Tensor, unit: Sizes, kv: str, attention: Op | None) -> float:
-    numel = float(keys.numel(unit) + values.numel(unit))
-    if op.attrs["kind"] == "indexer":
-        return indexer_key_bytes(numel)
-    if kv == "bf16":
-        return 2.0 * numel
-    if attention is not None and attention.attrs["latent"]:
-        return latent_bytes(float(keys.numel(unit)), float(values.numel(unit)))
-    return numel
-
-
 def kv_bytes_per_token(table: OpTable, kv: str = "bf16") -> float:
     """Bytes that one more token adds over all layers, before any window is full."""
     return sum(e.per_token * table.layer_kinds.count(e.kind) for e in cache_entries(table, kv))
@@ -90,15 +87,8 @@ def cache_bytes(table: OpTable, kv: str, sequences: Any, length: Any, layers: sl
 
 
 def weight_bytes(
-    table: OpTable,
-    quantization: Quantization,
-    ep: int = 1,
-    etp: int = 1,
-    layers: slice = slice(None),
-    first: bool = True,
-    last: bool = True,
-    local_experts: int | None = None,
-    rounded: bool = False,
+    table: OpTable, quantization: Quantization, ep: int = 1, etp: int = 1, layers: slice = slice(None), *,
+    first: bool = True, last: bool = True, local_experts: int | None = None, rounded: bool = False,
 ) -> float:
     """Weights on one rank: experts split over ``ep`` and ``etp``, the rest as traced at this tp. Scales included.
 
@@ -108,8 +98,10 @@ def weight_bytes(
     kinds = table.layer_kinds[layers]
     total = 0.0
     for part in _weights(table, quantization, rounded):
-        if part.kind < 0 and not _in_stage(table, part.role, first, last):
-            continue
+        if part.kind < 0:  # outside the layers: is it on this pipeline stage?
+            tied = last and table.facts.tied_embedding
+            if not {"embedding": first or tied, "lm_head": last}.get(part.role, True):
+                continue
         size = part.size_bytes
         if part.expert_bytes:
             held = math.ceil(table.facts.num_experts / ep) if local_experts is None else local_experts
@@ -146,22 +138,14 @@ def _weights(table: OpTable, quantization: Quantization, rounded: bool) -> list[
     return list(found.values())
 
 
-def _in_stage(table: OpTable, role: str, first: bool, last: bool) -> bool:
-    """Whether a parameter outside the layers lies on this pipeline stage."""
-    if role == "embedding":
-        return first or (last and table.facts.tied_embedding)
-    return last if role == "lm_head" else True
-
-
 def activation_bytes(table: OpTable, sizes: Sizes) -> Any:
     """Peak of live activations over a step: every tensor from the row that makes it to the last that reads it."""
     amounts, moments = _liveness(table)
-    values = [reduce(np.maximum, [coef * _value(factors, sizes) for factors, coef in some]) for some in amounts]
+    values = [
+        reduce(np.maximum, [coef * math.prod((dim.at(sizes) for dim in factors), start=1.0) for factors, coef in some])
+        for some in amounts
+    ]
     return reduce(np.maximum, [sum((coef * values[i] for i, coef in moment), 0.0) for moment in moments], 0.0)
-
-
-def _value(factors: tuple[Dim, ...], sizes: Sizes) -> Any:
-    return math.prod((dim.at(sizes) for dim in factors), start=1.0)
 
 
 _Amount = tuple[tuple[tuple[Dim, ...], float], ...]
@@ -226,7 +210,7 @@ def low_latency_buffer_bytes(tokens_per_rank: Any, hidden: int, num_experts: int
 
 
 def cache_budget(
-    covers: MemoryCovers, share: Any, capacity: float, context: float, weights: Any, beside: Any
+    covers: MemoryCovers, share: Any, *, capacity: float, context: float, weights: Any, beside: Any
 ) -> Any:
     """Bytes that an engine's memory settings leave for the cache; below 0 where not even the rest fits.
 

@@ -63,7 +63,8 @@ class Routing:
         raise InputError(f"--routing {text!r}: use balanced, uniform, zipf:S, or a CSV file of per-expert counts")
 
     def inclusion(self, num_experts: int, top_k: float) -> np.ndarray:
-        """Chance that a token picks each expert, ``[E]``, summing to k. A wrong length raises :class:`InputError`."""
+        """Chance that a token picks each expert, ``[E]``, summing to k: ``min(1, c * popularity)``, as no token
+        picks an expert twice. A wrong length raises :class:`InputError`."""
         if self.counts:
             if len(self.counts) != num_experts:
                 raise InputError(
@@ -72,7 +73,20 @@ class Routing:
             popularity = np.asarray(self.counts, dtype=float)
         else:
             popularity = np.arange(1, num_experts + 1, dtype=float) ** -self.exponent
-        return _capped(popularity, top_k)
+        share = popularity / popularity.sum()
+        free = np.ones(len(share), dtype=bool)
+        q = np.minimum(1.0, top_k * share)
+        for _ in range(len(share)):
+            over = free & (q >= 1.0)
+            if not over.any():
+                break
+            free &= ~over
+            left = share[free].sum()
+            q[~free] = 1.0
+            if left <= 0:
+                break
+            q[free] = (top_k - (~free).sum()) * share[free] / left
+        return np.clip(q, 0.0, 1.0)
 
 
 def _read_counts(path: Path) -> tuple[float, ...]:
@@ -89,24 +103,6 @@ def _read_counts(path: Path) -> tuple[float, ...]:
     if not (np.isfinite(said).all() and (said >= 0).all() and said.sum() > 0):
         raise InputError(f"--routing {path}: counts must be numbers of at least 0, not all 0")
     return tuple(float(c) for c in counts)
-
-
-def _capped(popularity: np.ndarray, top_k: float) -> np.ndarray:
-    """``q_e = min(1, c * p_e)`` with ``c`` such that they sum to k: no token picks an expert twice."""
-    share = popularity / popularity.sum()
-    free = np.ones(len(share), dtype=bool)
-    q = np.minimum(1.0, top_k * share)
-    for _ in range(len(share)):
-        over = free & (q >= 1.0)
-        if not over.any():
-            break
-        free &= ~over
-        left = share[free].sum()
-        q[~free] = 1.0
-        if left <= 0:
-            break
-        q[free] = (top_k - (~free).sum()) * share[free] / left
-    return np.clip(q, 0.0, 1.0)
 
 
 @dataclass(frozen=True)

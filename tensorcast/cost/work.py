@@ -7,6 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+"""One number per call, or per candidate."""
+
+Mask = NDArray[np.bool_]
+"""Which of the calls."""
 
 Size = Any
 """A float, or a numpy array with one entry per candidate."""
@@ -78,19 +85,21 @@ class Precision:
     output_bytes: float = 2.0
 
 
-def _tile_rate(rows: int, columns: int) -> float:
-    """A tile's operand reuse, FLOPs per operand loaded, saturating: small tiles wait for shared memory."""
-    reuse, largest = rows * columns / (rows + columns), 128 * 256 / (128 + 256)
-    return reuse / (reuse + 20.0) * (largest + 20.0) / largest
+_LARGEST_REUSE = 128 * 256 / (128 + 256)
 
 
-def _gemm_tilings(groups: Size, m: Size, n: Size, k: Size, split: bool, least_rows: int = 1) -> tuple[Tiling, ...]:
-    m, n = np.asarray(m, dtype=float), np.asarray(n, dtype=float)
-    return tuple(
-        Tiling(groups * np.ceil(m / rows) * np.ceil(n / columns), 2.0 * rows * columns * k, k,
-               _tile_rate(rows, columns), split=split)
-        for rows, columns in GEMM_TILES if rows >= least_rows
-    )
+def _gemm_tilings(
+    groups: Size, m: Size, n: Size, k: Size, *, split: bool, least_rows: int = 1
+) -> tuple[Tiling, ...]:
+    """A tile's rate follows its operand reuse, FLOPs per operand loaded, saturating: small ones wait for memory."""
+    m, n, found = np.asarray(m, dtype=float), np.asarray(n, dtype=float), []
+    for rows, columns in GEMM_TILES:
+        if rows >= least_rows:
+            reuse = rows * columns / (rows + columns)
+            rate = reuse / (reuse + 20.0) * (_LARGEST_REUSE + 20.0) / _LARGEST_REUSE
+            tiles = groups * np.ceil(m / rows) * np.ceil(n / columns)
+            found.append(Tiling(tiles, 2.0 * rows * columns * k, k, rate, split=split))
+    return tuple(found)
 
 
 def gemm(m: Size, n: Size, k: Size, precision: Precision = Precision(), batch: Size = 1.0) -> Work:
@@ -103,7 +112,9 @@ def gemm(m: Size, n: Size, k: Size, precision: Precision = Precision(), batch: S
     )
 
 
-def grouped_gemm(rows: Size, hit: Size, n: Size, k: Size, precision: Precision = Precision(), align: int = 16) -> Work:
+def grouped_gemm(
+    rows: Size, hit: Size, n: Size, k: Size, precision: Precision = Precision(), *, align: int = 16
+) -> Work:
     """One GEMM per hit expert over ``rows`` rows in all; weights ``[n,k]`` of the ``hit`` experts are read once.
 
     An expert's rows are padded to the tile that suits, at least ``align`` (contiguous layouts of DeepGEMM: 128).
@@ -133,7 +144,7 @@ def attended_pairs(new: Size, past: Size, window: Size = 0, causal: bool = True)
 
 
 def _attention_tilings(
-    batch: Size, new: Size, pairs: Size, keys: Size, heads: Size, kv_heads: Size, dims: Size, decode: bool,
+    batch: Size, new: Size, pairs: Size, keys: Size, *, heads: Size, kv_heads: Size, dims: Size, decode: bool
 ) -> tuple[Tiling, ...]:
     """Prefill: a tile per head and block of queries. Decode: a tile per KV head, its query heads are the rows."""
     if decode:
@@ -153,8 +164,8 @@ def _cache_dtype(kv_bytes: Size, decode: bool) -> str:
 
 
 def attention(
-    batch: Size, new: Size, past: Size, q_heads: Size, kv_heads: Size, qk_dim: Size, v_dim: Size,
-    *, kv_bytes: Size = 2.0, window: Size = 0, causal: bool = True, decode: bool = False, dtype: str = "",
+    batch: Size, new: Size, past: Size, q_heads: Size, kv_heads: Size, *, qk_dim: Size, v_dim: Size,
+    kv_bytes: Size = 2.0, window: Size = 0, causal: bool = True, decode: bool = False, dtype: str = "",
 ) -> Work:
     """Softmax attention over a paged cache; queries and outputs in bf16, keys and values ``kv_bytes`` per element.
 
@@ -166,7 +177,9 @@ def attention(
     flops = 2.0 * batch * q_heads * pairs * (qk_dim + v_dim)
     kv = batch * keys * kv_heads * (qk_dim + v_dim) * kv_bytes
     io = batch * new * q_heads * (qk_dim + v_dim) * 2.0
-    tilings = _attention_tilings(batch, new, pairs, keys, q_heads, kv_heads, qk_dim + v_dim, decode)
+    tilings = _attention_tilings(
+        batch, new, pairs, keys, heads=q_heads, kv_heads=kv_heads, dims=qk_dim + v_dim, decode=decode
+    )
     family = "attention_decode" if decode else "attention_prefill"
     return Work(
         family, dtype or _cache_dtype(kv_bytes, decode), flops, kv + io, tilings[0].tiles * tilings[0].flops,
@@ -178,8 +191,8 @@ def attention(
 
 
 def mla(
-    batch: Size, new: Size, past: Size, heads: Size, latent: Size, rope: Size, nope: Size, v_dim: Size,
-    *, kv_bytes: Size = 2.0, selected: Size = 0, decode: bool = False, dtype: str = "",
+    batch: Size, new: Size, past: Size, heads: Size, *, latent: Size, rope: Size, nope: Size, v_dim: Size,
+    kv_bytes: Size = 2.0, selected: Size = 0, decode: bool = False, dtype: str = "",
 ) -> Work:
     """Multi-head latent attention: absorbed in decode (all heads share one latent), expanded in prefill.
 
@@ -196,11 +209,13 @@ def mla(
     if absorbed:
         dims = 2 * latent + rope
         kv = batch * keys * (latent + rope) * kv_bytes
-        tilings = _attention_tilings(batch, new, pairs, pairs / new, heads, 1.0, dims, True)
+        tilings = _attention_tilings(
+            batch, new, pairs, pairs / new, heads=heads, kv_heads=1.0, dims=dims, decode=True
+        )
     else:
         dims = nope + rope + v_dim
         kv = batch * keys * heads * dims * 2.0  # the expanded keys and values of this step
-        tilings = _attention_tilings(batch, new, pairs, keys, heads, heads, dims, False)
+        tilings = _attention_tilings(batch, new, pairs, keys, heads=heads, kv_heads=heads, dims=dims, decode=False)
     return Work(
         "mla_decode" if decode else "mla_prefill", dtype or _cache_dtype(kv_bytes, decode),
         2.0 * batch * heads * pairs * dims, kv + batch * new * heads * dims * 2.0,

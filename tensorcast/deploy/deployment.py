@@ -82,7 +82,9 @@ class Deployment:
             graphs = self.graph_bytes(sequences)
         beside = activations + communication + context + graphs
         share = self.memory_share - graphs / capacity
-        left = cache_budget(self.engine.memory_covers, share, capacity, context, weights, beside)
+        left = cache_budget(
+            self.engine.memory_covers, share, capacity=capacity, context=context, weights=weights, beside=beside
+        )
         return Memory(
             _plain(weights), _plain(cache), _plain(activations), _plain(communication), _plain(context + graphs),
             capacity, _plain(left),

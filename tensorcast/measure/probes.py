@@ -211,8 +211,8 @@ def _attention(pool: Pool, shapes: list[tuple[int, int, int, int]], decode: bool
         new = 1 if decode else length
         q = pool.take(batch, heads, new, HEAD).clone()
         wanted = work.attention(
-            batch, new, length - new, heads, kv_heads, HEAD, HEAD, kv_bytes=float(pool.element_bytes), decode=decode,
-            dtype=pool.dtype,
+            batch, new, length - new, heads, kv_heads, qk_dim=HEAD, v_dim=HEAD, kv_bytes=float(pool.element_bytes),
+            decode=decode, dtype=pool.dtype,
         )
         yield Sample(wanted, timed(partial(call, q, batch, kv_heads, length), repeats))
 

@@ -116,12 +116,12 @@ def works_of(family: str, dtype: str, frame: pd.DataFrame) -> list[work.Work]:
         return [up, activation, down]
     if family.startswith("attention"):
         return [work.attention(
-            c["batch"], c["new"], c["past"], c["q_heads"], c["kv_heads"], c["head_dim"], c["head_dim"],
+            c["batch"], c["new"], c["past"], c["q_heads"], c["kv_heads"], qk_dim=c["head_dim"], v_dim=c["head_dim"],
             kv_bytes=c["kv_bytes"], window=c["window"], decode=family == "attention_decode", dtype=dtype,
         )]
     if family.startswith("mla"):
         return [work.mla(
-            c["batch"], c["new"], c["past"], c["q_heads"], LATENT, ROPE, NOPE, V_DIM,
+            c["batch"], c["new"], c["past"], c["q_heads"], latent=LATENT, rope=ROPE, nope=NOPE, v_dim=V_DIM,
             kv_bytes=c["kv_bytes"], decode=family == "mla_decode", dtype=dtype,
         )]
     return [replace(work.memory(c["read_bytes"], c["written_bytes"]), family="quantize")]

@@ -145,7 +145,7 @@ def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = 
     """Residual, intervals and errors of one kernel from all its measured rows. ``experts``: of grouped GEMMs, what
     carries over to other models is learnt from them."""
     family, dtype, engine, variant = rows.key
-    physics = formula_of(family, dtype, variant, rows.columns, device, engine)
+    physics = formula_of(family, dtype, variant, rows.columns, device, engine=engine)
     if variant:  # kernels of a layout of their own are not Triton's
         plain = {name: values for name, values in physics.features.items() if name not in TILES}
         physics = replace(physics, tell=lambda: plain)

@@ -126,7 +126,7 @@ def sampled(system: System, device: DeviceProfile) -> dict[Key, Sampled]:
 def sample(rows: Measured, device: DeviceProfile) -> Sampled:
     """The rows with their physics by datasheet."""
     family, dtype, engine, _ = rows.key
-    return Sampled(rows, formula_of(family, dtype, "", rows.columns, bare(device), engine), bare(device))
+    return Sampled(rows, formula_of(family, dtype, "", rows.columns, bare(device), engine=engine), bare(device))
 
 
 def _box(parts: Sequence[Sampled]) -> dict[str, tuple[float, float]]:

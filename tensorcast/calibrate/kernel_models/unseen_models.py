@@ -89,7 +89,7 @@ def models_of(rows: Measured) -> np.ndarray:
 def part_of(rows: Measured, device: DeviceProfile) -> Part:
     """One kernel's rows, those at a level of their own told apart."""
     family, dtype, engine, variant = rows.key
-    physics = formula_of(family, dtype, variant, rows.columns, device, engine)
+    physics = formula_of(family, dtype, variant, rows.columns, device, engine=engine)
     target = np.log(rows.seconds / physics.seconds)
     ratios = {name: values for name, values in physics.features.items() if name not in REMEMBER}
     ratios["source"] = rows.columns.get("source", np.zeros(len(rows)))
@@ -155,7 +155,7 @@ class Experts:
         family, dtype, engine, variant = key
 
         def price(sizes: Columns) -> np.ndarray:
-            physics = formula_of(family, dtype, variant, sizes, self.device, engine)
+            physics = formula_of(family, dtype, variant, sizes, self.device, engine=engine)
             told = of_library(physics.features, sizes["source"])
             residual = trees.values({**told, "own": np.ones(len(physics.seconds))})
             return np.maximum(np.log(physics.seconds) + residual, np.log(physics.floor))

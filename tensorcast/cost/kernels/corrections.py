@@ -7,72 +7,18 @@ constants now (a user's own calibration), the model is left alone and the formul
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tensorcast.cost.kernels.device_model import Kernel
 from tensorcast.cost.kernels.formula import constants_digest, formula_of
-from tensorcast.cost.kernels.predictor import TRANSFERRED, predictor_for
-from tensorcast.cost.work import Size, Work
+from tensorcast.cost.kernels.predictor import TRANSFERRED, Predictor, predictor_for
+from tensorcast.cost.work import Array, Size, Work
 from tensorcast.profiles.device import DeviceProfile
-
-
-@dataclass(eq=False)
-class PendingCorrection:
-    """A :class:`Correction` whose numbers are there after :meth:`BatchedCorrections.find`."""
-
-    engine: str
-    variant: str
-    factor: Size = 1.0
-    error: Size = 0.0
-    level: Size = 0
-
-
-Question = tuple[PendingCorrection, list[np.ndarray]]
-
-
-class BatchedCorrections:
-    """Stands in for :class:`Corrections` where prices are read only after :meth:`find`."""
-
-    def __init__(self, corrections: Corrections) -> None:
-        self._corrections = corrections
-        self._asked: dict[tuple[Any, ...], list[Question]] = defaultdict(list)
-
-    def of(self, work: Work, variant: str = "") -> PendingCorrection | None:
-        """As :meth:`Corrections.of`."""
-        return self.at(work.family, work.dtype, variant, work.sizes) if work.sizes else None
-
-    def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> PendingCorrection | None:
-        """As :meth:`Corrections.at`."""
-        name, belongs, columns = self._corrections.question(family, dtype, variant, sizes)
-        if belongs is None:
-            return None
-        found = PendingCorrection(*belongs)
-        self._asked[(*name, belongs, *columns)].append((found, list(columns.values())))
-        return found
-
-    def find(self) -> None:
-        """Ask each kernel's model once, and hand the numbers out."""
-        for (family, dtype, variant, belongs, *names), questions in self._asked.items():
-            shapes = [np.broadcast_shapes(*(value.shape for value in values)) for _, values in questions]
-            ends = np.cumsum([math.prod(shape) for shape in shapes])
-            parts = [slice(end - math.prod(shape), end) for end, shape in zip(ends, shapes, strict=True)]
-            columns = np.empty((len(names), ends[-1]))
-            for (_, values), part, shape in zip(questions, parts, shapes, strict=True):
-                for column, value in zip(columns, values, strict=True):
-                    column[part].reshape(shape)[...] = value
-            sizes = dict(zip(names, columns, strict=True))
-            together = self._corrections.ask(belongs, (family, dtype, variant), sizes)
-            numbers = [np.asarray(x) for x in (together.factor, together.error, together.level)]
-            for (found, _), part, shape in zip(questions, parts, shapes, strict=True):
-                found.factor, found.error, found.level = (x[part].reshape(shape)[()] for x in numbers)
-        self._asked.clear()
-
 
 VARIANTS = ("absorb", "contiguous", "masked", "custom", "nccl")
 """Kernels of a family that models tell apart; others are the family's plain one."""
@@ -89,6 +35,9 @@ WEIGHTS = np.random.default_rng(11).random(16) + 0.5
 MOST, MOST_SIZES = 4096, 1 << 18
 """Answers that are kept: to whole questions, and by single sizes of each kernel."""
 
+Name = tuple[str, str, str]
+"""Family, dtype and variant of a kernel."""
+
 
 @dataclass(frozen=True)
 class Correction:
@@ -102,25 +51,26 @@ class Correction:
     variant: str = ""
 
 
+@dataclass(eq=False)
 class Corrections:
     """Corrections for one device under one engine; every answer is kept, by its sizes."""
 
-    def __init__(self, device: DeviceProfile, engine: str) -> None:
-        self.device, self.predictor = device, predictor_for(device, engine, served=True)
-        self._kernels: dict[tuple[str, str, str], tuple[str, str] | None] = {}
-        self._found: dict[tuple[Any, ...], Correction] = {}
-        self._answers: dict[tuple[str, ...], _Answers] = {}
+    predictor: Predictor
+    _residuals: dict[Name, tuple[str, str] | None] = field(default_factory=dict)
+    _found: dict[tuple[Hashable, ...], Correction] = field(default_factory=dict)
+    _answers: dict[tuple[str, ...], _Answers] = field(default_factory=dict)
 
     def of(self, work: Work, variant: str = "") -> Correction | None:
         """The correction of one kernel; None where no model speaks for it."""
-        return self.at(work.family, work.dtype, variant, work.sizes) if work.sizes else None
+        return self.at(work.family, work.dtype, variant, work.sizes)
 
     def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> Correction | None:
-        """The correction of ``family`` at ``sizes`` (all of its own), scalars or arrays that broadcast."""
+        """The correction of ``family`` at ``sizes`` (all of its own), scalars or arrays that broadcast; None where no
+        model speaks for the kernel, or no sizes are told."""
         name, belongs, columns = self.question(family, dtype, variant, sizes)
         if belongs is None:
             return None
-        key = (*name, *sizes, *((value.shape, value.tobytes()) for value in columns.values()))
+        key = (*name, *columns, *((value.shape, value.tobytes()) for value in columns.values()))
         if key not in self._found:
             while len(self._found) >= MOST:
                 del self._found[next(iter(self._found))]
@@ -129,108 +79,138 @@ class Corrections:
 
     def question(
         self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]
-    ) -> tuple[tuple[str, str, str], tuple[str, str] | None, dict[str, np.ndarray]]:
+    ) -> tuple[Name, tuple[str, str] | None, dict[str, Array]]:
         """The kernel's full name; engine and variant whose residual applies, if one does; the sizes as models know
-        them."""
+        them (of a cache's bytes 1, FP8 with scales beside it, or 2)."""
         name = family, dtype, variant if variant in VARIANTS or ":" in variant else ""
-        belongs = self._whose(*name)
+        if name not in self._residuals:
+            self._residuals[name] = self._residual(*name)
+        belongs = self._residuals[name] if sizes else None
         if belongs is None:
             return name, None, {}
-        return name, belongs, {n: np.asarray(v, dtype=float) for n, v in _cached(family, sizes).items()}
+        columns = {size: np.asarray(value, dtype=float) for size, value in sizes.items()}
+        if "kv_bytes" in columns:
+            columns["kv_bytes"] = np.where((columns["kv_bytes"] < 1.5) & (family != "mla_prefill"), 1.0, 2.0)
+        return name, belongs, columns
 
-    def ask(self, belongs: tuple[str, str], name: tuple[str, str, str], sizes: dict[str, np.ndarray]) -> Correction:
+    def ask(self, belongs: tuple[str, str], name: Name, sizes: Mapping[str, Array]) -> Correction:
         """The answer to a :meth:`question`, not kept."""
         held = {n: np.maximum(value, 1.0) if n in AT_LEAST_ONE else value for n, value in sizes.items()}
         shape = np.broadcast_shapes(*(value.shape for value in held.values()))
         codes: Any = sum(weight * value for weight, value in zip(WEIGHTS, held.values(), strict=False))
         codes, first, where = np.unique(np.broadcast_to(codes, shape), return_index=True, return_inverse=True)
         answers = self._answers.setdefault((*name, *sizes), _Answers())
-        if len(answers.codes) > MOST_SIZES:
-            answers = self._answers[(*name, *sizes)] = _Answers()
-        if len(new := answers.without(codes)):
+        if len(new := answers.missing(codes)):
             at = first[new]
             columns = {n: np.broadcast_to(value, shape).ravel()[at] for n, value in held.items()}
             found = self.predictor.price(*name, columns)
             answers.keep(codes[new], np.array([found.factor, found.error, found.level]))
-        factor, error, level = answers.of(codes)[:, where.reshape(shape)]
+        factor, error, level = answers.values[:, np.searchsorted(answers.codes, codes)[where.reshape(shape)]]
         return Correction(factor[()], error[()], level.astype(int)[()], *belongs)
 
-    def _whose(self, family: str, dtype: str, variant: str) -> tuple[str, str] | None:
-        """Engine and variant of the kernel whose residual applies, if one does."""
-        key = family, dtype, variant
-        if key not in self._kernels:
-            self._kernels[key] = self._look_up(*key)
-        return self._kernels[key]
-
-    def _look_up(self, family: str, dtype: str, variant: str) -> tuple[str, str] | None:
-        model, engine = self.predictor.model, self.predictor.engine
+    def _residual(self, family: str, dtype: str, variant: str) -> tuple[str, str] | None:
+        """Engine and variant of the kernel whose residual applies: one over the formula and the constants of today."""
+        model, device, engine = self.predictor.model, self.predictor.device, self.predictor.engine
         if model is None:
             return None
         if model.device == TRANSFERRED:  # over the formula with this device's own, assumed constants
             known = any(key[0] == family for key in model.kernels) and not variant
             return (engine, "") if known else None
         kernel = model.find(family, dtype, engine, variant)
-        return (kernel.engine, kernel.variant) if kernel is not None and self._belongs(kernel) else None
-
-    def _belongs(self, kernel: Kernel) -> bool:
-        """Whether formula and constants are those that the model's residual was fitted over."""
-        if kernel.constants != constants_digest(kernel.family, kernel.dtype, self.device, kernel.engine):
-            return False
+        if kernel is None or kernel.constants != constants_digest(family, dtype, device, kernel.engine):
+            return None
         sizes = {name: np.array([value]) for name, value in kernel.report["probe"].items()}
-        now = formula_of(kernel.family, kernel.dtype, kernel.variant, sizes, self.device, kernel.engine).seconds[0]
+        now = formula_of(family, dtype, kernel.variant, sizes, device, engine=kernel.engine).seconds[0]
         then = float(kernel.report["probe_formula_s"])
-        return bool(abs(now - then) <= SAME * then)
+        return (kernel.engine, kernel.variant) if abs(now - then) <= SAME * then else None
 
 
+@dataclass(eq=False)
 class _Answers:
-    """What the model said of one kernel, by the codes of its sizes: searches ask for the same few again and again."""
+    """What the model said of one kernel, by the codes of its sizes: searches ask for the same few again and again.
 
-    def __init__(self) -> None:
-        self.codes, self.values = np.empty(0), np.empty((3, 0))
+    ``values`` ``[3, codes]``: factor, error, level.
+    """
 
-    def without(self, codes: np.ndarray) -> np.ndarray:
-        """Positions of the codes that have no answer yet."""
+    codes: Array = field(default_factory=partial(np.empty, 0))
+    values: Array = field(default_factory=partial(np.empty, (3, 0)))
+
+    def missing(self, codes: Array) -> NDArray[np.intp]:
+        """Positions of the codes that have no answer yet; where too many are kept, all of them."""
+        if len(self.codes) > MOST_SIZES:
+            self.codes, self.values = np.empty(0), np.empty((3, 0))
         if not len(self.codes):
             return np.arange(len(codes))
         nearest = self.codes[np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)]
         return np.flatnonzero(nearest != codes)
 
-    def keep(self, codes: np.ndarray, values: np.ndarray) -> None:
-        """Answers ``[3, n]`` to codes that had none: factor, error, level."""
+    def keep(self, codes: Array, values: Array) -> None:
+        """Answers to codes that had none."""
         every = np.concatenate([self.codes, codes])
         order = np.argsort(every, kind="stable")
         self.codes, self.values = every[order], np.concatenate([self.values, values], axis=1)[:, order]
 
-    def of(self, codes: np.ndarray) -> np.ndarray:
-        return self.values[:, np.searchsorted(self.codes, codes)]
+
+@dataclass(eq=False)
+class PendingCorrection:
+    """A :class:`Correction` whose numbers are there after :meth:`BatchedCorrections.find`."""
+
+    engine: str
+    variant: str
+    factor: Size = 1.0
+    error: Size = 0.0
+    level: Size = 0
 
 
-def _cached(family: str, sizes: Mapping[str, Size]) -> Mapping[str, Size]:
-    """Attention's sizes with the cache's bytes as models know them: 1 (FP8, scales beside it) or 2."""
-    if "kv_bytes" not in sizes:
-        return sizes
-    narrow = np.asarray(sizes["kv_bytes"]) < 1.5
-    return {**sizes, "kv_bytes": np.where(narrow & (family != "mla_prefill"), 1.0, 2.0)}
+@dataclass(eq=False)
+class BatchedCorrections:
+    """Stands in for :class:`Corrections` where prices are read only after :meth:`find`."""
+
+    corrections: Corrections
+    _asked: dict[tuple[Any, ...], list[tuple[PendingCorrection, list[Array]]]] = field(default_factory=dict)
+
+    def of(self, work: Work, variant: str = "") -> PendingCorrection | None:
+        """As :meth:`Corrections.of`."""
+        return self.at(work.family, work.dtype, variant, work.sizes)
+
+    def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> PendingCorrection | None:
+        """As :meth:`Corrections.at`."""
+        name, belongs, columns = self.corrections.question(family, dtype, variant, sizes)
+        if belongs is None:
+            return None
+        found = PendingCorrection(*belongs)
+        self._asked.setdefault((name, belongs, *columns), []).append((found, list(columns.values())))
+        return found
+
+    def find(self) -> None:
+        """Ask each kernel's model once, and hand the numbers out."""
+        for (name, belongs, *names), questions in self._asked.items():
+            shapes = [np.broadcast_shapes(*(value.shape for value in values)) for _, values in questions]
+            ends = np.cumsum([math.prod(shape) for shape in shapes])
+            parts = [slice(end - math.prod(shape), end) for end, shape in zip(ends, shapes, strict=True)]
+            columns = np.empty((len(names), ends[-1]))
+            for (_, values), part, shape in zip(questions, parts, shapes, strict=True):
+                for column, value in zip(columns, values, strict=True):
+                    column[part].reshape(shape)[...] = value
+            together = self.corrections.ask(belongs, name, dict(zip(names, columns, strict=True)))
+            numbers = [np.asarray(x) for x in (together.factor, together.error, together.level)]
+            for (found, _), part, shape in zip(questions, parts, shapes, strict=True):
+                found.factor, found.error, found.level = (x[part].reshape(shape)[()] for x in numbers)
+        self._asked.clear()
 
 
-@dataclass(frozen=True, eq=False)
-class _Held:
-    """A profile by identity: profiles hold mappings and cannot be hashed."""
+MOST_DEVICES = 32
+"""Devices and engines whose corrections are kept."""
 
-    device: DeviceProfile
-
-    def __hash__(self) -> int:
-        return id(self.device)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held) and other.device is self.device
-
-
-@lru_cache(maxsize=32)
-def _made(device: _Held, engine: str) -> Corrections:
-    return Corrections(device.device, engine)
+_corrections: dict[tuple[int, str], Corrections] = {}
+"""By identity of the device, which its predictor keeps alive."""
 
 
 def corrections_for(device: DeviceProfile, engine: str) -> Corrections:
     """Corrections of a device under an engine, shared by all steps on this profile."""
-    return _made(_Held(device), engine)
+    key = id(device), engine
+    if key not in _corrections:
+        while len(_corrections) >= MOST_DEVICES:
+            del _corrections[next(iter(_corrections))]
+        _corrections[key] = Corrections(predictor_for(device, engine, served=True))
+    return _corrections[key]

@@ -1,4 +1,4 @@
-"""One device's kernel model: per kernel the fitted residual over physics, where it was measured, how far off it was.
+"""One device's kernel model: per kernel the fitted residual over its formula, where it was measured, how far off it is.
 
 Stored as ``calibration/DEVICE.npz`` beside the device profiles: small integer arrays for the trees and one JSON text
 for the rest; no pickle. ``calibration/DEVICE.yaml`` says the same in words for readers (provenance, points, errors).
@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.cost.kernels.trees import Trees, leaf_steps
 from tensorcast.cost.kernels.triton_tiles import of_library
 from tensorcast.cost.kernels.vocabulary import NON_GATED, Columns
+from tensorcast.cost.work import Array, Mask
 from tensorcast.errors import InputError
 
 FORMAT = 2
@@ -118,14 +120,9 @@ class Kernel:
     def lines(self) -> tuple[str, ...]:
         return LINES.get(self.family, ("ranks",) if "payload_bytes" in self.box else ())
 
-    def inside(self, columns: Columns) -> Columns:
-        """The sizes, each brought to the nearest measured one: beyond the data the residual stays as at its edge."""
-        held = {name: np.clip(columns[name], low, high) for name, (low, high) in self.box.items() if name in columns}
-        return {**columns, **held}
-
-    def beyond(self, columns: Columns) -> np.ndarray:
+    def beyond(self, columns: Columns) -> Array:
         """Factors of two by which the sizes lie outside what was measured, added up; of one more where zero was."""
-        total: Any = np.zeros(len(next(iter(columns.values()))))
+        total = np.zeros(len(next(iter(columns.values()))))
         for name, (low, high) in self.box.items():
             if name not in columns or ((columns[name] >= low) & (columns[name] <= high)).all():
                 continue
@@ -133,9 +130,9 @@ class Kernel:
             value = np.maximum(columns[name] + more, 1e-9)
             total = total + np.log2(np.maximum(value / max(high + more, 1e-9), 1.0))
             total = total + (np.log2(np.maximum(low / value, 1.0)) if low > 0 else 0.0)
-        return np.asarray(total)
+        return total
 
-    def measured_shape(self, columns: Columns) -> np.ndarray:
+    def measured_shape(self, columns: Columns) -> Mask:
         """Whether the sizes of :attr:`lines` are a combination that was measured."""
         size = len(next(iter(columns.values())))
         if not self.lines or not all(name in columns for name in self.lines):
@@ -146,13 +143,9 @@ class Kernel:
         return self._codes[np.minimum(np.searchsorted(self._codes, mine), len(self._codes) - 1)] == mine
 
     @cached_property
-    def _codes(self) -> np.ndarray:
+    def _codes(self) -> Array:
         """A number for every combination of :attr:`lines` that was measured, ascending."""
         return np.unique(np.round(np.asarray(self.seen, dtype=float) @ np.array(WEIGHTS[: len(self.lines)])))
-
-    def asked(self) -> set[str]:
-        """Features that the residual asks for."""
-        return {*self.trees.names, *(self.extrapolated.names if self.extrapolated else ())}
 
     def features(self, features: Columns, columns: Columns) -> Columns:
         """Features with ``source``, the library whose kernel runs: as measured for the model, for other models as the
@@ -172,59 +165,56 @@ class Kernel:
                 source[np.isnan(source) & (split == spread) & (ungated == without)] = codes[counts.argmax()]
         return of_library(features, np.nan_to_num(source))
 
-    def stated(self, columns: Columns) -> np.ndarray:
+    def stated(self, columns: Columns) -> Mask:
         """Whether the columns say whose kernel runs, a library that was measured."""
         size = len(next(iter(columns.values())))
         if "source" not in columns or not self.sources:
             return np.zeros(size, dtype=bool)
         return np.isin(columns["source"], list({line[-1] for line in self.sources}))
 
-    def correction(self, features: Columns, known: np.ndarray) -> np.ndarray:
-        """log of what to multiply physics by."""
-        if known.all() or (self.extrapolated is None and self.new_trees >= len(self.trees.feature)):
+    def correction(self, features: Columns, measured_shape: Mask) -> Array:
+        """log of what to multiply the formula by: of shapes that were not measured as learnt from other shapes."""
+        if measured_shape.all() or (self.extrapolated is None and self.new_trees >= len(self.trees.feature)):
             return self.trees.values(features)
-        if not known.any():
-            return self._carried(features)
-        result = np.empty(len(known))
-        for at, values in ((known, self.trees.values), (~known, self._carried)):
-            result[at] = values({name: features[name][at] for name in self.asked() & features.keys()})
+        result = np.empty(len(measured_shape))
+        measured, new = np.flatnonzero(measured_shape), np.flatnonzero(~measured_shape)
+        if len(measured):
+            result[measured] = self.trees.values({name: features[name][measured] for name in self.trees.names})
+        if self.extrapolated is None:
+            result[new] = self.trees.values({name: features[name][new] for name in self.trees.names}, self.new_trees)
+        else:  # those trees have seen other dtypes' rows too
+            known = features | {"own": np.ones(len(result))}
+            columns = {name: known[name][new] for name in self.extrapolated.names if name in known}
+            result[new] = self.extrapolated.values({"source": np.zeros(len(new)), **columns})
         return result
 
-    def _carried(self, features: Columns) -> np.ndarray:
-        """The same for models that were not measured."""
-        if self.extrapolated is None:
-            return self.trees.values(features, self.new_trees)
-        size = len(next(iter(features.values())))  # those trees have seen other dtypes' rows too
-        return self.extrapolated.values({"source": np.zeros(size), **features, "own": np.ones(size)})
-
-    def monotone_correction(self, coordinates: Columns, log_formula: np.ndarray) -> np.ndarray:
-        """log of what to multiply physics by on another device, such that times grow with every size."""
+    def monotone_correction(self, coordinates: Columns, log_formula: Array) -> Array:
+        """log of what to multiply the formula by on another device, such that times grow with every size."""
         assert self.monotone is not None
         return self.monotone.values(coordinates) - self.share * np.clip(log_formula, *self.span)
 
-    def level(self, columns: Columns) -> np.ndarray:
+    def level(self, columns: Columns) -> Array:
         """log of the factor by which a measured configuration differs from others of like sizes; 0 if none is known."""
         names = CONFIGURATION.get(self.family, ())
         if not self.levels or not all(name in columns for name in names):
             return np.zeros(len(next(iter(columns.values()))))
         return np.nan_to_num(_looked_up(np.asarray(self.levels, dtype=float), [columns[name] for name in names]))
 
-    def interval(
-        self, seconds: np.ndarray, measured: np.ndarray, beyond: np.ndarray, said: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def interval(self, seconds: Array, columns: Columns, measured: Mask) -> tuple[Array, Array]:
         """log of the 80 % interval's ends over ``seconds``."""
+        stated = self.stated(columns)
         part = np.searchsorted(self.edges, np.log2(np.maximum(seconds, 1e-9)))
         ends = self.new_low, self.new_high
         ruled = (self.ruled[0], self.ruled[1]) if self.ruled else ends
         if self.family == "grouped_gemm" and self.seen:
             ends, ruled = (widened(*pair, len(self.seen)) for pair in (ends, ruled))
-        wider = OUTSIDE * beyond
-        low = np.where(measured, np.asarray(self.low)[part], np.where(said, ruled[0], ends[0]) - wider)
-        high = np.where(measured, np.asarray(self.high)[part], np.where(said, ruled[1], ends[1]) + wider)
+        wider = OUTSIDE * self.beyond(columns)
+        low = np.where(measured, np.asarray(self.low)[part], np.where(stated, ruled[0], ends[0]) - wider)
+        high = np.where(measured, np.asarray(self.high)[part], np.where(stated, ruled[1], ends[1]) + wider)
         return np.minimum(low, 0.0), np.maximum(high, 0.0)
 
 
-def _looked_up(table: np.ndarray, sizes: Sequence[np.ndarray]) -> np.ndarray:
+def _looked_up(table: Array, sizes: Sequence[Array]) -> Array:
     """The last column of the row of ``table`` whose others equal ``sizes``, per call; NaN where there is none."""
     codes = table[:, :-1] @ CODE[: len(sizes)]
     order = np.argsort(codes)
@@ -289,8 +279,27 @@ def pack(model: DeviceModel) -> bytes:
     return buffer.getvalue()
 
 
-def _joined(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
     return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+
+def _stored_trees(arrays: Mapping[str, NDArray[Any]], shapes: Sequence[Mapping[str, Any]]) -> Iterator[Trees]:
+    """Trees, one after another, of the ``shapes`` that the file tells."""
+    counts, depths = np.array([shape["trees"] for shape in shapes]), np.array([shape["depth"] for shape in shapes])
+    splits, leaf_ends = np.cumsum(counts * depths)[:-1], np.cumsum(counts << depths)[:-1]
+    borders = iter(np.split(arrays["borders"], np.cumsum([n for shape in shapes for n in shape["borders"]])))
+    parts = zip(
+        shapes, np.split(arrays["feature"], splits), np.split(arrays["border"], splits),
+        np.split(arrays["leaves"], leaf_ends), np.split(arrays["scales"], np.cumsum(counts)[:-1]), strict=True,
+    )
+    for shape, feature, border, leaves, scale in parts:
+        split = shape["trees"], shape["depth"]
+        values = leaves.reshape(split[0], 1 << split[1]) * scale[:, None]
+        yield Trees(
+            names=tuple(shape["names"]), borders=tuple(next(borders) for _ in shape["borders"]),
+            feature=feature.reshape(split), border=border.reshape(split), leaves=values.astype(np.float32),
+            bias=shape["bias"],
+        )
 
 
 def read_model(path: Path) -> DeviceModel:
@@ -304,24 +313,10 @@ def read_model(path: Path) -> DeviceModel:
     if about.get("format") != FORMAT:
         raise InputError(f"{path}: format {about.get('format')!r}, this version reads {FORMAT}; calibrate anew")
     kernels: dict[tuple[str, str, str, str], Kernel] = {}
-    at = dict.fromkeys(("borders", "split", "leaf", "tree"), 0)
-
-    def take(name: str, cursor: str, count: int, move: bool = True) -> np.ndarray:
-        part = arrays[name][at[cursor] : at[cursor] + count]
-        at[cursor] += count if move else 0
-        return part
-
-    def grown(shape: Mapping[str, Any]) -> Trees:
-        trees, depth = shape["trees"], shape["depth"]
-        borders = tuple(take("borders", "borders", n) for n in shape["borders"])
-        feature = take("feature", "split", trees * depth, move=False).reshape(trees, depth)
-        border = take("border", "split", trees * depth).reshape(trees, depth)
-        scale = take("scales", "tree", trees)
-        leaves = take("leaves", "leaf", trees << depth).reshape(trees, 1 << depth) * scale[:, None]
-        return Trees(tuple(shape["names"]), borders, feature, border, leaves.astype(np.float32), shape["bias"])
-
+    shapes = [head[stored] for head in about["kernels"] for stored in STORED_AS.values() if stored in head]
+    trees = _stored_trees(arrays, shapes)
     for head in about["kernels"]:
-        head |= {name: grown(head.pop(stored)) for name, stored in STORED_AS.items() if stored in head}
+        head |= {name: next(trees) for name, stored in STORED_AS.items() if head.pop(stored, None) is not None}
         head["box"] = {name: tuple(ends) for name, ends in head["box"].items()}
         for name in ("edges", "low", "high", "ruled", "span"):
             head[name] = tuple(head.get(name, ()))

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from tensorcast.cost.work import Array
 from tensorcast.errors import InputError
 
 TOKENS = 2.0 ** np.arange(0.0, 21.0)
@@ -26,14 +27,14 @@ class TableRankLoad:
     """Expected load of the busiest rank: (token, choice) rows, experts with at least one, 64- and 128-row tiles, and
     the rows of its largest expert. Arrays, one entry per call."""
 
-    rows: np.ndarray
-    hit: np.ndarray
-    tiles_64: np.ndarray
-    tiles_128: np.ndarray
-    largest: np.ndarray
+    rows: Array
+    hit: Array
+    tiles_64: Array
+    tiles_128: Array
+    largest: Array
 
     @classmethod
-    def even(cls, rows: np.ndarray, hit: np.ndarray) -> TableRankLoad:
+    def even(cls, rows: Array, hit: Array) -> TableRankLoad:
         """``rows`` spread evenly over ``hit`` experts."""
         hit = np.maximum(hit, 1.0)
         each = rows / hit
@@ -41,7 +42,7 @@ class TableRankLoad:
 
 
 @lru_cache(maxsize=512)
-def _popularity(experts: int, top_k: int, alpha: float) -> np.ndarray:
+def _popularity(experts: int, top_k: int, alpha: float) -> Array:
     """Rows per expert ``[tokens, draws, experts]`` of power-law routing."""
     tokens = TOKENS[:, None, None]
     uniform = np.random.default_rng(0).random((1, DRAWS, experts))
@@ -63,7 +64,7 @@ def _popularity(experts: int, top_k: int, alpha: float) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _skewed(experts: int, top_k: int, ranks: int, alpha: float) -> np.ndarray:
+def _skewed(experts: int, top_k: int, ranks: int, alpha: float) -> Array:
     """``[tokens, 5]``: log2 of the busiest rank's rows, hit experts, tiles of 64 and 128, largest expert's rows."""
     rows = _popularity(experts, top_k, alpha)
     held = max(experts // ranks, 1)
@@ -89,8 +90,7 @@ def skew_of(distribution: str) -> float:
 
 
 def rank_load(
-    tokens: np.ndarray, experts: np.ndarray, top_k: np.ndarray, ranks: np.ndarray, skew: np.ndarray,
-    slots: np.ndarray,
+    tokens: Array, experts: Array, top_k: Array, ranks: Array, *, skew: Array, slots: Array
 ) -> TableRankLoad:
     """Load of the busiest of ``ranks`` ranks when ``tokens`` tokens in all choose ``top_k`` of ``experts``, each array
     with one entry per call. ``skew`` as :func:`skew_of` says; ``slots``: experts with their redundant copies."""

@@ -11,18 +11,19 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from tensorcast.cost import roofline, work
-from tensorcast.cost.collectives import Kind, Phase, collective_time
+from tensorcast.cost.collectives import Exchange, collective_time
 from tensorcast.cost.evidence import Evidence
 from tensorcast.cost.kernels.expert_load import TableRankLoad, rank_load
 from tensorcast.cost.kernels.triton_tiles import triton_tiles
 from tensorcast.cost.kernels.vocabulary import LATENT, NOPE, PRECISION, SIZES, V_DIM, Columns
-from tensorcast.cost.work import Precision, Work
+from tensorcast.cost.registry import Registry
+from tensorcast.cost.work import Array, Precision, Work
 from tensorcast.profiles.device import DeviceProfile
 
 ROPE = 64
@@ -39,32 +40,31 @@ Tell = Callable[[], Columns]
 
 @dataclass(frozen=True)
 class KernelFormula:
-    """One entry per call: seconds, the floor under any estimate, named features; how sure the constants are."""
+    """One entry per call: its sizes, seconds, the floor under any estimate; how sure the constants are. ``tell`` works
+    out features beside the sizes."""
 
-    seconds: np.ndarray
-    floor: np.ndarray
+    family: str
+    sizes: Columns
+    seconds: Array
+    floor: Array
     tell: Tell
     error: float
     evidence: Evidence
 
     @cached_property
     def features(self) -> Columns:
-        """By name, one entry per call."""
-        return self.tell()
-
-    def take(self, at: np.ndarray) -> KernelFormula:
-        """Some of the calls."""
-        def some() -> Columns:
-            return {name: values[at] for name, values in self.features.items()}
-
-        return replace(self, seconds=self.seconds[at], floor=self.floor[at], tell=some)
+        """By name, one entry per call: log2 of every size (of one more where it may be zero), and what else counts."""
+        shifted = ("past", "window", "gated")
+        names = [name for name in SIZES[self.family] if name != "skew" and name in self.sizes]
+        logs = {n: np.log2(self.sizes[n] + 1.0) if n in shifted else _log(self.sizes[n]) for n in names}
+        return logs | self.tell()
 
 
-def _log(values: np.ndarray) -> np.ndarray:
+def _log(values: Array) -> Array:
     return np.log2(np.maximum(values, 1e-12))
 
 
-def _waves(tiles: np.ndarray, device: DeviceProfile) -> tuple[np.ndarray, np.ndarray]:
+def _waves(tiles: Array, device: DeviceProfile) -> tuple[Array, Array]:
     """log2 of the tiles, and how full the last wave makes them on average (1: no processor idles)."""
     waves = tiles / device.processors
     return _log(tiles), waves / np.ceil(waves)
@@ -87,16 +87,13 @@ def _gemm(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[list
     return [work.gemm(m, n, k, precision, batch)], features
 
 
-def experts_load(c: Columns) -> TableRankLoad:
-    """The busiest rank's load: given as ``rows`` and ``hit``, or from tokens and their routing."""
-    if "rows" in c:
-        return TableRankLoad.even(c["rows"], c["hit"])
-    return rank_load(c["tokens"], c["experts"], c["topk"], c["moe_ep"], c["skew"], c["slots"])
-
-
 def _experts(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[list[Work], Tell]:
-    """Up (and gate) GEMM, activation, down GEMM of the busiest rank."""
-    load = experts_load(c)
+    """Up (and gate) GEMM, activation, down GEMM of the busiest rank, whose load is given as ``rows`` and ``hit``, or
+    told from tokens and their routing."""
+    if "rows" in c:
+        load = TableRankLoad.even(c["rows"], c["hit"])
+    else:
+        load = rank_load(c["tokens"], c["experts"], c["topk"], c["moe_ep"], skew=c["skew"], slots=c["slots"])
     hidden, inter, gates = c["hidden"], c["inter"] / c["moe_tp"], 1.0 + c["gated"]
     up = work.grouped_gemm(load.rows, load.hit, inter * gates, hidden, precision)
     down = work.grouped_gemm(load.rows, load.hit, hidden, inter, precision)
@@ -125,9 +122,9 @@ def _experts_features(c: Columns, load: TableRankLoad, device: DeviceProfile) ->
     return features
 
 
-def _attention(c: Columns, precision: Precision, device: DeviceProfile, decode: bool) -> tuple[list[Work], Tell]:
+def _attention(c: Columns, precision: Precision, device: DeviceProfile, *, decode: bool) -> tuple[list[Work], Tell]:
     found = work.attention(
-        c["batch"], c["new"], c["past"], c["q_heads"], c["kv_heads"], c["head_dim"], c["head_dim"],
+        c["batch"], c["new"], c["past"], c["q_heads"], c["kv_heads"], qk_dim=c["head_dim"], v_dim=c["head_dim"],
         kv_bytes=c["kv_bytes"], window=c["window"], decode=decode, dtype=precision.name,
     )
     return [found], lambda: {
@@ -136,10 +133,10 @@ def _attention(c: Columns, precision: Precision, device: DeviceProfile, decode: 
     }
 
 
-def _mla(c: Columns, precision: Precision, device: DeviceProfile, decode: bool) -> tuple[list[Work], Tell]:
+def _mla(c: Columns, precision: Precision, device: DeviceProfile, *, decode: bool) -> tuple[list[Work], Tell]:
     found = work.mla(
-        c["batch"], c["new"], c["past"], c["q_heads"], LATENT, ROPE, NOPE, V_DIM, kv_bytes=c["kv_bytes"],
-        decode=decode, dtype=precision.name,
+        c["batch"], c["new"], c["past"], c["q_heads"], latent=LATENT, rope=ROPE, nope=NOPE, v_dim=V_DIM,
+        kv_bytes=c["kv_bytes"], decode=decode, dtype=precision.name,
     )
     return [found], lambda: _sequence_features(c, found, device)
 
@@ -155,10 +152,10 @@ def _sequence_features(c: Columns, found: Work, device: DeviceProfile) -> Column
     }
 
 
-def _mla_module(c: Columns, precision: Precision, device: DeviceProfile, decode: bool) -> tuple[list[Work], Tell]:
+def _mla_module(c: Columns, precision: Precision, device: DeviceProfile, *, decode: bool) -> tuple[list[Work], Tell]:
     """DeepSeek-V3's attention with its projections: queries and latents down, queries up, output."""
     cache = PRECISION["fp8" if np.all(c["kv_bytes"] < 1.5) else "bf16"]
-    core, features = _mla(c, cache, device, decode)
+    core, features = _mla(c, cache, device, decode=decode)
     tokens, heads = c["batch"] * c["new"], c["q_heads"]
     wide = np.full(len(tokens), float(HIDDEN))
     works = [
@@ -179,38 +176,64 @@ def _quantise(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[
     return works, lambda: {"log_mk": _log(elements)}
 
 
-WORKS: dict[str, Callable[[Columns, Precision, DeviceProfile], tuple[list[Work], Tell]]] = {
-    "gemm": _gemm,
-    "grouped_gemm": _experts,
-    "attention_prefill": lambda c, p, d: _attention(c, p, d, decode=False),
-    "attention_decode": lambda c, p, d: _attention(c, p, d, decode=True),
-    "mla_prefill": lambda c, p, d: _mla(c, p, d, decode=False),
-    "mla_decode": lambda c, p, d: _mla(c, p, d, decode=True),
-    "mla_prefill_module": lambda c, p, d: _mla_module(c, p, d, decode=False),
-    "mla_decode_module": lambda c, p, d: _mla_module(c, p, d, decode=True),
-    "quantize": _quantise,
-}
+WORKS: Registry[Callable[[Columns, Precision, DeviceProfile], tuple[list[Work], Tell]]] = Registry()
+"""Kernels of a family's calls, and what tells their features; collectives beside them have formulas of their own."""
+
+WORKS["gemm"] = _gemm
+WORKS["grouped_gemm"] = _experts
+WORKS["quantize"] = _quantise
+for _phase in ("prefill", "decode"):
+    WORKS[f"attention_{_phase}"] = partial(_attention, decode=_phase == "decode")
+    WORKS[f"mla_{_phase}"] = partial(_mla, decode=_phase == "decode")
+    WORKS[f"mla_{_phase}_module"] = partial(_mla_module, decode=_phase == "decode")
 
 
-def _routed(c: Columns, seconds: np.ndarray, bandwidth: float) -> Columns:
-    """log2 of what beside the GEMMs an expert layer may pass over, as shares of the formula's ``seconds``: every
-    choice's input and activation (engines differ in whether they skip other ranks' choices), and a row per expert."""
-    choices = c["tokens"] * c["topk"] * 2.0 / bandwidth
-    return {
-        "share_routed": _log(choices * c["hidden"] / seconds), "share_experts": _log(c["experts"] / seconds),
-        "share_activation": _log(choices * c["inter"] / c["moe_tp"] / seconds),
-    }
+def _collectives(
+    family: str, variant: str, c: Columns, device: DeviceProfile, engine: str
+) -> KernelFormula:
+    """Collectives, and a MoE exchange as the all-to-all that it is; one group size at a time."""
+    backend, _, phase = variant.partition(":")
+    size = len(c["ranks"])
+    seconds, wire, floor, error = np.zeros(size), np.zeros(size), np.zeros(size), 0.0
+    evidence: Evidence = "calibrated"
+    exchange: Exchange = {"custom": variant != "nccl"}
+    payload = c.get("payload_bytes", np.zeros(size))
+    if family == "moe_exchange":
+        payload = c["tokens"] * c["topk"] * c["hidden"] * c["copy_bytes"]
+        low_latency = backend.endswith(("_ll", "low_latency", "generation"))
+        exchange = {
+            "kind": "low_latency" if low_latency else "high_throughput",
+            "phase": "combine" if phase.startswith("combine") else "dispatch",
+        }
+    inner = device.interconnect[0].size
+    for ranks in np.unique(c["ranks"]):
+        at = c["ranks"] == ranks
+        outer = () if ranks <= inner else (int(ranks),)
+        extent = (int(min(ranks, inner)), *outer)
+        if family == "moe_exchange":
+            exchange["copies"] = c["topk"][at]
+        name = "all_to_all" if family == "moe_exchange" else family
+        found = collective_time(name, payload[at], extent, device, engine=engine, **exchange)
+        seconds[at], wire[at], error = found.seconds, found.wire_bytes, max(error, float(np.max(found.error)))
+        if family != "moe_exchange":  # whatever the algorithm, a rank needs what the others hold, over all its links
+            links = sum(float(tier.bandwidth_bytes_per_s) for tier in device.interconnect[: len(extent)])
+            floor[at] = payload[at] * (1.0 - 1.0 / ranks) / links
+        evidence = found.evidence if found.evidence == "datasheet" else evidence
+
+    def tell() -> Columns:
+        found = {"log_seconds": _log(seconds), "log_payload": _log(payload), "log_wire": _log(wire)}
+        return found | ({"log_token_bytes": _log(c["hidden"] * c["copy_bytes"])} if family == "moe_exchange" else {})
+
+    return KernelFormula(family, c, seconds=seconds, floor=floor, tell=tell, error=error, evidence=evidence)
 
 
-def _sizes(family: str, c: Columns) -> Columns:
-    """log2 of every size, of one more where it may be zero."""
-    shifted = ("past", "window", "gated")
-    names = [name for name in SIZES[family] if name != "skew" and name in c]
-    return {name: np.log2(c[name] + 1.0) if name in shifted else _log(c[name]) for name in names}
-
-
-def _kernels(family: str, c: Columns, dtype: str, device: DeviceProfile, engine: str) -> KernelFormula:
-    precision = PRECISION.get(dtype, PRECISION["bf16"])
+def formula_of(
+    family: str, dtype: str, variant: str, columns: Columns, device: DeviceProfile, *, engine: str
+) -> KernelFormula:
+    """The formula of one kernel; ``columns`` as :data:`~tensorcast.cost.kernels.vocabulary.SIZES` names them."""
+    if family not in WORKS:
+        return _collectives(family, variant, columns, device, engine)
+    c, precision = columns, PRECISION.get(dtype, PRECISION["bf16"])
     works, features = WORKS[family](c, precision, device)
     size = len(next(iter(c.values())))
     seconds, compute, traffic, error = np.zeros(size), np.zeros(size), np.zeros(size), 0.0
@@ -228,45 +251,19 @@ def _kernels(family: str, c: Columns, dtype: str, device: DeviceProfile, engine:
         own = features()
         balance = {"log_seconds": _log(seconds), "log_intensity": _log(compute / traffic)}
         if family == "grouped_gemm":
-            balance |= _routed(c, seconds, bandwidth) | triton_tiles(c, own, dtype, device, engine)
-        return _sizes(family, c) | balance | own
+            # what beside the GEMMs an expert layer may pass over: every choice's input and activation (engines differ
+            # in whether they skip other ranks' choices), and a row per expert
+            choices = c["tokens"] * c["topk"] * 2.0 / bandwidth
+            balance |= {
+                "share_routed": _log(choices * c["hidden"] / seconds), "share_experts": _log(c["experts"] / seconds),
+                "share_activation": _log(choices * c["inter"] / c["moe_tp"] / seconds),
+                **triton_tiles(c, own, dtype, device, engine),
+            }
+        return balance | own
 
-    return KernelFormula(seconds, np.maximum(compute, traffic), tell, error, evidence)
-
-
-def _collectives(
-    family: str, variant: str, c: Columns, device: DeviceProfile, engine: str
-) -> KernelFormula:
-    """Collectives, and a MoE exchange as the all-to-all that it is; one group size at a time."""
-    backend, _, phase = variant.partition(":")
-    size = len(c["ranks"])
-    seconds, wire, floor, error, evidence = np.zeros(size), np.zeros(size), np.zeros(size), 0.0, "calibrated"
-    exchange: dict[str, object] = {"custom": variant != "nccl"}
-    payload = c.get("payload_bytes", np.zeros(size))
-    if family == "moe_exchange":
-        payload = c["tokens"] * c["topk"] * c["hidden"] * c["copy_bytes"]
-        kind: Kind = "low_latency" if backend.endswith(("_ll", "low_latency", "generation")) else "high_throughput"
-        way: Phase = "combine" if phase.startswith("combine") else "dispatch"
-        exchange = {"kind": kind, "phase": way}
-    inner = device.interconnect[0].size
-    for ranks in np.unique(c["ranks"]):
-        at = c["ranks"] == ranks
-        outer = () if ranks <= inner else (int(ranks),)
-        extent = (int(min(ranks, inner)), *outer)
-        options = exchange | ({"copies": c["topk"][at]} if family == "moe_exchange" else {})
-        name = "all_to_all" if family == "moe_exchange" else family
-        found = collective_time(name, payload[at], extent, device, engine=engine, **options)  # type: ignore[arg-type]
-        seconds[at], wire[at], error = found.seconds, found.wire_bytes, max(error, float(np.max(found.error)))
-        if family != "moe_exchange":  # whatever the algorithm, a rank needs what the others hold, over all its links
-            links = sum(float(tier.bandwidth_bytes_per_s) for tier in device.interconnect[: len(extent)])
-            floor[at] = payload[at] * (1.0 - 1.0 / ranks) / links
-        evidence = found.evidence if found.evidence == "datasheet" else evidence
-
-    def tell() -> Columns:
-        found = _sizes(family, c) | {"log_seconds": _log(seconds), "log_payload": _log(payload), "log_wire": _log(wire)}
-        return found | ({"log_token_bytes": _log(c["hidden"] * c["copy_bytes"])} if family == "moe_exchange" else {})
-
-    return KernelFormula(seconds, floor, tell, error, evidence)  # type: ignore[arg-type]
+    return KernelFormula(
+        family, c, seconds=seconds, floor=np.maximum(compute, traffic), tell=tell, error=error, evidence=evidence
+    )
 
 
 def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str) -> str:
@@ -285,12 +282,3 @@ def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str
         known = device.calibration.collectives if device.calibration else ()
         facts += [one.model_dump(exclude=said) for one in known if one.op == op]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
-
-
-def formula_of(
-    family: str, dtype: str, variant: str, columns: Columns, device: DeviceProfile, engine: str
-) -> KernelFormula:
-    """The formula of one kernel; ``columns`` as :data:`~tensorcast.cost.kernels.vocabulary.SIZES` names them."""
-    if family in WORKS:
-        return _kernels(family, columns, dtype, device, engine)
-    return _collectives(family, variant, columns, device, engine)

@@ -14,25 +14,23 @@ from itertools import product
 import numpy as np
 
 from tensorcast.cost.kernels.vocabulary import Columns
+from tensorcast.cost.work import Array
 
+_POWERS = 2.0 ** np.arange(44.0)
+"""Powers of two without an end that is asked for."""
 
-def _from(first: float) -> np.ndarray:
-    """Powers of two without an end that is asked for."""
-    return first * 2.0 ** np.arange(44.0)
-
-
-_HEADS = {"batch": _from(1), "new": _from(1), "past": _from(1), "q_heads": _from(1)}
+_HEADS = {"batch": _POWERS, "new": _POWERS, "past": _POWERS, "q_heads": _POWERS}
 _KINDS = {"head_dim": np.array([64.0, 128, 256, 512, 1024]), "window": np.array([128.0, 1024, 8192, 1 << 40])}
-_PAYLOAD = {"payload_bytes": _from(64)}
+_PAYLOAD = {"payload_bytes": 64 * _POWERS}
 
-SIDES: Mapping[str, Mapping[str, np.ndarray]] = {
-    "gemm": {"m": _from(1), "n": _from(64), "k": _from(64), "batch": _from(1)},
-    "grouped_gemm": {"tokens": _from(1), "hidden": _from(1024), "inter": _from(512), "topk": _from(1)},
+SIDES: Mapping[str, Mapping[str, Array]] = {
+    "gemm": {"m": _POWERS, "n": 64 * _POWERS, "k": 64 * _POWERS, "batch": _POWERS},
+    "grouped_gemm": {"tokens": _POWERS, "hidden": 1024 * _POWERS, "inter": 512 * _POWERS, "topk": _POWERS},
     "attention_prefill": _HEADS | _KINDS, "attention_decode": _HEADS | _KINDS,
     "mla_prefill": _HEADS, "mla_decode": _HEADS, "mla_prefill_module": _HEADS, "mla_decode_module": _HEADS,
-    "quantize": {"m": _from(1), "k": _from(64)},
+    "quantize": {"m": _POWERS, "k": 64 * _POWERS},
     "all_reduce": _PAYLOAD, "all_gather": _PAYLOAD, "reduce_scatter": _PAYLOAD, "all_to_all": _PAYLOAD,
-    "moe_exchange": {"tokens": _from(1), "hidden": _from(256), "topk": _from(1)},
+    "moe_exchange": {"tokens": _POWERS, "hidden": 256 * _POWERS, "topk": _POWERS},
 }
 """The sizes in which a family's times grow (top-k where routing is not skewed: skewed loads are means over draws), and
 where the lattice's nodes lie; smaller ones take as long as the first. Head sizes and windows have nodes where some were
@@ -44,7 +42,7 @@ WEIGHTS = np.random.default_rng(13).random(16) + 0.5
 MOST_NODES = 1 << 21
 """Nodes that are kept."""
 
-Price = Callable[[Columns], np.ndarray]
+Price = Callable[[Columns], Array]
 """log of the seconds of every call, from its sizes."""
 
 
@@ -56,7 +54,7 @@ class Lattice:
     """
 
     def __init__(
-        self, sides: Mapping[str, np.ndarray], box: Mapping[str, tuple[float, float]], price: Price,
+        self, sides: Mapping[str, Array], box: Mapping[str, tuple[float, float]], price: Price,
         reach: int | None = None,
     ) -> None:
         self.sides, self.price, self.reach = sides, price, reach
@@ -64,10 +62,10 @@ class Lattice:
         self._box = {name: box[name][1] for name in sides}
         # beyond a single measured node times only get longer: there nodes need none but their neighbours
         self._alone = np.array([self._box[name] <= nodes[0] for name, nodes in sides.items()])
-        self._grids: dict[tuple[float, ...], tuple[tuple[int, ...], np.ndarray]] = {}
+        self._grids: dict[tuple[float, ...], tuple[tuple[int, ...], Array]] = {}
         self._held = 0
 
-    def log_seconds(self, columns: Columns) -> np.ndarray:
+    def log_seconds(self, columns: Columns) -> Array:
         """log seconds of every call."""
         if self._held > MOST_NODES:
             self._grids, self._held = {}, 0
@@ -90,7 +88,7 @@ class Lattice:
             result[part] = _between(grid, at[:, part] - np.array(start)[:, None])
         return result
 
-    def _places(self, columns: Columns) -> np.ndarray:
+    def _places(self, columns: Columns) -> Array:
         """``[sides, calls]``: between which nodes the sizes lie. Top-k's last one is all experts; query heads count by
         cached head."""
         places = []
@@ -106,22 +104,19 @@ class Lattice:
             places.append(np.round(at, 12))
         return np.stack(places)
 
-    def _tops(self, others: Mapping[str, float]) -> np.ndarray:
-        """Per side the node beyond which times only grow."""
-        most = dict(self._box)
-        if "q_heads" in most and "kv_heads" in others:
-            most["q_heads"] = most["q_heads"] / others["kv_heads"]
-        places = [np.searchsorted(nodes, most[name]) for name, nodes in self.sides.items()]
-        return np.minimum(places, self._last)
-
     def _fill(
-        self, others: Sequence[str], groups: np.ndarray, bounds: Sequence[tuple[np.ndarray, np.ndarray]]
+        self, others: Sequence[str], groups: Array, bounds: Sequence[tuple[Array, Array]]
     ) -> None:
         """Price the nodes that are asked for and missing, of all groups at once."""
         asked, grids = [], []
+        nodes = list(self.sides.values())
         for values, (low, high) in zip(groups, bounds, strict=True):
             if self.reach is None:
-                top = self._tops(dict(zip(others, values, strict=False)))
+                most = dict(self._box)  # per side the size beyond which times only grow
+                if "q_heads" in most and "kv_heads" in others:
+                    most["q_heads"] /= values[others.index("kv_heads")]
+                ends = [np.searchsorted(side, size) for side, size in zip(nodes, most.values(), strict=True)]
+                top = np.minimum(ends, self._last)
                 first, high = np.where(low >= top, low, 0), np.maximum(high, top)
             else:
                 first, high = np.maximum(low - self.reach, 0), np.minimum(high + self.reach, self._last)
@@ -132,24 +127,25 @@ class Lattice:
                     continue
                 first, high = np.minimum(first, known[0]), np.maximum(high, end)
             asked.append((key, tuple(int(v) for v in first), tuple(int(v) for v in high - first + 1)))
-            ladders = (nodes[a : b + 1] for nodes, a, b in zip(self.sides.values(), first, high, strict=True))
+            ladders = (side[a : b + 1] for side, a, b in zip(nodes, first, high, strict=True))
             grids.append([side.ravel() for side in np.meshgrid(*ladders, indexing="ij")])
         if not asked:
             return
         sizes = [len(grid[0]) for grid in grids]
         columns = dict(zip(self.sides, (np.concatenate(side) for side in zip(*grids, strict=True)), strict=True))
         table = np.repeat(np.array([key for key, _, _ in asked]), sizes, axis=0)
-        found = np.split(self.price(_sound(columns | dict(zip(others, table.T, strict=False)))), np.cumsum(sizes)[:-1])
+        seconds = self.price(_possible(columns | dict(zip(others, table.T, strict=False))))
+        found = np.split(seconds, np.cumsum(sizes)[:-1])
         self._held += sum(sizes)
         for (key, start, shape), values in zip(asked, found, strict=True):
-            least = most = values.reshape(shape)
+            shortest = longest = values.reshape(shape)
             for axis in range(len(shape)):
-                most = np.maximum.accumulate(most, axis=axis)
-                least = np.flip(np.minimum.accumulate(np.flip(least, axis), axis=axis), axis)
-            self._grids[key] = start, (least + most) / 2.0
+                longest = np.maximum.accumulate(longest, axis=axis)
+                shortest = np.flip(np.minimum.accumulate(np.flip(shortest, axis), axis=axis), axis)
+            self._grids[key] = start, (shortest + longest) / 2.0
 
 
-def _sound(columns: Columns) -> Columns:
+def _possible(columns: Columns) -> Columns:
     """Nodes as calls that can be: no more choices than experts."""
     if "topk" in columns and "experts" in columns:
         columns["topk"] = np.minimum(columns["topk"], columns["experts"])
@@ -160,7 +156,7 @@ def _sound(columns: Columns) -> Columns:
     return columns
 
 
-def _between(grid: np.ndarray, at: np.ndarray) -> np.ndarray:
+def _between(grid: Array, at: Array) -> Array:
     """``grid`` at places ``at [axes, calls]`` (in nodes), linearly along every axis."""
     low, last = at.astype(int), np.array(grid.shape) - 1
     share, result = at - low, np.zeros(at.shape[1])

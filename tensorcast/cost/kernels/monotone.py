@@ -48,7 +48,7 @@ def middle_of(
     if not probes:
         return 0.0
     columns = {name: np.array(values) for name, values in probes.items()}
-    return float(np.median(formula_of(family, dtype, "", columns, device, engine).features["log_seconds"]))
+    return float(np.median(formula_of(family, dtype, "", columns, device, engine=engine).features["log_seconds"]))
 
 
 def coordinates(

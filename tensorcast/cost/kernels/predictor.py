@@ -1,18 +1,18 @@
-"""Kernel times with an interval and a word on where they come from: physics, and a fitted residual where it pays.
+"""Kernel times with an interval and a word on where they come from: a formula, and a fitted residual where it pays.
 
 ``predict_kernels`` prices a frame of shapes; :class:`Predictor` one kernel's arrays at a time, for pricing steps.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import LEVELS, NORMAL_80
 from tensorcast.cost.kernels.device_model import CONFIGURATION, UNTUNED, DeviceModel, Kernel, read_model
@@ -23,7 +23,7 @@ from tensorcast.cost.kernels.monotone import coordinates, middle_of
 from tensorcast.cost.kernels.triton_tiles import of_library
 from tensorcast.cost.kernels.vocabulary import Columns
 from tensorcast.cost.roofline import NEAREST
-from tensorcast.cost.work import Size
+from tensorcast.cost.work import Array, Mask, Size
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device, profile_roots
 
@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Estimate", "Predictor", "predict_kernels", "predictor_for"]
+
 PARTS = ("seconds", "low", "high", "level", "factor")
+
+Level = NDArray[np.int_]
+"""Indices into :data:`~tensorcast.cost.evidence.LEVELS`."""
 
 TRANSFERRED = "other-devices"
 """Name of the model fitted over all measured devices, for those of their vendor that were not."""
-
-ASKED_AGAIN = 0.5
-"""Share of the calls up to which the formula is asked again for some of them, rather than told of all."""
 
 LOAD = ("rows", "hit")
 """Columns that give the busiest rank's load of experts."""
@@ -51,32 +52,35 @@ new device."""
 @dataclass(frozen=True)
 class Estimate:
     """Seconds of every call, the ends of an 80 % interval, where they come from (an index into :data:`LEVELS`), and
-    ``factor``, by which the fitted residual changed the physics formula's seconds."""
+    ``factor``, by which the fitted residual changed the formula's seconds."""
 
-    seconds: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    level: np.ndarray
-    factor: np.ndarray
+    seconds: Array
+    low: Array
+    high: Array
+    level: Level
+    factor: Array
 
     @property
-    def evidence(self) -> np.ndarray:
+    def evidence(self) -> NDArray[np.object_]:
         """``measured``, ``calibrated`` or ``datasheet`` per call."""
         return np.array(LEVELS, dtype=object)[self.level]
 
     @property
-    def error(self) -> np.ndarray:
+    def error(self) -> Array:
         """Median relative error that the interval stands for."""
         return np.log(self.high / self.low) / 2.0 / NORMAL_80
 
 
+@dataclass(eq=False)
 class Predictor:
     """Prices kernels of one device under one engine: as measured, or as ``served``, where kernels are tuned."""
 
-    def __init__(self, device: DeviceProfile, engine: str, model: DeviceModel | None, served: bool = False) -> None:
-        self.device, self.engine, self.model, self.served = device, engine, model, served
-        self._middles: dict[tuple[str, ...], float] = {}
-        self._lattices: dict[tuple[str | bool, ...], Lattice] = {}
+    device: DeviceProfile
+    engine: str
+    model: DeviceModel | None
+    served: bool = False
+    _middles: dict[tuple[str, ...], float] = field(default_factory=dict, init=False, repr=False)
+    _lattices: dict[tuple[str | bool, ...], Lattice] = field(default_factory=dict, init=False, repr=False)
 
     def estimate(self, family: str, dtype: str, variant: str = "", **sizes: Size) -> Estimate:
         """One kernel's calls. ``sizes`` as in :data:`SIZES`, scalars or arrays of one length.
@@ -99,84 +103,87 @@ class Predictor:
             return self._from_other_devices(family, dtype, variant, columns)
         kernel = self.model.find(family, dtype, self.engine, variant) if self.model else None
         engine = kernel.engine if kernel is not None else self.engine
-        physics = formula_of(family, dtype, variant, columns, self.device, engine)
+        formula = partial(formula_of, family, dtype, variant, device=self.device, engine=engine)
         if kernel is None:
-            return _without_residual(physics)
-        return self._with_residual(kernel, physics, columns, lambda c: formula_of(
-            family, dtype, variant, c, self.device, engine), variant)
+            return _without_residual(formula(columns))
+        own = variant == kernel.variant and kernel.engine in (self.engine, "any")
+        shape, inside = kernel.measured_shape(columns), kernel.beyond(columns) <= 0
+        if (shape & inside).all():
+            return self._interpolated(kernel, formula, columns, own=own)
+        if (shape == shape[0]).all() and not (shape & inside).any():
+            return self._extrapolated(kernel, formula, columns, measured_shape=bool(shape[0]))
+        groups = [at for at in (shape & inside, shape & ~inside, ~shape) if at.any()]
+        parts = [self.price(family, dtype, variant, {n: values[at] for n, values in columns.items()}) for at in groups]
+        order = np.argsort(np.concatenate([np.flatnonzero(at) for at in groups]))
+        return Estimate(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in PARTS})
+
+    def _interpolated(
+        self, kernel: Kernel, formula: Callable[[Columns], KernelFormula], columns: Columns, *, own: bool
+    ) -> Estimate:
+        """Calls of measured shapes inside the measured sizes. Measured are those whose ``own`` kernel was, and ran as
+        a server would run it."""
+        by_formula, level = formula(columns), kernel.level(columns)
+        measured = np.full(len(level), own) & ~(self.served & (level > UNTUNED))
+        known = np.ones(len(level), dtype=bool)
+        features = kernel.features(by_formula.features, columns)
+        seconds = self._with_residual(kernel, by_formula, columns, features, known)
+        return _estimate(seconds, by_formula, kernel.interval(seconds, columns, measured), np.where(measured, 2, 1))
 
     def _with_residual(
-        self, kernel: Kernel, physics: KernelFormula, columns: Columns, formula: Callable[[Columns], KernelFormula],
-        variant: str = "",
+        self, kernel: Kernel, formula: KernelFormula, columns: Columns, features: Columns, measured_shape: Mask
+    ) -> Array:
+        """Seconds of the formula with its residual; a kernel that a server would have tuned has no level of its own."""
+        level = np.where(measured_shape, kernel.level(columns), 0.0)
+        tuned = np.where(self.served & (level > UNTUNED), 0.0, level)
+        return np.maximum(
+            formula.seconds * np.exp(kernel.correction(features, measured_shape) + tuned), formula.floor
+        )
+
+    def _extrapolated(
+        self, kernel: Kernel, formula: Callable[[Columns], KernelFormula], columns: Columns, *, measured_shape: bool
     ) -> Estimate:
-        """Where it was measured what was; else times that grow with size (:mod:`tensorcast.cost.kernels.lattice`)."""
-        beyond, known = kernel.beyond(columns), kernel.measured_shape(columns)
-        inside = known & (beyond <= 0)
-        measured = inside & ~self._untuned(kernel.level(columns)) & (variant == kernel.variant)
-        measured &= kernel.engine in (self.engine, "any")
-        seconds = np.empty(len(beyond))
-        for at, price in ((inside, self._fitted), (~inside, partial(self._carried, formula))):
-            if at.all():
-                seconds = price(kernel, physics, columns, known)
-            elif at.any():
-                some = _some(columns, at)
-                part = formula(some) if at.mean() < ASKED_AGAIN else physics.take(at)
-                seconds[at] = price(kernel, part, some, known[at])
-        ends = kernel.interval(seconds, measured, beyond, kernel.stated(columns))
-        return _estimate(seconds, physics, ends, np.where(measured, 2, 1), seconds / physics.seconds)
-
-    def _fitted(
-        self, kernel: Kernel, physics: KernelFormula, columns: Columns, known: np.ndarray,
-        features: Columns | None = None,
-    ) -> np.ndarray:
-        """Seconds with the residual of the measured sizes; ``features``: of others than the calls' own."""
-        told = kernel.features(physics.features, columns) if features is None else features
-        level = np.where(known, kernel.level(columns), 0.0)
-        correction = kernel.correction(told, known) + np.where(self._untuned(level), 0.0, level)
-        return np.maximum(physics.seconds * np.exp(correction), physics.floor)
-
-    def _untuned(self, level: np.ndarray) -> np.ndarray:
-        """Whether a configuration's level is that of a kernel that a server would have tuned."""
-        return (level > UNTUNED) & self.served
-
-    def _carried(
-        self, formula: Callable[[Columns], KernelFormula], kernel: Kernel, physics: KernelFormula, columns: Columns,
-        known: np.ndarray,
-    ) -> np.ndarray:
-        """Seconds outside the data. Where experts' load was given, its formula counts, with the residual for tokens as
-        the routing spreads them."""
-        own = {name: values for name, values in columns.items() if name not in LOAD}
-        seconds = np.empty(len(known))
-        for lines in (True, False):
-            at = known == lines
-            if at.any():
-                seconds[at] = np.exp(self._lattice(kernel, formula, lines).log_seconds(_some(own, at)))
-        if len(own) < len(columns):
-            seconds = physics.seconds * seconds / formula(own).seconds
-        return np.maximum(seconds, physics.floor)
-
-    def _lattice(self, kernel: Kernel, formula: Callable[[Columns], KernelFormula], known: bool) -> Lattice:
-        """The one on which a kernel is carried beyond its data; ``known``: of lines that were measured."""
-        key = kernel.family, kernel.dtype, kernel.engine, kernel.variant, known
+        """Calls outside the data: times that grow with every size (:mod:`tensorcast.cost.kernels.lattice`). Where
+        experts' load was given, its formula counts, with the residual for tokens as the routing spreads them."""
+        key = kernel.family, kernel.dtype, kernel.engine, kernel.variant, measured_shape
         if key not in self._lattices:
-            def node(sizes: Columns) -> np.ndarray:
-                by_formula = formula(sizes)
-                # a node may hold the sizes of a measured model, which says nothing about others
-                lines = kernel.measured_shape(sizes) & (known or kernel.family not in CONFIGURATION)
-                held = _held(kernel, by_formula, sizes, formula)
-                return np.log(self._fitted(kernel, by_formula, sizes, lines, held))
-
             every = SIDES[kernel.family].items()
-            sides = {name: nodes for name, nodes in every if not (known and name in kernel.lines)}
-            self._lattices[key] = Lattice(sides, kernel.box, node)
-        return self._lattices[key]
+            sides = {name: nodes for name, nodes in every if not (measured_shape and name in kernel.lines)}
+            # a node may hold the sizes of a measured model, which says nothing about others
+            models = measured_shape or kernel.family not in CONFIGURATION
+            self._lattices[key] = Lattice(sides, kernel.box, partial(self._node, kernel, formula, models))
+        by_formula, own = formula(columns), {name: columns[name] for name in columns if name not in LOAD}
+        seconds = np.exp(self._lattices[key].log_seconds(own))
+        if len(own) < len(columns):
+            seconds = by_formula.seconds * seconds / formula(own).seconds
+        seconds = np.maximum(seconds, by_formula.floor)
+        none = np.zeros(len(seconds), dtype=bool)
+        return _estimate(seconds, by_formula, kernel.interval(seconds, columns, none), np.ones(len(seconds), dtype=int))
+
+    def _node(
+        self, kernel: Kernel, formula: Callable[[Columns], KernelFormula], models: bool, columns: Columns
+    ) -> Array:
+        """log seconds of a lattice's nodes. Beyond the measured sizes the features are those of the nearest ones: the
+        residual stays as at its edge. ``models``: what was measured of their models counts."""
+        by_formula, outside = formula(columns), np.flatnonzero(kernel.beyond(columns) > 0)
+        features = kernel.features(by_formula.features, columns)
+        if len(outside):
+            nearest = {name: values[outside] for name, values in columns.items()}
+            nearest |= {name: np.clip(nearest[name], *ends) for name, ends in kernel.box.items() if name in nearest}
+            source = features["source"][outside] if "source" in features else None
+            held, features = of_library(formula(nearest).features, source), dict(features)
+            asked = {*kernel.trees.names, *(kernel.extrapolated.names if kernel.extrapolated else ())}
+            for name in asked & held.keys():
+                features[name] = features[name].copy()
+                features[name][outside] = held[name]
+        measured_shape = kernel.measured_shape(columns) & models
+        return np.log(self._with_residual(kernel, by_formula, columns, features, measured_shape))
 
     def _from_other_devices(self, family: str, dtype: str, variant: str, columns: Columns) -> Estimate:
         """No data of this device: what its vendor's others need over the same formula. Where engines differ for the
         kernels that they happen to run there (:data:`BEST_OF`), the fastest engine's."""
         assert self.model is not None
         engines = ("trtllm", "vllm", "sglang") if family in BEST_OF else (self.engine,)
-        physics = formula_of(family, dtype, variant, columns, self.device, self.engine)
+        formula = formula_of(family, dtype, variant, columns, self.device, engine=self.engine)
         best: Estimate | None = None
         for engine in engines:
             nearest = (self.model.find(family, name, engine, "") for name in (dtype, *NEAREST.get(dtype, ())))
@@ -184,19 +191,18 @@ class Predictor:
             if kernel is None or variant or (family in BEST_OF and kernel.engine != engine):
                 continue
             middle = self._middle(kernel, dtype)
-            told = coordinates(family, columns, physics, self.device, middle)
-            factor = kernel.monotone_correction(told, (physics.features["log_seconds"] - middle) * np.log(2.0))
-            seconds = np.maximum(physics.seconds * np.exp(factor), physics.floor)
+            features = coordinates(family, columns, formula, self.device, middle)
+            factor = kernel.monotone_correction(features, (formula.features["log_seconds"] - middle) * np.log(2.0))
+            seconds = np.maximum(formula.seconds * np.exp(factor), formula.floor)
             none = np.zeros(len(seconds), dtype=bool)
-            ends = kernel.interval(seconds, none, kernel.beyond(columns), none)
-            found = _estimate(seconds, physics, ends, none.astype(int), seconds / physics.seconds)
+            found = _estimate(seconds, formula, kernel.interval(seconds, columns, none), none.astype(int))
             if best is None:
                 best = found
             else:
                 faster = found.seconds < best.seconds
-                pairs = ((getattr(found, part), getattr(best, part)) for part in PARTS)
-                best = Estimate(*(np.where(faster, new, old) for new, old in pairs))
-        return _without_residual(physics) if best is None else best
+                pairs = {name: (getattr(found, name), getattr(best, name)) for name in PARTS}
+                best = Estimate(**{name: np.where(faster, new, old) for name, (new, old) in pairs.items()})
+        return _without_residual(formula) if best is None else best
 
     def _middle(self, kernel: Kernel, dtype: str) -> float:
         """What a kernel's formula seconds count from on this device (log2)."""
@@ -226,44 +232,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _held(
-    kernel: Kernel, physics: KernelFormula, columns: Columns, formula: Callable[[Columns], KernelFormula]
-) -> Columns:
-    """Features of the calls, beyond the measured sizes those of the nearest ones."""
-    outside, features = np.flatnonzero(kernel.beyond(columns) > 0), kernel.features(physics.features, columns)
-    if len(outside):
-        nearest = kernel.inside(_some(columns, outside))
-        source = features["source"][outside] if "source" in features else None
-        held = of_library(formula(nearest).features, source)
-        features = dict(features)
-        for name in kernel.asked() & held.keys():
-            features[name] = features[name].copy()
-            features[name][outside] = held[name]
-    return features
-
-
-def _some(columns: Columns, at: np.ndarray) -> Columns:
-    return {name: values[at] for name, values in columns.items()}
-
-
 def _estimate(
-    seconds: np.ndarray, physics: KernelFormula, ends: tuple[Any, Any], level: np.ndarray, factor: np.ndarray
+    seconds: Array, formula: KernelFormula, ends: tuple[Array | float, Array | float], level: Level
 ) -> Estimate:
-    """With an interval by the logs of its ends over ``seconds``, that goes no lower than physics allows."""
+    """With an interval by the logs of its ``ends`` over ``seconds``, that goes no lower than the formula's floor."""
     low, high = (seconds * np.exp(end) for end in ends)
-    return Estimate(seconds, np.maximum(low, np.minimum(physics.floor, seconds)), high, level, factor)
+    lowest = np.maximum(low, np.minimum(formula.floor, seconds))
+    return Estimate(seconds, lowest, high, level, seconds / formula.seconds)
 
 
-def _without_residual(physics: KernelFormula) -> Estimate:
-    width = NORMAL_80 * physics.error
-    level = np.full(len(physics.seconds), LEVELS.index(physics.evidence))
-    seconds = np.maximum(physics.seconds, physics.floor)
-    return _estimate(seconds, physics, (-width, width), level, np.ones(len(seconds)))
-
-
-@lru_cache(maxsize=32)
-def _model_at(path: Path, _changed: float) -> DeviceModel:
-    return read_model(path)
+def _without_residual(formula: KernelFormula) -> Estimate:
+    width = NORMAL_80 * formula.error
+    level = np.full(len(formula.seconds), LEVELS.index(formula.evidence))
+    found = _estimate(np.maximum(formula.seconds, formula.floor), formula, (-width, width), level)
+    return replace(found, factor=np.ones(len(level)))
 
 
 def model_path(device: str) -> Path | None:
@@ -277,6 +259,9 @@ def model_path(device: str) -> Path | None:
 
 MOST_PREDICTORS = 256
 """Predictors that are kept."""
+
+_models: dict[Path, tuple[float, DeviceModel]] = {}
+"""By file, with the time at which it was changed."""
 
 _predictors: dict[tuple[int, str, bool], Predictor] = {}
 """By identity of the device, which the predictor keeps alive."""
@@ -293,10 +278,12 @@ def predictor_for(device: DeviceProfile, engine: str = "any", served: bool = Fal
     path = model_path(device.name if measured else TRANSFERRED)
     if path is None or not (measured or device.vendor == "NVIDIA"):
         return Predictor(device, engine, None, served)
-    model = _model_at(path, os.stat(path).st_mtime)
-    key = id(device), engine, served
+    changed = path.stat().st_mtime
+    if path not in _models or _models[path][0] != changed:
+        _models[path] = changed, read_model(path)
+    model, key = _models[path][1], (id(device), engine, served)
     known = _predictors.get(key)
-    if known is None or known.device is not device or known.model is not model:
+    if known is None or known.model is not model:
         if len(_predictors) >= MOST_PREDICTORS:
             _predictors.clear()
         known = _predictors[key] = Predictor(device, engine, model, served)

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+from tensorcast.cost.work import Array
 
 ROWS, BLOCK = 16384, 65536
 """Rows at a time, and answers (rows x trees) at a time: few enough to stay in the cache, many enough to be worth a
@@ -19,7 +22,7 @@ LEAF_STEP = 1e-3
 """Smallest step between leaves: over the trees of a kernel rounding to it comes to 0.2 %, and halves what is stored."""
 
 
-def leaf_steps(leaves: np.ndarray) -> np.ndarray:
+def leaf_steps(leaves: NDArray[np.float32]) -> NDArray[np.float32]:
     """The step in which each tree's leaves ``[trees, leaves]`` are counted: at most 127 to the largest."""
     return np.maximum(np.abs(leaves).max(axis=1, initial=0.0) / 127.0, LEAF_STEP)
 
@@ -33,13 +36,13 @@ class Trees:
     """
 
     names: tuple[str, ...]
-    borders: tuple[np.ndarray, ...]
-    feature: np.ndarray
-    border: np.ndarray
-    leaves: np.ndarray
+    borders: tuple[NDArray[np.float32], ...]
+    feature: NDArray[np.uint8]
+    border: NDArray[np.uint8]
+    leaves: NDArray[np.float32]
     bias: float
 
-    def values(self, columns: Mapping[str, np.ndarray], trees: int | None = None) -> np.ndarray:
+    def values(self, columns: Mapping[str, Array], trees: int | None = None) -> Array:
         """One value per row from the named features; ``trees``: of the first so many alone."""
         count = len(self.feature) if trees is None else min(trees, len(self.feature))
         size = len(next(iter(columns.values()))) if columns else 0
@@ -53,17 +56,12 @@ class Trees:
             part = bins[:, start : start + ROWS]
             together = max(BLOCK // part.shape[1], 1)
             for first in range(0, count, together):
-                result[start : start + ROWS] += self._sum(part, slice(first, min(first + together, count)))
+                some = slice(first, min(first + together, count))
+                feature, border, leaves = self.feature[some], self.border[some], self.leaves[some]
+                index = (part[feature[:, 0]] > border[:, 0, None]).view(np.uint8)
+                for level in range(1, feature.shape[1]):
+                    index |= (part[feature[:, level]] > border[:, level, None]).view(np.uint8) << level
+                flat = index + (np.arange(len(leaves), dtype=np.int32) * leaves.shape[1])[:, None]
+                # in double precision the sum does not hang on how many rows are asked for at once
+                result[start : start + ROWS] += leaves.ravel().take(flat).sum(0, dtype=np.float64)
         return result
-
-    def _sum(self, bins: np.ndarray, trees: slice) -> np.ndarray:
-        """Sum of the leaves of some trees that ``bins`` ``[features, rows]`` reach."""
-        feature, border, leaves = self.feature[trees], self.border[trees], self.leaves[trees]
-        index = (bins[feature[:, 0]] > border[:, 0, None]).view(np.uint8)
-        for level in range(1, feature.shape[1]):
-            index |= (bins[feature[:, level]] > border[:, level, None]).view(np.uint8) << level
-        if len(leaves) == 1:
-            return leaves[0].take(index[0])
-        flat = index + (np.arange(len(leaves), dtype=np.int32) * leaves.shape[1])[:, None]
-        # in double precision the sum does not hang on how many rows are asked for at once
-        return leaves.ravel().take(flat).sum(0, dtype=np.float64)

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from tensorcast.cost.kernels.vocabulary import SOURCES, Columns
+from tensorcast.cost.work import Array
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.experts import Tile, TritonTiles
+from tensorcast.profiles.experts import TritonTiles
 from tensorcast.profiles.store import list_engines, load_engine, profile_roots
 
 TRITON = float(SOURCES.index("triton") + 1)
@@ -51,12 +52,20 @@ def triton_tiles(c: Columns, features: Columns, dtype: str, device: DeviceProfil
     sizes = known.tuned.get(device.name, {}).get(dtype, {})
     codes = [experts * WIDTH + width for experts, widths in sizes.items() for width in widths]
     tuned = np.isin(held * WIDTH + inter, codes)
-    rows, columns, depth = _blocks(default, c["tokens"], held)
-    used, tiles = _fill(features, rows)
+    # the first tile whose limits hold, per call
+    fits = [
+        (c["tokens"] <= (tile.tokens or np.inf)) & (c["tokens"] <= (tile.tokens_per_expert or np.inf) * held)
+        for tile in default
+    ]
+    rows, columns, depth = (np.select(fits, [float(tile.block[side]) for tile in default]) for side in range(3))
+    filled, hit, small, large = (
+        np.exp2(features[name]) for name in ("log_rows", "log_hit", "log_tiles_64", "log_tiles_128")
+    )
+    tiles = np.select([rows == 64, rows == 128], [small, large], hit * np.ceil(filled / hit / rows))
     each = np.ceil(inter * (1.0 + c["gated"]) / columns) / device.processors
     blocks = {
         "block_rows": np.log2(rows), "block_columns": np.log2(columns), "block_depth": np.log2(depth),
-        "pad_block": used, "tiles_block": np.log2(np.maximum(tiles * each, 1e-12)),
+        "pad_block": filled / (tiles * rows), "tiles_block": np.log2(np.maximum(tiles * each, 1e-12)),
     }
     return {
         "tuned": tuned.astype(float), "tokens_per_held": np.log2(np.maximum(c["tokens"] / held, 1e-12)),
@@ -64,27 +73,7 @@ def triton_tiles(c: Columns, features: Columns, dtype: str, device: DeviceProfil
     }
 
 
-def _blocks(default: tuple[Tile, ...], tokens: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Rows, columns and depth of the first tile whose limits hold, per call."""
-    fits = [
-        np.ones(len(tokens), dtype=bool)
-        & (tokens <= (tile.tokens or np.inf)) & (tokens <= (tile.tokens_per_expert or np.inf) * held)
-        for tile in default
-    ]
-    return tuple(np.select(fits, [float(tile.block[side]) for tile in default]) for side in range(3))
-
-
-def _fill(features: Columns, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of the rows of all tiles that are used, and how many tiles of ``block`` rows there are."""
-    rows, hit, small, large = (
-        np.exp2(features[name]) for name in ("log_rows", "log_hit", "log_tiles_64", "log_tiles_128")
-    )
-    even = hit * np.ceil(rows / hit / block)
-    tiles = np.select([block == 64, block == 128], [small, large], even)
-    return rows / (tiles * block), tiles
-
-
-def of_library(features: Columns, source: np.ndarray | None) -> Columns:
+def of_library(features: Columns, source: Array | None) -> Columns:
     """Features of calls whose library is known: another one's kernels have none of Triton's tiles."""
     if source is None:
         return features

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
+from tensorcast.cost.work import Array, Precision
 
-from tensorcast.cost.work import Precision
-
-Columns = dict[str, np.ndarray]
+Columns = dict[str, Array]
 """Sizes by name, one float per call."""
 
 SIZES = {

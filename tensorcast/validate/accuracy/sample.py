@@ -97,7 +97,7 @@ def _collective(rows: pd.DataFrame, key: Key, device: DeviceProfile) -> tuple[np
     for ranks in sorted(rows.ranks.unique()):
         at = (rows.ranks == ranks).to_numpy()
         found = collective_time(
-            op, rows.payload_bytes.to_numpy(float)[at], (int(ranks),), device,  # type: ignore[arg-type]
+            op, rows.payload_bytes.to_numpy(float)[at], (int(ranks),), device,
             engine=engine, kind=exchange, phase=way,
             copies=copies[at] if isinstance(copies, np.ndarray) else copies,
             distinct_ranks=None if distinct is None else distinct[at], custom=algorithm == "custom",

@@ -88,7 +88,7 @@ def by_shape(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
         if key not in predictor.model.kernels:
             continue
         train, test = rows.take(~out), rows.take(out)
-        physics = formula_of(key[0], key[1], key[3], test.columns, device, key[2])
+        physics = formula_of(key[0], key[1], key[3], test.columns, device, engine=key[2])
         found = predictor.price(key[0], key[1], key[3], test.columns)
         held = residual.held_across(found.seconds, np.log(test.seconds / found.seconds))
         yield _rows(
@@ -102,7 +102,7 @@ def by_model(system: System, device: DeviceProfile, experts: carry.Experts) -> I
     for key, rows in sorted(system.kernels.items()):
         if not residual.carried(key) or len(rows) < residual.FEWEST:
             continue
-        physics = formula_of(key[0], key[1], key[3], rows.columns, device, key[2])
+        physics = formula_of(key[0], key[1], key[3], rows.columns, device, engine=key[2])
         found = experts.left_out(key)
         if found is None:
             continue
@@ -142,7 +142,7 @@ def by_size(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
             kernel = residual.fit_kernel(rows.take(known[:SIZE_FITTED]), device)
             test = rows.take(beyond[:SIZE_TESTED])
             found = Predictor(device, key[2], DeviceModel(device.name, {key: kernel})).price(*key[:2], "", test.columns)
-            physics = formula_of(*key[:2], "", test.columns, device, key[2])
+            physics = formula_of(*key[:2], "", test.columns, device, engine=key[2])
             held = (found.low <= test.seconds) & (test.seconds <= found.high)
             yield _rows(
                 "size", device.name, test, held, predictor=found.seconds, tuned=physics.seconds,

@@ -48,17 +48,16 @@ def inside(model: str, device: str, gpus: int) -> tuple[int, int, float, float]:
     from tensorcast.serving.load import Load
 
     task = SearchTask(
-        load_model(model), load_device(device), load_engine("vllm"), gpus, Load(4096, 1024, 1), 2.0, 0.05,
-        axes=EVERY_AXIS, runnable_only=False,
+        model=load_model(model), device=load_device(device), engine=load_engine("vllm"), gpus=gpus,
+        load=Load(4096, 1024, 1), ttft_s=2.0, tpot_s=0.05, axes=EVERY_AXIS, runnable_only=False,
     )  # fmt: skip
     tried = space(task, Counter())
-    VariantPrices(task.scenario, tried, task.axes.chunk_tokens).price()  # every table is read and fused
+    VariantPrices(task.scenario, tried, task.axes.chunk_tokens)  # every table is read and fused
     best = (0, 0.0, math.inf)
     for _ in range(TRIES):
         with uncollected():  # as tensorcast.search.search.search runs
             start = time.perf_counter()
             shop = VariantPrices(task.scenario, space(task, Counter()), task.axes.chunk_tokens)
-            shop.price()
             priced = time.perf_counter()
             found = [aggregated(shop, (2.0, 0.05)), disaggregated(shop, gpus, (2.0, 0.05))]
             served = time.perf_counter()

@@ -34,7 +34,7 @@ from tensorcast.search.candidates import disaggregated as all_pools
 from tensorcast.search.candidates import steady
 from tensorcast.search.compare import Comparison
 from tensorcast.search.pareto import alike, pareto
-from tensorcast.search.search_task import Scenario, SearchTask
+from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import space
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.curves import PrefillLine
@@ -56,14 +56,10 @@ def shop() -> VariantPrices:
     from collections import Counter
 
     task = SearchTask(
-        load_model("deepseek-v3"), load_device("h200"), load_engine("sglang"), 16, Load(3000, 500, 1),
-        axes=FULL, base=Options(routing="zipf:0.4"), runnable_only=False,
+        model=load_model("deepseek-v3"), device=load_device("h200"), engine=load_engine("sglang"), gpus=16,
+        load=Load(3000, 500, 1), axes=FULL, base=Options(routing="zipf:0.4"), runnable_only=False,
     )  # fmt: skip
-    prices = VariantPrices(
-        Scenario(task.model, task.device, task.engine, task.load), space(task, Counter()), (2048, 8192)
-    )
-    prices.price()
-    return prices
+    return VariantPrices(task.scenario, space(task, Counter()), (2048, 8192))
 
 
 NUMBERS = (

@@ -167,7 +167,7 @@ def test_the_runner_up_wins_where_it_is_said_to(view: View) -> None:
     for second in (view.runner_up, *(choice.row for choice in view.shown[2:])):
         own = set(view.of_layout(second)["candidate"])
         for column, limit, looser in words.turning_points(view, second):
-            limits = dict(zip(words.LIMITS, view.comparison.targets, strict=True))
+            limits = dict(view.limits)
             asked = limits[column]
             assert asked is not None and (limit > asked) == looser
             limits[column] = limit if looser else np.nextafter(limit, 0)

@@ -26,10 +26,10 @@ def test_curves_lines_and_room_are_those_of_each_deployment_alone(model: str, en
     """Every exchange, KV dtype, drafting depth, overlap and number of pipeline stages; engines' captured prefill."""
     load = Load(3000, 500, 1)
     task = SearchTask(
-        load_model(model), load_device("h200"), load_engine(engine), 16, load, axes=FULL, runnable_only=False
-    )
+        model=load_model(model), device=load_device("h200"), engine=load_engine(engine), gpus=16, load=load, axes=FULL,
+        runnable_only=False,
+    )  # fmt: skip
     shop = VariantPrices(task.scenario, space(task, Counter()), (2048, 16384))
-    shop.price()
     generator = np.random.default_rng(5)
     some = generator.choice(len(shop.variants), min(25, len(shop.variants)), replace=False)
     assert {shop.variants[i].layout.pp for i in some} >= {1, 2, 4}

@@ -107,7 +107,7 @@ def launch(
     )
     if found.problem:
         raise InputError(f"{found.engine} {found.version} cannot run {chosen}: {found.problem}")
-    found = with_room(found, profile, gpu, chosen, options, role, batch, input_len + output_len)
+    found = with_room(found, profile, gpu, chosen, options, role=role, batch=batch, length=input_len + output_len)
     if read_as:
         found = replace(found, notes=(*found.notes, read_as))
     if as_json:

@@ -86,9 +86,11 @@ def launch(
     if problem:
         return Launch(table.name, table.version, problem=problem)
     plan = Plan(
-        table, case, model_profile, batch, input_len, output_len, chunk_tokens or _chunk(case, profile, device),
-        _kv(table, model_profile, options.kv_dtype or want.kv), want.linear.name if want.linear != have.linear else "",
-        memory_fraction or _share(case, profile, device, model_profile, batch), role or "",
+        table=table, case=case, model=model_profile, batch=batch, input_len=input_len, output_len=output_len,
+        chunk_tokens=chunk_tokens or _chunk(case, profile, device),
+        kv_dtype=_kv(table, model_profile, options.kv_dtype or want.kv),
+        quant=want.linear.name if want.linear != have.linear else "",
+        memory_fraction=memory_fraction or _share(case, profile, device, model_profile, batch), role=role or "",
     )  # fmt: skip
     if table.name == "sglang" and (problem := sglang.too_many(plan)):
         return Launch(table.name, table.version, problem=problem)
@@ -96,7 +98,7 @@ def launch(
 
 
 def with_room(
-    found: Launch, model: ModelProfile, device: DeviceProfile, layout: Layout, options: Options, role: str | None,
+    found: Launch, model: ModelProfile, device: DeviceProfile, layout: Layout, options: Options, *, role: str | None,
     batch: int, length: int,
 ) -> Launch:
     """``found`` with a note where memory holds fewer than ``batch`` sequences of ``length`` tokens per rank.

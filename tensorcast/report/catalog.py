@@ -125,7 +125,8 @@ def print_models(records: list[Record], console: Console) -> None:
         for row in records
     ]
     heads = ("model", "total", "active", "experts", "layers", "attention", "dtype", "KV B/token", "source")
-    shown = _print(console, heads, "lrrrrllrl", rows, ("attention",), ("KV B/token",), narrow=("dtype", "layers"))
+    narrow = ("dtype", "layers")
+    shown = _print(console, heads, "lrrrrllrl", rows, soft=("attention",), optional=("KV B/token",), narrow=narrow)
     if console.width >= WITH_SOURCE:
         _say(console, "Source: the config on Hugging Face; every figure has its own in the profile.")
     cache = "; KV bytes per token (bf16) where published" if "KV B/token" in shown else ""
@@ -171,8 +172,9 @@ def print_engines(records: list[Record], console: Console) -> None:
         ]
         for row in records
     ]
+    soft = ("fuses", "exchange")
     heads = ("engine", "version", "graphs", "overhead", "memory", "fuses", "exchange", "source")
-    _print(console, heads, "lllrrlll", rows, ("fuses", "exchange"), ("exchange",), narrow=("version", "graphs"))
+    _print(console, heads, "lllrrlll", rows, soft=soft, optional=("exchange",), narrow=("version", "graphs"))
     _say(console, "Graphs: phases replayed from captured graphs. Overhead: per step and sequence, outside kernels.")
     _say(console, "Memory: share of the device, or of what weights leave, that it takes. All figures: --json")
 
@@ -197,7 +199,7 @@ def _link(sources: dict[str, str]) -> str:
 
 
 def _print(
-    console: Console, heads: tuple[str, ...], align: str, rows: list[list[str]], soft: tuple[str, ...] = (),
+    console: Console, heads: tuple[str, ...], align: str, rows: list[list[str]], *, soft: tuple[str, ...] = (),
     optional: tuple[str, ...] = (), narrow: tuple[str, ...] = (),
 ) -> list[str]:
     """A table in the console's width: ``soft`` columns wrap; ``optional`` ones, then sources, go for want of room.

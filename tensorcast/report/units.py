@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from tensorcast.report import units
-
 _LARGE = ("", "k", "M", "G", "T", "P", "E", "Z")
 _SMALL = ("", "m", "u", "n", "p")
 
@@ -23,9 +21,12 @@ def digits(value: float) -> str:
     return f"{rounded:.{max(0, places)}f}"
 
 
-def scaled(value: float) -> tuple[str, str]:
-    """Mantissa and SI prefix, the mantissa from 1 to 999 after rounding: ``(1.23, "G")``."""
-    if value == 0 or not math.isfinite(value):
+def scaled(value: float, whole: bool = False) -> tuple[str, str]:
+    """Mantissa and SI prefix, the mantissa from 1 to 999 after rounding: ``(1.23, "G")``.
+
+    ``whole``: of what comes in whole pieces, with no prefix below one: there is no millibyte.
+    """
+    if value == 0 or not math.isfinite(value) or (whole and abs(value) < 0.9995):
         return digits(value), ""
     size = float(f"{abs(value):.2e}")  # round first, so that 999.6 k is 1.00 M
     group = math.floor(math.log10(size) / 3 + 1e-12)
@@ -51,13 +52,13 @@ def span(low: float, high: float) -> str:
 
 def nbytes(value: float) -> str:
     """``4.56 GB``."""
-    number, prefix = _from_one(value)
+    number, prefix = scaled(value, whole=True)
     return f"{number} {prefix}B"
 
 
 def flops(value: float) -> str:
     """``1.20 TFLOP``."""
-    number, prefix = _from_one(value)
+    number, prefix = scaled(value, whole=True)
     return f"{number} {prefix}FLOP"
 
 
@@ -75,13 +76,13 @@ def short(value: float) -> str:
     """A number and its prefix alone, for narrow columns under a header that says the unit: ``1.20T``; 0 is ``-``."""
     if value == 0:
         return "-"
-    number, prefix = _from_one(value)
+    number, prefix = scaled(value, whole=True)
     return f"{number}{prefix}"
 
 
 def parameters(value: float) -> str:
     """Parameter counts as publishers write them: ``671B``, ``36.6B``, ``568M``."""
-    number, prefix = _from_one(value)
+    number, prefix = scaled(value, whole=True)
     return f"{number}{ {'G': 'B'}.get(prefix, prefix) }"
 
 
@@ -102,12 +103,7 @@ def percent(share: float) -> str:
     return "<0.1%" if 0 < share < 0.0005 else f"{100 * share:.1f}%"
 
 
-def _from_one(value: float) -> tuple[str, str]:
-    """As :func:`scaled`, without prefixes below one: there is no millibyte."""
-    return scaled(value) if abs(value) >= 0.9995 else (digits(value), "")
-
-
 def plural(number: float, what: str) -> str:
     """``1 sequence``, ``4,096 sequences``."""
-    counted = units.count(number)
+    counted = count(number)
     return f"{counted} {what}{'' if counted == '1' else 's'}"

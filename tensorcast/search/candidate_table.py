@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tensorcast.cost.evidence import EVIDENCE
+from tensorcast.deploy.plan.plan import choose_all2all
 from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import SearchTask
-from tensorcast.search.selection import cluster_sizes, limit_ratios
+from tensorcast.search.selection import LIMITS, rated
 from tensorcast.search.space import family
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.interval import served_interval
@@ -43,23 +44,19 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
     """Rows of :data:`COLUMNS`; candidates are named, and the front drawn, once all tasks are searched."""
     import pandas as pd
 
-    c, n = points.columns, len(points)
+    c = rated(task, prices, mode, points)
     chosen = [prices.variants[i] for i in points.variant]
-    replicas, size, gpus = cluster_sizes(task, prices, mode, points)
     memory = prices.memory(points)
-    excess = limit_ratios(task, c["ttft_s"], c["tpot_s"], gpus)
-    names, ratios = list(excess), np.array(list(excess.values()))
-    over = ratios.max(axis=0) > 1
+    limits = [name for name in LIMITS if f"{name}_share" in c]
+    shares = np.array([c[f"{name}_share"] for name in limits])
+    over = shares.max(axis=0) > 1
     experts = bool(traced_table(task.model, "decode").facts.num_experts)
     every = dict.fromkeys(v.layout for v in prices.variants)  # thousands of rows, few layouts
     called = {layout: str(layout) for layout in every}
     families = {layout: family(layout, experts) for layout in every}
     pools = mode == "disaggregated"
     prefill = [prices.variants[int(i)] for i in c["prefill"]] if pools else chosen
-    kv = prices.cache_dtypes
-    tokens = c["output_tokens_per_s"] * replicas
-    price = task.price
-    nothing = np.full(n, np.nan)
+    nothing = np.full(len(points), np.nan)
     factors = served_interval(c["ttft_error"], c["tpot_error"], c["ttft_s"] / c["request_s"])
     return pd.DataFrame({
         "candidate": "",
@@ -72,18 +69,16 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
             name: [getattr(v.layout, name) if name != "etp" or experts else 1 for v in chosen]
             for name in ("tp", "dp", "ep", "etp", "pp")
         },
-        "replicas": replicas.astype(int),
-        "world_size": size.astype(int),
-        "gpus": gpus.astype(int),
+        **{name: c[name].astype(int) for name in ("replicas", "world_size", "gpus")},
         "prefill_layout": [called[v.layout] for v in prefill] if pools else None,
         "prefill_workers": c["prefill_workers"] if pools else nothing,
         "decode_workers": c["decode_workers"] if pools else nothing,
         "batch": c["batch"],
-        "concurrency": c["concurrency"] * replicas,
-        "all2all": [prices.exchange(v) for v in chosen],
+        "concurrency": c["concurrency"] * c["replicas"],
+        "all2all": [choose_all2all(v.decode.all2all, v.layout, task.engine, "decode") for v in chosen],
         "dispatch": [v.decode.dispatch or "" for v in chosen],
         "combine": [v.decode.combine or "" for v in chosen],
-        "kv_dtype": [kv[v.decode.kv_dtype] for v in chosen],
+        "kv_dtype": [v.decode.kv_dtype or prices.own_kv_dtype for v in chosen],
         "redundant_experts": [v.decode.redundant_experts for v in chosen],
         "external_shared_experts": [v.decode.external_shared_experts for v in chosen],
         "shared_expert_tp": [v.decode.shared_expert_tp for v in chosen],
@@ -96,8 +91,8 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
             for end, sign in (("", 0.0), ("_low", -1.0), ("_high", 1.0))
         },
         "request_s": c["request_s"],
-        "output_tokens_per_s": tokens,
-        "tokens_per_s_per_gpu": tokens / gpus,
+        "output_tokens_per_s": c["output_tokens_per_s"] * c["replicas"],
+        "tokens_per_s_per_gpu": c["tokens_per_s_per_gpu"],
         "tokens_per_s_per_user": 1.0 / c["tpot_s"],
         **{name: c[name] for name in ("decode_step_s", "prefill_step_s", "exposed_comm_s", "hidden_comm_s")},
         "memory_bytes": memory["total"],
@@ -108,7 +103,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
         "largest_batch": c["largest_batch"],
         **{f"share_{kind}": c[f"share_{kind}"] for kind in EVIDENCE},
         "meets": ~over,
-        "limit": np.where(over, np.array(names)[ratios.argmax(axis=0)], ""),
+        "limit": np.where(over, np.array(limits)[shares.argmax(axis=0)], ""),
         "pareto": False,
-        "cost_per_million_tokens": nothing if price is None else gpus * price / 3600.0 / tokens * 1e6,
+        "cost_per_million_tokens": c["cost_per_million_tokens"],
     })[list(COLUMNS)]

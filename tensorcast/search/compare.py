@@ -17,16 +17,15 @@ from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.candidate_table import stacked
 from tensorcast.search.notes import by_what, in_seconds, notes, nothing_left, warning
-from tensorcast.search.objective import OBJECTIVES
 from tensorcast.search.pareto import alike, pareto
 from tensorcast.search.search import SearchResult
-from tensorcast.search.search_task import SearchTask
+from tensorcast.search.search_task import Scenario, SearchTask
 from tensorcast.search.space import Variant
 from tensorcast.serving.load import Load
+from tensorcast.serving.objective import OBJECTIVES
 
 if TYPE_CHECKING:
     import pandas as pd
-
 
 
 class NoLayoutMeets(InputError):
@@ -39,7 +38,7 @@ class NoLayoutMeets(InputError):
         self.comparison = comparison
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """The result of :func:`compare`. ``candidates``: one row per candidate kept, of ``examined`` in all.
 
@@ -65,31 +64,23 @@ class Comparison:
     notes: tuple[str, ...]
     examined: int = 0
     tasks: tuple[SearchTask, ...] = field(default=(), repr=False)
-    behind: dict[str, tuple[int, Variant, Variant]] = field(default_factory=dict, repr=False)
-    """Of every candidate: its task's number and the variants that prefill and decode."""
+    behind: dict[str, tuple[Scenario, Variant, Variant]] = field(default_factory=dict, repr=False)
+    """Of every candidate: what it serves, and the variants that prefill and decode."""
     warning: str = ""
 
     def deployments(self, candidate: str) -> tuple[Deployment, Deployment]:
         """(prefill, decode) of a candidate, made anew. Raises :class:`InputError` for an unknown one."""
         if candidate not in self.behind:
             raise unknown_name("candidate", candidate, self.behind)
-        number, prefill, decode = self.behind[candidate]
-        scenario = self.tasks[number].scenario
-        if candidate in self._in_pools:
-            scenario = scenario.in_pools()
+        scenario, prefill, decode = self.behind[candidate]
         return (
             scenario.deployment(prefill.layout, "prefill", prefill.prefill),
             scenario.deployment(decode.layout, "decode", decode.decode),
         )
 
-    @cached_property
-    def _in_pools(self) -> frozenset[str]:
-        frame = self.candidates
-        return frozenset(frame["candidate"][frame["mode"] == "disaggregated"])
-
     def load(self, candidate: str) -> Load:
         """What users send to a candidate."""
-        return self.tasks[self.behind[candidate][0]].load
+        return self.behind[candidate][0].load
 
     @cached_property
     def closest(self) -> tuple[dict[str, Any], list[str]]:
@@ -110,11 +101,8 @@ class Comparison:
     @cached_property
     def families(self) -> pd.DataFrame:
         """The best candidate of every mode and layout, best first; those within the limits come before the others."""
-        score = OBJECTIVES[self.objective].score(self.candidates)
-        frame = self.candidates.assign(score=score).sort_values(["meets", "score"], ascending=False, kind="stable")
-        keys = ["device", "engine", "gpus", "mode", "layout", "prefill_layout"]
-        keys = [key for key in keys if key != "gpus" or self.objective != "gpus"]
-        return frame.drop_duplicates(keys).drop(columns="score").reset_index(drop=True)
+        keys = ["device", "engine", "mode", "layout", "prefill_layout", *(["gpus"] if self.objective != "gpus" else [])]
+        return OBJECTIVES[self.objective].ranked(self.candidates).drop_duplicates(keys).reset_index(drop=True)
 
 
 def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult]) -> Comparison:
@@ -129,17 +117,18 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult]) -> Com
         pruned += one.pruned
     if not len(frame):
         raise InputError(nothing_left(tasks, pruned))
-    pairs = [(number, *pair) for number, one in enumerate(results) for pair in one.variants]
     frame["candidate"] = [f"{mode[0]}{i}" for i, mode in enumerate(frame["mode"])]
     frame["pareto"] = pareto(frame["tokens_per_s_per_user"].to_numpy(), frame["tokens_per_s_per_gpu"].to_numpy())
-    if first.objective == "cost" and (free := dict.fromkeys(task.device.name for task in tasks if task.price is None)):
-        names = ", ".join(free)
-        raise InputError(f"--objective cost: no price per GPU hour is known for {names}; use --price, as in H200=2.5")
+    behind: list[tuple[Scenario, Variant, Variant]] = []
+    for task, one in zip(tasks, results, strict=True):
+        scenario = {"aggregated": task.scenario, "disaggregated": task.scenario.in_pools()}
+        behind += [(scenario[mode], *pair) for mode, pair in zip(one.frame["mode"], one.variants, strict=True)]
     comparison = Comparison(
-        first.model, tuple({task.device.name: task.device for task in tasks}.values()), first.engine, first.objective,
-        (first.ttft_s, first.tpot_s), first.load.input_len, first.load.output_len, frame, by_what(pruned),
-        None, None, [], notes(tasks, frame), sum(one.examined for one in results), tuple(tasks),
-        dict(zip(frame["candidate"], pairs, strict=True)),
+        model=first.model, devices=tuple({task.device.name: task.device for task in tasks}.values()),
+        engine=first.engine, objective=first.objective, targets=(first.ttft_s, first.tpot_s),
+        input_len=first.load.input_len, output_len=first.load.output_len, candidates=frame, pruned=by_what(pruned),
+        best=None, runner_up=None, ties=[], notes=notes(tasks, frame), examined=sum(one.examined for one in results),
+        tasks=tuple(tasks), behind=dict(zip(frame["candidate"], behind, strict=True)),
     )  # fmt: skip
     return _decided(comparison)
 

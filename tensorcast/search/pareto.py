@@ -22,8 +22,8 @@ def pareto(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return mask
 
 
-def spread(one: Mapping[str, tuple[float, float]], other: Mapping[str, tuple[float, float]]) -> float:
-    """How far the difference of two sums may be off: half of its 80 % interval.
+def alike(one: Mapping[str, tuple[float, float]], other: Mapping[str, tuple[float, float]]) -> bool:
+    """Whether the difference of two sums lies within its own error, four times in five.
 
     ``one`` and ``other``: seconds and relative median error by kernel family. A family's error is that of its fitted
     constants, so it moves both sums the same way: what counts is how much *more* of that family one of them has. That
@@ -34,11 +34,6 @@ def spread(one: Mapping[str, tuple[float, float]], other: Mapping[str, tuple[flo
     for family in {*one, *other}:
         a, b = one.get(family, (0.0, 0.0)), other.get(family, (0.0, 0.0))
         total += (a[0] * a[1] - b[0] * b[1]) ** 2
-    largest = max(sum(seconds for seconds, _ in sums.values()) for sums in (one, other))
-    return float(np.sqrt(NORMAL_80**2 * total + (REPEAT * largest) ** 2))
-
-
-def alike(one: Mapping[str, tuple[float, float]], other: Mapping[str, tuple[float, float]]) -> bool:
-    """Whether the difference of two sums lies within its own error, four times in five."""
-    difference = sum(seconds for seconds, _ in one.values()) - sum(seconds for seconds, _ in other.values())
-    return abs(difference) <= spread(one, other)
+    first, second = (sum(seconds for seconds, _ in sums.values()) for sums in (one, other))
+    off = np.sqrt(NORMAL_80**2 * total + (REPEAT * max(first, second)) ** 2)
+    return bool(abs(first - second) <= off)

@@ -48,10 +48,7 @@ def search(task: SearchTask) -> SearchResult:
     if not tried:
         return SearchResult(stacked([]), [], pruned, 0)
     prices = VariantPrices(task.scenario, tried, task.axes.chunk_tokens)
-    prices.price()
-    none = prices.without_room()
-    if none:
-        pruned[NO_ROOM] += none
+    pruned += Counter({NO_ROOM: prices.without_room()})
     parts, examined = _candidates(task, prices, pruned)
     examined += pruned[NO_PACE]
     every = [(prices, parts)]

@@ -19,8 +19,8 @@ from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.axes import FULL, Axes
-from tensorcast.search.objective import OBJECTIVES
 from tensorcast.serving.load import Load
+from tensorcast.serving.objective import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Scenario:
 FORMS = ("aggregated", "disaggregated")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchTask:
     """What is asked of one device, engine and cluster size; a task of its own for a worker process."""
 
@@ -96,30 +96,14 @@ def search_tasks(
     for form in forms:
         if form not in FORMS:
             raise unknown_name("--form", form, FORMS)
-    for name, value in (("--ttft", ttft_s), ("--tpot", tpot_s), ("--request-rate", request_rate)):
-        if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
-            raise InputError(f"{name} {value!r}: must be a number more than 0")
-    if objective == "gpus" and request_rate is None:
-        raise InputError("--objective gpus: say for how many requests per second, with --request-rate")
     if not 0 <= prefix_cached < max(1, input_len):
         raise InputError(f"--prefix-cached {prefix_cached}: must be at least 0 and less than --input-len {input_len}")
-    if objective != "gpus" and request_rate is not None:
-        raise InputError(f"--request-rate {request_rate:g}: says how much to plan for, with --objective gpus alone")
     names = [device.name for device in devices]
+    if not names or not world_sizes:
+        raise InputError("compare: needs at least one device and one world size")
     for name, value in (prices or {}).items():
         if name not in names:
             raise InputError(f"--price {name}={value:g}: {name} is not one of --device {','.join(names)}")
-        if not 0 < value < math.inf:
-            raise InputError(f"--price {name}={value:g}: must be more than 0 US dollars per GPU hour")
-    if not names or not world_sizes:
-        raise InputError("compare: needs at least one device and one world size")
-    if wrong := [size for size in world_sizes if size < 1]:
-        raise InputError(f"--world-size {wrong[0]}: must be at least 1")
-    for device in devices:
-        if max(world_sizes) > device.world_limit:
-            raise InputError(
-                f"--world-size {max(world_sizes)}: {device.name}'s interconnect reaches {device.world_limit} GPUs"
-            )
     Routing.parse(routing)
     # one request in flight stands for the load until a candidate's batch says how many there are
     load = Load(input_len, output_len, 1, prefix_cached, mtp_acceptance)
@@ -128,24 +112,64 @@ def search_tasks(
     if runnable_only and one_exchange(engine.name):
         axes = axes.for_one_exchange()
     wanted = tuple(dict.fromkeys(parse_layout(text) for text in layouts or ()))
+    base = Options(quant=quant, routing=routing, placement=placement)
+    tasks = [
+        SearchTask(
+            model=model, device=device, engine=engine, gpus=size, load=load, ttft_s=ttft_s, tpot_s=tpot_s,
+            objective=objective, axes=axes, base=base, forms=tuple(forms), request_rate=request_rate,
+            layouts=tuple(layout for layout in wanted if size % layout.world_size == 0),
+            price_per_hour=(prices or {}).get(device.name), runnable_only=runnable_only,
+        )
+        for device in devices
+        for size in world_sizes
+    ]  # fmt: skip
+    for task in tasks:
+        _check(task)
     for layout in wanted:
         if not any(size % layout.world_size == 0 for size in world_sizes):
             sizes = ", ".join(map(str, world_sizes))
             raise InputError(
                 f"layout {layout} takes {layout.world_size} GPUs, which does not divide --world-size {sizes}"
             )
-    base = Options(quant=quant, routing=routing, placement=placement)
     _applies(model, base, given)
     if problem := model.too_long(input_len + output_len):
         raise InputError(f"--input-len {input_len} and --output-len {output_len}: {problem}")
-    return [
-        SearchTask(
-            model, device, engine, size, load, ttft_s, tpot_s, objective, axes, base, _of(wanted, size), tuple(forms),
-            request_rate, (prices or {}).get(device.name), runnable_only,
-        )
-        for device in devices
-        for size in world_sizes
-    ]
+    return tasks
+
+
+def _check(task: SearchTask) -> None:
+    """Raise :class:`InputError`, one line, on the first of what must hold of a task's numbers that does not."""
+    device, rate, price = task.device, task.request_rate, task.price_per_hour
+    positive = {"--ttft": task.ttft_s, "--tpot": task.tpot_s, "--request-rate": rate}
+    for flag, value in positive.items():
+        if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+            raise InputError(f"{flag} {value!r}: must be a number more than 0")
+    rules = (
+        (
+            "--objective gpus", task.objective != "gpus" or rate is not None,
+            "say for how many requests per second, with --request-rate",
+        ),
+        (
+            f"--request-rate {rate or 0:g}", task.objective == "gpus" or rate is None,
+            "says how much to plan for, with --objective gpus alone",
+        ),
+        (
+            f"--price {device.name}={price or 0:g}", price is None or 0 < price < math.inf,
+            "must be more than 0 US dollars per GPU hour",
+        ),
+        (
+            "--objective cost", task.objective != "cost" or task.price is not None,
+            f"no price per GPU hour is known for {device.name}; use --price, as in H200=2.5",
+        ),
+        (f"--world-size {task.gpus}", task.gpus >= 1, "must be at least 1"),
+        (
+            f"--world-size {task.gpus}", task.gpus <= device.world_limit,
+            f"{device.name}'s interconnect reaches {device.world_limit} GPUs",
+        ),
+    )
+    for asked, holds, says in rules:
+        if not holds:
+            raise InputError(f"{asked}: {says}")
 
 
 def _applies(model: ModelProfile, base: Options, given: Mapping[str, tuple[Any, ...]]) -> None:
@@ -160,7 +184,3 @@ def _applies(model: ModelProfile, base: Options, given: Mapping[str, tuple[Any, 
         next((scheme for scheme in given.get(axis, ()) if scheme), None) for axis in ("dispatch", "combine")
     )
     check_options(replace(base, all2all=exchange, dispatch=dispatch, combine=combine), Layout(1), facts, "none")
-
-
-def _of(layouts: tuple[Layout, ...], size: int) -> tuple[Layout, ...]:
-    return tuple(layout for layout in layouts if size % layout.world_size == 0)

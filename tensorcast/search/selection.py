@@ -2,70 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.pareto import pareto
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.variant_prices import VariantPrices
+from tensorcast.serving.curves import Array
+from tensorcast.serving.objective import OBJECTIVES
+
+LIMITS = ("ttft", "tpot", "gpus")
 
 
-def cluster_sizes(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> tuple[Any, Any, Any]:
-    """(replicas, GPUs of one replica or pool, GPUs) of every point."""
+def rated(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> dict[str, Array]:
+    """The points' columns and what a task makes of them: the cluster that they take and what objectives look at.
+
+    ``world_size``: GPUs of one replica, or of its two pools; ``ttft_share``, ``tpot_share`` and ``gpus_share``: how
+    many times its limit each is, where there is one.
+    """
+    c = points.columns
     size = prices.layouts["world_size"][points.variant]
     if mode == "disaggregated":
-        prefill = prices.layouts["world_size"][points.columns["prefill"].astype(int)]
-        size = prefill * points.columns["prefill_workers"] + size * points.columns["decode_workers"]
+        prefill = prices.layouts["world_size"][c["prefill"].astype(int)]
+        size = prefill * c["prefill_workers"] + size * c["decode_workers"]
     replicas = np.maximum(task.gpus // size, 1.0)
     if task.objective == "gpus" and task.request_rate:
-        rate = points.columns["output_tokens_per_s"] / task.load.output_len
-        replicas = np.ceil(task.request_rate / rate)
-    return replicas, size, replicas * size
+        replicas = np.ceil(task.request_rate / (c["output_tokens_per_s"] / task.load.output_len))
+    gpus, per_gpu = replicas * size, c["output_tokens_per_s"] / size
+    asked = {"ttft": (c["ttft_s"], task.ttft_s), "tpot": (c["tpot_s"], task.tpot_s), "gpus": (gpus, task.gpus)}
+    return {
+        **c,
+        **{f"{name}_share": value / limit for name, (value, limit) in asked.items() if limit is not None},
+        "replicas": replicas,
+        "world_size": size,
+        "gpus": gpus,
+        "tokens_per_s_per_gpu": per_gpu,
+        "cost_per_million_tokens": (np.nan if task.price is None else task.price) / 3600.0 / per_gpu * 1e6,
+    }
 
 
-def limit_ratios(task: SearchTask, ttft_s: Any, tpot_s: Any, gpus: Any) -> dict[str, Any]:
-    """How many times its limit each number is, by the limit's name."""
-    asked = {"ttft": (ttft_s, task.ttft_s), "tpot": (tpot_s, task.tpot_s), "gpus": (gpus, task.gpus)}
-    return {name: value / limit for name, (value, limit) in asked.items() if limit is not None}
+def score_in_time(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Array:
+    """What the objective makes of every point: more is better; -inf where users wait too long."""
+    c = rated(task, prices, mode, points)
+    late = np.any([c[f"{name}_share"] > 1 for name in ("ttft", "tpot") if f"{name}_share" in c], axis=0)
+    return np.where(late, -np.inf, OBJECTIVES[task.objective].score(c))
 
 
-def score_of(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Any:
-    """What the objective makes of every point: more is better."""
-    _, size, gpus = cluster_sizes(task, prices, mode, points)
-    per_gpu = points.columns["output_tokens_per_s"] / size
-    if task.objective == "latency":
-        return -points.columns["request_s"]
-    return -gpus + 1e-9 * per_gpu if task.objective == "gpus" else per_gpu
-
-
-def score_in_time(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Any:
-    """The score; -inf where users wait too long."""
-    c = points.columns
-    late = (c["ttft_s"] > (task.ttft_s or np.inf)) | (c["tpot_s"] > (task.tpot_s or np.inf))
-    return np.where(late, -np.inf, score_of(task, prices, mode, points))
-
-
-def worth_a_row(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Any:
+def worth_a_row(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Array:
     """Positions worth a row: per layout and batch the best options, and the whole Pareto front."""
-    c = points.columns
-    _, size, gpus = cluster_sizes(task, prices, mode, points)
-    worst = np.max(list(limit_ratios(task, c["ttft_s"], c["tpot_s"], gpus).values()), axis=0)
+    c = rated(task, prices, mode, points)
+    worst = np.max([c[f"{name}_share"] for name in LIMITS if f"{name}_share" in c], axis=0)
     layout_of = {layout: i for i, layout in enumerate(dict.fromkeys(v.layout for v in prices.variants))}
     of_variant = np.array([layout_of[v.layout] for v in prices.variants])
-    keys = [of_variant[points.variant], np.log2(c["batch"]).round(3)]
-    score = score_of(task, prices, mode, points)
-    order = np.lexsort((-score, worst > 1, *keys))
-    found = [order[_firsts([key[order] for key in keys])]]
-    order = np.lexsort((worst, *keys))  # the closest to the limits
-    found.append(order[_firsts([key[order] for key in keys])])
-    found.append(np.flatnonzero(pareto(1.0 / c["tpot_s"], c["output_tokens_per_s"] / size)))
+    keys = np.array([of_variant[points.variant], np.log2(c["batch"]).round(3)])
+    score = OBJECTIVES[task.objective].score(c)
+    found = [np.flatnonzero(pareto(1.0 / c["tpot_s"], c["tokens_per_s_per_gpu"]))]
+    for first in ((-score, worst > 1), (worst,)):  # the best within the limits, and the closest to them
+        order = np.lexsort((*first, *keys))
+        begins = np.ones(len(order), dtype=bool)
+        begins[1:] = (keys[:, order[1:]] != keys[:, order[:-1]]).any(axis=0)
+        found.append(order[begins])
     return np.unique(np.concatenate(found))
-
-
-def _firsts(keys: list[Any]) -> Any:
-    """Mask of sorted entries that differ from the one before."""
-    changed = np.ones(len(keys[0]), dtype=bool)
-    changed[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
-    return changed

@@ -28,7 +28,6 @@ def smallest_cluster(task: SearchTask) -> int | None:
         tried = [v for v in space(whole, Counter()) if v.layout.world_size == size]
         if tried:
             prices = VariantPrices(whole.scenario, tried, plain.chunk_tokens)
-            prices.price()
             if prices.without_room() < len(tried):
                 return size
         size *= 2
@@ -41,7 +40,10 @@ def what_holds(deployment: Deployment, workload: Workload) -> str:
     base = Options(quant=options.quant, kv_dtype=options.kv_dtype)
     load = Load(max(1, workload.length - 1), 1, 1)
     least = smallest_cluster(
-        SearchTask(deployment.model, device, deployment.engine, 1, load, base=base, runnable_only=False)
+        SearchTask(
+            model=deployment.model, device=device, engine=deployment.engine, gpus=1, load=load, base=base,
+            runnable_only=False,
+        )
     )
     if least is None:
         return f"no number of {device.name} holds it"

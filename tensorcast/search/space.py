@@ -7,7 +7,7 @@ travel where every rank has them all) are not tried, so no two variants are the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -21,7 +21,6 @@ from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.facts import ModelFacts
-from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.axes import EXCHANGES, Axes
 from tensorcast.search.search_task import SearchTask
 
@@ -37,7 +36,16 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
         tried = [one for size in divisors(task.gpus) for one in layouts(size)]
     found = []
     node = task.device.interconnect[0].size
-    for layout in _traceable(legal(tried, facts, task.device, pruned), task.model, pruned):
+    runs = {1: True}  # by tp; a model that cannot be traced at all is an error
+    for layout in legal(tried, facts, task.device, pruned):
+        if layout.tp not in runs:
+            try:
+                runs[layout.tp] = bool(traced_table(task.model, "decode", layout.tp))
+            except InputError:
+                runs[layout.tp] = False
+        if not runs[layout.tp]:
+            pruned[NARROW] += 1
+            continue
         every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized)
         if task.runnable_only:
             engine = task.engine.name
@@ -54,22 +62,8 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
 
 
 NARROW = "widths of a rank"
-"""Rule on layouts beside those of their own: transformers' class runs with a tensor-parallel rank's sizes."""
-
-
-def _traceable(layouts_: Sequence[Layout], model: ModelProfile, pruned: Counter[str]) -> Iterator[Layout]:
-    """Those whose ranks can be traced; the others (OLMoE at tp > 1) are counted in ``pruned``."""
-    runs = {1: True}  # a model that cannot be traced at all is an error
-    for layout in layouts_:
-        if layout.tp not in runs:
-            try:
-                runs[layout.tp] = bool(traced_table(model, "decode", layout.tp))
-            except InputError:
-                runs[layout.tp] = False
-        if runs[layout.tp]:
-            yield layout
-        else:
-            pruned[NARROW] += 1
+"""Rule on layouts beside those of their own: transformers' class runs with a tensor-parallel rank's sizes (OLMoE's
+does not at tp > 1)."""
 
 
 @dataclass(frozen=True)
@@ -162,17 +156,18 @@ def variants(
     ``quantized_dispatch``: the model's experts read tokens in fewer bits than bf16.
     """
     whole = layout.dp > 1 and facts.num_experts > 0 and layout.ep == layout.stage_ranks
-    exchanges = [name for name in axes.exchange if whole or not _sends(name)]
+    exchanges = [name for name in axes.exchange if whole or name not in SENDING]
     if layout.dp == 1 or not facts.num_experts:
         exchanges = ["auto"]
     found = []
     for name in exchanges or ["allgather_reducescatter"]:
-        sent = whole and _sends(name)
+        sent = whole and name in SENDING
         at = Place(layout, facts, sent, base.routing, quantized_dispatch)
         tried = {r.axis: getattr(axes, r.axis) if r.holds(at) else _FIXED[r.axis] for r in RELEVANT}
         for values in product(*tried.values()):
             chosen = dict(zip(tried, values, strict=True))
-            external = external_ranks(layout, facts) if chosen["external_shared_experts"] else 0
+            # ranks of their own have as many rows as others: one of a token's k + 1 copies goes there
+            external = max(1, round(layout.ep / (facts.top_k + 1))) if chosen["external_shared_experts"] else 0
             if external and not chosen["shared_expert_tp"] and True in tried["shared_expert_tp"]:
                 continue  # ranks of their own hold it whole either way
             if chosen["redundant_experts"]:
@@ -184,20 +179,15 @@ def variants(
     return list(dict.fromkeys(found)) if "logfmt10" in axes.combine else found
 
 
-def _back(combine: str | None, kind: str) -> str | None:
-    """``combine`` where ``kind`` can send it: ten-bit logarithms are low latency's alone."""
-    return None if combine == "logfmt10" and kind != "low_latency" else combine
-
-
 @lru_cache(maxsize=4096)
 def _both_phases(base: Options, exchange: str, chosen: tuple[tuple[str, Any], ...]) -> tuple[Options, Options]:
     """Options of prefill and decode; many layouts share them."""
     kinds, values = EXCHANGES[exchange], dict(chosen)
-    combine = values.pop("combine")
-    decode, prefill = (
-        replace(base, **values, all2all=kind, combine=_back(combine, kind))
-        for kind in (kinds["decode"], kinds["prefill"])
-    )
+    decode, prefill = (replace(base, **values, all2all=kind) for kind in (kinds["decode"], kinds["prefill"]))
+    if decode.combine == "logfmt10":  # ten-bit logarithms are low latency's alone
+        decode, prefill = (
+            one if one.all2all == "low_latency" else replace(one, combine=None) for one in (decode, prefill)
+        )
     return replace(prefill, mtp_depth=0), decode
 
 
@@ -209,14 +199,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 """Where an axis changes nothing."""
 
 
-def _sends(exchange: str) -> bool:
-    """Whether an exchange sends tokens to their experts in every phase; what ``auto`` does is the engine's choice."""
-    return all(kind in ALL_TO_ALL for kind in EXCHANGES[exchange].values())
-
-
-def external_ranks(layout: Layout, facts: ModelFacts) -> int:
-    """Ranks for the shared expert alone that have as many rows as others: one of a token's k + 1 copies goes there."""
-    return max(1, round(layout.ep / (facts.top_k + 1)))
+SENDING = frozenset(name for name, kinds in EXCHANGES.items() if {*kinds.values()} <= {*ALL_TO_ALL})
+"""Exchanges that send tokens to their experts in every phase; what ``auto`` does is the engine's choice."""
 
 
 def copies(experts: int, ranks: int) -> int:

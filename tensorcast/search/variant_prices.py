@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -31,20 +31,8 @@ from tensorcast.search.space import Variant
 from tensorcast.serving.capacity import decode_budget, prefill_budget, room, sequence_bytes
 from tensorcast.serving.curves import Array, Line, Prompts, decode_columns, evidence_shares, expert_seconds, under_load
 
-_PLAIN: dict[str, Any] = {
-    "kv_dtype": None, "all2all": "auto", "redundant_experts": 0, "external_shared_experts": 0,
-    "dual_batch_overlap": False, "mtp_depth": 0,
-}  # fmt: skip
-
-
-def _called(key: tuple[str, Layout, Options]) -> tuple[Layout, str, Options]:
-    phase, layout, options = key
-    return layout, phase, options
-
-
-def cache_dtype(deployment: Deployment, asked: str | None) -> str:
-    """The cache's dtype where ``asked`` may leave it to the model."""
-    return asked or deployment.quantization.kv
+GRID = COARSE[(COARSE >= 1) & (COARSE <= LARGEST_BATCH)]
+"""Batches of decode steps that every variant is priced at."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +55,6 @@ class _Setting(NamedTuple):
     pp: int
 
 
-def _columns(values: list[Any], members: int) -> Array:
-    """Side by side; each a number or ``[members, 1]``."""
-    return np.hstack([np.broadcast_to(value, (members, 1)) for value in values])
-
-
 def _put(values: Array, rows: list[int], others: Array) -> Array:
     """``values`` with ``others`` at ``rows``."""
     values = values.copy()
@@ -84,37 +67,24 @@ _Member = tuple[Layout, Options, Options]
 options."""
 
 
-@dataclass
 class VariantPrices:
-    """Prices variants of one scenario; keeps what they share.
+    """Decode curves, prefill lines and room in memory of every variant of one scenario, and what they share.
 
-    ``chunks``: chunked-prefill budgets to try; ``grid``: batches of decode steps to price. After :meth:`price` the
-    other methods are arithmetic.
+    ``chunks``: chunked-prefill budgets to try; ``grid``: batches of decode steps to price. All is priced at once; the
+    methods are arithmetic. ``layouts`` and ``depths``: sizes of the variants' layouts, tokens that they draft.
     """
 
-    scenario: Scenario
-    variants: list[Variant]
-    chunks: tuple[int, ...]
-    memo: Memo = field(default_factory=Memo)
-    grid: Array = field(default_factory=lambda: COARSE[(COARSE >= 1) & (COARSE <= LARGEST_BATCH)])
-
-    @cached_property
-    def layouts(self) -> dict[str, Array]:
-        """Sizes of the variants' layouts."""
-        names = ("world_size", "dp")
-        return {name: np.array([getattr(v.layout, name) for v in self.variants], dtype=float) for name in names}
-
-    @cached_property
-    def depths(self) -> Array:
-        return np.array([v.decode.mtp_depth for v in self.variants])
-
-    @cached_property
-    def budgets(self) -> list[int]:
-        return sorted({*self.chunks, self.scenario.own_chunk})
-
-    def price(self) -> None:
-        """Decode curves, prefill lines and room in memory of every variant."""
-        count = len(self.variants)
+    def __init__(
+        self, scenario: Scenario, variants: list[Variant], chunks: tuple[int, ...], memo: Memo | None = None,
+        grid: Array = GRID,
+    ) -> None:  # fmt: skip
+        self.scenario, self.variants, self.chunks, self.grid = scenario, variants, chunks, grid
+        self.memo = Memo() if memo is None else memo
+        self.budgets = sorted({*chunks, scenario.own_chunk})
+        sizes = np.array([(v.layout.world_size, v.layout.dp) for v in variants], dtype=float)
+        self.layouts: dict[str, Array] = dict(zip(("world_size", "dp"), sizes.T, strict=True))
+        self.depths = np.array([v.decode.mtp_depth for v in variants])
+        count = len(variants)
         names = ("seconds", "attention_s", "error", "exposed_comm_s", "hidden_comm_s", *EVIDENCE)
         self.curves = {name: np.empty((count, len(self.grid))) for name in names}
         self.prompts = {budget: Prompts.of(self.scenario.load, budget, count) for budget in self.budgets}
@@ -123,9 +93,10 @@ class VariantPrices:
         self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
         self._fleets: list[Fleet] = []
         self._numbers: dict[tuple[Any, ...], int] = {}
-        self._bases: dict[tuple[str, Layout, Options], Deployment] = {}
+        self._bases: dict[tuple[Layout, str, Options], Deployment] = {}
         self._made: dict[tuple[Any, ...], Fleet] = {}
         self._left: dict[tuple[Any, ...], Any] = {}
+        self.own_kv_dtype = ""
         for members in self._groups().values():
             every = {setting for found in members.values() for setting in found}
             settings = sorted(every, key=lambda s: (s.pp, str(s.kv_dtype), s.mtp_depth, s.dual_batch_overlap))
@@ -145,7 +116,6 @@ class VariantPrices:
         if rows:
             # of prompts and room alone: one batch of decode steps is the least that can be priced
             again = VariantPrices(scenario, [self.variants[i] for i in rows], (scenario.own_chunk,), grid=self.grid[:1])
-            again.price()
             columns = {name: _put(values, rows, again.lines.columns[name]) for name, values in own.columns.items()}
             pools.prompts = {**self.prompts, scenario.own_chunk: replace(own, columns=columns)}
             pools.room_decode = _put(self.room_decode, rows, again.room_decode)
@@ -156,9 +126,9 @@ class VariantPrices:
         """The members as one deployment, and what its memory hangs on: overlap changes none, and no member's plan."""
         made = []
         for layout, *options in members:
-            key = (phase, layout, options[phase == "decode"])
+            key = (layout, phase, options[phase == "decode"])
             if key not in self._bases:
-                self._bases[key] = self.scenario.deployment(*_called(key))
+                self._bases[key] = self.scenario.deployment(*key)
             made.append(self._bases[key])
         held = (phase, *map(id, made))
         if held not in self._made:
@@ -177,7 +147,8 @@ class VariantPrices:
     ) -> None:
         load, grid = self.scenario.load, self.grid
         decode, held = self._fleet(members, "decode")
-        kv = [cache_dtype(decode, s.kv_dtype) for s in settings]
+        self.own_kv_dtype = decode.quantization.kv  # no member asks for another
+        kv = [s.kv_dtype or decode.quantization.kv for s in settings]
         bytes_each, depth = [KV_BYTES[name] for name in kv], [s.mtp_depth for s in settings]
         dual, pp = [s.dual_batch_overlap for s in settings], [s.pp for s in settings]
         step = decode.varied(*(np.repeat(values, len(grid)) for values in (bytes_each, depth, dual, pp)))
@@ -213,7 +184,7 @@ class VariantPrices:
         sizes = [(b, line.tokens, line.past) for line in lines for b in line.asked]
         batch, new, past = np.tile(np.array(sizes), (len(kinds), 1)).T
         dtypes, dual, pp = zip(*kinds, strict=True)
-        kv = [cache_dtype(prefill, dtype) for dtype in dtypes]
+        kv = [dtype or prefill.quantization.kv for dtype in dtypes]
         bytes_each, depth = [KV_BYTES[name] for name in kv], [0] * len(kinds)
         step = prefill.varied(*(np.repeat(values, len(sizes)) for values in (bytes_each, depth, dual, pp)))
         price = step.price(batch, new, past)
@@ -226,7 +197,7 @@ class VariantPrices:
             return whole[:, kind_of, line]
 
         ones = [prefill.at(name, 0, stages) for name, stages in zip(kv, pp, strict=True)]
-        left: dict[int, Array] = {}
+        column, left = (len(members), 1), dict[int, Array]()
         for i, (budget, line) in enumerate(zip(self.budgets, lines, strict=True)):
             line._read(
                 of(price.seconds, i), of(price.error, i), {name: of(share, i) for name, share in shares.items()},
@@ -234,9 +205,10 @@ class VariantPrices:
             )  # fmt: skip
             self.prompts[budget].keep(line, rows)
             asked = [self._cache_budget(held, one, budget, lambda: prefill_budget(one, line)) for one in ones]  # noqa: B023
-            left[budget] = _columns(asked, len(members))[:, kind_of]
+            left[budget] = np.hstack([np.broadcast_to(one, column) for one in asked])[:, kind_of]
         own = left[self.scenario.own_chunk]
-        each = _columns([sequence_bytes(one, load.input_len, 0) for one in ones], len(members))[:, kind_of]
+        held_each = [sequence_bytes(one, load.input_len, 0) for one in ones]
+        each = np.hstack([np.broadcast_to(one, column) for one in held_each])[:, kind_of]
         self.room_prefill[rows[there]] = room(prefill, own, each)[there]
         return left
 
@@ -288,17 +260,6 @@ class VariantPrices:
         """Variants that hold no sequence, in either form of serving."""
         room = np.max([self.room_decode, *(self.prompts[budget].fits for budget in self.chunks)], axis=0)
         return int((room < 1).sum())
-
-    def exchange(self, variant: Variant) -> str:
-        """How tokens reach their experts in decode."""
-        return choose_all2all(variant.decode.all2all, variant.layout, self.scenario.engine, "decode")
-
-    @cached_property
-    def cache_dtypes(self) -> dict[str | None, str]:
-        """What the cache holds, by what was asked for."""
-        one = self._fleets[0]
-        model = self.scenario.deployment(Layout(1), "decode", replace(one.options, **_PLAIN)).quantization.kv
-        return {kv: kv or model for kv in {v.decode.kv_dtype for v in self.variants}}
 
     def steps(self, depth: Any) -> Any:
         """Decode steps of one reply with ``depth`` drafted tokens."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.report import units
 from tensorcast.report.figures import GROUPS, group_of
+from tensorcast.serving.objective import OBJECTIVES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,27 +26,14 @@ PARTS = (*GROUPS[:-1], "launches and engine", "waiting")
 """Where a step's time goes. ``waiting``: pipeline stages for each other, overlapped kernels for shared resources."""
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A column to rank by: whether less is better, its name with the unit, and how a value is written."""
+LIMITS = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
+"""Names of the limits by their columns, in the order of ``Comparison.targets``."""
 
-    column: str
-    less: bool
-    name: str
-    write: Callable[[float], str]
-
-    def ranked(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """``frame`` with the best first: what meets the targets before what does not, ties by tokens per GPU."""
-        by = ["meets", self.column, "tokens_per_s_per_gpu"]
-        return frame.sort_values(by, ascending=[False, self.less, False], kind="stable")
-
-
-OBJECTIVES = {
-    "tokens_per_gpu": Objective("tokens_per_s_per_gpu", False, "tokens/s per GPU", units.rate),
-    "latency": Objective("request_s", True, "for a whole request", units.seconds),
-    "cost": Objective("cost_per_million_tokens", True, "USD per million output tokens", units.digits),
-    "gpus": Objective("gpus", True, "GPUs", units.count),
+WRITTEN: dict[str, Callable[[float], str]] = {
+    "tokens_per_s_per_gpu": units.rate, "tokens_per_s_per_user": units.rate, "request_s": units.seconds,
+    "ttft_s": units.seconds, "tpot_s": units.seconds, "cost_per_million_tokens": units.digits, "gpus": units.count,
 }
+"""How a column's values are written."""
 
 
 @dataclass(frozen=True)
@@ -68,41 +56,34 @@ class Choice:
 
 
 class View:
-    """A comparison as a report reads it: the frame ranked, the best candidate of each layout, their deployments."""
+    """A comparison as a report reads it: the frame ranked, the best candidate of each layout, their deployments.
+
+    ``limits``: in seconds, by column. ``cached_tokens``: in a sequence's cache halfway through its answer.
+    """
 
     def __init__(self, comparison: Comparison, price: float | None = None) -> None:
         self.comparison = comparison
         self.objective = OBJECTIVES[comparison.objective]
+        self.write = WRITTEN[self.objective.column]
         self.frame = comparison.candidates
         if price is not None:
             per_second = self.frame["gpus"] * price / 3600.0
             cost = 1e6 * per_second / self.frame["output_tokens_per_s"]
             self.frame = self.frame.assign(cost_per_million_tokens=cost)
         self.price = price
+        self.limits = dict(zip(LIMITS, comparison.targets, strict=True))
+        self.best, self.runner_up = self.record(comparison.best), self.record(comparison.runner_up)
+        self.cached_tokens = comparison.input_len + comparison.output_len // 2
         self.several_devices = self.frame["device"].nunique() > 1
         # pools take as many GPUs as match, so their number alone does not say that several clusters were asked about
         self.several_sizes = self.frame.loc[self.frame["mode"] == "aggregated", "gpus"].nunique() > 1
         self.layout_columns = ["mode", "device", "layout", "prefill_layout", *(["gpus"] if self.several_sizes else [])]
 
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens in a sequence's cache halfway through its answer."""
-        return self.comparison.input_len + self.comparison.output_len // 2
-
     def record(self, row: dict[str, Any] | None) -> dict[str, Any] | None:
         """``row`` of the comparison as this view has it (a price may have been added)."""
         if row is None:
             return None
-        found = self.frame[self.frame["candidate"] == row["candidate"]]
-        return dict(row) if found.empty else _plain(found.iloc[0])
-
-    @cached_property
-    def best(self) -> dict[str, Any] | None:
-        return self.record(self.comparison.best)
-
-    @cached_property
-    def runner_up(self) -> dict[str, Any] | None:
-        return self.record(self.comparison.runner_up)
+        return next(iter(_records(self.frame[self.frame["candidate"] == row["candidate"]])), dict(row))
 
     @cached_property
     def per_layout(self) -> pd.DataFrame:
@@ -115,12 +96,11 @@ class View:
 
     def name(self, row: Any) -> str:
         """What tells a candidate's layout from all others here: ``tp8-dp4-ep32``, ``2 x tp4-dp1 on h200-sxm``."""
-        layout, copies = row["layout"], row["replicas"]
+        parts = [(row["replicas"], row["layout"])]
         if row["mode"] == "disaggregated":
-            prefill = _times(row["prefill_workers"] * copies, row["prefill_layout"])
-            layout = f"{prefill} > {_times(row['decode_workers'] * copies, layout)}"
-        else:
-            layout = _times(copies, layout)
+            workers = [row["replicas"] * row[f"{phase}_workers"] for phase in ("prefill", "decode")]
+            parts = list(zip(workers, (row["prefill_layout"], row["layout"]), strict=True))
+        layout = " > ".join(f"{units.count(copies)} x {one}" if copies > 1 else one for copies, one in parts)
         place = []
         if self.several_sizes:
             place.append(units.count(row["gpus"]))
@@ -147,7 +127,7 @@ class View:
         forms = ranked.index[:2].union(ranked.drop_duplicates("mode").index)
         first = forms.union(ranked.drop_duplicates("family").index[: max(0, MOST_SHOWN - len(forms))])
         rest = ranked.index.difference(first)[: max(0, MOST_SHOWN - len(first))]
-        rows = [_plain(row) for _, row in ranked.loc[first.union(rest)].iterrows()]
+        rows = _records(ranked.loc[first.union(rest)])
         return [Choice(row, self.name(row), *self.comparison.deployments(row["candidate"])) for row in rows]
 
     def full(self, row: dict[str, Any]) -> bool:
@@ -171,22 +151,14 @@ class View:
         """A decode step of ``batch`` sequences per dp rank, halfway through the answers."""
         return choice.decode.step.price(float(batch), 1.0, float(self.cached_tokens))
 
-    def decode_parts(self, choice: Choice) -> StepParts:
-        """Where a decode step goes at :attr:`load`."""
-        return step_parts(choice.decode, self.decode_price(choice, self.batch_at_load(choice)[0]))
-
-    def own_parts(self, choice: Choice) -> StepParts:
-        """Where a decode step goes at the candidate's own batch."""
-        return step_parts(choice.decode, self.decode_price(choice, max(1.0, choice.row["batch"])))
+    def decode_parts(self, choice: Choice, batch: float) -> StepParts:
+        """Where a decode step of ``batch`` sequences per dp rank goes."""
+        return step_parts(choice.decode, self.decode_price(choice, batch))
 
 
-def _times(copies: float, layout: str) -> str:
-    return f"{units.count(copies)} x {layout}" if copies > 1 else layout
-
-
-def _plain(row: Any) -> dict[str, Any]:
-    """A frame's row as a dict of plain values."""
-    return {key: value.item() if hasattr(value, "item") else value for key, value in row.to_dict().items()}
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A frame's rows as dicts of plain values."""
+    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
 def step_parts(deployment: Deployment, price: StepPrice) -> StepParts:

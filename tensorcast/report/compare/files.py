@@ -111,7 +111,7 @@ def summary_of(view: View, figures: list[Chart]) -> dict[str, Any]:
     return {
         "model": c.model.name, "devices": [device.name for device in c.devices], "engine": c.engine.name,
         "objective": c.objective,
-        "targets": dict(zip(words.LIMITS, c.targets, strict=True)), "input_len": c.input_len,
+        "targets": view.limits, "input_len": c.input_len,
         "output_len": c.output_len, "price_per_gpu_hour_usd": view.price, "answer": answer.headline,
         "warning": answer.warning, "explanation": list(answer.paragraphs), "best": view.best,
         "runner_up": view.runner_up, "ties": list(c.ties), "candidates": len(view.frame), "examined": c.examined,

@@ -218,7 +218,7 @@ def heatmap(view: View) -> Chart | None:
         colour = "#fefefe" if dark else "#010101"
         chosen = (ep, tp) == (first["ep"], first["tp"])
         axes.annotate(
-            objective.write(value), (j, i), xytext=(0, 1), textcoords="offset points", ha="center", va="bottom",
+            view.write(value), (j, i), xytext=(0, 1), textcoords="offset points", ha="center", va="bottom",
             color=colour, fontweight="bold" if chosen else "normal",
         )
         below = _beside(row, view) if row["meets"] else f"misses {limit_name(row['limit'])}"
@@ -233,9 +233,9 @@ def heatmap(view: View) -> Chart | None:
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(shades, ax=axes, fraction=0.035, pad=0.015)
     bar.outline.set_visible(False)
-    bar.set_label(objective.name)
+    bar.set_label(objective.words)
     caption = (
-        f"Each cell is the best candidate with this TP and EP whatever else it chose ({objective.name}; below it what "
+        f"Each cell is the best candidate with this TP and EP whatever else it chose ({objective.words}; below it what "
         "it chose). Empty: no legal candidate that fits."
     )
     return finish(figure, "heatmap", title, caption)
@@ -255,11 +255,11 @@ def _heatmap_title(view: View, best: pd.DataFrame, first: pd.Series) -> str:
     at = f"TP {first['tp']} with EP {first['ep']}"
     others = objective.ranked(best[best["meets"]]).iloc[1:]
     if not first["meets"]:
-        return f"No cell meets the targets; {at} comes nearest with {objective.write(first[objective.column])}"
+        return f"No cell meets the targets; {at} comes nearest with {view.write(first[objective.column])}"
     if others.empty:
         return f"Only {at} meets the targets"
     second = others.iloc[0]
     return (
-        f"{at} is best: {objective.write(first[objective.column])} {objective.name}, before TP {second['tp']} with "
-        f"EP {second['ep']} at {objective.write(second[objective.column])}"
+        f"{at} is best: {view.write(first[objective.column])} {objective.words}, before TP {second['tp']} with "
+        f"EP {second['ep']} at {view.write(second[objective.column])}"
     )

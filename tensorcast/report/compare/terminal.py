@@ -58,7 +58,11 @@ def _table(view: View, top: int, width: int) -> Table:
     cost = asked and bool(view.frame["cost_per_million_tokens"].notna().any())
     heads = ["GPUs", "batch", "TTFT", "TPOT", "tok/s", "per GPU", *(["USD/Mtok"] if cost else []), ""]
     tied = set(view.comparison.ties)
-    cells = [[*_cells(row, cost), _verdict(row, view, tied)] for row in rows]
+    best = view.best["candidate"] if view.best is not None else None
+    cells = []
+    for row in rows:
+        verdict = "best" if row["candidate"] == best else "tie" if row["candidate"] in tied else ""
+        cells.append([*_cells(row, cost), verdict if row["meets"] else f"over {limit_name(row['limit'])}"])
     sizes = [max([len(head), *(len(c[i]) for c in cells)]) + 1 for i, head in enumerate(heads)]
     for head in ("tok/s", "batch", "GPUs"):  # on less than 80 columns: whole numbers rather than all of them
         if sum(sizes) + LEAST_NAME > width:
@@ -75,14 +79,6 @@ def _table(view: View, top: int, width: int) -> Table:
         style = "" if row["meets"] else "dim"
         table.add_row(*(Text(text, style=style) for text in (name, *values)))
     return table
-
-
-def _verdict(row: dict[str, Any], view: View, tied: set[str]) -> str:
-    if not row["meets"]:
-        return f"over {limit_name(row['limit'])}"
-    if view.best is not None and row["candidate"] == view.best["candidate"]:
-        return "best"
-    return "tie" if row["candidate"] in tied else ""
 
 
 def _cells(row: dict[str, Any], cost: bool) -> list[str]:

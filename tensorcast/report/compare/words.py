@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.report import units
-from tensorcast.report.compare.choices import PARTS, Choice, View
+from tensorcast.report.compare.choices import LIMITS, PARTS, WRITTEN, Choice, View
 from tensorcast.report.units import plural
 
 if TYPE_CHECKING:
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 COVERS = {"everything": "", "weights_and_cache": " for weights and cache", "cache": " that these leave for the cache"}
 """What an engine's share of the memory is for."""
-LIMITS = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
-"""Names of the limits by their columns, in the order of ``Comparison.targets``."""
-
 EXCHANGES = {
     "allgather_reducescatter": "tokens by all-gather and reduce-scatter",
     "high_throughput": "high-throughput all-to-all", "low_latency": "low-latency all-to-all", "direct": "all-to-all",
@@ -65,7 +62,8 @@ def asked_for(view: View) -> str:
     """What was asked: ``deepseek-v3 on up to 32 x h200-sxm, vllm, 4,096 tokens in and 1,024 out, TPOT up to 50 ms``."""
     c = view.comparison
     sizes = {task.gpus for task in c.tasks}
-    asked = [f"{name} up to {units.seconds(limit)}" for name, limit in targets(view).items() if limit is not None]
+    limits = {LIMITS[column]: limit for column, limit in view.limits.items() if limit is not None}
+    asked = [f"{name} up to {units.seconds(limit)}" for name, limit in limits.items()]
     devices = " or ".join(device.name for device in c.devices)
     parts = [
         f"{c.model.name} on {'up to ' if len(sizes) > 1 or c.objective == 'gpus' else ''}{units.count(max(sizes))} x "
@@ -73,11 +71,6 @@ def asked_for(view: View) -> str:
         f"{units.count(c.input_len)} tokens in and {units.count(c.output_len)} out", *asked,
     ]
     return ", ".join(parts)
-
-
-def targets(view: View) -> dict[str, float | None]:
-    """Limits in seconds by name, None where there is none."""
-    return dict(zip(LIMITS.values(), view.comparison.targets, strict=True))
 
 
 def conclusion(view: View) -> Conclusion:
@@ -111,39 +104,34 @@ def interval(view: View, row: dict[str, Any], column: str) -> tuple[float, float
 
 
 def _worth(view: View, row: dict[str, Any]) -> str:
-    objective = view.objective
-    low, high = interval(view, row, objective.column)
-    within = "" if low == high else f" ({between(objective.write, low, high)})"
-    return f"{objective.write(row[objective.column])} {objective.name}{within}"
+    column = view.objective.column
+    within = f" ({between(view, row, column)})" if column != "gpus" else ""
+    return f"{view.write(row[column])} {view.objective.words}{within}"
 
 
-def between(write: Any, low: float, high: float) -> str:
+def between(view: View, row: dict[str, Any], column: str) -> str:
     """``289 to 350``, with each end's unit where they differ: ``950 us to 1.05 ms``."""
-    start, end = write(low), write(high)
+    start, end = (WRITTEN[column](value) for value in interval(view, row, column))
     number, _, unit = start.partition(" ")
     return f"{number} to {end}" if unit and end.endswith(f" {unit}") else f"{start} to {end}"
 
 
 def _numbers(view: View, row: Any) -> list[Number]:
-    asked = targets(view)
     found = []
-    speeds = (
-        ("tokens_per_s_per_gpu", "tokens/s per GPU", units.rate),
-        ("tokens_per_s_per_user", "tokens/s per user", units.rate),
-        ("ttft_s", "time to first token", units.seconds),
-        ("tpot_s", "time per output token", units.seconds),
-    )
-    for column, name, write in speeds:
-        note = between(write, *interval(view, row, column))
-        limit = asked.get(LIMITS.get(column, ""))
-        note += f"; asked: up to {units.seconds(limit)}" if limit is not None else ""
-        found.append(Number(name, write(row[column]), note))
+    speeds = {
+        "tokens_per_s_per_gpu": "tokens/s per GPU", "tokens_per_s_per_user": "tokens/s per user",
+        "ttft_s": "time to first token", "tpot_s": "time per output token",
+    }  # fmt: skip
+    for column, name in speeds.items():
+        limit = view.limits.get(column)
+        asked = f"; asked: up to {units.seconds(limit)}" if limit is not None else ""
+        found.append(Number(name, WRITTEN[column](row[column]), between(view, row, column) + asked))
     share = units.percent(row["memory_bytes"] / row["capacity_bytes"])
     capacity = units.nbytes(row["capacity_bytes"])
     found.append(Number("memory per GPU", units.nbytes(row["memory_bytes"]), f"{share} of {capacity}"))
     cost = row["cost_per_million_tokens"]
     if cost == cost and cost is not None:
-        ends = between(units.digits, *interval(view, row, "cost_per_million_tokens"))
+        ends = between(view, row, "cost_per_million_tokens")
         found.append(Number("USD per million output tokens", units.digits(cost), ends))
     return found
 
@@ -181,9 +169,10 @@ def _how(view: View, row: dict[str, Any]) -> str:
         copies = f" as {plural(row['replicas'], 'replica')}" if row["replicas"] > 1 else ""
         start = f"Prompts and answers share {plural(row['gpus'], 'GPU')}{copies}"
     full = ", all that memory holds" if view.full(row) else ""
+    chosen = options(row)
     return (
         f"{start}: {_spread(row)}. {plural(row['concurrency'], 'request')} in flight, "
-        f"{plural(row['batch'], 'decoding sequence')} per data-parallel rank{full}. {_first_upper(options(row))}."
+        f"{plural(row['batch'], 'decoding sequence')} per data-parallel rank{full}. {chosen[:1].upper()}{chosen[1:]}."
     )
 
 
@@ -203,33 +192,22 @@ def _spread(row: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _first_upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
 def _runner_up(view: View, best: dict[str, Any], second: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     """The runner-up in a sentence, and each thing that would make it win."""
-    gap = _gap(view, best, second)
+    worse = second[view.objective.column] / best[view.objective.column] - 1
+    gap = worse if view.objective.less else -worse  # as a share of the best's value
     text = f"Runner-up: {view.name(second)} with {_worth(view, second)}, "
     text += f"{units.percent(gap)} {'more' if view.objective.less else 'less'}." if gap > 0.0005 else "the same."
-    ways = (*_other_limits(view, second), *_memory(view, second), *_faster(view, best, second))
+    ways = (*_other_limits(view, second), *_memory(view, second), *_faster(view, second, gap))
     return (f"{text} It would win" if ways else text), ways
 
 
-def _gap(view: View, best: dict[str, Any], second: dict[str, Any]) -> float:
-    """How far the second is behind, as a share of the best's value."""
-    column = view.objective.column
-    difference = second[column] - best[column] if view.objective.less else best[column] - second[column]
-    return float(difference / best[column])
-
-
 def _other_limits(view: View, second: dict[str, Any]) -> list[str]:
-    asked = dict(zip(LIMITS, view.comparison.targets, strict=True))
     return [
         f"if {LIMITS[column]} up to {units.seconds(limit)} were allowed" if looser
         else f"if {LIMITS[column]} had to stay under {units.seconds(limit)}"
         for column, limit, looser in turning_points(view, second)
-        if units.seconds(limit) != units.seconds(asked[column] or 0.0)
+        if units.seconds(limit) != units.seconds(view.limits[column] or 0.0)
     ]
 
 
@@ -241,12 +219,10 @@ def turning_points(view: View, second: dict[str, Any]) -> list[tuple[str, float,
     """
     objective = view.objective
     frame = view.frame.assign(own=view.frame.index.isin(view.of_layout(second).index))
-    asked = dict(zip(LIMITS, view.comparison.targets, strict=True))
     found = []
-    for column in LIMITS:
-        other = next(c for c in LIMITS if c != column)
-        allowed = frame if asked[other] is None else frame[frame[other] <= asked[other]]
-        limit = asked[column]
+    for column, limit in view.limits.items():
+        (other, most), *_ = (item for item in view.limits.items() if item[0] != column)
+        allowed = frame if most is None else frame[frame[other] <= most]
         now = float("inf") if limit is None else limit
         leads = _leader_by_limit(allowed, column, objective.column, objective.less)
         looser = leads[leads["own"] & (leads[column] > now)]
@@ -281,15 +257,14 @@ def _memory(view: View, second: dict[str, Any]) -> list[str]:
     ]
 
 
-def _faster(view: View, best: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """The parts of its decode step that alone could close the gap, by how much they would have to shrink."""
+def _faster(view: View, second: dict[str, Any], gap: float) -> list[str]:
+    """The parts of its decode step that alone could close the ``gap``, by how much they would have to shrink."""
     if view.objective.column == "gpus":
         return []
     choices = {choice.row["candidate"]: choice for choice in view.shown}
     if second["candidate"] not in choices:
         return []
-    split = view.own_parts(choices[second["candidate"]])
-    gap = _gap(view, best, second)
+    split = view.decode_parts(choices[second["candidate"]], max(1.0, second["batch"]))
     needed = gap / (1 + gap) if view.objective.less else gap
     wanted = needed * split.seconds
     able = sorted((wanted / split.parts[part], part) for part in PARTS if split.parts[part] > wanted)
@@ -320,11 +295,10 @@ def _none_meets(view: View) -> Conclusion:
     row = view.record(closest) or closest
     names = ["the number of GPUs" if limit == "gpus" else limit_name(limit) for limit in binding]
     verb = "binds" if len(names) == 1 else "bind"
-    asked = dict(zip(LIMITS, view.comparison.targets, strict=True))
     over = [
         f"{LIMITS[column]} {units.seconds(row[column])} where {units.seconds(limit)} was asked, "
         f"{units.percent(row[column] / limit - 1)} over"
-        for column, limit in asked.items()
+        for column, limit in view.limits.items()
         if limit is not None and row[column] > limit
     ]
     if "gpus" in binding:

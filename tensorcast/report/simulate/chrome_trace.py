@@ -27,7 +27,7 @@ def chrome_trace(run: Simulation) -> dict[str, Any]:
     clock = 0.0
     if totals["overhead_s"]:
         clock = round(totals["overhead_s"] * 1e6, 3)
-        events.append(_event("engine overhead", "host", "overhead", 0.0, clock, {}))
+        events.append(_event("engine overhead", "host", "overhead", start=0.0, end=clock, args={}))
     total = clock
     for record, layer in calls(run):
         start = clock
@@ -42,7 +42,7 @@ def chrome_trace(run: Simulation) -> dict[str, Any]:
         args |= {key: record[key] for key in ("detail", "bound", "evidence") if record[key]}
         if layer is not None:
             args["layer"] = layer
-        events.append(_event(record["op"], track, record["family"], start, clock, args))
+        events.append(_event(record["op"], track, record["family"], start=start, end=clock, args=args))
     about = {"step": headline(totals), "workload": workload(totals), "step_us": totals["step_s"] * 1e6}
     if totals["hidden_s"]:  # kernels are drawn one after another
         about["overlap"] = f"{totals['hidden_s'] * 1e6:.1f} us of these kernels pass while others run"
@@ -60,7 +60,9 @@ def _metadata(process: str) -> list[dict[str, Any]]:
     ]
 
 
-def _event(name: str, track: str, category: str, start: float, end: float, args: dict[str, Any]) -> dict[str, Any]:
+def _event(
+    name: str, track: str, category: str, *, start: float, end: float, args: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "name": name, "cat": category, "ph": "X", "pid": _PROCESS, "tid": TRACKS[track], "ts": start,
         "dur": round(end - start, 3), "args": args,

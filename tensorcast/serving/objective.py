@@ -1,0 +1,49 @@
+"""What 'best' means: once for the search, its decision, its report, and the score of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PER_GPU = "tokens_per_s_per_gpu"
+"""What decides between candidates that an objective cannot tell apart: more is better."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A column of served candidates that is to be large, or small (``less``); ``words``: it with its unit."""
+
+    name: str
+    column: str
+    less: bool
+    words: str
+
+    def score(self, columns: Mapping[str, NDArray[np.float64] | pd.Series[float]]) -> NDArray[np.float64]:
+        """Of each candidate; more is better. Of as many GPUs, those with most tokens lead."""
+        value = np.asarray(columns[self.column], dtype=float)
+        spare = 1e-9 * np.asarray(columns[PER_GPU], dtype=float) if self.column == "gpus" else 0.0
+        return (-value if self.less else value) + spare
+
+    def ranked(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """``frame`` with the best first: what meets the limits before what does not, ties by tokens per GPU."""
+        by = ["meets", self.column, PER_GPU]
+        return frame.sort_values(by, ascending=[False, self.less, False], kind="stable")
+
+
+OBJECTIVES = {
+    one.name: one
+    for one in (
+        Objective("tokens_per_gpu", PER_GPU, False, "tokens/s per GPU"),
+        Objective("latency", "request_s", True, "for a whole request"),
+        Objective("cost", "cost_per_million_tokens", True, "USD per million output tokens"),
+        Objective("gpus", "gpus", True, "GPUs"),
+    )
+}
+"""What ``--objective`` may ask for."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import score_in_time, worth_a_row
 from tensorcast.search.space import Variant, space
 from tensorcast.search.variant_prices import VariantPrices
+from tensorcast.serving.curves import Array
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +68,7 @@ def search(task: SearchTask) -> SearchResult:
 
 
 def _candidates(
-    task: SearchTask, prices: VariantPrices, pruned: Counter[str], known: Any = ()
+    task: SearchTask, prices: VariantPrices, pruned: Counter[str], known: Array | Sequence[float] = ()
 ) -> tuple[dict[str, Points], int]:
     """Points worth a row by mode, and of how many; those at batches that are ``known`` left out."""
     limits, found, examined = (task.ttft_s, task.tpot_s), {}, 0

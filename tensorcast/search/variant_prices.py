@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,10 @@ from tensorcast.serving.curves import Array, Line, Prompts, decode_columns, evid
 
 GRID = COARSE[(COARSE >= 1) & (COARSE <= LARGEST_BATCH)]
 """Batches of decode steps that every variant is priced at."""
+
+
+Bytes = TypeVar("Bytes")
+"""Bytes that a step leaves or takes: an array, or several."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +139,13 @@ class VariantPrices:
             self._made[held] = fleet(made, self.memo)
         return self._made[held], held
 
-    def _cache_budget(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Any]) -> Any:
+    def _cache_budget(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Bytes]) -> Bytes:
         """What a step leaves for the cache; the cache's dtype moves it only where stages are weighed."""
         key = (*held, what, one.layout.pp, one.quantization.kv if one.layout.pp > 1 else "")
         if key not in self._left:
             self._left[key] = ask()
-        return self._left[key]
+        found: Bytes = self._left[key]
+        return found
 
     def _price_decode(
         self, members: list[_Member], settings: list[_Setting], rows: Array, left: dict[int, Array]
@@ -192,7 +197,7 @@ class VariantPrices:
         shape, there = (len(members), len(kinds), len(lines), 3), rows >= 0
         kind_of = [kinds.index((s.kv_dtype, s.dual_batch_overlap, s.pp)) for s in settings]
 
-        def of(values: Any, line: int) -> Array:
+        def of(values: float | Array, line: int) -> Array:
             whole = np.broadcast_to(values, (shape[0], len(batch))).reshape(shape)
             return whole[:, kind_of, line]
 
@@ -261,8 +266,8 @@ class VariantPrices:
         room = np.max([self.room_decode, *(self.prompts[budget].fits for budget in self.chunks)], axis=0)
         return int((room < 1).sum())
 
-    def steps(self, depth: Any) -> Any:
-        """Decode steps of one reply with ``depth`` drafted tokens."""
+    def steps(self, depth: Array) -> Array:
+        """Decode steps of one reply with ``depth`` drafted tokens, an entry each."""
         return max(self.scenario.load.output_len - 1, 1) / self.scenario.load.tokens_per_step(depth)
 
     def deployment(self, index: int, phase: str) -> Deployment:

@@ -25,7 +25,7 @@ class Objective:
     less: bool
     words: str
 
-    def score(self, columns: Mapping[str, NDArray[np.float64] | pd.Series[float]]) -> NDArray[np.float64]:
+    def score(self, columns: Mapping[str, NDArray[np.float64]] | pd.DataFrame) -> NDArray[np.float64]:
         """Of each candidate; more is better. Of as many GPUs, those with most tokens lead."""
         value = np.asarray(columns[self.column], dtype=float)
         spare = 1e-9 * np.asarray(columns[PER_GPU], dtype=float) if self.column == "gpus" else 0.0

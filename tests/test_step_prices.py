@@ -11,7 +11,6 @@ import pytest
 from tensorcast.api import predict_kernels
 from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.cost.kernels.corrections import corrections_for
-from tensorcast.cost.work import gemm
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.profiles.device import DeviceProfile
@@ -20,6 +19,7 @@ from tensorcast.serving.curves import evidence_shares
 
 LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "inter": 14336}  # Llama-3.1-8B's config.json
 QWEN = {"hidden_size": 2048, "inter_size": 768, "topk": 8, "num_experts": 128}  # Qwen3-30B-A3B's
+GEMM = {"m": 8.0, "n": 4096.0, "k": 4096.0, "batch": 1.0}
 
 
 def deployment(
@@ -82,15 +82,15 @@ def test_a_users_own_constants_win() -> None:
     prices = deployment(device=own).step.price(*sizes).rows
     assert {p.evidence for p in prices if p.family == "gemm"} == {"calibrated"}
     assert {p.evidence for p in prices if p.family == "attention_decode"} == {"measured"}
-    assert corrections_for(own, "vllm").of(gemm(8.0, 4096.0, 4096.0)) is None
-    assert corrections_for(device, "vllm").of(gemm(8.0, 4096.0, 4096.0)) is not None
+    assert corrections_for(own, "vllm").at("gemm", "bf16", "", GEMM) is None
+    assert corrections_for(device, "vllm").at("gemm", "bf16", "", GEMM) is not None
 
 
 @pytest.mark.parametrize("device", ["mi300x", "ascend-910b"])
 def test_other_vendors_devices_keep_the_formula(device: str) -> None:
     prices = deployment(device=load_device(device)).step.price(8.0, 1.0, 1000.0).rows
     assert {p.evidence for p in prices} == {"datasheet"}
-    assert corrections_for(load_device(device), "vllm").of(gemm(8.0, 4096.0, 4096.0)) is None
+    assert corrections_for(load_device(device), "vllm").at("gemm", "bf16", "", GEMM) is None
 
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen3-30b-a3b"])

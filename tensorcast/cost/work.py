@@ -158,11 +158,6 @@ def _attention_tilings(
     )
 
 
-def _cache_dtype(kv_bytes: Size, decode: bool) -> str:
-    """Decode kernels are chosen, and were measured, by what the cache holds."""
-    return "fp8" if decode and np.all(np.asarray(kv_bytes) < 1.5) else "bf16"
-
-
 def attention(
     batch: Size, new: Size, past: Size, q_heads: Size, kv_heads: Size, *, qk_dim: Size, v_dim: Size,
     kv_bytes: Size = 2.0, window: Size = 0, causal: bool = True, decode: bool = False, dtype: str = "",
@@ -181,8 +176,9 @@ def attention(
         batch, new, pairs, keys, heads=q_heads, kv_heads=kv_heads, dims=qk_dim + v_dim, decode=decode
     )
     family = "attention_decode" if decode else "attention_prefill"
+    cache = "fp8" if np.all(np.asarray(kv_bytes) < 1.5) else "bf16"
     return Work(
-        family, dtype or _cache_dtype(kv_bytes, decode), flops, kv + io, tilings[0].tiles * tilings[0].flops,
+        family, dtype or (cache if decode else "bf16"), flops, kv + io, tilings[0].tiles * tilings[0].flops,
         tilings[0].tiles, tilings, batch * new * q_heads, batch * q_heads * pairs, sizes={
             "batch": batch, "new": new, "past": past, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": qk_dim,
             "window": window, "kv_bytes": kv_bytes,
@@ -216,8 +212,9 @@ def mla(
         dims = nope + rope + v_dim
         kv = batch * keys * heads * dims * 2.0  # the expanded keys and values of this step
         tilings = _attention_tilings(batch, new, pairs, keys, heads=heads, kv_heads=heads, dims=dims, decode=False)
+    cache = "fp8" if np.all(np.asarray(kv_bytes) < 1.5) else "bf16"
     return Work(
-        "mla_decode" if decode else "mla_prefill", dtype or _cache_dtype(kv_bytes, decode),
+        "mla_decode" if decode else "mla_prefill", dtype or (cache if decode else "bf16"),
         2.0 * batch * heads * pairs * dims, kv + batch * new * heads * dims * 2.0,
         tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings, batch * new * heads, batch * heads * pairs,
         sizes={"batch": batch, "new": new, "past": past, "q_heads": heads, "kv_bytes": kv_bytes} if plain else {},

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.kernels.formula import constants_digest, formula_of
 from tensorcast.cost.kernels.predictor import TRANSFERRED, Predictor, predictor_for
-from tensorcast.cost.work import Array, Size, Work
+from tensorcast.cost.work import Array, Size
 from tensorcast.profiles.device import DeviceProfile
 
 VARIANTS = ("absorb", "contiguous", "masked", "custom", "nccl")
@@ -59,10 +59,6 @@ class Corrections:
     _residuals: dict[Name, tuple[str, str] | None] = field(default_factory=dict)
     _found: dict[tuple[Hashable, ...], Correction] = field(default_factory=dict)
     _answers: dict[tuple[str, ...], _Answers] = field(default_factory=dict)
-
-    def of(self, work: Work, variant: str = "") -> Correction | None:
-        """The correction of one kernel; None where no model speaks for it."""
-        return self.at(work.family, work.dtype, variant, work.sizes)
 
     def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> Correction | None:
         """The correction of ``family`` at ``sizes`` (all of its own), scalars or arrays that broadcast; None where no
@@ -168,10 +164,6 @@ class BatchedCorrections:
 
     corrections: Corrections
     _asked: dict[tuple[Any, ...], list[tuple[PendingCorrection, list[Array]]]] = field(default_factory=dict)
-
-    def of(self, work: Work, variant: str = "") -> PendingCorrection | None:
-        """As :meth:`Corrections.of`."""
-        return self.at(work.family, work.dtype, variant, work.sizes)
 
     def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> PendingCorrection | None:
         """As :meth:`Corrections.at`."""

@@ -220,11 +220,12 @@ def _collectives(
             floor[at] = payload[at] * (1.0 - 1.0 / ranks) / links
         evidence = found.evidence if found.evidence == "datasheet" else evidence
 
-    def tell() -> Columns:
-        found = {"log_seconds": _log(seconds), "log_payload": _log(payload), "log_wire": _log(wire)}
-        return found | ({"log_token_bytes": _log(c["hidden"] * c["copy_bytes"])} if family == "moe_exchange" else {})
-
-    return KernelFormula(family, c, seconds=seconds, floor=floor, tell=tell, error=error, evidence=evidence)
+    features = {"log_seconds": _log(seconds), "log_payload": _log(payload), "log_wire": _log(wire)}
+    if family == "moe_exchange":
+        features["log_token_bytes"] = _log(c["hidden"] * c["copy_bytes"])
+    return KernelFormula(
+        family, c, seconds=seconds, floor=floor, tell=lambda: features, error=error, evidence=evidence
+    )
 
 
 def formula_of(

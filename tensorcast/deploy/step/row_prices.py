@@ -139,7 +139,7 @@ class RowPricer:
         """The row's kernels, each with what the device's fitted model makes of its formula."""
         if op.name != "grouped_matmul" or at.backend in ("eager", "batched_mm"):
             variant = "absorb" if op.name == "mla_absorb" else ""
-            yield from ((work, asked.of(work, variant)) for work in work_of(op, at))
+            yield from ((work, asked.at(work.family, work.dtype, variant, work.sizes)) for work in work_of(op, at))
             return
         (work,) = work_of(op, at)
         if at.backend == "masked" and not at.masked_skips:

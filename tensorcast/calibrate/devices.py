@@ -16,11 +16,9 @@ from typing import Any
 import yaml
 
 from tensorcast.calibrate import command
-from tensorcast.calibrate.constants import from_tables as fit
-from tensorcast.calibrate.constants import tables as measured
-from tensorcast.calibrate.kernel_models import residual
-from tensorcast.calibrate.kernel_models import unseen_devices as transfer
-from tensorcast.calibrate.measured_tables import System, installed_tables, read_system, systems_in
+from tensorcast.calibrate.constants import from_tables
+from tensorcast.calibrate.kernel_models import residual, unseen_devices
+from tensorcast.calibrate.measured_tables import MeasuredSystem, installed_tables, read_system, systems_in
 from tensorcast.cost.kernels.device_model import DeviceModel, Kernel, pack
 from tensorcast.cost.kernels.predictor import TRANSFERRED
 from tensorcast.errors import InputError
@@ -39,7 +37,7 @@ FIGURES = (
 )
 
 
-def summary(model: DeviceModel, system: System) -> str:
+def summary(model: DeviceModel, system: MeasuredSystem) -> str:
     """The model in words, YAML, one line per kernel so that a new fit reads well in a diff."""
     versions = sorted({version for rows in system.kernels.values() for version in rows.versions})
     head = {
@@ -59,17 +57,21 @@ def _line(kernel: Kernel) -> str:
     return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10_000).strip()
 
 
+def _profile(path: Path) -> DeviceProfile:
+    return DeviceProfile(**yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
 def calibrate_device(path: Path, folder: Path, models: Path, constants: bool) -> None:
-    """One device's constants (where the tables lie flat) and kernel model, from ``folder`` into the profiles."""
-    device = DeviceProfile(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    """One device's constants and kernel model, both from the same rows of ``folder``, into the profiles."""
+    device = _profile(path)
     name = device.name.replace("-", "_")
-    if constants:
-        calibration = fit.fit_device(device, measured.read_tables(folder, (name,)))
-        fit.write_calibration(path, calibration)
-        device = DeviceProfile(**yaml.safe_load(path.read_text(encoding="utf-8")))
-        print(f"{path}: {len(calibration.kernels)} kernel and {len(calibration.collectives)} collective fits")
     system = read_system(folder, name)
-    model = residual.fit_model(system, device, fit.SOURCE.format(system=name))
+    if constants:
+        calibration = from_tables.fit_device(device, system)
+        from_tables.write_calibration(path, calibration)
+        device = _profile(path)
+        print(f"{path}: {len(calibration.kernels)} kernel and {len(calibration.collectives)} collective fits")
+    model = residual.fit_model(system, device, from_tables.SOURCE.format(system=name))
     data = pack(model)
     write_atomically(models / f"{device.name}.npz", data)
     write_atomically(models / f"{device.name}.yaml", summary(model, system))
@@ -80,12 +82,12 @@ def calibrate_others(paths: Sequence[Path], folder: Path, models: Path) -> None:
     """The model for devices that were not measured, over all that were."""
     found, architectures = {}, {}
     for path in paths:
-        device = DeviceProfile(**yaml.safe_load(path.read_text(encoding="utf-8")))
-        system = read_system(folder, device.name.replace("-", "_"), transfer.FAMILIES)
-        found[device.name] = transfer.sampled(system, device)
+        device = _profile(path)
+        system = read_system(folder, device.name.replace("-", "_"), unseen_devices.FAMILIES)
+        found[device.name] = unseen_devices.sampled(system, device)
         architectures[device.name] = device.architecture
     if len(found) > 1:
-        write_atomically(models / f"{TRANSFERRED}.npz", pack(transfer.fit_transfer(found, architectures)))
+        write_atomically(models / f"{TRANSFERRED}.npz", pack(unseen_devices.fit_unseen_devices(found, architectures)))
         print(f"{models / TRANSFERRED}.npz: fitted over {', '.join(sorted(found))}")
 
 
@@ -104,9 +106,8 @@ def calibrate(
     for path in paths:
         if not path.is_file():
             raise InputError(f"no device profile at {path}")
-    flat = any(folder.glob("*/*/*.parquet"))
     for path in paths:
-        calibrate_device(path, folder, profiles / "calibration", constants and flat)
+        calibrate_device(path, folder, profiles / "calibration", constants)
     if others and not devices:
         calibrate_others(paths, folder, profiles / "calibration")
 

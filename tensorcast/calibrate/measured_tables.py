@@ -1,22 +1,23 @@
 """Measured kernels of one system, kernel by kernel: sizes, seconds, and which rows were left out by which rule.
 
-Reads two layouts of the same public tables (``aiconfigurator-core``, Apache-2.0): ``SYSTEM/KIND/ENGINE_TABLE.parquet``
-in a folder, or ``SYSTEM/KIND/ENGINE/VERSION/TABLE.parquet`` in an installed package's ``systems/data``, of each table
-the newest version. Needs pyarrow.
+Constants, kernel models and the accuracy page all read here, so that they rest on the same rows. Reads two layouts of
+the same public tables (``aiconfigurator-core``, Apache-2.0): ``SYSTEM/KIND/ENGINE_TABLE.parquet`` in a folder, or
+``SYSTEM/KIND/ENGINE/VERSION/TABLE.parquet`` in an installed package's ``systems/data``, of each table the newest
+version. Needs pyarrow.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from tensorcast.calibrate.constants.tables import LOWEST_S, SHAPE, row_hash
 from tensorcast.cost.kernels.shape_tables import calls_of
 from tensorcast.cost.kernels.vocabulary import ALIASES, SIZES, Columns
 from tensorcast.errors import InputError
@@ -30,12 +31,23 @@ NOT_READ = ("computescale", "dsv4_megamoe_module")
 MICROSECONDS = ("moe_a2a",)
 """Tables whose ``latency`` is in microseconds; the others' is in milliseconds."""
 
+HASHED = {
+    "gemm": ("m", "n", "k"),
+    "grouped_gemm": ("tokens", "hidden", "inter", "topk", "experts", "moe_tp", "moe_ep", "distribution", "gated"),
+}
+"""What tells whether a shape is held out where that is not all of :data:`~tensorcast.cost.kernels.vocabulary.SIZES`."""
+
+LOWEST_S = 1e-6
+"""No kernel takes less: launch and drain alone take about 2 us on these devices."""
+
+REPEATS = "repeats of a shape, their median taken"
+
 Key = tuple[str, str, str, str]
 """Family, dtype, engine, variant."""
 
 
 @dataclass
-class Measured:
+class MeasuredKernel:
     """Rows of one kernel: sizes, seconds, and the version of the engine that ran."""
 
     key: Key
@@ -46,18 +58,106 @@ class Measured:
     def __len__(self) -> int:
         return len(self.seconds)
 
-    def take(self, rows: np.ndarray) -> Measured:
+    def take(self, rows: np.ndarray) -> MeasuredKernel:
         """The named rows (a mask or positions)."""
-        return Measured(self.key, {n: v[rows] for n, v in self.columns.items()}, self.seconds[rows], self.versions)
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return MeasuredKernel(self.key, columns, self.seconds[rows], self.versions)
+
+    def fastest(self, without: Sequence[str] = ("source",)) -> MeasuredKernel:
+        """The quickest row of each shape, sizes ``without`` which are no part of it."""
+        frame = pd.DataFrame({name: values for name, values in self.columns.items() if name not in without})
+        order = np.argsort(self.seconds, kind="stable")
+        return self.take(order[~frame.iloc[order].duplicated().to_numpy()])
+
+
+def joined(parts: Sequence[MeasuredKernel]) -> MeasuredKernel:
+    """All rows of several kernels of one family, under the key of the first, with the sizes that all of them state."""
+    names = [name for name in parts[0].columns if all(name in part.columns for part in parts)]
+    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
+    versions = tuple(sorted({version for part in parts for version in part.versions}))
+    return MeasuredKernel(parts[0].key, columns, np.concatenate([part.seconds for part in parts]), versions)
 
 
 @dataclass
-class System:
+class MeasuredSystem:
     """All kernels measured on one system, and how many rows each rule left out, by ``family: reason``."""
 
     name: str
-    kernels: dict[Key, Measured] = field(default_factory=dict)
+    kernels: dict[Key, MeasuredKernel] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
+
+    def family(self, name: str) -> Iterator[MeasuredKernel]:
+        """The kernels of one family, in the order of their keys."""
+        return (self.kernels[key] for key in sorted(self.kernels) if key[0] == name)
+
+    def drop(self, family: str, reason: str, count: int) -> None:
+        """Count rows that a rule left out."""
+        if count:
+            name = f"{family}: {reason}"
+            self.dropped[name] = self.dropped.get(name, 0) + count
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``drops`` tells which rows of a kernel, also as the table has them, are left out for ``reason``."""
+
+    reason: str
+    drops: Callable[[MeasuredKernel, pd.DataFrame], np.ndarray]
+
+
+def _every(rows: MeasuredKernel, holds: bool) -> np.ndarray:
+    return np.full(len(rows), holds)
+
+
+def _no_time(rows: MeasuredKernel, _: pd.DataFrame) -> np.ndarray:
+    return ~(rows.seconds > LOWEST_S)
+
+
+def _ungraphed(rows: MeasuredKernel, _: pd.DataFrame) -> np.ndarray:
+    return _every(rows, rows.key[:3] == ("gemm", "fp8_block", "vllm"))
+
+
+def _eager(rows: MeasuredKernel, _: pd.DataFrame) -> np.ndarray:
+    return _every(rows, rows.key[3] == "eager")
+
+
+def _tied_routing(rows: MeasuredKernel, _: pd.DataFrame) -> np.ndarray:
+    """DeepSeek-V3's shape alone: other models of 256 experts and top-8 gain from EP as their like do (balanced, 4096
+    tokens and more on H200: EP8 is 1.7-3.8 times as fast as EP1 on sglang, 2.4-8.6 on vllm, DeepSeek-V3's 1.4)."""
+    family, engine, variant = rows.key[0], rows.key[2], rows.key[3]
+    if family != "grouped_gemm" or engine not in ("sglang", "vllm") or variant:
+        return _every(rows, False)
+    c = rows.columns
+    return (c["hidden"] == 7168) & (c["experts"] == 256) & (c["topk"] == 8) & (c["moe_ep"] > 1)
+
+
+def _few_warps(rows: MeasuredKernel, _: pd.DataFrame) -> np.ndarray:
+    exchange = rows.key[0] == "moe_exchange" and rows.key[3].startswith("low_latency")
+    return rows.columns["experts"] < 32 if exchange else _every(rows, False)
+
+
+def _not_the_default(rows: MeasuredKernel, raw: pd.DataFrame) -> np.ndarray:
+    """Of heads of 256 on Blackwell the tables hold Triton's kernel and TensorRT-LLM's, up to 9 times as fast on prompts
+    and 67 times on long contexts; SGLang runs the second since February 2026 (sgl-project/sglang, pull request 19030).
+    """
+    if not rows.key[0].startswith("attention") or rows.key[2] != "sglang" or "kernel_source" not in raw:
+        return _every(rows, False)
+    source = raw["kernel_source"].to_numpy(str)
+    shapes = pd.DataFrame(rows.columns)
+    default = shapes[source == "trtllm_mha"].drop_duplicates()
+    timed = shapes.merge(default.assign(timed=True), how="left", on=list(shapes))["timed"].notna().to_numpy()
+    return (source == "triton") & timed
+
+
+RULES = (
+    Rule("no time or under 1 us", _no_time),
+    Rule("vllm fp8_block timed without graph capture (host-bound floor of 60-400 us)", _ungraphed),
+    Rule("launched one by one: a captured step runs the graph's kernels", _eager),
+    Rule("Triton's kernel for shapes that sglang's default, trtllm_mha, was timed for", _not_the_default),
+    Rule("grouped top-k ties send most choices to rank 0 (sglang, vllm; DeepSeek-V3, EP > 1)", _tied_routing),
+    Rule("low-latency exchange with under 32 experts (few warps drive the link: a tenth of its speed)", _few_warps),
+)
+"""Applied in turn, to every kernel; a row counts for the first that drops it."""
 
 
 def installed_tables() -> Path:
@@ -85,7 +185,7 @@ def table_files(folder: Path, system: str) -> list[tuple[str, str, str, Path]]:
 
 
 def systems_in(folder: Path) -> list[str]:
-    """Names of the systems that a folder of tables holds."""
+    """Names of the systems that a folder of tables holds. Raises :class:`InputError` where there is no folder."""
     if not Path(folder).is_dir():
         raise InputError(f"no folder of measured tables at {folder}")
     return sorted({path.parts[len(Path(folder).parts)] for path in Path(folder).glob("*/*/**/*.parquet")})
@@ -100,52 +200,86 @@ def _both_directions(raw: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _bad_rows(key: Key, columns: Columns, seconds: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """(reason, rows that it drops), applied in turn."""
-    family, dtype, engine, variant = key
-    yield "no time or under 1 us", ~(seconds > LOWEST_S)
-    if family == "gemm" and dtype == "fp8_block" and engine == "vllm":
-        yield ("vllm fp8_block timed without graph capture (host-bound floor of 60-400 us)", seconds > 0)
-    if variant == "eager":
-        yield ("launched one by one: a captured step runs the graph's kernels", seconds > 0)
-    if family == "grouped_gemm" and engine in ("sglang", "vllm") and not variant:
-        deepseek = (columns["hidden"] == 7168) & (columns["experts"] == 256) & (columns["topk"] == 8)
-        yield (
-            "grouped top-k ties send most choices to rank 0 (sglang, vllm; DeepSeek-V3, EP > 1)",
-            deepseek & (columns["moe_ep"] > 1),
-        )
-    if family == "moe_exchange" and variant.startswith("low_latency"):
-        yield (
-            "low-latency exchange with under 32 experts (few warps drive the link: a tenth of its speed)",
-            columns["experts"] < 32,
-        )
-
-
 def distribution_of(skew: float) -> str:
     """The tables' name of a routing law."""
     return {0.0: "balanced", -1.0: "uniform"}.get(skew, f"power_law_{skew:g}")
 
 
+def row_hash(frame: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+    """crc32 of the named columns' text, numbers in one notation: the same wherever a row was read from."""
+    text = pd.Series("", index=frame.index)
+    for name in columns:
+        values = frame[name]
+        written = {v: v if isinstance(v, str) else f"{float(v):.10g}" for v in values.unique()}
+        text = text + "|" + values.map(written)
+    codes = {key: zlib.crc32(key.encode()) for key in text.unique()}
+    return text.map(codes).to_numpy(np.int64)
+
+
 def hashed(family: str, columns: Columns) -> np.ndarray:
-    """A hash of every row's shape: the same wherever it was read from, and as the constants' fit splits its rows."""
+    """A hash of every row's shape: the same on every device, dtype and engine, wherever it was read from."""
     frame = pd.DataFrame(columns)
     if "skew" in frame:
         frame["distribution"] = frame["skew"].map(distribution_of)
-    names = SHAPE.get(family, ())
-    if not names or not set(names) <= set(frame.columns):
-        names = tuple(name for name in SIZES[family] if name != "skew")
-    return row_hash(frame, names)
+    return row_hash(frame, HASHED.get(family, SIZES[family]))
 
 
 def held_out(family: str, columns: Columns, share: int = 4) -> np.ndarray:
-    """One shape in ``share``, on every device and engine alike."""
+    """One shape in ``share``, on every device and engine alike: no fit, of constants or of models, sees it."""
     return hashed(family, columns) % share == 0
 
 
-def read_system(folder: Path, system: str, families: tuple[str, ...] | None = None) -> System:
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except ImportError as error:
+        raise InputError("reading measured tables needs pyarrow: pip install 'tensorcast[calibrate]'") from error
+
+
+def _kept(rows: MeasuredKernel, raw: pd.DataFrame, system: MeasuredSystem) -> MeasuredKernel:
+    """The rows that no rule drops; the others are counted."""
+    keep = np.ones(len(rows), dtype=bool)
+    for rule in RULES:
+        bad = keep & rule.drops(rows, raw)
+        system.drop(rows.key[0], rule.reason, int(bad.sum()))
+        keep &= ~bad
+    return rows.take(keep)
+
+
+def _once(found: Sequence[MeasuredKernel], system: MeasuredSystem) -> MeasuredKernel:
+    """One row per shape: the median of repeats, counted.
+
+    The fastest would be the better of two readings of one kernel (they differ by 3-5 %), not a faster kernel: where an
+    engine has several for a shape, the tables say which ran, and that is a size here (``source``) or a variant.
+    """
+    whole = joined(found)
+    sizes = list(whole.columns)
+    frame = pd.DataFrame({**whole.columns, "seconds": whole.seconds})
+    single = frame.groupby(sizes, sort=False, as_index=False).median()
+    system.drop(whole.key[0], REPEATS, len(whole) - len(single))
+    columns = {name: single[name].to_numpy(float) for name in sizes}
+    return MeasuredKernel(whole.key, columns, single["seconds"].to_numpy(float), whole.versions)
+
+
+def _kernels_in(
+    path: Path, table: str, engine: str, version: str, system: str
+) -> Iterator[tuple[MeasuredKernel, pd.DataFrame]]:
+    """Every kernel of one table, all rows, and these as the table has them."""
+    raw = _read(path).assign(family=table, system=system)
+    if table.startswith("wideep_deepep"):
+        raw = _both_directions(raw)
+    seconds = raw["latency"].to_numpy(float) * (1e-6 if table in MICROSECONDS else 1e-3)
+    ran = raw["engine_version"].astype(str).unique() if "engine_version" in raw else [version]
+    kind, versions = "any" if table in ANY_ENGINE else engine, tuple(f"{engine} {one}" for one in ran)
+    for calls in calls_of(raw):
+        key = (calls.family, calls.dtype, kind, calls.variant)
+        yield MeasuredKernel(key, calls.columns, seconds[calls.rows], versions), raw.iloc[calls.rows]
+
+
+def read_system(folder: Path, system: str, families: tuple[str, ...] | None = None) -> MeasuredSystem:
     """Every known table of a system. Raises :class:`InputError` where there is none."""
-    result = System(system)
-    parts: dict[Key, list[Measured]] = {}
+    result = MeasuredSystem(system)
+    parts: dict[Key, list[MeasuredKernel]] = {}
     for engine, stem, version, path in table_files(Path(folder), system):
         table = stem.removesuffix("_perf")
         family = ALIASES.get(table, table)
@@ -153,43 +287,10 @@ def read_system(folder: Path, system: str, families: tuple[str, ...] | None = No
             continue
         if families and family not in families and table != "nccl":
             continue
-        try:
-            raw = pd.read_parquet(path)
-        except ImportError as error:
-            raise InputError("reading measured tables needs pyarrow: pip install 'tensorcast[calibrate]'") from error
-        raw = raw.assign(family=table, system=system)
-        if table.startswith("wideep_deepep"):
-            raw = _both_directions(raw)
-        seconds = raw["latency"].to_numpy(float) * (1e-6 if table in MICROSECONDS else 1e-3)
-        kind = "any" if table in ANY_ENGINE else engine
-        known = raw["engine_version"].astype(str).unique() if "engine_version" in raw else [version]
-        for calls in calls_of(raw):
-            key = (calls.family, calls.dtype, kind, calls.variant)
-            rows = Measured(key, calls.columns, seconds[calls.rows], tuple(f"{engine} {v}" for v in known))
-            keep = np.ones(len(rows), dtype=bool)
-            for reason, bad in _bad_rows(key, rows.columns, rows.seconds):
-                if count := int((keep & bad).sum()):
-                    name = f"{calls.family}: {reason}"
-                    result.dropped[name] = result.dropped.get(name, 0) + count
-                keep &= ~bad
-            rows = rows.take(keep)
-            if len(rows):
-                parts.setdefault(key, []).append(rows)
-    for key, found in parts.items():
-        result.kernels[key] = _repeats(found, result.dropped)
+        for rows, raw in _kernels_in(path, table, engine, version, system):
+            if len(kept := _kept(rows, raw, result)):
+                parts.setdefault(rows.key, []).append(kept)
+    result.kernels = {key: _once(found, result) for key, found in parts.items()}
     if not result.kernels:
         raise InputError(f"no measured tables of {system} below {folder}")
     return result
-
-
-def _repeats(found: list[Measured], dropped: dict[str, int]) -> Measured:
-    """One row per shape: the median of repeats, counted."""
-    whole = pd.concat([pd.DataFrame({**part.columns, "seconds": part.seconds}) for part in found], ignore_index=True)
-    sizes = [name for name in whole.columns if name != "seconds"]
-    single = whole.groupby(sizes, sort=False, as_index=False)["seconds"].median()
-    if len(single) < len(whole):
-        reason = f"{found[0].key[0]}: repeats of a shape, their median taken"
-        dropped[reason] = dropped.get(reason, 0) + len(whole) - len(single)
-    columns = {name: single[name].to_numpy(float) for name in sizes}
-    versions = tuple(sorted({version for part in found for version in part.versions}))
-    return Measured(found[0].key, columns, single["seconds"].to_numpy(float), versions)

@@ -1,14 +1,20 @@
-"""Collectives."""
+"""Alpha-beta constants of collectives and of exchanges between experts, inside one node."""
 
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 
-from tensorcast.calibrate.constants import tables as measured
 from tensorcast.calibrate.constants.errors import errors
 from tensorcast.calibrate.constants.minimise import FEWEST, fit_constants
+from tensorcast.calibrate.measured_tables import MeasuredKernel, MeasuredSystem, held_out, joined
+from tensorcast.cost.collectives import Kind, collective_time
 from tensorcast.profiles.device import CollectiveConstants, DeviceProfile
+
+ALGORITHMS = {"all_reduce": "ring", "all_gather": "ring", "reduce_scatter": "ring", "all_to_all": "direct"}
+"""What NCCL's measured collectives are taken to run."""
+
+LEAST_SMS = 20
+"""Processors of a high-throughput exchange from which on it is not throttled: what engines give it at least."""
 
 COLLECTIVE_BOUNDS = {
     "latency_s": (8e-6, 5e-7, 2e-4), "step_latency_s": (1e-6, 1e-9, 2e-5), "pipeline_s": (3e-7, 1e-10, 2e-5),
@@ -22,15 +28,35 @@ def _alpha_beta(values: dict[str, float], ranks: np.ndarray, wire: np.ndarray, s
     return fixed + moving + 2.0 * np.sqrt(values.get("pipeline_s", 0.0) * moving)
 
 
-def fit_collective(op: str, algorithm: str, frame: pd.DataFrame, device: DeviceProfile) -> CollectiveConstants:
-    """Alpha-beta constants of one algorithm on the innermost tier, from ``ranks``, ``payload_bytes``, ``seconds``."""
+def _wire_bytes(rows: MeasuredKernel, device: DeviceProfile) -> np.ndarray:
+    """What one rank sends to others, as a step is priced; in an all-reduce what a ring sends, scatter and gather."""
+    c, (family, _, _, variant) = rows.columns, rows.key
+    wire = np.zeros(len(rows))
+    bare = device.model_copy(update={"calibration": None})
+    op = {"all_reduce": "reduce_scatter", "moe_exchange": "all_to_all"}.get(family, family)
+    kind: Kind = "high_throughput" if variant.startswith("high_throughput") else "direct"
+    for ranks in np.unique(c["ranks"]):
+        at = c["ranks"] == ranks
+        copies = c["topk"][at] if family == "moe_exchange" else 1.0
+        found = collective_time(op, _payload(rows)[at], (int(ranks),), bare, kind=kind, copies=copies)
+        wire[at] = found.wire_bytes
+    return wire * (2.0 if family == "all_reduce" else 1.0)
+
+
+def _payload(rows: MeasuredKernel) -> np.ndarray:
+    c = rows.columns
+    return c["payload_bytes"] if "payload_bytes" in c else c["tokens"] * c["topk"] * c["hidden"] * c["copy_bytes"]
+
+
+def fit_collective(op: str, algorithm: str, rows: MeasuredKernel, device: DeviceProfile) -> CollectiveConstants:
+    """Alpha-beta constants of one algorithm on the innermost tier, errors on the shapes held out."""
     tier = device.interconnect[0]
-    out = measured.held_out(frame, measured.SHAPE[op])
-    ranks, wire = frame.ranks.to_numpy(float), measured.wire_bytes(op, algorithm, frame)
+    out = held_out(rows.key[0], rows.columns)
+    ranks, wire, seconds = rows.columns["ranks"], _wire_bytes(rows, device), rows.seconds
     bounds = dict(COLLECTIVE_BOUNDS)
-    if frame.ranks.nunique() == 1:
+    if len(np.unique(ranks)) == 1:
         del bounds["step_latency_s"]
-    seconds, speed = frame.seconds.to_numpy(float), float(tier.bandwidth_bytes_per_s)
+    speed = float(tier.bandwidth_bytes_per_s)
     found, _ = fit_constants(bounds, lambda values: _alpha_beta(values, ranks[~out], wire[~out], speed), seconds[~out])
     score = errors(_alpha_beta(found, ranks[out], wire[out], speed), seconds[out])
     return CollectiveConstants(
@@ -40,13 +66,13 @@ def fit_collective(op: str, algorithm: str, frame: pd.DataFrame, device: DeviceP
 
 
 def fit_custom_all_reduce(
-    engine: str, frame: pd.DataFrame, ring: CollectiveConstants, device: DeviceProfile
+    engine: str, rows: MeasuredKernel, ring: CollectiveConstants, device: DeviceProfile
 ) -> list[CollectiveConstants]:
     """The engines' own all-reduce: one-shot or two-shot or NCCL's, whichever is fastest, so all are fitted at once."""
     tier = device.interconnect[0]
     speed = float(tier.bandwidth_bytes_per_s)
-    out = measured.held_out(frame, measured.SHAPE["all_reduce"])
-    ranks, payload, seconds = (frame[c].to_numpy(float) for c in ("ranks", "payload_bytes", "seconds"))
+    out = held_out("all_reduce", rows.columns)
+    ranks, payload, seconds = rows.columns["ranks"], rows.columns["payload_bytes"], rows.seconds
     start = {
         "latency_s": (4e-6, 5e-7, 5e-5), "step_latency_s": (1e-7, 1e-9, 5e-6), "bandwidth_efficiency": (0.6, 0.1, 1.0),
     }
@@ -55,8 +81,8 @@ def fit_custom_all_reduce(
     def part(values: dict[str, float], shot: str) -> dict[str, float]:
         return {name: values[f"{name}:{shot}"] for name in start}
 
-    def predict(values: dict[str, float], rows: np.ndarray) -> np.ndarray:
-        n, size = ranks[rows], payload[rows]
+    def predict(values: dict[str, float], at: np.ndarray) -> np.ndarray:
+        n, size = ranks[at], payload[at]
         around = 2.0 * (n - 1) / n * size
         return np.minimum.reduce([
             _alpha_beta(part(values, "one_shot"), n, (n - 1) * size, speed),
@@ -75,19 +101,33 @@ def fit_custom_all_reduce(
     ]
 
 
-def fit_collectives(device: DeviceProfile, tables: measured.Tables, system: str) -> tuple[CollectiveConstants, ...]:
-    """Every collective and exchange kernel that the tables hold for ``system``."""
-    fitted: list[CollectiveConstants] = []
-    for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
-        frame = tables.family(op)
-        for algorithm, rows in frame[frame.system == system].groupby("algorithm"):
-            if algorithm != "custom" and len(rows) >= FEWEST:
-                fitted.append(fit_collective(op, str(algorithm), rows, device))
-    ring = next((c for c in fitted if c.op == "all_reduce"), None)
-    frame = tables.family("all_reduce")
-    custom = frame[(frame.system == system) & (frame.algorithm == "custom")]
-    if ring is not None and len(custom) >= FEWEST:
-        for engine, rows in custom.groupby("engine"):
-            fitted += fit_custom_all_reduce(str(engine), rows, ring, device)
-        fitted += fit_custom_all_reduce("any", custom, ring, device)
+def exchange_rows(system: MeasuredSystem, inner: int) -> list[tuple[str, MeasuredKernel]]:
+    """(algorithm, rows) of DeepEP's exchanges that stay inside ``inner`` ranks and are not throttled, the quickest of
+    each shape: how many processors an exchange is given is no size of a collective."""
+    found = []
+    for rows in system.family("moe_exchange"):
+        backend, _, phase = rows.key[3].partition(":")
+        if rows.key[2] != "any" or phase not in ("dispatch", "combine"):
+            continue
+        whole = rows.columns["ranks"] <= inner
+        if backend == "high_throughput":
+            whole &= rows.columns["sms"] >= LEAST_SMS
+        found.append((f"{backend}_{phase}", rows.take(whole).fastest(without=("sms",))))
+    return found
+
+
+def fit_collectives(device: DeviceProfile, system: MeasuredSystem) -> tuple[CollectiveConstants, ...]:
+    """Every collective and exchange kernel that was measured on ``system``."""
+    found = [(op, algorithm, system.kernels.get((op, "any", "any", "nccl"))) for op, algorithm in ALGORITHMS.items()]
+    found += [("all_to_all", *one) for one in exchange_rows(system, device.interconnect[0].size)]
+    fitted = [
+        fit_collective(op, algorithm, rows, device)
+        for op, algorithm, rows in found if rows is not None and len(rows) >= FEWEST
+    ]
+    ring = next((one for one in fitted if one.op == "all_reduce"), None)
+    custom = [rows for rows in system.family("all_reduce") if rows.key[3] == "custom"]
+    if ring is not None and sum(map(len, custom)) >= FEWEST:
+        for rows in custom:
+            fitted += fit_custom_all_reduce(rows.key[2], rows, ring, device)
+        fitted += fit_custom_all_reduce("any", joined(custom), ring, device)
     return tuple(fitted)

@@ -23,11 +23,11 @@ CLIP = 2.0
 
 def grow(
     features: Mapping[str, np.ndarray], target: np.ndarray, trees: int, depth: int, rate: float,
-    weights: np.ndarray | None = None, rises: bool = False,
+    *, weights: np.ndarray | None = None, monotone: bool = False,
 ) -> Trees:
     """Oblivious trees that minimise the mean absolute error of ``target``: what a few slow repeats cannot bend.
 
-    ``rises``: they never fall as a feature grows, but for those of :data:`FREE`.
+    ``monotone``: they never fall as a feature grows, but for those of :data:`FREE`.
     """
     try:
         import catboost
@@ -38,7 +38,7 @@ def grow(
     if not names:
         return no_trees(centre)
     held: dict[str, Any] = {}
-    if rises:
+    if monotone:
         held = {"monotone_constraints": [int(name not in FREE) for name in names], "leaf_estimation_method": "Gradient"}
     model = catboost.CatBoostRegressor(
         iterations=trees, depth=depth, learning_rate=rate, loss_function="MAE", border_count=BORDERS, thread_count=1,

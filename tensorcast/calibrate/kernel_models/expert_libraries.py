@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorcast.calibrate.measured_tables import Measured
+from tensorcast.calibrate.measured_tables import MeasuredKernel
 from tensorcast.cost.kernels.device_model import SOURCE_OF
 from tensorcast.cost.kernels.vocabulary import source_of
 from tensorcast.profiles.device import DeviceProfile
@@ -34,7 +34,7 @@ def known_models() -> dict[tuple[float, ...], list[dict[str, Any]]]:
     return found
 
 
-def ruled_sources(rows: Measured, device: DeviceProfile) -> np.ndarray:
+def ruled_sources(rows: MeasuredKernel, device: DeviceProfile) -> np.ndarray:
     """The library that the engine's rules name for each row, as the tables' ``source`` counts them; 0 where none is
     named, or another for every model with such experts. A model that is not known has no class and no activation: rules
     for all models alone hold for it."""

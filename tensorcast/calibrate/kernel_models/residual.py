@@ -16,7 +16,7 @@ import pandas as pd
 from tensorcast.calibrate.constants.errors import errors as fit_errors
 from tensorcast.calibrate.kernel_models.boosting import grow
 from tensorcast.calibrate.kernel_models.unseen_models import FAMILY, FOLDS, Experts, LeftOut
-from tensorcast.calibrate.measured_tables import Key, Measured, System, held_out
+from tensorcast.calibrate.measured_tables import Key, MeasuredKernel, MeasuredSystem, held_out
 from tensorcast.cost.kernels.device_model import CONFIGURATION, LINES, SOURCE_OF, DeviceModel, Kernel
 from tensorcast.cost.kernels.formula import KernelFormula, constants_digest, formula_of
 from tensorcast.cost.kernels.triton_tiles import TILES, of_library
@@ -60,7 +60,7 @@ def _rows(features: dict[str, np.ndarray], at: np.ndarray) -> dict[str, np.ndarr
     return {name: values[at] for name, values in features.items()}
 
 
-def _lines(rows: Measured) -> np.ndarray:
+def _lines(rows: MeasuredKernel) -> np.ndarray:
     """A number per row: which model, weight size or head layout it belongs to."""
     family = rows.key[0]
     names = [n for n in (NEW_LINES.get(family) or LINES.get(family) or ("ranks",)) if n in rows.columns]
@@ -70,7 +70,7 @@ def _lines(rows: Measured) -> np.ndarray:
     return np.unique(table, axis=0, return_inverse=True)[1].ravel()
 
 
-def left_out(rows: Measured, physics: KernelFormula, capacity: tuple[int, int, float]) -> LeftOut | None:
+def left_out(rows: MeasuredKernel, physics: KernelFormula, capacity: tuple[int, int, float]) -> LeftOut | None:
     """Leave out one part of the lines after the other. None where there are not two lines."""
     lines = _lines(rows)
     kinds = np.random.default_rng(0).permutation(lines.max() + 1)
@@ -107,11 +107,11 @@ def _bins(seconds: np.ndarray, errors: np.ndarray) -> tuple[list[float], list[fl
     return edges.round(4).tolist(), *(np.round([end[i] for end in ends], 5).tolist() for i in (0, 1))
 
 
-def _boxes(rows: Measured) -> dict[str, tuple[float, float]]:
+def _boxes(rows: MeasuredKernel) -> dict[str, tuple[float, float]]:
     return {name: (float(v.min()), float(v.max())) for name, v in rows.columns.items() if name != "source"}
 
 
-def _sources(rows: Measured) -> tuple[tuple[float, ...], ...]:
+def _sources(rows: MeasuredKernel) -> tuple[tuple[float, ...], ...]:
     """Which library ran which model, where the tables say it."""
     source = rows.columns.get("source")
     if source is None or not source.any():
@@ -120,14 +120,14 @@ def _sources(rows: Measured) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(v) for v in line) for line in np.unique(np.stack(sizes, axis=1), axis=0))
 
 
-def _seen(rows: Measured, lines: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
+def _seen(rows: MeasuredKernel, lines: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
     if not lines:
         return ()
     table = np.unique(np.stack([rows.columns[name] for name in lines], axis=1), axis=0)
     return tuple(tuple(float(v) for v in line) for line in table)
 
 
-def level_table(rows: Measured, errors: np.ndarray, train: np.ndarray) -> tuple[tuple[float, ...], ...]:
+def level_table(rows: MeasuredKernel, errors: np.ndarray, train: np.ndarray) -> tuple[tuple[float, ...], ...]:
     """Configurations whose rows in the fit lie off by :data:`LEVEL` or more together: their sizes and by how much (the
     median, drawn towards zero where rows are few)."""
     names = CONFIGURATION.get(rows.key[0], ())
@@ -141,7 +141,7 @@ def level_table(rows: Measured, errors: np.ndarray, train: np.ndarray) -> tuple[
     return tuple((*(float(v) for v in line[:-1]), round(float(line[-1]), 3)) for line in table)
 
 
-def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = None) -> Kernel:
+def fit_kernel(rows: MeasuredKernel, device: DeviceProfile, experts: Experts | None = None) -> Kernel:
     """Residual, intervals and errors of one kernel from all its measured rows. ``experts``: of grouped GEMMs, what
     carries over to other models is learnt from them."""
     family, dtype, engine, variant = rows.key
@@ -187,12 +187,12 @@ def fit_kernel(rows: Measured, device: DeviceProfile, experts: Experts | None = 
     return Kernel(
         family, dtype, engine, variant, grown, _boxes(rows), _seen(rows, _lines_of(family, rows)), tuple(edges),
         tuple(low), tuple(high), round(new_low, 5), round(new_high, 5), new_trees, levels, sources,
-        experts.carry(rows.key) if experts else None, ruled, constants_digest(family, dtype, device, engine),
+        experts.trees(rows.key) if experts else None, ruled, constants_digest(family, dtype, device, engine),
         report=report,
     )
 
 
-def _lines_of(family: str, rows: Measured) -> tuple[str, ...]:
+def _lines_of(family: str, rows: MeasuredKernel) -> tuple[str, ...]:
     return LINES.get(family, ("ranks",) if "payload_bytes" in rows.columns else ())
 
 
@@ -216,7 +216,7 @@ def carried(key: Key) -> bool:
     return key[0] == FAMILY and not key[3]
 
 
-def fit_kernels(system: System, device: DeviceProfile) -> Iterator[Kernel]:
+def fit_kernels(system: MeasuredSystem, device: DeviceProfile) -> Iterator[Kernel]:
     """Every kernel with enough rows."""
     experts = Experts(system, device)
     for key in sorted(system.kernels):
@@ -224,7 +224,7 @@ def fit_kernels(system: System, device: DeviceProfile) -> Iterator[Kernel]:
             yield fit_kernel(system.kernels[key], device, experts if carried(key) else None)
 
 
-def fit_model(system: System, device: DeviceProfile, provenance: str) -> DeviceModel:
+def fit_model(system: MeasuredSystem, device: DeviceProfile, provenance: str) -> DeviceModel:
     """The kernel model of one device."""
     kernels = {(k.family, k.dtype, k.engine, k.variant): k for k in fit_kernels(system, device)}
     return DeviceModel(device.name, kernels, provenance)

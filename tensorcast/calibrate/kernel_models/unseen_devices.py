@@ -15,7 +15,7 @@ import numpy as np
 from tensorcast.calibrate.constants.errors import errors as fit_errors
 from tensorcast.calibrate.kernel_models.boosting import CLIP, grow, no_trees
 from tensorcast.calibrate.kernel_models.residual import QUANTILES
-from tensorcast.calibrate.measured_tables import Key, Measured, System
+from tensorcast.calibrate.measured_tables import Key, MeasuredKernel, MeasuredSystem
 from tensorcast.cost.kernels.device_model import DeviceModel, Kernel
 from tensorcast.cost.kernels.formula import KernelFormula, formula_of
 from tensorcast.cost.kernels.monotone import coordinates, middle_of
@@ -27,31 +27,29 @@ PROBES = 32
 
 
 @dataclass(frozen=True)
-class Climb:
-    """Rows for rising trees: what they are told, log of the formula's seconds, log(measured / formula)."""
+class MonotoneRows:
+    """Rows that monotone trees are fitted to: features, log of the formula's seconds, log(measured / formula)."""
 
-    told: Mapping[str, np.ndarray]
+    features: Mapping[str, np.ndarray]
     formula: np.ndarray
     target: np.ndarray
 
     def __len__(self) -> int:
         return len(self.target)
 
-    def take(self, at: np.ndarray) -> Climb:
-        return Climb({name: values[at] for name, values in self.told.items()}, self.formula[at], self.target[at])
 
-
-def climb_of(
-    rows: Measured, physics: KernelFormula, device: DeviceProfile, probes: Mapping[str, Sequence[float]]
-) -> Climb:
+def monotone_rows(
+    rows: MeasuredKernel, physics: KernelFormula, device: DeviceProfile, probes: Mapping[str, Sequence[float]]
+) -> MonotoneRows:
     """The measured rows; with ``probes`` the formula's seconds count from its median over those."""
     family, dtype, engine, _ = rows.key
     middle = middle_of(family, dtype, probes, device, engine)
-    told = coordinates(family, rows.columns, physics, device, middle)
-    return Climb(told, np.log(physics.seconds) - middle * np.log(2.0), np.log(rows.seconds / physics.seconds))
+    features = coordinates(family, rows.columns, physics, device, middle)
+    formula = np.log(physics.seconds) - middle * np.log(2.0)
+    return MonotoneRows(features, formula, np.log(rows.seconds / physics.seconds))
 
 
-def probes_of(parts: Sequence[Measured]) -> dict[str, tuple[float, ...]]:
+def probes_of(parts: Sequence[MeasuredKernel]) -> dict[str, tuple[float, ...]]:
     """Some of the shapes, drawn once."""
     names = [name for name in parts[0].columns if name != "source"]
     table = np.stack([np.concatenate([rows.columns[name] for rows in parts]) for name in names])
@@ -59,30 +57,31 @@ def probes_of(parts: Sequence[Measured]) -> dict[str, tuple[float, ...]]:
     return {name: tuple(float(v) for v in values[some]) for name, values in zip(names, table, strict=True)}
 
 
-def grow_rising(climb: Climb, capacity: tuple[int, int, float], share: float) -> dict[str, Any]:
+def grow_monotone(rows: MonotoneRows, capacity: tuple[int, int, float], share: float) -> dict[str, Any]:
     """The fields ``monotone``, ``share`` and ``span`` of a :class:`~tensorcast.cost.kernels.device_model.Kernel`."""
-    target = np.clip(climb.target, *(np.median(climb.target) + np.array([-CLIP, CLIP])))
-    trees = grow(climb.told, target + share * climb.formula, *capacity, rises=True)
-    return {"monotone": trees, "share": share, "span": (float(climb.formula.min()), float(climb.formula.max()))}
+    target = np.clip(rows.target, *(np.median(rows.target) + np.array([-CLIP, CLIP])))
+    trees = grow(rows.features, target + share * rows.formula, *capacity, monotone=True)
+    return {"monotone": trees, "share": share, "span": (float(rows.formula.min()), float(rows.formula.max()))}
 
 
-def joined(parts: Sequence[Climb]) -> Climb:
+def joined(parts: Sequence[MonotoneRows]) -> MonotoneRows:
     """All rows of several devices."""
-    told = {name: np.concatenate([part.told[name] for part in parts]) for name in parts[0].told}
-    return Climb(told, *(np.concatenate([getattr(part, name) for part in parts]) for name in ("formula", "target")))
+    features = {name: np.concatenate([part.features[name] for part in parts]) for name in parts[0].features}
+    formula, target = (np.concatenate([getattr(part, name) for part in parts]) for name in ("formula", "target"))
+    return MonotoneRows(features, formula, target)
 
 
-def climb_errors(fields: Mapping[str, Any], climb: Climb) -> np.ndarray:
-    """log(measured / predicted) of rows by what :func:`grow_rising` found."""
-    back = fields["share"] * np.clip(climb.formula, *fields["span"])
-    return climb.target - fields["monotone"].values(climb.told) + back
+def monotone_errors(fields: Mapping[str, Any], rows: MonotoneRows) -> np.ndarray:
+    """log(measured / predicted) of rows by what :func:`grow_monotone` found."""
+    back = fields["share"] * np.clip(rows.formula, *fields["span"])
+    return rows.target - fields["monotone"].values(rows.features) + back
 
 
 def left_out(
-    parts: Sequence[tuple[Climb, Climb]], capacity: tuple[int, int, float], share: float
+    parts: Sequence[tuple[MonotoneRows, MonotoneRows]], capacity: tuple[int, int, float], share: float
 ) -> np.ndarray:
     """The errors of the second of each pair by a fit to the first."""
-    found = [climb_errors(grow_rising(known, capacity, share), out) for known, out in parts]
+    found = [monotone_errors(grow_monotone(known, capacity, share), out) for known, out in parts]
     return np.concatenate(found) if found else np.zeros(0)
 
 
@@ -104,7 +103,7 @@ WORST = 0.7
 class Sampled(NamedTuple):
     """Rows of one kernel on one device, their physics by datasheet, and the device as if nothing had been measured."""
 
-    rows: Measured
+    rows: MeasuredKernel
     physics: KernelFormula
     device: DeviceProfile
 
@@ -114,7 +113,7 @@ def bare(device: DeviceProfile) -> DeviceProfile:
     return device.model_copy(update={"calibration": None})
 
 
-def sampled(system: System, device: DeviceProfile) -> dict[Key, Sampled]:
+def sampled(system: MeasuredSystem, device: DeviceProfile) -> dict[Key, Sampled]:
     """Some rows of every plain kernel of the system with their physics by datasheet."""
     found: dict[Key, Sampled] = {}
     for key, rows in sorted(system.kernels.items()):
@@ -123,7 +122,7 @@ def sampled(system: System, device: DeviceProfile) -> dict[Key, Sampled]:
     return found
 
 
-def sample(rows: Measured, device: DeviceProfile) -> Sampled:
+def sample(rows: MeasuredKernel, device: DeviceProfile) -> Sampled:
     """The rows with their physics by datasheet."""
     family, dtype, engine, _ = rows.key
     return Sampled(rows, formula_of(family, dtype, "", rows.columns, bare(device), engine=engine), bare(device))
@@ -138,7 +137,7 @@ def _box(parts: Sequence[Sampled]) -> dict[str, tuple[float, float]]:
     return ends
 
 
-def fit_transfer(devices: Mapping[str, dict[Key, Sampled]], architectures: Mapping[str, str]) -> DeviceModel:
+def fit_unseen_devices(devices: Mapping[str, dict[Key, Sampled]], architectures: Mapping[str, str]) -> DeviceModel:
     """One model over all the named devices, with intervals from leaving out each architecture in turn: a new device is
     rarely a sibling of a measured one. So is settled what share of a formula's growth a family's trees take back."""
     kernels: dict[Key, Kernel] = {}
@@ -152,11 +151,11 @@ def fit_transfer(devices: Mapping[str, dict[Key, Sampled]], architectures: Mappi
 
 
 def _fit_family(held: Mapping[Key, Mapping[str, Sampled]], architectures: Mapping[str, str]) -> dict[Key, Kernel]:
-    climbs, splits = {}, {}
+    every, splits = {}, {}
     for key, parts in held.items():
         probes = probes_of([part.rows for part in parts.values()])
-        climbs[key] = {name: climb_of(*part, probes) for name, part in parts.items()}
-        splits[key] = list(_architectures_left_out(climbs[key], architectures))
+        every[key] = {name: monotone_rows(*part, probes) for name, part in parts.items()}
+        splits[key] = list(_architectures_left_out(every[key], architectures))
     tried = {share: {key: left_out(pairs, CAPACITY, share) for key, pairs in splits.items()} for share in SHARES}
     share = min(SHARES, key=lambda one: np.mean(
         [np.minimum(np.abs(errors), WORST).mean() for errors in tried[one].values() if len(errors)] or [0.0]
@@ -171,18 +170,18 @@ def _fit_family(held: Mapping[Key, Mapping[str, Sampled]], architectures: Mappin
         kernels[key] = Kernel(
             *key, no_trees(0.0), _box(list(parts.values())), (), (), (low,), (high,), low, high, 0, report=report,
             probes=probes_of([part.rows for part in parts.values()]),
-            **grow_rising(joined(list(climbs[key].values())), CAPACITY, share),
+            **grow_monotone(joined(list(every[key].values())), CAPACITY, share),
         )
     return kernels
 
 
 def _architectures_left_out(
-    climbs: Mapping[str, Climb], architectures: Mapping[str, str]
-) -> Iterator[tuple[Climb, Climb]]:
+    devices: Mapping[str, MonotoneRows], architectures: Mapping[str, str]
+) -> Iterator[tuple[MonotoneRows, MonotoneRows]]:
     """Rows of all devices but those of one architecture, and those rows."""
-    for one in sorted({architectures[name] for name in climbs}):
-        out = [climb for name, climb in climbs.items() if architectures[name] == one]
-        known = [climb for name, climb in climbs.items() if architectures[name] != one]
+    for one in sorted({architectures[name] for name in devices}):
+        out = [rows for name, rows in devices.items() if architectures[name] == one]
+        known = [rows for name, rows in devices.items() if architectures[name] != one]
         if known:
             yield joined(known), joined(out)
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from tensorcast.calibrate.kernel_models.boosting import grow
 from tensorcast.calibrate.kernel_models.expert_libraries import ruled_sources
-from tensorcast.calibrate.measured_tables import Key, Measured, System, held_out
+from tensorcast.calibrate.measured_tables import Key, MeasuredKernel, MeasuredSystem, held_out
 from tensorcast.cost.kernels.device_model import CODE, CONFIGURATION, LINES
 from tensorcast.cost.kernels.formula import formula_of
 from tensorcast.cost.kernels.lattice import SIDES, Lattice, Price
@@ -81,12 +81,12 @@ class LeftOut:
     ruled: np.ndarray | None = None
 
 
-def models_of(rows: Measured) -> np.ndarray:
+def models_of(rows: MeasuredKernel) -> np.ndarray:
     """A number per row that is the same for the same model, in every table."""
     return sum((w * rows.columns[name] for w, name in zip(CODE, LINES[FAMILY], strict=False)), np.zeros(len(rows)))
 
 
-def part_of(rows: Measured, device: DeviceProfile) -> Part:
+def part_of(rows: MeasuredKernel, device: DeviceProfile) -> Part:
     """One kernel's rows, those at a level of their own told apart."""
     family, dtype, engine, variant = rows.key
     physics = formula_of(family, dtype, variant, rows.columns, device, engine=engine)
@@ -106,7 +106,7 @@ def part_of(rows: Measured, device: DeviceProfile) -> Part:
 class Experts:
     """The plain grouped GEMMs of one system, every kernel's rows prepared once."""
 
-    def __init__(self, system: System, device: DeviceProfile) -> None:
+    def __init__(self, system: MeasuredSystem, device: DeviceProfile) -> None:
         self.system, self.device = system, device
         self._parts: dict[Key, Part] = {}
 
@@ -121,9 +121,9 @@ class Experts:
         return [self.part(other) for other in sorted(self.system.kernels)
                 if other[0] == FAMILY and other[2:] == key[2:] and other[1] != key[1]]
 
-    def carry(self, key: Key) -> Trees | None:
+    def trees(self, key: Key) -> Trees | None:
         """Trees for models that were not measured."""
-        return grow_carry(self.part(key), self.others(key), np.random.default_rng(1))
+        return grow_for_unseen(self.part(key), self.others(key), np.random.default_rng(1))
 
     def left_out(self, key: Key) -> LeftOut | None:
         """One part of the models after the other left out, in every dtype. None where there are not two."""
@@ -137,7 +137,7 @@ class Experts:
         errors, untold, ruled = np.full((3, len(line)), np.nan)
         for one in np.unique(fold):
             at = test[fold[test] == one]
-            trees = grow_carry(own, others, np.random.default_rng(1), np.unique(own.model[fold == one]))
+            trees = grow_for_unseen(own, others, np.random.default_rng(1), np.unique(own.model[fold == one]))
             if trees is not None and len(at):
                 guessed = _most_ran(own, np.flatnonzero(fold != one), at)
                 seen = np.isin(own.ruled[at], own.features["source"][fold != one])
@@ -148,7 +148,6 @@ class Experts:
                     kept[at] = log_seconds[at] - lattice.log_seconds({**sizes, "source": source})
         found = np.flatnonzero(~np.isnan(errors))
         return LeftOut(found, errors[found], fold, 0, untold[found], ruled[found])
-
 
     def _node(self, key: Key, trees: Trees) -> Price:
         """log seconds by trees that carry one kernel over to other models."""
@@ -163,7 +162,7 @@ class Experts:
         return price
 
 
-def _whole_configurations(rows: Measured) -> np.ndarray:
+def _whole_configurations(rows: MeasuredKernel) -> np.ndarray:
     """Positions of :data:`TESTED` rows or a few more, drawn by configuration."""
     sizes = (w * rows.columns[name] for w, name in zip(CODE, CONFIGURATION[FAMILY], strict=False))
     _, config, count = np.unique(sum(sizes, np.zeros(len(rows))), return_inverse=True, return_counts=True)
@@ -185,7 +184,7 @@ def _most_ran(part: Part, train: np.ndarray, at: np.ndarray) -> np.ndarray:
     return result
 
 
-def grow_carry(
+def grow_for_unseen(
     own: Part, others: Sequence[Part], draw: np.random.Generator, without: Sequence[float] | np.ndarray = ()
 ) -> Trees | None:
     """Trees from some teaching rows of ``own`` and fewer of ``others``; models ``without`` take no part. None where no
@@ -201,4 +200,5 @@ def grow_carry(
     features = {name: np.concatenate([each[name] for each in seen]) for name in own.features}
     features["own"] = np.concatenate([np.full(len(at), float(part is own)) for part, at, _ in parts])
     target = np.concatenate([part.target[at] for part, at, _ in parts])
-    return grow(features, target, *CAPACITY, np.concatenate([np.full(len(at), weight) for _, at, weight in parts]))
+    weights = np.concatenate([np.full(len(at), weight) for _, at, weight in parts])
+    return grow(features, target, *CAPACITY, weights=weights)

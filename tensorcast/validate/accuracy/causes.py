@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from tensorcast.calibrate.kernel_models.unseen_models import Experts
-from tensorcast.calibrate.measured_tables import Key, Measured
+from tensorcast.calibrate.measured_tables import Key, MeasuredKernel
 from tensorcast.cost.kernels.device_model import LINES
 
 LEADING = {
@@ -52,7 +52,7 @@ def leading(family: str) -> str:
     return LEADING.get(family, "payload_bytes")
 
 
-def rough(rows: Measured) -> tuple[np.ndarray, float]:
+def rough(rows: MeasuredKernel) -> tuple[np.ndarray, float]:
     """|interpolated / measured - 1| of every row with a smaller and a larger neighbour, logs against logs, and the
     share of rows quicker than the next smaller call."""
     lead = leading(rows.key[0])
@@ -69,7 +69,7 @@ def rough(rows: Measured) -> tuple[np.ndarray, float]:
     return np.abs(np.exp((between - seconds[1:-1])[inner]) - 1.0), float(falls.mean()) if len(falls) else float("nan")
 
 
-def table_of(rows: Measured, in_fit: int, experts: Experts | None = None) -> Table:
+def table_of(rows: MeasuredKernel, in_fit: int, experts: Experts | None = None) -> Table:
     """What one kernel's rows show. ``in_fit``: how many of them the fit had."""
     errors, quicker = rough(rows)
     middle, high = np.quantile(errors, (0.5, 0.9)) if len(errors) else (float("nan"), float("nan"))

@@ -16,43 +16,66 @@ import numpy as np
 import pandas as pd
 
 from tensorcast.calibrate import command
-from tensorcast.calibrate.constants import tables as measured
-from tensorcast.calibrate.constants.errors import kernel_seconds
 from tensorcast.calibrate.constants.from_tables import KERNEL_FAMILIES, SOURCE
-from tensorcast.calibrate.measured_tables import installed_tables, read_system, systems_in
+from tensorcast.calibrate.measured_tables import (
+    MeasuredKernel,
+    MeasuredSystem,
+    hashed,
+    held_out,
+    installed_tables,
+    read_system,
+    systems_in,
+)
 from tensorcast.cost import roofline
-from tensorcast.cost.collectives import Kind, Phase, collective_time
+from tensorcast.cost.kernels.formula import formula_of
 from tensorcast.cost.kernels.predictor import model_path
+from tensorcast.cost.kernels.shape_tables import calls_of
+from tensorcast.cost.kernels.vocabulary import PRECISION, SIZES
 from tensorcast.errors import InputError
 from tensorcast.files import write_atomically
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import list_devices, load_device
 from tensorcast.validate.accuracy import page as accuracy_page
 from tensorcast.validate.accuracy import splits
+from tensorcast.validate.accuracy.page import percent, table
 
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "moe_exchange")
+
+EXCHANGES = ("low_latency", "high_throughput")
+"""Exchanges between experts that have constants: DeepEP's."""
+
+ID = ("system", "engine", "family", "dtype", "variant")
 
 SAMPLE_HEADER = (
     "# Measured kernels, seconds per call; a sample of the shapes held out of every fit.\n"
     "# Source: aiconfigurator-core 0.12.0 (https://pypi.org/project/aiconfigurator-core/), Apache-2.0.\n"
 )
 
-Key = tuple[str, ...]
+
+def _has_constants(rows: MeasuredKernel) -> bool:
+    family, dtype, _, variant = rows.key
+    if family == "moe_exchange":
+        return variant.startswith(EXCHANGES)
+    return family in COLLECTIVES or (family in KERNEL_FAMILIES and dtype in PRECISION and not variant)
 
 
-def draw_sample(tables: measured.Tables, per_group: int = 2) -> pd.DataFrame:
-    """``per_group`` held-out rows of each (system, family, dtype, engine, algorithm), chosen by a hash of the row."""
+def draw_sample(systems: Sequence[MeasuredSystem], per_kernel: int = 2) -> pd.DataFrame:
+    """``per_kernel`` held-out rows of each kernel with constants, inside one node, chosen by a hash of the shape."""
     parts = []
-    for family in (*KERNEL_FAMILIES, *COLLECTIVES):
-        frame = tables.family(family)
-        frame = frame[frame.dtype.isin([*measured.PRECISION, "any"])]
-        frame = frame[measured.held_out(frame, measured.SHAPE[family])]
-        order = measured.row_hash(frame, [*measured.ID, *measured.SHAPE[family]])
-        frame = frame.assign(order=order).sort_values("order")
-        parts.append(frame.groupby(["system", "dtype", "engine", "algorithm"]).head(per_group).drop(columns="order"))
-    sample = pd.concat(parts)
-    columns = [c for c in sample.columns if c != "seconds"]
-    return sample[[*columns, "seconds"]].sort_values([*measured.ID, "seconds"]).reset_index(drop=True)
+    for system in systems:
+        for rows in system.kernels.values():
+            family, dtype, engine, variant = rows.key
+            if not _has_constants(rows):
+                continue
+            out = held_out(family, rows.columns) & (rows.columns.get("nodes", np.ones(len(rows))) == 1)
+            some = rows.take(out)
+            some = some.take(np.argsort(hashed(family, some.columns), kind="stable")[:per_kernel])
+            named = dict(zip(ID, (system.name, engine, family, dtype, variant), strict=True))
+            columns = {name: some.columns[name] for name in SIZES[family]}
+            parts.append(pd.DataFrame(columns).assign(**named, seconds=some.seconds))
+    sample = pd.concat(parts, ignore_index=True)
+    sizes = [name for name in sample.columns if name not in (*ID, "seconds")]
+    return sample[[*ID, *sizes, "seconds"]].sort_values([*ID, "seconds"]).reset_index(drop=True)
 
 
 def write_sample(path: Path, sample: pd.DataFrame) -> None:
@@ -68,59 +91,24 @@ def read_sample(path: Path) -> pd.DataFrame:
         sample = pd.read_csv(path, comment="#", keep_default_na=True)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read measured rows from {path}: {error}") from error
-    missing = {*measured.ID, "seconds"} - set(sample.columns)
+    missing = {*ID, "seconds"} - set(sample.columns)
     if missing:
         raise InputError(f"{path}: column {sorted(missing)[0]!r} is missing")
-    return sample.assign(algorithm=sample.algorithm.fillna(""), engine=sample.engine.fillna("any"))
-
-
-def _kernel(rows: pd.DataFrame, key: Key, device: DeviceProfile) -> tuple[np.ndarray, np.ndarray, str]:
-    _, family, dtype, engine, _ = key
-    constants, evidence = roofline.constants_for(device, family, dtype, engine)
-    others, _ = roofline.constants_for(device, "memory", "bf16")
-    works = measured.works_of(family, dtype, rows)
-    bandwidth = float(device.memory_bandwidth_bytes_per_s)
-    plain = sum(
-        np.maximum(work.flops / roofline.peak_flops(device, work.dtype), work.bytes / bandwidth) for work in works
-    )
-    return kernel_seconds(works, constants, others, device), np.asarray(plain), evidence
-
-
-def _collective(rows: pd.DataFrame, key: Key, device: DeviceProfile) -> tuple[np.ndarray, np.ndarray, str]:
-    _, op, _, engine, algorithm = key
-    kind, _, phase = algorithm.rpartition("_")
-    exchange: Kind = kind if kind in ("low_latency", "high_throughput") else "direct"  # type: ignore[assignment]
-    way: Phase = "combine" if phase == "combine" else "dispatch"
-    seconds, evidence = np.zeros(len(rows)), "calibrated"
-    copies = rows.copies.to_numpy(float) if op == "all_to_all" else 1.0
-    distinct = measured.distinct_ranks(rows) if exchange == "high_throughput" else None
-    for ranks in sorted(rows.ranks.unique()):
-        at = (rows.ranks == ranks).to_numpy()
-        found = collective_time(
-            op, rows.payload_bytes.to_numpy(float)[at], (int(ranks),), device,
-            engine=engine, kind=exchange, phase=way,
-            copies=copies[at] if isinstance(copies, np.ndarray) else copies,
-            distinct_ranks=None if distinct is None else distinct[at], custom=algorithm == "custom",
-        )
-        seconds[at] = found.seconds
-        evidence = found.evidence if found.evidence == "datasheet" else evidence
-    speed = float(device.interconnect[0].bandwidth_bytes_per_s)
-    return seconds, measured.wire_bytes(op, algorithm, rows) / speed, evidence
+    return sample.assign(variant=sample.variant.fillna(""))
 
 
 def predict(sample: pd.DataFrame) -> pd.DataFrame:
     """The sample with ``predicted`` and ``roofline`` seconds (datasheet peaks alone), their errors, and evidence."""
     parts = []
-    devices = {name: load_device(str(name).replace("_", "-")) for name in sample.system.unique()}
-    for key, rows in sample.groupby(["system", "family", "dtype", "engine", "algorithm"]):
-        names = tuple(str(part) for part in key)
-        device = devices[names[0]]
-        price = _collective if names[1] in COLLECTIVES else _kernel
-        seconds, plain, evidence = price(rows, names, device)
-        parts.append(rows.assign(
-            device=device.name, predicted=seconds, roofline=plain, evidence=evidence,
-            error=np.abs(seconds / rows.seconds - 1.0), roofline_error=np.abs(plain / rows.seconds - 1.0),
-        ))
+    for (system, engine), rows in sample.groupby(["system", "engine"]):
+        device = load_device(str(system).replace("_", "-"))
+        for calls in calls_of(rows):
+            found = formula_of(calls.family, calls.dtype, calls.variant, calls.columns, device, engine=str(engine))
+            part, plain = rows.iloc[calls.rows], splits.plain_roofline(found, device)
+            parts.append(part.assign(
+                device=device.name, predicted=found.seconds, roofline=plain, evidence=found.evidence,
+                error=np.abs(found.seconds / part.seconds - 1.0), roofline_error=np.abs(plain / part.seconds - 1.0),
+            ))
     return pd.concat(parts)
 
 
@@ -132,38 +120,30 @@ def summary(predicted: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     ).reset_index()
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-
-
 def _sample_table(predicted: pd.DataFrame, by: Sequence[str]) -> list[str]:
     figures = ("median", "mean", "p90", "roofline_median")
     rows = [
-        [*(row[name] for name in by), row["rows"], *(_percent(row[name]) for name in figures)]
+        [*(row[name] for name in by), row["rows"], *(percent(row[name]) for name in figures)]
         for row in summary(predicted, by).to_dict("records")
     ]
-    return _table([*by, "rows", "median", "mean", "p90", "plain roofline, median"], rows)
+    return table([*by, "rows", "median", "mean", "p90", "plain roofline, median"], rows)
 
 
 def _fit_tables(devices: Sequence[DeviceProfile]) -> list[str]:
     """Median (p90) held-out error of every fit, one column per device."""
     lines: list[str] = []
     for title, kind in (("Kernels", "kernels"), ("Collectives and expert exchange, inside one node", "collectives")):
-        cells: dict[Key, dict[str, str]] = {}
+        cells: dict[tuple[str, ...], dict[str, str]] = {}
         names = ("family", "dtype", "engine") if kind == "kernels" else ("op", "algorithm", "engine")
         for device in devices:
             assert device.calibration is not None
             for entry in getattr(device.calibration, kind):
-                text = f"{_percent(entry.median_error)} ({_percent(entry.p90_error)})"
+                errors = (float("nan") if value is None else value for value in (entry.median_error, entry.p90_error))
+                text = "{} ({})".format(*map(percent, errors))
                 cells.setdefault(tuple(getattr(entry, name) for name in names), {})[device.name] = text
         head = [*names, *(device.name for device in devices)]
         rows = [[*key, *(cell.get(device.name, "") for device in devices)] for key, cell in sorted(cells.items())]
-        lines += [f"### {title}", "", *_table(head, rows), ""]
+        lines += [f"### {title}", "", *table(head, rows), ""]
     return lines
 
 
@@ -183,14 +163,13 @@ def page(predicted: pd.DataFrame) -> str:
         assert device.calibration is not None
         lines.append(f"- **{device.name}**, fitted {device.calibration.date}: {device.calibration.provenance}.")
     lines += [
-        "", f"Not measured, priced from datasheet fractions (expect about {_percent(roofline.DATASHEET_ERROR)}): "
+        "", f"Not measured, priced from datasheet fractions (expect about {percent(roofline.DATASHEET_ERROR)}): "
         f"{', '.join(rest) or 'none'}.",
         "Nor were these, on any device: collectives and expert exchange across nodes (published DeepEP rates and",
         "datasheet link speeds), send/receive, sparse attention, linear attention, norms and other pointwise kernels",
         "(priced as memory traffic with the constants of quantisation kernels), kernels overlapping each other.",
-        "Skewed routing is not part of these numbers: rows are those of evenly loaded experts. Measured matmuls and",
-        "experts include quantising and permuting their rows; a simulated step prices those as rows of their own and",
-        "leaves them out of the matmul.", "",
+        "Measured matmuls and experts include quantising and permuting their rows; a simulated step prices those as",
+        "rows of their own and leaves them out of the matmul.", "",
         "## The sample", "",
         f"{len(predicted)} measured rows (`tests/data/kernel_sample.csv`). None of their shapes was used in a fit, on",
         "any device: one shape in four is held out by a hash of the shape.", "",
@@ -205,7 +184,7 @@ def page(predicted: pd.DataFrame) -> str:
     dropped = {device.name: device.calibration.dropped for device in fitted if device.calibration is not None}
     reasons = sorted({reason for counts in dropped.values() for reason in counts})
     counts = [[reason, *(per_device.get(reason, 0) for per_device in dropped.values())] for reason in reasons]
-    return "\n".join([*lines, *_table(["family: reason", *(d.name for d in fitted)], counts)]) + "\n"
+    return "\n".join([*lines, *table(["family: reason", *(d.name for d in fitted)], counts)]) + "\n"
 
 
 def write_full(folder: Path, out: Path) -> None:
@@ -231,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = installed_tables() if options.origin else options.tables
     if options.draw and folder is not None:
-        write_sample(options.sample, draw_sample(measured.read_tables(folder)))
+        write_sample(options.sample, draw_sample([read_system(folder, name) for name in systems_in(folder)]))
     if folder is None:
         write_atomically(options.out, page(predict(read_sample(options.sample))))
     else:

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tensorcast.calibrate.kernel_models import residual
-from tensorcast.calibrate.kernel_models import unseen_devices as transfer
-from tensorcast.calibrate.kernel_models import unseen_models as carry
-from tensorcast.calibrate.measured_tables import Key, Measured, System, held_out, read_system
+from tensorcast.calibrate.kernel_models import residual, unseen_devices
+from tensorcast.calibrate.kernel_models.unseen_models import Experts
+from tensorcast.calibrate.measured_tables import Key, MeasuredKernel, MeasuredSystem, held_out, read_system
 from tensorcast.cost.kernels.device_model import LINES, DeviceModel, widened
 from tensorcast.cost.kernels.formula import KernelFormula, formula_of
 from tensorcast.cost.kernels.lattice import SIDES
@@ -47,11 +46,11 @@ SIZE_SHARE = 0.7
 """Share of the values of a size, from the least up, that stay in the fit."""
 
 
-def nearest(train: Measured, seconds: np.ndarray, test: Measured) -> np.ndarray:
+def nearest(train: MeasuredKernel, seconds: np.ndarray, test: MeasuredKernel) -> np.ndarray:
     """log seconds of the nearest measured rows, sizes on a log scale, averaged by inverse distance."""
     from sklearn.neighbors import KNeighborsRegressor
 
-    def scaled(rows: Measured) -> np.ndarray:
+    def scaled(rows: MeasuredKernel) -> np.ndarray:
         return np.stack([np.log2(np.maximum(v, 0.0) + 1.0) if n != "skew" else 8.0 * v
                          for n, v in rows.columns.items()], axis=1)
 
@@ -59,7 +58,7 @@ def nearest(train: Measured, seconds: np.ndarray, test: Measured) -> np.ndarray:
     return np.exp(model.fit(scaled(train), np.log(seconds)).predict(scaled(test)))
 
 
-def _plain(physics: KernelFormula, key: Key, device: DeviceProfile) -> np.ndarray:
+def plain_roofline(physics: KernelFormula, device: DeviceProfile) -> np.ndarray:
     """Peaks alone; a collective's bytes on the wire at link speed."""
     if "log_wire" in physics.features:
         return np.exp2(physics.features["log_wire"]) / float(device.interconnect[0].bandwidth_bytes_per_s)
@@ -67,7 +66,7 @@ def _plain(physics: KernelFormula, key: Key, device: DeviceProfile) -> np.ndarra
 
 
 def _rows(
-    split: str, device: str, rows: Measured, held: np.ndarray, **predicted: np.ndarray
+    split: str, device: str, rows: MeasuredKernel, held: np.ndarray, **predicted: np.ndarray
 ) -> pd.DataFrame:
     key, seconds = rows.key, rows.seconds
     errors = {name: np.abs(values / seconds - 1.0).astype(np.float32) for name, values in predicted.items()}
@@ -78,7 +77,7 @@ def _rows(
     )
 
 
-def by_shape(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
+def by_shape(system: MeasuredSystem, device: DeviceProfile) -> Iterator[pd.DataFrame]:
     """Shapes that the shipped model has not seen."""
     for key, rows in sorted(system.kernels.items()):
         predictor = predictor_for(device, key[2])
@@ -93,11 +92,11 @@ def by_shape(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
         held = residual.held_across(found.seconds, np.log(test.seconds / found.seconds))
         yield _rows(
             "shape", device.name, test, held, predictor=found.seconds, tuned=physics.seconds,
-            nearest=nearest(train, train.seconds, test), plain=_plain(physics, key, device),
+            nearest=nearest(train, train.seconds, test), plain=plain_roofline(physics, device),
         )
 
 
-def by_model(system: System, device: DeviceProfile, experts: carry.Experts) -> Iterator[pd.DataFrame]:
+def by_model(system: MeasuredSystem, device: DeviceProfile, experts: Experts) -> Iterator[pd.DataFrame]:
     """Whole models (width, expert width, top-k, experts) left out of the experts' fit."""
     for key, rows in sorted(system.kernels.items()):
         if not residual.carried(key) or len(rows) < residual.FEWEST:
@@ -126,7 +125,7 @@ def by_model(system: System, device: DeviceProfile, experts: carry.Experts) -> I
         )
 
 
-def by_size(system: System, device: DeviceProfile) -> Iterator[pd.DataFrame]:
+def by_size(system: MeasuredSystem, device: DeviceProfile) -> Iterator[pd.DataFrame]:
     """The largest values of one size after the other left out of a kernel's fit: how it goes on outside its data. The
     size stands as the variant."""
     for key, rows in sorted(system.kernels.items()):
@@ -155,10 +154,10 @@ def by_device(folder: Path) -> Iterator[pd.DataFrame]:
     found, architectures = {}, {}
     for name in (*FITTED_ON, LEFT_OUT_DEVICE):
         device = load_device(name)
-        system = read_system(folder, name.replace("-", "_"), transfer.FAMILIES)
-        found[name], architectures[name] = transfer.sampled(system, device), device.architecture
-    model = transfer.fit_transfer({name: found[name] for name in FITTED_ON}, architectures)
-    device = transfer.bare(load_device(LEFT_OUT_DEVICE))
+        system = read_system(folder, name.replace("-", "_"), unseen_devices.FAMILIES)
+        found[name], architectures[name] = unseen_devices.sampled(system, device), device.architecture
+    model = unseen_devices.fit_unseen_devices({name: found[name] for name in FITTED_ON}, architectures)
+    device = unseen_devices.bare(load_device(LEFT_OUT_DEVICE))
     for key, (rows, physics, _) in found[LEFT_OUT_DEVICE].items():
         estimate = Predictor(device, key[2], model).price(key[0], key[1], "", rows.columns)
         held = (estimate.low <= rows.seconds) & (rows.seconds <= estimate.high)
@@ -180,7 +179,7 @@ def compare(folder: Path, devices: tuple[str, ...]) -> tuple[pd.DataFrame, dict[
     for name in devices:
         device = load_device(name)
         system = read_system(folder, name.replace("-", "_"))
-        experts = carry.Experts(system, device)
+        experts = Experts(system, device)
         parts += by_shape(system, device)
         if name in MODEL_DEVICES:
             parts += by_model(system, device, experts)

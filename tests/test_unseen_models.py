@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from tensorcast.calibrate import command
-from tensorcast.calibrate.measured_tables import Measured, System
+from tensorcast.calibrate.measured_tables import MeasuredKernel, MeasuredSystem
 from tensorcast.cost.kernels.device_model import SOURCE_OF
 from tensorcast.cost.kernels.formula import constants_digest
 from tensorcast.cost.kernels.predictor import predict_kernels, predictor_for
@@ -24,7 +24,7 @@ MODELS = ((2048.0, 768.0, 8.0, 128.0), (4096.0, 1536.0, 8.0, 128.0), (5120.0, 15
           (1024.0, 512.0, 4.0, 32.0))
 
 
-def made_up(dtype: str, seed: int) -> Measured:
+def made_up(dtype: str, seed: int) -> MeasuredKernel:
     """Four models at some tokens and splits, with times of no law at all."""
     rows = [(4.0**i, *model, ep) for i in range(6) for model in MODELS for ep in (1.0, 4.0, 8.0)]
     names = ("tokens", "hidden", "inter", "topk", "experts", "moe_ep")
@@ -32,12 +32,12 @@ def made_up(dtype: str, seed: int) -> Measured:
     size = len(rows)
     columns |= {"slots": columns["experts"], "moe_tp": np.ones(size), "gated": np.ones(size), "skew": np.zeros(size)}
     seconds = 1e-4 * np.exp(np.random.default_rng(seed).normal(0.0, 0.1, size))
-    return Measured(("grouped_gemm", dtype, "vllm", ""), columns, seconds)
+    return MeasuredKernel(("grouped_gemm", dtype, "vllm", ""), columns, seconds)
 
 
-def made_up_system(slower: float) -> System:
+def made_up_system(slower: float) -> MeasuredSystem:
     """Two dtypes; the first model's times are ``slower`` times as long in both."""
-    found = System("made up")
+    found = MeasuredSystem("made up")
     for seed, dtype in enumerate(("bf16", "fp8")):
         rows = made_up(dtype, seed)
         factor = np.where(rows.columns["hidden"] == MODELS[0][0], slower, 1.0)
@@ -131,10 +131,10 @@ def test_collectives_rest_on_their_own_constants_and_the_link() -> None:
         assert (constants_digest("all_reduce", "any", other, "vllm") == own) is same
 
 
-def gemms(seconds: list[float]) -> Measured:
+def gemms(seconds: list[float]) -> MeasuredKernel:
     m = 2.0 ** np.arange(len(seconds)) - 1.0  # evenly spaced on the logs that rough() uses
     sizes = {"m": m, "n": np.full(len(m), 64.0), "k": np.full(len(m), 64.0), "batch": np.ones(len(m))}
-    return Measured(("gemm", "bf16", "vllm", ""), sizes, np.array(seconds))
+    return MeasuredKernel(("gemm", "bf16", "vllm", ""), sizes, np.array(seconds))
 
 
 def test_a_rough_table_shows() -> None:
@@ -150,7 +150,7 @@ def test_a_rough_table_shows() -> None:
 
 def test_causes_are_read_off_the_rows() -> None:
     rows = gemms([1.0, 2.0, 8.0, 8.0, 16.0] * 2)
-    rows = Measured(rows.key, rows.columns | {"n": np.repeat([64.0, 128.0], 5)}, rows.seconds)
+    rows = MeasuredKernel(rows.key, rows.columns | {"n": np.repeat([64.0, 128.0], 5)}, rows.seconds)
     found = table_of(rows, 8)
     assert found.rows == 8 and found.models == 0 and found.libraries == 1 and np.isnan(found.apart)
     size = np.geomspace(1, 1e5, 40)

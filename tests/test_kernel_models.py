@@ -14,12 +14,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from tensorcast.calibrate import devices as silicon
-from tensorcast.calibrate.kernel_models import boosting as grow
-from tensorcast.calibrate.kernel_models import residual
-from tensorcast.calibrate.kernel_models import unseen_devices as transfer
+from tensorcast.calibrate import devices
+from tensorcast.calibrate.kernel_models import residual, unseen_devices
+from tensorcast.calibrate.kernel_models.boosting import BORDERS, CLIP, grow
 from tensorcast.calibrate.kernel_models.unseen_models import FOLDS
-from tensorcast.calibrate.measured_tables import Measured, held_out, installed_tables, read_system, systems_in
+from tensorcast.calibrate.measured_tables import MeasuredKernel, held_out, installed_tables, read_system, systems_in
 from tensorcast.cli import app
 from tensorcast.cost.kernels.device_model import pack, read_model
 from tensorcast.cost.kernels.formula import formula_of
@@ -160,16 +159,18 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     sys.modules.pop("aiconfigurator_core", None)
 
 
-def test_from_an_installed_package(installed: Path, tmp_path: Path) -> None:
-    """Residuals over the constants that are there: a package's layout has no table for those."""
+def test_from_an_installed_package(installed: Path, fitted: Path, tmp_path: Path) -> None:
+    """Constants and residuals as from a folder with the same rows; or residuals over the constants that are there."""
     assert installed_tables() == installed
     profiles = copy_of("h200-sxm", tmp_path / "profiles")
-    before = (profiles / "devices" / "h200-sxm.yaml").read_bytes()
-    assert silicon.main(["--from", "silicon", "--device", "h200-sxm", "--profiles", str(profiles)]) == 0
-    assert (profiles / "devices" / "h200-sxm.yaml").read_bytes() == before
-    assert set(read_model(profiles / "calibration" / "h200-sxm.npz").kernels) == {
-        ("gemm", "bf16", "vllm", ""), ("grouped_gemm", "bf16", "vllm", ""),
-    }
+    profile, models = profiles / "devices" / "h200-sxm.yaml", profiles / "calibration" / "h200-sxm.npz"
+    before = profile.read_bytes()
+    arguments = ["--from", "silicon", "--device", "h200-sxm", "--profiles", str(profiles)]
+    assert devices.main([*arguments, "--keep-constants"]) == 0
+    assert profile.read_bytes() == before
+    assert set(read_model(models).kernels) == {("gemm", "bf16", "vllm", ""), ("grouped_gemm", "bf16", "vllm", "")}
+    assert devices.main(arguments) == 0
+    assert profile.read_bytes() == (fitted / "profiles/devices/h200-sxm.yaml").read_bytes()
 
 
 def test_without_the_package_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +184,7 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path: Path, monke
 def test_without_catboost_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "catboost", None)
     with pytest.raises(InputError, match=r"tensorcast\[calibrate\]"):
-        grow.grow({"x": np.arange(9.0)}, np.arange(9.0), 2, 2, 0.1)
+        grow({"x": np.arange(9.0)}, np.arange(9.0), 2, 2, 0.1)
 
 
 def test_trees_say_what_catboost_says() -> None:
@@ -193,14 +194,14 @@ def test_trees_say_what_catboost_says() -> None:
     rng = np.random.default_rng(0)
     features = {name: rng.normal(size=600) for name in "abc"} | {"constant": np.ones(600)}
     target = np.sin(features["a"]) + 0.3 * (features["b"] > 0) + rng.normal(0, 0.05, 600)
-    trees = grow.grow(features, target, 60, 4, 0.2)
+    trees = grow(features, target, 60, 4, 0.2)
     assert set(trees.names) <= set("abc")
     theirs = catboost.CatBoostRegressor(
-        iterations=60, depth=4, learning_rate=0.2, loss_function="MAE", border_count=grow.BORDERS, thread_count=1,
+        iterations=60, depth=4, learning_rate=0.2, loss_function="MAE", border_count=BORDERS, thread_count=1,
         l2_leaf_reg=1.0, random_strength=0.0, bootstrap_type="No", random_seed=0, verbose=0, allow_writing_files=False,
     )
     matrix, centre = np.stack([features[n] for n in "abc"], axis=1).astype(np.float32), float(np.median(target))
-    theirs.fit(matrix, np.clip(target - centre, -grow.CLIP, grow.CLIP))
+    theirs.fit(matrix, np.clip(target - centre, -CLIP, CLIP))
     assert np.abs(trees.values(features) - theirs.predict(matrix) - centre).max() < 0.02
 
 
@@ -225,13 +226,13 @@ def test_another_device_from_those_that_were_measured() -> None:
     """Two devices of one law tell a third: nearer than the datasheet formula, and the interval says datasheet."""
     found: dict[str, Any] = {}
     for name in ("a100-sxm", "h100-sxm", "h200-sxm"):
-        table = timed(gemm_shapes(), "gemm", transfer.bare(load_device(name)), "vllm").head(len(gemm_shapes()))
+        table = timed(gemm_shapes(), "gemm", unseen_devices.bare(load_device(name)), "vllm").head(len(gemm_shapes()))
         calls, = calls_of(table.assign(family="gemm"))
-        rows = Measured(("gemm", "bf16", "vllm", ""), calls.columns, table["latency"].to_numpy() / 1e3)
-        found[name] = {rows.key: transfer.sample(rows, load_device(name))}
+        rows = MeasuredKernel(("gemm", "bf16", "vllm", ""), calls.columns, table["latency"].to_numpy() / 1e3)
+        found[name] = {rows.key: unseen_devices.sample(rows, load_device(name))}
     left = found.pop("h200-sxm")
-    model = transfer.fit_transfer(found, {"a100-sxm": "Ampere", "h100-sxm": "Hopper"})
-    (errors, held), = transfer.left_out_errors(model, load_device("h200"), left).values()
+    model = unseen_devices.fit_unseen_devices(found, {"a100-sxm": "Ampere", "h100-sxm": "Hopper"})
+    (errors, held), = unseen_devices.left_out_errors(model, load_device("h200"), left).values()
     (rows, physics, _), = left.values()
     assert np.median(errors) < 0.6 * np.median(np.abs(physics.seconds / rows.seconds - 1.0))
     assert held.mean() > 0.6 and math.isfinite(float(errors.max()))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tensorcast.cost.row_seconds import Prediction, predict
+from tensorcast.cost.row_seconds import Prediction, RowSeconds
 from tensorcast.cost.work import Work
-from tensorcast.profiles.device import DeviceProfile
 
 BAND = 0.2
 """An op within this of its measurement is well predicted."""
@@ -40,9 +39,12 @@ def likely_cause(measured_s: float, predicted: Prediction, works: Sequence[Work]
     return "slower kernel than the family's constants say"
 
 
-def add_predictions(row: dict[str, Any], works: Sequence[Work], device: DeviceProfile, engine: str, kind: str) -> None:
-    """Put predicted seconds, interval, evidence, error and cause into a measured row (in place)."""
-    found = predict(works, device, engine)
+def add_predictions(row: dict[str, Any], priced: RowSeconds, works: Sequence[Work], kind: str) -> None:
+    """Put predicted seconds, interval, evidence, error and cause into a measured row (in place).
+
+    ``priced``: what the step that the row belongs to says of it; ``kind``: type of the device that measured.
+    """
+    found = Prediction.of(priced)
     row |= {
         "predicted_s": found.seconds, "predicted_low_s": found.low_s, "predicted_high_s": found.high_s,
         "evidence": found.evidence,

@@ -209,7 +209,8 @@ def _measure(
 
         for row, at, measured in runner.run(rows, request.shrink, say):
             ops.append(record(row, at, measured))
-            add_predictions(ops[-1], works_from(ops[-1]["works"]), request.device, request.engine.name, device.type)
+            priced = deployments[workload.phase].step.pricer.seconds(row.op, at)
+            add_predictions(ops[-1], priced, works_from(ops[-1]["works"]), device.type)
     runner.buffers = None  # type: ignore[assignment]  # its pools' memory, for the layers
     layers, checks = _end_to_end(request, model, deployments, device, store, belongs, ops, notes)
     return ops, layers, checks

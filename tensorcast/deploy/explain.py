@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,8 +12,7 @@ import numpy as np
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, idle_note
-from tensorcast.deploy.plan.moe_blocks import blocks_of
-from tensorcast.deploy.step.breakdown import GROUPS, group_of
+from tensorcast.deploy.step.breakdown import GROUPS, Spent, breakdown, group_of
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.step.sizes import GRID
 from tensorcast.deploy.workload import Workload
@@ -21,6 +21,7 @@ from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.sourced import Figure
+from tensorcast.trace.moe import blocks_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,24 +130,14 @@ def applicable(options: Options, layout: Layout) -> Options:
     return replace(options, redundant_experts=options.redundant_experts if layout.ep > 1 else 0)
 
 
-def by_group(side: Side) -> dict[str, dict[str, float]]:
-    """Seconds, bytes, FLOPs, wire bytes and calls by group, of one GPU over the step.
-
-    Rows are counted over all pipeline stages for one micro-batch; a GPU runs one stage for all micro-batches.
-    """
-    price, step = side.price, side.deployment.step
-    passes = float(price.micro_batches) / side.deployment.layout.pp
-    blocks = blocks_of(step.table.ops)
-    found = {name: dict.fromkeys(("seconds", "bytes", "flops", "wire_bytes", "calls"), 0.0) for name in GROUPS}
-    for row, count in zip(price.rows, price.counts, strict=True):
-        into = found[group_of(row.row, blocks, row.family)]
-        times = float(count) * passes
-        for name in ("seconds", "bytes", "flops", "wire_bytes"):
-            into[name] += float(getattr(row, name)) * times
-        into["calls"] += times
-    found["hidden by overlap"]["seconds"] = -float(price.hidden_s) * passes
-    found["outside kernels"]["seconds"] = float(price.overhead_s)
-    found["pipeline: waiting"]["seconds"] = side.step_s - sum(group["seconds"] for group in found.values())
+def by_group(side: Side) -> dict[str, Spent]:
+    """What each of :data:`GROUPS` takes of one GPU over the step."""
+    blocks = blocks_of(side.deployment.step.table.ops)
+    made = breakdown(side.price, side.deployment.layout.pp, partial(group_of, blocks=blocks))
+    found = {name: made.groups.get(name, Spent()) for name in GROUPS}
+    found["hidden by overlap"].seconds = -made.hidden_s
+    found["outside kernels"].seconds = made.overhead_s
+    found["pipeline: waiting"].seconds = side.step_s - sum(group.seconds for group in found.values())
     return found
 
 
@@ -157,14 +148,14 @@ def _groups(a: Side, b: Side) -> pd.DataFrame:
     rows = []
     for name in GROUPS:
         one, other = first[name], second[name]
-        if max(abs(one["seconds"]), abs(other["seconds"])) < 1e-9 * a.step_s:
+        if max(abs(one.seconds), abs(other.seconds)) < 1e-9 * a.step_s:
             continue
         numbers = {
-            f"{key}_{side}": group[key]
+            f"{key}_{side}": getattr(group, key)
             for key in ("seconds", "bytes", "flops", "wire_bytes", "calls")
             for side, group in (("a", one), ("b", other))
         }
-        saved = other["seconds"] - one["seconds"]
+        saved = other.seconds - one.seconds
         rows.append({"group": name, **numbers, "saved_s": saved, "why": _why(one, other)})
     return pd.DataFrame(rows)
 
@@ -172,22 +163,21 @@ def _groups(a: Side, b: Side) -> pd.DataFrame:
 _SAID: dict[str, str] = {"bytes": "memory traffic", "flops": "FLOPs", "wire_bytes": "on the wire", "calls": "calls"}
 
 
-def _why(one: dict[str, float], other: dict[str, float]) -> str:
+def _why(one: Spent, other: Spent) -> str:
     """What changed most in the direction in which the time moved: ``3.1 x the memory traffic``."""
-    longer, shorter, side = (one, other, "A") if one["seconds"] > other["seconds"] else (other, one, "B")
-    if longer["seconds"] - shorter["seconds"] < 0.01 * max(abs(longer["seconds"]), 1e-12):
+    longer, shorter, side = (one, other, "A") if one.seconds > other.seconds else (other, one, "B")
+    if longer.seconds - shorter.seconds < 0.01 * max(abs(longer.seconds), 1e-12):
         return "the same"
-    ratios = {}
-    if shorter["calls"] == 0:
-        return f"only {side} has it" if longer["calls"] else ""
-    for key in _SAID:
-        if shorter[key] > 0:
-            ratios[key] = longer[key] / shorter[key]
+    if shorter.calls == 0:
+        return f"only {side} has it" if longer.calls else ""
+    ratios = {
+        key: getattr(longer, key) / getattr(shorter, key) for key in _SAID if getattr(shorter, key) > 0
+    }
     if not ratios:
         return ""
     key = max(ratios, key=lambda name: ratios[name])
     if ratios[key] < 1.05:
-        return f"{side}: slower links" if longer["wire_bytes"] else f"{side}: as much, less efficiently"
+        return f"{side}: slower links" if longer.wire_bytes else f"{side}: as much, less efficiently"
     times = f"{ratios[key]:.1f}" if ratios[key] < 10 else f"{ratios[key]:.0f}"
     return f"{side}: {times} x {_SAID[key]}"
 

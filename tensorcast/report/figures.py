@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tensorcast.deploy.step.breakdown import KERNEL_GROUPS, Spent, breakdown, kernel_group
 from tensorcast.files import write_atomically
 
 if TYPE_CHECKING:
@@ -14,40 +15,18 @@ if TYPE_CHECKING:
 
     from tensorcast.deploy.result import Simulation
 
-GROUPS = (
-    "attention",
-    "dense GEMM",
-    "experts",
-    "token exchange",
-    "all-reduce and gather",
-    "norms and other small",
-    "engine",
-)
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#999999", "#CC79A7")
 """Okabe and Ito's palette (https://jfly.uni-koeln.de/color/)."""
 
 
-def group_of(family: str, shape: str) -> str:
-    """Which part of a step an op belongs to, by its kernel family and, for collectives, what it moves."""
-    if family.startswith(("attention", "mla")):
-        return "attention"
-    if family in ("gemm", "grouped_gemm"):
-        return "dense GEMM" if family == "gemm" else "experts"
-    if family == "memory":
-        return "norms and other small"
-    return "token exchange" if shape in ("dispatch", "combine") else "all-reduce and gather"
-
-
 def seconds_by_group(run: Simulation) -> dict[str, float]:
-    """Seconds of a step per group of :data:`GROUPS`; they add up to ``run.step_s`` at pp = 1."""
-    found = dict.fromkeys(GROUPS, 0.0)
-    for row in run.records():
-        found[group_of(row["family"], row["shape"])] += row["seconds"]
-    found["engine"] += float(run.price.overhead_s)
+    """Seconds of one GPU's step per group of :data:`KERNEL_GROUPS`; with pipeline stages it waits besides."""
+    made = breakdown(run.price, run.deployment.layout.pp, kernel_group)
+    found = {name: made.groups.get(name, Spent()).seconds for name in KERNEL_GROUPS}
+    found["engine"] = made.overhead_s
     # what passes while other kernels run: communication, and shared experts (dense GEMMs) on a stream of their own
-    communication = float(run.price.hidden_comm_s)
-    found["token exchange"] -= communication
-    found["dense GEMM"] -= float(run.price.hidden_s) - communication
+    found["token exchange"] -= made.hidden_comm_s
+    found["dense GEMM"] -= made.hidden_s - made.hidden_comm_s
     return found
 
 
@@ -62,7 +41,7 @@ def step_bars(runs: Mapping[str, Simulation], title: str, path: Path) -> Path:
     names = list(runs)
     parts = [seconds_by_group(run) for run in runs.values()]
     left = [0.0] * len(names)
-    for group, colour in zip(GROUPS, COLOURS, strict=True):
+    for group, colour in zip(KERNEL_GROUPS, COLOURS, strict=True):
         widths = [1e3 * part[group] for part in parts]
         if max(widths) > 0:
             axes.barh(names, widths, left=left, color=colour, label=group, height=0.62)

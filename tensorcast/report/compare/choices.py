@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tensorcast.deploy.plan.plan import Collective
+from tensorcast.deploy.step.breakdown import KERNEL_GROUPS, breakdown, kernel_group
 from tensorcast.report import units
-from tensorcast.report.figures import GROUPS, group_of
 from tensorcast.serving.objective import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 MOST_SHOWN = 8
 """Layouts in a figure that has one bar per layout: more are no longer read."""
 
-PARTS = (*GROUPS[:-1], "launches and engine", "waiting")
+PARTS = (*KERNEL_GROUPS[:-1], "launches and engine", "waiting")
 """Where a step's time goes. ``waiting``: pipeline stages for each other, overlapped kernels for shared resources."""
 
 
@@ -164,25 +163,20 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 def step_parts(deployment: Deployment, price: StepPrice) -> StepParts:
     """Split a step into :data:`PARTS`.
 
-    Rows are counted over all pipeline stages for one micro-batch; a GPU runs one stage for all of them. Launches are
-    what kernel times hold beside compute and traffic. What other kernels hide is in no part: communication of the
-    token exchange, and shared experts (dense GEMMs) on a stream of their own.
+    Launches are what kernel times hold beside compute and traffic. What other kernels hide is in no part:
+    communication of the token exchange, and shared experts (dense GEMMs) on a stream of their own.
     """
-    passes = price.micro_batches / deployment.layout.pp
-    parts = dict.fromkeys(PARTS, 0.0)
-    for row, count in zip(price.rows, price.counts, strict=True):
-        label = row.row.label if isinstance(row.row, Collective) else None
-        launch = float(row.parts["latency"]) if label is None else 0.0
-        parts[group_of(row.family, label or "")] += (float(row.seconds) - launch) * count * passes
-        parts["launches and engine"] += launch * count * passes
-    hidden, communication = float(price.hidden_s) * passes, float(price.hidden_comm_s) * passes
-    for name, less in (("token exchange", communication), ("dense GEMM", hidden - communication)):
+    made = breakdown(price, deployment.layout.pp, kernel_group)
+    parts = {name: group.seconds - group.launch_s for name, group in made.groups.items()}
+    parts = {name: parts.get(name, 0.0) for name in PARTS}
+    launches = sum(group.launch_s for group in made.groups.values())
+    for name, less in (("token exchange", made.hidden_comm_s), ("dense GEMM", made.hidden_s - made.hidden_comm_s)):
         parts[name] = max(0.0, parts[name] - max(0.0, less))
-    parts["launches and engine"] += float(price.overhead_s)
+    parts["launches and engine"] = launches + made.overhead_s
     seconds = float(price.seconds)
     whole = sum(parts.values())
     if whole > seconds:  # more was hidden than the two parts that may be: each gives up its share
         parts = {name: value * seconds / whole for name, value in parts.items()}
     else:
         parts["waiting"] = seconds - whole
-    return StepParts(seconds, parts, max(0.0, communication))
+    return StepParts(seconds, parts, max(0.0, made.hidden_comm_s))

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tensorcast.deploy.plan.plan import Collective
+from tensorcast.deploy.step.breakdown import kernel_group
 from tensorcast.report import units
 from tensorcast.report.compare.choices import Choice, View
 from tensorcast.report.compare.figures import INK, MUTED, Chart, canvas, finish, places
 from tensorcast.report.compare.steps import PART_COLOURS
-from tensorcast.report.figures import group_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,7 +122,7 @@ def _costliest(price: StepPrice) -> list[dict[str, Any]]:
         name = f"{_part_of_layer(row.row.module)}{' (grouped GEMM)' if row.family == 'grouped_gemm' else ''}"
         op = found.setdefault(
             name,
-            {"name": name, "group": group_of(row.family, ""), "flops": 0.0, "bytes": 0.0, "seconds": 0.0, "ideal": 0.0},
+            {"name": name, "group": kernel_group(row), "flops": 0.0, "bytes": 0.0, "seconds": 0.0, "ideal": 0.0},
         )
         for key, value in (
             ("flops", row.flops), ("bytes", row.bytes), ("seconds", row.seconds), ("ideal", row.ideal_compute_s)

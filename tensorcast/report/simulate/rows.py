@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorcast.deploy.layout import stage_layers
+from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place_of
 
 if TYPE_CHECKING:
     from tensorcast.deploy.result import Simulation
@@ -33,26 +34,19 @@ def calls(run: Simulation) -> list[Call]:
     kinds = run.deployment.step.table.layer_kinds
     stages = stage_layers(len(kinds), run.deployment.layout.pp)
     ends = {stage.stop for stage in stages[:-1]}
-    rows = [(record["kind"], record) for record in run.records()]
-    layers: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    before, after, between = [], [], []
-    for kind, record in rows:
-        if kind >= 0:
-            layers[kind].append(record)
-        elif record["op"] == "send_recv":
-            between.append(record)
-        elif record["op"] == "embedding" or record["module"].startswith(("embed", "rotary")):
-            before.append(record)
-        else:
-            after.append(record)
-    found = [Call(record, None) for record in before]
+    ran = [row for row, count in zip(run.price.rows, run.price.counts, strict=True) if count]
+    rows = run.records()
+    at: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row, record in zip(ran, rows, strict=True):
+        at[place_of(row.row)].append(record)
+    found = [Call(record, None) for record in at[FIRST]]
     for i, kind in enumerate(kinds):
-        found += [Call(record, i) for record in layers[kind]]
+        found += [Call(record, i) for record in at[kind]]
         if i + 1 in ends:
-            found += [Call(record, None) for record in between]
-    found += [Call(record, None) for record in after]
+            found += [Call(record, None) for record in at[HAND_OVER]]
+    found += [Call(record, None) for record in at[LAST]]
     # A row that runs more often than its layers say is still part of the step's time.
-    missing: dict[int, int] = {id(record): record["count"] for _, record in rows}
+    missing: dict[int, int] = {id(record): record["count"] for record in rows}
     for call in found:
         missing[id(call.record)] -= 1
-    return found + [Call(record, None) for _, record in rows for _ in range(missing[id(record)])]
+    return found + [Call(record, None) for record in rows for _ in range(missing[id(record)])]

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from tensorcast.calibrate.constants.errors import median_error
+from tensorcast.calibrate.constants.errors import errors, median_error
+from tensorcast.calibrate.constants.minimise import fit_constants, minimise
 from tensorcast.cost.collectives import collective_time
 from tensorcast.cost.roofline import constants_for, kernel_time, peak_flops
 from tensorcast.cost.row_seconds import predict
@@ -161,8 +162,6 @@ def device_with_peaks(device: DeviceProfile, frame: pd.DataFrame) -> DeviceProfi
 def _near(bounds: Bounds, price: Callable[[dict[str, float]], np.ndarray], seconds: np.ndarray) -> Bounds:
     """The bounds with a start from which the robust loss, flat beyond a factor of two, can see the measurements: the
     least mean |log ratio|, which no outlier bends far."""
-    from tensorcast.calibrate.constants.minimise import minimise
-
     names = list(bounds)
     start, low, high = (np.log([bounds[name][i] for name in names]) for i in range(3))
 
@@ -174,12 +173,10 @@ def _near(bounds: Bounds, price: Callable[[dict[str, float]], np.ndarray], secon
 
 
 def _fit_rows(
-    family: str, dtype: str, engine: str, works: list[Work], seconds: np.ndarray, held: np.ndarray,
-    device: DeviceProfile,
+    works: list[Work], seconds: np.ndarray, held: np.ndarray, device: DeviceProfile, *, family: str, dtype: str,
+    engine: str,
 ) -> KernelConstants:
-    from tensorcast.calibrate.constants.errors import errors
-    from tensorcast.calibrate.constants.minimise import fit_constants
-
+    """Constants of one kernel from the rows that are not ``held`` out, with their errors on those that are."""
     bounds = GPU_BOUNDS if device.whole_tiles else CPU_BOUNDS
     if family.startswith("memory"):
         bounds = MEMORY_BOUNDS
@@ -240,7 +237,7 @@ def fit_kernels(frame: pd.DataFrame, device: DeviceProfile, engine: str = "any")
                 continue
             works, seconds = list(part.work), part.seconds.to_numpy(float)
             held = part.held.to_numpy(bool)
-            found = _fit_rows(name, str(dtype), engine, works, seconds, held, device)
+            found = _fit_rows(works, seconds, held, device, family=name, dtype=str(dtype), engine=engine)
             standing, _ = constants_for(device, str(family), str(dtype), engine, name.partition("/")[2])
             out = _Rows([w for w, one in zip(works, held, strict=True) if one], device)
             before = median_error(out.seconds(standing) / seconds[held] - 1.0)
@@ -252,9 +249,6 @@ def fit_kernels(frame: pd.DataFrame, device: DeviceProfile, engine: str = "any")
 
 def fit_collectives(frame: pd.DataFrame, device: DeviceProfile) -> list[Fit]:
     """Latency and bandwidth of every collective on the innermost tier, from a run under torchrun."""
-    from tensorcast.calibrate.constants.errors import errors
-    from tensorcast.calibrate.constants.minimise import fit_constants
-
     fits: list[Fit] = []
     rows = frame[(frame.level == "collective") & (frame.seconds > 0)]
     tier = device.interconnect[0]

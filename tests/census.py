@@ -51,6 +51,14 @@ EXCEPTIONS: dict[str, tuple[str, str, str]] = {
 }
 """Family -> phases that do not trace, text of the error, reason."""
 
+NOT_REWRITTEN: dict[str, tuple[str, str]] = {
+    "jetmoe": ("no block with experts", "refused"),
+    "nllb_moe": ("an encoder and a decoder", "not built"),
+    "openai_privacy_filter": ("a token classifier", "not built"),
+    "switch_transformers": ("an encoder and a decoder", "not built"),
+}
+"""Family -> why the running layer does not take the place of its MoE blocks, and whether its model is built at all."""
+
 SHRINK: dict[str, int] = {
     **dict.fromkeys("hidden_size d_model".split(), 64),
     **dict.fromkeys("vocab_size vocab_size_per_layer_input ngram_vocab_size_base".split(), 512),

@@ -73,6 +73,7 @@ def _layout_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "grouped_matmul, odd sizes": (TC.grouped_matmul.default, (rows[:, :7], weight[:, :5, :7], counts)),
         "batched_matmul": (TC.batched_matmul.default, (rows, weight, counts, bias)),
         "batched_matmul, transposed": (TC.batched_matmul.default, (rows, transposed, counts, None, True)),
+        "grouped_outer": (TC.grouped_outer.default, (rows, torch.randn(9, 16), counts)),
         "masked_grouped_matmul": (TC.masked_grouped_matmul.default, (held, weight, counts, bias)),
         "masked_grouped_matmul, transposed": (
             TC.masked_grouped_matmul.default,
@@ -98,7 +99,7 @@ def _quantized_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return cases
 
 
-def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     x, index = torch.randn(6, 8), _routing(6, 4, 2)
     rows = TC.init_routing_v2(x, index)
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
@@ -108,8 +109,15 @@ def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             TC.moe_gating_grouped_top_k.default,
             (torch.randn(6, 16), torch.randn(16), 4, 4, 2, True, True, 2.5),
         ),
+        "moe_gating_grouped_top_k, softmax": (
+            TC.moe_gating_grouped_top_k.default,
+            (torch.randn(2, 3, 16), None, 4, 4, 2, False, False, 2.5),
+        ),
         "init_routing_v2": (TC.init_routing_v2.default, (x, index)),
+        "init_routing_v2, leading dimensions": (TC.init_routing_v2.default, (x.view(2, 3, 8), index.view(2, 3, 2))),
         "unpermute_tokens": (TC.unpermute_tokens.default, (rows, index)),
+        "unpermute_tokens, leading dimensions": (TC.unpermute_tokens.default, (rows, index.view(2, 3, 2))),
+        "unpermute_tokens, absent": (TC.unpermute_tokens.default, (rows, index.where(index > 0, -1))),
         "expert_counts": (TC.expert_counts.default, (index, 4)),
         "attention": (TC.attention.default, (q, k, v, 0, 0.3, True, 3, 0, 0, 0, 0, torch.randn(4))),
         "kv_cache_write": (TC.kv_cache_write.default, (k, v, "kv")),
@@ -120,11 +128,11 @@ def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     }
 
 
-@pytest.mark.parametrize("name", list(_cases()))
+@pytest.mark.parametrize("name", list(cases()))
 def test_opcheck(name: str) -> None:
     print(f"repeat with TENSORCAST_TEST_SEED={SEED}")  # pytest shows it with a failure only
     torch.manual_seed(SEED)
-    op, arguments = _cases()[name]
+    op, arguments = cases()[name]
     tensors = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
     checks: tuple[str, ...] = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     if any(t.dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu) for t in tensors):
@@ -136,6 +144,53 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(op, arguments, test_utils=checks)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d: TC.moe_gating_top_k_softmax(torch.randn(3, 4, device=d), 5), "k = 5 of 4 experts"),
+        (lambda d: TC.moe_gating_top_k_softmax(torch.randn(3, 4, device=d), 0), "k = 0 of 4 experts"),
+        (lambda d: TC.moe_gating_grouped_top_k(torch.randn(3, 4, device=d), None, 5), "k = 5 of 4 experts"),
+        (
+            lambda d: TC.init_routing_v2(torch.randn(3, 8, device=d), torch.zeros(4, 2, dtype=torch.long, device=d)),
+            "all but their last dimension must be the same",
+        ),
+        (
+            lambda d: TC.unpermute_tokens(torch.randn(7, 8, device=d), torch.zeros(4, 2, dtype=torch.long, device=d)),
+            r"must be \[8, H\], one row per choice",
+        ),
+    ],
+)
+def test_wrong_sizes_are_errors_with_and_without_data(device: str, call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(device)
+
+
+def test_expert_ids_out_of_range_are_errors() -> None:
+    for wrong in (4, -2):
+        with pytest.raises(ValueError, match="must be below 4, or -1"):
+            TC.expert_counts(torch.tensor([[0, wrong]]), 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(1, 12), seed=st.integers(0, 10**6))
+def test_absent_experts_are_left_out(tokens: int, seed: int) -> None:
+    """Id -1, as an expert map gives experts of other ranks: the sum over all ranks is what one rank computes."""
+    torch.manual_seed(seed)
+    index, x, weight = _routing(tokens, 6, 3), torch.randn(tokens, 8), torch.randn(6, 8, 8)
+
+    def run(ids: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        counts = TC.expert_counts(ids, len(held))
+        out = TC.grouped_matmul(TC.init_routing_v2(x, ids), held, counts)
+        return TC.unpermute_tokens(out, ids)
+
+    parts = []
+    for own in ([0, 3, 4], [1, 2, 5]):
+        expert_map = torch.full((6,), -1).index_put((torch.tensor(own),), torch.arange(3))
+        parts.append(run(expert_map[index], weight[own]))
+    torch.testing.assert_close(parts[0] + parts[1], run(index, weight), rtol=1e-5, atol=1e-5)
+
+
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.uint8)
 
@@ -145,7 +200,7 @@ def test_every_op_with_a_real_kernel_is_checked() -> None:
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(library.NAMESPACE)
     }
     trace_only = {"linear_attention", "ssm_scan", "causal_conv1d"}
-    assert registered == {name.split(",")[0] for name in _cases()} | trace_only
+    assert registered == {name.split(",")[0] for name in cases()} | trace_only
 
 
 @settings(max_examples=40, deadline=None)

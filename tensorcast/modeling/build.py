@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from tensorcast.errors import InputError
 from tensorcast.modeling import attention  # noqa: F401  (registers the attention function)
 from tensorcast.modeling.config import field
+from tensorcast.modeling.custom import CustomConfig, CustomLM
 from tensorcast.modeling.experts import NAME, adapt_experts
+from tensorcast.modeling.moe.apply import check_blocks
+from tensorcast.profiles.model import MoEFields
 
 
 class TextWithHead(nn.Module):
@@ -72,13 +75,24 @@ def _stock(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     return model if hasattr(model, "lm_head") else TextWithHead(model, config, dtype)
 
 
-def build(config: PreTrainedConfig, *, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> nn.Module:
+def build(
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "meta",
+    fields: MoEFields = MoEFields(),
+    name: str = "",
+) -> nn.Module:
     """The model of ``config`` with our experts and attention functions behind transformers' own interfaces.
 
-    Raises :class:`InputError` when transformers has no decoder with a language-model head for the config.
+    ``fields``: what the profile says of its MoE blocks; every name is checked against them. Raises
+    :class:`InputError` when transformers has no decoder with a language-model head for the config.
     """
+    if isinstance(config, CustomConfig):
+        return build_custom(config, dtype, device)
     with torch.device(device):
         model = _stock(config, dtype)
+    check_blocks(model, fields, name or config.model_type)
     model.eval().requires_grad_(False)
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and hasattr(part, "set_experts_implementation"):
@@ -86,4 +100,14 @@ def build(config: PreTrainedConfig, *, dtype: torch.dtype = torch.bfloat16, devi
                 part.set_experts_implementation(NAME)
             break
     adapt_experts(model)
+    return model
+
+
+def build_custom(config: CustomConfig, dtype: torch.dtype, device: str) -> nn.Module:
+    """A user's model with our attention, and our MoE layer in the place of its blocks."""
+    with torch.device(device):
+        model = CustomLM(config).to(dtype)
+    model.eval().requires_grad_(False)
+    model.set_attn_implementation(NAME)
+    model.set_experts_implementation(NAME)
     return model

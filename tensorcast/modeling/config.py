@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from tensorcast.errors import InputError
+from tensorcast.modeling.custom import CustomConfig, custom_config
 from tensorcast.profiles.model import EXPERTS, EXPERTS_PER_TOKEN, ModelProfile
 
 QUERY_HEADS = (
@@ -64,6 +65,8 @@ PADDED = ("vocab_size",)
 
 def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     """The text config of a profile, as transformers reads it. Raises :class:`InputError` if it cannot."""
+    if profile.model:
+        return custom_config(profile)
     values = copy.deepcopy(profile.config)  # transformers writes into nested dicts; the profile keys the cache
     named = values.pop("architectures", None) or []
     model_type = _known_type(values.pop("model_type"), named)
@@ -158,6 +161,9 @@ def narrow(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
     if tp == 1:
         return config
     narrowed = copy.deepcopy(config)
+    if isinstance(narrowed, CustomConfig):
+        object.__setattr__(narrowed, "arguments", config.of_rank(tp))
+        return narrowed
     for part in _nested(narrowed):
         per_layer: Any = _per_layer(part, tp)
         fields = vars(part)

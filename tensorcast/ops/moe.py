@@ -15,12 +15,20 @@ from torch.nn import functional as F
 from tensorcast.ops.library import define
 
 
+def _check_choice(logits: Tensor, k: int) -> None:
+    torch._check_value(
+        0 < k <= logits.shape[-1], lambda: f"k = {k} of {logits.shape[-1]} experts: must be from 1 to as many"
+    )
+
+
 def _gating(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    _check_choice(logits, k)
     weights, indices = torch.softmax(logits.float(), dim=-1).topk(k, dim=-1)
     return weights.to(logits.dtype), indices
 
 
 def _gating_fake(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    _check_choice(logits, k)
     shape = (*logits.shape[:-1], k)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
@@ -42,6 +50,7 @@ def _grouped_gating(
     renormalize: bool = True,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
+    _check_choice(logits, k)
     scores = logits.float().sigmoid() if sigmoid else logits.float().softmax(-1)
     ranked = scores if bias is None else scores + bias
     if groups > 1:
@@ -68,41 +77,88 @@ define(
 
 
 def _order(expert_indices: Tensor) -> Tensor:
-    """Positions in the flattened ``[T*k]`` choices, ordered by expert id; stable, so tokens keep their order."""
-    return torch.argsort(expert_indices.reshape(-1), stable=True)
+    """Positions in the flattened ``[T*k]`` choices, ordered by expert id; stable, so tokens keep their order.
+
+    Id -1 stands for an expert that is not on this rank, as in expert maps: its rows come last.
+    """
+    flat = expert_indices.reshape(-1)
+    return torch.argsort(torch.where(flat < 0, torch.iinfo(flat.dtype).max, flat), stable=True)
+
+
+def _check_tokens(x: Tensor, expert_indices: Tensor) -> None:
+    same = x.dim() == expert_indices.dim() and all(
+        a == b for a, b in zip(x.shape[:-1], expert_indices.shape[:-1], strict=True)
+    )
+    torch._check_value(
+        same, lambda: f"init_routing_v2: rows {list(x.shape)} and indices {list(expert_indices.shape)}: "
+        "all but their last dimension must be the same"
+    )  # fmt: skip
 
 
 def _init_routing(x: Tensor, expert_indices: Tensor) -> Tensor:
-    return x[_order(expert_indices) // expert_indices.shape[-1]]
+    _check_tokens(x, expert_indices)
+    return x.reshape(-1, x.shape[-1])[_order(expert_indices) // expert_indices.shape[-1]]
+
+
+def _init_routing_fake(x: Tensor, expert_indices: Tensor) -> Tensor:
+    _check_tokens(x, expert_indices)
+    return x.new_empty((expert_indices.numel(), x.shape[-1]))
 
 
 define(
-    "init_routing_v2(Tensor x, Tensor expert_indices) -> Tensor",  # [T,H], [T,k] -> [T*k,H]
+    # [..., H], [..., k] -> [T*k, H] for T tokens in all: ordered by expert id, rows of id -1 last
+    "init_routing_v2(Tensor x, Tensor expert_indices) -> Tensor",
     real=_init_routing,
-    fake=lambda x, expert_indices: x.new_empty((expert_indices.numel(), x.shape[-1])),
+    fake=_init_routing_fake,
 )
 
 
+def _check_rows(x: Tensor, expert_indices: Tensor) -> None:
+    torch._check_value(
+        x.dim() == 2 and x.shape[0] == expert_indices.numel(),
+        lambda: f"unpermute_tokens: rows {list(x.shape)} for indices {list(expert_indices.shape)}: "
+        f"must be [{expert_indices.numel()}, H], one row per choice",
+    )
+
+
 def _unpermute(x: Tensor, expert_indices: Tensor) -> Tensor:
+    _check_rows(x, expert_indices)
     order = _order(expert_indices)
     out = torch.empty_like(x)
     out[order] = x
-    return out.view(*expert_indices.shape, x.shape[-1])
+    out = out.view(*expert_indices.shape, x.shape[-1])
+    absent = expert_indices < 0
+    if absent.is_cuda or bool(absent.any()):  # a host that waited for the GPU would cost more than the fill
+        out.masked_fill_(absent.unsqueeze(-1), 0.0)
+    return out
+
+
+def _unpermute_fake(x: Tensor, expert_indices: Tensor) -> Tensor:
+    _check_rows(x, expert_indices)
+    return x.new_empty((*expert_indices.shape, x.shape[-1]))
 
 
 define(
-    "unpermute_tokens(Tensor x, Tensor expert_indices) -> Tensor",  # [T*k,H], [T,k] -> [T,k,H]
+    "unpermute_tokens(Tensor x, Tensor expert_indices) -> Tensor",  # [T*k,H], [..., k] -> [..., k,H]; zero for id -1
     real=_unpermute,
-    fake=lambda x, expert_indices: x.new_empty((*expert_indices.shape, x.shape[-1])),
+    fake=_unpermute_fake,
 )
 
 
 def _expert_counts(expert_indices: Tensor, num_experts: int) -> Tensor:
-    return torch.bincount(expert_indices.reshape(-1), minlength=num_experts)
+    flat = expert_indices.reshape(-1)
+    if flat.is_cuda:  # no host waits: the device itself stops
+        torch._assert_async(((flat >= -1) & (flat < num_experts)).all(), "expert_counts: an expert id out of range")
+    elif flat.numel() and not -1 <= int(flat.min()) <= int(flat.max()) < num_experts:
+        raise ValueError(
+            f"expert_counts: ids from {int(flat.min())} to {int(flat.max())}: must be below {num_experts}, or -1"
+        )
+    return torch.bincount(flat + 1, minlength=num_experts + 1)[1:].clone()
 
 
 define(
-    "expert_counts(Tensor expert_indices, SymInt num_experts) -> Tensor",  # [T,k] -> rows per expert [E]
+    # [..., k] -> rows per expert [E]; id -1 is counted nowhere
+    "expert_counts(Tensor expert_indices, SymInt num_experts) -> Tensor",
     real=_expert_counts,
     fake=lambda expert_indices, num_experts: expert_indices.new_empty((num_experts,)),
 )
@@ -275,3 +331,18 @@ for _name, (_real, _fake) in MATMULS.items():
         real=_real,
         fake=_fake,
     )
+
+
+def _grouped_outer(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    ends = counts.tolist()
+    parts = zip(a[: sum(ends)].split(ends), b[: sum(ends)].split(ends), strict=True)
+    return torch.stack([x.t() @ y for x, y in parts])
+
+
+define(
+    # rows [R,N] and [R,K] ordered by expert -> the sum of their outer products for each expert [E,N,K]: a weight's
+    # gradient
+    "grouped_outer(Tensor a, Tensor b, Tensor counts) -> Tensor",
+    real=_grouped_outer,
+    fake=lambda a, b, counts: a.new_empty((counts.shape[0], a.shape[-1], b.shape[-1])),
+)

@@ -32,11 +32,18 @@ def _code_version() -> str:
     return digest.hexdigest()
 
 
+def _own_code(profile: ModelProfile) -> str:
+    """The class that a profile names and, where it lies in a file, that file's text."""
+    path = Path((profile.model or "").rpartition(":")[0])
+    return f"{profile.model}\n{path.read_text('utf-8') if path.suffix == '.py' and path.is_file() else ''}"
+
+
 def _file(profile: ModelProfile, phase: str, tp: int) -> Path | None:
     folder = cache_dir()
     if folder is None:
         return None
-    key = json.dumps([FORMAT, _code_version(), profile.name, profile.config, phase, tp], sort_keys=True)
+    said = [profile.name, profile.config, profile.moe.model_dump(), profile.sharded, _own_code(profile)]
+    key = json.dumps([FORMAT, _code_version(), *said, phase, tp], sort_keys=True)
     return folder / "traces" / f"{profile.name}-{phase}-tp{tp}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 

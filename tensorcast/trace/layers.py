@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from tensorcast.modeling.attention import layer_type
 
-POSITIONAL = frozenset({"layer_idx", "layer_id", "layer_number", "moe_layer_idx", "training"})
+POSITIONAL = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "moe_layer_idx", "training"})
 """Attributes that tell where a layer is, not what it does."""
 
 

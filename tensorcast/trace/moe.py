@@ -93,15 +93,21 @@ def _dispatched(op: Op, per_token: float) -> Op:
     return op.but(outputs=tuple(_rows(t, per_token) for t in op.outputs), stage="permute")
 
 
+def _matmuls_ahead(ops: list[Op], start: int) -> int:
+    """Grouped matmuls of the region that opens at ``start``: one up, or two where gate and up are apart, and down."""
+    end = next((i for i in range(start, len(ops)) if ops[i].name == "unpermute_tokens"), len(ops))
+    return sum(op.name == "grouped_matmul" for op in ops[start:end])
+
+
 def mark_experts(ops: list[Op]) -> list[Op]:
     """Tag the rows of every experts region with their stage and put their sizes in R, E, X."""
     marked: list[Op] = []
     region = ""  # routing opens it, unpermute closes it
     per_token: float = 0
-    matmuls = 0
-    for op in ops:
+    matmuls, last = 0, 0
+    for i, op in enumerate(ops):
         if op.name == "init_routing_v2" and not region:
-            region, matmuls = "permute", 0
+            region, matmuls, last = "permute", 0, _matmuls_ahead(ops, i)
             per_token = op.inputs[1].dims[-1].coef
             marked.append(_dispatched(op, per_token))
         elif op.name == "unpermute_tokens" and region:
@@ -116,9 +122,9 @@ def mark_experts(ops: list[Op]) -> list[Op]:
             marked.append(op.but(stage="permute"))
         elif op.name == "grouped_matmul":
             matmuls += 1
-            marked.append(_matmul(op, per_token, up=matmuls == 1).but(stage="experts"))
+            marked.append(_matmul(op, per_token, up=matmuls < last).but(stage="experts"))
         else:
-            narrowed = matmuls == 1  # between the two matmuls rows have the intermediate width
+            narrowed = 0 < matmuls < last  # between the first and the last matmul rows have the intermediate width
             inputs, outputs = (
                 tuple(t if t.weight else _inside(t, per_token, narrowed) for t in tensors)
                 for tensors in (op.inputs, op.outputs)

@@ -83,7 +83,7 @@ def _fields(param: Param) -> dict[str, Any]:
 def _trace_one(
     profile: ModelProfile, config: PreTrainedConfig, whole: PreTrainedConfig, phase: Phase, tp: int
 ) -> OpTable:
-    model = build(config)
+    model = build(config, fields=profile.moe, name=profile.name)
     tries = (DECODE,) if phase == "decode" else (PREFILL, BLOCKWISE)
     for probes in tries:
         try:

@@ -242,7 +242,7 @@ def _end_to_end(
         return [], []
     kinds = any_phase.raw.layer_kinds
     needed = max(kinds.index(kind) for kind in set(kinds)) + 1
-    small = cut(model, needed) if needed < len(kinds) else model
+    small = cut(model, needed) if needed < len(kinds) and not model.model else model
     problem: list[str] = []
     checks = check_rows(small, any_phase.raw, device, store, belongs, problem, request.say)
     layers = layer_rows(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from tensorcast.errors import InputError
 from tensorcast.modeling.moe.groups import MoEGroups
-from tensorcast.modeling.moe.layer import MoELayer
-from tensorcast.modeling.moe.parallel import MoEOptions, ParallelMoELayer
+from tensorcast.modeling.moe.parallel import MoEOptions
 from tensorcast.modeling.moe.placement import Placement
+from tensorcast.modeling.moe.reading.fields import at, check_fields, holds_experts
+from tensorcast.modeling.moe.rewrite import rewrite
 from tensorcast.profiles.model import MoEFields
 
 
@@ -29,42 +27,55 @@ def apply_moe(
     """Put a :class:`ParallelMoELayer` in the place of every MoE block of ``model``; returns their paths.
 
     The phase reaches them all through ``in_phase`` around the model's call. ``part``: the sub-config that ``model`` is
-    built from, where ``options.backend`` names some. Raises :class:`InputError` if there is no such block.
+    built from, where ``options.backend`` names some. Every kind of block is
+    compared with what takes its place (:mod:`tensorcast.modeling.moe.rewrite`). Raises :class:`InputError` if there is
+    no such block, or if one cannot be rewritten so that it stays equal.
     """
     paths: list[str] = []
     for path, block in list(moe_blocks(model, fields)):
-        layer = MoELayer(block, fields, model=name or type(model).__name__, layer_index=len(paths), part=part)
+        kind = name or type(model).__name__
+        new = rewrite(block, groups, options, placement, fields, model=kind, layer_index=len(paths), part=part)
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _InPlace(block, ParallelMoELayer(layer, groups, options, placement)))
+        setattr(model.get_submodule(parent), leaf, new)
         paths.append(path)
     if not paths:
         raise InputError(f"model {name or type(model).__name__}: no block with experts; name them in moe.experts")
     return paths
 
 
+def check_blocks(model: nn.Module, fields: MoEFields, name: str) -> None:
+    """Every name that the profile gives is there on every kind of block: else :class:`InputError`, one line."""
+    if fields == MoEFields():
+        return
+    if wrong := [key for key in fields.options if key not in MoEOptions.__dataclass_fields__]:
+        known = ", ".join(MoEOptions.__dataclass_fields__)
+        raise InputError(f"model {name}: moe.options.{wrong[0]}: no such option; known: {known}")
+    blocks = {type(block): block for _, block in moe_blocks(model, fields)}
+    if not blocks and fields.block:
+        blocks = {type(m): m for path, m in model.named_modules() if path and _is_named(path, m, fields)}
+    for block in (blocks or {type(block): block for _, block in moe_blocks(model)}).values():
+        check_fields(block, fields, name)
+    if not blocks:
+        said = f"moe.block = {fields.block!r}" if fields.block else f"moe.experts = {fields.experts!r}"
+        kinds = dict.fromkeys(type(m).__name__ for m in model.modules() if any(True for _ in m.children()))
+        raise InputError(f"model {name}: {said}, but the modules that hold others are {', '.join(kinds)}")
+
+
 def moe_blocks(model: nn.Module, fields: MoEFields = MoEFields()) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of every block that holds experts: stacked weights, or a list of that name."""
+    """Path and module of every block that holds experts: as the profile names them, stacked, or a list ``experts``."""
     for path, module in model.named_modules():
-        for name, child in module.named_children():
-            down = getattr(child, "down_proj", None)
-            stacked = isinstance(down, Tensor) and down.dim() == 3
-            if path and (stacked or (isinstance(child, nn.ModuleList) and name == (fields.experts or "experts"))):
-                yield path, module
+        holds = isinstance(at(module, fields.experts), nn.Module) if fields.experts else _shows(module)
+        if path and holds and _is_named(path, module, fields):
+            yield path, module
 
 
-class _InPlace(nn.Module):
-    """The block's own calling convention: some return a tuple, of which nothing reads the router's logits."""
-
-    def __init__(self, block: nn.Module, layer: ParallelMoELayer) -> None:
-        super().__init__()
-        self.layer, self.returns_tuple = layer, _returns_tuple(block)
-
-    def forward(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> Tensor | tuple[Tensor, None]:
-        out: Tensor = self.layer(hidden_states, input_ids)
-        return (out, None) if self.returns_tuple else out
+def _is_named(path: str, module: nn.Module, fields: MoEFields) -> bool:
+    """Whether the profile, where it names the block, means this module: by its class, or by the end of its path."""
+    return fields.block is None or f".{path}".endswith(f".{fields.block}") or type(module).__name__ == fields.block
 
 
-def _returns_tuple(block: nn.Module) -> bool:
-    """Whether the block's ``forward`` returns several values, read off its source."""
-    source = textwrap.dedent(inspect.getsource(type(block).forward))
-    return any(isinstance(n, ast.Return) and isinstance(n.value, ast.Tuple) for n in ast.walk(ast.parse(source)))
+def _shows(module: nn.Module) -> bool:
+    return any(
+        holds_experts(child, name) and (name == "experts" or not isinstance(child, nn.ModuleList))
+        for name, child in module.named_children()
+    )

@@ -1,4 +1,4 @@
-"""A rank's experts: stacked weights cut from a transformers experts module, and one face over both experts styles."""
+"""A rank's experts: stacked weights, cut from a module with the attributes of transformers' experts interface."""
 
 from __future__ import annotations
 
@@ -12,70 +12,8 @@ from torch.nn import functional as F
 from tensorcast.errors import InputError
 from tensorcast.modeling.moe.groups import ParallelGroup
 from tensorcast.modeling.moe.kernels import Projection, Rows, check_backend, run_experts, run_masked
+from tensorcast.modeling.moe.listed import ListedExperts
 from tensorcast.ops.quantized import parts_of, quantize_weight
-
-
-class ExpertWrapper(nn.Module):
-    """One face over a ``ModuleList`` of expert MLPs and over one module with stacked weights.
-
-    Both can be counted, called expert by expert, and cut to a range. Anything else is a ``TypeError``.
-    """
-
-    def __init__(self, experts: nn.Module) -> None:
-        super().__init__()
-        if not isinstance(experts, nn.ModuleList) and not hasattr(experts, "down_proj"):
-            raise TypeError(
-                f"experts of type {type(experts).__name__}: expected a ModuleList, or stacked up and down projections"
-            )
-        self.experts = experts
-
-    @property
-    def is_list(self) -> bool:
-        return isinstance(self.experts, nn.ModuleList)
-
-    def __len__(self) -> int:
-        experts: Any = self.experts
-        return len(experts) if self.is_list else int(experts.down_proj.shape[0])
-
-    def call(self, expert: int, rows: Tensor) -> Tensor:
-        """``rows [n,H]`` through one expert; no rows come back untouched."""
-        if rows.shape[0] == 0:
-            return rows
-        if self.is_list:
-            out: Tensor = self.experts[expert](rows)  # type: ignore[index]
-            return out
-        counts = torch.zeros(len(self), dtype=torch.long, device=rows.device)
-        counts[expert] = rows.shape[0]
-        return FusedMoEBase(self.experts, range(len(self)))(rows, counts)
-
-    def slice(self, start: int, count: int) -> ExpertWrapper:
-        """Experts ``start ... start + count - 1``."""
-        if self.is_list:
-            return ExpertWrapper(self.experts[start : start + count])  # type: ignore[index]
-        return ExpertWrapper(FusedMoEBase(self.experts, range(start, start + count)))
-
-    def stacked(self) -> nn.Module:
-        """A module with stacked weights: the experts themselves, or the list's gated MLPs stacked."""
-        return _stack(self.experts) if self.is_list else self.experts  # type: ignore[arg-type]
-
-
-def _stack(experts: nn.ModuleList) -> nn.Module:
-    """Stack a list of gated MLPs (``gate_proj``, ``up_proj``, ``down_proj``, ``act_fn``) into one module."""
-    first: Any = experts[0]
-    if not all(hasattr(first, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        raise TypeError(
-            f"cannot stack experts of type {type(first).__name__}: no gate_proj, up_proj, down_proj, act_fn"
-        )
-    stacked: Any = nn.Module()
-    every: list[Any] = list(experts)
-    gate_up = torch.stack([torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in every])
-    stacked.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
-    stacked.down_proj = nn.Parameter(torch.stack([e.down_proj.weight for e in every]), requires_grad=False)
-    stacked.act_fn = first.act_fn
-    stacked.has_gate, stacked.has_bias, stacked.is_transposed = True, False, False
-    stacked.is_concatenated, stacked.has_post_expert_norm = True, False
-    stacked._apply_gate = lambda h: stacked.act_fn(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
-    return stacked
 
 
 class ShardedMLP(nn.Module):
@@ -178,7 +116,9 @@ class FusedMoEBase(nn.Module):
     def _cut(self, part: Tensor, dim: int, halves: bool) -> Tensor:
         """This rank's slice along ``dim``; of both halves where gate and up lie one after the other."""
         pieces = part.chunk(2, dim) if halves else (part,)
-        width = pieces[0].shape[dim] // self.etp.size
+        width, left = divmod(pieces[0].shape[dim], self.etp.size)
+        if left:
+            raise InputError(f"experts of width {pieces[0].shape[dim]} do not divide over etp = {self.etp.size}")
         return torch.cat([p.narrow(dim, self.etp.rank * width, width) for p in pieces], dim)
 
     def _quantized(self, weight: Tensor) -> list[Tensor]:
@@ -213,6 +153,25 @@ class FusedMoEBase(nn.Module):
             capacity = self.capacity if capacity is None else capacity
             out = run_experts(backend, rows, counts, up, activation, down, dtype, capacity)
         return source.post_expert_norm(out) if self.has_post_expert_norm else out
+
+
+def held_experts(
+    experts: nn.Module, ids: Sequence[int], etp: ParallelGroup = ParallelGroup("etp"), scheme: str = "bf16"
+) -> nn.Module:
+    """The experts of these ids as a rank holds them: called with rows ordered by expert and their counts."""
+    if isinstance(experts, ListedExperts):
+        return experts.take(ids, etp, scheme)
+    return FusedMoEBase(experts, ids, etp, scheme=scheme)
+
+
+def count_of(experts: Any) -> int:
+    """How many experts a list or a stacked module holds."""
+    return len(experts) if isinstance(experts, ListedExperts) else int(experts.down_proj.shape[0])
+
+
+def device_of(experts: Any) -> torch.device:
+    """Where the experts' weights are."""
+    return experts.device if isinstance(experts, ListedExperts) else experts.down_proj.device
 
 
 def _chosen(whole: Tensor, chosen: Tensor) -> Tensor:

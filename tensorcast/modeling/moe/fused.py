@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensorcast.errors import InputError
-from tensorcast.modeling.moe.experts import FusedMoEBase, ShardedMLP
+from tensorcast.modeling.moe.experts import ShardedMLP, count_of, device_of, held_experts
 from tensorcast.modeling.moe.groups import MoEGroups, ParallelGroup
 from tensorcast.modeling.moe.placement import Placement, choose_replica, linear
 from tensorcast.modeling.moe.rounding import hidden_of, with_hidden
@@ -52,8 +52,8 @@ class FusedMoETensorCast(nn.Module):
         count_loads: bool = False,
     ) -> None:
         super().__init__()
-        down: Any = experts.down_proj
-        self.groups, self.num_experts, self.zero_experts = groups, int(down.shape[0]), zero_experts
+        device = device_of(experts)
+        self.groups, self.num_experts, self.zero_experts = groups, count_of(experts), zero_experts
         self.placement = self._checked(placement, external is not None)
         self.external = external is not None
         self.hidden = hidden_of(experts)
@@ -71,10 +71,10 @@ class FusedMoETensorCast(nn.Module):
         self.local: nn.Module = (
             SharedRank(external, groups.etp, self.hidden)
             if external is not None and self.num_experts in held
-            else FusedMoEBase(with_hidden(experts, self.width), held, groups.etp, scheme=scheme)
+            else held_experts(with_hidden(experts, self.width), held, groups.etp, scheme)
         )
-        self._make_tables(down.device)
-        loads = torch.zeros(self.placement.num_experts + zero_experts, dtype=torch.int64, device=down.device)
+        self._make_tables(device)
+        loads = torch.zeros(self.placement.num_experts + zero_experts, dtype=torch.int64, device=device)
         self.register_buffer("_loads", loads if count_loads else None, persistent=False)
 
     @property
@@ -150,7 +150,9 @@ class FusedMoETensorCast(nn.Module):
             rows = rows * TC.init_routing_v2(weights.reshape(-1, 1), indices.reshape(-1, 1))
         counts = TC.expert_counts(indices, self.placement.num_physical + self.zero_experts)
         out = self._visit(rows, counts, indices.shape[1], exchange, backend, capacity)
-        choices = TC.unpermute_tokens(out, indices)[..., : self.hidden]
+        choices = TC.unpermute_tokens(out, indices)
+        if padded is not x:
+            choices = choices[..., : self.hidden]
         if not weight_on_input:
             choices = choices * weights.unsqueeze(-1).to(choices.dtype)
         total = choices.sum(1)
@@ -235,5 +237,6 @@ class SharedRank(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor, *, backend: str = "", capacity: int = 0) -> Tensor:
         """``rows [..., H]`` -> the same shape; it has no use for counts, backend and capacity."""
-        out: Tensor = self.mlp(rows[..., : self.hidden])
-        return out if rows.shape[-1] == self.hidden else F.pad(out, (0, rows.shape[-1] - self.hidden))
+        width = self.hidden or rows.shape[-1]
+        out: Tensor = self.mlp(rows[..., :width])
+        return out if rows.shape[-1] == width else F.pad(out, (0, rows.shape[-1] - width))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from tensorcast.modeling.moe.backends import SERVING, Phase, Wanted, choose_back
 from tensorcast.modeling.moe.experts import ShardedMLP
 from tensorcast.modeling.moe.fused import Exchange, FusedMoETensorCast
 from tensorcast.modeling.moe.groups import MoEGroups
-from tensorcast.modeling.moe.layer import MoELayer
+from tensorcast.modeling.moe.layer import RoutedExperts
 from tensorcast.modeling.moe.phase import PHASES, checked, current_phase
 from tensorcast.modeling.moe.placement import Placement, linear, with_external
 
@@ -60,6 +61,8 @@ class MoEOptions:
 class ParallelMoELayer(nn.Module):
     """A :class:`MoELayer` on parallel groups, for one rank's tokens. Drop-in for the block: same input, same output.
 
+    Around :class:`RoutedExperts` it is one for the experts, called with a routing.
+
     * dp = 1: every tensor-parallel rank holds all tokens; each works on its experts, one all-reduce sums.
     * ``allgather_reducescatter``: tokens of all data-parallel ranks are gathered, the sum is cut back.
     * ``all_to_all`` and ``low_latency``, ep = tp*dp: tokens are padded to a multiple of tp, each tp rank sends its
@@ -70,7 +73,7 @@ class ParallelMoELayer(nn.Module):
 
     def __init__(
         self,
-        layer: MoELayer,
+        layer: RoutedExperts,
         groups: MoEGroups,
         options: MoEOptions = MoEOptions(),
         placement: Placement | None = None,
@@ -128,7 +131,7 @@ class ParallelMoELayer(nn.Module):
             raise InputError(f"external_shared_experts = {n} leaves none of ep = {ranks} ranks for routed experts")
         if layer.shared_experts is None:
             raise InputError(f"external_shared_experts = {n}: model {layer.name} has no shared expert")
-        if layer.latent_down is not None or layer.zero_experts:
+        if not layer.same_rows or layer.zero_experts:
             raise InputError(
                 f"external_shared_experts = {n}: model {layer.name} has latent or zero experts, "
                 f"whose rows a shared expert cannot take"
@@ -137,67 +140,76 @@ class ParallelMoELayer(nn.Module):
             raise InputError(f"ep = {ranks} less {n} external is more than the {layer.num_experts} routed experts")
         return with_external(placement or linear(layer.num_experts, ranks - n), n)
 
-    def forward(self, hidden_states: Tensor, input_ids: Tensor | None = None, phase: Phase | None = None) -> Tensor:
-        """``[..., H]`` of this rank's tokens -> the same shape. ``phase``: else that of the enclosing ``in_phase``."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor | None = None,
+        phase: Phase | None = None,
+        routed: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """``[..., H]`` of this rank's tokens -> the same shape. ``phase``: else that of the enclosing ``in_phase``.
+
+        ``routed``: indices and weights ``[T,k]`` of the tokens, where the block's own code has chosen.
+        """
         phase = current_phase() if phase is None else checked(phase)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         ids = input_ids.reshape(-1) if input_ids is not None else None
+        tokens = _Tokens(x, ids, routed)
         if 0 < self.options.max_tokens < x.shape[0]:
             raise InputError(f"{x.shape[0]} tokens on a rank, more than max_tokens = {self.options.max_tokens}")
         chosen = self.options.exchange_in(phase)
         if self.groups.dp.size == 1:
             split = self.options.split_tokens_over_tp and x.shape[0] >= self.groups.tp.size
             split = split or self.options.sequence_parallel
-            out = self._sliced(x, ids, phase, chosen) if split else self._whole(x, ids, phase, "none")
+            out = self._sliced(tokens, phase, chosen) if split else self._whole(tokens, phase, "none")
         elif chosen == "allgather_reducescatter" or self.groups.ep.size == 1:
-            out = self._gathered(x, ids, phase)
+            out = self._gathered(tokens, phase)
         elif self.groups.etp.size > 1:
-            out = self._whole(x, ids, phase, chosen)
+            out = self._whole(tokens, phase, chosen)
         else:
-            out = self._sliced(x, ids, phase, chosen)
-        return out.reshape(hidden_states.shape).to(hidden_states.dtype)
+            out = self._sliced(tokens, phase, chosen)
+        return self.layer.finish(out).reshape(hidden_states.shape).to(hidden_states.dtype)
 
-    def _whole(self, x: Tensor, ids: Tensor | None, phase: Phase | None, exchange: Chosen | Literal["none"]) -> Tensor:
+    def _whole(self, tokens: _Tokens, phase: Phase | None, exchange: Chosen | Literal["none"]) -> Tensor:
         """Tensor-parallel ranks hold the same tokens and different parts of experts, or different experts."""
-        tp, shared = self.groups.tp, self._shared(x)
-        out = self._chunked(self.layer.narrow(x), *self._route(x, ids), phase, exchange)
+        x, tp, shared = tokens.x, self.groups.tp, self._shared(tokens.x)
+        out = self._chunked(self.layer.narrow(x), *self._route(tokens), phase, exchange)
         if shared is not None and self.shared_slice is not None:
-            if self.layer.latent_up is None:
+            if not self.layer.changes_sum:
                 return tp.all_reduce(out + shared)
             shared = tp.all_reduce(shared)
         out = self.layer.widen(tp.all_reduce(out))
         return out if shared is None else out + shared
 
-    def _sliced(self, x: Tensor, ids: Tensor | None, phase: Phase | None, exchange: Chosen) -> Tensor:
+    def _sliced(self, tokens: _Tokens, phase: Phase | None, exchange: Chosen) -> Tensor:
         """Each tensor-parallel rank sends its slice of the tokens to their experts."""
-        tp, tokens = self.groups.tp, x.shape[0]
+        tp, total = self.groups.tp, tokens.x.shape[0]
         sequence = self.options.sequence_parallel
-        short = 0 if sequence else -tokens % tp.size
+        short = 0 if sequence else -total % tp.size
 
         def own(t: Tensor) -> Tensor:
             return t if sequence else tp.slice(_padded(t, short))
 
-        mine = own(x)
-        if self.options.route_after_dp_transform or sequence:
-            indices, weights = self._route(mine, None if ids is None else own(ids))
-        else:
-            indices, weights = (own(t) for t in self._route(x, ids))
-        out = self.layer.widen(self._chunked(self.layer.narrow(mine), indices, weights, phase, exchange))
-        shared = self._shared(mine) if self.shared_slice is None else None
+        after = self.options.route_after_dp_transform or sequence
+        mine = tokens.map(own) if after else _Tokens(tokens.x, tokens.ids, self._route(tokens)).map(own)
+        indices, weights = self._route(mine) if after else mine.chosen()
+        out = self.layer.widen(self._chunked(self.layer.narrow(mine.x), indices, weights, phase, exchange))
+        shared = self._shared(mine.x) if self.shared_slice is None else None
         out = out if shared is None else out + shared
-        out = out if sequence else tp.all_gather(out)[:tokens]
-        return out if self.shared_slice is None else out + tp.all_reduce(self._shared(x))  # type: ignore[arg-type]
+        out = out if sequence else tp.all_gather(out)[:total]
+        return out if self.shared_slice is None else out + tp.all_reduce(self._shared(tokens.x))  # type: ignore[arg-type]
 
-    def _gathered(self, x: Tensor, ids: Tensor | None, phase: Phase | None) -> Tensor:
+    def _gathered(self, tokens: _Tokens, phase: Phase | None) -> Tensor:
         """All tokens of the data-parallel ranks on each of them, as many rows as there are."""
-        dp, tp, shared = self.groups.dp, self.groups.tp, self._shared(x)
-        if self.options.route_after_dp_transform:
+        x, ids, dp, tp = tokens.x, tokens.ids, self.groups.dp, self.groups.tp
+        shared = self._shared(x)
+        if self.options.route_after_dp_transform and tokens.routed is None:
             every, sizes = dp.gather_rows(x)
-            indices, weights = self._route(every, None if ids is None else dp.gather_rows(ids)[0])
+            indices, weights = self._route(_Tokens(every, None if ids is None else dp.gather_rows(ids)[0]))
             every = self.layer.narrow(every)
         else:
             every, sizes = dp.gather_rows(self.layer.narrow(x))
-            indices, weights = (dp.gather_rows(t)[0] for t in self._route(x, ids))
+            indices, weights = (dp.gather_rows(t)[0] for t in self._route(tokens))
         out = dp.scatter_rows(self._chunked(every, indices, weights, phase, "none"), sizes)
         out = self.layer.widen(tp.all_reduce(out))
         if shared is None:
@@ -208,9 +220,10 @@ class ParallelMoELayer(nn.Module):
         """The shared expert on ``x``, or this rank's part of it; nothing where ranks of its own hold it."""
         return None if self.experts.external else self.layer.shared(x, self.shared_slice)
 
-    def _route(self, x: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As the layer routes; with an external shared expert one more choice of everybody, of weight 1 or its gate."""
-        indices, weights = self.layer.route(x, ids)
+    def _route(self, tokens: _Tokens) -> tuple[Tensor, Tensor]:
+        """As chosen, or as the layer routes; an external shared expert is one more choice, of weight 1 or its gate."""
+        x = tokens.x
+        indices, weights = tokens.chosen() if tokens.routed is not None else self.layer.route(x, tokens.ids)
         if not self.experts.external:
             return indices, weights
         gate = self.layer.shared_experts_gate
@@ -260,6 +273,26 @@ class ParallelMoELayer(nn.Module):
         if backend != "masked":
             raise InputError(f"low_latency lays rows out for the masked backend; {backend} cannot run on them")
         return backend
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """States ``[T,H]`` with their ids ``[T]`` and, where they are routed already, indices and weights ``[T,k]``."""
+
+    x: Tensor
+    ids: Tensor | None = None
+    routed: tuple[Tensor, Tensor] | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> _Tokens:
+        """The same change of the tokens' rows in all of them."""
+        routed = None if self.routed is None else (change(self.routed[0]), change(self.routed[1]))
+        return _Tokens(change(self.x), None if self.ids is None else change(self.ids), routed)
+
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """The routing, where there is one."""
+        if self.routed is None:
+            raise InputError("tokens without a routing")
+        return self.routed
 
 
 def _padded(x: Tensor, short: int) -> Tensor:

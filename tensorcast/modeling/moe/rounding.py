@@ -25,7 +25,9 @@ def with_hidden(experts: Any, hidden: int) -> nn.Module:
 
 
 def hidden_of(experts: Any) -> int:
-    """Columns of the rows that stacked experts take."""
+    """Columns of the rows that stacked experts take; 0 for experts that run their own code, which take any."""
+    if not hasattr(experts, "down_proj"):
+        return 0
     down: Tensor = experts.down_proj
     return int(down.shape[2 if experts.is_transposed else 1])
 

@@ -1,0 +1,264 @@
+"""Experts of any shape as two stacked matmuls, where that is what they compute; a reading is tried and compared.
+
+Names and order of an expert's matrices, and its activation, come from the profile or are found: every order that the
+shapes allow is tried on a small twin with random weights until one gives what the experts' own ``forward`` gives.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tensorcast.errors import InputError
+from tensorcast.modeling.moe.experts import count_of, held_experts
+from tensorcast.modeling.moe.listed import ListedExperts
+from tensorcast.modeling.moe.reading.probe import BOUND, difference, probe_rows, small_twin, structure
+from tensorcast.modeling.moe.rounding import hidden_of
+from tensorcast.profiles.model import MoEFields
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: tuple[Activation, ...] = (F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.relu)
+"""Tried where an expert shows none of its own."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Paths of an expert's matrices, gate and up before down, where its activation is, and whether input is rows of H.
+
+    ``activation``: a path, or the place in :data:`ACTIVATIONS`.
+    """
+
+    matrices: tuple[str, ...]
+    activation: str | int
+
+
+_found: dict[Any, Reading | bool | None] = {}
+
+
+def read_list(experts: nn.ModuleList, fields: MoEFields = MoEFields()) -> nn.Module:
+    """A list of experts as stacked weights; where they are no such matmuls, as :class:`ListedExperts`."""
+    every = list(experts)
+    shapes = structure(every[0])
+    if any(structure(expert) != shapes for expert in every[1:]):
+        return ListedExperts(every, grouped=False)
+    key = (shapes, fields.matrices, fields.activation)
+    if key not in _found:
+        _found[key] = _read_expert(every[0], every[-1], fields)
+    found = _found[key]
+    if isinstance(found, Reading):
+        return _stack_list(every, found)
+    return ListedExperts(every, grouped=bool(found))
+
+
+def _read_expert(first: nn.Module, last: nn.Module, fields: MoEFields) -> Reading | bool:
+    """How an expert is read, or whether its own ``forward`` can run for all experts at once."""
+    for path in (*fields.matrices, *filter(None, (fields.activation,))):
+        _lookup(first, path, "expert")
+    twins = [small_twin(first, 0), small_twin(last, 1)]
+    linears = {path: m for path, m in twins[0].named_modules() if isinstance(m, nn.Linear)}
+    widths = {m.in_features for m in linears.values()} | {m.out_features for m in linears.values()}
+    for width in sorted(widths):
+        rows = probe_rows(width)
+        try:
+            with torch.no_grad():
+                expected = torch.cat([twin(rows) for twin in twins])
+        except Exception:
+            continue
+        if expected.shape[-1] != width:
+            continue
+        for reading in _list_readings(twins[0], linears, width, fields):
+            if _error(_stack_list(twins, reading), rows, expected) < BOUND:
+                return reading
+        return _error(ListedExperts(twins, grouped=True), rows, expected) < BOUND
+    return False
+
+
+def _list_readings(
+    expert: nn.Module, linears: dict[str, nn.Linear], width: int, fields: MoEFields
+) -> Iterator[Reading]:
+    orders: Iterator[tuple[str, ...]] = iter(
+        (fields.matrices,) if fields.matrices else itertools.permutations(linears, len(linears))
+    )
+    for order in orders:
+        *ups, down = (linears.get(path) for path in order)
+        if down is None or down.out_features != width or not 1 <= len(ups) <= 2:
+            continue
+        if all(up is not None and up.in_features == width for up in ups):
+            yield from (Reading(order, activation) for activation in _activations(expert, fields))
+
+
+def _activations(module: nn.Module, fields: MoEFields) -> list[str | int]:
+    if fields.activation:
+        return [fields.activation]
+    shown = [path for path, child in module.named_modules() if path and not isinstance(child, nn.Linear)
+             and not list(child.parameters())]  # fmt: skip
+    shown += [name for name, value in vars(module).items() if callable(value) and "act" in name]
+    return [*shown, *range(len(ACTIVATIONS))]
+
+
+def _error(experts: nn.Module, rows: Tensor, expected: Tensor) -> float:
+    """Of the same rows through both experts."""
+    both, counts = torch.cat([rows, rows]), torch.tensor([len(rows), len(rows)])
+    try:
+        with torch.no_grad():
+            return difference(held_experts(experts, range(2))(both, counts), expected)
+    except Exception:  # whatever a trial of somebody's code raises: this reading is not it
+        return float("inf")
+
+
+class StackedExperts(nn.Module):
+    """Stacked weights with the attributes that transformers' experts interface gives: ``[E,N,K]``, gate before up."""
+
+    def __init__(self, up: Tensor, down: Tensor, activation: Activation, *, gated: bool,
+                 up_bias: Tensor | None = None, down_bias: Tensor | None = None) -> None:  # fmt: skip
+        super().__init__()
+        self.has_gate, self.has_bias = gated, up_bias is not None and down_bias is not None
+        self.is_transposed, self.is_concatenated, self.has_post_expert_norm = False, True, False
+        name = "gate_up_proj" if gated else "up_proj"
+        for key, value in ((name, up), ("down_proj", down), (f"{name}_bias", up_bias), ("down_proj_bias", down_bias)):
+            if value is not None:
+                setattr(self, key, nn.Parameter(value.detach(), requires_grad=False))
+        self.act_fn = activation
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+def _stack_list(experts: Sequence[nn.Module], reading: Reading) -> StackedExperts:
+    *ups, down = reading.matrices
+    has_bias = any(experts[0].get_submodule(path).bias is not None for path in reading.matrices)
+
+    def bias(expert: nn.Module, path: str) -> Tensor:
+        linear = expert.get_submodule(path)
+        weight: Any = linear.weight
+        return linear.bias if linear.bias is not None else weight.new_zeros(weight.shape[0])  # type: ignore[return-value]
+
+    return StackedExperts(
+        torch.stack([torch.cat([_lookup(expert, f"{path}.weight") for path in ups]) for expert in experts]),
+        torch.stack([_lookup(expert, f"{down}.weight") for expert in experts]),
+        _activation(experts[0], reading),
+        gated=len(ups) == 2,
+        up_bias=torch.stack([torch.cat([bias(e, path) for path in ups]) for e in experts]) if has_bias else None,
+        down_bias=torch.stack([bias(e, down) for e in experts]) if has_bias else None,
+    )
+
+
+def _activation(module: nn.Module, reading: Reading) -> Activation:
+    where = reading.activation
+    found: Activation = ACTIVATIONS[where] if isinstance(where, int) else _lookup(module, where)
+    return found
+
+
+def read_stacked(experts: nn.Module, fields: MoEFields = MoEFields()) -> nn.Module:
+    """A module that stacks experts in any order, orientation or fold, as :class:`StackedExperts`.
+
+    Raises :class:`InputError` where no order of its tensors gives what its ``forward`` gives.
+    """
+    for path in (*fields.matrices, *filter(None, (fields.activation,))):
+        _lookup(experts, path, "module of experts")
+    key = (structure(experts), fields.matrices, fields.activation)
+    if key not in _found:
+        twin = small_twin(experts)
+        _found[key] = next(_stacked_readings(twin, fields), None)
+    found = _found[key]
+    if not isinstance(found, Reading):
+        raise InputError(
+            f"experts of type {type(experts).__name__}: no order of {', '.join(_stacked_tensors(experts)) or 'tensors'}"
+            f" as gate, up and down projection gives what its forward gives; name them in moe.matrices"
+        )
+    return _stack_tensors(experts, found)
+
+
+def _stacked_tensors(experts: nn.Module) -> dict[str, Tensor]:
+    """Tensors ``[E,a,b]`` by path, folded ones ``[E*a,b]`` unfolded."""
+    wide = {name: t for name, t in experts.named_parameters() if t.dim() in (2, 3)}
+    count = next((t.shape[0] for t in wide.values() if t.dim() == 3), getattr(experts, "num_experts", 0))
+    return {name: t if t.dim() == 3 else t.view(count, -1, t.shape[-1])
+            for name, t in wide.items() if t.dim() == 3 or (count > 1 and t.shape[0] % count == 0)}  # fmt: skip
+
+
+def _stacked_readings(twin: nn.Module, fields: MoEFields) -> Iterator[Reading]:
+    """Readings that hold against the twin's ``forward``; the only one that is stated, where it has none to call."""
+    tensors = _stacked_tensors(twin)
+    orders = [fields.matrices] if fields.matrices else [
+        order for size in (3, 2) for order in itertools.permutations(tensors, size) if len(tensors) <= 4
+    ]  # fmt: skip
+    callable_ = len(inspect.signature(type(twin).forward).parameters) >= 4
+    for order in orders:
+        for activation in _activations(twin, fields):
+            reading = Reading(order, activation)
+            try:
+                if not callable_:
+                    _stack_tensors(twin, reading)
+                    yield reading
+                elif routed_error(twin, _stack_tensors(twin, reading)) < BOUND:
+                    yield reading
+            except (InputError, RuntimeError, ValueError, TypeError):
+                continue
+
+
+def routed_error(stock: Any, experts: nn.Module) -> float:
+    """Of experts called with rows, two distinct ids each and their weights, against the module they were made of."""
+    number = count_of(experts)
+    hidden = hidden_of(experts)
+    rows, chosen = probe_rows(hidden), min(2, number)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.rand((len(rows), number), generator=generator).argsort(-1)[:, :chosen]
+    weights = torch.rand((len(rows), chosen), generator=generator)
+    with torch.no_grad():
+        expected = stock(rows.clone(), ids, weights)
+        order = ids.reshape(-1).argsort(stable=True)
+        out = held_experts(experts, range(number))(rows[order // chosen], ids.reshape(-1).bincount(minlength=number))
+        back = torch.empty_like(out)
+        back[order] = out
+        return difference((back.view(len(rows), chosen, -1) * weights.unsqueeze(-1)).sum(1), expected)
+
+
+def _stack_tensors(experts: nn.Module, reading: Reading) -> StackedExperts:
+    """Tensors brought to ``[E,N,K]``; raises :class:`InputError` where their sizes do not go together."""
+    tensors = _stacked_tensors(experts)
+    if missing := [name for name in reading.matrices if name not in tensors]:
+        raise InputError(f"{missing[0]!r} stacks no experts' matrices; {', '.join(tensors)} do")
+    *ups, down = (tensors[name].detach() for name in reading.matrices)
+    gated = len(ups) == 2 or ups[0].numel() == 2 * down.numel()
+    width = {n for up in ups for n in up.shape[1:]} & set(down.shape[1:])
+    for inner in sorted(width):  # of the expert; the other one is the model's
+        total = sum(up.shape[1] * up.shape[2] for up in ups)
+        hidden = total // (inner * (2 if gated else 1))
+        if sorted(down.shape[1:]) != sorted((inner, hidden)):
+            continue
+        turned = [up if up.shape[2] == hidden else up.transpose(1, 2) for up in ups]
+        last = down if down.shape[2] == inner else down.transpose(1, 2)
+        if all(up.shape[2] == hidden for up in turned) and last.shape[1] == hidden:
+            return StackedExperts(
+                torch.cat(turned, 1).contiguous(), last.contiguous(), _activation(experts, reading), gated=gated
+            )
+    raise InputError(f"sizes of {', '.join(reading.matrices)} are not those of gate, up and down projection")
+
+
+def _lookup(module: nn.Module, path: str, what: str = "") -> Any:
+    """The attribute at a dotted path. With ``what``, a missing one is an :class:`InputError` that lists what exists."""
+    found: Any = module
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise InputError(
+                f"moe: {path!r} is not on the {what or type(module).__name__}; it has " + ", ".join(names_on(module))
+            )
+        found = getattr(found, part)
+    return found
+
+
+def names_on(module: nn.Module) -> list[str]:
+    """Names that a profile may use of a module: its children, tensors, and plain values."""
+    plain = [name for name, value in vars(module).items() if isinstance(value, int | float | str)]
+    plain = [name for name in plain if name[0] != "_" and name != "training"]
+    return [*(name for name in module._modules if not name.isdigit()), *module._parameters, *module._buffers, *plain]

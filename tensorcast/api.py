@@ -8,13 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from tensorcast.errors import InputError
+from tensorcast.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     import pandas as pd
+    from typing_extensions import Unpack
 
+    from tensorcast.deploy.deployment import Deployment
     from tensorcast.deploy.explain import Explanation
+    from tensorcast.deploy.options import DeploymentOptions, SearchedOptions
     from tensorcast.deploy.result import Simulation
+    from tensorcast.deploy.workload import Workload
     from tensorcast.profiles.device import DeviceProfile
     from tensorcast.search.compare import Comparison
 
@@ -31,10 +35,19 @@ NAMES = {
 
 
 def _python_names(call: Callable[P, R]) -> Callable[P, R]:
-    """Messages of bad input name the arguments of ``call``: ``kv_dtype`` instead of ``--kv-dtype``."""
+    """Messages of bad input name the arguments of ``call``: ``kv_dtype`` instead of ``--kv-dtype``.
+
+    An argument that there is not is bad input, too: the message has the nearest that there is.
+    """
+    code = call.__code__
+    own = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
     @functools.wraps(call)
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
+        options = _option_names(call.__name__)
+        for name in kwargs:
+            if name not in own and name not in options:
+                raise unknown_name(f"argument of {call.__name__}", name, (*own, *options))
         try:
             return call(*args, **kwargs)
         except InputError as error:
@@ -44,6 +57,12 @@ def _python_names(call: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return named
+
+
+def _option_names(call: str) -> tuple[str, ...]:
+    from tensorcast.deploy.options import OPTIONS, SearchedOptions
+
+    return tuple(SearchedOptions.__annotations__) if call == "compare" else tuple(OPTIONS)
 
 
 def _noted(found: Noted, *said: str) -> Noted:
@@ -62,6 +81,13 @@ def device_profile(name: str) -> DeviceProfile:
     return load_device(name)
 
 
+def _what_holds(deployment: Deployment, workload: Workload) -> str:
+    """:func:`tensorcast.search.smallest_cluster.what_holds`, with the whole search, where a model does not fit."""
+    from tensorcast.search.smallest_cluster import what_holds
+
+    return what_holds(deployment, workload)
+
+
 @_python_names
 def simulate(
     model: str,
@@ -77,30 +103,16 @@ def simulate(
     input_len: int | None = None,
     context: int | None = None,
     engine: str = "vllm",
-    quant: str | None = None,
-    kv_dtype: str | None = None,
-    routing: str = "balanced",
-    fusion: str = "engine",
-    all2all: str = "auto",
-    dispatch: str | None = None,
-    combine: str | None = None,
-    redundant_experts: int = 0,
-    placement: str = "linear",
-    experts_backend: str | Mapping[str, str] = "auto",
-    shared_expert_tp: bool = True,
-    external_shared_experts: int = 0,
-    dual_batch_overlap: bool = False,
-    mtp_depth: int = 0,
-    chunk_tokens: int = 0,
     allow_oversize: bool = False,
+    **options: Unpack[DeploymentOptions],
 ) -> Simulation:
     """Simulate one step of ``model`` on ``world_size`` of ``device``.
 
     ``model``, ``device`` and ``engine`` are names, or paths of profiles; a model may be a directory with a Hugging
     Face ``config.json``, or a shipped one's checkpoint by a name that says its precision. ``batch`` counts sequences
     per data-parallel rank. ``tp`` defaults to what dp and pp leave. Decode defaults to ``context=4096`` cached tokens,
-    prefill to ``input_len=4096`` new ones. The choices from ``fusion`` to ``chunk_tokens`` are those of
-    :class:`tensorcast.deploy.options.Options`.
+    prefill to ``input_len=4096`` new ones. ``options`` are the fields of
+    :class:`tensorcast.deploy.options.Options`: ``quant``, ``kv_dtype``, ``routing``, ``all2all``, ``mtp_depth``, ...
     Raises :class:`tensorcast.InputError`, one line, on anything that cannot be.
 
     >>> import tensorcast as tc
@@ -109,11 +121,10 @@ def simulate(
     """
     from tensorcast.deploy.layout import Layout
     from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import Options
+    from tensorcast.deploy.options import options_of
     from tensorcast.deploy.simulate import simulate as run
     from tensorcast.deploy.workload import Workload
     from tensorcast.profiles.store import load_engine
-    from tensorcast.search.smallest_cluster import what_holds
 
     if dp < 1 or pp < 1:
         raise InputError(f"layout: dp = {dp} and pp = {pp} must be at least 1")
@@ -125,15 +136,9 @@ def simulate(
         default_new if input_len is None else input_len,
         default_past if context is None else context,
     )
-    if not isinstance(experts_backend, str):  # by phase or sub-config; the empty key is all others
-        experts_backend = ",".join(f"{key}={name}" for key, name in experts_backend.items())
-    options = Options(
-        fusion, quant, kv_dtype, routing, all2all, dispatch, combine, redundant_experts, placement, experts_backend,
-        shared_expert_tp, external_shared_experts, dual_batch_overlap, mtp_depth, chunk_tokens,
-    )
     profile, read_as = named_model(model)
     parts = profile, device_profile(device), load_engine(engine), layout
-    found = run(*parts, workload, options, allow_oversize, what_holds)
+    found = run(*parts, workload, options_of(options), allow_oversize, _what_holds)
     return _noted(found, read_as)
 
 
@@ -154,20 +159,12 @@ def compare(
     request_rate: float | None = None,
     prices: Mapping[str, float] | None = None,
     prefix_cached: int = 0,
-    quant: str | None = None,
-    routing: str = "uniform",
-    placement: str = "linear",
-    kv_dtype: Sequence[str] | None = None,
-    mtp_depth: Sequence[int] | None = None,
     mtp_acceptance: float = 0.8,
-    all2all: Sequence[str] | None = None,
-    dispatch: Sequence[str] | None = None,
-    combine: Sequence[str] | None = None,
-    chunk_tokens: Sequence[int] | None = None,
     full: bool = False,
     runnable_only: bool = True,
     jobs: int = 1,
     executor: str | None = None,
+    **options: Unpack[SearchedOptions],
 ) -> Comparison:
     """Compare every legal layout of ``model`` on ``world_size`` of ``device``, with every option that matters.
 
@@ -175,8 +172,9 @@ def compare(
     and ``tpot_s`` are the longest mean time to first token and per output token that they accept. ``objective``:
     ``tokens_per_gpu``, ``latency``, ``cost`` (of ``prices``, US dollars per GPU hour by device) or ``gpus`` (fewest for
     ``request_rate`` requests per second). Several devices or sizes are compared together. ``layouts``: only these,
-    such as ``tp8-ep8``. Options that are given are searched over the given values alone; ``full`` also searches KV
-    dtypes and depths of drafting. ``runnable_only``: only what ``engine`` can run.
+    such as ``tp8-ep8``. ``options``: ``quant``, ``routing`` (uniform unless said) and ``placement`` hold for all; of
+    ``kv_dtype``, ``mtp_depth``, ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given values alone are
+    searched; ``full`` also searches KV dtypes and depths of drafting. ``runnable_only``: only what ``engine`` can run.
 
     Raises :class:`tensorcast.InputError` on what cannot be: with ``exit_code`` 3 where no layout keeps the limits, the
     message saying which one binds and how close the best came.
@@ -201,10 +199,12 @@ def compare(
         input_len=input_len, output_len=output_len, prefix_cached=prefix_cached, mtp_acceptance=mtp_acceptance,
         ttft_s=ttft_s, tpot_s=tpot_s, objective=objective, layouts=layouts, forms=forms, request_rate=request_rate,
         prices={device_profile(name).name: value for name, value in (prices or {}).items()},
-        quant=quant, routing=routing, placement=placement, full=full, runnable_only=runnable_only,
+        full=full, runnable_only=runnable_only, quant=options.get("quant"),
+        routing=options.get("routing", "uniform"), placement=options.get("placement", "linear"),
         searched={
-            "kv_dtype": kv_dtype, "mtp_depth": mtp_depth, "exchange": all2all, "dispatch": dispatch,
-            "combine": combine, "chunk_tokens": chunk_tokens,
+            "kv_dtype": options.get("kv_dtype"), "mtp_depth": options.get("mtp_depth"),
+            "exchange": options.get("all2all"), "dispatch": options.get("dispatch"),
+            "combine": options.get("combine"), "chunk_tokens": options.get("chunk_tokens"),
         },
     )  # fmt: skip
     found = decide(tasks, spread(search, tasks, jobs, executor))
@@ -224,23 +224,14 @@ def explain(
     context: int | None = None,
     input_len: int | None = None,
     engine: str = "vllm",
-    quant: str | None = None,
-    kv_dtype: str | None = None,
-    routing: str = "uniform",
-    all2all: str = "auto",
-    dispatch: str | None = None,
-    combine: str | None = None,
-    redundant_experts: int = 0,
-    shared_expert_tp: bool = True,
-    external_shared_experts: int = 0,
-    dual_batch_overlap: bool = False,
-    mtp_depth: int = 0,
+    **options: Unpack[DeploymentOptions],
 ) -> Explanation:
     """Two layouts side by side at the same load: which groups of ops moved and why, and what would help each.
 
     ``batch`` counts sequences per data-parallel rank of ``layout``; ``versus`` gets as many in all. By default it is
     the largest that fits in both. Decode defaults to ``context=4096`` cached tokens, prefill to ``input_len=4096`` new.
-    The choices from ``quant`` to ``mtp_depth`` hold for both, as far as they apply to ``versus``.
+    ``options``, as of :func:`simulate`, hold for both, as far as they apply to ``versus``; ``routing`` is uniform
+    unless said.
 
     >>> import tensorcast as tc
     >>> why = tc.explain("deepseek-v3", device="h200", world_size=32, layout="tp1-dp32-ep32",
@@ -250,19 +241,15 @@ def explain(
     from tensorcast.deploy.explain import explain as run
     from tensorcast.deploy.layout import parse_layout
     from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import Options
+    from tensorcast.deploy.options import options_of
     from tensorcast.profiles.store import load_engine
 
     pair = parse_layout(layout, world_size), parse_layout(versus, world_size)
-    options = Options(
-        quant=quant, kv_dtype=kv_dtype, routing=routing, all2all=all2all, dispatch=dispatch, combine=combine,
-        redundant_experts=redundant_experts, shared_expert_tp=shared_expert_tp,
-        external_shared_experts=external_shared_experts, dual_batch_overlap=dual_batch_overlap, mtp_depth=mtp_depth,
-    )  # fmt: skip
+    choices = options_of({"routing": "uniform", **options})
     new, past = (1, 4096) if phase == "decode" else (4096, 0)
     new, past = new if input_len is None else input_len, past if context is None else context
     profile, read_as = named_model(model)
-    found = run(profile, device_profile(device), load_engine(engine), *pair, phase, batch, new, past, options)
+    found = run(profile, device_profile(device), load_engine(engine), *pair, phase, batch, new, past, choices)
     return _noted(found, read_as)
 
 

@@ -283,16 +283,45 @@ def test_a_directory_without_config_json(tmp_path: Path) -> None:
 
 
 def test_loading_by_name_reads_one_file(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    original = Path.read_text
+    read: set[str] = set()
+    for name in ("read_text", "read_bytes"):
+        original = getattr(Path, name)
 
-    def spy(path: Path, *args: Any, **kwargs: Any) -> str:
-        read.append(path.name)
-        return original(path, *args, **kwargs)
+        def spy(path: Path, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            read.add(path.name)
+            return original(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "read_text", spy)
+        monkeypatch.setattr(Path, name, spy)
     profiles.load_model("Mixtral-8x7B")
-    assert read == ["mixtral-8x7b.yaml"]
+    assert {name for name in read if name.endswith(".yaml")} == {"mixtral-8x7b.yaml"}
+
+
+def test_every_shipped_profile_is_the_same_when_read_from_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices, engines = profiles.list_devices(), profiles.list_engines()
+    names = [("model", name) for name in profiles.list_models()[:8]]
+    names += [("device", name) for name in devices] + [("engine", name) for name in engines]
+    load = {"model": profiles.load_model, "device": profiles.load_device, "engine": profiles.load_engine}
+    monkeypatch.setenv("TENSORCAST_CACHE", "off")
+    fresh = [load[kind](name) for kind, name in names]
+    monkeypatch.setenv("TENSORCAST_CACHE", str(tmp_path))
+    first, again = ([load[kind](name) for kind, name in names] for _ in range(2))
+    assert fresh == first == again and len(list((tmp_path / "profiles").iterdir())) == len(names)
+    for kept in (tmp_path / "profiles").iterdir():  # damaged
+        kept.write_text("{")
+    assert [load[kind](name) for kind, name in names] == fresh
+
+
+def test_a_changed_file_is_read_anew(user: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORCAST_CACHE", str(tmp_path / "cache"))
+    text, file = DEVICE.format(name="mine", alias="my"), tmp_path / "mine.yaml"
+    for description in ("first", "second"):
+        file.write_text(text.replace("a device for tests", description), encoding="utf-8")
+        assert [profiles.load_device(file).description for _ in range(2)] == [description] * 2
+    file.write_text("name: mine\n", encoding="utf-8")
+    with pytest.raises(InputError, match="this field is missing"):
+        profiles.load_device(file)
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -1,8 +1,10 @@
 """The command line: arguments in, one call, report out. Nothing heavy is imported before a command needs it."""
 
-from tensorcast.cli.app import app, main
+from tensorcast.cli.app import MODULES, app, main
 
-# each registers its commands, in the order of --help
-from tensorcast.cli import simulate, compare, explain, predict, launch, validate, calibrate, catalog  # isort: skip
+__all__ = ["app", "main"]
 
-__all__ = ["app", "calibrate", "catalog", "compare", "explain", "launch", "main", "predict", "simulate", "validate"]
+for _name in ("simulate", "compare", "explain", "predict", "launch", "validate", "calibrate"):
+    MODULES[_name] = f"tensorcast.cli.{_name}"
+for _name in ("models", "devices", "engines"):
+    MODULES[_name] = "tensorcast.cli.catalog"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -31,8 +32,41 @@ tensorcast simulate deepseek-v3 -d h200 -n 32 --dp 32 --ep 32 --batch 128
 tensorcast simulate --help"""
 
 
+MODULES: dict[str, str] = {}
+"""Modules of the commands, by name in the order of ``--help``; :mod:`tensorcast.cli` fills it."""
+
+_alone: dict[str, typer.Typer] = {}
+Function = TypeVar("Function", bound=Callable[..., None])
+
+
+def command(epilog: str | None = None) -> Callable[[Function], Function]:
+    """Make a function a command of its name; its docstring and ``epilog`` are in its ``--help``."""
+
+    def made(function: Function) -> Function:
+        own = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+        own.command(epilog=epilog)(function)
+        _alone[function.__name__] = own
+        return function
+
+    return made
+
+
 class _Commands(TyperGroup):
-    """Bad input: one line on stderr, exit code 2. Ctrl-C: one line, 130. Anything else is a bug: a traceback."""
+    """Bad input: one line on stderr, exit code 2. Ctrl-C: one line, 130. Anything else is a bug: a traceback.
+
+    A command's module is imported, and its parameters are read, when the command is asked for.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for name in MODULES if self.get_command(ctx, name)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in MODULES:
+            self.list_commands(ctx)  # among these typer looks for one of a similar name
+        elif cmd_name not in self.commands:
+            importlib.import_module(MODULES[cmd_name])
+            self.commands[cmd_name] = typer.main.get_command(_alone[cmd_name])
+        return self.commands.get(cmd_name)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args:  # shows --help
@@ -84,6 +118,8 @@ def main() -> None:
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     signal.signal(signal.SIGTERM, _terminated)
+    # pydantic looks through every installed package for plugins; no command has a use for one
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         app(prog_name="tensorcast")
     except BrokenPipeError:
@@ -116,6 +152,7 @@ def _version(asked: bool) -> None:
 
 
 DEPLOYMENT, WORK, CHOICES, OUTPUT = "Deployment", "One step", "Engine and numerics", "Output"
+LOAD, SEARCH = "Load and limits", "What is searched"
 """Panels of `--help`."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone, units in the names.")]

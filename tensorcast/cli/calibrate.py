@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tensorcast.cli.app import OUTPUT, AsJson, app
+from tensorcast.cli.app import OUTPUT, AsJson, command
 from tensorcast.errors import InputError
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -23,7 +23,7 @@ tensorcast simulate qwen3-30b-a3b -d cpu.yaml --engine eager --allow-oversize
 tensorcast calibrate -d h200 --from silicon --write my-profiles"""
 
 
-@app.command(epilog=EXAMPLES)
+@command(epilog=EXAMPLES)
 def calibrate(
     origin: Annotated[str, typer.Option(
         "--from", metavar="FILE|DIR|silicon", show_default=False,

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tensorcast.cli.app import AsJson, app, console
+from tensorcast.cli.app import AsJson, command, console
 from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-@app.command()
+@command()
 def models(as_json: AsJson = False) -> None:
     """Models that are there, with sizes and source."""
     from tensorcast.profiles.store import list_models, load_model
@@ -23,7 +23,7 @@ def models(as_json: AsJson = False) -> None:
     _catalog(list_models(), lambda name: catalog.model_record(load_model(name)), catalog.print_models, as_json)
 
 
-@app.command()
+@command()
 def devices(as_json: AsJson = False) -> None:
     """Devices that are there: memory, peaks, interconnect, and how well each is known."""
     from tensorcast.profiles.store import list_devices, load_device
@@ -32,7 +32,7 @@ def devices(as_json: AsJson = False) -> None:
     _catalog(list_devices(), lambda name: catalog.device_record(load_device(name)), catalog.print_devices, as_json)
 
 
-@app.command()
+@command()
 def engines(as_json: AsJson = False) -> None:
     """Serving engines that are there: what they fuse, capture and cost."""
     from tensorcast.profiles.store import list_engines, load_engine

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, AsJson, app, console, patience
-from tensorcast.cli.options import Engine, Model
-from tensorcast.cli.values import device_prices, duration, listed_names, read_layouts, split_names, whole_numbers
+from tensorcast.cli.app import DEPLOYMENT, LOAD, OUTPUT, SEARCH, AsJson, command, console, patience
+from tensorcast.cli.options import Engine, Model, deployment_options, searched_options
+from tensorcast.cli.values import device_prices, duration, listed_names, listed_options, read_layouts, whole_numbers
 
 if TYPE_CHECKING:
     from tensorcast.search.compare import Comparison
 
-
-LOAD, SEARCH = "Load and limits", "What is searched"
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -48,7 +46,16 @@ tensorcast compare deepseek-v3 -d h200 -n 16 --kv-dtype bf16,fp8 --mtp 0,1,2 --m
 tensorcast compare deepseek-v3 -d h100,h200,b200 -n 16,32,64,128 --executor dask:tcp://10.0.0.1:8786"""
 
 
-@app.command(epilog=EXAMPLES)
+@command(epilog=EXAMPLES)
+@searched_options(
+    kv_dtype=("bf16,fp8", "the model's"), mtp_depth=("N,...", "0"), all2all=("KIND,...", "the first two"),
+    dispatch=("SCHEME,...", "as the experts read them, and bf16"), combine=("SCHEME,...", "bf16"),
+    chunk_tokens=("N,...", "2048,8192,16384"), words={
+        "all2all": "allgather_reducescatter, deepep (its mode by phase), high_throughput, low_latency, direct, auto.",
+        "chunk_tokens": "Prompt tokens per step and rank.",
+    },
+)
+@deployment_options("quant", "routing", "placement", defaults={"routing": "uniform"})
 def compare(
     model: Model,
     device: Annotated[str, typer.Option(
@@ -95,34 +102,9 @@ def compare(
         "--form", metavar="NAME,...", help="One engine for both phases, pools of prefill and decode, or both.",
         rich_help_panel=SEARCH,
     )] = "aggregated,disaggregated",
-    kv_dtype: Annotated[str | None, typer.Option(
-        "--kv-dtype", metavar="bf16,fp8", help="KV cache.  [dim]\\[default: the model's][/dim]", show_default=False,
-        rich_help_panel=SEARCH,
-    )] = None,
-    mtp: Annotated[str | None, typer.Option(
-        "--mtp", metavar="N,...", help="Tokens drafted per step.  [dim]\\[default: 0][/dim]", show_default=False,
-        rich_help_panel=SEARCH,
-    )] = None,
     mtp_acceptance: Annotated[float, typer.Option(
         "--mtp-acceptance", min=0, max=1, help="Chance that a drafted token is accepted.", rich_help_panel=SEARCH,
     )] = 0.8,
-    all2all: Annotated[str | None, typer.Option(
-        "--all2all", metavar="KIND,...", show_default=False, rich_help_panel=SEARCH,
-        help="allgather_reducescatter, deepep (its mode by phase), high_throughput, low_latency, direct, auto.  "
-        "[dim]\\[default: the first two][/dim]",
-    )] = None,
-    dispatch: Annotated[str | None, typer.Option(
-        "--dispatch", metavar="SCHEME,...", show_default=False, rich_help_panel=SEARCH,
-        help="What tokens are sent in.  [dim]\\[default: as the experts read them, and bf16][/dim]",
-    )] = None,
-    combine: Annotated[str | None, typer.Option(
-        "--combine", metavar="SCHEME,...", show_default=False, rich_help_panel=SEARCH,
-        help="What results come back in, as in simulate.  [dim]\\[default: bf16][/dim]",
-    )] = None,
-    chunk_tokens: Annotated[str | None, typer.Option(
-        "--chunk-tokens", metavar="N,...", show_default=False, rich_help_panel=SEARCH,
-        help="Prompt tokens per step and rank.  [dim]\\[default: 2048,8192,16384][/dim]",
-    )] = None,
     full: Annotated[bool, typer.Option(
         "--full", help="Search every axis: KV dtypes and drafts, too.", rich_help_panel=SEARCH,
     )] = False,
@@ -130,17 +112,6 @@ def compare(
         "--any-engine", help="Also layouts and options that --engine cannot run.", rich_help_panel=SEARCH,
     )] = False,
     engine: Engine = "vllm",
-    quant: Annotated[str | None, typer.Option(
-        "--quant", metavar="SCHEME", help="Weights, as in simulate.  [dim]\\[default: as the model ships][/dim]",
-        show_default=False, rich_help_panel=CHOICES,
-    )] = None,
-    routing: Annotated[str, typer.Option(
-        "--routing", metavar="LAW", help="balanced, uniform, zipf:S, or a CSV of counts per expert.",
-        rich_help_panel=CHOICES,
-    )] = "uniform",
-    placement: Annotated[str, typer.Option(
-        "--placement", metavar="POLICY", help="linear, round_robin, or eplb.", rich_help_panel=CHOICES,
-    )] = "linear",
     top: Annotated[int, typer.Option("--top", min=0, help="Layouts to list.", rich_help_panel=OUTPUT)] = 12,
     out: Annotated[Path | None, typer.Option(
         "--out", metavar="DIR", show_default=False, rich_help_panel=OUTPUT,
@@ -153,6 +124,7 @@ def compare(
         "--executor", metavar="dask:ADDRESS", help="Spread devices and sizes over a Dask cluster.", show_default=False,
         rich_help_panel=SEARCH,
     )] = None,
+    **options: Any,
 ) -> None:
     """Compare every legal layout of MODEL for a load and its limits: the best, why, and what comes close."""
     from tensorcast.api import compare as run_comparison
@@ -169,12 +141,8 @@ def compare(
             layouts=read_layouts(layouts) if layouts else None,
             forms=listed_names("--form", form), request_rate=request_rate, prices=device_prices(price),
             prefix_cached=prefix_cached,
-            quant=quant, routing=routing, placement=placement, kv_dtype=split_names(kv_dtype) or None,
-            mtp_depth=whole_numbers("--mtp", mtp) if mtp else None, mtp_acceptance=mtp_acceptance,
-            all2all=split_names(all2all) or None, dispatch=split_names(dispatch) or None,
-            combine=split_names(combine) or None,
-            chunk_tokens=whole_numbers("--chunk-tokens", chunk_tokens) if chunk_tokens else None, full=full,
-            runnable_only=not any_engine, jobs=jobs, executor=executor,
+            mtp_acceptance=mtp_acceptance, full=full, runnable_only=not any_engine, jobs=jobs, executor=executor,
+            **listed_options(options),
         )
         written = _written(found, out)
     if as_json:

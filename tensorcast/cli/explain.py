@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tensorcast.cli.app import CHOICES, DEPLOYMENT, WORK, AsJson, app, console, patience
-from tensorcast.cli.options import (
-    Combine,
-    Device,
-    Dispatch,
-    DualBatchOverlap,
-    Engine,
-    ExternalSharedExperts,
-    Model,
-    MTPDepth,
-    Phase,
-    RedundantExperts,
-    SharedExpertTP,
-)
+from tensorcast.cli.app import DEPLOYMENT, WORK, AsJson, command, console, patience
+from tensorcast.cli.options import LAYOUT, Device, Engine, Model, Phase, deployment_options
 from tensorcast.errors import InputError
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -42,7 +30,12 @@ tensorcast explain deepseek-v3 -d h200 -n 32 -e sglang -l dp32-ep32 -v tp8-dp4-e
 --dual-batch-overlap"""
 
 
-@app.command(epilog=EXAMPLES)
+@command(epilog=EXAMPLES)
+@deployment_options(
+    "quant", "kv_dtype", "routing", "all2all", "dispatch", "combine", "redundant_experts", "shared_expert_tp",
+    "external_shared_experts", "dual_batch_overlap", "mtp_depth", defaults={"routing": "uniform"},
+    quant="Weights, as in simulate; this and what follows holds for B as far as it applies to it.",
+)
 def explain(
     model: Model,
     device: Device,
@@ -50,11 +43,11 @@ def explain(
         "--world-size", "-n", min=1, help="GPUs of either layout.", show_default=False, rich_help_panel=DEPLOYMENT,
     )],
     layout: Annotated[str, typer.Option(
-        "--layout", "-l", metavar="tpN-dpN-epN-ppN", help="The first, A; a size left out is 1.", show_default=False,
+        "--layout", "-l", metavar=LAYOUT, help="The first, A; a size left out is 1.", show_default=False,
         rich_help_panel=DEPLOYMENT,
     )],
     versus: Annotated[str, typer.Option(
-        "--versus", "-v", metavar="tpN-dpN-epN-ppN", help="The second, B.", show_default=False,
+        "--versus", "-v", metavar=LAYOUT, help="The second, B.", show_default=False,
         rich_help_panel=DEPLOYMENT,
     )],
     phase: Phase = "decode",
@@ -76,27 +69,8 @@ def explain(
         help="Tokens of a reply: decode is then priced halfway through, after input-len + output-len / 2 cached ones.",
     )] = None,
     engine: Engine = "vllm",
-    quant: Annotated[str | None, typer.Option(
-        "--quant", metavar="SCHEME", help="Weights, as in simulate.", show_default=False, rich_help_panel=CHOICES,
-    )] = None,
-    kv_dtype: Annotated[str | None, typer.Option(
-        "--kv-dtype", metavar="bf16|fp8", help="KV cache.", show_default=False, rich_help_panel=CHOICES,
-    )] = None,
-    routing: Annotated[str, typer.Option(
-        "--routing", metavar="LAW", help="balanced, uniform, zipf:S, or a CSV.", rich_help_panel=CHOICES,
-    )] = "uniform",
-    all2all: Annotated[str, typer.Option(
-        "--all2all", metavar="KIND", rich_help_panel=CHOICES,
-        help="As in simulate; this and what follows holds for B as far as it applies to it.",
-    )] = "auto",
-    dispatch: Dispatch = None,
-    combine: Combine = None,
-    redundant_experts: RedundantExperts = 0,
-    shared_expert_tp: SharedExpertTP = True,
-    external_shared_experts: ExternalSharedExperts = 0,
-    dual_batch_overlap: DualBatchOverlap = False,
-    mtp_depth: MTPDepth = 0,
     as_json: AsJson = False,
+    **options: Any,
 ) -> None:
     """Explain why layout A of MODEL is faster or slower than B, and what would help each."""
     from tensorcast.api import explain as run_explanation
@@ -109,11 +83,7 @@ def explain(
     with patience(model, "explaining two layouts of"):
         why = run_explanation(
             model, device=device, world_size=world_size, layout=layout, versus=versus, phase=phase, batch=batch,
-            context=context, input_len=input_len, engine=engine, quant=quant, kv_dtype=kv_dtype, routing=routing,
-            all2all=all2all, dispatch=dispatch, combine=combine, redundant_experts=redundant_experts,
-            shared_expert_tp=shared_expert_tp,
-            external_shared_experts=external_shared_experts, dual_batch_overlap=dual_batch_overlap,
-            mtp_depth=mtp_depth,
+            context=context, input_len=input_len, engine=engine, **options,
         )
     if as_json:
         from tensorcast.report.explain import explanation_record

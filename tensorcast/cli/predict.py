@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tensorcast.cli.app import OUTPUT, AsJson, app, console, patience
+from tensorcast.cli.app import OUTPUT, AsJson, command, console, patience
 from tensorcast.errors import InputError
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -27,7 +27,7 @@ tensorcast predict runs.csv --report errors.md
 tensorcast predict --columns"""
 
 
-@app.command(epilog=EXAMPLES)
+@command(epilog=EXAMPLES)
 def predict(
     runs: Annotated[Path | None, typer.Argument(help="CSV with one deployment per row.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(

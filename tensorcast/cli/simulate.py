@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, app, console, patience
-from tensorcast.cli.options import (
-    Combine,
-    Dispatch,
-    DualBatchOverlap,
-    ExternalSharedExperts,
-    KVDtype,
-    Model,
-    MTPDepth,
-    Phase,
-    SharedExpertTP,
-)
+from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, command, console, patience
+from tensorcast.cli.options import Model, Phase, deployment_options
+from tensorcast.deploy.options import OPTIONS
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -39,7 +30,8 @@ tensorcast simulate gpt-oss-120b -d h100 -n 2 --routing zipf:0.8 --out out
 tensorcast simulate ./my-model -d b200 --json | jq .step_s"""
 
 
-@app.command(epilog=EXAMPLES)
+@command(epilog=EXAMPLES)
+@deployment_options(*OPTIONS)
 def simulate(
     model: Model,
     device: Annotated[str, typer.Option(
@@ -80,50 +72,6 @@ def simulate(
         help="vllm, sglang, trtllm, eager (see [bold]tensorcast engines[/bold]) or a profile file.",
         rich_help_panel=CHOICES,
     )] = "vllm",
-    quant: Annotated[str | None, typer.Option(
-        "--quant", metavar="SCHEME",
-        help="Weights: bf16, fp8, fp8_block, int8, w4a16, w4a16_g32, mxfp4 or nvfp4, or apart as "
-        "linear=bf16,experts=mxfp4.  [dim]\\[default: as the model ships][/dim]",
-        show_default=False, rich_help_panel=CHOICES,
-    )] = None,
-    kv_dtype: KVDtype = None,
-    routing: Annotated[str, typer.Option(
-        "--routing", metavar="LAW", rich_help_panel=CHOICES,
-        help="How tokens fall on experts: balanced, uniform, zipf:S, or a CSV of counts per expert.",
-    )] = "balanced",
-    fusion: Annotated[str, typer.Option(
-        "--fusion", metavar="engine|none", help="Fuse kernels as the engine does, or not at all.",
-        rich_help_panel=CHOICES,
-    )] = "engine",
-    all2all: Annotated[str, typer.Option(
-        "--all2all", metavar="KIND",
-        help="How tokens reach their experts at dp > 1: allgather_reducescatter, high_throughput, low_latency, direct, "
-        "or auto, the engine's.",
-        rich_help_panel=CHOICES,
-    )] = "auto",
-    dispatch: Dispatch = None,
-    combine: Combine = None,
-    redundant_experts: Annotated[int, typer.Option(
-        "--redundant-experts", min=0, rich_help_panel=CHOICES,
-        help="Copies of experts in each MoE layer, over all expert-parallel groups.",
-    )] = 0,
-    placement: Annotated[str, typer.Option(
-        "--placement", metavar="POLICY", rich_help_panel=CHOICES,
-        help="Which group holds which experts: linear, round_robin, or eplb, balanced for --routing.",
-    )] = "linear",
-    experts_backend: Annotated[str, typer.Option(
-        "--experts-backend", metavar="NAME", rich_help_panel=CHOICES,
-        help="How expert matmuls run: grouped_mm, batched_mm, eager, contiguous, masked, or auto; by phase as "
-        "prefill=contiguous,decode=masked.",
-    )] = "auto",
-    shared_expert_tp: SharedExpertTP = True,
-    external_shared_experts: ExternalSharedExperts = 0,
-    dual_batch_overlap: DualBatchOverlap = False,
-    mtp_depth: MTPDepth = 0,
-    chunk_tokens: Annotated[int, typer.Option(
-        "--chunk-tokens", min=0, rich_help_panel=CHOICES,
-        help="Tokens that pass the experts at a time; 0 is all.",
-    )] = 0,
     allow_oversize: Annotated[bool, typer.Option(
         "--allow-oversize", help="Price a batch that does not fit into memory.", rich_help_panel=CHOICES,
     )] = False,
@@ -137,6 +85,7 @@ def simulate(
     as_json: Annotated[bool, typer.Option(
         "--json", help="Print JSON alone: totals and all ops, units in the names.", rich_help_panel=OUTPUT,
     )] = False,
+    **options: Any,
 ) -> None:
     """Simulate one step of MODEL: its time, its memory, and the ops that cost it."""
     from tensorcast.api import simulate as run_simulation
@@ -148,11 +97,7 @@ def simulate(
     with patience(model):
         run = run_simulation(
             model, device=device, world_size=world_size, tp=tp, dp=dp, ep=ep, pp=pp, phase=phase, batch=batch,
-            input_len=input_len, context=context, engine=engine, quant=quant, kv_dtype=kv_dtype, routing=routing,
-            fusion=fusion, all2all=all2all, dispatch=dispatch, combine=combine, redundant_experts=redundant_experts,
-            placement=placement, experts_backend=experts_backend, shared_expert_tp=shared_expert_tp,
-            external_shared_experts=external_shared_experts, dual_batch_overlap=dual_batch_overlap,
-            mtp_depth=mtp_depth, chunk_tokens=chunk_tokens, allow_oversize=allow_oversize,
+            input_len=input_len, context=context, engine=engine, allow_oversize=allow_oversize, **options,
         )
         written = write_report(run, out, top) if out is not None else []
     if as_json:

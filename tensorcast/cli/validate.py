@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, AsJson, app, console
+from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, AsJson, command, console
 from tensorcast.cli.options import Model
-from tensorcast.cli.values import numbers
+from tensorcast.cli.values import whole_numbers
 from tensorcast.errors import InputError
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -32,7 +32,7 @@ torchrun --nproc-per-node 8 -m tensorcast validate qwen3-30b-a3b -d h200 --ep 8 
 tensorcast calibrate -d cpu --from out/cpu/measurements.parquet --write cpu.yaml"""
 
 
-@app.command(epilog=EXAMPLES)
+@command(epilog=EXAMPLES)
 def validate(
     model: Model,
     device: Annotated[str, typer.Option(
@@ -104,11 +104,12 @@ def validate(
         raise InputError(f"--phase {phase!r}: must be prefill or decode")
     if out is not None:
         check_directory(out)
+    sizes = lambda flag, text: tuple(whole_numbers(flag, text, least=1)) if text is not None else ()  # noqa: E731
     say = _progress()
     profile, read_as = named_model(model)
     request = Request(
         profile, device_profile(device), load_engine(engine), tp=tp, dp=max(1, ep // tp), ep=ep, phase=phase,
-        batch=numbers("--batch", batch), input_len=numbers("--input-len", input_len), context=context, layers=layers,
+        batch=sizes("--batch", batch), input_len=sizes("--input-len", input_len), context=context, layers=layers,
         quant=quant, shrink=shrink, effort=effort, end_to_end=end_to_end, out=out, say=say,
     )
     result = run(request)

@@ -1,4 +1,4 @@
-"""Values."""
+"""Values that are typed as text: times, lists of names and numbers, prices, layouts."""
 
 from __future__ import annotations
 
@@ -37,13 +37,15 @@ def listed_names(flag: str, text: str) -> list[str]:
     return found
 
 
-def whole_numbers(flag: str, text: str) -> list[int]:
+def whole_numbers(flag: str, text: str, least: int | None = None) -> list[int]:
+    """``8`` or ``8,16,32`` as numbers. Raises :class:`InputError` on anything else, or a number under ``least``."""
     try:
         found = list(dict.fromkeys(int(part) for part in split_names(text)))
     except ValueError:
         found = []
-    if not found:
-        raise InputError(f"{flag} {text!r}: must be whole numbers, such as 8 or 8,16,32")
+    if not found or (least is not None and min(found) < least):
+        at_least = "" if least is None else f" of at least {least}"
+        raise InputError(f"{flag} {text!r}: must be whole numbers{at_least}, such as 8 or 8,16,32")
     return found
 
 
@@ -88,14 +90,9 @@ def read_layouts(path: Path) -> list[str]:
     return words
 
 
-def numbers(flag: str, text: str | None) -> tuple[int, ...]:
-    """``1,8,64`` as numbers. Raises :class:`InputError` on anything else."""
-    if text is None:
-        return ()
-    try:
-        found = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise InputError(f"{flag} {text!r}: give numbers of at least 1, as in 1,8,64")
-    return found
+def listed_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a comparison: those that take one value as they are, those that are searched as lists or None."""
+    numbers = {"mtp_depth": "--mtp", "chunk_tokens": "--chunk-tokens"}
+    listed = {name: split_names(options[name]) or None for name in ("kv_dtype", "all2all", "dispatch", "combine")}
+    counted = {name: whole_numbers(flag, options[name]) if options[name] else None for name, flag in numbers.items()}
+    return {**options, **listed, **counted}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tensorcast.errors import InputError
-from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.facts import ModelFacts
+
+if TYPE_CHECKING:
+    from tensorcast.profiles.device import DeviceProfile
 
 ALL2ALL = ("auto", "allgather_reducescatter", "high_throughput", "low_latency", "direct")
 """How tokens reach experts on other data-parallel ranks: gather everything; DeepEP's two modes; plain all-to-all."""

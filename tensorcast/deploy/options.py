@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypedDict
 
 from tensorcast.deploy.layout import Layout
-from tensorcast.errors import InputError
+from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.facts import ModelFacts
 
 EXCHANGES = ("high_throughput", "low_latency", "direct")
@@ -14,31 +15,170 @@ EXCHANGES = ("high_throughput", "low_latency", "direct")
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where options act: a layout of a model, the exchange that runs, and the phase."""
+
+    layout: Layout
+    facts: ModelFacts
+    all2all: str
+    phase: str
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of an option beside its type and default: metadata of its field in :class:`Options`.
+
+    ``help``, ``metavar``: for ``--help``; ``unasked`` says what ``None`` stands for. ``least``: of a number.
+    ``of_experts``: means nothing for a dense model, unless it is one of ``always``. ``idle``: why a choice changes no
+    time at a place, or empty.
+    """
+
+    help: str
+    metavar: str | None = None
+    unasked: str = ""
+    least: int | None = None
+    of_experts: bool = False
+    always: tuple[Any, ...] = ()
+    idle: Callable[[Place], str] = lambda at: ""
+
+
+def _about(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"about": About(help, **more)})
+
+
+def _nothing_travels(at: Place) -> str:
+    return "no tokens travel to other GPUs" if at.all2all == "none" else ""
+
+
+def _nothing_shared(at: Place) -> str:
+    if not at.facts.shared_experts:
+        return "there is no shared expert"
+    return "tp is 1" if at.layout.tp == 1 else ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Precision, kernels, exchange and expert placement; ``None`` and ``auto`` are what model and engine default to.
 
-    ``dispatch``, ``combine``: schemes that tokens travel to their experts and back in. ``shared_expert_tp``: shared
-    experts are cut over tp (else every tp rank holds them whole).
-    ``external_shared_experts``: expert-parallel ranks that hold only the shared expert. ``dual_batch_overlap``: two
-    half batches, one computing while the other communicates. ``mtp_depth``: tokens drafted per sequence and step.
-    ``chunk_tokens``: tokens that pass the experts at a time (0: all).
+    Each is declared here once: the command line, the Python API and the rules below are made of these fields.
     """
 
-    fusion: str = "engine"
-    quant: str | None = None
-    kv_dtype: str | None = None
-    routing: str = "balanced"
-    all2all: str = "auto"
-    dispatch: str | None = None
-    combine: str | None = None
-    redundant_experts: int = 0
-    placement: str = "linear"
-    experts_backend: str = "auto"
-    shared_expert_tp: bool = True
-    external_shared_experts: int = 0
-    dual_batch_overlap: bool = False
-    mtp_depth: int = 0
-    chunk_tokens: int = 0
+    quant: str | None = _about(
+        None, "Weights: bf16, fp8, fp8_block, int8, w4a16, w4a16_g32, mxfp4 or nvfp4, or apart as "
+        "linear=bf16,experts=mxfp4.", metavar="SCHEME", unasked="as the model ships",
+    )
+    kv_dtype: str | None = _about(None, "KV cache.", metavar="bf16|fp8", unasked="the model's")
+    routing: str = _about(
+        "balanced", "How tokens fall on experts: balanced, uniform, zipf:S, or a CSV of counts per expert.",
+        metavar="LAW", of_experts=True, always=("balanced", "uniform"),
+    )
+    fusion: str = _about("engine", "Fuse kernels as the engine does, or not at all.", metavar="engine|none")
+    all2all: str = _about(
+        "auto", "How tokens reach their experts at dp > 1: allgather_reducescatter, high_throughput, low_latency, "
+        "direct, or auto, the engine's.", metavar="KIND", of_experts=True, idle=_nothing_travels,
+    )
+    dispatch: str | None = _about(
+        None, "What tokens are sent in, such as bf16 or fp8_block.", metavar="SCHEME",
+        unasked="as the experts read them", of_experts=True, idle=_nothing_travels,
+    )
+    combine: str | None = _about(
+        None, "What results come back in, such as fp8_block, or logfmt10 at low_latency.", metavar="SCHEME",
+        unasked="bf16", of_experts=True, idle=_nothing_travels,
+    )
+    placement: str = _about(
+        "linear", "Which group holds which experts: linear, round_robin, or eplb, balanced for --routing.",
+        metavar="POLICY", of_experts=True, idle=lambda at: "experts are in one group" if at.layout.ep == 1 else "",
+    )
+    redundant_experts: int = _about(
+        0, "Copies of experts in each MoE layer, over all expert-parallel groups.", least=0, of_experts=True,
+        idle=lambda at: "copies in one group of experts only take memory" if at.layout.ep == 1 else "",
+    )
+    experts_backend: str = _about(
+        "auto", "How expert matmuls run: grouped_mm, batched_mm, eager, contiguous, masked, or auto; by phase as "
+        "prefill=contiguous,decode=masked.", metavar="NAME", of_experts=True,
+    )
+    shared_expert_tp: bool = _about(
+        True, "Cut shared experts over tp, or keep them whole on every GPU.", idle=_nothing_shared
+    )
+    external_shared_experts: int = _about(
+        0, "Expert-parallel groups that hold only the shared expert.", least=0, of_experts=True
+    )
+    dual_batch_overlap: bool = _about(
+        False, "Two half batches: one computes while the other exchanges tokens.", of_experts=True
+    )
+    mtp_depth: int = _about(
+        0, "Tokens drafted per sequence and step.", least=0,
+        idle=lambda at: "tokens are drafted in decode" if at.phase != "decode" else "",
+    )
+    chunk_tokens: int = _about(0, "Tokens that pass the experts at a time; 0 is all.", least=0, of_experts=True)
+
+
+class DeploymentOptions(TypedDict, total=False):
+    """The fields of :class:`Options` as keyword arguments, for type checkers."""
+
+    quant: str | None
+    kv_dtype: str | None
+    routing: str
+    fusion: str
+    all2all: str
+    dispatch: str | None
+    combine: str | None
+    placement: str
+    redundant_experts: int
+    experts_backend: str | Mapping[str, str]
+    shared_expert_tp: bool
+    external_shared_experts: int
+    dual_batch_overlap: bool
+    mtp_depth: int
+    chunk_tokens: int
+
+
+class SearchedOptions(TypedDict, total=False):
+    """Options of a comparison: one value for all candidates, or several of which the best is searched."""
+
+    quant: str | None
+    routing: str
+    placement: str
+    kv_dtype: Sequence[str] | None
+    mtp_depth: Sequence[int] | None
+    all2all: Sequence[str] | None
+    dispatch: Sequence[str] | None
+    combine: Sequence[str] | None
+    chunk_tokens: Sequence[int] | None
+
+
+OPTIONS: dict[str, Field[Any]] = {one.name: one for one in fields(Options)}
+
+
+def about(name: str) -> About:
+    """What is known of the option called ``name``."""
+    found: About = OPTIONS[name].metadata["about"]
+    return found
+
+
+def flag(name: str) -> str:
+    """``--mtp-depth`` for ``mtp_depth``; a switch that is on unasked has the flag that turns it off."""
+    off = "no-" if OPTIONS[name].default is True else ""
+    return f"--{off}{name.replace('_', '-')}"
+
+
+def options_of(given: Mapping[str, Any]) -> Options:
+    """Options from keyword arguments. Raises :class:`InputError` with the nearest name for one that there is not.
+
+    ``experts_backend`` may be a mapping by phase or sub-config; the empty key is all others.
+    """
+    for name in given:
+        if name not in OPTIONS:
+            raise unknown_name("option", name, OPTIONS)
+    backend = given.get("experts_backend", "auto")
+    if not isinstance(backend, str):
+        given = {**given, "experts_backend": ",".join(f"{key}={name}" for key, name in backend.items())}
+    return Options(**given)
+
+
+def _chosen(options: Options, name: str) -> bool:
+    value: Any = getattr(options, name)
+    return value != OPTIONS[name].default and value not in about(name).always
 
 
 @dataclass(frozen=True)
@@ -50,29 +190,20 @@ class OptionRule:
 
 
 def _numbers(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
-    for flag in ("redundant_experts", "external_shared_experts", "mtp_depth", "chunk_tokens"):
-        if getattr(o, flag) < 0:
-            return f"--{flag.replace('_', '-')} {getattr(o, flag)} must be at least 0"
+    for name in OPTIONS:
+        least, value = about(name).least, getattr(o, name)
+        if least is not None and value < least:
+            return f"{flag(name)} {value} must be at least {least}"
     if o.fusion not in ("engine", "none"):
         return f"--fusion {o.fusion!r}: must be engine or none"
     return ""
 
 
 def _experts(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
-    asked = {
-        "--routing": o.routing not in ("balanced", "uniform"),  # the defaults, of a step and of a comparison
-        "--all2all": o.all2all != "auto",
-        "--dispatch": o.dispatch is not None,
-        "--combine": o.combine is not None,
-        "--redundant-experts": o.redundant_experts > 0,
-        "--placement": o.placement != "linear",
-        "--experts-backend": o.experts_backend != "auto",
-        "--chunk-tokens": o.chunk_tokens > 0,
-        "--external-shared-experts": o.external_shared_experts > 0,
-        "--dual-batch-overlap": o.dual_batch_overlap,
-    }
-    flags = [flag for flag, given in asked.items() if given]
-    if facts.num_experts or not flags:
+    if facts.num_experts:
+        return ""
+    flags = [flag(name) for name in OPTIONS if about(name).of_experts and _chosen(o, name)]
+    if not flags:
         return ""
     return f"the model has no experts: {' and '.join(flags)} {'does' if len(flags) == 1 else 'do'} not apply"
 
@@ -141,22 +272,9 @@ def idle_options(
     options: Options, layout: Layout, facts: ModelFacts, all2all: str, phase: str
 ) -> dict[str, str]:
     """Options that were chosen and change no time here, with the reason. Arguments: as for the rules."""
-    stays = "no tokens travel to other GPUs"
-    whole = "tp is 1" if facts.shared_experts else "there is no shared expert"
-    cases = {
-        "--all2all": (options.all2all != "auto" and all2all == "none", stays),
-        "--dispatch": (options.dispatch is not None and all2all == "none", stays),
-        "--combine": (options.combine is not None and all2all == "none", stays),
-        "--placement": (options.placement != "linear" and layout.ep == 1, "experts are in one group"),
-        "--redundant-experts": (
-            options.redundant_experts > 0 and layout.ep == 1, "copies in one group of experts only take memory",
-        ),
-        "--no-shared-expert-tp": (
-            not options.shared_expert_tp and (layout.tp == 1 or not facts.shared_experts), whole,
-        ),
-        "--mtp-depth": (options.mtp_depth > 0 and phase != "decode", "tokens are drafted in decode"),
-    }
-    return {flag: why for flag, (idle, why) in cases.items() if idle}
+    at = Place(layout, facts, all2all, phase)
+    idle = {flag(name): about(name).idle(at) for name in OPTIONS if _chosen(options, name)}
+    return {name: why for name, why in idle.items() if why}
 
 
 def idle_note(idle: dict[str, str]) -> str:

@@ -23,7 +23,7 @@ Number = Annotated[float, BeforeValidator(_number)]
 class Frozen(BaseModel):
     """Base of every profile object: immutable, and a misspelt field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Figure(Frozen):

@@ -1,8 +1,8 @@
 """Finding profile files by name, alias, Hugging Face id or path, and reading them into checked objects.
 
 Folders searched, first match wins: the user's (``TENSORCAST_PROFILES``), then the shipped ones. Each holds ``models/``,
-``devices/`` and ``engines/`` with one ``NAME.yaml`` per profile. Nothing heavy is imported before a file is read, and
-nothing is cached: every call returns a fresh object, so a caller cannot spoil another's.
+``devices/`` and ``engines/`` with one ``NAME.yaml`` per profile. Nothing heavy is imported before a file is read. Every
+call returns a fresh object, so a caller cannot spoil another's; what the YAML said is kept on disk, beside the traces.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tensorcast.errors import InputError, unknown_name
+from tensorcast.profiles.kept import keep, kept_file, read_kept
 
 if TYPE_CHECKING:
     from tensorcast.profiles.device import DeviceProfile
@@ -133,7 +134,7 @@ def _find(kind: str, text: str) -> Path | None:
             return path
     # Names failed: read the heads of all files, folder by folder, so that the user's aliases come first.
     for root in dict.fromkeys(path.parent for path in files):
-        found = [path for path in files if path.parent == root and wanted in _aliases(path)]
+        found = [path for path in files if path.parent == root and wanted in _aliases(path, wanted)]
         if len(found) > 1:
             owners = " and ".join(path.name for path in found)
             raise InputError(f"{kind} alias {text!r} is claimed by {owners} in {root}: it must name one")
@@ -169,12 +170,14 @@ def _names(kind: str) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _files(kind)))
 
 
-def _aliases(path: Path) -> set[str]:
-    """Case-folded aliases and Hugging Face id of a profile, from its first lines alone. Empty if unreadable."""
+def _aliases(path: Path, wanted: str) -> set[str]:
+    """Case-folded aliases and Hugging Face id of a profile, from its first lines alone. Empty if unreadable, or if
+    ``wanted`` is nowhere among those lines."""
     import yaml
 
     try:
-        head = yaml.load("\n".join(_HEAD.findall(path.read_text(encoding="utf-8"))), Loader=_loader())
+        lines = "\n".join(_HEAD.findall(path.read_text(encoding="utf-8")))
+        head = yaml.load(lines, Loader=_loader()) if wanted in lines.casefold() else {}
     except (OSError, ValueError, yaml.YAMLError):
         return set()  # whoever asks for this profile by name is told what is wrong with it
     head = head if isinstance(head, dict) else {}
@@ -187,18 +190,27 @@ def _aliases(path: Path) -> set[str]:
 
 
 def _read(path: Path, kind: type[ProfileT]) -> ProfileT:
-    content = _load_yaml(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a profile is a mapping of fields, this is a {type(content).__name__}")
-    if isinstance(named := content.get("model"), str) and ".py:" in named:  # a file beside the profile
-        content["model"] = str(path.resolve().parent / Path(named).expanduser())
-    profile = _validated(path, kind, content)
+    kept = kept_file(path, Path(__file__))
+    profile = read_kept(kept, kind)
+    if profile is None:
+        content = _content(path)
+        profile = _validated(path, kind, content)
+        keep(kept, profile, content)
     name = getattr(profile, "name", path.stem)
     in_store = any(path.parent.parent == root for root in profile_roots())
     if in_store and name != path.stem:
         # Files are found by their stem, so a different name inside would be unreachable.
         raise InputError(f"{path}: name: {name!r} must equal the file's name, {path.stem!r}")
     return profile
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content = _load_yaml(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a profile is a mapping of fields, this is a {type(content).__name__}")
+    if isinstance(named := content.get("model"), str) and ".py:" in named:  # a file beside the profile
+        content["model"] = str(path.resolve().parent / Path(named).expanduser())
+    return content
 
 
 def _load_yaml(path: Path) -> Any:

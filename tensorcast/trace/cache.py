@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
+import importlib.util
 import json
 from functools import cache
 from pathlib import Path
@@ -26,9 +26,10 @@ def _code_version() -> str:
     sources = (file for part in ("ops", "modeling", "trace") for file in sorted((root / part).rglob("*.py")))
     for file in (*stated, *sources):
         digest.update(file.read_bytes())
-    for package in ("torch", "transformers"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            digest.update(importlib.metadata.version(package).encode())
+    for package, version in (("torch", "version.py"), ("transformers", "__init__.py")):  # the files with their versions
+        found = importlib.util.find_spec(package)  # does not import it
+        with contextlib.suppress(OSError):
+            digest.update((Path(found.origin).parent / version).read_bytes() if found and found.origin else b"")
     return digest.hexdigest()
 
 

@@ -45,11 +45,11 @@ def inside(model: str, device: str, gpus: int) -> tuple[int, int, float, float]:
     from tensorcast.search.search_task import SearchTask
     from tensorcast.search.space import space
     from tensorcast.search.variant_prices import VariantPrices
-    from tensorcast.serving.load import Load
+    from tensorcast.serving.traffic import Traffic
 
     task = SearchTask(
         model=load_model(model), device=load_device(device), engine=load_engine("vllm"), gpus=gpus,
-        load=Load(4096, 1024, 1), ttft_s=2.0, tpot_s=0.05, axes=EVERY_AXIS, runnable_only=False,
+        load=Traffic(4096, 1024, 1), ttft_s=2.0, tpot_s=0.05, axes=EVERY_AXIS, runnable_only=False,
     )  # fmt: skip
     tried = space(task, Counter())
     VariantPrices(task.scenario, tried, task.axes.chunk_tokens)  # every table is read and fused

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from one_deployment import OnePrefill, aggregated, disaggregated
 from typer.testing import CliRunner
 
 import tensorcast as tc
@@ -37,9 +38,7 @@ from tensorcast.search.pareto import alike, pareto
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import space
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.serving.curves import PrefillLine
-from tensorcast.serving.load import Load
-from tensorcast.serving.steady_state import aggregated, disaggregated
+from tensorcast.serving.traffic import Traffic
 
 QWEN: dict[str, Any] = {"device": "h100", "world_size": 8, "input_len": 2048, "output_len": 256}
 LIMITED: dict[str, Any] = {**QWEN, "ttft_s": 1.0, "tpot_s": 0.03}
@@ -57,7 +56,7 @@ def shop() -> VariantPrices:
 
     task = SearchTask(
         model=load_model("deepseek-v3"), device=load_device("h200"), engine=load_engine("sglang"), gpus=16,
-        load=Load(3000, 500, 1), axes=FULL, base=Options(routing="zipf:0.4"), runnable_only=False,
+        load=Traffic(3000, 500, 1), axes=FULL, base=Options(routing="zipf:0.4"), runnable_only=False,
     )  # fmt: skip
     return VariantPrices(task.scenario, space(task, Counter()), (2048, 8192))
 
@@ -298,7 +297,7 @@ def test_what_overlap_hides_is_not_saved_again_where_ranks_idle(kind: str) -> No
     one = deploy(
         load_model("deepseek-v3"), load_device("h200"), load_engine("vllm"), Layout(32, 1, 32, 32), "prefill", options
     )
-    line = PrefillLine(one, 2048, 0, 2048)
+    line = OnePrefill.of(one, Traffic(2048, 1, 1), 2048)
     price = one.step.price(1.0, 2048.0, 0.0)
     own = sum(
         float(n) * float(row.seconds) for row, n in zip(price.rows, price.counts, strict=True)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from one_deployment import disaggregated
 
 import tensorcast as tc
 from tensorcast.cost.memory import cache_budget
@@ -20,7 +21,6 @@ from tensorcast.deploy.options import Options
 from tensorcast.profiles.memory import MIB
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.serving.capacity import decode_budget, room
-from tensorcast.serving.steady_state import disaggregated
 
 SGLANG, VLLM, TRTLLM = (load_engine(name) for name in ("sglang", "vllm", "trtllm"))
 MLA, GQA = load_model("deepseek-v3").config, load_model("qwen3-235b-a22b").config

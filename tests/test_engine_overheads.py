@@ -252,7 +252,7 @@ def table_of_errors(kind: str, seed: int, rows: int = 160) -> pd.DataFrame:
     draw = np.random.default_rng(seed)
     frame = pd.DataFrame({
         "model": draw.choice(["llama-3.1-8b", "qwen3-30b-a3b"], rows), "device": "h100", "engine": "vllm",
-        "mode": "agg", "layout": draw.choice(["tp1", "tp2"], rows), "isl": draw.choice(["512", "2048"], rows),
+        "mode": "aggregated", "layout": draw.choice(["tp1", "tp2"], rows), "isl": draw.choice(["512", "2048"], rows),
         "osl": "256", "concurrency": draw.integers(1, 200, rows), "assumed": "", "step_error": 0.02,
         "tpot_s": np.exp(draw.uniform(np.log(2e-3), np.log(0.1), rows)),
     })  # fmt: skip

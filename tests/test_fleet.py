@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from one_deployment import OneCurve, OnePrefill
 
 from tensorcast.deploy.layout import stage_layers
 from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, stages_of, stages_of_each
@@ -17,14 +18,14 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import space
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.capacity import decode_budget, room, sequence_bytes, sequences_that_fit
-from tensorcast.serving.curves import LINE, DecodeCurve, PrefillLine
-from tensorcast.serving.load import Load
+from tensorcast.serving.prefill_costs import cut_prompts
+from tensorcast.serving.traffic import Traffic
 
 
 @pytest.mark.parametrize(("model", "engine"), [("deepseek-v3", "vllm"), ("qwen3-32b", "sglang")])
 def test_curves_lines_and_room_are_those_of_each_deployment_alone(model: str, engine: str) -> None:
     """Every exchange, KV dtype, drafting depth, overlap and number of pipeline stages; engines' captured prefill."""
-    load = Load(3000, 500, 1)
+    load = Traffic(3000, 500, 1)
     task = SearchTask(
         model=load_model(model), device=load_device("h200"), engine=load_engine(engine), gpus=16, load=load, axes=FULL,
         runnable_only=False,
@@ -35,7 +36,7 @@ def test_curves_lines_and_room_are_those_of_each_deployment_alone(model: str, en
     assert {shop.variants[i].layout.pp for i in some} >= {1, 2, 4}
     for i in some:
         decode, prefill = shop.deployment(i, "decode"), shop.deployment(i, "prefill")
-        curve = DecodeCurve(decode, load.context, float(shop.grid[-1]), float(shop.grid[0]))
+        curve = OneCurve(decode, float(load.context), float(shop.grid[-1]), float(shop.grid[0]))
         assert np.isin(shop.grid, curve.batch).all()
         for name in curve.columns:
             # what cancels is compared with what it is a part of
@@ -46,14 +47,14 @@ def test_curves_lines_and_room_are_those_of_each_deployment_alone(model: str, en
         each = sequence_bytes(decode, load.input_len, 500)
         assert shop.room_decode[i] == room(decode, budget, each + buffers)
         for chunk in shop.chunks:
-            line = PrefillLine(prefill, load.new, 0, chunk)
-            for name in LINE:
-                found = shop.prompts[chunk].columns[name][i]
+            line = OnePrefill.of(prefill, load, chunk)
+            for name in ("per_step", "fixed_s", "prompt_s", "token_s", "expert_s", "step_s", "error"):
+                found = getattr(shop.prompts[chunk], name)[i]
                 assert found == pytest.approx(getattr(line, name), rel=1e-12, abs=1e-12 * float(line.step_s)), (name, i)
             for kind, share in line.evidence.items():
-                assert shop.prompts[chunk].columns[kind][i] == pytest.approx(float(share), abs=1e-12)
-            fits = sequences_that_fit(prefill, decode, line, load.input_len, 500)
-            assert shop.prompts[chunk].fits[i] == fits
+                assert shop.prompts[chunk].evidence[kind][i] == pytest.approx(float(share), abs=1e-12)
+            fits = sequences_that_fit(prefill, decode, cut_prompts(load, chunk), load.input_len, 500)
+            assert shop.fits[chunk][i] == fits
 
 
 KINDS = st.lists(st.integers(0, 2), min_size=4, max_size=20)

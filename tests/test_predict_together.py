@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from one_deployment import One, aggregated, disaggregated
 
 from tensorcast.cost.kernels.corrections import BatchedCorrections, corrections_for
 from tensorcast.deploy.deployment import deploy
@@ -19,8 +20,7 @@ from tensorcast.predict.predict import predict
 from tensorcast.predict.run_columns import Run, read_run
 from tensorcast.predict.serve_runs import serve
 from tensorcast.profiles.store import load_device, load_engine, load_model
-from tensorcast.serving.load import Load, Served
-from tensorcast.serving.steady_state import aggregated, disaggregated
+from tensorcast.serving.traffic import Traffic
 
 ROWS = 60
 LAYOUTS = {
@@ -52,22 +52,22 @@ def some_row(dice: random.Random) -> dict[str, Any]:
     return {**row, "mode": "disagg", **pools, **layout(dice, model, "prefill_"), **layout(dice, model, "decode_")}
 
 
-def alone(run: Run) -> Served:
+def alone(run: Run) -> One:
     """The run by the functions that serve one load."""
     mean = (1 + run.length_ratio) / 2
     engine = load_engine(run.engine)
-    profiles = load_model(run.model), load_device(run.device), engine if run.mode == "agg" else engine.in_pools()
-    load = Load(
-        max(1, round(run.isl * mean)), max(1, round(run.osl * mean)), np.array([run.concurrency / run.replicas]),
+    profiles = load_model(run.model), load_device(run.device), engine if run.mode == "aggregated" else engine.in_pools()
+    traffic = Traffic(
+        max(1, round(run.isl * mean)), max(1, round(run.osl * mean)), run.concurrency / run.replicas,
         run.prefix_cached, run.mtp_acceptance, (1 - run.length_ratio) / (1 + run.length_ratio), run.rounds,
         run.wait_steps,
     )  # fmt: skip
     decode = deploy(*profiles, run.decode, "decode", run.options)
     plain = Options(**{**vars(run.options), "mtp_depth": 0})
     prefill = deploy(*profiles, run.prefill, "prefill", plain)
-    if run.mode == "agg":
-        return aggregated(prefill, decode, load, run.chunk_tokens)
-    return disaggregated(prefill, decode, *run.workers, load)
+    if run.mode == "aggregated":
+        return aggregated(prefill, decode, traffic, run.chunk_tokens)
+    return disaggregated(prefill, decode, *run.workers, traffic)
 
 
 def test_together_as_alone() -> None:
@@ -77,7 +77,7 @@ def test_together_as_alone() -> None:
     problems = 0
     for run, served in zip(runs, serve(runs), strict=True):
         try:
-            one = alone(run).one(0)
+            one = alone(run)
         except InputError as error:
             assert served.problem == str(error)
             problems += 1

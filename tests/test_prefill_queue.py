@@ -5,15 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tensorcast.serving.curves import Line
+from tensorcast.serving.prefill_costs import PrefillCosts
 
 
-def line(per_step: float, fixed_s: float, prompt_s: float) -> Line:
+def line(per_step: float, fixed_s: float, prompt_s: float) -> PrefillCosts:
     """A worker whose steps take ``fixed_s`` and ``prompt_s`` per prompt; ``per_step`` ride together at most."""
-    tokens = 1000
-    found = Line(tokens, 0, int(tokens * per_step))
-    found.fixed_s, found.prompt_s = np.array(fixed_s), np.array(prompt_s)
-    return found
+    names = ("token_s", "expert_s", "step_s", "error")
+    given = {"per_step": np.array(per_step), "fixed_s": np.array(fixed_s), "prompt_s": np.array(prompt_s)}
+    return PrefillCosts(**given, **dict.fromkeys(names, np.array(0.0)), evidence={})
 
 
 def simulated(per_step: float, fixed_s: float, prompt_s: float, rate: float, prompts: int = 200_000) -> float:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from one_deployment import OnePrefill
 
 import tensorcast as tc
 from tensorcast.deploy.deployment import Deployment
@@ -22,10 +23,11 @@ from tensorcast.search.compare import Comparison
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import Variant, space
 from tensorcast.serving.capacity import sequences_that_fit
-from tensorcast.serving.curves import PrefillLine, decode_columns
+from tensorcast.serving.curves import decode_columns
 from tensorcast.serving.hand_over import hand_over_s
-from tensorcast.serving.load import Load
+from tensorcast.serving.prefill_costs import cut_prompts
 from tensorcast.serving.steady_state import Aggregated, Disaggregated
+from tensorcast.serving.traffic import Traffic
 
 
 class Exact:
@@ -41,24 +43,26 @@ class Exact:
 
 
 def served(
-    decode: Deployment, prefill: Deployment, load: Load, chunk: int, batch: Any, workers: tuple[int, int] | None
+    decode: Deployment, prefill: Deployment, load: Traffic, chunk: int, batch: Any, workers: tuple[int, int] | None
 ) -> tuple[Any, Any]:
     """(users, what they meet) at exact prices; ``workers`` (prefill, decode): of pools."""
-    line, curve = PrefillLine(prefill, load.new, load.prefix_cached, chunk), Exact(decode, load.context)
-    depth, engine, one = decode.options.mtp_depth, decode.engine, decode.layout
+    one = decode.layout
+    given: dict[str, Any] = {
+        "traffic": load, "engine": decode.engine, "depth": decode.options.mtp_depth,
+        "decoding": Exact(decode, float(load.context)), "prompts": OnePrefill.of(prefill, load, chunk),
+    }  # fmt: skip
     if workers is None:
-        form: Any = Aggregated(load, engine, one.dp, depth, curve, line)  # type: ignore[arg-type]
-        users = form.in_flight(batch)
+        model: Any = Aggregated(**given, decode_ranks=one.dp)
+        users = model.at(batch).concurrency
     else:
         x, y = workers
-        gpus = (prefill.layout.world_size + one.world_size) * (x + y) / 2
-        form = Disaggregated(
-            load, engine, y * one.dp, x * prefill.layout.dp, depth, hand_over_s(prefill, gpus, load.input_len),
-            curve, line,  # type: ignore[arg-type]
-        )  # fmt: skip
-        users = form.users(batch)
+        hand_over = hand_over_s(prefill, one.world_size, x + y, int(load.input_len))
+        model = Disaggregated(
+            **given, decode_ranks=y * one.dp, prefill_ranks=x * prefill.layout.dp, hand_over_s=hand_over
+        )
+        users = model.closed_loop(batch)
     with np.errstate(invalid="ignore", over="ignore"):
-        return users, form.served(batch, users)
+        return users, model.metrics(batch, users)
 
 
 QUESTIONS: list[dict[str, Any]] = [
@@ -135,18 +139,20 @@ def _alone(task: SearchTask, variant: Variant) -> float:
     load, scenario = task.load, task.scenario
     prefill = scenario.deployment(variant.layout, "prefill", variant.prefill)
     decode = scenario.deployment(variant.layout, "decode", variant.decode)
-    line = PrefillLine(prefill, load.new, 0, 2048)
-    batch = np.arange(1.0, min(sequences_that_fit(prefill, decode, line, load.input_len, load.output_len), 8192) + 1)
+    cut = cut_prompts(load, 2048)
+    fits = sequences_that_fit(prefill, decode, cut, load.input_len, load.output_len)
+    batch = np.arange(1.0, min(float(fits), 8192) + 1)
     return _most(task, *served(decode, prefill, load, 2048, batch, None), variant.layout.world_size)
 
 
 def _pooled(task: SearchTask, tried: list[Variant], variant: Variant) -> Iterator[float]:
     load, scenario = task.load, task.scenario.in_pools()
     decode = scenario.deployment(variant.layout, "decode", variant.decode)
-    batch = np.arange(1.0, min(sequences_that_fit(decode, decode, None, load.input_len, load.output_len), 8192) + 1)
+    fits = sequences_that_fit(decode, decode, None, load.input_len, load.output_len)
+    batch = np.arange(1.0, min(float(fits), 8192) + 1)
     for other in tried:
         prefill = scenario.deployment(other.layout, "prefill", other.prefill)
-        line = PrefillLine(prefill, load.new, 0, scenario.own_chunk)
+        line = OnePrefill.of(prefill, load, scenario.own_chunk)
         for x, y in itertools.product((1, 2, 3), repeat=2):
             size = x * other.layout.world_size + y * variant.layout.world_size
             if size <= task.gpus:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 from typing import Any
 
 import numpy as np
+import one_deployment
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.step.sizes import GRID
 from tensorcast.errors import InputError
 from tensorcast.profiles.store import load_device, load_engine, load_model
-from tensorcast.serving.hand_over import transfer_s
-from tensorcast.serving.load import Load
-from tensorcast.serving.steady_state import Aggregated, aggregated, disaggregated
+from tensorcast.serving.capacity import own_chunk, room_for, sequences_that_fit
+from tensorcast.serving.curves import DecodeCurve, decode_columns
+from tensorcast.serving.hand_over import hand_over_s
+from tensorcast.serving.prefill_costs import cut_prompts, prefill_columns, prefill_costs
+from tensorcast.serving.steady_state import Aggregated, Disaggregated
+from tensorcast.serving.traffic import ServingMetrics, Traffic
 
 PLAIN_S, PER_SEQUENCE_S, FIXED_S, PROMPT_S = 0.010, 0.00008, 0.004, 0.020
 
@@ -86,17 +92,17 @@ def model_of(users: int, output_len: int, spread: float, alone: bool) -> Any:
     engine = load_engine("vllm").model_copy(
         update={"prefill_alone": alone, "arrival_wait_steps": 1.0, "first_token_overhead_s": None, "fitted": None}
     )
-    load = Load(512, output_len + 1, float(users), spread=spread)
+    load = Traffic(512, output_len + 1, float(users), spread=spread)
     # the line of prompts holds the decoding rows' share of a mixed step; engines that keep apart pay it on top
     prompts = Prompts(FIXED_S if alone else FIXED_S + PLAIN_S + PER_SEQUENCE_S * users)
-    return Aggregated(load, engine, 1, 0, Decoding(), prompts)  # type: ignore[arg-type]
+    return Aggregated(
+        traffic=load, engine=engine, decode_ranks=1, depth=0, decoding=Decoding(), prompts=prompts,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def solved(one: Any, users: int) -> Any:
-    from tensorcast.serving.steady_state import steady_batch
-
-    batch = steady_batch(one.in_flight, np.array(float(users)), np.array(float(users)))
-    return one.served(batch, np.array(float(users)))
+    asked = np.array(float(users))
+    return one.metrics(one.steady_batch(asked, asked), asked)
 
 
 @pytest.mark.parametrize(("users", "output_len"), [(8, 100), (32, 100), (32, 400), (96, 300)])
@@ -148,76 +154,133 @@ def pair_of(model: str, layout: Layout, engine: str = "vllm", **options: Any) ->
     return made[0], made[1]
 
 
-def test_arrays_equal_scalars(pair: tuple[Deployment, Deployment]) -> None:
-    users = np.array([1.0, 7.0, 64.0, 5000.0])
-    together = aggregated(*pair, Load(700, 300, users))
-    pools = disaggregated(*pair, 2, 3, Load(700, 300, users))
-    for i, some in enumerate(users):
-        for whole, one in (
-            (together, aggregated(*pair, Load(700, 300, float(some)))),
-            (pools, disaggregated(*pair, 2, 3, Load(700, 300, float(some)))),
-        ):
-            for name in ("batch", "ttft_s", "tpot_s", "output_tokens_per_s", "tpot_error", "exposed_comm_s"):
-                assert getattr(whole, name)[i] == pytest.approx(getattr(one, name), rel=1e-6), name
-            assert isinstance(one.ttft_s, float) and one.problem == ""
+def served(
+    prefill: Deployment, decode: Deployment, traffic: Traffic, workers: tuple[int, int] | None = None,
+    chunk_tokens: int | None = None,
+) -> ServingMetrics:  # fmt: skip
+    """One deployment under every number of users of ``traffic``; ``workers`` (prefill, decode): as pools."""
+    users = np.atleast_1d(np.asarray(traffic.concurrency, dtype=float))
+    cut = cut_prompts(traffic, chunk_tokens or own_chunk(prefill))
+    price = prefill.step.price(np.array(cut.batches), cut.tokens, cut.past)
+    columns = {name: np.broadcast_to(v, (1, 3)) for name, v in prefill_columns(price, prefill).items()}
+    rows = np.zeros(len(users), dtype=int)
+    found = decode_columns(decode.step.price(GRID, 1.0, float(traffic.context)), decode)
+    ranks = decode.layout.dp * (workers[1] if workers else 1)
+    given: dict[str, Any] = {
+        "traffic": traffic, "engine": decode.engine, "decode_ranks": ranks, "depth": decode.options.mtp_depth,
+        "decoding": DecodeCurve(GRID, {name: np.broadcast_to(v, (1, len(GRID))) for name, v in found.items()}, rows),
+        "prompts": prefill_costs(columns, cut.tokens, cut.per_step).take(rows),
+    }  # fmt: skip
+    lengths = int(traffic.input_len), int(traffic.output_len)
+    fits = sequences_that_fit(prefill, decode, None if workers else cut, *lengths)
+    if workers is None:
+        model: Any = Aggregated(**given)
+    else:
+        hand_over = hand_over_s(prefill, decode.layout.world_size, sum(workers), lengths[0])
+        model = Disaggregated(**given, prefill_ranks=workers[0] * prefill.layout.dp, hand_over_s=hand_over)
+    found_metrics: ServingMetrics = model.metrics(model.steady_batch(np.minimum(users / ranks, fits), users), users)
+    return found_metrics
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    lengths=st.tuples(st.integers(1, 9000), st.integers(1, 3000)),
+    users=st.lists(st.floats(0.01, 1e5), min_size=1, max_size=4),
+    prefix=st.floats(0, 0.9), spread=st.floats(0, 1), rounds=st.sampled_from([1.0, 10.0, np.inf]),
+    wait=st.floats(0, 30), chunk=st.sampled_from([None, 512, 2048]), which=st.sampled_from(["vllm", "sglang", "moe"]),
+    workers=st.one_of(st.none(), st.tuples(st.integers(1, 3), st.integers(1, 3))),
+)  # fmt: skip
+def test_arrays_are_the_numbers_of_each_load_alone(
+    lengths: tuple[int, int], users: list[float], prefix: float, spread: float, rounds: float, wait: float,
+    chunk: int | None, which: str, workers: tuple[int, int] | None,
+) -> None:  # fmt: skip
+    """Against the scalar oracle: one engine and pools, prompts cut and whole, engines that mix prompts in or not."""
+    pair = some_pair(which)
+    rest: dict[str, Any] = {
+        "prefix_cached": int(prefix * lengths[0]), "spread": spread, "rounds": rounds, "wait_steps": wait,
+    }  # fmt: skip
+    with np.errstate(all="ignore"):
+        whole = served(*pair, Traffic(*lengths, np.array(users), **rest), workers, chunk)
+        for i, some in enumerate(users):
+            traffic = Traffic(*lengths, some, **rest)
+            one = (
+                one_deployment.aggregated(*pair, traffic, chunk) if workers is None
+                else one_deployment.disaggregated(*pair, *workers, traffic, chunk)
+            )  # fmt: skip
+            assert not one.problem
+            mine = whole.one(i)
+            for name in ("batch", "ttft_s", "tpot_s", "request_s", "output_tokens_per_s", "ttft_error", "tpot_error",
+                         "decode_step_s", "prefill_step_s", "exposed_comm_s", "hidden_comm_s"):
+                assert getattr(mine, name) == pytest.approx(getattr(one, name), rel=1e-9, abs=1e-12), name
+            assert mine.evidence == pytest.approx(one.evidence, abs=1e-9)
+
+
+@functools.cache
+def some_pair(which: str) -> tuple[Deployment, Deployment]:
+    if which == "moe":
+        return pair_of("qwen3-30b-a3b", Layout(4, 1, 4, 4), "sglang")
+    return pair_of("llama-3.1-8b", Layout(2, 2), which)
 
 
 def test_more_users_more_tokens_and_more_time(pair: tuple[Deployment, Deployment]) -> None:
-    for served in (
-        aggregated(*pair, Load(1000, 200, 2.0 ** np.arange(14))),
-        disaggregated(*pair, 1, 1, Load(1000, 200, 2.0 ** np.arange(14))),
-    ):
-        assert (np.diff(served.output_tokens_per_s) > -1e-6 * served.output_tokens_per_s[1:]).all()
-        assert (np.diff(served.request_s) > 0).all()
+    for workers in (None, (1, 1)):
+        found = served(*pair, Traffic(1000, 200, np.exp2(np.arange(14.0))), workers)
+        tokens = np.asarray(found.output_tokens_per_s)
+        assert (np.diff(tokens) > -1e-6 * tokens[1:]).all()
+        assert (np.diff(found.request_s) > 0).all()
 
 
 def test_a_full_cache_makes_requests_wait(pair: tuple[Deployment, Deployment]) -> None:
-    served = aggregated(*pair, Load(8000, 500, np.array([64.0, 4000.0, 8000.0])))
+    found = served(*pair, Traffic(8000, 500, np.array([64.0, 4000.0, 8000.0])))
     decode = pair[1]
     per_sequence = decode.memory(1, 1, 8249).kv_cache  # a reply is half done in the mean
     memory = decode.memory(1, 1, 8000)
     room = (memory.budget - memory.total + memory.kv_cache) / per_sequence
-    assert served.batch[1] == pytest.approx(room, rel=0.1) and served.batch[1] == served.batch[2]
+    batch, tokens, request = (np.asarray(v) for v in (found.batch, found.output_tokens_per_s, found.request_s))
+    assert batch[1] == pytest.approx(room, rel=0.1) and batch[1] == batch[2]
     # throughput stands still, so twice the users wait twice as long
-    assert served.output_tokens_per_s[1] == pytest.approx(served.output_tokens_per_s[2])
-    assert served.request_s[2] == pytest.approx(2 * served.request_s[1])
+    assert tokens[1] == pytest.approx(tokens[2])
+    assert request[2] == pytest.approx(2 * request[1])
 
 
 def test_a_model_that_does_not_fit_says_so() -> None:
-    served = aggregated(*pair_of("llama-3.1-70b", Layout(1)), Load(100, 100, np.array([1.0, 2.0])))
-    assert np.isnan(served.tpot_s).all() and all("does not fit" in problem for problem in served.problem)
+    prefill, decode = pair_of("llama-3.1-70b", Layout(1))
+    cut = cut_prompts(Traffic(100, 100, 1.0), 2048)
+    for pooled in (False, True):
+        fits, problem = room_for(prefill, decode, cut, Traffic(100, 100, 1.0), pooled)
+        assert fits < 1 and "does not fit: no room for one sequence of 100 tokens" in problem
 
 
 def test_step_without_other_users_is_the_decode_step(pair: tuple[Deployment, Deployment]) -> None:
-    served = aggregated(*pair, Load(512, 256, 1.0))
+    found = served(*pair, Traffic(512, 256, 1.0))
     alone = float(pair[1].step.seconds(1.0, 1.0, 512 + 128.0))
-    assert served.tpot_s == pytest.approx(alone, rel=0.02)
-    assert served.ttft_s >= float(pair[0].step.seconds(1.0, 512.0, 0.0))
+    assert found.tpot_s == pytest.approx(alone, rel=0.02)
+    assert found.ttft_s >= float(pair[0].step.seconds(1.0, 512.0, 0.0))
 
 
 def test_cached_prefix_and_smaller_chunks(pair: tuple[Deployment, Deployment]) -> None:
-    plain = aggregated(*pair, Load(6000, 200, 16.0))
-    cached = aggregated(*pair, Load(6000, 200, 16.0, prefix_cached=5000))
-    chunked = aggregated(*pair, Load(6000, 200, 16.0), chunk_tokens=512)
+    plain = served(*pair, Traffic(6000, 200, 16.0))
+    cached = served(*pair, Traffic(6000, 200, 16.0, prefix_cached=5000))
+    chunked = served(*pair, Traffic(6000, 200, 16.0), chunk_tokens=512)
     assert cached.ttft_s < plain.ttft_s and cached.tpot_s < plain.tpot_s
     assert chunked.ttft_s > plain.ttft_s
 
 
 @given(acceptance=st.floats(0.05, 0.95), depth=st.integers(0, 4))
 def test_drafted_tokens(acceptance: float, depth: int) -> None:
-    load = Load(10, 10, 1.0, mtp_acceptance=acceptance)
-    assert load.tokens_per_step(depth) == pytest.approx((1 - acceptance ** (depth + 1)) / (1 - acceptance))
+    traffic = Traffic(10, 10, 1.0, mtp_acceptance=acceptance)
+    assert 9 / traffic.decode_steps(depth) == pytest.approx((1 - acceptance ** (depth + 1)) / (1 - acceptance))
 
 
 def test_the_first_burst_counts_by_its_share(pair: tuple[Deployment, Deployment]) -> None:
-    endless, ten, five = (aggregated(*pair, Load(2000, 500, 64.0, rounds=n)).ttft_s for n in (np.inf, 10, 5))
+    endless, ten, five = (served(*pair, Traffic(2000, 500, 64.0, rounds=n)).ttft_s for n in (np.inf, 10, 5))
     assert five - endless == pytest.approx(2 * (ten - endless), rel=0.05) and ten > endless
 
 
 def test_hand_over_of_a_latent_cache() -> None:
     prefill, decode = pair_of("deepseek-v3", Layout(8, 8, 1, 8))
     device = load_device("h100")
-    seconds = transfer_s(prefill, decode, 4096, workers=2)
+    seconds = hand_over_s(prefill, decode.layout.world_size, 2, 4096)
     far = device.interconnect[-1]
     # DeepSeek-V3: 70,272 bytes per token in bf16
     expected = float(far.latency_s) + 4096 * 70272 / float(far.bandwidth_bytes_per_s)
@@ -237,11 +300,9 @@ def test_hand_over_of_a_latent_cache() -> None:
 )
 def test_bad_loads(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        Load(**{"input_len": 100, "output_len": 100, "concurrency": 1.0, **wrong})
+        Traffic(**{"input_len": 100, "output_len": 100, "concurrency": 1.0, **wrong})
 
 
-def test_bad_pools(pair: tuple[Deployment, Deployment]) -> None:
-    with pytest.raises(InputError, match="prefill_workers"):
-        disaggregated(*pair, 0, 1, Load(10, 10, 1.0))
-    with pytest.raises(InputError, match="chunk_tokens"):
-        aggregated(*pair, Load(10, 10, 1.0), chunk_tokens=-1)
+def test_a_step_takes_at_least_a_token() -> None:
+    with pytest.raises(InputError, match="chunk_tokens = -1: must be at least 1"):
+        cut_prompts(Traffic(10, 10, 1.0), -1)

@@ -93,7 +93,7 @@ def _described(rows: pd.DataFrame) -> pd.DataFrame:
     pairs = list(zip(rows["engine"], rows["device"], strict=True))
     profiles = {pair: (load_engine(pair[0]), load_device(pair[1].replace("_", "-")).name) for pair in set(pairs)}
     overheads = {pair: engine.overhead(device) for pair, (engine, device) in profiles.items()}
-    loads = {pair: engine.under_load(device) for pair, (engine, device) in profiles.items()}
+    loads = {pair: engine.prefill_slowdown(device) for pair, (engine, device) in profiles.items()}
     networks = {name: _network(name) for name in rows["model"].unique()}
     batch = rows["mean_batch"].to_numpy(dtype=float)
     beside = np.array([overheads[pair].seconds(one) for pair, one in zip(pairs, batch, strict=True)])

@@ -19,7 +19,7 @@ from tensorcast.predict.csv_table import read_table
 from tensorcast.predict.run_columns import MEASURED, Run, canonical_columns, is_empty, plain_number, read_run
 from tensorcast.predict.serve_runs import serve
 from tensorcast.serving.interval import served_interval
-from tensorcast.serving.load import Served
+from tensorcast.serving.traffic import ServingMetrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,7 +135,7 @@ def _serve(stretch: list[tuple[int, Run]]) -> list[dict[str, Any]]:
     return [_record(served, run) for served, run in zip(serve(runs), runs, strict=True)]
 
 
-def _record(served: Served, run: Run) -> dict[str, Any]:
+def _record(served: ServingMetrics, run: Run) -> dict[str, Any]:
     if served.problem:
         return {"problem": served.problem}
     values = {

@@ -35,7 +35,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "model": ("profile, alias, Hugging Face id or path", None, ("model_path", "model_name", "hf_id")),
     "device": ("profile or alias", None, ("system", "gpu", "hardware")),
     "engine": ("profile or alias", "vllm", ("backend", "framework")),
-    "mode": ("agg or disagg", "agg", ("form", "serving_mode")),
+    "mode": ("aggregated (agg) or disaggregated (disagg)", "aggregated", ("form", "serving_mode")),
     "isl": ("prompt tokens", 1024, ("input_len", "input_tokens", "input_length")),
     "osl": ("reply tokens", 1024, ("output_len", "output_tokens", "output_length")),
     "concurrency": ("requests in flight; default batch * dp * workers", None, ("conc", "max_concurrency")),
@@ -66,6 +66,9 @@ MEASURED = {
 }
 """Measured columns and their other names; a name that ends in ``_ms`` holds milliseconds."""
 
+MODES = {"agg": "aggregated", "disagg": "disaggregated", "pd": "disaggregated"}
+"""Short spellings of the modes of serving."""
+
 PER_DECODE_WORKER, DECODE_PER_PREFILL = 64, 2.5
 """Requests in flight per decode worker and decode workers per prefill worker where a row does not say: medians of the
 35 public disaggregated runs behind ``reports/serving.md`` that do (28 of them state the requests). They spread widely:
@@ -92,7 +95,7 @@ _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 _NOTHING = ("", "nan", "none", "null", "na", "n/a", "-")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One row, read: names of profiles, layouts, load, options, and what was assumed where the row says nothing."""
 
@@ -118,13 +121,13 @@ class Run:
 
     @property
     def gpus(self) -> int:
-        if self.mode == "agg":
+        if self.mode == "aggregated":
             return self.decode.world_size * self.replicas
         return self.workers[0] * self.prefill.world_size + self.workers[1] * self.decode.world_size
 
     @property
     def layout(self) -> str:
-        if self.mode == "agg":
+        if self.mode == "aggregated":
             return str(self.decode) + (f" x{self.replicas}" if self.replicas > 1 else "")
         return f"{self.workers[0]}x {self.prefill} + {self.workers[1]}x {self.decode}"
 
@@ -162,18 +165,19 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     """
     cells = _Cells({name: value for name, value in row.items() if not is_empty(value)})
     model, device, engine = cells.text("model"), cells.text("device"), cells.text("engine")
-    mode = {"aggregated": "agg", "disaggregated": "disagg", "pd": "disagg"}.get(m := cells.text("mode").lower(), m)
-    if mode not in ("agg", "disagg"):
-        raise InputError(f"mode {mode!r}: must be agg or disagg")
+    mode = MODES.get(m := cells.text("mode").lower(), m)
+    if mode not in MODES.values():
+        raise InputError(f"mode {mode!r}: must be aggregated (agg) or disaggregated (disagg)")
     named = understand(model)
     profile = named.profile.name if named.near else model
     if named.near and profile.casefold() != model.casefold():
         cells.assumed.append(f"model {profile}")
-    roles = ("", "") if mode == "agg" else ("prefill_", "decode_")
+    roles = ("", "") if mode == "aggregated" else ("prefill_", "decode_")
     record = "moe_ep_size" in stated and ("dp" in cells.cells or "prefill_dp" in cells.cells)
-    prefill, decode = (_layout(cells, role, named.profile.num_experts, record and mode == "agg") for role in roles)
+    twice = record and mode == "aggregated"
+    prefill, decode = (_layout(cells, role, named.profile.num_experts, twice) for role in roles)
     concurrency = cells.number("concurrency", None)
-    workers = (1, 1) if mode == "agg" else _workers(cells, concurrency)
+    workers = (1, 1) if mode == "aggregated" else _workers(cells, concurrency)
     if concurrency is None:
         batch = cells.number("batch", None, roles[1])
         concurrency = float((batch or 1) * decode.dp * workers[1])
@@ -199,16 +203,31 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         mtp_depth=cells.whole("mtp_depth", least=0),
     )
     return Run(
-        profile, device, engine, mode, isl, osl, concurrency, prefill, decode,
-        workers, cells.whole("replicas"), ratio, cells.number("rounds", 10.0), wait,
-        cells.whole("prefix_cached", least=0),
-        cells.number("mtp_acceptance", 0.8), None if chunk is None else int(chunk), options, tuple(cells.assumed),
-    )  # fmt: skip
+        model=profile,
+        device=device,
+        engine=engine,
+        mode=mode,
+        isl=isl,
+        osl=osl,
+        concurrency=concurrency,
+        prefill=prefill,
+        decode=decode,
+        workers=workers,
+        replicas=cells.whole("replicas"),
+        length_ratio=ratio,
+        rounds=cells.number("rounds", 10.0),
+        wait_steps=wait,
+        prefix_cached=cells.whole("prefix_cached", least=0),
+        mtp_acceptance=cells.number("mtp_acceptance", 0.8),
+        chunk_tokens=None if chunk is None else int(chunk),
+        options=options,
+        assumed=tuple(cells.assumed),
+    )
 
 
 def _wait_steps(device: str, mode: str, users: float) -> float:
     """Steps that the intervals of a record's SGLang add to a first token: half of each, in the mean."""
-    if mode != "agg":
+    if mode != "aggregated":
         return float(RECORD["pools_wait_steps"])
     receive, stream = RECORD["receive_interval"], RECORD["stream_interval"]
     if _architecture(device) == "hopper":

@@ -9,7 +9,7 @@ import numpy as np
 
 from tensorcast.errors import InputError
 from tensorcast.predict.predict import PREDICTED, bound
-from tensorcast.predict.run_columns import COLUMNS, canonical_columns
+from tensorcast.predict.run_columns import COLUMNS, MODES, canonical_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +65,7 @@ def named(table: pd.DataFrame) -> pd.DataFrame:
     for name in ("model", "device", "engine", "mode"):
         text = frame[name].astype(str).str.strip() if name in frame else pd.Series("", index=frame.index)
         frame[name] = text.replace("", COLUMNS[name][1] or "")
+    frame["mode"] = frame["mode"].str.lower().replace(MODES)
     for kind in ("", "measured_"):
         tokens = f"{kind}output_tokens_per_s"
         if tokens not in frame and {"measured_ttft_s", "measured_tpot_s", "isl", "osl", "concurrency"} <= set(frame):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,94 +20,97 @@ from tensorcast.errors import InputError
 from tensorcast.predict.run_columns import Run
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.serving.capacity import own_chunk, room_for
-from tensorcast.serving.curves import (
-    LINE,
-    CurvesAt,
-    Line,
-    PrefillLine,
-    decode_columns,
-    evidence_shares,
-    expert_seconds,
-    under_load,
-)
-from tensorcast.serving.hand_over import transfer_s
-from tensorcast.serving.load import Load, Served
-from tensorcast.serving.steady_state import Aggregated, Disaggregated, steady_batch, unserved
+from tensorcast.serving.curves import DecodeCurve, decode_columns
+from tensorcast.serving.hand_over import hand_over_s
+from tensorcast.serving.prefill_costs import PrefillCosts, PromptCut, cut_prompts, prefill_columns, prefill_costs
+from tensorcast.serving.steady_state import Aggregated, Disaggregated
+from tensorcast.serving.traffic import Array, ServingMetrics, Traffic
 
 AT_ONCE = 32
 """Lengths of one deployment that are priced in one call: their arrays stay in the processor's cache."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Row:
-    """A run on its way: what it deploys, and its curves once they are priced."""
+    """A run: what it deploys, what users send, and how prompts are cut."""
 
     run: Run
-    load: Load
+    traffic: Traffic
     prefill: Deployment
     decode: Deployment
-    line: Line
-    fits: float = 0.0
-    columns: tuple[dict[str, Any], int] = ({}, 0)
+    cut: PromptCut
 
     @property
-    def ranks(self) -> int:
+    def decode_ranks(self) -> int:
         """Data-parallel ranks that decode."""
         return self.run.workers[1] * self.decode.layout.dp
 
     @property
-    def lanes(self) -> int:
-        """Data-parallel ranks that prefill."""
-        return self.run.workers[0] * self.prefill.layout.dp
-
-    @property
     def largest(self) -> float:
         """Most sequences that may decode on a rank."""
-        return float(self.load.concurrency) / self.ranks
+        return float(self.traffic.concurrency) / self.decode_ranks
 
 
-def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = None) -> list[Served]:
+def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = None) -> list[ServingMetrics]:
     """What each of ``runs`` serves, per replica; a run that cannot be says why in ``problem``.
 
     ``engine``: the profile of an engine by its name; the shipped (or the user's) if not given.
     """
-    found: list[Served | None] = [None] * len(runs)
+    found: dict[int, ServingMetrics] = {}
     deployed = _Deployed(engine or _engine)
     rows: dict[int, _Row] = {}
+    fits: dict[int, float] = {}
     for i, run in enumerate(runs):
         try:
-            rows[i] = _row(run, deployed)
+            rows[i] = row = _row(run, deployed)
         except InputError as error:
-            found[i] = unserved(np.asarray(run.concurrency / run.replicas), str(error))
-    _price_prompts(list(rows.values()))
-    for i, row in list(rows.items()):
-        row.fits, problem = room_for(row.prefill, row.decode, row.line, row.load, row.run.mode != "agg")
+            found[i] = unserved(run.concurrency / run.replicas, str(error))
+            continue
+        room, problem = room_for(row.prefill, row.decode, row.cut, row.traffic, run.mode == "disaggregated")
+        fits[i] = float(room)
         if problem:
-            found[i] = unserved(np.asarray(rows.pop(i).load.concurrency), problem)
-    _price_decoding(list(rows.values()))
-    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+            found[i] = unserved(float(rows.pop(i).traffic.concurrency), problem)
+    alike: dict[tuple[str, str, bool], list[int]] = defaultdict(list)
     for i, row in rows.items():
-        alike[row.run.engine, row.run.mode, row.line.per_step <= 1].append(i)
+        alike[row.run.engine, row.run.mode, row.cut.per_step <= 1].append(i)
+    served = list(rows.values())
+    position = {i: at for at, i in enumerate(rows)}
+    if served:
+        costs, curves = _price_prompts(served), _price_decoding(served)
     for (_, mode, _), members in alike.items():
-        served = (_aggregated if mode == "agg" else _disaggregated)([rows[i] for i in members])
-        for position, i in enumerate(members):
-            found[i] = served.one(position)
-    return [one for one in found if one is not None]
+        at = np.array([position[i] for i in members])
+        some, room_each = [rows[i] for i in members], np.array([fits[i] for i in members])
+        pools = mode == "disaggregated"
+        model = (_disaggregated if pools else _aggregated)(some, costs.take(at), replace(curves, rows=at))
+        limit = np.minimum(model.traffic.concurrency / model.decode_ranks, room_each)
+        users = np.asarray(model.traffic.concurrency)
+        metrics = model.metrics(model.steady_batch(limit, users), users)
+        found |= {i: metrics.one(k) for k, i in enumerate(members)}
+    return [found[i] for i in range(len(runs))]
+
+
+def unserved(concurrency: float, why: str) -> ServingMetrics:
+    """No numbers, and ``why``."""
+    numbers = {field.name: math.nan for field in fields(ServingMetrics)} | {"concurrency": concurrency}
+    return ServingMetrics(**numbers | {"evidence": {}, "problem": why})  # type: ignore[arg-type]
 
 
 def _row(run: Run, deployed: _Deployed) -> _Row:
     mean = (1 + run.length_ratio) / 2
-    load = Load(
-        max(1, round(run.isl * mean)), max(1, round(run.osl * mean)), run.concurrency / run.replicas,
-        run.prefix_cached, run.mtp_acceptance, (1 - run.length_ratio) / (1 + run.length_ratio), run.rounds,
-        run.wait_steps,
-    )  # fmt: skip
+    traffic = Traffic(
+        input_len=max(1, round(run.isl * mean)),
+        output_len=max(1, round(run.osl * mean)),
+        concurrency=run.concurrency / run.replicas,
+        prefix_cached=run.prefix_cached,
+        mtp_acceptance=run.mtp_acceptance,
+        spread=(1 - run.length_ratio) / (1 + run.length_ratio),
+        rounds=run.rounds,
+        wait_steps=run.wait_steps,
+    )
     prefill = deployed(run, run.prefill, "prefill")
     decode = deployed(run, run.decode, "decode")
-    chunk = run.chunk_tokens or own_chunk(prefill)
-    if chunk < 1:
-        raise InputError(f"chunk_tokens = {chunk}: must be at least 1")
-    return _Row(run, load, prefill, decode, Line(load.new, load.prefix_cached, chunk))
+    cut = cut_prompts(traffic, run.chunk_tokens or own_chunk(prefill))
+    return _Row(run, traffic, prefill, decode, cut)
 
 
 class _Deployed:
@@ -119,7 +123,7 @@ class _Deployed:
     def __call__(self, run: Run, layout: Layout, phase: str) -> Deployment:
         # drafting is the decode step's
         options = replace(run.options, mtp_depth=0) if phase == "prefill" and run.options.mtp_depth else run.options
-        key = run.model, run.device, run.engine, run.mode != "agg", layout, phase, options
+        key = run.model, run.device, run.engine, run.mode == "disaggregated", layout, phase, options
         if key not in self._made:
             self._made[key] = self._make(*key)
         found = self._made[key]
@@ -151,91 +155,74 @@ def _profile(kind: str) -> Callable[[str], Any]:
 _model, _device, _engine = _profile("model"), _profile("device"), _profile("engine")
 
 
-def _price_prompts(rows: list[_Row]) -> None:
-    """Fill in every row's prefill line; rows of one deployment are priced together."""
+def _price_prompts(rows: list[_Row]) -> PrefillCosts:
+    """Prefill costs, an entry per row; rows of one deployment are priced together."""
     asked: list[Asked] = []
-    parts = list(_parts(rows, lambda row: row.prefill))
-    for part in parts:
-        batch = np.array([row.line.asked for row in part])
-        tokens, past = (np.array([getattr(row.line, name) for row in part])[:, None] for name in ("tokens", "past"))
-        asked.append((part[0].prefill.step, batch, tokens, past))
-    for part, price in zip(parts, prices(asked), strict=True):
-        shape = (len(part), 3)
-        seconds, error, experts = (
-            np.broadcast_to(value, shape) for value in (price.seconds, price.error, expert_seconds(price))
-        )
-        evidence = {kind: np.broadcast_to(share, shape) for kind, share in evidence_shares(price).items()}
-        load = under_load(part[0].prefill)
-        for i, row in enumerate(part):
-            row.line._read(seconds[i], error[i], {k: share[i] for k, share in evidence.items()}, experts[i], load)
+    parts = _parts(rows, lambda row: row.prefill)
+    cuts = [[rows[i].cut for i in part] for part in parts]
+    for part, several in zip(parts, cuts, strict=True):
+        batch = np.array([cut.batches for cut in several])
+        tokens, past = (np.array([[getattr(cut, name)] for cut in several]) for name in ("tokens", "past"))
+        asked.append((rows[part[0]].prefill.step, batch, tokens, past))
+    found = []
+    for part, several, price in zip(parts, cuts, prices(asked), strict=True):
+        columns = prefill_columns(price, rows[part[0]].prefill)
+        whole = {name: np.broadcast_to(values, (len(part), 3)) for name, values in columns.items()}
+        tokens, per_step = (np.array([getattr(cut, name) for cut in several]) for name in ("tokens", "per_step"))
+        found.append(prefill_costs(whole, tokens, per_step))
+    return PrefillCosts.joined(found).take(np.argsort(np.concatenate(parts)))
 
 
-def _price_decoding(rows: list[_Row]) -> None:
-    """Fill in every row's decode curve."""
+def _price_decoding(rows: list[_Row]) -> DecodeCurve:
+    """Decode curves, an entry per row; none is read beyond the grid that it was priced on."""
     asked: list[Asked] = []
-    parts = list(_parts(rows, lambda row: row.decode))
+    parts = _parts(rows, lambda row: row.decode)
     for part in parts:
-        grid = GRID[: int(np.searchsorted(GRID, max(row.largest for row in part))) + 1]
-        asked.append((part[0].decode.step, grid, 1.0, np.array([row.load.context for row in part])[:, None]))
+        grid = GRID[: int(np.searchsorted(GRID, max(rows[i].largest for i in part))) + 1]
+        asked.append((rows[part[0]].decode.step, grid, 1.0, np.array([[rows[i].traffic.context] for i in part])))
+    width = max(2, *(len(grid) for _, grid, _, _ in asked))
+    found: dict[str, Array] = defaultdict(lambda: np.empty((len(rows), width)))
     for part, (_, grid, _, _), price in zip(parts, asked, prices(asked), strict=True):
-        columns = decode_columns(price, part[0].decode)
-        columns = {name: np.broadcast_to(value, (len(part), len(grid))) for name, value in columns.items()}
-        for i, row in enumerate(part):
-            row.columns = columns, i
+        for name, values in decode_columns(price, rows[part[0]].decode).items():
+            whole = np.broadcast_to(values, (len(part), len(grid)))
+            found[name][part, : len(grid)] = whole
+            found[name][part, len(grid) :] = whole[:, -1:]
+    return DecodeCurve(GRID[:width], found, np.arange(len(rows)))
 
 
-def _parts(rows: list[_Row], deployment: Callable[[_Row], Deployment]) -> Iterator[list[_Row]]:
-    """Rows of one deployment, at most :data:`AT_ONCE` together."""
-    found: dict[int, list[_Row]] = defaultdict(list)
-    for row in rows:
-        found[id(deployment(row))].append(row)
-    for same in found.values():
-        for start in range(0, len(same), AT_ONCE):
-            yield same[start : start + AT_ONCE]
+def _parts(rows: list[_Row], deployment: Callable[[_Row], Deployment]) -> list[list[int]]:
+    """Positions of rows of one deployment, at most :data:`AT_ONCE` together."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        found[id(deployment(row))].append(i)
+    return [same[start : start + AT_ONCE] for same in found.values() for start in range(0, len(same), AT_ONCE)]
 
 
-class _Lines(PrefillLine):
-    """Prefill lines of rows, one entry each."""
-
-    def __init__(self, rows: list[_Row]) -> None:
-        for name in (*LINE, "per_step", "tokens", "past"):
-            setattr(self, name, np.array([getattr(row.line, name) for row in rows]))
-        self.evidence = {kind: np.array([row.line.evidence[kind] for row in rows]) for kind in rows[0].line.evidence}
-
-
-def _curves(rows: list[_Row]) -> Any:
-    """Decode curves of rows, one entry each; shorter ones are never read beyond their end."""
-    width = max(2, *(columns["seconds"].shape[1] for columns, _ in (row.columns for row in rows)))
-    found = {name: np.empty((len(rows), width)) for name in rows[0].columns[0]}
-    for i, (columns, member) in enumerate(row.columns for row in rows):
-        for name, values in columns.items():
-            end = values.shape[1]
-            found[name][i, :end] = values[member]
-            found[name][i, end:] = values[member, -1]
-    return CurvesAt(GRID[:width], found, np.arange(len(rows)))
-
-
-def _aggregated(rows: list[_Row]) -> Served:
-    """As :func:`tensorcast.serving.steady_state.aggregated`, of one engine; all rows cut their prompts or none does."""
-    load = Load.together([row.load for row in rows])
-    dp, depth = (np.array(values) for values in zip(*((r.ranks, r.run.options.mtp_depth) for r in rows), strict=True))
-    one = Aggregated(load, rows[0].decode.engine, dp, depth, _curves(rows), _Lines(rows))
-    limit = np.minimum(load.concurrency / dp, [row.fits for row in rows])
-    return one.served(steady_batch(one.in_flight, limit, load.concurrency), load.concurrency)
-
-
-def _disaggregated(rows: list[_Row]) -> Served:
-    """As :func:`tensorcast.serving.steady_state.disaggregated`, rows of one engine."""
-    load = Load.together([row.load for row in rows])
-    numbers = ((r.ranks, r.lanes, r.run.options.mtp_depth, _hand_over_s(r)) for r in rows)
-    ranks, lanes, depth, hand_over = (np.array(values) for values in zip(*numbers, strict=True))
-    pools = Disaggregated(
-        load, rows[0].decode.engine, ranks, lanes, depth, hand_over, _curves(rows), _Lines(rows)
+def _aggregated(rows: list[_Row], costs: PrefillCosts, curves: DecodeCurve) -> Aggregated:
+    """Rows of one engine; all cut their prompts or none does."""
+    return Aggregated(
+        traffic=Traffic.together([row.traffic for row in rows]),
+        engine=rows[0].decode.engine,
+        decode_ranks=np.array([float(row.decode_ranks) for row in rows]),
+        depth=np.array([float(row.run.options.mtp_depth) for row in rows]),
+        decoding=curves,
+        prompts=costs,
     )
-    limit = np.minimum(load.concurrency / ranks, [row.fits for row in rows])
-    batch = steady_batch(lambda b: pools.in_flight(b, load.concurrency), limit, load.concurrency)
-    return pools.served(batch, load.concurrency)
 
 
-def _hand_over_s(row: _Row) -> float:
-    return transfer_s(row.prefill, row.decode, row.load.input_len, sum(row.run.workers))
+def _disaggregated(rows: list[_Row], costs: PrefillCosts, curves: DecodeCurve) -> Disaggregated:
+    """Rows of one engine, their pools."""
+    hand_over = [
+        hand_over_s(row.prefill, row.decode.layout.world_size, sum(row.run.workers), int(row.traffic.input_len))
+        for row in rows
+    ]
+    return Disaggregated(
+        traffic=Traffic.together([row.traffic for row in rows]),
+        engine=rows[0].decode.engine,
+        decode_ranks=np.array([float(row.decode_ranks) for row in rows]),
+        prefill_ranks=np.array([float(row.run.workers[0] * row.prefill.layout.dp) for row in rows]),
+        depth=np.array([float(row.run.options.mtp_depth) for row in rows]),
+        hand_over_s=np.array([float(seconds) for seconds in hand_over]),
+        decoding=curves,
+        prompts=costs,
+    )

@@ -68,7 +68,7 @@ class Overhead:
 
 
 @dataclass(frozen=True)
-class UnderLoad:
+class PrefillSlowdown:
     """How many times as long as its kernels, timed alone, a step with prompts takes in a server under load.
 
     ``error``: relative, a median.
@@ -203,10 +203,10 @@ class EngineProfile(Frozen):
         step_s = self.fitted.step_s if here is None else here.step_s
         return Overhead(step_s, request_s, self.fitted.step_error_s)
 
-    def under_load(self, device: str) -> UnderLoad:
+    def prefill_slowdown(self, device: str) -> PrefillSlowdown:
         """Of prefill steps on ``device``, a profile's name: as fitted there, else none."""
         here = self.fitted.devices.get(device) if self.fitted else None
-        return UnderLoad() if here is None else UnderLoad(here.prefill_factor, here.prefill_error)
+        return PrefillSlowdown() if here is None else PrefillSlowdown(here.prefill_factor, here.prefill_error)
 
     @property
     def first_token_s(self) -> float:

@@ -8,21 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensorcast.search.axes import LARGEST_BATCH
-from tensorcast.serving.curves import Array
-from tensorcast.serving.load import Served
+from tensorcast.serving.traffic import Array, Mask, Rows
 
 
 @dataclass(frozen=True)
 class Points:
-    """Candidates as arrays of one length: which variant, at which batch, and the numbers of :class:`Served`."""
+    """Candidates as arrays of one length: which variant, at which batch, and what they serve."""
 
-    variant: Array
+    variant: Rows
     columns: dict[str, Array]
 
     def __len__(self) -> int:
         return len(self.variant)
 
-    def where(self, chosen: Array) -> Points:
+    def where(self, chosen: Mask | Rows) -> Points:
         return Points(self.variant[chosen], {name: values[chosen] for name, values in self.columns.items()})
 
     @staticmethod
@@ -34,12 +33,12 @@ class Points:
         return Points(np.concatenate([part.variant for part in parts]), columns)
 
 
-def last_of(grid: Array, holds: Array) -> Array:
+def last_of(grid: Array, holds: Mask) -> Array:
     """The largest batch of ``grid`` for which each row ``holds``, ``[rows, grid]``; 0: none."""
     return np.where(holds, grid, 0.0).max(axis=1)
 
 
-def batches(largest: Array, also: Array | None = None) -> tuple[Array, Array]:
+def batches(largest: Array, also: Array | None = None) -> tuple[Rows, Array]:
     """(row, batch) of every power of two up to ``largest`` of each row, of the largest itself and of ``also``."""
     powers = 2.0 ** np.arange(np.log2(LARGEST_BATCH) + 1)
     rows, at = np.nonzero(powers[None, :] <= largest[:, None])
@@ -54,7 +53,7 @@ def batches(largest: Array, also: Array | None = None) -> tuple[Array, Array]:
     return np.concatenate([rows for rows, _ in found]), np.concatenate([batch for _, batch in found])
 
 
-def largest_where(holds: Callable[[Array], Array], largest: Array) -> Array:
+def largest_where(holds: Callable[[Array], Mask], largest: Array) -> Array:
     """The largest whole number of each row, up to ``largest``, for which ``holds``; 0: none.
 
     ``holds(number)`` is true up to some number and false beyond.
@@ -66,13 +65,3 @@ def largest_where(holds: Callable[[Array], Array], largest: Array) -> Array:
         inside, wide = holds(middle), high - low > 1  # a bracket that has closed stays closed
         low, high = np.where(wide & inside, middle, low), np.where(wide & ~inside, middle, high)
     return low
-
-
-def points_of(rows: Array, served: Served, extra: dict[str, Array]) -> Points:
-    names = (
-        "concurrency", "batch", "ttft_s", "tpot_s", "request_s", "output_tokens_per_s", "ttft_error", "tpot_error",
-        "decode_step_s", "prefill_step_s", "exposed_comm_s", "hidden_comm_s",
-    )
-    columns = {name: np.broadcast_to(getattr(served, name), len(rows)) for name in names}
-    shares = {f"share_{kind}": np.broadcast_to(values, len(rows)) for kind, values in served.evidence.items()}
-    return Points(rows, {**columns, **shares, **extra})

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tensorcast.search.axes import LARGEST_BATCH
-from tensorcast.search.candidate_arrays import Points, batches, largest_where, last_of, points_of
+from tensorcast.search.candidate_arrays import Points, batches, largest_where, last_of
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.serving.curves import Array, CurvesAt, PromptsAt
+from tensorcast.serving.curves import DecodeCurve
 from tensorcast.serving.hand_over import hand_over_s
-from tensorcast.serving.load import Served
-from tensorcast.serving.steady_state import Aggregated, Disaggregated, steady_batch
+from tensorcast.serving.prefill_costs import PrefillCosts
+from tensorcast.serving.steady_state import Aggregated, Disaggregated
+from tensorcast.serving.traffic import Array, Mask, Rows
 
 PREFILL_BUSY = 0.9
 """Share of its time that a prefill pool is planned to be busy at most: the queue before it grows as 1 / (1 - busy)."""
@@ -21,73 +22,61 @@ Limits = tuple[float | None, float | None]
 """Longest TTFT and TPOT."""
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Points, int]:
     """Every variant at every chunk budget and batch that fits, and how many of those prompts would overrun.
 
     Batches are powers of two, and of those that were priced the largest that fits and the largest at which prompts keep
     up and users wait no longer than the limits say.
     """
-    parts, unstable = [], 0
+    parts, unstable, grid = [], 0, shop.grid
     for budget in shop.chunks:
-        for depth in np.unique(shop.depths):
-            mine = np.flatnonzero(shop.depths == depth)
-            most = np.minimum(shop.prompts[budget].fits[mine], LARGEST_BATCH)
-            fits = shop.grid <= most[:, None]
-            every = _engine(shop, budget, int(depth), mine[:, None])
-            rows, at = batches(last_of(shop.grid, fits), last_of(shop.grid, fits & _keeps(every, shop.grid, limits)))
-            some = mine[rows]
-            users, served = _at(_engine(shop, budget, int(depth), some), at)
-            stable = np.isfinite(users)
-            unstable += int((~stable).sum())
-            extra = {"chunk_tokens": np.full(len(some), float(budget)), "largest_batch": most[rows]}
-            parts.append(points_of(some, served, extra).where(stable))
+        most = np.minimum(shop.fits[budget], LARGEST_BATCH)
+        state = _engine(shop, budget, np.arange(len(most))[:, None]).at(grid[None, :])
+        per_token = state.generation_s / max(shop.scenario.load.output_len - 1, 1)
+        in_time = (state.first_s <= (limits[0] or np.inf)) & (per_token <= (limits[1] or np.inf))
+        fits = grid <= most[:, None]
+        kept = fits & in_time & np.isfinite(state.concurrency)
+        rows, batch = batches(last_of(grid, fits), last_of(grid, kept))
+        engine = _engine(shop, budget, rows)
+        served = engine.metrics(batch, engine.at(batch).concurrency)
+        stable = np.isfinite(served.concurrency)
+        unstable += int((~stable).sum())
+        extra = {"chunk_tokens": np.full(len(rows), float(budget)), "largest_batch": most[rows]}
+        points = Points(rows, served.columns() | extra).where(stable)
+        parts.append(points.where(np.argsort(shop.depths[points.variant], kind="stable")))
     return Points.joined(parts), unstable
 
 
-def _engine(shop: VariantPrices, budget: int, depth: int, rows: Array) -> Aggregated:
+def _engine(shop: VariantPrices, budget: int, rows: Rows) -> Aggregated:
+    """Variants ``rows`` as engines that take ``budget`` prompt tokens per step."""
     return Aggregated(
-        shop.scenario.load, shop.scenario.engine, shop.layouts["dp"][rows], depth,
-        CurvesAt(shop.grid, shop.curves, rows), PromptsAt(shop.prompts[budget], rows),  # type: ignore[arg-type]
-    )  # fmt: skip
+        traffic=shop.scenario.load,
+        engine=shop.scenario.engine,
+        decode_ranks=shop.layouts["dp"][rows],
+        depth=shop.depths[rows],
+        decoding=DecodeCurve(shop.grid, shop.curves, rows),
+        prompts=shop.prompts[budget].take(rows),
+    )
 
 
-def _at(engine: Aggregated, batch: Array) -> tuple[Array, Served]:
-    """Users in flight and what they meet; infinitely many where prompts come faster than they are read."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        users = engine.in_flight(batch)
-        return users, engine.served(batch, users)
-
-
-def _keeps(engine: Aggregated, grid: Array, limits: Limits) -> Array:
-    """Whether each row keeps up with prompts, and within the limits, at each batch: times fall as well as they rise."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        step, first, generation = engine.times(grid[None, :])
-    per_token = generation / max(engine.load.output_len - 1, 1)
-    kept: Array = ~step.full & (first <= (limits[0] or np.inf)) & (per_token <= (limits[1] or np.inf))
-    return kept
-
-
-def steady(shop: VariantPrices, points: Points) -> Array:
+def steady(shop: VariantPrices, points: Points) -> Mask:
     """Mask of aggregated ``points`` whose users bring about their batch.
 
     Close to where prompts take all of a step the wait for them explodes, and as many users may be served at another,
     larger batch: nobody would find such a point in operation.
     """
     found = np.zeros(len(points), dtype=bool)
-    depth = shop.depths[points.variant]
-    for budget in shop.chunks:
-        for drafted in np.unique(depth):
-            mine = np.flatnonzero((points.columns["chunk_tokens"] == budget) & (depth == drafted))
-            if not len(mine):
-                continue
-            rows, users = points.variant[mine], points.columns["concurrency"][mine]
-            engine = _engine(shop, budget, int(drafted), rows)
-            limit = np.minimum(users / shop.layouts["dp"][rows], points.columns["largest_batch"][mine])
-            batch = steady_batch(engine.in_flight, limit, users)
-            found[mine] = np.isclose(batch, points.columns["batch"][mine], rtol=1e-6)
+    for budget in np.unique(points.columns["chunk_tokens"]):
+        mine = np.flatnonzero(points.columns["chunk_tokens"] == budget)
+        rows, users = points.variant[mine], points.columns["concurrency"][mine]
+        limit = np.minimum(users / shop.layouts["dp"][rows], points.columns["largest_batch"][mine])
+        batch = _engine(shop, int(budget), rows).steady_batch(limit, users)
+        found[mine] = np.isclose(batch, points.columns["batch"][mine], rtol=1e-6)
     return found
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None)) -> tuple[Points, int]:
     """Every decode variant with prefill workers that keep up with it, on at most ``gpus`` GPUs; and how many had none.
 
@@ -98,7 +87,7 @@ def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None))
     """
     parts, unstable = [], 0
     grid, decode_s = shop.grid, shop.curves["seconds"]
-    steps = shop.steps(shop.depths)
+    steps = shop.scenario.load.decode_steps(shop.depths)
     per_token = (steps / max(shop.scenario.load.output_len - 1, 1))[:, None] * decode_s
     fits = grid <= np.minimum(shop.room_decode, LARGEST_BATCH)[:, None]
     within = fits & (per_token <= (limits[1] or np.inf))
@@ -112,8 +101,8 @@ def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None))
     size = shop.layouts["world_size"]
     for prefill in _prefill_choices(shop, gpus, limits[0]):
         variant = shop.variants[prefill]
-        wide, line = variant.layout.world_size, PromptsAt(shop.lines, np.array(prefill))
-        capacity = PREFILL_BUSY * variant.layout.dp * float(line.most_per_s)
+        wide, costs = variant.layout.world_size, shop.lines.take(prefill)
+        capacity = PREFILL_BUSY * variant.layout.dp * float(costs.most_per_s)
         same = np.array([v.decode.kv_dtype == variant.decode.kv_dtype for v in shop.variants])
         x, y = _matched(rate, capacity, wide, size[rows], gpus)
         found = [(rows, batch, x, y)]
@@ -121,86 +110,76 @@ def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None))
         # these pools' own largest batch, too
         one, some_x, some_y = np.unique(np.stack([rows, x, y])[:, x > 0], axis=1)
         one = one.astype(int)
-        found.append((one, _keeping_up(grid, least[one], some_x * capacity / some_y), some_x, some_y))
+        found.append((one, last_of(grid, least[one] <= (some_x * capacity / some_y)[:, None]), some_x, some_y))
         for workers in _pool_sizes(int((gpus - wide) // size.min())):
             others = np.floor((gpus - workers * size) / wide)
             mine = np.flatnonzero(same & (others >= 1))
-            full = _keeping_up(grid, least[mine], others[mine] * capacity / workers)
-            found.append((mine, full, others[mine], np.full(len(mine), float(workers))))
+            most = last_of(grid, least[mine] <= (others[mine] * capacity / workers)[:, None])
+            found.append((mine, most, others[mine], np.full(len(mine), float(workers))))
         some, at, x, y = (np.concatenate(column) for column in zip(*found, strict=True))
         chosen = same[some] & (x > 0) & (at >= 1)
-        for depth in np.unique(shop.depths):
-            if (there := chosen & (shop.depths[some] == depth)).any():
-                pools = _Pools(shop, prefill, line, int(depth), some[there], x[there], y[there])
-                parts.append(pools.points(at[there]))
-                parts += pools.sooner(at[there], limits[0])
+        if chosen.any():
+            pools = _Pools(shop, prefill, costs, some[chosen], x[chosen], y[chosen])
+            served = [pools.serve(at[chosen])]
+            if limits[0] is not None:
+                served.append(pools.sooner(served[0], limits[0]))
+            points = Points.joined(served)
+            points = points.where(np.isfinite(points.columns["concurrency"]))
+            parts.append(points.where(np.argsort(shop.depths[points.variant], kind="stable")))
     return Points.joined(parts), unstable
-
-
-def _keeping_up(grid: Array, least: Array, limit: Array) -> Array:
-    """The largest batch of each row at which its decode workers ask for no more than ``limit``; 0: none."""
-    rows = np.arange(len(least))
-    # positions count from 1
-    last = largest_where(lambda n: least[rows, n.astype(int) - 1] <= limit, np.full(len(least), float(len(grid))))
-    return np.concatenate([[0.0], grid])[last.astype(int)]
 
 
 @dataclass(frozen=True)
 class _Pools:
-    """``x`` prefill workers of one variant and ``y`` decode workers of each of ``rows``, all drafting ``depth``."""
+    """``x`` prefill workers of one variant and ``y`` decode workers of each of ``rows``."""
 
     shop: VariantPrices
     prefill: int
-    line: PromptsAt
-    depth: int
-    rows: Array
+    costs: PrefillCosts
+    rows: Rows
     x: Array
     y: Array
 
-    def points(self, batch: Array) -> Points:
-        """What they serve at their batches."""
-        users, served = self._at(batch)
+    def serve(self, batch: Array) -> Points:
+        """What they serve at their batches; infinitely many users where prompts come faster than they are read."""
+        shop, layout = self.shop, self.shop.variants[self.prefill].layout
+        pools = Disaggregated(
+            traffic=shop.scenario.load,
+            engine=shop.scenario.engine,
+            decode_ranks=self.y * shop.layouts["dp"][self.rows],
+            prefill_ranks=self.x * layout.dp,
+            depth=shop.depths[self.rows],
+            hand_over_s=hand_over_s(
+                shop.deployment(self.prefill, "prefill"), shop.layouts["world_size"][self.rows], self.x + self.y,
+                int(shop.scenario.load.input_len),
+            ),
+            decoding=DecodeCurve(shop.grid, shop.curves, self.rows),
+            prompts=self.costs,
+        )  # fmt: skip
+        served = pools.metrics(batch, pools.closed_loop(batch))
         extra = {
             "prefill": np.full(len(self.rows), self.prefill), "prefill_workers": self.x, "decode_workers": self.y,
-            "largest_batch": np.minimum(self.shop.room_decode[self.rows], LARGEST_BATCH),
+            "largest_batch": np.minimum(shop.room_decode[self.rows], LARGEST_BATCH),
         }  # fmt: skip
-        return points_of(self.rows, served, extra).where(np.isfinite(users))
+        return Points(self.rows, served.columns() | extra)
 
-    def sooner(self, batch: Array, ttft_s: float | None) -> list[Points]:
-        """Smaller batches of those that are late with a first token: the largest in time."""
-        if ttft_s is None:
-            return []
-        late = np.flatnonzero(self._at(batch)[1].ttft_s > ttft_s)
-        some, grid = self._some(late), np.concatenate([[1.0], self.shop.grid])
-        last = np.searchsorted(self.shop.grid, batch[late]).astype(float)
-        last = largest_where(lambda n: some._at(grid[n.astype(int)])[1].ttft_s <= ttft_s, last)
-        there = np.flatnonzero(last >= 1)
-        return [some._some(there).points(grid[last[there].astype(int)])] if len(there) else []
-
-    def _some(self, where: Array) -> _Pools:
-        return replace(self, rows=self.rows[where], x=self.x[where], y=self.y[where])
-
-    def _at(self, batch: Array) -> tuple[Array, Served]:
-        """Users in flight and what they meet; infinitely many where prompts come faster than they are read."""
-        shop, layout, scenario = self.shop, self.shop.variants[self.prefill].layout, self.shop.scenario
-        gpus = (layout.world_size + shop.layouts["world_size"][self.rows]) * (self.x + self.y) / 2
-        pool = Disaggregated(
-            scenario.load, scenario.engine, self.y * shop.layouts["dp"][self.rows], self.x * layout.dp, self.depth,
-            hand_over_s(shop.deployment(self.prefill, "prefill"), gpus, scenario.load.input_len),
-            CurvesAt(shop.grid, shop.curves, self.rows), self.line,  # type: ignore[arg-type]
-        )  # fmt: skip
-        with np.errstate(invalid="ignore", over="ignore"):
-            users = pool.users(batch)
-            return users, pool.served(batch, users)
+    def sooner(self, points: Points, ttft_s: float) -> Points:
+        """Of ``points`` that are late with a first token: the largest smaller batch in time, if there is any."""
+        late = np.flatnonzero(points.columns["ttft_s"] > ttft_s)
+        some = replace(self, rows=self.rows[late], x=self.x[late], y=self.y[late])
+        grid = np.concatenate([[1.0], self.shop.grid])  # positions count from 1
+        last = np.searchsorted(self.shop.grid, points.columns["batch"][late]).astype(float)
+        last = largest_where(lambda n: some.serve(grid[n.astype(int)]).columns["ttft_s"] <= ttft_s, last)
+        return some.serve(grid[last.astype(int)]).where(last >= 1)
 
 
 def _prefill_choices(shop: VariantPrices, gpus: int, ttft_s: float | None) -> list[int]:
     """Of each KV dtype: the variant with most prompts per GPU, the same among those in time, the fastest for one."""
-    every = PromptsAt(shop.lines, np.arange(len(shop.variants)))
+    every = shop.lines
     size = shop.layouts["world_size"]
     fits = (shop.room_prefill >= 1) & (size < gpus)
     per_gpu = every.most_per_s * shop.layouts["dp"] / size
-    alone = (every.fixed_s + every.prompt_s) / min(every.per_step, 1.0)
+    alone = (every.fixed_s + every.prompt_s) / np.minimum(every.per_step, 1.0)
     chosen = set()
     for kv in {v.decode.kv_dtype for v in shop.variants}:
         mine = fits & np.array([v.decode.kv_dtype == kv for v in shop.variants])

@@ -21,8 +21,8 @@ from tensorcast.search.pareto import alike, pareto
 from tensorcast.search.search import SearchResult
 from tensorcast.search.search_task import Scenario, SearchTask
 from tensorcast.search.space import Variant
-from tensorcast.serving.load import Load
 from tensorcast.serving.objective import OBJECTIVES
+from tensorcast.serving.traffic import Traffic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +78,7 @@ class Comparison:
             scenario.deployment(decode.layout, "decode", decode.decode),
         )
 
-    def load(self, candidate: str) -> Load:
+    def load(self, candidate: str) -> Traffic:
         """What users send to a candidate."""
         return self.behind[candidate][0].load
 
@@ -126,7 +126,8 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult]) -> Com
     comparison = Comparison(
         model=first.model, devices=tuple({task.device.name: task.device for task in tasks}.values()),
         engine=first.engine, objective=first.objective, targets=(first.ttft_s, first.tpot_s),
-        input_len=first.load.input_len, output_len=first.load.output_len, candidates=frame, pruned=by_what(pruned),
+        input_len=int(first.load.input_len), output_len=int(first.load.output_len),
+        candidates=frame, pruned=by_what(pruned),
         best=None, runner_up=None, ties=[], notes=notes(tasks, frame), examined=sum(one.examined for one in results),
         tasks=tuple(tasks), behind=dict(zip(frame["candidate"], behind, strict=True)),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from tensorcast.search.search import NO_PACE, NO_ROOM
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.smallest_cluster import smallest_cluster
 from tensorcast.search.space import space
-from tensorcast.serving.load import Load
+from tensorcast.serving.traffic import Traffic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +88,7 @@ def _idle(task: SearchTask, frame: pd.DataFrame) -> dict[str, str]:
     }
     if task.base.placement != "linear" and (frame["ep"] == 1).all():
         found["--placement"] = "experts are in one group"
-    if task.load.mtp_acceptance != Load.mtp_acceptance and max(asked.mtp_depth) == 0:
+    if task.load.mtp_acceptance != Traffic.mtp_acceptance and max(asked.mtp_depth) == 0:
         found["--mtp-acceptance"] = "no tokens are drafted: see --mtp"
     return found
 

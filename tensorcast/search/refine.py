@@ -14,7 +14,7 @@ import numpy as np
 
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.serving.curves import Array
+from tensorcast.serving.traffic import Array
 
 LISTED = 12
 """Layouts that are looked at more closely even if they cannot do best: as many as are listed."""
@@ -32,9 +32,18 @@ def finer(shop: VariantPrices, parts: dict[str, Points], value: Value) -> Varian
     None where there is no such batch.
     """
     best = max((value(mode, points).max() for mode, points in parts.items() if len(points)), default=-np.inf)
-    hopes = Points.joined([_hopes(shop, mode, points, value) for mode, points in parts.items()])
     if best == -np.inf:
         return None
+    hoped = []
+    for mode, points in parts.items():
+        batch, tokens = points.columns["batch"], points.columns["output_tokens_per_s"]
+        # the last whole batch before the next priced one but one, of those that fit, and what at most may come of it
+        after = np.append(shop.grid, [np.inf, np.inf])[np.searchsorted(shop.grid, batch, side="right") + 1]
+        last = np.maximum(np.minimum(after - 1, np.floor(points.columns["largest_batch"])), batch)
+        hope = value(mode, Points(points.variant, points.columns | {"output_tokens_per_s": tokens * last / batch}))
+        prefill = points.columns.get("prefill", points.variant).astype(int)
+        hoped.append(Points(points.variant, {"hope": hope, "batch": batch, "last": last, "prefill": prefill}))
+    hopes = Points.joined(hoped)
     hope, batch, last, prefill = (hopes.columns[name] for name in ("hope", "batch", "last", "prefill"))
     by_layout: dict[object, int] = {}
     for i in np.argsort(-hope, kind="stable"):
@@ -48,14 +57,3 @@ def finer(shop: VariantPrices, parts: dict[str, Points], value: Value) -> Varian
     grid = np.unique(np.concatenate([shop.grid, *whole]))
     variants = [shop.variants[i] for i in np.union1d(hopes.variant[chosen], prefill[chosen])]
     return VariantPrices(shop.scenario, variants, shop.chunks, shop.memo, grid)
-
-
-def _hopes(shop: VariantPrices, mode: str, points: Points, value: Value) -> Points:
-    """Of each point: the last whole batch before the next priced one but one, of those that fit, and what at most may
-    come of it."""
-    batch, tokens = points.columns["batch"], points.columns["output_tokens_per_s"]
-    after = np.append(shop.grid, [np.inf, np.inf])[np.searchsorted(shop.grid, batch, side="right") + 1]
-    last = np.maximum(np.minimum(after - 1, np.floor(points.columns["largest_batch"])), batch)
-    more = Points(points.variant, points.columns | {"output_tokens_per_s": tokens * last / batch})
-    prefill = points.columns.get("prefill", points.variant).astype(int)
-    return Points(points.variant, {"hope": value(mode, more), "batch": batch, "last": last, "prefill": prefill})

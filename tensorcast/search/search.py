@@ -19,7 +19,7 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import score_in_time, worth_a_row
 from tensorcast.search.space import Variant, space
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.serving.curves import Array
+from tensorcast.serving.traffic import Array
 
 if TYPE_CHECKING:
     import pandas as pd

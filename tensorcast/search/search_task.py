@@ -19,8 +19,8 @@ from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.axes import FULL, Axes
-from tensorcast.serving.load import Load
 from tensorcast.serving.objective import OBJECTIVES
+from tensorcast.serving.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Scenario:
     model: ModelProfile
     device: DeviceProfile
     engine: EngineProfile
-    load: Load
+    load: Traffic
 
     @property
     def own_chunk(self) -> int:
@@ -55,7 +55,7 @@ class SearchTask:
     device: DeviceProfile
     engine: EngineProfile
     gpus: int
-    load: Load
+    load: Traffic
     ttft_s: float | None = None
     tpot_s: float | None = None
     objective: str = "tokens_per_gpu"
@@ -106,7 +106,7 @@ def search_tasks(
             raise InputError(f"--price {name}={value:g}: {name} is not one of --device {','.join(names)}")
     Routing.parse(routing)
     # one request in flight stands for the load until a candidate's batch says how many there are
-    load = Load(input_len, output_len, 1, prefix_cached, mtp_acceptance)
+    load = Traffic(input_len, output_len, 1, prefix_cached, mtp_acceptance)
     given = {name: tuple(values) for name, values in (searched or {}).items() if values}
     axes = replace(FULL if full else Axes(), **given)
     if runnable_only and one_exchange(engine.name):

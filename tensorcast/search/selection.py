@@ -8,8 +8,8 @@ from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.pareto import pareto
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.serving.curves import Array
 from tensorcast.serving.objective import OBJECTIVES
+from tensorcast.serving.traffic import Array, Rows
 
 LIMITS = ("ttft", "tpot", "gpus")
 
@@ -48,7 +48,7 @@ def score_in_time(task: SearchTask, prices: VariantPrices, mode: str, points: Po
     return np.where(late, -np.inf, OBJECTIVES[task.objective].score(c))
 
 
-def worth_a_row(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Array:
+def worth_a_row(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Rows:
     """Positions worth a row: per layout and batch the best options, and the whole Pareto front."""
     c = rated(task, prices, mode, points)
     worst = np.max([c[f"{name}_share"] for name in LIMITS if f"{name}_share" in c], axis=0)

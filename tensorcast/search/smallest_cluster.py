@@ -12,7 +12,7 @@ from tensorcast.search.axes import Axes
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import space
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.serving.load import Load
+from tensorcast.serving.traffic import Traffic
 
 
 def smallest_cluster(task: SearchTask) -> int | None:
@@ -38,7 +38,7 @@ def what_holds(deployment: Deployment, workload: Workload) -> str:
     """How many GPUs hold the model and one sequence, in the layout that takes the fewest."""
     options, device = deployment.options, deployment.device
     base = Options(quant=options.quant, kv_dtype=options.kv_dtype)
-    load = Load(max(1, workload.length - 1), 1, 1)
+    load = Traffic(max(1, workload.length - 1), 1, 1)
     least = smallest_cluster(
         SearchTask(
             model=deployment.model, device=device, engine=deployment.engine, gpus=1, load=load, base=base,

@@ -29,7 +29,9 @@ from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import Scenario
 from tensorcast.search.space import Variant
 from tensorcast.serving.capacity import decode_budget, prefill_budget, room, sequence_bytes
-from tensorcast.serving.curves import Array, Line, Prompts, decode_columns, evidence_shares, expert_seconds, under_load
+from tensorcast.serving.curves import decode_columns
+from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
+from tensorcast.serving.traffic import Array
 
 GRID = COARSE[(COARSE >= 1) & (COARSE <= LARGEST_BATCH)]
 """Batches of decode steps that every variant is priced at."""
@@ -91,7 +93,9 @@ class VariantPrices:
         count = len(variants)
         names = ("seconds", "attention_s", "error", "exposed_comm_s", "hidden_comm_s", *EVIDENCE)
         self.curves = {name: np.empty((count, len(self.grid))) for name in names}
-        self.prompts = {budget: Prompts.of(self.scenario.load, budget, count) for budget in self.budgets}
+        # sequences that fit beside a full prefill step
+        self.fits = {budget: np.zeros(count) for budget in self.budgets}
+        costs: dict[int, list[tuple[Array, PrefillCosts]]] = {budget: [] for budget in self.budgets}
         self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
         # by variant: which fleet at one setting, as which member; overlap changes no memory, so pairs share a fleet
         self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
@@ -105,8 +109,12 @@ class VariantPrices:
             every = {setting for found in members.values() for setting in found}
             settings = sorted(every, key=lambda s: (s.pp, str(s.kv_dtype), s.mtp_depth, s.dual_batch_overlap))
             rows = np.array([[found.get(s, -1) for s in settings] for found in members.values()])
-            left = self._price_prefill(list(members), settings, rows)
+            left = self._price_prefill(list(members), settings, rows, costs)
             self._price_decode(list(members), settings, rows, left)
+        self.prompts = {}
+        for budget, parts in costs.items():
+            positions = np.concatenate([rows for rows, _ in parts])
+            self.prompts[budget] = PrefillCosts.joined([part for _, part in parts]).take(np.argsort(positions))
 
     def in_pools(self) -> VariantPrices:
         """The variants as pools of disaggregated serving run them: those whose prompts are captured only where one
@@ -120,8 +128,9 @@ class VariantPrices:
         if rows:
             # of prompts and room alone: one batch of decode steps is the least that can be priced
             again = VariantPrices(scenario, [self.variants[i] for i in rows], (scenario.own_chunk,), grid=self.grid[:1])
-            columns = {name: _put(values, rows, again.lines.columns[name]) for name, values in own.columns.items()}
-            pools.prompts = {**self.prompts, scenario.own_chunk: replace(own, columns=columns)}
+            where = np.arange(len(self.variants))
+            where[rows] = len(where) + np.arange(len(rows))
+            pools.prompts = {**self.prompts, scenario.own_chunk: PrefillCosts.joined([own, again.lines]).take(where)}
             pools.room_decode = _put(self.room_decode, rows, again.room_decode)
             pools.room_prefill = _put(self.room_prefill, rows, again.room_prefill)
         return pools
@@ -178,38 +187,36 @@ class VariantPrices:
         fits = room(decode, steps, each + buffers)
         self.room_decode[rows[there]] = fits[there]
         for budget, prefilling in left.items():
-            self.prompts[budget].fits[rows[there]] = np.minimum(fits, room(decode, prefilling, each))[there]
+            self.fits[budget][rows[there]] = np.minimum(fits, room(decode, prefilling, each))[there]
 
-    def _price_prefill(self, members: list[_Member], settings: list[_Setting], rows: Array) -> dict[int, Array]:
-        """Prefill lines; what a full step of each budget leaves for the cache, ``[members, settings]``."""
+    def _price_prefill(
+        self, members: list[_Member], settings: list[_Setting], rows: Array,
+        costs: dict[int, list[tuple[Array, PrefillCosts]]],
+    ) -> dict[int, Array]:
+        """Adds to ``costs``; what a full step of each budget leaves for the cache, ``[members, settings]``."""
         load = self.scenario.load
         prefill, held = self._fleet(members, "prefill")
         kinds = list(dict.fromkeys((s.kv_dtype, s.dual_batch_overlap, s.pp) for s in settings))
-        lines = [Line(load.new, load.prefix_cached, budget) for budget in self.budgets]
-        sizes = [(b, line.tokens, line.past) for line in lines for b in line.asked]
+        cuts = [cut_prompts(load, budget) for budget in self.budgets]
+        sizes = [(batch, cut.tokens, cut.past) for cut in cuts for batch in cut.batches]
         batch, new, past = np.tile(np.array(sizes), (len(kinds), 1)).T
         dtypes, dual, pp = zip(*kinds, strict=True)
         kv = [dtype or prefill.quantization.kv for dtype in dtypes]
         bytes_each, depth = [KV_BYTES[name] for name in kv], [0] * len(kinds)
         step = prefill.varied(*(np.repeat(values, len(sizes)) for values in (bytes_each, depth, dual, pp)))
         price = step.price(batch, new, past)
-        shares, experts = evidence_shares(price), expert_seconds(price)
-        shape, there = (len(members), len(kinds), len(lines), 3), rows >= 0
+        shape, there = (len(members), len(kinds), len(cuts), 3), rows >= 0
+        columns = {
+            name: np.broadcast_to(values, (shape[0], len(batch))).reshape(shape)
+            for name, values in prefill_columns(price, prefill).items()
+        }
         kind_of = [kinds.index((s.kv_dtype, s.dual_batch_overlap, s.pp)) for s in settings]
-
-        def of(values: float | Array, line: int) -> Array:
-            whole = np.broadcast_to(values, (shape[0], len(batch))).reshape(shape)
-            return whole[:, kind_of, line]
-
         ones = [prefill.at(name, 0, stages) for name, stages in zip(kv, pp, strict=True)]
         column, left = (len(members), 1), dict[int, Array]()
-        for i, (budget, line) in enumerate(zip(self.budgets, lines, strict=True)):
-            line._read(
-                of(price.seconds, i), of(price.error, i), {name: of(share, i) for name, share in shares.items()},
-                of(experts, i), under_load(prefill),
-            )  # fmt: skip
-            self.prompts[budget].keep(line, rows)
-            asked = [self._cache_budget(held, one, budget, lambda: prefill_budget(one, line)) for one in ones]  # noqa: B023
+        for i, (budget, cut) in enumerate(zip(self.budgets, cuts, strict=True)):
+            mine = {name: values[:, kind_of, i] for name, values in columns.items()}
+            costs[budget].append((rows[there], prefill_costs(mine, cut.tokens, cut.per_step).take(there)))
+            asked = [self._cache_budget(held, one, budget, lambda: prefill_budget(one, cut)) for one in ones]  # noqa: B023
             left[budget] = np.hstack([np.broadcast_to(one, column) for one in asked])[:, kind_of]
         own = left[self.scenario.own_chunk]
         held_each = [sequence_bytes(one, load.input_len, 0) for one in ones]
@@ -262,21 +269,17 @@ class VariantPrices:
         )  # fmt: skip
 
     def without_room(self) -> int:
-        """Variants that hold no sequence, in either form of serving."""
-        room = np.max([self.room_decode, *(self.prompts[budget].fits for budget in self.chunks)], axis=0)
+        """Variants that hold no sequence, in either mode of serving."""
+        room = np.max([self.room_decode, *(self.fits[budget] for budget in self.chunks)], axis=0)
         return int((room < 1).sum())
-
-    def steps(self, depth: Array) -> Array:
-        """Decode steps of one reply with ``depth`` drafted tokens, an entry each."""
-        return max(self.scenario.load.output_len - 1, 1) / self.scenario.load.tokens_per_step(depth)
 
     def deployment(self, index: int, phase: str) -> Deployment:
         variant = self.variants[index]
         return self.scenario.deployment(variant.layout, phase, getattr(variant, phase))
 
     @property
-    def lines(self) -> Prompts:
-        """Prefill lines at the engine's own budget."""
+    def lines(self) -> PrefillCosts:
+        """Prefill costs at the engine's own budget."""
         return self.prompts[self.scenario.own_chunk]
 
     def memory(self, points: Points) -> dict[str, Array]:

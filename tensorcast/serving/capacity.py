@@ -2,57 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.layout import attention_dp
-from tensorcast.serving.curves import PrefillLine
-from tensorcast.serving.load import Load
+from tensorcast.serving.prefill_costs import PromptCut
+from tensorcast.serving.traffic import Array, Number, Traffic
 
 
 def sequences_that_fit(
-    prefill: Deployment, decode: Deployment, prompts: PrefillLine | None, input_len: int, output_len: int
-) -> Any:
+    prefill: Deployment, decode: Deployment, prompts: PromptCut | None, input_len: Number, output_len: Number
+) -> Array:
     """Sequences per data-parallel rank whose cache fits beside weights and the buffers of a full prefill step.
 
     Engines that admit a request only if its whole reply has room count all of it, the others the mean over the reply.
     """
     (left, buffers), each = decode_budget(decode, input_len), sequence_bytes(decode, input_len, output_len)
     fits = room(decode, left, each + buffers)
-    return fits if prompts is None else np.minimum(fits, room(decode, prefill_budget(prefill, prompts), each))
+    if prompts is not None:
+        fits = np.minimum(fits, room(decode, prefill_budget(prefill, prompts), each))
+    return fits
 
 
 SEVERAL = 256
 """Sequences of a decode step by which its buffers' growth is told: a sum of terms that nearly all grow evenly."""
 
 
-def decode_budget(decode: Deployment, input_len: int) -> tuple[Any, Any]:
+def decode_budget(decode: Deployment, input_len: Number) -> tuple[Number, Number]:
     """What decode steps leave for the cache, and how much of it the buffers of each of their sequences take: live
     activations and what the MoE exchange receives, where they share memory with the cache."""
-    one = decode.memory(1, 1, input_len).cache_budget
+    one = decode.memory(1, 1, int(input_len)).cache_budget
     if decode.engine.memory_covers == "weights_and_cache":
         return one, 0.0
-    buffers = (one - decode.memory(SEVERAL, 1, input_len).cache_budget) / (SEVERAL - 1)
+    buffers = (one - decode.memory(SEVERAL, 1, int(input_len)).cache_budget) / (SEVERAL - 1)
     return one + buffers, buffers
 
 
-def prefill_budget(prefill: Deployment, prompts: PrefillLine) -> Any:
+def prefill_budget(prefill: Deployment, prompts: PromptCut) -> Number:
     """What a full prefill step leaves for the cache."""
     return prefill.memory(int(max(prompts.per_step, 1.0)), int(prompts.tokens), int(prompts.past)).cache_budget
 
 
-def sequence_bytes(decode: Deployment, input_len: int, output_len: int) -> Any:
+def sequence_bytes(decode: Deployment, input_len: Number, output_len: Number) -> Number:
     """The cache that a sequence needs to be admitted."""
     length = input_len + (output_len if decode.engine.reserves_reply else output_len / 2)
     return decode.held(1.0, int(length))[1]
 
 
-def room(decode: Deployment, budget: Any, per_sequence: Any) -> Any:
+def room(decode: Deployment, budget: Number, per_sequence: Number) -> Array:
     """Sequences whose cache fits into ``budget`` bytes; their captured decode steps take of it, too."""
     budget, reserve = np.maximum(budget, 0.0), decode.engine.reserve
-    few = np.floor(budget / np.maximum(per_sequence + decode.graph_bytes(1), 1.0))
+    few: Array = np.floor(budget / np.maximum(per_sequence + decode.graph_bytes(1), 1.0))
     if reserve is None or not reserve.many_sequences:
         return few
     limit = reserve.many_sequences
@@ -67,13 +67,13 @@ def own_chunk(prefill: Deployment) -> int:
 
 
 def room_for(
-    prefill: Deployment, decode: Deployment, prompts: PrefillLine, load: Load, pooled: bool
-) -> tuple[Any, str]:
-    """Sequences of ``load`` that fit on a decoding rank, and why none does. ``pooled``: prefill has its own GPUs."""
+    prefill: Deployment, decode: Deployment, prompts: PromptCut, traffic: Traffic, pooled: bool
+) -> tuple[Array, str]:
+    """Sequences of ``traffic`` that fit on a decoding rank, and why none does. ``pooled``: prefill has its own GPUs."""
     beside = None if pooled else prompts  # what a full prefill step takes on the same GPUs
-    fits = sequences_that_fit(prefill, decode, beside, load.input_len, load.output_len)
+    fits = sequences_that_fit(prefill, decode, beside, traffic.input_len, traffic.output_len)
     if fits < 1:
-        return fits, f"does not fit: no room for one sequence of {load.input_len} tokens"
-    if pooled and sequences_that_fit(prefill, prefill, prompts, load.input_len, 0) < 1:
-        return fits, f"does not fit: prefill workers have no room for {load.input_len} tokens"
+        return fits, f"does not fit: no room for one sequence of {traffic.input_len} tokens"
+    if pooled and sequences_that_fit(prefill, prefill, prompts, traffic.input_len, 0) < 1:
+        return fits, f"does not fit: prefill workers have no room for {traffic.input_len} tokens"
     return fits, ""

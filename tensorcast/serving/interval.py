@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import NORMAL_80
-
-Number = float | NDArray[np.float64]
+from tensorcast.serving.traffic import Number
 
 SERVING_ERROR = {"ttft_s": 0.38, "tpot_s": 0.13}
 """Relative median error that the serving model adds to the steps' (scheduling, launch options that nobody recorded).
@@ -20,7 +18,7 @@ def served_interval(ttft_error: Number, tpot_error: Number, ttft_share: Number) 
     ``value / factor`` and ``value * factor``.
 
     ``ttft_error, tpot_error``: relative median errors that kernels and engine overheads leave, as
-    :class:`~tensorcast.serving.load.Served` has them. ``ttft_share``: the first token's share of a
+    :class:`~tensorcast.serving.traffic.ServingMetrics` has them. ``ttft_share``: the first token's share of a
     request's time.
     """
     ttft = np.hypot(ttft_error, SERVING_ERROR["ttft_s"])

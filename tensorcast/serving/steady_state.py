@@ -18,18 +18,15 @@ of decode workers whose steps hold no prompts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 
-from tensorcast.deploy.deployment import Deployment
-from tensorcast.errors import InputError
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.serving.capacity import own_chunk, room_for
-from tensorcast.serving.curves import DecodeCurve, PrefillLine
-from tensorcast.serving.hand_over import transfer_s
-from tensorcast.serving.load import Load, Served
+from tensorcast.serving.curves import DecodeCurve
+from tensorcast.serving.prefill_costs import PrefillCosts
+from tensorcast.serving.traffic import Array, Mask, Number, Rows, ServingMetrics, Traffic
 
 IN_STEP_PROMPTS, IN_STEP_SPREAD = 0.75, 0.05
 """Prompts that come in together with one's own, beyond chance, where all replies are equally long: clients that once
@@ -41,263 +38,184 @@ HALVINGS = 30
 
 
 @dataclass(frozen=True)
-class Aggregated:
-    """One engine that prefills and decodes on the same GPUs: what follows from the batch that decodes.
+class SteadyState:
+    """What follows from the batch that decodes, seconds: to the first token, of a reply from there, of a mean step;
+    and requests in flight, infinitely many where prompts come faster than they are read."""
 
-    ``dp``, ``depth`` (drafted tokens) and the curves may hold arrays, one entry per batch asked about.
+    first_s: Array
+    generation_s: Array
+    step_s: Array
+    concurrency: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingModel(ABC):
+    """A way to serve: what follows from the batch that decodes. Arrays of one entry per batch asked about, or numbers.
+
+    ``decode_ranks``: data-parallel ranks that decode; ``depth``: drafted tokens per step.
     """
 
-    load: Load
+    traffic: Traffic
     engine: EngineProfile
-    dp: Any
-    depth: Any
+    decode_ranks: Number
+    depth: Number | Rows
     decoding: DecodeCurve
-    prompts: PrefillLine
+    prompts: PrefillCosts
 
-    @property
-    def steps(self) -> Any:
-        """Decode steps of one reply."""
-        return np.maximum(self.load.output_len - 1, 1) / self.load.tokens_per_step(self.depth)
+    @abstractmethod
+    def at(self, batch: Array, concurrency: Number = np.inf) -> SteadyState:
+        """The state in which ``batch`` sequences decode on every data-parallel rank.
 
-    def at(self, batch: Any) -> _Steps:
-        # during a reply, every other sequence's client sends one prompt
-        arrivals = np.maximum(batch * self.dp - 1, 0) / self.steps
-        return _steps(self.decoding, self.prompts, batch, arrivals, self.dp, self.engine.prefill_alone)
-
-    def bunched_s(self, batch: Any) -> Any:
-        """Seconds of prompts still to do when the last of a wave of them arrives.
-
-        Where prompts run alone, decoding stands still meanwhile: replies that began together end together, as far as
-        their lengths agree, and their clients come back together. The prompts that tokens would wait for, the first
-        token waits for then: for half of the wave, in the mean.
+        ``concurrency``: requests in flight, of which a queue holds the others at most; endless if not given.
         """
-        if not self.engine.prefill_alone:
-            return 0.0
-        spread = 2 * self.load.spread * self.steps * self.decoding.at("seconds", batch)
-        return np.maximum(wave_s(self.prompts, batch) - spread, 0)
 
-    def times(self, batch: Any) -> tuple[_Steps, Any, Any]:
-        """The steady state, seconds to the first token, and seconds of a reply from there."""
-        step, bunched = self.at(batch), self.bunched_s(batch) / 2
-        first = (self.engine.arrival_wait_steps + self.load.wait_steps) * step.met_s + step.own_s + bunched
-        first = first + wave_s(self.prompts, batch) / 2 / self.load.rounds + self.engine.first_token_s
-        if not self.engine.prefill_alone:
-            beside = IN_STEP_PROMPTS / (1 + self.load.spread / IN_STEP_SPREAD)
-            first = first + np.minimum(beside, np.maximum(batch - 1, 0)) / self.prompts.most_per_s
-        return step, first, self.steps * step.mean_s - bunched
+    def steady_batch(self, limit: Array, concurrency: Array) -> Array:
+        """The batch at which as many requests are in flight as there are, at most ``limit``: by bisection."""
+        low, high = np.zeros_like(limit), limit
+        inside = self.at(high, concurrency).concurrency <= concurrency
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            below = self.at(middle, concurrency).concurrency <= concurrency
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        return np.where(inside, limit, np.maximum(low, 1e-9))
 
-    def in_flight(self, batch: Any) -> Any:
-        """Requests in flight while ``batch`` sequences per data-parallel rank decode; infinite: more than it serves."""
-        step, first, generation = self.times(batch)
-        return np.where(step.full, np.inf, batch * self.dp * (1 + first / generation))
-
-    def served(self, batch: Any, concurrency: Any) -> Served:
-        """The load's numbers at ``batch``; of ``concurrency`` requests, those that find no room wait for it."""
-        step, first, generation = self.times(batch)
+    def metrics(self, batch: Array, concurrency: Array) -> ServingMetrics:
+        """What users meet at ``batch``; of ``concurrency`` requests, those that find no room wait for it."""
+        state, decoding = self.at(batch, concurrency), self.decoding
+        generation = state.generation_s
         # what a full house does not serve at once adds to the first token
-        first = np.maximum(first, concurrency / (batch * self.dp) * generation - generation)
-        share = np.clip(1 - self.decoding.at("seconds", batch) / step.mean_s, 0.0, 1.0)
-        return _served(self.load, concurrency, batch, first, generation, self.decoding, self.prompts, share)
+        ttft = np.maximum(state.first_s, concurrency / (batch * self.decode_ranks) * generation - generation)
+        decode_step = decoding.at("seconds", batch)
+        prefill_share = np.clip(1 - decode_step / state.step_s, 0.0, 1.0)
+        tpot = generation / np.maximum(self.traffic.output_len - 1, 1)
+        request = ttft + tpot * (self.traffic.output_len - 1)
+        return ServingMetrics(
+            concurrency=concurrency,
+            batch=batch,
+            ttft_s=ttft,
+            tpot_s=tpot,
+            request_s=request,
+            output_tokens_per_s=concurrency / request * self.traffic.output_len,
+            ttft_error=np.broadcast_to(self.prompts.error, ttft.shape),
+            tpot_error=np.hypot((1 - prefill_share) * decoding.at("error", batch), prefill_share * self.prompts.error),
+            decode_step_s=decode_step,
+            prefill_step_s=np.broadcast_to(self.prompts.step_s, ttft.shape),
+            exposed_comm_s=decoding.at("exposed_comm_s", batch),
+            hidden_comm_s=decoding.at("hidden_comm_s", batch),
+            evidence={
+                kind: (1 - prefill_share) * decoding.at(kind, batch) + prefill_share * share
+                for kind, share in self.prompts.evidence.items()
+            },
+        )
 
 
-def aggregated(prefill: Deployment, decode: Deployment, load: Load, chunk_tokens: int | None = None) -> Served:
-    """One engine that prefills and decodes on the same GPUs. ``chunk_tokens``: prompt tokens per step and dp rank.
+@dataclass(frozen=True, kw_only=True)
+class Aggregated(ServingModel):
+    """One engine that prefills and decodes on the same GPUs. All entries cut their prompts, or none does."""
 
-    ``prefill`` and ``decode`` are the same layout laid out for either phase.
-    """
-    engine, dp = decode.engine, decode.layout.dp
-    chunk = chunk_tokens or own_chunk(prefill)
-    if chunk < 1:
-        raise InputError(f"chunk_tokens = {chunk_tokens}: must be at least 1")
-    concurrency = np.asarray(load.concurrency, dtype=float)
-    prompts = PrefillLine(prefill, load.new, load.prefix_cached, chunk)
-    fits, problem = room_for(prefill, decode, prompts, load, pooled=False)
-    if problem:
-        return unserved(concurrency, problem)
-    decoding = DecodeCurve(decode, load.context, float(concurrency.max()) / dp)
-    one = Aggregated(load, engine, dp, decode.options.mtp_depth, decoding, prompts)
-    return one.served(steady_batch(one.in_flight, np.minimum(concurrency / dp, fits), concurrency), concurrency)
+    def at(self, batch: Array, concurrency: Number = np.inf) -> SteadyState:
+        """As :meth:`ServingModel.at`; prompts wait for steps here, in no queue that ``concurrency`` would bound."""
+        traffic, engine, prompts = self.traffic, self.engine, self.prompts
+        steps, others = traffic.decode_steps(self.depth), np.maximum(batch - 1, 0)
+        # during a reply, every other sequence's client sends one prompt
+        step = self._steps(batch, np.maximum(batch * self.decode_ranks - 1, 0) / steps)
+        wave = others / prompts.most_per_s  # until the last of a wave of prompts is done, beyond the first
+        first = (engine.arrival_wait_steps + traffic.wait_steps) * step.met_s + step.own_s + engine.first_token_s
+        first, generation = first + wave / 2 / traffic.rounds, steps * step.mean_s
+        if engine.prefill_alone:
+            # Decoding stands still meanwhile: replies that began together end together, as far as their lengths agree,
+            # and their clients come back together. The prompts still to do when the last of such a wave arrives are
+            # what tokens would wait for; the first token waits for them instead, for half of the wave in the mean.
+            spread = 2 * traffic.spread * steps * self.decoding.at("seconds", batch)
+            bunched = np.maximum(wave - spread, 0) / 2
+            first, generation = first + bunched, generation - bunched
+        else:
+            beside = IN_STEP_PROMPTS / (1 + traffic.spread / IN_STEP_SPREAD)
+            first = first + np.minimum(beside, others) / prompts.most_per_s
+        users = np.where(step.full, np.inf, batch * self.decode_ranks * (1 + first / generation))
+        return SteadyState(first, generation, step.mean_s, users)
 
-
-@dataclass(frozen=True)
-class Disaggregated:
-    """Pools of prefill and decode workers: what follows from the batch that decodes on each data-parallel rank.
-
-    ``ranks`` and ``lanes``: data-parallel ranks of all decode and of all prefill workers. ``hand_over_s``: a prompt's
-    cache on its way. Arrays where the batch is one.
-    """
-
-    load: Load
-    engine: EngineProfile
-    ranks: Any
-    lanes: Any
-    depth: Any
-    hand_over_s: Any
-    decoding: DecodeCurve
-    prompts: PrefillLine
-
-    def generation_s(self, batch: Any) -> Any:
-        """Seconds of a reply after its first token."""
-        steps = np.maximum(self.load.output_len - 1, 1) / self.load.tokens_per_step(self.depth)
-        return steps * self.decoding.at("seconds", batch)
-
-    def ttft(self, batch: Any, concurrency: Any) -> Any:
-        rate = batch * self.ranks / self.generation_s(batch)
-        service, queue = self.prompts.at_rate(rate / self.lanes)
-        # of a closed loop, nobody meets a queue longer than the others in flight
-        queue = np.minimum(queue, np.maximum(concurrency / self.lanes - 1, 0))
-        burst = wave_s(self.prompts, batch * self.ranks / self.lanes) / 2 / self.load.rounds
-        waits = (self.engine.arrival_wait_steps + self.load.wait_steps) * self.decoding.at("seconds", batch)
-        overhead = self.engine.first_token_s + self.engine.hand_over_s
-        return service * (1 + queue) + burst + self.hand_over_s + waits + overhead
-
-    def in_flight(self, batch: Any, concurrency: Any = np.inf) -> Any:
-        """Requests in flight while ``batch`` sequences per rank decode; infinite: more prompts than prefill serves."""
-        generation = self.generation_s(batch)
-        rate = batch * self.ranks / generation
-        full = rate >= self.lanes * self.prompts.most_per_s
-        return np.where(full, np.inf, batch * self.ranks * (1 + self.ttft(batch, concurrency) / generation))
-
-    def users(self, batch: Any) -> Any:
-        """:meth:`in_flight` of a closed loop, in which the queue itself is no longer than the others in flight."""
-        generation = self.generation_s(batch)
-        service, _ = self.prompts.at_rate(batch * self.ranks / generation / self.lanes)
-        longest, alone = self.in_flight(batch), self.in_flight(batch, 0.0)  # as random arrivals queue; without a queue
-        each = batch * self.ranks * service / generation  # users that one more prompt in every lane's queue adds
-        capped = np.where(each < self.lanes, (alone - each) / np.maximum(1 - each / self.lanes, 1e-9), np.inf)
-        return np.where(alone <= self.lanes, alone, np.minimum(longest, capped))
-
-    def served(self, batch: Any, concurrency: Any) -> Served:
-        """The load's numbers at ``batch``; of ``concurrency`` requests, those that find no room wait for it."""
-        generation = self.generation_s(batch)
-        least = concurrency / (batch * self.ranks) * generation - generation
-        first = np.maximum(self.ttft(batch, concurrency), least)
-        share = np.zeros_like(batch)
-        return _served(self.load, concurrency, batch, first, generation, self.decoding, self.prompts, share)
-
-
-def disaggregated(
-    prefill: Deployment, decode: Deployment, prefill_workers: int, decode_workers: int, load: Load,
-    chunk_tokens: int | None = None,
-) -> Served:
-    """Pools of prefill and of decode workers; a worker is one whole layout. Prompts go to the least loaded worker."""
-    for name, workers in (("prefill_workers", prefill_workers), ("decode_workers", decode_workers)):
-        if workers < 1:
-            raise InputError(f"{name} = {workers}: must be at least 1")
-    engine, dp = decode.engine, decode.layout.dp
-    concurrency = np.asarray(load.concurrency, dtype=float)
-    prompts = PrefillLine(prefill, load.new, load.prefix_cached, chunk_tokens or own_chunk(prefill))
-    fits, problem = room_for(prefill, decode, prompts, load, pooled=True)
-    if problem:
-        return unserved(concurrency, problem)
-    ranks, lanes = decode_workers * dp, prefill_workers * prefill.layout.dp
-    decoding = DecodeCurve(decode, load.context, float(concurrency.max()) / ranks)
-    hand_over = transfer_s(prefill, decode, load.input_len, prefill_workers + decode_workers)
-    pools = Disaggregated(load, engine, ranks, lanes, decode.options.mtp_depth, hand_over, decoding, prompts)
-    limit = np.minimum(concurrency / ranks, fits)
-    return pools.served(steady_batch(lambda b: pools.in_flight(b, concurrency), limit, concurrency), concurrency)
-
-
-def wave_s(prompts: PrefillLine, prompts_at_once: Any) -> Any:
-    """Seconds until the last of so many prompts that come to a rank at once is done, beyond those of the first."""
-    return np.maximum(prompts_at_once - 1, 0) / prompts.most_per_s
+    def _steps(self, batch: Array, arrivals: Array) -> _Steps:
+        """Moments of the step time when ``arrivals`` prompts per step come to all ranks, which move in lockstep."""
+        prompts, dp, alone = self.prompts, self.decode_ranks, self.engine.prefill_alone
+        plain = self.decoding.at("seconds", batch)
+        shared = 0.0 if alone else self.decoding.at("attention_s", batch) + prompts.token_s * batch
+        first = prompts.fixed_s + (plain if alone else shared)  # a: what a step with prompts takes beside their number
+        extra = first - plain
+        per_rank = arrivals / dp
+        used = per_rank / prompts.per_step
+        if np.all(prompts.per_step <= 1):  # a prompt takes 1 / per_step steps of its own
+            mixed = 1 - np.maximum(1 - used, 0) ** dp
+            idle = 1 - np.maximum(used, 1e-12) / np.maximum(mixed, 1e-12)  # share of the ranks that have none
+            each = np.maximum(extra + prompts.prompt_s - prompts.expert_s * idle, 0.0)
+            mean = plain + mixed * each
+            variance = mixed * (1 - mixed) * each**2
+            own = (plain + each) / prompts.per_step - (plain if alone else 0.0)
+        else:
+            # the slowest of dp ranks: at least whether any has a prompt, at most all of them on one
+            most = np.minimum(arrivals, per_rank + np.sqrt(2 * np.log(dp) * per_rank))
+            none = np.exp(-arrivals)
+            most = np.maximum(most, 1 - none)
+            idle = 1 - np.maximum(per_rank, 1e-12) / np.maximum(most, 1e-12)  # share of the ranks that have fewer
+            mean = plain + np.maximum((1 - none) * extra + most * (prompts.prompt_s - prompts.expert_s * idle), 0.0)
+            scatter = prompts.prompt_s**2 * most + extra**2 * none * (1 - none)
+            scatter = scatter + 2 * extra * prompts.prompt_s * most * none
+            # arrivals vary with the length of the step before, too
+            variance = scatter / np.maximum(1 - np.square(most * prompts.prompt_s / mean), 1e-3)
+            others = per_rank * (1 + variance / mean**2)
+            turns = np.maximum(1.0, (1 + others / 2) / prompts.per_step)
+            own = (first - (plain if alone else 0.0)) * turns + prompts.prompt_s * np.minimum(
+                1 + others, np.maximum(prompts.per_step, 1 + others / 2)
+            )
+            own = own - prompts.expert_s * idle
+        met = mean + variance / mean
+        # prompts that do not fit into the step wait for the next
+        own = own + met * used / (2 * np.maximum(1 - used, 1e-3)) / np.maximum(prompts.per_step, 1.0)
+        return _Steps(mean, met, own, used >= 0.98)
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """Steady state at a batch: mean step, the step that an arrival meets, the step it rides in, in seconds."""
+    """Steps at a batch, seconds: the mean, what an arrival meets, what it rides in; and whether prompts overrun."""
 
-    mean_s: Any
-    met_s: Any
-    own_s: Any
-    full: Any
-
-
-def _steps(decoding: DecodeCurve, prompts: PrefillLine, batch: Any, arrivals: Any, dp: Any, alone: bool) -> _Steps:
-    """Moments of the step time when ``arrivals`` prompts per step come to ``dp`` ranks in lockstep."""
-    plain = decoding.at("seconds", batch)
-    shared = 0.0 if alone else decoding.at("attention_s", batch) + prompts.token_s * batch
-    first = prompts.fixed_s + (plain if alone else shared)  # a: what a step with prompts takes beside their number
-    extra = first - plain
-    per_rank = arrivals / dp
-    used = per_rank / prompts.per_step
-    if np.all(prompts.per_step <= 1):  # a prompt takes 1 / per_step steps of its own
-        mixed = 1 - np.maximum(1 - used, 0) ** dp
-        idle = 1 - np.maximum(used, 1e-12) / np.maximum(mixed, 1e-12)  # share of the ranks that have none
-        each = np.maximum(extra + prompts.prompt_s - prompts.expert_s * idle, 0.0)
-        mean = plain + mixed * each
-        variance = mixed * (1 - mixed) * each**2
-        own = (plain + each) / prompts.per_step - (plain if alone else 0.0)
-    else:
-        # the slowest of dp ranks: at least whether any has a prompt, at most all of them on one
-        most = np.minimum(arrivals, per_rank + np.sqrt(2 * np.log(dp) * per_rank))
-        none = np.exp(-arrivals)
-        most = np.maximum(most, 1 - none)
-        idle = 1 - np.maximum(per_rank, 1e-12) / np.maximum(most, 1e-12)  # share of the ranks that have fewer
-        mean = plain + np.maximum((1 - none) * extra + most * (prompts.prompt_s - prompts.expert_s * idle), 0.0)
-        scatter = prompts.prompt_s**2 * most + 2 * extra * prompts.prompt_s * most * none + extra**2 * none * (1 - none)
-        # arrivals vary with the length of the step before, too
-        variance = scatter / np.maximum(1 - np.square(most * prompts.prompt_s / mean), 1e-3)
-        others = per_rank * (1 + variance / mean**2)
-        turns = np.maximum(1.0, (1 + others / 2) / prompts.per_step)
-        own = (first - (plain if alone else 0.0)) * turns + prompts.prompt_s * np.minimum(
-            1 + others, np.maximum(prompts.per_step, 1 + others / 2)
-        )
-        own = own - prompts.expert_s * idle
-    met = mean + variance / mean
-    # prompts that do not fit into the step wait for the next
-    own = own + met * used / (2 * np.maximum(1 - used, 1e-3)) / np.maximum(prompts.per_step, 1.0)
-    return _Steps(mean, met, own, used >= 0.98)
+    mean_s: Array
+    met_s: Array
+    own_s: Array
+    full: Mask
 
 
-def steady_batch(in_flight: Any, limit: Any, concurrency: Any) -> Any:
-    """The batch at which as many requests are in flight as there are, at most ``limit``: by bisection."""
-    low, high = np.zeros_like(limit), limit
-    inside = in_flight(high) <= concurrency
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        below = in_flight(middle) <= concurrency
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return np.where(inside, limit, np.maximum(low, 1e-9))
+@dataclass(frozen=True, kw_only=True)
+class Disaggregated(ServingModel):
+    """Pools of prefill and of decode workers; prompts go to the least loaded of ``prefill_ranks`` data-parallel ranks.
 
+    ``hand_over_s``: a prompt's cache on its way.
+    """
 
-def _served(
-    load: Load, concurrency: Any, batch: Any, first: Any, generation: Any,
-    decoding: DecodeCurve, prompts: PrefillLine, prefill_share: Any,
-) -> Served:
-    per_token = generation / np.maximum(load.output_len - 1, 1)
-    request = first + per_token * (load.output_len - 1)
-    share = prefill_share
-    error = np.hypot((1 - share) * decoding.at("error", batch), share * prompts.error)
-    kinds = {
-        kind: (1 - share) * decoding.at(kind, batch) + share * prompts.evidence[kind] for kind in prompts.evidence
-    }
-    columns = {
-        "concurrency": concurrency,
-        "batch": batch,
-        "ttft_s": first,
-        "tpot_s": per_token,
-        "request_s": request,
-        "output_tokens_per_s": concurrency / request * load.output_len,
-        "ttft_error": np.full_like(first, prompts.error),
-        "tpot_error": error,
-        "decode_step_s": decoding.at("seconds", batch),
-        "prefill_step_s": np.full_like(first, prompts.step_s),
-        "exposed_comm_s": decoding.at("exposed_comm_s", batch),
-        "hidden_comm_s": decoding.at("hidden_comm_s", batch),
-    }
-    evidence = {kind: _plain(value) for kind, value in kinds.items()}
-    problem = _plain(np.full(concurrency.shape, "", dtype=object))
-    return Served(**{name: _plain(value) for name, value in columns.items()}, evidence=evidence, problem=problem)
+    prefill_ranks: Number
+    hand_over_s: Number
 
+    def at(self, batch: Array, concurrency: Number = np.inf) -> SteadyState:
+        """As :meth:`ServingModel.at`, where an endless queue is one of arrivals at random."""
+        traffic, engine, prompts = self.traffic, self.engine, self.prompts
+        decode_step = self.decoding.at("seconds", batch)
+        generation, sequences = traffic.decode_steps(self.depth) * decode_step, batch * self.decode_ranks
+        rate = sequences / generation
+        service, queue = prompts.at_rate(rate / self.prefill_ranks)
+        # of a closed loop, nobody meets a queue longer than the others in flight
+        queue = np.minimum(queue, np.maximum(concurrency / self.prefill_ranks - 1, 0))
+        wave = np.maximum(sequences / self.prefill_ranks - 1, 0) / prompts.most_per_s  # as of Aggregated
+        waits = (engine.arrival_wait_steps + traffic.wait_steps) * decode_step
+        overhead = engine.first_token_s + engine.hand_over_s
+        first = service * (1 + queue) + wave / 2 / traffic.rounds + self.hand_over_s + waits + overhead
+        full = rate >= self.prefill_ranks * prompts.most_per_s
+        return SteadyState(first, generation, decode_step, np.where(full, np.inf, sequences * (1 + first / generation)))
 
-def unserved(concurrency: Any, why: str) -> Served:
-    """No numbers, and ``why``."""
-    columns = {field.name: np.full(concurrency.shape, np.nan) for field in fields(Served)}
-    columns |= {"concurrency": concurrency, "problem": np.full(concurrency.shape, why, dtype=object)}
-    return Served(**{name: _plain(value) for name, value in columns.items()} | {"evidence": {}})
-
-
-def _plain(value: Any) -> Any:
-    """A scalar for a scalar load, else the array."""
-    return value.item() if np.ndim(value) == 0 and isinstance(value, np.ndarray) else value
+    def closed_loop(self, batch: Array) -> Array:
+        """Requests in flight of a closed loop, in which the queue itself is no longer than the others in flight."""
+        longest, alone = self.at(batch), self.at(batch, 0.0)  # as random arrivals queue; without a queue
+        rate = batch * self.decode_ranks / alone.generation_s
+        service, _ = self.prompts.at_rate(rate / self.prefill_ranks)
+        each = rate * service  # requests in flight that one more prompt in every rank's queue adds
+        ranks = self.prefill_ranks
+        capped = np.where(each < ranks, (alone.concurrency - each) / np.maximum(1 - each / ranks, 1e-9), np.inf)
+        return np.where(alone.concurrency <= ranks, alone.concurrency, np.minimum(longest.concurrency, capped))

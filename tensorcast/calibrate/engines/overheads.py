@@ -120,7 +120,7 @@ def with_uses(rows: pd.DataFrame) -> pd.DataFrame:
     why = pd.Series("", index=rows.index)
     reasons = {
         "not predicted or not measured": ~((rows["tpot_s"] > 0) & (rows["measured_tpot_s"] > 0)),
-        "disaggregated": rows["mode"] != "agg",
+        "disaggregated": rows["mode"] != "aggregated",
         "left out to score": ~rows["even"],
         f"more than {SMALL_BATCH:g} requests per data-parallel rank": rows["users"] > SMALL_BATCH,
         f"prompts take more than {PROMPTS_SHARE:.0%} of the time": 1 - rows["decode_step_s"] / rows["tpot_s"]
@@ -220,7 +220,8 @@ def _steps_part(
 def _first_part(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
     """``fit`` with the time of a first token and of a hand-over, and the models of all runs it was fitted to."""
     usable = own["even"] & (own["first_s"] > 0) & (own["measured_ttft_s"] > 0)
-    whole, pools = own[usable & (own["mode"] == "agg")], own[usable & (own["mode"] != "agg") & own["stated"]]
+    pooled = own["mode"] != "aggregated"
+    whole, pools = own[usable & ~pooled], own[usable & pooled & own["stated"]]
     fields: dict[str, Any] = {}
     if len(whole) >= FEWEST:
         first_s = least_off(whole["first_s"], whole["first_slope"], whole["measured_ttft_s"], once(whole))
@@ -242,7 +243,7 @@ def _first_part(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
 
 def _scored(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
     """``fit`` with its errors on runs left out, copies of runs fitted to not among them."""
-    fresh = ~own["even"].groupby(own["same"]).transform("any") & (own["mode"] == "agg")
+    fresh = ~own["even"].groupby(own["same"]).transform("any") & (own["mode"] == "aggregated")
     rows = own[fresh & (own["after_s"] > 0) & (own["measured_tpot_s"] > 0)]
     if rows.empty:
         return fit

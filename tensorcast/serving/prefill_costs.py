@@ -1,0 +1,147 @@
+"""What prompts cost the GPUs that prefill: how they are cut into steps, seconds of those, and the queue before them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tensorcast.cost.evidence import EVIDENCE
+from tensorcast.deploy.deployment import Deployment
+from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES
+from tensorcast.deploy.plan.plan import Collective
+from tensorcast.deploy.step.price import StepPrice, seconds_of
+from tensorcast.errors import InputError
+from tensorcast.serving.curves import evidence_shares
+from tensorcast.serving.traffic import Array, Number, Traffic
+
+
+@dataclass(frozen=True)
+class PromptCut:
+    """How prompts of one length run as prefill steps.
+
+    ``tokens``: new tokens that a step takes of a prompt. A prompt longer than a step's chunk runs as equal chunks; a
+    chunk is priced at the mean of the tokens cached before it, ``past``. ``per_step``: prompts of a data-parallel rank
+    that share a step at most; below 1 for those in chunks. ``batches``: prompts per rank at which steps are priced.
+    """
+
+    tokens: float
+    past: float
+    per_step: float
+    batches: tuple[float, float, float]
+
+
+def cut_prompts(traffic: Traffic, chunk_tokens: int) -> PromptCut:
+    """Prompts of ``traffic`` in steps of at most ``chunk_tokens`` tokens per data-parallel rank."""
+    if chunk_tokens < 1:
+        raise InputError(f"chunk_tokens = {chunk_tokens}: must be at least 1")
+    new = float(traffic.new)
+    chunks = float(np.ceil(new / chunk_tokens))
+    per_step = float(chunk_tokens // new) if chunks == 1 else 1.0 / chunks
+    past = float(traffic.prefix_cached) + (new - new / chunks) / 2
+    return PromptCut(new / chunks, past, per_step, (0.5, 1.0, max(per_step, 1.0)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillCosts:
+    """Prefill steps in a server under load; arrays of one shape, an entry per deployment and cut of its prompts.
+
+    A step with ``n`` prompts per data-parallel rank, ``per_step`` at most, takes ``fixed_s + prompt_s * n`` seconds; a
+    step of one prompt ``step_s``. ``token_s``: what one more token adds. Every data-parallel rank has as many prompts;
+    ``expert_s`` is what experts and exchange take of ``prompt_s`` or, with one prompt per step, of ``fixed_s``: a rank
+    with a prompt where others have none needs its part of that. ``error``: relative median error of a step.
+    ``evidence``: shares of its kernel seconds by :data:`~tensorcast.cost.evidence.EVIDENCE`.
+    """
+
+    per_step: Array
+    fixed_s: Array
+    prompt_s: Array
+    token_s: Array
+    expert_s: Array
+    step_s: Array
+    error: Array
+    evidence: dict[str, Array]
+
+    def take(self, rows: Any) -> PrefillCosts:
+        """The entries at ``rows``: an index, or a mask."""
+        numbers = {name: values[rows] for name, values in vars(self).items() if name != "evidence"}
+        return PrefillCosts(**numbers, evidence={kind: share[rows] for kind, share in self.evidence.items()})
+
+    @staticmethod
+    def joined(parts: Sequence[PrefillCosts]) -> PrefillCosts:
+        """All entries of ``parts``, one after another."""
+        names = [name for name in vars(parts[0]) if name != "evidence"]
+        numbers = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        kinds = parts[0].evidence
+        return PrefillCosts(
+            **numbers, evidence={kind: np.concatenate([part.evidence[kind] for part in parts]) for kind in kinds}
+        )
+
+    @property
+    def most_per_s(self) -> Array:
+        """Prompts per second of one data-parallel rank that does nothing else."""
+        return self.per_step / (self.fixed_s + self.prompt_s * np.maximum(self.per_step, 1.0))
+
+    def at_rate(self, rate: Number) -> tuple[Array, Array]:
+        """Seconds in service of a prompt when ``rate`` per second come to a rank, and how many such times it waits.
+
+        Prompts that came while a step ran share the next (a gated queue): in the mean ``n`` of them where
+        ``n = rate * (fixed + prompt_s * n)``. A new one meets a longer step than the mean, waits for half of it, and
+        rides with those that came in all of it; near the limit it waits for those before it that did not fit, too.
+        With one prompt per step this is an M/D/1 queue.
+        """
+        most = np.maximum(self.per_step, 1.0)
+        added = np.minimum(rate * self.prompt_s, 1 - 1e-9)  # prompts that come during one prompt more
+        mean = np.clip(rate * self.fixed_s / (1 - added), 1.0, most)
+        step = (self.fixed_s + self.prompt_s * mean) / np.minimum(self.per_step, 1.0)
+        busy, full = np.minimum(rate * step / mean, 1.0), rate / self.most_per_s
+        varied = np.where(most > 1, busy * self.prompt_s**2 * mean / (1 - added**2), 0.0)
+        met = step + varied / step
+        rides = np.minimum(1 + busy * rate * met, most)
+        service = (self.fixed_s + self.prompt_s * rides) / np.minimum(self.per_step, 1.0)
+        crowd = full ** (most + 1) / (2 * most * np.maximum(1 - full, 1e-9))
+        return service, np.where(full < 1, (busy * met / 2 + crowd * step) / service, np.inf)
+
+
+def prefill_columns(price: StepPrice, prefill: Deployment) -> dict[str, Any]:
+    """Of prefill steps of ``prefill`` as they are in a server under load: seconds, those of experts, error, evidence.
+
+    Expert seconds are what the tokens of all data-parallel ranks take: experts, dispatch and combine, less what
+    overlaps.
+    """
+    slowdown = prefill.engine.prefill_slowdown(prefill.device.name)
+    experts_s = price.sum(
+        seconds_of,
+        lambda p: p.row.group in ("dp", "ep") if isinstance(p.row, Collective) else p.row.stage in EXPERT_STAGES,
+    )
+    return {
+        "seconds": slowdown.factor * price.seconds,
+        "experts_s": slowdown.factor * (experts_s - price.hidden_s),
+        "error": np.hypot(price.error, slowdown.error),
+        **evidence_shares(price),
+    }
+
+
+def prefill_costs(columns: Mapping[str, Array], tokens: Number, per_step: Number) -> PrefillCosts:
+    """Costs from :func:`prefill_columns` ``[..., 3]``, the last axis over the three batches of a :class:`PromptCut`.
+
+    ``tokens, per_step``: of the cut; numbers, or arrays of one entry for each of the other axes.
+    """
+    half, one, full = np.moveaxis(columns["seconds"], -1, 0)
+    per_step = np.broadcast_to(np.asarray(per_step, dtype=float), one.shape)
+    several = per_step > 1
+    prompt_s = np.where(several, np.clip((full - one) / np.where(several, per_step - 1, 1.0), 0.0, one), 0.0)
+    with_half, with_one = columns["experts_s"][..., 0], columns["experts_s"][..., 1]
+    return PrefillCosts(
+        per_step=per_step,
+        fixed_s=one - prompt_s,
+        prompt_s=prompt_s,
+        token_s=np.where(several, prompt_s / tokens, np.maximum(one - half, 0.0) / (np.asarray(tokens) / 2)),
+        # with pipeline stages another prompt takes one more turn, less than its way through all stages
+        expert_s=np.clip(2 * (with_one - with_half), 0.0, np.where(several, prompt_s, one)),
+        step_s=one,
+        error=columns["error"][..., 1],
+        evidence={kind: columns[kind][..., 1] for kind in EVIDENCE},
+    )

@@ -25,7 +25,7 @@ from tensorcast.search.space import Variant, space
 from tensorcast.serving.capacity import sequences_that_fit
 from tensorcast.serving.curves import decode_columns
 from tensorcast.serving.hand_over import hand_over_s
-from tensorcast.serving.prefill_costs import cut_prompts
+from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts
 from tensorcast.serving.steady_state import Aggregated, Disaggregated
 from tensorcast.serving.traffic import Traffic
 
@@ -42,6 +42,12 @@ class Exact:
         return np.broadcast_to(values, batch.ravel().shape).reshape(batch.shape)
 
 
+def costs_of(one: OnePrefill) -> PrefillCosts:
+    """One deployment's prefill costs, for any number of batches."""
+    numbers = {name: np.array(value) for name, value in vars(one).items() if name != "evidence"}
+    return PrefillCosts(**numbers, evidence={kind: np.array(share) for kind, share in one.evidence.items()})
+
+
 def served(
     decode: Deployment, prefill: Deployment, load: Traffic, chunk: int, batch: Any, workers: tuple[int, int] | None
 ) -> tuple[Any, Any]:
@@ -49,7 +55,7 @@ def served(
     one = decode.layout
     given: dict[str, Any] = {
         "traffic": load, "engine": decode.engine, "depth": decode.options.mtp_depth,
-        "decoding": Exact(decode, float(load.context)), "prompts": OnePrefill.of(prefill, load, chunk),
+        "decoding": Exact(decode, float(load.context)), "prompts": costs_of(OnePrefill.of(prefill, load, chunk)),
     }  # fmt: skip
     if workers is None:
         model: Any = Aggregated(**given, decode_ranks=one.dp)

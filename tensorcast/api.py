@@ -138,7 +138,9 @@ def simulate(
     )
     profile, read_as = named_model(model)
     parts = profile, device_profile(device), load_engine(engine), layout
-    found = run(*parts, workload, options_of(options), allow_oversize, _what_holds)
+    found = run(
+        *parts, workload, options=options_of(options), allow_oversize=allow_oversize, enough=_what_holds
+    )
     return _noted(found, read_as)
 
 
@@ -244,12 +246,15 @@ def explain(
     from tensorcast.deploy.options import options_of
     from tensorcast.profiles.store import load_engine
 
-    pair = parse_layout(layout, world_size), parse_layout(versus, world_size)
+    one, other = parse_layout(layout, world_size), parse_layout(versus, world_size)
     choices = options_of({"routing": "uniform", **options})
     new, past = (1, 4096) if phase == "decode" else (4096, 0)
     new, past = new if input_len is None else input_len, past if context is None else context
     profile, read_as = named_model(model)
-    found = run(profile, device_profile(device), load_engine(engine), *pair, phase, batch, new, past, choices)
+    found = run(
+        profile, device_profile(device), load_engine(engine), one, versus=other, phase=phase, batch=batch, new=new,
+        past=past, options=choices,
+    )
     return _noted(found, read_as)
 
 

@@ -283,7 +283,7 @@ def test_steps_that_cannot_be_captured_are_launched_kernel_by_kernel() -> None:
     captured = {
         (engine, kind): deploy(
             load_model("qwen3-30b-a3b"), load_device("h100"), load_engine(engine), Layout(4, 1, 4, 4), "decode",
-            Options(all2all=kind),
+            options=Options(all2all=kind),
         ).step.captured
         for engine in ("vllm", "sglang") for kind in ("high_throughput", "low_latency")
     }  # fmt: skip
@@ -295,8 +295,9 @@ def test_what_overlap_hides_is_not_saved_again_where_ranks_idle(kind: str) -> No
     """A lone prompt spares experts and exchange; its attention and dense matmuls take as long as ever."""
     options = Options(all2all=kind, dual_batch_overlap=True)
     one = deploy(
-        load_model("deepseek-v3"), load_device("h200"), load_engine("vllm"), Layout(32, 1, 32, 32), "prefill", options
-    )
+        load_model("deepseek-v3"), load_device("h200"), load_engine("vllm"), Layout(32, 1, 32, 32), "prefill",
+        options=options,
+    )  # fmt: skip
     line = OnePrefill.of(one, Traffic(2048, 1, 1), 2048)
     price = one.step.price(1.0, 2048.0, 0.0)
     own = sum(

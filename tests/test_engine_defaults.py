@@ -126,7 +126,8 @@ def test_what_a_share_covers() -> None:
 def test_room_is_what_fits(engine: str, layout: str, exchange: str) -> None:
     """Sequences by division, against the largest batch whose memory fits, the buffers of its decode step and all."""
     model, device = load_model("qwen3-30b-a3b"), load_device("h100")
-    decode = deploy(model, device, load_engine(engine), parse_layout(layout), "decode", Options(all2all=exchange))
+    options = Options(all2all=exchange)
+    decode = deploy(model, device, load_engine(engine), parse_layout(layout), "decode", options=options)
     for length in (300, 1000, 3000, 30_000):
         left, buffers = decode_budget(decode, length - 1)
         found = float(room(decode, left, decode.held(1.0, length)[1] + buffers))

@@ -98,7 +98,8 @@ def test_more_memory_never_hurts(model: str, layouts: list[str], past: int, engi
         won: Any = why.elasticities.set_index("resource").loc["memory size", gained]
         bigger = explain.RESOURCES["memory size"](side.deployment.device)
         one = side.deployment
-        more = deploy(one.model, bigger, one.engine, one.layout, "decode", one.options).largest_batch(1, why.past)
+        other = deploy(one.model, bigger, one.engine, one.layout, "decode", options=one.options)
+        more = other.largest_batch(1, why.past)
         assert 0 <= won <= more / side.largest_batch - 1 + 1e-9
 
 

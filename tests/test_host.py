@@ -46,9 +46,9 @@ def canned(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Measuring is replaced by made-up figures; the list says with which efforts it was asked for."""
     asked: list[float] = []
 
-    def measure(threads: int, effort: float) -> probes.Measured:
+    def measure(threads: int, effort: float) -> probes.ProbedHost:
         asked.append(effort)
-        return probes.Measured({"bf16": 2e11, "fp32": 1e11}, 3e10, 2e-6, {})
+        return probes.ProbedHost({"bf16": 2e11, "fp32": 1e11}, 3e10, 2e-6, {})
 
     monkeypatch.setattr(probes, "measure", measure)
     return asked
@@ -105,7 +105,7 @@ def test_crowded_machine_is_not_measured_for_keeps(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.unlink()
-    crowded = probes.Measured({"bf16": 2e11, "fp32": 1e11}, 3e10, 2e-6, {}, crowding=0.4)
+    crowded = probes.ProbedHost({"bf16": 2e11, "fp32": 1e11}, 3e10, 2e-6, {}, crowding=0.4)
     monkeypatch.setattr(probes, "measure", lambda threads, effort: crowded)
     assert "other processes took 40%" in host.host_profile(EFFORT).sources["host"]
     assert not cache.exists() and "far too slow" in caplog.text

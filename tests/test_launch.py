@@ -223,7 +223,7 @@ def test_commands_are_one_flag_a_line_and_safe_in_a_shell() -> None:
 )  # fmt: skip
 @settings(max_examples=250, deadline=None)
 def test_whatever_is_launched_adds_up(
-    engine: str, tp: int, dp: int, pp: int, etp: int, role: str | None, options: Options, batch: int, dense: bool
+    engine: str, tp: int, dp: int, pp: int, etp: int, *, role: str | None, options: Options, batch: int, dense: bool
 ) -> None:
     ep = 1 if dense or tp * dp % etp else tp * dp // etp
     layout, model = Layout(tp * dp * pp, tp, dp, ep, pp), LLAMA if dense else DEEPSEEK

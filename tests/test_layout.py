@@ -18,7 +18,8 @@ from tensorcast.trace.cache import traced
 
 
 def _deploy(model: str, layout: Layout, phase: str = "decode", device: str = "h200", **options: Any) -> Deployment:
-    return deploy(load_model(model), load_device(device), load_engine("vllm"), layout, phase, Options(**options))
+    parts = load_model(model), load_device(device), load_engine("vllm")
+    return deploy(*parts, layout, phase, options=Options(**options))
 
 
 @pytest.mark.parametrize(

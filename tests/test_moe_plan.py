@@ -53,8 +53,9 @@ def _moved_by_layer(family: str, layout: Layout, exchange: str) -> dict[str, flo
 
 def _moved_by_plan(folder: Path, layout: Layout, all2all: str) -> dict[str, float]:
     deployment = deploy(
-        load_model(str(folder)), load_device("h200"), load_engine("vllm"), layout, "decode", Options(all2all=all2all)
-    )
+        load_model(str(folder)), load_device("h200"), load_engine("vllm"), layout, "decode",
+        options=Options(all2all=all2all),
+    )  # fmt: skip
     moved: dict[str, float] = {}
     for row in deployment.step.plan.rows:
         if isinstance(row, Collective) and row.label in ("dispatch", "combine", "experts", "tokens split over tp"):

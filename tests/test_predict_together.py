@@ -62,9 +62,9 @@ def alone(run: Run) -> One:
         run.prefix_cached, run.mtp_acceptance, (1 - run.length_ratio) / (1 + run.length_ratio), run.rounds,
         run.wait_steps,
     )  # fmt: skip
-    decode = deploy(*profiles, run.decode, "decode", run.options)
+    decode = deploy(*profiles, run.decode, "decode", options=run.options)
     plain = Options(**{**vars(run.options), "mtp_depth": 0})
-    prefill = deploy(*profiles, run.prefill, "prefill", plain)
+    prefill = deploy(*profiles, run.prefill, "prefill", options=plain)
     if run.mode == "aggregated":
         return aggregated(prefill, decode, traffic, run.chunk_tokens)
     return disaggregated(prefill, decode, *run.workers, traffic)
@@ -109,7 +109,7 @@ def test_steps_priced_ahead_are_priced_the_same() -> None:
         (Layout(16, 1, 16, 16), Options(mtp_depth=2)),
         (Layout(16, 2, 8, 16), Options(chunk_tokens=64)),
     ):
-        step = deploy(model, device, load_engine("sglang"), sizes, "decode", options).step
+        step = deploy(model, device, load_engine("sglang"), sizes, "decode", options=options).step
         asked.append((step, np.array([[1.0, 7.5, 300.0]]), 1.0, np.array([[100.0], [5000.0]])))
     for (step, *at), found in zip(asked, prices(asked), strict=True):
         wanted = step.price(*at)

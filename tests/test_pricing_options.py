@@ -31,7 +31,7 @@ def deepseek(
     layout: Layout = EP32, engine: str = "sglang", phase: str = "decode", device: str = "h200", **options: Any
 ) -> Deployment:
     return deploy(
-        load_model("deepseek-v3"), load_device(device), load_engine(engine), layout, phase, Options(**options)
+        load_model("deepseek-v3"), load_device(device), load_engine(engine), layout, phase, options=Options(**options)
     )
 
 
@@ -114,7 +114,8 @@ def test_transformers_decodes_in_copies_on_a_gpu_only() -> None:
     cpu = load_device("h200").model_copy(update={"name": "cpu"})
     model, layout = load_model("mixtral-8x7b"), parse_layout("tp1")
     for wanted in ("auto", "grouped_mm"):
-        plan = deploy(model, cpu, load_engine("eager"), layout, "decode", Options(experts_backend=wanted)).step.plan
+        options = Options(experts_backend=wanted)
+        plan = deploy(model, cpu, load_engine("eager"), layout, "decode", options=options).step.plan
         assert plan.backend == "grouped_mm"
 
 
@@ -148,7 +149,7 @@ def test_drafted_tokens_share_the_cache_but_not_the_arithmetic() -> None:
     assert more.weights > less.weights + EXPERTS / 32 * 3 * HIDDEN * WIDTH
     with pytest.raises(InputError, match="no multi-token prediction module"):
         deploy(load_model("mixtral-8x7b"), load_device("h200"), load_engine("vllm"), parse_layout("tp8"), "decode",
-               Options(mtp_depth=1))  # fmt: skip
+               options=Options(mtp_depth=1))  # fmt: skip
 
 
 def shared(deployment: Deployment, batch: float) -> tuple[float, int]:
@@ -323,7 +324,9 @@ def test_mxfp4_experts_hold_and_send_a_rounded_hidden_size() -> None:
     """gpt-oss: 2880 becomes 3072 where the engine's kernels want multiples of 256."""
     model, device, layout = load_model("gpt-oss-120b"), load_device("h200"), parse_layout("dp8-ep8")
     exchange = Options(all2all="low_latency")
-    padded, plain = (deploy(model, device, load_engine(e), layout, "decode", exchange) for e in ("vllm", "eager"))
+    padded, plain = (
+        deploy(model, device, load_engine(e), layout, "decode", options=exchange) for e in ("vllm", "eager")
+    )
     experts = 36 * 128 / 8 * 3 * 2880 * 2880 * (0.5 + 1 / 32)
     difference = padded.memory(1, 1, 0).weights - plain.memory(1, 1, 0).weights
     assert difference == pytest.approx(experts * (3072 / 2880 - 1), rel=1e-3)  # biases too

@@ -49,7 +49,8 @@ def costs_of(one: OnePrefill) -> PrefillCosts:
 
 
 def served(
-    decode: Deployment, prefill: Deployment, load: Traffic, chunk: int, batch: Any, workers: tuple[int, int] | None
+    decode: Deployment, prefill: Deployment, load: Traffic, chunk: int, batch: Any, *,
+    workers: tuple[int, int] | None,
 ) -> tuple[Any, Any]:
     """(users, what they meet) at exact prices; ``workers`` (prefill, decode): of pools."""
     one = decode.layout
@@ -101,7 +102,7 @@ def test_every_candidate_is_what_a_fresh_pricing_at_its_batch_gives(found: Compa
         pools = row["mode"] == "disaggregated"
         workers = (int(row["prefill_workers"]), int(row["decode_workers"])) if pools else None
         chunk = found.tasks[0].scenario.own_chunk if pools else int(row["chunk_tokens"])
-        users, alone = served(decode, prefill, found.load(name), chunk, np.array(float(row["batch"])), workers)
+        users, alone = served(decode, prefill, found.load(name), chunk, np.array(float(row["batch"])), workers=workers)
         assert row["concurrency"] == pytest.approx(float(users) * row["replicas"], rel=1e-9)
         for column in ("ttft_s", "tpot_s", "request_s", "decode_step_s", "exposed_comm_s", "hidden_comm_s"):
             assert row[column] == pytest.approx(float(getattr(alone, column)), rel=1e-9), (name, column)
@@ -148,7 +149,7 @@ def _alone(task: SearchTask, variant: Variant) -> float:
     cut = cut_prompts(load, 2048)
     fits = sequences_that_fit(prefill, decode, cut, load.input_len, load.output_len)
     batch = np.arange(1.0, min(float(fits), 8192) + 1)
-    return _most(task, *served(decode, prefill, load, 2048, batch, None), variant.layout.world_size)
+    return _most(task, *served(decode, prefill, load, 2048, batch, workers=None), variant.layout.world_size)
 
 
 def _pooled(task: SearchTask, tried: list[Variant], variant: Variant) -> Iterator[float]:
@@ -162,7 +163,7 @@ def _pooled(task: SearchTask, tried: list[Variant], variant: Variant) -> Iterato
         for x, y in itertools.product((1, 2, 3), repeat=2):
             size = x * other.layout.world_size + y * variant.layout.world_size
             if size <= task.gpus:
-                users, at = served(decode, prefill, load, scenario.own_chunk, batch, (x, y))
+                users, at = served(decode, prefill, load, scenario.own_chunk, batch, workers=(x, y))
                 prompts = batch * decode.layout.dp * y / (load.output_len - 1) / at.decode_step_s
                 keeps_up = prompts <= PREFILL_BUSY * x * prefill.layout.dp * float(line.most_per_s)
                 yield _most(task, users, at, size, keeps_up)

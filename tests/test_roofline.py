@@ -77,7 +77,7 @@ def test_grouped_gemm_grows_with_rows_and_width(rows: int, hit: int, n: int, con
     kv_heads=st.sampled_from([1, 2, 8, 32]), constants=CONSTANTS,
 )
 def test_attention_never_faster_than_peak_and_grows(
-    batch: int, new: int, past: int, decode: bool, kv_heads: int, constants: KernelConstants
+    batch: int, new: int, past: int, *, decode: bool, kv_heads: int, constants: KernelConstants
 ) -> None:
     if decode:
         new = 1

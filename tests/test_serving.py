@@ -148,7 +148,7 @@ def pair() -> tuple[Deployment, Deployment]:
 
 def pair_of(model: str, layout: Layout, engine: str = "vllm", **options: Any) -> tuple[Deployment, Deployment]:
     made = [
-        deploy(load_model(model), load_device("h100"), load_engine(engine), layout, phase, Options(**options))
+        deploy(load_model(model), load_device("h100"), load_engine(engine), layout, phase, options=Options(**options))
         for phase in ("prefill", "decode")
     ]
     return made[0], made[1]

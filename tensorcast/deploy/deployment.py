@@ -199,6 +199,7 @@ def deploy(
     engine: EngineProfile,
     layout: Layout,
     phase: str,
+    *,
     options: Options = Options(),
 ) -> Deployment:
     """Trace (or load) the model at this tp, quantise, fuse, and lay it out. Raises :class:`InputError` if illegal."""
@@ -220,7 +221,9 @@ def deploy(
     fusions = tuple(engine.fusions) if options.fusion == "engine" else ()
     apart = engine.own_gemms.groups if engine.own_gemms else ()
     shared = shared_form(options, layout, all2all)
-    raw, table = rank_tables(model, phase, layout.tp, quantization, fusions, apart, shared)
+    raw, table = rank_tables(
+        model, phase, layout.tp, quantization, fusions=fusions, apart=apart, shared=shared
+    )
     plan = make_plan(table, layout, device, engine, options=options, config=model.config)
     dp = attention_dp(layout, whole.facts.num_experts)
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)

@@ -84,7 +84,7 @@ class Explanation:
 
 
 def explain(
-    model: ModelProfile, device: DeviceProfile, engine: EngineProfile, layout: Layout, versus: Layout, phase: str,
+    model: ModelProfile, device: DeviceProfile, engine: EngineProfile, layout: Layout, *, versus: Layout, phase: str,
     batch: int | None, new: int, past: int, options: Options = Options(),
 ) -> Explanation:
     """Price both layouts at one load: ``batch`` sequences per dp rank of ``layout``, as many in all of ``versus``.
@@ -96,7 +96,7 @@ def explain(
         raise InputError(f"--versus {versus}: is the layout itself; name another one")
     workload = Workload(phase, 1 if batch is None else batch, new, past)
     chosen = ((layout, options), (versus, applicable(options, versus)))
-    made = [deploy(model, device, engine, one, phase, own) for one, own in chosen]
+    made = [deploy(model, device, engine, one, phase, options=own) for one, own in chosen]
     workload.check_length(model)
     most = [one.largest_batch(new, past) for one in made]
     for one, largest in zip(made, most, strict=True):
@@ -259,7 +259,7 @@ def gain(
 ) -> float:
     """Relative gain in tokens/s on a ``better`` device; ``at_best``: each device at the best batch that it holds."""
     one = side.deployment
-    other = deploy(one.model, better(one.device), one.engine, one.layout, one.phase, one.options)
+    other = deploy(one.model, better(one.device), one.engine, one.layout, one.phase, options=one.options)
     step = replace(other.step, pricer=replace(other.step.pricer, corrections=one.step.pricer.corrections))
     other = replace(other, step=step)  # what its formulas miss stays what was measured
     if not at_best:

@@ -23,6 +23,7 @@ def simulate(
     engine: EngineProfile,
     layout: Layout,
     workload: Workload,
+    *,
     options: Options = Options(),
     allow_oversize: bool = False,
     enough: Callable[[Deployment, Workload], str] | None = None,
@@ -31,7 +32,7 @@ def simulate(
 
     ``enough`` says what would hold a model that does not fit.
     """
-    deployment = deploy(model, device, engine, layout, workload.phase, options)
+    deployment = deploy(model, device, engine, layout, workload.phase, options=options)
     workload.check_length(model)
     memory = deployment.memory(workload.batch, workload.input_len, workload.context)
     largest = deployment.largest_batch(workload.input_len, workload.context)

@@ -106,7 +106,7 @@ def with_room(
     Raises :class:`InputError` where not even one fits. Traces the model, unless its trace is cached.
     """  # fmt: skip
     phase = "prefill" if role == "prefill" else "decode"
-    one = deploy(model, device, _served(found.engine, role), layout, phase, options)
+    one = deploy(model, device, _served(found.engine, role), layout, phase, options=options)
     left, buffers = decode_budget(one, length - 1)
     fits = int(room(one, left, one.held(1.0, length)[1] + buffers))
     if fits < 1:

@@ -116,7 +116,8 @@ def _output(out: Any) -> Tensor:
 
 
 def measure_expert_parallel(
-    block: nn.Module, tp: int, ep: int, tokens: Sequence[int], hidden: int, repeats: int = REPEATS
+    block: nn.Module, tp: int, ep: int, tokens: Sequence[int], hidden: int, *,
+    repeats: int = REPEATS,
 ) -> list[dict[str, Any]]:
     """The block's own output on this rank's tokens against the parallel layer's, and the latter's time.
 

@@ -142,7 +142,7 @@ class RunCache(DynamicCache):
 
 
 @dataclass(frozen=True)
-class Measured:
+class TimedLayer:
     """End to end seconds of one layer kind (``kind`` -1: the whole step of the model as cut)."""
 
     kind: int
@@ -153,7 +153,7 @@ class Measured:
 
 def time_layers(
     model: Any, config: PreTrainedConfig, workload: Workload, kinds: Sequence[int], effort: float
-) -> Iterator[Measured]:
+) -> Iterator[TimedLayer]:
     """Each layer kind of a rewritten model, and its whole step, at one workload."""
     device = next(model.parameters()).device
     _, layers = decoder_layers(model)
@@ -175,11 +175,11 @@ def time_layers(
             for kind in sorted(set(kinds)) if alone else ():
                 i = list(kinds).index(kind)
                 args, kwargs, _ = seen[i]
-                yield Measured(kind, workload, time_calls([partial(layers[i], *args, **kwargs)], device, effort))
-            yield Measured(-1, workload, time_calls([partial(model, **inputs)], device, effort))
+                yield TimedLayer(kind, workload, time_calls([partial(layers[i], *args, **kwargs)], device, effort))
+            yield TimedLayer(-1, workload, time_calls([partial(model, **inputs)], device, effort))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError) as reason:
         line = (str(reason).strip() or type(reason).__name__).splitlines()[0][:160]
-        yield Measured(-1, workload, None, line)
+        yield TimedLayer(-1, workload, None, line)
     finally:
         gc.collect()
         if device.type == "cuda":

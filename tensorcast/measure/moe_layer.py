@@ -86,7 +86,7 @@ def measure_moe_layer(
                 say(f"{model.name}: MoE layer, {backend}, {count} tokens")
                 store.begin(key)
                 layer = MoELayer(block, model.moe, model=model.name, backend=backend)
-                store.add(key, **_timed(layer, backend, x, expected, device, effort))
+                store.add(key, **_timed(layer, backend, x, expected, device, effort=effort))
         del block
         gc.collect()
         if device.type == "cuda":
@@ -96,7 +96,7 @@ def measure_moe_layer(
 
 
 def _timed(
-    layer: MoELayer, backend: str, x: Tensor, expected: Tensor, device: torch.device, effort: float
+    layer: MoELayer, backend: str, x: Tensor, expected: Tensor, device: torch.device, *, effort: float
 ) -> dict[str, Any]:
     need, free = extra_bytes(layer, backend, x.shape[0]), free_bytes(device)
     if need > ROOM * free:

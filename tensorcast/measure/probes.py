@@ -55,7 +55,7 @@ class Sample:
 
 
 @dataclass
-class Measured:
+class ProbedHost:
     """Everything that was measured. Peak FLOP/s by dtype, bytes/s, seconds, and samples by (family, dtype).
 
     ``crowding``: cores that other processes took from ours meanwhile, per thread; 0 where the system does not tell.
@@ -109,12 +109,12 @@ class Pool:
         return piece
 
 
-def measure(threads: int, effort: float = 1.0) -> Measured:
+def measure(threads: int, effort: float = 1.0) -> ProbedHost:
     """Time everything with ``threads`` threads. ``effort``, at most 1, scales sizes and repeats."""
     effort = min(effort, 1.0)
     repeats = max(3, round(REPEATS * effort))
     width = max(256, round(WIDTH * effort**0.5 / 128) * 128)
-    found = Measured()
+    found = ProbedHost()
     crowding = Crowding(threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

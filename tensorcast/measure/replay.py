@@ -106,7 +106,9 @@ Templates = dict[tuple[str, str], list[Template]]
 """By op name and module, as the op table labels it, in the order of the calls."""
 
 
-def watch_step(model: nn.Module, config: PreTrainedConfig, phase: str, batch: int, new: int, past: int) -> Templates:
+def watch_step(
+    model: nn.Module, config: PreTrainedConfig, phase: str, batch: int, *, new: int, past: int
+) -> Templates:
     """All calls of one step of ``model`` on meta at concrete sizes, one layer per kind."""
     kinds, watch = Kinds(), _Watch()
     with watch:

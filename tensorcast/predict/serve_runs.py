@@ -137,7 +137,7 @@ class _Deployed:
         try:
             served = self._engine(engine)
             served = served.in_pools() if pools else served
-            return deploy(_model(model), _device(device), served, layout, phase, options)
+            return deploy(_model(model), _device(device), served, layout, phase, options=options)
         except InputError as error:
             return error
 

@@ -41,7 +41,7 @@ class Scenario:
         return replace(self, engine=self.engine.in_pools())
 
     def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
-        return deploy(self.model, self.device, self.engine, layout, phase, options)
+        return deploy(self.model, self.device, self.engine, layout, phase, options=options)
 
 
 FORMS = ("aggregated", "disaggregated")
@@ -91,19 +91,9 @@ def search_tasks(
 
     Raises :class:`InputError`, one line, on anything that cannot be.
     """
-    if objective not in OBJECTIVES:
-        raise unknown_name("--objective", objective, OBJECTIVES)
-    for form in forms:
-        if form not in FORMS:
-            raise unknown_name("--form", form, FORMS)
+    _check_names(objective, forms, [device.name for device in devices], world_sizes, prices=prices or {})
     if not 0 <= prefix_cached < max(1, input_len):
         raise InputError(f"--prefix-cached {prefix_cached}: must be at least 0 and less than --input-len {input_len}")
-    names = [device.name for device in devices]
-    if not names or not world_sizes:
-        raise InputError("compare: needs at least one device and one world size")
-    for name, value in (prices or {}).items():
-        if name not in names:
-            raise InputError(f"--price {name}={value:g}: {name} is not one of --device {','.join(names)}")
     Routing.parse(routing)
     # one request in flight stands for the load until a candidate's batch says how many there are
     load = Traffic(input_len, output_len, 1, prefix_cached, mtp_acceptance)
@@ -135,6 +125,23 @@ def search_tasks(
     if problem := model.too_long(input_len + output_len):
         raise InputError(f"--input-len {input_len} and --output-len {output_len}: {problem}")
     return tasks
+
+
+def _check_names(
+    objective: str, forms: Sequence[str], devices: Sequence[str], world_sizes: Sequence[int], *,
+    prices: Mapping[str, float],
+) -> None:
+    """Raise :class:`InputError`, one line, on the first name that stands for nothing, or where nothing is named."""
+    if objective not in OBJECTIVES:
+        raise unknown_name("--objective", objective, OBJECTIVES)
+    for form in forms:
+        if form not in FORMS:
+            raise unknown_name("--form", form, FORMS)
+    if not devices or not world_sizes:
+        raise InputError("compare: needs at least one device and one world size")
+    for name, value in prices.items():
+        if name not in devices:
+            raise InputError(f"--price {name}={value:g}: {name} is not one of --device {','.join(devices)}")
 
 
 def _check(task: SearchTask) -> None:

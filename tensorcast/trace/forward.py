@@ -60,9 +60,9 @@ def record_step(
     with torch.no_grad(), masks(with_masks), past_length(past), hub_kernels_as_ops(model):
         if recurrent_state and _is_recurrent(cache):
             cache.past_len = 0
-            _run(model, config, cache, batch, WARM_UP_TOKENS, Kinds() if kinds is not None else None)
+            _run(model, config, cache, batch, WARM_UP_TOKENS, kinds=Kinds() if kinds is not None else None)
             cache.past_len, cache.has_state = past, True
-        _run(model, config, cache, batch, new, kinds, recorder, device)
+        _run(model, config, cache, batch, new, kinds=kinds, recorder=recorder, device=device)
     return recorder.calls
 
 
@@ -78,6 +78,7 @@ def _run(
     cache: Any,
     batch: int,
     new: int,
+    *,
     kinds: Kinds | None,
     recorder: Recorder | None = None,
     device: torch.device | str = "meta",

@@ -52,7 +52,8 @@ def _model(model: ModelProfile, table: OpTable, dtype: str, device: torch.device
 
 
 def check_rows(
-    model: ModelProfile, table: OpTable, device: torch.device, store: Store, belongs: str, problem: list[str], say: Say
+    model: ModelProfile, table: OpTable, device: torch.device, store: Store, *, belongs: str, problem: list[str],
+    say: Say,
 ) -> list[dict[str, Any]]:
     """The rewritten layers against transformers' eager ones in float32, where that fits."""
     from tensorcast.measure.layers import check_layers
@@ -80,7 +81,7 @@ def check_rows(
 
 def layer_rows(
     model: ModelProfile, table: OpTable, workloads: Sequence[Workload], device: torch.device, store: Store,
-    belongs: str, ops: list[dict[str, Any]], effort: float, problem: list[str], say: Say,
+    *, belongs: str, ops: list[dict[str, Any]], effort: float, problem: list[str], say: Say,
 ) -> list[dict[str, Any]]:
     """One row per layer kind and workload, and one per workload for the whole step of the layers that were built."""
     keys = {w: key_of("layers", model.config, w, belongs) for w in workloads}

@@ -178,11 +178,12 @@ def _deployment(request: Request, model: ModelProfile, phase: str) -> Deployment
     layout = Layout(request.tp * request.dp, request.tp, request.dp, request.ep, 1)
     options = Options(quant=request.quant)
     try:
-        return deploy(model, request.device, request.engine, layout, phase, replace(options, experts_backend=BACKEND))
+        own = replace(options, experts_backend=BACKEND)
+        return deploy(model, request.device, request.engine, layout, phase, options=own)
     except InputError as reason:
         if "no experts" not in str(reason):
             raise
-        return deploy(model, request.device, request.engine, layout, phase, options)
+        return deploy(model, request.device, request.engine, layout, phase, options=options)
 
 
 def _measure(
@@ -212,7 +213,9 @@ def _measure(
             priced = deployments[workload.phase].step.pricer.seconds(row.op, at)
             add_predictions(ops[-1], priced, works_from(ops[-1]["works"]), device.type)
     runner.buffers = None  # type: ignore[assignment]  # its pools' memory, for the layers
-    layers, checks = _end_to_end(request, model, deployments, device, store, belongs, ops, notes)
+    layers, checks = _end_to_end(
+        request, model, deployments, device, store, belongs=belongs, ops=ops, notes=notes
+    )
     return ops, layers, checks
 
 
@@ -224,12 +227,12 @@ def _watcher(request: Request, model: ModelProfile) -> Callable[[Workload], Temp
 
     config = narrow(hf_config(model), request.tp)
     meta = build(config)
-    return lambda w: watch_step(meta, config, w.phase, w.batch, w.input_len, w.context)
+    return lambda w: watch_step(meta, config, w.phase, w.batch, new=w.input_len, past=w.context)
 
 
 def _end_to_end(
     request: Request, model: ModelProfile, deployments: dict[str, Deployment], device: torch.device, store: Store,
-    belongs: str, ops: list[dict[str, Any]], notes: list[str],
+    *, belongs: str, ops: list[dict[str, Any]], notes: list[str],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Layers and the step, and the rewritten layers against transformers' own; a note says why not, where not."""
     from tensorcast.validate.end_to_end import check_rows, layer_rows
@@ -244,9 +247,10 @@ def _end_to_end(
     needed = max(kinds.index(kind) for kind in set(kinds)) + 1
     small = cut(model, needed) if needed < len(kinds) and not model.model else model
     problem: list[str] = []
-    checks = check_rows(small, any_phase.raw, device, store, belongs, problem, request.say)
+    checks = check_rows(small, any_phase.raw, device, store, belongs=belongs, problem=problem, say=request.say)
     layers = layer_rows(
-        small, any_phase.raw, request.workloads(), device, store, belongs, ops, request.effort, problem, request.say
+        small, any_phase.raw, request.workloads(), device, store, belongs=belongs, ops=ops,
+        effort=request.effort, problem=problem, say=request.say,
     )
     if any(d.quantization.linear.name != "bf16" or d.quantization.experts.name != "bf16" for d in deployments.values()):
         problem.append("Layers run in bf16 end to end, whatever the quantisation of the ops above.")
@@ -276,7 +280,7 @@ def _in_parallel(request: Request, device: torch.device) -> tuple[list[dict[str,
             block, hidden = random_block(request.model, dtype, device)
             tokens = sorted({w.batch * w.input_len for w in request.workloads()})
             ep = request.ep if request.ep > 1 else ranks
-            rows += c.measure_expert_parallel(block, request.tp, ep, tokens, hidden, repeats)
+            rows += c.measure_expert_parallel(block, request.tp, ep, tokens, hidden, repeats=repeats)
         return rows, rank
 
 

@@ -24,7 +24,7 @@ from tensorcast.profiles.device import Calibration, DeviceProfile, KernelConstan
 if TYPE_CHECKING:
     import numpy as np
 
-    from tensorcast.measure.probes import Measured, Sample
+    from tensorcast.measure.probes import ProbedHost, Sample
 
 
 FORMAT = 3
@@ -73,7 +73,7 @@ def _file(effort: float) -> Path | None:
     return folder / "hosts" / f"cpu-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
 
 
-def profile_of(measured: Measured, count: int) -> DeviceProfile:
+def profile_of(measured: ProbedHost, count: int) -> DeviceProfile:
     """The profile that says what was ``measured`` with ``count`` threads."""
     today = datetime.date.today().isoformat()
     how = f"torch {importlib.metadata.version('torch')}, {count} threads"

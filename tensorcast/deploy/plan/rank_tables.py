@@ -53,6 +53,7 @@ def rank_tables(
     phase: str,
     tp: int,
     quantization: Quantization,
+    *,
     fusions: tuple[str, ...],
     apart: tuple[tuple[str, ...], ...],
     shared: Whole | None,

@@ -205,7 +205,7 @@ def _under_routings(view: View, choice: Choice) -> list[float]:
     batch, _ = view.batch_at_load(choice)
     d, found = choice.decode, []
     for routing in ROUTINGS:
-        other = deploy(d.model, d.device, d.engine, d.layout, d.phase, replace(d.options, routing=routing))
+        other = deploy(d.model, d.device, d.engine, d.layout, d.phase, options=replace(d.options, routing=routing))
         found.append(float(other.step.seconds(float(batch), 1.0, float(view.cached_tokens))))
     return found
 

@@ -58,7 +58,7 @@ def test_trees_that_were_grown_to_rise_never_fall() -> None:
     rng = np.random.default_rng(3)
     features: dict[str, Any] = {name: rng.normal(size=800) for name in ("a", "b", "skew")}
     target = np.sin(3.0 * features["a"]) + features["b"] + np.cos(features["skew"])
-    trees = grow(features, target, 60, 4, 0.15, rises=True)
+    trees = grow(features, target, 60, 4, 0.15, monotone=True)
     free = np.ptp(trees.values({"a": np.zeros(50), "b": np.zeros(50), "skew": np.linspace(-2, 2, 50)}))
     for name in ("a", "b"):
         still = {"a": np.zeros(50), "b": np.zeros(50), "skew": np.zeros(50)}

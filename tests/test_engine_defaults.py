@@ -108,7 +108,7 @@ def test_captured_prefill_launches_faster(engine: str, largest: int) -> None:
     assert (gain[tokens > largest] == 0).all() and (gain >= 0).all()
     assert (gain[tokens <= min(largest, 64)] > 1e-5).all()
     alone = [one.step.seconds(1.0, t, 0.0) for t in tokens]  # each as it is priced beside the others
-    assert alone == pytest.approx(list(one.step.seconds(1.0, tokens, 0.0)), rel=1e-12)
+    assert alone == pytest.approx(np.asarray(one.step.seconds(1.0, tokens, 0.0)).tolist(), rel=1e-12)
 
 
 def test_what_a_share_covers() -> None:

@@ -145,9 +145,9 @@ def test_a_step_prices_the_library_of_its_model() -> None:
     assert sources["bf16"] == TRITON and sources["nvfp4"] == source_of("flashinfer_trtllm_moe")
     step = deploy(model, device, engine, Layout(4, tp=4), "decode").step
     assert step.pricer.sources == sources
-    ruled = step.price(64, 1, 1000).seconds
+    ruled = float(step.price(64, 1, 1000).seconds)
     plain = replace(step, pricer=replace(step.pricer, sources={}))
-    assert abs(plain.price(64, 1, 1000).seconds / ruled - 1.0) > 0.02
+    assert abs(float(plain.price(64, 1, 1000).seconds) / ruled - 1.0) > 0.02
 
 
 def test_an_engine_runs_tuned_kernels_where_untuned_ones_were_measured() -> None:

@@ -65,7 +65,7 @@ PIPELINES = st.lists(st.integers(1, 4), min_size=1, max_size=5)
 def test_stages_of_several_pipelines_are_those_of_each(kinds: list[int], sizes: list[int]) -> None:
     """The slowest and the last stage, by counting layers."""
     per_place = {0: 1.0, 1: 2.5, 2: 7.25, FIRST: 0.5, LAST: 4.0, HAND_OVER: 0.125}
-    together = [stage.of(per_place) for stage in stages_of_each(kinds, np.array(sizes))]
+    together = [np.asarray(stage.of(per_place)) for stage in stages_of_each(kinds, np.array(sizes))]
     for i, pp in enumerate(sizes):
         expected = [sum(per_place[kind] for kind in kinds[layers]) for layers in stage_layers(len(kinds), pp)]
         expected[0] += per_place[FIRST]

@@ -66,7 +66,7 @@ def _collectives(deployment: Deployment) -> list[tuple[str, str, float, int]]:
     """(op, group, bytes per token or sequence, calls)."""
     price = deployment.step.price(1.0, 1.0, 0.0)
     return [
-        (row.row.op, row.row.group, row.row.scale, n)
+        (row.row.op, row.row.group, float(row.row.scale), int(n))
         for row, n in zip(price.rows, price.counts, strict=True)
         if isinstance(row.row, Collective)
     ]
@@ -182,7 +182,7 @@ def test_pipeline_bubble() -> None:
             place = "start"
         elif isinstance(row.row, Collective) and row.row.op != "send_recv" and row.row.kind < 0:
             place = "end"
-        sums[place] += float(row.seconds) * n
+        sums[place] += float(row.seconds) * int(n)
     stage_s = [sums["in"] / 2 + sums["start"] + sums["hop"], sums["in"] / 2 + sums["end"]]
     assert float(price.seconds) - float(price.overhead_s) == pytest.approx(3 * max(stage_s))
 

@@ -59,7 +59,7 @@ def _moved_by_plan(folder: Path, layout: Layout, all2all: str) -> dict[str, floa
     moved: dict[str, float] = {}
     for row in deployment.step.plan.rows:
         if isinstance(row, Collective) and row.label in ("dispatch", "combine", "experts", "tokens split over tp"):
-            moved[f"{row.op} {row.label}"] = row.scale * TOKENS
+            moved[f"{row.op} {row.label}"] = float(row.scale) * TOKENS
     return moved
 
 

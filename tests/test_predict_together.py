@@ -14,7 +14,7 @@ from tensorcast.cost.kernels.corrections import BatchedCorrections, corrections_
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.step.step import prices
+from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.errors import InputError
 from tensorcast.predict.predict import predict
 from tensorcast.predict.run_columns import Run, read_run
@@ -103,7 +103,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 def test_steps_priced_ahead_are_priced_the_same() -> None:
     """Layers of several kinds, pipeline stages, drafts and chunks: every row's seconds, and the rows themselves."""
     model, device = load_model("deepseek-v3"), load_device("h200")
-    asked = []
+    asked: list[Asked] = []
     for sizes, options in (
         (Layout(16, 8, 1, 8, 2), Options()),
         (Layout(16, 1, 16, 16), Options(mtp_depth=2)),

@@ -143,7 +143,7 @@ def test_rest_is_summed(decode: Any) -> None:
 def test_memory_that_does_not_fit_is_said_plainly() -> None:
     run = tc.simulate(MODEL, device="h100", **RUNS["oversize"])
     text = " ".join(" ".join(line.strip("│ ") for line in shown(run, 80)).split())
-    over = run.memory.total - run.memory.budget
+    over = float(run.memory.total - run.memory.budget)
     assert f"DOES NOT FIT: {units.nbytes(over)} over" in text
     assert f"largest batch that fits: {run.largest_batch:,} sequences" in text
 

@@ -134,7 +134,7 @@ def test_passes_over_rows_can_be_left_to_the_caller() -> None:
 
 def test_arrays_equal_scalars() -> None:
     m = np.array([1, 64, 65, 4096])
-    together = roofline.kernel_time(work.gemm(m, 7168, 4096), make_constants(), DEVICE).seconds
+    together = np.asarray(roofline.kernel_time(work.gemm(m, 7168, 4096), make_constants(), DEVICE).seconds)
     assert together.shape == (4,)
     for i, size in enumerate(m):
         assert together[i] == pytest.approx(seconds(work.gemm(int(size), 7168, 4096), make_constants()))

@@ -100,10 +100,11 @@ def test_arrays_are_priced_as_their_entries(model: str) -> None:
     batches = np.array([0.25, 1.0, 1.5, 33.0, 1024.0, 60000.0])
     together = made.step.price(batches, 1.0, 2000.0)
     shares = evidence_shares(together)
+    seconds, error = np.asarray(together.seconds), np.asarray(together.error)
     for i, batch in enumerate(batches):
         alone = made.step.price(batch, 1.0, 2000.0)
-        assert together.seconds[i] == pytest.approx(float(alone.seconds), rel=1e-12)
-        assert together.error[i] == pytest.approx(float(alone.error), rel=1e-9)
+        assert seconds[i] == pytest.approx(float(alone.seconds), rel=1e-12)
+        assert error[i] == pytest.approx(float(alone.error), rel=1e-9)
         for kind, share in evidence_shares(alone).items():
             assert np.broadcast_to(shares[kind], len(batches))[i] == pytest.approx(float(share), abs=1e-12)
     assert np.ptp(shares["measured"]) > 0.1

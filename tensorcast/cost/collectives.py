@@ -203,7 +203,9 @@ def _exchange(
 ) -> _Leg:
     """All-to-all: every tier carries the share that goes to peers first met there; tiers work at the same time."""
     ranks, spans = extent[-1], len(levels) > 1
-    worst, wire_total, fixed, calibrated, error = 0.0, 0.0, 0.0, True, 0.0
+    worst: Size = 0.0
+    wire_total: Size = 0.0
+    fixed, calibrated, error = 0.0, True, 0.0
     for tier, _ in levels:
         level, inner = device.interconnect[tier], extent[tier - 1] if tier else 1
         wire = payload * (extent[tier] - inner) / ranks

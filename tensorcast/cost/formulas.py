@@ -14,7 +14,7 @@ import numpy as np
 from tensorcast.cost import work as w
 from tensorcast.cost.memory import indexer_key_bytes, latent_bytes
 from tensorcast.cost.registry import Registry
-from tensorcast.cost.work import Precision, Work
+from tensorcast.cost.work import Precision, Size, Work
 from tensorcast.modeling.quantization import SCHEMES, Scheme
 from tensorcast.trace.dims import Dim, Sizes
 from tensorcast.trace.table import DTYPE_BYTES, Op, Tensor
@@ -29,20 +29,20 @@ class Context:
     """
 
     sizes: Sizes
-    hit: Any = 0.0
+    hit: Size = 0.0
     decode: bool = True
-    kv_bytes: Any = 2.0
+    kv_bytes: Size = 2.0
     has_fp4: bool = False
     backend: str = "grouped_mm"
-    capacity: Any = 0.0
+    capacity: Size = 0.0
     masked_skips: bool = True
-    verify: Any = 1.0
+    verify: Size = 1.0
 
     def value(self, size: Any) -> Any:
         """A dim or a plain number at these sizes."""
         return size.at(self.sizes) if isinstance(size, Dim) else size
 
-    def sequences(self, batch: Any, new: Any) -> tuple[Any, Any]:
+    def sequences(self, batch: Size, new: Size) -> tuple[Size, Size]:
         """Sequences and new tokens of each, where a decode step checks drafted tokens along with the last one."""
         return batch / self.verify, new * self.verify
 
@@ -87,7 +87,7 @@ def work_of(op: Op, context: Context) -> list[Work]:
     return [replace(work, kernel=op.name) if work.family == "memory" else work for work in works]
 
 
-def _written(op: Op, at: Context) -> Any:
+def _written(op: Op, at: Context) -> Size:
     return sum((t.bytes(at.sizes) for t in op.outputs), 0.0)
 
 
@@ -172,10 +172,10 @@ def mla_absorb(op: Op, at: Context) -> list[Work]:
     ]
 
 
-def chunk_pairs(new: Any, past: Any, chunk: int) -> Any:
+def chunk_pairs(new: Size, past: Size, chunk: int) -> Size:
     """(query, key) pairs where a query sees its own chunk of the sequence only: ``p mod chunk + 1`` at position p."""
 
-    def up_to(n: Any) -> Any:
+    def up_to(n: Size) -> Size:
         n = np.asarray(n, dtype=float)
         whole, rest = np.floor(n / chunk), np.mod(n, chunk)
         return whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import numpy as np
 
+from tensorcast.cost.work import Size
 from tensorcast.modeling.quantization import Quantization, rounded_hidden
 from tensorcast.profiles.memory import MemoryCovers
 from tensorcast.trace.dims import Dim, Sizes, product
@@ -76,10 +76,10 @@ def kv_bytes_per_token(table: OpTable, kv: str = "bf16") -> float:
     return sum(e.per_token * table.layer_kinds.count(e.kind) for e in cache_entries(table, kv))
 
 
-def cache_bytes(table: OpTable, kv: str, sequences: Any, length: Any, layers: slice = slice(None)) -> Any:
+def cache_bytes(table: OpTable, kv: str, sequences: Size, length: Size, layers: slice = slice(None)) -> Size:
     """KV cache and recurrent state of ``sequences`` sequences of ``length`` tokens over ``layers``."""
     kinds = table.layer_kinds[layers]
-    total: Any = 0.0
+    total: Size = 0.0
     for entry in cache_entries(table, kv):
         tokens = np.minimum(length, entry.limit) if entry.limit else length
         total = total + kinds.count(entry.kind) * sequences * (entry.per_token * tokens + entry.per_sequence)
@@ -88,21 +88,21 @@ def cache_bytes(table: OpTable, kv: str, sequences: Any, length: Any, layers: sl
 
 def weight_bytes(
     table: OpTable, quantization: Quantization, ep: int = 1, etp: int = 1, layers: slice = slice(None), *,
-    first: bool = True, last: bool = True, local_experts: int | None = None, rounded: bool = False,
-) -> float:
+    first: bool = True, last: bool = True, local_experts: Size | None = None, rounded: bool = False,
+) -> Size:
     """Weights on one rank: experts split over ``ep`` and ``etp``, the rest as traced at this tp. Scales included.
 
     ``local_experts``: experts and copies on the fullest rank, by default what even splitting gives. ``rounded``: the
     engine pads experts' hidden size to their kernels' multiple.
     """
     kinds = table.layer_kinds[layers]
-    total = 0.0
+    total: Size = 0.0
     for part in _weights(table, quantization, rounded):
         if part.kind < 0:  # outside the layers: is it on this pipeline stage?
             tied = last and table.facts.tied_embedding
             if not {"embedding": first or tied, "lm_head": last}.get(part.role, True):
                 continue
-        size = part.size_bytes
+        size: Size = part.size_bytes
         if part.expert_bytes:
             held = math.ceil(table.facts.num_experts / ep) if local_experts is None else local_experts
             size += part.expert_bytes * held / etp
@@ -138,7 +138,7 @@ def _weights(table: OpTable, quantization: Quantization, rounded: bool) -> list[
     return list(found.values())
 
 
-def activation_bytes(table: OpTable, sizes: Sizes) -> Any:
+def activation_bytes(table: OpTable, sizes: Sizes) -> Size:
     """Peak of live activations over a step: every tensor from the row that makes it to the last that reads it."""
     amounts, moments = _liveness(table)
     values = [
@@ -197,7 +197,7 @@ def _liveness(table: OpTable) -> tuple[list[_Amount], list[tuple[tuple[int, floa
     return list(numbers), [tuple(moment.items()) for moment in largest]
 
 
-def low_latency_buffer_bytes(tokens_per_rank: Any, hidden: int, num_experts: int) -> Any:
+def low_latency_buffer_bytes(tokens_per_rank: Size, hidden: int, num_experts: int) -> Size:
     """DeepEP's low-latency RDMA buffer: two of (send + receive + signal), a slot per expert and token.
 
     Source: ``get_low_latency_rdma_size_hint`` of github.com/deepseek-ai/DeepEP; 16-byte headers, fp32 scale per 128.
@@ -210,8 +210,8 @@ def low_latency_buffer_bytes(tokens_per_rank: Any, hidden: int, num_experts: int
 
 
 def cache_budget(
-    covers: MemoryCovers, share: Any, *, capacity: float, context: float, weights: Any, beside: Any
-) -> Any:
+    covers: MemoryCovers, share: Size, *, capacity: float, context: float, weights: Size, beside: Size
+) -> Size:
     """Bytes that an engine's memory settings leave for the cache; below 0 where not even the rest fits.
 
     ``share`` of the device's ``capacity``: of what, ``covers`` says. ``context`` is in use before the engine starts;

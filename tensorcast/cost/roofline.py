@@ -7,6 +7,7 @@ at its processor's share of peak * compute_efficiency, depth * step_s) + tile_s)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +100,8 @@ def _compute_time(work: Work, constants: KernelConstants, device: DeviceProfile)
     rate = peak_flops(device, work.dtype) * constants.compute_efficiency
     if not work.tilings or not device.whole_tiles:
         return (work.issued_flops if device.whole_tiles else work.flops) / rate
-    processors, best = float(device.processors), None
+    processors = float(device.processors)
+    best: Size = math.inf
     for tiling in work.tilings:
         inner = tiling.flops * (processors / (rate * tiling.rate))
         if constants.step_s:
@@ -111,7 +113,7 @@ def _compute_time(work: Work, constants: KernelConstants, device: DeviceProfile)
             shares = np.maximum(np.floor(processors / tiles), 1.0)
             piece = np.minimum(piece, inner / shares + (constants.tile_s + constants.split_s))
         seconds = waves * piece
-        best = seconds if best is None else np.minimum(best, seconds)
+        best = np.minimum(best, seconds)
     return best
 
 

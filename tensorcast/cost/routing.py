@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
+from tensorcast.cost.work import Size
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.placement import Placement, eplb, linear, round_robin
 
@@ -29,9 +29,9 @@ PLACEMENTS = (64, 16)
 class RankLoad:
     """Work of the busiest expert-parallel rank in one MoE layer: (token, choice) rows and experts with at least one."""
 
-    rows: Any
-    hit: Any
-    mean_rows: Any
+    rows: Size
+    hit: Size
+    mean_rows: Size
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class ExpertLoad:
     local_experts: int
     """Experts on the fullest rank."""
 
-    def at(self, tokens: Any) -> RankLoad:
+    def at(self, tokens: Size) -> RankLoad:
         """Load when ``tokens`` tokens in all (over the whole expert-parallel group) are routed."""
         tokens = np.asarray(tokens, dtype=float)
         copies = tokens * self.top_k

@@ -63,7 +63,9 @@ def row_seconds(
     """
     seconds: Size = 0.0
     waits: Size = 0.0
-    family, level, error = "memory", LEVELS.index("measured"), 0.0
+    level: Size = LEVELS.index("measured")
+    error: Size = 0.0
+    family = "memory"
     calls = []
     for work, known in kernels:
         fitted, evidence = constants(work, known.engine if known is not None else None)

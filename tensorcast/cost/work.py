@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 """Which of the calls."""
 
-Size = Any
+Size = float | Array
 """A float, or a numpy array with one entry per candidate."""
 
 GEMM_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (16, 64))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.memory import activation_bytes, cache_budget, cache_bytes, low_latency_buffer_bytes, weight_bytes
+from tensorcast.cost.work import Mask, Size
 from tensorcast.deploy.layout import Layout, attention_dp, check, stage_layers
 from tensorcast.deploy.options import Options, check_options, idle_options
 from tensorcast.deploy.plan.plan import choose_all2all, expert_sources, make_plan
@@ -29,26 +30,26 @@ from tensorcast.trace.table import OpTable, per_table
 class Memory:
     """Bytes on the fullest rank; arrays where the batch was one."""
 
-    weights: Any
-    kv_cache: Any
-    activations: Any
-    communication: Any
-    engine: Any
+    weights: Size
+    kv_cache: Size
+    activations: Size
+    communication: Size
+    engine: Size
     capacity: float
-    cache_budget: Any
+    cache_budget: Size
     """What the engine's memory settings leave for the cache."""
 
     @property
-    def total(self) -> Any:
+    def total(self) -> Size:
         return self.weights + self.kv_cache + self.activations + self.communication + self.engine
 
     @property
-    def budget(self) -> Any:
+    def budget(self) -> Size:
         """The most that all may take together."""
         return self.total - self.kv_cache + self.cache_budget
 
     @property
-    def fits(self) -> Any:
+    def fits(self) -> bool | Mask:
         return self.kv_cache <= self.cache_budget
 
 
@@ -66,7 +67,7 @@ class Deployment:
     raw: OpTable
     step: Step
 
-    def memory(self, batch: Any, new: int, past: int) -> Memory:
+    def memory(self, batch: Size, new: int, past: int) -> Memory:
         """Memory of a step of ``batch`` sequences per data-parallel rank that end at ``past + new`` tokens.
 
         ``batch`` may be an array; then so are the parts that grow with it.
@@ -77,9 +78,8 @@ class Deployment:
         sizes = self.step.sizes.context(sequences / micro, float(new), float(past)).sizes
         activations = activation_bytes(self.step.table, sizes)
         communication = self._communication_bytes(sequences * new, sizes)
-        capacity, context, graphs = float(self.device.memory_bytes), float(self.engine.reserved_bytes), 0.0
-        if self.phase == "decode":
-            graphs = self.graph_bytes(sequences)
+        capacity, context = float(self.device.memory_bytes), float(self.engine.reserved_bytes)
+        graphs = self.graph_bytes(sequences) if self.phase == "decode" else 0.0
         beside = activations + communication + context + graphs
         share = self.memory_share - graphs / capacity
         left = cache_budget(
@@ -90,20 +90,20 @@ class Deployment:
             capacity, _plain(left),
         )  # fmt: skip
 
-    def graph_bytes(self, sequences: Any) -> Any:
+    def graph_bytes(self, sequences: Size) -> Size:
         """What the engine leaves free for captured decode steps of up to ``sequences`` per data-parallel rank."""
         dp = attention_dp(self.layout, self.raw.facts.num_experts)
         return 0.0 if self.engine.reserve is None else self.engine.reserve.graph_bytes(sequences, dp)
 
     @cached_property
-    def memory_share(self) -> Any:
+    def memory_share(self) -> Size:
         """Share of the device that the engine takes, before its decode steps are captured."""
         return memory_share(self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config)
 
-    def held(self, sequences: Any, length: int) -> tuple[Any, Any]:
+    def held(self, sequences: Size, length: int) -> tuple[Size, Size]:
         """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences."""
-        weights: Any = 0.0
-        cache: Any = 0.0
+        weights: Size = 0.0
+        cache: Size = 0.0
         for stage, layers in self._stage_weights:
             kept = cache_bytes(self._drafting, self.quantization.kv, sequences, length, layers)
             fuller = stage + kept > weights + cache
@@ -118,13 +118,13 @@ class Deployment:
         return replace(self.raw, layer_kinds=(*kinds, kinds[-1])) if drafts else self.raw
 
     @cached_property
-    def _stage_weights(self) -> list[tuple[float, slice]]:
+    def _stage_weights(self) -> list[tuple[Size, slice]]:
         """Bytes of weights on the fullest rank of each pipeline stage, and its layers; stages that are alike once."""
         layout, load = self.layout, self.step.sizes.load
         stages = stage_layers(len(self.raw.layer_kinds), layout.pp)
         stages[-1] = slice(stages[-1].start, len(self._drafting.layer_kinds))
         local = load.local_experts if load is not None else None
-        found: dict[Any, tuple[float, slice]] = {}
+        found: dict[tuple[int, ...], tuple[Size, slice]] = {}
         for i, layers in enumerate(stages):
             last = i == len(stages) - 1
             held = (i == 0, last, *sorted(self._drafting.layer_kinds[layers]))
@@ -139,7 +139,7 @@ class Deployment:
             found[held] = weights, layers
         return list(found.values())
 
-    def _communication_bytes(self, tokens: Any, sizes: Sizes) -> Any:
+    def _communication_bytes(self, tokens: Size, sizes: Sizes) -> Size:
         """Receive buffers of the MoE exchange; collectives' own buffers are in the engine's reserve."""
         facts, plan = self.raw.facts, self.step.plan
         kind, hidden = plan.all2all, facts.moe_hidden_size
@@ -160,7 +160,7 @@ class Deployment:
         """Most sequences per data-parallel rank that fit; 0 if not even one does."""
         low, high = 0, 1 << 24
         while high - low > 1:  # 63 batches at a time: memory only grows with the batch
-            tried = np.unique(np.linspace(low, high, 65).astype(np.int64)[1:-1])
+            tried = np.unique(np.floor(np.linspace(low, high, 65))[1:-1])
             fits = np.broadcast_to(self.memory(tried, new, past).fits, tried.shape)
             inside = int(fits.sum())
             low, high = (
@@ -172,7 +172,7 @@ class Deployment:
 
 def memory_share(
     engine: EngineProfile, device: DeviceProfile, layout: Layout, experts: bool, config: dict[str, Any]
-) -> Any:
+) -> Size:
     """Share of the device that ``engine`` takes in ``layout``, before decode steps are captured.
 
     An engine that leaves memory free by a formula gets the tokens per step that it takes unasked.
@@ -188,7 +188,7 @@ def memory_share(
     return 1.0 - engine.reserve.fixed_bytes(capacity, tokens, ranks, sizes, is_latent(config)) / capacity
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Size) -> Size:
     """A float where the value is one number."""
     return float(value) if np.ndim(value) == 0 else value
 

@@ -50,7 +50,7 @@ class MemberLoads:
         """Loads at ``tokens [members, batches]`` (or ``[members, 1]``): every distinct load is asked once."""
         found = [np.empty(np.shape(tokens)) for _ in range(3)]
         for load, rows in _alike(self.members, list(map(id, self.members))):
-            at = load.at(tokens[rows])
+            at = load.at(np.asarray(tokens)[rows])
             for whole, part in zip(found, (at.rows, at.hit, at.mean_rows), strict=True):
                 whole[rows] = part
         return RankLoad(*found)
@@ -88,8 +88,8 @@ def fleet(members: Sequence[Deployment], memo: Memo) -> Fleet:
     pricers = [one.step.pricer for one in members]
     pricer = replace(
         step.pricer, ep=ep, etp=etp,
-        distinct={name: _column([one.distinct[name] for one in pricers]) for name in step.pricer.distinct},
-        sources={name: _column([one.sources[name] for one in pricers]) for name in step.pricer.sources},
+        distinct={name: _column([float(one.distinct[name]) for one in pricers]) for name in step.pricer.distinct},
+        sources={name: _column([float(one.sources[name]) for one in pricers]) for name in step.pricer.sources},
     )
     if loads:
         memo = replace(memo, load=(dp.tobytes(), etp.tobytes(), *map(id, loads)), members=loads)

@@ -61,15 +61,20 @@ class Simulation:
     @property
     def _passes(self) -> float:
         """Rows are counted over all pipeline stages for one micro-batch; a GPU runs one stage for all of them."""
-        return self.deployment.layout.pp / self.price.micro_batches
+        return self.deployment.layout.pp / float(self.price.micro_batches)
+
+    @property
+    def _calls(self) -> list[tuple[RowPrice, int]]:
+        """Rows, and how often each runs."""
+        return [(p, int(n)) for p, n in zip(self.price.rows, self.price.counts, strict=True)]
 
     def _sum(self, name: str) -> float:
-        return sum(float(getattr(p, name)) * n for p, n in zip(self.price.rows, self.price.counts, strict=True))
+        return sum(float(getattr(p, name)) * n for p, n in self._calls)
 
     def time_by(self, key: str) -> dict[str, float]:
         """Kernel seconds over the step by ``evidence``, ``family`` or ``bound``."""
         found: dict[str, float] = {}
-        for price, n in zip(self.price.rows, self.price.counts, strict=True):
+        for price, n in self._calls:
             name = bound(price) if key == "bound" else str(getattr(price, key))
             found[name] = found.get(name, 0.0) + float(price.seconds) * n
         return dict(sorted(found.items(), key=lambda item: -item[1]))
@@ -77,7 +82,7 @@ class Simulation:
     def records(self) -> list[dict[str, Any]]:
         """One plain dict per row that runs, in step order: sizes, FLOPs, bytes and seconds over the step, evidence."""
         total = self._sum("seconds")
-        return [_describe(p, n, total) for p, n in zip(self.price.rows, self.price.counts, strict=True) if n]
+        return [_describe(p, n, total) for p, n in self._calls if n]
 
     @property
     def ops(self) -> pd.DataFrame:

@@ -176,13 +176,15 @@ def _price_prompts(rows: list[_Row]) -> PrefillCosts:
 def _price_decoding(rows: list[_Row]) -> DecodeCurve:
     """Decode curves, an entry per row; none is read beyond the grid that it was priced on."""
     asked: list[Asked] = []
+    grids = []
     parts = _parts(rows, lambda row: row.decode)
     for part in parts:
         grid = GRID[: int(np.searchsorted(GRID, max(rows[i].largest for i in part))) + 1]
+        grids.append(grid)
         asked.append((rows[part[0]].decode.step, grid, 1.0, np.array([[rows[i].traffic.context] for i in part])))
-    width = max(2, *(len(grid) for _, grid, _, _ in asked))
+    width = max(2, *map(len, grids))
     found: dict[str, Array] = defaultdict(lambda: np.empty((len(rows), width)))
-    for part, (_, grid, _, _), price in zip(parts, asked, prices(asked), strict=True):
+    for part, grid, price in zip(parts, grids, prices(asked), strict=True):
         for name, values in decode_columns(price, rows[part[0]].decode).items():
             whole = np.broadcast_to(values, (len(part), len(grid)))
             found[name][part, : len(grid)] = whole

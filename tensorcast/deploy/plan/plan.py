@@ -261,10 +261,10 @@ def _join_norms(
         row = rows[i + 1]
         if not isinstance(row, Op) or row.name != "pointwise" or "norm" not in str(row.attrs.get("label")):
             continue
-        limit = math.inf
+        limit, scale = math.inf, float(before.scale)
         if engine.allreduce_norm is not None:
-            limit = engine.allreduce_norm.limit_bytes(device.architecture, before.ranks, before.scale)
-        key = id(row), limit / before.scale
+            limit = engine.allreduce_norm.limit_bytes(device.architecture, before.ranks, scale)
+        key = id(row), limit / scale
         if key not in joined:
             joined[key] = row, row.but(attrs={**row.attrs, "joined_tokens": key[1]})
         rows[i + 1] = joined[key][1]

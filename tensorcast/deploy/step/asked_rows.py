@@ -105,21 +105,22 @@ class AskedRows:
         if content_of(op, self._contents).routed:
             few, where = self._by_tokens
             return partial(_picked, self._pricer.kernels(op, few, self._asked), where)
-        if not np.ndim(at.kv_bytes):
+        cached = np.asarray(at.kv_bytes)
+        if not cached.ndim:
             return self._pricer.kernels(op, at, self._asked)
         if op.name not in READS_CACHE:  # all the same to it
-            return self._of_dtype(op, float(at.kv_bytes[0]), slice(None))
+            return self._of_dtype(op, float(cached[0]), slice(None))
         # kernels are chosen by what the cache holds: each dtype's batches are priced apart
-        parts = [(np.flatnonzero(at.kv_bytes == kv), float(kv)) for kv in np.unique(at.kv_bytes)]
+        parts = [(np.flatnonzero(cached == kv), float(kv)) for kv in np.unique(cached)]
         pending = [(where, self._of_dtype(op, kv, where)) for where, kv in parts]
-        return partial(_joined, pending, (len(at.kv_bytes),), None)
+        return partial(_joined, pending, cached.shape, None)
 
     def _of_dtype(self, op: Op, kv_bytes: float, where: np.ndarray | slice) -> Pending:
         """The op at the batches ``where`` as if all caches held ``kv_bytes`` per element."""
         key = kv_bytes, isinstance(where, slice)
         if key not in self._by_dtype:
             at = self._at
-            width = len(at.kv_bytes)
+            width = np.size(at.kv_bytes)
             batch, new, past, verify = (
                 np.broadcast_to(value, width)[where] for value in (at.sizes.B, at.sizes.S, at.sizes.P, at.verify)
             )
@@ -150,8 +151,9 @@ class AskedRows:
         if len(first) == len(inverse):
             return at, None
         sizes = {name: pick(getattr(at.sizes, name), first) for name in ("B", "S", "P", "R", "E", "X")}
-        loads = {name: pick(getattr(at, name), first) for name in ("hit", "capacity", "verify", "kv_bytes")}
-        return replace(at, sizes=Sizes(**sizes), **loads), inverse
+        hit, capacity, verify, kv = (pick(one, first) for one in (at.hit, at.capacity, at.verify, at.kv_bytes))
+        few = replace(at, sizes=Sizes(**sizes), hit=hit, capacity=capacity, verify=verify, kv_bytes=kv)
+        return few, inverse
 
 
 def _picked(pending: Pending, where: Where) -> RowPrice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ class Stage(NamedTuple):
 
     calls: tuple[tuple[int, Size], ...]
 
-    def of(self, per_place: dict[int, Size]) -> Size:
+    def of(self, per_place: Mapping[int, Size]) -> Size:
         """Seconds per place, summed over the stage."""
         return total(calls * per_place[place] for place, calls in self.calls if place in per_place)
 
@@ -48,10 +48,10 @@ def stages_of(layer_kinds: Sequence[int], pp: int) -> list[Stage]:
     return list(dict.fromkeys(found))
 
 
-def stages_of_each(layer_kinds: Sequence[int], pp: int | np.ndarray) -> list[Stage]:
+def stages_of_each(layer_kinds: Sequence[int], pp: Size) -> list[Stage]:
     """:func:`stages_of` every entry of ``pp`` in arrays; an entry with fewer stages than others has its first again."""
     if not isinstance(pp, np.ndarray):
-        return stages_of(layer_kinds, pp)
+        return stages_of(layer_kinds, int(pp))
     sizes, where = np.unique(pp, return_inverse=True)
     pipelines = [[dict(stage.calls) for stage in stages_of(layer_kinds, int(size))] for size in sizes]
     most = max(map(len, pipelines))

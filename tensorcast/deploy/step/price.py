@@ -140,7 +140,7 @@ def joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...])
 
     def spend() -> Spending:
         each = [price.spending for _, price in found]
-        flops, moved, wire, ideal_s = (gather(one[i] for one in each) for i in range(4))
+        flops, moved, wire, ideal_s = (gather(one[:4][i] for one in each) for i in range(4))
         return Spending(flops, moved, wire, ideal_s, {n: gather(one.parts[n] for one in each) for n in PARTS})
 
     prices = [price for _, price in found]
@@ -222,7 +222,7 @@ def total(values: Iterable[Size]) -> Size:
 seconds_of = attrgetter("seconds")
 
 
-def one_level(levels: int | np.ndarray) -> int | np.ndarray:
+def one_level(levels: Size) -> int | np.ndarray:
     """Levels as one number where they are all the same."""
     if isinstance(levels, int):
         return levels

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import rewriting
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig
@@ -50,14 +51,6 @@ EXCEPTIONS: dict[str, tuple[str, str, str]] = {
     "switch_transformers": (BOTH, "is_encoder_decoder", "encoder-decoder; a ModuleDict of experts with capacities"),
 }
 """Family -> phases that do not trace, text of the error, reason."""
-
-NOT_REWRITTEN: dict[str, tuple[str, str]] = {
-    "jetmoe": ("no block with experts", "refused"),
-    "nllb_moe": ("an encoder and a decoder", "not built"),
-    "openai_privacy_filter": ("a token classifier", "not built"),
-    "switch_transformers": ("an encoder and a decoder", "not built"),
-}
-"""Family -> why the running layer does not take the place of its MoE blocks, and whether its model is built at all."""
 
 SHRINK: dict[str, int] = {
     **dict.fromkeys("hidden_size d_model".split(), 64),
@@ -367,6 +360,7 @@ def page() -> str:
         "| --- | --- | --- |",
         *(f"| {f} | {phases.replace(' ', ', ')} | {why} |" for f, (phases, _, why) in EXCEPTIONS.items()),
         "",
+        *rewriting.section({family: profile(family) for family in families()}),
         "## Known limits",
         "",
         "- Identity experts (LongCat-Flash's `zero_expert_num`) take their share of the choices and cost nothing.",

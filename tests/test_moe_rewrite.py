@@ -9,11 +9,12 @@ import census
 import pytest
 import torch
 from moe_blocks import block_of, error, model_of, randomize
+from rewriting import NOT_REWRITTEN
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tensorcast.errors import InputError
-from tensorcast.modeling.build import TextWithHead, _text_classes
+from tensorcast.modeling.build import TextWithHead, _stock, _text_classes
 from tensorcast.modeling.config import hf_config
 from tensorcast.modeling.moe.apply import apply_moe, moe_blocks
 from tensorcast.modeling.moe.groups import MoEGroups
@@ -22,8 +23,10 @@ from tensorcast.modeling.moe.parallel import MoEOptions, ParallelMoELayer
 from tensorcast.modeling.moe.reading.probe import BOUND, difference, probe_rows, small_twin
 from tensorcast.modeling.moe.rewrite import CalledExperts, prove, rewrite
 from tensorcast.profiles.model import MoEFields
+from tensorcast.profiles.store import list_models, load_model
+from tensorcast.validate.run import cut
 
-RUNNING = [family for family in census.families() if family not in census.NOT_REWRITTEN]
+RUNNING = [family for family in census.families() if family not in NOT_REWRITTEN]
 
 
 def stock(family: str) -> Any:
@@ -69,9 +72,9 @@ def test_bf16_stays_within_its_rounding(family: str) -> None:
     assert error(found.float(), expected.float().reshape(found.shape)) < 2e-2, path
 
 
-@pytest.mark.parametrize("family", [f for f, (_, kind) in census.NOT_REWRITTEN.items() if kind == "refused"])
+@pytest.mark.parametrize("family", [f for f, (_, kind) in NOT_REWRITTEN.items() if kind == "refused"])
 def test_families_that_are_refused_say_why_in_a_line(family: str) -> None:
-    with pytest.raises(InputError, match=census.NOT_REWRITTEN[family][0]) as caught:
+    with pytest.raises(InputError, match=NOT_REWRITTEN[family][0]) as caught:
         apply_moe(stock(family), name=family)
     assert "\n" not in str(caught.value)
 
@@ -183,3 +186,33 @@ def test_difference_sees_what_is_not_finite_or_of_another_shape() -> None:
     x = torch.randn(3, 4)
     assert difference(x, x) == 0 and difference(x * 1.1, x) > BOUND
     assert difference(x.nan_to_num() * float("nan"), x) == float("inf") == difference(x[:2], x)
+
+
+STATED = [name for name in list_models() if load_model(name).moe != MoEFields()]
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_shipped_profiles_say_what_their_blocks_do(name: str) -> None:
+    """At full width on meta: proved equal, and every rank of tp8-ep8 builds its share."""
+    profile = cut(load_model(name), 4)
+    with torch.device("meta"):
+        model = _stock(hf_config(profile), torch.bfloat16)
+    block = list(moe_blocks(model, profile.moe))[-1][1]
+    proof = prove(block, profile.moe, name)
+    assert bool(proof.kept) == bool(profile.moe.keep_block)
+    experts = getattr(block, str(profile.moe.experts))
+    for rank in range(8):
+        own = copy.copy(block)
+        own._modules = dict(block._modules)
+        layer = rewrite(own, MoEGroups.of(8, 1, 8, rank), fields=profile.moe, model=name)
+        held = (layer.experts if proof.kept else layer).layer.experts.local  # type: ignore[union-attr]
+        assert held.down_proj.shape[0] == experts.down_proj.shape[0] // 8
+
+
+def test_at_least_five_profiles_state_what_cannot_be_seen() -> None:
+    assert len(STATED) >= 5
+
+
+def test_hash_routing_needs_a_gate_of_token_ids() -> None:
+    with pytest.raises(InputError, match=r"moe\.routing = 'hash', but its gate 'gate' takes no input_ids"):
+        MoELayer(block_of("mixtral"), MoEFields(routing="hash"))

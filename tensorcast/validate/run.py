@@ -38,7 +38,9 @@ POINTS = {
 BACKEND = "prefill=grouped_mm,decode=grouped_mm"
 """Experts as one grouped GEMM in both phases: the package's own kernel."""
 
-LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "compress_ratios")
+LISTS = (
+    "layer_types", "mlp_layer_types", "no_rope_layers", "compress_ratios", "num_attention_heads_per_layer",
+)
 """Config lists with one entry per layer."""
 
 Say = Callable[[str], None]

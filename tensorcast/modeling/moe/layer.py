@@ -148,6 +148,8 @@ class MoELayer(RoutedExperts):
         self._block: Any = [block]
         self._gate_extras = [name for name in wanted if hasattr(block, name)]
         self._gate_takes_ids = "input_ids" in wanted
+        if found.routing == "hash" and not self._gate_takes_ids:
+            raise InputError(f"model {self.name}: moe.routing = 'hash', but its gate {found.gate!r} takes no input_ids")
         self._stage: FusedMoETensorCast | None = None
 
     def _top_k(self, top_k: Any) -> int:

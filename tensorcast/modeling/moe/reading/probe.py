@@ -74,7 +74,8 @@ def _small_widths(module: nn.Module, tensors: list[Tensor]) -> dict[int, int]:
     integers = list(_integers(module))
     kept = {t.shape[0] for t in tensors if t.dim() == 3} | lists | {n for name, n in integers if "expert" in name}
     sizes = {n for t in tensors for n in t.shape}
-    inner = {n // e for n in sizes for e in kept if e > 1 and n % e == 0 and n // e in {v for _, v in integers}}
+    folded = [] if any(t.dim() == 3 for t in tensors) else sizes  # [E*a, b] in the place of [E, a, b]
+    inner = {n // e for n in folded for e in kept if e > 1 and n % e == 0 and n // e in {v for _, v in integers}}
     large = sorted(n for n in sizes | inner if n > LARGEST and n not in kept)
     free = (n for n in range(40, 10_000, 8) if n not in sizes)
     small: dict[int, int] = {}

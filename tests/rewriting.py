@@ -1,0 +1,45 @@
+"""How the running layer takes the place of each family's MoE blocks: a section of ``docs/families.md``."""
+
+from __future__ import annotations
+
+import torch
+
+from tensorcast.modeling.build import _stock
+from tensorcast.modeling.config import hf_config
+from tensorcast.modeling.moe.apply import moe_blocks
+from tensorcast.modeling.moe.rewrite import prove
+from tensorcast.profiles.model import ModelProfile
+
+NOT_REWRITTEN: dict[str, tuple[str, str]] = {
+    "jetmoe": ("no block with experts", "refused"),
+    "nllb_moe": ("an encoder and a decoder", "not built"),
+    "openai_privacy_filter": ("a token classifier", "not built"),
+    "switch_transformers": ("an encoder and a decoder", "not built"),
+}
+"""Family -> why the running layer does not take the place of its MoE blocks, and whether its model is built at all."""
+
+
+def is_kept(profile: ModelProfile) -> bool:
+    """Whether the blocks' own code runs around rewritten experts; else they are read by their fields."""
+    with torch.device("meta"):
+        stock = _stock(hf_config(profile), torch.float32)
+    return any(prove(block, model=profile.name).kept for _, block in moe_blocks(stock))
+
+
+def section(profiles: dict[str, ModelProfile]) -> list[str]:
+    """What is proved equal, and what is refused."""
+    how = {family: is_kept(profile) for family, profile in profiles.items() if family not in NOT_REWRITTEN}
+    kept = [family for family in how if how[family]]
+    built = len(how) + sum(kind == "refused" for _, kind in NOT_REWRITTEN.values())
+    return [
+        "## Running layers",
+        "",
+        f"Of the {built} families whose causal language model is built, {len(how)} run on the package's MoE layer with",
+        "the logits of transformers' own (`tests/test_moe_rewrite.py`: within 1e-6 in fp32). A block is read by its",
+        f"fields, or its own code runs around rewritten experts ({len(kept)}): {', '.join(kept)}.",
+        "",
+        "| family | not rewritten because |",
+        "| --- | --- |",
+        *(f"| {family} | {why} |" for family, (why, _) in NOT_REWRITTEN.items()),
+        "",
+    ]

@@ -21,7 +21,6 @@ from tensorcast.search.pareto import alike, pareto
 from tensorcast.search.search import SearchResult
 from tensorcast.search.search_task import Scenario, SearchTask
 from tensorcast.search.space import Variant
-from tensorcast.serving.load import Load
 from tensorcast.serving.objective import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -77,10 +76,6 @@ class Comparison:
             scenario.deployment(prefill.layout, "prefill", prefill.prefill),
             scenario.deployment(decode.layout, "decode", decode.decode),
         )
-
-    def load(self, candidate: str) -> Load:
-        """What users send to a candidate."""
-        return self.behind[candidate][0].load
 
     @cached_property
     def closest(self) -> tuple[dict[str, Any], list[str]]:
@@ -159,7 +154,7 @@ def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tup
     what on datasheets alone err apart.
     """
     prefill, decode = comparison.deployments(row["candidate"])
-    load = comparison.load(row["candidate"])
+    load = comparison.behind[row["candidate"]][0].load
     fresh = prefill.step.price(1.0, float(load.new), float(load.prefix_cached))
     step = decode.step.price(float(row["batch"]), 1.0, load.context)
     decoded = row["tpot_s"] * (load.output_len - 1)

@@ -102,7 +102,8 @@ def test_every_candidate_is_what_a_fresh_pricing_at_its_batch_gives(found: Compa
         pools = row["mode"] == "disaggregated"
         workers = (int(row["prefill_workers"]), int(row["decode_workers"])) if pools else None
         chunk = found.tasks[0].scenario.own_chunk if pools else int(row["chunk_tokens"])
-        users, alone = served(decode, prefill, found.load(name), chunk, np.array(float(row["batch"])), workers=workers)
+        load = found.behind[name][0].load
+        users, alone = served(decode, prefill, load, chunk, np.array(float(row["batch"])), workers=workers)
         assert row["concurrency"] == pytest.approx(float(users) * row["replicas"], rel=1e-9)
         for column in ("ttft_s", "tpot_s", "request_s", "decode_step_s", "exposed_comm_s", "hidden_comm_s"):
             assert row[column] == pytest.approx(float(getattr(alone, column)), rel=1e-9), (name, column)

@@ -74,11 +74,6 @@ def formula(*names: str) -> Callable[[Formula], Formula]:
     return register
 
 
-def has_formula(op: Op) -> bool:
-    """Whether the row is priced by a formula of its own."""
-    return op.name in FORMULAS
-
-
 def work_of(op: Op, context: Context) -> list[Work]:
     """The kernels of one row. Those of unfused ops that only move data bear the op's name."""
     works = FORMULAS.get(op.name, traffic)(op, context)

@@ -20,7 +20,7 @@ from tensorcast.cost.routing import ExpertLoad, RankLoad
 from tensorcast.cost.work import Size
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.plan.plan import Collective, Plan, Row
+from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.asked_rows import Collectives, Memo
 from tensorcast.deploy.step.step import Step
 
@@ -93,9 +93,15 @@ def fleet(members: Sequence[Deployment], memo: Memo) -> Fleet:
     )
     if loads:
         memo = replace(memo, load=(dp.tobytes(), etp.tobytes(), *map(id, loads)), members=loads)
+    plans = [member.step.plan for member in members]
+    rows = tuple(
+        _merged(row, [(*one.rows, row)[i] for one in plans])  # no stages: never handed over
+        for i, row in enumerate(step.plan.rows)
+    )
+    sent: Any = _column([one.dispatch.activation_bytes for one in plans])
     one = replace(
-        step, plan=_plan(step.plan, [member.step.plan for member in members]), pricer=pricer, memo=memo,
-        sizes=replace(step.sizes, dp=dp, etp=etp, load=_loads(loads)),
+        step, plan=replace(step.plan, rows=rows, dispatch=replace(step.plan.dispatch, activation_bytes=sent)),
+        pricer=pricer, memo=memo, sizes=replace(step.sizes, dp=dp, etp=etp, load=_loads(loads)),
     )
     known = {field.name: getattr(prototype, field.name) for field in fields(prototype)}
     return Fleet(**{**known, "layout": layout, "step": one}, size=len(members))
@@ -110,16 +116,6 @@ def _loads(loads: tuple[ExpertLoad, ...]) -> ExpertLoad | MemberLoads | None:
     if all(one.busiest is None for one in loads):
         return replace(loads[0], **columns)
     return MemberLoads(loads, columns["local_experts"])
-
-
-def _plan(plan: Plan, members: Sequence[Plan]) -> Plan:
-    """The plan with collectives of all members, and what these dispatch as a column."""
-    rows = tuple(
-        _merged(row, [(*member.rows, row)[i] for member in members])  # no stages: never handed over
-        for i, row in enumerate(plan.rows)
-    )
-    sent: Any = _column([member.dispatch.activation_bytes for member in members])
-    return replace(plan, rows=rows, dispatch=replace(plan.dispatch, activation_bytes=sent))
 
 
 def _merged(row: Row, members: Sequence[Row]) -> Row:

@@ -10,6 +10,7 @@ import numpy as np
 from tensorcast.errors import InputError
 from tensorcast.predict.predict import PREDICTED, bound
 from tensorcast.predict.run_columns import COLUMNS, MODES, canonical_columns
+from tensorcast.serving.objective import OBJECTIVES, Objective
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 BY = ("mode", "model", "device", "engine", "layout")
 """Columns that errors are summed up by."""
 
-OBJECTIVES = {"tpot_s": "least", "tokens_per_s_per_gpu": "most"}
-"""What a layout is picked for: the fastest tokens for a user, the most tokens per GPU."""
+PICKED_FOR = {
+    one.column: one for one in (Objective("tpot", "tpot_s", True, "s per output token"), OBJECTIVES["tokens_per_gpu"])
+}
+"""What a layout is picked for, by column: the fastest tokens for a user, the most tokens per GPU."""
 
 
 def summarise(table: pd.DataFrame) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
         for column in BY
         if column in frame
     }
-    summary["layouts"] = {name: choice(frame, name) for name in OBJECTIVES if f"measured_{name}" in frame}
+    summary["layouts"] = {name: choice(frame, name) for name in PICKED_FOR if f"measured_{name}" in frame}
     if "measured_tpot_s" in frame and "gpus" in frame:
         summary["layouts"]["tpot_s_same_gpus"] = choice(frame, "tpot_s", same_gpus=True)
     return summary
@@ -117,7 +120,7 @@ def choice(frame: pd.DataFrame, objective: str, same_gpus: bool = False) -> dict
     wrong); ``rank_correlation``: Spearman's, mean over groups of three layouts and more; ``pairs``: share of pairs of
     layouts in the right order, pairs that measured within 3 % of each other (what repeating moves) left out.
     """
-    sign = 1.0 if OBJECTIVES[objective] == "least" else -1.0
+    sign = 1.0 if PICKED_FOR[objective].less else -1.0
     measured, regrets, ranks = f"measured_{objective}", [], []
     right = pairs = 0
     for _, rows in _alike(frame, same_gpus, objective, measured):

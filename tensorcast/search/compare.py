@@ -78,10 +78,6 @@ class Comparison:
             scenario.deployment(decode.layout, "decode", decode.decode),
         )
 
-    def load(self, candidate: str) -> Traffic:
-        """What users send to a candidate."""
-        return self.behind[candidate][0].load
-
     @cached_property
     def closest(self) -> tuple[dict[str, Any], list[str]]:
         """Where nothing keeps within the limits: the candidate that comes closest, and the limits that bind.
@@ -160,7 +156,7 @@ def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tup
     what on datasheets alone err apart.
     """
     prefill, decode = comparison.deployments(row["candidate"])
-    load = comparison.load(row["candidate"])
+    load = comparison.behind[row["candidate"]][0].load
     fresh = prefill.step.price(1.0, float(load.new), float(load.prefix_cached))
     step = decode.step.price(float(row["batch"]), 1.0, load.context)
     decoded = row["tpot_s"] * (load.output_len - 1)

@@ -77,19 +77,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an axis may matter. ``sent``: tokens are sent to their experts one by one (else all of them are gathered,
-    or every rank has them); ``quantized_dispatch``: experts read them in fewer bits than bf16."""
+    """Where an axis may matter. ``spread``: tokens of several data-parallel ranks go to the same experts; ``sent``:
+    one by one (else all of them are gathered); ``quantized_dispatch``: experts read them in fewer bits than bf16."""
 
     layout: Layout
     facts: ModelFacts
+    spread: bool
     sent: bool
     routing: str
     quantized_dispatch: bool
-
-    @property
-    def spread(self) -> bool:
-        """Whether tokens of several data-parallel ranks go to the same experts."""
-        return self.layout.dp > 1 and self.facts.num_experts > 0
 
 
 @dataclass(frozen=True)
@@ -155,14 +151,15 @@ def variants(
 
     ``quantized_dispatch``: the model's experts read tokens in fewer bits than bf16.
     """
-    whole = layout.dp > 1 and facts.num_experts > 0 and layout.ep == layout.stage_ranks
+    spread = layout.dp > 1 and facts.num_experts > 0
+    whole = spread and layout.ep == layout.stage_ranks
     exchanges = [name for name in axes.exchange if whole or name not in SENDING]
-    if layout.dp == 1 or not facts.num_experts:
+    if not spread:
         exchanges = ["auto"]
     found = []
     for name in exchanges or ["allgather_reducescatter"]:
         sent = whole and name in SENDING
-        at = Place(layout, facts, sent, base.routing, quantized_dispatch)
+        at = Place(layout, facts, spread, sent, base.routing, quantized_dispatch)
         tried = {r.axis: getattr(axes, r.axis) if r.holds(at) else _FIXED[r.axis] for r in RELEVANT}
         for values in product(*tried.values()):
             chosen = dict(zip(tried, values, strict=True))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tensorcast.trace.dims import Dim
 from tensorcast.trace.moe import blocks_of, is_shared, is_shared_param
-from tensorcast.trace.table import OpTable, Param, Tensor
+from tensorcast.trace.table import OpTable, Tensor
 
 EXPERT_STAGES = ("permute", "experts", "unpermute")
 
@@ -30,8 +29,13 @@ def with_whole_shared(table: OpTable, whole: Whole) -> OpTable:
     narrow = {t.dims[-1].coef for op in mine if op.shard == "column" for t in op.outputs}
 
     def widened(tensor: Tensor) -> Tensor:
-        dims = tuple(_widened(d, narrow, table.tp, whole.tokens) for d in tensor.dims)
-        return replace(tensor, dims=dims)
+        dims = []
+        for dim in tensor.dims:
+            if dim.is_constant:
+                dims.append(dim._replace(coef=dim.coef * table.tp) if dim.coef in narrow else dim)
+            else:
+                dims.append(dim._replace(coef=dim.coef * whole.tokens) if dim.B and not dim.L else dim)
+        return replace(tensor, dims=tuple(dims))
 
     chosen = {id(op) for op in mine}
     ops = [
@@ -45,15 +49,8 @@ def with_whole_shared(table: OpTable, whole: Whole) -> OpTable:
         else op
         for op in table.ops
     ]
-    params = tuple(_held(p, whole.resident) if is_shared_param(p, blocks) else p for p in table.params)
+    params = tuple(
+        replace(p, numel=p.full_numel if whole.resident else 0) if is_shared_param(p, blocks) else p
+        for p in table.params
+    )
     return replace(table, ops=tuple(ops), params=params)
-
-
-def _widened(dim: Dim, narrow: set[float], tp: int, tokens: float) -> Dim:
-    if dim.is_constant:
-        return dim._replace(coef=dim.coef * tp) if dim.coef in narrow else dim
-    return dim._replace(coef=dim.coef * tokens) if dim.B and not dim.L else dim
-
-
-def _held(param: Param, resident: bool) -> Param:
-    return replace(param, numel=param.full_numel if resident else 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 from tensorcast.cost.collectives import group_extent
@@ -128,17 +128,15 @@ def choose_experts_backend(
     transformers itself, its own rule holds: on a GPU ``grouped_mm`` decodes as ``batched_mm``.
     """
     by_rule = engine.experts_backend.get("decode") == "batched_mm" and device.name != "cpu"
-    chosen = _asked_backend(wanted, phase, "cuda" if by_rule else "cpu")
+    chosen = _read_backend(wanted, phase, device="cuda" if by_rule else "cpu")
     if chosen != "auto":
         return chosen
     default = BACKEND_OF.get(all2all) or engine.experts_backend.get(phase, "grouped_mm")
     return "grouped_mm" if default == "batched_mm" and not by_rule else default
 
 
-@cache
-def _asked_backend(wanted: str, phase: Any, device: str) -> str:
-    """What ``wanted`` says for the language model; read once, plans are many."""
-    return choose_backend(wanted, phase, part="text_config", device=device, auto={})
+_read_backend = cache(partial(choose_backend, part="text_config", auto={}))
+"""What is wanted of the language model, read once: plans are many."""
 
 
 def make_plan(
@@ -203,7 +201,11 @@ def _with_collectives(
         # a block without an exchange sums its shared experts in its own all-reduce
         summed = all2all == "none" and op.module.startswith(blocks.get(op.kind, "no block"))
         if layout.tp > 1 and op.shard == "row" and not summed:
-            rows.append(_reduced(op, layout.tp, tp))
+            # a matmul's output, or the one number per token that a norm reduces to
+            norm, width = op.name == "pointwise", op.outputs[0].dims[-1].coef
+            label = "norm over sharded width" if norm else ""
+            partial_sums = 4.0 if norm else 2.0 * width
+            rows.append(Collective("all_reduce", op.module, op.kind, "tp", layout.tp, tp, partial_sums, label=label))
         if layout.tp > 1 and "logits" in places:
             vocabulary = table.facts.vocab_size * 2.0
             rows.append(Collective(
@@ -268,15 +270,6 @@ def _join_norms(
         if key not in joined:
             joined[key] = row, row.but(attrs={**row.attrs, "joined_tokens": key[1]})
         rows[i + 1] = joined[key][1]
-
-
-def _reduced(op: Op, ranks: int, extent: tuple[int, ...]) -> Collective:
-    """All-reduce of a row-parallel result: a matmul's output, or the one number per token that a norm reduces to."""
-    out = op.outputs[0]
-    if op.name == "pointwise":
-        return Collective("all_reduce", op.module, op.kind, "tp", ranks, extent, 4.0, label="norm over sharded width")
-    width = out.dims[-1].coef
-    return Collective("all_reduce", op.module, op.kind, "tp", ranks, extent, 2.0 * width)
 
 
 def _moe_collectives(

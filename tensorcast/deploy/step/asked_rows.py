@@ -63,7 +63,7 @@ class AskedRows:
         self._key = (pricer.table.phase, pricer.graph_tokens, *((value.shape, value.tobytes()) for value in shapes))
         self._plain = memo.plain.setdefault(self._key, {})
         self._here: Prices = {}  # not to be remembered: what differs between members
-        self._pending: dict[Hashable, Pending] = {}
+        self._pending: dict[Hashable, tuple[Pending, Where]] = {}  # and which of its cases the batches are
         self._by_dtype: dict[tuple[float, bool], AskedRows] = {}
         self._contents = contents(pricer.table)
 
@@ -77,7 +77,8 @@ class AskedRows:
         """The price of a row that has asked."""
         name, prices = self._name(row)
         if name not in prices:
-            prices[name] = self._pending.pop(name)()
+            pending, where = self._pending.pop(name)
+            prices[name] = pending().at(where)
         found = prices[name]
         return found if found.row is row else replace(found, row=row)
 
@@ -100,20 +101,20 @@ class AskedRows:
             recent.pop(next(iter(recent)))
         return found[1]
 
-    def _op(self, op: Op) -> Pending:
+    def _op(self, op: Op) -> tuple[Pending, Where]:
         at = self._at
         if content_of(op, self._contents).routed:
             few, where = self._by_tokens
-            return partial(_picked, self._pricer.kernels(op, few, self._asked), where)
+            return self._pricer.kernels(op, few, self._asked), where
         cached = np.asarray(at.kv_bytes)
         if not cached.ndim:
-            return self._pricer.kernels(op, at, self._asked)
+            return self._pricer.kernels(op, at, self._asked), None
         if op.name not in READS_CACHE:  # all the same to it
-            return self._of_dtype(op, float(cached[0]), slice(None))
+            return self._of_dtype(op, float(cached[0]), slice(None)), None
         # kernels are chosen by what the cache holds: each dtype's batches are priced apart
         parts = [(np.flatnonzero(cached == kv), float(kv)) for kv in np.unique(cached)]
         pending = [(where, self._of_dtype(op, kv, where)) for where, kv in parts]
-        return partial(_joined, pending, cached.shape, None)
+        return partial(_joined, pending, cached.shape), None
 
     def _of_dtype(self, op: Op, kv_bytes: float, where: np.ndarray | slice) -> Pending:
         """The op at the batches ``where`` as if all caches held ``kv_bytes`` per element."""
@@ -130,16 +131,16 @@ class AskedRows:
         rows.ask(op)
         return partial(rows.price, op)
 
-    def _collective(self, row: Collective) -> Pending:
+    def _collective(self, row: Collective) -> tuple[Pending, Where]:
         if not isinstance(row, Collectives):
-            return self._pricer.collective(row, self._at, self._asked)
+            return self._pricer.collective(row, self._at, self._asked), None
         few, where = self._by_tokens
         pending = []
         for members, one in row.groups:
             copies = {name: np.asarray(column)[members] for name, column in self._pricer.distinct.items()}
             pricer = replace(self._pricer, distinct=copies)
             pending.append((members, pricer.collective(one, few, self._asked)))
-        return partial(_joined, pending, (row.members, np.size(few.sizes.B)), where)
+        return partial(_joined, pending, (row.members, np.size(few.sizes.B))), where
 
     @cached_property
     def _by_tokens(self) -> tuple[Context, Where]:
@@ -156,10 +157,6 @@ class AskedRows:
         return few, inverse
 
 
-def _picked(pending: Pending, where: Where) -> RowPrice:
-    return pending().at(where)
-
-
-def _joined(pending: Sequence[tuple[np.ndarray, Pending]], shape: tuple[int, ...], where: Where) -> RowPrice:
-    """One price of this shape from those of parts of the first axis, at the batches ``where``."""
-    return joined([(part, price()) for part, price in pending], shape).at(where)
+def _joined(pending: Sequence[tuple[np.ndarray, Pending]], shape: tuple[int, ...]) -> RowPrice:
+    """One price of this shape from those of parts of the first axis."""
+    return joined([(part, price()) for part, price in pending], shape)

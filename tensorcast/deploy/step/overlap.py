@@ -96,7 +96,7 @@ class Overlap:
         moves = [*part.get("dispatch", []), *part.get("combine", [])]
         moves_s = total(map(seconds_of, moves))
         main_s, main_busy, busy = moves_s + experts_s, *(
-            total(row.busy_s for row in rows) for rows in ([*experts, *moves], shared)
+            total(row.seconds - row.waits_s for row in rows) for rows in ([*experts, *moves], shared)
         )
         both = two_streams(main_s, main_busy, beside_s, busy)
         saved = np.where(np.asarray(tokens) <= self.stream_tokens, main_s + beside_s - both, 0.0)[()]

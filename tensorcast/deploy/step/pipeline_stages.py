@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
 from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import stage_layers
 from tensorcast.deploy.plan.plan import Collective, Row
-from tensorcast.deploy.step.price import total
 
 FIRST, LAST, HAND_OVER = -1, -2, -3
 """Places of rows outside the layers: on the first pipeline stage, on the last, on all but the last."""
@@ -27,14 +25,8 @@ def place_of(row: Row) -> int:
     return FIRST if at_start else LAST
 
 
-class Stage(NamedTuple):
-    """A pipeline stage: how often it runs the rows of each place (a layer's kind, or a place outside the layers)."""
-
-    calls: tuple[tuple[int, Size], ...]
-
-    def of(self, per_place: Mapping[int, Size]) -> Size:
-        """Seconds per place, summed over the stage."""
-        return total(calls * per_place[place] for place, calls in self.calls if place in per_place)
+Stage = tuple[tuple[int, Size], ...]
+"""A pipeline stage: how often it runs the rows of each place (a layer's kind, or a place outside the layers)."""
 
 
 def stages_of(layer_kinds: Sequence[int], pp: int) -> list[Stage]:
@@ -44,7 +36,7 @@ def stages_of(layer_kinds: Sequence[int], pp: int) -> list[Stage]:
     for i, layers in enumerate(stages):
         first, last = i == 0, i == len(stages) - 1
         outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
-        found.append(Stage((*Counter(layer_kinds[layers]).items(), *outside.items())))
+        found.append((*Counter(layer_kinds[layers]).items(), *outside.items()))
     return list(dict.fromkeys(found))
 
 
@@ -53,11 +45,11 @@ def stages_of_each(layer_kinds: Sequence[int], pp: Size) -> list[Stage]:
     if not isinstance(pp, np.ndarray):
         return stages_of(layer_kinds, int(pp))
     sizes, where = np.unique(pp, return_inverse=True)
-    pipelines = [[dict(stage.calls) for stage in stages_of(layer_kinds, int(size))] for size in sizes]
+    pipelines = [[dict(stage) for stage in stages_of(layer_kinds, int(size))] for size in sizes]
     most = max(map(len, pipelines))
     places = {place for stages in pipelines for calls in stages for place in calls}
     found = []
     for i in range(-most, 0):
         calls = [stages[max(i, -len(stages))] for stages in pipelines]
-        found.append(Stage(tuple((place, np.array([one.get(place, 0) for one in calls])[where]) for place in places)))
+        found.append(tuple((place, np.array([one.get(place, 0) for one in calls])[where]) for place in places))
     return found

@@ -105,28 +105,18 @@ class RowPrice:
             spend=lambda: self.spending.each(lambda value: value * count),
         )  # fmt: skip
 
-    @property
-    def busy_s(self) -> Size:
-        """Seconds in which the row keeps the device's arithmetic or memory busy."""
-        return self.seconds - self.waits_s
-
-
 def spending_of(calls: Sequence[Call], device: DeviceProfile) -> Spending:
     """What the kernels of a row compute and move, and what bounds them."""
-
-    def of_all(of: Callable[[Call], Size]) -> Size:
-        return sum((of(call) * call.work.calls for call in calls), 0.0)
-
-    return Spending(
-        of_all(lambda c: c.work.flops), of_all(lambda c: c.work.bytes), 0.0,
-        of_all(lambda c: c.work.flops / peak_flops(device, c.work.dtype)),
-        {
-            "compute": of_all(lambda c: c.timing.compute_s * c.factor),
-            "memory": of_all(lambda c: c.timing.memory_s * c.factor),
-            "network": 0.0,
-            "latency": of_all(lambda c: c.launch_s),
-        },
-    )  # fmt: skip
+    flops = moved = ideal_s = compute_s = memory_s = latency_s = 0.0
+    for work, timing, factor, launch_s in calls:
+        flops = flops + work.flops * work.calls
+        moved = moved + work.bytes * work.calls
+        ideal_s = ideal_s + work.flops / peak_flops(device, work.dtype) * work.calls
+        compute_s = compute_s + timing.compute_s * factor * work.calls
+        memory_s = memory_s + timing.memory_s * factor * work.calls
+        latency_s = latency_s + launch_s * work.calls
+    parts = {"compute": compute_s, "memory": memory_s, "network": 0.0, "latency": latency_s}
+    return Spending(flops, moved, 0.0, ideal_s, parts)
 
 
 def joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]) -> RowPrice:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorcast.cost.collectives import collective_time
 from tensorcast.cost.evidence import LEVELS, Evidence
-from tensorcast.cost.formulas import Context, has_formula, work_of
+from tensorcast.cost.formulas import FORMULAS, Context, work_of
 from tensorcast.cost.kernels.corrections import BatchedCorrections, Correction, Corrections, PendingCorrection
 from tensorcast.cost.roofline import constants_for
 from tensorcast.cost.row_seconds import RowSeconds, row_seconds
@@ -107,7 +107,7 @@ class RowPricer:
         took = self._seconds(op, at, works)
         return RowPrice(
             row=op, seconds=took.seconds, waits_s=took.waits_s, family=took.family, level=one_level(took.level),
-            error=took.error, spend=partial(spending_of, took.calls, self.device), has_formula=has_formula(op),
+            error=took.error, spend=partial(spending_of, took.calls, self.device), has_formula=op.name in FORMULAS,
         )
 
     def _seconds(self, op: Op, at: Context, works: list[tuple[Work, Known]]) -> RowSeconds:
@@ -145,21 +145,19 @@ class RowPricer:
         if at.backend == "masked" and not at.masked_skips:
             yield work, None
             return
-        known = asked.at(work.family, work.dtype, at.backend, self._expert_sizes(work, at))
-        if known is not None and known.variant == at.backend:  # a kernel of that layout was fitted over plain tiles
-            (work,) = work_of(op, replace(at, backend="grouped_mm"))
-        yield work, known
-
-    def _expert_sizes(self, work: Work, at: Context) -> dict[str, Size]:
-        """The experts' whole feed-forward network as models know it: up, activation and down in one."""
+        # the experts' whole feed-forward network as models know it: up, activation and down in one
         facts = self.table.facts
-        return {
+        sizes = {
             "tokens": at.capacity, "hidden": facts.moe_hidden_size, "inter": facts.moe_intermediate_size,
             "topk": facts.top_k, "experts": facts.num_experts, "slots": at.sizes.E * self.ep,
             "moe_tp": self.etp, "moe_ep": self.ep, "gated": self.gated,
             "source": self.sources.get(work.dtype, 0.0),  # whose kernels run
             "skew": 0.0 if self.balanced else -1.0, **work.sizes,
         }
+        known = asked.at(work.family, work.dtype, at.backend, sizes)
+        if known is not None and known.variant == at.backend:  # a kernel of that layout was fitted over plain tiles
+            (work,) = work_of(op, replace(at, backend="grouped_mm"))
+        yield work, known
 
     def collective(self, row: Collective, at: Context, asked: Asked) -> Pending:
         """Ask for what the device's fitted model makes of a collective on its innermost links, or of an exchange."""

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES
 from tensorcast.deploy.plan.plan import Collective, Plan, Row, gated
 from tensorcast.deploy.step.asked_rows import AskedRows, Memo
 from tensorcast.deploy.step.overlap import Overlap
-from tensorcast.deploy.step.pipeline_stages import HAND_OVER, Stage, place_of, stages_of_each
+from tensorcast.deploy.step.pipeline_stages import HAND_OVER, place_of, stages_of_each
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, pick, seconds_of, total
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, StepSizes
@@ -67,15 +67,19 @@ class Step:
         if at.chunk is not at.whole:
             chunk = AskedRows(self.pricer, at.chunk, asked, memo)
         rows = self.plan.rows if at.draft is None else (*self.plan.rows, _projection(self.table))
-        passed = [chunk if _is_inside_experts(row) else whole for row in rows]
-        for row, at_its in zip(rows, passed, strict=True):
-            at_its.ask(row)
-        return partial(self._priced, batch, at, rows, passed)
+        chunked = [bool(r.exchange) if isinstance(r, Collective) else r.stage in EXPERT_STAGES for r in rows]
+        passed = [(row, chunk if inside else whole) for row, inside in zip(rows, chunked, strict=True)]
+        for row, sized in passed:
+            sized.ask(row)
+        return partial(self._priced, batch, at, passed, chunk)
 
-    def _priced(self, batch: Size, at: Batches, rows: Sequence[Row], passed: Sequence[AskedRows]) -> StepPrice:
-        found = [one.price(row) for row, one in zip(rows, passed, strict=True)]
+    def _priced(
+        self, batch: Size, at: Batches, passed: Sequence[tuple[Row, AskedRows]], chunk: AskedRows
+    ) -> StepPrice:
+        """The price of the rows, each with its sizes, that have asked; those of a ``chunk`` run once for each."""
+        found = [sized.price(row) for row, sized in passed]
         if at.chunk is not at.whole:
-            found = [p.times(at.chunks) if _is_inside_experts(p.row) else p for p in found]
+            found = [p.times(at.chunks) if sized is chunk else p for p, (_, sized) in zip(found, passed, strict=True)]
         parts = *_, drafting = self._parts(found, at)
         dual, layers = self.sizes.dual, Counter(self.table.layer_kinds)
         hidden = self.overlap.hidden(found, at.whole.sizes.tokens, dual, at.own)
@@ -84,10 +88,12 @@ class Step:
             for place, where in self._places.items()
         }
         taken |= {kind: taken[kind] - saved for kind, (saved, _) in hidden.items()}
-        *others, last = self._stages
-        slowest = last.of(taken) + drafting.sum(seconds_of)
-        for stage in others:
-            slowest = np.maximum(slowest, stage.of(taken))
+        stages = [
+            total(calls * taken[place] for place, calls in stage if place in taken)
+            for stage in stages_of_each(self.table.layer_kinds, self.sizes.pp)
+        ]
+        stages[-1] = stages[-1] + drafting.sum(seconds_of)
+        slowest = reduce(np.maximum, stages)
         turns = self.sizes.pp if self.sizes.decode else at.micro + self.sizes.pp - 1
         beside = self.pricer.engine.overhead(self.pricer.device.name)
         overhead = beside.seconds(batch)
@@ -112,10 +118,6 @@ class Step:
             Part(tuple(rows[end:]), (1,) * (len(rows) - end), between, at.own),
             Part(tuple(drafts), (1,) * len(drafts), self.sizes.mtp_depth, at.draft),
         )
-
-    @cached_property
-    def _stages(self) -> list[Stage]:
-        return stages_of_each(self.table.layer_kinds, self.sizes.pp)
 
     @cached_property
     def _places(self) -> dict[int, list[int]]:
@@ -144,11 +146,6 @@ def _projection(table: OpTable) -> Op:
     joined = Tensor((Dim(1, B=1), Dim(2 * hidden)), "bfloat16")
     weight = Tensor((Dim(2 * hidden), Dim(hidden)), "bfloat16", weight="eh_proj.weight")
     return Op("mm", "eh_proj", -1, (joined, weight), (Tensor((Dim(1, B=1), Dim(hidden)), "bfloat16"),))
-
-
-def _is_inside_experts(row: Row) -> bool:
-    """Whether tokens pass a row in chunks, where they are chunked."""
-    return bool(row.exchange) if isinstance(row, Collective) else row.stage in EXPERT_STAGES
 
 
 Asked = tuple[Step, Size, Size, Size]

@@ -65,13 +65,14 @@ class View:
         self.objective = OBJECTIVES[comparison.objective]
         self.write = WRITTEN[self.objective.column]
         self.frame = comparison.candidates
+        self.best, self.runner_up = comparison.best, comparison.runner_up
         if price is not None:
             per_second = self.frame["gpus"] * price / 3600.0
             cost = 1e6 * per_second / self.frame["output_tokens_per_s"]
             self.frame = self.frame.assign(cost_per_million_tokens=cost)
+            self.best, self.runner_up = self.record(self.best), self.record(self.runner_up)
         self.price = price
         self.limits = dict(zip(LIMITS, comparison.targets, strict=True))
-        self.best, self.runner_up = self.record(comparison.best), self.record(comparison.runner_up)
         self.cached_tokens = comparison.input_len + comparison.output_len // 2
         self.several_devices = self.frame["device"].nunique() > 1
         # pools take as many GPUs as match, so their number alone does not say that several clusters were asked about
@@ -79,10 +80,10 @@ class View:
         self.layout_columns = ["mode", "device", "layout", "prefill_layout", *(["gpus"] if self.several_sizes else [])]
 
     def record(self, row: dict[str, Any] | None) -> dict[str, Any] | None:
-        """``row`` of the comparison as this view has it (a price may have been added)."""
+        """``row`` of the comparison as this view has it, with its own price."""
         if row is None:
             return None
-        return next(iter(_records(self.frame[self.frame["candidate"] == row["candidate"]])), dict(row))
+        return next(iter(records(self.frame[self.frame["candidate"] == row["candidate"]])), dict(row))
 
     @cached_property
     def per_layout(self) -> pd.DataFrame:
@@ -126,7 +127,7 @@ class View:
         forms = ranked.index[:2].union(ranked.drop_duplicates("mode").index)
         first = forms.union(ranked.drop_duplicates("family").index[: max(0, MOST_SHOWN - len(forms))])
         rest = ranked.index.difference(first)[: max(0, MOST_SHOWN - len(first))]
-        rows = _records(ranked.loc[first.union(rest)])
+        rows = records(ranked.loc[first.union(rest)])
         return [Choice(row, self.name(row), *self.comparison.deployments(row["candidate"])) for row in rows]
 
     def full(self, row: dict[str, Any]) -> bool:
@@ -150,12 +151,8 @@ class View:
         """A decode step of ``batch`` sequences per dp rank, halfway through the answers."""
         return choice.decode.step.price(float(batch), 1.0, float(self.cached_tokens))
 
-    def decode_parts(self, choice: Choice, batch: float) -> StepParts:
-        """Where a decode step of ``batch`` sequences per dp rank goes."""
-        return step_parts(choice.decode, self.decode_price(choice, batch))
 
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """A frame's rows as dicts of plain values."""
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tensorcast.report import units
-from tensorcast.report.compare.choices import PARTS, Choice, StepParts, View
+from tensorcast.report.compare.choices import PARTS, Choice, StepParts, View, step_parts
 from tensorcast.report.compare.figures import (
     COLOURS,
     INK,
@@ -43,7 +43,10 @@ NOTABLE = 0.03
 
 def step_bars(view: View) -> Chart:
     """Where a decode step's time goes, a stacked bar per layout, all at the same load."""
-    split = {choice.label: view.decode_parts(choice, view.batch_at_load(choice)[0]) for choice in view.shown}
+    split = {
+        choice.label: step_parts(choice.decode, view.decode_price(choice, view.batch_at_load(choice)[0]))
+        for choice in view.shown
+    }
     title = _step_title(view, split)
     names = [wrapped(name) for name in split]
     figure, axes = canvas(1.45 + row_in(names) * len(names), title)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tensorcast.report import units
-from tensorcast.report.compare.choices import View
+from tensorcast.report.compare.choices import View, records
 from tensorcast.report.compare.words import asked_for, conclusion, limit_name, options
 from tensorcast.report.units import plural
 from tensorcast.search.notes import COUNTED
@@ -48,7 +48,7 @@ def print_comparison(found: Comparison, console: Console, top: int = 12) -> None
 def _table(view: View, top: int, width: int) -> Table:
     """The best candidate of each layout."""
     every = view.per_layout
-    rows: list[dict[str, Any]] = [{str(k): v for k, v in row.items()} for row in every.head(top).to_dict("records")]
+    rows = records(every.head(top))
     title = f"Best of each layout, {units.count(len(rows))} of {units.count(len(every))}"
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, header_style="bold",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.report import units
-from tensorcast.report.compare.choices import LIMITS, PARTS, WRITTEN, Choice, View
+from tensorcast.report.compare.choices import LIMITS, PARTS, WRITTEN, Choice, View, step_parts
 from tensorcast.report.units import plural
 
 if TYPE_CHECKING:
@@ -198,17 +198,14 @@ def _runner_up(view: View, best: dict[str, Any], second: dict[str, Any]) -> tupl
     gap = worse if view.objective.less else -worse  # as a share of the best's value
     text = f"Runner-up: {view.name(second)} with {_worth(view, second)}, "
     text += f"{units.percent(gap)} {'more' if view.objective.less else 'less'}." if gap > 0.0005 else "the same."
-    ways = (*_other_limits(view, second), *_memory(view, second), *_faster(view, second, gap))
-    return (f"{text} It would win" if ways else text), ways
-
-
-def _other_limits(view: View, second: dict[str, Any]) -> list[str]:
-    return [
+    other_limits = [
         f"if {LIMITS[column]} up to {units.seconds(limit)} were allowed" if looser
         else f"if {LIMITS[column]} had to stay under {units.seconds(limit)}"
         for column, limit, looser in turning_points(view, second)
         if units.seconds(limit) != units.seconds(view.limits[column] or 0.0)
     ]
+    ways = (*other_limits, *_memory(view, second), *_faster(view, second, gap))
+    return (f"{text} It would win" if ways else text), ways
 
 
 def turning_points(view: View, second: dict[str, Any]) -> list[tuple[str, float, bool]]:
@@ -264,7 +261,8 @@ def _faster(view: View, second: dict[str, Any], gap: float) -> list[str]:
     choices = {choice.row["candidate"]: choice for choice in view.shown}
     if second["candidate"] not in choices:
         return []
-    split = view.decode_parts(choices[second["candidate"]], max(1.0, second["batch"]))
+    choice = choices[second["candidate"]]
+    split = step_parts(choice.decode, view.decode_price(choice, max(1.0, second["batch"])))
     needed = gap / (1 + gap) if view.objective.less else gap
     wanted = needed * split.seconds
     able = sorted((wanted / split.parts[part], part) for part in PARTS if split.parts[part] > wanted)

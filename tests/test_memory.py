@@ -11,7 +11,7 @@ from tensorcast.cost.memory import (
     low_latency_buffer_bytes,
     weight_bytes,
 )
-from tensorcast.modeling.quantization import from_config
+from tensorcast.modeling.checkpoint.read import from_config
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import traced

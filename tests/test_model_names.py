@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 import tensorcast as tc
 from tensorcast.cli import app
 from tensorcast.deploy.model_names import named_model
-from tensorcast.modeling.quantization import checkpoint, override
+from tensorcast.modeling.checkpoint.read import checkpoint
+from tensorcast.modeling.quantization import override
 from tensorcast.predict.run_columns import read_run
 from tensorcast.profiles.store import load_model
 

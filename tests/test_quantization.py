@@ -8,7 +8,8 @@ import pytest
 
 from tensorcast.cost.memory import weight_bytes
 from tensorcast.errors import InputError
-from tensorcast.modeling.quantization import SCHEMES, Quantization, from_config, override
+from tensorcast.modeling.checkpoint.read import from_config
+from tensorcast.modeling.quantization import SCHEMES, Quantization, override
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Sizes

@@ -16,8 +16,9 @@ from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.table import DTYPE_BYTES, OpTable, Tensor, per_table
 
 MLA_FP8_SCALE_GROUP = 128
-"""FP8 latent cache: fp8 latent, one fp32 scale per 128 of it, bf16 rope part: 656 bytes per layer for 512 + 64
-(FlashMLA, github.com/deepseek-ai/FlashMLA)."""
+"""FP8 latent cache of sparse attention on Hopper: fp8 latent, one fp32 scale per 128 of it, bf16 rope part: 656 bytes
+per layer for 512 + 64 (FlashMLA, github.com/deepseek-ai/FlashMLA). Others keep one byte a number, 576 (vLLM 0.24.0,
+v1/kv_cache_interface.py, MLAAttentionSpec)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
                 per_token = indexer_key_bytes(sum(numel))
             elif kv == "bf16":
                 per_token = 2.0 * sum(numel)
-            elif attention is not None and attention.attrs["latent"]:
+            elif attention is not None and attention.attrs.get("scaled"):
                 per_token = latent_bytes(*numel)
             entries.append(CacheEntry(op.kind, per_token, int(limit)))
         elif op.name in ("linear_attention", "ssm_scan"):
@@ -62,7 +63,7 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
 
 
 def latent_bytes(latent: float, rope: float) -> float:
-    """One token's FP8 latent cache entry: see :data:`MLA_FP8_SCALE_GROUP`."""
+    """One token's FP8 latent cache entry where it holds scales: see :data:`MLA_FP8_SCALE_GROUP`."""
     return latent + 4.0 * latent / MLA_FP8_SCALE_GROUP + 2.0 * rope
 
 
@@ -127,7 +128,7 @@ def _weights(table: OpTable, quantization: Quantization, rounded: bool) -> list[
     for p in table.params:
         role = p.role if p.kind < 0 else ""
         part = found.setdefault((p.kind, role), _Weights(p.kind, role))
-        scheme = quantization.scheme(p.name, p.role)
+        scheme = quantization.scheme(p.name, p.role, p.stored)
         per_element = scheme.weight_bytes if scheme.name != "bf16" else DTYPE_BYTES[p.dtype]
         if p.role == "experts":
             hidden = table.facts.moe_hidden_size

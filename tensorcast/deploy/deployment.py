@@ -16,7 +16,8 @@ from tensorcast.deploy.plan.rank_tables import rank_tables, shared_form, traced_
 from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step, make_step
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.modeling.quantization import KV_DTYPES, Quantization, checkpoint, override
+from tensorcast.modeling.checkpoint.read import checkpoint
+from tensorcast.modeling.quantization import KV_DTYPES, Quantization, as_run, override
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.memory import is_latent
@@ -220,7 +221,8 @@ def deploy(
     fusions = tuple(engine.fusions) if options.fusion == "engine" else ()
     apart = engine.own_gemms.groups if engine.own_gemms else ()
     shared = shared_form(options, layout, all2all)
-    raw, table = rank_tables(model, phase, layout.tp, quantization, fusions, apart, shared)
+    running = as_run(quantization, device.peak_flops, device.architecture)
+    raw, table = rank_tables(model, phase, layout.tp, running, fusions, apart, shared)
     plan = make_plan(table, layout, device, engine, options=options, config=model.config)
     dp = attention_dp(layout, whole.facts.num_experts)
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tensorcast.errors import InputError
-from tensorcast.modeling.quantization import Quantization, checkpoint
+from tensorcast.modeling.checkpoint.read import checkpoint
+from tensorcast.modeling.quantization import Quantization
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import list_models, load_model
 

@@ -13,7 +13,8 @@ from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.launch import sglang, trtllm, vllm
 from tensorcast.launch.settings import Plan, Setting, Settings
-from tensorcast.modeling.quantization import KV_DTYPES, Quantization, checkpoint, override
+from tensorcast.modeling.checkpoint.read import checkpoint
+from tensorcast.modeling.quantization import KV_DTYPES, Quantization, override
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.launch import LaunchTable, load_launch_table

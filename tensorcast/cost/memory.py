@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorcast.modeling.quantization import Quantization, rounded_hidden
+from tensorcast.modeling.quantization import Quantization, padded
 from tensorcast.profiles.memory import MemoryCovers
 from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.table import DTYPE_BYTES, OpTable, Tensor, per_table
@@ -89,16 +89,16 @@ def cache_bytes(table: OpTable, kv: str, sequences: Any, length: Any, layers: sl
 
 def weight_bytes(
     table: OpTable, quantization: Quantization, ep: int = 1, etp: int = 1, layers: slice = slice(None), *,
-    first: bool = True, last: bool = True, local_experts: int | None = None, rounded: bool = False,
+    first: bool = True, last: bool = True, local_experts: int | None = None, padding: tuple[int, int] = (1, 1),
 ) -> float:
     """Weights on one rank: experts split over ``ep`` and ``etp``, the rest as traced at this tp. Scales included.
 
-    ``local_experts``: experts and copies on the fullest rank, by default what even splitting gives. ``rounded``: the
-    engine pads experts' hidden size to their kernels' multiple.
+    ``local_experts``: experts and copies on the fullest rank, by default what even splitting gives. ``padding``:
+    multiples that the engine pads experts' hidden size and a rank's part of their width to, in MXFP4.
     """
     kinds = table.layer_kinds[layers]
     total = 0.0
-    for part in _weights(table, quantization, rounded):
+    for part in _weights(table, quantization, padding, etp):
         if part.kind < 0:  # outside the layers: is it on this pipeline stage?
             tied = last and table.facts.tied_embedding
             if not {"embedding": first or tied, "lm_head": last}.get(part.role, True):
@@ -123,7 +123,7 @@ class _Weights:
 
 
 @per_table
-def _weights(table: OpTable, quantization: Quantization, rounded: bool) -> list[_Weights]:
+def _weights(table: OpTable, quantization: Quantization, padding: tuple[int, int], etp: int) -> list[_Weights]:
     found: dict[tuple[int, str], _Weights] = {}
     for p in table.params:
         role = p.role if p.kind < 0 else ""
@@ -131,8 +131,9 @@ def _weights(table: OpTable, quantization: Quantization, rounded: bool) -> list[
         scheme = quantization.scheme(p.name, p.role, p.stored)
         per_element = scheme.weight_bytes if scheme.name != "bf16" else DTYPE_BYTES[p.dtype]
         if p.role == "experts":
-            hidden = table.facts.moe_hidden_size
-            per_element *= rounded_hidden(hidden, scheme.name) / hidden if rounded and hidden else 1.0
+            if scheme.name == "mxfp4":
+                per_element *= padded(table.facts.moe_hidden_size, padding[0])
+                per_element *= padded(table.facts.moe_intermediate_size / etp, padding[1])
             part.expert_bytes += p.full_numel / table.facts.num_experts * per_element
         else:
             part.size_bytes += p.numel * per_element

@@ -74,6 +74,9 @@ class Rules:
         return Rules(tuple(rule._replace(scheme=instead[rule.scheme]) for rule in self.entries))
 
 
+NO_RULES = Rules()
+
+
 @dataclass(frozen=True, eq=False)
 class _Step:
     """Neighbouring rules of one kind: names are looked up, patterns tried one after another."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.modeling.module_rules import Rules, exclusions, module_names
+from tensorcast.modeling.module_rules import NO_RULES, Rules, exclusions, module_names
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Quantization:
     experts: Scheme = BF16
     ignore: tuple[str, ...] = ()
     kv: str = "bf16"
-    rules: Rules = Rules()
+    rules: Rules = NO_RULES
     lm_head: Scheme = BF16
     embedding: Scheme = BF16
     asked: tuple[str, ...] = ()
@@ -189,8 +189,32 @@ def as_run(stored: Quantization, arithmetic: Container[str], architecture: str) 
     return replace(
         stored, linear=run(stored.linear), experts=run(stored.experts), lm_head=run(stored.lm_head),
         rules=stored.rules.with_schemes({name: run(scheme).name for name, scheme in SCHEMES.items()}),
-        scaled_latents=stored.kv == "fp8" and architecture == "Hopper",
+        scaled_latents=architecture == "Hopper",
     )  # fmt: skip
+
+
+def weight_only_here(stored: Quantization, arithmetic: Container[str]) -> str:
+    """Schemes of a checkpoint that run in bf16 on a device with this ``arithmetic``; empty if none."""
+    names = {stored.linear.name, stored.experts.name, *(rule.scheme for rule in stored.rules.entries)}
+    found = (SCHEMES[name] for name in sorted(names))
+    return ", ".join(one.name for one in found if one.lacking and one.arithmetic not in arithmetic)
+
+
+def mxfp4_padding(architecture: str) -> tuple[int, int]:
+    """Multiples that engines pad the hidden size and a rank's width of MXFP4 experts to, by device architecture.
+
+    Source: vLLM 0.24.0, fused_moe/oracle/mxfp4.py (mxfp4_round_up_hidden_size_and_intermediate_size): 256 and 256 for
+    TensorRT-LLM's kernels (Blackwell) and on ROCm, 256 and 128 for Marlin, a width of 64 for Triton (Hopper), where
+    64.4 GiB of gpt-oss-120b (https://github.com/vllm-project/vllm/issues/33155) show a hidden size padded to 256.
+    """
+    if architecture == "Blackwell" or architecture.startswith("CDNA"):
+        return 256, 256
+    return 256, 64 if architecture == "Hopper" else 128
+
+
+def padded(size: float, multiple: int) -> float:
+    """By how much a size grows when it is padded to a multiple."""
+    return -(-size // multiple) * multiple / size if size else 1.0
 
 
 HIDDEN_MULTIPLES = {"mxfp4": 256}

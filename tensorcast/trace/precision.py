@@ -15,7 +15,7 @@ Schemes = tuple[str, ...]
 def by_precision(table: OpTable, quantization: Quantization) -> OpTable:
     """The table with a kind for every set of schemes that layers of one structure have, so that one layer stands for
     no other that is stored or runs otherwise. Sparse latent caches are marked where they hold scales."""
-    if quantization.scaled_latents:
+    if quantization.scaled_latents and any(map(_is_sparse, table.ops)):
         table = table.with_ops([_scaled(op) for op in table.ops])
     if not quantization.by_name:
         return table
@@ -34,9 +34,12 @@ def by_precision(table: OpTable, quantization: Quantization) -> OpTable:
     return _split(table, kinds, groups) if groups else table
 
 
+def _is_sparse(op: Op) -> bool:
+    return bool(op.name == "attention" and op.attrs.get("latent") and op.attrs.get("selected"))
+
+
 def _scaled(op: Op) -> Op:
-    sparse = op.name == "attention" and op.attrs.get("latent") and op.attrs.get("selected")
-    return op.but(attrs={**op.attrs, "scaled": True}) if sparse else op
+    return op.but(attrs={**op.attrs, "scaled": True}) if _is_sparse(op) else op
 
 
 def _scheme(param: Param, first: int, layer: int, quantization: Quantization) -> str:

@@ -31,7 +31,8 @@ def fp8(said: Entries, kv: str, expert_dtype: str = "") -> Quantization:
         own = SCHEMES[modelopt.algorithm(str(algo), group)]
         said.known("quant_algo", "config_groups")  # of the experts, as their own key says
     rules = (*modelopt.layers(said, group), *exclusions(said.listed("ignored_layers", "modules_to_not_convert")))
-    return Quantization(base, own, kv="fp8" if is_fp8_cache(said.get("kv_cache_quant_algo")) else kv, rules=Rules(rules))
+    kv = "fp8" if is_fp8_cache(said.get("kv_cache_quant_algo")) else kv
+    return Quantization(base, own, kv=kv, rules=Rules(rules))
 
 
 def mxfp4(said: Entries, kv: str) -> Quantization:

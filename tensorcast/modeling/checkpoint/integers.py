@@ -67,7 +67,7 @@ def auto_round(said: Entries, kv: str) -> Quantization:
     """
     said.known(*(key for key in HARMLESS if key != "block_name_to_quantize"))
     base = _rounded(said)
-    named, patterns = [], []
+    named, patterns = list[Rule](), list[Rule]()
     for name, changes in said.within("extra_config").items():
         own = Entries({**said.values, **(changes if isinstance(changes, dict) else {})}, f"extra_config.{name}")
         rule = Rule(name, "search" if SPECIAL.search(name) else "module", _rounded(own))

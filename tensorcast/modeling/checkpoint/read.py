@@ -68,17 +68,15 @@ def _method(said: Entries, key: str) -> str:
         return "compressed-tensors"
     if "global_quant_config" in said.values:
         return "quark"
-    if {"bits", "group_size"} <= set(said.values) and (key == "quantization" or len(said.values) <= 3 or _by_module(said)):
+    plain = key == "quantization" or len(said.values) <= 3 or any("." in name for name in said.values)
+    if plain and {"bits", "group_size"} <= set(said.values):
         return "mlx"
     return ""
 
 
-def _by_module(said: Entries) -> bool:
-    return any("." in name for name in said.values)
-
-
 PROBES = {
-    "experts": ("mlp.experts.0.gate_proj", "block_sparse_moe.experts.0.w1", "ffn.experts.0.w1", "mixer.experts.0.up_proj"),
+    "experts": tuple(f"{block}.experts.0.{name}" for block in ("mlp", "block_sparse_moe", "ffn", "mixer")
+                     for name in ("gate_proj", "up_proj", "w1")),
     "linear": ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "linear_attn.out_proj", "mixer.in_proj"),
 }
 """Usual names of modules."""
@@ -95,8 +93,8 @@ def _told(found: Quantization, text: dict[str, Any]) -> Quantization:
     middle = layers // 2 if isinstance(layers, int) else 0
 
     def usual(role: str) -> Scheme:
-        named = [found.scheme(f"model.layers.{middle + at}.{name}.weight", role) for name in PROBES[role] for at in (0, 1)]
-        quantised = [scheme for scheme in named if scheme != BF16]
+        names = (f"model.layers.{middle + at}.{name}.weight" for name in PROBES[role] for at in (0, 1))
+        quantised = [scheme for scheme in (found.scheme(name, role) for name in names) if scheme != BF16]
         return max(quantised, key=quantised.count, default=BF16)
 
     return replace(found, linear=usual("linear"), experts=usual("experts"))

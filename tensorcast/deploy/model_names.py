@@ -87,8 +87,8 @@ def named_model(name: str) -> tuple[ModelProfile, str]:
     if found := release_entry(name, profile.config):
         entry, how = found
         config = {**profile.config, "quantization_config": entry}
-        changed = {"hf_id": name, "config": config, "quantization": None}
-        return profile.model_copy(update=changed), f"{name} is read as {profile.name}; stored {how}"
+        as_released = {"hf_id": name, "config": config, "quantization": None}
+        return profile.model_copy(update=as_released), f"{name} is read as {profile.name}; stored {how}"
     stored = named.quant(named.precision, named.precision)
     said = f"; stored in {SCHEME_OF[named.precision]}, as the name says" if stored else ", as it ships"
     changed = {"hf_id": name} | ({"quantization": stored} if stored else {})

@@ -20,12 +20,12 @@ def release_entry(name: str, config: dict[str, Any]) -> tuple[dict[str, Any], st
     layers = (config.get("text_config") or config).get("num_hidden_layers") or 0
     if owner == "meta-llama" and "405b" in model and "fp8" in model:
         kept = ["re:.*self_attn.*", "model.layers.0.mlp", f"model.layers.{layers - 1}.mlp", "lm_head"]
-        entry = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": kept}
-        return entry, "in fp8, attention and the first and last layer's MLP in bf16, as Meta stores it"
+        meta = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": kept}
+        return meta, "in fp8, attention and the first and last layer's MLP in bf16, as Meta stores it"
     if owner == "nvidia" and re.search(r"fp4(-v\d)?$", model) and is_latent(config):
         second = model.endswith("-v2")
         kept = ["lm_head", r"re:.*self_attn\.(?!o_proj)" if second else "*self_attn*"]
-        entry = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": kept}
+        entry: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": kept}
         said = "attention but for its output projection" if second else "attention"
         if "kimi-k2.5" in model:
             kept += ["model.layers.0*", "*shared_experts*"]

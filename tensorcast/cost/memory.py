@@ -98,7 +98,8 @@ def weight_bytes(
     """
     kinds = table.layer_kinds[layers]
     total = 0.0
-    for part in _weights(table, quantization, padding, etp):
+    width, hidden = table.facts.moe_intermediate_size, padding[0]
+    for part in _weights(table, quantization, hidden):
         if part.kind < 0:  # outside the layers: is it on this pipeline stage?
             tied = last and table.facts.tied_embedding
             if not {"embedding": first or tied, "lm_head": last}.get(part.role, True):
@@ -106,7 +107,8 @@ def weight_bytes(
         size = part.size_bytes
         if part.expert_bytes:
             held = math.ceil(table.facts.num_experts / ep) if local_experts is None else local_experts
-            size += part.expert_bytes * held / etp
+            wider = padded(width / etp, padding[1]) if part.padded_bytes else 1.0
+            size += (part.expert_bytes + part.padded_bytes * (wider - 1.0)) * held / etp
         total += size * (kinds.count(part.kind) if part.kind >= 0 else 1)
     return total
 
@@ -120,10 +122,12 @@ class _Weights:
     size_bytes: float = 0.0
     expert_bytes: float = 0.0
     """Of one whole expert."""
+    padded_bytes: float = 0.0
+    """Of these, what grows with the width that engines pad."""
 
 
 @per_table
-def _weights(table: OpTable, quantization: Quantization, padding: tuple[int, int], etp: int) -> list[_Weights]:
+def _weights(table: OpTable, quantization: Quantization, hidden_multiple: int) -> list[_Weights]:
     found: dict[tuple[int, str], _Weights] = {}
     for p in table.params:
         role = p.role if p.kind < 0 else ""
@@ -131,10 +135,11 @@ def _weights(table: OpTable, quantization: Quantization, padding: tuple[int, int
         scheme = quantization.scheme(p.name, p.role, p.stored)
         per_element = scheme.weight_bytes if scheme.name != "bf16" else DTYPE_BYTES[p.dtype]
         if p.role == "experts":
-            if scheme.name == "mxfp4":
-                per_element *= padded(table.facts.moe_hidden_size, padding[0])
-                per_element *= padded(table.facts.moe_intermediate_size / etp, padding[1])
-            part.expert_bytes += p.full_numel / table.facts.num_experts * per_element
+            grows = scheme.name == "mxfp4"
+            per_element *= padded(table.facts.moe_hidden_size, hidden_multiple) if grows else 1.0
+            expert_bytes = p.full_numel / table.facts.num_experts * per_element
+            part.expert_bytes += expert_bytes
+            part.padded_bytes += expert_bytes if grows else 0.0
         else:
             part.size_bytes += p.numel * per_element
     return list(found.values())

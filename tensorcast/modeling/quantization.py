@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.module_rules import NO_RULES, Rules, exclusions, module_names
@@ -212,9 +213,9 @@ def mxfp4_padding(architecture: str) -> tuple[int, int]:
     return 256, 64 if architecture == "Hopper" else 128
 
 
-def padded(size: float, multiple: int) -> float:
-    """By how much a size grows when it is padded to a multiple."""
-    return -(-size // multiple) * multiple / size if size else 1.0
+def padded(size: Any, multiple: int) -> Any:
+    """By how much a size (above zero, or an array of such) grows when it is padded to a multiple."""
+    return -(-size // multiple) * multiple / size
 
 
 HIDDEN_MULTIPLES = {"mxfp4": 256}

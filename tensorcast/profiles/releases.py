@@ -25,7 +25,7 @@ def release_entry(name: str, config: dict[str, Any]) -> tuple[dict[str, Any], st
     if owner == "nvidia" and re.search(r"fp4(-v\d)?$", model) and is_latent(config):
         second = model.endswith("-v2")
         kept = ["lm_head", r"re:.*self_attn\.(?!o_proj)" if second else "*self_attn*"]
-        entry: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": kept}
+        entry: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": kept}
         said = "attention but for its output projection" if second else "attention"
         if "kimi-k2.5" in model:
             kept += ["model.layers.0*", "*shared_experts*"]

@@ -11,11 +11,13 @@ from tensorcast.cost.memory import (
     low_latency_buffer_bytes,
     weight_bytes,
 )
-from tensorcast.modeling.quantization import from_config
+from tensorcast.modeling.checkpoint.read import from_config
+from tensorcast.modeling.quantization import Quantization, as_run
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Dim, Sizes
+from tensorcast.trace.precision import by_precision
 from tensorcast.trace.table import Op, OpTable, Tensor
 
 # Bytes per token over all layers. DeepSeek-V3: arXiv 2505.09343, table 1 (70.272 KB). The others by the formula
@@ -39,9 +41,17 @@ def test_kv_bytes_per_token(name: str) -> None:
     assert kv_bytes_per_token(traced(load_model(name), "decode")) == BF16[name]
 
 
-def test_fp8_latent_cache_is_656_bytes_per_layer() -> None:
-    """FlashMLA's FP8 layout: 512 fp8 values, 4 fp32 scales, 64 bf16 rope values."""
-    assert kv_bytes_per_token(traced(load_model("deepseek-v3"), "decode"), "fp8") == 61 * 656
+def test_fp8_latent_cache_holds_scales_only_where_attention_is_sparse_on_hopper() -> None:
+    """Plain: 512 + 64 bytes. FlashMLA's sparse layout: 512 fp8 values, 4 fp32 scales, 64 bf16 rope values; and 132
+    bytes of the indexer's keys."""
+
+    def per_token(model: str, architecture: str) -> float:
+        table = traced(load_model(model), "decode")
+        return kv_bytes_per_token(by_precision(table, as_run(Quantization(), {"bf16"}, architecture)), "fp8")
+
+    assert per_token("deepseek-v3", "Hopper") == per_token("deepseek-v3", "Blackwell") == 61 * 576
+    assert per_token("deepseek-v3.2", "Hopper") == 61 * (656 + 132)
+    assert per_token("deepseek-v3.2", "Blackwell") == 61 * (576 + 132)
 
 
 def test_profiles_that_state_a_cache_size_agree_with_the_trace() -> None:

@@ -9,8 +9,8 @@ import pytest
 import tensorcast as tc
 from tensorcast.cost.memory import cache_bytes, kv_bytes_per_token
 from tensorcast.errors import InputError
+from tensorcast.modeling.checkpoint.read import from_config
 from tensorcast.modeling.config import hf_config
-from tensorcast.modeling.quantization import from_config
 from tensorcast.predict.run_columns import read_run
 from tensorcast.profiles.store import list_devices, load_device, load_model
 from tensorcast.trace.cache import traced

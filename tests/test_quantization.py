@@ -8,7 +8,8 @@ import pytest
 
 from tensorcast.cost.memory import weight_bytes
 from tensorcast.errors import InputError
-from tensorcast.modeling.quantization import SCHEMES, Quantization, from_config, override
+from tensorcast.modeling.checkpoint.read import from_config
+from tensorcast.modeling.quantization import SCHEMES, Quantization, override
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Sizes
@@ -25,7 +26,10 @@ PUBLISHED = [
         {
             "quant_method": "compressed-tensors",
             "config_groups": {
-                "group_0": {"weights": {"type": "int", "num_bits": 8}, "input_activations": {"num_bits": 8}}
+                "group_0": {
+                    "weights": {"type": "int", "num_bits": 8},
+                    "input_activations": {"type": "int", "num_bits": 8},
+                }
             },
         },
         "int8",
@@ -47,14 +51,24 @@ PUBLISHED = [
     (
         {
             "quant_method": "compressed-tensors",
-            "config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 4, "group_size": 16}}},
+            "config_groups": {
+                "group_0": {
+                    "weights": {"type": "float", "num_bits": 4, "group_size": 16},
+                    "input_activations": {"type": "float", "num_bits": 4, "group_size": 16},
+                }
+            },
         },
         "nvfp4",
     ),
     (
         {
             "quant_method": "compressed-tensors",
-            "config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 8, "strategy": "block"}}},
+            "config_groups": {
+                "group_0": {
+                    "weights": {"type": "float", "num_bits": 8, "strategy": "block"},
+                    "input_activations": {"type": "float", "num_bits": 8, "group_size": 128},
+                }
+            },
         },
         "fp8_block",
     ),
@@ -70,7 +84,7 @@ def test_published_quantisation_configs_are_read(said: dict[str, Any], scheme: s
 def test_gpt_oss_is_mxfp4_in_its_experts_only() -> None:
     profile = load_model("gpt-oss-20b")
     quantization, table = from_config(profile.config), traced(profile, "decode")
-    schemes = {p.role: quantization.scheme(p.name, p.role).name for p in table.params}
+    schemes = {p.role: quantization.scheme(p.name, p.role, p.stored).name for p in table.params}
     assert schemes == {"embedding": "bf16", "lm_head": "bf16", "linear": "bf16", "experts": "mxfp4", "other": "bf16"}
     # Published checkpoint sizes: 12.8 GiB (20b) and 60.8 GiB (120b), gpt-oss model card, arXiv 2508.10925, table 1
     assert weight_bytes(table, quantization) / 2**30 == pytest.approx(12.8, rel=0.01)

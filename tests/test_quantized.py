@@ -46,7 +46,7 @@ def _scales(parts: list[torch.Tensor], scheme: str, shape: torch.Size, block: tu
 
 
 def test_schemes_of_the_profiles_are_all_here() -> None:
-    assert set(FORMATS) == set(SCHEMES) - {"bf16"}
+    assert set(FORMATS) < set(SCHEMES) - {"bf16"}  # the others are priced, not run
     for name, kind in FORMATS.items():
         assert SCHEMES[name].quantizes_activation == (kind.activation is not None)
 

@@ -188,7 +188,7 @@ def attention(op: Op, at: Context) -> list[Work]:
     if a["latent"]:
         nope = width - a["rope"]
         kv_bytes = at.kv_bytes
-        if kv_bytes < 2.0:
+        if kv_bytes < 2.0 and a.get("scaled"):
             kv_bytes = latent_bytes(a["latent"], a["rope"]) / (a["latent"] + a["rope"])
         return [
             w.mla(

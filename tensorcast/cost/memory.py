@@ -10,14 +10,15 @@ from functools import reduce
 import numpy as np
 
 from tensorcast.cost.work import Size
-from tensorcast.modeling.quantization import Quantization, rounded_hidden
+from tensorcast.modeling.quantization import Quantization, padded
 from tensorcast.profiles.memory import MemoryCovers
 from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.table import DTYPE_BYTES, OpTable, Tensor, per_table
 
 MLA_FP8_SCALE_GROUP = 128
-"""FP8 latent cache: fp8 latent, one fp32 scale per 128 of it, bf16 rope part: 656 bytes per layer for 512 + 64
-(FlashMLA, github.com/deepseek-ai/FlashMLA)."""
+"""FP8 latent cache of sparse attention on Hopper: fp8 latent, one fp32 scale per 128 of it, bf16 rope part: 656 bytes
+per layer for 512 + 64 (FlashMLA, github.com/deepseek-ai/FlashMLA). Others keep one byte a number, 576 (vLLM 0.24.0,
+v1/kv_cache_interface.py, MLAAttentionSpec)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
                 per_token = indexer_key_bytes(sum(numel))
             elif kv == "bf16":
                 per_token = 2.0 * sum(numel)
-            elif attention is not None and attention.attrs["latent"]:
+            elif attention is not None and attention.attrs.get("scaled"):
                 per_token = latent_bytes(*numel)
             entries.append(CacheEntry(op.kind, per_token, int(limit)))
         elif op.name in ("linear_attention", "ssm_scan"):
@@ -62,7 +63,7 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
 
 
 def latent_bytes(latent: float, rope: float) -> float:
-    """One token's FP8 latent cache entry: see :data:`MLA_FP8_SCALE_GROUP`."""
+    """One token's FP8 latent cache entry where it holds scales: see :data:`MLA_FP8_SCALE_GROUP`."""
     return latent + 4.0 * latent / MLA_FP8_SCALE_GROUP + 2.0 * rope
 
 
@@ -88,16 +89,17 @@ def cache_bytes(table: OpTable, kv: str, sequences: Size, length: Size, layers: 
 
 def weight_bytes(
     table: OpTable, quantization: Quantization, ep: int = 1, etp: int = 1, layers: slice = slice(None), *,
-    first: bool = True, last: bool = True, local_experts: Size | None = None, rounded: bool = False,
+    first: bool = True, last: bool = True, local_experts: Size | None = None, padding: tuple[int, int] = (1, 1),
 ) -> Size:
     """Weights on one rank: experts split over ``ep`` and ``etp``, the rest as traced at this tp. Scales included.
 
-    ``local_experts``: experts and copies on the fullest rank, by default what even splitting gives. ``rounded``: the
-    engine pads experts' hidden size to their kernels' multiple.
+    ``local_experts``: experts and copies on the fullest rank, by default what even splitting gives. ``padding``:
+    multiples that the engine pads experts' hidden size and a rank's part of their width to, in MXFP4.
     """
     kinds = table.layer_kinds[layers]
     total: Size = 0.0
-    for part in _weights(table, quantization, rounded):
+    width, hidden = table.facts.moe_intermediate_size, padding[0]
+    for part in _weights(table, quantization, hidden):
         if part.kind < 0:  # outside the layers: is it on this pipeline stage?
             tied = last and table.facts.tied_embedding
             if not {"embedding": first or tied, "lm_head": last}.get(part.role, True):
@@ -105,7 +107,8 @@ def weight_bytes(
         size: Size = part.size_bytes
         if part.expert_bytes:
             held = math.ceil(table.facts.num_experts / ep) if local_experts is None else local_experts
-            size += part.expert_bytes * held / etp
+            wider = padded(width / etp, padding[1]) if part.padded_bytes else 1.0
+            size += (part.expert_bytes + part.padded_bytes * (wider - 1.0)) * held / etp
         total += size * (kinds.count(part.kind) if part.kind >= 0 else 1)
     return total
 
@@ -119,20 +122,24 @@ class _Weights:
     size_bytes: float = 0.0
     expert_bytes: float = 0.0
     """Of one whole expert."""
+    padded_bytes: float = 0.0
+    """Of these, what grows with the width that engines pad."""
 
 
 @per_table
-def _weights(table: OpTable, quantization: Quantization, rounded: bool) -> list[_Weights]:
+def _weights(table: OpTable, quantization: Quantization, hidden_multiple: int) -> list[_Weights]:
     found: dict[tuple[int, str], _Weights] = {}
     for p in table.params:
         role = p.role if p.kind < 0 else ""
         part = found.setdefault((p.kind, role), _Weights(p.kind, role))
-        scheme = quantization.scheme(p.name, p.role)
+        scheme = quantization.scheme(p.name, p.role, p.stored)
         per_element = scheme.weight_bytes if scheme.name != "bf16" else DTYPE_BYTES[p.dtype]
         if p.role == "experts":
-            hidden = table.facts.moe_hidden_size
-            per_element *= rounded_hidden(hidden, scheme.name) / hidden if rounded and hidden else 1.0
-            part.expert_bytes += p.full_numel / table.facts.num_experts * per_element
+            grows = scheme.name == "mxfp4"
+            per_element *= padded(table.facts.moe_hidden_size, hidden_multiple) if grows else 1.0
+            expert_bytes = p.full_numel / table.facts.num_experts * per_element
+            part.expert_bytes += expert_bytes
+            part.padded_bytes += expert_bytes if grows else 0.0
         else:
             part.size_bytes += p.numel * per_element
     return list(found.values())

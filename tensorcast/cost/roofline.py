@@ -18,7 +18,7 @@ from tensorcast.profiles.device import DeviceProfile, KernelConstants
 
 PEAK_OF = {
     "bf16": "bf16", "fp16": "bf16", "w4a16": "bf16", "fp8": "fp8", "fp8_block": "fp8", "int8": "int8",
-    "w4a8": "fp8", "mxfp4": "bf16", "nvfp4": "fp4", "w8a16": "bf16", "fp32": "fp32",
+    "w4a8": "fp8", "mxfp4": "bf16", "nvfp4": "fp4", "w8a16": "bf16", "w4a16_nvfp4": "bf16", "fp32": "fp32",
 }
 """Which arithmetic a kernel dtype runs in. ``mxfp4`` is weight-only (gpt-oss kernels unpack to bf16), ``w4a8`` mxfp4
 weights with mxfp8 activations."""
@@ -46,9 +46,13 @@ those devices chose the values, and other vendors' kernels differ more."""
 NEAREST = {
     "bf16": ("fp16",), "fp16": ("bf16",), "fp8": ("fp8_block", "int8"), "fp8_block": ("fp8",),
     "int8": ("fp8", "fp8_block"), "nvfp4": ("w4a8", "fp8"), "w4a8": ("fp8", "nvfp4"), "mxfp4": ("w4a16", "bf16"),
-    "w4a16": ("mxfp4", "w8a16", "bf16"), "w8a16": ("w4a16", "bf16"),
+    "w4a16": ("mxfp4", "w8a16", "bf16"), "w8a16": ("w4a16", "bf16"), "w4a16_nvfp4": ("w4a16", "mxfp4", "w8a16", "bf16"),
 }
 """Whose fitted fractions to borrow first when a family was not measured in a dtype; any other dtype comes after."""
+
+UNMEASURED = ("w4a16_nvfp4",)
+"""Dtypes that no table holds on any device: fractions are borrowed, and evidence and error say so. NVFP4 weights in
+bf16 arithmetic run in the Marlin kernels of INT4 ones (vLLM 0.24.0, quantization/utils/marlin_utils_fp4.py)."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ def constants_for(
     if fitted:
         order = [dtype, "any", *NEAREST.get(dtype, ()), *sorted({c.dtype for c in fitted})]
         best = min(fitted, key=lambda c: (order.index(c.dtype), (engine, "any", c.engine).index(c.engine)))
+        if dtype in UNMEASURED:
+            return best.model_copy(update={"median_error": max(best.median_error or 0.0, DATASHEET_ERROR)}), "datasheet"
         return best, "calibrated"
     compute, memory, launch, tile, step, split = DATASHEET.get(family, DATASHEET["memory"])
     assumed = KernelConstants(

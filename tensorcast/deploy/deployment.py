@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,8 @@ from tensorcast.deploy.plan.rank_tables import rank_tables, shared_form, traced_
 from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step, make_step
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.modeling.quantization import KV_DTYPES, Quantization, checkpoint, override
+from tensorcast.modeling.checkpoint.read import checkpoint
+from tensorcast.modeling.quantization import KV_DTYPES, Quantization, as_run, mxfp4_padding, override
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.memory import is_latent
@@ -124,6 +126,7 @@ class Deployment:
         stages = stage_layers(len(self.raw.layer_kinds), layout.pp)
         stages[-1] = slice(stages[-1].start, len(self._drafting.layer_kinds))
         local = load.local_experts if load is not None else None
+        padding = mxfp4_padding(self.device.architecture) if self.engine.pads_hidden else (1, 1)
         found: dict[tuple[int, ...], tuple[Size, slice]] = {}
         for i, layers in enumerate(stages):
             last = i == len(stages) - 1
@@ -132,7 +135,7 @@ class Deployment:
                 continue
             weights = weight_bytes(
                 self._drafting, self.quantization, layout.ep, layout.etp, layers, first=i == 0, last=last,
-                local_experts=local, rounded=self.engine.pads_hidden,
+                local_experts=local, padding=padding,
             )
             if last and self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
                 weights += 2.0 * 2.0 * self.raw.facts.hidden_size ** 2
@@ -221,9 +224,8 @@ def deploy(
     fusions = tuple(engine.fusions) if options.fusion == "engine" else ()
     apart = engine.own_gemms.groups if engine.own_gemms else ()
     shared = shared_form(options, layout, all2all)
-    raw, table = rank_tables(
-        model, phase, layout.tp, quantization, fusions=fusions, apart=apart, shared=shared
-    )
+    running = as_run(quantization, device.peak_flops, device.architecture)
+    raw, table = rank_tables(model, phase, layout.tp, running, fusions=fusions, apart=apart, shared=shared)
     plan = make_plan(table, layout, device, engine, options=options, config=model.config)
     dp = attention_dp(layout, whole.facts.num_experts)
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
@@ -263,8 +265,11 @@ def uncut(table: OpTable) -> str:
 
 
 def not_counted(model: ModelProfile) -> list[str]:
-    """What a model's config says of attention that its trace does not show."""
-    text, found = model.text_config, []
+    """What a model's config says of attention and precision that nothing here counts."""
+    text, found = model.text_config, list[str]()
+    with contextlib.suppress(InputError):  # a method that is not known: --quant says what runs instead
+        if unread := checkpoint(model).unread:
+            found.append(f"quantization_config: not used: {', '.join(unread)}")
     if any(model.config.get("compress_ratios") or text.get("compress_ratios") or ()):
         found.append("compressed keys and values (compress_ratios) are not counted: attention and cache are too small")
     if (text.get("sparse_attention_config") or {}).get("use_sparse_attention"):

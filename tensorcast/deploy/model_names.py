@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tensorcast.errors import InputError
-from tensorcast.modeling.quantization import Quantization, checkpoint
+from tensorcast.modeling.checkpoint.read import checkpoint
+from tensorcast.modeling.quantization import Quantization
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.releases import release_entry
 from tensorcast.profiles.store import list_models, load_model
 
 SCHEME_OF = {
@@ -82,6 +84,11 @@ def named_model(name: str) -> tuple[ModelProfile, str]:
     profile = load_model(named.profile.name if named.near else name)  # one's own, to keep
     if not named.near:
         return profile, ""
+    if found := release_entry(name, profile.config):
+        entry, how = found
+        config = {**profile.config, "quantization_config": entry}
+        as_released = {"hf_id": name, "config": config, "quantization": None}
+        return profile.model_copy(update=as_released), f"{name} is read as {profile.name}; stored {how}"
     stored = named.quant(named.precision, named.precision)
     said = f"; stored in {SCHEME_OF[named.precision]}, as the name says" if stored else ", as it ships"
     changed = {"hf_id": name} | ({"quantization": stored} if stored else {})

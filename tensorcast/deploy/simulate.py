@@ -12,6 +12,7 @@ from tensorcast.deploy.result import Simulation
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.workload import Workload
 from tensorcast.errors import InputError
+from tensorcast.modeling.quantization import weight_only_here
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
@@ -68,6 +69,8 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
     if unknown:
         notes.append(f"no formula, priced as memory traffic: {', '.join(unknown)}")
     notes += not_counted(deployment.model)
+    if lacking := weight_only_here(deployment.quantization, deployment.device.peak_flops):
+        notes.append(f"{deployment.device.name} has no arithmetic for {lacking}: weights are unpacked to bf16")
     if deployment.raw.facts.mtp_modules and not deployment.options.mtp_depth:
         notes.append("multi-token prediction is not simulated: one token per sequence and step (see --mtp-depth)")
     elif depth := deployment.options.mtp_depth:

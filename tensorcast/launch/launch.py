@@ -13,7 +13,8 @@ from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.launch import sglang, trtllm, vllm
 from tensorcast.launch.settings import Plan, Setting, Settings
-from tensorcast.modeling.quantization import KV_DTYPES, Quantization, checkpoint, override
+from tensorcast.modeling.checkpoint.read import checkpoint
+from tensorcast.modeling.quantization import KV_DTYPES, Quantization, override
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.launch import LaunchTable, load_launch_table
@@ -85,10 +86,11 @@ def launch(
     problem = problem or _not_quantizable(table, have, want)
     if problem:
         return Launch(table.name, table.version, problem=problem)
+    kv = _kv(table, model_profile, options.kv_dtype or want.kv, have.kv)
     plan = Plan(
         table=table, case=case, model=model_profile, batch=batch, input_len=input_len, output_len=output_len,
         chunk_tokens=chunk_tokens or _chunk(case, profile, device),
-        kv_dtype=_kv(table, model_profile, options.kv_dtype or want.kv),
+        kv_dtype=kv,
         quant=want.linear.name if want.linear != have.linear else "",
         memory_fraction=memory_fraction or _share(case, profile, device, model_profile, batch), role=role or "",
     )  # fmt: skip
@@ -197,11 +199,11 @@ def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, mod
     return round(float(memory_share(profile, device, case.layout, experts, model.config) - graphs), 3)
 
 
-def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str) -> str:
+def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str, stored: str) -> str:
     if kv_dtype not in KV_DTYPES:
         raise unknown_name("--kv-dtype", kv_dtype, KV_DTYPES)
-    sparse = profile.text_config.get("model_type") in FP8_KV_BY_DEFAULT
-    return "bf16_not_fp8" if table.name == "vllm" and kv_dtype == "bf16" and sparse else kv_dtype
+    by_default = profile.text_config.get("model_type") in FP8_KV_BY_DEFAULT or stored == "fp8"
+    return "bf16_not_fp8" if table.name == "vllm" and kv_dtype == "bf16" and by_default else kv_dtype
 
 
 def _not_quantizable(table: LaunchTable, have: Quantization, want: Quantization) -> str:

@@ -1,155 +1,155 @@
-"""Which arithmetic and which bytes per weight each matmul has: read from a Hugging Face config, or set by the user."""
+"""Which arithmetic and which bytes per weight each matmul has: as its checkpoint stores it, or as the user sets it."""
 
 from __future__ import annotations
 
-import fnmatch
-import re
+from collections.abc import Container
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.profiles.model import ModelProfile
+from tensorcast.modeling.module_rules import NO_RULES, Rules, exclusions, module_names
 
 
 @dataclass(frozen=True)
 class Scheme:
     """Bytes per element of a quantised matmul's operands, scales included.
 
-    Sources: FP8 128x128 blocks with fp32 scales and 1x128 activation groups, DeepSeek-V3 (arXiv 2412.19437) section
-    3.3; MXFP4 and MXFP8 blocks of 32 with one 8-bit exponent, OCP Microscaling Formats v1.0; NVFP4 blocks of 16 with an
-    fp8 scale, NVIDIA Blackwell documentation; W4A16 groups of 128 with an fp16 scale and zero point, AWQ (2306.00978),
-    ``_g32`` groups of 32 with a scale only (compressed-tensors checkpoints such as Kimi-K2-Thinking).
+    ``kernel``: the kernels' name for it; group sizes differ in bytes, not in arithmetic. ``lacking``: the scheme that
+    runs instead where the device has no ``arithmetic`` of that name (weights are unpacked to bf16).
     """
 
     name: str
     weight_bytes: float
     activation_bytes: float = 2.0
+    kernel: str = ""
+    arithmetic: str = "bf16"
+    lacking: str = ""
 
-    @property
-    def kernel(self) -> str:
-        """The kernels' name for it: group sizes differ in bytes, not in arithmetic."""
-        return self.name.partition("_g")[0]
+    def __post_init__(self) -> None:
+        if not self.kernel:
+            object.__setattr__(self, "kernel", self.name)
 
     @property
     def quantizes_activation(self) -> bool:
         return self.activation_bytes < 2.0
 
 
+GROUPS = (16, 32, 64, 128, 256)
+"""Weights that share a scale, in formats that let the author choose."""
+
+SCALE, BLOCKS = 2.0, 4 / 128**2
+"""Bytes of a group's fp16 scale; of an fp32 scale, per element of a 128 x 128 block."""
+
+
+def weight_only(bits: int, group: int, beside: str = "") -> Scheme:
+    """Integers of ``bits`` with one scale per ``group`` of a row (0: per row), multiplied in bf16.
+
+    ``beside``: ``zp`` for a zero point of as many bits per group (GPTQ, AWQ), ``bias`` for one of 16 bits (MLX).
+    """
+    name = f"w{bits}a16" + (f"_g{group}" if group else "_channel") + (f"_{beside}" if beside else "")
+    extra = {"": 0.0, "zp": bits / 8, "bias": 2.0}[beside]
+    size = bits / 8 + ((SCALE + extra) / group if group else 0.0)
+    return Scheme(name, size, kernel="w4a16" if bits <= 4 else "w8a16")
+
+
+_PLAIN = (
+    Scheme("bf16", 2.0),
+    Scheme("fp8", 1.0, 1.0, arithmetic="fp8", lacking="w8a16_fp8"),
+    Scheme("fp8_block", 1.0 + BLOCKS, 1.0 + 4 / 128, arithmetic="fp8", lacking="w8a16_fp8_block"),
+    Scheme("int8", 1.0, 1.0, arithmetic="int8"),
+    Scheme("w4a16", 0.5 + SCALE / 128 + 0.5 / 128),
+    Scheme("w4a16_g32", 0.5 + SCALE / 32, kernel="w4a16"),
+    Scheme("mxfp4", 0.5 + 1 / 32),
+    Scheme("nvfp4", 0.5 + 1 / 16, 0.5 + 1 / 16, arithmetic="fp4", lacking="w4a16_nvfp4"),
+    Scheme("w4a16_nvfp4", 0.5 + 1 / 16),
+    Scheme("w8a16", 1.0 + SCALE / 128),
+    Scheme("w4a8", 0.5 + SCALE / 128, 1.0, arithmetic="fp8", lacking="w4a16"),
+    Scheme("mxfp8", 1.0 + 1 / 32, 1.0 + 1 / 32, kernel="fp8", arithmetic="fp4", lacking="w8a16_mxfp8"),
+)
+
+CHOICES = tuple(scheme.name for scheme in _PLAIN)
+"""Schemes by the names that messages list; group sizes and zero points make more."""
+
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("bf16", 2.0),
-        Scheme("fp8", 1.0, 1.0),
-        Scheme("fp8_block", 1.0 + 4 / 128**2, 1.0 + 4 / 128),
-        Scheme("int8", 1.0, 1.0),
-        Scheme("w4a16", 0.5 + 2 / 128 + 0.5 / 128),
-        Scheme("w4a16_g32", 0.5 + 2 / 32),
-        Scheme("mxfp4", 0.5 + 1 / 32),
-        Scheme("nvfp4", 0.5 + 1 / 16, 0.5 + 1 / 16),
+        *(weight_only(bits, group, beside) for bits in (2, 3, 4, 5, 6, 8) for group in (0, *GROUPS)
+          for beside in ("", "zp", "bias") if group or not beside),
+        *_PLAIN,
+        *(Scheme(f"w4a8_g{group}", 0.5 + SCALE / group, 1.0, "w4a8", "fp8", f"w4a16_g{group}") for group in GROUPS),
+        Scheme("w4a8_channel", 0.5, 1.0, "w4a8", "fp8", "w4a16_channel"),
+        Scheme("w4a8_int8", 0.5 + SCALE / 128, 1.0, "int8", "int8", "w4a16"),
+        Scheme("w8a16_fp8", 1.0, kernel="w8a16"),
+        Scheme("w8a16_fp8_block", 1.0 + BLOCKS, kernel="w8a16"),
+        Scheme("w8a16_mxfp8", 1.0 + 1 / 32, kernel="w8a16"),
+        Scheme("w4a16_nf4", 0.5 + 4 / 64, kernel="w4a16"),
+        Scheme("w4a16_nf4_double", 0.5 + 1 / 64 + 4 / (64 * 256), kernel="w4a16"),
     )
 }
+"""By name. Sources: FP8 128x128 blocks with fp32 scales and 1x128 activation groups, DeepSeek-V3 (arXiv 2412.19437)
+section 3.3; MXFP4 and MXFP8 blocks of 32 with one 8-bit exponent, OCP Microscaling Formats v1.0; NVFP4 blocks of 16
+with an fp8 scale, NVIDIA Blackwell documentation; W4A16 groups of 128 with an fp16 scale and zero point, AWQ
+(2306.00978), ``_g32`` groups of 32 with a scale only (compressed-tensors checkpoints such as Kimi-K2-Thinking); NF4
+blocks of 64 with an fp32 scale, or an 8-bit one and fp32 per 256 of these, QLoRA (2305.14314) section 3. What takes
+the place of NVFP4, MXFP8 and FP8 on devices without: vLLM 0.24.0, model_executor/layers/quantization/utils/
+marlin_utils_fp4.py and marlin_utils_fp8.py (weight-only Marlin kernels)."""
+
+BF16 = SCHEMES["bf16"]
 KV_DTYPES = ("bf16", "fp8")
+ROLES = ("linear", "experts", "lm_head", "embedding")
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Scheme of linears and of routed experts, module patterns that stay bf16, and the KV cache's dtype."""
+    """The scheme of every weight, and the KV cache's dtype.
 
-    linear: Scheme = SCHEMES["bf16"]
-    experts: Scheme = SCHEMES["bf16"]
+    ``rules`` name modules, those of ``ignore`` first, which stay bf16; where none speaks a weight has the scheme of its
+    role. ``asked``: roles whose scheme the user set; there rules only say what is quantised at all. ``unread``: keys of
+    the checkpoint's entry that nothing here used. ``scaled_latents``: a sparse latent cache in fp8 holds scales.
+    """
+
+    linear: Scheme = BF16
+    experts: Scheme = BF16
     ignore: tuple[str, ...] = ()
     kv: str = "bf16"
+    rules: Rules = NO_RULES
+    lm_head: Scheme = BF16
+    embedding: Scheme = BF16
+    asked: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    scaled_latents: bool = False
 
-    def scheme(self, weight: str, role: str) -> Scheme:
-        """Scheme of one weight by its full name and role; embeddings, routers and norms are never quantised."""
-        if role not in ("linear", "experts"):
-            return SCHEMES["bf16"]
-        if any(_matches(pattern, weight) for pattern in self.ignore):
-            return SCHEMES["bf16"]
-        return self.experts if role == "experts" else self.linear
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.linear, self.experts, self.kv, self.rules, self.lm_head, self.asked, self.ignore))
+
+    def __hash__(self) -> int:
+        return self._hash  # tables are looked up by it, and there may be 20,000 rules
+
+    @cached_property
+    def _every_rule(self) -> Rules:
+        return Rules((*exclusions(self.ignore), *self.rules.entries)) if self.ignore else self.rules
+
+    @property
+    def by_name(self) -> bool:
+        """Whether layers of one structure may differ."""
+        return bool(self._every_rule.entries)
+
+    def scheme(self, weight: str, role: str, stored: tuple[str, ...] = ()) -> Scheme:
+        """Scheme of one weight by its full name and role; routers and norms are never quantised.
+
+        ``stored``: the modules that hold it in a checkpoint, where they have other names.
+        """
+        if role not in ROLES:
+            return BF16
+        named = self._every_rule.find(module_names(weight, role, stored), role) if self.by_name else None
+        if named is None or (role in self.asked and named != "bf16"):
+            return {"linear": self.linear, "experts": self.experts, "lm_head": self.lm_head}.get(role, self.embedding)
+        return SCHEMES[named]
 
     def describe(self) -> str:
         return f"linear={self.linear.name},experts={self.experts.name},kv={self.kv}"
-
-
-def _matches(pattern: str, weight: str) -> bool:
-    """A pattern names a module: exactly, as a parent, as a glob, as ``re:...``, or by its last part."""
-    module = re.sub(r"\.(weight|bias)$", "", weight)
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    pattern = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", pattern)
-    parents = (pattern, pattern + ".*", "*." + pattern, "*." + pattern + ".*")
-    return any(fnmatch.fnmatchcase(module, p) for p in parents)
-
-
-def from_config(config: dict[str, Any], kv: str = "bf16") -> Quantization:
-    """What ``quantization_config`` of a Hugging Face config says. Raises :class:`InputError` on an unknown method."""
-    text = config.get("text_config") or {}
-    said = config.get("quantization_config") or text.get("quantization_config")
-    if not said:
-        return Quantization(kv=kv)
-    if not isinstance(said, dict):
-        raise InputError(f"quantization_config {said!r}: must be an object with quant_method")
-    method = str(said.get("quant_method", said.get("quant_algo", ""))).lower()
-    ignore = tuple(
-        said.get("modules_to_not_convert")
-        or said.get("ignore")
-        or said.get("exclude_modules")
-        or said.get("ignored_layers")
-        or ()
-    )
-    name = _scheme_name(method, said)
-    scheme = SCHEMES[name]
-    if name == "mxfp4" and method == "mxfp4":  # gpt-oss: the format is defined for its experts only
-        return Quantization(SCHEMES["bf16"], scheme, ignore, kv)
-    experts = {"fp4": "mxfp4", "fp8": name}.get(str(config.get("expert_dtype", "")), name)
-    return Quantization(scheme, SCHEMES[experts], ignore, kv)
-
-
-def checkpoint(model: ModelProfile) -> Quantization:
-    """How a model is stored as shipped: in the schemes that its profile says, else as its config does."""
-    try:
-        found = from_config(model.config, model.kv_dtype)
-    except InputError:
-        if not model.quantization:
-            raise
-        found = Quantization(kv=model.kv_dtype)
-    return override(found, model.quantization)
-
-
-def _scheme_name(method: str, said: dict[str, Any]) -> str:
-    bits = said.get("bits", said.get("w_bit"))
-    if method == "fp8" or method == "fbgemm_fp8":
-        return "fp8_block" if said.get("weight_block_size") else "fp8"
-    if method in ("awq", "gptq", "auto-round") and bits in (4, None):
-        return "w4a16"
-    if method == "mxfp4":
-        return "mxfp4"
-    if method == "modelopt":
-        algo = str(said.get("quant_algo", "")).upper()
-        if algo in ("FP8", "NVFP4"):
-            return algo.lower()
-    if method == "compressed-tensors":
-        for group in (said.get("config_groups") or {}).values():
-            return _compressed(group)
-    raise InputError(
-        f"quantization_config: quant_method={method!r} (bits={bits}) is not known; "
-        f"set --quant to one of {', '.join(SCHEMES)}"
-    )
-
-
-def _compressed(group: dict[str, Any]) -> str:
-    weights = group.get("weights") or {}
-    kind, bits = weights.get("type"), weights.get("num_bits")
-    if kind == "float" and bits == 8:
-        return "fp8_block" if weights.get("strategy") == "block" else "fp8"
-    if kind == "float" and bits == 4:
-        return "nvfp4" if weights.get("group_size") == 16 else "mxfp4"
-    if kind == "int" and bits == 8 and group.get("input_activations"):
-        return "int8"
-    if kind == "int" and bits == 4:
-        return "w4a16_g32" if weights.get("group_size") == 32 else "w4a16"
-    raise InputError(f"quantization_config: weights of type={kind!r}, num_bits={bits!r} are not known")
 
 
 def override(base: Quantization, text: str | None) -> Quantization:
@@ -164,16 +164,58 @@ def override(base: Quantization, text: str | None) -> Quantization:
             base = replace(base, kv=value)
             continue
         if value not in SCHEMES:
-            raise unknown_name("quantization scheme", value, SCHEMES)
+            raise unknown_name("quantization scheme", value, CHOICES)
         if key not in ("", "linear", "experts"):
             raise InputError(f"--quant {item!r}: the part before '=' must be linear, experts or kv")
-        scheme = SCHEMES[value]
+        scheme, roles = SCHEMES[value], (key,) if key else ("linear", "experts")
         base = replace(
             base,
-            linear=scheme if key in ("", "linear") else base.linear,
-            experts=scheme if key in ("", "experts") else base.experts,
+            linear=scheme if "linear" in roles else base.linear,
+            experts=scheme if "experts" in roles else base.experts,
+            asked=(*base.asked, *roles),
         )
     return base
+
+
+def as_run(stored: Quantization, arithmetic: Container[str], architecture: str) -> Quantization:
+    """How a device with the ``arithmetic`` of its profile runs a checkpoint: what it lacks is unpacked to bf16.
+
+    A sparse latent cache in fp8 holds scales on Hopper only: vLLM 0.24.0 chooses fp8_ds_mla for FlashMLA's sparse
+    kernels (model_executor/layers/attention/mla_attention.py), all other latent caches in fp8 are plain.
+    """
+
+    def run(scheme: Scheme) -> Scheme:
+        return SCHEMES[scheme.lacking] if scheme.lacking and scheme.arithmetic not in arithmetic else scheme
+
+    return replace(
+        stored, linear=run(stored.linear), experts=run(stored.experts), lm_head=run(stored.lm_head),
+        rules=stored.rules.with_schemes({name: run(scheme).name for name, scheme in SCHEMES.items()}),
+        scaled_latents=architecture == "Hopper",
+    )  # fmt: skip
+
+
+def weight_only_here(stored: Quantization, arithmetic: Container[str]) -> str:
+    """Schemes of a checkpoint that run in bf16 on a device with this ``arithmetic``; empty if none."""
+    names = {stored.linear.name, stored.experts.name, *(rule.scheme for rule in stored.rules.entries)}
+    found = (SCHEMES[name] for name in sorted(names))
+    return ", ".join(one.name for one in found if one.lacking and one.arithmetic not in arithmetic)
+
+
+def mxfp4_padding(architecture: str) -> tuple[int, int]:
+    """Multiples that engines pad the hidden size and a rank's width of MXFP4 experts to, by device architecture.
+
+    Source: vLLM 0.24.0, fused_moe/oracle/mxfp4.py (mxfp4_round_up_hidden_size_and_intermediate_size): 256 and 256 for
+    TensorRT-LLM's kernels (Blackwell) and on ROCm, 256 and 128 for Marlin, a width of 64 for Triton (Hopper), where
+    64.4 GiB of gpt-oss-120b (https://github.com/vllm-project/vllm/issues/33155) show a hidden size padded to 256.
+    """
+    if architecture == "Blackwell" or architecture.startswith("CDNA"):
+        return 256, 256
+    return 256, 64 if architecture == "Hopper" else 128
+
+
+def padded(size: Any, multiple: int) -> Any:
+    """By how much a size (above zero, or an array of such) grows when it is padded to a multiple."""
+    return -(-size // multiple) * multiple / size
 
 
 HIDDEN_MULTIPLES = {"mxfp4": 256}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tensorcast.errors import InputError, unknown_name
+from tensorcast.profiles.beside_config import with_quantization
 from tensorcast.profiles.kept import keep, kept_file, read_kept
 
 if TYPE_CHECKING:
@@ -281,7 +282,7 @@ def _model_from_config(path: Path) -> ModelProfile:
         "hf_id": str(config.get("_name_or_path") or name),
         "description": _describe(config),
         "sources": {"config": str(path)},
-        "config": config,
+        "config": with_quantization(config, path.resolve().parent),
     }
     return _validated(path, ModelProfile, content)
 

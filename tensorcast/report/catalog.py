@@ -21,7 +21,7 @@ WITH_SOURCE = 120
 
 def model_record(profile: ModelProfile) -> Record:
     """Published sizes and what the config says; None where nothing does."""
-    from tensorcast.modeling.quantization import checkpoint
+    from tensorcast.modeling.checkpoint.read import checkpoint
 
     config, text = profile.config, profile.text_config
     quantization = checkpoint(profile)

@@ -22,7 +22,6 @@ from tensorcast.search.search import SearchResult
 from tensorcast.search.search_task import Scenario, SearchTask
 from tensorcast.search.space import Variant
 from tensorcast.serving.objective import OBJECTIVES
-from tensorcast.serving.traffic import Traffic
 
 if TYPE_CHECKING:
     import pandas as pd

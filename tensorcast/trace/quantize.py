@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tensorcast.modeling.quantization import Quantization, Scheme
+from tensorcast.modeling.quantization import BF16, Quantization, Scheme
 from tensorcast.trace.table import Op, OpTable, Tensor
 
 MATMULS = frozenset({"mm", "addmm", "grouped_matmul", "mla_absorb", "mla_expand"})
 
-ACTIVATION_DTYPE = {"fp8": "act_fp8", "fp8_block": "act_fp8_block", "int8": "act_int8", "nvfp4": "act_nvfp4"}
+ACTIVATION_DTYPE = {
+    "fp8": "act_fp8", "fp8_block": "act_fp8_block", "int8": "act_int8", "nvfp4": "act_nvfp4", "mxfp8": "act_mxfp8",
+    "w4a8": "act_fp8",
+}  # fmt: skip
+"""Of quantised activations, by scheme, else by the kernel that reads them."""
 
 
 def apply_quantization(table: OpTable, quantization: Quantization) -> OpTable:
@@ -17,7 +21,8 @@ def apply_quantization(table: OpTable, quantization: Quantization) -> OpTable:
 
     Routed rows are quantised once per token before they are permuted and sent, as dispatch in FP8 does.
     """
-    role = {p.name: p.role for p in table.params}
+    schemes = {p.name: quantization.scheme(p.name, p.role, p.stored) for p in table.params}
+    experts = {p.kind: schemes[p.name] for p in reversed(table.params) if p.role == "experts"}
     ops: list[Op] = []
     made: dict[tuple[int, int, str], Tensor] = {}
     routed: dict[int, Tensor] = {}
@@ -27,7 +32,8 @@ def apply_quantization(table: OpTable, quantization: Quantization) -> OpTable:
         nonlocal storage
         key = (activation.storage, activation.offset, scheme.name)
         if key not in made:
-            made[key] = Tensor(activation.dims, ACTIVATION_DTYPE[scheme.name], storage)
+            dtype = ACTIVATION_DTYPE.get(scheme.name) or ACTIVATION_DTYPE[scheme.kernel]
+            made[key] = Tensor(activation.dims, dtype, storage)
             storage += 1
             ops.append(
                 Op(
@@ -42,8 +48,8 @@ def apply_quantization(table: OpTable, quantization: Quantization) -> OpTable:
             )
         return replace(made[key], dims=activation.dims)  # another row may read other rows of it
 
-    experts_scheme = _experts_scheme(table, quantization, role)
     for op in table.ops:
+        experts_scheme = experts.get(op.kind, BF16)
         if (
             op.name == "init_routing_v2"
             and experts_scheme.quantizes_activation
@@ -58,7 +64,7 @@ def apply_quantization(table: OpTable, quantization: Quantization) -> OpTable:
         if op.name not in MATMULS or not op.weights:
             ops.append(op)
             continue
-        scheme = quantization.scheme(op.weights[0], role.get(op.weights[0], "other"))
+        scheme = schemes.get(op.weights[0], BF16)
         inputs = op.inputs
         if scheme.quantizes_activation and op.name != "mla_absorb":  # absorbed matmuls run in bf16
             at = next(i for i, t in enumerate(inputs) if not t.weight)
@@ -71,8 +77,3 @@ def apply_quantization(table: OpTable, quantization: Quantization) -> OpTable:
             inputs = (*inputs[:at], x, *inputs[at + 1 :])
         ops.append(op.but(inputs=inputs, attrs={**op.attrs, "scheme": scheme.name}))
     return table.with_ops(ops)
-
-
-def _experts_scheme(table: OpTable, quantization: Quantization, role: dict[str, str]) -> Scheme:
-    name = next((p.name for p in table.params if p.role == "experts"), "")
-    return quantization.scheme(name, role.get(name, "other"))

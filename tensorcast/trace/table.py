@@ -55,6 +55,7 @@ DTYPE_BYTES: dict[str, float] = {
     "act_fp8_block": 1 + 4 / 128,
     "act_int8": 1,
     "act_nvfp4": 0.5 + 1 / 16,
+    "act_mxfp8": 1 + 1 / 32,
 }
 
 
@@ -123,6 +124,8 @@ class Param:
     role: str
     """``linear``, ``experts``, ``embedding``, ``lm_head`` or ``other``."""
     shape: tuple[int, ...] = ()
+    stored: tuple[str, ...] = ()
+    """Modules of a checkpoint that hold it, where their names are not its own; of experts those of the first."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,9 @@ class OpTable:
         data = {k: v for k, v in data.items() if k != "format"}
         data["ops"] = tuple(_op(row) for row in data["ops"])
         data["facts"] = ModelFacts(**data["facts"])
-        data["params"] = tuple(Param(**{**row, "shape": tuple(row["shape"])}) for row in data["params"])
+        data["params"] = tuple(
+            Param(**{**row, "shape": tuple(row["shape"]), "stored": tuple(row["stored"])}) for row in data["params"]
+        )
         return cls(**{**data, "layer_kinds": tuple(data["layer_kinds"]), "kind_names": tuple(data["kind_names"])})
 
 

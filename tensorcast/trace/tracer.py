@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from tensorcast.errors import InputError
 from tensorcast.modeling.build import build
+from tensorcast.modeling.checkpoint_names import stored_names
 from tensorcast.modeling.config import field, hf_config, narrow
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
@@ -96,7 +97,7 @@ def _trace_one(
             line = str(reason).strip().splitlines()[0]
             raise InputError(f"model {profile.name}: {phase} cannot be traced without data: {line}") from None
     ops = mark_latent(mark_experts([_as_mm(op) for op in linears]), phase)
-    params = _params(model, config, kinds, ops)
+    params = _params(model, config, kinds, ops, stored_names(model, str(profile.config["model_type"])))
     facts = replace(
         _facts(whole, ops),
         shared_experts=any(is_shared_param(param, blocks_of(ops)) for param in params),
@@ -211,7 +212,9 @@ def _zero_experts(config: PreTrainedConfig) -> int:
     return int(field(config, "zero_expert_num", default=0) or 0)
 
 
-def _params(model: nn.Module, config: PreTrainedConfig, kinds: Kinds, ops: list[Op]) -> tuple[Param, ...]:
+def _params(
+    model: nn.Module, config: PreTrainedConfig, kinds: Kinds, ops: list[Op], stored: dict[str, tuple[str, ...]]
+) -> tuple[Param, ...]:
     """Every parameter of one layer per kind and of what lies outside the layers, by the role it plays in the trace."""
     experts = {w for op in ops if op.name == "grouped_matmul" for w in op.weights}
     names = ("mm", "addmm", "bmm", "mla_absorb", "mla_expand")
@@ -242,7 +245,8 @@ def _params(model: nn.Module, config: PreTrainedConfig, kinds: Kinds, ops: list[
         numel = param.numel()
         if role == "experts" and zero and param.shape[0] > zero:  # no checkpoint has weights for them
             numel = numel // param.shape[0] * min(param.shape[0], int(counts) - zero)
+        shape, kind = tuple(param.shape), kinds.kind_of(module)
         rows.append(
-            Param(name, _label(module, kinds), kinds.kind_of(module), numel, numel, dtype, role, tuple(param.shape))
+            Param(name, _label(module, kinds), kind, numel, numel, dtype, role, shape, stored.get(name, ()))
         )
     return tuple(rows)

@@ -15,6 +15,7 @@ from tensorcast.modeling.quantization import Quantization
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.cache import traced
 from tensorcast.trace.fuse import fuse
+from tensorcast.trace.precision import by_precision
 from tensorcast.trace.quantize import apply_quantization
 from tensorcast.trace.table import OpTable
 
@@ -59,7 +60,8 @@ def rank_tables(
     shared: Whole | None,
 ) -> tuple[OpTable, OpTable]:
     """A rank's table as it holds weights and cache, and as it runs. ``shared``: shared experts not cut over tp."""
-    raw = traced_table(model, phase, tp)
+    traced_raw = traced_table(model, phase, tp)
+    raw = _once(traced_raw, ("precision", quantization), lambda: by_precision(traced_raw, quantization))
     if shared is not None:
         narrow, whole = raw, shared
         raw = _once(narrow, ("shared", whole), lambda: with_whole_shared(narrow, whole))

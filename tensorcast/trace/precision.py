@@ -1,0 +1,104 @@
+"""Layers of one structure whose weights differ in precision, as kinds of their own."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import replace
+
+from tensorcast.modeling.quantization import ROLES, Quantization
+from tensorcast.trace.table import Op, OpTable, Param, Tensor, layer_ranges
+
+Schemes = tuple[str, ...]
+
+
+def by_precision(table: OpTable, quantization: Quantization) -> OpTable:
+    """The table with a kind for every set of schemes that layers of one structure have, so that one layer stands for
+    no other that is stored or runs otherwise. Sparse latent caches are marked where they hold scales."""
+    if quantization.scaled_latents and any(map(_is_sparse, table.ops)):
+        table = table.with_ops([_scaled(op) for op in table.ops])
+    if not quantization.by_name:
+        return table
+    kinds, groups = list(table.layer_kinds), list[tuple[int, int]]()  # (kind, first layer) of each new kind
+    for kind in range(len(table.kind_names)):
+        layers = [i for i, of in enumerate(table.layer_kinds) if of == kind]
+        weights = [p for p in table.params if p.kind == kind and p.role in ROLES]
+        found: dict[Schemes, list[int]] = defaultdict(list)
+        for layer in layers:
+            found[tuple(_scheme(p, layers[0], layer, quantization) for p in weights)].append(layer)
+        for same in list(found.values())[1:]:
+            number = len(table.kind_names) + len(groups)
+            groups.append((kind, same[0]))
+            for layer in same:
+                kinds[layer] = number
+    return _split(table, kinds, groups) if groups else table
+
+
+def _is_sparse(op: Op) -> bool:
+    return bool(op.name == "attention" and op.attrs.get("latent") and op.attrs.get("selected"))
+
+
+def _scaled(op: Op) -> Op:
+    return op.but(attrs={**op.attrs, "scaled": True}) if _is_sparse(op) else op
+
+
+def _scheme(param: Param, first: int, layer: int, quantization: Quantization) -> str:
+    own = _of_layer(param, first, layer)
+    return quantization.scheme(own.name, own.role, own.stored).name
+
+
+def _renamed(name: str, first: int, layer: int) -> str:
+    return re.sub(rf"(^|\.){first}\.", rf"\g<1>{layer}.", name, count=1)
+
+
+def _of_layer(param: Param, first: int, layer: int) -> Param:
+    if first == layer:
+        return param
+    stored = tuple(_renamed(name, first, layer) for name in param.stored)
+    return replace(param, name=_renamed(param.name, first, layer), stored=stored)
+
+
+def _split(table: OpTable, kinds: list[int], groups: list[tuple[int, int]]) -> OpTable:
+    """``table`` with its layers' new ``kinds``: rows and parameters of a kind are there once more per group of it."""
+    names = [layer_ranges([i for i, of in enumerate(kinds) if of == kind])
+             for kind in range(len(table.kind_names) + len(groups))]  # fmt: skip
+    firsts = [table.layer_kinds.index(kind) for kind in range(len(table.kind_names))]
+    storages = 1 + max((t.storage for op in table.ops for t in (*op.inputs, *op.outputs)), default=0)
+    more: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for at, (kind, layer) in enumerate(groups):
+        more[kind].append((len(table.kind_names) + at, layer))
+    ops, params = list[Op](), list[Param]()
+    last = {op.kind: i for i, op in enumerate(table.ops)}
+
+    def label(module: str, kind: int, number: int) -> str:
+        return module.replace(f"[{table.kind_names[kind]}]", f"[{names[number]}]", 1)
+
+    for i, op in enumerate(table.ops):
+        split = op.kind in more
+        ops.append(op.but(module=label(op.module, op.kind, op.kind)) if split else op)
+        if not split or i != last[op.kind]:
+            continue
+        rows = [row for row in table.ops if row.kind == op.kind]
+        for number, layer in more[op.kind]:
+            copies = _copies(rows, firsts[op.kind], layer, storages * (1 + number))
+            ops += [row.but(kind=number, module=label(row.module, op.kind, number)) for row in copies]
+    for param in table.params:
+        split = param.kind in more
+        params.append(replace(param, module=label(param.module, param.kind, param.kind)) if split else param)
+        for number, layer in more.get(param.kind, ()):
+            own = _of_layer(param, firsts[param.kind], layer)
+            params.append(replace(own, kind=number, module=label(param.module, param.kind, number)))
+    return replace(
+        table, ops=tuple(ops), params=tuple(params), layer_kinds=tuple(kinds), kind_names=tuple(names)
+    )  # fmt: skip
+
+
+def _copies(rows: list[Op], first: int, layer: int, apart: int) -> list[Op]:
+    """The rows of another layer: its own weights and its own storages, but for what comes from outside."""
+    made = {t.storage for row in rows for t in row.outputs}
+
+    def own(t: Tensor) -> Tensor:
+        storage = t.storage + apart if t.storage in made else t.storage
+        return replace(t, storage=storage, weight=_renamed(t.weight, first, layer) if t.weight else "")
+
+    return [row.but(inputs=tuple(map(own, row.inputs)), outputs=tuple(map(own, row.outputs))) for row in rows]

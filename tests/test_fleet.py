@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from one_deployment import OneCurve, OnePrefill
 
 from tensorcast.deploy.layout import stage_layers
-from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, stages_of, stages_of_each
+from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, Stage, stages_of, stages_of_each
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.search.axes import FULL
 from tensorcast.search.search_task import SearchTask
@@ -61,15 +61,19 @@ KINDS = st.lists(st.integers(0, 2), min_size=4, max_size=20)
 PIPELINES = st.lists(st.integers(1, 4), min_size=1, max_size=5)
 
 
+def seconds(stage: Stage, per_place: dict[int, float]) -> np.ndarray:
+    return np.asarray(sum(np.asarray(calls) * per_place[place] for place, calls in stage))
+
+
 @given(KINDS, PIPELINES)
 def test_stages_of_several_pipelines_are_those_of_each(kinds: list[int], sizes: list[int]) -> None:
     """The slowest and the last stage, by counting layers."""
     per_place = {0: 1.0, 1: 2.5, 2: 7.25, FIRST: 0.5, LAST: 4.0, HAND_OVER: 0.125}
-    together = [np.asarray(stage.of(per_place)) for stage in stages_of_each(kinds, np.array(sizes))]
+    together = [seconds(stage, per_place) for stage in stages_of_each(kinds, np.array(sizes))]
     for i, pp in enumerate(sizes):
         expected = [sum(per_place[kind] for kind in kinds[layers]) for layers in stage_layers(len(kinds), pp)]
         expected[0] += per_place[FIRST]
         expected[-1] += per_place[LAST]
-        expected = [seconds + per_place[HAND_OVER] for seconds in expected[:-1]] + expected[-1:]
-        assert max(seconds[i] for seconds in together) == max(expected)
-        assert together[-1][i] == expected[-1] == stages_of(kinds, pp)[-1].of(per_place)
+        expected = [one + per_place[HAND_OVER] for one in expected[:-1]] + expected[-1:]
+        assert max(one[i] for one in together) == max(expected)
+        assert together[-1][i] == expected[-1] == seconds(stages_of(kinds, pp)[-1], per_place)

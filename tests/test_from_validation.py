@@ -64,7 +64,8 @@ def test_the_headline_is_not_flattered_by_small_ops() -> None:
     empty = pd.DataFrame()
     busy = {"device profile": "measured here, 2 threads, while other processes took 31% of the cores: far too slow"}
     result = Validation(
-        "toy", busy, pd.DataFrame([*small, large]), empty, empty, empty, empty, empty, (), load_device("h200")
+        title="toy", environment=busy, ops=pd.DataFrame([*small, large]), layers=empty, collectives=empty,
+        checks=empty, fits=empty, left_out=empty, notes=(), device=load_device("h200"),
     )
     first, by_time, families, crowd = headline(result)
     assert "within 0.0%" in first and "is 50.0%" in by_time and "took 31% of the cores" in crowd

@@ -205,7 +205,7 @@ def test_shipped_profiles_say_what_their_blocks_do(name: str) -> None:
         own = copy.copy(block)
         own._modules = dict(block._modules)
         layer = rewrite(own, MoEGroups.of(8, 1, 8, rank), fields=profile.moe, model=name)
-        held = (layer.experts if proof.kept else layer).layer.experts.local  # type: ignore[union-attr]
+        held: Any = (layer.experts if proof.kept else layer).layer.experts.local  # type: ignore[union-attr]
         assert held.down_proj.shape[0] == experts.down_proj.shape[0] // 8
 
 

@@ -60,7 +60,7 @@ def table(folder: Path) -> Any:
 
 def counted(table: Any, entry: dict[str, Any], key: str = "quantization_config") -> float:
     quantization = from_config({**CONFIG, key: entry})
-    return weight_bytes(by_precision(table, quantization), quantization)
+    return float(weight_bytes(by_precision(table, quantization), quantization))
 
 
 FP8 = {"weights": {"type": "float", "num_bits": 8, "strategy": "channel"},

@@ -195,7 +195,10 @@ def test_gpu_script_runs_at_toy_sizes(place: Path, capsys: pytest.CaptureFixture
 def test_a_result_without_measurements_still_makes_a_page() -> None:
     empty = pd.DataFrame()
     device = load_device("h200")
-    result = Validation("nothing <b>", {"device": "x"}, empty, empty, empty, empty, empty, empty, ("a note",), device)
+    result = Validation(
+        title="nothing <b>", environment={"device": "x"}, ops=empty, layers=empty, collectives=empty, checks=empty,
+        fits=empty, left_out=empty, notes=("a note",), device=device,
+    )
     page = sections(result)
     assert finding(result) == "No op was measured" and "- " not in markdown(page)
     assert "nothing &lt;b&gt;" in page_html(page) and "a note" in markdown(page)

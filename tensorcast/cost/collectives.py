@@ -258,7 +258,10 @@ def collective_time(
     levels = [(tier, math.ceil(ranks / inner)) for tier, (inner, ranks) in enumerate(inside) if ranks > inner]
     if not levels:
         zero = np.zeros_like(np.asarray(payload_bytes, dtype=float))[()]
-        return CollectiveTime(zero, "none", device.interconnect[0].name, zero, "datasheet", 0.0)
+        return CollectiveTime(
+            seconds=zero, algorithm="none", tier=device.interconnect[0].name, wire_bytes=zero, evidence="datasheet",
+            error=0.0,
+        )
     if len(extent) > len(device.interconnect):
         raise InputError(f"extent {extent} has more tiers than {device.name} ({len(device.interconnect)})")
     if op == "all_reduce":
@@ -276,4 +279,7 @@ def collective_time(
         raise InputError(f"unknown collective {op!r}: all_reduce, all_gather, reduce_scatter, all_to_all, send_recv")
     evidence: Evidence = "calibrated" if leg.calibrated else "datasheet"
     outermost = device.interconnect[levels[-1][0]].name
-    return CollectiveTime(leg.seconds, leg.algorithm, outermost, leg.wire, evidence, leg.error)
+    return CollectiveTime(
+        seconds=leg.seconds, algorithm=leg.algorithm, tier=outermost, wire_bytes=leg.wire, evidence=evidence,
+        error=leg.error,
+    )

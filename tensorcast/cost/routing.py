@@ -164,7 +164,10 @@ def expert_load(
     place = POLICIES[policy]
     if routing.name == "balanced":
         even = place(np.ones(num_experts), ranks, redundant)
-        return ExpertLoad(even.num_physical, top_k, ranks, None, None, 0.0, max(even.experts_per_rank))
+        return ExpertLoad(
+            num_physical=even.num_physical, top_k=top_k, ranks=ranks, busiest=None, alike=None, noise=0.0,
+            local_experts=max(even.experts_per_rank),
+        )
     q = routing.inclusion(num_experts, top_k)
     noise = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
     if routing.counts or routing.exponent == 0:
@@ -183,7 +186,10 @@ def expert_load(
     found.sort(key=lambda one: one[0])
     _, busiest, placement = found[len(found) // 2]
     chances, alike = np.unique(busiest, return_counts=True)
-    return ExpertLoad(placement.num_physical, top_k, ranks, chances, alike, noise, max(placement.experts_per_rank))
+    return ExpertLoad(
+        num_physical=placement.num_physical, top_k=top_k, ranks=ranks, busiest=chances, alike=alike, noise=noise,
+        local_experts=max(placement.experts_per_rank),
+    )
 
 
 def _round_robin(popularity: np.ndarray, ranks: int, redundant: int) -> Placement:

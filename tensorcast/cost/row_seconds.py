@@ -81,7 +81,7 @@ def row_seconds(
         mine = LEVELS.index(evidence) if known is None else known.level
         level = min(level, mine) if isinstance(mine, int) else np.minimum(level, mine)
         error = np.maximum(error, (fitted.median_error or 0.0) if known is None else known.error)
-    return RowSeconds(seconds, waits, family, level, error, tuple(calls))
+    return RowSeconds(seconds=seconds, waits_s=waits, family=family, level=level, error=error, calls=tuple(calls))
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,9 @@ def gemm(m: Size, n: Size, k: Size, precision: Precision = Precision(), batch: S
     tilings = _gemm_tilings(batch, m, n, k, split=True)
     moved = m * k * precision.activation_bytes + k * n * precision.weight_bytes + m * n * precision.output_bytes
     return Work(
-        "gemm", precision.name, 2.0 * batch * m * n * k, batch * moved, tilings[1].tiles * tilings[1].flops,
-        tilings[1].tiles, tilings, batch * m, batch * m * k, sizes={"m": m, "n": n, "k": k, "batch": batch},
+        family="gemm", dtype=precision.name, flops=2.0 * batch * m * n * k, bytes=batch * moved,
+        issued_flops=tilings[1].tiles * tilings[1].flops, tiles=tilings[1].tiles, tilings=tilings,
+        rows=batch * m, elements=batch * m * k, sizes={"m": m, "n": n, "k": k, "batch": batch},
     )
 
 
@@ -122,9 +123,9 @@ def grouped_gemm(
     tilings = _gemm_tilings(hit, rows_per_expert, n, k, split=False, least_rows=align)
     moved = rows * k * precision.activation_bytes + hit * n * k * precision.weight_bytes
     return Work(
-        "grouped_gemm", precision.name, 2.0 * rows * n * k, moved + rows * n * precision.output_bytes,
-        tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings, rows, rows * k,
-        sizes={"rows": rows, "hit": hit},
+        family="grouped_gemm", dtype=precision.name, flops=2.0 * rows * n * k,
+        bytes=moved + rows * n * precision.output_bytes, issued_flops=tilings[0].tiles * tilings[0].flops,
+        tiles=tilings[0].tiles, tilings=tilings, rows=rows, elements=rows * k, sizes={"rows": rows, "hit": hit},
     )
 
 
@@ -177,8 +178,9 @@ def attention(
     family = "attention_decode" if decode else "attention_prefill"
     cache = "fp8" if np.all(np.asarray(kv_bytes) < 1.5) else "bf16"
     return Work(
-        family, dtype or (cache if decode else "bf16"), flops, kv + io, tilings[0].tiles * tilings[0].flops,
-        tilings[0].tiles, tilings, batch * new * q_heads, batch * q_heads * pairs, sizes={
+        family=family, dtype=dtype or (cache if decode else "bf16"), flops=flops, bytes=kv + io,
+        issued_flops=tilings[0].tiles * tilings[0].flops, tiles=tilings[0].tiles, tilings=tilings,
+        rows=batch * new * q_heads, elements=batch * q_heads * pairs, sizes={
             "batch": batch, "new": new, "past": past, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": qk_dim,
             "window": window, "kv_bytes": kv_bytes,
         },
@@ -213,13 +215,14 @@ def mla(
         tilings = _attention_tilings(batch, new, pairs, keys, heads=heads, kv_heads=heads, dims=dims, decode=False)
     cache = "fp8" if np.all(np.asarray(kv_bytes) < 1.5) else "bf16"
     return Work(
-        "mla_decode" if decode else "mla_prefill", dtype or (cache if decode else "bf16"),
-        2.0 * batch * heads * pairs * dims, kv + batch * new * heads * dims * 2.0,
-        tilings[0].tiles * tilings[0].flops, tilings[0].tiles, tilings, batch * new * heads, batch * heads * pairs,
+        family="mla_decode" if decode else "mla_prefill", dtype=dtype or (cache if decode else "bf16"),
+        flops=2.0 * batch * heads * pairs * dims, bytes=kv + batch * new * heads * dims * 2.0,
+        issued_flops=tilings[0].tiles * tilings[0].flops, tiles=tilings[0].tiles, tilings=tilings,
+        rows=batch * new * heads, elements=batch * heads * pairs,
         sizes={"batch": batch, "new": new, "past": past, "q_heads": heads, "kv_bytes": kv_bytes} if plain else {},
     )
 
 
 def memory(read: Size, written: Size, flops: Size = 0.0, dtype: str = "bf16") -> Work:
     """A kernel that is memory traffic: elementwise runs, norms, copies, gathers."""
-    return Work("memory", dtype, flops, read + written, flops)
+    return Work("memory", dtype, flops=flops, bytes=read + written, issued_flops=flops)

@@ -88,9 +88,10 @@ class Deployment:
             self.engine.memory_covers, share, capacity=capacity, context=context, weights=weights, beside=beside
         )
         return Memory(
-            _plain(weights), _plain(cache), _plain(activations), _plain(communication), _plain(context + graphs),
-            capacity, _plain(left),
-        )  # fmt: skip
+            weights=_plain(weights), kv_cache=_plain(cache), activations=_plain(activations),
+            communication=_plain(communication), engine=_plain(context + graphs), capacity=capacity,
+            cache_budget=_plain(left),
+        )
 
     def graph_bytes(self, sequences: Size) -> Size:
         """What the engine leaves free for captured decode steps of up to ``sequences`` per data-parallel rank."""
@@ -234,7 +235,10 @@ def deploy(
         table, plan, layout, device, engine, kv_bytes=KV_BYTES[quantization.kv], options=options,
         prefill_graph_tokens=graphs, sources=sources,
     )
-    return Deployment(model, device, engine, layout, phase, options, quantization, raw, step)
+    return Deployment(
+        model=model, device=device, engine=engine, layout=layout, phase=phase, options=options,
+        quantization=quantization, raw=raw, step=step,
+    )
 
 
 UNCUT_SAID = 0.2

@@ -118,7 +118,10 @@ def explain(
     idle = made[0].idle(options)
     idle = {flag: why for flag, why in idle.items() if flag in made[1].idle(options)}
     notes = (idle_note(idle),) if idle else ()
-    return Explanation(a, b, phase, new, past, _groups(a, b), _elasticities(a, b, new, past), notes)
+    return Explanation(
+        a=a, b=b, phase=phase, new=new, past=past, groups=_groups(a, b), elasticities=_elasticities(a, b, new, past),
+        notes=notes,
+    )
 
 
 def applicable(options: Options, layout: Layout) -> Options:

@@ -83,7 +83,9 @@ def fleet(members: Sequence[Deployment], memo: Memo) -> Fleet:
     layouts, step = [member.layout for member in members], prototype.step
     dp, ep, etp, ranks = (_column([getattr(one, n) for one in layouts]) for n in ("dp", "ep", "etp", "stage_ranks"))
     # a fleet's layout holds columns where a layout holds numbers
-    layout = cast(Layout, Columns(prototype.layout.tp, prototype.layout.pp, dp, ep, etp, ranks))
+    layout = cast(Layout, Columns(
+        tp=prototype.layout.tp, pp=prototype.layout.pp, dp=dp, ep=ep, etp=etp, stage_ranks=ranks
+    ))
     loads = tuple(one.step.sizes.load for one in members if isinstance(one.step.sizes.load, ExpertLoad))
     pricers = [one.step.pricer for one in members]
     pricer = replace(

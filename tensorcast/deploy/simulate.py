@@ -40,7 +40,10 @@ def simulate(
     if not memory.fits and not allow_oversize:
         raise InputError(_does_not_fit(deployment, workload, memory, largest, enough))
     price = deployment.step.price(float(workload.batch), float(workload.input_len), float(workload.context))
-    return Simulation(deployment, workload, price, memory, largest, _notes(deployment, price))
+    return Simulation(
+        deployment=deployment, workload=workload, price=price, memory=memory, largest_batch=largest,
+        notes=_notes(deployment, price),
+    )
 
 
 def _does_not_fit(

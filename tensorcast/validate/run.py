@@ -169,8 +169,9 @@ def validate(request: Request) -> Validation | None:
     found["other processes"] = f"took {crowding.share:.0%} of the cores that were wanted"
     found["device profile"] = request.device.sources.get("host", request.device.name)
     result = Validation(
-        f"{request.model.name} on {found['device']}", found, pd.DataFrame(ops), pd.DataFrame(layers),
-        pd.DataFrame(collectives), pd.DataFrame(checks), pd.DataFrame(), pd.DataFrame(), tuple(notes), request.device,
+        title=f"{request.model.name} on {found['device']}", environment=found, ops=pd.DataFrame(ops),
+        layers=pd.DataFrame(layers), collectives=pd.DataFrame(collectives), checks=pd.DataFrame(checks),
+        fits=pd.DataFrame(), left_out=pd.DataFrame(), notes=tuple(notes), device=request.device,
     )
     store.finish()
     return _with_fits(result, request)

@@ -209,7 +209,8 @@ def _with_collectives(
         if layout.tp > 1 and "logits" in places:
             vocabulary = table.facts.vocab_size * 2.0
             rows.append(Collective(
-                "all_gather", op.module, op.kind, "tp", layout.tp, tp, vocabulary, "sequence", label="logits"
+                op="all_gather", module=op.module, kind=op.kind, group="tp", ranks=layout.tp, extent=tp,
+                scale=vocabulary, per="sequence", label="logits",
             ))  # fmt: skip
         for place in ("combine", "end"):
             if place in places:
@@ -218,7 +219,10 @@ def _with_collectives(
     if layout.pp > 1:
         hop = group_extent(2, layout.stage_ranks, device)
         state = 2 * 2.0 * table.facts.hidden_size  # hidden state and residual in bf16
-        rows.append(Collective("send_recv", "pipeline", -1, "pp", 2, hop, state, label="stage hand-over"))
+        rows.append(Collective(
+            op="send_recv", module="pipeline", kind=-1, group="pp", ranks=2, extent=hop, scale=state,
+            label="stage hand-over",
+        ))  # fmt: skip
     return rows
 
 
@@ -276,23 +280,28 @@ def _moe_collectives(
     layout: Layout, device: DeviceProfile, all2all: str, sent: _Sent
 ) -> dict[str, list[Collective]]:
     """Collectives of a MoE block by place: before the permute (``dispatch``), after the experts, at the block's end."""
-    dp = layout.dp, group_extent(layout.dp, layout.tp, device)
-    ep = layout.stage_ranks, group_extent(layout.stage_ranks, 1, device)
+    anywhere = partial(Collective, module="", kind=-1)  # the rows of each block put it in their place
+    over_dp = partial(anywhere, group="dp", ranks=layout.dp, extent=group_extent(layout.dp, layout.tp, device))
+    over_ep = partial(
+        anywhere, group="ep", ranks=layout.stage_ranks, extent=group_extent(layout.stage_ranks, 1, device)
+    )
     both = sent.token_bytes, sent.result_bytes
     found: dict[str, list[Collective]] = {"dispatch": [], "combine": [], "end": []}
     gathers = all2all == "allgather_reducescatter"
     if gathers:
         token, result = (bytes_each * layout.dp for bytes_each in both)
-        found["dispatch"].append(Collective("all_gather", "", -1, "dp", *dp, token, label="dispatch"))
-        found["end"].append(Collective("reduce_scatter", "", -1, "dp", *dp, result, label="combine"))
+        found["dispatch"].append(over_dp(op="all_gather", scale=token, label="dispatch"))
+        found["end"].append(over_dp(op="reduce_scatter", scale=result, label="combine"))
     elif all2all != "none":
         for phase, copy_bytes in zip(("dispatch", "combine"), both, strict=True):
             exchange = {"kind": all2all, "phase": phase, "copies": sent.copies}
             scale = copy_bytes * sent.copies / layout.tp  # a token is sent by one of the tp ranks that hold it
-            found[phase].append(Collective("all_to_all", "", -1, "ep", *ep, scale, exchange=exchange, label=phase))
+            found[phase].append(over_ep(op="all_to_all", scale=scale, exchange=exchange, label=phase))
     if layout.tp > 1:  # what leaves the block's result, in bf16, on every rank that holds the token
         split = all2all != "none" and not gathers
         name: CollectiveOp = "all_gather" if split else "all_reduce"
-        label, tp = "tokens split over tp" if split else "experts", group_extent(layout.tp, 1, device)
-        found["end"].append(Collective(name, "", -1, "tp", layout.tp, tp, 2.0 * sent.hidden, label=label))
+        found["end"].append(anywhere(
+            op=name, group="tp", ranks=layout.tp, extent=group_extent(layout.tp, 1, device), scale=2.0 * sent.hidden,
+            label="tokens split over tp" if split else "experts",
+        ))  # fmt: skip
     return found

@@ -48,7 +48,7 @@ def stages_of_each(layer_kinds: Sequence[int], pp: Size) -> list[Stage]:
     pipelines = [[dict(stage) for stage in stages_of(layer_kinds, int(size))] for size in sizes]
     most = max(map(len, pipelines))
     places = {place for stages in pipelines for calls in stages for place in calls}
-    found = []
+    found: list[Stage] = []
     for i in range(-most, 0):
         calls = [stages[max(i, -len(stages))] for stages in pipelines]
         found.append(tuple((place, np.array([one.get(place, 0) for one in calls])[where]) for place in places))

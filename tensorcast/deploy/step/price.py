@@ -107,7 +107,12 @@ class RowPrice:
 
 def spending_of(calls: Sequence[Call], device: DeviceProfile) -> Spending:
     """What the kernels of a row compute and move, and what bounds them."""
-    flops = moved = ideal_s = compute_s = memory_s = latency_s = 0.0
+    flops: Size = 0.0
+    moved: Size = 0.0
+    ideal_s: Size = 0.0
+    compute_s: Size = 0.0
+    memory_s: Size = 0.0
+    latency_s: Size = 0.0
     for work, timing, factor, launch_s in calls:
         flops = flops + work.flops * work.calls
         moved = moved + work.bytes * work.calls
@@ -115,7 +120,7 @@ def spending_of(calls: Sequence[Call], device: DeviceProfile) -> Spending:
         compute_s = compute_s + timing.compute_s * factor * work.calls
         memory_s = memory_s + timing.memory_s * factor * work.calls
         latency_s = latency_s + launch_s * work.calls
-    parts = {"compute": compute_s, "memory": memory_s, "network": 0.0, "latency": latency_s}
+    parts: dict[str, Size] = {"compute": compute_s, "memory": memory_s, "network": 0.0, "latency": latency_s}
     return Spending(flops, moved, 0.0, ideal_s, parts)
 
 

@@ -104,7 +104,9 @@ class StepSizes:
             chunks = np.maximum(np.ceil(np.asarray(context.sizes.tokens) / self.chunk_tokens), 1.0)
             sizes = replace(context.sizes, B=context.sizes.B / chunks)
             part = self._loaded(replace(context, sizes=sizes), context.sizes.tokens / chunks)
-        return Batches(micro, context, chunks, part, own, draft[0] if draft else None)
+        return Batches(
+            micro=micro, whole=context, chunks=chunks, chunk=part, own=own, draft=draft[0] if draft else None
+        )
 
     @property
     def _verify(self) -> Size:

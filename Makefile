@@ -21,7 +21,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate engines serving validate validate-gpu bench reports figures wheel clean families
+.PHONY: help venv demo test lint accuracy calibrate engines serving validate validate-gpu bench reports figures wheel clean families docs
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
@@ -100,6 +100,10 @@ figures: $(STAMP)  ## the README's picture -> reports/readme.png
 
 families: $(STAMP)  ## the census of MoE families -> docs/families.md
 	@$(BIN)/python tests/census.py --write docs/families.md
+
+docs: $(STAMP)  ## the documentation site, links checked -> out/docs/index.html
+	@$(BIN)/python -m sphinx -qW --keep-going -b html docs out/docs
+	@echo "Site: out/docs/index.html"
 
 wheel: $(STAMP)  ## build dist/*.whl and the source archive
 	@$(BIN)/python -m build --no-isolation --outdir dist

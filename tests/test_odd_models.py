@@ -70,7 +70,7 @@ def test_a_class_with_attention_of_its_own_is_one_line(tmp_path: Path) -> None:
         ({"num_experts_per_tok": 800}, "num_experts_per_tok = 800: must be at most the"),
         ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
         ({"quantization_config": "fp8"}, "quantization_config 'fp8': must be an object"),
-        ({"quantization_config": {"quant_method": "odd"}}, "quant_method='odd' .* is not known; set quant to one of"),
+        ({"quantization_config": {"quant_method": "odd"}}, "quant_method='odd' .* is not known .*; set quant to one"),
     ],
 )
 def test_configs_that_make_no_sense_are_one_line(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

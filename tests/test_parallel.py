@@ -16,7 +16,7 @@ AT_WORK = """
 import signal, sys, tensorcast.api
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from tensorcast.cli import main
-from tensorcast.deploy.parallel import spread
+from tensorcast.parallel import spread
 task = "__import__('os').write(1, b'at work\\\\n')\\nfor _ in range(600): __import__('time').sleep(0.1)"
 tensorcast.api.compare = lambda *args, **options: spread(exec, [task] * 5, 2)
 sys.argv = ["tensorcast", "compare", "qwen3-30b-a3b", "-d", "h100", "-n", "4"]

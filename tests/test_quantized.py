@@ -113,8 +113,9 @@ def test_bytes_per_weight_are_those_that_are_priced() -> None:
     for scheme in FORMATS:
         parts = quantize_weight(torch.randn(1, 256, 512), scheme)
         bytes_ = sum(t.numel() * t.element_size() for t in parts)
-        per_row = 256 * 4 if scheme in ("fp8", "int8") else 0  # one scale per row: not worth a rate of its own
-        outer = 4 if scheme == "nvfp4" else 0
+        # one scale per row: not worth a rate of its own
+        per_row = 256 * 4 if scheme in ("fp8", "w8a16_fp8", "int8") else 0
+        outer = 4 if scheme in ("nvfp4", "w4a16_nvfp4") else 0
         assert bytes_ - per_row - outer == pytest.approx(SCHEMES[scheme].weight_bytes * 256 * 512), scheme
 
 

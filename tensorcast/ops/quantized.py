@@ -60,15 +60,19 @@ class Format:
 FORMATS: dict[str, Format] = {
     "fp8": Format("e4m3", (1, 0), activation=0),
     "fp8_block": Format("e4m3", (128, 128), activation=128),
+    "w8a16_fp8": Format("e4m3", (1, 0)),
+    "w8a16_fp8_block": Format("e4m3", (128, 128)),
     "int8": Format("int8", (1, 0), activation=0),
     "w4a16": Format("uint4", (1, 128), torch.float16),
     "w4a16_g32": Format("int4", (1, 32), torch.float16),
     "mxfp4": Format("e2m1", (1, 32), torch.float8_e8m0fnu),
     "nvfp4": Format("e2m1", (1, 16), torch.float8_e4m3fn, activation=16),
+    "w4a16_nvfp4": Format("e2m1", (1, 16), torch.float8_e4m3fn),
 }
-"""By scheme name. Sources: DeepSeek-V3 (arXiv 2412.19437, section 3.3) for 128x128 weight blocks and 1x128 activation
-groups; AWQ (arXiv 2306.00978) for groups of 128 with zero points; OCP Microscaling Formats v1.0 for MXFP4; NVIDIA's
-Blackwell documentation for NVFP4."""
+"""By scheme name; the weight-only forms are what a device without the arithmetic runs. Sources:
+DeepSeek-V3 (arXiv 2412.19437, section 3.3) for 128x128 weight blocks and 1x128 activation groups; AWQ (arXiv
+2306.00978) for groups of 128 with zero points; OCP Microscaling Formats v1.0 for MXFP4; NVIDIA's Blackwell
+documentation for NVFP4."""
 
 
 def format_of(scheme: str) -> Format:

@@ -97,7 +97,7 @@ def _trace_one(
             line = str(reason).strip().splitlines()[0]
             raise InputError(f"model {profile.name}: {phase} cannot be traced without data: {line}") from None
     ops = mark_latent(mark_experts([_as_mm(op) for op in linears]), phase)
-    params = _params(model, config, kinds, ops, stored_names(model, str(profile.config["model_type"])))
+    params = _params(model, config, kinds, ops, stored_names(model, str(profile.config.get("model_type", ""))))
     facts = replace(
         _facts(whole, ops),
         shared_experts=any(is_shared_param(param, blocks_of(ops)) for param in params),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 MOST_LISTED = 24
@@ -22,6 +21,8 @@ class InputError(ValueError):
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
     """An :class:`InputError` for a name that does not exist, with the nearest ones that do."""
+    import difflib  # where a name is wrong, not in every run
+
     names = sorted(known)
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:MOST_LISTED])}"

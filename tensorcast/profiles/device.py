@@ -1,7 +1,5 @@
 """What a device profile says: peaks, memory, interconnect tiers, and fitted kernel constants."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -108,7 +106,7 @@ class DeviceProfile(Frozen):
         return tiers
 
     @model_validator(mode="after")
-    def _has_bf16_or_fp16(self) -> DeviceProfile:
+    def _has_bf16_or_fp16(self) -> "DeviceProfile":
         if not {"bf16", "fp16"} & set(self.peak_flops):
             raise ValueError("peak_flops needs bf16 or fp16")
         return self

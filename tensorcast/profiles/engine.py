@@ -1,7 +1,5 @@
 """What an engine profile says: how a serving engine runs a traced step."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -188,7 +186,7 @@ class EngineProfile(Frozen):
             return 0
         return self.prefill_graphs.largest(device, dp, pp, config, self.tokens_per_step(device, dp))
 
-    def in_pools(self) -> EngineProfile:
+    def in_pools(self) -> "EngineProfile":
         """The profile of a server that runs one phase, the other being another's."""
         if self.prefill_graphs is None or self.prefill_graphs.pools:
             return self

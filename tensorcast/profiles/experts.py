@@ -1,7 +1,5 @@
 """What an engine profile says of experts' grouped GEMMs: whose kernels run for a model, and with which tiles."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import Field

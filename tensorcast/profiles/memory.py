@@ -1,7 +1,5 @@
 """What an engine sets by device and layout unless told: memory it leaves free, tokens per step, prefill graphs."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import numpy as np

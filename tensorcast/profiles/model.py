@@ -1,6 +1,5 @@
 """What a model profile says: a Hugging Face config, published counts to check against, and field names."""
 
-from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Figures that carry where they come from."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field

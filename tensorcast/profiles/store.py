@@ -31,6 +31,7 @@ USER_DIRECTORY = "TENSORCAST_PROFILES"
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 _HEAD = re.compile(r"^(?:name|aliases|hf_id):.*(?:\n[ \t-].*)*", re.MULTILINE)
+_PLAIN_ALIASES = re.compile(r"^aliases: \[([\w./ ,-]*)\]$", re.MULTILINE)
 
 
 def load_model(name: str | os.PathLike[str]) -> ModelProfile:
@@ -173,14 +174,24 @@ def _names(kind: str) -> tuple[str, ...]:
 
 def _aliases(path: Path, wanted: str) -> set[str]:
     """Case-folded aliases and Hugging Face id of a profile, from its first lines alone. Empty if unreadable, or if
-    ``wanted`` is nowhere among those lines."""
+    ``wanted`` is nowhere among those lines; a plain list on one line that has ``wanted`` is read without YAML."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return set()  # whoever asks for this profile by name is told what is wrong with it
+    lines = "\n".join(_HEAD.findall(text)) if wanted in text.casefold() else ""
+    if wanted not in lines.casefold():
+        return set()
+    plain = _PLAIN_ALIASES.search(lines)
+    listed: Any = {alias.strip() for alias in plain[1].casefold().split(",")} if plain else set()
+    if wanted in listed:
+        return listed
     import yaml
 
     try:
-        lines = "\n".join(_HEAD.findall(path.read_text(encoding="utf-8")))
-        head = yaml.load(lines, Loader=_loader()) if wanted in lines.casefold() else {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return set()  # whoever asks for this profile by name is told what is wrong with it
+        head = yaml.load(lines, Loader=_loader())
+    except (ValueError, yaml.YAMLError):
+        return set()
     head = head if isinstance(head, dict) else {}
     aliases = head.get("aliases")
     listed = aliases if isinstance(aliases, list) else []

@@ -127,5 +127,7 @@ def test_peak_of_activations_by_hand() -> None:
 
     a, b, c, d = tensor(0, 10), tensor(1, 100), tensor(2, 20), tensor(3, 5)
     ops = (Op("x", "m", 0, (a,), (b,)), Op("x", "m", 0, (b,), (c,)), Op("x", "m", 0, (c, a), (d,)))
-    table = OpTable("t", "decode", 1, ops, (0,), ("0",), (), ModelFacts())
+    table = OpTable(
+        model="t", phase="decode", tp=1, ops=ops, layer_kinds=(0,), kind_names=("0",), params=(), facts=ModelFacts()
+    )
     assert activation_bytes(table, Sizes(B=3.0, S=1.0, P=0.0)) == 2 * 3 * (10 + 100 + 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def random_trees(count: int, depth: int, features: int) -> Trees:
     feature = rng.integers(0, features, (count, depth)).astype(np.uint8)
     border = np.array([[rng.integers(0, len(borders[f])) for f in row] for row in feature], dtype=np.uint8)
     leaves = rng.normal(size=(count, 1 << depth)).astype(np.float32)
-    return Trees(tuple(f"x{i}" for i in range(features)), borders, feature, border, leaves, 0.25)
+    names = tuple(f"x{i}" for i in range(features))
+    return Trees(names=names, borders=borders, feature=feature, border=border, leaves=leaves, bias=0.25)
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 1), (7, 5), (40, 3000), (3, 70_000)])
@@ -67,7 +69,7 @@ def test_trees_equal_asking_one_question_after_the_other(count: int, rows: int) 
 def test_a_prefix_of_the_trees_is_the_sum_of_the_first() -> None:
     trees = random_trees(9, 3, 4)
     columns = {name: np.linspace(-2, 2, 50) for name in trees.names}
-    first = Trees(trees.names, trees.borders, trees.feature[:4], trees.border[:4], trees.leaves[:4], trees.bias)
+    first = replace(trees, feature=trees.feature[:4], border=trees.border[:4], leaves=trees.leaves[:4])
     assert np.allclose(trees.values(columns, 4), first.values(columns))
     assert np.allclose(trees.values(columns, 0), trees.bias)
 

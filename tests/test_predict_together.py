@@ -58,9 +58,10 @@ def alone(run: Run) -> One:
     engine = load_engine(run.engine)
     profiles = load_model(run.model), load_device(run.device), engine if run.mode == "aggregated" else engine.in_pools()
     traffic = Traffic(
-        max(1, round(run.isl * mean)), max(1, round(run.osl * mean)), run.concurrency / run.replicas,
-        run.prefix_cached, run.mtp_acceptance, (1 - run.length_ratio) / (1 + run.length_ratio), run.rounds,
-        run.wait_steps,
+        input_len=max(1, round(run.isl * mean)), output_len=max(1, round(run.osl * mean)),
+        concurrency=run.concurrency / run.replicas, prefix_cached=run.prefix_cached,
+        mtp_acceptance=run.mtp_acceptance, spread=(1 - run.length_ratio) / (1 + run.length_ratio),
+        rounds=run.rounds, wait_steps=run.wait_steps,
     )  # fmt: skip
     decode = deploy(*profiles, run.decode, "decode", options=run.options)
     plain = Options(**{**vars(run.options), "mtp_depth": 0})

@@ -212,7 +212,9 @@ def engine_can_run(
 
     ``prefill``: how the server that decodes by ``options`` reads prompts, if it does both and they differ.
     """
-    case = Case(engine, layout, facts, options, gpus_per_node, prefill)
+    case = Case(
+        engine=engine, layout=layout, facts=facts, options=options, gpus_per_node=gpus_per_node, prefill=prefill
+    )
     for name, broken in ENGINE_RULES.get(engine, {}).items():
         if problem := broken(case):
             return f"{name}: {problem}"

@@ -77,7 +77,10 @@ def launch(
     _check(batch=batch, input_len=input_len, output_len=output_len, gpus_per_node=gpus_per_node)
     if role not in ROLES:
         raise InputError(f"role {role!r}: choose prefill, decode or none")
-    case = Case(table.name, layout, model_profile.stated_facts, options, gpus_per_node, prefill)
+    case = Case(
+        engine=table.name, layout=layout, facts=model_profile.stated_facts, options=options,
+        gpus_per_node=gpus_per_node, prefill=prefill,
+    )  # fmt: skip
     problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill)
     if not problem and (long := model_profile.too_long(input_len + output_len)):
         problem = f"context length: {long}"
@@ -151,8 +154,9 @@ def _written(plan: Plan) -> Launch:
     launcher = trtllm.LAUNCHER if slurm and plan.case.nodes > 1 else ()
     flags = dict.fromkeys(setting for found in settings for _, setting, _ in found.items)
     return Launch(
-        plan.table.name, plan.table.version, tuple(found.command(*words, launcher=launcher) for found in settings),
-        files, tuple(flags), tuple(_placeholders(plan, settings) + writer.notes(plan) + _notes(plan)),
+        engine=plan.table.name, version=plan.table.version,
+        commands=tuple(found.command(*words, launcher=launcher) for found in settings), config_files=files,
+        flags=tuple(flags), notes=tuple(_placeholders(plan, settings) + writer.notes(plan) + _notes(plan)),
     )  # fmt: skip
 
 

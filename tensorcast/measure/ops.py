@@ -53,7 +53,9 @@ def rows_of(deployment: Deployment, workload: Workload, watch: Watch | None) -> 
         calls = step.table.count(op)
         known = found.get(key)
         if known is None:
-            known = Row(workload, op, at, 0, template, key, {})
+            known = Row(
+                workload=workload, op=op, at=at, count=0, template=template, identity=key, by_kind={}
+            )
         by_kind = {**known.by_kind, op.kind: known.by_kind.get(op.kind, 0) + 1}
         found[key] = replace(known, count=known.count + calls, by_kind=by_kind, template=known.template or template)
     return list(found.values())

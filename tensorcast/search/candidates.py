@@ -119,7 +119,9 @@ def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None))
         some, at, x, y = (np.concatenate(column) for column in zip(*found, strict=True))
         chosen = same[some] & (x > 0) & (at >= 1)
         if chosen.any():
-            pools = _Pools(shop, prefill, costs, some[chosen], x[chosen], y[chosen])
+            pools = _Pools(
+                shop=shop, prefill=prefill, costs=costs, rows=some[chosen], x=x[chosen], y=y[chosen]
+            )
             served = [pools.serve(at[chosen])]
             if limits[0] is not None:
                 served.append(pools.sooner(served[0], limits[0]))

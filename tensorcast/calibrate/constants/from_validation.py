@@ -243,7 +243,10 @@ def fit_kernels(frame: pd.DataFrame, device: DeviceProfile, engine: str = "any")
             before = median_error(out.seconds(standing) / seconds[held] - 1.0)
             after = median_error(out.seconds(found) / seconds[held] - 1.0)
             verdict = "" if after < before - GAIN else f"refused: {after:.1%} on shapes left out, {before:.1%} stands"
-            fits.append(Fit(name, str(dtype), found.points, found.held_out, before, after, found, verdict))
+            fits.append(Fit(
+                family=name, dtype=str(dtype), points=found.points, held_out=found.held_out, before=before,
+                after=after, constants=found, verdict=verdict,
+            ))  # fmt: skip
     return fits
 
 
@@ -274,7 +277,10 @@ def fit_collectives(frame: pd.DataFrame, device: DeviceProfile) -> list[Fit]:
             **found, **score,  # type: ignore[arg-type]
         )
         verdict = "" if after < before - GAIN else f"refused: {after:.1%} on sizes left out, {before:.1%} stands"
-        fits.append(Fit(str(op), "any", constants.points, constants.held_out, before, after, constants, verdict))
+        fits.append(Fit(
+            family=str(op), dtype="any", points=constants.points, held_out=constants.held_out, before=before,
+            after=after, constants=constants, verdict=verdict,
+        ))  # fmt: skip
     return fits
 
 

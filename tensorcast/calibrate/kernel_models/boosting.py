@@ -54,7 +54,10 @@ def grow(
 
 
 def no_trees(bias: float) -> Trees:
-    return Trees((), (), np.zeros((0, 1), np.uint8), np.zeros((0, 1), np.uint8), np.zeros((0, 2), np.float32), bias)
+    return Trees(
+        names=(), borders=(), feature=np.zeros((0, 1), np.uint8), border=np.zeros((0, 1), np.uint8),
+        leaves=np.zeros((0, 2), np.float32), bias=bias,
+    )
 
 
 def _compact(names: tuple[str, ...], grown: dict[str, Any], depth: int, centre: float) -> Trees:
@@ -79,6 +82,6 @@ def _compact(names: tuple[str, ...], grown: dict[str, Any], depth: int, centre: 
     leaves *= factor
     step = leaf_steps(leaves)[:, None]
     return Trees(
-        tuple(names[i] for i in order), tuple(borders[i] for i in order), feature, border,
-        (np.round(leaves / step) * step).astype(np.float32), centre + float(np.ravel(bias)[0]),
+        names=tuple(names[i] for i in order), borders=tuple(borders[i] for i in order), feature=feature, border=border,
+        leaves=(np.round(leaves / step) * step).astype(np.float32), bias=centre + float(np.ravel(bias)[0]),
     )

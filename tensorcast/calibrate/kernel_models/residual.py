@@ -160,7 +160,10 @@ def fit_kernel(rows: MeasuredKernel, device: DeviceProfile, experts: Experts | N
     grown = grow(_rows(features, ~out), target[~out], *capacity)
     correction = grown.values(features) if grown.names else np.full(len(rows), grown.bias)
     levels = level_table(rows, target - correction, ~out)
-    kernel = Kernel(family, dtype, engine, variant, grown, {}, (), (), (), (), 0.0, 0.0, trees, levels)
+    kernel = Kernel(
+        *rows.key, trees=grown, box={}, seen=(), edges=(), low=(), high=(), new_low=0.0, new_high=0.0,
+        new_trees=trees, levels=levels,
+    )
     predicted = np.maximum(physics.seconds * np.exp(correction + kernel.level(rows.columns)), physics.floor)
     errors = np.log(rows.seconds / predicted)
     edges, low, high = _bins(predicted[out], errors[out])
@@ -185,10 +188,10 @@ def fit_kernel(rows: MeasuredKernel, device: DeviceProfile, experts: Experts | N
         found = fit_errors(size, np.ones_like(size))
         report |= {"new_shape_median_error": found["median_error"], "new_shape_p90_error": found["p90_error"]}
     return Kernel(
-        family, dtype, engine, variant, grown, _boxes(rows), _seen(rows, _lines_of(family, rows)), tuple(edges),
-        tuple(low), tuple(high), round(new_low, 5), round(new_high, 5), new_trees, levels, sources,
-        experts.trees(rows.key) if experts else None, ruled, constants_digest(family, dtype, device, engine),
-        report=report,
+        *rows.key, trees=grown, box=_boxes(rows), seen=_seen(rows, _lines_of(family, rows)), edges=tuple(edges),
+        low=tuple(low), high=tuple(high), new_low=round(new_low, 5), new_high=round(new_high, 5), new_trees=new_trees,
+        levels=levels, sources=sources, extrapolated=experts.trees(rows.key) if experts else None, ruled=ruled,
+        constants=constants_digest(family, dtype, device, engine), report=report,
     )
 
 

@@ -168,7 +168,8 @@ def _fit_family(held: Mapping[Key, Mapping[str, Sampled]], architectures: Mappin
         if splits[key]:
             report |= fit_errors(np.exp(-errors), np.ones_like(errors))
         kernels[key] = Kernel(
-            *key, no_trees(0.0), _box(list(parts.values())), (), (), (low,), (high,), low, high, 0, report=report,
+            *key, trees=no_trees(0.0), box=_box(list(parts.values())), seen=(), edges=(), low=(low,), high=(high,),
+            new_low=low, new_high=high, new_trees=0, report=report,
             probes=probes_of([part.rows for part in parts.values()]),
             **grow_monotone(joined(list(every[key].values())), CAPACITY, share),
         )

@@ -147,7 +147,9 @@ class Experts:
                 for kept, source in ((errors, own.features["source"][at]), (untold, guessed), (ruled, said)):
                     kept[at] = log_seconds[at] - lattice.log_seconds({**sizes, "source": source})
         found = np.flatnonzero(~np.isnan(errors))
-        return LeftOut(found, errors[found], fold, 0, untold[found], ruled[found])
+        return LeftOut(
+            rows=found, errors=errors[found], fold=fold, trees=0, untold=untold[found], ruled=ruled[found]
+        )
 
     def _node(self, key: Key, trees: Trees) -> Price:
         """log seconds by trees that carry one kernel over to other models."""

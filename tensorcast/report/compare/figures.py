@@ -93,7 +93,10 @@ def finish(figure: Figure, name: str, title: str, caption: str) -> Chart:
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png")
     figure.savefig(svg, format="svg", metadata={"Date": None, "Title": title})
-    return Chart(name, title, caption, png.getvalue(), svg.getvalue(), inline(svg.getvalue().decode(), name, title))
+    return Chart(
+        name=name, title=title, caption=caption, png=png.getvalue(), svg=svg.getvalue(),
+        inline=inline(svg.getvalue().decode(), name, title),
+    )
 
 
 def inline(svg: str, name: str, title: str) -> str:

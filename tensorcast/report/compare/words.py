@@ -80,8 +80,8 @@ def conclusion(view: View) -> Conclusion:
     best, second = view.best, view.runner_up
     runner_up, ways = _runner_up(view, best, second) if second is not None else ("", ())
     return Conclusion(
-        f"{view.name(best)} is best: {_worth(view, best)}", tuple(_numbers(view, best)), _how(view, best), runner_up,
-        ways, _ties(view, best), view.comparison.warning,
+        headline=f"{view.name(best)} is best: {_worth(view, best)}", numbers=tuple(_numbers(view, best)),
+        how=_how(view, best), runner_up=runner_up, ways=ways, ties=_ties(view, best), warning=view.comparison.warning,
     )
 
 

@@ -58,6 +58,7 @@ tensorcast compare deepseek-v3 -d h100,h200,b200 -n 16,32,64,128 --executor dask
 @deployment_options("quant", "routing", "placement", defaults={"routing": "uniform"})
 def compare(
     model: Model,
+    *,
     device: Annotated[str, typer.Option(
         "--device", "-d", metavar="NAME,...", help="One or more (see [bold]tensorcast devices[/bold]).",
         show_default=False, rich_help_panel=DEPLOYMENT,

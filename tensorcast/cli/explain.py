@@ -38,6 +38,7 @@ tensorcast explain deepseek-v3 -d h200 -n 32 -e sglang -l dp32-ep32 -v tp8-dp4-e
 )
 def explain(
     model: Model,
+    *,
     device: Device,
     world_size: Annotated[int, typer.Option(
         "--world-size", "-n", min=1, help="GPUs of either layout.", show_default=False, rich_help_panel=DEPLOYMENT,

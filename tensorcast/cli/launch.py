@@ -39,6 +39,7 @@ tensorcast launch qwen3-235b-a22b -d h100 --layout tp8 --batch 32 --json | jq .f
 )
 def launch(
     model: Model,
+    *,
     device: Device,
     layout: Annotated[str, typer.Option(
         "--layout", "-l", metavar=LAYOUT, help="Sizes of the parallel groups; one left out is 1.",

@@ -30,6 +30,7 @@ tensorcast predict --columns"""
 @command(epilog=EXAMPLES)
 def predict(
     runs: Annotated[Path | None, typer.Argument(help="CSV with one deployment per row.", show_default=False)] = None,
+    *,
     out: Annotated[Path | None, typer.Option(
         "--out", metavar="FILE", help="CSV to write: the rows with predictions.", rich_help_panel=OUTPUT,
     )] = None,
@@ -50,19 +51,13 @@ def predict(
         return
     if runs is None:
         raise InputError("predict needs a table: tensorcast predict runs.csv --out predictions.csv")
-    from tensorcast.files import check_file, write_atomically, writing
+    from tensorcast.files import write_atomically, writing
     from tensorcast.predict.predict import predict_file
     from tensorcast.predict.score import summarise
     from tensorcast.report.plain import to_json
     from tensorcast.report.predict.page import print_summary, write_serving_report
 
-    for flag, path in (("--out", out), ("--report", report)):
-        if path is not None:
-            check_file(flag, path)
-            if path.exists() and runs.exists() and path.samefile(runs):
-                raise InputError(f"{flag} {path}: is the table itself; give another name")
-    if out is not None and report is not None and out.resolve() == report.resolve():
-        raise InputError(f"--report {report}: is --out, too; give another name")
+    _check_targets(runs, out, report)
     with patience(str(runs), "predicting"):
         table = predict_file(runs, jobs)
         if not len(table):
@@ -83,6 +78,19 @@ def predict(
         typer.echo(to_json(document, indent=2))
         return
     print_summary(table, summary, console(), rows=out is None)
+
+
+def _check_targets(runs: Path, out: Path | None, report: Path | None) -> None:
+    """Raise :class:`InputError` where a file to write cannot be, or is one that is read or written already."""
+    from tensorcast.files import check_file
+
+    for flag, path in (("--out", out), ("--report", report)):
+        if path is not None:
+            check_file(flag, path)
+            if path.exists() and runs.exists() and path.samefile(runs):
+                raise InputError(f"{flag} {path}: is the table itself; give another name")
+    if out is not None and report is not None and out.resolve() == report.resolve():
+        raise InputError(f"--report {report}: is --out, too; give another name")
 
 
 def _list_columns(as_json: bool) -> None:

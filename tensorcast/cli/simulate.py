@@ -34,6 +34,7 @@ tensorcast simulate ./my-model -d b200 --json | jq .step_s"""
 @deployment_options(*OPTIONS)
 def simulate(
     model: Model,
+    *,
     device: Annotated[str, typer.Option(
         "--device", "-d", help="Name (see [bold]tensorcast devices[/bold]) or profile file; cpu is this machine.",
         show_default=False, rich_help_panel=DEPLOYMENT,

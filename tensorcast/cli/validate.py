@@ -35,6 +35,7 @@ tensorcast calibrate -d cpu --from out/cpu/measurements.parquet --write cpu.yaml
 @command(epilog=EXAMPLES)
 def validate(
     model: Model,
+    *,
     device: Annotated[str, typer.Option(
         "--device", "-d", help="Profile to compare with; cpu is this machine, any other runs on its CUDA device.",
         rich_help_panel=DEPLOYMENT,

@@ -205,7 +205,7 @@ def one_exchange(engine: str) -> bool:
 
 
 def engine_can_run(
-    engine: str, layout: Layout, facts: ModelFacts, options: Options = Options(), gpus_per_node: int = 8,
+    engine: str, layout: Layout, facts: ModelFacts, options: Options = Options(), gpus_per_node: int = 8, *,
     prefill: Options | None = None,
 ) -> str:
     """Why ``engine`` cannot run this; empty if it can, or if it has no rules here.

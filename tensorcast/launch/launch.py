@@ -81,7 +81,7 @@ def launch(
         engine=table.name, layout=layout, facts=model_profile.stated_facts, options=options,
         gpus_per_node=gpus_per_node, prefill=prefill,
     )  # fmt: skip
-    problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill)
+    problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill=prefill)
     if not problem and (long := model_profile.too_long(input_len + output_len)):
         problem = f"context length: {long}"
     have = checkpoint(model_profile)

@@ -51,7 +51,7 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
             engine = task.engine.name
             problems = [
                 engine_can_run(engine, layout, facts, v.prefill, node)
-                or engine_can_run(engine, layout, facts, v.decode, node, v.prefill)
+                or engine_can_run(engine, layout, facts, v.decode, node, prefill=v.prefill)
                 for v in every
             ]
             if every and all(problems):

@@ -66,4 +66,4 @@ def _mixed(choice: Choice, engine: str) -> str:
     """Why one server of ``engine`` cannot run the candidate's two phases together; empty if it can."""
     one, facts = choice.decode, choice.decode.model.stated_facts
     node = one.device.interconnect[0].size
-    return engine_can_run(engine, one.layout, facts, one.options, node, choice.prefill.options)
+    return engine_can_run(engine, one.layout, facts, one.options, node, prefill=choice.prefill.options)

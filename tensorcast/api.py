@@ -28,7 +28,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 NAMES = {
-    "--ttft": "ttft_s", "--tpot": "tpot_s", "--mtp": "mtp_depth", "--price": "prices", "--form": "forms",
+    "--ttft": "ttft_s", "--tpot": "tpot_s", "--mtp": "mtp_depth", "--price": "prices", "--mode": "modes",
     "--any-engine": "runnable_only=False",
 }
 """Arguments that are not called what the command line calls them, but for dashes."""
@@ -157,7 +157,7 @@ def compare(
     objective: str = "tokens_per_gpu",
     engine: str = "vllm",
     layouts: Sequence[str] | None = None,
-    forms: Sequence[str] = ("aggregated", "disaggregated"),
+    modes: Sequence[str] = ("aggregated", "disaggregated"),
     request_rate: float | None = None,
     prices: Mapping[str, float] | None = None,
     prefix_cached: int = 0,
@@ -199,7 +199,7 @@ def compare(
         profile, [device_profile(name) for name in devices], load_engine(engine),
         [world_size] if isinstance(world_size, int) else list(world_size),
         input_len=input_len, output_len=output_len, prefix_cached=prefix_cached, mtp_acceptance=mtp_acceptance,
-        ttft_s=ttft_s, tpot_s=tpot_s, objective=objective, layouts=layouts, forms=forms, request_rate=request_rate,
+        ttft_s=ttft_s, tpot_s=tpot_s, objective=objective, layouts=layouts, modes=modes, request_rate=request_rate,
         prices={device_profile(name).name: value for name, value in (prices or {}).items()},
         full=full, runnable_only=runnable_only, quant=options.get("quant"),
         routing=options.get("routing", "uniform"), placement=options.get("placement", "linear"),

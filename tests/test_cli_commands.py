@@ -47,7 +47,7 @@ def refused(*arguments: str) -> str:
         ((*COMPARE, "--tpot", "50"), ("--tpot '50'", "50ms or 50s")),
         ((*COMPARE, "--tpot", "0ms"), ("--tpot '0ms'",)),
         (("compare", "qwen3-30b-a3b", "-d", ",", "-n", "4"), ("--device ','",)),
-        ((*COMPARE, "--form", ""), ("--form ''",)),
+        ((*COMPARE, "--mode", ""), ("--mode ''",)),
         ((*COMPARE, "--price", "h100=inf"), ("--price h100-sxm=inf", "more than 0")),
         ((*COMPARE, "--price", "=2"), ("--price '=2'", "DEVICE=USD")),
         (("simulate", "", "-d", "h100"), ("model: the name is empty", "tensorcast models")),
@@ -153,7 +153,7 @@ def test_calibrate_names_the_row_that_is_no_number(tmp_path: Path) -> None:
     "arguments",
     [
         ("simulate", "mixtral-8x7b", "-d", "h100", "-n", "2", "--top", "3"), ("models",), ("devices",), ("engines",),
-        ("compare", "qwen3-30b-a3b", "-d", "h100,h200", "-n", "4", "--form", "aggregated", "--top", "3",
+        ("compare", "qwen3-30b-a3b", "-d", "h100,h200", "-n", "4", "--mode", "aggregated", "--top", "3",
          "--objective", "cost", "--price", "h100=2,h200=3"),
     ],
 )  # fmt: skip

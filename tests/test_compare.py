@@ -189,7 +189,7 @@ def test_a_candidate_can_be_made_again(found: Comparison) -> None:
 
 
 def test_objectives() -> None:
-    fast = tc.compare("qwen3-30b-a3b", **QWEN, objective="latency", forms=["aggregated"])
+    fast = tc.compare("qwen3-30b-a3b", **QWEN, objective="latency", modes=["aggregated"])
     assert fast.best is not None and fast.best["request_s"] == fast.candidates["request_s"].min()
     few = tc.compare("qwen3-30b-a3b", **LIMITED, objective="gpus", request_rate=4.0)
     assert few.best is not None
@@ -231,7 +231,7 @@ def test_only_the_layouts_asked_for() -> None:
         ({"layouts": ["tp8-tp2"]}, "layout 'tp8-tp2'", 2),
         ({"world_size": 0}, "world_size 0", 2),
         ({"ttft_s": -1.0}, "ttft_s -1.0", 2),
-        ({"forms": ["both"]}, "unknown forms 'both'", 2),
+        ({"modes": ["both"]}, "unknown modes 'both'", 2),
         ({"routing": "skewed"}, "routing 'skewed'", 2),
         ({"request_rate": 5.0}, "request_rate 5: says how much to plan for, with objective gpus alone", 2),
         ({"prices": {"b200": 3.0}}, r"prices b200-sxm=3: b200-sxm is not one of device h100-sxm", 2),
@@ -252,7 +252,7 @@ def test_bad_input_is_one_clear_line(arguments: dict[str, Any], message: str, co
 
 def test_too_few_gpus_for_a_rate_names_how_few_it_takes() -> None:
     """By hand from what each candidate serves: whole replicas, as many as the rate needs."""
-    asked: dict[str, Any] = {**QWEN, "forms": ["aggregated"], "tpot_s": 0.03}
+    asked: dict[str, Any] = {**QWEN, "modes": ["aggregated"], "tpot_s": 0.03}
     every = tc.compare("qwen3-30b-a3b", **asked).candidates
     every = every[every["meets"]]
     served = every["output_tokens_per_s"] / every["replicas"] / 256
@@ -310,7 +310,7 @@ def test_what_overlap_hides_is_not_saved_again_where_ranks_idle(kind: str) -> No
 
 
 def test_one_question_says_that_it_has_nothing_to_spread() -> None:
-    asked: dict[str, Any] = {**LIMITED, "layouts": ["tp8"], "forms": ["aggregated"]}
+    asked: dict[str, Any] = {**LIMITED, "layouts": ["tp8"], "modes": ["aggregated"]}
     one, two = (tc.compare("qwen3-30b-a3b", **asked, jobs=jobs).notes for jobs in (1, 4))
     assert two == (*one, "--jobs 4 spreads devices and sizes: one of each is one question, answered in one process")
     assert note(2, 4) == note(1, 1) == "" and note(1, 1, "dask:x").startswith("--executor dask:x spreads")

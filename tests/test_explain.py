@@ -113,7 +113,7 @@ def test_the_winner_of_a_comparison_can_be_explained() -> None:
     """Its step, to the digit, from the options in its row."""
     found = tc.compare(
         "deepseek-v3", device="h200", world_size=16, input_len=2048, output_len=512, engine="sglang",
-        forms=["aggregated"], layouts=["dp16-ep16"], mtp_depth=[1], all2all=["deepep"],
+        modes=["aggregated"], layouts=["dp16-ep16"], mtp_depth=[1], all2all=["deepep"],
         tpot_s=0.06,
     )  # fmt: skip
     assert found.best is not None

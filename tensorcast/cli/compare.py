@@ -99,8 +99,9 @@ def compare(
         "--layouts", metavar="FILE", help="YAML list of layouts, such as tp8-ep8: only these.", show_default=False,
         rich_help_panel=SEARCH,
     )] = None,
-    form: Annotated[str, typer.Option(
-        "--form", metavar="NAME,...", help="One engine for both phases, pools of prefill and decode, or both.",
+    mode: Annotated[str, typer.Option(
+        "--mode", "--form", metavar="NAME,...",
+        help="One engine for both phases, pools of prefill and decode, or both.",
         rich_help_panel=SEARCH,
     )] = "aggregated,disaggregated",
     mtp_acceptance: Annotated[float, typer.Option(
@@ -140,7 +141,7 @@ def compare(
             input_len=input_len, output_len=output_len,
             ttft_s=duration("--ttft", ttft), tpot_s=duration("--tpot", tpot), objective=objective, engine=engine,
             layouts=read_layouts(layouts) if layouts else None,
-            forms=listed_names("--form", form), request_rate=request_rate, prices=device_prices(price),
+            modes=listed_names("--mode", mode), request_rate=request_rate, prices=device_prices(price),
             prefix_cached=prefix_cached,
             mtp_acceptance=mtp_acceptance, full=full, runnable_only=not any_engine, jobs=jobs, executor=executor,
             **listed_options(options),

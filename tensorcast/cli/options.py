@@ -54,7 +54,7 @@ def deployment_options(
 
 
 def searched_options(words: Mapping[str, str], **said: tuple[str, str]) -> Callable[[Command], Command]:
-    """Give a command options that take several values, after ``--form``: text such as ``bf16,fp8``, or None.
+    """Give a command options that take several values, after ``--mode``: text such as ``bf16,fp8``, or None.
 
     ``said``: by option how values are written and what is tried unasked; ``words``: other words for a field's help.
     """
@@ -67,7 +67,7 @@ def searched_options(words: Mapping[str, str], **said: tuple[str, str]) -> Calla
                 help=words.get(name, about(name).help) + _default(unasked),
             )]
             added.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=shown))
-        return _with_parameters(command, added, after="form")
+        return _with_parameters(command, added, after="mode")
 
     return given
 

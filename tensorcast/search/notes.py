@@ -59,7 +59,7 @@ def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
     }
     if table.facts.num_experts and first.base.routing in spread:
         found.append(f"{spread[first.base.routing]}; --routing zipf:0.6 shows what skew costs")
-    if "disaggregated" in first.forms:
+    if "disaggregated" in first.modes:
         found.append("disaggregated pools use as many GPUs as match, which may be fewer than there are")
     unsure = frame.loc[frame["meets"], "share_datasheet"] if frame["meets"].any() else frame["share_datasheet"]
     if len(unsure) and unsure.max() > 0.2:

@@ -72,7 +72,7 @@ def _candidates(
 ) -> tuple[dict[str, Points], int]:
     """Points worth a row by mode, and of how many; those at batches that are ``known`` left out."""
     limits, found, examined = (task.ttft_s, task.tpot_s), {}, 0
-    for mode in task.forms:
+    for mode in task.modes:
         points, slow = (
             aggregated(prices, limits)
             if mode == "aggregated"

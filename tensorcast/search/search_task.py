@@ -44,7 +44,7 @@ class Scenario:
         return deploy(self.model, self.device, self.engine, layout, phase, options=options)
 
 
-FORMS = ("aggregated", "disaggregated")
+MODES = ("aggregated", "disaggregated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class SearchTask:
     base: Options = field(default_factory=Options)
     layouts: tuple[Layout, ...] = ()
     """Only these; empty: all."""
-    forms: tuple[str, ...] = FORMS
+    modes: tuple[str, ...] = MODES
     request_rate: float | None = None
     price_per_hour: float | None = None
     runnable_only: bool = True
@@ -83,7 +83,7 @@ def search_tasks(
     model: ModelProfile, devices: Sequence[DeviceProfile], engine: EngineProfile, world_sizes: Sequence[int], *,
     input_len: int, output_len: int, prefix_cached: int = 0, mtp_acceptance: float = 0.8, ttft_s: float | None = None,
     tpot_s: float | None = None, objective: str = "tokens_per_gpu", layouts: Sequence[str] | None = None,
-    forms: Sequence[str] = FORMS, request_rate: float | None = None, prices: Mapping[str, float] | None = None,
+    modes: Sequence[str] = MODES, request_rate: float | None = None, prices: Mapping[str, float] | None = None,
     quant: str | None = None, routing: str = "uniform", placement: str = "linear", full: bool = False,
     runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,
 ) -> list[SearchTask]:
@@ -91,7 +91,7 @@ def search_tasks(
 
     Raises :class:`InputError`, one line, on anything that cannot be.
     """
-    _check_names(objective, forms, [device.name for device in devices], world_sizes, prices=prices or {})
+    _check_names(objective, modes, [device.name for device in devices], world_sizes, prices=prices or {})
     if not 0 <= prefix_cached < max(1, input_len):
         raise InputError(f"--prefix-cached {prefix_cached}: must be at least 0 and less than --input-len {input_len}")
     Routing.parse(routing)
@@ -106,7 +106,7 @@ def search_tasks(
     tasks = [
         SearchTask(
             model=model, device=device, engine=engine, gpus=size, load=load, ttft_s=ttft_s, tpot_s=tpot_s,
-            objective=objective, axes=axes, base=base, forms=tuple(forms), request_rate=request_rate,
+            objective=objective, axes=axes, base=base, modes=tuple(modes), request_rate=request_rate,
             layouts=tuple(layout for layout in wanted if size % layout.world_size == 0),
             price_per_hour=(prices or {}).get(device.name), runnable_only=runnable_only,
         )
@@ -128,15 +128,15 @@ def search_tasks(
 
 
 def _check_names(
-    objective: str, forms: Sequence[str], devices: Sequence[str], world_sizes: Sequence[int], *,
+    objective: str, modes: Sequence[str], devices: Sequence[str], world_sizes: Sequence[int], *,
     prices: Mapping[str, float],
 ) -> None:
     """Raise :class:`InputError`, one line, on the first name that stands for nothing, or where nothing is named."""
     if objective not in OBJECTIVES:
         raise unknown_name("--objective", objective, OBJECTIVES)
-    for form in forms:
-        if form not in FORMS:
-            raise unknown_name("--form", form, FORMS)
+    for mode in modes:
+        if mode not in MODES:
+            raise unknown_name("--mode", mode, MODES)
     if not devices or not world_sizes:
         raise InputError("compare: needs at least one device and one world size")
     for name, value in prices.items():

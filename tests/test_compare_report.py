@@ -368,7 +368,7 @@ def test_the_best_candidate_can_be_started_from_the_report(view: View, written: 
 
 
 def best_scripts(**asked: Any) -> tuple[View, dict[str, Any]]:
-    given = {"device": "h100", "world_size": 4, "input_len": 1024, "output_len": 256, "forms": ["aggregated"], **asked}
+    given = {"device": "h100", "world_size": 4, "input_len": 1024, "output_len": 256, "modes": ["aggregated"], **asked}
     view = View(tc.compare(MODEL, **given))
     return view, {one.engine: one for one in takeaways(view)}
 

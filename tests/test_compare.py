@@ -95,9 +95,10 @@ def test_every_candidate_is_priced_as_if_alone(shop: VariantPrices) -> None:
                 several += 1  # as many users may be served at another batch, where a step's time jumps
                 continue
             for name in NUMBERS:
-                # alone, the batch is found by halving, to 1e-9 of the largest that fits (up to some hundreds): times
-                # that a batch a hair larger just hides differ by 1e-9 of a step
-                assert numbers[name] == pytest.approx(getattr(alone, name), rel=1e-6, abs=1e-10), (name, variant)
+                # alone, the batch is found by halving, to 1e-9 of the largest that fits (up to some hundreds); what of
+                # communication passes unseen starts from nothing at some batch, so it may differ by as much of a step
+                unseen = 1e-9 * alone.decode_step_s if name.endswith("_comm_s") else 1e-12
+                assert numbers[name] == pytest.approx(getattr(alone, name), rel=1e-6, abs=unseen), (name, variant)
             for kind, share in alone.evidence.items():
                 assert numbers[f"share_{kind}"] == pytest.approx(share, abs=1e-6)
     assert several <= 4

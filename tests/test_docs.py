@@ -18,6 +18,8 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`((?:tensorcast|tests|benchmarks|profiles|docs|reports|notebooks)/[\w./*-]*)(?::([\w.]+))?`")
+SHORT = re.compile(r"`((?:[a-z_]+/)+[a-z_]+\.py)`")
+"""Modules named from inside the package, or from its modeling: ``deploy/plan/plan.py``, ``moe/layer.py``."""
 TARGET = re.compile(r"`make ([a-z-]+)")
 
 
@@ -67,6 +69,8 @@ def test_code_and_targets_that_are_named_exist(name: str) -> None:
         found = [one for one in ROOT.glob(path.rstrip("/")) if one.exists()]
         if not found or (inside and inside not in set(defined(found[0]))):
             wrong.append(f"{path}:{inside}")
+    homes = (ROOT, ROOT / "tensorcast", ROOT / "tensorcast" / "modeling")
+    wrong += [path for path in SHORT.findall(said) if not any((home / path).exists() for home in homes)]
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     wrong += [f"make {target}" for target in TARGET.findall(said) if target not in targets]
     assert not wrong

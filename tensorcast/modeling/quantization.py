@@ -208,9 +208,10 @@ def mxfp4_padding(architecture: str) -> tuple[int, int]:
     TensorRT-LLM's kernels (Blackwell) and on ROCm, 256 and 128 for Marlin, a width of 64 for Triton (Hopper), where
     64.4 GiB of gpt-oss-120b (https://github.com/vllm-project/vllm/issues/33155) show a hidden size padded to 256.
     """
+    hidden = HIDDEN_MULTIPLES["mxfp4"]
     if architecture == "Blackwell" or architecture.startswith("CDNA"):
-        return 256, 256
-    return 256, 64 if architecture == "Hopper" else 128
+        return hidden, 256
+    return hidden, 64 if architecture == "Hopper" else 128
 
 
 def padded(size: Any, multiple: int) -> Any:

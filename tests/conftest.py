@@ -23,6 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("TENSORCAST_PROFILES", None)
     os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not built from its config is a defect, not a download
     os.environ["MPLBACKEND"] = "Agg"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers fill the cores; threads on top of them only wait
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -18,8 +18,9 @@ MOE = [name for name in SMALL if name != "llama"]
 
 def randomize(model: Any) -> Any:
     """Fresh random weights, correction biases and hash tables; experts run by transformers' eager loop."""
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
+    for module in model.modules():  # a text model inside a wrapper holds the switch itself
+        if hasattr(module, "set_experts_implementation"):
+            module.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.1)

@@ -50,10 +50,12 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", [f for f in RUNNING if f != "minimax_m3_vl"])  # its indexer needs longer prompts
 def test_every_familys_model_gives_the_same_logits(family: str) -> None:
     model, ids = stock(family), torch.randint(0, 512, (2, 9))
-    expected = logits(model, ids)
+    expected, untouched = logits(model, ids), copy.deepcopy(model)
     paths = apply_moe(model, name=family)
     assert len(paths) == len(list(census.experts_modules(family))) or family in ("dbrx", "ernie4_5_vl_moe")
-    assert error(logits(model, ids), expected) < 1e-6
+    found = error(logits(model, ids), expected)
+    # Some models amplify rounding: muse_spark's own fp32 logits are 3e-6 off those it gives in float64.
+    assert found < 1e-6 or found < 2 * error(expected, logits(untouched.double(), ids).float())
 
 
 @pytest.mark.parametrize("family", RUNNING[:: max(1, len(RUNNING) // 8)])

@@ -156,7 +156,7 @@ def aggregated(prefill: Deployment, decode: Deployment, traffic: Traffic, chunk_
     curve, depth = OneCurve(decode, float(traffic.context), users / dp), decode.options.mtp_depth
 
     def times(batch: float) -> tuple[float, float, float, float]:
-        return engine_times(traffic, decode, dp, depth, curve, prompts, batch)
+        return engine_times(traffic, decode, dp=dp, depth=depth, curve=curve, prompts=prompts, batch=batch)
 
     def in_flight(batch: float) -> float:
         return times(batch)[3]
@@ -165,15 +165,19 @@ def aggregated(prefill: Deployment, decode: Deployment, traffic: Traffic, chunk_
     first, generation, mean, _ = times(batch)
     first = max(first, users / (batch * dp) * generation - generation)
     share = min(max(1 - float(curve.at("seconds", batch)) / mean, 0.0), 1.0)
-    return told(traffic, users, batch, first, generation, curve, prompts, share)
+    return told(
+        traffic, users, batch, first=first, generation=generation, curve=curve, prompts=prompts, share=share
+    )  # fmt: skip
 
 
 def engine_times(
-    traffic: Traffic, decode: Deployment, dp: int, depth: int, curve: Any, prompts: Any, batch: float
+    traffic: Traffic, decode: Deployment, *, dp: int, depth: int, curve: Any, prompts: Any, batch: float
 ) -> tuple[float, float, float, float]:
     """Seconds to the first token and of the reply from there, the mean step, requests in flight."""
     engine, steps = decode.engine, steps_of(traffic, depth)
-    mean, met, own, full = step_moments(curve, prompts, batch, max(batch * dp - 1, 0) / steps, dp, engine.prefill_alone)
+    mean, met, own, full = step_moments(
+        curve, prompts, batch, arrivals=max(batch * dp - 1, 0) / steps, dp=dp, alone=engine.prefill_alone
+    )  # fmt: skip
     wave = max(batch - 1, 0) / prompts.most_per_s
     first = (engine.arrival_wait_steps + traffic.wait_steps) * met + own + wave / 2 / traffic.rounds
     first, generation = first + engine.first_token_s, steps * mean
@@ -186,7 +190,7 @@ def engine_times(
 
 
 def step_moments(
-    curve: Any, prompts: Any, batch: float, arrivals: float, dp: int, alone: bool
+    curve: Any, prompts: Any, batch: float, *, arrivals: float, dp: int, alone: bool
 ) -> tuple[float, float, float, bool]:
     """The mean step, the step that an arrival meets, the one it rides in, and whether prompts overrun."""
     plain = float(curve.at("seconds", batch))
@@ -218,7 +222,7 @@ def step_moments(
 
 def disaggregated(
     prefill: Deployment, decode: Deployment, prefill_workers: int, decode_workers: int, traffic: Traffic,
-    chunk_tokens: int | None = None,
+    *, chunk_tokens: int | None = None,
 ) -> One:  # fmt: skip
     """Pools of prefill and of decode workers; a worker is one whole layout."""
     chunk = own_chunk(prefill) if chunk_tokens is None else chunk_tokens
@@ -253,7 +257,9 @@ def disaggregated(
     batch = steady_batch(in_flight, min(users / ranks, fits), users)
     generation = steps * float(curve.at("seconds", batch))
     first = max(first_s(batch), users / (batch * ranks) * generation - generation)
-    return told(traffic, users, batch, first, generation, curve, prompts, 0.0)
+    return told(
+        traffic, users, batch, first=first, generation=generation, curve=curve, prompts=prompts, share=0.0
+    )  # fmt: skip
 
 
 def hand_over_s(prefill: Deployment, decode: Deployment, tokens: int, workers: int) -> float:
@@ -278,7 +284,7 @@ def steady_batch(in_flight: Callable[[float], float], limit: float, users: float
 
 
 def told(
-    traffic: Traffic, users: float, batch: float, first: float, generation: float, curve: Any, prompts: Any,
+    traffic: Traffic, users: float, batch: float, *, first: float, generation: float, curve: Any, prompts: Any,
     share: float,
 ) -> One:  # fmt: skip
     """The numbers at a steady state; ``share``: of the time per token, what prompts take."""

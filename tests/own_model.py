@@ -87,7 +87,7 @@ class House(nn.Module):
     """``ids [B,S]`` -> logits, in a tuple."""
 
     def __init__(
-        self, width: int = 64, heads: int = 8, groups: int = 2, inner: int = 48, people: int = 8, asked: int = 3,
+        self, *, width: int = 64, heads: int = 8, groups: int = 2, inner: int = 48, people: int = 8, asked: int = 3,
         floors: int = 3, words: int = 512, kind: str = "limited",
     ) -> None:  # fmt: skip
         super().__init__()

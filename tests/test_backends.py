@@ -113,7 +113,8 @@ def test_some_experts_cut_over_ranks(backend: str) -> None:
     held = [1, 4, 4, 7]
     with torch.no_grad():
         expected = FusedMoEBase(source, held, backend="eager")(rows, counts)
-        parts = [FusedMoEBase(source, held, ParallelGroup("etp", 4, rank), backend, 9) for rank in range(4)]
+        groups = [ParallelGroup("etp", 4, rank) for rank in range(4)]
+        parts = [FusedMoEBase(source, held, group, backend=backend, capacity=9) for group in groups]
         assert _error(sum((part(rows, counts) for part in parts), torch.zeros(())), expected) < 1e-5
 
 

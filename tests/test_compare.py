@@ -86,7 +86,7 @@ def test_every_candidate_is_priced_as_if_alone(shop: VariantPrices) -> None:
                 first = shop.variants[int(numbers["prefill"])]
                 prefill = scenario.deployment(first.layout, "prefill", first.prefill)
                 workers = int(numbers["prefill_workers"]), int(numbers["decode_workers"])
-                alone = disaggregated(prefill, decode, *workers, load, scenario.own_chunk)
+                alone = disaggregated(prefill, decode, *workers, load, chunk_tokens=scenario.own_chunk)
             else:
                 prefill = scenario.deployment(variant.layout, "prefill", variant.prefill)
                 alone = aggregated(prefill, decode, load, int(numbers["chunk_tokens"]))

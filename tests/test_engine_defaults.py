@@ -166,8 +166,8 @@ def test_pools_are_priced_as_servers_of_one_phase() -> None:
         prefill, decode = compared.deployments(row["candidate"])
         load = replace(scenario.load, concurrency=float(row["concurrency"] / row["replicas"]))
         workers = int(row["prefill_workers"]), int(row["decode_workers"])
-        alone = disaggregated(prefill, decode, *workers, load, scenario.own_chunk)
+        alone = disaggregated(prefill, decode, *workers, load, chunk_tokens=scenario.own_chunk)
         assert row["ttft_s"] == pytest.approx(float(alone.ttft_s), rel=1e-6)
         captured = scenario.deployment(prefill.layout, "prefill", prefill.options)
         assert captured.step.pricer.graph_tokens > 0 == prefill.step.pricer.graph_tokens
-        assert disaggregated(captured, decode, *workers, load, scenario.own_chunk).ttft_s <= alone.ttft_s
+        assert disaggregated(captured, decode, *workers, load, chunk_tokens=scenario.own_chunk).ttft_s <= alone.ttft_s

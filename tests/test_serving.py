@@ -191,7 +191,7 @@ def served(
     workers=st.one_of(st.none(), st.tuples(st.integers(1, 3), st.integers(1, 3))),
 )  # fmt: skip
 def test_arrays_are_the_numbers_of_each_load_alone(
-    lengths: tuple[int, int], users: list[float], prefix: float, spread: float, rounds: float, wait: float,
+    *, lengths: tuple[int, int], users: list[float], prefix: float, spread: float, rounds: float, wait: float,
     chunk: int | None, which: str, workers: tuple[int, int] | None,
 ) -> None:  # fmt: skip
     """Against the scalar oracle: one engine and pools, prompts cut and whole, engines that mix prompts in or not."""
@@ -205,7 +205,7 @@ def test_arrays_are_the_numbers_of_each_load_alone(
             traffic = Traffic(*lengths, some, **rest)
             one = (
                 one_deployment.aggregated(*pair, traffic, chunk) if workers is None
-                else one_deployment.disaggregated(*pair, *workers, traffic, chunk)
+                else one_deployment.disaggregated(*pair, *workers, traffic, chunk_tokens=chunk)
             )  # fmt: skip
             assert not one.problem
             mine = whole.one(i)

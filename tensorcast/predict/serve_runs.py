@@ -123,21 +123,19 @@ class _Deployed:
     def __call__(self, run: Run, layout: Layout, phase: str) -> Deployment:
         # drafting is the decode step's
         options = replace(run.options, mtp_depth=0) if phase == "prefill" and run.options.mtp_depth else run.options
-        key = run.model, run.device, run.engine, run.mode == "disaggregated", layout, phase, options
+        key = run.model, run.device, run.engine, run.mode, layout, phase, options
         if key not in self._made:
-            self._made[key] = self._make(*key)
+            self._made[key] = self._make(run, layout, phase, options)
         found = self._made[key]
         if isinstance(found, InputError):
             raise found
         return found
 
-    def _make(
-        self, model: str, device: str, engine: str, pools: bool, layout: Layout, phase: str, options: Options
-    ) -> Deployment | InputError:
+    def _make(self, run: Run, layout: Layout, phase: str, options: Options) -> Deployment | InputError:
         try:
-            served = self._engine(engine)
-            served = served.in_pools() if pools else served
-            return deploy(_model(model), _device(device), served, layout, phase, options=options)
+            served = self._engine(run.engine)
+            served = served.in_pools() if run.mode == "disaggregated" else served
+            return deploy(_model(run.model), _device(run.device), served, layout, phase, options=options)
         except InputError as error:
             return error
 

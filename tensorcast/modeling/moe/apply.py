@@ -19,6 +19,7 @@ def apply_moe(
     model: nn.Module,
     groups: MoEGroups = MoEGroups(),
     options: MoEOptions = MoEOptions(),
+    *,
     placement: Placement | None = None,
     fields: MoEFields = MoEFields(),
     name: str = "",

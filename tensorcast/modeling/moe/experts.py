@@ -66,6 +66,7 @@ class FusedMoEBase(nn.Module):
         source: nn.Module,
         experts: Sequence[int],
         etp: ParallelGroup = ParallelGroup("etp"),
+        *,
         backend: str = "grouped_mm",
         capacity: int = 0,
         scheme: str = "bf16",
@@ -147,11 +148,13 @@ class FusedMoEBase(nn.Module):
         up, down = self._projection(self.up_name), self._projection("down_proj")
         first, dtype = (rows, rows.dtype) if isinstance(rows, Tensor) else (rows[0], self.dtype)
         if first.dim() == 3:
-            out = run_masked(up.prepare(rows), counts, up, activation, down, dtype)
+            out = run_masked(up.prepare(rows), counts, up=up, activation=activation, down=down, dtype=dtype)
         else:
             backend = self.backend if backend is None else backend
             capacity = self.capacity if capacity is None else capacity
-            out = run_experts(backend, rows, counts, up, activation, down, dtype, capacity)
+            out = run_experts(
+                backend, rows, counts, up=up, activation=activation, down=down, dtype=dtype, capacity=capacity
+            )
         return source.post_expert_norm(out) if self.has_post_expert_norm else out
 
 

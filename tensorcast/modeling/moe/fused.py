@@ -149,7 +149,7 @@ class FusedMoETensorCast(nn.Module):
             # each (token, choice) pair is one row with one choice: its weight, in the order of the rows
             rows = rows * TC.init_routing_v2(weights.reshape(-1, 1), indices.reshape(-1, 1))
         counts = TC.expert_counts(indices, self.placement.num_physical + self.zero_experts)
-        out = self._visit(rows, counts, indices.shape[1], exchange, backend, capacity)
+        out = self._visit(rows, counts, indices.shape[1], exchange=exchange, backend=backend, capacity=capacity)
         choices = TC.unpermute_tokens(out, indices)
         if padded is not x:
             choices = choices[..., : self.hidden]
@@ -162,7 +162,7 @@ class FusedMoETensorCast(nn.Module):
         return total.to(x.dtype)
 
     def _visit(
-        self, rows: Tensor, counts: Tensor, chosen: int, exchange: Exchange, backend: str, capacity: int
+        self, rows: Tensor, counts: Tensor, chosen: int, *, exchange: Exchange, backend: str, capacity: int
     ) -> Tensor:
         """Rows ordered by physical expert to the experts and back into their place."""
         total, tokens = rows.shape[0], rows.shape[0] // chosen
@@ -176,12 +176,12 @@ class FusedMoETensorCast(nn.Module):
             routed = counts.shape[0] - self.zero_experts
             share = total * self.num_experts // (self.num_experts + self.zero_experts)
             own, own_counts = TC.slice_experts(rows, counts, 0, routed, share)
-            out = self._exchange(own, own_counts, tokens, chosen, exchange, backend, capacity)
+            out = self._exchange(own, own_counts, tokens, chosen, exchange=exchange, backend=backend, capacity=capacity)
             return TC.place_experts(out, counts, 0, total)
-        return self._exchange(rows, counts, tokens, chosen, exchange, backend, capacity)
+        return self._exchange(rows, counts, tokens, chosen, exchange=exchange, backend=backend, capacity=capacity)
 
     def _exchange(
-        self, rows: Tensor, counts: Tensor, tokens: int, chosen: int, exchange: Exchange, backend: str, capacity: int
+        self, rows: Tensor, counts: Tensor, tokens: int, chosen: int, *, exchange: Exchange, backend: str, capacity: int
     ) -> Tensor:
         ep, total, to = self.groups.ep, rows.shape[0], (self.per_rank, self.groups.ep.rank)
         going = _packed(rows, self.dispatch)

@@ -78,6 +78,7 @@ def run_experts(
     backend: str,
     rows: Rows,
     counts: Tensor,
+    *,
     up: Projection,
     activation: Callable[[Tensor], Tensor],
     down: Projection,
@@ -98,8 +99,9 @@ def run_experts(
         return _eager(whole, counts, up, activation, down)
     if backend == "masked":
         held = [TC.to_capacity(part, counts, capacity or total) for part in prepared]
-        out: Tensor = TC.from_capacity(run_masked(held, counts, up, activation, down, dtype), counts, total)
-        return out
+        out = run_masked(held, counts, up=up, activation=activation, down=down, dtype=dtype)
+        rows_of: Tensor = TC.from_capacity(out, counts, total)
+        return rows_of
     if backend == "batched_mm":
         form = "batched_matmul"
     elif backend == "contiguous":
@@ -112,6 +114,7 @@ def run_experts(
 def run_masked(
     held: Sequence[Tensor],
     counts: Tensor,
+    *,
     up: Projection,
     activation: Callable[[Tensor], Tensor],
     down: Projection,

@@ -11,6 +11,8 @@ import numpy as np
 
 from tensorcast.cost.memory import activation_bytes, cache_budget, cache_bytes, low_latency_buffer_bytes, weight_bytes
 from tensorcast.cost.work import Mask, Size
+from tensorcast.deploy.cuts import cut_widths
+from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import Layout, attention_dp, check, stage_layers
 from tensorcast.deploy.options import Options, check_options, idle_options
 from tensorcast.deploy.plan.plan import choose_all2all, expert_sources, make_plan
@@ -220,6 +222,10 @@ def deploy(
         quantization = replace(quantization, kv=options.kv_dtype)
     whole = traced_table(model, phase)
     check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
+    if cuts := cut_widths(model, quantization, phase):
+        problem = engine_can_run(engine.name, layout, whole.facts, options, cuts=cuts, any_engine=True)
+        if problem:
+            raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")
     all2all = choose_all2all(options.all2all, layout, engine, phase)
     check_options(options, layout, whole.facts, all2all)
     fusions = tuple(engine.fusions) if options.fusion == "engine" else ()

@@ -6,14 +6,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.cuts import HALVED_DOWN_TO, Cut
+from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.profiles.facts import ModelFacts
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is to run. ``prefill``: options of the same server's prefill where ``options`` are those of its decode."""
+    """What is to run. ``prefill``: options of the same server's prefill where ``options`` are those of its decode.
+
+    ``cuts``: the widths of the model that must be cut into whole blocks of its checkpoint.
+    """
 
     engine: str
     layout: Layout
@@ -21,6 +25,7 @@ class Case:
     options: Options
     gpus_per_node: int
     prefill: Options | None = None
+    cuts: tuple[Cut, ...] = ()
 
     @property
     def nodes(self) -> int:
@@ -163,6 +168,56 @@ def _whole_for_exchange(c: Case) -> str:
     return f"experts cut over {c.layout.etp} ranks: tokens are gathered, no {c.exchange} exchange"
 
 
+BLOCKS = "quantisation blocks"
+"""Name of the rule that every engine has: it cannot start a rank whose part of a weight splits a block of scales."""
+
+
+def _ranks(c: Case, part: str) -> int:
+    """Ranks that ``part`` of a model is cut over.
+
+    Shared experts are whole where tokens travel: in vLLM 0.24.0 with expert parallelism, tp and dp (config/parallel.py,
+    use_sequence_parallel_moe), in SGLang 0.5.14 with DeepEP (models/qwen2_moe.py, deepseek_v2.py). SGLang's attention
+    DP cuts what is not attention over all ranks of a stage, but dense MLPs not with --moe-dense-tp-size 1, which stands
+    in our commands where attention is not cut.
+    """
+    layout = c.layout
+    if part == "routed experts":
+        return layout.etp
+    if part not in ("shared expert", "dense MLP"):
+        return layout.tp
+    shared, spread = part == "shared expert", attention_dp(layout, c.facts.num_experts) > 1
+    if shared and (c.options.external_shared_experts or not c.options.shared_expert_tp):
+        return 1
+    travels = (c.engine == "vllm" and spread and layout.ep > 1) or (c.engine == "sglang" and c.exchange in _DEEPEP)
+    if shared and travels:
+        return 1
+    if c.engine != "sglang" or not spread:
+        return layout.tp
+    return 1 if layout.tp == 1 and not shared else layout.stage_ranks
+
+
+_WAYS = {"routed experts": "raise ep", "shared expert": "lower tp, or send tokens to experts (dp > 1, ep = tp*dp)"}
+"""Out of a cut through a block."""
+
+
+def split_blocks(c: Case) -> str:
+    """Which width a layout cuts through a block of the checkpoint's scales, with the numbers; empty if none."""
+    for cut in c.cuts:
+        ranks, block = _ranks(c, cut.part), cut.block
+        if cut.halves and c.engine in ("vllm", "sglang"):
+            while cut.size % (ranks * block) and block >= 2 * HALVED_DOWN_TO:
+                block //= 2
+        shrinks = cut.fewer and c.engine == "trtllm"
+        if ranks == 1 or cut.size % (ranks * block) == 0 or (shrinks and cut.size % block == 0):
+            continue
+        way = _WAYS.get(cut.part, "lower tp")
+        return f"{cut.part} {cut.size} / {ranks} = {cut.size / ranks:g} is no multiple of {block} ({cut.scheme}); {way}"
+    return ""
+
+
+ANY_ENGINE: dict[str, Broken] = {BLOCKS: split_blocks}
+"""No step can be priced against these: a rank's weights would be none that exist."""
+
 _SHARED: dict[str, Broken] = {
     "plain all-to-all": _plain,
     "balanced experts": _balanced,
@@ -177,6 +232,7 @@ ENGINE_RULES: dict[str, dict[str, Broken]] = {
         "dual-batch overlap": _overlap_needs_deepep,
         "draft layers": _draft_multiple,
         "data-parallel ranks on nodes": _ranks_on_nodes,
+        **ANY_ENGINE,
     },
     "sglang": {
         **_SHARED,
@@ -185,6 +241,7 @@ ENGINE_RULES: dict[str, dict[str, Broken]] = {
         "draft layers": _drafts,
         "drafts in a pipeline": _drafts_in_pipeline,
         "dense replicas on one node": _dense_on_one_node,
+        **ANY_ENGINE,
     },
     "trtllm": {
         **_SHARED,
@@ -194,6 +251,7 @@ ENGINE_RULES: dict[str, dict[str, Broken]] = {
         "all-to-all with whole experts": _whole_for_exchange,
         "dual-batch overlap": _no_overlap,
         "draft layers": _drafts,
+        **ANY_ENGINE,
     },
 }
 """By engine and rule name: what is wrong, or empty. Sources stand in ``profiles/launch/ENGINE.yaml``."""
@@ -206,16 +264,20 @@ def one_exchange(engine: str) -> bool:
 
 def engine_can_run(
     engine: str, layout: Layout, facts: ModelFacts, options: Options = Options(), gpus_per_node: int = 8, *,
-    prefill: Options | None = None,
+    prefill: Options | None = None, cuts: tuple[Cut, ...] = (), any_engine: bool = False,
 ) -> str:
     """Why ``engine`` cannot run this; empty if it can, or if it has no rules here.
 
-    ``prefill``: how the server that decodes by ``options`` reads prompts, if it does both and they differ.
+    ``prefill``: how the server that decodes by ``options`` reads prompts, if it does both and they differ. ``cuts``:
+    :func:`tensorcast.deploy.cuts.cut_widths` of the model. ``any_engine``: only what no engine can, cut as this one
+    does; an engine without rules of its own has these.
     """
     case = Case(
-        engine=engine, layout=layout, facts=facts, options=options, gpus_per_node=gpus_per_node, prefill=prefill
+        engine=engine, layout=layout, facts=facts, options=options, gpus_per_node=gpus_per_node, prefill=prefill,
+        cuts=cuts,
     )
-    for name, broken in ENGINE_RULES.get(engine, {}).items():
+    rules = ANY_ENGINE if any_engine else ENGINE_RULES.get(engine, ANY_ENGINE)
+    for name, broken in rules.items():
         if problem := broken(case):
             return f"{name}: {problem}"
     return ""

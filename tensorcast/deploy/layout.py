@@ -86,6 +86,18 @@ def _heads(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
     return f"{facts.heads} attention heads do not divide over tp = {layout.tp}"
 
 
+def _kv_heads(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
+    """A rank holds whole heads of keys and values: its own, or a copy of one that several ranks share.
+
+    Of every engine: vLLM 0.24.0, model_executor/models/ (assert total_num_kv_heads % tp_size == 0, in 64 files), SGLang
+    0.5.14, srt/models/ (the same), TensorRT-LLM, _torch/models/modeling_utils.py (duplicate_kv_weight).
+    """
+    heads, tp = facts.kv_heads, layout.tp
+    if not heads or heads % tp == 0 or tp % heads == 0:
+        return ""
+    return f"{heads} KV heads are neither a multiple nor a divisor of tp = {tp}"
+
+
 def _expert_ranks(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
     if not facts.num_experts:
         return "" if layout.ep == 1 else f"ep = {layout.ep}, but the model has no experts; use ep = 1"
@@ -122,6 +134,7 @@ def _reach(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
 RULES = (
     Rule("world size", _world),
     Rule("heads per rank", _heads),
+    Rule("KV heads per rank", _kv_heads),
     Rule("expert ranks", _expert_ranks),
     Rule("experts per rank", _experts_per_rank),
     Rule("expert width", _expert_width),

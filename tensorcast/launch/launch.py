@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
+from tensorcast.deploy.cuts import cut_widths
 from tensorcast.deploy.deployment import deploy, memory_share
 from tensorcast.deploy.engine_limits import Case, engine_can_run
 from tensorcast.deploy.layout import Layout, attention_dp
@@ -81,11 +82,12 @@ def launch(
         engine=table.name, layout=layout, facts=model_profile.stated_facts, options=options,
         gpus_per_node=gpus_per_node, prefill=prefill,
     )  # fmt: skip
-    problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill=prefill)
-    if not problem and (long := model_profile.too_long(input_len + output_len)):
-        problem = f"context length: {long}"
     have = checkpoint(model_profile)
     want = override(have, options.quant)
+    cuts = cut_widths(model_profile, want, role or "decode")
+    problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill=prefill, cuts=cuts)
+    if not problem and (long := model_profile.too_long(input_len + output_len)):
+        problem = f"context length: {long}"
     problem = problem or _not_quantizable(table, have, want)
     if problem:
         return Launch(table.name, table.version, problem=problem)

@@ -41,6 +41,9 @@ KEY_VALUE_HEADS = (
     "n_groups",
     "mamba_n_groups",
 )
+GROUPS = ("n_groups", "mamba_n_groups")
+"""Of state-space layers: one group is copied to all ranks, several are not (vLLM 0.24.0, layers/mamba/mamba_mixer2.py;
+SGLang 0.5.14, srt/layers/attention/mamba/mamba.py)."""
 WIDTHS = (
     "intermediate_size",
     "intermediate_size_mlp",
@@ -148,6 +151,9 @@ def _divide(name: str, value: Any, tp: int) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_divide(name, item, tp) for item in value)
     if name in KEY_VALUE_HEADS:
+        if value % tp and (tp % value or (name in GROUPS and value > 1)):
+            copied = "" if name in GROUPS else " or a multiple of it"
+            raise InputError(f"tp={tp}: {name}={value}: choose a tp that divides {value}{copied}")
         return max(1, value // tp)  # fewer KV heads than ranks: engines replicate them
     if name in PADDED:
         return -(-value // tp)

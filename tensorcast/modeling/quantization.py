@@ -16,7 +16,8 @@ class Scheme:
     """Bytes per element of a quantised matmul's operands, scales included.
 
     ``kernel``: the kernels' name for it; group sizes differ in bytes, not in arithmetic. ``lacking``: the scheme that
-    runs instead where the device has no ``arithmetic`` of that name (weights are unpacked to bf16).
+    runs instead where the device has no ``arithmetic`` of that name (weights are unpacked to bf16). ``block``: outputs
+    and inputs of a weight that share a scale, and so stay together when it is cut.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Scheme:
     kernel: str = ""
     arithmetic: str = "bf16"
     lacking: str = ""
+    block: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         if not self.kernel:
@@ -50,22 +52,26 @@ def weight_only(bits: int, group: int, beside: str = "") -> Scheme:
     name = f"w{bits}a16" + (f"_g{group}" if group else "_channel") + (f"_{beside}" if beside else "")
     extra = {"": 0.0, "zp": bits / 8, "bias": 2.0}[beside]
     size = bits / 8 + ((SCALE + extra) / group if group else 0.0)
-    return Scheme(name, size, kernel="w4a16" if bits <= 4 else "w8a16")
+    return Scheme(name, size, kernel="w4a16" if bits <= 4 else "w8a16", block=(1, max(group, 1)))
 
 
 _PLAIN = (
     Scheme("bf16", 2.0),
     Scheme("fp8", 1.0, 1.0, arithmetic="fp8", lacking="w8a16_fp8"),
-    Scheme("fp8_block", 1.0 + BLOCKS, 1.0 + 4 / 128, arithmetic="fp8", lacking="w8a16_fp8_block"),
+    Scheme(
+        "fp8_block", 1.0 + BLOCKS, 1.0 + 4 / 128, arithmetic="fp8", lacking="w8a16_fp8_block", block=(128, 128)
+    ),
     Scheme("int8", 1.0, 1.0, arithmetic="int8"),
-    Scheme("w4a16", 0.5 + SCALE / 128 + 0.5 / 128),
-    Scheme("w4a16_g32", 0.5 + SCALE / 32, kernel="w4a16"),
+    Scheme("w4a16", 0.5 + SCALE / 128 + 0.5 / 128, block=(1, 128)),
+    Scheme("w4a16_g32", 0.5 + SCALE / 32, kernel="w4a16", block=(1, 32)),
     Scheme("mxfp4", 0.5 + 1 / 32),
-    Scheme("nvfp4", 0.5 + 1 / 16, 0.5 + 1 / 16, arithmetic="fp4", lacking="w4a16_nvfp4"),
-    Scheme("w4a16_nvfp4", 0.5 + 1 / 16),
-    Scheme("w8a16", 1.0 + SCALE / 128),
-    Scheme("w4a8", 0.5 + SCALE / 128, 1.0, arithmetic="fp8", lacking="w4a16"),
-    Scheme("mxfp8", 1.0 + 1 / 32, 1.0 + 1 / 32, kernel="fp8", arithmetic="fp4", lacking="w8a16_mxfp8"),
+    Scheme("nvfp4", 0.5 + 1 / 16, 0.5 + 1 / 16, arithmetic="fp4", lacking="w4a16_nvfp4", block=(1, 16)),
+    Scheme("w4a16_nvfp4", 0.5 + 1 / 16, block=(1, 16)),
+    Scheme("w8a16", 1.0 + SCALE / 128, block=(1, 128)),
+    Scheme("w4a8", 0.5 + SCALE / 128, 1.0, arithmetic="fp8", lacking="w4a16", block=(1, 128)),
+    Scheme(
+        "mxfp8", 1.0 + 1 / 32, 1.0 + 1 / 32, kernel="fp8", arithmetic="fp4", lacking="w8a16_mxfp8", block=(1, 32)
+    ),
 )
 
 CHOICES = tuple(scheme.name for scheme in _PLAIN)
@@ -77,12 +83,13 @@ SCHEMES = {
         *(weight_only(bits, group, beside) for bits in (2, 3, 4, 5, 6, 8) for group in (0, *GROUPS)
           for beside in ("", "zp", "bias") if group or not beside),
         *_PLAIN,
-        *(Scheme(f"w4a8_g{group}", 0.5 + SCALE / group, 1.0, "w4a8", "fp8", f"w4a16_g{group}") for group in GROUPS),
+        *(Scheme(f"w4a8_g{group}", 0.5 + SCALE / group, 1.0, "w4a8", "fp8", f"w4a16_g{group}", (1, group))
+          for group in GROUPS),
         Scheme("w4a8_channel", 0.5, 1.0, "w4a8", "fp8", "w4a16_channel"),
-        Scheme("w4a8_int8", 0.5 + SCALE / 128, 1.0, "int8", "int8", "w4a16"),
+        Scheme("w4a8_int8", 0.5 + SCALE / 128, 1.0, "int8", "int8", "w4a16", (1, 128)),
         Scheme("w8a16_fp8", 1.0, kernel="w8a16"),
-        Scheme("w8a16_fp8_block", 1.0 + BLOCKS, kernel="w8a16"),
-        Scheme("w8a16_mxfp8", 1.0 + 1 / 32, kernel="w8a16"),
+        Scheme("w8a16_fp8_block", 1.0 + BLOCKS, kernel="w8a16", block=(128, 128)),
+        Scheme("w8a16_mxfp8", 1.0 + 1 / 32, kernel="w8a16", block=(1, 32)),
         Scheme("w4a16_nf4", 0.5 + 4 / 64, kernel="w4a16"),
         Scheme("w4a16_nf4_double", 0.5 + 1 / 64 + 4 / (64 * 256), kernel="w4a16"),
     )
@@ -107,6 +114,7 @@ class Quantization:
     ``rules`` name modules, those of ``ignore`` first, which stay bf16; where none speaks a weight has the scheme of its
     role. ``asked``: roles whose scheme the user set; there rules only say what is quantised at all. ``unread``: keys of
     the checkpoint's entry that nothing here used. ``scaled_latents``: a sparse latent cache in fp8 holds scales.
+    ``method``: the entry's ``quant_method``.
     """
 
     linear: Scheme = BF16
@@ -119,6 +127,7 @@ class Quantization:
     asked: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     scaled_latents: bool = False
+    method: str = ""
 
     @cached_property
     def _hash(self) -> int:
@@ -130,6 +139,12 @@ class Quantization:
     @cached_property
     def _every_rule(self) -> Rules:
         return Rules((*exclusions(self.ignore), *self.rules.entries)) if self.ignore else self.rules
+
+    @cached_property
+    def in_blocks(self) -> bool:
+        """Whether several elements of any weight share a scale."""
+        named = (SCHEMES[rule.scheme] for rule in self.rules.entries)
+        return any(scheme.block != (1, 1) for scheme in (self.linear, self.experts, *named))
 
     @property
     def by_name(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 class ModelFacts:
     """A model's sizes before it is cut over GPUs; 0 where there is no such thing, or a config alone does not say.
 
+    ``kv_heads``: heads of keys and values; of latent attention as many as of queries.
     ``zero_experts``: experts that hand their input back. ``moe_hidden_size``: width of what experts read.
     ``expert_groups``, ``expert_groups_chosen``: a token picks its experts from so many groups of all.
     ``shared_experts``: every token also passes an expert that is always on. ``mtp_modules``: layers of multi-token

@@ -135,8 +135,11 @@ class ModelProfile(Frozen):
     @property
     def stated_facts(self) -> ModelFacts:
         """What rules of layouts and engines ask, from the config alone; a traced table's facts know more."""
+        heads = stated(self.config, ("num_attention_heads",))
+        own = 0 if self.text_config.get("kv_lora_rank") else stated(self.config, ("num_key_value_heads", "kv_n_heads"))
         return ModelFacts(
-            heads=stated(self.config, ("num_attention_heads",)),
+            heads=heads,
+            kv_heads=own or heads,
             layers=stated(self.config, ("num_hidden_layers",)),
             num_experts=self.num_experts,
             top_k=self.experts_per_token,

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from tensorcast.deploy.cuts import cut_widths
 from tensorcast.deploy.deployment import not_counted, uncut
+from tensorcast.deploy.engine_limits import ANY_ENGINE, engine_can_run
 from tensorcast.deploy.layout import RULES, Layout
 from tensorcast.deploy.options import idle_note
 from tensorcast.deploy.plan.rank_tables import traced_table
@@ -128,6 +130,10 @@ def _why_not(task: SearchTask, layout: Layout) -> str:
         if rule.name == name:
             return f"breaks rule '{name}': {rule.broken(layout, facts, task.device)}"
     engine, _, limit = name.partition(": ")
+    if limit in ANY_ENGINE:
+        cuts = cut_widths(task.model, task.scenario.deployment(Layout(1), "decode", task.base).quantization)
+        problem = engine_can_run(engine, layout, facts, task.base, cuts=cuts, any_engine=True)
+        return f"cannot be run by {engine}: {problem}"
     return f"cannot be run by {engine} ({limit}); --any-engine compares it all the same"
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
+from tensorcast.deploy.cuts import cut_widths
 from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import RULES, Layout
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
@@ -37,8 +38,18 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     found = []
     node = task.device.interconnect[0].size
     runs = {1: True}  # by tp; a model that cannot be traced at all is an error
+    engine, cuts = task.engine.name, cut_widths(task.model, first.quantization)
+    can = partial(engine_can_run, engine, facts=facts, gpus_per_node=node, cuts=cuts, any_engine=not task.runnable_only)
     for layout in legal(tried, facts, task.device, pruned):
-        if layout.tp not in runs:
+        every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized)
+        problems = [
+            can(layout=layout, options=v.prefill) or can(layout=layout, options=v.decode, prefill=v.prefill)
+            for v in every
+        ]
+        if every and all(problems):
+            pruned[f"{engine}: {problems[0].partition(':')[0]}"] += 1
+            continue
+        if layout.tp not in runs:  # a rank is traced only where something would run on it
             try:
                 runs[layout.tp] = bool(traced_table(task.model, "decode", layout.tp))
             except InputError:
@@ -46,18 +57,7 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
         if not runs[layout.tp]:
             pruned[NARROW] += 1
             continue
-        every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized)
-        if task.runnable_only:
-            engine = task.engine.name
-            problems = [
-                engine_can_run(engine, layout, facts, v.prefill, node)
-                or engine_can_run(engine, layout, facts, v.decode, node, prefill=v.prefill)
-                for v in every
-            ]
-            if every and all(problems):
-                pruned[f"{task.engine.name}: {problems[0].partition(':')[0]}"] += 1
-            every = [v for v, problem in zip(every, problems, strict=True) if not problem]
-        found += every
+        found += [v for v, problem in zip(every, problems, strict=True) if not problem]
     return found
 
 

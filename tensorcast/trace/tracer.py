@@ -190,12 +190,13 @@ def _facts(config: PreTrainedConfig, ops: list[Op]) -> ModelFacts:
     experts = next((op for op in ops if op.name == "expert_counts"), None)
     width = next((op.inputs[1] for op in ops if op.name == "grouped_matmul" and op.attrs["projection"] == "down"), None)
     heads, zero = field(config, "num_attention_heads", "n_heads", default=0), _zero_experts(config)
+    latent = field(config, "kv_lora_rank", default=0)
     return ModelFacts(
         hidden_size=field(config, "hidden_size", "d_model"),
         vocab_size=field(config, "vocab_size"),
         layers=field(config, "num_hidden_layers", "n_layers"),
         heads=heads,
-        kv_heads=field(config, "num_key_value_heads", "kv_n_heads", default=heads),
+        kv_heads=heads if latent else field(config, "num_key_value_heads", "kv_n_heads", default=heads),
         num_experts=int(experts.attrs["num_experts"]) - zero if experts else 0,
         top_k=int(routing.inputs[1].dims[-1].coef) if routing else 0,
         zero_experts=zero,

@@ -53,7 +53,7 @@ def from_config(config: dict[str, Any], kv: str = "bf16") -> Quantization:
         found = floats.fp8(entries, kv, str(config.get("expert_dtype") or places[1].get("expert_dtype") or ""))
     else:
         found = READERS[method](entries, kv)
-    return replace(_told(found, places[1] or config), unread=entries.unread)
+    return replace(_told(found, places[1] or config), unread=entries.unread, method=method)
 
 
 def _method(said: Entries, key: str) -> str:

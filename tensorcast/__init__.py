@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tensorcast.api import compare, device_profile, explain, predict_kernels, simulate
@@ -12,11 +13,42 @@ __all__ = ["InputError", "__version__", "compare", "device_profile", "explain", 
 
 
 def __getattr__(name: str) -> Any:
-    """``tensorcast.ops`` on first use: it registers the ops with torch, which importing this package does not load."""
+    """``tensorcast.ops`` on first use, also where torch is not loaded yet."""
     if name != "ops":
         raise AttributeError(f"module 'tensorcast' has no attribute {name!r}")
     return importlib.import_module("tensorcast.ops")
 
 
-if "torch" in sys.modules:  # then it costs little, and torch.ops.tensor_cast is there at once
+class _WithTorch:
+    """A finder of modules that registers the ops as soon as torch is imported, which this package leaves to others."""
+
+    looking = False
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """torch as the other finders find it, its loader followed by ours. Some only ask whether it is there."""
+        if name != "torch" or self.looking:
+            return None
+        import importlib.util
+
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.looking = False
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = _followed(spec.loader.exec_module)  # type: ignore[method-assign]
+        return spec
+
+
+def _followed(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    def exec_module(module: Any) -> None:
+        load(module)
+        importlib.import_module("tensorcast.ops")
+
+    return exec_module
+
+
+if "torch" in sys.modules:
     importlib.import_module("tensorcast.ops")
+else:
+    sys.meta_path.insert(0, _WithTorch())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -354,3 +356,19 @@ def test_unbound_groups_say_what_to_do() -> None:
 def test_trace_only_ops_refuse_real_tensors() -> None:
     with pytest.raises(NotImplementedError):
         TC.causal_conv1d(torch.randn(1, 2, 3), torch.randn(2, 2), None)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import tensorcast, torch",
+        "import torch, tensorcast",
+        "import importlib.util, tensorcast; importlib.util.find_spec('torch'); import torch",  # only asks first
+        "import tensorcast.trace.tracer, torch",
+    ],
+)
+def test_importing_the_package_registers_the_ops(code: str) -> None:
+    """In either order, and without loading torch itself."""
+    check = "import tensorcast, sys; assert 'torch' not in sys.modules\n" if code.startswith("import tensorcast,") else ""
+    check += f"{code}\nassert torch.ops.tensor_cast.moe_gating_top_k_softmax.default"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=120)

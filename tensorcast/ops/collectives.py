@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake, maybe_get_fake_mode
 
 from tensorcast.ops.library import define
 
@@ -88,6 +89,19 @@ def _exchange(x: Tensor, sent: list[int], received: list[int], group: Any) -> Te
     return out
 
 
+def _rows(like: Tensor, balanced: int, expected: int) -> int:
+    """Rows of a result whose number depends on data: ``expected`` if a trace states it, in a compiled graph a symbol.
+
+    Meta tensors without a symbolic shape get ``balanced``.
+    """
+    if expected >= 0:
+        return expected
+    if is_fake(like) and (mode := maybe_get_fake_mode(like)) is not None and mode.shape_env is not None:
+        size: int = torch.library.get_ctx().new_dynamic_size()
+        return size
+    return balanced
+
+
 def _dispatch(
     rows: Tensor, counts: Tensor, experts: list[int], rank: int, group: str, expected: int = -1
 ) -> tuple[Tensor, Tensor]:
@@ -102,13 +116,13 @@ def _dispatch(
 def _dispatch_fake(
     rows: Tensor, counts: Tensor, experts: list[int], rank: int, group: str, expected: int = -1
 ) -> tuple[Tensor, Tensor]:
-    received = rows.new_empty((rows.shape[0] if expected < 0 else expected, *rows.shape[1:]))
+    received = rows.new_empty((_rows(rows, rows.shape[0], expected), *rows.shape[1:]))
     return received, counts.new_empty((len(experts), experts[rank]))
 
 
 # Rows [R,H] ordered by global expert, counts [E] of them, experts per rank -> the rows of this rank's experts, source
-# rank by source rank, and their counts [ranks, E_local]. expected: rows received under balanced routing (-1: as many as
-# sent), which only a trace needs.
+# rank by source rank, and their counts [ranks, E_local]. expected: rows received under balanced routing, which only a
+# trace on meta needs (-1: as many as sent; in a compiled graph as many as there will be).
 define(
     "dispatch_rows(Tensor rows, Tensor counts, int[] experts, int rank, str group, SymInt expected=-1)"
     " -> (Tensor, Tensor)",
@@ -162,7 +176,7 @@ define(
 )
 
 
-def _gather_rows(x: Tensor, group: str, size: int) -> tuple[Tensor, Tensor]:
+def _gather_rows(x: Tensor, group: str, size: int, total: int = -1) -> tuple[Tensor, Tensor]:
     own = torch.tensor([x.shape[0]], device=x.device)
     if size == 1:
         return x.clone(), own
@@ -176,17 +190,18 @@ def _gather_rows(x: Tensor, group: str, size: int) -> tuple[Tensor, Tensor]:
 
 
 # Rows of every rank of the group, ranks in order, and how many each had (real ranks may hold unequal numbers, or none).
+# total: how many there are, where another call has told, of which only graphs need to know.
 define(
-    "gather_rows(Tensor x, str group, SymInt size) -> (Tensor, Tensor)",
+    "gather_rows(Tensor x, str group, SymInt size, SymInt total=-1) -> (Tensor, Tensor)",
     real=_gather_rows,
-    fake=lambda x, group, size: (
-        x.new_empty((x.shape[0] * size, *x.shape[1:])),
+    fake=lambda x, group, size, total=-1: (
+        x.new_empty((x.shape[0] if size == 1 else _rows(x, x.shape[0] * size, total), *x.shape[1:])),
         x.new_empty((size,), dtype=torch.int64),
     ),
 )
 
 
-def _scatter_rows(x: Tensor, sizes: Tensor, group: str, size: int) -> Tensor:
+def _scatter_rows(x: Tensor, sizes: Tensor, group: str, size: int, own: int = -1) -> Tensor:
     if size == 1:
         return x.clone()
     process_group = _group(group, size)
@@ -195,11 +210,11 @@ def _scatter_rows(x: Tensor, sizes: Tensor, group: str, size: int) -> Tensor:
     return total.split(sizes.tolist())[dist.get_rank(process_group)].clone()
 
 
-# The way back: the sum over ranks, cut to this rank's own rows.
+# The way back: the sum over ranks, cut to this rank's own rows (-1: an equal share), of which only graphs need to know.
 define(
-    "scatter_rows(Tensor x, Tensor sizes, str group, SymInt size) -> Tensor",
+    "scatter_rows(Tensor x, Tensor sizes, str group, SymInt size, SymInt own=-1) -> Tensor",
     real=_scatter_rows,
-    fake=lambda x, sizes, group, size: x.new_empty((x.shape[0] // size, *x.shape[1:])),
+    fake=lambda x, sizes, group, size, own=-1: x.new_empty((x.shape[0] // size if own < 0 else own, *x.shape[1:])),
 )
 
 
@@ -212,12 +227,13 @@ def _slice_experts(rows: Tensor, counts: Tensor, start: int, count: int, expecte
 def _slice_experts_fake(
     rows: Tensor, counts: Tensor, start: int, count: int, expected: int = -1
 ) -> tuple[Tensor, Tensor]:
-    balanced = rows.shape[0] * count // counts.shape[0] if expected < 0 else expected
-    return rows.new_empty((balanced, rows.shape[1])), counts.new_empty((count,))
+    own = _rows(rows, rows.shape[0] * count // counts.shape[0], expected)
+    return rows.new_empty((own, rows.shape[1])), counts.new_empty((count,))
 
 
 # Of rows ordered by expert, those of experts start ... start + count - 1, where every rank holds all tokens; expected:
-# how many under balanced routing (-1: this share of the rows), which only a trace needs.
+# how many under balanced routing, which only a trace on meta needs (-1: this share of the rows; in a compiled graph as
+# many as there will be).
 define(
     "slice_experts(Tensor rows, Tensor counts, int start, int count, SymInt expected=-1) -> (Tensor, Tensor)",
     real=_slice_experts,

@@ -112,8 +112,11 @@ class FusedMoETensorCast(nn.Module):
     def expected_rows(self, tokens: int, chosen: int, sources: int) -> int:
         """Rows of this rank's experts, balanced routing, from ``sources`` ranks of ``tokens`` with ``chosen`` each.
 
-        Every token visits the external shared expert; what else it chooses falls on all ids alike. Copies share.
+        Every token visits the external shared expert; what else it chooses falls on all ids alike. Copies share. -1 in
+        code that torch.compile reads: how many rows there are is known when it runs.
         """
+        if torch.compiler.is_compiling():
+            return -1
         held = [self.placement.physical_to_logical[self.start + slot] for slot in range(self.count)]
         copies = self.placement.replica_counts
         routed = Fraction(chosen - self.external, self.num_experts + self.zero_experts)

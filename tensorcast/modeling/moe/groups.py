@@ -40,14 +40,14 @@ class ParallelGroup:
         rows = x.shape[0] // self.size
         return x if self.size == 1 else x[self.rank * rows : (self.rank + 1) * rows]
 
-    def gather_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of all ranks, which may hold unequal numbers, and those numbers ``[size]``."""
-        gathered: tuple[Tensor, Tensor] = TC.gather_rows(x, self.name, self.size)
+    def gather_rows(self, x: Tensor, total: int = -1) -> tuple[Tensor, Tensor]:
+        """Rows of all ranks, which may hold unequal numbers, and those numbers ``[size]``; ``total``: if known."""
+        gathered: tuple[Tensor, Tensor] = TC.gather_rows(x, self.name, self.size, total)
         return gathered
 
-    def scatter_rows(self, x: Tensor, sizes: Tensor) -> Tensor:
-        """The sum over ranks, cut to this rank's rows."""
-        return TC.scatter_rows(x, sizes, self.name, self.size)
+    def scatter_rows(self, x: Tensor, sizes: Tensor, own: int) -> Tensor:
+        """The sum over ranks, cut to this rank's ``own`` rows."""
+        return TC.scatter_rows(x, sizes, self.name, self.size, own)
 
 
 @dataclass(frozen=True)

@@ -205,12 +205,12 @@ class ParallelMoELayer(nn.Module):
         shared = self._shared(x)
         if self.options.route_after_dp_transform and tokens.routed is None:
             every, sizes = dp.gather_rows(x)
-            indices, weights = self._route(_Tokens(every, None if ids is None else dp.gather_rows(ids)[0]))
+            indices, weights = self._route(_Tokens(every, None if ids is None else dp.gather_rows(ids, every.shape[0])[0]))
             every = self.layer.narrow(every)
         else:
             every, sizes = dp.gather_rows(self.layer.narrow(x))
-            indices, weights = (dp.gather_rows(t)[0] for t in self._route(tokens))
-        out = dp.scatter_rows(self._chunked(every, indices, weights, phase, "none"), sizes)
+            indices, weights = (dp.gather_rows(t, every.shape[0])[0] for t in self._route(tokens))
+        out = dp.scatter_rows(self._chunked(every, indices, weights, phase, "none"), sizes, x.shape[0])
         out = self.layer.widen(tp.all_reduce(out))
         if shared is None:
             return out

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import census
 import torch
 from families import MOE_ONLY, SMALL
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tensorcast.modeling.build import TextWithHead, _text_classes
 from tensorcast.modeling.config import hf_config
 from tensorcast.modeling.moe.apply import moe_blocks
 from tensorcast.profiles.model import ModelProfile
@@ -30,6 +32,18 @@ def randomize(model: Any) -> Any:
             if name.endswith("tid2eid"):
                 buffer.copy_(torch.rand(len(buffer), 16).argsort(-1)[:, : buffer.shape[1]])
     return model
+
+
+def census_model(family: str) -> Any:
+    """The small model of any family that the census lists, as transformers runs it, with random weights."""
+    config = hf_config(census.profile(family))
+    torch.manual_seed(0)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    except ValueError:
+        model = _text_classes(config)[0]._from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model = model if hasattr(model, "lm_head") else TextWithHead(model, config, torch.float32)
+    return randomize(model.eval())
 
 
 def model_of(family: str, seed: int = 0) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,16 +14,24 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import census
 import torch
 import torch.distributed as dist
-from moe_blocks import block_of, error, output_of
+from moe_blocks import block_of, census_model, error, output_of
+from rewriting import NOT_REWRITTEN
 from torch import Tensor
 
+from tensorcast.modeling.moe.apply import moe_blocks
+from tensorcast.modeling.moe.experts import count_of
 from tensorcast.modeling.moe.groups import MoEGroups
 from tensorcast.modeling.moe.layer import MoELayer
 from tensorcast.modeling.moe.parallel import MoEOptions, ParallelMoELayer
 from tensorcast.modeling.moe.phase import in_phase
 from tensorcast.modeling.moe.placement import Placement, eplb, linear, round_robin
+from tensorcast.modeling.moe.reading.fields import at, holds_experts
+from tensorcast.modeling.moe.reading.wrapper import ExpertWrapper
+from tensorcast.modeling.moe.rewrite import CalledExperts, prove, rewrite
+from tensorcast.modeling.moe.weights.rearrange import rearrange
 from tensorcast.trace.record import Call, Recorder
 
 TOKENS = (5, 0, 13, 2)
@@ -44,6 +53,9 @@ class Case:
     phase: str = ""
     balanced: bool = False
     bound: float = 1e-5
+    drawn: bool = False
+    later: str = ""
+    """The placement that weights move to before the layer is called."""
 
 
 LAYOUTS: dict[int, list[tuple[int, int, int, str]]] = {  # world size -> (tp, dp, ep, exchange)
@@ -67,6 +79,9 @@ LAYOUTS: dict[int, list[tuple[int, int, int, str]]] = {  # world size -> (tp, dp
         (2, 2, 2, "low_latency"),
     ],
 }
+DRAWN = 5
+"""Families that every run draws anew for each number of ranks, among all that can be rewritten."""
+SEED = "TENSORCAST_TEST_SEED"
 FAMILIES = ("deepseek_v3", "gpt_oss", "llama4_text", "qwen2_moe")
 """Grouped sigmoid routing; biases and clamps; weights on the input; a gated shared expert."""
 
@@ -105,12 +120,27 @@ def cases(world: int) -> Iterator[Case]:
         yield Case(every, "deepseek_v3", exchange, narrow, balanced=True)
     for placement in ("round_robin", "eplb", "uneven"):
         yield Case(every, "deepseek_v3", placement=placement)
+        yield Case(every, "deepseek_v3", later=placement)
+        yield Case(every, "gpt_oss", placement=placement, later="linear")
+    yield Case((2, world // 2, world), "deepseek_v3", options={"scheme": "w8a16_fp8"}, later="eplb", bound=0.05)
     split = (world, 1, world)
     for exchange in ("all_to_all", "low_latency"):
         yield Case(split, "deepseek_v3", exchange, {"split_tokens_over_tp": True})
         yield Case(split, "qwen2_moe", exchange, {"split_tokens_over_tp": True, "external_shared_experts": 1})
         yield Case(split, "deepseek_v3", exchange, {"split_tokens_over_tp": True}, balanced=True)
     yield Case((2, world // 2, world), "deepseek_v3", options={"sequence_parallel": True, "split_tokens_over_tp": True})
+
+
+def drawn(world: int) -> list[Case]:
+    """Any family's block as :func:`rewrite` puts it on ranks, in a layout and placement drawn with it."""
+    chance = random.Random(f"{os.environ[SEED]} {world}")
+    found = []
+    for family in chance.sample([f for f in census.families() if f not in NOT_REWRITTEN], DRAWN):
+        tp, dp, ep, exchange = chance.choice(LAYOUTS[world])
+        placement = chance.choice(["", "eplb"] if ep > 1 else [""])
+        options = {"route_after_dp_transform": chance.random() < 0.5, "chunk_tokens": chance.choice([0, 4])}
+        found.append(Case((tp, dp, ep), family, exchange, options, placement, bound=1e-6, drawn=True))
+    return found
 
 
 def run(rank: int, world: int, address: str) -> None:
@@ -120,14 +150,16 @@ def run(rank: int, world: int, address: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
     found: list[tuple[str, float, str]] = []
     blocks = {family: block_of(family) for family in {case.family for case in cases(world)}}
+    every = [*cases(world), *drawn(world)]
     try:
-        for sizes, group in groupby(sorted(cases(world), key=lambda case: case.sizes), key=lambda case: case.sizes):
+        for sizes, group in groupby(sorted(every, key=lambda case: case.sizes), key=lambda case: case.sizes):
             tp, dp, ep = sizes
             groups = MoEGroups.of(tp, dp, ep, rank)
             groups.bind(dist)
             for case in group:
                 measure = _traced_and_run if case.balanced else _error
-                found.append((str(case), *measure(blocks[case.family], groups, case)))
+                block = list(moe_blocks(census_model(case.family)))[-1][1] if case.drawn else blocks[case.family]
+                found.append((str(case), *measure(block, groups, case)))
         Path(f"{address}.{rank}.json").write_text(json.dumps(found))
     finally:
         dist.destroy_process_group()
@@ -146,6 +178,7 @@ def _placed(kind: str, experts: int, ranks: int) -> Placement | None:
     counts = [100.0 / (1 + expert) for expert in range(experts)]
     return {
         "": lambda: None,
+        "linear": lambda: linear(experts, ranks),
         "round_robin": lambda: round_robin(experts, ranks),
         "eplb": lambda: eplb(counts, ranks, redundant),
         "uneven": lambda: linear(experts, ranks, redundant + 1),
@@ -156,15 +189,37 @@ def _error(block: Any, groups: MoEGroups, case: Case) -> tuple[float, str]:
     """Largest relative error of this rank's output against the stock block on the same tokens."""
     options = _options(case, max(TOKENS))
     ranks = groups.ep.size - options.external_shared_experts
-    placement = _placed(case.placement, block.experts.down_proj.shape[0], ranks)
-    layer = ParallelMoELayer(MoELayer(block), groups, options, placement)
+    experts = next(c for n, c in block.named_children() if holds_experts(c, n))
+    placement = _placed(case.placement, count_of(ExpertWrapper(experts).stacked()), ranks)
+    if case.drawn:
+        stock, layer = copy.deepcopy(block), rewrite(block, groups, options, placement, model=case.family)
+    else:
+        stock, layer = block, ParallelMoELayer(MoELayer(block), groups, options, placement)
+    if later := _placed(case.later, stock.experts.down_proj.shape[0], ranks):
+        rearrange(layer.experts, later)
     # tp ranks hold the same tokens, unless the sequence is cut over them
     source = groups.dp.rank * groups.tp.size + groups.tp.rank if options.sequence_parallel else groups.dp.rank
     x = torch.randn(1, TOKENS[source], 64, generator=torch.Generator().manual_seed(100 + source))
+    kept = prove(stock, model=case.family).kept if case.drawn else ""
     with torch.no_grad(), in_phase(case.phase) if case.phase else nullcontext():  # type: ignore[arg-type]
-        found = layer(x)
-        expected = output_of(block, x) if x.numel() else x
-    return error(found, expected) / case.bound, ""
+        if kept:
+            found, expected = (_called(at(one, kept), x) for one in (layer, stock))
+        else:
+            found = layer(x)
+            found = found[0] if isinstance(found, tuple) else found
+            expected = output_of(stock, x) if x.numel() else x
+    return error(found.reshape(expected.shape), expected) / case.bound, ""
+
+
+def _called(experts: Any, x: Tensor) -> Tensor:
+    """Experts alone, with a routing, where the block's own code stays around them."""
+    flat = x.flatten(0, 1)
+    chance = torch.Generator().manual_seed(9)
+    index = torch.rand((len(flat), 8), generator=chance).argsort(-1)[:, :2]
+    if not len(flat) and not isinstance(experts, CalledExperts):  # stock experts may not take no rows
+        return flat
+    out: Tensor = experts(flat, index, torch.rand(index.shape, generator=chance))
+    return out
 
 
 def _balanced(gate: Any, x: Tensor, k: int, ids: Any, layer: int) -> tuple[Tensor, Tensor]:

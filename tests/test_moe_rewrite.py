@@ -8,13 +8,12 @@ from typing import Any
 import census
 import pytest
 import torch
-from moe_blocks import block_of, error, model_of, randomize
+from moe_blocks import block_of, census_model, error, model_of
 from rewriting import NOT_REWRITTEN
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from tensorcast.errors import InputError
-from tensorcast.modeling.build import TextWithHead, _stock, _text_classes
+from tensorcast.modeling.build import _stock
 from tensorcast.modeling.config import hf_config
 from tensorcast.modeling.moe.apply import apply_moe, moe_blocks
 from tensorcast.modeling.moe.groups import MoEGroups
@@ -29,18 +28,6 @@ from tensorcast.validate.run import cut
 RUNNING = [family for family in census.families() if family not in NOT_REWRITTEN]
 
 
-def stock(family: str) -> Any:
-    """The family's small model as transformers runs it, with random weights."""
-    config = hf_config(census.profile(family))
-    torch.manual_seed(0)
-    try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    except ValueError:
-        model = _text_classes(config)[0]._from_config(config, dtype=torch.float32, attn_implementation="eager")
-        model = model if hasattr(model, "lm_head") else TextWithHead(model, config, torch.float32)
-    return randomize(model.eval())
-
-
 def logits(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
         out = model(input_ids=ids)
@@ -49,7 +36,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", [f for f in RUNNING if f != "minimax_m3_vl"])  # its indexer needs longer prompts
 def test_every_familys_model_gives_the_same_logits(family: str) -> None:
-    model, ids = stock(family), torch.randint(0, 512, (2, 9))
+    model, ids = census_model(family), torch.randint(0, 512, (2, 9))
     expected, untouched = logits(model, ids), copy.deepcopy(model)
     paths = apply_moe(model, name=family)
     assert len(paths) == len(list(census.experts_modules(family))) or family in ("dbrx", "ernie4_5_vl_moe")
@@ -61,7 +48,7 @@ def test_every_familys_model_gives_the_same_logits(family: str) -> None:
 @pytest.mark.parametrize("family", RUNNING[:: max(1, len(RUNNING) // 8)])
 def test_bf16_stays_within_its_rounding(family: str) -> None:
     """Blocks alone: a whole model in bf16 routes other tokens elsewhere."""
-    model = stock(family).to(torch.bfloat16)
+    model = census_model(family).to(torch.bfloat16)
     path, block = list(moe_blocks(model))[-1]
     if prove(block).kept:
         pytest.skip("its own code runs around the experts; those are in the fp32 test")
@@ -77,7 +64,7 @@ def test_bf16_stays_within_its_rounding(family: str) -> None:
 @pytest.mark.parametrize("family", [f for f, (_, kind) in NOT_REWRITTEN.items() if kind == "refused"])
 def test_families_that_are_refused_say_why_in_a_line(family: str) -> None:
     with pytest.raises(InputError, match=NOT_REWRITTEN[family][0]) as caught:
-        apply_moe(stock(family), name=family)
+        apply_moe(census_model(family), name=family)
     assert "\n" not in str(caught.value)
 
 
@@ -151,7 +138,7 @@ def test_a_scale_in_the_block_is_refused_until_it_is_named() -> None:
 
 def test_a_kept_block_says_what_it_cannot_do() -> None:
     """Gemma-4's decoder layer is the block: its own code runs, and its shared MLP cannot move to other ranks."""
-    model = stock("gemma4")
+    model = census_model("gemma4")
     with pytest.raises(InputError, match="enable_shared_expert_tp needs a block that is read by its fields"):
         apply_moe(model, options=MoEOptions(enable_shared_expert_tp=True))
     apply_moe(model)

@@ -369,6 +369,7 @@ def test_trace_only_ops_refuse_real_tensors() -> None:
 )
 def test_importing_the_package_registers_the_ops(code: str) -> None:
     """In either order, and without loading torch itself."""
-    check = "import tensorcast, sys; assert 'torch' not in sys.modules\n" if code.startswith("import tensorcast,") else ""
+    late = code.startswith("import tensorcast, torch")
+    check = "import tensorcast, sys; assert 'torch' not in sys.modules\n" if late else ""
     check += f"{code}\nassert torch.ops.tensor_cast.moe_gating_top_k_softmax.default"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=120)

@@ -27,7 +27,8 @@ def bind_group(name: str, group: Any) -> None:
         _GROUPS[name] = group
 
 
-def _group(name: str, size: int) -> Any:
+def bound_group(name: str, size: int) -> Any:
+    """The process group bound to ``name``. Raises ``RuntimeError`` if there is none, or of another size."""
     group = _GROUPS.get(name)
     if group is None:
         raise RuntimeError(f"group {name!r} of {size} ranks is not bound to a process group: call bind_group first")
@@ -39,7 +40,7 @@ def _group(name: str, size: int) -> Any:
 def _all_reduce(x: Tensor, group: str, size: int) -> Tensor:
     out = x.clone()
     if size > 1:
-        dist.all_reduce(out, group=_group(group, size))
+        dist.all_reduce(out, group=bound_group(group, size))
     return out
 
 
@@ -54,7 +55,7 @@ def _all_gather(x: Tensor, group: str, size: int) -> Tensor:
     if size == 1:
         return x.clone()
     parts = [torch.empty_like(x) for _ in range(size)]
-    dist.all_gather(parts, x.contiguous(), group=_group(group, size))
+    dist.all_gather(parts, x.contiguous(), group=bound_group(group, size))
     return torch.cat(parts)
 
 
@@ -69,7 +70,7 @@ define(
 def _reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
     if size == 1:
         return x.clone()
-    process_group = _group(group, size)
+    process_group = bound_group(group, size)
     total = x.clone()  # gloo has no reduce-scatter of uneven or CPU tensors on every build: sum, then take the slice
     dist.all_reduce(total, group=process_group)
     return total.chunk(size)[dist.get_rank(process_group)].clone()
@@ -107,7 +108,7 @@ def _dispatch(
 ) -> tuple[Tensor, Tensor]:
     if len(experts) == 1:
         return rows.clone(), counts.clone().view(1, -1)
-    process_group = _group(group, len(experts))
+    process_group = bound_group(group, len(experts))
     sources = _exchange(counts, experts, [experts[rank]] * len(experts), process_group).view(len(experts), -1)
     sent = [int(part.sum()) for part in counts.split(experts)]
     return _exchange(rows, sent, sources.sum(1).tolist(), process_group), sources
@@ -135,7 +136,7 @@ def _combine(rows: Tensor, counts: Tensor, sources: Tensor, experts: list[int], 
     if len(experts) == 1:
         return rows.clone()
     back = [int(part.sum()) for part in counts.split(experts)]
-    return _exchange(rows, sources.sum(1).tolist(), back, _group(group, len(experts)))
+    return _exchange(rows, sources.sum(1).tolist(), back, bound_group(group, len(experts)))
 
 
 # The way back: rows in the order that dispatch_rows gave, counts [E] and sources [ranks, E_local] as there; total: rows
@@ -180,7 +181,7 @@ def _gather_rows(x: Tensor, group: str, size: int, total: int = -1) -> tuple[Ten
     own = torch.tensor([x.shape[0]], device=x.device)
     if size == 1:
         return x.clone(), own
-    process_group = _group(group, size)
+    process_group = bound_group(group, size)
     sizes = [torch.empty_like(own) for _ in range(size)]
     dist.all_gather(sizes, own, group=process_group)
     counts = torch.cat(sizes)
@@ -204,7 +205,7 @@ define(
 def _scatter_rows(x: Tensor, sizes: Tensor, group: str, size: int, own: int = -1) -> Tensor:
     if size == 1:
         return x.clone()
-    process_group = _group(group, size)
+    process_group = bound_group(group, size)
     total = x.clone()
     dist.all_reduce(total, group=process_group)
     return total.split(sizes.tolist())[dist.get_rank(process_group)].clone()

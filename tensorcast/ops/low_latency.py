@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tensorcast.ops.collectives import _group
+from tensorcast.ops.collectives import bound_group
 from tensorcast.ops.library import define
 from tensorcast.ops.moe import capacity_places, check_capacity, spread_to_capacity
 
@@ -24,7 +24,7 @@ def _exchange(x: Tensor, sent: list[int], received: list[int], group: str) -> Te
     if len(sent) == 1:
         return x
     out = x.new_empty((sum(received), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), received, sent, group=_group(group, len(sent)))
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=bound_group(group, len(sent)))
     return out
 
 

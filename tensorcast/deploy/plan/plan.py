@@ -19,7 +19,7 @@ from tensorcast.deploy.layout import ALL2ALL, Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.moe_blocks import blocks_of
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.modeling.moe.backends import choose_backend
+from tensorcast.modeling.moe.backends import BACKENDS, choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
@@ -130,6 +130,8 @@ def choose_experts_backend(
     by_rule = engine.experts_backend.get("decode") == "batched_mm" and device.name != "cpu"
     chosen = _read_backend(wanted, phase, device="cuda" if by_rule else "cpu")
     if chosen != "auto":
+        if chosen not in BACKENDS:
+            raise InputError(f"--experts-backend {chosen}: registered by you; it runs, but has no price")
         return chosen
     default = BACKEND_OF.get(all2all) or engine.experts_backend.get(phase, "grouped_mm")
     return "grouped_mm" if default == "batched_mm" and not by_rule else default

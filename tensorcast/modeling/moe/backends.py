@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from tensorcast.errors import InputError
 
@@ -13,6 +13,33 @@ BACKENDS = ("eager", "batched_mm", "grouped_mm", "contiguous", "masked")
 """Loop over hit experts; one GEMM per row on a copy of its expert's weights; one grouped GEMM; a grouped GEMM whose
 segments start at a tile; a batched GEMM at fixed capacity per expert. The first three are transformers' own names, the
 last two the layouts of serving kernels (github.com/deepseek-ai/DeepGEMM)."""
+
+_OWN: dict[str, Callable[..., Any]] = {}
+
+
+def register_backend(name: str, run: Callable[..., Any]) -> None:
+    """A backend of one's own, by name, for layers that run (prices are those of the backends above).
+
+    ``run(rows [R,H], counts [E], *, up, activation, down, dtype, capacity) -> [R,H]`` as
+    :func:`tensorcast.modeling.moe.kernels.run_experts` is called; every block rewritten from then on is held against
+    its stock one with this backend, too. Raises :class:`InputError` for a name that is taken or no identifier.
+    """
+    if name == "auto" or name in all_backends():
+        raise InputError(f"experts backend {name!r} is there already")
+    if not name.isidentifier():
+        raise InputError(f"experts backend {name!r}: must be an identifier, such as my_kernels")
+    _OWN[name] = run
+
+
+def all_backends() -> tuple[str, ...]:
+    """Names of every backend that runs, registered ones last."""
+    return (*BACKENDS, *_OWN)
+
+
+def own_backend(name: str) -> Callable[..., Any] | None:
+    """What was registered under this name."""
+    return _OWN.get(name)
+
 
 SERVING: dict[str, str] = {"prefill": "contiguous", "decode": "masked"}
 """What ``auto`` means in a serving pipeline: throughput layout in prefill, graph-capturable layout in decode."""
@@ -59,8 +86,8 @@ def _parse(text: str) -> dict[str, str | Mapping[str, str]]:
 
 
 def _check(name: str) -> None:
-    if name != "auto" and name not in BACKENDS:
-        raise InputError(f"unknown experts backend {name!r}: choose one of auto, {', '.join(BACKENDS)}")
+    if name != "auto" and name not in BACKENDS and name not in _OWN:
+        raise InputError(f"unknown experts backend {name!r}: choose one of auto, {', '.join(all_backends())}")
 
 
 def _check_key(key: str) -> None:

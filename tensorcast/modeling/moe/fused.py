@@ -64,16 +64,13 @@ class FusedMoETensorCast(nn.Module):
                 raise InputError(f"{way} = {sent!r}: this scheme keeps activations as they are; fp8_block does not")
         if getattr(experts, "has_post_expert_norm", False) and (groups.etp.size > 1 or self.width > self.hidden):
             raise InputError(f"experts with a norm after them cannot be cut over etp = {groups.etp.size} or widened")
-        self.per_rank = list(self.placement.experts_per_rank)
-        slots = self.placement.slots(groups.ep.rank)
-        self.start, self.count = slots.start, len(slots)
-        held = [self.placement.physical_to_logical[slot] for slot in slots]
+        self.place(self.placement, device)
+        held = [self.placement.physical_to_logical[slot] for slot in self.placement.slots(groups.ep.rank)]
         self.local: nn.Module = (
             SharedRank(external, groups.etp, self.hidden)
             if external is not None and self.num_experts in held
             else held_experts(with_hidden(experts, self.width), held, groups.etp, scheme)
         )
-        self._make_tables(device)
         loads = torch.zeros(self.placement.num_experts + zero_experts, dtype=torch.int64, device=device)
         self.register_buffer("_loads", loads if count_loads else None, persistent=False)
 
@@ -97,8 +94,14 @@ class FusedMoETensorCast(nn.Module):
             )
         return placement
 
-    def _make_tables(self, device: torch.device) -> None:
-        """Logical to physical ids as tensors; ids of zero experts follow the last physical one."""
+    def place(self, placement: Placement, device: torch.device | None = None) -> None:
+        """Rows go by this placement from now on; the weights must lie so (``weights.rearrange`` moves them).
+
+        Logical to physical ids as tensors; ids of zero experts follow the last physical one.
+        """
+        self.placement, slots = placement, placement.slots(self.groups.ep.rank)
+        self.per_rank, self.start, self.count = list(placement.experts_per_rank), slots.start, len(slots)
+        device = self.physical.device if device is None else device
         physical, copies = self.placement.logical_to_physical().tolist(), self.placement.replica_counts.tolist()
         first = self.placement.num_physical
         for zero in range(self.zero_experts):

@@ -60,8 +60,13 @@ class MoEGroups:
     etp: ParallelGroup = ParallelGroup("etp")
 
     @classmethod
-    def of(cls, tp: int = 1, dp: int = 1, ep: int = 1, rank: int = 0) -> MoEGroups:
-        """Groups of ``rank`` among ``tp * dp`` ranks. Raises :class:`InputError` if ep does not divide them."""
+    def of(cls, tp: int = 1, dp: int = 1, ep: int = 1, rank: int = 0, pcp: int = 1) -> MoEGroups:
+        """Groups of ``rank`` among ``tp * dp * pcp`` ranks. Raises :class:`InputError` if ep does not divide them.
+
+        ``pcp``: ranks of prefill context parallelism hold different tokens of the same prompts; to a MoE layer, which
+        knows no prompts, they are data-parallel ranks (vLLM 0.24.0, fused_moe/config.py: ep is over tp, dp and pcp).
+        """
+        dp *= pcp
         ranks = tp * dp
         if ranks % ep:
             raise InputError(f"ep = {ep} does not divide tp*dp = {ranks}")

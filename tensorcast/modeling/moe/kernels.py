@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tensorcast import ops  # noqa: F401  (registers the ops)
 from tensorcast.errors import InputError
-from tensorcast.modeling.moe.backends import BACKENDS
+from tensorcast.modeling.moe.backends import all_backends, own_backend
 from tensorcast.ops.moe import align_counts
 from tensorcast.ops.quantized import dequantize_weight, format_of
 
@@ -92,6 +92,10 @@ def run_experts(
     backend and for ``eager`` on tensors without data, ``ValueError`` where an expert has more rows than its capacity.
     """
     check_backend(backend)
+    out: Tensor
+    if (own := own_backend(backend)) is not None:
+        out = own(rows, counts, up=up, activation=activation, down=down, dtype=dtype, capacity=capacity)
+        return out
     prepared, form, segments = up.prepare(rows), "grouped_matmul", counts
     total = prepared[0].shape[0]
     if backend == "eager":
@@ -100,8 +104,8 @@ def run_experts(
     if backend == "masked":
         held = [TC.to_capacity(part, counts, capacity or total) for part in prepared]
         out = run_masked(held, counts, up=up, activation=activation, down=down, dtype=dtype)
-        rows_of: Tensor = TC.from_capacity(out, counts, total)
-        return rows_of
+        out = TC.from_capacity(out, counts, total)
+        return out
     if backend == "batched_mm":
         form = "batched_matmul"
     elif backend == "contiguous":
@@ -128,8 +132,8 @@ def run_masked(
 
 def check_backend(backend: str) -> None:
     """Raises :class:`InputError` unless it is a backend that runs (``auto`` is one only once chosen)."""
-    if backend not in BACKENDS:
-        raise InputError(f"unknown experts backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend not in all_backends():
+        raise InputError(f"unknown experts backend {backend!r}: choose one of {', '.join(all_backends())}")
 
 
 def _eager(
@@ -140,9 +144,9 @@ def _eager(
             "experts backend 'eager': its loop over the experts hit depends on data, so it cannot be traced; "
             "trace grouped_mm, batched_mm, contiguous or masked"
         )
+    each = counts.tolist()
+    *parts, rest = rows.split([*each, rows.shape[0] - sum(each)])  # rows of other ranks' experts come last
     done = [
-        down.linear(expert, activation(up.linear(expert, part)))
-        for expert, part in enumerate(rows.split(counts.tolist()))
-        if part.shape[0]
+        down.linear(expert, activation(up.linear(expert, part))) for expert, part in enumerate(parts) if part.shape[0]
     ]
-    return torch.cat(done) if done else torch.empty_like(rows)
+    return torch.cat([*done, torch.zeros_like(rest)])

@@ -205,7 +205,8 @@ class ParallelMoELayer(nn.Module):
         shared = self._shared(x)
         if self.options.route_after_dp_transform and tokens.routed is None:
             every, sizes = dp.gather_rows(x)
-            indices, weights = self._route(_Tokens(every, None if ids is None else dp.gather_rows(ids, every.shape[0])[0]))
+            all_ids = None if ids is None else dp.gather_rows(ids, every.shape[0])[0]
+            indices, weights = self._route(_Tokens(every, all_ids))
             every = self.layer.narrow(every)
         else:
             every, sizes = dp.gather_rows(self.layer.narrow(x))

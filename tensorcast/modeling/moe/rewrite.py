@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorcast.errors import InputError
-from tensorcast.modeling.moe.backends import BACKENDS
+from tensorcast.modeling.moe.backends import all_backends
 from tensorcast.modeling.moe.groups import MoEGroups
 from tensorcast.modeling.moe.layer import MoELayer, RoutedExperts
 from tensorcast.modeling.moe.parallel import MoEOptions, ParallelMoELayer
@@ -103,7 +103,7 @@ def prove(block: nn.Module, fields: MoEFields = MoEFields(), model: str = "") ->
     """How the block is rewritten, found once for every structure and fields. Raises :class:`InputError`."""
     name = model or type(block).__name__
     check_fields(block, fields, name)
-    key = (structure(block), fields.model_dump_json(), name)
+    key = (structure(block), fields.model_dump_json(), name, all_backends())
     if key not in _proved:
         _proved[key] = _prove(block, fields, name)
     return _proved[key]
@@ -154,7 +154,7 @@ def _by_fields(twin: nn.Module, fields: MoEFields, name: str) -> tuple[Proof | N
             with torch.no_grad():
                 error = max(
                     difference(MoELayer(twin, candidate, model=name, backend=backend)(rows, ids), expected)
-                    for backend in BACKENDS
+                    for backend in all_backends()
                 )
         except Exception as reason:
             why = why or _line(reason)
@@ -202,7 +202,7 @@ def _kept_error(twin: nn.Module, name: str, fields: MoEFields) -> tuple[float, s
         return float("inf"), f"its experts ({type(experts).__name__}) are not called with rows, indices and weights"
     worst = 0.0
     try:
-        for backend in BACKENDS:
+        for backend in all_backends():
             layer = RoutedExperts(experts, fields, backend=backend)
             called = CalledExperts(ParallelMoELayer(layer, MoEGroups()))
             rows, number = probe_rows(layer.expert_hidden), layer.num_experts + layer.zero_experts

@@ -36,7 +36,7 @@ class _WithTorch:
         finally:
             self.looking = False
         if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = _followed(spec.loader.exec_module)  # type: ignore[method-assign]
+            spec.loader.exec_module = _followed(spec.loader.exec_module)  # type: ignore[method-assign, assignment]
         return spec
 
 

@@ -196,7 +196,7 @@ def _error(block: Any, groups: MoEGroups, case: Case) -> tuple[float, str]:
     else:
         stock, layer = block, ParallelMoELayer(MoELayer(block), groups, options, placement)
     if later := _placed(case.later, stock.experts.down_proj.shape[0], ranks):
-        rearrange(layer.experts, later)
+        rearrange(layer.experts, later)  # type: ignore[arg-type]
     # tp ranks hold the same tokens, unless the sequence is cut over them
     source = groups.dp.rank * groups.tp.size + groups.tp.rank if options.sequence_parallel else groups.dp.rank
     x = torch.randn(1, TOKENS[source], 64, generator=torch.Generator().manual_seed(100 + source))

@@ -61,7 +61,7 @@ def test_a_phase_chooses_another_graph() -> None:
     run = torch.compile(layer, fullgraph=True, backend=keep)
     with torch.no_grad():
         for phase in ("prefill", "decode", "prefill"):
-            with in_phase(phase):  # type: ignore[arg-type]
+            with in_phase(phase):
                 assert error(run(x), output_of(block, x)) < 1e-6
     assert ["masked_grouped_matmul" in graph for graph in graphs] == [False, True]
 

@@ -145,7 +145,7 @@ def test_one_scale_per_tensor_eight_values_to_an_int32_and_transposed() -> None:
     assert torch.equal(local.gate_up_proj[0, :512], pairs)
     plain = _blank(FusedMoETensorCast(experts, MoEGroups(), placed))
     ExpertLoader(plain).load(weight.t(), shard="w1", expert=7, transposed=True)
-    assert torch.equal(plain.local.gate_up_proj[7, :512], weight)  # type: ignore[union-attr, index]
+    assert torch.equal(plain.local.gate_up_proj[7, :512], weight)  # type: ignore[index]
 
 
 def test_tensors_that_do_not_fit_are_one_line() -> None:

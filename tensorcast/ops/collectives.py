@@ -98,8 +98,8 @@ def _rows(like: Tensor, balanced: int, expected: int) -> int:
     if expected >= 0:
         return expected
     if is_fake(like) and (mode := maybe_get_fake_mode(like)) is not None and mode.shape_env is not None:
-        size: int = torch.library.get_ctx().new_dynamic_size()
-        return size
+        symbol: Any = torch.library.get_ctx().new_dynamic_size()
+        return symbol
     return balanced
 
 

@@ -37,6 +37,8 @@ class FusedMoETensorCast(nn.Module):
     """
 
     _loads: Tensor | None
+    physical: Tensor
+    copies: Tensor
 
     def __init__(
         self,

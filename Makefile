@@ -75,12 +75,13 @@ validate: $(STAMP)  ## this machine's kernels beside their predictions -> report
 validate-gpu: $(STAMP)  ## all that needs a GPU -> reports/validate-gpu: make validate-gpu DEVICE=h200
 	@$(BIN)/python benchmarks/validate_gpu.py --device $(or $(DEVICE),h200) $(ARGS)
 
-bench: $(STAMP)  ## how long start, tracing, pricing and searching take on this machine
+bench: $(STAMP)  ## how long start, tracing, pricing, searching and a rewritten layer take on this machine
 	@$(BIN)/python benchmarks/cold_start.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/price_points.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compare.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/predict_kernels.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/predict_rows.py
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/moe_layer.py
 
 reports: $(STAMP)  ## the example reports that are kept in reports/
 	@$(BIN)/tensorcast simulate deepseek-v3 --device h200 --world-size 32 --tp 1 --dp 32 --ep 32 \

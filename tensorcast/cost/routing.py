@@ -109,8 +109,8 @@ def _read_counts(path: Path) -> tuple[float, ...]:
 class ExpertLoad:
     """Expert load of one layout; build with :func:`expert_load`, then ask :meth:`at` for any number of tokens."""
 
-    num_physical: int
-    """Experts with their redundant copies."""
+    share: float
+    """Part of all rows that the busiest rank gets while every expert is chosen alike; its copies halve an expert's."""
     top_k: float
     ranks: int
     busiest: np.ndarray | None
@@ -129,7 +129,7 @@ class ExpertLoad:
         mean = copies / self.ranks
         local = 1.0 * self.local_experts
         if self.busiest is None or self.alike is None:
-            rows = np.maximum(mean * local * self.ranks / self.num_physical, np.minimum(copies, 1.0))
+            rows = np.maximum(copies * self.share, np.minimum(copies, 1.0))
             return RankLoad(rows, np.minimum(local, rows), mean)
         expected = tokens * (self.alike * self.busiest).sum()
         spread = np.sqrt(tokens * (self.alike * self.busiest * (1.0 - self.busiest)).sum())
@@ -165,8 +165,8 @@ def expert_load(
     if routing.name == "balanced":
         even = place(np.ones(num_experts), ranks, redundant)
         return ExpertLoad(
-            num_physical=even.num_physical, top_k=top_k, ranks=ranks, busiest=None, alike=None, noise=0.0,
-            local_experts=max(even.experts_per_rank),
+            share=float(even.loads(np.ones(num_experts)).max()) / num_experts, top_k=top_k, ranks=ranks, busiest=None,
+            alike=None, noise=0.0, local_experts=max(even.experts_per_rank),
         )
     q = routing.inclusion(num_experts, top_k)
     noise = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
@@ -187,7 +187,7 @@ def expert_load(
     _, busiest, placement = found[len(found) // 2]
     chances, alike = np.unique(busiest, return_counts=True)
     return ExpertLoad(
-        num_physical=placement.num_physical, top_k=top_k, ranks=ranks, busiest=chances, alike=alike, noise=noise,
+        share=float(busiest.sum()) / top_k, top_k=top_k, ranks=ranks, busiest=chances, alike=alike, noise=noise,
         local_experts=max(placement.experts_per_rank),
     )
 

@@ -113,7 +113,7 @@ def _loads(loads: tuple[ExpertLoad, ...]) -> ExpertLoad | MemberLoads | None:
     """Loads of the members; even ones are plain arithmetic, so one load with columns stands for all."""
     if not loads:
         return None
-    names = ("num_physical", "ranks", "local_experts")
+    names = ("share", "ranks", "local_experts")
     columns: dict[str, Any] = {name: _column([getattr(one, name) for one in loads]) for name in names}
     if all(one.busiest is None for one in loads):
         return replace(loads[0], **columns)

@@ -21,7 +21,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate engines serving validate validate-gpu bench reports figures wheel clean families docs
+.PHONY: help venv demo test lint accuracy calibrate engines serving validate validate-gpu moe-gpu bench reports figures wheel clean families docs
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
@@ -74,6 +74,9 @@ validate: $(STAMP)  ## this machine's kernels beside their predictions -> report
 
 validate-gpu: $(STAMP)  ## all that needs a GPU -> reports/validate-gpu: make validate-gpu DEVICE=h200
 	@$(BIN)/python benchmarks/validate_gpu.py --device $(or $(DEVICE),h200) $(ARGS)
+
+moe-gpu: $(STAMP)  ## MoE ops, backends and layers on a GPU against the CPU, eight minutes: make moe-gpu DEVICE=h200
+	@$(BIN)/python benchmarks/moe_gpu.py --device $(or $(DEVICE),h200) $(ARGS)
 
 bench: $(STAMP)  ## how long start, tracing, pricing, searching and a rewritten layer take on this machine
 	@$(BIN)/python benchmarks/cold_start.py

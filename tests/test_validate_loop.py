@@ -175,11 +175,26 @@ def test_two_ranks_measure_collectives_and_expert_parallelism(place: Path) -> No
     assert "## Collectives" in told and "## Expert parallelism" in told and "not measured" not in told
 
 
-def test_gpu_script_runs_at_toy_sizes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("validate_gpu", ROOT / "benchmarks" / "validate_gpu.py")
+def _script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     script: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_the_short_gpu_script_holds_every_part_against_the_cpu(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = place / "moe-gpu"
+    assert _script("moe_gpu").main(["--device", str(place / "machine.yaml"), "--tiny", "--out", str(out)]) == 0
+    assert "all as on the CPU" in capsys.readouterr().out
+    rows = pd.read_csv(out / "moe_gpu.csv")
+    assert rows.ok.all() and set(rows.part) == {"op", "layer", "quantised", "time"}
+    assert (rows[rows.part == "time"][["seconds", "predicted_s"]] > 0).all(axis=None)
+    assert "torch" in (out / "moe_gpu.json").read_text()
+
+
+def test_gpu_script_runs_at_toy_sizes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = _script("validate_gpu")
     out = place / "gpu"
     assert script.main(["--device", str(place / "machine.yaml"), "--tiny", "--out", str(out)]) == 0
     assert "all parts ran" in capsys.readouterr().out

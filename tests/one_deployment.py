@@ -16,13 +16,13 @@ import numpy as np
 
 from tensorcast.cost.evidence import EVIDENCE, LEVELS
 from tensorcast.deploy.deployment import Deployment
-from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.step.sizes import GRID
 from tensorcast.serving.capacity import own_chunk, sequences_that_fit
 from tensorcast.serving.prefill_costs import cut_prompts
 from tensorcast.serving.traffic import Traffic
+from tensorcast.trace.moe import EXPERT_STAGES
 
 PER_SEQUENCE = {"attention", "indexer_scores", "linear_attention", "ssm_scan", "causal_conv1d"}
 

@@ -23,7 +23,6 @@ from tensorcast.cli.values import duration, read_layouts
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.parallel import note
 from tensorcast.profiles.store import load_device, load_engine, load_model
@@ -39,6 +38,7 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import space
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.traffic import Traffic
+from tensorcast.trace.moe import EXPERT_STAGES
 
 QWEN: dict[str, Any] = {"device": "h100", "world_size": 8, "input_len": 2048, "output_len": 256}
 LIMITED: dict[str, Any] = {**QWEN, "ttft_s": 1.0, "tpot_s": 0.03}

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import pytest
 
 import tensorcast as tc
-from tensorcast.deploy.cuts import Cut, cut_widths
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import Layout, check, parse_layout
@@ -22,10 +21,18 @@ from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import list_models, load_device, load_engine, load_model
 from tensorcast.search.space import layouts, legal
+from tensorcast.trace import cuts
+from tensorcast.trace.cache import traced
+from tensorcast.trace.cuts import Cut
 
 ENGINES = ("vllm", "sglang", "trtllm")
 NEXT, NANO = "Qwen/Qwen3-Next-80B-A3B-Instruct-FP8", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-NVFP4"
 MOE = ModelFacts(num_experts=64, heads=64, kv_heads=8)
+
+
+def cut_widths(profile: ModelProfile, stored: Quantization) -> tuple[Cut, ...]:
+    classes = profile.config.get("architectures") or ()
+    return cuts.cut_widths(traced(profile, "decode"), stored, classes) if stored.in_blocks else ()
 
 
 def _problem(model: str, layout: str, engine: str) -> str:
@@ -232,7 +239,7 @@ def test_only_layouts_that_start_are_offered(name: str) -> None:
     stored = checkpoint(profile)
     in_blocks = {stored.linear.name, stored.experts.name} & {"fp8_block", "nvfp4", "w4a16_g32", "w4a16", "mxfp8"}
     assert (name in STORED) == bool(in_blocks), "a model whose widths stand in no table"
-    cuts, facts = cut_widths(profile, stored), profile.stated_facts
+    widths, facts = cut_widths(profile, stored), profile.stated_facts
     rules = "quantisation blocks", "heads per rank", "KV heads per rank"
     for world in range(1, 17):
         for layout in layouts(world):
@@ -241,7 +248,7 @@ def test_only_layouts_that_start_are_offered(name: str) -> None:
             pruned: Counter[str] = Counter()
             kept = legal([layout], facts, device, pruned)
             for engine in ENGINES:
-                problem = engine_can_run(engine, layout, facts, Options(), 16, cuts=cuts) if kept else min(pruned)
+                problem = engine_can_run(engine, layout, facts, Options(), 16, cuts=widths) if kept else min(pruned)
                 starts = _starts(engine, name, profile, layout)
                 if not problem:
                     assert starts, f"{engine} {layout} is offered"

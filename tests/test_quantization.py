@@ -13,7 +13,7 @@ from tensorcast.modeling.quantization import SCHEMES, Quantization, override
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Sizes
-from tensorcast.trace.quantize import apply_quantization
+from tensorcast.trace.precision import apply_quantization
 
 PUBLISHED = [
     ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8_block"),

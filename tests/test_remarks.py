@@ -15,6 +15,7 @@ from tensorcast.cli import app
 from tensorcast.deploy.deployment import not_counted
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, idle_note, idle_options
+from tensorcast.modeling.quantization import Quantization
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_model
 from tensorcast.report.compare.choices import View
@@ -88,7 +89,7 @@ def test_positions_as_engines_read_them(config: dict[str, Any], longest: int | N
 )
 def test_attention_that_a_trace_does_not_show_is_named(config: dict[str, Any], said: list[str]) -> None:
     model = ModelProfile(name="m", hf_id="m", description="d", sources={}, config={"model_type": "llama", **config})
-    found = not_counted(model)
+    found = not_counted(model, Quantization())
     assert len(found) == len(said) and all(name in text for name, text in zip(said, found, strict=True))
 
 

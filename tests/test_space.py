@@ -14,15 +14,15 @@ import tensorcast as tc
 from tensorcast.deploy.layout import RULES, Layout, check
 from tensorcast.deploy.options import Options, broken_option
 from tensorcast.deploy.plan.plan import choose_all2all
-from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.space import Variant, copies, divisors, family, layouts, legal, variants
+from tensorcast.trace.cache import traced
 
 
 def facts_of(name: str) -> ModelFacts:
-    return traced_table(load_model(name), "decode").facts
+    return traced(load_model(name), "decode").facts
 
 
 @given(st.integers(1, 96))

@@ -82,9 +82,9 @@ def launch(
     from tensorcast.deploy.layout import ALL2ALL, check, parse_layout
     from tensorcast.deploy.model_names import named_model
     from tensorcast.deploy.options import options_of
-    from tensorcast.deploy.plan.rank_tables import traced_table
     from tensorcast.launch.launch import launch as write
     from tensorcast.launch.launch import script, with_room
+    from tensorcast.trace.cache import traced
 
     if role not in (None, "prefill", "decode"):
         raise InputError(f"--role {role!r}: must be prefill or decode")
@@ -93,7 +93,7 @@ def launch(
         raise InputError(f"--all2all {options.all2all!r}: choose one of {', '.join(ALL2ALL)}")
     sizes, gpu = parse_layout(layout, world_size), device_profile(device)
     profile, read_as = named_model(model)
-    check(sizes, traced_table(profile, role or "decode").facts, gpu)  # of a decoder: nothing else is traced
+    check(sizes, traced(profile, role or "decode").facts, gpu)  # of a decoder: nothing else is traced
     found = write(
         engine, profile, sizes, options, batch=batch, input_len=input_len, output_len=output_len, chunk_tokens=chunk,
         gpus_per_node=gpus_per_node, role=role, device=gpu,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,21 +10,19 @@ import numpy as np
 
 from tensorcast.cost.memory import activation_bytes, cache_budget, cache_bytes, low_latency_buffer_bytes, weight_bytes
 from tensorcast.cost.work import Mask, Size
-from tensorcast.deploy.cuts import cut_widths
 from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import Layout, attention_dp, check, stage_layers
 from tensorcast.deploy.options import Options, check_options, idle_options
-from tensorcast.deploy.plan.plan import choose_all2all, expert_sources, make_plan
-from tensorcast.deploy.plan.rank_tables import rank_tables, shared_form, traced_table
+from tensorcast.deploy.plan.plan import choose_all2all, expert_sources, make_plan, shared_form
 from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step, make_step
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.modeling.checkpoint.read import checkpoint
-from tensorcast.modeling.quantization import KV_DTYPES, Quantization, as_run, mxfp4_padding, override
+from tensorcast.modeling.quantization import KV_DTYPES, Quantization, mxfp4_padding
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.memory import is_latent
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.trace.cache import RankForm, rank_tables, whole_model
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import OpTable, per_table
 
@@ -209,41 +206,33 @@ def deploy(
     options: Options = Options(),
 ) -> Deployment:
     """Trace (or load) the model at this tp, quantise, fuse, and lay it out. Raises :class:`InputError` if illegal."""
-    try:
-        base = checkpoint(model)
-    except InputError:
-        if not options.quant:
-            raise
-        base = Quantization(kv=model.kv_dtype)  # a method that is not known here, as what was asked for instead
-    quantization = override(base, options.quant)
-    if options.kv_dtype:
-        if options.kv_dtype not in KV_DTYPES:
-            raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
-        quantization = replace(quantization, kv=options.kv_dtype)
-    whole = traced_table(model, phase)
+    if options.kv_dtype and options.kv_dtype not in KV_DTYPES:
+        raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
+    whole = whole_model(model, phase, options.quant)
     check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
-    if cuts := cut_widths(model, quantization, phase):
-        problem = engine_can_run(engine.name, layout, whole.facts, options, cuts=cuts, any_engine=True)
+    if whole.cuts:
+        problem = engine_can_run(engine.name, layout, whole.facts, options, cuts=whole.cuts, any_engine=True)
         if problem:
             raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")
     all2all = choose_all2all(options.all2all, layout, engine, phase)
     check_options(options, layout, whole.facts, all2all)
-    fusions = tuple(engine.fusions) if options.fusion == "engine" else ()
-    apart = engine.own_gemms.groups if engine.own_gemms else ()
-    shared = shared_form(options, layout, all2all)
-    running = as_run(quantization, device.peak_flops, device.architecture)
-    raw, table = rank_tables(model, phase, layout.tp, running, fusions=fusions, apart=apart, shared=shared)
-    plan = make_plan(table, layout, device, engine, options=options, config=model.config)
+    tables = rank_tables(model, phase, RankForm(
+        tp=layout.tp, quant=options.quant, arithmetic=tuple(device.peak_flops), architecture=device.architecture,
+        fusions=tuple(engine.fusions) if options.fusion == "engine" else (),
+        apart=engine.own_gemms.groups if engine.own_gemms else (), shared=shared_form(options, layout, all2all),
+    ))  # fmt: skip
+    quantization = replace(whole.stored, kv=options.kv_dtype or whole.stored.kv)
+    plan = make_plan(tables.runs, layout, device, engine, options=options, config=model.config)
     dp = attention_dp(layout, whole.facts.num_experts)
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
     sources = expert_sources(engine, device, model.config, layout)
     step = make_step(
-        table, plan, layout, device, engine, kv_bytes=KV_BYTES[quantization.kv], options=options,
+        tables.runs, plan, layout, device, engine, kv_bytes=KV_BYTES[quantization.kv], options=options,
         prefill_graph_tokens=graphs, sources=sources,
     )
     return Deployment(
         model=model, device=device, engine=engine, layout=layout, phase=phase, options=options,
-        quantization=quantization, raw=raw, step=step,
+        quantization=quantization, raw=tables.held, step=step,
     )
 
 
@@ -274,12 +263,11 @@ def uncut(table: OpTable) -> str:
     )
 
 
-def not_counted(model: ModelProfile) -> list[str]:
+def not_counted(model: ModelProfile, quantization: Quantization) -> list[str]:
     """What a model's config says of attention and precision that nothing here counts."""
     text, found = model.text_config, list[str]()
-    with contextlib.suppress(InputError):  # a method that is not known: --quant says what runs instead
-        if unread := checkpoint(model).unread:
-            found.append(f"quantization_config: not used: {', '.join(unread)}")
+    if quantization.unread:
+        found.append(f"quantization_config: not used: {', '.join(quantization.unread)}")
     if any(model.config.get("compress_ratios") or text.get("compress_ratios") or ()):
         found.append("compressed keys and values (compress_ratios) are not counted: attention and cache are too small")
     if (text.get("sparse_attention_config") or {}).get("use_sparse_attention"):

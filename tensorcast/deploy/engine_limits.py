@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tensorcast.deploy.cuts import HALVED_DOWN_TO, Cut
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.profiles.facts import ModelFacts
+from tensorcast.trace.cuts import HALVED_DOWN_TO, Cut
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def engine_can_run(
     """Why ``engine`` cannot run this; empty if it can, or if it has no rules here.
 
     ``prefill``: how the server that decodes by ``options`` reads prompts, if it does both and they differ. ``cuts``:
-    :func:`tensorcast.deploy.cuts.cut_widths` of the model. ``any_engine``: only what no engine can, cut as this one
+    :func:`tensorcast.trace.cuts.cut_widths` of the model. ``any_engine``: only what no engine can, cut as this one
     does; an engine without rules of its own has these.
     """
     case = Case(

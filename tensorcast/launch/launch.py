@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
-from tensorcast.deploy.cuts import cut_widths
 from tensorcast.deploy.deployment import deploy, memory_share
 from tensorcast.deploy.engine_limits import Case, engine_can_run
 from tensorcast.deploy.layout import Layout, attention_dp
@@ -22,6 +21,7 @@ from tensorcast.profiles.launch import LaunchTable, load_launch_table
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_engine
 from tensorcast.serving.capacity import decode_budget, room
+from tensorcast.trace.cache import whole_model
 
 __all__ = ["Launch", "Setting", "engine_can_run", "launch", "script", "with_room"]
 
@@ -84,7 +84,7 @@ def launch(
     )  # fmt: skip
     have = checkpoint(model_profile)
     want = override(have, options.quant)
-    cuts = cut_widths(model_profile, want, role or "decode")
+    cuts = whole_model(model_profile, role or "decode", options.quant).cuts
     problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill=prefill, cuts=cuts)
     if not problem and (long := model_profile.too_long(input_len + output_len)):
         problem = f"context length: {long}"

@@ -42,13 +42,6 @@ class Rules:
     entries: tuple[Rule, ...] = ()
 
     @cached_property
-    def _hash(self) -> int:
-        return hash(self.entries)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
     def _steps(self) -> list[_Step]:
         return [
             _Step(how, roles, tuple(rules))

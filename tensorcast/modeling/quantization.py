@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -115,6 +115,7 @@ class Quantization:
     role. ``asked``: roles whose scheme the user set; there rules only say what is quantised at all. ``unread``: keys of
     the checkpoint's entry that nothing here used. ``scaled_latents``: a sparse latent cache in fp8 holds scales.
     ``method``: the entry's ``quant_method``.
+    ``by_weight``: names of schemes by weight, instead of rules (:meth:`of_weights`).
     """
 
     linear: Scheme = BF16
@@ -128,13 +129,7 @@ class Quantization:
     unread: tuple[str, ...] = ()
     scaled_latents: bool = False
     method: str = ""
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.linear, self.experts, self.kv, self.rules, self.lm_head, self.asked, self.ignore))
-
-    def __hash__(self) -> int:
-        return self._hash  # tables are looked up by it, and there may be 20,000 rules
+    by_weight: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @cached_property
     def _every_rule(self) -> Rules:
@@ -158,10 +153,17 @@ class Quantization:
         """
         if role not in ROLES:
             return BF16
+        if weight in self.by_weight:
+            return SCHEMES[self.by_weight[weight]]
         named = self._every_rule.find(module_names(weight, role, stored), role) if self.by_name else None
         if named is None or (role in self.asked and named != "bf16"):
             return {"linear": self.linear, "experts": self.experts, "lm_head": self.lm_head}.get(role, self.embedding)
         return SCHEMES[named]
+
+    def of_weights(self, weights: Iterable[tuple[str, str, tuple[str, ...]]]) -> Quantization:
+        """The same of these weights (name, role and stored names of each), without rules."""
+        schemes = {name: self.scheme(name, role, stored).name for name, role, stored in weights if role in ROLES}
+        return replace(self, ignore=(), rules=NO_RULES, by_weight=schemes)
 
     def describe(self) -> str:
         return f"linear={self.linear.name},experts={self.experts.name},kv={self.kv}"
@@ -211,7 +213,8 @@ def as_run(stored: Quantization, arithmetic: Container[str], architecture: str) 
 
 def weight_only_here(stored: Quantization, arithmetic: Container[str]) -> str:
     """Schemes of a checkpoint that run in bf16 on a device with this ``arithmetic``; empty if none."""
-    names = {stored.linear.name, stored.experts.name, *(rule.scheme for rule in stored.rules.entries)}
+    rules = (rule.scheme for rule in stored.rules.entries)
+    names = {stored.linear.name, stored.experts.name, *rules, *stored.by_weight.values()}
     found = (SCHEMES[name] for name in sorted(names))
     return ", ".join(one.name for one in found if one.lacking and one.arithmetic not in arithmetic)
 

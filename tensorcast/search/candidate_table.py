@@ -9,13 +9,13 @@ import numpy as np
 
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.deploy.plan.plan import choose_all2all
-from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import LIMITS, rated
 from tensorcast.search.space import family
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.interval import served_interval
+from tensorcast.trace.cache import whole_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +50,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
     limits = [name for name in LIMITS if f"{name}_share" in c]
     shares = np.array([c[f"{name}_share"] for name in limits])
     over = shares.max(axis=0) > 1
-    experts = bool(traced_table(task.model, "decode").facts.num_experts)
+    experts = bool(whole_model(task.model, "decode", task.base.quant).facts.num_experts)
     every = dict.fromkeys(v.layout for v in prices.variants)  # thousands of rows, few layouts
     called = {layout: str(layout) for layout in every}
     families = {layout: family(layout, experts) for layout in every}

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tensorcast.deploy.cuts import cut_widths
 from tensorcast.deploy.deployment import not_counted, uncut
 from tensorcast.deploy.engine_limits import ANY_ENGINE, engine_can_run
 from tensorcast.deploy.layout import RULES, Layout
 from tensorcast.deploy.options import idle_note
-from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.candidate_table import stacked
 from tensorcast.search.search import NO_PACE, NO_ROOM
@@ -20,6 +18,7 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.smallest_cluster import smallest_cluster
 from tensorcast.search.space import space
 from tensorcast.serving.traffic import Traffic
+from tensorcast.trace.cache import traced, whole_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,25 +40,27 @@ def by_what(pruned: Counter[str]) -> dict[str, dict[str, int]]:
 def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
     """What the numbers rest on and a reader may not expect."""
     first = tasks[0]
-    found = [f"left out: {text}" for text in left_out(tasks, frame)] + not_counted(first.model)
+    whole = whole_model(first.model, "decode", first.base.quant)
+    found = [f"left out: {text}" for text in left_out(tasks, frame)]
+    found += not_counted(first.model, whole.stored)
     if idle := _idle(first, frame):
         found.append(idle_note(idle))
     if first.axes.kv_dtype == (None,) and first.base.kv_dtype is None:
         found.append(f"KV cache in {frame['kv_dtype'].iloc[0]}, as the model ships; --kv-dtype bf16,fp8 compares both")
-    table = traced_table(first.model, "decode")
-    modules = table.facts.mtp_modules
+    facts = whole.facts
+    modules = facts.mtp_modules
     if modules and first.axes.mtp_depth == (0,):
         found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")
     elif modules and max(first.axes.mtp_depth) > 0:
         found.append(f"drafted tokens are accepted with a chance of {first.load.mtp_acceptance:g} each: an assumption")
     cut = [int(tp) for tp in frame["tp"].unique() if tp > 1]
-    if cut and (whole := uncut(traced_table(first.model, "decode", min(cut)))):
+    if cut and (whole := uncut(traced(first.model, "decode", min(cut)))):
         found.append(whole)
     spread = {
         "balanced": "tokens fall evenly on experts",
         "uniform": "tokens pick experts at random, none more popular",
     }
-    if table.facts.num_experts and first.base.routing in spread:
+    if facts.num_experts and first.base.routing in spread:
         found.append(f"{spread[first.base.routing]}; --routing zipf:0.6 shows what skew costs")
     if "disaggregated" in first.modes:
         found.append("disaggregated pools use as many GPUs as match, which may be fewer than there are")
@@ -125,14 +126,13 @@ def _why_not(task: SearchTask, layout: Layout) -> str:
     if space(replace(task, layouts=(layout,)), pruned):
         return "holds no sequence beside the weights, or reads prompts more slowly than they come"
     name = next(iter(pruned), "")
-    facts = traced_table(task.model, "decode").facts
+    whole = whole_model(task.model, "decode", task.base.quant)
     for rule in RULES:
         if rule.name == name:
-            return f"breaks rule '{name}': {rule.broken(layout, facts, task.device)}"
+            return f"breaks rule '{name}': {rule.broken(layout, whole.facts, task.device)}"
     engine, _, limit = name.partition(": ")
     if limit in ANY_ENGINE:
-        cuts = cut_widths(task.model, task.scenario.deployment(Layout(1), "decode", task.base).quantization)
-        problem = engine_can_run(engine, layout, facts, task.base, cuts=cuts, any_engine=True)
+        problem = engine_can_run(engine, layout, whole.facts, task.base, cuts=whole.cuts, any_engine=True)
         return f"cannot be run by {engine}: {problem}"
     return f"cannot be run by {engine} ({limit}); --any-engine compares it all the same"
 

@@ -13,7 +13,6 @@ from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.engine_limits import one_exchange
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options, check_options
-from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
@@ -21,6 +20,7 @@ from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.serving.objective import OBJECTIVES
 from tensorcast.serving.traffic import Traffic
+from tensorcast.trace.cache import whole_model
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _check(task: SearchTask) -> None:
 
 def _applies(model: ModelProfile, base: Options, given: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise :class:`InputError` where the model has nothing that an option asked for is about."""
-    facts = traced_table(model, "decode").facts
+    facts = whole_model(model, "decode", base.quant).facts
     depths = given.get("mtp_depth", (0,))
     if max(depths) > 0 and not facts.mtp_modules:
         said = ",".join(map(str, depths))

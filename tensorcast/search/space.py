@@ -13,24 +13,22 @@ from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
-from tensorcast.deploy.cuts import cut_widths
 from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import RULES, Layout
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.search.axes import EXCHANGES, Axes
 from tensorcast.search.search_task import SearchTask
+from tensorcast.trace.cache import traced, whole_model
 
 
 def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     """Variants to try; layouts that no rule lets through are counted in ``pruned``."""
-    scenario, base = task.scenario, task.base
-    first = scenario.deployment(Layout(1), "decode", Options(quant=base.quant, kv_dtype=base.kv_dtype))
-    facts, quantized = first.raw.facts, first.quantization.experts.quantizes_activation
+    base, whole = task.base, whole_model(task.model, "decode", task.base.quant)
+    facts, quantized = whole.facts, whole.stored.experts.quantizes_activation
     if task.layouts:
         tried = [one for one in task.layouts if task.gpus % one.world_size == 0]
     else:
@@ -38,8 +36,10 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     found = []
     node = task.device.interconnect[0].size
     runs = {1: True}  # by tp; a model that cannot be traced at all is an error
-    engine, cuts = task.engine.name, cut_widths(task.model, first.quantization)
-    can = partial(engine_can_run, engine, facts=facts, gpus_per_node=node, cuts=cuts, any_engine=not task.runnable_only)
+    engine = task.engine.name
+    can = partial(
+        engine_can_run, engine, facts=facts, gpus_per_node=node, cuts=whole.cuts, any_engine=not task.runnable_only
+    )
     for layout in legal(tried, facts, task.device, pruned):
         every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized)
         problems = [
@@ -51,7 +51,7 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
             continue
         if layout.tp not in runs:  # a rank is traced only where something would run on it
             try:
-                runs[layout.tp] = bool(traced_table(task.model, "decode", layout.tp))
+                runs[layout.tp] = bool(traced(task.model, "decode", layout.tp))
             except InputError:
                 runs[layout.tp] = False
         if not runs[layout.tp]:

@@ -19,9 +19,7 @@ from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.fleet import Fleet, fleet
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan.moe_blocks import Whole
-from tensorcast.deploy.plan.plan import choose_all2all
-from tensorcast.deploy.plan.rank_tables import shared_form, traced_table
+from tensorcast.deploy.plan.plan import choose_all2all, shared_form
 from tensorcast.deploy.step.asked_rows import Memo
 from tensorcast.deploy.step.sizes import COARSE, KV_BYTES
 from tensorcast.search.axes import LARGEST_BATCH
@@ -32,6 +30,8 @@ from tensorcast.serving.capacity import decode_budget, prefill_budget, room, seq
 from tensorcast.serving.curves import decode_columns
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
 from tensorcast.serving.traffic import Array
+from tensorcast.trace.cache import whole_model
+from tensorcast.trace.moe import Whole
 
 GRID = COARSE[(COARSE >= 1) & (COARSE <= LARGEST_BATCH)]
 """Batches of decode steps that every variant is priced at."""
@@ -250,7 +250,7 @@ class VariantPrices:
     def _graph_tokens(self) -> Callable[[Layout], int]:
         """Tokens of the largest captured prefill step of a layout."""
         model, device, engine = self.scenario.model, self.scenario.device, self.scenario.engine
-        experts = traced_table(model, "prefill").facts.num_experts
+        experts = whole_model(model, "prefill", self.variants[0].prefill.quant).facts.num_experts
         largest = cache(lambda dp, pp: engine.prefill_graph_tokens(device, dp, pp, model.config))
         return lambda layout: largest(attention_dp(layout, experts), layout.pp)
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.deploy.deployment import Deployment
-from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.price import StepPrice, seconds_of
 from tensorcast.errors import InputError
 from tensorcast.serving.curves import evidence_shares
 from tensorcast.serving.traffic import Array, Number, Traffic
+from tensorcast.trace.moe import EXPERT_STAGES
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from tensorcast.profiles.facts import ModelFacts
@@ -32,9 +32,6 @@ def per_table(function: Callable[..., Found]) -> Callable[..., Found]:
 
     return remembered
 
-
-FORMAT = 2
-"""Version of the stored form; part of the trace cache's key."""
 
 DTYPE_BYTES: dict[str, float] = {
     "float32": 4,
@@ -163,37 +160,6 @@ class OpTable:
                 continue
             total += p.full_numel * self.count(p) * (share if p.role == "experts" else 1)
         return math.floor(total)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> OpTable:
-        data = {k: v for k, v in data.items() if k != "format"}
-        data["ops"] = tuple(_op(row) for row in data["ops"])
-        data["facts"] = ModelFacts(**data["facts"])
-        data["params"] = tuple(
-            Param(**{**row, "shape": tuple(row["shape"]), "stored": tuple(row["stored"])}) for row in data["params"]
-        )
-        return cls(**{**data, "layer_kinds": tuple(data["layer_kinds"]), "kind_names": tuple(data["kind_names"])})
-
-
-def _tensor(row: dict[str, Any]) -> Tensor:
-    dims = tuple(Dim(*d) for d in row["dims"])
-    return Tensor(dims, row["dtype"], row["storage"], row["weight"], tuple(row["expanded"]), row["offset"])
-
-
-def _op(row: dict[str, Any]) -> Op:
-    attrs = {k: Dim(*v) if isinstance(v, list) and len(v) == len(Dim._fields) else v for k, v in row["attrs"].items()}
-    return Op(
-        **{
-            **row,
-            "inputs": tuple(_tensor(t) for t in row["inputs"]),
-            "outputs": tuple(_tensor(t) for t in row["outputs"]),
-            "attrs": attrs,
-            "parts": tuple(row["parts"]),
-        }
-    )
 
 
 def layer_ranges(indices: list[int]) -> str:

@@ -16,13 +16,13 @@ from tensorcast.cost.collectives import group_extent
 from tensorcast.cost.kernels.vocabulary import PRECISION, source_of
 from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import ALL2ALL, Layout, attention_dp
-from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan.moe_blocks import blocks_of
+from tensorcast.deploy.options import EXCHANGES, Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.backends import BACKENDS, choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.trace.moe import Whole, blocks_of
 from tensorcast.trace.table import Op, OpTable, per_table
 
 CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
@@ -96,6 +96,15 @@ def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: An
             f"got ep = {layout.ep}"
         )
     return wanted
+
+
+def shared_form(options: Options, layout: Layout, all2all: str) -> Whole | None:
+    """How shared experts run where they are not cut over tp; None where they are."""
+    if options.external_shared_experts:
+        return Whole(layout.dp / options.external_shared_experts, resident=False)
+    if options.shared_expert_tp or layout.tp == 1:
+        return None
+    return Whole(1.0 / layout.tp if all2all in EXCHANGES else 1.0)
 
 
 COMBINES = {

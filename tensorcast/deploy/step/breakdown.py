@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.price import RowPrice, StepPrice
-from tensorcast.trace.moe import is_shared
+from tensorcast.trace.moe import EXPERT_STAGES, is_shared
 
 GROUPS = (
     "attention", "attention projections", "experts", "shared experts", "dense layers", "router, norms, rest",

@@ -10,10 +10,10 @@ import numpy as np
 from tensorcast.cost.contention import CONTENTION, Contention, beside, two_streams
 from tensorcast.cost.work import Size
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES, blocks_of, is_shared
 from tensorcast.deploy.plan.plan import Collective, Plan, Row
 from tensorcast.deploy.step.price import RowPrice, Where, pick, seconds_of, total
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.trace.moe import EXPERT_STAGES, blocks_of, is_shared
 from tensorcast.trace.table import OpTable
 
 Hidden = tuple[Size, Size]

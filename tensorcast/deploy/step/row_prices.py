@@ -20,11 +20,11 @@ from tensorcast.cost.kernels.corrections import BatchedCorrections, Correction, 
 from tensorcast.cost.roofline import constants_for
 from tensorcast.cost.row_seconds import RowSeconds, row_seconds
 from tensorcast.cost.work import Size, Work
-from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.price import RowPrice, Spending, one_level, spending_of
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import Op, OpTable, per_table
 
 EXCHANGE_SMS = 20.0

@@ -15,7 +15,6 @@ from tensorcast.cost.routing import Routing, expected_distinct, expert_load
 from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan.moe_blocks import EXPERT_STAGES
 from tensorcast.deploy.plan.plan import Collective, Plan, Row, gated
 from tensorcast.deploy.step.asked_rows import AskedRows, Memo
 from tensorcast.deploy.step.overlap import Overlap
@@ -26,6 +25,7 @@ from tensorcast.deploy.step.sizes import Batches, StepSizes
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.dims import Dim
+from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import Op, OpTable, Tensor, per_table
 
 

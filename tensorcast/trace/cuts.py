@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from tensorcast.deploy.plan.rank_tables import traced_table
 from tensorcast.modeling.quantization import Quantization
-from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.moe import blocks_of, is_shared_param
 from tensorcast.trace.precision import by_precision
-from tensorcast.trace.table import OpTable, Param, per_table
+from tensorcast.trace.table import OpTable, Param
 
 ATTENTION_OUT = frozenset(("o_proj", "out_proj", "wo", "o_b_proj"))
 MLP_OUT = frozenset(("down_proj", "w2", "c_proj", "fc2", "dense_4h_to_h", "output_linear"))
@@ -64,15 +63,10 @@ def _cut_of(param: Param, shared: bool, quantization: Quantization, *, width: in
     return Cut("attention output", param.shape[1], columns, scheme.name) if name in ATTENTION_OUT else None
 
 
-def cut_widths(model: ModelProfile, quantization: Quantization, phase: str = "decode") -> tuple[Cut, ...]:
-    """The widths of a model whose parts must be whole blocks, each module in its own precision."""
+def cut_widths(whole: OpTable, quantization: Quantization, classes: Iterable[str]) -> tuple[Cut, ...]:
+    """The widths of a model of these ``classes`` whose parts must be whole blocks, each module in its own precision."""
     if not quantization.in_blocks:
         return ()
-    return _cut_widths(traced_table(model, phase), quantization, tuple(model.config.get("architectures") or ()))
-
-
-@per_table
-def _cut_widths(whole: OpTable, quantization: Quantization, classes: tuple[str, ...]) -> tuple[Cut, ...]:
     table = by_precision(whole, quantization)
     blocks, width = blocks_of(table.ops), table.facts.moe_intermediate_size
     fewer = not FEWER_RANKS.isdisjoint(classes)

@@ -1,0 +1,74 @@
+"""Op tables as JSON: every size and every tensor is written once, whatever number of rows and tables it stands in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from tensorcast.profiles.facts import ModelFacts
+from tensorcast.trace.dims import Dim
+from tensorcast.trace.table import Op, OpTable, Param, Tensor
+
+FORMAT = 3
+"""Version of the stored form; part of the trace cache's key."""
+
+
+def to_json(*tables: OpTable) -> dict[str, Any]:
+    """The tables in plain lists; the later ones differ from the first in their ops alone."""
+    dims: dict[Dim, int] = {}
+    tensors: dict[Tensor, int] = {}
+
+    def number(t: Tensor) -> int:
+        for dim in t.dims:
+            dims.setdefault(dim, len(dims))
+        return tensors.setdefault(t, len(tensors))
+
+    ops = [[_row(op, list(map(number, op.inputs)), list(map(number, op.outputs))) for op in table.ops]
+           for table in tables]  # fmt: skip
+    first = tables[0]
+    return {
+        "ops": ops,
+        "tensors": [
+            [[dims[dim] for dim in t.dims], t.dtype, t.storage, t.weight, t.expanded, t.offset] for t in tensors
+        ],
+        "dims": list(dims),
+        "params": [[getattr(p, name) for name in Param.__slots__] for p in first.params],
+        "facts": asdict(first.facts),
+        "table": [first.model, first.phase, first.tp, first.layer_kinds, first.kind_names],
+    }
+
+
+def _row(op: Op, inputs: list[int], outputs: list[int]) -> list[Any]:
+    sizes = {name: value for name, value in op.attrs.items() if isinstance(value, Dim)}
+    plain = {name: value for name, value in op.attrs.items() if name not in sizes}
+    return [op.name, op.module, op.kind, inputs, outputs, plain, sizes, op.stage, op.shard, op.parts]
+
+
+def from_json(data: dict[str, Any]) -> list[OpTable]:
+    """Tables from what :func:`to_json` made of them. Raises what comes of data that is none."""
+    dims = [Dim(*one) for one in data["dims"]]
+    tensors = [
+        Tensor(tuple([dims[i] for i in own]), dtype, storage, weight, tuple(expanded), offset)
+        for own, dtype, storage, weight, expanded, offset in data["tensors"]
+    ]
+    params = tuple([Param(*one, tuple(shape), tuple(stored)) for *one, shape, stored in data["params"]])
+    facts = ModelFacts(**data["facts"])
+    model, phase, tp, layer_kinds, kind_names = data["table"]
+    return [
+        OpTable(
+            model=model, phase=phase, tp=tp, ops=_ops(rows, tensors), layer_kinds=tuple(layer_kinds),
+            kind_names=tuple(kind_names), params=params, facts=facts,
+        )
+        for rows in data["ops"]
+    ]
+
+
+def _ops(rows: Sequence[Sequence[Any]], tensors: Sequence[Tensor]) -> tuple[Op, ...]:
+    return tuple([
+        Op(
+            name, module, kind, tuple([tensors[i] for i in inputs]), tuple([tensors[i] for i in outputs]),
+            plain | {size: Dim(*dim) for size, dim in sizes.items()} if sizes else plain, stage, shard, tuple(parts),
+        )
+        for name, module, kind, inputs, outputs, plain, sizes, stage, shard, parts in rows
+    ])  # fmt: skip

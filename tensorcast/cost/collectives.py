@@ -150,7 +150,7 @@ def _cheapest(legs: list[_Leg]) -> _Leg:
         return legs[0]
     seconds = np.stack(np.broadcast_arrays(*[np.asarray(leg.seconds, dtype=float) for leg in legs]))
     best = seconds.argmin(axis=0)
-    used = [legs[i] for i in np.unique(best)]
+    used = [leg for i, leg in enumerate(legs) if (best == i).any()]
     wire = np.choose(best, [np.asarray(leg.wire, dtype=float) for leg in legs])
     names = np.array([leg.algorithm for leg in legs])[best]
     scalar = best.ndim == 0

@@ -24,7 +24,7 @@ SCHEME_OF = {
 }  # fmt: skip
 """Precisions as people write them, and our scheme."""
 
-_SUFFIX = re.compile(
+_SUFFIX = (
     r"-(instruct|chat|base|hf|it|preview|fp8|(?:nv)?fp4(?:-v\d)?|mxfp4|bf16|int4|int8|awq|gptq|dynamic|static|block"
     r"|pertensor|kv|(?:quantized\.)?w\da\d+|v0\.\d|\d{4})$"
 )
@@ -100,7 +100,7 @@ def _nearest(name: str) -> str | None:
 
     def stem(text: str) -> str:
         text = text.rstrip("/").rpartition("/")[2].casefold().replace("_", "-").replace("meta-llama-3", "llama-3")
-        while (short := _SUFFIX.sub("", text)) != text:
+        while (short := re.sub(_SUFFIX, "", text)) != text:
             text = short
         return text
 

@@ -18,13 +18,12 @@ EXPERT_STAGES = ("permute", "experts", "unpermute")
 
 def blocks_of(ops: Iterable[Op]) -> dict[int, str]:
     """Layer kind -> path of its MoE block."""
-    return {op.kind: _block(op.module) for op in ops if op.name == "init_routing_v2"}
-
-
-def _block(module: str) -> str:
-    """The MoE block that holds an experts module: its parent, unless that is the layer itself."""
-    parent = module.rpartition(".")[0]
-    return module if not parent or parent.endswith("]") else parent
+    found: dict[int, str] = {}
+    for op in ops:
+        if op.name == "init_routing_v2":  # in the experts' module, whose parent is the block unless it is the layer
+            parent = op.module.rpartition(".")[0]
+            found[op.kind] = op.module if not parent or parent.endswith("]") else parent
+    return found
 
 
 def is_shared(module: str, kind: int, blocks: dict[int, str]) -> bool:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.kernels.formula import constants_digest, formula_of
 from tensorcast.cost.kernels.predictor import TRANSFERRED, Predictor, predictor_for
+from tensorcast.cost.kernels.vocabulary import UNRELATED
 from tensorcast.cost.work import Array, Size
 from tensorcast.profiles.device import DeviceProfile
 
@@ -29,7 +30,7 @@ AT_LEAST_ONE = ("m", "tokens", "batch", "rows", "hit")
 SAME = 1e-6
 """Relative difference up to which a formula is the one that a model was fitted over."""
 
-WEIGHTS = np.random.default_rng(11).random(16) + 0.5
+WEIGHTS = UNRELATED
 """Weights that give every combination of sizes a number of its own, its code."""
 
 MOST, MOST_SIZES = 4096, 1 << 18

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.cost.kernels.trees import Trees, leaf_steps
 from tensorcast.cost.kernels.triton_tiles import of_library
-from tensorcast.cost.kernels.vocabulary import NON_GATED, Columns
+from tensorcast.cost.kernels.vocabulary import NON_GATED, UNRELATED, Columns
 from tensorcast.cost.work import Array, Mask
 from tensorcast.errors import InputError
 
@@ -44,7 +45,7 @@ SOURCE_OF = ("hidden", "inter", "topk", "experts")
 """Sizes of a model, whose experts an engine runs with a library of its choice: one where ranks hold whole experts
 (``moe_ep`` over 1), one else."""
 
-CODE = np.random.default_rng(7).random(8) + 0.5
+CODE = UNRELATED[:8]
 """Weights that give every combination of sizes a number of its own."""
 
 WEIGHTS = (1.0, 1e5 + 3, 1e9 + 7, 1e13 + 9)
@@ -145,7 +146,7 @@ class Kernel:
     @cached_property
     def _codes(self) -> Array:
         """A number for every combination of :attr:`lines` that was measured, ascending."""
-        return np.unique(np.round(np.asarray(self.seen, dtype=float) @ np.array(WEIGHTS[: len(self.lines)])))
+        return np.sort(np.round(np.asarray(self.seen, dtype=float) @ np.array(WEIGHTS[: len(self.lines)])))
 
     def features(self, features: Columns, columns: Columns) -> Columns:
         """Features with ``source``, the library whose kernel runs: as measured for the model, for other models as the
@@ -285,12 +286,18 @@ def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[A
 
 def _stored_trees(arrays: Mapping[str, NDArray[Any]], shapes: Sequence[Mapping[str, Any]]) -> Iterator[Trees]:
     """Trees, one after another, of the ``shapes`` that the file tells."""
-    counts, depths = np.array([shape["trees"] for shape in shapes]), np.array([shape["depth"] for shape in shapes])
-    splits, leaf_ends = np.cumsum(counts * depths)[:-1], np.cumsum(counts << depths)[:-1]
-    borders = iter(np.split(arrays["borders"], np.cumsum([n for shape in shapes for n in shape["borders"]])))
+
+    def pieces(name: str, sizes: Sequence[int]) -> Iterator[NDArray[Any]]:
+        ends, values = [0, *accumulate(sizes)], arrays[name]
+        return (values[start:end] for start, end in zip(ends, ends[1:], strict=False))
+
+    counts, depths = [shape["trees"] for shape in shapes], [shape["depth"] for shape in shapes]
+    splits = [count * depth for count, depth in zip(counts, depths, strict=True)]
+    leaves_each = [count << depth for count, depth in zip(counts, depths, strict=True)]
+    borders = pieces("borders", [n for shape in shapes for n in shape["borders"]])
     parts = zip(
-        shapes, np.split(arrays["feature"], splits), np.split(arrays["border"], splits),
-        np.split(arrays["leaves"], leaf_ends), np.split(arrays["scales"], np.cumsum(counts)[:-1]), strict=True,
+        shapes, pieces("feature", splits), pieces("border", splits), pieces("leaves", leaves_each),
+        pieces("scales", counts), strict=True,
     )
     for shape, feature, border, leaves, scale in parts:
         split = shape["trees"], shape["depth"]

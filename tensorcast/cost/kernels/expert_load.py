@@ -95,8 +95,8 @@ def rank_load(
     """Load of the busiest of ``ranks`` ranks when ``tokens`` tokens in all choose ``top_k`` of ``experts``, each array
     with one entry per call. ``skew`` as :func:`skew_of` says; ``slots``: experts with their redundant copies."""
     result = np.empty((5, len(tokens)))
-    kinds = np.unique(skew)
-    sizes = np.stack([experts, top_k, ranks, slots, np.searchsorted(kinds, skew)]).astype(np.int64)
+    kinds, kind_of = np.unique(skew, return_inverse=True)
+    sizes = np.stack([experts, top_k, ranks, slots, kind_of]).astype(np.int64)
     code = np.ravel_multi_index(tuple(sizes), tuple(sizes.max(axis=1) + 1)) if sizes.size else np.zeros(0, int)
     _, first, group = np.unique(code, return_index=True, return_inverse=True)
     order = np.argsort(group, kind="stable")

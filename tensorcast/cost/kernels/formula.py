@@ -206,7 +206,7 @@ def _collectives(
             "phase": "combine" if phase.startswith("combine") else "dispatch",
         }
     inner = device.interconnect[0].size
-    for ranks in np.unique(c["ranks"]):
+    for ranks in sorted(set(c["ranks"].tolist())):
         at = c["ranks"] == ranks
         outer = () if ranks <= inner else (int(ranks),)
         extent = (int(min(ranks, inner)), *outer)

@@ -13,7 +13,7 @@ from itertools import product
 
 import numpy as np
 
-from tensorcast.cost.kernels.vocabulary import Columns
+from tensorcast.cost.kernels.vocabulary import UNRELATED, Columns
 from tensorcast.cost.work import Array
 
 _POWERS = 2.0 ** np.arange(44.0)
@@ -36,7 +36,7 @@ SIDES: Mapping[str, Mapping[str, Array]] = {
 where the lattice's nodes lie; smaller ones take as long as the first. Head sizes and windows have nodes where some were
 measured: they pick their kernels."""
 
-WEIGHTS = np.random.default_rng(13).random(16) + 0.5
+WEIGHTS = UNRELATED
 """Under which every combination of the other sizes has a sum of its own."""
 
 MOST_NODES = 1 << 21

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from tensorcast.cost.work import Array, Precision
 
 Columns = dict[str, Array]
 """Sizes by name, one float per call."""
+
+UNRELATED: Array = np.sqrt([2.0, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53]) % 1.0 + 0.5
+"""Weights that no whole numbers relate (roots of primes), so that combinations of sizes have sums of their own."""
 
 SIZES = {
     "gemm": ("m", "n", "k", "batch"),

@@ -137,11 +137,12 @@ def choose_experts_backend(
     transformers itself, its own rule holds: on a GPU ``grouped_mm`` decodes as ``batched_mm``.
     """
     by_rule = engine.experts_backend.get("decode") == "batched_mm" and device.name != "cpu"
-    chosen = _read_backend(wanted, phase, device="cuda" if by_rule else "cpu")
-    if chosen != "auto":
-        if chosen not in BACKENDS:
+    if wanted != "auto":
+        chosen = _read_backend(wanted, phase, device="cuda" if by_rule else "cpu")
+        if chosen not in ("auto", *BACKENDS):
             raise InputError(f"--experts-backend {chosen}: registered by you; it runs, but has no price")
-        return chosen
+        if chosen != "auto":
+            return chosen
     default = BACKEND_OF.get(all2all) or engine.experts_backend.get(phase, "grouped_mm")
     return "grouped_mm" if default == "batched_mm" and not by_rule else default
 

@@ -1,0 +1,113 @@
+"""What is kept on disk of a model: tables as made anew, nothing made twice, damage repaired, nothing where it is off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import SMALL
+
+from tensorcast.errors import InputError
+from tensorcast.profiles.model import ModelProfile
+from tensorcast.trace import cache, tracer
+from tensorcast.trace.cache import RankForm, RankTables, WholeModel, rank_tables, traced, whole_model
+from tensorcast.trace.moe import Whole
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": ["model.layers.2"]}
+FORM = RankForm(
+    tp=2, quant=None, arithmetic=("bf16", "fp8"), architecture="Hopper", fusions=("merged_gemm", "pointwise"),
+    apart=(), shared=Whole(0.5),
+)  # fmt: skip
+
+
+def _profile(**entry: Any) -> ModelProfile:
+    config = {**SMALL["deepseek_v3"], "architectures": ["DeepseekV3ForCausalLM"], **entry}
+    return ModelProfile(name="small", hf_id="small", description="d", sources={}, config=config)
+
+
+def _all(profile: ModelProfile) -> tuple[WholeModel, RankTables]:
+    return whole_model(profile, "decode"), rank_tables(profile, "decode", FORM)
+
+
+def _refuses(*_: Any, **__: Any) -> Any:
+    raise AssertionError("made a second time")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TENSORCAST_CACHE", str(tmp_path))
+    return tmp_path / "traces"
+
+
+def test_a_second_process_makes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config is read, traced, quantised and fused once; what is read back is what was made."""
+    made = _all(_profile(quantization_config={**FP8, "weight_block_size": [128, 128]}))
+    assert {path.name.rsplit("-", 1)[0] for path in folder.iterdir()} == {
+        "small-decode-tp1", "small-decode-tp2", "small-decode-whole", "small-decode-rank2",
+    }  # fmt: skip
+    monkeypatch.setattr(cache, "_known", {})
+    for step in ("checkpoint", "by_precision", "apply_quantization", "fuse", "with_whole_shared", "cut_widths"):
+        monkeypatch.setattr(cache, step, _refuses)
+    monkeypatch.setattr(tracer, "trace", _refuses)
+    assert _all(_profile(quantization_config={**FP8, "weight_block_size": [128, 128]})) == made
+    whole, _ = made
+    assert whole.stored.scheme("model.layers.1.self_attn.o_proj.weight", "linear").name == "fp8_block"
+    assert whole.stored.scheme("model.layers.2.self_attn.o_proj.weight", "linear").name == "bf16"
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text[: len(text) // 2], lambda text: "[]", lambda text: "{}", lambda text: "\x00",
+    lambda text: json.dumps({**json.loads(text), "tensors": [], "facts": 1, "stored": None}),
+])  # fmt: skip
+def test_a_damaged_file_is_made_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[str], str]
+) -> None:
+    profile = _profile()
+    made = _all(profile)
+    kept = {path: path.read_text() for path in folder.iterdir()}
+    for path, text in kept.items():
+        path.write_text(damage(text))
+    monkeypatch.setattr(cache, "_known", {})
+    assert _all(profile) == made
+    assert {path: path.read_text() for path in folder.iterdir()} == kept, "and written anew, with nothing beside"
+
+
+def test_what_is_asked_is_part_of_the_key(folder: Path) -> None:
+    profile = _profile()
+    forms = [FORM, *(RankForm(**{**vars(FORM), **change}) for change in (
+        {"quant": "fp8"}, {"architecture": "Ampere"}, {"arithmetic": ("bf16",)}, {"fusions": ()}, {"shared": None},
+    ))]  # fmt: skip
+    for form in forms:
+        rank_tables(profile, "decode", form)
+    assert len(list(folder.glob("small-decode-rank2-*"))) == len(forms)
+    assert whole_model(profile, "decode").stored.linear.name == "bf16"
+    assert whole_model(profile, "decode", "fp8").stored.linear.name == "fp8"
+
+
+def test_off_keeps_nothing_and_traces_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORCAST_CACHE", "off")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    calls, trace = [], tracer.trace
+
+    def counted(profile: ModelProfile, phase: Any, tp: int = 1, *rest: Any) -> Any:
+        calls.append(tp)
+        return trace(profile, phase, tp, *rest)
+
+    monkeypatch.setattr(tracer, "trace", counted)
+    profile = _profile()
+    for _ in range(2):
+        _all(profile)
+        rank_tables(profile, "decode", RankForm(**{**vars(FORM), "fusions": ()}))
+    assert sorted(calls) == [1, 2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_entry_that_nobody_knows_needs_a_precision(folder: Path) -> None:
+    profile = _profile(quantization_config={"quant_method": "strange"})
+    assert traced(profile, "decode").facts.layers == 4
+    with pytest.raises(InputError, match="strange"):
+        whole_model(profile, "decode")
+    assert whole_model(profile, "decode", "fp8").stored.experts.name == "fp8"

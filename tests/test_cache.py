@@ -1,4 +1,4 @@
-"""What is kept on disk of a model: tables as made anew, nothing made twice, damage repaired, nothing where it is off."""
+"""What is kept on disk of a model: tables as made anew, nothing made twice, damage repaired, off where asked."""
 
 from __future__ import annotations
 

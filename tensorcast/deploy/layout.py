@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,82 +65,43 @@ def parse_layout(text: str, world_size: int | None = None) -> Layout:
     return Layout(product if world_size is None else world_size, **sizes)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A named condition on a layout; ``broken`` says what is wrong, or is empty."""
-
-    name: str
-    broken: Callable[[Layout, ModelFacts, DeviceProfile], str]
-
-
-def _world(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
-    product = layout.tp * layout.dp * layout.pp
-    if product == layout.world_size:
-        return ""
-    return f"tp*dp*pp = {layout.tp}*{layout.dp}*{layout.pp} = {product}, but world_size = {layout.world_size}"
-
-
-def _heads(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
-    if not facts.heads or facts.heads % layout.tp == 0:  # a state-space model has none
-        return ""
-    return f"{facts.heads} attention heads do not divide over tp = {layout.tp}"
-
-
-def _kv_heads(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
-    """A rank holds whole heads of keys and values: its own, or a copy of one that several ranks share.
-
-    Of every engine: vLLM 0.24.0, model_executor/models/ (assert total_num_kv_heads % tp_size == 0, in 64 files), SGLang
-    0.5.14, srt/models/ (the same), TensorRT-LLM, _torch/models/modeling_utils.py (duplicate_kv_weight).
-    """
-    heads, tp = facts.kv_heads, layout.tp
-    if not heads or heads % tp == 0 or tp % heads == 0:
-        return ""
-    return f"{heads} KV heads are neither a multiple nor a divisor of tp = {tp}"
-
-
-def _expert_ranks(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
-    if not facts.num_experts:
-        return "" if layout.ep == 1 else f"ep = {layout.ep}, but the model has no experts; use ep = 1"
-    if layout.stage_ranks % layout.ep == 0:
-        return ""
-    return f"ep = {layout.ep} does not divide tp*dp = {layout.stage_ranks}"
-
-
-def _experts_per_rank(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
-    if layout.ep <= max(facts.num_experts, 1):
-        return ""
-    return f"ep = {layout.ep} is more than the {facts.num_experts} experts; a rank would hold none"
-
-
-def _expert_width(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
-    width = facts.moe_intermediate_size
-    if not facts.num_experts or width % layout.etp == 0:
-        return ""
-    return f"expert width {width} does not divide over tp*dp/ep = {layout.etp} ranks; raise ep"
-
-
-def _stages(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
-    if layout.pp <= facts.layers:
-        return ""
-    return f"pp = {layout.pp} is more than the {facts.layers} layers"
-
-
-def _reach(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> str:
-    if layout.world_size <= device.world_limit:
-        return ""
-    return f"world_size = {layout.world_size}, but {device.name}'s interconnect reaches {device.world_limit}"
-
-
 RULES = (
-    Rule("world size", _world),
-    Rule("heads per rank", _heads),
-    Rule("KV heads per rank", _kv_heads),
-    Rule("expert ranks", _expert_ranks),
-    Rule("experts per rank", _experts_per_rank),
-    Rule("expert width", _expert_width),
-    Rule("pipeline stages", _stages),
-    Rule("interconnect reach", _reach),
-)
+    "world size", "heads per rank", "KV heads per rank", "expert ranks", "experts per rank", "expert width",
+    "pipeline stages", "interconnect reach",
+)  # fmt: skip
+"""Names of what a layout must keep, in the order of :func:`broken_rules`."""
+
+
+def broken_rules(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> Iterator[tuple[str, str]]:
+    """Every rule of :data:`RULES` that ``layout`` breaks for a model with these ``facts``, and what is wrong.
+
+    Whole heads of keys and values are a rank's own, or copies of one that several ranks share. Of every engine: vLLM
+    0.24.0, model_executor/models/ (assert total_num_kv_heads % tp_size == 0, in 64 files), SGLang 0.5.14, srt/models/
+    (the same), TensorRT-LLM, _torch/models/modeling_utils.py (duplicate_kv_weight).
+    """
+    tp, ep, experts = layout.tp, layout.ep, facts.num_experts
+    product = tp * layout.dp * layout.pp
+    if product != layout.world_size:
+        said = f"tp*dp*pp = {tp}*{layout.dp}*{layout.pp} = {product}, but world_size = {layout.world_size}"
+        yield "world size", said
+    if facts.heads % tp:  # a state-space model has none
+        yield "heads per rank", f"{facts.heads} attention heads do not divide over tp = {tp}"
+    if facts.kv_heads and facts.kv_heads % tp and tp % facts.kv_heads:
+        yield "KV heads per rank", f"{facts.kv_heads} KV heads are neither a multiple nor a divisor of tp = {tp}"
+    if not experts and ep > 1:
+        yield "expert ranks", f"ep = {ep}, but the model has no experts; use ep = 1"
+    elif layout.stage_ranks % ep:
+        yield "expert ranks", f"ep = {ep} does not divide tp*dp = {layout.stage_ranks}"
+    if ep > max(experts, 1):
+        yield "experts per rank", f"ep = {ep} is more than the {experts} experts; a rank would hold none"
+    if experts and facts.moe_intermediate_size % layout.etp:
+        width = facts.moe_intermediate_size
+        yield "expert width", f"expert width {width} does not divide over tp*dp/ep = {layout.etp} ranks; raise ep"
+    if layout.pp > facts.layers:
+        yield "pipeline stages", f"pp = {layout.pp} is more than the {facts.layers} layers"
+    if layout.world_size > device.world_limit:
+        reach = f"{device.name}'s interconnect reaches {device.world_limit}"
+        yield "interconnect reach", f"world_size = {layout.world_size}, but {reach}"
 
 
 def attention_dp(layout: Layout, num_experts: int) -> int:
@@ -153,10 +114,8 @@ def check(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> None:
     for name in ("world_size", "tp", "dp", "ep", "pp"):
         if getattr(layout, name) < 1:
             raise InputError(f"layout: {name} = {getattr(layout, name)} must be at least 1")
-    for rule in RULES:
-        problem = rule.broken(layout, facts, device)
-        if problem:
-            raise InputError(f"layout {layout} breaks rule '{rule.name}': {problem}")
+    for name, problem in broken_rules(layout, facts, device):
+        raise InputError(f"layout {layout} breaks rule '{name}': {problem}")
 
 
 def stage_layers(layers: int, pp: int) -> list[slice]:

@@ -181,31 +181,32 @@ def _chosen(options: Options, name: str) -> bool:
     return value != OPTIONS[name].default and value not in about(name).always
 
 
-@dataclass(frozen=True)
-class OptionRule:
-    """A named condition on options for a layout, a model's facts and the exchange that runs (see ``RULES`` too)."""
-
-    name: str
-    broken: Callable[[Options, Layout, ModelFacts, str], str]
-
-
-def _numbers(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
+def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> tuple[str, str]:
+    """Name of the first rule that options break for a layout, a model's facts and the exchange that runs, and what is
+    wrong; two empty strings if none."""
     for name in OPTIONS:
         least, value = about(name).least, getattr(o, name)
         if least is not None and value < least:
-            return f"{flag(name)} {value} must be at least {least}"
+            return "valid numbers", f"{flag(name)} {value} must be at least {least}"
     if o.fusion not in ("engine", "none"):
-        return f"--fusion {o.fusion!r}: must be engine or none"
-    return ""
-
-
-def _experts(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
-    if facts.num_experts:
-        return ""
-    flags = [flag(name) for name in OPTIONS if about(name).of_experts and _chosen(o, name)]
-    if not flags:
-        return ""
-    return f"the model has no experts: {' and '.join(flags)} {'does' if len(flags) == 1 else 'do'} not apply"
+        return "valid numbers", f"--fusion {o.fusion!r}: must be engine or none"
+    of_experts = [] if facts.num_experts else [n for n in OPTIONS if about(n).of_experts and _chosen(o, n)]
+    if of_experts:
+        flags, verb = " and ".join(map(flag, of_experts)), "does" if len(of_experts) == 1 else "do"
+        return "experts to place", f"the model has no experts: {flags} {verb} not apply"
+    if problem := _external(o, layout, facts, all2all):
+        return "external shared experts", problem
+    physical, ranks = facts.num_experts + o.redundant_experts, layout.ep - o.external_shared_experts
+    if o.redundant_experts and o.placement == "eplb" and ranks > 0 and physical % ranks:
+        said = f"{physical} experts and copies do not divide over {ranks} ranks, as --placement eplb needs"
+        return "redundant experts", said
+    if o.dual_batch_overlap and all2all not in ("high_throughput", "low_latency"):
+        said = f"--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is {all2all}"
+        return "overlap needs an exchange", said
+    if o.mtp_depth and not facts.mtp_modules:
+        said = f"--mtp-depth {o.mtp_depth}: the model's config has no multi-token prediction module"
+        return "drafts need a module", said
+    return "", ""
 
 
 def _external(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
@@ -222,43 +223,6 @@ def _external(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> st
     if n >= layout.ep:
         return f"--external-shared-experts {n} leaves none of ep = {layout.ep} ranks for routed experts"
     return ""
-
-
-def _redundant(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
-    physical, ranks = facts.num_experts + o.redundant_experts, layout.ep - o.external_shared_experts
-    if not o.redundant_experts or o.placement != "eplb" or ranks < 1 or physical % ranks == 0:
-        return ""
-    return f"{physical} experts and copies do not divide over {ranks} ranks, as --placement eplb needs"
-
-
-def _overlap(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
-    if not o.dual_batch_overlap or all2all in ("high_throughput", "low_latency"):
-        return ""
-    return f"--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is {all2all}"
-
-
-def _drafts(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
-    if not o.mtp_depth or facts.mtp_modules:
-        return ""
-    return f"--mtp-depth {o.mtp_depth}: the model's config has no multi-token prediction module"
-
-
-OPTION_RULES = (
-    OptionRule("valid numbers", _numbers),
-    OptionRule("experts to place", _experts),
-    OptionRule("external shared experts", _external),
-    OptionRule("redundant experts", _redundant),
-    OptionRule("overlap needs an exchange", _overlap),
-    OptionRule("drafts need a module", _drafts),
-)
-
-
-def broken_option(options: Options, layout: Layout, facts: ModelFacts, all2all: str) -> tuple[str, str]:
-    """Name of the first rule that ``options`` break and what is wrong; two empty strings if none."""
-    for rule in OPTION_RULES:
-        if problem := rule.broken(options, layout, facts, all2all):
-            return rule.name, problem
-    return "", ""
 
 
 def check_options(options: Options, layout: Layout, facts: ModelFacts, all2all: str) -> None:

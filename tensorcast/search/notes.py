@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tensorcast.deploy.deployment import not_counted, uncut
 from tensorcast.deploy.engine_limits import ANY_ENGINE, engine_can_run
-from tensorcast.deploy.layout import RULES, Layout
+from tensorcast.deploy.layout import Layout, broken_rules
 from tensorcast.deploy.options import idle_note
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.candidate_table import stacked
@@ -127,9 +127,9 @@ def _why_not(task: SearchTask, layout: Layout) -> str:
         return "holds no sequence beside the weights, or reads prompts more slowly than they come"
     name = next(iter(pruned), "")
     whole = whole_model(task.model, "decode", task.base.quant)
-    for rule in RULES:
-        if rule.name == name:
-            return f"breaks rule '{name}': {rule.broken(layout, whole.facts, task.device)}"
+    for rule, problem in broken_rules(layout, whole.facts, task.device):
+        if rule == name:
+            return f"breaks rule '{name}': {problem}"
     engine, _, limit = name.partition(": ")
     if limit in ANY_ENGINE:
         problem = engine_can_run(engine, layout, whole.facts, task.base, cuts=whole.cuts, any_engine=True)

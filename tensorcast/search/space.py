@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any
 
 from tensorcast.deploy.engine_limits import engine_can_run
-from tensorcast.deploy.layout import RULES, Layout
+from tensorcast.deploy.layout import Layout, broken_rules
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
@@ -114,7 +114,7 @@ RELEVANT = (
     Relevance("dual_batch_overlap", lambda at: at.sent),
     Relevance("mtp_depth", lambda at: at.facts.mtp_modules > 0),
 )
-"""The options' side of :data:`tensorcast.deploy.layout.RULES`: an axis is searched only where it changes anything."""
+"""The options' side of :func:`tensorcast.deploy.layout.broken_rules`: an axis is searched where it changes anything."""
 
 
 def divisors(number: int) -> list[int]:
@@ -136,7 +136,7 @@ def legal(
     """Those that break no rule; the others are counted in ``pruned`` under the first rule that they break."""
     kept = []
     for layout in candidates:
-        broken = next((rule.name for rule in RULES if rule.broken(layout, facts, device)), None)
+        broken, _ = next(broken_rules(layout, facts, device), ("", ""))
         if broken:
             pruned[broken] += 1
         else:

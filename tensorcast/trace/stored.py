@@ -52,7 +52,10 @@ def from_json(data: dict[str, Any]) -> list[OpTable]:
         Tensor(tuple([dims[i] for i in own]), dtype, storage, weight, tuple(expanded), offset)
         for own, dtype, storage, weight, expanded, offset in data["tensors"]
     ]
-    params = tuple([Param(*one, shape=tuple(shape), stored=tuple(stored)) for *one, shape, stored in data["params"]])
+    params = tuple([
+        Param(name, module, kind, numel, full_numel, dtype, role, tuple(shape), tuple(stored))
+        for name, module, kind, numel, full_numel, dtype, role, shape, stored in data["params"]
+    ])
     facts = ModelFacts(**data["facts"])
     model, phase, tp, layer_kinds, kind_names = data["table"]
     return [

@@ -7,7 +7,7 @@ constants now (a user's own calibration), the model is left alone and the formul
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -96,13 +96,15 @@ class Corrections:
         shape = np.broadcast_shapes(*(value.shape for value in held.values()))
         codes: Any = sum(weight * value for weight, value in zip(WEIGHTS, held.values(), strict=False))
         codes, first, where = np.unique(np.broadcast_to(codes, shape), return_index=True, return_inverse=True)
-        answers = self._answers.setdefault((*name, *sizes), _Answers())
-        if len(new := answers.missing(codes)):
+
+        def price(new: NDArray[np.intp]) -> Array:
             at = first[new]
             columns = {n: np.broadcast_to(value, shape).ravel()[at] for n, value in held.items()}
             found = self.predictor.price(*name, columns)
-            answers.keep(codes[new], np.array([found.factor, found.error, found.level]))
-        factor, error, level = answers.values[:, np.searchsorted(answers.codes, codes)[where.reshape(shape)]]
+            return np.array([found.factor, found.error, found.level])
+
+        answers = self._answers.setdefault((*name, *sizes), _Answers())
+        factor, error, level = answers.to(codes, price)[:, where.reshape(shape)]
         return Correction(factor[()], error[()], level.astype(int)[()], *belongs)
 
     def _residual(self, family: str, dtype: str, variant: str) -> tuple[str, str] | None:
@@ -132,20 +134,19 @@ class _Answers:
     codes: Array = field(default_factory=partial(np.empty, 0))
     values: Array = field(default_factory=partial(np.empty, (3, 0)))
 
-    def missing(self, codes: Array) -> NDArray[np.intp]:
-        """Positions of the codes that have no answer yet; where too many are kept, all of them."""
+    def to(self, codes: Array, price: Callable[[NDArray[np.intp]], Array]) -> Array:
+        """Answers to ``codes`` ``[3, codes]``; those that had none are priced by their positions, and kept."""
         if len(self.codes) > MOST_SIZES:
             self.codes, self.values = np.empty(0), np.empty((3, 0))
-        if not len(self.codes):
-            return np.arange(len(codes))
-        nearest = self.codes[np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)]
-        return np.flatnonzero(nearest != codes)
-
-    def keep(self, codes: Array, values: Array) -> None:
-        """Answers to codes that had none."""
-        every = np.concatenate([self.codes, codes])
-        order = np.argsort(every, kind="stable")
-        self.codes, self.values = every[order], np.concatenate([self.values, values], axis=1)[:, order]
+        new = np.arange(len(codes))
+        if len(self.codes):
+            nearest = self.codes[np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)]
+            new = np.flatnonzero(nearest != codes)
+        if len(new):
+            every, values = np.concatenate([self.codes, codes[new]]), np.concatenate([self.values, price(new)], axis=1)
+            order = np.argsort(every, kind="stable")
+            self.codes, self.values = every[order], values[:, order]
+        return self.values[:, np.searchsorted(self.codes, codes)]
 
 
 @dataclass(eq=False)

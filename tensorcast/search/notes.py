@@ -54,8 +54,8 @@ def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
     elif modules and max(first.axes.mtp_depth) > 0:
         found.append(f"drafted tokens are accepted with a chance of {first.load.mtp_acceptance:g} each: an assumption")
     cut = [int(tp) for tp in frame["tp"].unique() if tp > 1]
-    if cut and (whole := uncut(traced(first.model, "decode", min(cut)))):
-        found.append(whole)
+    if cut and (said := uncut(traced(first.model, "decode", min(cut)))):
+        found.append(said)
     spread = {
         "balanced": "tokens fall evenly on experts",
         "uniform": "tokens pick experts at random, none more popular",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +148,22 @@ def test_classes_that_cannot_be_are_one_line(tmp_path: Path) -> None:
         load = {**yaml.safe_load(path.read_text("utf-8")), "model": "house"}
         path.write_text(yaml.safe_dump(load), "utf-8")
         load_model(path)
+
+
+def test_what_the_docs_show_runs_on_two_ranks(tmp_path: Path) -> None:
+    """The block that opens docs/moe.md: logits of both models within rounding on each rank."""
+    page = (SOURCE.parent.parent / "docs" / "moe.md").read_text("utf-8")
+    (tmp_path / "ranks.py").write_text(page.split("```python\n")[1].split("```")[0], "utf-8")
+    paths = os.pathsep.join([str(SOURCE.parent), str(SOURCE.parent.parent)])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "ranks.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False,
+        env={**os.environ, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.findall(r"(\d) blocks, off by (\de[+-]\d\d)", done.stdout)  # two ranks' lines may touch
+    assert sorted(blocks for blocks, _ in found) == ["2", "2", "3", "3"]
+    assert all(float(off) < 1e-6 for _, off in found)
 
 
 def test_cached_tokens_reach_its_attention() -> None:

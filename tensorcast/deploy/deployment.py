@@ -77,8 +77,8 @@ class Deployment:
         weights, cache = self.held(sequences, past + new)
         micro = np.maximum(1.0, np.minimum(self.layout.pp, sequences))
         sizes = self.step.sizes.context(sequences / micro, float(new), float(past)).sizes
-        activations = activation_bytes(self.step.table, sizes)
-        communication = self._communication_bytes(sequences * new, sizes)
+        own = self._buffers(sequences * new, sizes)
+        activations, communication = (np.maximum(*both) for both in zip(own, self._profiled, strict=True))
         capacity, context = float(self.device.memory_bytes), float(self.engine.reserved_bytes)
         graphs = self.graph_bytes(sequences) if self.phase == "decode" else 0.0
         beside = activations + communication + context + graphs
@@ -91,6 +91,30 @@ class Deployment:
             communication=_plain(communication), engine=_plain(context + graphs), capacity=capacity,
             cache_budget=_plain(left),
         )
+
+    def _buffers(self, tokens: Size, sizes: Sizes, table: OpTable | None = None) -> tuple[Size, Size]:
+        """Bytes of activations and of the MoE exchange in a step of ``tokens`` tokens per data-parallel rank."""
+        return activation_bytes(table or self.step.table, sizes), self._communication_bytes(tokens, sizes)
+
+    @cached_property
+    def _profiled(self) -> tuple[Size, Size]:
+        """The same of the step that the engine profiles before it counts what is left for the cache; 0 if none is."""
+        rule = self.engine.profiled_step
+        if rule is None:
+            return 0.0, 0.0
+        tokens = float(self.engine.tokens_per_step(self.device, 1, self.step.plan.all2all))
+        sizes = self.step.sizes.context(tokens / self.step.sizes.verify, 1.0, 0.0).sizes
+        logits = rule.logit_bytes * rule.sampled(self.device) * self.raw.facts.vocab_size
+        step, exchange = self._buffers(tokens, sizes, _without_head(self.step.table))
+        return np.maximum(step, logits), exchange
+
+    @property
+    def most_sequences(self) -> float:
+        """Sequences of a decode step per data-parallel rank that the exchange between experts can send."""
+        rule = self.engine.step_tokens
+        if self.phase != "decode" or rule is None:
+            return np.inf
+        return rule.exchanges.get(self.step.plan.all2all, np.inf) // (1 + self.options.mtp_depth)
 
     def graph_bytes(self, sequences: Size) -> Size:
         """What the engine leaves free for captured decode steps of up to ``sequences`` per data-parallel rank."""
@@ -106,35 +130,35 @@ class Deployment:
         """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences."""
         weights: Size = 0.0
         cache: Size = 0.0
-        for stage, layers in self._stage_weights:
-            kept = cache_bytes(self._drafting, self.quantization.kv, sequences, length, layers)
+        for stage, layers in self.stage_weights:
+            kept = cache_bytes(self.drafting, self.quantization.kv, sequences, length, layers)
             fuller = stage + kept > weights + cache
             weights, cache = np.where(fuller, stage, weights), np.where(fuller, kept, cache)
         return weights, cache
 
     @cached_property
-    def _drafting(self) -> OpTable:
+    def drafting(self) -> OpTable:
         """The table with the layer that drafts tokens after the last one, if any."""
         drafts = self.options.mtp_depth > 0
         kinds = self.raw.layer_kinds
         return replace(self.raw, layer_kinds=(*kinds, kinds[-1])) if drafts else self.raw
 
     @cached_property
-    def _stage_weights(self) -> list[tuple[Size, slice]]:
+    def stage_weights(self) -> list[tuple[Size, slice]]:
         """Bytes of weights on the fullest rank of each pipeline stage, and its layers; stages that are alike once."""
         layout, load = self.layout, self.step.sizes.load
-        stages = stage_layers(len(self.raw.layer_kinds), layout.pp)
-        stages[-1] = slice(stages[-1].start, len(self._drafting.layer_kinds))
+        stages = stage_layers(len(self.raw.layer_kinds), layout.pp, self.engine.pipeline_split)
+        stages[-1] = slice(stages[-1].start, len(self.drafting.layer_kinds))
         local = load.local_experts if load is not None else None
         padding = mxfp4_padding(self.device.architecture) if self.engine.pads_hidden else (1, 1)
         found: dict[tuple[int, ...], tuple[Size, slice]] = {}
         for i, layers in enumerate(stages):
             last = i == len(stages) - 1
-            held = (i == 0, last, *sorted(self._drafting.layer_kinds[layers]))
+            held = (i == 0, last, *sorted(self.drafting.layer_kinds[layers]))
             if held in found:
                 continue
             weights = weight_bytes(
-                self._drafting, self.quantization, layout.ep, layout.etp, layers, first=i == 0, last=last,
+                self.drafting, self.quantization, layout.ep, layout.etp, layers, first=i == 0, last=last,
                 local_experts=local, padding=padding,
             )
             if last and self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
@@ -147,7 +171,12 @@ class Deployment:
         facts, plan = self.raw.facts, self.step.plan
         kind, hidden = plan.all2all, facts.moe_hidden_size
         if kind == "low_latency":
-            return low_latency_buffer_bytes(tokens / self.layout.tp, hidden, facts.num_experts)
+            rule = self.engine.step_tokens
+            if rule is None or kind not in rule.buffered:
+                return low_latency_buffer_bytes(tokens / self.layout.tp, hidden, facts.num_experts)
+            # made as the engine starts, for the most tokens that a rank may ever send
+            held = np.clip(tokens, rule.buffered[kind], rule.exchanges[kind])
+            return low_latency_buffer_bytes(held, hidden, facts.num_experts)
         if kind == "allgather_reducescatter":
             gathered = tokens * self.layout.dp * hidden  # tokens, in bf16, and the sums to scatter
             return gathered * (2.0 + plan.combine.activation_bytes)
@@ -161,7 +190,7 @@ class Deployment:
 
     def largest_batch(self, new: int, past: int) -> int:
         """Most sequences per data-parallel rank that fit; 0 if not even one does."""
-        low, high = 0, 1 << 24
+        low, high = 0, int(min(1 << 24, self.most_sequences + 1))
         while high - low > 1:  # 63 batches at a time: memory only grows with the batch
             tried = np.floor(np.linspace(low, high, 65))[1:-1]
             fits = np.broadcast_to(self.memory(tried, new, past).fits, tried.shape)
@@ -189,6 +218,13 @@ def memory_share(
     tokens = engine.tokens_per_step(device)
     ranks = layout.tp * dp * layout.pp
     return 1.0 - engine.reserve.fixed_bytes(capacity, tokens, ranks, sizes, is_latent(config)) / capacity
+
+
+@per_table
+def _without_head(table: OpTable) -> OpTable:
+    """The rows that every token of a step passes: logits, and what is made of them, are of few."""
+    ends = (i for i, op in enumerate(table.ops) if op.kind < 0 and op.module.startswith("lm_head"))
+    return table.with_ops(table.ops[: next(ends, len(table.ops))])
 
 
 def _plain(value: Size) -> Size:

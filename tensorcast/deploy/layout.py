@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tensorcast.errors import InputError
+from tensorcast.profiles.engine import PipelineSplit
 from tensorcast.profiles.facts import ModelFacts
 
 if TYPE_CHECKING:
@@ -118,9 +119,11 @@ def check(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> None:
         raise InputError(f"layout {layout} breaks rule '{name}': {problem}")
 
 
-def stage_layers(layers: int, pp: int) -> list[slice]:
-    """Layers of each pipeline stage: contiguous, the first stages one more where they do not divide."""
+def stage_layers(layers: int, pp: int, split: PipelineSplit = "first") -> list[slice]:
+    """Layers of each pipeline stage: contiguous; which have one more where they do not divide, ``split`` says."""
+    left = layers % pp
+    start = {"first": 0, "before_last": pp - 1 - left, "last": pp - left}[split]
     bounds = [0]
     for stage in range(pp):
-        bounds.append(bounds[-1] + layers // pp + (1 if stage < layers % pp else 0))
+        bounds.append(bounds[-1] + layers // pp + (1 if start <= stage < start + left else 0))
     return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tensorcast.cost.evidence import interval
+from tensorcast.deploy.engine_log import CacheLog, cache_log
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.price import RowPrice, StepPrice
 from tensorcast.deploy.workload import Workload
@@ -27,6 +28,12 @@ class Simulation:
     memory: Memory
     largest_batch: int
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def log(self) -> CacheLog:
+        """What the engine would log of its cache, for the longest request that the model can take."""
+        longest = self.deployment.model.max_positions
+        return cache_log(self.deployment, longest or self.workload.length)
 
     @property
     def step_s(self) -> float:
@@ -149,6 +156,7 @@ class Simulation:
                 "capacity": m.capacity,
             },
             "fits": m.fits,
+            "engine_log": self.log._asdict(),
             "largest_batch_per_dp_rank": self.largest_batch,
             "seconds_by_evidence": self.time_by("evidence"),
             "seconds_by_family": self.time_by("family"),

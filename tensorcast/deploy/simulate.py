@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tensorcast.deploy.deployment import Deployment, Memory, deploy, not_counted, uncut
+from tensorcast.deploy.engine_log import room_note
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, idle_note
 from tensorcast.deploy.plan.plan import Collective
@@ -80,6 +81,8 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
         notes.append(f"tokens are counted without drafts: accepted ones make up to {1 + depth} per sequence and step")
     if whole := uncut(deployment.raw):
         notes.append(whole)
+    if tight := room_note(deployment):
+        notes.append(tight)
     if idle := deployment.idle(deployment.options):
         notes.append(idle_note(idle))
     return tuple(notes)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.experts import ExpertKernels
-from tensorcast.profiles.memory import MemoryCovers, PrefillGraphs, Reserve, StepTokens
+from tensorcast.profiles.memory import MemoryCovers, PrefillGraphs, ProfiledStep, Reserve, StepTokens
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
 Fusion = Literal[
@@ -18,6 +18,11 @@ Fusion = Literal[
     "norm_quant",  # RMSNorm writes the quantised activation
     "activation_quant",  # SwiGLU writes the quantised activation
 ]
+
+
+PipelineSplit = Literal["first", "before_last", "last"]
+"""Which stages of a pipeline have one more layer where layers do not divide: the first ones, those before the last
+one (which has the head), or the last ones."""
 
 
 class OwnGemms(Frozen):
@@ -135,10 +140,12 @@ class EngineProfile(Frozen):
     memory_fraction: Figure = Field(description="share of device memory that the engine takes, without a `reserve`")
     memory_covers: MemoryCovers = Field(default="everything", description="what that share holds")
     reserve: Reserve | None = Field(default=None, description="what it leaves free instead of a fixed share")
+    profiled_step: ProfiledStep | None = Field(default=None, description="what it runs to see what a step takes")
     reserved_bytes: Figure = Field(description="context, workspace and captured graphs, outside weights and KV cache")
     max_tokens_per_step: int = Field(ge=1, description="default chunked-prefill budget in tokens")
     step_tokens: StepTokens | None = Field(default=None, description="where that default is another")
     prefill_graphs: PrefillGraphs | None = Field(default=None, description="prefill steps that are captured in pieces")
+    pipeline_split: PipelineSplit = Field(default="first", description="stages with one more layer, if any have")
     all2all: dict[Literal["prefill", "decode"], str] = Field(description="default MoE exchange per phase, dp > 1")
     experts_backend: dict[Literal["prefill", "decode"], str] = Field(
         default={}, description="how expert matmuls run per phase (grouped_mm if not said), unless the exchange decides"

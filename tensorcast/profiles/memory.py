@@ -53,6 +53,7 @@ class StepTokens(Frozen):
     from_mib: dict[int, int] = Field(default={}, description="device memory in MiB -> tokens from there on")
     devices: dict[str, int] = Field(default={}, description="word in the device's name -> tokens")
     exchanges: dict[str, int] = Field(default={}, description="exchange between experts -> tokens at most")
+    buffered: dict[str, int] = Field(default={}, description="exchange -> tokens that a rank's buffers hold unasked")
     over_dp: bool = Field(default=False, description="of a server: data-parallel attention divides them over its ranks")
     source: str = Field(min_length=3)
 
@@ -61,6 +62,19 @@ class StepTokens(Frozen):
         memory = float(device.memory_bytes) / MIB
         tokens = next((self.from_mib[size] for size in sorted(self.from_mib, reverse=True) if memory >= size), tokens)
         return next((found for word, found in self.devices.items() if word in device.name), tokens)
+
+
+class ProfiledStep(Frozen):
+    """The largest step, which an engine runs as it starts, before it gives what is left to the cache."""
+
+    sequences: dict[int, int] = Field(description="device memory in MiB -> sequences that are sampled from there on")
+    logit_bytes: Number = Field(ge=0, description="of each logit while it is sampled from, all copies")
+    source: str = Field(min_length=3)
+
+    def sampled(self, device: DeviceProfile) -> int:
+        """Sequences that the step samples a token for."""
+        memory = float(device.memory_bytes) / MIB
+        return max((count for size, count in self.sequences.items() if memory >= size), default=0)
 
 
 class PrefillGraphs(Frozen):

@@ -10,6 +10,7 @@ import numpy as np
 from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import stage_layers
 from tensorcast.deploy.plan.plan import Collective, Row
+from tensorcast.profiles.engine import PipelineSplit
 
 FIRST, LAST, HAND_OVER = -1, -2, -3
 """Places of rows outside the layers: on the first pipeline stage, on the last, on all but the last."""
@@ -29,10 +30,10 @@ Stage = tuple[tuple[int, Size], ...]
 """A pipeline stage: how often it runs the rows of each place (a layer's kind, or a place outside the layers)."""
 
 
-def stages_of(layer_kinds: Sequence[int], pp: int) -> list[Stage]:
+def stages_of(layer_kinds: Sequence[int], pp: int, split: PipelineSplit = "first") -> list[Stage]:
     """The stages of a pipeline; those that run the same once, the last one last."""
     found = []
-    stages = stage_layers(len(layer_kinds), pp)
+    stages = stage_layers(len(layer_kinds), pp, split)
     for i, layers in enumerate(stages):
         first, last = i == 0, i == len(stages) - 1
         outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
@@ -40,12 +41,12 @@ def stages_of(layer_kinds: Sequence[int], pp: int) -> list[Stage]:
     return list(dict.fromkeys(found))
 
 
-def stages_of_each(layer_kinds: Sequence[int], pp: Size) -> list[Stage]:
+def stages_of_each(layer_kinds: Sequence[int], pp: Size, split: PipelineSplit = "first") -> list[Stage]:
     """:func:`stages_of` every entry of ``pp`` in arrays; an entry with fewer stages than others has its first again."""
     if not isinstance(pp, np.ndarray):
-        return stages_of(layer_kinds, int(pp))
+        return stages_of(layer_kinds, int(pp), split)
     sizes, where = np.unique(pp, return_inverse=True)
-    pipelines = [[dict(stage) for stage in stages_of(layer_kinds, int(size))] for size in sizes]
+    pipelines = [[dict(stage) for stage in stages_of(layer_kinds, int(size), split)] for size in sizes]
     most = max(map(len, pipelines))
     places = {place for stages in pipelines for calls in stages for place in calls}
     found: list[Stage] = []

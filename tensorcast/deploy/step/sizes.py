@@ -94,7 +94,7 @@ class StepSizes:
             # of each candidate by itself: its price must not depend on what is priced beside it
             micro = np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, self.pp)
         whole = np.asarray(batch, dtype=float) / micro
-        asked = [(whole / self.halves, new, past, self._verify, self.kv_bytes)]
+        asked = [(whole / self.halves, new, past, self.verify, self.kv_bytes)]
         if self.decode and np.any(self.mtp_depth):
             asked.append((whole, 1.0, past, 1.0, self.kv_bytes))
         columns, (own, *draft) = _cases(asked)
@@ -109,7 +109,7 @@ class StepSizes:
         )
 
     @property
-    def _verify(self) -> Size:
+    def verify(self) -> Size:
         """Tokens of each sequence that a step checks: the last one and drafted ones."""
         return 1.0 + self.mtp_depth if self.decode else 1.0
 
@@ -117,7 +117,7 @@ class StepSizes:
         self, batch: Size, new: Size, past: Size, verify: Size | None = None, kv_bytes: Size | None = None
     ) -> Context:
         """What formulas may ask at these sizes; ``verify`` and ``kv_bytes`` are the step's own unless given."""
-        verify = self._verify if verify is None else verify
+        verify = self.verify if verify is None else verify
         sizes = Sizes(B=batch * verify, S=new, P=past, E=0.0, X=1.0 / self.etp)
         known = Context(
             sizes, decode=self.decode, kv_bytes=self.kv_bytes if kv_bytes is None else kv_bytes, has_fp4=self.has_fp4,

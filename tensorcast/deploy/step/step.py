@@ -90,7 +90,7 @@ class Step:
         taken |= {kind: taken[kind] - saved for kind, (saved, _) in hidden.items()}
         stages = [
             total(calls * taken[place] for place, calls in stage if place in taken)
-            for stage in stages_of_each(self.table.layer_kinds, self.sizes.pp)
+            for stage in stages_of_each(self.table.layer_kinds, self.sizes.pp, self.pricer.engine.pipeline_split)
         ]
         stages[-1] = stages[-1] + drafting.sum(seconds_of)
         slowest = reduce(np.maximum, stages)

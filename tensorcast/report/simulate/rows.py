@@ -32,7 +32,7 @@ def calls(run: Simulation) -> list[Call]:
     With pipeline stages this is one micro-batch on its way through all of them.
     """
     kinds = run.deployment.step.table.layer_kinds
-    stages = stage_layers(len(kinds), run.deployment.layout.pp)
+    stages = stage_layers(len(kinds), run.deployment.layout.pp, run.deployment.engine.pipeline_split)
     ends = {stage.stop for stage in stages[:-1]}
     ran = [row for row, count in zip(run.price.rows, run.price.counts, strict=True) if count]
     rows = run.records()

@@ -90,7 +90,7 @@ def _memory(t: dict[str, Any], width: int, console: Console) -> RenderableType:
             Text(units.percent(row.share), style=style),
         )
     said = Text(words.verdict(t), style="green" if t["fits"] else "bold red")
-    return Group(grid, said, Text(words.largest(t)))
+    return Group(grid, said, Text(words.largest(t)), *map(Text, words.logged(t)))
 
 
 def _bar(share: float, width: int, ascii_only: bool) -> str:

@@ -150,6 +150,12 @@ def largest(t: dict[str, Any]) -> str:
     return f"largest batch that fits: {plural(best, 'sequence')}{rank}"
 
 
+def logged(t: dict[str, Any]) -> list[str]:
+    """What the engine would log of its cache at its own settings, on a line."""
+    lines = t["engine_log"]["lines"]
+    return [f"{t['engine']} would log: {'; '.join(lines)}"] if lines else []
+
+
 def shape(row: dict[str, Any], t: dict[str, Any]) -> str:
     """Shape of an op as a formula; experts that are whole are not shown divided by one."""
     text = str(row["shape"])

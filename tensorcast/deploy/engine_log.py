@@ -1,0 +1,65 @@
+"""What an engine logs of its cache as it starts, worked out from a deployment: to be held beside the real line."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tensorcast.cost.memory import cache_entries
+from tensorcast.deploy.deployment import Deployment
+
+LINES = {
+    "vllm": (
+        "GPU KV cache size: {tokens:,} tokens", "Maximum concurrency for {length:,} tokens per request: {times:.2f}x",
+    ),
+    "sglang": ("max_total_num_tokens={tokens}",),
+    "trtllm": ("max tokens in paged KV cache ({tokens})",),
+}  # fmt: skip
+"""vLLM 0.24.0, v1/core/kv_cache_utils.py (tokens are the concurrency times the longest request); SGLang 0.5.14,
+srt/managers/scheduler.py; TensorRT-LLM, _torch/pyexecutor/resource_manager.py."""
+
+ROOM_ERROR_BYTES = 3e9
+"""How far the room for the cache is off in public logs of engines: see docs/checkpoints.md."""
+
+
+class CacheLog(NamedTuple):
+    """Tokens that the cache of one data-parallel rank holds, requests of ``length`` tokens that do, and the lines."""
+
+    tokens: int
+    concurrency: float
+    length: int
+    lines: tuple[str, ...]
+
+
+def cache_log(deployment: Deployment, length: int) -> CacheLog:
+    """At the engine's own settings, for requests of ``length`` tokens, prompt and reply.
+
+    A window keeps what a step may add to it as well. The pipeline stage with the least room decides.
+    """
+    memory, table = deployment.memory(1, 1, 0), deployment.drafting
+    step = deployment.engine.tokens_per_step(deployment.device)
+    times = np.inf
+    for weights, layers in deployment.stage_weights:
+        kinds, request = table.layer_kinds[layers], 0.0
+        for entry in cache_entries(table, deployment.quantization.kv):
+            tokens = min(length, entry.limit - 1 + step) if entry.limit else length
+            request += kinds.count(entry.kind) * (entry.per_token * tokens + entry.per_sequence)
+        left = float(memory.cache_budget + memory.weights - weights)
+        times = min(times, left / request) if request else times
+    if not 0 < times < np.inf:
+        return CacheLog(0, 0.0, length, ())
+    said = {"tokens": int(times * length), "length": length, "times": times}
+    lines = tuple(line.format(**said) for line in LINES.get(deployment.engine.name, ()))
+    return CacheLog(int(times * length), float(times), length, lines)
+
+
+def room_note(deployment: Deployment) -> str:
+    """A note where the cache has less room than is known of what an engine keeps for itself; empty if it has more."""
+    room = float(deployment.memory(1, 1, 0).cache_budget)
+    if room > ROOM_ERROR_BYTES:
+        return ""
+    return (
+        f"the cache has {max(room, 0.0) / 1e9:.1f} GB, less than the error of what the engine keeps for itself (about "
+        f"{ROOM_ERROR_BYTES / 1e9:.0f} GB): it may not start, or hold more; compare with its log"
+    )

@@ -1,0 +1,157 @@
+"""What engines leave for the cache, against what they logged, and how they split a pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tensorcast as tc
+from tensorcast.deploy.deployment import Deployment, deploy
+from tensorcast.deploy.engine_log import ROOM_ERROR_BYTES, cache_log, room_note
+from tensorcast.deploy.layout import Layout, stage_layers
+from tensorcast.deploy.options import Options
+from tensorcast.profiles.store import load_device, load_engine, load_model
+
+GIB = float(1 << 30)
+
+
+def _vllm_partitions(layers: int, pp: int) -> list[int]:
+    """vLLM 0.24.0, distributed/utils.py (get_pp_indices): what is left over goes to stages before the last."""
+    sizes = [layers // pp] * pp
+    for i in range(2, layers % pp + 2):
+        sizes[-i] += 1
+    return sizes
+
+
+def _sglang_partitions(layers: int, pp: int) -> list[int]:
+    """SGLang 0.5.14, srt/distributed/utils.py (get_pp_indices): the last ones get one more."""
+    return [layers // pp + (rank >= pp - layers % pp) for rank in range(pp)]
+
+
+@given(st.integers(1, 128), st.integers(1, 16))
+def test_stages_are_those_of_the_engine(layers: int, pp: int) -> None:
+    found = {
+        split: [stage.stop - stage.start for stage in stage_layers(layers, pp, split)]
+        for split in ("first", "before_last", "last")
+    }
+    assert found["last"] == _sglang_partitions(layers, pp)
+    assert found["before_last"] == _vllm_partitions(layers, pp)
+    assert found["first"] == sorted(found["last"], reverse=True)  # torch.tensor_split, as in TensorRT-LLM
+    told = {name: load_engine(name).pipeline_split for name in ("vllm", "sglang", "trtllm")}
+    assert told == {"vllm": "before_last", "sglang": "last", "trtllm": "first"}
+
+
+@pytest.mark.parametrize(("engine", "gib"), [("vllm", 21.69), ("sglang", 21.90)])
+def test_the_fullest_stage(engine: str, gib: float) -> None:
+    """DeepSeek-V3 at tp 8, pp 4: 16 layers of experts, under SGLang with the head beside them. The first stage, of 15
+    layers, was logged with 16.96 GiB (github.com/deepseek-ai/DeepSeek-V3/issues/205)."""
+    parts = load_model("deepseek-v3"), load_device("h100"), load_engine(engine)
+    found = deploy(*parts, Layout(32, 8, 1, 1, 4), "decode")
+    assert found.memory(1, 1, 100).weights / GIB == pytest.approx(gib, rel=0.001)
+    assert float(found.stage_weights[0][0]) / GIB == pytest.approx(16.96, rel=0.02)
+
+
+@pytest.mark.parametrize(("model", "layout", "gb"), [("kimi-k2.5", Layout(16, 8, 2, 16), 5.64),
+                                                     ("deepseek-v3", Layout(32, 1, 32, 32), 3.76)])  # fmt: skip
+def test_low_latency_buffers_are_made_for_the_most_tokens(model: str, layout: Layout, gb: float) -> None:
+    """At any batch, and whatever tp; and no batch is larger than what a rank may send. DeepEP's size hint at the 256
+    tokens of vLLM 0.24.0 (config/scheduler.py)."""
+    options = Options(all2all="low_latency")
+    found = deploy(load_model(model), load_device("h200"), load_engine("vllm"), layout, "decode", options=options)
+    for batch in (1, 100, 256):
+        assert found.memory(batch, 1, 4096).communication / 1e9 == pytest.approx(gb, rel=0.002)
+    assert found.largest_batch(1, 128) == 256
+    drafting = deploy(
+        load_model(model), load_device("h200"), load_engine("vllm"), layout, "decode",
+        options=replace(options, mtp_depth=1),
+    ) if found.raw.facts.mtp_modules else None  # fmt: skip
+    assert drafting is None or drafting.largest_batch(1, 128) == 128
+
+
+def test_sglang_raises_its_buffers_with_the_batch() -> None:
+    """128 tokens unasked, 1,024 at most (srt/environ.py, token_dispatcher/deepep.py)."""
+    found = deploy(
+        load_model("deepseek-v3"), load_device("h200"), load_engine("sglang"), Layout(32, 1, 32, 32), "decode",
+        options=Options(all2all="low_latency"),
+    )
+    sizes = [found.memory(batch, 1, 128).communication for batch in (1, 128, 256, 1024)]
+    assert sizes[0] == sizes[1] and sizes[2] == pytest.approx(2 * sizes[1]) and sizes[3] == pytest.approx(8 * sizes[1])
+    assert found.largest_batch(1, 128) <= 1024
+
+
+def _on(model: str, device: str, gpus: int, engine: str = "vllm") -> Deployment:
+    return deploy(load_model(model), load_device(device), load_engine(engine), Layout(gpus, gpus), "decode")
+
+
+def test_vllm_takes_a_profiling_step_off_the_cache() -> None:
+    """8,192 tokens of activations, or 1,024 sequences sampled with 14 bytes a logit: whichever is more."""
+    found = _on("qwen3-235b-a22b-fp8", "h100", 4)
+    memory = found.memory(1, 1, 4096)
+    assert memory.activations >= 14 * 1024 * 151936
+    assert found.memory(64, 1, 4096).cache_budget == memory.cache_budget  # of the engine's settings, not of the batch
+    small = deploy(load_model("qwen3-0.6b"), load_device("l4"), load_engine("vllm"), Layout(1), "decode")
+    assert small.memory(1, 1, 100).activations == pytest.approx(14 * 256 * 151936)  # 2,048 tokens, 256 sequences
+    assert _on("qwen3-0.6b", "h100", 1, "eager").memory(1, 1, 100).activations < 1e8
+
+
+SORTED_LOGIT_BYTES = 37
+"""Of a logit while top-p sorted it, before github.com/vllm-project/vllm/pull/33538, which measured 1.25 GB for 256
+sequences of a vocabulary of 131,072."""
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "gpus", "share", "gib"),
+    [
+        ("qwen3-235b-a22b-fp8", "h100", 4, 0.9, 8.11),  # github.com/vllm-project/vllm/issues/21348
+        ("gpt-oss-120b", "h100", 1, 0.95, 1.71),  # .../27508, steps of 1,024 tokens
+        ("gpt-oss-120b", "h100", 1, 0.9, -2.14),  # .../23278: does not start
+    ],
+)
+def test_room_is_that_of_the_logs(model: str, device: str, gpus: int, share: float, gib: float) -> None:
+    """Logged "Available KV cache memory", of releases that sorted logits, to 1 GiB of an H100's 79.6."""
+    found, vllm = _on(model, device, gpus), load_engine("vllm")
+    assert vllm.profiled_step is not None
+    old = vllm.profiled_step.model_copy(update={"logit_bytes": SORTED_LOGIT_BYTES})
+    engine = vllm.model_copy(
+        update={"profiled_step": old, "memory_fraction": vllm.memory_fraction.model_copy(update={"value": share})}
+    )
+    found = replace(found, engine=engine)
+    assert found.memory(1, 1, 0).cache_budget / GIB == pytest.approx(gib, abs=1.0)
+
+
+def test_lines_of_the_log() -> None:
+    """Qwen3-235B: 94 layers x 2 x 1 head x 128 x 2 bytes on a rank of four; tokens are concurrency times a request."""
+    found = _on("qwen3-235b-a22b-fp8", "h100", 4)
+    log, room = cache_log(found, 40_960), found.memory(1, 1, 0).cache_budget
+    assert log.tokens == pytest.approx(room / (94 * 2 * 128 * 2), abs=1)
+    assert log.concurrency == pytest.approx(log.tokens / 40_960, rel=1e-4)
+    assert log.lines == (
+        f"GPU KV cache size: {log.tokens:,} tokens",
+        f"Maximum concurrency for 40,960 tokens per request: {log.concurrency:.2f}x",
+    )
+    sglang = cache_log(_on("qwen3-235b-a22b-fp8", "h100", 4, "sglang"), 40_960)
+    assert sglang.lines == (f"max_total_num_tokens={sglang.tokens}",)
+    assert cache_log(_on("qwen3-0.6b", "h100", 1, "eager"), 1000).lines == ()
+
+
+def test_windows_keep_what_a_step_may_add() -> None:
+    """gpt-oss: half of the layers keep 127 + 8,192 tokens of a request, as vLLM counts them, the others all."""
+    found = _on("gpt-oss-120b", "h100", 1)
+    request = 18 * 2 * 8 * 64 * 2 * (131_072 + 127 + 8192)
+    log = cache_log(found, 131_072)
+    assert log.concurrency == pytest.approx(found.memory(1, 1, 0).cache_budget / request)
+
+
+def test_little_room_is_said() -> None:
+    run = tc.simulate("gpt-oss-120b", device="h100", batch=1, context=1000, allow_oversize=True)
+    room = run.deployment.memory(1, 1, 0).cache_budget
+    assert any("less than the error" in note for note in run.notes) == (room < ROOM_ERROR_BYTES)
+    device = run.deployment.device
+    small = device.model_copy(update={"memory_bytes": device.memory_bytes.model_copy(update={"value": 80e9})})
+    assert "it may not start" in room_note(replace(run.deployment, device=small))
+    assert room_note(_on("qwen3-0.6b", "h100", 1)) == ""
+    totals = run.totals()
+    assert totals["engine_log"]["tokens"] == run.log.tokens and totals["engine_log"]["lines"]

@@ -60,7 +60,7 @@ def _problem(model: str, layout: str, engine: str) -> str:
         # github.com/sgl-project/sglang/issues/3345
         ("deepseek-r1", "tp32", "sglang", "dense MLP 18432 / 32 = 576 is no multiple of 128"),
         ("deepseek-r1", "tp16", "sglang", ""),
-        ("deepseek-r1", "tp8-dp4-ep32", "sglang", "dense MLP 18432 / 32 = 576 is no multiple of 128"),  # over all ranks
+        ("deepseek-r1", "tp8-dp4-ep32", "sglang", ""),  # with --moe-dense-tp-size 1
         ("deepseek-r1", "tp32-ep32", "trtllm", ""),  # over 16 of them
         ("deepseek-r1", "tp32", "trtllm", "routed experts 2048 / 32 = 64 is no multiple of 128"),
         # github.com/vllm-project/vllm/issues/49949: 14.5 groups
@@ -74,6 +74,13 @@ def _problem(model: str, layout: str, engine: str) -> str:
 def test_launch_names_the_block_that_is_split(model: str, layout: str, engine: str, numbers: str) -> None:
     problem = _problem(model, layout, engine)
     assert problem.startswith(f"quantisation blocks: {numbers}") if numbers else problem == ""
+
+
+def test_dense_layers_are_whole_where_all_ranks_would_split_them() -> None:
+    """18432 over 32 ranks is 576; over 8 it is 2304 = 18 x 128."""
+    for layout, said in (("tp8-dp4-ep32", True), ("tp4-dp2-ep8", False), ("tp1-dp8-ep8", True)):
+        found = launch("sglang", load_model("deepseek-r1"), parse_layout(layout), batch=8, input_len=9, output_len=9)
+        assert ("--moe-dense-tp-size 1" in found.commands[0]) == said
 
 
 def test_a_step_of_a_split_block_has_no_price() -> None:
@@ -226,7 +233,7 @@ def _starts(engine: str, name: str, profile: ModelProfile, layout: Layout) -> bo
     elif engine == "sglang":
         deepep = attention_dp > 1 and ep > 1 and moe_tp == 1
         everyone = tp * attention_dp
-        mlp = (1 if tp == 1 else everyone), 1 if deepep else everyone
+        mlp = (1 if attention_dp > 1 else tp), 1 if deepep else everyone  # --moe-dense-tp-size 1
     else:
         mlp = (1, 1) if name.startswith(CAPPED) else (tp, tp)
     parts |= {one.dense / mlp[0], one.shared / mlp[1]}

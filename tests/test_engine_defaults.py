@@ -132,6 +132,8 @@ def test_room_is_what_fits(engine: str, layout: str, exchange: str) -> None:
         left, buffers = decode_budget(decode, length - 1)
         found = float(room(decode, left, decode.held(1.0, length)[1] + buffers))
         assert found == pytest.approx(decode.largest_batch(1, length - 1), rel=0.005, abs=1)
+        if found == decode.most_sequences:  # what a rank may send, memory or not
+            continue
         memory = decode.memory(found, 1, length - 1)
         assert memory.total == pytest.approx(memory.budget, rel=0.05) and memory.budget <= memory.capacity
 

@@ -112,9 +112,8 @@ class Deployment:
     def most_sequences(self) -> float:
         """Sequences of a decode step per data-parallel rank that the exchange between experts can send."""
         rule = self.engine.step_tokens
-        if self.phase != "decode" or rule is None:
-            return np.inf
-        return rule.exchanges.get(self.step.plan.all2all, np.inf) // (1 + self.options.mtp_depth)
+        sent = rule.exchanges.get(self.step.plan.all2all) if rule is not None and self.phase == "decode" else None
+        return np.inf if sent is None else float(sent // (1 + self.options.mtp_depth))
 
     def graph_bytes(self, sequences: Size) -> Size:
         """What the engine leaves free for captured decode steps of up to ``sequences`` per data-parallel rank."""
@@ -246,12 +245,12 @@ def deploy(
         raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
     whole = whole_model(model, phase, options.quant)
     check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
+    all2all = choose_all2all(options.all2all, layout, engine, phase)
+    check_options(options, layout, whole.facts, all2all)
     if whole.cuts:
         problem = engine_can_run(engine.name, layout, whole.facts, options, cuts=whole.cuts, any_engine=True)
         if problem:
             raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")
-    all2all = choose_all2all(options.all2all, layout, engine, phase)
-    check_options(options, layout, whole.facts, all2all)
     tables = rank_tables(model, phase, RankForm(
         tp=layout.tp, quant=options.quant, arithmetic=tuple(device.peak_flops), architecture=device.architecture,
         fusions=tuple(engine.fusions) if options.fusion == "engine" else (),

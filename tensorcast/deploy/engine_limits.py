@@ -178,7 +178,7 @@ def _ranks(c: Case, part: str) -> int:
     Shared experts are whole where tokens travel: in vLLM 0.24.0 with expert parallelism, tp and dp (config/parallel.py,
     use_sequence_parallel_moe), in SGLang 0.5.14 with DeepEP (models/qwen2_moe.py, deepseek_v2.py). SGLang's attention
     DP cuts what is not attention over all ranks of a stage, but dense MLPs not with --moe-dense-tp-size 1, which stands
-    in our commands where attention is not cut.
+    in our commands where that would split a block.
     """
     layout = c.layout
     if part == "routed experts":
@@ -193,7 +193,7 @@ def _ranks(c: Case, part: str) -> int:
         return 1
     if c.engine != "sglang" or not spread:
         return layout.tp
-    return 1 if layout.tp == 1 and not shared else layout.stage_ranks
+    return layout.stage_ranks if shared else 1
 
 
 _WAYS = {"routed experts": "raise ep", "shared expert": "lower tp, or send tokens to experts (dp > 1, ep = tp*dp)"}

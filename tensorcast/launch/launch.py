@@ -78,13 +78,13 @@ def launch(
     _check(batch=batch, input_len=input_len, output_len=output_len, gpus_per_node=gpus_per_node)
     if role not in ROLES:
         raise InputError(f"role {role!r}: choose prefill, decode or none")
-    case = Case(
-        engine=table.name, layout=layout, facts=model_profile.stated_facts, options=options,
-        gpus_per_node=gpus_per_node, prefill=prefill,
-    )  # fmt: skip
     have = checkpoint(model_profile)
     want = override(have, options.quant)
     cuts = whole_model(model_profile, role or "decode", options.quant).cuts
+    case = Case(
+        engine=table.name, layout=layout, facts=model_profile.stated_facts, options=options,
+        gpus_per_node=gpus_per_node, prefill=prefill, cuts=cuts,
+    )
     problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill=prefill, cuts=cuts)
     if not problem and (long := model_profile.too_long(input_len + output_len)):
         problem = f"context length: {long}"

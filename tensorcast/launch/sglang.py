@@ -28,7 +28,7 @@ def settings(plan: Plan, node: int) -> Settings:
     if dp > 1:
         found.add("attention_dp")
         found.add("head_dp")
-        if layout.tp == 1:
+        if layout.tp == 1 or _splits_dense(plan):
             found.add("dense_tp", 1)
     if nodes > 1:
         found.add("nodes", nodes)
@@ -76,6 +76,12 @@ def _experts(plan: Plan, found: Settings) -> None:
         found.add("redundant_experts", options.redundant_experts)
     if options.dual_batch_overlap:
         found.add("dual_batch_overlap")
+
+
+def _splits_dense(plan: Plan) -> bool:
+    """Whether a dense MLP, cut over all ranks of a stage, would split a block of the checkpoint's scales."""
+    ranks = plan.case.layout.stage_ranks
+    return any(cut.part == "dense MLP" and cut.size % (ranks * cut.block) for cut in plan.case.cuts)
 
 
 def _buffered(plan: Plan) -> int:

@@ -23,8 +23,8 @@ sequences of a vocabulary of 131,072."""
 class Log:
     """A line of a log: what it says (``weights``, ``room`` in GiB, ``tokens``) and under which settings.
 
-    ``step_tokens``, ``sequences``: max_num_batched_tokens and max_num_seqs; 0: the engine's own. ``sorts``: a release
-    that sorted logits. ``stage``: of the first pipeline stage.
+    ``step_tokens``: max_num_batched_tokens; 0: the engine's own. ``sorts``: a release that sorted logits. ``stage``: of
+    the first pipeline stage.
     """
 
     thread: str
@@ -36,7 +36,6 @@ class Log:
     logged: float
     share: float = 0.9
     step_tokens: int = 0
-    sequences: int = 0
     sorts: bool = False
     stage: bool = False
     length: int = 0
@@ -67,15 +66,13 @@ def deployed(log: Log) -> Deployment:
     step = engine.profiled_step
     assert step is not None and engine.step_tokens is not None
     update = {"logit_bytes": SORTED_LOGIT_BYTES} if log.sorts else {}
-    if log.sequences:
-        update["sequences"] = {0: log.sequences}  # type: ignore[dict-item]
-    changes = {
+    changes: dict[str, object] = {
         "profiled_step": step.model_copy(update=update),
         "memory_fraction": engine.memory_fraction.model_copy(update={"value": log.share}),
     }
     if log.step_tokens:
-        own = {"from_mib": {}, "devices": {}}
-        changes |= {"step_tokens": engine.step_tokens.model_copy(update=own), "max_tokens_per_step": log.step_tokens}
+        own = engine.step_tokens.model_copy(update={"from_mib": {}, "devices": {}})
+        changes |= {"step_tokens": own, "max_tokens_per_step": log.step_tokens}
     found = deploy(model, load_device(log.device), engine, parse_layout(log.layout), "decode")
     return replace(found, engine=engine.model_copy(update=changes))
 

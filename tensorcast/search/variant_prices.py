@@ -172,7 +172,7 @@ class VariantPrices:
         for name, values in decode_columns(price, decode).items():
             whole = np.broadcast_to(values, (shape[0], shape[1] * shape[2])).reshape(shape)
             self.curves[name][rows[there]] = whole[there]
-        steps, buffers, each = np.empty((3, *rows.shape))
+        steps, buffers, each, most = np.empty((4, *rows.shape))
         for i, setting in enumerate(settings):
             key = (*held, setting.kv_dtype, setting.mtp_depth, setting.pp)
             number = self._numbers.setdefault(key, len(self._fleets))
@@ -182,12 +182,13 @@ class VariantPrices:
             leaving = self._cache_budget(held, one, setting.mtp_depth, lambda: decode_budget(one, load.input_len))  # noqa: B023
             steps[:, i : i + 1], buffers[:, i : i + 1] = leaving
             each[:, i : i + 1] = sequence_bytes(one, load.input_len, load.output_len)
+            most[:, i] = one.most_sequences
             mine = there[:, i]
             self._fleet_of[rows[mine, i]], self._member_of[rows[mine, i]] = number, np.flatnonzero(mine)
-        fits = room(decode, steps, each + buffers)
+        fits = room(decode, steps, each + buffers, most)
         self.room_decode[rows[there]] = fits[there]
         for budget, prefilling in left.items():
-            self.fits[budget][rows[there]] = np.minimum(fits, room(decode, prefilling, each))[there]
+            self.fits[budget][rows[there]] = np.minimum(fits, room(decode, prefilling, each, most))[there]
 
     def _price_prefill(
         self, members: list[_Member], settings: list[_Setting], rows: Array,

@@ -49,12 +49,12 @@ def sequence_bytes(decode: Deployment, input_len: Number, output_len: Number) ->
     return decode.held(1.0, int(length))[1]
 
 
-def room(decode: Deployment, budget: Number, per_sequence: Number) -> Array:
+def room(decode: Deployment, budget: Number, per_sequence: Number, most: Number | None = None) -> Array:
     """Sequences whose cache fits into ``budget`` bytes, as many as a step may have; their captured decode steps take of
     it, too."""
     budget, reserve = np.maximum(budget, 0.0), decode.engine.reserve
     few: Array = np.floor(budget / np.maximum(per_sequence + decode.graph_bytes(1), 1.0))
-    few = np.minimum(few, decode.most_sequences)
+    few = np.minimum(few, decode.most_sequences if most is None else most)
     if reserve is None or not reserve.many_sequences:
         return few
     limit = reserve.many_sequences

@@ -54,12 +54,12 @@ def room(decode: Deployment, budget: Number, per_sequence: Number, most: Number 
     it, too."""
     budget, reserve = np.maximum(budget, 0.0), decode.engine.reserve
     few: Array = np.floor(budget / np.maximum(per_sequence + decode.graph_bytes(1), 1.0))
-    few = np.minimum(few, decode.most_sequences if most is None else most)
+    most = decode.most_sequences if most is None else most
     if reserve is None or not reserve.many_sequences:
-        return few
+        return np.minimum(few, most)
     limit = reserve.many_sequences
     many = np.floor(budget / np.maximum(per_sequence + decode.graph_bytes(limit + 1) / (limit + 1), 1.0))
-    return np.where(few > limit, np.maximum(many, limit), few)
+    return np.minimum(np.where(few > limit, np.maximum(many, limit), few), most)
 
 
 def own_chunk(prefill: Deployment) -> int:

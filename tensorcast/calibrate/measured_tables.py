@@ -138,22 +138,23 @@ def _few_warps(rows: MeasuredKernel, _: pd.DataFrame) -> np.ndarray:
 
 def _not_the_default(rows: MeasuredKernel, raw: pd.DataFrame) -> np.ndarray:
     """Of heads of 256 on Blackwell the tables hold Triton's kernel and TensorRT-LLM's, up to 9 times as fast on prompts
-    and 67 times on long contexts; SGLang runs the second since February 2026 (sgl-project/sglang, pull request 19030).
+    and 67 times on long contexts. The models that have them are Qwen3-Next and Qwen3.5, for which SGLang's default on
+    SM100 is Triton (srt/server_args.py: in 0.5.9 always, in 0.5.14 while the radix cache is on without drafting).
     """
     if not rows.key[0].startswith("attention") or rows.key[2] != "sglang" or "kernel_source" not in raw:
         return _every(rows, False)
     source = raw["kernel_source"].to_numpy(str)
     shapes = pd.DataFrame(rows.columns)
-    default = shapes[source == "trtllm_mha"].drop_duplicates()
+    default = shapes[source == "triton"].drop_duplicates()
     timed = shapes.merge(default.assign(timed=True), how="left", on=list(shapes))["timed"].notna().to_numpy()
-    return (source == "triton") & timed
+    return (source == "trtllm_mha") & timed
 
 
 RULES = (
     Rule("no time or under 1 us", _no_time),
     Rule("vllm fp8_block timed without graph capture (host-bound floor of 60-400 us)", _ungraphed),
     Rule("launched one by one: a captured step runs the graph's kernels", _eager),
-    Rule("Triton's kernel for shapes that sglang's default, trtllm_mha, was timed for", _not_the_default),
+    Rule("trtllm_mha for shapes that sglang's default for their models, Triton, was timed for", _not_the_default),
     Rule("grouped top-k ties send most choices to rank 0 (sglang, vllm; DeepSeek-V3, EP > 1)", _tied_routing),
     Rule("low-latency exchange with under 32 experts (few warps drive the link: a tenth of its speed)", _few_warps),
 )

@@ -167,7 +167,9 @@ def fit_kernel(rows: MeasuredKernel, device: DeviceProfile, experts: Experts | N
     predicted = np.maximum(physics.seconds * np.exp(correction + kernel.level(rows.columns)), physics.floor)
     errors = np.log(rows.seconds / predicted)
     edges, low, high = _bins(predicted[out], errors[out])
-    first = int(np.flatnonzero(out)[0])
+    # a probe is priced whenever the model is read: one of balanced routing needs no table of busiest ranks
+    even = out & (rows.columns["skew"] == 0) if "skew" in rows.columns else out
+    first = int(np.flatnonzero(even if even.any() else out)[0])
     new = left_out(rows, physics, capacity) if experts is None else experts.left_out(rows.key)
     ruled: tuple[float, ...] = ()
     report: dict[str, Any] = {"points": int((~out).sum()), "held_out": int(out.sum())}

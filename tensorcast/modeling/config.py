@@ -8,15 +8,20 @@ vocabulary. So sharding is arithmetic on config fields whose names say *heads* o
 from __future__ import annotations
 
 import copy
+import difflib
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from tensorcast.errors import InputError
 from tensorcast.modeling.custom import CustomConfig, custom_config
-from tensorcast.profiles.model import EXPERTS, EXPERTS_PER_TOKEN, ModelProfile
+from tensorcast.modeling.stated_sizes import CORE, EXPERTS, FOREIGN, dropped, foreign_architecture, missing
+from tensorcast.profiles.config_values import text_of
+from tensorcast.profiles.model import ModelProfile
 
 QUERY_HEADS = (
     "num_attention_heads",
@@ -31,6 +36,8 @@ QUERY_HEADS = (
     "linear_num_heads",
     "mamba_num_heads",
     "mamba_n_heads",
+    "n_mamba_heads",
+    "num_heads",
     "o_groups",
 )
 KEY_VALUE_HEADS = (
@@ -55,6 +62,7 @@ WIDTHS = (
     "share_expert_dim",
     "ffn_hidden_size",
     "ffn_dim",
+    "n_inner",
     "expert_ffn_hidden_size",
     "dense_intermediate_size",
     "prefix_dense_intermediate_size",
@@ -67,37 +75,88 @@ PADDED = ("vocab_size",)
 
 
 def hf_config(profile: ModelProfile) -> PreTrainedConfig:
-    """The text config of a profile, as transformers reads it. Raises :class:`InputError` if it cannot."""
+    """The text config of a profile, as transformers reads it. Raises :class:`InputError` if it cannot.
+
+    What a reader may not expect of it is in its ``remarks``: sizes that the file leaves to transformers' defaults, and
+    parts that are not the language model's.
+    """
     if profile.model:
         return custom_config(profile)
     values = copy.deepcopy(profile.config)  # transformers writes into nested dicts; the profile keys the cache
-    named = values.pop("architectures", None) or []
-    model_type = _known_type(values.pop("model_type"), named)
-    for noise in ("auto_map", "transformers_version"):
-        values.pop(noise, None)
-    if isinstance(text := values.get("text_config"), dict) and "tie_word_embeddings" in values:
-        text.setdefault("tie_word_embeddings", values["tie_word_embeddings"])  # said of the whole (Qwen3-VL)
-    try:
-        config = AutoConfig.for_model(model_type, **values)
-    except Exception as reason:
-        line = " ".join(str(reason).split())[:200]
-        raise InputError(
-            f"model {profile.name}: transformers rejects config (model_type={model_type!r}): {line}"
-        ) from None
+    remarks = _other_parts(values)
+    model_type, values, named = _language_part(values)
+    if wrong := foreign_architecture(model_type, named) if model_type in CONFIG_MAPPING else "":
+        problem = f"architectures: {wrong} is none of transformers' classes of model_type {model_type!r}"
+        raise InputError(f"model {profile.name}: {problem} (transformers {transformers.__version__})")
+    said = text_of(values)
+    config = _from_values(profile.name, model_type, values)
     text_config = config.get_text_config(decoder=True)
-    if problem := _no_decoder(config, text_config, named):
-        raise InputError(f"model {profile.name}: {problem}; only causal language models can be priced")
-    for size in ("num_hidden_layers", "hidden_size", "vocab_size"):
-        value = field(text_config, size)
-        if isinstance(value, int) and value < 1:
-            raise InputError(f"model {profile.name}: {size} = {value}: must be at least 1")
-    chosen = field(text_config, *EXPERTS_PER_TOKEN)
-    experts = field(text_config, *EXPERTS)
-    if isinstance(chosen, int) and isinstance(experts, int) and chosen > experts > 0:
-        raise InputError(f"model {profile.name}: num_experts_per_tok = {chosen}: must be at most the {experts} experts")
+    problem = dropped(said, text_config)
+    if problem and said is values and "text_config" in type(config).sub_configs:  # sizes of the text, laid flat
+        config = _from_values(profile.name, model_type, {"text_config": values})
+        text_config = config.get_text_config(decoder=True)
+        problem = dropped(said, text_config)
+    unsaid = missing(said, text_config)
+    experts = [name for name in unsaid if any(name in CORE[size] for size in EXPERTS)]
+    if sizes := [name for name in unsaid if name not in experts] if said is values else []:
+        problem = f"config.json does not say {', '.join(sizes)} (model_type {model_type!r})"
+    if problem := problem or _no_decoder(config, text_config, named):
+        raise InputError(f"model {profile.name}: {problem}")
+    if unsaid and said is not values:
+        taken = ", ".join(f"{name} = {value}" for name, value in unsaid.items())
+        remarks.append(f"not in config.json, so transformers' defaults of {text_config.model_type}: {taken}")
+    object.__setattr__(text_config, "unsaid_experts", "" if said is not values else ", ".join(experts))
     # An index into a vocabulary that sharding makes smaller; it shapes no op. Some configs insist on an integer.
     object.__setattr__(text_config, "pad_token_id", None)
+    object.__setattr__(text_config, "remarks", tuple(remarks))
     return text_config
+
+
+def _from_values(name: str, model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
+    if isinstance(text := values.get("text_config"), dict) and "tie_word_embeddings" in values:
+        text.setdefault("tie_word_embeddings", values["tie_word_embeddings"])  # said of the whole (Qwen3-VL)
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=3)
+        line = f"{transformers.__version__} has no such type{': did you mean ' if near else ''}{' or '.join(near)}"
+        raise InputError(f"model {name}: transformers rejects config (model_type={model_type!r}): {line}")
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except Exception as reason:
+        line = " ".join(str(reason).split())[:200]
+        raise InputError(f"model {name}: transformers rejects config (model_type={model_type!r}): {line}") from None
+
+
+def _language_part(config: dict[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
+    """Type, fields and architectures that transformers builds the language model from.
+
+    Of a wrapper that it does not know (Kimi-VL, InternVL) they are those of the text model inside, if it knows that.
+    """
+    named, model_type = config.pop("architectures", None) or [], config.pop("model_type")
+    for noise in ("auto_map", "transformers_version"):
+        config.pop(noise, None)
+    known = _known_type(model_type, named)
+    text = text_of(config)
+    if known not in CONFIG_MAPPING and text is not config and isinstance(text.get("model_type"), str):
+        if "tie_word_embeddings" in config:
+            text.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
+        inner = _known_type(text["model_type"], text.get("architectures") or [])
+        if inner in CONFIG_MAPPING:
+            return _language_part({**text, "model_type": inner})
+    fields = CONFIG_MAPPING[known].__dataclass_fields__ if known in CONFIG_MAPPING else {}
+    for name, own in FOREIGN.items():
+        if own in fields and name not in fields and config.get(name) and config.get(own) is None:
+            config[own] = config[name]
+    return known, config, named
+
+
+def _other_parts(config: dict[str, Any]) -> list[str]:
+    """A line on parts of a config that are no language model's: encoders of pictures and sound."""
+    parts = [name for name, value in config.items() if isinstance(value, dict) and re.search(OTHER_PARTS, name)]
+    return [f"priced as its language model; not counted: {', '.join(parts)}"] if parts else []
+
+
+OTHER_PARTS = "vision|visual|vit_|audio|speech|talker|code2wav|token2wav|sound"
+"""What names the config of an encoder beside the language model, or of a speaker behind it."""
 
 
 def _no_decoder(config: PreTrainedConfig, text: PreTrainedConfig, architectures: list[str]) -> str:
@@ -107,10 +166,10 @@ def _no_decoder(config: PreTrainedConfig, text: PreTrainedConfig, architectures:
     """
     for part in (config, text):
         if getattr(part, "is_encoder_decoder", False):
-            return f"{part.model_type} is an encoder and a decoder (is_encoder_decoder)"
+            return f"{part.model_type} is an encoder and a decoder (is_encoder_decoder); {ONLY}"
         masked = part.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
         if masked and getattr(part, "is_decoder", True) is False:
-            return f"{part.model_type} is an encoder (is_decoder is false)"
+            return f"{part.model_type} is an encoder (is_decoder is false); {ONLY}"
     others = {
         name
         for lists, mapping in vars(modeling_auto).items()
@@ -119,9 +178,10 @@ def _no_decoder(config: PreTrainedConfig, text: PreTrainedConfig, architectures:
     }
     generating = {name for lists in _GENERATING for name in _class_names(getattr(modeling_auto, lists))}
     wrong = [name for name in architectures if name in others - generating]
-    return f"architectures: {wrong[0]} does not generate text" if wrong else ""
+    return f"architectures: {wrong[0]} does not generate text; {ONLY}" if wrong else ""
 
 
+ONLY = "only causal language models can be priced"
 _GENERATING = tuple(f"MODEL_FOR_{task}_MAPPING_NAMES" for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"))
 """transformers' lists of classes that make one token after another."""
 
@@ -140,11 +200,12 @@ def _known_type(model_type: str, architectures: list[str]) -> str:
     return stock.get(architectures[0], model_type)
 
 
-def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+def nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and those inside it."""
     yield config
     for value in list(vars(config).values()):
         if isinstance(value, PreTrainedConfig):
-            yield from _nested(value)
+            yield from nested(value)
 
 
 def _divide(name: str, value: Any, tp: int) -> Any:
@@ -170,7 +231,7 @@ def narrow(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
     if isinstance(narrowed, CustomConfig):
         object.__setattr__(narrowed, "arguments", config.of_rank(tp))
         return narrowed
-    for part in _nested(narrowed):
+    for part in nested(narrowed):
         per_layer: Any = _per_layer(part, tp)
         fields = vars(part)
         if fields.get("head_dim") is None and fields.get("num_attention_heads") and fields.get("hidden_size"):

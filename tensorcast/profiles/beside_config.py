@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorcast.errors import InputError
+from tensorcast.profiles.config_values import text_of
 
 KEYS = ("quantization_config", "compression_config", "quantization", "quantize")
 """Keys of a config that hold the entry: transformers' own, older compressed-tensors', MLX's and msModelSlim's."""
@@ -23,8 +24,7 @@ def with_quantization(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     Raises :class:`InputError`, one line, where such a file is not readable.
     """
-    text = config.get("text_config")
-    if any(place.get(key) for place in (config, text if isinstance(text, dict) else {}) for key in KEYS):
+    if any(place.get(key) for place in (config, text_of(config)) for key in KEYS):
         return config
     for name, method in METHODS.items():
         path = folder / name

@@ -14,6 +14,7 @@ class ModelFacts:
     ``expert_groups``, ``expert_groups_chosen``: a token picks its experts from so many groups of all.
     ``shared_experts``: every token also passes an expert that is always on. ``mtp_modules``: layers of multi-token
     prediction, which draft tokens. ``block``: prompts were traced at multiples of so many tokens.
+    ``remarks``: what the reading of its config took for granted or left out, in lines.
     """
 
     hidden_size: int = 0
@@ -32,6 +33,7 @@ class ModelFacts:
     shared_experts: bool = False
     mtp_modules: int = 0
     block: int = 1
+    remarks: tuple[str, ...] = ()
 
     @property
     def copies_per_token(self) -> float:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from tensorcast.profiles.config_values import check_values, text_of
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
@@ -15,12 +16,6 @@ MTP_MODULES = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 """Fields of configs that hold the number of experts, of those that a token passes, of layers for multi-token
 prediction, and the longest sequence."""
-
-
-def text_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model's part of a Hugging Face config: all of it, unless the model is multimodal."""
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
 
 
 def stated(config: dict[str, Any], names: Iterable[str]) -> int:
@@ -103,6 +98,8 @@ class ModelProfile(Frozen):
     def _names_a_type(cls, config: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if "model_type" not in config and not info.data.get("model"):
             raise ValueError("config needs model_type, as every Hugging Face config.json has")
+        if not info.data.get("model"):  # a class of one's own has arguments of its own
+            check_values(config)
         return config
 
     @field_validator("model")

@@ -237,6 +237,8 @@ def _load_yaml(path: Path) -> Any:
         raise InputError(f"{path}{line}: broken YAML: {_one_line(reason)}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: broken YAML: {_one_line(error)}") from None
+    except RecursionError:
+        raise InputError(f"{path}: cannot be read: nested too deeply") from None
     except (OSError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
         raise InputError(f"{path}: cannot be read: {_one_line(getattr(error, 'strerror', None) or error)}") from None
 
@@ -281,7 +283,9 @@ def _model_from_config(path: Path) -> ModelProfile:
         config = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise InputError(f"{path}: cannot be read: nested too deeply") from None
+    except (OSError, ValueError) as error:  # ValueError: bytes that are no text, a number of thousands of digits
         raise InputError(f"{path}: cannot be read: {_one_line(error)}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: a config.json is an object, this is a {type(config).__name__}")

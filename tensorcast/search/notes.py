@@ -48,6 +48,7 @@ def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
     if first.axes.kv_dtype == (None,) and first.base.kv_dtype is None:
         found.append(f"KV cache in {frame['kv_dtype'].iloc[0]}, as the model ships; --kv-dtype bf16,fp8 compares both")
     facts = whole.facts
+    found += facts.remarks
     modules = facts.mtp_modules
     if modules and first.axes.mtp_depth == (0,):
         found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")

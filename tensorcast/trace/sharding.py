@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tensorcast.errors import InputError
+from tensorcast.trace.dims import product
 from tensorcast.trace.table import Op, OpTable, Tensor
 
 MATMULS = frozenset({"mm", "addmm", "bmm", "mla_absorb", "mla_expand"})
@@ -62,6 +63,15 @@ def mark_sharding(whole: OpTable, shard: OpTable) -> OpTable:
         base = a if a.stage == "experts" else b
         rows.append(base.but(shard=_style(a, b)))
     return shard.with_ops(rows)
+
+
+MIXERS = frozenset({"attention", "linear_attention", "ssm_scan", "causal_conv1d", "convolution"})
+
+
+def mixers_whole(whole: OpTable, shard: OpTable) -> bool:
+    """Whether a kind of attention or scan is as wide in ``shard``: its class takes that from elsewhere than heads."""
+    tables = ([op for op in table.ops if op.name in MIXERS] for table in (whole, shard))
+    return any(product(a.inputs[0].dims) == product(b.inputs[0].dims) for a, b in zip(*tables, strict=False))
 
 
 def _pairs(op: Op) -> bool:

@@ -14,6 +14,8 @@ from tensorcast.errors import InputError
 from tensorcast.modeling.build import build
 from tensorcast.modeling.checkpoint_names import stored_names
 from tensorcast.modeling.config import field, hf_config, narrow
+from tensorcast.modeling.custom import CustomConfig
+from tensorcast.modeling.cut import divided, widen
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.closed_form import BLOCK, BLOCKWISE, DECODE, PREFILL, NoClosedForm, Probe, ProgramVaries, solve
@@ -23,7 +25,7 @@ from tensorcast.trace.layers import Kinds
 from tensorcast.trace.mla import mark_latent
 from tensorcast.trace.moe import blocks_of, is_shared_param, mark_experts
 from tensorcast.trace.record import Call, Seen
-from tensorcast.trace.sharding import mark_sharding
+from tensorcast.trace.sharding import mark_sharding, mixers_whole
 from tensorcast.trace.table import Op, OpTable, Param, Tensor, layer_ranges
 
 Phase = Literal["prefill", "decode"]
@@ -41,7 +43,7 @@ def trace(profile: ModelProfile, phase: Phase, tp: int = 1, whole: OpTable | Non
         whole = whole or _trace_whole(profile, config, phase)
         if tp == 1:
             return whole
-        shard = _trace_shard(profile, config, phase, tp)
+        shard = _trace_shard(profile, config, phase, tp, whole)
     params = tuple(
         Param(
             **{
@@ -58,23 +60,36 @@ def trace(profile: ModelProfile, phase: Phase, tp: int = 1, whole: OpTable | Non
 
 def _trace_whole(profile: ModelProfile, config: PreTrainedConfig, phase: Phase) -> OpTable:
     try:
-        return _trace_one(profile, config, config, phase, 1)
+        return _trace_one(profile, build(config, fields=profile.moe, name=profile.name), config, config, phase, tp=1)
     except RuntimeError as reason:  # sizes that do not go together, which transformers does not check
-        line = str(reason).strip().splitlines()[0][:160]
-        problem = f"transformers' class fails with this config in {phase}: {line}"
+        problem = f"transformers' class fails with this config in {phase}: {_first_line(reason)}"
         raise InputError(f"model {profile.name}: {problem}") from reason
 
 
-def _trace_shard(profile: ModelProfile, config: PreTrainedConfig, phase: Phase, tp: int) -> OpTable:
+def _trace_shard(profile: ModelProfile, config: PreTrainedConfig, phase: Phase, tp: int, whole: OpTable) -> OpTable:
     narrowed = narrow(config, tp)
     try:
-        return _trace_one(profile, narrowed, config, phase, tp)
-    except RuntimeError as reason:  # a class that derives one width from another (OLMoE: heads from the hidden size)
-        line = str(reason).strip().splitlines()[0][:120]
+        model = build(narrowed, fields=profile.moe, name=profile.name)
+        table = _trace_one(profile, model, narrowed, config, phase, tp=tp)
+        if isinstance(config, CustomConfig) or not mixers_whole(whole, table):
+            return table
+    except (RuntimeError, InputError):  # a class that derives one width from another (Qwen2-VL: heads' from the stream)
+        if isinstance(config, CustomConfig):
+            raise
+    narrowed = divided(config, tp)
+    try:
+        model, full = (build(one, fields=profile.moe, name=profile.name) for one in (narrowed, config))
+        widen(model, full, lambda one: record_step(one, narrowed, batch=3, new=7, past=0, recurrent_state=False))
+        return _trace_one(profile, model, narrowed, config, phase, tp=tp)
+    except RuntimeError as reason:
         raise InputError(
             f"model {profile.name}: transformers' class does not run with the widths of one of tp = {tp} ranks; "
-            f"use tp = 1 ({line})"
+            f"use tp = 1 ({_first_line(reason)})"
         ) from None
+
+
+def _first_line(reason: Exception) -> str:
+    return str(reason).strip().splitlines()[0][:160]
 
 
 def _fields(param: Param) -> dict[str, Any]:
@@ -82,9 +97,8 @@ def _fields(param: Param) -> dict[str, Any]:
 
 
 def _trace_one(
-    profile: ModelProfile, config: PreTrainedConfig, whole: PreTrainedConfig, phase: Phase, tp: int
+    profile: ModelProfile, model: nn.Module, config: PreTrainedConfig, whole: PreTrainedConfig, phase: Phase, *, tp: int
 ) -> OpTable:
-    model = build(config, fields=profile.moe, name=profile.name)
     tries = (DECODE,) if phase == "decode" else (PREFILL, BLOCKWISE)
     for probes in tries:
         try:
@@ -97,6 +111,8 @@ def _trace_one(
             line = str(reason).strip().splitlines()[0]
             raise InputError(f"model {profile.name}: {phase} cannot be traced without data: {line}") from None
     ops = mark_latent(mark_experts([_as_mm(op) for op in linears]), phase)
+    if (unsaid := getattr(whole, "unsaid_experts", "")) and blocks_of(ops):
+        raise InputError(f"model {profile.name}: config.json does not say {unsaid}, and the model has experts")
     params = _params(model, config, kinds, ops, stored_names(model, str(profile.config.get("model_type", ""))))
     facts = replace(
         _facts(whole, ops),
@@ -205,6 +221,7 @@ def _facts(config: PreTrainedConfig, ops: list[Op]) -> ModelFacts:
         expert_groups=int(field(config, "n_group", default=1) or 1),
         expert_groups_chosen=int(field(config, "topk_group", default=1) or 1),
         tied_embedding=bool(getattr(config, "tie_word_embeddings", False)),
+        remarks=getattr(config, "remarks", ()),
     )
 
 

@@ -11,6 +11,7 @@ from tensorcast.modeling.checkpoint import compressed_tensors, floats, integers,
 from tensorcast.modeling.checkpoint.entries import Entries, refuse
 from tensorcast.modeling.quantization import BF16, Quantization, Scheme, override
 from tensorcast.profiles.beside_config import KEYS
+from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.model import ModelProfile
 
 Reader = Callable[[Entries, str], Quantization]
@@ -34,8 +35,7 @@ def from_config(config: dict[str, Any], kv: str = "bf16") -> Quantization:
 
     Source of the order of keys: vLLM 0.24.0, config/model.py (_parse_quant_hf_config).
     """
-    text = config.get("text_config")
-    places = (config, text if isinstance(text, dict) else {})
+    places = (config, text_of(config))
     key, said = next(((key, place[key]) for key in KEYS for place in places if place.get(key)), ("", None))
     if not key:
         return Quantization(kv=kv)
@@ -53,7 +53,7 @@ def from_config(config: dict[str, Any], kv: str = "bf16") -> Quantization:
         found = floats.fp8(entries, kv, str(config.get("expert_dtype") or places[1].get("expert_dtype") or ""))
     else:
         found = READERS[method](entries, kv)
-    return replace(_told(found, places[1] or config), unread=entries.unread, method=method)
+    return replace(_told(found, places[1]), unread=entries.unread, method=method)
 
 
 def _method(said: Entries, key: str) -> str:

@@ -9,6 +9,7 @@ from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.report import units
 from tensorcast.report.compare.choices import LIMITS, PARTS, WRITTEN, Choice, View, step_parts
 from tensorcast.report.units import plural
+from tensorcast.search.space import NARROW
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,8 +80,11 @@ def conclusion(view: View) -> Conclusion:
         return _none_meets(view)
     best, second = view.best, view.runner_up
     runner_up, ways = _runner_up(view, best, second) if second is not None else ("", ())
+    c = view.comparison
+    untried = c.pruned["layouts"].get(NARROW, 0) and c.candidates["tp"].max() == 1
+    among = " of the layouts without tensor parallelism (its class runs with no tp above 1 here)" if untried else ""
     return Conclusion(
-        headline=f"{view.name(best)} is best: {_worth(view, best)}", numbers=tuple(_numbers(view, best)),
+        headline=f"{view.name(best)} is best{among}: {_worth(view, best)}", numbers=tuple(_numbers(view, best)),
         how=_how(view, best), runner_up=runner_up, ways=ways, ties=_ties(view, best), warning=view.comparison.warning,
     )
 

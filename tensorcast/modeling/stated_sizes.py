@@ -1,0 +1,135 @@
+"""What a file says against what transformers made of it: no size is dropped or made up in silence."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+CORE: dict[str, tuple[str, ...]] = {
+    "num_hidden_layers": ("num_hidden_layers", "n_layers", "n_layer", "num_layers"),
+    "hidden_size": ("hidden_size", "d_model", "n_embd"),
+    "num_attention_heads": ("num_attention_heads", "n_heads", "n_head"),
+    "vocab_size": ("vocab_size",),
+    "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+    "num_experts_per_tok": (
+        "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k",
+        "top_k_experts",
+    ),
+    "intermediate_size": (
+        "intermediate_size", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "expert_ffn_hidden_size",
+        "moe_ffn_hidden_size", "n_inner",
+    ),
+}  # fmt: skip
+"""Sizes that a file must state where its class has them, each with the names that classes give it."""
+
+OTHERS: dict[str, tuple[str, ...]] = {
+    "num_key_value_heads": ("num_key_value_heads", "kv_n_heads", "num_kv_heads", "n_kv_heads", "num_attention_groups"),
+    "moe_intermediate_size": ("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"),
+    "n_shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"),
+    "shared_expert_intermediate_size": (
+        "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",
+        "share_expert_dim",
+    ),
+    "head_dim": ("head_dim", "attention_head_dim", "kv_channels"),
+    "q_lora_rank": ("q_lora_rank",),
+    "kv_lora_rank": ("kv_lora_rank",),
+    "qk_nope_head_dim": ("qk_nope_head_dim",),
+    "qk_rope_head_dim": ("qk_rope_head_dim",),
+    "v_head_dim": ("v_head_dim",),
+}  # fmt: skip
+"""Sizes that a class may work out from others, and some models lack."""
+
+FOREIGN = {"attention_head_dim": "head_dim"}
+"""Names of a size in released files whose class calls it otherwise (Hunyuan-A13B)."""
+
+
+def _knows(config: PreTrainedConfig, name: str) -> bool:
+    kind = type(config)
+    fields = {one.name for one in dataclasses.fields(kind)}
+    return name in fields or name in kind.attribute_map or isinstance(getattr(kind, name, None), property)
+
+
+def _value(config: PreTrainedConfig, name: str) -> Any:
+    name = type(config).attribute_map.get(name, name)
+    value = vars(config).get(name)  # one that varies by layer refuses getattr on the whole config
+    return getattr(config, name, None) if value is None else value
+
+
+def _same(stated: Any, built: Any) -> bool:
+    """Whether a size is as the file says; one number may stand for all layers, or for the widest of them."""
+    if isinstance(built, list | tuple) and not isinstance(stated, list | tuple):
+        return stated in built
+    if isinstance(stated, list | tuple) and not isinstance(built, list | tuple):
+        return built in stated
+    return stated == built or (isinstance(stated, list | tuple) and list(stated) == list(built))
+
+
+def dropped(values: dict[str, Any], config: PreTrainedConfig) -> str:
+    """The first size of a file that its class does not hold, as ``num_experts = 16 in the file, 288 in ...``."""
+    for size, names in {**CORE, **OTHERS}.items():
+        if size == "head_dim" and values.get("kv_lora_rank"):
+            continue  # of latent attention it is the width of one part or another
+        stated = [name for name in names if values.get(name) is not None]
+        known = [name for name in stated if _knows(config, name)]
+        for name in known:
+            if not _same(values[name], _value(config, name)):
+                return _unlike(name, values[name], _value(config, name), config)
+        if known or not stated:
+            continue
+        own = next((_value(config, name) for name in names if _knows(config, name) and _value(config, name)), None)
+        if own is None and not (size in EXPERTS and _largest(values[stated[0]]) > 1):
+            continue  # the class has no such size, or makes it from others
+        if not _same(values[stated[0]], own):
+            return _unlike(stated[0], values[stated[0]], own, config)
+    return ""
+
+
+def _largest(value: Any) -> int:
+    return max(value, default=0) if isinstance(value, list | tuple) else value
+
+
+def _unlike(name: str, stated: Any, built: Any, config: PreTrainedConfig) -> str:
+    there = "no such size" if built is None else f"{built}"
+    kind = type(config).model_type
+    return f"{name} = {stated} in config.json, {there} in the model that transformers builds of it ({kind})"
+
+
+EXPERTS = ("num_experts", "num_experts_per_tok")
+"""Of the core, what a dense model of a class for both does not state."""
+
+
+def missing(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    """Core sizes of the class that a file does not state, by the class's name, with transformers' default."""
+    found = {}
+    for names in CORE.values():
+        own = [one.name for one in dataclasses.fields(type(config)) if one.name in names]
+        value = _value(config, own[0]) if own else None
+        given = (name for name in names if values.get(name) is not None)
+        if value and not any(_knows(config, name) or _same(values[name], value) for name in given):
+            found[own[0]] = value
+    return found
+
+
+def foreign_architecture(model_type: str, architectures: list[str]) -> str:
+    """The architecture that a file names, where it is none of its ``model_type``'s; empty where it may be.
+
+    A class of remote code has its type's name in its own (``Step3p7FlashForCausalLM``).
+    """
+
+    def plain(text: str) -> str:
+        return re.sub("[^a-z0-9]", "", text.lower())
+
+    stems = {plain(model_type)}
+    for lists, mapping in vars(modeling_auto).items():
+        if lists.startswith("MODEL_") and lists.endswith("_MAPPING_NAMES") and model_type in mapping:
+            names = mapping[model_type]
+            stems |= {
+                plain(re.sub("(For[A-Z].*|LMHeadModel|Model)$", "", name))
+                for name in ((names,) if isinstance(names, str) else names)
+            }
+    fits = any(plain(name).startswith(stem) for name in architectures for stem in stems if stem)
+    return "" if fits or not architectures else architectures[0]

@@ -1,0 +1,102 @@
+"""What a file says is what is built: sizes that a class drops or makes up are refused or said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tensorcast.errors import InputError
+from tensorcast.modeling.config import hf_config
+from tensorcast.profiles.model import ModelProfile
+from tensorcast.trace.tracer import trace
+
+SIZES = {
+    "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 160, "vocab_size": 512,
+}  # fmt: skip
+EXPERTS = {"num_experts": 10, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+LATENT = {
+    "model_type": "deepseek_v3", "q_lora_rank": None, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "moe_intermediate_size": 48, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+} | {name: size for name, size in SIZES.items() if name != "head_dim"} | {"num_key_value_heads": 6}  # fmt: skip
+
+
+def profile(model_type: str, **config: Any) -> ModelProfile:
+    config = {"model_type": model_type, **config}
+    return ModelProfile(name="x", hf_id="x", description="", sources={}, config=config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [("gemma3", {}), ("mistral3", {}), ("qwen3_vl_moe", EXPERTS), ("qwen3_5_moe", EXPERTS), ("qwen3_vl", {})],
+)
+def test_flat_sizes_under_a_wrapper_type_are_those_of_its_text_model(model_type: str, more: dict[str, Any]) -> None:
+    built = hf_config(profile(model_type, **SIZES, **more))
+    for name, size in {**SIZES, **more}.items():
+        assert getattr(built, name) == size, name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "said"),
+    [
+        ("step3p7", SIZES | {"num_experts": 10, "num_experts_per_tok": 2}, "num_experts = 10 in config.json, 288 in"),
+        ("llama", {"num_layers": 8, "n_head": 6, "hidden_dim": 96, "vocab_size": 512},
+         "does not say num_hidden_layers, hidden_size, num_attention_heads"),
+        ("qwen3_moe", {}, "does not say num_hidden_layers, hidden_size, num_attention_heads, vocab_size"),
+        ("qwen2", SIZES | EXPERTS, "num_experts = 10 in config.json, no such size in"),
+        ("mixtral", SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "n_layer": 9}, ""),
+    ],
+)  # fmt: skip
+def test_sizes_that_the_class_does_not_take_are_refused(model_type: str, config: dict[str, Any], said: str) -> None:
+    if not said:  # a second name of a size that the class does take is nobody's
+        assert hf_config(profile(model_type, **config)).num_hidden_layers == 3
+        return
+    with pytest.raises(InputError, match=said):
+        hf_config(profile(model_type, **config))
+
+
+def test_experts_that_a_file_does_not_count_are_not_made_up() -> None:
+    with pytest.raises(InputError, match="does not say num_experts, num_experts_per_tok, and the model has experts"):
+        trace(profile("qwen3_moe", **SIZES), "decode")
+
+
+def test_a_text_part_that_rests_on_defaults_says_which() -> None:
+    """As LLaVA's and Gemma-3's released files do."""
+    vision = {"model_type": "siglip_vision_model"}
+    built = hf_config(profile("gemma3", text_config={"num_hidden_layers": 3, "hidden_size": 96}, vision_config=vision))
+    assert built.hidden_size == 96
+    assert "vision_config" in built.remarks[0]
+    assert "num_attention_heads = 8" in built.remarks[1]
+
+
+@pytest.mark.parametrize(("wrapper", "part"), [("kimi_vl", "text_config"), ("internvl_chat", "llm_config")])
+def test_a_wrapper_that_transformers_lacks_is_its_text_model(wrapper: str, part: str) -> None:
+    whole = profile(wrapper, **{part: LATENT}, vision_config={"hidden_size": 8}, architectures=["SomeVLModel"])
+    inner = trace(profile(**LATENT), "decode")
+    table = trace(whole, "decode")
+    assert table.total_params() == inner.total_params()
+    assert whole.num_experts == 8
+    assert table.facts.remarks == ("priced as its language model; not counted: vision_config",)
+
+
+def test_a_wrapper_around_a_type_that_is_not_known_is_refused() -> None:
+    with pytest.raises(InputError, match="has no such type: did you mean"):
+        hf_config(profile("deepseek_vl9", text_config={"model_type": "nobody_knows", **SIZES}))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "wrong"),
+    [
+        ("git", "Grok1ForCausalLM", True), ("llama", "MistralForCausalLM", True), ("llama", "LlamaForCausalLM", False),
+        ("llama", "LLaMAForCausalLM", False), ("qwen3_moe", "Qwen3MoeCustomForCausalLM", False),
+    ],
+)  # fmt: skip
+def test_an_architecture_of_another_type_is_not_built(model_type: str, architecture: str, wrong: bool) -> None:
+    config = profile(model_type, **SIZES, **(EXPERTS if "moe" in model_type else {}), architectures=[architecture])
+    if wrong:
+        with pytest.raises(InputError, match=f"{architecture} is none of transformers' classes of model_type"):
+            hf_config(config)
+    else:
+        assert hf_config(config).hidden_size == 96

@@ -44,7 +44,8 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
             keys, values = op.inputs
             attention = next((a for a in table.ops if a.name == "attention" and a.kind == op.kind), None)
             limit = (attention.attrs["window"] or attention.attrs["chunk"]) if attention else 0
-            numel = float(keys.numel(unit)), float(values.numel(unit))
+            shared = keys.storage == values.storage and op.attrs["kind"] != "indexer"  # one vector is key and value
+            numel = float(keys.numel(unit)), 0.0 if shared else float(values.numel(unit))
             per_token = sum(numel)
             if op.attrs["kind"] == "indexer":
                 per_token = indexer_key_bytes(sum(numel))
@@ -52,7 +53,10 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
                 per_token = 2.0 * sum(numel)
             elif attention is not None and attention.attrs.get("scaled"):
                 per_token = latent_bytes(*numel)
+            elif shared:
+                per_token *= SHARED_VECTOR_FP8
             entries.append(CacheEntry(op.kind, per_token, int(limit)))
+            entries += compressed_entries(table, op.kind, per_token, numel[0])
         elif op.name in ("linear_attention", "ssm_scan"):
             entries.append(CacheEntry(op.kind, 0.0, 0, float(op.outputs[1].bytes(unit))))
         elif op.name == "causal_conv1d":
@@ -60,6 +64,26 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
             state = x.dims[1].coef * (weight.dims[-1].coef - 1) * DTYPE_BYTES[x.dtype]
             entries.append(CacheEntry(op.kind, 0.0, 0, float(state)))
     return entries
+
+
+SHARED_VECTOR_FP8 = 584 / 512
+"""Bytes per number of an FP8 cache of vectors that are key and value at once: of 512 numbers 448 in fp8, 64 with
+rotary embedding in bf16, and 8 bytes of scales (DeepSeek-V4 in vLLM 0.24.0 and later: 584 bytes per entry)."""
+
+
+def compressed_entries(table: OpTable, kind: int, entry_bytes: float, width: float) -> list[CacheEntry]:
+    """Cache of a layer that keeps one entry per several tokens beside its window, by its model's compression ratios.
+
+    Entries are as large as the window's, with indexer keys at the least ratio. What is not compressed yet, a vector
+    and its weights in fp32 for each token of a window of ``ratio``, is a state of each sequence.
+    """
+    facts = table.facts
+    ratio = facts.compress_ratios[table.layer_kinds.index(kind)] if facts.compress_ratios else 0
+    if not ratio:
+        return []
+    indexed = ratio == min(filter(None, facts.compress_ratios))
+    keys = indexer_key_bytes(facts.indexer_width) if indexed and facts.indexer_width else 0.0
+    return [CacheEntry(kind, (entry_bytes + keys) / ratio, 0, 2 * 4.0 * ratio * width)]
 
 
 def latent_bytes(latent: float, rope: float) -> float:

@@ -304,7 +304,7 @@ def not_counted(model: ModelProfile, quantization: Quantization) -> list[str]:
     if quantization.unread:
         found.append(f"quantization_config: not used: {', '.join(quantization.unread)}")
     if any(model.config.get("compress_ratios") or text.get("compress_ratios") or ()):
-        found.append("compressed keys and values (compress_ratios) are not counted: attention and cache are too small")
+        found.append("attention over compressed keys and values (compress_ratios) is not counted: it is too fast")
     if (text.get("sparse_attention_config") or {}).get("use_sparse_attention"):
         found.append("blocks that attention picks (sparse_attention_config) are not counted: it is too fast")
     return found

@@ -58,11 +58,6 @@ def _stock(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """transformers' causal LM of ``config``, or for a text config that no auto class lists, its decoder and a head."""
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
-    # a config class that lacks what its own model reads (DBRX); a class with attention functions of its own (Falcon);
-    # values that only the class itself finds wrong
-    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as reason:
-        problem = f"transformers' class fails with its config or our attention function: {reason}"
-        raise InputError(f"model_type {config.model_type!r}: {problem}") from None
     except ValueError as reason:
         line = str(reason).strip().splitlines()[0]
         listed = type(config) in AutoModelForCausalLM._model_mapping  # then it is the config that is wrong
@@ -90,8 +85,16 @@ def build(
     """
     if isinstance(config, CustomConfig):
         return build_custom(config, dtype, device)
-    with torch.device(device):
-        model = _stock(config, dtype)
+    try:
+        with torch.device(device):
+            model = _stock(config, dtype)
+    # a config class that lacks what its own model reads (DBRX); a class with attention functions of its own (Falcon);
+    # values that only the class itself finds wrong
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as reason:
+        if isinstance(reason, InputError):
+            raise
+        problem = f"transformers' class fails with its config or our attention function: {reason}"
+        raise InputError(f"model_type {config.model_type!r}: {' '.join(problem.split())}") from None
     check_blocks(model, fields, name or config.model_type)
     model.eval().requires_grad_(False)
     for part in model.modules():

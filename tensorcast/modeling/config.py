@@ -69,8 +69,9 @@ WIDTHS = (
     "mlp_intermediate_size",
     "mamba_d_ssm",
     "vocab_size",
+    "vocab_size_per_layer_input",
 )
-PADDED = ("vocab_size",)
+PADDED = ("vocab_size", "vocab_size_per_layer_input")
 """Widths that engines pad to a multiple of tp; every other one must divide."""
 
 
@@ -85,7 +86,8 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     values = copy.deepcopy(profile.config)  # transformers writes into nested dicts; the profile keys the cache
     remarks = _other_parts(values)
     model_type, values, named = _language_part(values)
-    if wrong := foreign_architecture(model_type, named) if model_type in CONFIG_MAPPING else "":
+    renamed = model_type != profile.config["model_type"]
+    if wrong := "" if renamed or model_type not in CONFIG_MAPPING else foreign_architecture(model_type, named):
         problem = f"architectures: {wrong} is none of transformers' classes of model_type {model_type!r}"
         raise InputError(f"model {profile.name}: {problem} (transformers {transformers.__version__})")
     said = text_of(values)
@@ -106,10 +108,22 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
         taken = ", ".join(f"{name} = {value}" for name, value in unsaid.items())
         remarks.append(f"not in config.json, so transformers' defaults of {text_config.model_type}: {taken}")
     object.__setattr__(text_config, "unsaid_experts", "" if said is not values else ", ".join(experts))
+    for part in nested(text_config):
+        _plain_rope(getattr(part, "rope_parameters", None))
     # An index into a vocabulary that sharding makes smaller; it shapes no op. Some configs insist on an integer.
     object.__setattr__(text_config, "pad_token_id", None)
     object.__setattr__(text_config, "remarks", tuple(remarks))
     return text_config
+
+
+def _plain_rope(rope: Any) -> None:
+    """Take angles that depend on the longest position, which is data, for usual ones: they shape no op and no cache."""
+    if not isinstance(rope, dict):
+        return
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        rope["rope_type"] = "default"
+    for inner in rope.values():  # by layer type
+        _plain_rope(inner)
 
 
 def _from_values(name: str, model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
@@ -143,6 +157,8 @@ def _language_part(config: dict[str, Any]) -> tuple[str, dict[str, Any], list[st
         if inner in CONFIG_MAPPING:
             return _language_part({**text, "model_type": inner})
     fields = CONFIG_MAPPING[known].__dataclass_fields__ if known in CONFIG_MAPPING else {}
+    if isinstance(kinds := config.get("attn_type_list"), list) and "layer_types" in fields:  # MiniMax-Text-01, -M1
+        config.setdefault("layer_types", ["full_attention" if kind else "linear_attention" for kind in kinds])
     for name, own in FOREIGN.items():
         if own in fields and name not in fields and config.get(name) and config.get(own) is None:
             config[own] = config[name]
@@ -193,11 +209,16 @@ def _class_names(mapping: dict[str, str | tuple[str, ...]]) -> Iterator[str]:
 
 def _known_type(model_type: str, architectures: list[str]) -> str:
     """``model_type``, or for one with remote code only, the type whose stock class the config names (Kimi-K2)."""
+    model_type = RENAMED.get(model_type, model_type)
     if model_type in CONFIG_MAPPING or not architectures:
         return model_type
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     stock = {name: kind for kind, name in causal.items() if isinstance(name, str)}
     return stock.get(architectures[0], model_type)
+
+
+RENAMED = {"minimax_text_01": "minimax", "minimax_m1": "minimax"}
+"""Types of released files with code of their own, and what transformers calls the same network."""
 
 
 def nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

@@ -90,7 +90,7 @@ def _settle(module: nn.Module, whole: nn.Module, path: str, widths: list[int]) -
     if isinstance(module, Conv1D):
         module.nf = module.weight.shape[1]
     if not isinstance(module, nn.Linear | Conv1D) and (kept or _routes(module)):
-        for name, value in vars(whole).items():  # a router, or a block of experts, flattens tokens by the stream's width
+        for name, value in vars(whole).items():  # routers and blocks of experts flatten tokens by the stream's width
             if type(value) is int and value in widths and vars(module).get(name) != value:
                 setattr(module, name, value)
     return kept

@@ -57,6 +57,22 @@ def _conv_update(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None =
     return TC.causal_conv1d(x, weight, bias)
 
 
+def _lightning(self: Any, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Any:
+    """Lightning attention (2401.04658): its class loops over blocks, or tokens, where engines run one kernel."""
+    batch, new, _width = hidden_states.shape
+    qkv = self.act_fn(self.qkv_proj(hidden_states)).reshape(batch, new, self.num_attention_heads, -1)
+    state = None if past_key_values is None else past_key_values.get_linear_cache(self.layer_idx)
+    out, state = TC.linear_attention(*qkv.chunk(3, dim=-1), state, int(self.block_size))
+    out = self.norm(out.reshape(batch, new, -1))
+    out = self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * out)
+    if past_key_values is not None:
+        past_key_values.set_linear_cache(self.layer_idx, state)
+    return out, state
+
+
+LOOPS = {"LightningAttention": _lightning}
+"""Modules, by the end of their class's name, whose code is a loop over tokens in the place of a kernel."""
+
 KERNELS: dict[str, Callable[..., Any]] = {
     "chunk_gated_delta_rule": _delta_rule,
     "fused_recurrent_gated_delta_rule": _delta_rule,
@@ -88,8 +104,13 @@ def hub_kernels_as_ops(model: nn.Module) -> Iterator[list[str]]:
             if inspect.isfunction(value) and hasattr(value, "__wrapped__") and _hub_name(value) in KERNELS:
                 saved.append((module, name, value))
                 setattr(module, name, KERNELS[str(_hub_name(value))])
+    looping = [m for m in model.modules() for end in LOOPS if type(m).__name__.endswith(end)]
+    for m in looping:
+        m.forward = next(kernel for end, kernel in LOOPS.items() if type(m).__name__.endswith(end)).__get__(m)
     try:
         yield [name for _, name, _ in saved]
     finally:
+        for m in looping:
+            del m.forward
         for module, name, value in saved:
             setattr(module, name, value)

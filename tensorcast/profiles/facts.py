@@ -15,6 +15,8 @@ class ModelFacts:
     ``shared_experts``: every token also passes an expert that is always on. ``mtp_modules``: layers of multi-token
     prediction, which draft tokens. ``block``: prompts were traced at multiples of so many tokens.
     ``remarks``: what the reading of its config took for granted or left out, in lines.
+    ``compress_ratios``: tokens of a compressed cache entry by layer, 0 where there are none; those of the least ratio
+    have indexer keys of ``indexer_width`` numbers beside them.
     """
 
     hidden_size: int = 0
@@ -34,6 +36,8 @@ class ModelFacts:
     mtp_modules: int = 0
     block: int = 1
     remarks: tuple[str, ...] = ()
+    compress_ratios: tuple[int, ...] = ()
+    indexer_width: int = 0
 
     @property
     def copies_per_token(self) -> float:

@@ -61,7 +61,9 @@ def trace(profile: ModelProfile, phase: Phase, tp: int = 1, whole: OpTable | Non
 def _trace_whole(profile: ModelProfile, config: PreTrainedConfig, phase: Phase) -> OpTable:
     try:
         return _trace_one(profile, build(config, fields=profile.moe, name=profile.name), config, config, phase, tp=1)
-    except RuntimeError as reason:  # sizes that do not go together, which transformers does not check
+    except InputError:
+        raise
+    except Exception as reason:  # sizes that do not go together; code of a class that asks what only data tells
         problem = f"transformers' class fails with this config in {phase}: {_first_line(reason)}"
         raise InputError(f"model {profile.name}: {problem}") from reason
 
@@ -89,7 +91,7 @@ def _trace_shard(profile: ModelProfile, config: PreTrainedConfig, phase: Phase, 
 
 
 def _first_line(reason: Exception) -> str:
-    return str(reason).strip().splitlines()[0][:160]
+    return next(iter(str(reason).strip().splitlines()), type(reason).__name__)[:160]
 
 
 def _fields(param: Param) -> dict[str, Any]:
@@ -222,7 +224,15 @@ def _facts(config: PreTrainedConfig, ops: list[Op]) -> ModelFacts:
         expert_groups_chosen=int(field(config, "topk_group", default=1) or 1),
         tied_embedding=bool(getattr(config, "tie_word_embeddings", False)),
         remarks=getattr(config, "remarks", ()),
+        compress_ratios=_compress_ratios(config),
+        indexer_width=int(field(config, "index_head_dim", default=0) or 0),
     )
+
+
+def _compress_ratios(config: PreTrainedConfig) -> tuple[int, ...]:
+    """By layer, where its type has a compressed cache (DeepSeek-V4)."""
+    rates, kinds = field(config, "compress_rates", default={}), field(config, "layer_types", default=[])
+    return tuple(int(rates.get(kind, 0)) for kind in kinds) if rates else ()
 
 
 def _zero_experts(config: PreTrainedConfig) -> int:
@@ -243,8 +253,9 @@ def _params(
     rows = []
     standing = set(kinds.representatives)
     other_layers = tuple(path + "." for path in kinds.paths if path not in standing)
+    shared = _shared(model, kinds)
     for name, param in model.named_parameters():
-        if name.startswith(other_layers):
+        if name.startswith(other_layers) and name not in shared:
             continue
         module = name.rpartition(".")[0]
         is_linear = type(model.get_submodule(module)) is nn.Linear
@@ -256,15 +267,25 @@ def _params(
             else "lm_head"
             if kinds.kind_of(module) < 0 and name in matmul
             else "linear"
-            if is_linear and name in matmul
+            if is_linear and (name in matmul or name in shared)
             else "other"  # a router is a matmul, but never quantised
         )
         dtype = str(param.dtype).removeprefix("torch.")
         numel = param.numel()
         if role == "experts" and zero and param.shape[0] > zero:  # no checkpoint has weights for them
             numel = numel // param.shape[0] * min(param.shape[0], int(counts) - zero)
-        shape, kind = tuple(param.shape), kinds.kind_of(module)
+        shape, kind = tuple(param.shape), -1 if name in shared else kinds.kind_of(module)
         rows.append(
             Param(name, _label(module, kinds), kind, numel, numel, dtype, role, shape, stored.get(name, ()))
         )
     return tuple(rows)
+
+
+def _shared(model: nn.Module, kinds: Kinds) -> set[str]:
+    """Weights that several layers use, by their first name (Zamba's transformer block): they are held once."""
+    places: dict[int, tuple[str, set[str]]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        layer = next((path for path in kinds.paths if name.startswith(path + ".")), None)
+        if layer is not None:
+            places.setdefault(id(param), (name, set()))[1].add(layer)
+    return {name for name, layers in places.values() if len(layers) > 1}

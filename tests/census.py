@@ -44,7 +44,6 @@ EXCEPTIONS: dict[str, tuple[str, str, str]] = {
     "dbrx": (BOTH, "nonzero", "experts are flat 2-D weights in a submodule, looped over where tokens chose them"),
     "glm5_next": (BOTH, "no attribute 'shape'", "its indexer drops pools by a mask: how many is data"),
     "jetmoe": (BOTH, "no data", "splits rows by expert counts read off the tensor; attention heads are experts too"),
-    "minimax": ("prefill", "number of ops", "lightning attention is a Python loop over blocks of tokens, not a kernel"),
     "nllb_moe": (BOTH, "is_encoder_decoder", "encoder-decoder; a ModuleDict of experts with capacities"),
     "openai_privacy_filter": (BOTH, "no causal LM", "token classifier: bidirectional, no cache, no decoding"),
     "qwen4_exp": (BOTH, "nonzero", "its indexer is a Python loop over sequences and queries"),

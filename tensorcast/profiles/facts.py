@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class ModelFacts:
     remarks: tuple[str, ...] = ()
     compress_ratios: tuple[int, ...] = ()
     indexer_width: int = 0
+
+    @classmethod
+    def stored(cls, values: dict[str, Any]) -> ModelFacts:
+        """Facts from JSON, which has lists where they have tuples."""
+        fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**fields)
 
     @property
     def copies_per_token(self) -> float:

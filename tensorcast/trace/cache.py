@@ -43,7 +43,8 @@ DAMAGED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError)
 def _code_version() -> str:
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    stated = (root / "profiles" / name for name in ("facts.py", "model.py"))  # what a config says, as stored in tables
+    names = ("facts.py", "model.py", "config_values.py")  # what a config says, as stored in tables
+    stated = (root / "profiles" / name for name in names)
     sources = (file for part in ("ops", "modeling", "trace") for file in sorted((root / part).rglob("*.py")))
     for file in (*stated, *sources):
         digest.update(file.read_bytes())
@@ -151,7 +152,7 @@ def _whole_from_json(data: dict[str, Any]) -> WholeModel:
     said = data["stored"] | {role: SCHEMES[data["stored"][role]["name"]] for role in roles}
     said |= {name: tuple(said[name]) for name in ("ignore", "asked", "unread")}
     quantization = Quantization(**{**said, "rules": NO_RULES})
-    return WholeModel(ModelFacts(**data["facts"]), quantization, tuple(Cut(*cut) for cut in data["cuts"]))
+    return WholeModel(ModelFacts.stored(data["facts"]), quantization, tuple(Cut(*cut) for cut in data["cuts"]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ def from_json(data: dict[str, Any]) -> list[OpTable]:
         Param(name, module, kind, numel, full_numel, dtype, role, tuple(shape), tuple(stored))
         for name, module, kind, numel, full_numel, dtype, role, shape, stored in data["params"]
     ])
-    facts = ModelFacts(**data["facts"])
+    facts = ModelFacts.stored(data["facts"])
     model, phase, tp, layer_kinds, kind_names = data["table"]
     return [
         OpTable(

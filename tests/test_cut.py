@@ -29,7 +29,7 @@ def profile(model_type: str, **config: Any) -> ModelProfile:
     return ModelProfile(name=model_type, hf_id="x", description="", sources={}, config=config)
 
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"text_config": {**SIZES, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}},
     "qwen2_vl": {"text_config": {**SIZES, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}},
     "mllama": {"text_config": {**SIZES, "cross_attention_layers": [1], "pad_token_id": 0}},

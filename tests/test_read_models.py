@@ -9,13 +9,14 @@ import pytest
 from tensorcast.cost.memory import cache_bytes, cache_entries
 from tensorcast.errors import InputError
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.trace.tracer import trace
+from tensorcast.trace.tracer import Phase, trace
 
 SIZES = {
     "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
     "intermediate_size": 192, "vocab_size": 512, "max_position_embeddings": 256,
 }  # fmt: skip
-LINEAR = {
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+LINEAR: dict[str, Any] = {
     "model_type": "minimax", **SIZES, "num_local_experts": 8, "num_experts_per_tok": 2,
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
 }  # fmt: skip
@@ -27,8 +28,8 @@ def profile(**config: Any) -> ModelProfile:
 
 def test_lightning_attention_is_linear_in_tokens_and_its_state_is_kept() -> None:
     """Each layer's state is heads x width x width in fp32, whatever the length (2501.08313)."""
-    for phase in ("prefill", "decode"):
-        table = trace(profile(**LINEAR), phase)  # type: ignore[arg-type]
+    for phase in PHASES:
+        table = trace(profile(**LINEAR), phase)
         scans = [op for op in table.ops if op.name == "linear_attention"]
         assert sum(table.count(op) for op in scans) == 3
     states = 3 * 8 * 16 * 16 * 4

@@ -16,7 +16,7 @@ SIZES = {
     "intermediate_size": 160, "vocab_size": 512,
 }  # fmt: skip
 EXPERTS = {"num_experts": 10, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-LATENT = {
+LATENT: dict[str, Any] = {
     "model_type": "deepseek_v3", "q_lora_rank": None, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
     "moe_intermediate_size": 48, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,

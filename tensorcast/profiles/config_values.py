@@ -64,6 +64,8 @@ def check_values(config: dict[str, Any], where: str = "") -> None:
                 _check_size(label, one, 0 if isinstance(value, list) else least, most)
         elif name == "architectures" and any(not isinstance(one, str) for one in listed if value is not None):
             raise ValueError(f"{label} = {_short(value)}: must be a list of class names")
+        elif name == "quantization_config" and not isinstance(value, dict | None):
+            raise ValueError(f"{label} {_short(value)}: must be an object with quant_method")
         elif name in _PARTS or name in ("rope_scaling", "rope_parameters"):
             if not isinstance(value, dict | None):
                 raise ValueError(f"{label} = {_short(value)}: must be an object of fields")
@@ -85,7 +87,8 @@ def _check_size(name: str, value: Any, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} = {_short(value)}: must be a whole number")
     if not least <= value <= most:
-        raise ValueError(f"{name} = {_short(value)}: must be from {least} to {most}")
+        bound = f"least {least}" if value < least else f"most {most}"
+        raise ValueError(f"{name} = {_short(value)}: must be at {bound}")
 
 
 def _check_factor(name: str, value: Any) -> None:
@@ -100,7 +103,8 @@ def _check_together(config: dict[str, Any], where: str) -> None:
     if experts:
         chosen_name, chosen = _first(config, _CHOSEN)
         if chosen is not None and not 1 <= chosen <= experts:
-            raise ValueError(f"{where}{chosen_name} = {chosen}: must be from 1 to the {experts} experts")
+            bound = f"most the {experts} experts" if chosen > experts else "least 1"
+            raise ValueError(f"{where}{chosen_name} = {chosen}: must be at {bound}")
         width_name, width = _first(config, _EXPERT_WIDTHS)
         if width == 0:
             raise ValueError(f"{where}{width_name} = 0: must be at least 1, for {experts_name} = {experts}")

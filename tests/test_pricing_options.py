@@ -300,7 +300,8 @@ def test_results_come_back_in_what_was_asked_for(scheme: str, bits: float) -> No
 @pytest.mark.parametrize("all2all", ["high_throughput", "direct", "allgather_reducescatter"])
 def test_results_in_fp8_need_smaller_buffers(all2all: str) -> None:
     """A byte less for every number that comes back: of 64 tokens' 8 rows, or of all 32 ranks' tokens."""
-    plain, combined = (deepseek(all2all=all2all, combine=c).memory(64, 1, 4096) for c in (None, "fp8"))
+    said: dict[str, Any] = {"all2all": all2all, "quant": "bf16"}  # sglang would cut its FP8 shared expert in a block
+    plain, combined = (deepseek(combine=c, **said).memory(64, 1, 4096) for c in (None, "fp8"))
     rows = 64 * (32 if all2all == "allgather_reducescatter" else TOP_K)
     assert float(plain.communication - combined.communication) == pytest.approx(rows * HIDDEN)
 

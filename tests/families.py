@@ -50,6 +50,7 @@ MOE_ONLY: dict[str, dict[str, Any]] = {
         "model_type": "deepseek_v4",
         **_BASE,
         "num_hidden_layers": 2,
+        "intermediate_size": 48,  # its class has one width under both names
         "moe_intermediate_size": 48,
         "n_routed_experts": 16,
         "num_experts_per_tok": 4,

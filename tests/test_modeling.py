@@ -100,12 +100,14 @@ def test_what_makes_no_text_is_refused(config: dict[str, Any], message: str) -> 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("architectures", [None, ["LlamaForCausalLM"], ["LlamaModel"], ["TheirOwnForCausalLM"]])
+@pytest.mark.parametrize("architectures", [None, ["LlamaForCausalLM"], ["LlamaModel"], ["LlamaOfTheirOwnForCausalLM"]])
 def test_decoders_pass_also_with_remote_code(architectures: list[str] | None) -> None:
     config = {**SMALL["llama"], "architectures": architectures}
     assert hf_config(ModelProfile(name="x", hf_id="x", description="d", sources={}, config=config)).num_hidden_layers
 
 
 def test_a_bert_that_decodes_is_a_decoder() -> None:
-    config = {"model_type": "bert", "is_decoder": True, "architectures": ["BertLMHeadModel"]}
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}
+    config = {"model_type": "bert", "is_decoder": True, "architectures": ["BertLMHeadModel"], **sizes}
+    config["intermediate_size"] = 96
     assert hf_config(ModelProfile(name="x", hf_id="x", description="d", sources={}, config=config)).is_decoder

@@ -64,7 +64,6 @@ def words_of(result: Any) -> str:
                 "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 131072,
         ),
         ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2}}, 8192),
-        ({"max_position_embeddings": 4096, "rope_scaling": "odd"}, 4096),
         ({"max_position_embeddings": 4096, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, 4096),
     ],
 )  # fmt: skip

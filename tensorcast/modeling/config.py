@@ -102,7 +102,7 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     experts = [name for name in unsaid if any(name in CORE[size] for size in EXPERTS)]
     if sizes := [name for name in unsaid if name not in experts] if said is values else []:
         problem = f"config.json does not say {', '.join(sizes)} (model_type {model_type!r})"
-    if problem := problem or _no_decoder(config, text_config, named):
+    if problem := _no_decoder(config, text_config, named) or problem:
         raise InputError(f"model {profile.name}: {problem}")
     if unsaid and said is not values:
         taken = ", ".join(f"{name} = {value}" for name, value in unsaid.items())

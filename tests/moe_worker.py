@@ -81,6 +81,8 @@ LAYOUTS: dict[int, list[tuple[int, int, int, str]]] = {  # world size -> (tp, dp
 }
 DRAWN = 5
 """Families that every run draws anew for each number of ranks, among all that can be rewritten."""
+NOT_DRAWN = ("dbrx", "muse_spark")
+"""Their experts are called with less than the block's states, which these ranks do not make (test_moe_rewrite does)."""
 SEED = "TENSORCAST_TEST_SEED"
 FAMILIES = ("deepseek_v3", "gpt_oss", "llama4_text", "qwen2_moe")
 """Grouped sigmoid routing; biases and clamps; weights on the input; a gated shared expert."""
@@ -134,13 +136,13 @@ def cases(world: int) -> Iterator[Case]:
 def drawn(world: int) -> list[Case]:
     """Any family's block as :func:`rewrite` puts it on ranks, in a layout and placement drawn with it."""
     chance = random.Random(f"{os.environ[SEED]} {world}")
-    found = []
-    for family in chance.sample([f for f in census.families() if f not in NOT_REWRITTEN], DRAWN):
+    found = []  # sums in another order: at most 6e-7 was seen over all families, on one kind of processor
+    for family in chance.sample([f for f in census.families() if f not in (*NOT_REWRITTEN, *NOT_DRAWN)], DRAWN):
         # whole experts: some families' cannot be cut over ranks (a norm after them, code of their own)
         tp, dp, ep, exchange = chance.choice([one for one in LAYOUTS[world] if one[0] * one[1] == one[2]])
         placement = chance.choice(["", "eplb"] if ep > 1 else [""])
         options = {"route_after_dp_transform": chance.random() < 0.5, "chunk_tokens": chance.choice([0, 4])}
-        found.append(Case((tp, dp, ep), family, exchange, options, placement, bound=1e-6, drawn=True))
+        found.append(Case((tp, dp, ep), family, exchange, options, placement, bound=2e-6, drawn=True))
     return found
 
 

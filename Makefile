@@ -21,7 +21,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate engines serving validate validate-gpu moe-gpu bench reports figures wheel clean families docs
+.PHONY: help venv demo test lint accuracy calibrate engines serving validate validate-gpu moe-gpu bench reports figures wheel clean families checkpoints compiled docs
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
@@ -104,6 +104,12 @@ figures: $(STAMP)  ## the README's picture -> reports/readme.png
 
 families: $(STAMP)  ## the census of MoE families -> docs/families.md
 	@$(BIN)/python tests/census.py --write docs/families.md
+
+checkpoints: $(STAMP)  ## engines' logged room and weights beside ours -> docs/checkpoints.md
+	@$(BIN)/python tests/engine_logs.py --write docs/checkpoints.md
+
+compiled: $(STAMP)  ## what torch.compile and torch.export take of the MoE layer: the table of docs/moe.md (minutes)
+	@$(BIN)/python tests/moe_compile.py
 
 docs: $(STAMP)  ## the documentation site, links checked -> out/docs/index.html
 	@$(BIN)/python -m sphinx -qW --keep-going -b html docs out/docs

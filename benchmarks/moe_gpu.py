@@ -10,7 +10,6 @@ Rows go to ``DIR/moe_gpu.csv``, with the machine and versions in ``DIR/moe_gpu.j
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
@@ -22,10 +21,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+from validate_gpu import BOUND, TINY, command, ready  # noqa: E402  (beside this file)
+
 LAYERS = ("qwen3-30b-a3b", "deepseek-v3")
 TOKENS = (1, 16, 128, 1024, 8192)
-BOUND = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
-"""Largest difference from the CPU's result, relative to its largest value."""
 MOE_OPS = frozenset(
     ("moe_gating_top_k_softmax", "moe_gating_grouped_top_k", "init_routing_v2", "unpermute_tokens", "grouped_matmul")
 )
@@ -128,29 +127,19 @@ def times(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. 0 where everything agrees with the CPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="h200", help="profile to predict with; cpu is this machine")
-    parser.add_argument("--out", type=Path, default=Path("reports/moe-gpu"), help="folder to write")
+    parser = command(__doc__, "reports/moe-gpu")
     parser.add_argument("--seconds", type=float, default=480.0, help="no part starts later than this")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the parts")
     options = parser.parse_args(arguments)
+    if (device := ready(options)) is None:
+        return 2
     import pandas as pd
-    import torch
 
-    from tensorcast.api import device_profile
     from tensorcast.files import write_atomically
     from tensorcast.measure.environment import environment
 
-    on_cpu = device_profile(options.device).name == "cpu"
-    if not on_cpu and not torch.cuda.is_available():
-        print("error: this machine has no CUDA device; try the parts with --device cpu --tiny", file=sys.stderr)
-        return 2
-    device, out, start = torch.device("cpu" if on_cpu else "cuda"), options.out, time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
+    out, start = options.out, time.monotonic()
     models: Sequence[str] = LAYERS
     if options.tiny:
-        from validate_gpu import TINY
-
         write_atomically(out / "tiny" / "config.json", json.dumps(TINY))
         models = [str(out / "tiny")]
     tokens, effort = ((1, 16), 0.05) if options.tiny else (TOKENS, 0.5)

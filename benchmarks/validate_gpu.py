@@ -126,29 +126,42 @@ def _tensorcast(*arguments: str) -> bool:
     return False
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line. 0 where all parts ran and the numerics hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(words: str | None, out: str) -> argparse.ArgumentParser:
+    """The arguments of a script that runs on a GPU, or on the CPU to try it."""
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="h200", help="profile to compare with; cpu is this machine")
-    parser.add_argument("--out", type=Path, default=Path("reports/validate-gpu"), help="folder to write")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder to write")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the parts")
-    options = parser.parse_args(arguments)
-    import pandas as pd
+    return parser
+
+
+def ready(options: argparse.Namespace) -> Any:
+    """The torch device that the profile stands for, the folder made; None, and a line, where there is none."""
     import torch
 
     from tensorcast.api import device_profile
+
+    on_cpu = device_profile(options.device).name == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
+        print("error: this machine has no CUDA device; try the parts with --device cpu --tiny", file=sys.stderr)
+        return None
+    options.out.mkdir(parents=True, exist_ok=True)
+    return torch.device("cpu" if on_cpu else "cuda")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. 0 where all parts ran and the numerics hold."""
+    options = command(__doc__, "reports/validate-gpu").parse_args(arguments)
+    if (device := ready(options)) is None:
+        return 2
+    import pandas as pd
+
     from tensorcast.files import write_atomically
     from tensorcast.measure.environment import environment
     from tensorcast.measure.moe_layer import TOKENS
     from tensorcast.profiles.store import load_model
 
-    on_cpu = device_profile(options.device).name == "cpu"
-    if not on_cpu and not torch.cuda.is_available():
-        print("error: this machine has no CUDA device; try the parts with --device cpu --tiny", file=sys.stderr)
-        return 2
     out: Path = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cpu" if on_cpu else "cuda")
     runs, families, effort = RUNS, FAMILIES, 1.0
     tokens: Sequence[int] = TOKENS
     if options.tiny:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -58,26 +58,24 @@ def worst(backend: str, dtype: str, mode: str) -> float:
     return max(errors) / BOUNDS[dtype]
 
 
-RANK_CASES = [
+RankCase = tuple[int, int, int, str, str, str]
+RANK_CASES: list[RankCase] = [
     *((1, 2, 2, "all_to_all", backend, dtype) for backend in COMPILED for dtype in DTYPES),
     (1, 2, 2, "low_latency", "masked", "fp32"), (1, 2, 2, "allgather_reducescatter", "grouped_mm", "fp32"),
     (2, 1, 1, "all_to_all", "grouped_mm", "fp32"), (2, 1, 2, "all_to_all", "grouped_mm", "fp32"),
 ]  # fmt: skip
 """tp, dp, ep, exchange, backend, dtype on two ranks."""
-ONLY = "TENSORCAST_TEST_CASES"
-"""Environment variable: places in :data:`RANK_CASES` that the ranks run, by commas."""
 HEAD = "| backend | dtype | one graph | two ranks | export | inductor |\n|---|---|---|---|---|---|"
 
 
-def rank(me: int, address: str) -> None:
-    """Entry point of a rank: its worst error over the bound in every case, as JSON beside ``address``."""
+def rank(me: int, address: str, cases: Sequence[RankCase]) -> None:
+    """Entry point of a rank: its errors over the bound in every case, as JSON beside ``address``."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=me, world_size=2)
     found = []
     try:
-        chosen = [RANK_CASES[int(i)] for i in os.environ[ONLY].split(",")] if ONLY in os.environ else RANK_CASES
-        for tp, dp, ep, exchange, backend, dtype in chosen:
+        for tp, dp, ep, exchange, backend, dtype in cases:
             torch._dynamo.reset()
             groups, kind = MoEGroups.of(tp, dp, ep, me), DTYPES[dtype]
             groups.bind(dist)
@@ -94,13 +92,13 @@ def rank(me: int, address: str) -> None:
         dist.destroy_process_group()
 
 
-def two_ranks(folder: Path, cases: int = len(RANK_CASES)) -> list[float]:
-    """Worst error over the bound of every case of :data:`RANK_CASES`, or of those that :data:`ONLY` names."""
+def two_ranks(folder: Path, cases: Sequence[RankCase] = RANK_CASES) -> list[float]:
+    """Worst error over the bound of every case."""
     address = str(folder / "ranks")
-    mp.start_processes(rank, (address,), nprocs=2, start_method="spawn")
+    mp.start_processes(rank, (address, cases), nprocs=2, start_method="spawn")
     ranks = [json.loads(Path(f"{address}.{me}.json").read_text()) for me in range(2)]
     worst_of = [max(pair) for pair in zip(*ranks, strict=True)]
-    return [max(worst_of[2 * i : 2 * i + 2]) for i in range(cases)]
+    return [max(worst_of[2 * i : 2 * i + 2]) for i in range(len(cases))]
 
 
 def main() -> None:

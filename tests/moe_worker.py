@@ -136,12 +136,13 @@ def cases(world: int) -> Iterator[Case]:
 def drawn(world: int) -> list[Case]:
     """Any family's block as :func:`rewrite` puts it on ranks, in a layout and placement drawn with it."""
     chance = random.Random(f"{os.environ[SEED]} {world}")
-    found = []  # sums in another order: at most 6e-7 was seen over all families, on one kind of processor
+    found = []
     for family in chance.sample([f for f in census.families() if f not in (*NOT_REWRITTEN, *NOT_DRAWN)], DRAWN):
         # whole experts: some families' cannot be cut over ranks (a norm after them, code of their own)
         tp, dp, ep, exchange = chance.choice([one for one in LAYOUTS[world] if one[0] * one[1] == one[2]])
         placement = chance.choice(["", "eplb"] if ep > 1 else [""])
         options = {"route_after_dp_transform": chance.random() < 0.5, "chunk_tokens": chance.choice([0, 4])}
+        # sums in another order: at most 6e-7 was seen over all families, on one kind of processor
         found.append(Case((tp, dp, ep), family, exchange, options, placement, bound=2e-6, drawn=True))
     return found
 

@@ -24,6 +24,7 @@ from tensorcast.search.space import layouts, legal
 from tensorcast.trace import cuts
 from tensorcast.trace.cache import traced
 from tensorcast.trace.cuts import Cut
+from tensorcast.trace.precision import by_precision
 
 ENGINES = ("vllm", "sglang", "trtllm")
 NEXT, NANO = "Qwen/Qwen3-Next-80B-A3B-Instruct-FP8", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-NVFP4"
@@ -32,7 +33,7 @@ MOE = ModelFacts(num_experts=64, heads=64, kv_heads=8)
 
 def cut_widths(profile: ModelProfile, stored: Quantization) -> tuple[Cut, ...]:
     classes = profile.config.get("architectures") or ()
-    return cuts.cut_widths(traced(profile, "decode"), stored, classes) if stored.in_blocks else ()
+    return cuts.cut_widths(by_precision(traced(profile, "decode"), stored), stored, classes) if stored.in_blocks else ()
 
 
 def _problem(model: str, layout: str, engine: str) -> str:

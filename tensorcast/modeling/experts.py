@@ -10,32 +10,38 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
 from tensorcast import ops  # noqa: F401  (registers the ops)
+from tensorcast.modeling.moe.kernels import Projection, run_experts
 
 NAME = "tensor_cast"
 TC = torch.ops.tensor_cast
 
 
-def routed_experts(self: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Experts forward on stacked weights: permute, grouped up, activation, grouped down, unpermute, weighted sum.
+def routed_experts(
+    self: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_: Any, backend: str = "grouped_mm", **__: Any
+) -> Tensor:
+    """Experts forward on stacked weights: permute, up, activation, down, unpermute, weighted sum.
 
     ``x [T,H]``, ``top_k_index [T,k]``, ``top_k_weights [T,k]`` -> ``[T,H]``. ``self`` is any experts module with the
     attributes that transformers' ``use_experts_implementation`` sets.
     """
     rows = TC.init_routing_v2(x, top_k_index)
-    out = expert_rows(self, rows, top_k_index)
+    out = expert_rows(self, rows, top_k_index, backend)
     choices = TC.unpermute_tokens(out, top_k_index)
     return (choices * top_k_weights.unsqueeze(-1).to(choices.dtype)).sum(1).to(x.dtype)
 
 
-def expert_rows(self: Any, rows: Tensor, top_k_index: Tensor) -> Tensor:
+def expert_rows(self: Any, rows: Tensor, top_k_index: Tensor, backend: str = "grouped_mm") -> Tensor:
     """The experts' own part: ``rows [T*k,H]`` ordered by expert -> ``[T*k,H]``."""
-    up = self.gate_up_proj if self.has_gate else self.up_proj
-    up_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias) if self.has_bias else None
-    down_bias = self.down_proj_bias if self.has_bias else None
-    counts = TC.expert_counts(top_k_index, up.shape[0])
-    hidden = TC.grouped_matmul(rows, up, counts, up_bias, self.is_transposed)
-    hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-    out = TC.grouped_matmul(hidden, self.down_proj, counts, down_bias, self.is_transposed)
+    up_name, down_name = "gate_up_proj" if self.has_gate else "up_proj", "down_proj"
+    up, down = (
+        Projection(
+            [getattr(self, name)], getattr(self, f"{name}_bias") if self.has_bias else None, bool(self.is_transposed)
+        )
+        for name in (up_name, down_name)
+    )
+    counts = TC.expert_counts(top_k_index, up.weight[0].shape[0])
+    activation = self._apply_gate if self.has_gate else self.act_fn
+    out = run_experts(backend, rows, counts, up=up, activation=activation, down=down, dtype=rows.dtype)
     return self.post_expert_norm(out) if self.has_post_expert_norm else out
 
 

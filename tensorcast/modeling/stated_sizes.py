@@ -9,26 +9,23 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
+from tensorcast.profiles import config_values
+from tensorcast.profiles.config_values import EXPERT_WIDTHS, EXPERTS_PER_TOKEN, HEADS, KV_HEADS, LAYERS
+
 CORE: dict[str, tuple[str, ...]] = {
-    "num_hidden_layers": ("num_hidden_layers", "n_layers", "n_layer", "num_layers"),
+    "num_hidden_layers": LAYERS,
     "hidden_size": ("hidden_size", "d_model", "n_embd"),
-    "num_attention_heads": ("num_attention_heads", "n_heads", "n_head"),
+    "num_attention_heads": HEADS,
     "vocab_size": ("vocab_size",),
-    "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
-    "num_experts_per_tok": (
-        "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k",
-        "top_k_experts",
-    ),
-    "intermediate_size": (
-        "intermediate_size", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "expert_ffn_hidden_size",
-        "moe_ffn_hidden_size", "n_inner",
-    ),
+    "num_experts": config_values.EXPERTS,
+    "num_experts_per_tok": EXPERTS_PER_TOKEN,
+    "intermediate_size": ("intermediate_size", "ffn_dim", "ffn_hidden_size", *EXPERT_WIDTHS, "n_inner"),
 }  # fmt: skip
 """Sizes that a file must state where its class has them, each with the names that classes give it."""
 
 OTHERS: dict[str, tuple[str, ...]] = {
-    "num_key_value_heads": ("num_key_value_heads", "kv_n_heads", "num_kv_heads", "n_kv_heads", "num_attention_groups"),
-    "moe_intermediate_size": ("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"),
+    "num_key_value_heads": (*KV_HEADS, "num_attention_groups"),
+    "moe_intermediate_size": EXPERT_WIDTHS,
     "n_shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"),
     "shared_expert_intermediate_size": (
         "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",

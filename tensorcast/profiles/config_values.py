@@ -8,21 +8,22 @@ from typing import Any
 LARGEST = 2**24
 """Above every width, vocabulary and number of heads of a model; more is a slip of the keyboard."""
 
-_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
-_HEADS = ("num_attention_heads", "n_heads", "n_head")
-_KV_HEADS = ("num_key_value_heads", "kv_n_heads", "num_kv_heads", "n_kv_heads")
-_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
-_CHOSEN = (
-    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_k", "moe_topk",
+LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+HEADS = ("num_attention_heads", "n_heads", "n_head")
+KV_HEADS = ("num_key_value_heads", "kv_n_heads", "num_kv_heads", "n_kv_heads")
+EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "experts_per_token", "top_k_experts", "moe_k", "moe_topk", "num_experts_per_token",
     "moe_top_k",
 )  # fmt: skip
-_EXPERT_WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size")
+EXPERT_WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size")
+"""Names that released configs give a size; where a file has several, the first counts."""
 
 BOUNDS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(_LAYERS, (1, 1024)),
-    **dict.fromkeys((*_HEADS, *_KV_HEADS), (1, 2**16)),
-    **dict.fromkeys(_EXPERTS, (0, 2**14)),
-    **dict.fromkeys((*_CHOSEN, *_EXPERT_WIDTHS), (0, LARGEST)),
+    **dict.fromkeys(LAYERS, (1, 1024)),
+    **dict.fromkeys((*HEADS, *KV_HEADS), (1, 2**16)),
+    **dict.fromkeys(EXPERTS, (0, 2**14)),
+    **dict.fromkeys((*EXPERTS_PER_TOKEN, *EXPERT_WIDTHS), (0, LARGEST)),
     **dict.fromkeys(
         "hidden_size d_model n_embd vocab_size intermediate_size ffn_dim ffn_hidden_size attention_head_dim "
         "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim "
@@ -99,13 +100,13 @@ def _check_factor(name: str, value: Any) -> None:
 
 def _check_together(config: dict[str, Any], where: str) -> None:
     """Sizes that must fit each other: experts and choices, their groups, query and KV heads."""
-    experts_name, experts = _first(config, _EXPERTS)
+    experts_name, experts = _first(config, EXPERTS)
     if experts:
-        chosen_name, chosen = _first(config, _CHOSEN)
+        chosen_name, chosen = _first(config, EXPERTS_PER_TOKEN)
         if chosen is not None and not 1 <= chosen <= experts:
             bound = f"most the {experts} experts" if chosen > experts else "least 1"
             raise ValueError(f"{where}{chosen_name} = {chosen}: must be at {bound}")
-        width_name, width = _first(config, _EXPERT_WIDTHS)
+        width_name, width = _first(config, EXPERT_WIDTHS)
         if width == 0:
             raise ValueError(f"{where}{width_name} = 0: must be at least 1, for {experts_name} = {experts}")
         groups, picked = (config.get(name) or 1 for name in ("n_group", "topk_group"))
@@ -116,8 +117,8 @@ def _check_together(config: dict[str, Any], where: str) -> None:
         return
     if config.get("head_dim") == 0:
         raise ValueError(f"{where}head_dim = 0: must be at least 1")
-    _, heads = _first(config, _HEADS)
-    kv_name, kv = _first(config, _KV_HEADS)
+    _, heads = _first(config, HEADS)
+    kv_name, kv = _first(config, KV_HEADS)
     if heads and kv and (kv > heads or heads % kv):
         raise ValueError(f"{where}{kv_name} = {kv}: must divide the {heads} attention heads")
 

@@ -6,12 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from tensorcast.profiles.config_values import check_values, text_of
+from tensorcast.profiles.config_values import EXPERTS, EXPERTS_PER_TOKEN, check_values, text_of
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
-EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "top_k_experts", "moe_k", "moe_topk")
 MTP_MODULES = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 """Fields of configs that hold the number of experts, of those that a token passes, of layers for multi-token

@@ -129,9 +129,9 @@ def whole_model(profile: ModelProfile, phase: str, quant: str | None = None) -> 
     """
 
     def make() -> WholeModel:
-        table, stored = traced(profile, phase), _stored(profile, quant)
-        params = by_precision(table, stored).params
-        weights = stored.of_weights((p.name, p.role, p.stored) for p in params)
+        stored = _stored(profile, quant)
+        table = by_precision(traced(profile, phase), stored)
+        weights = stored.of_weights((p.name, p.role, p.stored) for p in table.params)
         return WholeModel(table.facts, weights, cut_widths(table, stored, profile.config.get("architectures") or ()))
 
     return kept(profile, (phase, "whole", quant), make, write=asdict, read=_whole_from_json)

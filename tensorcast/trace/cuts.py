@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from tensorcast.modeling.quantization import Quantization
 from tensorcast.trace.moe import blocks_of, is_shared_param
-from tensorcast.trace.precision import by_precision
 from tensorcast.trace.table import OpTable, Param
 
 ATTENTION_OUT = frozenset(("o_proj", "out_proj", "wo", "o_b_proj"))
@@ -63,11 +62,13 @@ def _cut_of(param: Param, shared: bool, quantization: Quantization, *, width: in
     return Cut("attention output", param.shape[1], columns, scheme.name) if name in ATTENTION_OUT else None
 
 
-def cut_widths(whole: OpTable, quantization: Quantization, classes: Iterable[str]) -> tuple[Cut, ...]:
-    """The widths of a model of these ``classes`` whose parts must be whole blocks, each module in its own precision."""
+def cut_widths(table: OpTable, quantization: Quantization, classes: Iterable[str]) -> tuple[Cut, ...]:
+    """The widths of a model of these ``classes`` whose parts must be whole blocks, each module in its own precision.
+
+    ``table``: of the whole model, layers of other precision apart.
+    """
     if not quantization.in_blocks:
         return ()
-    table = by_precision(whole, quantization)
     blocks, width = blocks_of(table.ops), table.facts.moe_intermediate_size
     fewer = not FEWER_RANKS.isdisjoint(classes)
     found = (_cut_of(p, is_shared_param(p, blocks), quantization, width=width, fewer=fewer) for p in table.params)

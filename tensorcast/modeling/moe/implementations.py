@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface
 
-from tensorcast import ops  # noqa: F401  (registers the ops)
 from tensorcast.errors import InputError
+from tensorcast.modeling.experts import routed_experts
 from tensorcast.modeling.moe.backends import all_backends
-from tensorcast.modeling.moe.kernels import Projection, run_experts
 
-TC = torch.ops.tensor_cast
 PREFIX = "tensor_cast_"
 
 
@@ -30,20 +28,8 @@ def experts_forward(
     Under transformers' own expert parallelism ids of other ranks' experts lie at the number of local ones; their
     weights are zero and their rows are left out.
     """
-    up_name = "gate_up_proj" if self.has_gate else "up_proj"
-    bias = (getattr(self, f"{up_name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
-    up, down = (
-        Projection([getattr(self, name)], one, bool(self.is_transposed))
-        for name, one in zip((up_name, "down_proj"), bias, strict=True)
-    )
-    experts = down.weight[0].shape[0]
-    index = torch.where(top_k_index < experts, top_k_index, -1)
-    rows, counts = TC.init_routing_v2(x, index), TC.expert_counts(index, experts)
-    activation = self._apply_gate if self.has_gate else self.act_fn
-    out = run_experts(backend, rows, counts, up=up, activation=activation, down=down, dtype=x.dtype)
-    out = self.post_expert_norm(out) if self.has_post_expert_norm else out
-    choices = TC.unpermute_tokens(out, index)
-    return (choices * top_k_weights.unsqueeze(-1).to(choices.dtype)).sum(1).to(x.dtype)
+    index = torch.where(top_k_index < self.down_proj.shape[0], top_k_index, -1)
+    return routed_experts(self, x, index, top_k_weights, backend=backend)
 
 
 def register_implementations() -> list[str]:

@@ -11,10 +11,12 @@ import torch
 from families import SMALL
 from moe_blocks import block_of
 
+from tensorcast.api import simulate
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective
+from tensorcast.errors import InputError
 from tensorcast.modeling.moe.groups import MoEGroups
 from tensorcast.modeling.moe.layer import MoELayer
 from tensorcast.modeling.moe.parallel import MoEOptions, ParallelMoELayer
@@ -25,11 +27,12 @@ from tensorcast.trace.table import Op
 TOKENS, HIDDEN = 24, 64
 
 
-def _moved_by_layer(family: str, layout: Layout, exchange: str) -> dict[str, float]:
+def _moved_by_layer(family: str, layout: Layout, exchange: str, split: bool) -> dict[str, float]:
     """Bytes of token rows per collective of the traced layer, in the plan's units, in bf16."""
     block = block_of(family).to("meta").to(torch.bfloat16)
     groups = MoEGroups.of(layout.tp, layout.dp, layout.ep, 0)
-    layer = ParallelMoELayer(MoELayer(block), groups, MoEOptions(exchange))  # type: ignore[arg-type]
+    options = MoEOptions(exchange, split_tokens_over_tp=split)  # type: ignore[arg-type]
+    layer = ParallelMoELayer(MoELayer(block), groups, options)
     recorder = Recorder(layer)
     with torch.no_grad(), recorder:
         layer(torch.empty(1, TOKENS, HIDDEN, device="meta", dtype=torch.bfloat16))
@@ -51,10 +54,10 @@ def _moved_by_layer(family: str, layout: Layout, exchange: str) -> dict[str, flo
     return moved
 
 
-def _moved_by_plan(folder: Path, layout: Layout, all2all: str) -> dict[str, float]:
+def _moved_by_plan(folder: Path, layout: Layout, all2all: str, split: bool) -> dict[str, float]:
     deployment = deploy(
         load_model(str(folder)), load_device("h200"), load_engine("vllm"), layout, "decode",
-        options=Options(all2all=all2all),
+        options=Options(all2all=all2all, split_tokens_over_tp=split),
     )  # fmt: skip
     moved: dict[str, float] = {}
     for row in deployment.step.plan.rows:
@@ -69,6 +72,9 @@ def _moved_by_plan(folder: Path, layout: Layout, all2all: str) -> dict[str, floa
     [
         (Layout(4, 4), "all_to_all", {"all_reduce": "all_reduce experts"}),
         (Layout(4, 4, 1, 4), "all_to_all", {"all_reduce": "all_reduce experts"}),
+        (Layout(4, 4, 1, 4), "all_to_all",  # its slice of the tokens travels
+         {"dispatch_rows": "all_to_all dispatch", "combine_rows": "all_to_all combine",
+          "all_gather": "all_gather tokens split over tp"}),
         (Layout(4, 1, 4, 4), "all_to_all",
          {"dispatch_rows": "all_to_all dispatch", "combine_rows": "all_to_all combine"}),
         (Layout(8, 2, 4, 8), "all_to_all",
@@ -85,8 +91,9 @@ def test_layer_moves_what_the_plan_prices(
     family: str, layout: Layout, exchange: str, same: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL[family]))
-    layer = _moved_by_layer(family, layout, exchange)
-    plan = _moved_by_plan(tmp_path, layout, "direct" if exchange == "all_to_all" else exchange)
+    split = layout.dp == 1 and "dispatch_rows" in same
+    layer = _moved_by_layer(family, layout, exchange, split)
+    plan = _moved_by_plan(tmp_path, layout, "direct" if exchange == "all_to_all" else exchange, split)
     assert set(layer) == set(same)
     for traced, priced in same.items():
         assert layer[traced] == plan[priced], f"{traced} against {priced}"
@@ -94,20 +101,28 @@ def test_layer_moves_what_the_plan_prices(
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(1), Layout(4, 4, 1, 4), Layout(4, 1, 4, 4), Layout(4, 4), Layout(8, 2, 4, 2)]
-)
-def test_layer_runs_the_expert_shapes_that_the_plan_prices(layout: Layout, tmp_path: Path) -> None:
+    ("layout", "split"),
+    [
+        (Layout(1), False), (Layout(4, 4, 1, 4), False), (Layout(4, 4, 1, 4), True), (Layout(4, 1, 4, 4), False),
+        (Layout(4, 4), False), (Layout(8, 2, 4, 2), False),
+    ],
+)  # fmt: skip
+def test_layer_runs_the_expert_shapes_that_the_plan_prices(layout: Layout, split: bool, tmp_path: Path) -> None:
     """Rows, experts and widths of the grouped matmuls on one rank, balanced routing."""
     (tmp_path / "config.json").write_text(json.dumps(SMALL["mixtral"]))
     exchange = "all_to_all" if layout.dp > 1 and layout.etp == 1 else "allgather_reducescatter"
     block = block_of("mixtral").to("meta")
     groups = MoEGroups.of(layout.tp, layout.dp, layout.ep, 0)
     recorder = Recorder(block)
-    layer = ParallelMoELayer(MoELayer(block), groups, MoEOptions(exchange))  # type: ignore[arg-type]
+    options = MoEOptions("all_to_all" if split else exchange, split_tokens_over_tp=split)  # type: ignore[arg-type]
+    layer = ParallelMoELayer(MoELayer(block), groups, options)
     with torch.no_grad(), recorder:
         layer(torch.empty(1, TOKENS, HIDDEN, device="meta"))
     traced = [tuple(t.shape for t in call.inputs[:2]) for call in recorder.calls if call.name == "grouped_matmul"]
-    deployment = deploy(load_model(str(tmp_path)), load_device("h200"), load_engine("vllm"), layout, "decode")
+    asked = Options(all2all="direct", split_tokens_over_tp=True) if split else Options()
+    deployment = deploy(
+        load_model(str(tmp_path)), load_device("h200"), load_engine("vllm"), layout, "decode", options=asked
+    )
     context: Any = deployment.step.sizes.context(float(TOKENS), 1.0, 10.0)
     priced = [
         tuple(tuple(int(d.at(context.sizes)) for d in t.dims) for t in row.inputs[:2])
@@ -115,3 +130,33 @@ def test_layer_runs_the_expert_shapes_that_the_plan_prices(layout: Layout, tmp_p
         if isinstance(row, Op) and row.name == "grouped_matmul"
     ]
     assert traced == priced
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "message"),
+    [
+        (Layout(4, 1, 4, 4), {"all2all": "direct"}, "is for dp = 1 and ep = tp > 1, not tp1-dp4-ep4"),
+        (Layout(4, 4), {"all2all": "direct"}, "needs whole experts on every rank"),
+        (Layout(4, 4, 1, 2), {}, "is for dp = 1 and ep = tp > 1, not tp4-dp1-ep2"),
+        (Layout(4, 4, 1, 4), {}, "tokens must travel; use --all2all high_throughput"),
+    ],
+)
+def test_tokens_are_split_only_where_the_layer_splits_them(
+    layout: Layout, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL["mixtral"]))
+    with pytest.raises(InputError, match=message):
+        deploy(
+            load_model(str(tmp_path)), load_device("h200"), load_engine("vllm"), layout, "decode",
+            options=Options(split_tokens_over_tp=True, **options),
+        )  # fmt: skip
+
+
+def test_fewer_tokens_than_ranks_are_not_split() -> None:
+    """The layer works on them whole, and simulate says so."""
+    asked: dict[str, Any] = {"device": "h200", "world_size": 8, "ep": 8, "all2all": "low_latency"}
+    with pytest.raises(InputError, match="4 tokens do not reach all tp = 8 ranks"):
+        simulate("qwen3-30b-a3b", tp=8, batch=4, split_tokens_over_tp=True, **asked)
+    split = simulate("qwen3-30b-a3b", tp=8, batch=64, split_tokens_over_tp=True, **asked)
+    assert split.totals()["all2all"] == "low_latency"
+    assert simulate("qwen3-30b-a3b", tp=8, batch=64, **asked).totals()["all2all"] == "none"

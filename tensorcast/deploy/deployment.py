@@ -245,7 +245,7 @@ def deploy(
         raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
     whole = whole_model(model, phase, options.quant)
     check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
-    all2all = choose_all2all(options.all2all, layout, engine, phase)
+    all2all = choose_all2all(options.all2all, layout, engine, phase, split=options.split_tokens_over_tp)
     check_options(options, layout, whole.facts, all2all)
     if whole.cuts:
         problem = engine_can_run(engine.name, layout, whole.facts, options, cuts=whole.cuts, any_engine=True)

@@ -103,6 +103,10 @@ class Options:
     external_shared_experts: int = _about(
         0, "Expert-parallel groups that hold only the shared expert.", least=0, of_experts=True
     )
+    split_tokens_over_tp: bool = _about(
+        False, "At dp = 1 each GPU sends its slice of the tokens to their experts, instead of all GPUs working on all "
+        "tokens.", of_experts=True,
+    )
     dual_batch_overlap: bool = _about(
         False, "Two half batches: one computes while the other exchanges tokens.", of_experts=True
     )
@@ -128,6 +132,7 @@ class DeploymentOptions(TypedDict, total=False):
     experts_backend: str | Mapping[str, str]
     shared_expert_tp: bool
     external_shared_experts: int
+    split_tokens_over_tp: bool
     dual_batch_overlap: bool
     mtp_depth: int
     chunk_tokens: int
@@ -194,6 +199,8 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
     if of_experts:
         flags, verb = " and ".join(map(flag, of_experts)), "does" if len(of_experts) == 1 else "do"
         return "experts to place", f"the model has no experts: {flags} {verb} not apply"
+    if problem := _split(o, layout, all2all):
+        return "tokens to split", problem
     if problem := _external(o, layout, facts, all2all):
         return "external shared experts", problem
     physical, ranks = facts.num_experts + o.redundant_experts, layout.ep - o.external_shared_experts
@@ -207,6 +214,16 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
         said = f"--mtp-depth {o.mtp_depth}: the model's config has no multi-token prediction module"
         return "drafts need a module", said
     return "", ""
+
+
+def _split(o: Options, layout: Layout, all2all: str) -> str:
+    if not o.split_tokens_over_tp:
+        return ""
+    if layout.dp > 1 or layout.tp == 1 or layout.etp > 1:
+        return f"--split-tokens-over-tp is for dp = 1 and ep = tp > 1, not {layout}"
+    if all2all not in EXCHANGES:
+        return f"--split-tokens-over-tp: tokens must travel; use --all2all {', '.join(EXCHANGES)}, not {all2all}"
+    return ""
 
 
 def _external(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:

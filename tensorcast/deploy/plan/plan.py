@@ -2,7 +2,8 @@
 
 Rules: a row-parallel matmul leaves partial sums, an all-reduce over tp follows. A MoE block exchanges tokens the way
 ``all2all`` says when dp > 1; at dp = 1 every rank already has all tokens, works on its experts, and one all-reduce
-sums routed and shared experts alike. The logits are gathered. Pipeline stages hand on hidden state and residual.
+sums routed and shared experts alike, unless tokens are split over tp: then each rank sends its slice. The logits are
+gathered. Pipeline stages hand on hidden state and residual.
 """
 
 from __future__ import annotations
@@ -81,11 +82,14 @@ def expert_sources(
     return {dtype: source_of(kernels) for dtype, kernels in named.items()}
 
 
-def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any) -> str:
-    """The exchange that runs: ``none`` at dp = 1, else the wanted one, else the engine's default for the phase."""
+def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any, *, split: bool = False) -> str:
+    """The exchange that runs: the wanted one, else the engine's default for the phase.
+
+    At dp = 1 it is ``none``, unless tokens are ``split`` over tp and so travel.
+    """
     if wanted not in ALL2ALL:
         raise unknown_name("--all2all", wanted, ALL2ALL)
-    if layout.dp == 1:
+    if layout.dp == 1 and not split:
         return "none"
     if wanted == "auto":
         default = engine.all2all.get(phase, "allgather_reducescatter")
@@ -164,7 +168,8 @@ def make_plan(
 
     Tokens are sent as the experts read them if these quantise them, and come back in bf16, unless said otherwise.
     """
-    chosen, dispatch = choose_all2all(options.all2all, layout, engine, table.phase), options.dispatch
+    split, dispatch = options.split_tokens_over_tp, options.dispatch
+    chosen = choose_all2all(options.all2all, layout, engine, table.phase, split=split)
     experts = next((op for op in table.ops if op.name == "grouped_matmul"), None)
     if dispatch is not None and dispatch not in SCHEMES:
         raise unknown_name("--dispatch dtype", dispatch, SCHEMES)

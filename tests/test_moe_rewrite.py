@@ -205,3 +205,14 @@ def test_at_least_five_profiles_state_what_cannot_be_seen() -> None:
 def test_hash_routing_needs_a_gate_of_token_ids() -> None:
     with pytest.raises(InputError, match=r"moe\.routing = 'hash', but its gate 'gate' takes no input_ids"):
         MoELayer(block_of("mixtral"), MoEFields(routing="hash"))
+
+
+def test_a_width_that_is_a_multiple_of_the_number_of_experts_becomes_small() -> None:
+    """Widths of 256 and 512 beside 128 experts: only the number of experts stays."""
+    block = nn.Module()
+    block.gate = nn.Linear(512, 128, bias=False, device="meta")
+    block.up = nn.Parameter(torch.empty(128, 512, 512, device="meta"))
+    block.down = nn.Parameter(torch.empty(128, 512, 256, device="meta"))
+    twin = small_twin(block)
+    assert twin.gate.weight.shape[0] == twin.up.shape[0] == twin.down.shape[0] == 128
+    assert max(twin.up.shape[1:]) <= 128 and twin.up.shape[1] == 2 * twin.down.shape[2]

@@ -77,11 +77,13 @@ def _small_widths(module: nn.Module, tensors: list[Tensor]) -> dict[int, int]:
     folded = [] if any(t.dim() == 3 for t in tensors) else sizes  # [E*a, b] in the place of [E, a, b]
     inner = {n // e for n in folded for e in kept if e > 1 and n % e == 0 and n // e in {v for _, v in integers}}
     large = sorted(n for n in sizes | inner if n > LARGEST and n not in kept)
+    # twice the number of experts, which only first dimensions have, is a width like any other
+    halves = inner | (sizes - kept) | {n for t in tensors for n in t.shape[1:]}
     free = (n for n in range(40, 10_000, 8) if n not in sizes)
     small: dict[int, int] = {}
     for n in large:
         of_experts = next((e for e in kept if e > 1 and n % e == 0 and n // e in inner), None)
-        if n % 2 == 0 and n // 2 in sizes | inner:
+        if n % 2 == 0 and n // 2 in halves:
             small[n] = 2 * small.get(n // 2, n // 2)
         elif of_experts is not None:
             small[n] = of_experts * small.get(n // of_experts, n // of_experts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -311,6 +312,26 @@ def test_every_shipped_profile_is_the_same_when_read_from_what_is_kept(
     for kept in (tmp_path / "profiles").iterdir():  # damaged
         kept.write_text("{")
     assert [load[kind](name) for kind, name in names] == fresh
+
+
+class _Foreign:
+    """Something that another program would like to have run where a profile is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_what_is_kept_makes_profiles_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORCAST_CACHE", str(tmp_path))
+    fresh = profiles.load_device("h200")
+    (kept,) = (tmp_path / "profiles").iterdir()
+    for other in (_Foreign(tmp_path / "touched"), profiles.load_engine("vllm"), {"name": "h200"}):
+        kept.write_bytes(pickle.dumps(other))
+        assert profiles.load_device("h200") == fresh
+    assert not (tmp_path / "touched").exists()
 
 
 def test_a_changed_file_is_read_anew(user: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

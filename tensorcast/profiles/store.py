@@ -2,7 +2,7 @@
 
 Folders searched, first match wins: the user's (``TENSORCAST_PROFILES``), then the shipped ones. Each holds ``models/``,
 ``devices/`` and ``engines/`` with one ``NAME.yaml`` per profile. Nothing heavy is imported before a file is read. Every
-call returns a fresh object, so a caller cannot spoil another's; what the YAML said is kept on disk, beside the traces.
+call returns a fresh object, so a caller cannot spoil another's; checked profiles are kept on disk, beside the traces.
 """
 
 from __future__ import annotations
@@ -202,12 +202,11 @@ def _aliases(path: Path, wanted: str) -> set[str]:
 
 
 def _read(path: Path, kind: type[ProfileT]) -> ProfileT:
-    kept = kept_file(path, Path(__file__))
+    kept = kept_file(path)
     profile = read_kept(kept, kind)
     if profile is None:
-        content = _content(path)
-        profile = _validated(path, kind, content)
-        keep(kept, profile, content)
+        profile = _validated(path, kind, _content(path))
+        keep(kept, profile)
     name = getattr(profile, "name", path.stem)
     in_store = any(path.parent.parent == root for root in profile_roots())
     if in_store and name != path.stem:

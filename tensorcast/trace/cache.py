@@ -81,7 +81,7 @@ def kept(
 def _file_name(profile: ModelProfile, what: tuple[Hashable, ...]) -> str:
     own = Path((profile.model or "").rpartition(":")[0])  # of a class that the profile names, where it lies in a file
     code = own.read_text("utf-8") if own.suffix == ".py" and own.is_file() else ""
-    said = [profile.name, profile.config, profile.moe.model_dump(), profile.sharded, profile.model, code]
+    said = [profile.name, profile.config, dict(profile.moe), profile.sharded, profile.model, code]
     said += [profile.kv_dtype, profile.quantization]
     key = json.dumps([FORMAT, _code_version(), *said, *what], sort_keys=True, default=asdict)
     return f"{profile.name}-{what[0]}-{what[1]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"

@@ -24,7 +24,7 @@ from tensorcast.cost.kernels.triton_tiles import triton_tiles
 from tensorcast.cost.kernels.vocabulary import LATENT, NOPE, PRECISION, SIZES, V_DIM, Columns
 from tensorcast.cost.registry import Registry
 from tensorcast.cost.work import Array, Precision, Work
-from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.device import CollectiveConstants, DeviceProfile, KernelConstants
 
 ROPE = 64
 HIDDEN, Q_RANK = 7168, 1536
@@ -269,17 +269,22 @@ def formula_of(
 
 def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str) -> str:
     """A short hash of every number of the device that the formula of a kernel rests on, whatever its shape."""
-    said = {"points", "held_out", "median_error", "mean_error", "p90_error"}  # what a fit says of itself
     if family in WORKS:
         shape = {name: np.ones(1) for name in SIZES[family]}
         works, _ = WORKS[family](shape, PRECISION.get(dtype, PRECISION["bf16"]), device)
         facts: list[Any] = [device.memory_bandwidth_bytes_per_s, device.processors, device.whole_tiles]
         for name, kind in sorted({(one.family, one.dtype) for one in works}):
             constants, _ = roofline.constants_for(device, name, kind, engine)
-            facts += [constants.model_dump(exclude=said), roofline.peak_flops(device, kind)]
+            facts += [_fitted(constants), roofline.peak_flops(device, kind)]
     else:
         op, tier = "all_to_all" if family == "moe_exchange" else family, device.interconnect[0]
         facts = [tier.size, float(tier.bandwidth_bytes_per_s), float(tier.latency_s)]
         known = device.calibration.collectives if device.calibration else ()
-        facts += [one.model_dump(exclude=said) for one in known if one.op == op]
+        facts += [_fitted(one) for one in known if one.op == op]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def _fitted(constants: KernelConstants | CollectiveConstants) -> dict[str, Any]:
+    """What the formula reads, without what a fit says of itself."""
+    said = {"points", "held_out", "median_error", "mean_error", "p90_error"}
+    return {name: value for name, value in constants if name not in said}

@@ -128,6 +128,7 @@ def main() -> None:
     except BrokenPipeError:
         _reader_left()
     except SystemExit as leaving:
+        gc.freeze()  # the process ends: the collector need not go through all that was made to look for cycles
         try:
             sys.stdout.flush()
         except BrokenPipeError:

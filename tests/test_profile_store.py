@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import subprocess
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import tensorcast.profiles as profiles
 from tensorcast.cli import app
 from tensorcast.errors import InputError
+from tensorcast.profiles import kept as kept_profiles
 
 DEVICE = """
 name: {name}
@@ -332,6 +334,14 @@ def test_what_is_kept_makes_profiles_and_nothing_else(tmp_path: Path, monkeypatc
         kept.write_bytes(pickle.dumps(other))
         assert profiles.load_device("h200") == fresh
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("name", ["Path", "Path.touch", "hashlib.sha256", "keep"])
+def test_what_a_module_of_profiles_imports_is_no_part_of_a_profile(name: str) -> None:
+    reader = kept_profiles._Profiles(io.BytesIO(pickle.dumps(0, protocol=5)))
+    reader.load()  # from protocol 4 on, a name may have dots
+    with pytest.raises(pickle.UnpicklingError, match="no part of a profile"):
+        reader.find_class("tensorcast.profiles.kept", name)
 
 
 def test_a_changed_file_is_read_anew(user: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

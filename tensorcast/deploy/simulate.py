@@ -36,11 +36,13 @@ def simulate(
     """
     deployment = deploy(model, device, engine, layout, workload.phase, options=options)
     workload.check_length(model)
-    tokens = deployment.step.sizes.context(float(workload.batch), float(workload.input_len), 0.0).sizes.tokens
-    if options.split_tokens_over_tp and tokens < layout.tp:
-        raise InputError(
-            f"--split-tokens-over-tp: {tokens:g} tokens do not reach all tp = {layout.tp} ranks, which do not cut them"
-        )
+    if options.split_tokens_over_tp:
+        tokens = deployment.step.sizes.context(float(workload.batch), float(workload.input_len), 0.0).sizes.tokens
+        if tokens < layout.tp:
+            raise InputError(
+                f"--split-tokens-over-tp: {tokens:g} tokens do not reach all tp = {layout.tp} ranks, "
+                "which do not cut them"
+            )
     memory = deployment.memory(workload.batch, workload.input_len, workload.context)
     largest = deployment.largest_batch(workload.input_len, workload.context)
     if not memory.fits and not allow_oversize:

@@ -42,9 +42,11 @@ class _Profiles(pickle.Unpickler):
     """Makes objects of this package's classes and of no others, whatever a file asks for."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if not module.startswith("tensorcast.profiles."):
+        # a module of this package also holds what it imports, so the class is asked where it was defined
+        found = super().find_class(module, name) if module.startswith("tensorcast.profiles.") else None
+        if not isinstance(found, type) or found.__module__ != module:
             raise pickle.UnpicklingError(f"{module}.{name} is no part of a profile")
-        return super().find_class(module, name)
+        return found
 
 
 def read_kept(kept: Path | None, kind: type[ProfileT]) -> ProfileT | None:

@@ -54,7 +54,7 @@ def _text_classes(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
     return sorted(found, key=lambda c: not c.__name__.endswith("ForCausalLM"))
 
 
-def _stock(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+def causal_lm(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """transformers' causal LM of ``config``, or for a text config that no auto class lists, its decoder and a head."""
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
@@ -87,7 +87,7 @@ def build(
         return build_custom(config, dtype, device)
     try:
         with torch.device(device):
-            model = _stock(config, dtype)
+            model = causal_lm(config, dtype)
     # a config class that lacks what its own model reads (DBRX); a class with attention functions of its own (Falcon);
     # values that only the class itself finds wrong
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as reason:

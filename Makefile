@@ -21,7 +21,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate engines serving validate validate-gpu moe-gpu bench reports figures wheel clean families checkpoints compiled docs
+.PHONY: help venv demo test lint accuracy calibrate engines serving validate validate-gpu moe-gpu bench reports figures wheel clean families census checkpoints compiled docs
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
@@ -104,6 +104,9 @@ figures: $(STAMP)  ## the README's picture -> reports/readme.png
 
 families: $(STAMP)  ## the census of MoE families -> docs/families.md
 	@$(BIN)/python tests/census.py --write docs/families.md
+
+census: $(STAMP)  ## every text model type of transformers at its own sizes -> docs/census.md (minutes)
+	@$(BIN)/python tests/model_types.py --write docs/census.md
 
 checkpoints: $(STAMP)  ## engines' logged room and weights beside ours -> docs/checkpoints.md
 	@$(BIN)/python tests/engine_logs.py --write docs/checkpoints.md

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tensorcast.cost.memory import kv_bytes_per_token
 from tensorcast.errors import InputError
 from tensorcast.modeling.build import build
 from tensorcast.modeling.config import hf_config, narrow
@@ -132,3 +133,49 @@ def test_both_ways_to_a_rank_agree_where_both_lead_there(model_type: str, more: 
 def test_a_width_that_does_not_divide_is_named() -> None:
     with pytest.raises(InputError, match="tp=5: num_attention_heads=8 does not divide"):
         divided(hf_config(profile("stablelm")), 5)
+
+
+def held(table: OpTable, name: str) -> list[int]:
+    """A rank's part of the weights so called, of each kind of layer."""
+    return [param.numel for param in table.params if param.name.endswith(name)]
+
+
+def test_a_rank_has_one_kv_head_where_layers_have_several_times_as_many() -> None:
+    """MiMo-V2-Flash: 4 KV heads, 8 in windowed layers. Of 8 ranks each holds one, keys of 16 and values of 8 wide."""
+    config = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "v_head_dim": 8,
+              "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+              "layer_types": ["full_attention", "sliding_attention"]}  # fmt: skip
+    one = profile("mimo_v2_flash", **config)
+    whole = trace(one, "decode")
+    for tp, heads in ((2, [2, 4]), (4, [1, 2]), (8, [1, 1])):
+        shard = trace(one, "decode", tp, whole)
+        assert held(shard, "k_proj.weight") == [n * 16 * 128 for n in heads]
+        assert held(shard, "v_proj.weight") == [n * 8 * 128 for n in heads]
+        assert kv_bytes_per_token(shard) == sum(heads) * (16 + 8) * 2
+
+
+def test_a_matrix_of_cut_inputs_and_cut_outputs_gives_partial_sums() -> None:
+    """Doge's of all KV heads' values, a number a head: [4, 4 x 16], of which a rank holds the columns of its values."""
+    one = profile("doge")
+    whole = trace(one, "decode")
+    shard = trace(one, "decode", TP, whole)
+    assert held(whole, "dt_proj.weight") == [4 * 64]
+    assert held(shard, "dt_proj.weight") == [4 * 64 // TP]
+    (row,) = [op for op in shard.ops if any(name.endswith("dt_proj.weight") for name in op.weights)]
+    assert row.shard == "row"
+
+
+def test_a_matrix_from_the_stream_into_the_stream_is_whole() -> None:
+    """ModernBERT-decoder's dense layer before the head: its outputs meet the norm of the stream."""
+    one = profile("modernbert-decoder", num_key_value_heads=8)
+    shard = trace(one, "decode", TP)
+    assert held(shard, "lm_head.dense.weight") == [128 * 128]
+    assert set(held(shard, "attn.q_proj.weight")) == {128 * 128 // TP}
+
+
+def test_positions_that_are_added_to_the_stream_are_whole() -> None:
+    config = {"model_type": "ctrl", "n_embd": 64, "n_layer": 2, "n_head": 4, "dff": 96, "vocab_size": 512}
+    one = ModelProfile(name="ctrl", hf_id="x", description="", sources={}, config=config)
+    shard = trace(one, "decode", TP)
+    assert held(shard, "Wq.weight") == [64 * 64 // TP]
+    assert held(shard, "ffn.0.weight") == [64 * 96 // TP]

@@ -44,7 +44,8 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
             keys, values = op.inputs
             attention = next((a for a in table.ops if a.name == "attention" and a.kind == op.kind), None)
             limit = (attention.attrs["window"] or attention.attrs["chunk"]) if attention else 0
-            shared = keys.storage == values.storage and op.attrs["kind"] != "indexer"  # one vector is key and value
+            one = keys.storage == values.storage and keys.offset == values.offset  # not two parts of a fused projection
+            shared = one and op.attrs["kind"] != "indexer"  # one vector is key and value
             numel = float(keys.numel(unit)), 0.0 if shared else float(values.numel(unit))
             per_token = sum(numel)
             if op.attrs["kind"] == "indexer":
@@ -98,7 +99,12 @@ def indexer_key_bytes(width: float) -> float:
 
 def kv_bytes_per_token(table: OpTable, kv: str = "bf16") -> float:
     """Bytes that one more token adds over all layers, before any window is full."""
-    return sum(e.per_token * table.layer_kinds.count(e.kind) for e in cache_entries(table, kv))
+    return sum(e.per_token * _layers_of(e.kind, table.layer_kinds) for e in cache_entries(table, kv))
+
+
+def _layers_of(kind: int, layer_kinds: tuple[int, ...]) -> int:
+    """How often an entry is kept; one of a class whose layers are not known apart, or run in a loop, is its own."""
+    return layer_kinds.count(kind) if kind >= 0 else 1
 
 
 def cache_bytes(table: OpTable, kv: str, sequences: Size, length: Size, layers: slice = slice(None)) -> Size:
@@ -107,7 +113,7 @@ def cache_bytes(table: OpTable, kv: str, sequences: Size, length: Size, layers: 
     total: Size = 0.0
     for entry in cache_entries(table, kv):
         tokens = np.minimum(length, entry.limit) if entry.limit else length
-        total = total + kinds.count(entry.kind) * sequences * (entry.per_token * tokens + entry.per_sequence)
+        total = total + _layers_of(entry.kind, kinds) * sequences * (entry.per_token * tokens + entry.per_sequence)
     return total
 
 

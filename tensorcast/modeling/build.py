@@ -54,10 +54,22 @@ def _text_classes(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
     return sorted(found, key=lambda c: not c.__name__.endswith("ForCausalLM"))
 
 
-def causal_lm(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """transformers' causal LM of ``config``, or for a text config that no auto class lists, its decoder and a head."""
+def _causal(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """The causal LM that an auto class lists; one that knows no other attention than its own keeps it."""
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+    except KeyError as reason:
+        if reason.args != (NAME,):
+            raise
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    model.config._attn_implementation = NAME  # so that no masks are built
+    return model
+
+
+def _stock(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """transformers' causal LM of ``config``, or for a text config that no auto class lists, its decoder and a head."""
+    try:
+        return _causal(config, dtype)
     except ValueError as reason:
         line = str(reason).strip().splitlines()[0]
         listed = type(config) in AutoModelForCausalLM._model_mapping  # then it is the config that is wrong
@@ -87,9 +99,8 @@ def build(
         return build_custom(config, dtype, device)
     try:
         with torch.device(device):
-            model = causal_lm(config, dtype)
-    # a config class that lacks what its own model reads (DBRX); a class with attention functions of its own (Falcon);
-    # values that only the class itself finds wrong
+            model = _stock(config, dtype)
+    # a config class that lacks what its own model reads (DBRX); values that only the class itself finds wrong
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as reason:
         if isinstance(reason, InputError):
             raise

@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 from tensorcast.errors import InputError
 from tensorcast.modeling.custom import CustomConfig, custom_config
 from tensorcast.modeling.stated_sizes import CORE, EXPERTS, FOREIGN, dropped, foreign_architecture, missing
-from tensorcast.profiles.config_values import text_of
+from tensorcast.profiles.config_values import LANGUAGE_PARTS, text_of
 from tensorcast.profiles.model import ModelProfile
 
 QUERY_HEADS = (
@@ -38,6 +38,8 @@ QUERY_HEADS = (
     "mamba_n_heads",
     "n_mamba_heads",
     "num_heads",
+    "attention_heads",
+    "decoder_attention_heads",
     "o_groups",
 )
 KEY_VALUE_HEADS = (
@@ -45,6 +47,7 @@ KEY_VALUE_HEADS = (
     "num_global_key_value_heads",
     "swa_num_key_value_heads",
     "kv_n_heads",
+    "num_kv_heads",
     "n_groups",
     "mamba_n_groups",
 )
@@ -62,6 +65,8 @@ WIDTHS = (
     "share_expert_dim",
     "ffn_hidden_size",
     "ffn_dim",
+    "decoder_ffn_dim",
+    "dff",
     "n_inner",
     "expert_ffn_hidden_size",
     "dense_intermediate_size",
@@ -126,9 +131,20 @@ def _plain_rope(rope: Any) -> None:
         _plain_rope(inner)
 
 
+def _tie_of_the_whole(values: dict[str, Any]) -> None:
+    """Where a file has a text part, the head, and so its tie to the embedding, is that of the part around it."""
+    for inner in (values[name] for name in LANGUAGE_PARTS if isinstance(values.get(name), dict)):
+        if isinstance(tied := values.get("tie_word_embeddings"), bool):
+            inner["tie_word_embeddings"] = inner.get("tie_word_embeddings", tied) if _holds_text(inner) else tied
+        _tie_of_the_whole(inner)
+
+
+def _holds_text(values: dict[str, Any]) -> bool:
+    return any(isinstance(values.get(name), dict) for name in LANGUAGE_PARTS)
+
+
 def _from_values(name: str, model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
-    if isinstance(text := values.get("text_config"), dict) and "tie_word_embeddings" in values:
-        text.setdefault("tie_word_embeddings", values["tie_word_embeddings"])  # said of the whole (Qwen3-VL)
+    _tie_of_the_whole(values)
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=3)
         line = f"{transformers.__version__} has no such type{': did you mean ' if near else ''}{' or '.join(near)}"
@@ -255,7 +271,8 @@ def narrow(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
     for part in nested(narrowed):
         per_layer: Any = _per_layer(part, tp)
         fields = vars(part)
-        if fields.get("head_dim") is None and fields.get("num_attention_heads") and fields.get("hidden_size"):
+        works_out = fields.get("head_dim") is None and not isinstance(getattr(type(part), "head_dim", None), property)
+        if works_out and fields.get("num_attention_heads") and fields.get("hidden_size"):
             object.__setattr__(part, "head_dim", fields["hidden_size"] // fields["num_attention_heads"])
         for name in (*QUERY_HEADS, *KEY_VALUE_HEADS, *WIDTHS):
             value = fields.get(name)

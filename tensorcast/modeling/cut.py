@@ -8,7 +8,8 @@ that reads the whole stream is column-parallel, one that reads a cut width is ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +19,57 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from tensorcast.errors import InputError
-from tensorcast.modeling.config import narrow, nested
+from tensorcast.modeling.config import field, narrow, nested
 
 STREAM = ("hidden_size", "d_model", "n_embd", "embed_dim", "word_embed_proj_dim", "block_dim", "conv_dim")
 """Fields that hold the width of the residual stream."""
+
+
+def mend(model: nn.Module, config: PreTrainedConfig, tp: int, whole: Mapping[str, tuple[int, ...]]) -> None:
+    """Put right on one of ``tp`` ranks what a narrower ``config`` alone gets wrong in ``model``; on meta.
+
+    ``whole``: shapes of the weights of one layer of every kind in the whole model, by name.
+    """
+    _copy_once(model, field(config, "num_key_value_heads", default=0), tp)
+    _sum_where_both_are_cut(model, whole)
+
+
+def _copy_once(model: nn.Module, heads: int, tp: int) -> None:
+    """Leave one KV head on a rank where its class, which has several times the config's ``heads`` in some layers, has
+    several there (MiMo-V2-Flash: twice as many in windowed layers, from 4 heads, so 2 from the copied one)."""
+    if not isinstance(heads, int) or heads >= tp:
+        return
+    for module in model.modules():
+        keys, values, width = (getattr(module, name, None) for name in ("k_proj", "v_proj", "head_dim"))
+        if not isinstance(keys, nn.Linear) or not isinstance(values, nn.Linear) or not isinstance(width, int):
+            continue
+        own, extra = keys.out_features // width, keys.out_features % width
+        if own < 2 or extra or getattr(module, "num_key_value_groups", None) is None:
+            continue  # one already, latent attention, or no heads that queries share
+        held = max(own * heads // tp, 1)
+        for part in (keys, values):
+            part.out_features = part.out_features // own * held
+            for param in part.parameters():
+                _resize(param, (part.out_features, *param.shape[1:]))
+
+
+def _sum_where_both_are_cut(model: nn.Module, whole: Mapping[str, tuple[int, ...]]) -> None:
+    """Let a matrix whose inputs and outputs are both cut (Doge: of all heads' values, a number a head) give partial
+    sums of all its outputs, of which the rank goes on with its own."""
+    names = {_in_layer(name): size for name, size in whole.items() if len(size) == 2}
+    for path, module in model.named_modules():
+        size = names.get(_in_layer(f"{path}.weight")) if isinstance(module, nn.Linear) else None
+        if size is None or not all(a < b for a, b in zip(module.weight.shape, size, strict=True)):
+            continue
+        own = module.out_features
+        for param in module.parameters():
+            _resize(param, (size[0], *param.shape[1:]))
+        module.register_forward_hook(lambda _module, _args, out, own=own: out[..., :own])
+
+
+def _in_layer(name: str) -> str:
+    """A name without the number of its layer."""
+    return re.sub(r"\.\d+\.", ".", name, count=1)
 
 
 def divided(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
@@ -50,10 +98,14 @@ def widen(model: nn.Module, whole: nn.Module, run: Callable[[nn.Module], Any]) -
     def settle(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
         ran.add(module)
-        path = paths[module]
-        kept.update(_settle(module, whole.get_submodule(path), path, [t.shape[-1] for t in inputs]))
+        path, widths = paths[module], [t.shape[-1] for t in inputs]
+        like = whole.get_submodule(path)
+        # the only matrix of its module, from the stream into the stream: what follows reads all of it
+        stays = path in alone and isinstance(like, nn.Linear) and {like.in_features, like.out_features} == {*widths[:1]}
+        kept.update(_settle(module, like, path, widths, stays=stays))
 
     paths = {module: path for path, module in model.named_modules()}
+    alone = {paths[found[0]] for module in paths if len(found := _matrices(module)) == 1}
     hooks = [module.register_forward_pre_hook(settle, with_kwargs=True) for module in paths]
     try:
         run(model)
@@ -69,6 +121,10 @@ def widen(model: nn.Module, whole: nn.Module, run: Callable[[nn.Module], Any]) -
             _resize(param, tuple(a if keep else b for a, b, keep in zip(full, param.shape, like, strict=True)))
 
 
+def _matrices(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.children() if isinstance(child, nn.Linear)]
+
+
 def _leaf(path: str, parameter: str) -> str:
     return f"{path.rpartition('.')[2]}.{parameter}"
 
@@ -78,13 +134,23 @@ def _resize(param: Tensor, size: tuple[int, ...]) -> None:
         param.data = torch.empty(size, dtype=param.dtype, device=param.device)
 
 
-def _settle(module: nn.Module, whole: nn.Module, path: str, widths: list[int]) -> dict[str, tuple[bool, ...]]:
-    """Give a module the widths of ``whole``, its like in the whole model, that its inputs have; dims that are whole."""
+def _settle(
+    module: nn.Module, whole: nn.Module, path: str, widths: list[int], *, stays: bool
+) -> dict[str, tuple[bool, ...]]:
+    """Give a module the widths of ``whole``, its like in the whole model, that its inputs have; dims that are whole.
+
+    ``stays``: all of it.
+    """
     kept = {}
     for name, param in module.named_parameters(recurse=False):
         full = tuple(whole.get_parameter(name).shape)
-        _resize(param, _size(module, param, full, widths))
+        _resize(param, full if stays else _size(module, param, full, widths))
         kept[_leaf(path, name)] = tuple(a == b for a, b in zip(full, param.shape, strict=True))
+    if not widths:  # of token numbers and positions alone: what is added to the stream (XGLM, CTRL)
+        for tables, own in ((vars(whole), vars(module)), (whole._buffers, module._buffers)):
+            own.update({name: value for name, value in tables.items() if isinstance(value, Tensor)})
+        if not kept and not list(module.children()):
+            vars(module).update({name: value for name, value in vars(whole).items() if type(value) is int})
     if isinstance(module, nn.LayerNorm):
         module.normalized_shape = tuple(module.weight.shape)
     if isinstance(module, Conv1D):

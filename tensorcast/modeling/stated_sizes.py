@@ -103,11 +103,12 @@ def missing(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     """Core sizes of the class that a file does not state, by the class's name, with transformers' default."""
     found = {}
     for names in CORE.values():
-        own = [one.name for one in dataclasses.fields(type(config)) if one.name in names]
-        value = _value(config, own[0]) if own else None
+        own = [one for one in dataclasses.fields(type(config)) if one.name in names]
+        made = bool(own) and own[0].default is None  # of sizes that the file has, where it leaves it out (Falcon's MLP)
+        value = _value(config, own[0].name) if own and not made else None
         given = (name for name in names if values.get(name) is not None)
         if value and not any(_knows(config, name) or _same(values[name], value) for name in given):
-            found[own[0]] = value
+            found[own[0].name] = value
     return found
 
 

@@ -12,8 +12,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from tensorcast.modeling.attention import masks, past_length, trace_cache
+from tensorcast.modeling.config import field
+from tensorcast.modeling.own_attention import OwnAttention, attends_by_itself
 from tensorcast.modeling.recurrent import hub_kernels_as_ops
-from tensorcast.trace.layers import Kinds, one_per_kind
+from tensorcast.trace.layers import Kinds, decoder_layers, one_per_kind
 from tensorcast.trace.record import Call, Recorder
 
 WARM_UP_TOKENS = 8
@@ -92,7 +94,10 @@ def _run(
     }
     if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         inputs["logits_to_keep"] = 1
+    kv_heads = field(config, "num_kv_heads", "num_key_value_heads", default=0)
+    by_itself = attends_by_itself(decoder_layers(model)[1])
     with (
+        OwnAttention(cache, kv_heads) if by_itself else contextlib.nullcontext(),
         one_per_kind(model, config, kinds) if kinds is not None else contextlib.nullcontext(),
         recorder if recorder is not None else contextlib.nullcontext(),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from tensorcast.modeling.build import build
 from tensorcast.modeling.checkpoint_names import stored_names
 from tensorcast.modeling.config import field, hf_config, narrow
 from tensorcast.modeling.custom import CustomConfig
-from tensorcast.modeling.cut import divided, widen
+from tensorcast.modeling.cut import divided, mend, widen
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.closed_form import BLOCK, BLOCKWISE, DECODE, PREFILL, NoClosedForm, Probe, ProgramVaries, solve
@@ -29,6 +30,8 @@ from tensorcast.trace.sharding import mark_sharding, mixers_whole
 from tensorcast.trace.table import Op, OpTable, Param, Tensor, layer_ranges
 
 Phase = Literal["prefill", "decode"]
+KEEPS = frozenset({"kv_cache_write", "linear_attention", "ssm_scan", "causal_conv1d", "convolution"})
+"""Ops that write what a sequence keeps between steps: keys and values, or a state."""
 
 
 def trace(profile: ModelProfile, phase: Phase, tp: int = 1, whole: OpTable | None = None) -> OpTable:
@@ -72,6 +75,8 @@ def _trace_shard(profile: ModelProfile, config: PreTrainedConfig, phase: Phase, 
     narrowed = narrow(config, tp)
     try:
         model = build(narrowed, fields=profile.moe, name=profile.name)
+        if not isinstance(config, CustomConfig):
+            mend(model, config, tp, {param.name: param.shape for param in whole.params})
         table = _trace_one(profile, model, narrowed, config, phase, tp=tp)
         if isinstance(config, CustomConfig) or not mixers_whole(whole, table):
             return table
@@ -115,6 +120,8 @@ def _trace_one(
     ops = mark_latent(mark_experts([_as_mm(op) for op in linears]), phase)
     if (unsaid := getattr(whole, "unsaid_experts", "")) and blocks_of(ops):
         raise InputError(f"model {profile.name}: config.json does not say {unsaid}, and the model has experts")
+    if not isinstance(whole, CustomConfig):
+        _check_cache(profile.name, phase, ops)
     params = _params(model, config, kinds, ops, stored_names(model, str(profile.config.get("model_type", ""))))
     facts = replace(
         _facts(whole, ops),
@@ -127,15 +134,30 @@ def _trace_one(
     )
 
 
+def _check_cache(name: str, phase: Phase, ops: list[Op]) -> None:
+    """Raise :class:`InputError` for a class that keeps nothing between steps, or reads in no way that was followed."""
+    if not any(op.name in KEEPS for op in ops):
+        raise InputError(f"model {name}: transformers' class keeps no cache that can be counted in {phase}")
+    written = {op.kind for op in ops if op.name == "kv_cache_write" and op.attrs["kind"] == "kv"}
+    if written - {op.kind for op in ops if op.name == "attention"}:
+        raise InputError(f"model {name}: transformers' class has attention of its own that is not followed in {phase}")
+
+
 def _closed(
     model: nn.Module, config: PreTrainedConfig, phase: str, probes: tuple[Probe, ...]
 ) -> tuple[Kinds, list[Op]]:
     kinds = Kinds()
-    recorded = [
-        record_step(model, config, batch=p.B, new=p.S, past=p.P, recurrent_state=phase == "decode", kinds=kinds)
-        for p in probes
-    ]
-    return kinds, closed_ops(model, kinds, recorded, probes)
+
+    def recorded() -> list[list[Call]]:
+        return [
+            record_step(model, config, batch=p.B, new=p.S, past=p.P, recurrent_state=phase == "decode", kinds=kinds)
+            for p in probes
+        ]
+
+    try:
+        return kinds, closed_ops(model, kinds, recorded(), probes)
+    except ProgramVaries:  # perhaps the first call got something ready (CTRL's positions)
+        return kinds, closed_ops(model, kinds, recorded(), probes)
 
 
 def _kind_name(model: nn.Module, kinds: Kinds) -> list[str]:
@@ -275,17 +297,18 @@ def _params(
         if role == "experts" and zero and param.shape[0] > zero:  # no checkpoint has weights for them
             numel = numel // param.shape[0] * min(param.shape[0], int(counts) - zero)
         shape, kind = tuple(param.shape), -1 if name in shared else kinds.kind_of(module)
-        rows.append(
-            Param(name, _label(module, kinds), kind, numel, numel, dtype, role, shape, stored.get(name, ()))
-        )
+        rows.append(Param(name, _label(module, kinds), kind, numel, numel, dtype, role, shape, stored.get(name, ())))
     return tuple(rows)
 
 
 def _shared(model: nn.Module, kinds: Kinds) -> set[str]:
-    """Weights that several layers use, by their first name (Zamba's transformer block): they are held once."""
+    """Weights held once that several layers use, by their first name (Zamba's transformer block), or several passes
+    over the same layers (HRM's)."""
     places: dict[int, tuple[str, set[str]]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         layer = next((path for path in kinds.paths if name.startswith(path + ".")), None)
         if layer is not None:
             places.setdefault(id(param), (name, set()))[1].add(layer)
-    return {name for name, layers in places.values() if len(layers) > 1}
+    again = tuple(f"{path}." for path, runs in Counter(kinds.paths).items() if runs > 1)
+    passes = {name for name, _ in model.named_parameters() if name.startswith(again)} if again else set[str]()
+    return passes | {name for name, layers in places.values() if len(layers) > 1}

@@ -1,0 +1,71 @@
+"""A sample of the census of model types (``make census`` counts all), and what it found, counted by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import model_types
+import pytest
+
+from tensorcast.cost.memory import cache_bytes, kv_bytes_per_token
+from tensorcast.errors import InputError
+from tensorcast.profiles.model import ModelProfile
+from tensorcast.trace.table import OpTable
+from tensorcast.trace.tracer import Phase, trace
+
+SAMPLE = ("gpt2", "gpt_bigcode", "internvl", "qwen3_vl_moe", "youtu", "bloom", "doge")
+"""Fused QKV, one KV head, wrappers with another tie than their text, MLA, ALiBi, a matrix cut in both dimensions."""
+
+
+@pytest.mark.parametrize("kind", SAMPLE)
+def test_a_type_is_counted_as_its_class_and_its_config_say(kind: str) -> None:
+    words = [verdict.word for verdict in model_types.judged(model_types.of_type(kind))]
+    assert words[0] == "right"
+    assert set(words) <= {"right", "none"}, words  # none: heads that do not divide
+
+
+def test_most_types_are_there() -> None:
+    assert len(model_types.text_types()) >= 150
+
+
+def test_a_table_that_counts_otherwise_is_found() -> None:
+    table = of(model_type="gpt2", n_embd=64, n_layer=2, n_head=4, vocab_size=512)
+    held, cache = table.total_params(), 2 * 2.0 * 2 * 64
+    assert model_types.problem(table, held, cache) == ""
+    assert "parameters" in model_types.problem(table, held + 1, cache)
+    assert "cache" in model_types.problem(table, held, cache / 2)
+
+
+def of(*, phase: Phase = "decode", **config: Any) -> OpTable:
+    return trace(ModelProfile(name="x", hf_id="x", description="", sources={}, config=config), phase)
+
+
+def test_keys_and_values_of_one_projection_are_two() -> None:
+    """GPT-2 caches parts of one projection, without rotary embedding: keys and values of width x 2 bytes a layer."""
+    table = of(model_type="gpt2", n_embd=64, n_layer=3, n_head=4, vocab_size=512)
+    assert kv_bytes_per_token(table) == 3 * 2 * 64 * 2
+
+
+def test_layers_that_run_again_are_held_once_and_cache_each_time() -> None:
+    """HRM: two stacks of 2 layers, the lower one 2 x 3 times, the upper one 2 times."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4,
+                             "head_dim": 16, "intermediate_size": 96, "vocab_size": 512}  # fmt: skip
+    table = of(model_type="hrm_text", **sizes, num_layers_per_stack=2, H_cycles=2, L_cycles=3, num_hidden_layers=16)
+    layers = sum(table.count(p) for p in table.params if p.name.endswith("self_attn.k_proj.weight"))
+    assert layers == 4
+    assert cache_bytes(table, "bf16", 1.0, 10.0) == 10 * 16 * 2 * 64 * 2
+
+
+@pytest.mark.parametrize("config", [{"model_type": "openai-gpt", "n_layer": 2}, {"model_type": "xlstm"}])
+def test_a_class_without_a_cache_that_is_seen_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="keeps no cache that can be counted"):
+        of(**model_types.of_type(config["model_type"]).config | config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_tie_of_the_head_is_that_of_the_part_around_the_text(tied: bool) -> None:
+    text = {"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+            "num_key_value_heads": 4, "intermediate_size": 96, "vocab_size": 512,
+            "tie_word_embeddings": not tied}  # fmt: skip
+    table = of(model_type="llava", text_config=text, tie_word_embeddings=tied)
+    assert sum(p.full_numel for p in table.params if p.kind < 0) == (1 if tied else 2) * 512 * 64 + 64

@@ -21,7 +21,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate engines serving validate validate-gpu moe-gpu bench reports figures wheel clean families census checkpoints compiled docs
+.PHONY: help venv demo test lint accuracy calibrate engines launches serving validate validate-gpu moe-gpu bench reports figures wheel clean families census checkpoints compiled docs
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
@@ -64,6 +64,10 @@ serving: $(STAMP)  ## predicted against measured serving -> reports/serving.md: 
 	@test -n "$(TABLE)" || { echo "make serving needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }
 	@mkdir -p out
 	@$(BIN)/tensorcast predict "$(TABLE)" --out out/serving.csv --report reports/serving.md --jobs $(JOBS)
+
+launches: $(STAMP)  ## how public benchmarks launched engines, into profiles/records/: make launches TABLE=FILE
+	@test -n "$(TABLE)" || { echo "make launches needs TABLE=FILE, a CSV of launches" >&2; exit 2; }
+	@$(BIN)/python -m tensorcast.calibrate.engines.launches --table "$(TABLE)" --profiles profiles
 
 engines: $(STAMP)  ## fit engines' overheads to measured serving, into profiles/engines/: make engines TABLE=FILE
 	@test -n "$(TABLE)" || { echo "make engines needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }

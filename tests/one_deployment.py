@@ -208,10 +208,10 @@ def step_moments(
         none = math.exp(-arrivals)
         most = max(min(arrivals, per_rank + math.sqrt(2 * math.log(dp) * per_rank)), 1 - none)
         idle = 1 - max(per_rank, 1e-12) / max(most, 1e-12)
-        mean = plain + max((1 - none) * extra + most * (prompts.prompt_s - prompts.expert_s * idle), 0.0)
-        scatter = prompts.prompt_s**2 * most + 2 * extra * prompts.prompt_s * most * none
-        scatter += extra**2 * none * (1 - none)
-        variance = scatter / max(1 - (most * prompts.prompt_s / mean) ** 2, 1e-3)
+        each = prompts.prompt_s - prompts.expert_s * idle
+        mean = plain + max((1 - none) * extra + most * each, 0.0)
+        scatter = each**2 * most + 2 * extra * each * most * none + extra**2 * none * (1 - none)
+        variance = scatter / max(1 - (most * each / mean) ** 2, 1e-3)
         others = per_rank * (1 + variance / mean**2)
         own = (first - beside) * max(1.0, (1 + others / 2) / prompts.per_step) - prompts.expert_s * idle
         own += prompts.prompt_s * min(1 + others, max(prompts.per_step, 1 + others / 2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +133,25 @@ def stretches(runs: list[Run | None], jobs: int) -> list[list[tuple[int, Run]]]:
 @uncollected()
 def _serve(stretch: list[tuple[int, Run]]) -> list[dict[str, Any]]:
     runs = [run for _, run in stretch]
-    return [_record(served, run) for served, run in zip(serve(runs), runs, strict=True)]
+    drafted = [
+        (i, replace(run, options=replace(run.options, mtp_depth=depth)))
+        for i, run in enumerate(runs)
+        for depth in run.other_depths
+    ]
+    served = serve([*runs, *(run for _, run in drafted)])
+    records = [_record(metrics, run) for metrics, run in zip(served, runs, strict=False)]
+    for (i, run), metrics in zip(drafted, served[len(runs) :], strict=True):
+        _widen(records[i], _record(metrics, run))
+    return records
+
+
+def _widen(record: dict[str, Any], other: dict[str, Any]) -> None:
+    """Let the intervals of ``record`` hold those of ``other``, where both are served."""
+    if record["problem"] or other["problem"]:
+        return
+    for name in PREDICTED:
+        for side, end in (("low", min), ("high", max)):
+            record[bound(name, side)] = end(record[bound(name, side)], other[bound(name, side)])
 
 
 def _record(served: ServingMetrics, run: Run) -> dict[str, Any]:

@@ -7,7 +7,6 @@ nothing) takes the default. For disaggregated rows every size of a layout exists
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,16 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.model_names import SCHEME_OF, Named, understand
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.profiles.store import load_device
+from tensorcast.predict.launch_records import (
+    FP8_CACHE,
+    LENGTH_RATIO,
+    MTP_ACCEPTANCE,
+    Launched,
+    aggregated_sizes,
+    launched,
+    pool_sizes,
+    wait_steps,
+)
 
 WORKER_COLUMNS = {
     "tp": ("attention tensor-parallel size", 1, ("tp_size",)),
@@ -41,7 +49,9 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "concurrency": ("requests in flight; default batch * dp * workers", None, ("conc", "max_concurrency")),
     "length_ratio": ("lengths are uniform between this share of isl, osl and the whole", 1.0, ("random_range_ratio",)),
     "rounds": ("requests per client of the measurement, which starts with all at once", 10, ()),
-    "wait_steps": ("steps that receive and stream intervals add to a first token", 0, ()),
+    "wait_steps": ("steps that pass before a request is seen; default half the receive interval", 0, ()),
+    "receive_interval": ("steps between SGLang's looks for requests", None, ("sched_recv_interval",)),
+    "release": ("of the engine: tells launches of public records apart", "", ("backend_version", "engine_release")),
     "replicas": ("independent copies that share the load (agg)", 1, ()),
     "precision": ("weights: bf16, fp8, fp8_block, int8, fp4 (nvfp4), mxfp4, w4a16; default: model's", None, ()),
     "gemm_precision": ("the same for linears", None, ("gemm_quant_mode", "gemm_dtype")),
@@ -53,9 +63,12 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "routing": ("how tokens spread over experts: balanced, uniform (each picks at random), zipf:S", "uniform", ()),
     "redundant_experts": ("copies of experts", 0, ()),
     "prefix_cached": ("prompt tokens found in the cache", 0, ()),
-    "mtp_depth": ("drafted tokens per step", 0, ("speculative_tokens", "nextn")),
+    "mtp_depth": ("drafted tokens per step", 0, ("speculative_tokens", "nextn", "spec_depth")),
     "mtp_acceptance": ("chance that a drafted token is accepted", 0.8, ()),
-    "chunk_tokens": ("prompt tokens per step; default the engine's", None, ("max_num_batched_tokens",)),
+    "chunk_tokens": (
+        "prompt tokens per step; default the engine's", None,
+        ("max_num_batched_tokens", "max_num_tokens", "chunked_prefill_size"),
+    ),
 }  # fmt: skip
 """Columns of a row: what they say, default, other names."""
 
@@ -74,30 +87,16 @@ PER_DECODE_WORKER, DECODE_PER_PREFILL = 64, 2.5
 35 public disaggregated runs behind ``reports/serving.md`` that do (28 of them state the requests). They spread widely:
 a quarter has 16 requests and fewer, a quarter 160 and more."""
 
-RECORD: dict[str, Any] = {
-    "length_ratio": 0.8,
-    "receive_interval": {"few": 10, "many": 30, "hopper": 0},
-    "stream_interval": {"other": 30, "hopper": 10},
-    "pools_wait_steps": 20.0,
-    "fp8_cache": (("trtllm", "fp8"),),
-}
-"""Defaults of tables that name sizes as benchmark records of InferenceX do (``attention_dp_size, moe_ep_size``), from
-its scripts (github.com/SemiAnalysisAI/InferenceX, benchmarks/single_node/): lengths between 0.8 and 1 of the stated;
-TensorRT-LLM with an FP8 cache where weights are FP8 (its own FP8 checkpoints ask for it, too); SGLang launched with
-``--scheduler-recv-interval`` 10, from 16 users on 30, and ``--stream-interval`` 30, but on Hopper only with the latter,
-10 (dsr1_fp8_h200.sh, dsr1_fp8_b200.sh, qwen3.5_fp8_b200.sh, qwen3.5_bf16_mi355x.sh). Its pools are launched elsewhere:
-20 steps taken."""
-
-MANY_USERS = 16
-"""Users from which those scripts let SGLang look for requests more rarely."""
-
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 _NOTHING = ("", "nan", "none", "null", "na", "n/a", "-")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One row, read: names of profiles, layouts, load, options, and what was assumed where the row says nothing."""
+    """One row, read: names of profiles, layouts, load, options, and what was assumed where the row says nothing.
+
+    ``other_depths``: drafted tokens per step that a public record may have had beside those of ``options``.
+    """
 
     model: str
     device: str
@@ -117,6 +116,7 @@ class Run:
     mtp_acceptance: float = 0.8
     chunk_tokens: int | None = None
     options: Options = field(default_factory=Options)
+    other_depths: tuple[int, ...] = ()
     assumed: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -184,11 +184,22 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         cells.assumed.append(f"concurrency {concurrency:g}" + ("" if batch else " (nothing said)"))
     if concurrency <= 0:
         raise InputError(f"concurrency {concurrency:g}: must be more than 0")
-    ratio = cells.number("length_ratio", RECORD["length_ratio"] if record else 1.0)
-    wait = cells.number("wait_steps", _wait_steps(device, mode, concurrency) if record and engine == "sglang" else 0.0)
+    ratio = cells.number("length_ratio", LENGTH_RATIO if record else 1.0)
     if not 0 < ratio <= 1:
         raise InputError(f"length_ratio {ratio:g}: must be more than 0 and at most 1")
     isl, osl = cells.whole("isl"), cells.whole("osl")
+    found = None
+    if record:
+        sizes = aggregated_sizes(decode) if mode == "aggregated" else pool_sizes(prefill, decode, workers)
+        found = launched(
+            named.profile.name, device, engine, precision=cells.text("precision", ""), lengths=(isl, osl),
+            users=concurrency, release=cells.text("release"), sizes=sizes,
+        )  # fmt: skip
+    depths = _as_launched(cells, found)
+    interval, default = cells.number("receive_interval", None), 0.0
+    if engine == "sglang":
+        default = wait_steps(device, mode, concurrency) if record and interval is None else (interval or 0.0) / 2
+    wait = cells.number("wait_steps", default)
     if problem := named.profile.too_long(isl + osl):
         raise InputError(f"context length: {problem}")
     chunk = cells.number("chunk_tokens", None)
@@ -218,26 +229,26 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         rounds=cells.number("rounds", 10.0),
         wait_steps=wait,
         prefix_cached=cells.whole("prefix_cached", least=0),
-        mtp_acceptance=cells.number("mtp_acceptance", 0.8),
+        mtp_acceptance=cells.number("mtp_acceptance", MTP_ACCEPTANCE if record else 0.8),
         chunk_tokens=None if chunk is None else int(chunk),
         options=options,
+        other_depths=depths,
         assumed=tuple(cells.assumed),
     )
 
 
-def _wait_steps(device: str, mode: str, users: float) -> float:
-    """Steps that the intervals of a record's SGLang add to a first token: half of each, in the mean."""
-    if mode != "aggregated":
-        return float(RECORD["pools_wait_steps"])
-    receive, stream = RECORD["receive_interval"], RECORD["stream_interval"]
-    if _architecture(device) == "hopper":
-        return (receive["hopper"] + stream["hopper"]) / 2
-    return (receive["many" if users >= MANY_USERS else "few"] + stream["other"]) / 2
-
-
-@functools.lru_cache
-def _architecture(device: str) -> str:
-    return load_device(device.replace("_", "-")).architecture.lower()
+def _as_launched(cells: _Cells, found: Launched | None) -> tuple[int, ...]:
+    """Fill the cells that a public record leaves empty as it was ``launched``. Other depths of drafting it may have."""
+    if found is None:
+        return ()
+    added = {name: value for name, value in found.cells().items() if name not in cells.cells}
+    cells.cells |= added
+    if added:
+        cells.assumed.append(f"launched with {', '.join(f'{name} {value}' for name, value in added.items())}")
+    others = found.mtp_depths[1:] if "mtp_depth" not in cells.cells or "mtp_depth" in added else ()
+    if others:
+        cells.assumed.append(f"may have drafted {' or '.join(map(str, others))} tokens: the interval holds both")
+    return others
 
 
 class _Cells:
@@ -357,7 +368,7 @@ def _quant(cells: _Cells, named: Named) -> str | None:
 
 def _kv(cells: _Cells, engine: str, stated: frozenset[str]) -> str | None:
     said = cells.text("kv_dtype", None)
-    if said is None and "moe_ep_size" in stated and (engine, cells.text("precision", None)) in RECORD["fp8_cache"]:
+    if said is None and "moe_ep_size" in stated and (engine, cells.text("precision", None)) in FP8_CACHE:
         cells.assumed.append("kv_dtype fp8")
         return "fp8"
     if said is None or (scheme := SCHEME_OF.get(said.lower())) == "":

@@ -157,11 +157,11 @@ class Aggregated(ServingModel):
             none = np.exp(-arrivals)
             most = np.maximum(most, 1 - none)
             idle = 1 - np.maximum(per_rank, 1e-12) / np.maximum(most, 1e-12)  # share of the ranks that have fewer
-            mean = plain + np.maximum((1 - none) * extra + most * (prompts.prompt_s - prompts.expert_s * idle), 0.0)
-            scatter = prompts.prompt_s**2 * most + extra**2 * none * (1 - none)
-            scatter = scatter + 2 * extra * prompts.prompt_s * most * none
+            each = prompts.prompt_s - prompts.expert_s * idle
+            mean = plain + np.maximum((1 - none) * extra + most * each, 0.0)
+            scatter = each**2 * most + extra**2 * none * (1 - none) + 2 * extra * each * most * none
             # arrivals vary with the length of the step before, too
-            variance = scatter / np.maximum(1 - np.square(most * prompts.prompt_s / mean), 1e-3)
+            variance = scatter / np.maximum(1 - np.square(most * each / mean), 1e-3)
             others = per_rank * (1 + variance / mean**2)
             turns = np.maximum(1.0, (1 + others / 2) / prompts.per_step)
             own = (first - (plain if alone else 0.0)) * turns + prompts.prompt_s * np.minimum(

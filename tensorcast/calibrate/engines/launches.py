@@ -1,0 +1,114 @@
+"""Options that public benchmarks launched engines with, as a table in the profiles: ``make launches TABLE=FILE``.
+
+Records of served runs say sizes and lengths, and often nothing of the chunk of prompts, the cache's type or drafted
+tokens, which their launch scripts do. ``FILE`` has a row per launch read from such scripts: ``engine, engine_release,
+serving_model`` (or ``hf_model``), ``device, precision, mode, role, isl, osl, concurrency``, sizes, and options under
+the engines' own names. Rows that say the same are one here; :mod:`tensorcast.predict.launch_records` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tensorcast.deploy.model_names import understand
+from tensorcast.errors import InputError
+from tensorcast.files import write_atomically
+from tensorcast.profiles.store import load_device, load_engine
+
+POOLS = ("prefill_workers", "prefill_tp", "prefill_dp_attn", "decode_workers", "decode_tp", "decode_dp_attn")
+KEY = ("engine", "release", "model", "device", "precision", "mode", "isl", "osl", "gpus", "dp_attn", *POOLS)
+"""What a launch is known by, beside its users; sizes of pools are empty where one server does both."""
+
+OPTIONS = {
+    "chunk_tokens": "max_num_tokens",
+    "kv_dtype": "kv_cache_dtype",
+    "mtp_depth": "spec_depth",
+    "receive_interval": "sched_recv_interval",
+}
+"""Options kept, by our names, and the table's."""
+
+ROLE = {"chunk_tokens": "prefill", "receive_interval": "prefill"}
+"""Which pool's launch says an option; else that which decodes."""
+
+HEADER = """# How public benchmarks launched engines: what their records of served runs leave out.
+# Made by `make launches TABLE=FILE` from the launch scripts of InferenceX (github.com/SemiAnalysisAI/InferenceX) and
+# srt-slurm (github.com/NVIDIA/srt-slurm), both Apache-2.0, with their history to 2026-08; do not edit.
+# An empty option is the engine's default. Users are the requests in flight of the launches that are alike.
+"""
+
+
+def launches(table: pd.DataFrame) -> pd.DataFrame:
+    """The launches of ``table``, those alike as one: :data:`KEY`, ``users`` and the :data:`OPTIONS`."""
+    in_pools = table["mode"] != "agg"
+    known = table.assign(
+        model=_each(table["serving_model"].fillna(table["hf_model"]), _profiles),
+        device=_each(table["device"], lambda name: _name(load_device, name)),
+        engine=_each(table["engine"], lambda name: _name(load_engine, name)),
+        release=table["engine_release"].fillna("").astype(str),
+        gpus=table["tp"].mask(in_pools),
+        dp_attn=table["dp_attn"].mask(in_pools),
+    )
+    known = known[(known["model"] != "") & (known["device"] != "") & (known["engine"] != "")]
+    served = _options(known[known["mode"] == "agg"])
+    keys = [*KEY, "concurrency"]
+    roles = {role: _options(known[known["role"] == role]) for role in ("prefill", "decode")}
+    pools = roles["decode"].merge(roles["prefill"][[*keys, *ROLE]].drop_duplicates(), on=keys, suffixes=("_own", ""))
+    both = pd.concat([served.assign(**dict.fromkeys(POOLS, "")), pools])[[*keys, *OPTIONS]].drop_duplicates()
+    alike = [name for name in (*KEY, *OPTIONS) if name != "release"]
+    both = both.groupby([*alike, "concurrency"])["release"].agg(_together).reset_index()
+    both = both.groupby([*alike, "release"])["concurrency"].agg(_together).reset_index()
+    return both.rename(columns={"concurrency": "users"})[[*KEY, "users", *OPTIONS]].sort_values([*KEY, "users"])
+
+
+def _together(values: pd.Series) -> str:
+    return ";".join(map(str, sorted(set(values))))
+
+
+def _options(table: pd.DataFrame) -> pd.DataFrame:
+    out = table[[*KEY, "concurrency"]].assign(**{ours: table[theirs] for ours, theirs in OPTIONS.items()})
+    out["kv_dtype"] = out["kv_dtype"].map(lambda said: "fp8" if str(said).startswith("fp8") else "")
+    for name in (*POOLS, "gpus", "dp_attn", "isl", "osl", "concurrency", *(o for o in OPTIONS if o != "kv_dtype")):
+        out[name] = out[name].map(lambda value: "" if pd.isna(value) else f"{float(value):.0f}")
+    out["concurrency"] = out["concurrency"].astype(int)
+    return out
+
+
+def _each(names: pd.Series, ours: Callable[[str], str]) -> pd.Series:
+    return names.map({name: ours(name) for name in names.dropna().unique()}).fillna("")
+
+
+def _profiles(names: str) -> str:
+    """Our profiles of a list of names; empty where one of them is not known."""
+    try:
+        return ";".join(sorted({understand(name).profile.name for name in names.split(";")}))
+    except InputError:
+        return ""
+
+
+def _name(load: Any, name: str) -> str:
+    try:
+        return str(load(name).name)
+    except InputError:
+        return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="launch options of public benchmarks, as a table in the profiles")
+    parser.add_argument("--table", type=Path, required=True, help="CSV, a row per launch")
+    parser.add_argument("--profiles", type=Path, required=True, help="folder of profiles")
+    asked = parser.parse_args()
+    text = io.StringIO()
+    launches(pd.read_csv(asked.table, low_memory=False)).to_csv(text, index=False, lineterminator="\n")
+    target = asked.profiles / "records" / "launches.csv"
+    target.parent.mkdir(exist_ok=True)
+    write_atomically(target, HEADER + text.getvalue())
+
+
+if __name__ == "__main__":
+    main()

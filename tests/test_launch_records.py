@@ -1,0 +1,133 @@
+"""How public records were launched: found by sizes, lengths, users and release; a row's own cells come first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tensorcast.calibrate.engines.launches import KEY, OPTIONS, launches
+from tensorcast.predict import launch_records
+from tensorcast.predict.launch_records import wait_steps
+from tensorcast.predict.predict import predict
+from tensorcast.predict.run_columns import Run, read_run
+
+RECORD = {
+    "model": "MiniMaxAI/MiniMax-M2.5", "device": "b200_sxm", "engine": "vllm", "precision": "fp8", "isl": "1024",
+    "osl": "1024", "concurrency": "128", "tp": "4", "dp": "1", "ep": "4", "moe_tp": "1", "release": "0.19.0",
+}  # fmt: skip
+NAMES = frozenset({"moe_ep_size", "attention_dp_size"})
+
+
+def read(**cells: str) -> Run:
+    return read_run({**RECORD, **cells}, NAMES)
+
+
+def test_a_record_is_priced_as_its_script_launched_it() -> None:
+    """benchmarks/single_node/minimaxm2.5_fp8_b200.sh at bddbf4031771: --max-num-batched-tokens, --kv-cache-dtype."""
+    short, long = read(), read(isl="8192")
+    assert (short.chunk_tokens, long.chunk_tokens) == (2048, 16384)
+    assert short.options.kv_dtype == long.options.kv_dtype == "fp8"
+    assert "launched with chunk_tokens 2048, kv_dtype fp8" in "; ".join(short.assumed)
+    assert read(release="0.17.0").options.kv_dtype is None  # the script of an earlier release
+    assert read(device="h100_sxm").options.kv_dtype is None
+
+
+def test_what_a_row_says_comes_first() -> None:
+    said = read(chunk_tokens="4096", kv_dtype="bf16")
+    assert (said.chunk_tokens, said.options.kv_dtype) == (4096, "bf16")
+
+
+def test_only_records_are_read_as_launched() -> None:
+    plain = read_run(RECORD)
+    assert plain.chunk_tokens is None and plain.options.kv_dtype is None and plain.mtp_acceptance == 0.8
+    assert read(model="qwen3-30b-a3b").chunk_tokens is None  # no public script
+    assert read(device="nonesuch").chunk_tokens is None  # refused where it is served
+
+
+def test_where_drafting_is_not_known_the_interval_holds_both() -> None:
+    cells = {
+        "model_path": "deepseek-ai/DeepSeek-R1", "system": "h200_sxm", "backend": "trtllm", "precision": "fp8",
+        "isl": 1024, "osl": 1024, "concurrency": 16, "tp_size": 8, "attention_dp_size": 1, "moe_tp_size": 1,
+        "moe_ep_size": 8, "backend_version": "1.1.0rc2.post2",
+    }  # fmt: skip
+    rows = [cells, {**cells, "mtp_depth": 3}, {**cells, "mtp_depth": 3, "mtp_acceptance": 0.0}]
+    unsure, drafted, none_taken = predict(pd.DataFrame(rows)).to_dict("records")
+    assert "may have drafted 3 tokens" in unsure["assumed"] and "may have" not in drafted["assumed"]
+    assert drafted["tpot_s"] < unsure["tpot_s"] < none_taken["tpot_s"]
+    assert unsure["tpot_low_s"] == pytest.approx(drafted["tpot_low_s"])
+    assert unsure["tpot_high_s"] > drafted["tpot_high_s"]
+    assert unsure["output_tokens_per_s_high"] == pytest.approx(drafted["output_tokens_per_s_high"])
+
+
+def test_half_of_sglangs_receive_interval_is_waited_for() -> None:
+    assert wait_steps("h200", "aggregated", 4) == 0
+    assert [wait_steps("b200", "aggregated", users) for users in (15, 16)] == [5, 15]
+    cells = {"model": "llama-3.1-8b", "device": "h100", "engine": "sglang", "isl": "64", "osl": "64"}
+    assert read_run({**cells, "receive_interval": "4"}).wait_steps == 2
+    assert read_run({**cells, "engine": "vllm", "receive_interval": "4"}).wait_steps == 0
+    assert read_run({**cells, "receive_interval": "4", "wait_steps": "1"}).wait_steps == 1
+    sglang = {"engine": "sglang", "model": "Qwen/Qwen3.5-397B-A17B", "tp": "8", "ep": "1"}
+    assert read(**sglang, moe_tp="8", release="0.5.9", concurrency="64").wait_steps == 15
+
+
+def test_of_several_launches_those_of_its_release_then_of_its_users_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(release: str, users: str, chunk: str, depth: str = "") -> dict[str, str]:
+        options = dict.fromkeys(OPTIONS, "")
+        return {"release": release, "users": users, **options, "chunk_tokens": chunk, "mtp_depth": depth}
+
+    rows = [row("1;2", "4;8", "100"), row("2", "8", "300"), row("3", "8;16", "300", "2"), row("3", "64", "", "2")]
+    key = ("vllm", "m", "h100-sxm", "fp8", "1", "2", "agg", "1", "0", *[""] * 6)
+    monkeypatch.setattr(launch_records, "_launches", lambda: {key: rows})
+
+    def found(users: float, release: str) -> Any:
+        return launch_records.launched(
+            "m", "h100", "vllm", precision="FP8", lengths=(1, 2), users=users, release=release, sizes=key[6:]
+        )
+
+    assert found(4, "2").chunk_tokens == 100
+    assert found(8, "3").chunk_tokens == 300 and found(8, "3").mtp_depths == (2,)
+    assert found(8, "").chunk_tokens == 300 and found(8, "").mtp_depths == (0, 2)  # most of three
+    assert found(64, "").chunk_tokens is None and found(64, "").mtp_depths == (2,)
+    assert found(64, "1").chunk_tokens == 100 and found(64, "1").mtp_depths == (0,)  # its release before its users
+
+
+def test_launches_that_are_alike_are_one_row() -> None:
+    launch = {
+        "engine": "vllm", "engine_release": "0.19.0",
+        "serving_model": "deepseek-ai/DeepSeek-R1;deepseek-ai/DeepSeek-V3",
+        "hf_model": "x", "device": "h200", "precision": "fp8", "mode": "agg", "role": "agg", "isl": 1024, "osl": 1024,
+        "concurrency": 4, "tp": 8, "dp_attn": 0, "max_num_tokens": 8192.0, "kv_cache_dtype": "fp8_e4m3",
+        "spec_depth": None, "sched_recv_interval": None, "stream_interval": 20.0,
+        "prefill_workers": None, "prefill_tp": None, "prefill_dp_attn": None,
+        "decode_workers": None, "decode_tp": None, "decode_dp_attn": None,
+    }  # fmt: skip
+    pools = launch | {
+        "mode": "disagg", "prefill_workers": 1, "prefill_tp": 8, "prefill_dp_attn": 0,
+        "decode_workers": 2, "decode_tp": 8, "decode_dp_attn": 1,
+    }  # fmt: skip
+    prefill = {"role": "prefill", "max_num_tokens": 16384, "kv_cache_dtype": None}
+    decode = {"role": "decode", "max_num_tokens": 64, "spec_depth": 3}
+    rows = [launch, launch | {"concurrency": 16}, launch | {"engine_release": "0.20.0"}]
+    rows += [pools | prefill, pools | decode]
+    unknown = [launch | {"serving_model": None, "hf_model": "none/such"}, launch | {"device": "none"}]
+    out = launches(pd.DataFrame(rows + unknown))
+    assert list(out.columns) == [*KEY, "users", *OPTIONS]
+    agg, disagg = (out[out["mode"] == mode] for mode in ("agg", "disagg"))
+    assert sorted(zip(agg["release"], agg["users"], strict=True)) == [("0.19.0", "16"), ("0.19.0;0.20.0", "4")]
+    assert set(agg["model"]) == {"deepseek-r1;deepseek-v3"} and set(agg["kv_dtype"]) == {"fp8"}
+    one = disagg.iloc[0]
+    assert len(disagg) == 1 and (one["chunk_tokens"], one["mtp_depth"], one["gpus"]) == ("16384", "3", "")
+    assert (one["decode_workers"], one["decode_dp_attn"], one["kv_dtype"]) == ("2", "1", "fp8")
+
+
+def test_the_shipped_table_names_profiles() -> None:
+    from tensorcast.profiles import list_devices, list_engines, list_models
+
+    text = (Path(__file__).parent.parent / "profiles" / "records" / "launches.csv").read_text()
+    table = pd.read_csv(Path(__file__).parent.parent / "profiles" / "records" / "launches.csv", comment="#", dtype=str)
+    assert text.startswith("# ") and len(table) > 1000 and not table.duplicated().any()
+    assert {name for names in table["model"] for name in names.split(";")} <= set(list_models())
+    assert set(table["device"]) <= set(list_devices()) and set(table["engine"]) <= set(list_engines())

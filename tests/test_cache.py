@@ -14,12 +14,12 @@ from tensorcast.errors import InputError
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace import cache, tracer
 from tensorcast.trace.cache import RankForm, RankTables, WholeModel, rank_tables, traced, whole_model
-from tensorcast.trace.moe import Whole
+from tensorcast.trace.moe import BlockForm, Whole
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": ["model.layers.2"]}
 FORM = RankForm(
     tp=2, quant=None, arithmetic=("bf16", "fp8"), architecture="Hopper", fusions=("merged_gemm", "pointwise"),
-    apart=(), shared=Whole(0.5),
+    apart=(), block=BlockForm(Whole(0.5)),
 )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_a_second_process_makes_nothing(folder: Path, monkeypatch: pytest.Monkey
         "small-decode-tp1", "small-decode-tp2", "small-decode-whole", "small-decode-rank2",
     }  # fmt: skip
     monkeypatch.setattr(cache, "_known", {})
-    for step in ("checkpoint", "by_precision", "apply_quantization", "fuse", "with_whole_shared", "cut_widths"):
+    for step in ("checkpoint", "by_precision", "apply_quantization", "fuse", "with_block_form", "cut_widths"):
         monkeypatch.setattr(cache, step, _refuses)
     monkeypatch.setattr(tracer, "trace", _refuses)
     assert _all(_profile(quantization_config={**FP8, "weight_block_size": [128, 128]})) == made
@@ -78,7 +78,8 @@ def test_a_damaged_file_is_made_again(
 def test_what_is_asked_is_part_of_the_key(folder: Path) -> None:
     profile = _profile()
     forms = [FORM, *(RankForm(**{**vars(FORM), **change}) for change in (
-        {"quant": "fp8"}, {"architecture": "Ampere"}, {"arithmetic": ("bf16",)}, {"fusions": ()}, {"shared": None},
+        {"quant": "fp8"}, {"architecture": "Ampere"}, {"arithmetic": ("bf16",)}, {"fusions": ()},
+        {"block": BlockForm()},
     ))]  # fmt: skip
     for form in forms:
         rank_tables(profile, "decode", form)

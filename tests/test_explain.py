@@ -78,7 +78,10 @@ def test_elasticities_are_gains_no_larger_than_the_resource(why: Explanation) ->
     # 10 % more of everything that a step waits for is about 10 % in all
     assert 0.05 < speed["gain_a"].sum() < 0.115
     out: dict[Any, Any] = gains.loc["scale-out bandwidth"].to_dict()
-    assert out["gain_b"] > out["gain_a"] > 0
+    # all 32 ranks gather the same tokens, of which B's tp ranks send slices; B's step takes longer beside that
+    assert out["gain_a"] > out["gain_b"] > 0
+    seconds = why.groups.set_index("group").loc["dispatch"]
+    assert seconds["seconds_a"] == pytest.approx(seconds["seconds_b"])
 
 
 @settings(max_examples=12, deadline=None)

@@ -21,6 +21,7 @@ from tensorcast.modeling.moe.groups import MoEGroups
 from tensorcast.modeling.moe.layer import MoELayer
 from tensorcast.modeling.moe.parallel import MoEOptions, ParallelMoELayer
 from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.trace.moe import blocks_of
 from tensorcast.trace.record import Recorder
 from tensorcast.trace.table import Op
 
@@ -130,6 +131,89 @@ def test_layer_runs_the_expert_shapes_that_the_plan_prices(layout: Layout, split
         if isinstance(row, Op) and row.name == "grouped_matmul"
     ]
     assert traced == priced
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "exchange"),
+    [
+        (Layout(4, 1, 4, 4), "all_to_all"), (Layout(4, 2, 2, 4), "all_to_all"), (Layout(8, 2, 4, 8), "all_to_all"),
+        (Layout(4, 4, 1, 4), "all_to_all"), (Layout(4, 2, 2, 4), "allgather_reducescatter"),
+    ],
+)  # fmt: skip
+def test_layer_works_on_the_tokens_that_the_plan_prices(
+    later: bool, layout: Layout, exchange: str, tmp_path: Path
+) -> None:
+    """Tokens of the router, of what is permuted and summed, of the shared expert and its gate."""
+    (tmp_path / "config.json").write_text(json.dumps(SMALL["qwen2_moe"]))
+    split, travels = layout.dp == 1, exchange == "all_to_all"
+    block = block_of("qwen2_moe").to("meta").to(torch.bfloat16)
+    asked = MoEOptions(exchange, split_tokens_over_tp=split, route_after_dp_transform=later)  # type: ignore[arg-type]
+    layer = ParallelMoELayer(MoELayer(block), MoEGroups.of(layout.tp, layout.dp, layout.ep, 0), asked)
+    recorder = Recorder(layer)
+    with torch.no_grad(), recorder:
+        layer(torch.empty(1, TOKENS, HIDDEN, device="meta", dtype=torch.bfloat16))
+    deployment = deploy(
+        load_model(str(tmp_path)), load_device("h200"), load_engine("eager"), layout, "decode", options=Options(
+            all2all="direct" if travels else exchange, split_tokens_over_tp=split, route_after_dp_transform=later,
+            shared_expert_tp=False, fusion="none",
+        ),
+    )  # fmt: skip
+    sizes = deployment.step.sizes.context(float(TOKENS), 1.0, 10.0).sizes
+    rows = [row for row in deployment.step.plan.rows if isinstance(row, Op)]
+    blocks = blocks_of(rows)
+    priced = [
+        (row.name, [[int(d.at(sizes)) for d in t.dims] for t in row.inputs]) for row in rows
+        if row.kind == max(blocks) and row.module.startswith(blocks[row.kind])
+    ]
+    traced = [(call.name, [list(t.shape) for t in call.inputs]) for call in recorder.calls]
+    names = ["mm", "init_routing_v2", "unpermute_tokens"] if travels else ["mm"]
+    for name in names:
+        # of the permute and its inverse the tokens; the rows on their way are those of the experts
+        first = slice(0, 1) if name == "init_routing_v2" else slice(None)
+        ours, theirs = (
+            [shapes[-1] if name == "unpermute_tokens" else shapes for n, shapes in calls if n == name][first]
+            for calls in (priced, traced)
+        )
+        assert sorted(map(str, ours)) == sorted(map(str, theirs)), name
+
+
+def test_engines_slice_tokens_before_the_router(tmp_path: Path) -> None:
+    """vLLM 0.24.0 (config/parallel.py; models/mixtral.py has no such slice) and SGLang 0.5.14 (communicator.py)."""
+    layout, found = Layout(4, 2, 2, 4), {}
+    for family, engine, all2all in (
+        ("deepseek_v3", "vllm", "auto"), ("mixtral", "vllm", "auto"), ("deepseek_v3", "sglang", "high_throughput"),
+        ("deepseek_v3", "sglang", "allgather_reducescatter"),
+    ):  # fmt: skip
+        name = "DeepseekV3ForCausalLM" if family == "deepseek_v3" else "MixtralForCausalLM"
+        (tmp_path / "config.json").write_text(json.dumps({**SMALL[family], "architectures": [name]}))
+        deployment = deploy(
+            load_model(str(tmp_path)), load_device("h200"), load_engine(engine), layout, "decode",
+            options=Options(all2all=all2all, fusion="none"),
+        )  # fmt: skip
+        rows = deployment.step.plan.rows
+        kind = max(row.kind for row in rows)
+        gate = next(row for row in rows if isinstance(row, Op) and row.module.endswith(".gate") and row.name == "mm")
+        moved = [
+            (row.op, row.group, row.scale) for row in rows if isinstance(row, Collective) and row.kind == kind
+        ]
+        shared = {row.shard for row in rows if isinstance(row, Op) and "shared_experts.down" in row.module}
+        found[family, engine, all2all] = float(gate.inputs[0].dims[0].coef), shared, moved
+    state = 2.0 * HIDDEN  # bytes of a token in bf16
+    assert found["deepseek_v3", "vllm", "auto"] == (0.5, {"replicated"}, [
+        ("all_reduce", "tp", state), ("all_gather", "ep", 2 * state), ("reduce_scatter", "ep", 2 * state),
+        ("all_gather", "tp", state),
+    ])  # fmt: skip
+    assert found["mixtral", "vllm", "auto"] == (1.0, set(), [
+        ("all_reduce", "tp", state), ("all_gather", "dp", 2 * state), ("reduce_scatter", "dp", 2 * state),
+        ("all_reduce", "tp", state),
+    ])  # fmt: skip
+    sliced, shared, moved = found["deepseek_v3", "sglang", "high_throughput"]
+    assert (sliced, shared) == (0.5, {"replicated"})
+    assert [(op, group) for op, group, _ in moved] == [
+        ("reduce_scatter", "tp"), ("all_to_all", "ep"), ("all_to_all", "ep"), ("all_gather", "tp"),
+    ]  # fmt: skip
+    assert found["deepseek_v3", "sglang", "allgather_reducescatter"][0] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,8 @@ def shared(deployment: Deployment, batch: float) -> tuple[float, int]:
 
 def test_shared_expert_whole_on_every_rank() -> None:
     """Full width on a tp-th of the tokens: the same FLOPs, tp times the weights, no all-reduce."""
-    cut, whole = deepseek(TP8), deepseek(TP8, shared_expert_tp=False)
+    cut, whole = (deepseek(TP8, "trtllm", all2all="direct", shared_expert_tp=one) for one in (True, False))
+    assert shared(deepseek(TP8), 64.0) == shared(whole, 64.0)  # SGLang holds them whole where rows travel
     assert shared(cut, 64.0) == (2 * 64 * 3 * HIDDEN * WIDTH / 8, 1)
     assert shared(whole, 64.0) == (2 * 64 * 3 * HIDDEN * WIDTH / 8, 0)
     more = MOE_LAYERS * 3 * HIDDEN * WIDTH * (1 + 4 / 128**2) * 7 / 8

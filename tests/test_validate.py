@@ -32,7 +32,7 @@ from tensorcast.measure.store import CRASHED, Store, key_of, read_table, works_f
 from tensorcast.modeling.config import hf_config
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.profiles.store import load_engine
+from tensorcast.profiles.store import load_engine, load_model
 from tensorcast.trace.cache import traced
 from tensorcast.validate import beside_measured as compare
 from tensorcast.validate.run import Request, _deployment, _watcher, cut
@@ -347,16 +347,12 @@ def test_likely_cause(measured_over_predicted: float, flops: float, moved: float
     assert cause.startswith(words) and bool(cause) == bool(words)
 
 
-def test_first_layers_of_a_class_of_ones_own_are_its_arguments() -> None:
-    own = ModelProfile(name="own", model="own_model:House", config={"floors": 3, "width": 64})
-    with pytest.raises(InputError, match=r"no field of own's config is known .*set its argument \(floors, width\)"):
-        cut(own, 1)
-
-
 def test_first_layers_of_a_model() -> None:
     small = cut(model("gpt_oss"), 2)
     assert hf_config(small).num_hidden_layers == 2 and traced(small, "decode").layer_kinds == (0, 1)
     assert cut(model("qwen3_moe"), 1).config["mlp_only_layers"] == []
+    hybrid = cut(load_model("nemotron-3-nano-30b-a3b"), 2)  # a letter per layer
+    assert hybrid.config["hybrid_override_pattern"] == "ME" and hf_config(hybrid).num_hidden_layers == 2
     for layers_ in (0, 99):
         with pytest.raises(InputError, match="--layers"):
             cut(model("llama"), layers_)

@@ -13,7 +13,7 @@ from tensorcast.cost.work import Mask, Size
 from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import Layout, attention_dp, check, stage_layers
 from tensorcast.deploy.options import Options, check_options, idle_options
-from tensorcast.deploy.plan.plan import choose_all2all, expert_sources, make_plan, shared_form
+from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
 from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step, make_step
 from tensorcast.errors import InputError, unknown_name
@@ -254,7 +254,8 @@ def deploy(
     tables = rank_tables(model, phase, RankForm(
         tp=layout.tp, quant=options.quant, arithmetic=tuple(device.peak_flops), architecture=device.architecture,
         fusions=tuple(engine.fusions) if options.fusion == "engine" else (),
-        apart=engine.own_gemms.groups if engine.own_gemms else (), shared=shared_form(options, layout, all2all),
+        apart=engine.own_gemms.groups if engine.own_gemms else (),
+        block=block_form(options, layout, all2all, engine, model.config),
     ))  # fmt: skip
     quantization = replace(whole.stored, kv=options.kv_dtype or whole.stored.kv)
     plan = make_plan(tables.runs, layout, device, engine, options=options, config=model.config)

@@ -107,6 +107,10 @@ class Options:
         False, "At dp = 1 each GPU sends its slice of the tokens to their experts, instead of all GPUs working on all "
         "tokens.", of_experts=True,
     )
+    route_after_dp_transform: bool = _about(
+        False, "The router works on the tokens that a GPU sends, or has gathered, instead of on its own.",
+        of_experts=True, idle=_nothing_travels,
+    )
     dual_batch_overlap: bool = _about(
         False, "Two half batches: one computes while the other exchanges tokens.", of_experts=True
     )
@@ -133,6 +137,7 @@ class DeploymentOptions(TypedDict, total=False):
     shared_expert_tp: bool
     external_shared_experts: int
     split_tokens_over_tp: bool
+    route_after_dp_transform: bool
     dual_batch_overlap: bool
     mtp_depth: int
     chunk_tokens: int

@@ -57,6 +57,21 @@ class AllreduceNorm(Frozen):
         return largest
 
 
+class SlicedBlocks(Frozen):
+    """Where each tensor-parallel rank takes its slice of the tokens through a MoE block, its router included."""
+
+    exchanges: tuple[str, ...]
+    architectures: tuple[str, ...] = Field(default=(), description="model classes that do; else all")
+    least_dp: int = Field(default=1, ge=1, description="data-parallel ranks from which on")
+    scatters: bool = Field(default=False, description="slices are made by the sum before the block (reduce-scatter)")
+    source: str = Field(min_length=3)
+
+    def hold(self, dp: int, exchange: str, config: dict[str, Any]) -> bool:
+        """Whether blocks of the model with this ``config`` do, under an exchange, where tp ranks hold whole experts."""
+        listed = not self.architectures or bool(set(self.architectures) & set(config.get("architectures") or ()))
+        return listed and dp >= self.least_dp and exchange in self.exchanges
+
+
 @dataclass(frozen=True)
 class Overhead:
     """What a step takes beside its kernels: seconds per step and per sequence; ``error_s``: median error of the sum."""
@@ -147,6 +162,7 @@ class EngineProfile(Frozen):
     prefill_graphs: PrefillGraphs | None = Field(default=None, description="prefill steps that are captured in pieces")
     pipeline_split: PipelineSplit = Field(default="first", description="stages with one more layer, if any have")
     all2all: dict[Literal["prefill", "decode"], str] = Field(description="default MoE exchange per phase, dp > 1")
+    sliced_blocks: SlicedBlocks | None = Field(default=None, description="where tp ranks slice tokens before a router")
     experts_backend: dict[Literal["prefill", "decode"], str] = Field(
         default={}, description="how expert matmuls run per phase (grouped_mm if not said), unless the exchange decides"
     )

@@ -19,7 +19,7 @@ from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.fleet import Fleet, fleet
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan.plan import choose_all2all, shared_form
+from tensorcast.deploy.plan.plan import block_form, choose_all2all
 from tensorcast.deploy.step.asked_rows import Memo
 from tensorcast.deploy.step.sizes import COARSE, KV_BYTES
 from tensorcast.search.axes import LARGEST_BATCH
@@ -31,7 +31,7 @@ from tensorcast.serving.curves import decode_columns
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
 from tensorcast.serving.traffic import Array
 from tensorcast.trace.cache import whole_model
-from tensorcast.trace.moe import Whole
+from tensorcast.trace.moe import BlockForm
 
 GRID = COARSE[(COARSE >= 1) & (COARSE <= LARGEST_BATCH)]
 """Batches of decode steps that every variant is priced at."""
@@ -48,7 +48,7 @@ class _Structure:
     tp: int
     graph_tokens: int
     exchange: tuple[str, str]
-    shared: tuple[Whole | None, Whole | None]
+    blocks: tuple[BlockForm, BlockForm]
     common: tuple[Options, Options]
 
 
@@ -258,14 +258,17 @@ class VariantPrices:
     def _structure(self, layout: Layout, prefill: Options, decode: Options) -> _Structure:
         options = {"prefill": prefill, "decode": decode}
         exchange = [choose_all2all(o.all2all, layout, self.scenario.engine, phase) for phase, o in options.items()]
-        shared = [shared_form(o, layout, kind) for o, kind in zip(options.values(), exchange, strict=True)]
+        engine, config = self.scenario.engine, self.scenario.model.config
+        blocks = [
+            block_form(o, layout, kind, engine, config) for o, kind in zip(options.values(), exchange, strict=True)
+        ]
         # what becomes a column of the fleet's arrays may differ
         common = [
             replace(o, dispatch=None, redundant_experts=0, external_shared_experts=min(1, o.external_shared_experts))
             for o in options.values()
         ]
         return _Structure(
-            layout.tp, self._graph_tokens(layout), (exchange[0], exchange[1]), (shared[0], shared[1]),
+            layout.tp, self._graph_tokens(layout), (exchange[0], exchange[1]), (blocks[0], blocks[1]),
             (common[0], common[1]),
         )  # fmt: skip
 

@@ -25,7 +25,7 @@ from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.cuts import Cut, cut_widths
 from tensorcast.trace.fuse import fuse
-from tensorcast.trace.moe import Whole, with_whole_shared
+from tensorcast.trace.moe import BlockForm, with_block_form
 from tensorcast.trace.precision import apply_quantization, by_precision
 from tensorcast.trace.stored import FORMAT, from_json, to_json
 from tensorcast.trace.table import OpTable
@@ -160,7 +160,7 @@ class RankForm:
     """What makes the table of a rank from a traced one.
 
     ``quant``: what is asked instead of what the model ships in; ``arithmetic`` and ``architecture`` are the device's,
-    ``fusions`` and projections that stay ``apart`` the engine's. ``shared``: shared experts that are not cut over tp.
+    ``fusions`` and projections that stay ``apart`` the engine's. ``block``: how MoE blocks run.
     """
 
     tp: int
@@ -169,7 +169,7 @@ class RankForm:
     architecture: str
     fusions: tuple[str, ...]
     apart: tuple[tuple[str, ...], ...]
-    shared: Whole | None
+    block: BlockForm
 
 
 class RankTables(NamedTuple):
@@ -184,9 +184,7 @@ def rank_tables(profile: ModelProfile, phase: str, form: RankForm) -> RankTables
 
     def make() -> RankTables:
         running = as_run(_stored(profile, form.quant), form.arithmetic, form.architecture)
-        held = by_precision(traced(profile, phase, form.tp), running)
-        if form.shared is not None:
-            held = with_whole_shared(held, form.shared)
+        held = with_block_form(by_precision(traced(profile, phase, form.tp), running), form.block)
         return RankTables(held, fuse(apply_quantization(held, running), form.fusions, form.apart))
 
     what = phase, f"rank{form.tp}", form

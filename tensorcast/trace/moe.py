@@ -148,7 +148,68 @@ class Whole:
     resident: bool = True
 
 
-def with_whole_shared(table: OpTable, whole: Whole) -> OpTable:
+@dataclass(frozen=True)
+class BlockForm:
+    """On which tokens a rank works inside its MoE blocks, per token of the rank, and how shared experts run.
+
+    ``norm``: what stands between attention's sum and the block; ``choosing``: the router; ``moving``: rows permuted to
+    experts and summed; ``adding``: what else the block does before its tokens are all on the rank again. ``shared``:
+    shared experts that are not cut over tp.
+    """
+
+    shared: Whole | None = None
+    norm: float = 1.0
+    choosing: float = 1.0
+    moving: float = 1.0
+    adding: float = 1.0
+
+
+def with_block_form(table: OpTable, form: BlockForm) -> OpTable:
+    """``table`` with its MoE blocks on the tokens, and its shared experts in the way, that ``form`` says."""
+    if form.shared is not None:
+        table = _with_whole_shared(table, form.shared)
+    if (form.norm, form.choosing, form.moving, form.adding) == (1.0, 1.0, 1.0, 1.0):
+        return table
+    ops = list(table.ops)
+    for kind, block in blocks_of(ops).items():
+        mine = [i for i, op in enumerate(ops) if op.kind == kind]
+        inside = [i for i in mine if ops[i].module.startswith(block)]
+        start = next(i for i in inside if ops[i].name == "init_routing_v2")
+        experts = ops[start].module
+        summed = max((i for i in mine if i < inside[0] and ops[i].shard == "row"), default=inside[0])
+        for i in mine:
+            op = ops[i]
+            if summed < i < inside[0]:
+                ops[i] = _on_tokens(op, form.norm)
+            elif i in inside and not is_shared(op.module, kind, {kind: block}):
+                ops[i] = _on_tokens(op, _share(op, i < start, op.module.startswith(experts), table, form))
+    return table.with_ops(ops)
+
+
+def _share(op: Op, before: bool, of_experts: bool, table: OpTable, form: BlockForm) -> float:
+    """Of a row inside a block: before the permute it chooses, unless it narrows what the experts read."""
+    facts = table.facts
+    narrows = facts.moe_hidden_size != facts.hidden_size and op.outputs[0].dims[-1].coef == facts.moe_hidden_size
+    if before and not of_experts:
+        return form.adding if narrows else form.choosing
+    return form.moving if of_experts else form.adding
+
+
+def _on_tokens(op: Op, share: float) -> Op:
+    """The row on ``share`` of this rank's tokens."""
+    if share == 1.0:
+        return op
+
+    def scaled(tensor: Tensor) -> Tensor:
+        if tensor.weight:
+            return tensor
+        dims = (dim._replace(coef=dim.coef * share) if dim.B and not dim.L else dim for dim in tensor.dims)
+        return replace(tensor, dims=tuple(dims))
+
+    return op.but(inputs=tuple(map(scaled, op.inputs)), outputs=tuple(map(scaled, op.outputs)))
+
+
+def _with_whole_shared(table: OpTable, whole: Whole) -> OpTable:
     """``table`` with its shared experts at full width, on ``whole.tokens`` of its tokens, without an all-reduce."""
     blocks = blocks_of(table.ops)
     mine = [op for op in table.ops if is_shared(op.module, op.kind, blocks) and not op.stage]

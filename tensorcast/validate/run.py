@@ -40,8 +40,9 @@ BACKEND = "prefill=grouped_mm,decode=grouped_mm"
 
 LISTS = (
     "layer_types", "mlp_layer_types", "no_rope_layers", "compress_ratios", "num_attention_heads_per_layer",
+    "layers_block_type", "hybrid_override_pattern",
 )
-"""Config lists with one entry per layer."""
+"""Lists and words of a config with one entry per layer."""
 
 Say = Callable[[str], None]
 
@@ -121,12 +122,11 @@ def cut(model: ModelProfile, layers: int) -> ModelProfile:
     text = text_of(config)
     name = next((n for n in ("num_hidden_layers", "n_layers", "n_layer") if n in text), None)
     if name is None:
-        own = f"; of a class of one's own set its argument ({', '.join(text)})" if model.model else ""
-        raise InputError(f"--layers {layers}: no field of {model.name}'s config is known as its number of layers{own}")
+        raise InputError(f"--layers {layers}: the config of {model.name} does not say how many layers it has")
     if not 1 <= layers <= text[name]:
         raise InputError(f"--layers {layers}: {model.name} has {text[name]} layers")
     for key in LISTS:
-        if isinstance(text.get(key), list) and len(text[key]) == text[name]:
+        if isinstance(text.get(key), list | str) and len(text[key]) == text[name]:
             text[key] = text[key][:layers]
     if isinstance(text.get("mlp_only_layers"), list):
         text["mlp_only_layers"] = [i for i in text["mlp_only_layers"] if i < layers]

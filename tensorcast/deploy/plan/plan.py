@@ -23,7 +23,7 @@ from tensorcast.modeling.moe.backends import BACKENDS, choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.trace.moe import Whole, blocks_of
+from tensorcast.trace.moe import BlockForm, Whole, blocks_of
 from tensorcast.trace.table import Op, OpTable, per_table
 
 CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
@@ -102,13 +102,28 @@ def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: An
     return wanted
 
 
-def shared_form(options: Options, layout: Layout, all2all: str) -> Whole | None:
-    """How shared experts run where they are not cut over tp; None where they are."""
+def block_form(
+    options: Options, layout: Layout, all2all: str, engine: EngineProfile, config: dict[str, Any]
+) -> BlockForm:
+    """On which tokens a rank works inside its MoE blocks, and how shared experts run, as the layer itself does.
+
+    Where rows travel each tp rank has a slice of the tokens: of an engine that slices before the router, the router
+    and the shared experts work on the slice, too. Gathered tokens are chosen for after the gather if so asked.
+    """
+    rule, travels = engine.sliced_blocks, all2all in EXCHANGES
+    sliced = rule is not None and layout.tp > 1 and layout.etp == 1 and rule.hold(layout.dp, all2all, config)
+    part, shared = 1.0 / layout.tp, None
     if options.external_shared_experts:
-        return Whole(layout.dp / options.external_shared_experts, resident=False)
-    if options.shared_expert_tp or layout.tp == 1:
-        return None
-    return Whole(1.0 / layout.tp if all2all in EXCHANGES else 1.0)
+        shared = Whole(layout.dp / options.external_shared_experts, resident=False)
+    elif layout.tp > 1 and (sliced or not options.shared_expert_tp):
+        shared = Whole(part if travels or sliced else 1.0)
+    later = options.route_after_dp_transform and all2all != "none"
+    own = 1.0 if travels or not later else float(layout.dp)
+    return BlockForm(
+        shared=shared, norm=part if sliced and rule is not None and rule.scatters else 1.0,
+        choosing=part if sliced or (later and travels) else own, moving=part if travels else 1.0,
+        adding=part if sliced or travels else 1.0,
+    )
 
 
 COMBINES = {
@@ -182,7 +197,8 @@ def make_plan(
         width = rounded_hidden(width, experts.attrs.get("scheme", "bf16"))
     copies = table.facts.copies_per_token + (options.external_shared_experts > 0)  # one for an external shared expert
     token, result = (float(width) * one.activation_bytes for one in (scheme, combine))
-    sent = _Sent(token, result, table.facts.moe_hidden_size, copies)
+    form = block_form(options, layout, chosen, engine, config)
+    sent = _Sent(token, result, table.facts.moe_hidden_size, copies, form.adding < 1.0, form.norm < 1.0)
     rows = _with_collectives(table, layout, device, chosen, sent)
     asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
     dp = attention_dp(layout, table.facts.num_experts)
@@ -194,12 +210,15 @@ def make_plan(
 
 class _Sent(NamedTuple):
     """What a MoE block exchanges: bytes of a token and of its result, as they travel, the hidden size of the block,
-    and the (token, expert) copies of a token."""
+    and the (token, expert) copies of a token. ``sliced``: each tp rank has a slice of the tokens until
+    they are gathered; ``scattered``: the sum before the block makes it."""
 
     token_bytes: float
     result_bytes: float
     hidden: int
     copies: float
+    sliced: bool
+    scattered: bool
 
 
 def _with_collectives(
@@ -222,7 +241,9 @@ def _with_collectives(
             norm, width = op.name == "pointwise", op.outputs[0].dims[-1].coef
             label = "norm over sharded width" if norm else ""
             partial_sums = 4.0 if norm else 2.0 * width
-            rows.append(Collective("all_reduce", op.module, op.kind, "tp", layout.tp, tp, partial_sums, label=label))
+            kept = norm or not (sent.scattered and op.kind in blocks)
+            name: CollectiveOp = "all_reduce" if kept else "reduce_scatter"
+            rows.append(Collective(name, op.module, op.kind, "tp", layout.tp, tp, partial_sums, label=label))
         if layout.tp > 1 and "logits" in places:
             vocabulary = table.facts.vocab_size * 2.0
             rows.append(Collective(
@@ -307,18 +328,18 @@ def _moe_collectives(
     gathers = all2all == "allgather_reducescatter"
     if gathers:
         token, result = (bytes_each * layout.dp for bytes_each in both)
-        found["dispatch"].append(over_dp(op="all_gather", scale=token, label="dispatch"))
-        found["end"].append(over_dp(op="reduce_scatter", scale=result, label="combine"))
+        over = over_ep if sent.sliced else over_dp
+        found["dispatch"].append(over(op="all_gather", scale=token, label="dispatch"))
+        found["end"].append(over(op="reduce_scatter", scale=result, label="combine"))
     elif all2all != "none":
         for phase, copy_bytes in zip(("dispatch", "combine"), both, strict=True):
             exchange = {"kind": all2all, "phase": phase, "copies": sent.copies}
             scale = copy_bytes * sent.copies / layout.tp  # a token is sent by one of the tp ranks that hold it
             found[phase].append(over_ep(op="all_to_all", scale=scale, exchange=exchange, label=phase))
     if layout.tp > 1:  # what leaves the block's result, in bf16, on every rank that holds the token
-        split = all2all != "none" and not gathers
-        name: CollectiveOp = "all_gather" if split else "all_reduce"
+        name: CollectiveOp = "all_gather" if sent.sliced else "all_reduce"
         found["end"].append(anywhere(
             op=name, group="tp", ranks=layout.tp, extent=group_extent(layout.tp, 1, device), scale=2.0 * sent.hidden,
-            label="tokens split over tp" if split else "experts",
+            label="tokens split over tp" if sent.sliced else "experts",
         ))  # fmt: skip
     return found

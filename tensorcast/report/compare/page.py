@@ -81,6 +81,5 @@ def environment_of(view: View) -> list[tuple[str, str]]:
         lines.append((name, f"{deployment.device.description}; {made}"))
     if view.shown:
         engine, model = view.shown[0].decode.engine, view.shown[0].decode.model
-        lines.append((engine.name, f"version {engine.version}"))
-        lines.append((model.name, f"{model.hf_id}: {model.description or model.model}"))
+        lines += [(engine.name, f"version {engine.version}"), (model.name, f"{model.hf_id}: {model.description}")]
     return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tensorcast.modeling.build import _stock
+from tensorcast.modeling.build import causal_lm
 from tensorcast.modeling.config import hf_config
 from tensorcast.modeling.moe.apply import moe_blocks
 from tensorcast.modeling.moe.rewrite import prove
@@ -22,7 +22,7 @@ NOT_REWRITTEN: dict[str, tuple[str, str]] = {
 def is_kept(profile: ModelProfile) -> bool:
     """Whether the blocks' own code runs around rewritten experts; else they are read by their fields."""
     with torch.device("meta"):
-        stock = _stock(hf_config(profile), torch.float32)
+        stock = causal_lm(hf_config(profile), torch.float32)
     return any(prove(block, model=profile.name).kept for _, block in moe_blocks(stock))
 
 

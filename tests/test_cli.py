@@ -242,6 +242,23 @@ def test_help_of_a_real_process() -> None:
     assert all(name in done.stdout for name in ("simulate", "models", "devices", "engines"))
 
 
+def test_help_of_all_commands_imports_none_of_them_and_says_of_each_what_its_own_help_says() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom tensorcast.cli import app\n"
+        "print(CliRunner().invoke(app, ['--help'], env={'COLUMNS': '200'}).output)\n"
+        "print([m for m in sys.modules if m in ('pydantic', 'numpy') or m.startswith('tensorcast.cli.')])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    *shown, imported = done.stdout.strip().splitlines()
+    assert imported == "['tensorcast.cli.app']", done.stdout + done.stderr
+    for name in ("simulate", "predict", "devices"):
+        line = next(line for line in shown if line.startswith(f"│ {name} "))
+        summary = line.strip("│ ").removeprefix(name).strip()
+        own = " ".join(invoke(name, "--help", COLUMNS="200").stdout.split())
+        assert len(summary) > 20 and summary.rstrip(".") in own
+
+
 def test_help_teaches_by_example_and_the_examples_run() -> None:
     text = invoke("simulate", "--help", COLUMNS="200").stdout
     examples = [line.split() for line in text.splitlines() if line.strip().startswith("tensorcast simulate")]

@@ -17,11 +17,15 @@ from own_model import House
 from torch import nn
 
 import tensorcast as tc
+from tensorcast.deploy.layout import Layout
+from tensorcast.launch.launch import launch
+from tensorcast.measure.layers import check_layers, stock_model
 from tensorcast.modeling.build import build
 from tensorcast.modeling.config import hf_config
 from tensorcast.modeling.custom import CustomLM, custom_config
 from tensorcast.modeling.moe.apply import apply_moe
 from tensorcast.modeling.moe.listed import GroupedExperts, LoopedExperts
+from tensorcast.modeling.moe.rewrite import InPlace
 from tensorcast.profiles.model import ModelProfile, MoEFields
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.dims import Sizes
@@ -40,8 +44,7 @@ CONFIG: dict[str, Any] = {
 def profile(tmp_path: Path, moe: dict[str, Any] | None = None, **config: Any) -> str:
     """A YAML file beside a copy of the class's file; its path."""
     (tmp_path / "house.py").write_text(SOURCE.read_text("utf-8"), "utf-8")
-    said = {"name": "house", "hf_id": "me/house", "description": "my own", "sources": {"code": "house.py"},
-            "model": "house.py:House", "config": {**CONFIG, **config}, "moe": {**MOE, **(moe or {})}}  # fmt: skip
+    said = {"name": "house", "model": "house.py:House", "config": {**CONFIG, **config}, "moe": {**MOE, **(moe or {})}}
     path = tmp_path / "house.yaml"
     path.write_text(yaml.safe_dump(said), "utf-8")
     return str(path)
@@ -107,6 +110,8 @@ def test_simulate_explain_and_compare_by_yaml_alone(tmp_path: Path) -> None:
     assert run.step_s > 0 and "grouped_matmul" in set(run.ops["op"])
     why = tc.explain(path, device="h200", world_size=2, layout="tp1-dp2-ep2", versus="tp1-dp2", batch=8, context=256)
     assert len(why.groups)
+    started = launch("vllm", load_model(path), Layout(2, dp=2, ep=2), batch=8, input_len=128, output_len=16)
+    assert started.notes[-1] == "house is the class House: vllm serves it once it is registered there"
     found = tc.compare(path, device="h200", world_size=2, input_len=128, output_len=16, ttft_s=2, tpot_s=1)
     assert found.best is not None
 
@@ -127,6 +132,22 @@ def test_wrong_names_are_one_line_with_those_that_exist(tmp_path: Path, moe: dic
     with pytest.raises(tc.InputError, match=message) as caught:
         trace(load_model(profile(tmp_path, moe)), "decode")
     assert "\n" not in str(caught.value)
+
+
+def test_validate_compares_its_layers_with_its_own_code(tmp_path: Path) -> None:
+    config = hf_config(load_model(profile(tmp_path)))
+    torch.manual_seed(1)
+    model = randomized(stock_model(config, torch.float32, torch.device("cpu")))
+    checked = check_layers(model, config, (0,) * 5, ("all",))
+    assert isinstance(model.model.floors[0].crowd, InPlace)
+    assert [one.layer for one in checked] == [0] and checked[0].relative_error < 1e-6
+
+
+def test_a_block_that_the_profile_does_not_name_is_pointed_at(tmp_path: Path) -> None:
+    path = Path(profile(tmp_path))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text("utf-8")), "moe": {}}), "utf-8")
+    with pytest.raises(tc.InputError, match=r"floors\.0\.crowd looks like a MoE block that"):
+        hf_config(load_model(path))
 
 
 def test_classes_that_cannot_be_are_one_line(tmp_path: Path) -> None:
@@ -168,8 +189,8 @@ def test_what_the_docs_show_runs_on_two_ranks(tmp_path: Path) -> None:
 
 def test_cached_tokens_reach_its_attention() -> None:
     """Real tensors: a step after cached tokens gives what the whole sequence gives at its last position."""
-    given: dict[str, Any] = {"hf_id": "", "description": "", "sources": {}, "config": {}}
-    said = ModelProfile(name="house", model="own_model:House", moe=MoEFields(**MOE), **given)
+    said = ModelProfile(name="house", model="own_model:House", moe=MoEFields(**MOE), config={})
+    assert said.hf_id == "house"
     config, ids = custom_config(said), torch.randint(0, 512, (2, 7))
     torch.manual_seed(0)
     model: Any = randomized(build(config, dtype=torch.float32, device="cpu"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tensorcast.errors import InputError
-from tensorcast.modeling.build import _stock
+from tensorcast.modeling.build import causal_lm
 from tensorcast.modeling.config import hf_config
 from tensorcast.modeling.moe.apply import moe_blocks
 from tensorcast.modeling.moe.groups import MoEGroups
@@ -27,7 +27,7 @@ MOE = [name for name in list_models() if load_model(name).num_experts]
 def test_ranks_hold_all_experts_once(name: str, tp: int, dp: int, ep: int) -> None:
     profile = cut(load_model(name), 4)
     with torch.device("meta"):
-        model = _stock(hf_config(profile), torch.bfloat16)
+        model = causal_lm(hf_config(profile), torch.bfloat16)
     block = list(moe_blocks(model, profile.moe))[-1][1]
     kept = prove(block, profile.moe, name).kept
     experts = load_model(name).num_experts

@@ -13,7 +13,7 @@ from rewriting import NOT_REWRITTEN
 from torch import Tensor, nn
 
 from tensorcast.errors import InputError
-from tensorcast.modeling.build import _stock
+from tensorcast.modeling.build import causal_lm
 from tensorcast.modeling.config import hf_config
 from tensorcast.modeling.moe.apply import apply_moe, moe_blocks
 from tensorcast.modeling.moe.groups import MoEGroups
@@ -185,7 +185,7 @@ def test_shipped_profiles_say_what_their_blocks_do(name: str) -> None:
     """At full width on meta: proved equal, and every rank of tp8-ep8 builds its share."""
     profile = cut(load_model(name), 4)
     with torch.device("meta"):
-        model = _stock(hf_config(profile), torch.bfloat16)
+        model = causal_lm(hf_config(profile), torch.bfloat16)
     block = list(moe_blocks(model, profile.moe))[-1][1]
     proof = prove(block, profile.moe, name)
     assert bool(proof.kept) == bool(profile.moe.keep_block)

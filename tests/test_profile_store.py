@@ -160,6 +160,7 @@ def test_broken_yaml_names_file_and_line(user: Path, old: str, new: str, expecte
         ("processors: 10", "processors: many", "processors: 'many': input should be a valid integer"),
         ("processors: 10", "processor: 10", "processor: no such field: did you mean processors? (+1 more)"),
         ("vendor: Test\n", "", "vendor: this field is missing"),
+        ("vendor: Test\narchitecture: Test\n", "", "vendor: this field is missing, as is architecture"),
         ("value: 80e9", "value: -1", "memory_bytes.value: -1: input should be greater than 0"),
         ("value: 80e9", "value: lots", "memory_bytes.value: 'lots': must be a number, such as 4.8e12"),
         ("{value: 80e9, source: sheet}", "{value: 80e9}", "memory_bytes.source: this field is missing"),

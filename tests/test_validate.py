@@ -347,6 +347,12 @@ def test_likely_cause(measured_over_predicted: float, flops: float, moved: float
     assert cause.startswith(words) and bool(cause) == bool(words)
 
 
+def test_first_layers_of_a_class_of_ones_own_are_its_arguments() -> None:
+    own = ModelProfile(name="own", model="own_model:House", config={"floors": 3, "width": 64})
+    with pytest.raises(InputError, match=r"no field of own's config is known .*set its argument \(floors, width\)"):
+        cut(own, 1)
+
+
 def test_first_layers_of_a_model() -> None:
     small = cut(model("gpt_oss"), 2)
     assert hf_config(small).num_hidden_layers == 2 and traced(small, "decode").layer_kinds == (0, 1)

@@ -174,7 +174,10 @@ def _placeholders(plan: Plan, settings: list[Settings]) -> list[str]:
 
 
 def _notes(plan: Plan) -> list[str]:
-    options, said = plan.case.options, []
+    options, said = plan.case.options, list[str]()
+    if plan.model.model:
+        kind = plan.model.model.rpartition(":")[2]
+        said.append(f"{plan.model.name} is the class {kind}: {plan.table.name} serves it once it is registered there")
     if options.chunk_tokens and plan.table.name != "trtllm":
         said.append(f"{options.chunk_tokens} tokens through the experts at a time: no flag, the engine decides")
     if options.experts_backend != "auto":

@@ -66,7 +66,7 @@ def _causal(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     return model
 
 
-def _stock(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+def causal_lm(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """transformers' causal LM of ``config``, or for a text config that no auto class lists, its decoder and a head."""
     try:
         return _causal(config, dtype)
@@ -99,7 +99,7 @@ def build(
         return build_custom(config, dtype, device)
     try:
         with torch.device(device):
-            model = _stock(config, dtype)
+            model = causal_lm(config, dtype)
     # a config class that lacks what its own model reads (DBRX); values that only the class itself finds wrong
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as reason:
         if isinstance(reason, InputError):

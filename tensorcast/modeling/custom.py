@@ -106,6 +106,8 @@ def custom_config(profile: ModelProfile) -> CustomConfig:
         raise
     except Exception as reason:
         line = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:160]
+        unnamed = next((path for path, m in model.model.named_modules() if _looped(m)), "")
+        line = f"{unnamed} looks like a MoE block that the profile's moe section does not name" if unnamed else line
         raise InputError(
             f"model {profile.name}: {profile.model} cannot be called on tensors without data: {line}"
         ) from None
@@ -190,6 +192,14 @@ class _OwnAttention(TorchFunctionMode):
         layer: Any = SimpleNamespace(layer_idx=0, config=None)
         out, _ = attention_forward(layer, query, key, value, scaling=scale, is_causal=causal)
         return out.transpose(1, 2)
+
+
+def _looped(module: nn.Module) -> bool:
+    """Whether a module holds a list of modules beside a linear layer with an output for each: experts and a gate."""
+    lists = [m for m in module.children() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    others = [m for m in module.children() if not isinstance(m, nn.ModuleList)]
+    gates = [m for part in others for m in part.modules() if isinstance(m, nn.Linear)]
+    return any(gate.out_features == len(experts) for gate in gates for experts in lists)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

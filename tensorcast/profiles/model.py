@@ -75,9 +75,9 @@ class ModelProfile(Frozen):
 
     name: str
     aliases: tuple[str, ...] = ()
-    hf_id: str
-    description: str
-    sources: dict[str, str]
+    hf_id: str = Field(default_factory=lambda said: said.get("name", ""), description="on the Hub; else the name")
+    description: str = ""
+    sources: dict[str, str] = Field(default={})
     model: str | None = Field(
         default=None, description="Python class instead of transformers': package.module:Class or file.py:Class, the "
         "file beside the profile; its arguments are config",

@@ -343,7 +343,9 @@ def _first_problem(error: Any, kind: type[Frozen]) -> str:
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         reason = f"no such field: {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}"
     elif first["type"] == "missing":
-        reason = "this field is missing"
+        lacking = [".".join(map(str, problem["loc"])) for problem in problems if problem["type"] == "missing"]
+        others = f", as {'is' if len(lacking) == 2 else 'are'} {', '.join(lacking[1:])}" if len(lacking) > 1 else ""
+        return f"{field}: this field is missing{others}"
     else:
         message = _one_line(first["msg"].removeprefix("Value error, "))
         value = first["input"]

@@ -27,7 +27,7 @@ def model_record(profile: ModelProfile) -> Record:
     quantization = checkpoint(profile)
     return {
         "name": profile.name, "aliases": list(profile.aliases), "hf_id": profile.hf_id,
-        "description": profile.description, "model_type": config["model_type"],
+        "description": profile.description, "model_type": config.get("model_type", profile.model),
         "total_params": float(profile.total_params) if profile.total_params else None,
         "active_params": float(profile.active_params) if profile.active_params else None,
         "experts": profile.num_experts or None, "top_k": profile.experts_per_token or None,
@@ -109,6 +109,12 @@ def attention(config: Record) -> str:
     return kind
 
 
+def _experts(row: Record) -> str:
+    if row["experts"]:
+        return f"{row['experts']} x {row['top_k']}"
+    return "dense" if row["layers"] else "?"  # a class of the user's says neither before it is built
+
+
 def print_models(records: list[Record], console: Console) -> None:
     """One model per line."""
     def dtype(row: Record) -> str:
@@ -118,7 +124,7 @@ def print_models(records: list[Record], console: Console) -> None:
     rows = [
         [
             row["name"], _params(row["total_params"]), _params(row["active_params"]) if row["experts"] else "all",
-            f"{row['experts']} x {row['top_k']}" if row["experts"] else "dense", str(row["layers"] or "?"),
+            _experts(row), str(row["layers"] or "?"),
             row["attention"], dtype(row), units.count(row["kv_bytes_per_token"]) if row["kv_bytes_per_token"] else "",
             row["hf_id"],
         ]

@@ -122,7 +122,8 @@ def cut(model: ModelProfile, layers: int) -> ModelProfile:
     text = text_of(config)
     name = next((n for n in ("num_hidden_layers", "n_layers", "n_layer") if n in text), None)
     if name is None:
-        raise InputError(f"--layers {layers}: the config of {model.name} does not say how many layers it has")
+        own = f"; of a class of one's own set its argument ({', '.join(text)})" if model.model else ""
+        raise InputError(f"--layers {layers}: no field of {model.name}'s config is known as its number of layers{own}")
     if not 1 <= layers <= text[name]:
         raise InputError(f"--layers {layers}: {model.name} has {text[name]} layers")
     for key in LISTS:

@@ -81,5 +81,6 @@ def environment_of(view: View) -> list[tuple[str, str]]:
         lines.append((name, f"{deployment.device.description}; {made}"))
     if view.shown:
         engine, model = view.shown[0].decode.engine, view.shown[0].decode.model
-        lines += [(engine.name, f"version {engine.version}"), (model.name, f"{model.hf_id}: {model.description}")]
+        lines.append((engine.name, f"version {engine.version}"))
+        lines.append((model.name, f"{model.hf_id}: {model.description or model.model}"))
     return lines

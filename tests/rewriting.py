@@ -38,7 +38,7 @@ def section(profiles: dict[str, ModelProfile]) -> list[str]:
         "the logits of transformers' own (`tests/test_moe_rewrite.py`: within 1e-6 in fp32). A block is read by its",
         f"fields, or its own code runs around rewritten experts ({len(kept)}): {', '.join(kept)}.",
         "",
-        "At full size, on meta, the block of every rank of every shipped MoE profile is built, tp8 x ep8 and dp32 x ep32:",
+        "At full size, on meta, every rank's block of every shipped MoE profile is built, tp8 x ep8 and dp32 x ep32:",
         "ranks hold all experts once, or more ranks than experts are refused (`tests/test_moe_full_size.py`, slow).",
         "",
         "| family | not rewritten because |",

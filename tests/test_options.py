@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import tensorcast as tc
 from tensorcast.cli import app
 from tensorcast.cli.simulate import simulate
-from tensorcast.deploy.options import OPTIONS, DeploymentOptions, Options, SearchedOptions, about, flag, options_of
+from tensorcast.deploy.options import ABOUT, OPTIONS, DeploymentOptions, Options, SearchedOptions, flag, options_of
 
 
 def test_keyword_arguments_are_the_fields_of_options() -> None:
@@ -27,7 +27,7 @@ def test_the_command_has_every_option_with_its_default() -> None:
         assert found[name].default == field.default, name
     text = CliRunner().invoke(app, ["simulate", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).stdout
     for name in OPTIONS:
-        assert flag(name) in text and about(name).help.split(":")[0][:20] in text, name
+        assert flag(name) in text and ABOUT[name].help.split(":")[0][:20] in text, name
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, SEARCH, WORK
-from tensorcast.deploy.options import OPTIONS, Options, about, flag
+from tensorcast.deploy.options import ABOUT, OPTIONS, Options, flag
 
 Model = Annotated[str, typer.Argument(
     help="Name (see [bold]tensorcast models[/bold]), profile file, directory with a Hugging Face config.json, or a "
@@ -64,7 +64,7 @@ def searched_options(words: Mapping[str, str], **said: tuple[str, str]) -> Calla
         for name, (metavar, unasked) in said.items():
             shown = Annotated[str | None, typer.Option(
                 SEARCHED_FLAGS.get(name, flag(name)), metavar=metavar, show_default=False, rich_help_panel=SEARCH,
-                help=words.get(name, about(name).help) + _default(unasked),
+                help=words.get(name, ABOUT[name].help) + _default(unasked),
             )]
             added.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=shown))
         return _with_parameters(command, added, after="mode")
@@ -77,7 +77,7 @@ SEARCHED_FLAGS = {"mtp_depth": "--mtp"}
 
 
 def _option(name: str, text: str | None, default: Any) -> Any:
-    option, switch = about(name), f"--{name.replace('_', '-')}"
+    option, switch = ABOUT[name], f"--{name.replace('_', '-')}"
     words = (text or option.help) + (_default(option.unasked) if option.unasked else "")
     return typer.Option(
         f"{switch}/{flag(name)}" if default is True else switch, metavar=option.metavar, help=words, min=option.least,

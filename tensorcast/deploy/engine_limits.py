@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tensorcast.deploy.layout import Layout, attention_dp
@@ -53,119 +53,88 @@ MOST_DRAFTS = 7
 """Deepest draft that any engine's own tables try with a layer that is run again and again
 (SGLang 0.5.14, speculative/adaptive_spec_params.py; it takes 3 for DeepSeek-V3 unasked)."""
 
-Broken = Callable[[Case], str]
+Limit = tuple[str, str]
+"""A rule of :data:`ENGINE_RULES` that is broken, by name, and what is wrong."""
+
 _DEEPEP = ("high_throughput", "low_latency", "by_phase")
 
 
-def _whole_or_cut(c: Case) -> str:
-    if not c.facts.num_experts or c.layout.ep in (1, c.layout.stage_ranks):
-        return ""
-    return (
-        f"experts are spread over all tp*dp = {c.layout.stage_ranks} ranks or each is cut over all of them: "
-        f"ep must be {c.layout.stage_ranks} or 1, not {c.layout.ep}"
-    )
+def _of_exchange(c: Case) -> Iterator[Limit]:
+    exchange, etp = c.exchange, c.layout.etp
+    if exchange == "direct":
+        yield "plain all-to-all", "no plain all-to-all between experts; choose another all2all"
+    first = exchange if c.prefill is None else replace(c, options=c.prefill).exchange
+    if first != exchange:
+        yield (
+            "one exchange",
+            f"a server has one exchange for both phases, not {first} in prefill and {exchange} in decode",
+        )
+    if c.options.dual_batch_overlap and c.engine == "trtllm":
+        yield "dual-batch overlap", "no dual-batch overlap"
+    elif c.options.dual_batch_overlap and exchange not in _DEEPEP:
+        yield (
+            "dual-batch overlap",
+            f"dual-batch overlap needs DeepEP (high_throughput or low_latency) at dp > 1, not {exchange or 'none'}",
+        )
+    if exchange in _DEEPEP and etp > 1:
+        said = f"DeepEP spreads experts over all tp*dp = {c.layout.stage_ranks} ranks, not ep = {c.layout.ep}"
+        yield "all-to-all over all ranks", said
+    if exchange not in ("", "auto", "allgather_reducescatter") and etp > 1:
+        said = f"experts cut over {etp} ranks: tokens are gathered, no {exchange} exchange"
+        yield "all-to-all with whole experts", said
 
 
-def _plain(c: Case) -> str:
-    return "no plain all-to-all between experts; choose another all2all" if c.exchange == "direct" else ""
+def _of_experts(c: Case) -> Iterator[Limit]:
+    layout, experts, ranks = c.layout, c.facts.num_experts, c.layout.stage_ranks
+    copies, external = c.options.redundant_experts, c.options.external_shared_experts
+    if experts and layout.ep not in (1, ranks):
+        yield (
+            "whole experts or all cut",
+            f"experts are spread over all tp*dp = {ranks} ranks or each is cut over all of them: "
+            f"ep must be {ranks} or 1, not {layout.ep}",
+        )
+    if (copies or c.options.placement == "eplb") and layout.ep == 1:
+        yield "balanced experts", "experts are copied or rearranged between expert-parallel ranks only: ep = 1"
+    elif (copies or c.options.placement == "eplb") and (experts + copies) % layout.ep:
+        yield "balanced experts", f"{experts} experts and {copies} copies do not divide over ep = {layout.ep}"
+    if external:
+        said = f"no ranks for shared experts alone (external_shared_experts = {external})"
+        yield "external shared experts", said
+    if experts and 1 not in (layout.tp, layout.dp):
+        said = f"attention is tensor-parallel or data-parallel over all ranks, not tp{layout.tp} x dp{layout.dp}"
+        yield "attention over all ranks", said
+    if not experts and layout.dp > 1:
+        yield "dense replicas", f"a dense model has no dp: start {layout.dp} engines of tp{layout.tp}"
 
 
-def _one_exchange(c: Case) -> str:
-    first = c.exchange if c.prefill is None else replace(c, options=c.prefill).exchange
-    if first == c.exchange:
-        return ""
-    return f"a server has one exchange for both phases, not {first} in prefill and {c.exchange} in decode"
-
-
-def _overlap_needs_deepep(c: Case) -> str:
-    if not c.options.dual_batch_overlap or c.exchange in _DEEPEP:
-        return ""
-    return f"dual-batch overlap needs DeepEP (high_throughput or low_latency) at dp > 1, not {c.exchange or 'none'}"
-
-
-def _no_overlap(c: Case) -> str:
-    return "no dual-batch overlap" if c.options.dual_batch_overlap else ""
-
-
-def _balanced(c: Case) -> str:
-    copies, experts = c.options.redundant_experts, c.facts.num_experts
-    if not copies and c.options.placement != "eplb":
-        return ""
-    if c.layout.ep == 1:
-        return "experts are copied or rearranged between expert-parallel ranks only: ep = 1"
-    if (experts + copies) % c.layout.ep:
-        return f"{experts} experts and {copies} copies do not divide over ep = {c.layout.ep}"
-    return ""
-
-
-def _external(c: Case) -> str:
-    n = c.options.external_shared_experts
-    return f"no ranks for shared experts alone (external_shared_experts = {n})" if n else ""
-
-
-def _drafts(c: Case) -> str:
+def _of_drafts(c: Case) -> Iterator[Limit]:
     depth, modules = c.options.mtp_depth, c.facts.mtp_modules
-    if not depth or depth <= MOST_DRAFTS <= MOST_DRAFTS * modules:
-        return ""
+    if not depth:
+        return
+    if c.layout.pp > 1:
+        yield "drafts in a pipeline", f"no speculative decoding at pp = {c.layout.pp}"
     if not modules:
-        return "the model has no multi-token-prediction layer to draft with"
-    return f"{depth} drafted tokens from {modules} multi-token-prediction layer(s): {MOST_DRAFTS} at most are drafted"
+        yield "draft layers", "the model has no multi-token-prediction layer to draft with"
+    elif depth > MOST_DRAFTS:
+        layers = f"{modules} multi-token-prediction layer(s)"
+        yield "draft layers", f"{depth} drafted tokens from {layers}: {MOST_DRAFTS} at most are drafted"
+    elif c.engine == "vllm" and depth > modules and depth % modules:
+        layers = f"the model's {modules} multi-token-prediction layers"
+        yield "draft layers", f"{depth} drafted tokens are no multiple of {layers}"
 
 
-def _draft_multiple(c: Case) -> str:
-    depth, modules = c.options.mtp_depth, c.facts.mtp_modules
-    if missing := _drafts(c):
-        return missing
-    if modules and depth > modules and depth % modules:
-        return f"{depth} drafted tokens are no multiple of the model's {modules} multi-token-prediction layers"
-    return ""
-
-
-def _drafts_in_pipeline(c: Case) -> str:
-    return f"no speculative decoding at pp = {c.layout.pp}" if c.options.mtp_depth and c.layout.pp > 1 else ""
-
-
-def _nodes(c: Case) -> str:
-    if c.nodes == 1 or c.layout.world_size % c.gpus_per_node == 0:
-        return ""
-    return f"{c.layout.world_size} GPUs do not fill nodes of {c.gpus_per_node}"
-
-
-def _ranks_on_nodes(c: Case) -> str:
-    ranks = c.layout.tp * c.layout.pp
-    if c.nodes == 1 or c.gpus_per_node % ranks == 0 or ranks % c.gpus_per_node == 0:
-        return ""
-    return f"tp*pp = {ranks} GPUs of a data-parallel rank neither divide nor fill nodes of {c.gpus_per_node}"
-
-
-def _deepep_over_all(c: Case) -> str:
-    if c.exchange not in _DEEPEP or c.layout.etp == 1:
-        return ""
-    return f"DeepEP spreads experts over all tp*dp = {c.layout.stage_ranks} ranks, not ep = {c.layout.ep}"
-
-
-def _dense_on_one_node(c: Case) -> str:
-    if c.facts.num_experts or c.layout.dp == 1 or c.nodes == 1:
-        return ""
-    return f"dp = {c.layout.dp} of a dense model over {c.nodes} nodes: start an engine per node"
-
-
-def _attention_over_all(c: Case) -> str:
-    if not c.facts.num_experts or 1 in (c.layout.tp, c.layout.dp):
-        return ""
-    return f"attention is tensor-parallel or data-parallel over all ranks, not tp{c.layout.tp} x dp{c.layout.dp}"
-
-
-def _dense_replicas(c: Case) -> str:
-    if c.facts.num_experts or c.layout.dp == 1:
-        return ""
-    return f"a dense model has no dp: start {c.layout.dp} engines of tp{c.layout.tp}"
-
-
-def _whole_for_exchange(c: Case) -> str:
-    if c.exchange in ("", "auto", "allgather_reducescatter") or c.layout.etp == 1:
-        return ""
-    return f"experts cut over {c.layout.etp} ranks: tokens are gathered, no {c.exchange} exchange"
+def _of_nodes(c: Case) -> Iterator[Limit]:
+    layout, node, ranks = c.layout, c.gpus_per_node, c.layout.tp * c.layout.pp
+    if c.nodes == 1:
+        return
+    if layout.world_size % node:
+        yield "whole nodes", f"{layout.world_size} GPUs do not fill nodes of {node}"
+    if node % ranks and ranks % node:
+        said = f"tp*pp = {ranks} GPUs of a data-parallel rank neither divide nor fill nodes of {node}"
+        yield "data-parallel ranks on nodes", said
+    if not c.facts.num_experts and layout.dp > 1:
+        said = f"dp = {layout.dp} of a dense model over {c.nodes} nodes: start an engine per node"
+        yield "dense replicas on one node", said
 
 
 BLOCKS = "quantisation blocks"
@@ -200,8 +169,8 @@ _WAYS = {"routed experts": "raise ep", "shared expert": "lower tp, or send token
 """Out of a cut through a block."""
 
 
-def split_blocks(c: Case) -> str:
-    """Which width a layout cuts through a block of the checkpoint's scales, with the numbers; empty if none."""
+def _of_blocks(c: Case) -> Iterator[Limit]:
+    """The first width that a layout cuts through a block of the checkpoint's scales, with the numbers."""
     for cut in c.cuts:
         ranks, block = _ranks(c, cut.part), cut.block
         if cut.halves and c.engine in ("vllm", "sglang"):
@@ -211,55 +180,33 @@ def split_blocks(c: Case) -> str:
         if ranks == 1 or cut.size % (ranks * block) == 0 or (shrinks and cut.size % block == 0):
             continue
         way = _WAYS.get(cut.part, "lower tp")
-        return f"{cut.part} {cut.size} / {ranks} = {cut.size / ranks:g} is no multiple of {block} ({cut.scheme}); {way}"
-    return ""
+        each = f"{cut.part} {cut.size} / {ranks} = {cut.size / ranks:g}"
+        yield BLOCKS, f"{each} is no multiple of {block} ({cut.scheme}); {way}"
+        return
 
 
-ANY_ENGINE: dict[str, Broken] = {BLOCKS: split_blocks}
+ANY_ENGINE = (BLOCKS,)
 """No step can be priced against these: a rank's weights would be none that exist."""
 
-_SHARED: dict[str, Broken] = {
-    "plain all-to-all": _plain,
-    "balanced experts": _balanced,
-    "external shared experts": _external,
-    "whole nodes": _nodes,
+_SHARED = ("plain all-to-all", "balanced experts", "external shared experts", "whole nodes")
+ENGINE_RULES: dict[str, tuple[str, ...]] = {
+    "vllm": (
+        *_SHARED, "one exchange", "whole experts or all cut", "dual-batch overlap", "draft layers",
+        "data-parallel ranks on nodes", *ANY_ENGINE,
+    ),
+    "sglang": (
+        *_SHARED, "all-to-all over all ranks", "dual-batch overlap", "draft layers", "drafts in a pipeline",
+        "dense replicas on one node", *ANY_ENGINE,
+    ),
+    "trtllm": (
+        *_SHARED, "one exchange", "attention over all ranks", "dense replicas", "all-to-all with whole experts",
+        "dual-batch overlap", "draft layers", *ANY_ENGINE,
+    ),
 }
-ENGINE_RULES: dict[str, dict[str, Broken]] = {
-    "vllm": {
-        **_SHARED,
-        "one exchange": _one_exchange,
-        "whole experts or all cut": _whole_or_cut,
-        "dual-batch overlap": _overlap_needs_deepep,
-        "draft layers": _draft_multiple,
-        "data-parallel ranks on nodes": _ranks_on_nodes,
-        **ANY_ENGINE,
-    },
-    "sglang": {
-        **_SHARED,
-        "all-to-all over all ranks": _deepep_over_all,
-        "dual-batch overlap": _overlap_needs_deepep,
-        "draft layers": _drafts,
-        "drafts in a pipeline": _drafts_in_pipeline,
-        "dense replicas on one node": _dense_on_one_node,
-        **ANY_ENGINE,
-    },
-    "trtllm": {
-        **_SHARED,
-        "one exchange": _one_exchange,
-        "attention over all ranks": _attention_over_all,
-        "dense replicas": _dense_replicas,
-        "all-to-all with whole experts": _whole_for_exchange,
-        "dual-batch overlap": _no_overlap,
-        "draft layers": _drafts,
-        **ANY_ENGINE,
-    },
-}
-"""By engine and rule name: what is wrong, or empty. Sources stand in ``profiles/launch/ENGINE.yaml``."""
+"""Names of the rules that an engine has, in the order in which they are told. Sources stand in
+``profiles/launch/ENGINE.yaml``."""
 
-
-def one_exchange(engine: str) -> bool:
-    """Whether a server of ``engine`` has the same all-to-all in prefill and decode."""
-    return "one exchange" in ENGINE_RULES.get(engine, {})
+_LIMITS = (_of_exchange, _of_experts, _of_drafts, _of_nodes, _of_blocks)
 
 
 def engine_can_run(
@@ -276,8 +223,6 @@ def engine_can_run(
         engine=engine, layout=layout, facts=facts, options=options, gpus_per_node=gpus_per_node, prefill=prefill,
         cuts=cuts,
     )
+    broken = dict(found for limits in _LIMITS for found in limits(case))
     rules = ANY_ENGINE if any_engine else ENGINE_RULES.get(engine, ANY_ENGINE)
-    for name, broken in rules.items():
-        if problem := broken(case):
-            return f"{name}: {problem}"
-    return ""
+    return next((f"{name}: {broken[name]}" for name in rules if name in broken), "")

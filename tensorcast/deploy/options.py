@@ -160,10 +160,8 @@ class SearchedOptions(TypedDict, total=False):
 OPTIONS: dict[str, Field[Any]] = {one.name: one for one in fields(Options)}
 
 
-def about(name: str) -> About:
-    """What is known of the option called ``name``."""
-    found: About = OPTIONS[name].metadata["about"]
-    return found
+ABOUT: dict[str, About] = {name: one.metadata["about"] for name, one in OPTIONS.items()}
+"""What is known of each option, by its name."""
 
 
 def flag(name: str) -> str:
@@ -188,63 +186,58 @@ def options_of(given: Mapping[str, Any]) -> Options:
 
 def _chosen(options: Options, name: str) -> bool:
     value: Any = getattr(options, name)
-    return value != OPTIONS[name].default and value not in about(name).always
+    return value != OPTIONS[name].default and value not in ABOUT[name].always
 
 
 def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> tuple[str, str]:
     """Name of the first rule that options break for a layout, a model's facts and the exchange that runs, and what is
     wrong; two empty strings if none."""
-    for name in OPTIONS:
-        least, value = about(name).least, getattr(o, name)
+    for name, option in ABOUT.items():
+        least, value = option.least, getattr(o, name)
         if least is not None and value < least:
             return "valid numbers", f"{flag(name)} {value} must be at least {least}"
-    if o.fusion not in ("engine", "none"):
-        return "valid numbers", f"--fusion {o.fusion!r}: must be engine or none"
-    of_experts = [] if facts.num_experts else [n for n in OPTIONS if about(n).of_experts and _chosen(o, n)]
-    if of_experts:
-        flags, verb = " and ".join(map(flag, of_experts)), "does" if len(of_experts) == 1 else "do"
-        return "experts to place", f"the model has no experts: {flags} {verb} not apply"
-    if problem := _split(o, layout, all2all):
-        return "tokens to split", problem
-    if problem := _external(o, layout, facts, all2all):
-        return "external shared experts", problem
-    physical, ranks = facts.num_experts + o.redundant_experts, layout.ep - o.external_shared_experts
-    if o.redundant_experts and o.placement == "eplb" and ranks > 0 and physical % ranks:
-        said = f"{physical} experts and copies do not divide over {ranks} ranks, as --placement eplb needs"
-        return "redundant experts", said
-    if o.dual_batch_overlap and all2all not in ("high_throughput", "low_latency"):
-        said = f"--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is {all2all}"
-        return "overlap needs an exchange", said
-    if o.mtp_depth and not facts.mtp_modules:
-        said = f"--mtp-depth {o.mtp_depth}: the model's config has no multi-token prediction module"
-        return "drafts need a module", said
-    return "", ""
-
-
-def _split(o: Options, layout: Layout, all2all: str) -> str:
-    if not o.split_tokens_over_tp:
-        return ""
-    if layout.dp > 1 or layout.tp == 1 or layout.etp > 1:
-        return f"--split-tokens-over-tp is for dp = 1 and ep = tp > 1, not {layout}"
-    if all2all not in EXCHANGES:
-        return f"--split-tokens-over-tp: tokens must travel; use --all2all {', '.join(EXCHANGES)}, not {all2all}"
-    return ""
-
-
-def _external(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -> str:
-    n = o.external_shared_experts
-    if not n:
-        return ""
-    if not facts.shared_experts:
-        return f"--external-shared-experts {n}: the model has no shared expert"
-    if all2all not in EXCHANGES:
-        return (
+    of_experts = [] if facts.num_experts else [n for n in OPTIONS if ABOUT[n].of_experts and _chosen(o, n)]
+    flags, verb = " and ".join(map(flag, of_experts)), "does" if len(of_experts) == 1 else "do"
+    travel, n = all2all in EXCHANGES, o.external_shared_experts
+    physical, ranks = facts.num_experts + o.redundant_experts, layout.ep - n
+    rules = (
+        ("valid numbers", o.fusion in ("engine", "none"), f"--fusion {o.fusion!r}: must be engine or none"),
+        ("experts to place", not of_experts, f"the model has no experts: {flags} {verb} not apply"),
+        (
+            "tokens to split", not o.split_tokens_over_tp or (layout.dp == 1 < layout.tp and layout.etp == 1),
+            f"--split-tokens-over-tp is for dp = 1 and ep = tp > 1, not {layout}",
+        ),
+        (
+            "tokens to split", not o.split_tokens_over_tp or travel,
+            f"--split-tokens-over-tp: tokens must travel; use --all2all {', '.join(EXCHANGES)}, not {all2all}",
+        ),
+        (
+            "external shared experts", not n or facts.shared_experts,
+            f"--external-shared-experts {n}: the model has no shared expert",
+        ),
+        (
+            "external shared experts", not n or travel,
             f"--external-shared-experts {n}: tokens must travel to it; use dp > 1, ep = tp*dp and an all-to-all "
-            f"({', '.join(EXCHANGES)}), not {all2all}"
-        )
-    if n >= layout.ep:
-        return f"--external-shared-experts {n} leaves none of ep = {layout.ep} ranks for routed experts"
-    return ""
+            f"({', '.join(EXCHANGES)}), not {all2all}",
+        ),
+        (
+            "external shared experts", not n or n < layout.ep,
+            f"--external-shared-experts {n} leaves none of ep = {layout.ep} ranks for routed experts",
+        ),
+        (
+            "redundant experts", not o.redundant_experts or o.placement != "eplb" or ranks <= 0 or not physical % ranks,
+            f"{physical} experts and copies do not divide over {ranks} ranks, as --placement eplb needs",
+        ),
+        (
+            "overlap needs an exchange", not o.dual_batch_overlap or all2all in ("high_throughput", "low_latency"),
+            f"--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is {all2all}",
+        ),
+        (
+            "drafts need a module", not o.mtp_depth or facts.mtp_modules,
+            f"--mtp-depth {o.mtp_depth}: the model's config has no multi-token prediction module",
+        ),
+    )
+    return next(((name, says) for name, holds, says in rules if not holds), ("", ""))
 
 
 def check_options(options: Options, layout: Layout, facts: ModelFacts, all2all: str) -> None:
@@ -259,7 +252,7 @@ def idle_options(
 ) -> dict[str, str]:
     """Options that were chosen and change no time here, with the reason. Arguments: as for the rules."""
     at = Place(layout, facts, all2all, phase)
-    idle = {flag(name): about(name).idle(at) for name in OPTIONS if _chosen(options, name)}
+    idle = {flag(name): ABOUT[name].idle(at) for name in OPTIONS if _chosen(options, name)}
     return {name: why for name, why in idle.items() if why}
 
 

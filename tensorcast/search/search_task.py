@@ -10,7 +10,7 @@ from typing import Any
 
 from tensorcast.cost.routing import Routing
 from tensorcast.deploy.deployment import Deployment, deploy
-from tensorcast.deploy.engine_limits import one_exchange
+from tensorcast.deploy.engine_limits import ENGINE_RULES
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options, check_options
 from tensorcast.errors import InputError, unknown_name
@@ -99,7 +99,7 @@ def search_tasks(
     load = Traffic(input_len, output_len, 1, prefix_cached, mtp_acceptance)
     given = {name: tuple(values) for name, values in (searched or {}).items() if values}
     axes = replace(FULL if full else Axes(), **given)
-    if runnable_only and one_exchange(engine.name):
+    if runnable_only and "one exchange" in ENGINE_RULES.get(engine.name, ()):  # for both phases
         axes = axes.for_one_exchange()
     wanted = tuple(dict.fromkeys(parse_layout(text) for text in layouts or ()))
     base = Options(quant=quant, routing=routing, placement=placement)

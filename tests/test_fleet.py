@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from one_deployment import OneCurve, OnePrefill
 
 from tensorcast.deploy.layout import stage_layers
-from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, Stage, stages_of, stages_of_each
+from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, Stage, stages_of
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.search.axes import FULL
 from tensorcast.search.search_task import SearchTask
@@ -69,7 +69,7 @@ def seconds(stage: Stage, per_place: dict[int, float]) -> np.ndarray:
 def test_stages_of_several_pipelines_are_those_of_each(kinds: list[int], sizes: list[int]) -> None:
     """The slowest and the last stage, by counting layers."""
     per_place = {0: 1.0, 1: 2.5, 2: 7.25, FIRST: 0.5, LAST: 4.0, HAND_OVER: 0.125}
-    together = [seconds(stage, per_place) for stage in stages_of_each(kinds, np.array(sizes))]
+    together = [seconds(stage, per_place) for stage in stages_of(kinds, np.array(sizes))]
     for i, pp in enumerate(sizes):
         expected = [sum(per_place[kind] for kind in kinds[layers]) for layers in stage_layers(len(kinds), pp)]
         expected[0] += per_place[FIRST]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tensorcast.cost.evidence import LEVELS
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
@@ -147,6 +148,9 @@ def _decided(comparison: Comparison) -> Comparison:
 CONTENDERS = 12
 """Layouts that are compared with the best kernel by kernel."""
 
+UNSURE = LEVELS.index("datasheet")
+"""Level of prices that rest on datasheets alone."""
+
 
 def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """What the objective adds up for a candidate, by kernel family and beside them: (amount, relative median error).
@@ -162,7 +166,7 @@ def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tup
     found: dict[str, tuple[float, float]] = {}
     whole = row["request_s"] if comparison.objective == "latency" else row["gpus"] / row["output_tokens_per_s"]
     for price, share in ((step, decoded / row["request_s"]), (fresh, 1 - decoded / row["request_s"])):
-        rows = [(f"{p.family} {p.evidence == 'datasheet'}", float(p.seconds) * float(n), float(np.max(p.error)))
+        rows = [(f"{p.family} {p.level == UNSURE}", float(p.seconds) * float(n), float(np.max(p.error)))
                 for p, n in zip(price.rows, price.counts, strict=True)]
         beside = max(float(price.overhead_s), 1e-30)
         rows.append(("engine", beside, price.overhead_error_s / beside))

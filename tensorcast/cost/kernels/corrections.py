@@ -7,13 +7,11 @@ constants now (a user's own calibration), the model is left alone and the formul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tensorcast.cost.kernels.formula import constants_digest, formula_of
 from tensorcast.cost.kernels.predictor import TRANSFERRED, Predictor, predictor_for
@@ -59,7 +57,8 @@ class Corrections:
     predictor: Predictor
     _residuals: dict[Name, tuple[str, str] | None] = field(default_factory=dict)
     _found: dict[tuple[Hashable, ...], Correction] = field(default_factory=dict)
-    _answers: dict[tuple[str, ...], _Answers] = field(default_factory=dict)
+    _answers: dict[tuple[str, ...], tuple[Array, Array]] = field(default_factory=dict)
+    """By kernel and names of its sizes: codes of sizes, ascending, and ``[3, codes]`` factor, error, level."""
 
     def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> Correction | None:
         """The correction of ``family`` at ``sizes`` (all of its own), scalars or arrays that broadcast; None where no
@@ -91,20 +90,26 @@ class Corrections:
         return name, belongs, columns
 
     def ask(self, belongs: tuple[str, str], name: Name, sizes: Mapping[str, Array]) -> Correction:
-        """The answer to a :meth:`question`, not kept."""
+        """The answer to a :meth:`question`. What the model says is kept by the codes of sizes: searches ask for the
+        same few again and again, and only those that have no answer yet are priced."""
         held = {n: np.maximum(value, 1.0) if n in AT_LEAST_ONE else value for n, value in sizes.items()}
         shape = np.broadcast_shapes(*(value.shape for value in held.values()))
         codes: Any = sum(weight * value for weight, value in zip(WEIGHTS, held.values(), strict=False))
         codes, first, where = np.unique(np.broadcast_to(codes, shape), return_index=True, return_inverse=True)
-
-        def price(new: NDArray[np.intp]) -> Array:
-            at = first[new]
-            columns = {n: np.broadcast_to(value, shape).ravel()[at] for n, value in held.items()}
+        known, values = self._answers.get((*name, *sizes), (np.empty(0), np.empty((3, 0))))
+        if len(known) > MOST_SIZES:
+            known, values = np.empty(0), np.empty((3, 0))
+        new = np.arange(len(codes))
+        if len(known):
+            new = np.flatnonzero(known[np.minimum(np.searchsorted(known, codes), len(known) - 1)] != codes)
+        if len(new):
+            columns = {n: np.broadcast_to(value, shape).ravel()[first[new]] for n, value in held.items()}
             found = self.predictor.price(*name, columns)
-            return np.array([found.factor, found.error, found.level])
-
-        answers = self._answers.setdefault((*name, *sizes), _Answers())
-        factor, error, level = answers.to(codes, price)[:, where.reshape(shape)]
+            known = np.concatenate([known, codes[new]])
+            values = np.concatenate([values, [found.factor, found.error, found.level]], axis=1)
+            order = np.argsort(known, kind="stable")
+            known, values = self._answers[(*name, *sizes)] = known[order], values[:, order]
+        factor, error, level = values[:, np.searchsorted(known, codes)][:, where.reshape(shape)]
         return Correction(factor[()], error[()], level.astype(int)[()], *belongs)
 
     def _residual(self, family: str, dtype: str, variant: str) -> tuple[str, str] | None:
@@ -122,31 +127,6 @@ class Corrections:
         now = formula_of(family, dtype, kernel.variant, sizes, device, engine=kernel.engine).seconds[0]
         then = float(kernel.report["probe_formula_s"])
         return (kernel.engine, kernel.variant) if abs(now - then) <= SAME * then else None
-
-
-@dataclass(eq=False)
-class _Answers:
-    """What the model said of one kernel, by the codes of its sizes: searches ask for the same few again and again.
-
-    ``values`` ``[3, codes]``: factor, error, level.
-    """
-
-    codes: Array = field(default_factory=partial(np.empty, 0))
-    values: Array = field(default_factory=partial(np.empty, (3, 0)))
-
-    def to(self, codes: Array, price: Callable[[NDArray[np.intp]], Array]) -> Array:
-        """Answers to ``codes`` ``[3, codes]``; those that had none are priced by their positions, and kept."""
-        if len(self.codes) > MOST_SIZES:
-            self.codes, self.values = np.empty(0), np.empty((3, 0))
-        new = np.arange(len(codes))
-        if len(self.codes):
-            nearest = self.codes[np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)]
-            new = np.flatnonzero(nearest != codes)
-        if len(new):
-            every, values = np.concatenate([self.codes, codes[new]]), np.concatenate([self.values, price(new)], axis=1)
-            order = np.argsort(every, kind="stable")
-            self.codes, self.values = every[order], values[:, order]
-        return self.values[:, np.searchsorted(self.codes, codes)]
 
 
 @dataclass(eq=False)

@@ -10,7 +10,6 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -119,6 +118,7 @@ class Kernel:
 
     @property
     def lines(self) -> tuple[str, ...]:
+        """Sizes of :data:`LINES`, of which ``seen`` are the combinations that were measured."""
         return LINES.get(self.family, ("ranks",) if "payload_bytes" in self.box else ())
 
     def beyond(self, columns: Columns) -> Array:
@@ -135,18 +135,12 @@ class Kernel:
 
     def measured_shape(self, columns: Columns) -> Mask:
         """Whether the sizes of :attr:`lines` are a combination that was measured."""
-        size = len(next(iter(columns.values())))
-        if not self.lines or not all(name in columns for name in self.lines):
-            return np.full(size, not self.lines)
-        if not self.seen:
-            return np.zeros(size, dtype=bool)
-        mine = np.round(sum((w * columns[name] for w, name in zip(WEIGHTS, self.lines, strict=False)), np.zeros(1)))
-        return self._codes[np.minimum(np.searchsorted(self._codes, mine), len(self._codes) - 1)] == mine
-
-    @cached_property
-    def _codes(self) -> Array:
-        """A number for every combination of :attr:`lines` that was measured, ascending."""
-        return np.sort(np.round(np.asarray(self.seen, dtype=float) @ np.array(WEIGHTS[: len(self.lines)])))
+        size, lines = len(next(iter(columns.values()))), self.lines
+        if not lines or not all(name in columns for name in lines):
+            return np.full(size, not lines)
+        seen = np.asarray(self.seen, dtype=float).reshape(len(self.seen), len(lines))
+        mine = sum((w * columns[name] for w, name in zip(WEIGHTS, lines, strict=False)), np.zeros(1))
+        return np.isin(np.round(mine), np.round(seen @ np.array(WEIGHTS[: len(lines)])))
 
     def features(self, features: Columns, columns: Columns) -> Columns:
         """Features with ``source``, the library whose kernel runs: as measured for the model, for other models as the
@@ -155,8 +149,8 @@ class Kernel:
             return features
         table, split = np.asarray(self.sources), columns["moe_ep"] > 1
         source = _looked_up(table, [*(columns[name] for name in SOURCE_OF), split.astype(float)])
-        said = columns.get("source", np.zeros(len(split)))
-        source = np.where(np.isnan(source) & self.stated(columns), said, source)
+        said = columns.get("source", np.full(len(split), np.nan))
+        source = np.where(np.isnan(source) & np.isin(said, table[:, -1]), said, source)
         plain = np.array([tuple(line[:4]) in NON_GATED for line in self.sources])
         ungated = columns.get("gated", np.ones(len(split))) == 0
         for spread, without in ((False, False), (False, True), (True, False), (True, True)):
@@ -165,13 +159,6 @@ class Kernel:
             if len(codes):
                 source[np.isnan(source) & (split == spread) & (ungated == without)] = codes[counts.argmax()]
         return of_library(features, np.nan_to_num(source))
-
-    def stated(self, columns: Columns) -> Mask:
-        """Whether the columns say whose kernel runs, a library that was measured."""
-        size = len(next(iter(columns.values())))
-        if "source" not in columns or not self.sources:
-            return np.zeros(size, dtype=bool)
-        return np.isin(columns["source"], list({line[-1] for line in self.sources}))
 
     def correction(self, features: Columns, measured_shape: Mask) -> Array:
         """log of what to multiply the formula by: of shapes that were not measured as learnt from other shapes."""
@@ -203,7 +190,8 @@ class Kernel:
 
     def interval(self, seconds: Array, columns: Columns, measured: Mask) -> tuple[Array, Array]:
         """log of the 80 % interval's ends over ``seconds``."""
-        stated = self.stated(columns)
+        # whether the columns say whose kernel runs, a library that was measured
+        stated = np.isin(columns.get("source", np.full(len(seconds), np.nan)), [line[-1] for line in self.sources])
         part = np.searchsorted(self.edges, np.log2(np.maximum(seconds, 1e-9)))
         ends = self.new_low, self.new_high
         ruled = (self.ruled[0], self.ruled[1]) if self.ruled else ends

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -114,7 +114,7 @@ class AskedRows:
         # kernels are chosen by what the cache holds: each dtype's batches are priced apart
         parts = [(np.flatnonzero(cached == kv), float(kv)) for kv in np.unique(cached)]
         pending = [(where, self._of_dtype(op, kv, where)) for where, kv in parts]
-        return partial(_joined, pending, cached.shape), None
+        return partial(joined, pending, cached.shape), None
 
     def _of_dtype(self, op: Op, kv_bytes: float, where: np.ndarray | slice) -> Pending:
         """The op at the batches ``where`` as if all caches held ``kv_bytes`` per element."""
@@ -140,7 +140,7 @@ class AskedRows:
             copies = {name: np.asarray(column)[members] for name, column in self._pricer.distinct.items()}
             pricer = replace(self._pricer, distinct=copies)
             pending.append((members, pricer.collective(one, few, self._asked)))
-        return partial(_joined, pending, (row.members, np.size(few.sizes.B))), where
+        return partial(joined, pending, (row.members, np.size(few.sizes.B))), where
 
     @cached_property
     def _by_tokens(self) -> tuple[Context, Where]:
@@ -155,8 +155,3 @@ class AskedRows:
         hit, capacity, verify, kv = (pick(one, first) for one in (at.hit, at.capacity, at.verify, at.kv_bytes))
         few = replace(at, sizes=Sizes(**sizes), hit=hit, capacity=capacity, verify=verify, kv_bytes=kv)
         return few, inverse
-
-
-def _joined(pending: Sequence[tuple[np.ndarray, Pending]], shape: tuple[int, ...]) -> RowPrice:
-    """One price of this shape from those of parts of the first axis."""
-    return joined([(part, price()) for part, price in pending], shape)

@@ -30,27 +30,25 @@ Stage = tuple[tuple[int, Size], ...]
 """A pipeline stage: how often it runs the rows of each place (a layer's kind, or a place outside the layers)."""
 
 
-def stages_of(layer_kinds: Sequence[int], pp: int, split: PipelineSplit = "first") -> list[Stage]:
-    """The stages of a pipeline; those that run the same once, the last one last."""
-    found = []
-    stages = stage_layers(len(layer_kinds), pp, split)
-    for i, layers in enumerate(stages):
-        first, last = i == 0, i == len(stages) - 1
-        outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
-        found.append((*Counter(layer_kinds[layers]).items(), *outside.items()))
-    return list(dict.fromkeys(found))
-
-
-def stages_of_each(layer_kinds: Sequence[int], pp: Size, split: PipelineSplit = "first") -> list[Stage]:
-    """:func:`stages_of` every entry of ``pp`` in arrays; an entry with fewer stages than others has its first again."""
-    if not isinstance(pp, np.ndarray):
-        return stages_of(layer_kinds, int(pp), split)
+def stages_of(layer_kinds: Sequence[int], pp: Size, split: PipelineSplit = "first") -> list[Stage]:
+    """The stages of a pipeline; those that run the same once, the last one last. Of ``pp`` in arrays those of every
+    entry, as arrays; an entry with fewer stages than others has its first again."""
     sizes, where = np.unique(pp, return_inverse=True)
-    pipelines = [[dict(stage) for stage in stages_of(layer_kinds, int(size), split)] for size in sizes]
+    pipelines: list[list[Stage]] = []
+    for size in sizes:
+        found = []
+        stages = stage_layers(len(layer_kinds), int(size), split)
+        for i, layers in enumerate(stages):
+            first, last = i == 0, i == len(stages) - 1
+            outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
+            found.append((*Counter(layer_kinds[layers]).items(), *outside.items()))
+        pipelines.append(list(dict.fromkeys(found)))
+    if not isinstance(pp, np.ndarray):
+        return pipelines[0]
     most = max(map(len, pipelines))
-    places = {place for stages in pipelines for calls in stages for place in calls}
-    found: list[Stage] = []
+    places = {place for stages in pipelines for stage in stages for place, _ in stage}
+    together: list[Stage] = []
     for i in range(-most, 0):
-        calls = [stages[max(i, -len(stages))] for stages in pipelines]
-        found.append(tuple((place, np.array([one.get(place, 0) for one in calls])[where]) for place in places))
-    return found
+        calls = [dict(stages[max(i, -len(stages))]) for stages in pipelines]
+        together.append(tuple((place, np.array([one.get(place, 0) for one in calls])[where]) for place in places))
+    return together

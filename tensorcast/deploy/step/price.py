@@ -124,26 +124,26 @@ def spending_of(calls: Sequence[Call], device: DeviceProfile) -> Spending:
     return Spending(flops, moved, 0.0, ideal_s, parts)
 
 
-def joined(found: Sequence[tuple[np.ndarray, RowPrice]], shape: tuple[int, ...]) -> RowPrice:
-    """One price of this shape from those of parts of the first axis."""
+def joined(found: Sequence[tuple[np.ndarray, Callable[[], RowPrice]]], shape: tuple[int, ...]) -> RowPrice:
+    """One price of this shape from those of parts of the first axis, each told when it is called."""
+    prices = [(part, price()) for part, price in found]
 
     def gather(values: Iterable[Size]) -> np.ndarray:
         whole = np.empty(shape)
-        for (part, _), value in zip(found, values, strict=True):
+        for (part, _), value in zip(prices, values, strict=True):
             whole[part] = value
         return whole
 
     def spend() -> Spending:
-        each = [price.spending for _, price in found]
+        each = [price.spending for _, price in prices]
         flops, moved, wire, ideal_s = (gather(one[:4][i] for one in each) for i in range(4))
         return Spending(flops, moved, wire, ideal_s, {n: gather(one.parts[n] for one in each) for n in PARTS})
 
-    prices = [price for _, price in found]
     seconds, waits, error, level = (
-        gather(getattr(price, name) for price in prices) for name in ("seconds", "waits_s", "error", "level")
+        gather(getattr(price, name) for _, price in prices) for name in ("seconds", "waits_s", "error", "level")
     )
     levels = one_level(level.astype(np.int8))
-    return replace(prices[0], seconds=seconds, waits_s=waits, error=error, level=levels, spend=spend)
+    return replace(prices[0][1], seconds=seconds, waits_s=waits, error=error, level=levels, spend=spend)
 
 
 class Part(NamedTuple):

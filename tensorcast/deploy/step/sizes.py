@@ -45,7 +45,7 @@ class Loads(Protocol):
 
 
 class Batches(NamedTuple):
-    """Micro-batches, and what the rows of one of them (or of half of it) are priced at.
+    """Micro-batches, parts that each runs in (2 under dual-batch overlap), and what the rows of one part are priced at.
 
     ``whole``: of all rows but those inside the experts, which tokens pass in so many ``chunks`` of ``chunk``. Every
     case is there once: ``own`` says at which case each batch runs (None: they are the cases), ``draft`` at which it
@@ -53,6 +53,7 @@ class Batches(NamedTuple):
     """
 
     micro: Size
+    halves: Size
     whole: Context
     chunks: Size
     chunk: Context
@@ -82,19 +83,14 @@ class StepSizes:
     has_fp4: bool
     masked_skips: bool
 
-    @property
-    def halves(self) -> Size:
-        """Parts that a batch runs in."""
-        return 1 + self.dual
-
     def batches(self, batch: Size, new: Size, past: Size) -> Batches:
         """What to price for ``batch`` sequences per data-parallel rank, ``new`` tokens each after ``past`` cached."""
         micro: Size = 1
         if np.any(np.greater(self.pp, 1)):
             # of each candidate by itself: its price must not depend on what is priced beside it
             micro = np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, self.pp)
-        whole = np.asarray(batch, dtype=float) / micro
-        asked = [(whole / self.halves, new, past, self.verify, self.kv_bytes)]
+        whole, halves = np.asarray(batch, dtype=float) / micro, 1 + self.dual
+        asked = [(whole / halves, new, past, self.verify, self.kv_bytes)]
         if self.decode and np.any(self.mtp_depth):
             asked.append((whole, 1.0, past, 1.0, self.kv_bytes))
         columns, (own, *draft) = _cases(asked)
@@ -105,7 +101,8 @@ class StepSizes:
             sizes = replace(context.sizes, B=context.sizes.B / chunks)
             part = self._loaded(replace(context, sizes=sizes), context.sizes.tokens / chunks)
         return Batches(
-            micro=micro, whole=context, chunks=chunks, chunk=part, own=own, draft=draft[0] if draft else None
+            micro=micro, halves=halves, whole=context, chunks=chunks, chunk=part, own=own,
+            draft=draft[0] if draft else None,
         )
 
     @property

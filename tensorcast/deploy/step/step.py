@@ -18,7 +18,7 @@ from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective, Plan, Row, gated
 from tensorcast.deploy.step.asked_rows import AskedRows, Memo
 from tensorcast.deploy.step.overlap import Overlap
-from tensorcast.deploy.step.pipeline_stages import HAND_OVER, place_of, stages_of_each
+from tensorcast.deploy.step.pipeline_stages import HAND_OVER, place_of, stages_of
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, pick, seconds_of, total
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, StepSizes
@@ -84,13 +84,13 @@ class Step:
         dual, layers = self.sizes.dual, Counter(self.table.layer_kinds)
         hidden = self.overlap.hidden(found, at.whole.sizes.tokens, dual, at.own)
         taken = {
-            place: pick(total(found[i].seconds for i in where), at.own) * self.sizes.halves
+            place: pick(total(found[i].seconds for i in where), at.own) * at.halves
             for place, where in self._places.items()
         }
         taken |= {kind: taken[kind] - saved for kind, (saved, _) in hidden.items()}
         stages = [
             total(calls * taken[place] for place, calls in stage if place in taken)
-            for stage in stages_of_each(self.table.layer_kinds, self.sizes.pp, self.pricer.engine.pipeline_split)
+            for stage in stages_of(self.table.layer_kinds, self.sizes.pp, self.pricer.engine.pipeline_split)
         ]
         stages[-1] = stages[-1] + drafting.sum(seconds_of)
         slowest = reduce(np.maximum, stages)
@@ -109,12 +109,12 @@ class Step:
         rows = found[: len(self.plan.rows)]
         end = len(rows) - len(places.get(HAND_OVER, ()))
         calls = tuple(layers[row.row.kind] if row.row.kind >= 0 else 1 for row in rows[:end])
-        between = (self.sizes.pp - 1) * self.sizes.halves
+        between = (self.sizes.pp - 1) * at.halves
         drafts: list[RowPrice] = []
         if at.draft is not None:
             drafts = [replace(found[i], row=row) for i, row in self._drafts.items()]
         return (
-            Part(tuple(rows[:end]), calls, self.sizes.halves, at.own),
+            Part(tuple(rows[:end]), calls, at.halves, at.own),
             Part(tuple(rows[end:]), (1,) * (len(rows) - end), between, at.own),
             Part(tuple(drafts), (1,) * len(drafts), self.sizes.mtp_depth, at.draft),
         )

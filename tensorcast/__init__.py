@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from tensorcast.api import compare, device_profile, explain, predict_kernels, simulate
@@ -35,17 +34,16 @@ class _WithTorch:
             spec = importlib.util.find_spec(name)
         finally:
             self.looking = False
-        if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = _followed(spec.loader.exec_module)  # type: ignore[method-assign, assignment]
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            load(module)
+            importlib.import_module("tensorcast.ops")
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
-
-
-def _followed(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    def exec_module(module: Any) -> None:
-        load(module)
-        importlib.import_module("tensorcast.ops")
-
-    return exec_module
 
 
 if "torch" in sys.modules:

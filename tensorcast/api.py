@@ -44,7 +44,9 @@ def _python_names(call: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(call)
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
-        options = _option_names(call.__name__)
+        from tensorcast.deploy.options import OPTIONS, SearchedOptions
+
+        options = tuple(SearchedOptions.__annotations__ if call.__name__ == "compare" else OPTIONS)
         for name in kwargs:
             if name not in own and name not in options:
                 raise unknown_name(f"argument of {call.__name__}", name, (*own, *options))
@@ -57,12 +59,6 @@ def _python_names(call: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return named
-
-
-def _option_names(call: str) -> tuple[str, ...]:
-    from tensorcast.deploy.options import OPTIONS, SearchedOptions
-
-    return tuple(SearchedOptions.__annotations__) if call == "compare" else tuple(OPTIONS)
 
 
 def _noted(found: Noted, *said: str) -> Noted:

@@ -79,14 +79,14 @@ class OnePrefill:
     @classmethod
     def of(cls, prefill: Deployment, traffic: Traffic, chunk: int) -> OnePrefill:
         """A step at half a prompt, at one and at as many as fit, under the load that slows it."""
-        cut, slow = cut_prompts(traffic, chunk), prefill.engine.prefill_slowdown(prefill.device.name)
+        cut, slow = cut_prompts(traffic, chunk), prefill.engine.overhead(prefill.device.name)
         price = prefill.step.price(np.array(cut.batches), cut.tokens, cut.past)
-        half, one, full = (float(s) * slow.factor for s in np.broadcast_to(price.seconds, 3))
+        half, one, full = (float(s) * slow.prefill_factor for s in np.broadcast_to(price.seconds, 3))
         experts = sum(
             s for p, s, _ in seconds_by_row(price, 3)
             if (p.row.group in ("dp", "ep") if isinstance(p.row, Collective) else p.row.stage in EXPERT_STAGES)
         )
-        of_half, of_one, _ = slow.factor * (np.broadcast_to(experts, 3) - np.broadcast_to(price.hidden_s, 3))
+        of_half, of_one, _ = slow.prefill_factor * (np.broadcast_to(experts, 3) - np.broadcast_to(price.hidden_s, 3))
         if cut.per_step > 1:
             prompt_s = min(max((full - one) / (cut.per_step - 1), 0.0), one)
             token_s, most = prompt_s / cut.tokens, prompt_s
@@ -95,7 +95,7 @@ class OnePrefill:
         return cls(
             per_step=cut.per_step, fixed_s=one - prompt_s, prompt_s=prompt_s, token_s=token_s, step_s=one,
             expert_s=min(max(2 * (of_one - of_half), 0.0), most),
-            error=math.hypot(float(np.broadcast_to(price.error, 3)[1]), slow.error),
+            error=math.hypot(float(np.broadcast_to(price.error, 3)[1]), slow.prefill_error),
             evidence={kind: float(share[1]) for kind, share in evidence(price, 3).items()},
         )  # fmt: skip
 

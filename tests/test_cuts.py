@@ -17,6 +17,7 @@ from tensorcast.errors import InputError
 from tensorcast.launch.launch import launch
 from tensorcast.modeling.checkpoint.read import checkpoint
 from tensorcast.modeling.quantization import SCHEMES, Quantization, override
+from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import list_models, load_device, load_engine, load_model
@@ -218,7 +219,7 @@ def _starts(engine: str, name: str, profile: ModelProfile, layout: Layout) -> bo
     (create_weights), utils/fp8_utils.py (validate_fp8_block_shape). SGLang 0.5.14: srt/models/*.py,
     layers/quantization/fp8.py (validate_block_quant_shapes). TensorRT-LLM main at 002366a: fused_moe/quantization.py.
     """
-    text, tp, dp, ep = profile.text_config, layout.tp, layout.dp, layout.ep
+    text, tp, dp, ep = text_of(profile.config), layout.tp, layout.dp, layout.ep
     heads = text["num_attention_heads"]
     whole = text.get("kv_lora_rank") or text.get("num_key_value_heads", heads) in (0, None)
     kv_heads = heads if whole else text["num_key_value_heads"]

@@ -35,7 +35,9 @@ def test_curves_lines_and_room_are_those_of_each_deployment_alone(model: str, en
     some = generator.choice(len(shop.variants), min(25, len(shop.variants)), replace=False)
     assert {shop.variants[i].layout.pp for i in some} >= {1, 2, 4}
     for i in some:
-        decode, prefill = shop.deployment(i, "decode"), shop.deployment(i, "prefill")
+        variant = shop.variants[i]
+        decode = shop.scenario.deployment(variant.layout, "decode", variant.decode)
+        prefill = shop.scenario.deployment(variant.layout, "prefill", variant.prefill)
         curve = OneCurve(decode, float(load.context), float(shop.grid[-1]), float(shop.grid[0]))
         assert np.isin(shop.grid, curve.batch).all()
         for name in curve.columns:

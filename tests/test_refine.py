@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -154,7 +155,7 @@ def _alone(task: SearchTask, variant: Variant) -> float:
 
 
 def _pooled(task: SearchTask, tried: list[Variant], variant: Variant) -> Iterator[float]:
-    load, scenario = task.load, task.scenario.in_pools()
+    load, scenario = task.load, replace(task.scenario, engine=task.engine.in_pools())
     decode = scenario.deployment(variant.layout, "decode", variant.decode)
     fits = sequences_that_fit(decode, decode, None, load.input_len, load.output_len)
     batch = np.arange(1.0, min(float(fits), 8192) + 1)

@@ -193,7 +193,7 @@ def _amount(tensors: Iterable[Tensor]) -> tuple[_Amount, float]:
     """Bytes of a storage as an amount and how much of it: sizes that differ by a number alone are the same amount."""
     found: dict[tuple[Dim, ...], float] = {}
     for tensor in tensors:
-        whole, *offset = product(tensor.dims if not tensor.expanded else tensor._kept())
+        whole, *offset = product(tensor.dims, tensor.expanded)
         factors = (whole._replace(coef=1), *offset)
         found[factors] = max(found.get(factors, 0.0), whole.coef * DTYPE_BYTES[tensor.dtype])
     if len(found) > 1:

@@ -18,6 +18,7 @@ from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step, make_step
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, mxfp4_padding
+from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.memory import is_latent
@@ -77,8 +78,9 @@ class Deployment:
         weights, cache = self.held(sequences, past + new)
         micro = np.maximum(1.0, np.minimum(self.layout.pp, sequences))
         sizes = self.step.sizes.context(sequences / micro, float(new), float(past)).sizes
-        own = self._buffers(sequences * new, sizes)
-        activations, communication = (np.maximum(*both) for both in zip(own, self._profiled, strict=True))
+        most_live, most_sent = self._profiled
+        activations = np.maximum(activation_bytes(self.step.table, sizes), most_live)
+        communication = np.maximum(self._communication_bytes(sequences * new, sizes), most_sent)
         capacity, context = float(self.device.memory_bytes), float(self.engine.reserved_bytes)
         graphs = self.graph_bytes(sequences) if self.phase == "decode" else 0.0
         beside = activations + communication + context + graphs
@@ -86,27 +88,25 @@ class Deployment:
         left = cache_budget(
             self.engine.memory_covers, share, capacity=capacity, context=context, weights=weights, beside=beside
         )
-        return Memory(
-            weights=_plain(weights), kv_cache=_plain(cache), activations=_plain(activations),
-            communication=_plain(communication), engine=_plain(context + graphs), capacity=capacity,
-            cache_budget=_plain(left),
-        )
-
-    def _buffers(self, tokens: Size, sizes: Sizes, table: OpTable | None = None) -> tuple[Size, Size]:
-        """Bytes of activations and of the MoE exchange in a step of ``tokens`` tokens per data-parallel rank."""
-        return activation_bytes(table or self.step.table, sizes), self._communication_bytes(tokens, sizes)
+        found = {
+            "weights": weights, "kv_cache": cache, "activations": activations, "communication": communication,
+            "engine": context + graphs, "cache_budget": left,
+        }
+        plain = {name: float(value) if np.ndim(value) == 0 else value for name, value in found.items()}
+        return Memory(**plain, capacity=capacity)
 
     @cached_property
     def _profiled(self) -> tuple[Size, Size]:
-        """The same of the step that the engine profiles before it counts what is left for the cache; 0 if none is."""
+        """Bytes of activations and of the exchange between experts in the step that the engine profiles before it
+        counts what is left for the cache; 0 if none is."""
         rule = self.engine.profiled_step
         if rule is None:
             return 0.0, 0.0
         tokens = float(self.engine.tokens_per_step(self.device, 1, self.step.plan.all2all))
         sizes = self.step.sizes.context(tokens / self.step.sizes.verify, 1.0, 0.0).sizes
         logits = rule.logit_bytes * rule.sampled(self.device) * self.raw.facts.vocab_size
-        step, exchange = self._buffers(tokens, sizes, _without_head(self.step.table))
-        return np.maximum(step, logits), exchange
+        live = activation_bytes(_without_head(self.step.table), sizes)
+        return np.maximum(live, logits), self._communication_bytes(tokens, sizes)
 
     @property
     def most_sequences(self) -> float:
@@ -223,12 +223,7 @@ def memory_share(
 def _without_head(table: OpTable) -> OpTable:
     """The rows that every token of a step passes: logits, and what is made of them, are of few."""
     ends = (i for i, op in enumerate(table.ops) if op.kind < 0 and op.module.startswith("lm_head"))
-    return table.with_ops(table.ops[: next(ends, len(table.ops))])
-
-
-def _plain(value: Size) -> Size:
-    """A float where the value is one number."""
-    return float(value) if np.ndim(value) == 0 else value
+    return replace(table, ops=table.ops[: next(ends, len(table.ops))])
 
 
 def deploy(
@@ -301,7 +296,7 @@ def uncut(table: OpTable) -> str:
 
 def not_counted(model: ModelProfile, quantization: Quantization) -> list[str]:
     """What a model's config says of attention and precision that nothing here counts."""
-    text, found = model.text_config, list[str]()
+    text, found = text_of(model.config), list[str]()
     if quantization.unread:
         found.append(f"quantization_config: not used: {', '.join(quantization.unread)}")
     if any(model.config.get("compress_ratios") or text.get("compress_ratios") or ()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tensorcast.errors import InputError
@@ -31,16 +31,14 @@ class Layout:
     dp: int = 1
     ep: int = 1
     pp: int = 1
+    stage_ranks: int = field(init=False, repr=False, compare=False)
+    """Ranks of one pipeline stage."""
+    etp: int = field(init=False, repr=False, compare=False)
+    """Experts' tensor-parallel size."""
 
-    @property
-    def stage_ranks(self) -> int:
-        """Ranks of one pipeline stage."""
-        return self.tp * self.dp
-
-    @property
-    def etp(self) -> int:
-        """Experts' tensor-parallel size."""
-        return max(1, self.stage_ranks // max(self.ep, 1))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stage_ranks", self.tp * self.dp)
+        object.__setattr__(self, "etp", max(1, self.stage_ranks // max(self.ep, 1)))
 
     def __str__(self) -> str:
         parts = [f"tp{self.tp}", f"dp{self.dp}"]

@@ -15,6 +15,7 @@ from tensorcast.launch import sglang, trtllm, vllm
 from tensorcast.launch.settings import Plan, Setting, Settings
 from tensorcast.modeling.checkpoint.read import checkpoint
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, override
+from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.launch import LaunchTable, load_launch_table
@@ -211,7 +212,7 @@ def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, mod
 def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str, stored: str) -> str:
     if kv_dtype not in KV_DTYPES:
         raise unknown_name("--kv-dtype", kv_dtype, KV_DTYPES)
-    by_default = profile.text_config.get("model_type") in FP8_KV_BY_DEFAULT or stored == "fp8"
+    by_default = text_of(profile.config).get("model_type") in FP8_KV_BY_DEFAULT or stored == "fp8"
     return "bf16_not_fp8" if table.name == "vllm" and kv_dtype == "bf16" and by_default else kv_dtype
 
 

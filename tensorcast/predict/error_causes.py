@@ -93,7 +93,6 @@ def _described(rows: pd.DataFrame) -> pd.DataFrame:
     pairs = list(zip(rows["engine"], rows["device"], strict=True))
     profiles = {pair: (load_engine(pair[0]), load_device(pair[1].replace("_", "-")).name) for pair in set(pairs)}
     overheads = {pair: engine.overhead(device) for pair, (engine, device) in profiles.items()}
-    loads = {pair: engine.prefill_slowdown(device) for pair, (engine, device) in profiles.items()}
     networks = {name: _network(name) for name in rows["model"].unique()}
     batch = rows["mean_batch"].to_numpy(dtype=float)
     beside = np.array([overheads[pair].seconds(one) for pair, one in zip(pairs, batch, strict=True)])
@@ -101,7 +100,8 @@ def _described(rows: pd.DataFrame) -> pd.DataFrame:
         release=rows[release].astype(str), network=rows["model"].map(networks),
         open=rows["assumed"].map(lambda text: any(one.startswith(OPEN) for one in str(text).split("; "))),
         kernels=1 - beside / rows["tpot_s"], prompts=(1 - rows["decode_step_s"] / rows["tpot_s"]).clip(lower=0),
-        overhead_error_s=[overheads[pair].error_s for pair in pairs], load_error=[loads[pair].error for pair in pairs],
+        overhead_error_s=[overheads[pair].error_s for pair in pairs],
+        load_error=[overheads[pair].prefill_error for pair in pairs],
     )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
         at = np.array([position[i] for i in members])
         some, room_each = [rows[i] for i in members], np.array([fits[i] for i in members])
         pools = mode == "disaggregated"
-        model = (_disaggregated if pools else _aggregated)(some, costs.take(at), replace(curves, rows=at))
+        model = (_disaggregated if pools else _aggregated)(some, costs.where(at), replace(curves, rows=at))
         limit = np.minimum(model.traffic.concurrency / model.decode_ranks, room_each)
         users = np.asarray(model.traffic.concurrency)
         metrics = model.metrics(model.steady_batch(limit, users), users)
@@ -168,7 +168,7 @@ def _price_prompts(rows: list[_Row]) -> PrefillCosts:
         whole = {name: np.broadcast_to(values, (len(part), 3)) for name, values in columns.items()}
         tokens, per_step = (np.array([getattr(cut, name) for cut in several]) for name in ("tokens", "per_step"))
         found.append(prefill_costs(whole, tokens, per_step))
-    return PrefillCosts.joined(found).take(np.argsort(np.concatenate(parts)))
+    return PrefillCosts.joined(found).where(np.argsort(np.concatenate(parts)))
 
 
 def _price_decoding(rows: list[_Row]) -> DecodeCurve:

@@ -8,7 +8,15 @@ from pydantic import Field
 
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.experts import ExpertKernels
-from tensorcast.profiles.memory import MemoryCovers, PrefillGraphs, ProfiledStep, Reserve, StepTokens
+from tensorcast.profiles.memory import (
+    MIB,
+    MemoryCovers,
+    PrefillGraphs,
+    ProfiledStep,
+    Reserve,
+    StepTokens,
+    is_latent,
+)
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
 Fusion = Literal[
@@ -74,26 +82,21 @@ class SlicedBlocks(Frozen):
 
 @dataclass(frozen=True)
 class Overhead:
-    """What a step takes beside its kernels: seconds per step and per sequence; ``error_s``: median error of the sum."""
+    """What a step takes beside its kernels, timed alone: seconds per step and per sequence, and how many times as long
+    as they a step with prompts takes in a server under load (``prefill_factor``).
+
+    Errors are medians: ``error_s`` of the sum of seconds, ``prefill_error`` of the factor, relative.
+    """
 
     step_s: float
     request_s: float
-    error_s: float
+    error_s: float = 0.0
+    prefill_factor: float = 1.0
+    prefill_error: float = 0.0
 
     def seconds(self, batch: Any) -> Any:
         """Of a step with ``batch`` sequences; an array gives an array."""
         return self.step_s + self.request_s * batch
-
-
-@dataclass(frozen=True)
-class PrefillSlowdown:
-    """How many times as long as its kernels, timed alone, a step with prompts takes in a server under load.
-
-    ``error``: relative, a median.
-    """
-
-    factor: float = 1.0
-    error: float = 0.0
 
 
 class DeviceFit(Frozen):
@@ -198,16 +201,24 @@ class EngineProfile(Frozen):
         if rule is None:
             return found
         if device is not None:
-            found = rule.of_server(device, found)
+            memory = float(device.memory_bytes) / MIB
+            found = next((rule.from_mib[size] for size in sorted(rule.from_mib, reverse=True) if memory >= size), found)
+            found = next((tokens for word, tokens in rule.devices.items() if word in device.name), found)
         if rule.over_dp:
             found = max(1, found // dp)
         return min(found, rule.exchanges.get(exchange, found))
 
     def prefill_graph_tokens(self, device: DeviceProfile, dp: int, pp: int, config: dict[str, Any]) -> int:
         """Tokens of the largest prefill step that is captured in pieces; 0: none is."""
-        if self.prefill_graphs is None:
+        rule, names = self.prefill_graphs, config.get("architectures") or ()
+        if rule is None or (rule.one_stage and (dp > 1 or pp > 1)) or (rule.text_only and "text_config" in config):
             return 0
-        return self.prefill_graphs.largest(device, dp, pp, config, self.tokens_per_step(device, dp))
+        if (rule.vendors and device.vendor not in rule.vendors) or set(names) & set(rule.not_architectures):
+            return 0
+        limit, most = rule.max_tokens, self.tokens_per_step(device, dp)
+        if rule.latent_max_tokens and is_latent(config):
+            limit = rule.latent_max_tokens
+        return min(limit or most, most)
 
     def in_pools(self) -> "EngineProfile":
         """The profile of a server that runs one phase, the other being another's."""
@@ -219,28 +230,20 @@ class EngineProfile(Frozen):
         """Of a step on ``device``, a profile's name: as fitted there, else in general, else as published."""
         request_s = 0.0 if self.request_overhead_s is None else float(self.request_overhead_s)
         if self.fitted is None:
-            return Overhead(float(self.step_overhead_s), request_s, 0.0)
+            return Overhead(float(self.step_overhead_s), request_s)
         here = self.fitted.devices.get(device)
-        step_s = self.fitted.step_s if here is None else here.step_s
-        return Overhead(step_s, request_s, self.fitted.step_error_s)
-
-    def prefill_slowdown(self, device: str) -> PrefillSlowdown:
-        """Of prefill steps on ``device``, a profile's name: as fitted there, else none."""
-        here = self.fitted.devices.get(device) if self.fitted else None
-        return PrefillSlowdown() if here is None else PrefillSlowdown(here.prefill_factor, here.prefill_error)
+        if here is None:
+            return Overhead(self.fitted.step_s, request_s, self.fitted.step_error_s)
+        return Overhead(here.step_s, request_s, self.fitted.step_error_s, here.prefill_factor, here.prefill_error)
 
     @property
     def first_token_s(self) -> float:
         """Seconds of a request outside the GPU and before its first token."""
-        return _first(self.fitted.first_token_s if self.fitted else None, self.first_token_overhead_s)
+        fitted = self.fitted.first_token_s if self.fitted else None
+        return float(self.first_token_overhead_s or 0.0) if fitted is None else fitted
 
     @property
     def hand_over_s(self) -> float:
         """Seconds of a request between two pools, beside the bytes that move."""
-        return _first(self.fitted.hand_over_s if self.fitted else None, self.hand_over_overhead_s)
-
-
-def _first(fitted: float | None, stated: Figure | None) -> float:
-    if fitted is not None:
-        return fitted
-    return 0.0 if stated is None else float(stated)
+        fitted = self.fitted.hand_over_s if self.fitted else None
+        return float(self.hand_over_overhead_s or 0.0) if fitted is None else fitted

@@ -57,12 +57,6 @@ class StepTokens(Frozen):
     over_dp: bool = Field(default=False, description="of a server: data-parallel attention divides them over its ranks")
     source: str = Field(min_length=3)
 
-    def of_server(self, device: DeviceProfile, tokens: int) -> int:
-        """Tokens on this device, ``tokens`` elsewhere."""
-        memory = float(device.memory_bytes) / MIB
-        tokens = next((self.from_mib[size] for size in sorted(self.from_mib, reverse=True) if memory >= size), tokens)
-        return next((found for word, found in self.devices.items() if word in device.name), tokens)
-
 
 class ProfiledStep(Frozen):
     """The largest step, which an engine runs as it starts, before it gives what is left to the cache."""
@@ -89,16 +83,6 @@ class PrefillGraphs(Frozen):
     vendors: tuple[str, ...] = ()
     not_architectures: tuple[str, ...] = Field(default=(), description="model classes that are never captured")
     source: str = Field(min_length=3)
-
-    def largest(self, device: DeviceProfile, dp: int, pp: int, config: dict[str, Any], step_tokens: int) -> int:
-        """Tokens of the largest captured step; 0: none is."""
-        names = config.get("architectures") or ()
-        if (self.one_stage and (dp > 1 or pp > 1)) or (self.text_only and "text_config" in config):
-            return 0
-        if (self.vendors and device.vendor not in self.vendors) or set(names) & set(self.not_architectures):
-            return 0
-        limit = self.latent_max_tokens if is_latent(config) and self.latent_max_tokens else self.max_tokens
-        return min(limit or step_tokens, step_tokens)
 
     def count(self, largest: int) -> int:
         """How many sizes up to ``largest`` are captured."""

@@ -109,11 +109,6 @@ class ModelProfile(Frozen):
         return model
 
     @property
-    def text_config(self) -> dict[str, Any]:
-        """The language model's part of the config: all of it, unless the model is multimodal."""
-        return text_of(self.config)
-
-    @property
     def num_experts(self) -> int:
         """Routed experts of a MoE layer; 0: a dense model."""
         return stated(self.config, EXPERTS)
@@ -131,7 +126,8 @@ class ModelProfile(Frozen):
     def stated_facts(self) -> ModelFacts:
         """What rules of layouts and engines ask, from the config alone; a traced table's facts know more."""
         heads = stated(self.config, ("num_attention_heads",))
-        own = 0 if self.text_config.get("kv_lora_rank") else stated(self.config, ("num_key_value_heads", "kv_n_heads"))
+        latent = text_of(self.config).get("kv_lora_rank")
+        own = 0 if latent else stated(self.config, ("num_key_value_heads", "kv_n_heads"))
         return ModelFacts(
             heads=heads,
             kv_heads=own or heads,
@@ -150,7 +146,7 @@ class ModelProfile(Frozen):
         dynamic scaling to ``factor`` times the stated one; of other kinds the stated length is the extended one.
         """
         longest = stated(self.config, LENGTHS) or None
-        scaling = self.text_config.get("rope_scaling") or self.text_config.get("rope_parameters")
+        scaling = text_of(self.config).get("rope_scaling") or text_of(self.config).get("rope_parameters")
         rope = scaling if isinstance(scaling, dict) else {}
         factor, kind = rope.get("factor"), rope.get("rope_type", rope.get("type"))
         if longest is None or not isinstance(factor, int | float) or kind not in ("yarn", "linear", "dynamic"):

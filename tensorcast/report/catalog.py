@@ -22,8 +22,9 @@ WITH_SOURCE = 120
 def model_record(profile: ModelProfile) -> Record:
     """Published sizes and what the config says; None where nothing does."""
     from tensorcast.modeling.checkpoint.read import checkpoint
+    from tensorcast.profiles.config_values import text_of
 
-    config, text = profile.config, profile.text_config
+    config, text = profile.config, text_of(profile.config)
     quantization = checkpoint(profile)
     return {
         "name": profile.name, "aliases": list(profile.aliases), "hf_id": profile.hf_id,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from tensorcast.search.axes import LARGEST_BATCH
+from tensorcast.serving.entries import Entries
 from tensorcast.serving.traffic import Array, Mask, Rows
 
 
 @dataclass(frozen=True)
-class Points:
+class Points(Entries):
     """Candidates as arrays of one length: which variant, at which batch, and what they serve."""
 
     variant: Rows
@@ -20,17 +21,6 @@ class Points:
 
     def __len__(self) -> int:
         return len(self.variant)
-
-    def where(self, chosen: Mask | Rows) -> Points:
-        return Points(self.variant[chosen], {name: values[chosen] for name, values in self.columns.items()})
-
-    @staticmethod
-    def joined(parts: Sequence[Points]) -> Points:
-        if not parts:
-            return Points(np.zeros(0, dtype=int), {})
-        names = parts[0].columns
-        columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
-        return Points(np.concatenate([part.variant for part in parts]), columns)
 
 
 def last_of(grid: Array, holds: Mask) -> Array:

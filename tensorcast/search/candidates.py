@@ -56,7 +56,7 @@ def _engine(shop: VariantPrices, budget: int, rows: Rows) -> Aggregated:
         decode_ranks=shop.layouts["dp"][rows],
         depth=shop.depths[rows],
         decoding=DecodeCurve(shop.grid, shop.curves, rows),
-        prompts=shop.prompts[budget].take(rows),
+        prompts=shop.prompts[budget].where(rows),
     )
 
 
@@ -101,7 +101,7 @@ def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None))
     size = shop.layouts["world_size"]
     for prefill in _prefill_choices(shop, gpus, limits[0]):
         variant = shop.variants[prefill]
-        wide, costs = variant.layout.world_size, shop.lines.take(prefill)
+        wide, costs = variant.layout.world_size, shop.own_prompts.where(prefill)
         capacity = PREFILL_BUSY * variant.layout.dp * float(costs.most_per_s)
         same = np.array([v.decode.kv_dtype == variant.decode.kv_dtype for v in shop.variants])
         x, y = _matched(rate, capacity, wide, size[rows], gpus)
@@ -128,7 +128,7 @@ def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None))
             points = Points.joined(served)
             points = points.where(np.isfinite(points.columns["concurrency"]))
             parts.append(points.where(np.argsort(shop.depths[points.variant], kind="stable")))
-    return Points.joined(parts), unstable
+    return Points.joined(parts) if parts else Points(np.zeros(0, dtype=int), {}), unstable
 
 
 @dataclass(frozen=True)
@@ -144,16 +144,16 @@ class _Pools:
 
     def serve(self, batch: Array) -> Points:
         """What they serve at their batches; infinitely many users where prompts come faster than they are read."""
-        shop, layout = self.shop, self.shop.variants[self.prefill].layout
+        shop, variant = self.shop, self.shop.variants[self.prefill]
         pools = Disaggregated(
             traffic=shop.scenario.load,
             engine=shop.scenario.engine,
             decode_ranks=self.y * shop.layouts["dp"][self.rows],
-            prefill_ranks=self.x * layout.dp,
+            prefill_ranks=self.x * variant.layout.dp,
             depth=shop.depths[self.rows],
             hand_over_s=hand_over_s(
-                shop.deployment(self.prefill, "prefill"), shop.layouts["world_size"][self.rows], self.x + self.y,
-                int(shop.scenario.load.input_len),
+                shop.scenario.deployment(variant.layout, "prefill", variant.prefill),
+                shop.layouts["world_size"][self.rows], self.x + self.y, int(shop.scenario.load.input_len),
             ),
             decoding=DecodeCurve(shop.grid, shop.curves, self.rows),
             prompts=self.costs,
@@ -177,7 +177,7 @@ class _Pools:
 
 def _prefill_choices(shop: VariantPrices, gpus: int, ttft_s: float | None) -> list[int]:
     """Of each KV dtype: the variant with most prompts per GPU, the same among those in time, the fastest for one."""
-    every = shop.lines
+    every = shop.own_prompts
     size = shop.layouts["world_size"]
     fits = (shop.room_prefill >= 1) & (size < gpus)
     per_gpu = every.most_per_s * shop.layouts["dp"] / size

@@ -117,7 +117,8 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult]) -> Com
     frame["pareto"] = pareto(frame["tokens_per_s_per_user"].to_numpy(), frame["tokens_per_s_per_gpu"].to_numpy())
     behind: list[tuple[Scenario, Variant, Variant]] = []
     for task, one in zip(tasks, results, strict=True):
-        scenario = {"aggregated": task.scenario, "disaggregated": task.scenario.in_pools()}
+        pools = replace(task.scenario, engine=task.engine.in_pools())
+        scenario = {"aggregated": task.scenario, "disaggregated": pools}
         behind += [(scenario[mode], *pair) for mode, pair in zip(one.frame["mode"], one.variants, strict=True)]
     comparison = Comparison(
         model=first.model, devices=tuple({task.device.name: task.device for task in tasks}.values()),

@@ -37,9 +37,6 @@ class Scenario:
         """Prompt tokens per step and rank where they are not searched; launch commands say so."""
         return self.engine.tokens_per_step(self.device)
 
-    def in_pools(self) -> Scenario:
-        return replace(self, engine=self.engine.in_pools())
-
     def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
         return deploy(self.model, self.device, self.engine, layout, phase, options=options)
 

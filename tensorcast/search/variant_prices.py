@@ -114,23 +114,25 @@ class VariantPrices:
         self.prompts = {}
         for budget, parts in costs.items():
             positions = np.concatenate([rows for rows, _ in parts])
-            self.prompts[budget] = PrefillCosts.joined([part for _, part in parts]).take(np.argsort(positions))
+            self.prompts[budget] = PrefillCosts.joined([part for _, part in parts]).where(np.argsort(positions))
+        self.own_prompts = self.prompts[scenario.own_chunk]  # in steps as the engine cuts them unasked
 
     def in_pools(self) -> VariantPrices:
         """The variants as pools of disaggregated serving run them: those whose prompts are captured only where one
         server has both phases are priced again."""
-        scenario = self.scenario.in_pools()
-        if scenario.engine is self.scenario.engine:
+        engine = self.scenario.engine.in_pools()
+        if engine is self.scenario.engine:
             return self
+        scenario = replace(self.scenario, engine=engine)
         rows = [i for i, v in enumerate(self.variants) if self._graph_tokens(v.layout)]
-        own, pools = self.lines, copy.copy(self)
+        pools = copy.copy(self)
         pools.scenario = scenario
         if rows:
             # of prompts and room alone: one batch of decode steps is the least that can be priced
             again = VariantPrices(scenario, [self.variants[i] for i in rows], (scenario.own_chunk,), grid=self.grid[:1])
             where = np.arange(len(self.variants))
             where[rows] = len(where) + np.arange(len(rows))
-            pools.prompts = {**self.prompts, scenario.own_chunk: PrefillCosts.joined([own, again.lines]).take(where)}
+            pools.own_prompts = PrefillCosts.joined([self.own_prompts, again.own_prompts]).where(where)
             pools.room_decode = _put(self.room_decode, rows, again.room_decode)
             pools.room_prefill = _put(self.room_prefill, rows, again.room_prefill)
         return pools
@@ -216,7 +218,7 @@ class VariantPrices:
         column, left = (len(members), 1), dict[int, Array]()
         for i, (budget, cut) in enumerate(zip(self.budgets, cuts, strict=True)):
             mine = {name: values[:, kind_of, i] for name, values in columns.items()}
-            costs[budget].append((rows[there], prefill_costs(mine, cut.tokens, cut.per_step).take(there)))
+            costs[budget].append((rows[there], prefill_costs(mine, cut.tokens, cut.per_step).where(there)))
             asked = [self._cache_budget(held, one, budget, lambda: prefill_budget(one, cut)) for one in ones]  # noqa: B023
             left[budget] = np.hstack([np.broadcast_to(one, column) for one in asked])[:, kind_of]
         own = left[self.scenario.own_chunk]
@@ -276,15 +278,6 @@ class VariantPrices:
         """Variants that hold no sequence, in either mode of serving."""
         room = np.max([self.room_decode, *(self.fits[budget] for budget in self.chunks)], axis=0)
         return int((room < 1).sum())
-
-    def deployment(self, index: int, phase: str) -> Deployment:
-        variant = self.variants[index]
-        return self.scenario.deployment(variant.layout, phase, getattr(variant, phase))
-
-    @property
-    def lines(self) -> PrefillCosts:
-        """Prefill costs at the engine's own budget."""
-        return self.prompts[self.scenario.own_chunk]
 
     def memory(self, points: Points) -> dict[str, Array]:
         """Bytes on the fullest GPU of every point while its batch decodes, each reply half done."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.price import StepPrice, seconds_of
 from tensorcast.errors import InputError
 from tensorcast.serving.curves import evidence_shares
+from tensorcast.serving.entries import Entries
 from tensorcast.serving.traffic import Array, Number, Traffic
 from tensorcast.trace.moe import EXPERT_STAGES
 
@@ -45,7 +46,7 @@ def cut_prompts(traffic: Traffic, chunk_tokens: int) -> PromptCut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillCosts:
+class PrefillCosts(Entries):
     """Prefill steps in a server under load; arrays of one shape, an entry per deployment and cut of its prompts.
 
     A step with ``n`` prompts per data-parallel rank, ``per_step`` at most, takes ``fixed_s + prompt_s * n`` seconds; a
@@ -63,21 +64,6 @@ class PrefillCosts:
     step_s: Array
     error: Array
     evidence: dict[str, Array]
-
-    def take(self, rows: Any) -> PrefillCosts:
-        """The entries at ``rows``: an index, or a mask."""
-        numbers = {name: values[rows] for name, values in vars(self).items() if name != "evidence"}
-        return PrefillCosts(**numbers, evidence={kind: share[rows] for kind, share in self.evidence.items()})
-
-    @staticmethod
-    def joined(parts: Sequence[PrefillCosts]) -> PrefillCosts:
-        """All entries of ``parts``, one after another."""
-        names = [name for name in vars(parts[0]) if name != "evidence"]
-        numbers = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        kinds = parts[0].evidence
-        return PrefillCosts(
-            **numbers, evidence={kind: np.concatenate([part.evidence[kind] for part in parts]) for kind in kinds}
-        )
 
     @property
     def most_per_s(self) -> Array:
@@ -111,15 +97,15 @@ def prefill_columns(price: StepPrice, prefill: Deployment) -> dict[str, Any]:
     Expert seconds are what the tokens of all data-parallel ranks take: experts, dispatch and combine, less what
     overlaps.
     """
-    slowdown = prefill.engine.prefill_slowdown(prefill.device.name)
+    overhead = prefill.engine.overhead(prefill.device.name)
     experts_s = price.sum(
         seconds_of,
         lambda p: p.row.group in ("dp", "ep") if isinstance(p.row, Collective) else p.row.stage in EXPERT_STAGES,
     )
     return {
-        "seconds": slowdown.factor * price.seconds,
-        "experts_s": slowdown.factor * (experts_s - price.hidden_s),
-        "error": np.hypot(price.error, slowdown.error),
+        "seconds": overhead.prefill_factor * price.seconds,
+        "experts_s": overhead.prefill_factor * (experts_s - price.hidden_s),
+        "error": np.hypot(price.error, overhead.prefill_error),
         **evidence_shares(price),
     }
 

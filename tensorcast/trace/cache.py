@@ -72,8 +72,17 @@ def kept(
         if len(_known) >= LARGEST:
             _known.pop(next(iter(_known)))
         path = None if folder is None else folder / "traces" / _file_name(profile, what)
+        stored = made = None
+        if path is not None:
+            with contextlib.suppress(*DAMAGED):  # made again
+                stored = read(json.loads(path.read_bytes()))
+        if stored is None:
+            made = make()
+            if path is not None:
+                with contextlib.suppress(OSError):  # a read-only home costs time, not the answer
+                    write_atomically(path, json.dumps(write(made), separators=(",", ":")))
         # the profile stays alive, so that its id stays its own
-        _known[full] = profile, _read_or_made(path, make, write=write, read=read)
+        _known[full] = profile, made if stored is None else stored
     found: Made = _known[full][1]
     return found
 
@@ -85,20 +94,6 @@ def _file_name(profile: ModelProfile, what: tuple[Hashable, ...]) -> str:
     said += [profile.kv_dtype, profile.quantization]
     key = json.dumps([FORMAT, _code_version(), *said, *what], sort_keys=True, default=asdict)
     return f"{profile.name}-{what[0]}-{what[1]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-
-def _read_or_made(
-    path: Path | None, make: Callable[[], Made], *,
-    write: Callable[[Made], dict[str, Any]], read: Callable[[dict[str, Any]], Made],
-) -> Made:  # fmt: skip
-    if path is not None:
-        with contextlib.suppress(*DAMAGED):  # made again
-            return read(json.loads(path.read_bytes()))
-    made = make()
-    if path is not None:
-        with contextlib.suppress(OSError):  # a read-only home costs time, not the answer
-            write_atomically(path, json.dumps(write(made), separators=(",", ":")))
-    return made
 
 
 def traced(profile: ModelProfile, phase: str, tp: int = 1) -> OpTable:

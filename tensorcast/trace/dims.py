@@ -97,12 +97,13 @@ def constant(value: float) -> Dim:
 
 
 @cache
-def product(dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """Number of elements of a tensor, as monomials to be multiplied: one, unless some dim has an offset."""
+def product(dims: tuple[Dim, ...], expanded: tuple[int, ...] = ()) -> tuple[Dim, ...]:
+    """Number of elements of a tensor, as monomials to be multiplied: one, unless some dim has an offset. Dims that are
+    only ``expanded`` views, by position, count once."""
     coef: float = 1
     powers = [0] * len(ATOMS)
     offset: list[Dim] = []
-    for dim in dims:
+    for dim in (dim for i, dim in enumerate(dims) if i not in expanded):
         if dim.plus or dim.rounded:
             offset.append(dim)
             continue

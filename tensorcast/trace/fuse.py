@@ -8,6 +8,7 @@ boundary too. The passes are linear in the number of ops and know no model.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 from tensorcast.trace.dims import Dim, Sizes
 from tensorcast.trace.table import Op, OpTable, Tensor
@@ -313,4 +314,4 @@ def fuse(table: OpTable, fusions: Collection[str], apart: Iterable[Collection[st
         ops = merge_gemms(ops, apart)
     if "pointwise" in fusions:
         ops = across_layers(pointwise_runs(ops, fusions))
-    return table.with_ops(ops)
+    return replace(table, ops=tuple(ops))

@@ -25,7 +25,7 @@ def by_precision(table: OpTable, quantization: Quantization) -> OpTable:
     """The table with a kind for every set of schemes that layers of one structure have, so that one layer stands for
     no other that is stored or runs otherwise. Sparse latent caches are marked where they hold scales."""
     if quantization.scaled_latents and any(map(_is_sparse, table.ops)):
-        table = table.with_ops([_scaled(op) for op in table.ops])
+        table = replace(table, ops=tuple(_scaled(op) for op in table.ops))
     if not quantization.by_name:
         return table
     kinds, groups = list(table.layer_kinds), list[tuple[int, int]]()  # (kind, first layer) of each new kind
@@ -173,4 +173,4 @@ def apply_quantization(table: OpTable, quantization: Quantization) -> OpTable:
             )
             inputs = (*inputs[:at], x, *inputs[at + 1 :])
         ops.append(op.but(inputs=inputs, attrs={**op.attrs, "scheme": scheme.name}))
-    return table.with_ops(ops)
+    return replace(table, ops=tuple(ops))

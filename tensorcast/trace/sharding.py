@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tensorcast.errors import InputError
 from tensorcast.trace.dims import product
 from tensorcast.trace.table import Op, OpTable, Tensor
@@ -62,7 +64,7 @@ def mark_sharding(whole: OpTable, shard: OpTable) -> OpTable:
         a = next(twins)
         base = a if a.stage == "experts" else b
         rows.append(base.but(shard=_style(a, b)))
-    return shard.with_ops(rows)
+    return replace(shard, ops=tuple(rows))
 
 
 MIXERS = frozenset({"attention", "linear_attention", "ssm_scan", "causal_conv1d", "convolution"})

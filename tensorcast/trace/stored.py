@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -58,20 +57,18 @@ def from_json(data: dict[str, Any]) -> list[OpTable]:
     ])
     facts = ModelFacts.stored(data["facts"])
     model, phase, tp, layer_kinds, kind_names = data["table"]
-    return [
-        OpTable(
-            model=model, phase=phase, tp=tp, ops=_ops(rows, tensors), layer_kinds=tuple(layer_kinds),
-            kind_names=tuple(kind_names), params=params, facts=facts,
-        )
-        for rows in data["ops"]
-    ]
-
-
-def _ops(rows: Sequence[Sequence[Any]], tensors: Sequence[Tensor]) -> tuple[Op, ...]:
-    return tuple([
-        Op(
-            name, module, kind, tuple([tensors[i] for i in inputs]), tuple([tensors[i] for i in outputs]),
-            plain | {size: Dim(*dim) for size, dim in sizes.items()} if sizes else plain, stage, shard, tuple(parts),
-        )
-        for name, module, kind, inputs, outputs, plain, sizes, stage, shard, parts in rows
-    ])  # fmt: skip
+    tables = []
+    for rows in data["ops"]:
+        ops = tuple([
+            Op(
+                name, module, kind, tuple([tensors[i] for i in inputs]), tuple([tensors[i] for i in outputs]),
+                plain | {size: Dim(*dim) for size, dim in sizes.items()} if sizes else plain, stage, shard,
+                tuple(parts),
+            )
+            for name, module, kind, inputs, outputs, plain, sizes, stage, shard, parts in rows
+        ])  # fmt: skip
+        tables.append(OpTable(
+            model=model, phase=phase, tp=tp, ops=ops, layer_kinds=tuple(layer_kinds), kind_names=tuple(kind_names),
+            params=params, facts=facts,
+        ))  # fmt: skip
+    return tables

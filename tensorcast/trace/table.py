@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tensorcast.profiles.facts import ModelFacts
@@ -70,12 +70,9 @@ class Tensor:
     def numel(self, sizes: Sizes) -> Any:
         """Elements that lie in memory: expanded dims count once."""
         value: Any = 1.0
-        for dim in product(self.dims if not self.expanded else self._kept()):
+        for dim in product(self.dims, self.expanded):
             value = value * dim.at(sizes)
         return value
-
-    def _kept(self) -> tuple[Dim, ...]:
-        return tuple(d for i, d in enumerate(self.dims) if i not in self.expanded)
 
     def bytes(self, sizes: Sizes) -> Any:
         """Bytes in the traced dtype."""
@@ -141,9 +138,6 @@ class OpTable:
     def count(self, op: Op | Param, layers: slice = slice(None)) -> int:
         """How often a row runs in one step: layers of its kind, or once."""
         return self.layer_kinds[layers].count(op.kind) if op.kind >= 0 else 1
-
-    def with_ops(self, ops: tuple[Op, ...] | list[Op]) -> OpTable:
-        return replace(self, ops=tuple(ops))
 
     def total_params(self) -> int:
         """Parameters of the whole model (tied weights once)."""

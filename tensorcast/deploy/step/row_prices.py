@@ -57,7 +57,7 @@ def content_of(op: Op, known: dict[int, tuple[Op, Content]]) -> Content:
     """What an op is priced by. ``known``: what was found for ops of its table (:func:`contents`)."""
     if id(op) not in known:
         tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
-        changes = sorted((name, str(value)) for name, value in op.attrs.items())
+        changes = sorted((name, repr(value)) for name, value in op.attrs.items())
         key = (op.name, op.stage, *map(tuple, tensors), tuple(changes))
         dims = [dim for tensor in (*op.inputs, *op.outputs) for dim in tensor.dims]
         routed = op.stage in EXPERT_STAGES or any(dim.R or dim.E or dim.X for dim in dims)

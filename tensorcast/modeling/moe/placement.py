@@ -54,10 +54,10 @@ class Placement:
             raise InputError(f"placement: {len(self.experts_per_rank)} experts_per_rank for {self.ranks} ranks")
         if self.ranks < 1 or min(self.experts_per_rank) < 0:
             raise InputError("placement: needs at least one rank, and no rank with fewer than 0 experts")
-        if sum(self.experts_per_rank) != self.num_physical:
+        if sum(self.experts_per_rank) != len(self.physical_to_logical):
             raise InputError(
                 f"placement: experts_per_rank adds up to {sum(self.experts_per_rank)},"
-                f" physical_to_logical has {self.num_physical} entries"
+                f" physical_to_logical has {len(self.physical_to_logical)} entries"
             )
         if strange := held - set(range(self.num_experts)):
             raise InputError(f"placement: expert {min(strange)} is not one of 0..{self.num_experts - 1}")
@@ -102,7 +102,7 @@ class Placement:
     @property
     def replica_counts(self) -> np.ndarray:
         """Copies of each logical expert, ``[E]``."""
-        return np.array([len(slots) for slots in self._replicas], dtype=np.int64)
+        return np.bincount(self.physical_to_logical, minlength=self.num_experts)
 
     def logical_to_physical(self) -> np.ndarray:
         """Physical ids of each logical expert's copies, ``[E, most copies]``, padded with -1."""

@@ -31,7 +31,7 @@ def seconds_by_row(price: StepPrice, batches: int) -> list[tuple[Any, np.ndarray
     """(row, seconds over all its calls, evidence level) of every row, each an entry per batch."""
     return [
         (p, np.broadcast_to(np.asarray(p.seconds * n, dtype=float), batches), np.broadcast_to(p.level, batches))
-        for p, n in zip(price.rows, price.counts, strict=True)
+        for p, n in price.calls
     ]
 
 

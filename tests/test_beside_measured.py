@@ -31,7 +31,8 @@ def test_a_row_is_predicted_as_a_step_prices_it(name: str, batch: int) -> None:
     for price in wanted:
         assert not isinstance(price.row, Collective)
         works, row = work_of(price.row, at), dict[str, Any](seconds=1.0)
-        add_predictions(row, step.pricer.seconds(price.row, at), works, "cuda")
+        kernels = step.pricer.works(price.row, at, step.pricer.corrections)
+        add_predictions(row, step.pricer.seconds(price.row, at, kernels), works, "cuda")
         assert row["predicted_s"] == pytest.approx(float(price.seconds), rel=1e-12)
         assert row["evidence"] == price.evidence == "measured"
         assert row["predicted_low_s"] < row["predicted_s"] < row["predicted_high_s"]

@@ -303,7 +303,7 @@ def test_what_overlap_hides_is_not_saved_again_where_ranks_idle(kind: str) -> No
     line = OnePrefill.of(one, Traffic(2048, 1, 1), 2048)
     price = one.step.price(1.0, 2048.0, 0.0)
     own = sum(
-        float(n) * float(row.seconds) for row, n in zip(price.rows, price.counts, strict=True)
+        float(n) * float(row.seconds) for row, n in price.calls
         if not isinstance(row.row, Collective) and row.row.stage not in EXPERT_STAGES
     )  # fmt: skip
     assert float(price.hidden_s) > 0

@@ -67,7 +67,7 @@ def _collectives(deployment: Deployment) -> list[tuple[str, str, float, int]]:
     price = deployment.step.price(1.0, 1.0, 0.0)
     return [
         (row.row.op, row.row.group, float(row.row.scale), int(n))
-        for row, n in zip(price.rows, price.counts, strict=True)
+        for row, n in price.calls
         if isinstance(row.row, Collective)
     ]
 
@@ -176,7 +176,7 @@ def test_pipeline_bubble() -> None:
     assert price.micro_batches == 2
     layers, sums = step.table.layer_kinds, {"in": 0.0, "start": 0.0, "end": 0.0, "hop": 0.0}
     assert len(set(layers)) == 1  # so each stage has half of every layer's seconds
-    for row, n in zip(price.rows, price.counts, strict=True):
+    for row, n in price.calls:
         place = "in" if row.row.kind >= 0 else "hop" if isinstance(row.row, Collective) else "end"
         if getattr(row.row, "name", "") == "embedding" or row.row.module.startswith(("embed", "rotary")):
             place = "start"

@@ -40,7 +40,7 @@ def rows_of(deployment: Deployment, batch: float, name: str, past: float = 4096.
     price = deployment.step.price(batch, new, past)
     return [
         (p, n)
-        for p, n in zip(price.rows, price.counts, strict=True)
+        for p, n in price.calls
         if (p.row.op if isinstance(p.row, Collective) else p.row.name) == name
     ]
 
@@ -140,7 +140,7 @@ def test_drafted_tokens_share_the_cache_but_not_the_arithmetic() -> None:
     queries = 2 * 32 * 128 * (2 * 512 + 64) * 2  # two more tokens' queries and outputs
     assert float(three.bytes) - float(one.bytes) == pytest.approx(queries, rel=0.01)
     price = drafting.step.price(32.0, 1.0, 4096.0)
-    drafted = [(p, n) for p, n in zip(price.rows, price.counts, strict=True) if p.row.module.startswith("mtp.")]
+    drafted = [(p, n) for p, n in price.calls if p.row.module.startswith("mtp.")]
     assert {n for _, n in drafted} == {2}
     assert any("eh_proj" in p.row.module and float(p.flops) == 2 * 32 * 2 * HIDDEN * HIDDEN for p, _ in drafted)
     more = drafting.memory(32, 1, 4096)
@@ -237,7 +237,7 @@ def test_communication_is_either_exposed_or_hidden() -> None:
     for options in ({}, {"dual_batch_overlap": True}, {"external_shared_experts": 4}):
         price = deepseek(**options).step.price(64.0, 1.0, 4096.0)
         moved = sum(
-            float(p.seconds) * n for p, n in zip(price.rows, price.counts, strict=True) if isinstance(p.row, Collective)
+            float(p.seconds) * n for p, n in price.calls if isinstance(p.row, Collective)
         )
         assert float(price.exposed_comm_s + price.hidden_comm_s) == pytest.approx(moved)
         assert float(price.exposed_comm_s) >= 0

@@ -75,6 +75,13 @@ def peak_flops(device: DeviceProfile, dtype: str) -> float:
     raise KeyError(dtype)
 
 
+MOST_CONSTANTS = 4096
+"""Constants that are kept as they were found."""
+
+_constants: dict[tuple[int | str, ...], tuple[DeviceProfile, tuple[KernelConstants, Evidence]]] = {}
+"""By identity of the device, which stays alive here, so that its id stays its own."""
+
+
 def constants_for(
     device: DeviceProfile, family: str, dtype: str, engine: str = "any", kernel: str = ""
 ) -> tuple[KernelConstants, Evidence]:
@@ -84,20 +91,29 @@ def constants_for(
     (:data:`NEAREST`, then whichever were fitted); else the datasheet fractions with :data:`DATASHEET_ERROR`. Constants
     of this one ``kernel`` of the family, fitted as ``family/kernel``, come before those of the family.
     """
+    key = id(device), family, dtype, engine, kernel
+    if key in _constants and _constants[key][0] is device:
+        return _constants[key][1]
+    if len(_constants) >= MOST_CONSTANTS:
+        _constants.clear()
     known = device.calibration.kernels if device.calibration else ()
     fitted = [c for c in known if kernel and c.family == f"{family}/{kernel}"]
     fitted = fitted or [c for c in known if c.family == family]
     if fitted:
         order = [dtype, "any", *NEAREST.get(dtype, ()), *sorted({c.dtype for c in fitted})]
         best = min(fitted, key=lambda c: (order.index(c.dtype), (engine, "any", c.engine).index(c.engine)))
+        found: tuple[KernelConstants, Evidence] = best, "calibrated"
         if dtype in UNMEASURED:
-            return best.model_copy(update={"median_error": max(best.median_error or 0.0, DATASHEET_ERROR)}), "datasheet"
-        return best, "calibrated"
+            error = max(best.median_error or 0.0, DATASHEET_ERROR)
+            found = best.model_copy(update={"median_error": error}), "datasheet"
+        _constants[key] = device, found
+        return found
     compute, memory, launch, tile, step, split = DATASHEET.get(family, DATASHEET["memory"])
     assumed = KernelConstants(
         family=family, dtype=dtype, compute_efficiency=compute, memory_efficiency=memory, launch_s=launch, tile_s=tile,
         step_s=step, split_s=split, median_error=DATASHEET_ERROR,
     )
+    _constants[key] = device, (assumed, "datasheet")
     return assumed, "datasheet"
 
 

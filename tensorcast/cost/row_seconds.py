@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from tensorcast.cost.evidence import LEVELS, NORMAL_80, Evidence
+from tensorcast.cost.evidence import LEVELS, NORMAL_80
 from tensorcast.cost.roofline import Timing, constants_for, kernel_time
 from tensorcast.cost.work import Size, Work
-from tensorcast.profiles.device import DeviceProfile, KernelConstants
+from tensorcast.profiles.device import DeviceProfile
 
 
 class Factor(Protocol):
@@ -53,12 +52,12 @@ class RowSeconds:
 def row_seconds(
     kernels: Iterable[tuple[Work, Factor | None]],
     device: DeviceProfile,
-    constants: Callable[[Work, str | None], tuple[KernelConstants, Evidence]],
+    engine: str,
     launched: Callable[[Size, Size], Size] = lambda kernel_s, launch_s: launch_s,
 ) -> RowSeconds:
     """Seconds of a row from its kernels, each with its correction if a model speaks for it.
 
-    ``constants``: those of a kernel under the engine of its correction (None: it has none). ``launched``: seconds that
+    Constants are those of ``engine``, or of the engine that a kernel's correction is of. ``launched``: seconds that
     launching a kernel takes, from its own seconds and the part of them that kernel times measured in graph replay hold.
     """
     seconds: Size = 0.0
@@ -68,7 +67,8 @@ def row_seconds(
     family = "memory"
     calls = []
     for work, known in kernels:
-        fitted, evidence = constants(work, known.engine if known is not None else None)
+        whose = known.engine if known is not None else engine
+        fitted, evidence = constants_for(device, work.family, work.dtype, whose, work.kernel)
         # quantising and permuting are rows of their own in a step, not part of the matmul's time
         timing = kernel_time(work, fitted, device, passes=False)
         factor = known.factor if known is not None else 1.0
@@ -115,11 +115,4 @@ class Prediction:
 
 def predict(works: Sequence[Work], device: DeviceProfile, engine: str) -> Prediction:
     """Kernels by their formulas alone, with ``engine``'s constants on ``device``: what a fit of constants sees."""
-    constants = partial(_constants, device, engine)
-    return Prediction.of(row_seconds([(work, None) for work in works], device, constants))
-
-
-def _constants(
-    device: DeviceProfile, engine: str, work: Work, corrected: str | None
-) -> tuple[KernelConstants, Evidence]:
-    return constants_for(device, work.family, work.dtype, corrected or engine, work.kernel)
+    return Prediction.of(row_seconds([(work, None) for work in works], device, engine))

@@ -73,7 +73,7 @@ class Simulation:
     @property
     def _calls(self) -> list[tuple[RowPrice, int]]:
         """Rows, and how often each runs."""
-        return [(p, int(n)) for p, n in zip(self.price.rows, self.price.counts, strict=True)]
+        return [(p, int(n)) for p, n in self.price.calls]
 
     def _sum(self, name: str) -> float:
         return sum(float(getattr(p, name)) * n for p, n in self._calls)

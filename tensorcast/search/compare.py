@@ -168,7 +168,7 @@ def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tup
     whole = row["request_s"] if comparison.objective == "latency" else row["gpus"] / row["output_tokens_per_s"]
     for price, share in ((step, decoded / row["request_s"]), (fresh, 1 - decoded / row["request_s"])):
         rows = [(f"{p.family} {p.level == UNSURE}", float(p.seconds) * float(n), float(np.max(p.error)))
-                for p, n in zip(price.rows, price.counts, strict=True)]
+                for p, n in price.calls]
         beside = max(float(price.overhead_s), 1e-30)
         rows.append(("engine", beside, price.overhead_error_s / beside))
         total = sum(seconds for _, seconds, _ in rows) or 1.0

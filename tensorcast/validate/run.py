@@ -215,7 +215,8 @@ def _measure(
 
         for row, at, measured in runner.run(rows, request.shrink, say):
             ops.append(record(row, at, measured))
-            priced = deployments[workload.phase].step.pricer.seconds(row.op, at)
+            pricer = deployments[workload.phase].step.pricer
+            priced = pricer.seconds(row.op, at, pricer.works(row.op, at, pricer.corrections))
             add_predictions(ops[-1], priced, works_from(ops[-1]["works"]), device.type)
     runner.buffers = None  # type: ignore[assignment]  # its pools' memory, for the layers
     layers, checks = _end_to_end(

@@ -102,13 +102,13 @@ class AskedRows:
         return found[1]
 
     def _op(self, op: Op) -> tuple[Pending, Where]:
-        at = self._at
+        at, pricer = self._at, self._pricer
         if content_of(op, self._contents).routed:
             few, where = self._by_tokens
-            return self._pricer.kernels(op, few, self._asked), where
+            return partial(pricer.kernels, op, few, pricer.works(op, few, self._asked)), where
         cached = np.asarray(at.kv_bytes)
         if not cached.ndim:
-            return self._pricer.kernels(op, at, self._asked), None
+            return partial(pricer.kernels, op, at, pricer.works(op, at, self._asked)), None
         if op.name not in READS_CACHE:  # all the same to it
             return self._of_dtype(op, float(cached[0]), slice(None)), None
         # kernels are chosen by what the cache holds: each dtype's batches are priced apart

@@ -63,7 +63,7 @@ def breakdown(price: StepPrice, pp: int, group_of: Callable[[RowPrice], str]) ->
     """
     passes = float(price.micro_batches) / pp
     groups: dict[str, Spent] = {}
-    for row, count in zip(price.rows, price.counts, strict=True):
+    for row, count in price.calls:
         into, times = groups.setdefault(group_of(row), Spent()), float(count) * passes
         spent = row.spending
         into.seconds += float(row.seconds) * times

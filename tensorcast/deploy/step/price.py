@@ -182,14 +182,15 @@ class StepPrice:
     hidden_comm_s: Size = 0.0
 
     @cached_property
-    def rows(self) -> tuple[RowPrice, ...]:
-        """Every row's price at every batch."""
-        return tuple(row.at(part.at) for part in self.parts for row in part.rows)
+    def calls(self) -> tuple[tuple[RowPrice, Size], ...]:
+        """Every row's price at every batch, and how often it runs in one pass over all stages."""
+        every = ((part, *call) for part in self.parts for call in zip(part.rows, part.calls, strict=True))
+        return tuple((row.at(part.at), calls * part.times) for part, row, calls in every)
 
     @property
-    def counts(self) -> tuple[Size, ...]:
-        """How often each of the rows runs in one pass over all stages."""
-        return tuple(calls * part.times for part in self.parts for calls in part.calls)
+    def rows(self) -> tuple[RowPrice, ...]:
+        """Every row's price at every batch."""
+        return tuple(row for row, _ in self.calls)
 
     def sum(self, of: Callable[[RowPrice], Size], wanted: Callable[[RowPrice], bool] | None = None) -> Size:
         """``of`` each row that is ``wanted``, over all its calls in one pass over all stages."""

@@ -6,23 +6,22 @@ Rows are asked first and priced then: in between, the kernels' fitted models ans
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from tensorcast.cost.collectives import collective_time
-from tensorcast.cost.evidence import LEVELS, Evidence
+from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.formulas import FORMULAS, Context, work_of
 from tensorcast.cost.kernels.corrections import BatchedCorrections, Correction, Corrections, PendingCorrection
-from tensorcast.cost.roofline import constants_for
 from tensorcast.cost.row_seconds import RowSeconds, row_seconds
 from tensorcast.cost.work import Size, Work
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.price import RowPrice, Spending, one_level, spending_of
-from tensorcast.profiles.device import DeviceProfile, KernelConstants
+from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import Op, OpTable, per_table
@@ -38,6 +37,9 @@ Pending = Callable[[], RowPrice]
 """The price of a row that has asked for its corrections; call it when they are there."""
 
 Known = Correction | PendingCorrection | None
+
+Works = list[tuple[Work, Known]]
+"""Kernels of a row, one after another, each with what corrects it."""
 
 
 class Content(NamedTuple):
@@ -93,34 +95,21 @@ class RowPricer:
     sources: Mapping[str, Size]
     """Whose experts' kernels run, by dtype; hangs on the spread of experts."""
     distinct: Mapping[str, Size]
-    constants: dict[tuple[str, ...], tuple[KernelConstants, Evidence]] = field(default_factory=dict)
 
-    def kernels(self, op: Op, at: Context, asked: Asked) -> Pending:
-        """Ask for the corrections of an op's kernels."""
-        return partial(self._kernels, op, at, list(self._works(op, at, asked)))
-
-    def seconds(self, op: Op, at: Context) -> RowSeconds:
-        """Seconds of an op by itself."""
-        return self._seconds(op, at, list(self._works(op, at, self.corrections)))
-
-    def _kernels(self, op: Op, at: Context, works: list[tuple[Work, Known]]) -> RowPrice:
-        took = self._seconds(op, at, works)
+    def kernels(self, op: Op, at: Context, works: Works) -> RowPrice:
+        """The price of an op whose kernels are ``works``, when their corrections are there."""
+        took = self.seconds(op, at, works)
         return RowPrice(
             row=op, seconds=took.seconds, waits_s=took.waits_s, family=took.family, level=one_level(took.level),
             error=took.error, spend=partial(spending_of, took.calls, self.device), has_formula=op.name in FORMULAS,
         )
 
-    def _seconds(self, op: Op, at: Context, works: list[tuple[Work, Known]]) -> RowSeconds:
+    def seconds(self, op: Op, at: Context, works: Works) -> RowSeconds:
+        """Seconds of an op whose kernels are ``works`` (:meth:`works`)."""
         alone: Size = 1.0  # or part of the all-reduce's kernel before it
         if "joined_tokens" in op.attrs:
             alone = np.where(np.asarray(at.sizes.tokens) > op.attrs["joined_tokens"], 1.0, 0.0)[()]
-        return row_seconds(works, self.device, self._constants, partial(self._launched, at, alone))
-
-    def _constants(self, work: Work, corrected: str | None) -> tuple[KernelConstants, Evidence]:
-        key = work.family, work.dtype, corrected or self.engine.name, work.kernel
-        if key not in self.constants:
-            self.constants[key] = constants_for(self.device, *key)
-        return self.constants[key]
+        return row_seconds(works, self.device, self.engine.name, partial(self._launched, at, alone))
 
     def _launched(self, at: Context, alone: Size, kernel_s: Size, launch_s: Size) -> Size:
         """Seconds of launching, of which ``launch_s`` are in kernel times measured in graph replay already.
@@ -135,16 +124,14 @@ class RowPricer:
             gap = np.where(np.asarray(at.sizes.tokens) <= self.graph_tokens, replayed, gap)[()]
         return (launch_s + gap) * alone
 
-    def _works(self, op: Op, at: Context, asked: Asked) -> Iterator[tuple[Work, Known]]:
-        """The row's kernels, each with what the device's fitted model makes of its formula."""
+    def works(self, op: Op, at: Context, asked: Asked) -> Works:
+        """The row's kernels, each with what the device's fitted model makes of its formula: asked for here."""
         if op.name != "grouped_matmul" or at.backend in ("eager", "batched_mm"):
             variant = "absorb" if op.name == "mla_absorb" else ""
-            yield from ((work, asked.at(work.family, work.dtype, variant, work.sizes)) for work in work_of(op, at))
-            return
+            return [(work, asked.at(work.family, work.dtype, variant, work.sizes)) for work in work_of(op, at)]
         (work,) = work_of(op, at)
         if at.backend == "masked" and not at.masked_skips:
-            yield work, None
-            return
+            return [(work, None)]
         # the experts' whole feed-forward network as models know it: up, activation and down in one
         facts = self.table.facts
         sizes = {
@@ -157,7 +144,7 @@ class RowPricer:
         known = asked.at(work.family, work.dtype, at.backend, sizes)
         if known is not None and known.variant == at.backend:  # a kernel of that layout was fitted over plain tiles
             (work,) = work_of(op, replace(at, backend="grouped_mm"))
-        yield work, known
+        return [(work, known)]
 
     def collective(self, row: Collective, at: Context, asked: Asked) -> Pending:
         """Ask for what the device's fitted model makes of a collective on its innermost links, or of an exchange."""

@@ -98,8 +98,7 @@ class StepSizes:
         chunks: Size = 1.0
         if self.chunk_tokens:
             chunks = np.maximum(np.ceil(np.asarray(context.sizes.tokens) / self.chunk_tokens), 1.0)
-            sizes = replace(context.sizes, B=context.sizes.B / chunks)
-            part = self._loaded(replace(context, sizes=sizes), context.sizes.tokens / chunks)
+            part = self.context(*columns, chunks=chunks)
         return Batches(
             micro=micro, halves=halves, whole=context, chunks=chunks, chunk=part, own=own,
             draft=draft[0] if draft else None,
@@ -111,25 +110,24 @@ class StepSizes:
         return 1.0 + self.mtp_depth if self.decode else 1.0
 
     def context(
-        self, batch: Size, new: Size, past: Size, verify: Size | None = None, kv_bytes: Size | None = None
+        self, batch: Size, new: Size, past: Size, verify: Size | None = None, kv_bytes: Size | None = None, *,
+        chunks: Size = 1.0,
     ) -> Context:
-        """What formulas may ask at these sizes; ``verify`` and ``kv_bytes`` are the step's own unless given."""
+        """What formulas may ask at these sizes, of one of so many ``chunks``; ``verify`` and ``kv_bytes`` are the
+        step's own unless given."""
         verify = self.verify if verify is None else verify
-        sizes = Sizes(B=batch * verify, S=new, P=past, E=0.0, X=1.0 / self.etp)
+        sequences = batch * verify
+        sizes = Sizes(B=sequences / chunks, S=new, P=past, E=0.0, X=1.0 / self.etp)
         known = Context(
             sizes, decode=self.decode, kv_bytes=self.kv_bytes if kv_bytes is None else kv_bytes, has_fp4=self.has_fp4,
             backend=self.backend, masked_skips=self.masked_skips, verify=verify,
         )
-        return self._loaded(known, sizes.tokens)
-
-    def _loaded(self, context: Context, tokens: Size) -> Context:
-        """``context`` with the expert load of ``tokens`` tokens per data-parallel rank."""
         if self.load is None:
-            return context
-        every = tokens * self.dp
+            return known
+        every = sequences * new / chunks * self.dp  # tokens that are routed
         load = self.load.at(every)
-        sizes = replace(context.sizes, R=load.rows, E=1.0 * self.load.local_experts)
-        return replace(context, sizes=sizes, hit=load.hit, capacity=every)
+        sizes = replace(sizes, R=load.rows, E=1.0 * self.load.local_experts)
+        return replace(known, sizes=sizes, hit=load.hit, capacity=every)
 
 
 def _cases(asked: Sequence[tuple[Size, ...]]) -> tuple[list[Size], Sequence[Where]]:

@@ -115,8 +115,8 @@ def _numbered(axes: Axes, ops: Sequence[dict[str, Any]]) -> None:
 def _costliest(price: StepPrice) -> list[dict[str, Any]]:
     """Ops with arithmetic and traffic, calls of one module over all layer kinds together, costliest first."""
     found: dict[str, dict[str, Any]] = {}
-    total = sum(float(row.seconds) * count for row, count in zip(price.rows, price.counts, strict=True))
-    for row, count in zip(price.rows, price.counts, strict=True):
+    total = sum(float(row.seconds) * count for row, count in price.calls)
+    for row, count in price.calls:
         if isinstance(row.row, Collective) or not count or float(row.ideal_compute_s) <= 0 or row.family == "memory":
             continue
         name = f"{_part_of_layer(row.row.module)}{' (grouped GEMM)' if row.family == 'grouped_gemm' else ''}"

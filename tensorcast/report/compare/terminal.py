@@ -62,7 +62,12 @@ def _table(view: View, top: int, width: int) -> Table:
     cells = []
     for row in rows:
         verdict = "best" if row["candidate"] == best else "tie" if row["candidate"] in tied else ""
-        cells.append([*_cells(row, cost), verdict if row["meets"] else f"over {limit_name(row['limit'])}"])
+        cells.append([
+            units.count(row["gpus"]), units.count(row["batch"]), units.seconds(row["ttft_s"]),
+            units.seconds(row["tpot_s"]), units.rate(row["tokens_per_s_per_user"]),
+            units.rate(row["tokens_per_s_per_gpu"]), *([units.digits(row["cost_per_million_tokens"])] if cost else []),
+            verdict if row["meets"] else f"over {limit_name(row['limit'])}",
+        ])
     sizes = [max([len(head), *(len(c[i]) for c in cells)]) + 1 for i, head in enumerate(heads)]
     for head in ("tok/s", "batch", "GPUs"):  # on less than 80 columns: whole numbers rather than all of them
         if sum(sizes) + LEAST_NAME > width:
@@ -79,14 +84,6 @@ def _table(view: View, top: int, width: int) -> Table:
         style = "" if row["meets"] else "dim"
         table.add_row(*(Text(text, style=style) for text in (name, *values)))
     return table
-
-
-def _cells(row: dict[str, Any], cost: bool) -> list[str]:
-    values = [
-        units.count(row["gpus"]), units.count(row["batch"]), units.seconds(row["ttft_s"]), units.seconds(row["tpot_s"]),
-        units.rate(row["tokens_per_s_per_user"]), units.rate(row["tokens_per_s_per_gpu"]),
-    ]
-    return [*values, *([units.digits(row["cost_per_million_tokens"])] if cost else [])]
 
 
 def _pruned(found: Comparison) -> str:

@@ -34,7 +34,7 @@ def calls(run: Simulation) -> list[Call]:
     kinds = run.deployment.step.table.layer_kinds
     stages = stage_layers(len(kinds), run.deployment.layout.pp, run.deployment.engine.pipeline_split)
     ends = {stage.stop for stage in stages[:-1]}
-    ran = [row for row, count in zip(run.price.rows, run.price.counts, strict=True) if count]
+    ran = [row for row, count in run.price.calls if count]
     rows = run.records()
     at: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row, record in zip(ran, rows, strict=True):

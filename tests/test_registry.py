@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tensorcast.cost.formulas import FORMULAS, formula, traffic
+from tensorcast.cost.formulas import FORMULAS, traffic
 from tensorcast.cost.kernels.formula import WORKS
 from tensorcast.cost.kernels.vocabulary import SIZES
 
@@ -12,7 +12,7 @@ from tensorcast.cost.kernels.vocabulary import SIZES
 def test_an_op_with_a_formula_takes_no_second_one() -> None:
     before = dict(FORMULAS)
     with pytest.raises(ValueError, match="'embedding' is registered already"):
-        formula("embedding")(traffic)
+        FORMULAS["embedding"] = traffic
     assert dict(FORMULAS) == before
 
 

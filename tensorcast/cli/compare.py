@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tensorcast.cli.app import DEPLOYMENT, LOAD, OUTPUT, SEARCH, AsJson, command, console, patience
-from tensorcast.cli.options import Engine, Model, deployment_options, searched_options
+from tensorcast.cli.options import Engine, Model, deployment_options
 from tensorcast.cli.values import device_prices, duration, listed_names, listed_options, read_layouts, whole_numbers
 
 if TYPE_CHECKING:
@@ -47,15 +45,15 @@ tensorcast compare deepseek-v3 -d h100,h200,b200 -n 16,32,64,128 --executor dask
 
 
 @command(epilog=EXAMPLES)
-@searched_options(
-    kv_dtype=("bf16,fp8", "the model's"), mtp_depth=("N,...", "0"), all2all=("KIND,...", "the first two"),
-    dispatch=("SCHEME,...", "as the experts read them, and bf16"), combine=("SCHEME,...", "bf16"),
-    chunk_tokens=("N,...", "2048,8192,16384"), words={
-        "all2all": "allgather_reducescatter, deepep (its mode by phase), high_throughput, low_latency, direct, auto.",
-        "chunk_tokens": "Prompt tokens per step and rank.",
+@deployment_options(
+    "quant", "routing", "placement", defaults={"routing": "uniform"}, searched={
+        "kv_dtype": ("bf16,fp8", "the model's"), "mtp_depth": ("N,...", "0"), "all2all": ("KIND,...", "the first two"),
+        "dispatch": ("SCHEME,...", "as the experts read them, and bf16"), "combine": ("SCHEME,...", "bf16"),
+        "chunk_tokens": ("N,...", "2048,8192,16384"),
     },
+    all2all="allgather_reducescatter, deepep (its mode by phase), high_throughput, low_latency, direct, auto.",
+    chunk_tokens="Prompt tokens per step and rank.",
 )
-@deployment_options("quant", "routing", "placement", defaults={"routing": "uniform"})
 def compare(
     model: Model,
     *,
@@ -130,22 +128,28 @@ def compare(
 ) -> None:
     """Compare every legal layout of MODEL for a load and its limits: the best, why, and what comes close."""
     from tensorcast.api import compare as run_comparison
+    from tensorcast.search.compare import NoLayoutMeets
 
     if out is not None:
         from tensorcast.files import check_directory
 
         check_directory(out)  # before the work, not after
-    with patience(model, "comparing layouts of"), _told(out):
-        found = run_comparison(
-            model, device=listed_names("--device", device), world_size=whole_numbers("--world-size", world_size),
-            input_len=input_len, output_len=output_len,
-            ttft_s=duration("--ttft", ttft), tpot_s=duration("--tpot", tpot), objective=objective, engine=engine,
-            layouts=read_layouts(layouts) if layouts else None,
-            modes=listed_names("--mode", mode), request_rate=request_rate, prices=device_prices(price),
-            prefix_cached=prefix_cached,
-            mtp_acceptance=mtp_acceptance, full=full, runnable_only=not any_engine, jobs=jobs, executor=executor,
-            **listed_options(options),
-        )
+    with patience(model, "comparing layouts of"):
+        try:
+            found = run_comparison(
+                model, device=listed_names("--device", device), world_size=whole_numbers("--world-size", world_size),
+                input_len=input_len, output_len=output_len,
+                ttft_s=duration("--ttft", ttft), tpot_s=duration("--tpot", tpot), objective=objective, engine=engine,
+                layouts=read_layouts(layouts) if layouts else None,
+                modes=listed_names("--mode", mode), request_rate=request_rate, prices=device_prices(price),
+                prefix_cached=prefix_cached,
+                mtp_acceptance=mtp_acceptance, full=full, runnable_only=not any_engine, jobs=jobs, executor=executor,
+                **listed_options(options),
+            )
+        except NoLayoutMeets as error:  # the report says so, too; it is still the same error
+            if _written(error.comparison, out):
+                raise NoLayoutMeets(f"{error}; all candidates are in {out}", error.comparison) from None
+            raise
         written = _written(found, out)
     if as_json:
         from tensorcast.report.compare.terminal import comparison_record
@@ -166,16 +170,3 @@ def _written(found: Comparison, out: Path | None) -> list[Path]:
     from tensorcast.report.compare.files import write_comparison
 
     return write_comparison(found, out)
-
-
-@contextlib.contextmanager
-def _told(out: Path | None) -> Iterator[None]:
-    """Where no layout keeps the limits, the report says so, too; it is still the same error."""
-    from tensorcast.search.compare import NoLayoutMeets
-
-    try:
-        yield
-    except NoLayoutMeets as error:
-        if _written(error.comparison, out):
-            raise NoLayoutMeets(f"{error}; all candidates are in {out}", error.comparison) from None
-        raise

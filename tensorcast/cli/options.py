@@ -33,67 +33,51 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def deployment_options(
-    *names: str, defaults: Mapping[str, Any] | None = None, **said: str
+    *names: str, defaults: Mapping[str, Any] | None = None, searched: Mapping[str, tuple[str, str]] | None = None,
+    **said: str,
 ) -> Callable[[Command], Command]:
     """Give a command the options called ``names`` of :class:`tensorcast.deploy.options.Options`, after ``--engine``.
 
     The command takes them as ``**options``. Types, defaults, flags and help are those of the fields: typer reads them
     from ``__signature__``, which this writes. ``said``: other words for a field's help; ``defaults``: other defaults.
+    ``searched``: options that take several values, after ``--mode``, as text such as ``bf16,fp8`` or None; by option
+    how values are written and what is tried unasked.
     """
 
     def given(command: Command) -> Command:
-        types = get_type_hints(Options)
-        added = []
+        types, one, several = get_type_hints(Options), [], []
         for name in names:
-            default = (defaults or {}).get(name, OPTIONS[name].default)
-            shown = Annotated[types[name], _option(name, said.get(name), default)]  # type: ignore[valid-type]
-            added.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=shown))
-        return _with_parameters(command, added, after="engine")
-
-    return given
-
-
-def searched_options(words: Mapping[str, str], **said: tuple[str, str]) -> Callable[[Command], Command]:
-    """Give a command options that take several values, after ``--mode``: text such as ``bf16,fp8``, or None.
-
-    ``said``: by option how values are written and what is tried unasked; ``words``: other words for a field's help.
-    """
-
-    def given(command: Command) -> Command:
-        added = []
-        for name, (metavar, unasked) in said.items():
-            shown = Annotated[str | None, typer.Option(
-                SEARCHED_FLAGS.get(name, flag(name)), metavar=metavar, show_default=False, rich_help_panel=SEARCH,
-                help=words.get(name, ABOUT[name].help) + _default(unasked),
+            option, default = ABOUT[name], (defaults or {}).get(name, OPTIONS[name].default)
+            switch, words = f"--{name.replace('_', '-')}", said.get(name, option.help)
+            shown = Annotated[types[name], typer.Option(  # type: ignore[valid-type]
+                f"{switch}/{flag(name)}" if default is True else switch, metavar=option.metavar, min=option.least,
+                help=words + (UNASKED.format(option.unasked) if option.unasked else ""),
+                show_default=default is not None, rich_help_panel=CHOICES,
             )]
-            added.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=shown))
-        return _with_parameters(command, added, after="mode")
+            one.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=shown))
+        for name, (metavar, unasked) in (searched or {}).items():
+            listed = Annotated[str | None, typer.Option(
+                SEARCHED_FLAGS.get(name, flag(name)), metavar=metavar, show_default=False, rich_help_panel=SEARCH,
+                help=said.get(name, ABOUT[name].help) + UNASKED.format(unasked),
+            )]
+            several.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=listed))
+        return _with_parameters(command, {"engine": one, "mode": several})
 
     return given
 
+
+UNASKED = "  [dim]\\[default: {}][/dim]"
+"""What ``--help`` says of an option that is not given."""
 
 SEARCHED_FLAGS = {"mtp_depth": "--mtp"}
 """Flags that are shorter where several values are given."""
 
 
-def _option(name: str, text: str | None, default: Any) -> Any:
-    option, switch = ABOUT[name], f"--{name.replace('_', '-')}"
-    words = (text or option.help) + (_default(option.unasked) if option.unasked else "")
-    return typer.Option(
-        f"{switch}/{flag(name)}" if default is True else switch, metavar=option.metavar, help=words, min=option.least,
-        show_default=default is not None, rich_help_panel=CHOICES,
-    )
-
-
-def _default(words: str) -> str:
-    return f"  [dim]\\[default: {words}][/dim]"
-
-
-def _with_parameters(command: Command, added: list[Parameter], after: str) -> Command:
-    """``command`` with a signature in which ``added`` come after a parameter, instead of its ``**options``."""
-    every = signature(command, eval_str=True).parameters.values()
-    own = [one for one in every if one.kind is not Parameter.VAR_KEYWORD]
-    place = 1 + [one.name for one in own].index(after)
-    found = [one.replace(kind=Parameter.KEYWORD_ONLY) for one in (*own[:place], *added, *own[place:])]
+def _with_parameters(command: Command, added: Mapping[str, list[Parameter]]) -> Command:
+    """``command`` with a signature in which those ``added`` come after a parameter each, instead of ``**options``."""
+    found: list[Parameter] = []
+    for one in signature(command, eval_str=True).parameters.values():
+        if one.kind is not Parameter.VAR_KEYWORD:
+            found += (each.replace(kind=Parameter.KEYWORD_ONLY) for each in (one, *added.get(one.name, ())))
     command.__signature__ = Signature(found)  # type: ignore[attr-defined]
     return command

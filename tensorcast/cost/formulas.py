@@ -60,18 +60,7 @@ class Context:
 
 Formula = Callable[[Op, Context], list[Work]]
 FORMULAS: Registry[Formula] = Registry()
-"""By the name of an op; filled by :func:`formula`."""
-
-
-def formula(*names: str) -> Callable[[Formula], Formula]:
-    """Register a formula for the named ops. Raises :class:`ValueError` where one of them has one already."""
-
-    def register(function: Formula) -> Formula:
-        for name in names:
-            FORMULAS[name] = function
-        return function
-
-    return register
+"""By the name of an op; filled at the end of this file."""
 
 
 def work_of(op: Op, context: Context) -> list[Work]:
@@ -97,20 +86,17 @@ MOVES = tuple(
 )
 
 
-@formula(*MOVES)
 def traffic(op: Op, at: Context) -> list[Work]:
     """Reads its inputs once and writes its outputs once."""
     return [w.memory(sum((t.bytes(at.sizes) for t in op.inputs), 0.0), _written(op, at))]
 
 
-@formula("embedding")
 def embedding(op: Op, at: Context) -> list[Work]:
     """One table row per token, not the table."""
     moved = _written(op, at)
     return [w.memory(moved + op.inputs[-1].bytes(at.sizes), moved)]
 
 
-@formula("mm", "addmm", "mla_expand")
 def matmul(op: Op, at: Context) -> list[Work]:
     """``[M,K] x [K,N]``; merged linears add up their N. MLA's expansion: keys and values of all tokens from latents."""
     x = next((t for t in op.inputs if not t.weight and len(t.dims) > 1), op.inputs[0])
@@ -120,7 +106,6 @@ def matmul(op: Op, at: Context) -> list[Work]:
     return [w.gemm(m, n, k, at.precision(op, op.outputs[0]))]
 
 
-@formula("bmm")
 def batched_matmul(op: Op, at: Context) -> list[Work]:
     """``[b,M,K] x [b,K,N]``."""
     a, b = op.inputs[0], op.inputs[1]
@@ -133,7 +118,6 @@ CONTIGUOUS_ROWS, MASKED_ROWS = 128, 64
 """Least rows of a tile in DeepGEMM's contiguous and masked layouts (github.com/deepseek-ai/DeepGEMM)."""
 
 
-@formula("grouped_matmul")
 def grouped_matmul(op: Op, at: Context) -> list[Work]:
     """Rows ``[R,K]`` of the busiest rank against the hit experts' ``[N,K]``, as ``at.backend`` runs them.
 
@@ -156,7 +140,6 @@ def grouped_matmul(op: Op, at: Context) -> list[Work]:
     return [w.grouped_gemm(rows, at.hit, n, k, precision, align=least)]
 
 
-@formula("mla_absorb")
 def mla_absorb(op: Op, at: Context) -> list[Work]:
     """Per head: query into the latent ``[T,nope] x [nope,latent]``, output from it ``[T,latent] x [latent,v]``."""
     tokens = op.inputs[0].numel(at.sizes) / op.attrs["latent"]
@@ -178,7 +161,6 @@ def chunk_pairs(new: Size, past: Size, chunk: int) -> Size:
     return up_to(np.asarray(past) + new) - up_to(past)
 
 
-@formula("attention")
 def attention(op: Op, at: Context) -> list[Work]:
     """q ``[B,Hq,S,D]``, new k ``[B,Hkv,S,D]``, v ``[B,Hkv,S,Dv]`` after ``past`` cached tokens."""
     q, k, v = op.inputs[:3]
@@ -217,7 +199,6 @@ def attention(op: Op, at: Context) -> list[Work]:
     return [found]
 
 
-@formula("sparse_indexer")
 def sparse_indexer(op: Op, at: Context) -> list[Work]:
     """Scores of every visible cached token per query and head, then top-k: q ``[B*S,Hi,Di]``, keys ``[B,L,Di]``."""
     heads, width = at.value(op.attrs["heads"]), at.value(op.attrs["head_dim"])
@@ -232,20 +213,17 @@ def sparse_indexer(op: Op, at: Context) -> list[Work]:
     return [score, w.memory(4.0 * pairs, _written(op, at))]
 
 
-@formula("kv_cache_write")
 def kv_cache_write(op: Op, at: Context) -> list[Work]:
     """New keys and values in bf16 read, written in the cache's dtype."""
     numel = sum((t.numel(at.sizes) for t in op.inputs), 0.0)
     return [w.memory(2.0 * numel, at.kv_bytes * numel)]
 
 
-@formula("kv_cache_read")
 def kv_cache_read(op: Op, at: Context) -> list[Work]:
     """All cached entries read once (eager view of an indexer)."""
     return [w.memory(_written(op, at), 0.0)]
 
 
-@formula("linear_attention")
 def linear_attention(op: Op, at: Context) -> list[Work]:
     """Gated delta rule, q, k ``[B,S,H,D]``, v ``[B,S,Hv,Dv]``, fp32 state ``[B,Hv,D,Dv]`` read and written.
 
@@ -263,7 +241,6 @@ def linear_attention(op: Op, at: Context) -> list[Work]:
     return [Work("memory" if at.decode else "attention_prefill", "bf16", flops, moved, flops)]
 
 
-@formula("ssm_scan")
 def ssm_scan(op: Op, at: Context) -> list[Work]:
     """Mamba-2, x ``[B,S,H,D]``, b, c ``[B,S,G,N]``, fp32 state ``[B,H,D,N]``: ``6*D*N`` per token and head; the chunked
     form adds ``2*C*(N + D)`` (Mamba-2, arXiv 2405.21060, section 6)."""
@@ -278,7 +255,6 @@ def ssm_scan(op: Op, at: Context) -> list[Work]:
     return [Work("memory" if at.decode else "attention_prefill", "bf16", flops, moved, flops)]
 
 
-@formula("causal_conv1d", "convolution")
 def causal_conv1d(op: Op, at: Context) -> list[Work]:
     """Depthwise over ``[B,C,S]`` with weight ``[C,width]``; the state of ``width`` inputs is read and written."""
     x, weight = op.inputs[0], op.inputs[1]
@@ -286,3 +262,22 @@ def causal_conv1d(op: Op, at: Context) -> list[Work]:
     moved = 2.0 * x.bytes(at.sizes) + weight.bytes(at.sizes)
     state = 2.0 * at.value(x.dims[0]) * at.value(x.dims[1]) * width * DTYPE_BYTES[x.dtype]
     return [w.memory(moved, state, 2.0 * x.numel(at.sizes) * width)]
+
+
+for _names, _formula in (
+    (MOVES, traffic),
+    (("embedding",), embedding),
+    (("mm", "addmm", "mla_expand"), matmul),
+    (("bmm",), batched_matmul),
+    (("grouped_matmul",), grouped_matmul),
+    (("mla_absorb",), mla_absorb),
+    (("attention",), attention),
+    (("sparse_indexer",), sparse_indexer),
+    (("kv_cache_write",), kv_cache_write),
+    (("kv_cache_read",), kv_cache_read),
+    (("linear_attention",), linear_attention),
+    (("ssm_scan",), ssm_scan),
+    (("causal_conv1d", "convolution"), causal_conv1d),
+):
+    for _name in _names:
+        FORMULAS[_name] = _formula

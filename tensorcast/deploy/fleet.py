@@ -87,6 +87,12 @@ def fleet(members: Sequence[Deployment], memo: Memo) -> Fleet:
         tp=prototype.layout.tp, pp=prototype.layout.pp, dp=dp, ep=ep, etp=etp, stage_ranks=ranks
     ))
     loads = tuple(one.step.sizes.load for one in members if isinstance(one.step.sizes.load, ExpertLoad))
+    held = {n: _column([getattr(one, n) for one in loads]) for n in ("share", "ranks", "local_experts")}
+    load: ExpertLoad | MemberLoads | None = MemberLoads(loads, held["local_experts"]) if loads else None
+    if loads and all(one.busiest is None for one in loads):
+        # even ones are plain arithmetic, so one load with columns stands for all
+        even: dict[str, Any] = held
+        load = replace(loads[0], **even)
     pricers = [one.step.pricer for one in members]
     pricer = replace(
         step.pricer, ep=ep, etp=etp,
@@ -103,21 +109,10 @@ def fleet(members: Sequence[Deployment], memo: Memo) -> Fleet:
     sent: Any = _column([one.dispatch.activation_bytes for one in plans])
     one = replace(
         step, plan=replace(step.plan, rows=rows, dispatch=replace(step.plan.dispatch, activation_bytes=sent)),
-        pricer=pricer, memo=memo, sizes=replace(step.sizes, dp=dp, etp=etp, load=_loads(loads)),
+        pricer=pricer, memo=memo, sizes=replace(step.sizes, dp=dp, etp=etp, load=load),
     )
     known = {field.name: getattr(prototype, field.name) for field in fields(prototype)}
     return Fleet(**{**known, "layout": layout, "step": one}, size=len(members))
-
-
-def _loads(loads: tuple[ExpertLoad, ...]) -> ExpertLoad | MemberLoads | None:
-    """Loads of the members; even ones are plain arithmetic, so one load with columns stands for all."""
-    if not loads:
-        return None
-    names = ("share", "ranks", "local_experts")
-    columns: dict[str, Any] = {name: _column([getattr(one, name) for one in loads]) for name in names}
-    if all(one.busiest is None for one in loads):
-        return replace(loads[0], **columns)
-    return MemberLoads(loads, columns["local_experts"])
 
 
 def _merged(row: Row, members: Sequence[Row]) -> Row:

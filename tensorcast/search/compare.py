@@ -128,11 +128,6 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult]) -> Com
         best=None, runner_up=None, ties=[], notes=notes(tasks, frame), examined=sum(one.examined for one in results),
         tasks=tuple(tasks), behind=dict(zip(frame["candidate"], behind, strict=True)),
     )  # fmt: skip
-    return _decided(comparison)
-
-
-def _decided(comparison: Comparison) -> Comparison:
-    """With the best, the best of another layout, and what cannot be told apart from the best."""
     ranked = comparison.families[comparison.families["meets"]]
     if not len(ranked):
         raise NoLayoutMeets(_not_met(comparison), comparison)

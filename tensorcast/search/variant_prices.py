@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,10 +35,6 @@ from tensorcast.trace.moe import BlockForm
 
 GRID = COARSE[(COARSE >= 1) & (COARSE <= LARGEST_BATCH)]
 """Batches of decode steps that every variant is priced at."""
-
-
-Bytes = TypeVar("Bytes")
-"""Bytes that a step leaves or takes: an array, or several."""
 
 
 @dataclass(frozen=True)
@@ -150,14 +146,6 @@ class VariantPrices:
             self._made[held] = fleet(made, self.memo)
         return self._made[held], held
 
-    def _cache_budget(self, held: tuple[Any, ...], one: Deployment, what: int, ask: Callable[[], Bytes]) -> Bytes:
-        """What a step leaves for the cache; the cache's dtype moves it only where stages are weighed."""
-        key = (*held, what, one.layout.pp, one.quantization.kv if one.layout.pp > 1 else "")
-        if key not in self._left:
-            self._left[key] = ask()
-        found: Bytes = self._left[key]
-        return found
-
     def _price_decode(
         self, members: list[_Member], settings: list[_Setting], rows: Array, left: dict[int, Array]
     ) -> None:
@@ -181,8 +169,11 @@ class VariantPrices:
             if number == len(self._fleets):
                 self._fleets.append(decode.at(kv[i], setting.mtp_depth, setting.pp))
             one = self._fleets[number]
-            leaving = self._cache_budget(held, one, setting.mtp_depth, lambda: decode_budget(one, load.input_len))  # noqa: B023
-            steps[:, i : i + 1], buffers[:, i : i + 1] = leaving
+            # the cache's dtype moves what is left for it only where stages are weighed
+            key = (*held, setting.mtp_depth, setting.pp, kv[i] if setting.pp > 1 else "")
+            if key not in self._left:
+                self._left[key] = decode_budget(one, load.input_len)
+            steps[:, i : i + 1], buffers[:, i : i + 1] = self._left[key]
             each[:, i : i + 1] = sequence_bytes(one, load.input_len, load.output_len)
             most[:, i] = one.most_sequences
             mine = there[:, i]
@@ -219,8 +210,13 @@ class VariantPrices:
         for i, (budget, cut) in enumerate(zip(self.budgets, cuts, strict=True)):
             mine = {name: values[:, kind_of, i] for name, values in columns.items()}
             costs[budget].append((rows[there], prefill_costs(mine, cut.tokens, cut.per_step).where(there)))
-            asked = [self._cache_budget(held, one, budget, lambda: prefill_budget(one, cut)) for one in ones]  # noqa: B023
-            left[budget] = np.hstack([np.broadcast_to(one, column) for one in asked])[:, kind_of]
+            asked = []
+            for one, name in zip(ones, kv, strict=True):
+                key = (*held, budget, one.layout.pp, name if one.layout.pp > 1 else "")
+                if key not in self._left:
+                    self._left[key] = prefill_budget(one, cut)
+                asked.append(np.broadcast_to(self._left[key], column))
+            left[budget] = np.hstack(asked)[:, kind_of]
         own = left[self.scenario.own_chunk]
         held_each = [sequence_bytes(one, load.input_len, 0) for one in ones]
         each = np.hstack([np.broadcast_to(one, column) for one in held_each])[:, kind_of]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.cost.kernels.formula import constants_digest, formula_of
 from tensorcast.cost.kernels.predictor import TRANSFERRED, Predictor, predictor_for
 from tensorcast.cost.kernels.vocabulary import UNRELATED
@@ -106,7 +107,8 @@ class Corrections:
             columns = {n: np.broadcast_to(value, shape).ravel()[first[new]] for n, value in held.items()}
             found = self.predictor.price(*name, columns)
             known = np.concatenate([known, codes[new]])
-            values = np.concatenate([values, [found.factor, found.error, found.level]], axis=1)
+            error = np.log(found.high / found.low) / 2.0 / NORMAL_80  # a median, that the interval stands for
+            values = np.concatenate([values, [found.factor, error, found.level]], axis=1)
             order = np.argsort(known, kind="stable")
             known, values = self._answers[(*name, *sizes)] = known[order], values[:, order]
         factor, error, level = values[:, np.searchsorted(known, codes)][:, where.reshape(shape)]

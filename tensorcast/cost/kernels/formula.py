@@ -24,7 +24,7 @@ from tensorcast.cost.kernels.triton_tiles import triton_tiles
 from tensorcast.cost.kernels.vocabulary import LATENT, NOPE, PRECISION, SIZES, V_DIM, Columns
 from tensorcast.cost.registry import Registry
 from tensorcast.cost.work import Array, Precision, Work
-from tensorcast.profiles.device import CollectiveConstants, DeviceProfile, KernelConstants
+from tensorcast.profiles.device import DeviceProfile
 
 ROPE = 64
 HIDDEN, Q_RANK = 7168, 1536
@@ -267,6 +267,10 @@ def formula_of(
     )
 
 
+OF_THE_FIT = {"points", "held_out", "median_error", "mean_error", "p90_error"}
+"""What fitted constants say of their fit, which no formula reads."""
+
+
 def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str) -> str:
     """A short hash of every number of the device that the formula of a kernel rests on, whatever its shape."""
     if family in WORKS:
@@ -275,16 +279,10 @@ def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str
         facts: list[Any] = [device.memory_bandwidth_bytes_per_s, device.processors, device.whole_tiles]
         for name, kind in sorted({(one.family, one.dtype) for one in works}):
             constants, _ = roofline.constants_for(device, name, kind, engine)
-            facts += [_fitted(constants), roofline.peak_flops(device, kind)]
+            facts += [constants.model_dump(exclude=OF_THE_FIT), roofline.peak_flops(device, kind)]
     else:
         op, tier = "all_to_all" if family == "moe_exchange" else family, device.interconnect[0]
         facts = [tier.size, float(tier.bandwidth_bytes_per_s), float(tier.latency_s)]
         known = device.calibration.collectives if device.calibration else ()
-        facts += [_fitted(one) for one in known if one.op == op]
+        facts += [one.model_dump(exclude=OF_THE_FIT) for one in known if one.op == op]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
-
-
-def _fitted(constants: KernelConstants | CollectiveConstants) -> dict[str, Any]:
-    """What the formula reads, without what a fit says of itself."""
-    said = {"points", "held_out", "median_error", "mean_error", "p90_error"}
-    return {name: value for name, value in constants if name not in said}

@@ -65,11 +65,6 @@ class Estimate:
         """``measured``, ``calibrated`` or ``datasheet`` per call."""
         return np.array(LEVELS, dtype=object)[self.level]
 
-    @property
-    def error(self) -> Array:
-        """Median relative error that the interval stands for."""
-        return np.log(self.high / self.low) / 2.0 / NORMAL_80
-
 
 @dataclass(eq=False)
 class Predictor:

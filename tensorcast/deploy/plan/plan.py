@@ -134,15 +134,6 @@ COMBINES = {
 kernels (bytes as github.com/deepseek-ai/DeepEP counts them, tests/legacy/test_low_latency.py)."""
 
 
-def choose_combine(wanted: str | None, all2all: str) -> Scheme:
-    """The scheme that results travel back in: the wanted one, else bf16, as DeepEP does."""
-    if wanted is not None and wanted not in COMBINES:
-        raise unknown_name("--combine dtype", wanted, COMBINES)
-    if wanted == "logfmt10" and all2all != "low_latency":
-        raise InputError(f"--combine logfmt10: only the low_latency exchange has it, and here it is {all2all}")
-    return COMBINES[wanted or "bf16"]
-
-
 BACKEND_OF = {"high_throughput": "contiguous", "low_latency": "masked"}
 """Layout in which an exchange delivers rows, and so the grouped GEMM that reads them (DeepEP with DeepGEMM)."""
 
@@ -191,7 +182,11 @@ def make_plan(
     scheme = SCHEMES[dispatch or (experts.attrs.get("scheme", "bf16") if experts else "bf16")]
     if not scheme.quantizes_activation:
         scheme = SCHEMES["bf16"]
-    combine = choose_combine(options.combine, chosen)
+    if options.combine is not None and options.combine not in COMBINES:
+        raise unknown_name("--combine dtype", options.combine, COMBINES)
+    if options.combine == "logfmt10" and chosen != "low_latency":
+        raise InputError(f"--combine logfmt10: only the low_latency exchange has it, and here it is {chosen}")
+    combine = COMBINES[options.combine or "bf16"]  # bf16 unasked, as DeepEP does
     width = table.facts.moe_hidden_size
     if engine.pads_hidden and experts is not None:
         width = rounded_hidden(width, experts.attrs.get("scheme", "bf16"))

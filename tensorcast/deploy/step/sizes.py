@@ -138,7 +138,14 @@ def _cases(asked: Sequence[tuple[Size, ...]]) -> tuple[list[Size], Sequence[Wher
     """
     axes = max(np.ndim(value) for sizes in asked for value in sizes)
     width = max((np.shape(value)[-1] for sizes in asked for value in sizes if np.ndim(value)), default=1)
-    columns = [_side_by_side(values, width) for values in zip(*asked, strict=True)]
+    columns = []
+    for values in zip(*asked, strict=True):
+        first = values[0]
+        same = all(value is first for value in values) or (not any(map(np.ndim, values)) and len(set(values)) == 1)
+        if len(values) > 1 and not (same and (np.ndim(first) == 0 or np.shape(first)[-1] == 1)):
+            # each as wide as all batches; what is the same number or column for all stays as it is
+            first = np.concatenate([np.broadcast_to(v, (*np.shape(v)[:-1], width)) for v in values], axis=-1)
+        columns.append(first)
     if not axes:
         return columns, range(len(asked))
     where = np.arange(width * len(asked))
@@ -151,15 +158,6 @@ def _cases(asked: Sequence[tuple[Size, ...]]) -> tuple[list[Size], Sequence[Wher
     elif len(asked) == 1:
         return columns, [None]
     return columns, np.split(where, len(asked))
-
-
-def _side_by_side(values: Sequence[Size], width: int) -> Size:
-    """One after another, each as wide as all batches; as it is where all are the same number or column."""
-    first = values[0]
-    same = all(value is first for value in values) or (not any(map(np.ndim, values)) and len(set(values)) == 1)
-    if len(values) == 1 or (same and (np.ndim(first) == 0 or np.shape(first)[-1] == 1)):
-        return first
-    return np.concatenate([np.broadcast_to(value, (*np.shape(value)[:-1], width)) for value in values], axis=-1)
 
 
 def distinct(columns: Sequence[Size]) -> tuple[np.ndarray, np.ndarray]:

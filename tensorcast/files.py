@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -51,6 +53,16 @@ def cache_dir() -> Path | None:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "tensorcast"
+
+
+@functools.cache
+def digest_of(files: tuple[Path, ...]) -> str:
+    """What files hold, as a short text that changes with any of them; one that is not there counts as empty."""
+    digest = hashlib.sha256()
+    for file in files:
+        with contextlib.suppress(OSError):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -76,8 +76,8 @@ def test_every_candidate_is_priced_as_if_alone(shop: VariantPrices) -> None:
     scenario, limits, several = shop.scenario, (3.0, 0.06), 0
     for pools, (every, _) in ((False, all_aggregated(shop, limits)), (True, all_pools(shop, 16, limits))):
         points = every if pools else every.where(steady(shop, every))
-        assert len(points) > 0.9 * len(every)
-        for i in generator.choice(len(points), 100, replace=False):
+        assert len(points.variant) > 0.9 * len(every)
+        for i in generator.choice(len(points.variant), 100, replace=False):
             variant = shop.variants[points.variant[i]]
             numbers = {name: values[i] for name, values in points.columns.items()}
             load = replace(scenario.load, concurrency=float(numbers["concurrency"]))
@@ -106,7 +106,7 @@ def test_every_candidate_is_priced_as_if_alone(shop: VariantPrices) -> None:
 
 def test_memory_is_that_of_the_deployment(shop: VariantPrices) -> None:
     points, _ = all_aggregated(shop)
-    some = points.where(np.random.default_rng(1).choice(len(points), 30, replace=False))
+    some = points.where(np.random.default_rng(1).choice(len(points.variant), 30, replace=False))
     memory = shop.memory(some)
     for i in range(30):
         variant, batch = shop.variants[some.variant[i]], some.columns["batch"][i]

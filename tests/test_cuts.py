@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 import tensorcast as tc
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.engine_limits import engine_can_run
-from tensorcast.deploy.layout import Layout, check, parse_layout
+from tensorcast.deploy.layout import Layout, broken_rules, check, parse_layout
 from tensorcast.deploy.model_names import named_model
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
@@ -21,7 +20,7 @@ from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import list_models, load_device, load_engine, load_model
-from tensorcast.search.space import layouts, legal
+from tensorcast.search.space import layouts
 from tensorcast.trace import cuts
 from tensorcast.trace.cache import traced
 from tensorcast.trace.cuts import Cut
@@ -254,10 +253,9 @@ def test_only_layouts_that_start_are_offered(name: str) -> None:
         for layout in layouts(world):
             if layout.pp > 1 or (layout.ep > 1 and not facts.num_experts):
                 continue
-            pruned: Counter[str] = Counter()
-            kept = legal([layout], facts, device, pruned)
+            broken = next(broken_rules(layout, facts, device), None)
             for engine in ENGINES:
-                problem = engine_can_run(engine, layout, facts, Options(), 16, cuts=widths) if kept else min(pruned)
+                problem = broken[0] if broken else engine_can_run(engine, layout, facts, Options(), 16, cuts=widths)
                 starts = _starts(engine, name, profile, layout)
                 if not problem:
                     assert starts, f"{engine} {layout} is offered"

@@ -40,7 +40,8 @@ def fitted(name: str = "vllm", fit: EngineFit | None = FIT) -> EngineProfile:
 def test_overhead_of_a_device_comes_before_the_engines_and_the_published_one() -> None:
     engine = fitted()
     request_s = float(engine.request_overhead_s or 0.0)
-    assert engine.overhead("h100-sxm").seconds(10) == pytest.approx(2e-3 + 10 * request_s)
+    here = engine.overhead("h100-sxm")
+    assert (here.step_s, here.request_s) == pytest.approx((2e-3, request_s))
     assert engine.overhead("gb200").step_s == 1e-3 and engine.overhead("gb200").error_s == 2e-4
     published = fitted(fit=None)
     assert published.overhead("h100-sxm").step_s == float(published.step_overhead_s)
@@ -259,7 +260,8 @@ def table_of_errors(kind: str, seed: int, rows: int = 160) -> pd.DataFrame:
     frame["mean_batch"] = draw.uniform(1, 100, rows)
     frame["decode_step_s"] = frame["tpot_s"] * draw.uniform(0.3, 1.0, rows)
     prompts = 1 - frame["decode_step_s"] / frame["tpot_s"]
-    kernels = 1 - load_engine("vllm").overhead("h100-sxm").seconds(frame["mean_batch"]) / frame["tpot_s"]
+    beside = load_engine("vllm").overhead("h100-sxm")
+    kernels = 1 - (beside.step_s + beside.request_s * frame["mean_batch"]) / frame["tpot_s"]
     change = {
         "step": 1e-3 / frame["tpot_s"], "batch": 2e-5 * frame["mean_batch"] / frame["tpot_s"], "prompts": prompts,
         "kernels": 0.3 * kernels * (frame["model"] == "llama-3.1-8b") * (frame["layout"] == "tp2"),

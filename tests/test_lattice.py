@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_sweeps import ENGINES, price, sweeps
 
+from tensorcast.cost.kernels.device_model import LINES
 from tensorcast.cost.kernels.formula import formula_of
 from tensorcast.cost.kernels.lattice import SIDES, Lattice
 from tensorcast.cost.kernels.predictor import predictor_for
@@ -131,7 +132,7 @@ def test_times_go_on_from_where_the_data_ends(device: str) -> None:
         predictor = predictor_for(load_device(device), engine)
         assert predictor.model is not None
         for kernel in predictor.model.kernels.values():
-            sizes = [n for n in SIDES[kernel.family] if n not in kernel.lines and n != "q_heads"]
+            sizes = [n for n in SIDES[kernel.family] if n not in LINES[kernel.family] and n != "q_heads"]
             for name in sizes if kernel.engine == engine else ():
                 top = kernel.box[name][1]
                 if top > 0:

@@ -241,7 +241,7 @@ def served(
     given: dict[str, Any] = {
         "traffic": traffic, "engine": decode.engine, "decode_ranks": ranks, "depth": decode.options.mtp_depth,
         "decoding": DecodeCurve(GRID, {name: np.broadcast_to(v, (1, len(GRID))) for name, v in found.items()}, rows),
-        "prompts": prefill_costs(columns, cut.tokens, cut.per_step).take(rows),
+        "prompts": prefill_costs(columns, cut.tokens, cut.per_step).where(rows),
     }  # fmt: skip
     lengths = int(traffic.input_len), int(traffic.output_len)
     fits = sequences_that_fit(prefill, decode, None if workers else cut, *lengths)

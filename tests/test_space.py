@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensorcast as tc
-from tensorcast.deploy.layout import RULES, Layout, check
+from tensorcast.deploy.layout import RULES, Layout, broken_rules, check
 from tensorcast.deploy.options import Options, broken_option
 from tensorcast.deploy.plan.plan import choose_all2all
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.search.axes import FULL, Axes
-from tensorcast.search.space import Variant, copies, divisors, family, layouts, legal, variants
+from tensorcast.search.space import Variant, copies, divisors, family, layouts, variants
 from tensorcast.trace.cache import traced
 
 
@@ -47,10 +47,9 @@ def test_divisors(number: int) -> None:
 
 def test_what_is_pruned_breaks_a_rule_and_is_counted() -> None:
     facts, device = facts_of("gpt-oss-120b"), load_device("h200")
-    pruned: Counter[str] = Counter()
     every = [*layouts(48), *layouts(256)]
-    kept = legal(every, facts, device, pruned)
-    assert len(kept) + sum(pruned.values()) == len(every)
+    first = {layout: next(broken_rules(layout, facts, device), ("", ""))[0] for layout in every}
+    kept, pruned = {layout for layout in every if not first[layout]}, Counter(filter(None, first.values()))
     assert set(pruned) <= set(RULES) and pruned["expert width"] and pruned["heads per rank"]
     for layout in every:
         if layout in kept:
@@ -65,7 +64,9 @@ def test_what_is_pruned_breaks_a_rule_and_is_counted() -> None:
 def test_variants_are_legal_and_distinct(name: str, routing: str) -> None:
     """What runs in each phase: no two variants of a layout are the same deployment, none breaks a rule."""
     facts, engine = facts_of(name), load_engine("vllm")
-    for layout in legal(layouts(16), facts, load_device("h200"), Counter()):
+    for layout in layouts(16):
+        if any(broken_rules(layout, facts, load_device("h200"))):
+            continue
         base = Options(routing=routing if facts.num_experts else "balanced")
         found = variants(layout, facts, FULL, base, quantized_dispatch=name.startswith("deepseek"))
         assert found

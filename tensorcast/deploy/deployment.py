@@ -21,7 +21,7 @@ from tensorcast.modeling.quantization import KV_DTYPES, Quantization, mxfp4_padd
 from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.profiles.memory import is_latent
+from tensorcast.profiles.memory import MIB, is_latent
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.cache import RankForm, rank_tables, whole_model
 from tensorcast.trace.dims import Sizes
@@ -104,7 +104,9 @@ class Deployment:
             return 0.0, 0.0
         tokens = float(self.engine.tokens_per_step(self.device, 1, self.step.plan.all2all))
         sizes = self.step.sizes.context(tokens / self.step.sizes.verify, 1.0, 0.0).sizes
-        logits = rule.logit_bytes * rule.sampled(self.device) * self.raw.facts.vocab_size
+        memory = float(self.device.memory_bytes) / MIB
+        sampled = max((count for size, count in rule.sequences.items() if memory >= size), default=0)
+        logits = rule.logit_bytes * sampled * self.raw.facts.vocab_size
         live = activation_bytes(_without_head(self.step.table), sizes)
         return np.maximum(live, logits), self._communication_bytes(tokens, sizes)
 

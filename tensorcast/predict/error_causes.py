@@ -95,11 +95,12 @@ def _described(rows: pd.DataFrame) -> pd.DataFrame:
     overheads = {pair: engine.overhead(device) for pair, (engine, device) in profiles.items()}
     networks = {name: _network(name) for name in rows["model"].unique()}
     batch = rows["mean_batch"].to_numpy(dtype=float)
-    beside = np.array([overheads[pair].seconds(one) for pair, one in zip(pairs, batch, strict=True)])
+    per_step, per_sequence = (np.array([getattr(overheads[p], n) for p in pairs]) for n in ("step_s", "request_s"))
     return rows.assign(
         release=rows[release].astype(str), network=rows["model"].map(networks),
         open=rows["assumed"].map(lambda text: any(one.startswith(OPEN) for one in str(text).split("; "))),
-        kernels=1 - beside / rows["tpot_s"], prompts=(1 - rows["decode_step_s"] / rows["tpot_s"]).clip(lower=0),
+        kernels=1 - (per_step + per_sequence * batch) / rows["tpot_s"],
+        prompts=(1 - rows["decode_step_s"] / rows["tpot_s"]).clip(lower=0),
         overhead_error_s=[overheads[pair].error_s for pair in pairs],
         load_error=[overheads[pair].prefill_error for pair in pairs],
     )  # fmt: skip

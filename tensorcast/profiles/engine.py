@@ -94,10 +94,6 @@ class Overhead:
     prefill_factor: float = 1.0
     prefill_error: float = 0.0
 
-    def seconds(self, batch: Any) -> Any:
-        """Of a step with ``batch`` sequences; an array gives an array."""
-        return self.step_s + self.request_s * batch
-
 
 class DeviceFit(Frozen):
     """An engine on one device: what was fitted there, from how many runs, and the models of all runs fitted to."""

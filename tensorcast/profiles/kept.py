@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tensorcast.files import cache_dir, write_atomically
+from tensorcast.files import cache_dir, digest_of, write_atomically
 
 if TYPE_CHECKING:
     from tensorcast.profiles.sourced import Frozen
@@ -17,25 +16,22 @@ if TYPE_CHECKING:
     ProfileT = TypeVar("ProfileT", bound=Frozen)
 
 
+_SOURCES = tuple(sorted(Path(__file__).parent.glob("*.py")))
+"""The code that checks profiles."""
+
+
 def kept_file(path: Path) -> Path | None:
     """Where a profile is kept; None: nowhere. Its name stands for path and content, and for the code that checks it."""
     folder = cache_dir()
     if folder is None:
         return None
+    import pydantic  # makes objects out of what a file says
+
     try:
-        said = _code_version() + str(path.resolve()).encode() + path.read_bytes()
+        said = f"{pydantic.VERSION} {digest_of(_SOURCES)} {path.resolve()}".encode() + path.read_bytes()
     except OSError:  # whoever reads the profile says what is wrong
         return None
     return folder / "profiles" / f"{path.stem}-{hashlib.sha256(said).hexdigest()[:16]}.pickle"
-
-
-@functools.cache
-def _code_version() -> bytes:
-    """Of this package and of pydantic, which makes objects out of what a file says."""
-    import pydantic
-
-    sources = (file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-    return hashlib.sha256(b"".join((pydantic.VERSION.encode(), *sources))).digest()
 
 
 class _Profiles(pickle.Unpickler):

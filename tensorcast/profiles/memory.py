@@ -5,7 +5,6 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.model import text_of
 from tensorcast.profiles.sourced import Frozen, Number
 
@@ -64,11 +63,6 @@ class ProfiledStep(Frozen):
     sequences: dict[int, int] = Field(description="device memory in MiB -> sequences that are sampled from there on")
     logit_bytes: Number = Field(ge=0, description="of each logit while it is sampled from, all copies")
     source: str = Field(min_length=3)
-
-    def sampled(self, device: DeviceProfile) -> int:
-        """Sequences that the step samples a token for."""
-        memory = float(device.memory_bytes) / MIB
-        return max((count for size, count in self.sequences.items() if memory >= size), default=0)
 
 
 class PrefillGraphs(Frozen):

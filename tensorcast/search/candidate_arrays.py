@@ -19,9 +19,6 @@ class Points(Entries):
     variant: Rows
     columns: dict[str, Array]
 
-    def __len__(self) -> int:
-        return len(self.variant)
-
 
 def last_of(grid: Array, holds: Mask) -> Array:
     """The largest batch of ``grid`` for which each row ``holds``, ``[rows, grid]``; 0: none."""

@@ -56,7 +56,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
     families = {layout: family(layout, experts) for layout in every}
     pools = mode == "disaggregated"
     prefill = [prices.variants[int(i)] for i in c["prefill"]] if pools else chosen
-    nothing = np.full(len(points), np.nan)
+    nothing = np.full(len(points.variant), np.nan)
     factors = served_interval(c["ttft_error"], c["tpot_error"], c["ttft_s"] / c["request_s"])
     return pd.DataFrame({
         "candidate": "",

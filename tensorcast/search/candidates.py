@@ -66,7 +66,7 @@ def steady(shop: VariantPrices, points: Points) -> Mask:
     Close to where prompts take all of a step the wait for them explodes, and as many users may be served at another,
     larger batch: nobody would find such a point in operation.
     """
-    found = np.zeros(len(points), dtype=bool)
+    found = np.zeros(len(points.variant), dtype=bool)
     for budget in np.unique(points.columns["chunk_tokens"]):
         mine = np.flatnonzero(points.columns["chunk_tokens"] == budget)
         rows, users = points.variant[mine], points.columns["concurrency"][mine]

@@ -156,7 +156,7 @@ def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tup
     """
     prefill, decode = comparison.deployments(row["candidate"])
     load = comparison.behind[row["candidate"]][0].load
-    fresh = prefill.step.price(1.0, float(load.new), float(load.prefix_cached))
+    fresh = prefill.step.price(1.0, float(load.input_len - load.prefix_cached), float(load.prefix_cached))
     step = decode.step.price(float(row["batch"]), 1.0, load.context)
     decoded = row["tpot_s"] * (load.output_len - 1)
     found: dict[str, tuple[float, float]] = {}

@@ -31,7 +31,7 @@ def finer(shop: VariantPrices, parts: dict[str, Points], value: Value) -> Varian
 
     None where there is no such batch.
     """
-    best = max((value(mode, points).max() for mode, points in parts.items() if len(points)), default=-np.inf)
+    best = max((value(mode, points).max() for mode, points in parts.items() if len(points.variant)), default=-np.inf)
     if best == -np.inf:
         return None
     hoped = []

@@ -79,10 +79,10 @@ def _candidates(
             else disaggregated(prices.in_pools(), task.gpus, limits)
         )
         pruned[NO_PACE] += slow
-        if not len(points):
+        if not len(points.variant):
             continue
         points = points.where(~np.isin(points.columns["batch"], known))
-        examined += len(points)
+        examined += len(points.variant)
         kept = points.where(worth_a_row(task, prices, mode, points))
         if mode == "aggregated":
             inside = steady(prices, kept)

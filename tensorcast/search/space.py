@@ -7,7 +7,7 @@ travel where every rank has them all) are not tried, so no two variants are the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
@@ -18,7 +18,6 @@ from tensorcast.deploy.layout import Layout, broken_rules
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
-from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.search.axes import EXCHANGES, Axes
 from tensorcast.search.search_task import SearchTask
@@ -40,7 +39,10 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     can = partial(
         engine_can_run, engine, facts=facts, gpus_per_node=node, cuts=whole.cuts, any_engine=not task.runnable_only
     )
-    for layout in legal(tried, facts, task.device, pruned):
+    for layout in tried:
+        if broken := next(broken_rules(layout, facts, task.device), None):
+            pruned[broken[0]] += 1
+            continue
         every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized)
         problems = [
             can(layout=layout, options=v.prefill) or can(layout=layout, options=v.decode, prefill=v.prefill)
@@ -128,20 +130,6 @@ def layouts(world_size: int) -> Iterator[Layout]:
         for dp in divisors(world_size // tp):
             for ep in divisors(tp * dp):
                 yield Layout(world_size, tp, dp, ep, world_size // (tp * dp))
-
-
-def legal(
-    candidates: Iterable[Layout], facts: ModelFacts, device: DeviceProfile, pruned: Counter[str]
-) -> list[Layout]:
-    """Those that break no rule; the others are counted in ``pruned`` under the first rule that they break."""
-    kept = []
-    for layout in candidates:
-        broken, _ = next(broken_rules(layout, facts, device), ("", ""))
-        if broken:
-            pruned[broken] += 1
-        else:
-            kept.append(layout)
-    return kept
 
 
 def variants(

@@ -278,10 +278,10 @@ class VariantPrices:
     def memory(self, points: Points) -> dict[str, Array]:
         """Bytes on the fullest GPU of every point while its batch decodes, each reply half done."""
         names = ("weights", "kv_cache", "activations", "total")
-        found = {name: np.full(len(points), np.nan) for name in names}
+        found = {name: np.full(len(points.variant), np.nan) for name in names}
         batch, number = points.columns["batch"], self._fleet_of[points.variant]
         order = np.argsort(number, kind="stable")
-        for mine in np.split(order, np.flatnonzero(np.diff(number[order])) + 1) if len(points) else ():
+        for mine in np.split(order, np.flatnonzero(np.diff(number[order])) + 1) if len(points.variant) else ():
             values, column = np.unique(batch[mine], return_inverse=True)
             decode, member = self._fleets[number[mine[0]]], self._member_of[points.variant[mine]]
             memory = decode.memory(values[None, :], 1, int(self.scenario.load.context) - 1)

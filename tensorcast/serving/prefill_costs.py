@@ -38,7 +38,7 @@ def cut_prompts(traffic: Traffic, chunk_tokens: int) -> PromptCut:
     """Prompts of ``traffic`` in steps of at most ``chunk_tokens`` tokens per data-parallel rank."""
     if chunk_tokens < 1:
         raise InputError(f"chunk_tokens = {chunk_tokens}: must be at least 1")
-    new = float(traffic.new)
+    new = float(traffic.input_len - traffic.prefix_cached)
     chunks = float(np.ceil(new / chunk_tokens))
     per_step = float(chunk_tokens // new) if chunks == 1 else 1.0 / chunks
     past = float(traffic.prefix_cached) + (new - new / chunks) / 2

@@ -61,11 +61,6 @@ class Traffic:
         return cls(**{field.name: np.array([getattr(one, field.name) for one in several]) for field in fields(cls)})
 
     @property
-    def new(self) -> Number:
-        """Prompt tokens to compute."""
-        return self.input_len - self.prefix_cached
-
-    @property
     def context(self) -> Number:
         """Cached tokens of a decoding sequence, mean over its reply."""
         return self.input_len + self.output_len / 2

@@ -12,12 +12,11 @@ import importlib.util
 import json
 from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from tensorcast.errors import InputError
-from tensorcast.files import cache_dir, write_atomically
+from tensorcast.files import cache_dir, digest_of, write_atomically
 from tensorcast.modeling.checkpoint.read import checkpoint
 from tensorcast.modeling.module_rules import NO_RULES
 from tensorcast.modeling.quantization import SCHEMES, Quantization, as_run, override
@@ -39,20 +38,14 @@ DAMAGED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError)
 """What reading a file that holds something else, or half of it, raises."""
 
 
-@cache
-def _code_version() -> str:
-    root = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    names = ("facts.py", "model.py", "config_values.py")  # what a config says, as stored in tables
-    stated = (root / "profiles" / name for name in names)
-    sources = (file for part in ("ops", "modeling", "trace") for file in sorted((root / part).rglob("*.py")))
-    for file in (*stated, *sources):
-        digest.update(file.read_bytes())
-    for package, version in (("torch", "version.py"), ("transformers", "__init__.py")):  # the files with their versions
-        found = importlib.util.find_spec(package)  # does not import it
-        with contextlib.suppress(OSError):
-            digest.update((Path(found.origin).parent / version).read_bytes() if found and found.origin else b"")
-    return digest.hexdigest()
+_PACKAGE = Path(__file__).parent.parent
+_STAGES = (file for part in ("ops", "modeling", "trace") for file in sorted((_PACKAGE / part).rglob("*.py")))
+_SOURCES = (*(_PACKAGE / "profiles" / name for name in ("facts.py", "model.py", "config_values.py")), *_STAGES)
+"""The code that makes tables, and what says of a config what they store."""
+
+for _package, _version in (("torch", "version.py"), ("transformers", "__init__.py")):  # the files with their versions
+    _spec = importlib.util.find_spec(_package)  # does not import it
+    _SOURCES += (Path(_spec.origin).parent / _version,) if _spec is not None and _spec.origin else ()
 
 
 _known: dict[tuple[Hashable, ...], tuple[ModelProfile, Any]] = {}
@@ -92,7 +85,7 @@ def _file_name(profile: ModelProfile, what: tuple[Hashable, ...]) -> str:
     code = own.read_text("utf-8") if own.suffix == ".py" and own.is_file() else ""
     said = [profile.name, profile.config, dict(profile.moe), profile.sharded, profile.model, code]
     said += [profile.kv_dtype, profile.quantization]
-    key = json.dumps([FORMAT, _code_version(), *said, *what], sort_keys=True, default=asdict)
+    key = json.dumps([FORMAT, digest_of(_SOURCES), *said, *what], sort_keys=True, default=asdict)
     return f"{profile.name}-{what[0]}-{what[1]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 

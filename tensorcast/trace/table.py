@@ -33,6 +33,12 @@ def per_table(function: Callable[..., Found]) -> Callable[..., Found]:
     return remembered
 
 
+@per_table
+def kept_beside(table: OpTable, what: str) -> dict[Any, Any]:
+    """A dictionary that lives as long as a table's ops: what is found of its rows again and again. ``what``: whose."""
+    return {}
+
+
 DTYPE_BYTES: dict[str, float] = {
     "float32": 4,
     "float64": 8,

@@ -190,15 +190,12 @@ def fit_kernel(rows: MeasuredKernel, device: DeviceProfile, experts: Experts | N
         found = fit_errors(size, np.ones_like(size))
         report |= {"new_shape_median_error": found["median_error"], "new_shape_p90_error": found["p90_error"]}
     return Kernel(
-        *rows.key, trees=grown, box=_boxes(rows), seen=_seen(rows, _lines_of(family, rows)), edges=tuple(edges),
+        *rows.key, trees=grown, box=_boxes(rows), seen=_seen(rows, LINES[family]), edges=tuple(edges),
         low=tuple(low), high=tuple(high), new_low=round(new_low, 5), new_high=round(new_high, 5), new_trees=new_trees,
         levels=levels, sources=sources, extrapolated=experts.trees(rows.key) if experts else None, ruled=ruled,
         constants=constants_digest(family, dtype, device, engine), report=report,
     )
 
-
-def _lines_of(family: str, rows: MeasuredKernel) -> tuple[str, ...]:
-    return LINES.get(family, ("ranks",) if "payload_bytes" in rows.columns else ())
 
 
 def held_across(predicted: np.ndarray, errors: np.ndarray) -> np.ndarray:

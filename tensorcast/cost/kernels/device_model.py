@@ -32,6 +32,7 @@ LINES = {
     "attention_prefill": ("head_dim", "window", "kv_bytes"), "attention_decode": ("head_dim", "window", "kv_bytes"),
     "mla_prefill": ("kv_bytes",), "mla_decode": ("kv_bytes",), "mla_prefill_module": ("kv_bytes",),
     "mla_decode_module": ("kv_bytes",), "moe_exchange": ("ranks", "nodes"),
+    **dict.fromkeys(("all_reduce", "all_gather", "reduce_scatter", "all_to_all"), ("ranks",)), "quantize": (),
 }
 """Sizes that must equal a measured combination for a shape to count as measured (collectives: the group size); in the
 others it must lie between the least and the most that were measured."""
@@ -116,11 +117,6 @@ class Kernel:
     probes: Mapping[str, Sequence[float]] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """Sizes of :data:`LINES`, of which ``seen`` are the combinations that were measured."""
-        return LINES.get(self.family, ("ranks",) if "payload_bytes" in self.box else ())
-
     def beyond(self, columns: Columns) -> Array:
         """Factors of two by which the sizes lie outside what was measured, added up; of one more where zero was."""
         total = np.zeros(len(next(iter(columns.values()))))
@@ -134,8 +130,8 @@ class Kernel:
         return total
 
     def measured_shape(self, columns: Columns) -> Mask:
-        """Whether the sizes of :attr:`lines` are a combination that was measured."""
-        size, lines = len(next(iter(columns.values()))), self.lines
+        """Whether the sizes of :data:`LINES` are a combination that was measured, one of those ``seen``."""
+        size, lines = len(next(iter(columns.values()))), LINES[self.family]
         if not lines or not all(name in columns for name in lines):
             return np.full(size, not lines)
         seen = np.asarray(self.seen, dtype=float).reshape(len(self.seen), len(lines))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import LEVELS, NORMAL_80
-from tensorcast.cost.kernels.device_model import CONFIGURATION, UNTUNED, DeviceModel, Kernel, read_model
+from tensorcast.cost.kernels.device_model import CONFIGURATION, LINES, UNTUNED, DeviceModel, Kernel, read_model
 from tensorcast.cost.kernels.expert_load import skew_of
 from tensorcast.cost.kernels.formula import KernelFormula, formula_of
 from tensorcast.cost.kernels.lattice import SIDES, Lattice
@@ -101,28 +101,21 @@ class Predictor:
         formula = partial(formula_of, family, dtype, variant, device=self.device, engine=engine)
         if kernel is None:
             return _without_residual(formula(columns))
-        own = variant == kernel.variant and kernel.engine in (self.engine, "any")
         shape, inside = kernel.measured_shape(columns), kernel.beyond(columns) <= 0
         if (shape & inside).all():
-            return self._interpolated(kernel, formula, columns, own=own)
+            by_formula, level = formula(columns), kernel.level(columns)
+            # measured are calls whose own kernel was, and ran as a server would run it
+            own = variant == kernel.variant and kernel.engine in (self.engine, "any")
+            measured = np.full(len(level), own) & ~(self.served & (level > UNTUNED))
+            features = kernel.features(by_formula.features, columns)
+            seconds = self._with_residual(kernel, by_formula, columns, features, shape)
+            return _estimate(seconds, by_formula, kernel.interval(seconds, columns, measured), np.where(measured, 2, 1))
         if (shape == shape[0]).all() and not (shape & inside).any():
             return self._extrapolated(kernel, formula, columns, measured_shape=bool(shape[0]))
         groups = [at for at in (shape & inside, shape & ~inside, ~shape) if at.any()]
         parts = [self.price(family, dtype, variant, {n: values[at] for n, values in columns.items()}) for at in groups]
         order = np.argsort(np.concatenate([np.flatnonzero(at) for at in groups]))
         return Estimate(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in PARTS})
-
-    def _interpolated(
-        self, kernel: Kernel, formula: Callable[[Columns], KernelFormula], columns: Columns, *, own: bool
-    ) -> Estimate:
-        """Calls of measured shapes inside the measured sizes. Measured are those whose ``own`` kernel was, and ran as
-        a server would run it."""
-        by_formula, level = formula(columns), kernel.level(columns)
-        measured = np.full(len(level), own) & ~(self.served & (level > UNTUNED))
-        known = np.ones(len(level), dtype=bool)
-        features = kernel.features(by_formula.features, columns)
-        seconds = self._with_residual(kernel, by_formula, columns, features, known)
-        return _estimate(seconds, by_formula, kernel.interval(seconds, columns, measured), np.where(measured, 2, 1))
 
     def _with_residual(
         self, kernel: Kernel, formula: KernelFormula, columns: Columns, features: Columns, measured_shape: Mask
@@ -142,7 +135,7 @@ class Predictor:
         key = kernel.family, kernel.dtype, kernel.engine, kernel.variant, measured_shape
         if key not in self._lattices:
             every = SIDES[kernel.family].items()
-            sides = {name: nodes for name, nodes in every if not (measured_shape and name in kernel.lines)}
+            sides = {name: nodes for name, nodes in every if not (measured_shape and name in LINES[kernel.family])}
             # a node may hold the sizes of a measured model, which says nothing about others
             models = measured_shape or kernel.family not in CONFIGURATION
             self._lattices[key] = Lattice(sides, kernel.box, partial(self._node, kernel, formula, models))

@@ -24,7 +24,7 @@ from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.moe import BlockForm, Whole, blocks_of
-from tensorcast.trace.table import Op, OpTable, per_table
+from tensorcast.trace.table import Op, OpTable, kept_beside, per_table
 
 CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
 
@@ -61,14 +61,6 @@ class Plan:
     dispatch: Scheme
     backend: str = "grouped_mm"
     combine: Scheme = SCHEMES["bf16"]
-
-
-def gated(plan: Plan) -> float:
-    """1 where experts' first matmul makes gate and up, 0 where there is no gate."""
-    ops = {r.attrs["projection"]: r for r in plan.rows if isinstance(r, Op) and r.name == "grouped_matmul"}
-    if len(ops) < 2:
-        return 1.0
-    return float(ops["up"].outputs[0].dims[-1].coef > 1.5 * ops["down"].inputs[0].dims[-1].coef)
 
 
 def expert_sources(
@@ -198,7 +190,7 @@ def make_plan(
     asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
     dp = attention_dp(layout, table.facts.num_experts)
     if asked and (limits is None or limits.runs(config, dp)):
-        _join_norms(rows, device, engine, _joined(table))
+        _join_norms(rows, device, engine, kept_beside(table, "joined norms"))
     backend = choose_experts_backend(options.experts_backend, chosen, engine, device, table.phase)
     return Plan(tuple(rows), chosen, scheme, backend, combine)
 
@@ -284,16 +276,13 @@ def _sites(table: OpTable) -> tuple[dict[int, tuple[Op, frozenset[str]]], dict[i
     return {i: (table.ops[i], frozenset(found[i])) for i in sorted(found)}, blocks
 
 
-@per_table
-def _joined(table: OpTable) -> dict[tuple[int, float], tuple[Op, Op]]:
-    """Norms by identity and limit, and as :func:`_join_norms` has them: the table's plans share them."""
-    return {}
-
-
 def _join_norms(
     rows: list[Row], device: DeviceProfile, engine: EngineProfile, joined: dict[tuple[int, float], tuple[Op, Op]]
 ) -> None:
-    """A norm right after a small all-reduce inside one node runs in its kernel: attrs say up to how many tokens."""
+    """A norm right after a small all-reduce inside one node runs in its kernel: attrs say up to how many tokens.
+
+    ``joined``: norms by identity and limit, and as they are here: plans of a table share them.
+    """
     for i, before in enumerate(rows[:-1]):
         if not isinstance(before, Collective) or before.op != "all_reduce" or len(before.extent) > 1:
             continue

@@ -11,10 +11,10 @@ import numpy as np
 from tensorcast.cost.formulas import Context
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.price import RowPrice, Where, joined, pick
-from tensorcast.deploy.step.row_prices import Asked, Pending, RowPricer, content_of, contents
+from tensorcast.deploy.step.row_prices import Asked, Content, Pending, RowPricer, content_of
 from tensorcast.deploy.step.sizes import distinct
 from tensorcast.trace.dims import Sizes
-from tensorcast.trace.table import Op
+from tensorcast.trace.table import Op, kept_beside
 
 RECENT = 16
 """Loads and sizes whose routed rows are remembered: prefill, decode and drafts of the last few fleets."""
@@ -65,7 +65,7 @@ class AskedRows:
         self._here: Prices = {}  # not to be remembered: what differs between members
         self._pending: dict[Hashable, tuple[Pending, Where]] = {}  # and which of its cases the batches are
         self._by_dtype: dict[tuple[float, bool], AskedRows] = {}
-        self._contents = contents(pricer.table)
+        self._contents: dict[int, tuple[Op, Content]] = kept_beside(pricer.table, "contents")
 
     def ask(self, row: Row) -> None:
         """Ask for the corrections of a row, unless its price is known or an equal one has asked."""

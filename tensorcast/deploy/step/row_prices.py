@@ -24,7 +24,7 @@ from tensorcast.deploy.step.price import RowPrice, Spending, one_level, spending
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.moe import EXPERT_STAGES
-from tensorcast.trace.table import Op, OpTable, per_table
+from tensorcast.trace.table import Op, OpTable
 
 EXCHANGE_SMS = 20.0
 """Processors that DeepEP's two-stage kernels take by default (github.com/deepseek-ai/DeepEP at 189df34,
@@ -56,7 +56,7 @@ _numbers: dict[tuple[object, ...], int] = {}
 
 
 def content_of(op: Op, known: dict[int, tuple[Op, Content]]) -> Content:
-    """What an op is priced by. ``known``: what was found for ops of its table (:func:`contents`)."""
+    """What an op is priced by. ``known``: what was found for ops of its table, by identity; its plans share most."""
     if id(op) not in known:
         tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
         changes = sorted((name, repr(value)) for name, value in op.attrs.items())
@@ -65,12 +65,6 @@ def content_of(op: Op, known: dict[int, tuple[Op, Content]]) -> Content:
         routed = op.stage in EXPERT_STAGES or any(dim.R or dim.E or dim.X for dim in dims)
         known[id(op)] = op, Content(_numbers.setdefault(key, len(_numbers)), routed)
     return known[id(op)][1]
-
-
-@per_table
-def contents(table: OpTable) -> dict[int, tuple[Op, Content]]:
-    """Contents by identity; a table's plans share most of their rows."""
-    return {}
 
 
 @dataclass(frozen=True, kw_only=True)

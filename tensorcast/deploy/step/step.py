@@ -15,7 +15,7 @@ from tensorcast.cost.routing import Routing, expected_distinct, expert_load
 from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan.plan import Collective, Plan, Row, gated
+from tensorcast.deploy.plan.plan import Collective, Plan, Row
 from tensorcast.deploy.step.asked_rows import AskedRows, Memo
 from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.pipeline_stages import HAND_OVER, place_of, stages_of
@@ -83,9 +83,11 @@ class Step:
         parts = *_, drafting = self._parts(found, at)
         dual, layers = self.sizes.dual, Counter(self.table.layer_kinds)
         hidden = self.overlap.hidden(found, at.whole.sizes.tokens, dual, at.own)
+        places: dict[int, list[RowPrice]] = {}
+        for price, row in zip(found, self.plan.rows, strict=False):
+            places.setdefault(place_of(row), []).append(price)
         taken = {
-            place: pick(total(found[i].seconds for i in where), at.own) * at.halves
-            for place, where in self._places.items()
+            place: pick(total(map(seconds_of, prices)), at.own) * at.halves for place, prices in places.items()
         }
         taken |= {kind: taken[kind] - saved for kind, (saved, _) in hidden.items()}
         stages = [
@@ -96,7 +98,7 @@ class Step:
         slowest = reduce(np.maximum, stages)
         turns = self.sizes.pp if self.sizes.decode else at.micro + self.sizes.pp - 1
         beside = self.pricer.engine.overhead(self.pricer.device.name)
-        overhead = beside.seconds(batch)
+        overhead = beside.step_s + beside.request_s * batch
         saved, saved_comm = (total(layers[kind] * pair[i] for kind, pair in hidden.items()) for i in range(2))
         return StepPrice(
             parts=parts, seconds=slowest * turns + overhead, overhead_s=overhead, overhead_error_s=beside.error_s,
@@ -105,9 +107,9 @@ class Step:
 
     def _parts(self, found: Sequence[RowPrice], at: Batches) -> tuple[Part, Part, Part]:
         """Rows of all stages, what hands on between them (always the last row), and what drafts."""
-        layers, places = Counter(self.table.layer_kinds), self._places
+        layers = Counter(self.table.layer_kinds)
         rows = found[: len(self.plan.rows)]
-        end = len(rows) - len(places.get(HAND_OVER, ()))
+        end = len(rows) - (place_of(self.plan.rows[-1]) == HAND_OVER)
         calls = tuple(layers[row.row.kind] if row.row.kind >= 0 else 1 for row in rows[:end])
         between = (self.sizes.pp - 1) * at.halves
         drafts: list[RowPrice] = []
@@ -118,14 +120,6 @@ class Step:
             Part(tuple(rows[end:]), (1,) * (len(rows) - end), between, at.own),
             Part(tuple(drafts), (1,) * len(drafts), self.sizes.mtp_depth, at.draft),
         )
-
-    @cached_property
-    def _places(self) -> dict[int, list[int]]:
-        """Positions of the plan's rows by where they run."""
-        found: dict[int, list[int]] = {}
-        for i, row in enumerate(self.plan.rows):
-            found.setdefault(place_of(row), []).append(i)
-        return found
 
     @cached_property
     def _drafts(self) -> dict[int, Row]:
@@ -185,6 +179,11 @@ def make_step(
     captured = not eager and table.phase in engine.graph_captured_phases
     # tokens of the largest step that is replayed from a graph
     most = math.inf if captured else 0 if decode else prefill_graph_tokens
+    matmuls = {r.attrs["projection"]: r for r in plan.rows if isinstance(r, Op) and r.name == "grouped_matmul"}
+    gated = 1.0  # where experts' first matmul makes gate and up; 0 where there is no gate
+    if len(matmuls) > 1:
+        wide, narrow = matmuls["up"].outputs[0].dims[-1].coef, matmuls["down"].inputs[0].dims[-1].coef
+        gated = float(wide > 1.5 * narrow)
     load, distinct = None, {}
     if facts.num_experts:
         load = expert_load(
@@ -209,7 +208,7 @@ def make_step(
     )
     pricer = RowPricer(
         table=table, device=device, engine=engine, corrections=corrections_for(device, engine.name),
-        graph_tokens=0.0 if eager else float(most), tp=layout.tp, ep=layout.ep, etp=layout.etp, gated=gated(plan),
+        graph_tokens=0.0 if eager else float(most), tp=layout.tp, ep=layout.ep, etp=layout.etp, gated=gated,
         balanced=options.routing == "balanced", sources=sources or {}, distinct=distinct,
     )
     overlap = Overlap.of(plan, table, engine, options, captured)

@@ -33,12 +33,3 @@ def beside(compute_s: Size, communication_s: Size, contention: Contention) -> Si
     both = np.minimum(compute, communication)
     rest = (compute - both) / contention.compute + (communication - both) / contention.communication
     return both + rest
-
-
-def two_streams(first_s: Size, first_busy_s: Size, second_s: Size, second_busy_s: Size) -> Size:
-    """Seconds of two chains of kernels on two streams of one device, no kernel of one waiting for the other.
-
-    Latency and network waits of one hide behind the other; the ``busy`` parts (arithmetic, memory traffic) share the
-    device, so they add up.
-    """
-    return np.maximum(np.maximum(first_s, second_s), first_busy_s + second_busy_s)

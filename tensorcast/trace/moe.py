@@ -183,7 +183,7 @@ def with_block_form(table: OpTable, form: BlockForm) -> OpTable:
                 ops[i] = _on_tokens(op, form.norm)
             elif i in inside and not is_shared(op.module, kind, {kind: block}):
                 ops[i] = _on_tokens(op, _share(op, i < start, op.module.startswith(experts), table, form))
-    return table.with_ops(ops)
+    return replace(table, ops=tuple(ops))
 
 
 def _share(op: Op, before: bool, of_experts: bool, table: OpTable, form: BlockForm) -> float:

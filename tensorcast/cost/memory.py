@@ -99,12 +99,8 @@ def indexer_key_bytes(width: float) -> float:
 
 def kv_bytes_per_token(table: OpTable, kv: str = "bf16") -> float:
     """Bytes that one more token adds over all layers, before any window is full."""
-    return sum(e.per_token * _layers_of(e.kind, table.layer_kinds) for e in cache_entries(table, kv))
-
-
-def _layers_of(kind: int, layer_kinds: tuple[int, ...]) -> int:
-    """How often an entry is kept; one of a class whose layers are not known apart, or run in a loop, is its own."""
-    return layer_kinds.count(kind) if kind >= 0 else 1
+    kinds = table.layer_kinds
+    return sum(e.per_token * (kinds.count(e.kind) if e.kind >= 0 else 1) for e in cache_entries(table, kv))
 
 
 def cache_bytes(table: OpTable, kv: str, sequences: Size, length: Size, layers: slice = slice(None)) -> Size:
@@ -113,7 +109,9 @@ def cache_bytes(table: OpTable, kv: str, sequences: Size, length: Size, layers: 
     total: Size = 0.0
     for entry in cache_entries(table, kv):
         tokens = np.minimum(length, entry.limit) if entry.limit else length
-        total = total + _layers_of(entry.kind, kinds) * sequences * (entry.per_token * tokens + entry.per_sequence)
+        # an entry of a class whose layers are not known apart, or run in a loop, is its own
+        times = kinds.count(entry.kind) if entry.kind >= 0 else 1
+        total = total + times * sequences * (entry.per_token * tokens + entry.per_sequence)
     return total
 
 

@@ -33,6 +33,11 @@ PipelineSplit = Literal["first", "before_last", "last"]
 one (which has the head), or the last ones."""
 
 
+def is_one_of(classes: tuple[str, ...], config: dict[str, Any]) -> bool:
+    """Whether the model with this ``config`` is of one of these classes; where none is named, any model is."""
+    return not classes or bool(set(classes) & set(config.get("architectures") or ()))
+
+
 class OwnGemms(Frozen):
     """Projections that read what others read, but run as a GEMM of their own group, by the modules' last names."""
 
@@ -49,11 +54,6 @@ class AllreduceNorm(Frozen):
     max_tokens: int | None = None
     max_bytes: dict[str, dict[int, int]] = Field(default={}, description="architecture -> ranks -> largest tensor")
     source: str = Field(min_length=3)
-
-    def runs(self, config: dict[str, Any], dp: int) -> bool:
-        """Whether a server of the model with this ``config`` has it; ``dp``: data-parallel ranks of its attention."""
-        listed = not self.models or bool(set(self.models) & set(config.get("architectures") or ()))
-        return listed and not (self.one_replica and dp > 1)
 
     def limit_bytes(self, architecture: str, ranks: int, token_bytes: float) -> float:
         """Largest all-reduce that is fused on this device in a group of ``ranks``; 0 where none is."""
@@ -73,11 +73,6 @@ class SlicedBlocks(Frozen):
     least_dp: int = Field(default=1, ge=1, description="data-parallel ranks from which on")
     scatters: bool = Field(default=False, description="slices are made by the sum before the block (reduce-scatter)")
     source: str = Field(min_length=3)
-
-    def hold(self, dp: int, exchange: str, config: dict[str, Any]) -> bool:
-        """Whether blocks of the model with this ``config`` do, under an exchange, where tp ranks hold whole experts."""
-        listed = not self.architectures or bool(set(self.architectures) & set(config.get("architectures") or ()))
-        return listed and dp >= self.least_dp and exchange in self.exchanges
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.backends import BACKENDS, choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.engine import EngineProfile, is_one_of
 from tensorcast.trace.moe import BlockForm, Whole, blocks_of
 from tensorcast.trace.table import Op, OpTable, kept_beside, per_table
 
@@ -103,7 +103,10 @@ def block_form(
     and the shared experts work on the slice, too. Gathered tokens are chosen for after the gather if so asked.
     """
     rule, travels = engine.sliced_blocks, all2all in EXCHANGES
-    sliced = rule is not None and layout.tp > 1 and layout.etp == 1 and rule.hold(layout.dp, all2all, config)
+    sliced = (
+        rule is not None and layout.tp > 1 and layout.etp == 1 and layout.dp >= rule.least_dp
+        and all2all in rule.exchanges and is_one_of(rule.architectures, config)
+    )  # fmt: skip
     part, shared = 1.0 / layout.tp, None
     if options.external_shared_experts:
         shared = Whole(layout.dp / options.external_shared_experts, resident=False)
@@ -188,8 +191,8 @@ def make_plan(
     sent = _Sent(token, result, table.facts.moe_hidden_size, copies, form.adding < 1.0, form.norm < 1.0)
     rows = _with_collectives(table, layout, device, chosen, sent)
     asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
-    dp = attention_dp(layout, table.facts.num_experts)
-    if asked and (limits is None or limits.runs(config, dp)):
+    alone = attention_dp(layout, table.facts.num_experts) == 1
+    if asked and (limits is None or (is_one_of(limits.models, config) and (alone or not limits.one_replica))):
         _join_norms(rows, device, engine, kept_beside(table, "joined norms"))
     backend = choose_experts_backend(options.experts_backend, chosen, engine, device, table.phase)
     return Plan(tuple(rows), chosen, scheme, backend, combine)

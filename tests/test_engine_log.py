@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from engine_logs import LOGS, Log, ours
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,29 +98,22 @@ def test_vllm_takes_a_profiling_step_off_the_cache() -> None:
     assert _on("qwen3-0.6b", "h100", 1, "eager").memory(1, 1, 100).activations < 1e8
 
 
-SORTED_LOGIT_BYTES = 37
-"""Of a logit while top-p sorted it, before github.com/vllm-project/vllm/pull/33538, which measured 1.25 GB for 256
-sequences of a vocabulary of 131,072."""
+@pytest.mark.parametrize("log", LOGS, ids=lambda log: f"{log.model}-{log.device}-{log.release}-{log.what}")
+def test_figures_of_public_logs(log: Log) -> None:
+    """Weights to 2 %, tokens of the cache to 10 %, room to that or to 1 GiB; those that are said not to be are not."""
+    share, least = {"weights": (0.02, 0.0), "tokens": (0.1, 0.0), "room": (0.1, 1.0)}[log.what]
+    assert (ours(log) == pytest.approx(log.logged, rel=share, abs=least)) == (not log.unreached)
 
 
-@pytest.mark.parametrize(
-    ("model", "device", "gpus", "share", "gib"),
-    [
-        ("qwen3-235b-a22b-fp8", "h100", 4, 0.9, 8.11),  # github.com/vllm-project/vllm/issues/21348
-        ("gpt-oss-120b", "h100", 1, 0.95, 1.71),  # .../27508, steps of 1,024 tokens
-        ("gpt-oss-120b", "h100", 1, 0.9, -2.14),  # .../23278: does not start
-    ],
-)
-def test_room_is_that_of_the_logs(model: str, device: str, gpus: int, share: float, gib: float) -> None:
-    """Logged "Available KV cache memory", of releases that sorted logits, to 1 GiB of an H100's 79.6."""
-    found, vllm = _on(model, device, gpus), load_engine("vllm")
-    assert vllm.profiled_step is not None
-    old = vllm.profiled_step.model_copy(update={"logit_bytes": SORTED_LOGIT_BYTES})
-    engine = vllm.model_copy(
-        update={"profiled_step": old, "memory_fraction": vllm.memory_fraction.model_copy(update={"value": share})}
-    )
-    found = replace(found, engine=engine)
-    assert found.memory(1, 1, 0).cache_budget / GIB == pytest.approx(gib, abs=1.0)
+def test_communicators_take_room_where_a_server_has_several_gpus() -> None:
+    """Beside the context that each GPU has; an engine without such a figure has one for all."""
+    for engine in ("vllm", "sglang"):
+        profile = load_engine(engine)
+        assert profile.collective_bytes is not None
+        one, four = (_on("qwen3-30b-a3b", "h100", gpus, engine) for gpus in (1, 4))
+        assert one.context_bytes == float(profile.reserved_bytes)
+        assert four.context_bytes == one.context_bytes + float(profile.collective_bytes)
+    assert _on("qwen3-30b-a3b", "h100", 4, "eager").context_bytes == float(load_engine("eager").reserved_bytes)
 
 
 def test_lines_of_the_log() -> None:

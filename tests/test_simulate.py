@@ -103,7 +103,8 @@ def test_quantising_shrinks_memory_and_time() -> None:
 
 def test_fp8_cache_fits_more_sequences() -> None:
     runs = [tc.simulate("qwen3-30b-a3b", device="h100", batch=1, context=8192, kv_dtype=kv) for kv in ("bf16", "fp8")]
-    assert runs[1].largest_batch == pytest.approx(2 * runs[0].largest_batch, rel=0.02)
+    few = runs[0].largest_batch
+    assert runs[1].largest_batch in (2 * few, 2 * few + 1)  # floors of a size and of its double
 
 
 def test_largest_batch_fits_and_one_more_does_not() -> None:

@@ -245,7 +245,7 @@ def low_latency_buffer_bytes(tokens_per_rank: Size, hidden: int, num_experts: in
 
 
 def cache_budget(
-    covers: MemoryCovers, share: Size, *, capacity: float, context: float, weights: Size, beside: Size
+    covers: MemoryCovers, share: Size, *, capacity: float, context: Size, weights: Size, beside: Size
 ) -> Size:
     """Bytes that an engine's memory settings leave for the cache; below 0 where not even the rest fits.
 

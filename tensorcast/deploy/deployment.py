@@ -81,7 +81,7 @@ class Deployment:
         most_live, most_sent = self._profiled
         activations = np.maximum(activation_bytes(self.step.table, sizes), most_live)
         communication = np.maximum(self._communication_bytes(sequences * new, sizes), most_sent)
-        capacity, context = float(self.device.memory_bytes), float(self.engine.reserved_bytes)
+        capacity, context = float(self.device.memory_bytes), self.context_bytes
         graphs = self.graph_bytes(sequences) if self.phase == "decode" else 0.0
         beside = activations + communication + context + graphs
         share = self.memory_share - graphs / capacity
@@ -94,6 +94,13 @@ class Deployment:
         }
         plain = {name: float(value) if np.ndim(value) == 0 else value for name, value in found.items()}
         return Memory(**plain, capacity=capacity)
+
+    @cached_property
+    def context_bytes(self) -> Size:
+        """Bytes in use beside weights, cache and activations, before decode steps are captured."""
+        layout, collective = self.layout, self.engine.collective_bytes
+        several = np.greater(layout.tp * layout.dp * layout.pp, 1)
+        return float(self.engine.reserved_bytes) + several * (0.0 if collective is None else float(collective))
 
     @cached_property
     def _profiled(self) -> tuple[Size, Size]:

@@ -151,6 +151,9 @@ class EngineProfile(Frozen):
     reserve: Reserve | None = Field(default=None, description="what it leaves free instead of a fixed share")
     profiled_step: ProfiledStep | None = Field(default=None, description="what it runs to see what a step takes")
     reserved_bytes: Figure = Field(description="context, workspace and captured graphs, outside weights and KV cache")
+    collective_bytes: Figure | None = Field(
+        default=None, description="communicators and all-reduce buffers, on top of that where a server has several GPUs"
+    )
     max_tokens_per_step: int = Field(ge=1, description="default chunked-prefill budget in tokens")
     step_tokens: StepTokens | None = Field(default=None, description="where that default is another")
     prefill_graphs: PrefillGraphs | None = Field(default=None, description="prefill steps that are captured in pieces")

@@ -53,12 +53,13 @@ def room(decode: Deployment, budget: Number, per_sequence: Number, most: Number 
     """Sequences whose cache fits into ``budget`` bytes, as many as a step may have; their captured decode steps take of
     it, too."""
     budget, reserve = np.maximum(budget, 0.0), decode.engine.reserve
-    few: Array = np.floor(budget / np.maximum(per_sequence + decode.graph_bytes(1), 1.0))
+    free = 1.0 - decode.context_bytes / float(decode.device.memory_bytes)  # of which a share less graphs is taken
+    few: Array = np.floor(budget / np.maximum(per_sequence + free * decode.graph_bytes(1), 1.0))
     most = decode.most_sequences if most is None else most
     if reserve is None or not reserve.many_sequences:
         return np.minimum(few, most)
     limit = reserve.many_sequences
-    many = np.floor(budget / np.maximum(per_sequence + decode.graph_bytes(limit + 1) / (limit + 1), 1.0))
+    many = np.floor(budget / np.maximum(per_sequence + free * decode.graph_bytes(limit + 1) / (limit + 1), 1.0))
     return np.minimum(np.where(few > limit, np.maximum(many, limit), few), most)
 
 

@@ -136,7 +136,10 @@ class Kernel:
             return np.full(size, not lines)
         seen = np.asarray(self.seen, dtype=float).reshape(len(self.seen), len(lines))
         mine = sum((w * columns[name] for w, name in zip(WEIGHTS, lines, strict=False)), np.zeros(1))
-        return np.isin(np.round(mine), np.round(seen @ np.array(WEIGHTS[: len(lines)])))
+        if not len(seen):
+            return np.zeros(size, dtype=bool)
+        codes = np.sort(np.round(seen @ np.array(WEIGHTS[: len(lines)])))
+        return codes[np.minimum(np.searchsorted(codes, np.round(mine)), len(codes) - 1)] == np.round(mine)
 
     def features(self, features: Columns, columns: Columns) -> Columns:
         """Features with ``source``, the library whose kernel runs: as measured for the model, for other models as the

@@ -41,7 +41,6 @@ COMMAND = "python tests/census.py --write docs/families.md"
 
 BOTH = "prefill decode"
 EXCEPTIONS: dict[str, tuple[str, str, str]] = {
-    "dbrx": (BOTH, "nonzero", "experts are flat 2-D weights in a submodule, looped over where tokens chose them"),
     "glm5_next": (BOTH, "no attribute 'shape'", "its indexer drops pools by a mask: how many is data"),
     "jetmoe": (BOTH, "no data", "splits rows by expert counts read off the tensor; attention heads are experts too"),
     "nllb_moe": (BOTH, "is_encoder_decoder", "encoder-decoder; a ModuleDict of experts with capacities"),
@@ -253,14 +252,15 @@ def experts_modules(family: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 EXPERTS = "n_routed_experts num_local_experts num_experts moe_num_experts".split()
-CHOSEN = "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts".split()
-WIDTH = "moe_intermediate_size expert_ffn_hidden_size intermediate_size".split()
-HIDDEN = "moe_hidden_size hidden_size".split()
+CHOSEN = "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts moe_top_k".split()
+WIDTH = "moe_intermediate_size expert_ffn_hidden_size intermediate_size ffn_hidden_size".split()
+HIDDEN = "moe_hidden_size hidden_size d_model".split()
 
 
 def said(family: str) -> tuple[int, int, int, int]:
     """What the small config says of a MoE layer: experts, chosen per token, intermediate width, hidden width."""
     fields = small_fields(family)
+    fields |= fields.get("ffn_config") or {}  # DBRX
 
     def first(names: list[str]) -> int:
         value = next(fields[name] for name in names if fields.get(name))
@@ -270,8 +270,9 @@ def said(family: str) -> tuple[int, int, int, int]:
 
 
 def _default(family: str, names: list[str]) -> str:
-    kind = text_config_class(family)
-    values = _values(kind(), {f.name for f in dataclasses.fields(kind)})
+    whole = text_config_class(family)()
+    config = getattr(whole, "ffn_config", whole)  # DBRX
+    values = _values(config, {f.name for f in dataclasses.fields(type(config))})
     return next((str(values[name]) for name in names if values.get(name)), "–")
 
 
@@ -306,7 +307,7 @@ def _row(family: str) -> str:
     up = getattr(experts, "gate_up_proj", None)
     first = experts.up_proj if up is None else up
     assert isinstance(first, nn.Parameter)
-    layer = path[: path.index(".", path.index("layers.") + len("layers.")) + 1]
+    layer = re.sub(r"(\.\d+\.).*", r"\1", path)
     names = [name.rpartition(".")[2] for name, _ in model(family).named_modules() if name.startswith(layer)]
     shared = [name for name in names if "shared" in name]
     cells = [

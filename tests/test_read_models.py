@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from tensorcast.cost.memory import cache_bytes, cache_entries
+from tensorcast.cost.memory import cache_bytes, cache_entries, kv_bytes_per_token
 from tensorcast.errors import InputError
+from tensorcast.modeling.config import hf_config
+from tensorcast.modeling.experts import adapt_experts
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.tracer import Phase, trace
 
@@ -78,12 +82,39 @@ def test_a_head_width_under_a_released_name_is_read() -> None:
     assert table.facts.num_experts == 8 and table.facts.top_k == 2
 
 
+DBRX: dict[str, Any] = {
+    "model_type": "dbrx", "d_model": 6144, "n_heads": 48, "n_layers": 40, "vocab_size": 100352, "max_seq_len": 32768,
+    "attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 500000},
+    "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+}  # fmt: skip
+
+
+def test_experts_that_lie_one_below_another_are_counted() -> None:
+    """DBRX: 132B parameters, 36B active (databricks.com/blog, "Introducing DBRX"); 8 KV heads of 128 in 40 layers."""
+    table = trace(profile(**DBRX), "decode")
+    assert round(table.total_params() / 1e9) == 132
+    assert round(table.active_params() / 1e9) == 36
+    assert kv_bytes_per_token(table) == 40 * 2 * 8 * 128 * 2
+
+
+def test_stacked_flat_experts_give_what_their_class_gives() -> None:
+    torch.manual_seed(0)
+    config = hf_config(profile(**DBRX | {
+        "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 512, "attn_config": {**DBRX["attn_config"],
+        "kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2}}))  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.1)
+    tokens = torch.randint(0, 512, (2, 9))
+    with torch.no_grad():
+        right = model(tokens).logits
+        assert adapt_experts(model)
+        torch.testing.assert_close(model(tokens).logits, right, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "dbrx", "d_model": 128, "n_heads": 8, "n_layers": 2, "vocab_size": 512, "max_seq_len": 256,
-         "attn_config": {"kv_n_heads": 4, "clip_qkv": 8, "rope_theta": 5e5},
-         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}},
         {"model_type": "deepseek_ocr2", "text_config": {"num_hidden_layers": 2, "hidden_size": 128}},
         {"model_type": "diffusion_gemma"},
         {"model_type": "jetmoe", **SIZES},

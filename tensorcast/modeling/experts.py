@@ -21,13 +21,13 @@ def routed_experts(
 ) -> Tensor:
     """Experts forward on stacked weights: permute, up, activation, down, unpermute, weighted sum.
 
-    ``x [T,H]``, ``top_k_index [T,k]``, ``top_k_weights [T,k]`` -> ``[T,H]``. ``self`` is any experts module with the
-    attributes that transformers' ``use_experts_implementation`` sets.
+    ``x [T,H]`` or ``[B,S,H]``, ``top_k_index [T,k]``, ``top_k_weights [T,k]`` -> as ``x``. ``self`` is any experts
+    module with the attributes that transformers' ``use_experts_implementation`` sets.
     """
-    rows = TC.init_routing_v2(x, top_k_index)
+    rows = TC.init_routing_v2(x.reshape(-1, x.shape[-1]), top_k_index)
     out = expert_rows(self, rows, top_k_index, backend)
     choices = TC.unpermute_tokens(out, top_k_index)
-    return (choices * top_k_weights.unsqueeze(-1).to(choices.dtype)).sum(1).to(x.dtype)
+    return (choices * top_k_weights.unsqueeze(-1).to(choices.dtype)).sum(1).to(x.dtype).reshape(x.shape)
 
 
 def expert_rows(self: Any, rows: Tensor, top_k_index: Tensor, backend: str = "grouped_mm") -> Tensor:
@@ -56,6 +56,24 @@ def _gated(self: Any, gate_up: Tensor) -> Tensor:
 def is_stacked(module: nn.Module) -> bool:
     up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     return isinstance(up, Tensor) and isinstance(down, Tensor) and up.dim() == down.dim() == 3
+
+
+def stack_flat(experts: Any) -> None:
+    """Stack the weights of experts that lie one below another in three matrices of a submodule (DBRX).
+
+    Gate, up and down, each ``[E*I,H]``, become ``gate_up_proj [E,2I,H]`` and ``down_proj [E,H,I]``.
+    """
+    count = getattr(experts, "num_experts", None)
+    for name, part in experts.named_children():
+        own = list(part.parameters(recurse=False))
+        if not isinstance(count, int) or len(own) != 3 or len({p.shape for p in own}) > 1 or own[0].shape[0] % count:
+            continue
+        gate, up, down = (p.view(count, -1, p.shape[-1]) for p in own)
+        experts.gate_up_proj = nn.Parameter(torch.cat([gate, up], 1), requires_grad=False)
+        experts.down_proj = nn.Parameter(down.transpose(1, 2).contiguous(), requires_grad=False)
+        experts.act_fn = part.activation_fn
+        delattr(experts, name)
+        return
 
 
 def describe_stacked(experts: Any) -> None:
@@ -98,11 +116,12 @@ def adapt_experts(model: nn.Module) -> list[str]:
     """Bring stacked experts outside the interface onto the ops. Returns the paths that were adapted.
 
     Two shapes occur: experts called with (x, index, weights), which only lack the decorator; and experts called with
-    the rows of all experts, whose whole block is replaced by :class:`SparseBlock`.
+    the rows of all experts, whose whole block is replaced by :class:`SparseBlock`. Flat ones are stacked first.
     """
     adapted: list[str] = []
     for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
+            stack_flat(child)
             if not is_stacked(child) or hasattr(child, "is_transposed"):
                 continue
             describe_stacked(child)

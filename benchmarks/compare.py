@@ -62,7 +62,7 @@ def inside(model: str, device: str, gpus: int) -> tuple[int, int, float, float]:
             found = [aggregated(shop, (2.0, 0.05)), disaggregated(shop, gpus, (2.0, 0.05))]
             served = time.perf_counter()
         if served - start < best[1] + best[2]:
-            best = sum(len(points) + slow for points, slow in found), priced - start, served - priced
+            best = sum(len(points.variant) + slow for points, slow in found), priced - start, served - priced
     return len(tried), *best
 
 

@@ -262,7 +262,7 @@ def table_of_errors(kind: str, seed: int, rows: int = 160) -> pd.DataFrame:
     prompts = 1 - frame["decode_step_s"] / frame["tpot_s"]
     beside = load_engine("vllm").overhead("h100-sxm")
     kernels = 1 - (beside.step_s + beside.request_s * frame["mean_batch"]) / frame["tpot_s"]
-    change = {
+    change: Any = {
         "step": 1e-3 / frame["tpot_s"], "batch": 2e-5 * frame["mean_batch"] / frame["tpot_s"], "prompts": prompts,
         "kernels": 0.3 * kernels * (frame["model"] == "llama-3.1-8b") * (frame["layout"] == "tp2"),
         "rest": draw.normal(0, 0.3, rows),

@@ -149,7 +149,7 @@ class Kernel:
         table, split = np.asarray(self.sources), columns["moe_ep"] > 1
         source = _looked_up(table, [*(columns[name] for name in SOURCE_OF), split.astype(float)])
         said = columns.get("source", np.full(len(split), np.nan))
-        source = np.where(np.isnan(source) & np.isin(said, table[:, -1]), said, source)
+        source = np.where(np.isnan(source) & np.isin(said, list({*table[:, -1]})), said, source)
         plain = np.array([tuple(line[:4]) in NON_GATED for line in self.sources])
         ungated = columns.get("gated", np.ones(len(split))) == 0
         for spread, without in ((False, False), (False, True), (True, False), (True, True)):
@@ -189,8 +189,9 @@ class Kernel:
 
     def interval(self, seconds: Array, columns: Columns, measured: Mask) -> tuple[Array, Array]:
         """log of the 80 % interval's ends over ``seconds``."""
-        # whether the columns say whose kernel runs, a library that was measured
-        stated = np.isin(columns.get("source", np.full(len(seconds), np.nan)), [line[-1] for line in self.sources])
+        # whether the columns say whose kernel runs, a library that was measured: one of few, which numpy looks up fast
+        said = columns.get("source", np.full(len(seconds), np.nan))
+        stated = np.isin(said, list({line[-1] for line in self.sources}))
         part = np.searchsorted(self.edges, np.log2(np.maximum(seconds, 1e-9)))
         ends = self.new_low, self.new_high
         ruled = (self.ruled[0], self.ruled[1]) if self.ruled else ends

@@ -9,11 +9,14 @@ import typer
 
 from tensorcast.cli.app import DEPLOYMENT, LOAD, OUTPUT, SEARCH, AsJson, command, console, patience
 from tensorcast.cli.options import Engine, Model, deployment_options
-from tensorcast.cli.values import device_prices, duration, listed_names, listed_options, read_layouts, whole_numbers
+from tensorcast.cli.values import device_prices, duration, listed_names, read_layouts, split_names, whole_numbers
 
 if TYPE_CHECKING:
     from tensorcast.search.compare import Comparison
 
+SEVERAL_NAMES = ("kv_dtype", "all2all", "dispatch", "combine")
+NUMBERS = {"mtp_depth": "--mtp", "chunk_tokens": "--chunk-tokens"}
+"""Options that are lists here, of names and of whole numbers with their flags."""
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -134,6 +137,9 @@ def compare(
         from tensorcast.files import check_directory
 
         check_directory(out)  # before the work, not after
+    # options that are searched: lists of what was typed
+    searched: dict[str, Any] = {name: split_names(options[name]) or None for name in SEVERAL_NAMES}
+    searched |= {name: whole_numbers(flag, options[name]) if options[name] else None for name, flag in NUMBERS.items()}
     with patience(model, "comparing layouts of"):
         try:
             found = run_comparison(
@@ -144,7 +150,7 @@ def compare(
                 modes=listed_names("--mode", mode), request_rate=request_rate, prices=device_prices(price),
                 prefix_cached=prefix_cached,
                 mtp_acceptance=mtp_acceptance, full=full, runnable_only=not any_engine, jobs=jobs, executor=executor,
-                **listed_options(options),
+                **options | searched,
             )
         except NoLayoutMeets as error:  # the report says so, too; it is still the same error
             if _written(error.comparison, out):

@@ -88,11 +88,3 @@ def read_layouts(path: Path) -> list[str]:
         if min(sizes.tp, sizes.dp, sizes.ep, sizes.pp) < 1:
             raise InputError(f"--layouts {path}: layout {word!r}: sizes must be at least 1")
     return words
-
-
-def listed_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a comparison: those that take one value as they are, those that are searched as lists or None."""
-    numbers = {"mtp_depth": "--mtp", "chunk_tokens": "--chunk-tokens"}
-    listed = {name: split_names(options[name]) or None for name in ("kv_dtype", "all2all", "dispatch", "combine")}
-    counted = {name: whole_numbers(flag, options[name]) if options[name] else None for name, flag in numbers.items()}
-    return {**options, **listed, **counted}

@@ -9,7 +9,7 @@ python3 -m sglang.launch_server \
   --tp-size 1 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 317 \
+  --max-running-requests 321 \
   --chunked-prefill-size 8192 \
   --mem-fraction-static 0.859 \
   --disaggregation-mode prefill \
@@ -32,8 +32,8 @@ python3 -m sglang.launch_server \
   --moe-a2a-backend none \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 1268 \
-  --cuda-graph-max-bs-decode 317 \
-  --mem-fraction-static 0.826 \
+  --max-running-requests 1284 \
+  --cuda-graph-max-bs-decode 321 \
+  --mem-fraction-static 0.825 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

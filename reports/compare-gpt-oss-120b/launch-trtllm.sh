@@ -10,7 +10,7 @@ gpus_per_node: 8
 enable_attention_dp: false
 moe_expert_parallel_size: 1
 moe_tensor_parallel_size: 1
-max_batch_size: 317
+max_batch_size: 321
 max_num_tokens: 8192
 max_seq_len: 5120
 enable_chunked_prefill: true
@@ -40,8 +40,8 @@ gpus_per_node: 8
 enable_attention_dp: true
 moe_expert_parallel_size: 4
 moe_tensor_parallel_size: 1
-max_batch_size: 317
-max_num_tokens: 317
+max_batch_size: 321
+max_num_tokens: 321
 max_seq_len: 5120
 enable_chunked_prefill: true
 kv_cache_config:
@@ -49,7 +49,7 @@ kv_cache_config:
   free_gpu_memory_fraction: 0.9
 cuda_graph_config:
   enable_padding: true
-  max_batch_size: 317
+  max_batch_size: 321
 cache_transceiver_config:
   backend: NIXL
   max_tokens_in_buffer: 4096

@@ -10,7 +10,7 @@ vllm serve openai/gpt-oss-120b \
   --tensor-parallel-size 1 \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 317 \
+  --max-num-seqs 321 \
   --max-num-batched-tokens 8192 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -30,7 +30,7 @@ vllm serve openai/gpt-oss-120b \
   --all2all-backend allgather_reducescatter \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 317 \
-  --max-num-batched-tokens 317 \
+  --max-num-seqs 321 \
+  --max-num-batched-tokens 321 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'

@@ -196,5 +196,5 @@ def _figure(frame: pd.DataFrame, summary: dict[str, Any], path: Path) -> None:
     title = f"{share:.0f} % of {summary['predicted']:,} measured times per token are met within 20 % (grey band)"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9, markerscale=2)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9, markerscale=2)
     save(figure, path)

@@ -222,14 +222,18 @@ def test_a_broken_profile_does_not_hide_the_others(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: ") and "mine.yaml" in result.stderr and result.stderr.count("\n") == 1
 
 
+def in_a_fresh_process(code: str) -> subprocess.CompletedProcess[str]:
+    """``code`` where nothing but typer's runner and the app is imported."""
+    prelude = "import sys\nfrom typer.testing import CliRunner\nfrom tensorcast.cli import app\n"
+    command = [sys.executable, "-c", prelude + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+
+
 def test_listing_needs_no_torch() -> None:
-    code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom tensorcast.cli import app\n"
+    done = in_a_fresh_process(
         "for name in ('models', 'devices', 'engines'): assert CliRunner().invoke(app, [name]).exit_code == 0\n"
         "print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -243,13 +247,10 @@ def test_help_of_a_real_process() -> None:
 
 
 def test_help_of_all_commands_imports_none_of_them_and_says_of_each_what_its_own_help_says() -> None:
-    code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom tensorcast.cli import app\n"
+    done = in_a_fresh_process(
         "print(CliRunner().invoke(app, ['--help'], env={'COLUMNS': '200'}).output)\n"
         "print([m for m in sys.modules if m in ('pydantic', 'numpy') or m.startswith('tensorcast.cli.')])"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
     *shown, imported = done.stdout.strip().splitlines()
     assert imported == "['tensorcast.cli.app']", done.stdout + done.stderr
     for name in ("simulate", "predict", "devices"):

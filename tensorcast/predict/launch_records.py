@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+POOLS = ("prefill_workers", "prefill_tp", "prefill_dp_attn", "decode_workers", "decode_tp", "decode_dp_attn")
+SIZES = ("gpus", "dp_attn", *POOLS)
+"""Columns of the table by which launches of one mode are told apart; those of pools are empty where one server does
+both, the others where two do."""
+
 LENGTH_RATIO = 0.8
 """Records of InferenceX are of lengths uniform between this share of the stated and the whole (its scripts,
 github.com/SemiAnalysisAI/InferenceX, benchmarks/single_node/)."""
@@ -99,7 +104,7 @@ def launched(
 
 def aggregated_sizes(layout: Layout) -> tuple[str, ...]:
     """Sizes of one server as launches are told apart by them: its GPUs, and whether attention is data-parallel."""
-    return ("agg", str(layout.tp * layout.dp), str(int(layout.dp > 1)), *[""] * 6)
+    return ("agg", str(layout.tp * layout.dp), str(int(layout.dp > 1)), *[""] * len(POOLS))
 
 
 def pool_sizes(prefill: Layout, decode: Layout, workers: tuple[int, int]) -> tuple[str, ...]:
@@ -124,11 +129,9 @@ def _launches() -> dict[tuple[str, ...], list[dict[str, str]]]:
     path = next(path for root in profile_roots() if (path := root / "records" / "launches.csv").is_file())
     with path.open(encoding="utf-8") as file:
         for row in csv.DictReader(line for line in file if not line.startswith("#")):
-            sizes = (row["mode"], row["gpus"], row["dp_attn"], *(row[f"{pool}_{n}"] for pool in ("prefill", "decode")
-                     for n in ("workers", "tp", "dp_attn")))  # fmt: skip
             for model in row["model"].split(";"):
-                key = row["engine"], model, row["device"], row["precision"], row["isl"], row["osl"], *sizes
-                found[key].append(row)
+                key = row["engine"], model, row["device"], row["precision"], row["isl"], row["osl"], row["mode"]
+                found[(*key, *(row[name] for name in SIZES))].append(row)
     return dict(found)
 
 

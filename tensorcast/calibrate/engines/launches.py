@@ -19,11 +19,11 @@ import pandas as pd
 from tensorcast.deploy.model_names import understand
 from tensorcast.errors import InputError
 from tensorcast.files import write_atomically
+from tensorcast.predict.launch_records import POOLS, SIZES
 from tensorcast.profiles.store import load_device, load_engine
 
-POOLS = ("prefill_workers", "prefill_tp", "prefill_dp_attn", "decode_workers", "decode_tp", "decode_dp_attn")
-KEY = ("engine", "release", "model", "device", "precision", "mode", "isl", "osl", "gpus", "dp_attn", *POOLS)
-"""What a launch is known by, beside its users; sizes of pools are empty where one server does both."""
+KEY = ("engine", "release", "model", "device", "precision", "mode", "isl", "osl", *SIZES)
+"""What a launch is known by, beside its users."""
 
 OPTIONS = {
     "chunk_tokens": "max_num_tokens",

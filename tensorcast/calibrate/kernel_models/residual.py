@@ -197,7 +197,6 @@ def fit_kernel(rows: MeasuredKernel, device: DeviceProfile, experts: Experts | N
     )
 
 
-
 def held_across(predicted: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """Whether an 80 % interval from one half of the held-out rows holds each error of the other half."""
     half, inside = np.arange(len(errors)) % 2 == 0, np.zeros(len(errors), dtype=bool)

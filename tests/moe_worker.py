@@ -102,6 +102,11 @@ def cases(world: int) -> Iterator[Case]:
             yield Case((tp, dp, ep), "llama4_text", exchange, external, "eplb")
             yield Case((tp, dp, ep), "gpt_oss", exchange, {}, "eplb")
             yield Case((tp, dp, ep), "mixtral", exchange, {}, "round_robin")
+        else:
+            fused = {"fuse_shared_experts": True}
+            yield Case((tp, dp, ep), "deepseek_v3", exchange, fused)
+            yield Case((tp, dp, ep), "qwen3_next", exchange, {**fused, "chunk_tokens": 4})
+            yield Case((tp, dp, ep), "llama4_text", exchange, fused, balanced=True)
         yield Case((tp, dp, ep), "qwen2_moe", exchange, {"backend": "masked"}, phase="decode")
         phases = {"exchange": "all_to_all", "decode_exchange": "low_latency"}
         for phase in ("prefill", "decode"):

@@ -8,6 +8,7 @@ The expected numbers are worked out by hand from the released rules: sglang 0.5.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from tensorcast.cost.memory import cache_budget
 from tensorcast.deploy.deployment import deploy, memory_share
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan.plan import block_form, choose_all2all
 from tensorcast.profiles.memory import MIB
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.serving.capacity import decode_budget, room
+from tensorcast.trace.cache import whole_model
 
 SGLANG, VLLM, TRTLLM = (load_engine(name) for name in ("sglang", "vllm", "trtllm"))
 MLA, GQA = load_model("deepseek-v3").config, load_model("qwen3-235b-a22b").config
@@ -173,3 +176,35 @@ def test_pools_are_priced_as_servers_of_one_phase() -> None:
         captured = scenario.deployment(prefill.layout, "prefill", prefill.options)
         assert captured.step.pricer.graph_tokens > 0 == prefill.step.pricer.graph_tokens
         assert disaggregated(captured, decode, *workers, load, chunk_tokens=scenario.own_chunk).ttft_s <= alone.ttft_s
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "layout", "options", "fused"),
+    [
+        ("deepseek-v3", "h200", "tp8", {}, True),
+        ("deepseek-v3", "h200", "tp8", {"shared_experts_fusion": False}, False),
+        ("deepseek-v3", "h200", "tp8", {"shared_expert_tp": False}, False),
+        ("deepseek-v3", "h200", "tp8", {"fusion": "none"}, False),
+        ("deepseek-v3", "h200", "tp8-ep8", {}, False),
+        ("deepseek-v3", "mi325x", "tp8-ep8", {}, True),
+        ("deepseek-v3", "h200", "dp8-ep8", {"all2all": "low_latency"}, False),
+        ("deepseek-v3", "b200", "tp8", {}, False),  # TensorRT-LLM's experts
+        ("glm-4.7-flash", "b200", "tp4", {}, True),  # Triton's
+        ("deepseek-v3.2", "h200", "tp8", {}, False),  # of DeepSeek's classes V3's alone
+        ("kimi-k2", "h200", "tp16", {}, False),  # 384 experts
+        ("glm-5", "h200", "tp8", {}, True),
+        ("qwen3-next-80b-a3b", "h200", "tp4-ep4", {}, True),
+        ("qwen3.5-122b-a10b", "h200", "tp8", {}, False),
+    ],
+)
+def test_classes_whose_shared_expert_sglang_runs_among_the_routed_ones(
+    model: str, device: str, layout: str, options: dict[str, Any], fused: bool
+) -> None:
+    """SGLang 0.5.14, determine_num_fused_shared_experts of each class and models/qwen2_moe.py."""
+    profile, one, asked = load_model(model), load_device(device), Options(**options)
+    engine, placed = load_engine("sglang"), parse_layout(layout)
+    all2all = choose_all2all(asked.all2all, placed, engine, "decode")
+    form = block_form(
+        asked, placed, all2all, engine, device=one, config=profile.config, whole=whole_model(profile, "decode")
+    )
+    assert form.fused == fused

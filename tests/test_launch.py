@@ -73,6 +73,14 @@ def test_sglang_deepseek_on_four_nodes() -> None:
             --cuda-graph-max-bs-decode 128 --mem-fraction-static 0.795""".split()
 
 
+def test_a_shared_expert_apart_from_the_routed_ones_has_a_flag_of_sglang_alone() -> None:
+    """Both others never fuse it: vLLM 0.24.0 on ROCm alone (envs.py, VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS)."""
+    for engine in ("vllm", "sglang", "trtllm"):
+        for fused in (True, False):
+            text = " ".join(written(engine, "tp16", Options(shared_experts_fusion=fused)).commands)
+            assert ("--disable-shared-experts-fusion" in text) == (engine == "sglang" and not fused)
+
+
 @pytest.mark.parametrize(
     ("engine", "layout", "expected"),
     [

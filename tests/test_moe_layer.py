@@ -261,6 +261,41 @@ def test_options_that_cannot_be_are_refused(sizes: tuple[int, int, int], said: d
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes", "message"),
+    [
+        ("mixtral", (1, 1, 1), "it has no shared expert"),
+        ("deepseek_v3", (2, 1, 2), "ep must be 1, with no placement and no external shared experts; here ep = 2"),
+        ("qwen2_moe", (1, 1, 1), r"its shared expert's gate_up_proj is \(192, 64\), a routed one's \(96, 64\)"),
+        ("nemotron_h", (1, 1, 1), "what its routed experts read"),
+    ],
+)
+def test_shared_experts_that_are_not_like_the_routed_ones_are_not_fused(
+    family: str, sizes: tuple[int, int, int], message: str
+) -> None:
+    with pytest.raises(InputError, match=f"fuse_shared_experts: {message}"):
+        _layer(block_of(family), sizes, fuse_shared_experts=True, exchange="allgather_reducescatter")
+
+
+def test_a_shared_expert_with_another_activation_is_not_fused() -> None:
+    block: Any = block_of("deepseek_v3")
+    block.shared_experts.act_fn = nn.GELU()
+    with pytest.raises(InputError, match="its shared expert computes something else"):
+        _layer(block, (1, 1, 1), fuse_shared_experts=True)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "llama4_text", "glm4_moe"])
+def test_a_shared_expert_among_the_routed_ones_on_every_backend(family: str) -> None:
+    block, x = block_of(family), torch.randn(2, 17, 64)
+    layer = _layer(block, (1, 1, 1), fuse_shared_experts=True)
+    assert layer.experts.num_experts == MoELayer(block).num_experts + 1
+    with torch.no_grad():
+        expected = output_of(block, x)
+        for backend in BACKENDS:
+            fused = _layer(block, (1, 1, 1), fuse_shared_experts=True, backend=backend)
+            assert error(fused(x), expected) < 1e-6, backend
+
+
 def test_external_shared_experts_that_cannot_be_are_refused() -> None:
     with pytest.raises(InputError, match="has latent or zero experts"):
         _layer(block_of("nemotron_h"), (1, 2, 2), external_shared_experts=1)

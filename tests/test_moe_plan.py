@@ -216,6 +216,74 @@ def test_engines_slice_tokens_before_the_router(tmp_path: Path) -> None:
     assert found["deepseek_v3", "sglang", "allgather_reducescatter"][0] == 1.0
 
 
+@pytest.mark.parametrize(("family", "architecture"), [
+    ("glm4_moe", "Glm4MoeForCausalLM"), ("qwen3_next", "Qwen3NextForCausalLM"),
+])  # fmt: skip
+@pytest.mark.parametrize("layout", [Layout(1), Layout(4, 4), Layout(4, 2, 2, 1)])
+def test_a_shared_expert_among_the_routed_ones_is_priced_as_it_runs(
+    family: str, architecture: str, layout: Layout, tmp_path: Path
+) -> None:
+    """The layer's permute, grouped GEMMs and sum against those of SGLang's rows: one expert and one choice more."""
+    config = {**SMALL[family], "architectures": [architecture]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    block = block_of(family).to("meta")
+    groups = MoEGroups.of(layout.tp, layout.dp, layout.ep, 0)
+    layer = ParallelMoELayer(
+        MoELayer(block), groups, MoEOptions("allgather_reducescatter", fuse_shared_experts=True)
+    )
+    recorder = Recorder(layer)
+    with torch.no_grad(), recorder:
+        layer(torch.empty(1, TOKENS, HIDDEN, device="meta"))
+    model, device, engine = load_model(str(tmp_path)), load_device("h200"), load_engine("sglang")
+    found, apart = (
+        deploy(model, device, engine, layout, "decode", options=Options(shared_experts_fusion=fused))
+        for fused in (True, False)
+    )
+    context: Any = found.step.sizes.context(float(TOKENS), 1.0, 10.0)
+
+    def priced(name: str, inputs: int, one: Any) -> list[tuple[tuple[int, ...], ...]]:
+        rows = [row for row in one.step.plan.rows if isinstance(row, Op) and row.name == name]
+        kind = max(row.kind for row in rows)
+        return [
+            tuple(tuple(int(d.at(context.sizes)) for d in t.dims) for t in row.inputs[:inputs])
+            for row in rows if row.kind == kind
+        ]  # fmt: skip
+
+    def traced(name: str, inputs: int) -> list[tuple[tuple[int, ...], ...]]:
+        calls = [call for call in recorder.calls if call.name == name]
+        return [tuple(tuple(t.shape) for t in call.inputs[:inputs]) for call in calls]
+
+    assert traced("grouped_matmul", 3) == priced("grouped_matmul", 3, found)
+    moved = layout.dp  # gathered tokens are priced on a rank's own (docs/moe.md)
+    (ids,) = {shapes[1] for shapes in traced("unpermute_tokens", 2)}
+    (fused,) = (row for row in found.step.plan.rows if isinstance(row, Op) and row.name == "init_routing_v2"
+                and row.kind == max(r.kind for r in found.step.plan.rows))  # fmt: skip
+    assert ids == (TOKENS * moved, SMALL[family]["num_experts_per_tok"] + 1)
+    assert [int(d.at(context.sizes)) for d in fused.inputs[1].dims] == [ids[0] // moved, ids[1]]
+    names = {row.module for row in found.step.plan.rows if isinstance(row, Op) and "shared_expert" in row.module}
+    assert all(name.endswith("shared_expert_gate") for name in names)
+    assert bool(names) == (family == "qwen3_next")
+    assert any("down_proj" in row.module and "shared_expert" in row.module for row in apart.step.plan.rows)
+    # of one server as many bytes either way; data-parallel ranks cut the fused one over all of them
+    held, alone = (float(one.held(1.0, 1)[0]) for one in (found, apart))
+    shared = 2.0 * 3 * HIDDEN * 48 * sum(layout.tp for k in found.raw.layer_kinds if k in blocks_of(found.raw.ops))
+    assert alone - held == pytest.approx(shared / layout.tp**2 * (1 - 1 / layout.dp))
+
+
+def test_a_shared_expert_of_another_size_or_precision_runs_apart(tmp_path: Path) -> None:
+    """Whatever its class: SGLang fuses one shared expert, as wide as a routed one."""
+    config = {**SMALL["glm4_moe"], "architectures": ["Glm4MoeForCausalLM"]}
+    for change, quant, fused in (
+        ({}, None, 1), ({"n_shared_experts": 2}, None, 0), ({}, "linear=bf16,experts=fp8", 0), ({}, "fp8", 1),
+    ):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        model = load_model(str(tmp_path))
+        one = deploy(
+            model, load_device("h200"), load_engine("sglang"), Layout(2, 2), "decode", options=Options(quant=quant)
+        )
+        assert one.raw.facts.fused_experts == fused, (change, quant)
+
+
 @pytest.mark.parametrize(
     ("layout", "options", "message"),
     [

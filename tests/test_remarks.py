@@ -14,7 +14,7 @@ import tensorcast as tc
 from tensorcast.cli import app
 from tensorcast.deploy.deployment import not_counted
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.options import Options, idle_note, idle_options
+from tensorcast.deploy.options import Options, Place, idle_note, idle_options
 from tensorcast.modeling.quantization import Quantization
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_model
@@ -152,7 +152,7 @@ def test_explain_and_compare_say_so_too() -> None:
 
 def test_drafts_in_prefill_are_named() -> None:
     table = traced(load_model("deepseek-v3"), "prefill")
-    idle = idle_options(Options(mtp_depth=1), Layout(16, 16), table.facts, "none", "prefill")
+    idle = idle_options(Options(mtp_depth=1), Place(Layout(16, 16), table.facts, "none", "prefill"))
     assert idle_note(idle) == "no effect here: --mtp-depth (tokens are drafted in decode)"
 
 

@@ -120,26 +120,33 @@ class ExpertLoad:
     noise: float
     """Expected maximum over ranks of a standard normal: how far sampling lifts the busiest rank."""
     local_experts: int
-    """Experts on the fullest rank."""
+    """Experts on the fullest rank, shared ones among them."""
+    fused: int = 0
+    """Shared experts among them, which every token visits on every rank."""
 
     def at(self, tokens: Size) -> RankLoad:
         """Load when ``tokens`` tokens in all (over the whole expert-parallel group) are routed."""
         tokens = np.asarray(tokens, dtype=float)
         copies = tokens * self.top_k
         mean = copies / self.ranks
-        local = 1.0 * self.local_experts
+        local = 1.0 * self.local_experts - self.fused
         if self.busiest is None or self.alike is None:
             rows = np.maximum(copies * self.share, np.minimum(copies, 1.0))
-            return RankLoad(rows, np.minimum(local, rows), mean)
-        expected = tokens * (self.alike * self.busiest).sum()
-        spread = np.sqrt(tokens * (self.alike * self.busiest * (1.0 - self.busiest)).sum())
-        rows = np.minimum(
-            np.maximum(expected + self.noise * spread, np.minimum(copies, 1.0)), tokens * min(local, self.top_k)
-        )
-        # the lift is extra tokens that pick this rank: as if that many more had come
-        effective = tokens * np.maximum(rows / np.maximum(expected, 1e-12), 1.0)
-        missed = np.exp(np.multiply.outer(effective, np.log1p(-np.minimum(self.busiest, 1.0 - 1e-12))))
-        return RankLoad(rows, np.minimum((self.alike * (1.0 - missed)).sum(-1), rows), mean)
+            hit = np.minimum(local, rows)
+        else:
+            expected = tokens * (self.alike * self.busiest).sum()
+            spread = np.sqrt(tokens * (self.alike * self.busiest * (1.0 - self.busiest)).sum())
+            rows = np.minimum(
+                np.maximum(expected + self.noise * spread, np.minimum(copies, 1.0)), tokens * min(local, self.top_k)
+            )
+            # the lift is extra tokens that pick this rank: as if that many more had come
+            effective = tokens * np.maximum(rows / np.maximum(expected, 1e-12), 1.0)
+            missed = np.exp(np.multiply.outer(effective, np.log1p(-np.minimum(self.busiest, 1.0 - 1e-12))))
+            hit = np.minimum((self.alike * (1.0 - missed)).sum(-1), rows)
+        if self.fused:
+            own = self.fused * tokens
+            rows, hit, mean = rows + own, hit + np.minimum(self.fused, own), mean + own
+        return RankLoad(rows, hit, mean)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -152,8 +159,10 @@ def expert_load(
     redundant: int = 0,
     policy: str = "linear",
     seed: int = 0,
+    fused: int = 0,
 ) -> ExpertLoad:
-    """The load model of ``num_experts`` experts, and ``redundant`` copies of some, over ``ranks`` ranks.
+    """The load model of ``num_experts`` experts, and ``redundant`` copies of some, over ``ranks`` ranks, each of which
+    holds ``fused`` shared experts beside.
 
     ``policy`` places them: ``linear``, ``round_robin``, or ``eplb``, which knows the popularity that it balances.
     """
@@ -166,7 +175,7 @@ def expert_load(
         even = place(np.ones(num_experts), ranks, redundant)
         return ExpertLoad(
             share=float(even.loads(np.ones(num_experts)).max()) / num_experts, top_k=top_k, ranks=ranks, busiest=None,
-            alike=None, noise=0.0, local_experts=max(even.experts_per_rank),
+            alike=None, noise=0.0, local_experts=max(even.experts_per_rank) + fused, fused=fused,
         )
     q = routing.inclusion(num_experts, top_k)
     noise = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
@@ -188,7 +197,7 @@ def expert_load(
     chances, alike = np.unique(busiest, return_counts=True)
     return ExpertLoad(
         share=float(busiest.sum()) / top_k, top_k=top_k, ranks=ranks, busiest=chances, alike=alike, noise=noise,
-        local_experts=max(placement.experts_per_rank),
+        local_experts=max(placement.experts_per_rank) + fused, fused=fused,
     )
 
 

@@ -12,7 +12,7 @@ from tensorcast.cost.memory import activation_bytes, cache_budget, cache_bytes, 
 from tensorcast.cost.work import Mask, Size
 from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import Layout, attention_dp, check, stage_layers
-from tensorcast.deploy.options import Options, check_options, idle_options
+from tensorcast.deploy.options import Options, Place, check_options, idle_options
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
 from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step, make_step
@@ -194,7 +194,12 @@ class Deployment:
 
     def idle(self, options: Options) -> dict[str, str]:
         """Those of ``options`` that would change no time here, with the reason."""
-        return idle_options(options, self.layout, self.raw.facts, self.step.plan.all2all, self.phase)
+        facts, all2all = self.raw.facts, self.step.plan.all2all
+        fused = block_form(
+            Options(), self.layout, all2all, self.engine, device=self.device, config=self.model.config,
+            whole=whole_model(self.model, self.phase, self.options.quant),
+        ).fused
+        return idle_options(options, Place(self.layout, facts, all2all, self.phase, fused))
 
     def largest_batch(self, new: int, past: int) -> int:
         """Most sequences per data-parallel rank that fit; 0 if not even one does."""
@@ -255,14 +260,17 @@ def deploy(
         problem = engine_can_run(engine.name, layout, whole.facts, options, cuts=whole.cuts, any_engine=True)
         if problem:
             raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")
+    form = block_form(
+        options, layout, all2all, engine, device=device, config=model.config, whole=whole
+    )
     tables = rank_tables(model, phase, RankForm(
         tp=layout.tp, quant=options.quant, arithmetic=tuple(device.peak_flops), architecture=device.architecture,
         fusions=tuple(engine.fusions) if options.fusion == "engine" else (),
         apart=engine.own_gemms.groups if engine.own_gemms else (),
-        block=block_form(options, layout, all2all, engine, model.config),
+        block=form,
     ))  # fmt: skip
     quantization = replace(whole.stored, kv=options.kv_dtype or whole.stored.kv)
-    plan = make_plan(tables.runs, layout, device, engine, options=options, config=model.config)
+    plan = make_plan(tables.runs, layout, device, engine, options=options, config=model.config, form=form)
     dp = attention_dp(layout, whole.facts.num_experts)
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
     sources = expert_sources(engine, device, model.config, layout)

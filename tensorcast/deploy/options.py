@@ -22,6 +22,8 @@ class Place:
     facts: ModelFacts
     all2all: str
     phase: str
+    fuses: bool = False
+    """Whether the engine runs shared experts among the routed ones unasked."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ def _nothing_shared(at: Place) -> str:
     if not at.facts.shared_experts:
         return "there is no shared expert"
     return "tp is 1" if at.layout.tp == 1 else ""
+
+
+def _nothing_fused(at: Place) -> str:
+    if not at.facts.shared_experts:
+        return "there is no shared expert"
+    return "" if at.fuses else "the engine runs shared experts apart"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +108,9 @@ class Options:
     shared_expert_tp: bool = _about(
         True, "Cut shared experts over tp, or keep them whole on every GPU.", idle=_nothing_shared
     )
+    shared_experts_fusion: bool = _about(
+        True, "Run a shared expert as one more routed one where the engine does, or apart.", idle=_nothing_fused
+    )
     external_shared_experts: int = _about(
         0, "Expert-parallel groups that hold only the shared expert.", least=0, of_experts=True
     )
@@ -135,6 +146,7 @@ class DeploymentOptions(TypedDict, total=False):
     redundant_experts: int
     experts_backend: str | Mapping[str, str]
     shared_expert_tp: bool
+    shared_experts_fusion: bool
     external_shared_experts: int
     split_tokens_over_tp: bool
     route_after_dp_transform: bool
@@ -247,11 +259,8 @@ def check_options(options: Options, layout: Layout, facts: ModelFacts, all2all: 
         raise InputError(problem)
 
 
-def idle_options(
-    options: Options, layout: Layout, facts: ModelFacts, all2all: str, phase: str
-) -> dict[str, str]:
-    """Options that were chosen and change no time here, with the reason. Arguments: as for the rules."""
-    at = Place(layout, facts, all2all, phase)
+def idle_options(options: Options, at: Place) -> dict[str, str]:
+    """Options that were chosen and change no time at a place, with the reason."""
     idle = {flag(name): ABOUT[name].idle(at) for name in OPTIONS if _chosen(options, name)}
     return {name: why for name, why in idle.items() if why}
 

@@ -129,6 +129,7 @@ class Simulation:
             "combine_dtype": d.step.plan.combine.name,
             "experts_backend": d.step.plan.backend,
             "shared_expert_tp": d.options.shared_expert_tp,
+            "fused_shared_experts": d.raw.facts.fused_experts,
             "external_shared_experts": d.options.external_shared_experts,
             "dual_batch_overlap": d.options.dual_batch_overlap,
             "mtp_depth": d.options.mtp_depth,

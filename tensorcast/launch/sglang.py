@@ -74,6 +74,8 @@ def _experts(plan: Plan, found: Settings) -> None:
         found.add("balance_experts")
     if options.redundant_experts:
         found.add("redundant_experts", options.redundant_experts)
+    if not options.shared_experts_fusion:
+        found.add("shared_experts_apart")
     if options.dual_batch_overlap:
         found.add("dual_batch_overlap")
 

@@ -75,6 +75,33 @@ class SlicedBlocks(Frozen):
     source: str = Field(min_length=3)
 
 
+class FusedModels(Frozen):
+    """Model classes whose shared expert runs as one more routed one, and where."""
+
+    architectures: tuple[str, ...] = Field(min_length=1, description="model classes")
+    num_experts: tuple[int, ...] = Field(default=(), description="of a layer; else any number")
+    devices: tuple[str, ...] = Field(min_length=1, description="architectures of devices")
+    spread: bool = Field(default=False, description="also where ranks hold whole experts of their own, each a copy")
+
+
+class FusedSharedExperts(Frozen):
+    """Where a shared expert, as wide as a routed one, runs in their grouped GEMM, as one more choice of every token."""
+
+    models: tuple[FusedModels, ...]
+    not_kernels: tuple[str, ...] = Field(default=(), description="experts' kernels that take no such expert")
+    source: str = Field(min_length=3)
+
+    def holds(
+        self, config: dict[str, Any], num_experts: int, *, architecture: str, spread: bool, kernels: str
+    ) -> bool:
+        """Whether it does for a model on devices of an ``architecture``. ``spread``, ``kernels``: as experts run."""
+        return kernels not in self.not_kernels and any(
+            is_one_of(one.architectures, config) and num_experts in (one.num_experts or (num_experts,))
+            and architecture.lower() in one.devices and one.spread >= spread
+            for one in self.models
+        )
+
+
 @dataclass(frozen=True)
 class Overhead:
     """What a step takes beside its kernels, timed alone: seconds per step and per sequence, and how many times as long
@@ -160,6 +187,7 @@ class EngineProfile(Frozen):
     pipeline_split: PipelineSplit = Field(default="first", description="stages with one more layer, if any have")
     all2all: dict[Literal["prefill", "decode"], str] = Field(description="default MoE exchange per phase, dp > 1")
     sliced_blocks: SlicedBlocks | None = Field(default=None, description="where tp ranks slice tokens before a router")
+    fused_shared_experts: FusedSharedExperts | None = Field(default=None, description="where one runs as a routed one")
     experts_backend: dict[Literal["prefill", "decode"], str] = Field(
         default={}, description="how expert matmuls run per phase (grouped_mm if not said), unless the exchange decides"
     )

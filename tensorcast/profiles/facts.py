@@ -13,7 +13,8 @@ class ModelFacts:
     ``kv_heads``: heads of keys and values; of latent attention as many as of queries.
     ``zero_experts``: experts that hand their input back. ``moe_hidden_size``: width of what experts read.
     ``expert_groups``, ``expert_groups_chosen``: a token picks its experts from so many groups of all.
-    ``shared_experts``: every token also passes an expert that is always on. ``mtp_modules``: layers of multi-token
+    ``shared_experts``: every token also passes an expert that is always on; ``fused_experts``: of these, in a rank's
+    table, those that run among the routed ones, as choices of every token. ``mtp_modules``: layers of multi-token
     prediction, which draft tokens. ``block``: prompts were traced at multiples of so many tokens.
     ``remarks``: what the reading of its config took for granted or left out, in lines.
     ``compress_ratios``: tokens of a compressed cache entry by layer, 0 where there are none; those of the least ratio
@@ -34,6 +35,7 @@ class ModelFacts:
     expert_groups_chosen: int = 1
     tied_embedding: bool = False
     shared_experts: bool = False
+    fused_experts: int = 0
     mtp_modules: int = 0
     block: int = 1
     remarks: tuple[str, ...] = ()

@@ -82,6 +82,7 @@ class VariantPrices:
     ) -> None:  # fmt: skip
         self.scenario, self.variants, self.chunks, self.grid = scenario, variants, chunks, grid
         self.memo = Memo() if memo is None else memo
+        self._whole = whole_model(scenario.model, "prefill", variants[0].prefill.quant)
         self.budgets = sorted({*chunks, scenario.own_chunk})
         sizes = np.array([(v.layout.world_size, v.layout.dp) for v in variants], dtype=float)
         self.layouts: dict[str, Array] = dict(zip(("world_size", "dp"), sizes.T, strict=True))
@@ -249,16 +250,18 @@ class VariantPrices:
     def _graph_tokens(self) -> Callable[[Layout], int]:
         """Tokens of the largest captured prefill step of a layout."""
         model, device, engine = self.scenario.model, self.scenario.device, self.scenario.engine
-        experts = whole_model(model, "prefill", self.variants[0].prefill.quant).facts.num_experts
+        experts = self._whole.facts.num_experts
         largest = cache(lambda dp, pp: engine.prefill_graph_tokens(device, dp, pp, model.config))
         return lambda layout: largest(attention_dp(layout, experts), layout.pp)
 
     def _structure(self, layout: Layout, prefill: Options, decode: Options) -> _Structure:
         options = {"prefill": prefill, "decode": decode}
         exchange = [choose_all2all(o.all2all, layout, self.scenario.engine, phase) for phase, o in options.items()]
-        engine, config = self.scenario.engine, self.scenario.model.config
+        one = self.scenario
+        known: dict[str, Any] = {"device": one.device, "config": one.model.config, "whole": self._whole}
         blocks = [
-            block_form(o, layout, kind, engine, config) for o, kind in zip(options.values(), exchange, strict=True)
+            block_form(o, layout, kind, one.engine, **known)
+            for o, kind in zip(options.values(), exchange, strict=True)
         ]
         # what becomes a column of the fleet's arrays may differ
         common = [

@@ -24,7 +24,7 @@ from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.cuts import Cut, cut_widths
 from tensorcast.trace.fuse import fuse
-from tensorcast.trace.moe import BlockForm, with_block_form
+from tensorcast.trace.moe import BlockForm, with_block_form, with_fused_shared
 from tensorcast.trace.precision import apply_quantization, by_precision
 from tensorcast.trace.stored import FORMAT, from_json, to_json
 from tensorcast.trace.table import OpTable
@@ -172,7 +172,8 @@ def rank_tables(profile: ModelProfile, phase: str, form: RankForm) -> RankTables
 
     def make() -> RankTables:
         running = as_run(_stored(profile, form.quant), form.arithmetic, form.architecture)
-        held = with_block_form(by_precision(traced(profile, phase, form.tp), running), form.block)
+        table = by_precision(traced(profile, phase, form.tp), running)
+        held = with_block_form(with_fused_shared(table, running) if form.block.fused else table, form.block)
         return RankTables(held, fuse(apply_quantization(held, running), form.fusions, form.apart))
 
     what = phase, f"rank{form.tp}", form

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from tensorcast.modeling.quantization import Quantization
 from tensorcast.trace.dims import Dim
+from tensorcast.trace.fuse import REFERENCE
 from tensorcast.trace.table import Op, OpTable, Param, Tensor
 
 EXPERT_STAGES = ("permute", "experts", "unpermute")
@@ -154,10 +156,11 @@ class BlockForm:
 
     ``norm``: what stands between attention's sum and the block; ``choosing``: the router; ``moving``: rows permuted to
     experts and summed; ``adding``: what else the block does before its tokens are all on the rank again. ``shared``:
-    shared experts that are not cut over tp.
+    shared experts that are not cut over tp; ``fused``: one runs among the routed experts, if it is like them.
     """
 
     shared: Whole | None = None
+    fused: bool = False
     norm: float = 1.0
     choosing: float = 1.0
     moving: float = 1.0
@@ -241,3 +244,81 @@ def _with_whole_shared(table: OpTable, whole: Whole) -> OpTable:
         for p in table.params
     )
     return replace(table, ops=tuple(ops), params=params)
+
+
+def with_fused_shared(table: OpTable, running: Quantization) -> OpTable:
+    """``table`` with the shared expert of each block among the routed ones: in their grouped GEMMs, as one more choice.
+
+    Its own matmuls and the sum with the routed experts are gone; a gate of its own stays, as the weight of the choice.
+    The same table where a block's shared expert is not of a routed one's size and scheme (``running``).
+    """
+    blocks = blocks_of(table.ops)
+    shared = {kind: [p for p in table.params if p.kind == kind and _is_mlp(p, blocks)] for kind in blocks}
+    if not all(_like_routed(table, mine, kind, running) for kind, mine in shared.items()):
+        return table
+    fused = {id(p) for mine in shared.values() for p in mine}
+    ops = list[Op]()
+    for kind in dict.fromkeys(op.kind for op in table.ops):
+        mine = [op for op in table.ops if op.kind == kind]
+        if kind in blocks:
+            paths = {p.module.rpartition(".")[0] for p in shared[kind]}
+            mine = [_one_more(op, table) for op in _without(mine, paths)]
+        ops += mine
+    return replace(
+        table, ops=tuple(ops), params=tuple(p for p in table.params if id(p) not in fused),
+        facts=replace(table.facts, fused_experts=1),
+    )
+
+
+def _is_mlp(param: Param, blocks: dict[int, str]) -> bool:
+    """Whether a weight is of a shared expert; its gate has one output."""
+    return is_shared_param(param, blocks) and param.shape[0] > 1
+
+
+def _like_routed(table: OpTable, shared: list[Param], kind: int, running: Quantization) -> bool:
+    routed = [p for p in table.params if p.kind == kind and p.role == "experts"]
+    sizes = sum(p.full_numel for p in shared), sum(p.full_numel for p in routed) / table.facts.num_experts
+    schemes = {running.scheme(p.name, p.role, p.stored).name for p in (*shared, *routed)}
+    return bool(shared) and sizes[0] == sizes[1] and len(schemes) == 1
+
+
+def _without(ops: list[Op], paths: set[str]) -> list[Op]:
+    """``ops`` of a layer without those of the modules at ``paths`` and what only joins their output to the others'."""
+    kept: list[Op] = []
+    gone: set[int] = set()
+    same: dict[int, Tensor] = {}  # a sum with what is gone is its other part
+    for op in ops:
+        inputs = tuple(replace(t, storage=same[t.storage].storage) if t.storage in same else t for t in op.inputs)
+        reads = any(t.storage in gone for t in inputs if not t.weight)
+        if not reads and not any(op.module == path or op.module.startswith(f"{path}.") for path in paths):
+            kept.append(op.but(inputs=inputs))
+            continue
+        made = op.outputs[0]
+        others = [t for t in inputs if reads and not t.weight and t.storage not in gone]
+        other = next((t for t in others if t.numel(REFERENCE) == made.numel(REFERENCE)), None)
+        if other is None:
+            gone |= {t.storage for t in op.outputs}
+        else:
+            same[made.storage] = other
+    return kept
+
+
+def _one_more(op: Op, table: OpTable) -> Op:
+    """A row that moves tokens to experts and back, with a choice more for every token; others as they are."""
+    facts = table.facts
+    if op.stage not in ("permute", "unpermute") and not op.module.endswith(".experts"):
+        return op
+
+    def wider(tensor: Tensor) -> Tensor:
+        if tensor.weight or op.stage == "experts":
+            return tensor
+        first, *rest = tensor.dims
+        if first.is_constant and first.coef == facts.num_experts:  # rows of every expert
+            return replace(tensor, dims=(first._replace(coef=first.coef + 1), *rest))
+        dims = (d._replace(coef=d.coef + 1) if d.is_constant and d.coef == facts.top_k else d for d in rest)
+        return replace(tensor, dims=(first, *dims))
+
+    attrs = op.attrs
+    if op.name == "expert_counts":
+        attrs = {**attrs, "num_experts": attrs["num_experts"] + 1}
+    return op.but(inputs=tuple(map(wider, op.inputs)), outputs=tuple(map(wider, op.outputs)), attrs=attrs)

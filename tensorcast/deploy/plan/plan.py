@@ -23,6 +23,7 @@ from tensorcast.modeling.moe.backends import BACKENDS, choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile, is_one_of
+from tensorcast.trace.cache import WholeModel
 from tensorcast.trace.moe import BlockForm, Whole, blocks_of
 from tensorcast.trace.table import Op, OpTable, kept_beside, per_table
 
@@ -95,14 +96,24 @@ def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: An
 
 
 def block_form(
-    options: Options, layout: Layout, all2all: str, engine: EngineProfile, config: dict[str, Any]
+    options: Options, layout: Layout, all2all: str, engine: EngineProfile, *, device: DeviceProfile,
+    config: dict[str, Any], whole: WholeModel,
 ) -> BlockForm:
     """On which tokens a rank works inside its MoE blocks, and how shared experts run, as the layer itself does.
 
     Where rows travel each tp rank has a slice of the tokens: of an engine that slices before the router, the router
     and the shared experts work on the slice, too. Gathered tokens are chosen for after the gather if so asked.
+    ``config``: the model's; ``whole``: the model before it is cut.
     """
-    rule, travels = engine.sliced_blocks, all2all in EXCHANGES
+    rule, fusing, travels = engine.sliced_blocks, engine.fused_shared_experts, all2all in EXCHANGES
+    fused, spread = False, layout.ep > 1
+    if fusing is not None and options.shared_experts_fusion and options.shared_expert_tp and not travels:
+        kernels = ""
+        if engine.experts is not None:
+            kernels = engine.experts.library(device.architecture, whole.stored.experts.name, config, spread)
+        fused = options.fusion == "engine" and whole.facts.shared_experts and fusing.holds(
+            config, whole.facts.num_experts, architecture=device.architecture, spread=spread, kernels=kernels
+        )
     sliced = (
         rule is not None and layout.tp > 1 and layout.etp == 1 and layout.dp >= rule.least_dp
         and all2all in rule.exchanges and is_one_of(rule.architectures, config)
@@ -117,7 +128,7 @@ def block_form(
     return BlockForm(
         shared=shared, norm=part if sliced and rule is not None and rule.scatters else 1.0,
         choosing=part if sliced or (later and travels) else own, moving=part if travels else 1.0,
-        adding=part if sliced or travels else 1.0,
+        adding=part if sliced or travels else 1.0, fused=fused,
     )
 
 
@@ -164,8 +175,10 @@ def make_plan(
     *,
     options: Options,
     config: dict[str, Any],
+    form: BlockForm,
 ) -> Plan:
-    """The rows of one rank, by ``options``' exchange, its dtypes and the backend. ``config``: the model's.
+    """The rows of one rank, by ``options``' exchange, its dtypes and the backend. ``config``: the model's; ``form``:
+    that of its MoE blocks in ``table``.
 
     Tokens are sent as the experts read them if these quantise them, and come back in bf16, unless said otherwise.
     """
@@ -187,7 +200,6 @@ def make_plan(
         width = rounded_hidden(width, experts.attrs.get("scheme", "bf16"))
     copies = table.facts.copies_per_token + (options.external_shared_experts > 0)  # one for an external shared expert
     token, result = (float(width) * one.activation_bytes for one in (scheme, combine))
-    form = block_form(options, layout, chosen, engine, config)
     sent = _Sent(token, result, table.facts.moe_hidden_size, copies, form.adding < 1.0, form.norm < 1.0)
     rows = _with_collectives(table, layout, device, chosen, sent)
     asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm

@@ -40,10 +40,11 @@ class Overlap:
     @classmethod
     def of(cls, plan: Plan, table: OpTable, engine: EngineProfile, options: Options, captured: bool) -> Overlap:
         blocks = blocks_of(table.ops)
+        apart = {} if table.facts.fused_experts else blocks  # of fused ones only a gate is left, ahead of the experts
         positions: dict[int, dict[str, list[int]]] = {}
         for i, row in enumerate(plan.rows):
             if row.kind in blocks:
-                positions.setdefault(row.kind, {}).setdefault(_place(row, blocks), []).append(i)
+                positions.setdefault(row.kind, {}).setdefault(_place(row, apart), []).append(i)
         limit = engine.shared_expert_stream_tokens
         tokens = float(limit) if limit is not None and captured else 0.0
         return cls(positions, options.external_shared_experts > 0, CONTENTION.get(plan.all2all), tokens)

@@ -130,7 +130,8 @@ class RowPricer:
         facts = self.table.facts
         sizes = {
             "tokens": at.capacity, "hidden": facts.moe_hidden_size, "inter": facts.moe_intermediate_size,
-            "topk": facts.top_k, "experts": facts.num_experts, "slots": at.sizes.E * self.ep,
+            # a shared expert among them is more of their rows, not another model
+            "topk": facts.top_k, "experts": facts.num_experts, "slots": (at.sizes.E - facts.fused_experts) * self.ep,
             "moe_tp": self.etp, "moe_ep": self.ep, "gated": self.gated,
             "source": self.sources.get(work.dtype, 0.0),  # whose kernels run
             "skew": 0.0 if self.balanced else -1.0, **work.sizes,

@@ -193,6 +193,7 @@ def make_step(
             layout.ep - options.external_shared_experts,
             redundant=options.redundant_experts,
             policy=options.placement,
+            fused=facts.fused_experts,
         )
         limits = (facts.expert_groups, facts.expert_groups_chosen)
         # domains of the innermost tier that the experts' ranks span

@@ -17,6 +17,7 @@ from tensorcast.modeling.moe.groups import MoEGroups
 from tensorcast.modeling.moe.layer import RoutedExperts
 from tensorcast.modeling.moe.phase import PHASES, checked, current_phase
 from tensorcast.modeling.moe.placement import Placement, linear, with_external
+from tensorcast.modeling.moe.reading.with_shared import with_shared
 
 Chosen = Literal["allgather_reducescatter", "all_to_all", "low_latency"]
 
@@ -31,11 +32,12 @@ class MoEOptions:
     chunks with all_to_all need it, so that all ranks run as many, and low_latency, whose messages it sizes.
     ``enable_shared_expert_tp``: the shared expert works on this rank's own tokens, cut over tp; where every tp rank
     works on all tokens its sum rides on the routed experts' all-reduce. ``external_shared_experts``: the first n ep
-    ranks hold the shared expert and nothing else. ``split_tokens_over_tp``: at dp = 1, as many tokens as tp or more are
-    cut over tp and travel, instead of being worked on by all ranks. ``sequence_parallel``: tp ranks hold different
-    tokens before and after. ``backend``: of the experts (None: the layer's own). ``scheme``: of the experts' weights,
-    ``dispatch``, ``combine``: of the rows that travel to them and back. ``count_loads``: the layer counts its experts'
-    rows.
+    ranks hold the shared expert and nothing else. ``fuse_shared_experts``: at ep = 1 a shared expert like the routed
+    ones is one more of them, which every token chooses. ``split_tokens_over_tp``: at dp = 1, as many tokens as tp or
+    more are cut over tp and travel, instead of being worked on by all ranks. ``sequence_parallel``: tp ranks hold
+    different tokens before and after. ``backend``: of the experts (None: the layer's own). ``scheme``: of the experts'
+    weights, ``dispatch``, ``combine``: of the rows that travel to them and back. ``count_loads``: the layer counts its
+    experts' rows.
     """
 
     exchange: Chosen = "all_to_all"
@@ -45,6 +47,7 @@ class MoEOptions:
     enable_shared_expert_tp: bool = False
     decode_exchange: Chosen | None = None
     external_shared_experts: int = 0
+    fuse_shared_experts: bool = False
     split_tokens_over_tp: bool = False
     sequence_parallel: bool = False
     backend: Wanted | None = None
@@ -84,8 +87,9 @@ class ParallelMoELayer(nn.Module):
         for phase in PHASES:
             self._check_exchange(options.exchange_in(phase))
         external = layer.shared_experts if options.external_shared_experts else None
+        self.fused = options.fuse_shared_experts
         self.experts = FusedMoETensorCast(
-            layer.stacked,
+            self._with_shared(placement) if self.fused else layer.stacked,
             groups,
             self._placed(placement) if options.external_shared_experts else placement,
             external=external,
@@ -96,6 +100,7 @@ class ParallelMoELayer(nn.Module):
             count_loads=options.count_loads,
         )
         cut = options.enable_shared_expert_tp and layer.shared_experts is not None and groups.tp.size > 1
+        cut = cut and not self.fused
         self.shared_slice = ShardedMLP(layer.shared_experts, groups.tp) if cut and not external else None  # type: ignore[arg-type]
 
     def _check_exchange(self, chosen: Chosen) -> None:
@@ -123,6 +128,22 @@ class ParallelMoELayer(nn.Module):
                 "sequence_parallel needs rows that travel (all_to_all or low_latency, ep = tp*dp) and a whole shared "
                 "expert: every tp rank holds tokens of its own"
             )
+
+    def _with_shared(self, placement: Placement | None) -> nn.Module:
+        """The routed experts and the shared one behind them."""
+        layer, ep, reason = self.layer, self.groups.ep.size, ""
+        if layer.shared_experts is None:
+            reason = "it has no shared expert"
+        elif ep > 1 or placement is not None or self.options.external_shared_experts:
+            reason = f"ep must be 1, with no placement and no external shared experts; here ep = {ep}"
+        elif not layer.same_rows or layer.zero_experts or layer.changes_sum:
+            reason = "what its routed experts read, or their sum, is not what its shared expert has"
+        else:
+            found = with_shared(layer.stacked, layer.shared_experts)
+            if isinstance(found, nn.Module):
+                return found
+            reason = found
+        raise InputError(f"model {layer.name}: fuse_shared_experts: {reason}")
 
     def _placed(self, placement: Placement | None) -> Placement:
         """Routed experts on the ranks behind those of the external shared expert."""
@@ -218,18 +239,19 @@ class ParallelMoELayer(nn.Module):
         return out + (shared if self.shared_slice is None else tp.all_reduce(shared))
 
     def _shared(self, x: Tensor) -> Tensor | None:
-        """The shared expert on ``x``, or this rank's part of it; nothing where ranks of its own hold it."""
-        return None if self.experts.external else self.layer.shared(x, self.shared_slice)
+        """The shared expert on ``x``, or this rank's part of it; nothing where it is one of the experts' choices."""
+        return None if self.experts.external or self.fused else self.layer.shared(x, self.shared_slice)
 
     def _route(self, tokens: _Tokens) -> tuple[Tensor, Tensor]:
-        """As chosen, or as the layer routes; an external shared expert is one more choice, of weight 1 or its gate."""
+        """As chosen, or as the layer routes; a shared expert that is external or among the routed ones is one more
+        choice, of weight 1 or its gate."""
         x = tokens.x
         indices, weights = tokens.chosen() if tokens.routed is not None else self.layer.route(x, tokens.ids)
-        if not self.experts.external:
+        if not (self.experts.external or self.fused):
             return indices, weights
         gate = self.layer.shared_experts_gate
         if gate is not None and self.layer.weight_on_input:
-            raise InputError(f"model {self.layer.name}: weights on the input cannot gate an external shared expert")
+            raise InputError(f"model {self.layer.name}: weights on the input cannot gate a shared expert")
         one = weights.new_ones((x.shape[0], 1)) if gate is None else torch.sigmoid(gate(x)).to(weights.dtype)
         column = indices.new_full((x.shape[0], 1), self.layer.num_experts)
         return torch.cat([indices, column], 1), torch.cat([weights, one], 1)

@@ -69,6 +69,8 @@ def numerics(t: dict[str, Any]) -> str:
         parts.append(f"{t['chunk_tokens']} tokens at a time through the experts")
     if t["external_shared_experts"]:
         parts.append(f"shared expert on {plural(t['external_shared_experts'], 'rank')} of its own")
+    elif t["fused_shared_experts"]:
+        parts.append("shared expert as one more routed one")
     elif not t["shared_expert_tp"]:
         parts.append("shared expert whole on every rank")
     if t["dual_batch_overlap"]:

@@ -20,7 +20,7 @@ from tensorcast.modeling.moe.layer import MoELayer, RoutedExperts
 from tensorcast.modeling.moe.parallel import MoEOptions, ParallelMoELayer
 from tensorcast.modeling.moe.placement import Placement
 from tensorcast.modeling.moe.reading.fields import at, check_fields, find_fields, holds_experts, takes_routing
-from tensorcast.modeling.moe.reading.probe import BOUND, ROWS, difference, probe_rows, small_twin, structure
+from tensorcast.modeling.moe.reading.probe import BOUND, ROWS, difference, probe_rows, structure, twins_of
 from tensorcast.profiles.model import MoEFields
 
 
@@ -110,21 +110,30 @@ def prove(block: nn.Module, fields: MoEFields = MoEFields(), model: str = "") ->
 
 
 def _prove(block: nn.Module, fields: MoEFields, name: str) -> Proof:
-    twin, why = small_twin(block), ""
-    found = None
+    why = ""
+    for twin in twins_of(block):
+        proof, why = _proved_on(twin, fields, name)
+        if proof is not None:
+            return proof
+    raise InputError(f"model {name}: its MoE block {type(block).__name__} cannot be rewritten: {why}")
+
+
+def _proved_on(twin: nn.Module, fields: MoEFields, name: str) -> tuple[Proof | None, str]:
+    """How a twin is rewritten, or the reason against it."""
+    found, why = None, ""
     if not fields.keep_block:
         found, why = _by_fields(twin, fields, name)
         if found is not None and (found.returned < 2 or fields.keep_block is False):
-            return found
+            return found, ""
     if fields.keep_block is not False:
         experts = fields.experts or next((n for n, c in twin.named_children() if holds_experts(c, n)), "")
         error, reason = _kept_error(twin, experts, fields)
         if error < BOUND:
-            return Proof(fields, experts, why=why or "it returns more than its output")
+            return Proof(fields, experts, why=why or "it returns more than its output"), ""
         if found is not None:  # what else it returns is the router's logits, which nothing reads
-            return found
-        why = f"{why}; {reason}" if why else reason
-    raise InputError(f"model {name}: its MoE block {type(block).__name__} cannot be rewritten: {why}")
+            return found, ""
+        why = f"{why}; {reason}" if why and reason != why else reason
+    return None, why
 
 
 def _candidates(fields: MoEFields) -> Iterator[MoEFields]:
@@ -163,7 +172,8 @@ def _by_fields(twin: nn.Module, fields: MoEFields, name: str) -> tuple[Proof | N
             return Proof(candidate, returned=returned), ""
         least = min(least, error)
     if least < float("inf"):
-        why = f"read by its fields it differs from its own forward by {least:.1e} of the largest value"
+        why = f"read by its fields it differs from its own forward by {least:.1e} of the largest value; what it does "
+        why += "besides may be named in moe (after_block, routed_scale, bias, routing)"
     return None, why or "its own forward gives values that are not finite"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -24,12 +24,24 @@ BOUND = 1e-5
 """Largest difference, relative to the largest value, that rounding in fp32 explains."""
 
 
-def small_twin(module: nn.Module, seed: int = 0) -> Any:
-    """A copy of ``module`` on the CPU, in fp32, with small widths and random weights. The module is left as it is."""
+WHOLE = 1 << 26
+"""Numbers up to which a module is copied at its own widths, where its code does not run at small ones."""
+
+
+def twins_of(module: nn.Module) -> Iterator[Any]:
+    """Twins to try a module's own code on: at small widths, then at its own, which some code states as numbers."""
+    yield small_twin(module)
+    if sum(p.numel() for p in module.parameters()) <= WHOLE:
+        yield small_twin(module, narrow=False)
+
+
+def small_twin(module: nn.Module, seed: int = 0, *, narrow: bool = True) -> Any:
+    """A copy of ``module`` on the CPU, in fp32, with small widths (if ``narrow``) and random weights. The module is
+    left as it is."""
     generator = torch.Generator().manual_seed(seed)
     held = {id(t): t for part in module.modules() for t in (*part._parameters.values(), *part._buffers.values())
             if t is not None}  # fmt: skip
-    small = _small_widths(module, list(held.values()))
+    small = _small_widths(module, list(held.values())) if narrow else {}
     experts = max((t.shape[0] for t in held.values() if t.dim() == 3), default=2)
     memo: dict[int, Any] = {
         key: _filled(tensor, [small.get(n, n) for n in tensor.shape], experts, generator)
@@ -120,12 +132,23 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def structure(module: nn.Module) -> tuple[Any, ...]:
-    """Equal for two modules that compute the same function of their weights: classes, scalars, shapes."""
+    """Equal for two modules that compute the same function of their weights: classes, scalars, functions, shapes."""
     rows: list[Any] = []
     for name, part in module.named_modules():
-        plain = ((k, v) for k, v in vars(part).items() if isinstance(v, int | float | str))
+        plain = ((k, str(v)) for k, v in vars(part).items() if _is_plain(v))
         scalars = tuple(sorted((k, v) for k, v in plain if "layer" not in k and k != "training"))
         shapes = tuple((k, tuple(t.shape)) for k, t in (*part._parameters.items(), *part._buffers.items())
                        if t is not None)  # fmt: skip
-        rows.append((name, type(part), scalars, shapes))
+        functions = ((k, getattr(v, "__func__", v)) for k, v in vars(part).items() if _is_function(v))
+        rows.append((name, type(part), scalars, tuple(sorted(functions, key=lambda one: one[0])), shapes))
     return tuple(rows)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a scalar, or holds only scalars."""
+    every = value if isinstance(value, tuple | list) else [value]
+    return all(isinstance(one, int | float | str) for one in every)
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, nn.Module | type) and isinstance(value, Hashable)

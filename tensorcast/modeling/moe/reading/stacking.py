@@ -10,34 +10,47 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from tensorcast.errors import InputError
+from tensorcast.modeling.experts import describe_stacked
 from tensorcast.modeling.moe.experts import count_of, held_experts
 from tensorcast.modeling.moe.listed import ListedExperts
-from tensorcast.modeling.moe.reading.probe import BOUND, difference, probe_rows, small_twin, structure
+from tensorcast.modeling.moe.reading.probe import (
+    BOUND,
+    difference,
+    probe_rows,
+    small_twin,
+    structure,
+    twins_of,
+)
 from tensorcast.modeling.moe.rounding import hidden_of
 from tensorcast.profiles.model import MoEFields
 
 Activation = Callable[[Tensor], Tensor]
 
-ACTIVATIONS: tuple[Activation, ...] = (F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.relu)
-"""Tried where an expert shows none of its own."""
+TRIED = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+"""Activations, by transformers' names, that are tried where an expert shows none of its own."""
+
+Split = Literal["halves", "in turn", "up first"]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Paths of an expert's matrices, gate and up before down, where its activation is, and whether input is rows of H.
+    """Paths of an expert's matrices, gate and up before down, and where its activation is: a path, or transformers'
+    name of one.
 
-    ``activation``: a path, or the place in :data:`ACTIVATIONS`.
+    Of stacked tensors also which are ``turned`` (to outputs by inputs), and how gate and up lie in one tensor.
     """
 
     matrices: tuple[str, ...]
-    activation: str | int
+    activation: str
+    turned: tuple[bool, ...] = ()
+    split: Split = "halves"
 
 
 _found: dict[Any, Reading | bool | None] = {}
@@ -60,8 +73,7 @@ def read_list(experts: nn.ModuleList, fields: MoEFields = MoEFields()) -> nn.Mod
 
 def _read_expert(first: nn.Module, last: nn.Module, fields: MoEFields) -> Reading | bool:
     """How an expert is read, or whether its own ``forward`` can run for all experts at once."""
-    for path in (*fields.matrices, *filter(None, (fields.activation,))):
-        _lookup(first, path, "expert")
+    _check_names(first, fields, "expert")
     twins = [small_twin(first, 0), small_twin(last, 1)]
     linears = {path: m for path, m in twins[0].named_modules() if isinstance(m, nn.Linear)}
     widths = {m.in_features for m in linears.values()} | {m.out_features for m in linears.values()}
@@ -95,13 +107,20 @@ def _list_readings(
             yield from (Reading(order, activation) for activation in _activations(expert, fields))
 
 
-def _activations(module: nn.Module, fields: MoEFields) -> list[str | int]:
+def _check_names(module: nn.Module, fields: MoEFields, what: str) -> None:
+    """Raise :class:`InputError`, one line, on a name that the module has not."""
+    for path in (*fields.matrices, *filter(None, (fields.activation,))):
+        if path != fields.activation or path not in ACT2FN:
+            _lookup(module, path, what)
+
+
+def _activations(module: nn.Module, fields: MoEFields) -> list[str]:
     if fields.activation:
         return [fields.activation]
     shown = [path for path, child in module.named_modules() if path and not isinstance(child, nn.Linear)
              and not list(child.parameters())]  # fmt: skip
     shown += [name for name, value in vars(module).items() if callable(value) and "act" in name]
-    return [*shown, *range(len(ACTIVATIONS))]
+    return [*shown, *TRIED]
 
 
 def _error(experts: nn.Module, rows: Tensor, expected: Tensor) -> float:
@@ -154,8 +173,31 @@ def _stack_list(experts: Sequence[nn.Module], reading: Reading) -> StackedExpert
 
 def _activation(module: nn.Module, reading: Reading) -> Activation:
     where = reading.activation
-    found: Activation = ACTIVATIONS[where] if isinstance(where, int) else _lookup(module, where)
+    named = where in ACT2FN and not hasattr(module, where)
+    found: Activation = ACT2FN[where] if named else _lookup(module, where)
     return found
+
+
+def is_described(experts: nn.Module) -> bool:
+    """Whether ``describe_stacked`` says what these experts compute: gate and up in halves, with their activation."""
+    if not (hasattr(experts, "act_fn") or hasattr(experts, "_apply_gate")):
+        return False
+    if not _is_routed(experts):
+        return True
+    key = ("described", structure(experts))
+    if key not in _found:
+        twin = small_twin(experts)
+        describe_stacked(twin)
+        try:
+            _found[key] = routed_error(twin, twin) < BOUND
+        except Exception:  # somebody's code on a twin: the block's own proof says why it cannot be
+            _found[key] = True
+    return bool(_found[key])
+
+
+def _is_routed(experts: nn.Module) -> bool:
+    """Whether experts are called with rows, indices and weights."""
+    return len(inspect.signature(type(experts).forward).parameters) >= 4
 
 
 def read_stacked(experts: nn.Module, fields: MoEFields = MoEFields()) -> nn.Module:
@@ -163,14 +205,19 @@ def read_stacked(experts: nn.Module, fields: MoEFields = MoEFields()) -> nn.Modu
 
     Raises :class:`InputError` where no order of its tensors gives what its ``forward`` gives.
     """
-    for path in (*fields.matrices, *filter(None, (fields.activation,))):
-        _lookup(experts, path, "module of experts")
+    _check_names(experts, fields, "module of experts")
     key = (structure(experts), fields.matrices, fields.activation)
     if key not in _found:
-        twin = small_twin(experts)
-        _found[key] = next(_stacked_readings(twin, fields), None)
+        readings = (one for twin in twins_of(experts) for one in _stacked_readings(twin, fields))
+        _found[key] = next(readings, None)
     found = _found[key]
     if not isinstance(found, Reading):
+        folded = [name for name, t in experts.named_parameters() if t.dim() == 2]
+        if folded and not _stacked_tensors(experts):
+            raise InputError(
+                f"experts of type {type(experts).__name__}: {', '.join(folded)} may hold all experts one below "
+                "another, but no num_experts on the module says how many"
+            )
         raise InputError(
             f"experts of type {type(experts).__name__}: no order of {', '.join(_stacked_tensors(experts)) or 'tensors'}"
             f" as gate, up and down projection gives what its forward gives; name them in moe.matrices"
@@ -192,18 +239,28 @@ def _stacked_readings(twin: nn.Module, fields: MoEFields) -> Iterator[Reading]:
     orders = [fields.matrices] if fields.matrices else [
         order for size in (3, 2) for order in itertools.permutations(tensors, size) if len(tensors) <= 4
     ]  # fmt: skip
-    callable_ = len(inspect.signature(type(twin).forward).parameters) >= 4
     for order in orders:
-        for activation in _activations(twin, fields):
-            reading = Reading(order, activation)
-            try:
-                if not callable_:
-                    _stack_tensors(twin, reading)
-                    yield reading
-                elif routed_error(twin, _stack_tensors(twin, reading)) < BOUND:
-                    yield reading
-            except (InputError, RuntimeError, ValueError, TypeError):
-                continue
+        for turned, split in _orientations([tensors[name] for name in order if name in tensors]):
+            for activation in _activations(twin, fields):
+                reading = Reading(order, activation, turned, split)
+                try:
+                    if not _is_routed(twin) or routed_error(twin, _stack_tensors(twin, reading)) < BOUND:
+                        yield reading
+                except (InputError, RuntimeError, ValueError, TypeError):
+                    continue
+
+
+def _orientations(tensors: Sequence[Tensor]) -> Iterator[tuple[tuple[bool, ...], Split]]:
+    """Ways to turn gate, up and down projection to outputs by inputs, and to split a tensor of gate and up, that their
+    sizes allow."""
+    for turned in itertools.product((False, True), repeat=len(tensors)):
+        *ups, down = ((t.shape[2], t.shape[1]) if turn else tuple(t.shape[1:])
+                      for t, turn in zip(tensors, turned, strict=True))  # fmt: skip
+        hidden, inner = down
+        if ups and all(up == (inner, hidden) for up in ups):
+            yield turned, "halves"
+        if ups == [(2 * inner, hidden)]:
+            yield from ((turned, split) for split in get_args(Split))
 
 
 def routed_error(stock: Any, experts: nn.Module) -> float:
@@ -224,25 +281,20 @@ def routed_error(stock: Any, experts: nn.Module) -> float:
 
 
 def _stack_tensors(experts: nn.Module, reading: Reading) -> StackedExperts:
-    """Tensors brought to ``[E,N,K]``; raises :class:`InputError` where their sizes do not go together."""
+    """Tensors brought to ``[E,N,K]``, gate before up."""
     tensors = _stacked_tensors(experts)
-    if missing := [name for name in reading.matrices if name not in tensors]:
-        raise InputError(f"{missing[0]!r} stacks no experts' matrices; {', '.join(tensors)} do")
-    *ups, down = (tensors[name].detach() for name in reading.matrices)
-    gated = len(ups) == 2 or ups[0].numel() == 2 * down.numel()
-    width = {n for up in ups for n in up.shape[1:]} & set(down.shape[1:])
-    for inner in sorted(width):  # of the expert; the other one is the model's
-        total = sum(up.shape[1] * up.shape[2] for up in ups)
-        hidden = total // (inner * (2 if gated else 1))
-        if sorted(down.shape[1:]) != sorted((inner, hidden)):
-            continue
-        turned = [up if up.shape[2] == hidden else up.transpose(1, 2) for up in ups]
-        last = down if down.shape[2] == inner else down.transpose(1, 2)
-        if all(up.shape[2] == hidden for up in turned) and last.shape[1] == hidden:
-            return StackedExperts(
-                torch.cat(turned, 1).contiguous(), last.contiguous(), _activation(experts, reading), gated=gated
-            )
-    raise InputError(f"sizes of {', '.join(reading.matrices)} are not those of gate, up and down projection")
+    *ups, down = (
+        tensors[name].detach().transpose(1, 2) if turn else tensors[name].detach()
+        for name, turn in zip(reading.matrices, reading.turned, strict=True)
+    )
+    gated = len(ups) == 2 or ups[0].shape[1] == 2 * down.shape[2]
+    if reading.split == "in turn":
+        ups = [ups[0][:, ::2], ups[0][:, 1::2]]
+    elif reading.split == "up first":
+        ups = list(reversed(ups[0].chunk(2, 1)))
+    return StackedExperts(
+        torch.cat(ups, 1).contiguous(), down.contiguous(), _activation(experts, reading), gated=gated
+    )
 
 
 def _lookup(module: nn.Module, path: str, what: str = "") -> Any:

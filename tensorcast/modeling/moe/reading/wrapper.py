@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tensorcast.modeling.experts import describe_stacked, is_stacked
 from tensorcast.modeling.moe.experts import count_of, held_experts
-from tensorcast.modeling.moe.reading.stacking import read_list, read_stacked
+from tensorcast.modeling.moe.reading.stacking import is_described, read_list, read_stacked
 from tensorcast.profiles.model import MoEFields
 
 
@@ -63,7 +63,7 @@ class ExpertWrapper(nn.Module):
             return read_list(experts, self.fields)
         if hasattr(experts, "is_transposed") and not self.fields.matrices:
             return self.experts
-        if is_stacked(experts) and not self.fields.matrices:
+        if is_stacked(experts) and not self.fields.matrices and is_described(experts):
             describe_stacked(experts)
             return self.experts
         return read_stacked(experts, self.fields)

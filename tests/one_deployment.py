@@ -180,7 +180,7 @@ def engine_times(
     )  # fmt: skip
     wave = max(batch - 1, 0) / prompts.most_per_s
     first = (engine.arrival_wait_steps + traffic.wait_steps) * met + own + wave / 2 / traffic.rounds
-    first, generation = first + engine.first_token_s, steps * mean
+    first, generation = first + engine.first_token_s(traffic.input_len), steps * mean
     if engine.prefill_alone:
         bunched = max(wave - 2 * traffic.spread * steps * float(curve.at("seconds", batch)), 0) / 2
         first, generation = first + bunched, generation - bunched
@@ -245,7 +245,7 @@ def disaggregated(
         queue = min(queue, max(users / lanes - 1, 0))
         burst = max(batch * ranks / lanes - 1, 0) / prompts.most_per_s / 2 / traffic.rounds
         waits = (engine.arrival_wait_steps + traffic.wait_steps) * step
-        overhead = hand_over + engine.first_token_s + engine.hand_over_s
+        overhead = hand_over + engine.first_token_s(traffic.input_len) + engine.hand_over_s
         return float(service * (1 + queue) + burst + waits + overhead)
 
     def in_flight(batch: float) -> float:

@@ -28,7 +28,7 @@ from tensorcast.profiles.store import load_device, load_engine, load_model
 SAMPLE = Path(__file__).parent / "data" / "serving_sample.csv"
 PROFILES = Path(__file__).parent.parent / "profiles" / "engines"
 FIT = EngineFit(
-    source="by hand", rows=9, models=2, step_s=1e-3, step_error_s=2e-4, first_token_s=0.05,
+    source="by hand", rows=9, models=2, step_s=1e-3, step_error_s=2e-4, first_token_s=0.05, prompt_token_s=2e-6,
     devices={"h100-sxm": DeviceFit(step_s=2e-3, rows=9, models=("a",))},
 )  # fmt: skip
 
@@ -45,7 +45,8 @@ def test_overhead_of_a_device_comes_before_the_engines_and_the_published_one() -
     assert engine.overhead("gb200").step_s == 1e-3 and engine.overhead("gb200").error_s == 2e-4
     published = fitted(fit=None)
     assert published.overhead("h100-sxm").step_s == float(published.step_overhead_s)
-    assert engine.first_token_s == 0.05 and published.first_token_s == published.hand_over_s == 0.0
+    assert engine.first_token_s(0) == 0.05 and engine.first_token_s(1000) == pytest.approx(0.052)
+    assert published.first_token_s(1000) == published.hand_over_s == 0.0
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,8 @@ def synthetic(step_s: float, first_s: float, slower: float = 1.0) -> pd.DataFram
     ]
     table = pd.DataFrame(rows)
     devices = {"h100-sxm": DeviceFit(step_s=step_s, rows=1, models=(), prefill_factor=slower)}
-    true = engines.with_fit(load_engine("vllm"), step_s=step_s, first_token_s=first_s, devices=devices)
+    fitted = {"step_s": step_s, "first_token_s": first_s, "prompt_token_s": 2e-5, "devices": devices}
+    true = engines.with_fit(load_engine("vllm"), **fitted)
     times = engines.served_times(engines.read_runs(table), lambda name: true)
     return table.assign(measured_tpot_s=times["tpot_s"], measured_ttft_s=times["ttft_s"])
 
@@ -121,6 +123,7 @@ def test_known_overheads_are_found(measured: pd.DataFrame, monkeypatch: pytest.M
     assert {name for name in found.devices} == {"h100-sxm", "h200-sxm"}
     assert all(one.step_s == pytest.approx(1.7e-3, rel=0.02) for one in found.devices.values())
     assert found.first_token_s == pytest.approx(0.033, abs=1e-3) and found.hand_over_s is None
+    assert found.prompt_token_s == pytest.approx(2e-5, abs=2e-6)
     assert found.left_out_before is not None and found.left_out_before > 0.1
     assert found.left_out_error is not None and found.left_out_error < 0.005
     assert found.unseen_error is not None and found.unseen_error < 0.005 and found.step_error_s < 5e-5

@@ -143,6 +143,7 @@ class EngineFit(Frozen):
     step_error_s: Number = Field(ge=0, description="median distance of a network's own value from one fitted to others")
     devices: dict[str, DeviceFit] = Field(default={}, description="by device profile")
     first_token_s: Number | None = Field(default=None, ge=0)
+    prompt_token_s: Number = Field(default=0.0, ge=0, description="per token of the prompt, on top of that")
     first_token_rows: int = Field(default=0, ge=0)
     hand_over_s: Number | None = Field(default=None, ge=0)
     hand_over_rows: int = Field(default=0, ge=0)
@@ -258,11 +259,12 @@ class EngineProfile(Frozen):
             return Overhead(self.fitted.step_s, request_s, self.fitted.step_error_s)
         return Overhead(here.step_s, request_s, self.fitted.step_error_s, here.prefill_factor, here.prefill_error)
 
-    @property
-    def first_token_s(self) -> float:
-        """Seconds of a request outside the GPU and before its first token."""
-        fitted = self.fitted.first_token_s if self.fitted else None
-        return float(self.first_token_overhead_s or 0.0) if fitted is None else fitted
+    def first_token_s(self, input_len: Any) -> Any:
+        """Seconds of a request outside the GPU and before its first token, of a prompt of so many tokens (or arrays):
+        reading it, tokenising, looking its blocks up, handing it on."""
+        if self.fitted is None or self.fitted.first_token_s is None:
+            return float(self.first_token_overhead_s or 0.0)
+        return self.fitted.first_token_s + self.fitted.prompt_token_s * input_len
 
     @property
     def hand_over_s(self) -> float:

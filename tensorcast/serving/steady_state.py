@@ -120,7 +120,8 @@ class Aggregated(ServingModel):
         # during a reply, every other sequence's client sends one prompt
         step = self._steps(batch, np.maximum(batch * self.decode_ranks - 1, 0) / steps)
         wave = others / prompts.most_per_s  # until the last of a wave of prompts is done, beyond the first
-        first = (engine.arrival_wait_steps + traffic.wait_steps) * step.met_s + step.own_s + engine.first_token_s
+        first = (engine.arrival_wait_steps + traffic.wait_steps) * step.met_s + step.own_s
+        first = first + engine.first_token_s(traffic.input_len)
         first, generation = first + wave / 2 / traffic.rounds, steps * step.mean_s
         if engine.prefill_alone:
             # Decoding stands still meanwhile: replies that began together end together, as far as their lengths agree,
@@ -205,7 +206,7 @@ class Disaggregated(ServingModel):
         queue = np.minimum(queue, np.maximum(concurrency / self.prefill_ranks - 1, 0))
         wave = np.maximum(sequences / self.prefill_ranks - 1, 0) / prompts.most_per_s  # as of Aggregated
         waits = (engine.arrival_wait_steps + traffic.wait_steps) * decode_step
-        overhead = engine.first_token_s + engine.hand_over_s
+        overhead = engine.first_token_s(traffic.input_len) + engine.hand_over_s
         first = service * (1 + queue) + wave / 2 / traffic.rounds + self.hand_over_s + waits + overhead
         full = rate >= self.prefill_ranks * prompts.most_per_s
         return SteadyState(first, generation, decode_step, np.where(full, np.inf, sequences * (1 + first / generation)))

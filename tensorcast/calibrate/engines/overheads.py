@@ -17,9 +17,9 @@ decoding rows, run on for minutes at the power limit, and prompts do not fill th
 long as their kernels steps with prompts take, 1 at least, is fitted per device to aggregated runs of all engines and
 of any batch: drawn towards 1 as far as serves networks best that are not fitted to.
 
-**First token, hand-over**: what runs of any batch take from request to first token beyond what the model explains,
-fitted in the same way, every run alike, with the overhead per step in place; the hand-over from runs that state their
-workers.
+**First token, hand-over**: what runs of any batch take from request to first token beyond what the model explains, a
+constant and a part that grows with the prompt, fitted in the same way, every run alike, with the overhead per step in
+place; the hand-over from runs that state their workers.
 
 Only rows of :func:`tensorcast.predict.score.fitted_half` are fitted to; the others score.
 """
@@ -42,6 +42,7 @@ from tensorcast.calibrate.engines.statistics import (
     fit_drawn,
     fit_slower,
     least_off,
+    least_off_by_size,
     median_error,
     once,
     unseen,
@@ -75,8 +76,8 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
     """Measured runs, one row each, without those that cannot be read.
 
     Columns: ``run``; engine, device (profiles' names), ``network`` (equal for models of equal configs), ``model`` as
-    written, ``mode, measured_tpot_s, measured_ttft_s``, ``users`` (requests per data-parallel rank), ``even`` (may be
-    fitted to), ``stated`` (no workers assumed), ``same`` (a number per measured run).
+    written, ``mode, measured_tpot_s, measured_ttft_s``, ``users`` (requests per data-parallel rank), ``prompt``
+    (tokens, mean), ``even`` (may be fitted to), ``stated`` (no workers assumed), ``same`` (a number per measured run).
     """
     ours = canonical_columns(table)
     runs, _ = predict.read_runs(table, ours)
@@ -95,6 +96,7 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
         engine=[engines[run.engine] for run in kept], device=[devices[run.device] for run in kept],
         network=pd.factorize(pd.Series([networks[run.model] for run in kept]))[0],
         users=[run.concurrency / run.replicas / run.decode.dp for run in kept],
+        prompt=[max(1.0, run.isl * (1 + run.length_ratio) / 2) for run in kept],
         stated=[not any("workers" in text for text in run.assumed) for run in kept],
     )  # fmt: skip
     return out.assign(same=same_run(out)).reset_index(drop=True)
@@ -224,10 +226,15 @@ def _first_part(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
     whole, pools = own[usable & ~pooled], own[usable & pooled & own["stated"]]
     fields: dict[str, Any] = {}
     if len(whole) >= FEWEST:
-        first_s = least_off(whole["first_s"], whole["first_slope"], whole["measured_ttft_s"], once(whole))
-        fields |= {"first_token_s": round(first_s, 3), "first_token_rows": len(whole)}
+        first_s, token_s = least_off_by_size(
+            whole["first_s"], whole["first_slope"], whole["prompt"], whole["measured_ttft_s"], once(whole)
+        )
+        fields |= {"first_token_s": round(first_s, 3), "prompt_token_s": round(token_s, 7)}
+        fields |= {"first_token_rows": len(whole)}
     if len(pools) >= FEWEST:
-        begun = pools["first_s"] + pools["first_slope"] * fields.get("first_token_s", 0.0)
+        begun = pools["first_s"] + pools["first_slope"] * (
+            fields.get("first_token_s", 0.0) + fields.get("prompt_token_s", 0.0) * pools["prompt"]
+        )
         hand_over_s = least_off(begun, pools["first_slope"], pools["measured_ttft_s"], once(pools))
         fields |= {"hand_over_s": round(hand_over_s, 2), "hand_over_rows": len(pools)}
     else:
@@ -277,7 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report(fit: EngineFit) -> str:
     """A fit in one line."""
     devices = ", ".join(f"{name} {1e3 * one.step_s:.2f}" for name, one in fit.devices.items())
-    first = "" if fit.first_token_s is None else f", {1e3 * fit.first_token_s:.0f} ms per first token"
+    each = f" and {1e6 * fit.prompt_token_s:.1f} us per token of its prompt"
+    first = "" if fit.first_token_s is None else f", {1e3 * fit.first_token_s:.0f} ms{each} per first token"
     pools = "" if fit.hand_over_s is None else f", {1e3 * fit.hand_over_s:.0f} ms per hand-over"
     seen = f"time per token of {fit.left_out_rows} runs left out {_change(fit.left_out_before, fit.left_out_error)}"
     new = f"models not fitted to {_change(fit.unseen_before, fit.unseen_error)}"

@@ -40,6 +40,27 @@ def least_off(base: Any, slope: Any, measured: Any, weight: Any) -> float:
     return max(float(meets[order][np.searchsorted(below, below[-1] / 2)]), 0.0)
 
 
+def least_off_by_size(base: Any, slope: Any, size: Any, measured: Any, weight: Any) -> tuple[float, float]:
+    """As :func:`least_off`, a constant and what comes to it per ``size``, both 0 or more."""
+    base, slope, size, measured, weight = (np.asarray(a, dtype=float) for a in (base, slope, size, measured, weight))
+
+    def best(each: float) -> tuple[float, float]:
+        """The constant that goes with ``each``, and how far off both leave the runs."""
+        added = base + slope * each * size
+        constant = least_off(added, slope, measured, weight)
+        return constant, float(np.sum(weight * np.abs((added + slope * constant) / measured - 1)))
+
+    low, high = 0.0, float(np.max(measured / size))
+    for _ in range(60):  # the sum is convex in both, so its least over the constant is convex, too
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        if best(left)[1] <= best(right)[1]:
+            high = right
+        else:
+            low = left
+    each = (low + high) / 2 if best((low + high) / 2)[1] < best(0.0)[1] else 0.0
+    return best(each)[0], each
+
+
 def once(rows: pd.DataFrame) -> pd.Series[float]:
     """Weights by which a run counts once, however often it is recorded."""
     return 1.0 / rows.groupby("same")["even"].transform("size")

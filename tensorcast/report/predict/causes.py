@@ -97,7 +97,7 @@ def _overheads(found: dict[str, EngineFit]) -> list[str]:
     """A line per engine: its overheads, and the error of the time per token before and after."""
     head = [
         "engine", "ms per step", "by device", "give or take", "runs", "prompts under load",
-        "ms per first token", "ms per hand-over", "runs left out, before", "after",
+        "ms per first token", "and us per token of its prompt", "ms per hand-over", "runs left out, before", "after",
         "models not fitted to, before", "after",
     ]  # fmt: skip
     rows = []
@@ -108,6 +108,7 @@ def _overheads(found: dict[str, EngineFit]) -> list[str]:
         )
         rows.append([
             name, _ms(fit.step_s), devices, _ms(fit.step_error_s), str(fit.rows), load, _ms(fit.first_token_s),
+            f"{1e6 * fit.prompt_token_s:.1f}",
             _ms(fit.hand_over_s), percent(fit.left_out_before), percent(fit.left_out_error),
             percent(fit.unseen_before), percent(fit.unseen_error),
         ])  # fmt: skip

@@ -146,6 +146,19 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(op, arguments, test_utils=checks)
 
 
+def _matmul(
+    device: str, rows: tuple[int, ...], weight: tuple[int, ...], counts: int, *, bias: tuple[int, ...] | None = None,
+    transposed: bool = False, form: str = "",
+) -> Tensor:  # fmt: skip
+    x, w = (torch.randn(shape, device=device) for shape in (rows, weight))
+    added = None if bias is None else torch.randn(bias, device=device)
+    count = torch.ones(counts, dtype=torch.long, device=device)
+    out: Tensor = getattr(TC, f"{form}grouped_matmul")(
+        x, w, count, added, transposed
+    )
+    return out
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -161,6 +174,14 @@ def test_opcheck(name: str) -> None:
             lambda d: TC.unpermute_tokens(torch.randn(7, 8, device=d), torch.zeros(4, 2, dtype=torch.long, device=d)),
             r"must be \[8, H\], one row per choice",
         ),
+        (lambda d: TC.init_routing_v2(torch.randn(3, 8, device=d), torch.zeros(3, 2, device=d)), "must be whole"),
+        (lambda d: TC.unpermute_tokens(torch.randn(6, 8, device=d), torch.zeros(3, 2, device=d)), "must be whole"),
+        (lambda d: TC.expert_counts(torch.zeros(3, 2, device=d), 4), "must be whole numbers"),
+        (lambda d: _matmul(d, (6, 9), (4, 5, 8), 4), r"rows \[6, 9\], weight \[4, 5, 8\]"),
+        (lambda d: _matmul(d, (6, 8), (4, 5, 8), 3), r"counts \[3\]: must be \[R,K\]"),
+        (lambda d: _matmul(d, (6, 8), (4, 5, 8), 4, bias=(4, 8)), r"bias \[4, 8\]: must be"),
+        (lambda d: _matmul(d, (6, 5), (4, 8, 5), 4, transposed=True), r"\[E,K,N\]"),
+        (lambda d: _matmul(d, (3, 6, 8), (4, 5, 8), 4, form="masked_"), r"rows \[3, 6, 8\]"),
     ],
 )
 def test_wrong_sizes_are_errors_with_and_without_data(device: str, call: Any, message: str) -> None:

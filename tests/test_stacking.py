@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from own_model import Person
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensorcast.errors import InputError
 from tensorcast.modeling.moe.apply import apply_moe
-from tensorcast.modeling.moe.reading.stacking import read_stacked
+from tensorcast.modeling.moe.listed import ListedExperts
+from tensorcast.modeling.moe.reading.stacking import StackedExperts, read_list, read_stacked
 from tensorcast.profiles.model import MoEFields
 
 EXPERTS, TOP_K = 6, 2
@@ -148,6 +150,16 @@ def test_an_activation_is_named_as_transformers_names_it() -> None:
     ):
         with pytest.raises(InputError, match=message):
             read_stacked(experts, fields)
+
+
+def test_matrices_of_listed_experts_in_another_order_are_corrected() -> None:
+    """Where no order holds (an expert with limits), its own code runs and no order is wrong."""
+    experts = nn.ModuleList(Person(64, 48, "plain") for _ in range(EXPERTS))
+    with pytest.raises(InputError, match=r"moe\.matrices = w3, w1, w2: .* are w1, w3, w2 in its own forward"):
+        read_list(experts, MoEFields(matrices=("w3", "w1", "w2")))
+    assert isinstance(read_list(experts, MoEFields(matrices=("w1", "w3", "w2"))), StackedExperts)
+    limited = nn.ModuleList(Person(64, 48, "limited") for _ in range(EXPERTS))
+    assert isinstance(read_list(limited, MoEFields(matrices=("w3", "w1", "w2"))), ListedExperts)
 
 
 class _Folded(nn.Module):

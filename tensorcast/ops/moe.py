@@ -85,7 +85,13 @@ def _order(expert_indices: Tensor) -> Tensor:
     return torch.argsort(torch.where(flat < 0, torch.iinfo(flat.dtype).max, flat), stable=True)
 
 
+def _check_ids(op: str, expert_indices: Tensor) -> None:
+    whole = not (expert_indices.is_floating_point() or expert_indices.is_complex())
+    torch._check_value(whole, lambda: f"{op}: expert ids are {expert_indices.dtype}: must be whole numbers")
+
+
 def _check_tokens(x: Tensor, expert_indices: Tensor) -> None:
+    _check_ids("init_routing_v2", expert_indices)
     same = x.dim() == expert_indices.dim() and all(
         a == b for a, b in zip(x.shape[:-1], expert_indices.shape[:-1], strict=True)
     )
@@ -114,6 +120,7 @@ define(
 
 
 def _check_rows(x: Tensor, expert_indices: Tensor) -> None:
+    _check_ids("unpermute_tokens", expert_indices)
     torch._check_value(
         x.dim() == 2 and x.shape[0] == expert_indices.numel(),
         lambda: f"unpermute_tokens: rows {list(x.shape)} for indices {list(expert_indices.shape)}: "
@@ -146,6 +153,7 @@ define(
 
 
 def _expert_counts(expert_indices: Tensor, num_experts: int) -> Tensor:
+    _check_ids("expert_counts", expert_indices)
     flat = expert_indices.reshape(-1)
     if flat.is_cuda:  # no host waits: the device itself stops
         torch._assert_async(((flat >= -1) & (flat < num_experts)).all(), "expert_counts: an expert id out of range")
@@ -156,11 +164,16 @@ def _expert_counts(expert_indices: Tensor, num_experts: int) -> Tensor:
     return torch.bincount(flat + 1, minlength=num_experts + 1)[1:].clone()
 
 
+def _expert_counts_fake(expert_indices: Tensor, num_experts: int) -> Tensor:
+    _check_ids("expert_counts", expert_indices)
+    return expert_indices.new_empty((num_experts,))
+
+
 define(
     # [..., k] -> rows per expert [E]; id -1 is counted nowhere
     "expert_counts(Tensor expert_indices, SymInt num_experts) -> Tensor",
     real=_expert_counts,
-    fake=lambda expert_indices, num_experts: expert_indices.new_empty((num_experts,)),
+    fake=_expert_counts_fake,
 )
 
 
@@ -266,6 +279,22 @@ define(
 )
 
 
+def _check_matmul(
+    x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> None:
+    """Of every form: rows as wide as the weights take them, a count (and a bias) for every expert."""
+    outputs, inputs = (weight.shape[-1], weight.shape[-2]) if transposed else (weight.shape[-2], weight.shape[-1])
+    fits = weight.dim() == 3 and x.shape[-1] == inputs and counts.dim() == 1 and counts.shape[0] == weight.shape[0]
+    fits = fits and (x.dim() == 2 or x.shape[0] == weight.shape[0])
+    if bias is not None:
+        fits = fits and tuple(bias.shape) == (weight.shape[0], outputs)
+    torch._check_value(
+        fits, lambda: f"experts' matmul: rows {list(x.shape)}, weight {list(weight.shape)}, counts "
+        f"{list(counts.shape)}{'' if bias is None else f', bias {list(bias.shape)}'}: must be [R,K] or [E,C,K], "
+        f"{'[E,K,N]' if transposed else '[E,N,K]'}, [E]{'' if bias is None else ', [E,N]'}"
+    )  # fmt: skip
+
+
 def _stacked(weight: Tensor, transposed: bool) -> Tensor:
     return weight if transposed else weight.transpose(-2, -1)  # [E,K,N]
 
@@ -285,6 +314,7 @@ def finish_masked(out: Tensor, counts: Tensor, bias: Tensor | None) -> Tensor:
 def _grouped_matmul(
     x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, transposed: bool = False
 ) -> Tensor:
+    _check_matmul(x, weight, counts, bias, transposed)
     stacked, offsets = _stacked(weight, transposed), counts.cumsum(0).to(torch.int32)
     short = [-n % (16 // x.element_size()) for n in stacked.shape[1:]]  # grouped_mm reads rows of whole 16 bytes
     if any(short):
@@ -298,12 +328,14 @@ def _grouped_matmul(
 def _rows_fake(
     x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, transposed: bool = False
 ) -> Tensor:
+    _check_matmul(x, weight, counts, bias, transposed)
     return x.new_empty((*x.shape[:-1], weight.shape[-1] if transposed else weight.shape[-2]))
 
 
 def _batched_matmul(
     x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, transposed: bool = False
 ) -> Tensor:
+    _check_matmul(x, weight, counts, bias, transposed)
     experts = row_experts(counts, x.shape[0])
     out = torch.bmm(x.unsqueeze(1), _stacked(weight[experts], transposed)).squeeze(1)
     return out if bias is None else out + bias[experts]
@@ -312,6 +344,7 @@ def _batched_matmul(
 def _masked_grouped_matmul(
     x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, transposed: bool = False
 ) -> Tensor:
+    _check_matmul(x, weight, counts, bias, transposed)
     return finish_masked(torch.bmm(x, _stacked(weight, transposed)), counts, bias)
 
 

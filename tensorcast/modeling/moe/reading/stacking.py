@@ -89,6 +89,13 @@ def _read_expert(first: nn.Module, last: nn.Module, fields: MoEFields) -> Readin
         for reading in _list_readings(twins[0], linears, width, fields):
             if _error(_stack_list(twins, reading), rows, expected) < BOUND:
                 return reading
+        if fields.matrices:
+            found = _read_expert(first, last, fields.model_copy(update={"matrices": ()}))
+            if isinstance(found, Reading):
+                raise InputError(
+                    f"moe.matrices = {', '.join(fields.matrices)}: gate, up and down projection of an expert are "
+                    f"{', '.join(found.matrices)} in its own forward"
+                )
         return _error(ListedExperts(twins, grouped=True), rows, expected) < BOUND
     return False
 

@@ -149,11 +149,11 @@ def test_opcheck(name: str) -> None:
 def _matmul(
     device: str, rows: tuple[int, ...], weight: tuple[int, ...], counts: int, *, bias: tuple[int, ...] | None = None,
     transposed: bool = False, form: str = "",
-) -> Tensor:  # fmt: skip
+) -> torch.Tensor:  # fmt: skip
     x, w = (torch.randn(shape, device=device) for shape in (rows, weight))
     added = None if bias is None else torch.randn(bias, device=device)
     count = torch.ones(counts, dtype=torch.long, device=device)
-    out: Tensor = getattr(TC, f"{form}grouped_matmul")(
+    out: torch.Tensor = getattr(TC, f"{form}grouped_matmul")(
         x, w, count, added, transposed
     )
     return out

@@ -17,6 +17,7 @@ from tensorcast.profiles.memory import (
     StepTokens,
     is_latent,
 )
+from tensorcast.profiles.scheduler import Scheduler
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
 Fusion = Literal[
@@ -208,6 +209,7 @@ class EngineProfile(Frozen):
     arrival_wait_steps: Number = Field(
         default=1.0, ge=0, description="steps that pass before the step that a new request rides in, in a closed loop"
     )
+    scheduler: Scheduler | None = Field(default=None, description="how requests are put into steps; for replays")
     first_token_overhead_s: Figure | None = Field(
         default=None,
         description="per request, outside the GPU and before its first token: HTTP, tokenising, admission, streaming",

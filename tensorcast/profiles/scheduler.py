@@ -1,0 +1,38 @@
+"""How an engine puts requests into steps: who is let in, in which order, and what is kept for the next one."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from tensorcast.profiles.memory import MIB
+from tensorcast.profiles.sourced import Frozen, Number
+
+
+class ExpectedReply(Frozen):
+    """A request is let in if the cache has room for what running ones are still expected to write: so large a share of
+    what they may write at most, ``first`` at the start, falling to ``least`` in ``steps`` decode steps."""
+
+    first: Number = Field(gt=0, le=1)
+    least: Number = Field(gt=0, le=1)
+    steps: int = Field(ge=1)
+    most_tokens: int = Field(ge=1, description="tokens of one reply that are expected at most")
+
+
+class Scheduler(Frozen):
+    """Rules of a scheduler that no other field of an engine profile tells."""
+
+    most_sequences: dict[int, int] = Field(description="device memory in MiB -> sequences of a step, from there on")
+    block_tokens: int = Field(ge=1, description="tokens of a block of the cache")
+    splits_prompts: bool = Field(default=True, description="whether a prompt may be read in several steps")
+    prompt_tokens: int | None = Field(default=None, ge=1, description="new tokens of a step's prompts that end in it")
+    expected_reply: ExpectedReply | None = None
+    prefix_cache: bool = Field(default=True, description="whether blocks of prompts are kept for those that follow")
+    rank_choice: Literal["round_robin", "least_requests"] = Field(
+        default="least_requests", description="which data-parallel rank a request goes to"
+    )
+    source: str = Field(min_length=3)
+
+    def sequences(self, memory_bytes: float) -> int:
+        """Sequences of a step per data-parallel rank on a device of so much memory, unasked."""
+        fitting = [count for size, count in self.most_sequences.items() if memory_bytes >= size * MIB]
+        return max(fitting, default=min(self.most_sequences.values()))

@@ -1,0 +1,168 @@
+"""What a replay found: times of every request, their percentiles, goodput, why requests broke a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tensorcast.cost.evidence import NORMAL_80
+from tensorcast.replay.record import GAPS_S, Record
+from tensorcast.serving.traffic import Array
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
+
+CAUSES = ("queue", "own prompt", "others' prompts", "decoding", "started over")
+"""What a request's time goes into."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The longest time to first token, per output token and of a request that users accept; none where not said."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    request_s: float | None = None
+
+    def kept(self, times: Mapping[str, Array]) -> Array:
+        """Whether each request keeps them all; one that never ended keeps none."""
+        found: Array = np.isfinite(times["request_s"])
+        for name, limit in vars(self).items():
+            if limit is not None:
+                found = found & (times[name] <= limit)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Of one replay. ``servers``: busy share, steps and moments of each; ``gpus``: in all; ``refused``: requests longer
+    than any cache. ``draws``: summaries under other step times, from which the bands are."""
+
+    record: Record
+    layout: str
+    gpus: int
+    limits: Limits
+    refused: int
+    servers: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...] = ()
+    draws: tuple[dict[str, float], ...] = field(default=(), repr=False)
+
+    @cached_property
+    def times(self) -> dict[str, Array]:
+        """``ttft_s, tpot_s, request_s`` of every request ``[N]``; NaN of a refused one. A reply of one token has a time
+        per token of 0."""
+        record, replies = self.record, self.record.requests.output_len
+        ttft = record.first_s - record.sent_s
+        tpot = (record.last_s - record.first_s) / np.maximum(replies - 1, 1)
+        return {"ttft_s": ttft, "tpot_s": tpot, "request_s": record.last_s - record.sent_s}
+
+    @cached_property
+    def seconds(self) -> float:
+        """From the first request sent to the last token."""
+        return float(np.nanmax(self.record.last_s) - np.nanmin(self.record.sent_s)) if self.served else np.nan
+
+    @property
+    def served(self) -> int:
+        return int(np.isfinite(self.record.last_s).sum())
+
+    def summary(self) -> dict[str, float]:
+        """Means, percentiles and rates, by name with unit."""
+        found: dict[str, float] = {
+            "requests": float(len(self.record.requests)), "served": float(self.served), "refused": float(self.refused),
+            "duration_s": self.seconds,
+        }
+        done = np.isfinite(self.record.last_s)
+        if done.any():
+            for name, values in self.times.items():
+                kept = values[done]
+                found[f"{name[:-2]}_mean_s"] = float(kept.mean())
+                for p, value in zip(PERCENTILES, np.percentile(kept, PERCENTILES), strict=True):
+                    found[f"{name[:-2]}_p{p:g}_s"] = float(value)
+            for p in PERCENTILES:
+                found[f"itl_p{p:g}_s"] = self._gap(p)
+            requests = self.record.requests
+            found["output_tokens_per_s"] = float(requests.output_len[done].sum()) / self.seconds
+            found["input_tokens_per_s"] = float(requests.input_len[done].sum()) / self.seconds
+            found["requests_per_s"] = self.served / self.seconds
+            found["output_tokens_per_s_per_gpu"] = found["output_tokens_per_s"] / self.gpus
+            kept_limits = self.limits.kept(self.times)
+            found["within_limits"] = float(kept_limits.mean())
+            found["goodput_requests_per_s"] = float(kept_limits.sum()) / self.seconds
+            found["goodput_requests_per_s_per_gpu"] = found["goodput_requests_per_s"] / self.gpus
+            found["cache_hit_share"] = float(self.record.cached_tokens.sum() / requests.input_len.sum())
+        found["preemptions"] = float(self.record.preemptions.sum())
+        found["busy_share"] = float(np.mean([one["busy_share"] for one in self.servers]))
+        return found
+
+    def bands(self) -> dict[str, tuple[float, float]]:
+        """80 % bands of every number of :meth:`summary` that is a time or a rate, from the spread of ``draws``."""
+        if len(self.draws) < 2:
+            return {}
+        own = self.summary()
+        found = {}
+        for name, value in own.items():
+            drawn = np.array([draw.get(name, np.nan) for draw in self.draws])
+            if value > 0 and np.all(drawn > 0) and name.endswith(("_s", "_per_gpu")) and name != "duration_s":
+                factor = float(np.exp(1.2816 * np.sqrt(np.mean(np.log(drawn / value) ** 2))))
+                found[name] = value / factor, value * factor
+        return found
+
+    def causes(self) -> pd.DataFrame:
+        """Seconds of requests by :data:`CAUSES`, means: of all, and of those beyond each limit."""
+        import pandas as pd
+
+        parts = self._parts()
+        rows = {"all": np.isfinite(self.record.last_s)}
+        for name, limit in vars(self.limits).items():
+            if limit is not None:
+                rows[f"{name[:-2]} over"] = self.times[name] > limit
+        records = [
+            {"requests": int(chosen.sum()), **{cause: float(parts[cause][chosen].mean()) for cause in CAUSES}}
+            for chosen in rows.values()
+            if chosen.any()
+        ]
+        return pd.DataFrame(records, index=[name for name, chosen in rows.items() if chosen.any()])
+
+    def per_request(self) -> pd.DataFrame:
+        """A row per request: when it came, its lengths, its times, what they went into, where it ran."""
+        import pandas as pd
+
+        record, requests = self.record, self.record.requests
+        return pd.DataFrame({
+            "sent_s": record.sent_s, "input_len": requests.input_len, "output_len": requests.output_len, **self.times,
+            "cached_tokens": record.cached_tokens.astype(int), "preemptions": record.preemptions,
+            "server": record.server, "within_limits": self.limits.kept(self.times),
+            **{f"{name.replace(' ', '_').replace(chr(39), '')}_s": values for name, values in self._parts().items()},
+        })  # fmt: skip
+
+    def _parts(self) -> dict[str, Array]:
+        record = self.record
+        again = record.preemptions > 0
+        queue = record.admitted_s - record.sent_s
+        own = record.first_s - record.admitted_s
+        writing = record.last_s - record.first_s
+        others = np.minimum(record.others_s, writing)
+        rest = writing - others
+        return {
+            "queue": queue, "own prompt": own, "others' prompts": np.where(again, 0.0, others),
+            "decoding": np.where(again, 0.0, rest), "started over": np.where(again, writing, 0.0),
+        }
+
+    def _gap(self, percentile: float) -> float:
+        """A percentile of the gaps between tokens, to 1 %."""
+        below = np.cumsum(self.record.gaps)
+        if not below[-1]:
+            return 0.0
+        return float(GAPS_S[min(int(np.searchsorted(below, below[-1] * percentile / 100)), len(GAPS_S) - 1)])
+
+
+def drawn_factors(error: float, draws: int, random: np.random.Generator) -> Array:
+    """Factors of step times that are off by ``error`` in the median, log-normal."""
+    found: Array = np.exp(random.normal(0.0, np.log1p(NORMAL_80 * error) / 1.2816, draws))
+    return found

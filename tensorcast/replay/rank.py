@@ -1,0 +1,274 @@
+"""One data-parallel rank: who waits, reads its prompt or writes its reply, and the cache that they take."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from tensorcast.replay.prefix_cache import PrefixCache
+from tensorcast.replay.record import Record
+from tensorcast.replay.rules import Rules
+
+
+@dataclass
+class Decoding:
+    """A sequence that writes its reply: the rank's decode step at which it joined, and its tokens then.
+
+    ``held``: tokens of the cache that it alone took then; ``blocks``: shared ones that it uses.
+    """
+
+    joined: int
+    tokens: int
+    held: float
+    blocks: tuple[int, ...]
+
+
+@dataclass
+class Reading:
+    """A sequence that reads its prompt: tokens to read in all, and read so far, those found in the cache included."""
+
+    request: int
+    tokens: int
+    read: int
+    held: float
+    blocks: tuple[int, ...]
+
+
+@dataclass
+class Batch:
+    """What a rank does in a step: prompts as (new, cached) tokens, who of them is done, decoding sequences and their
+    mean cached tokens."""
+
+    prompts: list[tuple[int, int]] = field(default_factory=list)
+    done: list[Reading] = field(default_factory=list)
+    sequences: int = 0
+    context: float = 0.0
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(new for new, _ in self.prompts)
+
+
+class Rank:
+    """The state of a rank; the server says when steps begin and end."""
+
+    def __init__(self, rules: Rules, record: Record) -> None:
+        self.rules, self.record = rules, record
+        self.waiting: deque[int] = deque()
+        self.reading: list[Reading] = []
+        self.decoding: dict[int, Decoding] = {}  # in the order in which they were let in
+        self.prefix = PrefixCache(record.block_tokens) if rules.prefix_cache and record.blocks is not None else None
+        self.steps = 0  # decode steps so far
+        self.used = 0.0  # tokens of the cache that sequences hold alone
+        self._tokens = 0.0  # of decoding sequences at step 0, were they as long ago: those now are _tokens + n e steps
+        self._last = 0  # sum of the steps at which they end
+        self._ends: list[tuple[int, int]] = []
+        self._share = rules.expected.first if rules.expected else 1.0
+
+    @property
+    def load(self) -> int:
+        """Requests here."""
+        return len(self.waiting) + len(self.reading) + len(self.decoding)
+
+    @property
+    def tokens(self) -> float:
+        """Cached tokens of decoding sequences."""
+        return self._tokens + len(self.decoding) * self.rules.tokens_per_step * self.steps
+
+    @property
+    def free(self) -> float:
+        """Tokens of the cache that a new sequence could take, those of blocks that nobody uses included."""
+        pinned = 0 if self.prefix is None else self.prefix.pinned_tokens
+        return self.rules.cache_tokens - self.used - pinned
+
+    def batch(self, seen_s: float, now_s: float, hold_prompts: bool = False) -> Batch:
+        """The next step, of requests that arrived by ``seen_s``. ``hold_prompts``: none is read."""
+        rules = self.rules
+        if rules.role != "prefill":
+            self._make_room()
+            if rules.role == "decode":
+                self._take_over(seen_s, now_s)
+        found = Batch(sequences=len(self.decoding))
+        if found.sequences:
+            found.context = self.tokens / found.sequences
+        if not hold_prompts and rules.role != "decode":
+            self._read(found, seen_s, now_s)
+        return found
+
+    def has_prompt(self, seen_s: float) -> bool:
+        """Whether a prompt could be read that arrived by ``seen_s``."""
+        return bool(self.reading) or bool(self.waiting and self.record.came_s[self.waiting[0]] <= seen_s)
+
+    def decode_steps_left(self) -> float:
+        """Decode steps until a sequence ends or the cache is full."""
+        if not self._ends:
+            return math.inf
+        steps = self._ends[0][0] - self.steps
+        growth = 0.0 if self.rules.reserves_reply else len(self.decoding) * self.rules.tokens_per_step
+        if growth:
+            steps = min(steps, max(1, int(self.free / growth)))
+        return steps
+
+    def decoded(self, steps: int) -> list[int]:
+        """``steps`` decode steps have passed, all at once; who ends with the last one."""
+        self.steps += steps
+        if not self.rules.reserves_reply:
+            self.used += len(self.decoding) * self.rules.tokens_per_step * steps
+        share = self.rules.expected
+        if share is not None:
+            self._share = max(share.least, self._share - (share.first - share.least) / share.steps * steps)
+        ended = []
+        while self._ends and self._ends[0][0] <= self.steps:
+            request = heappop(self._ends)[1]
+            self._leave(request)
+            ended.append(request)
+        if self.prefix is not None:
+            self.prefix.shrink(self.free)
+        return ended
+
+    def read(self, batch: Batch, now_s: float) -> list[int]:
+        """The step's prompts have been read; who has its whole reply with that (or its prompt, where that is all)."""
+        ended = []
+        for one in batch.done:
+            self.reading.remove(one)
+            if self.prefix is not None:
+                self._share_blocks(one)
+            request = one.request
+            if self.rules.role == "both":
+                self.record.first_token(request, now_s)
+            if self.rules.role == "prefill" or self.record.left(request) < 1:
+                self._release(one.held, one.blocks)
+                ended.append(request)
+            else:
+                self._join(request, one.tokens + 1, one.held, one.blocks)
+        return ended
+
+    def _read(self, found: Batch, seen_s: float, now_s: float) -> None:
+        rules, record = self.rules, self.record
+        beside = 0.0 if rules.alone else found.sequences * rules.verify
+        budget = int(rules.chunk_tokens - beside)
+        whole = rules.prompt_tokens or budget
+        for one in self.reading:
+            budget -= self._take(found, one, budget)
+        while budget > 0 and whole > 0 and self.waiting and record.came_s[self.waiting[0]] <= seen_s:
+            if len(self.decoding) + len(self.reading) >= rules.most_sequences:
+                return
+            request = self.waiting[0]
+            one = self._admit(request, budget)
+            if one is None:
+                return
+            self.waiting.popleft()
+            record.admit(request, now_s)
+            self.reading.append(one)
+            taken = self._take(found, one, budget)
+            budget, whole = budget - taken, whole - taken
+
+    def _take(self, found: Batch, one: Reading, budget: int) -> int:
+        new = min(one.tokens - one.read, budget)
+        # a prompt longer than any step is read in several all the same
+        if not self.rules.splits and new < one.tokens - one.read and not one.read:
+            new = new if one.tokens > self.rules.chunk_tokens else 0
+        if new > 0:
+            found.prompts.append((new, one.read))
+            one.read += new
+            if one.read == one.tokens:
+                found.done.append(one)
+        return max(new, 0)
+
+    def _admit(self, request: int, budget: int) -> Reading | None:
+        """Room for a prompt (and what the engine wants beside), or nothing."""
+        rules, record = self.rules, self.record
+        prompt, reply = record.prompt(request), record.left(request)
+        shared: tuple[int, ...] = ()
+        if self.prefix is not None:
+            blocks = record.blocks_of(request)
+            shared = blocks[: self.prefix.match(blocks, (prompt - 1) // record.block_tokens)]
+        cached = len(shared) * record.block_tokens
+        if not rules.splits and prompt - cached > budget and prompt - cached <= rules.chunk_tokens:
+            return None
+        held = prompt - cached + rules.waste + (reply if rules.reserves_reply else 0)
+        asked = held
+        if rules.role == "both" and rules.expected is not None:
+            most = rules.expected.most_tokens
+            ahead = (self._last - len(self.decoding) * self.steps) * rules.tokens_per_step
+            asked += min(reply, most) + self._share * min(ahead, len(self.decoding) * most)
+        if self.prefix is not None:
+            self.prefix.pin(shared)
+        if asked > self.free and self.load > len(self.waiting):  # who is alone is let in if it fits at all
+            return self._refused(shared)
+        if held > self.free:
+            return self._refused(shared)
+        self.used += held
+        if self.prefix is not None:
+            self.prefix.shrink(self.free)
+        record.cached(request, cached)
+        return Reading(request, prompt, cached, held, shared)
+
+    def _refused(self, shared: tuple[int, ...]) -> None:
+        if self.prefix is not None:
+            self.prefix.unpin(shared)
+
+    def _take_over(self, seen_s: float, now_s: float) -> None:
+        """Prompts that another pool has read start to write their replies."""
+        rules, record = self.rules, self.record
+        while self.waiting and len(self.decoding) < rules.most_sequences:
+            request = self.waiting[0]
+            if record.came_s[request] > seen_s:
+                return
+            tokens = record.prompt(request)
+            held = tokens + rules.waste + (record.left(request) if rules.reserves_reply else 0)
+            if held > self.free:
+                return
+            self.waiting.popleft()
+            record.first_token(request, now_s)
+            self.used += held
+            self._join(request, tokens + 1, held, ())
+
+    def _join(self, request: int, tokens: int, held: float, blocks: tuple[int, ...]) -> None:
+        steps = math.ceil(self.record.left(request) / self.rules.tokens_per_step - 1e-9)
+        self.decoding[request] = Decoding(self.steps, tokens, held, blocks)
+        self._tokens += tokens - self.rules.tokens_per_step * self.steps
+        self._last += self.steps + steps
+        heappush(self._ends, (self.steps + steps, request))
+
+    def _leave(self, request: int) -> Decoding:
+        """Takes a decoding sequence out; its entry of ``_ends`` is the caller's."""
+        one = self.decoding.pop(request)
+        grown = self.rules.tokens_per_step * (self.steps - one.joined)
+        self._tokens -= one.tokens - self.rules.tokens_per_step * one.joined
+        self._last -= one.joined + math.ceil(self.record.left(request) / self.rules.tokens_per_step - 1e-9)
+        self._release(one.held + (0.0 if self.rules.reserves_reply else grown), one.blocks)
+        return one
+
+    def _release(self, held: float, blocks: tuple[int, ...]) -> None:
+        self.used -= held
+        if self.prefix is not None:
+            self.prefix.unpin(blocks)
+
+    def _share_blocks(self, one: Reading) -> None:
+        """A prompt that was read is there for others, and no longer its reader's alone."""
+        assert self.prefix is not None
+        blocks = self.record.blocks_of(one.request)[: one.tokens // self.record.block_tokens]
+        fresh = blocks[len(one.blocks) :]
+        self.prefix.pin(fresh)
+        one.held -= len(fresh) * self.record.block_tokens
+        self.used -= len(fresh) * self.record.block_tokens
+        one.blocks = blocks
+
+    def _make_room(self) -> None:
+        """Where the cache has no room for another step, who came last starts over."""
+        rules = self.rules
+        if rules.reserves_reply:
+            return
+        while len(self.decoding) > 1 and self.free < len(self.decoding) * rules.tokens_per_step:
+            request = next(reversed(self.decoding))
+            steps = self.steps - self.decoding[request].joined
+            self._leave(request)
+            self._ends = [end for end in self._ends if end[1] != request]
+            self._ends.sort()
+            self.record.preempt(request, 1 + int(steps * rules.tokens_per_step))
+            self.waiting.appendleft(request)
+            if rules.expected is not None:
+                self._share = rules.expected.first

@@ -1,0 +1,105 @@
+"""What happened to each request, and what servers did meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tensorcast.replay.requests import Requests
+from tensorcast.serving.traffic import Array
+
+GAPS_S = np.geomspace(1e-4, 1e3, 1401)
+"""Ends of the classes that gaps between tokens are counted in: 1.2 % wide each."""
+
+MOST_SAMPLES = 4096
+"""Moments of a server that are kept; of more, every other goes."""
+
+
+class Record:
+    """Times of requests ``[N]``, NaN until they come, and what scheduling needs to know of each.
+
+    ``sent_s``: by the user, ``came_s``: to the scheduler of the server where it is, ``admitted_s``: the first step with its prompt begins,
+    ``first_s`` and ``last_s``: the first and the last token reach the user. ``others_s``: time that others' prompts took
+    from its reply.
+    """
+
+    def __init__(self, requests: Requests) -> None:
+        self.requests = requests
+        count = len(requests)
+        self.blocks, self.block_tokens = requests.blocks, requests.block_tokens
+        self._input: list[int] = requests.input_len.tolist()
+        self._output: list[int] = requests.output_len.tolist()
+        self._written = [0] * count  # tokens of the reply that were thrown out of the cache with their sequence
+        self.came_s: list[float] = [np.inf] * count
+        self.sent_s = np.full(count, np.nan)
+        self.admitted_s = np.full(count, np.nan)
+        self.first_s = np.full(count, np.nan)
+        self.last_s = np.full(count, np.nan)
+        self.others_s = np.zeros(count)
+        self.cached_tokens = np.zeros(count)
+        self.preemptions = np.zeros(count, dtype=np.int32)
+        self.server = np.full(count, -1, dtype=np.int32)
+        self.gaps = np.zeros(len(GAPS_S) + 1)
+
+    def prompt(self, request: int) -> int:
+        """Tokens to read before the next token of the reply."""
+        return self._input[request] + self._written[request]
+
+    def left(self, request: int) -> int:
+        """Tokens of the reply that decode steps bring: all but what was written before, and the one that comes with the
+        prompt."""
+        return self._output[request] - self._written[request] - 1
+
+    def longest(self, request: int) -> int:
+        """Tokens of prompt and reply."""
+        return self._input[request] + self._output[request]
+
+    def blocks_of(self, request: int) -> tuple[int, ...]:
+        return () if self.blocks is None else self.blocks[request]
+
+    def admit(self, request: int, now_s: float) -> None:
+        if np.isnan(self.admitted_s[request]):
+            self.admitted_s[request] = now_s
+
+    def cached(self, request: int, tokens: int) -> None:
+        """Tokens of its prompt that were found in the cache; of one that starts over, only the first time."""
+        if not self.preemptions[request]:
+            self.cached_tokens[request] = tokens
+
+    def first_token(self, request: int, now_s: float) -> None:
+        if np.isnan(self.first_s[request]):
+            self.first_s[request] = now_s
+
+    def preempt(self, request: int, written: int) -> None:
+        """It starts over with ``written`` more tokens to read."""
+        self.preemptions[request] += 1
+        self._written[request] = min(self._written[request] + written, self._output[request] - 1)
+
+    def gap(self, seconds: float, tokens: float) -> None:
+        """``tokens`` tokens came ``seconds`` after the one before them."""
+        self.gaps[np.searchsorted(GAPS_S, seconds)] += tokens
+
+
+@dataclass
+class Moments:
+    """A server over time, a moment per change: ``time_s``, sequences that ``read``, ``decode`` and ``wait``, and the share
+    of the cache that is ``used``."""
+
+    rows: list[tuple[float, int, int, int, float]] = field(default_factory=list)
+    every: int = 1
+    _seen: int = 0
+
+    def add(self, row: tuple[float, int, int, int, float]) -> None:
+        if self._seen % self.every == 0:
+            self.rows.append(row)
+            if len(self.rows) > MOST_SAMPLES:
+                self.rows = self.rows[::2]
+                self.every *= 2
+        self._seen += 1
+
+    @property
+    def columns(self) -> dict[str, Array]:
+        names = ("time_s", "reading", "decoding", "waiting", "cache_used")
+        values = np.array(self.rows, dtype=float).reshape(-1, len(names))
+        return dict(zip(names, values.T, strict=True))

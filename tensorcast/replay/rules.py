@@ -1,0 +1,94 @@
+"""What a server's scheduler goes by: an engine's rules and a deployment's sizes, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tensorcast.deploy.deployment import Deployment
+from tensorcast.deploy.layout import attention_dp
+from tensorcast.errors import InputError
+from tensorcast.profiles.scheduler import ExpectedReply
+from tensorcast.serving.capacity import decode_budget, own_chunk
+
+Role = Literal["both", "prefill", "decode"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Of one server; sizes are per data-parallel rank.
+
+    ``role``: whether it reads prompts, writes replies, or both. ``alone``: prompts run in steps without decoding
+    sequences. ``chunk_tokens``: new tokens of a step; ``splits``: a prompt may be read in several steps;
+    ``prompt_tokens``: new tokens of one step's whole prompts. ``cache_tokens``: tokens that the cache holds, in blocks of
+    ``block_tokens``. ``reserves_reply``: a request is let in only with room for its whole reply. ``tokens_per_step``:
+    tokens that a decode step brings to a sequence in the mean, more than 1 with drafts; it checks ``verify``. ``lag``:
+    steps that are composed ahead of what is seen. ``balance_steps``: steps that prompts wait until every
+    data-parallel rank has one. ``first_token_s``: per request outside the GPU, before it is seen.
+    """
+
+    role: Role
+    ranks: int
+    alone: bool
+    chunk_tokens: int
+    splits: bool
+    prompt_tokens: int | None
+    most_sequences: int
+    cache_tokens: float
+    block_tokens: int
+    reserves_reply: bool
+    expected: ExpectedReply | None
+    tokens_per_step: float
+    verify: float
+    lag: int
+    balance_steps: int
+    first_token_s: float
+    prefix_cache: bool
+    round_robin: bool
+
+    @property
+    def waste(self) -> float:
+        """Tokens of a sequence's last block that it does not fill, in the mean."""
+        return (self.block_tokens - 1) / 2
+
+
+def rules_of(
+    deployment: Deployment, role: Role, *, mtp_acceptance: float = 0.8, chunk_tokens: int | None = None,
+    max_sequences: int | None = None, wait_steps: float = 0.0, balance_steps: int = 0, cache_tokens: float | None = None,
+) -> Rules:
+    """Rules of a server of ``deployment``, whose phase is decode unless it only reads prompts. What is not given is as
+    the engine sets it; the cache has the room that its memory settings leave. Raises :class:`InputError` if none."""
+    engine, layout = deployment.engine, deployment.layout
+    scheduler = engine.scheduler
+    if scheduler is None:
+        raise InputError(f"--engine {engine.name}: its profile has no scheduler; one with `scheduler:` is needed")
+    for name, value in (("--chunk-tokens", chunk_tokens), ("--max-sequences", max_sequences)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value}: must be at least 1")
+    depth = deployment.options.mtp_depth
+    if cache_tokens is None:
+        left, _ = decode_budget(deployment, 1)
+        cache_tokens = float(left) / float(deployment.held(1.0, 1 << 16)[1]) * (1 << 16) if float(left) > 0 else 0.0
+    if cache_tokens < scheduler.block_tokens:
+        raise InputError(f"layout {layout}: {deployment.model.name} leaves no room for a cache")
+    sequences = max_sequences or scheduler.sequences(float(deployment.device.memory_bytes))
+    return Rules(
+        role=role,
+        ranks=int(attention_dp(layout, deployment.raw.facts.num_experts)),
+        alone=engine.prefill_alone,
+        chunk_tokens=chunk_tokens or own_chunk(deployment),
+        splits=scheduler.splits_prompts,
+        prompt_tokens=scheduler.prompt_tokens,
+        most_sequences=int(min(sequences, deployment.most_sequences)),
+        cache_tokens=cache_tokens,
+        block_tokens=scheduler.block_tokens,
+        reserves_reply=engine.reserves_reply,
+        expected=scheduler.expected_reply,
+        tokens_per_step=sum(mtp_acceptance**i for i in range(depth + 1)),
+        verify=1.0 + depth,
+        lag=max(0, round(engine.arrival_wait_steps - 1 + wait_steps)),
+        balance_steps=balance_steps,
+        first_token_s=engine.first_token_s,
+        prefix_cache=scheduler.prefix_cache,
+        round_robin=scheduler.rank_choice == "round_robin",
+    )

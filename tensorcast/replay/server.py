@@ -1,0 +1,203 @@
+"""A server: data-parallel ranks that step together, each with a scheduler and a cache of its own.
+
+A step takes as long as its busiest rank; experts see the tokens of all. Decode steps between two events (a request
+comes, one ends, the cache is full) are one stretch, whose steps grow evenly with what is cached: its time is a sum in
+closed form, so that a replay costs time by events, not by tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from dataclasses import dataclass
+
+from tensorcast.replay.rank import Batch, Rank
+from tensorcast.replay.record import Moments, Record
+from tensorcast.replay.rules import Rules
+from tensorcast.replay.step_times import StepTimes
+
+
+@dataclass
+class Stretch:
+    """Steps under way: the first begins at ``start_s`` and takes ``first_s``, each after it ``slope_s`` longer."""
+
+    start_s: float
+    first_s: float
+    slope_s: float
+    steps: int
+    batches: list[Batch]
+
+    def after(self, steps: float) -> float:
+        """When so many of its steps are done."""
+        return self.start_s + steps * self.first_s + self.slope_s * steps * (steps - 1) / 2
+
+    @property
+    def end_s(self) -> float:
+        return self.after(self.steps)
+
+    def done_by(self, now_s: float) -> int:
+        """Steps that are done at ``now_s``."""
+        low = (now_s - self.start_s) / self.first_s
+        if self.slope_s > 0:
+            half = self.first_s / self.slope_s - 0.5
+            low = math.sqrt(half * half + 2 * (now_s - self.start_s) / self.slope_s) - half
+        return min(max(int(low + 1e-9), 0), self.steps)
+
+
+class Server:
+    """One engine. ``slow``: how many times its steps are as long as priced."""
+
+    def __init__(self, rules: Rules, times: StepTimes, record: Record, number: int = 0) -> None:
+        self.rules, self.times, self.record, self.number = rules, times, record, number
+        self.ranks = [Rank(rules, record) for _ in range(rules.ranks)]
+        self.stretch: Stretch | None = None
+        self.moments = Moments()
+        self.busy_s = self.prompts_s = 0.0
+        self.steps = 0
+        self._begun: deque[float] = deque(maxlen=max(rules.lag, 1))  # of the last steps, in which the next was composed
+        self._delayed_s = 0.0  # that prompts have taken from decoding sequences so far
+        self._stalled_s = 0.0  # that decoding sequences have stood still for prompts
+        self._held = 0  # steps that prompts have waited for other ranks'
+        self._next = 0
+
+    @property
+    def load(self) -> int:
+        """Requests here."""
+        return sum(rank.load for rank in self.ranks)
+
+    def put(self, request: int) -> None:
+        """A request comes, to the rank that the engine would choose."""
+        ranks = self.ranks
+        if self.rules.round_robin:
+            rank = ranks[self._next % len(ranks)]
+            self._next += 1
+        else:
+            rank = min(ranks, key=lambda one: one.load) if len(ranks) > 1 else ranks[0]
+        rank.waiting.append(request)
+
+    def arrive(self, now_s: float) -> bool:
+        """Somebody came at ``now_s``: the stretch under way ends with its step. Whether that changes its end."""
+        stretch = self.stretch
+        if stretch is None or stretch.steps == 1:
+            return False
+        steps = min(stretch.done_by(now_s) + 1, stretch.steps)
+        changed, stretch.steps = steps != stretch.steps, steps
+        return changed
+
+    def start(self, now_s: float) -> bool:
+        """Compose what comes next; whether there is anything."""
+        seen = now_s if not self._begun or not self.rules.lag else self._begun[0]
+        hold = self._holds_prompts(seen)
+        batches = [rank.batch(seen, now_s, hold) for rank in self.ranks]
+        if any(batch.prompts for batch in batches):
+            self.stretch = Stretch(now_s, self._mixed_s(batches), 0.0, 1, batches)
+        elif any(batch.sequences for batch in batches):
+            self.stretch = self._decoding(batches, now_s)
+        elif any(rank.waiting for rank in self.ranks) and seen < now_s:
+            self._begun.clear()  # nothing runs: whoever came meanwhile is seen at once
+            return self.start(now_s)
+        else:
+            self.stretch = None
+            self._begun.clear()
+            return False
+        return True
+
+    def finish(self) -> list[int]:
+        """The stretch under way ends: requests that are done here."""
+        stretch = self.stretch
+        assert stretch is not None
+        now, ended = stretch.end_s, list[int]()
+        mixed = any(batch.prompts for batch in stretch.batches)
+        seconds = now - stretch.start_s
+        self.busy_s += seconds
+        self.steps += stretch.steps
+        self.prompts_s += seconds if mixed else 0.0
+        decoded = 0
+        for rank, batch in zip(self.ranks, stretch.batches, strict=True):
+            if batch.sequences and not (self.rules.alone and batch.prompts):
+                decoded += batch.sequences
+                ended += rank.decoded(stretch.steps)
+            if batch.prompts:
+                ended += rank.read(batch, now)
+        if decoded:
+            gap = seconds / stretch.steps / self.rules.tokens_per_step
+            self.record.gap(gap + self._stalled_s, decoded)
+            self.record.gap(gap, decoded * (stretch.steps * self.rules.tokens_per_step - 1))
+            self._stalled_s = 0.0
+        elif any(batch.sequences for batch in stretch.batches):
+            self._stalled_s += seconds
+        if mixed:
+            self._delayed_s += seconds - self._undisturbed_s(stretch.batches)
+        others_s = self.record.others_s
+        for batch in stretch.batches:
+            for one in batch.done:
+                others_s[one.request] -= self._delayed_s
+        for request in ended:
+            others_s[request] += self._delayed_s
+        self._remember(stretch)
+        self.stretch = None
+        return ended
+
+    def _undisturbed_s(self, batches: list[Batch]) -> float:
+        """What a step with prompts would have taken the decoding sequences without them."""
+        busiest = max(batches, key=lambda batch: batch.sequences)
+        if self.rules.alone or not busiest.sequences:
+            return 0.0
+        mean = sum(batch.sequences for batch in batches) / len(batches)
+        return self.times.decoding(busiest.sequences, busiest.context, mean)
+
+    def _remember(self, stretch: Stretch) -> None:
+        first = max(0, stretch.steps - self._begun.maxlen) if self._begun.maxlen else 0
+        self._begun.extend(stretch.after(step) for step in range(first, stretch.steps))
+        ranks = self.ranks
+        cache = sum(rank.free for rank in ranks) / (len(ranks) * self.rules.cache_tokens)
+        waiting, reading = sum(len(rank.waiting) for rank in ranks), sum(len(rank.reading) for rank in ranks)
+        decoding = sum(len(rank.decoding) for rank in ranks)
+        self.moments.add((stretch.end_s, reading, decoding, waiting, 1 - cache))
+
+    def _holds_prompts(self, seen_s: float) -> bool:
+        """Whether prompts wait until every rank has one (attention DP's balance)."""
+        if not self.rules.balance_steps or len(self.ranks) == 1:
+            return False
+        has = [rank.has_prompt(seen_s) for rank in self.ranks]
+        if all(has) or not any(has):
+            self._held = 0
+            return False
+        self._held += 1
+        if self._held >= self.rules.balance_steps or not all(rank.decoding for rank in self.ranks):
+            self._held = 0
+            return False
+        return True
+
+    def _mixed_s(self, batches: list[Batch]) -> float:
+        alone, times = self.rules.alone, self.times
+        own, tokens = 0.0, 0.0
+        for batch in batches:
+            beside = 0 if alone and batch.prompts else batch.sequences
+            own = max(own, times.own(batch.prompts, beside, batch.context))
+            tokens += batch.new_tokens + beside * times.tokens_each
+        return own + times.shared(tokens / len(batches))
+
+    def _decoding(self, batches: list[Batch], now_s: float) -> Stretch:
+        each, ranks = self.rules.tokens_per_step, self.ranks
+        steps = min(rank.decode_steps_left() for rank in ranks)
+        if self.rules.lag and any(rank.waiting for rank in ranks):
+            steps = 1  # somebody may be seen after it
+        mean = sum(batch.sequences for batch in batches) / len(batches)
+        busiest = [max(batches, key=lambda b: b.sequences)]
+        if len(batches) > 1:
+            busiest.append(max(batches, key=lambda b: b.sequences * b.context))
+        # while the context crosses no point of the table, a step's time grows by the same with every step
+        points = self.times.contexts
+        for batch in busiest:
+            beyond = bisect_right(points, batch.context)
+            if beyond < len(points):
+                steps = min(steps, max(1, math.ceil((points[beyond] - batch.context) / each)))
+        first = max(self.times.decoding(b.sequences, b.context, mean) for b in busiest)
+        slope = 0.0
+        if steps > 1:
+            more = each * (steps - 1)
+            last = max(self.times.decoding(b.sequences, b.context + more, mean) for b in busiest)
+            slope = (last - first) / (steps - 1)
+        return Stretch(now_s, first, slope, int(steps), batches)

@@ -1,0 +1,208 @@
+"""Seconds of a step at the very batch that a scheduler composed, read from a table of the product's own prices.
+
+A table is priced once, in one call per phase: decode steps over sequences and cached tokens, prefill steps over new and
+cached tokens of one prompt. Between its points times are linear, as they are between the batches of decode curves.
+What is told apart is what batches share and what they do not: experts (and the exchange) see the tokens of all
+data-parallel ranks, attention sees each sequence, everything else a rank's own tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from tensorcast.deploy.deployment import Deployment
+from tensorcast.deploy.plan.plan import Collective
+from tensorcast.deploy.step.price import StepPrice, seconds_of
+from tensorcast.deploy.step.sizes import GRID
+from tensorcast.serving.curves import PER_SEQUENCE
+from tensorcast.serving.traffic import Array
+from tensorcast.trace.moe import EXPERT_STAGES
+
+LEAST_CONTEXT = 32.0
+"""Cached tokens from which on tables have points, four in an octave; below, lines from 0."""
+
+
+@dataclass(frozen=True)
+class Bilinear:
+    """Values at points of two axes, linear between them, on their last lines beyond the ends of ``across``.
+
+    Read one number at a time: plain lists are several times as fast for that as arrays.
+    """
+
+    down: list[float]
+    across: list[float]
+    values: list[list[float]]
+    """``[down][across]``"""
+
+    @classmethod
+    def of(cls, down: Array, across: Array, values: Array) -> Bilinear:
+        return cls(down.tolist(), across.tolist(), np.broadcast_to(values, (len(down), len(across))).tolist())
+
+    def at(self, down: float, across: float) -> float:
+        """The value at one point; flat beyond the ends of ``down``."""
+        rows, columns = self.down, self.across
+        i = min(max(bisect_right(rows, down), 1), len(rows) - 1)
+        j = min(max(bisect_right(columns, across), 1), len(columns) - 1)
+        low, left = rows[i - 1], columns[j - 1]
+        u = min(max((down - low) / (rows[i] - low), 0.0), 1.0)
+        v = (across - left) / (columns[j] - left)
+        above, below = self.values[i - 1], self.values[i]
+        first = above[j - 1] + (above[j] - above[j - 1]) * v
+        return first + (below[j - 1] + (below[j] - below[j - 1]) * v - first) * u
+
+
+@dataclass(frozen=True)
+class DecodeTimes:
+    """Decode steps: ``own`` of a rank over sequences and their mean cached tokens, ``shared`` of all ranks' experts at
+    the mean of their sequences, ``attention`` that part of ``own`` which runs per sequence; seconds."""
+
+    own: Bilinear
+    shared: Bilinear
+    attention: Bilinear
+
+
+@dataclass(frozen=True)
+class PromptTimes:
+    """Prefill steps: ``own`` and ``shared`` over a rank's tokens (the second axis has one point less to tell: they are
+    the same whatever is cached), ``attention`` over new and cached tokens of one prompt, of which ``least`` is what a
+    step pays once for all of its prompts; seconds, those of a server under load."""
+
+    own: Bilinear
+    shared: Bilinear
+    attention: Bilinear
+    least: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """What steps of a server take. ``decode`` or ``prompts`` is there of a server that runs both; of one pool, one.
+
+    ``tokens_each``: tokens of a decoding sequence that a step checks (more than 1 with drafted ones). ``errors``:
+    relative median error of a typical decode step and prefill step.
+    """
+
+    decode: DecodeTimes | None
+    prompts: PromptTimes | None
+    tokens_each: float
+    alone: bool
+    errors: tuple[float, float]
+
+    def decoding(self, sequences: float, context: float, mean: float) -> float:
+        """Seconds of a decode step whose busiest rank has ``sequences`` with ``context`` tokens cached each, where ranks
+        have ``mean`` sequences on average."""
+        assert self.decode is not None
+        return self.decode.own.at(context, sequences) + self.decode.shared.at(context, mean)
+
+    def own(self, prompts: list[tuple[int, int]], sequences: float, context: float) -> float:
+        """Seconds of one rank in a step with prompts, without its experts: ``prompts`` as (new, cached) tokens, and
+        decoding sequences beside them (or, in an engine that runs prompts alone, instead)."""
+        if not prompts:
+            return self.decode.own.at(context, sequences) if sequences and self.decode is not None else 0.0
+        times = self.prompts
+        assert times is not None
+        each = times.attention.at
+        seconds = times.least + sum(each(past, new) - times.least for new, past in prompts)
+        tokens = float(sum(new for new, _ in prompts))
+        if sequences and self.decode is not None:
+            tokens += sequences * self.tokens_each
+            seconds += self.decode.attention.at(context, sequences)
+        return seconds + times.own.at(0.0, tokens)
+
+    def shared(self, tokens: float) -> float:
+        """Seconds that experts and their exchange take in a step with prompts, ``tokens`` per rank on average."""
+        assert self.prompts is not None
+        return self.prompts.shared.at(0.0, tokens)
+
+    @cached_property
+    def contexts(self) -> list[float]:
+        """Cached tokens between which a decode step's time is one line."""
+        return [] if self.decode is None else self.decode.own.down
+
+    def scaled(self, decode: float, prompts: float) -> StepTimes:
+        """The same with decode steps and prefill steps so many times as long."""
+        def times(part: Any, factor: float) -> Any:
+            if part is None:
+                return None
+            changed = {}
+            for name, value in vars(part).items():
+                if isinstance(value, Bilinear):
+                    whole = (np.array(value.values) * factor).tolist()
+                    changed[name] = replace(value, values=whole)
+                else:
+                    changed[name] = value * factor
+            return replace(part, **changed)
+
+        return replace(self, decode=times(self.decode, decode), prompts=times(self.prompts, prompts))
+
+
+def step_times(
+    prefill: Deployment | None, decode: Deployment | None, *, most_sequences: float, chunk_tokens: int, longest: int
+) -> StepTimes:
+    """Tables for a server that runs ``prefill`` and ``decode`` steps, or one of them.
+
+    ``most_sequences``: per data-parallel rank; ``chunk_tokens``: new tokens of a step per rank; ``longest``: tokens of
+    the longest sequence.
+    """
+    engine = (decode or prefill).engine  # type: ignore[union-attr]
+    contexts = _contexts(longest)
+    errors = [0.0, 0.0]
+    decoding = prompting = None
+    verify = 1.0
+    if decode is not None:
+        batch = GRID[(GRID >= 1)]
+        batch = batch[: max(2, int(np.searchsorted(batch, most_sequences)) + 1)]
+        price = decode.step.price(batch, 1.0, contexts[:, None])
+        shared, attention = _shared(price, decode), _attention(price)
+        # what the engine takes per sequence stays with decoding where prompts ride along
+        attention = attention + price.overhead_s - engine.overhead(decode.device.name).step_s
+        whole = np.broadcast_to(price.seconds, (len(contexts), len(batch)))
+        decoding = DecodeTimes(*(Bilinear.of(contexts, batch, t) for t in (whole - shared, shared, attention)))
+        errors[0], verify = float(np.median(price.error)), float(np.asarray(decode.step.sizes.verify))
+    if prefill is not None:
+        new = GRID[(GRID >= 1) & (GRID < 2 * chunk_tokens + most_sequences)][::2]
+        price = prefill.step.price(1.0, new, contexts[:, None])
+        factor = engine.overhead(prefill.device.name).prefill_factor
+        shared, attention = _shared(price, prefill), _attention(price)
+        whole, shared, attention = (
+            factor * np.broadcast_to(t, (len(contexts), len(new))) for t in (price.seconds, shared, attention)
+        )
+        first = contexts[:2]
+        own = whole[:2] - shared[:2] - attention[:2]
+        prompting = PromptTimes(
+            *(Bilinear.of(at, new, t) for at, t in ((first, own), (first, shared[:2]), (contexts, attention))),
+            least=float(attention[0, 0]),
+        )
+        errors[1] = float(np.hypot(np.median(price.error), engine.overhead(prefill.device.name).prefill_error))
+    return StepTimes(
+        decode=decoding, prompts=prompting, tokens_each=verify, alone=engine.prefill_alone, errors=(errors[0], errors[1])
+    )
+
+
+def _contexts(longest: int) -> Array:
+    """0 and four points in each octave up to ``longest``."""
+    octaves = max(1.0, np.log2(max(longest, 1) / LEAST_CONTEXT))
+    points = np.rint(LEAST_CONTEXT * 2.0 ** (np.arange(int(np.ceil(4 * octaves)) + 1) / 4))
+    return np.concatenate([[0.0], points])
+
+
+def _attention(price: StepPrice) -> Array:
+    found: Array = np.asarray(price.sum(seconds_of, lambda p: getattr(p.row, "name", "") in PER_SEQUENCE))
+    return found
+
+
+def _shared(price: StepPrice, deployment: Deployment) -> Array:
+    """Seconds of experts, dispatch and combine less what overlaps, as of :func:`prefill_columns`; none where there is
+    one data-parallel rank, whose tokens are all tokens."""
+    if deployment.layout.dp == 1:
+        return np.zeros(1)
+    experts = price.sum(
+        seconds_of,
+        lambda p: p.row.group in ("dp", "ep") if isinstance(p.row, Collective) else p.row.stage in EXPERT_STAGES,
+    )
+    found: Array = np.maximum(np.asarray(experts - price.hidden_s), 0.0)
+    return found

@@ -20,16 +20,18 @@ if TYPE_CHECKING:
     from tensorcast.deploy.result import Simulation
     from tensorcast.deploy.workload import Workload
     from tensorcast.profiles.device import DeviceProfile
+    from tensorcast.scheduling.outcome import Outcome
+    from tensorcast.scheduling.requests import Requests
     from tensorcast.search.compare import Comparison
 
-    Noted = TypeVar("Noted", Simulation, Comparison, Explanation)
+    Noted = TypeVar("Noted", Simulation, Comparison, Explanation, Outcome)
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 NAMES = {
     "--ttft": "ttft_s", "--tpot": "tpot_s", "--mtp": "mtp_depth", "--price": "prices", "--mode": "modes",
-    "--any-engine": "runnable_only=False",
+    "--any-engine": "runnable_only=False", "--e2e": "request_s",
 }
 """Arguments that are not called what the command line calls them, but for dashes."""
 
@@ -251,6 +253,67 @@ def explain(
         profile, device_profile(device), load_engine(engine), one, versus=other, phase=phase, batch=batch, new=new,
         past=past, options=choices,
     )
+    return _noted(found, read_as)
+
+
+@_python_names
+def replay(
+    model: str,
+    *,
+    device: str,
+    layout: str,
+    requests: Requests,
+    engine: str = "vllm",
+    router: str = "least_work",
+    ttft_s: float | None = None,
+    tpot_s: float | None = None,
+    request_s: float | None = None,
+    find_rate: bool = False,
+    percentile: float = 99.0,
+    prefill_chunk: int | None = None,
+    max_sequences: int | None = None,
+    mtp_acceptance: float = 0.8,
+    balance_steps: int = 0,
+    draws: int = 0,
+    seed: int = 0,
+    **options: Unpack[DeploymentOptions],
+) -> Outcome:
+    """Replay ``requests`` one by one through the engine's scheduler, on the prices of :func:`simulate`.
+
+    ``layout`` is one server's, such as ``tp8-ep8``, several (``4 x tp8-ep8``), or two pools, prompts read by the first
+    (``2 x tp8 > dp8-ep8``). ``requests`` come from :func:`tensorcast.scheduling.trace_files.read_trace`, or are drawn:
+    :func:`tensorcast.scheduling.requests.drawn`. ``router``: ``least_work``, ``round_robin``, ``power_of_two`` or
+    ``prefix_aware``. ``ttft_s``, ``tpot_s``, ``request_s`` are the longest times that users accept; with ``find_rate``
+    the requests are sent as fast as leaves ``percentile`` percent of them within. ``prefill_chunk``, ``max_sequences``:
+    new tokens and sequences of a step, per data-parallel rank, the engine's own if not given. ``balance_steps``: steps
+    that prompts wait until every rank has one (TensorRT-LLM's ``attention_dp_config``). ``draws`` replays under other
+    step times give 80 % bands. ``options``, as of :func:`simulate`; ``routing`` is uniform unless said.
+
+    >>> import tensorcast as tc
+    >>> from tensorcast.scheduling.requests import Length, drawn
+    >>> found = tc.replay("qwen3-235b-a22b", device="h200", layout="tp8-ep8",
+    ...                   requests=drawn(1000, Length(2000, 0.5), Length(300, 0.5), rate=4.0))  # doctest: +SKIP
+    >>> found.summary()["ttft_p99_s"], found.per_request().head()  # doctest: +SKIP
+    """
+    from tensorcast.deploy.model_names import named_model
+    from tensorcast.deploy.options import options_of
+    from tensorcast.profiles.store import load_engine
+    from tensorcast.scheduling.capacity import at_the_limit
+    from tensorcast.scheduling.outcome import Limits
+    from tensorcast.scheduling.replay import parse_servers, priced_servers
+
+    limits = Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s)
+    profile, read_as = named_model(model)
+    priced = priced_servers(
+        profile, device_profile(device), load_engine(engine), parse_servers(layout),
+        longest=int((requests.input_len + requests.output_len).max()),
+        options=options_of({"routing": "uniform", **options}),
+        mtp_acceptance=mtp_acceptance, prefill_chunk=prefill_chunk, max_sequences=max_sequences,
+        balance_steps=balance_steps,
+    )
+    if find_rate:
+        requests = at_the_limit(priced, requests, limits, share=percentile / 100, router=router, seed=seed)
+    found = priced.run(requests, limits=limits, router=router, seed=seed, draws=draws)
     return _noted(found, read_as)
 
 

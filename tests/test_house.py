@@ -25,7 +25,7 @@ MOST_MODULES = 15
 
 FLOW: tuple[tuple[str, ...], ...] = (
     ("errors", "version"), ("files", "parallel"), ("profiles", "ops"), ("modeling",), ("trace",), ("cost",),
-    ("deploy",), ("serving", "measure"), ("search", "predict", "launch"), ("calibrate", "report"),
+    ("deploy",), ("serving", "measure"), ("scheduling",), ("search", "predict", "launch"), ("calibrate", "report"),
     ("validate", "api"), ("cli",),
 )
 """Parts of the package in the order that data passes them: each imports itself and parts of earlier groups only."""

@@ -13,7 +13,7 @@ from tensorcast.cli.values import duration
 from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
-    from tensorcast.replay.requests import Requests
+    from tensorcast.scheduling.requests import Requests
 
 REQUESTS, LIMITS = "Requests", "Limits and capacity"
 
@@ -37,7 +37,7 @@ tensorcast replay qwen3-235b-a22b -d h200 --layout tp8-ep8 -i 2000 --output-len 
 
 
 @command(epilog=EXAMPLES)
-@deployment_options("quant", "kv_dtype", "routing", "all2all", "mtp_depth")
+@deployment_options("quant", "kv_dtype", "routing", "all2all", "mtp_depth", defaults={"routing": "uniform"})
 def replay(
     model: Model,
     *,
@@ -48,7 +48,7 @@ def replay(
     )],
     trace: Annotated[Path | None, typer.Option(
         "--trace", "-t", metavar="FILE", show_default=False, rich_help_panel=REQUESTS,
-        help="Requests: Mooncake JSON lines, CSV or Parquet (ours, Azure's, BurstGPT's, Vidur's), result of vllm bench.",
+        help="Requests: Mooncake JSON lines, CSV or Parquet (ours, Azure's, BurstGPT's, Vidur's), vllm bench's result.",
     )] = None,
     skip_bad: Annotated[bool, typer.Option(
         "--skip-bad", help="Leave rows out that cannot be read, and count them.", rich_help_panel=REQUESTS,
@@ -92,7 +92,8 @@ def replay(
     )] = None,
     engine: Engine = "vllm",
     ttft: Annotated[str | None, typer.Option(
-        "--ttft", metavar="TIME", show_default=False, help="Longest time to first token, as 2s.", rich_help_panel=LIMITS,
+        "--ttft", metavar="TIME", show_default=False, help="Longest time to first token, as 2s.",
+        rich_help_panel=LIMITS,
     )] = None,
     tpot: Annotated[str | None, typer.Option(
         "--tpot", metavar="TIME", show_default=False, help="Longest time per output token, as 50ms.",
@@ -122,14 +123,12 @@ def replay(
     """Replay requests one by one through an engine's scheduler: percentiles, goodput, what slow ones waited for."""
     from tensorcast.api import replay as run
     from tensorcast.files import check_directory
-    from tensorcast.replay.trace_files import read_trace
+    from tensorcast.scheduling.trace_files import read_trace
 
     if out is not None:
         check_directory(out)
-    limits = {
-        "ttft_s": duration("--ttft", ttft), "tpot_s": duration("--tpot", tpot), "request_s": duration("--e2e", e2e)
-    }
-    if search_rate and not any(limits.values()):
+    longest = [duration(flag, text) for flag, text in (("--ttft", ttft), ("--tpot", tpot), ("--e2e", e2e))]
+    if search_rate and not any(longest):
         raise InputError("--find-rate: needs a limit: --ttft, --tpot or --e2e")
     skipped = 0
     if trace is not None:
@@ -138,14 +137,16 @@ def replay(
         asked = asked if requests is None else asked.first(requests)
         asked = _paced(asked, rate, users)
     else:
+        if search_rate and rate is None:
+            rate = 1.0  # any will do: it is scaled
         asked = _drawn(
             requests or 1000, input_len, output_len, spread, rate=rate, burstiness=burstiness, users=users, seed=seed
         )
     with patience(model, "replaying"):
         found = run(
-            model, device=device, layout=layout, requests=asked, engine=engine, router=router, chunk_tokens=chunk,
+            model, device=device, layout=layout, requests=asked, engine=engine, router=router, prefill_chunk=chunk,
             max_sequences=max_sequences, seed=seed, draws=draws, percentile=percentile, find_rate=search_rate,
-            **limits, **options,
+            ttft_s=longest[0], tpot_s=longest[1], request_s=longest[2], **options,
         )
         if out is not None:
             from tensorcast.report.replay.files import write_replay
@@ -180,7 +181,7 @@ def _drawn(
     count: int, input_len: int, output_len: int, spread: float, *, rate: float | None, burstiness: float,
     users: int | None, seed: int,
 ) -> Requests:
-    from tensorcast.replay.requests import Length, drawn
+    from tensorcast.scheduling.requests import Length, drawn
 
     if rate is None and users is None:
         raise InputError("requests: needs --trace FILE, --rate N or --users N")

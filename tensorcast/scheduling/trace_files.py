@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tensorcast.errors import InputError
-from tensorcast.replay.requests import Requests
+from tensorcast.scheduling.requests import Requests
 
 BLOCK_TOKENS = 512
 """Tokens of a block whose hash a Mooncake trace has (https://github.com/kvcache-ai/Mooncake, FAST25-release)."""
@@ -128,7 +128,7 @@ def _bench_result(path: Path, text: str) -> TraceFile:
     return TraceFile(requests, "vllm bench", 0)
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path) -> Iterator[Mapping[Any, Any]]:
     import pandas as pd
 
     try:
@@ -139,7 +139,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path}: cannot be read: {error}") from None
 
 
-def _table(path: Path, found: Iterable[Mapping[str, Any]], skip_bad: bool) -> TraceFile:
+def _table(path: Path, found: Iterable[Mapping[Any, Any]], skip_bad: bool) -> TraceFile:
     rows, skipped, columns = [], 0, None
     for number, row in enumerate(found, 1):
         columns = columns or _columns(path, list(row))
@@ -169,7 +169,7 @@ def _columns(path: Path, names: list[str]) -> dict[str, tuple[str, float]]:
     return {wanted: column for wanted, column in chosen.items() if column is not None}
 
 
-def _table_row(row: Mapping[str, Any], columns: Mapping[str, tuple[str, float]]) -> tuple[float, int, int]:
+def _table_row(row: Mapping[Any, Any], columns: Mapping[str, tuple[str, float]]) -> tuple[float, int, int]:
     name, unit = columns["arrival"]
     prompt, reply = (_whole(columns[key][0], row[columns[key][0]]) for key in ("input_len", "output_len"))
     return _moment(name, row[name]) * unit, prompt, reply

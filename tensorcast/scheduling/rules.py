@@ -20,11 +20,12 @@ class Rules:
 
     ``role``: whether it reads prompts, writes replies, or both. ``alone``: prompts run in steps without decoding
     sequences. ``chunk_tokens``: new tokens of a step; ``splits``: a prompt may be read in several steps;
-    ``prompt_tokens``: new tokens of one step's whole prompts. ``cache_tokens``: tokens that the cache holds, in blocks of
-    ``block_tokens``. ``reserves_reply``: a request is let in only with room for its whole reply. ``tokens_per_step``:
-    tokens that a decode step brings to a sequence in the mean, more than 1 with drafts; it checks ``verify``. ``lag``:
-    steps that are composed ahead of what is seen. ``balance_steps``: steps that prompts wait until every
-    data-parallel rank has one. ``first_token_s``: per request outside the GPU, before it is seen.
+    ``prompt_tokens``: new tokens of one step's whole prompts. ``cache_tokens``: tokens that the cache holds, in blocks
+    of ``block_tokens``. ``reserves_reply``: a request is let in only with room for its whole reply.
+    ``tokens_per_step``: tokens that a decode step brings to a sequence in the mean, more than 1 with drafts; it checks
+    ``verify``. ``lag``: steps that are composed ahead of what is seen. ``balance_steps``: steps that prompts wait until
+    every data-parallel rank has one. ``first_token_s``: per request outside the GPU, before it is seen, and
+    ``prompt_token_s`` per token of its prompt. ``longest``: tokens of the longest request that is served.
     """
 
     role: Role
@@ -43,7 +44,9 @@ class Rules:
     lag: int
     balance_steps: int
     first_token_s: float
+    prompt_token_s: float
     prefix_cache: bool
+    longest: int
     round_robin: bool
 
     @property
@@ -54,7 +57,8 @@ class Rules:
 
 def rules_of(
     deployment: Deployment, role: Role, *, mtp_acceptance: float = 0.8, chunk_tokens: int | None = None,
-    max_sequences: int | None = None, wait_steps: float = 0.0, balance_steps: int = 0, cache_tokens: float | None = None,
+    max_sequences: int | None = None, wait_steps: float = 0.0, balance_steps: int = 0,
+    cache_tokens: float | None = None, longest: int = 1 << 40,
 ) -> Rules:
     """Rules of a server of ``deployment``, whose phase is decode unless it only reads prompts. What is not given is as
     the engine sets it; the cache has the room that its memory settings leave. Raises :class:`InputError` if none."""
@@ -62,7 +66,7 @@ def rules_of(
     scheduler = engine.scheduler
     if scheduler is None:
         raise InputError(f"--engine {engine.name}: its profile has no scheduler; one with `scheduler:` is needed")
-    for name, value in (("--chunk-tokens", chunk_tokens), ("--max-sequences", max_sequences)):
+    for name, value in (("--prefill-chunk", chunk_tokens), ("--max-sequences", max_sequences)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
     depth = deployment.options.mtp_depth
@@ -88,7 +92,9 @@ def rules_of(
         verify=1.0 + depth,
         lag=max(0, round(engine.arrival_wait_steps - 1 + wait_steps)),
         balance_steps=balance_steps,
-        first_token_s=engine.first_token_s,
+        first_token_s=engine.first_token_s(0),
+        prompt_token_s=engine.first_token_s(1) - engine.first_token_s(0),
         prefix_cache=scheduler.prefix_cache,
+        longest=longest,
         round_robin=scheduler.rank_choice == "round_robin",
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tensorcast.cost.evidence import NORMAL_80
-from tensorcast.replay.record import GAPS_S, Record
+from tensorcast.scheduling.record import GAPS_S, Record
 from tensorcast.serving.traffic import Array
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.replay.fleet import Fleet, Pool
-from tensorcast.replay.outcome import Limits, Outcome, drawn_factors
-from tensorcast.replay.requests import Requests
-from tensorcast.replay.rules import Role, rules_of
-from tensorcast.replay.step_times import step_times
+from tensorcast.scheduling.fleet import Fleet, Pool
+from tensorcast.scheduling.outcome import Limits, Outcome, drawn_factors
+from tensorcast.scheduling.requests import Requests
+from tensorcast.scheduling.rules import Role, rules_of
+from tensorcast.scheduling.step_times import step_times
 from tensorcast.serving.hand_over import hand_over_s
 from tensorcast.serving.interval import SERVING_ERROR
 
@@ -60,13 +60,20 @@ class PricedServers:
     notes: tuple[str, ...]
 
     def run(
-        self, requests: Requests, *, limits: Limits = Limits(), router: str = "least_work", seed: int = 0, draws: int = 0,
-        progress: Callable[[int], None] | None = None,
+        self, requests: Requests, *, limits: Limits = Limits(), router: str = "least_work", seed: int = 0,
+        draws: int = 0,
     ) -> Outcome:
         """Replay ``requests``; with ``draws`` also under step times as far off as theirs may be."""
         if draws < 0:
             raise InputError(f"--draws {draws}: must be at least 0")
-        found = self._once(self.pools, requests, limits, router, seed, progress)
+        found = self._once(self.pools, requests, limits, router=router, seed=seed)
+        if not found.served:
+            shortest = int((requests.input_len + requests.output_len).min())
+            most = min(min(pool.rules.longest, pool.rules.cache_tokens) for pool in self.pools)
+            raise InputError(
+                f"requests: none can be served: the shortest has {shortest} tokens with its reply, {self.layout} takes "
+                f"{most:.0f} at most (the model's positions, or a rank's cache)"
+            )
         if not draws:
             return found
         random = np.random.default_rng(seed)
@@ -75,7 +82,7 @@ class PricedServers:
         drawn = []
         for decode, prompts in factors:
             pools = tuple(replace(p, times=p.times.scaled(float(decode), float(prompts))) for p in self.pools)
-            drawn.append(self._once(pools, requests, limits, router, seed, progress).summary())
+            drawn.append(self._once(pools, requests, limits, router=router, seed=seed).summary())
         return replace(found, draws=tuple(drawn))
 
     def _error(self, phase: int) -> float:
@@ -84,10 +91,9 @@ class PricedServers:
         return float(np.hypot(own, SERVING_ERROR["tpot_s"]))
 
     def _once(
-        self, pools: Sequence[Pool], requests: Requests, limits: Limits, router: str, seed: int,
-        progress: Callable[[int], None] | None,
+        self, pools: Sequence[Pool], requests: Requests, limits: Limits, *, router: str, seed: int
     ) -> Outcome:
-        fleet = Fleet(pools, requests, router=router, hand_over_s=self.hand_over, seed=seed, progress=progress)
+        fleet = Fleet(pools, requests, router=router, hand_over_s=self.hand_over, seed=seed)
         record = fleet.run()
         end = np.nanmax(record.last_s) if np.isfinite(record.last_s).any() else np.nan
         servers = tuple(
@@ -105,15 +111,16 @@ class PricedServers:
 
 def priced_servers(
     model: ModelProfile, device: DeviceProfile, engine: EngineProfile, servers: Sequence[Servers], *, longest: int,
-    options: Options = Options(), mtp_acceptance: float = 0.8, chunk_tokens: int | None = None,
-    max_sequences: int | None = None, wait_steps: float = 0.0, balance_steps: int = 0, cache_tokens: float | None = None,
+    options: Options = Options(), mtp_acceptance: float = 0.8, prefill_chunk: int | None = None,
+    max_sequences: int | None = None, wait_steps: float = 0.0, balance_steps: int = 0,
+    cache_tokens: float | None = None,
 ) -> PricedServers:
-    """Lay servers out and price their steps. ``longest``: tokens of the longest request."""
+    """Lay servers out and price their steps. ``longest``: tokens of the longest request; of those
+    longer than the model's positions, which servers refuse, none is priced."""
     pooled = len(servers) == 2
     engine = engine.in_pools() if pooled else engine
     roles: tuple[Role, ...] = ("prefill", "decode") if pooled else ("both",)
-    if problem := model.too_long(longest):
-        raise InputError(f"requests of {longest} tokens: {problem}")
+    longest = min(longest, model.max_positions or longest)
     pools, deployed = [], []
     for one, role in zip(servers, roles, strict=True):
         undrafted = replace(options, mtp_depth=0)
@@ -122,8 +129,8 @@ def priced_servers(
         own = decode or prefill
         assert own is not None
         rules = rules_of(
-            own, role, mtp_acceptance=mtp_acceptance, chunk_tokens=chunk_tokens, max_sequences=max_sequences,
-            wait_steps=wait_steps, balance_steps=balance_steps, cache_tokens=cache_tokens,
+            own, role, mtp_acceptance=mtp_acceptance, chunk_tokens=prefill_chunk, max_sequences=max_sequences,
+            wait_steps=wait_steps, balance_steps=balance_steps, cache_tokens=cache_tokens, longest=longest,
         )
         times = step_times(
             prefill, decode, most_sequences=rules.most_sequences, chunk_tokens=rules.chunk_tokens, longest=longest
@@ -145,29 +152,3 @@ def _hand_over(deployed: Sequence[Deployment], servers: Sequence[Servers]) -> Ca
     each = (at[1] - at[0]) / 1024
     fixed = at[0] - 1024 * each + first.engine.hand_over_s
     return lambda tokens: fixed + each * tokens
-
-
-def find_rate(
-    run: Callable[[float], Outcome], *, share: float, low: float, high: float, steps: int = 12
-) -> tuple[float, Outcome]:
-    """The largest rate (requests per second) at which ``share`` of the requests keep the limits, between ``low`` and
-    ``high``, to a part in 2^``steps`` of their distance in logarithms; and the replay there. Raises where not even ``low``
-    does."""
-    if not 0 < share <= 1:
-        raise InputError(f"--percentile {100 * share:g}: must be more than 0 and at most 100")
-    best, found = low, run(low)
-    if found.summary()["within_limits"] < share:
-        raise InputError(
-            f"--find-rate: at {low:g} requests/s only {100 * found.summary()['within_limits']:.1f} % of the requests "
-            f"keep the limits, {100 * share:g} % are asked for"
-        )
-    for _ in range(steps):
-        middle = float(np.sqrt(low * high))
-        tried = run(middle)
-        if tried.summary()["within_limits"] >= share:
-            low, best, found = middle, middle, tried
-        else:
-            high = middle
-        if high / low < 1.01:
-            break
-    return best, found

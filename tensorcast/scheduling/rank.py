@@ -7,9 +7,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from tensorcast.replay.prefix_cache import PrefixCache
-from tensorcast.replay.record import Record
-from tensorcast.replay.rules import Rules
+from tensorcast.scheduling.prefix_cache import PrefixCache
+from tensorcast.scheduling.record import Record
+from tensorcast.scheduling.rules import Rules
 
 
 @dataclass
@@ -83,6 +83,11 @@ class Rank:
         pinned = 0 if self.prefix is None else self.prefix.pinned_tokens
         return self.rules.cache_tokens - self.used - pinned
 
+    @property
+    def _growth(self) -> float:
+        """Tokens of the cache that a decode step takes, where replies have no room reserved."""
+        return 0.0 if self.rules.reserves_reply else len(self.decoding) * self.rules.tokens_per_step
+
     def batch(self, seen_s: float, now_s: float, hold_prompts: bool = False) -> Batch:
         """The next step, of requests that arrived by ``seen_s``. ``hold_prompts``: none is read."""
         rules = self.rules
@@ -106,16 +111,14 @@ class Rank:
         if not self._ends:
             return math.inf
         steps = self._ends[0][0] - self.steps
-        growth = 0.0 if self.rules.reserves_reply else len(self.decoding) * self.rules.tokens_per_step
-        if growth:
-            steps = min(steps, max(1, int(self.free / growth)))
+        if self._growth:
+            steps = min(steps, max(1, int(self.free / self._growth)))
         return steps
 
     def decoded(self, steps: int) -> list[int]:
         """``steps`` decode steps have passed, all at once; who ends with the last one."""
         self.steps += steps
-        if not self.rules.reserves_reply:
-            self.used += len(self.decoding) * self.rules.tokens_per_step * steps
+        self.used += self._growth * steps
         share = self.rules.expected
         if share is not None:
             self._share = max(share.least, self._share - (share.first - share.least) / share.steps * steps)
@@ -156,13 +159,13 @@ class Rank:
             if len(self.decoding) + len(self.reading) >= rules.most_sequences:
                 return
             request = self.waiting[0]
-            one = self._admit(request, budget)
-            if one is None:
+            fresh = self._admit(request, budget)
+            if fresh is None:
                 return
             self.waiting.popleft()
             record.admit(request, now_s)
-            self.reading.append(one)
-            taken = self._take(found, one, budget)
+            self.reading.append(fresh)
+            taken = self._take(found, fresh, budget)
             budget, whole = budget - taken, whole - taken
 
     def _take(self, found: Batch, one: Reading, budget: int) -> int:
@@ -196,19 +199,17 @@ class Rank:
             asked += min(reply, most) + self._share * min(ahead, len(self.decoding) * most)
         if self.prefix is not None:
             self.prefix.pin(shared)
-        if asked > self.free and self.load > len(self.waiting):  # who is alone is let in if it fits at all
-            return self._refused(shared)
-        if held > self.free:
-            return self._refused(shared)
+        room = self.free - self._growth
+        # who is alone is let in if it fits at all
+        if held > room or (asked > room and self.load > len(self.waiting)):
+            if self.prefix is not None:
+                self.prefix.unpin(shared)
+            return None
         self.used += held
         if self.prefix is not None:
             self.prefix.shrink(self.free)
         record.cached(request, cached)
         return Reading(request, prompt, cached, held, shared)
-
-    def _refused(self, shared: tuple[int, ...]) -> None:
-        if self.prefix is not None:
-            self.prefix.unpin(shared)
 
     def _take_over(self, seen_s: float, now_s: float) -> None:
         """Prompts that another pool has read start to write their replies."""
@@ -219,7 +220,7 @@ class Rank:
                 return
             tokens = record.prompt(request)
             held = tokens + rules.waste + (record.left(request) if rules.reserves_reply else 0)
-            if held > self.free:
+            if held + rules.tokens_per_step > self.free - self._growth and self.decoding:  # it decodes at once
                 return
             self.waiting.popleft()
             record.first_token(request, now_s)
@@ -262,13 +263,14 @@ class Rank:
         rules = self.rules
         if rules.reserves_reply:
             return
-        while len(self.decoding) > 1 and self.free < len(self.decoding) * rules.tokens_per_step:
+        while len(self.decoding) > 1 and self.free < self._growth:
             request = next(reversed(self.decoding))
             steps = self.steps - self.decoding[request].joined
             self._leave(request)
             self._ends = [end for end in self._ends if end[1] != request]
             self._ends.sort()
-            self.record.preempt(request, 1 + int(steps * rules.tokens_per_step))
+            with_prompt = rules.role == "both"  # where the prompt is read here, its first token came with it
+            self.record.preempt(request, with_prompt + int(steps * rules.tokens_per_step))
             self.waiting.appendleft(request)
             if rules.expected is not None:
                 self._share = rules.expected.first

@@ -93,8 +93,8 @@ class StepTimes:
     errors: tuple[float, float]
 
     def decoding(self, sequences: float, context: float, mean: float) -> float:
-        """Seconds of a decode step whose busiest rank has ``sequences`` with ``context`` tokens cached each, where ranks
-        have ``mean`` sequences on average."""
+        """Seconds of a decode step whose busiest rank has ``sequences`` with ``context`` tokens cached each, where
+        ranks have ``mean`` sequences on average."""
         assert self.decode is not None
         return self.decode.own.at(context, sequences) + self.decode.shared.at(context, mean)
 
@@ -161,10 +161,14 @@ def step_times(
         # what the engine takes per sequence stays with decoding where prompts ride along
         attention = attention + price.overhead_s - engine.overhead(decode.device.name).step_s
         whole = np.broadcast_to(price.seconds, (len(contexts), len(batch)))
-        decoding = DecodeTimes(*(Bilinear.of(contexts, batch, t) for t in (whole - shared, shared, attention)))
+        decoding = DecodeTimes(
+            own=Bilinear.of(contexts, batch, whole - shared),
+            shared=Bilinear.of(contexts, batch, shared),
+            attention=Bilinear.of(contexts, batch, attention),
+        )
         errors[0], verify = float(np.median(price.error)), float(np.asarray(decode.step.sizes.verify))
     if prefill is not None:
-        new = GRID[(GRID >= 1) & (GRID < 2 * chunk_tokens + most_sequences)][::2]
+        new = GRID[(GRID >= 1) & (2 * chunk_tokens + most_sequences > GRID)][::2]
         price = prefill.step.price(1.0, new, contexts[:, None])
         factor = engine.overhead(prefill.device.name).prefill_factor
         shared, attention = _shared(price, prefill), _attention(price)
@@ -174,12 +178,15 @@ def step_times(
         first = contexts[:2]
         own = whole[:2] - shared[:2] - attention[:2]
         prompting = PromptTimes(
-            *(Bilinear.of(at, new, t) for at, t in ((first, own), (first, shared[:2]), (contexts, attention))),
+            own=Bilinear.of(first, new, own),
+            shared=Bilinear.of(first, new, shared[:2]),
+            attention=Bilinear.of(contexts, new, attention),
             least=float(attention[0, 0]),
         )
         errors[1] = float(np.hypot(np.median(price.error), engine.overhead(prefill.device.name).prefill_error))
     return StepTimes(
-        decode=decoding, prompts=prompting, tokens_each=verify, alone=engine.prefill_alone, errors=(errors[0], errors[1])
+        decode=decoding, prompts=prompting, tokens_each=verify, alone=engine.prefill_alone,
+        errors=(errors[0], errors[1]),
     )
 
 

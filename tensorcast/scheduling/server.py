@@ -12,10 +12,10 @@ from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
 
-from tensorcast.replay.rank import Batch, Rank
-from tensorcast.replay.record import Moments, Record
-from tensorcast.replay.rules import Rules
-from tensorcast.replay.step_times import StepTimes
+from tensorcast.scheduling.rank import Batch, Rank
+from tensorcast.scheduling.record import Moments, Record
+from tensorcast.scheduling.rules import Rules
+from tensorcast.scheduling.step_times import StepTimes
 
 
 @dataclass

@@ -11,16 +11,17 @@ from typing import Literal
 import numpy as np
 
 from tensorcast.errors import InputError
-from tensorcast.replay.record import Record
-from tensorcast.replay.requests import Requests
-from tensorcast.replay.rules import Rules
-from tensorcast.replay.server import Server
-from tensorcast.replay.step_times import StepTimes
+from tensorcast.scheduling.record import Record
+from tensorcast.scheduling.requests import Requests
+from tensorcast.scheduling.rules import Rules
+from tensorcast.scheduling.server import Server
+from tensorcast.scheduling.step_times import StepTimes
 
 Router = Literal["round_robin", "least_work", "power_of_two", "prefix_aware"]
 ROUTERS: tuple[str, ...] = ("round_robin", "least_work", "power_of_two", "prefix_aware")
 
-ARRIVAL, ENTRY, STEP_END, HANDED_OVER = range(4)
+ARRIVAL, ENTRY, HANDED_OVER, STEP_END, START = range(5)
+"""What happens, in the order in which it does at one moment: a step is composed when all who come then are there."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Fleet:
 
     def __init__(
         self, pools: Sequence[Pool], requests: Requests, *, router: str = "least_work",
-        hand_over_s: Callable[[int], float] | None = None, seed: int = 0, progress: Callable[[int], None] | None = None,
+        hand_over_s: Callable[[int], float] | None = None, seed: int = 0,
     ) -> None:
         if router not in ROUTERS:
             raise InputError(f"router {router!r}: must be one of {', '.join(ROUTERS)}")
@@ -56,12 +57,11 @@ class Fleet:
         ]
         self.servers = [server for pool in self.pools for server in pool]
         self.hand_over_s = hand_over_s or (lambda tokens: 0.0)
-        self.progress = progress
         self.refused: list[int] = []
         self.finished = 0
-        self._room = min(pool.rules.cache_tokens for pool in pools)
-        self._waste = max(pool.rules.waste for pool in pools)
-        self._events: list[tuple[float, int, int, int]] = []  # (when, order, kind, of whom)
+        # tokens of the longest request that any server takes
+        self._longest = min(min(p.rules.cache_tokens - p.rules.waste, p.rules.longest) for p in pools)
+        self._events: list[tuple[float, int, int, int]] = []  # (when, kind, order, of whom)
         self._order = 0
         self._due = [-1] * len(self.servers)  # the order number of each server's end of a step that holds
         self._random = np.random.default_rng(seed)
@@ -76,7 +76,7 @@ class Fleet:
         self._next_arrival()
         events = self._events
         while events:
-            now, order, kind, who = heapq.heappop(events)
+            now, kind, order, who = heapq.heappop(events)
             if kind == STEP_END and self._due[who] != order:
                 continue  # the step ends earlier by now
             if kind == ARRIVAL:
@@ -86,13 +86,15 @@ class Fleet:
                 self._put(who, 0, now)
             elif kind == HANDED_OVER:
                 self._put(who, 1, now)
-            else:
+            elif kind == STEP_END:
                 self._step_ended(self.servers[who], now)
+            else:
+                self._start(self.servers[who], now)
         return self.record
 
     def _at(self, when: float, kind: int, who: int) -> int:
         self._order += 1
-        heapq.heappush(self._events, (when, self._order, kind, who))
+        heapq.heappush(self._events, (when, kind, self._order, who))
         return self._order
 
     def _next_arrival(self) -> None:
@@ -110,14 +112,13 @@ class Fleet:
         while self._later and (users is None or self._in_flight < users):
             request = self._later.popleft()
             record.sent_s[request] = now
-            if record.longest(request) + self._waste > self._room:
+            if record.longest(request) > self._longest:
                 self.refused.append(request)
-                self._count()
+                self.finished += 1
                 continue
             self._in_flight += 1
-            # in the mean as fitted; as random as it can be, which is what keeps users from moving in step
-            delay = self.servers[0].rules.first_token_s * self._random.exponential()
-            self._at(now + delay, ENTRY, request)
+            rules = self.servers[0].rules
+            self._at(now + rules.first_token_s + rules.prompt_token_s * record.prompt(request), ENTRY, request)
 
     def _put(self, request: int, pool: int, now: float) -> None:
         server = self._choose(request, pool)
@@ -125,12 +126,12 @@ class Fleet:
         self.record.came_s[request] = now
         server.put(request)
         if server.stretch is None:
-            self._start(server, now)
+            self._at(now, START, server.number)
         elif server.arrive(now):
             self._due[server.number] = self._at(server.stretch.end_s, STEP_END, server.number)
 
     def _start(self, server: Server, now: float) -> None:
-        if server.start(now):
+        if server.stretch is None and server.start(now):
             assert server.stretch is not None
             self._due[server.number] = self._at(server.stretch.end_s, STEP_END, server.number)
 
@@ -141,19 +142,14 @@ class Fleet:
                 self.record.first_token(request, now)
                 self.record.last_s[request] = now
                 self._in_flight -= 1
-                self._count()
+                self.finished += 1
             else:
                 took = self.hand_over_s(self.record.prompt(request))
                 begins = max(now, self._link_free[server.number])
                 self._link_free[server.number] = begins + took
                 self._at(begins + took, HANDED_OVER, request)
         self._send_waiting(now)
-        self._start(server, now)
-
-    def _count(self) -> None:
-        self.finished += 1
-        if self.progress is not None and self.finished % 256 == 0:
-            self.progress(self.finished)
+        self._at(now, START, server.number)
 
     def _choose(self, request: int, pool: int) -> Server:
         servers = self.pools[pool]

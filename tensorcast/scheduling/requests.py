@@ -106,8 +106,8 @@ def drawn(
     """``count`` requests of drawn lengths.
 
     ``rate``: requests per second in the mean, gaps from a gamma law of shape ``burstiness`` (1: Poisson; less: in
-    bursts; endless: evenly spaced, as ``vllm bench serve --burstiness`` has it); without it all come at once. ``ramp_s``:
-    seconds in which the rate climbs from 0. ``users``: most in flight.
+    bursts; endless: evenly spaced, as ``vllm bench serve --burstiness`` has it); without it all come at once.
+    ``ramp_s``: seconds in which the rate climbs from 0. ``users``: most in flight.
     """
     if count < 1:
         raise InputError(f"requests = {count}: at least 1")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tensorcast.replay.requests import Requests
+from tensorcast.scheduling.requests import Requests
 from tensorcast.serving.traffic import Array
 
 GAPS_S = np.geomspace(1e-4, 1e3, 1401)
@@ -19,9 +19,9 @@ MOST_SAMPLES = 4096
 class Record:
     """Times of requests ``[N]``, NaN until they come, and what scheduling needs to know of each.
 
-    ``sent_s``: by the user, ``came_s``: to the scheduler of the server where it is, ``admitted_s``: the first step with its prompt begins,
-    ``first_s`` and ``last_s``: the first and the last token reach the user. ``others_s``: time that others' prompts took
-    from its reply.
+    ``sent_s``: by the user, ``came_s``: to the scheduler of the server where it is, ``admitted_s``: the first step with
+    its prompt begins, ``first_s`` and ``last_s``: the first and the last token reach the user. ``others_s``: time that
+    others' prompts took from its reply.
     """
 
     def __init__(self, requests: Requests) -> None:
@@ -83,8 +83,8 @@ class Record:
 
 @dataclass
 class Moments:
-    """A server over time, a moment per change: ``time_s``, sequences that ``read``, ``decode`` and ``wait``, and the share
-    of the cache that is ``used``."""
+    """A server over time, a moment per change: ``time_s``, sequences that read, decode and wait, and the share of the
+    cache that is used."""
 
     rows: list[tuple[float, int, int, int, float]] = field(default_factory=list)
     every: int = 1

@@ -1,0 +1,1 @@
+"""What a replay tells: words, a terminal, files."""

@@ -1,0 +1,69 @@
+"""A replay as files: a row per request, a document, a figure."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from tensorcast.files import write_atomically
+from tensorcast.report.figures import COLOURS
+from tensorcast.report.plain import to_json
+from tensorcast.report.replay import words
+from tensorcast.scheduling.outcome import Outcome
+
+
+def write_replay(found: Outcome, folder: Path) -> list[Path]:
+    """``requests.csv``, ``summary.json`` and ``replay.png`` in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in ("requests.csv", "summary.json", "replay.png")]
+    write_atomically(paths[0], found.per_request().to_csv(index_label="request"))
+    write_atomically(paths[1], to_json(words.document(found), indent=2) + "\n")
+    if found.served:
+        draw(found, paths[2])
+    return paths if found.served else paths[:2]
+
+
+def draw(found: Outcome, path: Path) -> Path:
+    """How long requests wait (share of them within a time), and what servers did over time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 6.2), layout="constrained", dpi=160)
+    FigureCanvasAgg(figure)
+    within, over_time = figure.subplots(2, 1)
+    names = {"ttft_s": "time to first token", "tpot_s": "time per output token", "request_s": "whole request"}
+    for (key, label), colour in zip(names.items(), COLOURS, strict=False):
+        values = np.sort(found.times[key][np.isfinite(found.times[key])])
+        within.plot(values, 100 * (np.arange(len(values)) + 1) / len(values), color=colour, label=label)
+        limit = getattr(found.limits, key)
+        if limit is not None:
+            within.axvline(limit, color=colour, linestyle=":", linewidth=1.2)
+    within.set_xscale("log")
+    within.set(xlabel="seconds (dotted: limit)", ylabel="% of requests within", ylim=(0, 101))
+    within.legend(loc="lower right", frameon=False)
+    numbers = found.summary()
+    within.set_title(words.headline(found, numbers), fontsize=10, loc="left")
+    moments = [server["moments"] for server in found.servers]
+    end = max((float(m["time_s"][-1]) for m in moments if len(m["time_s"])), default=1.0)
+    grid = np.linspace(0, end, 400)
+    states = {"decoding": "writing replies", "reading": "reading prompts", "waiting": "waiting"}
+    for (key, label), colour in zip(states.items(), COLOURS, strict=False):
+        total = sum(_held(m["time_s"], m[key], grid) for m in moments)
+        over_time.plot(grid, total, color=colour, label=label, linewidth=1.2)
+    over_time.set(xlabel="seconds since the first request", ylabel="requests", xlim=(0, end))
+    over_time.set_ylim(bottom=0)
+    over_time.legend(loc="upper right", frameon=False)
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, format="png")
+        write_atomically(path, buffer.getvalue())
+    return path
+
+
+def _held(times: np.ndarray, values: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """The value that holds at each moment of ``grid``: that of the last moment before."""
+    if not len(times):
+        return np.zeros(len(grid))
+    at = np.searchsorted(times, grid, side="right") - 1
+    return np.where(at < 0, 0.0, values[np.maximum(at, 0)])

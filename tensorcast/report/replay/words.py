@@ -1,0 +1,96 @@
+"""A replay in words and as a document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensorcast.report import units
+from tensorcast.scheduling.outcome import CAUSES, PERCENTILES, Outcome
+
+ROWS = {
+    "ttft": "time to first token", "tpot": "time per output token", "itl": "gap between tokens",
+    "request": "whole request",
+}  # fmt: skip
+"""Times of :meth:`Outcome.summary`, by the start of their names."""
+
+
+def headline(found: Outcome, numbers: dict[str, float]) -> str:
+    """What was replayed, and how much of it kept the limits."""
+    said = f"{found.layout}: {units.count(numbers['served'])} of {units.count(numbers['requests'])} requests served"
+    said += f" in {units.seconds(numbers['duration_s'])}"
+    if limits := limits_said(found):
+        said += f"; {units.percent(numbers.get('within_limits', 0.0))} keep {limits}"
+    return said
+
+
+def limits_said(found: Outcome) -> str:
+    """``TTFT 2 s, TPOT 50 ms``; empty if there are none."""
+    names = {"ttft_s": "TTFT", "tpot_s": "TPOT", "request_s": "E2E"}
+    return ", ".join(
+        f"{names[name]} {units.seconds(limit)}" for name, limit in vars(found.limits).items() if limit is not None
+    )
+
+
+def times_table(numbers: dict[str, float]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: mean and percentiles of every time."""
+    head = ["", "mean", *(f"P{p:g}" for p in PERCENTILES)]
+    rows = []
+    for key, said in ROWS.items():
+        mean = numbers.get(f"{key}_mean_s")
+        cells = [numbers.get(f"{key}_p{p:g}_s", float("nan")) for p in PERCENTILES]
+        rows.append([said, "-" if mean is None else units.seconds(mean), *map(units.seconds, cells)])
+    return head, rows
+
+
+def rates(found: Outcome, numbers: dict[str, float]) -> list[tuple[str, str]]:
+    """What was served per second, and what servers did."""
+    bands = found.bands()
+
+    def banded(name: str, said: str) -> str:
+        if name not in bands:
+            return said
+        low, high = bands[name]
+        return f"{said}  (80 %: {low:,.4g}-{high:,.4g})"
+
+    rows = [
+        ("throughput", banded("output_tokens_per_s", f"{numbers['output_tokens_per_s']:,.0f} output tokens/s; "
+            f"{numbers['output_tokens_per_s_per_gpu']:,.1f} per GPU on {found.gpus}")),
+        ("requests", banded("requests_per_s", f"{numbers['requests_per_s']:,.3g} per second")),
+    ]
+    if limits_said(found):
+        rows.append(("goodput", f"{numbers['goodput_requests_per_s']:,.3g} requests per second within the limits"))
+    rows.append(("servers", f"busy {units.percent(numbers['busy_share'])} of the time"))
+    if found.record.blocks is not None:
+        rows.append(("prefix cache", f"{units.percent(numbers['cache_hit_share'])} of the prompts' tokens were cached"))
+    if numbers["preemptions"]:
+        rows.append(("started over", f"{units.plural(numbers['preemptions'], 'time')}: the cache was full"))
+    if numbers["refused"]:
+        many = units.plural(numbers["refused"], "request")
+        rows.append(("refused", f"{many} too long for the model's positions or a rank's cache"))
+    return rows
+
+
+def causes_table(found: Outcome) -> tuple[list[str], list[list[str]]]:
+    """What requests' time went into: of all, and of those beyond a limit."""
+    frame = found.causes()
+    head = ["mean seconds of", "requests", *CAUSES]
+    rows = [
+        [str(name), units.count(row["requests"]), *(units.seconds(row[cause]) for cause in CAUSES)]
+        for name, row in frame.iterrows()
+    ]
+    return head, rows
+
+
+def document(found: Outcome) -> dict[str, Any]:
+    """Everything but the single requests, for ``--json``."""
+    numbers = found.summary()
+    return {
+        "layout": found.layout, "gpus": found.gpus, **numbers,
+        "limits": vars(found.limits),
+        "bands_80": {name: list(ends) for name, ends in found.bands().items()},
+        "causes": {str(name): dict(row) for name, row in found.causes().iterrows()} if found.served else {},
+        "servers": [
+            {key: value for key, value in server.items() if key != "moments"} for server in found.servers
+        ],
+        "notes": list(found.notes),
+    }  # fmt: skip

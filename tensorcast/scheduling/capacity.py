@@ -1,0 +1,60 @@
+"""How many requests per second a deployment takes before too many of them break a limit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from tensorcast.errors import InputError
+from tensorcast.scheduling.outcome import Limits
+from tensorcast.scheduling.replay import PricedServers
+from tensorcast.scheduling.requests import Requests
+
+CLOSE = 1.01
+"""How near the rate that still keeps the limits and the one that does not must be."""
+
+SLOWEST = 1e-4
+"""The least rate that is tried, as a part of what the servers finish when all requests come at once."""
+
+
+def at_the_limit(
+    priced: PricedServers, requests: Requests, limits: Limits, *, share: float, router: str = "least_work",
+    seed: int = 0,
+) -> Requests:
+    """``requests``, sent at the largest rate at which ``share`` of them keep ``limits``, to 1 %.
+
+    By bisection: the share is taken to fall with the rate. Raises :class:`InputError` where requests come all at once,
+    no limit is given, or the slowest rate breaks it.
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"--percentile {100 * share:g}: must be more than 0 and at most 100")
+    if all(limit is None for limit in vars(limits).values()):
+        raise InputError("--find-rate: needs a limit: --ttft, --tpot or --e2e")
+    if requests.users is not None:
+        raise InputError("--find-rate: --users in a closed loop send as fast as they are served; leave one of both out")
+    own = requests.rate
+    if not np.isfinite(own):
+        raise InputError("--find-rate: the requests all come at once, and cannot be sent faster or slower")
+
+    def kept(rate: float) -> float:
+        found = priced.run(requests.scaled(rate=rate / own), limits=limits, router=router, seed=seed)
+        return found.summary().get("within_limits", 0.0)
+
+    together = priced.run(replace(requests, arrival_s=np.zeros(len(requests))), limits=limits, router=router, seed=seed)
+    high = len(requests) / together.seconds if together.served else own
+    low = high * SLOWEST
+    least = kept(low)
+    if least < share:
+        raise InputError(
+            f"--find-rate: even at {low:.3g} requests/s only {100 * least:.1f} % of the requests keep the limits, "
+            f"{100 * share:g} % are asked for"
+        )
+    while kept(high) >= share:  # all at once is not the fastest way of serving them
+        low, high = high, 2 * high
+        if high > 1e6 * own and high > 1e9:
+            raise InputError("--find-rate: no rate breaks the limits")
+    while high / low > CLOSE:
+        middle = float(np.sqrt(low * high))
+        low, high = (middle, high) if kept(middle) >= share else (low, middle)
+    return requests.scaled(rate=low / own)

@@ -1,0 +1,80 @@
+"""``tensorcast replay`` and ``tc.replay``: what a user types and reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import tensorcast as tc
+from tensorcast.cli import app
+from tensorcast.scheduling.requests import Length, drawn
+
+BASE = ["replay", "qwen3-30b-a3b", "-d", "h100", "--layout", "tp2-ep2"]
+DRAWN = ["--rate", "8", "-r", "60", "-i", "800", "--output-len", "60", "--spread", "0.5"]
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, [*BASE, *arguments])
+
+
+def test_words_json_and_files_say_the_same(tmp_path: Path) -> None:
+    limits = ["--ttft", "300ms", "--tpot", "20ms"]
+    said = run(*DRAWN, *limits)
+    assert said.exit_code == 0, said.output
+    assert "60 of 60 requests served" in said.output
+    assert "TTFT 300 ms, TPOT 20.0 ms" in " ".join(said.output.split())
+    assert all(len(line) <= 80 for line in said.output.splitlines())
+    document = json.loads(run(*DRAWN, *limits, "--json", "--out", str(tmp_path)).output)
+    found = tc.replay(
+        "qwen3-30b-a3b", device="h100", layout="tp2-ep2", ttft_s=0.3, tpot_s=0.02,
+        requests=drawn(60, Length(800, 0.5), Length(60, 0.5), rate=8.0),
+    )  # fmt: skip
+    for name, value in found.summary().items():
+        assert document[name] == pytest.approx(value), name
+    frame = pd.read_csv(tmp_path / "requests.csv")
+    assert frame["ttft_s"].mean() == pytest.approx(document["ttft_mean_s"])
+    assert frame["within_limits"].mean() == pytest.approx(document["within_limits"])
+    assert json.loads((tmp_path / "summary.json").read_text())["layout"] == "tp2-dp1-ep2"
+    assert (tmp_path / "replay.png").stat().st_size > 10_000
+
+
+def test_the_found_rate_keeps_the_limits() -> None:
+    asked = ["-r", "60", "-i", "800", "--output-len", "60", "--ttft", "300ms", "--percentile", "90"]
+    document = json.loads(run(*asked, "--find-rate", "--json").output)
+    assert document["within_limits"] >= 0.9 and document["requests_per_s"] > 1
+
+
+def test_a_trace_at_another_rate(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("arrival_s,input_len,output_len\n" + "".join(f"{i},500,{20 + i}\n" for i in range(20)))
+    slow, fast = (json.loads(run("--trace", str(path), "--json", *more).output) for more in ((), ("--rate", "10")))
+    assert slow["duration_s"] > 19 > 5 > fast["duration_s"] and slow["served"] == fast["served"] == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "needs --trace FILE, --rate N or --users N"),
+        (["--rate", "-2"], "rate = -2"),
+        (["--rate", "1", "--router", "best"], "router 'best'"),
+        (["--rate", "1", "--find-rate"], "needs a limit"),
+        (["--users", "3", "--find-rate", "--ttft", "1s"], "leave one of both out"),
+        (["--rate", "1", "--spread", "2"], "spread 2"),
+        (["--trace", "nothing.csv"], "nothing.csv: cannot be read"),
+        (["--rate", "1", "--engine", "eager"], "has no scheduler"),
+        (["--rate", "1", "--ttft", "300"], "a time needs its unit"),
+        (["--rate", "1", "-i", "900000", "-r", "1"], "none can be served"),
+    ],
+)
+def test_mistakes_are_one_clear_line(arguments: list[str], says: str) -> None:
+    found = run(*arguments)
+    assert found.exit_code == 2
+    text = found.stderr.strip()
+    assert text.startswith("error: ") and "\n" not in text
+    assert re.search(says, text), text

@@ -1,0 +1,246 @@
+"""Replays: against a scheduler told token by token, against the closed form, and what must be kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import naive_scheduler
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tensorcast.deploy.deployment import deploy
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.options import Options
+from tensorcast.errors import InputError
+from tensorcast.predict import predict
+from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.scheduling.capacity import at_the_limit
+from tensorcast.scheduling.fleet import ROUTERS, Fleet, Pool
+from tensorcast.scheduling.outcome import Limits
+from tensorcast.scheduling.prefix_cache import PrefixCache
+from tensorcast.scheduling.replay import PricedServers, parse_servers, priced_servers
+from tensorcast.scheduling.requests import Length, Requests, drawn, sessions
+from tensorcast.scheduling.rules import Role, Rules
+from tensorcast.scheduling.step_times import Bilinear, DecodeTimes, PromptTimes, StepTimes, step_times
+
+UNIFORM = Options(routing="uniform")
+WIDE = [0.0, 2.0**20]
+
+
+def plane(fixed: float, down: float = 0.0, across: float = 0.0) -> Bilinear:
+    """``fixed + down * d + across * a``: what lines between points tell exactly."""
+    return Bilinear(WIDE, WIDE, [[fixed + down * d + across * a for a in WIDE] for d in WIDE])
+
+
+TIMES = StepTimes(
+    decode=DecodeTimes(own=plane(0.01, 1e-7, 1e-4), shared=plane(0.0), attention=plane(0.0, 0.0, 5e-5)),
+    prompts=PromptTimes(own=plane(0.005, 0.0, 2e-5), shared=plane(0.0), attention=plane(1e-4, 1e-7, 1e-6), least=1e-4),
+    tokens_each=1.0, alone=False, errors=(0.05, 0.05),
+)  # fmt: skip
+RULES = Rules(
+    role="both", ranks=1, alone=False, chunk_tokens=512, splits=True, prompt_tokens=None, most_sequences=64,
+    cache_tokens=1e6, block_tokens=1, reserves_reply=False, expected=None, tokens_per_step=1.0, verify=1.0, lag=1,
+    balance_steps=0, first_token_s=0.003, prompt_token_s=0.0, prefix_cache=True, longest=1 << 30, round_robin=False,
+)  # fmt: skip
+
+
+@st.composite
+def asked(draw: st.DrawFn) -> Requests:
+    count = draw(st.integers(1, 25))
+    lengths = st.lists(st.integers(1, 900), min_size=count, max_size=count)
+    gaps = draw(st.lists(st.floats(0, 0.3), min_size=count, max_size=count))
+    replies = draw(st.lists(st.integers(1, 60), min_size=count, max_size=count))
+    return Requests(
+        arrival_s=np.cumsum(gaps) * draw(st.sampled_from([0.0, 0.1, 1.0])), input_len=np.array(draw(lengths)),
+        output_len=np.array(replies), users=draw(st.sampled_from([None, 1, 4])),
+    )  # fmt: skip
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "prompts beside replies": {},
+    "prompts alone": {"alone": True, "prompt_tokens": 700},
+    "whole prompts, whole replies": {"splits": False, "reserves_reply": True, "chunk_tokens": 1000},
+    "small cache": {"cache_tokens": 1100.0},
+    "few at a time": {"most_sequences": 3},
+    "seen at once": {"lag": 0},
+    "seen late": {"lag": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)
+@given(requests=asked())
+def test_steps_are_those_of_a_scheduler_told_token_by_token(kind: str, requests: Requests) -> None:
+    rules = replace(RULES, **KINDS[kind])
+    times = replace(TIMES, alone=rules.alone)
+    fleet = Fleet([Pool(rules, times, 1)], requests)
+    record = fleet.run()
+    wanted = naive_scheduler.Naive(requests, rules, times).simulate()
+    every = range(len(requests))
+    assert fleet.servers[0].steps == wanted.steps
+    assert record.sent_s == pytest.approx([wanted.sent_s[i] for i in every], abs=1e-9)
+    assert record.first_s == pytest.approx([wanted.first_s[i] for i in every], abs=1e-9)
+    assert record.last_s == pytest.approx([wanted.last_s[i] for i in every], abs=1e-9)
+    assert record.preemptions.sum() == wanted.preemptions
+    assert wanted.most_used <= rules.cache_tokens
+
+
+@settings(max_examples=40)
+@given(
+    requests=asked(), router=st.sampled_from(ROUTERS), count=st.integers(1, 3), pooled=st.booleans(),
+    changed=st.fixed_dictionaries({
+        "ranks": st.integers(1, 3), "cache_tokens": st.sampled_from([1000.0, 3000.0, 1e6]), "alone": st.booleans(),
+        "reserves_reply": st.booleans(), "tokens_per_step": st.sampled_from([1.0, 1.8]),
+    }),
+)  # fmt: skip
+def test_nothing_is_lost(
+    requests: Requests, router: str, count: int, pooled: bool, changed: dict[str, Any]
+) -> None:
+    """Every request ends once, or is refused; caches are empty at the end and never held more than they can."""
+    rules = replace(RULES, **changed, verify=np.ceil(changed["tokens_per_step"]))
+    times = replace(TIMES, alone=rules.alone, tokens_each=rules.verify)
+    roles: tuple[Role, ...] = ("prefill", "decode") if pooled else ("both",)
+    pools = [Pool(replace(rules, role=role), times, count) for role in roles]
+    fleet = Fleet(pools, requests, router=router, hand_over_s=lambda tokens: 1e-3 + 1e-6 * tokens)
+    record = fleet.run()
+    refused = set(fleet.refused)
+    assert refused == {i for i in range(len(requests)) if record.longest(i) > rules.cache_tokens}
+    served = np.array([i not in refused for i in range(len(requests))])
+    for times_ in (record.first_s, record.last_s, record.admitted_s):
+        assert np.all(np.isfinite(times_[served])) and np.all(np.isnan(times_[~served]))
+    assert np.all(record.last_s[served] >= record.first_s[served])
+    assert np.all(record.first_s[served] >= record.sent_s[served])
+    assert fleet.finished == len(requests)
+    for server in fleet.servers:
+        for rank in server.ranks:
+            assert rank.load == 0 and rank.used == pytest.approx(0.0, abs=1e-6)
+        assert all(row[4] <= 1 + 1e-9 for row in server.moments.rows)
+
+
+def test_a_faster_server_is_done_earlier() -> None:
+    requests = drawn(200, Length(300, 0.9), Length(40, 0.9), rate=30.0, seed=3)
+    ends = [
+        Fleet([Pool(RULES, TIMES.scaled(factor, factor), 1)], requests).run().last_s.max() for factor in (0.5, 1.0, 2.0)
+    ]
+    assert ends[0] < ends[1] < ends[2]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), max_size=40), st.integers(1, 8))
+def test_prefix_blocks_against_a_plain_list(steps: list[tuple[int, int]], room: int) -> None:
+    """Blocks are named by their prefix; the longest unused go first, the last blocks of a prompt before its first."""
+    cache, free, held = PrefixCache(10), list[int](), list[tuple[int, ...]]()
+    for family, length in steps:
+        blocks = tuple(100 * family + i for i in range(length))
+        there = {b for one in held for b in one} | set(free)
+        expected = next((i for i, block in enumerate(blocks) if block not in there), len(blocks))
+        assert cache.match(blocks, length) == expected
+        cache.pin(blocks)
+        held.append(blocks)
+        free = [block for block in free if block not in blocks]
+        if len(held) > 2:
+            gone = held.pop(0)
+            cache.unpin(gone)
+            free += [block for block in reversed(gone) if not any(block in one for one in held)]
+        cache.shrink(10.0 * room)
+        free = free[max(0, len(free) - room) :]
+        assert cache.free_tokens == 10 * len(free)
+        assert cache.pinned_tokens == 10 * len({b for one in held for b in one})
+
+
+@pytest.fixture(scope="module")
+def priced() -> PricedServers:
+    model, device, engine = load_model("qwen3-30b-a3b"), load_device("h100"), load_engine("vllm")
+    return priced_servers(model, device, engine, parse_servers("tp2-ep2"), longest=6000, options=UNIFORM)
+
+
+def test_steps_are_priced_as_simulate_prices_them() -> None:
+    model, device, engine = load_model("qwen3-30b-a3b"), load_device("h100"), load_engine("vllm")
+    layout = Layout(4, 1, 4, 4)
+    prefill, decode = (deploy(model, device, engine, layout, phase) for phase in ("prefill", "decode"))
+    times = step_times(prefill, decode, most_sequences=256, chunk_tokens=8192, longest=9000)
+    for batch, context in ((1, 4096), (37, 3000), (256, 811)):
+        own = float(decode.step.price(float(batch), 1.0, float(context)).seconds)
+        assert times.decoding(batch, context, batch) == pytest.approx(own, rel=0.01)
+    factor = engine.overhead(device.name).prefill_factor
+    for new, past in ((4096, 0), (1000, 3000), (333, 100)):
+        own = factor * float(prefill.step.price(1.0, float(new), float(past)).seconds)
+        assert times.own([(new, past)], 0, 0.0) + times.shared(new) == pytest.approx(own, rel=0.03)
+
+
+def test_one_user_waits_as_the_closed_form_says(priced: PricedServers) -> None:
+    row = {"model": "qwen3-30b-a3b", "device": "h100", "engine": "vllm", "tp": 2, "ep": 2, "isl": 2000, "osl": 300}
+    for users, tolerance in ((1, 0.01), (16, 0.05)):
+        closed = predict.predict(pd.DataFrame([{**row, "concurrency": users}])).iloc[0]
+        found = priced.run(drawn(10 * users, Length(2000), Length(300), users=users)).summary()
+        assert found["tpot_mean_s"] == pytest.approx(closed["tpot_s"], rel=tolerance)
+        assert found["output_tokens_per_s"] == pytest.approx(closed["output_tokens_per_s"], rel=tolerance)
+
+
+def test_the_rate_at_the_limit(priced: PricedServers) -> None:
+    requests = drawn(150, Length(1000, 0.5), Length(100, 0.5), rate=1.0, seed=5)
+    limits = Limits(ttft_s=0.5, tpot_s=0.03)
+    found = at_the_limit(priced, requests, limits, share=0.9)
+    at, above = (priced.run(one, limits=limits).summary() for one in (found, found.scaled(rate=1.05)))
+    assert at["within_limits"] >= 0.9 > above["within_limits"]
+    with pytest.raises(InputError, match="even at"):
+        at_the_limit(priced, requests, Limits(ttft_s=1e-4), share=0.9)
+    with pytest.raises(InputError, match="all come at once"):
+        at_the_limit(priced, replace(requests, arrival_s=np.zeros(150)), limits, share=0.9)
+
+
+def test_shared_prefixes_are_read_once(priced: PricedServers) -> None:
+    requests = sessions(12, 4, Length(200), Length(50), rate=2.0, think_s=5.0, shared_len=640)
+    plain = replace(requests, blocks=None)
+    shared, alone = priced.run(requests).summary(), priced.run(plain).summary()
+    assert shared["cache_hit_share"] > 0.5 and alone["cache_hit_share"] == 0.0
+    assert shared["ttft_mean_s"] < alone["ttft_mean_s"]
+
+
+def test_bands_hold_the_middle_and_grow_with_draws(priced: PricedServers) -> None:
+    found = priced.run(drawn(40, Length(500), Length(50), users=4), draws=6)
+    for name in ("ttft_mean_s", "tpot_mean_s", "output_tokens_per_s"):
+        low, high = found.bands()[name]
+        assert low < found.summary()[name] < high < 3 * low
+
+
+def test_causes_make_up_the_whole(priced: PricedServers) -> None:
+    found = priced.run(drawn(60, Length(1500, 0.5), Length(80, 0.5), rate=20.0), limits=Limits(ttft_s=0.2))
+    frame = found.per_request()
+    parts = frame[["queue_s", "own_prompt_s", "others_prompts_s", "decoding_s", "started_over_s"]]
+    assert parts.sum(axis=1).to_numpy() == pytest.approx(frame["request_s"].to_numpy())
+    assert (parts.to_numpy() >= -1e-9).all() and parts["others_prompts_s"].sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("tp8 > tp8 > tp8", "at most two pools"), ("0 x tp8", "at least 1"), ("nonsense", "layout 'nonsense'")],
+)
+def test_bad_layouts(text: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        parse_servers(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: drawn(0, Length(1), Length(1)), "requests = 0"),
+        (lambda: drawn(1, Length(0.5), Length(1)), "at least 1 token"),
+        (lambda: drawn(1, Length(5, 1.5), Length(1)), "spread 1.5"),
+        (lambda: drawn(1, Length(5, 0.1, "normal"), Length(1)), "length law"),
+        (lambda: drawn(1, Length(5), Length(1), rate=-1.0), "rate = -1"),
+        (lambda: drawn(3, Length(5), Length(1)).scaled(rate=0.0), "scale of rate"),
+    ],
+)
+def test_bad_requests(make: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        make()
+
+
+@given(st.floats(0.5, 50), st.floats(0.2, 5), st.integers(0, 5))
+def test_arrivals_come_at_their_rate(rate: float, burstiness: float, seed: int) -> None:
+    found = drawn(3000, Length(10), Length(10), rate=rate, burstiness=burstiness, seed=seed)
+    assert found.rate == pytest.approx(rate, rel=6 / np.sqrt(3000 * burstiness))

@@ -1,0 +1,100 @@
+"""Traces of requests: every kind of file that is read, and what is said of those that cannot be."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tensorcast.errors import InputError
+from tensorcast.scheduling.trace_files import read_trace
+
+MOONCAKE = [
+    {"timestamp": 3000, "input_length": 1100, "output_length": 7, "hash_ids": [0, 1, 9]},
+    {"timestamp": 500, "input_length": 900, "output_length": 52, "hash_ids": [0, 1]},
+]
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_mooncake_lines_come_in_order_with_their_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, MOONCAKE)).encode()))
+    found = read_trace(path)
+    asked = found.requests
+    assert found.kind == "mooncake" and found.skipped == 0 and asked.block_tokens == 512
+    assert asked.arrival_s.tolist() == [0.0, 2.5] and asked.input_len.tolist() == [900, 1100]
+    assert asked.output_len.tolist() == [52, 7] and asked.blocks == ((0, 1), (0, 1, 9))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "arrival_s,input_len,output_len\n1.5,100,20\n4.0,300,5\n",
+        # Azure's columns
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,100,20\n2023-11-16 18:15:49.1805900,300,5\n",
+        # BurstGPT's
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,ChatGPT,100,20,120,x\n7.5,GPT-4,300,5,305,x\n",
+        # Vidur's
+        "arrived_at,num_prefill_tokens,num_decode_tokens\n0,100,20\n2.5,300,5\n",
+        "arrival_ms,isl,osl\n0,100,20\n2500,300,5\n",
+    ],
+)
+def test_tables_of_every_kind(tmp_path: Path, text: str) -> None:
+    asked = read_trace(written(tmp_path, "t.csv", text)).requests
+    assert asked.arrival_s.tolist() == pytest.approx([0.0, 2.5], abs=1e-6)
+    assert asked.input_len.tolist() == [100, 300] and asked.output_len.tolist() == [20, 5]
+
+
+def test_parquet_is_read_as_csv_is(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame({"arrival_s": [0.0, 1.0], "input_len": [5, 6], "output_len": [7, 8]})
+    frame.to_parquet(tmp_path / "t.parquet")
+    assert read_trace(tmp_path / "t.parquet").requests.output_len.tolist() == [7, 8]
+
+
+def test_a_detailed_result_of_vllm_bench(tmp_path: Path) -> None:
+    lists = {"input_lens": [5, 6, 7], "output_lens": [1, 2, 3], "start_times": [10.0, 10.0, 12.5]}
+    result = {"max_concurrency": 2, **lists}
+    asked = read_trace(written(tmp_path, "r.json", json.dumps(result))).requests
+    assert asked.users == 2 and asked.arrival_s.tolist() == [0.0, 0.0, 2.5] and asked.input_len.tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("t.jsonl", json.dumps(MOONCAKE[0]) + "\n{broken\n", "line 2: '{broken' is no JSON"),
+        ("t.jsonl", json.dumps({**MOONCAKE[0], "input_length": 0}), "line 1: input_length '0': must be a whole number"),
+        ("t.jsonl", json.dumps({"timestamp": 1, "input_length": 3}), "line 1: no output_length"),
+        ("t.csv", "arrival_s,input_len,output_len\n0,5,5\n1,x,5\n", "row 2: input_len 'x': must be a number"),
+        ("t.csv", "arrival_s,input_len,output_len\nsoon,5,5\n", "row 1: arrival_s 'soon': must be a number of seconds"),
+        ("t.csv", "arrival_s,prompt\n0,5\n", "no column of input_len"),
+        ("t.csv", "arrival_s,input_len,output_len\n", "no row could be read"),
+        ("t.csv", "", "is empty"),
+        ("t.json", json.dumps({"input_lens": [1], "output_lens": [1, 2]}), "no detailed result of vllm bench"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, text: str, says: str) -> None:
+    with pytest.raises(InputError, match=says) as caught:
+        read_trace(written(tmp_path, name, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_rows_are_counted_where_they_may_be_skipped(tmp_path: Path) -> None:
+    path = written(tmp_path, "t.csv", "arrival_s,input_len,output_len\n0,5,5\n1,x,5\n2,7,-1\n3,8,9\n")
+    found = read_trace(path, skip_bad=True)
+    assert found.skipped == 2 and found.requests.input_len.tolist() == [5, 8]
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_trace(tmp_path / "none.csv")

@@ -72,7 +72,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(requests=asked())
 def test_steps_are_those_of_a_scheduler_told_token_by_token(kind: str, requests: Requests) -> None:
     rules = replace(RULES, **KINDS[kind])
@@ -89,7 +89,7 @@ def test_steps_are_those_of_a_scheduler_told_token_by_token(kind: str, requests:
     assert wanted.most_used <= rules.cache_tokens
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     requests=asked(), router=st.sampled_from(ROUTERS), count=st.integers(1, 3), pooled=st.booleans(),
     changed=st.fixed_dictionaries({

@@ -1,9 +1,9 @@
-"""Every text model type of the installed transformers at its class's own sizes, counted beside what the class holds.
+"""Every text model type of the installed transformers, and public configs, counted beside what their class holds.
 
 ``python tests/model_types.py --write docs/census.md`` writes the page. A type is written out as the config.json of its
 class's defaults and read as any user's file is. What it is held to does not come from our code: the parameters of
-transformers' own model on meta, its own tensor-parallel plan, and the cache that ``cache_reading.py`` reads in the
-config.
+transformers' own model on meta, the count that ``parameter_formula.py`` works out from the config by hand, and the
+cache that ``cache_reading.py`` reads in it.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import functools
 import json
 import multiprocessing
 import re
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import public_configs
 import torch
 import transformers
 from cache_reading import cache_bytes_per_token
+from parameter_formula import parameters
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto import modeling_auto
@@ -31,6 +33,7 @@ from transformers.utils import logging
 from tensorcast.cost.memory import kv_bytes_per_token
 from tensorcast.deploy.deployment import uncut
 from tensorcast.errors import InputError
+from tensorcast.modeling.checkpoint.read import checkpoint
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import list_models, load_model
 from tensorcast.trace.cache import traced
@@ -41,33 +44,50 @@ logging.set_verbosity_error()
 COMMAND = "python tests/model_types.py --write docs/census.md"
 RANKS = (1, 2, 8)
 WITH_TEXT = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+SECONDS = 100
+"""Of CPU time for one entry; after that it is refused, with "time" as its reason."""
+
+SETS = {
+    "types": "types of transformers at their class's own sizes",
+    "profiles": "shipped profiles",
+    "public": "other public configs",
+}
 
 
 class Entry(NamedTuple):
-    """A model to count: its ``config.json``."""
+    """A model to count: its ``config.json``, with what lies beside it, and which of ``SETS`` it is of."""
 
     name: str
     config: dict[str, Any]
+    kept_in: str = "types"
 
 
 class Verdict(NamedTuple):
-    """Of one entry at one size of tensor parallelism: ``right``, ``refused`` or ``wrong`` with the reason, or ``none``.
+    """Of one entry at one size of tensor parallelism.
 
-    ``none``: there is no such model, or it writes no text of its own: no part of the share that is right.
+    ``right``; ``refused`` with a reason; ``whole``: priced with most of a kind of weight whole on every rank, and said
+    so; ``wrong``; or ``none``: there is no such model, or it writes no text of its own: no part of the share that is
+    right. ``formula``: whether parameters were worked out by hand, too.
     """
 
     entry: str
+    kept_in: str
     tp: int
     word: str
     reason: str = ""
     params: int = 0
     cache: float = 0.0
+    formula: bool = False
 
 
 NO_DECODER = ("an encoder", "does not generate text")
 DIVIDES = re.compile(r"choose a tp that divides")
 COPIED = re.compile(r"(k_proj|v_proj|qkv|Wqkv|c_attn|query_key_value|in_proj|conv1d|key|value|kv)")
 """Weights of which a part is copied to ranks that are more than KV heads, or groups of states."""
+
+
+class TimeIsUp(BaseException):
+    """An entry took longer than ``SECONDS``; no handler of errors may take it for one."""
 
 
 def text_types() -> list[str]:
@@ -83,34 +103,46 @@ def of_type(kind: str) -> Entry:
 
 
 def entries() -> Iterator[Entry]:
-    """Every text type, and the public configs that profiles hold."""
+    """Every text type, the public configs that profiles hold, and those of ``public_configs.py``."""
     for kind in text_types():
         with contextlib.suppress(Exception):  # a class without defaults is no model
             yield of_type(kind)
     for name in list_models():
         profile = load_model(name)
-        yield Entry(profile.hf_id, profile.config)
+        yield Entry(profile.hf_id, profile.config, "profiles")
+    for one in public_configs.load():
+        beside = {"quantization_config": {"quant_method": "modelopt", **one.beside}} if one.beside else {}
+        yield Entry(one.name, beside | one.config, "public")
+
+
+class Class(NamedTuple):
+    """What transformers' own class says of a config: its text part and its parameters, shared ones once."""
+
+    text: PreTrainedConfig
+    parameters: int
 
 
 def theirs(config: PreTrainedConfig) -> int:
     """Parameters of the language model in transformers' own class on meta, shared ones once."""
-    listed = type(config) in AutoModelForCausalLM._model_mapping
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config) if listed else _multimodal(config)
+    model = _on_meta(config)
     model = getattr(model, "thinker", model)  # of a model that also speaks
-    whole = listed and config is config.get_text_config(decoder=True)
+    text = config.get_text_config(decoder=True)
+    whole = type(config) in AutoModelForCausalLM._model_mapping and config is text
     parts = (model,) if whole else (model.get_decoder(), model.get_output_embeddings())
     held = {id(p): p.numel() for part in parts if part is not None for p in part.parameters()}
-    return sum(held.values()) - _without_weights(model, config.get_text_config(decoder=True))
+    return sum(held.values()) - _without_weights(model, text)
 
 
-def _multimodal(config: PreTrainedConfig) -> Any:
-    name = next(
-        found for task in WITH_TEXT
-        if (found := getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").get(config.model_type))
-    )  # fmt: skip
-    return getattr(transformers, name if isinstance(name, str) else name[0])._from_config(config)
+def _on_meta(config: PreTrainedConfig) -> Any:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if type(config) in AutoModelForCausalLM._model_mapping:
+            return AutoModelForCausalLM.from_config(config)
+        name = next(
+            found for task in WITH_TEXT
+            if (found := getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").get(config.model_type))
+        )  # fmt: skip
+        return getattr(transformers, name if isinstance(name, str) else name[0])._from_config(config)
 
 
 def _without_weights(model: nn.Module, text: PreTrainedConfig) -> int:
@@ -120,56 +152,117 @@ def _without_weights(model: nn.Module, text: PreTrainedConfig) -> int:
     return sum(p.numel() // p.shape[0] * zero for p in stacked)
 
 
-def judged(entry: Entry) -> list[Verdict]:
-    """The entry at every size of tensor parallelism."""
+def class_of(entry: Entry) -> Class | str:
+    """What the class says, or why transformers builds no model of the entry (a package, defaults that do not fit)."""
     values = copy.deepcopy(entry.config)
     kind = values.pop("model_type")
-    values.pop("architectures", None)
-    profile = ModelProfile(name=entry.name.replace("/", "--"), hf_id=entry.name, description="", sources={},
-                           config=entry.config)  # fmt: skip
+    for name in ("architectures", "quantization_config"):
+        values.pop(name, None)
+    try:
+        config = AutoConfig.for_model(kind, **values)
+        return Class(config.get_text_config(decoder=True), theirs(config))
+    except Exception as failure:
+        return " ".join(str(failure).split())[:100]
+
+
+def judged(entry: Entry, seconds: float = SECONDS) -> list[Verdict]:
+    """The entry at every size of tensor parallelism."""
+
+    def stop(*_: Any) -> None:
+        raise TimeIsUp
+
     found: list[Verdict] = []
-    for tp in RANKS:
-        try:
-            table = traced(profile, "decode", tp)
-        except InputError as refusal:
-            found.append(_refused(entry, tp, str(refusal)))
-            continue
-        except Exception as failure:
-            found.append(Verdict(entry.name, tp, "wrong", f"traceback: {failure!r}"))
-            continue
-        try:
-            config = AutoConfig.for_model(kind, **copy.deepcopy(values))
-            right = theirs(config)
-        except Exception as failure:  # a part of a wrapper that needs another package, or defaults that do not fit
-            found.append(Verdict(entry.name, tp, "none", f"transformers does not build it: {_line(failure)}"))
-            continue
-        counted, cache = table.total_params(), kv_bytes_per_token(table)
-        wrong = problem(table, right, cache_bytes_per_token(config.get_text_config(decoder=True), tp))
-        found.append(Verdict(entry.name, tp, "wrong" if wrong else "right", wrong or uncut(table), counted, cache))
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        for verdict in _judged(entry):
+            found.append(verdict)
+    except TimeIsUp:
+        rest = RANKS[len(found) :]
+        found += [Verdict(entry.name, entry.kept_in, tp, "refused", f"time: over {seconds:g} s") for tp in rest]
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
     return found
 
 
-def _line(failure: Exception) -> str:
-    return " ".join(str(failure).split())[:100]
+def same_shapes(found: Iterator[Entry]) -> list[list[Entry]]:
+    """Entries by what they are without their quantisation, each group in its order."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in found:
+        shapes = {name: value for name, value in entry.config.items() if name != "quantization_config"}
+        groups.setdefault(json.dumps(shapes, sort_keys=True, default=str), []).append(entry)
+    return list(groups.values())
 
 
-def _refused(entry: Entry, tp: int, reason: str) -> Verdict:
-    nothing = any(word in reason for word in NO_DECODER) or DIVIDES.search(reason)
-    return Verdict(entry.name, tp, "none" if nothing or not runs(entry) else "refused", reason.partition(": ")[2])
+def judged_alike(group: list[Entry]) -> list[Verdict]:
+    """Entries of one shape: the first is counted, and each one's own quantisation read."""
+    first = judged(group[0])
+    found = list(first)
+    for entry in group[1:]:
+        found += [v._replace(entry=entry.name, kept_in=entry.kept_in) for v in _with_precision(entry, first)]
+    return found
 
 
-@functools.cache
-def _runs(text: str) -> bool:
-    config = json.loads(text)
+def _with_precision(entry: Entry, verdicts: list[Verdict]) -> list[Verdict]:
+    try:
+        checkpoint(_profile(entry))
+    except InputError as refusal:
+        return [v if v.word == "none" else v._replace(word="refused", reason=str(refusal)) for v in verdicts]
+    except Exception as failure:
+        return [v._replace(word="wrong", reason=f"traceback: {failure!r}") for v in verdicts]
+    return verdicts
+
+
+def _profile(entry: Entry) -> ModelProfile:
+    return ModelProfile(name=entry.name.replace("/", "--"), hf_id=entry.name, description="", sources={},
+                        config=entry.config)  # fmt: skip
+
+
+def _judged(entry: Entry) -> Iterator[Verdict]:
+    profile = _profile(entry)
+    said: Class | str | None = None
+    for tp in RANKS:
+        try:
+            table = traced(profile, "decode", tp)
+            if tp == 1:
+                checkpoint(profile)
+        except InputError as refusal:
+            reason = str(refusal)
+            nothing = any(word in reason for word in NO_DECODER) or DIVIDES.search(reason)
+            word = "none" if nothing or not runs(entry) else "refused"
+            yield Verdict(entry.name, entry.kept_in, tp, word, reason.partition(": ")[2])
+            continue
+        except Exception as failure:
+            yield Verdict(entry.name, entry.kept_in, tp, "wrong", f"traceback: {failure!r}")
+            continue
+        said = said or class_of(entry)
+        by_hand = parameters(entry.config) if entry.kept_in != "types" else None
+        if isinstance(said, str) and by_hand is None:
+            yield Verdict(entry.name, entry.kept_in, tp, "none", f"transformers does not build it: {said}")
+            continue
+        right = by_hand if isinstance(said, str) else said.parameters
+        assert right is not None
+        cache = None if isinstance(said, str) else cache_bytes_per_token(said.text, tp)
+        wrong = problem(table, right, cache)
+        if not wrong and by_hand is not None and by_hand != right:
+            wrong = f"{right:,} parameters, {by_hand:,} by hand"
+        left = uncut(table)
+        yield Verdict(entry.name, entry.kept_in, tp, "wrong" if wrong else "whole" if left else "right", wrong or left,
+                      table.total_params(), kv_bytes_per_token(table), by_hand is not None)  # fmt: skip
+
+
+def runs(entry: Entry) -> bool:
+    """Whether transformers' own class runs with the config, alone and on tokens alone; a public config always does."""
+    if entry.kept_in != "types":
+        return True
+    config = copy.deepcopy(entry.config)
     kind = config.pop("model_type")
     config.pop("architectures", None)
     try:
         whole = AutoConfig.for_model(kind, **config)
-        with torch.device("meta"), warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            listed = type(whole) in AutoModelForCausalLM._model_mapping
-            model = AutoModelForCausalLM.from_config(whole) if listed else _multimodal(whole)
-            model.eval()(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=True)
+        with torch.device("meta"), torch.no_grad():
+            _on_meta(whole).eval()(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=True)
     except NotImplementedError:
         return True  # it asks what only data tells
     except Exception as failure:
@@ -177,12 +270,7 @@ def _runs(text: str) -> bool:
     return True
 
 
-def runs(entry: Entry) -> bool:
-    """Whether transformers' own class runs with the config, alone and on tokens alone."""
-    return _runs(json.dumps(entry.config, default=str))
-
-
-def problem(table: OpTable, params: int, cache: float) -> str:
+def problem(table: OpTable, params: int, cache: float | None) -> str:
     """What a table counts otherwise than its class or its config."""
     if table.total_params() != params:
         return f"{table.total_params():,} parameters, {params:,} in the class"
@@ -197,7 +285,8 @@ def problem(table: OpTable, params: int, cache: float) -> str:
     if set(writes) - set(reads):
         return "keys and values are written that no attention reads"
     ours = kv_bytes_per_token(table)
-    return "" if ours == cache or uncut(table) else f"{ours:,.0f} bytes of cache a token, {cache:,.0f} in the config"
+    fits = cache is None or ours == cache or uncut(table)
+    return "" if fits else f"{ours:,.0f} bytes of cache a token, {cache:,.0f} in the config"
 
 
 def _odd(param: Param, tp: int, heads: int) -> str:
@@ -216,35 +305,41 @@ def _odd(param: Param, tp: int, heads: int) -> str:
 def page(verdicts: list[Verdict]) -> str:
     """The text of ``docs/census.md``."""
     counted = [v for v in verdicts if v.word != "none"]
+    by_hand = len({v.entry for v in verdicts if v.formula})
     lines = [
-        "# Model types of transformers",
+        "# Model types of transformers and public configs",
         "",
         f"Generated by `{COMMAND}`; do not edit. transformers {transformers.__version__}.",
         "",
-        f"{len({v.entry for v in verdicts})} entries: every type that transformers lists as a language model, or as a",
-        "model that sees or hears and then writes, at its class's own sizes, and the configs of the shipped profiles.",
-        "Right: all parameters are those that transformers' own class holds on meta (tied ones once), every weight of",
-        "a rank is the whole or its share, and a token adds to the cache what the config says, read by hand",
-        "(`tests/cache_reading.py`). Not counted: encoders, sizes that do not divide by tp, and defaults with which",
-        "transformers' own class does not run on tokens alone.",
+        f"{len({(v.kept_in, v.entry) for v in verdicts})} configs: every type that transformers lists as a language",
+        "model, or as a model that sees or hears and then writes, at its class's own sizes; the configs of the shipped",
+        "profiles; and other",
+        f"public files ({'; '.join(public_configs.SOURCES)}), kept as shapes and counts.",
         "",
-        "| tp | right | refused with a reason | wrong | right of these | not counted |",
-        "|--:|--:|--:|--:|--:|--:|",
-    ]
-    for tp in RANKS:
-        at = [v.word for v in counted if v.tp == tp]
-        rest = sum(v.tp == tp for v in verdicts) - len(at)
-        right = at.count("right")
+        "Right: all parameters are those that transformers' own class holds on meta (tied ones once), and those that",
+        f"`tests/parameter_formula.py` works out by hand ({by_hand} of them); every weight of a rank is its share or a",
+        "small one whole; and a token adds to the cache what the config says, read by hand (`tests/cache_reading.py`).",
+        "Whole: priced, and said to be priced, with a large part of the weights whole on every rank. Not counted:",
+        "encoders, sizes that do not divide by tp, and defaults with which transformers' own class does not run on",
+        "tokens alone.",
+        "",
+        "| set | tp | right | refused with a reason | whole | wrong | right of these | not counted |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]  # fmt: skip
+    for name, tp in [(name, tp) for name in ("all", *SETS) for tp in RANKS]:
+        at = [v.word for v in verdicts if v.tp == tp and name in ("all", v.kept_in)]
+        rest, right = at.count("none"), at.count("right")
+        numbers = " | ".join(str(at.count(word)) for word in ("right", "refused", "whole", "wrong"))
         lines.append(
-            f"| {tp} | {right} | {at.count('refused')} | {at.count('wrong')} | {100 * right / len(at):.1f} % | {rest} |"
+            f"| {SETS.get(name, name)} | {tp} | {numbers} | {100 * right / (len(at) - rest or 1):.1f} % | {rest} |"
         )
-    for title, word in (("Wrong", "wrong"), ("Refused", "refused"), ("Not counted", "none")):
-        lines += ["", f"## {title}", "", "| entry | tp | why |", "|---|---|---|", *_rows(verdicts, word)]
-    whole = [v for v in verdicts if v.word == "right" and v.reason]
-    lines += ["", "## Right, with weights whole on every rank", ""]
-    lines += ["`simulate` says so in a note.", "", "| entry | tp | note |", "|---|---|---|", *_rows(whole, "right")]
-    lines += ["", "## Right", "", "| entry | parameters | bytes of cache a token |", "|---|--:|--:|"]
-    right_ones = (v for v in verdicts if v.word == "right" and v.tp == 1)
+    for title, word in (("Wrong", "wrong"), ("Refused", "refused"), ("Weights whole on every rank", "whole"),
+                        ("Not counted", "none")):  # fmt: skip
+        lines += ["", f"## {title}", ""]
+        rows = [*_rows(verdicts, word)]
+        lines += ["| config | tp | why |", "|---|---|---|", *rows] if rows else ["None."]
+    lines += ["", "## Right", "", "| config | parameters | bytes of cache a token |", "|---|--:|--:|"]
+    right_ones = (v for v in counted if v.word == "right" and v.tp == 1)
     lines += [f"| {v.entry} | {v.params:,} | {v.cache:,.0f} |" for v in right_ones]
     return "\n".join(lines) + "\n"
 
@@ -262,8 +357,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, required=True, metavar="FILE", help="where the page goes")
     file: Path = parser.parse_args().write
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=15) as pool:
-        verdicts = [v for found in pool.imap(judged, list(entries())) for v in found]
+    torch.set_num_threads(1)
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=40) as pool:
+        verdicts = [v for found in pool.imap(judged_alike, same_shapes(entries())) for v in found]
     file.write_text(page(verdicts), encoding="utf-8")
 
 

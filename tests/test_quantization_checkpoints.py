@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,59 @@ def test_the_cache_has_the_precision_that_the_checkpoint_gives_it(entry: dict[st
 def test_what_is_not_known_is_refused_by_its_name(config: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError, match=re.escape(word)):
         from_config({**CONFIG, **config}).scheme("model.layers.0.self_attn.q_proj.weight", "linear")
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where in an entry an object stands that says something."""
+    if isinstance(value, dict) and value:
+        yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+WITH_CACHE = compressed(
+    FP8 | {"targets": ["Linear"]},
+    kv_cache_scheme={"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
+)
+METHODS: list[dict[str, Any]] = [
+    *(entry for entry, _ in CASES), WITH_CACHE, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"group_0": {**NVFP4, "targets": ["Linear"]}},
+     "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}},
+    {"quant_method": "fp8", "moe_quant_algo": "NVFP4", "group_size": 16, "config_groups": {"group_0": NVFP4},
+     "quantized_layers": {"layers.0.ffn.experts": {"quant_algo": "NVFP4", "group_size": 16}}},
+    {"quant_method": "quark", "global_quant_config": {
+        "weight": [{"dtype": "fp4", "group_size": 16}, {"dtype": "fp8_e4m3"}],
+        "input_tensors": [{"dtype": "fp4", "group_size": 16}]},
+     "kv_cache_quant_config": {"*k_proj": {"output_tensors": {"dtype": "fp8_e4m3", "is_dynamic": False}}},
+     "layer_type_quant_config": {"nn.Linear": {"weight": {"dtype": "int8"}}},
+     "export": {"kv_cache_group": ["*k_proj"]}},
+    {"quant_method": "mlx", "bits": 4, "group_size": 64, "model.layers.0.mlp": {"bits": 8, "group_size": 64}},
+]  # fmt: skip
+EVERY_PLACE = [(entry, place) for entry in METHODS for place in places(entry)]
+
+
+@pytest.mark.parametrize(("entry", "place"), EVERY_PLACE)
+@pytest.mark.parametrize("value", [7, "rotated", {"rotation": "hadamard"}], ids=["number", "word", "object"])
+def test_a_key_that_is_not_known_is_said_wherever_it_stands(
+    entry: dict[str, Any], place: tuple[Any, ...], value: Any
+) -> None:
+    """By its name in what is not used, or in one line where the value cannot be the module's that it would name."""
+    entry = copy.deepcopy(entry)
+    inner = entry
+    for key in place:
+        inner = inner[key]
+    assert not any("spinning" in key for key in from_config({**CONFIG, "quantization_config": entry}).unread)
+    inner["spinning"] = value
+    try:
+        found = from_config({**CONFIG, "quantization_config": entry}).unread
+    except InputError as refusal:
+        found = (str(refusal),)
+    assert any("spinning" in key for key in found), found
+
+
+@pytest.mark.parametrize("entry", METHODS)
+def test_what_methods_write_is_used(entry: dict[str, Any]) -> None:
+    assert from_config({**CONFIG, "quantization_config": entry}).unread == ()
 
 
 def test_keys_that_nobody_used_are_kept_by_name() -> None:

@@ -13,7 +13,7 @@ from tensorcast.cost.work import Size
 from tensorcast.modeling.quantization import Quantization, padded
 from tensorcast.profiles.memory import MemoryCovers
 from tensorcast.trace.dims import Dim, Sizes, product
-from tensorcast.trace.table import DTYPE_BYTES, OpTable, Tensor, per_table
+from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, OpTable, Tensor, per_table
 
 MLA_FP8_SCALE_GROUP = 128
 """FP8 latent cache of sparse attention on Hopper: fp8 latent, one fp32 scale per 128 of it, bf16 rope part: 656 bytes
@@ -58,7 +58,7 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
                 per_token *= SHARED_VECTOR_FP8
             entries.append(CacheEntry(op.kind, per_token, int(limit)))
             entries += compressed_entries(table, op.kind, per_token, numel[0])
-        elif op.name in ("linear_attention", "ssm_scan"):
+        elif op.name in STATEFUL:
             entries.append(CacheEntry(op.kind, 0.0, 0, float(op.outputs[1].bytes(unit))))
         elif op.name == "causal_conv1d":
             x, weight = op.inputs[:2]
@@ -204,15 +204,16 @@ def _amount(tensors: Iterable[Tensor]) -> tuple[_Amount, float]:
 def _liveness(table: OpTable) -> tuple[list[_Amount], list[tuple[tuple[int, float], ...]]]:
     """Amounts that storages hold; by moment how much of which lives (a storage counts what was seen in it so far).
 
-    A moment at which no more lives than at another one is left out.
+    A moment at which no more lives than at another one is left out. States of sequences are the cache's.
     """
+    states = {t.storage for op in table.ops if op.name in STATEFUL for t in (*op.inputs[3:], *op.outputs[1:])}
     last = {t.storage: i for i, op in enumerate(table.ops) for t in (*op.inputs, *op.outputs) if not t.weight}
     numbers: dict[_Amount, int] = {}
     seen: dict[int, frozenset[Tensor]] = {}
     live: dict[int, tuple[int, float]] = {}
     moments: list[dict[int, float]] = []
     for i, op in enumerate(table.ops):
-        touched = [t for t in (*op.inputs, *op.outputs) if not t.weight]
+        touched = [t for t in (*op.inputs, *op.outputs) if not t.weight and t.storage not in states]
         for t in touched:
             seen[t.storage] = seen.get(t.storage, frozenset()) | {Tensor(t.dims, t.dtype, -1, expanded=t.expanded)}
             amount, coef = _amount(seen[t.storage])

@@ -19,6 +19,7 @@ from transformers.models.auto import modeling_auto
 
 from tensorcast.errors import InputError
 from tensorcast.modeling.custom import CustomConfig, custom_config
+from tensorcast.modeling.foreign_types import FOREIGN_TYPES, as_stock
 from tensorcast.modeling.stated_sizes import CORE, EXPERTS, FOREIGN, dropped, foreign_architecture, missing
 from tensorcast.profiles.config_values import LANGUAGE_PARTS, text_of
 from tensorcast.profiles.model import ModelProfile
@@ -113,22 +114,19 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
         taken = ", ".join(f"{name} = {value}" for name, value in unsaid.items())
         remarks.append(f"not in config.json, so transformers' defaults of {text_config.model_type}: {taken}")
     object.__setattr__(text_config, "unsaid_experts", "" if said is not values else ", ".join(experts))
-    for part in nested(text_config):
-        _plain_rope(getattr(part, "rope_parameters", None))
     # An index into a vocabulary that sharding makes smaller; it shapes no op. Some configs insist on an integer.
     object.__setattr__(text_config, "pad_token_id", None)
     object.__setattr__(text_config, "remarks", tuple(remarks))
     return text_config
 
 
-def _plain_rope(rope: Any) -> None:
+def _plain_rope(values: dict[str, Any]) -> None:
     """Take angles that depend on the longest position, which is data, for usual ones: they shape no op and no cache."""
-    if not isinstance(rope, dict):
-        return
-    if rope.get("rope_type") in ("longrope", "dynamic"):
-        rope["rope_type"] = "default"
-    for inner in rope.values():  # by layer type
-        _plain_rope(inner)
+    for name, inner in values.items():
+        if isinstance(inner, dict):
+            _plain_rope(inner)
+        elif name in ("rope_type", "type") and inner in ("longrope", "su", "dynamic"):
+            values[name] = "default"
 
 
 def _tie_of_the_whole(values: dict[str, Any]) -> None:
@@ -145,6 +143,7 @@ def _holds_text(values: dict[str, Any]) -> bool:
 
 def _from_values(name: str, model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
     _tie_of_the_whole(values)
+    _plain_rope(values)
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=3)
         line = f"{transformers.__version__} has no such type{': did you mean ' if near else ''}{' or '.join(near)}"
@@ -164,14 +163,15 @@ def _language_part(config: dict[str, Any]) -> tuple[str, dict[str, Any], list[st
     named, model_type = config.pop("architectures", None) or [], config.pop("model_type")
     for noise in ("auto_map", "transformers_version"):
         config.pop(noise, None)
-    known = _known_type(model_type, named)
+    known, config = as_stock(model_type, config)
+    known = _known_type(known, named)
     text = text_of(config)
     if known not in CONFIG_MAPPING and text is not config and isinstance(text.get("model_type"), str):
         if "tie_word_embeddings" in config:
             text.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
-        inner = _known_type(text["model_type"], text.get("architectures") or [])
-        if inner in CONFIG_MAPPING:
-            return _language_part({**text, "model_type": inner})
+        inner = text["model_type"], text.get("architectures") or []
+        if inner[0] in FOREIGN_TYPES or _known_type(*inner) in CONFIG_MAPPING:
+            return _language_part(text)
     fields = CONFIG_MAPPING[known].__dataclass_fields__ if known in CONFIG_MAPPING else {}
     if isinstance(kinds := config.get("attn_type_list"), list) and "layer_types" in fields:  # MiniMax-Text-01, -M1
         config.setdefault("layer_types", ["full_attention" if kind else "linear_attention" for kind in kinds])
@@ -225,16 +225,11 @@ def _class_names(mapping: dict[str, str | tuple[str, ...]]) -> Iterator[str]:
 
 def _known_type(model_type: str, architectures: list[str]) -> str:
     """``model_type``, or for one with remote code only, the type whose stock class the config names (Kimi-K2)."""
-    model_type = RENAMED.get(model_type, model_type)
     if model_type in CONFIG_MAPPING or not architectures:
         return model_type
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     stock = {name: kind for kind, name in causal.items() if isinstance(name, str)}
     return stock.get(architectures[0], model_type)
-
-
-RENAMED = {"minimax_text_01": "minimax", "minimax_m1": "minimax"}
-"""Types of released files with code of their own, and what transformers calls the same network."""
 
 
 def nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

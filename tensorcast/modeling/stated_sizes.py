@@ -44,6 +44,10 @@ FOREIGN = {"attention_head_dim": "head_dim"}
 """Names of a size in released files whose class calls it otherwise (Hunyuan-A13B)."""
 
 
+WEIGHT_WIDTHS = re.compile("^(?!mm_|vision|visual|image|audio).*(hidden_size|intermediate_size|lora_rank|latent_size)$")
+"""Names of widths of matrices: one that the class does not have, under any name, is a part that it does not build."""
+
+
 def _knows(config: PreTrainedConfig, name: str) -> bool:
     kind = type(config)
     fields = {one.name for one in dataclasses.fields(kind)}
@@ -82,6 +86,11 @@ def dropped(values: dict[str, Any], config: PreTrainedConfig) -> str:
             continue  # the class has no such size, or makes it from others
         if not _same(values[stated[0]], own):
             return _unlike(stated[0], values[stated[0]], own, config)
+    built = {value for name, value in vars(config).items() if isinstance(value, int) and _knows(config, name)}
+    for name, value in values.items():
+        width = WEIGHT_WIDTHS.search(name) and isinstance(value, int) and value > 1
+        if width and not _knows(config, name) and value not in built:
+            return _unlike(name, value, None, config)
     return ""
 
 
@@ -109,6 +118,9 @@ def missing(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
         given = (name for name in names if values.get(name) is not None)
         if value and not any(_knows(config, name) or _same(values[name], value) for name in given):
             found[own[0].name] = value
+    heads, kv = (_value(config, name) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(kv, int) and kv and heads % kv and "num_key_value_heads" not in values:
+        found["num_key_value_heads"] = kv  # a default that does not go with the file's heads
     return found
 
 

@@ -39,6 +39,9 @@ def kept_beside(table: OpTable, what: str) -> dict[Any, Any]:
     return {}
 
 
+STATEFUL = frozenset({"linear_attention", "ssm_scan"})
+"""Ops whose fourth input, where there is one, and second output are a state that each sequence keeps."""
+
 DTYPE_BYTES: dict[str, float] = {
     "float32": 4,
     "float64": 8,

@@ -27,11 +27,12 @@ from tensorcast.trace.mla import mark_latent
 from tensorcast.trace.moe import blocks_of, is_shared_param, mark_experts
 from tensorcast.trace.record import Call, Seen
 from tensorcast.trace.sharding import mark_sharding, mixers_whole
-from tensorcast.trace.table import Op, OpTable, Param, Tensor, layer_ranges
+from tensorcast.trace.table import STATEFUL, Op, OpTable, Param, Tensor, layer_ranges
 
 Phase = Literal["prefill", "decode"]
 KEEPS = frozenset({"kv_cache_write", "linear_attention", "ssm_scan", "causal_conv1d", "convolution"})
 """Ops that write what a sequence keeps between steps: keys and values, or a state."""
+COPIES = frozenset({"copy_", "zeros_like"})
 
 
 def trace(profile: ModelProfile, phase: Phase, tp: int = 1, whole: OpTable | None = None) -> OpTable:
@@ -117,7 +118,7 @@ def _trace_one(
         except NotImplementedError as reason:  # meta tensors refuse ops whose result is a matter of data
             line = str(reason).strip().splitlines()[0]
             raise InputError(f"model {profile.name}: {phase} cannot be traced without data: {line}") from None
-    ops = mark_latent(mark_experts([_as_mm(op) for op in linears]), phase)
+    ops = mark_latent(mark_experts([_as_mm(op) for op in _without_copied_states(linears)]), phase)
     if (unsaid := getattr(whole, "unsaid_experts", "")) and blocks_of(ops):
         raise InputError(f"model {profile.name}: config.json does not say {unsaid}, and the model has experts")
     if not isinstance(whole, CustomConfig):
@@ -190,6 +191,12 @@ def closed_ops(model: nn.Module, kinds: Kinds, recorded: list[list[Call]], probe
             )
         )
     return ops
+
+
+def _without_copied_states(ops: list[Op]) -> list[Op]:
+    """Ops but for copies of states: kernels of engines write a sequence's state where it lies."""
+    states = {t.storage for op in ops if op.name in STATEFUL for t in (*op.inputs[3:], *op.outputs[1:])}
+    return [op for op in ops if op.name not in COPIES or not any(t.storage in states for t in op.inputs)]
 
 
 def _as_mm(op: Op) -> Op:

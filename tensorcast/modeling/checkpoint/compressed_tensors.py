@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tensorcast.modeling.checkpoint.entries import REST, Entries, four_by_eight, integers, is_fp8_cache, refuse
+from tensorcast.modeling.checkpoint.entries import (
+    ABOUT_NUMBERS,
+    REST,
+    Entries,
+    four_by_eight,
+    has_fp8_cache,
+    integers,
+    refuse,
+)
 from tensorcast.modeling.module_rules import LAYERS, Rule, Rules, exclusions
 from tensorcast.modeling.quantization import Quantization
 
@@ -22,9 +30,9 @@ def read(said: Entries, kv: str) -> Quantization:
     said.known("quantization_status", "global_compression_ratio", "version", "format")
     named: list[Rule] = []
     classes: list[Rule] = []
-    for name, values in said.within("config_groups").items():
-        group = Entries(values if isinstance(values, dict) else {}, f"quantization_config: config_groups.{name}")
-        scheme = scheme_of(group.within("weights"), group.get("input_activations"))
+    for group in said.parts("config_groups").values():
+        group.known("format")
+        scheme = scheme_of(group.part("weights"), group.part("input_activations"))
         for target in group.listed("targets") or ["Linear"]:
             if target.startswith("re:"):
                 named.append(Rule(target[3:], "match", scheme))
@@ -35,21 +43,25 @@ def read(said: Entries, kv: str) -> Quantization:
                 named.append(Rule(target, "module", scheme))
     if not named and not classes:
         refuse(f"quant_method='compressed-tensors' without config_groups (format={said.values.get('format')!r})")
-    if is_fp8_cache(said.get("kv_cache_scheme")):
+    if has_fp8_cache(said):
         kv = "fp8"
     rules = (*exclusions(said.listed("ignore")), *named, *classes, REST)
     return Quantization(kv=kv, rules=Rules(rules))
 
 
-def scheme_of(weights: dict[str, Any], activations: Any) -> str:
-    """The scheme of one group by its ``weights`` and ``input_activations`` (None: weight only)."""
-    said = Entries(weights, "quantization_config: weights")
+def scheme_of(said: Entries, activations: Entries) -> str:
+    """The scheme of one group by its ``weights`` and ``input_activations`` (empty: weight only)."""
     kind, bits, strategy = said.get("type"), said.get("num_bits"), said.get("strategy")
-    group = said.number("group_size", default=-1)
-    act = activations if isinstance(activations, dict) else {}
-    act_kind = f"{'fp' if act.get('type') == 'float' else 'int'}{act.get('num_bits')}" if act else ""
+    group, block = said.number("group_size", default=-1), said.get("block_structure")
+    for one in (said, activations):
+        one.known(*ABOUT_NUMBERS)
+    if block not in (None, [128, 128]):
+        refuse(f"block_structure={block}", ("[128, 128]",))
+    activations.known("block_structure")
+    act = bool(activations.values)
+    act_kind = f"{'fp' if activations.get('type') == 'float' else 'int'}{activations.get('num_bits')}" if act else ""
     if kind == "float" and bits == 8:
-        return _eight_bit_floats(strategy, group, bool(act))
+        return _eight_bit_floats(strategy, group, act)
     if kind == "float" and bits == 4 and group in (16, 32):
         return "mxfp4" if group == 32 else "nvfp4" if act else "w4a16_nvfp4"
     if kind == "int" and isinstance(bits, int) and bits <= 8:
@@ -60,8 +72,9 @@ def scheme_of(weights: dict[str, Any], activations: Any) -> str:
         if bits == 4 and act_kind in ("fp8", "int8"):
             return four_by_eight(group, act_kind)
     refuse(
-        f"a group with weights of type={kind!r}, num_bits={bits!r}, group_size={weights.get('group_size')!r} and "
-        f"activations of {act_kind or 'bf16'}"
+        f"a group with weights of type={kind!r}, num_bits={bits!r}, group_size={said.get('group_size')!r} and "
+        f"activations of {act_kind or 'bf16'}",
+        where=said.where,
     )
 
 

@@ -9,22 +9,39 @@ from tensorcast.errors import InputError
 from tensorcast.modeling.module_rules import LAYERS, Rule
 from tensorcast.modeling.quantization import CHOICES, GROUPS, SCHEMES
 
+ROOT = "quantization_config"
+SILENT: tuple[Any, ...] = (None, [], {}, "")
+"""Values that say nothing."""
+
 REST = Rule("", "every", "bf16", LAYERS)
 """What no other rule names is not quantised."""
 
 
 class Entries:
-    """The keys and values of a ``quantization_config``, or of a part of one called ``where``."""
+    """The keys and values of a ``quantization_config``, or of the part of one under ``path``.
 
-    def __init__(self, values: dict[str, Any], where: str = "quantization_config") -> None:
-        self.values, self.where = values, where
+    What an entry does not say, ``behind`` says, if there is one.
+    """
+
+    def __init__(
+        self, values: dict[str, Any], path: str = "", *, root: str = ROOT, behind: Entries | None = None
+    ) -> None:
+        self.values, self.behind = values, behind
+        self._path, self._root = path, root
         self._read: set[str] = set()
-        self._inner: list[Entries] = []
+        self._parts: dict[str, Entries] = {}
+
+    @property
+    def where(self) -> str:
+        """What an error calls this part."""
+        return self._root + (f": {self._path}" if self._path else "")
 
     def get(self, *names: str, default: Any = None) -> Any:
         """The first of ``names`` that says something."""
         self._read.update(names)
-        return next((self.values[name] for name in names if self.values.get(name) not in (None, [], {})), default)
+        if self.behind is not None:
+            default = self.behind.get(*names, default=default)
+        return next((self.values[name] for name in names if self.values.get(name) not in SILENT), default)
 
     def listed(self, *names: str) -> list[str]:
         """Names of modules, as a list or as lists of lists. Raises :class:`InputError` where they are none."""
@@ -34,12 +51,27 @@ class Entries:
             raise InputError(f"{self.where}: {names[0]} must list names of modules, got {str(value)[:60]}")
         return [str(item) for item in flat]
 
-    def within(self, *names: str) -> dict[str, Any]:
-        """An object by name. Raises :class:`InputError` where the value is none."""
-        value = self.get(*names, default={})
-        if not isinstance(value, dict):
-            raise InputError(f"{self.where}: {names[0]} must be an object, got {str(value)[:60]}")
-        return value
+    def part(self, name: str, behind: Entries | None = None) -> Entries:
+        """An object by name, empty if there is none. Raises :class:`InputError` where the value is none."""
+        value = self.values.get(name)
+        if value not in SILENT and not isinstance(value, dict):
+            raise InputError(f"{self.where}: {name} must be an object, got {str(value)[:60]}")
+        self._read.add(name)
+        path = f"{self._path}.{name}" if self._path else name
+        return self._parts.setdefault(name, Entries(value or {}, path, root=self._root, behind=behind))
+
+    def parts(self, name: str, behind: Entries | None = None) -> dict[str, Entries]:
+        """The objects that an object holds, by name; what in it is none is not read."""
+        whole = self.part(name)
+        return {key: whole.part(key, behind) for key, value in whole.values.items() if isinstance(value, dict)}
+
+    def listed_parts(self, name: str) -> list[Entries]:
+        """The objects that a list holds."""
+        numbered = {str(i): one for i, one in enumerate(self.values[name])}
+        whole = Entries(numbered, f"{self._path}.{name}", root=self._root)
+        self._read.add(name)
+        self._parts.setdefault(name, whole)
+        return [whole.part(key) for key in whole.values]
 
     def number(self, *names: str, default: int) -> int:
         """A whole number by name. Raises :class:`InputError` where the value is none."""
@@ -52,27 +84,23 @@ class Entries:
         """Keys that change neither bytes nor arithmetic."""
         self._read.update(names)
 
-    def skipped(self, inner: Entries) -> None:
-        """What nobody read of a part counts as not read here, too."""
-        if inner is not self:
-            self._inner.append(inner)
-
     @property
     def unread(self) -> tuple[str, ...]:
-        """Keys that say something and were not used."""
-        silent: tuple[Any, ...] = (None, [], {}, "", False)
-        own = (key for key, value in self.values.items() if key not in self._read and value not in silent)
-        return (*own, *(key for inner in self._inner for key in inner.unread))
+        """Keys that say something and were not used, by their path."""
+        prefix = f"{self._path}." if self._path else ""
+        said = (key for key, value in self.values.items() if value not in SILENT and value is not False)
+        own = (f"{prefix}{key}" for key in said if key not in self._read)
+        return (*own, *(path for inner in self._parts.values() for path in inner.unread))
 
 
 def _flat(values: Iterable[Any]) -> Iterable[Any]:
     return [item for value in values for item in (_flat(value) if isinstance(value, list) else [value])]
 
 
-def refuse(what: str, known: Iterable[str] = ()) -> NoReturn:
+def refuse(what: str, known: Iterable[str] = (), where: str = ROOT) -> NoReturn:
     """Raise :class:`InputError`: ``what`` is not known, and what is."""
     listed = f" (known: {', '.join(known)})" if known else ""
-    raise InputError(f"quantization_config: {what} is not known{listed}; set --quant to one of {', '.join(CHOICES)}")
+    raise InputError(f"{where}: {what} is not known{listed}; set --quant to one of {', '.join(CHOICES)}")
 
 
 def integers(bits: int, group: int, beside: str = "") -> str:
@@ -97,8 +125,21 @@ def four_by_eight(group: int, activations: str) -> str:
     return name
 
 
-def is_fp8_cache(said: Any) -> bool:
-    """Whether a cache's entry means fp8: ``FP8`` by name, or 8-bit floats with a scale that is stored."""
-    if isinstance(said, dict):
-        return (said.get("type"), said.get("num_bits")) == ("float", 8) and said.get("dynamic") is not True
-    return str(said).lower() in ("fp8", "fp8_e4m3", "float8_e4m3fn")
+def has_fp8_cache(said: Entries) -> bool:
+    """Whether an entry's own on the cache means fp8: ``FP8`` by name, or 8-bit floats with a scale that is stored."""
+    algo, scheme = said.get("kv_cache_quant_algo"), said.values.get("kv_cache_scheme")
+    if isinstance(scheme, dict) and scheme:
+        numbers = said.part("kv_cache_scheme")
+        numbers.known(*ABOUT_NUMBERS)
+        if (numbers.get("type"), numbers.get("num_bits")) == ("float", 8) and numbers.get("dynamic") is not True:
+            return True
+    else:
+        scheme = said.get("kv_cache_scheme")
+    return any(str(name).lower() in ("fp8", "fp8_e4m3", "float8_e4m3fn") for name in (algo, scheme))
+
+
+ABOUT_NUMBERS = (
+    "symmetric", "dynamic", "observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype", "strategy",
+    "group_size",
+)  # fmt: skip
+"""Keys on the numbers of a format that change neither bytes nor arithmetic, or that others say as well."""

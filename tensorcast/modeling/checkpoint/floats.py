@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tensorcast.modeling.checkpoint import modelopt
-from tensorcast.modeling.checkpoint.entries import Entries, four_by_eight, integers, is_fp8_cache, refuse
+from tensorcast.modeling.checkpoint.entries import Entries, four_by_eight, has_fp8_cache, integers, refuse
 from tensorcast.modeling.module_rules import Rule, Rules, exclusions, glob
 from tensorcast.modeling.quantization import BF16, SCHEMES, Quantization
 
@@ -29,9 +27,10 @@ def fp8(said: Entries, kv: str, expert_dtype: str = "") -> Quantization:
     group = said.number("group_size", default=16)
     if algo := said.get("moe_quant_algo"):
         own = SCHEMES[modelopt.algorithm(str(algo), group)]
-        said.known("quant_algo", "config_groups")  # of the experts, as their own key says
+        said.known("quant_algo", "ignore")  # of the experts' algorithm; what it leaves is in fp8 as the rest
+        modelopt.pass_over_groups(said)
     rules = (*modelopt.layers(said, group), *exclusions(said.listed("ignored_layers", "modules_to_not_convert")))
-    kv = "fp8" if is_fp8_cache(said.get("kv_cache_quant_algo")) else kv
+    kv = "fp8" if has_fp8_cache(said) else kv
     return Quantization(base, own, kv=kv, rules=Rules(rules))
 
 
@@ -48,32 +47,34 @@ def quark(said: Entries, kv: str) -> Quantization:
     atom/quant_spec.py.
     """
     said.known("algo_config", "quant_mode", "softmax_quant_spec", "version", "quant_mode", "log_severity_level")
-    own = said.within("layer_quant_config")
-    cached = Entries(said.within("export"), "quantization_config: export").listed("kv_cache_group")
-    cache = said.within("kv_cache_quant_config")
+    export = said.part("export")
+    export.known("weight_format", "pack_method", "weight_merge_groups", "min_kv_scale")
+    cached, cache = export.listed("kv_cache_group"), said.parts("kv_cache_quant_config")
     rules = exclusions(said.listed("exclude"))
-    for pattern, values in own.items():
-        if isinstance(values, dict) and pattern not in cached:
-            rules.append(Rule(glob(pattern), "match", _quark_scheme(values)))
-    by_type = said.within("layer_type_quant_config")
-    every = by_type.get("Linear") or by_type.get("nn.Linear") or said.get("global_quant_config", default={})
-    scheme = SCHEMES[_quark_scheme(every)]
-    kept = [spec.get("output_tensors") or {} for name, spec in (*own.items(), *cache.items()) if isinstance(spec, dict)]
-    narrow = [spec for spec in kept if isinstance(spec, dict) and str(spec.get("dtype", "")).startswith("fp8")]
+    own = said.parts("layer_quant_config")
+    of_layers = {pattern: _quark_scheme(spec) for pattern, spec in own.items()}
+    rules += [Rule(glob(pattern), "match", name) for pattern, name in of_layers.items() if pattern not in cached]
+    by_type, every = said.parts("layer_type_quant_config"), said.part("global_quant_config")
+    schemes = [_quark_scheme(spec) for name, spec in by_type.items() if name in ("Linear", "nn.Linear")]
+    scheme = SCHEMES[(*schemes, _quark_scheme(every))[0]]
+    kept = [_numbers(spec, "output_tensors") for spec in (*own.values(), *cache.values())]
+    narrow = [one for one in kept if any(str(part.get("dtype")).startswith("fp8") for part in one)]
+    for spec in cache.values():
+        _quark_scheme(spec)
     kv = "fp8" if (cached or cache) and (narrow or not any(kept)) else kv
     return Quantization(scheme, scheme, kv=kv, rules=Rules(tuple(rules)))
 
 
-def _quark_scheme(spec: dict[str, Any]) -> str:
-    weight, inputs = spec.get("weight"), spec.get("input_tensors")
-    parts = [part for part in (weight if isinstance(weight, list) else [weight]) if isinstance(part, dict)]
-    acts = [part for part in (inputs if isinstance(inputs, list) else [inputs]) if isinstance(part, dict)]
+def _quark_scheme(spec: Entries) -> str:
+    parts, acts = _numbers(spec, "weight"), _numbers(spec, "input_tensors")
+    spec.known("target_device")
     if not parts:
         return "bf16"
-    last, act = parts[-1], str(acts[0].get("dtype", "")) if acts else ""
-    dtype, group = str(last.get("dtype", "")), int(last.get("group_size") or 0)
-    if len(parts) == 2 and parts[0].get("dtype") == "fp4":  # its scales' own scale is the second part
-        dtype, group = "fp4", int(parts[0].get("group_size") or 0)
+    last, act = parts[-1], str(acts[0].get("dtype", default="")) if acts else ""
+    dtype, group = str(last.get("dtype", default="")), last.number("group_size", default=0)
+    scaled_twice = len(parts) == 2 and parts[0].get("dtype") == "fp4"  # its scales' own scale is the second part
+    if scaled_twice:
+        dtype, group = "fp4", parts[0].number("group_size", default=0)
     if dtype in ("mx", "mxfp4", "fp4") and group in (16, 32):
         return "mxfp4" if group == 32 else "nvfp4" if act else "w4a16_nvfp4"
     if dtype in ("fp8_e4m3", "mxfp8"):
@@ -85,6 +86,21 @@ def _quark_scheme(spec: dict[str, Any]) -> str:
     if dtype in ("int8", "uint8"):
         return "int8" if act else integers(8, group)
     refuse(f"dtype={dtype!r} with qscheme={last.get('qscheme')!r} of quark", ("fp4", "fp8_e4m3", "int4", "int8"))
+
+
+def _numbers(spec: Entries, name: str) -> list[Entries]:
+    """What ``weight`` or ``input_tensors`` says of its numbers: one object, or one after another in a list."""
+    value = spec.values.get(name)
+    found = spec.listed_parts(name) if isinstance(value, list) else [spec.part(name)] if value else []
+    for one in found:
+        one.known("qscheme", "group_size", "dtype", *ABOUT_QUARK_NUMBERS)
+    return found
+
+
+ABOUT_QUARK_NUMBERS = (
+    "ch_axis", "is_dynamic", "observer_cls", "symmetric", "round_method", "scale_type", "scale_format", "block_size",
+    "scale_calculation_mode", "mx_element_dtype", "is_scale_quant", "zero_point_type",
+)  # fmt: skip
 
 
 def _eight(dtype: str) -> str:

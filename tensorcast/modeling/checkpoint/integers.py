@@ -31,8 +31,8 @@ def gptq(said: Entries, kv: str) -> Quantization:
     said.known(*(key for key in HARMLESS if key not in ("lm_head", "block_name_to_quantize")))
     bits, group = said.number("bits", "w_bit", default=4), said.number("group_size", default=128)
     rules: list[Rule] = []
-    for pattern, changes in said.within("dynamic").items():
-        own = Entries(changes if isinstance(changes, dict) else {}, f"quantization_config: dynamic.{pattern}")
+    for pattern, own in said.parts("dynamic").items():
+        own.known(*HARMLESS)
         scheme = integers(own.number("bits", default=bits), own.number("group_size", default=group), "zp")
         kept = pattern.startswith("-:")
         rules.append(Rule(re.sub(r"^[-+]:", "", pattern), "match", "bf16" if kept else scheme))
@@ -68,8 +68,8 @@ def auto_round(said: Entries, kv: str) -> Quantization:
     said.known(*(key for key in HARMLESS if key != "block_name_to_quantize"))
     base = _rounded(said)
     named, patterns = list[Rule](), list[Rule]()
-    for name, changes in said.within("extra_config").items():
-        own = Entries({**said.values, **(changes if isinstance(changes, dict) else {})}, f"extra_config.{name}")
+    for name, own in said.parts("extra_config", behind=said).items():
+        own.known(*HARMLESS)
         rule = Rule(name, "search" if SPECIAL.search(name) else "module", _rounded(own))
         (patterns if rule.how == "search" else named).append(rule)
     rules = [*named, *patterns]
@@ -106,13 +106,12 @@ def mlx(said: Entries, kv: str) -> Quantization:
     """
     said.known("quant_method", "version")
     base = _affine(said)
-    plain = {key: value for key, value in said.values.items() if not isinstance(value, dict)}
     rules = []
     for name, own in said.values.items():
         if not isinstance(own, dict | bool):
             continue
         said.known(name)
-        changed = Entries({**plain, **own}, name) if isinstance(own, dict) else said
+        changed = said.part(name, behind=said) if isinstance(own, dict) else said
         rules.append(Rule(name, "module", "bf16" if own is False else _affine(changed)))
     scheme = SCHEMES[base]
     return Quantization(scheme, scheme, kv=kv, rules=Rules(tuple(rules)), lm_head=scheme, embedding=scheme)

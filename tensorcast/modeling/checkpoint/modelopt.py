@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tensorcast.modeling.checkpoint.entries import REST, Entries, four_by_eight, integers, is_fp8_cache, refuse
+from tensorcast.modeling.checkpoint.entries import (
+    ABOUT_NUMBERS,
+    REST,
+    Entries,
+    four_by_eight,
+    has_fp8_cache,
+    integers,
+    refuse,
+)
 from tensorcast.modeling.module_rules import Rule, Rules, exclusions
 from tensorcast.modeling.quantization import SCHEMES, Quantization
 
@@ -32,17 +40,19 @@ def algorithm(name: str, group: int) -> str:
 
 def read(said: Entries, kv: str) -> Quantization:
     """Source: vLLM 0.24.0, quantization/modelopt.py (from_config, is_layer_excluded, ModelOptMixedPrecisionConfig)."""
-    said.known("producer", "version")
-    nested = said.within("quantization")
-    inner = Entries(nested, "quantization_config: quantization") if nested else said
+    inner = said.part("quantization") if said.values.get("quantization") else said
+    said.known("version")
+    for one in (said, inner):
+        if isinstance(one.values.get("producer"), dict):
+            one.part("producer").known("name", "version")
+        one.known("producer")
     algo = str(inner.get("quant_algo", default=""))
     group = inner.number("group_size", default=128)
     kept = exclusions([*inner.listed("exclude_modules", "ignore")])
-    cache = (said.get("kv_cache_scheme"), said.get("kv_cache_quant_algo"),
-             inner.get("kv_cache_scheme"), inner.get("kv_cache_quant_algo"))  # fmt: skip
-    kv = "fp8" if any(map(is_fp8_cache, cache)) else kv
+    kv = "fp8" if has_fp8_cache(inner) or has_fp8_cache(said) else kv
     by_layer = layers(inner, group)
-    inner.known("config_groups", "producer", "has_zero_point", "pre_quant_scale")  # groups repeat what the rest says
+    inner.known(*ABOUT_AWQ)
+    pass_over_groups(inner)
     if algo.upper() == "MIXED_PRECISION":
         if not by_layer:
             refuse("quant_algo='MIXED_PRECISION' without quantized_layers")
@@ -54,15 +64,26 @@ def read(said: Entries, kv: str) -> Quantization:
     else:
         scheme = SCHEMES[algorithm(algo, group)]
         found = Quantization(scheme, scheme, kv=kv, rules=Rules((*by_layer, *kept)))
-    said.skipped(inner)
     return found
+
+
+ABOUT_AWQ = ("has_zero_point", "pre_quant_scale")
+
+
+def pass_over_groups(said: Entries) -> None:
+    """``config_groups`` of ModelOpt repeat what its other keys say: what they say beside that is not read."""
+    for group in said.parts("config_groups").values():
+        group.known("targets", "format")
+        for name in ("weights", "input_activations"):
+            group.part(name).known("type", "num_bits", *ABOUT_NUMBERS)
 
 
 def layers(said: Entries, group: int) -> list[Rule]:
     """A rule for each module of ``quantized_layers``."""
     found = []
-    for module, values in said.within("quantized_layers").items():
-        entry = Entries(values if isinstance(values, dict) else {}, f"quantization_config: {module}")
-        scheme = algorithm(str(entry.get("quant_algo", default="")), entry.number("group_size", default=group))
+    for module, entry in said.parts("quantized_layers").items():
+        entry.known(*ABOUT_AWQ)
+        algo = entry.get("quant_algo") or refuse("a module without quant_algo", where=entry.where)
+        scheme = algorithm(str(algo), entry.number("group_size", default=group))
         found.append(Rule(module, "module", scheme))
     return found

@@ -43,7 +43,7 @@ def from_config(config: dict[str, Any], kv: str = "bf16") -> Quantization:
         refuse(f"quantize={said!r} (msModelSlim's mark)")
     if not isinstance(said, dict):
         raise InputError(f"{key} {said!r}: must be an object with quant_method")
-    entries = Entries(said, key)
+    entries = Entries(said, root=key)
     method = _method(entries, key)
     if method not in READERS:
         bits = said.get("bits", said.get("w_bit"))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
+import hashlib
 import json
 import multiprocessing
 import re
@@ -24,6 +26,7 @@ import public_configs
 import torch
 import transformers
 from cache_reading import cache_bytes_per_token
+from census_page import RANKS, Verdict, page
 from parameter_formula import parameters
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -33,51 +36,26 @@ from transformers.utils import logging
 from tensorcast.cost.memory import kv_bytes_per_token
 from tensorcast.deploy.deployment import uncut
 from tensorcast.errors import InputError
+from tensorcast.files import digest_of, write_atomically
 from tensorcast.modeling.checkpoint.read import checkpoint
+from tensorcast.modeling.config import hf_config
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import list_models, load_model
-from tensorcast.trace.cache import traced
+from tensorcast.trace.cache import _SOURCES, traced
 from tensorcast.trace.table import OpTable, Param
 
 logging.set_verbosity_error()
 
-COMMAND = "python tests/model_types.py --write docs/census.md"
-RANKS = (1, 2, 8)
 WITH_TEXT = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 SECONDS = 100
 """Of CPU time for one entry; after that it is refused, with "time" as its reason."""
 
-SETS = {
-    "types": "types of transformers at their class's own sizes",
-    "profiles": "shipped profiles",
-    "public": "other public configs",
-}
-
-
 class Entry(NamedTuple):
-    """A model to count: its ``config.json``, with what lies beside it, and which of ``SETS`` it is of."""
+    """A model to count: its ``config.json``, with what lies beside it, and which set of the page it is of."""
 
     name: str
     config: dict[str, Any]
     kept_in: str = "types"
-
-
-class Verdict(NamedTuple):
-    """Of one entry at one size of tensor parallelism.
-
-    ``right``; ``refused`` with a reason; ``whole``: priced with most of a kind of weight whole on every rank, and said
-    so; ``wrong``; or ``none``: there is no such model, or it writes no text of its own: no part of the share that is
-    right. ``formula``: whether parameters were worked out by hand, too.
-    """
-
-    entry: str
-    kept_in: str
-    tp: int
-    word: str
-    reason: str = ""
-    params: int = 0
-    cache: float = 0.0
-    formula: bool = False
 
 
 NO_DECODER = ("an encoder", "does not generate text")
@@ -90,6 +68,7 @@ class TimeIsUp(BaseException):
     """An entry took longer than ``SECONDS``; no handler of errors may take it for one."""
 
 
+@functools.cache
 def text_types() -> list[str]:
     """Types that transformers lists as causal language models, then those of models that see or hear and then write."""
     causal = list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -159,7 +138,12 @@ def class_of(entry: Entry) -> Class | str:
     for name in ("architectures", "quantization_config"):
         values.pop(name, None)
     try:
-        config = AutoConfig.for_model(kind, **values)
+        if kind not in CONFIG_MAPPING:  # a file whose code is its own
+            config = hf_config(_profile(entry))
+        elif "text_config" in CONFIG_MAPPING[kind].sub_configs and "hidden_size" in values:  # sizes of the text, flat
+            config = AutoConfig.for_model(kind, text_config=values)
+        else:
+            config = AutoConfig.for_model(kind, **values)
         return Class(config.get_text_config(decoder=True), theirs(config))
     except Exception as failure:
         return " ".join(str(failure).split())[:100]
@@ -220,36 +204,71 @@ def _profile(entry: Entry) -> ModelProfile:
 
 
 def _judged(entry: Entry) -> Iterator[Verdict]:
-    profile = _profile(entry)
-    said: Class | str | None = None
-    for tp in RANKS:
-        try:
-            table = traced(profile, "decode", tp)
-            if tp == 1:
-                checkpoint(profile)
-        except InputError as refusal:
-            reason = str(refusal)
-            nothing = any(word in reason for word in NO_DECODER) or DIVIDES.search(reason)
-            word = "none" if nothing or not runs(entry) else "refused"
-            yield Verdict(entry.name, entry.kept_in, tp, word, reason.partition(": ")[2])
-            continue
-        except Exception as failure:
-            yield Verdict(entry.name, entry.kept_in, tp, "wrong", f"traceback: {failure!r}")
-            continue
-        said = said or class_of(entry)
-        by_hand = parameters(entry.config) if entry.kept_in != "types" else None
-        if isinstance(said, str) and by_hand is None:
-            yield Verdict(entry.name, entry.kept_in, tp, "none", f"transformers does not build it: {said}")
-            continue
-        right = by_hand if isinstance(said, str) else said.parameters
-        assert right is not None
-        cache = None if isinstance(said, str) else cache_bytes_per_token(said.text, tp)
-        wrong = problem(table, right, cache)
-        if not wrong and by_hand is not None and by_hand != right:
-            wrong = f"{right:,} parameters, {by_hand:,} by hand"
-        left = uncut(table)
-        yield Verdict(entry.name, entry.kept_in, tp, "wrong" if wrong else "whole" if left else "right", wrong or left,
-                      table.total_params(), kv_bytes_per_token(table), by_hand is not None)  # fmt: skip
+    """At tp = 1 the whole model; at others the first layers that show every kind there is."""
+    verdict, table = _at(entry, 1)
+    yield verdict
+    parts = entry if table is None else shortened(entry, table)
+    for tp in RANKS[1:]:
+        yield _at(parts, tp)[0]
+
+
+def _at(entry: Entry, tp: int) -> tuple[Verdict, OpTable | None]:
+    """The verdict, and the table if there is one."""
+    profile, blank = _profile(entry), Verdict(entry.name, entry.kept_in, tp, "wrong")
+    try:
+        table = traced(profile, "decode", tp)
+        checkpoint(profile)
+    except InputError as refusal:
+        reason = str(refusal)
+        nothing = any(word in reason for word in NO_DECODER) or DIVIDES.search(reason)
+        known = entry.config["model_type"] in CONFIG_MAPPING
+        other = known and entry.config["model_type"] not in text_types()  # by transformers' own lists
+        word = "none" if nothing or other or not runs(entry) else "refused"
+        return blank._replace(word=word, reason=reason.partition(": ")[2]), None
+    except Exception as failure:
+        return blank._replace(reason=f"traceback: {failure!r}"), None
+    said = class_of(entry)
+    by_hand = parameters(entry.config) if entry.kept_in != "types" else None
+    right = by_hand if isinstance(said, str) else said.parameters
+    if right is None:
+        return blank._replace(word="none", reason=f"transformers does not build it: {said}"), table
+    wrong = problem(table, right, None if isinstance(said, str) else cache_bytes_per_token(said.text, tp))
+    if not wrong and by_hand is not None and by_hand != right:
+        wrong = f"{right:,} parameters, {by_hand:,} by hand"
+    left = uncut(table)
+    found = blank._replace(
+        word="wrong" if wrong else "whole" if left else "right", reason=wrong or left, params=table.total_params(),
+        cache=kv_bytes_per_token(table), formula=by_hand is not None,
+    )
+    return found, table
+
+
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+
+
+def shortened(entry: Entry, table: OpTable) -> Entry:
+    """The entry with its first layers alone, as many as show every kind of the ``table``; whole, where that fails."""
+    kinds = list(table.layer_kinds)
+    depth = len(kinds)
+    least = 1 + max((kinds.index(kind) for kind in kinds), default=0)
+
+    def cut(values: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for name, value in values.items():
+            if isinstance(value, list | tuple) and len(value) == depth:
+                value = value[:least]
+            value = least if name in DEPTHS and value == depth else value
+            found[name] = cut(value) if isinstance(value, dict) else value
+        return found
+
+    if least >= depth:
+        return entry
+    short = entry._replace(config=cut(entry.config))
+    try:
+        fits = list(traced(_profile(short), "decode", 1).layer_kinds) == kinds[:least]
+        return short if fits and isinstance(class_of(short), Class) else entry
+    except Exception:
+        return entry
 
 
 def runs(entry: Entry) -> bool:
@@ -302,65 +321,33 @@ def _odd(param: Param, tp: int, heads: int) -> str:
     return "" if COPIED.search(param.name) and not less else f"{param.name}: {param.numel} of {param.full_numel} a rank"
 
 
-def page(verdicts: list[Verdict]) -> str:
-    """The text of ``docs/census.md``."""
-    counted = [v for v in verdicts if v.word != "none"]
-    by_hand = len({v.entry for v in verdicts if v.formula})
-    lines = [
-        "# Model types of transformers and public configs",
-        "",
-        f"Generated by `{COMMAND}`; do not edit. transformers {transformers.__version__}.",
-        "",
-        f"{len({(v.kept_in, v.entry) for v in verdicts})} configs: every type that transformers lists as a language",
-        "model, or as a model that sees or hears and then writes, at its class's own sizes; the configs of the shipped",
-        "profiles; and other",
-        f"public files ({'; '.join(public_configs.SOURCES)}), kept as shapes and counts.",
-        "",
-        "Right: all parameters are those that transformers' own class holds on meta (tied ones once), and those that",
-        f"`tests/parameter_formula.py` works out by hand ({by_hand} of them); every weight of a rank is its share or a",
-        "small one whole; and a token adds to the cache what the config says, read by hand (`tests/cache_reading.py`).",
-        "Whole: priced, and said to be priced, with a large part of the weights whole on every rank. Not counted:",
-        "encoders, sizes that do not divide by tp, and defaults with which transformers' own class does not run on",
-        "tokens alone.",
-        "",
-        "| set | tp | right | refused with a reason | whole | wrong | right of these | not counted |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]  # fmt: skip
-    for name, tp in [(name, tp) for name in ("all", *SETS) for tp in RANKS]:
-        at = [v.word for v in verdicts if v.tp == tp and name in ("all", v.kept_in)]
-        rest, right = at.count("none"), at.count("right")
-        numbers = " | ".join(str(at.count(word)) for word in ("right", "refused", "whole", "wrong"))
-        lines.append(
-            f"| {SETS.get(name, name)} | {tp} | {numbers} | {100 * right / (len(at) - rest or 1):.1f} % | {rest} |"
-        )
-    for title, word in (("Wrong", "wrong"), ("Refused", "refused"), ("Weights whole on every rank", "whole"),
-                        ("Not counted", "none")):  # fmt: skip
-        lines += ["", f"## {title}", ""]
-        rows = [*_rows(verdicts, word)]
-        lines += ["| config | tp | why |", "|---|---|---|", *rows] if rows else ["None."]
-    lines += ["", "## Right", "", "| config | parameters | bytes of cache a token |", "|---|--:|--:|"]
-    right_ones = (v for v in counted if v.word == "right" and v.tp == 1)
-    lines += [f"| {v.entry} | {v.params:,} | {v.cache:,.0f} |" for v in right_ones]
-    return "\n".join(lines) + "\n"
-
-
-def _rows(verdicts: list[Verdict], word: str) -> Iterator[str]:
-    found: dict[tuple[str, str], list[str]] = {}
-    for v in verdicts:
-        if v.word == word:
-            found.setdefault((v.entry, v.reason.replace("|", "/")), []).append(str(v.tp))
-    for (entry, reason), ranks in found.items():
-        yield f"| {entry} | {', '.join(ranks)} | {reason[:160]} |"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, required=True, metavar="FILE", help="where the page goes")
-    file: Path = parser.parse_args().write
+    parser.add_argument("--kept", type=Path, default=Path("out/census"), metavar="DIR", help="what a stop leaves here")
+    arguments = parser.parse_args()
+    folder: Path = arguments.kept
+    folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    groups = same_shapes(entries())
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=40) as pool:
-        verdicts = [v for found in pool.imap(judged_alike, same_shapes(entries())) for v in found]
-    file.write_text(page(verdicts), encoding="utf-8")
+        counted = pool.imap(functools.partial(kept, folder, digest_of((*_SOURCES, *SOURCES))), groups)
+        verdicts = [verdict for found in counted for verdict in found]
+    arguments.write.write_text(page(verdicts), encoding="utf-8")
+
+
+SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("cache_reading", "model_types", "parameter_formula")]
+
+
+def kept(folder: Path, code: str, group: list[Entry]) -> list[Verdict]:
+    """Verdicts on a group, from a run before that was stopped, if the code is the same."""
+    key = hashlib.sha256(json.dumps([code, group], sort_keys=True, default=str).encode()).hexdigest()
+    file = folder / f"{key[:24]}.json"
+    if file.exists():
+        return [Verdict(*row) for row in json.loads(file.read_text("utf-8"))]
+    found = judged_alike(group)
+    write_atomically(file, json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":

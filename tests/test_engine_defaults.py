@@ -73,6 +73,26 @@ def test_least_that_is_left() -> None:
     assert (small, large) == (512 + 3072 + 128, 10240)
 
 
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        ({"vision_config": {"depth": 27, "hidden_size": 1152}}, 0.95 * (1.1 - 0.1 * 27 * 1152**2 / (24 * 1024**2))),
+        ({"vision_config": {"vt_num_hidden_layers": 24, "vt_hidden_size": 1024}}, 0.95),
+        ({"vision_config": {}}, 0.95),
+        ({"vision_config": {"num_hidden_layers": 80, "hidden_size": 4096}}, 0.95 * 0.8),
+        ({"vision_config": {"num_hidden_layers": 12, "hidden_size": 64}}, 0.95 * 1.05),
+        ({"vision_config": {}, "architectures": ["Llama4ForConditionalGeneration"]}, 1.0),
+    ],
+)
+def test_sglang_leaves_more_for_models_that_see(config: dict[str, object], factor: float) -> None:
+    """adjust_mem_fraction_for_vlm of sglang 0.5.14: 0.95, less 0.1 for each ViT-L/14 more, held to 0.8 to 1.05."""
+    device, layout = load_device("h200"), parse_layout("tp8")
+    plain, seeing = (memory_share(SGLANG, device, layout, True, one) for one in (GQA, GQA | config))
+    assert seeing == pytest.approx(plain * factor, rel=0.01)
+    for name in ("qwen3.5-35b-a3b", "gemma-4-31b", "kimi-k2.5", "qwen3-vl-32b"):
+        assert "vision_config" in load_model(name).config
+
+
 def test_tokens_per_step() -> None:
     h100, a100, b200 = (load_device(name) for name in ("h100", "a100", "b200"))
     assert [VLLM.tokens_per_step(device) for device in (h100, a100, b200)] == [8192, 2048, 8192]

@@ -83,6 +83,17 @@ def test_recurrent_state_does_not_grow_with_length() -> None:
     assert short == 2 * (state + 100 * 2 * 10 * 2 * 256 * 2)
 
 
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_states_are_cache_and_neither_activations_nor_copied(phase: str) -> None:
+    """Qwen3.5-35B: 2 MB of state a sequence and layer. Activations of 8,192 tokens of one token each are 12,288 wide at
+    most beside them: below 1 GB, where states of as many sequences take 17 GB."""
+    table = traced(load_model("qwen3.5-35b-a3b"), phase)
+    assert activation_bytes(table, Sizes(B=8192.0, S=1.0, P=0.0)) < 8192 * 248_320 * 4 + 1e9
+    states = {t.storage for op in table.ops if op.name == "linear_attention" for t in (*op.inputs[3:], *op.outputs[1:])}
+    users = {op.name for op in table.ops if any(t.storage in states for t in (*op.inputs, *op.outputs))}
+    assert users == {"linear_attention"}
+
+
 @pytest.mark.parametrize(("tp", "ep"), [(1, 1), (1, 8), (4, 4), (8, 8)])
 def test_weights_per_rank_by_hand(tp: int, ep: int) -> None:
     """Qwen3-30B-A3B in bf16: experts split over ep, attention and vocabulary over tp, norms and router replicated."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import census_page
 import model_types
 import pytest
 
@@ -22,6 +24,43 @@ def test_a_type_is_counted_as_its_class_and_its_config_say(kind: str) -> None:
     words = [verdict.word for verdict in model_types.judged(model_types.of_type(kind))]
     assert words[0] == "right"
     assert set(words) <= {"right", "none"}, words  # none: heads that do not divide
+
+
+def test_what_takes_too_long_is_refused_as_that() -> None:
+    """Of CPU time: no clock of the machine's load decides."""
+    words = model_types.judged(model_types.of_type("gpt2"), seconds=0.02)
+    assert [(one.tp, one.word) for one in words] == [(tp, "refused") for tp in census_page.RANKS]
+    assert all(one.reason.startswith("time") for one in words)
+
+
+def test_configs_of_one_shape_are_counted_once_and_each_ones_precision_read() -> None:
+    plain = model_types.of_type("gpt2")
+    known, odd = (
+        plain._replace(name=name, config=plain.config | {"quantization_config": {"quant_method": name}})
+        for name in ("fp8", "hqq")
+    )
+    assert model_types.same_shapes(iter([plain, known, odd])) == [[plain, known, odd]]
+    verdicts = model_types.judged_alike([plain, known, odd])
+    assert [one.word for one in verdicts if one.tp == 1] == ["right", "right", "refused"]
+    assert "hqq" in verdicts[-3].reason
+
+
+def test_what_a_stop_left_is_not_counted_again(tmp_path: Path) -> None:
+    gone = model_types.Entry("none", {"model_type": "no_such_type"}, "public")
+    first = model_types.kept(tmp_path, "code", [gone])
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text().replace("no_such_type", "another"))
+    assert model_types.kept(tmp_path, "code", [gone]) != first
+    assert model_types.kept(tmp_path, "other code", [gone]) == first
+
+
+def test_the_page_says_what_is_right_and_what_is_not() -> None:
+    verdict = census_page.Verdict("a", "types", 1, "right", params=10, cache=2.0)
+    text = census_page.page([verdict, verdict._replace(entry="b", word="refused", reason="time"),
+                             verdict._replace(entry="c", word="whole", reason="left"),
+                             verdict._replace(entry="d", word="none", reason="an encoder")])  # fmt: skip
+    assert "| all | 1 | 1 | 1 | 1 | 0 | 33.3 % | 1 |" in text
+    assert "| b | 1 | time |" in text and "| a | 10 | 2 |" in text
 
 
 def test_most_types_are_there() -> None:

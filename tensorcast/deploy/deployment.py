@@ -115,6 +115,11 @@ class Deployment:
         sampled = max((count for size, count in rule.sequences.items() if memory >= size), default=0)
         logits = rule.logit_bytes * sampled * self.raw.facts.vocab_size
         live = activation_bytes(_without_head(self.step.table), sizes)
+        text = text_of(self.model.config)
+        if rule.latent_tokens and text.get("kv_lora_rank"):  # a context's keys and values, worked out of its latents
+            heads = text["num_attention_heads"] / self.layout.tp
+            width = text["qk_nope_head_dim"] + text["v_head_dim"]
+            live = np.maximum(live, 2.0 * rule.latent_tokens * heads * width)
         return np.maximum(live, logits), self._communication_bytes(tokens, sizes)
 
     @property
@@ -230,7 +235,9 @@ def memory_share(
     sizes = graphs.count(captured) if graphs is not None else 0
     tokens = engine.tokens_per_step(device)
     ranks = layout.tp * dp * layout.pp
-    return 1.0 - engine.reserve.fixed_bytes(capacity, tokens, ranks, sizes, is_latent(config)) / capacity
+    share = 1.0 - engine.reserve.fixed_bytes(capacity, tokens, ranks, sizes, is_latent(config)) / capacity
+    seen = engine.reserve.vision
+    return share * seen.share(config) if seen is not None and "vision_config" in config else share
 
 
 @per_table

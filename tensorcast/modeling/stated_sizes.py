@@ -88,7 +88,8 @@ def dropped(values: dict[str, Any], config: PreTrainedConfig) -> str:
             return _unlike(stated[0], values[stated[0]], own, config)
     built = {value for name, value in vars(config).items() if isinstance(value, int) and _knows(config, name)}
     for name, value in values.items():
-        width = WEIGHT_WIDTHS.search(name) and isinstance(value, int) and value > 1
+        named = any(name in names for names in {**CORE, **OTHERS}.values())  # seen above
+        width = not named and WEIGHT_WIDTHS.search(name) and isinstance(value, int) and value > 1
         if width and not _knows(config, name) and value not in built:
             return _unlike(name, value, None, config)
     return ""

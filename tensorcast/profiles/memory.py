@@ -17,6 +17,35 @@ MemoryCovers = Literal[
 ]
 
 
+VISION_DEPTHS = ("num_hidden_layers", "depth", "vt_num_hidden_layers")
+VISION_WIDTHS = ("hidden_size", "vt_hidden_size")
+
+
+class VisionReserve(Frozen):
+    """What a model that also sees leaves of an engine's share: ``factor``, less ``slope`` for each tower of 24 layers
+    of width 1024 that its own is larger than one; ``least`` and ``most`` bound that second factor."""
+
+    factor: Number = Field(gt=0)
+    slope: Number = Field(ge=0)
+    least: Number = Field(gt=0)
+    most: Number = Field(gt=0)
+    not_architectures: tuple[str, ...] = Field(default=(), description="classes that see only if told to")
+    source: str = Field(min_length=3)
+
+    def share(self, config: dict[str, Any]) -> float:
+        """What the share is multiplied by; 1 for a model of text alone."""
+        vision = config.get("vision_config")
+        if vision is None or set(self.not_architectures) & set(config.get("architectures") or ()):
+            return 1.0
+        depth, width = (
+            next((vision[name] for name in names if name in vision), usual)
+            for names, usual in ((VISION_DEPTHS, 24), (VISION_WIDTHS, 1024))
+        )
+        towers = depth * width**2 / (24 * 1024**2)
+        less = 1.0 - float(self.slope) * (towers - 1.0)
+        return float(self.factor) * min(max(less, float(self.least)), float(self.most))
+
+
 class Reserve(Frozen):
     """What an engine leaves free for activations and captured graphs: a sum of terms in MiB, at least ``floor_mib``."""
 
@@ -31,6 +60,7 @@ class Reserve(Frozen):
     latent_prefill_graphs_mib: Number = Field(default=0.0, ge=0, description="instead, for all, if attention is MLA")
     floor_mib: Number = Field(default=0.0, ge=0)
     floor_above_mib: Number = Field(default=0.0, ge=0, description="device memory above which the floor holds")
+    vision: VisionReserve | None = Field(default=None, description="more, of models that also see")
     source: str = Field(min_length=3)
 
     def fixed_bytes(self, capacity: float, tokens: int, ranks: Any, prefill_graphs: int, latent: bool) -> Any:
@@ -62,6 +92,7 @@ class ProfiledStep(Frozen):
 
     sequences: dict[int, int] = Field(description="device memory in MiB -> sequences that are sampled from there on")
     logit_bytes: Number = Field(ge=0, description="of each logit while it is sampled from, all copies")
+    latent_tokens: int = Field(default=0, ge=0, description="of MLA, whose keys and values it makes room for at once")
     source: str = Field(min_length=3)
 
 

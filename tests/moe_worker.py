@@ -18,7 +18,7 @@ import census
 import torch
 import torch.distributed as dist
 from moe_blocks import block_of, census_model, error, output_of
-from rewriting import NOT_REWRITTEN
+from rewriting import NAMED, NOT_REWRITTEN
 from torch import Tensor
 
 from tensorcast.modeling.moe.apply import moe_blocks
@@ -140,7 +140,7 @@ def drawn(world: int) -> list[Case]:
     """Any family's block as :func:`rewrite` puts it on ranks, in a layout and placement drawn with it."""
     chance = random.Random(f"{os.environ[SEED]} {world}")
     found = []
-    for family in chance.sample([f for f in census.families() if f not in NOT_REWRITTEN], DRAWN):
+    for family in chance.sample([f for f in census.families() if f not in {*NOT_REWRITTEN, *NAMED}], DRAWN):
         # whole experts: some families' cannot be cut over ranks (a norm after them, code of their own)
         tp, dp, ep, exchange = chance.choice([one for one in LAYOUTS[world] if one[0] * one[1] == one[2]])
         placement = chance.choice(["", "eplb"] if ep > 1 else [""])

@@ -9,7 +9,7 @@ import census
 import pytest
 import torch
 from moe_blocks import block_of, census_model, error, model_of
-from rewriting import NOT_REWRITTEN
+from rewriting import NAMED, NOT_REWRITTEN
 from torch import Tensor, nn
 
 from tensorcast.errors import InputError
@@ -25,7 +25,7 @@ from tensorcast.profiles.model import MoEFields
 from tensorcast.profiles.store import list_models, load_model
 from tensorcast.validate.run import cut
 
-RUNNING = [family for family in census.families() if family not in NOT_REWRITTEN]
+RUNNING = [family for family in census.families() if family not in {*NOT_REWRITTEN, *NAMED}]
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
@@ -34,12 +34,12 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-@pytest.mark.parametrize("family", [f for f in RUNNING if f != "minimax_m3_vl"])  # its indexer needs longer prompts
+@pytest.mark.parametrize("family", [*(f for f in RUNNING if f != "minimax_m3_vl"), *NAMED])  # it needs longer prompts
 def test_every_familys_model_gives_the_same_logits(family: str) -> None:
     model, ids = census_model(family), torch.randint(0, 512, (2, 9))
     expected, untouched = logits(model, ids), copy.deepcopy(model)
-    paths = apply_moe(model, name=family)
-    assert len(paths) == len(list(census.experts_modules(family))) or family in ("dbrx", "ernie4_5_vl_moe")
+    paths = apply_moe(model, name=family, fields=NAMED.get(family, MoEFields()))
+    assert len(paths) == len(list(census.experts_modules(family))) or family in ("dbrx", "ernie4_5_vl_moe", *NAMED)
     found = error(logits(model, ids), expected)
     # Some models amplify rounding: muse_spark's own fp32 logits are 3e-6 off those it gives in float64.
     assert found < 1e-6 or found < 2 * error(expected, logits(untouched.double(), ids).float())
@@ -61,9 +61,9 @@ def test_bf16_stays_within_its_rounding(family: str) -> None:
     assert error(found.float(), expected.float().reshape(found.shape)) < 2e-2, path
 
 
-@pytest.mark.parametrize("family", [f for f, (_, kind) in NOT_REWRITTEN.items() if kind == "refused"])
-def test_families_that_are_refused_say_why_in_a_line(family: str) -> None:
-    with pytest.raises(InputError, match=NOT_REWRITTEN[family][0]) as caught:
+@pytest.mark.parametrize("family", NAMED)
+def test_families_that_need_names_say_so_in_a_line(family: str) -> None:
+    with pytest.raises(InputError, match=r"no block with experts; name them in moe\.experts") as caught:
         apply_moe(census_model(family), name=family)
     assert "\n" not in str(caught.value)
 

@@ -271,3 +271,25 @@ def test_ten_bit_logarithms_travel_at_low_latency_alone() -> None:
     assert any(one.decode.combine == "logfmt10" and one.prefill.combine is None for one in made)
     with pytest.raises(tc.InputError, match="combine logfmt10: only the low_latency exchange"):
         Axes(exchange=("direct",), combine=("logfmt10",))
+
+
+SENT: dict[str, Any] = {"tp": 4, "dp": 2, "ep": 8, "all2all": "low_latency"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked", "said"),
+    [
+        ("sglang", {"tp": 8, "shared_experts_fusion": False}, ""),
+        ("vllm", {"tp": 8, "shared_experts_fusion": False}, "--no-shared-experts-fusion (the engine runs shared"),
+        ("sglang", {**SENT, "shared_experts_fusion": False}, "runs shared"),
+        ("sglang", {**SENT, "shared_expert_tp": False}, "whole here"),
+        ("sglang", {"tp": 8, "shared_expert_tp": False}, ""),  # whole ones are not among the routed ones
+    ],
+)
+def test_choices_on_shared_experts_that_change_nothing_are_named(
+    engine: str, asked: dict[str, Any], said: str
+) -> None:
+    found = tc.simulate("deepseek-v3", device="h200", world_size=8, engine=engine, batch=16, **asked).notes
+    idle = [note for note in found if note.startswith("no effect here") and "shared" in note]
+    assert bool(idle) == bool(said)
+    assert all(said in note for note in idle)

@@ -200,11 +200,12 @@ class Deployment:
     def idle(self, options: Options) -> dict[str, str]:
         """Those of ``options`` that would change no time here, with the reason."""
         facts, all2all = self.raw.facts, self.step.plan.all2all
-        fused = block_form(
+        unasked = block_form(
             Options(), self.layout, all2all, self.engine, device=self.device, config=self.model.config,
             whole=whole_model(self.model, self.phase, self.options.quant),
-        ).fused
-        return idle_options(options, Place(self.layout, facts, all2all, self.phase, fused))
+        )
+        at = Place(self.layout, facts, all2all, self.phase, unasked.fused, unasked.shared is not None)
+        return idle_options(options, at)
 
     def largest_batch(self, new: int, past: int) -> int:
         """Most sequences per data-parallel rank that fit; 0 if not even one does."""

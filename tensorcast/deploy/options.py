@@ -23,7 +23,9 @@ class Place:
     all2all: str
     phase: str
     fuses: bool = False
-    """Whether the engine runs shared experts among the routed ones unasked."""
+    """Whether the engine runs shared experts among the routed ones unasked, ..."""
+    whole: bool = False
+    """... or holds them whole on every GPU."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ def _nothing_travels(at: Place) -> str:
 def _nothing_shared(at: Place) -> str:
     if not at.facts.shared_experts:
         return "there is no shared expert"
-    return "tp is 1" if at.layout.tp == 1 else ""
+    if at.layout.tp == 1:
+        return "tp is 1"
+    return "the engine holds shared experts whole here" if at.whole else ""
 
 
 def _nothing_fused(at: Place) -> str:

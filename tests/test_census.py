@@ -136,7 +136,7 @@ def test_linear_flops_follow_from_their_parameters(family: str, phase: Phase) ->
     def expected(path: str, weight: str, numel: int) -> float:
         name = path.rpartition(".")[2]
         rows = sizes.B if path == "lm_head" else sizes.B * sizes.L if weight in again else sizes.tokens
-        return 2.0 * numel * (rows + (sizes.B if name == ONE_MORE_TOKEN.get((family, phase)) else 0))
+        return float(2.0 * numel * (rows + (sizes.B if name == ONE_MORE_TOKEN.get((family, phase)) else 0)))
 
     standing = {param.name for param in table.params}
     for path, (weight, numel) in linears.items():

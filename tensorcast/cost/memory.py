@@ -180,7 +180,8 @@ def activation_bytes(table: OpTable, sizes: Sizes) -> Size:
         reduce(np.maximum, [coef * math.prod((dim.at(sizes) for dim in factors), start=1.0) for factors, coef in some])
         for some in amounts
     ]
-    return reduce(np.maximum, [sum((coef * values[i] for i, coef in moment), 0.0) for moment in moments], 0.0)
+    nothing: Size = 0.0
+    return reduce(np.maximum, [sum((coef * values[i] for i, coef in moment), 0.0) for moment in moments], nothing)
 
 
 _Amount = tuple[tuple[tuple[Dim, ...], float], ...]

@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-"""One number per call, or per candidate."""
+from tensorcast.trace.dims import Array as Array
+from tensorcast.trace.dims import Size as Size
 
 Mask = NDArray[np.bool_]
 """Which of the calls."""
-
-Size = float | Array
-"""A float, or a numpy array with one entry per candidate."""
 
 GEMM_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (16, 64))
 """Output tiles (rows, columns) that GEMM libraries choose from (CUTLASS, cuBLAS, DeepGEMM; 16: operands swapped)."""

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+"""One number per call, or per candidate."""
+
+Size = float | Array
+"""A float, or a numpy array with one entry per candidate."""
 
 ATOMS = ("B", "S", "L", "P", "R", "E", "X")
 """B sequences, S new tokens each, P cached tokens each, L = P + S; in the experts' region R rows on this rank,
@@ -17,19 +24,19 @@ E experts on this rank, X = 1 / (experts' tensor-parallel size)."""
 class Sizes:
     """Values of the atoms: floats, or numpy arrays with one entry per candidate."""
 
-    B: Any
-    S: Any
-    P: Any
-    R: Any = 0.0
-    E: Any = 0.0
-    X: Any = 1.0
+    B: Size
+    S: Size
+    P: Size
+    R: Size = 0.0
+    E: Size = 0.0
+    X: Size = 1.0
 
     @property
-    def L(self) -> Any:
+    def L(self) -> Size:
         return self.P + self.S
 
     @property
-    def tokens(self) -> Any:
+    def tokens(self) -> Size:
         """T = B * S new tokens on this rank."""
         return self.B * self.S
 
@@ -56,9 +63,9 @@ class Dim(NamedTuple):
     def is_constant(self) -> bool:
         return not any(self.powers)
 
-    def at(self, sizes: Sizes) -> Any:
+    def at(self, sizes: Sizes) -> Size:
         """The size as a number (or array)."""
-        value: Any = self.coef
+        value: Size = self.coef
         for atom in _factors(self):
             value = value * getattr(sizes, atom)
         if self.rounded:

@@ -7,6 +7,7 @@ from typing import Any
 import public_configs
 import pytest
 from parameter_formula import parameters
+from transformers import CONFIG_MAPPING
 
 from tensorcast.errors import InputError
 from tensorcast.modeling.config import hf_config
@@ -51,6 +52,14 @@ def test_what_a_stock_type_lacks_is_refused() -> None:
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
     with pytest.raises(InputError, match="num_key_value_heads"):
         built({"model_type": "qwen2", "vocab_size": 512, **sizes})
+
+
+def test_a_size_that_the_class_works_out_is_no_part_that_it_lacks() -> None:
+    """Zamba2 writes twice the stream's width as that of attention, Mamba its inner width."""
+    for kind, field in (("zamba2", "attention_hidden_size"), ("mamba", "intermediate_size")):
+        values = CONFIG_MAPPING[kind]().to_dict()
+        assert field in values
+        assert built({"model_type": kind, **values}).model_type == kind
 
 
 def test_most_public_files_are_kept() -> None:

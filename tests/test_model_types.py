@@ -95,6 +95,15 @@ def test_layers_that_run_again_are_held_once_and_cache_each_time() -> None:
     assert cache_bytes(table, "bf16", 1.0, 10.0) == 10 * 16 * 2 * 64 * 2
 
 
+def test_keys_of_as_many_heads_as_queries_are_cut_like_them() -> None:
+    """A config without a number of KV heads: a rank of two has half of the keys, not one head."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": 96, "vocab_size": 512}
+    config = {"model_type": "hrm_text", **sizes, "num_layers_per_stack": 1, "H_cycles": 1, "L_cycles": 1}
+    profile = ModelProfile(name="x", hf_id="x", description="", sources={}, config=config | {"num_hidden_layers": 2})
+    keys = [p for p in trace(profile, "decode", 2).params if p.name.endswith("k_proj.weight")]
+    assert keys and all(p.numel == p.full_numel / 2 for p in keys)
+
+
 @pytest.mark.parametrize("config", [{"model_type": "openai-gpt", "n_layer": 2}, {"model_type": "xlstm"}])
 def test_a_class_without_a_cache_that_is_seen_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="keeps no cache that can be counted"):

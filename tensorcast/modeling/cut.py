@@ -37,7 +37,7 @@ def mend(model: nn.Module, config: PreTrainedConfig, tp: int, whole: Mapping[str
 def _copy_once(model: nn.Module, heads: int, tp: int) -> None:
     """Leave one KV head on a rank where its class, which has several times the config's ``heads`` in some layers, has
     several there (MiMo-V2-Flash: twice as many in windowed layers, from 4 heads, so 2 from the copied one)."""
-    if not isinstance(heads, int) or heads >= tp:
+    if not isinstance(heads, int) or not 0 < heads < tp:  # 0: a class with as many as queries has
         return
     for module in model.modules():
         keys, values, width = (getattr(module, name, None) for name in ("k_proj", "v_proj", "head_dim"))

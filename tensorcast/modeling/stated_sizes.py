@@ -54,6 +54,14 @@ def _knows(config: PreTrainedConfig, name: str) -> bool:
     return name in fields or name in kind.attribute_map or isinstance(getattr(kind, name, None), property)
 
 
+def _made(config: PreTrainedConfig, name: str) -> bool:
+    """Whether the class itself sets a size, which it works out of others (Zamba2's width of attention)."""
+    try:
+        return name in vars(type(config)())
+    except (TypeError, ValueError):  # a class without defaults
+        return False
+
+
 def _value(config: PreTrainedConfig, name: str) -> Any:
     name = type(config).attribute_map.get(name, name)
     value = vars(config).get(name)  # one that varies by layer refuses getattr on the whole config
@@ -90,7 +98,7 @@ def dropped(values: dict[str, Any], config: PreTrainedConfig) -> str:
     for name, value in values.items():
         named = any(name in names for names in {**CORE, **OTHERS}.values())  # seen above
         width = not named and WEIGHT_WIDTHS.search(name) and isinstance(value, int) and value > 1
-        if width and not _knows(config, name) and value not in built:
+        if width and not _knows(config, name) and value not in built and not _made(config, name):
             return _unlike(name, value, None, config)
     return ""
 

@@ -95,7 +95,8 @@ def rank(me: int, address: str, cases: Sequence[RankCase]) -> None:
 def two_ranks(folder: Path, cases: Sequence[RankCase] = RANK_CASES) -> list[float]:
     """Worst error over the bound of every case."""
     address = str(folder / "ranks")
-    mp.start_processes(rank, (address, cases), nprocs=2, start_method="spawn")
+    mp.get_context("forkserver").set_forkserver_preload(["moe_compile"])  # torch is imported once
+    mp.start_processes(rank, (address, cases), nprocs=2, start_method="forkserver")
     ranks = [json.loads(Path(f"{address}.{me}.json").read_text()) for me in range(2)]
     worst_of = [max(pair) for pair in zip(*ranks, strict=True)]
     return [max(worst_of[2 * i : 2 * i + 2]) for i in range(len(cases))]

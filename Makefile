@@ -89,6 +89,7 @@ bench: $(STAMP)  ## how long start, tracing, pricing, searching and a rewritten 
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compare.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/predict_kernels.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/predict_rows.py
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/replay.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/moe_layer.py
 
 reports: $(STAMP)  ## the example reports that are kept in reports/

@@ -118,3 +118,16 @@ def test_arrays_equal_scalars() -> None:
 
 def test_memory_is_reads_plus_writes() -> None:
     assert work.memory(100.0, 28.0).bytes == 128.0
+
+
+def test_sparse_prompts_compute_padded_heads_and_every_selected_place() -> None:
+    """FlashMLA's sparse kernel: at 16 heads as long as at 64, and a query that sees 100 tokens as long as one that sees
+    2,048. H200, aiconfigurator-core 0.12.0, ``glm5_dsa_attn``: 2,048 queries of 64 heads take 957 us after no token and
+    1,037 us after 2,048."""
+    few, many = (
+        work.mla(1, 2048, past, heads, latent=512, rope=64, nope=128, v_dim=128, selected=2048, least_heads=64.0)
+        for past, heads in ((0, 16), (2048, 64))
+    )
+    assert few.family == many.family == "mla_sparse"
+    assert few.issued_flops == many.issued_flops == 2 * 2048 * 2048 * 64 * (2 * 512 + 64)
+    assert few.flops < many.flops / 4

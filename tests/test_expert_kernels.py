@@ -73,10 +73,39 @@ def test_what_the_engines_source_says() -> None:
     assert library("vllm", "h100", "mxfp4", "gpt-oss-20b") == "triton"
 
 
+def test_tensorrt_llm_runs_generated_experts_on_blackwell() -> None:
+    """As launch scripts set moe_config.backend: TRTLLM, and under attention DP CUTLASS or DEEPGEMM."""
+    engine, config = load_engine("trtllm"), load_model("deepseek-r1").config
+    for device in ("b200", "gb200"):
+        alone, own = (expert_sources(engine, load_device(device), config, layout) for layout in (
+            Layout(8, tp=8), Layout(8, tp=1, dp=8, ep=8),
+        ))
+        assert {dtype: SOURCES[int(code) - 1] for dtype, code in alone.items() if code} == {
+            "nvfp4": "min_latency", "fp8_block": "min_latency",
+        }
+        assert {dtype: SOURCES[int(code) - 1] for dtype, code in own.items() if code} == {
+            "nvfp4": "cutlass", "fp8_block": "deepgemm",
+        }
+    assert not any(expert_sources(engine, load_device("h200"), config, Layout(8, tp=8)).values())
+
+
+def test_of_two_measured_libraries_the_named_one_is_priced() -> None:
+    """B200, DeepSeek-V3's experts in NVFP4 cut over 8: the tables have CUTLASS at 304 us for 64 tokens, generated
+    kernels at 100 (aiconfigurator-core 0.12.0, TensorRT-LLM 1.3.0rc20)."""
+    size = {"tokens": 64.0, "hidden": 7168, "inter": 2048, "topk": 8, "experts": 256, "moe_tp": 8}
+    predictor = predictor_for(load_device("b200"), "trtllm", served=True)
+    us = {
+        name: 1e6 * float(predictor.estimate("grouped_gemm", "nvfp4", **size, source=source_of(name)).seconds[0])
+        for name in ("cutlass", "min_latency")
+    }
+    assert us == pytest.approx({"cutlass": 304, "min_latency": 100}, rel=0.12)
+
+
 def test_the_first_rule_that_holds_counts() -> None:
     rules = ExpertKernels(source="nowhere", libraries=(
         Library(kernels="one", devices=("hopper",), dtypes=("fp8",)), Library(kernels="two", architectures=("A", "B")),
-        Library(kernels="three", activations=("gelu",), spread=True), Library(kernels="four", dtypes=("bf16",)),
+        Library(kernels="three", activations=("gelu",), spread=True), Library(kernels="own", attention_dp=True),
+        Library(kernels="four", dtypes=("bf16",)),
     ))
     text = {"text_config": {"hidden_activation": "gelu"}}
     assert rules.library("Hopper", "fp8", {"architectures": ["B"]}, False) == "one"
@@ -84,6 +113,7 @@ def test_the_first_rule_that_holds_counts() -> None:
     assert rules.library("Ampere", "bf16", text, True) == "three"
     assert rules.library("Ampere", "bf16", text, False) == "four"
     assert rules.library("Ampere", "fp8", text, False) == ""
+    assert rules.library("Ampere", "fp8", text, False, attention_dp=True) == "own"
 
 
 sizes = st.fixed_dictionaries({

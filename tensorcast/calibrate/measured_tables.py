@@ -12,12 +12,15 @@ import importlib.util
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from tensorcast.calibrate.activation_passes import read_passes, without_passes
+from tensorcast.calibrate.measured_rows import Key, MeasuredKernel, MeasuredSystem, joined
+from tensorcast.calibrate.sibling_engines import as_served
 from tensorcast.cost.kernels.shape_tables import calls_of
 from tensorcast.cost.kernels.vocabulary import ALIASES, SIZES, Columns
 from tensorcast.errors import InputError
@@ -26,7 +29,8 @@ ANY_ENGINE = ("nccl", "wideep_deepep_ll", "wideep_deepep_normal")
 """Tables of libraries that every engine calls."""
 
 NOT_READ = ("computescale", "dsv4_megamoe_module")
-"""Tables without a family here: a difference of two kernels that is mostly zero; one fused module of one model."""
+"""Tables without a family here: what a scale costs beside the cast
+(:mod:`tensorcast.calibrate.activation_passes` reads it); one fused module of one model."""
 
 MICROSECONDS = ("moe_a2a",)
 """Tables whose ``latency`` is in microseconds; the others' is in milliseconds."""
@@ -41,61 +45,6 @@ LOWEST_S = 1e-6
 """No kernel takes less: launch and drain alone take about 2 us on these devices."""
 
 REPEATS = "repeats of a shape, their median taken"
-
-Key = tuple[str, str, str, str]
-"""Family, dtype, engine, variant."""
-
-
-@dataclass
-class MeasuredKernel:
-    """Rows of one kernel: sizes, seconds, and the version of the engine that ran."""
-
-    key: Key
-    columns: Columns
-    seconds: np.ndarray
-    versions: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.seconds)
-
-    def take(self, rows: np.ndarray) -> MeasuredKernel:
-        """The named rows (a mask or positions)."""
-        columns = {name: values[rows] for name, values in self.columns.items()}
-        return MeasuredKernel(self.key, columns, self.seconds[rows], self.versions)
-
-    def fastest(self, without: Sequence[str] = ("source",)) -> MeasuredKernel:
-        """The quickest row of each shape, sizes ``without`` which are no part of it."""
-        frame = pd.DataFrame({name: values for name, values in self.columns.items() if name not in without})
-        order = np.argsort(self.seconds, kind="stable")
-        return self.take(order[~frame.iloc[order].duplicated().to_numpy()])
-
-
-def joined(parts: Sequence[MeasuredKernel]) -> MeasuredKernel:
-    """All rows of several kernels of one family, under the key of the first, with the sizes that all of them state."""
-    names = [name for name in parts[0].columns if all(name in part.columns for part in parts)]
-    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
-    versions = tuple(sorted({version for part in parts for version in part.versions}))
-    return MeasuredKernel(parts[0].key, columns, np.concatenate([part.seconds for part in parts]), versions)
-
-
-@dataclass
-class MeasuredSystem:
-    """All kernels measured on one system, and how many rows each rule left out, by ``family: reason``."""
-
-    name: str
-    kernels: dict[Key, MeasuredKernel] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    def family(self, name: str) -> Iterator[MeasuredKernel]:
-        """The kernels of one family, in the order of their keys."""
-        return (self.kernels[key] for key in sorted(self.kernels) if key[0] == name)
-
-    def drop(self, family: str, reason: str, count: int) -> None:
-        """Count rows that a rule left out."""
-        if count:
-            name = f"{family}: {reason}"
-            self.dropped[name] = self.dropped.get(name, 0) + count
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -136,6 +85,15 @@ def _few_warps(rows: MeasuredKernel, _: pd.DataFrame) -> np.ndarray:
     return rows.columns["experts"] < 32 if exchange else _every(rows, False)
 
 
+def _absorbed(rows: MeasuredKernel, raw: pd.DataFrame) -> np.ndarray:
+    """SGLang's Hopper table timed FlashAttention over latents, which takes 3.3 times as long on long prompts as
+    TensorRT-LLM's over expanded heads: (576 + 512) / (192 + 128) of its arithmetic. SGLang 0.5.14 expands prompts
+    (models/deepseek_common/attention_backend_handler.py: ``MHA_CHUNKED_KV``, ``MHA_ONE_SHOT``), and vLLM does."""
+    if rows.key[0] != "mla_prefill" or rows.key[2] != "sglang" or "kernel_source" not in raw:
+        return _every(rows, False)
+    return raw["kernel_source"].to_numpy(str) == "flash_attention"
+
+
 def _not_the_default(rows: MeasuredKernel, raw: pd.DataFrame) -> np.ndarray:
     """Of heads of 256 on Blackwell the tables hold Triton's kernel and TensorRT-LLM's, up to 9 times as fast on prompts
     and 67 times on long contexts. The models that have them are Qwen3-Next and Qwen3.5, for which SGLang's default on
@@ -155,6 +113,7 @@ RULES = (
     Rule("vllm fp8_block timed without graph capture (host-bound floor of 60-400 us)", _ungraphed),
     Rule("launched one by one: a captured step runs the graph's kernels", _eager),
     Rule("trtllm_mha for shapes that sglang's default for their models, Triton, was timed for", _not_the_default),
+    Rule("absorbed latents on prompts, which engines expand (sglang, Hopper)", _absorbed),
     Rule("grouped top-k ties send most choices to rank 0 (sglang, vllm; DeepSeek-V3, EP > 1)", _tied_routing),
     Rule("low-latency exchange with under 32 experts (few warps drive the link: a tenth of its speed)", _few_warps),
 )
@@ -281,7 +240,8 @@ def read_system(folder: Path, system: str, families: tuple[str, ...] | None = No
     """Every known table of a system. Raises :class:`InputError` where there is none."""
     result = MeasuredSystem(system)
     parts: dict[Key, list[MeasuredKernel]] = {}
-    for engine, stem, version, path in table_files(Path(folder), system):
+    files = table_files(Path(folder), system)
+    for engine, stem, version, path in files:
         table = stem.removesuffix("_perf")
         family = ALIASES.get(table, table)
         if table in NOT_READ or (family not in SIZES and table != "nccl"):
@@ -292,6 +252,9 @@ def read_system(folder: Path, system: str, families: tuple[str, ...] | None = No
             if len(kept := _kept(rows, raw, result)):
                 parts.setdefault(rows.key, []).append(kept)
     result.kernels = {key: _once(found, result) for key, found in parts.items()}
+    passes = read_passes({(engine, stem.removesuffix("_perf")): path for engine, stem, _, path in files}, _read)
+    without_passes(result, passes)
+    as_served(result)
     if not result.kernels:
         raise InputError(f"no measured tables of {system} below {folder}")
     return result

@@ -161,6 +161,14 @@ def chunk_pairs(new: Size, past: Size, chunk: int) -> Size:
     return up_to(np.asarray(past) + new) - up_to(past)
 
 
+def sparse_prompts(at: Context) -> dict[str, Any]:
+    """Heads and arithmetic of sparse latent attention on prompts: FlashMLA's kernel computes 64 heads on Hopper and 128
+    on Blackwell, in bf16; TensorRT-LLM's, which engines run on Blackwell where the cache is in FP8, 64 in FP8."""
+    if at.has_fp4 and np.all(np.asarray(at.kv_bytes) < 1.5):
+        return {"dtype": "fp8", "least_heads": 64.0}
+    return {"dtype": "bf16", "least_heads": 128.0 if at.has_fp4 else 64.0}
+
+
 def attention(op: Op, at: Context) -> list[Work]:
     """q ``[B,Hq,S,D]``, new k ``[B,Hkv,S,D]``, v ``[B,Hkv,S,Dv]`` after ``past`` cached tokens."""
     q, k, v = op.inputs[:3]
@@ -172,10 +180,11 @@ def attention(op: Op, at: Context) -> list[Work]:
         kv_bytes = at.kv_bytes
         if kv_bytes < 2.0 and a.get("scaled"):
             kv_bytes = latent_bytes(a["latent"], a["rope"]) / (a["latent"] + a["rope"])
+        sparse = {} if at.decode or not a["selected"] else sparse_prompts(at)
         return [
             w.mla(
                 batch, new, past, heads, latent=a["latent"], rope=a["rope"], nope=nope, v_dim=at.value(v.dims[-1]),
-                kv_bytes=kv_bytes, selected=a["selected"], decode=at.decode,
+                kv_bytes=kv_bytes, selected=a["selected"], decode=at.decode, **sparse,
             )
         ]
     window = a["window"] or a["selected"]
@@ -208,9 +217,16 @@ def sparse_indexer(op: Op, at: Context) -> list[Work]:
     queries = batch * new * heads * width
     flops = 2.0 * pairs * heads * width
     # fp32 scores are written once and read once by the selection
-    family = "attention_decode" if at.decode else "attention_prefill"
-    score = Work(family, "bf16", flops, keys + queries + 4.0 * pairs, flops)
-    return [score, w.memory(4.0 * pairs, _written(op, at))]
+    if at.decode:
+        score = Work("attention_decode", "bf16", flops, keys + queries + 4.0 * pairs, flops)
+        return [score, w.memory(4.0 * pairs, _written(op, at))]
+    # of prompts the scores are FP8 arithmetic, and queries that see no more than what is selected need no selection
+    score = Work("indexer_scores", "fp8", flops, keys + queries + 4.0 * pairs, flops)
+    chosen = at.value(op.outputs[0].dims[-1])
+    seen = batch * w.attended_pairs(new, at.sizes.P, chosen)
+    rows = batch * np.clip(new + at.sizes.P - chosen, 0, new)
+    more = np.maximum(pairs - seen, 0.0) + rows * chosen
+    return [score, Work("indexer_topk", "bf16", bytes=4.0 * more + _written(op, at), rows=rows)]
 
 
 def kv_cache_write(op: Op, at: Context) -> list[Work]:

@@ -186,12 +186,14 @@ def attention(
 
 def mla(
     batch: Size, new: Size, past: Size, heads: Size, *, latent: Size, rope: Size, nope: Size, v_dim: Size,
-    kv_bytes: Size = 2.0, selected: Size = 0, decode: bool = False, dtype: str = "",
+    kv_bytes: Size = 2.0, selected: Size = 0, decode: bool = False, dtype: str = "", least_heads: float = 1.0,
 ) -> Work:
     """Multi-head latent attention: absorbed in decode (all heads share one latent), expanded in prefill.
 
-    ``selected > 0``: sparse attention, each query reads that many cached tokens (DeepSeek sparse attention).
-    ``dtype`` as in :func:`attention`. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; FlashMLA (absorbed form).
+    ``selected > 0``: sparse attention, each query reads that many cached tokens (DeepSeek sparse attention). Its prompt
+    kernels compute at least ``least_heads`` heads, and all selected places, whatever a query can see; queries share
+    nothing. ``dtype`` as in :func:`attention`. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; FlashMLA (absorbed
+    form; for sparse prompts its README and ``csrc/``, 64 heads on SM90, 128 on SM100).
     """
     plain = not np.any(np.asarray(selected) > 0)
     absorbed = decode or not plain
@@ -206,13 +208,19 @@ def mla(
         tilings = _attention_tilings(
             batch, new, pairs, pairs / new, heads=heads, kv_heads=1.0, dims=dims, decode=True
         )
+        if not decode:
+            run = np.ceil(np.asarray(heads) / least_heads) * least_heads
+            tilings = _attention_tilings(
+                batch * new, 1.0, selected, selected, heads=run, kv_heads=1.0, dims=dims, decode=True
+            )
     else:
         dims = nope + rope + v_dim
         kv = batch * keys * heads * dims * 2.0  # the expanded keys and values of this step
         tilings = _attention_tilings(batch, new, pairs, keys, heads=heads, kv_heads=heads, dims=dims, decode=False)
     cache = "fp8" if np.all(np.asarray(kv_bytes) < 1.5) else "bf16"
+    family = "mla_decode" if decode else "mla_prefill" if plain else "mla_sparse"
     return Work(
-        family="mla_decode" if decode else "mla_prefill", dtype=dtype or (cache if decode else "bf16"),
+        family=family, dtype=dtype or (cache if decode else "bf16"),
         flops=2.0 * batch * heads * pairs * dims, bytes=kv + batch * new * heads * dims * 2.0,
         issued_flops=tilings[0].tiles * tilings[0].flops, tiles=tilings[0].tiles, tilings=tilings,
         rows=batch * new * heads, elements=batch * heads * pairs,

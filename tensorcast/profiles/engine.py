@@ -164,6 +164,9 @@ class EngineProfile(Frozen):
     description: str
     sources: dict[str, str]
     fusions: tuple[Fusion, ...]
+    quantises: dict[Literal["norm_quant", "activation_quant"], tuple[str, ...]] = Field(
+        default={}, description="kernel dtypes that such a fusion writes"
+    )
     own_gemms: OwnGemms | None = Field(default=None, description="what `merged_gemm` leaves apart")
     graph_captured_phases: tuple[Literal["prefill", "decode"], ...] = Field(
         description="phases whose kernels are replayed from a captured graph"
@@ -219,6 +222,12 @@ class EngineProfile(Frozen):
         description="disaggregated: per request beside the bytes: routing, two workers meeting, transfer set up",
     )
     fitted: EngineFit | None = Field(default=None, description="overheads fitted to served runs; they come first")
+
+    @property
+    def row_fusions(self) -> tuple[str, ...]:
+        """Fusions by name, those that quantise once for each dtype that they write."""
+        written = (f"{name}:{dtype}" for name, dtypes in self.quantises.items() for dtype in dtypes)
+        return (*(name for name in self.fusions if name not in self.quantises), *written)
 
     def tokens_per_step(self, device: DeviceProfile | None = None, dp: int = 1, exchange: str = "") -> int:
         """Default chunked-prefill budget of a data-parallel rank on ``device``."""

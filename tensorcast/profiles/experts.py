@@ -20,8 +20,11 @@ class Library(Frozen):
     architectures: tuple[str, ...] = Field(default=(), description="of the model's config")
     activations: tuple[str, ...] = ()
     spread: bool | None = Field(default=None, description="whether ranks hold whole experts of their own")
+    attention_dp: bool | None = Field(default=None, description="whether attention is data-parallel")
 
-    def holds(self, device: str, dtype: str, architectures: set[str], activation: str, spread: bool) -> bool:
+    def holds(
+        self, device: str, dtype: str, architectures: set[str], activation: str, *, spread: bool, attention_dp: bool
+    ) -> bool:
         """Whether this is a model, dtype and device of the rule."""
         return (
             (not self.devices or device in self.devices)
@@ -29,6 +32,7 @@ class Library(Frozen):
             and (not self.architectures or bool(architectures & set(self.architectures)))
             and (not self.activations or activation in self.activations)
             and self.spread in (None, spread)
+            and self.attention_dp in (None, attention_dp)
         )
 
 
@@ -57,14 +61,17 @@ class ExpertKernels(Frozen):
     libraries: tuple[Library, ...] = Field(default=(), description="the first that holds")
     triton: TritonTiles | None = None
 
-    def library(self, device: str, dtype: str, config: dict[str, Any], spread: bool) -> str:
+    def library(
+        self, device: str, dtype: str, config: dict[str, Any], spread: bool, *, attention_dp: bool = False
+    ) -> str:
         """Whose kernels run a model's experts on a device of this architecture; empty where nothing is said.
 
-        ``config`` as the model's publisher wrote it; ``spread``: ranks hold whole experts of their own.
+        ``config`` as the model's publisher wrote it; ``spread``: ranks hold whole experts of their own;
+        ``attention_dp``: each has requests of its own, too.
         """
         names = set(config.get("architectures") or ())
         text = text_of(config)
         activation = next((str(text[name]) for name in ACTIVATIONS if text.get(name)), "")
         found = (rule.kernels for rule in self.libraries
-                 if rule.holds(device.lower(), dtype, names, activation, spread))
+                 if rule.holds(device.lower(), dtype, names, activation, spread=spread, attention_dp=attention_dp))
         return next(found, "")

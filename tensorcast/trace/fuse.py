@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
+from tensorcast.modeling.quantization import SCHEMES
 from tensorcast.trace.dims import Dim, Sizes
 from tensorcast.trace.table import Op, OpTable, Tensor
 
@@ -163,7 +164,8 @@ def _joins(op: Op, group: list[Op], fusions: Collection[str]) -> bool:
     if op.name == "quantize_activation":  # only in an engine whose norm or activation kernel writes quantised output
         names = {part for other in group for part in (other.name, *other.parts)}
         normed = "rsqrt" in names or "native_layer_norm" in names
-        return "norm_quant" in fusions if normed else "activation_quant" in fusions and len(group) > 0
+        name = "norm_quant" if normed else "activation_quant"
+        return len(group) > 0 and (name in fusions or f"{name}:{SCHEMES[op.attrs['scheme']].kernel}" in fusions)
     return first.name != "quantize_activation"
 
 
@@ -304,7 +306,9 @@ def permute_kernels(ops: list[Op]) -> list[Op]:
 def fuse(table: OpTable, fusions: Collection[str], apart: Iterable[Collection[str]] = ()) -> OpTable:
     """The table as an engine with these ``fusions`` runs it; none of them gives the eager view.
 
-    ``apart``: groups of projections that it does not merge with others (:class:`tensorcast.profiles.engine.OwnGemms`).
+    ``norm_quant`` and ``activation_quant`` may name a dtype that they write (``norm_quant:fp8``). ``apart``: groups of
+    projections that it does not merge with others
+    (:class:`tensorcast.profiles.engine.OwnGemms`).
     """
     ops = list(table.ops)
     if not fusions:

@@ -49,6 +49,9 @@ def ruled_sources(rows: MeasuredKernel, device: DeviceProfile) -> np.ndarray:
     )
     for place, (*sizes, whole) in enumerate(kinds.tolist()):
         configs = known_models().get(tuple(sizes), [{}])
-        named = {profile.experts.library(device.architecture, dtype, config, bool(whole)) for config in configs}
+        named = {
+            profile.experts.library(device.architecture, dtype, config, bool(whole), attention_dp=own)
+            for config in configs for own in (False, True)
+        }
         result[kind.ravel() == place] = source_of(named.pop()) if len(named) == 1 else 0.0
     return result

@@ -128,11 +128,14 @@ def _seen(rows: MeasuredKernel, lines: tuple[str, ...]) -> tuple[tuple[float, ..
 
 
 def level_table(rows: MeasuredKernel, errors: np.ndarray, train: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    """Configurations whose rows in the fit lie off by :data:`LEVEL` or more together: their sizes and by how much (the
-    median, drawn towards zero where rows are few)."""
-    names = CONFIGURATION.get(rows.key[0], ())
+    """Configurations whose rows in the fit lie off by :data:`LEVEL` or more together: their sizes, the library where
+    models ran with several, and by how much (the median, drawn towards zero where rows are few)."""
+    names: tuple[str, ...] = CONFIGURATION.get(rows.key[0], ())
     if not names or len(rows) < LEVEL_ROWS:
         return ()
+    sources = pd.DataFrame(_sources(rows))
+    if len(sources) and sources[[*range(len(SOURCE_OF) + 1)]].duplicated().any():
+        names = (*names, "source")
     frame = pd.DataFrame({name: rows.columns[name] for name in names}).assign(error=errors)[train]
     found = frame.groupby(list(names))["error"].agg(["median", "size"])
     found["level"] = found["median"] * found["size"] / (found["size"] + 2.0)
@@ -162,7 +165,7 @@ def fit_kernel(rows: MeasuredKernel, device: DeviceProfile, experts: Experts | N
     levels = level_table(rows, target - correction, ~out)
     kernel = Kernel(
         *rows.key, trees=grown, box={}, seen=(), edges=(), low=(), high=(), new_low=0.0, new_high=0.0,
-        new_trees=trees, levels=levels,
+        new_trees=trees, levels=levels, sources=sources,
     )
     predicted = np.maximum(physics.seconds * np.exp(correction + kernel.level(rows.columns)), physics.floor)
     errors = np.log(rows.seconds / predicted)

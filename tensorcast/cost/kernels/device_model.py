@@ -85,8 +85,9 @@ class Kernel:
     ``new_high`` the same over whole shapes (models, weight sizes) left out, for shapes that were not measured, where
     ``extrapolated`` is used if there is one, else the first ``new_trees`` alone; ``ruled`` these two where it is said
     whose kernel runs. ``levels``: measured configurations off the level that their sizes tell, the sizes of
-    :data:`CONFIGURATION` and then log of the factor. ``sources``: whose kernels ran, the sizes of :data:`SOURCE_OF`,
-    whether experts are spread over ranks, and which library (of :data:`~tensorcast.cost.kernels.vocabulary.SOURCES`).
+    :data:`CONFIGURATION`, the library where models ran several, and then log of the factor. ``sources``: whose kernels
+    ran, the sizes of :data:`SOURCE_OF`, whether experts are spread over ranks, and which library (of
+    :data:`~tensorcast.cost.kernels.vocabulary.SOURCES`).
     ``constants``: digest of what the formula rested on.
     ``monotone``: trees for other devices (:mod:`tensorcast.cost.kernels.monotone`), over all but a ``share`` of the
     formula's growth within ``span``, the ends of its log seconds in the fit; ``probes``: the shapes from whose median
@@ -141,14 +142,16 @@ class Kernel:
         codes = np.sort(np.round(seen @ np.array(WEIGHTS[: len(lines)])))
         return codes[np.minimum(np.searchsorted(codes, np.round(mine)), len(codes) - 1)] == np.round(mine)
 
-    def features(self, features: Columns, columns: Columns) -> Columns:
-        """Features with ``source``, the library whose kernel runs: as measured for the model, for other models as the
-        columns say, else what most models with such experts (gated or not) ran."""
+    def library(self, columns: Columns) -> Array | None:
+        """The library whose kernel runs: as the columns say if it was measured for the model, else as was, for other
+        models as the columns say, else what most models with such experts (gated or not) ran. None: one alone ran."""
         if not self.sources or not all(name in columns for name in (*SOURCE_OF, "moe_ep")):
-            return features
+            return None
         table, split = np.asarray(self.sources), columns["moe_ep"] > 1
-        source = _looked_up(table, [*(columns[name] for name in SOURCE_OF), split.astype(float)])
+        model = [*(columns[name] for name in SOURCE_OF), split.astype(float)]
         said = columns.get("source", np.full(len(split), np.nan))
+        source = _looked_up(np.column_stack([table, table[:, -1]]), [*model, np.nan_to_num(said)])
+        source = np.where(np.isnan(source), _looked_up(table, model), source)
         source = np.where(np.isnan(source) & np.isin(said, list({*table[:, -1]})), said, source)
         plain = np.array([tuple(line[:4]) in NON_GATED for line in self.sources])
         ungated = columns.get("gated", np.ones(len(split))) == 0
@@ -157,7 +160,12 @@ class Kernel:
             codes, counts = np.unique(table[same if same.any() else table[:, -2] == spread, -1], return_counts=True)
             if len(codes):
                 source[np.isnan(source) & (split == spread) & (ungated == without)] = codes[counts.argmax()]
-        return of_library(features, np.nan_to_num(source))
+        return np.nan_to_num(source)
+
+    def features(self, features: Columns, columns: Columns) -> Columns:
+        """Features with ``source``, the library whose kernel runs."""
+        source = self.library(columns)
+        return features if source is None else of_library(features, source)
 
     def correction(self, features: Columns, measured_shape: Mask) -> Array:
         """log of what to multiply the formula by: of shapes that were not measured as learnt from other shapes."""
@@ -185,7 +193,10 @@ class Kernel:
         names = CONFIGURATION.get(self.family, ())
         if not self.levels or not all(name in columns for name in names):
             return np.zeros(len(next(iter(columns.values()))))
-        return np.nan_to_num(_looked_up(np.asarray(self.levels, dtype=float), [columns[name] for name in names]))
+        table, sizes = np.asarray(self.levels, dtype=float), [columns[name] for name in names]
+        if table.shape[1] > len(names) + 1 and (source := self.library(columns)) is not None:
+            sizes.append(source)
+        return np.nan_to_num(_looked_up(table, sizes))
 
     def interval(self, seconds: Array, columns: Columns, measured: Mask) -> tuple[Array, Array]:
         """log of the 80 % interval's ends over ``seconds``."""
@@ -206,7 +217,7 @@ class Kernel:
 def _looked_up(table: Array, sizes: Sequence[Array]) -> Array:
     """The last column of the row of ``table`` whose others equal ``sizes``, per call; NaN where there is none."""
     codes = table[:, :-1] @ CODE[: len(sizes)]
-    order = np.argsort(codes)
+    order = np.argsort(codes, kind="stable")  # of two entries the first
     mine = sum((w * size for w, size in zip(CODE, sizes, strict=False)), np.zeros(1))
     place = order[np.minimum(np.searchsorted(codes[order], mine - 1e-7), len(order) - 1)]
     return np.where(np.abs(codes[place] - mine) < 1e-6, table[place, -1], np.nan)

@@ -44,7 +44,7 @@ TRANSFERRED = "other-devices"
 LOAD = ("rows", "hit")
 """Columns that give the busiest rank's load of experts."""
 
-BEST_OF = ("grouped_gemm", "attention_decode", "mla_prefill", "mla_decode")
+BEST_OF = ("gemm", "grouped_gemm", "attention_decode", "mla_prefill", "mla_decode")
 """Families whose engines ran kernels of different generations on the measured devices: slow ones say little about a
 new device."""
 

@@ -125,7 +125,7 @@ def _experts(raw: pd.DataFrame, name: str) -> Read:
     if "kernel_source" in raw.columns:
         codes, names = pd.factorize(source)
         sizes["source"] = np.array([source_of(str(text)) for text in names])[codes]
-    return sizes, _dtypes(raw, "moe_dtype"), variants.mask(source.str.contains("min_latency"), "min_latency")
+    return sizes, _dtypes(raw, "moe_dtype"), variants
 
 
 def _kv_bytes(raw: pd.DataFrame, name: str) -> np.ndarray:

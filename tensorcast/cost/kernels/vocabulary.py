@@ -68,8 +68,9 @@ PRECISION = {
 }
 """Bytes per element with scales: 128 x 128 blocks (fp8_block), 16 (nvfp4), 32 (mx), 128 (int4, usual group size)."""
 
-SOURCES = ("marlin", "modular", "trtllm_moe", "_trtllm_", "triton", "cutlass", "nongated", "deepgemm")
-"""Libraries whose grouped GEMM an engine may run, as the tables' ``kernel_source`` names them."""
+SOURCES = ("marlin", "modular", "trtllm_moe", "_trtllm_", "triton", "cutlass", "nongated", "deepgemm", "min_latency")
+"""Libraries whose grouped GEMM an engine may run, as the tables' ``kernel_source`` names them (``min_latency``:
+TensorRT-LLM's generated kernels for Blackwell)."""
 
 
 def source_of(kernel: str) -> float:

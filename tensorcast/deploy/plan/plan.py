@@ -71,7 +71,10 @@ def expert_sources(
     nothing."""
     if engine.experts is None:
         return {}
-    named = {dtype: engine.experts.library(device.architecture, dtype, config, layout.ep > 1) for dtype in PRECISION}
+    whose = partial(
+        engine.experts.library, device.architecture, config=config, spread=layout.ep > 1, attention_dp=layout.dp > 1
+    )
+    named = {dtype: whose(dtype=dtype) for dtype in PRECISION}
     return {dtype: source_of(kernels) for dtype, kernels in named.items()}
 
 

@@ -51,6 +51,15 @@ class Pass:
 Passes = Mapping[tuple[str, str], Pass]
 """By engine and table."""
 
+TOKEN = 8192.0
+"""Elements of a token, or of a few, at which launches are all that counts."""
+
+
+def reduce_seconds(passes: Passes) -> float:
+    """What vLLM's cast takes longer if it has to find each token's scale first, as a norm its mean square."""
+    found = passes.get(("vllm", SCALE))
+    return 0.0 if found is None else round(float(found.seconds(np.array(TOKEN))), 10)
+
 
 def read_passes(files: Mapping[tuple[str, str], Path], read: Callable[[Path], pd.DataFrame]) -> Passes:
     """The passes of a system's tables, ``files`` by engine and table's name: the median at every half octave of

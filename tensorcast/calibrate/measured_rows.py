@@ -48,11 +48,15 @@ def joined(parts: Sequence[MeasuredKernel]) -> MeasuredKernel:
 
 @dataclass
 class MeasuredSystem:
-    """All kernels measured on one system, and how many rows each rule left out, by ``family: reason``."""
+    """All kernels measured on one system, and how many rows each rule left out, by ``family: reason``.
+
+    ``reduce_s``: what a kernel takes longer that reads a row before it writes any of it.
+    """
 
     name: str
     kernels: dict[Key, MeasuredKernel] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
+    reduce_s: float = 0.0
 
     def family(self, name: str) -> Iterator[MeasuredKernel]:
         """The kernels of one family, in the order of their keys."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tensorcast.calibrate.activation_passes import read_passes, without_passes
+from tensorcast.calibrate.activation_passes import read_passes, reduce_seconds, without_passes
 from tensorcast.calibrate.measured_rows import Key, MeasuredKernel, MeasuredSystem, joined
 from tensorcast.calibrate.sibling_engines import as_served
 from tensorcast.cost.kernels.shape_tables import calls_of
@@ -254,6 +254,7 @@ def read_system(folder: Path, system: str, families: tuple[str, ...] | None = No
     result.kernels = {key: _once(found, result) for key, found in parts.items()}
     passes = read_passes({(engine, stem.removesuffix("_perf")): path for engine, stem, _, path in files}, _read)
     without_passes(result, passes)
+    result.reduce_s = reduce_seconds(passes)
     as_served(result)
     if not result.kernels:
         raise InputError(f"no measured tables of {system} below {folder}")

@@ -86,9 +86,14 @@ MOVES = tuple(
 )
 
 
+REDUCES = frozenset("rsqrt native_layer_norm softmax _softmax topk sort".split())
+"""Ops, alone or in a run, that need a whole row before they write."""
+
+
 def traffic(op: Op, at: Context) -> list[Work]:
     """Reads its inputs once and writes its outputs once."""
-    return [w.memory(sum((t.bytes(at.sizes) for t in op.inputs), 0.0), _written(op, at))]
+    found = w.memory(sum((t.bytes(at.sizes) for t in op.inputs), 0.0), _written(op, at))
+    return [found if REDUCES.isdisjoint((op.name, *op.parts)) else replace(found, reduces=True)]
 
 
 def embedding(op: Op, at: Context) -> list[Work]:

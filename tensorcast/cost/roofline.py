@@ -1,4 +1,5 @@
-"""From work to seconds: ``launch + pnorm(compute, traffic) + rows*row_s + elements*element_s``.
+"""From work to seconds: ``launch + pnorm(compute, traffic) + rows*row_s + elements*element_s``; ``reduce_s`` of a
+kernel that reads a row before it writes is part of ``launch``.
 
 ``traffic = bytes / (bandwidth * memory_efficiency)``; ``compute`` is the fastest tiling's ``waves * (max(piece's FLOPs
 at its processor's share of peak * compute_efficiency, depth * step_s) + tile_s)``, shared out over idle processors for
@@ -181,8 +182,9 @@ def kernel_time(work: Work, constants: KernelConstants, device: DeviceProfile, *
     """
     compute = _compute_time(work, constants, device)
     traffic = work.bytes / (float(device.memory_bandwidth_bytes_per_s) * constants.memory_efficiency)
-    seconds = constants.launch_s + _joined(compute, traffic, constants.smoothing)
+    launch = constants.launch_s + (constants.reduce_s if work.reduces else 0.0)
+    seconds = launch + _joined(compute, traffic, constants.smoothing)
     beside = passes or work.family != "grouped_gemm"  # an attention's softmax rows always count
     if beside and (constants.row_s or constants.element_s):
         seconds = seconds + work.rows * constants.row_s + work.elements * constants.element_s
-    return Timing(seconds, compute, traffic, constants.launch_s)
+    return Timing(seconds, compute, traffic, launch)

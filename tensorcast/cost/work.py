@@ -52,7 +52,8 @@ class Work:
     which the kernel can be cut, the fastest of which runs (none: compute spreads evenly). ``rows`` and ``elements``
     are work beside the matrix units: rows of the input and their elements that a call passes over first
     (quantisation, permutation), or softmax rows and scores. ``calls``: how many such calls run one after another.
-    ``kernel``: which one of the family it is, where that is known (an op's name). ``sizes``: the shape in the words of
+    ``kernel``: which one of the family it is, where that is known (an op's name). ``reduces``: whether a row must have
+    been read before any of it is written (norms, softmax, selections). ``sizes``: the shape in the words of
     :data:`tensorcast.cost.kernels.vocabulary.SIZES`, where a fitted residual may be asked for it.
     """
 
@@ -67,6 +68,7 @@ class Work:
     elements: Size = 0.0
     calls: Size = 1.0
     kernel: str = ""
+    reduces: bool = False
     sizes: Mapping[str, Size] = field(default_factory=dict)
 
 

@@ -43,6 +43,7 @@ class KernelConstants(Frozen):
     split_s: Number = Field(default=0.0, ge=0, description="added where idle processors share a tile (split-K, -KV)")
     row_s: Number = Field(default=0.0, ge=0, description="per input or softmax row: work beside the matrix units")
     element_s: Number = Field(default=0.0, ge=0, description="per element of those rows")
+    reduce_s: Number = Field(default=0.0, ge=0, description="added where a row is read before any of it is written")
     smoothing: Number = Field(default=2.0, ge=1, description="p of the p-norm joining compute and memory time")
     points: int = Field(default=0, ge=0, description="measured rows used in the fit")
     held_out: int = Field(default=0, ge=0, description="measured rows kept out of it; the errors are theirs")

@@ -141,7 +141,7 @@ def fit_kernels(
             fitted += new
             if family == "quantize":  # the one streaming kernel in the tables stands for all: the best engine's
                 others = max(new, key=lambda c: c.memory_efficiency).model_copy(
-                    update={"family": "memory", "dtype": "any", "engine": "any"}
+                    update={"family": "memory", "dtype": "any", "engine": "any", "reduce_s": system.reduce_s}
                 )
                 fitted.append(others)
     return tuple(fitted), dropped

@@ -177,7 +177,8 @@ def fit_kernel(rows: MeasuredKernel, device: DeviceProfile, experts: Experts | N
     ruled: tuple[float, ...] = ()
     report: dict[str, Any] = {"points": int((~out).sum()), "held_out": int(out.sum())}
     report |= fit_errors(predicted[out], rows.seconds[out]) | {"coverage": _coverage(predicted[out], errors[out])}
-    report |= {"probe": {name: float(rows.columns[name][first]) for name in _boxes(rows)}}
+    probe = [*_boxes(rows), *(["source"] if sources else [])]
+    report |= {"probe": {name: float(rows.columns[name][first]) for name in probe}}
     report |= {"probe_formula_s": float(physics.seconds[first]), "probe_s": float(predicted[first])}
     report |= {"formula_median_error": fit_errors(physics.seconds[out], rows.seconds[out])["median_error"]}
     if new is None:

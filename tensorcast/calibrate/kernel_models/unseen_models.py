@@ -96,7 +96,7 @@ def part_of(rows: MeasuredKernel, device: DeviceProfile) -> Part:
     seen = of_library(ratios, ratios["source"])
     some = np.random.default_rng(2).permutation(len(rows))[:OWN_ROWS]
     quick = grow({name: values[some] for name, values in seen.items()}, target[some], *QUICK)
-    sizes = pd.DataFrame({name: rows.columns[name] for name in CONFIGURATION[FAMILY]} | {"source": ratios["source"]})
+    sizes = pd.DataFrame({name: rows.columns[name] for name in CONFIGURATION[FAMILY]})
     off = sizes.assign(off=target - quick.values(seen)).groupby(list(sizes))["off"].transform("median")
     apart = off.abs().to_numpy() > APART
     teach = ~apart & ~held_out(family, rows.columns)

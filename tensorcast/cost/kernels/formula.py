@@ -267,8 +267,8 @@ def formula_of(
     )
 
 
-OF_THE_FIT = {"points", "held_out", "median_error", "mean_error", "p90_error"}
-"""What fitted constants say of their fit, which no formula reads."""
+OF_THE_FIT = {"points", "held_out", "median_error", "mean_error", "p90_error", "reduce_s"}
+"""What fitted constants say of their fit, and of kernels without a model: no formula here reads it."""
 
 
 def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str) -> str:

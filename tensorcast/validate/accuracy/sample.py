@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from tensorcast.calibrate import command
-from tensorcast.calibrate.constants.from_tables import KERNEL_FAMILIES, SOURCE
+from tensorcast.calibrate.constants.from_tables import KERNEL_FAMILIES, SOURCE, described
 from tensorcast.calibrate.measured_tables import (
     MeasuredKernel,
     MeasuredSystem,
@@ -60,15 +60,18 @@ def _has_constants(rows: MeasuredKernel) -> bool:
 
 
 def draw_sample(systems: Sequence[MeasuredSystem], per_kernel: int = 2) -> pd.DataFrame:
-    """``per_kernel`` held-out rows of each kernel with constants, inside one node, chosen by a hash of the shape."""
+    """``per_kernel`` held-out rows of each kernel with constants, of those that constants are fitted to, inside one
+    node, chosen by a hash of the shape."""
     parts = []
     for system in systems:
         for rows in system.kernels.values():
             family, dtype, engine, variant = rows.key
             if not _has_constants(rows):
                 continue
-            out = held_out(family, rows.columns) & (rows.columns.get("nodes", np.ones(len(rows))) == 1)
-            some = rows.take(out)
+            if not len(some := described(rows, {})):
+                continue
+            out = held_out(family, some.columns) & (some.columns.get("nodes", np.ones(len(some))) == 1)
+            some = some.take(out)
             some = some.take(np.argsort(hashed(family, some.columns), kind="stable")[:per_kernel])
             named = dict(zip(ID, (system.name, engine, family, dtype, variant), strict=True))
             columns = {name: some.columns[name] for name in SIZES[family]}

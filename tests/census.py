@@ -298,7 +298,7 @@ def _steps(family: str, phase: Phase) -> str:
     if not traces(family, phase):
         return "see below"
     raw = table(family, phase)
-    fused = fuse(raw, load_engine("vllm").row_fusions)
+    fused = fuse(raw, load_engine("vllm").fusions)
     return " → ".join(str(sum(t.count(op) for op in t.ops)) for t in (raw, fused))
 
 

@@ -92,10 +92,10 @@ def test_tensorrt_llm_runs_generated_experts_on_blackwell() -> None:
 def test_of_two_measured_libraries_the_named_one_is_priced() -> None:
     """B200, DeepSeek-V3's experts in NVFP4 cut over 8: the tables have CUTLASS at 304 us for 64 tokens, generated
     kernels at 100 (aiconfigurator-core 0.12.0, TensorRT-LLM 1.3.0rc20)."""
-    size = {"tokens": 64.0, "hidden": 7168, "inter": 2048, "topk": 8, "experts": 256, "moe_tp": 8}
+    size: dict[str, float] = {"tokens": 64.0, "hidden": 7168, "inter": 2048, "topk": 8, "experts": 256, "moe_tp": 8}
     predictor = predictor_for(load_device("b200"), "trtllm", served=True)
     us = {
-        name: 1e6 * float(predictor.estimate("grouped_gemm", "nvfp4", **size, source=source_of(name)).seconds[0])
+        name: 1e6 * float(predictor.estimate("grouped_gemm", "nvfp4", "", **size, source=source_of(name)).seconds[0])
         for name in ("cutlass", "min_latency")
     }
     assert us == pytest.approx({"cutlass": 304, "min_latency": 100}, rel=0.12)

@@ -4,6 +4,7 @@ beat the peaks of its device."""
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,6 @@ import pytest
 from tensorcast.cost.kernels.predictor import predictor_for
 from tensorcast.cost.kernels.vocabulary import PRECISION
 from tensorcast.cost.roofline import PEAK_OF, peak_flops
-from tensorcast.cost.work import Array
 from tensorcast.profiles.store import load_device
 
 DEVICES = ("a100", "h100", "h200", "b200", "gb200")
@@ -37,11 +37,11 @@ def experts(device: str, engine: str) -> pd.DataFrame:
     cuts = [(name, tp, ep) for name in MODELS for tp, ep in ((1, 1), (4, 1), (1, 8))]
     table = pd.DataFrame([(*cut, tokens) for cut in cuts for tokens in TOKENS], columns=["model", "tp", "ep", "tokens"])
     sizes = np.array([MODELS[name] for name in table["model"]], dtype=float).T
-    columns: dict[str, Array] = dict(zip(("hidden", "inter", "topk", "experts"), sizes, strict=True))
+    columns: dict[str, Any] = dict(zip(("hidden", "inter", "topk", "experts"), sizes, strict=True))
+    columns |= {"tokens": table["tokens"].to_numpy(float), "moe_tp": table["tp"].to_numpy(float),
+                "moe_ep": table["ep"].to_numpy(float), "distribution": "uniform"}
     for dtype in dtypes(device):
-        priced = predictor.estimate("grouped_gemm", dtype, **columns, tokens=table["tokens"].to_numpy(float),
-                                    moe_tp=table["tp"].to_numpy(float), moe_ep=table["ep"].to_numpy(float),
-                                    distribution="uniform")
+        priced = predictor.estimate("grouped_gemm", dtype, "", **columns)
         found.append(table.assign(dtype=dtype, seconds=priced.seconds))
     return pd.concat(found)
 
@@ -74,7 +74,7 @@ def test_gemms_in_fewer_bits_are_no_slower(device: str, engine: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_experts_do_not_beat_the_devices_peaks(device: str, engine: str) -> None:
-    """Weights of the experts that are hit, once, at the memory's speed; the products at the peak of their arithmetic."""
+    """Weights of the experts that are hit, once, at the memory's speed; products at the peak of their arithmetic."""
     profile, frame = load_device(device), experts(device, engine)
     hidden, inter, top_k, count = np.array([MODELS[name] for name in frame["model"]], dtype=float).T
     held, rows = count / frame["ep"], frame["tokens"] * top_k / frame["ep"]

@@ -29,9 +29,8 @@ def block_us(one: Deployment, new: int, past: int, op: str = "") -> float:
     price = one.step.price(1, new, past)
     last = max(row.row.kind for row in price.rows)
     rows = [row for row in price.rows if row.row.kind == last and not isinstance(row.row, Collective)]
-    return 1e6 * sum(
-        float(row.seconds) for row in rows if "self_attn" in row.row.module and op in ("", row.row.name)  # type: ignore[union-attr]
-    )
+    block = [row for row in rows if "self_attn" in row.row.module and op in ("", getattr(row.row, "name", ""))]
+    return 1e6 * float(sum(float(row.seconds) for row in block))
 
 
 @pytest.mark.parametrize(("device", "kv", "new", "past", "us"), [

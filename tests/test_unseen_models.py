@@ -66,15 +66,15 @@ def test_the_library_is_the_models_own_else_as_said_else_most_models() -> None:
     table = np.asarray(kernel.sources)
     assert {SOURCES[int(code) - 1] for code in table[:, -1]} == {"trtllm_moe", "triton"}
     columns = {name: table[:, i] for i, name in enumerate(SOURCE_OF)} | {"moe_ep": 1.0 + table[:, 4]}
-    assert np.array_equal(kernel.features({}, columns)["source"], table[:, -1])
+    assert np.array_equal(kernel.library(columns), table[:, -1])
     triton = float(SOURCES.index("triton") + 1)
     stated = columns | {"source": np.full(len(table), triton)}
-    assert np.array_equal(kernel.features({}, stated)["source"], table[:, -1])
+    assert np.array_equal(kernel.library(stated), table[:, -1])
     strange = columns | {"hidden": columns["hidden"] + 64.0}
     most = float(SOURCES.index("trtllm_moe") + 1)
-    assert set(kernel.features({}, strange)["source"]) == {most}
-    assert set(kernel.features({}, strange | {"source": np.full(len(table), triton)})["source"]) == {triton}
-    assert set(kernel.features({}, strange | {"source": np.full(len(table), 99.0)})["source"]) == {most}
+    assert set(kernel.library(strange)) == {most}
+    assert set(kernel.library(strange | {"source": np.full(len(table), triton)})) == {triton}
+    assert set(kernel.library(strange | {"source": np.full(len(table), 99.0)})) == {most}
 
 
 def test_experts_without_a_gate_run_the_kernel_of_their_like() -> None:
@@ -85,7 +85,7 @@ def test_experts_without_a_gate_run_the_kernel_of_their_like() -> None:
     sizes = {"hidden": 999.0, "inter": 512.0, "topk": 4.0, "experts": 64.0}
     columns = {name: np.full(4, size) for name, size in sizes.items()}
     columns |= {"moe_ep": np.array([1.0, 1.0, 8.0, 8.0]), "gated": np.array([0.0, 1.0, 0.0, 1.0])}
-    found = kernel.features({}, columns)["source"]
+    found = kernel.library(columns)
     assert [SOURCES[int(code) - 1] for code in found] == ["nongated", "cutlass"] * 2
 
 

@@ -273,7 +273,7 @@ def deploy(
     )
     tables = rank_tables(model, phase, RankForm(
         tp=layout.tp, quant=options.quant, arithmetic=tuple(device.peak_flops), architecture=device.architecture,
-        fusions=engine.row_fusions if options.fusion == "engine" else (),
+        fusions=tuple(engine.fusions) if options.fusion == "engine" else (),
         apart=engine.own_gemms.groups if engine.own_gemms else (),
         block=form,
     ))  # fmt: skip

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,13 +20,12 @@ from tensorcast.profiles.memory import (
 from tensorcast.profiles.scheduler import Scheduler
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
-Fusion = Literal[
-    "merged_gemm",  # linears that read the same activation run as one GEMM (QKV, gate+up)
-    "pointwise",  # runs of elementwise and row-wise ops become one kernel
-    "allreduce_norm",  # all-reduce, residual add and RMSNorm in one kernel
-    "norm_quant",  # RMSNorm writes the quantised activation
-    "activation_quant",  # SwiGLU writes the quantised activation
+Fusion = Annotated[
+    str, Field(pattern=r"^(merged_gemm|pointwise|allreduce_norm|(norm_quant|activation_quant)(:[a-z0-9_]+)?)$")
 ]
+"""``merged_gemm``: linears that read the same activation run as one GEMM (QKV, gate+up). ``pointwise``: runs of
+elementwise and row-wise ops become one kernel. ``allreduce_norm``: all-reduce, residual add and RMSNorm in one kernel.
+``norm_quant``, ``activation_quant``: RMSNorm, SwiGLU write the quantised activation, of a dtype where one is named."""
 
 
 PipelineSplit = Literal["first", "before_last", "last"]
@@ -164,9 +163,6 @@ class EngineProfile(Frozen):
     description: str
     sources: dict[str, str]
     fusions: tuple[Fusion, ...]
-    quantises: dict[Literal["norm_quant", "activation_quant"], tuple[str, ...]] = Field(
-        default={}, description="kernel dtypes that such a fusion writes"
-    )
     own_gemms: OwnGemms | None = Field(default=None, description="what `merged_gemm` leaves apart")
     graph_captured_phases: tuple[Literal["prefill", "decode"], ...] = Field(
         description="phases whose kernels are replayed from a captured graph"
@@ -222,12 +218,6 @@ class EngineProfile(Frozen):
         description="disaggregated: per request beside the bytes: routing, two workers meeting, transfer set up",
     )
     fitted: EngineFit | None = Field(default=None, description="overheads fitted to served runs; they come first")
-
-    @property
-    def row_fusions(self) -> tuple[str, ...]:
-        """Fusions by name, those that quantise once for each dtype that they write."""
-        written = (f"{name}:{dtype}" for name, dtypes in self.quantises.items() for dtype in dtypes)
-        return (*(name for name in self.fusions if name not in self.quantises), *written)
 
     def tokens_per_step(self, device: DeviceProfile | None = None, dp: int = 1, exchange: str = "") -> int:
         """Default chunked-prefill budget of a data-parallel rank on ``device``."""

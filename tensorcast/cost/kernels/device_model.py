@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.cost.kernels.trees import Trees, leaf_steps
-from tensorcast.cost.kernels.triton_tiles import of_library
 from tensorcast.cost.kernels.vocabulary import NON_GATED, UNRELATED, Columns
 from tensorcast.cost.work import Array, Mask
 from tensorcast.errors import InputError
@@ -161,11 +160,6 @@ class Kernel:
             if len(codes):
                 source[np.isnan(source) & (split == spread) & (ungated == without)] = codes[counts.argmax()]
         return np.nan_to_num(source)
-
-    def features(self, features: Columns, columns: Columns) -> Columns:
-        """Features with ``source``, the library whose kernel runs."""
-        source = self.library(columns)
-        return features if source is None else of_library(features, source)
 
     def correction(self, features: Columns, measured_shape: Mask) -> Array:
         """log of what to multiply the formula by: of shapes that were not measured as learnt from other shapes."""

@@ -107,7 +107,7 @@ class Predictor:
             # measured are calls whose own kernel was, and ran as a server would run it
             own = variant == kernel.variant and kernel.engine in (self.engine, "any")
             measured = np.full(len(level), own) & ~(self.served & (level > UNTUNED))
-            features = kernel.features(by_formula.features, columns)
+            features = of_library(by_formula.features, kernel.library(columns))
             seconds = self._with_residual(kernel, by_formula, columns, features, shape)
             return _estimate(seconds, by_formula, kernel.interval(seconds, columns, measured), np.where(measured, 2, 1))
         if (shape == shape[0]).all() and not (shape & inside).any():
@@ -153,7 +153,7 @@ class Predictor:
         """log seconds of a lattice's nodes. Beyond the measured sizes the features are those of the nearest ones: the
         residual stays as at its edge. ``models``: what was measured of their models counts."""
         by_formula, outside = formula(columns), np.flatnonzero(kernel.beyond(columns) > 0)
-        features = kernel.features(by_formula.features, columns)
+        features = of_library(by_formula.features, kernel.library(columns))
         if len(outside):
             nearest = {name: values[outside] for name, values in columns.items()}
             nearest |= {name: np.clip(nearest[name], *ends) for name, ends in kernel.box.items() if name in nearest}

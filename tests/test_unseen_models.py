@@ -10,11 +10,11 @@ import pytest
 
 from tensorcast.calibrate import command
 from tensorcast.calibrate.measured_tables import MeasuredKernel, MeasuredSystem
-from tensorcast.cost.kernels.device_model import SOURCE_OF
+from tensorcast.cost.kernels.device_model import SOURCE_OF, Kernel
 from tensorcast.cost.kernels.formula import constants_digest
 from tensorcast.cost.kernels.predictor import predict_kernels, predictor_for
 from tensorcast.cost.kernels.shape_tables import calls_of
-from tensorcast.cost.kernels.vocabulary import SOURCES
+from tensorcast.cost.kernels.vocabulary import SOURCES, Columns
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device
@@ -58,6 +58,12 @@ def test_a_model_left_out_is_left_out_in_every_dtype() -> None:
     assert not np.allclose(moved.errors[~mine], plain.errors[~mine])  # the others do learn from it
 
 
+def library(kernel: Kernel, columns: Columns) -> np.ndarray:
+    found = kernel.library(columns)
+    assert found is not None
+    return found
+
+
 def test_the_library_is_the_models_own_else_as_said_else_most_models() -> None:
     """sglang on B200 runs TensorRT-LLM's experts for most models, Triton's for some."""
     predictor = predictor_for(load_device("b200"), "sglang")
@@ -66,15 +72,15 @@ def test_the_library_is_the_models_own_else_as_said_else_most_models() -> None:
     table = np.asarray(kernel.sources)
     assert {SOURCES[int(code) - 1] for code in table[:, -1]} == {"trtllm_moe", "triton"}
     columns = {name: table[:, i] for i, name in enumerate(SOURCE_OF)} | {"moe_ep": 1.0 + table[:, 4]}
-    assert np.array_equal(kernel.library(columns), table[:, -1])
+    assert np.array_equal(library(kernel, columns), table[:, -1])
     triton = float(SOURCES.index("triton") + 1)
     stated = columns | {"source": np.full(len(table), triton)}
-    assert np.array_equal(kernel.library(stated), table[:, -1])
+    assert np.array_equal(library(kernel, stated), table[:, -1])
     strange = columns | {"hidden": columns["hidden"] + 64.0}
     most = float(SOURCES.index("trtllm_moe") + 1)
-    assert set(kernel.library(strange)) == {most}
-    assert set(kernel.library(strange | {"source": np.full(len(table), triton)})) == {triton}
-    assert set(kernel.library(strange | {"source": np.full(len(table), 99.0)})) == {most}
+    assert set(library(kernel, strange)) == {most}
+    assert set(library(kernel, strange | {"source": np.full(len(table), triton)})) == {triton}
+    assert set(library(kernel, strange | {"source": np.full(len(table), 99.0)})) == {most}
 
 
 def test_experts_without_a_gate_run_the_kernel_of_their_like() -> None:
@@ -85,7 +91,7 @@ def test_experts_without_a_gate_run_the_kernel_of_their_like() -> None:
     sizes = {"hidden": 999.0, "inter": 512.0, "topk": 4.0, "experts": 64.0}
     columns = {name: np.full(4, size) for name, size in sizes.items()}
     columns |= {"moe_ep": np.array([1.0, 1.0, 8.0, 8.0]), "gated": np.array([0.0, 1.0, 0.0, 1.0])}
-    found = kernel.library(columns)
+    found = library(kernel, columns)
     assert [SOURCES[int(code) - 1] for code in found] == ["nongated", "cutlass"] * 2
 
 

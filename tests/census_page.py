@@ -60,7 +60,8 @@ def page(verdicts: list[Verdict]) -> str:
         "| set | tp | right | refused with a reason | whole | wrong | right of these | not counted |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
-    for name, tp in [(name, tp) for name in ("all", *SETS) for tp in RANKS]:
+    there = {v.kept_in for v in verdicts}
+    for name, tp in [(name, tp) for name in ("all", *SETS) if name == "all" or name in there for tp in RANKS]:
         at = [v.word for v in verdicts if v.tp == tp and name in ("all", v.kept_in)]
         rest, right = at.count("none"), at.count("right")
         numbers = " | ".join(str(at.count(word)) for word in ("right", "refused", "whole", "wrong"))

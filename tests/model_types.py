@@ -39,6 +39,7 @@ from tensorcast.errors import InputError
 from tensorcast.files import digest_of, write_atomically
 from tensorcast.modeling.checkpoint.read import checkpoint
 from tensorcast.modeling.config import hf_config
+from tensorcast.profiles.config_values import LANGUAGE_PARTS
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import list_models, load_model
 from tensorcast.trace.cache import _SOURCES, traced
@@ -140,7 +141,7 @@ def class_of(entry: Entry) -> Class | str:
     try:
         if kind not in CONFIG_MAPPING:  # a file whose code is its own
             config = hf_config(_profile(entry))
-        elif "text_config" in CONFIG_MAPPING[kind].sub_configs and "hidden_size" in values:  # sizes of the text, flat
+        elif "text_config" in CONFIG_MAPPING[kind].sub_configs and not set(LANGUAGE_PARTS) & set(values):  # flat
             config = AutoConfig.for_model(kind, text_config=values)
         else:
             config = AutoConfig.for_model(kind, **values)
@@ -209,7 +210,11 @@ def _judged(entry: Entry) -> Iterator[Verdict]:
     yield verdict
     parts = entry if table is None else shortened(entry, table)
     for tp in RANKS[1:]:
-        yield _at(parts, tp)[0]
+        found = _at(parts, tp)[0]
+        if found.word != "right" and parts is not entry:
+            found = _at(entry, tp)[0]
+        unlike = found.word == "none" and table is not None and not DIVIDES.search(found.reason)
+        yield found._replace(word="refused") if unlike and verdict.word == "right" else found
 
 
 def _at(entry: Entry, tp: int) -> tuple[Verdict, OpTable | None]:

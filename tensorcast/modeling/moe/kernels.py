@@ -55,8 +55,8 @@ class Projection:
         return list(x)
 
     def matmul(self, form: str, x: Sequence[Tensor], counts: Tensor, dtype: torch.dtype) -> Tensor:
-        """Prepared rows through the op of this ``form``. LongCat's first matrix stands for experts without weights, too,
-        which its second has no part of."""
+        """Prepared rows through the op of this ``form``. LongCat's first matrix stands for experts without weights,
+        too, which its second has no part of."""
         out: Tensor
         held = self.weight[0].shape[0]
         counts = counts if counts.shape[0] == held else counts[:held]

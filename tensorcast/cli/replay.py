@@ -90,6 +90,14 @@ def replay(
         "--max-sequences", min=1, show_default=False, rich_help_panel=CHOICES,
         help="Sequences of a step per data-parallel rank.  [dim]\\[default: the engine's][/dim]",
     )] = None,
+    balance_steps: Annotated[int, typer.Option(
+        "--balance-steps", min=0, rich_help_panel=CHOICES,
+        help="Steps that prompts wait until every data-parallel rank has one (TensorRT-LLM's attention_dp_config).",
+    )] = 0,
+    mtp_acceptance: Annotated[float, typer.Option(
+        "--mtp-acceptance", min=0, max=1, rich_help_panel=CHOICES,
+        help="Chance that a drafted token is accepted, given that those before it were.",
+    )] = 0.8,
     engine: Engine = "vllm",
     ttft: Annotated[str | None, typer.Option(
         "--ttft", metavar="TIME", show_default=False, help="Longest time to first token, as 2s.",
@@ -145,7 +153,8 @@ def replay(
     with patience(model, "replaying"):
         found = run(
             model, device=device, layout=layout, requests=asked, engine=engine, router=router, prefill_chunk=chunk,
-            max_sequences=max_sequences, seed=seed, draws=draws, percentile=percentile, find_rate=search_rate,
+            max_sequences=max_sequences, balance_steps=balance_steps, mtp_acceptance=mtp_acceptance, seed=seed,
+            draws=draws, percentile=percentile, find_rate=search_rate,
             ttft_s=longest[0], tpot_s=longest[1], request_s=longest[2], **options,
         )
         if out is not None:

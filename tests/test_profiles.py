@@ -153,7 +153,9 @@ def test_models_name_their_config_and_published_counts() -> None:
         text = model.config.get("text_config", model.config)
         mixture = any("expert" in key for key in text)
         assert (model.active_params is not None) == mixture, name
-        assert "auto_map" not in model.config and "vision_config" not in model.config, name
+        assert "auto_map" not in model.config, name
+        # of a vision tower no more than what SGLang's share of memory follows from
+        assert len(model.config.get("vision_config", {})) in (0, 2), name
 
 
 def test_every_reader_of_a_config_agrees_about_experts_and_drafts() -> None:

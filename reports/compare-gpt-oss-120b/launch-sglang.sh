@@ -1,4 +1,4 @@
-# 2 x prefill worker
+# 3 x prefill worker
 # sglang 0.5.14
 # a router in front sends each request to a prefill and then to a decode server
 
@@ -9,7 +9,7 @@ python3 -m sglang.launch_server \
   --tp-size 1 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 321 \
+  --max-running-requests 354 \
   --chunked-prefill-size 8192 \
   --mem-fraction-static 0.859 \
   --disaggregation-mode prefill \
@@ -32,8 +32,8 @@ python3 -m sglang.launch_server \
   --moe-a2a-backend none \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 1284 \
-  --cuda-graph-max-bs-decode 321 \
-  --mem-fraction-static 0.825 \
+  --max-running-requests 1416 \
+  --cuda-graph-max-bs-decode 354 \
+  --mem-fraction-static 0.822 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

@@ -1,14 +1,21 @@
 # sglang 0.5.14
+# DeepEP's normal mode turns CUDA graphs off, in decode too
 
 python3 -m sglang.launch_server \
   --model-path Qwen/Qwen3-235B-A22B-FP8 \
   --host 0.0.0.0 \
   --port 30000 \
   --tp-size 8 \
+  --dp-size 8 \
+  --enable-dp-attention \
+  --enable-dp-lm-head \
+  --moe-dense-tp-size 1 \
   --ep-size 8 \
+  --moe-a2a-backend deepep \
+  --deepep-mode normal \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 154 \
-  --chunked-prefill-size 16384 \
-  --cuda-graph-max-bs-decode 154 \
-  --mem-fraction-static 0.821
+  --max-running-requests 200 \
+  --chunked-prefill-size 2048 \
+  --cuda-graph-max-bs-decode 25 \
+  --mem-fraction-static 0.823

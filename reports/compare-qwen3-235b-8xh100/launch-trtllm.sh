@@ -1,15 +1,15 @@
 # trtllm 1.3.0rc20
 
 cat > trtllm-serve.yaml <<'END'
-# trtllm 1.3.0rc20, tp8-dp1-ep8
+# trtllm 1.3.0rc20, tp1-dp8-ep8
 tensor_parallel_size: 8
 pipeline_parallel_size: 1
 gpus_per_node: 8
-enable_attention_dp: false
+enable_attention_dp: true
 moe_expert_parallel_size: 8
 moe_tensor_parallel_size: 1
-max_batch_size: 154
-max_num_tokens: 16384
+max_batch_size: 25
+max_num_tokens: 256
 max_seq_len: 5120
 enable_chunked_prefill: true
 kv_cache_config:
@@ -17,9 +17,10 @@ kv_cache_config:
   free_gpu_memory_fraction: 0.9
 cuda_graph_config:
   enable_padding: true
-  max_batch_size: 154
+  max_batch_size: 25
 END
 
+TRTLLM_FORCE_COMM_METHOD=DEEPEP \
 trtllm-serve Qwen/Qwen3-235B-A22B-FP8 \
   --host 0.0.0.0 \
   --port 8000 \

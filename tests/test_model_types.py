@@ -117,3 +117,10 @@ def test_the_tie_of_the_head_is_that_of_the_part_around_the_text(tied: bool) -> 
             "tie_word_embeddings": not tied}  # fmt: skip
     table = of(model_type="llava", text_config=text, tie_word_embeddings=tied)
     assert sum(p.full_numel for p in table.params if p.kind < 0) == (1 if tied else 2) * 512 * 64 + 64
+
+
+def test_a_flat_file_under_a_wrappers_type_keeps_its_tie() -> None:
+    """Qwen2-VL's published file: the text model's sizes and its tie lie beside the vision tower."""
+    entry = next(one for one in model_types.entries() if one.name == "qwen2_vl_2b")
+    found = model_types.judged(entry)  # 12 heads do not divide by 8
+    assert [one.word for one in found] == ["right", "right", "none"] and found[0].params == 1_543_714_304

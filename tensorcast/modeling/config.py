@@ -113,6 +113,9 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     if unsaid and said is not values:
         taken = ", ".join(f"{name} = {value}" for name, value in unsaid.items())
         remarks.append(f"not in config.json, so transformers' defaults of {text_config.model_type}: {taken}")
+    if not hasattr(text_config, "tie_word_embeddings") and isinstance(values.get("tie_word_embeddings"), bool):
+        # a flat file under a wrapper's type, whose text part has no word of its own for it (Qwen2-VL)
+        object.__setattr__(text_config, "tie_word_embeddings", values["tie_word_embeddings"])
     object.__setattr__(text_config, "unsaid_experts", "" if said is not values else ", ".join(experts))
     # An index into a vocabulary that sharding makes smaller; it shapes no op. Some configs insist on an integer.
     object.__setattr__(text_config, "pad_token_id", None)

@@ -38,8 +38,7 @@ def at_the_limit(
         raise InputError("--find-rate: the requests all come at once, and cannot be sent faster or slower")
 
     def kept(rate: float) -> float:
-        found = priced.run(requests.scaled(rate=rate / own), limits=limits, router=router, seed=seed)
-        return found.summary().get("within_limits", 0.0)
+        return priced.run(requests.scaled(rate=rate / own), limits=limits, router=router, seed=seed).within_limits
 
     together = priced.run(replace(requests, arrival_s=np.zeros(len(requests))), limits=limits, router=router, seed=seed)
     high = len(requests) / together.seconds if together.served else own

@@ -32,10 +32,6 @@ class Pool:
     times: StepTimes
     count: int
 
-    @property
-    def gpu_ranks(self) -> int:
-        return self.rules.ranks * self.count
-
 
 class Fleet:
     """One pool that does both, or a pool that reads prompts and one that writes replies.

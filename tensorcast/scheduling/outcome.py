@@ -71,6 +71,11 @@ class Outcome:
     def served(self) -> int:
         return int(np.isfinite(self.record.last_s).sum())
 
+    @property
+    def within_limits(self) -> float:
+        """Share of the requests that keep the limits."""
+        return float(self.limits.kept(self.times).mean())
+
     def summary(self) -> dict[str, float]:
         """Means, percentiles and rates, by name with unit."""
         found: dict[str, float] = {
@@ -91,9 +96,8 @@ class Outcome:
             found["input_tokens_per_s"] = float(requests.input_len[done].sum()) / self.seconds
             found["requests_per_s"] = self.served / self.seconds
             found["output_tokens_per_s_per_gpu"] = found["output_tokens_per_s"] / self.gpus
-            kept_limits = self.limits.kept(self.times)
-            found["within_limits"] = float(kept_limits.mean())
-            found["goodput_requests_per_s"] = float(kept_limits.sum()) / self.seconds
+            found["within_limits"] = self.within_limits
+            found["goodput_requests_per_s"] = self.within_limits * len(requests) / self.seconds
             found["goodput_requests_per_s_per_gpu"] = found["goodput_requests_per_s"] / self.gpus
             found["cache_hit_share"] = float(self.record.cached_tokens.sum() / requests.input_len.sum())
         found["preemptions"] = float(self.record.preemptions.sum())

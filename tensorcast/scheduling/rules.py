@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tensorcast.deploy.deployment import Deployment
+from tensorcast.deploy.engine_log import cache_log
 from tensorcast.deploy.layout import attention_dp
 from tensorcast.errors import InputError
 from tensorcast.profiles.scheduler import ExpectedReply
-from tensorcast.serving.capacity import decode_budget, own_chunk
+from tensorcast.serving.capacity import own_chunk
+
+LONG = 1 << 16
+"""Tokens of the requests by which a cache's room is counted: windows and states take their most by then."""
 
 Role = Literal["both", "prefill", "decode"]
 
@@ -71,8 +75,7 @@ def rules_of(
             raise InputError(f"{name} {value}: must be at least 1")
     depth = deployment.options.mtp_depth
     if cache_tokens is None:
-        left, _ = decode_budget(deployment, 1)
-        cache_tokens = float(left) / float(deployment.held(1.0, 1 << 16)[1]) * (1 << 16) if float(left) > 0 else 0.0
+        cache_tokens = float(cache_log(deployment, LONG).tokens)
     if cache_tokens < scheduler.block_tokens:
         raise InputError(f"layout {layout}: {deployment.model.name} leaves no room for a cache")
     sequences = max_sequences or scheduler.sequences(float(deployment.device.memory_bytes))

@@ -113,7 +113,9 @@ def block_form(
     if fusing is not None and options.shared_experts_fusion and options.shared_expert_tp and not travels:
         kernels = ""
         if engine.experts is not None:
-            kernels = engine.experts.library(device.architecture, whole.stored.experts.name, config, spread)
+            kernels = engine.experts.library(
+                device.architecture, whole.stored.experts.name, config, spread, attention_dp=layout.dp > 1
+            )
         fused = options.fusion == "engine" and whole.facts.shared_experts and fusing.holds(
             config, whole.facts.num_experts, architecture=device.architecture, spread=spread, kernels=kernels
         )

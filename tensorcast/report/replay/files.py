@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 
 from tensorcast.files import write_atomically
-from tensorcast.report.figures import COLOURS
+from tensorcast.report.figures import COLOURS, save
 from tensorcast.report.plain import to_json
 from tensorcast.report.replay import words
 from tensorcast.scheduling.outcome import Outcome
@@ -55,10 +54,7 @@ def draw(found: Outcome, path: Path) -> Path:
     over_time.set(xlabel="seconds since the first request", ylabel="requests", xlim=(0, end))
     over_time.set_ylim(bottom=0)
     over_time.legend(loc="upper right", frameon=False)
-    with io.BytesIO() as buffer:
-        figure.savefig(buffer, format="png")
-        write_atomically(path, buffer.getvalue())
-    return path
+    return save(figure, path)
 
 
 def _held(times: np.ndarray, values: np.ndarray, grid: np.ndarray) -> np.ndarray:

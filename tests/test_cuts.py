@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
 from tensorcast.launch.launch import launch
 from tensorcast.modeling.checkpoint.read import checkpoint
+from tensorcast.modeling.config import hf_config, narrow
 from tensorcast.modeling.quantization import SCHEMES, Quantization, override
 from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.facts import ModelFacts
@@ -219,7 +221,11 @@ def _starts(engine: str, name: str, profile: ModelProfile, layout: Layout) -> bo
     layers/quantization/fp8.py (validate_block_quant_shapes). TensorRT-LLM main at 002366a: fused_moe/quantization.py.
     """
     text, tp, dp, ep = text_of(profile.config), layout.tp, layout.dp, layout.ep
-    heads = text["num_attention_heads"]
+    heads, vocabulary = text["num_attention_heads"], text["vocab_size"]
+    if engine == "vllm" and -(-vocabulary // 64) * 64 % tp:  # layers/vocab_parallel_embedding.py (divide)
+        return False
+    if engine == "sglang" and (profile.num_experts or 0) % ep:  # layers/moe/fused_moe_triton/layer.py
+        return False
     whole = text.get("kv_lora_rank") or text.get("num_key_value_heads", heads) in (0, None)
     kv_heads = heads if whole else text["num_key_value_heads"]
     if heads % tp or (kv_heads % tp if kv_heads >= tp else tp % kv_heads):
@@ -247,8 +253,9 @@ def test_only_layouts_that_start_are_offered(name: str) -> None:
     stored = checkpoint(profile)
     in_blocks = {stored.linear.name, stored.experts.name} & {"fp8_block", "nvfp4", "w4a16_g32", "w4a16", "mxfp8"}
     assert (name in STORED) == bool(in_blocks), "a model whose widths stand in no table"
-    widths, facts = cut_widths(profile, stored), profile.stated_facts
-    rules = "quantisation blocks", "heads per rank", "KV heads per rank"
+    widths = cut_widths(profile, stored)
+    facts = replace(profile.stated_facts, vocab_size=text_of(profile.config)["vocab_size"])  # traced ones have it
+    rules = "quantisation blocks", "heads per rank", "KV heads per rank", "vocabulary", "even experts"
     for world in range(1, 17):
         for layout in layouts(world):
             if layout.pp > 1 or (layout.ep > 1 and not facts.num_experts):
@@ -261,3 +268,50 @@ def test_only_layouts_that_start_are_offered(name: str) -> None:
                     assert starts, f"{engine} {layout} is offered"
                 elif problem.partition(":")[0] in rules:
                     assert not starts, f"{engine} {layout} is refused: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("engine", "layout", "all2all", "problem"),
+    [
+        ("sglang", "tp2-dp3-ep6", "allgather_reducescatter", "even experts: 256 experts do not divide over ep = 6"),
+        ("vllm", "tp2-dp3-ep6", "allgather_reducescatter", ""),  # expert_map_manager.py: some ranks have one more
+        ("vllm", "tp2-dp3-ep6", "high_throughput", "DeepEP's ranks: 256 experts do not divide over its 6 ranks"),
+        ("vllm", "tp2-dp3-ep6", "low_latency", "DeepEP's ranks: 256 experts do not divide over its 6 ranks"),
+        ("trtllm", "tp1-dp6-ep6", "low_latency", "DeepEP's ranks: 256 experts do not divide over its 6 ranks"),
+        ("vllm", "tp4-dp64-ep256", "high_throughput", "DeepEP's ranks: its kernels for prompts have no size for 256"),
+        ("vllm", "tp4-dp64-ep256", "low_latency", ""),
+        ("vllm", "tp4-dp16-ep64", "high_throughput", ""),
+    ],
+)  # fmt: skip
+def test_exchanges_run_on_ranks_that_they_are_made_for(engine: str, layout: str, all2all: str, problem: str) -> None:
+    facts = ModelFacts(num_experts=256, heads=48, kv_heads=8, vocab_size=200_064)
+    found = engine_can_run(engine, parse_layout(layout), facts, Options(all2all=all2all), 8)
+    assert found.startswith(problem) if problem else found == ""
+
+
+def test_ranks_share_a_vocabulary_evenly() -> None:
+    """vLLM fills 32,000 and 151,936 up to no more than a multiple of 64; SGLang and TensorRT-LLM to one of tp, too."""
+    for vocabulary, tp, shared in ((32_000, 5, True), (32_000, 3, False), (151_936, 3, False), (30_001, 7, True)):
+        facts = ModelFacts(heads=105, vocab_size=vocabulary)
+        found = {engine: engine_can_run(engine, Layout(tp, tp), facts) for engine in ENGINES}
+        assert found["sglang"] == found["trtllm"] == ""
+        assert (found["vllm"] == "") == shared, (vocabulary, tp)
+
+
+GROUPED = [name for name in list_models() if text_of(load_model(name).config).get("n_groups")]
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_of_scans_are_whole_on_each_rank(name: str) -> None:
+    """vLLM 0.24.0, mamba/mamba_mixer2.py: num_heads % tp == 0, and groups % tp == 0 unless there is one."""
+    profile = load_model(name)
+    text = text_of(profile.config)
+    for tp in range(1, 17):
+        heads = text["mamba_num_heads"] % tp or text["num_attention_heads"] % tp
+        kv = text["num_key_value_heads"]
+        starts = not heads and not text["n_groups"] % tp and not (kv % tp and tp % kv)
+        if starts and all(text.get(width, 0) % tp == 0 for width in ("intermediate_size", "moe_intermediate_size")):
+            assert narrow(hf_config(profile), tp).n_groups == text["n_groups"] // tp
+        else:
+            with pytest.raises(InputError, match=rf"^tp={tp}: "):
+                narrow(hf_config(profile), tp)

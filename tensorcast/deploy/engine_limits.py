@@ -58,6 +58,10 @@ Limit = tuple[str, str]
 
 _DEEPEP = ("high_throughput", "low_latency", "by_phase")
 
+DEEPEP_RANKS = frozenset((2, 4, 8, 16, 24, 32, 64, 128, 144, 160))
+"""Ranks that DeepEP's normal kernels are set for (buffer.py, get_dispatch_config, of 9fe9021, as vLLM 0.24.0 lists
+them in prepare_finalize/deepep_ht.py). Both modes want as many experts on each rank (csrc/deep_ep.cpp)."""
+
 
 def _of_exchange(c: Case) -> Iterator[Limit]:
     exchange, etp = c.exchange, c.layout.etp
@@ -79,6 +83,11 @@ def _of_exchange(c: Case) -> Iterator[Limit]:
     if exchange in _DEEPEP and etp > 1:
         said = f"DeepEP spreads experts over all tp*dp = {c.layout.stage_ranks} ranks, not ep = {c.layout.ep}"
         yield "all-to-all over all ranks", said
+    elif exchange in _DEEPEP and (c.facts.num_experts + c.options.redundant_experts) % c.layout.ep:
+        said = f"{c.facts.num_experts + c.options.redundant_experts} experts do not divide over its {c.layout.ep} ranks"
+        yield "DeepEP's ranks", f"{said}; choose another all2all"
+    elif exchange in ("high_throughput", "by_phase") and c.layout.ep not in DEEPEP_RANKS:
+        yield "DeepEP's ranks", f"its kernels for prompts have no size for {c.layout.ep} ranks; choose another all2all"
     if exchange not in ("", "auto", "allgather_reducescatter") and etp > 1:
         said = f"experts cut over {etp} ranks: tokens are gathered, no {exchange} exchange"
         yield "all-to-all with whole experts", said
@@ -97,6 +106,8 @@ def _of_experts(c: Case) -> Iterator[Limit]:
         yield "balanced experts", "experts are copied or rearranged between expert-parallel ranks only: ep = 1"
     elif (copies or c.options.placement == "eplb") and (experts + copies) % layout.ep:
         yield "balanced experts", f"{experts} experts and {copies} copies do not divide over ep = {layout.ep}"
+    if experts and (experts + copies) % layout.ep:
+        yield "even experts", f"{experts + copies} experts do not divide over ep = {layout.ep}"
     if external:
         said = f"no ranks for shared experts alone (external_shared_experts = {external})"
         yield "external shared experts", said
@@ -169,8 +180,16 @@ _WAYS = {"routed experts": "raise ep", "shared expert": "lower tp, or send token
 """Out of a cut through a block."""
 
 
+VOCABULARY_UNIT = 64
+"""vLLM 0.24.0, layers/vocab_parallel_embedding.py: a vocabulary is filled up to a multiple of it, and ranks must share
+that evenly. SGLang 0.5.14 fills up to a multiple of tp times it where they would not, TensorRT-LLM to one of tp."""
+
+
 def _of_blocks(c: Case) -> Iterator[Limit]:
-    """The first width that a layout cuts through a block of the checkpoint's scales, with the numbers."""
+    """The first width that a layout cuts through a block of the checkpoint's scales, with the numbers; vocabulary."""
+    rows = -(-c.facts.vocab_size // VOCABULARY_UNIT) * VOCABULARY_UNIT
+    if rows % c.layout.tp:
+        yield "vocabulary", f"{rows} rows, a multiple of {VOCABULARY_UNIT}, do not divide over tp = {c.layout.tp}"
     for cut in c.cuts:
         ranks, block = _ranks(c, cut.part), cut.block
         if cut.halves and c.engine in ("vllm", "sglang"):
@@ -192,15 +211,15 @@ _SHARED = ("plain all-to-all", "balanced experts", "external shared experts", "w
 ENGINE_RULES: dict[str, tuple[str, ...]] = {
     "vllm": (
         *_SHARED, "one exchange", "whole experts or all cut", "dual-batch overlap", "draft layers",
-        "data-parallel ranks on nodes", *ANY_ENGINE,
+        "data-parallel ranks on nodes", "DeepEP's ranks", "vocabulary", *ANY_ENGINE,
     ),
     "sglang": (
         *_SHARED, "all-to-all over all ranks", "dual-batch overlap", "draft layers", "drafts in a pipeline",
-        "dense replicas on one node", *ANY_ENGINE,
+        "dense replicas on one node", "even experts", "DeepEP's ranks", *ANY_ENGINE,
     ),
     "trtllm": (
         *_SHARED, "one exchange", "attention over all ranks", "dense replicas", "all-to-all with whole experts",
-        "dual-batch overlap", "draft layers", *ANY_ENGINE,
+        "dual-batch overlap", "draft layers", "DeepEP's ranks", *ANY_ENGINE,
     ),
 }
 """Names of the rules that an engine has, in the order in which they are told. Sources stand in

@@ -45,7 +45,7 @@ def _heads(values: dict[str, Any], kind: str) -> tuple[int, int, int]:
         heads = 1
     stream = _first(values, "hidden_size", "n_embd", "d_model", default=0)
     width = _first(values, "attention_head_dim", "head_dim", default=stream // max(queries, 1))
-    value = _first(values, "v_head_dim", default=width)
+    value = values.get("v_head_dim") or width  # 0 of a file without latent attention (DeepSeek-VL2-tiny)
     if kind in WINDOWED:
         heads = _first(values, "swa_num_key_value_heads", default=heads)
         width, value = _first(values, "swa_head_dim", default=width), _first(values, "swa_v_head_dim", default=value)

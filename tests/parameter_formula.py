@@ -112,6 +112,8 @@ def _attention(values: dict[str, Any], form: Form, stream: int, layer: int) -> i
         qkv = out = int(bias)
     if values.get("model_type") in ("glm", "glm4_moe"):
         out = 0
+    if values.get("model_type") == "stablelm":
+        qkv = int(values.get("use_qkv_bias", False))
     if values.get("model_type") == "starcoder2":
         qkv = out = int(values.get("use_bias", True))
     total = stream * (heads + 2 * kv) * width + heads * width * stream

@@ -179,3 +179,34 @@ def test_positions_that_are_added_to_the_stream_are_whole() -> None:
     shard = trace(one, "decode", TP)
     assert held(shard, "Wq.weight") == [64 * 64 // TP]
     assert held(shard, "ffn.0.weight") == [64 * 96 // TP]
+
+
+def test_layers_whose_latents_differ_are_each_cut_by_their_own_widths() -> None:
+    """dots3-note: windowed layers have half the heads, twice the latent and wider keys than the others."""
+    config = {
+        "num_key_value_heads": 8, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 32,
+        "q_lora_rank": 24, "head_dim": 24, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
+        "swa_kv_lora_rank": 64, "swa_q_lora_rank": 24, "swa_qk_nope_head_dim": 24, "swa_v_head_dim": 16,
+        "swa_head_dim": 32, "layer_types": ["indexed_attention", "sliding_attention"], "n_routed_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 48, "shared_experts_intermediate_size": 48,
+        "index_topk": 16, "index_head_dim": 16, "index_n_heads": 4,
+    }  # fmt: skip
+    one = profile("dots3_note_text", **config)
+    shard = trace(one, "decode", TP)
+    heads = {"layers.0": 8 * (16 + 16) * 32, "layers.1": 4 * (24 + 16) * 64}
+    found = {name: p.numel for p in shard.params for name in heads if f"{name}.self_attn.kv_b_proj" in p.name}
+    assert found == {name: numel // TP for name, numel in heads.items()}
+    assert sum(op.name == "mla_absorb" for op in shard.ops) == 2
+
+
+def test_heads_that_run_one_after_another_are_fewer_on_a_rank() -> None:
+    """Zamba's class scans its Mamba heads in a loop: two of four are left to each of two ranks."""
+    config = {"layer_types": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4, "n_mamba_heads": 4, "mamba_expand": 2,
+              "mamba_d_state": 16, "mamba_dt_rank": 8, "attention_hidden_size": 256,
+              "num_key_value_heads": 8}  # fmt: skip
+    one = profile("zamba", **config)
+    whole = trace(one, "decode")
+    shard = trace(one, "decode", TP, whole)
+    scans = [sum(table.count(op) for op in table.ops if op.name == "ssm_scan") for table in (whole, shard)]
+    assert scans == [4 * 4, 4 * 4 // TP]
+    assert {op.shard for op in shard.ops if op.module.endswith("mamba.out_proj")} == {"row"}

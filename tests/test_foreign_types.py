@@ -44,11 +44,24 @@ def test_sizes_are_worked_out_of_what_the_file_says() -> None:
     assert as_stock("llama", {"n_embd": 64}) == ("llama", {"n_embd": 64})
 
 
+def test_a_type_may_be_another_network_where_its_file_says_so() -> None:
+    """MiniCPM-MoE: 40 layers of 8 experts as wide as MiniCPM-2B's MLP. DeepSeek-VL2-tiny: heads of 128, no latents."""
+    experts = built(PUBLIC["minicpm-moe-8x2b"])
+    layer = 4 * 2304**2 + 8 * 3 * 2304 * 5760 + 8 * 2304 + 2 * 2304
+    assert (experts.model_type, experts.num_local_experts) == ("mixtral", 8)
+    assert parameters(experts.to_dict()) == 40 * layer + 122_753 * 2304 + 2304
+    tiny = built(PUBLIC["deepseek_vl2_tiny"])
+    layer = 4 * 1280**2 + 64 * 1280 + (64 + 2) * 3 * 1280 * 896 + 2 * 1280
+    first = 4 * 1280**2 + 3 * 1280 * 6848 + 2 * 1280
+    assert (tiny.model_type, tiny.head_dim) == ("glm4_moe", 128)
+    assert parameters(tiny.to_dict()) == 11 * layer + first + 2 * 129_280 * 1280 + 1280
+    assert as_stock("deepseek_v2", {"use_mla": True})[0] == "deepseek_v2"
+
+
 def test_what_a_stock_type_lacks_is_refused() -> None:
-    """Experts of MiniCPM-MoE; experts in a stream of their own of Kimi-K3; KV heads that only a default says."""
-    for name, word in (("minicpm-moe-8x2b", "num_experts"), ("moonshotai/Kimi-K3", "routed_expert_hidden_size")):
-        with pytest.raises(InputError, match=word):
-            built(PUBLIC[name])
+    """Experts in a stream of their own of Kimi-K3; KV heads that only a default says."""
+    with pytest.raises(InputError, match="routed_expert_hidden_size"):
+        built(PUBLIC["moonshotai/Kimi-K3"])
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
     with pytest.raises(InputError, match="num_key_value_heads"):
         built({"model_type": "qwen2", "vocab_size": 512, **sizes})

@@ -104,7 +104,9 @@ def test_keys_of_as_many_heads_as_queries_are_cut_like_them() -> None:
     assert keys and all(p.numel == p.full_numel / 2 for p in keys)
 
 
-@pytest.mark.parametrize("config", [{"model_type": "openai-gpt", "n_layer": 2}, {"model_type": "xlstm"}])
+@pytest.mark.parametrize(
+    "config", [{"model_type": "openai-gpt", "n_layer": 2}, {"model_type": "xlstm"}, {"model_type": "rwkv"}]
+)
 def test_a_class_without_a_cache_that_is_seen_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="keeps no cache that can be counted"):
         of(**model_types.of_type(config["model_type"]).config | config)

@@ -62,6 +62,45 @@ def test_experts_that_a_file_does_not_count_are_not_made_up() -> None:
         trace(profile("qwen3_moe", **SIZES), "decode")
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
+def test_latent_attention_has_the_widths_that_its_file_says(model_type: str) -> None:
+    """Queries of DeepSeek-V2-Lite come from the stream (null), not from the 1,536 of its class's default."""
+    config = {**LATENT, "model_type": model_type}
+    assert hf_config(profile(**config)).q_lora_rank is None
+    assert hf_config(profile(**config | {"q_lora_rank": 24})).q_lora_rank == 24
+    for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        unsaid = {field: value for field, value in config.items() if field != name}
+        with pytest.raises(InputError, match=rf"config.json does not say {name} \(model_type '{model_type}'\)"):
+            hf_config(profile(**unsaid))
+
+
+def test_a_size_beside_the_core_that_rests_on_a_default_is_said() -> None:
+    built = hf_config(profile("mixtral", **SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}))
+    assert built.remarks == ()
+    less = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+    less |= {"num_attention_heads": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    built = hf_config(profile("mixtral", **less))
+    assert built.remarks == ("not in config.json, so transformers' defaults of mixtral: num_key_value_heads = 8",)
+
+
+def test_a_text_models_type_around_a_text_part_is_that_part() -> None:
+    """Ministral-3's file, as some tools write it: the type of the text model, and its sizes under text_config."""
+    whole = profile("ministral3", text_config={"model_type": "ministral3", **SIZES}, vision_config={"hidden_size": 8},
+                    architectures=["Mistral3ForConditionalGeneration"])  # fmt: skip
+    built = hf_config(whole)
+    assert {name: getattr(built, name) for name in SIZES} == SIZES
+    assert built.remarks == ("priced as its language model; not counted: vision_config",)
+
+
+def test_an_activation_in_a_word_is_as_good_as_its_object() -> None:
+    """DBRX's ffn_act_fn, an object of its name in the released file."""
+    config = {"d_model": 96, "n_layers": 2, "n_heads": 6, "vocab_size": 512, "attn_config": {"kv_n_heads": 2}}
+    experts = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
+    for act in ("silu", {"name": "silu"}):
+        built = hf_config(profile("dbrx", **config, ffn_config={**experts, "ffn_act_fn": act}))
+        assert built.ffn_config.ffn_act_fn == {"name": "silu"}
+
+
 def test_a_text_part_that_rests_on_defaults_says_which() -> None:
     """As LLaVA's and Gemma-3's released files do."""
     vision = {"model_type": "siglip_vision_model"}

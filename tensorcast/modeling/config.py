@@ -19,8 +19,16 @@ from transformers.models.auto import modeling_auto
 
 from tensorcast.errors import InputError
 from tensorcast.modeling.custom import CustomConfig, custom_config
-from tensorcast.modeling.foreign_types import FOREIGN_TYPES, as_stock
-from tensorcast.modeling.stated_sizes import CORE, EXPERTS, FOREIGN, dropped, foreign_architecture, missing
+from tensorcast.modeling.foreign_types import as_stock, foreign_type
+from tensorcast.modeling.stated_sizes import (
+    CORE,
+    EXPERTS,
+    FOREIGN,
+    defaults_taken,
+    dropped,
+    foreign_architecture,
+    missing,
+)
 from tensorcast.profiles.config_values import LANGUAGE_PARTS, text_of
 from tensorcast.profiles.model import ModelProfile
 
@@ -105,13 +113,14 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
         text_config = config.get_text_config(decoder=True)
         problem = dropped(said, text_config)
     unsaid = missing(said, text_config)
+    unsaid_others = defaults_taken(said, text_config)
     experts = [name for name in unsaid if any(name in CORE[size] for size in EXPERTS)]
     if sizes := [name for name in unsaid if name not in experts] if said is values else []:
         problem = f"config.json does not say {', '.join(sizes)} (model_type {model_type!r})"
     if problem := _no_decoder(config, text_config, named) or problem:
         raise InputError(f"model {profile.name}: {problem}")
-    if unsaid and said is not values:
-        taken = ", ".join(f"{name} = {value}" for name, value in unsaid.items())
+    if others := ({} if said is values else unsaid) | unsaid_others:
+        taken = ", ".join(f"{name} = {value}" for name, value in others.items())
         remarks.append(f"not in config.json, so transformers' defaults of {text_config.model_type}: {taken}")
     if not hasattr(text_config, "tie_word_embeddings") and isinstance(values.get("tie_word_embeddings"), bool):
         # a flat file under a wrapper's type, whose text part has no word of its own for it (Qwen2-VL)
@@ -123,11 +132,16 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     return text_config
 
 
-def _plain_rope(values: dict[str, Any]) -> None:
-    """Take angles that depend on the longest position, which is data, for usual ones: they shape no op and no cache."""
+def _plain(values: dict[str, Any]) -> None:
+    """Take angles that depend on the longest position, which is data, for usual ones: they shape no op and no cache.
+
+    And an activation that a file names in a word (DBRX) as the object that its class takes.
+    """
     for name, inner in values.items():
         if isinstance(inner, dict):
-            _plain_rope(inner)
+            _plain(inner)
+        elif name == "ffn_act_fn" and isinstance(inner, str):
+            values[name] = {"name": inner}
         elif name in ("rope_type", "type") and inner in ("longrope", "su", "dynamic"):
             values[name] = "default"
 
@@ -146,7 +160,7 @@ def _holds_text(values: dict[str, Any]) -> bool:
 
 def _from_values(name: str, model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
     _tie_of_the_whole(values)
-    _plain_rope(values)
+    _plain(values)
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=3)
         line = f"{transformers.__version__} has no such type{': did you mean ' if near else ''}{' or '.join(near)}"
@@ -161,7 +175,8 @@ def _from_values(name: str, model_type: str, values: dict[str, Any]) -> PreTrain
 def _language_part(config: dict[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
     """Type, fields and architectures that transformers builds the language model from.
 
-    Of a wrapper that it does not know (Kimi-VL, InternVL) they are those of the text model inside, if it knows that.
+    Of a wrapper that it does not know (Kimi-VL, InternVL), or has a text model's type for (Ministral-3), they are those
+    of the text model inside, if it knows that.
     """
     named, model_type = config.pop("architectures", None) or [], config.pop("model_type")
     for noise in ("auto_map", "transformers_version"):
@@ -169,11 +184,11 @@ def _language_part(config: dict[str, Any]) -> tuple[str, dict[str, Any], list[st
     known, config = as_stock(model_type, config)
     known = _known_type(known, named)
     text = text_of(config)
-    if known not in CONFIG_MAPPING and text is not config and isinstance(text.get("model_type"), str):
+    if not _reads_parts(known) and text is not config and isinstance(text.get("model_type"), str):
         if "tie_word_embeddings" in config:
             text.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
         inner = text["model_type"], text.get("architectures") or []
-        if inner[0] in FOREIGN_TYPES or _known_type(*inner) in CONFIG_MAPPING:
+        if foreign_type(inner[0], text) or _known_type(*inner) in CONFIG_MAPPING:
             return _language_part(text)
     fields = CONFIG_MAPPING[known].__dataclass_fields__ if known in CONFIG_MAPPING else {}
     if isinstance(kinds := config.get("attn_type_list"), list) and "layer_types" in fields:  # MiniMax-Text-01, -M1
@@ -182,6 +197,11 @@ def _language_part(config: dict[str, Any]) -> tuple[str, dict[str, Any], list[st
         if own in fields and name not in fields and config.get(name) and config.get(own) is None:
             config[own] = config[name]
     return known, config, named
+
+
+def _reads_parts(model_type: str) -> bool:
+    """Whether transformers' class of a type holds a text model's config inside its own."""
+    return model_type in CONFIG_MAPPING and bool(set(LANGUAGE_PARTS) & set(CONFIG_MAPPING[model_type].sub_configs))
 
 
 def _other_parts(config: dict[str, Any]) -> list[str]:

@@ -56,12 +56,16 @@ def _copy_once(model: nn.Module, heads: int, tp: int) -> None:
 def _sum_where_both_are_cut(model: nn.Module, whole: Mapping[str, tuple[int, ...]]) -> None:
     """Let a matrix whose inputs and outputs are both cut (Doge: of all heads' values, a number a head) give partial
     sums of all its outputs, of which the rank goes on with its own."""
-    names = {_in_layer(name): size for name, size in whole.items() if len(size) == 2}
+    names: dict[str, set[tuple[int, ...]]] = {}
+    for name, size in whole.items():
+        if len(size) == 2:
+            names.setdefault(_in_layer(name), set()).add(size)
     for path, module in model.named_modules():
-        size = names.get(_in_layer(f"{path}.weight")) if isinstance(module, nn.Linear) else None
-        if size is None or not all(a < b for a, b in zip(module.weight.shape, size, strict=True)):
+        sizes = names.get(_in_layer(f"{path}.weight"), set()) if isinstance(module, nn.Linear) else set()
+        # of kinds that differ (dots3-note's latents), one in which it is as wide is its own
+        if len(sizes) != 1 or any(a >= b for size in sizes for a, b in zip(module.weight.shape, size, strict=True)):
             continue
-        own = module.out_features
+        (size,), own = sizes, module.out_features
         for param in module.parameters():
             _resize(param, (size[0], *param.shape[1:]))
         module.register_forward_hook(lambda _module, _args, out, own=own: out[..., :own])

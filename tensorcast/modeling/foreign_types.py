@@ -40,15 +40,29 @@ FOREIGN_TYPES: dict[str, Foreign] = {
 }  # fmt: skip
 """Read in the files' own modeling code: modeling_TYPE.py beside each release."""
 
+WHERE_SAID: dict[str, tuple[str, bool, Foreign]] = {
+    "minicpm": ("num_experts", True, Foreign("mixtral", {"num_local_experts": "num_experts"},
+                                             {"tie_word_embeddings": True})),
+    "deepseek_v2": ("use_mla", False, FOREIGN_TYPES["deepseek"]),
+}  # fmt: skip
+"""Types that are another network where their file says a field, or says that it is off: experts of MiniCPM-MoE, heads
+of their own in the place of latent attention (DeepSeek-VL2-tiny, DeepSeek-OCR)."""
+
+
+def foreign_type(model_type: str, values: dict[str, Any]) -> Foreign | None:
+    """What a file of ``model_type`` is under transformers' names; None where its type is transformers' own."""
+    field, on, other = WHERE_SAID.get(model_type, ("", True, Foreign("")))
+    return other if field and bool(values.get(field, not on)) is on else FOREIGN_TYPES.get(model_type)
+
 
 def as_stock(model_type: str, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Type and fields of transformers for a file of ``model_type``; both as they are where it is none of these.
 
     A size of the file that cannot be worked out, since it says none, stays unsaid.
     """
-    if model_type not in FOREIGN_TYPES:
+    foreign = foreign_type(model_type, values)
+    if foreign is None:
         return model_type, values
-    foreign = FOREIGN_TYPES[model_type]
     sizes = {name: _size(formula, values) for name, formula in foreign.sizes.items()}
     return foreign.stock, foreign.fixed | values | {name: size for name, size in sizes.items() if size is not None}
 

@@ -40,6 +40,11 @@ OTHERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Sizes that a class may work out from others, and some models lack."""
 
+LATENT = {name: OTHERS[name] for name in OTHERS if name.endswith("lora_rank") or name.startswith(("qk_", "v_"))}
+"""Widths of latent attention: of core size where a class has them, since one more or less is another network."""
+
+OF_EXPERTS = frozenset(("moe_intermediate_size", "n_shared_experts", "shared_expert_intermediate_size"))
+
 FOREIGN = {"attention_head_dim": "head_dim"}
 """Names of a size in released files whose class calls it otherwise (Hunyuan-A13B)."""
 
@@ -66,6 +71,12 @@ def _value(config: PreTrainedConfig, name: str) -> Any:
     name = type(config).attribute_map.get(name, name)
     value = vars(config).get(name)  # one that varies by layer refuses getattr on the whole config
     return getattr(config, name, None) if value is None else value
+
+
+def _of_layers(config: PreTrainedConfig) -> set[int]:
+    """Sizes that some layers have of their own, whatever the file calls them (dots3-note's ``swa_kv_lora_rank``)."""
+    names = (config.per_layer_attributes or ()) if getattr(config, "is_heterogeneous", False) else ()
+    return {getattr(layer, name) for layer in config.per_layer_config for name in names} if names else set()
 
 
 def _same(stated: Any, built: Any) -> bool:
@@ -95,6 +106,7 @@ def dropped(values: dict[str, Any], config: PreTrainedConfig) -> str:
         if not _same(values[stated[0]], own):
             return _unlike(stated[0], values[stated[0]], own, config)
     built = {value for name, value in vars(config).items() if isinstance(value, int) and _knows(config, name)}
+    built |= _of_layers(config)
     for name, value in values.items():
         named = any(name in names for names in {**CORE, **OTHERS}.values())  # seen above
         width = not named and WEIGHT_WIDTHS.search(name) and isinstance(value, int) and value > 1
@@ -120,7 +132,7 @@ EXPERTS = ("num_experts", "num_experts_per_tok")
 def missing(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     """Core sizes of the class that a file does not state, by the class's name, with transformers' default."""
     found = {}
-    for names in CORE.values():
+    for names in {**CORE, **LATENT}.values():
         own = [one for one in dataclasses.fields(type(config)) if one.name in names]
         made = bool(own) and own[0].default is None  # of sizes that the file has, where it leaves it out (Falcon's MLP)
         value = _value(config, own[0].name) if own and not made else None
@@ -130,6 +142,18 @@ def missing(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     heads, kv = (_value(config, name) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(kv, int) and kv and heads % kv and "num_key_value_heads" not in values:
         found["num_key_value_heads"] = kv  # a default that does not go with the file's heads
+    return found
+
+
+def defaults_taken(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    """Sizes beside the core that a file leaves to numbers of its class, by the class's name."""
+    found: dict[str, Any] = {}
+    sparse = any(values.get(name) for name in config_values.EXPERTS)
+    for size, names in OTHERS.items():
+        own = [one for one in dataclasses.fields(type(config)) if one.name in names and isinstance(one.default, int)]
+        moot = (size == "head_dim" and _value(config, "kv_lora_rank")) or (size in OF_EXPERTS and not sparse)
+        if own and size not in LATENT and not moot and not any(name in values for name in names):
+            found |= {own[0].name: value} if (value := _value(config, own[0].name)) else {}
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 
 from tensorcast.errors import InputError
 from tensorcast.trace.dims import product
@@ -50,8 +51,8 @@ def mark_sharding(whole: OpTable, shard: OpTable) -> OpTable:
 
     ``whole`` is the trace at tp=1. The experts' region is taken from it: experts are sharded by their own sizes.
     """
-    paired = [op for op in whole.ops if _pairs(op)]
-    if [op.name for op in paired] != [op.name for op in shard.ops if _pairs(op)]:
+    paired = _twins(whole, shard)
+    if not paired:
         raise InputError(
             f"model {whole.model}: tp = {shard.tp} runs other operations than tp = 1: what it shards cannot be told; "
             f"use a smaller tp"
@@ -65,6 +66,20 @@ def mark_sharding(whole: OpTable, shard: OpTable) -> OpTable:
         base = a if a.stage == "experts" else b
         rows.append(base.but(shard=_style(a, b)))
     return replace(shard, ops=tuple(rows))
+
+
+def _twins(whole: OpTable, shard: OpTable) -> list[Op]:
+    """The op of ``whole`` behind each of ``shard`` that has one; empty where they run other operations.
+
+    A class that runs its heads one after another (Zamba's scans) has fewer of them on a rank.
+    """
+    ours, theirs = ([op for op in table.ops if _pairs(op)] for table in (whole, shard))
+    if [op.name for op in ours] == [op.name for op in theirs]:
+        return ours
+    runs = [[list(run) for _, run in groupby(ops, lambda op: (op.name, op.kind))] for ops in (ours, theirs)]
+    if [run[0].name for run in runs[0]] != [run[0].name for run in runs[1]]:
+        return []
+    return [a[0] for a, b in zip(*runs, strict=True) for _ in b]
 
 
 MIXERS = frozenset({"attention", "linear_attention", "ssm_scan", "causal_conv1d", "convolution"})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tensorcast.errors import InputError
@@ -107,6 +108,8 @@ def _fields(param: Param) -> dict[str, Any]:
 def _trace_one(
     profile: ModelProfile, model: nn.Module, config: PreTrainedConfig, whole: PreTrainedConfig, phase: Phase, *, tp: int
 ) -> OpTable:
+    if not isinstance(whole, CustomConfig):
+        _check_takes_cache(profile.name, model)
     tries = (DECODE,) if phase == "decode" else (PREFILL, BLOCKWISE)
     for probes in tries:
         try:
@@ -133,6 +136,14 @@ def _trace_one(
     return OpTable(
         profile.name, phase, tp, tuple(ops), tuple(kinds.of_layer), tuple(_kind_name(model, kinds)), params, facts
     )
+
+
+def _check_takes_cache(name: str, model: nn.Module) -> None:
+    """Raise :class:`InputError` for a class that keeps what it has seen in another way than transformers' caches."""
+    takes = inspect.signature(type(model).forward).parameters
+    if isinstance(model, PreTrainedModel) and not {"past_key_values", "cache_params"} & set(takes):
+        own = "".join(f": it takes {word}" for word in takes if word in ("state", "mems", "cache"))
+        raise InputError(f"model {name}: transformers' class keeps no cache that can be counted{own}")
 
 
 def _check_cache(name: str, phase: Phase, ops: list[Op]) -> None:

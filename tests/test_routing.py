@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorcast.cost.routing import Routing, expected_distinct, expert_load
+from tensorcast.cost.recordings.recording import LayerCounts
+from tensorcast.cost.routing import Routing, expected_distinct, expert_load, inclusion
 from tensorcast.errors import InputError
 from tensorcast.modeling.moe.fused import FusedMoETensorCast
 from tensorcast.modeling.moe.placement import linear
@@ -50,7 +51,7 @@ def test_hit_experts_match_the_published_monte_carlo() -> None:
 def test_zipf_load_agrees_with_monte_carlo_over_placements(exponent: float) -> None:
     experts, k, ranks, tokens = 128, 8, 16, 2048
     routing = Routing.parse(f"zipf:{exponent}")
-    q = routing.inclusion(experts, k)
+    q = inclusion(np.arange(1, experts + 1.0) ** -exponent, k)
     generator = np.random.default_rng(2)
     rows = []
     for _ in range(60):
@@ -62,7 +63,7 @@ def test_zipf_load_agrees_with_monte_carlo_over_placements(exponent: float) -> N
 
 def test_inclusion_chances_sum_to_k_and_never_exceed_one() -> None:
     for exponent, k in itertools.product((0.0, 0.7, 1.5, 4.0), (1, 2, 8)):
-        q = Routing(f"zipf:{exponent}", exponent).inclusion(64, k)
+        q = inclusion(np.arange(1, 65.0) ** -exponent, k)
         assert q.sum() == pytest.approx(k)
         assert q.max() <= 1.0 and (np.diff(q) <= 1e-12).all()
 
@@ -118,7 +119,7 @@ def test_counts_file_sets_the_busiest_rank(tmp_path: Path) -> None:
     [
         ("a,b\n1,2\n", "needs a column 'count'"),
         ("count\n-1\n2\n", "at least 0"),
-        ("count\n1\n1\n", "2 counts, but the model has 8"),
+        ("count\n1\n1\n", "2 counts a layer, but the model has 8"),
     ],
 )
 def test_bad_counts_are_one_clear_line(tmp_path: Path, content: str, message: str) -> None:
@@ -146,7 +147,7 @@ def test_placement_keeps_the_mean_and_eplb_lowers_the_busiest(policy: str) -> No
 
 def test_copies_of_hot_experts_share_their_load() -> None:
     """One expert takes all tokens: with 3 copies on 4 ranks each of three ranks gets a third."""
-    routing = Routing("file", counts=(1.0, 1e-9, 1e-9, 1e-9, 1e-9, 1e-9))
+    routing = Routing("file", counts=LayerCounts("file", np.array([[1.0, 1e-9, 1e-9, 1e-9, 1e-9, 1e-9]])))
     load = expert_load(routing, 6, 1, 4, redundant=2, policy="eplb")
     assert load.local_experts == 2
     assert load.at(9e6).rows == pytest.approx(3e6, rel=0.01)

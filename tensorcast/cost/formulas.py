@@ -13,6 +13,7 @@ import numpy as np
 
 from tensorcast.cost import work as w
 from tensorcast.cost.memory import indexer_key_bytes, latent_bytes
+from tensorcast.cost.rank_load import LayerPoints
 from tensorcast.cost.registry import Registry
 from tensorcast.cost.work import Precision, Size, Work
 from tensorcast.modeling.quantization import SCHEMES, Scheme
@@ -26,6 +27,7 @@ class Context:
 
     ``backend``: how expert matmuls run. ``capacity``: rows that a masked one keeps room for, per expert. ``verify``:
     new tokens per sequence that a decode step checks at once (1 + drafted ones); ``sizes.B`` then counts all of them.
+    ``points``: where layers load their experts differently, the load of each group of layers.
     """
 
     sizes: Sizes
@@ -37,6 +39,7 @@ class Context:
     capacity: Size = 0.0
     masked_skips: bool = True
     verify: Size = 1.0
+    points: LayerPoints | None = None
 
     def value(self, size: Any) -> Any:
         """A dim or a plain number at these sizes."""

@@ -1,8 +1,9 @@
 """How unevenly tokens fall on experts: rows on the busiest rank, and how many of its experts are hit at all.
 
 ``balanced``: every expert gets the same. ``uniform``: every token picks k of E experts at random. ``zipf:S``: expert
-popularity falls as ``rank**-S``, experts placed at random. A CSV of counts: popularity as measured, experts placed in
-order. Hit experts of independent picks: ``sum_e 1 - (1 - q_e)^T``.
+popularity falls as ``rank**-S``, experts placed at random. ``recorded:``: popularity of every layer as counted
+(:mod:`tensorcast.cost.recordings`), experts placed in order. Hit experts of independent picks:
+``sum_e 1 - (1 - q_e)^T``.
 """
 
 from __future__ import annotations
@@ -17,21 +18,18 @@ from statistics import NormalDist
 
 import numpy as np
 
-from tensorcast.cost.work import Size
+from tensorcast.cost.layer_loads import LayerLoads, layer_loads
+from tensorcast.cost.placing import balanced_by, place_layers
+from tensorcast.cost.rank_load import RankLoad
+from tensorcast.cost.recordings.formats import READABLE
+from tensorcast.cost.recordings.named import PREFIX, recording
+from tensorcast.cost.recordings.recording import LayerCounts
+from tensorcast.cost.work import Array, Size
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.modeling.moe.placement import Placement, eplb, linear, round_robin
+from tensorcast.modeling.moe.placement import Placement, linear, round_robin
 
 PLACEMENTS = (64, 16)
 """Random orders of a popularity law whose median stands for it; fewer where each is balanced anew (EPLB)."""
-
-
-@dataclass(frozen=True)
-class RankLoad:
-    """Work of the busiest expert-parallel rank in one MoE layer: (token, choice) rows and experts with at least one."""
-
-    rows: Size
-    hit: Size
-    mean_rows: Size
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,12 @@ class Routing:
 
     name: str = "balanced"
     exponent: float = 0.0
-    counts: tuple[float, ...] = ()
+    counts: LayerCounts | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Routing:
-        """``balanced``, ``uniform``, ``zipf:S`` or a CSV file with a ``count`` column (``expert``, ``layer``)."""
+    def parse(cls, text: str, phase: str = "decode") -> Routing:
+        """``balanced``, ``uniform``, ``zipf:S``, ``recorded:FILE`` or ``recorded:NAME`` (of ``phase``); a file alone
+        is a recording, too."""
         if text in ("balanced", "uniform"):
             return cls(text)
         if text.startswith("zipf:"):
@@ -55,54 +54,33 @@ class Routing:
             if not 0 <= exponent < 10:
                 raise InputError(f"--routing {text!r}: the exponent after zipf: must be a number from 0 to 10")
             return cls(text, exponent)
-        if Path(text).is_file():
-            return cls(text, counts=_read_counts(Path(text)))
-        if text.lower().endswith(".csv") or os.sep in text:
-            what = "is a directory" if Path(text).is_dir() else "no such file"
-            raise InputError(f"--routing {text}: {what}; give a CSV file of per-expert counts")
-        raise InputError(f"--routing {text!r}: use balanced, uniform, zipf:S, or a CSV file of per-expert counts")
-
-    def inclusion(self, num_experts: int, top_k: float) -> np.ndarray:
-        """Chance that a token picks each expert, ``[E]``, summing to k: ``min(1, c * popularity)``, as no token
-        picks an expert twice. A wrong length raises :class:`InputError`."""
-        if self.counts:
-            if len(self.counts) != num_experts:
-                raise InputError(
-                    f"--routing {self.name}: {len(self.counts)} counts, but the model has {num_experts} experts a layer"
-                )
-            popularity = np.asarray(self.counts, dtype=float)
-        else:
-            popularity = np.arange(1, num_experts + 1, dtype=float) ** -self.exponent
-        share = popularity / popularity.sum()
-        free = np.ones(len(share), dtype=bool)
-        q = np.minimum(1.0, top_k * share)
-        for _ in range(len(share)):
-            over = free & (q >= 1.0)
-            if not over.any():
-                break
-            free &= ~over
-            left = share[free].sum()
-            q[~free] = 1.0
-            if left <= 0:
-                break
-            q[free] = (top_k - (~free).sum()) * share[free] / left
-        return np.clip(q, 0.0, 1.0)
+        if text.startswith(PREFIX) or Path(text).exists() or text.lower().endswith(FILES) or os.sep in text:
+            return cls(text, counts=recording(text.removeprefix(PREFIX)).of(phase))
+        raise InputError(
+            f"--routing {text!r}: use balanced, uniform, zipf:S, or {PREFIX}FILE, {READABLE}, or {PREFIX}NAME"
+        )
 
 
-def _read_counts(path: Path) -> tuple[float, ...]:
-    import pandas as pd
+FILES = (".csv", ".json", ".pt")
 
-    try:
-        frame = pd.read_csv(path, comment="#")
-    except Exception as reason:
-        raise InputError(f"--routing {path}: not a CSV file ({str(reason).splitlines()[0]})") from None
-    if "count" not in frame.columns:
-        raise InputError(f"--routing {path}: needs a column 'count', found {', '.join(map(str, frame.columns))}")
-    said = pd.to_numeric(frame["count"], errors="coerce")
-    counts = said.groupby(frame["expert"]).sum() if "expert" in frame.columns else said
-    if not (np.isfinite(said).all() and (said >= 0).all() and said.sum() > 0):
-        raise InputError(f"--routing {path}: counts must be numbers of at least 0, not all 0")
-    return tuple(float(c) for c in counts)
+
+def inclusion(popularity: Array, top_k: float) -> np.ndarray:
+    """Chance that a token picks each expert, ``[E]``, summing to k: ``min(1, c * popularity)``, as no token picks an
+    expert twice."""
+    share = popularity / popularity.sum()
+    free = np.ones(len(share), dtype=bool)
+    q = np.minimum(1.0, top_k * share)
+    for _ in range(len(share)):
+        over = free & (q >= 1.0)
+        if not over.any():
+            break
+        free &= ~over
+        left = share[free].sum()
+        q[~free] = 1.0
+        if left <= 0:
+            break
+        q[free] = (top_k - (~free).sum()) * share[free] / left
+    return np.clip(q, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -160,33 +138,43 @@ def expert_load(
     policy: str = "linear",
     seed: int = 0,
     fused: int = 0,
-) -> ExpertLoad:
+    nodes: int = 1,
+    groups: int = 1,
+    layers: tuple[int, ...] = (),
+) -> ExpertLoad | LayerLoads:
     """The load model of ``num_experts`` experts, and ``redundant`` copies of some, over ``ranks`` ranks, each of which
     holds ``fused`` shared experts beside.
 
-    ``policy`` places them: ``linear``, ``round_robin``, or ``eplb``, which knows the popularity that it balances.
+    ``policy`` places them: ``linear``, ``round_robin``, ``eplb``, which knows the popularity that it balances and keeps
+    the router's ``groups`` on ``nodes`` where they divide, or ``balanced``, which improves on it. ``layers``: numbers
+    of the model's MoE layers, which a recording must be of.
     """
-    if policy not in POLICIES:
-        raise unknown_name("--placement", policy, POLICIES)
     if redundant < 0:
         raise InputError(f"--redundant-experts {redundant}: must be at least 0")
+    if routing.counts is not None:
+        return _recorded(
+            routing.counts.for_model(num_experts, layers), top_k, ranks, policy, redundant=redundant, fused=fused,
+            nodes=nodes, groups=groups,
+        )
+    if policy not in POLICIES:
+        raise unknown_name("--placement", policy, POLICIES)
     place = POLICIES[policy]
     if routing.name == "balanced":
-        even = place(np.ones(num_experts), ranks, redundant)
+        even = place(np.ones(num_experts), ranks, redundant, nodes, groups)
         return ExpertLoad(
             share=float(even.loads(np.ones(num_experts)).max()) / num_experts, top_k=top_k, ranks=ranks, busiest=None,
             alike=None, noise=0.0, local_experts=max(even.experts_per_rank) + fused, fused=fused,
         )
-    q = routing.inclusion(num_experts, top_k)
+    q = inclusion(np.arange(1, num_experts + 1, dtype=float) ** -routing.exponent, top_k)
     noise = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
-    if routing.counts or routing.exponent == 0:
+    if routing.exponent == 0:
         popularities = [q]
     else:
         generator = np.random.default_rng(seed)
-        popularities = [generator.permutation(q) for _ in range(PLACEMENTS[policy == "eplb"])]
+        popularities = [generator.permutation(q) for _ in range(PLACEMENTS[policy in ("eplb", "balanced")])]
     found = []
     for popularity in popularities:
-        placement = place(popularity, ranks, redundant)
+        placement = place(popularity, ranks, redundant, nodes, groups)
         logical = np.asarray(placement.physical_to_logical)
         share = (popularity / placement.replica_counts)[logical]
         held = np.split(share, np.cumsum(placement.experts_per_rank)[:-1])
@@ -201,18 +189,43 @@ def expert_load(
     )
 
 
-def _round_robin(popularity: np.ndarray, ranks: int, redundant: int) -> Placement:
+def _recorded(
+    counts: LayerCounts, top_k: float, ranks: int, policy: str, *, redundant: int, fused: int, nodes: int, groups: int
+) -> LayerLoads:
+    """Loads of every layer, placed by what ``policy`` knows: these counts, or older ones (``eplb:RECORDING``)."""
+    base, _, seen = policy.partition(":")
+    known = recording(seen).of("decode") if seen and base in ("eplb", "balanced") else counts
+    if known is not counts:
+        known = known.for_model(counts.num_experts, counts.layers)
+        policy = base
+    placed, per_rank = place_layers(policy, known.counts, ranks, redundant, nodes=nodes, groups=groups)
+    if len(placed) > len(counts.counts) and counts.layers and counts.layers[-1] < len(placed):
+        placed = placed[list(counts.layers)]  # of all layers, dense ones too
+    if len(placed) not in (1, len(counts.counts)):
+        raise InputError(f"--placement {policy}: {len(placed)} layers, but {counts.name} has {len(counts.counts)}")
+    chances = np.stack([inclusion(row, top_k) for row in counts.counts])
+    whole = np.broadcast_to(placed, (len(chances), placed.shape[1]))
+    return layer_loads(chances, whole, per_rank, top_k=top_k, nodes=nodes, fused=fused)
+
+
+def _round_robin(popularity: np.ndarray, ranks: int, redundant: int, nodes: int, groups: int) -> Placement:
     if redundant:
         raise InputError(f"--redundant-experts {redundant}: round_robin places no copies; use --placement eplb")
     return round_robin(len(popularity), ranks)
 
 
-POLICIES: dict[str, Callable[[np.ndarray, int, int], Placement]] = {
-    "linear": lambda popularity, ranks, redundant: linear(len(popularity), ranks, redundant),
+POLICIES: dict[str, Callable[[np.ndarray, int, int, int, int], Placement]] = {
+    "linear": lambda popularity, ranks, redundant, nodes, groups: linear(len(popularity), ranks, redundant),
     "round_robin": _round_robin,
-    "eplb": lambda popularity, ranks, redundant: eplb(popularity, ranks, redundant),
+    "trivial": lambda q, ranks, redundant, nodes, groups: linear(len(q), ranks, redundant),
+    "eplb": lambda q, ranks, redundant, nodes, groups: balanced_by(
+        "eplb", q, ranks, redundant, nodes=nodes, groups=groups
+    ),
+    "balanced": lambda q, ranks, redundant, nodes, groups: balanced_by(
+        "balanced", q, ranks, redundant, nodes=nodes, groups=groups
+    ),
 }
-"""Placement by name, from the popularity of each expert."""
+"""Placement by name, from the popularity of each expert, ranks, copies, nodes and the router's groups."""
 
 
 def _none_of(pool: float, avoided: float, picks: int) -> float:

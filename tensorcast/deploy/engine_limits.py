@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tensorcast.deploy.layout import Layout, attention_dp
-from tensorcast.deploy.options import Options
+from tensorcast.deploy.options import BALANCED, Options
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.trace.cuts import HALVED_DOWN_TO, Cut
 
@@ -102,9 +102,10 @@ def _of_experts(c: Case) -> Iterator[Limit]:
             f"experts are spread over all tp*dp = {ranks} ranks or each is cut over all of them: "
             f"ep must be {ranks} or 1, not {layout.ep}",
         )
-    if (copies or c.options.placement == "eplb") and layout.ep == 1:
+    balances = c.options.placement.startswith(BALANCED)
+    if (copies or balances) and layout.ep == 1:
         yield "balanced experts", "experts are copied or rearranged between expert-parallel ranks only: ep = 1"
-    elif (copies or c.options.placement == "eplb") and (experts + copies) % layout.ep:
+    elif (copies or balances) and (experts + copies) % layout.ep:
         yield "balanced experts", f"{experts} experts and {copies} copies do not divide over ep = {layout.ep}"
     if experts and (experts + copies) % layout.ep:
         yield "even experts", f"{experts + copies} experts do not divide over ep = {layout.ep}"

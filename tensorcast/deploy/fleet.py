@@ -16,7 +16,9 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from tensorcast.cost.routing import ExpertLoad, RankLoad
+from tensorcast.cost.layer_loads import LayerLoads
+from tensorcast.cost.rank_load import LayerPoints, RankLoad
+from tensorcast.cost.routing import ExpertLoad
 from tensorcast.cost.work import Size
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.layout import Layout
@@ -43,17 +45,23 @@ class Columns:
 class MemberLoads:
     """Expert loads of the members."""
 
-    members: tuple[ExpertLoad, ...]
+    members: tuple[ExpertLoad | LayerLoads, ...]
     local_experts: np.ndarray
 
     def at(self, tokens: Size) -> RankLoad:
         """Loads at ``tokens [members, batches]`` (or ``[members, 1]``): every distinct load is asked once."""
         found = [np.empty(np.shape(tokens)) for _ in range(3)]
+        points: LayerPoints | None = None
         for load, rows in _alike(self.members, list(map(id, self.members))):
             at = load.at(np.asarray(tokens)[rows])
             for whole, part in zip(found, (at.rows, at.hit, at.mean_rows), strict=True):
                 whole[rows] = part
-        return RankLoad(*found)
+            if at.points is not None:  # one law for all members: as many groups of layers
+                shape = (*np.shape(tokens), len(at.points.weights))
+                points = points or at.points.each(lambda _: np.empty(shape))  # noqa: B023
+                for whole, part in zip(points[:5], at.points[:5], strict=True):
+                    whole[rows] = part
+        return RankLoad(found[0], found[1], found[2], points)
 
 
 @dataclass(frozen=True)
@@ -86,13 +94,14 @@ def fleet(members: Sequence[Deployment], memo: Memo) -> Fleet:
     layout = cast(Layout, Columns(
         tp=prototype.layout.tp, pp=prototype.layout.pp, dp=dp, ep=ep, etp=etp, stage_ranks=ranks
     ))
-    loads = tuple(one.step.sizes.load for one in members if isinstance(one.step.sizes.load, ExpertLoad))
-    held = {n: _column([getattr(one, n) for one in loads]) for n in ("share", "ranks", "local_experts")}
-    load: ExpertLoad | MemberLoads | None = MemberLoads(loads, held["local_experts"]) if loads else None
-    if loads and all(one.busiest is None for one in loads):
+    loads = tuple(one.step.sizes.load for one in members if isinstance(one.step.sizes.load, ExpertLoad | LayerLoads))
+    load: ExpertLoad | MemberLoads | None = None
+    if loads:
+        load = MemberLoads(loads, _column([one.local_experts for one in loads]))
+    if loads and isinstance(loads[0], ExpertLoad) and all(one.busiest is None for one in loads):
         # even ones are plain arithmetic, so one load with columns stands for all
-        even: dict[str, Any] = held
-        load = replace(loads[0], **even)
+        held: Any = {n: _column([getattr(one, n) for one in loads]) for n in ("share", "ranks", "local_experts")}
+        load = replace(loads[0], **held)
     pricers = [one.step.pricer for one in members]
     pricer = replace(
         step.pricer, ep=ep, etp=etp,

@@ -14,6 +14,10 @@ EXCHANGES = ("high_throughput", "low_latency", "direct")
 """All-to-all kinds in which every rank sends its own tokens and works on what it receives."""
 
 
+BALANCED = ("eplb", "balanced", "trivial")
+"""Beginnings of placements that give every rank as many experts."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where options act: a layout of a model, the exchange that runs, and the phase."""
@@ -81,8 +85,8 @@ class Options:
     )
     kv_dtype: str | None = _about(None, "KV cache.", metavar="bf16|fp8", unasked="the model's")
     routing: str = _about(
-        "balanced", "How tokens fall on experts: balanced, uniform, zipf:S, or a CSV of counts per expert.",
-        metavar="LAW", of_experts=True, always=("balanced", "uniform"),
+        "balanced", "How tokens fall on experts: balanced, uniform, zipf:S, or as counted: recorded:FILE or "
+        "recorded:NAME.", metavar="LAW", of_experts=True, always=("balanced", "uniform"),
     )
     fusion: str = _about("engine", "Fuse kernels as the engine does, or not at all.", metavar="engine|none")
     all2all: str = _about(
@@ -98,8 +102,10 @@ class Options:
         unasked="bf16", of_experts=True, idle=_nothing_travels,
     )
     placement: str = _about(
-        "linear", "Which group holds which experts: linear, round_robin, or eplb, balanced for --routing.",
-        metavar="POLICY", of_experts=True, idle=lambda at: "experts are in one group" if at.layout.ep == 1 else "",
+        "linear", "Which group holds which experts: linear, round_robin, eplb (DeepSeek's balancer, for --routing; for "
+        "older counts: eplb:RECORDING), balanced (that, improved), trivial (linear, its copies idle) or an engine's "
+        "file.", metavar="POLICY", of_experts=True,
+        idle=lambda at: "experts are in one group" if at.layout.ep == 1 else "",
     )
     redundant_experts: int = _about(
         0, "Copies of experts in each MoE layer, over all expert-parallel groups.", least=0, of_experts=True,
@@ -241,7 +247,8 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
             f"--external-shared-experts {n} leaves none of ep = {layout.ep} ranks for routed experts",
         ),
         (
-            "redundant experts", not o.redundant_experts or o.placement != "eplb" or ranks <= 0 or not physical % ranks,
+            "redundant experts",
+            not o.redundant_experts or not o.placement.startswith(BALANCED) or ranks <= 0 or not physical % ranks,
             f"{physical} experts and copies do not divide over {ranks} ranks, as --placement eplb needs",
         ),
         (

@@ -10,6 +10,7 @@ import numpy as np
 
 from tensorcast.cost.formulas import Context
 from tensorcast.deploy.plan.plan import Collective, Row
+from tensorcast.deploy.step.layer_points import mean_over_layers, of_members, spread_out
 from tensorcast.deploy.step.price import RowPrice, Where, joined, pick
 from tensorcast.deploy.step.row_prices import Asked, Content, Pending, RowPricer, content_of
 from tensorcast.deploy.step.sizes import distinct
@@ -105,7 +106,8 @@ class AskedRows:
         at, pricer = self._at, self._pricer
         if content_of(op, self._contents).routed:
             few, where = self._by_tokens
-            return partial(pricer.kernels, op, few, pricer.works(op, few, self._asked)), where
+            one: Pending = partial(pricer.kernels, op, few, pricer.works(op, few, self._asked))
+            return (one if few.points is None else self._meaned(one)), where
         cached = np.asarray(at.kv_bytes)
         if not cached.ndim:
             return partial(pricer.kernels, op, at, pricer.works(op, at, self._asked)), None
@@ -133,25 +135,37 @@ class AskedRows:
 
     def _collective(self, row: Collective) -> tuple[Pending, Where]:
         if not isinstance(row, Collectives):
-            return self._pricer.collective(row, self._at, self._asked), None
+            if self._at.points is None or not row.exchange:
+                return self._pricer.collective(row, self._at, self._asked), None
+            few, where = self._by_tokens
+            return self._meaned(self._pricer.collective(row, few, self._asked)), where
         few, where = self._by_tokens
-        pending = []
+        parts: list[tuple[np.ndarray, Pending]] = []
         for members, one in row.groups:
             copies = {name: np.asarray(column)[members] for name, column in self._pricer.distinct.items()}
             pricer = replace(self._pricer, distinct=copies)
-            pending.append((members, pricer.collective(one, few, self._asked)))
-        return partial(joined, pending, (row.members, np.size(few.sizes.B))), where
+            own = few if few.points is None else of_members(few, members)
+            parts.append((members, pricer.collective(one, own, self._asked)))
+        every: Pending = partial(joined, parts, (row.members, np.size(few.sizes.B)))
+        return (every if few.points is None else self._meaned(every)), where
+
+    def _meaned(self, pending: Pending) -> Pending:
+        """The mean over layers of what was asked at the loads of groups of them."""
+        points = self._at.points
+        return pending if points is None else lambda: mean_over_layers(pending(), points.weights)
 
     @cached_property
     def _by_tokens(self) -> tuple[Context, Where]:
         """Every number of tokens once, and which of these each batch has: all that experts are told."""
         at = self._at
         if np.ndim(at.sizes.B) != 1:
-            return at, None
+            return at if at.points is None else spread_out(at), None
         first, inverse = distinct([at.sizes.B, at.sizes.S])
         if len(first) == len(inverse):
-            return at, None
+            return at if at.points is None else spread_out(at), None
         sizes = {name: pick(getattr(at.sizes, name), first) for name in ("B", "S", "P", "R", "E", "X")}
         hit, capacity, verify, kv = (pick(one, first) for one in (at.hit, at.capacity, at.verify, at.kv_bytes))
         few = replace(at, sizes=Sizes(**sizes), hit=hit, capacity=capacity, verify=verify, kv_bytes=kv)
+        if at.points is not None:
+            few = spread_out(replace(few, points=at.points.each(lambda loads: loads[..., first, :])))
         return few, inverse

@@ -161,8 +161,14 @@ class RowPricer:
 
     def _collective(self, row: Collective, at: Context, payload: Size, known: Known) -> RowPrice:
         options = dict(row.exchange)
+        points = at.points if options else None
         if options.get("kind") == "high_throughput":
             options |= {"distinct_nodes": self.distinct["nodes"], "distinct_ranks": self.distinct["ranks"]}
+            if points is not None:  # the busiest node and rank receive more than the mean, and send as much back
+                options["distinct_nodes"] = self.distinct["nodes"] * points.nodes
+                options["distinct_ranks"] = self.distinct["ranks"] * points.ranks
+        elif points is not None:
+            payload = payload * points.copies
         engine = known.engine if known is not None else self.engine.name
         time = collective_time(row.op, payload, row.extent, self.device, engine=engine, **options)
         kernel_s = time.seconds if known is None else time.seconds * known.factor

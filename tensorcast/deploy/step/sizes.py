@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from tensorcast.cost.formulas import Context
-from tensorcast.cost.routing import RankLoad
+from tensorcast.cost.rank_load import RankLoad
 from tensorcast.cost.work import Size
 from tensorcast.deploy.step.price import Where, pick
 from tensorcast.trace.dims import Sizes
@@ -127,7 +127,7 @@ class StepSizes:
         every = sequences * new / chunks * self.dp  # tokens that are routed
         load = self.load.at(every)
         sizes = replace(sizes, R=load.rows, E=1.0 * self.load.local_experts)
-        return replace(known, sizes=sizes, hit=load.hit, capacity=every)
+        return replace(known, sizes=sizes, hit=load.hit, capacity=every, points=load.points)
 
 
 def _cases(asked: Sequence[tuple[Size, ...]]) -> tuple[list[Size], Sequence[Where]]:

@@ -25,7 +25,7 @@ from tensorcast.deploy.step.sizes import Batches, StepSizes
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.dims import Dim
-from tensorcast.trace.moe import EXPERT_STAGES
+from tensorcast.trace.moe import EXPERT_STAGES, blocks_of
 from tensorcast.trace.table import Op, OpTable, Tensor, per_table
 
 
@@ -160,6 +160,17 @@ def prices(asked: Sequence[Asked]) -> Iterator[StepPrice]:
         yield priced()
 
 
+GLOBAL_EPLB = ("trtllm",)
+"""Engines whose balancer knows no nodes (TensorRT-LLM, ``examples/wide_ep/ep_load_balancer/generate_eplb_config.py``);
+vLLM's and SGLang's keep the router's groups on nodes."""
+
+
+def moe_layers(table: OpTable) -> tuple[int, ...]:
+    """Numbers of the layers with experts."""
+    blocks = blocks_of(table.ops)
+    return tuple(i for i, kind in enumerate(table.layer_kinds) if kind in blocks)
+
+
 def make_step(
     table: OpTable,
     plan: Plan,
@@ -186,18 +197,22 @@ def make_step(
         gated = float(wide > 1.5 * narrow)
     load, distinct = None, {}
     if facts.num_experts:
+        # domains of the innermost tier that the experts' ranks span
+        nodes = max(1, -(-layout.stage_ranks // device.interconnect[0].size))
+        routing = Routing.parse(options.routing, table.phase)
         load = expert_load(
-            Routing.parse(options.routing),
+            routing,
             facts.num_experts,
             facts.copies_per_token,
             layout.ep - options.external_shared_experts,
             redundant=options.redundant_experts,
             policy=options.placement,
             fused=facts.fused_experts,
+            nodes=1 if engine.name in GLOBAL_EPLB else nodes,
+            groups=facts.expert_groups,
+            layers=moe_layers(table) if routing.counts is not None else (),
         )
         limits = (facts.expert_groups, facts.expert_groups_chosen)
-        # domains of the innermost tier that the experts' ranks span
-        nodes = max(1, -(-layout.stage_ranks // device.interconnect[0].size))
         distinct = {
             tier: expected_distinct(facts.num_experts, facts.top_k, parts, *limits)
             for tier, parts in (("ranks", layout.ep), ("nodes", nodes))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tensorcast.errors import InputError
-from tensorcast.modeling.moe.balance import balance
+from tensorcast.modeling.moe.balancing.balance import balance
 
 
 def assign_experts(num_experts: int, world_size: int, rank: int) -> tuple[int, int]:
@@ -156,9 +156,20 @@ def eplb(
         raise InputError(f"eplb: counts must be one layer's loads [experts], got shape {list(np.shape(counts))}")
     num_experts = len(counts)
     load = _checked_counts(counts, num_experts)
-    _check_sizes(num_experts, ranks, redundant)
     if nodes < 1 or groups < 1:
         raise InputError(f"eplb: nodes {nodes} and groups {groups} must be at least 1")
+    total = check_slots(num_experts, ranks, redundant)
+    if groups % nodes:
+        nodes = 1  # a node cannot hold whole groups: balance over all ranks, as the published policy does
+    if ranks % nodes or (nodes > 1 and num_experts % groups):
+        raise InputError(f"eplb: {ranks} ranks must divide by {nodes} nodes, {num_experts} experts by {groups} groups")
+    rows = np.sort(balance(load, total, ranks, nodes, groups), axis=1)
+    return Placement(num_experts, ranks, tuple(rows.ravel().tolist()), (total // ranks,) * ranks)
+
+
+def check_slots(num_experts: int, ranks: int, redundant: int) -> int:
+    """Experts and copies; raises :class:`InputError` where ranks cannot hold as many of them each."""
+    _check_sizes(num_experts, ranks, redundant)
     total = num_experts + redundant
     if over := total % ranks:
         fixes = [r for r in (redundant - over, redundant - over + ranks) if r >= 0]
@@ -166,12 +177,7 @@ def eplb(
             f"eplb: {total} physical experts ({num_experts} + {redundant} redundant) do not divide by {ranks} ranks:"
             f" use {' or '.join(map(str, fixes))} redundant experts"
         )
-    if groups % nodes:
-        nodes = 1  # a node cannot hold whole groups: balance over all ranks, as the published policy does
-    if ranks % nodes or (nodes > 1 and num_experts % groups):
-        raise InputError(f"eplb: {ranks} ranks must divide by {nodes} nodes, {num_experts} experts by {groups} groups")
-    rows = np.sort(balance(load, total, ranks, nodes, groups), axis=1)
-    return Placement(num_experts, ranks, tuple(rows.ravel().tolist()), (total // ranks,) * ranks)
+    return total
 
 
 def with_external(placement: Placement, n: int) -> Placement:

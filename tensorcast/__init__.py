@@ -4,11 +4,14 @@ import importlib
 import sys
 from typing import Any
 
-from tensorcast.api import compare, device_profile, explain, predict_kernels, replay, simulate
+from tensorcast.api import compare, device_profile, experts, explain, predict_kernels, replay, simulate
 from tensorcast.errors import InputError
 from tensorcast.version import __version__
 
-__all__ = ["InputError", "__version__", "compare", "device_profile", "explain", "predict_kernels", "replay", "simulate"]
+__all__ = [
+    "InputError", "__version__", "compare", "device_profile", "experts", "explain", "predict_kernels", "replay",
+    "simulate",
+]
 
 
 def __getattr__(name: str) -> Any:

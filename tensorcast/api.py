@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from tensorcast.deploy.deployment import Deployment
+    from tensorcast.deploy.expert_study import ExpertStudy
     from tensorcast.deploy.explain import Explanation
     from tensorcast.deploy.options import DeploymentOptions, SearchedOptions
     from tensorcast.deploy.result import Simulation
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from tensorcast.scheduling.requests import Requests
     from tensorcast.search.compare import Comparison
 
-    Noted = TypeVar("Noted", Simulation, Comparison, Explanation, Outcome)
+    Noted = TypeVar("Noted", Simulation, Comparison, Explanation, Outcome, ExpertStudy)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -314,6 +315,49 @@ def replay(
     if find_rate:
         requests = at_the_limit(priced, requests, limits, share=percentile / 100, router=router, seed=seed)
     found = priced.run(requests, limits=limits, router=router, seed=seed, draws=draws)
+    return _noted(found, read_as)
+
+
+@_python_names
+def experts(
+    model: str,
+    *,
+    device: str,
+    world_size: int,
+    layout: str,
+    phase: str = "decode",
+    batch: int | None = None,
+    context: int | None = None,
+    input_len: int | None = None,
+    engine: str = "vllm",
+    copies: Sequence[int] | None = None,
+    others: Sequence[str] = (),
+    **options: Unpack[DeploymentOptions],
+) -> ExpertStudy:
+    """What balancing experts would bring a layout, by recorded routing.
+
+    ``routing`` is the recording, ``recorded:FILE`` or ``recorded:NAME`` (``recorded:deepseek-r1`` unless said).
+    ``copies``: redundant experts to try. ``others``: recordings by which the placement might have been made instead.
+    The rest as of :func:`explain`; ``batch`` is the most that fits in all placements unless given.
+
+    >>> import tensorcast as tc
+    >>> found = tc.experts("deepseek-r1", device="h200", world_size=32, layout="dp32-ep32",
+    ...                    engine="sglang")  # doctest: +SKIP
+    >>> found.best.copies, found.gain, found.after.max(axis=1)  # doctest: +SKIP
+    """
+    from tensorcast.deploy.expert_study import expert_study
+    from tensorcast.deploy.layout import parse_layout
+    from tensorcast.deploy.model_names import named_model
+    from tensorcast.deploy.options import options_of
+    from tensorcast.profiles.store import load_engine
+
+    new, past = (1, 4096) if phase == "decode" else (4096, 0)
+    profile, read_as = named_model(model)
+    found = expert_study(
+        profile, device_profile(device), load_engine(engine), parse_layout(layout, world_size), phase=phase,
+        new=new if input_len is None else input_len, past=past if context is None else context, batch=batch,
+        options=options_of({"routing": "recorded:deepseek-r1", **options}), copies=copies, others=others,
+    )
     return _noted(found, read_as)
 
 

@@ -4,7 +4,7 @@ from tensorcast.cli.app import MODULES, app, main
 
 __all__ = ["app", "main"]
 
-for _name in ("simulate", "compare", "explain", "predict", "replay", "launch", "validate", "calibrate"):
+for _name in ("simulate", "compare", "explain", "experts", "predict", "replay", "launch", "validate", "calibrate"):
     MODULES[_name] = f"tensorcast.cli.{_name}"
 for _name in ("models", "devices", "engines"):
     MODULES[_name] = "tensorcast.cli.catalog"

@@ -13,7 +13,7 @@ from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.balancing.published_eplb import Ints, choose_nodes, published_eplb
 from tensorcast.modeling.moe.placement import Placement, check_slots, eplb, linear, round_robin
 
-NAMES = ("linear", "round_robin", "eplb", "balanced", "trivial")
+NAMES = ("linear", "round_robin", "eplb", "eplb_global", "balanced", "trivial")
 
 IDLE = -1
 """A slot that holds a copy to which no token is sent."""
@@ -24,11 +24,12 @@ def place_layers(
 ) -> tuple[Ints, tuple[int, ...]]:
     """The expert in each slot, ``[layers, slots]`` or ``[1, slots]`` for all, and slots of each rank.
 
-    ``policy``: ``linear``, ``round_robin``, ``eplb`` (as published, by ``counts [layers, experts]``), ``balanced``
-    (that, improved), ``trivial`` or the path of a placement (:func:`read_placement`). ``trivial`` is what SGLang 0.5.14
-    does with ``--ep-num-redundant-experts`` alone: in order, and copies are sent nothing, as logical ids are taken for
-    physical ones (``srt/eplb/expert_location_dispatch.py`` without an ``ep_dispatch_algorithm``, which
-    ``server_args.py`` sets for EPLB or a given location only).
+    ``policy``: ``linear``, ``round_robin``, ``eplb`` (as published, by ``counts [layers, experts]``), ``eplb_global``
+    (the same over all ranks at once, groups or not), ``balanced`` (``eplb``, improved), ``trivial`` or the path of a
+    placement (:func:`read_placement`). ``trivial`` is what SGLang 0.5.14 does with ``--ep-num-redundant-experts``
+    alone: in order, and copies are sent nothing, as logical ids are taken for physical ones
+    (``srt/eplb/expert_location_dispatch.py`` without an ``ep_dispatch_algorithm``, which ``server_args.py`` sets for
+    EPLB or a given location only).
     """
     experts = counts.shape[1]
     if policy == "trivial":
@@ -40,9 +41,9 @@ def place_layers(
             raise InputError(f"--redundant-experts {redundant}: round_robin places no copies; use --placement eplb")
         one = linear(experts, ranks, redundant) if policy == "linear" else round_robin(experts, ranks)
         return np.array([one.physical_to_logical]), one.experts_per_rank
-    if policy == "eplb":
+    if policy in ("eplb", "eplb_global"):
         check_slots(experts, ranks, redundant)
-        kept = choose_nodes(groups, nodes, ranks)
+        kept = choose_nodes(groups, nodes, ranks) if policy == "eplb" else 1
         if (experts + redundant) % kept:
             kept = 1
         placed = published_eplb(counts, experts + redundant, ranks, nodes=kept, groups=groups if kept > 1 else 1)
@@ -60,6 +61,19 @@ def place_layers(
             )
         return placed, (placed.shape[1] // ranks,) * ranks
     raise unknown_name("--placement", policy, NAMES)
+
+
+def rank_loads(counts: Array, placed: Ints, experts_per_rank: tuple[int, ...]) -> Array:
+    """Load of each rank over the mean, ``[layers, ranks]``, when copies of an expert share its ``counts`` evenly."""
+    layers, experts = counts.shape
+    placed = np.broadcast_to(placed, (layers, placed.shape[1]))
+    copies = np.zeros((layers, experts))
+    np.add.at(copies, (np.arange(layers)[:, None], placed), placed >= 0)
+    share = np.where(placed < 0, 0.0, np.take_along_axis(counts / copies, placed, axis=1))
+    owner = np.repeat(np.arange(len(experts_per_rank)), experts_per_rank)
+    found = np.zeros((layers, len(experts_per_rank)))
+    np.add.at(found, (np.arange(layers)[:, None], owner[None]), share)
+    return found / found.mean(axis=1, keepdims=True)
 
 
 def balanced_by(

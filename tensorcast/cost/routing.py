@@ -171,7 +171,8 @@ def expert_load(
         popularities = [q]
     else:
         generator = np.random.default_rng(seed)
-        popularities = [generator.permutation(q) for _ in range(PLACEMENTS[policy in ("eplb", "balanced")])]
+        orders = PLACEMENTS[policy in ("eplb", "eplb_global", "balanced")]
+        popularities = [generator.permutation(q) for _ in range(orders)]
     found = []
     for popularity in popularities:
         placement = place(popularity, ranks, redundant, nodes, groups)
@@ -194,7 +195,7 @@ def _recorded(
 ) -> LayerLoads:
     """Loads of every layer, placed by what ``policy`` knows: these counts, or older ones (``eplb:RECORDING``)."""
     base, _, seen = policy.partition(":")
-    known = recording(seen).of("decode") if seen and base in ("eplb", "balanced") else counts
+    known = recording(seen).of("decode") if seen and base in ("eplb", "eplb_global", "balanced") else counts
     if known is not counts:
         known = known.for_model(counts.num_experts, counts.layers)
         policy = base
@@ -220,6 +221,9 @@ POLICIES: dict[str, Callable[[np.ndarray, int, int, int, int], Placement]] = {
     "trivial": lambda q, ranks, redundant, nodes, groups: linear(len(q), ranks, redundant),
     "eplb": lambda q, ranks, redundant, nodes, groups: balanced_by(
         "eplb", q, ranks, redundant, nodes=nodes, groups=groups
+    ),
+    "eplb_global": lambda q, ranks, redundant, nodes, groups: balanced_by(
+        "eplb_global", q, ranks, redundant, nodes=1, groups=1
     ),
     "balanced": lambda q, ranks, redundant, nodes, groups: balanced_by(
         "balanced", q, ranks, redundant, nodes=nodes, groups=groups

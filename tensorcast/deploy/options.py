@@ -103,8 +103,8 @@ class Options:
     )
     placement: str = _about(
         "linear", "Which group holds which experts: linear, round_robin, eplb (DeepSeek's balancer, for --routing; for "
-        "older counts: eplb:RECORDING), balanced (that, improved), trivial (linear, its copies idle) or an engine's "
-        "file.", metavar="POLICY", of_experts=True,
+        "older counts: eplb:RECORDING), eplb_global (over all nodes at once), balanced (eplb, improved), trivial "
+        "(linear, its copies idle) or an engine's file.", metavar="POLICY", of_experts=True,
         idle=lambda at: "experts are in one group" if at.layout.ep == 1 else "",
     )
     redundant_experts: int = _about(

@@ -213,6 +213,9 @@ def make_step(
             layers=moe_layers(table) if routing.counts is not None else (),
         )
         limits = (facts.expert_groups, facts.expert_groups_chosen)
+        kept = options.placement.startswith(("eplb", "balanced")) and facts.expert_groups % nodes == 0
+        if options.placement not in ("linear", "trivial") and (not kept or options.placement.startswith("eplb_global")):
+            limits = (1, 1)  # groups are scattered: a token's choices go anywhere
         distinct = {
             tier: expected_distinct(facts.num_experts, facts.top_k, parts, *limits)
             for tier, parts in (("ranks", layout.ep), ("nodes", nodes))

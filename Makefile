@@ -53,9 +53,9 @@ test: $(STAMP)  ## lint, types and the whole test suite: all three run, whicheve
 lint: $(STAMP)  ## ruff and mypy
 	@failed=; $(BIN)/ruff check || failed=1; $(BIN)/mypy || failed=1; test -z "$$failed"
 
-accuracy: $(STAMP)  ## predicted against held-out kernels -> reports/accuracy.md: [TABLES=DIR, else aiconfigurator-core's]
+accuracy: $(STAMP)  ## predicted against held-out kernels -> reports/accuracy.md: [TABLES="DIR ...", else aiconfigurator-core's]
 	@$(BIN)/python -m pip install -qq --editable '.[$(if $(TABLES),calibrate,silicon)]'
-	@$(BIN)/python -m tensorcast.validate.accuracy.sample $(if $(TABLES),--tables "$(TABLES)",--from silicon) --out reports/accuracy.md
+	@$(BIN)/python -m tensorcast.validate.accuracy.sample $(if $(TABLES),--tables $(TABLES),--from silicon) --out reports/accuracy.md
 
 calibrate: $(STAMP)  ## fit kernel constants and models into profiles/: [TABLES=DIR, else aiconfigurator-core's tables]
 	@$(BIN)/python -m pip install -qq --editable '.[$(if $(TABLES),calibrate,silicon)]'

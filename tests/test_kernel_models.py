@@ -241,7 +241,7 @@ def test_another_device_from_those_that_were_measured() -> None:
 def test_the_accuracy_page_compares_the_methods(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Per held-out row every method's error; the page names them, and figures are drawn."""
     monkeypatch.setenv("TENSORCAST_PROFILES", str(fitted / "profiles"))
-    errors, shown = splits.compare(fitted / "tables", ("h200-sxm",))
+    errors, shown = splits.compare({"h200-sxm": fitted / "tables"})
     assert set(errors.split) == {"shape", "model"} and set(splits.METHODS) <= set(errors.columns)
     shape = errors[errors.split == "shape"]
     assert shape.predictor.median() < shape.tuned.median() < shape.plain.median()

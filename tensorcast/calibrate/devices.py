@@ -18,7 +18,9 @@ import yaml
 from tensorcast.calibrate import command
 from tensorcast.calibrate.constants import from_tables
 from tensorcast.calibrate.kernel_models import residual, unseen_devices
-from tensorcast.calibrate.measured_tables import MeasuredSystem, installed_tables, read_system, systems_in
+from tensorcast.calibrate.measured_devices import read_device, system_of
+from tensorcast.calibrate.measured_rows import MeasuredSystem
+from tensorcast.calibrate.measured_tables import installed_tables
 from tensorcast.cost.kernels.device_model import DeviceModel, Kernel, pack
 from tensorcast.cost.kernels.predictor import TRANSFERRED
 from tensorcast.errors import InputError
@@ -64,14 +66,13 @@ def _profile(path: Path) -> DeviceProfile:
 def calibrate_device(path: Path, folder: Path, models: Path, constants: bool) -> None:
     """One device's constants and kernel model, both from the same rows of ``folder``, into the profiles."""
     device = _profile(path)
-    name = device.name.replace("-", "_")
-    system = read_system(folder, name)
+    system = read_device(folder, device)
     if constants:
         calibration = from_tables.fit_device(device, system)
         from_tables.write_calibration(path, calibration)
         device = _profile(path)
         print(f"{path}: {len(calibration.kernels)} kernel and {len(calibration.collectives)} collective fits")
-    model = residual.fit_model(system, device, from_tables.SOURCE.format(system=name))
+    model = residual.fit_model(system, device, system.source)
     data = pack(model)
     write_atomically(models / f"{device.name}.npz", data)
     write_atomically(models / f"{device.name}.yaml", summary(model, system))
@@ -83,7 +84,7 @@ def calibrate_others(paths: Sequence[Path], folder: Path, models: Path) -> None:
     found, architectures = {}, {}
     for path in paths:
         device = _profile(path)
-        system = read_system(folder, device.name.replace("-", "_"), unseen_devices.FAMILIES)
+        system = read_device(folder, device, unseen_devices.FAMILIES)
         found[device.name] = unseen_devices.sampled(system, device)
         architectures[device.name] = device.architecture
     if len(found) > 1:
@@ -99,10 +100,9 @@ def calibrate(
     ``constants``: fit the profiles' constants too (else only the residual over those that are there). Raises
     :class:`InputError` where a device has no profile or no data.
     """
-    systems = systems_in(folder)
-    known = sorted(path.stem for path in (profiles / "devices").glob("*.yaml"))
-    names = list(devices) or [name for name in known if name.replace("-", "_") in systems]
-    paths = [profiles / "devices" / f"{name}.yaml" for name in names]
+    known = sorted((profiles / "devices").glob("*.yaml"))
+    paths = [profiles / "devices" / f"{name}.yaml" for name in devices]
+    paths = paths or [path for path in known if system_of(folder, _profile(path)) is not None]
     for path in paths:
         if not path.is_file():
             raise InputError(f"no device profile at {path}")

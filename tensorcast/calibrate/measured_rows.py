@@ -50,13 +50,15 @@ def joined(parts: Sequence[MeasuredKernel]) -> MeasuredKernel:
 class MeasuredSystem:
     """All kernels measured on one system, and how many rows each rule left out, by ``family: reason``.
 
-    ``reduce_s``: what a kernel takes longer that reads a row before it writes any of it.
+    ``source``: whose measurements these are, for a reader. ``reduce_s``: what a kernel takes longer that reads a row
+    before it writes any of it.
     """
 
     name: str
     kernels: dict[Key, MeasuredKernel] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     reduce_s: float = 0.0
+    source: str = ""
 
     def family(self, name: str) -> Iterator[MeasuredKernel]:
         """The kernels of one family, in the order of their keys."""

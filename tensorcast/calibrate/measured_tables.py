@@ -19,13 +19,20 @@ import numpy as np
 import pandas as pd
 
 from tensorcast.calibrate.activation_passes import read_passes, reduce_seconds, without_passes
+from tensorcast.calibrate.impossible_rows import without_impossible
 from tensorcast.calibrate.measured_rows import Key, MeasuredKernel, MeasuredSystem, joined
 from tensorcast.calibrate.sibling_engines import as_served
 from tensorcast.cost.kernels.shape_tables import calls_of
 from tensorcast.cost.kernels.vocabulary import ALIASES, SIZES, Columns
 from tensorcast.errors import InputError
+from tensorcast.profiles.device import DeviceProfile
 
-ANY_ENGINE = ("nccl", "wideep_deepep_ll", "wideep_deepep_normal")
+SOURCE = "aiconfigurator-core 0.12.0 (Apache-2.0), kernel tables measured on {system}"
+
+COLLECTIVES = ("nccl", "oneccl")
+"""Tables of collectives' libraries; ``op_name`` says which collective a row is."""
+
+ANY_ENGINE = (*COLLECTIVES, "wideep_deepep_ll", "wideep_deepep_normal")
 """Tables of libraries that every engine calls."""
 
 NOT_READ = ("computescale", "dsv4_megamoe_module")
@@ -236,17 +243,20 @@ def _kernels_in(
         yield MeasuredKernel(key, calls.columns, seconds[calls.rows], versions), raw.iloc[calls.rows]
 
 
-def read_system(folder: Path, system: str, families: tuple[str, ...] | None = None) -> MeasuredSystem:
-    """Every known table of a system. Raises :class:`InputError` where there is none."""
-    result = MeasuredSystem(system)
+def read_system(
+    folder: Path, system: str, families: tuple[str, ...] | None = None, device: DeviceProfile | None = None
+) -> MeasuredSystem:
+    """Every known table of a system; with its ``device`` without the rows that its datasheet does not allow. Raises
+    :class:`InputError` where there is none."""
+    result = MeasuredSystem(system, source=SOURCE.format(system=system))
     parts: dict[Key, list[MeasuredKernel]] = {}
     files = table_files(Path(folder), system)
     for engine, stem, version, path in files:
         table = stem.removesuffix("_perf")
         family = ALIASES.get(table, table)
-        if table in NOT_READ or (family not in SIZES and table != "nccl"):
+        if table in NOT_READ or (family not in SIZES and table not in COLLECTIVES):
             continue
-        if families and family not in families and table != "nccl":
+        if families and family not in families and table not in COLLECTIVES:
             continue
         for rows, raw in _kernels_in(path, table, engine, version, system):
             if len(kept := _kept(rows, raw, result)):
@@ -255,6 +265,8 @@ def read_system(folder: Path, system: str, families: tuple[str, ...] | None = No
     passes = read_passes({(engine, stem.removesuffix("_perf")): path for engine, stem, _, path in files}, _read)
     without_passes(result, passes)
     result.reduce_s = reduce_seconds(passes)
+    if device is not None:
+        without_impossible(result, device)
     as_served(result)
     if not result.kernels:
         raise InputError(f"no measured tables of {system} below {folder}")

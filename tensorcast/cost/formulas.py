@@ -35,6 +35,7 @@ class Context:
     decode: bool = True
     kv_bytes: Size = 2.0
     has_fp4: bool = False
+    mxfp4: str = "mxfp4"
     backend: str = "grouped_mm"
     capacity: Size = 0.0
     masked_skips: bool = True
@@ -52,7 +53,7 @@ class Context:
     def precision(self, op: Op, output: Tensor) -> Precision:
         """How the row's matmul runs here: MXFP4 weights are unpacked to bf16 where there is no FP4 arithmetic."""
         scheme: Scheme = SCHEMES[op.attrs.get("scheme", "bf16")]
-        name = {"mxfp4": "w4a8" if self.has_fp4 else "mxfp4"}.get(scheme.kernel, scheme.kernel)
+        name = self.mxfp4 if scheme.kernel == "mxfp4" else scheme.kernel
         activation = next((t for t in op.inputs if not t.weight), op.inputs[0])
         weight_bytes = scheme.weight_bytes
         if scheme.name == "bf16":

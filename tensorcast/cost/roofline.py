@@ -19,10 +19,11 @@ from tensorcast.profiles.device import DeviceProfile, KernelConstants
 
 PEAK_OF = {
     "bf16": "bf16", "fp16": "bf16", "w4a16": "bf16", "fp8": "fp8", "fp8_block": "fp8", "int8": "int8",
-    "w4a8": "fp8", "mxfp4": "bf16", "nvfp4": "fp4", "w8a16": "bf16", "w4a16_nvfp4": "bf16", "fp32": "fp32",
+    "w4a8": "fp8", "w4a4": "fp4", "mxfp4": "bf16", "nvfp4": "fp4", "w8a16": "bf16", "w4a16_nvfp4": "bf16",
+    "fp32": "fp32",
 }
 """Which arithmetic a kernel dtype runs in. ``mxfp4`` is weight-only (gpt-oss kernels unpack to bf16), ``w4a8`` mxfp4
-weights with mxfp8 activations."""
+weights with mxfp8 activations, ``w4a4`` with mxfp4 ones."""
 
 SLOWER = {"fp4": "fp8", "fp8": "bf16", "int8": "bf16", "tf32": "bf16", "bf16": "fp16", "fp16": "bf16"}
 """What a device without that arithmetic falls back to (weights are unpacked and run one step up)."""
@@ -60,10 +61,15 @@ those devices chose the values, and other vendors' kernels differ more."""
 
 NEAREST = {
     "bf16": ("fp16",), "fp16": ("bf16",), "fp8": ("fp8_block", "int8"), "fp8_block": ("fp8",),
-    "int8": ("fp8", "fp8_block"), "nvfp4": ("w4a8", "fp8"), "w4a8": ("fp8", "nvfp4"), "mxfp4": ("w4a16", "bf16"),
+    "int8": ("fp8", "fp8_block"), "nvfp4": ("w4a8", "fp8"), "w4a8": ("fp8", "nvfp4"), "w4a4": ("nvfp4", "w4a8", "fp8"),
+    "mxfp4": ("w4a16", "bf16"),
     "w4a16": ("mxfp4", "w8a16", "bf16"), "w8a16": ("w4a16", "bf16"), "w4a16_nvfp4": ("w4a16", "mxfp4", "w8a16", "bf16"),
 }
 """Whose fitted fractions to borrow first when a family was not measured in a dtype; any other dtype comes after."""
+
+WIDE = ("any", "bf16", "fp16", "fp32")
+"""Dtypes whose fractions of the peak no quantised kernel's tell: AMD's FP8 in blocks reaches half of its GEMMs' in
+bf16."""
 
 UNMEASURED = ("w4a16_nvfp4",)
 """Dtypes that no table holds on any device: fractions are borrowed, and evidence and error say so. NVFP4 weights in
@@ -103,8 +109,9 @@ def constants_for(
     """Constants of one kernel family on one device, and where they come from.
 
     Order: this engine, then ``any``, then another engine with the same dtype; then the same for the nearest dtypes
-    (:data:`NEAREST`, then whichever were fitted); else the datasheet fractions with :data:`DATASHEET_ERROR`. Constants
-    of this one ``kernel`` of the family, fitted as ``family/kernel``, come before those of the family.
+    (:data:`NEAREST`, then whichever were fitted; for :data:`WIDE` ones those alone); else the datasheet fractions with
+    :data:`DATASHEET_ERROR`. Constants of this one ``kernel`` of the family, fitted as ``family/kernel``, come before
+    those of the family.
     """
     key = id(device), family, dtype, engine, kernel
     if key in _constants and _constants[key][0] is device:
@@ -113,7 +120,7 @@ def constants_for(
         _constants.clear()
     known = device.calibration.kernels if device.calibration else ()
     fitted = [c for c in known if kernel and c.family == f"{family}/{kernel}"]
-    fitted = fitted or [c for c in known if c.family == family]
+    fitted = fitted or [c for c in known if c.family == family and (dtype not in WIDE or c.dtype in WIDE)]
     if fitted:
         order = [dtype, "any", *NEAREST.get(dtype, ()), *sorted({c.dtype for c in fitted})]
         best = min(fitted, key=lambda c: (order.index(c.dtype), (engine, "any", c.engine).index(c.engine)))

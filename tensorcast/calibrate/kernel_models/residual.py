@@ -36,7 +36,7 @@ LEVEL = 0.08
 
 LEVEL_ROWS = 2000
 
-NEW_ROWS = 8000
+NEW_ROWS = 4000
 """Rows of the fits that leave whole shapes out (their errors need no more)."""
 
 BINS = 5

@@ -43,7 +43,7 @@ APART = 0.3
 QUICK = (80, 6, 0.15)
 
 FOLDS = 4
-TESTED = 8000
+TESTED = 4000
 """Rows of a kernel, in whole configurations, that are predicted with their models left out."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.cost.kernels.formula import constants_digest, formula_of
-from tensorcast.cost.kernels.predictor import TRANSFERRED, Predictor, predictor_for
+from tensorcast.cost.kernels.predictor import CARRIED, TRANSFERRED, Predictor, predictor_for
 from tensorcast.cost.kernels.vocabulary import UNRELATED
 from tensorcast.cost.work import Array, Size
 from tensorcast.profiles.device import DeviceProfile
@@ -123,6 +123,8 @@ class Corrections:
             known = any(key[0] == family for key in model.kernels) and not variant
             return (engine, "") if known else None
         kernel = model.find(family, dtype, engine, variant)
+        if kernel is None and family in CARRIED and self.predictor.unmeasured(family, dtype, variant):
+            return engine, ""
         if kernel is None or kernel.constants != constants_digest(family, dtype, device, kernel.engine):
             return None
         sizes = {name: np.array([value]) for name, value in kernel.report["probe"].items()}

@@ -22,7 +22,7 @@ from tensorcast.cost.kernels.lattice import SIDES, Lattice
 from tensorcast.cost.kernels.monotone import coordinates, middle_of
 from tensorcast.cost.kernels.triton_tiles import of_library
 from tensorcast.cost.kernels.vocabulary import Columns
-from tensorcast.cost.roofline import NEAREST
+from tensorcast.cost.roofline import NEAREST, UNMEASURED, constants_for
 from tensorcast.cost.work import Array, Mask, Size
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device, profile_roots
@@ -47,6 +47,10 @@ LOAD = ("rows", "hit")
 BEST_OF = ("gemm", "grouped_gemm", "attention_decode", "mla_prefill", "mla_decode")
 """Families whose engines ran kernels of different generations on the measured devices: slow ones say little about a
 new device."""
+
+
+CARRIED = ("attention_prefill", *BEST_OF)
+"""Families that are carried over from other devices."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Predictor:
     engine: str
     model: DeviceModel | None
     served: bool = False
+    _bare: Predictor | None = field(default=None, init=False, repr=False)
     _middles: dict[tuple[str, ...], float] = field(default_factory=dict, init=False, repr=False)
     _lattices: dict[tuple[str | bool, ...], Lattice] = field(default_factory=dict, init=False, repr=False)
 
@@ -97,10 +102,21 @@ class Predictor:
         if self.model is not None and self.model.device == TRANSFERRED:
             return self._from_other_devices(family, dtype, variant, columns)
         kernel = self.model.find(family, dtype, self.engine, variant) if self.model else None
+        if kernel is not None and kernel.engine == "any" and "moe_tp" in columns:
+            # tables that time what one rank computes know a cut expert as a narrower one
+            uncut = np.ones(len(columns["moe_tp"]))
+            columns = columns | {"inter": columns["inter"] / columns["moe_tp"], "moe_tp": uncut}
         engine = kernel.engine if kernel is not None else self.engine
         formula = partial(formula_of, family, dtype, variant, device=self.device, engine=engine)
         if kernel is None:
-            return _without_residual(formula(columns))
+            own = formula(columns)
+            if family not in CARRIED or not self.unmeasured(family, dtype, variant):
+                return _without_residual(own)
+            if self._bare is None:
+                bare = self.device.model_copy(update={"calibration": None})
+                self._bare = predictor_for(bare, self.engine, self.served)
+            found = self._bare.price(family, dtype, variant, columns)
+            return replace(found, factor=found.seconds / own.seconds)
         shape, inside = kernel.measured_shape(columns), kernel.beyond(columns) <= 0
         if (shape & inside).all():
             by_formula, level = formula(columns), kernel.level(columns)
@@ -116,6 +132,13 @@ class Predictor:
         parts = [self.price(family, dtype, variant, {n: values[at] for n, values in columns.items()}) for at in groups]
         order = np.argsort(np.concatenate([np.flatnonzero(at) for at in groups]))
         return Estimate(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in PARTS})
+
+    def unmeasured(self, family: str, dtype: str, variant: str) -> bool:
+        """Whether a device of which other kernels were measured is priced as one that was not."""
+        carried = self.device.calibration is not None and self.device.vendor == "NVIDIA" and not variant
+        return carried and dtype not in UNMEASURED and (
+            constants_for(self.device, family, dtype, self.engine)[1] == "datasheet"
+        )
 
     def _with_residual(
         self, kernel: Kernel, formula: KernelFormula, columns: Columns, features: Columns, measured_shape: Mask
@@ -136,6 +159,8 @@ class Predictor:
         if key not in self._lattices:
             every = SIDES[kernel.family].items()
             sides = {name: nodes for name, nodes in every if not (measured_shape and name in LINES[kernel.family])}
+            if kernel.engine == "any" and "inter" in sides:  # counted by rank: as narrow as cut ones are
+                sides["inter"] = sides["inter"] / 8.0
             # a node may hold the sizes of a measured model, which says nothing about others
             models = measured_shape or kernel.family not in CONFIGURATION
             self._lattices[key] = Lattice(sides, kernel.box, partial(self._node, kernel, formula, models))

@@ -183,7 +183,7 @@ def _collective(raw: pd.DataFrame, name: str) -> Read:
         payload = _numbers(raw, name, "message_size") * np.where(kind == "int8", 1.0, 2.0)
     sizes = {"ranks": _numbers(raw, name, "num_gpus", "ranks"), "payload_bytes": payload}
     source = _texts(raw, "kernel_source", "algorithm", default="custom" if name == "custom_allreduce" else "nccl")
-    variant = np.where(source.str.lower().isin(["nccl", "ring", "direct"]), "nccl", "custom")
+    variant = np.where(source.str.lower().isin(["nccl", "oneccl", "ring", "direct"]), "nccl", "custom")
     variant = np.where(source.str.contains("eager"), "eager", variant)
     return sizes, pd.Series("any", index=raw.index), pd.Series(variant, index=raw.index)
 
@@ -230,8 +230,8 @@ def _family_names(frame: pd.DataFrame) -> pd.Series:
     for column in FAMILY_COLUMNS:
         if column in frame.columns:
             names = frame[column].astype(str).str.lower().str.removesuffix("_perf")
-            if "op_name" in frame.columns:  # nccl: the collective stands in op_name
-                names = names.mask(names == "nccl", frame["op_name"].astype(str))
+            if "op_name" in frame.columns:  # nccl, oneccl: the collective stands in op_name
+                names = names.mask(names.isin(["nccl", "oneccl"]), frame["op_name"].astype(str))
             return names
     raise InputError(f"the frame needs a column 'family': one of {', '.join(SIZES)}, or a table's name")
 

@@ -65,6 +65,7 @@ PRECISION = {
     "w4a16": Precision("w4a16", "bf16", 0.5 + 2 / 128, 2.0),
     "mxfp4": Precision("mxfp4", "bf16", 0.5 + 1 / 32, 2.0),
     "w4a8": Precision("w4a8", "fp8", 0.5 + 1 / 32, 1.0 + 1 / 32),
+    "w4a4": Precision("w4a4", "fp4", 0.5 + 1 / 32, 0.5 + 1 / 32),
 }
 """Bytes per element with scales: 128 x 128 blocks (fp8_block), 16 (nvfp4), 32 (mx), 128 (int4, usual group size)."""
 

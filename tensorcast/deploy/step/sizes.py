@@ -81,6 +81,8 @@ class StepSizes:
     chunk_tokens: int
     backend: str
     has_fp4: bool
+    mxfp4: str
+    """Kernels' dtype of MXFP4 weights."""
     masked_skips: bool
 
     def batches(self, batch: Size, new: Size, past: Size) -> Batches:
@@ -120,7 +122,7 @@ class StepSizes:
         sizes = Sizes(B=sequences / chunks, S=new, P=past, E=0.0, X=1.0 / self.etp)
         known = Context(
             sizes, decode=self.decode, kv_bytes=self.kv_bytes if kv_bytes is None else kv_bytes, has_fp4=self.has_fp4,
-            backend=self.backend, masked_skips=self.masked_skips, verify=verify,
+            mxfp4=self.mxfp4, backend=self.backend, masked_skips=self.masked_skips, verify=verify,
         )
         if self.load is None:
             return known

@@ -220,10 +220,12 @@ def make_step(
             tier: expected_distinct(facts.num_experts, facts.top_k, parts, *limits)
             for tier, parts in (("ranks", layout.ep), ("nodes", nodes))
         }
+    # with MXFP8 activations on Blackwell; with MXFP4 ones on CDNA 4 (SGLang 0.5.14, quark/schemes/quark_w4a4_mxfp4.py)
+    mxfp4 = ("w4a4" if device.vendor == "AMD" else "w4a8") if "fp4" in device.peak_flops else "mxfp4"
     sizes = StepSizes(
         decode=decode, dp=layout.dp, etp=layout.etp, pp=layout.pp, kv_bytes=kv_bytes, mtp_depth=options.mtp_depth,
         dual=options.dual_batch_overlap, load=load, chunk_tokens=options.chunk_tokens, backend=plan.backend,
-        has_fp4="fp4" in device.peak_flops, masked_skips=engine.masked_gemm == "skips",
+        has_fp4="fp4" in device.peak_flops, mxfp4=mxfp4, masked_skips=engine.masked_gemm == "skips",
     )
     pricer = RowPricer(
         table=table, device=device, engine=engine, corrections=corrections_for(device, engine.name),

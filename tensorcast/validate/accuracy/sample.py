@@ -16,15 +16,14 @@ import numpy as np
 import pandas as pd
 
 from tensorcast.calibrate import command
-from tensorcast.calibrate.constants.from_tables import KERNEL_FAMILIES, SOURCE, described
+from tensorcast.calibrate.constants.from_tables import KERNEL_FAMILIES, described
+from tensorcast.calibrate.measured_devices import read_device, system_of
 from tensorcast.calibrate.measured_tables import (
     MeasuredKernel,
     MeasuredSystem,
     hashed,
     held_out,
     installed_tables,
-    read_system,
-    systems_in,
 )
 from tensorcast.cost import roofline
 from tensorcast.cost.kernels.formula import formula_of
@@ -190,13 +189,20 @@ def page(predicted: pd.DataFrame) -> str:
     return "\n".join([*lines, *table(["family: reason", *(d.name for d in fitted)], counts)]) + "\n"
 
 
-def write_full(folder: Path, out: Path) -> None:
+def measured(folders: Sequence[Path]) -> dict[str, Path]:
+    """Devices that the folders hold measurements of, and the first that does."""
+    devices = [(device, folder) for device in map(load_device, list_devices()) for folder in folders]
+    return {device.name: folder for device, folder in reversed(devices) if system_of(folder, device)}
+
+
+def write_full(folders: Sequence[Path], out: Path) -> None:
     """Page and figures from full tables: shapes, models and a device left out, four methods side by side."""
-    systems = systems_in(folder)
-    names = [name for name in list_devices() if name.replace("-", "_") in systems and model_path(name)]
-    errors, shown = splits.compare(folder, tuple(names))
-    dropped = {name: read_system(folder, name.replace("-", "_")).dropped for name in names}
-    provenance = [SOURCE.format(system=name.replace("-", "_")) for name in names]
+    known = {name: folder for name, folder in measured(folders).items() if model_path(name)}
+    where = {name: known[name] for name in sorted(known) if load_device(name).calibration}
+    errors, shown = splits.compare(where)
+    systems = {name: read_device(folder, load_device(name)) for name, folder in where.items()}
+    dropped = {name: system.dropped for name, system in systems.items()}
+    provenance = [system.source for system in systems.values()]
     write_atomically(out, accuracy_page.page(errors, shown, dropped, provenance))
     accuracy_page.figures(errors, out.parent)
 
@@ -207,17 +213,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=program, description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=Path, default=Path("tests/data/kernel_sample.csv"), help="measured rows")
     parser.add_argument("--out", type=Path, default=Path("reports/accuracy.md"), help="page to write")
-    parser.add_argument("--tables", type=Path, help="full tables (SYSTEM/KIND/*.parquet): every split, every method")
+    parser.add_argument(
+        "--tables", type=Path, nargs="+", default=[], help="folders of full tables: every split, every method"
+    )
     parser.add_argument("--from", dest="origin", choices=["silicon"], help="silicon: an installed aiconfigurator-core")
     parser.add_argument("--draw", action="store_true", help="draw the sample anew from the full tables")
     options = parser.parse_args(arguments)
-    folder = installed_tables() if options.origin else options.tables
-    if options.draw and folder is not None:
-        write_sample(options.sample, draw_sample([read_system(folder, name) for name in systems_in(folder)]))
-    if folder is None:
+    folders = [*options.tables, *([installed_tables()] if options.origin else [])]
+    if options.draw and folders:
+        drawn = [read_device(folder, load_device(name)) for name, folder in sorted(measured(folders).items())]
+        write_sample(options.sample, draw_sample(drawn))
+    if not folders:
         write_atomically(options.out, page(predict(read_sample(options.sample))))
     else:
-        write_full(folder, options.out)
+        write_full(folders, options.out)
     print(f"wrote {options.out}")
     return 0
 

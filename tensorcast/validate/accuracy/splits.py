@@ -7,7 +7,7 @@ with fitted constants); ``plain`` (peaks alone); ``nearest`` (the measured table
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ import pandas as pd
 
 from tensorcast.calibrate.kernel_models import residual, unseen_devices
 from tensorcast.calibrate.kernel_models.unseen_models import Experts
-from tensorcast.calibrate.measured_tables import Key, MeasuredKernel, MeasuredSystem, held_out, read_system
+from tensorcast.calibrate.measured_devices import read_device
+from tensorcast.calibrate.measured_tables import Key, MeasuredKernel, MeasuredSystem, held_out
 from tensorcast.cost.kernels.device_model import LINES, DeviceModel, widened
 from tensorcast.cost.kernels.formula import KernelFormula, formula_of
 from tensorcast.cost.kernels.lattice import SIDES
@@ -149,12 +150,12 @@ def by_size(system: MeasuredSystem, device: DeviceProfile) -> Iterator[pd.DataFr
             ).assign(variant=name)
 
 
-def by_device(folder: Path) -> Iterator[pd.DataFrame]:
+def by_device(where: Mapping[str, Path]) -> Iterator[pd.DataFrame]:
     """The left-out device from its datasheet and from what the fitted devices need over theirs."""
     found, architectures = {}, {}
     for name in (*FITTED_ON, LEFT_OUT_DEVICE):
         device = load_device(name)
-        system = read_system(folder, name.replace("-", "_"), unseen_devices.FAMILIES)
+        system = read_device(where[name], device, unseen_devices.FAMILIES)
         found[name], architectures[name] = unseen_devices.sampled(system, device), device.architecture
     model = unseen_devices.fit_unseen_devices({name: found[name] for name in FITTED_ON}, architectures)
     device = unseen_devices.bare(load_device(LEFT_OUT_DEVICE))
@@ -171,14 +172,15 @@ def by_device(folder: Path) -> Iterator[pd.DataFrame]:
         )
 
 
-def compare(folder: Path, devices: tuple[str, ...]) -> tuple[pd.DataFrame, dict[tuple[str, Key], Table]]:
+def compare(where: Mapping[str, Path]) -> tuple[pd.DataFrame, dict[tuple[str, Key], Table]]:
     """One row per held-out measurement and split: every method's |predicted / measured - 1|, whether the 80 % interval
-    held, and what was measured; and by device and kernel what the measured table itself shows."""
+    held, and what was measured; and by device and kernel what the measured table itself shows. ``where``: devices, and
+    the folder of what was measured on each."""
     parts: list[pd.DataFrame] = []
     shown: dict[tuple[str, Key], Table] = {}
-    for name in devices:
+    for name, folder in where.items():
         device = load_device(name)
-        system = read_system(folder, name.replace("-", "_"))
+        system = read_device(folder, device)
         experts = Experts(system, device)
         parts += by_shape(system, device)
         if name in MODEL_DEVICES:
@@ -188,6 +190,6 @@ def compare(folder: Path, devices: tuple[str, ...]) -> tuple[pd.DataFrame, dict[
         for key, rows in system.kernels.items():
             in_fit = int((~held_out(key[0], rows.columns)).sum())
             shown[name, key] = table_of(rows, in_fit, experts if residual.carried(key) else None)
-    if {*FITTED_ON, LEFT_OUT_DEVICE} <= set(devices):
-        parts += by_device(folder)
+    if {*FITTED_ON, LEFT_OUT_DEVICE} <= set(where):
+        parts += by_device(where)
     return pd.concat(parts, ignore_index=True), shown

@@ -79,8 +79,9 @@ def test_quicker_than_half_by_brute_force(seed: int) -> None:
     lines = pd.DataFrame({
         "m": rng.integers(1, 64, 40).astype(float), "n": rng.integers(0, 3, 40), "seconds": rng.random(40),
     }).drop_duplicates(["m", "n"])
+    sizes = lines.to_numpy(float).tolist()
     expected = [
-        any(o.n == r.n and o.m <= r.m / 2 and r.seconds < aiter_tables.FALLS * o.seconds for o in lines.itertuples())
-        for r in lines.itertuples()
+        any(other == n and fewer <= m / 2 and took < aiter_tables.FALLS * seconds for fewer, other, seconds in sizes)
+        for m, n, took in sizes
     ]
     assert quicker_than_half(lines, "m").tolist() == expected

@@ -109,14 +109,14 @@ class Predictor:
         engine = kernel.engine if kernel is not None else self.engine
         formula = partial(formula_of, family, dtype, variant, device=self.device, engine=engine)
         if kernel is None:
-            own = formula(columns)
+            by_formula = formula(columns)
             if family not in CARRIED or not self.unmeasured(family, dtype, variant):
-                return _without_residual(own)
+                return _without_residual(by_formula)
             if self._bare is None:
                 bare = self.device.model_copy(update={"calibration": None})
                 self._bare = predictor_for(bare, self.engine, self.served)
             found = self._bare.price(family, dtype, variant, columns)
-            return replace(found, factor=found.seconds / own.seconds)
+            return replace(found, factor=found.seconds / by_formula.seconds)
         shape, inside = kernel.measured_shape(columns), kernel.beyond(columns) <= 0
         if (shape & inside).all():
             by_formula, level = formula(columns), kernel.level(columns)

@@ -9,10 +9,12 @@ import pytest
 
 import tensorcast as tc
 from tensorcast.deploy.deployment import deploy
-from tensorcast.deploy.engine_limits import engine_can_run
+from tensorcast.deploy.engine_limits import engine_can_run, halving_note
 from tensorcast.deploy.layout import Layout, broken_rules, check, parse_layout
 from tensorcast.deploy.model_names import named_model
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.simulate import simulate
+from tensorcast.deploy.workload import Workload
 from tensorcast.errors import InputError
 from tensorcast.launch.launch import launch
 from tensorcast.modeling.checkpoint.read import checkpoint
@@ -148,12 +150,27 @@ def test_groups_of_gptq_experts_are_halved() -> None:
     assert "20 is no multiple of 32" in engine_can_run(
         "vllm", Layout(32, 32), MOE, cuts=(Cut("routed experts", 640, 128, "w4a16", halves=True),), gpus_per_node=32
     )
+    said = halving_note("vllm", Layout(8, 8), (gptq,))
+    assert said.startswith("routed experts 1536 / 8 = 192 splits groups of 128 (w4a16): vllm makes them 64, 2 times")
+    assert halving_note("vllm", Layout(4, 4), (gptq,)) == halving_note("trtllm", Layout(8, 8), (gptq,)) == ""
     entry = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     profile = load_model("qwen3-30b-a3b").model_copy()
     stored = checkpoint(profile.model_copy(update={"config": {**profile.config, "quantization_config": entry}}))
     assert [cut.halves for cut in cut_widths(profile, stored) if cut.part == "routed experts"] == [True]
     asked = override(stored, "experts=w4a16_g128")  # of another tool: not halved
     assert [cut.halves for cut in cut_widths(profile, asked) if cut.part == "routed experts"] == [False]
+
+
+def test_halved_groups_are_said_in_simulate_and_launch() -> None:
+    """Qwen3-30B-A3B in GPTQ at tp 4: 768 / 4 = 192."""
+    entry = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    plain = load_model("qwen3-30b-a3b")
+    profile = plain.model_copy(update={"config": {**plain.config, "quantization_config": entry}})
+    note = "routed experts 768 / 4 = 192 splits groups of 128 (w4a16): vllm makes them 64"
+    step = simulate(profile, load_device("h100"), load_engine("vllm"), Layout(4, 4), Workload("decode", 1, 1, 100))
+    assert any(said.startswith(note) for said in step.notes)
+    found = launch("vllm", profile, Layout(4, 4), batch=8, input_len=1024, output_len=128)
+    assert any(said.startswith(note) for said in found.notes)
 
 
 @pytest.mark.parametrize(("tp", "legal_"), [(1, True), (2, True), (3, False), (4, True), (6, False), (8, True),

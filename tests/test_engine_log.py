@@ -143,11 +143,58 @@ def test_lines_of_the_log() -> None:
 
 
 def test_windows_keep_what_a_step_may_add() -> None:
-    """gpt-oss: half of the layers keep 127 + 8,192 tokens of a request, as vLLM counts them, the others all."""
+    """gpt-oss: half of the layers keep 127 + 8,192 tokens of a request, in blocks of 16 and a block more, as vLLM
+    counts them, the others all: 8,192 blocks of 131,072 tokens and 520 + 1."""
     found = _on("gpt-oss-120b", "h100", 1)
-    request = 18 * 2 * 8 * 64 * 2 * (131_072 + 127 + 8192)
+    request = 18 * 2 * 8 * 64 * 2 * 16 * (8192 + 520 + 1)
     log = cache_log(found, 131_072)
     assert log.concurrency == pytest.approx(found.memory(1, 1, 0).cache_budget / request)
+
+
+def test_windows_of_sglang_have_a_share_of_the_other_layers_tokens() -> None:
+    """gpt-oss: 18 layers of T tokens and 18 of 0.8 x T, whatever the window; Gemma-3, without such a pool, keeps all. A
+    prompt shorter than its window takes T tokens of the smaller pool."""
+    layer = 2 * 8 * 64 * 2
+    found = _on("gpt-oss-120b", "h200", 1, "sglang")
+    log, room = cache_log(found, 131_072), found.memory(1, 1, 0).cache_budget
+    assert log.tokens == pytest.approx(room / (18 * layer * 1.8), rel=1e-5)
+    assert found.held(3.0, 10_000)[1] == pytest.approx(3 * 10_000 * 18 * layer * 1.8)
+    assert found.held(1.0, 100)[1] == pytest.approx(100 / 0.8 * 18 * layer * 1.8)
+    pool = deploy(found.model, found.device, found.engine.in_pools(), found.layout, "decode")
+    assert pool.held(1.0, 10_000)[1] == 18 * layer * (10_000 + 128)
+    other = {**found.model.config, "architectures": ["Gemma3ForCausalLM"]}
+    kept = found.engine.cache_rules.kept(other, 0)
+    assert kept.window_share == 1.0
+
+
+@pytest.mark.parametrize(
+    ("engine", "model", "depth", "slots"),
+    [
+        ("vllm", "qwen3-next-80b-a3b", 0, 1), ("vllm", "qwen3.5-35b-a3b", 2, 3),
+        ("sglang", "qwen3-next-80b-a3b", 0, 5), ("sglang", "qwen3.5-35b-a3b", 2, 8),
+        ("sglang", "ling-3.0-flash", 0, 3), ("sglang", "nemotron-3-nano-30b-a3b", 0, 5),
+        ("trtllm", "qwen3-next-80b-a3b", 0, 1),
+    ],
+)  # fmt: skip
+def test_states_have_copies_for_prefixes_and_drafts(engine: str, model: str, depth: int, slots: int) -> None:
+    """SGLang 0.5.14 lets max_mamba_cache_size / 5 requests run, / 3 without overlapped scheduling, and keeps a state of
+    each token that is verified; vLLM 0.24.0 a state of each draft (MambaSpec)."""
+    options = Options(mtp_depth=depth)
+    parts = load_model(model), load_device("h200"), load_engine(engine), Layout(4, 4)
+    found = deploy(*parts, "decode", options=options)
+    one = replace(found, engine=found.engine.model_copy(update={"cache_rules": None}))
+    growing = one.held(1.0, 2000)[1] - one.held(1.0, 1000)[1]
+    states = one.held(1.0, 1000)[1] - growing
+    assert states > 0
+    assert found.held(1.0, 1000)[1] == pytest.approx(growing + slots * states)
+    assert found.held(1.0, 2000)[1] - found.held(1.0, 1000)[1] == pytest.approx(growing)
+
+
+def test_sglang_keeps_states_in_a_pool_of_their_own() -> None:
+    """max_total_num_tokens: what 0.9 parts of 1.9 for states leave, over 12 layers of two KV heads of 256."""
+    found = _on("qwen3-next-80b-a3b", "h200", 4, "sglang")
+    room = found.memory(1, 1, 0).cache_budget
+    assert cache_log(found, 4096).tokens == pytest.approx(room / 1.9 / (12 * 2 * 256 * 2), rel=1e-3)
 
 
 def test_little_room_is_said() -> None:

@@ -293,3 +293,11 @@ def test_profiles_are_immutable() -> None:
     # A config is a plain dict, for transformers takes no other: spoiling one must not reach the next reader.
     profiles.load_model("deepseek-v3").config["hidden_size"] = 1
     assert profiles.load_model("deepseek-v3").config["hidden_size"] == 7168
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [("RTX 4090", "rtx-4090"), ("h20_3e", "h20-141gb"), ("H100 NVL", "h100-nvl"), ("dgx spark", "gb10")],
+)
+def test_devices_are_found_with_blanks_in_their_names(said: str, name: str) -> None:
+    assert profiles.load_device(said).name == name

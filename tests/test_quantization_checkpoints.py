@@ -202,6 +202,7 @@ def test_split_layers_keep_every_row_and_parameter(table: Any) -> None:
         ({"quant_method": "modelopt", "quant_algo": "FP8",
           "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}}, "fp8"),
         ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": None}, "bf16"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "INT8"}, "bf16"),
         ({"quant_method": "fp8"}, "bf16"),
     ],
 )  # fmt: skip
@@ -330,3 +331,26 @@ def test_modules_are_known_by_the_names_that_their_checkpoint_has(tmp_path: Path
     plain, mixed = (from_config({**MIXTRAL, **some}) for some in ({}, {"quantization_config": entry}))
     saved = weight_bytes(table, plain) - weight_bytes(by_precision(table, mixed), mixed)
     assert saved == pytest.approx(2 * sum(EXPERT.values()) * (BF16 - SCHEMES["nvfp4"].weight_bytes), rel=1e-9)
+
+
+@pytest.mark.parametrize("entry", [
+    compressed(FP8 | {"targets": ["Linear"]}, kv_cache_scheme={"num_bits": 8, "type": "int"}),
+    compressed(FP8 | {"targets": ["Linear"]}, kv_cache_scheme={"num_bits": 4, "type": "float"}),
+    {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4"},
+])  # fmt: skip
+def test_a_cache_of_another_precision_is_said_not_to_be_used(entry: dict[str, Any]) -> None:
+    found = from_config({**CONFIG, "quantization_config": entry})
+    assert found.kv == "bf16"
+    assert any(path.startswith("kv_cache_") for path in found.unread)
+
+
+def test_a_block_may_be_written_as_a_word() -> None:
+    weights = {"type": "float", "num_bits": 8, "strategy": "block"}
+    schemes = [
+        from_config({**CONFIG, "quantization_config": compressed({
+            "weights": {**weights, "block_structure": block}, "input_activations": FP8["input_activations"],
+            "targets": ["Linear"],
+        })}).linear
+        for block in ([128, 128], "128x128")
+    ]  # fmt: skip
+    assert schemes[0] == schemes[1] == SCHEMES["fp8_block"]

@@ -92,6 +92,14 @@ def test_a_text_models_type_around_a_text_part_is_that_part() -> None:
     assert built.remarks == ("priced as its language model; not counted: vision_config",)
 
 
+def test_layers_that_share_keys_and_values_are_not_counted_as_others() -> None:
+    """Hunyuan-Large's cla_share_factor of 2 halves the cache, and half of the layers have queries alone."""
+    config = {**SIZES, "attention_head_dim": 16, "num_experts": 4, "moe_topk": 2, "cla_share_factor": 2}
+    with pytest.raises(InputError, match="use_cla = True: layers that share keys and values are none of transformers'"):
+        hf_config(profile("hunyuan_v1_moe", **config, use_cla=True))
+    assert hf_config(profile("hunyuan_v1_moe", **config, use_cla=False)).num_hidden_layers == 3
+
+
 def test_an_activation_in_a_word_is_as_good_as_its_object() -> None:
     """DBRX's ffn_act_fn, an object of its name in the released file."""
     config = {"d_model": 96, "n_layers": 2, "n_heads": 6, "vocab_size": 512, "attn_config": {"kv_n_heads": 2}}

@@ -11,7 +11,7 @@ import numpy as np
 
 from tensorcast.cost.work import Size
 from tensorcast.modeling.quantization import Quantization, padded
-from tensorcast.profiles.memory import MemoryCovers
+from tensorcast.profiles.memory import Kept, MemoryCovers
 from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, OpTable, Tensor, per_table
 
@@ -103,15 +103,26 @@ def kv_bytes_per_token(table: OpTable, kv: str = "bf16") -> float:
     return sum(e.per_token * (kinds.count(e.kind) if e.kind >= 0 else 1) for e in cache_entries(table, kv))
 
 
-def cache_bytes(table: OpTable, kv: str, sequences: Size, length: Size, layers: slice = slice(None)) -> Size:
-    """KV cache and recurrent state of ``sequences`` sequences of ``length`` tokens over ``layers``."""
+def cache_bytes(
+    table: OpTable, kv: str, sequences: Size, length: Size, layers: slice = slice(None), *, kept: Kept = Kept()
+) -> Size:
+    """KV cache and recurrent state of ``sequences`` sequences of ``length`` tokens over ``layers``.
+
+    ``kept``: copies of states that an engine has, and the part of its cache that is layers' with windows.
+    """
     kinds = table.layer_kinds[layers]
+    share = kept.window_share
     total: Size = 0.0
-    for entry in cache_entries(table, kv):
-        tokens = np.minimum(length, entry.limit) if entry.limit else length
+    entries = cache_entries(table, kv)
+    widest = max((entry.limit for entry in entries), default=0)
+    # a pool that is a share of the other's holds as long a window as that has of the other's tokens
+    full = length if share is None else np.maximum(length, np.minimum(length, widest) / share)
+    for entry in entries:
+        tokens = full if not entry.limit else np.minimum(length, entry.limit) if share is None else share * full
+        slots = 1.0 if entry.per_token else kept.state_slots
         # an entry of a class whose layers are not known apart, or run in a loop, is its own
         times = kinds.count(entry.kind) if entry.kind >= 0 else 1
-        total = total + times * sequences * (entry.per_token * tokens + entry.per_sequence)
+        total = total + times * sequences * (entry.per_token * tokens + entry.per_sequence * slots)
     return total
 
 

@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from tensorcast.cost.memory import activation_bytes, cache_budget, cache_bytes, low_latency_buffer_bytes, weight_bytes
+from tensorcast.cost.memory import (
+    activation_bytes,
+    cache_budget,
+    cache_bytes,
+    cache_entries,
+    low_latency_buffer_bytes,
+    weight_bytes,
+)
 from tensorcast.cost.work import Mask, Size
 from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import Layout, attention_dp, check, stage_layers
@@ -21,7 +28,7 @@ from tensorcast.modeling.quantization import KV_DTYPES, Quantization, mxfp4_padd
 from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.profiles.memory import MIB, is_latent
+from tensorcast.profiles.memory import MIB, Kept, is_latent
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.cache import RankForm, rank_tables, whole_model
 from tensorcast.trace.dims import Sizes
@@ -143,10 +150,13 @@ class Deployment:
         """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences."""
         weights: Size = 0.0
         cache: Size = 0.0
+        kv, rules, rule = self.quantization.kv, self.engine.cache_rules, Kept()
+        if rules is not None and any(one.limit or one.per_sequence for one in cache_entries(self.drafting, kv)):
+            rule = rules.kept(self.model.config, self.options.mtp_depth)
         for stage, layers in self.stage_weights:
-            kept = cache_bytes(self.drafting, self.quantization.kv, sequences, length, layers)
-            fuller = stage + kept > weights + cache
-            weights, cache = np.where(fuller, stage, weights), np.where(fuller, kept, cache)
+            held = cache_bytes(self.drafting, kv, sequences, length, layers, kept=rule)
+            fuller = stage + held > weights + cache
+            weights, cache = np.where(fuller, stage, weights), np.where(fuller, held, cache)
         return weights, cache
 
     @cached_property

@@ -181,6 +181,25 @@ _WAYS = {"routed experts": "raise ep", "shared expert": "lower tp, or send token
 """Out of a cut through a block."""
 
 
+def halved_group(cut: Cut, ranks: int, engine: str) -> int:
+    """Elements of a GPTQ or AWQ expert's group of scales under ``engine``: halved where ``ranks`` would split it."""
+    block = cut.block
+    while engine in ("vllm", "sglang") and cut.size % (ranks * block) and block >= 2 * HALVED_DOWN_TO:
+        block //= 2
+    return block
+
+
+def halving_note(engine: str, layout: Layout, cuts: tuple[Cut, ...]) -> str:
+    """A note on groups of scales that ``engine`` halves in this layout; empty if it halves none."""
+    for cut in cuts:
+        block = halved_group(cut, layout.etp, engine) if cut.halves else cut.block
+        if block < cut.block and cut.size % (layout.etp * block) == 0:
+            each = f"{cut.part} {cut.size} / {layout.etp} = {cut.size // layout.etp}"
+            times = f"{cut.block // block} times the scales that are counted"
+            return f"{each} splits groups of {cut.block} ({cut.scheme}): {engine} makes them {block}, {times}"
+    return ""
+
+
 VOCABULARY_UNIT = 64
 """vLLM 0.24.0, layers/vocab_parallel_embedding.py: a vocabulary is filled up to a multiple of it, and ranks must share
 that evenly. SGLang 0.5.14 fills up to a multiple of tp times it where they would not, TensorRT-LLM to one of tp."""
@@ -192,10 +211,8 @@ def _of_blocks(c: Case) -> Iterator[Limit]:
     if rows % c.layout.tp:
         yield "vocabulary", f"{rows} rows, a multiple of {VOCABULARY_UNIT}, do not divide over tp = {c.layout.tp}"
     for cut in c.cuts:
-        ranks, block = _ranks(c, cut.part), cut.block
-        if cut.halves and c.engine in ("vllm", "sglang"):
-            while cut.size % (ranks * block) and block >= 2 * HALVED_DOWN_TO:
-                block //= 2
+        ranks = _ranks(c, cut.part)
+        block = halved_group(cut, ranks, c.engine) if cut.halves else cut.block
         shrinks = cut.fewer and c.engine == "trtllm"
         if ranks == 1 or cut.size % (ranks * block) == 0 or (shrinks and cut.size % block == 0):
             continue

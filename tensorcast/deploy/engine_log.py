@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from tensorcast.cost.memory import cache_entries
 from tensorcast.deploy.deployment import Deployment
+from tensorcast.profiles.memory import Kept
 
 LINES = {
     "vllm": (
@@ -35,23 +37,42 @@ class CacheLog(NamedTuple):
 def cache_log(deployment: Deployment, length: int) -> CacheLog:
     """At the engine's own settings, for requests of ``length`` tokens, prompt and reply.
 
-    A window keeps what a step may add to it as well. The pipeline stage with the least room decides.
+    The pipeline stage with the least room decides.
     """
-    memory, table = deployment.memory(1, 1, 0), deployment.drafting
-    step = deployment.engine.tokens_per_step(deployment.device)
-    times = np.inf
+    memory, table, engine = deployment.memory(1, 1, 0), deployment.drafting, deployment.engine
+    depth, times = deployment.options.mtp_depth, np.inf
+    kept = engine.cache_rules.kept(deployment.model.config, depth) if engine.cache_rules else Kept()
     for weights, layers in deployment.stage_weights:
-        kinds, request = table.layer_kinds[layers], 0.0
+        kinds, growing, states = table.layer_kinds[layers], 0.0, 0.0
         for entry in cache_entries(table, deployment.quantization.kv):
-            tokens = min(length, entry.limit - 1 + step) if entry.limit else length
-            request += kinds.count(entry.kind) * (entry.per_token * tokens + entry.per_sequence)
+            times_kept = max(kinds.count(entry.kind), entry.kind < 0)
+            growing += times_kept * entry.per_token * _tokens_held(deployment, entry.limit, kept, length)
+            states += times_kept * entry.per_sequence * (1.0 if entry.per_token else kept.state_slots)
         left = float(memory.cache_budget + memory.weights - weights)
-        times = min(times, left / request) if request else times
+        if states and kept.states_apart:  # a pool of their own, of so much of the other's size
+            left, states = left / (1.0 + kept.states_apart), 0.0
+        times = min(times, left / (growing + states)) if growing + states else times
     if not 0 < times < np.inf:
         return CacheLog(0, 0.0, length, ())
     said = {"tokens": int(times * length), "length": length, "times": times}
     lines = tuple(line.format(**said) for line in LINES.get(deployment.engine.name, ()))
     return CacheLog(int(times * length), float(times), length, lines)
+
+
+def _tokens_held(deployment: Deployment, window: int, kept: Kept, length: int) -> float:
+    """Tokens of a request of ``length`` that layers with this ``window`` (0: none) keep, in whole blocks.
+
+    vLLM 0.24.0, v1/kv_cache_interface.py: a window keeps what a step may add to it, and a block more, since it may
+    begin inside one (SlidingWindowSpec). SGLang 0.5.14, model_executor/pool_configurator.py: a share of all.
+    """
+    scheduler = deployment.engine.scheduler
+    block = 1 if scheduler is None else scheduler.block_tokens
+    if not window:
+        return math.ceil(length / block) * block
+    if kept.window_share is not None:
+        return kept.window_share * length
+    step = deployment.engine.tokens_per_step(deployment.device)
+    return (math.ceil(min(length, window - 1 + step) / block) + 1) * block
 
 
 def room_note(deployment: Deployment) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tensorcast.deploy.deployment import Deployment, Memory, deploy, not_counted, uncut
+from tensorcast.deploy.engine_limits import halving_note
 from tensorcast.deploy.engine_log import room_note
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, idle_note
@@ -17,6 +18,7 @@ from tensorcast.modeling.quantization import weight_only_here
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.trace.cache import whole_model
 
 
 def simulate(
@@ -86,8 +88,11 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
         notes.append("multi-token prediction is not simulated: one token per sequence and step (see --mtp-depth)")
     elif depth := deployment.options.mtp_depth:
         notes.append(f"tokens are counted without drafts: accepted ones make up to {1 + depth} per sequence and step")
-    if whole := uncut(deployment.raw):
-        notes.append(whole)
+    if left := uncut(deployment.raw):
+        notes.append(left)
+    whole = whole_model(deployment.model, deployment.phase, deployment.options.quant)
+    if halves := halving_note(deployment.engine.name, deployment.layout, whole.cuts):
+        notes.append(halves)
     if tight := room_note(deployment):
         notes.append(tight)
     if idle := deployment.idle(deployment.options):

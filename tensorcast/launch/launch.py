@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from tensorcast.deploy.deployment import deploy, memory_share
-from tensorcast.deploy.engine_limits import Case, engine_can_run
+from tensorcast.deploy.engine_limits import Case, engine_can_run, halving_note
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
@@ -185,6 +185,8 @@ def _notes(plan: Plan) -> list[str]:
         said.append(f"experts_backend {options.experts_backend}: the engine chooses its kernels by itself")
     if not options.shared_expert_tp and plan.case.layout.tp > 1:
         said.append("shared experts held whole by every rank: no flag, the engine decides")
+    if halves := halving_note(plan.table.name, plan.case.layout, plan.case.cuts):
+        said.append(halves)
     return said
 
 

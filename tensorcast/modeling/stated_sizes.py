@@ -49,6 +49,10 @@ FOREIGN = {"attention_head_dim": "head_dim"}
 """Names of a size in released files whose class calls it otherwise (Hunyuan-A13B)."""
 
 
+SHARES_KEYS = ("use_cla",)
+"""Switches to layers that attend to the keys and values of an earlier one (Hunyuan-Large: vLLM 0.24.0,
+models/hunyuan_v1.py, HunYuanCrossAttention); no class of transformers has them."""
+
 WEIGHT_WIDTHS = re.compile("^(?!mm_|vision|visual|image|audio).*(hidden_size|intermediate_size|lora_rank|latent_size)$")
 """Names of widths of matrices: one that the class does not have, under any name, is a part that it does not build."""
 
@@ -105,6 +109,10 @@ def dropped(values: dict[str, Any], config: PreTrainedConfig) -> str:
             continue  # the class has no such size, or makes it from others
         if not _same(values[stated[0]], own):
             return _unlike(stated[0], values[stated[0]], own, config)
+    for name in SHARES_KEYS:
+        if values.get(name) and name not in {one.name for one in dataclasses.fields(type(config))}:
+            kind = type(config).model_type
+            return f"{name} = {values[name]}: layers that share keys and values are none of transformers' {kind}"
     built = {value for name, value in vars(config).items() if isinstance(value, int) and _knows(config, name)}
     built |= _of_layers(config)
     for name, value in values.items():

@@ -10,6 +10,7 @@ from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.experts import ExpertKernels
 from tensorcast.profiles.memory import (
     MIB,
+    CacheRules,
     MemoryCovers,
     PrefillGraphs,
     ProfiledStep,
@@ -182,6 +183,7 @@ class EngineProfile(Frozen):
     collective_bytes: Figure | None = Field(
         default=None, description="communicators and all-reduce buffers, on top of that where a server has several GPUs"
     )
+    cache_rules: CacheRules | None = Field(default=None, description="copies of states, and cache of windows")
     max_tokens_per_step: int = Field(ge=1, description="default chunked-prefill budget in tokens")
     step_tokens: StepTokens | None = Field(default=None, description="where that default is another")
     prefill_graphs: PrefillGraphs | None = Field(default=None, description="prefill steps that are captured in pieces")
@@ -245,10 +247,13 @@ class EngineProfile(Frozen):
         return min(limit or most, most)
 
     def in_pools(self) -> "EngineProfile":
-        """The profile of a server that runs one phase, the other being another's."""
-        if self.prefill_graphs is None or self.prefill_graphs.pools:
-            return self
-        return self.model_copy(update={"prefill_graphs": None})
+        """The profile of a server that runs one phase, the other being another's; it keeps no prompts' beginnings."""
+        changes: dict[str, Any] = {}
+        if self.prefill_graphs is not None and not self.prefill_graphs.pools:
+            changes["prefill_graphs"] = None
+        if self.cache_rules is not None and not self.cache_rules.pools:
+            changes["cache_rules"] = None
+        return self.model_copy(update=changes) if changes else self
 
     def overhead(self, device: str) -> Overhead:
         """Of a step on ``device``, a profile's name: as fitted there, else in general, else as published."""

@@ -1,6 +1,6 @@
 """What an engine sets by device and layout unless told: memory it leaves free, tokens per step, prefill graphs."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -94,6 +94,45 @@ class ProfiledStep(Frozen):
     logit_bytes: Number = Field(ge=0, description="of each logit while it is sampled from, all copies")
     latent_tokens: int = Field(default=0, ge=0, description="of MLA, whose keys and values it makes room for at once")
     source: str = Field(min_length=3)
+
+
+class Kept(NamedTuple):
+    """What a running sequence takes of a cache: slots of each of its states, and for each token of layers that see all
+    so much of a token of layers with a window; None: what a window holds. ``states_apart``: size of the pool of states
+    per size of the other, where an engine has two."""
+
+    state_slots: float = 1.0
+    window_share: float | None = None
+    states_apart: float = 0.0
+
+
+class CacheRules(Frozen):
+    """How many states a running sequence has, and how large the cache of layers with windows is made."""
+
+    state_slots: int = Field(default=1, ge=1, description="its own state and copies for prompts that begin alike")
+    more_slots: int = Field(default=0, ge=0, description="slots more in the classes `buffered`")
+    buffered: tuple[str, ...] = ()
+    verified_slots: int = Field(default=0, ge=0, description="slots more where tokens are drafted")
+    draft_slots: int = Field(default=0, ge=0, description="slots more for each drafted token")
+    states_apart: Number = Field(default=0.0, ge=0, description="size of a pool of states per size of that of tokens")
+    window_share: Number | None = Field(
+        default=None, gt=0, le=1, description="of layers with windows: tokens per token of the others; none: the window"
+    )
+    windowed: tuple[str, ...] = Field(default=(), description="the classes that have such a share; others keep all")
+    own_shares: dict[str, Number] = Field(default={}, description="class -> its share")
+    pools: bool = Field(default=True, description="also on servers of one phase, in disaggregated serving")
+    source: str = Field(min_length=3)
+
+    def kept(self, config: dict[str, Any], depth: int) -> Kept:
+        """Of a model with this ``config`` that drafts ``depth`` tokens."""
+        classes = set(config.get("architectures") or ())
+        slots = self.state_slots + self.more_slots * bool(classes & set(self.buffered))
+        slots += (self.verified_slots + self.draft_slots * depth) if depth else 0
+        share = self.window_share
+        if share is not None:
+            usual = float(share) if classes & set(self.windowed) else 1.0
+            share = next((float(own) for name, own in self.own_shares.items() if name in classes), usual)
+        return Kept(slots, share, float(self.states_apart))
 
 
 class PrefillGraphs(Frozen):

@@ -112,7 +112,7 @@ def _path_of(kind: str, text: str) -> Path:
         if not path.is_file():
             raise InputError(f"{kind} file {text}: {'is a directory' if path.is_dir() else 'no such file'}")
         return path
-    if found := _find(kind, text):
+    if found := _find(kind, text) or (_find(kind, re.sub("[ _]+", "-", text)) if kind != "model" else None):
         return found
     path = Path(text).expanduser()
     folder = " or a directory with a Hugging Face config.json" if kind == "model" else ""

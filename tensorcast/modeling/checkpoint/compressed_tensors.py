@@ -55,7 +55,7 @@ def scheme_of(said: Entries, activations: Entries) -> str:
     group, block = said.number("group_size", default=-1), said.get("block_structure")
     for one in (said, activations):
         one.known(*ABOUT_NUMBERS)
-    if block not in (None, [128, 128]):
+    if block not in (None, [128, 128], "128x128"):
         refuse(f"block_structure={block}", ("[128, 128]",))
     activations.known("block_structure")
     act = bool(activations.values)

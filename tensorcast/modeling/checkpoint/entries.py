@@ -126,16 +126,20 @@ def four_by_eight(group: int, activations: str) -> str:
 
 
 def has_fp8_cache(said: Entries) -> bool:
-    """Whether an entry's own on the cache means fp8: ``FP8`` by name, or 8-bit floats with a scale that is stored."""
-    algo, scheme = said.get("kv_cache_quant_algo"), said.values.get("kv_cache_scheme")
-    if isinstance(scheme, dict) and scheme:
-        numbers = said.part("kv_cache_scheme")
-        numbers.known(*ABOUT_NUMBERS)
-        if (numbers.get("type"), numbers.get("num_bits")) == ("float", 8) and numbers.get("dynamic") is not True:
+    """Whether an entry's own on the cache means fp8: ``FP8`` by name, or 8-bit floats with a scale that is stored.
+
+    Anything else (integers, 4 bits) stays unread, so that a note names it.
+    """
+    for key in ("kv_cache_quant_algo", "kv_cache_scheme"):
+        one = said.values.get(key)
+        if isinstance(one, dict) and (one.get("type"), one.get("num_bits")) == ("float", 8):
+            said.part(key).known("type", "num_bits", *ABOUT_NUMBERS)
+            if one.get("dynamic") is not True:
+                return True
+        elif str(one).lower() in ("fp8", "fp8_e4m3", "float8_e4m3fn"):
+            said.known(key)
             return True
-    else:
-        scheme = said.get("kv_cache_scheme")
-    return any(str(name).lower() in ("fp8", "fp8_e4m3", "float8_e4m3fn") for name in (algo, scheme))
+    return False
 
 
 ABOUT_NUMBERS = (

@@ -163,6 +163,7 @@ def test_windows_of_sglang_have_a_share_of_the_other_layers_tokens() -> None:
     pool = deploy(found.model, found.device, found.engine.in_pools(), found.layout, "decode")
     assert pool.held(1.0, 10_000)[1] == 18 * layer * (10_000 + 128)
     other = {**found.model.config, "architectures": ["Gemma3ForCausalLM"]}
+    assert found.engine.cache_rules is not None
     kept = found.engine.cache_rules.kept(other, 0)
     assert kept.window_share == 1.0
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def compare(
     and ``tpot_s`` are the longest mean time to first token and per output token that they accept. ``objective``:
     ``tokens_per_gpu``, ``latency``, ``cost`` (of ``prices``, US dollars per GPU hour by device) or ``gpus`` (fewest for
     ``request_rate`` requests per second). Several devices or sizes are compared together. ``layouts``: only these,
-    such as ``tp8-ep8``. ``options``: ``quant``, ``routing`` (uniform unless said) and ``placement`` hold for all; of
+    such as ``tp8-ep8``. ``options``: ``quant``, ``routing`` (typical unless said) and ``placement`` hold for all; of
     ``kv_dtype``, ``mtp_depth``, ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given values alone are
     searched; ``full`` also searches KV dtypes and depths of drafting. ``runnable_only``: only what ``engine`` can run.
 
@@ -201,7 +202,7 @@ def compare(
         ttft_s=ttft_s, tpot_s=tpot_s, objective=objective, layouts=layouts, modes=modes, request_rate=request_rate,
         prices={device_profile(name).name: value for name, value in (prices or {}).items()},
         full=full, runnable_only=runnable_only, quant=options.get("quant"),
-        routing=options.get("routing", "uniform"), placement=options.get("placement", "linear"),
+        routing=options.get("routing", SERVED_ROUTING), placement=options.get("placement", "linear"),
         searched={
             "kv_dtype": options.get("kv_dtype"), "mtp_depth": options.get("mtp_depth"),
             "exchange": options.get("all2all"), "dispatch": options.get("dispatch"),
@@ -231,7 +232,7 @@ def explain(
 
     ``batch`` counts sequences per data-parallel rank of ``layout``; ``versus`` gets as many in all. By default it is
     the largest that fits in both. Decode defaults to ``context=4096`` cached tokens, prefill to ``input_len=4096`` new.
-    ``options``, as of :func:`simulate`, hold for both, as far as they apply to ``versus``; ``routing`` is uniform
+    ``options``, as of :func:`simulate`, hold for both, as far as they apply to ``versus``; ``routing`` is typical
     unless said.
 
     >>> import tensorcast as tc
@@ -246,7 +247,7 @@ def explain(
     from tensorcast.profiles.store import load_engine
 
     one, other = parse_layout(layout, world_size), parse_layout(versus, world_size)
-    choices = options_of({"routing": "uniform", **options})
+    choices = options_of({"routing": SERVED_ROUTING, **options})
     new, past = (1, 4096) if phase == "decode" else (4096, 0)
     new, past = new if input_len is None else input_len, past if context is None else context
     profile, read_as = named_model(model)
@@ -288,7 +289,7 @@ def replay(
     the requests are sent as fast as leaves ``percentile`` percent of them within. ``prefill_chunk``, ``max_sequences``:
     new tokens and sequences of a step, per data-parallel rank, the engine's own if not given. ``balance_steps``: steps
     that prompts wait until every rank has one (TensorRT-LLM's ``attention_dp_config``). ``draws`` replays under other
-    step times give 80 % bands. ``options``, as of :func:`simulate`; ``routing`` is uniform unless said.
+    step times give 80 % bands. ``options``, as of :func:`simulate`; ``routing`` is typical unless said.
 
     >>> import tensorcast as tc
     >>> from tensorcast.scheduling.requests import Length, drawn
@@ -308,7 +309,7 @@ def replay(
     priced = priced_servers(
         profile, device_profile(device), load_engine(engine), parse_servers(layout),
         longest=int((requests.input_len + requests.output_len).max()),
-        options=options_of({"routing": "uniform", **options}),
+        options=options_of({"routing": SERVED_ROUTING, **options}),
         mtp_acceptance=mtp_acceptance, prefill_chunk=prefill_chunk, max_sequences=max_sequences,
         balance_steps=balance_steps,
     )

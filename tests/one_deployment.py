@@ -51,10 +51,10 @@ class OneCurve:
     def __init__(self, decode: Deployment, context: float, largest: float, smallest: float = 0.0) -> None:
         self.batch = GRID[np.searchsorted(GRID, smallest) : np.searchsorted(GRID, largest) + 1]
         price, n = decode.step.price(self.batch, 1.0, context), len(self.batch)
-        per_step = decode.engine.overhead(decode.device.name).step_s
+        sequences_s = decode.engine.overhead.request_s * self.batch
         attention = sum(s for p, s, _ in seconds_by_row(price, n) if getattr(p.row, "name", "") in PER_SEQUENCE)
         columns = {
-            "seconds": price.seconds, "attention_s": attention + price.overhead_s - per_step, "error": price.error,
+            "seconds": price.seconds, "attention_s": attention + sequences_s, "error": price.error,
             "exposed_comm_s": price.exposed_comm_s, "hidden_comm_s": price.hidden_comm_s, **evidence(price, n),
         }  # fmt: skip
         self.columns = {name: np.broadcast_to(np.asarray(v, dtype=float), n) for name, v in columns.items()}
@@ -79,7 +79,7 @@ class OnePrefill:
     @classmethod
     def of(cls, prefill: Deployment, traffic: Traffic, chunk: int) -> OnePrefill:
         """A step at half a prompt, at one and at as many as fit, under the load that slows it."""
-        cut, slow = cut_prompts(traffic, chunk), prefill.engine.overhead(prefill.device.name)
+        cut, slow = cut_prompts(traffic, chunk), prefill.engine.overhead
         price = prefill.step.price(np.array(cut.batches), cut.tokens, cut.past)
         half, one, full = (float(s) * slow.prefill_factor for s in np.broadcast_to(price.seconds, 3))
         experts = sum(

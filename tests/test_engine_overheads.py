@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ from tensorcast.errors import InputError
 from tensorcast.predict.error_causes import attribute
 from tensorcast.predict.predict import predict
 from tensorcast.predict.score import fitted_half, left_out, named, same_run, summarise
-from tensorcast.profiles.engine import DeviceFit, EngineFit, EngineProfile
+from tensorcast.profiles.engine import EngineFit, EngineProfile
 from tensorcast.profiles.store import load_device, load_engine, load_model
 
 SAMPLE = Path(__file__).parent / "data" / "serving_sample.csv"
 PROFILES = Path(__file__).parent.parent / "profiles" / "engines"
 FIT = EngineFit(
-    source="by hand", rows=9, models=2, step_s=1e-3, step_error_s=2e-4, first_token_s=0.05, prompt_token_s=2e-6,
-    devices={"h100-sxm": DeviceFit(step_s=2e-3, rows=9, models=("a",))},
+    source="by hand", rows=9, models=2, layer_s=2e-5, layer_error_s=5e-6, prefill_factor=1.3, first_token_s=0.05,
+    prompt_token_s=2e-6, served={"h100-sxm": ("a",)},
 )  # fmt: skip
 
 
@@ -37,20 +36,30 @@ def fitted(name: str = "vllm", fit: EngineFit | None = FIT) -> EngineProfile:
     return load_engine(name).model_copy(update={"fitted": fit})
 
 
-def test_overhead_of_a_device_comes_before_the_engines_and_the_published_one() -> None:
-    engine = fitted()
-    request_s = float(engine.request_overhead_s or 0.0)
-    here = engine.overhead("h100-sxm")
-    assert (here.step_s, here.request_s) == pytest.approx((2e-3, request_s))
-    assert engine.overhead("gb200").step_s == 1e-3 and engine.overhead("gb200").error_s == 2e-4
-    published = fitted(fit=None)
-    assert published.overhead("h100-sxm").step_s == float(published.step_overhead_s)
+def test_what_was_fitted_stands_beside_what_is_published() -> None:
+    engine, published = fitted(), fitted(fit=None)
+    assert (engine.overhead.layer_s, engine.overhead.prefill_factor) == (2e-5, 1.3)
+    assert (published.overhead.layer_s, published.overhead.prefill_factor) == (0.0, 1.0)
+    assert engine.overhead.step_s == published.overhead.step_s == float(published.step_overhead_s)
     assert engine.first_token_s(0) == 0.05 and engine.first_token_s(1000) == pytest.approx(0.052)
     assert published.first_token_s(1000) == published.hand_over_s == 0.0
 
 
+@pytest.mark.parametrize("pp", [1, 4])
+def test_a_step_takes_its_layers_overhead_once(pp: int) -> None:
+    """32 layers, on one stage or on four after another."""
+    model, device = load_model("llama-3.1-8b"), load_device("h100")
+    one, other = (
+        deploy(model, device, fitted(fit=fit), Layout(pp, pp=pp), "decode").step.price(8.0, 1.0, 1000.0)
+        for fit in (None, FIT)
+    )
+    assert float(other.seconds - one.seconds) == pytest.approx(32 * 2e-5)
+    assert float(other.overhead_s - one.overhead_s) == pytest.approx(32 * 2e-5)
+    assert float(other.request_overhead_s) == pytest.approx(8 * float(load_engine("vllm").request_overhead_s or 0.0))
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"step_s": -1e-3}, {"devices": {"h100-sxm": {"step_s": 1e-3, "row": 3}}}, {"source": ""}, {"steps": 1}]
+    "wrong", [{"layer_s": -1e-3}, {"served": {"h100-sxm": 3}}, {"source": ""}, {"steps": 1}]
 )
 def test_a_fit_that_cannot_be_is_refused_in_one_line(tmp_path: Path, wrong: dict[str, Any]) -> None:
     fields = yaml.safe_load((PROFILES / "vllm.yaml").read_text())
@@ -64,14 +73,14 @@ def test_a_fit_that_cannot_be_is_refused_in_one_line(tmp_path: Path, wrong: dict
 def test_a_steps_error_holds_that_of_the_overhead() -> None:
     """Errors of kernels and overhead are independent: their squares add up, in seconds."""
     model, device = load_model("llama-3.1-8b"), load_device("h100")
-    sure = deploy(model, device, fitted(fit=FIT.model_copy(update={"step_error_s": 0.0})), Layout(1), "decode")
+    sure = deploy(model, device, fitted(fit=FIT.model_copy(update={"layer_error_s": 0.0})), Layout(1), "decode")
     unsure = deploy(model, device, fitted(), Layout(1), "decode")
     one, other = (d.step.price(8.0, 1.0, 1000.0) for d in (sure, unsure))
     assert one.seconds == other.seconds
     errors = [float(price.error * price.seconds) for price in (one, other)]
     kernels_s = sum(float(p.seconds) * n for p, n in one.calls)
     scale = kernels_s + float(one.overhead_s)  # errors count kernels as if none ran beside others
-    assert errors[1] ** 2 - errors[0] ** 2 == pytest.approx((2e-4 * float(one.seconds) / scale) ** 2)
+    assert errors[1] ** 2 - errors[0] ** 2 == pytest.approx((32 * 5e-6 * float(one.seconds) / scale) ** 2)
 
 
 RUN = st.tuples(st.floats(1, 9), st.floats(0.1, 2), st.floats(1, 20), st.floats(0.1, 3))
@@ -88,20 +97,38 @@ def test_least_off_against_brute_force(runs: list[tuple[float, float, float, flo
     assert best <= off(np.linspace(0, 200, 20001)).min() + 1e-9
 
 
-def synthetic(step_s: float, first_s: float, slower: float = 1.0) -> pd.DataFrame:
+TWO = st.tuples(st.floats(0.5, 9), st.floats(0.5, 9), st.floats(0.1, 2), st.floats(0.1, 2), st.floats(2, 20))
+
+
+@given(st.lists(TWO, min_size=2, max_size=9))
+def test_two_constants_together_against_brute_force(runs: list[tuple[float, ...]]) -> None:
+    base, weight, slope, other, measured = np.array(runs).T
+
+    def off(first: Any, second: Any) -> Any:
+        added = base + np.multiply.outer(first, slope) + np.multiply.outer(second, other)
+        return np.abs(added / measured - 1) @ weight
+
+    grid = np.linspace(0, 40, 201)
+    best = off(*engine_fit.least_off_by_two(base, slope, other, measured, weight))
+    assert best <= min(off(grid, second).min() for second in grid) + 1e-6
+
+
+def synthetic(layer_s: float, first_s: float, slower: float = 1.0) -> pd.DataFrame:
     """Runs of two models as they would be measured if an engine took so much more than its kernels.
 
-    ``slower``: prompts under load on an H100.
+    ``slower``: steps with prompts under load.
     """
     rows = [
         {"model": model, "device": device, "engine": "vllm", "tp": tp, "isl": isl, "osl": osl, "concurrency": users}
         for model, device in (("llama-3.1-8b", "h100"), ("llama-3.1-8b", "h200"), ("qwen3-30b-a3b", "h100"))
-        for tp, isl, osl in (("1", "128", "1024"), ("1", "256", "1024"), ("2", "128", "512"), ("2", "192", "1024"))
-        for users in ("1", "4", "16", "64")
+        for tp, isl, osl in (
+            ("1", "1024", "512"), ("1", "128", "512"), ("2", "512", "128"), ("2", "2048", "128"), ("1", "2048", "128"),
+            ("1", "512", "256"),
+        )
+        for users in ("1", "8", "64")
     ]
     table = pd.DataFrame(rows)
-    devices = {"h100-sxm": DeviceFit(step_s=step_s, rows=1, models=(), prefill_factor=slower)}
-    fitted = {"step_s": step_s, "first_token_s": first_s, "prompt_token_s": 2e-5, "devices": devices}
+    fitted = {"layer_s": layer_s, "first_token_s": first_s, "prompt_token_s": 2e-5, "prefill_factor": slower}
     true = engines.with_fit(load_engine("vllm"), **fitted)
     times = engines.served_times(engines.read_runs(table), lambda name: true)
     return table.assign(measured_tpot_s=times["tpot_s"], measured_ttft_s=times["ttft_s"])
@@ -109,34 +136,23 @@ def synthetic(step_s: float, first_s: float, slower: float = 1.0) -> pd.DataFram
 
 @pytest.fixture(scope="module")
 def measured() -> pd.DataFrame:
-    return synthetic(1.7e-3, 0.033)
+    return synthetic(4e-5, 0.033, slower=1.4)
 
 
 def fit(table: pd.DataFrame) -> EngineFit:
     return engines.fit_engines(engines.read_runs(table), {"vllm": load_engine("vllm")}, "synthetic")["vllm"]
 
 
-def test_known_overheads_are_found(measured: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_fit, "WEIGHTS", (engine_fit.Weights(0.0, 0.0),))
+def test_known_overheads_are_found(measured: pd.DataFrame) -> None:
     found = fit(measured)
-    assert found.step_s == pytest.approx(1.7e-3, rel=0.02)
-    assert {name for name in found.devices} == {"h100-sxm", "h200-sxm"}
-    assert all(one.step_s == pytest.approx(1.7e-3, rel=0.02) for one in found.devices.values())
-    assert found.first_token_s == pytest.approx(0.033, abs=1e-3) and found.hand_over_s is None
-    assert found.prompt_token_s == pytest.approx(2e-5, abs=2e-6)
+    assert found.layer_s == pytest.approx(4e-5, rel=0.05)
+    assert found.prefill_factor == pytest.approx(1.2, abs=0.02)  # half of it is believed
+    assert found.layer_error_s < 2e-6 and found.prefill_error == pytest.approx(0.2 / 1.2, abs=0.02)
+    assert found.first_token_s == pytest.approx(0.033, abs=5e-3) and found.hand_over_s is None
+    assert set(found.served) == {"h100-sxm", "h200-sxm"} and found.served["h200-sxm"] == ("llama-3.1-8b",)
     assert found.left_out_before is not None and found.left_out_before > 0.1
-    assert found.left_out_error is not None and found.left_out_error < 0.005
-    assert found.unseen_error is not None and found.unseen_error < 0.005 and found.step_error_s < 5e-5
-
-
-def test_slower_prompts_are_found_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An H100 whose steps with prompts take 1.4 times their kernels, beside an H200 that takes what they say."""
-    monkeypatch.setattr(engine_fit, "WEIGHTS", (engine_fit.Weights(0.0, 0.0),))
-    found = fit(synthetic(1.7e-3, 0.033, slower=1.4))
-    assert found.devices["h100-sxm"].prefill_factor == pytest.approx(1.4, abs=0.05)
-    assert found.devices["h200-sxm"].prefill_factor == pytest.approx(1.0, abs=0.02)
-    assert found.devices["h100-sxm"].prefill_error < 0.05
-    assert found.left_out_error is not None and found.left_out_error < 0.01
+    assert found.left_out_error is not None and found.left_out_error < 0.03
+    assert found.unseen_error is not None and found.unseen_error < 0.03
 
 
 @pytest.mark.parametrize("form", ["agg", "disagg"])
@@ -145,12 +161,7 @@ def test_prompts_under_load_take_their_factor(form: str) -> None:
     row = {"model": "llama-3.1-8b", "device": "h100", "engine": "vllm", "mode": form, "isl": "8000", "osl": "64",
            "concurrency": "1", "tp": "1", "prefill_tp": "1", "decode_tp": "1"}  # fmt: skip
     runs = engines.read_runs(pd.DataFrame([row]).assign(measured_tpot_s="1", measured_ttft_s="1"))
-    plain, slow = (
-        engines.with_fit(
-            load_engine("vllm"), devices={"h100-sxm": DeviceFit(step_s=1e-4, rows=1, models=(), prefill_factor=factor)}
-        )
-        for factor in (1.0, 1.5)
-    )
+    plain, slow = (engines.with_fit(load_engine("vllm"), prefill_factor=factor) for factor in (1.0, 1.5))
     one, other = (engines.served_times(runs, {"vllm": engine}.__getitem__).iloc[0] for engine in (plain, slow))
     prefill = deploy(load_model("llama-3.1-8b"), load_device("h100"), plain, Layout(1), "prefill")
     step_s = float(prefill.step.price(1.0, 8000.0, 0.0).seconds)
@@ -158,33 +169,19 @@ def test_prompts_under_load_take_their_factor(form: str) -> None:
     assert other["tpot_s"] == pytest.approx(one["tpot_s"], rel=0.01)  # decoding a smaller share of the time
 
 
-def test_few_networks_are_drawn_towards_what_is_published(
-    measured: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_fit, "WEIGHTS", (engine_fit.Weights(8.0, 2.0),))
-    found, published = fit(measured), float(load_engine("vllm").step_overhead_s)
-    # two networks beside eight published ones; one network on an H200 beside two of the engine's value
-    assert found.step_s == pytest.approx((2 * 1.7e-3 + 8 * published) / 10, rel=0.03)
-    assert found.devices["h200-sxm"].step_s == pytest.approx((1.7e-3 + 2 * found.step_s) / 3, rel=0.03)
-
-
-def synthetic_small(own_s: dict[str, float]) -> pd.DataFrame:
-    """Runs at small batch of networks whose steps take 4 ms and so much more, on one device each."""
-    rows = [
-        {"engine": "vllm", "device": f"d{i % 2}", "network": i, "even": True, "same": 100 * i + n, "base_s": base_s,
-         "slope": 1.0, "measured_tpot_s": base_s + seconds}
-        for i, seconds in enumerate(own_s.values()) for n, base_s in enumerate((4e-3, 5e-3, 6e-3))
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def test_weights_are_those_that_serve_networks_not_fitted_to() -> None:
-    """Networks that agree are believed; of networks that disagree wildly none says anything about the next."""
-    agreed = synthetic_small(dict.fromkeys("abcd", 2e-3))
-    assert engine_fit.choose(agreed, 1e-4) == engine_fit.WEIGHTS[-1]
-    torn = synthetic_small({"a": 0.0, "b": 8e-3, "c": 0.0, "d": 0.0, "e": 0.0, "f": 0.0})
-    assert math.isinf(engine_fit.choose(torn, 0.0).published)
-    assert engine_fit.choose(agreed[agreed["network"] == 0], 1e-4) == engine_fit.WEIGHTS[0]
+def test_an_engine_is_drawn_towards_all_engines_networks() -> None:
+    """By hand: the median of the engine's networks beside four times that of all; one left out counts in neither."""
+    own = {
+        ("vllm", "h100", 0): engine_fit.Beside(4e-5, 0.2), ("vllm", "h200", 1): engine_fit.Beside(2e-5, 0.4),
+        ("sglang", "h100", 0): engine_fit.Beside(1e-5, 0.1), ("sglang", "h100", 2): engine_fit.Beside(3e-5, 0.9),
+        ("trtllm", "h100", 3): engine_fit.Beside(0.0, 0.3),
+    }  # fmt: skip
+    assert engine_fit.drawn(own, "vllm") == pytest.approx(((2 * 3e-5 + 4 * 2e-5) / 6, 0.5 * 0.3))
+    assert engine_fit.drawn(own, "unheard of") == pytest.approx((2e-5, 0.15))
+    left = engine_fit.without(own, network=0)
+    assert engine_fit.drawn(left, "vllm") == pytest.approx(((2e-5 + 4 * 2e-5) / 5, 0.5 * 0.4))
+    assert set(engine_fit.without(own, device="h100")) == {("vllm", "h200", 1)}
+    assert engine_fit.drawn({}, "vllm") == (0.0, 0.0)
 
 
 def test_runs_left_out_do_not_move_the_fit(measured: pd.DataFrame) -> None:
@@ -196,14 +193,14 @@ def test_runs_left_out_do_not_move_the_fit(measured: pd.DataFrame) -> None:
     scores = {"left_out_before", "left_out_error", "unseen_before", "unseen_error"}
     assert fit(wild).model_dump(exclude=scores) == fit(measured).model_dump(exclude=scores)
     odd = measured[~rows["even"].to_numpy()].assign(measured_tpot_s=9.0)
-    assert fit(measured).step_s == fit(pd.concat([measured, measured[rows["even"].to_numpy()], odd])).step_s
+    assert fit(measured).layer_s == fit(pd.concat([measured, measured[rows["even"].to_numpy()], odd])).layer_s
 
 
 def test_a_few_strange_runs_do_not_drag_the_fit(measured: pd.DataFrame) -> None:
     even = np.flatnonzero(engines.read_runs(measured)["even"])
     strange = measured.copy()
     strange.loc[even[::6], "measured_tpot_s"] *= 0.4  # as if these drafted tokens
-    assert fit(strange).step_s == pytest.approx(fit(measured).step_s, rel=0.15)
+    assert fit(strange).layer_s == pytest.approx(fit(measured).layer_s, rel=0.15)
 
 
 def test_too_few_runs_are_one_line(tmp_path: Path, measured: pd.DataFrame) -> None:
@@ -263,8 +260,9 @@ def table_of_errors(kind: str, seed: int, rows: int = 160) -> pd.DataFrame:
     frame["mean_batch"] = draw.uniform(1, 100, rows)
     frame["decode_step_s"] = frame["tpot_s"] * draw.uniform(0.3, 1.0, rows)
     prompts = 1 - frame["decode_step_s"] / frame["tpot_s"]
-    beside = load_engine("vllm").overhead("h100-sxm")
-    kernels = 1 - (beside.step_s + beside.request_s * frame["mean_batch"]) / frame["tpot_s"]
+    beside = load_engine("vllm").overhead
+    layers = frame["model"].map({"llama-3.1-8b": 32, "qwen3-30b-a3b": 48})
+    kernels = 1 - (beside.step_s + beside.layer_s * layers + beside.request_s * frame["mean_batch"]) / frame["tpot_s"]
     change: Any = {
         "step": 1e-3 / frame["tpot_s"], "batch": 2e-5 * frame["mean_batch"] / frame["tpot_s"], "prompts": prompts,
         "kernels": 0.3 * kernels * (frame["model"] == "llama-3.1-8b") * (frame["layout"] == "tp2"),

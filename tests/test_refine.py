@@ -39,7 +39,7 @@ class Exact:
 
     def at(self, column: str, batch: Any) -> Any:
         batch = np.asarray(batch, dtype=float)
-        values = decode_columns(self.decode.step.price(batch.ravel(), 1.0, self.context), self.decode)[column]
+        values = decode_columns(self.decode.step.price(batch.ravel(), 1.0, self.context))[column]
         return np.broadcast_to(values, batch.ravel().shape).reshape(batch.shape)
 
 

@@ -165,7 +165,7 @@ def test_steps_are_priced_as_simulate_prices_them() -> None:
     for batch, context in ((1, 4096), (37, 3000), (256, 811)):
         own = float(decode.step.price(float(batch), 1.0, float(context)).seconds)
         assert times.decoding(batch, context, batch) == pytest.approx(own, rel=0.01)
-    factor = engine.overhead(device.name).prefill_factor
+    factor = engine.overhead.prefill_factor
     for new, past in ((4096, 0), (1000, 3000), (333, 100)):
         own = factor * float(prefill.step.price(1.0, float(new), float(past)).seconds)
         assert times.own([(new, past)], 0, 0.0) + times.shared(new) == pytest.approx(own, rel=0.03)

@@ -22,14 +22,12 @@ def read_engine(path: Path) -> EngineProfile:
 def render(fit: EngineFit) -> str:
     """The block as YAML, one line per device."""
     fields = fit.model_dump(exclude_defaults=True)
-    devices = fields.pop("devices", {})
+    served = fields.pop("served", {})
     text = MARKER + yaml.safe_dump({"fitted": fields}, sort_keys=False, width=110, allow_unicode=True)
-    if devices:
-        text += "  devices:\n"
-    for name, one in devices.items():
-        one["models"] = list(one["models"])
-        line = yaml.safe_dump(one, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
-        text += f"    {name}: {line}"
+    if served:
+        text += "  served:\n"
+    for name, models in served.items():
+        text += f"    {name}: [{', '.join(models)}]\n"
     return text
 
 

@@ -10,6 +10,7 @@ import typer
 from tensorcast.cli.app import DEPLOYMENT, LOAD, OUTPUT, SEARCH, AsJson, command, console, patience
 from tensorcast.cli.options import Engine, Model, deployment_options
 from tensorcast.cli.values import device_prices, duration, listed_names, read_layouts, split_names, whole_numbers
+from tensorcast.deploy.options import SERVED_ROUTING
 
 if TYPE_CHECKING:
     from tensorcast.search.compare import Comparison
@@ -49,7 +50,7 @@ tensorcast compare deepseek-v3 -d h100,h200,b200 -n 16,32,64,128 --executor dask
 
 @command(epilog=EXAMPLES)
 @deployment_options(
-    "quant", "routing", "placement", defaults={"routing": "uniform"}, searched={
+    "quant", "routing", "placement", defaults={"routing": SERVED_ROUTING}, searched={
         "kv_dtype": ("bf16,fp8", "the model's"), "mtp_depth": ("N,...", "0"), "all2all": ("KIND,...", "the first two"),
         "dispatch": ("SCHEME,...", "as the experts read them, and bf16"), "combine": ("SCHEME,...", "bf16"),
         "chunk_tokens": ("N,...", "2048,8192,16384"),

@@ -8,6 +8,7 @@ import typer
 
 from tensorcast.cli.app import DEPLOYMENT, WORK, AsJson, command, console, patience
 from tensorcast.cli.options import LAYOUT, Device, Engine, Model, Phase, deployment_options
+from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -34,7 +35,7 @@ tensorcast explain deepseek-v3 -d h200 -n 32 -e sglang -l dp32-ep32 -v tp8-dp4-e
 @deployment_options(
     "quant", "kv_dtype", "routing", "all2all", "dispatch", "combine", "redundant_experts", "shared_expert_tp",
     "shared_experts_fusion", "external_shared_experts", "dual_batch_overlap", "mtp_depth",
-    defaults={"routing": "uniform"},
+    defaults={"routing": SERVED_ROUTING},
     quant="Weights, as in simulate; this and what follows holds for B as far as it applies to it.",
 )
 def explain(

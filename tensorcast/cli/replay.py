@@ -10,6 +10,7 @@ import typer
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, command, console, patience
 from tensorcast.cli.options import Device, Engine, Model, deployment_options
 from tensorcast.cli.values import duration
+from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ tensorcast replay qwen3-235b-a22b -d h200 --layout tp8-ep8 -i 2000 --output-len 
 
 
 @command(epilog=EXAMPLES)
-@deployment_options("quant", "kv_dtype", "routing", "all2all", "mtp_depth", defaults={"routing": "uniform"})
+@deployment_options("quant", "kv_dtype", "routing", "all2all", "mtp_depth", defaults={"routing": SERVED_ROUTING})
 def replay(
     model: Model,
     *,

@@ -3,7 +3,9 @@
 ``balanced``: every expert gets the same. ``uniform``: every token picks k of E experts at random. ``zipf:S``: expert
 popularity falls as ``rank**-S``, experts placed at random. ``recorded:``: popularity of every layer as counted
 (:mod:`tensorcast.cost.recordings`), experts placed in order. Hit experts of independent picks:
-``sum_e 1 - (1 - q_e)^T``.
+``sum_e 1 - (1 - q_e)^T``. ``typical``: popularity as recordings of DeepSeek-R1 spread it in the median layer (of 32
+tokens 140 experts hit, the busiest of 32 ranks at 2.3 times the mean), and tokens of a step that resemble one another:
+T hit as many as ``T**0.85`` independent ones do (:data:`LIKENESS`).
 """
 
 from __future__ import annotations
@@ -28,22 +30,35 @@ from tensorcast.cost.work import Array, Size
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.placement import Placement, linear, round_robin
 
+TYPICAL_EXPONENT = 0.6
+"""Of ``typical``. Recordings published with SGLang's reproduction of DeepSeek's wide expert parallelism: experts hit by
+32, 64 and 128 tokens are 145, 199 and 237 there and 140, 195 and 237 by this law."""
+
+LIKENESS = 0.85
+"""Of ``typical``: the power of the number of tokens that independent ones would need to hit as many experts. Chosen on
+served runs of five MoE models, for models that nothing was fitted to: times per token are 11.7 % off in the mean of
+networks' medians where tokens pick at random, 10.3 % by that popularity alone and 9.2 % with this (1.0 and 0.8 of other
+exponents do no better)."""
+
 PLACEMENTS = (64, 16)
 """Random orders of a popularity law whose median stands for it; fewer where each is balanced anew (EPLB)."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """A law of expert popularity. ``inclusion`` is None for balanced, else the chance q_e that a token picks e."""
+    """A law of expert popularity; ``likeness``: T tokens hit as many experts as ``T**likeness`` independent ones."""
 
     name: str = "balanced"
     exponent: float = 0.0
     counts: LayerCounts | None = None
+    likeness: float = 1.0
 
     @classmethod
     def parse(cls, text: str, phase: str = "decode") -> Routing:
-        """``balanced``, ``uniform``, ``zipf:S``, ``recorded:FILE`` or ``recorded:NAME`` (of ``phase``); a file alone
-        is a recording, too."""
+        """``typical``, ``balanced``, ``uniform``, ``zipf:S``, ``recorded:FILE`` or ``recorded:NAME`` (of ``phase``); a
+        file alone is a recording, too."""
+        if text == "typical":
+            return cls(text, TYPICAL_EXPONENT, likeness=LIKENESS)
         if text in ("balanced", "uniform"):
             return cls(text)
         if text.startswith("zipf:"):
@@ -57,7 +72,7 @@ class Routing:
         if text.startswith(PREFIX) or Path(text).exists() or text.lower().endswith(FILES) or os.sep in text:
             return cls(text, counts=recording(text.removeprefix(PREFIX)).of(phase))
         raise InputError(
-            f"--routing {text!r}: use balanced, uniform, zipf:S, or {PREFIX}FILE, {READABLE}, or {PREFIX}NAME"
+            f"--routing {text!r}: use typical, balanced, uniform, zipf:S, or {PREFIX}FILE, {READABLE}, or {PREFIX}NAME"
         )
 
 
@@ -101,6 +116,8 @@ class ExpertLoad:
     """Experts on the fullest rank, shared ones among them."""
     fused: int = 0
     """Shared experts among them, which every token visits on every rank."""
+    likeness: float = 1.0
+    """T tokens hit as many experts as ``T**likeness`` that pick independently."""
 
     def at(self, tokens: Size) -> RankLoad:
         """Load when ``tokens`` tokens in all (over the whole expert-parallel group) are routed."""
@@ -119,6 +136,8 @@ class ExpertLoad:
             )
             # the lift is extra tokens that pick this rank: as if that many more had come
             effective = tokens * np.maximum(rows / np.maximum(expected, 1e-12), 1.0)
+            if self.likeness < 1:
+                effective = np.minimum(effective, np.maximum(effective, 1e-12) ** self.likeness)
             missed = np.exp(np.multiply.outer(effective, np.log1p(-np.minimum(self.busiest, 1.0 - 1e-12))))
             hit = np.minimum((self.alike * (1.0 - missed)).sum(-1), rows)
         if self.fused:
@@ -186,7 +205,7 @@ def expert_load(
     chances, alike = np.unique(busiest, return_counts=True)
     return ExpertLoad(
         share=float(busiest.sum()) / top_k, top_k=top_k, ranks=ranks, busiest=chances, alike=alike, noise=noise,
-        local_experts=max(placement.experts_per_rank) + fused, fused=fused,
+        local_experts=max(placement.experts_per_rank) + fused, fused=fused, likeness=routing.likeness,
     )
 
 

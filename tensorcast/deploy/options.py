@@ -13,6 +13,9 @@ from tensorcast.profiles.facts import ModelFacts
 EXCHANGES = ("high_throughput", "low_latency", "direct")
 """All-to-all kinds in which every rank sends its own tokens and works on what it receives."""
 
+SERVED_ROUTING = "typical"
+"""How a server's tokens fall on experts where nobody says otherwise: see :mod:`tensorcast.cost.routing`."""
+
 
 BALANCED = ("eplb", "balanced", "trivial")
 """Beginnings of placements that give every rank as many experts."""
@@ -85,8 +88,8 @@ class Options:
     )
     kv_dtype: str | None = _about(None, "KV cache.", metavar="bf16|fp8", unasked="the model's")
     routing: str = _about(
-        "balanced", "How tokens fall on experts: balanced, uniform, zipf:S, or as counted: recorded:FILE or "
-        "recorded:NAME.", metavar="LAW", of_experts=True, always=("balanced", "uniform"),
+        "balanced", "How tokens fall on experts: typical (of traffic), balanced, uniform, zipf:S, or as counted: "
+        "recorded:FILE or recorded:NAME.", metavar="LAW", of_experts=True, always=("balanced", "uniform", "typical"),
     )
     fusion: str = _about("engine", "Fuse kernels as the engine does, or not at all.", metavar="engine|none")
     all2all: str = _about(

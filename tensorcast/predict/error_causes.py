@@ -28,7 +28,7 @@ import numpy as np
 from tensorcast.deploy.model_names import understand
 from tensorcast.errors import InputError
 from tensorcast.predict.score import left_out
-from tensorcast.profiles.store import load_device, load_engine
+from tensorcast.profiles.store import load_engine
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,19 +90,22 @@ def attribute(frame: pd.DataFrame) -> dict[str, Any]:
 def _described(rows: pd.DataFrame) -> pd.DataFrame:
     """``rows`` with network, release, what is left open, and how the time per token is made up."""
     release = next((name for name in ("backend_version", "engine_version") if name in rows), "engine")
-    pairs = list(zip(rows["engine"], rows["device"], strict=True))
-    profiles = {pair: (load_engine(pair[0]), load_device(pair[1].replace("_", "-")).name) for pair in set(pairs)}
-    overheads = {pair: engine.overhead(device) for pair, (engine, device) in profiles.items()}
+    engines = {name: load_engine(name).overhead for name in rows["engine"].unique()}
+    beside = rows["engine"].map(engines)
     networks = {name: _network(name) for name in rows["model"].unique()}
+    layers = rows["model"].map({name: _layers(name) for name in networks}).to_numpy(dtype=float)
     batch = rows["mean_batch"].to_numpy(dtype=float)
-    per_step, per_sequence = (np.array([getattr(overheads[p], n) for p in pairs]) for n in ("step_s", "request_s"))
+    step_s, layer_s, request_s, layer_error_s, prefill_error = (
+        np.array([getattr(one, name) for one in beside])
+        for name in ("step_s", "layer_s", "request_s", "layer_error_s", "prefill_error")
+    )
     return rows.assign(
         release=rows[release].astype(str), network=rows["model"].map(networks),
         open=rows["assumed"].map(lambda text: any(one.startswith(OPEN) for one in str(text).split("; "))),
-        kernels=1 - (per_step + per_sequence * batch) / rows["tpot_s"],
+        kernels=1 - (step_s + layer_s * layers + request_s * batch) / rows["tpot_s"],
         prompts=(1 - rows["decode_step_s"] / rows["tpot_s"]).clip(lower=0),
-        overhead_error_s=[overheads[pair].error_s for pair in pairs],
-        load_error=[overheads[pair].prefill_error for pair in pairs],
+        overhead_error_s=layer_error_s * layers,
+        load_error=prefill_error,
     )  # fmt: skip
 
 
@@ -112,6 +115,13 @@ def _network(model: str) -> str:
         return json.dumps(understand(model).profile.config, sort_keys=True)
     except InputError:
         return model
+
+
+def _layers(model: str) -> int:
+    try:
+        return understand(model).profile.stated_facts.layers
+    except InputError:
+        return 0
 
 
 def _columns(rows: pd.DataFrame) -> dict[str, np.ndarray]:

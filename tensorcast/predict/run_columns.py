@@ -15,7 +15,7 @@ from typing import Any
 
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.model_names import SCHEME_OF, Named, understand
-from tensorcast.deploy.options import Options
+from tensorcast.deploy.options import SERVED_ROUTING, Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.predict.launch_records import (
     FP8_CACHE,
@@ -60,7 +60,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "all2all": ("MoE exchange; default the engine's", "auto", ("moe_backend",)),
     "dispatch": ("dtype tokens are sent in; default the experts'", None, ()),
     "combine": ("dtype results come back in, or logfmt10 (low_latency); default bf16", None, ()),
-    "routing": ("how tokens spread over experts: balanced, uniform (each picks at random), zipf:S", "uniform", ()),
+    "routing": ("how tokens spread over experts: typical (as recorded), balanced, uniform, zipf:S", SERVED_ROUTING, ()),
     "redundant_experts": ("copies of experts", 0, ()),
     "prefix_cached": ("prompt tokens found in the cache", 0, ()),
     "mtp_depth": ("drafted tokens per step", 0, ("speculative_tokens", "nextn", "spec_depth")),

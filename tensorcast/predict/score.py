@@ -197,7 +197,7 @@ def _fitted_models(engine: str, device: str) -> frozenset[str]:
 
     try:
         fit = load_engine(engine).fitted
-        here = fit.devices.get(load_device(device.replace("_", "-")).name) if fit else None
+        here = fit.served.get(load_device(device.replace("_", "-")).name, ()) if fit else ()
     except InputError:  # such rows cannot be predicted, and could not be fitted to
         return frozenset()
-    return frozenset(here.models) if here else frozenset()
+    return frozenset(here)

@@ -183,7 +183,7 @@ def _price_decoding(rows: list[_Row]) -> DecodeCurve:
     width = max(2, *map(len, grids))
     found: dict[str, Array] = defaultdict(lambda: np.empty((len(rows), width)))
     for part, grid, price in zip(parts, grids, prices(asked), strict=True):
-        for name, values in decode_columns(price, rows[part[0]].decode).items():
+        for name, values in decode_columns(price).items():
             whole = np.broadcast_to(values, (len(part), len(grid)))
             found[name][part, : len(grid)] = whole
             found[name][part, len(grid) :] = whole[:, -1:]

@@ -1,7 +1,7 @@
 """What an engine profile says: how a serving engine runs a traced step."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -105,28 +105,18 @@ class FusedSharedExperts(Frozen):
 
 @dataclass(frozen=True)
 class Overhead:
-    """What a step takes beside its kernels, timed alone: seconds per step and per sequence, and how many times as long
-    as they a step with prompts takes in a server under load (``prefill_factor``).
+    """What a step takes beside its kernels, timed alone: seconds per step, per layer and per sequence, and how many
+    times as long as they a step with prompts takes in a server under load (``prefill_factor``).
 
-    Errors are medians: ``error_s`` of the sum of seconds, ``prefill_error`` of the factor, relative.
+    Errors are medians: ``layer_error_s`` of the seconds per layer, ``prefill_error`` of the factor, relative.
     """
 
     step_s: float
     request_s: float
-    error_s: float = 0.0
+    layer_s: float = 0.0
+    layer_error_s: float = 0.0
     prefill_factor: float = 1.0
     prefill_error: float = 0.0
-
-
-class DeviceFit(Frozen):
-    """An engine on one device: what was fitted there, from how many runs, and the models of all runs fitted to."""
-
-    step_s: Number = Field(ge=0)
-    rows: int = Field(ge=0)
-    prefill_factor: Number = Field(default=1.0, ge=1, description="prefill steps under load over their kernels")
-    prefill_error: Number = Field(default=0.0, ge=0, description="median distance of a network's own, over the factor")
-    prefill_rows: int = Field(default=0, ge=0)
-    models: tuple[str, ...]
 
 
 class EngineFit(Frozen):
@@ -137,12 +127,14 @@ class EngineFit(Frozen):
     """
 
     source: str = Field(min_length=3)
-    rows: int = Field(ge=1, description="runs at small batch that the overhead per step was fitted to")
+    rows: int = Field(ge=1, description="runs that steps were fitted to")
     models: int = Field(ge=1, description="different networks among them")
     dropped: dict[str, int] = Field(default={}, description="runs of this engine not fitted to, by reason")
-    step_s: Number = Field(ge=0, description="seconds per step; for devices that no run was measured on")
-    step_error_s: Number = Field(ge=0, description="median distance of a network's own value from one fitted to others")
-    devices: dict[str, DeviceFit] = Field(default={}, description="by device profile")
+    layer_s: Number = Field(ge=0, description="seconds per layer and step: gaps, kernels that no row stands for")
+    layer_error_s: Number = Field(ge=0, description="median distance of a network's own from one drawn from others")
+    prefill_factor: Number = Field(default=1.0, ge=1, description="steps with prompts under load over their kernels")
+    prefill_error: Number = Field(default=0.0, ge=0, description="median distance of a network's own, over the factor")
+    served: dict[str, tuple[str, ...]] = Field(default={}, description="models of all runs fitted to, by device")
     first_token_s: Number | None = Field(default=None, ge=0)
     prompt_token_s: Number = Field(default=0.0, ge=0, description="per token of the prompt, on top of that")
     first_token_rows: int = Field(default=0, ge=0)
@@ -255,15 +247,14 @@ class EngineProfile(Frozen):
             changes["cache_rules"] = None
         return self.model_copy(update=changes) if changes else self
 
-    def overhead(self, device: str) -> Overhead:
-        """Of a step on ``device``, a profile's name: as fitted there, else in general, else as published."""
-        request_s = 0.0 if self.request_overhead_s is None else float(self.request_overhead_s)
+    @property
+    def overhead(self) -> Overhead:
+        """Of a step: as published, with what was fitted beside."""
+        published = Overhead(float(self.step_overhead_s), float(self.request_overhead_s or 0.0))
         if self.fitted is None:
-            return Overhead(float(self.step_overhead_s), request_s)
-        here = self.fitted.devices.get(device)
-        if here is None:
-            return Overhead(self.fitted.step_s, request_s, self.fitted.step_error_s)
-        return Overhead(here.step_s, request_s, self.fitted.step_error_s, here.prefill_factor, here.prefill_error)
+            return published
+        fitted = ("layer_s", "layer_error_s", "prefill_factor", "prefill_error")
+        return replace(published, **{name: getattr(self.fitted, name) for name in fitted})
 
     def first_token_s(self, input_len: Any) -> Any:
         """Seconds of a request outside the GPU and before its first token, of a prompt of so many tokens (or arrays):

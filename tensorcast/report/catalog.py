@@ -67,15 +67,14 @@ def device_record(profile: DeviceProfile) -> Record:
 
 
 def engine_record(profile: EngineProfile) -> Record:
-    """Fusions, captured phases, overheads, memory. ``step_overhead_s`` where no device says its own."""
-    fit, general = profile.fitted, profile.overhead("")
+    """Fusions, captured phases, overheads, memory."""
+    fit, beside = profile.fitted, profile.overhead
     return {
         "name": profile.name, "aliases": list(profile.aliases), "version": profile.version,
         "description": profile.description, "fusions": list(profile.fusions),
         "graph_captured_phases": list(profile.graph_captured_phases),
-        "step_overhead_s": general.step_s, "request_overhead_s": general.request_s,
-        "device_step_overhead_s": {name: one.step_s for name, one in fit.devices.items()} if fit else {},
-        "device_prefill_factor": {name: one.prefill_factor for name, one in fit.devices.items()} if fit else {},
+        "step_overhead_s": beside.step_s, "request_overhead_s": beside.request_s,
+        "layer_overhead_s": beside.layer_s, "prefill_factor": beside.prefill_factor,
         "first_token_s": profile.first_token_s(0), "hand_over_s": profile.hand_over_s,
         "prompt_token_s": profile.fitted.prompt_token_s if profile.fitted else 0.0,
         "overheads_fitted_to": fit.source if fit else None,
@@ -173,7 +172,8 @@ def print_engines(records: list[Record], console: Console) -> None:
     rows = [
         [
             row["name"], row["version"], ", ".join(row["graph_captured_phases"]) or "none",
-            units.seconds(row["step_overhead_s"]) + _per_sequence(row["request_overhead_s"]),
+            units.seconds(row["step_overhead_s"]) + _each(row["layer_overhead_s"], "layer")
+            + _each(row["request_overhead_s"], "seq"),
             "by layout" if row["memory_by_layout"] else units.percent(row["memory_fraction"]),
             ", ".join(row["fusions"]) or "none",
             ", ".join(dict.fromkeys(row["all2all"].values())), _link(row["sources"]),
@@ -183,12 +183,12 @@ def print_engines(records: list[Record], console: Console) -> None:
     soft = ("fuses", "exchange")
     heads = ("engine", "version", "graphs", "overhead", "memory", "fuses", "exchange", "source")
     _print(console, heads, "lllrrlll", rows, soft=soft, optional=("exchange",), narrow=("version", "graphs"))
-    _say(console, "Graphs: phases replayed from captured graphs. Overhead: per step and sequence, outside kernels.")
+    _say(console, "Graphs: phases replayed from captured graphs. Overhead: per step, layer, sequence; beside kernels.")
     _say(console, "Memory: share of the device, or of what weights leave, that it takes. All figures: --json")
 
 
-def _per_sequence(seconds: float) -> str:
-    return f" + {units.seconds(seconds)}/seq" if seconds else ""
+def _each(seconds: float, what: str) -> str:
+    return f" + {units.seconds(seconds)}/{what}" if seconds else ""
 
 
 def _params(value: float | None) -> str:

@@ -159,7 +159,7 @@ def step_times(
         price = decode.step.price(batch, 1.0, contexts[:, None])
         shared, attention = _shared(price, decode), _attention(price)
         # what the engine takes per sequence stays with decoding where prompts ride along
-        attention = attention + price.overhead_s - engine.overhead(decode.device.name).step_s
+        attention = attention + price.request_overhead_s
         whole = np.broadcast_to(price.seconds, (len(contexts), len(batch)))
         decoding = DecodeTimes(
             own=Bilinear.of(contexts, batch, whole - shared),
@@ -170,7 +170,7 @@ def step_times(
     if prefill is not None:
         new = GRID[(GRID >= 1) & (2 * chunk_tokens + most_sequences > GRID)][::2]
         price = prefill.step.price(1.0, new, contexts[:, None])
-        factor = engine.overhead(prefill.device.name).prefill_factor
+        factor = engine.overhead.prefill_factor
         shared, attention = _shared(price, prefill), _attention(price)
         whole, shared, attention = (
             factor * np.broadcast_to(t, (len(contexts), len(new))) for t in (price.seconds, shared, attention)
@@ -183,7 +183,7 @@ def step_times(
             attention=Bilinear.of(contexts, new, attention),
             least=float(attention[0, 0]),
         )
-        errors[1] = float(np.hypot(np.median(price.error), engine.overhead(prefill.device.name).prefill_error))
+        errors[1] = float(np.hypot(np.median(price.error), engine.overhead.prefill_error))
     return StepTimes(
         decode=decoding, prompts=prompting, tokens_each=verify, alone=engine.prefill_alone,
         errors=(errors[0], errors[1]),

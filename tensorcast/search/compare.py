@@ -165,7 +165,7 @@ def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tup
         rows = [(f"{p.family} {p.level == UNSURE}", float(p.seconds) * float(n), float(np.max(p.error)))
                 for p, n in price.calls]
         beside = max(float(price.overhead_s), 1e-30)
-        rows.append(("engine", beside, price.overhead_error_s / beside))
+        rows.append(("engine", beside, float(price.overhead_error_s) / beside))
         total = sum(seconds for _, seconds, _ in rows) or 1.0
         for name, seconds, error in rows:
             amount = whole * share * seconds / total

@@ -60,9 +60,10 @@ def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
     spread = {
         "balanced": "tokens fall evenly on experts",
         "uniform": "tokens pick experts at random, none more popular",
+        "typical": "tokens fall on experts as unevenly as recorded traffic does",
     }
     if facts.num_experts and first.base.routing in spread:
-        found.append(f"{spread[first.base.routing]}; --routing zipf:0.6 shows what skew costs")
+        found.append(f"{spread[first.base.routing]}; --routing uniform or zipf:1 shows what less or more skew does")
     if "disaggregated" in first.modes:
         found.append("disaggregated pools use as many GPUs as match, which may be fewer than there are")
     unsure = frame.loc[frame["meets"], "share_datasheet"] if frame["meets"].any() else frame["share_datasheet"]

@@ -12,7 +12,7 @@ from tensorcast.cost.routing import Routing
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.engine_limits import ENGINE_RULES
 from tensorcast.deploy.layout import Layout, parse_layout
-from tensorcast.deploy.options import Options, check_options
+from tensorcast.deploy.options import SERVED_ROUTING, Options, check_options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
@@ -81,7 +81,7 @@ def search_tasks(
     input_len: int, output_len: int, prefix_cached: int = 0, mtp_acceptance: float = 0.8, ttft_s: float | None = None,
     tpot_s: float | None = None, objective: str = "tokens_per_gpu", layouts: Sequence[str] | None = None,
     modes: Sequence[str] = MODES, request_rate: float | None = None, prices: Mapping[str, float] | None = None,
-    quant: str | None = None, routing: str = "uniform", placement: str = "linear", full: bool = False,
+    quant: str | None = None, routing: str = SERVED_ROUTING, placement: str = "linear", full: bool = False,
     runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,
 ) -> list[SearchTask]:
     """Tasks of every device and size. ``searched``: values of axes; those left out are the default space's.

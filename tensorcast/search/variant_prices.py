@@ -160,7 +160,7 @@ class VariantPrices:
         price = step.price(np.tile(grid, len(settings)), 1.0, load.context)
         shape = (len(members), len(settings), len(grid))
         there = rows >= 0
-        for name, values in decode_columns(price, decode).items():
+        for name, values in decode_columns(price).items():
             whole = np.broadcast_to(values, (shape[0], shape[1] * shape[2])).reshape(shape)
             self.curves[name][rows[there]] = whole[there]
         steps, buffers, each, most = np.empty((4, *rows.shape))

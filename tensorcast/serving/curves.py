@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.evidence import EVIDENCE, LEVELS
-from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.step.price import StepPrice, seconds_of, total
 from tensorcast.serving.traffic import Array
 
@@ -42,13 +41,12 @@ class DecodeCurve:
         return low + (values[left + 1] - low) * share
 
 
-def decode_columns(price: StepPrice, deployment: Deployment) -> dict[str, Any]:
-    """What decode curves hold, from decode steps of ``deployment`` priced over batches."""
-    per_step = deployment.engine.overhead(deployment.device.name).step_s
+def decode_columns(price: StepPrice) -> dict[str, Any]:
+    """What decode curves hold, from decode steps of one deployment priced over batches."""
     attention_s = price.sum(seconds_of, lambda p: getattr(p.row, "name", "") in PER_SEQUENCE)
     return {
         "seconds": price.seconds,
-        "attention_s": attention_s + price.overhead_s - per_step,
+        "attention_s": attention_s + price.request_overhead_s,
         "error": price.error,
         "exposed_comm_s": price.exposed_comm_s,
         "hidden_comm_s": price.hidden_comm_s,

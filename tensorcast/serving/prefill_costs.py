@@ -97,7 +97,7 @@ def prefill_columns(price: StepPrice, prefill: Deployment) -> dict[str, Any]:
     Expert seconds are what the tokens of all data-parallel ranks take: experts, dispatch and combine, less what
     overlaps.
     """
-    overhead = prefill.engine.overhead(prefill.device.name)
+    overhead = prefill.engine.overhead
     experts_s = price.sum(
         seconds_of,
         lambda p: p.row.group in ("dp", "ep") if isinstance(p.row, Collective) else p.row.stage in EXPERT_STAGES,

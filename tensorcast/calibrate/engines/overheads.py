@@ -2,23 +2,17 @@
 
 ``python -m tensorcast.calibrate.engines.overheads --table FILE [--profiles DIR]``, or ``make engines TABLE=FILE``.
 
-**Overhead per step**: from aggregated runs at small batch, where a step is decode nearly alone: what, added to every
-step, brings predicted times per token closest to the measured ones. A record may lack what decides the time (drafted
-tokens, say) and kernels err per model, so absolute errors are summed, in which no single run weighs much, and every
-network on every device counts alike. Networks agree badly on their engine's overhead. So the engine's value is drawn
-towards the published one, and a device's towards the engine's, each by as many networks' weight
-(:data:`WEIGHTS`) as brings networks closest that are fitted to without their own runs; where nothing does, the
-published value stays. What a sequence adds stays as
-published: fitted beside the step's, to runs of larger batches, it made runs left out no better and devices left out
-worse.
-
-**Prompts under load**: kernels are timed alone, in short bursts, on a cool chip; in a server they share steps with
-decoding rows, run on for minutes at the power limit, and prompts do not fill their steps evenly. How many times as
-long as their kernels steps with prompts take, 1 at least, is fitted per device to aggregated runs of all engines and
-of any batch: drawn towards 1 as far as serves networks best that are not fitted to.
+**Steps**: to aggregated runs of any batch, two constants are fitted to each network's runs under an engine on a
+device together, as neither can be told alone: seconds per layer (gaps between kernels, small kernels that no row
+stands for), and how many times as long as their kernels steps with prompts take: kernels are timed alone, in short
+bursts, on a cool chip; in a server they run on for minutes at the power limit, prompts do not fill their steps evenly,
+and they are launched one by one. A record may lack what decides the time (drafted tokens, say) and kernels err per
+model, so absolute errors are summed, in which no single run weighs much. Networks agree only so far, by device no more
+than by engine: an engine has the median of its networks, drawn towards that of all engines' networks
+(:data:`~tensorcast.calibrate.engines.statistics.DRAWN`). What a step and a sequence take stays as published.
 
 **First token, hand-over**: what runs of any batch take from request to first token beyond what the model explains, a
-constant and a part that grows with the prompt, fitted in the same way, every run alike, with the overhead per step in
+constant and a part that grows with the prompt, by least absolute error, every run alike, with the constants of steps in
 place; the hand-over from runs that state their workers.
 
 Only rows of :func:`tensorcast.predict.score.fitted_half` are fitted to; the others score.
@@ -37,14 +31,16 @@ import pandas as pd
 
 from tensorcast.calibrate import command
 from tensorcast.calibrate.engines.statistics import (
-    Constant,
-    Slower,
-    fit_drawn,
-    fit_slower,
+    FEWEST,
+    Beside,
+    Group,
+    distances,
+    drawn,
     least_off,
     least_off_by_size,
     median_error,
     once,
+    own_fits,
     unseen,
 )
 from tensorcast.calibrate.generated_blocks import read_engine, write_fit
@@ -54,20 +50,12 @@ from tensorcast.predict.csv_table import read_table
 from tensorcast.predict.run_columns import canonical_columns
 from tensorcast.predict.score import fitted_half, named, same_run
 from tensorcast.predict.serve_runs import serve
-from tensorcast.profiles.engine import DeviceFit, EngineFit, EngineProfile
+from tensorcast.profiles.engine import EngineFit, EngineProfile
 from tensorcast.profiles.store import load_device, load_engine, load_model
 
-SMALL_BATCH = 16.0
-"""Most requests per data-parallel rank of a run that the overhead per step is fitted to."""
-
-PROMPTS_SHARE = 0.3
-"""Most of such a run's time per token that prompts take, as predicted."""
-
-FEWEST = 8
-"""Runs below which nothing is fitted."""
-
-STEP_S, SLOWER, FIRST_S = 1e-3, 0.25, 0.05
-"""What is tried to see what overheads and slower prompts add to a time per token and to a first token."""
+LAYER_S, SLOWER, FIRST_S = 1e-5, 0.25, 0.05
+"""What is tried to see what seconds per layer and slower prompts add to a time per token, and seconds to a first
+token."""
 
 Change = Callable[[str], EngineProfile]
 
@@ -103,42 +91,49 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def served_times(rows: pd.DataFrame, engine: Change) -> pd.DataFrame:
-    """``tpot_s, ttft_s, decode_step_s`` of every run of ``rows`` under the profile that ``engine`` gives for its name.
+    """``tpot_s, ttft_s`` of every run of ``rows`` under the profile that ``engine`` gives for its name.
 
     NaN where a run cannot be served.
     """
-    out = np.full((len(rows), 3), np.nan)
+    out = np.full((len(rows), 2), np.nan)
     for stretch in predict.stretches(list(rows["run"]), jobs=1):
         found = serve([run for _, run in stretch], lambda name: engine(load_engine(name).name))
         for (place, _), served in zip(stretch, found, strict=True):
             if not served.problem:
-                out[place] = served.tpot_s, served.ttft_s, served.decode_step_s
-    return pd.DataFrame(out, columns=["tpot_s", "ttft_s", "decode_step_s"], index=rows.index)
+                out[place] = served.tpot_s, served.ttft_s
+    return pd.DataFrame(out, columns=["tpot_s", "ttft_s"], index=rows.index)
 
 
 def with_uses(rows: pd.DataFrame) -> pd.DataFrame:
-    """``rows`` with what they are used for: ``scored``; ``prompts``, fitted to for prompts under load; ``small``, for
-    the overhead per step; and ``why``, the first reason that they are not ``small``."""
+    """``rows`` with what they are used for: ``scored``, ``used`` to fit what steps take; and ``why``, the first reason
+    that they are not ``used``."""
     why = pd.Series("", index=rows.index)
     reasons = {
         "not predicted or not measured": ~((rows["tpot_s"] > 0) & (rows["measured_tpot_s"] > 0)),
         "disaggregated": rows["mode"] != "aggregated",
         "left out to score": ~rows["even"],
-        f"more than {SMALL_BATCH:g} requests per data-parallel rank": rows["users"] > SMALL_BATCH,
-        f"prompts take more than {PROMPTS_SHARE:.0%} of the time": 1 - rows["decode_step_s"] / rows["tpot_s"]
-        > PROMPTS_SHARE,
     }
     for reason, holds in reasons.items():
         why[holds & (why == "")] = reason
-    used = {"not predicted or not measured", "disaggregated"}
-    scored = ~why.isin(used)
-    return rows.assign(scored=scored, prompts=scored & rows["even"], small=why == "", why=why)
+    return rows.assign(scored=why.isin(["", "left out to score"]), used=why == "", why=why)
 
 
 def _dropped(own: pd.DataFrame) -> dict[str, int]:
-    """Runs that no overhead per step was fitted to, by reason."""
-    counts = own.loc[~own["small"], "why"].value_counts(sort=False)
+    """Runs that what steps take was not fitted to, by reason."""
+    counts = own.loc[~own["used"], "why"].value_counts(sort=False)
     return {str(why): int(count) for why, count in counts.items()}
+
+
+def with_slopes(rows: pd.DataFrame, published: dict[str, EngineProfile]) -> pd.DataFrame:
+    """Measured ``rows`` (:func:`read_runs`) with their times as published and what each constant would add to them."""
+    known = rows[rows["engine"].isin(published)].reset_index(drop=True)
+    known = known.join(served_times(known, published.__getitem__))
+    slopes = {}
+    for name, field, size in (("layer_slope", "layer_s", LAYER_S), ("prompt_slope", "prefill_factor", SLOWER)):
+        start = 1.0 if field == "prefill_factor" else 0.0
+        more = {name: with_fit(one, **{field: start + size}) for name, one in published.items()}
+        slopes[name] = (served_times(known, more.__getitem__)["tpot_s"] - known["tpot_s"]) / size
+    return with_uses(known.assign(base_s=known["tpot_s"], **slopes))
 
 
 def fit_engines(rows: pd.DataFrame, engines: dict[str, EngineProfile], source: str) -> dict[str, EngineFit]:
@@ -147,31 +142,15 @@ def fit_engines(rows: pd.DataFrame, engines: dict[str, EngineProfile], source: s
         name: one.model_copy(update={"fitted": None, "first_token_overhead_s": None, "hand_over_overhead_s": None})
         for name, one in engines.items()
     }
-    known = rows[rows["engine"].isin(published)].reset_index(drop=True)
-    step_s = known["engine"].map(lambda name: float(published[name].step_overhead_s))
-    known = known.join(served_times(known, published.__getitem__))
-    more = {name: with_fit(one, step_s=float(one.step_overhead_s) + STEP_S) for name, one in published.items()}
-    slope = (served_times(known, more.__getitem__)["tpot_s"] - known["tpot_s"]) / STEP_S
-    loaded = {name: with_fit(one, devices=_loaded(one, set(known["device"]))) for name, one in published.items()}
-    prompt_slope = (served_times(known, loaded.__getitem__)["tpot_s"] - known["tpot_s"]) / SLOWER
-    known = known.assign(slope=slope, prompt_slope=prompt_slope, base_s=known["tpot_s"] - slope * step_s)
-    known = with_uses(known)
-    counts = known.groupby("engine")["small"].sum()
+    known = with_slopes(rows, published)
+    counts = known.groupby("engine")["used"].sum()
     known = known[known["engine"].isin(counts[counts >= FEWEST].index)].reset_index(drop=True)
     if known.empty:
         return {}
-    steps = {
-        str(name): fit_drawn(own[own["small"]], float(published[str(name)].step_overhead_s))
-        for name, own in known.groupby("engine")
-    }
-    base_s = pd.concat([steps[str(name)].added(own) for name, own in known.groupby("engine")])
-    full = known.assign(base_s=base_s, slope=known["prompt_slope"])[known["prompts"]]
-    slower = {str(name): fit_slower(here) for name, here in full.groupby("device")}
-    found = {
-        name: _steps_part(known[known["engine"] == name], float(published[name].step_overhead_s), fit, slower, source)
-        for name, fit in steps.items()
-    }
-    stepped = {name: one.model_copy(update={"fitted": found[name]}) for name, one in published.items() if name in found}
+    own = own_fits(known[known["used"]])
+    here = {str(name): runs for name, runs in known.groupby("engine")}
+    found = {name: _steps_part(runs, own, source) for name, runs in here.items()}
+    stepped = {name: published[name].model_copy(update={"fitted": fit}) for name, fit in found.items()}
     known = known.assign(first_s=served_times(known, stepped.__getitem__)["ttft_s"])
     later = {
         name: one.model_copy(update={"fitted": found[name].model_copy(update={"first_token_s": FIRST_S})})
@@ -185,37 +164,23 @@ def fit_engines(rows: pd.DataFrame, engines: dict[str, EngineProfile], source: s
 
 
 def with_fit(engine: EngineProfile, **fields: Any) -> EngineProfile:
-    """``engine`` with constants as if fitted, on all devices alike."""
-    fields = {"step_s": float(engine.step_overhead_s), "step_error_s": 0.0, **fields}
+    """``engine`` with constants as if fitted."""
+    fields = {"layer_s": 0.0, "layer_error_s": 0.0, **fields}
     return engine.model_copy(update={"fitted": EngineFit(source="given", rows=1, models=1, **fields)})
 
 
-def _loaded(engine: EngineProfile, devices: set[str]) -> dict[str, DeviceFit]:
-    """Steps with prompts of ``engine`` as if slower under load on every device."""
-    one = DeviceFit(step_s=float(engine.step_overhead_s), rows=0, models=(), prefill_factor=1 + SLOWER)
-    return dict.fromkeys(devices, one)
-
-
-def _steps_part(
-    own: pd.DataFrame, published_s: float, steps: Constant, slower: dict[str, Slower], source: str
-) -> EngineFit:
-    """What an engine's steps take beside their kernels, and how much slower those with prompts are under load."""
-    used, prompts = own[own["small"]], own[own["prompts"]]
-    # of few networks on a device their distances say little: all devices' together
-    off = float(np.median([distance for one in slower.values() for distance in one.off]))
-    new = unseen(own, published_s, slower)
-    devices = {
-        name: DeviceFit(
-            step_s=round(steps.at(name), 6), rows=int((used["device"] == name).sum()), models=(),
-            prefill_factor=round(1 + slower[name].more, 3), prefill_error=round(off, 3),
-            prefill_rows=int((prompts["device"] == name).sum()),
-        )
-        for name in sorted(set(own.loc[own["even"], "device"]) & set(slower))
-    }  # fmt: skip
+def _steps_part(runs: pd.DataFrame, own: dict[Group, Beside], source: str) -> EngineFit:
+    """What the steps of the engine of these ``runs`` take beside their kernels; ``own``: of all engines' networks."""
+    found, off = drawn(own, str(runs["engine"].iloc[0])), distances(own)
+    used, scored = runs[runs["used"]], runs[runs["scored"]]
+    scores: dict[str, Any] = {}
+    if scored["network"].nunique() > 1:
+        before, after = median_error(scored["tpot_s"], scored), median_error(unseen(scored, own), scored)
+        scores = {"unseen_before": round(before, 3), "unseen_error": round(after, 3)}
     return EngineFit(
-        source=source, rows=len(used), models=used["network"].nunique(), dropped=_dropped(own),
-        step_s=round(steps.general, 6), step_error_s=round(new.off, 5), devices=devices,
-        unseen_before=new.before, unseen_error=new.after,
+        source=source, rows=len(used), models=used["network"].nunique(), dropped=_dropped(runs),
+        layer_s=round(found.layer_s, 8), layer_error_s=round(off.layer_s, 8),
+        prefill_factor=round(1 + found.slower, 3), prefill_error=round(off.slower, 3), **scores,
     )  # fmt: skip
 
 
@@ -239,13 +204,9 @@ def _first_part(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
         fields |= {"hand_over_s": round(hand_over_s, 2), "hand_over_rows": len(pools)}
     else:
         pools = pools[:0]
-    models = pd.concat([whole, pools]).groupby("device")["model"].unique()
-    devices = {
-        name: one.model_copy(update={"models": tuple(sorted(models.get(name, ())))})
-        for name, one in fit.devices.items()
-        if name in models
-    }
-    return fit.model_copy(update={**fields, "devices": devices})
+    models = pd.concat([own[own["used"]], whole, pools]).groupby("device")["model"].unique()
+    served = {str(name): tuple(sorted(some)) for name, some in models.items()}
+    return fit.model_copy(update={**fields, "served": served})
 
 
 def _scored(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
@@ -273,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = options.source or f"{len(rows)} measured runs of {options.table.name}"
     fits = fit_engines(rows, engines, source)
     if not fits:
-        raise InputError(f"{options.table}: no engine has {FEWEST} measured runs at small batch to fit to")
+        raise InputError(f"{options.table}: no engine has {FEWEST} measured runs to fit to")
     for name, fit in fits.items():
         path = next(path for path in paths.values() if read_engine(path).name == name)
         write_fit(path, fit)
@@ -283,15 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report(fit: EngineFit) -> str:
     """A fit in one line."""
-    devices = ", ".join(f"{name} {1e3 * one.step_s:.2f}" for name, one in fit.devices.items())
     each = f" and {1e6 * fit.prompt_token_s:.1f} us per token of its prompt"
     first = "" if fit.first_token_s is None else f", {1e3 * fit.first_token_s:.0f} ms{each} per first token"
     pools = "" if fit.hand_over_s is None else f", {1e3 * fit.hand_over_s:.0f} ms per hand-over"
     seen = f"time per token of {fit.left_out_rows} runs left out {_change(fit.left_out_before, fit.left_out_error)}"
     new = f"models not fitted to {_change(fit.unseen_before, fit.unseen_error)}"
-    slower = ", ".join(f"{name} {one.prefill_factor:.2f}" for name, one in fit.devices.items())
-    load = f", prompts under load x ({slower})"
-    return f"{1e3 * fit.step_s:.2f} ms per step ({devices}){load}{first}{pools}; {seen}, {new}"
+    load = f", steps with prompts x {fit.prefill_factor:.2f}"
+    return f"{1e6 * fit.layer_s:.1f} us per layer{load}{first}{pools}; {seen}, {new}"
 
 
 def _change(before: float | None, after: float | None) -> str:

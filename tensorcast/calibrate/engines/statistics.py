@@ -1,28 +1,40 @@
-"""Constants of an engine, in general and by device, from runs of several networks that agree only so far.
+"""Constants of engines' steps, from runs of several networks that agree only so far.
 
-A table of runs has ``base_s`` (the time per token as predicted without the constant), ``slope`` (what a unit of it
-adds), ``measured_tpot_s``, ``engine, device, network``, ``even`` and ``same`` (a number per measured run).
+A table of runs has ``base_s`` (the time per token as predicted without the constants), ``layer_slope`` and
+``prompt_slope`` (what a unit of each adds), ``measured_tpot_s``, ``engine, device, network``, ``even`` and ``same`` (a
+number per measured run).
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+FEWEST = 8
+"""Runs below which nothing is fitted."""
 
-class Weights(NamedTuple):
-    """As how many networks the published value counts beside an engine's, and the engine's beside a device's."""
-
-    published: float
-    general: float
+DRAWN = 4.0
+"""As how many networks the median of all engines' counts beside an engine's own. 2 to 8 serve networks that nothing
+was fitted to alike."""
 
 
-WEIGHTS = tuple(Weights(p, g) for p in (math.inf, 32.0, 16.0, 8.0, 4.0) for g in (math.inf, 8.0, 4.0, 2.0, 1.0))
-"""What is tried, the heaviest first."""
+BELIEVED = 0.5
+"""Share of the factor told by times per token that is taken. Those hardly change with it, as seconds per layer make up
+for it; first tokens, which it is for as well, come nearest with about half."""
+
+
+class Beside(NamedTuple):
+    """What steps take beside their kernels: seconds per layer, and by how much more than 1 those with prompts are
+    slower under load."""
+
+    layer_s: float
+    slower: float
+
+
+Group = tuple[str, str, int]
+"""Engine, device, network."""
 
 
 def least_off(base: Any, slope: Any, measured: Any, weight: Any) -> float:
@@ -40,25 +52,31 @@ def least_off(base: Any, slope: Any, measured: Any, weight: Any) -> float:
     return max(float(meets[order][np.searchsorted(below, below[-1] / 2)]), 0.0)
 
 
-def least_off_by_size(base: Any, slope: Any, size: Any, measured: Any, weight: Any) -> tuple[float, float]:
-    """As :func:`least_off`, a constant and what comes to it per ``size``, both 0 or more."""
-    base, slope, size, measured, weight = (np.asarray(a, dtype=float) for a in (base, slope, size, measured, weight))
+def least_off_by_two(base: Any, slope: Any, other: Any, measured: Any, weight: Any) -> tuple[float, float]:
+    """As :func:`least_off`, of two constants, 0 or more, that add ``slope`` and ``other`` times themselves."""
+    base, slope, other, measured, weight = (np.asarray(a, dtype=float) for a in (base, slope, other, measured, weight))
 
-    def best(each: float) -> tuple[float, float]:
-        """The constant that goes with ``each``, and how far off both leave the runs."""
-        added = base + slope * each * size
+    def best(second: float) -> tuple[float, float]:
+        """The first constant that goes with the ``second``, and how far off both leave the runs."""
+        added = base + other * second
         constant = least_off(added, slope, measured, weight)
         return constant, float(np.sum(weight * np.abs((added + slope * constant) / measured - 1)))
 
-    low, high = 0.0, float(np.max(measured / size))
-    for _ in range(60):  # the sum is convex in both, so its least over the constant is convex, too
+    moves = other > 1e-9 * np.max(other, initial=0.0)
+    low, high = 0.0, float(np.max(measured[moves] / other[moves], initial=0.0))
+    for _ in range(60):  # the sum is convex in both, so its least over the first is convex, too
         left, right = low + (high - low) / 3, high - (high - low) / 3
         if best(left)[1] <= best(right)[1]:
             high = right
         else:
             low = left
-    each = (low + high) / 2 if best((low + high) / 2)[1] < best(0.0)[1] else 0.0
-    return best(each)[0], each
+    second = (low + high) / 2 if best((low + high) / 2)[1] < best(0.0)[1] else 0.0
+    return best(second)[0], second
+
+
+def least_off_by_size(base: Any, slope: Any, size: Any, measured: Any, weight: Any) -> tuple[float, float]:
+    """As :func:`least_off`, a constant and what comes to it per ``size``, both 0 or more."""
+    return least_off_by_two(base, slope, np.asarray(slope) * np.asarray(size), measured, weight)
 
 
 def once(rows: pd.DataFrame) -> pd.Series[float]:
@@ -66,123 +84,58 @@ def once(rows: pd.DataFrame) -> pd.Series[float]:
     return 1.0 / rows.groupby("same")["even"].transform("size")
 
 
-def alike(rows: pd.DataFrame) -> pd.Series[float]:
-    """:func:`once`, and every network on every device of an engine the same."""
-    one = once(rows)
-    return one / one.groupby([rows["engine"], rows["device"], rows["network"]]).transform("sum")
+def own_fits(rows: pd.DataFrame) -> dict[Group, Beside]:
+    """Each network's own constants under an engine on a device, where enough runs say them."""
+    found = {}
+    for (engine, device, network), some in rows.groupby(["engine", "device", "network"]):
+        if len(some) >= FEWEST:
+            fitted = least_off_by_two(
+                some["base_s"], some["layer_slope"], some["prompt_slope"], some["measured_tpot_s"], once(some)
+            )
+            found[str(engine), str(device), int(str(network))] = Beside(*fitted)
+    return found
 
 
-@dataclass(frozen=True)
-class Constant:
-    """A constant in general and by device; ``own``: by (device, network), each from its runs alone."""
-
-    general: float
-    devices: dict[str, float]
-    own: dict[tuple[str, int], float]
-
-    def at(self, device: str) -> float:
-        return self.devices.get(device, self.general)
-
-    def on(self, devices: pd.Series[str]) -> pd.Series[float]:
-        return devices.map(self.at).astype(float)
-
-    def added(self, rows: pd.DataFrame) -> pd.Series[float]:
-        """Times per token of ``rows`` with the constant in them."""
-        return rows["base_s"] + self.on(rows["device"]) * rows["slope"]
+def drawn(own: dict[Group, Beside], engine: str) -> Beside:
+    """An engine's constants: the median of its networks', drawn towards that of all engines' networks, which counts as
+    :data:`DRAWN` of them. A few networks say little about the next one, and where prompts take a small part of all
+    runs, their own factor is anything."""
+    if not own:
+        return Beside(0.0, 0.0)
+    own = {key: Beside(one.layer_s, BELIEVED * one.slower) for key, one in own.items()}
+    every = np.median(np.array(list(own.values())), axis=0)
+    here = np.array([one for (name, _, _), one in own.items() if name == engine]).reshape(-1, 2)
+    if not len(here):
+        return Beside(*every)
+    return Beside(*((len(here) * np.median(here, axis=0) + DRAWN * every) / (len(here) + DRAWN)))
 
 
-def fit_constant(rows: pd.DataFrame, published: float, weights: Weights) -> Constant:
-    """From runs of one engine: drawn towards ``published``, and of a device towards the engine's."""
-
-    def fit(some: pd.DataFrame) -> float:
-        return least_off(some["base_s"], some["slope"], some["measured_tpot_s"], alike(some))
-
-    def drawn(some: pd.DataFrame, towards: float, count: float) -> float:
-        networks = some["network"].nunique()
-        return towards if math.isinf(count) else (networks * fit(some) + count * towards) / (networks + count)
-
-    general = drawn(rows, published, weights.published) if len(rows) else published
-    devices = {str(name): drawn(some, general, weights.general) for name, some in rows.groupby("device")}
-    own = {
-        (str(name), network): fit(some)
-        for name, here in rows.groupby("device")
-        for network, some in ((n, here[here["network"] == n]) for n in here["network"].unique())
-    }
-    return Constant(general, devices, own)
+def without(own: dict[Group, Beside], *, network: int | None = None, device: str | None = None) -> dict[Group, Beside]:
+    """``own`` but for those of a network, or on a device."""
+    return {key: one for key, one in own.items() if key[2] != network and key[1] != device}
 
 
-def choose(rows: pd.DataFrame, published: float) -> Weights:
-    """The weights with which every network of ``rows``, fitted to without its own runs, is closest in the mean."""
-    networks = list(rows["network"].unique())
-    if len(networks) < 2:
-        return WEIGHTS[0]
-
-    def off(weights: Weights) -> float:
-        found = []
-        for network in networks:
-            fit = fit_constant(rows[rows["network"] != network], published, weights)
-            some = rows[rows["network"] == network]
-            error = (fit.added(some) / some["measured_tpot_s"] - 1).abs()
-            found += list(error.groupby(some["device"]).median())
-        return float(np.mean(found))
-
-    return min(WEIGHTS, key=off)
+def distances(own: dict[Group, Beside]) -> Beside:
+    """How far networks' own constants are from those drawn from other networks: medians, of the factor relative."""
+    if not own:
+        return Beside(0.0, 0.0)
+    given = [drawn(without(own, network=key[2]), key[0]) for key in own]
+    layer = [abs(one.layer_s - g.layer_s) for one, g in zip(own.values(), given, strict=True)]
+    slower = [abs(one.slower - g.slower) / (1 + g.slower) for one, g in zip(own.values(), given, strict=True)]
+    return Beside(float(np.median(layer)), float(np.median(slower)))
 
 
-def fit_drawn(rows: pd.DataFrame, published: float) -> Constant:
-    """:func:`fit_constant` with the weights that :func:`choose` finds."""
-    return fit_constant(rows, published, choose(rows, published))
+def added(rows: pd.DataFrame, beside: Beside) -> pd.Series[float]:
+    """Times per token of ``rows`` with these constants in them."""
+    return rows["base_s"] + beside.layer_s * rows["layer_slope"] + beside.slower * rows["prompt_slope"]
 
 
-@dataclass(frozen=True)
-class Slower:
-    """By how much more than 1 steps with prompts are slower under load on a device; ``without``: of each network the
-    same, fitted without its runs; ``off``: distances of networks' own from that, as parts of the factor."""
-
-    more: float
-    without: dict[int, float]
-    off: tuple[float, ...]
-
-
-def fit_slower(rows: pd.DataFrame) -> Slower:
-    """From runs of all engines on one device; ``slope``: what a step twice as slow would add."""
-
-    def fitted(some: pd.DataFrame, weights: Weights | None = None) -> float:
-        return fit_constant(some, 0.0, weights or choose(some, 0.0)).at(str(rows["device"].iloc[0]))
-
-    networks = sorted(set(rows["network"]))
-    without = {n: fitted(rows[rows["network"] != n]) for n in networks}
-    own = {n: fitted(rows[rows["network"] == n], Weights(0.0, 0.0)) for n in networks}
-    return Slower(fitted(rows), without, tuple(abs(own[n] - w) / (1 + w) for n, w in without.items()))
-
-
-@dataclass(frozen=True)
-class Unseen:
-    """Networks, each fitted to without its own runs: median error of their times per token as published and as fitted.
-
-    ``off``: median distance of a network's own overhead per step from the one that it is given.
-    """
-
-    before: float | None
-    after: float | None
-    off: float
-
-
-def unseen(rows: pd.DataFrame, published_s: float, slower: dict[str, Slower]) -> Unseen:
-    """Of one engine's ``rows``, of which ``small`` are fitted to and ``scored`` ones scored; ``slower``: by device."""
-    small, scored = rows[rows["small"]], rows[rows["scored"]]
-    own, off = fit_constant(small, published_s, WEIGHTS[0]).own, []
-    after = pd.Series(0.0, index=scored.index)
-    for network, some in scored.groupby("network"):
-        given = fit_drawn(small[small["network"] != network], published_s)
-        known = {name: one.without.get(int(str(network)), one.more) for name, one in slower.items()}
-        more = some["device"].map(known).fillna(0.0)
-        after[some.index] = given.added(some) + more * some["prompt_slope"]
-        off += [abs(s - given.at(name)) for (name, one), s in own.items() if one == network]
-    if scored["network"].nunique() < 2:
-        return Unseen(None, None, float(np.median(off)))
-    before = median_error(scored["tpot_s"], scored)
-    return Unseen(round(before, 3), round(median_error(after, scored), 3), float(np.median(off)))
+def unseen(rows: pd.DataFrame, own: dict[Group, Beside]) -> pd.Series[float]:
+    """Times per token of one engine's ``rows``, each network's by constants that nothing of it was fitted to."""
+    after = pd.Series(0.0, index=rows.index)
+    for network, some in rows.groupby("network"):
+        after[some.index] = added(some, drawn(without(own, network=int(str(network))), str(some["engine"].iloc[0])))
+    return after
 
 
 def median_error(predicted: pd.Series[float], rows: pd.DataFrame, name: str = "tpot_s") -> float:

@@ -170,13 +170,15 @@ class Part(NamedTuple):
 class StepPrice:
     """A step: its rows' prices and the time of the slowest pipeline stage, of the whole step, and of its overheads.
 
-    ``hidden_s``: kernel seconds that pass while others run; ``hidden_comm_s`` of them are communication.
+    ``request_overhead_s``: of the overheads, what comes with sequences. ``hidden_s``: kernel seconds that pass while
+    others run; ``hidden_comm_s`` of them are communication.
     """
 
     parts: tuple[Part, ...]
     seconds: Size
     overhead_s: Size
-    overhead_error_s: float
+    request_overhead_s: Size
+    overhead_error_s: Size
     micro_batches: Size
     hidden_s: Size = 0.0
     hidden_comm_s: Size = 0.0

@@ -97,11 +97,14 @@ class Step:
         stages[-1] = stages[-1] + drafting.sum(seconds_of)
         slowest = reduce(np.maximum, stages)
         turns = self.sizes.pp if self.sizes.decode else at.micro + self.sizes.pp - 1
-        beside = self.pricer.engine.overhead(self.pricer.device.name)
-        overhead = beside.step_s + beside.request_s * batch
+        beside = self.pricer.engine.overhead
+        passes = (len(self.table.layer_kinds) + self.sizes.mtp_depth) * turns / self.sizes.pp
+        per_sequence = beside.request_s * np.asarray(batch, dtype=float)
+        overhead = beside.step_s + beside.layer_s * passes + per_sequence
         saved, saved_comm = (total(layers[kind] * pair[i] for kind, pair in hidden.items()) for i in range(2))
         return StepPrice(
-            parts=parts, seconds=slowest * turns + overhead, overhead_s=overhead, overhead_error_s=beside.error_s,
+            parts=parts, seconds=slowest * turns + overhead, overhead_s=overhead, request_overhead_s=per_sequence,
+            overhead_error_s=beside.layer_error_s * passes,
             micro_batches=at.micro if np.ndim(at.micro) else int(at.micro), hidden_s=saved, hidden_comm_s=saved_comm,
         )
 

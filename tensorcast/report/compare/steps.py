@@ -31,7 +31,7 @@ MEMORY = {
     "activations_bytes": ("activations", "#009E73"), "other": ("buffers and engine", "#999999"),
 }
 
-ROUTINGS = {"balanced": "balanced", "uniform": "uniform", "zipf:0.5": "Zipf 0.5", "zipf:1": "Zipf 1"}
+ROUTINGS = {"balanced": "balanced", "uniform": "uniform", "typical": "typical", "zipf:1": "Zipf 1"}
 """Laws of expert popularity that steps are priced under, from even to steep."""
 
 SENSITIVE = 4
@@ -195,8 +195,8 @@ def sensitivity(view: View) -> Chart | None:
     axes.set_ylabel("change of decode step time, %")
     caption = (
         "The busiest expert-parallel rank sets the pace. Balanced: every expert gets the same; uniform: tokens pick at "
-        "random; Zipf s: popularity falls as rank to the -s. Few tokens on steep experts read fewer weights, which can "
-        "also shorten a step. Right: step time from balanced to the last."
+        "random; typical: as recorded; Zipf s: popularity falls as rank to the -s. Few tokens on steep experts read "
+        "fewer weights, which can also shorten a step. Right: step time from balanced to the last."
     )
     return finish(figure, "expert_load", title, caption)
 

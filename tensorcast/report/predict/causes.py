@@ -61,17 +61,15 @@ def fits(frame: pd.DataFrame, words: dict[str, str]) -> list[str]:
         return []
     found = {name: fit for name in sorted(set(frame["engine"])) if (fit := _fit(name)) is not None}
     text = (
-        "`make engines` fits what an engine does beside its kernels to measured runs: seconds per step to aggregated "
-        "runs at small batch, seconds per first token to aggregated runs, per hand-over to disaggregated runs that "
-        "state their workers, and, per device over all engines, how many times as long as their kernels steps with "
-        "prompts take under load. It takes groups of runs (model, device, layout, lengths) whose hash is even. Left "
-        "out is every other row, less records that measured the same to the last digit as one that was fitted to. An "
-        "overhead per step is drawn towards the published one (of BLIS, for vLLM), and prompts under load towards 1, "
-        "as far as serves those models best, among the runs fitted to, whose own runs are taken out; where models do "
-        "not agree on any, the published one stays. Picked by looking at all runs, none left out: what counts as a "
-        "small batch, two waiting steps, how many prompts ride together, tokens that choose experts at random "
-        "(uniform routing), how records are read, their default workers, SGLang's intervals in pools, the width of "
-        "intervals."
+        "`make engines` fits what an engine does beside its kernels to measured runs: seconds per layer and how many "
+        "times as long as their kernels steps with prompts take under load to aggregated runs, seconds per first token "
+        "to the same, per hand-over to disaggregated runs that state their workers. It takes groups of runs (model, "
+        "device, layout, lengths) whose hash is even. Left out is every other row, less records that measured the same "
+        "to the last digit as one that was fitted to. Each network's runs are fitted to alone; an engine has the "
+        "median of its networks, drawn towards that of all engines' networks, so that none of them weighs much. Picked "
+        "by looking at all runs, none left out: how much tokens of a step resemble one another (typical routing), how "
+        "strongly engines are drawn, two waiting steps, how many prompts ride together, how records are read, their "
+        "default workers, SGLang's intervals in pools, the width of intervals."
     )
     lines = ["## Fitted and left out", "", text, ""]
     rows = []
@@ -96,26 +94,23 @@ def _fit(engine: str) -> EngineFit | None:
 def _overheads(found: dict[str, EngineFit]) -> list[str]:
     """A line per engine: its overheads, and the error of the time per token before and after."""
     head = [
-        "engine", "ms per step", "by device", "give or take", "runs", "prompts under load",
+        "engine", "us per layer", "give or take", "prompts under load", "give or take", "runs",
         "ms per first token", "and us per token of its prompt", "ms per hand-over", "runs left out, before", "after",
         "models not fitted to, before", "after",
     ]  # fmt: skip
-    rows = []
-    for name, fit in found.items():
-        devices = ", ".join(f"{device} {_ms(one.step_s)}" for device, one in fit.devices.items())
-        load = ", ".join(
-            f"{device} x {one.prefill_factor:.2f} ± {percent(one.prefill_error)}" for device, one in fit.devices.items()
-        )
-        rows.append([
-            name, _ms(fit.step_s), devices, _ms(fit.step_error_s), str(fit.rows), load, _ms(fit.first_token_s),
-            f"{1e6 * fit.prompt_token_s:.1f}",
+    rows = [
+        [
+            name, f"{1e6 * fit.layer_s:.1f}", f"{1e6 * fit.layer_error_s:.1f}", f"x {fit.prefill_factor:.2f}",
+            percent(fit.prefill_error), str(fit.rows), _ms(fit.first_token_s), f"{1e6 * fit.prompt_token_s:.1f}",
             _ms(fit.hand_over_s), percent(fit.left_out_before), percent(fit.left_out_error),
             percent(fit.unseen_before), percent(fit.unseen_error),
-        ])  # fmt: skip
+        ]
+        for name, fit in found.items()
+    ]  # fmt: skip
     text = (
-        "Overheads, and median errors of the time per token of aggregated runs by the published overhead and by the "
-        "fitted one: runs left out, and each model by an overhead fitted to the engine's other models. Give or take: "
-        "the median distance of a model's own overhead from the one fitted to others, part of every interval."
+        "Overheads, and median errors of the time per token of aggregated runs as published and as fitted: runs left "
+        "out, and each model by constants that nothing of it was fitted to. Give or take: the median distance of a "
+        "model's own constant from the one drawn from others, part of every interval."
     )
     return [text, "", *markdown(head, rows)]
 

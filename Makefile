@@ -70,9 +70,10 @@ launches: $(STAMP)  ## how public benchmarks launched engines, into profiles/rec
 	@test -n "$(TABLE)" || { echo "make launches needs TABLE=FILE, a CSV of launches" >&2; exit 2; }
 	@$(BIN)/python -m tensorcast.calibrate.engines.launches --table "$(TABLE)" --profiles profiles
 
-engines: $(STAMP)  ## fit engines' overheads to measured serving, into profiles/engines/: make engines TABLE=FILE
+engines: $(STAMP)  ## fit engines' overheads to measured serving -> profiles/engines/, reports/left-out.md: TABLE=FILE
 	@test -n "$(TABLE)" || { echo "make engines needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }
-	@$(BIN)/python -m tensorcast.calibrate.engines.overheads --table "$(TABLE)" --profiles profiles
+	@$(BIN)/python -m tensorcast.calibrate.engines.overheads --table "$(TABLE)" --profiles profiles \
+	  --left-out reports/left-out.md
 
 validate: $(STAMP)  ## this machine's kernels beside their predictions -> reports/validate-cpu (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/tensorcast validate qwen3-30b-a3b --device cpu --layers 1 --out reports/validate-cpu

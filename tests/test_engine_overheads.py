@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tensorcast.calibrate.engines import overheads as engines
 from tensorcast.calibrate.engines import statistics as engine_fit
+from tensorcast.calibrate.engines.left_out import leave_out, page
 from tensorcast.calibrate.generated_blocks import MARKER, read_engine, write_fit
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
@@ -139,8 +140,12 @@ def measured() -> pd.DataFrame:
     return synthetic(4e-5, 0.033, slower=1.4)
 
 
+def told(table: pd.DataFrame) -> engines.Told:
+    return engines.told(engines.read_runs(table), {"vllm": load_engine("vllm")})
+
+
 def fit(table: pd.DataFrame) -> EngineFit:
-    return engines.fit_engines(engines.read_runs(table), {"vllm": load_engine("vllm")}, "synthetic")["vllm"]
+    return engines.fit_engines(told(table), "synthetic")["vllm"]
 
 
 def test_known_overheads_are_found(measured: pd.DataFrame) -> None:
@@ -153,6 +158,19 @@ def test_known_overheads_are_found(measured: pd.DataFrame) -> None:
     assert found.left_out_before is not None and found.left_out_before > 0.1
     assert found.left_out_error is not None and found.left_out_error < 0.03
     assert found.unseen_error is not None and found.unseen_error < 0.03
+
+
+def test_a_model_left_out_is_served_by_what_the_others_tell(measured: pd.DataFrame) -> None:
+    """Both models have the same constants here, so that each is told by the other; a wrong one misleads the other."""
+    found = leave_out(told(measured), "network", engines.served_times)
+    assert set(found["what"]) == {"llama-3.1-8b", "qwen3-30b-a3b"} and len(found) == len(measured)
+    assert found["tpot_s"].median() < 0.03 and found["tpot_in"].mean() == 1.0
+    wrong = measured.assign(measured_tpot_s=measured["measured_tpot_s"] * 1.5)
+    misled = wrong.where(wrong["model"] == "qwen3-30b-a3b", measured)
+    by_model = leave_out(told(misled), "network", engines.served_times).groupby("what")["tpot_s"].median()
+    assert by_model["llama-3.1-8b"] > 0.1
+    text = page(told(measured), "runs", engines.served_times)
+    assert "## Devices left out" in text and "| h200-sxm | vllm | 18 |" in text
 
 
 @pytest.mark.parametrize("form", ["agg", "disagg"])

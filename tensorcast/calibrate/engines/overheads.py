@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import numpy as np
 import pandas as pd
 
 from tensorcast.calibrate import command
+from tensorcast.calibrate.engines.left_out import page
 from tensorcast.calibrate.engines.statistics import (
     FEWEST,
     Beside,
@@ -42,9 +44,11 @@ from tensorcast.calibrate.engines.statistics import (
     once,
     own_fits,
     unseen,
+    without,
 )
 from tensorcast.calibrate.generated_blocks import read_engine, write_fit
 from tensorcast.errors import InputError
+from tensorcast.files import write_atomically
 from tensorcast.predict import predict
 from tensorcast.predict.csv_table import read_table
 from tensorcast.predict.run_columns import canonical_columns
@@ -56,6 +60,9 @@ from tensorcast.profiles.store import load_device, load_engine, load_model
 LAYER_S, SLOWER, FIRST_S = 1e-5, 0.25, 0.05
 """What is tried to see what seconds per layer and slower prompts add to a time per token, and seconds to a first
 token."""
+
+TIMES = ("tpot_s", "ttft_s", "tpot_error", "ttft_error")
+"""What is read of a served run: seconds, and relative median errors that kernels and overheads leave."""
 
 Change = Callable[[str], EngineProfile]
 
@@ -91,17 +98,17 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def served_times(rows: pd.DataFrame, engine: Change) -> pd.DataFrame:
-    """``tpot_s, ttft_s`` of every run of ``rows`` under the profile that ``engine`` gives for its name.
+    """:data:`TIMES` of every run of ``rows`` under the profile that ``engine`` gives for its name.
 
     NaN where a run cannot be served.
     """
-    out = np.full((len(rows), 2), np.nan)
+    out = np.full((len(rows), len(TIMES)), np.nan)
     for stretch in predict.stretches(list(rows["run"]), jobs=1):
         found = serve([run for _, run in stretch], lambda name: engine(load_engine(name).name))
         for (place, _), served in zip(stretch, found, strict=True):
             if not served.problem:
-                out[place] = served.tpot_s, served.ttft_s
-    return pd.DataFrame(out, columns=["tpot_s", "ttft_s"], index=rows.index)
+                out[place] = [getattr(served, name) for name in TIMES]
+    return pd.DataFrame(out, columns=list(TIMES), index=rows.index)
 
 
 def with_uses(rows: pd.DataFrame) -> pd.DataFrame:
@@ -136,8 +143,31 @@ def with_slopes(rows: pd.DataFrame, published: dict[str, EngineProfile]) -> pd.D
     return with_uses(known.assign(base_s=known["tpot_s"], **slopes))
 
 
-def fit_engines(rows: pd.DataFrame, engines: dict[str, EngineProfile], source: str) -> dict[str, EngineFit]:
-    """Every engine's fit to measured ``rows`` (:func:`read_runs`), by name; those with too few runs are left out."""
+@dataclass(frozen=True)
+class Told:
+    """What measured runs tell: ``known``, one row each, with times as published and what constants add to them, and
+    ``own``, each network's constants; ``published``: the engines without what was fitted."""
+
+    known: pd.DataFrame
+    own: dict[Group, Beside]
+    published: dict[str, EngineProfile]
+
+    def fits(self, source: str) -> dict[str, EngineFit]:
+        """Every engine's fit, by name."""
+        here = {str(name): runs for name, runs in self.known.groupby("engine")}
+        return {name: _first_part(runs, _steps_part(runs, self.own, source)) for name, runs in here.items()}
+
+    def fitted(self, fits: dict[str, EngineFit]) -> dict[str, EngineProfile]:
+        return {name: self.published[name].model_copy(update={"fitted": fit}) for name, fit in fits.items()}
+
+    def without(self, column: str, value: Any) -> Told:
+        """As if no run of this ``network``, or on this ``device``, had been measured."""
+        left = self.known[self.known[column] != value]
+        return replace(self, known=left, own=without(self.own, **{column: value}))
+
+
+def told(rows: pd.DataFrame, engines: dict[str, EngineProfile]) -> Told:
+    """Of measured ``rows`` (:func:`read_runs`); engines with too few runs are left out."""
     published = {
         name: one.model_copy(update={"fitted": None, "first_token_overhead_s": None, "hand_over_overhead_s": None})
         for name, one in engines.items()
@@ -145,22 +175,24 @@ def fit_engines(rows: pd.DataFrame, engines: dict[str, EngineProfile], source: s
     known = with_slopes(rows, published)
     counts = known.groupby("engine")["used"].sum()
     known = known[known["engine"].isin(counts[counts >= FEWEST].index)].reset_index(drop=True)
-    if known.empty:
-        return {}
     own = own_fits(known[known["used"]])
-    here = {str(name): runs for name, runs in known.groupby("engine")}
-    found = {name: _steps_part(runs, own, source) for name, runs in here.items()}
-    stepped = {name: published[name].model_copy(update={"fitted": fit}) for name, fit in found.items()}
-    known = known.assign(first_s=served_times(known, stepped.__getitem__)["ttft_s"])
-    later = {
-        name: one.model_copy(update={"fitted": found[name].model_copy(update={"first_token_s": FIRST_S})})
-        for name, one in stepped.items()
-    }
-    known = known.assign(first_slope=(served_times(known, later.__getitem__)["ttft_s"] - known["first_s"]) / FIRST_S)
-    found = {name: _first_part(known[known["engine"] == name], fit) for name, fit in found.items()}
-    last = {name: stepped[name].model_copy(update={"fitted": fit}) for name, fit in found.items()}
-    known = known.assign(after_s=served_times(known, last.__getitem__)["tpot_s"])
-    return {name: _scored(known[known["engine"] == name], fit) for name, fit in found.items()}
+    if known.empty:
+        return Told(known, own, published)
+    steps = {str(name): _steps_part(runs, own, "steps") for name, runs in known.groupby("engine")}
+    later = {name: fit.model_copy(update={"first_token_s": FIRST_S}) for name, fit in steps.items()}
+    first_s, later_s = (
+        served_times(known, Told(known, own, published).fitted(fits).__getitem__)["ttft_s"] for fits in (steps, later)
+    )
+    return Told(known.assign(first_s=first_s, first_slope=(later_s - first_s) / FIRST_S), own, published)
+
+
+def fit_engines(found: Told, source: str) -> dict[str, EngineFit]:
+    """Every engine's fit, by name, with its errors on runs left out."""
+    if found.known.empty:
+        return {}
+    fits = found.fits(source)
+    known = found.known.assign(after_s=served_times(found.known, found.fitted(fits).__getitem__)["tpot_s"])
+    return {name: _scored(known[known["engine"] == name], fit) for name, fit in fits.items()}
 
 
 def with_fit(engine: EngineProfile, **fields: Any) -> EngineProfile:
@@ -227,18 +259,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, required=True, help="CSV of measured runs, as tensorcast predict reads")
     parser.add_argument("--profiles", type=Path, default=Path("profiles"), help="folder of profiles to write into")
     parser.add_argument("--source", default="", help="where the runs are from (default: the table's name and rows)")
+    parser.add_argument("--left-out", type=Path, help="page to write: errors on models and devices left out")
     options = parser.parse_args(arguments)
     rows = read_runs(read_table(options.table))
     paths = {path.stem: path for path in sorted((options.profiles / "engines").glob("*.yaml"))}
     engines = {one.name: one for one in map(read_engine, paths.values())}
     source = options.source or f"{len(rows)} measured runs of {options.table.name}"
-    fits = fit_engines(rows, engines, source)
+    found = told(rows, engines)
+    fits = fit_engines(found, source)
     if not fits:
         raise InputError(f"{options.table}: no engine has {FEWEST} measured runs to fit to")
     for name, fit in fits.items():
         path = next(path for path in paths.values() if read_engine(path).name == name)
         write_fit(path, fit)
         print(f"{path}: {report(fit)}")
+    if options.left_out is not None:
+        write_atomically(options.left_out, page(found, source, served_times))
+        print(options.left_out)
     return 0
 
 

@@ -19,7 +19,7 @@ from tensorcast.profiles.store import list_devices, load_device
 WITHOUT_DATA = tuple(name for name in list_devices() if load_device(name).calibration is None)
 
 
-@given(data=st.data(), family=st.sampled_from(sorted(MONOTONE)), device=st.sampled_from(["h20", "mi300x", "l4"]))
+@given(data=st.data(), family=st.sampled_from(sorted(MONOTONE)), device=st.sampled_from(["l20", "mi300a", "l4"]))
 @settings(max_examples=120, deadline=None)
 def test_what_rising_trees_are_told_never_falls(data: st.DataObject, family: str, device: str) -> None:
     profile = load_device(device)

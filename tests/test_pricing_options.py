@@ -26,7 +26,7 @@ EP32, TP8 = parse_layout("dp32-ep32"), parse_layout("tp8-dp4-ep32")
 HIDDEN, WIDTH, LAYERS, MOE_LAYERS, TOP_K, EXPERTS = 7168, 2048, 61, 58, 8, 256  # DeepSeek-V3
 
 
-BARE = "mi300x"
+BARE = "mi300a"
 """A device of which no kernels were measured: prices are the formulas'."""
 
 

@@ -86,7 +86,7 @@ def test_a_users_own_constants_win() -> None:
     assert corrections_for(device, "vllm").at("gemm", "bf16", "", GEMM) is not None
 
 
-@pytest.mark.parametrize("device", ["mi300x", "ascend-910b"])
+@pytest.mark.parametrize("device", ["mi300a", "ascend-910b"])
 def test_other_vendors_devices_keep_the_formula(device: str) -> None:
     prices = deployment(device=load_device(device)).step.price(8.0, 1.0, 1000.0).rows
     assert {p.evidence for p in prices} == {"datasheet"}

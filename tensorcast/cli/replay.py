@@ -38,7 +38,10 @@ tensorcast replay qwen3-235b-a22b -d h200 --layout tp8-ep8 -i 2000 --output-len 
 
 
 @command(epilog=EXAMPLES)
-@deployment_options("quant", "kv_dtype", "routing", "all2all", "mtp_depth", defaults={"routing": SERVED_ROUTING})
+@deployment_options(
+    "quant", "kv_dtype", "routing", "all2all", "placement", "redundant_experts", "mtp_depth",
+    defaults={"routing": SERVED_ROUTING},
+)
 def replay(
     model: Model,
     *,

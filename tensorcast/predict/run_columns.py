@@ -60,7 +60,11 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "all2all": ("MoE exchange; default the engine's", "auto", ("moe_backend",)),
     "dispatch": ("dtype tokens are sent in; default the experts'", None, ()),
     "combine": ("dtype results come back in, or logfmt10 (low_latency); default bf16", None, ()),
-    "routing": ("how tokens spread over experts: typical (as recorded), balanced, uniform, zipf:S", SERVED_ROUTING, ()),
+    "routing": (
+        "how tokens spread over experts: typical (as recorded), balanced, uniform, zipf:S, recorded:FILE or NAME",
+        SERVED_ROUTING, (),
+    ),
+    "placement": ("which rank holds which experts: linear, round_robin, eplb", "linear", ()),
     "redundant_experts": ("copies of experts", 0, ()),
     "prefix_cached": ("prompt tokens found in the cache", 0, ()),
     "mtp_depth": ("drafted tokens per step", 0, ("speculative_tokens", "nextn", "spec_depth")),
@@ -210,6 +214,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         all2all=cells.text("all2all"),
         dispatch=cells.text("dispatch", None),
         combine=cells.text("combine", None),
+        placement=cells.text("placement"),
         redundant_experts=cells.whole("redundant_experts", least=0),
         mtp_depth=cells.whole("mtp_depth", least=0),
     )

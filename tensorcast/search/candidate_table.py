@@ -30,12 +30,13 @@ def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 COLUMNS = tuple(
-    "candidate mode device engine layout family tp dp ep etp pp replicas world_size gpus prefill_layout prefill_workers"
-    " decode_workers batch concurrency all2all dispatch combine kv_dtype redundant_experts external_shared_experts"
-    " shared_expert_tp dual_batch_overlap mtp_depth chunk_tokens ttft_s ttft_low_s ttft_high_s tpot_s tpot_low_s"
-    " tpot_high_s request_s output_tokens_per_s tokens_per_s_per_gpu tokens_per_s_per_user decode_step_s prefill_step_s"
-    " exposed_comm_s hidden_comm_s memory_bytes weights_bytes kv_cache_bytes activations_bytes capacity_bytes"
-    " largest_batch share_measured share_calibrated share_datasheet meets limit pareto cost_per_million_tokens".split()
+    "candidate mode device engine layout family tp dp ep etp pp replicas world_size gpus prefill_layout"
+    " prefill_workers decode_workers batch concurrency all2all dispatch combine kv_dtype placement"
+    " redundant_experts external_shared_experts shared_expert_tp dual_batch_overlap mtp_depth chunk_tokens ttft_s"
+    " ttft_low_s ttft_high_s tpot_s tpot_low_s tpot_high_s request_s output_tokens_per_s tokens_per_s_per_gpu"
+    " tokens_per_s_per_user decode_step_s prefill_step_s exposed_comm_s hidden_comm_s memory_bytes weights_bytes"
+    " kv_cache_bytes activations_bytes capacity_bytes largest_batch share_measured share_calibrated"
+    " share_datasheet meets limit pareto cost_per_million_tokens".split()
 )
 """Columns of :attr:`Comparison.candidates`; units in the names."""
 
@@ -79,6 +80,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
         "dispatch": [v.decode.dispatch or "" for v in chosen],
         "combine": [v.decode.combine or "" for v in chosen],
         "kv_dtype": [v.decode.kv_dtype or prices.own_kv_dtype for v in chosen],
+        "placement": [v.decode.placement for v in chosen],
         "redundant_experts": [v.decode.redundant_experts for v in chosen],
         "external_shared_experts": [v.decode.external_shared_experts for v in chosen],
         "shared_expert_tp": [v.decode.shared_expert_tp for v in chosen],

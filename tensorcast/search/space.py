@@ -119,6 +119,10 @@ RELEVANT = (
 """The options' side of :func:`tensorcast.deploy.layout.broken_rules`: an axis is searched where it changes anything."""
 
 
+COUNTED = "recorded:"
+"""How a routing law begins by which engines' balancers can place experts: the search then tries that."""
+
+
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
@@ -155,12 +159,15 @@ def variants(
             external = max(1, round(layout.ep / (facts.top_k + 1))) if chosen["external_shared_experts"] else 0
             if external and not chosen["shared_expert_tp"] and True in tried["shared_expert_tp"]:
                 continue  # ranks of their own hold it whole either way
-            if chosen["redundant_experts"]:
-                chosen["redundant_experts"] = copies(facts.num_experts, layout.ep - external)
-            else:
-                chosen["redundant_experts"] = base.redundant_experts
             chosen["external_shared_experts"] = external
-            found.append(Variant(layout, *_both_phases(base, name, tuple(chosen.items()))))
+            ranks, balances = layout.ep - external, chosen["redundant_experts"]
+            placed = [(base.placement, copies(facts.num_experts, ranks) if balances else base.redundant_experts)]
+            if balances and base.placement == "linear" and base.routing.startswith(COUNTED):
+                placed = [("eplb", placed[0][1])]  # counts say what to copy, and where; nothing is copied blindly
+                if facts.num_experts % ranks == 0:
+                    placed.append(("eplb", 0))
+            for chosen["placement"], chosen["redundant_experts"] in placed:
+                found.append(Variant(layout, *_both_phases(base, name, tuple(chosen.items()))))
     return list(dict.fromkeys(found)) if "logfmt10" in axes.combine else found
 
 

@@ -265,7 +265,10 @@ class VariantPrices:
         ]
         # what becomes a column of the fleet's arrays may differ
         common = [
-            replace(o, dispatch=None, redundant_experts=0, external_shared_experts=min(1, o.external_shared_experts))
+            replace(
+                o, dispatch=None, redundant_experts=0, placement="linear",
+                external_shared_experts=min(1, o.external_shared_experts),
+            )
             for o in options.values()
         ]
         return _Structure(

@@ -151,8 +151,8 @@ class AskedRows:
 
     def _meaned(self, pending: Pending) -> Pending:
         """The mean over layers of what was asked at the loads of groups of them."""
-        points = self._at.points
-        return pending if points is None else lambda: mean_over_layers(pending(), points.weights)
+        points, single = self._at.points, not np.ndim(self._at.sizes.B)
+        return pending if points is None else lambda: mean_over_layers(pending(), points.weights, single)
 
     @cached_property
     def _by_tokens(self) -> tuple[Context, Where]:

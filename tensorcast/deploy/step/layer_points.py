@@ -40,21 +40,21 @@ def of_members(at: Context, members: np.ndarray) -> Context:
     return at if at.points is None else replace(at, points=at.points.each(lambda loads: loads[members]))
 
 
-def mean_over_layers(price: RowPrice, weights: Array) -> RowPrice:
-    """The mean price of a row that was priced at sizes that are :func:`spread_out`."""
+def mean_over_layers(price: RowPrice, weights: Array, single: bool) -> RowPrice:
+    """The mean price of a row that was priced at sizes that are :func:`spread_out`; of a ``single`` case a number."""
     count = len(weights)
 
     def mean(value: Size) -> Size:
-        if not np.ndim(value) or np.shape(value)[-1] % count or np.shape(value)[-1] == 1:
+        if not np.ndim(value):
             return value
         whole = np.asarray(value, dtype=float)
-        if whole.ndim == 1 and len(whole) == count:
-            return float(whole @ weights)
-        return whole.reshape(*whole.shape[:-1], -1, count) @ weights
+        if whole.shape[-1] > 1:
+            whole = whole.reshape(*whole.shape[:-1], -1, count) @ weights
+        return float(whole[0]) if single else whole
 
     level = price.level
     if isinstance(level, np.ndarray):  # the least of the groups
-        level = level.min() if level.shape == (count,) else level.reshape(*level.shape[:-1], -1, count).min(axis=-1)
+        level = level.min() if single else level.reshape(*level.shape[:-1], -1, count).min(axis=-1)
     return replace(
         price, seconds=mean(price.seconds), waits_s=mean(price.waits_s), error=mean(price.error),
         level=one_level(level), spend=lambda: price.spending.each(mean),

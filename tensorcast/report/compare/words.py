@@ -148,6 +148,8 @@ def options(row: dict[str, Any]) -> str:
         back = f", results back in {row['combine']}" if row["combine"] else ""
         parts.append(f"{EXCHANGES.get(row['all2all'], row['all2all'])}{dispatch}{back}")
     parts.append(f"KV cache {row['kv_dtype']}")
+    if row["placement"] != "linear":
+        parts.append(f"experts placed by {row['placement']}")
     if row["redundant_experts"]:
         parts.append(plural(row["redundant_experts"], "redundant expert"))
     if row["external_shared_experts"]:

@@ -130,7 +130,7 @@ def applicable(options: Options, layout: Layout) -> Options:
         options = replace(options, all2all="auto", external_shared_experts=0, dual_batch_overlap=False)
         if options.combine == "logfmt10":  # low-latency kernels alone send it
             options = replace(options, combine=None)
-    return replace(options, redundant_experts=options.redundant_experts if layout.ep > 1 else 0)
+    return options if layout.ep > 1 else replace(options, redundant_experts=0, placement="linear")
 
 
 def by_group(side: Side) -> dict[str, Spent]:

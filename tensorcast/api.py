@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
@@ -187,6 +186,7 @@ def compare(
     >>> found.best["layout"], found.best["tokens_per_s_per_gpu"]  # doctest: +SKIP
     """
     from tensorcast.deploy.model_names import named_model
+    from tensorcast.deploy.options import SERVED_ROUTING
     from tensorcast.parallel import note, spread
     from tensorcast.profiles.store import load_engine
     from tensorcast.search.compare import compare as decide
@@ -243,7 +243,7 @@ def explain(
     from tensorcast.deploy.explain import explain as run
     from tensorcast.deploy.layout import parse_layout
     from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import options_of
+    from tensorcast.deploy.options import SERVED_ROUTING, options_of
     from tensorcast.profiles.store import load_engine
 
     one, other = parse_layout(layout, world_size), parse_layout(versus, world_size)
@@ -298,7 +298,7 @@ def replay(
     >>> found.summary()["ttft_p99_s"], found.per_request().head()  # doctest: +SKIP
     """
     from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import options_of
+    from tensorcast.deploy.options import SERVED_ROUTING, options_of
     from tensorcast.profiles.store import load_engine
     from tensorcast.scheduling.capacity import at_the_limit
     from tensorcast.scheduling.outcome import Limits

@@ -156,8 +156,8 @@ def test_known_overheads_are_found(measured: pd.DataFrame) -> None:
     assert found.first_token_s == pytest.approx(0.033, abs=5e-3) and found.hand_over_s is None
     assert set(found.served) == {"h100-sxm", "h200-sxm"} and found.served["h200-sxm"] == ("llama-3.1-8b",)
     assert found.left_out_before is not None and found.left_out_before > 0.1
-    assert found.left_out_error is not None and found.left_out_error < 0.03
-    assert found.unseen_error is not None and found.unseen_error < 0.03
+    assert found.left_out_error is not None and found.left_out_error < 0.05
+    assert found.unseen_error is not None and found.unseen_error < 0.05
 
 
 def test_a_model_left_out_is_served_by_what_the_others_tell(measured: pd.DataFrame) -> None:

@@ -172,7 +172,7 @@ def test_steps_are_priced_as_simulate_prices_them() -> None:
 
 
 def test_a_closed_loop_is_what_the_closed_form_says(priced: PricedServers) -> None:
-    """One user, and sixteen whose replies are of different lengths: equal ones stay in step, which the form leaves out."""
+    """One user, and sixteen whose replies differ in length: equal ones stay in step, which the form leaves out."""
     row = {"model": "qwen3-30b-a3b", "device": "h100", "engine": "vllm", "tp": 2, "ep": 2, "isl": 2000, "osl": 300}
     for users, spread, tolerance in ((1, 0.0, 0.01), (16, 0.3, 0.03)):
         closed = predict.predict(pd.DataFrame([{**row, "concurrency": users}])).iloc[0]

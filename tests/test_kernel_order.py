@@ -40,11 +40,14 @@ CASES = [
 
 
 def dtypes(device: str, family: str) -> list[str]:
-    """Those whose arithmetic the device has; where libraries were timed for any engine, those that were."""
+    """Those whose arithmetic the device has, no slower than bf16's (INT8 is, on Blackwell Ultra); where libraries were
+    timed for any engine, those that were."""
+    profile = load_device(device)
     known = {key[1] for key in timed(device) if key[0] == family and key[2] == "any"}
     return [
         dtype for dtype in PRECISION
-        if PEAK_OF[dtype] in load_device(device).peak_flops and (not known or dtype in known)
+        if PEAK_OF[dtype] in profile.peak_flops and (not known or dtype in known)
+        and peak_flops(profile, dtype) >= peak_flops(profile, "bf16")
     ]
 
 

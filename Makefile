@@ -22,7 +22,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate engines launches serving validate validate-gpu moe-gpu bench reports figures wheel clean families census checkpoints compiled docs
+.PHONY: help venv demo test lint accuracy calibrate engines launches serving validate validate-gpu moe-gpu bench reports figures wheel clean families census checkpoints compiled docs traces
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
@@ -120,6 +120,9 @@ checkpoints: $(STAMP)  ## engines' logged room and weights beside ours -> docs/c
 
 compiled: $(STAMP)  ## what torch.compile and torch.export take of the MoE layer: the table of docs/moe.md (minutes)
 	@$(BIN)/python tests/moe_compile.py
+
+traces: $(STAMP)  ## traces of all shipped models -> profiles/traces/ (minutes; what is as it was stays)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/shipped_traces.py $(ARGS)
 
 docs: $(STAMP)  ## the documentation site, links checked -> out/docs/index.html
 	@$(BIN)/python -m sphinx -qW --keep-going -b html docs out/docs

@@ -49,7 +49,7 @@ class _WithTorch:
         return spec
 
 
-if "torch" in sys.modules:
+if sys.modules.get("torch") is not None:  # None: an import that is switched off
     importlib.import_module("tensorcast.ops")
 else:
     sys.meta_path.insert(0, _WithTorch())

@@ -98,8 +98,8 @@ def test_off_keeps_nothing_and_traces_once(tmp_path: Path, monkeypatch: pytest.M
         return trace(profile, phase, tp, *rest)
 
     monkeypatch.setattr(tracer, "trace", counted)
-    profile = _profile()
     for _ in range(2):
+        profile = _profile()  # read anew, as commands do: it is the same model all the same
         _all(profile)
         rank_tables(profile, "decode", RankForm(**{**vars(FORM), "fusions": ()}))
     assert sorted(calls) == [1, 2]
@@ -112,3 +112,12 @@ def test_an_entry_that_nobody_knows_needs_a_precision(folder: Path) -> None:
     with pytest.raises(InputError, match="strange"):
         whole_model(profile, "decode")
     assert whole_model(profile, "decode", "fp8").stored.experts.name == "fp8"
+
+
+def test_precisions_share_a_trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a checkpoint stores its weights in is no matter of tracing; what its layers are is."""
+    plain = traced(_profile(), "decode")
+    monkeypatch.setattr(tracer, "trace", _refuses)
+    assert traced(_profile(quantization_config=FP8), "decode") is plain
+    with pytest.raises(AssertionError, match="second time"):
+        traced(_profile(intermediate_size=96), "decode")

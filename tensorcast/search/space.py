@@ -21,7 +21,7 @@ from tensorcast.errors import InputError
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.search.axes import EXCHANGES, Axes
 from tensorcast.search.search_task import SearchTask
-from tensorcast.trace.cache import traced, whole_model
+from tensorcast.trace.cache import NoTracer, traced, whole_model
 
 
 def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
@@ -54,6 +54,8 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
         if layout.tp not in runs:  # a rank is traced only where something would run on it
             try:
                 runs[layout.tp] = bool(traced(task.model, "decode", layout.tp))
+            except NoTracer:
+                raise
             except InputError:
                 runs[layout.tp] = False
         if not runs[layout.tp]:

@@ -1,6 +1,6 @@
-"""What is kept on disk of a model: a second run of the same model, phase and tp needs neither torch nor transformers.
+"""What is kept of a model: traces that come with the package, and on disk what this machine made.
 
-The key covers the config, the stored format, and the source of the stages that make a table, so a changed tracer never
+A shipped model's traces need neither torch nor transformers, nor does a second run of any other. The key covers the config, the stored format, and the source of the stages that make a table, so a changed tracer never
 reads an old table. ``TENSORCAST_CACHE`` moves the folder; ``TENSORCAST_CACHE=off`` switches it off.
 """
 
@@ -20,13 +20,15 @@ from tensorcast.files import cache_dir, digest_of, write_atomically
 from tensorcast.modeling.checkpoint.read import checkpoint
 from tensorcast.modeling.module_rules import NO_RULES
 from tensorcast.modeling.quantization import SCHEMES, Quantization, as_run, override
+from tensorcast.profiles.beside_config import KEYS
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.store import shipped_root
 from tensorcast.trace.cuts import Cut, cut_widths
 from tensorcast.trace.fuse import fuse
 from tensorcast.trace.moe import BlockForm, with_block_form, with_fused_shared
 from tensorcast.trace.precision import apply_quantization, by_precision
-from tensorcast.trace.stored import FORMAT, from_json, to_json
+from tensorcast.trace.stored import FORMAT, from_json, to_json, unpacked
 from tensorcast.trace.table import OpTable
 
 Made = TypeVar("Made")
@@ -48,23 +50,53 @@ for _package, _version in (("torch", "version.py"), ("transformers", "__init__.p
     _SOURCES += (Path(_spec.origin).parent / _version,) if _spec is not None and _spec.origin else ()
 
 
-_known: dict[tuple[Hashable, ...], tuple[ModelProfile, Any]] = {}
+INSTALL = "pip install torch -i https://download.pytorch.org/whl/cpu && pip install transformers"
+"""What gets a machine the libraries that trace, torch in its build without CUDA."""
+
+
+class NoTracer(InputError):
+    """A trace is needed, and the libraries that make it are not installed."""
+
+
+_known: dict[tuple[Hashable, ...], Any] = {}
+_digests: dict[int, tuple[ModelProfile, tuple[str, str]]] = {}
+
+
+def digests(profile: ModelProfile) -> tuple[str, str]:
+    """Of what a profile says to tracing, and of that with what it says of precisions: equal ones are traced once."""
+    if id(profile) not in _digests:
+        own = Path((profile.model or "").rpartition(":")[0])  # of a class that the profile names, where it lies in a file
+        code = own.read_text("utf-8") if own.suffix == ".py" and own.is_file() else ""
+        network = {name: value for name, value in profile.config.items() if name not in KEYS}
+        said = [profile.name, network, dict(profile.moe), profile.sharded, profile.model, code]
+        stored = [*said, profile.config, profile.kv_dtype, profile.quantization]
+        texts = (json.dumps(part, sort_keys=True, default=asdict) for part in (said, stored))
+        one, other = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
+        while len(_digests) >= LARGEST:
+            _digests.pop(next(iter(_digests)))
+        _digests[id(profile)] = profile, (one, other)  # it stays alive, so that its id stays its own
+    return _digests[id(profile)][1]
 
 
 def kept(
-    profile: ModelProfile, what: tuple[Hashable, ...], make: Callable[[], Made], *,
+    profile: ModelProfile, what: tuple[Hashable, ...], make: Callable[[], Made], *, said: str,
     write: Callable[[Made], dict[str, Any]], read: Callable[[dict[str, Any]], Made],
 ) -> Made:  # fmt: skip
     """``what`` is asked of a model: known in this process, read from disk, or made now and written there.
 
-    The first two of ``what`` are words for the file's name. ``write``, ``read``: what is made to JSON, and back.
+    The first two of ``what`` are words for the file's name. ``said``: a digest of what the profile says of it;
+    ``write``, ``read``: what is made to JSON, and back.
     """
     folder = cache_dir()
-    full = (id(profile), folder, *what)
+    full = (said, folder, *what)
     if full not in _known:
         if len(_known) >= LARGEST:
             _known.pop(next(iter(_known)))
-        path = None if folder is None else folder / "traces" / _file_name(profile, what)
+        path = None
+        if folder is not None:
+            key = json.dumps([FORMAT, digest_of(_SOURCES), said, *what], sort_keys=True, default=asdict)
+            short = hashlib.sha256(key.encode()).hexdigest()[:16]
+            path = folder / "traces" / f"{profile.name}-{what[0]}-{what[1]}-{short}.json"
         stored = made = None
         if path is not None:
             with contextlib.suppress(*DAMAGED):  # made again
@@ -74,31 +106,33 @@ def kept(
             if path is not None:
                 with contextlib.suppress(OSError):  # a read-only home costs time, not the answer
                     write_atomically(path, json.dumps(write(made), separators=(",", ":")))
-        # the profile stays alive, so that its id stays its own
-        _known[full] = profile, made if stored is None else stored
-    found: Made = _known[full][1]
+        _known[full] = made if stored is None else stored
+    found: Made = _known[full]
     return found
 
 
-def _file_name(profile: ModelProfile, what: tuple[Hashable, ...]) -> str:
-    own = Path((profile.model or "").rpartition(":")[0])  # of a class that the profile names, where it lies in a file
-    code = own.read_text("utf-8") if own.suffix == ".py" and own.is_file() else ""
-    said = [profile.name, profile.config, dict(profile.moe), profile.sharded, profile.model, code]
-    said += [profile.kv_dtype, profile.quantization]
-    key = json.dumps([FORMAT, digest_of(_SOURCES), *said, *what], sort_keys=True, default=asdict)
-    return f"{profile.name}-{what[0]}-{what[1]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-
 def traced(profile: ModelProfile, phase: str, tp: int = 1) -> OpTable:
-    """The op table of ``profile`` at ``tp``, as it is traced."""
+    """The op table of ``profile`` at ``tp``, as it is traced: shipped, kept, or traced now.
+
+    Raises :class:`InputError` where the model cannot be traced so, :class:`NoTracer` where it would have to be.
+    """
+    said = digests(profile)[0]
+    pack = shipped_root() / "traces" / f"{profile.name}.json.xz"
+    if (found := unpacked(pack, said, f"{phase}-tp{tp}")) is not None:
+        return found
 
     def make() -> OpTable:
         whole = traced(profile, phase) if tp > 1 else None
-        from tensorcast.trace.tracer import trace  # torch and transformers load only here
-
+        try:
+            from tensorcast.trace.tracer import trace  # torch and transformers load only here
+        except ModuleNotFoundError as missing:
+            problem = f"model {profile.name} at tp = {tp} has to be traced, and there is no {missing.name} to do it"
+            raise NoTracer(f"{problem}: {INSTALL}") from None
         return trace(profile, phase, tp, whole)  # type: ignore[arg-type]
 
-    return kept(profile, (phase, f"tp{tp}"), make, write=to_json, read=lambda data: from_json(data)[0])
+    return kept(
+        profile, (phase, f"tp{tp}"), make, said=said, write=to_json, read=lambda data: from_json(data)[0]
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +156,7 @@ def whole_model(profile: ModelProfile, phase: str, quant: str | None = None) -> 
         weights = stored.of_weights((p.name, p.role, p.stored) for p in table.params)
         return WholeModel(table.facts, weights, cut_widths(table, stored, profile.config.get("architectures") or ()))
 
-    return kept(profile, (phase, "whole", quant), make, write=asdict, read=_whole_from_json)
+    return kept(profile, (phase, "whole", quant), make, said=digests(profile)[1], write=asdict, read=_whole_from_json)
 
 
 def _stored(profile: ModelProfile, quant: str | None) -> Quantization:
@@ -177,4 +211,7 @@ def rank_tables(profile: ModelProfile, phase: str, form: RankForm) -> RankTables
         return RankTables(held, fuse(apply_quantization(held, running), form.fusions, form.apart))
 
     what = phase, f"rank{form.tp}", form
-    return kept(profile, what, make, write=lambda made: to_json(*made), read=lambda data: RankTables(*from_json(data)))
+    return kept(
+        profile, what, make, said=digests(profile)[1], write=lambda made: to_json(*made),
+        read=lambda data: RankTables(*from_json(data)),
+    )

@@ -1,10 +1,20 @@
-"""Op tables as JSON: every size and every tensor is written once, whatever number of rows and tables it stands in."""
+"""Op tables as JSON: every size and every tensor is written once, whatever number of rows and tables it stands in.
+
+A *pack* is what ships of a model: the tables of both phases at every tensor-parallel size, or why there is none,
+compressed together, since they differ in little (``profiles/traces/``).
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import lzma
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from tensorcast.errors import InputError
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.table import Op, OpTable, Param, Tensor
@@ -72,3 +82,39 @@ def from_json(data: dict[str, Any]) -> list[OpTable]:
             params=params, facts=facts,
         ))  # fmt: skip
     return tables
+
+
+def packed(key: str, tables: Mapping[str, OpTable | str]) -> bytes:
+    """A pack. ``tables``: by name, or the message of the error that there is instead; ``key``: what they are traces
+    of."""
+    lines = [json.dumps({"format": FORMAT, "key": key, "tables": list(tables)})]
+    for table in tables.values():
+        said = {"problem": table} if isinstance(table, str) else to_json(table)
+        lines.append(json.dumps(said, separators=(",", ":")))
+    return lzma.compress("\n".join(lines).encode(), preset=9)
+
+
+@functools.lru_cache(maxsize=64)
+def _lines(pack: Path, key: str) -> dict[str, str]:
+    """Tables of a pack by name, as they are written; none where there is no pack, or one of another ``key``."""
+    try:
+        head, *lines = lzma.decompress(pack.read_bytes()).decode().split("\n")
+    except OSError:
+        return {}
+    said = json.loads(head)
+    return dict(zip(said["tables"], lines, strict=True)) if (said["format"], said["key"]) == (FORMAT, key) else {}
+
+
+@functools.lru_cache(maxsize=512)
+def unpacked(pack: Path, key: str, name: str) -> OpTable | None:
+    """The table called ``name`` of a pack; None where the pack does not hold it, or is not of ``key``.
+
+    Raises :class:`InputError` where the model cannot be traced so.
+    """
+    line = _lines(pack, key).get(name)
+    if line is None:
+        return None
+    data = json.loads(line)
+    if "problem" in data:
+        raise InputError(data["problem"])
+    return from_json(data)[0]

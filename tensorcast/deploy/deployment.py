@@ -76,16 +76,16 @@ class Deployment:
     raw: OpTable
     step: Step
 
-    def memory(self, batch: Size, new: int, past: int) -> Memory:
+    def memory(self, batch: Size, new: Size, past: Size) -> Memory:
         """Memory of a step of ``batch`` sequences per data-parallel rank that end at ``past + new`` tokens.
 
-        ``batch`` may be an array; then so are the parts that grow with it.
+        Each may be an array; then so are the parts that grow with it.
         """
         sequences = np.asarray(batch, dtype=float)
         weights, cache = self.held(sequences, past + new)
         micro = np.maximum(1.0, np.minimum(self.layout.pp, sequences))
-        sizes = self.step.sizes.context(sequences / micro, float(new), float(past)).sizes
-        most_live, most_sent = self._profiled
+        sizes = self.step.sizes.context(sequences / micro, 1.0 * new, 1.0 * past).sizes
+        most_live, most_sent = self.profiled
         activations = np.maximum(activation_bytes(self.step.table, sizes), most_live)
         communication = np.maximum(self._communication_bytes(sequences * new, sizes), most_sent)
         capacity, context = float(self.device.memory_bytes), self.context_bytes
@@ -110,7 +110,7 @@ class Deployment:
         return float(self.engine.reserved_bytes) + several * (0.0 if collective is None else float(collective))
 
     @cached_property
-    def _profiled(self) -> tuple[Size, Size]:
+    def profiled(self) -> tuple[Size, Size]:
         """Bytes of activations and of the exchange between experts in the step that the engine profiles before it
         counts what is left for the cache; 0 if none is."""
         rule = self.engine.profiled_step
@@ -146,7 +146,7 @@ class Deployment:
         """Share of the device that the engine takes, before its decode steps are captured."""
         return memory_share(self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config)
 
-    def held(self, sequences: Size, length: int) -> tuple[Size, Size]:
+    def held(self, sequences: Size, length: Size) -> tuple[Size, Size]:
         """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences."""
         weights: Size = 0.0
         cache: Size = 0.0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -71,13 +72,20 @@ class Fleet(Deployment):
     """
 
     size: int
+    whole: Fleet | None = None
+    """The members at no setting, where these are at one."""
+
+    @cached_property
+    def profiled(self) -> tuple[Size, Size]:
+        """The same at every setting: as many tokens are profiled."""
+        return super().profiled if self.whole is None else self.whole.profiled
 
     def at(self, kv_dtype: str, mtp_depth: int, pp: int) -> Fleet:
         """All members at one setting, for their memory; their prices need none."""
         step = replace(self.step, sizes=replace(self.step.sizes, mtp_depth=mtp_depth, pp=pp))
         options, layout = replace(self.options, mtp_depth=mtp_depth), replace(self.layout, pp=pp)
         quantization = replace(self.quantization, kv=kv_dtype)
-        return replace(self, layout=layout, options=options, quantization=quantization, step=step)
+        return replace(self, layout=layout, options=options, quantization=quantization, step=step, whole=self)
 
     def varied(self, kv_bytes: np.ndarray, mtp_depth: np.ndarray, dual: np.ndarray, pp: np.ndarray) -> Step:
         """The step with, batch by batch, what rows do not depend on or only few of them."""

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tensorcast.files import cache_dir, digest_of, write_atomically
 
@@ -54,6 +54,20 @@ def read_kept(kept: Path | None, kind: type[ProfileT]) -> ProfileT | None:
             profile = _Profiles(file).load()
         return profile if isinstance(profile, kind) else None
     return None
+
+
+_shared: dict[bytes, Frozen] = {}
+
+MOST_SHARED = 64
+"""Profiles whose first object serves all that read the same."""
+
+
+def same(profile: ProfileT) -> ProfileT:
+    """The first profile of this content that was asked about: what is kept by a profile's identity is kept for all."""
+    key = hashlib.sha256(pickle.dumps(profile, protocol=5)).digest()
+    while len(_shared) > MOST_SHARED:
+        del _shared[next(iter(_shared))]
+    return cast("ProfileT", _shared.setdefault(key, profile))
 
 
 def keep(kept: Path | None, profile: Frozen) -> None:

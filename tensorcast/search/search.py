@@ -19,6 +19,7 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import score_in_time, worth_a_row
 from tensorcast.search.space import Variant, space
 from tensorcast.search.variant_prices import VariantPrices
+from tensorcast.search.workspace import PARTS, PRICES, RESULTS, Parts
 from tensorcast.serving.traffic import Array
 
 if TYPE_CHECKING:
@@ -41,16 +42,33 @@ class SearchResult:
 
 @uncollected()
 def search(task: SearchTask) -> SearchResult:
-    """Evaluate every candidate of one task. Tops: a few seconds for a large model and 32 GPUs.
+    """Evaluate every candidate of one task. Tops: a few seconds for a large model and 32 GPUs; what a process has
+    priced for another question serves this one, too (:mod:`tensorcast.search.workspace`).
 
     Every candidate's step is priced at the very batch that it stands at.
     """
-    pruned: Counter[str] = Counter()
-    tried = space(task, pruned)
-    if not tried:
+    parts = id(task.model), id(task.device), id(task.engine), task.base
+    priced = *parts, task.gpus, task.load, task.axes, task.layouts, task.runnable_only
+    asked = *priced, task.ttft_s, task.tpot_s, task.objective, task.modes, task.request_rate, task.price_per_hour
+
+    def prices() -> tuple[SearchTask, VariantPrices | None, Counter[str]]:
+        pruned: Counter[str] = Counter()
+        tried = space(task, pruned)
+        if not tried:
+            return task, None, pruned
+        kept = PARTS.of(parts, lambda: (task, Parts()))[1]
+        shop = VariantPrices(task.scenario, tried, task.axes.chunk_tokens, kept)
+        return task, shop, pruned + Counter({NO_ROOM: shop.without_room()})
+
+    # whatever is found is kept with its task, whose profiles stay alive, so that their ids stay their own
+    return RESULTS.of(asked, lambda: (task, _search(task, *PRICES.of(priced, prices)[1:])))[1]
+
+
+def _search(task: SearchTask, prices: VariantPrices | None, pruned: Counter[str]) -> SearchResult:
+    """Evaluate every candidate at its price. ``pruned``: what fell away before."""
+    pruned = Counter(pruned)
+    if prices is None:
         return SearchResult(stacked([]), [], pruned, 0)
-    prices = VariantPrices(task.scenario, tried, task.axes.chunk_tokens)
-    pruned += Counter({NO_ROOM: prices.without_room()})
     parts, examined = _candidates(task, prices, pruned)
     examined += pruned[NO_PACE]
     every = [(prices, parts)]

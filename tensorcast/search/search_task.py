@@ -16,6 +16,7 @@ from tensorcast.deploy.options import SERVED_ROUTING, Options, check_options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.serving.objective import OBJECTIVES
@@ -100,6 +101,8 @@ def search_tasks(
         axes = axes.for_one_exchange()
     wanted = tuple(dict.fromkeys(parse_layout(text) for text in layouts or ()))
     base = Options(quant=quant, routing=routing, placement=placement)
+    # profiles are read anew for every question; equal ones are the same, so that what is kept of them serves all
+    model, engine, devices = same(model), same(engine), [same(device) for device in devices]
     tasks = [
         SearchTask(
             model=model, device=device, engine=engine, gpus=size, load=load, ttft_s=ttft_s, tpot_s=tpot_s,

@@ -20,16 +20,18 @@ from tensorcast.deploy.fleet import Fleet, fleet
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import block_form, choose_all2all
-from tensorcast.deploy.step.asked_rows import Memo
+from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.step.sizes import COARSE, KV_BYTES
+from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.search.axes import LARGEST_BATCH
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import Scenario
 from tensorcast.search.space import Variant
+from tensorcast.search.workspace import Parts
 from tensorcast.serving.capacity import decode_budget, prefill_budget, room, sequence_bytes
 from tensorcast.serving.curves import decode_columns
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
-from tensorcast.serving.traffic import Array
+from tensorcast.serving.traffic import Array, Rows
 from tensorcast.trace.cache import whole_model
 from tensorcast.trace.moe import BlockForm
 
@@ -68,6 +70,21 @@ _Member = tuple[Layout, Options, Options]
 """A layout, of those that differ in pp the one with most stages, and what is not a setting of prefill's and decode's
 options."""
 
+TOGETHER = 16
+"""Groups that are priced together: more take more memory at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Variants of one structure: positions ``rows[members, settings]`` (-1: no such variant), and both fleets with
+    what their memory hangs on. ``kinds``: settings as prompts know them: cache dtype, overlap, stages."""
+
+    settings: list[_Setting]
+    kinds: list[tuple[str, bool, int]]
+    rows: Rows
+    prefill: tuple[Fleet, tuple[Any, ...]]
+    decode: tuple[Fleet, tuple[Any, ...]]
+
 
 class VariantPrices:
     """Decode curves, prefill lines and room in memory of every variant of one scenario, and what they share.
@@ -77,11 +94,11 @@ class VariantPrices:
     """
 
     def __init__(
-        self, scenario: Scenario, variants: list[Variant], chunks: tuple[int, ...], memo: Memo | None = None,
+        self, scenario: Scenario, variants: list[Variant], chunks: tuple[int, ...], parts: Parts | None = None,
         grid: Array = GRID,
     ) -> None:  # fmt: skip
         self.scenario, self.variants, self.chunks, self.grid = scenario, variants, chunks, grid
-        self.memo = Memo() if memo is None else memo
+        self.parts = Parts() if parts is None else parts
         self._whole = whole_model(scenario.model, "prefill", variants[0].prefill.quant)
         self.budgets = sorted({*chunks, scenario.own_chunk})
         sizes = np.array([(v.layout.world_size, v.layout.dp) for v in variants], dtype=float)
@@ -92,41 +109,44 @@ class VariantPrices:
         self.curves = {name: np.empty((count, len(self.grid))) for name in names}
         # sequences that fit beside a full prefill step
         self.fits = {budget: np.zeros(count) for budget in self.budgets}
-        costs: dict[int, list[tuple[Array, PrefillCosts]]] = {budget: [] for budget in self.budgets}
+        self._costs: dict[int, list[tuple[Array, PrefillCosts]]] = {budget: [] for budget in self.budgets}
         self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
         # by variant: which fleet at one setting, as which member; overlap changes no memory, so pairs share a fleet
         self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
         self._fleets: list[Fleet] = []
         self._numbers: dict[tuple[Any, ...], int] = {}
-        self._bases: dict[tuple[Layout, str, Options], Deployment] = {}
-        self._made: dict[tuple[Any, ...], Fleet] = {}
         self._left: dict[tuple[Any, ...], Any] = {}
+        self._pools: VariantPrices | None = None
         self.own_kv_dtype = ""
-        for members in self._groups().values():
-            every = {setting for found in members.values() for setting in found}
-            settings = sorted(every, key=lambda s: (s.pp, str(s.kv_dtype), s.mtp_depth, s.dual_batch_overlap))
-            rows = np.array([[found.get(s, -1) for s in settings] for found in members.values()])
-            left = self._price_prefill(list(members), settings, rows, costs)
-            self._price_decode(list(members), settings, rows, left)
+        self._cuts = [cut_prompts(scenario.load, budget) for budget in self.budgets]
+        groups = list(self._groups().values())
+        for start in range(0, len(groups), TOGETHER):
+            self._price([self._group(members) for members in groups[start : start + TOGETHER]])
         self.prompts = {}
-        for budget, parts in costs.items():
-            positions = np.concatenate([rows for rows, _ in parts])
-            self.prompts[budget] = PrefillCosts.joined([part for _, part in parts]).where(np.argsort(positions))
+        for budget, found in self._costs.items():
+            positions = np.concatenate([rows for rows, _ in found])
+            self.prompts[budget] = PrefillCosts.joined([part for _, part in found]).where(np.argsort(positions))
         self.own_prompts = self.prompts[scenario.own_chunk]  # in steps as the engine cuts them unasked
+        self.parts.trim()
 
     def in_pools(self) -> VariantPrices:
         """The variants as pools of disaggregated serving run them: those whose prompts are captured only where one
         server has both phases are priced again."""
-        engine = self.scenario.engine.in_pools()
+        if self.parts.pools is None:
+            self.parts.pools = self.scenario.engine.in_pools(), Parts()
+        engine, parts = self.parts.pools
         if engine is self.scenario.engine:
             return self
+        if self._pools is not None:
+            return self._pools
         scenario = replace(self.scenario, engine=engine)
         rows = [i for i, v in enumerate(self.variants) if self._graph_tokens(v.layout)]
-        pools = copy.copy(self)
-        pools.scenario = scenario
+        self._pools = pools = copy.copy(self)
+        pools.scenario, pools.parts = scenario, parts
         if rows:
             # of prompts and room alone: one batch of decode steps is the least that can be priced
-            again = VariantPrices(scenario, [self.variants[i] for i in rows], (scenario.own_chunk,), grid=self.grid[:1])
+            some, chunks = [self.variants[i] for i in rows], (scenario.own_chunk,)
+            again = VariantPrices(scenario, some, chunks, parts, self.grid[:1])
             where = np.arange(len(self.variants))
             where[rows] = len(where) + np.arange(len(rows))
             pools.own_prompts = PrefillCosts.joined([self.own_prompts, again.own_prompts]).where(where)
@@ -134,32 +154,56 @@ class VariantPrices:
             pools.room_prefill = _put(self.room_prefill, rows, again.room_prefill)
         return pools
 
+    def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
+        """One deployment, made once."""
+        key = layout, phase, options
+        if key not in self.parts.deployments:
+            self.parts.deployments[key] = self.scenario.deployment(*key)
+        return self.parts.deployments[key]
+
     def _fleet(self, members: list[_Member], phase: str) -> tuple[Fleet, tuple[Any, ...]]:
         """The members as one deployment, and what its memory hangs on: overlap changes none, and no member's plan."""
-        made = []
-        for layout, *options in members:
-            key = (layout, phase, options[phase == "decode"])
-            if key not in self._bases:
-                self._bases[key] = self.scenario.deployment(*key)
-            made.append(self._bases[key])
+        made = [self.deployment(layout, phase, options[phase == "decode"]) for layout, *options in members]
         held = (phase, *map(id, made))
-        if held not in self._made:
-            self._made[held] = fleet(made, self.memo)
-        return self._made[held], held
+        if held not in self.parts.fleets:
+            self.parts.fleets[held] = made, fleet(made, self.parts.memo)
+        return self.parts.fleets[held][1], held
 
-    def _price_decode(
-        self, members: list[_Member], settings: list[_Setting], rows: Array, left: dict[int, Array]
-    ) -> None:
-        load, grid = self.scenario.load, self.grid
-        decode, held = self._fleet(members, "decode")
-        self.own_kv_dtype = decode.quantization.kv  # no member asks for another
-        kv = [s.kv_dtype or decode.quantization.kv for s in settings]
-        bytes_each, depth = [KV_BYTES[name] for name in kv], [s.mtp_depth for s in settings]
-        dual, pp = [s.dual_batch_overlap for s in settings], [s.pp for s in settings]
-        step = decode.varied(*(np.repeat(values, len(grid)) for values in (bytes_each, depth, dual, pp)))
-        price = step.price(np.tile(grid, len(settings)), 1.0, load.context)
-        shape = (len(members), len(settings), len(grid))
-        there = rows >= 0
+    def _group(self, found: dict[_Member, dict[_Setting, int]]) -> _Group:
+        """Variants of one structure, ready to be priced."""
+        members, every = list(found), {setting for one in found.values() for setting in one}
+        settings = sorted(every, key=lambda s: (s.pp, str(s.kv_dtype), s.mtp_depth, s.dual_batch_overlap))
+        prefill, decode = (self._fleet(members, phase) for phase in ("prefill", "decode"))
+        self.own_kv_dtype = own = decode[0].quantization.kv  # no member asks for another
+        kinds = list(dict.fromkeys((s.kv_dtype or own, s.dual_batch_overlap, s.pp) for s in settings))
+        rows = np.array([[one.get(s, -1) for s in settings] for one in found.values()])
+        return _Group(settings=settings, kinds=kinds, rows=rows, prefill=prefill, decode=decode)
+
+    def _price(self, groups: list[_Group]) -> None:
+        """Price groups together: kernels' fitted models are asked once for all of their rows."""
+        sizes = np.array([(batch, cut.tokens, cut.past) for cut in self._cuts for batch in cut.batches])
+        asked: list[Asked] = []
+        for group in groups:
+            kv, dual, pp = zip(*group.kinds, strict=True)
+            varied = [KV_BYTES[name] for name in kv], [0] * len(kv), dual, pp
+            step = group.prefill[0].varied(*(np.repeat(values, len(sizes)) for values in varied))
+            asked.append((step, *np.tile(sizes, (len(kv), 1)).T))
+            _, depth, dual, pp = zip(*group.settings, strict=True)
+            kv = [s.kv_dtype or self.own_kv_dtype for s in group.settings]
+            varied = [KV_BYTES[name] for name in kv], depth, dual, pp
+            step = group.decode[0].varied(*(np.repeat(values, len(self.grid)) for values in varied))
+            asked.append((step, np.tile(self.grid, len(kv)), 1.0, self.scenario.load.context))
+        found = prices(asked)
+        for group in groups:
+            left = self._take_prefill(group, next(found))
+            self._take_decode(group, next(found), left)
+
+    def _take_decode(self, group: _Group, price: StepPrice, left: dict[int, Array]) -> None:
+        """Curves, and room beside what a full prefill step of each budget leaves."""
+        load, grid, (decode, held), settings = self.scenario.load, self.grid, group.decode, group.settings
+        kv = [s.kv_dtype or self.own_kv_dtype for s in settings]
+        rows, there = group.rows, group.rows >= 0
+        shape = (*rows.shape, len(grid))
         for name, values in decode_columns(price).items():
             whole = np.broadcast_to(values, (shape[0], shape[1] * shape[2])).reshape(shape)
             self.curves[name][rows[there]] = whole[there]
@@ -184,45 +228,31 @@ class VariantPrices:
         for budget, prefilling in left.items():
             self.fits[budget][rows[there]] = np.minimum(fits, room(decode, prefilling, each, most))[there]
 
-    def _price_prefill(
-        self, members: list[_Member], settings: list[_Setting], rows: Array,
-        costs: dict[int, list[tuple[Array, PrefillCosts]]],
-    ) -> dict[int, Array]:
-        """Adds to ``costs``; what a full step of each budget leaves for the cache, ``[members, settings]``."""
-        load = self.scenario.load
-        prefill, held = self._fleet(members, "prefill")
-        kinds = list(dict.fromkeys((s.kv_dtype, s.dual_batch_overlap, s.pp) for s in settings))
-        cuts = [cut_prompts(load, budget) for budget in self.budgets]
-        sizes = [(batch, cut.tokens, cut.past) for cut in cuts for batch in cut.batches]
-        batch, new, past = np.tile(np.array(sizes), (len(kinds), 1)).T
-        dtypes, dual, pp = zip(*kinds, strict=True)
-        kv = [dtype or prefill.quantization.kv for dtype in dtypes]
-        bytes_each, depth = [KV_BYTES[name] for name in kv], [0] * len(kinds)
-        step = prefill.varied(*(np.repeat(values, len(sizes)) for values in (bytes_each, depth, dual, pp)))
-        price = step.price(batch, new, past)
-        shape, there = (len(members), len(kinds), len(cuts), 3), rows >= 0
+    def _take_prefill(self, group: _Group, price: StepPrice) -> dict[int, Array]:
+        """Costs; what a full step of each budget leaves for the cache, ``[members, settings]``."""
+        (prefill, held), kinds, rows = group.prefill, group.kinds, group.rows
+        members, there, cuts = len(rows), rows >= 0, len(self._cuts)
         columns = {
-            name: np.broadcast_to(values, (shape[0], len(batch))).reshape(shape)
+            name: np.broadcast_to(values, (members, 3 * cuts * len(kinds))).reshape(members, len(kinds), cuts, 3)
             for name, values in prefill_columns(price, prefill).items()
         }
-        kind_of = [kinds.index((s.kv_dtype, s.dual_batch_overlap, s.pp)) for s in settings]
-        ones = [prefill.at(name, 0, stages) for name, stages in zip(kv, pp, strict=True)]
-        column, left = (len(members), 1), dict[int, Array]()
-        for i, (budget, cut) in enumerate(zip(self.budgets, cuts, strict=True)):
+        at = [(s.kv_dtype or self.own_kv_dtype, s.dual_batch_overlap, s.pp) for s in group.settings]
+        kind_of = [kinds.index(kind) for kind in at]
+        left = np.empty((members, len(kinds), cuts))
+        each = np.empty((members, len(kinds)))
+        for i, (name, _, pp) in enumerate(kinds):
+            one = prefill.at(name, 0, pp)
+            key = (*held, pp, name if pp > 1 else "")
+            if key not in self._left:
+                self._left[key] = prefill_budget(one, *self._cuts)
+            left[:, i] = self._left[key]
+            each[:, i : i + 1] = sequence_bytes(one, self.scenario.load.input_len, 0)
+        for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
             mine = {name: values[:, kind_of, i] for name, values in columns.items()}
-            costs[budget].append((rows[there], prefill_costs(mine, cut.tokens, cut.per_step).where(there)))
-            asked = []
-            for one, name in zip(ones, kv, strict=True):
-                key = (*held, budget, one.layout.pp, name if one.layout.pp > 1 else "")
-                if key not in self._left:
-                    self._left[key] = prefill_budget(one, cut)
-                asked.append(np.broadcast_to(self._left[key], column))
-            left[budget] = np.hstack(asked)[:, kind_of]
-        own = left[self.scenario.own_chunk]
-        held_each = [sequence_bytes(one, load.input_len, 0) for one in ones]
-        each = np.hstack([np.broadcast_to(one, column) for one in held_each])[:, kind_of]
-        self.room_prefill[rows[there]] = room(prefill, own, each)[there]
-        return left
+            self._costs[budget].append((rows[there], prefill_costs(mine, cut.tokens, cut.per_step).where(there)))
+        by_budget = {budget: left[:, kind_of, i] for i, budget in enumerate(self.budgets)}
+        self.room_prefill[rows[there]] = room(prefill, by_budget[self.scenario.own_chunk], each[:, kind_of])[there]
+        return by_budget
 
     def _groups(self) -> dict[_Structure, dict[_Member, dict[_Setting, int]]]:
         """Positions of the variants by structure, member and setting."""

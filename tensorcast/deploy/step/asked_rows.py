@@ -26,6 +26,10 @@ READS_CACHE = ("attention", "kv_cache_write", "kv_cache_read", "sparse_indexer")
 Prices = dict[Hashable, RowPrice]
 """Prices at one load, by what rows do."""
 
+Waiting = dict[tuple[int, Hashable], tuple[Prices, Pending, Where]]
+"""Rows that have asked and have no price yet, of all steps that ask together: by the prices that they belong to, kept
+alive here, and their name there. ``Where``: which of a row's cases the batches are."""
+
 
 @dataclass
 class Memo:
@@ -57,28 +61,29 @@ class Collectives(Collective):
 class AskedRows:
     """Prices of rows at one context: first each row asks for its corrections, then, when they are there, its price."""
 
-    def __init__(self, pricer: RowPricer, at: Context, asked: Asked, memo: Memo) -> None:
-        self._pricer, self._at, self._asked, self._memo = pricer, at, asked, memo
+    def __init__(self, pricer: RowPricer, at: Context, asked: Asked, memo: Memo, *, waiting: Waiting) -> None:
+        self._pricer, self._at, self._asked, self._memo, self._waiting = pricer, at, asked, memo, waiting
         numbers = (at.sizes.B, at.sizes.S, at.sizes.P, at.verify, at.kv_bytes)
         shapes = (np.asarray(number, dtype=float) for number in numbers)
         self._key = (pricer.table.phase, pricer.graph_tokens, *((value.shape, value.tobytes()) for value in shapes))
         self._plain = memo.plain.setdefault(self._key, {})
         self._here: Prices = {}  # not to be remembered: what differs between members
-        self._pending: dict[Hashable, tuple[Pending, Where]] = {}  # and which of its cases the batches are
         self._by_dtype: dict[tuple[float, bool], AskedRows] = {}
         self._contents: dict[int, tuple[Op, Content]] = kept_beside(pricer.table, "contents")
 
     def ask(self, row: Row) -> None:
         """Ask for the corrections of a row, unless its price is known or an equal one has asked."""
         name, prices = self._name(row)
-        if name not in prices and name not in self._pending:
-            self._pending[name] = self._collective(row) if isinstance(row, Collective) else self._op(row)
+        key = id(prices), name
+        if name not in prices and key not in self._waiting:
+            found = self._collective(row) if isinstance(row, Collective) else self._op(row)
+            self._waiting[key] = prices, *found
 
     def price(self, row: Row) -> RowPrice:
         """The price of a row that has asked."""
         name, prices = self._name(row)
         if name not in prices:
-            pending, where = self._pending.pop(name)
+            _, pending, where = self._waiting.pop((id(prices), name))
             prices[name] = pending().at(where)
         found = prices[name]
         return found if found.row is row else replace(found, row=row)
@@ -128,7 +133,7 @@ class AskedRows:
                 np.broadcast_to(value, width)[where] for value in (at.sizes.B, at.sizes.S, at.sizes.P, at.verify)
             )
             one = replace(at, sizes=replace(at.sizes, B=batch, S=new, P=past), verify=verify, kv_bytes=kv_bytes)
-            self._by_dtype[key] = AskedRows(self._pricer, one, self._asked, self._memo)
+            self._by_dtype[key] = AskedRows(self._pricer, one, self._asked, self._memo, waiting=self._waiting)
         rows = self._by_dtype[key]
         rows.ask(op)
         return partial(rows.price, op)

@@ -16,7 +16,7 @@ from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective, Plan, Row
-from tensorcast.deploy.step.asked_rows import AskedRows, Memo
+from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Waiting
 from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.pipeline_stages import HAND_OVER, place_of, stages_of
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, pick, seconds_of, total
@@ -59,13 +59,15 @@ class Step:
         """Step time alone."""
         return self.price(batch, new, past).seconds
 
-    def ask(self, batch: Size, new: Size, past: Size, *, asked: BatchedCorrections) -> Callable[[], StepPrice]:
+    def ask(
+        self, batch: Size, new: Size, past: Size, *, asked: BatchedCorrections, waiting: Waiting
+    ) -> Callable[[], StepPrice]:
         """Ask for the corrections of all rows; call what is returned for the price when they are there."""
         at = self.sizes.batches(batch, new, past)
         memo = Memo() if self.memo is None else self.memo
-        whole = chunk = AskedRows(self.pricer, at.whole, asked, memo)
+        whole = chunk = AskedRows(self.pricer, at.whole, asked, memo, waiting=waiting)
         if at.chunk is not at.whole:
-            chunk = AskedRows(self.pricer, at.chunk, asked, memo)
+            chunk = AskedRows(self.pricer, at.chunk, asked, memo, waiting=waiting)
         rows = self.plan.rows if at.draft is None else (*self.plan.rows, _projection(self.table))
         chunked = [bool(r.exchange) if isinstance(r, Collective) else r.stage in EXPERT_STAGES for r in rows]
         passed = [(row, chunk if inside else whole) for row, inside in zip(rows, chunked, strict=True)]
@@ -151,13 +153,14 @@ Asked = tuple[Step, Size, Size, Size]
 
 def prices(asked: Sequence[Asked]) -> Iterator[StepPrice]:
     """The price of each step, in order, as :meth:`Step.price` gives it: their kernels' fitted models are asked once."""
-    waiting: dict[int, BatchedCorrections] = {}
+    waiting: Waiting = {}
+    every: dict[int, BatchedCorrections] = {}
     steps = []
     for step, batch, new, past in asked:
         corrections = step.pricer.corrections
-        later = waiting.setdefault(id(corrections), BatchedCorrections(corrections))
-        steps.append(step.ask(batch, new, past, asked=later))
-    for later in waiting.values():
+        later = every.setdefault(id(corrections), BatchedCorrections(corrections))
+        steps.append(step.ask(batch, new, past, asked=later, waiting=waiting))
+    for later in every.values():
         later.find()
     for priced in steps:
         yield priced()

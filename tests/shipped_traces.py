@@ -1,4 +1,4 @@
-"""The traces that ship with the package: ``python tests/shipped_traces.py [NAME ...]`` makes them, which is `make traces`.
+"""The traces that ship with the package; `make traces` is ``python tests/shipped_traces.py [NAME ...]``.
 
 Every shipped model, both phases, every tensor-parallel size that its heads divide over; packs that say the same already
 are left as they are.
@@ -6,6 +6,7 @@ are left as they are.
 
 from __future__ import annotations
 
+import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -13,9 +14,9 @@ from pathlib import Path
 from tensorcast.errors import InputError
 from tensorcast.files import write_atomically
 from tensorcast.profiles.facts import ModelFacts
-from tensorcast.profiles.store import list_models, load_model, shipped_root
+from tensorcast.profiles.store import list_models, load_model, profile_roots
 from tensorcast.trace.cache import digests
-from tensorcast.trace.stored import packed, to_json, unpacked
+from tensorcast.trace.stored import from_json, packed, to_json, unpacked
 from tensorcast.trace.table import OpTable
 from tensorcast.trace.tracer import trace
 
@@ -25,7 +26,7 @@ MOST = 128
 
 
 def pack_of(name: str) -> Path:
-    return shipped_root() / "traces" / f"{name}.json.xz"
+    return profile_roots()[-1] / "traces" / f"{name}.json.xz"
 
 
 def sizes(facts: ModelFacts) -> list[int]:
@@ -62,10 +63,9 @@ def fresh(name: str) -> dict[str, OpTable | str]:
 
 def shipped(name: str, table: str) -> OpTable | str | None:
     """A shipped trace, the problem in its place, or None."""
-    try:
-        return unpacked(pack_of(name), digests(load_model(name))[0], table)
-    except InputError as problem:
-        return str(problem)
+    line = unpacked(pack_of(name), digests(load_model(name))[0]).get(table)
+    data = {} if line is None else json.loads(line)
+    return from_json(data)[0] if "ops" in data else data.get("problem")
 
 
 def same(one: OpTable | str | None, other: OpTable | str | None) -> bool:
@@ -87,7 +87,7 @@ def make(name: str) -> tuple[str, int, bool]:
 
 def main(names: list[str]) -> None:
     every = list_models()
-    for path in () if names else (shipped_root() / "traces").glob("*.json.xz"):
+    for path in () if names else (profile_roots()[-1] / "traces").glob("*.json.xz"):
         if path.name.removesuffix(".json.xz") not in every:
             path.unlink()
     with ProcessPoolExecutor(2) as pool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -25,7 +24,6 @@ from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.asked_rows import Collectives, Memo
-from tensorcast.deploy.step.step import Step
 
 Item = TypeVar("Item")
 
@@ -72,25 +70,15 @@ class Fleet(Deployment):
     """
 
     size: int
-    whole: Fleet | None = None
-    """The members at no setting, where these are at one."""
-
-    @cached_property
-    def profiled(self) -> tuple[Size, Size]:
-        """The same at every setting: as many tokens are profiled."""
-        return super().profiled if self.whole is None else self.whole.profiled
 
     def at(self, kv_dtype: str, mtp_depth: int, pp: int) -> Fleet:
         """All members at one setting, for their memory; their prices need none."""
         step = replace(self.step, sizes=replace(self.step.sizes, mtp_depth=mtp_depth, pp=pp))
         options, layout = replace(self.options, mtp_depth=mtp_depth), replace(self.layout, pp=pp)
         quantization = replace(self.quantization, kv=kv_dtype)
-        return replace(self, layout=layout, options=options, quantization=quantization, step=step, whole=self)
-
-    def varied(self, kv_bytes: np.ndarray, mtp_depth: np.ndarray, dual: np.ndarray, pp: np.ndarray) -> Step:
-        """The step with, batch by batch, what rows do not depend on or only few of them."""
-        sizes = replace(self.step.sizes, kv_bytes=kv_bytes, mtp_depth=mtp_depth, dual=dual, pp=pp)
-        return replace(self.step, sizes=sizes)
+        found = replace(self, layout=layout, options=options, quantization=quantization, step=step)
+        vars(found)["profiled"] = self.profiled  # a cached property: at every setting as many tokens are profiled
+        return found
 
 
 def fleet(members: Sequence[Deployment], memo: Memo) -> Fleet:

@@ -91,16 +91,10 @@ def profile_roots() -> tuple[Path, ...]:
         if not Path(user).expanduser().is_dir():
             raise InputError(f"{USER_DIRECTORY}={user}: no such directory")
         roots.append(Path(user).expanduser())
-    return (*roots, shipped_root())
-
-
-@functools.cache
-def shipped_root() -> Path:
-    """The folder that comes with the package: inside a wheel, or in a checkout."""
     package = Path(__file__).resolve().parent.parent
-    for shipped in (package / "_profiles", package.parent / "profiles"):
+    for shipped in (package / "_profiles", package.parent / "profiles"):  # inside a wheel; in a checkout
         if (shipped / "models").is_dir():
-            return shipped
+            return (*roots, shipped)
     raise InputError(f"no profiles beside the package at {package}: reinstall tensorcast")
 
 

@@ -152,7 +152,7 @@ class _Pools:
             prefill_ranks=self.x * variant.layout.dp,
             depth=shop.depths[self.rows],
             hand_over_s=hand_over_s(
-                shop.deployment(variant.layout, "prefill", variant.prefill),
+                shop.scenario.deployment(variant.layout, "prefill", variant.prefill),
                 shop.layouts["world_size"][self.rows], self.x + self.y, int(shop.scenario.load.input_len),
             ),
             decoding=DecodeCurve(shop.grid, shop.curves, self.rows),

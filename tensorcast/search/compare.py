@@ -12,9 +12,11 @@ import numpy as np
 
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.deploy.deployment import Deployment
+from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.candidate_table import stacked
 from tensorcast.search.notes import by_what, in_seconds, notes, nothing_left, warning
@@ -117,7 +119,7 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult]) -> Com
     frame["pareto"] = pareto(frame["tokens_per_s_per_user"].to_numpy(), frame["tokens_per_s_per_gpu"].to_numpy())
     behind: list[tuple[Scenario, Variant, Variant]] = []
     for task, one in zip(tasks, results, strict=True):
-        pools = replace(task.scenario, engine=task.engine.in_pools())
+        pools = replace(task.scenario, engine=same(task.engine.in_pools()))
         scenario = {"aggregated": task.scenario, "disaggregated": pools}
         behind += [(scenario[mode], *pair) for mode, pair in zip(one.frame["mode"], one.variants, strict=True)]
     comparison = Comparison(
@@ -135,8 +137,8 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult]) -> Com
     best = records[0]
     kind = ("device", "mode", "layout")
     others = [r for r in records[1:] if any(r[key] != best[key] for key in kind)]
-    sums = {r["candidate"]: work_by_family(comparison, r) for r in [best, *others]}
-    ties = [r["candidate"] for r in others if alike(sums[best["candidate"]], sums[r["candidate"]])]
+    first_sums, *sums = work_by_family(comparison, [best, *others])
+    ties = [r["candidate"] for r, found in zip(others, sums, strict=True) if alike(first_sums, found)]
     said = warning(comparison.tasks[0], comparison.candidates, best["ttft_s"], best["tpot_s"])
     return replace(comparison, best=best, runner_up=others[0] if others else None, ties=ties, warning=said)
 
@@ -148,30 +150,38 @@ UNSURE = LEVELS.index("datasheet")
 """Level of prices that rest on datasheets alone."""
 
 
-def work_by_family(comparison: Comparison, row: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """What the objective adds up for a candidate, by kernel family and beside them: (amount, relative median error).
+def work_by_family(
+    comparison: Comparison, rows: Sequence[dict[str, Any]]
+) -> list[dict[str, tuple[float, float]]]:
+    """What the objective adds up for each candidate, by kernel family and beside them: (amount, relative median error).
 
     GPU seconds per output token; for the objective ``latency`` seconds of a request. What rests on measurements and
     what on datasheets alone err apart.
     """
-    prefill, decode = comparison.deployments(row["candidate"])
-    load = comparison.behind[row["candidate"]][0].load
-    fresh = prefill.step.price(1.0, float(load.input_len - load.prefix_cached), float(load.prefix_cached))
-    step = decode.step.price(float(row["batch"]), 1.0, load.context)
-    decoded = row["tpot_s"] * (load.output_len - 1)
-    found: dict[str, tuple[float, float]] = {}
-    whole = row["request_s"] if comparison.objective == "latency" else row["gpus"] / row["output_tokens_per_s"]
-    for price, share in ((step, decoded / row["request_s"]), (fresh, 1 - decoded / row["request_s"])):
-        rows = [(f"{p.family} {p.level == UNSURE}", float(p.seconds) * float(n), float(np.max(p.error)))
-                for p, n in price.calls]
-        beside = max(float(price.overhead_s), 1e-30)
-        rows.append(("engine", beside, float(price.overhead_error_s) / beside))
-        total = sum(seconds for _, seconds, _ in rows) or 1.0
-        for name, seconds, error in rows:
-            amount = whole * share * seconds / total
-            before, mean = found.get(name, (0.0, 0.0))
-            found[name] = before + amount, (before * mean + amount * error) / max(before + amount, 1e-30)
-    return found
+    asked: list[Asked] = []
+    for row in rows:
+        prefill, decode = comparison.deployments(row["candidate"])
+        load = comparison.behind[row["candidate"]][0].load
+        asked.append((decode.step, float(row["batch"]), 1.0, load.context))
+        asked.append((prefill.step, 1.0, float(load.input_len - load.prefix_cached), float(load.prefix_cached)))
+    priced, sums = prices(asked), list[dict[str, tuple[float, float]]]()
+    for row in rows:
+        decoded = row["tpot_s"] * (comparison.output_len - 1) / row["request_s"]
+        whole = row["request_s"] if comparison.objective == "latency" else row["gpus"] / row["output_tokens_per_s"]
+        found: dict[str, tuple[float, float]] = {}
+        for price, share in ((next(priced), decoded), (next(priced), 1 - decoded)):
+            # one batch: numbers, or arrays of one entry where drafts are priced beside it
+            parts = [(f"{p.family} {p.level == UNSURE}", np.asarray(p.seconds * n).item(), float(np.max(p.error)))
+                     for p, n in price.calls]
+            beside = max(float(price.overhead_s), 1e-30)
+            parts.append(("engine", beside, float(price.overhead_error_s) / beside))
+            total = sum(seconds for _, seconds, _ in parts) or 1.0
+            for name, seconds, error in parts:
+                amount = whole * share * seconds / total
+                before, mean = found.get(name, (0.0, 0.0))
+                found[name] = before + amount, (before * mean + amount * error) / max(before + amount, 1e-30)
+        sums.append(found)
+    return sums
 
 
 def _not_met(comparison: Comparison) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -47,32 +47,37 @@ def search(task: SearchTask) -> SearchResult:
 
     Every candidate's step is priced at the very batch that it stands at.
     """
-    parts = id(task.model), id(task.device), id(task.engine), task.base
-    priced = *parts, task.gpus, task.load, task.axes, task.layouts, task.runnable_only
-    asked = *priced, task.ttft_s, task.tpot_s, task.objective, task.modes, task.request_rate, task.price_per_hour
-
-    def prices() -> tuple[SearchTask, VariantPrices | None, Counter[str]]:
-        pruned: Counter[str] = Counter()
-        tried = space(task, pruned)
-        if not tried:
-            return task, None, pruned
-        kept = PARTS.of(parts, lambda: (task, Parts()))[1]
-        shop = VariantPrices(task.scenario, tried, task.axes.chunk_tokens, kept)
-        return task, shop, pruned + Counter({NO_ROOM: shop.without_room()})
-
-    # whatever is found is kept with its task, whose profiles stay alive, so that their ids stay their own
-    return RESULTS.of(asked, lambda: (task, _search(task, *PRICES.of(priced, prices)[1:])))[1]
+    # whatever is kept is kept with its task, whose profiles stay alive, so that their ids stay their own
+    priced = id(task.model), id(task.device), id(task.engine), task.base, task.gpus, task.load, task.axes, task.layouts
+    asked = (
+        *priced, task.runnable_only, task.ttft_s, task.tpot_s, task.objective, task.modes, task.request_rate,
+        task.price_per_hour,
+    )  # fmt: skip
+    if asked not in RESULTS:
+        RESULTS[asked] = task, _search(task, (*priced, task.runnable_only))
+    found: SearchResult = RESULTS[asked][1]
+    return found
 
 
-def _search(task: SearchTask, prices: VariantPrices | None, pruned: Counter[str]) -> SearchResult:
-    """Evaluate every candidate at its price. ``pruned``: what fell away before."""
-    pruned = Counter(pruned)
+def _search(task: SearchTask, key: tuple[Hashable, ...]) -> SearchResult:
+    """Evaluate every candidate. ``key``: for what prices hang on of a task."""
+    if key not in PRICES:
+        fell = Counter[str]()
+        tried = space(task, fell)
+        if key[:4] not in PARTS:
+            PARTS[key[:4]] = task, Parts()
+        parts = PARTS[key[:4]][1]
+        shop = VariantPrices(task.scenario, tried, task.axes.chunk_tokens, parts) if tried else None
+        PRICES[key] = task, shop, fell
+    _, prices, fell = PRICES[key]
+    pruned = Counter(fell)
     if prices is None:
         return SearchResult(stacked([]), [], pruned, 0)
-    parts, examined = _candidates(task, prices, pruned)
+    pruned[NO_ROOM] += prices.without_room
+    points, examined = _candidates(task, prices, pruned)
     examined += pruned[NO_PACE]
-    every = [(prices, parts)]
-    if fine := finer(prices, parts, partial(score_in_time, task, prices)):
+    every = [(prices, points)]
+    if fine := finer(prices, points, partial(score_in_time, task, prices)):
         between, more = _candidates(task, fine, Counter(), prices.grid)
         every.append((fine, between))
         examined += more

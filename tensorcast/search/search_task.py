@@ -19,6 +19,7 @@ from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.axes import FULL, Axes
+from tensorcast.search.workspace import DEPLOYMENTS
 from tensorcast.serving.objective import OBJECTIVES
 from tensorcast.serving.traffic import Traffic
 from tensorcast.trace.cache import whole_model
@@ -39,7 +40,11 @@ class Scenario:
         return self.engine.tokens_per_step(self.device)
 
     def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
-        return deploy(self.model, self.device, self.engine, layout, phase, options=options)
+        key = id(self.model), id(self.device), id(self.engine), layout, phase, options
+        if key not in DEPLOYMENTS:
+            made = deploy(self.model, self.device, self.engine, layout, phase, options=options)
+            DEPLOYMENTS[key] = self, made
+        return DEPLOYMENTS[key][1]
 
 
 MODES = ("aggregated", "disaggregated")

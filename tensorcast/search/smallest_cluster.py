@@ -28,7 +28,7 @@ def smallest_cluster(task: SearchTask) -> int | None:
         tried = [v for v in space(whole, Counter()) if v.layout.world_size == size]
         if tried:
             prices = VariantPrices(whole.scenario, tried, plain.chunk_tokens)
-            if prices.without_room() < len(tried):
+            if prices.without_room < len(tried):
                 return size
         size *= 2
     return None

@@ -7,15 +7,13 @@ same steady state, only with more than one entry per array (``tests/test_compare
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tensorcast.cost.evidence import EVIDENCE
-from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.fleet import Fleet, fleet
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
@@ -23,6 +21,7 @@ from tensorcast.deploy.plan.plan import block_form, choose_all2all
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.step.sizes import COARSE, KV_BYTES
 from tensorcast.deploy.step.step import Asked, prices
+from tensorcast.profiles.kept import same
 from tensorcast.search.axes import LARGEST_BATCH
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import Scenario
@@ -77,7 +76,8 @@ TOGETHER = 16
 @dataclass(frozen=True, kw_only=True)
 class _Group:
     """Variants of one structure: positions ``rows[members, settings]`` (-1: no such variant), and both fleets with
-    what their memory hangs on. ``kinds``: settings as prompts know them: cache dtype, overlap, stages."""
+    what their memory hangs on: overlap changes none, and no member's plan. ``kinds``: settings as prompts know them,
+    cache dtype, overlap and stages."""
 
     settings: list[_Setting]
     kinds: list[tuple[str, bool, int]]
@@ -104,6 +104,10 @@ class VariantPrices:
         sizes = np.array([(v.layout.world_size, v.layout.dp) for v in variants], dtype=float)
         self.layouts: dict[str, Array] = dict(zip(("world_size", "dp"), sizes.T, strict=True))
         self.depths = np.array([v.decode.mtp_depth for v in variants])
+        # tokens of the largest captured prefill step of each
+        largest = cache(partial(scenario.engine.prefill_graph_tokens, scenario.device, config=scenario.model.config))
+        experts = self._whole.facts.num_experts
+        self._captured = [largest(attention_dp(v.layout, experts), v.layout.pp) for v in variants]
         count = len(variants)
         names = ("seconds", "attention_s", "error", "exposed_comm_s", "hidden_comm_s", *EVIDENCE)
         self.curves = {name: np.empty((count, len(self.grid))) for name in names}
@@ -127,26 +131,26 @@ class VariantPrices:
             positions = np.concatenate([rows for rows, _ in found])
             self.prompts[budget] = PrefillCosts.joined([part for _, part in found]).where(np.argsort(positions))
         self.own_prompts = self.prompts[scenario.own_chunk]  # in steps as the engine cuts them unasked
-        self.parts.trim()
+        room = np.max([self.room_decode, *(self.fits[budget] for budget in chunks)], axis=0)
+        self.without_room = int((room < 1).sum())
+        """Variants that hold no sequence, in either mode of serving."""
 
     def in_pools(self) -> VariantPrices:
         """The variants as pools of disaggregated serving run them: those whose prompts are captured only where one
         server has both phases are priced again."""
-        if self.parts.pools is None:
-            self.parts.pools = self.scenario.engine.in_pools(), Parts()
-        engine, parts = self.parts.pools
+        engine = self.scenario.engine.in_pools()
         if engine is self.scenario.engine:
             return self
         if self._pools is not None:
             return self._pools
-        scenario = replace(self.scenario, engine=engine)
-        rows = [i for i, v in enumerate(self.variants) if self._graph_tokens(v.layout)]
+        scenario = replace(self.scenario, engine=same(engine))
+        rows = [i for i, tokens in enumerate(self._captured) if tokens]
         self._pools = pools = copy.copy(self)
-        pools.scenario, pools.parts = scenario, parts
+        pools.scenario = scenario
         if rows:
             # of prompts and room alone: one batch of decode steps is the least that can be priced
             some, chunks = [self.variants[i] for i in rows], (scenario.own_chunk,)
-            again = VariantPrices(scenario, some, chunks, parts, self.grid[:1])
+            again = VariantPrices(scenario, some, chunks, grid=self.grid[:1])
             where = np.arange(len(self.variants))
             where[rows] = len(where) + np.arange(len(rows))
             pools.own_prompts = PrefillCosts.joined([self.own_prompts, again.own_prompts]).where(where)
@@ -154,26 +158,18 @@ class VariantPrices:
             pools.room_prefill = _put(self.room_prefill, rows, again.room_prefill)
         return pools
 
-    def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
-        """One deployment, made once."""
-        key = layout, phase, options
-        if key not in self.parts.deployments:
-            self.parts.deployments[key] = self.scenario.deployment(*key)
-        return self.parts.deployments[key]
-
-    def _fleet(self, members: list[_Member], phase: str) -> tuple[Fleet, tuple[Any, ...]]:
-        """The members as one deployment, and what its memory hangs on: overlap changes none, and no member's plan."""
-        made = [self.deployment(layout, phase, options[phase == "decode"]) for layout, *options in members]
-        held = (phase, *map(id, made))
-        if held not in self.parts.fleets:
-            self.parts.fleets[held] = made, fleet(made, self.parts.memo)
-        return self.parts.fleets[held][1], held
-
     def _group(self, found: dict[_Member, dict[_Setting, int]]) -> _Group:
         """Variants of one structure, ready to be priced."""
         members, every = list(found), {setting for one in found.values() for setting in one}
         settings = sorted(every, key=lambda s: (s.pp, str(s.kv_dtype), s.mtp_depth, s.dual_batch_overlap))
-        prefill, decode = (self._fleet(members, phase) for phase in ("prefill", "decode"))
+        fleets = []
+        for phase in ("prefill", "decode"):
+            made = [self.scenario.deployment(m[0], phase, m[1 + (phase == "decode")]) for m in members]
+            held = (phase, *map(id, made))
+            if held not in self.parts.fleets:
+                self.parts.fleets[held] = made, fleet(made, self.parts.memo)
+            fleets.append((self.parts.fleets[held][1], held))
+        prefill, decode = fleets
         self.own_kv_dtype = own = decode[0].quantization.kv  # no member asks for another
         kinds = list(dict.fromkeys((s.kv_dtype or own, s.dual_batch_overlap, s.pp) for s in settings))
         rows = np.array([[one.get(s, -1) for s in settings] for one in found.values()])
@@ -184,15 +180,17 @@ class VariantPrices:
         sizes = np.array([(batch, cut.tokens, cut.past) for cut in self._cuts for batch in cut.batches])
         asked: list[Asked] = []
         for group in groups:
-            kv, dual, pp = zip(*group.kinds, strict=True)
-            varied = [KV_BYTES[name] for name in kv], [0] * len(kv), dual, pp
-            step = group.prefill[0].varied(*(np.repeat(values, len(sizes)) for values in varied))
-            asked.append((step, *np.tile(sizes, (len(kv), 1)).T))
-            _, depth, dual, pp = zip(*group.settings, strict=True)
-            kv = [s.kv_dtype or self.own_kv_dtype for s in group.settings]
-            varied = [KV_BYTES[name] for name in kv], depth, dual, pp
-            step = group.decode[0].varied(*(np.repeat(values, len(self.grid)) for values in varied))
-            asked.append((step, np.tile(self.grid, len(kv)), 1.0, self.scenario.load.context))
+            own = self.own_kv_dtype
+            settings = [(s.kv_dtype or own, s.mtp_depth, s.dual_batch_overlap, s.pp) for s in group.settings]
+            kinds = [(kv, 0, dual, pp) for kv, dual, pp in group.kinds]
+            prompts = np.tile(sizes, (len(kinds), 1)).T
+            replies = np.tile(self.grid, len(settings)), 1.0, self.scenario.load.context
+            for (one, _), at, load in ((group.prefill, kinds, prompts), (group.decode, settings, replies)):
+                # batch by batch, what rows do not depend on or only few of them
+                kv, depth, dual, pp = (np.repeat(values, len(load[0]) // len(at)) for values in zip(*at, strict=True))
+                kv_bytes = np.array([KV_BYTES[name] for name in kv])
+                varied = replace(one.step.sizes, kv_bytes=kv_bytes, mtp_depth=depth, dual=dual, pp=pp)
+                asked.append((replace(one.step, sizes=varied), *load))
         found = prices(asked)
         for group in groups:
             left = self._take_prefill(group, next(found))
@@ -266,50 +264,28 @@ class VariantPrices:
                     plain[id(options)] = made.setdefault(one, one)
             layout, own = variant.layout, variant.decode
             kept = id(plain[id(variant.prefill)]), id(plain[id(own)])
-            key = (layout.tp, layout.dp, layout.ep, self._graph_tokens(layout), *kept)
+            key = (layout.tp, layout.dp, layout.ep, self._captured[i], *kept)
             setting = _Setting(own.kv_dtype, own.mtp_depth, own.dual_batch_overlap, layout.pp)
             members.setdefault(key, {})[setting] = i
         found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
-        for positions in members.values():
-            most = self.variants[positions[max(positions, key=lambda setting: setting.pp)]]
-            member = (most.layout, plain[id(most.prefill)], plain[id(most.decode)])
-            found.setdefault(self._structure(*member), {})[member] = positions
-        return found
-
-    @cached_property
-    def _graph_tokens(self) -> Callable[[Layout], int]:
-        """Tokens of the largest captured prefill step of a layout."""
-        model, device, engine = self.scenario.model, self.scenario.device, self.scenario.engine
-        experts = self._whole.facts.num_experts
-        largest = cache(lambda dp, pp: engine.prefill_graph_tokens(device, dp, pp, model.config))
-        return lambda layout: largest(attention_dp(layout, experts), layout.pp)
-
-    def _structure(self, layout: Layout, prefill: Options, decode: Options) -> _Structure:
-        options = {"prefill": prefill, "decode": decode}
-        exchange = [choose_all2all(o.all2all, layout, self.scenario.engine, phase) for phase, o in options.items()]
         one = self.scenario
         known: dict[str, Any] = {"device": one.device, "config": one.model.config, "whole": self._whole}
-        blocks = [
-            block_form(o, layout, kind, one.engine, **known)
-            for o, kind in zip(options.values(), exchange, strict=True)
-        ]
-        # what becomes a column of the fleet's arrays may differ
-        common = [
-            replace(
-                o, dispatch=None, redundant_experts=0, placement="linear",
-                external_shared_experts=min(1, o.external_shared_experts),
-            )
-            for o in options.values()
-        ]
-        return _Structure(
-            layout.tp, self._graph_tokens(layout), (exchange[0], exchange[1]), (blocks[0], blocks[1]),
-            (common[0], common[1]),
-        )  # fmt: skip
-
-    def without_room(self) -> int:
-        """Variants that hold no sequence, in either mode of serving."""
-        room = np.max([self.room_decode, *(self.fits[budget] for budget in self.chunks)], axis=0)
-        return int((room < 1).sum())
+        for positions in members.values():
+            number = positions[max(positions, key=lambda setting: setting.pp)]
+            most = self.variants[number]
+            layout, both = most.layout, (plain[id(most.prefill)], plain[id(most.decode)])
+            phases = list(zip(both, ("prefill", "decode"), strict=True))
+            exchange = [choose_all2all(o.all2all, layout, one.engine, phase) for o, phase in phases]
+            blocks = [block_form(o, layout, kind, one.engine, **known) for o, kind in zip(both, exchange, strict=True)]
+            # what becomes a column of the fleet's arrays may differ
+            plainer: dict[str, Any] = {"dispatch": None, "redundant_experts": 0}
+            common = [replace(o, **plainer, external_shared_experts=min(o.external_shared_experts, 1)) for o in both]
+            structure = _Structure(
+                layout.tp, self._captured[number], (exchange[0], exchange[1]), (blocks[0], blocks[1]),
+                (common[0], common[1]),
+            )  # fmt: skip
+            found.setdefault(structure, {})[layout, both[0], both[1]] = positions
+        return found
 
     def memory(self, points: Points) -> dict[str, Array]:
         """Bytes on the fullest GPU of every point while its batch decodes, each reply half done."""

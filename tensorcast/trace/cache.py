@@ -1,7 +1,8 @@
 """What is kept of a model: traces that come with the package, and on disk what this machine made.
 
-A shipped model's traces need neither torch nor transformers, nor does a second run of any other. The key covers the config, the stored format, and the source of the stages that make a table, so a changed tracer never
-reads an old table. ``TENSORCAST_CACHE`` moves the folder; ``TENSORCAST_CACHE=off`` switches it off.
+A shipped model's traces need neither torch nor transformers, nor does a second run of any other. The key on disk covers
+the config, the stored format, and the source of the stages that make a table, so a changed tracer never reads an old
+table. ``TENSORCAST_CACHE`` moves the folder; ``TENSORCAST_CACHE=off`` switches it off.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tensorcast.modeling.quantization import SCHEMES, Quantization, as_run, over
 from tensorcast.profiles.beside_config import KEYS
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.profiles.store import shipped_root
+from tensorcast.profiles.store import profile_roots
 from tensorcast.trace.cuts import Cut, cut_widths
 from tensorcast.trace.fuse import fuse
 from tensorcast.trace.moe import BlockForm, with_block_form, with_fused_shared
@@ -65,7 +66,8 @@ _digests: dict[int, tuple[ModelProfile, tuple[str, str]]] = {}
 def digests(profile: ModelProfile) -> tuple[str, str]:
     """Of what a profile says to tracing, and of that with what it says of precisions: equal ones are traced once."""
     if id(profile) not in _digests:
-        own = Path((profile.model or "").rpartition(":")[0])  # of a class that the profile names, where it lies in a file
+        # of a class that the profile names, where it lies in a file
+        own = Path((profile.model or "").rpartition(":")[0])
         code = own.read_text("utf-8") if own.suffix == ".py" and own.is_file() else ""
         network = {name: value for name, value in profile.config.items() if name not in KEYS}
         said = [profile.name, network, dict(profile.moe), profile.sharded, profile.model, code]
@@ -80,14 +82,13 @@ def digests(profile: ModelProfile) -> tuple[str, str]:
 
 def kept(
     profile: ModelProfile, what: tuple[Hashable, ...], make: Callable[[], Made], *, said: str,
-    write: Callable[[Made], dict[str, Any]], read: Callable[[dict[str, Any]], Made],
+    write: Callable[[Made], dict[str, Any]], read: Callable[[dict[str, Any]], Made], folder: Path | None,
 ) -> Made:  # fmt: skip
     """``what`` is asked of a model: known in this process, read from disk, or made now and written there.
 
     The first two of ``what`` are words for the file's name. ``said``: a digest of what the profile says of it;
-    ``write``, ``read``: what is made to JSON, and back.
+    ``write``, ``read``: what is made to JSON, and back. ``folder``: of the cache; None: nothing is read or written.
     """
-    folder = cache_dir()
     full = (said, folder, *what)
     if full not in _known:
         if len(_known) >= LARGEST:
@@ -117,11 +118,15 @@ def traced(profile: ModelProfile, phase: str, tp: int = 1) -> OpTable:
     Raises :class:`InputError` where the model cannot be traced so, :class:`NoTracer` where it would have to be.
     """
     said = digests(profile)[0]
-    pack = shipped_root() / "traces" / f"{profile.name}.json.xz"
-    if (found := unpacked(pack, said, f"{phase}-tp{tp}")) is not None:
-        return found
+    pack = profile_roots()[-1] / "traces" / f"{profile.name}.json.xz"
+    shipped = unpacked(pack, said).get(f"{phase}-tp{tp}")
 
     def make() -> OpTable:
+        if shipped is not None:
+            data = json.loads(shipped)
+            if "problem" in data:
+                raise InputError(data["problem"])
+            return from_json(data)[0]
         whole = traced(profile, phase) if tp > 1 else None
         try:
             from tensorcast.trace.tracer import trace  # torch and transformers load only here
@@ -131,7 +136,8 @@ def traced(profile: ModelProfile, phase: str, tp: int = 1) -> OpTable:
         return trace(profile, phase, tp, whole)  # type: ignore[arg-type]
 
     return kept(
-        profile, (phase, f"tp{tp}"), make, said=said, write=to_json, read=lambda data: from_json(data)[0]
+        profile, (phase, f"tp{tp}"), make, said=said, write=to_json, read=lambda data: from_json(data)[0],
+        folder=cache_dir() if shipped is None else None,
     )
 
 
@@ -156,7 +162,10 @@ def whole_model(profile: ModelProfile, phase: str, quant: str | None = None) -> 
         weights = stored.of_weights((p.name, p.role, p.stored) for p in table.params)
         return WholeModel(table.facts, weights, cut_widths(table, stored, profile.config.get("architectures") or ()))
 
-    return kept(profile, (phase, "whole", quant), make, said=digests(profile)[1], write=asdict, read=_whole_from_json)
+    return kept(
+        profile, (phase, "whole", quant), make, said=digests(profile)[1], write=asdict, read=_whole_from_json,
+        folder=cache_dir(),
+    )
 
 
 def _stored(profile: ModelProfile, quant: str | None) -> Quantization:
@@ -213,5 +222,5 @@ def rank_tables(profile: ModelProfile, phase: str, form: RankForm) -> RankTables
     what = phase, f"rank{form.tp}", form
     return kept(
         profile, what, make, said=digests(profile)[1], write=lambda made: to_json(*made),
-        read=lambda data: RankTables(*from_json(data)),
+        read=lambda data: RankTables(*from_json(data)), folder=cache_dir(),
     )

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tensorcast.errors import InputError
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.table import Op, OpTable, Param, Tensor
@@ -95,26 +94,12 @@ def packed(key: str, tables: Mapping[str, OpTable | str]) -> bytes:
 
 
 @functools.lru_cache(maxsize=64)
-def _lines(pack: Path, key: str) -> dict[str, str]:
-    """Tables of a pack by name, as they are written; none where there is no pack, or one of another ``key``."""
+def unpacked(pack: Path, key: str) -> dict[str, str]:
+    """Tables of a pack by name, each as :func:`to_json` writes it or with a ``problem`` instead; none where there is no
+    pack, or one of another ``key``."""
     try:
         head, *lines = lzma.decompress(pack.read_bytes()).decode().split("\n")
     except OSError:
         return {}
     said = json.loads(head)
     return dict(zip(said["tables"], lines, strict=True)) if (said["format"], said["key"]) == (FORMAT, key) else {}
-
-
-@functools.lru_cache(maxsize=512)
-def unpacked(pack: Path, key: str, name: str) -> OpTable | None:
-    """The table called ``name`` of a pack; None where the pack does not hold it, or is not of ``key``.
-
-    Raises :class:`InputError` where the model cannot be traced so.
-    """
-    line = _lines(pack, key).get(name)
-    if line is None:
-        return None
-    data = json.loads(line)
-    if "problem" in data:
-        raise InputError(data["problem"])
-    return from_json(data)[0]

@@ -45,6 +45,8 @@ class Memo:
     in their shared experts follow each other."""
     load: tuple[Hashable, ...] = ()
     members: tuple[object, ...] = ()
+    most: int = 1 << 20
+    """Sizes whose plain rows are remembered; a memo that outlives a search forgets the oldest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ class AskedRows:
         shapes = (np.asarray(number, dtype=float) for number in numbers)
         self._key = (pricer.table.phase, pricer.graph_tokens, *((value.shape, value.tobytes()) for value in shapes))
         self._plain = memo.plain.setdefault(self._key, {})
+        if len(memo.plain) > memo.most:
+            del memo.plain[next(iter(memo.plain))]
         self._here: Prices = {}  # not to be remembered: what differs between members
         self._by_dtype: dict[tuple[float, bool], AskedRows] = {}
         self._contents: dict[int, tuple[Op, Content]] = kept_beside(pricer.table, "contents")

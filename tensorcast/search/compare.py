@@ -19,9 +19,9 @@ from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.candidate_table import stacked
-from tensorcast.search.notes import by_what, in_seconds, notes, nothing_left, warning
+from tensorcast.search.notes import COUNTED, in_seconds, notes, nothing_left, warning
 from tensorcast.search.pareto import alike, pareto
-from tensorcast.search.search import SearchResult
+from tensorcast.search.search import NO_PACE, NO_ROOM, SearchResult
 from tensorcast.search.search_task import Scenario, SearchTask
 from tensorcast.search.space import Variant
 from tensorcast.serving.objective import OBJECTIVES
@@ -117,6 +117,10 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult]) -> Com
         raise InputError(nothing_left(tasks, pruned))
     frame["candidate"] = [f"{mode[0]}{i}" for i, mode in enumerate(frame["mode"])]
     frame["pareto"] = pareto(frame["tokens_per_s_per_user"].to_numpy(), frame["tokens_per_s_per_gpu"].to_numpy())
+    by_rule: dict[str, dict[str, int]] = {what: {} for what in COUNTED}  # by what each rule counts, the most first
+    for rule, number in pruned.most_common():
+        if number:
+            by_rule[{NO_ROOM: "variants", NO_PACE: "candidates"}.get(rule, "layouts")][rule] = number
     behind: list[tuple[Scenario, Variant, Variant]] = []
     for task, one in zip(tasks, results, strict=True):
         pools = replace(task.scenario, engine=same(task.engine.in_pools()))
@@ -126,7 +130,7 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult]) -> Com
         model=first.model, devices=tuple({task.device.name: task.device for task in tasks}.values()),
         engine=first.engine, objective=first.objective, targets=(first.ttft_s, first.tpot_s),
         input_len=int(first.load.input_len), output_len=int(first.load.output_len),
-        candidates=frame, pruned=by_what(pruned),
+        candidates=frame, pruned=by_rule,
         best=None, runner_up=None, ties=[], notes=notes(tasks, frame), examined=sum(one.examined for one in results),
         tasks=tuple(tasks), behind=dict(zip(frame["candidate"], behind, strict=True)),
     )  # fmt: skip

@@ -28,15 +28,6 @@ COUNTED = {"layouts": "layouts", "variants": "layouts with their options", "cand
 variants at a batch."""
 
 
-def by_what(pruned: Counter[str]) -> dict[str, dict[str, int]]:
-    """Counts of a search by what each rule counts (:data:`COUNTED`), the most first."""
-    found: dict[str, dict[str, int]] = {what: {} for what in COUNTED}
-    for rule, number in pruned.most_common():
-        if number:
-            found[{NO_ROOM: "variants", NO_PACE: "candidates"}.get(rule, "layouts")][rule] = number
-    return found
-
-
 def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
     """What the numbers rest on and a reader may not expect."""
     first = tasks[0]

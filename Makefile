@@ -84,7 +84,8 @@ validate-gpu: $(STAMP)  ## all that needs a GPU -> reports/validate-gpu: make va
 moe-gpu: $(STAMP)  ## MoE ops, backends and layers on a GPU against the CPU, eight minutes: make moe-gpu DEVICE=h200
 	@$(BIN)/python benchmarks/moe_gpu.py --device $(or $(DEVICE),h200) $(ARGS)
 
-bench: $(STAMP)  ## how long start, tracing, pricing, searching and a rewritten layer take on this machine
+bench: $(STAMP)  ## CPU seconds and memory of questions, beside another version: [ARGS='--beside v1.0']; parts after that
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/questions.py $(ARGS)
 	@$(BIN)/python benchmarks/cold_start.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/price_points.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compare.py

@@ -115,14 +115,19 @@ TABLES: dict[str, Callable[[random.Random, int], list[Row]]] = {
 }
 
 
-def process(rows: list[Row], jobs: int, folder: Path, cache_folder: Path) -> tuple[float, float, int]:
-    """Wall seconds and processor seconds of one fresh ``tensorcast predict``, and rows with a problem."""
-    runs, out = folder / "runs.csv", folder / "out.csv"
+def written(rows: list[Row], runs: Path) -> Path:
+    """``runs``, a CSV file of the rows."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with runs.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
+    return runs
+
+
+def process(rows: list[Row], jobs: int, folder: Path, cache_folder: Path) -> tuple[float, float, int]:
+    """Wall seconds and processor seconds of one fresh ``tensorcast predict``, and rows with a problem."""
+    runs, out = written(rows, folder / "runs.csv"), folder / "out.csv"
     command = (sys.executable, "-m", "tensorcast", "predict", str(runs), "--out", str(out), "--jobs", str(jobs))
     environment = {**os.environ, "TENSORCAST_CACHE": str(cache_folder)}
     start, before = time.perf_counter(), os.times()

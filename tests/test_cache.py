@@ -120,4 +120,4 @@ def test_precisions_share_a_trace(folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tracer, "trace", _refuses)
     assert traced(_profile(quantization_config=FP8), "decode") is plain
     with pytest.raises(AssertionError, match="second time"):
-        traced(_profile(intermediate_size=96), "decode")
+        traced(_profile(intermediate_size=160), "decode")

@@ -1,0 +1,100 @@
+"""What a process keeps from question to question: nothing is priced twice, and no answer hangs on what came before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import tensorcast as tc
+from tensorcast.search import search_task, variant_prices, workspace
+from tensorcast.search.workspace import Recent
+
+KEPT = (workspace.DEPLOYMENTS, workspace.PARTS, workspace.PRICES, workspace.RESULTS)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How many deployments are made, and how often a step is priced, from nothing kept on."""
+    counts: Counter[str] = Counter()
+    deploy, prices = search_task.deploy, variant_prices.prices
+
+    def deployed(*args: Any, **options: Any) -> Any:
+        counts["deployments"] += 1
+        return deploy(*args, **options)
+
+    def priced(asked: Any) -> Any:
+        counts["passes"] += 1
+        counts["steps"] += len(asked)
+        return prices(asked)
+
+    monkeypatch.setattr(search_task, "deploy", deployed)
+    monkeypatch.setattr(variant_prices, "prices", priced)
+    _forget()
+    yield counts
+    _forget()
+
+
+def _forget() -> None:
+    for kept in KEPT:
+        kept.clear()
+
+
+def _ask(**changes: Any) -> pd.DataFrame:
+    asked = {"device": "h200", "world_size": 4, "input_len": 1024, "output_len": 128, "tpot_s": 0.05}
+    return tc.compare("qwen3-30b-a3b", **{**asked, **changes}).candidates
+
+
+def test_many_steps_are_priced_in_few_passes(made: Counter[str]) -> None:
+    """Kernels' models are asked once for a block of groups, whatever number of layouts and options these are."""
+    _ask()
+    assert made["steps"] > 10 * made["passes"] > 0
+
+
+def test_a_question_asked_again_prices_nothing(made: Counter[str]) -> None:
+    first = _ask()
+    made.clear()
+    pd.testing.assert_frame_equal(_ask(), first)
+    assert not made
+
+
+@pytest.mark.parametrize("changes", [
+    {"tpot_s": 0.02}, {"ttft_s": 0.5}, {"objective": "latency"}, {"objective": "cost", "prices": {"h200-sxm": 2.0}},
+    {"input_len": 700, "output_len": 300}, {"world_size": 2}, {"engine": "sglang"}, {"quant": "fp8"},
+    {"routing": "zipf:0.6"}, {"prefix_cached": 512}, {"modes": ("aggregated",)},
+])  # fmt: skip
+def test_no_answer_hangs_on_what_came_before(made: Counter[str], changes: dict[str, Any]) -> None:
+    _ask()
+    after = _ask(**changes)
+    _forget()
+    pd.testing.assert_frame_equal(after, _ask(**changes), rtol=1e-12)
+
+
+def test_other_limits_price_no_variant_again(made: Counter[str]) -> None:
+    """All that is priced: a closer look at what may do best under the new limits, and what is told apart kernel by
+    kernel."""
+    _ask()
+    first = dict(made)
+    made.clear()
+    _ask(tpot_s=0.03)
+    assert made["deployments"] < first["deployments"] / 4
+    assert made["steps"] < first["steps"]
+
+
+def test_other_lengths_and_sizes_make_no_deployment_again(made: Counter[str]) -> None:
+    _ask()
+    first = dict(made)
+    made.clear()
+    _ask(input_len=700, output_len=300)
+    _ask(world_size=2)
+    assert made["deployments"] < first["deployments"] / 4
+
+
+def test_recent_forgets_the_oldest() -> None:
+    kept = Recent[int]()
+    for number in range(kept.most + 3):
+        kept[number] = number
+    assert list(kept) == list(range(3, kept.most + 3))

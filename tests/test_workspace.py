@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,9 +12,6 @@ import pytest
 
 import tensorcast as tc
 from tensorcast.search import search_task, variant_prices, workspace
-from tensorcast.search.workspace import Recent
-
-KEPT = (workspace.DEPLOYMENTS, workspace.PARTS, workspace.PRICES, workspace.RESULTS)
 
 
 @pytest.fixture
@@ -39,7 +37,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 
 def _forget() -> None:
-    for kept in KEPT:
+    for kept, _ in workspace.MOST:
         kept.clear()
 
 
@@ -93,8 +91,20 @@ def test_other_lengths_and_sizes_make_no_deployment_again(made: Counter[str]) ->
     assert made["deployments"] < first["deployments"] / 4
 
 
-def test_recent_forgets_the_oldest() -> None:
-    kept = Recent[int]()
-    for number in range(kept.most + 3):
-        kept[number] = number
-    assert list(kept) == list(range(3, kept.most + 3))
+def test_a_file_that_has_changed_is_read_again(made: Counter[str], tmp_path: Path) -> None:
+    """Popularity of experts, under one name: counts that were even and are not any more."""
+    file, asked = tmp_path / "counts.csv", {"modes": ("aggregated",), "layouts": ["dp4-ep4"]}
+    said = []
+    for popular in (1, 50):
+        rows = "\n".join(f"{expert},{popular if expert < 8 else 1}" for expert in range(128))
+        file.write_text(f"expert,count\n{rows}\n")
+        said.append(_ask(**asked, routing=str(file))["decode_step_s"].min())
+    assert said[1] > said[0]
+
+
+def test_the_oldest_is_forgotten(made: Counter[str]) -> None:
+    for number in range(12):
+        _ask(modes=("aggregated",), layouts=["dp4-ep4"], tpot_s=0.05 + 0.01 * number)
+    most = {id(kept): most for kept, most in workspace.MOST}
+    assert len(workspace.RESULTS) <= most[id(workspace.RESULTS)] + 1
+    assert min(key[-5] for key in workspace.RESULTS) > 0.05, "the first ones are gone"

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tensorcast.files import cache_dir, digest_of, write_atomically
 
@@ -56,7 +56,7 @@ def read_kept(kept: Path | None, kind: type[ProfileT]) -> ProfileT | None:
     return None
 
 
-_shared: dict[bytes, Frozen] = {}
+_shared: list[Frozen] = []
 
 MOST_SHARED = 64
 """Profiles whose first object serves all that read the same."""
@@ -64,10 +64,11 @@ MOST_SHARED = 64
 
 def same(profile: ProfileT) -> ProfileT:
     """The first profile of this content that was asked about: what is kept by a profile's identity is kept for all."""
-    key = hashlib.sha256(pickle.dumps(profile, protocol=5)).digest()
-    while len(_shared) > MOST_SHARED:
-        del _shared[next(iter(_shared))]
-    return cast("ProfileT", _shared.setdefault(key, profile))
+    found = next((one for one in _shared if one == profile), profile)
+    if found is profile:
+        _shared.append(profile)
+        del _shared[:-MOST_SHARED]
+    return found
 
 
 def keep(kept: Path | None, profile: Frozen) -> None:

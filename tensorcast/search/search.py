@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import score_in_time, worth_a_row
 from tensorcast.search.space import Variant, space
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.search.workspace import PARTS, PRICES, RESULTS, Parts
+from tensorcast.search.workspace import MOST, PARTS, PRICES, RESULTS, Parts
 from tensorcast.serving.traffic import Array
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ def search(task: SearchTask) -> SearchResult:
 
     Every candidate's step is priced at the very batch that it stands at.
     """
+    named = task.base.routing, task.base.placement
+    changing = any(name.startswith("recorded:") or Path(name).is_file() for name in named)  # it may say other things now
+    for kept, most in MOST:
+        while len(kept) > (0 if changing else most):
+            del kept[next(iter(kept))]
     # whatever is kept is kept with its task, whose profiles stay alive, so that their ids stay their own
     priced = id(task.model), id(task.device), id(task.engine), task.base, task.gpus, task.load, task.axes, task.layouts
     asked = (
@@ -83,10 +89,10 @@ def _search(task: SearchTask, key: tuple[Hashable, ...]) -> SearchResult:
         examined += more
     frames, behind = [], []
     for shop, found in every:
-        for mode, points in found.items():
-            frames.append(candidate_frame(task, shop, mode, points))
-            prefill = points.columns.get("prefill", points.variant).astype(int)
-            behind += [(shop.variants[p], shop.variants[d]) for p, d in zip(prefill, points.variant, strict=True)]
+        for mode, kept in found.items():
+            frames.append(candidate_frame(task, shop, mode, kept))
+            prefill = kept.columns.get("prefill", kept.variant).astype(int)
+            behind += [(shop.variants[p], shop.variants[d]) for p, d in zip(prefill, kept.variant, strict=True)]
     return SearchResult(stacked(frames), behind, pruned, examined)
 
 

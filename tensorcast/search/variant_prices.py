@@ -26,7 +26,7 @@ from tensorcast.search.axes import LARGEST_BATCH
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import Scenario
 from tensorcast.search.space import Variant
-from tensorcast.search.workspace import Parts
+from tensorcast.search.workspace import MOST_FLEETS, Parts
 from tensorcast.serving.capacity import decode_budget, prefill_budget, room, sequence_bytes
 from tensorcast.serving.curves import decode_columns
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
@@ -113,7 +113,7 @@ class VariantPrices:
         self.curves = {name: np.empty((count, len(self.grid))) for name in names}
         # sequences that fit beside a full prefill step
         self.fits = {budget: np.zeros(count) for budget in self.budgets}
-        self._costs: dict[int, list[tuple[Array, PrefillCosts]]] = {budget: [] for budget in self.budgets}
+        self._costs: dict[int, list[tuple[Rows, PrefillCosts]]] = {budget: [] for budget in self.budgets}
         self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
         # by variant: which fleet at one setting, as which member; overlap changes no memory, so pairs share a fleet
         self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
@@ -131,6 +131,8 @@ class VariantPrices:
             positions = np.concatenate([rows for rows, _ in found])
             self.prompts[budget] = PrefillCosts.joined([part for _, part in found]).where(np.argsort(positions))
         self.own_prompts = self.prompts[scenario.own_chunk]  # in steps as the engine cuts them unasked
+        while len(self.parts.fleets) > MOST_FLEETS:
+            del self.parts.fleets[next(iter(self.parts.fleets))]
         room = np.max([self.room_decode, *(self.fits[budget] for budget in chunks)], axis=0)
         self.without_room = int((room < 1).sum())
         """Variants that hold no sequence, in either mode of serving."""
@@ -164,7 +166,9 @@ class VariantPrices:
         settings = sorted(every, key=lambda s: (s.pp, str(s.kv_dtype), s.mtp_depth, s.dual_batch_overlap))
         fleets = []
         for phase in ("prefill", "decode"):
-            made = [self.scenario.deployment(m[0], phase, m[1 + (phase == "decode")]) for m in members]
+            made = [
+                self.scenario.deployment(layout, phase, both[phase == "decode"]) for layout, *both in members
+            ]
             held = (phase, *map(id, made))
             if held not in self.parts.fleets:
                 self.parts.fleets[held] = made, fleet(made, self.parts.memo)
@@ -268,15 +272,15 @@ class VariantPrices:
             setting = _Setting(own.kv_dtype, own.mtp_depth, own.dual_batch_overlap, layout.pp)
             members.setdefault(key, {})[setting] = i
         found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
-        one = self.scenario
-        known: dict[str, Any] = {"device": one.device, "config": one.model.config, "whole": self._whole}
+        engine, where = self.scenario.engine, self.scenario
+        known: dict[str, Any] = {"device": where.device, "config": where.model.config, "whole": self._whole}
         for positions in members.values():
             number = positions[max(positions, key=lambda setting: setting.pp)]
             most = self.variants[number]
             layout, both = most.layout, (plain[id(most.prefill)], plain[id(most.decode)])
             phases = list(zip(both, ("prefill", "decode"), strict=True))
-            exchange = [choose_all2all(o.all2all, layout, one.engine, phase) for o, phase in phases]
-            blocks = [block_form(o, layout, kind, one.engine, **known) for o, kind in zip(both, exchange, strict=True)]
+            exchange = [choose_all2all(o.all2all, layout, engine, phase) for o, phase in phases]
+            blocks = [block_form(o, layout, kind, engine, **known) for o, kind in zip(both, exchange, strict=True)]
             # what becomes a column of the fleet's arrays may differ
             plainer: dict[str, Any] = {"dispatch": None, "redundant_experts": 0}
             common = [replace(o, **plainer, external_shared_experts=min(o.external_shared_experts, 1)) for o in both]

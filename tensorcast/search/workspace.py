@@ -10,25 +10,11 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.fleet import Fleet
 from tensorcast.deploy.step.asked_rows import Memo
-
-Made = TypeVar("Made")
-
-
-class Recent(dict[Hashable, Made]):
-    """The ``most`` things that were made last, by what they were made of."""
-
-    most = 256
-
-    def __setitem__(self, key: Hashable, made: Made) -> None:
-        super().__setitem__(key, made)
-        if len(self) > self.most:
-            del self[next(iter(self))]
-
 
 @dataclass
 class Parts:
@@ -38,19 +24,23 @@ class Parts:
     """
 
     memo: Memo = field(default_factory=partial(Memo, most=256))
-    fleets: Recent[tuple[list[Deployment], Fleet]] = field(default_factory=Recent)
+    fleets: dict[Hashable, tuple[list[Deployment], Fleet]] = field(default_factory=dict)
 
 
-DEPLOYMENTS: Recent[tuple[object, Deployment]] = Recent()
+DEPLOYMENTS: dict[Hashable, tuple[object, Deployment]] = {}
 """By model, device, engine, layout, phase and options."""
-DEPLOYMENTS.most = 4096
 
-PARTS: Recent[tuple[object, Parts]] = Recent()
+PARTS: dict[Hashable, tuple[object, Parts]] = {}
 """By model, device, engine and what options all variants share."""
 
-PRICES: Recent[Any] = Recent()
+PRICES: dict[Hashable, Any] = {}
 """Variants and their prices, by what they hang on of a task."""
 
-RESULTS: Recent[Any] = Recent()
+RESULTS: dict[Hashable, Any] = {}
 """What searches found, by all of a task."""
-PARTS.most = PRICES.most = RESULTS.most = 8
+
+MOST: tuple[tuple[dict[Hashable, Any], int], ...] = ((DEPLOYMENTS, 4096), (PARTS, 8), (PRICES, 8), (RESULTS, 8))
+"""How many of each are kept when a question begins: what was made last."""
+
+MOST_FLEETS = 256
+"""Of one model, device and engine."""

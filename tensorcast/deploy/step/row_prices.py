@@ -17,7 +17,7 @@ from tensorcast.cost.collectives import collective_time
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.formulas import FORMULAS, Context, work_of
 from tensorcast.cost.kernels.corrections import BatchedCorrections, Correction, Corrections, PendingCorrection
-from tensorcast.cost.row_seconds import row_seconds
+from tensorcast.cost.row_seconds import RowSeconds, row_seconds
 from tensorcast.cost.work import Size, Work
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.price import RowPrice, Spending, one_level, spending_of
@@ -92,14 +92,18 @@ class RowPricer:
 
     def kernels(self, op: Op, at: Context, works: Works) -> RowPrice:
         """The price of an op whose kernels are ``works``, when their corrections are there."""
-        alone: Size = 1.0  # or part of the all-reduce's kernel before it
-        if "joined_tokens" in op.attrs:
-            alone = np.where(np.asarray(at.sizes.tokens) > op.attrs["joined_tokens"], 1.0, 0.0)[()]
-        took = row_seconds(works, self.device, self.engine.name, partial(self._launched, at, alone))
+        took = self.seconds(op, at, works)
         return RowPrice(
             row=op, seconds=took.seconds, waits_s=took.waits_s, family=took.family, level=one_level(took.level),
             error=took.error, spend=partial(spending_of, took.calls, self.device), has_formula=op.name in FORMULAS,
         )
+
+    def seconds(self, op: Op, at: Context, works: Works) -> RowSeconds:
+        """Seconds of an op whose kernels are ``works`` (:meth:`works`)."""
+        alone: Size = 1.0  # or part of the all-reduce's kernel before it
+        if "joined_tokens" in op.attrs:
+            alone = np.where(np.asarray(at.sizes.tokens) > op.attrs["joined_tokens"], 1.0, 0.0)[()]
+        return row_seconds(works, self.device, self.engine.name, partial(self._launched, at, alone))
 
     def _launched(self, at: Context, alone: Size, kernel_s: Size, launch_s: Size) -> Size:
         """Seconds of launching, of which ``launch_s`` are in kernel times measured in graph replay already.

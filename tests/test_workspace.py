@@ -107,4 +107,4 @@ def test_the_oldest_is_forgotten(made: Counter[str]) -> None:
         _ask(modes=("aggregated",), layouts=["dp4-ep4"], tpot_s=0.05 + 0.01 * number)
     most = {id(kept): most for kept, most in workspace.MOST}
     assert len(workspace.RESULTS) <= most[id(workspace.RESULTS)] + 1
-    assert min(key[-5] for key in workspace.RESULTS) > 0.05, "the first ones are gone"
+    assert min(task.tpot_s for task, _ in workspace.RESULTS.values()) > 0.05, "the first ones are gone"

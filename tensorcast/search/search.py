@@ -49,7 +49,8 @@ def search(task: SearchTask) -> SearchResult:
     Every candidate's step is priced at the very batch that it stands at.
     """
     named = task.base.routing, task.base.placement
-    changing = any(name.startswith("recorded:") or Path(name).is_file() for name in named)  # it may say other things now
+    # what may say other things now
+    changing = any(name.startswith("recorded:") or Path(name).is_file() for name in named)
     for kept, most in MOST:
         while len(kept) > (0 if changing else most):
             del kept[next(iter(kept))]

@@ -16,6 +16,7 @@ from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.fleet import Fleet
 from tensorcast.deploy.step.asked_rows import Memo
 
+
 @dataclass
 class Parts:
     """What is priced of one model, device and engine, whatever the load.

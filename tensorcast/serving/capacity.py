@@ -43,8 +43,7 @@ def decode_budget(decode: Deployment, input_len: Number) -> tuple[Number, Number
 def prefill_budget(prefill: Deployment, *prompts: PromptCut) -> Number:
     """What a full prefill step leaves for the cache; of several cuts of prompts along the last axis."""
     each = np.array([(int(max(cut.per_step, 1.0)), int(cut.tokens), int(cut.past)) for cut in prompts], dtype=float)
-    left = prefill.memory(*(each.T if len(each) > 1 else each[0])).cache_budget
-    return left
+    return prefill.memory(*(each.T if len(each) > 1 else each[0])).cache_budget
 
 
 def sequence_bytes(decode: Deployment, input_len: Number, output_len: Number) -> Number:

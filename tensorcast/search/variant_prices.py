@@ -282,7 +282,7 @@ class VariantPrices:
             exchange = [choose_all2all(o.all2all, layout, engine, phase) for o, phase in phases]
             blocks = [block_form(o, layout, kind, engine, **known) for o, kind in zip(both, exchange, strict=True)]
             # what becomes a column of the fleet's arrays may differ
-            plainer: dict[str, Any] = {"dispatch": None, "redundant_experts": 0}
+            plainer: dict[str, Any] = {"dispatch": None, "redundant_experts": 0, "placement": "linear"}
             common = [replace(o, **plainer, external_shared_experts=min(o.external_shared_experts, 1)) for o in both]
             structure = _Structure(
                 layout.tp, self._captured[number], (exchange[0], exchange[1]), (blocks[0], blocks[1]),

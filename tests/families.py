@@ -55,6 +55,7 @@ MOE_ONLY: dict[str, dict[str, Any]] = {
         "n_routed_experts": 16,
         "num_experts_per_tok": 4,
         "mlp_layer_types": ["hash_moe", "moe"],
+        "q_lora_rank": 32,
     },
 }
 """Families for the MoE layer's own tests: latent experts, zero experts, hash routing."""

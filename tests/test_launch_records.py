@@ -9,10 +9,12 @@ import pandas as pd
 import pytest
 
 from tensorcast.calibrate.engines.launches import KEY, OPTIONS, launches
+from tensorcast.errors import InputError
 from tensorcast.predict import launch_records
 from tensorcast.predict.launch_records import wait_steps
 from tensorcast.predict.predict import predict
 from tensorcast.predict.run_columns import Run, read_run
+from tensorcast.profiles.store import load_engine, load_model
 
 RECORD = {
     "model": "MiniMaxAI/MiniMax-M2.5", "device": "b200_sxm", "engine": "vllm", "precision": "fp8", "isl": "1024",
@@ -60,6 +62,19 @@ def test_where_drafting_is_not_known_the_interval_holds_both() -> None:
     assert unsure["tpot_low_s"] == pytest.approx(drafted["tpot_low_s"])
     assert unsure["tpot_high_s"] > drafted["tpot_high_s"]
     assert unsure["output_tokens_per_s_high"] == pytest.approx(drafted["output_tokens_per_s_high"])
+
+
+def test_records_keep_no_beginnings_of_prompts_unless_they_say_so() -> None:
+    """A state a sequence where the cache is off, five where it is on (SGLang, Qwen3.5): room for more sequences."""
+    cells = {"model": "qwen3.5-397b-a17b", "device": "b200", "engine": "sglang", "tp": "8", "dp": "1",
+             "precision": "fp8", "concurrency": "64"}  # fmt: skip
+    assert read_run(cells).prefix_cache and not read_run(cells, NAMES).prefix_cache
+    assert read_run({**cells, "prefix_cache": "on"}, NAMES).prefix_cache
+    with pytest.raises(InputError, match="prefix_cache 'maybe': must be on or off"):
+        read_run({**cells, "prefix_cache": "maybe"})
+    engine, config = load_engine("sglang"), load_model("qwen3.5-397b-a17b").config
+    rules = [one.cache_rules for one in (engine, engine.without_prefix_cache())]
+    assert [one.kept(config, 0).state_slots for one in rules if one] == [5, 1]
 
 
 def test_half_of_sglangs_receive_interval_is_waited_for() -> None:

@@ -67,6 +67,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "placement": ("which rank holds which experts: linear, round_robin, eplb", "linear", ()),
     "redundant_experts": ("copies of experts", 0, ()),
     "prefix_cached": ("prompt tokens found in the cache", 0, ()),
+    "prefix_cache": ("whether prompts' beginnings are kept: on, off; default off in public records", "on", ()),
     "mtp_depth": ("drafted tokens per step", 0, ("speculative_tokens", "nextn", "spec_depth")),
     "mtp_acceptance": ("chance that a drafted token is accepted", 0.8, ()),
     "chunk_tokens": (
@@ -117,6 +118,7 @@ class Run:
     rounds: float = 10.0
     wait_steps: float = 0.0
     prefix_cached: int = 0
+    prefix_cache: bool = True
     mtp_acceptance: float = 0.8
     chunk_tokens: int | None = None
     options: Options = field(default_factory=Options)
@@ -207,6 +209,9 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     if problem := named.profile.too_long(isl + osl):
         raise InputError(f"context length: {problem}")
     chunk = cells.number("chunk_tokens", None)
+    # InferenceX's scripts switch it off
+    if (kept := cells.text("prefix_cache", "off" if record else "on")) not in ("on", "off"):
+        raise InputError(f"prefix_cache {kept!r}: must be on or off")
     options = Options(
         quant=_quant(cells, named),
         kv_dtype=_kv(cells, engine, stated),
@@ -234,6 +239,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         rounds=cells.number("rounds", 10.0),
         wait_steps=wait,
         prefix_cached=cells.whole("prefix_cached", least=0),
+        prefix_cache=kept == "on",
         mtp_acceptance=cells.number("mtp_acceptance", MTP_ACCEPTANCE if record else 0.8),
         chunk_tokens=None if chunk is None else int(chunk),
         options=options,

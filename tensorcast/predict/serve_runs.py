@@ -123,7 +123,7 @@ class _Deployed:
     def __call__(self, run: Run, layout: Layout, phase: str) -> Deployment:
         # drafting is the decode step's
         options = replace(run.options, mtp_depth=0) if phase == "prefill" and run.options.mtp_depth else run.options
-        key = run.model, run.device, run.engine, run.mode, layout, phase, options
+        key = run.model, run.device, run.engine, run.mode, run.prefix_cache, layout, phase, options
         if key not in self._made:
             self._made[key] = self._make(run, layout, phase, options)
         found = self._made[key]
@@ -135,6 +135,7 @@ class _Deployed:
         try:
             served = self._engine(run.engine)
             served = served.in_pools() if run.mode == "disaggregated" else served
+            served = served if run.prefix_cache else served.without_prefix_cache()
             return deploy(_model(run.model), _device(run.device), served, layout, phase, options=options)
         except InputError as error:
             return error

@@ -247,6 +247,13 @@ class EngineProfile(Frozen):
             changes["cache_rules"] = None
         return self.model_copy(update=changes) if changes else self
 
+    def without_prefix_cache(self) -> "EngineProfile":
+        """The profile of a server that keeps no prompts' beginnings, nor copies of their states."""
+        if self.cache_rules is None:
+            return self
+        own = {"state_slots": 1, "more_slots": 0}
+        return self.model_copy(update={"cache_rules": self.cache_rules.model_copy(update=own)})
+
     @property
     def overhead(self) -> Overhead:
         """Of a step: as published, with what was fitted beside."""

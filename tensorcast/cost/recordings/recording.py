@@ -40,20 +40,20 @@ class LayerCounts:
         """The counts of a model's MoE ``layers``; raises :class:`InputError` where they are of another model."""
         if self.num_experts != num_experts:
             raise InputError(
-                f"--routing {self.name}: {self.num_experts} counts a layer, but the model has {num_experts} experts a "
+                f"{self.name}: {self.num_experts} counts a layer, but the model has {num_experts} experts a "
                 "layer"
             )
         if not self.layers or not layers:
             return self
         if len(self.layers) != len(layers):
             raise InputError(
-                f"--routing {self.name}: counts of {len(self.layers)} layers, but the model has {len(layers)} MoE "
+                f"{self.name}: counts of {len(self.layers)} layers, but the model has {len(layers)} MoE "
                 "layers"
             )
         # engines number layers from the model's first, or MoE layers from 0; order is the same
         if self.layers != tuple(layers) and self.layers != tuple(range(self.layers[0], self.layers[0] + len(layers))):
             odd = next(a for a, b in zip(self.layers, layers, strict=True) if a != b)
-            raise InputError(f"--routing {self.name}: layer {odd} has counts, but is no MoE layer of the model")
+            raise InputError(f"{self.name}: layer {odd} has counts, but is no MoE layer of the model")
         return self
 
 

@@ -1,4 +1,4 @@
-# 3 x prefill worker
+# 2 x prefill worker
 # sglang 0.5.14
 # a router in front sends each request to a prefill and then to a decode server
 
@@ -6,12 +6,16 @@ python3 -m sglang.launch_server \
   --model-path openai/gpt-oss-120b \
   --host 0.0.0.0 \
   --port 30000 \
-  --tp-size 1 \
+  --tp-size 2 \
+  --dp-size 2 \
+  --enable-dp-attention \
+  --enable-dp-lm-head \
+  --moe-dense-tp-size 1 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 354 \
-  --chunked-prefill-size 8192 \
-  --mem-fraction-static 0.859 \
+  --max-running-requests 662 \
+  --chunked-prefill-size 16384 \
+  --mem-fraction-static 0.842 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
 
@@ -32,8 +36,8 @@ python3 -m sglang.launch_server \
   --moe-a2a-backend none \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 1416 \
-  --cuda-graph-max-bs-decode 354 \
-  --mem-fraction-static 0.822 \
+  --max-running-requests 1324 \
+  --cuda-graph-max-bs-decode 331 \
+  --mem-fraction-static 0.824 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

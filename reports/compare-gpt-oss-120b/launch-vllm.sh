@@ -1,4 +1,4 @@
-# 3 x prefill worker
+# 2 x prefill worker
 # vllm 0.24.0
 # to be filled in: THIS_NODE_IP: the address of the node that runs the command
 # a proxy in front sends each request to a prefill and then to a decode server
@@ -8,9 +8,10 @@ vllm serve openai/gpt-oss-120b \
   --host 0.0.0.0 \
   --port 8000 \
   --tensor-parallel-size 1 \
+  --data-parallel-size 2 \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 354 \
+  --max-num-seqs 331 \
   --max-num-batched-tokens 8192 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -30,7 +31,7 @@ vllm serve openai/gpt-oss-120b \
   --all2all-backend allgather_reducescatter \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 354 \
-  --max-num-batched-tokens 354 \
+  --max-num-seqs 331 \
+  --max-num-batched-tokens 331 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'

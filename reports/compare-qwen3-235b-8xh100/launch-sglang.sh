@@ -15,7 +15,7 @@ python3 -m sglang.launch_server \
   --deepep-mode normal \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 200 \
+  --max-running-requests 152 \
   --chunked-prefill-size 2048 \
-  --cuda-graph-max-bs-decode 25 \
-  --mem-fraction-static 0.823
+  --cuda-graph-max-bs-decode 19 \
+  --mem-fraction-static 0.824

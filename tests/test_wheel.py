@@ -91,7 +91,7 @@ def test_installed_copy_simulates(installed: Path, surroundings: dict[str, str],
     totals = found.get("totals", found)
     assert totals["model"] == "qwen3-30b-a3b" and totals["device"] == "h200-sxm" and totals["world_size"] == 8
     assert 0 < totals["step_s"] < 1 and totals["fits"]
-    assert list((tmp_path / "cache" / "traces").glob("qwen3-30b-a3b-decode-tp8-*.json"))
+    assert not list((tmp_path / "cache").rglob("qwen3-30b-a3b-decode-tp8-*.json"))  # the wheel's own trace will do
 
 
 def test_installed_copy_is_the_one_that_runs(installed: Path, surroundings: dict[str, str], tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 
 import tensorcast as tc
+from tensorcast.profiles import kept
+from tensorcast.profiles.store import load_engine
 from tensorcast.search import search_task, variant_prices, workspace
 
 
@@ -37,8 +39,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 
 def _forget() -> None:
-    for kept, _ in workspace.MOST:
-        kept.clear()
+    for one, _ in workspace.MOST:
+        one.clear()
 
 
 def _ask(**changes: Any) -> pd.DataFrame:
@@ -69,6 +71,13 @@ def test_no_answer_hangs_on_what_came_before(made: Counter[str], changes: dict[s
     after = _ask(**changes)
     _forget()
     pd.testing.assert_frame_equal(after, _ask(**changes), rtol=1e-12)
+
+
+def test_a_profile_asked_about_often_pushes_no_other_out() -> None:
+    first, other = kept.same(load_engine("vllm")), load_engine("sglang")
+    for _ in range(kept.MOST_SHARED + 1):
+        other = kept.same(other)
+    assert kept.same(load_engine("vllm")) is first
 
 
 def test_other_limits_price_no_variant_again(made: Counter[str]) -> None:

@@ -64,11 +64,12 @@ MOST_SHARED = 64
 
 def same(profile: ProfileT) -> ProfileT:
     """The first profile of this content that was asked about: what is kept by a profile's identity is kept for all."""
-    found = next((one for one in _shared if one == profile), profile)
-    if found is profile:
-        _shared.append(profile)
-        del _shared[:-MOST_SHARED]
-    return found
+    for one in _shared:
+        if one == profile:
+            return one
+    _shared.append(profile)
+    del _shared[:-MOST_SHARED]
+    return profile
 
 
 def keep(kept: Path | None, profile: Frozen) -> None:

@@ -92,15 +92,16 @@ def _described(rows: pd.DataFrame) -> pd.DataFrame:
     release = next((name for name in ("backend_version", "engine_version") if name in rows), "engine")
     engines = {name: load_engine(name).overhead for name in rows["engine"].unique()}
     beside = rows["engine"].map(engines)
-    networks = {name: _network(name) for name in rows["model"].unique()}
-    layers = rows["model"].map({name: _layers(name) for name in networks}).to_numpy(dtype=float)
+    known = {name: _network(name) for name in rows["model"].unique()}
+    layers = rows["model"].map({name: count for name, (_, count) in known.items()}).to_numpy(dtype=float)
     batch = rows["mean_batch"].to_numpy(dtype=float)
     step_s, layer_s, request_s, layer_error_s, prefill_error = (
         np.array([getattr(one, name) for one in beside])
         for name in ("step_s", "layer_s", "request_s", "layer_error_s", "prefill_error")
     )
     return rows.assign(
-        release=rows[release].astype(str), network=rows["model"].map(networks),
+        release=rows[release].astype(str),
+        network=rows["model"].map({name: network for name, (network, _) in known.items()}),
         open=rows["assumed"].map(lambda text: any(one.startswith(OPEN) for one in str(text).split("; "))),
         kernels=1 - (step_s + layer_s * layers + request_s * batch) / rows["tpot_s"],
         prompts=(1 - rows["decode_step_s"] / rows["tpot_s"]).clip(lower=0),
@@ -109,19 +110,13 @@ def _described(rows: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def _network(model: str) -> str:
-    """Equal for models that differ in weights alone."""
+def _network(model: str) -> tuple[str, int]:
+    """What is equal for models that differ in weights alone, and the number of layers (0: not known)."""
     try:
-        return json.dumps(understand(model).profile.config, sort_keys=True)
+        profile = understand(model).profile
     except InputError:
-        return model
-
-
-def _layers(model: str) -> int:
-    try:
-        return understand(model).profile.stated_facts.layers
-    except InputError:
-        return 0
+        return model, 0
+    return json.dumps(profile.config, sort_keys=True), profile.stated_facts.layers
 
 
 def _columns(rows: pd.DataFrame) -> dict[str, np.ndarray]:

@@ -71,8 +71,8 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
     """Measured runs, one row each, without those that cannot be read.
 
     Columns: ``run``; engine, device (profiles' names), ``network`` (equal for models of equal configs), ``model`` as
-    written, ``mode, measured_tpot_s, measured_ttft_s``, ``users`` (requests per data-parallel rank), ``prompt``
-    (tokens, mean), ``even`` (may be fitted to), ``stated`` (no workers assumed), ``same`` (a number per measured run).
+    written, ``mode, measured_tpot_s, measured_ttft_s``, ``prompt`` (tokens, mean), ``even`` (may be fitted to),
+    ``stated`` (no workers assumed), ``same`` (a number per measured run).
     """
     ours = canonical_columns(table)
     runs, _ = predict.read_runs(table, ours)
@@ -90,7 +90,6 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
         even=fitted_half(frame)[read], mode=[run.mode for run in kept],
         engine=[engines[run.engine] for run in kept], device=[devices[run.device] for run in kept],
         network=pd.factorize(pd.Series([networks[run.model] for run in kept]))[0],
-        users=[run.concurrency / run.replicas / run.decode.dp for run in kept],
         prompt=[max(1.0, run.isl * (1 + run.length_ratio) / 2) for run in kept],
         stated=[not any("workers" in text for text in run.assumed) for run in kept],
     )  # fmt: skip

@@ -91,9 +91,10 @@ class Deployment:
         capacity, context = float(self.device.memory_bytes), self.context_bytes
         graphs = self.graph_bytes(sequences) if self.phase == "decode" else 0.0
         beside = activations + communication + context + graphs
-        share = self.memory_share - graphs / capacity
+        share = memory_share(self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config)
         left = cache_budget(
-            self.engine.memory_covers, share, capacity=capacity, context=context, weights=weights, beside=beside
+            self.engine.memory_covers, share - graphs / capacity, capacity=capacity, context=context,
+            weights=weights, beside=beside,
         )
         found = {
             "weights": weights, "kv_cache": cache, "activations": activations, "communication": communication,
@@ -140,11 +141,6 @@ class Deployment:
         """What the engine leaves free for captured decode steps of up to ``sequences`` per data-parallel rank."""
         dp = attention_dp(self.layout, self.raw.facts.num_experts)
         return 0.0 if self.engine.reserve is None else self.engine.reserve.graph_bytes(sequences, dp)
-
-    @cached_property
-    def memory_share(self) -> Size:
-        """Share of the device that the engine takes, before its decode steps are captured."""
-        return memory_share(self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config)
 
     def held(self, sequences: Size, length: Size) -> tuple[Size, Size]:
         """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences."""

@@ -4,39 +4,41 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.trace.dims import Dim, Sizes, product
 
 Found = TypeVar("Found")
+Kept = TypeVar("Kept")
+Rest = ParamSpec("Rest")
 
 
-def per_table(function: Callable[..., Found]) -> Callable[..., Found]:
+def per_table(function: Callable[Concatenate[OpTable, Rest], Found]) -> Callable[Concatenate[OpTable, Rest], Found]:
     """Remember what ``function`` finds in a table's ops and params for its other arguments.
 
     By identity: tables hold dicts. How many layers there are must not matter: tables that differ in no more share it.
     """
-    found: dict[tuple[Any, ...], tuple[OpTable, Found]] = {}
+    found: dict[tuple[Hashable, ...], tuple[OpTable, Found]] = {}
 
     @functools.wraps(function)
-    def remembered(table: OpTable, *rest: Any) -> Found:
-        key = (id(table.ops), id(table.params), *rest)
+    def remembered(table: OpTable, *rest: Rest.args, **named: Rest.kwargs) -> Found:
+        key = (id(table.ops), id(table.params), *rest, *named.items())
         if key not in found:
             if len(found) >= 1024:
                 found.pop(next(iter(found)))
-            found[key] = table, function(table, *rest)  # the table stays alive, so its ids stay its own
+            found[key] = table, function(table, *rest, **named)  # the table stays alive, so its ids stay its own
         return found[key][1]
 
     return remembered
 
 
 @per_table
-def kept_beside(table: OpTable, what: str) -> dict[Any, Any]:
-    """A dictionary that lives as long as a table's ops: what is found of its rows again and again. ``what``: whose."""
-    return {}
+def kept_beside(table: OpTable, kind: Callable[[], Kept]) -> Kept:
+    """The one ``kind()`` that lives as long as a table's ops: what is found of its rows again and again."""
+    return kind()
 
 
 STATEFUL = frozenset({"linear_attention", "ssm_scan"})

@@ -210,9 +210,13 @@ def make_plan(
     asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
     alone = attention_dp(layout, table.facts.num_experts) == 1
     if asked and (limits is None or (is_one_of(limits.models, config) and (alone or not limits.one_replica))):
-        _join_norms(rows, device, engine, kept_beside(table, "joined norms"))
+        _join_norms(rows, device, engine, kept_beside(table, JoinedNorms))
     backend = choose_experts_backend(options.experts_backend, chosen, engine, device, table.phase)
     return Plan(tuple(rows), chosen, scheme, backend, combine)
+
+
+class JoinedNorms(dict[tuple[int, float], tuple[Op, Op]]):
+    """Norms by identity and limit, and as they are in an all-reduce: plans of a table share them."""
 
 
 class _Sent(NamedTuple):
@@ -297,12 +301,9 @@ def _sites(table: OpTable) -> tuple[dict[int, tuple[Op, frozenset[str]]], dict[i
 
 
 def _join_norms(
-    rows: list[Row], device: DeviceProfile, engine: EngineProfile, joined: dict[tuple[int, float], tuple[Op, Op]]
+    rows: list[Row], device: DeviceProfile, engine: EngineProfile, joined: JoinedNorms
 ) -> None:
-    """A norm right after a small all-reduce inside one node runs in its kernel: attrs say up to how many tokens.
-
-    ``joined``: norms by identity and limit, and as they are here: plans of a table share them.
-    """
+    """A norm right after a small all-reduce inside one node runs in its kernel: attrs say up to how many tokens."""
     for i, before in enumerate(rows[:-1]):
         if not isinstance(before, Collective) or before.op != "all_reduce" or len(before.extent) > 1:
             continue

@@ -12,7 +12,7 @@ from tensorcast.cost.formulas import Context
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.layer_points import mean_over_layers, of_members, spread_out
 from tensorcast.deploy.step.price import RowPrice, Where, joined, pick
-from tensorcast.deploy.step.row_prices import Asked, Content, Pending, RowPricer, content_of
+from tensorcast.deploy.step.row_prices import Asked, Contents, Pending, RowPricer, content_of
 from tensorcast.deploy.step.sizes import distinct
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import Op, kept_beside
@@ -73,7 +73,7 @@ class AskedRows:
             del memo.plain[next(iter(memo.plain))]
         self._here: Prices = {}  # not to be remembered: what differs between members
         self._by_dtype: dict[tuple[float, bool], AskedRows] = {}
-        self._contents: dict[int, tuple[Op, Content]] = kept_beside(pricer.table, "contents")
+        self._contents = kept_beside(pricer.table, Contents)
 
     def ask(self, row: Row) -> None:
         """Ask for the corrections of a row, unless its price is known or an equal one has asked."""

@@ -55,8 +55,12 @@ class Content(NamedTuple):
 _numbers: dict[tuple[object, ...], int] = {}
 
 
-def content_of(op: Op, known: dict[int, tuple[Op, Content]]) -> Content:
-    """What an op is priced by. ``known``: what was found for ops of its table, by identity; its plans share most."""
+class Contents(dict[int, tuple[Op, Content]]):
+    """What was found for ops of a table, by identity: its plans share most."""
+
+
+def content_of(op: Op, known: Contents) -> Content:
+    """What an op is priced by."""
     if id(op) not in known:
         tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
         changes = sorted((name, repr(value)) for name, value in op.attrs.items())

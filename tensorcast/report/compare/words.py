@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tensorcast.cost.evidence import EVIDENCE
+from tensorcast.deploy.deployment import memory_share
 from tensorcast.report import units
 from tensorcast.report.compare.choices import LIMITS, PARTS, WRITTEN, Choice, View, step_parts
 from tensorcast.report.units import plural
@@ -332,10 +333,12 @@ def assumptions(view: View, shown: list[Choice]) -> list[str]:
         "values should lie inside as far as kernels go.",
     ]
     for deployment in {choice.decode.device.name: choice.decode for choice in shown}.values():
-        engine, precision = deployment.engine, deployment.quantization.describe().replace(",", ", ").replace("=", " ")
+        engine, experts = deployment.engine, deployment.raw.facts.num_experts > 0
+        share = memory_share(engine, deployment.device, deployment.layout, experts, deployment.model.config)
+        precision = deployment.quantization.describe().replace(",", ", ").replace("=", " ")
         lines.append(
             f"On {deployment.device.name}: {precision}; routing {deployment.options.routing}; "
-            f"{engine.name} {engine.version} may use {units.percent(float(deployment.memory_share))} of the memory"
+            f"{engine.name} {engine.version} may use {units.percent(float(share))} of the memory"
             f"{COVERS[engine.memory_covers]}."
         )
     if (view.frame["mode"] == "disaggregated").any():

@@ -173,9 +173,10 @@ def compare(
     and ``tpot_s`` are the longest mean time to first token and per output token that they accept. ``objective``:
     ``tokens_per_gpu``, ``latency``, ``cost`` (of ``prices``, US dollars per GPU hour by device) or ``gpus`` (fewest for
     ``request_rate`` requests per second). Several devices or sizes are compared together. ``layouts``: only these,
-    such as ``tp8-ep8``. ``options``: ``quant``, ``routing`` (typical unless said) and ``placement`` hold for all; of
-    ``kv_dtype``, ``mtp_depth``, ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given values alone are
-    searched; ``full`` also searches KV dtypes and depths of drafting. ``runnable_only``: only what ``engine`` can run.
+    such as ``tp8-ep8``. ``options``: ``quant``, ``state_dtype``, ``routing`` (typical unless said) and ``placement``
+    hold for all; of ``kv_dtype``, ``mtp_depth``, ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given
+    values alone are searched; ``full`` also searches KV dtypes and depths of drafting. ``runnable_only``: only what
+    ``engine`` can run.
 
     Raises :class:`tensorcast.InputError` on what cannot be: with ``exit_code`` 3 where no layout keeps the limits, the
     message saying which one binds and how close the best came.
@@ -201,7 +202,7 @@ def compare(
         input_len=input_len, output_len=output_len, prefix_cached=prefix_cached, mtp_acceptance=mtp_acceptance,
         ttft_s=ttft_s, tpot_s=tpot_s, objective=objective, layouts=layouts, modes=modes, request_rate=request_rate,
         prices={device_profile(name).name: value for name, value in (prices or {}).items()},
-        full=full, runnable_only=runnable_only, quant=options.get("quant"),
+        full=full, runnable_only=runnable_only, quant=options.get("quant"), state_dtype=options.get("state_dtype"),
         routing=options.get("routing", SERVED_ROUTING), placement=options.get("placement", "linear"),
         searched={
             "kv_dtype": options.get("kv_dtype"), "mtp_depth": options.get("mtp_depth"),

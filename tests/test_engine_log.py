@@ -208,3 +208,37 @@ def test_little_room_is_said() -> None:
     assert room_note(_on("qwen3-0.6b", "h100", 1)) == ""
     totals = run.totals()
     assert totals["engine_log"]["tokens"] == run.log.tokens and totals["engine_log"]["lines"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "model", "asked", "bytes_each"),
+    [
+        ("vllm", "qwen3-next-80b-a3b", None, 2), ("sglang", "qwen3-next-80b-a3b", None, 4),
+        ("trtllm", "qwen3-next-80b-a3b", None, 2), ("sglang", "qwen3-next-80b-a3b", "bfloat16", 2),
+        ("vllm", "qwen3-next-80b-a3b", "float32", 4), ("vllm", "qwen3.5-35b-a3b", None, 4),
+        ("trtllm", "qwen3.5-35b-a3b", None, 2), ("sglang", "qwen3.5-35b-a3b", "float16", 2),
+    ],
+)  # fmt: skip
+def test_states_are_as_wide_as_the_engine_keeps_them(
+    engine: str, model: str, asked: str | None, bytes_each: int
+) -> None:
+    """By hand: of each linear layer 32 value heads of 128 x 128, and three columns of a short convolution over 8,192
+    numbers in bf16. vLLM 0.24.0 keeps states as activations but for Qwen3.5, whose file says float32."""
+    options, device = Options(state_dtype=asked), load_device("h200")
+    found = deploy(load_model(model), device, load_engine(engine), Layout(1), "decode", options=options)
+    one = replace(found, engine=found.engine.model_copy(update={"cache_rules": None}))
+    growing = one.held(1.0, 2000)[1] - one.held(1.0, 1000)[1]
+    layers = 36 if model.startswith("qwen3-next") else 30
+    by_hand = layers * (32 * 128 * 128 * bytes_each + 3 * 8192 * 2)
+    assert one.held(1.0, 1000)[1] - growing == pytest.approx(by_hand)
+
+
+def test_narrower_states_make_a_decode_step_shorter_and_unknown_ones_are_refused() -> None:
+    parts = load_model("qwen3-next-80b-a3b"), load_device("h200"), load_engine("sglang"), Layout(1), "decode"
+    wide, narrow = (
+        deploy(*parts, options=Options(state_dtype=dtype)).step.price(64, 1, 1000).seconds
+        for dtype in ("float32", "bfloat16")
+    )
+    assert narrow < wide
+    with pytest.raises(InputError, match="unknown --state-dtype 'int4'"):
+        deploy(*parts, options=Options(state_dtype="int4"))

@@ -117,14 +117,15 @@ def test_launches_that_are_alike_are_one_row() -> None:
         "concurrency": 4, "tp": 8, "dp_attn": 0, "max_num_tokens": 8192.0, "kv_cache_dtype": "fp8_e4m3",
         "spec_depth": None, "sched_recv_interval": None, "stream_interval": 20.0,
         "prefill_workers": None, "prefill_tp": None, "prefill_dp_attn": None,
-        "decode_workers": None, "decode_tp": None, "decode_dp_attn": None,
+        "decode_workers": None, "decode_tp": None, "decode_dp_attn": None, "other_options": None,
     }  # fmt: skip
     pools = launch | {
         "mode": "disagg", "prefill_workers": 1, "prefill_tp": 8, "prefill_dp_attn": 0,
         "decode_workers": 2, "decode_tp": 8, "decode_dp_attn": 1,
     }  # fmt: skip
     prefill = {"role": "prefill", "max_num_tokens": 16384, "kv_cache_dtype": None}
-    decode = {"role": "decode", "max_num_tokens": 64, "spec_depth": 3}
+    decode = {"role": "decode", "max_num_tokens": 64, "spec_depth": 3,
+              "other_options": "numa-bind=true;mamba-ssm-dtype=bfloat16"}  # fmt: skip
     rows = [launch, launch | {"concurrency": 16}, launch | {"engine_release": "0.20.0"}]
     rows += [pools | prefill, pools | decode]
     unknown = [launch | {"serving_model": None, "hf_model": "none/such"}, launch | {"device": "none"}]
@@ -133,6 +134,7 @@ def test_launches_that_are_alike_are_one_row() -> None:
     agg, disagg = (out[out["mode"] == mode] for mode in ("agg", "disagg"))
     assert sorted(zip(agg["release"], agg["users"], strict=True)) == [("0.19.0", "16"), ("0.19.0;0.20.0", "4")]
     assert set(agg["model"]) == {"deepseek-r1;deepseek-v3"} and set(agg["kv_dtype"]) == {"fp8"}
+    assert set(agg["state_dtype"]) == {""} and set(disagg["state_dtype"]) == {"bfloat16"}
     one = disagg.iloc[0]
     assert len(disagg) == 1 and (one["chunk_tokens"], one["mtp_depth"], one["gpus"]) == ("16384", "3", "")
     assert (one["decode_workers"], one["decode_dp_attn"], one["kv_dtype"]) == ("2", "1", "fp8")

@@ -50,7 +50,7 @@ tensorcast compare deepseek-v3 -d h100,h200,b200 -n 16,32,64,128 --executor dask
 
 @command(epilog=EXAMPLES)
 @deployment_options(
-    "quant", "routing", "placement", defaults={"routing": SERVED_ROUTING}, searched={
+    "quant", "state_dtype", "routing", "placement", defaults={"routing": SERVED_ROUTING}, searched={
         "kv_dtype": ("bf16,fp8", "the model's"), "mtp_depth": ("N,...", "0"), "all2all": ("KIND,...", "the first two"),
         "dispatch": ("SCHEME,...", "as the experts read them, and bf16"), "combine": ("SCHEME,...", "bf16"),
         "chunk_tokens": ("N,...", "2048,8192,16384"),

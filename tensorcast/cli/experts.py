@@ -29,7 +29,8 @@ tensorcast experts deepseek-r1 -d h200 -n 32 --layout dp32-ep32 --phase prefill 
 
 @command(epilog=EXAMPLES)
 @deployment_options(
-    "quant", "kv_dtype", "routing", "all2all", "external_shared_experts", "dual_batch_overlap", "mtp_depth",
+    "quant", "kv_dtype", "state_dtype", "routing", "all2all", "external_shared_experts", "dual_batch_overlap",
+    "mtp_depth",
     defaults={"routing": "recorded:deepseek-r1"},
     routing="How tokens fall on experts, as counted: recorded:FILE (of SGLang, TensorRT-LLM, or a CSV), several as "
     "recorded:A,B or recorded:prefill=A,decode=B, or a shipped one, recorded:NAME.",

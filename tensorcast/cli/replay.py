@@ -39,7 +39,7 @@ tensorcast replay qwen3-235b-a22b -d h200 --layout tp8-ep8 -i 2000 --output-len 
 
 @command(epilog=EXAMPLES)
 @deployment_options(
-    "quant", "kv_dtype", "routing", "all2all", "placement", "redundant_experts", "mtp_depth",
+    "quant", "kv_dtype", "state_dtype", "routing", "all2all", "placement", "redundant_experts", "mtp_depth",
     defaults={"routing": SERVED_ROUTING},
 )
 def replay(

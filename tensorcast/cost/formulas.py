@@ -250,7 +250,7 @@ def kv_cache_read(op: Op, at: Context) -> list[Work]:
 
 
 def linear_attention(op: Op, at: Context) -> list[Work]:
-    """Gated delta rule, q, k ``[B,S,H,D]``, v ``[B,S,Hv,Dv]``, fp32 state ``[B,Hv,D,Dv]`` read and written.
+    """Gated delta rule, q, k ``[B,S,H,D]``, v ``[B,S,Hv,Dv]``, state ``[B,Hv,D,Dv]`` read and written.
 
     Per token and value head the state is read for the prediction, updated and read for the output: ``6*D*Dv`` FLOPs;
     the chunked form adds ``2*C*(2*D + 2*Dv)`` inside chunks of C (Gated DeltaNet, arXiv 2412.06464, section 3.3).
@@ -260,23 +260,22 @@ def linear_attention(op: Op, at: Context) -> list[Work]:
     batch, new = at.sequences(batch, new)
     k_dim, chunk = at.value(k.dims[-1]), op.attrs.get("chunk", 64)
     per_token = 6.0 * k_dim * v_dim + (0.0 if at.decode else 4.0 * chunk * (k_dim + v_dim))
-    state = 2.0 * 4.0 * batch * heads * k_dim * v_dim
+    state = 2.0 * DTYPE_BYTES[op.outputs[1].dtype] * batch * heads * k_dim * v_dim
     flops = batch * new * heads * per_token
     moved = sum((t.bytes(at.sizes) for t in (*op.inputs[:3], op.outputs[0])), 0.0) + state
     return [Work("memory" if at.decode else "attention_prefill", "bf16", flops, moved, flops)]
 
 
 def ssm_scan(op: Op, at: Context) -> list[Work]:
-    """Mamba-2, x ``[B,S,H,D]``, b, c ``[B,S,G,N]``, fp32 state ``[B,H,D,N]``: ``6*D*N`` per token and head; the chunked
+    """Mamba-2, x ``[B,S,H,D]``, b, c ``[B,S,G,N]``, state ``[B,H,D,N]``: ``6*D*N`` per token and head; the chunked
     form adds ``2*C*(N + D)`` (Mamba-2, arXiv 2405.21060, section 6)."""
     x, b = op.inputs[0], op.inputs[1]
     batch, new, heads, width = (at.value(d) for d in x.dims)
     batch, new = at.sequences(batch, new)
     n, chunk = at.value(b.dims[-1]), op.attrs.get("chunk", 256)
     flops = batch * new * heads * (6.0 * width * n + (0.0 if at.decode else 2.0 * chunk * (n + width)))
-    moved = (
-        sum((t.bytes(at.sizes) for t in (*op.inputs[:3], op.outputs[0])), 0.0) + 2.0 * 4.0 * batch * heads * width * n
-    )
+    state = 2.0 * DTYPE_BYTES[op.outputs[1].dtype] * batch * heads * width * n
+    moved = sum((t.bytes(at.sizes) for t in (*op.inputs[:3], op.outputs[0])), 0.0) + state
     return [Work("memory" if at.decode else "attention_prefill", "bf16", flops, moved, flops)]
 
 

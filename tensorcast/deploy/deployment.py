@@ -28,7 +28,7 @@ from tensorcast.modeling.quantization import KV_DTYPES, Quantization, mxfp4_padd
 from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.profiles.memory import MIB, Kept, is_latent
+from tensorcast.profiles.memory import MIB, STATE_DTYPES, Kept, is_latent
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.cache import RankForm, rank_tables, whole_model
 from tensorcast.trace.dims import Sizes
@@ -266,6 +266,8 @@ def deploy(
     """Trace (or load) the model at this tp, quantise, fuse, and lay it out. Raises :class:`InputError` if illegal."""
     if options.kv_dtype and options.kv_dtype not in KV_DTYPES:
         raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
+    if options.state_dtype and options.state_dtype not in STATE_DTYPES:
+        raise unknown_name("--state-dtype", options.state_dtype, STATE_DTYPES)
     whole = whole_model(model, phase, options.quant)
     check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
     all2all = choose_all2all(options.all2all, layout, engine, phase, split=options.split_tokens_over_tp)
@@ -281,6 +283,7 @@ def deploy(
         tp=layout.tp, quant=options.quant, arithmetic=tuple(device.peak_flops), architecture=device.architecture,
         fusions=tuple(engine.fusions) if options.fusion == "engine" else (),
         apart=engine.own_gemms.groups if engine.own_gemms else (),
+        states=options.state_dtype or (engine.states.dtype(model.config) if engine.states else ""),
         block=form,
     ))  # fmt: skip
     quantization = replace(whole.stored, kv=options.kv_dtype or whole.stored.kv)

@@ -87,6 +87,10 @@ class Options:
         "linear=bf16,experts=mxfp4.", metavar="SCHEME", unasked="as the model ships",
     )
     kv_dtype: str | None = _about(None, "KV cache.", metavar="bf16|fp8", unasked="the model's")
+    state_dtype: str | None = _about(
+        None, "States of linear attention and SSM layers: float32, bfloat16 or float16.", metavar="DTYPE",
+        unasked="as the engine keeps them",
+    )
     routing: str = _about(
         "balanced", "How tokens fall on experts: typical (of traffic), balanced, uniform, zipf:S, or as counted: "
         "recorded:FILE or recorded:NAME.", metavar="LAW", of_experts=True, always=("balanced", "uniform", "typical"),
@@ -150,6 +154,7 @@ class DeploymentOptions(TypedDict, total=False):
 
     quant: str | None
     kv_dtype: str | None
+    state_dtype: str | None
     routing: str
     fusion: str
     all2all: str
@@ -172,6 +177,7 @@ class SearchedOptions(TypedDict, total=False):
     """Options of a comparison: one value for all candidates, or several of which the best is searched."""
 
     quant: str | None
+    state_dtype: str | None
     routing: str
     placement: str
     kv_dtype: Sequence[str] | None

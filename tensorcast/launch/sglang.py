@@ -38,6 +38,8 @@ def settings(plan: Plan, node: int) -> Settings:
     if plan.quant:
         found.add("quantization", plan.quant)
     found.add("kv_dtype", plan.kv_dtype)
+    if options.state_dtype:
+        found.add("state_dtype", options.state_dtype)
     found.add("context_length", plan.context)
     found.add("max_batch", plan.batch * layout.dp)
     if plan.role != "decode":

@@ -35,6 +35,8 @@ def settings(plan: Plan, node: int) -> Settings:
     found.add("context_length", plan.context)
     found.add("chunked_prefill", True)
     found.add("kv_dtype", plan.kv_dtype)
+    if options.state_dtype:
+        found.add("state_dtype", options.state_dtype)
     found.add("memory_fraction", plan.memory_fraction)
     if plan.role != "prefill":
         found.add("graph_padding", True)

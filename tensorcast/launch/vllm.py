@@ -21,6 +21,8 @@ def settings(plan: Plan, node: int) -> Settings:
     if plan.quant:
         found.add("quantization", plan.quant)
     found.add("kv_dtype", plan.kv_dtype)
+    if plan.case.options.state_dtype:
+        found.add("state_dtype", plan.case.options.state_dtype)
     found.add("context_length", plan.context)
     found.add("max_batch", plan.batch)
     found.add("chunk_tokens", plan.step_tokens)

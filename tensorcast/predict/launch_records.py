@@ -55,6 +55,7 @@ class Launched:
 
     chunk_tokens: int | None
     kv_dtype: str | None
+    state_dtype: str | None
     receive_interval: int | None
     mtp_depths: tuple[int, ...]
 
@@ -97,6 +98,7 @@ def launched(
     return Launched(
         chunk_tokens=_most(alike, "chunk_tokens", int),
         kv_dtype=_most(alike, "kv_dtype", str),
+        state_dtype=_most(alike, "state_dtype", str),
         receive_interval=_most(alike, "receive_interval", int),
         mtp_depths=tuple(sorted({int(row["mtp_depth"] or 0) for row in alike})),
     )

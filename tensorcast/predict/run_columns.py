@@ -57,6 +57,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "gemm_precision": ("the same for linears", None, ("gemm_quant_mode", "gemm_dtype")),
     "moe_precision": ("the same for experts", None, ("moe_quant_mode", "moe_dtype")),
     "kv_dtype": ("KV cache: bf16 or fp8; default the model's", None, ("kv_cache_dtype", "kvcache_quant_mode")),
+    "state_dtype": ("recurrent states: float32 or bfloat16; default the engine's", None, ("mamba_ssm_dtype",)),
     "all2all": ("MoE exchange; default the engine's", "auto", ("moe_backend",)),
     "dispatch": ("dtype tokens are sent in; default the experts'", None, ()),
     "combine": ("dtype results come back in, or logfmt10 (low_latency); default bf16", None, ()),
@@ -214,7 +215,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         raise InputError(f"prefix_cache {kept!r}: must be on or off")
     options = Options(
         quant=_quant(cells, named),
-        kv_dtype=_kv(cells, engine, stated),
+        kv_dtype=_kv(cells, engine, stated), state_dtype=cells.text("state_dtype", None),
         routing=cells.text("routing"),
         all2all=cells.text("all2all"),
         dispatch=cells.text("dispatch", None),
@@ -224,10 +225,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         mtp_depth=cells.whole("mtp_depth", least=0),
     )
     return Run(
-        model=profile,
-        device=device,
-        engine=engine,
-        mode=mode,
+        model=profile, device=device, engine=engine, mode=mode,
         isl=isl,
         osl=osl,
         concurrency=concurrency,

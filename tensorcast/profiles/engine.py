@@ -15,6 +15,7 @@ from tensorcast.profiles.memory import (
     PrefillGraphs,
     ProfiledStep,
     Reserve,
+    StateRule,
     StepTokens,
     is_latent,
 )
@@ -176,6 +177,7 @@ class EngineProfile(Frozen):
         default=None, description="communicators and all-reduce buffers, on top of that where a server has several GPUs"
     )
     cache_rules: CacheRules | None = Field(default=None, description="copies of states, and cache of windows")
+    states: StateRule | None = Field(default=None, description="precision of recurrent states; none: the model's")
     max_tokens_per_step: int = Field(ge=1, description="default chunked-prefill budget in tokens")
     step_tokens: StepTokens | None = Field(default=None, description="where that default is another")
     prefill_graphs: PrefillGraphs | None = Field(default=None, description="prefill steps that are captured in pieces")

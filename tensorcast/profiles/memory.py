@@ -1,6 +1,6 @@
 """What an engine sets by device and layout unless told: memory it leaves free, tokens per step, prefill graphs."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from pydantic import Field
@@ -133,6 +133,30 @@ class CacheRules(Frozen):
             usual = float(share) if classes & set(self.windowed) else 1.0
             share = next((float(own) for name, own in self.own_shares.items() if name in classes), usual)
         return Kept(slots, share, float(self.states_apart))
+
+
+StateDtype = Literal["float32", "bfloat16", "float16"]
+STATE_DTYPES: tuple[str, ...] = get_args(StateDtype)
+
+
+class StateRule(Frozen):
+    """What an engine keeps recurrent states in (not those of short convolutions, which are as activations)."""
+
+    unasked: StateDtype
+    keys: tuple[str, ...] = Field(default=(), description="of a model's config that say it, first come first")
+    readers: tuple[str, ...] = Field(default=(), description="the classes whose config is asked; none: all")
+    own: dict[str, StateDtype] = Field(default={}, description="class -> its own where no key says it")
+    source: str = Field(min_length=3)
+
+    def dtype(self, config: dict[str, Any]) -> str:
+        """Of a model with this ``config``; a value that the engine does not know is as if not said."""
+        classes, text = set(config.get("architectures") or ()), text_of(config)
+        if not self.readers or classes & set(self.readers):
+            said = (part[key] for key in self.keys for part in (text, config) if key in part)
+            for dtype in said:
+                if dtype in STATE_DTYPES:
+                    return str(dtype)
+        return next((own for name, own in self.own.items() if name in classes), self.unasked)
 
 
 class PrefillGraphs(Frozen):

@@ -87,7 +87,8 @@ def search_tasks(
     input_len: int, output_len: int, prefix_cached: int = 0, mtp_acceptance: float = 0.8, ttft_s: float | None = None,
     tpot_s: float | None = None, objective: str = "tokens_per_gpu", layouts: Sequence[str] | None = None,
     modes: Sequence[str] = MODES, request_rate: float | None = None, prices: Mapping[str, float] | None = None,
-    quant: str | None = None, routing: str = SERVED_ROUTING, placement: str = "linear", full: bool = False,
+    quant: str | None = None, state_dtype: str | None = None, routing: str = SERVED_ROUTING,
+    placement: str = "linear", full: bool = False,
     runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,
 ) -> list[SearchTask]:
     """Tasks of every device and size. ``searched``: values of axes; those left out are the default space's.
@@ -105,7 +106,7 @@ def search_tasks(
     if runnable_only and "one exchange" in ENGINE_RULES.get(engine.name, ()):  # for both phases
         axes = axes.for_one_exchange()
     wanted = tuple(dict.fromkeys(parse_layout(text) for text in layouts or ()))
-    base = Options(quant=quant, routing=routing, placement=placement)
+    base = Options(quant=quant, state_dtype=state_dtype, routing=routing, placement=placement)
     # profiles are read anew for every question; equal ones are the same, so that what is kept of them serves all
     model, engine, devices = same(model), same(engine), [same(device) for device in devices]
     tasks = [

@@ -28,7 +28,7 @@ from tensorcast.profiles.store import profile_roots
 from tensorcast.trace.cuts import Cut, cut_widths
 from tensorcast.trace.fuse import fuse
 from tensorcast.trace.moe import BlockForm, with_block_form, with_fused_shared
-from tensorcast.trace.precision import apply_quantization, by_precision
+from tensorcast.trace.precision import apply_quantization, by_precision, with_states
 from tensorcast.trace.stored import FORMAT, from_json, to_json, unpacked
 from tensorcast.trace.table import OpTable
 
@@ -191,7 +191,8 @@ class RankForm:
     """What makes the table of a rank from a traced one.
 
     ``quant``: what is asked instead of what the model ships in; ``arithmetic`` and ``architecture`` are the device's,
-    ``fusions`` and projections that stay ``apart`` the engine's. ``block``: how MoE blocks run.
+    ``fusions``, projections that stay ``apart`` and the precision of recurrent ``states`` (empty: as traced) the
+    engine's. ``block``: how MoE blocks run.
     """
 
     tp: int
@@ -200,6 +201,7 @@ class RankForm:
     architecture: str
     fusions: tuple[str, ...]
     apart: tuple[tuple[str, ...], ...]
+    states: str
     block: BlockForm
 
 
@@ -215,7 +217,7 @@ def rank_tables(profile: ModelProfile, phase: str, form: RankForm) -> RankTables
 
     def make() -> RankTables:
         running = as_run(_stored(profile, form.quant), form.arithmetic, form.architecture)
-        table = by_precision(traced(profile, phase, form.tp), running)
+        table = with_states(by_precision(traced(profile, phase, form.tp), running), form.states)
         held = with_block_form(with_fused_shared(table, running) if form.block.fused else table, form.block)
         return RankTables(held, fuse(apply_quantization(held, running), form.fusions, form.apart))
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from tensorcast.modeling.quantization import BF16, ROLES, Quantization, Scheme
-from tensorcast.trace.table import Op, OpTable, Param, Tensor, layer_ranges
+from tensorcast.trace.table import STATEFUL, Op, OpTable, Param, Tensor, layer_ranges
 
 Schemes = tuple[str, ...]
 
@@ -111,6 +111,18 @@ def _copies(rows: list[Op], first: int, layer: int, apart: int) -> list[Op]:
         return replace(t, storage=storage, weight=_renamed(t.weight, first, layer) if t.weight else "")
 
     return [row.but(inputs=tuple(map(own, row.inputs)), outputs=tuple(map(own, row.outputs))) for row in rows]
+
+
+def with_states(table: OpTable, dtype: str) -> OpTable:
+    """The table with recurrent states in ``dtype``, as an engine keeps, reads and writes them; empty: as traced."""
+    states = {t.storage for op in table.ops if op.name in STATEFUL for t in (*op.inputs[3:], *op.outputs[1:])}
+    if not dtype or not states:
+        return table
+
+    def kept(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(replace(t, dtype=dtype) if t.storage in states and not t.weight else t for t in tensors)
+
+    return replace(table, ops=tuple(op.but(inputs=kept(op.inputs), outputs=kept(op.outputs)) for op in table.ops))
 
 
 def apply_quantization(table: OpTable, quantization: Quantization) -> OpTable:

@@ -28,10 +28,14 @@ KEY = ("engine", "release", "model", "device", "precision", "mode", "isl", "osl"
 OPTIONS = {
     "chunk_tokens": "max_num_tokens",
     "kv_dtype": "kv_cache_dtype",
+    "state_dtype": "other_options",
     "mtp_depth": "spec_depth",
     "receive_interval": "sched_recv_interval",
 }
 """Options kept, by our names, and the table's."""
+
+STATES = r"mamba-ssm-(?:cache-)?dtype=(\w+)"
+"""The option among ``other_options`` that says what recurrent states are kept in (SGLang's, vLLM's)."""
 
 ROLE = {"chunk_tokens": "prefill", "receive_interval": "prefill"}
 """Which pool's launch says an option; else that which decodes."""
@@ -73,7 +77,9 @@ def _together(values: pd.Series) -> str:
 def _options(table: pd.DataFrame) -> pd.DataFrame:
     out = table[[*KEY, "concurrency"]].assign(**{ours: table[theirs] for ours, theirs in OPTIONS.items()})
     out["kv_dtype"] = out["kv_dtype"].map(lambda said: "fp8" if str(said).startswith("fp8") else "")
-    for name in (*POOLS, "gpus", "dp_attn", "isl", "osl", "concurrency", *(o for o in OPTIONS if o != "kv_dtype")):
+    out["state_dtype"] = out["state_dtype"].astype(str).str.extract(STATES, expand=False).fillna("")
+    numbers = [name for name in OPTIONS if name not in ("kv_dtype", "state_dtype")]
+    for name in (*POOLS, "gpus", "dp_attn", "isl", "osl", "concurrency", *numbers):
         out[name] = out[name].map(lambda value: "" if pd.isna(value) else f"{float(value):.0f}")
     out["concurrency"] = out["concurrency"].astype(int)
     return out

@@ -119,8 +119,8 @@ def explain(
     idle = {flag: why for flag, why in idle.items() if flag in made[1].idle(options)}
     notes = (idle_note(idle),) if idle else ()
     return Explanation(
-        a=a, b=b, phase=phase, new=new, past=past, groups=_groups(a, b), elasticities=_elasticities(a, b, new, past),
-        notes=notes,
+        a=a, b=b, phase=phase, new=new, past=past, groups=compared_groups(a, b),
+        elasticities=elasticities(a, b, new, past), notes=notes,
     )
 
 
@@ -144,7 +144,8 @@ def by_group(side: Side) -> dict[str, Spent]:
     return found
 
 
-def _groups(a: Side, b: Side) -> pd.DataFrame:
+def compared_groups(a: Side, b: Side) -> pd.DataFrame:
+    """What both sides spend by group, what A saves, and why: a row per group that takes any time."""
     import pandas as pd
 
     first, second = by_group(a), by_group(b)
@@ -247,7 +248,8 @@ RESOURCES: dict[str, Callable[[DeviceProfile], DeviceProfile]] = {
 """A device with 10 % more of each resource (of latency: 10 % shorter)."""
 
 
-def _elasticities(a: Side, b: Side, new: int, past: int) -> pd.DataFrame:
+def elasticities(a: Side, b: Side, new: int, past: int) -> pd.DataFrame:
+    """By how much both sides would gain in tokens/s from 10 % more of each resource."""
     import pandas as pd
 
     rows = []

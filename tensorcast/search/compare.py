@@ -103,8 +103,8 @@ class Comparison:
         return OBJECTIVES[self.objective].ranked(self.candidates).drop_duplicates(keys).reset_index(drop=True)
 
 
-def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult]) -> Comparison:
-    """Put the answers together: names, Pareto front, the best, the runner-up, ties.
+def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, ties: bool = True) -> Comparison:
+    """Put the answers together: names, Pareto front, the best, the runner-up, ties (not looked for unless wanted).
 
     Raises :class:`InputError` where nothing fits, :class:`NoLayoutMeets` where nothing keeps within the limits.
     """
@@ -141,10 +141,10 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult]) -> Com
     best = records[0]
     kind = ("device", "mode", "layout")
     others = [r for r in records[1:] if any(r[key] != best[key] for key in kind)]
-    first_sums, *sums = work_by_family(comparison, [best, *others])
-    ties = [r["candidate"] for r, found in zip(others, sums, strict=True) if alike(first_sums, found)]
+    sums = work_by_family(comparison, [best, *others]) if ties else []
+    tied = [r["candidate"] for r, found in zip(others, sums[1:], strict=ties) if alike(sums[0], found)]
     said = warning(comparison.tasks[0], comparison.candidates, best["ttft_s"], best["tpot_s"])
-    return replace(comparison, best=best, runner_up=others[0] if others else None, ties=ties, warning=said)
+    return replace(comparison, best=best, runner_up=others[0] if others else None, ties=tied, warning=said)
 
 
 CONTENDERS = 12

@@ -81,11 +81,11 @@ def _search(task: SearchTask, key: tuple[Hashable, ...]) -> SearchResult:
     if prices is None:
         return SearchResult(stacked([]), [], pruned, 0)
     pruned[NO_ROOM] += prices.without_room
-    points, examined = _candidates(task, prices, pruned)
+    points, examined = worth_showing(task, prices, pruned)
     examined += pruned[NO_PACE]
     every = [(prices, points)]
     if fine := finer(prices, points, partial(score_in_time, task, prices)):
-        between, more = _candidates(task, fine, Counter(), prices.grid)
+        between, more = worth_showing(task, fine, Counter(), prices.grid)
         every.append((fine, between))
         examined += more
     frames, behind = [], []
@@ -97,7 +97,7 @@ def _search(task: SearchTask, key: tuple[Hashable, ...]) -> SearchResult:
     return SearchResult(stacked(frames), behind, pruned, examined)
 
 
-def _candidates(
+def worth_showing(
     task: SearchTask, prices: VariantPrices, pruned: Counter[str], known: Array | Sequence[float] = ()
 ) -> tuple[dict[str, Points], int]:
     """Points worth a row by mode, and of how many; those at batches that are ``known`` left out."""

@@ -27,7 +27,7 @@ def roofline(view: View) -> Chart:
     choice = view.shown[0]
     deployment = choice.decode
     batch, _ = view.batch_at_load(choice)
-    ops = _costliest(view.decode_price(choice, batch))
+    ops = costliest(view.decode_price(choice, batch))
     bandwidth = float(deployment.device.memory_bandwidth_bytes_per_s)
     roofs = sorted({op["peak"] for op in ops})
     title = _roofline_title(choice, ops, bandwidth)
@@ -112,7 +112,7 @@ def _numbered(axes: Axes, ops: Sequence[dict[str, Any]]) -> None:
     )
 
 
-def _costliest(price: StepPrice) -> list[dict[str, Any]]:
+def costliest(price: StepPrice) -> list[dict[str, Any]]:
     """Ops with arithmetic and traffic, calls of one module over all layer kinds together, costliest first."""
     found: dict[str, dict[str, Any]] = {}
     total = sum(float(row.seconds) * count for row, count in price.calls)

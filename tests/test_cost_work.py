@@ -131,3 +131,22 @@ def test_sparse_prompts_compute_padded_heads_and_every_selected_place() -> None:
     assert few.family == many.family == "mla_sparse"
     assert few.issued_flops == many.issued_flops == 2 * 2048 * 2048 * 64 * (2 * 512 + 64)
     assert few.flops < many.flops / 4
+
+
+def test_linear_attention_by_hand() -> None:
+    """Two sequences of 100 tokens, 4 value and 2 key heads of 16 x 8: states read and written once, chunks in turn."""
+    kw = {"key_heads": 2, "k_dim": 16, "v_dim": 8}
+    found = work.linear_attention(2, 100, 4, **kw, state_bytes=4, chunk=64)
+    assert found.flops == 2 * 100 * 4 * (6 * 16 * 8 + 2 * 64 * 2 * (16 + 8))
+    assert found.bytes == 2 * 2 * 100 * (2 * 2 * 16 + 2 * 4 * 8) + 2 * 4 * (2 * 4 * 16 * 8)
+    (chain,) = found.tilings
+    assert (chain.tiles, chain.depth) == (2 * 4, 2)
+    narrow = work.linear_attention(2, 1, 4, **kw, state_bytes=2, decode=True)
+    wide = work.linear_attention(2, 1, 4, **kw, state_bytes=4, decode=True)
+    assert wide.bytes - narrow.bytes == 2 * 2 * (2 * 4 * 16 * 8)
+    assert narrow.flops == 2 * 4 * 6 * 16 * 8 and narrow.family == "linear_decode"
+
+
+def test_short_convolution_by_hand() -> None:
+    found = work.short_convolution(2, 100, 32, 4)
+    assert (found.flops, found.bytes) == (2 * 2 * 100 * 32 * 4, 2 * (2 * 2 * 100 * 32 + 32 * 4 + 2 * 32 * 4))

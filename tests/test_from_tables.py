@@ -193,6 +193,7 @@ def test_rows_are_priced_as_their_work_written_out() -> None:
     """Every row of the sample but those of skewed routing, priced one by one: the same seconds to the last digit."""
     sample, compared = read_sample(SAMPLE), 0
     plain = sample[~sample.family.isin((*COLLECTIVES, "quantize")) & ~(sample["skew"].abs() > 0)]
+    plain = plain[~plain.family.str.startswith(("linear_", "conv_"))]  # by hand in test_cost_work.py
     for row in plain.to_dict("records"):
         one = SimpleNamespace(**{str(name): value for name, value in row.items()})
         if one.family == "grouped_gemm" and one.tokens * one.topk > 50_000:  # dealt card by card

@@ -43,7 +43,8 @@ def test_sample_is_predicted_well(predicted: pd.DataFrame) -> None:
 def test_every_measured_device_is_calibrated(predicted: pd.DataFrame) -> None:
     assert set(predicted.device) == {"a100-sxm", "h100-sxm", "h200-sxm", "b200-sxm", "gb200"}
     bare = predicted[predicted.evidence != "calibrated"]  # no streaming kernel was timed there: the activation's
-    assert set(zip(bare.device, bare.family, strict=True)) == {("a100-sxm", "grouped_gemm")}
+    few = {("a100-sxm", "conv_decode"), ("a100-sxm", "linear_decode")}  # too few rows of one old release
+    assert set(zip(bare.device, bare.family, strict=True)) == {("a100-sxm", "grouped_gemm"), *few}
     kernels = predicted[~predicted.family.isin(sample_page.COLLECTIVES)]
     assert (kernels.predicted >= kernels.roofline * (1 - 1e-9)).all()
 

@@ -119,3 +119,23 @@ def test_the_fastest_of_every_shape() -> None:
     found = joined([one, two]).fastest()
     kept = zip(*(found.columns[name] for name in ("m", "n", "k")), found.seconds, strict=True)
     assert {tuple(shape): seconds for *shape, seconds in kept} == least and len(found) == len(least)
+
+
+def test_a_table_of_linear_attention_holds_four_kernels(tmp_path: Path) -> None:
+    """Sizes by hand: 16 key and 32 value heads of 128 are 8,192 channels; states as each engine keeps them."""
+    row = {
+        "op_name": "gdn", "batch_size": 8, "seq_len": 512, "d_conv": 4, "num_k_heads": 16, "head_k_dim": 128,
+        "num_v_heads": 32, "head_v_dim": 128, "latency": 0.1,
+    }
+    kernels = [("causal_conv1d_fn", "context"), ("chunk_gated_delta_rule", "context"),
+               ("causal_conv1d_update", "generation"), ("fused_recurrent_gated_delta_rule", "generation")]
+    rows = [row | {"kernel_source": kernel, "phase": phase} for kernel, phase in kernels]
+    for engine in ("sglang", "trtllm"):
+        write(tmp_path, engine, "gdn", [one | {"framework": engine} for one in rows])
+    read = read_system(tmp_path, "toy_gpu").kernels
+    assert {key[0] for key in read} == {"conv_prefill", "linear_prefill", "conv_decode", "linear_decode"}
+    assert read["conv_prefill", "bf16", "sglang", ""].columns["channels"].tolist() == [8192]
+    decode = [read["linear_decode", "bf16", engine, ""].columns for engine in ("sglang", "trtllm")]
+    assert [c["state_bytes"].tolist() for c in decode] == [[4], [2]]
+    assert [c["new"].tolist() for c in decode] == [[1], [1]]
+    assert read["linear_prefill", "bf16", "sglang", ""].columns["new"].tolist() == [512]

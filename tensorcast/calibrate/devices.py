@@ -23,7 +23,7 @@ from tensorcast.calibrate.measured_rows import MeasuredSystem
 from tensorcast.calibrate.measured_tables import installed_tables
 from tensorcast.cost.kernels.device_model import DeviceModel, Kernel, pack
 from tensorcast.cost.kernels.predictor import TRANSFERRED
-from tensorcast.errors import InputError
+from tensorcast.errors import InputError, unknown_name
 from tensorcast.files import write_atomically
 from tensorcast.profiles.device import DeviceProfile
 
@@ -79,6 +79,15 @@ def calibrate_device(path: Path, folder: Path, models: Path, constants: bool) ->
     print(f"{models / device.name}.npz: {len(model.kernels)} kernel models, {len(data) // 1000} kB")
 
 
+def calibrate_families(path: Path, folder: Path, families: Sequence[str]) -> None:
+    """The constants of some families of one device, the rest of its profile and its kernel model as they are."""
+    device = _profile(path)
+    calibration = from_tables.fit_families(device, read_device(folder, device, families), families)
+    from_tables.write_calibration(path, calibration)
+    count = sum(one.family in families for one in calibration.kernels)
+    print(f"{path}: {count} kernel fits of {', '.join(families)}")
+
+
 def calibrate_others(paths: Sequence[Path], folder: Path, models: Path) -> None:
     """The model for devices that were not measured, over all that were."""
     found, architectures = {}, {}
@@ -93,12 +102,13 @@ def calibrate_others(paths: Sequence[Path], folder: Path, models: Path) -> None:
 
 
 def calibrate(
-    folder: Path, profiles: Path, devices: Sequence[str] = (), constants: bool = True, others: bool = True
+    folder: Path, profiles: Path, devices: Sequence[str] = (), *, constants: bool = True, others: bool = True,
+    families: Sequence[str] = (),
 ) -> None:
     """Everything that ``folder`` of measured tables can say about the device profiles in ``profiles/devices``.
 
-    ``constants``: fit the profiles' constants too (else only the residual over those that are there). Raises
-    :class:`InputError` where a device has no profile or no data.
+    ``constants``: fit the profiles' constants too (else only the residual over those that are there). ``families``: fit
+    the constants of these alone. Raises :class:`InputError` where a device has no profile or no data.
     """
     known = sorted((profiles / "devices").glob("*.yaml"))
     paths = [profiles / "devices" / f"{name}.yaml" for name in devices]
@@ -106,9 +116,14 @@ def calibrate(
     for path in paths:
         if not path.is_file():
             raise InputError(f"no device profile at {path}")
+    if unknown := sorted(set(families) - set(from_tables.KERNEL_FAMILIES)):
+        raise unknown_name("--family", unknown[0], from_tables.KERNEL_FAMILIES)
     for path in paths:
-        calibrate_device(path, folder, profiles / "calibration", constants)
-    if others and not devices:
+        if families:
+            calibrate_families(path, folder, families)
+        else:
+            calibrate_device(path, folder, profiles / "calibration", constants)
+    if others and not devices and not families:
         calibrate_others(paths, folder, profiles / "calibration")
 
 
@@ -122,10 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source.add_argument("--from", dest="origin", choices=["silicon"], help="silicon: an installed aiconfigurator-core")
     parser.add_argument("--device", action="append", default=[], help="device profile (default: every one measured)")
     parser.add_argument("--profiles", type=Path, default=Path("profiles"), help="folder of profiles to write into")
+    parser.add_argument("--family", action="append", default=[], help="constants of this family alone, the rest kept")
     parser.add_argument("--keep-constants", action="store_true", help="fit residuals over the constants that are there")
     options = parser.parse_args(arguments)
     folder = options.tables if options.origin is None else installed_tables()
-    calibrate(folder, options.profiles, options.device, constants=not options.keep_constants)
+    calibrate(
+        folder, options.profiles, options.device, constants=not options.keep_constants, families=options.family
+    )
     return 0
 
 

@@ -39,6 +39,9 @@ NOT_READ = ("computescale", "dsv4_megamoe_module")
 """Tables without a family here: what a scale costs beside the cast
 (:mod:`tensorcast.calibrate.activation_passes` reads it); one fused module of one model."""
 
+RECURRENT = ("gdn", "mamba2")
+"""Tables of linear attention and state-space layers: ``kernel_source`` and ``phase`` say which kernel a row is."""
+
 MICROSECONDS = ("moe_a2a",)
 """Tables whose ``latency`` is in microseconds; the others' is in milliseconds."""
 
@@ -167,6 +170,14 @@ def _both_directions(raw: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def _recurrent(raw: pd.DataFrame) -> pd.DataFrame:
+    """The kernel that each row of such a table is, as its family; ``seq_len`` 1 where a step decodes."""
+    decode = raw["phase"].to_numpy(str) == "generation"
+    kind = np.where(raw["kernel_source"].str.contains("conv1d"), "conv", "linear")
+    return raw.assign(family=[f"{k}_{'decode' if d else 'prefill'}" for k, d in zip(kind, decode, strict=True)],
+                      seq_len=np.where(decode, 1, raw["seq_len"]))
+
+
 def distribution_of(skew: float) -> str:
     """The tables' name of a routing law."""
     return {0.0: "balanced", -1.0: "uniform"}.get(skew, f"power_law_{skew:g}")
@@ -235,6 +246,8 @@ def _kernels_in(
     raw = _read(path).assign(family=table, system=system)
     if table.startswith("wideep_deepep"):
         raw = _both_directions(raw)
+    if table in RECURRENT:
+        raw = _recurrent(raw)
     seconds = raw["latency"].to_numpy(float) * (1e-6 if table in MICROSECONDS else 1e-3)
     ran = raw["engine_version"].astype(str).unique() if "engine_version" in raw else [version]
     kind, versions = "any" if table in ANY_ENGINE else engine, tuple(f"{engine} {one}" for one in ran)
@@ -254,9 +267,10 @@ def read_system(
     for engine, stem, version, path in files:
         table = stem.removesuffix("_perf")
         family = ALIASES.get(table, table)
-        if table in NOT_READ or (family not in SIZES and table not in COLLECTIVES):
+        of_several = table in COLLECTIVES or table in RECURRENT
+        if table in NOT_READ or (family not in SIZES and not of_several):
             continue
-        if families and family not in families and table not in COLLECTIVES:
+        if families and family not in families and not of_several:
             continue
         for rows, raw in _kernels_in(path, table, engine, version, system):
             if len(kept := _kept(rows, raw, result)):

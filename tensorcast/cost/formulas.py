@@ -250,20 +250,16 @@ def kv_cache_read(op: Op, at: Context) -> list[Work]:
 
 
 def linear_attention(op: Op, at: Context) -> list[Work]:
-    """Gated delta rule, q, k ``[B,S,H,D]``, v ``[B,S,Hv,Dv]``, state ``[B,Hv,D,Dv]`` read and written.
-
-    Per token and value head the state is read for the prediction, updated and read for the output: ``6*D*Dv`` FLOPs;
-    the chunked form adds ``2*C*(2*D + 2*Dv)`` inside chunks of C (Gated DeltaNet, arXiv 2412.06464, section 3.3).
-    """
+    """Gated delta rule, q, k ``[B,S,H,D]``, v ``[B,S,Hv,Dv]``, state ``[B,Hv,D,Dv]``."""
     v, k = op.inputs[2], op.inputs[1]
     batch, new, heads, v_dim = (at.value(d) for d in v.dims)
     batch, new = at.sequences(batch, new)
-    k_dim, chunk = at.value(k.dims[-1]), op.attrs.get("chunk", 64)
-    per_token = 6.0 * k_dim * v_dim + (0.0 if at.decode else 4.0 * chunk * (k_dim + v_dim))
-    state = 2.0 * DTYPE_BYTES[op.outputs[1].dtype] * batch * heads * k_dim * v_dim
-    flops = batch * new * heads * per_token
-    moved = sum((t.bytes(at.sizes) for t in (*op.inputs[:3], op.outputs[0])), 0.0) + state
-    return [Work("memory" if at.decode else "attention_prefill", "bf16", flops, moved, flops)]
+    return [
+        w.linear_attention(
+            batch, new, heads, key_heads=at.value(k.dims[2]), k_dim=at.value(k.dims[-1]), v_dim=v_dim,
+            state_bytes=DTYPE_BYTES[op.outputs[1].dtype], chunk=op.attrs.get("chunk", 64), decode=at.decode,
+        )
+    ]
 
 
 def ssm_scan(op: Op, at: Context) -> list[Work]:
@@ -282,10 +278,9 @@ def ssm_scan(op: Op, at: Context) -> list[Work]:
 def causal_conv1d(op: Op, at: Context) -> list[Work]:
     """Depthwise over ``[B,C,S]`` with weight ``[C,width]``; the state of ``width`` inputs is read and written."""
     x, weight = op.inputs[0], op.inputs[1]
-    width = at.value(weight.dims[-1])
-    moved = 2.0 * x.bytes(at.sizes) + weight.bytes(at.sizes)
-    state = 2.0 * at.value(x.dims[0]) * at.value(x.dims[1]) * width * DTYPE_BYTES[x.dtype]
-    return [w.memory(moved, state, 2.0 * x.numel(at.sizes) * width)]
+    batch, channels, new = (at.value(d) for d in x.dims)
+    batch, new = at.sequences(batch, new)
+    return [w.short_convolution(batch, new, channels, at.value(weight.dims[-1]), decode=at.decode)]
 
 
 for _names, _formula in (

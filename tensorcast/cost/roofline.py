@@ -36,6 +36,10 @@ DATASHEET = {
     "attention_decode": (0.60, 0.90, 9e-6, 1.5e-6, 0.0, 3e-6),
     "mla_prefill": (0.55, 0.75, 11e-6, 3e-6, 0.0, 0.0),
     "mla_decode": (0.80, 0.95, 6e-6, 5.5e-6, 0.0, 3.5e-6),
+    "linear_prefill": (0.05, 0.60, 2.2e-5, 1e-6, 1.6e-6, 0.0),
+    "linear_decode": (0.50, 0.80, 4e-6, 0.0, 0.0, 0.0),
+    "conv_prefill": (0.50, 0.25, 6e-6, 0.0, 0.0, 0.0),
+    "conv_decode": (0.50, 0.70, 2e-6, 0.0, 0.0, 0.0),
     "memory": (0.50, 0.85, 2e-6, 0.0, 0.0, 0.0),
 }
 """Assumed where nothing was measured; evidence says so. Near the medians of the bf16 fits of A100, H100, H200, B200 and

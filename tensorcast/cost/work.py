@@ -230,6 +230,38 @@ def mla(
     )
 
 
+def linear_attention(
+    batch: Size, new: Size, heads: Size, *, key_heads: Size, k_dim: Size, v_dim: Size, state_bytes: Size = 4.0,
+    chunk: int = 64, decode: bool = False,
+) -> Work:
+    """Gated delta rule: states ``[k_dim, v_dim]`` of each value head, ``state_bytes`` per number, read and written.
+
+    Per token and value head the state is read for the prediction, updated and read for the output: ``6*k_dim*v_dim``
+    FLOPs; on prompts ``2*chunk*2*(k_dim + v_dim)`` more inside chunks, which follow one another in each head (Gated
+    DeltaNet, arXiv 2412.06464, section 3.3).
+    """
+    per_token = 6.0 * k_dim * v_dim + (0.0 if decode else 4.0 * chunk * (k_dim + v_dim))
+    rows = batch * new * heads
+    states = 2.0 * state_bytes * batch * heads * k_dim * v_dim
+    moved = 2.0 * batch * new * (2.0 * key_heads * k_dim + 2.0 * heads * v_dim) + states
+    if decode:
+        return Work("linear_decode", "bf16", flops=rows * per_token, bytes=moved, rows=rows)
+    chain = Tiling(batch * heads, new * per_token, np.ceil(np.asarray(new, dtype=float) / chunk))
+    return Work(
+        "linear_prefill", "bf16", flops=rows * per_token, bytes=moved, issued_flops=rows * per_token,
+        tiles=chain.tiles, tilings=(chain,), rows=rows,
+    )
+
+
+def short_convolution(batch: Size, new: Size, channels: Size, width: Size, *, decode: bool = False) -> Work:
+    """Depthwise causal convolution of ``width`` inputs over ``[batch, channels, new]`` in bf16; its state of ``width``
+    inputs is written, and in decode read."""
+    inputs, states = batch * new * channels, batch * channels
+    moved = 2.0 * (2.0 * inputs + channels * width + (1.0 + decode) * states * width)
+    family = "conv_decode" if decode else "conv_prefill"
+    return Work(family, "bf16", flops=2.0 * inputs * width, bytes=moved, rows=batch, elements=states)
+
+
 def memory(read: Size, written: Size, flops: Size = 0.0, dtype: str = "bf16") -> Work:
     """A kernel that is memory traffic: elementwise runs, norms, copies, gathers."""
     return Work("memory", dtype, flops=flops, bytes=read + written, issued_flops=flops)

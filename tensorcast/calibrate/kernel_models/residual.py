@@ -222,10 +222,11 @@ def carried(key: Key) -> bool:
 
 
 def fit_kernels(system: MeasuredSystem, device: DeviceProfile) -> Iterator[Kernel]:
-    """Every kernel with enough rows."""
+    """Every kernel with enough rows, of families that a model can tell where it may be asked; the formula of others
+    stands alone."""
     experts = Experts(system, device)
     for key in sorted(system.kernels):
-        if len(system.kernels[key]) >= FEWEST:
+        if key[0] in LINES and len(system.kernels[key]) >= FEWEST:
             yield fit_kernel(system.kernels[key], device, experts if carried(key) else None)
 
 

@@ -176,6 +176,19 @@ def _quantise(c: Columns, precision: Precision, device: DeviceProfile) -> tuple[
     return works, lambda: {"log_mk": _log(elements)}
 
 
+def _linear(c: Columns, precision: Precision, device: DeviceProfile, *, decode: bool) -> tuple[list[Work], Tell]:
+    found = work.linear_attention(
+        c["batch"], c["new"], c["heads"], key_heads=c["key_heads"], k_dim=c["head_dim"], v_dim=c["head_dim"],
+        state_bytes=c["state_bytes"], decode=decode,
+    )
+    return [found], lambda: {"log_batch_heads": _log(c["batch"] * c["heads"])}
+
+
+def _convolution(c: Columns, precision: Precision, device: DeviceProfile, *, decode: bool) -> tuple[list[Work], Tell]:
+    found = work.short_convolution(c["batch"], c["new"], c["channels"], c["width"], decode=decode)
+    return [found], lambda: {"log_elements": _log(c["batch"] * c["new"] * c["channels"])}
+
+
 WORKS: Registry[Callable[[Columns, Precision, DeviceProfile], tuple[list[Work], Tell]]] = Registry()
 """Kernels of a family's calls, and what tells their features; collectives beside them have formulas of their own."""
 
@@ -185,6 +198,8 @@ WORKS["quantize"] = _quantise
 for _phase in ("prefill", "decode"):
     WORKS[f"attention_{_phase}"] = partial(_attention, decode=_phase == "decode")
     WORKS[f"mla_{_phase}"] = partial(_mla, decode=_phase == "decode")
+    WORKS[f"linear_{_phase}"] = partial(_linear, decode=_phase == "decode")
+    WORKS[f"conv_{_phase}"] = partial(_convolution, decode=_phase == "decode")
     WORKS[f"mla_{_phase}_module"] = partial(_mla_module, decode=_phase == "decode")
 
 

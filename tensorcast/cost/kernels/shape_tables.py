@@ -169,6 +169,40 @@ def _mla_module(raw: pd.DataFrame, name: str) -> Read:
     return sizes, _dtypes(raw, "gemm_type", "mla_dtype"), kernel.where(cache == "bf16", kernel.replace("", "fp8_kv"))
 
 
+def _linear(raw: pd.DataFrame, name: str) -> Read:
+    """States as wide as the engine keeps them for the models of the tables (Qwen3.5, whose file says float32):
+    TensorRT-LLM in bf16, without which its decode would be faster than the memory."""
+    engine = _texts(raw, "framework").str.lower()
+    sizes = {
+        "batch": _numbers(raw, name, "batch_size", "batch"), "new": _numbers(raw, name, "seq_len", "new", default=1.0),
+        "heads": _numbers(raw, name, "num_v_heads", "heads"),
+        "key_heads": _numbers(raw, name, "num_k_heads", "key_heads"),
+        "head_dim": _numbers(raw, name, "head_k_dim", "head_dim"),
+    }
+    if "state_bytes" in raw.columns:
+        sizes["state_bytes"] = _numbers(raw, name, "state_bytes")
+    else:
+        sizes["state_bytes"] = np.where(engine.to_numpy() == "trtllm", 2.0, 4.0)
+    return sizes, pd.Series("bf16", index=raw.index), _plain(raw)
+
+
+def _convolution(raw: pd.DataFrame, name: str) -> Read:
+    """Over queries, keys and values of linear attention, or over what a state-space layer scans."""
+    if "channels" in raw.columns:
+        channels = _numbers(raw, name, "channels")
+    elif "num_v_heads" in raw.columns:
+        keys = _numbers(raw, name, "num_k_heads") * _numbers(raw, name, "head_k_dim")
+        channels = 2.0 * keys + _numbers(raw, name, "num_v_heads") * _numbers(raw, name, "head_v_dim")
+    else:
+        groups = _numbers(raw, name, "n_groups") * _numbers(raw, name, "d_state")
+        channels = _numbers(raw, name, "nheads") * _numbers(raw, name, "head_dim") + 2.0 * groups
+    sizes = {
+        "batch": _numbers(raw, name, "batch_size", "batch"), "new": _numbers(raw, name, "seq_len", "new", default=1.0),
+        "channels": channels, "width": _numbers(raw, name, "d_conv", "width"),
+    }
+    return sizes, pd.Series("bf16", index=raw.index), _plain(raw)
+
+
 def _quantise(raw: pd.DataFrame, name: str) -> Read:
     sizes = {"m": _numbers(raw, name, "m"), "k": _numbers(raw, name, "k")}
     return sizes, pd.Series("bf16", index=raw.index), _plain(raw)
@@ -221,6 +255,7 @@ def _exchange(raw: pd.DataFrame, name: str) -> Read:
 READERS: dict[str, Callable[[pd.DataFrame, str], Read]] = {
     "gemm": _gemm, "grouped_gemm": _experts, "attention_prefill": _attention, "attention_decode": _attention,
     "mla_prefill": _mla, "mla_decode": _mla, "mla_prefill_module": _mla_module, "mla_decode_module": _mla_module,
+    "linear_prefill": _linear, "linear_decode": _linear, "conv_prefill": _convolution, "conv_decode": _convolution,
     "quantize": _quantise, "all_reduce": _collective, "all_gather": _collective, "reduce_scatter": _collective,
     "all_to_all": _collective, "moe_exchange": _exchange,
 }

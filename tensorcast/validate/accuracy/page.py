@@ -239,7 +239,7 @@ def page(
         *_outside(errors), "",
         "## What it rests on", "", *(f"- {line}" for line in provenance), "",
         f"Kernels with fewer than {FEWEST} rows have no residual. Not measured on any device: exchange and collectives",
-        "across nodes, send/receive, sparse and linear attention, norms, kernels overlapping each other.", "",
+        "across nodes, send/receive, sparse attention, state-space scans, norms, kernels overlapping each other.", "",
         "## Rows left out", "", *table(["family: reason", *dropped], counts),
     ]
     return "\n".join(lines) + "\n"

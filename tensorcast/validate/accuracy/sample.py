@@ -168,7 +168,7 @@ def page(predicted: pd.DataFrame) -> str:
         "", f"Not measured, priced from datasheet fractions (expect about {percent(roofline.DATASHEET_ERROR)}): "
         f"{', '.join(rest) or 'none'}.",
         "Nor were these, on any device: collectives and expert exchange across nodes (published DeepEP rates and",
-        "datasheet link speeds), send/receive, sparse attention, linear attention, norms and other pointwise kernels",
+        "datasheet link speeds), send/receive, sparse attention, state-space scans, norms and other pointwise kernels",
         "(priced as memory traffic with the constants of quantisation kernels), kernels overlapping each other.",
         "Measured matmuls and experts include quantising and permuting their rows; a simulated step prices those as",
         "rows of their own and leaves them out of the matmul.", "",

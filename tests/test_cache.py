@@ -19,7 +19,7 @@ from tensorcast.trace.moe import BlockForm, Whole
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": ["model.layers.2"]}
 FORM = RankForm(
     tp=2, quant=None, arithmetic=("bf16", "fp8"), architecture="Hopper", fusions=("merged_gemm", "pointwise"),
-    apart=(), block=BlockForm(Whole(0.5)),
+    apart=(), states="", block=BlockForm(Whole(0.5)),
 )  # fmt: skip
 
 

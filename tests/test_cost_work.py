@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -135,14 +137,14 @@ def test_sparse_prompts_compute_padded_heads_and_every_selected_place() -> None:
 
 def test_linear_attention_by_hand() -> None:
     """Two sequences of 100 tokens, 4 value and 2 key heads of 16 x 8: states read and written once, chunks in turn."""
-    kw = {"key_heads": 2, "k_dim": 16, "v_dim": 8}
-    found = work.linear_attention(2, 100, 4, **kw, state_bytes=4, chunk=64)
+    attend = partial(work.linear_attention, key_heads=2, k_dim=16, v_dim=8)
+    found = attend(2, 100, 4, state_bytes=4, chunk=64)
     assert found.flops == 2 * 100 * 4 * (6 * 16 * 8 + 2 * 64 * 2 * (16 + 8))
     assert found.bytes == 2 * 2 * 100 * (2 * 2 * 16 + 2 * 4 * 8) + 2 * 4 * (2 * 4 * 16 * 8)
     (chain,) = found.tilings
     assert (chain.tiles, chain.depth) == (2 * 4, 2)
-    narrow = work.linear_attention(2, 1, 4, **kw, state_bytes=2, decode=True)
-    wide = work.linear_attention(2, 1, 4, **kw, state_bytes=4, decode=True)
+    narrow = attend(2, 1, 4, state_bytes=2, decode=True)
+    wide = attend(2, 1, 4, state_bytes=4, decode=True)
     assert wide.bytes - narrow.bytes == 2 * 2 * (2 * 4 * 16 * 8)
     assert narrow.flops == 2 * 4 * 6 * 16 * 8 and narrow.family == "linear_decode"
 

@@ -47,7 +47,7 @@ demo: $(STAMP)  ## simulate DeepSeek-V3 decode on 32 H200 and say where the repo
 test: $(STAMP)  ## lint, types and the whole test suite: all three run, whichever fails
 	@failed=; \
 	$(MAKE) --no-print-directory lint || failed="lint or types"; \
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --durations=10 $(ARGS) || failed="$${failed:+$$failed, }tests"; \
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder --durations=25 $(ARGS) || failed="$${failed:+$$failed, }tests"; \
 	test -z "$$failed" || { echo "make test: failed: $$failed" >&2; exit 1; }
 
 lint: $(STAMP)  ## ruff and mypy

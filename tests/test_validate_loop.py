@@ -29,7 +29,7 @@ from tensorcast.validate.run import Validation
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SIZES = ["--effort", "0.05", "--batch", "1,2,4,8", "--context", "24", "--input-len", "8"]
+SIZES = ["--effort", "0.05", "--batch", "1,2,8", "--context", "24", "--input-len", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def measured(place: Path) -> Path:
 
 def test_everything_is_measured_and_told(measured: Path) -> None:
     frame = read_table(measured / "measurements.parquet")
-    assert len(frame) > 200 and set(frame.level) == {"op"} and not frame.problem.any()
+    assert len(frame) > 150 and set(frame.level) == {"op"} and not frame.problem.any()
     assert (frame.seconds > 0).all() and (frame.predicted_s > 0).all() and (frame.low_s <= frame.high_s).all()
     assert set(frame.phase) == {"decode", "prefill"} and set(frame.evidence) == {"calibrated"}
     text = read_table(measured / "measurements.csv")
@@ -86,7 +86,7 @@ def test_everything_is_measured_and_told(measured: Path) -> None:
 
 def test_layers_are_compared_with_the_sum_of_their_ops(measured: Path) -> None:
     frame = pd.read_csv(measured / "layers.csv")
-    assert len(frame) == 3 * (4 + 4)  # two kinds of layer and the step, at eight sizes
+    assert len(frame) == 3 * (3 + 3)  # two kinds of layer and the step, at six sizes
     assert (frame.seconds > 0).all() and (frame.ops_s > 0).all() and not frame.ops_missing.any()
     step, kinds = frame[frame.what.str.startswith("step")], frame[~frame.what.str.startswith("step")]
     assert step.ops_s.sum() > kinds.ops_s.sum()

@@ -116,14 +116,15 @@ def test_a_fleet_prices_recorded_layers_as_each_deployment_does() -> None:
 
     parts = load_model("deepseek-v3"), load_device("h200"), load_engine("sglang")
     members = [
-        deploy(*parts, Layout(ranks, 1, ranks, ranks, 1), "decode", options=Options(
+        (Layout(ranks, 1, ranks, ranks, 1), Options(
             routing="recorded:deepseek-r1", placement=placement, redundant_experts=copies, all2all="low_latency",
         ))
         for ranks, placement, copies in ((32, "linear", 0), (32, "eplb", 32), (64, "linear", 0))
     ]
+    every = [deploy(*parts, layout, "decode", options=options) for layout, options in members]
     batches = np.array([1.0, 8.0, 64.0, 8.0])
-    together = fleet(members, Memo()).step.price(batches, 1.0, 4096.0).seconds
-    alone = [[float(one.step.price(float(b), 1.0, 4096.0).seconds) for b in batches] for one in members]
+    together = fleet(every[0], members, Memo()).step.price(batches, 1.0, 4096.0).seconds
+    alone = [[float(one.step.price(float(b), 1.0, 4096.0).seconds) for b in batches] for one in every]
     assert np.broadcast_to(together, (3, 4)) == pytest.approx(np.array(alone), rel=1e-9)
     assert alone[1][2] < alone[0][2]
 

@@ -49,9 +49,12 @@ def _ask(**changes: Any) -> pd.DataFrame:
 
 
 def test_many_steps_are_priced_in_few_passes(made: Counter[str]) -> None:
-    """Kernels' models are asked once for a block of groups, whatever number of layouts and options these are."""
+    """Kernels' models are asked once for a block of groups, whatever number of layouts and options these are; of each
+    structure one variant is laid out."""
     _ask()
     assert made["steps"] > 10 * made["passes"] > 0
+    (_, prices, _), *_ = workspace.PRICES.values()
+    assert made["deployments"] < 2 * len(prices.variants) / 3
 
 
 def test_a_question_asked_again_prices_nothing(made: Counter[str]) -> None:

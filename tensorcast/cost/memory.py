@@ -227,7 +227,10 @@ def _liveness(table: OpTable) -> tuple[list[_Amount], list[tuple[tuple[int, floa
     for i, op in enumerate(table.ops):
         touched = [t for t in (*op.inputs, *op.outputs) if not t.weight and t.storage not in states]
         for t in touched:
-            seen[t.storage] = seen.get(t.storage, frozenset()) | {Tensor(t.dims, t.dtype, -1, expanded=t.expanded)}
+            one, before = Tensor(t.dims, t.dtype, -1, expanded=t.expanded), seen.get(t.storage, frozenset())
+            if one in before:
+                continue
+            seen[t.storage] = before | {one}
             amount, coef = _amount(seen[t.storage])
             live[t.storage] = numbers.setdefault(amount, len(numbers)), coef
         moment: dict[int, float] = {}

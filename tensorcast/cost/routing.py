@@ -192,12 +192,14 @@ def expert_load(
         generator = np.random.default_rng(seed)
         orders = PLACEMENTS[policy in ("eplb", "eplb_global", "balanced")]
         popularities = [generator.permutation(q) for _ in range(orders)]
-    found = []
+    found: list[tuple[float, Array, Placement]] = []
     for popularity in popularities:
         placement = place(popularity, ranks, redundant, nodes, groups)
-        logical = np.asarray(placement.physical_to_logical)
-        share = (popularity / placement.replica_counts)[logical]
-        held = np.split(share, np.cumsum(placement.experts_per_rank)[:-1])
+        if not found or placement is not found[-1][2]:  # some know no popularity: one for all
+            logical, copies = np.asarray(placement.physical_to_logical), placement.replica_counts
+            starts = np.cumsum(placement.experts_per_rank)[:-1]
+        share = (popularity / copies)[logical]
+        held = np.split(share, starts)
         busiest = max(held, key=lambda experts: float(experts.sum()))
         found.append((float(busiest.sum()), busiest, placement))
     found.sort(key=lambda one: one[0])

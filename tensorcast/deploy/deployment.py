@@ -238,7 +238,7 @@ def memory_share(
         return float(engine.memory_fraction)
     capacity, dp = float(device.memory_bytes), attention_dp(layout, experts)
     graphs = engine.prefill_graphs
-    captured = engine.prefill_graph_tokens(device, int(np.max(dp)), layout.pp, config)
+    captured = engine.prefill_graph_tokens(device, int(np.max(dp)), int(np.max(layout.pp)), config)
     sizes = graphs.count(captured) if graphs is not None else 0
     tokens = engine.tokens_per_step(device)
     ranks = layout.tp * dp * layout.pp

@@ -10,11 +10,12 @@ other fleets: the memo is what makes options cheap.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorcast.cost.layer_loads import LayerLoads
 from tensorcast.cost.rank_load import LayerPoints, RankLoad
@@ -22,10 +23,15 @@ from tensorcast.cost.routing import ExpertLoad
 from tensorcast.cost.work import Size
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.plan.plan import Collective, Row
+from tensorcast.deploy.options import Options, check_options
+from tensorcast.deploy.plan.plan import Collective, Exchange, Row, exchange_of, expert_sources
 from tensorcast.deploy.step.asked_rows import Collectives, Memo
+from tensorcast.deploy.step.step import experts_of
 
 Item = TypeVar("Item")
+
+Rows = NDArray[np.int_]
+"""Positions of members."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +54,19 @@ class MemberLoads:
     local_experts: np.ndarray
 
     def at(self, tokens: Size) -> RankLoad:
-        """Loads at ``tokens [members, batches]`` (or ``[members, 1]``): every distinct load is asked once."""
+        """Loads at ``tokens [members, batches]`` (or ``[members, 1]``): every load is asked once for each number."""
         found = [np.empty(np.shape(tokens)) for _ in range(3)]
         points: LayerPoints | None = None
         for load, rows in _alike(self.members, list(map(id, self.members))):
-            at = load.at(np.asarray(tokens)[rows])
+            numbers, where = np.unique(np.asarray(tokens)[rows], return_inverse=True)
+            at, where = load.at(numbers), where.reshape(len(rows), -1)
             for whole, part in zip(found, (at.rows, at.hit, at.mean_rows), strict=True):
-                whole[rows] = part
+                whole[rows] = np.asarray(part)[where]
             if at.points is not None:  # one law for all members: as many groups of layers
                 shape = (*np.shape(tokens), len(at.points.weights))
                 points = points or at.points.each(lambda _: np.empty(shape))  # noqa: B023
                 for whole, part in zip(points[:5], at.points[:5], strict=True):
-                    whole[rows] = part
+                    whole[rows] = part[where]
         return RankLoad(found[0], found[1], found[2], points)
 
 
@@ -70,70 +77,115 @@ class Fleet(Deployment):
     """
 
     size: int
+    by_stages: tuple[tuple[Rows, Fleet], ...] = ()
+    """Where members have numbers of pipeline stages of their own: those of each number, and which these are."""
 
-    def at(self, kv_dtype: str, mtp_depth: int, pp: int) -> Fleet:
-        """All members at one setting, for their memory; their prices need none."""
-        step = replace(self.step, sizes=replace(self.step.sizes, mtp_depth=mtp_depth, pp=pp))
-        options, layout = replace(self.options, mtp_depth=mtp_depth), replace(self.layout, pp=pp)
-        quantization = replace(self.quantization, kv=kv_dtype)
-        found = replace(self, layout=layout, options=options, quantization=quantization, step=step)
-        vars(found)["profiled"] = self.profiled  # a cached property: at every setting as many tokens are profiled
+    def at(self, kv_dtype: str, mtp_depth: int, members: Rows, pp: Rows | int) -> Fleet:
+        """Some of the members, again and again if need be, each in so many pipeline stages, for their memory; prices
+        need none."""
+        step, plan, load = self.step, self.step.plan, cast(Any, self.step.sizes.load)
+        columns: dict[str, Any] = {n: getattr(self.layout, n)[members] for n in ("dp", "ep", "etp", "stage_ranks")}
+        if load is not None:
+            held: dict[str, Any] = {n: getattr(load, n)[members] for n in _EVEN if np.ndim(getattr(load, n, 0))}
+            if isinstance(load, MemberLoads):
+                held["members"] = tuple(load.members[i] for i in members)
+            load = replace(load, **held)
+        by_stages: tuple[tuple[Rows, Fleet], ...] = ()
+        if isinstance(pp, np.ndarray):
+            every = [(np.flatnonzero(pp == stages), int(stages)) for stages in np.unique(pp)]
+            by_stages = tuple((some, self.at(kv_dtype, mtp_depth, members[some], one)) for some, one in every)
+            columns["pp"] = pp[:, None]
+        else:
+            columns["pp"] = pp
+        sizes = replace(
+            step.sizes, dp=columns["dp"], etp=columns["etp"], load=load, mtp_depth=mtp_depth, pp=columns["pp"]
+        )
+        dispatch: Any = plan.dispatch.activation_bytes
+        plan = replace(plan, dispatch=replace(plan.dispatch, activation_bytes=dispatch[members]))
+        found = replace(
+            self, layout=replace(self.layout, **columns), options=replace(self.options, mtp_depth=mtp_depth),
+            quantization=replace(self.quantization, kv=kv_dtype), step=replace(step, plan=plan, sizes=sizes),
+            size=len(members), by_stages=by_stages,
+        )
+        # a cached property: at every setting as many tokens are profiled
+        profiled = (np.asarray(one) for one in self.profiled)
+        vars(found)["profiled"] = tuple(one[members] if one.ndim else float(one) for one in profiled)
         return found
 
+    def held(self, sequences: Size, length: Size) -> tuple[Size, Size]:
+        """As of each member: stages of other pipelines hold other layers."""
+        if not self.by_stages:
+            return super().held(sequences, length)
+        weights, cache = np.empty((2, self.size, max(1, np.size(sequences), np.size(length))))
+        for some, one in self.by_stages:
+            weights[some], cache[some] = one.held(sequences, length)
+        return weights, cache
 
-def fleet(members: Sequence[Deployment], memo: Memo) -> Fleet:
-    """``members`` as one; they have the same table, rows (but for stages, that some may lack), options and engine."""
-    prototype = max(members, key=lambda member: member.layout.pp)
-    layouts, step = [member.layout for member in members], prototype.step
-    dp, ep, etp, ranks = (_column([getattr(one, n) for one in layouts]) for n in ("dp", "ep", "etp", "stage_ranks"))
+
+_EVEN = ("share", "ranks", "local_experts")
+"""What an even load says of a layout."""
+
+
+def fleet(prototype: Deployment, members: Sequence[tuple[Layout, Options]], memo: Memo) -> Fleet:
+    """``members`` as one; they have table, rows and options of ``prototype``, the one of them with most stages, but for
+    what becomes a column."""
+    step, plan = prototype.step, prototype.step.plan
+    device, engine, table, config = prototype.device, prototype.engine, step.table, prototype.model.config
+    dp, ep, etp, ranks = (_column([getattr(one, n) for one, _ in members]) for n in ("dp", "ep", "etp", "stage_ranks"))
     # a fleet's layout holds columns where a layout holds numbers
     layout = cast(Layout, Columns(
         tp=prototype.layout.tp, pp=prototype.layout.pp, dp=dp, ep=ep, etp=etp, stage_ranks=ranks
     ))
-    loads = tuple(one.step.sizes.load for one in members if isinstance(one.step.sizes.load, ExpertLoad | LayerLoads))
+    exchanges, loads, spread = list[Exchange](), list[ExpertLoad | LayerLoads](), list[dict[str, float]]()
+    kernels: dict[tuple[bool, bool], dict[str, float]] = {}  # all that they hang on of a layout
+    for one, options in members:
+        check_options(options, one, table.facts, plan.all2all)
+        exchanges.append(exchange_of(table, one, device, engine, options=options, form=plan.form))
+        held, distinct = experts_of(table, one, device, engine, options)
+        loads += [held] if held is not None else []
+        spread.append(distinct)
+        if (one.ep > 1, one.dp > 1) not in kernels:
+            kernels[one.ep > 1, one.dp > 1] = expert_sources(engine, device, config, one)
     load: ExpertLoad | MemberLoads | None = None
     if loads:
-        load = MemberLoads(loads, _column([one.local_experts for one in loads]))
-    if loads and isinstance(loads[0], ExpertLoad) and all(one.busiest is None for one in loads):
+        load = MemberLoads(tuple(loads), _column([one.local_experts for one in loads]))
+    if loads and isinstance(loads[0], ExpertLoad) and all(getattr(one, "busiest", 0) is None for one in loads):
         # even ones are plain arithmetic, so one load with columns stands for all
-        held: Any = {n: _column([getattr(one, n) for one in loads]) for n in ("share", "ranks", "local_experts")}
-        load = replace(loads[0], **held)
-    pricers = [one.step.pricer for one in members]
+        even: Any = {name: _column([getattr(one, name) for one in loads]) for name in _EVEN}
+        load = replace(loads[0], **even)
+    sources = [kernels[one.ep > 1, one.dp > 1] for one, _ in members]
     pricer = replace(
         step.pricer, ep=ep, etp=etp,
-        distinct={name: _column([float(one.distinct[name]) for one in pricers]) for name in step.pricer.distinct},
-        sources={name: _column([float(one.sources[name]) for one in pricers]) for name in step.pricer.sources},
+        distinct={name: _column([each[name] for each in spread]) for name in step.pricer.distinct},
+        sources={name: _column([each[name] for each in sources]) for name in step.pricer.sources},
     )
     if loads:
-        memo = replace(memo, load=(dp.tobytes(), etp.tobytes(), *map(id, loads)), members=loads)
-    plans = [member.step.plan for member in members]
-    rows = tuple(
-        _merged(row, [(*one.rows, row)[i] for one in plans])  # no stages: never handed over
-        for i, row in enumerate(step.plan.rows)
-    )
-    sent: Any = _column([one.dispatch.activation_bytes for one in plans])
-    one = replace(
-        step, plan=replace(step.plan, rows=rows, dispatch=replace(step.plan.dispatch, activation_bytes=sent)),
+        memo = replace(memo, load=(dp.tobytes(), etp.tobytes(), *map(id, loads)), members=tuple(loads))
+    lie = [{(str(c.op), c.label): c for some in one.collectives.values() for c in some} for one in exchanges]
+    rows = tuple(_merged(row, lie) for row in plan.rows)
+    sent: Any = _column([one.dispatch.activation_bytes for one in exchanges])
+    priced = replace(
+        step, plan=replace(plan, rows=rows, dispatch=replace(plan.dispatch, activation_bytes=sent)),
         pricer=pricer, memo=memo, sizes=replace(step.sizes, dp=dp, etp=etp, load=load),
     )
     known = {field.name: getattr(prototype, field.name) for field in fields(prototype)}
-    return Fleet(**{**known, "layout": layout, "step": one}, size=len(members))
+    return Fleet(**{**known, "layout": layout, "step": priced}, size=len(members))
 
 
-def _merged(row: Row, members: Sequence[Row]) -> Row:
-    """The row as a fleet has it: collectives of all members, those that lie alike together."""
-    if not isinstance(row, Collective):
+def _merged(row: Row, lie: Sequence[Mapping[tuple[str, str], Collective]]) -> Row:
+    """The row as a fleet has it: collectives of all members, as they ``lie``, those that lie alike together."""
+    if not isinstance(row, Collective) or (row.op, row.label) not in lie[0]:
         return row
-    shared = [one for one in members if isinstance(one, Collective) and (one.op, one.label) == (row.op, row.label)]
-    assert len(shared) == len(members), "members of a fleet have the same rows"
+    shared = [one[row.op, row.label] for one in lie]
     first = shared[0]
     if all((one.extent, one.scale) == (first.extent, first.scale) for one in shared) and not row.exchange:
-        return replace(first, module=row.module)
+        return replace(first, module=row.module, kind=row.kind)
     groups = tuple(
         (where, replace(one, scale=_column([shared[i].scale for i in where])))
         for one, where in _alike(shared, [(one.extent, *sorted(one.exchange.items())) for one in shared])
     )
-    return Collectives(**vars(replace(first, module=row.module)), members=len(members), groups=groups)
+    merged = replace(first, module=row.module, kind=row.kind)
+    return Collectives(**vars(merged), members=len(shared), groups=groups)
 
 
 def _column(values: Sequence[float]) -> np.ndarray:

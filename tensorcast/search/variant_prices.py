@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorcast.cost.evidence import EVIDENCE
+from tensorcast.cost.work import Size
 from tensorcast.deploy.fleet import Fleet, fleet
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import block_form, choose_all2all
-from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.step.sizes import COARSE, KV_BYTES
 from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.profiles.kept import same
@@ -52,7 +52,7 @@ class _Structure:
 class _Setting(NamedTuple):
     """What fleets take as further batches: it changes few rows, or the tokens of a step."""
 
-    kv_dtype: str | None
+    kv_dtype: str
     mtp_depth: int
     dual_batch_overlap: bool
     pp: int
@@ -75,15 +75,11 @@ TOGETHER = 16
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Variants of one structure: positions ``rows[members, settings]`` (-1: no such variant), and both fleets with
-    what their memory hangs on: overlap changes none, and no member's plan. ``kinds``: settings as prompts know them,
-    cache dtype, overlap and stages."""
+    """Variants of one structure: positions ``rows[members, settings]`` (-1: no such variant), and both fleets."""
 
-    settings: list[_Setting]
-    kinds: list[tuple[str, bool, int]]
     rows: Rows
-    prefill: tuple[Fleet, tuple[Any, ...]]
-    decode: tuple[Fleet, tuple[Any, ...]]
+    prefill: Fleet
+    decode: Fleet
 
 
 class VariantPrices:
@@ -115,14 +111,20 @@ class VariantPrices:
         self.fits = {budget: np.zeros(count) for budget in self.budgets}
         self._costs: dict[int, list[tuple[Rows, PrefillCosts]]] = {budget: [] for budget in self.budgets}
         self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
-        # by variant: which fleet at one setting, as which member; overlap changes no memory, so pairs share a fleet
+        # by variant: which fleet at one setting, as which member
         self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
         self._fleets: list[Fleet] = []
-        self._numbers: dict[tuple[Any, ...], int] = {}
-        self._left: dict[tuple[Any, ...], Any] = {}
         self._pools: VariantPrices | None = None
-        self.own_kv_dtype = ""
+        self.own_kv_dtype = self._whole.stored.kv
         self._cuts = [cut_prompts(scenario.load, budget) for budget in self.budgets]
+        # all groups are priced at all settings, so that rows that they have in common are priced once
+        own = self.own_kv_dtype
+        self._setting_of = [
+            _Setting(v.decode.kv_dtype or own, v.decode.mtp_depth, v.decode.dual_batch_overlap, v.layout.pp)
+            for v in variants
+        ]
+        self._settings = sorted({*self._setting_of})
+        self._kinds = list(dict.fromkeys(setting._replace(mtp_depth=0) for setting in self._settings))  # of prompts
         groups = list(self._groups().values())
         for start in range(0, len(groups), TOGETHER):
             self._price([self._group(members) for members in groups[start : start + TOGETHER]])
@@ -162,99 +164,75 @@ class VariantPrices:
 
     def _group(self, found: dict[_Member, dict[_Setting, int]]) -> _Group:
         """Variants of one structure, ready to be priced."""
-        members, every = list(found), {setting for one in found.values() for setting in one}
-        settings = sorted(every, key=lambda s: (s.pp, str(s.kv_dtype), s.mtp_depth, s.dual_batch_overlap))
-        fleets = []
+        fleets, most = [], max(found, key=lambda member: member[0].pp)
         for phase in ("prefill", "decode"):
-            made = [
-                self.scenario.deployment(layout, phase, both[phase == "decode"]) for layout, *both in members
-            ]
-            held = (phase, *map(id, made))
-            if held not in self.parts.fleets:
-                self.parts.fleets[held] = made, fleet(made, self.parts.memo)
-            fleets.append((self.parts.fleets[held][1], held))
-        prefill, decode = fleets
-        self.own_kv_dtype = own = decode[0].quantization.kv  # no member asks for another
-        kinds = list(dict.fromkeys((s.kv_dtype or own, s.dual_batch_overlap, s.pp) for s in settings))
-        rows = np.array([[one.get(s, -1) for s in settings] for one in found.values()])
-        return _Group(settings=settings, kinds=kinds, rows=rows, prefill=prefill, decode=decode)
+            members = tuple((layout, prefill if phase == "prefill" else decode) for layout, prefill, decode in found)
+            if (phase, members) not in self.parts.fleets:
+                prototype = self.scenario.deployment(most[0], phase, most[1] if phase == "prefill" else most[2])
+                self.parts.fleets[phase, members] = fleet(prototype, members, self.parts.memo)
+            fleets.append(self.parts.fleets[phase, members])
+        rows = np.array([[one.get(s, -1) for s in self._settings] for one in found.values()])
+        return _Group(rows=rows, prefill=fleets[0], decode=fleets[1])
 
     def _price(self, groups: list[_Group]) -> None:
-        """Price groups together: kernels' fitted models are asked once for all of their rows."""
-        sizes = np.array([(batch, cut.tokens, cut.past) for cut in self._cuts for batch in cut.batches])
+        """Costs of prompts and curves of groups: priced together, so that kernels' fitted models are asked once."""
+        each = [(batch, cut.tokens, cut.past) for cut in self._cuts for batch in cut.batches]
+        prompts = np.tile(each, (len(self._kinds), 1)).T
+        replies = np.tile(self.grid, len(self._settings)), 1.0, self.scenario.load.context
+        loads: tuple[tuple[Any, ...], ...] = tuple(prompts), replies
+        varied: list[dict[str, Any]] = []  # batch by batch, what rows do not depend on or only few of them
+        for at, load in zip((self._kinds, self._settings), loads, strict=True):
+            kv, depth, dual, pp = (np.repeat(values, len(load[0]) // len(at)) for values in zip(*at, strict=True))
+            kv_bytes: Size = KV_BYTES[kv[0]] if len({*kv}) == 1 else np.array([KV_BYTES[name] for name in kv])
+            varied.append({"kv_bytes": kv_bytes, "mtp_depth": depth, "dual": dual, "pp": pp})
         asked: list[Asked] = []
         for group in groups:
-            own = self.own_kv_dtype
-            settings = [(s.kv_dtype or own, s.mtp_depth, s.dual_batch_overlap, s.pp) for s in group.settings]
-            kinds = [(kv, 0, dual, pp) for kv, dual, pp in group.kinds]
-            prompts = np.tile(sizes, (len(kinds), 1)).T
-            replies = np.tile(self.grid, len(settings)), 1.0, self.scenario.load.context
-            for (one, _), at, load in ((group.prefill, kinds, prompts), (group.decode, settings, replies)):
-                # batch by batch, what rows do not depend on or only few of them
-                kv, depth, dual, pp = (np.repeat(values, len(load[0]) // len(at)) for values in zip(*at, strict=True))
-                kv_bytes = np.array([KV_BYTES[name] for name in kv])
-                varied = replace(one.step.sizes, kv_bytes=kv_bytes, mtp_depth=depth, dual=dual, pp=pp)
-                asked.append((replace(one.step, sizes=varied), *load))
+            steps = group.prefill.step, group.decode.step
+            for step, sizes, load in zip(steps, varied, loads, strict=True):
+                asked.append((replace(step, sizes=replace(step.sizes, **sizes)), *load))
         found = prices(asked)
+        kind_of = [self._kinds.index(setting._replace(mtp_depth=0)) for setting in self._settings]
         for group in groups:
-            left = self._take_prefill(group, next(found))
-            self._take_decode(group, next(found), left)
+            rows, there, size = group.rows[group.rows >= 0], group.rows >= 0, len(group.rows)
+            shape = size, len(self._kinds), len(self._cuts), 3
+            columns = {
+                name: np.broadcast_to(values, (size, len(prompts[0]))).reshape(shape)[:, kind_of]
+                for name, values in prefill_columns(next(found), group.prefill).items()
+            }
+            for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
+                mine = {name: values[:, :, i] for name, values in columns.items()}
+                self._costs[budget].append((rows, prefill_costs(mine, cut.tokens, cut.per_step).where(there)))
+            for name, values in decode_columns(next(found)).items():
+                whole = np.broadcast_to(values, (size, len(replies[0]))).reshape(*there.shape, len(self.grid))
+                self.curves[name][rows] = whole[there]
+            self._take_room(group)
 
-    def _take_decode(self, group: _Group, price: StepPrice, left: dict[int, Array]) -> None:
-        """Curves, and room beside what a full prefill step of each budget leaves."""
-        load, grid, (decode, held), settings = self.scenario.load, self.grid, group.decode, group.settings
-        kv = [s.kv_dtype or self.own_kv_dtype for s in settings]
-        rows, there = group.rows, group.rows >= 0
-        shape = (*rows.shape, len(grid))
-        for name, values in decode_columns(price).items():
-            whole = np.broadcast_to(values, (shape[0], shape[1] * shape[2])).reshape(shape)
-            self.curves[name][rows[there]] = whole[there]
-        steps, buffers, each, most = np.empty((4, *rows.shape))
-        for i, setting in enumerate(settings):
-            key = (*held, setting.kv_dtype, setting.mtp_depth, setting.pp)
-            number = self._numbers.setdefault(key, len(self._fleets))
-            if number == len(self._fleets):
-                self._fleets.append(decode.at(kv[i], setting.mtp_depth, setting.pp))
-            one = self._fleets[number]
-            # the cache's dtype moves what is left for it only where stages are weighed
-            key = (*held, setting.mtp_depth, setting.pp, kv[i] if setting.pp > 1 else "")
-            if key not in self._left:
-                self._left[key] = decode_budget(one, load.input_len)
-            steps[:, i : i + 1], buffers[:, i : i + 1] = self._left[key]
-            each[:, i : i + 1] = sequence_bytes(one, load.input_len, load.output_len)
-            most[:, i] = one.most_sequences
-            mine = there[:, i]
-            self._fleet_of[rows[mine, i]], self._member_of[rows[mine, i]] = number, np.flatnonzero(mine)
-        fits = room(decode, steps, each + buffers, most)
-        self.room_decode[rows[there]] = fits[there]
-        for budget, prefilling in left.items():
-            self.fits[budget][rows[there]] = np.minimum(fits, room(decode, prefilling, each, most))[there]
-
-    def _take_prefill(self, group: _Group, price: StepPrice) -> dict[int, Array]:
-        """Costs; what a full step of each budget leaves for the cache, ``[members, settings]``."""
-        (prefill, held), kinds, rows = group.prefill, group.kinds, group.rows
-        members, there, cuts = len(rows), rows >= 0, len(self._cuts)
-        columns = {
-            name: np.broadcast_to(values, (members, 3 * cuts * len(kinds))).reshape(members, len(kinds), cuts, 3)
-            for name, values in prefill_columns(price, prefill).items()
-        }
-        at = [(s.kv_dtype or self.own_kv_dtype, s.dual_batch_overlap, s.pp) for s in group.settings]
-        kind_of = [kinds.index(kind) for kind in at]
-        left = np.empty((members, len(kinds), cuts))
-        each = np.empty((members, len(kinds)))
-        for i, (name, _, pp) in enumerate(kinds):
-            one = prefill.at(name, 0, pp)
-            key = (*held, pp, name if pp > 1 else "")
-            if key not in self._left:
-                self._left[key] = prefill_budget(one, *self._cuts)
-            left[:, i] = self._left[key]
-            each[:, i : i + 1] = sequence_bytes(one, self.scenario.load.input_len, 0)
-        for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
-            mine = {name: values[:, kind_of, i] for name, values in columns.items()}
-            self._costs[budget].append((rows[there], prefill_costs(mine, cut.tokens, cut.per_step).where(there)))
-        by_budget = {budget: left[:, kind_of, i] for i, budget in enumerate(self.budgets)}
-        self.room_prefill[rows[there]] = room(prefill, by_budget[self.scenario.own_chunk], each[:, kind_of])[there]
-        return by_budget
+    def _take_room(self, group: _Group) -> None:
+        """Sequences that fit, beside what a full prefill step of each budget takes, too; overlap changes no memory."""
+        load, own = self.scenario.load, self.budgets.index(self.scenario.own_chunk)
+        for kv, depth in dict.fromkeys((s.kv_dtype, s.mtp_depth) for s in self._settings):
+            chosen = [i for i, s in enumerate(self._settings) if (s.kv_dtype, s.mtp_depth) == (kv, depth)]
+            rows = group.rows[:, chosen]
+            member, setting = np.nonzero(rows >= 0)
+            if not len(member):
+                continue
+            position, stages = rows[member, setting], np.array([self._settings[i].pp for i in chosen])[setting]
+            (member, stages), where = np.unique([member, stages], axis=1, return_inverse=True)
+            prefill, decode = (
+                one.at(kv, drafts, member, stages)
+                for one, drafts in ((group.prefill, 0), (group.decode, depth))
+            )
+            steps, buffers = decode_budget(decode, load.input_len)
+            each = sequence_bytes(decode, load.input_len, load.output_len)
+            prefilling = np.asarray(prefill_budget(prefill, *self._cuts))
+            read = room(prefill, prefilling[:, own : own + 1], sequence_bytes(prefill, load.input_len, 0))
+            fits = room(decode, steps, each + buffers)
+            beside = np.minimum(fits, room(decode, prefilling, each))
+            self.room_decode[position], self.room_prefill[position] = fits[where, 0], read[where, 0]
+            for i, budget in enumerate(self.budgets):
+                self.fits[budget][position] = beside[where, i]
+            self._fleet_of[position], self._member_of[position] = len(self._fleets), where
+            self._fleets.append(decode)
 
     def _groups(self) -> dict[_Structure, dict[_Member, dict[_Setting, int]]]:
         """Positions of the variants by structure, member and setting."""
@@ -269,8 +247,7 @@ class VariantPrices:
             layout, own = variant.layout, variant.decode
             kept = id(plain[id(variant.prefill)]), id(plain[id(own)])
             key = (layout.tp, layout.dp, layout.ep, self._captured[i], *kept)
-            setting = _Setting(own.kv_dtype, own.mtp_depth, own.dual_batch_overlap, layout.pp)
-            members.setdefault(key, {})[setting] = i
+            members.setdefault(key, {})[self._setting_of[i]] = i
         found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
         engine, where = self.scenario.engine, self.scenario
         known: dict[str, Any] = {"device": where.device, "config": where.model.config, "whole": self._whole}

@@ -21,11 +21,11 @@ from tensorcast.deploy.step.asked_rows import Memo
 class Parts:
     """What is priced of one model, device and engine, whatever the load.
 
-    ``fleets``: by phase and members' identities, with the members, kept alive by it.
+    ``fleets``: by phase and members.
     """
 
     memo: Memo = field(default_factory=partial(Memo, most=256))
-    fleets: dict[Hashable, tuple[list[Deployment], Fleet]] = field(default_factory=dict)
+    fleets: dict[Hashable, Fleet] = field(default_factory=dict)
 
 
 DEPLOYMENTS: dict[Hashable, tuple[object, Deployment]] = {}

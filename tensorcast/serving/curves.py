@@ -56,11 +56,14 @@ def decode_columns(price: StepPrice) -> dict[str, Any]:
 
 def evidence_shares(price: StepPrice) -> dict[str, Any]:
     """Share of kernel seconds behind which each kind of evidence stands."""
+    # of arrays, levels are per candidate, or per member of a fleet that spans more or fewer tiers
+    by_level = price.sums(seconds_of, lambda p: p.level if isinstance(p.level, int) else None)
     seconds: dict[str, Any] = dict.fromkeys(EVIDENCE, 0.0)
     for level, kind in enumerate(LEVELS):
-        # of arrays, levels are per candidate, or per member of a fleet that spans more or fewer tiers
-        seconds[kind] = price.sum(
-            lambda p: p.seconds * (p.level == level), lambda p: not isinstance(p.level, int) or p.level == level  # noqa: B023
-        )
+        seconds[kind] = by_level.get(level, 0.0)
+        if None in by_level:
+            seconds[kind] = seconds[kind] + price.sum(
+                lambda p: p.seconds * (p.level == level), lambda p: not isinstance(p.level, int)  # noqa: B023
+            )
     whole = np.maximum(total(seconds.values()), 1e-30)
     return {kind: value / whole for kind, value in seconds.items()}

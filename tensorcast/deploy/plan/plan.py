@@ -55,13 +55,17 @@ Row = Op | Collective
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of one rank's step, in order, how the MoE blocks exchange tokens, and how their matmuls run."""
+    """Rows of one rank's step, in order, how the MoE blocks exchange tokens, and how their matmuls run.
+
+    ``form``: on which tokens a rank works inside the blocks.
+    """
 
     rows: tuple[Row, ...]
     all2all: str
     dispatch: Scheme
-    backend: str = "grouped_mm"
-    combine: Scheme = SCHEMES["bf16"]
+    combine: Scheme
+    backend: str
+    form: BlockForm
 
 
 def expert_sources(
@@ -184,10 +188,41 @@ def make_plan(
 ) -> Plan:
     """The rows of one rank, by ``options``' exchange, its dtypes and the backend. ``config``: the model's; ``form``:
     that of its MoE blocks in ``table``.
+    """
+    exchange = exchange_of(table, layout, device, engine, options=options, form=form)
+    rows = _with_collectives(table, layout, device, exchange, form)
+    asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
+    alone = attention_dp(layout, table.facts.num_experts) == 1
+    if asked and (limits is None or (is_one_of(limits.models, config) and (alone or not limits.one_replica))):
+        _join_norms(rows, device, engine, kept_beside(table, JoinedNorms))
+    backend = choose_experts_backend(options.experts_backend, exchange.all2all, engine, device, table.phase)
+    return Plan(
+        rows=tuple(rows), all2all=exchange.all2all, dispatch=exchange.dispatch, combine=exchange.combine,
+        backend=backend, form=form,
+    )
+
+
+class Exchange(NamedTuple):
+    """How a MoE block exchanges tokens, what they and their results travel in, and all that hangs on how ranks lie.
+
+    ``collectives``: by place, before the permute (``dispatch``), after the experts (``combine``), at the block's
+    ``end``, and between pipeline ``stages``. The rows of each block put them in their place.
+    """
+
+    all2all: str
+    dispatch: Scheme
+    combine: Scheme
+    collectives: dict[str, list[Collective]]
+
+
+def exchange_of(
+    table: OpTable, layout: Layout, device: DeviceProfile, engine: EngineProfile, *, options: Options, form: BlockForm
+) -> Exchange:
+    """The exchange of a layout's MoE blocks.
 
     Tokens are sent as the experts read them if these quantise them, and come back in bf16, unless said otherwise.
     """
-    split, dispatch = options.split_tokens_over_tp, options.dispatch
+    split, dispatch, facts = options.split_tokens_over_tp, options.dispatch, table.facts
     chosen = choose_all2all(options.all2all, layout, engine, table.phase, split=split)
     experts = next((op for op in table.ops if op.name == "grouped_matmul"), None)
     if dispatch is not None and dispatch not in SCHEMES:
@@ -200,19 +235,19 @@ def make_plan(
     if options.combine == "logfmt10" and chosen != "low_latency":
         raise InputError(f"--combine logfmt10: only the low_latency exchange has it, and here it is {chosen}")
     combine = COMBINES[options.combine or "bf16"]  # bf16 unasked, as DeepEP does
-    width = table.facts.moe_hidden_size
+    width = facts.moe_hidden_size
     if engine.pads_hidden and experts is not None:
         width = rounded_hidden(width, experts.attrs.get("scheme", "bf16"))
-    copies = table.facts.copies_per_token + (options.external_shared_experts > 0)  # one for an external shared expert
+    copies = facts.copies_per_token + (options.external_shared_experts > 0)  # one for an external shared expert
     token, result = (float(width) * one.activation_bytes for one in (scheme, combine))
-    sent = _Sent(token, result, table.facts.moe_hidden_size, copies, form.adding < 1.0, form.norm < 1.0)
-    rows = _with_collectives(table, layout, device, chosen, sent)
-    asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
-    alone = attention_dp(layout, table.facts.num_experts) == 1
-    if asked and (limits is None or (is_one_of(limits.models, config) and (alone or not limits.one_replica))):
-        _join_norms(rows, device, engine, kept_beside(table, JoinedNorms))
-    backend = choose_experts_backend(options.experts_backend, chosen, engine, device, table.phase)
-    return Plan(tuple(rows), chosen, scheme, backend, combine)
+    sent = _Sent(token, result, facts.moe_hidden_size, copies, form.adding < 1.0)
+    found = _moe_collectives(layout, device, chosen, sent)
+    state = 2 * 2.0 * facts.hidden_size  # hidden state and residual in bf16
+    found["stages"] = [Collective(
+        op="send_recv", module="pipeline", kind=-1, group="pp", ranks=2,
+        extent=group_extent(2, layout.stage_ranks, device), scale=state, label="stage hand-over",
+    )]  # fmt: skip
+    return Exchange(chosen, scheme, combine, found)
 
 
 class JoinedNorms(dict[tuple[int, float], tuple[Op, Op]]):
@@ -221,23 +256,22 @@ class JoinedNorms(dict[tuple[int, float], tuple[Op, Op]]):
 
 class _Sent(NamedTuple):
     """What a MoE block exchanges: bytes of a token and of its result, as they travel, the hidden size of the block,
-    and the (token, expert) copies of a token. ``sliced``: each tp rank has a slice of the tokens until
-    they are gathered; ``scattered``: the sum before the block makes it."""
+    and the (token, expert) copies of a token. ``sliced``: each tp rank has a slice of the tokens until they are
+    gathered."""
 
     token_bytes: float
     result_bytes: float
     hidden: int
     copies: float
     sliced: bool
-    scattered: bool
 
 
 def _with_collectives(
-    table: OpTable, layout: Layout, device: DeviceProfile, all2all: str, sent: _Sent
+    table: OpTable, layout: Layout, device: DeviceProfile, exchange: Exchange, form: BlockForm
 ) -> list[Row]:
     tp, done, rows = group_extent(layout.tp, 1, device), 0, list[Row]()
     sites, blocks = _sites(table)
-    moe = _moe_collectives(layout, device, all2all, sent)
+    moe, scattered = exchange.collectives, form.norm < 1.0  # the sum before the block slices the tokens
     for i, (op, places) in sites.items():
         if "dispatch" in places:
             rows += table.ops[done:i]
@@ -246,13 +280,13 @@ def _with_collectives(
         rows += table.ops[done : i + 1]
         done = i + 1
         # a block without an exchange sums its shared experts in its own all-reduce
-        summed = all2all == "none" and op.module.startswith(blocks.get(op.kind, "no block"))
+        summed = exchange.all2all == "none" and op.module.startswith(blocks.get(op.kind, "no block"))
         if layout.tp > 1 and op.shard == "row" and not summed:
             # a matmul's output, or the one number per token that a norm reduces to
             norm, width = op.name == "pointwise", op.outputs[0].dims[-1].coef
             label = "norm over sharded width" if norm else ""
             partial_sums = 4.0 if norm else 2.0 * width
-            kept = norm or not (sent.scattered and op.kind in blocks)
+            kept = norm or not (scattered and op.kind in blocks)
             name: CollectiveOp = "all_reduce" if kept else "reduce_scatter"
             rows.append(Collective(name, op.module, op.kind, "tp", layout.tp, tp, partial_sums, label=label))
         if layout.tp > 1 and "logits" in places:
@@ -266,12 +300,7 @@ def _with_collectives(
                 rows += (replace(one, module=op.module, kind=op.kind) for one in moe[place])
     rows += table.ops[done:]
     if layout.pp > 1:
-        hop = group_extent(2, layout.stage_ranks, device)
-        state = 2 * 2.0 * table.facts.hidden_size  # hidden state and residual in bf16
-        rows.append(Collective(
-            op="send_recv", module="pipeline", kind=-1, group="pp", ranks=2, extent=hop, scale=state,
-            label="stage hand-over",
-        ))  # fmt: skip
+        rows += moe["stages"]
     return rows
 
 
@@ -323,7 +352,7 @@ def _moe_collectives(
     layout: Layout, device: DeviceProfile, all2all: str, sent: _Sent
 ) -> dict[str, list[Collective]]:
     """Collectives of a MoE block by place: before the permute (``dispatch``), after the experts, at the block's end."""
-    anywhere = partial(Collective, module="", kind=-1)  # the rows of each block put it in their place
+    anywhere = partial(Collective, module="", kind=-1)
     over_dp = partial(anywhere, group="dp", ranks=layout.dp, extent=group_extent(layout.dp, layout.tp, device))
     over_ep = partial(
         anywhere, group="ep", ranks=layout.stage_ranks, extent=group_extent(layout.stage_ranks, 1, device)

@@ -71,26 +71,32 @@ class AskedRows:
         self._plain = memo.plain.setdefault(self._key, {})
         if len(memo.plain) > memo.most:
             del memo.plain[next(iter(memo.plain))]
+        # of rows that depend on the expert load
+        recent, key = memo.routed, (*self._key, at.backend, *memo.load)
+        recent[key] = found = recent.pop(key, (memo.members, {}))
+        if len(recent) > RECENT:
+            recent.pop(next(iter(recent)))
+        self._routed = found[1]
         self._here: Prices = {}  # not to be remembered: what differs between members
         self._by_dtype: dict[tuple[float, bool], AskedRows] = {}
         self._contents = kept_beside(pricer.table, Contents)
 
-    def ask(self, row: Row) -> None:
-        """Ask for the corrections of a row, unless its price is known or an equal one has asked."""
+    def ask(self, row: Row) -> tuple[Prices, Hashable]:
+        """Ask for the corrections of a row, unless its price is known or an equal one has asked; where its price will
+        be, and under which name."""
         name, prices = self._name(row)
         key = id(prices), name
         if name not in prices and key not in self._waiting:
             found = self._collective(row) if isinstance(row, Collective) else self._op(row)
             self._waiting[key] = prices, *found
+        return prices, name
 
-    def price(self, row: Row) -> RowPrice:
-        """The price of a row that has asked."""
-        name, prices = self._name(row)
+    def price(self, prices: Prices, name: Hashable) -> RowPrice:
+        """The price of a row that has asked; it may tell of an equal row."""
         if name not in prices:
             _, pending, where = self._waiting.pop((id(prices), name))
             prices[name] = pending().at(where)
-        found = prices[name]
-        return found if found.row is row else replace(found, row=row)
+        return prices[name]
 
     def _name(self, row: Row) -> tuple[Hashable, Prices]:
         """What is equal for rows of one price, and where that is remembered."""
@@ -101,15 +107,6 @@ class AskedRows:
             return id(row), self._here
         name = (row.op, row.group, row.ranks, row.extent, row.scale, row.per, *sorted(row.exchange.items()))
         return name, self._here if row.exchange else self._plain
-
-    @cached_property
-    def _routed(self) -> Prices:
-        """Prices of rows that depend on the expert load."""
-        recent, key = self._memo.routed, (*self._key, self._at.backend, *self._memo.load)
-        recent[key] = found = recent.pop(key, (self._memo.members, {}))
-        if len(recent) > RECENT:
-            recent.pop(next(iter(recent)))
-        return found[1]
 
     def _op(self, op: Op) -> tuple[Pending, Where]:
         at, pricer = self._at, self._pricer
@@ -139,8 +136,7 @@ class AskedRows:
             one = replace(at, sizes=replace(at.sizes, B=batch, S=new, P=past), verify=verify, kv_bytes=kv_bytes)
             self._by_dtype[key] = AskedRows(self._pricer, one, self._asked, self._memo, waiting=self._waiting)
         rows = self._by_dtype[key]
-        rows.ask(op)
-        return partial(rows.price, op)
+        return partial(rows.price, *rows.ask(op))
 
     def _collective(self, row: Collective) -> tuple[Pending, Where]:
         if not isinstance(row, Collectives):

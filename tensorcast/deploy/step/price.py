@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from tensorcast.profiles.device import DeviceProfile
 
 PARTS = ("compute", "memory", "network", "latency")
 """What the seconds of a row are spent on."""
+
+Key = TypeVar("Key", bound=Hashable)
 
 Where = np.ndarray | int | None
 """Entries of the last axis; None: all of them, as they are."""
@@ -149,21 +151,14 @@ def joined(found: Sequence[tuple[np.ndarray, Callable[[], RowPrice]]], shape: tu
 class Part(NamedTuple):
     """Rows of a step that run equally often up to their ``calls``: each ``calls * times``, where ``times`` may hang on
     the batch. Where batches have sizes in common, rows are priced once for each case, and ``at`` is every batch's case.
+    ``prices`` may be those of equal rows, that stand elsewhere.
     """
 
-    rows: tuple[RowPrice, ...]
+    rows: tuple[Row, ...]
+    prices: tuple[RowPrice, ...]
     calls: tuple[int, ...]
     times: Size = 1
     at: Where = None
-
-    def sum(self, of: Callable[[RowPrice], Size], wanted: Callable[[RowPrice], bool] | None = None) -> Size:
-        """As :meth:`StepPrice.sum`."""
-        found: dict[int, list[Size]] = {}  # by calls, so that few arrays are multiplied
-        for row, calls in zip(self.rows, self.calls, strict=True):
-            if calls and (wanted is None or wanted(row)):
-                found.setdefault(calls, []).append(of(row))
-        every = total(total(values) * calls for calls, values in found.items())
-        return pick(every, self.at) * self.times if found else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,23 +181,37 @@ class StepPrice:
     @cached_property
     def calls(self) -> tuple[tuple[RowPrice, Size], ...]:
         """Every row's price at every batch, and how often it runs in one pass over all stages."""
-        every = ((part, *call) for part in self.parts for call in zip(part.rows, part.calls, strict=True))
-        return tuple((row.at(part.at), calls * part.times) for part, row, calls in every)
+        every = ((part, *call) for part in self.parts for call in zip(part.rows, part.prices, part.calls, strict=True))
+        return tuple((replace(price.at(part.at), row=row), calls * part.times) for part, row, price, calls in every)
 
     @property
     def rows(self) -> tuple[RowPrice, ...]:
         """Every row's price at every batch."""
         return tuple(row for row, _ in self.calls)
 
+    def sums(self, of: Callable[[RowPrice], Size], by: Callable[[RowPrice], Key]) -> dict[Key, Size]:
+        """``of`` each row, over all its calls in one pass over all stages, added up for all that ``by`` tells apart."""
+        found: dict[Key, list[Size]] = {}
+        for part in self.parts:
+            here: dict[tuple[Key, int], list[Size]] = {}  # by calls, too, so that few arrays are multiplied
+            for row, calls in zip(part.prices, part.calls, strict=True):
+                if calls:
+                    here.setdefault((by(row), calls), []).append(of(row))
+            together: dict[Key, list[Size]] = {}
+            for (key, calls), values in here.items():
+                together.setdefault(key, []).append(total(values) * calls)
+            for key, values in together.items():
+                found.setdefault(key, []).append(pick(total(values), part.at) * part.times)
+        return {key: total(values) for key, values in found.items()}
+
     def sum(self, of: Callable[[RowPrice], Size], wanted: Callable[[RowPrice], bool] | None = None) -> Size:
-        """``of`` each row that is ``wanted``, over all its calls in one pass over all stages."""
-        return total(part.sum(of, wanted) for part in self.parts)
+        """``of`` each row that is ``wanted``, likewise."""
+        return self.sums(of, lambda row: wanted is None or wanted(row)).get(True, 0.0)
 
     @cached_property
     def error(self) -> Size:
         """Median relative error of the sum: errors of one family move together, families and overhead independently."""
-        families = dict.fromkeys(row.family for part in self.parts for row in part.rows)
-        errors = [self.sum(lambda p: p.seconds * p.error, lambda p: p.family == family) for family in families]  # noqa: B023
+        errors = self.sums(lambda p: p.seconds * p.error, attrgetter("family")).values()
         squares = total(map(np.square, errors)) + self.overhead_error_s**2
         return np.sqrt(squares) / np.maximum(self.sum(seconds_of) + self.overhead_s, 1e-30)
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 
 import numpy as np
 
 from tensorcast.cost.kernels.corrections import BatchedCorrections, corrections_for
-from tensorcast.cost.routing import Routing, expected_distinct, expert_load
+from tensorcast.cost.layer_loads import LayerLoads
+from tensorcast.cost.routing import ExpertLoad, Routing, expected_distinct, expert_load
 from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective, Plan, Row
-from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Waiting
+from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Prices, Waiting
 from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.pipeline_stages import HAND_OVER, place_of, stages_of
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, pick, seconds_of, total
@@ -70,18 +71,17 @@ class Step:
             chunk = AskedRows(self.pricer, at.chunk, asked, memo, waiting=waiting)
         rows = self.plan.rows if at.draft is None else (*self.plan.rows, _projection(self.table))
         chunked = [bool(r.exchange) if isinstance(r, Collective) else r.stage in EXPERT_STAGES for r in rows]
-        passed = [(row, chunk if inside else whole) for row, inside in zip(rows, chunked, strict=True)]
-        for row, sized in passed:
-            sized.ask(row)
-        return partial(self._priced, batch, at, passed, chunk)
+        passed = [chunk if inside else whole for inside in chunked]
+        asked_for = [(sized, *sized.ask(row)) for row, sized in zip(rows, passed, strict=True)]
+        return partial(self._priced, batch, at, asked_for, chunk)
 
     def _priced(
-        self, batch: Size, at: Batches, passed: Sequence[tuple[Row, AskedRows]], chunk: AskedRows
+        self, batch: Size, at: Batches, asked: Sequence[tuple[AskedRows, Prices, Hashable]], chunk: AskedRows
     ) -> StepPrice:
         """The price of the rows, each with its sizes, that have asked; those of a ``chunk`` run once for each."""
-        found = [sized.price(row) for row, sized in passed]
+        found = [sized.price(prices, name) for sized, prices, name in asked]
         if at.chunk is not at.whole:
-            found = [p.times(at.chunks) if sized is chunk else p for p, (_, sized) in zip(found, passed, strict=True)]
+            found = [p.times(at.chunks) if sized is chunk else p for p, (sized, *_) in zip(found, asked, strict=True)]
         parts = *_, drafting = self._parts(found, at)
         dual, layers = self.sizes.dual, Counter(self.table.layer_kinds)
         hidden = self.overlap.hidden(found, at.whole.sizes.tokens, dual, at.own)
@@ -96,7 +96,7 @@ class Step:
             total(calls * taken[place] for place, calls in stage if place in taken)
             for stage in stages_of(self.table.layer_kinds, self.sizes.pp, self.pricer.engine.pipeline_split)
         ]
-        stages[-1] = stages[-1] + drafting.sum(seconds_of)
+        stages[-1] = stages[-1] + pick(total(map(seconds_of, drafting.prices)), drafting.at) * drafting.times
         slowest = reduce(np.maximum, stages)
         turns = self.sizes.pp if self.sizes.decode else at.micro + self.sizes.pp - 1
         beside = self.pricer.engine.overhead
@@ -112,18 +112,16 @@ class Step:
 
     def _parts(self, found: Sequence[RowPrice], at: Batches) -> tuple[Part, Part, Part]:
         """Rows of all stages, what hands on between them (always the last row), and what drafts."""
-        layers = Counter(self.table.layer_kinds)
-        rows = found[: len(self.plan.rows)]
-        end = len(rows) - (place_of(self.plan.rows[-1]) == HAND_OVER)
-        calls = tuple(layers[row.row.kind] if row.row.kind >= 0 else 1 for row in rows[:end])
-        between = (self.sizes.pp - 1) * at.halves
-        drafts: list[RowPrice] = []
-        if at.draft is not None:
-            drafts = [replace(found[i], row=row) for i, row in self._drafts.items()]
+        layers, rows = Counter(self.table.layer_kinds), self.plan.rows
+        end = len(rows) - (place_of(rows[-1]) == HAND_OVER)
+        calls = tuple(layers[row.kind] if row.kind >= 0 else 1 for row in rows[:end])
+        between, last = (self.sizes.pp - 1) * at.halves, tuple(found[end : len(rows)])
+        drafts = self._drafts if at.draft is not None else {}
+        drafted, ones = tuple(found[i] for i in drafts), (1,) * len(drafts)
         return (
-            Part(tuple(rows[:end]), calls, at.halves, at.own),
-            Part(tuple(rows[end:]), (1,) * (len(rows) - end), between, at.own),
-            Part(tuple(drafts), (1,) * len(drafts), self.sizes.mtp_depth, at.draft),
+            Part(rows[:end], tuple(found[:end]), calls, at.halves, at.own),
+            Part(rows[end:], last, (1,) * len(last), between, at.own),
+            Part(tuple(drafts.values()), drafted, ones, self.sizes.mtp_depth, at.draft),
         )
 
     @cached_property
@@ -177,6 +175,39 @@ def moe_layers(table: OpTable) -> tuple[int, ...]:
     return tuple(i for i, kind in enumerate(table.layer_kinds) if kind in blocks)
 
 
+def experts_of(
+    table: OpTable, layout: Layout, device: DeviceProfile, engine: EngineProfile, options: Options
+) -> tuple[ExpertLoad | LayerLoads | None, dict[str, float]]:
+    """How tokens fall on a layout's experts, and how many ranks and nodes a token's copies go to, on average; nothing
+    of a model without experts."""
+    facts = table.facts
+    if not facts.num_experts:
+        return None, {}
+    # domains of the innermost tier that the experts' ranks span
+    nodes = max(1, -(-layout.stage_ranks // device.interconnect[0].size))
+    routing = Routing.parse(options.routing, table.phase)
+    load = expert_load(
+        routing,
+        facts.num_experts,
+        facts.copies_per_token,
+        layout.ep - options.external_shared_experts,
+        redundant=options.redundant_experts,
+        policy=options.placement,
+        fused=facts.fused_experts,
+        nodes=1 if engine.name in GLOBAL_EPLB else nodes,
+        groups=facts.expert_groups,
+        layers=moe_layers(table) if routing.counts is not None else (),
+    )
+    limits = (facts.expert_groups, facts.expert_groups_chosen)
+    kept = options.placement.startswith(("eplb", "balanced")) and facts.expert_groups % nodes == 0
+    if options.placement not in ("linear", "trivial") and (not kept or options.placement.startswith("eplb_global")):
+        limits = (1, 1)  # groups are scattered: a token's choices go anywhere
+    return load, {
+        tier: expected_distinct(facts.num_experts, facts.top_k, parts, *limits)
+        for tier, parts in (("ranks", layout.ep), ("nodes", nodes))
+    }
+
+
 def make_step(
     table: OpTable,
     plan: Plan,
@@ -190,7 +221,7 @@ def make_step(
     sources: Mapping[str, float] | None = None,
 ) -> Step:
     """The step of one layout. ``sources``: whose experts' kernels run, by dtype."""
-    decode, facts = table.phase == "decode", table.facts
+    decode = table.phase == "decode"
     # the eager view launches its kernels one by one
     eager = options.fusion != "engine" or plan.all2all in engine.eager_exchanges
     captured = not eager and table.phase in engine.graph_captured_phases
@@ -201,31 +232,7 @@ def make_step(
     if len(matmuls) > 1:
         wide, narrow = matmuls["up"].outputs[0].dims[-1].coef, matmuls["down"].inputs[0].dims[-1].coef
         gated = float(wide > 1.5 * narrow)
-    load, distinct = None, {}
-    if facts.num_experts:
-        # domains of the innermost tier that the experts' ranks span
-        nodes = max(1, -(-layout.stage_ranks // device.interconnect[0].size))
-        routing = Routing.parse(options.routing, table.phase)
-        load = expert_load(
-            routing,
-            facts.num_experts,
-            facts.copies_per_token,
-            layout.ep - options.external_shared_experts,
-            redundant=options.redundant_experts,
-            policy=options.placement,
-            fused=facts.fused_experts,
-            nodes=1 if engine.name in GLOBAL_EPLB else nodes,
-            groups=facts.expert_groups,
-            layers=moe_layers(table) if routing.counts is not None else (),
-        )
-        limits = (facts.expert_groups, facts.expert_groups_chosen)
-        kept = options.placement.startswith(("eplb", "balanced")) and facts.expert_groups % nodes == 0
-        if options.placement not in ("linear", "trivial") and (not kept or options.placement.startswith("eplb_global")):
-            limits = (1, 1)  # groups are scattered: a token's choices go anywhere
-        distinct = {
-            tier: expected_distinct(facts.num_experts, facts.top_k, parts, *limits)
-            for tier, parts in (("ranks", layout.ep), ("nodes", nodes))
-        }
+    load, distinct = experts_of(table, layout, device, engine, options)
     # with MXFP8 activations on Blackwell; with MXFP4 ones on CDNA 4 (SGLang 0.5.14, quark/schemes/quark_w4a4_mxfp4.py)
     mxfp4 = ("w4a4" if device.vendor == "AMD" else "w4a8") if "fp4" in device.peak_flops else "mxfp4"
     sizes = StepSizes(

@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -123,6 +123,7 @@ class Placement:
         return float(loads.mean() / loads.max()) if loads.max() > 0 else 1.0
 
 
+@lru_cache(maxsize=256)
 def linear(num_experts: int, ranks: int, redundant: int = 0) -> Placement:
     """Contiguous experts; the redundant copies are of experts 0, 1, ... in turn and follow after the last expert."""
     _check_sizes(num_experts, ranks, redundant)

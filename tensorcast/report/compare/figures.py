@@ -89,7 +89,11 @@ def style() -> AbstractContextManager[None]:
 
 
 def finish(figure: Figure, name: str, title: str, caption: str) -> Chart:
-    """Render ``figure`` as PNG and SVG and cut the SVG for the page."""
+    """Lay ``figure`` out once, render it as PNG and SVG, and cut the SVG for the page."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine(None)  # else every image lays it out anew, and draws it once more to see how
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png")
     figure.savefig(svg, format="svg", metadata={"Date": None, "Title": title})

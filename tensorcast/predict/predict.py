@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.errors import InputError
 from tensorcast.parallel import spread, uncollected
+from tensorcast.predict.cells import is_empty, plain_number
 from tensorcast.predict.csv_table import read_table
-from tensorcast.predict.run_columns import MEASURED, Run, canonical_columns, is_empty, plain_number, read_run
+from tensorcast.predict.run_columns import MEASURED, Run, canonical_columns, read_run
 from tensorcast.predict.serve_runs import serve
 from tensorcast.serving.interval import served_interval
 from tensorcast.serving.traffic import ServingMetrics
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from tensorcast.predict.replay_runs import Replayed
 
 PREDICTED = ("ttft_s", "tpot_s", "output_tokens_per_s")
 """Predicted columns; each has the ends of its interval beside it (``ttft_low_s``, as units end a name)."""
@@ -53,7 +56,9 @@ def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
     sequences per dp rank), ``decode_step_s`` (of the time per token, a step without prompts), ``step_error`` (relative
     median error of steps by their kernels and the engine's overhead), ``share_measured, share_calibrated,
     share_datasheet`` (of kernel time), ``assumed``, ``problem``, and measured columns in seconds under our names.
-    Columns of that name in the table are replaced.
+    Columns of that name in the table are replaced. A row that says a rate, a number of requests or the most sequences
+    of a step is replayed request by request (means over all of them, no ``decode_step_s`` and shares); the others are
+    served steadily, in closed form.
     """
     import pandas as pd
 
@@ -138,11 +143,29 @@ def _serve(stretch: list[tuple[int, Run]]) -> list[dict[str, Any]]:
         for i, run in enumerate(runs)
         for depth in run.other_depths
     ]
-    served = serve([*runs, *(run for _, run in drafted)])
-    records = [_record(metrics, run) for metrics, run in zip(served, runs, strict=False)]
-    for (i, run), metrics in zip(drafted, served[len(runs) :], strict=True):
-        _widen(records[i], _record(metrics, run))
-    return records
+    every = [*runs, *(run for _, run in drafted)]
+    steady = [i for i, run in enumerate(every) if run.arrivals is None]
+    found = dict(zip(steady, serve([every[i] for i in steady]), strict=True))
+    records = [_record(found[i], run) if i in found else {} for i, run in enumerate(every)]
+    if len(steady) < len(every):
+        from tensorcast.predict.replay_runs import replay_runs  # its schedulers load where they are needed
+
+        rest = [i for i in range(len(every)) if i not in found]
+        for i, replayed in zip(rest, replay_runs([every[i] for i in rest]), strict=True):
+            records[i] = _replayed_record(replayed)
+    for (i, _), other in zip(drafted, records[len(runs) :], strict=True):
+        _widen(records[i], other)
+    return records[: len(runs)]
+
+
+def _replayed_record(found: Replayed) -> dict[str, Any]:
+    if found.factors is None:
+        return {"problem": found.problem}
+    record: dict[str, Any] = {"mean_batch": found.batch, "problem": "", "step_error": found.error}
+    for name in PREDICTED:
+        value, factor = getattr(found, name), found.factors[name]
+        record |= {name: value, bound(name, "low"): value / factor, bound(name, "high"): value * factor}
+    return record
 
 
 def _widen(record: dict[str, Any], other: dict[str, Any]) -> None:

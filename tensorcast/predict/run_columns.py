@@ -8,7 +8,6 @@ nothing) takes the default. For disaggregated rows every size of a layout exists
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,8 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.model_names import SCHEME_OF, Named, understand
 from tensorcast.deploy.options import SERVED_ROUTING, Options
 from tensorcast.errors import InputError, unknown_name
+from tensorcast.predict.arrivals import ARRIVAL_COLUMNS, Arrivals
+from tensorcast.predict.cells import Cells, is_empty
 from tensorcast.predict.launch_records import (
     FP8_CACHE,
     LENGTH_RATIO,
@@ -75,6 +76,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         "prompt tokens per step; default the engine's", None,
         ("max_num_batched_tokens", "max_num_tokens", "chunked_prefill_size"),
     ),
+    **ARRIVAL_COLUMNS,
 }  # fmt: skip
 """Columns of a row: what they say, default, other names."""
 
@@ -93,15 +95,14 @@ PER_DECODE_WORKER, DECODE_PER_PREFILL = 64, 2.5
 35 public disaggregated runs behind ``reports/serving.md`` that do (28 of them state the requests). They spread widely:
 a quarter has 16 requests and fewer, a quarter 160 and more."""
 
-_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
-_NOTHING = ("", "nan", "none", "null", "na", "n/a", "-")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One row, read: names of profiles, layouts, load, options, and what was assumed where the row says nothing.
 
-    ``other_depths``: drafted tokens per step that a public record may have had beside those of ``options``.
+    ``arrivals``: how requests came, where that is no steady number in flight. ``other_depths``: drafted tokens per step
+    that a public record may have had beside those of ``options``.
     """
 
     model: str
@@ -122,6 +123,7 @@ class Run:
     prefix_cache: bool = True
     mtp_acceptance: float = 0.8
     chunk_tokens: int | None = None
+    arrivals: Arrivals | None = None
     options: Options = field(default_factory=Options)
     other_depths: tuple[int, ...] = ()
     assumed: tuple[str, ...] = field(default=(), compare=False)
@@ -170,7 +172,9 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
 
     ``stated``: the table's own column names, lower case; some formats have defaults of their own.
     """
-    cells = _Cells({name: value for name, value in row.items() if not is_empty(value)})
+    filled = {name: value for name, value in row.items() if not is_empty(value)}
+    defaults = {name: entry[1] for name, entry in (COLUMNS | WORKER_COLUMNS).items()}
+    cells = Cells(filled, defaults, WORKER_COLUMNS)
     model, device, engine = cells.text("model"), cells.text("device"), cells.text("engine")
     mode = MODES.get(m := cells.text("mode").lower(), m)
     if mode not in MODES.values():
@@ -184,8 +188,11 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     twice = record and mode == "aggregated"
     prefill, decode = (_layout(cells, role, named.profile.num_experts, twice) for role in roles)
     concurrency = cells.number("concurrency", None)
+    arrivals = _arrivals(cells, concurrency)
     workers = (1, 1) if mode == "aggregated" else _workers(cells, concurrency)
-    if concurrency is None:
+    if concurrency is None and arrivals is not None:
+        concurrency = float(arrivals.count or 1)
+    elif concurrency is None:
         batch = cells.number("batch", None, roles[1])
         concurrency = float((batch or 1) * decode.dp * workers[1])
         cells.assumed.append(f"concurrency {concurrency:g}" + ("" if batch else " (nothing said)"))
@@ -226,12 +233,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     )
     return Run(
         model=profile, device=device, engine=engine, mode=mode,
-        isl=isl,
-        osl=osl,
-        concurrency=concurrency,
-        prefill=prefill,
-        decode=decode,
-        workers=workers,
+        isl=isl, osl=osl, concurrency=concurrency, prefill=prefill, decode=decode, workers=workers,
         replicas=cells.whole("replicas"),
         length_ratio=ratio,
         rounds=cells.number("rounds", 10.0),
@@ -240,13 +242,14 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         prefix_cache=kept == "on",
         mtp_acceptance=cells.number("mtp_acceptance", MTP_ACCEPTANCE if record else 0.8),
         chunk_tokens=None if chunk is None else int(chunk),
+        arrivals=arrivals,
         options=options,
         other_depths=depths,
         assumed=tuple(cells.assumed),
     )
 
 
-def _as_launched(cells: _Cells, found: Launched | None) -> tuple[int, ...]:
+def _as_launched(cells: Cells, found: Launched | None) -> tuple[int, ...]:
     """Fill the cells that a public record leaves empty as it was ``launched``. Other depths of drafting it may have."""
     if found is None:
         return ()
@@ -260,58 +263,28 @@ def _as_launched(cells: _Cells, found: Launched | None) -> tuple[int, ...]:
     return others
 
 
-class _Cells:
-    """The filled cells of a row; what is asked for and missing takes its default, noted in ``assumed``."""
+def _arrivals(cells: Cells, users: float | None) -> Arrivals | None:
+    """How requests came, if a row says more of it than how many were in flight.
 
-    def __init__(self, cells: dict[str, Any]) -> None:
-        self.cells = cells
-        self.assumed: list[str] = []
-
-    def _get(self, name: str, role: str = "") -> Any:
-        return self.cells.get(role + name, self.cells.get(name))
-
-    def text(self, name: str, default: Any = "") -> Any:
-        value = self._get(name)
-        if value is not None:
-            return str(value).strip()
-        stated = COLUMNS[name][1]
-        if stated is None and default == "":
-            raise InputError(f"{name}: this cell is empty and has no default")
-        if name in ("engine", "mode"):
-            self.assumed.append(f"{name} {stated}")
-        return stated if default == "" else default
-
-    def number(self, name: str, default: Any, role: str = "") -> Any:
-        value = self._get(name, role)
-        if value is None:
-            return default
-        try:
-            number = plain_number(value)
-        except ValueError:
-            raise InputError(f"{role}{name} {value!r}: must be a number") from None
-        if not math.isfinite(number):
-            raise InputError(f"{role}{name} {value!r}: must be a finite number")
-        return number
-
-    def whole(self, name: str, role: str = "", least: int = 1) -> int:
-        default = (COLUMNS | WORKER_COLUMNS)[name][1]
-        number = self.number(name, None, role)
-        if number is None or (number == 0 and least == 1 and name in WORKER_COLUMNS):
-            if name in ("isl", "osl"):
-                self.assumed.append(f"{role}{name} {default}")
-            return int(default)
-        if number != int(number) or number < least:
-            raise InputError(f"{role}{name} {number:g}: must be a whole number of at least {least}")
-        return int(number)
+    So many users who send one request after another are no such row: how often they do is its ``rounds``.
+    """
+    endless = cells.text("request_rate", None) in ("inf", "Infinity")
+    rate = math.inf if endless else cells.number("request_rate", None)
+    count, most = (cells.number(name, None) for name in ("requests", "max_num_seqs"))
+    if rate is None and count is None and most is None:
+        return None
+    steady = most is None and (rate is None or endless)
+    if steady and users is not None and count is not None and count > users:
+        cells.cells.setdefault("rounds", count / users)
+        return None
+    return Arrivals(
+        rate=math.inf if rate is None else rate, burstiness=cells.number("burstiness", 1.0),
+        count=None if count is None else cells.whole("requests"), users=None if users is None else max(1, round(users)),
+        max_sequences=None if most is None else cells.whole("max_num_seqs"),
+    )
 
 
-def plain_number(cell: Any) -> float:
-    """The number that a cell says; commas may part thousands. Raises :class:`ValueError`."""
-    text = str(cell).strip().replace("_", "")
-    return float(text.replace(",", "") if _THOUSANDS.fullmatch(text) else text)
-
-
-def _workers(cells: _Cells, concurrency: float | None) -> tuple[int, int]:
+def _workers(cells: Cells, concurrency: float | None) -> tuple[int, int]:
     """Prefill and decode workers; :data:`PER_DECODE_WORKER` and :data:`DECODE_PER_PREFILL` where they are not said."""
     said = [int(cells.number("workers", 0, role)) or None for role in ("prefill_", "decode_")]
     decode = said[1] or max(1, math.ceil((concurrency or 1) / PER_DECODE_WORKER))
@@ -323,14 +296,7 @@ def _workers(cells: _Cells, concurrency: float | None) -> tuple[int, int]:
     return prefill, decode
 
 
-def is_empty(value: Any) -> bool:
-    """Whether a cell says nothing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return True
-    return isinstance(value, str) and value.strip().lower() in _NOTHING
-
-
-def _layout(cells: _Cells, role: str, num_experts: int, record: bool) -> Layout:
+def _layout(cells: Cells, role: str, num_experts: int, record: bool) -> Layout:
     """Layout of a row's sizes. ``record``: the sizes may be those of a benchmark record that multiplies them twice."""
     tp, dp, pp = (cells.whole(name, role) for name in ("tp", "dp", "pp"))
     ep, etp = (int(cells.number(name, 0, role)) or None for name in ("ep", "moe_tp"))
@@ -362,7 +328,7 @@ def counted_twice(tp: int, dp: int, etp: int, ep: int) -> tuple[int, int, int, i
     return None
 
 
-def _quant(cells: _Cells, named: Named) -> str | None:
+def _quant(cells: Cells, named: Named) -> str | None:
     """Scheme of linears and experts, as an option; without a column, what the model's name says."""
     whole = cells.text("precision", None)
     if whole is None and named.precision and not cells.text("gemm_precision", cells.text("moe_precision", None)):
@@ -375,7 +341,7 @@ def _quant(cells: _Cells, named: Named) -> str | None:
     return named.quant(*said)
 
 
-def _kv(cells: _Cells, engine: str, stated: frozenset[str]) -> str | None:
+def _kv(cells: Cells, engine: str, stated: frozenset[str]) -> str | None:
     said = cells.text("kv_dtype", None)
     if said is None and "moe_ep_size" in stated and (engine, cells.text("precision", None)) in FP8_CACHE:
         cells.assumed.append("kv_dtype fp8")

@@ -18,7 +18,9 @@ from tensorcast.deploy.step.sizes import GRID
 from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.errors import InputError
 from tensorcast.predict.run_columns import Run
+from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.model import ModelProfile
 from tensorcast.serving.capacity import own_chunk, room_for
 from tensorcast.serving.curves import DecodeCurve, decode_columns
 from tensorcast.serving.hand_over import hand_over_s
@@ -152,6 +154,13 @@ def _profile(kind: str) -> Callable[[str], Any]:
 
 
 _model, _device, _engine = _profile("model"), _profile("device"), _profile("engine")
+load_engine_once: Callable[[str], EngineProfile] = _engine
+"""An engine's profile by its name, read once."""
+
+
+def load_profiles(run: Run) -> tuple[ModelProfile, DeviceProfile]:
+    """Model and device of a run, each read once."""
+    return _model(run.model), _device(run.device)
 
 
 def _price_prompts(rows: list[_Row]) -> PrefillCosts:

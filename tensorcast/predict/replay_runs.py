@@ -1,0 +1,91 @@
+"""Runs that say how their requests came, each replayed through its engine's scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tensorcast.errors import InputError
+from tensorcast.predict.run_columns import Run
+from tensorcast.predict.serve_runs import load_engine_once, load_profiles
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.scheduling.replay import PricedServers, Servers, priced_servers
+from tensorcast.serving.interval import served_interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """Means of a replay, seconds and tokens per second of all GPUs; or the ``problem``.
+
+    ``factors``: by metric, what four in five true values lie within. ``batch``: decoding sequences per rank.
+    """
+
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    output_tokens_per_s: float = 0.0
+    batch: float = 0.0
+    error: float = 0.0
+    factors: dict[str, float] | None = None
+    problem: str = ""
+
+
+def replay_runs(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = None) -> list[Replayed]:
+    """What users of each of ``runs`` meet; a run that cannot be says why. Equal deployments are priced once."""
+    priced: dict[tuple[Any, ...], PricedServers | InputError] = {}
+    return [_replayed(run, priced, engine or load_engine_once) for run in runs]
+
+
+def _replayed(
+    run: Run, priced: dict[tuple[Any, ...], PricedServers | InputError], engine: Callable[[str], EngineProfile]
+) -> Replayed:
+    assert run.arrivals is not None
+    requests = run.arrivals.requests(
+        run.isl, run.osl, length_ratio=run.length_ratio, rounds=run.rounds, prefix_cached=run.prefix_cached
+    )
+    longest = 1 << int(requests.input_len.max() + requests.output_len.max() - 1).bit_length()  # tables that rows share
+    key = (
+        run.model, run.device, run.engine, run.mode, run.prefix_cache, run.layout, run.options, run.mtp_acceptance,
+        run.chunk_tokens, run.arrivals.max_sequences, run.wait_steps, longest,
+    )
+    if key not in priced:
+        priced[key] = _priced(run, engine, longest)
+    servers = priced[key]
+    try:
+        if isinstance(servers, InputError):
+            raise servers
+        found = servers.run(requests)
+    except InputError as error:
+        return Replayed(problem=str(error))
+    said = found.summary()
+    times = [pool.times.errors for pool in servers.pools]
+    decode, prompts = (max(errors[phase] for errors in times) for phase in (0, 1))
+    factors = served_interval(prompts, decode, said["ttft_mean_s"] / said["request_mean_s"])
+    return Replayed(
+        ttft_s=said["ttft_mean_s"], tpot_s=said["tpot_mean_s"], output_tokens_per_s=said["output_tokens_per_s"],
+        batch=_batch(said, run), error=decode, factors={name: float(value) for name, value in factors.items()},
+    )
+
+
+def _batch(said: dict[str, float], run: Run) -> float:
+    """Sequences that decode at a moment, per rank, over the whole run: Little's law."""
+    decoding_s = max(said["request_mean_s"] - said["ttft_mean_s"], 0.0)
+    return said["requests_per_s"] * decoding_s / (run.decode.dp * run.workers[1] * run.replicas)
+
+
+def _priced(run: Run, engine: Callable[[str], EngineProfile], longest: int) -> PricedServers | InputError:
+    assert run.arrivals is not None
+    try:
+        profile = engine(run.engine)
+        profile = profile if run.prefix_cache else profile.without_prefix_cache()
+        servers = (Servers(run.decode, run.replicas),)
+        if run.mode == "disaggregated":
+            servers = (Servers(run.prefill, run.workers[0]), Servers(run.decode, run.workers[1]))
+        model, device = load_profiles(run)
+        return priced_servers(
+            model, device, profile, servers, longest=longest, options=run.options,
+            mtp_acceptance=run.mtp_acceptance, prefill_chunk=run.chunk_tokens,
+            max_sequences=run.arrivals.max_sequences, wait_steps=run.wait_steps,
+        )
+    except InputError as error:
+        return error

@@ -1,0 +1,94 @@
+"""Rows of ``predict`` that say a rate, a burst or a limit of sequences: replayed, as ``replay`` does it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import tensorcast as tc
+from tensorcast.errors import InputError
+from tensorcast.predict.arrivals import BLOCK, Arrivals
+from tensorcast.predict.predict import predict
+from tensorcast.predict.run_columns import Run, read_run
+from tensorcast.profiles.store import load_engine
+from tensorcast.scheduling.requests import Length, drawn
+
+CELLS = {"model": "qwen3-8b", "device": "h100", "engine": "vllm", "tp": 1, "isl": 1024, "osl": 128}
+
+
+def read(**cells: object) -> Run:
+    return read_run({**CELLS, **cells})
+
+
+def rows(*cells: dict[str, object]) -> list[dict[str, Any]]:
+    return predict(pd.DataFrame([CELLS | one for one in cells])).to_dict("records")
+
+
+def test_a_row_is_what_replay_finds() -> None:
+    found, = rows({"request_rate": 6.0, "requests": 200, "length_ratio": 0.8})
+    sent = drawn(200, Length(1024 * 0.9, 1 / 9), Length(128 * 0.9, 1 / 9), rate=6.0)
+    alone = tc.replay("qwen3-8b", device="h100", layout="tp1", engine="vllm", requests=sent).summary()
+    for column, name in (("ttft_s", "ttft_mean_s"), ("tpot_s", "tpot_mean_s"), ("output_tokens_per_s",) * 2):
+        assert found[column] == pytest.approx(alone[name], rel=0.01)  # tables of steps reach a rounder length
+    assert found["tpot_low_s"] < found["tpot_s"] < found["tpot_high_s"]
+
+
+def test_one_request_at_a_time_is_the_steady_state_of_one_user() -> None:
+    """But for the steps under way that a request waits for under load: an idle server begins at once."""
+    replayed, steady = rows({"request_rate": 0.01, "requests": 20}, {"concurrency": 1})
+    waited = load_engine("vllm").arrival_wait_steps * steady["decode_step_s"]
+    assert replayed["ttft_s"] == pytest.approx(steady["ttft_s"] - waited, rel=0.05)
+    assert replayed["tpot_s"] == pytest.approx(steady["tpot_s"], rel=0.02)
+
+
+def test_faster_arrivals_and_bursts_take_longer() -> None:
+    slow, fast, burst = rows(
+        {"request_rate": 2, "requests": 200}, {"request_rate": 12, "requests": 200}, {"requests": 200}
+    )
+    assert slow["tpot_s"] < fast["tpot_s"] and slow["ttft_s"] < fast["ttft_s"] < burst["ttft_s"]
+    assert burst["output_tokens_per_s"] > fast["output_tokens_per_s"] > slow["output_tokens_per_s"]
+
+
+def test_no_more_sequences_run_than_are_allowed() -> None:
+    few, many = rows({"concurrency": 32, "max_num_seqs": 4}, {"concurrency": 32, "max_num_seqs": 64})
+    assert few["mean_batch"] <= 4 < many["mean_batch"]
+    assert few["tpot_s"] < many["tpot_s"] and few["ttft_s"] > 10 * many["ttft_s"]
+
+
+def test_users_in_a_closed_loop_are_served_steadily() -> None:
+    """Replayed, users whose replies are equally long would stay in step, which measured ones do not."""
+    for rate in ({}, {"request_rate": "inf"}):
+        run = read(concurrency=16, requests=160, **rate)
+        assert run.arrivals is None and run.rounds == 10
+    burst = read(concurrency=64, requests=64)
+    assert burst.arrivals == Arrivals(count=64, users=64) and math.isinf(burst.arrivals.rate)
+
+
+@pytest.mark.parametrize(("cells", "words"), [
+    ({"request_rate": 0}, "request_rate 0: must be more than 0"), ({"requests": 0}, "requests 0"),
+    ({"requests": 2.5}, "requests 2.5: must be a whole number"), ({"max_num_seqs": 0}, "max_num_seqs 0"),
+    ({"request_rate": 1, "burstiness": 0}, "burstiness 0: must be more than 0"),
+    ({"request_rate": "fast"}, "request_rate 'fast': must be a number"),
+])
+def test_what_cannot_be_is_one_line(cells: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words.replace(".", r"\.")):
+        read(**cells)
+
+
+def test_cached_beginnings_are_shared_blocks() -> None:
+    sent = Arrivals(count=50).requests(1000, 10, length_ratio=0.5, rounds=10, prefix_cached=640)
+    assert sent.blocks is not None and sent.block_tokens == BLOCK
+    common = set.intersection(*map(set, sent.blocks))
+    assert common == set(range(min(10, int(sent.input_len.min()) // BLOCK)))
+    assert [len(one) for one in sent.blocks] == (sent.input_len // BLOCK).tolist()
+    own = [set(one) - set(range(10)) for one in sent.blocks]
+    assert len(set().union(*own)) == sum(map(len, own)) == int(np.maximum(sent.input_len // BLOCK - 10, 0).sum())
+
+
+def test_cached_beginnings_shorten_first_tokens() -> None:
+    none, most = rows({"request_rate": 4, "requests": 100}, {"request_rate": 4, "requests": 100, "prefix_cached": 960})
+    assert most["ttft_s"] < 0.7 * none["ttft_s"]

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -27,7 +26,7 @@ from tensorcast.report import units
 from tensorcast.report.compare import fronts, table, words
 from tensorcast.report.compare.choices import PARTS, View, step_parts
 from tensorcast.report.compare.figures import places, spread
-from tensorcast.report.compare.files import FIGURE_NAMES, charts, six_digits, write_comparison
+from tensorcast.report.compare.files import FIGURE_NAMES, six_digits, write_comparison
 from tensorcast.report.compare.takeaway import takeaways
 
 MODEL = "qwen3-30b-a3b"
@@ -52,25 +51,6 @@ def written(compared: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = write_comparison(hostile, folder, price=2.5)
     assert sorted(paths) == sorted(folder.iterdir())
     return folder
-
-
-def test_a_figure_is_laid_out_once_and_drawn_once_for_each_image(
-    view: View, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    counts: Counter[str] = Counter()
-    for kind, name in ((Figure, "draw"), (ConstrainedLayoutEngine, "execute")):
-        plain = getattr(kind, name)
-
-        def counted(self: Any, *args: Any, plain: Any = plain, name: str = name) -> Any:
-            counts[name] += 1
-            return plain(self, *args)
-
-        monkeypatch.setattr(kind, name, counted)
-    drawn = charts(view)
-    assert counts == {"draw": 2 * len(drawn), "execute": len(drawn)}
 
 
 # Files

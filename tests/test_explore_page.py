@@ -22,7 +22,7 @@ pytest.importorskip("starlette", reason="no server here: pip install 'tensorcast
 uvicorn = pytest.importorskip("uvicorn", reason="no server here: pip install 'tensorcast[explore]'")
 
 START = {
-    "model": "qwen3-30b-a3b", "device": "h100-sxm", "world_size": "4", "engine": "vllm", "input_len": "1024",
+    "model": "qwen3-30b-a3b", "device": "h100-sxm", "world_size": "2", "engine": "vllm", "input_len": "1024",
     "output_len": "256", "tpot_ms": "30",
 }  # fmt: skip
 
@@ -83,15 +83,13 @@ class Opened:
     def best(self) -> str:
         return str(self.page.locator("#table tr.best").first.inner_text())
 
-    def slide(self, key: str, value: str) -> None:
-        """Move a slider as far as its field says ``value``, with the keyboard."""
+    def slide(self, key: str, steps: int) -> str:
+        """Move a slider with the keyboard; what its field then says."""
         slider = self.page.locator(f"#f-{key}-slider")
         slider.focus()
-        for _ in range(60):
-            if self.page.input_value(f"#f-{key}") == value:
-                return
+        for _ in range(steps):
             slider.press("ArrowRight")
-        raise AssertionError(f"{key} never said {value}")
+        return str(self.page.input_value(f"#f-{key}"))
 
     def close(self) -> None:
         self.context.close()
@@ -109,7 +107,7 @@ def opened(browser: Any, address: str) -> Iterator[Opened]:
 
 def compare(**changed: Any) -> Any:
     asked: dict[str, Any] = {
-        "device": "h100", "world_size": 4, "input_len": 1024, "output_len": 256, "ttft_s": 2.0, "tpot_s": 0.03
+        "device": "h100", "world_size": 2, "input_len": 1024, "output_len": 256, "ttft_s": 2.0, "tpot_s": 0.03
     }
     return tc.compare("qwen3-30b-a3b", **asked | changed)
 
@@ -137,12 +135,11 @@ def test_it_opens_with_the_answer(opened: Opened) -> None:
 def test_a_slider_moves_the_answer_and_the_address(browser: Any, address: str) -> None:
     opened = Opened(browser, address)
     before = opened.best()
-    opened.slide("tpot_ms", "32")
-    opened.slide("input_len", "1200")
-    opened.answered("input_len=1200")
-    assert "input_len=1200" in opened.page.url and "tpot_ms=32" in opened.page.url
-    assert opened.best() != before
-    agrees(opened, compare(input_len=1200, tpot_s=0.032))
+    token_ms, length = opened.slide("tpot_ms", 2), opened.slide("input_len", 5)
+    opened.answered(f"input_len={length}")
+    assert float(token_ms) > 30 and int(length) > 1100 and opened.best() != before
+    assert f"input_len={length}" in opened.page.url and f"tpot_ms={token_ms}" in opened.page.url
+    agrees(opened, compare(input_len=int(length), tpot_s=float(token_ms) / 1e3))
     opened.close()
 
 
@@ -184,8 +181,9 @@ def test_two_sessions_ask_different_things_at_once(browser: Any, opened: Opened)
     other.page.fill("#f-output_len", "96")
     opened.answered("input_len=1100")
     other.answered("output_len=96")
-    agrees(opened, compare(input_len=1100))
-    agrees(other, compare(output_len=96))
+    assert "1,100 tokens in and 256 out" in opened.page.inner_text(".question")
+    assert "1,024 tokens in and 96 out" in other.page.inner_text(".question")
+    assert opened.best() != other.best()
     other.close()
     opened.page.fill("#f-input_len", START["input_len"])
     opened.answered("input_len=1024")
@@ -236,6 +234,39 @@ def test_all_controls_have_names_and_the_page_its_parts(opened: Opened) -> None:
     assert unnamed == []
     for part in ("main", "aside[aria-label]", "[aria-live]", "h1"):
         assert opened.page.locator(part).count() >= 1
+
+
+def test_ten_questions_within_two_actions_each(browser: Any, address: str) -> None:
+    opened = Opened(browser, address)
+    page = opened.page
+    said = page.inner_text("#said")
+    assert "The limit on TTFT" in said and "The limit on TPOT" in said  # which limit binds?
+    assert "Spreading whole experts over GPUs (EP)" in said  # expert or tensor parallel?
+    assert "Two pools of servers" in said and "with one pool" in page.inner_text("#cards")  # one pool or two?
+    page.select_option("#y-axis", "concurrency")  # how many users on what I have?
+    assert "users at once" in page.inner_text("#front") and " users" in page.inner_text("#cards .card.first")
+
+    def asked(key: str, value: str) -> None:
+        page.fill(f"#f-{key}", value)
+        opened.answered(urlencode({key: value}))
+
+    fast = opened.best()
+    asked("input_len", "2000")  # what does a longer prompt do?
+    assert opened.best() != fast and page.locator("#front svg [stroke-dasharray='2,3']").count() == 1  # as it was
+    asked("price", "1.25")  # what if the price halves?
+    per_million = compare(input_len=2000, prices={"h100": 2.5}, objective="cost").best["cost_per_million_tokens"] / 2
+    assert units.digits(per_million) in page.inner_text("#cards")
+    asked("cached", "50")  # does the prefix cache help?
+    asked("users", "100")  # can they hold so many users?
+    assert "too few users" in page.inner_text("#table")
+    page.click("text=Numbers and experts")
+    asked("routing", "zipf:1")  # what if experts are chosen unevenly?
+    page.click("#f-device")
+    page.click("#f-device-field label:has-text('h200-sxm')")  # which GPU is cheapest?
+    opened.answered("h200-sxm")
+    cards = page.inner_text("#cards").lower()
+    assert "cheapest tokens" in cards and "best on h200-sxm" in cards
+    opened.close()
 
 
 def test_files_to_keep(opened: Opened) -> None:

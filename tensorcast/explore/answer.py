@@ -10,6 +10,7 @@ import numpy as np
 
 from tensorcast.explore.known import search_again
 from tensorcast.explore.question import Question
+from tensorcast.explore.sentences import sentences
 from tensorcast.report import units
 from tensorcast.report.compare import words
 from tensorcast.report.compare.choices import View, records
@@ -127,7 +128,8 @@ def _answer(asked: Question, comparison: Comparison, missed: str, quick: bool) -
         "columns": [column.described() for column in columns],
         "rows": [_cells(columns, row) for row in told],
         "cards": _cards(view, told), "limits": view.limits,
-        "said": [] if quick or view.best is None else _said(view), "notes": [] if quick else list(comparison.notes),
+        "said": [] if quick or view.best is None else _said(view),
+        "notes": [] if quick else list(comparison.notes),
         "pruned": {} if quick else comparison.pruned, "examined": comparison.examined,
         "kept": len(view.frame),
     }  # fmt: skip
@@ -137,7 +139,7 @@ def _answer(asked: Question, comparison: Comparison, missed: str, quick: bool) -
 def _said(view: View) -> list[str]:
     found = words.conclusion(view)
     second = f"{found.runner_up} {'; or '.join(found.ways)}." if found.ways else found.runner_up
-    return [text for text in (second, found.ties) if text]
+    return [*sentences(view), *(text for text in (second, found.ties) if text)]
 
 
 def _worth_sending(view: View) -> set[str]:
@@ -259,10 +261,11 @@ def _cards(view: View, told: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that answer a question of their own, each once: titles by (key, batch)."""
     good = [row for row in told if row["meets"]]
     if not good:
-        return [{"title": "Closest", "key": row["key"], "batch": row["batch"]} for row in told
-                if row["candidate"] == view.comparison.closest[0]["candidate"]]
-    if view.best is not None:
-        good.sort(key=lambda row: not row["is_best"])
+        few = [row for row in told if row["limit"] in SERVES]  # within the times asked
+        name = view.comparison.closest[0]["candidate"]
+        near = max(few, key=lambda row: row["concurrency"]) if few else next(r for r in told if r["candidate"] == name)
+        return [{"title": "Closest", "key": near["key"], "batch": near["batch"]}]
+    good.sort(key=lambda row: not row["is_best"])
     found: dict[tuple[str, float], list[str]] = {}
 
     def card(title: str, row: dict[str, Any] | None) -> None:

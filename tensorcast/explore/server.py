@@ -5,11 +5,12 @@ One process answers in full, the other what cannot wait: a few variants while a 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import mimetypes
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Hashable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
@@ -89,6 +90,7 @@ class Explorer:
     def __init__(self, start: dict[str, str], host: str = "127.0.0.1", named: tuple[str, ...] = ()) -> None:
         self.start, self.named, self.kept = start, named, Kept()
         self.full, self.swift = Lane(), Lane()
+        self.under_way: dict[Hashable, asyncio.Task[Reply]] = {}
         routes = [
             Route("/", partial(self.file, name="index.html")), Route("/static/{name:path}", self.file),
             Route("/api/catalog", self.catalog), Route("/api/export/{kind}", self.export),
@@ -99,11 +101,9 @@ class Explorer:
         self.files = dict(_files())
         self.app = Starlette(routes=routes, middleware=[Middleware(Guard, host=host)], lifespan=self._lifespan)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """The processes begin to import, and to answer the first question, before the first browser asks."""
-        import asyncio
-
         first = with_defaults(self.start)
         early = [asyncio.create_task(self._first(ask, first)) for ask in (self.quick, self.answer)]
         yield
@@ -112,8 +112,6 @@ class Explorer:
         self.close()
 
     async def _first(self, ask: Callable[..., Any], state: dict[str, str]) -> None:
-        import contextlib
-
         with contextlib.suppress(InputError, Superseded):
             await ask("the server", state, {})
 
@@ -155,10 +153,24 @@ class Explorer:
         return Response(reply.text, 422 if reply.wrong else 200, media_type="application/json")
 
     async def answer(self, browser: str, state: dict[str, str], about: dict[str, Any]) -> Reply:
-        """Every layout."""
-        if (reply := self.kept.whole.get(_key(state))) is not None:
-            return reply
-        reply = await self.full.ask(browser, work.answer_all, state, self.named)
+        """Every layout. A question that somebody asked before, or is asking, is not asked again."""
+        key = _key(state)
+        while (reply := self.kept.whole.get(key)) is None:
+            mine = key not in self.under_way
+            if mine:
+                self.under_way[key] = asyncio.create_task(self._search(browser, state))
+            try:
+                return await asyncio.shield(self.under_way[key])
+            except Superseded:
+                if mine:
+                    raise
+        return reply
+
+    async def _search(self, browser: str, state: dict[str, str]) -> Reply:
+        try:
+            reply = await self.full.ask(browser, work.answer_all, state, self.named)
+        finally:
+            self.under_way.pop(_key(state), None)
         self.kept.take(state, reply)
         if not self.named and not reply.wrong:  # files may say something else by now
             _put(self.kept.whole, _key(state), reply)

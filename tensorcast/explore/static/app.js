@@ -21,7 +21,7 @@ const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
 function changed(key, value, settled) {
   if (state.asked[key] === value && !settled) return;
-  if (!ghost && page) ghost = charts.frontOf(page.rows, axis());
+  if (page && !page.quick) ghost = charts.frontOf(page.rows, axis());
   state.asked[key] = value;
   state.write();
   ask(settled);
@@ -51,10 +51,7 @@ function take(one, ok, found, ms, quick) {
   problem("", "");
   page = { ...found, of: one.state, ms, rows: rowsOf(found) };
   draw();
-  if (!quick) {
-    ghost = null;
-    lookClose();
-  }
+  if (!quick) lookClose();
   performance.mark(`answer-${quick ? "quick" : "full"}`, { detail: { ms } });
   document.body.dataset.answer = `${quick ? "quick" : "full"} ${new URLSearchParams(one.state)}`;
 }

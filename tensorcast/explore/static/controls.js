@@ -23,8 +23,8 @@ function scale(field) {
 function rounded(value, field) {
   if (field.key === "mtp_acceptance") return String(Math.round(value * 100) / 100);
   if (field.key === "cached") return String(Math.round(value));
-  const digits = value >= 1000 ? 100 : value >= 100 ? 10 : value >= 10 || field.kind === "whole" ? 1 : 0.1;
-  return String(Math.round(value / digits) * digits).slice(0, 8);
+  const digits = value >= 10000 ? 100 : value >= 1000 ? 10 : value >= 30 || field.kind === "whole" ? 1 : value >= 3 ? 0.1 : 0.05;
+  return String(Number((Math.round(value / digits) * digits).toFixed(2)));
 }
 
 export class Controls {

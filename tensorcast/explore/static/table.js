@@ -2,7 +2,7 @@
 
 import { el, fill } from "./dom.js";
 
-const FIRST = 40;
+const FIRST = 25;
 
 export class Table {
   constructor(table, shown, { choose, hover, compare, meaning }) {

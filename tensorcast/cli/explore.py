@@ -73,6 +73,7 @@ def explore(
     for needed in ("starlette", "uvicorn"):
         if importlib.util.find_spec(needed) is None:
             raise InputError("explore needs a web server: pip install 'tensorcast[explore]'")
+    from tensorcast.explore.guard import is_loopback
     from tensorcast.explore.question import own_names, question
     from tensorcast.explore.server import serve
 
@@ -84,6 +85,8 @@ def explore(
 
     def say(address: str) -> None:
         typer.echo(f"exploring at {address} until Ctrl-C")
+        if not is_loopback(host):
+            typer.echo("others on the network can ask questions there, too: it has no password")
         if browser:
             import webbrowser
 

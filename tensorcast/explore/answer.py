@@ -29,7 +29,7 @@ MOST_ROWS = 400
 WITH_BATCHES = 8
 """Layouts that the page has at every batch."""
 
-KNOWN_LAYOUTS = 6
+KNOWN_LAYOUTS = 4
 """Layouts beside the front whose variants are priced again while a slider moves."""
 
 HOURS_A_MONTH = 730.0

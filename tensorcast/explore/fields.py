@@ -38,6 +38,8 @@ class Field:
     most: float | None = None
     log: bool = False
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    """For people, of each choice; its own name where there is none."""
     flag: str = ""
     unasked: str = ""
     default: str = ""
@@ -50,7 +52,7 @@ class Field:
 LOAD, LIMITS, SEARCH, NUMBERS = "Load", "Limits and price", "What is searched", "Numbers and experts"
 DEPLOYMENT = "Deployment"
 
-OBJECTIVE_WORDS = ", ".join(f"{one.name}: {one.words}" for one in OBJECTIVES.values())
+MODE_WORDS = ("one pool of servers", "two pools, prefill and decode")
 
 
 def fields() -> tuple[Field, ...]:
@@ -98,13 +100,14 @@ def _limits() -> tuple[Field, ...]:
         Field(key="price", label="USD per GPU hour", group=LIMITS, kind="text", least=0.5, most=20, log=True,
               flag="--price", help="A price for all, or per device as h200-sxm=2.5,b200=4.", unasked="the list price"),
         Field(key="objective", label="Best is", group=LIMITS, kind="choice", choices=tuple(OBJECTIVES),
-              flag="--objective", help=f"What decides: {OBJECTIVE_WORDS}.", default="tokens_per_gpu"),
+              words=tuple(f"{'least' if one.less else 'most'} {one.words}" for one in OBJECTIVES.values()),
+              flag="--objective", help="What decides between layouts that keep the limits.", default="tokens_per_gpu"),
     )  # fmt: skip
 
 
 def _searched() -> tuple[Field, ...]:
     return (
-        Field(key="mode", label="Serving", group=SEARCH, kind="several", choices=MODES, flag="--mode",
+        Field(key="mode", label="Serving", group=SEARCH, kind="several", choices=MODES, words=MODE_WORDS, flag="--mode",
               help="One engine for prompts and replies, or a pool of servers for each.", default=",".join(MODES)),
         Field(key="layouts", label="Only these layouts", group=SEARCH, flag="--layouts",
               help="Such as tp8-ep8, dp8-ep8; a size left out is 1.", unasked="all"),

@@ -122,7 +122,7 @@ function cards() {
   const shown = page.cards.map((card) => ({ ...card, row: rowOf(card.key, card.batch) })).filter((card) => card.row);
   const cost = (r) => (r.cost_per_million_tokens === null ? null : `${r.text.cost_per_million_tokens} USD/M`);
   fill($("cards"), shown.map(({ title, row: r }, i) => el("button", {
-    type: "button", class: `card ${i === 0 ? "first" : ""} ${r === chosen() ? "selected" : ""}`, "data-tip": r.plain,
+    type: "button", class: `card ${i === 0 ? "first" : ""} ${r === near() ? "selected" : ""}`, "data-tip": r.plain,
     onclick: () => choose(r), onmouseenter: () => hover(r), onmouseleave: () => hover(null),
   }, el("span", { class: "title" }, title.split(" · ")[0]), el("span", { class: "also" }, title.split(" · ").slice(1).join(", ").toLowerCase()), el("span", { class: "name" }, r.name),
     el("strong", {}, r.text.output_tokens_per_s, el("small", {}, " tokens/s")),
@@ -132,7 +132,7 @@ function cards() {
 
 function chart() {
   charts.front($("front"), {
-    rows: page.rows, ghost, y: axis(), quick: page.quick, limits: page.limits, selected: chosen(), versus: other(),
+    rows: page.rows, ghost, y: axis(), quick: page.quick, limits: page.limits, selected: near(), versus: other(),
     onhover: (row) => { hovered = row; table.mark(row); hint(row); }, onchoose: (row) => choose(row),
   });
   hint(hovered);
@@ -141,7 +141,7 @@ function chart() {
 function hint(row) {
   const box = $("front-help");
   if (!row) {
-    box.textContent = "Right is faster for a user, up is more of each GPU. Hover for numbers; click, or focus and use the arrow keys and Enter, to look closer. Hollow marks break a limit.";
+    box.textContent = "Right is faster for a user, up is more of each GPU. Hover for numbers; click, or focus and use the arrow keys and Enter, to look closer. Hollow marks break a limit; the bar through the chosen one is its 80 % interval.";
     return;
   }
   fill(box, el("b", {}, row.name), ` ${row.plain}. ${row.text.output_tokens_per_s} tokens/s (${row.text.tokens_per_s_per_gpu} per GPU), ${row.text.tokens_per_s_per_user} per user, first token ${row.text.ttft_s}, each ${row.text.tpot_s}, ${row.text.concurrency} users; ${row.verdict}.`);

@@ -67,6 +67,7 @@ export function front(box, { rows, ghost, y, quick, limits, selected, versus, on
     mark(rows.filter((r) => r.is_best), { r: 8, stroke: "var(--ink)", strokeWidth: 2, fill: group }),
     versus ? mark([versus], { r: 9, stroke: "var(--accent)", strokeWidth: 2, strokeDasharray: "3,2" }) : null,
     versus ? Plot.text([versus], { ...channels, text: () => "B", dx: 12, dy: -8, fontWeight: 600, fill: "var(--accent)" }) : null,
+    selected ? Plot.ruleY([selected], { y, x1: (r) => Math.max(x[0], 1 / r.tpot_high_s), x2: (r) => Math.min(x[1], 1 / r.tpot_low_s), stroke: "var(--accent)", strokeWidth: 1.5 }) : null,
     selected ? mark([selected], { r: 9, stroke: "var(--accent)", strokeWidth: 2.5 }) : null,
     selected ? Plot.text([selected], { ...channels, text: () => (versus ? "A" : ""), dx: -12, dy: -8, fontWeight: 600, fill: "var(--accent)" }) : null,
     mark(rows, Plot.pointer({ ...channels, symbol: shape, r: 6, stroke: "var(--accent)", strokeWidth: 2, maxRadius: 30 })),

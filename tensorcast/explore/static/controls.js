@@ -57,7 +57,7 @@ export class Controls {
     let input;
     const set = (value, settled) => this.changed(field.key, value, settled);
     if (field.kind === "choice") {
-      input = el("select", { id, onchange: () => set(input.value, true) }, field.choices.map((one) => el("option", { value: one }, one.replaceAll("_", " "))));
+      input = el("select", { id, onchange: () => set(input.value, true) }, field.choices.map((one, i) => el("option", { value: one }, field.words[i] ?? one)));
     } else {
       const list = field.choices.length ? `${id}-list` : null;
       input = el("input", {
@@ -94,7 +94,7 @@ export class Controls {
     } }));
     const summary = el("summary", { id });
     this.inputs[field.key] = { boxes, problem, summary };
-    const inner = el("div", {}, boxes.map((box) => el("label", { class: "inline" }, box, ` ${box.value}`)));
+    const inner = el("div", {}, boxes.map((box, i) => el("label", { class: "inline" }, box, ` ${field.words[i] ?? box.value}`)));
     const head = field.group === "Deployment" || field.choices.length > 4;
     return el("div", { class: "field several", id: `${id}-field` },
       el("span", { class: "label", "data-tip": tip }, field.label),

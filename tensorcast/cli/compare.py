@@ -11,9 +11,14 @@ from tensorcast.cli.app import DEPLOYMENT, LOAD, OUTPUT, SEARCH, AsJson, command
 from tensorcast.cli.options import Engine, Model, deployment_options
 from tensorcast.cli.values import device_prices, duration, listed_names, read_layouts, split_names, whole_numbers
 from tensorcast.deploy.options import SERVED_ROUTING
+from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
+    from tensorcast.scheduling.requests import Requests
     from tensorcast.search.compare import Comparison
+    from tensorcast.search.replayed import ReplayedComparison
+
+REPLAY = "Replay"
 
 SEVERAL_NAMES = ("kv_dtype", "all2all", "dispatch", "combine")
 NUMBERS = {"mtp_depth": "--mtp", "chunk_tokens": "--chunk-tokens"}
@@ -38,6 +43,10 @@ tensorcast compare gpt-oss-120b -d h200 -n 8 --layouts layouts.yaml
 tensorcast compare qwen3-30b-a3b -d h100 -n 16 --objective gpus --request-rate 20 --tpot 30ms
 
 tensorcast compare qwen3-30b-a3b -d h100,h200 -n 8 --objective cost --price h100=2,h200=2.6
+
+[dim]Which of the best layouts keeps the limits for most requests of a real trace?[/dim]
+
+tensorcast compare deepseek-v3 -d h200 -n 32 --ttft 5s --tpot 80ms --trace mooncake.jsonl.gz
 
 [dim]Is an FP8 cache worth it, and drafting one or two tokens?[/dim]
 
@@ -69,12 +78,14 @@ def compare(
         "--world-size", "-n", metavar="N,...", help="GPUs in all; one or more sizes.", show_default=False,
         rich_help_panel=DEPLOYMENT,
     )],
-    input_len: Annotated[int, typer.Option(
-        "--input-len", "-i", min=1, help="Tokens of a prompt.", rich_help_panel=LOAD,
-    )] = 4096,
-    output_len: Annotated[int, typer.Option(
-        "--output-len", "-o", min=1, help="Tokens of a reply.", rich_help_panel=LOAD,
-    )] = 1024,
+    input_len: Annotated[int | None, typer.Option(
+        "--input-len", "-i", min=1, show_default=False, rich_help_panel=LOAD,
+        help="Tokens of a prompt.  [dim]\\[default: 4096, or the --trace's mean][/dim]",
+    )] = None,
+    output_len: Annotated[int | None, typer.Option(
+        "--output-len", "-o", min=1, show_default=False, rich_help_panel=LOAD,
+        help="Tokens of a reply.  [dim]\\[default: 1024, or the --trace's mean][/dim]",
+    )] = None,
     ttft: Annotated[str | None, typer.Option(
         "--ttft", metavar="TIME", help="Longest mean time to first token, such as 2s or 500ms.", show_default=False,
         rich_help_panel=LOAD,
@@ -115,6 +126,21 @@ def compare(
     any_engine: Annotated[bool, typer.Option(
         "--any-engine", help="Also layouts and options that --engine cannot run.", rich_help_panel=SEARCH,
     )] = False,
+    trace: Annotated[Path | None, typer.Option(
+        "--trace", metavar="FILE", show_default=False, rich_help_panel=REPLAY,
+        help="Replay the best layouts under these requests (as in [bold]replay[/bold]) and rank them by how many keep "
+        "the limits.",
+    )] = None,
+    requests: Annotated[int | None, typer.Option(
+        "--requests", min=1, show_default=False, help="The first so many of the trace.", rich_help_panel=REPLAY,
+    )] = None,
+    percentile: Annotated[float | None, typer.Option(
+        "--percentile", min=0, max=100, show_default=False, rich_help_panel=REPLAY,
+        help="Send the trace to each layout as fast as leaves so many percent of its requests within the limits.",
+    )] = None,
+    replay_top: Annotated[int, typer.Option(
+        "--replay-top", min=1, help="Layouts to replay.", rich_help_panel=REPLAY,
+    )] = 8,
     engine: Engine = "vllm",
     top: Annotated[int, typer.Option("--top", min=0, help="Layouts to list.", rich_help_panel=OUTPUT)] = 12,
     out: Annotated[Path | None, typer.Option(
@@ -138,6 +164,7 @@ def compare(
         from tensorcast.files import check_directory
 
         check_directory(out)  # before the work, not after
+    sent, means = _requests(trace, requests, percentile)
     # options that are searched: lists of what was typed
     searched: dict[str, Any] = {name: split_names(options[name]) or None for name in SEVERAL_NAMES}
     searched |= {name: whole_numbers(flag, options[name]) if options[name] else None for name, flag in NUMBERS.items()}
@@ -145,7 +172,7 @@ def compare(
         try:
             found = run_comparison(
                 model, device=listed_names("--device", device), world_size=whole_numbers("--world-size", world_size),
-                input_len=input_len, output_len=output_len,
+                input_len=input_len or means[0], output_len=output_len or means[1],
                 ttft_s=duration("--ttft", ttft), tpot_s=duration("--tpot", tpot), objective=objective, engine=engine,
                 layouts=read_layouts(layouts) if layouts else None,
                 modes=listed_names("--mode", mode), request_rate=request_rate, prices=device_prices(price),
@@ -154,26 +181,58 @@ def compare(
                 **options | searched,
             )
         except NoLayoutMeets as error:  # the report says so, too; it is still the same error
-            if _written(error.comparison, out):
+            if out is not None and _written(error.comparison, out):
                 raise NoLayoutMeets(f"{error}; all candidates are in {out}", error.comparison) from None
             raise
-        written = _written(found, out)
+        written = [] if out is None else _written(found, out)
+        replayed = None if sent is None else _replayed(found, sent, replay_top, percentile, out)
+        written += [] if replayed is None or out is None else [out / "replayed.csv"]
     if as_json:
         from tensorcast.report.compare.terminal import comparison_record
         from tensorcast.report.plain import to_json
 
-        typer.echo(to_json(comparison_record(found), indent=2))
+        typer.echo(to_json(comparison_record(found, replayed), indent=2))
         return
     from tensorcast.report.compare.terminal import print_comparison
 
     print_comparison(found, console(), top)
+    if replayed is not None:
+        from tensorcast.report.compare.replayed import print_replayed
+
+        print_replayed(found, replayed, console(), percentile is not None)
     if written:
         typer.echo(f"wrote {len(written)} files to {out}: open {out / 'report.html'}")  # type: ignore[operator]
 
 
-def _written(found: Comparison, out: Path | None) -> list[Path]:
-    if out is None:
-        return []
+def _requests(
+    trace: Path | None, count: int | None, percentile: float | None
+) -> tuple[Requests | None, tuple[int, int]]:
+    """Requests to replay, if there are some, and the lengths of prompts and replies to compare for."""
+    if trace is None:
+        for flag, value in (("--requests", count), ("--percentile", percentile)):
+            if value is not None:
+                raise InputError(f"{flag} {value:g}: is about a --trace, and none is given")
+        return None, (4096, 1024)
+    from tensorcast.scheduling.trace_files import read_trace
+
+    found = read_trace(trace, False).requests
+    found = found if count is None else found.first(count)
+    return found, (max(1, round(float(found.input_len.mean()))), max(1, round(float(found.output_len.mean()))))
+
+
+def _replayed(
+    found: Comparison, sent: Requests, top: int, percentile: float | None, out: Path | None
+) -> ReplayedComparison:
+    from tensorcast.report.compare.replayed import write_replayed
+    from tensorcast.search.replayed import replay_best
+
+    replayed = replay_best(found, sent, top=top, percentile=percentile)
+    if out is not None:
+        write_replayed(replayed, out)
+    return replayed
+
+
+def _written(found: Comparison, out: Path) -> list[Path]:
     from tensorcast.report.compare.files import write_comparison
 
     return write_comparison(found, out)

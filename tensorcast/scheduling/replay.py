@@ -119,21 +119,38 @@ def priced_servers(
     longer than the model's positions, which servers refuse, none is priced."""
     pooled = len(servers) == 2
     engine = engine.in_pools() if pooled else engine
+    undrafted = replace(options, mtp_depth=0)
+    prefill = deploy(model, device, engine, servers[0].layout, "prefill", options=undrafted)
+    decode = deploy(model, device, engine, servers[-1].layout, "decode", options=options)
+    return deployed_servers(
+        prefill, decode, [one.count for one in servers], longest=longest, mtp_acceptance=mtp_acceptance,
+        prefill_chunk=prefill_chunk, max_sequences=max_sequences, wait_steps=wait_steps, balance_steps=balance_steps,
+        cache_tokens=cache_tokens,
+    )
+
+
+def deployed_servers(
+    prefill: Deployment, decode: Deployment, counts: Sequence[int], *, longest: int, mtp_acceptance: float = 0.8,
+    prefill_chunk: int | None = None, max_sequences: int | None = None, wait_steps: float = 0.0,
+    balance_steps: int = 0, cache_tokens: float | None = None,
+) -> PricedServers:
+    """:func:`priced_servers` of deployments that are there: ``counts`` servers that run both phases, or that read
+    prompts and that write replies."""
+    pooled = len(counts) == 2
+    of = (prefill, decode) if pooled else (decode,)
+    servers = [Servers(one.layout, count) for one, count in zip(of, counts, strict=True)]
     roles: tuple[Role, ...] = ("prefill", "decode") if pooled else ("both",)
-    longest = min(longest, model.max_positions or longest)
+    longest = min(longest, decode.model.max_positions or longest)
     pools, deployed = [], []
     for one, role in zip(servers, roles, strict=True):
-        undrafted = replace(options, mtp_depth=0)
-        prefill = deploy(model, device, engine, one.layout, "prefill", options=undrafted) if role != "decode" else None
-        decode = deploy(model, device, engine, one.layout, "decode", options=options) if role != "prefill" else None
-        own = decode or prefill
-        assert own is not None
+        phases = (prefill if role != "decode" else None), (decode if role != "prefill" else None)
+        own = prefill if role == "prefill" else decode
         rules = rules_of(
             own, role, mtp_acceptance=mtp_acceptance, chunk_tokens=prefill_chunk, max_sequences=max_sequences,
             wait_steps=wait_steps, balance_steps=balance_steps, cache_tokens=cache_tokens, longest=longest,
         )
         times = step_times(
-            prefill, decode, most_sequences=rules.most_sequences, chunk_tokens=rules.chunk_tokens, longest=longest
+            *phases, most_sequences=rules.most_sequences, chunk_tokens=rules.chunk_tokens, longest=longest
         )
         pools.append(Pool(rules, times, one.count))
         deployed.append(own)

@@ -17,6 +17,7 @@ from tensorcast.search.notes import COUNTED
 
 if TYPE_CHECKING:
     from tensorcast.search.compare import Comparison
+    from tensorcast.search.replayed import ReplayedComparison
 
 WIDEST = 100
 """Columns that the text uses at most; a table wider than a page is not read."""
@@ -101,11 +102,11 @@ def _pruned(found: Comparison) -> str:
     )
 
 
-def comparison_record(found: Comparison) -> dict[str, Any]:
-    """The comparison for ``--json``: answer, best of each layout, pruned counts, notes."""
+def comparison_record(found: Comparison, replayed: ReplayedComparison | None = None) -> dict[str, Any]:
+    """The comparison for ``--json``: answer, best of each layout, pruned counts, notes; replays, if there are some."""
     view = View(found)
     said = conclusion(view)
-    return {
+    record = {
         "model": found.model.name,
         "devices": [device.name for device in found.devices],
         "engine": found.engine.name,
@@ -125,3 +126,8 @@ def comparison_record(found: Comparison) -> dict[str, Any]:
         "examined": found.examined,
         "notes": list(found.notes),
     }
+    if replayed is not None:
+        record["replayed"] = [
+            {str(key): value for key, value in row.items()} for row in replayed.frame().to_dict("records")
+        ]
+    return record

@@ -57,7 +57,8 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
             elif shared:
                 per_token *= SHARED_VECTOR_FP8
             entries.append(CacheEntry(op.kind, per_token, int(limit)))
-            entries += compressed_entries(table, op.kind, per_token, numel[0])
+            if table.facts.compress_ratios:
+                entries += compressed_entries(table, op.kind, per_token, numel[0])
         elif op.name in STATEFUL:
             entries.append(CacheEntry(op.kind, 0.0, 0, float(op.outputs[1].bytes(unit))))
         elif op.name == "causal_conv1d":
@@ -79,7 +80,7 @@ def compressed_entries(table: OpTable, kind: int, entry_bytes: float, width: flo
     and its weights in fp32 for each token of a window of ``ratio``, is a state of each sequence.
     """
     facts = table.facts
-    ratio = facts.compress_ratios[table.layer_kinds.index(kind)] if facts.compress_ratios else 0
+    ratio = facts.compress_ratios[table.layer_kinds.index(kind)]
     if not ratio:
         return []
     indexed = ratio == min(filter(None, facts.compress_ratios))

@@ -8,6 +8,7 @@ The expected numbers are worked out by hand from the released rules: sglang 0.5.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.serving.capacity import decode_budget, room
 from tensorcast.trace.cache import whole_model
 
-SGLANG, VLLM, TRTLLM = (load_engine(name) for name in ("sglang", "vllm", "trtllm"))
+SGLANG, VLLM, TRTLLM = (load_engine(name) for name in ("sglang==0.5.14", "vllm==0.24.0", "trtllm"))
 MLA, GQA = load_model("deepseek-v3").config, load_model("qwen3-235b-a22b").config
 
 
@@ -181,8 +182,8 @@ def test_models_whose_norms_sglang_joins_to_all_reduces(model: str, layout: str,
 def test_pools_are_priced_as_servers_of_one_phase() -> None:
     """SGLang captures prompts at tp 4 on one server for both phases, in pools it does not: as if made one by one."""
     compared = tc.compare(
-        "qwen3-30b-a3b", device="h100", world_size=8, engine="sglang", layouts=["tp4", "tp2-dp2"], input_len=2048,
-        output_len=256,
+        "qwen3-30b-a3b", device="h100", world_size=8, engine="sglang==0.5.14", layouts=["tp4", "tp2-dp2"],
+        input_len=2048, output_len=256,
     )  # fmt: skip
     frame, scenario = compared.candidates, compared.tasks[0].scenario
     pools = frame[(frame["mode"] == "disaggregated") & (frame["prefill_layout"] == "tp4-dp1")]
@@ -228,3 +229,101 @@ def test_classes_whose_shared_expert_sglang_runs_among_the_routed_ones(
         asked, placed, all2all, engine, device=one, config=profile.config, whole=whole_model(profile, "decode")
     )
     assert form.fused == fused
+
+
+NEW_SGLANG, NEW_VLLM = load_engine("sglang"), load_engine("vllm")
+
+
+def test_a_release_has_its_own_rules() -> None:
+    """vllm 0.33.0, engine/arg_utils.py (get_batch_defaults), config/vllm.py (_set_cudagraph_sizes); sglang 0.5.23,
+    arg_groups/memory_hook.py and cuda_graph_hook.py."""
+    h100, b200, rtx = (load_device(name) for name in ("h100", "b200", "rtx-4090"))
+    assert [one.tokens_per_step(b200) for one in (VLLM, NEW_VLLM)] == [8192, 16384]
+    assert [one.tokens_per_step(rtx) for one in (SGLANG, NEW_SGLANG)] == [2048, 4096]  # 24 GiB
+    assert [one.prefill_graph_tokens(b200, 1, 1, GQA) for one in (VLLM, NEW_VLLM)] == [512, 1024]
+    assert [one.prefill_graph_tokens(h100, 1, 1, GQA) for one in (VLLM, NEW_VLLM)] == [512, 512]
+    oss = load_model("gpt-oss-120b").config
+    assert [one.prefill_graph_tokens(h100, 1, 1, oss) for one in (VLLM, NEW_VLLM)] == [1024, 1024]
+    # attention DP captures prompts, too, and prefill servers do; a pipeline and most models that see do not
+    assert [NEW_SGLANG.prefill_graph_tokens(h100, dp, pp, GQA) for dp, pp in ((8, 1), (1, 2))] == [1024, 0]
+    assert NEW_SGLANG.prefill_graph_tokens(h100, 1, 1, MLA) == 8192
+    assert NEW_SGLANG.in_pools().prefill_graph_tokens(h100, 1, 1, GQA) == 8192
+    assert NEW_SGLANG.prefill_graph_tokens(h100, 1, 1, load_model("qwen3.5-35b-a3b").config) == 8192
+    assert NEW_SGLANG.prefill_graph_tokens(h100, 1, 1, load_model("qwen3-vl-32b").config) == 0
+
+
+@pytest.mark.parametrize(
+    ("phase", "exchange", "sequences", "left_mib"),
+    [
+        # of one phase: prompts' graphs in prefill alone; the tokens that are decoded at once, and 10 GiB at least
+        ("prefill", "", 0, 512 + 1.5 * 8192 + 1024 + 8 * 58),
+        ("decode", "", 256, 10240),
+        ("decode", "", 4096, 512 + 1.5 * 4096 + 1024 + 2 * 4096),
+        ("decode", "low_latency", 4096, 512 + 1.5 * 4096 + 1024 + 2 * 4096 + 2048),
+        ("prefill", "high_throughput", 0, 512 + 1.5 * 8192 + 1024 + 8 * 58 + 1024),
+    ],
+)
+def test_what_servers_of_one_phase_leave(phase: str, exchange: str, sequences: int, left_mib: float) -> None:
+    """sglang 0.5.23, arg_groups/memory_hook.py (handle_gpu_memory_settings, reserve_for_graph_mb,
+    reserve_for_deepep_a2a_mb), tp 8."""
+    gpu, layout, pooled = load_device("h200"), parse_layout("tp8"), NEW_SGLANG.in_pools()
+    assert pooled.reserve is not None
+    capacity = float(gpu.memory_bytes)
+    share = partial(memory_share, pooled, gpu, layout, True, GQA, phase=phase, exchange=exchange)
+    grown = pooled.reserve.graph_bytes(float(sequences), 1)
+    assert float(share(grown=grown)) == pytest.approx(1 - left_mib * MIB / capacity, rel=1e-12)
+    # the same in two parts: what no batch changes, and what it adds beyond the floor
+    added = pooled.reserve.graph_bytes(float(sequences), 1, spare=pooled.reserve.spare_bytes(capacity, 8))
+    if phase == "decode":
+        assert float(share()) - float(added) / capacity == pytest.approx(float(share(grown=grown)), rel=1e-12)
+
+
+def test_the_largest_decode_server() -> None:
+    """By division where terms grow evenly, else by halves: no sequence more would fit, and none fewer is let in."""
+    gpu, layout = load_device("h200"), parse_layout("dp16-ep16")
+    one = deploy(load_model("deepseek-v3"), gpu, NEW_SGLANG.in_pools(), layout, "decode")
+    budget, each = np.array([2e9, 2e10, 6e10]), 3e7
+    found = room(one, budget, each)
+    free = 1.0 - one.context_bytes / float(one.device.memory_bytes)
+    for held, left in zip(found.tolist(), budget.tolist(), strict=True):
+        most = [n * each + free * float(one.graph_bytes(n)) <= left for n in (held, held + 1)]
+        assert most == [True, False] or held == one.most_sequences
+
+
+def test_models_without_a_compiler() -> None:
+    """vllm 0.33.0, config/vllm.py: breakable graphs and no torch.compile, so none of its fusions, and DeepEP's
+    high-throughput kernels switch no graphs off; not on ROCm."""
+    at = {"layout": parse_layout("dp8-ep8"), "phase": "decode", "options": Options(all2all="high_throughput")}
+    found = {}
+    for engine, model in ((NEW_VLLM, "glm-5"), (NEW_VLLM, "deepseek-v3"), (VLLM, "glm-5")):
+        one = deploy(load_model(model), load_device("h200"), engine, **at)  # type: ignore[arg-type]
+        found[engine.version, model] = one.step.captured, any(f.startswith("norm_quant") for f in one.engine.fusions)
+    assert found == {("0.33.0", "glm-5"): (True, False), ("0.33.0", "deepseek-v3"): (False, True),
+                     ("0.24.0", "glm-5"): (False, True)}
+
+
+@pytest.mark.parametrize(("phase", "least"), [("decode", 32), ("prefill", 512)])
+def test_small_steps_are_not_cut_in_halves(phase: str, least: int) -> None:
+    """dbo_decode_token_threshold and dbo_prefill_token_threshold of vllm 0.24.0 and 0.33.0, config/parallel.py."""
+    layout, exchange = parse_layout("dp8-ep8"), "low_latency" if phase == "decode" else "high_throughput"
+    whole, halved = (
+        deploy(load_model("qwen3-235b-a22b"), load_device("h200"), NEW_VLLM, layout, phase,
+               options=Options(all2all=exchange, dual_batch_overlap=dual)).step
+        for dual in (False, True)
+    )
+    tokens = np.array([least / 4, least - 1, least, 2 * least], dtype=float)
+    sizes = (tokens, 1.0, 4096.0) if phase == "decode" else (1.0, tokens, 0.0)
+    one, two = (np.asarray(step.seconds(*sizes)) for step in (whole, halved))
+    assert (one == two).tolist() == [True, True, False, False]
+    alone = [halved.seconds(*(float(np.broadcast_to(s, 4)[i]) for s in sizes)) for i in range(4)]
+    assert alone == pytest.approx(two.tolist(), rel=1e-12)
+
+
+def test_all_reduces_that_are_fused_on_b300() -> None:
+    """vllm, compilation/passes/fusion/allreduce_rms_fusion.py, SM103."""
+    b200, b300, gb300 = (load_device(name) for name in ("b200", "b300", "gb300"))
+    mib = {(one.version, gpu.name): one.allreduce_norm.limit_bytes(gpu, 8, 1.0) / 2**20  # type: ignore[union-attr]
+           for one in (VLLM, NEW_VLLM) for gpu in (b200, b300)}
+    assert mib == {("0.24.0", "b200-sxm"): 1, ("0.24.0", "b300-sxm"): 2, ("0.33.0", "b200-sxm"): 1,
+                   ("0.33.0", "b300-sxm"): 4}
+    assert NEW_VLLM.allreduce_norm is not None and NEW_VLLM.allreduce_norm.limit_bytes(gb300, 16, 1.0) == 2**26

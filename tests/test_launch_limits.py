@@ -35,17 +35,23 @@ MOE = ModelFacts(num_experts=256, mtp_modules=1)
         ("vllm", "tp3-dp8", Options(), "data-parallel ranks on nodes"),
         ("sglang", "dp16-ep8", Options(all2all="low_latency"), "all-to-all over all ranks"),
         ("sglang", "tp8-ep8", Options(dual_batch_overlap=True), "dual-batch overlap"),
-        ("sglang", "tp8-pp2", Options(mtp_depth=1), "drafts in a pipeline"),
+        ("sglang==0.5.14", "tp8-pp2", Options(mtp_depth=1), "drafts in a pipeline"),
         ("trtllm", "tp8-dp4-ep32", Options(), "attention over all ranks"),
         ("trtllm", "dp16-ep8", Options(all2all="high_throughput"), "all-to-all with whole experts"),
         ("trtllm", "dp8-ep8", Options(dual_batch_overlap=True), "dual-batch overlap"),
     ],
 )
 def test_refused_with_the_rule_that_is_broken(engine: str, layout: str, options: Options, rule: str) -> None:
-    problem = engine_can_run(engine, parse_layout(layout), MOE, options)
+    problem = engine_can_run(engine.partition("==")[0], parse_layout(layout), MOE, options)
     assert problem.startswith(f"{rule}: ") and "\n" not in problem
     found = launch(engine, DEEPSEEK, parse_layout(layout), options, batch=8, input_len=100, output_len=10)
     assert found.problem == problem and found.commands == () and found.flags == ()
+
+
+def test_drafts_pass_a_pipeline_since_sglang_0_5_23() -> None:
+    """arg_groups/validation_hook.py, check_pipeline_parallel_compat."""
+    drafting, layout = Options(mtp_depth=1), parse_layout("tp8-pp2")
+    assert launch("sglang", DEEPSEEK, layout, drafting, batch=8, input_len=100, output_len=10).problem == ""
 
 
 def test_one_server_one_exchange() -> None:

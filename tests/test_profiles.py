@@ -167,13 +167,16 @@ def test_every_reader_of_a_config_agrees_about_experts_and_drafts() -> None:
         routed = {value for key, value in text.items() if re.search("^(n|moe_n).*(?<!shared_)experts$", key)}
         drafts = {value for key, value in text.items() if re.search("nextn|mtp_num_hidden_layers", key)}
         assert {model.num_experts} == ({value for value in routed if value} or {0}), name
-        assert {model.mtp_modules} == (drafts or {0}), name
+        if not {"Qwen3NextForCausalLM", "MiMoV2FlashForCausalLM"} & set(model.config["architectures"]):
+            assert {model.mtp_modules} == (drafts or {0}), name
         facts, record = model.stated_facts, catalog.model_record(model)
         assert (facts.num_experts, facts.mtp_modules) == (model.num_experts, model.mtp_modules)
         assert (record["experts"] or 0, record["top_k"] or 0) == (model.num_experts, model.experts_per_token)
         assert (model.num_experts > 0) == (model.active_params is not None), name
         drafting += [name] if model.mtp_modules else []
     assert {"deepseek-v3", "step-3.7-flash", "qwen3.5-27b", "glm-5"} <= set(drafting)
+    # a layer each that no field counts: vLLM 0.33.0, models/qwen3_next_mtp.py and mimo_v2_mtp.py
+    assert {"qwen3-next-80b-a3b", "mimo-v2-flash"} <= set(drafting)
 
 
 def test_config_numbers_are_numbers() -> None:

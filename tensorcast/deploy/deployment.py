@@ -27,7 +27,8 @@ from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, mxfp4_padding
 from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.engine import EngineProfile, is_one_of
+from tensorcast.profiles.kept import same
 from tensorcast.profiles.memory import MIB, STATE_DTYPES, Kept, is_latent
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.cache import RankForm, rank_tables, whole_model
@@ -91,7 +92,10 @@ class Deployment:
         capacity, context = float(self.device.memory_bytes), self.context_bytes
         graphs = self.graph_bytes(sequences) if self.phase == "decode" else 0.0
         beside = activations + communication + context + graphs
-        share = memory_share(self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config)
+        share = memory_share(
+            self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config,
+            phase=self.phase, exchange=self.step.plan.all2all,
+        )
         left = cache_budget(
             self.engine.memory_covers, share - graphs / capacity, capacity=capacity, context=context,
             weights=weights, beside=beside,
@@ -139,8 +143,13 @@ class Deployment:
 
     def graph_bytes(self, sequences: Size) -> Size:
         """What the engine leaves free for captured decode steps of up to ``sequences`` per data-parallel rank."""
-        dp = attention_dp(self.layout, self.raw.facts.num_experts)
-        return 0.0 if self.engine.reserve is None else self.engine.reserve.graph_bytes(sequences, dp)
+        reserve, dp = self.engine.reserve, attention_dp(self.layout, self.raw.facts.num_experts)
+        if reserve is None or (reserve.pooled and self.phase == "prefill"):
+            return 0.0
+        spare: Size = 0.0
+        if reserve.pooled:
+            spare = reserve.spare_bytes(float(self.device.memory_bytes), self.layout.tp * dp * self.layout.pp)
+        return reserve.graph_bytes(sequences, dp, 1 + self.options.mtp_depth, spare=spare)
 
     def held(self, sequences: Size, length: Size) -> tuple[Size, Size]:
         """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences."""
@@ -228,23 +237,28 @@ class Deployment:
 
 
 def memory_share(
-    engine: EngineProfile, device: DeviceProfile, layout: Layout, experts: bool, config: dict[str, Any]
+    engine: EngineProfile, device: DeviceProfile, layout: Layout, experts: bool, config: dict[str, Any], *,
+    phase: str = "", exchange: str = "", tokens: int | None = None, grown: Size = 0.0,
 ) -> Size:
     """Share of the device that ``engine`` takes in ``layout``, before decode steps are captured.
 
-    An engine that leaves memory free by a formula gets the tokens per step that it takes unasked.
+    ``phase``: what it runs, if it is one of a pool; ``exchange`` between experts. ``tokens`` of a server's step: as it
+    takes unasked where not given; ``grown``: bytes of its captured decode steps, where they are known.
     """
     if engine.reserve is None:
         return float(engine.memory_fraction)
     capacity, dp = float(device.memory_bytes), attention_dp(layout, experts)
     graphs = engine.prefill_graphs
-    captured = engine.prefill_graph_tokens(device, int(np.max(dp)), int(np.max(layout.pp)), config)
+    captured = engine.prefill_graph_tokens(device, int(np.max(dp)), int(np.max(layout.pp)), config, most=tokens)
     sizes = graphs.count(captured) if graphs is not None else 0
-    tokens = engine.tokens_per_step(device)
-    ranks = layout.tp * dp * layout.pp
-    share = 1.0 - engine.reserve.fixed_bytes(capacity, tokens, ranks, sizes, is_latent(config)) / capacity
-    seen = engine.reserve.vision
-    return share * seen.share(config) if seen is not None and "vision_config" in config else share
+    left = engine.reserve.fixed_bytes(
+        capacity, tokens or engine.tokens_per_step(device), layout.tp * dp * layout.pp, sizes, is_latent(config),
+        phase=phase, grown=grown, exchange=exchange in ("high_throughput", "low_latency", "by_phase"),
+    )
+    share, seen = 1.0 - left / capacity, engine.reserve.vision
+    if seen is None or "vision_config" not in config or (engine.reserve.pooled and phase == "decode"):
+        return share
+    return share * seen.share(config)
 
 
 @per_table
@@ -276,6 +290,11 @@ def deploy(
         problem = engine_can_run(engine.name, layout, whole.facts, options, cuts=whole.cuts, any_engine=True)
         if problem:
             raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")
+    other = engine.uncompiled
+    here = other is not None and device.vendor in (other.vendors or (device.vendor,))
+    if other is not None and here and is_one_of(other.architectures, model.config):
+        changes = {"fusions": other.fusions, "eager_exchanges": other.eager_exchanges}
+        engine = same(engine.model_copy(update=changes))
     form = block_form(
         options, layout, all2all, engine, device=device, config=model.config, whole=whole
     )

@@ -248,13 +248,13 @@ _LIMITS = (_of_exchange, _of_experts, _of_drafts, _of_nodes, _of_blocks)
 
 def engine_can_run(
     engine: str, layout: Layout, facts: ModelFacts, options: Options = Options(), gpus_per_node: int = 8, *,
-    prefill: Options | None = None, cuts: tuple[Cut, ...] = (), any_engine: bool = False,
+    prefill: Options | None = None, cuts: tuple[Cut, ...] = (), any_engine: bool = False, lifted: tuple[str, ...] = (),
 ) -> str:
     """Why ``engine`` cannot run this; empty if it can, or if it has no rules here.
 
     ``prefill``: how the server that decodes by ``options`` reads prompts, if it does both and they differ. ``cuts``:
     :func:`tensorcast.trace.cuts.cut_widths` of the model. ``any_engine``: only what no engine can, cut as this one
-    does; an engine without rules of its own has these.
+    does; an engine without rules of its own has these. ``lifted``: rules that its release has no more.
     """
     case = Case(
         engine=engine, layout=layout, facts=facts, options=options, gpus_per_node=gpus_per_node, prefill=prefill,
@@ -262,4 +262,4 @@ def engine_can_run(
     )
     broken = dict(found for limits in _LIMITS for found in limits(case))
     rules = ANY_ENGINE if any_engine else ENGINE_RULES.get(engine, ANY_ENGINE)
-    return next((f"{name}: {broken[name]}" for name in rules if name in broken), "")
+    return next((f"{name}: {broken[name]}" for name in rules if name in broken and name not in lifted), "")

@@ -88,6 +88,8 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
         notes.append("multi-token prediction is not simulated: one token per sequence and step (see --mtp-depth)")
     elif depth := deployment.options.mtp_depth:
         notes.append(f"tokens are counted without drafts: accepted ones make up to {1 + depth} per sequence and step")
+    if deployment.engine.remark:
+        notes.append(deployment.engine.remark)
     if left := uncut(deployment.raw):
         notes.append(left)
     whole = whole_model(deployment.model, deployment.phase, deployment.options.quant)

@@ -75,7 +75,7 @@ def launch(
     bad arguments and unknown engines raise :class:`InputError`.
     """
     profile = _served(engine, role)
-    table = load_launch_table(profile.name)
+    table = load_launch_table(profile.name, profile.version if profile.releases else "")
     _check(batch=batch, input_len=input_len, output_len=output_len, gpus_per_node=gpus_per_node)
     if role not in ROLES:
         raise InputError(f"role {role!r}: choose prefill, decode or none")
@@ -86,19 +86,25 @@ def launch(
         engine=table.name, layout=layout, facts=model_profile.stated_facts, options=options,
         gpus_per_node=gpus_per_node, prefill=prefill, cuts=cuts,
     )
-    problem = engine_can_run(table.name, layout, case.facts, options, gpus_per_node, prefill=prefill, cuts=cuts)
+    problem = engine_can_run(
+        table.name, layout, case.facts, options, gpus_per_node, prefill=prefill, cuts=cuts,
+        lifted=profile.lifted_rules,
+    )
     if not problem and (long := model_profile.too_long(input_len + output_len)):
         problem = f"context length: {long}"
     problem = problem or _not_quantizable(table, have, want)
     if problem:
         return Launch(table.name, table.version, problem=problem)
+    chunk = chunk_tokens or _chunk(case, profile, device)
     kv = _kv(table, model_profile, options.kv_dtype or want.kv, have.kv)
     plan = Plan(
         table=table, case=case, model=model_profile, batch=batch, input_len=input_len, output_len=output_len,
-        chunk_tokens=chunk_tokens or _chunk(case, profile, device),
+        chunk_tokens=chunk,
         kv_dtype=kv,
         quant=want.linear.name if want.linear != have.linear else "",
-        memory_fraction=memory_fraction or _share(case, profile, device, model_profile, batch), role=role or "",
+        memory_fraction=memory_fraction
+        or _share(case, profile, device, model_profile, batch=batch, chunk=chunk, role=role),
+        role=role or "",
     )  # fmt: skip
     if table.name == "sglang" and (problem := sglang.too_many(plan)):
         return Launch(table.name, table.version, problem=problem)
@@ -114,7 +120,8 @@ def with_room(
     Raises :class:`InputError` where not even one fits. Traces the model, unless its trace is cached.
     """  # fmt: skip
     phase = "prefill" if role == "prefill" else "decode"
-    one = deploy(model, device, _served(found.engine, role), layout, phase, options=options)
+    served = _served(f"{found.engine}=={found.version}", role)
+    one = deploy(model, device, served, layout, phase, options=options)
     left, buffers = decode_budget(one, length - 1)
     fits = int(room(one, left, one.held(1.0, length)[1] + buffers))
     if fits < 1:
@@ -202,13 +209,20 @@ def _chunk(case: Case, profile: EngineProfile, device: DeviceProfile | None) -> 
     return profile.tokens_per_step(device, dp, case.exchange)
 
 
-def _share(case: Case, profile: EngineProfile, device: DeviceProfile | None, model: ModelProfile, batch: int) -> float:
-    """Share of memory that the engine may take, less what it leaves for decode steps of ``batch`` sequences."""
-    if device is None or profile.reserve is None:
+def _share(
+    case: Case, profile: EngineProfile, device: DeviceProfile | None, model: ModelProfile, *, batch: int, chunk: int,
+    role: str | None,
+) -> float:
+    """Share of memory that the engine may take, less what it leaves for steps of ``chunk`` prompt tokens per rank and
+    for decode steps of ``batch`` sequences."""
+    reserve, experts = profile.reserve, case.facts.num_experts
+    if device is None or reserve is None:
         return float(profile.memory_fraction)
-    experts = case.facts.num_experts > 0
-    graphs = profile.reserve.graph_bytes(batch, attention_dp(case.layout, experts)) / float(device.memory_bytes)
-    return round(float(memory_share(profile, device, case.layout, experts, model.config) - graphs), 3)
+    dp, reads = attention_dp(case.layout, experts), reserve.pooled and role == "prefill"
+    return round(float(memory_share(
+        profile, device, case.layout, experts > 0, model.config, phase=role or "", exchange=case.exchange,
+        tokens=chunk * dp, grown=0.0 if reads else reserve.graph_bytes(batch, dp, 1 + case.options.mtp_depth),
+    )), 3)  # fmt: skip
 
 
 def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str, stored: str) -> str:

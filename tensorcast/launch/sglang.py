@@ -23,10 +23,11 @@ def settings(plan: Plan, node: int) -> Settings:
     found.add("tensor_parallel", layout.tp * dp)
     if layout.pp > 1:
         found.add("pipeline_parallel", layout.pp)
-    if layout.dp > 1:
+    counts = plan.table.flags["attention_dp"].takes == "value"
+    if layout.dp > 1 and not (dp > 1 and counts):
         found.add("data_parallel", layout.dp)
     if dp > 1:
-        found.add("attention_dp")
+        found.add("attention_dp", *([dp] if counts else []))
         found.add("head_dp")
         if layout.tp == 1 or _splits_dense(plan):
             found.add("dense_tp", 1)

@@ -8,7 +8,7 @@ from tensorcast.launch.settings import HEAD, HERE, Plan, Settings
 
 SERVER_PORT, RPC_PORT, MASTER_PORT = 8000, 13345, 29501
 DEFAULT_GRAPH_TOKENS = 512
-"""Tokens up to which vLLM captures graphs unasked (vllm/config/vllm.py)."""
+"""Tokens up to which vLLM captures graphs unasked on any GPU (vllm/config/vllm.py)."""
 
 
 def settings(plan: Plan, node: int) -> Settings:

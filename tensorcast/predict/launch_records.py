@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError
+from tensorcast.profiles.releases import nearest_release
 from tensorcast.profiles.store import load_device, load_engine, profile_roots
 
 if TYPE_CHECKING:
     from tensorcast.profiles.device import DeviceProfile
+    from tensorcast.profiles.engine import EngineProfile
 
 Value = TypeVar("Value")
 
@@ -87,7 +89,7 @@ def launched(
     :func:`pool_sizes`.
     """
     try:
-        names = _engine(engine), model, _device(device).name
+        names = _engine(engine).name, model, _device(device).name
     except InputError:  # said where the row is served
         return None
     alike = _launches().get((*names, precision.lower(), *map(str, lengths), *sizes), [])
@@ -121,8 +123,28 @@ def _device(name: str) -> DeviceProfile:
 
 
 @functools.lru_cache
-def _engine(name: str) -> str:
-    return load_engine(name).name
+def _engine(name: str) -> EngineProfile:
+    return load_engine(name)
+
+
+def rules_of(engine: str, said: str, record: bool) -> tuple[str, str, list[str]]:
+    """Of an ``engine`` column and the release ``said`` beside it, or in it after ``==``: the engine, the release whose
+    rules hold (empty: the newest) and what is assumed where it is another.
+
+    It is the nearest one that was read. A public ``record`` of a build that is no release, or that names none, is taken
+    as the runs that overheads were fitted to.
+    """
+    name, _, asked = engine.partition("==")
+    said = asked or said
+    if not said and not record:
+        return name, "", []
+    try:
+        profile = _engine(name)
+    except InputError:  # said where the row is served
+        return name, said, []
+    usual = profile.calibrated.steps if record and profile.calibrated is not None else profile.version
+    found = nearest_release(said or usual, profile.releases or (profile.version,)) or usual
+    return name, found, [f"rules of {profile.name} {found}"] if said and found != said else []
 
 
 @functools.lru_cache

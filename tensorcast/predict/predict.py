@@ -122,7 +122,7 @@ def stretches(runs: list[Run | None], jobs: int) -> list[list[tuple[int, Run]]]:
 
     def deployment(row: tuple[int, Run]) -> tuple[str, ...]:
         run = row[1]
-        return run.model, str(run.options.quant), run.engine, run.device, str(run.options), run.layout
+        return run.model, str(run.options.quant), run.served_by, run.device, str(run.options), run.layout
 
     rows.sort(key=deployment)
     share = min(AT_ONCE, -(-len(rows) // (jobs * 2)))

@@ -45,7 +45,7 @@ def _replayed(
     )
     longest = 1 << int(requests.input_len.max() + requests.output_len.max() - 1).bit_length()  # tables that rows share
     key = (
-        run.model, run.device, run.engine, run.mode, run.prefix_cache, run.layout, run.options, run.mtp_acceptance,
+        run.model, run.device, run.served_by, run.mode, run.prefix_cache, run.layout, run.options, run.mtp_acceptance,
         run.chunk_tokens, run.arrivals.max_sequences, run.wait_steps, longest,
     )
     if key not in priced:
@@ -76,7 +76,7 @@ def _batch(said: dict[str, float], run: Run) -> float:
 def _priced(run: Run, engine: Callable[[str], EngineProfile], longest: int) -> PricedServers | InputError:
     assert run.arrivals is not None
     try:
-        profile = engine(run.engine)
+        profile = engine(run.served_by)
         profile = profile if run.prefix_cache else profile.without_prefix_cache()
         servers = (Servers(run.decode, run.replicas),)
         if run.mode == "disaggregated":

@@ -26,6 +26,7 @@ from tensorcast.predict.launch_records import (
     aggregated_sizes,
     launched,
     pool_sizes,
+    rules_of,
     wait_steps,
 )
 
@@ -52,7 +53,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "rounds": ("requests per client of the measurement, which starts with all at once", 10, ()),
     "wait_steps": ("steps that pass before a request is seen; default half the receive interval", 0, ()),
     "receive_interval": ("steps between SGLang's looks for requests", None, ("sched_recv_interval",)),
-    "release": ("of the engine: tells launches of public records apart", "", ("backend_version", "engine_release")),
+    "release": ("of the engine: its rules hold, or the nearest ones read", "", ("backend_version", "engine_release")),
     "replicas": ("independent copies that share the load (agg)", 1, ()),
     "precision": ("weights: bf16, fp8, fp8_block, int8, fp4 (nvfp4), mxfp4, w4a16; default: model's", None, ()),
     "gemm_precision": ("the same for linears", None, ("gemm_quant_mode", "gemm_dtype")),
@@ -108,6 +109,7 @@ class Run:
     model: str
     device: str
     engine: str
+    release: str = ""
     mode: str
     isl: int
     osl: int
@@ -127,6 +129,11 @@ class Run:
     options: Options = field(default_factory=Options)
     other_depths: tuple[int, ...] = ()
     assumed: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def served_by(self) -> str:
+        """The engine's profile, of its release."""
+        return f"{self.engine}=={self.release}" if self.release else self.engine
 
     @property
     def gpus(self) -> int:
@@ -168,14 +175,15 @@ def canonical_columns(table: Iterable[Any]) -> dict[str, str]:
 
 
 def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Run:
-    """The run that a row of canonical columns describes. Raises :class:`InputError` naming column and value.
-
-    ``stated``: the table's own column names, lower case; some formats have defaults of their own.
-    """
+    """The run that a row of canonical columns describes. ``stated``: the table's own column names, lower case; some
+    formats have defaults of their own. Raises :class:`InputError` naming column and value."""
     filled = {name: value for name, value in row.items() if not is_empty(value)}
     defaults = {name: entry[1] for name, entry in (COLUMNS | WORKER_COLUMNS).items()}
     cells = Cells(filled, defaults, WORKER_COLUMNS)
-    model, device, engine = cells.text("model"), cells.text("device"), cells.text("engine")
+    model, device = cells.text("model"), cells.text("device")
+    record = "moe_ep_size" in stated and ("dp" in cells.cells or "prefill_dp" in cells.cells)
+    engine, release, rules = rules_of(cells.text("engine"), cells.text("release"), record)
+    cells.assumed += rules
     mode = MODES.get(m := cells.text("mode").lower(), m)
     if mode not in MODES.values():
         raise InputError(f"mode {mode!r}: must be aggregated (agg) or disaggregated (disagg)")
@@ -184,7 +192,6 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     if named.near and profile.casefold() != model.casefold():
         cells.assumed.append(f"model {profile}")
     roles = ("", "") if mode == "aggregated" else ("prefill_", "decode_")
-    record = "moe_ep_size" in stated and ("dp" in cells.cells or "prefill_dp" in cells.cells)
     twice = record and mode == "aggregated"
     prefill, decode = (_layout(cells, role, named.profile.num_experts, twice) for role in roles)
     concurrency = cells.number("concurrency", None)
@@ -232,7 +239,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         mtp_depth=cells.whole("mtp_depth", least=0),
     )
     return Run(
-        model=profile, device=device, engine=engine, mode=mode,
+        model=profile, device=device, engine=engine, release=release, mode=mode,
         isl=isl, osl=osl, concurrency=concurrency, prefill=prefill, decode=decode, workers=workers,
         replicas=cells.whole("replicas"),
         length_ratio=ratio,
@@ -355,9 +362,8 @@ def _kv(cells: Cells, engine: str, stated: frozenset[str]) -> str | None:
 
 def describe_columns() -> list[dict[str, Any]]:
     """Columns that are read: name, what it says, default, other names; layouts' come in three prefixes."""
-    records = []
-    for columns, note in ((COLUMNS, ""), (WORKER_COLUMNS, " (also prefill_, decode_)")):
-        for name, (text, default, others) in columns.items():
-            record = {"column": name, "says": text + note, "default": default, "also": list(others)}
-            records.append(record)
-    return records
+    return [
+        {"column": name, "says": text + note, "default": default, "also": list(others)}
+        for columns, note in ((COLUMNS, ""), (WORKER_COLUMNS, " (also prefill_, decode_)"))
+        for name, (text, default, others) in columns.items()
+    ]

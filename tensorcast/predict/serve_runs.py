@@ -56,7 +56,8 @@ class _Row:
 def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = None) -> list[ServingMetrics]:
     """What each of ``runs`` serves, per replica; a run that cannot be says why in ``problem``.
 
-    ``engine``: the profile of an engine by its name; the shipped (or the user's) if not given.
+    ``engine``: the profile of an engine by its name, with ``==RELEASE`` where a run says one; the shipped (or the
+    user's) if not given.
     """
     found: dict[int, ServingMetrics] = {}
     deployed = _Deployed(engine or _engine)
@@ -74,7 +75,7 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
             found[i] = unserved(float(rows.pop(i).traffic.concurrency), problem)
     alike: dict[tuple[str, str, bool], list[int]] = defaultdict(list)
     for i, row in rows.items():
-        alike[row.run.engine, row.run.mode, row.cut.per_step <= 1].append(i)
+        alike[row.run.served_by, row.run.mode, row.cut.per_step <= 1].append(i)
     served = list(rows.values())
     position = {i: at for at, i in enumerate(rows)}
     if served:
@@ -125,7 +126,7 @@ class _Deployed:
     def __call__(self, run: Run, layout: Layout, phase: str) -> Deployment:
         # drafting is the decode step's
         options = replace(run.options, mtp_depth=0) if phase == "prefill" and run.options.mtp_depth else run.options
-        key = run.model, run.device, run.engine, run.mode, run.prefix_cache, layout, phase, options
+        key = run.model, run.device, run.served_by, run.mode, run.prefix_cache, layout, phase, options
         if key not in self._made:
             self._made[key] = self._make(run, layout, phase, options)
         found = self._made[key]
@@ -135,7 +136,7 @@ class _Deployed:
 
     def _make(self, run: Run, layout: Layout, phase: str, options: Options) -> Deployment | InputError:
         try:
-            served = self._engine(run.engine)
+            served = self._engine(run.served_by)
             served = served.in_pools() if run.mode == "disaggregated" else served
             served = served if run.prefix_cache else served.without_prefix_cache()
             return deploy(_model(run.model), _device(run.device), served, layout, phase, options=options)

@@ -55,16 +55,40 @@ class AllreduceNorm(Frozen):
     one_replica: bool = Field(default=False, description="not under data-parallel attention")
     max_tokens: int | None = None
     max_bytes: dict[str, dict[int, int]] = Field(default={}, description="architecture -> ranks -> largest tensor")
+    device_max_bytes: dict[str, dict[int, int]] = Field(
+        default={}, description="the same by a word in the device's name, which comes first"
+    )
     source: str = Field(min_length=3)
 
-    def limit_bytes(self, architecture: str, ranks: int, token_bytes: float) -> float:
+    def limit_bytes(self, device: DeviceProfile, ranks: int, token_bytes: float) -> float:
         """Largest all-reduce that is fused on this device in a group of ``ranks``; 0 where none is."""
-        if architecture.lower() not in self.architectures:
+        architecture = device.architecture.lower()
+        if architecture not in self.architectures:
             return 0.0
         largest = math.inf if self.max_tokens is None else self.max_tokens * token_bytes
         if self.max_bytes:
-            largest = min(largest, self.max_bytes.get(architecture.lower(), {}).get(ranks, 0))
+            usual = self.max_bytes.get(architecture, {})
+            own = next((limits for word, limits in self.device_max_bytes.items() if word in device.name), usual)
+            largest = min(largest, own.get(ranks, 0))
         return largest
+
+
+class Uncompiled(Frozen):
+    """Model classes that run without the engine's compiler, and what is fused there."""
+
+    architectures: tuple[str, ...] = Field(min_length=1, description="model classes")
+    vendors: tuple[str, ...] = Field(default=(), description="of devices; else all")
+    fusions: tuple[Fusion, ...]
+    eager_exchanges: tuple[str, ...] = Field(default=(), description="exchanges that cannot be captured there")
+    source: str = Field(min_length=3)
+
+
+class HalvedSteps(Frozen):
+    """From how many tokens of a rank on a step is cut in halves under dual-batch overlap."""
+
+    decode_tokens: int = Field(ge=0)
+    prefill_tokens: int = Field(ge=0)
+    source: str = Field(min_length=3)
 
 
 class SlicedBlocks(Frozen):
@@ -148,12 +172,22 @@ class EngineFit(Frozen):
     unseen_error: Number | None = None
 
 
+class Calibrated(Frozen):
+    """Releases that constants were measured with."""
+
+    kernels: str = Field(description="whose kernels the measured tables hold")
+    steps: str = Field(description="of most runs that overheads are fitted to, of those whose rules were read")
+
+
 class EngineProfile(Frozen):
     """vLLM, SGLang, TensorRT-LLM: which fusions they have and what a step costs beside its kernels."""
 
     name: str
     aliases: tuple[str, ...] = ()
     version: str
+    releases: tuple[str, ...] = Field(default=(), description="whose rules were read, newest first")
+    remark: str = Field(default="", description="to be said of an older release that constants are not of; made here")
+    calibrated: Calibrated | None = Field(default=None, description="releases that constants were measured with")
     description: str
     sources: dict[str, str]
     fusions: tuple[Fusion, ...]
@@ -164,6 +198,8 @@ class EngineProfile(Frozen):
     eager_exchanges: tuple[str, ...] = Field(
         default=(), description="exchanges between experts that cannot be captured: all of their steps run eagerly"
     )
+    uncompiled: Uncompiled | None = Field(default=None, description="models for which fusions and captures are others")
+    halved_steps: HalvedSteps | None = Field(default=None, description="else every step is halved that is asked to be")
     graph_launch_gap_s: Figure = Field(description="gap between two kernels inside a captured graph")
     eager_launch_gap_s: Figure = Field(description="least time between two kernels launched one by one")
     step_overhead_s: Figure = Field(description="scheduling, sampling and input preparation per step, as published")
@@ -182,6 +218,7 @@ class EngineProfile(Frozen):
     step_tokens: StepTokens | None = Field(default=None, description="where that default is another")
     prefill_graphs: PrefillGraphs | None = Field(default=None, description="prefill steps that are captured in pieces")
     pipeline_split: PipelineSplit = Field(default="first", description="stages with one more layer, if any have")
+    lifted_rules: tuple[str, ...] = Field(default=(), description="limits of its launch table that are none any more")
     all2all: dict[Literal["prefill", "decode"], str] = Field(description="default MoE exchange per phase, dp > 1")
     sliced_blocks: SlicedBlocks | None = Field(default=None, description="where tp ranks slice tokens before a router")
     fused_shared_experts: FusedSharedExperts | None = Field(default=None, description="where one runs as a routed one")
@@ -228,16 +265,23 @@ class EngineProfile(Frozen):
             found = max(1, found // dp)
         return min(found, rule.exchanges.get(exchange, found))
 
-    def prefill_graph_tokens(self, device: DeviceProfile, dp: int, pp: int, config: dict[str, Any]) -> int:
-        """Tokens of the largest prefill step that is captured in pieces; 0: none is."""
-        rule, names = self.prefill_graphs, config.get("architectures") or ()
-        if rule is None or (rule.one_stage and (dp > 1 or pp > 1)) or (rule.text_only and "text_config" in config):
+    def prefill_graph_tokens(
+        self, device: DeviceProfile, dp: int, pp: int, config: dict[str, Any], *, most: int | None = None
+    ) -> int:
+        """Tokens of the largest prefill step that is captured in pieces, of steps of ``most`` tokens (the engine's own
+        where not given); 0: none is."""
+        rule, names = self.prefill_graphs, set(config.get("architectures") or ())
+        if rule is None or (rule.one_replica and dp > 1) or (rule.one_stage and pp > 1):
             return 0
-        if (rule.vendors and device.vendor not in rule.vendors) or set(names) & set(rule.not_architectures):
+        if rule.text_only and "text_config" in config and not names & set(rule.seeing):
             return 0
-        limit, most = rule.max_tokens, self.tokens_per_step(device, dp)
-        if rule.latent_max_tokens and is_latent(config):
-            limit = rule.latent_max_tokens
+        if (rule.vendors and device.vendor not in rule.vendors) or names & set(rule.not_architectures):
+            return 0
+        most = most or self.tokens_per_step(device, dp)
+        usual = rule.device_max_tokens.get(device.architecture.lower(), rule.max_tokens)
+        own = [tokens for name, tokens in rule.class_max_tokens.items() if name in names]
+        latent = rule.latent_max_tokens
+        limit = own[0] if own else latent if latent and is_latent(config) else usual
         return min(limit or most, most)
 
     def in_pools(self) -> "EngineProfile":
@@ -245,6 +289,8 @@ class EngineProfile(Frozen):
         changes: dict[str, Any] = {}
         if self.prefill_graphs is not None and not self.prefill_graphs.pools:
             changes["prefill_graphs"] = None
+        if self.reserve is not None and self.reserve.by_role:
+            changes["reserve"] = self.reserve.model_copy(update={"pooled": True})
         if self.cache_rules is not None and not self.cache_rules.pools:
             changes["cache_rules"] = None
         return self.model_copy(update=changes) if changes else self

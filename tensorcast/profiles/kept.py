@@ -20,15 +20,16 @@ _SOURCES = tuple(sorted(Path(__file__).parent.glob("*.py")))
 """The code that checks profiles."""
 
 
-def kept_file(path: Path) -> Path | None:
-    """Where a profile is kept; None: nowhere. Its name stands for path and content, and for the code that checks it."""
+def kept_file(path: Path, release: str = "") -> Path | None:
+    """Where a profile is kept; None: nowhere. Its name stands for path and content, for the ``release`` that it is of,
+    and for the code that checks it."""
     folder = cache_dir()
     if folder is None:
         return None
     import pydantic  # makes objects out of what a file says
 
     try:
-        said = f"{pydantic.VERSION} {digest_of(_SOURCES)} {path.resolve()}".encode() + path.read_bytes()
+        said = f"{pydantic.VERSION} {digest_of(_SOURCES)} {path.resolve()} {release}".encode() + path.read_bytes()
     except OSError:  # whoever reads the profile says what is wrong
         return None
     return folder / "profiles" / f"{path.stem}-{hashlib.sha256(said).hexdigest()[:16]}.pickle"

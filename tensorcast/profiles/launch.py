@@ -36,6 +36,7 @@ class LaunchTable(Frozen):
 
     name: str
     version: str
+    releases: tuple[str, ...] = ()
     description: str
     sources: dict[str, str]
     program: tuple[str, ...] = Field(min_length=1)
@@ -57,10 +58,13 @@ def list_launch_tables() -> tuple[str, ...]:
     return tuple(sorted({path.stem for folder in folders for path in folder.glob("*.yaml")}))
 
 
-def load_launch_table(engine: str) -> LaunchTable:
-    """Table of ``engine``, the user's before the shipped one. Raises :class:`InputError`, one line, on bad input."""
+def load_launch_table(engine: str, release: str = "") -> LaunchTable:
+    """Table of a ``release`` of ``engine`` (empty: its newest), the user's before the shipped one.
+
+    Raises :class:`InputError`, one line, on bad input.
+    """
     for root in store.profile_roots():
         path = root / FOLDER / f"{engine}.yaml"
         if path.is_file():
-            return store._read(path, LaunchTable)
+            return store._read(path, LaunchTable, release)
     raise unknown_name("engine to launch", engine, list_launch_tables())

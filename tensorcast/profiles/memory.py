@@ -58,22 +58,52 @@ class Reserve(Frozen):
     dp_many_mib: Number = Field(default=0.0, ge=0, description="per sequence, times dp")
     prefill_graph_mib: Number = Field(default=0.0, ge=0, description="per captured size of a prefill step")
     latent_prefill_graphs_mib: Number = Field(default=0.0, ge=0, description="instead, for all, if attention is MLA")
+    least_tokens: int = Field(default=0, ge=0, description="tokens that are counted at least")
+    exchange_mib: Number = Field(default=0.0, ge=0, description="more of servers that decode with DeepEP")
+    exchange_prefill_graphs_mib: Number = Field(default=0.0, ge=0, description="more where prefill graphs hold it")
+    by_role: bool = Field(default=False, description="whether a server of one phase counts that phase's terms alone")
+    pooled: bool = Field(default=False, description="whether this is such a server's")
     floor_mib: Number = Field(default=0.0, ge=0)
     floor_above_mib: Number = Field(default=0.0, ge=0, description="device memory above which the floor holds")
     vision: VisionReserve | None = Field(default=None, description="more, of models that also see")
     source: str = Field(min_length=3)
 
-    def fixed_bytes(self, capacity: float, tokens: int, ranks: Any, prefill_graphs: int, latent: bool) -> Any:
-        """Terms that the batch does not change. ``prefill_graphs``: sizes of prefill steps that are captured."""
-        graphs = self.latent_prefill_graphs_mib if latent else self.prefill_graph_mib * prefill_graphs
-        fixed = self.constant_mib + self.token_mib * tokens + self.rank_mib * ranks + graphs * (prefill_graphs > 0)
-        return MIB * np.maximum(fixed, self.floor_mib if capacity > self.floor_above_mib * MIB else 0.0)
+    def fixed_bytes(
+        self, capacity: float, tokens: int, ranks: Any, prefill_graphs: int, latent: bool, *, phase: str = "",
+        exchange: bool = False, grown: Any = 0.0,
+    ) -> Any:
+        """Terms that the batch does not change. ``prefill_graphs``: sizes of prefill steps that are captured.
 
-    def graph_bytes(self, sequences: Any, dp: Any) -> Any:
-        """Terms of decode steps of up to ``sequences`` per data-parallel rank; ``dp`` is of attention."""
+        ``phase``: what a pooled server runs; ``exchange``: whether experts' tokens travel by DeepEP; ``grown``: bytes
+        that the batch takes beside, if it is known.
+        """
+        decodes = self.pooled and phase == "decode"
+        graphs = self.latent_prefill_graphs_mib if latent else self.prefill_graph_mib * prefill_graphs
+        graphs += self.exchange_prefill_graphs_mib * exchange
+        counted = self.least_tokens if decodes else max(tokens, self.least_tokens)
+        fixed = self.constant_mib + self.token_mib * counted + self.rank_mib * ranks
+        fixed = fixed + graphs * (prefill_graphs > 0 and not decodes) + grown / MIB
+        buffers = self.exchange_mib * (exchange and (decodes or not self.pooled))
+        return MIB * (np.maximum(fixed, self.floor_mib if capacity > self.floor_above_mib * MIB else 0.0) + buffers)
+
+    def graph_bytes(self, sequences: Any, dp: Any, verify: Any = 1.0, *, spare: Any = 0.0) -> Any:
+        """Terms of decode steps of up to ``sequences`` per data-parallel rank; ``dp`` is of attention.
+
+        A pooled server counts the tokens that its sequences decode at once (``verify`` each), too. ``spare``: bytes of
+        its floor that its other terms do not fill.
+        """
         many = np.asarray(sequences) > self.many_sequences
         per_dp = np.where(np.asarray(dp) > 1, self.dp_sequence_mib + self.dp_many_mib * many, 0.0)
-        return MIB * sequences * (self.sequence_mib + per_dp * dp)
+        grown = MIB * sequences * (self.sequence_mib + per_dp * dp)
+        if not self.pooled:
+            return grown
+        tokens = np.maximum(sequences * dp * verify - self.least_tokens, 0.0)
+        return np.maximum(grown + MIB * self.token_mib * tokens - spare, 0.0)
+
+    def spare_bytes(self, capacity: float, ranks: Any) -> Any:
+        """What the floor of a pooled server that decodes has beyond the terms that its batch does not change."""
+        fixed = self.constant_mib + self.token_mib * self.least_tokens + self.rank_mib * ranks
+        return MIB * np.maximum((self.floor_mib if capacity > self.floor_above_mib * MIB else 0.0) - fixed, 0.0)
 
 
 class StepTokens(Frozen):
@@ -163,11 +193,15 @@ class PrefillGraphs(Frozen):
     """Which prefill steps are replayed from captured graphs, between pieces of which attention runs eagerly."""
 
     max_tokens: int | None = Field(default=None, description="of a step; none: as many as a step may have")
+    device_max_tokens: dict[str, int] = Field(default={}, description="architecture of devices -> tokens")
+    class_max_tokens: dict[str, int] = Field(default={}, description="model class -> tokens, before all others")
     latent_max_tokens: int | None = Field(default=None, description="the same where attention is MLA")
     ranges: tuple[tuple[int, int | None, int], ...] = Field(description="first, last (none: the most), step of sizes")
     pools: bool = Field(default=True, description="also on servers of one phase, in disaggregated serving")
-    one_stage: bool = Field(default=False, description="neither data-parallel attention nor pipeline stages")
+    one_replica: bool = Field(default=False, description="not under data-parallel attention")
+    one_stage: bool = Field(default=False, description="not with pipeline stages")
     text_only: bool = Field(default=False, description="not in models that also see or hear")
+    seeing: tuple[str, ...] = Field(default=(), description="but in these model classes")
     vendors: tuple[str, ...] = ()
     not_architectures: tuple[str, ...] = Field(default=(), description="model classes that are never captured")
     source: str = Field(min_length=3)

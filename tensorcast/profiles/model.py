@@ -15,6 +15,11 @@ LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
 """Fields of configs that hold the number of experts, of those that a token passes, of layers for multi-token
 prediction, and the longest sequence."""
 
+UNNAMED_DRAFTS = {"Qwen3NextForCausalLM": 1, "MiMoV2FlashForCausalLM": 1}
+"""Layers of multi-token prediction that a class's checkpoints hold and no field of their configs counts, as engines
+take them (vLLM 0.33.0, models/mimo_v2_mtp.py, of MiMo the first of three alone, and models/qwen3_next_mtp.py; SGLang
+0.5.23, configs/model_config.py)."""
+
 
 def stated(config: dict[str, Any], names: Iterable[str]) -> int:
     """The first of the fields called ``names`` that the text part of a config gives a number above 0; else 0."""
@@ -120,7 +125,8 @@ class ModelProfile(Frozen):
     @property
     def mtp_modules(self) -> int:
         """Layers of multi-token prediction, which can draft tokens."""
-        return stated(self.config, MTP_MODULES)
+        classes = self.config.get("architectures") or ()
+        return stated(self.config, MTP_MODULES) or max((UNNAMED_DRAFTS.get(name, 0) for name in classes), default=0)
 
     @property
     def stated_facts(self) -> ModelFacts:

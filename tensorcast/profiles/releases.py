@@ -1,35 +1,77 @@
-"""Releases that are known by name alone and keep parts of a model in bf16: their quantisation entry, in short."""
+"""Releases of an engine: their order, and what a profile says of one of them.
+
+A rule that changed is written as ``{since: {RELEASE: VALUE, ...}}`` anywhere in a file: the newest release that is not
+newer than the one asked for has its say. Before the first of them the rule is not there, nor where its value is null.
+In a list such an item is left out, and one whose value is a list stands for all of its items.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
-from tensorcast.profiles.memory import is_latent
+from tensorcast.errors import InputError
+
+SINCE = "since"
+
+_RELEASE = re.compile(r"v?(\d+(?:\.\d+)*)(?:\.?(a|b|rc|dev)(\d+))?(?:\.?post(\d+))?")
 
 
-def release_entry(name: str, config: dict[str, Any]) -> tuple[dict[str, Any], str] | None:
-    """The ``quantization_config`` of a release and a word on it; None for those of which nothing is known.
+def release_order(text: str) -> tuple[tuple[int, ...], int, int, int] | None:
+    """What releases are sorted by, pre-releases before and repaired ones after their own; None for what is none."""
+    found = _RELEASE.fullmatch(text.strip())
+    if found is None:
+        return None
+    numbers, kind, count, post = found.groups()
+    stage = ("dev", "a", "b", "rc", None).index(kind)
+    return tuple(map(int, numbers.split("."))), stage, int(count or 0), int(post or 0)
 
-    ``config`` is that of the model in its own precision. Sources: Meta's list of modules in its FP8 release of
-    Llama-3.1-405B (https://github.com/vllm-project/vllm/issues/6746); hf_quant_config.json of nvidia/
-    DeepSeek-V3-0324-NVFP4 and config.json of nvidia/Kimi-K2.5-NVFP4, as https://github.com/ai-dynamo/aiconfigurator
-    keeps them; for ``v2`` the card of nvidia/DeepSeek-R1-0528-FP4-v2.
-    """
-    owner, _, model = name.casefold().rpartition("/")
-    layers = (config.get("text_config") or config).get("num_hidden_layers") or 0
-    if owner == "meta-llama" and "405b" in model and "fp8" in model:
-        kept = ["re:.*self_attn.*", "model.layers.0.mlp", f"model.layers.{layers - 1}.mlp", "lm_head"]
-        meta = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": kept}
-        return meta, "in fp8, attention and the first and last layer's MLP in bf16, as Meta stores it"
-    if owner == "nvidia" and re.search(r"fp4(-v\d)?$", model) and is_latent(config):
-        second = model.endswith("-v2")
-        kept = ["lm_head", r"re:.*self_attn\.(?!o_proj)" if second else "*self_attn*"]
-        entry: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": kept}
-        said = "attention but for its output projection" if second else "attention"
-        if "kimi-k2.5" in model:
-            kept += ["model.layers.0*", "*shared_experts*"]
-            entry["kv_cache_quant_algo"] = "FP8"
-            said = "attention, shared experts and the first layer"
-        return entry, f"in nvfp4, {said} in bf16, as NVIDIA stores models with latent attention"
-    return None
+
+def nearest_release(text: str, known: Iterable[str]) -> str | None:
+    """Of the ``known`` releases the newest that is not newer than ``text``, else the oldest; None for no release."""
+    order = release_order(text)
+    if order is None:
+        return None
+    ordered = sorted(known, key=lambda one: release_order(one) or ())
+    return max((one for one in ordered if (release_order(one) or ()) <= order), default=ordered[0], key=ordered.index)
+
+
+def at_release(content: dict[str, Any], release: str) -> dict[str, Any]:
+    """What a profile's file says of ``release`` (empty: of its newest). Raises :class:`InputError` for one that it
+    does not list."""
+    newest = str(content.get("version"))
+    known = [str(one) for one in content.get("releases", [newest])]
+    if release and release not in known:
+        name, near = content.get("name"), nearest_release(release, known) or newest
+        raise InputError(f"{name}: release {release!r} was not read; nearest: {near} (read: {', '.join(known)})")
+    asked, own = release or newest, content.get("calibrated")
+    found = {**_resolved(content, release_order(asked) or ()), "version": asked}
+    if isinstance(own, dict) and asked not in (newest, *own.values()):
+        measured = f"kernels measured with {own.get('kernels')}, steps with {own.get('steps')}"
+        found["remark"] = f"{content.get('name')} {asked} by its own rules; {measured}"
+    return found
+
+
+def _is_rule(content: Any) -> bool:
+    return isinstance(content, dict) and set(content) == {SINCE} and isinstance(content[SINCE], dict)
+
+
+def _resolved(content: Any, asked: tuple[Any, ...]) -> Any:
+    if _is_rule(content):
+        since = {release_order(str(release)) or (): value for release, value in content[SINCE].items()}
+        first = max((release for release in since if release <= asked), default=None)
+        return None if first is None else _resolved(since[first], asked)
+    if isinstance(content, dict):
+        found = {key: (value, _resolved(value, asked)) for key, value in content.items()}
+        return {key: new for key, (old, new) in found.items() if new is not None or not _is_rule(old)}
+    if not isinstance(content, list):
+        return content
+    items: list[Any] = []
+    for item in content:
+        new = _resolved(item, asked)
+        if not _is_rule(item):
+            items.append(new)
+        elif new is not None:
+            items += new if isinstance(new, list) else [new]
+    return items

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.beside_config import with_quantization
 from tensorcast.profiles.kept import keep, kept_file, read_kept
+from tensorcast.profiles.releases import at_release
 
 if TYPE_CHECKING:
     from tensorcast.profiles.device import DeviceProfile
@@ -63,10 +64,14 @@ def device_path(name: str | os.PathLike[str]) -> Path:
 
 
 def load_engine(name: str | os.PathLike[str]) -> EngineProfile:
-    """Engine profile by name, alias or YAML path. Raises :class:`InputError`, one line, on any bad input."""
+    """Engine profile by name, alias or YAML path; of its newest release, or of another as ``NAME==RELEASE``.
+
+    Raises :class:`InputError`, one line, on any bad input.
+    """
     from tensorcast.profiles.engine import EngineProfile
 
-    return _read(_path_of("engine", os.fspath(name)), EngineProfile)
+    text, _, release = os.fspath(name).partition("==")
+    return _read(_path_of("engine", text.strip()), EngineProfile, release.strip())
 
 
 def list_models() -> tuple[str, ...]:
@@ -201,11 +206,14 @@ def _aliases(path: Path, wanted: str) -> set[str]:
 # Reading
 
 
-def _read(path: Path, kind: type[ProfileT]) -> ProfileT:
-    kept = kept_file(path)
+def _read(path: Path, kind: type[ProfileT], release: str = "") -> ProfileT:
+    kept = kept_file(path, release)
     profile = read_kept(kept, kind)
     if profile is None:
-        profile = _validated(path, kind, _content(path))
+        content = _content(path)
+        if "releases" in kind.model_fields:
+            content = at_release(content, release)
+        profile = _validated(path, kind, content)
         keep(kept, profile)
     name = getattr(profile, "name", path.stem)
     in_store = any(path.parent.parent == root for root in profile_roots())

@@ -71,6 +71,7 @@ def engine_record(profile: EngineProfile) -> Record:
     fit, beside = profile.fitted, profile.overhead
     return {
         "name": profile.name, "aliases": list(profile.aliases), "version": profile.version,
+        "releases": list(profile.releases), "calibrated": profile.calibrated and profile.calibrated.model_dump(),
         "description": profile.description, "fusions": list(profile.fusions),
         "graph_captured_phases": list(profile.graph_captured_phases),
         "step_overhead_s": beside.step_s, "request_overhead_s": beside.request_s,

@@ -34,6 +34,8 @@ def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
     whole = whole_model(first.model, "decode", first.base.quant)
     found = [f"left out: {text}" for text in left_out(tasks, frame)]
     found += not_counted(first.model, whole.stored)
+    if first.engine.remark:
+        found.append(first.engine.remark)
     if idle := _idle(first, frame):
         found.append(idle_note(idle))
     if first.axes.kv_dtype == (None,) and first.base.kv_dtype is None:

@@ -37,7 +37,8 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     runs = {1: True}  # by tp; a model that cannot be traced at all is an error
     engine = task.engine.name
     can = partial(
-        engine_can_run, engine, facts=facts, gpus_per_node=node, cuts=whole.cuts, any_engine=not task.runnable_only
+        engine_can_run, engine, facts=facts, gpus_per_node=node, cuts=whole.cuts, any_engine=not task.runnable_only,
+        lifted=task.engine.lifted_rules,
     )
     for layout in tried:
         if broken := next(broken_rules(layout, facts, task.device), None):

@@ -24,6 +24,9 @@ def sequences_that_fit(
     return fits
 
 
+MOST_SEQUENCES = float(1 << 24)
+"""More than any rank holds."""
+
 SEVERAL = 256
 """Sequences of a decode step by which its buffers' growth is told: a sum of terms that nearly all grow evenly."""
 
@@ -61,9 +64,22 @@ def room(decode: Deployment, budget: Number, per_sequence: Number, most: Number 
     most = decode.most_sequences if most is None else most
     if reserve is None or not reserve.many_sequences:
         return np.minimum(few, most)
+    if reserve.pooled:
+        return np.minimum(_held(decode, budget, per_sequence, free), most)
     limit = reserve.many_sequences
     many = np.floor(budget / np.maximum(per_sequence + free * decode.graph_bytes(limit + 1) / (limit + 1), 1.0))
     return np.minimum(np.where(few > limit, np.maximum(many, limit), few), most)
+
+
+def _held(decode: Deployment, budget: Array, per_sequence: Number, free: Number) -> Array:
+    """Sequences whose cache and captured decode steps fit into ``budget``, where the steps take no even share each."""
+    low = np.zeros(np.broadcast_shapes(np.shape(budget), np.shape(per_sequence)))
+    high = np.floor(np.minimum(budget / np.maximum(per_sequence, 1.0), MOST_SEQUENCES)) + 1.0 + low
+    while np.any(high - low > 1):
+        middle = np.floor((low + high) / 2)
+        fits = middle * per_sequence + free * decode.graph_bytes(middle) <= budget
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    return low
 
 
 def own_chunk(prefill: Deployment) -> int:

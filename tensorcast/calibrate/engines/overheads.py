@@ -103,11 +103,19 @@ def served_times(rows: pd.DataFrame, engine: Change) -> pd.DataFrame:
     """
     out = np.full((len(rows), len(TIMES)), np.nan)
     for stretch in predict.stretches(list(rows["run"]), jobs=1):
-        found = serve([run for _, run in stretch], lambda name: engine(load_engine(name).name))
+        found = serve([run for _, run in stretch], lambda name: _of_release(name, engine))
         for (place, _), served in zip(stretch, found, strict=True):
             if not served.problem:
                 out[place] = [getattr(served, name) for name in TIMES]
     return pd.DataFrame(out, columns=list(TIMES), index=rows.index)
+
+
+def _of_release(name: str, engine: Change) -> EngineProfile:
+    """The rules of a release, with the constants of what ``engine`` gives for its name."""
+    own = load_engine(name)
+    changed = engine(own.name)
+    constants = ("fitted", "first_token_overhead_s", "hand_over_overhead_s")
+    return own.model_copy(update={constant: getattr(changed, constant) for constant in constants})
 
 
 def with_uses(rows: pd.DataFrame) -> pd.DataFrame:

@@ -40,6 +40,8 @@ def ruled_sources(rows: MeasuredKernel, device: DeviceProfile) -> np.ndarray:
     for all models alone hold for it."""
     _, dtype, engine, _ = rows.key
     profile = load_engine(engine) if engine in list_engines() else None
+    if profile is not None and profile.calibrated is not None:
+        profile = load_engine(f"{engine}=={profile.calibrated.kernels}")
     result = np.zeros(len(rows))
     if profile is None or profile.experts is None or "moe_ep" not in rows.columns:
         return result

@@ -33,7 +33,10 @@ WIDTH = float(1 << 24)
 def _tiles_of(engine: str, _roots: tuple[Path, ...]) -> TritonTiles | None:
     if engine not in list_engines():
         return None
-    experts = load_engine(engine).experts
+    profile = load_engine(engine)
+    if profile.calibrated is not None:  # what is learnt are levels of the kernels that were measured
+        profile = load_engine(f"{engine}=={profile.calibrated.kernels}")
+    experts = profile.experts
     return experts.triton if experts is not None else None
 
 

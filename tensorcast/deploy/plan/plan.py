@@ -341,7 +341,7 @@ def _join_norms(
             continue
         limit, scale = math.inf, float(before.scale)
         if engine.allreduce_norm is not None:
-            limit = engine.allreduce_norm.limit_bytes(device.architecture, before.ranks, scale)
+            limit = engine.allreduce_norm.limit_bytes(device, before.ranks, scale)
         key = id(row), limit / scale
         if key not in joined:
             joined[key] = row, row.but(attrs={**row.attrs, "joined_tokens": key[1]})

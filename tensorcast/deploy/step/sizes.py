@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class Loads(Protocol):
 
 
 class Batches(NamedTuple):
-    """Micro-batches, parts that each runs in (2 under dual-batch overlap), and what the rows of one part are priced at.
+    """Micro-batches, parts that each runs in (2 where it is ``dual``), and what the rows of one part are priced at.
 
     ``whole``: of all rows but those inside the experts, which tokens pass in so many ``chunks`` of ``chunk``. Every
     case is there once: ``own`` says at which case each batch runs (None: they are the cases), ``draft`` at which it
@@ -53,6 +53,7 @@ class Batches(NamedTuple):
     """
 
     micro: Size
+    dual: Any
     halves: Size
     whole: Context
     chunks: Size
@@ -76,7 +77,8 @@ class StepSizes:
     kv_bytes: Size
     mtp_depth: Size
     dual: bool | np.ndarray
-    """Whether a batch runs as two halves (dual-batch overlap)."""
+    """Whether a batch runs as two halves (dual-batch overlap), if a rank has ``least_halved`` tokens."""
+    least_halved: float
     load: Loads | None
     chunk_tokens: int
     backend: str
@@ -91,7 +93,10 @@ class StepSizes:
         if np.any(np.greater(self.pp, 1)):
             # of each candidate by itself: its price must not depend on what is priced beside it
             micro = np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, self.pp)
-        whole, halves = np.asarray(batch, dtype=float) / micro, 1 + self.dual
+        whole, dual = np.asarray(batch, dtype=float) / micro, self.dual
+        if self.least_halved and np.any(dual):
+            dual = np.logical_and(dual, whole * self.verify * new >= self.least_halved)
+        halves = 1 + dual
         asked = [(whole / halves, new, past, self.verify, self.kv_bytes)]
         if self.decode and np.any(self.mtp_depth):
             asked.append((whole, 1.0, past, 1.0, self.kv_bytes))
@@ -102,7 +107,7 @@ class StepSizes:
             chunks = np.maximum(np.ceil(np.asarray(context.sizes.tokens) / self.chunk_tokens), 1.0)
             part = self.context(*columns, chunks=chunks)
         return Batches(
-            micro=micro, halves=halves, whole=context, chunks=chunks, chunk=part, own=own,
+            micro=micro, dual=dual, halves=halves, whole=context, chunks=chunks, chunk=part, own=own,
             draft=draft[0] if draft else None,
         )
 

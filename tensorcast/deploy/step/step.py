@@ -83,8 +83,8 @@ class Step:
         if at.chunk is not at.whole:
             found = [p.times(at.chunks) if sized is chunk else p for p, (sized, *_) in zip(found, asked, strict=True)]
         parts = *_, drafting = self._parts(found, at)
-        dual, layers = self.sizes.dual, Counter(self.table.layer_kinds)
-        hidden = self.overlap.hidden(found, at.whole.sizes.tokens, dual, at.own)
+        layers = Counter(self.table.layer_kinds)
+        hidden = self.overlap.hidden(found, at.whole.sizes.tokens, at.dual, at.own)
         places: dict[int, list[RowPrice]] = {}
         for price, row in zip(found, self.plan.rows, strict=False):
             places.setdefault(place_of(row), []).append(price)
@@ -233,11 +233,14 @@ def make_step(
         wide, narrow = matmuls["up"].outputs[0].dims[-1].coef, matmuls["down"].inputs[0].dims[-1].coef
         gated = float(wide > 1.5 * narrow)
     load, distinct = experts_of(table, layout, device, engine, options)
+    halved = engine.halved_steps
     # with MXFP8 activations on Blackwell; with MXFP4 ones on CDNA 4 (SGLang 0.5.14, quark/schemes/quark_w4a4_mxfp4.py)
     mxfp4 = ("w4a4" if device.vendor == "AMD" else "w4a8") if "fp4" in device.peak_flops else "mxfp4"
     sizes = StepSizes(
         decode=decode, dp=layout.dp, etp=layout.etp, pp=layout.pp, kv_bytes=kv_bytes, mtp_depth=options.mtp_depth,
-        dual=options.dual_batch_overlap, load=load, chunk_tokens=options.chunk_tokens, backend=plan.backend,
+        dual=options.dual_batch_overlap, least_halved=0.0 if halved is None else float(
+            halved.decode_tokens if decode else halved.prefill_tokens
+        ), load=load, chunk_tokens=options.chunk_tokens, backend=plan.backend,
         has_fp4="fp4" in device.peak_flops, mxfp4=mxfp4, masked_skips=engine.masked_gemm == "skips",
     )
     pricer = RowPricer(

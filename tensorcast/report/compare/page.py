@@ -81,6 +81,7 @@ def environment_of(view: View) -> list[tuple[str, str]]:
         lines.append((name, f"{deployment.device.description}; {made}"))
     if view.shown:
         engine, model = view.shown[0].decode.engine, view.shown[0].decode.model
-        lines.append((engine.name, f"version {engine.version}"))
+        measured = f"; kernels measured with {engine.calibrated.kernels}" if engine.calibrated else ""
+        lines.append((engine.name, f"version {engine.version}{measured}"))
         lines.append((model.name, f"{model.hf_id}: {model.description or model.model}"))
     return lines

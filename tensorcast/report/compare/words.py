@@ -334,7 +334,10 @@ def assumptions(view: View, shown: list[Choice]) -> list[str]:
     ]
     for deployment in {choice.decode.device.name: choice.decode for choice in shown}.values():
         engine, experts = deployment.engine, deployment.raw.facts.num_experts > 0
-        share = memory_share(engine, deployment.device, deployment.layout, experts, deployment.model.config)
+        share = memory_share(
+            engine, deployment.device, deployment.layout, experts, deployment.model.config, phase=deployment.phase,
+            exchange=deployment.step.plan.all2all,
+        )
         precision = deployment.quantization.describe().replace(",", ", ").replace("=", " ")
         lines.append(
             f"On {deployment.device.name}: {precision}; routing {deployment.options.routing}; "

@@ -22,7 +22,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate engines launches serving validate validate-gpu moe-gpu bench reports figures wheel clean families census checkpoints compiled docs traces
+.PHONY: help venv demo test lint accuracy calibrate engines engines-check releases launches serving validate validate-gpu moe-gpu bench reports figures wheel clean families census checkpoints compiled docs traces
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
@@ -74,6 +74,13 @@ engines: $(STAMP)  ## fit engines' overheads to measured serving -> profiles/eng
 	@test -n "$(TABLE)" || { echo "make engines needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }
 	@$(BIN)/python -m tensorcast.calibrate.engines.overheads --table "$(TABLE)" --profiles profiles \
 	  --left-out reports/left-out.md
+
+engines-check: $(STAMP)  ## engines' newest wheels held to profiles/, line by line: ARGS='vllm==0.33.0', ARGS=--pin (network)
+	@$(BIN)/python -m tensorcast.validate.engines.command $(ARGS)
+
+releases: $(STAMP)  ## served runs by their own release's rules and by the newest's -> reports/releases.md: TABLE=FILE
+	@test -n "$(TABLE)" || { echo "make releases needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }
+	@$(BIN)/python -m tensorcast.validate.engines.served --table "$(TABLE)" --out reports/releases.md
 
 validate: $(STAMP)  ## this machine's kernels beside their predictions -> reports/validate-cpu (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/tensorcast validate qwen3-30b-a3b --device cpu --layers 1 --out reports/validate-cpu

@@ -17,6 +17,10 @@ KINDS: dict[str, Callable[[str], Any]] = {
 """What a value is read as; ``number``: also as people write it."""
 
 
+TAKES = {"None": "value", "*": "+", "?": "?", "+": "+"}
+"""``nargs`` as it is written, in our words; a number stands for several."""
+
+
 @dataclass(frozen=True)
 class Argument:
     """One argument. ``takes``: a value, nothing, one or none (``?``), or several (``+``)."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tensorcast.errors import InputError
-from tensorcast.validate.engines.arguments import Argument, Declared
+from tensorcast.validate.engines.arguments import TAKES, Argument, Declared
 from tensorcast.validate.engines.source import Source, literal
 
 ARGUMENTS = "sglang/srt/server_args.py"
@@ -93,9 +93,10 @@ def _argument(kind: ast.expr, meta: dict[str, ast.expr], names: dict[str, Any]) 
         values = literal(next(one.slice for one in parts if ast.unparse(one.value) == "Literal"))
         choices = values if isinstance(values, tuple) else (values,)
     several = inner.lower() == "list" and "type_parser" not in meta
-    takes = str(literal(meta["nargs"])) if "nargs" in meta else ("+" if several else "value")
-    read = "str" if "type_parser" in meta else PLAIN.get(inner, "str")
-    return Argument(takes="+" if takes == "*" else takes, kind=read, choices=choices, **said)
+    takes = TAKES.get(str(literal(meta["nargs"])), "+") if "nargs" in meta else ("+" if several else "value")
+    parser = ast.unparse(meta["type_parser"]) if "type_parser" in meta else ""
+    read = "number" if "human_readable" in parser else "str" if parser else PLAIN.get(inner, "str")
+    return Argument(takes=takes, kind=read, choices=choices, **said)
 
 
 def _warning(text: str, meta: dict[str, ast.expr], action: str) -> str:

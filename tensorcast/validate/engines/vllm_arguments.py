@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tensorcast.errors import InputError
-from tensorcast.validate.engines.arguments import Argument, Declared
+from tensorcast.validate.engines.arguments import TAKES, Argument, Declared
 from tensorcast.validate.engines.source import Source, literal
 
 ARGUMENTS = "vllm/engine/arg_utils.py"
@@ -146,11 +146,16 @@ def _one(node: ast.Call, also: tuple[str, ...], said: dict[str, str], configs: _
     if isinstance(inside, ast.Subscript) and ast.unparse(inside.value) in said:
         field = str(literal(inside.slice))
         return configs.of_field(said[ast.unparse(inside.value)], field, also=also, deprecated=deprecated)
+    if isinstance(inside, ast.Dict) and isinstance(inside.values[0], ast.Subscript):  # {**kwargs["field"], ...}
+        first = inside.values[0]
+        if ast.unparse(first.value) in said:
+            field = str(literal(first.slice))
+            return configs.of_field(said[ast.unparse(first.value)], field, also=also, deprecated=deprecated)
     if inside is not None:  # a name for arguments that are put together elsewhere
         return Argument(takes="?", also=also, deprecated=deprecated)
     action = ast.unparse(own["action"]).strip("'\"") if "action" in own else ""
     if action in ("store_true", "argparse.BooleanOptionalAction") or "StoreTrue" in action:
         return Argument(takes="nothing", also=also, deprecated=deprecated)
     kind = ast.unparse(own["type"]) if "type" in own else "str"
-    takes = str(literal(own["nargs"])) if "nargs" in own else "value"
+    takes = TAKES.get(str(literal(own["nargs"])), "+") if "nargs" in own else "value"
     return Argument(takes=takes, kind=PLAIN.get(kind, "str"), also=also, deprecated=deprecated)

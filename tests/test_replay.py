@@ -42,6 +42,17 @@ def test_words_json_and_files_say_the_same(tmp_path: Path) -> None:
     assert frame["within_limits"].mean() == pytest.approx(document["within_limits"])
     assert json.loads((tmp_path / "summary.json").read_text())["layout"] == "tp2-dp1-ep2"
     assert (tmp_path / "replay.png").stat().st_size > 10_000
+    kept = pd.read_parquet(tmp_path / "requests.parquet")
+    pd.testing.assert_frame_equal(kept, frame.drop(columns="request"), check_dtype=False, check_index_type=False,
+                                  check_names=False, rtol=1e-12)  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page and page.count("<table>") == 4 and "P99.9" in page
+    spans = pd.DataFrame(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]).query("cat == 'request'")
+    ends = spans.pivot_table(index=["id", "name"], columns="ph", values="ts", sort=False)
+    took = (ends["e"] - ends["b"]).unstack() / 1e6
+    assert len(took) == len(frame) and (took >= 0).all(axis=None)
+    assert took["request"].to_numpy() == pytest.approx(frame["request_s"].to_numpy(), abs=1e-5)
+    assert took[["queue", "prompt"]].sum(axis=1).to_numpy() == pytest.approx(frame["ttft_s"].to_numpy(), abs=1e-5)
 
 
 def test_the_found_rate_keeps_the_limits() -> None:

@@ -25,7 +25,8 @@ def read(**cells: object) -> Run:
 
 
 def rows(*cells: dict[str, object]) -> list[dict[str, Any]]:
-    return predict(pd.DataFrame([CELLS | one for one in cells])).to_dict("records")
+    found = predict(pd.DataFrame([CELLS | one for one in cells])).to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in found]
 
 
 def test_a_row_is_what_replay_finds() -> None:

@@ -127,7 +127,8 @@ def replay(
     )] = 0,
     out: Annotated[Path | None, typer.Option(
         "--out", "-o", metavar="DIR", show_default=False, rich_help_panel=OUTPUT,
-        help="Also write requests.csv, summary.json and replay.png there.",
+        help="Also write report.html, requests.parquet and .csv, summary.json, replay.png and trace.json (for "
+        "ui.perfetto.dev) there.",
     )] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.", rich_help_panel=OUTPUT)] = False,
     **options: Any,

@@ -78,7 +78,7 @@ def _priced(run: Run, engine: Callable[[str], EngineProfile], longest: int) -> P
     try:
         profile = engine(run.served_by)
         profile = profile if run.prefix_cache else profile.without_prefix_cache()
-        servers = (Servers(run.decode, run.replicas),)
+        servers: tuple[Servers, ...] = (Servers(run.decode, run.replicas),)
         if run.mode == "disaggregated":
             servers = (Servers(run.prefill, run.workers[0]), Servers(run.decode, run.workers[1]))
         model, device = load_profiles(run)

@@ -60,8 +60,8 @@ def page_html(page: list[Section], figure: bytes | None = None) -> str:
         out.append(f"<h{1 if level == 0 else 2}>{html.escape(section.title)}</h{1 if level == 0 else 2}>")
         out += [f"<p>{html.escape(text)}</p>" for text in section.text]
         if section.figure and figure is not None:
-            image = base64.b64encode(figure).decode()
-            out.append(f'<img alt="{html.escape(section.text[0])}" src="data:image/png;base64,{image}">')
+            image, says = base64.b64encode(figure).decode(), html.escape((*section.text, section.title)[0])
+            out.append(f'<img alt="{says}" src="data:image/png;base64,{image}">')
         if section.table is not None:
             table = section.table
             out.append("<table>" + _row(list(table.head), table.align, "th"))

@@ -1,7 +1,9 @@
-"""A replay as files: a row per request, a document, a figure."""
+"""A replay as files: a page, a row per request, a document, a trace, a figure."""
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +12,28 @@ from tensorcast.files import write_atomically
 from tensorcast.report.figures import COLOURS, save
 from tensorcast.report.plain import to_json
 from tensorcast.report.replay import words
+from tensorcast.report.replay.chrome_trace import chrome_trace
+from tensorcast.report.replay.page import sections
+from tensorcast.report.sections import page_html
 from tensorcast.scheduling.outcome import Outcome
 
 
 def write_replay(found: Outcome, folder: Path) -> list[Path]:
-    """``requests.csv``, ``summary.json`` and ``replay.png`` in ``folder``."""
+    """``report.html``, ``requests.parquet`` and ``.csv``, ``summary.json``, ``trace.json`` (Chrome's format) and
+    ``replay.png`` in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in ("requests.csv", "summary.json", "replay.png")]
-    write_atomically(paths[0], found.per_request().to_csv(index_label="request"))
-    write_atomically(paths[1], to_json(words.document(found), indent=2) + "\n")
-    if found.served:
-        draw(found, paths[2])
-    return paths if found.served else paths[:2]
+    frame, content = found.per_request(), io.BytesIO()
+    frame.to_parquet(content)
+    picture = draw(found, folder / "replay.png").read_bytes() if found.served else None
+    files: dict[str, str | bytes] = {
+        "report.html": page_html(sections(found), picture), "requests.parquet": content.getvalue(),
+        "requests.csv": frame.to_csv(index_label="request"),
+        "summary.json": to_json(words.document(found), indent=2) + "\n",
+        "trace.json": json.dumps(chrome_trace(found), separators=(",", ":")),
+    }
+    for name, written in files.items():
+        write_atomically(folder / name, written)
+    return [folder / name for name in files] + ([folder / "replay.png"] if found.served else [])
 
 
 def draw(found: Outcome, path: Path) -> Path:

@@ -63,7 +63,7 @@ export class Controls {
       input = el("input", {
         id, type: "text", list, inputmode: field.kind === "text" ? null : "decimal", spellcheck: "false",
         placeholder: field.unasked || null, "aria-describedby": `${id}-problem`, maxlength: "400",
-        oninput: () => { this.slide(field); clearTimeout(this.typing); this.typing = setTimeout(() => set(input.value.trim(), true), 350); },
+        oninput: () => { this.slide(field); clearTimeout(this.typing); this.typing = setTimeout(() => set(input.value.trim(), true), 250); },
         onchange: () => { clearTimeout(this.typing); set(input.value.trim(), true); },
       });
       if (list) problem.before(input);

@@ -97,6 +97,7 @@ def test_users_and_rate_are_limits() -> None:
     ("tpot_ms", "-1", "--tpot '-1'"), ("cached", "100", "cached share '100'"),
     ("mtp_acceptance", "2", "--mtp-acceptance"), ("model", "deepsek-v3", "did you mean deepseek-v3"),
     ("device", "h2000", "unknown device"), ("engine", "vlm", "unknown engine"),
+    ("engine", "vllm==0.0.1", "0.0.1"), ("engine", "../vllm==0.24.0", "unknown engine"),
     ("model", "/etc/passwd", "unknown model"), ("model", "./x.yaml", "unknown model"),
     ("device", "../h100.yaml", "unknown device"), ("routing", "recorded:/etc/passwd", "recording by name"),
     ("routing", "counts.csv", "recording by name"), ("placement", "/etc/passwd", "unknown placement"),
@@ -120,6 +121,7 @@ def test_unknown_fields_are_refused() -> None:
 
 def test_aliases_are_names_and_files_only_what_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert question({**STATE, "device": "h100"}).devices == ("h100-sxm",)
+    assert question({**STATE, "engine": "vllm==0.24.0"}).tasks()[0].engine.version == "0.24.0"
     own = tmp_path / "mine"
     own.mkdir()
     (own / "config.json").write_text("{}")

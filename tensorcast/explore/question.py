@@ -125,6 +125,7 @@ def field_of(line: str) -> str:
         if any(begin and re.match(rf"{re.escape(begin)}(?![\w-])", line) for begin in begins):
             return key
     words = {"layout": "layouts", "cached share": "cached", "no layout serves": "users", "unknown quant": "quant"}
+    words |= {f"{name}: release": "engine" for name in known["engine"].choices}
     return next((key for word, key in words.items() if line.startswith(word)), "")
 
 
@@ -177,11 +178,11 @@ def _known(key: str, name: str, named: Collection[str]) -> str:
     choices = _fields()[key].choices
     if name in choices or name in named:
         return name
-    plain = re.fullmatch(r"\w[\w.-]*", name) and not name.lower().endswith((".yaml", ".yml", ".json"))
-    if key not in _LOADED or not plain or Path(name).exists():
+    plain = re.fullmatch(r"\w[\w.-]*(==[\w.]+)?", name) and not name.lower().endswith((".yaml", ".yml", ".json"))
+    if key not in _LOADED or not plain or Path(name.partition("==")[0]).exists():
         raise unknown_name(key, name, choices)
     found: str = _LOADED[key](name).name
-    return found
+    return name if "==" in name else found
 
 
 def _whole(name: str, text: str, least: int = 1) -> int:
@@ -256,8 +257,8 @@ def own_names(model: str, device: str, engine: str) -> tuple[dict[str, str], tup
     named: list[str] = []
 
     def taken(key: str, given: str, name: str, said: str = "") -> str:
-        if name in _fields()[key].choices and not said and not Path(given).exists():
-            return name
+        if name in _fields()[key].choices and not said and not Path(given.partition("==")[0]).exists():
+            return given if "==" in given else name
         named.append(given)
         return given
 

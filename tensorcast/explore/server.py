@@ -55,10 +55,12 @@ class Kept:
     known: OrderedDict[Hashable, tuple[Variant, ...]] = field(default_factory=OrderedDict)
 
     def take(self, state: dict[str, str], reply: Reply) -> None:
-        """Remember a reply."""
+        """Remember a reply; those that were worth pricing stay as long as they hold all that are, for their prices are
+        kept."""
         _put(self.rows, _key(state), reply.behind)
-        if reply.known:
-            _put(self.known, _structure(state), reply.known)
+        key = _structure(state)
+        if not set(reply.known) <= set(self.known.get(key, ())):
+            _put(self.known, key, reply.known)
 
     def row(self, state: dict[str, str], chosen: Any) -> Found | None:
         """The row of ``state``'s answer that is ``chosen``: of that key, at the batch nearest to the one asked for."""
@@ -91,6 +93,7 @@ class Explorer:
         self.start, self.named, self.kept = start, named, Kept()
         self.full, self.swift = Lane(), Lane()
         self.under_way: dict[Hashable, asyncio.Task[Reply]] = {}
+        self.ahead: asyncio.Task[None] | None = None
         routes = [
             Route("/", partial(self.file, name="index.html")), Route("/static/{name:path}", self.file),
             Route("/api/catalog", self.catalog), Route("/api/export/{kind}", self.export),
@@ -171,7 +174,10 @@ class Explorer:
             reply = await self.full.ask(browser, work.answer_all, state, self.named)
         finally:
             self.under_way.pop(_key(state), None)
+        before = self.kept.known.get(_structure(state))
         self.kept.take(state, reply)
+        if self.kept.known.get(_structure(state)) is not before:  # priced while nobody waits, for the next move
+            self.ahead = asyncio.create_task(self._first(self.quick, state))
         if not self.named and not reply.wrong:  # files may say something else by now
             _put(self.kept.whole, _key(state), reply)
         return reply

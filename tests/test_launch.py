@@ -323,3 +323,22 @@ def test_cli_refuses_in_one_line(arguments: tuple[str, ...], message: str) -> No
     result = invoke(*DEEPSEEK_32, *arguments)
     assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
+
+
+def test_an_engines_file_of_where_experts_lie_is_handed_on() -> None:
+    """SGLang 0.5.14 and 0.5.23: a location that is not trivial sends copies their tokens (static dispatch) unasked."""
+    options = Options(placement="sglang.json", redundant_experts=32)
+    command = written("sglang", "tp1-dp32-ep32", options).commands[0]
+    assert "--init-expert-location sglang.json" in command and "--ep-num-redundant-experts 32" in command
+    assert "--enable-eplb" not in command
+    found = written("trtllm", "tp1-dp8-ep8", Options(placement="trtllm.yaml"))
+    config = next(iter(found.config_files.values()))
+    assert yaml.safe_load(config)["moe_config"]["load_balancer"] == "trtllm.yaml"
+    found = written("vllm", "tp1-dp8-ep8", Options(placement="sglang.json"))
+    assert "--enable-eplb" in found.commands[0] and "vLLM reads no placement" in "; ".join(found.notes)
+
+
+def test_balancers_by_name() -> None:
+    command = written("sglang", "tp1-dp32-ep32", Options(placement="eplb_global")).commands[0]
+    assert "--enable-eplb" in command and "--eplb-algorithm deepseek" in command
+    assert "--eplb-algorithm" not in written("sglang", "tp1-dp32-ep32", Options(placement="eplb")).commands[0]

@@ -121,6 +121,7 @@ def with_room(
     """  # fmt: skip
     phase = "prefill" if role == "prefill" else "decode"
     served = _served(f"{found.engine}=={found.version}", role)
+    options = replace(options, placement="linear")  # where experts lie changes no memory
     one = deploy(model, device, served, layout, phase, options=options)
     left, buffers = decode_budget(one, length - 1)
     fits = int(room(one, left, one.held(1.0, length)[1] + buffers))

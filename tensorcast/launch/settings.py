@@ -43,6 +43,18 @@ class Plan:
     role: str
 
     @property
+    def expert_file(self) -> str:
+        """The engine's file of where experts lie, where the placement is one; else empty."""
+        placement = self.case.options.placement
+        return placement if placement.endswith((".json", ".yaml", ".yml")) and ":" not in placement else ""
+
+    @property
+    def balances(self) -> bool:
+        """Whether the engine is to move experts by their load."""
+        placement = self.case.options.placement
+        return not self.expert_file and bool(self.case.options.redundant_experts or placement.startswith("eplb"))
+
+    @property
     def path(self) -> str:
         """The model's Hugging Face id, or a path to be filled in."""
         return self.model.hf_id if "/" in self.model.hf_id else f"/path/to/{self.model.name}"

@@ -73,14 +73,23 @@ def _experts(plan: Plan, found: Settings) -> None:
                 found.add("dispatch", options.dispatch)
         if _buffered(plan) > DEFAULT_DISPATCH_TOKENS:
             found.add("dispatch_tokens", _buffered(plan))
-    if options.redundant_experts or options.placement == "eplb":
-        found.add("balance_experts")
-    if options.redundant_experts:
-        found.add("redundant_experts", options.redundant_experts)
+    _balancing(plan, found)
     if not options.shared_experts_fusion:
         found.add("shared_experts_apart")
     if options.dual_batch_overlap:
         found.add("dual_batch_overlap")
+
+
+def _balancing(plan: Plan, found: Settings) -> None:
+    options = plan.case.options
+    if plan.expert_file:
+        found.add("expert_location", plan.expert_file)
+    if plan.balances:
+        found.add("balance_experts")
+    if options.placement == "eplb_global":
+        found.add("balancer", "deepseek")
+    if options.redundant_experts:
+        found.add("redundant_experts", options.redundant_experts)
 
 
 def _splits_dense(plan: Plan) -> bool:

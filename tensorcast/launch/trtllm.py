@@ -60,7 +60,9 @@ def _experts(plan: Plan, found: Settings) -> None:
         found.add("all2all", plan.case.exchange)
     if options.chunk_tokens:
         found.add("expert_chunk", options.chunk_tokens)
-    if options.redundant_experts or options.placement == "eplb":
+    if plan.expert_file:
+        found.add("expert_location", plan.expert_file)
+    if plan.balances:
         found.add("expert_slots", plan.case.facts.num_experts + options.redundant_experts)
         found.add("balance_layers", 1)
 

@@ -71,7 +71,7 @@ def _experts(plan: Plan, found: Settings) -> None:
             found.add("placement", options.placement)
     if plan.case.exchange:
         found.add("all2all", plan.case.exchange)
-    if options.redundant_experts or options.placement == "eplb":
+    if plan.balances or plan.expert_file:
         found.add("balance_experts")
     if options.redundant_experts:
         found.add("redundant_experts", json.dumps({"num_redundant_experts": options.redundant_experts}))
@@ -86,6 +86,8 @@ def notes(plan: Plan) -> list[str]:
         said.append(f"prefill and decode both exchange tokens by DeepEP's {plan.case.exchange} kernels")
     if plan.case.options.dispatch:
         said.append(f"dispatch in {plan.case.options.dispatch}: vLLM has no flag, its kernels decide")
+    if plan.expert_file:
+        said.append(f"{plan.expert_file}: vLLM reads no placement; it balances experts by the load that it counts")
     if plan.role:
         said.append("a proxy in front sends each request to a prefill and then to a decode server")
     return said

@@ -15,7 +15,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``tensorcast.ops`` on first use, also where torch is not loaded yet."""
+    """``tensorcast.ops`` on first use, also where torch is not loaded yet; :class:`Workspace`, which takes numpy."""
+    if name == "Workspace":
+        return importlib.import_module("tensorcast.search.workspace").Workspace
     if name != "ops":
         raise AttributeError(f"module 'tensorcast' has no attribute {name!r}")
     return importlib.import_module("tensorcast.ops")

@@ -39,8 +39,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 
 def _forget() -> None:
-    for one, _ in workspace.MOST:
-        one.clear()
+    workspace.CURRENT.get().clear()
 
 
 def _ask(**changes: Any) -> pd.DataFrame:
@@ -53,7 +52,7 @@ def test_many_steps_are_priced_in_few_passes(made: Counter[str]) -> None:
     structure one variant is laid out."""
     _ask()
     assert made["steps"] > 10 * made["passes"] > 0
-    (_, prices, _), *_ = workspace.PRICES.values()
+    (_, prices, _), *_ = workspace.CURRENT.get().prices.values()
     assert made["deployments"] < 2 * len(prices.variants) / 3
 
 
@@ -117,6 +116,30 @@ def test_a_file_that_has_changed_is_read_again(made: Counter[str], tmp_path: Pat
 def test_the_oldest_is_forgotten(made: Counter[str]) -> None:
     for number in range(12):
         _ask(modes=("aggregated",), layouts=["dp4-ep4"], tpot_s=0.05 + 0.01 * number)
-    most = {id(kept): most for kept, most in workspace.MOST}
-    assert len(workspace.RESULTS) <= most[id(workspace.RESULTS)] + 1
-    assert min(task.tpot_s for task, _ in workspace.RESULTS.values()) > 0.05, "the first ones are gone"
+    results = workspace.CURRENT.get().results
+    assert len(results) <= workspace.CURRENT.get().questions + 1
+    assert min(task.tpot_s for task, _ in results.values()) > 0.05, "the first ones are gone"
+
+
+def test_a_workspace_keeps_for_those_who_ask_with_it(made: Counter[str]) -> None:
+    """The process's own knows nothing of it, and takes over again where it ends, by an error, too."""
+    few: dict[str, Any] = {"modes": ("aggregated",), "layouts": ["dp4-ep4"]}
+    one, other = tc.Workspace(), tc.Workspace(questions=1)
+    with one:
+        first = _ask(**few)
+        made.clear()
+        pd.testing.assert_frame_equal(_ask(**few), first)
+        assert not made
+        with pytest.raises(tc.InputError), other:
+            _ask(**few, tpot_s=-1.0)
+        _ask(**few)
+        assert not made
+    pd.testing.assert_frame_equal(_ask(**few), first)
+    assert made["steps"] > 0 and len(one.results) == 1
+    one.clear()
+    assert not one.results and not one.parts
+
+
+def test_a_workspace_keeps_something() -> None:
+    with pytest.raises(tc.InputError, match="questions = 0: a workspace keeps at least 1"), tc.Workspace(questions=0):
+        pass

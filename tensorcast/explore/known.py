@@ -12,7 +12,7 @@ from tensorcast.search.search import SearchResult, worth_showing
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import Variant, space
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.search.workspace import MOST, PARTS, Parts
+from tensorcast.search.workspace import CURRENT, Parts
 
 MOST_PRICED = 8
 """Sets of priced variants that are kept."""
@@ -26,9 +26,8 @@ _priced: dict[Hashable, tuple[SearchTask, VariantPrices]] = {}
 @uncollected()
 def search_again(task: SearchTask, known: Sequence[Variant] = ()) -> SearchResult:
     """Candidates of the ``known`` variants that go into the task's GPUs; of :func:`first_variants` where none does."""
-    for kept, most in MOST:
-        while len(kept) > most:
-            del kept[next(iter(kept))]
+    workspace = CURRENT.get()
+    workspace.trim()
     tried = tuple(v for v in known if task.gpus % v.layout.world_size == 0) or tuple(first_variants(task))
     if not tried:
         return SearchResult(stacked([]), [], Counter(), 0)
@@ -37,9 +36,8 @@ def search_again(task: SearchTask, known: Sequence[Variant] = ()) -> SearchResul
     if key not in _priced:
         while len(_priced) >= MOST_PRICED:
             del _priced[next(iter(_priced))]
-        if shared not in PARTS:
-            PARTS[shared] = task, Parts()
-        _priced[key] = task, VariantPrices(task.scenario, list(tried), task.axes.chunk_tokens, PARTS[shared][1])
+        _, parts = workspace.parts.setdefault(shared, (task, Parts()))
+        _priced[key] = task, VariantPrices(task.scenario, list(tried), task.axes.chunk_tokens, parts)
     prices = _priced[key][1]
     points, examined = worth_showing(task, prices, Counter())
     frames, behind = [], []

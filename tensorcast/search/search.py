@@ -20,7 +20,7 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import score_in_time, worth_a_row
 from tensorcast.search.space import Variant, space
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.search.workspace import MOST, PARTS, PRICES, RESULTS, Parts
+from tensorcast.search.workspace import CURRENT, Parts
 from tensorcast.serving.traffic import Array
 
 if TYPE_CHECKING:
@@ -51,32 +51,32 @@ def search(task: SearchTask) -> SearchResult:
     named = task.base.routing, task.base.placement
     # what may say other things now
     changing = any(name.startswith("recorded:") or Path(name).is_file() for name in named)
-    for kept, most in MOST:
-        while len(kept) > (0 if changing else most):
-            del kept[next(iter(kept))]
+    workspace = CURRENT.get()
+    if changing:
+        workspace.clear()
+    workspace.trim()
     # whatever is kept is kept with its task, whose profiles stay alive, so that their ids stay their own
     priced = id(task.model), id(task.device), id(task.engine), task.base, task.gpus, task.load, task.axes, task.layouts
     asked = (
         *priced, task.runnable_only, task.ttft_s, task.tpot_s, task.objective, task.modes, task.request_rate,
         task.price_per_hour,
     )  # fmt: skip
-    if asked not in RESULTS:
-        RESULTS[asked] = task, _search(task, (*priced, task.runnable_only))
-    found: SearchResult = RESULTS[asked][1]
+    if asked not in workspace.results:
+        workspace.results[asked] = task, _search(task, (*priced, task.runnable_only))
+    found: SearchResult = workspace.results[asked][1]
     return found
 
 
 def _search(task: SearchTask, key: tuple[Hashable, ...]) -> SearchResult:
     """Evaluate every candidate. ``key``: for what prices hang on of a task."""
-    if key not in PRICES:
+    workspace = CURRENT.get()
+    if key not in workspace.prices:
         fell = Counter[str]()
         tried = space(task, fell)
-        if key[:4] not in PARTS:
-            PARTS[key[:4]] = task, Parts()
-        parts = PARTS[key[:4]][1]
+        _, parts = workspace.parts.setdefault(key[:4], (task, Parts()))
         shop = VariantPrices(task.scenario, tried, task.axes.chunk_tokens, parts) if tried else None
-        PRICES[key] = task, shop, fell
-    _, prices, fell = PRICES[key]
+        workspace.prices[key] = task, shop, fell
+    _, prices, fell = workspace.prices[key]
     pruned = Counter(fell)
     if prices is None:
         return SearchResult(stacked([]), [], pruned, 0)

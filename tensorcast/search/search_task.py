@@ -19,7 +19,7 @@ from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.axes import FULL, Axes
-from tensorcast.search.workspace import DEPLOYMENTS
+from tensorcast.search.workspace import CURRENT
 from tensorcast.serving.objective import OBJECTIVES
 from tensorcast.serving.traffic import Traffic
 from tensorcast.trace.cache import whole_model
@@ -41,10 +41,11 @@ class Scenario:
 
     def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
         key = id(self.model), id(self.device), id(self.engine), layout, phase, options
-        if key not in DEPLOYMENTS:
+        deployments = CURRENT.get().deployments
+        if key not in deployments:
             made = deploy(self.model, self.device, self.engine, layout, phase, options=options)
-            DEPLOYMENTS[key] = self, made
-        return DEPLOYMENTS[key][1]
+            deployments[key] = self, made
+        return deployments[key][1]
 
 
 MODES = ("aggregated", "disaggregated")

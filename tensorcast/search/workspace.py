@@ -8,6 +8,7 @@ it, so that ids stay its own.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.fleet import Fleet
 from tensorcast.deploy.step.asked_rows import Memo
+from tensorcast.errors import InputError
 
 
 @dataclass
@@ -28,20 +30,59 @@ class Parts:
     fleets: dict[Hashable, Fleet] = field(default_factory=dict)
 
 
-DEPLOYMENTS: dict[Hashable, tuple[object, Deployment]] = {}
-"""By model, device, engine, layout, phase and options."""
+@dataclass(eq=False)
+class Workspace:
+    """What questions share: variants and their prices, and what was found.
 
-PARTS: dict[Hashable, tuple[object, Parts]] = {}
-"""By model, device, engine and what options all variants share."""
+    A process has one of its own, which all questions use. Those that are asked ``with`` another one use that, so that a
+    sweep keeps as many ``questions`` as it goes through, and its memory is free when it is dropped. An answer is the
+    same whatever is kept. Worker processes (``jobs``) keep for themselves.
 
-PRICES: dict[Hashable, Any] = {}
-"""Variants and their prices, by what they hang on of a task."""
+    >>> import tensorcast as tc
+    >>> asked = {"device": "h200", "world_size": 32, "input_len": 4096, "output_len": 1024}
+    >>> with tc.Workspace(questions=50):  # priced once; then only the limits are new
+    ...     best = [tc.compare("deepseek-v3", **asked, tpot_s=0.01 * i).best for i in range(2, 11)]  # doctest: +SKIP
+    """
 
-RESULTS: dict[Hashable, Any] = {}
-"""What searches found, by all of a task."""
+    questions: int = 8
+    deployments: dict[Hashable, tuple[object, Deployment]] = field(default_factory=dict, repr=False)
+    """By model, device, engine, layout, phase and options."""
+    parts: dict[Hashable, tuple[object, Parts]] = field(default_factory=dict, repr=False)
+    """By model, device, engine and what options all variants share."""
+    prices: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    """Variants and their prices, by what they hang on of a task."""
+    results: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    """What searches found, by all of a task."""
+    _before: list[Workspace] = field(default_factory=list, repr=False)
 
-MOST: tuple[tuple[dict[Hashable, Any], int], ...] = ((DEPLOYMENTS, 4096), (PARTS, 8), (PRICES, 8), (RESULTS, 8))
-"""How many of each are kept when a question begins: what was made last."""
+    def trim(self) -> None:
+        """Keep what was made last."""
+        questions = (self.prices, self.questions), (self.results, self.questions)
+        for kept, number in ((self.deployments, 4096), (self.parts, 8), *questions):
+            while len(kept) > number:
+                del kept[next(iter(kept))]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for kept in (self.deployments, self.parts, self.prices, self.results):
+            kept.clear()
+
+    def __enter__(self) -> Workspace:
+        if self.questions < 1:
+            raise InputError(f"questions = {self.questions}: a workspace keeps at least 1")
+        self._before.append(CURRENT.get())
+        CURRENT.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        CURRENT.set(self._before.pop())
+
+
+OWN = Workspace()
+"""The process's."""
+
+CURRENT: ContextVar[Workspace] = ContextVar("workspace", default=OWN)
+"""What questions use now."""
 
 MOST_FLEETS = 256
 """Of one model, device and engine."""

@@ -190,7 +190,38 @@ def make_plan(
     that of its MoE blocks in ``table``.
     """
     exchange = exchange_of(table, layout, device, engine, options=options, form=form)
-    rows = _with_collectives(table, layout, device, exchange, form)
+    tp, done, rows = group_extent(layout.tp, 1, device), 0, list[Row]()
+    sites, blocks = _sites(table)
+    moe, scattered = exchange.collectives, form.norm < 1.0  # the sum before the block slices the tokens
+    for i, (op, places) in sites.items():
+        if "dispatch" in places:
+            rows += table.ops[done:i]
+            rows += (replace(one, module=op.module, kind=op.kind) for one in moe["dispatch"])
+            done = i
+        rows += table.ops[done : i + 1]
+        done = i + 1
+        # a block without an exchange sums its shared experts in its own all-reduce
+        summed = exchange.all2all == "none" and op.module.startswith(blocks.get(op.kind, "no block"))
+        if layout.tp > 1 and op.shard == "row" and not summed:
+            # a matmul's output, or the one number per token that a norm reduces to
+            norm, width = op.name == "pointwise", op.outputs[0].dims[-1].coef
+            label = "norm over sharded width" if norm else ""
+            partial_sums = 4.0 if norm else 2.0 * width
+            kept = norm or not (scattered and op.kind in blocks)
+            name: CollectiveOp = "all_reduce" if kept else "reduce_scatter"
+            rows.append(Collective(name, op.module, op.kind, "tp", layout.tp, tp, partial_sums, label=label))
+        if layout.tp > 1 and "logits" in places:
+            vocabulary = table.facts.vocab_size * 2.0
+            rows.append(Collective(
+                op="all_gather", module=op.module, kind=op.kind, group="tp", ranks=layout.tp, extent=tp,
+                scale=vocabulary, per="sequence", label="logits",
+            ))  # fmt: skip
+        for place in ("combine", "end"):
+            if place in places:
+                rows += (replace(one, module=op.module, kind=op.kind) for one in moe[place])
+    rows += table.ops[done:]
+    if layout.pp > 1:
+        rows += moe["stages"]
     asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
     alone = attention_dp(layout, table.facts.num_experts) == 1
     if asked and (limits is None or (is_one_of(limits.models, config) and (alone or not limits.one_replica))):
@@ -264,44 +295,6 @@ class _Sent(NamedTuple):
     hidden: int
     copies: float
     sliced: bool
-
-
-def _with_collectives(
-    table: OpTable, layout: Layout, device: DeviceProfile, exchange: Exchange, form: BlockForm
-) -> list[Row]:
-    tp, done, rows = group_extent(layout.tp, 1, device), 0, list[Row]()
-    sites, blocks = _sites(table)
-    moe, scattered = exchange.collectives, form.norm < 1.0  # the sum before the block slices the tokens
-    for i, (op, places) in sites.items():
-        if "dispatch" in places:
-            rows += table.ops[done:i]
-            rows += (replace(one, module=op.module, kind=op.kind) for one in moe["dispatch"])
-            done = i
-        rows += table.ops[done : i + 1]
-        done = i + 1
-        # a block without an exchange sums its shared experts in its own all-reduce
-        summed = exchange.all2all == "none" and op.module.startswith(blocks.get(op.kind, "no block"))
-        if layout.tp > 1 and op.shard == "row" and not summed:
-            # a matmul's output, or the one number per token that a norm reduces to
-            norm, width = op.name == "pointwise", op.outputs[0].dims[-1].coef
-            label = "norm over sharded width" if norm else ""
-            partial_sums = 4.0 if norm else 2.0 * width
-            kept = norm or not (scattered and op.kind in blocks)
-            name: CollectiveOp = "all_reduce" if kept else "reduce_scatter"
-            rows.append(Collective(name, op.module, op.kind, "tp", layout.tp, tp, partial_sums, label=label))
-        if layout.tp > 1 and "logits" in places:
-            vocabulary = table.facts.vocab_size * 2.0
-            rows.append(Collective(
-                op="all_gather", module=op.module, kind=op.kind, group="tp", ranks=layout.tp, extent=tp,
-                scale=vocabulary, per="sequence", label="logits",
-            ))  # fmt: skip
-        for place in ("combine", "end"):
-            if place in places:
-                rows += (replace(one, module=op.module, kind=op.kind) for one in moe[place])
-    rows += table.ops[done:]
-    if layout.pp > 1:
-        rows += moe["stages"]
-    return rows
 
 
 @per_table

@@ -50,6 +50,14 @@ LENGTHS = f"{IN_ONE_PROCESS}ask()\nprint(ask(input_len=3000, output_len=500))"
 FIFTY = f"""{IN_ONE_PROCESS}
 print(sum(ask(input_len=1000 + 150 * i, output_len=300 + 40 * (i % 13), tpot_s=0.05 + 0.001 * i) for i in range(50)))
 """
+MILLION = f"""{IN_ONE_PROCESS}
+found = tc.compare(
+    "deepseek-v3", device="h200", world_size=32, input_len=4096, output_len=1024, ttft_s=2.0, tpot_s=0.05, full=True,
+    runnable_only=False,
+)
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(1e6 * (used.ru_utime + used.ru_stime) / found.examined)
+"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ def questions(folder: Path) -> list[Question]:
         Question("other lengths", ("-c", LENGTHS), inside=True),
         Question("50 questions in one process", ("-c", FIFTY), inside=True),
         Question("compare, every axis, warm", (*COMPARE, "-n", "32", "--full", "--any-engine")),
+        Question("a million candidates, every axis", ("-c", MILLION), inside=True),
         Question("compare, 1,024 GPUs, warm", (*COMPARE, "-n", "1024")),
         Question("simulate, cold", SIMULATE, cold=True),
         Question("simulate, warm", SIMULATE),
@@ -82,10 +91,12 @@ def questions(folder: Path) -> list[Question]:
     ]
 
 
-def measured(command: Sequence[str], environment: dict[str, str]) -> tuple[float, float, str]:
-    """CPU seconds, peak memory in bytes and standard output of a process."""
+def measured(
+    command: Sequence[str], environment: dict[str, str], folder: Path | None = None
+) -> tuple[float, float, str]:
+    """CPU seconds, peak memory in bytes and standard output of a process that starts in ``folder``."""
     with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, env=environment, cwd=folder)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
@@ -113,8 +124,10 @@ def asked(question: Question, version: Path, folder: Path, tries: int) -> tuple[
         cache = folder / f"cache-{version.name}"
         if question.cold:
             cache = Path(tempfile.mkdtemp(dir=folder))
-        environment = {**os.environ, "PYTHONPATH": str(version), "TENSORCAST_CACHE": str(cache), "COLUMNS": "160"}
-        seconds, memory, text = measured((sys.executable, *question.arguments), environment)
+        own = {"PYTHONPATH": str(version), "TENSORCAST_CACHE": str(cache), "COLUMNS": "160"}
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | own
+        # Python looks for modules where it starts before anywhere else
+        seconds, memory, text = measured((sys.executable, *question.arguments), environment, version)
         found.append((float(text) if question.inside else seconds, memory))
         if question.cold:
             shutil.rmtree(cache)

@@ -24,7 +24,9 @@ from tensorcast.search.pareto import alike, pareto
 from tensorcast.search.search import NO_PACE, NO_ROOM, SearchResult
 from tensorcast.search.search_task import Scenario, SearchTask
 from tensorcast.search.space import Variant
+from tensorcast.search.workspace import CURRENT
 from tensorcast.serving.objective import OBJECTIVES
+from tensorcast.serving.traffic import Traffic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,23 +164,33 @@ def work_by_family(
     GPU seconds per output token; for the objective ``latency`` seconds of a request. What rests on measurements and
     what on datasheets alone err apart.
     """
-    asked: list[Asked] = []
+    kept, behind, asked = CURRENT.get().contenders, list[tuple[Deployment, Deployment, float, Traffic]](), list[Asked]()
     for row in rows:
-        prefill, decode = comparison.deployments(row["candidate"])
         load = comparison.behind[row["candidate"]][0].load
-        asked.append((decode.step, float(row["batch"]), 1.0, load.context))
+        prefill, decode = comparison.deployments(row["candidate"])
+        behind.append((prefill, decode, float(row["batch"]), load))
+    # deployments are known by identity, and kept with what was found of them
+    keys = [(id(prefill), id(decode), batch, load) for prefill, decode, batch, load in behind]
+    new = [i for i, key in enumerate(keys) if key not in kept]
+    for prefill, decode, batch, load in (behind[i] for i in new):
+        asked.append((decode.step, batch, 1.0, load.context))
         asked.append((prefill.step, 1.0, float(load.input_len - load.prefix_cached), float(load.prefix_cached)))
-    priced, sums = prices(asked), list[dict[str, tuple[float, float]]]()
-    for row in rows:
-        decoded = row["tpot_s"] * (comparison.output_len - 1) / row["request_s"]
-        whole = row["request_s"] if comparison.objective == "latency" else row["gpus"] / row["output_tokens_per_s"]
-        found: dict[str, tuple[float, float]] = {}
-        for price, share in ((next(priced), decoded), (next(priced), 1 - decoded)):
+    priced = prices(asked)
+    for i in new:
+        both = list[list[tuple[str, float, float]]]()
+        for price in (next(priced), next(priced)):
             # one batch: numbers, or arrays of one entry where drafts are priced beside it
             parts = [(f"{p.family} {p.level == UNSURE}", np.asarray(p.seconds * n).item(), float(np.max(p.error)))
                      for p, n in price.calls]
             beside = max(float(price.overhead_s), 1e-30)
-            parts.append(("engine", beside, float(price.overhead_error_s) / beside))
+            both.append([*parts, ("engine", beside, float(price.overhead_error_s) / beside)])
+        kept[keys[i]] = behind[i], both
+    sums = list[dict[str, tuple[float, float]]]()
+    for row, key in zip(rows, keys, strict=True):
+        decoded = row["tpot_s"] * (comparison.output_len - 1) / row["request_s"]
+        whole = row["request_s"] if comparison.objective == "latency" else row["gpus"] / row["output_tokens_per_s"]
+        found: dict[str, tuple[float, float]] = {}
+        for parts, share in zip(kept[key][1], (decoded, 1 - decoded), strict=True):
             total = sum(seconds for _, seconds, _ in parts) or 1.0
             for name, seconds, error in parts:
                 amount = whole * share * seconds / total

@@ -53,18 +53,20 @@ class Workspace:
     """Variants and their prices, by what they hang on of a task."""
     results: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """What searches found, by all of a task."""
+    contenders: dict[Hashable, tuple[object, Any]] = field(default_factory=dict, repr=False)
+    """What the kernels of the best layouts take, by deployments, batch and load."""
     _before: list[Workspace] = field(default_factory=list, repr=False)
 
     def trim(self) -> None:
         """Keep what was made last."""
         questions = (self.prices, self.questions), (self.results, self.questions)
-        for kept, number in ((self.deployments, 4096), (self.parts, 8), *questions):
+        for kept, number in ((self.deployments, 4096), (self.contenders, 512), (self.parts, 8), *questions):
             while len(kept) > number:
                 del kept[next(iter(kept))]
 
     def clear(self) -> None:
         """Forget everything."""
-        for kept in (self.deployments, self.parts, self.prices, self.results):
+        for kept in (self.deployments, self.contenders, self.parts, self.prices, self.results):
             kept.clear()
 
     def __enter__(self) -> Workspace:

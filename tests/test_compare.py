@@ -33,8 +33,8 @@ from tensorcast.search.candidates import aggregated as all_aggregated
 from tensorcast.search.candidates import disaggregated as all_pools
 from tensorcast.search.candidates import steady
 from tensorcast.search.compare import Comparison
-from tensorcast.search.pareto import alike, pareto
 from tensorcast.search.search_task import SearchTask
+from tensorcast.search.selection import alike, pareto
 from tensorcast.search.space import space
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.traffic import Traffic

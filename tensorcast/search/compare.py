@@ -20,9 +20,9 @@ from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.candidate_table import stacked
 from tensorcast.search.notes import COUNTED, in_seconds, notes, nothing_left, warning
-from tensorcast.search.pareto import alike, pareto
 from tensorcast.search.search import NO_PACE, NO_ROOM, SearchResult
 from tensorcast.search.search_task import Scenario, SearchTask
+from tensorcast.search.selection import alike, pareto
 from tensorcast.search.space import Variant
 from tensorcast.search.workspace import CURRENT
 from tensorcast.serving.objective import OBJECTIVES
@@ -50,7 +50,7 @@ class Comparison:
     ``pruned``: how many fell away by which rule, of ``layouts`` (rules on layouts and engines), of ``variants``
     (layouts with their options: memory) and of ``candidates`` (variants at a batch: pace). ``warning``: what to know
     before trusting the best, if anything. ``ties``: candidates that cannot be told apart from the best
-    (:func:`tensorcast.search.pareto.alike`).
+    (:func:`tensorcast.search.selection.alike`).
     """
 
     model: ModelProfile

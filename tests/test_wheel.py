@@ -74,6 +74,9 @@ def test_wheel_carries_profiles_and_nothing_else(wheel: Path) -> None:
     assert traces and traces <= names
     templates = {"report.html.j2", "style.css", "table.js"}
     assert {f"tensorcast/report/compare/templates/{name}" for name in templates} <= names
+    static = ROOT / "tensorcast" / "explore" / "static"
+    page = {path.relative_to(ROOT).as_posix() for path in static.rglob("*") if path.is_file()}
+    assert "tensorcast/explore/static/vendor/plot.LICENSE" in page and {*page, "tensorcast/_glossary.md"} <= names
     assert "tensorcast/py.typed" in names
     assert {name.split("/")[0] for name in names} == {"tensorcast", wheel.name.split("-py3")[0] + ".dist-info"}
 

@@ -17,18 +17,23 @@ from tensorcast.search.workspace import CURRENT, Parts
 MOST_PRICED = 8
 """Sets of priced variants that are kept."""
 
-MOST_FIRST = 24
+MOST_FIRST = 12
 """Variants that stand for all where none is known."""
+
+FEW = 4
+"""Variants that are no answer by themselves."""
 
 _priced: dict[Hashable, tuple[SearchTask, VariantPrices]] = {}
 
 
 @uncollected()
 def search_again(task: SearchTask, known: Sequence[Variant] = ()) -> SearchResult:
-    """Candidates of the ``known`` variants that go into the task's GPUs; of :func:`first_variants` where none does."""
+    """Candidates of the ``known`` variants that go into the task's GPUs, and of :func:`first_variants` where few do."""
     workspace = CURRENT.get()
     workspace.trim()
-    tried = tuple(v for v in known if task.gpus % v.layout.world_size == 0) or tuple(first_variants(task))
+    tried = tuple(v for v in known if task.gpus % v.layout.world_size == 0)
+    if len(tried) < FEW:
+        tried = tuple(dict.fromkeys((*tried, *first_variants(task))))
     if not tried:
         return SearchResult(stacked([]), [], Counter(), 0)
     shared = id(task.model), id(task.device), id(task.engine), task.base

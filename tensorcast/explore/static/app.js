@@ -10,7 +10,7 @@ import { Table, verdict } from "./table.js";
 
 const REST_MS = 220; // a slider that rests so long is where it should be
 
-let catalog, state, controls, table, details, page = null, ghost = null, timer = 0, hovered = null, shownAt = "";
+let catalog, state, controls, table, details, page = null, ghost = null, timer = 0, rests = 0, hovered = null, shownAt = "";
 const swift = new Line("quick", (one, ok, found, ms) => take(one, ok, found, ms, true));
 const whole = new Line("answer", (one, ok, found, ms) => take(one, ok, found, ms, false));
 const close = new Line("details", (one, ok, found) => details.take(found));
@@ -27,12 +27,17 @@ function changed(key, value, settled) {
   ask(settled);
 }
 
+// The quick question first, so that nothing competes with it; all layouts once it is answered and the slider rests.
 function ask(settled) {
   clearTimeout(timer);
+  rests = performance.now() + (settled ? 0 : REST_MS);
   swift.ask(state.asked, {});
   status("moving");
-  if (settled) whole.ask(state.asked, {});
-  else timer = setTimeout(() => whole.ask(state.asked, {}), REST_MS);
+}
+
+function askWhole() {
+  clearTimeout(timer);
+  timer = setTimeout(() => whole.ask(state.asked, {}), Math.max(0, rests - performance.now()));
 }
 
 const axis = () => state.view.y || "tokens_per_s_per_gpu";
@@ -40,6 +45,7 @@ const axis = () => state.view.y || "tokens_per_s_per_gpu";
 // An answer: shown where the question is still the same, or a quick one while nothing newer is there.
 function take(one, ok, found, ms, quick) {
   const current = same(one.state, state.asked);
+  if (quick && current && ok) askWhole();
   if (!current && !quick) return;
   if (quick && page && !page.quick && page.of && same(page.of, one.state)) return; // the full answer came first
   if (!ok) {
@@ -270,6 +276,7 @@ function fromAddress() {
   controls.show();
   $("y-axis").value = axis();
   ask(true);
+  whole.ask(state.asked, {});
 }
 
 async function start() {

@@ -73,7 +73,8 @@ def launch(
         show_default=False, rich_help_panel=WORK,
     )] = None,
     engine: Annotated[str, typer.Option(
-        "--engine", "-e", metavar="NAME", help="vllm, sglang or trtllm.", rich_help_panel=CHOICES,
+        "--engine", "-e", metavar="NAME", help="vllm, sglang or trtllm; an older release as sglang==0.5.14.",
+        rich_help_panel=CHOICES,
     )] = "vllm",
     as_json: Annotated[bool, typer.Option(
         "--json", help="Print JSON alone: commands, files, every flag with version and source.", rich_help_panel=OUTPUT,

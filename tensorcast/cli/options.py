@@ -24,7 +24,8 @@ Phase = Annotated[str, typer.Option(
     "--phase", metavar="prefill|decode", help="Read prompts, or make one token per sequence.", rich_help_panel=WORK,
 )]
 Engine = Annotated[str, typer.Option(
-    "--engine", "-e", metavar="NAME", help="vllm, sglang, trtllm or a profile file.", rich_help_panel=CHOICES,
+    "--engine", "-e", metavar="NAME", help="vllm, sglang, trtllm or a profile file; an older release as vllm==0.24.0.",
+    rich_help_panel=CHOICES,
 )]
 LAYOUT = "tpN-dpN-epN-ppN"
 """How layouts are written, for ``--help``."""

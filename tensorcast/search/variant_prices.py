@@ -69,8 +69,8 @@ _Member = tuple[Layout, Options, Options]
 """A layout, of those that differ in pp the one with most stages, and what is not a setting of prefill's and decode's
 options."""
 
-TOGETHER = 16
-"""Groups that are priced together: more take more memory at once."""
+TOGETHER = 100_000
+"""Steps of members at settings and batches that are priced together, about: more take more memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +126,9 @@ class VariantPrices:
         self._settings = sorted({*self._setting_of})
         self._kinds = list(dict.fromkeys(setting._replace(mtp_depth=0) for setting in self._settings))  # of prompts
         groups = list(self._groups().values())
-        for start in range(0, len(groups), TOGETHER):
-            self._price([self._group(members) for members in groups[start : start + TOGETHER]])
+        entries = np.cumsum([len(members) for members in groups]) * len(self._settings) * len(grid)
+        for block in np.unique(entries // TOGETHER):
+            self._price([self._group(groups[i]) for i in np.flatnonzero(entries // TOGETHER == block)])
         self.prompts = {}
         for budget, found in self._costs.items():
             positions = np.concatenate([rows for rows, _ in found])

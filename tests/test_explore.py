@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,20 @@ def test_close_by_parts_add_up_to_the_row() -> None:
     pair = versus(asked, found[0], found[-1])
     for side, one in zip("ab", pair["steps"], strict=True):
         assert sum(group[f"seconds_{side}"] for group in pair["groups"]) == pytest.approx(one["seconds"], rel=1e-6)
+
+
+def test_the_command_of_a_step_prices_that_step() -> None:
+    import typer.testing
+
+    from tensorcast.cli import app
+
+    asked = question(STATE)
+    kept = (one for one in full(asked).behind.values() if one.row["mode"] == "aggregated" and one.row["meets"])
+    found = max(kept, key=lambda one: one.row["redundant_experts"] + one.row["dual_batch_overlap"])
+    told = details(asked, found)
+    done = typer.testing.CliRunner().invoke(app, [*shlex.split(told["simulate"])[1:], "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["step_s"] == pytest.approx(found.row["decode_step_s"], rel=2e-3)
 
 
 def test_users_and_rate_are_limits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.explain import Side, compared_groups, elasticities
+from tensorcast.deploy.options import OPTIONS, flag
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.breakdown import kernel_group
 from tensorcast.deploy.step.price import StepPrice
@@ -193,15 +195,15 @@ def _memory(row: Row) -> dict[str, Any]:
 
 def _simulate(asked: Question, row: Row, decode: Deployment) -> str:
     """The command that prices the candidate's decode step alone."""
-    import shlex
-
-    layout, options = decode.layout, decode.options
+    layout, chosen = decode.layout, list[Any]()
+    for name, field in OPTIONS.items():
+        value = getattr(decode.options, name)
+        if value != field.default:
+            chosen += [flag(name)] if isinstance(value, bool) else [flag(name), value]
     said: Sequence[Any] = (
         "tensorcast", "simulate", asked.model, "--device", row["device"], "--world-size", layout.world_size, "--tp",
         layout.tp, "--dp", layout.dp, "--ep", layout.ep, "--pp", layout.pp, "--engine", asked.engine, "--batch",
         max(1, round(row["batch"])), "--context", round(asked.asked["input_len"] + asked.asked["output_len"] / 2),
-        "--routing", options.routing, "--all2all", options.all2all,
-        *(("--dual-batch-overlap",) if options.dual_batch_overlap else ()),
-        *(("--mtp-depth", options.mtp_depth) if options.mtp_depth else ()),
+        *chosen,
     )
     return shlex.join(map(str, said))

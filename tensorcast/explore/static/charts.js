@@ -104,7 +104,7 @@ export function stepBars(box, steps) {
       x: { percent: true, label: "share of the step, %", labelAnchor: "right" }, y: { label: null, domain: [...new Set(rows.map((r) => r.step))] },
       marks: [
         Plot.barX(rows, Plot.stackX({ x: "share", y: "step", fill: "colour", order: names.map(([, c]) => c), insetLeft: 0.5, insetRight: 0.5, title: (r) => `${r.part}: ${r.text}`, ariaLabel: (r) => `${r.part} ${r.text}` })),
-        Plot.text(rows.filter((r) => r.share > 0.075), Plot.stackX({ x: "share", y: "step", z: "colour", order: names.map(([, c]) => c), text: "text", fill: "white", stroke: "rgba(0,0,0,.45)", strokeWidth: 2, fontSize: 11 })),
+        Plot.text(rows, Plot.stackX({ x: "share", y: "step", z: "colour", order: names.map(([, c]) => c), text: (r) => (r.share > 0.09 ? r.text : ""), fill: "white", stroke: "rgba(0,0,0,.45)", strokeWidth: 2, fontSize: 11 })),
       ],
     }));
 }

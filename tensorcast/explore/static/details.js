@@ -81,7 +81,7 @@ export class Details {
   step() {
     const chart = el("div", { class: "chart" });
     fill(this.body, chart, this.data.steps.map((s) => el("p", { class: "hint" }, el("b", {}, s.name), ` ${s.text}: ${s.what}; ${s.words} (${s.layout})`, s.hidden_s > 0 ? `; hides ${s.hidden} of what is sent` : "", ".")),
-      command(this.data.simulate));
+      command(this.data.simulate, "its decode step in a shell"));
     charts.stepBars(chart, this.data.steps);
   }
 
@@ -142,7 +142,7 @@ function script(one) {
   return el("div", { class: "script" }, el("div", { class: "bar" }, link, button), el("pre", { tabindex: "0" }, one.script));
 }
 
-export function command(text) {
+export function command(text, what = "the same in a shell") {
   const button = el("button", { type: "button", class: "small", onclick: () => copy(text, button) }, "Copy");
-  return el("div", { class: "script" }, el("div", { class: "bar" }, el("span", { class: "hint" }, "the same in a shell"), button), el("pre", { tabindex: "0" }, text));
+  return el("div", { class: "script" }, el("div", { class: "bar" }, el("span", { class: "hint" }, what), button), el("pre", { tabindex: "0" }, text));
 }

@@ -1,4 +1,4 @@
-# Everything a developer runs. Needs GNU make and a Python of 3.10 or later; the rest is installed into .venv.
+# Everything a developer runs. Needs GNU make and a Python of 3.11 or later; the rest is installed into .venv.
 
 PYTHON ?= python3
 VENV   := .venv

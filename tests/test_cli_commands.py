@@ -42,12 +42,18 @@ def refused(*arguments: str) -> str:
         (("simulate", "mixtral-8x7b", "-d", "h100", "-b", "1e3"), ("--batch '1e3'", "must be a valid integer")),
         (("simulate", "mixtral-8x7b", "-d", "h100", "--top", "-1"), ("--top '-1'", "equal to 0")),
         ((*COMPARE, "--mtp-acceptance", "2"), ("--mtp-acceptance '2'", "less than or equal to 1")),
+        ((*COMPARE, "-d", "h200"), ("-d: is given twice", "with commas")),
+        ((*COMPARE, "--ttft=2s", "--ttft", "3s"), ("--ttft: is given twice",)),
+        ((*COMPARE, "--out", ""), ("--out '': is empty",)),
+        ((*COMPARE, "--price="), ("--price '': is empty",)),
+        (("simulate", "m" * 300, "-d", "h100"), ("the name is too long", "300 characters")),
+        (("simulate", "qwen3-8b", "-d", "h" * 5000), ("the name is too long", "5000 characters")),
         ((*COMPARE, "--ttft", "soon"), ("--ttft 'soon'", "50ms")),
         ((*COMPARE, "--ttft", "1e400"), ("--ttft '1e400'",)),
         ((*COMPARE, "--tpot", "50"), ("--tpot '50'", "50ms or 50s")),
         ((*COMPARE, "--tpot", "0ms"), ("--tpot '0ms'",)),
         (("compare", "qwen3-30b-a3b", "-d", ",", "-n", "4"), ("--device ','",)),
-        ((*COMPARE, "--mode", ""), ("--mode ''",)),
+        ((*COMPARE, "--mode", ""), ("--mode '': is empty",)),
         ((*COMPARE, "--price", "h100=inf"), ("--price h100-sxm=inf", "more than 0")),
         ((*COMPARE, "--price", "=2"), ("--price '=2'", "DEVICE=USD")),
         (("simulate", "", "-d", "h100"), ("model: the name is empty", "tensorcast models")),
@@ -185,3 +191,27 @@ def test_a_killed_write_leaves_no_half_file(tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text(RUNS)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False, timeout=120)
     assert done.returncode == -9 and not (tmp_path / "o.csv").exists()
+
+
+@pytest.mark.parametrize("arguments", [("devices",), ("simulate", "qwen3-8b", "-d", "h100", "--json")])
+def test_output_that_has_no_room_is_one_line(arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "tensorcast", *arguments], stdout=full, stderr=subprocess.PIPE,
+                              text=True, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: standard output: cannot be written: No space left on device\n"
+
+
+def test_a_misspelt_column_is_named(tmp_path: Path) -> None:
+    table = tmp_path / "runs.csv"
+    table.write_text(RUNS.replace("concurrency", "concurency"))
+    assert "column 'concurency' is not known: did you mean concurrency?" in refused("predict", str(table))
+    table.write_text(RUNS.replace("\n", ",concurency_note\n", 1).replace("8\n", "8,mine\n"))
+    assert invoke("predict", str(table)).exit_code == 0  # another's column, and ours is there
+
+
+def test_a_shell_can_complete_commands() -> None:
+    asked = {"_TENSORCAST_COMPLETE": "complete_bash", "COMP_WORDS": "tensorcast comp", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-m", "tensorcast"], env={**os.environ, **asked}, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.stdout.split() == ["compare"]

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tensorcast.cli import app
 from tensorcast.deploy.engine_limits import ENGINE_RULES
 from tensorcast.deploy.layout import ALL2ALL, Layout, parse_layout
 from tensorcast.deploy.options import Options
-from tensorcast.launch.launch import Launch, launch
+from tensorcast.launch.launch import Launch, launch, script
 from tensorcast.profiles.launch import list_launch_tables, load_launch_table
 from tensorcast.profiles.store import load_device, load_model
 
@@ -297,10 +298,10 @@ DEEPSEEK_32 = ("deepseek-v3", "--device", "h200", "--world-size", "32", "--batch
 def test_cli_prints_a_command_per_node() -> None:
     result = invoke(*DEEPSEEK_32, "--layout", "tp1-dp32-ep32", "--engine", "sglang")
     assert result.exit_code == 0 and result.stderr == ""
-    assert result.stdout.startswith("# sglang 0.5.23\n# to be filled in: HEAD_NODE_IP: ")
+    assert result.stdout.startswith("#!/usr/bin/env bash\n# sglang 0.5.23\n# to be filled in: HEAD_NODE_IP: ")
     expected = written("sglang", "tp1-dp32-ep32").commands
     for node, command in enumerate(expected):
-        assert f"\n# node {node}\n{command}\n" in result.stdout
+        assert f"\nnode{node})\n{command}\n;;\n" in result.stdout
 
 
 def test_cli_json_has_every_source() -> None:
@@ -342,3 +343,25 @@ def test_balancers_by_name() -> None:
     command = written("sglang", "tp1-dp32-ep32", Options(placement="eplb_global")).commands[0]
     assert "--enable-eplb" in command and "--eplb-algorithm deepseek" in command
     assert "--eplb-algorithm" not in written("sglang", "tp1-dp32-ep32", Options(placement="eplb")).commands[0]
+
+
+def test_a_script_runs_the_command_that_it_is_asked_for(tmp_path: Path) -> None:
+    """Two nodes of a prefill pool and one decode server in one file: no command waits for another to end."""
+    pools = [written("vllm", "tp1-dp16-ep16", role="prefill"), written("vllm", "tp8-ep8", role="decode")]
+    file = tmp_path / "launch.sh"
+    file.write_text(script(*pools, roles=("prefill", "decode"), said=("1 x prefill worker",)))
+    (tmp_path / "vllm").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "vllm").chmod(0o755)
+
+    def ran(*words: str) -> subprocess.CompletedProcess[str]:
+        path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        return subprocess.run(["bash", str(file), *words], env=path, capture_output=True, text=True, check=False)
+
+    second = ran("prefill-node1").stdout
+    assert second.count("serve") == 1 and "--data-parallel-start-rank 8" in second
+    assert "--data-parallel-start-rank" not in ran("prefill-node0").stdout
+    assert "kv_consumer" in ran("decode").stdout and ran("decode").stdout.count("\n") == 1
+    nothing = ran()
+    assert nothing.returncode == 2 and "prefill-node0|prefill-node1|decode" in nothing.stderr and not nothing.stdout
+    single = script(written("vllm", "tp8-ep8"))
+    assert "case" not in single and single.splitlines()[-1].startswith("  --")

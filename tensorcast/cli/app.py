@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import gc
 import importlib.util
 import os
@@ -47,11 +48,32 @@ def command(epilog: str | None = None) -> Callable[[Function], Function]:
 
     def made(function: Function) -> Function:
         own = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-        own.command(epilog=epilog)(function)
+        own.command(epilog=epilog, cls=_Command)(function)
         _alone[function.__name__] = own
         return function
 
     return made
+
+
+class _Command(TyperCommand):
+    """A command whose options are given once and hold something."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        single = {
+            name: param for param in self.params for name in (*param.opts, *param.secondary_opts)
+            if name.startswith("-") and not getattr(param, "multiple", False)
+        }  # fmt: skip
+        seen: set[str | None] = set()
+        for i, word in enumerate(args if "--" not in args else args[: args.index("--")]):
+            name, equals, value = word.partition("=")
+            if (param := single.get(name)) is None:
+                continue
+            if param.name in seen:
+                raise InputError(f"{name}: is given twice; several values go into one, with commas, where it takes any")
+            seen.add(param.name)
+            if not getattr(param, "is_flag", False) and (value if equals else args[i + 1 : i + 2]) in ("", [""]):
+                raise InputError(f"{name} '': is empty")
+        return super().parse_args(ctx, args)
 
 
 class _Commands(TyperGroup):
@@ -130,7 +152,7 @@ def _usage(error: typer.TyperException) -> str:
 
 
 app = typer.Typer(
-    cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    cls=_Commands, add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES,
 )
 
@@ -150,13 +172,29 @@ def main() -> None:
         app(prog_name="tensorcast")
     except BrokenPipeError:
         _reader_left()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EBADF, errno.EIO):
+            raise
+        _unheard(error)
     except SystemExit as leaving:
         gc.freeze()  # the process ends: the collector need not go through all that was made to look for cycles
         try:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except BrokenPipeError:
             _reader_left()
+        except OSError as error:
+            _unheard(error)
         raise leaving from None
+
+
+def _unheard(error: OSError) -> NoReturn:
+    """Where our output goes there is no room, or nothing: one line, and nothing more while Python shuts down."""
+    with contextlib.suppress(OSError):
+        print(f"error: standard output: cannot be written: {error.strerror}", file=sys.stderr)
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(2) from None
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

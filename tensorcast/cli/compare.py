@@ -175,8 +175,8 @@ def compare(
                 input_len=input_len or means[0], output_len=output_len or means[1],
                 ttft_s=duration("--ttft", ttft), tpot_s=duration("--tpot", tpot), objective=objective, engine=engine,
                 layouts=read_layouts(layouts) if layouts else None,
-                modes=listed_names("--mode", mode), request_rate=request_rate, prices=device_prices(price),
-                prefix_cached=prefix_cached,
+                modes=listed_names("--mode", mode), request_rate=request_rate,
+                prices=device_prices(price) if price else None, prefix_cached=prefix_cached,
                 mtp_acceptance=mtp_acceptance, full=full, runnable_only=not any_engine, jobs=jobs, executor=executor,
                 **options | searched,
             )

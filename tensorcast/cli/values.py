@@ -49,7 +49,7 @@ def whole_numbers(flag: str, text: str, least: int | None = None) -> list[int]:
     return found
 
 
-def device_prices(text: str | None) -> dict[str, float]:
+def device_prices(text: str) -> dict[str, float]:
     prices = {}
     for part in split_names(text):
         name, _, value = part.partition("=")

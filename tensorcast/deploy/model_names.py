@@ -6,7 +6,6 @@ import functools
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tensorcast.errors import InputError
@@ -79,7 +78,7 @@ def named_model(name: str) -> tuple[ModelProfile, str]:
 
     The line is empty where the name is a profile's own. A path must be there.
     """
-    if name.startswith((".", "~", os.sep)) or Path(name).exists():
+    if name.startswith((".", "~", os.sep)) or os.path.exists(name):
         return load_model(name), ""
     named = understand(name)
     profile = load_model(named.profile.name if named.near else name)  # one's own, to keep

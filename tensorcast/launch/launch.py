@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -141,14 +142,29 @@ def _served(engine: str, role: str | None) -> EngineProfile:
     return load_engine(engine) if role is None else load_engine(engine).in_pools()
 
 
-def script(found: Launch) -> str:
-    """A shell script, except that each node runs its own command."""
-    lines = [f"# {found.engine} {found.version}", *(f"# {note}" for note in found.notes)]
-    for name, text in found.config_files.items():
-        lines += ["", f"cat > {name} <<'END'", text.rstrip("\n"), "END"]
-    for node, command in enumerate(found.commands):
-        lines += ["", *([f"# node {node}"] if len(found.commands) > 1 else []), command]
-    return "\n".join(lines)
+def script(*parts: Launch, roles: Sequence[str] = ("",), said: Sequence[str] = ()) -> str:
+    """A shell script of one server, or of a pool's and the other's, named by ``roles``.
+
+    Several commands, of nodes or of pools, are cases of its first argument: one runs where it is called, none keeps the
+    others waiting. ``said``: comments on top.
+    """
+    cases: dict[str, list[str]] = {}
+    comments = dict.fromkeys((*(f"{part.engine} {part.version}" for part in parts), *said))
+    for role, part in zip(roles, parts, strict=True):
+        comments |= dict.fromkeys(part.notes)
+        files = [line for name, text in part.config_files.items() for line in (
+            f"cat > {name} <<'END'", text.rstrip("\n"), "END", "")]  # fmt: skip
+        for node, command in enumerate(part.commands):
+            words = [role] * bool(role) + [f"node{node}"] * (len(part.commands) > 1)
+            cases["-".join(words)] = [*files, command]
+    lines = [f"# {comment}" for comment in comments]
+    if len(cases) == 1:
+        return "\n".join([*lines, "", *next(iter(cases.values()))])
+    lines = ["#!/usr/bin/env bash", *lines, f"# on each node: bash THIS_FILE {'|'.join(cases)}", "", 'case "${1-}" in']
+    for name, inside in cases.items():
+        lines += [f"{name})", *inside, ";;"]
+    names = "|".join(cases)
+    return "\n".join([*lines, "*)", f'echo "usage: bash $0 {names}" >&2', "exit 2", ";;", "esac"])
 
 
 def _written(plan: Plan) -> Launch:

@@ -7,6 +7,7 @@ nothing) takes the default. For disaggregated rows every size of a layout exists
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -148,6 +149,10 @@ class Run:
         return f"{self.workers[0]}x {self.prefill} + {self.workers[1]}x {self.decode}"
 
 
+MISSPELT = 0.9
+"""Likeness (of :mod:`difflib`) from which on a column that nobody knows is one of ours, misspelt."""
+
+
 def canonical_columns(table: Iterable[Any]) -> dict[str, str]:
     """Our name of every column of a table that has one, keyed by the table's. Raises where two mean the same."""
     names = [str(name) for name in table]
@@ -157,6 +162,7 @@ def canonical_columns(table: Iterable[Any]) -> dict[str, str]:
     for name, (_, _, others) in WORKER_COLUMNS.items():
         for prefix in ("", "prefill_", "decode_"):
             known |= dict.fromkeys((f"{prefix}{n}" for n in (name, *others)), prefix + name)
+    spelt = list(known)
     for name, others in MEASURED.items():
         known |= dict.fromkeys((name, *others), name)
     found: dict[str, str] = {}
@@ -171,6 +177,10 @@ def canonical_columns(table: Iterable[Any]) -> dict[str, str]:
             first = next(n for n, o in found.items() if o == ours)
             raise InputError(f"columns {first!r} and {name!r} both mean {ours}: keep one")
         found[name] = ours
+    for name in names:
+        near = [] if name in found else difflib.get_close_matches(name.strip().lower(), spelt, n=1, cutoff=MISSPELT)
+        if near and known[near[0]] not in found.values() and len(name.strip()) > 3:
+            raise InputError(f"column {name!r} is not known: did you mean {near[0]}? (another name, if it is yours)")
     return found
 
 

@@ -45,7 +45,7 @@ def load_model(name: str | os.PathLike[str]) -> ModelProfile:
 
     text = os.fspath(name)
     directory = Path(text).expanduser()
-    if text and directory.is_dir() and (_is_path(text) or _find("model", text) is None):
+    if text and os.path.isdir(directory) and (_is_path(text) or _find("model", text) is None):
         return _model_from_config(directory / "config.json")
     path = _path_of("model", text)
     return _model_from_config(path) if path.suffix == ".json" else _read(path, ModelProfile)
@@ -106,12 +106,18 @@ def profile_roots() -> tuple[Path, ...]:
 # Finding
 
 
+LONGEST_NAME, LONGEST_PATH = 255, 4000
+"""Bytes of a file's name and characters of a path that systems take."""
+
+
 def _is_path(text: str) -> bool:
     return text.lower().endswith(_SUFFIXES) or os.sep in text or text.startswith("~") or text in (".", "..")
 
 
 def _path_of(kind: str, text: str) -> Path:
     """File of the profile called ``text``, which may itself be the path of a YAML or JSON file."""
+    if max(map(len, text.encode().split(os.sep.encode()))) > LONGEST_NAME or len(text) > LONGEST_PATH:
+        raise InputError(f"{kind} {text[:40]!r}...: the name is too long, {len(text)} characters")
     if text.lower().endswith(_SUFFIXES):
         path = Path(text).expanduser()
         if not path.is_file():

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class NoTracer(InputError):
 
 
 _known: dict[tuple[Hashable, ...], Any] = {}
+_unwritable: set[Path] = set()
 _digests: dict[int, tuple[ModelProfile, tuple[str, str]]] = {}
 
 
@@ -101,12 +103,20 @@ def kept(
         stored = made = None
         if path is not None:
             with contextlib.suppress(*DAMAGED):  # made again
-                stored = read(json.loads(path.read_bytes()))
+                content, _, digest = path.read_bytes().rpartition(b"\n")
+                if digest.decode() == hashlib.sha256(content).hexdigest():
+                    stored = read(json.loads(content))
         if stored is None:
             made = make()
             if path is not None:
-                with contextlib.suppress(OSError):  # a read-only home costs time, not the answer
-                    write_atomically(path, json.dumps(write(made), separators=(",", ":")))
+                text = json.dumps(write(made), separators=(",", ":"))
+                try:
+                    write_atomically(path, f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}")
+                except OSError as error:  # a read-only home costs time, not the answer
+                    if not _unwritable:
+                        said = error.strerror or error
+                        logging.getLogger("tensorcast").warning("note: nothing is kept in %s: %s", folder, said)
+                    _unwritable.add(folder)
         _known[full] = made if stored is None else stored
     found: Made = _known[full]
     return found

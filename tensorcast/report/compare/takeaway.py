@@ -34,16 +34,18 @@ def takeaways(view: View) -> list[Takeaway]:
 
 
 def _of(view: View, choice: Choice, engine: str) -> Takeaway:
-    pools: list[tuple[str | None, str]] = [(None, "")]
+    pools: list[str | None] = [None]
+    said: list[str] = []
     if choice.row["mode"] == "disaggregated":
-        pools = [(role, f"# {int(choice.row[f'{role}_workers'])} x {role} worker\n") for role in ("prefill", "decode")]
+        pools = ["prefill", "decode"]
+        said = [f"{int(choice.row[f'{role}_workers'])} x {role} worker" for role in pools]
     if len(pools) == 1 and (problem := _mixed(choice, engine)):
         return Takeaway(engine, "", "", problem)
     # a pool reads prompts in steps as large as its engine's own, one engine for both phases in the candidate's
     own = view.comparison.engine.tokens_per_step(choice.prefill.device)
     chunk = int(choice.row["chunk_tokens"]) if len(pools) == 1 else own
-    texts, version = [], ""
-    for role, head in pools:
+    parts = []
+    for role in pools:
         deployment = choice.prefill if role == "prefill" else choice.decode
         try:
             found = launch(
@@ -57,9 +59,9 @@ def _of(view: View, choice: Choice, engine: str) -> Takeaway:
             return Takeaway(engine, "", "", str(error))
         if found.problem:
             return Takeaway(engine, found.version, "", found.problem)
-        version = found.version
-        texts.append(head + script(found))
-    return Takeaway(engine, version, "\n\n".join(texts) + "\n", "")
+        parts.append(found)
+    text = script(*parts, roles=[role or "" for role in pools], said=said)
+    return Takeaway(engine, parts[-1].version, text + "\n", "")
 
 
 def _mixed(choice: Choice, engine: str) -> str:

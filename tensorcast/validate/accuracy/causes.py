@@ -19,6 +19,7 @@ from tensorcast.cost.kernels.device_model import LINES
 LEADING = {
     "gemm": "m", "grouped_gemm": "tokens", "attention_prefill": "new", "attention_decode": "past",
     "mla_prefill": "new", "mla_decode": "past", "mla_prefill_module": "new", "mla_decode_module": "past",
+    "linear_prefill": "new", "linear_decode": "batch", "conv_prefill": "new", "conv_decode": "batch",
     "quantize": "m", "moe_exchange": "tokens",
 }
 """The size that runs while the others stand; ``payload_bytes`` of collectives."""

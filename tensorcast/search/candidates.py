@@ -82,8 +82,8 @@ def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None))
 
     At each batch (powers of two; of those priced the largest that fits, the largest within the limit on TPOT) the pools
     that match at fewest GPUs per request; for each number of decode workers, prefill workers on all other GPUs. Of all
-    these pools the largest batch that prompts keep up with; and where that is late with a first token, the largest in
-    time.
+    these pools the largest batch that prompts keep up with, and a smaller one that brings more; and where these are
+    late with a first token, the largest in time.
     """
     parts, unstable = [], 0
     grid, decode_s = shop.grid, shop.curves["seconds"]
@@ -105,26 +105,28 @@ def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None))
         capacity = PREFILL_BUSY * variant.layout.dp * float(costs.most_per_s)
         same = np.array([v.decode.kv_dtype == variant.decode.kv_dtype for v in shop.variants])
         x, y = _matched(rate, capacity, wide, size[rows], gpus)
-        found = [(rows, batch, x, y)]
         unstable += int((x == 0)[same[rows]].sum())
-        # these pools' own largest batch, too
-        one, some_x, some_y = np.unique(np.stack([rows, x, y])[:, x > 0], axis=1)
-        one = one.astype(int)
-        found.append((one, last_of(grid, least[one] <= (some_x * capacity / some_y)[:, None]), some_x, some_y))
+        pools = [np.unique(np.stack([rows, x, y])[:, x > 0], axis=1)]  # their own largest batch, too
         for workers in _pool_sizes(int((gpus - wide) // size.min())):
             others = np.floor((gpus - workers * size) / wide)
             mine = np.flatnonzero(same & (others >= 1))
-            most = last_of(grid, least[mine] <= (others[mine] * capacity / workers)[:, None])
-            found.append((mine, most, others[mine], np.full(len(mine), float(workers))))
-        some, at, x, y = (np.concatenate(column) for column in zip(*found, strict=True))
+            pools.append(np.stack([mine, others[mine], np.full(len(mine), float(workers))]))
+        own, own_x, own_y = np.concatenate(pools, axis=1)
+        own, limit = own.astype(int), (own_x * capacity / own_y)[:, None]
+        largest = last_of(grid, least[own] <= limit)
+        # a step may jump: fewer sequences may then bring more tokens than the most that prompts keep up with
+        quickest = grid[np.where(usable[own] & (rates[own] <= limit), rates[own], -1.0).argmax(axis=1)]
+        quickest = np.where(quickest < largest, quickest, 0.0)
+        some, at = np.concatenate([rows, own, own]), np.concatenate([batch, largest, quickest])
+        x, y = np.concatenate([x, own_x, own_x]), np.concatenate([y, own_y, own_y])
         chosen = same[some] & (x > 0) & (at >= 1)
         if chosen.any():
-            pools = _Pools(
+            matched = _Pools(
                 shop=shop, prefill=prefill, costs=costs, rows=some[chosen], x=x[chosen], y=y[chosen]
             )
-            served = [pools.serve(at[chosen])]
+            served = [matched.serve(at[chosen])]
             if limits[0] is not None:
-                served.append(pools.sooner(served[0], limits[0]))
+                served.append(matched.sooner(served[0], limits[0]))
             points = Points.joined(served)
             points = points.where(np.isfinite(points.columns["concurrency"]))
             parts.append(points.where(np.argsort(shop.depths[points.variant], kind="stable")))

@@ -38,7 +38,10 @@ def _of(view: View, choice: Choice, engine: str) -> Takeaway:
     said: list[str] = []
     if choice.row["mode"] == "disaggregated":
         pools = ["prefill", "decode"]
-        said = [f"{int(choice.row[f'{role}_workers'])} x {role} worker" for role in pools]
+        count = {role: int(choice.row["replicas"] * choice.row[f"{role}_workers"]) for role in pools}
+        said = [f"{number} x {role} worker" for role, number in count.items()]
+    own_engine = view.comparison.engine
+    release = f"{engine}=={own_engine.version}" if engine == own_engine.name else engine
     if len(pools) == 1 and (problem := _mixed(choice, engine)):
         return Takeaway(engine, "", "", problem)
     # a pool reads prompts in steps as large as its engine's own, one engine for both phases in the candidate's
@@ -49,7 +52,7 @@ def _of(view: View, choice: Choice, engine: str) -> Takeaway:
         deployment = choice.prefill if role == "prefill" else choice.decode
         try:
             found = launch(
-                engine, deployment.model, deployment.layout, deployment.options,
+                release, deployment.model, deployment.layout, deployment.options,
                 batch=max(1, round(choice.row["batch"])), input_len=view.comparison.input_len,
                 output_len=view.comparison.output_len, chunk_tokens=chunk, role=role,
                 gpus_per_node=deployment.device.interconnect[0].size, device=deployment.device,

@@ -122,3 +122,13 @@ def test_precisions_share_a_trace(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert traced(_profile(quantization_config=FP8), "decode") is plain
     with pytest.raises(AssertionError, match="second time"):
         traced(_profile(intermediate_size=160), "decode")
+
+
+def test_a_folder_that_takes_nothing_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TENSORCAST_CACHE", str(tmp_path / "file"))
+    made = _all(_profile())
+    monkeypatch.setattr(cache, "_known", {})
+    assert _all(_profile()) == made
+    assert [record.getMessage().partition(" in ")[0] for record in caplog.records] == ["note: nothing is kept"]

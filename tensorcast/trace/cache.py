@@ -113,10 +113,10 @@ def kept(
                 try:
                     write_atomically(path, f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}")
                 except OSError as error:  # a read-only home costs time, not the answer
-                    if not _unwritable:
-                        said = error.strerror or error
-                        logging.getLogger("tensorcast").warning("note: nothing is kept in %s: %s", folder, said)
-                    _unwritable.add(folder)
+                    if path.parent not in _unwritable:
+                        why = error.strerror or error
+                        logging.getLogger("tensorcast").warning("note: nothing is kept in %s: %s", path.parent, why)
+                    _unwritable.add(path.parent)
         _known[full] = made if stored is None else stored
     found: Made = _known[full]
     return found

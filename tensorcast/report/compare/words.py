@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from tensorcast.cost.evidence import EVIDENCE
@@ -121,6 +123,12 @@ def between(view: View, row: dict[str, Any], column: str) -> str:
     return f"{number} to {end}" if unit and end.endswith(f" {unit}") else f"{start} to {end}"
 
 
+HOURS_OF_A_MONTH = 730.0
+
+NORMAL_90 = NormalDist().inv_cdf(0.9)
+"""Standard deviations from the middle to the ends that hold four in five."""
+
+
 def _numbers(view: View, row: Any) -> list[Number]:
     found = []
     speeds = {
@@ -128,16 +136,31 @@ def _numbers(view: View, row: Any) -> list[Number]:
         "ttft_s": "time to first token", "tpot_s": "time per output token",
     }  # fmt: skip
     for column, name in speeds.items():
-        limit = view.limits.get(column)
-        asked = f"; asked: up to {units.seconds(limit)}" if limit is not None else ""
+        limit, asked = view.limits.get(column), ""
+        if limit is not None:
+            # four in five true values lie between value / factor and value * factor, log-normally
+            spread = math.log(row[f"{column[:-2]}_high_s"] / row[column]) / NORMAL_90
+            chance = NormalDist(math.log(row[column]), spread).cdf(math.log(limit))
+            asked = f"; {units.seconds(limit)} kept with a chance of {100 * chance:.0f} %"
         found.append(Number(name, WRITTEN[column](row[column]), between(view, row, column) + asked))
     share = units.percent(row["memory_bytes"] / row["capacity_bytes"])
     capacity = units.nbytes(row["capacity_bytes"])
     found.append(Number("memory per GPU", units.nbytes(row["memory_bytes"]), f"{share} of {capacity}"))
+    tokens, requests = row["output_tokens_per_s"], row["output_tokens_per_s"] / view.comparison.output_len
+    users = f"{requests:.3g} requests/s to {plural(round(row['concurrency']), 'user')} at once"
+    found.insert(0, Number("tokens/s of all GPUs", units.rate(tokens), users))
     cost = row["cost_per_million_tokens"]
     if cost == cost and cost is not None:
         ends = between(view, row, "cost_per_million_tokens")
         found.append(Number("USD per million output tokens", units.digits(cost), ends))
+        hour = cost * tokens * 3600 / 1e6
+        month = f"{units.digits(hour * HOURS_OF_A_MONTH)} a month"
+        found.append(Number("USD per hour", units.digits(hour), f"{month}, {plural(row['gpus'], 'GPU')}"))
+    asked_for = [t.gpus for t in view.comparison.tasks if t.device.name == row["device"] and t.gpus >= row["gpus"]]
+    idle = min(asked_for, default=0) - row["gpus"]
+    if idle > 0 and view.comparison.objective != "gpus":
+        said = "the best layout has no use for them, but they cost as much" if cost == cost else "no use for them"
+        found.append(Number("idle GPUs", units.count(idle), f"of {units.count(min(asked_for))}: {said}"))
     return found
 
 

@@ -375,3 +375,20 @@ def test_records_agree_with_the_traced_model() -> None:
     assert (record["experts"], record["top_k"], record["layers"]) == (
         facts.num_experts, facts.top_k, len(run.deployment.raw.layer_kinds),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [
+    {"dual_batch_overlap": True, "batch": 256}, {"dual_batch_overlap": True, "batch": 64, "engine": "sglang"},
+    {"batch": 8},
+])
+def test_what_is_hidden_is_drawn_behind_other_kernels(more: dict[str, Any]) -> None:
+    """A step that overlaps lasts as long on the page as it is priced; kernels keep their own times."""
+    asked = {"device": "h200", "world_size": 16, "dp": 16, "ep": 16, "context": 2000, "allow_oversize": True,
+             "all2all": "low_latency", **more}  # fmt: skip
+    run = tc.simulate("deepseek-v3", **asked)
+    events = [e for e in chrome_trace(run)["traceEvents"] if e["ph"] == "X"]
+    assert run.totals()["hidden_s"] > 0
+    assert max(e["ts"] + e["dur"] for e in events) == pytest.approx(run.step_s * 1e6, rel=0.01)
+    kernels = sum(e["dur"] for e in events if e["tid"] != TRACKS["host"])
+    assert kernels == pytest.approx(run.ops["seconds"].sum() * 1e6, rel=1e-6)
+    assert kernels + 1e6 * run.totals()["overhead_s"] > run.step_s * 1e6 * (1 + 1e-6)

@@ -41,7 +41,9 @@ def calls(run: Simulation) -> list[Call]:
         at[place_of(row.row)].append(record)
     found = [Call(record, None) for record in at[FIRST]]
     for i, kind in enumerate(kinds):
-        found += [Call(record, i) for record in at[kind]]
+        often = [record["count"] // kinds.count(kind) for record in at[kind]]
+        for half in range(max(often, default=0)):  # two half batches take turns, layer by layer
+            found += [Call(record, i) for record, times in zip(at[kind], often, strict=True) if half < times]
         if i + 1 in ends:
             found += [Call(record, None) for record in at[HAND_OVER]]
     found += [Call(record, None) for record in at[LAST]]

@@ -12,6 +12,7 @@ from tensorcast.deploy.engine_log import cache_log
 from tensorcast.deploy.layout import parse_layout
 from tensorcast.deploy.model_names import named_model
 from tensorcast.deploy.options import Options
+from tensorcast.profiles.releases import nearest_release
 from tensorcast.profiles.store import load_device, load_engine
 
 GIB = float(1 << 30)
@@ -105,7 +106,9 @@ LOGS = (
 
 def deployed(log: Log) -> Deployment:
     """The engine as the log's command set it."""
-    engine, (model, _) = load_engine(log.release.partition(" ")[0]), named_model(log.model)
+    name, _, release = log.release.partition(" ")
+    near = nearest_release(release, load_engine(name).releases)  # of those whose rules were read
+    engine, (model, _) = load_engine(f"{name}=={near}" if near else name), named_model(log.model)
     device, changes = load_device(log.device), dict[str, object]()
     if log.share:  # given on the command line, so the engine's own rule does not count
         changes |= {"reserve": None, "memory_fraction": engine.memory_fraction.model_copy(update={"value": log.share})}

@@ -89,7 +89,7 @@ def test_dense_layers_are_whole_where_all_ranks_would_split_them() -> None:
 
 
 def test_a_step_of_a_split_block_has_no_price() -> None:
-    with pytest.raises(InputError, match=r"0\.24\.0 cannot run it: quantisation blocks: dense MLP 18432 / 32 = 576"):
+    with pytest.raises(InputError, match=r"0\.33\.0 cannot run it: quantisation blocks: dense MLP 18432 / 32 = 576"):
         tc.simulate("deepseek-r1", device="h20", world_size=32)
     with pytest.raises(InputError, match=r"routed experts 1856 / 8 = 232 is no multiple of 16 \(nvfp4\); raise ep"):
         tc.simulate("nemotron-3-nano-30b-a3b", device="h100", world_size=8, quant="nvfp4")

@@ -135,7 +135,7 @@ def test_bad_requests_are_one_line(place: Path, arguments: list[str], words: str
 def test_killed_midway_goes_on_from_what_it_kept(place: Path) -> None:
     out = place / "killed"
     arguments = command(
-        "validate", place / "tiny", "--device", place / "machine.yaml", "--effort", "0.3", "--batch", "1,3",
+        "validate", place / "tiny", "--device", place / "machine.yaml", "--effort", "0.1", "--batch", "1,3",
         "--phase", "decode", "--context", "16", "--out", out,
     )
     process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -1,8 +1,13 @@
+#!/usr/bin/env bash
+# vllm 0.33.0
 # 2 x prefill worker
-# vllm 0.24.0
+# 1 x decode worker
 # to be filled in: THIS_NODE_IP: the address of the node that runs the command
 # a proxy in front sends each request to a prefill and then to a decode server
+# on each node: bash THIS_FILE prefill|decode
 
+case "${1-}" in
+prefill)
 VLLM_NIXL_SIDE_CHANNEL_HOST=THIS_NODE_IP \
 vllm serve deepseek-ai/DeepSeek-V3 \
   --host 0.0.0.0 \
@@ -14,16 +19,12 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --enable-dbo \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 92 \
+  --max-num-seqs 98 \
   --max-num-batched-tokens 8192 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
-
-# 1 x decode worker
-# vllm 0.24.0
-# to be filled in: THIS_NODE_IP: the address of the node that runs the command
-# a proxy in front sends each request to a prefill and then to a decode server
-
+;;
+decode)
 VLLM_NIXL_SIDE_CHANNEL_HOST=THIS_NODE_IP \
 vllm serve deepseek-ai/DeepSeek-V3 \
   --host 0.0.0.0 \
@@ -32,9 +33,17 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --data-parallel-size 8 \
   --enable-expert-parallel \
   --all2all-backend deepep_low_latency \
+  --enable-eplb \
+  --eplb-config '{"num_redundant_experts": 8}' \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 92 \
-  --max-num-batched-tokens 92 \
+  --max-num-seqs 98 \
+  --max-num-batched-tokens 98 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
+;;
+*)
+echo "usage: bash $0 prefill|decode" >&2
+exit 2
+;;
+esac

@@ -1,4 +1,4 @@
-# sglang 0.5.14
+# sglang 0.5.23
 # DeepEP's normal mode turns CUDA graphs off, in decode too
 
 python3 -m sglang.launch_server \
@@ -6,8 +6,7 @@ python3 -m sglang.launch_server \
   --host 0.0.0.0 \
   --port 30000 \
   --tp-size 8 \
-  --dp-size 8 \
-  --enable-dp-attention \
+  --attn-dp-size 8 \
   --enable-dp-lm-head \
   --moe-dense-tp-size 1 \
   --ep-size 8 \
@@ -18,4 +17,4 @@ python3 -m sglang.launch_server \
   --max-running-requests 152 \
   --chunked-prefill-size 2048 \
   --cuda-graph-max-bs-decode 19 \
-  --mem-fraction-static 0.824
+  --mem-fraction-static 0.849

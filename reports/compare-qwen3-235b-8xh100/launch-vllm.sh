@@ -1,4 +1,4 @@
-# vllm 0.24.0
+# vllm 0.33.0
 # prefill and decode both exchange tokens by DeepEP's high_throughput kernels
 
 vllm serve Qwen/Qwen3-235B-A22B-FP8 \

@@ -275,7 +275,9 @@ def opened(browser: Any, written: Path) -> Iterator[Watched]:
 
 
 def test_page_leads_with_the_answer(opened: Watched, view: View) -> None:
-    assert opened.page.title() == opened.page.locator("h1").inner_text() == words.conclusion(view).headline
+    assert opened.page.title() == opened.page.locator("p.code").inner_text() == words.conclusion(view).headline
+    plain = opened.page.locator("h1").inner_text()
+    assert re.match(r"(One|\d+) .*(server|GPU)", plain) and "tp" not in plain  # the code name comes second
     assert opened.page.locator("h1").bounding_box()["y"] < 200
     figures = opened.page.locator("figure svg")
     assert figures.count() >= 6
@@ -340,7 +342,7 @@ def test_phones_and_both_themes(browser: Any, written: Path, scheme: str) -> Non
 
 def test_without_scripts_the_answer_is_still_there(browser: Any, written: Path) -> None:
     watched = Watched(browser, written / "report.html", java_script_enabled=False)
-    assert "is best" in watched.page.locator("h1").inner_text()
+    assert "is best" in watched.page.locator("p.code").inner_text()
     assert watched.page.locator("noscript p").is_visible()
     watched.context.close()
 

@@ -14,6 +14,7 @@ from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.figures import Chart
 from tensorcast.report.compare.table import table
 from tensorcast.report.compare.takeaway import takeaways
+from tensorcast.report.layout_words import deployment_words
 from tensorcast.report.plain import to_json
 from tensorcast.search.notes import COUNTED
 
@@ -32,7 +33,7 @@ def html(view: View, charts: Sequence[Chart]) -> str:
     template = environment.get_template("report.html.j2")
     return template.render(
         question=words.asked_for(view),
-        answer=words.conclusion(view),
+        answer=words.conclusion(view), plain=_plain(view),
         charts=[{"name": c.name, "title": c.title, "caption": c.caption, "svg": Markup(c.inline)} for c in charts],
         takeaways=takeaways(view),
         table=rows,
@@ -51,6 +52,16 @@ def html(view: View, charts: Sequence[Chart]) -> str:
         script=source("table.js"),
         count=units.count,
     )
+
+
+def _plain(view: View) -> str:
+    """The best candidate in plain words, for the heading; empty where nothing keeps the limits."""
+    if view.best is None:
+        return ""
+    prefill, decode = view.comparison.deployments(view.best["candidate"])
+    experts = decode.raw.facts.num_experts > 0
+    said = deployment_words(view.best, prefill.layout, decode.layout, experts)
+    return f"{said[:1].upper()}{said[1:]}"
 
 
 def _for_script(text: str) -> str:

@@ -154,7 +154,7 @@ def _numbers(view: View, row: Any) -> list[Number]:
         ends = between(view, row, "cost_per_million_tokens")
         found.append(Number("USD per million output tokens", units.digits(cost), ends))
         hour = cost * tokens * 3600 / 1e6
-        month = f"{units.digits(hour * HOURS_OF_A_MONTH)} a month"
+        month = f"{hour * HOURS_OF_A_MONTH:,.0f} a month"
         found.append(Number("USD per hour", units.digits(hour), f"{month}, {plural(row['gpus'], 'GPU')}"))
     asked_for = [t.gpus for t in view.comparison.tasks if t.device.name == row["device"] and t.gpus >= row["gpus"]]
     idle = min(asked_for, default=0) - row["gpus"]

@@ -17,7 +17,10 @@ EVIDENCE: tuple[Evidence, ...] = ("measured", "calibrated", "datasheet")
 LEVELS: tuple[Evidence, ...] = EVIDENCE[::-1]
 """The least sure first: a ``level`` counts in these, and the level of a whole is the lowest of its parts'."""
 
-NORMAL_80 = 1.2816 / 0.6745
+NORMAL_90 = 1.2816
+"""Standard deviations of a normal law from its middle to the ends that hold 80 % of it."""
+
+NORMAL_80 = NORMAL_90 / 0.6745
 """Half an 80 % interval in median errors: of a normal error, 80 % lie within 1.9 times the median."""
 
 Value = TypeVar("Value", float, NDArray[np.float64])

@@ -32,7 +32,6 @@ WITH_BATCHES = 8
 KNOWN_LAYOUTS = 4
 """Layouts beside the front whose variants are priced again while a slider moves."""
 
-HOURS_A_MONTH = 730.0
 
 @dataclass(frozen=True)
 class Found:
@@ -180,7 +179,7 @@ def _told(view: View, row: dict[str, Any]) -> dict[str, Any]:
         **row, "name": view.name(row), "key": row_key(row),
         "plain": deployment_words(row, prefill.layout, decode.layout, experts),
         "requests_per_s": total / view.comparison.output_len, "usd_per_hour": hourly,
-        "usd_per_month": hourly * HOURS_A_MONTH, "idle_gpus": max(0, asked - row["gpus"]),
+        "usd_per_month": hourly * words.HOURS_OF_A_MONTH, "idle_gpus": max(0, asked - row["gpus"]),
         "memory_share": row["memory_bytes"] / row["capacity_bytes"], "options": words.options(row),
         "verdict": _verdict(view, row), "front": bool(row["pareto"]),
         "is_best": view.best is not None and row["candidate"] == view.best["candidate"],

@@ -161,11 +161,9 @@ def _serve(stretch: list[tuple[int, Run]]) -> list[dict[str, Any]]:
 def _replayed_record(found: Replayed) -> dict[str, Any]:
     if found.factors is None:
         return {"problem": found.problem}
+    values = {name: getattr(found, name) for name in PREDICTED}
     record: dict[str, Any] = {"mean_batch": found.batch, "problem": "", "step_error": found.error}
-    for name in PREDICTED:
-        value, factor = getattr(found, name), found.factors[name]
-        record |= {name: value, bound(name, "low"): value / factor, bound(name, "high"): value * factor}
-    return record
+    return record | _with_intervals(values, found.factors)
 
 
 def _widen(record: dict[str, Any], other: dict[str, Any]) -> None:
@@ -188,10 +186,17 @@ def _record(served: ServingMetrics, run: Run) -> dict[str, Any]:
     factors = served_interval(served.ttft_error, served.tpot_error, served.ttft_s / served.request_s)
     record: dict[str, Any] = {"mean_batch": served.batch, "problem": ""}
     record |= {"decode_step_s": served.decode_step_s, "step_error": served.tpot_error}
-    for name, value in values.items():
-        low, high = value / factors[name], value * factors[name]
-        record |= {name: value, bound(name, "low"): float(low), bound(name, "high"): float(high)}
+    record |= _with_intervals(values, factors)
     return record | {f"share_{kind}": share for kind, share in served.evidence.items()}
+
+
+def _with_intervals(values: Mapping[str, Any], factors: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``values``, each with the ends of the interval that its factor spans."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        low, high = float(value / factors[name]), float(value * factors[name])
+        found |= {name: value, bound(name, "low"): low, bound(name, "high"): high}
+    return found
 
 
 def measured_columns(table: pd.DataFrame, ours: Mapping[Any, str]) -> tuple[pd.DataFrame, list[str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tensorcast.cost.evidence import NORMAL_80
+from tensorcast.cost.evidence import NORMAL_80, NORMAL_90
 from tensorcast.scheduling.record import GAPS_S, Record
 from tensorcast.serving.traffic import Array
 
@@ -113,7 +113,7 @@ class Outcome:
         for name, value in own.items():
             drawn = np.array([draw.get(name, np.nan) for draw in self.draws])
             if value > 0 and np.all(drawn > 0) and name.endswith(("_s", "_per_gpu")) and name != "duration_s":
-                factor = float(np.exp(1.2816 * np.sqrt(np.mean(np.log(drawn / value) ** 2))))
+                factor = float(np.exp(NORMAL_90 * np.sqrt(np.mean(np.log(drawn / value) ** 2))))
                 found[name] = value / factor, value * factor
         return found
 
@@ -168,5 +168,5 @@ class Outcome:
 
 def drawn_factors(error: float, draws: int, random: np.random.Generator) -> Array:
     """Factors of step times that are off by ``error`` in the median, log-normal."""
-    found: Array = np.exp(random.normal(0.0, np.log1p(NORMAL_80 * error) / 1.2816, draws))
+    found: Array = np.exp(random.normal(0.0, np.log1p(NORMAL_80 * error) / NORMAL_90, draws))
     return found

@@ -28,6 +28,7 @@ def print_replayed(found: Comparison, replayed: ReplayedComparison, console: Con
     if not fastest:
         sent += " all at once" if requests.rate == float("inf") else f" at {requests.rate:.3g} per second"
     order = "the largest rate within the limits first" if fastest else "the most within the limits first"
+    order += ", per US dollar" if replayed.per == "USD" else ""
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left", title_style="bold",
         title=f"Replayed, {sent}: {order}",
@@ -37,10 +38,10 @@ def print_replayed(found: Comparison, replayed: ReplayedComparison, console: Con
         table.add_column(head, justify="left" if i == 0 else "right", overflow="fold")
     for one in replayed.candidates:
         name = view.name(one.row)
-        if one.outcome is None:
+        if one.problem:
             table.add_row(name, units.count(one.row["gpus"]), "-", "-", "-", "-", "-")
             continue
-        said = one.outcome.summary()
+        said = one.numbers
         table.add_row(
             name, units.count(one.row["gpus"]), units.seconds(said["ttft_p99_s"]), units.seconds(said["tpot_p99_s"]),
             units.percent(said["within_limits"]), f"{said['requests_per_s']:.3g}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from tensorcast.cost.evidence import EVIDENCE
+from tensorcast.cost.evidence import EVIDENCE, NORMAL_90
 from tensorcast.deploy.deployment import memory_share
 from tensorcast.report import units
 from tensorcast.report.compare.choices import LIMITS, PARTS, WRITTEN, Choice, View, step_parts
@@ -124,9 +124,6 @@ def between(view: View, row: dict[str, Any], column: str) -> str:
 
 
 HOURS_OF_A_MONTH = 730.0
-
-NORMAL_90 = NormalDist().inv_cdf(0.9)
-"""Standard deviations from the middle to the ends that hold four in five."""
 
 
 def _numbers(view: View, row: Any) -> list[Number]:

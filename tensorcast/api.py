@@ -154,10 +154,13 @@ def compare(
     ttft_s: float | None = None,
     tpot_s: float | None = None,
     objective: str = "tokens_per_gpu",
-    engine: str = "vllm",
+    engine: str | Sequence[str] = "vllm",
     layouts: Sequence[str] | None = None,
     modes: Sequence[str] = ("aggregated", "disaggregated"),
     request_rate: float | None = None,
+    users: int | None = None,
+    budget: float | None = None,
+    confidence: float | None = None,
     prices: Mapping[str, float] | None = None,
     prefix_cached: int = 0,
     mtp_acceptance: float = 0.8,
@@ -171,8 +174,11 @@ def compare(
 
     Users send prompts of ``input_len`` tokens (``prefix_cached`` of them cached) and read ``output_len``; ``ttft_s``
     and ``tpot_s`` are the longest mean time to first token and per output token that they accept. ``objective``:
-    ``tokens_per_gpu``, ``latency``, ``cost`` (of ``prices``, US dollars per GPU hour by device) or ``gpus`` (fewest for
-    ``request_rate`` requests per second). Several devices or sizes are compared together. ``layouts``: only these,
+    ``tokens_per_gpu``, ``throughput`` and ``users`` (most of all GPUs), ``latency``, ``cost`` (of ``prices``, US
+    dollars per GPU hour by device) or ``gpus`` (fewest that serve what is asked). ``request_rate`` and ``users`` are
+    the least requests per second and in flight that must be served, ``budget`` the most US dollars per hour; with a
+    ``confidence`` such as 0.8 limits must be kept with that chance each, and lower bounds decide. Several devices,
+    engines or sizes are compared together. ``layouts``: only these,
     such as ``tp8-ep8``. ``options``: ``quant``, ``state_dtype``, ``routing`` (typical unless said) and ``placement``
     hold for all; of ``kv_dtype``, ``mtp_depth``, ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given
     values alone are searched; ``full`` also searches KV dtypes and depths of drafting. ``runnable_only``: only what
@@ -197,10 +203,12 @@ def compare(
     devices = [device] if isinstance(device, str) else list(device)
     profile, read_as = named_model(model)
     tasks = search_tasks(
-        profile, [device_profile(name) for name in devices], load_engine(engine),
+        profile, [device_profile(name) for name in devices],
+        [load_engine(name) for name in ([engine] if isinstance(engine, str) else engine)],
         [world_size] if isinstance(world_size, int) else list(world_size),
         input_len=input_len, output_len=output_len, prefix_cached=prefix_cached, mtp_acceptance=mtp_acceptance,
         ttft_s=ttft_s, tpot_s=tpot_s, objective=objective, layouts=layouts, modes=modes, request_rate=request_rate,
+        users=users, budget=budget, confidence=confidence,
         prices={device_profile(name).name: value for name, value in (prices or {}).items()},
         full=full, runnable_only=runnable_only, quant=options.get("quant"), state_dtype=options.get("state_dtype"),
         routing=options.get("routing", SERVED_ROUTING), placement=options.get("placement", "linear"),

@@ -234,7 +234,6 @@ def test_only_the_layouts_asked_for() -> None:
         ({"ttft_s": -1.0}, "ttft_s -1.0", 2),
         ({"modes": ["both"]}, "unknown modes 'both'", 2),
         ({"routing": "skewed"}, "routing 'skewed'", 2),
-        ({"request_rate": 5.0}, "request_rate 5: says how much to plan for, with objective gpus alone", 2),
         ({"prices": {"b200": 3.0}}, r"prices b200-sxm=3: b200-sxm is not one of device h100-sxm", 2),
         ({"mtp_depth": [1, 2]}, "mtp_depth 1,2: the config of qwen3-30b-a3b has no multi-token prediction module", 2),
         ({"model": "llama-3.1-8b", "placement": "eplb"}, "^the model has no experts: placement does not apply$", 2),

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import tensorcast as tc
 from tensorcast.errors import InputError
 from tensorcast.report import units
-from tensorcast.report.compare import fronts, table, words
+from tensorcast.report.compare import choices, fronts, runner_up, table, words
 from tensorcast.report.compare.choices import PARTS, View, step_parts
 from tensorcast.report.compare.figures import places, spread
 from tensorcast.report.compare.files import FIGURE_NAMES, six_digits, write_comparison
@@ -132,7 +132,7 @@ def test_answer_is_what_the_numbers_say(view: View, compared: Any) -> None:
     meeting = view.frame[view.frame["meets"]]
     assert best["tokens_per_s_per_gpu"] == meeting["tokens_per_s_per_gpu"].max()
     for column in ("tokens_per_s_per_gpu", "tokens_per_s_per_user", "ttft_s", "tpot_s", "cost_per_million_tokens"):
-        low, high = words.interval(view, best, column)
+        low, high = choices.interval(view, best, column)
         assert low <= best[column] <= high
     alike = {view.name(row) for row in view.frame.to_dict("records") if row["candidate"] in compared.ties}
     assert all(name in answer.ties for name in sorted(alike - {view.name(best)})[:1])
@@ -152,7 +152,7 @@ def test_no_layout_meets_the_targets(compared: Any) -> None:
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.booleans()), min_size=1, max_size=40))
 def test_leader_at_every_limit(rows: list[tuple[int, int, bool]]) -> None:
     frame = pd.DataFrame(rows, columns=["tpot_s", "tokens", "own"])
-    leads = words._leader_by_limit(frame, "tpot_s", "tokens", less=False)
+    leads = runner_up._leader_by_limit(frame, "tpot_s", "tokens", less=False)
     for limit in range(31):
         allowed = frame[frame["tpot_s"] <= limit]
         found = leads[leads["tpot_s"] <= limit]
@@ -166,7 +166,7 @@ def test_the_runner_up_wins_where_it_is_said_to(view: View) -> None:
     assert view.runner_up is not None
     for second in (view.runner_up, *(choice.row for choice in view.shown[2:])):
         own = set(view.of_layout(second)["candidate"])
-        for column, limit, looser in words.turning_points(view, second):
+        for column, limit, looser in runner_up.turning_points(view, second):
             limits = dict(view.limits)
             asked = limits[column]
             assert asked is not None and (limit > asked) == looser

@@ -104,7 +104,7 @@ def test_users_and_rate_are_limits() -> None:
     kept = [one.row for one in found.behind.values() if one.row["meets"]]
     assert kept and min(row["concurrency"] for row in kept) >= wanted
     none = full(question({**STATE, "request_rate": "100000"}))
-    assert "requests per second where" in none.page["missed"] and none.page["cards"][0]["title"] == "Closest"
+    assert "the limit on requests binds" in none.page["missed"] and none.page["cards"][0]["title"] == "Closest"
 
 
 @pytest.mark.parametrize(("key", "value", "says"), [

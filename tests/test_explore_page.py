@@ -245,7 +245,7 @@ def test_ten_questions_within_two_actions_each(moving: Opened) -> None:
     said = page.inner_text("#said")
     assert "The limit on TTFT" in said and "The limit on TPOT" in said  # which limit binds?
     assert "Spreading whole experts over GPUs (EP)" in said  # expert or tensor parallel?
-    assert "Two pools of servers" in said and "with one pool" in page.inner_text("#cards")  # one pool or two?
+    assert "Serving from two pools" in said and "with one pool" in page.inner_text("#cards")  # one pool or two?
     page.select_option("#y-axis", "concurrency")  # how many users on what I have?
     assert "users at once" in page.inner_text("#front") and " users" in page.inner_text("#cards .card.first")
 

@@ -13,6 +13,8 @@ BEST = {
     "latency": lambda row: -row["request_s"],
     "cost": lambda row: -row["cost_per_million_tokens"],
     "gpus": lambda row: (-row["gpus"], row["tokens_per_s_per_gpu"]),
+    "throughput": lambda row: row["output_tokens_per_s"],
+    "users": lambda row: row["concurrency"],
 }
 """What each objective looks at, told apart from its declaration."""
 
@@ -25,6 +27,8 @@ def frame() -> pd.DataFrame:
         "request_s": random.uniform(0.5, 90, 200),
         "cost_per_million_tokens": random.uniform(0.1, 30, 200),
         "gpus": random.integers(1, 6, 200) * 8,
+        "output_tokens_per_s": random.uniform(100, 90000, 200),
+        "concurrency": random.uniform(1, 4000, 200),
         "meets": random.random(200) < 0.4,
     })
 

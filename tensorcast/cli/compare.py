@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorcast.cli.app import DEPLOYMENT, LOAD, OUTPUT, SEARCH, AsJson, command, console, patience
-from tensorcast.cli.options import Engine, Model, deployment_options
+from tensorcast.cli.app import CHOICES, DEPLOYMENT, LOAD, OUTPUT, SEARCH, AsJson, command, console, patience
+from tensorcast.cli.options import Model, deployment_options
 from tensorcast.cli.values import device_prices, duration, listed_names, read_layouts, split_names, whole_numbers
 from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError
@@ -96,10 +96,21 @@ def compare(
     )] = None,
     objective: Annotated[str, typer.Option(
         "--objective", metavar="NAME", rich_help_panel=LOAD,
-        help="tokens_per_gpu (most), latency (shortest request), cost (least per token), gpus (fewest).",
+        help="tokens_per_gpu (most), throughput (most of all GPUs), users (most at once), latency (shortest request), "
+        "cost (least per token), gpus (fewest).",
     )] = "tokens_per_gpu",
     request_rate: Annotated[float | None, typer.Option(
-        "--request-rate", help="Requests per second, for --objective gpus.", show_default=False, rich_help_panel=LOAD,
+        "--request-rate", help="Least requests per second to serve.", show_default=False, rich_help_panel=LOAD,
+    )] = None,
+    users: Annotated[int | None, typer.Option(
+        "--users", min=1, help="Least users to serve at once.", show_default=False, rich_help_panel=LOAD,
+    )] = None,
+    budget: Annotated[float | None, typer.Option(
+        "--budget", metavar="USD", help="Most US dollars per hour.", show_default=False, rich_help_panel=LOAD,
+    )] = None,
+    confidence: Annotated[float | None, typer.Option(
+        "--confidence", metavar="CHANCE", show_default=False, rich_help_panel=LOAD,
+        help="Chance to keep each limit, such as 0.8; lower bounds decide.  [dim]\\[default: as expected][/dim]",
     )] = None,
     price: Annotated[str | None, typer.Option(
         "--price", metavar="DEVICE=USD,...", help="US dollars per GPU hour.  [dim]\\[default: the device's][/dim]",
@@ -141,7 +152,10 @@ def compare(
     replay_top: Annotated[int, typer.Option(
         "--replay-top", min=1, help="Layouts to replay.", rich_help_panel=REPLAY,
     )] = 8,
-    engine: Engine = "vllm",
+    engine: Annotated[str, typer.Option(
+        "--engine", "-e", metavar="NAME,...", rich_help_panel=CHOICES,
+        help="vllm, sglang, trtllm or a profile file, one or more; an older release as vllm==0.24.0.",
+    )] = "vllm",
     top: Annotated[int, typer.Option("--top", min=0, help="Layouts to list.", rich_help_panel=OUTPUT)] = 12,
     out: Annotated[Path | None, typer.Option(
         "--out", metavar="DIR", show_default=False, rich_help_panel=OUTPUT,
@@ -164,7 +178,9 @@ def compare(
         from tensorcast.files import check_directory
 
         check_directory(out)  # before the work, not after
-    sent, means = _requests(trace, requests, percentile)
+    sent, means = None, (4096, 1024)
+    if (trace, requests, percentile) != (None, None, None):
+        sent, means = _requests(trace, requests, percentile)
     # options that are searched: lists of what was typed
     searched: dict[str, Any] = {name: split_names(options[name]) or None for name in SEVERAL_NAMES}
     searched |= {name: whole_numbers(flag, options[name]) if options[name] else None for name, flag in NUMBERS.items()}
@@ -173,9 +189,11 @@ def compare(
             found = run_comparison(
                 model, device=listed_names("--device", device), world_size=whole_numbers("--world-size", world_size),
                 input_len=input_len or means[0], output_len=output_len or means[1],
-                ttft_s=duration("--ttft", ttft), tpot_s=duration("--tpot", tpot), objective=objective, engine=engine,
+                ttft_s=duration("--ttft", ttft), tpot_s=duration("--tpot", tpot), objective=objective,
+                engine=listed_names("--engine", engine),
                 layouts=read_layouts(layouts) if layouts else None,
                 modes=listed_names("--mode", mode), request_rate=request_rate,
+                users=users, budget=budget, confidence=confidence,
                 prices=device_prices(price) if price else None, prefix_cached=prefix_cached,
                 mtp_acceptance=mtp_acceptance, full=full, runnable_only=not any_engine, jobs=jobs, executor=executor,
                 **options | searched,
@@ -206,13 +224,11 @@ def compare(
 
 def _requests(
     trace: Path | None, count: int | None, percentile: float | None
-) -> tuple[Requests | None, tuple[int, int]]:
-    """Requests to replay, if there are some, and the lengths of prompts and replies to compare for."""
+) -> tuple[Requests, tuple[int, int]]:
+    """Requests to replay, and the lengths of prompts and replies to compare for."""
     if trace is None:
-        for flag, value in (("--requests", count), ("--percentile", percentile)):
-            if value is not None:
-                raise InputError(f"{flag} {value:g}: is about a --trace, and none is given")
-        return None, (4096, 1024)
+        flag, value = ("--requests", count) if count is not None else ("--percentile", percentile)
+        raise InputError(f"{flag} {value:g}: is about a --trace, and none is given")
     from tensorcast.scheduling.trace_files import read_trace
 
     found = read_trace(trace, False).requests

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tensorcast.explore.known import search_again
 from tensorcast.explore.question import Question
-from tensorcast.explore.sentences import sentences
 from tensorcast.report import units
 from tensorcast.report.compare import words
 from tensorcast.report.compare.choices import View, records
 from tensorcast.report.compare.figures import short
+from tensorcast.report.compare.sentences import sentences
 from tensorcast.report.compare.table import Column
 from tensorcast.report.layout_words import deployment_words
-from tensorcast.report.units import plural
 from tensorcast.search.compare import Comparison, NoLayoutMeets, compare
 from tensorcast.search.search import SearchResult, search
 from tensorcast.search.search_task import SearchTask
@@ -76,40 +75,9 @@ def _decided(
 ) -> tuple[Comparison, str]:
     found = list(results)
     try:
-        return compare(tasks, [_within(asked, one) for one in found], ties=ties), ""
+        return compare(tasks, found, ties=ties), ""
     except NoLayoutMeets as error:
-        return error.comparison, _most(asked, found) or str(error)
-
-
-def _most(asked: Question, results: Sequence[SearchResult]) -> str:
-    """How much is served within the other limits where that is too little; empty where these bind."""
-    inside = [one.frame[one.frame["meets"].astype(bool)] for one in results if len(one.frame)]
-    if not any(map(len, inside)) or (asked.users is None and asked.rate is None):
-        return ""
-    users = max(float(frame["concurrency"].max()) for frame in inside if len(frame))
-    served = max(float(frame["output_tokens_per_s"].max()) for frame in inside if len(frame))
-    said = []
-    if asked.users is not None:
-        said.append(f"{plural(users, 'user')} at once where {units.count(asked.users)} were asked")
-    if asked.rate is not None:
-        rate = served / asked.asked["output_len"]
-        said.append(f"{units.digits(rate)} requests per second where {units.digits(asked.rate)} were asked")
-    return f"no layout serves enough within the limits: the most is {' and '.join(said)}"
-
-
-def _within(asked: Question, found: SearchResult) -> SearchResult:
-    """``found`` with the least that the GPUs must serve among the limits."""
-    frame = found.frame
-    if not len(frame) or (asked.users is None and asked.rate is None):
-        return found
-    few = np.zeros(len(frame), dtype=bool)
-    if asked.users is not None:
-        few |= frame["concurrency"].to_numpy() < asked.users
-    if asked.rate is not None:
-        few |= frame["output_tokens_per_s"].to_numpy() / asked.asked["output_len"] < asked.rate
-    meets = frame["meets"].to_numpy(dtype=bool)
-    limit = np.where(few & meets, "users" if asked.rate is None else "requests", frame["limit"])
-    return replace(found, frame=frame.assign(meets=meets & ~few, limit=limit))
+        return error.comparison, str(error)
 
 
 def _answer(asked: Question, comparison: Comparison, missed: str, quick: bool) -> Answer:
@@ -172,16 +140,13 @@ def _told(view: View, row: dict[str, Any]) -> dict[str, Any]:
     """A candidate's columns and what the page adds: its key, names, and what the asked GPUs deliver."""
     scenario, prefill, decode = view.comparison.behind[row["candidate"]]
     experts = row["family"] != "1 GPU" and bool(scenario.model.stated_facts.num_experts)
-    cost, total = row["cost_per_million_tokens"], row["output_tokens_per_s"]
-    hourly = cost * total * 3600.0 / 1e6
-    asked = max((task.gpus for task in view.comparison.tasks if task.device.name == row["device"]), default=0)
     return {
         **row, "name": view.name(row), "key": row_key(row),
         "plain": deployment_words(row, prefill.layout, decode.layout, experts),
-        "requests_per_s": total / view.comparison.output_len, "usd_per_hour": hourly,
-        "usd_per_month": hourly * words.HOURS_OF_A_MONTH, "idle_gpus": max(0, asked - row["gpus"]),
+        "requests_per_s": row["output_tokens_per_s"] / view.comparison.output_len,
+        "usd_per_month": row["usd_per_hour"] * words.HOURS_OF_A_MONTH,
         "memory_share": row["memory_bytes"] / row["capacity_bytes"], "options": words.options(row),
-        "verdict": _verdict(view, row), "front": bool(row["pareto"]),
+        "verdict": words.verdict(row), "front": bool(row["pareto"]),
         "is_best": view.best is not None and row["candidate"] == view.best["candidate"],
         "tie": row["candidate"] in view.comparison.ties,
     }  # fmt: skip
@@ -193,32 +158,14 @@ def row_key(row: dict[str, Any]) -> str:
     servers = (
         f"{row['prefill_workers']:g}x{row['prefill_layout']}>{row['decode_workers']:g}x" if pools else ""
     )
-    return f"{row['device']}:{row['replicas']:g}x({servers}{row['layout']})"
-
-
-def _verdict(view: View, row: dict[str, Any]) -> str:
-    """``keeps``, ``may miss TTFT`` where its interval crosses the limit, ``over TPOT`` where it misses."""
-    if not row["meets"]:
-        return f"over {words.limit_name(row['limit'])}" if row["limit"] not in SERVES else f"too few {row['limit']}"
-    near = [
-        name for column, name in words.LIMITS.items()
-        if view.limits[column] is not None and row[column.replace("_s", "_high_s")] > view.limits[column]
-    ]
-    return f"may miss {' and '.join(near)}" if near else "keeps limits"
-
-
-SERVES = ("users", "requests")
-
-
-def _money(value: float) -> str:
-    return units.count(value) if value >= 100 else units.digits(value)
+    return f"{row['device']}:{row['engine']}:{row['replicas']:g}x({servers}{row['layout']})"
 
 
 def _columns(asked: Question) -> tuple[Column, ...]:
     """The page's columns, those of the table first: it shows what has a name."""
     return (
         Column("name", "layout", hint="its code name: servers of prefill > of decode"),
-        Column("verdict", "limits", hint="of the 80 % intervals of TTFT and TPOT"),
+        Column("verdict", "limits", hint="may miss: kept with a chance of less than 90 %"),
         Column("output_tokens_per_s", "tokens/s", True, "output tokens per second of all GPUs", units.rate),
         Column("tokens_per_s_per_gpu", "per GPU", True, "output tokens per second and GPU", units.rate),
         Column("tokens_per_s_per_user", "per user", True, "output tokens per second that a user reads", units.rate),
@@ -230,9 +177,11 @@ def _columns(asked: Question) -> tuple[Column, ...]:
         Column("batch", "batch", True, "decoding sequences per data-parallel rank", short),
         Column("memory_share", "memory", True, "share of the fullest GPU's memory in use", units.percent),
         Column("gpus", "GPUs", True, "GPUs that it takes", units.count),
-        Column("device", "GPU"), Column("mode", "serving"), Column("family", "family"), Column("options", "options"),
+        Column("device", "GPU"), Column("engine", "engine"), Column("mode", "serving"),
+        Column("family", "family"), Column("options", "options"),
         *(Column(key, "", True, write=units.seconds) for key in INTERVALS),
-        Column("usd_per_hour", "", True, write=_money), Column("usd_per_month", "", True, write=_money),
+        Column("ttft_chance", "", True, write=units.chance), Column("tpot_chance", "", True, write=units.chance),
+        Column("usd_per_hour", "", True, write=units.money), Column("usd_per_month", "", True, write=units.money),
         Column("idle_gpus", "", True, write=units.count), Column("plain", ""), Column("key", ""),
         *(Column(key, "") for key in ("meets", "front", "is_best", "tie")),
     )  # fmt: skip
@@ -260,9 +209,8 @@ def _cards(view: View, told: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that answer a question of their own, each once: titles by (key, batch)."""
     good = [row for row in told if row["meets"]]
     if not good:
-        few = [row for row in told if row["limit"] in SERVES]  # within the times asked
         name = view.comparison.closest[0]["candidate"]
-        near = max(few, key=lambda row: row["concurrency"]) if few else next(r for r in told if r["candidate"] == name)
+        near = next(row for row in told if row["candidate"] == name)
         return [{"title": "Closest", "key": near["key"], "batch": near["batch"]}]
     good.sort(key=lambda row: not row["is_best"])
     found: dict[tuple[str, float], list[str]] = {}
@@ -284,8 +232,11 @@ def _cards(view: View, told: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         card(title, choose(some, key=lambda row: row[column]) if some else None)
     for mode, title in (("aggregated", "Best with one pool"), ("disaggregated", "Best with two pools")):
         card(title, next((row for row in good if row["mode"] == mode), None))
-    for device in dict.fromkeys(row["device"] for row in told) if view.several_devices else ():
-        card(f"Best on {device}", next((row for row in good if row["device"] == device), None))
+    for column, where, several in (
+        ("device", "on", view.several_devices), ("engine", "under", view.several_engines),
+    ):  # fmt: skip
+        for value in dict.fromkeys(row[column] for row in told) if several else ():
+            card(f"Best {where} {value}", next((row for row in good if row[column] == value), None))
     return [{"title": " · ".join(titles), "key": key, "batch": batch} for (key, batch), titles in found.items()]
 
 

@@ -90,7 +90,9 @@ def _alone(asked: Question, found: Found) -> tuple[View, Choice]:
 
     row = found.row
     own = {name: row[name] for name in COLUMNS}
-    tasks = [task for task in asked.tasks() if task.device.name == row["device"]]
+    tasks = [
+        task for task in asked.tasks() if task.device.name == row["device"] and task.engine.name == row["engine"]
+    ]
     first = tasks[0]
     scenario = first.scenario
     if row["mode"] == "disaggregated":
@@ -202,7 +204,9 @@ def _simulate(asked: Question, row: Row, decode: Deployment) -> str:
             chosen += [flag(name)] if isinstance(value, bool) else [flag(name), value]
     said: Sequence[Any] = (
         "tensorcast", "simulate", asked.model, "--device", row["device"], "--world-size", layout.world_size, "--tp",
-        layout.tp, "--dp", layout.dp, "--ep", layout.ep, "--pp", layout.pp, "--engine", asked.engine, "--batch",
+        layout.tp, "--dp", layout.dp, "--ep", layout.ep, "--pp", layout.pp, "--engine",
+        next(name for name in asked.engines if name.partition("==")[0] in (row["engine"], asked.engines[-1])),
+        "--batch",
         max(1, round(row["batch"])), "--context", round(asked.asked["input_len"] + asked.asked["output_len"] / 2),
         *chosen,
     )

@@ -68,8 +68,9 @@ def _deployment() -> tuple[Field, ...]:
               help="Device profiles; several are compared together.", default="h200-sxm"),
         Field(key="world_size", label="GPUs", group=DEPLOYMENT, kind="text", least=1, most=256, log=True,
               flag="--world-size", help="GPUs in all; several sizes as 8,16,32.", default="32"),
-        Field(key="engine", label="Engine", group=DEPLOYMENT, kind="choice", choices=list_engines(), flag="--engine",
-              help="Serving engine whose fusions, limits and overheads hold.", default="vllm"),
+        Field(key="engine", label="Engine", group=DEPLOYMENT, kind="several", choices=list_engines(), flag="--engine",
+              help="Serving engines whose fusions, limits and overheads hold; several are compared together.",
+              default="vllm"),
     )  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def _load() -> tuple[Field, ...]:
         Field(key="cached", label="Cached share", unit="%", group=LOAD, kind="number", least=0, most=95,
               flag="--prefix-cached", help="Share of the prompt that is in the prefix cache already.", default="0"),
         Field(key="users", label="Users at once", group=LOAD, kind="whole", least=1, most=16384, log=True,
-              help="Requests in flight that the GPUs must hold at least.", unasked="any number"),
+              flag="--users", help="Requests in flight that the GPUs must hold at least.", unasked="any number"),
         Field(key="request_rate", label="Requests per second", group=LOAD, kind="number", least=0.1, most=500, log=True,
               flag="--request-rate", help="Requests per second that must be served at least; for the fewest GPUs, how "
               "many to plan for.", unasked="any rate"),
@@ -99,6 +100,11 @@ def _limits() -> tuple[Field, ...]:
               default="50"),
         Field(key="price", label="USD per GPU hour", group=LIMITS, kind="text", least=0.5, most=20, log=True,
               flag="--price", help="A price for all, or per device as h200-sxm=2.5,b200=4.", unasked="the list price"),
+        Field(key="budget", label="USD per hour", group=LIMITS, kind="number", least=5, most=2000, log=True,
+              flag="--budget", help="Most that the GPUs in use may cost per hour.", unasked="any amount"),
+        Field(key="confidence", label="Chance to keep limits", group=LIMITS, kind="number", least=0.5, most=0.95,
+              flag="--confidence", help="Chance with which each limit is to be kept; lower bounds then decide.",
+              unasked="as expected"),
         Field(key="objective", label="Best is", group=LIMITS, kind="choice", choices=tuple(OBJECTIVES),
               words=tuple(f"{'least' if one.less else 'most'} {one.words}" for one in OBJECTIVES.values()),
               flag="--objective", help="What decides between layouts that keep the limits.", default="tokens_per_gpu"),

@@ -39,17 +39,14 @@ def _fields() -> dict[str, Field]:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A state, read: arguments of :func:`tensorcast.search.search_task.search_tasks`, and the least that the GPUs must
-    serve: requests in flight (``users``) and per second (``rate``)."""
+    """A state, read: names, and arguments of :func:`tensorcast.search.search_task.search_tasks`."""
 
     state: dict[str, str]
     model: str
     devices: tuple[str, ...]
-    engine: str
+    engines: tuple[str, ...]
     sizes: tuple[int, ...]
     asked: dict[str, Any]
-    users: int | None
-    rate: float | None
 
     def tasks(self) -> list[SearchTask]:
         """Raises :class:`InputError`, one line, on what cannot be."""
@@ -61,7 +58,7 @@ class Question:
         else:
             given = {device_profile(name).name: usd for name, usd in prices.items()}
         return search_tasks(
-            profile, devices, load_engine(self.engine), self.sizes, **self.asked | {"prices": given}
+            profile, devices, [load_engine(name) for name in self.engines], self.sizes, **self.asked | {"prices": given}
         )
 
 
@@ -71,8 +68,8 @@ def question(state: State, named: Collection[str] = ()) -> Question:
     Raises :class:`InputError`, one line that names the field, on anything that cannot be.
     """
     full = with_defaults(state)
-    model, engine = (_known(key, full[key], named) for key in ("model", "engine"))
-    devices = _names(full, "device", named)
+    model = _known("model", full["model"], named)
+    devices, engines = (_names(full, key, named) for key in ("device", "engine"))
     if len(devices) > MOST_DEVICES:
         raise InputError(f"--device {full['device']}: at most {MOST_DEVICES} at once")
     sizes = _wholes("--world-size", full["world_size"])
@@ -80,15 +77,17 @@ def question(state: State, named: Collection[str] = ()) -> Question:
         raise InputError(f"--world-size {full['world_size']}: at most {MOST_SIZES} at once")
     length = _whole("--input-len", full["input_len"])
     share = _number("cached share", full["cached"], most=99) or 0.0
-    rate, objective = _number("--request-rate", full["request_rate"], above=0), full["objective"]
     asked = {
         "input_len": length, "output_len": _whole("--output-len", full["output_len"]),
         "prefix_cached": int(length * share / 100),
         "mtp_acceptance": _number("--mtp-acceptance", full["mtp_acceptance"] or "0.8", most=1),
         **{f"{name}_s": _seconds(f"--{name}", full[f"{name}_ms"]) for name in ("ttft", "tpot")},
-        "objective": objective, "modes": _names(full, "mode", ()),
+        "objective": full["objective"], "modes": _names(full, "mode", ()),
         "layouts": tuple(_listed(full["layouts"])) or None,
-        "request_rate": rate if objective == "gpus" else None,
+        "request_rate": _number("--request-rate", full["request_rate"], above=0),
+        "users": _whole("--users", full["users"]) if full["users"] else None,
+        "budget": _number("--budget", full["budget"], above=0),
+        "confidence": _number("--confidence", full["confidence"], most=1),
         "prices": _prices(full["price"]), "quant": full["quant"] or None, "state_dtype": full["state_dtype"] or None,
         "routing": _routing(full["routing"] or SERVED_ROUTING, named),
         "placement": _placement(full["placement"] or "linear", named),
@@ -99,11 +98,7 @@ def question(state: State, named: Collection[str] = ()) -> Question:
             "chunk_tokens": _wholes("--chunk-tokens", full["chunk_tokens"]) if full["chunk_tokens"] else None,
         },
     }  # fmt: skip
-    users = _whole("users", full["users"]) if full["users"] else None
-    return Question(
-        state=full, model=model, devices=devices, engine=engine, sizes=sizes, asked=asked, users=users,
-        rate=None if objective == "gpus" else rate,
-    )
+    return Question(state=full, model=model, devices=devices, engines=engines, sizes=sizes, asked=asked)
 
 
 def with_defaults(state: State) -> dict[str, str]:
@@ -124,7 +119,7 @@ def field_of(line: str) -> str:
         begins = [field.key, field.flag, f"unknown {field.key}", f"unknown {field.flag}"]
         if any(begin and re.match(rf"{re.escape(begin)}(?![\w-])", line) for begin in begins):
             return key
-    words = {"layout": "layouts", "cached share": "cached", "no layout serves": "users", "unknown quant": "quant"}
+    words = {"layout": "layouts", "cached share": "cached", "unknown quant": "quant"}
     words |= {f"{name}: release": "engine" for name in known["engine"].choices}
     return next((key for word, key in words.items() if line.startswith(word)), "")
 
@@ -140,7 +135,6 @@ def arguments(asked: Question) -> dict[str, str]:
         found[field.flag.removeprefix("--")] = value
     found["ttft"], found["tpot"] = (f"{state[f'{name}_ms']}ms" if state[f"{name}_ms"] else "" for name in LIMITED)
     found["prefix-cached"] = str(asked.asked["prefix_cached"] or "")
-    found["request-rate"] = state["request_rate"] if state["objective"] == "gpus" else ""
     if isinstance(asked.asked["prices"], float):
         found["price"] = ",".join(f"{name}={asked.asked['prices']:g}" for name in asked.devices)
     return {name: value for name, value in found.items() if value}

@@ -40,6 +40,7 @@ MOST_KEPT = 32
 
 OF_LOAD = (
     "input_len", "output_len", "cached", "users", "request_rate", "ttft_ms", "tpot_ms", "price", "objective",
+    "budget", "confidence",
     "world_size", "mtp_acceptance", "mode",
 )
 """Fields that leave the variants worth pricing what they were."""

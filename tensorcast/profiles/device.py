@@ -96,6 +96,7 @@ class DeviceProfile(Frozen):
     memory_bandwidth_bytes_per_s: Figure
     interconnect: tuple[Tier, ...] = Field(min_length=1)
     price_per_hour_usd: ListPrice | None = None
+    power_w: Figure | None = Field(default=None, description="most that the GPU draws, its memory included")
     calibration: Calibration | None = None
 
     @field_validator("interconnect")

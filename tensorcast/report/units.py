@@ -91,6 +91,11 @@ def count(value: float) -> str:
     return f"{round(value):,}" if math.isfinite(value) else "?"
 
 
+def money(value: float) -> str:
+    """US dollars: ``1.23``, ``92,412``."""
+    return count(value) if abs(value) >= 100 else digits(value)
+
+
 def rate(value: float) -> str:
     """Three significant digits at least, all of a larger number: ``1,765``, ``13.8``."""
     return count(value) if abs(value) >= 999.5 else digits(value)
@@ -101,6 +106,14 @@ def percent(share: float) -> str:
     if not math.isfinite(share):
         return "?"
     return "<0.1%" if 0 < share < 0.0005 else f"{100 * share:.1f}%"
+
+
+def chance(share: float) -> str:
+    """``51 %``; what may happen or not is neither certain nor impossible: ``>99 %``, ``<1 %``; ``-`` where no limit is.
+    """
+    if share != share:
+        return "-"
+    return ">99 %" if share > 0.995 else "<1 %" if share < 0.005 else f"{100 * share:.0f} %"
 
 
 def plural(number: float, what: str) -> str:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tensorcast.cost.evidence import EVIDENCE
+from tensorcast.cost.evidence import EVIDENCE, NORMAL_90
 from tensorcast.deploy.plan.plan import choose_all2all
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import LIMITS, rated
 from tensorcast.search.space import family
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.serving.interval import served_interval
 from tensorcast.trace.cache import whole_model
 
 if TYPE_CHECKING:
     import pandas as pd
-
 
 
 def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -31,14 +30,17 @@ def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 COLUMNS = tuple(
     "candidate mode device engine layout family tp dp ep etp pp replicas world_size gpus prefill_layout"
-    " prefill_workers decode_workers batch concurrency all2all dispatch combine kv_dtype placement"
-    " redundant_experts external_shared_experts shared_expert_tp dual_batch_overlap mtp_depth chunk_tokens ttft_s"
-    " ttft_low_s ttft_high_s tpot_s tpot_low_s tpot_high_s request_s output_tokens_per_s tokens_per_s_per_gpu"
-    " tokens_per_s_per_user decode_step_s prefill_step_s exposed_comm_s hidden_comm_s memory_bytes weights_bytes"
-    " kv_cache_bytes activations_bytes capacity_bytes largest_batch share_measured share_calibrated"
-    " share_datasheet meets limit pareto cost_per_million_tokens".split()
+    " prefill_workers decode_workers batch concurrency all2all dispatch combine kv_dtype placement redundant_experts"
+    " external_shared_experts shared_expert_tp dual_batch_overlap mtp_depth chunk_tokens ttft_s ttft_low_s"
+    " ttft_high_s ttft_chance tpot_s tpot_low_s tpot_high_s tpot_chance request_s output_tokens_per_s"
+    " output_tokens_low_per_s output_tokens_high_per_s tokens_per_s_per_gpu tokens_per_s_per_user decode_step_s"
+    " prefill_step_s exposed_comm_s hidden_comm_s memory_bytes weights_bytes kv_cache_bytes activations_bytes"
+    " capacity_bytes largest_batch share_measured share_calibrated share_datasheet meets limit pareto"
+    " cost_per_million_tokens usd_per_hour idle_gpus lower_bound".split()
 )
-"""Columns of :attr:`Comparison.candidates`; units in the names."""
+"""Columns of :attr:`Comparison.candidates`; units in the names. ``*_low, *_high``: ends of 80 % intervals.
+``*_chance``: of keeping that limit, not a number where there is none. ``idle_gpus``: those of the size asked for that a
+candidate leaves; they cost as much. ``lower_bound``: of what ranks the candidates."""
 
 
 def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> pd.DataFrame:
@@ -57,8 +59,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
     families = {layout: family(layout, experts) for layout in every}
     pools = mode == "disaggregated"
     prefill = [prices.variants[int(i)] for i in c["prefill"]] if pools else chosen
-    nothing = np.full(len(points.variant), np.nan)
-    factors = served_interval(c["ttft_error"], c["tpot_error"], c["ttft_s"] / c["request_s"])
+    nothing, normal = np.full(len(points.variant), np.nan), NormalDist()
     return pd.DataFrame({
         "candidate": "",
         "mode": mode,
@@ -75,7 +76,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
         "prefill_workers": c["prefill_workers"] if pools else nothing,
         "decode_workers": c["decode_workers"] if pools else nothing,
         "batch": c["batch"],
-        "concurrency": c["concurrency"] * c["replicas"],
+        "concurrency": c["concurrency"],
         "all2all": [choose_all2all(v.decode.all2all, v.layout, task.engine, "decode") for v in chosen],
         "dispatch": [v.decode.dispatch or "" for v in chosen],
         "combine": [v.decode.combine or "" for v in chosen],
@@ -88,12 +89,16 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
         "mtp_depth": [v.decode.mtp_depth for v in chosen],
         "chunk_tokens": nothing if pools else c["chunk_tokens"],
         **{
-            f"{what}{end}_s": c[f"{what}_s"] * factors[f"{what}_s"] ** sign
-            for what in ("ttft", "tpot")
+            f"{what}{end}_{unit}": c[f"{what}_{unit}"] * c[f"factor_{what}_{unit}"] ** sign
+            for what, unit in (("ttft", "s"), ("tpot", "s"), ("output_tokens", "per_s"))
             for end, sign in (("", 0.0), ("_low", -1.0), ("_high", 1.0))
         },
+        **{
+            f"{what}_chance": [normal.cdf(sigmas) for sigmas in margin] if limit is not None else nothing
+            for what, limit in (("ttft", task.ttft_s), ("tpot", task.tpot_s))
+            for margin in [NORMAL_90 * np.log((limit or 1.0) / c[f"{what}_s"]) / np.log(c[f"factor_{what}_s"])]
+        },
         "request_s": c["request_s"],
-        "output_tokens_per_s": c["output_tokens_per_s"] * c["replicas"],
         "tokens_per_s_per_gpu": c["tokens_per_s_per_gpu"],
         "tokens_per_s_per_user": 1.0 / c["tpot_s"],
         **{name: c[name] for name in ("decode_step_s", "prefill_step_s", "exposed_comm_s", "hidden_comm_s")},
@@ -107,5 +112,6 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
         "meets": ~over,
         "limit": np.where(over, np.array(limits)[shares.argmax(axis=0)], ""),
         "pareto": False,
-        "cost_per_million_tokens": c["cost_per_million_tokens"],
+        **{name: c[name] for name in ("cost_per_million_tokens", "usd_per_hour", "lower_bound")},
+        "idle_gpus": 0 if task.objective == "gpus" else np.maximum(task.paid_gpus - c["gpus"], 0).astype(int),
     })[list(COLUMNS)]

@@ -56,6 +56,7 @@ class Comparison:
     model: ModelProfile
     devices: tuple[DeviceProfile, ...]
     engine: EngineProfile
+    """Of the best candidate, of the first task where there is none."""
     objective: str
     targets: tuple[float | None, float | None]
     input_len: int
@@ -88,14 +89,20 @@ class Comparison:
 
         Binding are those that no candidate keeps, each taken alone (``ttft``, ``tpot``); else the closest one's worst.
         """
-        frame, asked = self.candidates, dict(zip(("ttft", "tpot"), self.targets, strict=True))
-        limits = {name: limit for name, limit in asked.items() if limit is not None}
-        ratios = np.array([frame[f"{name}_s"] / limit for name, limit in limits.items()])
-        worst = ratios.max(axis=0) if len(ratios) else np.ones(len(frame))
-        # of those within these limits, or all as close to them, the one on fewest GPUs
-        first = frame.iloc[int(np.lexsort((frame["gpus"], np.maximum(worst, 1.0)))[0])]
-        row = {str(key): value for key, value in first.to_dict().items()}
-        alone = [name for name, limit in limits.items() if frame[f"{name}_s"].min() > limit]
+        frame, first = self.candidates, self.tasks[0]
+        late = {name: frame[f"{name}_s"] / limit for name, limit in zip(("ttft", "tpot"), self.targets, strict=True)
+                if limit is not None}
+        served = {"users": first.users, "requests": first.request_rate and first.request_rate * self.output_len}
+        if self.objective == "gpus":
+            served = {}
+        few = {name: least / frame["concurrency" if name == "users" else "output_tokens_per_s"]
+               for name, least in served.items() if least}
+        ones = np.ones(len(frame))
+        # of those within the times asked for, or closest to them, what serves most; of such the one on fewest GPUs
+        worst = [np.max(np.array([*ratios.values(), ones]), axis=0) for ratios in (few, late)]
+        nearest = frame.iloc[int(np.lexsort((frame["gpus"], *worst))[0])]
+        row = {str(key): value for key, value in nearest.to_dict().items()}
+        alone = [name for name, ratio in {**late, **few}.items() if ratio.min() > 1]
         return row, alone or [str(row["limit"]) or "gpus"]
 
     @cached_property
@@ -141,12 +148,15 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, tie
         raise NoLayoutMeets(_not_met(comparison), comparison)
     records = [{str(key): value for key, value in row.items()} for row in ranked.head(CONTENDERS).to_dict("records")]
     best = records[0]
-    kind = ("device", "mode", "layout")
+    kind = ("device", "engine", "mode", "layout")
     others = [r for r in records[1:] if any(r[key] != best[key] for key in kind)]
     sums = work_by_family(comparison, [best, *others]) if ties else []
     tied = [r["candidate"] for r, found in zip(others, sums[1:], strict=ties) if alike(sums[0], found)]
     said = warning(comparison.tasks[0], comparison.candidates, best["ttft_s"], best["tpot_s"])
-    return replace(comparison, best=best, runner_up=others[0] if others else None, ties=tied, warning=said)
+    engine = next(task.engine for task in tasks if task.engine.name == best["engine"])
+    return replace(
+        comparison, best=best, runner_up=others[0] if others else None, ties=tied, warning=said, engine=engine
+    )
 
 
 CONTENDERS = 12
@@ -204,15 +214,25 @@ def _not_met(comparison: Comparison) -> str:
     """Which limit binds and how close the best came."""
     row, binding = comparison.closest
     ttft, tpot = comparison.targets
-    asked = {"TTFT": ttft, "TPOT": tpot}
+    asked, first = {"TTFT": ttft, "TPOT": tpot}, comparison.tasks[0]
     where = f"{row['gpus']} {row['device']} as {row['layout']} ({row['mode']}, batch {row['batch']:g} per rank)"
     said = [f"{name} <= {in_seconds(limit)}" for name, limit in asked.items() if limit is not None]
-    if comparison.objective == "gpus":
-        most = max(task.gpus for task in comparison.tasks)
-        said.append(f"{comparison.tasks[0].request_rate:g} requests/s on {most} GPUs")
-    names = " and ".join("GPUs" if name == "gpus" else name.upper() for name in binding)
+    if first.confidence is not None and said:
+        said[-1] += f" with a chance of {100 * first.confidence:g} % each"
+    most = max(task.gpus for task in comparison.tasks)
+    least = {"requests/s": first.request_rate, "users at once": first.users}
+    said += [f"{number:g} {name} on {most} GPUs" for name, number in least.items() if number is not None]
+    if first.budget is not None:
+        said.append(f"{first.budget:g} USD per hour")
+    names = " and ".join({"gpus": "GPUs"}.get(name, name if name in BESIDE else name.upper()) for name in binding)
     verb = f"the limit on {names} binds" if len(binding) == 1 else f"the limits on {names} bind"
+    served = f", serves {row['concurrency']:.0f} users and {row['output_tokens_per_s'] / comparison.output_len:.3g} " \
+             "requests/s," if any(name in BESIDE for name in binding) else ","
     return (
-        f"no layout meets {' and '.join(said) or 'the number of GPUs'}: {verb}; the closest, {where}, has a TTFT of "
-        f"{in_seconds(row['ttft_s'])} and a TPOT of {in_seconds(row['tpot_s'])}"
+        f"no layout meets {' and '.join(said) or 'the number of GPUs'}: {verb}; the closest, {where}{served} has a "
+        f"TTFT of {in_seconds(row['ttft_s'])} and a TPOT of {in_seconds(row['tpot_s'])}"
     )
+
+
+BESIDE = ("users", "requests", "budget")
+"""Limits that are no times."""

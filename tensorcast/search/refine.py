@@ -36,11 +36,12 @@ def finer(shop: VariantPrices, parts: dict[str, Points], value: Value) -> Varian
         return None
     hoped = []
     for mode, points in parts.items():
-        batch, tokens = points.columns["batch"], points.columns["output_tokens_per_s"]
+        batch = points.columns["batch"]
         # the last whole batch before the next priced one but one, of those that fit, and what at most may come of it
         after = np.append(shop.grid, [np.inf, np.inf])[np.searchsorted(shop.grid, batch, side="right") + 1]
         last = np.maximum(np.minimum(after - 1, np.floor(points.columns["largest_batch"])), batch)
-        hope = value(mode, Points(points.variant, points.columns | {"output_tokens_per_s": tokens * last / batch}))
+        more = {name: points.columns[name] * last / batch for name in ("output_tokens_per_s", "concurrency")}
+        hope = value(mode, Points(points.variant, points.columns | more))
         prefill = points.columns.get("prefill", points.variant).astype(int)
         hoped.append(Points(points.variant, {"hope": hope, "batch": batch, "last": last, "prefill": prefill}))
     hopes = Points.joined(hoped)

@@ -118,6 +118,4 @@ def _per_gpu(one: ReplayedCandidate) -> float:
 
 def _per_dollar(one: ReplayedCandidate) -> float:
     """Requests within the limits per US dollar of the servers' time."""
-    row = one.row
-    per_hour = row["cost_per_million_tokens"] * row["output_tokens_per_s"] * 3600 / 1e6  # of all its GPUs
-    return one.numbers.get("goodput_requests_per_s", -math.inf) * 3600 / per_hour
+    return float(one.numbers.get("goodput_requests_per_s", -math.inf) * 3600 / one.row["usd_per_hour"])

@@ -7,10 +7,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tensorcast.cost.evidence import NORMAL_90
 from tensorcast.parallel import uncollected
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.candidate_table import candidate_frame, stacked
@@ -21,6 +23,7 @@ from tensorcast.search.selection import score_in_time, worth_a_row
 from tensorcast.search.space import Variant, space
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.search.workspace import CURRENT, Parts
+from tensorcast.serving.interval import served_interval
 from tensorcast.serving.traffic import Array
 
 if TYPE_CHECKING:
@@ -59,7 +62,7 @@ def search(task: SearchTask) -> SearchResult:
     priced = id(task.model), id(task.device), id(task.engine), task.base, task.gpus, task.load, task.axes, task.layouts
     asked = (
         *priced, task.runnable_only, task.ttft_s, task.tpot_s, task.objective, task.modes, task.request_rate,
-        task.price_per_hour,
+        task.price_per_hour, task.users, task.budget, task.confidence,
     )  # fmt: skip
     if asked not in workspace.results:
         workspace.results[asked] = task, _search(task, (*priced, task.runnable_only))
@@ -101,12 +104,19 @@ def worth_showing(
     task: SearchTask, prices: VariantPrices, pruned: Counter[str], known: Array | Sequence[float] = ()
 ) -> tuple[dict[str, Points], int]:
     """Points worth a row by mode, and of how many; those at batches that are ``known`` left out."""
-    limits, found, examined = (task.ttft_s, task.tpot_s), {}, 0
+    found, examined, limits = {}, 0, (task.ttft_s, task.tpot_s)
+    if task.confidence is not None:  # no candidate's times are surer than the serving model by itself
+        least = served_interval(0.0, 0.0, 0.0)
+        sigmas = NormalDist().inv_cdf(task.confidence) / NORMAL_90
+        limits = tuple(  # type: ignore[assignment]
+            None if limit is None else limit / float(least[name]) ** sigmas
+            for name, limit in zip(("ttft_s", "tpot_s"), limits, strict=True)
+        )
     for mode in task.modes:
         points, slow = (
             aggregated(prices, limits)
             if mode == "aggregated"
-            else disaggregated(prices.in_pools(), task.gpus, limits)
+            else disaggregated(prices.in_pools(), task.paid_gpus, limits)
         )
         pruned[NO_PACE] += slow
         if not len(points.variant):

@@ -69,8 +69,22 @@ class SearchTask:
     """Only these; empty: all."""
     modes: tuple[str, ...] = MODES
     request_rate: float | None = None
+    """Requests per second to be served at least."""
+    users: int | None = None
+    """Requests in flight to be served at least."""
+    budget: float | None = None
+    """US dollars per hour to be spent at most."""
+    confidence: float | None = None
+    """Chance with which limits are to be kept, and by whose lower bounds candidates are ranked; None: as expected."""
     price_per_hour: float | None = None
     runnable_only: bool = True
+
+    @property
+    def paid_gpus(self) -> int:
+        """GPUs of the size asked for that the budget pays."""
+        if self.budget is None or self.price is None:
+            return self.gpus
+        return min(self.gpus, int(self.budget / self.price * (1 + 1e-12)))
 
     @property
     def price(self) -> float | None:
@@ -84,19 +98,24 @@ class SearchTask:
 
 
 def search_tasks(
-    model: ModelProfile, devices: Sequence[DeviceProfile], engine: EngineProfile, world_sizes: Sequence[int], *,
+    model: ModelProfile, devices: Sequence[DeviceProfile], engines: Sequence[EngineProfile],
+    world_sizes: Sequence[int], *,
     input_len: int, output_len: int, prefix_cached: int = 0, mtp_acceptance: float = 0.8, ttft_s: float | None = None,
     tpot_s: float | None = None, objective: str = "tokens_per_gpu", layouts: Sequence[str] | None = None,
-    modes: Sequence[str] = MODES, request_rate: float | None = None, prices: Mapping[str, float] | None = None,
+    modes: Sequence[str] = MODES, request_rate: float | None = None, users: int | None = None,
+    budget: float | None = None, confidence: float | None = None, prices: Mapping[str, float] | None = None,
     quant: str | None = None, state_dtype: str | None = None, routing: str = SERVED_ROUTING,
     placement: str = "linear", full: bool = False,
     runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,
 ) -> list[SearchTask]:
-    """Tasks of every device and size. ``searched``: values of axes; those left out are the default space's.
+    """Tasks of every device, engine and size. ``searched``: values of axes; those left out are the default space's.
 
     Raises :class:`InputError`, one line, on anything that cannot be.
     """
     _check_names(objective, modes, [device.name for device in devices], world_sizes, prices=prices or {})
+    names = [engine.name for engine in engines]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise InputError(f"--engine {','.join(names)}: one release of {twice} at a time")
     if not 0 <= prefix_cached < max(1, input_len):
         raise InputError(f"--prefix-cached {prefix_cached}: must be at least 0 and less than --input-len {input_len}")
     Routing.parse(routing)
@@ -104,20 +123,24 @@ def search_tasks(
     load = Traffic(input_len, output_len, 1, prefix_cached, mtp_acceptance)
     given = {name: tuple(values) for name, values in (searched or {}).items() if values}
     axes = replace(FULL if full else Axes(), **given)
-    if runnable_only and "one exchange" in ENGINE_RULES.get(engine.name, ()):  # for both phases
-        axes = axes.for_one_exchange()
+    one_exchange = {  # for both phases
+        engine.name: axes.for_one_exchange() for engine in engines
+        if runnable_only and "one exchange" in ENGINE_RULES.get(engine.name, ())
+    }
     wanted = tuple(dict.fromkeys(parse_layout(text) for text in layouts or ()))
     base = Options(quant=quant, state_dtype=state_dtype, routing=routing, placement=placement)
     # profiles are read anew for every question; equal ones are the same, so that what is kept of them serves all
-    model, engine, devices = same(model), same(engine), [same(device) for device in devices]
+    model, devices, engines = same(model), [same(device) for device in devices], [same(one) for one in engines]
     tasks = [
         SearchTask(
             model=model, device=device, engine=engine, gpus=size, load=load, ttft_s=ttft_s, tpot_s=tpot_s,
-            objective=objective, axes=axes, base=base, modes=tuple(modes), request_rate=request_rate,
+            objective=objective, axes=one_exchange.get(engine.name, axes), base=base, modes=tuple(modes),
+            request_rate=request_rate, users=users, budget=budget, confidence=confidence,
             layouts=tuple(layout for layout in wanted if size % layout.world_size == 0),
             price_per_hour=(prices or {}).get(device.name), runnable_only=runnable_only,
         )
         for device in devices
+        for engine in engines
         for size in world_sizes
     ]  # fmt: skip
     for task in tasks:
@@ -154,18 +177,21 @@ def _check_names(
 def _check(task: SearchTask) -> None:
     """Raise :class:`InputError`, one line, on the first of what must hold of a task's numbers that does not."""
     device, rate, price = task.device, task.request_rate, task.price_per_hour
-    positive = {"--ttft": task.ttft_s, "--tpot": task.tpot_s, "--request-rate": rate}
+    positive = {
+        "--ttft": task.ttft_s, "--tpot": task.tpot_s, "--request-rate": rate, "--users": task.users,
+        "--budget": task.budget,
+    }
     for flag, value in positive.items():
         if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
             raise InputError(f"{flag} {value!r}: must be a number more than 0")
     rules = (
         (
-            "--objective gpus", task.objective != "gpus" or rate is not None,
-            "say for how many requests per second, with --request-rate",
+            "--objective gpus", task.objective != "gpus" or rate is not None or task.users is not None,
+            "say for how many requests per second, with --request-rate, or at once, with --users",
         ),
         (
-            f"--request-rate {rate or 0:g}", task.objective == "gpus" or rate is None,
-            "says how much to plan for, with --objective gpus alone",
+            f"--confidence {task.confidence or 0:g}", task.confidence is None or 0.5 <= task.confidence < 1,
+            "must be a chance of at least 0.5 and less than 1, such as 0.8",
         ),
         (
             f"--price {device.name}={price or 0:g}", price is None or 0 < price < math.inf,
@@ -174,6 +200,14 @@ def _check(task: SearchTask) -> None:
         (
             "--objective cost", task.objective != "cost" or task.price is not None,
             f"no price per GPU hour is known for {device.name}; use --price, as in H200=2.5",
+        ),
+        (
+            f"--budget {task.budget or 0:g}", task.budget is None or task.price is not None,
+            f"no price per GPU hour is known for {device.name}; use --price, as in H200=2.5",
+        ),
+        (
+            f"--budget {task.budget or 0:g}", task.paid_gpus >= 1 or task.gpus < 1,
+            f"pays for no {device.name} at {task.price or 0:g} USD per GPU hour",
         ),
         (f"--world-size {task.gpus}", task.gpus >= 1, "must be at least 1"),
         (

@@ -3,44 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import NormalDist
 
 import numpy as np
 
-from tensorcast.cost.evidence import NORMAL_80
+from tensorcast.cost.evidence import NORMAL_80, NORMAL_90
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.variant_prices import VariantPrices
+from tensorcast.serving.interval import served_interval
 from tensorcast.serving.objective import OBJECTIVES
 from tensorcast.serving.traffic import Array, Rows
 
-LIMITS = ("ttft", "tpot", "gpus")
+LIMITS = ("ttft", "tpot", "gpus", "users", "requests", "budget")
+"""What a candidate may miss: times, what there is and may be spent, and the least that must be served."""
 
 
 def rated(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> dict[str, Array]:
     """The points' columns and what a task makes of them: the cluster that they take and what objectives look at.
 
-    ``world_size``: GPUs of one replica, or of its two pools; ``ttft_share``, ``tpot_share`` and ``gpus_share``: how
-    many times its limit each is, where there is one.
+    ``world_size``: GPUs of one replica, or of its two pools; ``output_tokens_per_s`` and ``concurrency`` are of all
+    replicas; ``ttft_share`` and its like: how many times its limit each of :data:`LIMITS` is, where there is one;
+    ``factor_*``: of the 80 % intervals (:func:`tensorcast.serving.interval.served_interval`); ``lower_bound``: what the
+    objective looks at, as far as it is reached with the chance that the task asks for.
     """
-    c = points.columns
+    c, tokens = points.columns, points.columns["output_tokens_per_s"]
+    factors = served_interval(c["ttft_error"], c["tpot_error"], c["ttft_s"] / c["request_s"])
+    # errors are even in logs: what is kept with a chance lies so many times the interval's end away
+    sigmas = NormalDist().inv_cdf(task.confidence or 0.5) / NORMAL_90
+    late = {name: factors[f"{name}_s"] ** sigmas for name in ("ttft", "tpot")}
+    sure = np.asarray(factors["output_tokens_per_s"] ** -sigmas)
     size = prices.layouts["world_size"][points.variant]
     if mode == "disaggregated":
         prefill = prices.layouts["world_size"][c["prefill"].astype(int)]
         size = prefill * c["prefill_workers"] + size * c["decode_workers"]
-    replicas = np.maximum(task.gpus // size, 1.0)
-    if task.objective == "gpus" and task.request_rate:
-        replicas = np.ceil(task.request_rate / (c["output_tokens_per_s"] / task.load.output_len))
-    gpus, per_gpu = replicas * size, c["output_tokens_per_s"] / size
-    asked = {"ttft": (c["ttft_s"], task.ttft_s), "tpot": (c["tpot_s"], task.tpot_s), "gpus": (gpus, task.gpus)}
-    return {
+    price = np.nan if task.price is None else task.price
+    replicas = np.maximum(task.paid_gpus // size, 1.0)
+    if task.objective == "gpus":
+        rate = np.ceil((task.request_rate or 0.0) / (tokens * sure / task.load.output_len))
+        replicas = np.maximum(np.maximum(rate, np.ceil((task.users or 0) / c["concurrency"])), 1.0)
+    gpus, per_gpu = replicas * size, tokens / size
+    asked = {
+        "ttft": (c["ttft_s"] * late["ttft"], task.ttft_s), "tpot": (c["tpot_s"] * late["tpot"], task.tpot_s),
+        "gpus": (gpus, task.gpus), "budget": (gpus * price, task.budget),
+    }
+    served = {"users": (c["concurrency"] * replicas, task.users),
+              "requests": (tokens * sure * replicas / task.load.output_len, task.request_rate)}
+    found = {
         **c,
         **{f"{name}_share": value / limit for name, (value, limit) in asked.items() if limit is not None},
+        **{f"{name}_share": least / value for name, (value, least) in served.items() if least is not None},
+        **{f"factor_{name}": np.asarray(value) for name, value in factors.items()},
+        "output_tokens_per_s": tokens * replicas,
+        "concurrency": c["concurrency"] * replicas,
         "replicas": replicas,
         "world_size": size,
         "gpus": gpus,
         "tokens_per_s_per_gpu": per_gpu,
-        "cost_per_million_tokens": (np.nan if task.price is None else task.price) / 3600.0 / per_gpu * 1e6,
+        "cost_per_million_tokens": price / 3600.0 / per_gpu * 1e6,
+        "usd_per_hour": gpus * price,
     }
+    objective = OBJECTIVES[task.objective]
+    found["lower_bound"] = found[objective.column]
+    if objective.column not in ("gpus", "concurrency"):
+        found["lower_bound"] = found["lower_bound"] * sure ** (-1.0 if objective.less else 1.0)
+    return found
 
 
 def score_in_time(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Array:

@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 PER_GPU = "tokens_per_s_per_gpu"
 """What decides between candidates that an objective cannot tell apart: more is better."""
 
+BOUND = "lower_bound"
+
 
 @dataclass(frozen=True)
 class Objective:
-    """A column of served candidates that is to be large, or small (``less``); ``words``: it with its unit."""
+    """A column of served candidates that is to be large, or small (``less``); ``words``: it with its unit.
+
+    Where candidates have a ``lower_bound`` of it, which is reached with a chance, that decides.
+    """
 
     name: str
     column: str
@@ -27,13 +32,13 @@ class Objective:
 
     def score(self, columns: Mapping[str, NDArray[np.float64]] | pd.DataFrame) -> NDArray[np.float64]:
         """Of each candidate; more is better. Of as many GPUs, those with most tokens lead."""
-        value = np.asarray(columns[self.column], dtype=float)
+        value = np.asarray(columns[BOUND if BOUND in columns else self.column], dtype=float)
         spare = 1e-9 * np.asarray(columns[PER_GPU], dtype=float) if self.column == "gpus" else 0.0
         return (-value if self.less else value) + spare
 
     def ranked(self, frame: pd.DataFrame) -> pd.DataFrame:
         """``frame`` with the best first: what meets the limits before what does not, ties by tokens per GPU."""
-        by = ["meets", self.column, PER_GPU]
+        by = ["meets", BOUND if BOUND in frame else self.column, PER_GPU]
         return frame.sort_values(by, ascending=[False, self.less, False], kind="stable")
 
 
@@ -44,6 +49,8 @@ OBJECTIVES = {
         Objective("latency", "request_s", True, "for a whole request"),
         Objective("cost", "cost_per_million_tokens", True, "USD per million output tokens"),
         Objective("gpus", "gpus", True, "GPUs"),
+        Objective("throughput", "output_tokens_per_s", False, "tokens/s of all GPUs"),
+        Objective("users", "concurrency", False, "users at once"),
     )
 }
 """What ``--objective`` may ask for."""

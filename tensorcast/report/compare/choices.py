@@ -31,6 +31,7 @@ LIMITS = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
 WRITTEN: dict[str, Callable[[float], str]] = {
     "tokens_per_s_per_gpu": units.rate, "tokens_per_s_per_user": units.rate, "request_s": units.seconds,
     "ttft_s": units.seconds, "tpot_s": units.seconds, "cost_per_million_tokens": units.digits, "gpus": units.count,
+    "output_tokens_per_s": units.rate, "concurrency": units.count,
 }
 """How a column's values are written."""
 
@@ -69,15 +70,21 @@ class View:
         if price is not None:
             per_second = self.frame["gpus"] * price / 3600.0
             cost = 1e6 * per_second / self.frame["output_tokens_per_s"]
-            self.frame = self.frame.assign(cost_per_million_tokens=cost)
+            self.frame = self.frame.assign(cost_per_million_tokens=cost, usd_per_hour=3600.0 * per_second)
+            if self.objective.name == "cost":
+                changed = cost / comparison.candidates["cost_per_million_tokens"]
+                self.frame = self.frame.assign(lower_bound=changed * self.frame["lower_bound"])
             self.best, self.runner_up = self.record(self.best), self.record(self.runner_up)
         self.price = price
         self.limits = dict(zip(LIMITS, comparison.targets, strict=True))
         self.cached_tokens = comparison.input_len + comparison.output_len // 2
         self.several_devices = self.frame["device"].nunique() > 1
+        self.several_engines = self.frame["engine"].nunique() > 1
         # pools take as many GPUs as match, so their number alone does not say that several clusters were asked about
         self.several_sizes = self.frame.loc[self.frame["mode"] == "aggregated", "gpus"].nunique() > 1
-        self.layout_columns = ["mode", "device", "layout", "prefill_layout", *(["gpus"] if self.several_sizes else [])]
+        self.layout_columns = [
+            "mode", "device", "engine", "layout", "prefill_layout", *(["gpus"] if self.several_sizes else [])
+        ]
 
     def record(self, row: dict[str, Any] | None) -> dict[str, Any] | None:
         """``row`` of the comparison as this view has it, with its own price."""
@@ -106,7 +113,8 @@ class View:
             place.append(units.count(row["gpus"]))
         if self.several_devices:
             place.append(row["device"])
-        return f"{layout} on {' '.join(place)}" if place else layout
+        name = f"{layout} on {' '.join(place)}" if place else layout
+        return f"{name} under {row['engine']}" if self.several_engines else name
 
     def of_layout(self, row: dict[str, Any]) -> pd.DataFrame:
         """All candidates of the layout that ``row`` is one of."""
@@ -150,6 +158,42 @@ class View:
     def decode_price(self, choice: Choice, batch: float) -> StepPrice:
         """A decode step of ``batch`` sequences per dp rank, halfway through the answers."""
         return choice.decode.step.price(float(batch), 1.0, float(self.cached_tokens))
+
+
+def interval(view: View, row: dict[str, Any], column: str) -> tuple[float, float]:
+    """Lower and upper end of the 80 % interval of a column's value; one number where a column is certain."""
+    if column in ("ttft_s", "tpot_s"):
+        stem = column.removesuffix("_s")
+        return row[f"{stem}_low_s"], row[f"{stem}_high_s"]
+    if column == "tokens_per_s_per_user":
+        return 1.0 / row["tpot_high_s"], 1.0 / row["tpot_low_s"]
+    if column in CERTAIN:
+        return row[column], row[column]
+    tokens = row["output_tokens_per_s"]
+    slow, fast = row["output_tokens_low_per_s"] / tokens, row["output_tokens_high_per_s"] / tokens
+    if column in ("cost_per_million_tokens", "request_s"):
+        return row[column] / fast, row[column] / slow
+    return row[column] * slow, row[column] * fast
+
+
+CERTAIN = ("gpus", "concurrency")
+"""Columns that are chosen, not predicted."""
+
+
+def worth(view: View, row: dict[str, Any]) -> str:
+    """What the objective makes of a candidate, with its interval and the bound that is reached with a chance."""
+    column = view.objective.column
+    within = f" ({between(view, row, column)})" if column not in CERTAIN else ""
+    chance = view.comparison.tasks[0].confidence if view.comparison.tasks else None
+    sure = f"; {view.write(row['lower_bound'])} with a chance of {100 * chance:g} %" if chance and within else ""
+    return f"{view.write(row[column])} {view.objective.words}{within}{sure}"
+
+
+def between(view: View, row: dict[str, Any], column: str) -> str:
+    """``289 to 350``, with each end's unit where they differ: ``950 us to 1.05 ms``."""
+    start, end = (WRITTEN[column](value) for value in interval(view, row, column))
+    number, _, unit = start.partition(" ")
+    return f"{number} to {end}" if unit and end.endswith(f" {unit}") else f"{start} to {end}"
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from tensorcast.report import units
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.figures import short
-from tensorcast.report.compare.words import limit_name, options
+from tensorcast.report.compare.words import options, verdict
 
 MOST_ROWS = 2000
 """More candidates than this, and the page carries only the Pareto front and the best of each layout."""
@@ -37,18 +37,24 @@ COLUMNS = (
     Column("ttft_s", "TTFT", True, "mean time to the first token", units.seconds),
     Column("tpot_s", "TPOT", True, "mean time per output token", units.seconds),
     Column("cost_per_million_tokens", "USD/M tokens", True, "per million output tokens", units.digits),
-    Column("verdict", "verdict", False, "whether it meets the targets; if not, the limit that binds"),
+    Column("verdict", "limits", False, "kept, or which is missed; may miss: kept with a chance of less than 90 %"),
+    Column("ttft_chance", "TTFT kept", True, "chance to keep the limit on TTFT", units.chance),
+    Column("tpot_chance", "TPOT kept", True, "chance to keep the limit on TPOT", units.chance),
     Column("concurrency", "in flight", True, "requests in flight, over all GPUs", units.count),
     Column("batch", "batch", True, "decoding sequences per data-parallel rank", short),
     Column("memory_share", "memory", True, "share of a GPU's memory in use", units.percent),
-    Column("gpus", "GPUs", True, "GPUs in all", units.count),
+    Column("output_tokens_per_s", "tokens/s", True, "output tokens per second of all GPUs", units.rate),
+    Column("usd_per_hour", "USD/h", True, "US dollars per hour of the GPUs in use", units.money),
+    Column("gpus", "GPUs", True, "GPUs in use", units.count),
+    Column("idle_gpus", "idle", True, "GPUs of those asked for that it leaves; they cost as much", units.count),
     Column("device", "device"),
+    Column("engine", "engine"),
     Column("mode", "serving"),
     Column("family", "family"),
     Column("options", "options"),
 )
 
-CHOICES = ("family", "mode", "device", "verdict")
+CHOICES = ("family", "mode", "device", "engine", "verdict")
 """Columns that the page filters by value."""
 
 
@@ -88,10 +94,9 @@ def table(view: View) -> Table:
 
 
 def _record(view: View, row: Any) -> dict[str, Any]:
-    verdict = "meets targets" if row["meets"] else f"misses {limit_name(row['limit'])}"
     return {
         **row, "name": view.name(row), "memory_share": row["memory_bytes"] / row["capacity_bytes"],
-        "verdict": verdict, "options": options(row), "pareto": bool(row["pareto"]),
+        "verdict": verdict(row), "options": options(row), "pareto": bool(row["pareto"]),
     }
 
 

@@ -41,7 +41,19 @@ def print_comparison(found: Comparison, console: Console, top: int = 12) -> None
         console.print(Text(f"  {number.name:<{max(22, widest)}}  {number.value:>10}   {number.note}"), width=width)
     console.print()
     console.print(_table(view, top, width), width=width)
-    console.print(Text(_pruned(found), style="dim"), width=width)
+    fell = "; ".join(
+        f"{COUNTED[what]}: " + ", ".join(f"{rule} {units.count(number)}" for rule, number in by_rule.items())
+        for what, by_rule in found.pruned.items()
+        if by_rule
+    )
+    counted = (
+        f"{plural(found.examined, 'candidate')} (a layout with its options at a batch) examined, "
+        f"{units.count(len(found.candidates))} kept: the best options of each layout and batch, and all of the Pareto "
+        "front. "
+        f"batch: sequences per data-parallel rank; tok/s: per user; a > b: prefill > decode workers"
+        + (f"\npruned by rule: {fell}" if fell else "")
+    )
+    console.print(Text(counted, style="dim"), width=width)
     for note in found.notes:
         console.print(Text(f"note: {note}"), width=width)
 
@@ -85,21 +97,6 @@ def _table(view: View, top: int, width: int) -> Table:
         style = "" if row["meets"] else "dim"
         table.add_row(*(Text(text, style=style) for text in (name, *values)))
     return table
-
-
-def _pruned(found: Comparison) -> str:
-    fell = "; ".join(
-        f"{COUNTED[what]}: " + ", ".join(f"{rule} {units.count(number)}" for rule, number in by_rule.items())
-        for what, by_rule in found.pruned.items()
-        if by_rule
-    )
-    return (
-        f"{plural(found.examined, 'candidate')} (a layout with its options at a batch) examined, "
-        f"{units.count(len(found.candidates))} kept: the best options of each layout and batch, and all of the Pareto "
-        "front. "
-        f"batch: sequences per data-parallel rank; tok/s: per user; a > b: prefill > decode workers"
-        + (f"\npruned by rule: {fell}" if fell else "")
-    )
 
 
 def comparison_record(found: Comparison, replayed: ReplayedComparison | None = None) -> dict[str, Any]:

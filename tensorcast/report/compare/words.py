@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from tensorcast.cost.evidence import EVIDENCE, NORMAL_90
+from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.deploy.deployment import memory_share
 from tensorcast.report import units
-from tensorcast.report.compare.choices import LIMITS, PARTS, WRITTEN, Choice, View, step_parts
+from tensorcast.report.compare.choices import LIMITS, WRITTEN, Choice, View, between, worth
+from tensorcast.report.compare.runner_up import runner_up
 from tensorcast.report.units import plural
 from tensorcast.search.space import NARROW
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from tensorcast.search.compare import Comparison
 
 COVERS = {"everything": "", "weights_and_cache": " for weights and cache", "cache": " that these leave for the cache"}
@@ -69,9 +66,16 @@ def asked_for(view: View) -> str:
     limits = {LIMITS[column]: limit for column, limit in view.limits.items() if limit is not None}
     asked = [f"{name} up to {units.seconds(limit)}" for name, limit in limits.items()]
     devices = " or ".join(device.name for device in c.devices)
+    least = {"requests/s": c.tasks[0].request_rate, "users at once": c.tasks[0].users} if c.tasks else {}
+    asked += [f"at least {units.digits(number)} {what}" for what, number in least.items() if number is not None]
+    if c.tasks and c.tasks[0].budget is not None:
+        asked.append(f"at most {units.digits(c.tasks[0].budget)} USD per hour")
+    if c.tasks and c.tasks[0].confidence is not None:
+        asked.append(f"each kept with a chance of {100 * c.tasks[0].confidence:g} %")
+    engines = " or ".join(dict.fromkeys(task.engine.name for task in c.tasks)) or c.engine.name
     parts = [
         f"{c.model.name} on {'up to ' if len(sizes) > 1 or c.objective == 'gpus' else ''}{units.count(max(sizes))} x "
-        f"{devices}", c.engine.name,
+        f"{devices}", engines,
         f"{units.count(c.input_len)} tokens in and {units.count(c.output_len)} out", *asked,
     ]
     return ", ".join(parts)
@@ -82,45 +86,14 @@ def conclusion(view: View) -> Conclusion:
     if view.best is None:
         return _none_meets(view)
     best, second = view.best, view.runner_up
-    runner_up, ways = _runner_up(view, best, second) if second is not None else ("", ())
+    said, ways = runner_up(view, best, second) if second is not None else ("", ())
     c = view.comparison
     untried = c.pruned["layouts"].get(NARROW, 0) and c.candidates["tp"].max() == 1
     among = " of the layouts without tensor parallelism (its class runs with no tp above 1 here)" if untried else ""
     return Conclusion(
-        headline=f"{view.name(best)} is best{among}: {_worth(view, best)}", numbers=tuple(_numbers(view, best)),
-        how=_how(view, best), runner_up=runner_up, ways=ways, ties=_ties(view, best), warning=view.comparison.warning,
+        headline=f"{view.name(best)} is best{among}: {worth(view, best)}", numbers=tuple(_numbers(view, best)),
+        how=_how(view, best), runner_up=said, ways=ways, ties=_ties(view, best), warning=view.comparison.warning,
     )
-
-
-def interval(view: View, row: dict[str, Any], column: str) -> tuple[float, float]:
-    """Lower and upper end of a column's value, carried from the kernels' errors through TTFT and TPOT."""
-    if column in ("ttft_s", "tpot_s"):
-        stem = column.removesuffix("_s")
-        return row[f"{stem}_low_s"], row[f"{stem}_high_s"]
-    if column == "tokens_per_s_per_user":
-        return 1.0 / row["tpot_high_s"], 1.0 / row["tpot_low_s"]
-    if column == "gpus":
-        return row["gpus"], row["gpus"]
-    length = view.comparison.output_len
-    request = row["ttft_s"] + length * row["tpot_s"]
-    short = (row["ttft_low_s"] + length * row["tpot_low_s"]) / request
-    long = (row["ttft_high_s"] + length * row["tpot_high_s"]) / request
-    if column in ("cost_per_million_tokens", "request_s"):
-        return row[column] * short, row[column] * long
-    return row[column] / long, row[column] / short
-
-
-def _worth(view: View, row: dict[str, Any]) -> str:
-    column = view.objective.column
-    within = f" ({between(view, row, column)})" if column != "gpus" else ""
-    return f"{view.write(row[column])} {view.objective.words}{within}"
-
-
-def between(view: View, row: dict[str, Any], column: str) -> str:
-    """``289 to 350``, with each end's unit where they differ: ``950 us to 1.05 ms``."""
-    start, end = (WRITTEN[column](value) for value in interval(view, row, column))
-    number, _, unit = start.partition(" ")
-    return f"{number} to {end}" if unit and end.endswith(f" {unit}") else f"{start} to {end}"
 
 
 HOURS_OF_A_MONTH = 730.0
@@ -135,10 +108,8 @@ def _numbers(view: View, row: Any) -> list[Number]:
     for column, name in speeds.items():
         limit, asked = view.limits.get(column), ""
         if limit is not None:
-            # four in five true values lie between value / factor and value * factor, log-normally
-            spread = math.log(row[f"{column[:-2]}_high_s"] / row[column]) / NORMAL_90
-            chance = NormalDist(math.log(row[column]), spread).cdf(math.log(limit))
-            asked = f"; {units.seconds(limit)} kept with a chance of {100 * chance:.0f} %"
+            chance = units.chance(row[f"{column[:-2]}_chance"])
+            asked = f"; {units.seconds(limit)} kept with a chance of {chance}"
         found.append(Number(name, WRITTEN[column](row[column]), between(view, row, column) + asked))
     share = units.percent(row["memory_bytes"] / row["capacity_bytes"])
     capacity = units.nbytes(row["capacity_bytes"])
@@ -150,15 +121,36 @@ def _numbers(view: View, row: Any) -> list[Number]:
     if cost == cost and cost is not None:
         ends = between(view, row, "cost_per_million_tokens")
         found.append(Number("USD per million output tokens", units.digits(cost), ends))
-        hour = cost * tokens * 3600 / 1e6
+        replies = view.comparison.output_len / (view.comparison.input_len + view.comparison.output_len)
+        every = "all of the bill, over prompts' and replies' tokens alike"
+        found.append(Number("USD per million tokens", units.digits(cost * replies), every))
+        hour = row["usd_per_hour"]
         month = f"{hour * HOURS_OF_A_MONTH:,.0f} a month"
         found.append(Number("USD per hour", units.digits(hour), f"{month}, {plural(row['gpus'], 'GPU')}"))
-    asked_for = [t.gpus for t in view.comparison.tasks if t.device.name == row["device"] and t.gpus >= row["gpus"]]
-    idle = min(asked_for, default=0) - row["gpus"]
-    if idle > 0 and view.comparison.objective != "gpus":
-        said = "the best layout has no use for them, but they cost as much" if cost == cost else "no use for them"
-        found.append(Number("idle GPUs", units.count(idle), f"of {units.count(min(asked_for))}: {said}"))
+    if idle := row["idle_gpus"]:
+        said = "this layout has no use for them, but they cost as much" if cost == cost else "no use for them"
+        found.append(Number("idle GPUs", units.count(idle), f"of {units.count(row['gpus'] + idle)}: {said}"))
+    power = next((task.device.power_w for task in view.comparison.tasks if task.device.name == row["device"]), None)
+    if power is not None:
+        joules = float(power) * row["gpus"] / tokens
+        limits = f"at most: {units.count(float(power))} W for every GPU; cooling and hosts not counted"
+        found.append(Number("kWh per million output tokens", units.digits(joules / 3.6), limits))
     return found
+
+
+SURE = 0.9
+"""Chance of keeping a limit from which on it is kept: the slow end of an 80 % interval keeps it, too."""
+
+AMOUNTS = {"users": "too few users", "requests": "too few requests/s", "budget": "over budget"}
+"""What is said of a candidate that misses another limit than a time."""
+
+
+def verdict(row: Any) -> str:
+    """``keeps limits``, ``may miss TTFT`` where its chance to keep that is less than :data:`SURE`, ``over TPOT``."""
+    near = [name for column, name in LIMITS.items() if row[f"{column[:-2]}_chance"] < SURE]
+    if not row["meets"]:
+        return AMOUNTS.get(row["limit"], f"over {limit_name(row['limit'])}")
+    return f"may miss {' and '.join(near)}" if near else "keeps limits"
 
 
 def options(row: dict[str, Any]) -> str:
@@ -217,87 +209,6 @@ def _spread(row: dict[str, Any]) -> str:
     if row["pp"] > 1:
         parts.append(plural(row["pp"], "pipeline stage"))
     return "; ".join(parts)
-
-
-def _runner_up(view: View, best: dict[str, Any], second: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The runner-up in a sentence, and each thing that would make it win."""
-    worse = second[view.objective.column] / best[view.objective.column] - 1
-    gap = worse if view.objective.less else -worse  # as a share of the best's value
-    text = f"Runner-up: {view.name(second)} with {_worth(view, second)}, "
-    text += f"{units.percent(gap)} {'more' if view.objective.less else 'less'}." if gap > 0.0005 else "the same."
-    other_limits = [
-        f"if {LIMITS[column]} up to {units.seconds(limit)} were allowed" if looser
-        else f"if {LIMITS[column]} had to stay under {units.seconds(limit)}"
-        for column, limit, looser in turning_points(view, second)
-        if units.seconds(limit) != units.seconds(view.limits[column] or 0.0)
-    ]
-    ways = (*other_limits, *_memory(view, second), *_faster(view, second, gap))
-    return (f"{text} It would win" if ways else text), ways
-
-
-def turning_points(view: View, second: dict[str, Any]) -> list[tuple[str, float, bool]]:
-    """Where another value of one limit makes ``second``'s layout the best of all, the other limit as asked.
-
-    (column, limit in seconds, whether it is looser than asked): the least of the looser ones, from there on; and the
-    most of the tighter ones, just under it.
-    """
-    objective = view.objective
-    frame = view.frame.assign(own=view.frame.index.isin(view.of_layout(second).index))
-    found = []
-    for column, limit in view.limits.items():
-        (other, most), *_ = (item for item in view.limits.items() if item[0] != column)
-        allowed = frame if most is None else frame[frame[other] <= most]
-        now = float("inf") if limit is None else limit
-        leads = _leader_by_limit(allowed, column, objective.column, objective.less)
-        looser = leads[leads["own"] & (leads[column] > now)]
-        tighter = leads[leads["own"] & (leads[column] < now)]
-        if not looser.empty:
-            found.append((column, float(looser[column].iloc[0]), True))
-        if not tighter.empty:
-            following = leads.loc[leads[column] > tighter[column].iloc[-1], column]
-            found.append((column, min(now, float(following.min())), False))
-    return found
-
-
-def _leader_by_limit(frame: pd.DataFrame, column: str, value: str, less: bool) -> pd.DataFrame:
-    """The best candidate so far at each value of a limit, from tight to loose; rows where the leader changes."""
-    ordered = frame.sort_values([column, value], ascending=[True, less], kind="stable")
-    so_far = ordered[value].cummin() if less else ordered[value].cummax()
-    return ordered[(ordered[value] == so_far) & (so_far != so_far.shift())]
-
-
-def _memory(view: View, second: dict[str, Any]) -> list[str]:
-    """More memory, where memory ends the runner-up's batch before a limit does and it still gains from load."""
-    own = view.of_layout(second).sort_values("batch")
-    column, less = view.objective.column, view.objective.less
-    if not view.full(second) or column not in ("tokens_per_s_per_gpu", "cost_per_million_tokens"):
-        return []
-    smaller = own[own["batch"] < second["batch"]]
-    if smaller.empty or (smaller[column].iloc[-1] < second[column]) == less:
-        return []
-    return [
-        "with more room for its KV cache, if that lifts its batch far enough over "
-        f"{plural(second['batch'], 'sequence')} per rank, all that fit now"
-    ]
-
-
-def _faster(view: View, second: dict[str, Any], gap: float) -> list[str]:
-    """The parts of its decode step that alone could close the ``gap``, by how much they would have to shrink."""
-    if view.objective.column == "gpus":
-        return []
-    choices = {choice.row["candidate"]: choice for choice in view.shown}
-    if second["candidate"] not in choices:
-        return []
-    choice = choices[second["candidate"]]
-    split = step_parts(choice.decode, view.decode_price(choice, max(1.0, second["batch"])))
-    needed = gap / (1 + gap) if view.objective.less else gap
-    wanted = needed * split.seconds
-    able = sorted((wanted / split.parts[part], part) for part in PARTS if split.parts[part] > wanted)
-    less = f"if its requests took {units.percent(needed)} less time at the same load"
-    if not able:
-        return [f"{less}, more than any one part of its step offers"]
-    share, part = able[0]
-    return [f"{less}, as with its time for {part} cut by {units.percent(share)}"]
 
 
 def _ties(view: View, best: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tensorcast.report import units
-from tensorcast.report.compare.choices import LIMITS, View
+from tensorcast.report.compare.choices import LIMITS, Choice, View, step_parts
+from tensorcast.report.compare.words import AMOUNTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,7 +18,7 @@ LEAST = 0.005
 
 def sentences(view: View) -> list[str]:
     """Those that a comparison with a best candidate answers."""
-    found = [*_binding(view), _worth(view, "Two pools of servers, one for prompts and one for replies,", _pools),
+    found = [*_binding(view), _worth(view, "Serving from two pools, one for prompts and one for replies,", _pools),
              _worth(view, "Spreading whole experts over GPUs (EP)", _spread)]
     return [text for text in found if text]
 
@@ -65,15 +66,49 @@ def _worth(view: View, what: str, has: Callable[[pd.DataFrame], pd.Series[bool]]
     if max(gain, loss) < LEAST:
         return f"{what} changes nothing: {numbers}."
     said = "is worth it here" if gain > loss else "is not worth it here"
-    return f"{what} {said}: {numbers} ({units.percent(max(gain, loss))} {'better' if gain > loss else 'worse'})."
+    pair = (best, without) if gain > loss else (without, best)
+    better = "better" if gain > loss else "worse"
+    return f"{what} {said}: {numbers} ({units.percent(max(gain, loss))} {better}){_because(view, *pair)}."
+
+
+PER_TIME = ("tokens_per_s_per_gpu", "cost_per_million_tokens", "output_tokens_per_s")
+"""Objectives that GPU time per token decides."""
+
+
+def _because(view: View, better: dict[str, Any], worse: dict[str, Any]) -> str:
+    """What saves the better one most GPU time per token; empty where the objective is another than that."""
+    if view.objective.column not in PER_TIME or better["device"] != worse["device"]:
+        return ""
+    good, bad = _gpu_time(view, better), _gpu_time(view, worse)
+    part = max(good, key=lambda name: bad[name] - good[name])
+    if bad[part] - good[part] <= 0:
+        return ""
+    return (
+        f", mostly because a reply's token takes {units.seconds(good[part])} of GPU time for {part} instead of "
+        f"{units.seconds(bad[part])}"
+    )
+
+
+def _gpu_time(view: View, row: dict[str, Any]) -> dict[str, float]:
+    """GPU seconds per token of a reply: of its decode step by part, and all else: its prompt's share, idle ranks and
+    pools. They add up to one over tokens per second and GPU."""
+    choice = Choice(row, view.name(row), *view.comparison.deployments(row["candidate"]))
+    load = view.comparison.behind[row["candidate"]][0].load
+    steps = float(load.decode_steps(row["mtp_depth"])) / max(1, view.comparison.output_len - 1)
+    each = row["tp"] * row["pp"] / row["batch"] * steps
+    split = step_parts(choice.decode, view.decode_price(choice, row["batch"]))
+    found = {part: seconds * each for part, seconds in split.parts.items()}
+    return found | {"prompts and waiting": 1.0 / row["tokens_per_s_per_gpu"] - sum(found.values())}
 
 
 def _allowed(view: View, without: str = "") -> pd.Series[bool]:
     """Candidates that keep every limit but ``without``."""
-    kept = ~view.frame["limit"].isin(["gpus", "users", "requests"])
+    tasks = view.comparison.tasks
+    sure = tasks[0].confidence if tasks else None
+    kept = ~view.frame["limit"].isin(["gpus", *AMOUNTS])
     for column, limit in view.limits.items():
         if limit is not None and column != without:
-            kept &= view.frame[column] <= limit
+            kept &= view.frame[column] <= limit if sure is None else view.frame[f"{column[:-2]}_chance"] >= sure
     return kept
 
 

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tensorcast.profiles.store import load_device, load_engine, load_model
-from tensorcast.scheduling.replay import parse_servers, priced_servers
+from tensorcast.scheduling.pools import parse_servers
+from tensorcast.scheduling.replay import priced_servers
 from tensorcast.scheduling.requests import Length, Requests, drawn
 from tensorcast.scheduling.trace_files import read_trace
 

@@ -311,7 +311,8 @@ def replay(
     from tensorcast.profiles.store import load_engine
     from tensorcast.scheduling.capacity import at_the_limit
     from tensorcast.scheduling.outcome import Limits
-    from tensorcast.scheduling.replay import parse_servers, priced_servers
+    from tensorcast.scheduling.pools import parse_changes, parse_servers
+    from tensorcast.scheduling.replay import priced_servers
 
     limits = Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s)
     profile, read_as = named_model(model)
@@ -319,7 +320,7 @@ def replay(
         profile, device_profile(device), load_engine(engine), parse_servers(layout),
         longest=int((requests.input_len + requests.output_len).max()),
         options=options_of({"routing": SERVED_ROUTING, **options}),
-        mtp_acceptance=mtp_acceptance, prefill_chunk=prefill_chunk, max_sequences=max_sequences,
+        mtp_acceptance=mtp_acceptance, chunk_tokens=prefill_chunk, max_sequences=max_sequences,
         balance_steps=balance_steps,
     )
     if find_rate:

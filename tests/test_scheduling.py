@@ -22,7 +22,8 @@ from tensorcast.scheduling.capacity import at_the_limit
 from tensorcast.scheduling.fleet import ROUTERS, Fleet, Pool
 from tensorcast.scheduling.outcome import Limits
 from tensorcast.scheduling.prefix_cache import PrefixCache
-from tensorcast.scheduling.replay import PricedServers, parse_servers, priced_servers
+from tensorcast.scheduling.pools import parse_servers
+from tensorcast.scheduling.replay import PricedServers, priced_servers
 from tensorcast.scheduling.requests import Length, Requests, drawn, sessions
 from tensorcast.scheduling.rules import Role, Rules
 from tensorcast.scheduling.step_times import Bilinear, DecodeTimes, PromptTimes, StepTimes, step_times
@@ -104,8 +105,8 @@ def test_nothing_is_lost(
     rules = replace(RULES, **changed, verify=np.ceil(changed["tokens_per_step"]))
     times = replace(TIMES, alone=rules.alone, tokens_each=rules.verify)
     roles: tuple[Role, ...] = ("prefill", "decode") if pooled else ("both",)
-    pools = [Pool(replace(rules, role=role), times, count) for role in roles]
-    fleet = Fleet(pools, requests, router=router, hand_over_s=lambda tokens: 1e-3 + 1e-6 * tokens)
+    pools = [Pool(replace(rules, role=role), times, count, lambda tokens: 1e-3 + 1e-6 * tokens) for role in roles]
+    fleet = Fleet(pools, requests, router=router)
     record = fleet.run()
     refused = set(fleet.refused)
     assert refused == {i for i in range(len(requests)) if record.longest(i) > rules.cache_tokens}
@@ -218,7 +219,7 @@ def test_causes_make_up_the_whole(priced: PricedServers) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("tp8 > tp8 > tp8", "at most two pools"), ("0 x tp8", "at least 1"), ("nonsense", "layout 'nonsense'")],
+    [("tp8 > tp8 > tp8", "at most two phases"), ("0 x tp8", "at least 1"), ("nonsense", "layout 'nonsense'")],
 )
 def test_bad_layouts(text: str, says: str) -> None:
     with pytest.raises(InputError, match=says):

@@ -10,7 +10,8 @@ from tensorcast.errors import InputError
 from tensorcast.predict.run_columns import Run
 from tensorcast.predict.serve_runs import load_engine_once, load_profiles
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.scheduling.replay import PricedServers, Servers, priced_servers
+from tensorcast.scheduling.pools import Servers
+from tensorcast.scheduling.replay import PricedServers, priced_servers
 from tensorcast.serving.interval import served_interval
 
 
@@ -80,11 +81,13 @@ def _priced(run: Run, engine: Callable[[str], EngineProfile], longest: int) -> P
         profile = profile if run.prefix_cache else profile.without_prefix_cache()
         servers: tuple[Servers, ...] = (Servers(run.decode, run.replicas),)
         if run.mode == "disaggregated":
-            servers = (Servers(run.prefill, run.workers[0]), Servers(run.decode, run.workers[1]))
+            servers = (
+                Servers(run.prefill, run.workers[0], "prefill"), Servers(run.decode, run.workers[1], "decode")
+            )
         model, device = load_profiles(run)
         return priced_servers(
             model, device, profile, servers, longest=longest, options=run.options,
-            mtp_acceptance=run.mtp_acceptance, prefill_chunk=run.chunk_tokens,
+            mtp_acceptance=run.mtp_acceptance, chunk_tokens=run.chunk_tokens,
             max_sequences=run.arrivals.max_sequences, wait_steps=run.wait_steps,
         )
     except InputError as error:

@@ -41,15 +41,16 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Of one replay. ``servers``: busy share, steps and moments of each; ``gpus``: in all; ``refused``: requests longer
-    than any cache. ``draws``: summaries under other step times, from which the bands are."""
+    """Of one replay. ``servers``: busy share, steps and moments of each; ``gpus``: in all, on average over the replay;
+    ``refused``: requests longer than any cache; ``stopped``: it was ended before the last request. ``draws``: summaries under other step times, from which the bands are."""
 
     record: Record
     layout: str
-    gpus: int
+    gpus: float
     limits: Limits
     refused: int
     servers: tuple[dict[str, Any], ...]
+    stopped: bool = False
     notes: tuple[str, ...] = ()
     draws: tuple[dict[str, float], ...] = field(default=(), repr=False)
 
@@ -147,7 +148,7 @@ class Outcome:
 
     def _parts(self) -> dict[str, Array]:
         record = self.record
-        again = record.preemptions > 0
+        again = record.again()
         queue = record.admitted_s - record.sent_s
         own = record.first_s - record.admitted_s
         writing = record.last_s - record.first_s

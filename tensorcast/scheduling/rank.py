@@ -125,11 +125,31 @@ class Rank:
         ended = []
         while self._ends and self._ends[0][0] <= self.steps:
             request = heappop(self._ends)[1]
+            if self.prefix is not None:
+                self._keep_reply(request)
             self._leave(request)
             ended.append(request)
         if self.prefix is not None:
             self.prefix.shrink(self.free)
         return ended
+
+    def lose(self) -> list[int]:
+        """Everything is gone; who was here, in the order in which they were let in. Replies go on after what is written
+        of them, the token that came with the prompt included."""
+        rules, record = self.rules, self.record
+        for request, one in self.decoding.items():
+            record.wrote(request, 1 + int((self.steps - one.joined) * rules.tokens_per_step))
+        here = [*self.decoding, *(one.request for one in self.reading), *self.waiting]
+        for request in here[len(self.decoding) :]:
+            record.unadmit(request)
+        self.waiting.clear()
+        self.reading.clear()
+        self.decoding.clear()
+        self._ends.clear()
+        self.used = self._tokens = 0.0
+        self._last = 0
+        self.prefix = None
+        return here
 
     def read(self, batch: Batch, now_s: float) -> list[int]:
         """The step's prompts have been read; who has its whole reply with that (or its prompt, where that is all)."""
@@ -257,6 +277,17 @@ class Rank:
         one.held -= len(fresh) * self.record.block_tokens
         self.used -= len(fresh) * self.record.block_tokens
         one.blocks = blocks
+
+    def _keep_reply(self, request: int) -> None:
+        """Blocks that go on beyond the prompt are those of its reply: they stay for whoever goes on with it. The last
+        token was never read."""
+        assert self.prefix is not None
+        one, size = self.decoding[request], self.record.block_tokens
+        fresh = self.record.blocks_of(request)[len(one.blocks) : (self.record.longest(request) - 1) // size]
+        self.prefix.pin(fresh)
+        one.held -= len(fresh) * size
+        self.used -= len(fresh) * size
+        one.blocks += fresh
 
     def _make_room(self) -> None:
         """Where the cache has no room for another step, who came last starts over."""

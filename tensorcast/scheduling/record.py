@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorcast.scheduling.requests import Requests
 from tensorcast.serving.traffic import Array
@@ -21,7 +22,8 @@ class Record:
 
     ``sent_s``: by the user, ``came_s``: to the scheduler of the server where it is, ``admitted_s``: the first step with
     its prompt begins, ``first_s`` and ``last_s``: the first and the last token reach the user. ``others_s``: time that
-    others' prompts took from its reply.
+    others' prompts took from its reply. ``preemptions``: how often the cache was full, ``moved``: how often its server was
+    lost.
     """
 
     def __init__(self, requests: Requests) -> None:
@@ -39,6 +41,7 @@ class Record:
         self.others_s = np.zeros(count)
         self.cached_tokens = np.zeros(count)
         self.preemptions = np.zeros(count, dtype=np.int32)
+        self.moved = np.zeros(count, dtype=np.int32)
         self.server = np.full(count, -1, dtype=np.int32)
         self.gaps = np.zeros(len(GAPS_S) + 1)
 
@@ -62,9 +65,14 @@ class Record:
         if np.isnan(self.admitted_s[request]):
             self.admitted_s[request] = now_s
 
+    def unadmit(self, request: int) -> None:
+        """Its prompt is lost before the first token: it queues anew."""
+        if np.isnan(self.first_s[request]):
+            self.admitted_s[request] = np.nan
+
     def cached(self, request: int, tokens: int) -> None:
         """Tokens of its prompt that were found in the cache; of one that starts over, only the first time."""
-        if not self.preemptions[request]:
+        if not self.preemptions[request] and not self.moved[request]:
             self.cached_tokens[request] = tokens
 
     def first_token(self, request: int, now_s: float) -> None:
@@ -72,9 +80,17 @@ class Record:
             self.first_s[request] = now_s
 
     def preempt(self, request: int, written: int) -> None:
-        """It starts over with ``written`` more tokens to read."""
+        """The cache is full: it starts over with ``written`` more tokens to read."""
         self.preemptions[request] += 1
+        self.wrote(request, written)
+
+    def wrote(self, request: int, written: int) -> None:
+        """So many tokens more are written of its reply and are to be read again."""
         self._written[request] = min(self._written[request] + written, self._output[request] - 1)
+
+    def again(self) -> NDArray[np.bool_]:
+        """Who had to read prompt and reply anew, ``[N]``."""
+        return (self.preemptions > 0) | ((self.moved > 0) & (np.array(self._written) > 0))
 
     def gap(self, seconds: float, tokens: float) -> None:
         """``tokens`` tokens came ``seconds`` after the one before them."""

@@ -2,87 +2,75 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from tensorcast.deploy.deployment import Deployment, deploy
-from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.scheduling.fleet import Fleet, Pool
+from tensorcast.scheduling.fleet import Fleet, Pool, Watch
 from tensorcast.scheduling.outcome import Limits, Outcome, drawn_factors
+from tensorcast.scheduling.pools import Change, Servers, check_changes
 from tensorcast.scheduling.requests import Requests
-from tensorcast.scheduling.rules import Role, rules_of
+from tensorcast.scheduling.rules import rules_of
+from tensorcast.scheduling.server import Server
 from tensorcast.scheduling.step_times import step_times
 from tensorcast.serving.hand_over import hand_over_s
 from tensorcast.serving.interval import SERVING_ERROR
 
-
-@dataclass(frozen=True)
-class Servers:
-    """``count`` servers of one layout; two of these, with prompts read by the first, are a disaggregated deployment."""
-
-    layout: Layout
-    count: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.count} x {self.layout}" if self.count > 1 else str(self.layout)
-
-
-def parse_servers(text: str) -> tuple[Servers, ...]:
-    """``tp8-ep8``, ``4 x tp8-ep8`` or, prompts read by other servers, ``2 x tp8-ep8 > 1 x dp8-ep8`` (also ``+``)."""
-    parts = re.split(r"\s*[>+]\s*", text.strip())
-    if len(parts) > 2:
-        raise InputError(f"layout {text!r}: at most two pools, prefill > decode")
-    found = []
-    for part in parts:
-        count, layout = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", part.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
-        if count is not None and int(count) < 1:
-            raise InputError(f"layout {text!r}: {count} servers: at least 1")
-        found.append(Servers(parse_layout(layout), int(count or 1)))
-    return tuple(found)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, kw_only=True)
 class PricedServers:
-    """Everything of a replay but its requests, priced once: pools with their rules and step times."""
+    """Everything of a replay but its requests, priced once: pools with their rules and step times, and the GPUs of a
+    server of each."""
 
     pools: tuple[Pool, ...]
     layout: str
-    gpus: int
-    hand_over: Callable[[int], float] | None
-    notes: tuple[str, ...]
+    gpus_each: tuple[int, ...]
 
     def run(
         self, requests: Requests, *, limits: Limits = Limits(), router: str = "least_work", seed: int = 0,
-        draws: int = 0,
+        draws: int = 0, changes: Sequence[Change] = (), watch: Watch | None = None,
     ) -> Outcome:
-        """Replay ``requests``; with ``draws`` also under step times as far off as theirs may be."""
+        """Replay ``requests``; with ``draws`` also under step times as far off as theirs may be. ``changes``: servers
+        lost or added meanwhile. ``watch``: see :meth:`Fleet.run`."""
         if draws < 0:
             raise InputError(f"--draws {draws}: must be at least 0")
-        found = self._once(self.pools, requests, limits, router=router, seed=seed)
-        if not found.served:
+        check_changes([pool.count for pool in self.pools], changes)
+
+        def once(pools: Sequence[Pool]) -> Outcome:
+            fleet = Fleet(pools, requests, router=router, seed=seed, changes=changes)
+            fleet.run(watch)
+            return self._outcome(fleet, limits)
+
+        found = once(self.pools)
+        if not found.served and found.refused == len(requests):
             shortest = int((requests.input_len + requests.output_len).min())
-            most = min(min(pool.rules.longest, pool.rules.cache_tokens) for pool in self.pools)
+            most = min(pool.rules.most_tokens for pool in self.pools)
             raise InputError(
                 f"requests: none can be served: the shortest has {shortest} tokens with its reply, {self.layout} takes "
                 f"{most:.0f} at most (the model's positions, or a rank's cache)"
             )
-        if not draws:
+        if not draws or found.stopped:
             return found
         random = np.random.default_rng(seed)
         errors = [self._error(i) for i in range(2)]
         factors = np.column_stack([drawn_factors(error, draws, random) for error in errors])
         drawn = []
         for decode, prompts in factors:
-            pools = tuple(replace(p, times=p.times.scaled(float(decode), float(prompts))) for p in self.pools)
-            drawn.append(self._once(pools, requests, limits, router=router, seed=seed).summary())
+            one = once([replace(p, times=p.times.scaled(float(decode), float(prompts))) for p in self.pools])
+            if one.stopped:
+                return replace(found, draws=tuple(drawn), stopped=True)
+            drawn.append(one.summary())
         return replace(found, draws=tuple(drawn))
 
     def _error(self, phase: int) -> float:
@@ -90,82 +78,113 @@ class PricedServers:
         own = max(pool.times.errors[phase] for pool in self.pools)
         return float(np.hypot(own, SERVING_ERROR["tpot_s"]))
 
-    def _once(
-        self, pools: Sequence[Pool], requests: Requests, limits: Limits, *, router: str, seed: int
-    ) -> Outcome:
-        fleet = Fleet(pools, requests, router=router, hand_over_s=self.hand_over, seed=seed)
-        record = fleet.run()
-        end = np.nanmax(record.last_s) if np.isfinite(record.last_s).any() else np.nan
-        servers = tuple(
-            {
-                "role": server.rules.role, "steps": server.steps, "busy_share": server.busy_s / end if end > 0 else 0.0,
-                "prompts_share": server.prompts_s / end if end > 0 else 0.0, "moments": server.moments.columns,
-            }
-            for server in fleet.servers
-        )
+    def _outcome(self, fleet: Fleet, limits: Limits) -> Outcome:
+        record = fleet.record
+        end = float(np.nanmax(record.last_s)) if np.isfinite(record.last_s).any() else np.nan
+        there = [max(min(server.lost_s, end) - server.from_s, 0.0) for server in fleet.servers]
+        held = sum(self.gpus_each[server.pool] * seconds for server, seconds in zip(fleet.servers, there, strict=True))
+        gpus = sum(each * pool.count for each, pool in zip(self.gpus_each, self.pools, strict=True))
         return Outcome(
-            record=record, layout=self.layout, gpus=self.gpus, limits=limits, refused=len(fleet.refused),
-            servers=servers, notes=self.notes,
+            record=record, layout=self.layout, gpus=held / end if fleet.changes and end > 0 else gpus, limits=limits,
+            refused=len(fleet.refused), stopped=fleet.stopped,
+            servers=tuple(
+                self._said(server, seconds) for server, seconds in zip(fleet.servers, there, strict=True)
+            ),
         )
+
+    def _said(self, server: Server, seconds: float) -> dict[str, Any]:
+        return {
+            "role": server.rules.role, "steps": server.steps, "busy_share": server.busy_s / seconds if seconds else 0.0,
+            "prompts_share": server.prompts_s / seconds if seconds else 0.0, "from_s": server.from_s,
+            "lost_s": None if np.isinf(server.lost_s) else server.lost_s, "pool": server.pool,
+            "moments": server.moments.columns,
+        }
+
+
+@dataclass(frozen=True)
+class Part:
+    """A pool with what its servers run: prompts, replies or both."""
+
+    servers: Servers
+    prefill: Deployment | None
+    decode: Deployment | None
+
+    @property
+    def own(self) -> Deployment:
+        """By whose memory and rules the servers go."""
+        found = self.prefill if self.servers.role == "prefill" else self.decode
+        assert found is not None
+        return found
 
 
 def priced_servers(
     model: ModelProfile, device: DeviceProfile, engine: EngineProfile, servers: Sequence[Servers], *, longest: int,
-    options: Options = Options(), mtp_acceptance: float = 0.8, prefill_chunk: int | None = None,
-    max_sequences: int | None = None, wait_steps: float = 0.0, balance_steps: int = 0,
-    cache_tokens: float | None = None,
+    options: Options = Options(), **settings: Unpack[Settings],
 ) -> PricedServers:
     """Lay servers out and price their steps. ``longest``: tokens of the longest request; of those
     longer than the model's positions, which servers refuse, none is priced."""
-    pooled = len(servers) == 2
-    engine = engine.in_pools() if pooled else engine
+    engine = engine.in_pools() if any(one.role != "both" for one in servers) else engine
     undrafted = replace(options, mtp_depth=0)
-    prefill = deploy(model, device, engine, servers[0].layout, "prefill", options=undrafted)
-    decode = deploy(model, device, engine, servers[-1].layout, "decode", options=options)
-    return deployed_servers(
-        prefill, decode, [one.count for one in servers], longest=longest, mtp_acceptance=mtp_acceptance,
-        prefill_chunk=prefill_chunk, max_sequences=max_sequences, wait_steps=wait_steps, balance_steps=balance_steps,
-        cache_tokens=cache_tokens,
-    )
+    parts = []
+    for one in servers:
+        where = one.device or device
+        prefill, decode = (
+            None if one.role == other else deploy(model, where, engine, one.layout, phase, options=asked)
+            for phase, other, asked in (("prefill", "decode", undrafted), ("decode", "prefill", options))
+        )
+        parts.append(Part(one, prefill, decode))
+    return _priced(parts, longest, settings)
 
 
 def deployed_servers(
-    prefill: Deployment, decode: Deployment, counts: Sequence[int], *, longest: int, mtp_acceptance: float = 0.8,
-    prefill_chunk: int | None = None, max_sequences: int | None = None, wait_steps: float = 0.0,
-    balance_steps: int = 0, cache_tokens: float | None = None,
+    prefill: Deployment, decode: Deployment, counts: Sequence[int], *, longest: int, **settings: Unpack[Settings]
 ) -> PricedServers:
     """:func:`priced_servers` of deployments that are there: ``counts`` servers that run both phases, or that read
     prompts and that write replies."""
-    pooled = len(counts) == 2
-    of = (prefill, decode) if pooled else (decode,)
-    servers = [Servers(one.layout, count) for one, count in zip(of, counts, strict=True)]
-    roles: tuple[Role, ...] = ("prefill", "decode") if pooled else ("both",)
-    longest = min(longest, decode.model.max_positions or longest)
-    pools, deployed = [], []
-    for one, role in zip(servers, roles, strict=True):
-        phases = (prefill if role != "decode" else None), (decode if role != "prefill" else None)
-        own = prefill if role == "prefill" else decode
-        rules = rules_of(
-            own, role, mtp_acceptance=mtp_acceptance, chunk_tokens=prefill_chunk, max_sequences=max_sequences,
-            wait_steps=wait_steps, balance_steps=balance_steps, cache_tokens=cache_tokens, longest=longest,
-        )
+    if len(counts) == 1:
+        parts = [Part(Servers(decode.layout, counts[0]), prefill, decode)]
+    else:
+        parts = [
+            Part(Servers(prefill.layout, counts[0], "prefill"), prefill, None),
+            Part(Servers(decode.layout, counts[1], "decode"), None, decode),
+        ]
+    return _priced(parts, longest, settings)
+
+
+class Settings(TypedDict, total=False):
+    """How servers are run, as of :func:`tensorcast.scheduling.rules.rules_of`, per data-parallel rank."""
+
+    mtp_acceptance: float
+    chunk_tokens: int | None
+    max_sequences: int | None
+    wait_steps: float
+    balance_steps: int
+    cache_tokens: float | None
+
+
+def _priced(parts: Sequence[Part], longest: int, settings: Settings) -> PricedServers:
+    longest = min(longest, parts[-1].own.model.max_positions or longest)
+    pools = []
+    for part in parts:
+        rules = rules_of(part.own, part.servers.role, longest=longest, **settings)
         times = step_times(
-            *phases, most_sequences=rules.most_sequences, chunk_tokens=rules.chunk_tokens, longest=longest
+            part.prefill, part.decode, most_sequences=rules.most_sequences, chunk_tokens=rules.chunk_tokens,
+            longest=longest,
         )
-        pools.append(Pool(rules, times, one.count))
-        deployed.append(own)
-    gpus = sum(one.count * one.layout.world_size for one in servers)
+        hand_over = _hand_over(part, parts) if part.servers.role == "prefill" else None
+        pools.append(Pool(rules, times, part.servers.count, hand_over))
+    phases = [[str(part.servers) for part in parts if (part.servers.role == "decode") == second] for second in (0, 1)]
     return PricedServers(
-        pools=tuple(pools), layout=" > ".join(map(str, servers)), gpus=gpus,
-        hand_over=_hand_over(deployed, servers) if pooled else None, notes=(),
+        pools=tuple(pools), layout=" > ".join(" & ".join(phase) for phase in phases if phase),
+        gpus_each=tuple(part.servers.layout.world_size for part in parts),
     )
 
 
-def _hand_over(deployed: Sequence[Deployment], servers: Sequence[Servers]) -> Callable[[int], float]:
+def _hand_over(part: Part, parts: Sequence[Part]) -> Callable[[int], float]:
     """Seconds of a prompt's cache on its way, by its tokens: a line, told by two lengths."""
-    first, second = deployed
-    workers = sum(one.count for one in servers)
-    at = [float(hand_over_s(first, second.layout.world_size, workers, tokens)) for tokens in (1024, 2048)]
+    sender, workers = part.own, sum(one.servers.count for one in parts)
+    receiver = max(one.servers.layout.world_size for one in parts if one.servers.role == "decode")
+    at = [float(hand_over_s(sender, receiver, workers, tokens)) for tokens in (1024, 2048)]
     each = (at[1] - at[0]) / 1024
-    fixed = at[0] - 1024 * each + first.engine.hand_over_s
+    fixed = at[0] - 1024 * each + sender.engine.hand_over_s
     return lambda tokens: fixed + each * tokens

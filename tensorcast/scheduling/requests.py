@@ -18,9 +18,11 @@ class Requests:
     """Requests ``[N]`` in the order of their arrival.
 
     ``arrival_s``: seconds from the start, never falling. ``input_len``, ``output_len``: tokens of prompt and reply,
-    1 at least. ``blocks``: ids of the prompt's blocks of ``block_tokens`` tokens each; prompts whose first ids agree
-    begin alike. ``users``: most requests in flight; whoever comes beyond waits outside of the server, as clients of a
-    benchmark do, and its clock starts when it is sent. With all arrivals at 0 that is a closed loop.
+    1 at least. ``blocks``: ids of the prompt's blocks of ``block_tokens`` tokens each, and beyond it of its reply's;
+    prompts whose first ids agree begin alike. ``users``: most requests in flight; whoever comes beyond waits outside of
+    the server, as clients of a benchmark do, and its clock starts when it is sent. With all arrivals at 0 that is a
+    closed loop. ``after``: the earlier request whose reply a request waits for, -1 for none; it is sent ``think_s``
+    seconds after that, and not before its arrival.
     """
 
     arrival_s: Array
@@ -29,6 +31,8 @@ class Requests:
     blocks: tuple[tuple[int, ...], ...] | None = field(default=None, repr=False)
     block_tokens: int = 512
     users: int | None = None
+    after: Lengths | None = None
+    think_s: Array | None = None
 
     def __post_init__(self) -> None:
         if not len(self.arrival_s):
@@ -41,6 +45,8 @@ class Requests:
             raise InputError("arrival_s: must be at least 0, finite, and never fall from request to request")
         if self.users is not None and self.users < 1:
             raise InputError(f"users = {self.users}: at least 1 request in flight")
+        if self.after is not None and np.any(self.after >= np.arange(len(self))):
+            raise InputError("after: a request can wait for an earlier one alone")
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -68,7 +74,8 @@ class Requests:
         if count < 1:
             raise InputError(f"requests = {count}: at least 1")
         blocks = None if self.blocks is None else self.blocks[:count]
-        arrays = {name: getattr(self, name)[:count] for name in ("arrival_s", "input_len", "output_len")}
+        names = ("arrival_s", "input_len", "output_len", "after", "think_s")
+        arrays = {name: getattr(self, name)[:count] for name in names if getattr(self, name) is not None}
         return replace(self, **arrays, blocks=blocks)
 
 
@@ -135,34 +142,37 @@ def _ramped(work: Array, rate: float, ramp_s: float) -> Array:
 
 
 def sessions(
-    count: int, turns: int, input_len: Length, output_len: Length, *, rate: float, think_s: float, shared_len: int = 0,
-    seed: int = 0, block_tokens: int = 64,
+    count: int, turns: int, input_len: Length, output_len: Length, *, rate: float | None = None, think_s: float = 0.0,
+    shared_len: int = 0, users: int | None = None, burstiness: float = 1.0, ramp_s: float = 0.0, seed: int = 0,
+    block_tokens: int = 64,
 ) -> Requests:
     """``count`` conversations of ``turns`` turns: each prompt repeats all that was said before and adds ``input_len``.
 
-    Conversations begin at ``rate`` per second (Poisson), and the next turn comes ``think_s`` (exponential, mean) after
-    the one before it; a turn does not wait for its predecessor's reply, whose length it holds nevertheless. All begin
-    with the same ``shared_len`` tokens (a system prompt).
+    Conversations begin as requests of :func:`drawn` come; the next turn is asked ``think_s`` (exponential, mean) after
+    the reply before it. All begin with the same ``shared_len`` tokens (a system prompt).
     """
     if turns < 1:
         raise InputError(f"turns = {turns}: at least 1")
-    random = np.random.default_rng(seed)
-    starts = np.cumsum(random.exponential(1 / rate, count))
-    waits = np.cumsum(np.hstack([np.zeros((count, 1)), random.exponential(think_s, (count, turns - 1))]), axis=1)
-    arrival = (starts[:, None] + waits).ravel()
+    for name, value in (("think time", think_s), ("shared tokens", shared_len)):
+        if not 0 <= value < np.inf:
+            raise InputError(f"{name} = {value:g}: must be at least 0")
+    begin = drawn(
+        count, Length(1), Length(1), rate=rate, burstiness=burstiness, users=users, ramp_s=ramp_s, seed=seed
+    ).arrival_s
+    random = np.random.default_rng((seed, turns))
+    thinks = random.exponential(think_s, (count, turns)) if think_s else np.zeros((count, turns))
     asked, said = (law.draw(count * turns, random).reshape(count, turns) for law in (input_len, output_len))
     # a prompt holds the system prompt, all asked so far, and all replies but its own
-    prompts = (shared_len + np.cumsum(asked, axis=1) + np.cumsum(said, axis=1) - said).ravel()
-    order = np.argsort(arrival, kind="stable")
-    common = shared_len // block_tokens
+    whole = shared_len + np.cumsum(asked, axis=1) + np.cumsum(said, axis=1)
+    common, last = shared_len // block_tokens, whole[:, -1] // block_tokens
+    starts = common + np.concatenate([[0], np.cumsum(last - common)[:-1]])
     blocks = []
-    for i in order:
-        own = np.arange(common, prompts[i] // block_tokens) + (i // turns + 1) * 1_000_000
-        blocks.append((*range(common), *own.tolist()))
-    first = float(arrival[order[0]])
+    for start, lengths in zip(starts.tolist(), (whole // block_tokens).tolist(), strict=True):
+        own = (*range(common), *range(start, start + lengths[-1] - common))
+        blocks += [own[:length] for length in lengths]
+    after = np.arange(count * turns).reshape(count, turns) - 1
+    after[:, 0] = -1
     return Requests(
-        arrival_s=arrival[order] - first, input_len=prompts[order], output_len=said.ravel()[order],
-        blocks=tuple(blocks), block_tokens=block_tokens,
+        arrival_s=np.repeat(begin, turns), input_len=(whole - said).ravel(), output_len=said.ravel(),
+        blocks=tuple(blocks), block_tokens=block_tokens, users=users, after=after.ravel(), think_s=thinks.ravel(),
     )
-
-

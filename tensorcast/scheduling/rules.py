@@ -54,6 +54,11 @@ class Rules:
     round_robin: bool
 
     @property
+    def most_tokens(self) -> float:
+        """Prompt and reply of the longest request that a server takes."""
+        return min(self.cache_tokens - self.waste, self.longest)
+
+    @property
     def waste(self) -> float:
         """Tokens of a sequence's last block that it does not fill, in the mean."""
         return (self.block_tokens - 1) / 2

@@ -46,10 +46,11 @@ class Stretch:
 
 
 class Server:
-    """One engine. ``slow``: how many times its steps are as long as priced."""
+    """One engine, the ``number``-th of a fleet, of its ``pool``-th pool; there ``from_s`` until it is lost."""
 
-    def __init__(self, rules: Rules, times: StepTimes, record: Record, number: int = 0) -> None:
-        self.rules, self.times, self.record, self.number = rules, times, record, number
+    def __init__(self, rules: Rules, times: StepTimes, record: Record, number: int = 0, pool: int = 0) -> None:
+        self.rules, self.times, self.record, self.number, self.pool = rules, times, record, number, pool
+        self.from_s, self.lost_s = 0.0, math.inf
         self.ranks = [Rank(rules, record) for _ in range(rules.ranks)]
         self.stretch: Stretch | None = None
         self.moments = Moments()
@@ -138,6 +139,23 @@ class Server:
         self._remember(stretch)
         self.stretch = None
         return ended
+
+    def lose(self, now_s: float) -> list[int]:
+        """The server is gone, with its cache: all who were here, those with replies under way first. What was written
+        by now stays written."""
+        stretch = self.stretch
+        if stretch is not None:
+            done = 0 if any(batch.prompts for batch in stretch.batches) else min(stretch.done_by(now_s), stretch.steps - 1)
+            if done:
+                stretch.steps = done
+                self.finish()
+            self.busy_s += now_s - (stretch.end_s if done else stretch.start_s)
+        writing = [request for rank in self.ranks for request in rank.decoding]
+        self.record.others_s[writing] += self._delayed_s
+        here = [request for rank in self.ranks for request in rank.lose()]
+        self.stretch, self.lost_s = None, now_s
+        self.moments.add((now_s, 0, 0, 0, 0.0))
+        return here
 
     def _undisturbed_s(self, batches: list[Batch]) -> float:
         """What a step with prompts would have taken the decoding sequences without them."""

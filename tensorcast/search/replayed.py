@@ -107,7 +107,7 @@ def _servers(found: Comparison, row: dict[str, Any], longest: int) -> PricedServ
         counts = [int(row["replicas"] * row[f"{role}_workers"]) for role in ("prefill", "decode")]
     chunk = row["chunk_tokens"]
     return deployed_servers(
-        prefill, decode, counts, longest=longest, prefill_chunk=None if math.isnan(chunk) else int(chunk),
+        prefill, decode, counts, longest=longest, chunk_tokens=None if math.isnan(chunk) else int(chunk),
         mtp_acceptance=float(found.behind[row["candidate"]][0].load.mtp_acceptance),
     )
 

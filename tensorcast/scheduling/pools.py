@@ -1,0 +1,98 @@
+"""What servers there are, as it is written: ``2 x tp8 > dp8-ep8``, and who is lost or added when."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tensorcast.deploy.layout import Layout, parse_layout
+from tensorcast.errors import InputError
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.store import load_device
+from tensorcast.scheduling.rules import Role
+
+SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+"""Units in which a change's moment is written."""
+
+
+@dataclass(frozen=True)
+class Servers:
+    """``count`` equal servers of one layout, which read prompts, write replies, or do both; on ``device``, or on that
+    which is asked for."""
+
+    layout: Layout
+    count: int = 1
+    role: Role = "both"
+    device: DeviceProfile | None = None
+
+    def __str__(self) -> str:
+        said = str(self.layout) + (f"@{self.device.name}" if self.device else "")
+        return f"{self.count} x {said}" if self.count > 1 else said
+
+
+@dataclass(frozen=True)
+class Change:
+    """From ``when_s`` on, ``count`` servers more of a pool (by its place, 0 the first), or fewer where negative."""
+
+    when_s: float
+    count: int
+    pool: int = 0
+
+
+def parse_servers(text: str) -> tuple[Servers, ...]:
+    """``tp8-ep8``, ``4 x tp8-ep8``, or, prompts read by other servers, ``2 x tp8-ep8 > 1 x dp8-ep8`` (also ``+``).
+
+    Pools beside one another, which the router takes from alike, have ``&`` between: ``4 x tp8 & 2 x tp4@h100``, with
+    another device behind ``@``.
+    """
+    parts = re.split(r"\s*[>+]\s*", text.strip())
+    if len(parts) > 2:
+        raise InputError(f"layout {text!r}: at most two phases, prefill > decode")
+    roles: tuple[Role, ...] = ("prefill", "decode") if len(parts) == 2 else ("both",)
+    return tuple(
+        _pool(text, one, role) for part, role in zip(parts, roles, strict=True) for one in part.split("&")
+    )
+
+
+def _pool(text: str, part: str, role: Role) -> Servers:
+    count, rest = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", part.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
+    if count is not None and int(count) < 1:
+        raise InputError(f"layout {text!r}: {count} servers: at least 1")
+    layout, at, device = rest.partition("@")
+    return Servers(parse_layout(layout.strip()), int(count or 1), role, load_device(device.strip()) if at else None)
+
+
+def parse_changes(text: str, pools: int) -> tuple[Change, ...]:
+    """``600s -1, 15min +2``; of several pools, which: ``600s -1 of 2`` is one server less of the second.
+
+    Raises :class:`InputError` on anything else.
+    """
+    found = []
+    for part in filter(None, (one.strip() for one in text.split(","))):
+        said = re.fullmatch(r"(\d+\.?\d*)\s*(s|min|h)\s+([+-]\d+)(?:\s+of\s+(\d+))?", part)
+        if not said or not int(said[3]):
+            raise InputError(f"--workers {part!r}: must be a time and how many more or fewer, such as 600s -1 or 15min +2")
+        if said[4] is None and pools > 1:
+            raise InputError(f"--workers {part!r}: of which of the {pools} pools? such as {part} of 1")
+        pool = int(said[4] or 1)
+        if not 1 <= pool <= pools:
+            raise InputError(f"--workers {part!r}: there is no pool {pool}; pools are counted from 1 to {pools}")
+        found.append(Change(float(said[1]) * SECONDS[said[2]], int(said[3]), pool - 1))
+    if not found:
+        raise InputError(f"--workers {text!r}: must be a time and how many more or fewer, such as 600s -1 or 15min +2")
+    return tuple(sorted(found, key=lambda change: change.when_s))
+
+
+def check_changes(counts: Sequence[int], changes: Sequence[Change]) -> None:
+    """Raise :class:`InputError` where a change takes away more servers of a pool than it has."""
+    left = list(counts)
+    for change in sorted(changes, key=lambda one: one.when_s):
+        if not 0 <= change.pool < len(left):
+            raise InputError(f"--workers: there is no pool {change.pool + 1}; pools are counted from 1 to {len(left)}")
+        left[change.pool] += change.count
+        if left[change.pool] < 0:
+            raise InputError(
+                f"--workers: {-change.count} servers fewer at {change.when_s:g} s, but pool {change.pool + 1} has "
+                f"{left[change.pool] - change.count} by then"
+            )

@@ -4,13 +4,13 @@ import importlib
 import sys
 from typing import Any
 
-from tensorcast.api import compare, device_profile, experts, explain, predict_kernels, replay, simulate
+from tensorcast.api import compare, device_profile, experts, explain, predict_kernels, replay, replay_sweep, simulate
 from tensorcast.errors import InputError
 from tensorcast.version import __version__
 
 __all__ = [
     "InputError", "__version__", "compare", "device_profile", "experts", "explain", "predict_kernels", "replay",
-    "simulate",
+    "replay_sweep", "simulate",
 ]
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from tensorcast.errors import InputError, unknown_name
+from tensorcast.arguments import python_names
+from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,48 +20,13 @@ if TYPE_CHECKING:
     from tensorcast.deploy.result import Simulation
     from tensorcast.deploy.workload import Workload
     from tensorcast.profiles.device import DeviceProfile
+    from tensorcast.scheduling.fleet import Watch
     from tensorcast.scheduling.outcome import Outcome
     from tensorcast.scheduling.requests import Requests
+    from tensorcast.scheduling.sweep import Sent
     from tensorcast.search.compare import Comparison
 
     Noted = TypeVar("Noted", Simulation, Comparison, Explanation, Outcome, ExpertStudy)
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-NAMES = {
-    "--ttft": "ttft_s", "--tpot": "tpot_s", "--mtp": "mtp_depth", "--price": "prices", "--mode": "modes",
-    "--any-engine": "runnable_only=False", "--e2e": "request_s",
-}
-"""Arguments that are not called what the command line calls them, but for dashes."""
-
-
-def _python_names(call: Callable[P, R]) -> Callable[P, R]:
-    """Messages of bad input name the arguments of ``call``: ``kv_dtype`` instead of ``--kv-dtype``.
-
-    An argument that there is not is bad input, too: the message has the nearest that there is.
-    """
-    code = call.__code__
-    own = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-
-    @functools.wraps(call)
-    def named(*args: P.args, **kwargs: P.kwargs) -> R:
-        from tensorcast.deploy.options import OPTIONS, SearchedOptions
-
-        options = tuple(SearchedOptions.__annotations__ if call.__name__ == "compare" else OPTIONS)
-        for name in kwargs:
-            if name not in own and name not in options:
-                raise unknown_name(f"argument of {call.__name__}", name, (*own, *options))
-        try:
-            return call(*args, **kwargs)
-        except InputError as error:
-            error.typed = error.typed or str(error)
-            argument = lambda flag: NAMES.get(flag[0], flag[0][2:].replace("-", "_"))  # noqa: E731
-            error.args = (re.sub(r"--[a-z][a-z0-9-]*", argument, error.typed),)
-            raise
-
-    return named
-
 
 def _noted(found: Noted, *said: str) -> Noted:
     """``found`` with what is said, but for empty lines, among its notes."""
@@ -87,7 +51,7 @@ def _what_holds(deployment: Deployment, workload: Workload) -> str:
     return what_holds(deployment, workload)
 
 
-@_python_names
+@python_names
 def simulate(
     model: str,
     *,
@@ -143,7 +107,7 @@ def simulate(
     return _noted(found, read_as)
 
 
-@_python_names
+@python_names
 def compare(
     model: str,
     *,
@@ -222,7 +186,7 @@ def compare(
     return _noted(found, read_as, note(len(tasks), jobs, executor))
 
 
-@_python_names
+@python_names
 def explain(
     model: str,
     *,
@@ -267,7 +231,7 @@ def explain(
     return _noted(found, read_as)
 
 
-@_python_names
+@python_names
 def replay(
     model: str,
     *,
@@ -287,18 +251,23 @@ def replay(
     balance_steps: int = 0,
     draws: int = 0,
     seed: int = 0,
+    workers: str = "",
+    watch: Watch | None = None,
     **options: Unpack[DeploymentOptions],
 ) -> Outcome:
     """Replay ``requests`` one by one through the engine's scheduler, on the prices of :func:`simulate`.
 
     ``layout`` is one server's, such as ``tp8-ep8``, several (``4 x tp8-ep8``), or two pools, prompts read by the first
-    (``2 x tp8 > dp8-ep8``). ``requests`` come from :func:`tensorcast.scheduling.trace_files.read_trace`, or are drawn:
-    :func:`tensorcast.scheduling.requests.drawn`. ``router``: ``least_work``, ``round_robin``, ``power_of_two`` or
-    ``prefix_aware``. ``ttft_s``, ``tpot_s``, ``request_s`` are the longest times that users accept; with ``find_rate``
-    the requests are sent as fast as leaves ``percentile`` percent of them within. ``prefill_chunk``, ``max_sequences``:
-    new tokens and sequences of a step, per data-parallel rank, the engine's own if not given. ``balance_steps``: steps
-    that prompts wait until every rank has one (TensorRT-LLM's ``attention_dp_config``). ``draws`` replays under other
-    step times give 80 % bands. ``options``, as of :func:`simulate`; ``routing`` is typical unless said.
+    (``2 x tp8 > dp8-ep8``); pools beside one another have ``&`` between, another device is behind ``@``:
+    ``2 x tp8 & 4 x tp4@h100``. ``requests`` come from :func:`tensorcast.scheduling.trace_files.read_trace`, or are
+    drawn, by ``drawn`` and ``sessions`` of :mod:`tensorcast.scheduling.requests`. ``workers``: servers lost and added
+    meanwhile, ``600s -1, 15min +2``, of the second pool ``600s -1 of 2``. ``router``: ``least_work``, ``round_robin``,
+    ``power_of_two`` or ``prefix_aware``. ``ttft_s``, ``tpot_s``, ``request_s`` are the longest times that users accept;
+    with ``find_rate`` the requests are sent as fast as leaves ``percentile`` percent of them within. ``prefill_chunk``,
+    ``max_sequences``: new tokens and sequences of a step, per data-parallel rank, the engine's own if not given.
+    ``balance_steps``: steps that prompts wait until every rank has one (TensorRT-LLM's ``attention_dp_config``).
+    ``draws`` replays under other step times give 80 % bands. ``watch`` is told how many requests are finished by which
+    second; Ctrl-C then leaves these. ``options``: those of :func:`simulate`; ``routing`` is typical unless said.
 
     >>> import tensorcast as tc
     >>> from tensorcast.scheduling.requests import Length, drawn
@@ -315,21 +284,76 @@ def replay(
     from tensorcast.scheduling.replay import priced_servers
 
     limits = Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s)
-    profile, read_as = named_model(model)
+    (profile, read_as), servers = named_model(model), parse_servers(layout)
+    changes = parse_changes(workers, len(servers))
     priced = priced_servers(
-        profile, device_profile(device), load_engine(engine), parse_servers(layout),
+        profile, device_profile(device), load_engine(engine), servers,
         longest=int((requests.input_len + requests.output_len).max()),
         options=options_of({"routing": SERVED_ROUTING, **options}),
         mtp_acceptance=mtp_acceptance, chunk_tokens=prefill_chunk, max_sequences=max_sequences,
         balance_steps=balance_steps,
     )
     if find_rate:
-        requests = at_the_limit(priced, requests, limits, share=percentile / 100, router=router, seed=seed)
-    found = priced.run(requests, limits=limits, router=router, seed=seed, draws=draws)
+        share = percentile / 100
+        requests = at_the_limit(priced, requests, limits, share=share, router=router, seed=seed, changes=changes)
+    found = priced.run(requests, limits=limits, router=router, seed=seed, draws=draws, changes=changes, watch=watch)
     return _noted(found, read_as)
 
 
-@_python_names
+@python_names
+def replay_sweep(
+    model: str,
+    *,
+    device: str,
+    layouts: Sequence[str],
+    requests: Requests | Sequence[Sent],
+    rates: Sequence[float] = (),
+    engine: str = "vllm",
+    router: str = "least_work",
+    ttft_s: float | None = None,
+    tpot_s: float | None = None,
+    request_s: float | None = None,
+    find_rate: bool = False,
+    percentile: float = 99.0,
+    prefill_chunk: int | None = None,
+    max_sequences: int | None = None,
+    mtp_acceptance: float = 0.8,
+    balance_steps: int = 0,
+    seed: int = 0,
+    workers: str = "",
+    jobs: int = 1,
+    executor: str | None = None,
+    done: Callable[[int], None] | None = None,
+    keep: bool = False,
+    **options: Unpack[DeploymentOptions],
+) -> pd.DataFrame:
+    """Every one of ``layouts`` under every one of ``requests``: a row each, with the numbers of a replay's summary.
+
+    ``requests``: one set, stretched to each of ``rates`` per second where given, or several with what tells them apart.
+    What cannot be replayed says so in ``problem``. ``jobs`` processes, or ``executor="dask:ADDRESS"``, replay them.
+    ``done`` is told how many there are; with ``keep`` Ctrl-C leaves them. The rest: :func:`replay`.
+    """
+    from tensorcast.deploy.model_names import named_model
+    from tensorcast.deploy.options import SERVED_ROUTING, options_of
+    from tensorcast.profiles.store import load_engine
+    from tensorcast.scheduling.outcome import Limits
+    from tensorcast.scheduling.sweep import ReplayTask, every_replay, replay_all, sent_at
+
+    sent = list(requests) if isinstance(requests, Sequence) else sent_at(requests, rates)
+    tasks = every_replay(
+        layouts, sent, seed, ReplayTask(
+            model=named_model(model)[0], device=device_profile(device), engine=load_engine(engine), layout="",
+            sent=sent[0], options=options_of({"routing": SERVED_ROUTING, **options}), router=router, seed=seed,
+            limits=Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s), changes=workers,
+            share=percentile / 100 if find_rate else None,
+            settings={"mtp_acceptance": mtp_acceptance, "chunk_tokens": prefill_chunk, "max_sequences": max_sequences,
+                      "balance_steps": balance_steps},
+        ),
+    )  # fmt: skip
+    return replay_all(tasks, jobs=jobs, executor=executor, done=done, keep=keep)
+
+
+@python_names
 def experts(
     model: str,
     *,

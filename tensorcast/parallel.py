@@ -41,18 +41,31 @@ def spread(
 
     Raises :class:`InputError` for a bad address or number; an :class:`InputError` of a task is raised here.
     """
+    if jobs == 1 and executor is None:
+        return [work(task) for task in tasks]
+    found = dict(as_done(work, tasks, jobs, executor))
+    return [found[i] for i in range(len(tasks))]
+
+
+def as_done(
+    work: Callable[[Task], Result], tasks: Sequence[Task], jobs: int = 1, executor: str | None = None
+) -> Iterator[tuple[int, Result]]:
+    """As :func:`spread`, each answer with its task's place as soon as it is there."""
     if jobs < 1:
         raise InputError(f"--jobs {jobs}: must be at least 1")
     if executor is not None:
-        return _on_dask(work, tasks, executor)
-    if jobs == 1 or len(tasks) < 2:
-        return [work(task) for task in tasks]
-    return _in_processes(work, tasks, min(jobs, len(tasks)))
+        yield from _on_dask(work, tasks, executor)
+    elif jobs == 1 or len(tasks) < 2:
+        for i, task in enumerate(tasks):
+            yield i, work(task)
+    else:
+        yield from _in_processes(work, tasks, min(jobs, len(tasks)))
 
 
-def _in_processes(work: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> list[Result]:
+def _in_processes(work: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Result]]:
     """Whatever ends this process, or this call, ends its workers."""
     import multiprocessing
+    from concurrent.futures import as_completed
     from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
     # a fresh interpreter imports in a second; a forked one would share the parent's threads
@@ -61,8 +74,9 @@ def _in_processes(work: Callable[[Task], Result], tasks: Sequence[Task], jobs: i
     with lease, held, ProcessPoolExecutor(jobs, context, initializer=_work_until_closed, initargs=(lease,)) as pool:
         try:
             with _interrupts_held_back():
-                answers = [pool.submit(work, task) for task in tasks]
-            return [answer.result() for answer in answers]
+                places = {pool.submit(work, task): i for i, task in enumerate(tasks)}
+            for answer in as_completed(places):
+                yield places[answer], answer.result()
         except BrokenProcessPool:
             raise InputError(f"--jobs {jobs}: a process was killed, perhaps for want of memory; try fewer") from None
         except BaseException:
@@ -96,20 +110,20 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, was)
 
 
-def note(questions: int, jobs: int = 1, executor: str | None = None) -> str:
+def note(questions: int, jobs: int = 1, executor: str | None = None, of: str = "devices and sizes") -> str:
     """What to say where there is nothing to spread; empty where there is."""
     if questions > 1 or (jobs == 1 and executor is None):
         return ""
     asked = f"--executor {executor}" if executor is not None else f"--jobs {jobs}"
-    return f"{asked} spreads devices and sizes: one of each is one question, answered in one process"
+    return f"{asked} spreads {of}: one of each is one question, answered in one process"
 
 
-def _on_dask(work: Callable[[Task], Result], tasks: Sequence[Task], executor: str) -> list[Result]:
+def _on_dask(work: Callable[[Task], Result], tasks: Sequence[Task], executor: str) -> Iterator[tuple[int, Result]]:
     kind, _, address = executor.partition(":")
     if kind != "dask" or not address:
         raise InputError(f"--executor {executor!r}: must be dask:ADDRESS, as in dask:tcp://10.0.0.1:8786")
     try:
-        from distributed import Client
+        from distributed import Client, as_completed
     except ImportError:
         raise InputError("--executor dask needs Dask: pip install 'tensorcast[dask]'") from None
     try:
@@ -119,7 +133,10 @@ def _on_dask(work: Callable[[Task], Result], tasks: Sequence[Task], executor: st
         raise InputError(f"--executor {executor}: no scheduler answers there ({line})") from None
     with client:
         client.run_on_scheduler(_allow_losses)
-        return list(client.gather(client.map(work, tasks, pure=False)))
+        answers = client.map(work, tasks, pure=False)
+        places = {answer.key: i for i, answer in enumerate(answers)}
+        for answer in as_completed(answers):
+            yield places[answer.key], answer.result()
 
 
 def _allow_losses(dask_scheduler: Any = None) -> None:

@@ -25,8 +25,8 @@ MOST_MODULES = 15
 
 FLOW: tuple[tuple[str, ...], ...] = (
     ("errors", "version"), ("files", "parallel"), ("profiles", "ops"), ("modeling",), ("trace",), ("cost",),
-    ("deploy",), ("serving", "measure"), ("scheduling",), ("search", "predict", "launch"), ("calibrate", "report"),
-    ("validate", "api"), ("explore",), ("cli",),
+    ("deploy",), ("serving", "measure"), ("scheduling",), ("search", "predict", "launch", "arguments"),
+    ("calibrate", "report"), ("validate", "api"), ("explore",), ("cli",),
 )
 """Parts of the package in the order that data passes them: each imports itself and parts of earlier groups only."""
 

@@ -68,11 +68,62 @@ def test_a_trace_at_another_rate(tmp_path: Path) -> None:
     assert slow["duration_s"] > 19 > 5 > fast["duration_s"] and slow["served"] == fast["served"] == 20
 
 
+def test_conversations_wait_and_keep_what_was_said() -> None:
+    asked = ["--users", "4", "-r", "6", "--turns", "3", "-i", "300", "--output-len", "40", "--shared-len", "640"]
+    at_once, later = (json.loads(run(*asked, "--json", *more).output) for more in ((), ("--think", "20s")))
+    assert at_once["served"] == later["served"] == 18
+    assert at_once["cache_hit_share"] > 0.5 and later["duration_s"] > at_once["duration_s"] + 20
+
+
+def test_a_sweep_is_its_replays_one_by_one(tmp_path: Path) -> None:
+    asked = ["-r", "40", "-i", "500", "--output-len", "30", "--law", "lognormal", "--spread", "0.5", "--seed", "1"]
+    rows = json.loads(run(*asked, "--rate", "4,16,inf", "--json", "--out", str(tmp_path)).output)["replays"]
+    for rate, row in zip(("4", "16", "inf"), rows, strict=True):
+        alone = json.loads(run(*asked, "--rate", rate, "--json").output)
+        assert {name: row[name] for name in alone if name in row} == {n: v for n, v in alone.items() if n in row}
+    assert pd.read_csv(tmp_path / "sweep.csv")["ttft_p99_s"].tolist() == [row["ttft_p99_s"] for row in rows]
+    said = run(*asked, "--rate", "4,16,inf").output
+    assert "all at once" in said and all(len(line) <= 80 for line in said.splitlines())
+
+
+def test_requests_beyond_a_limit_are_named_with_their_cause(tmp_path: Path) -> None:
+    asked = ["--rate", "inf", "-r", "80", "-i", "2000", "--output-len", "20", "--ttft", "1s", "--tpot", "9ms"]
+    said = run(*asked, "--out", str(tmp_path))
+    assert "limit 1.00 s; queue" in " ".join(said.output.split())
+    assert all(len(line) <= 80 for line in said.output.splitlines()[:-2])
+    frame, requests = pd.read_csv(tmp_path / "broken.csv"), pd.read_csv(tmp_path / "requests.csv")
+    for name, limit in (("ttft", 1.0), ("tpot", 0.009)):
+        over = requests[requests[f"{name}_s"] > limit]
+        assert set(frame[frame["limit"] == name]["request"]) == set(over["request"]) and len(over)
+    late = frame[frame["limit"] == "ttft"]
+    assert (late["because"] == "queue").mean() > 0.9 and (late["seconds"] / late["limit_s"]).is_monotonic_decreasing
+
+
+def test_ctrl_c_leaves_what_was_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorcast.scheduling import fleet
+
+    ended = fleet.Fleet._step_ended
+    asked = ["--rate", "8", "-r", "60", "-i", "500", "--output-len", "30"]
+    assert run(*asked, "--out", str(tmp_path / "whole")).exit_code == 0
+    whole = pd.read_parquet(tmp_path / "whole" / "requests.parquet")
+
+    def interrupted(self: fleet.Fleet, *arguments: Any) -> None:
+        ended(self, *arguments)
+        if self.finished == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fleet.Fleet, "_step_ended", interrupted)
+    found = run(*asked, "--out", str(tmp_path))
+    assert found.exit_code == 130 and "interrupted: 20 of 60 requests were served by then" in found.output
+    kept = pd.read_parquet(tmp_path / "requests.parquet").query("request_s == request_s")
+    assert len(kept) == 20 and kept["request_s"].tolist() == whole.loc[kept.index, "request_s"].tolist()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ([], "needs --trace FILE, --rate N or --users N"),
-        (["--rate", "-2"], "rate = -2"),
+        (["--rate", "-2"], "--rate '-2': must be numbers of more than 0"),
         (["--rate", "1", "--router", "best"], "router 'best'"),
         (["--rate", "1", "--find-rate"], "needs a limit"),
         (["--users", "3", "--find-rate", "--ttft", "1s"], "leave one of both out"),
@@ -81,6 +132,14 @@ def test_a_trace_at_another_rate(tmp_path: Path) -> None:
         (["--rate", "1", "--engine", "eager"], "has no scheduler"),
         (["--rate", "1", "--ttft", "300"], "a time needs its unit"),
         (["--rate", "1", "-i", "900000", "-r", "1"], "none can be served"),
+        (["--rate", "1", "--think", "2s"], "--think: is about conversations"),
+        (["--rate", "1", "--law", "normal"], "length law 'normal'"),
+        (["--rate", "1", "--seed", "x"], "--seed 'x': must be whole numbers"),
+        (["--rate", "1,2", "--draws", "3"], "--draws 3: is about one replay, and 2 are asked for"),
+        (["--rate", "1", "--scale-input", "2"], "--scale-input 2: is about a --trace"),
+        (["--trace", "nothing.csv", "--turns", "3"], "--turns: is about drawn requests"),
+        (["--rate", "1", "--workers", "soon -1"], "--workers 'soon -1': must be a time"),
+        (["--rate", "1", "--workers", "5s -2"], "2 servers fewer at 5 s, but pool 1 has 1"),
     ],
 )
 def test_mistakes_are_one_clear_line(arguments: list[str], says: str) -> None:

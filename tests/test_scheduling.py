@@ -21,8 +21,8 @@ from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.scheduling.capacity import at_the_limit
 from tensorcast.scheduling.fleet import ROUTERS, Fleet, Pool
 from tensorcast.scheduling.outcome import Limits
-from tensorcast.scheduling.prefix_cache import PrefixCache
 from tensorcast.scheduling.pools import parse_servers
+from tensorcast.scheduling.prefix_cache import PrefixCache
 from tensorcast.scheduling.replay import PricedServers, priced_servers
 from tensorcast.scheduling.requests import Length, Requests, drawn, sessions
 from tensorcast.scheduling.rules import Role, Rules

@@ -69,6 +69,45 @@ def test_a_detailed_result_of_vllm_bench(tmp_path: Path) -> None:
     assert asked.users == 2 and asked.arrival_s.tolist() == [0.0, 0.0, 2.5] and asked.input_len.tolist() == [5, 6, 7]
 
 
+def test_failed_requests_of_vllm_bench_are_named_or_left_out(tmp_path: Path) -> None:
+    lists = {"input_lens": [5, 6], "output_lens": [1, 0], "errors": ["", "Timeout"], "start_times": [1.0, 2.0]}
+    path = written(tmp_path, "r.json", json.dumps(lists))
+    with pytest.raises(InputError, match="request 2: errors 'Timeout': the request failed"):
+        read_trace(path)
+    found = read_trace(path, skip_bad=True)
+    assert found.skipped == 1 and found.requests.input_len.tolist() == [5]
+
+
+def test_a_result_of_guidellm(tmp_path: Path) -> None:
+    """As guidellm 0.8.1 writes its report: computed fields of each request beside the metrics."""
+    ran = [{"request_start_time": 100.5, "prompt_tokens": 10, "output_tokens": 3},
+           {"request_start_time": 100.0, "prompt_tokens": 20, "output_tokens": 4}]  # fmt: skip
+    benchmarks = [{"requests": {"successful": ran[:one], "errored": [], "incomplete": []}} for one in (1, 2)]
+    path = written(tmp_path, "benchmarks.json", json.dumps({"metadata": {}, "benchmarks": benchmarks}, indent=1))
+    asked = read_trace(tmp_path / "benchmarks.json#2").requests
+    assert asked.arrival_s.tolist() == [0.0, 0.5] and asked.input_len.tolist() == [20, 10]
+    with pytest.raises(InputError, match=r"holds 2 benchmarks; say which, as benchmarks.json#1"):
+        read_trace(path)
+    with pytest.raises(InputError, match=r"benchmarks.json#3: holds benchmarks 1 to 2"):
+        read_trace(tmp_path / "benchmarks.json#3")
+
+
+def test_lines_of_aiperf(tmp_path: Path) -> None:
+    """As aiperf 0.13.0 writes ``profile_export.jsonl``."""
+    def line(start: int, prompt: int, reply: int, error: str | None = None) -> str:
+        metrics = {"input_sequence_length": {"value": prompt, "unit": "tokens"},
+                   "output_sequence_length": {"value": reply, "unit": "tokens"}}  # fmt: skip
+        return json.dumps({"metadata": {"request_start_ns": start}, "metrics": metrics, "error": error})
+
+    good = [line(2_000_000_000, 30, 4), line(1_500_000_000, 20, 5)]
+    found = read_trace(written(tmp_path, "profile_export.jsonl", "\n".join(good)))
+    assert found.kind == "aiperf" and found.requests.arrival_s.tolist() == [0.0, 0.5]
+    assert found.requests.input_len.tolist() == [20, 30] and found.requests.output_len.tolist() == [5, 4]
+    path = written(tmp_path, "bad.jsonl", "\n".join([*good, line(1, 3, 3, "refused")]))
+    with pytest.raises(InputError, match="line 3: error 'refused': the request failed"):
+        read_trace(path)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [

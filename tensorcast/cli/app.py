@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -238,11 +239,20 @@ def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
+@dataclass
+class Part:
+    """How much of some work is done: ``done`` ``of`` so many."""
+
+    of: int = 0
+    done: int = 0
+
+
 @contextlib.contextmanager
-def patience(model: str, verb: str = "simulating") -> Iterator[None]:
+def patience(model: str, verb: str = "simulating", part: Part | None = None) -> Iterator[None]:
     """On a terminal, say what takes so long once it has taken :data:`PATIENCE_S`; elsewhere be silent.
 
-    ``verb`` is what is done to ``model`` while nothing more special is under way.
+    ``verb`` is what is done to ``model`` while nothing more special is under way; ``part``: how much of it is done, for
+    a bar and an estimate.
     """
     if not sys.stderr.isatty():
         yield
@@ -254,13 +264,25 @@ def patience(model: str, verb: str = "simulating") -> Iterator[None]:
     def report() -> None:
         if done.wait(PATIENCE_S):
             return
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-        with Progress(*columns, console=console(stderr=True), transient=True) as progress:
-            task = progress.add_task("")
+        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
+        if part is not None:
+            columns += [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        with Progress(*columns, TimeElapsedColumn(), console=console(stderr=True), transient=True) as progress:
+            task = progress.add_task("", total=None)
             while not done.wait(0.1):
-                progress.update(task, description=_doing(model, verb))
+                whole = {"total": part.of, "completed": part.done} if part is not None and part.of else {}
+                progress.update(task, description=_doing(model, verb), **whole)  # type: ignore[arg-type]
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, command, console, patience
+from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, Part, command, console, patience
 from tensorcast.cli.options import Device, Engine, Model, deployment_options
-from tensorcast.cli.values import duration
+from tensorcast.cli.values import duration, listed_names, numbers, whole_numbers
 from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError
+from tensorcast.parallel import note
 
 if TYPE_CHECKING:
     from tensorcast.scheduling.requests import Requests
+    from tensorcast.scheduling.sweep import Sent
 
 REQUESTS, LIMITS = "Requests", "Limits and capacity"
 
@@ -34,7 +36,17 @@ tensorcast replay gpt-oss-120b -d h100 --layout tp4 --users 64 -i 922 --output-l
 
 [dim]The largest rate at which 99 % of the requests keep both limits[/dim]
 
-tensorcast replay qwen3-235b-a22b -d h200 --layout tp8-ep8 -i 2000 --output-len 300 --ttft 2s --tpot 50ms --find-rate"""
+tensorcast replay qwen3-235b-a22b -d h200 --layout tp8-ep8 -i 2000 --output-len 300 --ttft 2s --tpot 50ms --find-rate
+
+[dim]Conversations of six turns behind a system prompt; one of four servers is lost after a minute, another comes[/dim]
+
+tensorcast replay qwen3-235b-a22b -d h200 -l "4 x tp8-ep8" --rate 2 --turns 6 --think 20s --shared-len 1000
+--workers "60s -1, 3min +1"
+
+[dim]Two layouts at three rates with two seeds each, on a cluster[/dim]
+
+tensorcast replay deepseek-v3 -d h200 -l "4 x tp8-ep8, 2 x tp8-ep8 > dp16-ep16" --rate 4,8,12 --seed 0,1
+--executor dask:tcp://10.0.0.1:8786"""
 
 
 @command(epilog=EXAMPLES)
@@ -48,11 +60,13 @@ def replay(
     device: Device,
     layout: Annotated[str, typer.Option(
         "--layout", "-l", metavar="[N x] LAYOUT [> [N x] LAYOUT]", show_default=False, rich_help_panel=DEPLOYMENT,
-        help="Servers: tp8-ep8, \"4 x tp8-ep8\", or prefill > decode: \"2 x tp8 > dp8-ep8\".",
+        help="Servers: tp8-ep8, \"4 x tp8-ep8\", or prefill > decode: \"2 x tp8 > dp8-ep8\"; pools beside one another "
+        "with &, another device with @: \"2 x tp8 & 4 x tp4@h100\". Several with commas: a row each.",
     )],
     trace: Annotated[Path | None, typer.Option(
         "--trace", "-t", metavar="FILE", show_default=False, rich_help_panel=REQUESTS,
-        help="Requests: Mooncake JSON lines, CSV or Parquet (ours, Azure's, BurstGPT's, Vidur's), vllm bench's result.",
+        help="Requests: Mooncake JSON lines, CSV or Parquet (ours, Azure's, BurstGPT's, Vidur's), results of "
+        "vllm bench, guidellm (FILE#2: its second benchmark) or aiperf.",
     )] = None,
     skip_bad: Annotated[bool, typer.Option(
         "--skip-bad", help="Leave rows out that cannot be read, and count them.", rich_help_panel=REQUESTS,
@@ -61,27 +75,69 @@ def replay(
         "--requests", "-r", min=1, show_default=False, rich_help_panel=REQUESTS,
         help="How many: the first of a trace, or drawn.  [dim]\\[default: all of a trace, 1000 drawn][/dim]",
     )] = None,
-    rate: Annotated[float | None, typer.Option(
-        "--rate", show_default=False, rich_help_panel=REQUESTS,
-        help="Requests per second; a trace is stretched to it.  [dim]\\[default: the trace's; all at once][/dim]",
+    rate: Annotated[str | None, typer.Option(
+        "--rate", metavar="RATES", show_default=False, rich_help_panel=REQUESTS,
+        help="Requests (of --turns, conversations) per second, inf for all at once; a trace is stretched to it. "
+        "Several with commas: a row each.  [dim]\\[default: the trace's; all at once][/dim]",
     )] = None,
     users: Annotated[int | None, typer.Option(
         "--users", "-u", min=1, show_default=False, help="Most requests in flight.", rich_help_panel=REQUESTS,
     )] = None,
-    burstiness: Annotated[float, typer.Option(
-        "--burstiness", help="Shape of the gaps between drawn requests: 1 is Poisson, less comes in bursts.",
+    burstiness: Annotated[float | None, typer.Option(
+        "--burstiness", rich_help_panel=REQUESTS, show_default=False,
+        help="Shape of the gaps between drawn requests: 1 is Poisson, less comes in bursts, inf evenly spaced."
+        "  [dim]\\[default: 1][/dim]",
+    )] = None,
+    ramp: Annotated[str | None, typer.Option(
+        "--ramp", metavar="TIME", show_default=False, rich_help_panel=REQUESTS,
+        help="The rate climbs from 0 for so long.",
+    )] = None,
+    input_len: Annotated[int | None, typer.Option(
+        "--input-len", "-i", min=1, show_default=False, rich_help_panel=REQUESTS,
+        help="Mean tokens of a drawn prompt; with --turns, of what a turn adds.  [dim]\\[default: 4096][/dim]",
+    )] = None,
+    output_len: Annotated[int | None, typer.Option(
+        "--output-len", min=1, show_default=False, help="Mean tokens of a drawn reply.  [dim]\\[default: 1024][/dim]",
         rich_help_panel=REQUESTS,
+    )] = None,
+    spread: Annotated[float | None, typer.Option(
+        "--spread", show_default=False, rich_help_panel=REQUESTS,
+        help="Of drawn lengths: uniform, this share below and above the mean; lognormal, standard deviation of the "
+        "logarithm.  [dim]\\[default: 0][/dim]",
+    )] = None,
+    law: Annotated[str | None, typer.Option(
+        "--law", metavar="uniform|lognormal", show_default=False, rich_help_panel=REQUESTS,
+        help="Law of drawn lengths.  [dim]\\[default: uniform][/dim]",
+    )] = None,
+    lengths: Annotated[Path | None, typer.Option(
+        "--lengths", metavar="FILE", show_default=False, rich_help_panel=REQUESTS,
+        help="Draw lengths of prompt and reply together from a file's requests, kinds as of --trace.",
+    )] = None,
+    turns: Annotated[int | None, typer.Option(
+        "--turns", min=1, show_default=False, rich_help_panel=REQUESTS,
+        help="Conversations of so many turns, each of which repeats all that was said; -r counts conversations.",
+    )] = None,
+    think: Annotated[str | None, typer.Option(
+        "--think", metavar="TIME", show_default=False, rich_help_panel=REQUESTS,
+        help="Mean time from a reply to the next turn.  [dim]\\[default: none][/dim]",
+    )] = None,
+    shared_len: Annotated[int | None, typer.Option(
+        "--shared-len", min=0, show_default=False, rich_help_panel=REQUESTS,
+        help="Tokens of a system prompt with which all conversations begin.  [dim]\\[default: 0][/dim]",
+    )] = None,
+    scale_input: Annotated[float, typer.Option(
+        "--scale-input", help="Prompts so many times as long as the trace's.", rich_help_panel=REQUESTS,
     )] = 1.0,
-    input_len: Annotated[int, typer.Option(
-        "--input-len", "-i", min=1, help="Mean tokens of a drawn prompt.", rich_help_panel=REQUESTS,
-    )] = 4096,
-    output_len: Annotated[int, typer.Option(
-        "--output-len", min=1, help="Mean tokens of a drawn reply.", rich_help_panel=REQUESTS,
-    )] = 1024,
-    spread: Annotated[float, typer.Option(
-        "--spread", help="Drawn lengths are uniform, this share below and above the mean.", rich_help_panel=REQUESTS,
-    )] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.", rich_help_panel=REQUESTS)] = 0,
+    scale_output: Annotated[float, typer.Option(
+        "--scale-output", help="Replies so many times as long as the trace's.", rich_help_panel=REQUESTS,
+    )] = 1.0,
+    seed: Annotated[str, typer.Option(
+        "--seed", metavar="SEEDS", help="Of what is drawn; several with commas: a row each.", rich_help_panel=REQUESTS,
+    )] = "0",
+    workers: Annotated[str, typer.Option(
+        "--workers", metavar="\"TIME +-N, ...\"", show_default=False, rich_help_panel=DEPLOYMENT,
+        help="Servers lost and added meanwhile: \"600s -1, 15min +2\"; of the second pool: \"600s -1 of 2\".",
+    )] = "",
     router: Annotated[str, typer.Option(
         "--router", help="Which server: least_work, round_robin, power_of_two or prefix_aware.",
         rich_help_panel=DEPLOYMENT,
@@ -131,37 +187,78 @@ def replay(
         "ui.perfetto.dev) there.",
     )] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.", rich_help_panel=OUTPUT)] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes, for several rows.")] = 1,
+    executor: Annotated[str | None, typer.Option(
+        "--executor", metavar="dask:ADDRESS", help="Spread several rows over a Dask cluster.", show_default=False,
+    )] = None,
     **options: Any,
 ) -> None:
     """Replay requests one by one through an engine's scheduler: percentiles, goodput, what slow ones waited for."""
-    from tensorcast.api import replay as run
     from tensorcast.files import check_directory
-    from tensorcast.scheduling.trace_files import read_trace
+    from tensorcast.scheduling.sweep import Sent
 
     if out is not None:
         check_directory(out)
-    longest = [duration(flag, text) for flag, text in (("--ttft", ttft), ("--tpot", tpot), ("--e2e", e2e))]
-    if search_rate and not any(longest):
+    limits = [duration(flag, text) for flag, text in (("--ttft", ttft), ("--tpot", tpot), ("--e2e", e2e))]
+    if search_rate and not any(limits):
         raise InputError("--find-rate: needs a limit: --ttft, --tpot or --e2e")
+    rates = [None] if rate is None else list(map(float, numbers("--rate", rate)))
+    seeds = whole_numbers("--seed", seed, 0)
+    said = {
+        "turns": turns, "think": duration("--think", think), "shared_len": shared_len, "law": law, "spread": spread,
+        "input_len": input_len, "output_len": output_len, "burstiness": burstiness, "ramp": duration("--ramp", ramp),
+        "lengths": lengths,
+    }
     skipped = 0
     if trace is not None:
-        read = read_trace(trace, skip_bad)
-        asked, skipped = read.requests, read.skipped
-        asked = asked if requests is None else asked.first(requests)
-        asked = _paced(asked, rate, users)
+        for name, value in said.items():
+            if value is not None:
+                raise InputError(f"--{name.replace('_', '-')}: is about drawn requests, not about a --trace")
+        asked, skipped = _of_trace(trace, skip_bad, requests, users)
+        asked = asked.scaled(input_len=scale_input, output_len=scale_output)
+        sent = [Sent(requests=_at_rate(asked, one), said={"rate": one or asked.rate}) for one in rates]
     else:
+        for name, value in (("--scale-input", scale_input), ("--scale-output", scale_output)):
+            if value != 1:
+                raise InputError(f"{name} {value:g}: is about a --trace, and none is given")
         if search_rate and rate is None:
-            rate = 1.0  # any will do: it is scaled
-        asked = _drawn(
-            requests or 1000, input_len, output_len, spread, rate=rate, burstiness=burstiness, users=users, seed=seed
+            rates = [1.0]  # any will do: it is scaled
+        sent = [
+            Sent(requests=_drawn(requests or 1000, one, users, seed, **said), said={"rate": one, "seed": seed})
+            for one in rates for seed in seeds
+        ]  # fmt: skip
+    layouts = listed_names("--layout", layout)
+    alike = {
+        "device": device, "engine": engine, "router": router, "prefill_chunk": chunk, "max_sequences": max_sequences,
+        "balance_steps": balance_steps, "mtp_acceptance": mtp_acceptance, "seed": seeds[0], "percentile": percentile,
+        "find_rate": search_rate, "ttft_s": limits[0], "tpot_s": limits[1], "request_s": limits[2], "workers": workers,
+        **options,
+    }
+    if len(layouts) * len(sent) > 1:
+        if draws:
+            raise InputError(f"--draws {draws}: is about one replay, and {len(layouts) * len(sent)} are asked for")
+        _many(model, layouts, sent, jobs=jobs, executor=executor, out=out, as_json=as_json, alike=alike)
+    else:
+        if line := note(1, jobs, executor, of="layouts, rates and seeds"):
+            typer.echo(f"note: {line}", err=True)
+        _one(
+            model, layouts[0], sent[0].requests, draws=draws, skipped=skipped, out=out, as_json=as_json, alike=alike
         )
-    with patience(model, "replaying"):
-        found = run(
-            model, device=device, layout=layout, requests=asked, engine=engine, router=router, prefill_chunk=chunk,
-            max_sequences=max_sequences, balance_steps=balance_steps, mtp_acceptance=mtp_acceptance, seed=seed,
-            draws=draws, percentile=percentile, find_rate=search_rate,
-            ttft_s=longest[0], tpot_s=longest[1], request_s=longest[2], **options,
-        )
+
+
+def _one(
+    model: str, layout: str, asked: Requests, *, draws: int, skipped: int, out: Path | None, as_json: bool,
+    alike: dict[str, Any],
+) -> None:
+    from tensorcast.api import replay as run
+
+    part = Part(of=len(asked))
+
+    def watch(finished: int, now_s: float) -> None:
+        part.done = finished
+
+    with patience(model, "replaying", part):
+        found = run(model, layout=layout, requests=asked, draws=draws, watch=watch, **alike)
         if out is not None:
             from tensorcast.report.replay.files import write_replay
 
@@ -171,35 +268,91 @@ def replay(
         from tensorcast.report.replay.words import document
 
         typer.echo(to_json({**document(found), "skipped_rows": skipped}, indent=2))
-        return
-    from tensorcast.report.replay.terminal import print_replay
+    else:
+        from tensorcast.report.replay.terminal import print_replay
 
-    print_replay(found, console(), skipped)
-    if out is not None:
-        typer.echo(f"wrote {', '.join(path.name for path in written)} to {out}")
+        print_replay(found, console(), skipped)
+        if out is not None:
+            typer.echo(f"wrote {', '.join(path.name for path in written)} to {out}")
+    if found.stopped:
+        typer.echo(f"interrupted: {found.served} of {len(asked)} requests were served by then", err=True)
+        raise typer.Exit(130)
 
 
-def _paced(asked: Requests, rate: float | None, users: int | None) -> Requests:
+def _many(
+    model: str, layouts: list[str], sent: list[Sent], *, jobs: int, executor: str | None, out: Path | None,
+    as_json: bool, alike: dict[str, Any],
+) -> None:
+    from tensorcast.api import replay_sweep
+
+    part = Part(of=len(layouts) * len(sent))
+
+    def done(many: int) -> None:
+        part.done = many
+
+    with patience(model, "replaying", part):
+        frame = replay_sweep(
+            model, layouts=layouts, requests=sent, jobs=jobs, executor=executor, done=done, keep=True, **alike
+        )
+    if out is not None and len(frame):
+        from tensorcast.report.replay.sweep import write_sweep
+
+        written = write_sweep(frame, out)
+    if as_json:
+        from tensorcast.report.plain import to_json
+
+        typer.echo(to_json({"replays": frame.to_dict("records")}, indent=2))
+    else:
+        from tensorcast.report.replay.sweep import print_sweep
+
+        print_sweep(frame, console())
+        if out is not None and len(frame):
+            typer.echo(f"wrote {', '.join(path.name for path in written)} to {out}")
+    if frame.attrs["stopped"]:
+        typer.echo(f"interrupted: {len(frame)} of {part.of} replays were done by then", err=True)
+        raise typer.Exit(130)
+
+
+def _of_trace(trace: Path, skip_bad: bool, count: int | None, users: int | None) -> tuple[Requests, int]:
     from dataclasses import replace
 
-    if rate is not None:
-        if not 0 < rate < float("inf"):
-            raise InputError(f"--rate {rate}: must be more than 0 requests per second")
-        if asked.rate == float("inf"):
-            raise InputError("--rate: the requests of this trace all come at once, and cannot be stretched to a rate")
-        asked = asked.scaled(rate=rate / asked.rate)
-    return asked if users is None else replace(asked, users=users)
+    from tensorcast.scheduling.trace_files import read_trace
+
+    read = read_trace(trace, skip_bad)
+    asked = read.requests if count is None else read.requests.first(count)
+    return (asked if users is None else replace(asked, users=users)), read.skipped
 
 
-def _drawn(
-    count: int, input_len: int, output_len: int, spread: float, *, rate: float | None, burstiness: float,
-    users: int | None, seed: int,
-) -> Requests:
-    from tensorcast.scheduling.requests import Length, drawn
+def _at_rate(asked: Requests, rate: float | None) -> Requests:
+    from tensorcast.scheduling.sweep import sent_at
+
+    return sent_at(asked, [] if rate is None else [rate])[0].requests
+
+
+def _drawn(count: int, rate: float | None, users: int | None, seed: int, **said: Any) -> Requests:
+    from tensorcast.scheduling.requests import Length, drawn, lengths_of, sessions
+    from tensorcast.scheduling.trace_files import read_trace
 
     if rate is None and users is None:
         raise InputError("requests: needs --trace FILE, --rate N or --users N")
-    return drawn(
-        count, Length(input_len, spread), Length(output_len, spread), rate=rate, burstiness=burstiness, users=users,
-        seed=seed,
+    turns, law, spread = said["turns"], said["law"] or "uniform", said["spread"] or 0.0
+    for name in ("think", "shared_len"):
+        if turns is None and said[name] is not None:
+            raise InputError(f"--{name.replace('_', '-')}: is about conversations; --turns says of how many turns")
+    prompts, replies = (
+        Length(said[name] or default, spread, law) for name, default in (("input_len", 4096), ("output_len", 1024))
     )
+    come: dict[str, Any] = {
+        "rate": None if rate == float("inf") else rate, "users": users, "seed": seed, "ramp_s": said["ramp"] or 0.0,
+        "burstiness": 1.0 if said["burstiness"] is None else said["burstiness"],
+    }
+    if said["lengths"] is not None:
+        for name in ("input_len", "output_len", "spread", "law", "turns"):
+            if said[name] is not None:
+                raise InputError(f"--{name.replace('_', '-')}: the lengths are those of --lengths {said['lengths']}")
+        return lengths_of(read_trace(said["lengths"]).requests, drawn(count, prompts, replies, **come), seed)
+    if turns is not None:
+        return sessions(
+            count, turns, prompts, replies, think_s=said["think"] or 0.0, shared_len=said["shared_len"] or 0, **come
+        )
+    return drawn(count, prompts, replies, **come)

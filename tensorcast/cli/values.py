@@ -49,6 +49,17 @@ def whole_numbers(flag: str, text: str, least: int | None = None) -> list[int]:
     return found
 
 
+def numbers(flag: str, text: str) -> list[float]:
+    """``8`` or ``0.5,2,inf``. Raises :class:`InputError` on anything else, or what is not above 0."""
+    try:
+        found = list(dict.fromkeys(float(part) for part in split_names(text)))
+    except ValueError:
+        found = []
+    if not found or not min(found) > 0:
+        raise InputError(f"{flag} {text!r}: must be numbers of more than 0, such as 8 or 0.5,2,8")
+    return found
+
+
 def device_prices(text: str) -> dict[str, float]:
     prices = {}
     for part in split_names(text):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from tensorcast.errors import InputError
-from tensorcast.scheduling.outcome import Limits
+from tensorcast.scheduling.outcome import Limits, Outcome
+from tensorcast.scheduling.pools import Change
 from tensorcast.scheduling.replay import PricedServers
 from tensorcast.scheduling.requests import Requests
 
@@ -20,7 +22,7 @@ SLOWEST = 1e-4
 
 def at_the_limit(
     priced: PricedServers, requests: Requests, limits: Limits, *, share: float, router: str = "least_work",
-    seed: int = 0,
+    seed: int = 0, changes: Sequence[Change] = (),
 ) -> Requests:
     """``requests``, sent at the largest rate at which ``share`` of them keep ``limits``, to 1 %.
 
@@ -38,9 +40,12 @@ def at_the_limit(
         raise InputError("--find-rate: the requests all come at once, and cannot be sent faster or slower")
 
     def kept(rate: float) -> float:
-        return priced.run(requests.scaled(rate=rate / own), limits=limits, router=router, seed=seed).within_limits
+        return run(requests.scaled(rate=rate / own)).within_limits
 
-    together = priced.run(replace(requests, arrival_s=np.zeros(len(requests))), limits=limits, router=router, seed=seed)
+    def run(sent: Requests) -> Outcome:
+        return priced.run(sent, limits=limits, router=router, seed=seed, changes=changes)
+
+    together = run(replace(requests, arrival_s=np.zeros(len(requests))))
     high = len(requests) / together.seconds if together.served else own
     low = high * SLOWEST
     least = kept(low)

@@ -69,7 +69,10 @@ class Fleet:
         for pool in range(len(pools)):
             self._add(pool, pools[pool].count, 0.0)
         # tokens of the longest request that some server of each phase takes
-        self._longest = min(max(p.rules.most_tokens for p in pools if self._phase(p) == i) for i in range(len(self._there)))
+        self._longest = min(
+            max(pool.rules.most_tokens for pool in pools if self._phase(pool) == phase)
+            for phase in range(len(self._there))
+        )
         self._all_take = min(pool.rules.most_tokens for pool in pools)
         self._events: list[tuple[float, int, int, int]] = []  # (when, kind, order, of whom)
         self._order = 0

@@ -21,6 +21,11 @@ PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 CAUSES = ("queue", "own prompt", "others' prompts", "decoding", "started over")
 """What a request's time goes into."""
 
+MAY_CAUSE = {
+    "ttft_s": ("queue", "own prompt"), "tpot_s": ("others' prompts", "decoding", "started over"), "request_s": CAUSES,
+}
+"""Parts of a request's time that a limit is about."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -42,7 +47,9 @@ class Limits:
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """Of one replay. ``servers``: busy share, steps and moments of each; ``gpus``: in all, on average over the replay;
-    ``refused``: requests longer than any cache; ``stopped``: it was ended before the last request. ``draws``: summaries under other step times, from which the bands are."""
+    ``refused``: requests longer than any cache; ``stopped``: it was ended before the last request. ``draws``: summaries
+    under other step times, from which the bands are.
+    """
 
     record: Record
     layout: str
@@ -73,6 +80,11 @@ class Outcome:
         return int(np.isfinite(self.record.last_s).sum())
 
     @property
+    def unserved(self) -> int:
+        """Requests that were neither served nor refused: no server was left, or the replay was stopped."""
+        return len(self.record.requests) - self.served - self.refused
+
+    @property
     def within_limits(self) -> float:
         """Share of the requests that keep the limits."""
         return float(self.limits.kept(self.times).mean())
@@ -81,7 +93,7 @@ class Outcome:
         """Means, percentiles and rates, by name with unit."""
         found: dict[str, float] = {
             "requests": float(len(self.record.requests)), "served": float(self.served), "refused": float(self.refused),
-            "duration_s": self.seconds,
+            "unserved": float(self.unserved), "duration_s": self.seconds,
         }
         done = np.isfinite(self.record.last_s)
         if done.any():
@@ -102,6 +114,7 @@ class Outcome:
             found["goodput_requests_per_s_per_gpu"] = found["goodput_requests_per_s"] / self.gpus
             found["cache_hit_share"] = float(self.record.cached_tokens.sum() / requests.input_len.sum())
         found["preemptions"] = float(self.record.preemptions.sum())
+        found["moved"] = float(self.record.moved.sum())
         found["busy_share"] = float(np.mean([one["busy_share"] for one in self.servers]))
         return found
 
@@ -134,6 +147,32 @@ class Outcome:
         ]
         return pd.DataFrame(records, index=[name for name, chosen in rows.items() if chosen.any()])
 
+    def broken(self) -> pd.DataFrame:
+        """A row per request and limit that it broke, the worst first: the time, and ``because``, that part of
+        :data:`CAUSES` which is furthest above what it takes in the middle request of those that keep the limit."""
+        import pandas as pd
+
+        parts, requests, frames = self._parts(), self.record.requests, []
+        done = np.isfinite(self.record.last_s)
+        for name, limit in vars(self.limits).items():
+            if limit is None:
+                continue
+            kept, over = done & (self.times[name] <= limit), np.flatnonzero(done & (self.times[name] > limit))
+            own = np.array([parts[cause] for cause in MAY_CAUSE[name]])
+            usual = np.median(own[:, kept], axis=1) if kept.any() else np.zeros(len(own))
+            worst = np.argmax(np.where(own > 0, own - usual[:, None], -np.inf)[:, over], axis=0)
+            frames.append(pd.DataFrame({
+                "request": over, "limit": name[:-2], "seconds": self.times[name][over], "limit_s": limit,
+                "because": np.array(MAY_CAUSE[name])[worst], "of_it_s": own[worst, over],
+                "sent_s": self.record.sent_s[over], "input_len": requests.input_len[over],
+                "output_len": requests.output_len[over],
+            }))  # fmt: skip
+        if not frames:
+            return pd.DataFrame({"request": [], "limit": [], "seconds": [], "limit_s": [], "because": []})
+        found = pd.concat(frames, ignore_index=True)
+        order = (found["seconds"] / found["limit_s"]).sort_values(ascending=False, kind="stable").index
+        return found.loc[order].reset_index(drop=True)
+
     def per_request(self) -> pd.DataFrame:
         """A row per request: when it came, its lengths, its times, what they went into, where it ran."""
         import pandas as pd
@@ -142,7 +181,7 @@ class Outcome:
         return pd.DataFrame({
             "sent_s": record.sent_s, "input_len": requests.input_len, "output_len": requests.output_len, **self.times,
             "cached_tokens": record.cached_tokens.astype(int), "preemptions": record.preemptions,
-            "server": record.server, "within_limits": self.limits.kept(self.times),
+            "moved": record.moved, "server": record.server, "within_limits": self.limits.kept(self.times),
             **{f"{name.replace(' ', '_').replace(chr(39), '')}_s": values for name, values in self._parts().items()},
         })  # fmt: skip
 

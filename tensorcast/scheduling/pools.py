@@ -15,6 +15,9 @@ from tensorcast.scheduling.rules import Role
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 """Units in which a change's moment is written."""
 
+RIGHT = "must be a time and how many more or fewer, such as 600s -1 or 15min +2"
+"""What a change must be."""
+
 
 @dataclass(frozen=True)
 class Servers:
@@ -64,7 +67,7 @@ def _pool(text: str, part: str, role: Role) -> Servers:
 
 
 def parse_changes(text: str, pools: int) -> tuple[Change, ...]:
-    """``600s -1, 15min +2``; of several pools, which: ``600s -1 of 2`` is one server less of the second.
+    """``600s -1, 15min +2``; of several pools, which: ``600s -1 of 2`` is one less of the second; empty for none.
 
     Raises :class:`InputError` on anything else.
     """
@@ -72,15 +75,13 @@ def parse_changes(text: str, pools: int) -> tuple[Change, ...]:
     for part in filter(None, (one.strip() for one in text.split(","))):
         said = re.fullmatch(r"(\d+\.?\d*)\s*(s|min|h)\s+([+-]\d+)(?:\s+of\s+(\d+))?", part)
         if not said or not int(said[3]):
-            raise InputError(f"--workers {part!r}: must be a time and how many more or fewer, such as 600s -1 or 15min +2")
+            raise InputError(f"--workers {part!r}: {RIGHT}")
         if said[4] is None and pools > 1:
             raise InputError(f"--workers {part!r}: of which of the {pools} pools? such as {part} of 1")
         pool = int(said[4] or 1)
         if not 1 <= pool <= pools:
             raise InputError(f"--workers {part!r}: there is no pool {pool}; pools are counted from 1 to {pools}")
         found.append(Change(float(said[1]) * SECONDS[said[2]], int(said[3]), pool - 1))
-    if not found:
-        raise InputError(f"--workers {text!r}: must be a time and how many more or fewer, such as 600s -1 or 15min +2")
     return tuple(sorted(found, key=lambda change: change.when_s))
 
 

@@ -22,8 +22,8 @@ class Record:
 
     ``sent_s``: by the user, ``came_s``: to the scheduler of the server where it is, ``admitted_s``: the first step with
     its prompt begins, ``first_s`` and ``last_s``: the first and the last token reach the user. ``others_s``: time that
-    others' prompts took from its reply. ``preemptions``: how often the cache was full, ``moved``: how often its server was
-    lost.
+    others' prompts took from its reply. ``preemptions``: how often the cache was full, ``moved``: how often its
+    server was lost.
     """
 
     def __init__(self, requests: Requests) -> None:

@@ -65,7 +65,7 @@ class PricedServers:
         random = np.random.default_rng(seed)
         errors = [self._error(i) for i in range(2)]
         factors = np.column_stack([drawn_factors(error, draws, random) for error in errors])
-        drawn = []
+        drawn: list[dict[str, float]] = []
         for decode, prompts in factors:
             one = once([replace(p, times=p.times.scaled(float(decode), float(prompts))) for p in self.pools])
             if one.stopped:

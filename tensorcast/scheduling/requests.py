@@ -133,6 +133,12 @@ def drawn(
     return Requests(arrival_s=arrival_s, input_len=prompts, output_len=replies, users=users)
 
 
+def lengths_of(source: Requests, requests: Requests, seed: int = 0) -> Requests:
+    """``requests`` with prompts and replies as long as those of random ones of ``source``, both of the same one."""
+    chosen = np.random.default_rng(seed).integers(len(source), size=len(requests))
+    return replace(requests, input_len=source.input_len[chosen], output_len=source.output_len[chosen])
+
+
 def _ramped(work: Array, rate: float, ramp_s: float) -> Array:
     """Seconds at which so much ``work`` (requests expected so far) has come, where the rate climbs for ``ramp_s``."""
     whole = rate * ramp_s / 2  # requests of the ramp

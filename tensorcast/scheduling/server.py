@@ -145,7 +145,8 @@ class Server:
         by now stays written."""
         stretch = self.stretch
         if stretch is not None:
-            done = 0 if any(batch.prompts for batch in stretch.batches) else min(stretch.done_by(now_s), stretch.steps - 1)
+            mixed = any(batch.prompts for batch in stretch.batches)
+            done = 0 if mixed else min(stretch.done_by(now_s), stretch.steps - 1)
             if done:
                 stretch.steps = done
                 self.finish()

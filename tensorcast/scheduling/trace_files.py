@@ -11,7 +11,7 @@ import gzip
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +24,9 @@ from tensorcast.scheduling.requests import Requests
 
 BLOCK_TOKENS = 512
 """Tokens of a block whose hash a Mooncake trace has (https://github.com/kvcache-ai/Mooncake, FAST25-release)."""
+
+Row = tuple[float, int, int, tuple[int, ...]]
+"""Seconds of the arrival, tokens of prompt and reply, and ids of the prompt's blocks."""
 
 COLUMNS: dict[str, tuple[tuple[str, float], ...]] = {
     "arrival": (
@@ -53,8 +56,10 @@ class TraceFile:
 
 
 def read_trace(path: Path, skip_bad: bool = False) -> TraceFile:
-    """Requests of a trace: JSON lines (Mooncake's), CSV (ours, Azure's, BurstGPT's, Vidur's), Parquet, or the result
-    file of ``vllm bench serve --save-detailed``; also gzipped. Raises :class:`InputError` on anything else."""
+    """Requests of a trace: JSON lines (Mooncake's, aiperf's), CSV (ours, Azure's, BurstGPT's, Vidur's), Parquet, or a
+    result: of ``vllm bench serve --save-detailed``, or of guidellm (``FILE#2`` is the second of its benchmarks); also
+    gzipped. Raises :class:`InputError` on anything else."""
+    path, which = _numbered(path)
     try:
         if path.suffix == ".parquet":
             return _table(path, _parquet(path), skip_bad)
@@ -72,32 +77,52 @@ def read_trace(path: Path, skip_bad: bool = False) -> TraceFile:
         one = json.loads(first)
     except ValueError:
         one = None
-    if isinstance(one, dict) and "input_lens" not in one:
-        return _mooncake(path, text.splitlines(), skip_bad)
-    return _bench_result(path, text)
+    if isinstance(one, dict) and not {"input_lens", "benchmarks"} & set(one):
+        return _lines(path, text.splitlines(), skip_bad, _AIPERF if "metrics" in one else _MOONCAKE)
+    return _result(path, text, skip_bad, which)
 
 
-def _mooncake(path: Path, lines: Iterable[str], skip_bad: bool) -> TraceFile:
+def _numbered(path: Path) -> tuple[Path, int | None]:
+    """``FILE#2`` as the file and the number, where no file is called so."""
+    name, mark, number = path.name.rpartition("#")
+    if not mark or not number.isdigit() or path.exists():
+        return path, None
+    return path.with_name(name), int(number)
+
+
+def _each(
+    path: Path, items: Iterable[Any], read: Callable[[Any], Row], skip_bad: bool, what: str
+) -> tuple[list[Row], int]:
+    """Every item as a row, and how many were skipped; the first that cannot be read is named by its number."""
     rows, skipped = [], 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, item in enumerate(items, 1):
+        if isinstance(item, str) and not item.strip():
             continue
         try:
-            rows.append(_json_row(line))
+            rows.append(read(item))
         except (ValueError, KeyError, TypeError) as error:
             if not skip_bad:
-                raise InputError(f"{path}: line {number}: {_said(error, line)}") from None
+                raise InputError(f"{path}: {what} {number}: {_said(error, item)}") from None
             skipped += 1
-    _some(path, rows, skipped)
-    blocks = tuple(row[3] for row in rows)
-    ordered = _requests([row[:3] for row in rows], blocks if any(blocks) else None)
-    return TraceFile(ordered, "mooncake", skipped)
+    if not rows:
+        raise InputError(f"{path}: no row could be read{f' ({skipped} skipped)' if skipped else ''}")
+    return rows, skipped
 
 
-def _json_row(line: str) -> tuple[float, int, int, tuple[int, ...]]:
-    one = json.loads(line)
-    if not isinstance(one, dict):
-        raise ValueError("is no object with timestamp, input_length and output_length")
+def _lines(path: Path, lines: Iterable[str], skip_bad: bool, kind: tuple[str, Callable[[Any], Row]]) -> TraceFile:
+    name, read = kind
+
+    def of_line(line: str) -> Row:
+        one = json.loads(line)
+        if not isinstance(one, dict):
+            raise ValueError("is no object of a request's fields")
+        return read(one)
+
+    rows, skipped = _each(path, lines, of_line, skip_bad, "line")
+    return TraceFile(_requests(rows), name, skipped)
+
+
+def _mooncake_row(one: Mapping[str, Any]) -> Row:
     arrival = _number("timestamp", one["timestamp"]) / 1e3
     lengths = [_whole(name, one[name]) for name in ("input_length", "output_length")]
     ids = one.get("hash_ids") or ()
@@ -106,26 +131,64 @@ def _json_row(line: str) -> tuple[float, int, int, tuple[int, ...]]:
     return arrival, lengths[0], lengths[1], tuple(ids)
 
 
-def _bench_result(path: Path, text: str) -> TraceFile:
-    """``vllm bench serve --save-result --save-detailed`` writes lists, an entry per request."""
+def _aiperf_row(one: Mapping[str, Any]) -> Row:
+    """A line of aiperf's ``profile_export.jsonl`` (aiperf 0.13.0, common/models/record_models.py: MetricRecordInfo)."""
+    if one.get("error"):
+        raise ValueError(f"error {str(one['error'])[:40]!r}: the request failed")
+    names = ("input_sequence_length", "output_sequence_length")
+    prompt, reply = (_whole(name, one["metrics"][name]["value"]) for name in names)
+    return _number("request_start_ns", one["metadata"]["request_start_ns"]) / 1e9, prompt, reply, ()
+
+
+_MOONCAKE = ("mooncake", _mooncake_row)
+_AIPERF = ("aiperf", _aiperf_row)
+
+
+def _result(path: Path, text: str, skip_bad: bool, which: int | None) -> TraceFile:
+    """A benchmark client's result, one object with an entry per request."""
     try:
         one = json.loads(text)
-        rows = [
-            (0.0, _whole(f"input_lens[{i}]", prompt), _whole(f"output_lens[{i}]", reply))
-            for i, (prompt, reply) in enumerate(zip(one["input_lens"], one["output_lens"], strict=True))
-        ]
+    except ValueError as error:
+        said = _said(error, "")
+        raise InputError(f"{path}: is no trace of JSON lines and no result of a benchmark: {said}") from None
+    if isinstance(one, dict) and "benchmarks" in one:
+        return _guidellm(path, one["benchmarks"], skip_bad, which)
+    try:
+        lists = [one["input_lens"], one["output_lens"]]
+        starts = one.get("start_times") or [0.0] * len(lists[0])
+        entries = list(zip(starts, *lists, one.get("errors") or [""] * len(lists[0]), strict=True))
     except (ValueError, KeyError, TypeError) as error:
         said = _said(error, "")
         raise InputError(f"{path}: is no trace of JSON lines and no detailed result of vllm bench: {said}") from None
-    _some(path, rows, 0)
-    starts = one.get("start_times")
-    if isinstance(starts, list) and len(starts) == len(rows):
-        rows = [(float(start), *row[1:]) for start, row in zip(starts, rows, strict=True)]
-    requests = _requests(rows, None)
-    users = one.get("max_concurrency")
-    if users:
-        requests = replace(requests, users=int(users))
-    return TraceFile(requests, "vllm bench", 0)
+
+    def read(entry: tuple[Any, ...]) -> Row:
+        if entry[3]:
+            raise ValueError(f"errors {str(entry[3])[:40]!r}: the request failed")
+        return _number("start_times", entry[0]), _whole("input_lens", entry[1]), _whole("output_lens", entry[2]), ()
+
+    rows, skipped = _each(path, entries, read, skip_bad, "request")
+    requests, users = _requests(rows), one.get("max_concurrency")
+    return TraceFile(replace(requests, users=int(users)) if users else requests, "vllm bench", skipped)
+
+
+def _guidellm(path: Path, benchmarks: Any, skip_bad: bool, which: int | None) -> TraceFile:
+    """guidellm's ``benchmarks.json`` (guidellm 0.8.1, schemas/base/request_stats.py: GenerativeRequestStats)."""
+    many = len(benchmarks)
+    if which is None and many != 1:
+        raise InputError(f"{path}: holds {many} benchmarks; say which, as {path.name}#1")
+    if not 1 <= (which or 1) <= many:
+        raise InputError(f"{path}#{which}: holds benchmarks 1 to {many}")
+
+    def read(one: Mapping[str, Any]) -> Row:
+        lengths = [_whole(name, one[name]) for name in ("prompt_tokens", "output_tokens")]
+        return _number("request_start_time", one["request_start_time"]), lengths[0], lengths[1], ()
+
+    try:
+        entries = benchmarks[(which or 1) - 1]["requests"]["successful"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: is no result of guidellm with its requests: {_said(error, '')}") from None
+    rows, skipped = _each(path, entries, read, skip_bad, "request")
+    return TraceFile(_requests(rows), "guidellm", skipped)
 
 
 def _parquet(path: Path) -> Iterator[Mapping[Any, Any]]:
@@ -140,17 +203,15 @@ def _parquet(path: Path) -> Iterator[Mapping[Any, Any]]:
 
 
 def _table(path: Path, found: Iterable[Mapping[Any, Any]], skip_bad: bool) -> TraceFile:
-    rows, skipped, columns = [], 0, None
-    for number, row in enumerate(found, 1):
-        columns = columns or _columns(path, list(row))
-        try:
-            rows.append(_table_row(row, columns))
-        except (ValueError, TypeError) as error:
-            if not skip_bad:
-                raise InputError(f"{path}: row {number}: {_said(error, '')}") from None
-            skipped += 1
-    _some(path, rows, skipped)
-    return TraceFile(_requests(rows, None), "table", skipped)
+    items = iter(found)
+    first = next(items, None)
+    if first is None:
+        raise InputError(f"{path}: no row could be read")
+    columns = _columns(path, list(first))
+    rows, skipped = _each(
+        path, itertools.chain([first], items), lambda row: _table_row(row, columns), skip_bad, "row"
+    )
+    return TraceFile(_requests(rows), "table", skipped)
 
 
 def _columns(path: Path, names: list[str]) -> dict[str, tuple[str, float]]:
@@ -169,10 +230,10 @@ def _columns(path: Path, names: list[str]) -> dict[str, tuple[str, float]]:
     return {wanted: column for wanted, column in chosen.items() if column is not None}
 
 
-def _table_row(row: Mapping[Any, Any], columns: Mapping[str, tuple[str, float]]) -> tuple[float, int, int]:
+def _table_row(row: Mapping[Any, Any], columns: Mapping[str, tuple[str, float]]) -> Row:
     name, unit = columns["arrival"]
     prompt, reply = (_whole(columns[key][0], row[columns[key][0]]) for key in ("input_len", "output_len"))
-    return _moment(name, row[name]) * unit, prompt, reply
+    return _moment(name, row[name]) * unit, prompt, reply, ()
 
 
 def _moment(name: str, value: Any) -> float:
@@ -206,25 +267,20 @@ def _whole(name: str, value: Any) -> int:
     return int(found)
 
 
-def _said(error: Exception, line: str) -> str:
+def _said(error: Exception, line: Any) -> str:
     if isinstance(error, KeyError):
         return f"no {error.args[0]}"
     if isinstance(error, json.JSONDecodeError):
-        return f"{line.strip()[:40]!r} is no JSON"
+        return f"{str(line).strip()[:40]!r} is no JSON"
     return str(error)
 
 
-def _some(path: Path, rows: list[Any], skipped: int) -> None:
-    if not rows:
-        raise InputError(f"{path}: no row could be read{f' ({skipped} skipped)' if skipped else ''}")
-
-
-def _requests(rows: list[tuple[float, int, int]], blocks: tuple[tuple[int, ...], ...] | None) -> Requests:
+def _requests(rows: list[Row]) -> Requests:
     """In the order of their arrival, the first at 0."""
-    arrival, prompts, replies = (np.array(column) for column in zip(*rows, strict=True))
+    arrival, prompts, replies = (np.array([row[i] for row in rows]) for i in range(3))
     order = np.argsort(arrival, kind="stable")
+    blocks = tuple(rows[i][3] for i in order) if any(row[3] for row in rows) else None
     return Requests(
         arrival_s=(arrival[order] - arrival.min()).astype(float), input_len=prompts[order].astype(np.int64),
-        output_len=replies[order].astype(np.int64),
-        blocks=None if blocks is None else tuple(blocks[i] for i in order), block_tokens=BLOCK_TOKENS,
+        output_len=replies[order].astype(np.int64), blocks=blocks, block_tokens=BLOCK_TOKENS,
     )

@@ -19,8 +19,8 @@ from tensorcast.scheduling.outcome import Outcome
 
 
 def write_replay(found: Outcome, folder: Path) -> list[Path]:
-    """``report.html``, ``requests.parquet`` and ``.csv``, ``summary.json``, ``trace.json`` (Chrome's format) and
-    ``replay.png`` in ``folder``."""
+    """``report.html``, ``requests.parquet`` and ``.csv``, ``broken.csv``, ``summary.json``, ``trace.json``
+    (Chrome's format) and ``replay.png`` in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     frame, content = found.per_request(), io.BytesIO()
     frame.to_parquet(content)
@@ -28,6 +28,7 @@ def write_replay(found: Outcome, folder: Path) -> list[Path]:
     files: dict[str, str | bytes] = {
         "report.html": page_html(sections(found), picture), "requests.parquet": content.getvalue(),
         "requests.csv": frame.to_csv(index_label="request"),
+        "broken.csv": found.broken().to_csv(index=False),
         "summary.json": to_json(words.document(found), indent=2) + "\n",
         "trace.json": json.dumps(chrome_trace(found), separators=(",", ":")),
     }

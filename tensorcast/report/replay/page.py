@@ -22,6 +22,10 @@ def sections(found: Outcome) -> list[Section]:
         "prompt: until the first token; others' prompts: what these took from the reply; started over: a full cache.",
     )
     page.append(Section("What their time goes into", said, _table(*words.causes_table(found))))
+    if len(found.broken()):
+        why = "Each by the part of its time that is furthest above the middle request's; the worst ones below."
+        page.append(Section("Why requests broke a limit", (why, *words.worst(found, 10)),
+                            _table(*words.broken_table(found))))  # fmt: skip
     page.append(Section("Servers", table=_servers(found)))
     return page
 

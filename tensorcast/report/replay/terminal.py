@@ -25,6 +25,10 @@ def print_replay(found: Outcome, console: Console, skipped: int = 0) -> None:
             lines.add_row(name, said)
         console.print(lines)
         console.print(_table(*words.causes_table(found)))
+        if len(found.broken()):
+            console.print(_table(*words.broken_table(found)))
+            for line in words.worst(found):
+                console.print(Text(line, style="dim"))
     if skipped:
         console.print(Text(f"{plural(skipped, 'row')} of the trace could not be read and are left out", style="yellow"))
     for note in found.notes:

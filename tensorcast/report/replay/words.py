@@ -14,10 +14,15 @@ ROWS = {
 """Times of :meth:`Outcome.summary`, by the start of their names."""
 
 
+NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "request_s": "E2E"}
+"""Limits as they are written."""
+
+
 def headline(found: Outcome, numbers: dict[str, float]) -> str:
     """What was replayed, and how much of it kept the limits."""
     said = f"{found.layout}: {units.count(numbers['served'])} of {units.count(numbers['requests'])} requests served"
-    said += f" in {units.seconds(numbers['duration_s'])}"
+    said += f" in {units.seconds(numbers['duration_s'])}" if found.served else ""
+    said += ", stopped before the end" if found.stopped else ""
     if limits := limits_said(found):
         said += f"; {units.percent(numbers.get('within_limits', 0.0))} keep {limits}"
     return said
@@ -25,9 +30,8 @@ def headline(found: Outcome, numbers: dict[str, float]) -> str:
 
 def limits_said(found: Outcome) -> str:
     """``TTFT 2 s, TPOT 50 ms``; empty if there are none."""
-    names = {"ttft_s": "TTFT", "tpot_s": "TPOT", "request_s": "E2E"}
     return ", ".join(
-        f"{names[name]} {units.seconds(limit)}" for name, limit in vars(found.limits).items() if limit is not None
+        f"{NAMES[name]} {units.seconds(limit)}" for name, limit in vars(found.limits).items() if limit is not None
     )
 
 
@@ -54,7 +58,7 @@ def rates(found: Outcome, numbers: dict[str, float]) -> list[tuple[str, str]]:
 
     rows = [
         ("throughput", banded("output_tokens_per_s", f"{numbers['output_tokens_per_s']:,.0f} output tokens/s; "
-            f"{numbers['output_tokens_per_s_per_gpu']:,.1f} per GPU on {found.gpus}")),
+            f"{numbers['output_tokens_per_s_per_gpu']:,.1f} per GPU on {found.gpus:.4g}")),
         ("requests", banded("requests_per_s", f"{numbers['requests_per_s']:,.3g} per second")),
     ]
     if limits_said(found):
@@ -67,7 +71,38 @@ def rates(found: Outcome, numbers: dict[str, float]) -> list[tuple[str, str]]:
     if numbers["refused"]:
         many = units.plural(numbers["refused"], "request")
         rows.append(("refused", f"{many} too long for the model's positions or a rank's cache"))
+    if numbers["moved"]:
+        rows.append(("moved", f"{units.plural(numbers['moved'], 'time')}: the server was lost"))
+    if numbers["unserved"]:
+        why = "the replay was stopped" if found.stopped else "no server was left"
+        rows.append(("unserved", f"{units.plural(numbers['unserved'], 'request')}: {why}"))
     return rows
+
+
+def broken_table(found: Outcome) -> tuple[list[str], list[list[str]]]:
+    """How many requests broke each limit, by what took longer than in the middle request."""
+    frame = found.broken()
+    head = ["requests beyond", "in all", *CAUSES]
+    rows = []
+    for limit, own in frame.groupby("limit", sort=False):
+        because = own["because"].value_counts()
+        rows.append([
+            NAMES[f"{limit}_s"], units.count(len(own)),
+            *(units.count(because[cause]) if cause in because else "-" for cause in CAUSES),
+        ])
+    return head, rows
+
+
+def worst(found: Outcome, count: int = 3) -> list[str]:
+    """A sentence for each of the requests that are furthest beyond each limit."""
+    said = []
+    for row in found.broken().groupby("limit", sort=False).head(count).to_dict("records"):
+        said.append(
+            f"request {row['request']}, sent at {units.seconds(row['sent_s'])}, {units.count(row['input_len'])} + "
+            f"{units.count(row['output_len'])} tokens: {NAMES[row['limit'] + '_s']} {units.seconds(row['seconds'])}, "
+            f"limit {units.seconds(row['limit_s'])}; {row['because']} {units.seconds(row['of_it_s'])}"
+        )
+    return said
 
 
 def causes_table(found: Outcome) -> tuple[list[str], list[list[str]]]:

@@ -1,0 +1,156 @@
+"""Servers lost and added, pools that differ, conversations: against what must hold whatever happens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scheduling import RULES, TIMES, asked
+
+from tensorcast.errors import InputError
+from tensorcast.scheduling.fleet import ROUTERS, Fleet, Pool
+from tensorcast.scheduling.pools import Change, parse_changes, parse_servers
+from tensorcast.scheduling.requests import Length, Requests, drawn, sessions
+from tensorcast.scheduling.rules import Role
+
+CHANGES = st.lists(st.tuples(st.floats(0, 3), st.integers(0, 2), st.booleans()), max_size=6)
+
+
+def possible(wanted: list[tuple[float, int, bool]], counts: list[int]) -> tuple[Change, ...]:
+    """Those of ``wanted`` that find a server to take; at the end every pool has one more, so that all can be served."""
+    left, found = list(counts), []
+    for when, pool, added in sorted(wanted):
+        if pool < len(left) and (added or left[pool]):
+            left[pool] += 1 if added else -1
+            found.append(Change(when, 1 if added else -1, pool))
+    return (*found, *(Change(4.0, 1, pool) for pool in range(len(left))))
+
+
+@settings(max_examples=60)
+@given(
+    requests=asked(), wanted=CHANGES, router=st.sampled_from(ROUTERS), pooled=st.booleans(),
+    cache=st.sampled_from([1000.0, 1e6]), ranks=st.integers(1, 2),
+)  # fmt: skip
+def test_lost_servers_lose_no_request(
+    *, requests: Requests, wanted: list[tuple[float, int, bool]], router: str, pooled: bool, cache: float, ranks: int
+) -> None:
+    """All are served once, the reply's tokens in order; nobody is on a server before it came or after it was lost."""
+    roles: tuple[Role, ...] = ("prefill", "decode") if pooled else ("both", "both")
+    rules = replace(RULES, cache_tokens=cache, ranks=ranks)
+    pools = [Pool(replace(rules, role=role), TIMES, 1, lambda tokens: 1e-3) for role in roles]
+    changes = possible(wanted, [1, 1])
+    fleet = Fleet(pools, requests, router=router, changes=changes)
+    record = fleet.run()
+    assert fleet.finished == len(requests) and not fleet.refused
+    assert np.all(np.isfinite(record.last_s))
+    for earlier, later in ((record.sent_s, record.admitted_s), (record.admitted_s, record.first_s)):
+        assert np.all(earlier <= later + 1e-12)
+    assert np.all(record.first_s <= record.last_s)
+    for server in fleet.servers:
+        here = record.server == server.number
+        assert np.all(record.last_s[here] >= server.from_s) and np.all(record.last_s[here] <= server.lost_s)
+        assert all(rank.load == 0 and rank.used == pytest.approx(0, abs=1e-6) for rank in server.ranks)
+        assert all(0 <= row[4] <= 1 + 1e-9 for row in server.moments.rows)
+    if not any(change.count < 0 for change in changes):
+        assert not record.moved.any()
+
+
+def test_a_lost_server_costs_its_requests_what_they_had_read() -> None:
+    """By hand: one request writes when its server goes; another server reads prompt and the written tokens anew."""
+    requests = Requests(arrival_s=np.zeros(1), input_len=np.array([200]), output_len=np.array([50]))
+    plain = Fleet([Pool(RULES, TIMES, 2)], requests).run()
+    lost_at = 0.25
+    changes = (Change(lost_at, -2), Change(1.0, 1))
+    fleet = Fleet([Pool(RULES, TIMES, 2)], requests, router="round_robin", changes=changes)
+    record = fleet.run()
+    first = float(plain.first_s[0])
+    written, now = 1, first
+    while (now := now + TIMES.decoding(1, 200 + written, 1)) <= lost_at:
+        written += 1
+    again = TIMES.own([(200 + written, 0)], 0, 0.0)
+    rest = sum(TIMES.decoding(1, 200 + one, 1) for one in range(written + 1, 50))
+    assert record.first_s[0] == pytest.approx(first) and record.moved[0] == 1
+    assert record.last_s[0] == pytest.approx(1.0 + again + rest, rel=1e-9)
+
+
+def test_without_a_server_requests_wait_and_are_counted() -> None:
+    requests = drawn(20, Length(100), Length(20), rate=10.0)
+    fleet = Fleet([Pool(RULES, TIMES, 1)], requests, changes=(Change(0.5, -1),))
+    record = fleet.run()
+    served = np.isfinite(record.last_s)
+    assert 0 < served.sum() < 20 and np.all(record.last_s[served] <= 0.5) and not fleet.refused
+
+
+def test_more_servers_are_never_slower() -> None:
+    requests = drawn(300, Length(300, 0.9), Length(40, 0.9), rate=60.0, seed=3)
+    ends = [
+        Fleet([Pool(RULES, TIMES, 1)], requests, changes=changes).run().last_s.mean()
+        for changes in ((), (Change(2.0, 1),), (Change(2.0, 3),))
+    ]
+    assert ends[0] > ends[1] > ends[2]
+
+
+def test_long_requests_go_where_they_fit() -> None:
+    """Pools that differ: what one cannot take the other does, and only what none takes is refused."""
+    pools = [Pool(replace(RULES, cache_tokens=size), TIMES, 2) for size in (500.0, 2000.0)]
+    requests = Requests(
+        arrival_s=np.arange(6) / 10, input_len=np.array([100, 700, 400, 1500, 2500, 90]), output_len=np.full(6, 20)
+    )
+    fleet = Fleet(pools, requests, router="round_robin")
+    record = fleet.run()
+    assert fleet.refused == [4]
+    assert all(record.server[i] >= 2 for i in (1, 3)) and {0, 1} & set(record.server[[0, 2, 5]].tolist())
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(1, 6), st.integers(1, 4), st.floats(0, 3), st.integers(0, 300), st.sampled_from([None, 1, 2]),
+)  # fmt: skip
+def test_turns_come_after_replies(count: int, turns: int, think: float, shared: int, users: int | None) -> None:
+    """A turn is sent after the reply before it, never sooner than its user thought, and holds all that was said."""
+    lengths = Length(80, 0.5), Length(30, 0.5)
+    requests = sessions(count, turns, *lengths, rate=2.0, think_s=think, shared_len=shared, users=users)
+    record = Fleet([Pool(RULES, TIMES, 2)], requests).run()
+    assert requests.after is not None and requests.think_s is not None and requests.blocks is not None
+    for i, before in enumerate(requests.after.tolist()):
+        if before < 0:
+            continue
+        assert record.sent_s[i] >= record.last_s[before] + requests.think_s[i] - 1e-9
+        assert requests.input_len[i] > requests.input_len[before] + requests.output_len[before]
+        assert requests.blocks[i][: len(requests.blocks[before])] == requests.blocks[before]
+    begun = np.array([len(one) for one in requests.blocks])
+    assert np.all(begun == (requests.input_len + requests.output_len) // requests.block_tokens)
+    own = [set(one) - set(range(shared // 64)) for one in requests.blocks[turns - 1 :: turns]]
+    assert len(set().union(*own)) == sum(map(len, own))  # conversations share the system prompt alone
+
+
+def test_a_turn_reads_only_what_is_new() -> None:
+    """With room for all and one server, everything said before is found again, in whole blocks, but the last token."""
+    requests = sessions(3, 4, Length(200), Length(90), rate=1.0, think_s=0.5, shared_len=640)
+    record = Fleet([Pool(RULES, TIMES, 1)], requests).run()
+    assert requests.after is not None
+    for i, before in enumerate(requests.after.tolist()):
+        if before >= 0:
+            said = int(requests.input_len[before] + requests.output_len[before] - 1)
+            assert record.cached_tokens[i] == said // 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("5 -1", "must be a time"), ("5s", "must be a time"), ("5s +0", "must be a time"),
+     ("5s -1", "of which of the 2 pools"), ("5s -1 of 3", "no pool 3")],
+)  # fmt: skip
+def test_bad_changes(text: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        parse_changes(text, 2)
+
+
+def test_pools_as_they_are_written() -> None:
+    first, second, third = parse_servers("2 x tp8-ep8 & tp4@h100 > 3 x dp8-ep8")
+    assert (first.count, second.count, third.count) == (2, 1, 3)
+    assert (first.role, second.role, third.role) == ("prefill", "prefill", "decode")
+    assert second.device is not None and second.device.name.startswith("h100") and first.device is None
+    assert parse_changes("3min -1 of 2, 5s +2 of 1", 2) == (Change(5.0, 2, 0), Change(180.0, -1, 1))

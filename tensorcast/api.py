@@ -127,7 +127,7 @@ def compare(
     confidence: float | None = None,
     prices: Mapping[str, float] | None = None,
     prefix_cached: int = 0,
-    mtp_acceptance: float = 0.8,
+    mtp_acceptance: float | str = 0.8,
     full: bool = False,
     runnable_only: bool = True,
     jobs: int = 1,
@@ -146,7 +146,7 @@ def compare(
     such as ``tp8-ep8``. ``options``: ``quant``, ``state_dtype``, ``routing`` (typical unless said) and ``placement``
     hold for all; of ``kv_dtype``, ``mtp_depth``, ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given
     values alone are searched; ``full`` also searches KV dtypes and depths of drafting. ``runnable_only``: only what
-    ``engine`` can run.
+    ``engine`` can run. ``mtp_acceptance``: chance that a drafted token is accepted, or a task of published tables.
 
     Raises :class:`tensorcast.InputError` on what cannot be: with ``exit_code`` 3 where no layout keeps the limits, the
     message saying which one binds and how close the best came.
@@ -176,6 +176,7 @@ def compare(
         prices={device_profile(name).name: value for name, value in (prices or {}).items()},
         full=full, runnable_only=runnable_only, quant=options.get("quant"), state_dtype=options.get("state_dtype"),
         routing=options.get("routing", SERVED_ROUTING), placement=options.get("placement", "linear"),
+        speculative_method=options.get("speculative_method", "mtp"), draft_model=options.get("draft_model"),
         searched={
             "kv_dtype": options.get("kv_dtype"), "mtp_depth": options.get("mtp_depth"),
             "exchange": options.get("all2all"), "dispatch": options.get("dispatch"),
@@ -247,7 +248,7 @@ def replay(
     percentile: float = 99.0,
     prefill_chunk: int | None = None,
     max_sequences: int | None = None,
-    mtp_acceptance: float = 0.8,
+    mtp_acceptance: float | str = 0.8,
     balance_steps: int = 0,
     draws: int = 0,
     seed: int = 0,
@@ -317,7 +318,7 @@ def replay_sweep(
     percentile: float = 99.0,
     prefill_chunk: int | None = None,
     max_sequences: int | None = None,
-    mtp_acceptance: float = 0.8,
+    mtp_acceptance: float | str = 0.8,
     balance_steps: int = 0,
     seed: int = 0,
     workers: str = "",

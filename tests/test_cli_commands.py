@@ -41,7 +41,7 @@ def refused(*arguments: str) -> str:
         (("simulate", "mixtral-8x7b", "-d", "h100", "--bathc", "3"), ("--bathc", "--batch")),
         (("simulate", "mixtral-8x7b", "-d", "h100", "-b", "1e3"), ("--batch '1e3'", "must be a valid integer")),
         (("simulate", "mixtral-8x7b", "-d", "h100", "--top", "-1"), ("--top '-1'", "equal to 0")),
-        ((*COMPARE, "--mtp-acceptance", "2"), ("--mtp-acceptance '2'", "less than or equal to 1")),
+        ((*COMPARE, "--mtp-acceptance", "2"), ("mtp_acceptance = 2.0 (--mtp-acceptance)", "between 0 and 1")),
         ((*COMPARE, "-d", "h200"), ("-d: is given twice", "with commas")),
         ((*COMPARE, "--ttft=2s", "--ttft", "3s"), ("--ttft: is given twice",)),
         ((*COMPARE, "--out", ""), ("--out '': is empty",)),

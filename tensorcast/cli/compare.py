@@ -59,7 +59,8 @@ tensorcast compare deepseek-v3 -d h100,h200,b200 -n 16,32,64,128 --executor dask
 
 @command(epilog=EXAMPLES)
 @deployment_options(
-    "quant", "state_dtype", "routing", "placement", defaults={"routing": SERVED_ROUTING}, searched={
+    "quant", "state_dtype", "routing", "placement", "speculative_method", "draft_model",
+    defaults={"routing": SERVED_ROUTING}, searched={
         "kv_dtype": ("bf16,fp8", "the model's"), "mtp_depth": ("N,...", "0"), "all2all": ("KIND,...", "the first two"),
         "dispatch": ("SCHEME,...", "as the experts read them, and bf16"), "combine": ("SCHEME,...", "bf16"),
         "chunk_tokens": ("N,...", "2048,8192,16384"),
@@ -128,9 +129,10 @@ def compare(
         help="One engine for both phases, pools of prefill and decode, or both.",
         rich_help_panel=SEARCH,
     )] = "aggregated,disaggregated",
-    mtp_acceptance: Annotated[float, typer.Option(
-        "--mtp-acceptance", min=0, max=1, help="Chance that a drafted token is accepted.", rich_help_panel=SEARCH,
-    )] = 0.8,
+    mtp_acceptance: Annotated[str, typer.Option(
+        "--mtp-acceptance", "--acceptance", metavar="CHANCE|TASK", rich_help_panel=SEARCH,
+        help="Chance that a drafted token is accepted, or a task whose published one is taken, as mt-bench.",
+    )] = "0.8",
     full: Annotated[bool, typer.Option(
         "--full", help="Search every axis: KV dtypes and drafts, too.", rich_help_panel=SEARCH,
     )] = False,
@@ -181,6 +183,8 @@ def compare(
     sent, means = None, (4096, 1024)
     if (trace, requests, percentile) != (None, None, None):
         sent, means = _requests(trace, requests, percentile)
+    # a number, or the name of a task
+    accepted = float(mtp_acceptance) if mtp_acceptance.replace(".", "", 1).isdigit() else mtp_acceptance
     # options that are searched: lists of what was typed
     searched: dict[str, Any] = {name: split_names(options[name]) or None for name in SEVERAL_NAMES}
     searched |= {name: whole_numbers(flag, options[name]) if options[name] else None for name, flag in NUMBERS.items()}
@@ -195,7 +199,8 @@ def compare(
                 modes=listed_names("--mode", mode), request_rate=request_rate,
                 users=users, budget=budget, confidence=confidence,
                 prices=device_prices(price) if price else None, prefix_cached=prefix_cached,
-                mtp_acceptance=mtp_acceptance, full=full, runnable_only=not any_engine, jobs=jobs, executor=executor,
+                mtp_acceptance=accepted, full=full, runnable_only=not any_engine, jobs=jobs,
+                executor=executor,
                 **options | searched,
             )
         except NoLayoutMeets as error:  # the report says so, too; it is still the same error

@@ -52,6 +52,7 @@ tensorcast replay deepseek-v3 -d h200 -l "4 x tp8-ep8, 2 x tp8-ep8 > dp16-ep16" 
 @command(epilog=EXAMPLES)
 @deployment_options(
     "quant", "kv_dtype", "state_dtype", "routing", "all2all", "placement", "redundant_experts", "mtp_depth",
+    "speculative_method", "draft_model",
     defaults={"routing": SERVED_ROUTING},
 )
 def replay(
@@ -154,10 +155,11 @@ def replay(
         "--balance-steps", min=0, rich_help_panel=CHOICES,
         help="Steps that prompts wait until every data-parallel rank has one (TensorRT-LLM's attention_dp_config).",
     )] = 0,
-    mtp_acceptance: Annotated[float, typer.Option(
-        "--mtp-acceptance", min=0, max=1, rich_help_panel=CHOICES,
-        help="Chance that a drafted token is accepted, given that those before it were.",
-    )] = 0.8,
+    mtp_acceptance: Annotated[str, typer.Option(
+        "--mtp-acceptance", "--acceptance", metavar="CHANCE|TASK", rich_help_panel=CHOICES,
+        help="Chance that a drafted token is accepted, given that those before it were, or a task whose published one "
+        "is taken, as mt-bench.",
+    )] = "0.8",
     engine: Engine = "vllm",
     ttft: Annotated[str | None, typer.Option(
         "--ttft", metavar="TIME", show_default=False, help="Longest time to first token, as 2s.",
@@ -228,9 +230,11 @@ def replay(
             for one in rates for seed in seeds
         ]  # fmt: skip
     layouts = listed_names("--layout", layout)
+    # a number, or the name of a task
+    accepted = float(mtp_acceptance) if mtp_acceptance.replace(".", "", 1).isdigit() else mtp_acceptance
     alike = {
         "device": device, "engine": engine, "router": router, "prefill_chunk": chunk, "max_sequences": max_sequences,
-        "balance_steps": balance_steps, "mtp_acceptance": mtp_acceptance, "seed": seeds[0], "percentile": percentile,
+        "balance_steps": balance_steps, "mtp_acceptance": accepted, "seed": seeds[0], "percentile": percentile,
         "find_rate": search_rate, "ttft_s": limits[0], "tpot_s": limits[1], "request_s": limits[2], "workers": workers,
         **options,
     }

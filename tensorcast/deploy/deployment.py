@@ -21,16 +21,19 @@ from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import Layout, attention_dp, check, stage_layers
 from tensorcast.deploy.options import Options, Place, check_options, idle_options
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
+from tensorcast.deploy.step.drafter import make_drafter
 from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step, make_step
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, mxfp4_padding
 from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.drafting import published, said_of
 from tensorcast.profiles.engine import EngineProfile, is_one_of
 from tensorcast.profiles.kept import same
 from tensorcast.profiles.memory import MIB, STATE_DTYPES, Kept, is_latent
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import RankForm, rank_tables, whole_model
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import OpTable, per_table
@@ -156,18 +159,21 @@ class Deployment:
         weights: Size = 0.0
         cache: Size = 0.0
         kv, rules, rule = self.quantization.kv, self.engine.cache_rules, Kept()
+        drafter = self.step.drafter if self.options.mtp_depth else None
         if rules is not None and any(one.limit or one.per_sequence for one in cache_entries(self.drafting, kv)):
             rule = rules.kept(self.model.config, self.options.mtp_depth)
         for stage, layers in self.stage_weights:
             held = cache_bytes(self.drafting, kv, sequences, length, layers, kept=rule)
+            if drafter is not None and layers.stop == len(self.raw.layer_kinds):
+                held = held + drafter.cache_numbers * KV_BYTES[kv] * sequences * length
             fuller = stage + held > weights + cache
             weights, cache = np.where(fuller, stage, weights), np.where(fuller, held, cache)
         return weights, cache
 
     @cached_property
     def drafting(self) -> OpTable:
-        """The table with the layer that drafts tokens after the last one, if any."""
-        drafts = self.options.mtp_depth > 0
+        """The table with the layer of the model that drafts tokens after the last one, if any."""
+        drafts = self.options.mtp_depth > 0 and self.step.drafter is None
         kinds = self.raw.layer_kinds
         return replace(self.raw, layer_kinds=(*kinds, kinds[-1])) if drafts else self.raw
 
@@ -190,7 +196,8 @@ class Deployment:
                 local_experts=local, padding=padding,
             )
             if last and self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
-                weights += 2.0 * 2.0 * self.raw.facts.hidden_size ** 2
+                joined = 2.0 * 2.0 * self.raw.facts.hidden_size ** 2
+                weights += joined if self.step.drafter is None else self.step.drafter.weight_bytes
             found[held] = weights, layers
         return list(found.values())
 
@@ -310,9 +317,13 @@ def deploy(
     dp = attention_dp(layout, whole.facts.num_experts)
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
     sources = expert_sources(engine, device, model.config, layout)
+    drafter = None
+    if phase == "decode" and options.speculative_method != "mtp":
+        network = load_model(options.draft_model) if options.draft_model else None
+        drafter = make_drafter(options.speculative_method, model, network, layout, device)
     step = make_step(
         tables.runs, plan, layout, device, engine, kv_bytes=KV_BYTES[quantization.kv], options=options,
-        prefill_graph_tokens=graphs, sources=sources,
+        prefill_graph_tokens=graphs, sources=sources, drafter=drafter,
     )
     return Deployment(
         model=model, device=device, engine=engine, layout=layout, phase=phase, options=options,
@@ -357,3 +368,17 @@ def not_counted(model: ModelProfile, quantization: Quantization) -> list[str]:
     if (text.get("sparse_attention_config") or {}).get("use_sparse_attention"):
         found.append("blocks that attention picks (sparse_attention_config) are not counted: it is too fast")
     return found
+
+
+def drafting_notes(deployment: Deployment) -> list[str]:
+    """What is taken for granted of a drafter, and what is published of its accepted tokens."""
+    drafter, name = deployment.step.drafter, deployment.options.speculative_method
+    found = list[str]()
+    if drafter is not None and drafter.sizes is not None and drafter.sizes.assumed:
+        s = drafter.sizes
+        found.append(
+            f"{name}: assumed {s.layers} layer{'s' * (s.layers > 1)} of {s.heads} heads and an MLP {s.width} wide, "
+            f"{s.vocab} tokens to choose from; --draft-model reads a config"
+        )
+    said = said_of(published(deployment.model.name, name))
+    return [*found, said] if said else found

@@ -125,7 +125,9 @@ def _of_drafts(c: Case) -> Iterator[Limit]:
         return
     if c.layout.pp > 1:
         yield "drafts in a pipeline", f"no speculative decoding at pp = {c.layout.pp}"
-    if not modules:
+    if c.options.speculative_method != "mtp":
+        yield from _of_drafters(c)
+    elif not modules:
         yield "draft layers", "the model has no multi-token-prediction layer to draft with"
     elif depth > MOST_DRAFTS:
         layers = f"{modules} multi-token-prediction layer(s)"
@@ -133,6 +135,23 @@ def _of_drafts(c: Case) -> Iterator[Limit]:
     elif c.engine == "vllm" and depth > modules and depth % modules:
         layers = f"the model's {modules} multi-token-prediction layers"
         yield "draft layers", f"{depth} drafted tokens are no multiple of {layers}"
+
+
+def _of_drafters(c: Case) -> Iterator[Limit]:
+    """What drafts beside the model's own layers (SGLang 0.5.23, arg_groups/speculative_hook.py, validation_hook.py)."""
+    method, spread = c.options.speculative_method, attention_dp(c.layout, c.facts.num_experts) > 1
+    if method == "dspark":
+        yield "DSpark drafts", "this release has no dspark"
+    if c.engine == "trtllm" and method in ("dflash", "dspark"):
+        yield "what drafts", f"no {method}"
+    if c.engine != "sglang":
+        return
+    if c.layout.pp > 1:
+        yield "what drafts", f"{method} does not draft in a pipeline (pp = {c.layout.pp}), only the model's layers do"
+    if method == "ngram" and spread:
+        yield "what drafts", f"ngram does not draft under attention DP (dp = {c.layout.dp})"
+    if method == "dspark" and spread and c.exchange in _DEEPEP:
+        yield "what drafts", "dspark drafts under attention DP with gathered tokens only; choose another all2all"
 
 
 def _of_nodes(c: Case) -> Iterator[Limit]:
@@ -228,16 +247,17 @@ ANY_ENGINE = (BLOCKS,)
 _SHARED = ("plain all-to-all", "balanced experts", "external shared experts", "whole nodes")
 ENGINE_RULES: dict[str, tuple[str, ...]] = {
     "vllm": (
-        *_SHARED, "one exchange", "whole experts or all cut", "dual-batch overlap", "draft layers",
+        *_SHARED, "one exchange", "whole experts or all cut", "dual-batch overlap", "draft layers", "DSpark drafts",
         "data-parallel ranks on nodes", "DeepEP's ranks", "vocabulary", *ANY_ENGINE,
     ),
     "sglang": (
         *_SHARED, "all-to-all over all ranks", "dual-batch overlap", "draft layers", "drafts in a pipeline",
+        "DSpark drafts", "what drafts",
         "dense replicas on one node", "even experts", "DeepEP's ranks", *ANY_ENGINE,
     ),
     "trtllm": (
         *_SHARED, "one exchange", "attention over all ranks", "dense replicas", "all-to-all with whole experts",
-        "dual-batch overlap", "draft layers", "DeepEP's ranks", *ANY_ENGINE,
+        "dual-batch overlap", "draft layers", "what drafts", "DeepEP's ranks", *ANY_ENGINE,
     ),
 }
 """Names of the rules that an engine has, in the order in which they are told. Sources stand in

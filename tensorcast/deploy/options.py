@@ -17,6 +17,9 @@ SERVED_ROUTING = "typical"
 """How a server's tokens fall on experts where nobody says otherwise: see :mod:`tensorcast.cost.routing`."""
 
 
+DRAFTING = ("mtp", "eagle3", "dflash", "dspark", "draft_model", "ngram")
+"""What drafts tokens: the model's own layers, a head or block trained for it, a small model, or a look-up."""
+
 BALANCED = ("eplb", "balanced", "trivial")
 """Beginnings of placements that give every rank as many experts."""
 
@@ -59,6 +62,10 @@ def _about(default: Any, help: str, **more: Any) -> Any:
 
 def _nothing_travels(at: Place) -> str:
     return "no tokens travel to other GPUs" if at.all2all == "none" else ""
+
+
+def _nothing_drafted(at: Place) -> str:
+    return "tokens are drafted in decode" if at.phase != "decode" else ""
 
 
 def _nothing_shared(at: Place) -> str:
@@ -144,7 +151,16 @@ class Options:
     )
     mtp_depth: int = _about(
         0, "Tokens drafted per sequence and step.", least=0,
-        idle=lambda at: "tokens are drafted in decode" if at.phase != "decode" else "",
+        idle=_nothing_drafted,
+    )
+    speculative_method: str = _about(
+        "mtp", "What drafts the tokens of --mtp-depth: mtp (layers of the model), eagle3, dflash, dspark (a head or "
+        "block trained for it), draft_model (a small model) or ngram (looked up in the prompt).", metavar="METHOD",
+        idle=_nothing_drafted,
+    )
+    draft_model: str | None = _about(
+        None, "The network that drafts: a name, or a directory with its config.json, as ./eagle3-head.",
+        metavar="MODEL", unasked="sizes as published heads have them", idle=_nothing_drafted,
     )
     chunk_tokens: int = _about(0, "Tokens that pass the experts at a time; 0 is all.", least=0, of_experts=True)
 
@@ -170,6 +186,8 @@ class DeploymentOptions(TypedDict, total=False):
     route_after_dp_transform: bool
     dual_batch_overlap: bool
     mtp_depth: int
+    speculative_method: str
+    draft_model: str | None
     chunk_tokens: int
 
 
@@ -177,6 +195,8 @@ class SearchedOptions(TypedDict, total=False):
     """Options of a comparison: one value for all candidates, or several of which the best is searched."""
 
     quant: str | None
+    speculative_method: str
+    draft_model: str | None
     state_dtype: str | None
     routing: str
     placement: str
@@ -265,8 +285,21 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
             f"--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is {all2all}",
         ),
         (
-            "drafts need a module", not o.mtp_depth or facts.mtp_modules,
+            "drafts need a module", not o.mtp_depth or facts.mtp_modules or o.speculative_method != "mtp",
             f"--mtp-depth {o.mtp_depth}: the model's config has no multi-token prediction module",
+        ),
+        (
+            "what drafts", o.speculative_method in DRAFTING,
+            f"--speculative-method {o.speculative_method!r}: must be one of {', '.join(DRAFTING)}",
+        ),
+        (
+            "what drafts", o.speculative_method != "draft_model" or o.draft_model,
+            "--speculative-method draft_model: which one? Use --draft-model, as qwen3-0.6b",
+        ),
+        (
+            "what drafts", not o.draft_model or o.speculative_method not in ("mtp", "ngram"),
+            f"--draft-model {o.draft_model}: {o.speculative_method} has none; use --speculative-method eagle3, dflash, "
+            "dspark or draft_model",
         ),
     )
     return next(((name, says) for name, holds, says in rules if not holds), ("", ""))

@@ -133,6 +133,8 @@ class Simulation:
             "external_shared_experts": d.options.external_shared_experts,
             "dual_batch_overlap": d.options.dual_batch_overlap,
             "mtp_depth": d.options.mtp_depth,
+            "speculative_method": d.options.speculative_method,
+            "draft_model": d.options.draft_model,
             "chunk_tokens": d.options.chunk_tokens,
             "step_s": self.step_s,
             "step_low_s": low,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tensorcast.deploy.deployment import Deployment, Memory, deploy, not_counted, uncut
+from tensorcast.deploy.deployment import Deployment, Memory, deploy, drafting_notes, not_counted, uncut
 from tensorcast.deploy.engine_limits import halving_note
 from tensorcast.deploy.engine_log import room_note
 from tensorcast.deploy.layout import Layout
@@ -88,6 +88,7 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
         notes.append("multi-token prediction is not simulated: one token per sequence and step (see --mtp-depth)")
     elif depth := deployment.options.mtp_depth:
         notes.append(f"tokens are counted without drafts: accepted ones make up to {1 + depth} per sequence and step")
+        notes += drafting_notes(deployment)
     if deployment.engine.remark:
         notes.append(deployment.engine.remark)
     if left := uncut(deployment.raw):

@@ -13,7 +13,7 @@ from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.launch import sglang, trtllm, vllm
-from tensorcast.launch.settings import Plan, Setting, Settings
+from tensorcast.launch.settings import DRAFT, Plan, Setting, Settings
 from tensorcast.modeling.checkpoint.read import checkpoint
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, override
 from tensorcast.profiles.config_values import text_of
@@ -188,10 +188,11 @@ def _written(plan: Plan) -> Launch:
 
 
 def _placeholders(plan: Plan, settings: list[Settings]) -> list[str]:
-    text = " ".join(found.command() for found in settings) + plan.path
+    text = " ".join(str(value) for found in settings for _, _, value in found.items) + plan.path
     meanings = {
         "HEAD_NODE_IP": "the first node's address",
         "THIS_NODE_IP": "the address of the node that runs the command",
+        DRAFT: "the network that drafts, its Hugging Face id or directory (see --draft-model)",
         "/path/to/": f"the directory that holds {plan.model.name}",
     }
     said = [f"{word}: {meaning}" for word, meaning in meanings.items() if word in text]

@@ -11,8 +11,8 @@ from tensorcast.errors import InputError
 from tensorcast.profiles.launch import LaunchTable
 from tensorcast.profiles.model import ModelProfile
 
-HEAD, HERE = "HEAD_NODE_IP", "THIS_NODE_IP"
-"""Placeholders for the address of the first node, and of the node that runs the command."""
+HEAD, HERE, DRAFT = "HEAD_NODE_IP", "THIS_NODE_IP", "DRAFT_MODEL"
+"""Placeholders for the address of the first node, of the node that runs the command, and for a trained drafter."""
 
 Value = str | int | float | bool
 
@@ -58,6 +58,12 @@ class Plan:
     def path(self) -> str:
         """The model's Hugging Face id, or a path to be filled in."""
         return self.model.hf_id if "/" in self.model.hf_id else f"/path/to/{self.model.name}"
+
+    @property
+    def draft_model(self) -> str:
+        """What drafts, as the engine finds it; a place to be filled in where it is not said, empty where none is."""
+        options = self.case.options
+        return "" if options.speculative_method in ("mtp", "ngram") else options.draft_model or DRAFT
 
     @property
     def context(self) -> int:

@@ -49,14 +49,27 @@ def settings(plan: Plan, node: int) -> Settings:
         found.add("graph_batch", plan.batch)
     found.add("memory_fraction", plan.memory_fraction)
     if options.mtp_depth:
-        found.add("speculative_algorithm", "NEXTN")
-        found.add("draft_steps", options.mtp_depth)
-        found.add("draft_topk", 1)
-        found.add("draft_tokens", options.mtp_depth + 1)
+        _drafting(plan, found)
     if plan.role:
         found.add("role", plan.role)
         found.add("transfer", "mooncake")
     return found
+
+
+def _drafting(plan: Plan, found: Settings) -> None:
+    """A chain of drafts, one at each position; tokens that are checked count the last one, too."""
+    depth, method = plan.case.options.mtp_depth, plan.case.options.speculative_method
+    found.add("speculative_algorithm", method)
+    if plan.draft_model:
+        found.add("draft_model", plan.draft_model)
+    if method == "dspark":
+        found.add("draft_block", depth)
+        return
+    if method in ("mtp", "eagle3", "draft_model"):
+        found.add("draft_steps", depth)
+    if method != "dflash":
+        found.add("draft_topk", 1)
+    found.add("draft_tokens", depth + 1)
 
 
 def _experts(plan: Plan, found: Settings) -> None:

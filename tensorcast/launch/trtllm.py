@@ -42,8 +42,10 @@ def settings(plan: Plan, node: int) -> Settings:
         found.add("graph_padding", True)
         found.add("graph_batch", plan.batch)
     if options.mtp_depth:
-        found.add("speculative_algorithm", "MTP")
+        found.add("speculative_algorithm", options.speculative_method)
         found.add("draft_tokens", options.mtp_depth)
+        if plan.draft_model:
+            found.add("draft_model", plan.draft_model)
     if plan.role:
         found.add("transfer", "NIXL")
         found.add("transfer_tokens", plan.input_len)

@@ -30,7 +30,9 @@ def settings(plan: Plan, node: int) -> Settings:
         found.add("graph_batch", plan.decode_tokens)
     found.add("memory_fraction", plan.memory_fraction)
     if depth := plan.case.options.mtp_depth:
-        found.add("mtp", json.dumps({"method": "mtp", "num_speculative_tokens": depth}))
+        network = {"model": plan.draft_model} if plan.draft_model else {}
+        method = {"method": plan.case.options.speculative_method, **network}
+        found.add("speculative", json.dumps({**method, "num_speculative_tokens": depth}))
     if plan.role:
         found.add("transfer_host", HERE)
         roles = {"prefill": "kv_producer", "decode": "kv_consumer"}

@@ -73,6 +73,8 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "prefix_cached": ("prompt tokens found in the cache", 0, ()),
     "prefix_cache": ("whether prompts' beginnings are kept: on, off; default off in public records", "on", ()),
     "mtp_depth": ("drafted tokens per step", 0, ("speculative_tokens", "nextn", "spec_depth")),
+    "speculative_method": ("what drafts them: mtp, eagle3, dflash, dspark, draft_model, ngram", "mtp", ()),
+    "draft_model": ("the network that drafts: a name or directory; default as published heads are", None, ()),
     "mtp_acceptance": ("chance that a drafted token is accepted", 0.8, ()),
     "chunk_tokens": (
         "prompt tokens per step; default the engine's", None,
@@ -247,6 +249,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         placement=cells.text("placement"),
         redundant_experts=cells.whole("redundant_experts", least=0),
         mtp_depth=cells.whole("mtp_depth", least=0),
+        speculative_method=cells.text("speculative_method"), draft_model=cells.text("draft_model", None),
     )
     return Run(
         model=profile, device=device, engine=engine, release=release, mode=mode,

@@ -154,7 +154,7 @@ def deployed_servers(
 class Settings(TypedDict, total=False):
     """How servers are run, as of :func:`tensorcast.scheduling.rules.rules_of`, per data-parallel rank."""
 
-    mtp_acceptance: float
+    mtp_acceptance: float | str
     chunk_tokens: int | None
     max_sequences: int | None
     wait_steps: float

@@ -9,6 +9,7 @@ from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.engine_log import cache_log
 from tensorcast.deploy.layout import attention_dp
 from tensorcast.errors import InputError
+from tensorcast.profiles.drafting import acceptance
 from tensorcast.profiles.scheduler import ExpectedReply
 from tensorcast.serving.capacity import own_chunk
 
@@ -65,7 +66,7 @@ class Rules:
 
 
 def rules_of(
-    deployment: Deployment, role: Role, *, mtp_acceptance: float = 0.8, chunk_tokens: int | None = None,
+    deployment: Deployment, role: Role, *, mtp_acceptance: float | str = 0.8, chunk_tokens: int | None = None,
     max_sequences: int | None = None, wait_steps: float = 0.0, balance_steps: int = 0,
     cache_tokens: float | None = None, longest: int = 1 << 40,
 ) -> Rules:
@@ -79,6 +80,8 @@ def rules_of(
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
     depth = deployment.options.mtp_depth
+    if isinstance(mtp_acceptance, str):
+        mtp_acceptance = acceptance(mtp_acceptance, deployment.model.name, deployment.options.speculative_method)
     if cache_tokens is None:
         cache_tokens = float(cache_log(deployment, LONG).tokens)
     if cache_tokens < scheduler.block_tokens:

@@ -11,6 +11,7 @@ from tensorcast.deploy.deployment import not_counted, uncut
 from tensorcast.deploy.engine_limits import ANY_ENGINE, engine_can_run
 from tensorcast.deploy.layout import Layout, broken_rules
 from tensorcast.deploy.options import idle_note
+from tensorcast.profiles.drafting import published, said_of
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.candidate_table import stacked
 from tensorcast.search.search import NO_PACE, NO_ROOM
@@ -42,11 +43,11 @@ def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
         found.append(f"KV cache in {frame['kv_dtype'].iloc[0]}, as the model ships; --kv-dtype bf16,fp8 compares both")
     facts = whole.facts
     found += facts.remarks
-    modules = facts.mtp_modules
+    modules = facts.mtp_modules or first.base.speculative_method != "mtp"
     if modules and first.axes.mtp_depth == (0,):
         found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")
     elif modules and max(first.axes.mtp_depth) > 0:
-        found.append(f"drafted tokens are accepted with a chance of {first.load.mtp_acceptance:g} each: an assumption")
+        found += _of_drafts(first)
     cut = [int(tp) for tp in frame["tp"].unique() if tp > 1]
     if cut and (said := uncut(traced(first.model, "decode", min(cut)))):
         found.append(said)
@@ -68,6 +69,14 @@ def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
     if not first.runnable_only:
         found.append("layouts that no engine may be able to run are among them")
     return tuple(found)
+
+
+def _of_drafts(task: SearchTask) -> list[str]:
+    """Which acceptance of drafted tokens is counted on, and what is published of it."""
+    found = [f"drafted tokens are accepted with a chance of {task.load.mtp_acceptance:g} each: an assumption"]
+    method = task.base.speculative_method
+    said = said_of(published(task.model.name, method))
+    return [*found, f"{method}: {said}"] if said else found
 
 
 def _idle(task: SearchTask, frame: pd.DataFrame) -> dict[str, str]:

@@ -15,6 +15,7 @@ from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import SERVED_ROUTING, Options, check_options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.drafting import acceptance
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
@@ -100,12 +101,12 @@ class SearchTask:
 def search_tasks(
     model: ModelProfile, devices: Sequence[DeviceProfile], engines: Sequence[EngineProfile],
     world_sizes: Sequence[int], *,
-    input_len: int, output_len: int, prefix_cached: int = 0, mtp_acceptance: float = 0.8, ttft_s: float | None = None,
-    tpot_s: float | None = None, objective: str = "tokens_per_gpu", layouts: Sequence[str] | None = None,
+    input_len: int, output_len: int, prefix_cached: int = 0, mtp_acceptance: float | str = 0.8,
+    ttft_s: float | None = None, tpot_s: float | None = None, objective: str = "tokens_per_gpu", layouts: Sequence[str] | None = None,
     modes: Sequence[str] = MODES, request_rate: float | None = None, users: int | None = None,
     budget: float | None = None, confidence: float | None = None, prices: Mapping[str, float] | None = None,
     quant: str | None = None, state_dtype: str | None = None, routing: str = SERVED_ROUTING,
-    placement: str = "linear", full: bool = False,
+    placement: str = "linear", speculative_method: str = "mtp", draft_model: str | None = None, full: bool = False,
     runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,
 ) -> list[SearchTask]:
     """Tasks of every device, engine and size. ``searched``: values of axes; those left out are the default space's.
@@ -120,6 +121,8 @@ def search_tasks(
         raise InputError(f"--prefix-cached {prefix_cached}: must be at least 0 and less than --input-len {input_len}")
     Routing.parse(routing)
     # one request in flight stands for the load until a candidate's batch says how many there are
+    if isinstance(mtp_acceptance, str):
+        mtp_acceptance = acceptance(mtp_acceptance, model.name, speculative_method)
     load = Traffic(input_len, output_len, 1, prefix_cached, mtp_acceptance)
     given = {name: tuple(values) for name, values in (searched or {}).items() if values}
     axes = replace(FULL if full else Axes(), **given)
@@ -128,7 +131,10 @@ def search_tasks(
         if runnable_only and "one exchange" in ENGINE_RULES.get(engine.name, ())
     }
     wanted = tuple(dict.fromkeys(parse_layout(text) for text in layouts or ()))
-    base = Options(quant=quant, state_dtype=state_dtype, routing=routing, placement=placement)
+    base = Options(
+        quant=quant, state_dtype=state_dtype, routing=routing, placement=placement,
+        speculative_method=speculative_method, draft_model=draft_model,
+    )
     # profiles are read anew for every question; equal ones are the same, so that what is kept of them serves all
     model, devices, engines = same(model), [same(device) for device in devices], [same(one) for one in engines]
     tasks = [
@@ -224,9 +230,12 @@ def _applies(model: ModelProfile, base: Options, given: Mapping[str, tuple[Any, 
     """Raise :class:`InputError` where the model has nothing that an option asked for is about."""
     facts = whole_model(model, "decode", base.quant).facts
     depths = given.get("mtp_depth", (0,))
-    if max(depths) > 0 and not facts.mtp_modules:
+    if max(depths) > 0 and not facts.mtp_modules and base.speculative_method == "mtp":
         said = ",".join(map(str, depths))
-        raise InputError(f"--mtp {said}: the config of {model.name} has no multi-token prediction module to draft with")
+        raise InputError(
+            f"--mtp {said}: the config of {model.name} has no multi-token prediction module to draft with; "
+            "--speculative-method eagle3, dflash or ngram brings its own"
+        )
     exchange = next((kind for kind in given.get("exchange", ()) if kind != "auto"), "auto")
     dispatch, combine = (
         next((scheme for scheme in given.get(axis, ()) if scheme), None) for axis in ("dispatch", "combine")

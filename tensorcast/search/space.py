@@ -83,7 +83,8 @@ class Variant:
 @dataclass(frozen=True)
 class Place:
     """Where an axis may matter. ``spread``: tokens of several data-parallel ranks go to the same experts; ``sent``:
-    one by one (else all of them are gathered); ``quantized_dispatch``: experts read them in fewer bits than bf16."""
+    one by one (else all of them are gathered); ``quantized_dispatch``: experts read them in fewer bits than bf16;
+    ``drafts``: there is something to draft tokens with."""
 
     layout: Layout
     facts: ModelFacts
@@ -91,6 +92,7 @@ class Place:
     sent: bool
     routing: str
     quantized_dispatch: bool
+    drafts: bool
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ RELEVANT = (
         and (at.routing not in ("balanced", "uniform") or at.facts.num_experts % at.layout.ep > 0),
     ),
     Relevance("dual_batch_overlap", lambda at: at.sent),
-    Relevance("mtp_depth", lambda at: at.facts.mtp_modules > 0),
+    Relevance("mtp_depth", lambda at: at.drafts),
 )
 """The options' side of :func:`tensorcast.deploy.layout.broken_rules`: an axis is searched where it changes anything."""
 
@@ -151,10 +153,11 @@ def variants(
     exchanges = [name for name in axes.exchange if whole or name not in SENDING]
     if not spread:
         exchanges = ["auto"]
+    drafts = facts.mtp_modules > 0 or base.speculative_method != "mtp"
     found = []
     for name in exchanges or ["allgather_reducescatter"]:
         sent = whole and name in SENDING
-        at = Place(layout, facts, spread, sent, base.routing, quantized_dispatch)
+        at = Place(layout, facts, spread, sent, base.routing, quantized_dispatch, drafts)
         tried = {r.axis: getattr(axes, r.axis) if r.holds(at) else _FIXED[r.axis] for r in RELEVANT}
         for values in product(*tried.values()):
             chosen = dict(zip(tried, values, strict=True))

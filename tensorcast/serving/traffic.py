@@ -51,7 +51,8 @@ class Traffic:
                 f"prefix_cached = {self.prefix_cached}: must be at least 0 and less than input_len = {self.input_len}"
             )
         if not np.all((self.mtp_acceptance >= 0) & (self.mtp_acceptance <= 1)):
-            raise InputError(f"mtp_acceptance = {self.mtp_acceptance}: a chance lies between 0 and 1")
+            given = f"mtp_acceptance = {self.mtp_acceptance} (--mtp-acceptance)"
+            raise InputError(f"{given}: a chance lies between 0 and 1")
         if np.any(self.rounds < 1):
             raise InputError(f"rounds = {self.rounds}: every client sends at least 1 request")
 

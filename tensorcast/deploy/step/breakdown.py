@@ -92,7 +92,7 @@ def kernel_group(price: RowPrice) -> str:
 def group_of(price: RowPrice, blocks: dict[int, str]) -> str:
     """Which of :data:`GROUPS` a row belongs to. ``blocks``: MoE blocks by layer kind."""
     row = price.row
-    if row.module.startswith("mtp."):
+    if row.module.startswith(("mtp.", "draft")):
         return "drafting"
     if isinstance(row, Collective):
         if row.label in ("dispatch", "combine"):

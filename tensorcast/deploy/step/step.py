@@ -18,6 +18,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective, Plan, Row
 from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Prices, Waiting
+from tensorcast.deploy.step.drafter import Drafter, seconds_of_parts
 from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.pipeline_stages import HAND_OVER, place_of, stages_of
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, pick, seconds_of, total
@@ -36,6 +37,7 @@ class Step:
 
     ``sizes`` say what a batch's rows are priced at, ``pricer`` what one costs there, ``overlap`` what of that passes
     unseen. ``captured``: the step is replayed from a graph. ``memo``: where prices of rows are kept from call to call.
+    ``drafter``: what drafts tokens, if it is not the model's own layers.
     """
 
     table: OpTable
@@ -45,6 +47,7 @@ class Step:
     overlap: Overlap
     captured: bool
     memo: Memo | None = None
+    drafter: Drafter | None = None
 
     def price(self, batch: Size, new: Size, past: Size) -> StepPrice:
         """Price ``batch`` sequences per data-parallel rank, ``new`` tokens each after ``past`` cached ones.
@@ -69,7 +72,9 @@ class Step:
         whole = chunk = AskedRows(self.pricer, at.whole, asked, memo, waiting=waiting)
         if at.chunk is not at.whole:
             chunk = AskedRows(self.pricer, at.chunk, asked, memo, waiting=waiting)
-        rows = self.plan.rows if at.draft is None else (*self.plan.rows, _projection(self.table))
+        rows = self.plan.rows
+        if at.draft is not None:
+            rows = (*rows, *((_projection(self.table),) if self.drafter is None else self.drafter.rows))
         chunked = [bool(r.exchange) if isinstance(r, Collective) else r.stage in EXPERT_STAGES for r in rows]
         passed = [chunk if inside else whole for inside in chunked]
         asked_for = [(sized, *sized.ask(row)) for row, sized in zip(rows, passed, strict=True)]
@@ -82,7 +87,7 @@ class Step:
         found = [sized.price(prices, name) for sized, prices, name in asked]
         if at.chunk is not at.whole:
             found = [p.times(at.chunks) if sized is chunk else p for p, (sized, *_) in zip(found, asked, strict=True)]
-        parts = *_, drafting = self._parts(found, at)
+        parts = self._parts(found, at)
         layers = Counter(self.table.layer_kinds)
         hidden = self.overlap.hidden(found, at.whole.sizes.tokens, at.dual, at.own)
         places: dict[int, list[RowPrice]] = {}
@@ -96,11 +101,16 @@ class Step:
             total(calls * taken[place] for place, calls in stage if place in taken)
             for stage in stages_of(self.table.layer_kinds, self.sizes.pp, self.pricer.engine.pipeline_split)
         ]
-        stages[-1] = stages[-1] + pick(total(map(seconds_of, drafting.prices)), drafting.at) * drafting.times
+        if self.drafter is None:
+            (drafting,), layer_passes = parts[2:], self.sizes.mtp_depth
+            stages[-1] = stages[-1] + pick(total(map(seconds_of, drafting.prices)), drafting.at) * drafting.times
+        else:
+            layer_passes = self.drafter.layer_passes(self.sizes.mtp_depth)
+            stages[-1] = stages[-1] + seconds_of_parts(parts[2:])
         slowest = reduce(np.maximum, stages)
         turns = self.sizes.pp if self.sizes.decode else at.micro + self.sizes.pp - 1
         beside = self.pricer.engine.overhead
-        passes = (len(self.table.layer_kinds) + self.sizes.mtp_depth) * turns / self.sizes.pp
+        passes = (len(self.table.layer_kinds) + layer_passes) * turns / self.sizes.pp
         per_sequence = beside.request_s * np.asarray(batch, dtype=float)
         overhead = beside.step_s + beside.layer_s * passes + per_sequence
         saved, saved_comm = (total(layers[kind] * pair[i] for kind, pair in hidden.items()) for i in range(2))
@@ -110,19 +120,23 @@ class Step:
             micro_batches=at.micro if np.ndim(at.micro) else int(at.micro), hidden_s=saved, hidden_comm_s=saved_comm,
         )
 
-    def _parts(self, found: Sequence[RowPrice], at: Batches) -> tuple[Part, Part, Part]:
+    def _parts(self, found: Sequence[RowPrice], at: Batches) -> tuple[Part, ...]:
         """Rows of all stages, what hands on between them (always the last row), and what drafts."""
         layers, rows = Counter(self.table.layer_kinds), self.plan.rows
         end = len(rows) - (place_of(rows[-1]) == HAND_OVER)
         calls = tuple(layers[row.kind] if row.kind >= 0 else 1 for row in rows[:end])
         between, last = (self.sizes.pp - 1) * at.halves, tuple(found[end : len(rows)])
-        drafts = self._drafts if at.draft is not None else {}
+        drafts = self._drafts if at.draft is not None and self.drafter is None else {}
         drafted, ones = tuple(found[i] for i in drafts), (1,) * len(drafts)
-        return (
-            Part(rows[:end], tuple(found[:end]), calls, at.halves, at.own),
-            Part(rows[end:], last, (1,) * len(last), between, at.own),
-            Part(tuple(drafts.values()), drafted, ones, self.sizes.mtp_depth, at.draft),
-        )
+        one_pass = Part(rows[:end], tuple(found[:end]), calls, at.halves, at.own)
+        hand_overs = Part(rows[end:], last, (1,) * len(last), between, at.own)
+        depth = self.sizes.mtp_depth
+        if self.drafter is None:
+            return one_pass, hand_overs, Part(tuple(drafts.values()), drafted, ones, depth, at.draft)
+        if at.draft is None:
+            return one_pass, hand_overs
+        beside = found[len(rows) :]
+        return one_pass, hand_overs, *self.drafter.parts(beside, depth, halves=at.halves, own=at.own, draft=at.draft)
 
     @cached_property
     def _drafts(self) -> dict[int, Row]:
@@ -219,8 +233,10 @@ def make_step(
     options: Options = Options(),
     prefill_graph_tokens: int = 0,
     sources: Mapping[str, float] | None = None,
+    drafter: Drafter | None = None,
 ) -> Step:
-    """The step of one layout. ``sources``: whose experts' kernels run, by dtype."""
+    """The step of one layout. ``sources``: whose experts' kernels run, by dtype; ``drafter``: what drafts tokens, if
+    it is not the model's own layers."""
     decode = table.phase == "decode"
     # the eager view launches its kernels one by one
     eager = options.fusion != "engine" or plan.all2all in engine.eager_exchanges
@@ -249,4 +265,6 @@ def make_step(
         balanced=options.routing == "balanced", sources=sources or {}, distinct=distinct,
     )
     overlap = Overlap.of(plan, table, engine, options, captured)
-    return Step(table=table, plan=plan, sizes=sizes, pricer=pricer, overlap=overlap, captured=captured)
+    return Step(
+        table=table, plan=plan, sizes=sizes, pricer=pricer, overlap=overlap, captured=captured, drafter=drafter
+    )

@@ -76,7 +76,8 @@ def numerics(t: dict[str, Any]) -> str:
     if t["dual_batch_overlap"]:
         parts.append("dual-batch overlap")
     if t["mtp_depth"]:
-        parts.append(f"{plural(t['mtp_depth'], 'token')} drafted per sequence")
+        by = f" by {t['speculative_method']}" if t["speculative_method"] != "mtp" else ""
+        parts.append(f"{plural(t['mtp_depth'], 'token')} drafted per sequence{by}")
     if t["fusion"] != "engine":
         parts.append("nothing fused" if t["fusion"] == "none" else f"fusion {t['fusion']}")
     return ", ".join(parts)

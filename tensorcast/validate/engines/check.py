@@ -136,7 +136,7 @@ def _of_vllm(profile: EngineProfile) -> dict[str, Any]:
     names = (
         "step_tokens.from_mib", "scheduler.most_sequences", "scheduler.block_tokens", "prefill_graphs.max_tokens",
         "prefill_graphs.device_max_tokens", "prefill_graphs.class_max_tokens", "halved_steps.decode_tokens",
-        "halved_steps.prefill_tokens",
+        "halved_steps.prefill_tokens", "lifted_rules",
     )  # fmt: skip
     rule, values = profile.allreduce_norm, load_launch_table("vllm").flags["all2all"].values
     sliced = profile.sliced_blocks.exchanges if profile.sliced_blocks else ()

@@ -75,10 +75,16 @@ def read_facts(source: Source) -> dict[str, Any]:
                          "CLIP_MAX_NEW_TOKENS_ESTIMATION")
         ],
         "scheduler.prompt_tokens": _prompt_tokens(source, split),
-        "lifted_rules": ["drafts in a pipeline"] if split and "only supports EAGLE" in source.text(
-            f"{HOOKS}/validation_hook.py") else [],
+        "lifted_rules": _lifted(source, split),
         "experts.triton.tuned": tuned_tiles(source, "sglang/srt/layers/moe/moe_runner/triton_utils/configs"),
     }  # fmt: skip
+
+
+def _lifted(source: Source, split: bool) -> list[str]:
+    """Limits of older releases that this one has no more."""
+    drafts = split and "only supports EAGLE" in source.text(f"{HOOKS}/validation_hook.py")
+    methods = source.text("sglang/srt/speculative/spec_info.py")
+    return ["drafts in a pipeline"] * drafts + ["DSpark drafts"] * ("DSPARK = auto()" in methods)
 
 
 def _number(pattern: str, text: str, place: int = 0) -> int | float:

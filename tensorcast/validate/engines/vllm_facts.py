@@ -37,6 +37,7 @@ def read_facts(source: Source) -> dict[str, Any]:
         "halved_steps.prefill_tokens": literal(found(parallel, "dbo_prefill_token_threshold")),
         "halved_steps.exchanges": _supported(config),
         "shared_expert_stream_tokens": _annotated(source, "VLLM_SHARED_EXPERTS_STREAM_TOKEN_THRESHOLD"),
+        "lifted_rules": ["DSpark drafts"] * ("DSparkModelTypes" in source.text("vllm/config/speculative.py")),
         "uncompiled.architectures": _classes(config, "DEFAULT_BREAKABLE_CUDAGRAPH_ARCHITECTURES"),
         "deepep_ranks": literal(found(deepep, "available_rank_configs")),
         "vocabulary_unit": literal(found(

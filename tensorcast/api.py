@@ -179,6 +179,7 @@ def compare(
         speculative_method=options.get("speculative_method", "mtp"), draft_model=options.get("draft_model"),
         searched={
             "kv_dtype": options.get("kv_dtype"), "mtp_depth": options.get("mtp_depth"),
+            "dcp": options.get("dcp"),
             "exchange": options.get("all2all"), "dispatch": options.get("dispatch"),
             "combine": options.get("combine"), "chunk_tokens": options.get("chunk_tokens"),
         },

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 REPLAY = "Replay"
 
 SEVERAL_NAMES = ("kv_dtype", "all2all", "dispatch", "combine")
-NUMBERS = {"mtp_depth": "--mtp", "chunk_tokens": "--chunk-tokens"}
+NUMBERS = {"mtp_depth": "--mtp", "dcp": "--dcp", "chunk_tokens": "--chunk-tokens"}
 """Options that are lists here, of names and of whole numbers with their flags."""
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -61,7 +61,8 @@ tensorcast compare deepseek-v3 -d h100,h200,b200 -n 16,32,64,128 --executor dask
 @deployment_options(
     "quant", "state_dtype", "routing", "placement", "speculative_method", "draft_model",
     defaults={"routing": SERVED_ROUTING}, searched={
-        "kv_dtype": ("bf16,fp8", "the model's"), "mtp_depth": ("N,...", "0"), "all2all": ("KIND,...", "the first two"),
+        "kv_dtype": ("bf16,fp8", "the model's"), "mtp_depth": ("N,...", "0"),
+        "dcp": ("N,...", "1"), "all2all": ("KIND,...", "the first two"),
         "dispatch": ("SCHEME,...", "as the experts read them, and bf16"), "combine": ("SCHEME,...", "bf16"),
         "chunk_tokens": ("N,...", "2048,8192,16384"),
     },

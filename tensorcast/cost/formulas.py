@@ -184,6 +184,8 @@ def attention(op: Op, at: Context) -> list[Work]:
     batch, heads, new, width = (at.value(d) for d in q.dims)
     batch, new = at.sequences(batch, new)
     past, a = at.value(op.attrs["past"]), op.attrs
+    if "context_ranks" in a:  # a part of the tokens, for the heads of all ranks that hold the others
+        heads, past = heads * a["context_ranks"], past / a["context_ranks"]
     if a["latent"]:
         nope = width - a["rope"]
         kv_bytes = at.kv_bytes

@@ -105,11 +105,13 @@ def kv_bytes_per_token(table: OpTable, kv: str = "bf16") -> float:
 
 
 def cache_bytes(
-    table: OpTable, kv: str, sequences: Size, length: Size, layers: slice = slice(None), *, kept: Kept = Kept()
+    table: OpTable, kv: str, sequences: Size, length: Size, layers: slice = slice(None), *, kept: Kept = Kept(),
+    ranks: int = 1,
 ) -> Size:
     """KV cache and recurrent state of ``sequences`` sequences of ``length`` tokens over ``layers``.
 
-    ``kept``: copies of states that an engine has, and the part of its cache that is layers' with windows.
+    ``kept``: copies of states that an engine has, and the part of its cache that is layers' with windows. ``ranks``
+    share the tokens of a sequence.
     """
     kinds = table.layer_kinds[layers]
     share = kept.window_share
@@ -123,7 +125,7 @@ def cache_bytes(
         slots = 1.0 if entry.per_token else kept.state_slots
         # an entry of a class whose layers are not known apart, or run in a loop, is its own
         times = kinds.count(entry.kind) if entry.kind >= 0 else 1
-        total = total + times * sequences * (entry.per_token * tokens + entry.per_sequence * slots)
+        total = total + times * sequences * (entry.per_token * tokens / ranks + entry.per_sequence * slots)
     return total
 
 

@@ -18,8 +18,9 @@ from tensorcast.cost.memory import (
 )
 from tensorcast.cost.work import Mask, Size
 from tensorcast.deploy.engine_limits import engine_can_run
-from tensorcast.deploy.layout import Layout, attention_dp, check, stage_layers
+from tensorcast.deploy.layout import Layout, attention_dp, broken_context, check, stage_layers
 from tensorcast.deploy.options import Options, Place, check_options, idle_options
+from tensorcast.deploy.plan.context import context_cut
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
 from tensorcast.deploy.step.drafter import make_drafter
 from tensorcast.deploy.step.sizes import KV_BYTES
@@ -163,7 +164,7 @@ class Deployment:
         if rules is not None and any(one.limit or one.per_sequence for one in cache_entries(self.drafting, kv)):
             rule = rules.kept(self.model.config, self.options.mtp_depth)
         for stage, layers in self.stage_weights:
-            held = cache_bytes(self.drafting, kv, sequences, length, layers, kept=rule)
+            held = cache_bytes(self.drafting, kv, sequences, length, layers, kept=rule, ranks=self.options.dcp)
             if drafter is not None and layers.stop == len(self.raw.layer_kinds):
                 held = held + drafter.cache_numbers * KV_BYTES[kv] * sequences * length
             fuller = stage + held > weights + cache
@@ -293,6 +294,10 @@ def deploy(
     check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
     all2all = choose_all2all(options.all2all, layout, engine, phase, split=options.split_tokens_over_tp)
     check_options(options, layout, whole.facts, all2all)
+    if options.dcp > 1:
+        problem = broken_context(options.dcp, layout, whole.facts, latent=is_latent(model.config))
+        if problem:
+            raise InputError(problem)
     if whole.cuts:
         problem = engine_can_run(engine.name, layout, whole.facts, options, cuts=whole.cuts, any_engine=True)
         if problem:
@@ -314,6 +319,8 @@ def deploy(
     ))  # fmt: skip
     quantization = replace(whole.stored, kv=options.kv_dtype or whole.stored.kv)
     plan = make_plan(tables.runs, layout, device, engine, options=options, config=model.config, form=form)
+    if options.dcp > 1 and phase == "decode":
+        plan = context_cut(plan, options.dcp, device)
     dp = attention_dp(layout, whole.facts.num_experts)
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
     sources = expert_sources(engine, device, model.config, layout)

@@ -65,6 +65,8 @@ them in prepare_finalize/deepep_ht.py). Both modes want as many experts on each 
 
 def _of_exchange(c: Case) -> Iterator[Limit]:
     exchange, etp = c.exchange, c.layout.etp
+    if c.options.dcp > 1:
+        yield "decode context parallelism", f"no decode context parallelism (dcp = {c.options.dcp}) in this release"
     if exchange == "direct":
         yield "plain all-to-all", "no plain all-to-all between experts; choose another all2all"
     first = exchange if c.prefill is None else replace(c, options=c.prefill).exchange
@@ -252,12 +254,13 @@ ENGINE_RULES: dict[str, tuple[str, ...]] = {
     ),
     "sglang": (
         *_SHARED, "all-to-all over all ranks", "dual-batch overlap", "draft layers", "drafts in a pipeline",
-        "DSpark drafts", "what drafts",
+        "DSpark drafts", "what drafts", "decode context parallelism",
         "dense replicas on one node", "even experts", "DeepEP's ranks", *ANY_ENGINE,
     ),
     "trtllm": (
         *_SHARED, "one exchange", "attention over all ranks", "dense replicas", "all-to-all with whole experts",
-        "dual-batch overlap", "draft layers", "what drafts", "DeepEP's ranks", *ANY_ENGINE,
+        "dual-batch overlap", "draft layers", "what drafts",
+        "decode context parallelism", "DeepEP's ranks", *ANY_ENGINE,
     ),
 }
 """Names of the rules that an engine has, in the order in which they are told. Sources stand in

@@ -103,6 +103,26 @@ def broken_rules(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> It
         yield "interconnect reach", f"world_size = {layout.world_size}, but {reach}"
 
 
+def broken_context(dcp: int, layout: Layout, facts: ModelFacts, *, latent: bool) -> str:
+    """Why ``dcp`` of a layout's tensor-parallel ranks cannot share a sequence's cache; empty if they can.
+
+    Ranks share what they would hold copies of: latents, which all hold, or heads of keys and values that several do.
+    vLLM 0.33.0, config/model.py (verify_with_parallel_config) and config/parallel.py; SGLang 0.5.23,
+    arg_groups/attention_hook.py.
+    """
+    tp, heads, kv_heads = layout.tp, facts.heads, facts.kv_heads
+    if dcp > 1 and tp % dcp:
+        return f"--dcp {dcp} does not divide tp = {tp}"
+    if dcp == 1 or latent:
+        return ""
+    if not kv_heads or dcp > tp // kv_heads:
+        copies = f"tp = {tp} has {max(1, tp // kv_heads) if kv_heads else 0} ranks for each of {kv_heads} KV heads"
+        return f"--dcp {dcp}: {copies}; it must not be more"
+    if (heads // kv_heads) % dcp:
+        return f"--dcp {dcp} does not divide the {heads // kv_heads} query heads of a KV head"
+    return ""
+
+
 def attention_dp(layout: Layout, num_experts: int) -> int:
     """Data-parallel ranks of one server's attention: of a dense model every rank is a server of its own."""
     return layout.dp if num_experts else 1

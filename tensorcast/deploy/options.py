@@ -162,6 +162,11 @@ class Options:
         None, "The network that drafts: a name, or a directory with its config.json, as ./eagle3-head.",
         metavar="MODEL", unasked="sizes as published heads have them", idle=_nothing_drafted,
     )
+    dcp: int = _about(
+        1, "Decode context parallelism (vLLM's --decode-context-parallel-size): tensor-parallel GPUs that share a "
+        "sequence's cache, each with its part of the tokens.", least=1,
+        idle=lambda at: "prompts attend as without it" if at.phase != "decode" else "",
+    )
     chunk_tokens: int = _about(0, "Tokens that pass the experts at a time; 0 is all.", least=0, of_experts=True)
 
 
@@ -188,6 +193,7 @@ class DeploymentOptions(TypedDict, total=False):
     mtp_depth: int
     speculative_method: str
     draft_model: str | None
+    dcp: int
     chunk_tokens: int
 
 
@@ -202,6 +208,7 @@ class SearchedOptions(TypedDict, total=False):
     placement: str
     kv_dtype: Sequence[str] | None
     mtp_depth: Sequence[int] | None
+    dcp: Sequence[int] | None
     all2all: Sequence[str] | None
     dispatch: Sequence[str] | None
     combine: Sequence[str] | None

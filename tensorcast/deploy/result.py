@@ -135,6 +135,7 @@ class Simulation:
             "mtp_depth": d.options.mtp_depth,
             "speculative_method": d.options.speculative_method,
             "draft_model": d.options.draft_model,
+            "dcp": d.options.dcp,
             "chunk_tokens": d.options.chunk_tokens,
             "step_s": self.step_s,
             "step_low_s": low,

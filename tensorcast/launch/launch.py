@@ -9,7 +9,7 @@ from typing import Any
 
 from tensorcast.deploy.deployment import deploy, memory_share
 from tensorcast.deploy.engine_limits import Case, engine_can_run, halving_note
-from tensorcast.deploy.layout import Layout, attention_dp
+from tensorcast.deploy.layout import Layout, attention_dp, broken_context
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.launch import sglang, trtllm, vllm
@@ -20,6 +20,7 @@ from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.launch import LaunchTable, load_launch_table
+from tensorcast.profiles.memory import is_latent
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_engine
 from tensorcast.serving.capacity import decode_budget, room
@@ -93,7 +94,9 @@ def launch(
     )
     if not problem and (long := model_profile.too_long(input_len + output_len)):
         problem = f"context length: {long}"
-    problem = problem or _not_quantizable(table, have, want)
+    problem = problem or broken_context(
+        options.dcp, layout, case.facts, latent=is_latent(model_profile.config)
+    ) or _not_quantizable(table, have, want)
     if problem:
         return Launch(table.name, table.version, problem=problem)
     chunk = chunk_tokens or _chunk(case, profile, device)

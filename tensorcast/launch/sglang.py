@@ -20,17 +20,7 @@ def settings(plan: Plan, node: int) -> Settings:
     found.add("model", plan.path)
     found.add("host", "0.0.0.0")
     found.add("port", SERVER_PORT)
-    found.add("tensor_parallel", layout.tp * dp)
-    if layout.pp > 1:
-        found.add("pipeline_parallel", layout.pp)
-    counts = plan.table.flags["attention_dp"].takes == "value"
-    if layout.dp > 1 and not (dp > 1 and counts):
-        found.add("data_parallel", layout.dp)
-    if dp > 1:
-        found.add("attention_dp", *([dp] if counts else []))
-        found.add("head_dp")
-        if layout.tp == 1 or _splits_dense(plan):
-            found.add("dense_tp", 1)
+    _ranks(plan, dp, found)
     if nodes > 1:
         found.add("nodes", nodes)
         found.add("node_rank", node)
@@ -54,6 +44,25 @@ def settings(plan: Plan, node: int) -> Settings:
         found.add("role", plan.role)
         found.add("transfer", "mooncake")
     return found
+
+
+def _ranks(plan: Plan, dp: int, found: Settings) -> None:
+    """Sizes of the groups, ``dp`` of them of attention."""
+    layout, dcp = plan.case.layout, plan.case.options.dcp
+    found.add("tensor_parallel", layout.tp * dp)
+    if dcp > 1:
+        found.add("decode_context_parallel", dcp)
+        found.add("context_exchange", "ag_rs")
+    if layout.pp > 1:
+        found.add("pipeline_parallel", layout.pp)
+    counts = plan.table.flags["attention_dp"].takes == "value"
+    if layout.dp > 1 and not (dp > 1 and counts):
+        found.add("data_parallel", layout.dp)
+    if dp > 1:
+        found.add("attention_dp", *([dp] if counts else []))
+        found.add("head_dp")
+        if layout.tp == 1 or _splits_dense(plan):
+            found.add("dense_tp", 1)
 
 
 def _drafting(plan: Plan, found: Settings) -> None:

@@ -43,6 +43,8 @@ def settings(plan: Plan, node: int) -> Settings:
 def _ranks(plan: Plan, node: int, found: Settings) -> None:
     layout, nodes, gpus = plan.case.layout, plan.case.nodes, plan.case.gpus_per_node
     found.add("tensor_parallel", layout.tp)
+    if plan.case.options.dcp > 1:
+        found.add("decode_context_parallel", plan.case.options.dcp)
     if layout.pp > 1:
         found.add("pipeline_parallel", layout.pp)
     if layout.dp > 1:

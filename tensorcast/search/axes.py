@@ -37,6 +37,7 @@ class Axes:
     redundant_experts: tuple[bool, ...] = (False, True)
     dual_batch_overlap: tuple[bool, ...] = (False, True)
     mtp_depth: tuple[int, ...] = (0,)
+    dcp: tuple[int, ...] = (1,)
     chunk_tokens: tuple[int, ...] = (2048, 8192, 16384)
 
     def __post_init__(self) -> None:
@@ -47,7 +48,8 @@ class Axes:
             for value in getattr(self, name):
                 if value is not None and value not in known:
                     raise unknown_name(f"--{name.replace('_', '-')}", value, known)
-        for name, flag, least in (("mtp_depth", "--mtp", 0), ("chunk_tokens", "--chunk-tokens", 1)):
+        leasts = (("mtp_depth", "--mtp", 0), ("dcp", "--dcp", 1), ("chunk_tokens", "--chunk-tokens", 1))
+        for name, flag, least in leasts:
             if wrong := [value for value in getattr(self, name) if value < least]:
                 raise InputError(f"{flag} {wrong[0]}: must be at least {least}")
         kinds = {kind for name in self.exchange for kind in EXCHANGES[name].values()}

@@ -31,7 +31,7 @@ def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 COLUMNS = tuple(
     "candidate mode device engine layout family tp dp ep etp pp replicas world_size gpus prefill_layout"
     " prefill_workers decode_workers batch concurrency all2all dispatch combine kv_dtype placement redundant_experts"
-    " external_shared_experts shared_expert_tp dual_batch_overlap mtp_depth chunk_tokens ttft_s ttft_low_s"
+    " external_shared_experts shared_expert_tp dual_batch_overlap mtp_depth dcp chunk_tokens ttft_s ttft_low_s"
     " ttft_high_s ttft_chance tpot_s tpot_low_s tpot_high_s tpot_chance request_s output_tokens_per_s"
     " output_tokens_low_per_s output_tokens_high_per_s tokens_per_s_per_gpu tokens_per_s_per_user decode_step_s"
     " prefill_step_s exposed_comm_s hidden_comm_s memory_bytes weights_bytes kv_cache_bytes activations_bytes"
@@ -87,6 +87,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
         "shared_expert_tp": [v.decode.shared_expert_tp for v in chosen],
         "dual_batch_overlap": [v.decode.dual_batch_overlap for v in chosen],
         "mtp_depth": [v.decode.mtp_depth for v in chosen],
+        "dcp": [v.decode.dcp for v in chosen],
         "chunk_tokens": nothing if pools else c["chunk_tokens"],
         **{
             f"{what}{end}_{unit}": c[f"{what}_{unit}"] * c[f"factor_{what}_{unit}"] ** sign

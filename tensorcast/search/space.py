@@ -14,11 +14,12 @@ from itertools import product
 from typing import Any
 
 from tensorcast.deploy.engine_limits import engine_can_run
-from tensorcast.deploy.layout import Layout, broken_rules
+from tensorcast.deploy.layout import Layout, broken_context, broken_rules
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
 from tensorcast.profiles.facts import ModelFacts
+from tensorcast.profiles.memory import is_latent
 from tensorcast.search.axes import EXCHANGES, Axes
 from tensorcast.search.search_task import SearchTask
 from tensorcast.trace.cache import NoTracer, traced, whole_model
@@ -33,7 +34,7 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     else:
         tried = [one for size in divisors(task.gpus) for one in layouts(size)]
     found = []
-    node = task.device.interconnect[0].size
+    node, latent = task.device.interconnect[0].size, task.axes.dcp != (1,) and is_latent(task.model.config)
     runs = {1: True}  # by tp; a model that cannot be traced at all is an error
     engine = task.engine.name
     can = partial(
@@ -44,7 +45,7 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
         if broken := next(broken_rules(layout, facts, task.device), None):
             pruned[broken[0]] += 1
             continue
-        every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized)
+        every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized, latent=latent)
         problems = [
             can(layout=layout, options=v.prefill) or can(layout=layout, options=v.decode, prefill=v.prefill)
             for v in every
@@ -120,6 +121,7 @@ RELEVANT = (
     ),
     Relevance("dual_batch_overlap", lambda at: at.sent),
     Relevance("mtp_depth", lambda at: at.drafts),
+    Relevance("dcp", lambda at: at.layout.tp > 1),
 )
 """The options' side of :func:`tensorcast.deploy.layout.broken_rules`: an axis is searched where it changes anything."""
 
@@ -142,11 +144,12 @@ def layouts(world_size: int) -> Iterator[Layout]:
 
 
 def variants(
-    layout: Layout, facts: ModelFacts, axes: Axes, base: Options = Options(), *, quantized_dispatch: bool = False
+    layout: Layout, facts: ModelFacts, axes: Axes, base: Options = Options(), *, quantized_dispatch: bool = False,
+    latent: bool = False,
 ) -> list[Variant]:
     """Every combination of the options that matter for ``layout``; ``base`` holds what is not searched.
 
-    ``quantized_dispatch``: the model's experts read tokens in fewer bits than bf16.
+    ``quantized_dispatch``: the model's experts read tokens in fewer bits than bf16. ``latent``: latents are cached.
     """
     spread = layout.dp > 1 and facts.num_experts > 0
     whole = spread and layout.ep == layout.stage_ranks
@@ -158,7 +161,11 @@ def variants(
     for name in exchanges or ["allgather_reducescatter"]:
         sent = whole and name in SENDING
         at = Place(layout, facts, spread, sent, base.routing, quantized_dispatch, drafts)
-        tried = {r.axis: getattr(axes, r.axis) if r.holds(at) else _FIXED[r.axis] for r in RELEVANT}
+        tried: dict[str, Any] = {
+            r.axis: getattr(axes, r.axis) if r.holds(at) else _FIXED[r.axis] for r in RELEVANT
+        }
+        if axes.dcp != (1,):  # contexts are cut over ranks that would hold copies; others keep them whole
+            tried["dcp"] = [n for n in tried["dcp"] if not broken_context(n, layout, facts, latent=latent)] or [1]
         for values in product(*tried.values()):
             chosen = dict(zip(tried, values, strict=True))
             # ranks of their own have as many rows as others: one of a token's k + 1 copies goes there
@@ -192,7 +199,7 @@ def _both_phases(base: Options, exchange: str, chosen: tuple[tuple[str, Any], ..
 _FIXED: dict[str, tuple[Any, ...]] = {
     "dispatch": (None,), "combine": (None,), "kv_dtype": (None,), "shared_expert_tp": (True,),
     "external_shared_experts": (False,), "redundant_experts": (False,),
-    "dual_batch_overlap": (False,), "mtp_depth": (0,),
+    "dual_batch_overlap": (False,), "mtp_depth": (0,), "dcp": (1,),
 }
 """Where an axis changes nothing."""
 

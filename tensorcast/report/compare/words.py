@@ -169,6 +169,8 @@ def options(row: dict[str, Any]) -> str:
         parts.append(f"shared experts on {plural(row['external_shared_experts'], 'GPU')} of their own")
     if row["dual_batch_overlap"]:
         parts.append("dual-batch overlap")
+    if row["dcp"] > 1:
+        parts.append(f"each sequence's cache over {row['dcp']} GPUs")
     if row["mtp_depth"]:
         parts.append(f"{plural(row['mtp_depth'], 'drafted token')} per step")
     if row["mode"] == "aggregated" and row["chunk_tokens"]:

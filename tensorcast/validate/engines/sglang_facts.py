@@ -84,7 +84,11 @@ def _lifted(source: Source, split: bool) -> list[str]:
     """Limits of older releases that this one has no more."""
     drafts = split and "only supports EAGLE" in source.text(f"{HOOKS}/validation_hook.py")
     methods = source.text("sglang/srt/speculative/spec_info.py")
-    return ["drafts in a pipeline"] * drafts + ["DSpark drafts"] * ("DSPARK = auto()" in methods)
+    context = split and "dcp_size:" in source.text(f"{HOOKS}/fields/parallel.py")
+    return (
+        ["drafts in a pipeline"] * drafts + ["DSpark drafts"] * ("DSPARK = auto()" in methods)
+        + ["decode context parallelism"] * context
+    )
 
 
 def _number(pattern: str, text: str, place: int = 0) -> int | float:

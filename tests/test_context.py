@@ -1,0 +1,144 @@
+"""A context cut over ranks: the numbers of the whole attention, bytes counted by hand, engines' rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tensorcast as tc
+from tensorcast.deploy.deployment import Deployment, deploy
+from tensorcast.deploy.engine_limits import engine_can_run
+from tensorcast.deploy.layout import broken_context, parse_layout
+from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan.plan import Collective
+from tensorcast.launch.launch import launch
+from tensorcast.ops.context import context_attention, part_of_attention, weighted
+from tensorcast.profiles.store import load_device, load_engine, load_model
+
+H200, VLLM = load_device("h200"), load_engine("vllm")
+QWEN, DEEPSEEK, LLAMA = load_model("qwen3-235b-a22b"), load_model("deepseek-v3"), load_model("llama-3.1-70b")
+
+
+def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """PyTorch's own, of one new token."""
+    found = torch.nn.functional.scaled_dot_product_attention(q.unsqueeze(2), k, v, enable_gqa=True)
+    return found.squeeze(2)
+
+
+def tensors(heads: int, kv_heads: int, tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
+    made = torch.Generator().manual_seed(seed)
+    shapes = (2, heads, 8), (2, kv_heads, tokens, 8), (2, kv_heads, tokens, 8)
+    return tuple(torch.randn(shape, generator=made) for shape in shapes)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 9))
+def test_parts_weighed_by_log_sum_exps_are_the_whole(lengths: list[int], seed: int) -> None:
+    """Any cut of the tokens, empty parts among them."""
+    lengths = [*lengths, 1]
+    q, k, v = tensors(4, 2, sum(lengths), seed)
+    parts = [part_of_attention(q, a, b) for a, b in zip(k.split(lengths, 2), v.split(lengths, 2), strict=True)]
+    sums = torch.stack([one for _, one in parts])
+    merged = sum(weighted(part, sums, i).nan_to_num() for i, (part, _) in enumerate(parts))
+    assert torch.allclose(torch.as_tensor(merged), whole(q, k, v), atol=1e-5)
+
+
+def run_rank(rank: int, ranks: int, where: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=ranks)
+    q, k, v = tensors(6, 1, 7, seed=3)
+    mine = q.chunk(ranks, dim=1)[rank]
+    found = context_attention(mine, k[:, :, rank::ranks], v[:, :, rank::ranks])
+    assert torch.allclose(found, whole(q, k, v).chunk(ranks, dim=1)[rank], atol=1e-5)
+    dist.destroy_process_group()
+
+
+def test_gloo_ranks_attend_as_one(tmp_path: Path) -> None:
+    """Two processes, each with its heads and every other token: the heads of the whole attention."""
+    mp.start_processes(run_rank, (2, str(tmp_path / "meet")), nprocs=2, start_method="fork")
+
+
+def deployed(model: Any, layout: str, dcp: int, phase: str = "decode") -> Deployment:
+    return deploy(model, H200, VLLM, parse_layout(layout), phase, options=Options(dcp=dcp))
+
+
+@pytest.mark.parametrize(
+    ("model", "dcp", "heads", "query", "value"),
+    [(QWEN, 2, 64 // 8, 128, 128), (DEEPSEEK, 8, 128 // 8, 512 + 64, 512)], ids=["gqa", "latent"],
+)
+def test_bytes_by_hand(model: Any, dcp: int, heads: int, query: int, value: int) -> None:
+    """Per token: queries and results of all heads of the group in bf16, a log-sum-exp of each rank and head in fp32;
+    the attention does the FLOPs that it did, over a part of the cache, of which a rank holds as much less."""
+    cut, plain = (deployed(model, "tp8-ep8", n) for n in (dcp, 1))
+    moved = {row.label: row for row in cut.step.plan.rows if isinstance(row, Collective) and row.group == "dcp"}
+    assert {label: row.scale for label, row in moved.items()} == {
+        "queries": 2 * dcp * heads * query, "log-sum-exps": 4 * dcp * dcp * heads,
+        "parts of a context": 2 * dcp * heads * value,
+    }  # fmt: skip
+    prices = [
+        next(p for p in one.step.price(8.0, 1.0, 8192.0 * dcp - 1.0).rows if getattr(p.row, "name", "") == "attention")
+        for one in (cut, plain)
+    ]
+    assert float(prices[0].flops) == pytest.approx(float(prices[1].flops), rel=2e-3)
+    held = [one.held(8.0, 8192)[1] for one in (cut, plain)]
+    assert held[0] == held[1] / dcp and cut.largest_batch(1, 8192) > plain.largest_batch(1, 8192)
+    prompts = [deployed(model, "tp8-ep8", n, "prefill") for n in (dcp, 1)]
+    assert prompts[0].step.seconds(1.0, 2048.0, 0.0) == prompts[1].step.seconds(1.0, 2048.0, 0.0)
+    assert prompts[0].held(8.0, 8192)[1] == prompts[1].held(8.0, 8192)[1] / dcp
+
+
+def test_what_is_left_whole_has_todays_numbers() -> None:
+    plain = deploy(QWEN, H200, VLLM, parse_layout("tp8-ep8"), "decode").step
+    assert deployed(QWEN, "tp8-ep8", 1).step.plan.rows == plain.plan.rows
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "dcp", "says"),
+    [
+        (QWEN, "tp8", 2, ""),
+        (QWEN, "tp8", 4, "--dcp 4: tp = 8 has 2 ranks for each of 4 KV heads; it must not be more"),
+        (QWEN, "tp2-dp4", 2, "--dcp 2: tp = 2 has 1 ranks for each of 4 KV heads; it must not be more"),
+        (QWEN, "tp8", 3, "--dcp 3 does not divide tp = 8"),
+        (DEEPSEEK, "tp8", 8, ""),
+        (LLAMA, "tp8", 2, "--dcp 2: tp = 8 has 1 ranks for each of 8 KV heads; it must not be more"),
+    ],
+)
+def test_which_ranks_can_share_a_context(model: Any, layout: str, dcp: int, says: str) -> None:
+    """vLLM 0.33.0, config/model.py: copies of KV heads, unless the cache holds latents."""
+    latent = "kv_lora_rank" in model.config
+    assert broken_context(dcp, parse_layout(layout), model.stated_facts, latent=latent) == says
+    found = launch("vllm", model, parse_layout(layout), Options(dcp=dcp), batch=4, input_len=100, output_len=10)
+    assert found.problem == says and ("--decode-context-parallel-size" in "".join(found.commands)) == (not says)
+
+
+def test_engines_that_cut_contexts() -> None:
+    facts, layout, options = QWEN.stated_facts, parse_layout("tp8-ep8"), Options(dcp=2)
+    for engine, can in {"vllm": True, "vllm==0.24.0": True, "sglang": True, "sglang==0.5.14": False}.items():
+        profile = load_engine(engine)
+        assert (engine_can_run(profile.name, layout, facts, options, lifted=profile.lifted_rules) == "") == can
+    found = launch("sglang", QWEN, layout, options, batch=4, input_len=100, output_len=10, device=H200)
+    assert "--dcp-size 2" in found.commands[0] and "--dcp-comm-backend ag_rs" in found.commands[0]
+    refused = launch("trtllm", QWEN, layout, options, batch=4, input_len=100, output_len=10).problem
+    assert refused.startswith("decode context parallelism: ")
+    with pytest.raises(tc.InputError, match=r"dcp 2: .* picks or slides over tokens"):
+        tc.simulate("gpt-oss-120b", device="h200", world_size=16, tp=16, dcp=2)
+
+
+def test_the_search_cuts_contexts_where_asked() -> None:
+    """Long prompts of few users on one node: tp8 holds more sequences with its four KV heads' copies put to use."""
+    found = tc.compare(
+        "qwen3-235b-a22b", device="h200", world_size=8, input_len=30000, output_len=500, dcp=[1, 2],
+        layouts=["tp8-ep8", "tp4-pp2"], modes=["aggregated"],
+    )
+    whole_node = found.candidates[found.candidates["layout"] == "tp8-dp1-ep8"]
+    by_dcp = {n: frame["batch"].max() for n, frame in whole_node.groupby("dcp")}
+    assert set(by_dcp) == {1, 2} and by_dcp[2] > by_dcp[1]
+    assert set(found.candidates.loc[found.candidates["layout"] == "tp4-dp1-pp2", "dcp"]) == {1}
+    assert found.best is not None and found.best["dcp"] == 2

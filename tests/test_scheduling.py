@@ -130,6 +130,64 @@ def test_a_faster_server_is_done_earlier() -> None:
     assert ends[0] < ends[1] < ends[2]
 
 
+@settings(max_examples=40)
+@given(requests=asked(), changed=st.sampled_from([{}, {"alone": True}, {"most_sequences": 3}]))
+def test_a_faster_device_has_finished_no_fewer(requests: Requests, changed: dict[str, Any]) -> None:
+    """At no moment: each of so many ends sooner where every step takes half as long."""
+    rules = replace(RULES, **changed)
+    times = replace(TIMES, alone=rules.alone)
+    slow, fast = (
+        np.sort(Fleet([Pool(rules, times.scaled(factor, factor), 1)], requests).run().last_s) for factor in (1.0, 0.5)
+    )
+    assert np.all(fast <= slow + 1e-9)
+
+
+@settings(max_examples=40)
+@given(
+    requests=asked(), families=st.lists(st.integers(0, 3), min_size=25, max_size=25),
+    cache=st.sampled_from([1000.0, 1600.0, 4000.0]), count=st.integers(1, 2),
+)  # fmt: skip
+def test_blocks_are_kept_within_the_cache(
+    requests: Requests, families: list[int], cache: float, count: int
+) -> None:
+    """Prompts that begin alike: at every step tokens held, used and kept fit in, each block once; nobody reads more or
+    less than its prompt, and finds no more than another's beginning."""
+    size = 16
+    blocks = tuple(
+        tuple(1000 * family + k for k in range((int(n) + int(m)) // size))
+        for family, n, m in zip(families, requests.input_len, requests.output_len, strict=False)
+    )
+    shared = replace(requests, blocks=blocks, block_tokens=size)
+    fleet = Fleet([Pool(replace(RULES, cache_tokens=cache), TIMES, count)], shared, router="prefix_aware")
+    read = dict.fromkeys(range(len(requests)), 0)
+    for server in fleet.servers:
+        for rank in server.ranks:
+            composed = rank.batch
+
+            def checked(*given: Any, rank: Any = rank, composed: Any = composed) -> Any:
+                found = composed(*given)
+                assert rank.used + rank.prefix.pinned_tokens + rank.prefix.free_tokens <= cache + 1e-6
+                assert rank.used >= -1e-6
+                return found
+
+            rank.batch = checked  # type: ignore[method-assign, assignment]
+            admit = rank._admit
+
+            def admitted(request: int, budget: int, admit: Any = admit) -> Any:
+                one = admit(request, budget)
+                if one is not None and not fleet.record.preemptions[request]:
+                    read[request] = one.read
+                return one
+
+            rank._admit = admitted  # type: ignore[method-assign]
+    record = fleet.run()
+    assert np.all(np.isfinite(record.last_s))
+    for i, (mine, family) in enumerate(zip(blocks, families, strict=False)):
+        assert record.cached_tokens[i] == read[i] < requests.input_len[i] and read[i] % size == 0
+        others = [len(theirs) for k, theirs in enumerate(blocks) if k != i and families[k] == family]
+        assert read[i] <= size * min(len(mine), max(others, default=0)) or record.preemptions[i]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), max_size=40), st.integers(1, 8))
 def test_prefix_blocks_against_a_plain_list(steps: list[tuple[int, int]], room: int) -> None:
     """Blocks are named by their prefix; the longest unused go first, the last blocks of a prompt before its first."""

@@ -55,10 +55,10 @@ class Arrivals:
             count, Length(max(1.0, isl * mean), spread), Length(max(1.0, osl * mean), spread), rate=rate,
             burstiness=self.burstiness, users=self.users,
         )
-        return _beginning_alike(found, prefix_cached) if prefix_cached else found
+        return beginning_alike(found, prefix_cached) if prefix_cached else found
 
 
-def _beginning_alike(requests: Requests, tokens: int) -> Requests:
+def beginning_alike(requests: Requests, tokens: int) -> Requests:
     """Requests whose first ``tokens`` are the same; the rest of each is its own."""
     common = tokens // BLOCK
     own = np.cumsum(requests.input_len // BLOCK + 1) + common

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,8 @@ from tensorcast.serving.traffic import Array
 
 GAPS_S = np.geomspace(1e-4, 1e3, 1401)
 """Ends of the classes that gaps between tokens are counted in: 1.2 % wide each."""
+
+_GAPS: list[float] = GAPS_S.tolist()
 
 MOST_SAMPLES = 4096
 """Moments of a server that are kept; of more, every other goes."""
@@ -43,7 +46,7 @@ class Record:
         self.preemptions = np.zeros(count, dtype=np.int32)
         self.moved = np.zeros(count, dtype=np.int32)
         self.server = np.full(count, -1, dtype=np.int32)
-        self.gaps = np.zeros(len(GAPS_S) + 1)
+        self.gaps = [0.0] * (len(GAPS_S) + 1)
 
     def prompt(self, request: int) -> int:
         """Tokens to read before the next token of the reply."""
@@ -62,7 +65,7 @@ class Record:
         return () if self.blocks is None else self.blocks[request]
 
     def admit(self, request: int, now_s: float) -> None:
-        if np.isnan(self.admitted_s[request]):
+        if self.admitted_s[request] != self.admitted_s[request]:  # NaN: asked so, ten times as fast
             self.admitted_s[request] = now_s
 
     def unadmit(self, request: int) -> None:
@@ -76,7 +79,7 @@ class Record:
             self.cached_tokens[request] = tokens
 
     def first_token(self, request: int, now_s: float) -> None:
-        if np.isnan(self.first_s[request]):
+        if self.first_s[request] != self.first_s[request]:
             self.first_s[request] = now_s
 
     def preempt(self, request: int, written: int) -> None:
@@ -94,7 +97,7 @@ class Record:
 
     def gap(self, seconds: float, tokens: float) -> None:
         """``tokens`` tokens came ``seconds`` after the one before them."""
-        self.gaps[np.searchsorted(GAPS_S, seconds)] += tokens
+        self.gaps[bisect_left(_GAPS, seconds)] += tokens
 
 
 @dataclass
@@ -106,13 +109,17 @@ class Moments:
     every: int = 1
     _seen: int = 0
 
-    def add(self, row: tuple[float, int, int, int, float]) -> None:
-        if self._seen % self.every == 0:
-            self.rows.append(row)
-            if len(self.rows) > MOST_SAMPLES:
-                self.rows = self.rows[::2]
-                self.every *= 2
+    def next(self) -> bool:
+        """Whether the moment that is now is one that is kept."""
         self._seen += 1
+        return (self._seen - 1) % self.every == 0
+
+    def add(self, row: tuple[float, int, int, int, float]) -> None:
+        """Keep a moment."""
+        self.rows.append(row)
+        if len(self.rows) > MOST_SAMPLES:
+            self.rows = self.rows[::2]
+            self.every *= 2
 
     @property
     def columns(self) -> dict[str, Array]:

@@ -20,13 +20,15 @@ from tensorcast.scheduling.step_times import StepTimes
 
 @dataclass
 class Stretch:
-    """Steps under way: the first begins at ``start_s`` and takes ``first_s``, each after it ``slope_s`` longer."""
+    """Steps under way: the first begins at ``start_s`` and takes ``first_s``, each after it ``slope_s`` longer.
+    ``mixed``: with prompts."""
 
     start_s: float
     first_s: float
     slope_s: float
     steps: int
     batches: list[Batch]
+    mixed: bool = False
 
     def after(self, steps: float) -> float:
         """When so many of its steps are done."""
@@ -92,7 +94,7 @@ class Server:
         hold = self._holds_prompts(seen)
         batches = [rank.batch(seen, now_s, hold) for rank in self.ranks]
         if any(batch.prompts for batch in batches):
-            self.stretch = Stretch(now_s, self._mixed_s(batches), 0.0, 1, batches)
+            self.stretch = Stretch(now_s, self._mixed_s(batches), 0.0, 1, batches, mixed=True)
         elif any(batch.sequences for batch in batches):
             self.stretch = self._decoding(batches, now_s)
         elif any(rank.waiting for rank in self.ranks) and seen < now_s:
@@ -109,7 +111,7 @@ class Server:
         stretch = self.stretch
         assert stretch is not None
         now, ended = stretch.end_s, list[int]()
-        mixed = any(batch.prompts for batch in stretch.batches)
+        mixed = stretch.mixed
         seconds = now - stretch.start_s
         self.busy_s += seconds
         self.steps += stretch.steps
@@ -128,12 +130,12 @@ class Server:
             self._stalled_s = 0.0
         elif any(batch.sequences for batch in stretch.batches):
             self._stalled_s += seconds
+        others_s = self.record.others_s
         if mixed:
             self._delayed_s += seconds - self._undisturbed_s(stretch.batches)
-        others_s = self.record.others_s
-        for batch in stretch.batches:
-            for one in batch.done:
-                others_s[one.request] -= self._delayed_s
+            for batch in stretch.batches:
+                for one in batch.done:
+                    others_s[one.request] -= self._delayed_s
         for request in ended:
             others_s[request] += self._delayed_s
         self._remember(stretch)
@@ -145,8 +147,7 @@ class Server:
         by now stays written."""
         stretch = self.stretch
         if stretch is not None:
-            mixed = any(batch.prompts for batch in stretch.batches)
-            done = 0 if mixed else min(stretch.done_by(now_s), stretch.steps - 1)
+            done = 0 if stretch.mixed else min(stretch.done_by(now_s), stretch.steps - 1)
             if done:
                 stretch.steps = done
                 self.finish()
@@ -168,7 +169,10 @@ class Server:
 
     def _remember(self, stretch: Stretch) -> None:
         first = max(0, stretch.steps - self._begun.maxlen) if self._begun.maxlen else 0
-        self._begun.extend(stretch.after(step) for step in range(first, stretch.steps))
+        for step in range(first, stretch.steps):
+            self._begun.append(stretch.after(step))
+        if not self.moments.next():
+            return
         ranks = self.ranks
         cache = sum(rank.free for rank in ranks) / (len(ranks) * self.rules.cache_tokens)
         waiting, reading = sum(len(rank.waiting) for rank in ranks), sum(len(rank.reading) for rank in ranks)
@@ -203,16 +207,15 @@ class Server:
         steps = min(rank.decode_steps_left() for rank in ranks)
         if self.rules.lag and any(rank.waiting for rank in ranks):
             steps = 1  # somebody may be seen after it
+        if len(batches) == 1:
+            batch = batches[0]
+            first, slope = self.times.decoding_line(batch.sequences, batch.context)
+            return Stretch(now_s, first, slope * each, int(self._up_to_a_point(steps, batch.context)), batches)
         mean = sum(batch.sequences for batch in batches) / len(batches)
         busiest = [max(batches, key=lambda b: b.sequences)]
-        if len(batches) > 1:
-            busiest.append(max(batches, key=lambda b: b.sequences * b.context))
-        # while the context crosses no point of the table, a step's time grows by the same with every step
-        points = self.times.contexts
+        busiest.append(max(batches, key=lambda b: b.sequences * b.context))
         for batch in busiest:
-            beyond = bisect_right(points, batch.context)
-            if beyond < len(points):
-                steps = min(steps, max(1, math.ceil((points[beyond] - batch.context) / each)))
+            steps = self._up_to_a_point(steps, batch.context)
         first = max(self.times.decoding(b.sequences, b.context, mean) for b in busiest)
         slope = 0.0
         if steps > 1:
@@ -220,3 +223,11 @@ class Server:
             last = max(self.times.decoding(b.sequences, b.context + more, mean) for b in busiest)
             slope = (last - first) / (steps - 1)
         return Stretch(now_s, first, slope, int(steps), batches)
+
+    def _up_to_a_point(self, steps: float, context: float) -> float:
+        """While the context crosses no point of the table, a step's time grows by the same with every step."""
+        points = self.times.contexts
+        beyond = bisect_right(points, context)
+        if beyond == len(points):
+            return steps
+        return min(steps, max(1, math.ceil((points[beyond] - context) / self.rules.tokens_per_step)))

@@ -55,6 +55,20 @@ class Bilinear:
         first = above[j - 1] + (above[j] - above[j - 1]) * v
         return first + (below[j - 1] + (below[j] - below[j - 1]) * v - first) * u
 
+    def line(self, down: float, across: float) -> tuple[float, float]:
+        """:meth:`at`, and how it grows with ``down`` from there to the next point."""
+        rows, columns = self.down, self.across
+        i = min(max(bisect_right(rows, down), 1), len(rows) - 1)
+        j = min(max(bisect_right(columns, across), 1), len(columns) - 1)
+        low, left, high = rows[i - 1], columns[j - 1], rows[i]
+        v = (across - left) / (columns[j] - left)
+        above, below = self.values[i - 1], self.values[i]
+        first = above[j - 1] + (above[j] - above[j - 1]) * v
+        slope = (below[j - 1] + (below[j] - below[j - 1]) * v - first) / (high - low)
+        if low <= down < high:
+            return first + slope * (down - low), slope
+        return (first, 0.0) if down < low else (first + slope * (high - low), 0.0)
+
 
 @dataclass(frozen=True)
 class DecodeTimes:
@@ -96,7 +110,18 @@ class StepTimes:
         """Seconds of a decode step whose busiest rank has ``sequences`` with ``context`` tokens cached each, where
         ranks have ``mean`` sequences on average."""
         assert self.decode is not None
-        return self.decode.own.at(context, sequences) + self.decode.shared.at(context, mean)
+        own = self.decode.own.at(context, sequences)
+        return own + self.decode.shared.at(context, mean) if self._shares else own
+
+    def decoding_line(self, sequences: float, context: float) -> tuple[float, float]:
+        """:meth:`decoding` of one rank alone, and how much longer steps are for every token more that is cached, up to
+        the next of :attr:`contexts`."""
+        assert self.decode is not None
+        own, grows = self.decode.own.line(context, sequences)
+        if not self._shares:
+            return own, grows
+        shared, also = self.decode.shared.line(context, sequences)
+        return own + shared, grows + also
 
     def own(self, prompts: list[tuple[int, int]], sequences: float, context: float) -> float:
         """Seconds of one rank in a step with prompts, without its experts: ``prompts`` as (new, cached) tokens, and
@@ -116,7 +141,13 @@ class StepTimes:
     def shared(self, tokens: float) -> float:
         """Seconds that experts and their exchange take in a step with prompts, ``tokens`` per rank on average."""
         assert self.prompts is not None
-        return self.prompts.shared.at(0.0, tokens)
+        return self.prompts.shared.at(0.0, tokens) if self._shares else 0.0
+
+    @cached_property
+    def _shares(self) -> bool:
+        """Whether ranks share anything: where there is one, all is its own."""
+        tables = [part.shared for part in (self.decode, self.prompts) if part is not None]
+        return any(any(row) for table in tables for row in table.values)
 
     @cached_property
     def contexts(self) -> list[float]:

@@ -1,0 +1,110 @@
+"""A measured study of prefill/decode ratios, replayed run by run: time per token, throughput and the best ratio.
+
+``python benchmarks/pool_ratios.py FILE [--engine sglang] [--own-sizes]``: the CSV of dstack's study
+(https://github.com/dstackai/benchmarks/tree/main/comparison/pd_ratio, Apache-2.0): gpt-oss-120b on 8 H200, SGLang of
+September 2025. Runs are read as its scripts make them:
+
+- ``run_benchmark.sh`` sends 500 prompts of one length at once through ``--max-concurrency``, to a round-robin router;
+- ``run_all.sh`` goes from many users to few with the client's own seed, so that fewer users send the same prompts once
+  more: from the cache, but for those of 32,784 tokens, of which no cache there holds 500;
+- replies end by themselves, before the most that was asked for: of their lengths the mean alone is known, here they are
+  exponential, cut there;
+- workers are of two GPUs; with one of each, of four (``--own-sizes`` takes two there, too): 32 users' tokens come at
+  7.4 ms from them and at 10.5 ms from the same one decode worker behind three that read prompts.
+
+Runs in which some requests failed are listed, not counted. Nothing was fitted to any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tensorcast.deploy.options import SERVED_ROUTING, Options
+from tensorcast.predict.arrivals import beginning_alike
+from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.scheduling.pools import parse_servers
+from tensorcast.scheduling.replay import PricedServers, priced_servers
+from tensorcast.scheduling.requests import Lengths, Requests
+
+LONG = 5000
+"""Tokens of prompts of which no cache holds 500."""
+
+
+def cut_exponential(mean: float, most: int, count: int) -> Lengths:
+    """``count`` lengths with that mean, exponential up to ``most``; uniform up to it where the mean is beyond half."""
+    random = np.random.default_rng(0)
+    if mean >= most / 2:
+        return np.maximum(np.rint(random.uniform(2 * mean - most, most, count)), 1).astype(np.int64)
+    low, high = 1.0, 1e7
+    for _ in range(80):
+        scale = math.sqrt(low * high)
+        low, high = (scale, high) if scale - most / math.expm1(min(most / scale, 700)) < mean else (low, scale)
+    found = -low * np.log1p(-random.uniform(size=count) * -math.expm1(-most / low))
+    return np.maximum(np.rint(found), 1).astype(np.int64)
+
+
+def sent(row: dict[str, str], most_users: int) -> Requests:
+    """What a run sent."""
+    count, done, users = int(row["num_prompts"]), int(row["completed"]), int(row["conc"])
+    prompt = round(float(row["total_input_tokens"]) / done)
+    found = Requests(
+        arrival_s=np.zeros(count), input_len=np.full(count, prompt), users=users,
+        output_len=cut_exponential(float(row["total_output_tokens"]) / done, int(row["osl"]), count),
+    )
+    return beginning_alike(found, prompt) if users < most_users and prompt < LONG else found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--engine", default="sglang")
+    parser.add_argument("--own-sizes", action="store_true", help="workers of two GPUs in every run")
+    options = parser.parse_args()
+    with options.file.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    priced: dict[str, PricedServers] = {}
+    model, device, engine = load_model("gpt-oss-120b"), load_device("h200"), load_engine(options.engine)
+    most_users = max(int(row["conc"]) for row in rows)
+    heads = [head for name in ("TPOT ms", "tokens/s", "TTFT ms") for head in (name, "replayed")]
+    table = Table("ratio", "users", "lengths", *heads, box=None)
+    errors: list[tuple[float, ...]] = []
+    loads: dict[tuple[str, ...], list[tuple[str, float, float]]] = {}
+    for row in rows:
+        tp = 4 if row["prefill"] == row["decode"] == "1" and not options.own_sizes else 2
+        layout = f"{row['prefill']} x tp{tp} > {row['decode']} x tp{tp}"
+        if layout not in priced:
+            priced[layout] = priced_servers(
+                model, device, engine, parse_servers(layout), longest=1 << 16, options=Options(routing=SERVED_ROUTING)
+            )
+        said = priced[layout].run(sent(row, most_users), router="round_robin").summary()
+        measured = float(row["mean_tpot_ms"]), float(row["output_throughput"]), float(row["mean_ttft_ms"])
+        found = 1e3 * said["tpot_mean_s"], said["output_tokens_per_s"], 1e3 * said["ttft_mean_s"]
+        ratio, load = f"{row['prefill']}:{row['decode']}", (row["conc"], row["isl"], row["osl"])
+        cells = [f"{value:,.1f}" for pair in zip(measured, found, strict=True) for value in pair]
+        whole = row["completed"] == row["num_prompts"]
+        table.add_row(ratio, row["conc"], f"{row['isl']}/{row['osl']}{'' if whole else ' (failed)'}", *cells)
+        if whole:
+            errors.append(tuple(abs(one / other - 1) for one, other in zip(found, measured, strict=True)))
+            loads.setdefault(load, []).append((ratio, measured[1], found[1]))
+    console = Console(width=120)
+    console.print(table)
+    median = np.median(errors, axis=0)
+    words = (f"{name} {error:.1%}" for name, error in zip(("TPOT", "tokens/s", "TTFT"), median, strict=True))
+    console.print(f"median error of {len(errors)} runs: {', '.join(words)}")
+    right = 0
+    for load, runs in loads.items():
+        best, chosen = (max(runs, key=lambda run: run[i])[0] for i in (1, 2))
+        right += best == chosen
+        console.print(f"{load[0]} users, {load[1]}/{load[2]}: best {best}, replayed {chosen}")
+    console.print(f"the best ratio is found for {right} of {len(loads)} loads")
+
+
+if __name__ == "__main__":
+    main()

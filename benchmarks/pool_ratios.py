@@ -99,10 +99,10 @@ def main() -> None:
     words = (f"{name} {error:.1%}" for name, error in zip(("TPOT", "tokens/s", "TTFT"), median, strict=True))
     console.print(f"median error of {len(errors)} runs: {', '.join(words)}")
     right = 0
-    for load, runs in loads.items():
+    for asked, runs in loads.items():
         best, chosen = (max(runs, key=lambda run: run[i])[0] for i in (1, 2))
         right += best == chosen
-        console.print(f"{load[0]} users, {load[1]}/{load[2]}: best {best}, replayed {chosen}")
+        console.print(f"{asked[0]} users, {asked[1]}/{asked[2]}: best {best}, replayed {chosen}")
     console.print(f"the best ratio is found for {right} of {len(loads)} loads")
 
 

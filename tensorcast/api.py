@@ -304,30 +304,12 @@ def replay(
 
 @python_names
 def replay_sweep(
-    model: str,
-    *,
-    device: str,
-    layouts: Sequence[str],
-    requests: Requests | Sequence[Sent],
-    rates: Sequence[float] = (),
-    engine: str = "vllm",
-    router: str = "least_work",
-    ttft_s: float | None = None,
-    tpot_s: float | None = None,
-    request_s: float | None = None,
-    find_rate: bool = False,
-    percentile: float = 99.0,
-    prefill_chunk: int | None = None,
-    max_sequences: int | None = None,
-    mtp_acceptance: float | str = 0.8,
-    balance_steps: int = 0,
-    seed: int = 0,
-    workers: str = "",
-    jobs: int = 1,
-    executor: str | None = None,
-    done: Callable[[int], None] | None = None,
-    keep: bool = False,
-    **options: Unpack[DeploymentOptions],
+    model: str, *, device: str, layouts: Sequence[str], requests: Requests | Sequence[Sent],
+    rates: Sequence[float] = (), engine: str = "vllm", router: str = "least_work", ttft_s: float | None = None,
+    tpot_s: float | None = None, request_s: float | None = None, find_rate: bool = False, percentile: float = 99.0,
+    prefill_chunk: int | None = None, max_sequences: int | None = None, mtp_acceptance: float | str = 0.8,
+    balance_steps: int = 0, seed: int = 0, workers: str = "", jobs: int = 1, executor: str | None = None,
+    done: Callable[[int], None] | None = None, keep: bool = False, **options: Unpack[DeploymentOptions],
 ) -> pd.DataFrame:
     """Every one of ``layouts`` under every one of ``requests``: a row each, with the numbers of a replay's summary.
 

@@ -156,6 +156,7 @@ def compare(
     ...                    ttft_s=2, tpot_s=0.05)  # doctest: +SKIP
     >>> found.best["layout"], found.best["tokens_per_s_per_gpu"]  # doctest: +SKIP
     """
+    question = dict(locals())
     from tensorcast.deploy.model_names import named_model
     from tensorcast.deploy.options import SERVED_ROUTING
     from tensorcast.parallel import note, spread
@@ -184,7 +185,7 @@ def compare(
             "combine": options.get("combine"), "chunk_tokens": options.get("chunk_tokens"),
         },
     )  # fmt: skip
-    found = decide(tasks, spread(search, tasks, jobs, executor))
+    found = replace(decide(tasks, spread(search, tasks, jobs, executor)), question=question)
     return _noted(found, read_as, note(len(tasks), jobs, executor))
 
 

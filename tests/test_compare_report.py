@@ -256,8 +256,8 @@ class Watched:
         return list(self.page.locator(f"#table tbody td:nth-child({heads.index(name) + 1})").all_text_contents())
 
     def sort(self, name: str) -> str | None:
-        self.page.get_by_role("columnheader", name=name, exact=True).get_by_role("button").click()
-        state = self.page.get_by_role("columnheader", name=name, exact=True).get_attribute("aria-sort")
+        self.page.locator("#table").get_by_role("columnheader", name=name, exact=True).get_by_role("button").click()
+        state = self.page.locator("#table").get_by_role("columnheader", name=name, exact=True).get_attribute("aria-sort")
         return None if state is None else str(state)
 
     def show_all(self) -> None:
@@ -296,7 +296,7 @@ def test_sorting(opened: Watched, view: View) -> None:
     assert opened.sort("TTFT") == "ascending"
     assert opened.column("TTFT") == [units.seconds(value) for value in view.frame["ttft_s"].sort_values()]
     assert opened.page.locator("th[aria-sort]").count() == 1
-    opened.page.get_by_role("columnheader", name="layout", exact=True).get_by_role("button").focus()
+    opened.page.locator("#table").get_by_role("columnheader", name="layout", exact=True).get_by_role("button").focus()
     opened.page.keyboard.press("Enter")
     assert opened.column("layout")[0] == min(map(view.name, view.frame.to_dict("records")))
 

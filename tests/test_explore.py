@@ -15,9 +15,9 @@ from tensorcast.explore.answer import full, quick
 from tensorcast.explore.details import details, versus
 from tensorcast.explore.exports import exported
 from tensorcast.explore.fields import fields
-from tensorcast.explore.glossary import glossary
 from tensorcast.explore.question import command, field_of, own_names, question, with_defaults
 from tensorcast.report.compare.terminal import comparison_record
+from tensorcast.report.glossary import glossary
 from tensorcast.report.plain import to_json
 
 STATE = {

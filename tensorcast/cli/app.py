@@ -60,6 +60,8 @@ class _Command(TyperCommand):
     """A command whose options are given once and hold something."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if any(word.partition("=")[0] == "--config" for word in args):
+            args = self._with_config(args)
         single = {
             name: param for param in self.params for name in (*param.opts, *param.secondary_opts)
             if name.startswith("-") and not getattr(param, "multiple", False)
@@ -75,6 +77,24 @@ class _Command(TyperCommand):
             if not getattr(param, "is_flag", False) and (value if equals else args[i + 1 : i + 2]) in ("", [""]):
                 raise InputError(f"{name} '': is empty")
         return super().parse_args(ctx, args)
+
+
+    def _with_config(self, args: list[str]) -> list[str]:
+        """``args`` with the options of the file that ``--config`` names; what is typed beside it stands."""
+        from tensorcast.cli.values import config_words
+
+        at = next(i for i, word in enumerate(args) if word.partition("=")[0] == "--config")
+        equals, path = args[at].partition("=")[1:]
+        rest = args[:at] + args[at + (1 if equals else 2) :]
+        path = path if equals else next(iter(args[at + 1 : at + 2]), "")
+        if not path:
+            raise InputError("--config '': is empty")
+        named = {name: param.opts for param in self.params for name in (*param.opts, *param.secondary_opts)}
+        known = {name for name in named if name.startswith("--")} - {"--config", "--out", "--json", "--help"}
+        given = {one for word in rest for one in named.get(word.partition("=")[0], ())}
+        if rest and not rest[0].startswith("-"):
+            given.add("model")
+        return [*config_words(path, known, given), *rest]
 
 
 class _Commands(TyperGroup):

@@ -9,7 +9,7 @@ import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, LOAD, OUTPUT, SEARCH, AsJson, command, console, patience
 from tensorcast.cli.options import Model, deployment_options
-from tensorcast.cli.values import device_prices, duration, listed_names, read_layouts, split_names, whole_numbers
+from tensorcast.cli.values import device_prices, duration, layouts_of, listed_names, split_names, whole_numbers
 from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError
 
@@ -34,9 +34,17 @@ tensorcast compare deepseek-v3 -d h200 -n 32 -i 4096 -o 1024 --ttft 2s --tpot 50
 
 tensorcast compare qwen3-235b-a22b -d h100,h200,b200 -n 8,16,32 --out reports/qwen3-235b
 
-[dim]Just these layouts, of a YAML list such as \\[tp8, tp8-ep8, dp8-ep8][/dim]
+[dim]Just these layouts[/dim]
 
-tensorcast compare gpt-oss-120b -d h200 -n 8 --layouts layouts.yaml
+tensorcast compare gpt-oss-120b -d h200 -n 8 --layouts tp8,tp8-ep8,dp8-ep8
+
+[dim]The same question again, of two engines now[/dim]
+
+tensorcast compare --config reports/qwen3-235b/question.yaml --engine vllm,sglang
+
+[dim]300 users at once for 60 USD an hour at most, limits kept four times in five[/dim]
+
+tensorcast compare gpt-oss-120b -d h100,h200 -n 8 --users 300 --budget 60 --ttft 2s --tpot 50ms --confidence 0.8
 
 [dim]Fewest GPUs for 20 requests per second; cheapest tokens at your prices[/dim]
 
@@ -121,9 +129,9 @@ def compare(
     prefix_cached: Annotated[int, typer.Option(
         "--prefix-cached", min=0, help="Prompt tokens that are in the cache already.", rich_help_panel=LOAD,
     )] = 0,
-    layouts: Annotated[Path | None, typer.Option(
-        "--layouts", metavar="FILE", help="YAML list of layouts, such as tp8-ep8: only these.", show_default=False,
-        rich_help_panel=SEARCH,
+    layouts: Annotated[str | None, typer.Option(
+        "--layouts", metavar="LAYOUT,...|FILE", help="Only these, such as tp8-ep8,dp8-ep8, or a YAML list of them.",
+        show_default=False, rich_help_panel=SEARCH,
     )] = None,
     mode: Annotated[str, typer.Option(
         "--mode", "--form", metavar="NAME,...",
@@ -160,10 +168,14 @@ def compare(
         help="vllm, sglang, trtllm or a profile file, one or more; an older release as vllm==0.24.0.",
     )] = "vllm",
     top: Annotated[int, typer.Option("--top", min=0, help="Layouts to list.", rich_help_panel=OUTPUT)] = 12,
+    config: Annotated[Path | None, typer.Option(
+        "--config", metavar="FILE", show_default=False, rich_help_panel=OUTPUT,
+        help="A saved question (question.yaml of --out, or the explorer's): asked again; options beside it stand.",
+    )] = None,
     out: Annotated[Path | None, typer.Option(
         "--out", metavar="DIR", show_default=False, rich_help_panel=OUTPUT,
-        help="Also write report.html, its figures, candidates.parquet and .csv, summary.json and what starts the best "
-        "layout (launch-ENGINE.sh) there.",
+        help="Also write report.html, its figures, candidates.parquet and .csv, summary.json, question.yaml (for "
+        "--config) and what starts the best layout (launch-ENGINE.sh) there.",
     )] = None,
     as_json: AsJson = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes.", rich_help_panel=SEARCH)] = 1,
@@ -196,7 +208,7 @@ def compare(
                 input_len=input_len or means[0], output_len=output_len or means[1],
                 ttft_s=duration("--ttft", ttft), tpot_s=duration("--tpot", tpot), objective=objective,
                 engine=listed_names("--engine", engine),
-                layouts=read_layouts(layouts) if layouts else None,
+                layouts=layouts_of(layouts) if layouts else None,
                 modes=listed_names("--mode", mode), request_rate=request_rate,
                 users=users, budget=budget, confidence=confidence,
                 prices=device_prices(price) if price else None, prefix_cached=prefix_cached,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,50 @@ def device_prices(text: str) -> dict[str, float]:
         except ValueError:
             raise InputError(f"--price {part!r}: must be DEVICE=USD per GPU hour, as in H200=2.5") from None
     return prices
+
+
+def layouts_of(text: str) -> list[str]:
+    """Layouts typed with commas between, or those of a file."""
+    from tensorcast.deploy.layout import parse_layout
+
+    if Path(text).exists() or text.lower().endswith((".yaml", ".yml")) or "/" in text:
+        return read_layouts(Path(text))
+    found = listed_names("--layouts", text)
+    for word in found:
+        try:
+            parse_layout(word)
+        except InputError as reason:
+            raise InputError(f"--layouts {text}: {reason}") from None
+    return found
+
+
+def config_words(path: str, known: Collection[str], given: Collection[str]) -> list[str]:
+    """A saved question as it would be typed: the model, then flags and values; those ``given`` anew are left out.
+
+    ``known``: the command's long flags. Raises :class:`InputError` on anything else.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as reason:
+        raise InputError(f"--config {path}: cannot be read: {reason.strerror or reason}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as reason:
+        raise InputError(f"--config {path}: not YAML: {' '.join(str(reason).split())[:120]}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"--config {path}: must be options by name, such as world-size: 8")
+    words = [] if "model" in given or "model" not in document else [str(document["model"])]
+    for key, value in document.items():
+        flag = f"--{key}"
+        if key == "model" or flag in given or value in (None, False):
+            continue
+        if flag not in known:
+            raise InputError(f"--config {path}: {key!r} is no option of this command")
+        if isinstance(value, dict):
+            value = [f"{name}={one}" for name, one in value.items()]
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words += [flag] if value is True else [flag, text]
+    return words
 
 
 def read_layouts(path: Path) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tensorcast.explore.known import search_again
-from tensorcast.explore.question import Question
+from tensorcast.explore.question import Question, arguments
 from tensorcast.report import units
 from tensorcast.report.compare import words
 from tensorcast.report.compare.choices import View, records
@@ -75,9 +75,9 @@ def _decided(
 ) -> tuple[Comparison, str]:
     found = list(results)
     try:
-        return compare(tasks, found, ties=ties), ""
+        return replace(compare(tasks, found, ties=ties), question=arguments(asked)), ""
     except NoLayoutMeets as error:
-        return error.comparison, str(error)
+        return replace(error.comparison, question=arguments(asked)), str(error)
 
 
 def _answer(asked: Question, comparison: Comparison, missed: str, quick: bool) -> Answer:

@@ -7,12 +7,13 @@ from typing import Any
 
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.explore.answer import compared
-from tensorcast.explore.question import Question, arguments, command
+from tensorcast.explore.question import Question, arguments
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.files import charts
 from tensorcast.report.compare.page import html
 from tensorcast.report.compare.terminal import comparison_record
 from tensorcast.report.plain import to_json
+from tensorcast.report.question import config as written
 
 
 def report(asked: Question) -> str:
@@ -38,13 +39,8 @@ def answer_json(asked: Question) -> str:
 
 
 def config(asked: Question) -> str:
-    """The question as YAML, by the command line's flags, with the command that asks it."""
-    import yaml
-
-    given: dict[str, Any] = {key: _plain(value) for key, value in arguments(asked).items()}
-    if "layouts" in given:
-        given["layouts"] = list(asked.asked["layouts"] or ())
-    return f"# {command(asked)}\n" + yaml.safe_dump(given, sort_keys=False)
+    """The question as ``compare --config`` reads it."""
+    return written({key: _plain(value) for key, value in arguments(asked).items()})
 
 
 def _plain(value: str) -> Any:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +19,7 @@ from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.explore.fields import PLACEMENTS, Field, fields
 from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.report.question import command as written
 from tensorcast.search.search_task import SearchTask, search_tasks
 
 State = Mapping[str, str]
@@ -135,6 +135,8 @@ def arguments(asked: Question) -> dict[str, str]:
         found[field.flag.removeprefix("--")] = value
     found["ttft"], found["tpot"] = (f"{state[f'{name}_ms']}ms" if state[f"{name}_ms"] else "" for name in LIMITED)
     found["prefix-cached"] = str(asked.asked["prefix_cached"] or "")
+    if found.get("layouts"):
+        found["layouts"] = ",".join(_listed(found["layouts"]))
     if isinstance(asked.asked["prices"], float):
         found["price"] = ",".join(f"{name}={asked.asked['prices']:g}" for name in asked.devices)
     return {name: value for name, value in found.items() if value}
@@ -145,12 +147,8 @@ LIMITED = ("ttft", "tpot")
 
 
 def command(asked: Question) -> str:
-    """The shell command that asks the same; layouts come from a file there, which ``layouts.yaml`` stands for."""
-    given = arguments(asked)
-    words = ["tensorcast", "compare", given.pop("model")]
-    for name, value in given.items():
-        words += [f"--{name}", "layouts.yaml" if name == "layouts" else value]
-    return shlex.join(words)
+    """The shell command that asks the same."""
+    return written(arguments(asked))
 
 
 def _listed(text: str) -> list[str]:

@@ -27,11 +27,11 @@ from tensorcast.explore import work
 from tensorcast.explore.answer import Found
 from tensorcast.explore.exports import EXPORTS
 from tensorcast.explore.fields import fields
-from tensorcast.explore.glossary import glossary
 from tensorcast.explore.guard import Guard
 from tensorcast.explore.lanes import Lane, Superseded
 from tensorcast.explore.question import field_of, with_defaults
 from tensorcast.explore.work import Reply
+from tensorcast.report.glossary import glossary
 from tensorcast.search.space import Variant
 from tensorcast.version import __version__
 

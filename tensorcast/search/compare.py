@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,8 @@ class Comparison:
     behind: dict[str, tuple[Scenario, Variant, Variant]] = field(default_factory=dict, repr=False)
     """Of every candidate: what it serves, and the variants that prefill and decode."""
     warning: str = ""
+    question: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Arguments of :func:`tensorcast.api.compare`, or options by flag, as they were given."""
 
     def deployments(self, candidate: str) -> tuple[Deployment, Deployment]:
         """(prefill, decode) of a candidate, made anew. Raises :class:`InputError` for an unknown one."""

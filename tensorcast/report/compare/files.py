@@ -12,12 +12,15 @@ from tensorcast.errors import InputError
 from tensorcast.files import check_directory
 from tensorcast.launch.launch import WRITERS
 from tensorcast.report.compare import fronts, steps, words
+from tensorcast.report.compare.best_of import best_of_each
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.figures import Chart, style
 from tensorcast.report.compare.page import html, today
 from tensorcast.report.compare.roofline import roofline
+from tensorcast.report.compare.sentences import sentences
 from tensorcast.report.compare.takeaway import takeaways
 from tensorcast.report.plain import to_json
+from tensorcast.report.question import command, config, flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +33,7 @@ FIGURES: tuple[Callable[[View], Chart | None], ...] = (
 )
 """In the order of the page. A figure that would say nothing is None."""
 
+QUESTION = "question.yaml"
 FIGURE_NAMES = ("pareto", "step", "throughput", "heatmap", "memory", "roofline", "expert_load")
 """Files that an earlier report may have left: those that this one does not draw are removed."""
 
@@ -56,6 +60,7 @@ def write_comparison(comparison: Comparison, directory: Path, price: float | Non
     summary = to_json(summary_of(view, figures), indent=2) + "\n"
     starts = [one for one in takeaways(view) if not one.problem]
     written = ["report.html", "candidates.parquet", "candidates.csv", "summary.json"]
+    asked = flags(comparison)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".tensorcast-") as name:
@@ -67,13 +72,16 @@ def write_comparison(comparison: Comparison, directory: Path, price: float | Non
                 (hidden / f"{chart.name}.png").write_bytes(chart.png)
                 (hidden / f"{chart.name}.svg").write_bytes(chart.svg)
                 written += [f"{chart.name}.png", f"{chart.name}.svg"]
+            if asked:
+                (hidden / QUESTION).write_text(config(asked), encoding="utf-8")
+                written.append(QUESTION)
             for one in starts:
                 (hidden / one.file).write_text(one.script, encoding="utf-8")
             written += [one.file for one in starts]
             for file in written:
                 os.replace(hidden / file, directory / file)
         ours = {f"{name}.{kind}" for name in FIGURE_NAMES for kind in ("png", "svg")}
-        for stale in (ours | {f"launch-{engine}.sh" for engine in WRITERS}) - set(written):
+        for stale in (ours | {QUESTION} | {f"launch-{engine}.sh" for engine in WRITERS}) - set(written):
             (directory / stale).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--out {directory}: cannot be written: {error.strerror or error}") from None
@@ -112,7 +120,10 @@ def summary_of(view: View, figures: list[Chart]) -> dict[str, Any]:
         "model": c.model.name, "devices": [device.name for device in c.devices], "engine": c.engine.name,
         "objective": c.objective,
         "targets": view.limits, "input_len": c.input_len,
-        "output_len": c.output_len, "price_per_gpu_hour_usd": view.price, "answer": answer.headline,
+        "output_len": c.output_len,
+        "price_per_gpu_hour_usd": view.price or {t.device.name: t.price for t in c.tasks if t.price is not None},
+        "command": command(flags(c)), "question": flags(c), "decides": [] if view.best is None else sentences(view),
+        "best_of_each": [one.record(view) for one in best_of_each(view)], "answer": answer.headline,
         "warning": answer.warning, "explanation": list(answer.paragraphs), "best": view.best,
         "runner_up": view.runner_up, "ties": list(c.ties), "candidates": len(view.frame), "examined": c.examined,
         "pruned": dict(c.pruned),

@@ -10,12 +10,17 @@ from typing import Any
 
 from tensorcast.report import units
 from tensorcast.report.compare import words
+from tensorcast.report.compare.best_of import best_of_each
+from tensorcast.report.compare.best_of import rows as rows_of_best
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.figures import Chart
+from tensorcast.report.compare.sentences import sentences
 from tensorcast.report.compare.table import table
 from tensorcast.report.compare.takeaway import takeaways
+from tensorcast.report.glossary import glossary
 from tensorcast.report.layout_words import deployment_words
 from tensorcast.report.plain import to_json
+from tensorcast.report.question import command, flags
 from tensorcast.search.notes import COUNTED
 
 
@@ -29,7 +34,7 @@ def html(view: View, charts: Sequence[Chart]) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     source = lambda name: Markup(loader.get_source(environment, name)[0])  # noqa: E731
-    rows = table(view)
+    rows, best = table(view), best_of_each(view)
     template = environment.get_template("report.html.j2")
     return template.render(
         question=words.asked_for(view),
@@ -48,10 +53,32 @@ def html(view: View, charts: Sequence[Chart]) -> str:
         assumptions=words.assumptions(view, view.shown),
         notes=view.comparison.notes,
         environment=environment_of(view),
+        sentences=[] if view.best is None else sentences(view), best_of=rows_of_best(view, best) if best else None,
+        limits={
+            **{name: "" if limit is None else f"{1e3 * limit:g}" for name, limit in zip(
+                ("ttft", "tpot"), view.limits.values(), strict=True)},
+            "users": (view.comparison.tasks[0].users or "") if view.comparison.tasks else "",
+        },
+        command=command(flags(view.comparison)), words=_words(),
         style=source("style.css"),
-        script=source("table.js"),
+        script=Markup("\n").join(map(source, SCRIPTS)), copy=source("copy.js"),
         count=units.count,
     )
+
+
+SCRIPTS = ("table.js", "live.js")
+"""Of the page's candidates."""
+
+WORDS = (
+    "layout", "tp", "dp", "ep", "etp", "pp", "prefill", "decode", "TTFT", "TPOT", "mode", "concurrency", "batch",
+    "candidate", "Pareto front", "evidence", "interval",
+)
+"""Of the glossary, those that this page uses."""
+
+
+def _words() -> list[tuple[str, str]]:
+    known = glossary()
+    return [(word, known[word]) for word in WORDS if word in known]
 
 
 def _plain(view: View) -> str:

@@ -68,7 +68,8 @@ class Table:
     left_out: str
 
     def document(self) -> dict[str, Any]:
-        """For the page's script. A number is a pair: to sort by, to show."""
+        """For the page's script. A number is a pair: to sort by, to show. After its cells each row has whether it is on
+        the Pareto front and the slow ends of the intervals of TTFT and TPOT."""
         return {"columns": [column.described() for column in self.columns], "rows": self.rows}
 
 
@@ -84,7 +85,7 @@ def table(view: View) -> Table:
         )
     records = [_record(view, row) for row in kept.to_dict("records")]
     columns = tuple(column for column in COLUMNS if _says_something(column, records))
-    rows = [[_cell(column, record[column.key]) for column in columns] + [record["pareto"]] for record in records]
+    rows = [[_cell(column, record[column.key]) for column in columns] + _beside(record) for record in records]
     filters = {
         column.key: values
         for column in columns
@@ -98,6 +99,10 @@ def _record(view: View, row: Any) -> dict[str, Any]:
         **row, "name": view.name(row), "memory_share": row["memory_bytes"] / row["capacity_bytes"],
         "verdict": verdict(row), "options": options(row), "pareto": bool(row["pareto"]),
     }
+
+
+def _beside(record: dict[str, Any]) -> list[Any]:
+    return [record["pareto"], *(float(f"{record[name]:.6g}") for name in ("ttft_high_s", "tpot_high_s"))]
 
 
 def _says_something(column: Column, records: list[dict[str, Any]]) -> bool:

@@ -10,8 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tensorcast.report import units
+from tensorcast.report.compare.best_of import best_of_each
 from tensorcast.report.compare.choices import View, records
+from tensorcast.report.compare.sentences import sentences
 from tensorcast.report.compare.words import asked_for, conclusion, limit_name, options
+from tensorcast.report.question import command, flags
 from tensorcast.report.units import plural
 from tensorcast.search.notes import COUNTED
 
@@ -116,6 +119,9 @@ def comparison_record(found: Comparison, replayed: ReplayedComparison | None = N
         "answer": [said.headline, *said.paragraphs],
         "best": found.best,
         "best_options": options(found.best) if found.best else "",
+        "decides": sentences(view) if found.best else [],
+        "best_of_each": [one.record(view) for one in best_of_each(view)],
+        "command": command(flags(found)),
         "runner_up": found.runner_up,
         "ties": found.ties,
         "layouts": view.per_layout.to_dict("records"),

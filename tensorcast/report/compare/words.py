@@ -70,7 +70,7 @@ def asked_for(view: View) -> str:
     asked += [f"at least {units.digits(number)} {what}" for what, number in least.items() if number is not None]
     if c.tasks and c.tasks[0].budget is not None:
         asked.append(f"at most {units.digits(c.tasks[0].budget)} USD per hour")
-    if c.tasks and c.tasks[0].confidence is not None:
+    if c.tasks and c.tasks[0].confidence is not None and any(limits.values()):
         asked.append(f"each kept with a chance of {100 * c.tasks[0].confidence:g} %")
     engines = " or ".join(dict.fromkeys(task.engine.name for task in c.tasks)) or c.engine.name
     parts = [

@@ -1,17 +1,18 @@
 "use strict";
 // Sorts and filters the candidates. A number's cell is a pair: the value to sort by, the text to show.
-(() => {
+const candidateTable = (() => {
   const { columns, rows } = JSON.parse(document.getElementById("data").textContent);
   const PAGE = 30;
   const FRONT = columns.length; // each row ends with whether it is on the Pareto front
   const VERDICT = columns.findIndex((column) => column.key === "verdict");
-  const form = document.querySelector(".filters");
+  const form = document.querySelector("form[role=search]");
   const heads = [...document.querySelectorAll("#table th")];
   const body = document.querySelector("#table tbody");
   const more = document.getElementById("more");
   const status = document.getElementById("shown");
   const text = (row, i) => (columns[i].number ? row[i][1] : row[i]);
-  const words = rows.map((row) => columns.map((_, i) => text(row, i)).join(" ").toLowerCase());
+  const words = (row) => columns.map((_, i) => text(row, i)).join(" ").toLowerCase();
+  const listening = [];
   let order = { column: -1, down: false };
   let limit = PAGE;
 
@@ -29,8 +30,8 @@
     const picks = [...form.querySelectorAll("select")]
       .filter((select) => select.value)
       .map((select) => [columns.findIndex((column) => column.key === select.dataset.column), select.value]);
-    const kept = rows.filter((row, n) =>
-      (!front || row[FRONT]) && picks.every(([i, value]) => row[i] === value) && wanted.every((w) => words[n].includes(w)));
+    const kept = rows.filter((row) =>
+      (!front || row[FRONT]) && picks.every(([i, value]) => row[i] === value) && wanted.every((w) => words(row).includes(w)));
     return order.column < 0 ? kept : kept.sort(compare);
   }
 
@@ -39,7 +40,7 @@
     body.replaceChildren(...kept.slice(0, limit).map((row) => {
       const line = document.createElement("tr");
       line.classList.toggle("front", row[FRONT]);
-      line.classList.toggle("misses", VERDICT >= 0 && row[VERDICT].startsWith("misses"));
+      line.classList.toggle("misses", VERDICT >= 0 && /^(over|too)/.test(row[VERDICT]));
       columns.forEach((column, i) => {
         const cell = line.insertCell();
         cell.textContent = text(row, i);
@@ -54,6 +55,7 @@
     const count = Math.min(limit, kept.length);
     status.textContent = `${count} of ${kept.length} matching rows shown, ${rows.length} in all. ● on the Pareto front.`;
     more.hidden = kept.length <= limit;
+    listening.forEach((take) => take(kept));
   }
 
   heads.forEach((head, i) => head.querySelector("button").addEventListener("click", () => {
@@ -68,4 +70,5 @@
   more.addEventListener("click", () => { limit += 4 * PAGE; show(); });
   addEventListener("beforeprint", () => { limit = Math.max(limit, 100); show(); });
   show();
+  return { columns, rows, show, onkept: (take) => listening.push(take) };
 })();

@@ -1,4 +1,4 @@
-"""The words of ``docs/glossary.md`` with their meanings, for tooltips."""
+"""The words of ``docs/glossary.md`` with their meanings, for tooltips and pages."""
 
 from __future__ import annotations
 

@@ -93,18 +93,15 @@ def simulate(
         raise InputError(f"layout: dp = {dp} and pp = {pp} must be at least 1")
     layout = Layout(world_size, tp if tp is not None else max(1, world_size // (dp * pp)), dp, ep, pp)
     default_new, default_past = (1, 4096) if phase == "decode" else (4096, 0)
-    workload = Workload(
-        phase,
-        batch,
-        default_new if input_len is None else input_len,
-        default_past if context is None else context,
-    )
+    new, past = default_new if input_len is None else input_len, default_past if context is None else context
     profile, read_as = named_model(model)
-    parts = profile, device_profile(device), load_engine(engine), layout
-    found = run(
-        *parts, workload, options=options_of(options), allow_oversize=allow_oversize, enough=_what_holds
-    )
+    parts = profile, device_profile(device), load_engine(engine), layout, Workload(phase, batch, new, past)
+    found = run(*parts, options=options_of(options), allow_oversize=allow_oversize, enough=_what_holds)
     return _noted(found, read_as)
+
+
+SEARCHED = ("kv_dtype", "mtp_depth", "all2all", "dispatch", "combine", "chunk_tokens")
+"""Options that :func:`compare` takes several values of."""
 
 
 @python_names
@@ -141,9 +138,8 @@ def compare(
     ``tokens_per_gpu``, ``throughput`` and ``users`` (most of all GPUs), ``latency``, ``cost`` (of ``prices``, US
     dollars per GPU hour by device) or ``gpus`` (fewest that serve what is asked). ``request_rate`` and ``users`` are
     the least requests per second and in flight that must be served, ``budget`` the most US dollars per hour; with a
-    ``confidence`` such as 0.8 limits must be kept with that chance each, and lower bounds decide. Several devices,
-    engines or sizes are compared together. ``layouts``: only these,
-    such as ``tp8-ep8``. ``options``: ``quant``, ``state_dtype``, ``routing`` (typical unless said) and ``placement``
+    ``confidence`` such as 0.8 each limit must be kept with that chance, and lower bounds decide. ``device``, ``engine``
+    and ``world_size`` may be several. ``layouts``: only these, such as ``tp8-ep8``. ``options``: ``quant``, ``state_dtype``, ``routing`` (typical unless said) and ``placement``
     hold for all; of ``kv_dtype``, ``mtp_depth``, ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given
     values alone are searched; ``full`` also searches KV dtypes and depths of drafting. ``runnable_only``: only what
     ``engine`` can run. ``mtp_acceptance``: chance that a drafted token is accepted, or a task of published tables.
@@ -178,15 +174,10 @@ def compare(
         full=full, runnable_only=runnable_only, quant=options.get("quant"), state_dtype=options.get("state_dtype"),
         routing=options.get("routing", SERVED_ROUTING), placement=options.get("placement", "linear"),
         speculative_method=options.get("speculative_method", "mtp"), draft_model=options.get("draft_model"),
-        searched={
-            "kv_dtype": options.get("kv_dtype"), "mtp_depth": options.get("mtp_depth"),
-            "dcp": options.get("dcp"),
-            "exchange": options.get("all2all"), "dispatch": options.get("dispatch"),
-            "combine": options.get("combine"), "chunk_tokens": options.get("chunk_tokens"),
-        },
+        searched={"exchange" if name == "all2all" else name: options.get(name) for name in SEARCHED},
     )  # fmt: skip
-    found = replace(decide(tasks, spread(search, tasks, jobs, executor)), question=question)
-    return _noted(found, read_as, note(len(tasks), jobs, executor))
+    found = _noted(decide(tasks, spread(search, tasks, jobs, executor)), read_as, note(len(tasks), jobs, executor))
+    return replace(found, question=question)
 
 
 @python_names
@@ -206,6 +197,7 @@ def explain(
 ) -> Explanation:
     """Two layouts side by side at the same load: which groups of ops moved and why, and what would help each.
 
+    Of several servers (``2 x tp8``) one is looked at, of pools (``tp8 > dp8-ep8``) the one that the phase is for.
     ``batch`` counts sequences per data-parallel rank of ``layout``; ``versus`` gets as many in all. By default it is
     the largest that fits in both. Decode defaults to ``context=4096`` cached tokens, prefill to ``input_len=4096`` new.
     ``options``, as of :func:`simulate`, hold for both, as far as they apply to ``versus``; ``routing`` is typical
@@ -217,19 +209,18 @@ def explain(
     >>> why.groups, why.elasticities  # doctest: +SKIP
     """
     from tensorcast.deploy.explain import explain as run
-    from tensorcast.deploy.layout import parse_layout
     from tensorcast.deploy.model_names import named_model
     from tensorcast.deploy.options import SERVED_ROUTING, options_of
     from tensorcast.profiles.store import load_engine
+    from tensorcast.scheduling.pools import layout_for
 
-    one, other = parse_layout(layout, world_size), parse_layout(versus, world_size)
-    choices = options_of({"routing": SERVED_ROUTING, **options})
+    one, other = (layout_for(phase, name, world_size) for name in (layout, versus))
     new, past = (1, 4096) if phase == "decode" else (4096, 0)
     new, past = new if input_len is None else input_len, past if context is None else context
     profile, read_as = named_model(model)
     found = run(
         profile, device_profile(device), load_engine(engine), one, versus=other, phase=phase, batch=batch, new=new,
-        past=past, options=choices,
+        past=past, options=options_of({"routing": SERVED_ROUTING, **options}),
     )
     return _noted(found, read_as)
 

@@ -75,7 +75,7 @@ def refused(*arguments: str) -> str:
         (("simulate", "/etc/passwd", "-d", "h100"), ("model /etc/passwd: is a file of another kind", "config.json")),
         (("simulate", "mixtral-8x7b", "-d", "/etc"), ("device /etc: is a directory", "NAME.yaml")),
         ((*COMPARE, "--routing", "no-such.csv"), ("--routing no-such.csv: no such file",)),
-        ((*COMPARE, "--request-rate", "5"), ("--request-rate 5", "--objective gpus")),
+        ((*COMPARE, "--request-rate", "-5"), ("--request-rate -5.0", "more than 0")),
         (("launch", "mixtral-8x7b", "-d", "h100", "--layout", "tp2", "--role", "both"), ("--role 'both'", "decode")),
         (("predict", "no-such.csv"), ("no-such.csv", "no such file")),
         (("calibrate", "-d", "cpu", "--from", "no-such.parquet"), ("no-such.parquet: no such file",)),

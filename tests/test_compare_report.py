@@ -256,8 +256,9 @@ class Watched:
         return list(self.page.locator(f"#table tbody td:nth-child({heads.index(name) + 1})").all_text_contents())
 
     def sort(self, name: str) -> str | None:
-        self.page.locator("#table").get_by_role("columnheader", name=name, exact=True).get_by_role("button").click()
-        state = self.page.locator("#table").get_by_role("columnheader", name=name, exact=True).get_attribute("aria-sort")
+        head = self.page.locator("#table").get_by_role("columnheader", name=name, exact=True)
+        head.get_by_role("button").click()
+        state = head.get_attribute("aria-sort")
         return None if state is None else str(state)
 
     def show_all(self) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, command
 from tensorcast.cli.options import LAYOUT, Device, Model, deployment_options
 from tensorcast.errors import InputError
+
+if TYPE_CHECKING:
+    from tensorcast.launch.launch import Launch
+    from tensorcast.scheduling.pools import Servers
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -24,6 +30,10 @@ tensorcast launch deepseek-v3 -d h200 --layout tp8-ep8 --engine vllm --batch 64 
 [dim]The decode half of a disaggregated deployment; trtllm-serve reads its options from a file[/dim]
 
 tensorcast launch deepseek-v3 -d h200 --layout dp8-ep8 --engine trtllm --batch 128 --role decode
+
+[dim]All of a deployment as a folder: a script per role, the router, a health check, a benchmark, manifests[/dim]
+
+tensorcast launch qwen3-235b-a22b -d h200 -e vllm --layout "2 x tp4 > tp8-ep8" -b 128 --out run --manifests kubernetes
 
 [dim]Which release and file every flag was read from[/dim]
 
@@ -45,7 +55,8 @@ def launch(
     *,
     device: Device,
     layout: Annotated[str, typer.Option(
-        "--layout", "-l", metavar=LAYOUT, help="Sizes of the parallel groups; one left out is 1.",
+        "--layout", "-l", metavar=LAYOUT, help="Sizes of the parallel groups; one left out is 1. Several servers as "
+        "[bold]4 x tp8[/bold], pools as [bold]2 x tp8 > dp8-ep8[/bold], as a comparison names them.",
         show_default=False, rich_help_panel=DEPLOYMENT,
     )],
     world_size: Annotated[int | None, typer.Option(
@@ -76,6 +87,14 @@ def launch(
         "--engine", "-e", metavar="NAME", help="vllm, sglang or trtllm; an older release as sglang==0.5.14.",
         rich_help_panel=CHOICES,
     )] = "vllm",
+    out: Annotated[Path | None, typer.Option(
+        "--out", "-o", metavar="DIR", show_default=False, rich_help_panel=OUTPUT,
+        help="Write a folder: a script per role, router, health check, benchmark, and README.md.",
+    )] = None,
+    manifests: Annotated[str | None, typer.Option(
+        "--manifests", metavar="NAME,...", show_default=False, rich_help_panel=OUTPUT,
+        help="Also compose (one machine) or kubernetes (LeaderWorkerSet) there.",
+    )] = None,
     as_json: Annotated[bool, typer.Option(
         "--json", help="Print JSON alone: commands, files, every flag with version and source.", rich_help_panel=OUTPUT,
     )] = False,
@@ -88,28 +107,74 @@ def launch(
     from tensorcast.deploy.options import options_of
     from tensorcast.launch.launch import launch as write
     from tensorcast.launch.launch import script, with_room
+    from tensorcast.scheduling.pools import parse_servers
     from tensorcast.trace.cache import traced
 
-    if role not in (None, "prefill", "decode"):
+    if role not in ROLES:
         raise InputError(f"--role {role!r}: must be prefill or decode")
     options = options_of(chosen)
     if options.all2all not in ALL2ALL:
         raise InputError(f"--all2all {options.all2all!r}: choose one of {', '.join(ALL2ALL)}")
-    sizes, gpu = parse_layout(layout, world_size), device_profile(device)
+    servers, gpu = parse_servers(layout), device_profile(device)
     profile, read_as = named_model(model)
-    check(sizes, traced(profile, role or "decode").facts, gpu)  # of a decoder: nothing else is traced
-    found = write(
-        engine, profile, sizes, options, batch=batch, input_len=input_len, output_len=output_len, chunk_tokens=chunk,
-        gpus_per_node=gpus_per_node, role=role, device=gpu,
-    )
-    if found.problem:
-        raise InputError(f"{found.engine} {found.version} cannot run {sizes}: {found.problem}")
-    found = with_room(found, profile, gpu, sizes, options, role=role, batch=batch, length=input_len + output_len)
-    if read_as:
-        found = replace(found, notes=(*found.notes, read_as))
+    roles = [role if one.role == "both" else one.role for one in servers]
+    if roles not in ([role], ["prefill", "decode"]) or any(one.device for one in servers):
+        raise InputError(f"--layout {layout}: one kind of servers, or a pool for each phase, all of one device")
+    if manifests and out is None:
+        raise InputError("--manifests: are written to a folder: say which, with --out")
+    made = []
+    for each, own in zip(servers, roles, strict=True):
+        sizes = parse_layout(str(each.layout), world_size if len(servers) == each.count == 1 else None)
+        check(sizes, traced(profile, own or "decode").facts, gpu)  # of a decoder: nothing else is traced
+        found = write(
+            engine, profile, sizes, options, batch=batch, input_len=input_len, output_len=output_len,
+            chunk_tokens=chunk, gpus_per_node=gpus_per_node, role=own, device=gpu,
+        )
+        if found.problem:
+            raise InputError(f"{found.engine} {found.version} cannot run {sizes}: {found.problem}")
+        found = with_room(found, profile, gpu, sizes, options, role=own, batch=batch, length=input_len + output_len)
+        made.append(replace(found, notes=(*found.notes, *filter(None, [read_as]))))
+    if out is not None:
+        row = {"model": model, "device": gpu.name, "engine": made[0].engine, "release": made[0].version,
+               "layout": " > ".join(map(str, servers)), "kv_dtype": options.kv_dtype or "",
+               "mtp_depth": options.mtp_depth}  # fmt: skip
+        users = batch * servers[-1].layout.dp * servers[-1].count
+        _write(out, manifests, made, servers, roles, row=row, users=users, sizes=(input_len, output_len, gpus_per_node),
+               path=profile.hf_id if "/" in profile.hf_id else f"/path/to/{profile.name}")
+        return
     if as_json:
         from tensorcast.report.plain import to_json
 
-        typer.echo(to_json(found.record(), indent=2))
+        records = [found.record() for found in made]
+        typer.echo(to_json(records[0] if len(records) == 1 else dict(zip(roles, records, strict=True)), indent=2))
         return
-    typer.echo(script(found))
+    typer.echo(script(*made, roles=[own or "" for own in roles] if len(made) > 1 else [""]))
+
+
+ROLES = (None, "prefill", "decode")
+
+
+def _write(
+    out: Path, manifests: str | None, made: Sequence[Launch], servers: Sequence[Servers], roles: Sequence[str | None],
+    *, row: dict[str, object], users: int, sizes: tuple[int, int, int], path: str,
+) -> None:
+    """The launch folder. ``sizes``: of prompts, replies and nodes; ``users``: of the benchmark."""
+    from tensorcast.cli.values import listed_names
+    from tensorcast.files import check_directory, write_atomically, writing
+    from tensorcast.launch.folder import files
+    from tensorcast.launch.pools import Deployment, Pool
+
+    check_directory(out)
+    pools = tuple(
+        Pool(own or "server", each.count, each.layout.world_size, found)
+        for own, each, found in zip(roles, servers, made, strict=True)
+    )
+    deployment = Deployment(
+        pools=pools, model=path, input_len=sizes[0], output_len=sizes[1], users=users, gpus_per_node=sizes[2], row=row
+    )
+    texts = files(deployment, listed_names("--manifests", manifests) if manifests else ())
+    with writing("--out", out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_atomically(out / name, text)
+    typer.echo(f"wrote {', '.join(texts)} to {out}: begin with {out / 'README.md'}")

@@ -22,6 +22,10 @@ tensorcast predict runs.csv --out predictions.csv
 
 tensorcast predict runs.csv --report errors.md
 
+[dim]A launch folder's benchmark beside its prediction[/dim]
+
+tensorcast predict run/runs.csv --result run/result.json
+
 [dim]All columns, their other names and defaults[/dim]
 
 tensorcast predict --columns"""
@@ -37,6 +41,11 @@ def predict(
     report: Annotated[Path | None, typer.Option(
         "--report", metavar="FILE", help="Markdown of the errors, a figure beside it.", rich_help_panel=OUTPUT,
     )] = None,
+    result: Annotated[list[Path], typer.Option(
+        "--result", metavar="FILE", show_default=False,
+        help="Result of vllm bench serve, sglang.bench_serving or TensorRT-LLM's: the table's one deployment is scored "
+        "at its load; again for more.",
+    )] = [],  # noqa: B006 - typer's way of an option that may be given again
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes; short tables need one.")] = 2,
     columns: Annotated[bool, typer.Option("--columns", help="List the columns that are read, and leave.")] = False,
     as_json: AsJson = False,
@@ -59,7 +68,7 @@ def predict(
 
     _check_targets(runs, out, report)
     with patience(str(runs), "predicting"):
-        table = predict_file(runs, jobs)
+        table = predict_file(runs, jobs, result)
         if not len(table):
             raise InputError(f"{runs}: no rows under its columns, nothing to predict")
         summary = summarise(table)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, command, console, patience
-from tensorcast.cli.options import Model, Phase, deployment_options
+from tensorcast.cli.options import LAYOUT, Model, Phase, deployment_options
 from tensorcast.deploy.options import OPTIONS
+from tensorcast.errors import InputError
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -42,6 +43,10 @@ def simulate(
     world_size: Annotated[int, typer.Option(
         "--world-size", "-n", min=1, help="GPUs in all: tp*dp*pp.", rich_help_panel=DEPLOYMENT,
     )] = 1,
+    layout: Annotated[str | None, typer.Option(
+        "--layout", "-l", metavar=LAYOUT, show_default=False, rich_help_panel=DEPLOYMENT,
+        help="Instead of sizes one by one; of several servers one, of pools (2 x tp8 > dp8-ep8) the phase's.",
+    )] = None,
     tp: Annotated[int | None, typer.Option(
         "--tp", min=1, help="Tensor-parallel GPUs.  [dim]\\[default: what dp and pp leave][/dim]", show_default=False,
         rich_help_panel=DEPLOYMENT,
@@ -93,6 +98,14 @@ def simulate(
     from tensorcast.files import check_directory
     from tensorcast.report.simulate.files import write_report
 
+    if layout is not None:
+        if (tp, dp, ep, pp) != (None, 1, 1, 1):
+            raise InputError(f"--layout {layout}: says the sizes; leave out --tp, --dp, --ep and --pp")
+        from tensorcast.scheduling.pools import parse_servers
+
+        one = parse_servers(layout)[0 if phase == "prefill" else -1].layout
+        tp, dp, ep, pp = one.tp, one.dp, one.ep, one.pp
+        world_size = one.world_size if world_size in (1, one.world_size) else world_size
     if out is not None:
         check_directory(out)  # before minutes of work, not after
     with patience(model):

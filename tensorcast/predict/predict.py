@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.errors import InputError
 from tensorcast.parallel import spread, uncollected
+from tensorcast.predict.bench_results import with_results
 from tensorcast.predict.cells import is_empty, plain_number
 from tensorcast.predict.csv_table import read_table
+from tensorcast.predict.named_layouts import layout_cells
 from tensorcast.predict.run_columns import MEASURED, Run, canonical_columns, read_run
 from tensorcast.predict.serve_runs import serve
 from tensorcast.serving.interval import served_interval
@@ -41,10 +43,16 @@ FEW = 256
 """Rows below which one process answers sooner than several start."""
 
 
-def predict_file(path: Path, jobs: int = 1) -> pd.DataFrame:
-    """:func:`predict` of a CSV file. Raises :class:`InputError` on bad files."""
+def predict_file(path: Path, jobs: int = 1, results: Sequence[Path] = ()) -> pd.DataFrame:
+    """:func:`predict` of a CSV file; with ``results`` of load generators, of its deployment at each of their loads.
+
+    Raises :class:`InputError` on bad files.
+    """
+    table = read_table(path)
+    if results:
+        table = with_results(table, results)
     try:
-        return predict(read_table(path), jobs)
+        return predict(table, jobs)
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
 
@@ -101,11 +109,13 @@ def read_runs(table: pd.DataFrame, ours: Mapping[Any, str]) -> tuple[list[Run | 
         raise InputError(f"the table needs columns model and device, has {', '.join(map(str, table.columns))}")
     stated = frozenset(name.strip().lower() for name in ours)
     rows = [{ours[name]: value for name, value in row.items() if name in ours} for row in table.to_dict("records")]
+    # a layout's one name stands for columns of sizes, where there are none
+    named = table["layout"] if "layout" in table and not {"tp", "dp", "ep", "decode_tp"} & {*ours.values()} else ()
     runs: list[Run | None] = []
     problems = []
-    for row in rows:
+    for row, name in itertools.zip_longest(rows, named):
         try:
-            runs.append(read_run(row, stated))
+            runs.append(read_run({**row, **({} if is_empty(name) else layout_cells(str(name)))}, stated))
             problems.append("")
         except InputError as error:
             runs.append(None)

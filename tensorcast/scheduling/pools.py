@@ -47,9 +47,10 @@ def parse_servers(text: str) -> tuple[Servers, ...]:
     """``tp8-ep8``, ``4 x tp8-ep8``, or, prompts read by other servers, ``2 x tp8-ep8 > 1 x dp8-ep8`` (also ``+``).
 
     Pools beside one another, which the router takes from alike, have ``&`` between: ``4 x tp8 & 2 x tp4@h100``, with
-    another device behind ``@``.
+    another device behind ``@``. Where they run may follow, as a comparison writes it: ``2 x tp8 on 16 h200-sxm under
+    vllm``.
     """
-    parts = re.split(r"\s*[>+]\s*", text.strip())
+    parts = re.split(r"\s*[>+]\s*", re.split(r"\s+(?:on|under)\s+", text.strip())[0])
     if len(parts) > 2:
         raise InputError(f"layout {text!r}: at most two phases, prefill > decode")
     roles: tuple[Role, ...] = ("prefill", "decode") if len(parts) == 2 else ("both",)
@@ -58,8 +59,19 @@ def parse_servers(text: str) -> tuple[Servers, ...]:
     )
 
 
+def layout_for(phase: str, text: str, world_size: int) -> Layout:
+    """The layout that serves ``phase`` in a deployment: of pools that phase's, of several servers one.
+
+    ``world_size``: GPUs in all that a layout by itself must take.
+    """
+    servers = parse_servers(text)
+    one = servers[0] if phase == "prefill" else servers[-1]
+    return one.layout if len(servers) > 1 or one.count > 1 else parse_layout(str(one.layout), world_size)
+
+
 def _pool(text: str, part: str, role: Role) -> Servers:
-    count, rest = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", part.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
+    part = re.sub(r"^(\S+)\s+x(\d+)$", r"\2 x \1", part.strip())  # as predict writes replicas
+    count, rest = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", part, re.DOTALL).groups()  # type: ignore[union-attr]
     if count is not None and int(count) < 1:
         raise InputError(f"layout {text!r}: {count} servers: at least 1")
     layout, at, device = rest.partition("@")

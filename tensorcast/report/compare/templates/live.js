@@ -112,8 +112,9 @@
     if (fastest > xs[0] / 1.08 && fastest < xs[1] * 1.08) draw(svg, "line", { class: "limit", x1: x(fastest), x2: x(fastest), y1: top, y2: height - bottom });
     const line = front(y);
     draw(svg, "polyline", { class: "front", points: line.map((row) => `${x(value(row, "tokens_per_s_per_user"))},${up(value(row, y))}`).join(" ") });
-    shown.forEach((row, n) => {
-      const pools = at.mode !== undefined && row[at.mode] === "disaggregated";
+    const order = shown.map((row, n) => [line.includes(row), n]).sort((a, b) => a[0] - b[0]); // the front lies on top
+    order.forEach(([, n]) => {
+      const row = shown[n], pools = at.mode !== undefined && row[at.mode] === "disaggregated";
       const dot = draw(svg, pools ? "rect" : "circle", { class: `dot ${meets(row) ? "" : "misses"} ${line.includes(row) ? "best" : ""}`, "data-n": n });
       const [px, py, r] = [x(value(row, "tokens_per_s_per_user")), up(value(row, y)), line.includes(row) ? 5 : 3.5];
       for (const [name, one] of Object.entries(pools ? { x: px - r, y: py - r, width: 2 * r, height: 2 * r } : { cx: px, cy: py, r })) dot.setAttribute(name, one);

@@ -68,6 +68,16 @@ const candidateTable = (() => {
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(() => { order = { column: -1, down: false }; filter(); }));
   more.addEventListener("click", () => { limit += 4 * PAGE; show(); });
+  document.getElementById("csv").addEventListener("click", () => {
+    const quoted = (one) => (/[",\n]/.test(one) ? `"${one.replaceAll('"', '""')}"` : one);
+    const line = (cells) => cells.map((one) => quoted(String(one ?? ""))).join(",");
+    const lines = [columns.map((column) => column.key), ...selected().map((row) => columns.map((column, i) => (column.number ? row[i][0] : row[i])))];
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([`${lines.map(line).join("\n")}\n`], { type: "text/csv" }));
+    link.download = "candidates.csv";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  });
   addEventListener("beforeprint", () => { limit = Math.max(limit, 100); show(); });
   show();
   return { columns, rows, show, onkept: (take) => listening.push(take) };

@@ -1,0 +1,21 @@
+"""A deployment's one name, read as the columns of a row."""
+
+from __future__ import annotations
+
+from tensorcast.deploy.layout import Layout
+from tensorcast.scheduling.pools import parse_servers
+
+
+def layout_cells(text: str) -> dict[str, str]:
+    """Columns of a deployment by its one name, such as ``2 x tp4 > tp8-ep8``: those of a row that says its sizes."""
+    servers = parse_servers(text)
+    if len(servers) == 1:
+        return {"mode": "aggregated", "replicas": str(servers[0].count), **_sizes("", servers[0].layout)}
+    found = {"mode": "disaggregated"}
+    for prefix, one in zip(("prefill_", "decode_"), servers, strict=True):
+        found |= {f"{prefix}workers": str(one.count), **_sizes(prefix, one.layout)}
+    return found
+
+
+def _sizes(prefix: str, layout: Layout) -> dict[str, str]:
+    return {f"{prefix}{name}": str(getattr(layout, name)) for name in ("tp", "dp", "ep", "pp")}

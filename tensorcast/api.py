@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tensorcast.arguments import python_names
 from tensorcast.errors import InputError
@@ -100,10 +100,6 @@ def simulate(
     return _noted(found, read_as)
 
 
-SEARCHED = ("kv_dtype", "mtp_depth", "all2all", "dispatch", "combine", "chunk_tokens")
-"""Options that :func:`compare` takes several values of."""
-
-
 @python_names
 def compare(
     model: str,
@@ -139,9 +135,9 @@ def compare(
     dollars per GPU hour by device) or ``gpus`` (fewest that serve what is asked). ``request_rate`` and ``users`` are
     the least requests per second and in flight that must be served, ``budget`` the most US dollars per hour; with a
     ``confidence`` such as 0.8 each limit must be kept with that chance, and lower bounds decide. ``device``, ``engine``
-    and ``world_size`` may be several. ``layouts``: only these, such as ``tp8-ep8``. ``options``: ``quant``, ``state_dtype``, ``routing`` (typical unless said) and ``placement``
-    hold for all; of ``kv_dtype``, ``mtp_depth``, ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given
-    values alone are searched; ``full`` also searches KV dtypes and depths of drafting. ``runnable_only``: only what
+    and ``world_size`` may be several. ``layouts``: only these, such as ``tp8-ep8``. ``options``: ``quant``,
+    ``state_dtype``, ``routing`` (typical unless said) and ``placement`` hold for all; of ``kv_dtype``, ``mtp_depth``,
+    ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given values alone are searched; ``full`` also searches KV dtypes and depths of drafting. ``runnable_only``: only what
     ``engine`` can run. ``mtp_acceptance``: chance that a drafted token is accepted, or a task of published tables.
 
     Raises :class:`tensorcast.InputError` on what cannot be: with ``exit_code`` 3 where no layout keeps the limits, the
@@ -159,7 +155,7 @@ def compare(
     from tensorcast.profiles.store import load_engine
     from tensorcast.search.compare import compare as decide
     from tensorcast.search.search import search
-    from tensorcast.search.search_task import search_tasks
+    from tensorcast.search.search_task import SEARCHED, search_tasks
 
     devices = [device] if isinstance(device, str) else list(device)
     profile, read_as = named_model(model)
@@ -174,7 +170,7 @@ def compare(
         full=full, runnable_only=runnable_only, quant=options.get("quant"), state_dtype=options.get("state_dtype"),
         routing=options.get("routing", SERVED_ROUTING), placement=options.get("placement", "linear"),
         speculative_method=options.get("speculative_method", "mtp"), draft_model=options.get("draft_model"),
-        searched={"exchange" if name == "all2all" else name: options.get(name) for name in SEARCHED},
+        searched={axis: dict[str, Any](options).get(name) for axis, name in SEARCHED.items()},
     )  # fmt: skip
     found = _noted(decide(tasks, spread(search, tasks, jobs, executor)), read_as, note(len(tasks), jobs, executor))
     return replace(found, question=question)

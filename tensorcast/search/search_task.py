@@ -50,6 +50,11 @@ class Scenario:
 
 
 MODES = ("aggregated", "disaggregated")
+SEARCHED = {
+    "kv_dtype": "kv_dtype", "mtp_depth": "mtp_depth", "dcp": "dcp", "exchange": "all2all", "dispatch": "dispatch",
+    "combine": "combine", "chunk_tokens": "chunk_tokens",
+}
+"""Axes by what their option is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +108,9 @@ def search_tasks(
     world_sizes: Sequence[int], *,
     input_len: int, output_len: int, prefix_cached: int = 0, mtp_acceptance: float | str = 0.8,
     ttft_s: float | None = None, tpot_s: float | None = None, objective: str = "tokens_per_gpu",
-    layouts: Sequence[str] | None = None,
-    modes: Sequence[str] = MODES, request_rate: float | None = None, users: int | None = None,
-    budget: float | None = None, confidence: float | None = None, prices: Mapping[str, float] | None = None,
+    layouts: Sequence[str] | None = None, modes: Sequence[str] = MODES, request_rate: float | None = None,
+    users: int | None = None, budget: float | None = None, confidence: float | None = None,
+    prices: Mapping[str, float] | None = None,
     quant: str | None = None, state_dtype: str | None = None, routing: str = SERVED_ROUTING,
     placement: str = "linear", speculative_method: str = "mtp", draft_model: str | None = None, full: bool = False,
     runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,

@@ -137,8 +137,9 @@ def compare(
     ``confidence`` such as 0.8 each limit must be kept with that chance, and lower bounds decide. ``device``, ``engine``
     and ``world_size`` may be several. ``layouts``: only these, such as ``tp8-ep8``. ``options``: ``quant``,
     ``state_dtype``, ``routing`` (typical unless said) and ``placement`` hold for all; of ``kv_dtype``, ``mtp_depth``,
-    ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given values alone are searched; ``full`` also searches KV dtypes and depths of drafting. ``runnable_only``: only what
-    ``engine`` can run. ``mtp_acceptance``: chance that a drafted token is accepted, or a task of published tables.
+    ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given values alone are searched; ``full`` also
+    searches KV dtypes and depths of drafting. ``runnable_only``: only what ``engine`` can run. ``mtp_acceptance``:
+    chance that a drafted token is accepted, or a task of published tables.
 
     Raises :class:`tensorcast.InputError` on what cannot be: with ``exit_code`` 3 where no layout keeps the limits, the
     message saying which one binds and how close the best came.

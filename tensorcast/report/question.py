@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from tensorcast.search.search_task import SEARCHED
+
 if TYPE_CHECKING:
     from tensorcast.search.compare import Comparison
 
@@ -26,9 +28,8 @@ FLAGS: dict[str, tuple[str, Words]] = {
     "device": ("device", _listed), "world_size": ("world-size", _listed), "engine": ("engine", _listed),
     "ttft_s": ("ttft", _seconds), "tpot_s": ("tpot", _seconds), "modes": ("mode", _listed),
     "layouts": ("layouts", _listed), "mtp_depth": ("mtp", _listed), "runnable_only": ("any-engine", lambda on: not on),
-    **{name: (name.replace("_", "-"), _listed) for name in ("kv_dtype", "all2all", "dispatch", "combine",
-                                                            "chunk_tokens")},
-}  # fmt: skip
+    **{name: (name.replace("_", "-"), _listed) for name in SEARCHED.values() if name != "mtp_depth"},
+}
 """Arguments of :func:`tensorcast.api.compare` that the command line calls otherwise, or takes as a list."""
 
 NOT_ASKED = ("prices", "jobs", "executor", "options")

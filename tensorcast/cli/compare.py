@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,10 @@ tensorcast compare gpt-oss-120b -d h200 -n 8 --layouts tp8,tp8-ep8,dp8-ep8
 [dim]The same question again, of two engines now[/dim]
 
 tensorcast compare --config reports/qwen3-235b/question.yaml --engine vllm,sglang
+
+[dim]Two models, three prompt lengths: a table, and a report of each below out/[/dim]
+
+tensorcast compare deepseek-v3,qwen3-235b-a22b -d h200 -n 32 -i 1000,4000,16000 --tpot 50ms --out out
 
 [dim]300 users at once for 60 USD an hour at most, limits kept four times in five[/dim]
 
@@ -88,9 +93,10 @@ def compare(
         "--world-size", "-n", metavar="N,...", help="GPUs in all; one or more sizes.", show_default=False,
         rich_help_panel=DEPLOYMENT,
     )],
-    input_len: Annotated[int | None, typer.Option(
-        "--input-len", "-i", min=1, show_default=False, rich_help_panel=LOAD,
-        help="Tokens of a prompt.  [dim]\\[default: 4096, or the --trace's mean][/dim]",
+    input_len: Annotated[str | None, typer.Option(
+        "--input-len", "-i", metavar="N,...", show_default=False, rich_help_panel=LOAD,
+        help="Tokens of a prompt; of several lengths, as of several models, each is a question of its own.  "
+        "[dim]\\[default: 4096, or the --trace's mean][/dim]",
     )] = None,
     output_len: Annotated[int | None, typer.Option(
         "--output-len", "-o", min=1, show_default=False, rich_help_panel=LOAD,
@@ -201,21 +207,28 @@ def compare(
     # options that are searched: lists of what was typed
     searched: dict[str, Any] = {name: split_names(options[name]) or None for name in SEVERAL_NAMES}
     searched |= {name: whole_numbers(flag, options[name]) if options[name] else None for name, flag in NUMBERS.items()}
+    models = [model] if Path(model).exists() else split_names(model)
+    lengths = whole_numbers("--input-len", input_len, 1) if input_len else [means[0]]
+    ask = partial(
+        run_comparison, device=listed_names("--device", device), world_size=whole_numbers("--world-size", world_size),
+        output_len=output_len or means[1], ttft_s=duration("--ttft", ttft), tpot_s=duration("--tpot", tpot),
+        objective=objective, engine=listed_names("--engine", engine), layouts=layouts_of(layouts) if layouts else None,
+        modes=listed_names("--mode", mode), request_rate=request_rate, users=users, budget=budget,
+        confidence=confidence, prices=device_prices(price) if price else None, prefix_cached=prefix_cached,
+        mtp_acceptance=accepted, full=full, runnable_only=not any_engine, jobs=jobs, executor=executor,
+        **options | searched,
+    )  # fmt: skip
+    if len(models) * len(lengths) > 1:
+        from tensorcast.cli.several import compare_several
+
+        if sent is not None:
+            raise InputError(f"--trace {trace}: is of one model and its own lengths")
+        questions = [(name, length) for name in models for length in lengths]
+        compare_several(lambda name, length: ask(model=name, input_len=length), questions, out, as_json)
+        return
     with patience(model, "comparing layouts of"):
         try:
-            found = run_comparison(
-                model, device=listed_names("--device", device), world_size=whole_numbers("--world-size", world_size),
-                input_len=input_len or means[0], output_len=output_len or means[1],
-                ttft_s=duration("--ttft", ttft), tpot_s=duration("--tpot", tpot), objective=objective,
-                engine=listed_names("--engine", engine),
-                layouts=layouts_of(layouts) if layouts else None,
-                modes=listed_names("--mode", mode), request_rate=request_rate,
-                users=users, budget=budget, confidence=confidence,
-                prices=device_prices(price) if price else None, prefix_cached=prefix_cached,
-                mtp_acceptance=accepted, full=full, runnable_only=not any_engine, jobs=jobs,
-                executor=executor,
-                **options | searched,
-            )
+            found = ask(model=model, input_len=lengths[0])
         except NoLayoutMeets as error:  # the report says so, too; it is still the same error
             if out is not None and _written(error.comparison, out):
                 raise NoLayoutMeets(f"{error}; all candidates are in {out}", error.comparison) from None

@@ -1,0 +1,41 @@
+"""Several models or prompt lengths: each answer is that of its own question."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import tensorcast as tc
+from tensorcast.cli import app
+
+ASKED = ("compare", "qwen3-30b-a3b,qwen3-8b", "-d", "h100", "-n", "2", "-i", "500,2000", "-o", "200", "--tpot", "30ms",
+         "--mode", "aggregated")  # fmt: skip
+
+
+def test_each_answer_is_its_own_questions(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [*ASKED, "--json"])
+    assert done.exit_code == 0, done.output
+    found = {(one["model"], one["input_len"]): one["best"] for one in json.loads(done.output)}
+    assert len(found) == 4
+    for (model, length), best in list(found.items())[1:3]:
+        alone = tc.compare(
+            model, device="h100", world_size=2, input_len=length, output_len=200, tpot_s=0.03, modes=["aggregated"]
+        )
+        assert alone.best is not None
+        assert best["tokens_per_s_per_gpu"] == pytest.approx(alone.best["tokens_per_s_per_gpu"])
+
+
+def test_what_has_no_answer_says_so_beside_the_others(tmp_path: Path) -> None:
+    asked = ("compare", "qwen3-8b,deepseek-v3", "-d", "h100", "-n", "2", "--out", str(tmp_path))
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0 and "deepseek-v3 does not fit on 2 h100-sxm" in " ".join(done.output.split())
+    answers = pd.read_csv(tmp_path / "answers.csv")
+    assert list(answers["model"]) == ["qwen3-8b", "deepseek-v3"]
+    assert answers["problem"].notna().tolist() == [False, True]
+    assert (tmp_path / "qwen3-8b-4096" / "report.html").exists() and not (tmp_path / "deepseek-v3-4096").exists()
+    none = CliRunner().invoke(app, ("compare", "deepseek-v3,deepseek-r1", "-d", "h100", "-n", "2"))
+    assert none.exit_code == 2 and none.output.startswith("error: deepseek-v3 does not fit")

@@ -28,6 +28,7 @@ from tensorcast.report.compare.choices import PARTS, View, step_parts
 from tensorcast.report.compare.figures import places, spread
 from tensorcast.report.compare.files import FIGURE_NAMES, six_digits, write_comparison
 from tensorcast.report.compare.takeaway import takeaways
+from tensorcast.search.candidate_table import Candidates
 
 MODEL = "qwen3-30b-a3b"
 
@@ -105,7 +106,7 @@ def test_old_figures_go_and_a_failed_write_leaves_what_was_there(
 ) -> None:
     for name in ("expert_load.png", "summary.json", "notes.txt"):
         (tmp_path / name).write_text("old")
-    empty = dataclasses.replace(compared, candidates=compared.candidates.head(0), best=None, runner_up=None, ties=[])
+    empty = dataclasses.replace(compared, kept=compared.kept.where(slice(0)), best=None, runner_up=None, ties=[])
     write_comparison(empty, tmp_path)
     assert not (tmp_path / "expert_load.png").exists()
     assert (tmp_path / "notes.txt").read_text() == "old"
@@ -140,9 +141,10 @@ def test_answer_is_what_the_numbers_say(view: View, compared: Any) -> None:
 
 def test_no_layout_meets_the_targets(compared: Any) -> None:
     """The limit that binds, and how far the closest candidate is from it, against a search of our own."""
-    frame = compared.candidates.assign(meets=False, limit="tpot_s")
+    late = {"meets": np.zeros(len(compared.kept), dtype=bool)}
+    frame = dataclasses.replace(compared.kept, columns=compared.kept.columns | late)
     limits = (float(frame["ttft_s"].max()), float(frame["tpot_s"].min()) / 2)
-    none = dataclasses.replace(compared, candidates=frame, targets=limits, best=None, runner_up=None, ties=[])
+    none = dataclasses.replace(compared, kept=frame, targets=limits, best=None, runner_up=None, ties=[])
     answer = words.conclusion(View(none))
     assert answer.headline == "No layout meets the targets: TPOT binds"
     assert units.seconds(frame["tpot_s"].min()) in answer.how and "100.0% over" in answer.how
@@ -152,7 +154,8 @@ def test_no_layout_meets_the_targets(compared: Any) -> None:
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.booleans()), min_size=1, max_size=40))
 def test_leader_at_every_limit(rows: list[tuple[int, int, bool]]) -> None:
     frame = pd.DataFrame(rows, columns=["tpot_s", "tokens", "own"])
-    leads = runner_up._leader_by_limit(frame, "tpot_s", "tokens", less=False)
+    kept = Candidates({str(name): column.to_numpy() for name, column in frame.items()})
+    leads = pd.DataFrame(runner_up._leader_by_limit(kept, "tpot_s", "tokens", less=False).columns)
     for limit in range(31):
         allowed = frame[frame["tpot_s"] <= limit]
         found = leads[leads["tpot_s"] <= limit]
@@ -165,7 +168,7 @@ def test_the_runner_up_wins_where_it_is_said_to(view: View) -> None:
     """Each turning point, tried: the best of all candidates within the other limits is one of the runner-up's."""
     assert view.runner_up is not None
     for second in (view.runner_up, *(choice.row for choice in view.shown[2:])):
-        own = set(view.of_layout(second)["candidate"])
+        own = set(view.frame["candidate"][view.of_layout(second)])
         for column, limit, looser in runner_up.turning_points(view, second):
             limits = dict(view.limits)
             asked = limits[column]

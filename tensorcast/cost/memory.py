@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from tensorcast.cost.work import Size
 from tensorcast.modeling.quantization import Quantization, padded
 from tensorcast.profiles.memory import Kept, MemoryCovers
 from tensorcast.trace.dims import Dim, Sizes, product
-from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, OpTable, Tensor, per_table
+from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, OpTable, per_table
 
 MLA_FP8_SCALE_GROUP = 128
 """FP8 latent cache of sparse attention on Hopper: fp8 latent, one fp32 scale per 128 of it, bf16 rope part: 656 bytes
@@ -202,13 +201,18 @@ _Amount = tuple[tuple[tuple[Dim, ...], float], ...]
 """Bytes of a storage: the largest of what is seen in it, each as factors that hang on the sizes and a number."""
 
 
-def _amount(tensors: Iterable[Tensor]) -> tuple[_Amount, float]:
+_Seen = tuple[tuple[Dim, ...], str, tuple[int, ...]]
+"""What is seen of a storage: a tensor's sizes, dtype and which sizes are only expanded views."""
+
+
+@cache
+def _amount(seen: frozenset[_Seen]) -> tuple[_Amount, float]:
     """Bytes of a storage as an amount and how much of it: sizes that differ by a number alone are the same amount."""
     found: dict[tuple[Dim, ...], float] = {}
-    for tensor in tensors:
-        whole, *offset = product(tensor.dims, tensor.expanded)
+    for dims, dtype, expanded in seen:
+        whole, *offset = product(dims, expanded)
         factors = (whole._replace(coef=1), *offset)
-        found[factors] = max(found.get(factors, 0.0), whole.coef * DTYPE_BYTES[tensor.dtype])
+        found[factors] = max(found.get(factors, 0.0), whole.coef * DTYPE_BYTES[dtype])
     if len(found) > 1:
         return tuple(found.items()), 1.0
     ((factors, coef),) = found.items()
@@ -224,13 +228,13 @@ def _liveness(table: OpTable) -> tuple[list[_Amount], list[tuple[tuple[int, floa
     states = {t.storage for op in table.ops if op.name in STATEFUL for t in (*op.inputs[3:], *op.outputs[1:])}
     last = {t.storage: i for i, op in enumerate(table.ops) for t in (*op.inputs, *op.outputs) if not t.weight}
     numbers: dict[_Amount, int] = {}
-    seen: dict[int, frozenset[Tensor]] = {}
+    seen: dict[int, frozenset[_Seen]] = {}
     live: dict[int, tuple[int, float]] = {}
     moments: list[dict[int, float]] = []
     for i, op in enumerate(table.ops):
         touched = [t for t in (*op.inputs, *op.outputs) if not t.weight and t.storage not in states]
         for t in touched:
-            one, before = Tensor(t.dims, t.dtype, -1, expanded=t.expanded), seen.get(t.storage, frozenset())
+            one, before = (t.dims, t.dtype, t.expanded), seen.get(t.storage, frozenset())
             if one in before:
                 continue
             seen[t.storage] = before | {one}

@@ -43,6 +43,9 @@ exponents do no better)."""
 PLACEMENTS = (64, 16)
 """Random orders of a popularity law whose median stands for it; fewer where each is balanced anew (EPLB)."""
 
+KNOWING = ("eplb", "eplb_global", "balanced")
+"""Policies that place experts by their popularity."""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -186,22 +189,19 @@ def expert_load(
         )
     q = inclusion(np.arange(1, num_experts + 1, dtype=float) ** -routing.exponent, top_k)
     noise = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
-    if routing.exponent == 0:
-        popularities = [q]
-    else:
+    popularities = [q]
+    if routing.exponent:
         generator = np.random.default_rng(seed)
-        orders = PLACEMENTS[policy in ("eplb", "eplb_global", "balanced")]
-        popularities = [generator.permutation(q) for _ in range(orders)]
+        popularities = [generator.permutation(q) for _ in range(PLACEMENTS[policy in KNOWING])]
+    # each order is placed by itself where the policy knows it, else one placement is for all
+    orders = [[one] for one in popularities] if policy in KNOWING else [popularities]
     found: list[tuple[float, Array, Placement]] = []
-    for popularity in popularities:
-        placement = place(popularity, ranks, redundant, nodes, groups)
-        if not found or placement is not found[-1][2]:  # some know no popularity: one for all
-            logical, copies = np.asarray(placement.physical_to_logical), placement.replica_counts
-            starts = np.cumsum(placement.experts_per_rank)[:-1]
-        share = (popularity / copies)[logical]
-        held = np.split(share, starts)
-        busiest = max(held, key=lambda experts: float(experts.sum()))
-        found.append((float(busiest.sum()), busiest, placement))
+    for some in orders:
+        placement = place(some[0], ranks, redundant, nodes, groups)
+        share = (np.array(some) / placement.replica_counts)[:, np.asarray(placement.physical_to_logical)]
+        held = np.split(share, np.cumsum(placement.experts_per_rank)[:-1], axis=1)
+        loads = np.stack([experts.sum(axis=1) for experts in held])  # [ranks, orders]
+        found += [(float(loads[rank, i]), held[rank][i], placement) for i, rank in enumerate(loads.argmax(axis=0))]
     found.sort(key=lambda one: one[0])
     _, busiest, placement = found[len(found) // 2]
     chances, alike = np.unique(busiest, return_counts=True)

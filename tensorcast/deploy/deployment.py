@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorcast.cost.memory import (
     activation_bytes,
@@ -39,6 +41,7 @@ from tensorcast.trace.cache import RankForm, rank_tables, whole_model
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import OpTable, per_table
 
+Members = NDArray[np.int_] | EllipsisType  # positions among deployments that are priced as one, or all of them
 
 @dataclass(frozen=True)
 class Memory:
@@ -157,19 +160,20 @@ class Deployment:
 
     def held(self, sequences: Size, length: Size) -> tuple[Size, Size]:
         """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences."""
-        weights: Size = 0.0
-        cache: Size = 0.0
+        shape = np.broadcast_shapes(np.shape(sequences), np.shape(length), np.shape(self.layout.dp))
+        whole = np.zeros((2, *shape))
         kv, rules, rule = self.quantization.kv, self.engine.cache_rules, Kept()
         drafter = self.step.drafter if self.options.mtp_depth else None
         if rules is not None and any(one.limit or one.per_sequence for one in cache_entries(self.drafting, kv)):
             rule = rules.kept(self.model.config, self.options.mtp_depth)
-        for stage, layers in self.stage_weights:
+        for stage, layers, some in self.stage_weights:
             held = cache_bytes(self.drafting, kv, sequences, length, layers, kept=rule, ranks=self.options.dcp)
             if drafter is not None and layers.stop == len(self.raw.layer_kinds):
                 held = held + drafter.cache_numbers * KV_BYTES[kv] * sequences * length
+            weights, cache = whole[:, some]
             fuller = stage + held > weights + cache
-            weights, cache = np.where(fuller, stage, weights), np.where(fuller, held, cache)
-        return weights, cache
+            whole[0, some], whole[1, some] = np.where(fuller, stage, weights), np.where(fuller, held, cache)
+        return whole[0], whole[1]
 
     @cached_property
     def drafting(self) -> OpTable:
@@ -179,27 +183,32 @@ class Deployment:
         return replace(self.raw, layer_kinds=(*kinds, kinds[-1])) if drafts else self.raw
 
     @cached_property
-    def stage_weights(self) -> list[tuple[Size, slice]]:
-        """Bytes of weights on the fullest rank of each pipeline stage, and its layers; stages that are alike once."""
+    def stage_weights(self) -> list[tuple[Size, slice, Members]]:
+        """Bytes of weights on the fullest rank of each pipeline stage, its layers, and whose it is where deployments
+        are priced as one; stages that are alike once."""
         layout, load = self.layout, self.step.sizes.load
-        stages = stage_layers(len(self.raw.layer_kinds), layout.pp, self.engine.pipeline_split)
-        stages[-1] = slice(stages[-1].start, len(self.drafting.layer_kinds))
         local = load.local_experts if load is not None else None
         padding = mxfp4_padding(self.device.architecture) if self.engine.pads_hidden else (1, 1)
-        found: dict[tuple[int, ...], tuple[Size, slice]] = {}
-        for i, layers in enumerate(stages):
-            last = i == len(stages) - 1
-            held = (i == 0, last, *sorted(self.drafting.layer_kinds[layers]))
-            if held in found:
-                continue
-            weights = weight_bytes(
-                self.drafting, self.quantization, layout.ep, layout.etp, layers, first=i == 0, last=last,
-                local_experts=local, padding=padding,
-            )
-            if last and self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
-                joined = 2.0 * 2.0 * self.raw.facts.hidden_size ** 2
-                weights += joined if self.step.drafter is None else self.step.drafter.weight_bytes
-            found[held] = weights, layers
+        found: dict[tuple[int, ...], tuple[Size, slice, Members]] = {}
+        for pp in np.unique(layout.pp):
+            some: Members = np.flatnonzero(layout.pp == pp) if np.ndim(layout.pp) else ...
+            columns = layout.ep, layout.etp, local
+            own: list[Any] = [one[some] if isinstance(one, np.ndarray) else one for one in columns]
+            stages = stage_layers(len(self.raw.layer_kinds), int(pp), self.engine.pipeline_split)
+            stages[-1] = slice(stages[-1].start, len(self.drafting.layer_kinds))
+            for i, layers in enumerate(stages):
+                last = i == len(stages) - 1
+                held = (pp, i == 0, last, *sorted(self.drafting.layer_kinds[layers]))
+                if held in found:
+                    continue
+                weights = weight_bytes(
+                    self.drafting, self.quantization, own[0], own[1], layers, first=i == 0, last=last,
+                    local_experts=own[2], padding=padding,
+                )
+                if last and self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
+                    joined = 2.0 * 2.0 * self.raw.facts.hidden_size ** 2
+                    weights += joined if self.step.drafter is None else self.step.drafter.weight_bytes
+                found[held] = weights, layers, some
         return list(found.values())
 
     def _communication_bytes(self, tokens: Size, sizes: Sizes) -> Size:

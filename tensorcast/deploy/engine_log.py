@@ -42,7 +42,7 @@ def cache_log(deployment: Deployment, length: int) -> CacheLog:
     memory, table, engine = deployment.memory(1, 1, 0), deployment.drafting, deployment.engine
     depth, times = deployment.options.mtp_depth, np.inf
     kept = engine.cache_rules.kept(deployment.model.config, depth) if engine.cache_rules else Kept()
-    for weights, layers in deployment.stage_weights:
+    for weights, layers, _ in deployment.stage_weights:
         kinds, growing, states = table.layer_kinds[layers], 0.0, 0.0
         for entry in cache_entries(table, deployment.quantization.kv):
             times_kept = max(kinds.count(entry.kind), entry.kind < 0)

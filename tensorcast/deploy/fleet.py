@@ -77,10 +77,8 @@ class Fleet(Deployment):
     """
 
     size: int
-    by_stages: tuple[tuple[Rows, Fleet], ...] = ()
-    """Where members have numbers of pipeline stages of their own: those of each number, and which these are."""
 
-    def at(self, kv_dtype: str, mtp_depth: int, members: Rows, pp: Rows | int) -> Fleet:
+    def at(self, kv_dtype: str, mtp_depth: int, members: Rows, pp: Rows) -> Fleet:
         """Some of the members, again and again if need be, each in so many pipeline stages, for their memory; prices
         need none."""
         step, plan, load = self.step, self.step.plan, cast(Any, self.step.sizes.load)
@@ -90,13 +88,7 @@ class Fleet(Deployment):
             if isinstance(load, MemberLoads):
                 held["members"] = tuple(load.members[i] for i in members)
             load = replace(load, **held)
-        by_stages: tuple[tuple[Rows, Fleet], ...] = ()
-        if isinstance(pp, np.ndarray):
-            every = [(np.flatnonzero(pp == stages), int(stages)) for stages in np.unique(pp)]
-            by_stages = tuple((some, self.at(kv_dtype, mtp_depth, members[some], one)) for some, one in every)
-            columns["pp"] = pp[:, None]
-        else:
-            columns["pp"] = pp
+        columns["pp"] = pp[:, None]
         sizes = replace(
             step.sizes, dp=columns["dp"], etp=columns["etp"], load=load, mtp_depth=mtp_depth, pp=columns["pp"]
         )
@@ -105,21 +97,12 @@ class Fleet(Deployment):
         found = replace(
             self, layout=replace(self.layout, **columns), options=replace(self.options, mtp_depth=mtp_depth),
             quantization=replace(self.quantization, kv=kv_dtype), step=replace(step, plan=plan, sizes=sizes),
-            size=len(members), by_stages=by_stages,
+            size=len(members),
         )
         # a cached property: at every setting as many tokens are profiled
         profiled = (np.asarray(one) for one in self.profiled)
         vars(found)["profiled"] = tuple(one[members] if one.ndim else float(one) for one in profiled)
         return found
-
-    def held(self, sequences: Size, length: Size) -> tuple[Size, Size]:
-        """As of each member: stages of other pipelines hold other layers."""
-        if not self.by_stages:
-            return super().held(sequences, length)
-        weights, cache = np.empty((2, self.size, max(1, np.size(sequences), np.size(length))))
-        for some, one in self.by_stages:
-            weights[some], cache[some] = one.held(sequences, length)
-        return weights, cache
 
 
 _EVEN = ("share", "ranks", "local_experts")

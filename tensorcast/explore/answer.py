@@ -131,7 +131,7 @@ def _worth_sending(view: View) -> set[str]:
 
 
 def _known(view: View) -> tuple[Variant, ...]:
-    names = [*view.frame.loc[view.frame["pareto"], "candidate"], *view.per_layout["candidate"].head(KNOWN_LAYOUTS)]
+    names = [*view.frame.loc[view.frame["pareto"], "candidate"], *view.per_layout["candidate"][:KNOWN_LAYOUTS]]
     behind = view.comparison.behind
     return tuple(dict.fromkeys(variant for name in names for variant in behind[name][1:]))
 

@@ -25,7 +25,7 @@ from tensorcast.report.compare.roofline import costliest
 from tensorcast.report.compare.steps import MEMORY, PART_COLOURS
 from tensorcast.report.compare.takeaway import takeaways
 from tensorcast.report.layout_words import layout_words
-from tensorcast.search.candidate_table import COLUMNS
+from tensorcast.search.candidate_table import COLUMNS, WORDS, Candidates
 from tensorcast.search.compare import Comparison
 
 Row = dict[str, Any]
@@ -86,10 +86,9 @@ def _experts(deployment: Deployment) -> bool:
 
 def _alone(asked: Question, found: Found) -> tuple[View, Choice]:
     """The comparison of one candidate with itself, which the report's parts read."""
-    import pandas as pd
-
     row = found.row
     own = {name: row[name] for name in COLUMNS}
+    kept = Candidates({name: np.array([value], dtype=object if name in WORDS else None) for name, value in own.items()})
     tasks = [
         task for task in asked.tasks() if task.device.name == row["device"] and task.engine.name == row["engine"]
     ]
@@ -100,7 +99,7 @@ def _alone(asked: Question, found: Found) -> tuple[View, Choice]:
     comparison = Comparison(
         model=first.model, devices=(first.device,), engine=first.engine, objective=first.objective,
         targets=(first.ttft_s, first.tpot_s), input_len=int(first.load.input_len),
-        output_len=int(first.load.output_len), candidates=pd.DataFrame([own]), pruned={}, best=own, runner_up=None,
+        output_len=int(first.load.output_len), kept=kept, pruned={}, best=own, runner_up=None,
         ties=[], notes=(), tasks=tuple(tasks), behind={row["candidate"]: (scenario, found.prefill, found.decode)},
     )  # fmt: skip
     view = View(comparison)

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 from tensorcast.parallel import uncollected
 from tensorcast.search.axes import EXCHANGES
-from tensorcast.search.candidate_table import candidate_frame, stacked
+from tensorcast.search.candidate_table import NONE, Candidates, candidates_of
 from tensorcast.search.search import SearchResult, worth_showing
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import Variant, space
@@ -35,7 +35,7 @@ def search_again(task: SearchTask, known: Sequence[Variant] = ()) -> SearchResul
     if len(tried) < FEW:
         tried = tuple(dict.fromkeys((*tried, *first_variants(task))))
     if not tried:
-        return SearchResult(stacked([]), [], Counter(), 0)
+        return SearchResult(NONE, [], Counter(), 0)
     shared = id(task.model), id(task.device), id(task.engine), task.base
     key = *shared, task.load, task.axes.chunk_tokens, tried
     if key not in _priced:
@@ -45,12 +45,12 @@ def search_again(task: SearchTask, known: Sequence[Variant] = ()) -> SearchResul
         _priced[key] = task, VariantPrices(task.scenario, list(tried), task.axes.chunk_tokens, parts)
     prices = _priced[key][1]
     points, examined = worth_showing(task, prices, Counter())
-    frames, behind = [], []
+    tables, behind = [], []
     for mode, kept_points in points.items():
-        frames.append(candidate_frame(task, prices, mode, kept_points))
+        tables.append(candidates_of(task, prices, mode, kept_points))
         prefill = kept_points.columns.get("prefill", kept_points.variant).astype(int)
         behind += [(tried[p], tried[d]) for p, d in zip(prefill, kept_points.variant, strict=True)]
-    return SearchResult(stacked(frames), behind, Counter(), examined)
+    return SearchResult(Candidates.joined(tables) if tables else NONE, behind, Counter(), examined)
 
 
 def first_variants(task: SearchTask) -> list[Variant]:

@@ -1,12 +1,14 @@
-"""The frame of candidates."""
+"""The table of candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import EVIDENCE, NORMAL_90
 from tensorcast.deploy.plan.plan import choose_all2all
@@ -15,17 +17,12 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import LIMITS, rated
 from tensorcast.search.space import family
 from tensorcast.search.variant_prices import VariantPrices
+from tensorcast.serving.entries import Entries
+from tensorcast.serving.traffic import Rows
 from tensorcast.trace.cache import whole_model
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    import pandas as pd
-
-    frames = [frame for frame in frames if len(frame)]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
 
 
 COLUMNS = tuple(
@@ -42,11 +39,51 @@ COLUMNS = tuple(
 ``*_chance``: of keeping that limit, not a number where there is none. ``idle_gpus``: those of the size asked for that a
 candidate leaves; they cost as much. ``lower_bound``: of what ranks the candidates."""
 
+WORDS = frozenset(
+    "candidate mode device engine layout family prefill_layout all2all dispatch combine kv_dtype placement"
+    " limit".split()
+)
+"""Columns of text."""
 
-def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> pd.DataFrame:
-    """Rows of :data:`COLUMNS`; candidates are named, and the front drawn, once all tasks are searched."""
-    import pandas as pd
 
+@dataclass(frozen=True)
+class Candidates(Entries):
+    """Candidates as columns of one length, :data:`COLUMNS`; a frame is made of them only where one is read."""
+
+    columns: dict[str, NDArray[Any]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self.columns[name]
+
+    def first_of(self, names: Sequence[str]) -> Rows:
+        """Where every combination of the values of some columns first stands."""
+        first: dict[tuple[object, ...], int] = {}
+        for i, key in enumerate(zip(*(self.columns[name].tolist() for name in names), strict=True)):
+            first.setdefault(key, i)
+        return np.array(list(first.values()), dtype=int)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Rows as plain values by column."""
+        values = [column.tolist() for column in self.columns.values()]
+        return [dict(zip(self.columns, row, strict=True)) for row in zip(*values, strict=True)]
+
+    def frame(self) -> pd.DataFrame:
+        import pandas as pd
+
+        # where some have none, None says so: pandas would make it a number
+        first = self.columns["prefill_layout"]
+        own = {"prefill_layout": pd.Series(first, dtype=object)} if None in first else {}
+        return pd.DataFrame(self.columns | own)
+
+
+NONE = Candidates(dict.fromkeys(COLUMNS, np.zeros(0)))
+
+
+def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Candidates:
+    """Points as candidates, which are named, and whose front is drawn, once all tasks are searched."""
     c = rated(task, prices, mode, points)
     chosen = [prices.variants[i] for i in points.variant]
     memory = prices.memory(points)
@@ -60,7 +97,7 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
     pools = mode == "disaggregated"
     prefill = [prices.variants[int(i)] for i in c["prefill"]] if pools else chosen
     nothing, normal = np.full(len(points.variant), np.nan), NormalDist()
-    return pd.DataFrame({
+    columns: dict[str, Any] = {
         "candidate": "",
         "mode": mode,
         "device": task.device.name,
@@ -115,4 +152,6 @@ def candidate_frame(task: SearchTask, prices: VariantPrices, mode: str, points: 
         "pareto": False,
         **{name: c[name] for name in ("cost_per_million_tokens", "usd_per_hour", "lower_bound")},
         "idle_gpus": 0 if task.objective == "gpus" else np.maximum(task.paid_gpus - c["gpus"], 0).astype(int),
-    })[list(COLUMNS)]
+    }
+    held = {name: np.asarray(columns[name], dtype=object if name in WORDS else None) for name in COLUMNS}
+    return Candidates({name: np.broadcast_to(values, len(chosen)) for name, values in held.items()})

@@ -18,7 +18,7 @@ from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.search.candidate_table import stacked
+from tensorcast.search.candidate_table import Candidates
 from tensorcast.search.notes import COUNTED, in_seconds, notes, nothing_left, warning
 from tensorcast.search.search import NO_PACE, NO_ROOM, SearchResult
 from tensorcast.search.search_task import Scenario, SearchTask
@@ -44,7 +44,7 @@ class NoLayoutMeets(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The result of :func:`compare`. ``candidates``: one row per candidate kept, of ``examined`` in all.
+    """The result of :func:`compare`. ``kept``: the candidates kept, of ``examined`` in all.
 
     Kept are, of every mode and layout at every batch, the options that do best, and all of the Pareto front.
     ``pruned``: how many fell away by which rule, of ``layouts`` (rules on layouts and engines), of ``variants``
@@ -61,7 +61,7 @@ class Comparison:
     targets: tuple[float | None, float | None]
     input_len: int
     output_len: int
-    candidates: pd.DataFrame
+    kept: Candidates
     pruned: dict[str, dict[str, int]]
     best: dict[str, Any] | None
     runner_up: dict[str, Any] | None
@@ -86,32 +86,42 @@ class Comparison:
         )
 
     @cached_property
+    def candidates(self) -> pd.DataFrame:
+        """One row per candidate kept."""
+        return self.kept.frame()
+
+    @cached_property
     def closest(self) -> tuple[dict[str, Any], list[str]]:
         """Where nothing keeps within the limits: the candidate that comes closest, and the limits that bind.
 
         Binding are those that no candidate keeps, each taken alone (``ttft``, ``tpot``); else the closest one's worst.
         """
-        frame, first = self.candidates, self.tasks[0]
-        late = {name: frame[f"{name}_s"] / limit for name, limit in zip(("ttft", "tpot"), self.targets, strict=True)
+        kept, first = self.kept, self.tasks[0]
+        late = {name: kept[f"{name}_s"] / limit for name, limit in zip(("ttft", "tpot"), self.targets, strict=True)
                 if limit is not None}
         served = {"users": first.users, "requests": first.request_rate and first.request_rate * self.output_len}
         if self.objective == "gpus":
             served = {}
-        few = {name: least / frame["concurrency" if name == "users" else "output_tokens_per_s"]
+        few = {name: least / kept["concurrency" if name == "users" else "output_tokens_per_s"]
                for name, least in served.items() if least}
-        ones = np.ones(len(frame))
+        ones = np.ones(len(kept))
         # of those within the times asked for, or closest to them, what serves most; of such the one on fewest GPUs
         worst = [np.max(np.array([*ratios.values(), ones]), axis=0) for ratios in (few, late)]
-        nearest = frame.iloc[int(np.lexsort((frame["gpus"], *worst))[0])]
-        row = {str(key): value for key, value in nearest.to_dict().items()}
+        (row,) = kept.where(np.lexsort((kept["gpus"], *worst))[:1]).records()
         alone = [name for name, ratio in {**late, **few}.items() if ratio.min() > 1]
         return row, alone or [str(row["limit"]) or "gpus"]
 
     @cached_property
-    def families(self) -> pd.DataFrame:
+    def best_of_each(self) -> Candidates:
         """The best candidate of every mode and layout, best first; those within the limits come before the others."""
         keys = ["device", "engine", "mode", "layout", "prefill_layout", *(["gpus"] if self.objective != "gpus" else [])]
-        return OBJECTIVES[self.objective].ranked(self.candidates).drop_duplicates(keys).reset_index(drop=True)
+        ranked = self.kept.where(OBJECTIVES[self.objective].order(self.kept.columns))
+        return ranked.where(ranked.first_of(keys))
+
+    @cached_property
+    def families(self) -> pd.DataFrame:
+        """:attr:`best_of_each` as a frame."""
+        return self.best_of_each.frame()
 
 
 def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, ties: bool = True) -> Comparison:
@@ -120,14 +130,17 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, tie
     Raises :class:`InputError` where nothing fits, :class:`NoLayoutMeets` where nothing keeps within the limits.
     """
     first = tasks[0]
-    frame = stacked([one.frame for one in results])
+    tables = [one.candidates for one in results if len(one.candidates)]
     pruned: Counter[str] = Counter()
     for one in results:
         pruned += one.pruned
-    if not len(frame):
+    if not tables:
         raise InputError(nothing_left(tasks, pruned))
-    frame["candidate"] = [f"{mode[0]}{i}" for i, mode in enumerate(frame["mode"])]
-    frame["pareto"] = pareto(frame["tokens_per_s_per_user"].to_numpy(), frame["tokens_per_s_per_gpu"].to_numpy())
+    every = Candidates.joined(tables)
+    found = Candidates(every.columns | {
+        "candidate": np.array([f"{mode[0]}{i}" for i, mode in enumerate(every["mode"])], dtype=object),
+        "pareto": pareto(every["tokens_per_s_per_user"], every["tokens_per_s_per_gpu"]),
+    })
     by_rule: dict[str, dict[str, int]] = {what: {} for what in COUNTED}  # by what each rule counts, the most first
     for rule, number in pruned.most_common():
         if number:
@@ -136,25 +149,25 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, tie
     for task, one in zip(tasks, results, strict=True):
         pools = replace(task.scenario, engine=same(task.engine.in_pools()))
         scenario = {"aggregated": task.scenario, "disaggregated": pools}
-        behind += [(scenario[mode], *pair) for mode, pair in zip(one.frame["mode"], one.variants, strict=True)]
+        behind += [(scenario[mode], *pair) for mode, pair in zip(one.candidates["mode"], one.variants, strict=True)]
     comparison = Comparison(
         model=first.model, devices=tuple({task.device.name: task.device for task in tasks}.values()),
         engine=first.engine, objective=first.objective, targets=(first.ttft_s, first.tpot_s),
         input_len=int(first.load.input_len), output_len=int(first.load.output_len),
-        candidates=frame, pruned=by_rule,
-        best=None, runner_up=None, ties=[], notes=notes(tasks, frame), examined=sum(one.examined for one in results),
-        tasks=tuple(tasks), behind=dict(zip(frame["candidate"], behind, strict=True)),
+        kept=found, pruned=by_rule,
+        best=None, runner_up=None, ties=[], notes=notes(tasks, found), examined=sum(one.examined for one in results),
+        tasks=tuple(tasks), behind=dict(zip(found["candidate"], behind, strict=True)),
     )  # fmt: skip
-    ranked = comparison.families[comparison.families["meets"]]
-    if not len(ranked):
+    ranked = comparison.best_of_each
+    records = ranked.where(np.flatnonzero(ranked["meets"])[:CONTENDERS]).records()
+    if not records:
         raise NoLayoutMeets(_not_met(comparison), comparison)
-    records = [{str(key): value for key, value in row.items()} for row in ranked.head(CONTENDERS).to_dict("records")]
     best = records[0]
     kind = ("device", "engine", "mode", "layout")
     others = [r for r in records[1:] if any(r[key] != best[key] for key in kind)]
     sums = work_by_family(comparison, [best, *others]) if ties else []
-    tied = [r["candidate"] for r, found in zip(others, sums[1:], strict=ties) if alike(sums[0], found)]
-    said = warning(comparison.tasks[0], comparison.candidates, best["ttft_s"], best["tpot_s"])
+    tied = [r["candidate"] for r, other in zip(others, sums[1:], strict=ties) if alike(sums[0], other)]
+    said = warning(comparison.tasks[0], found, best["ttft_s"], best["tpot_s"])
     engine = next(task.engine for task in tasks if task.engine.name == best["engine"])
     return replace(
         comparison, best=best, runner_up=others[0] if others else None, ties=tied, warning=said, engine=engine

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tensorcast.deploy.deployment import not_counted, uncut
 from tensorcast.deploy.engine_limits import ANY_ENGINE, engine_can_run
@@ -13,7 +14,7 @@ from tensorcast.deploy.layout import Layout, broken_rules
 from tensorcast.deploy.options import idle_note
 from tensorcast.profiles.drafting import published, said_of
 from tensorcast.search.axes import FULL, Axes
-from tensorcast.search.candidate_table import stacked
+from tensorcast.search.candidate_table import NONE, Candidates
 from tensorcast.search.search import NO_PACE, NO_ROOM
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.smallest_cluster import smallest_cluster
@@ -21,26 +22,23 @@ from tensorcast.search.space import space
 from tensorcast.serving.traffic import Traffic
 from tensorcast.trace.cache import traced, whole_model
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 COUNTED = {"layouts": "layouts", "variants": "layouts with their options", "candidates": "candidates"}
 """What rules count, with the words for it: layouts; variants, which are layouts with options; candidates, which are
 variants at a batch."""
 
 
-def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
+def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
     """What the numbers rest on and a reader may not expect."""
     first = tasks[0]
     whole = whole_model(first.model, "decode", first.base.quant)
-    found = [f"left out: {text}" for text in left_out(tasks, frame)]
+    found = [f"left out: {text}" for text in left_out(tasks, kept)]
     found += not_counted(first.model, whole.stored)
     if first.engine.remark:
         found.append(first.engine.remark)
-    if idle := _idle(first, frame):
+    if idle := _idle(first, kept):
         found.append(idle_note(idle))
     if first.axes.kv_dtype == (None,) and first.base.kv_dtype is None:
-        found.append(f"KV cache in {frame['kv_dtype'].iloc[0]}, as the model ships; --kv-dtype bf16,fp8 compares both")
+        found.append(f"KV cache in {kept['kv_dtype'][0]}, as the model ships; --kv-dtype bf16,fp8 compares both")
     facts = whole.facts
     found += facts.remarks
     modules = facts.mtp_modules or first.base.speculative_method != "mtp"
@@ -48,7 +46,7 @@ def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
         found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")
     elif modules and max(first.axes.mtp_depth) > 0:
         found += _of_drafts(first)
-    cut = [int(tp) for tp in frame["tp"].unique() if tp > 1]
+    cut = [int(tp) for tp in np.unique(kept["tp"]) if tp > 1]
     if cut and (said := uncut(traced(first.model, "decode", min(cut)))):
         found.append(said)
     spread = {
@@ -60,7 +58,7 @@ def notes(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> tuple[str, ...]:
         found.append(f"{spread[first.base.routing]}; --routing uniform or zipf:1 shows what less or more skew does")
     if "disaggregated" in first.modes:
         found.append("disaggregated pools use as many GPUs as match, which may be fewer than there are")
-    unsure = frame.loc[frame["meets"], "share_datasheet"] if frame["meets"].any() else frame["share_datasheet"]
+    unsure = kept["share_datasheet"][kept["meets"] | ~kept["meets"].any()]
     if len(unsure) and unsure.max() > 0.2:
         found.append("candidates that span nodes rest on datasheet figures for the network: see share_datasheet")
     listed = {task.device.name: task.device.price_per_hour_usd for task in tasks if task.price_per_hour is None}
@@ -79,46 +77,46 @@ def _of_drafts(task: SearchTask) -> list[str]:
     return [*found, f"{method}: {said}"] if said else found
 
 
-def _idle(task: SearchTask, frame: pd.DataFrame) -> dict[str, str]:
+def _idle(task: SearchTask, kept: Candidates) -> dict[str, str]:
     """Options asked for that no candidate has a use for, with the reason."""
     asked, usual = task.axes, (Axes(), FULL, Axes().for_one_exchange(), FULL.for_one_exchange())
-    stay = (frame["all2all"] == "none").all()
+    stay = (kept["all2all"] == "none").all()
     reasons = {
         "exchange": ("--all2all", stay, ""),
-        "dispatch": ("--dispatch", (frame["dispatch"] == "").all(), "experts take their tokens in bf16"),
-        "combine": ("--combine", (frame["combine"] == "").all(), "no candidate's exchange can send it"),
+        "dispatch": ("--dispatch", (kept["dispatch"] == "").all(), "experts take their tokens in bf16"),
+        "combine": ("--combine", (kept["combine"] == "").all(), "no candidate's exchange can send it"),
     }
     found = {
         flag: "no tokens travel to other GPUs" if stay else why
         for axis, (flag, unused, why) in reasons.items()
         if unused and getattr(asked, axis) not in [getattr(axes, axis) for axes in usual]
     }
-    if task.base.placement != "linear" and (frame["ep"] == 1).all():
+    if task.base.placement != "linear" and (kept["ep"] == 1).all():
         found["--placement"] = "experts are in one group"
     if task.load.mtp_acceptance != Traffic.mtp_acceptance and max(asked.mtp_depth) == 0:
         found["--mtp-acceptance"] = "no tokens are drafted: see --mtp"
     return found
 
 
-def warning(task: SearchTask, frame: pd.DataFrame, ttft_s: float, tpot_s: float) -> str:
+def warning(task: SearchTask, kept: Candidates, ttft_s: float, tpot_s: float) -> str:
     """That no limit holds the best back, where none does; from where on limits can be kept. Else empty."""
     limits = {"ttft": (task.ttft_s, ttft_s), "tpot": (task.tpot_s, tpot_s)}
     free = [name for name, (limit, _) in limits.items() if limit is None]
     if not free or task.objective == "latency":
         return ""
-    kept = frame[frame["meets"]]
+    inside = kept.where(kept["meets"])
     waits = {"ttft": "for a first token", "tpot": "for each of the others"}
     here = " and ".join(f"{in_seconds(limits[name][1])} {waits[name]}" for name in free)
-    ways = " and ".join(f"--{name} (from {in_seconds(kept[f'{name}_s'].min())} up)" for name in free)
+    ways = " and ".join(f"--{name} (from {in_seconds(inside[f'{name}_s'].min())} up)" for name in free)
     names = " or ".join(name.upper() for name in free)
     return f"No limit on {names}: the busiest batch wins however long users wait, here {here}. Set {ways}."
 
 
-def left_out(tasks: Sequence[SearchTask], frame: pd.DataFrame) -> Iterator[str]:
+def left_out(tasks: Sequence[SearchTask], kept: Candidates) -> Iterator[str]:
     """Each layout that was asked for and has no candidate, and why: ``tp6 breaks rule 'heads per rank': ...``."""
     for task in tasks:
-        rows = frame[frame["device"] == task.device.name] if len(frame) else frame
-        there = {*rows["layout"], *rows["prefill_layout"]} if len(rows) else set()
+        own = kept.where(kept["device"] == task.device.name)
+        there = {*own["layout"], *own["prefill_layout"]}
         for layout in task.layouts:
             if str(layout) not in there:
                 where = f" on {task.device.name}" if len({task.device.name for task in tasks}) > 1 else ""
@@ -146,7 +144,7 @@ def nothing_left(tasks: Sequence[SearchTask], pruned: Counter[str]) -> str:
     first = tasks[0]
     needed, sizes = [], ", ".join(dict.fromkeys(f"{task.gpus} {task.device.name}" for task in tasks))
     if not pruned[NO_ROOM] and not pruned[NO_PACE]:
-        asked = list(dict.fromkeys(left_out(tasks, stacked([]))))
+        asked = list(dict.fromkeys(left_out(tasks, NONE)))
         rules = ", ".join(f"{rule} {number}" for rule, number in pruned.most_common())
         return f"no layout is left to compare on {sizes}: {'; '.join(asked) or 'pruned by rule: ' + rules}"
     for task in {task.device.name: task for task in sorted(tasks, key=lambda task: task.gpus)}.values():

@@ -56,5 +56,4 @@ def finer(shop: VariantPrices, parts: dict[str, Points], value: Value) -> Varian
     spans = {*zip(batch[chosen], last[chosen], strict=True)}
     whole = [np.linspace(low, high, 1 + int(min(high - low, MOST))).round() for low, high in spans]
     grid = np.unique(np.concatenate([shop.grid, *whole]))
-    variants = [shop.variants[i] for i in np.union1d(hopes.variant[chosen], prefill[chosen])]
-    return VariantPrices(shop.scenario, variants, shop.chunks, shop.parts, grid)
+    return shop.closer(np.union1d(hopes.variant[chosen], prefill[chosen]), grid)

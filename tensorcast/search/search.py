@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tensorcast.cost.evidence import NORMAL_90
 from tensorcast.parallel import uncollected
 from tensorcast.search.candidate_arrays import Points
-from tensorcast.search.candidate_table import candidate_frame, stacked
+from tensorcast.search.candidate_table import NONE, Candidates, candidates_of
 from tensorcast.search.candidates import aggregated, disaggregated, steady
 from tensorcast.search.refine import finer
 from tensorcast.search.search_task import SearchTask
@@ -26,9 +25,6 @@ from tensorcast.search.workspace import CURRENT, Parts
 from tensorcast.serving.interval import served_interval
 from tensorcast.serving.traffic import Array
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 NO_ROOM, NO_PACE = "batch fits memory", "prefill keeps pace"
 """Rules on candidates beside those on layouts: a sequence fits beside the weights; prompts are read as they come."""
 
@@ -37,7 +33,7 @@ NO_ROOM, NO_PACE = "batch fits memory", "prefill keeps pace"
 class SearchResult:
     """Of one task: the candidates that may matter, the pools and variants behind them, and what fell away."""
 
-    frame: pd.DataFrame
+    candidates: Candidates
     variants: list[tuple[Variant, Variant]]
     """(prefill, decode) of every row."""
     pruned: Counter[str]
@@ -82,7 +78,7 @@ def _search(task: SearchTask, key: tuple[Hashable, ...]) -> SearchResult:
     _, prices, fell = workspace.prices[key]
     pruned = Counter(fell)
     if prices is None:
-        return SearchResult(stacked([]), [], pruned, 0)
+        return SearchResult(NONE, [], pruned, 0)
     pruned[NO_ROOM] += prices.without_room
     points, examined = worth_showing(task, prices, pruned)
     examined += pruned[NO_PACE]
@@ -91,13 +87,13 @@ def _search(task: SearchTask, key: tuple[Hashable, ...]) -> SearchResult:
         between, more = worth_showing(task, fine, Counter(), prices.grid)
         every.append((fine, between))
         examined += more
-    frames, behind = [], []
+    tables, behind = [], []
     for shop, found in every:
         for mode, kept in found.items():
-            frames.append(candidate_frame(task, shop, mode, kept))
+            tables.append(candidates_of(task, shop, mode, kept))
             prefill = kept.columns.get("prefill", kept.variant).astype(int)
             behind += [(shop.variants[p], shop.variants[d]) for p, d in zip(prefill, kept.variant, strict=True)]
-    return SearchResult(stacked(frames), behind, pruned, examined)
+    return SearchResult(Candidates.joined(tables) if tables else NONE, behind, pruned, examined)
 
 
 def worth_showing(
@@ -128,5 +124,6 @@ def worth_showing(
             inside = steady(prices, kept)
             pruned[NO_PACE] += int((~inside).sum())
             kept = kept.where(inside)
-        found[mode] = kept
+        if len(kept.variant):
+            found[mode] = kept
     return found, examined

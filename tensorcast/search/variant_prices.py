@@ -7,6 +7,8 @@ same steady state, only with more than one entry per array (``tests/test_compare
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from tensorcast.deploy.fleet import Fleet, fleet
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import block_form, choose_all2all
+from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.step.sizes import COARSE, KV_BYTES
 from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.profiles.kept import same
@@ -69,17 +72,22 @@ _Member = tuple[Layout, Options, Options]
 """A layout, of those that differ in pp the one with most stages, and what is not a setting of prefill's and decode's
 options."""
 
+PHASES = ("prefill", "decode")
+
 TOGETHER = 100_000
 """Steps of members at settings and batches that are priced together, about: more take more memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Variants of one structure: positions ``rows[members, settings]`` (-1: no such variant), and both fleets."""
+    """Variants of one structure: positions ``rows[members, settings]`` (-1: no such variant) at those of all
+    ``settings``, and of all ``kinds`` of prompts, that it has; and their fleets."""
 
     rows: Rows
-    prefill: Fleet
-    decode: Fleet
+    settings: Rows
+    kinds: Rows
+    fleets: dict[str, Fleet]
+    """By phase."""
 
 
 class VariantPrices:
@@ -126,9 +134,9 @@ class VariantPrices:
         self._settings = sorted({*self._setting_of})
         self._kinds = list(dict.fromkeys(setting._replace(mtp_depth=0) for setting in self._settings))  # of prompts
         groups = list(self._groups().values())
-        entries = np.cumsum([len(members) for members in groups]) * len(self._settings) * len(grid)
+        entries = np.cumsum([sum(map(len, members.values())) for members in groups]) * len(grid)
         for block in np.unique(entries // TOGETHER):
-            self._price([self._group(groups[i]) for i in np.flatnonzero(entries // TOGETHER == block)])
+            self._price([self._group(groups[i]) for i in np.flatnonzero(entries // TOGETHER == block)], grid)
         self.prompts = {}
         for budget, found in self._costs.items():
             positions = np.concatenate([rows for rows, _ in found])
@@ -163,70 +171,102 @@ class VariantPrices:
             pools.room_prefill = _put(self.room_prefill, rows, again.room_prefill)
         return pools
 
-    def _group(self, found: dict[_Member, dict[_Setting, int]]) -> _Group:
+    def closer(self, rows: Rows, grid: Array) -> VariantPrices:
+        """Variants ``rows`` alone, with decode steps at more batches: ``grid`` holds those that are priced already."""
+        found, more = copy.copy(self), np.setdiff1d(grid, self.grid)
+        curves = {name: np.empty((len(rows), len(grid))) for name in self.curves}
+        for name, values in self.curves.items():
+            curves[name][:, np.searchsorted(grid, self.grid)] = values[rows]
+        found._pools = None if self._pools is None else copy.copy(self._pools)
+        for one in (found, found._pools):
+            if one is None:
+                continue
+            one.grid, one.curves = grid, curves
+            one.variants, one._captured = [self.variants[i] for i in rows], [self._captured[i] for i in rows]
+            one._setting_of = [self._setting_of[i] for i in rows]
+            one._settings = sorted({*one._setting_of})
+            one.layouts = {name: sizes[rows] for name, sizes in self.layouts.items()}
+            one.fits = {budget: fits[rows] for budget, fits in self.fits.items()}
+            one.prompts = {budget: costs.where(rows) for budget, costs in self.prompts.items()}
+            one.own_prompts = one.own_prompts.where(rows)
+            for name in ("depths", "room_decode", "room_prefill", "_fleet_of", "_member_of"):
+                setattr(one, name, getattr(one, name)[rows])
+        if len(more):
+            found._price([found._group(members, ("decode",)) for members in found._groups().values()], more)
+        return found
+
+    def _group(self, found: dict[_Member, dict[_Setting, int]], phases: Sequence[str] = PHASES) -> _Group:
         """Variants of one structure, ready to be priced."""
-        fleets, most = [], max(found, key=lambda member: member[0].pp)
-        for phase in ("prefill", "decode"):
+        fleets, most = {}, max(found, key=lambda member: member[0].pp)
+        for phase in phases:
             members = tuple((layout, prefill if phase == "prefill" else decode) for layout, prefill, decode in found)
             if (phase, members) not in self.parts.fleets:
                 prototype = self.scenario.deployment(most[0], phase, most[1] if phase == "prefill" else most[2])
                 self.parts.fleets[phase, members] = fleet(prototype, members, self.parts.memo)
-            fleets.append(self.parts.fleets[phase, members])
-        rows = np.array([[one.get(s, -1) for s in self._settings] for one in found.values()])
-        return _Group(rows=rows, prefill=fleets[0], decode=fleets[1])
+            fleets[phase] = self.parts.fleets[phase, members]
+        used = sorted({self._settings.index(setting) for one in found.values() for setting in one})
+        kinds = sorted({self._kinds.index(self._settings[i]._replace(mtp_depth=0)) for i in used})
+        rows = [[one.get(self._settings[i], -1) for i in used] for one in found.values()]
+        return _Group(rows=np.array(rows), settings=np.array(used), kinds=np.array(kinds), fleets=fleets)
 
-    def _price(self, groups: list[_Group]) -> None:
-        """Costs of prompts and curves of groups: priced together, so that kernels' fitted models are asked once."""
+    def _price(self, groups: list[_Group], grid: Array) -> None:
+        """Costs of prompts, where groups have fleets for them, and curves at ``grid``: priced together, so that
+        kernels' fitted models are asked once."""
         each = [(batch, cut.tokens, cut.past) for cut in self._cuts for batch in cut.batches]
         prompts = np.tile(each, (len(self._kinds), 1)).T
-        replies = np.tile(self.grid, len(self._settings)), 1.0, self.scenario.load.context
-        loads: tuple[tuple[Any, ...], ...] = tuple(prompts), replies
-        varied: list[dict[str, Any]] = []  # batch by batch, what rows do not depend on or only few of them
-        for at, load in zip((self._kinds, self._settings), loads, strict=True):
-            kv, depth, dual, pp = (np.repeat(values, len(load[0]) // len(at)) for values in zip(*at, strict=True))
+        replies = np.tile(grid, len(self._settings)), 1.0, self.scenario.load.context
+        loads: dict[str, tuple[Any, ...]] = {"prefill": tuple(prompts), "decode": replies}
+        varied: dict[str, dict[str, Any]] = {}  # batch by batch, what rows do not depend on or only few of them
+        for phase, at in (("prefill", self._kinds), ("decode", self._settings)):
+            width = len(loads[phase][0]) // len(at)
+            kv, depth, dual, pp = (np.repeat(values, width) for values in zip(*at, strict=True))
             kv_bytes: Size = KV_BYTES[kv[0]] if len({*kv}) == 1 else np.array([KV_BYTES[name] for name in kv])
-            varied.append({"kv_bytes": kv_bytes, "mtp_depth": depth, "dual": dual, "pp": pp})
+            varied[phase] = {"kv_bytes": kv_bytes, "mtp_depth": depth, "dual": dual, "pp": pp}
         asked: list[Asked] = []
         for group in groups:
-            steps = group.prefill.step, group.decode.step
-            for step, sizes, load in zip(steps, varied, loads, strict=True):
-                asked.append((replace(step, sizes=replace(step.sizes, **sizes)), *load))
-        found = prices(asked)
-        kind_of = [self._kinds.index(setting._replace(mtp_depth=0)) for setting in self._settings]
+            for phase, one in group.fleets.items():
+                step = replace(one.step, sizes=replace(one.step.sizes, **varied[phase]))
+                own, width = (group.settings, len(grid)) if phase == "decode" else (group.kinds, len(each))
+                asked.append((step, *loads[phase], (width * own[:, None] + np.arange(width)).ravel()))
+        found, at_batches = prices(asked), np.searchsorted(self.grid, grid)
         for group in groups:
-            rows, there, size = group.rows[group.rows >= 0], group.rows >= 0, len(group.rows)
-            shape = size, len(self._kinds), len(self._cuts), 3
-            columns = {
-                name: np.broadcast_to(values, (size, len(prompts[0]))).reshape(shape)[:, kind_of]
-                for name, values in prefill_columns(next(found), group.prefill).items()
-            }
-            for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
-                mine = {name: values[:, :, i] for name, values in columns.items()}
-                self._costs[budget].append((rows, prefill_costs(mine, cut.tokens, cut.per_step).where(there)))
+            if "prefill" in group.fleets:
+                self._take_prompts(group, next(found))
+            there = group.rows >= 0
             for name, values in decode_columns(next(found)).items():
-                whole = np.broadcast_to(values, (size, len(replies[0]))).reshape(*there.shape, len(self.grid))
-                self.curves[name][rows] = whole[there]
-            self._take_room(group)
+                whole = np.broadcast_to(values, (len(there), there.shape[1] * len(grid)))
+                self.curves[name][group.rows[there][:, None], at_batches] = whole.reshape(*there.shape, -1)[there]
 
-    def _take_room(self, group: _Group) -> None:
-        """Sequences that fit, beside what a full prefill step of each budget takes, too; overlap changes no memory."""
-        load, own = self.scenario.load, self.budgets.index(self.scenario.own_chunk)
-        for kv, depth in dict.fromkeys((s.kv_dtype, s.mtp_depth) for s in self._settings):
-            chosen = [i for i, s in enumerate(self._settings) if (s.kv_dtype, s.mtp_depth) == (kv, depth)]
+    def _take_prompts(self, group: _Group, price: StepPrice) -> None:
+        """Costs of a group's prompts from their steps; sequences that fit, beside what a full prefill step of each
+        budget takes, too. Overlap changes no memory."""
+        there, prefill, shape = group.rows >= 0, group.fleets["prefill"], (len(group.kinds), len(self._cuts), 3)
+        kind_of = [self._kinds.index(self._settings[i]._replace(mtp_depth=0)) for i in group.settings]
+        columns = {
+            name: np.broadcast_to(values, (prefill.size, math.prod(shape))).reshape(prefill.size, *shape)
+            for name, values in prefill_columns(price, prefill).items()
+        }
+        own = np.searchsorted(group.kinds, kind_of)
+        for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
+            mine = {name: values[:, own, i] for name, values in columns.items()}
+            costs = prefill_costs(mine, cut.tokens, cut.per_step).where(there)
+            self._costs[budget].append((group.rows[there], costs))
+        load, chunk = self.scenario.load, self.budgets.index(self.scenario.own_chunk)
+        settings = [self._settings[i] for i in group.settings]
+        for kv, depth in dict.fromkeys((s.kv_dtype, s.mtp_depth) for s in settings):
+            chosen = [i for i, s in enumerate(settings) if (s.kv_dtype, s.mtp_depth) == (kv, depth)]
             rows = group.rows[:, chosen]
             member, setting = np.nonzero(rows >= 0)
-            if not len(member):
-                continue
-            position, stages = rows[member, setting], np.array([self._settings[i].pp for i in chosen])[setting]
+            position, stages = rows[member, setting], np.array([settings[i].pp for i in chosen])[setting]
             (member, stages), where = np.unique([member, stages], axis=1, return_inverse=True)
             prefill, decode = (
                 one.at(kv, drafts, member, stages)
-                for one, drafts in ((group.prefill, 0), (group.decode, depth))
+                for one, drafts in ((group.fleets["prefill"], 0), (group.fleets["decode"], depth))
             )
             steps, buffers = decode_budget(decode, load.input_len)
             each = sequence_bytes(decode, load.input_len, load.output_len)
             prefilling = np.asarray(prefill_budget(prefill, *self._cuts))
-            read = room(prefill, prefilling[:, own : own + 1], sequence_bytes(prefill, load.input_len, 0))
+            read = room(prefill, prefilling[:, chunk : chunk + 1], sequence_bytes(prefill, load.input_len, 0))
             fits = room(decode, steps, each + buffers)
             beside = np.minimum(fits, room(decode, prefilling, each))
             self.room_decode[position], self.room_prefill[position] = fits[where, 0], read[where, 0]

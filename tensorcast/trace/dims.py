@@ -95,7 +95,7 @@ class Dim(NamedTuple):
 @cache
 def _factors(dim: Dim) -> tuple[str, ...]:
     """The atoms to multiply, each as often as its power says; pricing evaluates the same few dims again and again."""
-    return tuple(atom for atom, power in zip(ATOMS, dim.powers, strict=True) for _ in range(power))
+    return tuple(atom for atom, power in zip(ATOMS, dim[1:8], strict=True) for _ in range(power))
 
 
 def constant(value: float) -> Dim:
@@ -115,5 +115,5 @@ def product(dims: tuple[Dim, ...], expanded: tuple[int, ...] = ()) -> tuple[Dim,
             offset.append(dim)
             continue
         coef *= dim.coef
-        powers = [a + b for a, b in zip(powers, dim.powers, strict=True)]
+        powers = [a + b for a, b in zip(powers, dim[1:8], strict=True)]
     return (Dim(coef, *powers), *offset)

@@ -84,7 +84,15 @@ class AskedRows:
     def ask(self, row: Row) -> tuple[Prices, Hashable]:
         """Ask for the corrections of a row, unless its price is known or an equal one has asked; where its price will
         be, and under which name."""
-        name, prices = self._name(row)
+        name: Hashable  # what is equal for rows of one price, in the prices where that is remembered
+        if not isinstance(row, Collective):
+            name, routed = content_of(row, self._contents)
+            prices = self._routed if routed else self._plain
+        elif isinstance(row, Collectives):
+            prices, name = self._here, id(row)
+        else:
+            name = (row.op, row.group, row.ranks, row.extent, row.scale, row.per, *sorted(row.exchange.items()))
+            prices = self._here if row.exchange else self._plain
         key = id(prices), name
         if name not in prices and key not in self._waiting:
             found = self._collective(row) if isinstance(row, Collective) else self._op(row)
@@ -97,16 +105,6 @@ class AskedRows:
             _, pending, where = self._waiting.pop((id(prices), name))
             prices[name] = pending().at(where)
         return prices[name]
-
-    def _name(self, row: Row) -> tuple[Hashable, Prices]:
-        """What is equal for rows of one price, and where that is remembered."""
-        if not isinstance(row, Collective):
-            content = content_of(row, self._contents)
-            return content.number, self._routed if content.routed else self._plain
-        if isinstance(row, Collectives):
-            return id(row), self._here
-        name = (row.op, row.group, row.ranks, row.extent, row.scale, row.per, *sorted(row.exchange.items()))
-        return name, self._here if row.exchange else self._plain
 
     def _op(self, op: Op) -> tuple[Pending, Where]:
         at, pricer = self._at, self._pricer

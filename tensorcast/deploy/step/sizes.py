@@ -49,9 +49,11 @@ class Batches(NamedTuple):
 
     ``whole``: of all rows but those inside the experts, which tokens pass in so many ``chunks`` of ``chunk``. Every
     case is there once: ``own`` says at which case each batch runs (None: they are the cases), ``draft`` at which it
-    drafts, if the step drafts.
+    drafts, if the step drafts. ``pp`` stages and ``mtp_depth`` are those of the step's sizes.
     """
 
+    pp: Size
+    mtp_depth: Size
     micro: Size
     dual: Any
     halves: Size
@@ -87,8 +89,11 @@ class StepSizes:
     """Kernels' dtype of MXFP4 weights."""
     masked_skips: bool
 
-    def batches(self, batch: Size, new: Size, past: Size) -> Batches:
-        """What to price for ``batch`` sequences per data-parallel rank, ``new`` tokens each after ``past`` cached."""
+    def batches(self, batch: Size, new: Size, past: Size, some: Where = None) -> Batches:
+        """What to price for ``batch`` sequences per data-parallel rank, ``new`` tokens each after ``past`` cached.
+
+        Of the batches ``some`` are wanted; what rows are priced at is that of all.
+        """
         micro: Size = 1
         if np.any(np.greater(self.pp, 1)):
             # of each candidate by itself: its price must not depend on what is priced beside it
@@ -100,15 +105,17 @@ class StepSizes:
         asked = [(whole / halves, new, past, self.verify, self.kv_bytes)]
         if self.decode and np.any(self.mtp_depth):
             asked.append((whole, 1.0, past, 1.0, self.kv_bytes))
-        columns, (own, *draft) = _cases(asked)
+        columns, cases = _cases(asked)
+        wanted: list[Any] = [one if some is None else some if one is None else pick(one, some) for one in cases]
         context = part = self.context(*columns)
         chunks: Size = 1.0
         if self.chunk_tokens:
             chunks = np.maximum(np.ceil(np.asarray(context.sizes.tokens) / self.chunk_tokens), 1.0)
             part = self.context(*columns, chunks=chunks)
         return Batches(
-            micro=micro, dual=dual, halves=halves, whole=context, chunks=chunks, chunk=part, own=own,
-            draft=draft[0] if draft else None,
+            pp=pick(self.pp, some), mtp_depth=pick(self.mtp_depth, some), micro=pick(micro, some),
+            dual=pick(dual, some), halves=pick(halves, some), whole=context, chunks=chunks, chunk=part,
+            own=wanted[0], draft=wanted[1] if len(wanted) > 1 else None,
         )
 
     @property

@@ -21,7 +21,7 @@ from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Prices, Waiting
 from tensorcast.deploy.step.drafter import Drafter, seconds_of_parts
 from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.pipeline_stages import HAND_OVER, place_of, stages_of
-from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, pick, seconds_of, total
+from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Where, pick, seconds_of, total
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, StepSizes
 from tensorcast.profiles.device import DeviceProfile
@@ -64,10 +64,14 @@ class Step:
         return self.price(batch, new, past).seconds
 
     def ask(
-        self, batch: Size, new: Size, past: Size, *, asked: BatchedCorrections, waiting: Waiting
+        self, batch: Size, new: Size, past: Size, some: Where = None, *, asked: BatchedCorrections, waiting: Waiting
     ) -> Callable[[], StepPrice]:
-        """Ask for the corrections of all rows; call what is returned for the price when they are there."""
-        at = self.sizes.batches(batch, new, past)
+        """Ask for the corrections of all rows; call what is returned for the price when they are there.
+
+        ``some`` of the batches are added up alone: steps whose rows are the same share these where all of them ask for
+        all batches.
+        """
+        at = self.sizes.batches(batch, new, past, some)
         memo = Memo() if self.memo is None else self.memo
         whole = chunk = AskedRows(self.pricer, at.whole, asked, memo, waiting=waiting)
         if at.chunk is not at.whole:
@@ -78,7 +82,7 @@ class Step:
         chunked = [bool(r.exchange) if isinstance(r, Collective) else r.stage in EXPERT_STAGES for r in rows]
         passed = [chunk if inside else whole for inside in chunked]
         asked_for = [(sized, *sized.ask(row)) for row, sized in zip(rows, passed, strict=True)]
-        return partial(self._priced, batch, at, asked_for, chunk)
+        return partial(self._priced, pick(batch, some), at, asked_for, chunk)
 
     def _priced(
         self, batch: Size, at: Batches, asked: Sequence[tuple[AskedRows, Prices, Hashable]], chunk: AskedRows
@@ -99,18 +103,18 @@ class Step:
         taken |= {kind: taken[kind] - saved for kind, (saved, _) in hidden.items()}
         stages = [
             total(calls * taken[place] for place, calls in stage if place in taken)
-            for stage in stages_of(self.table.layer_kinds, self.sizes.pp, self.pricer.engine.pipeline_split)
+            for stage in stages_of(self.table.layer_kinds, at.pp, self.pricer.engine.pipeline_split)
         ]
         if self.drafter is None:
-            (drafting,), layer_passes = parts[2:], self.sizes.mtp_depth
+            (drafting,), layer_passes = parts[2:], at.mtp_depth
             stages[-1] = stages[-1] + pick(total(map(seconds_of, drafting.prices)), drafting.at) * drafting.times
         else:
-            layer_passes = self.drafter.layer_passes(self.sizes.mtp_depth)
+            layer_passes = self.drafter.layer_passes(at.mtp_depth)
             stages[-1] = stages[-1] + seconds_of_parts(parts[2:])
         slowest = reduce(np.maximum, stages)
-        turns = self.sizes.pp if self.sizes.decode else at.micro + self.sizes.pp - 1
+        turns = at.pp if self.sizes.decode else at.micro + at.pp - 1
         beside = self.pricer.engine.overhead
-        passes = (len(self.table.layer_kinds) + layer_passes) * turns / self.sizes.pp
+        passes = (len(self.table.layer_kinds) + layer_passes) * turns / at.pp
         per_sequence = beside.request_s * np.asarray(batch, dtype=float)
         overhead = beside.step_s + beside.layer_s * passes + per_sequence
         saved, saved_comm = (total(layers[kind] * pair[i] for kind, pair in hidden.items()) for i in range(2))
@@ -125,12 +129,12 @@ class Step:
         layers, rows = Counter(self.table.layer_kinds), self.plan.rows
         end = len(rows) - (place_of(rows[-1]) == HAND_OVER)
         calls = tuple(layers[row.kind] if row.kind >= 0 else 1 for row in rows[:end])
-        between, last = (self.sizes.pp - 1) * at.halves, tuple(found[end : len(rows)])
+        between, last = (at.pp - 1) * at.halves, tuple(found[end : len(rows)])
         drafts = self._drafts if at.draft is not None and self.drafter is None else {}
         drafted, ones = tuple(found[i] for i in drafts), (1,) * len(drafts)
         one_pass = Part(rows[:end], tuple(found[:end]), calls, at.halves, at.own)
         hand_overs = Part(rows[end:], last, (1,) * len(last), between, at.own)
-        depth = self.sizes.mtp_depth
+        depth = at.mtp_depth
         if self.drafter is None:
             return one_pass, hand_overs, Part(tuple(drafts.values()), drafted, ones, depth, at.draft)
         if at.draft is None:
@@ -159,8 +163,9 @@ def _projection(table: OpTable) -> Op:
     return Op("mm", "eh_proj", -1, (joined, weight), (Tensor((Dim(1, B=1), Dim(hidden)), "bfloat16"),))
 
 
-Asked = tuple[Step, Size, Size, Size]
-"""A step, and the batch, new and cached tokens to price it at: numbers, or arrays that broadcast."""
+Asked = tuple[Step, Size, Size, Size] | tuple[Step, Size, Size, Size, Where]
+"""A step, and the batch, new and cached tokens to price it at: numbers, or arrays that broadcast; some of the batches
+alone (:meth:`Step.ask`)."""
 
 
 def prices(asked: Sequence[Asked]) -> Iterator[StepPrice]:
@@ -168,10 +173,10 @@ def prices(asked: Sequence[Asked]) -> Iterator[StepPrice]:
     waiting: Waiting = {}
     every: dict[int, BatchedCorrections] = {}
     steps = []
-    for step, batch, new, past in asked:
+    for step, *at in asked:
         corrections = step.pricer.corrections
         later = every.setdefault(id(corrections), BatchedCorrections(corrections))
-        steps.append(step.ask(batch, new, past, asked=later, waiting=waiting))
+        steps.append(step.ask(*at, asked=later, waiting=waiting))
     for later in every.values():
         later.find()
     for priced in steps:

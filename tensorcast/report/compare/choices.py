@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from tensorcast.cost.work import Mask
 from tensorcast.deploy.step.breakdown import KERNEL_GROUPS, breakdown, kernel_group
 from tensorcast.report import units
 from tensorcast.serving.objective import OBJECTIVES
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
     from tensorcast.deploy.deployment import Deployment
     from tensorcast.deploy.step.price import StepPrice
+    from tensorcast.search.candidate_table import Candidates
     from tensorcast.search.compare import Comparison
 
 MOST_SHOWN = 8
@@ -56,7 +60,7 @@ class Choice:
 
 
 class View:
-    """A comparison as a report reads it: the frame ranked, the best candidate of each layout, their deployments.
+    """A comparison as a report reads it: its candidates ranked, the best candidate of each layout, their deployments.
 
     ``limits``: in seconds, by column. ``cached_tokens``: in a sequence's cache halfway through its answer.
     """
@@ -65,23 +69,22 @@ class View:
         self.comparison = comparison
         self.objective = OBJECTIVES[comparison.objective]
         self.write = WRITTEN[self.objective.column]
-        self.frame = comparison.candidates
+        self.kept = comparison.kept
         self.best, self.runner_up = comparison.best, comparison.runner_up
         if price is not None:
-            per_second = self.frame["gpus"] * price / 3600.0
-            cost = 1e6 * per_second / self.frame["output_tokens_per_s"]
-            self.frame = self.frame.assign(cost_per_million_tokens=cost, usd_per_hour=3600.0 * per_second)
+            per_second = self.kept["gpus"] * price / 3600.0
+            cost = 1e6 * per_second / self.kept["output_tokens_per_s"]
+            own = {"cost_per_million_tokens": cost, "usd_per_hour": 3600.0 * per_second}
             if self.objective.name == "cost":
-                changed = cost / comparison.candidates["cost_per_million_tokens"]
-                self.frame = self.frame.assign(lower_bound=changed * self.frame["lower_bound"])
+                own["lower_bound"] = cost / self.kept["cost_per_million_tokens"] * self.kept["lower_bound"]
+            self.kept = replace(self.kept, columns=self.kept.columns | own)
             self.best, self.runner_up = self.record(self.best), self.record(self.runner_up)
         self.price = price
         self.limits = dict(zip(LIMITS, comparison.targets, strict=True))
         self.cached_tokens = comparison.input_len + comparison.output_len // 2
-        self.several_devices = self.frame["device"].nunique() > 1
-        self.several_engines = self.frame["engine"].nunique() > 1
+        self.several_devices, self.several_engines = (len({*self.kept[name]}) > 1 for name in ("device", "engine"))
         # pools take as many GPUs as match, so their number alone does not say that several clusters were asked about
-        self.several_sizes = self.frame.loc[self.frame["mode"] == "aggregated", "gpus"].nunique() > 1
+        self.several_sizes = len({*self.kept["gpus"][self.kept["mode"] == "aggregated"]}) > 1
         self.layout_columns = [
             "mode", "device", "engine", "layout", "prefill_layout", *(["gpus"] if self.several_sizes else [])
         ]
@@ -90,16 +93,21 @@ class View:
         """``row`` of the comparison as this view has it, with its own price."""
         if row is None:
             return None
-        return next(iter(records(self.frame[self.frame["candidate"] == row["candidate"]])), dict(row))
+        return next(iter(self.kept.where(self.kept["candidate"] == row["candidate"]).records()), dict(row))
 
     @cached_property
-    def per_layout(self) -> pd.DataFrame:
+    def frame(self) -> pd.DataFrame:
+        """The candidates, with this view's price."""
+        return self.kept.frame()
+
+    @cached_property
+    def per_layout(self) -> Candidates:
         """The best candidate of each layout, best first; the comparison's own best and runner-up stand for theirs."""
-        frame = self.objective.ranked(self.frame)
-        named = [row["candidate"] for row in (self.best, self.runner_up) if row is not None]
-        order = frame["candidate"].map({name: i for i, name in enumerate(named)}).fillna(len(named))
-        frame = frame.assign(_named=order).sort_values("_named", kind="stable").drop(columns="_named")
-        return frame.drop_duplicates(self.layout_columns)
+        ranked = self.kept.where(self.objective.order(self.kept.columns))
+        for row in (self.runner_up, self.best):
+            if row is not None:
+                ranked = ranked.where(np.argsort(ranked["candidate"] != row["candidate"], kind="stable"))
+        return ranked.where(ranked.first_of(self.layout_columns))
 
     def name(self, row: Any) -> str:
         """What tells a candidate's layout from all others here: ``tp8-dp4-ep32``, ``2 x tp4-dp1 on h200-sxm``."""
@@ -116,13 +124,9 @@ class View:
         name = f"{layout} on {' '.join(place)}" if place else layout
         return f"{name} under {row['engine']}" if self.several_engines else name
 
-    def of_layout(self, row: dict[str, Any]) -> pd.DataFrame:
-        """All candidates of the layout that ``row`` is one of."""
-        found = self.frame
-        for column in self.layout_columns:
-            value = row[column]
-            missing = value is None or value != value
-            found = found[found[column].isna() if missing else found[column] == value]
+    def of_layout(self, row: dict[str, Any]) -> Mask:
+        """Which candidates are of the layout that ``row`` is one of."""
+        found: Mask = np.all([self.kept[column] == row[column] for column in self.layout_columns], axis=0)
         return found
 
     @cached_property
@@ -131,11 +135,12 @@ class View:
 
         At most :data:`MOST_SHOWN`; what is left is filled with the next best.
         """
-        ranked = self.per_layout.reset_index(drop=True)
-        forms = ranked.index[:2].union(ranked.drop_duplicates("mode").index)
-        first = forms.union(ranked.drop_duplicates("family").index[: max(0, MOST_SHOWN - len(forms))])
-        rest = ranked.index.difference(first)[: max(0, MOST_SHOWN - len(first))]
-        rows = records(ranked.loc[first.union(rest)])
+        ranked = self.per_layout
+        every = np.arange(len(ranked))
+        forms = np.union1d(every[:2], ranked.first_of(["mode"]))
+        first = np.union1d(forms, ranked.first_of(["family"])[: max(0, MOST_SHOWN - len(forms))])
+        rest = np.setdiff1d(every, first)[: max(0, MOST_SHOWN - len(first))]
+        rows = ranked.where(np.union1d(first, rest)).records()
         return [Choice(row, self.name(row), *self.comparison.deployments(row["candidate"])) for row in rows]
 
     def full(self, row: dict[str, Any]) -> bool:

@@ -119,7 +119,7 @@ def _ticks(axes: Axes, x: pd.Series, y: pd.Series) -> None:
 
 def throughput(view: View) -> Chart:
     """Throughput against requests in flight, a line per layout that is shown."""
-    lines = {choice.label: _by_load(view.of_layout(choice.row)) for choice in view.shown}
+    lines = {choice.label: _by_load(view.frame[view.of_layout(choice.row)]) for choice in view.shown}
     title = _throughput_title(lines)
     labels = [wrapped(name) for name in lines]
     height = max(4.3, 0.9 + 0.19 * lines_of(labels) * len(labels))

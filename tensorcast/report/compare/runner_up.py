@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tensorcast.report import units
 from tensorcast.report.compare.choices import LIMITS, PARTS, View, step_parts, worth
 from tensorcast.report.units import plural
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from tensorcast.search.candidate_table import Candidates
 
 
 def runner_up(view: View, best: dict[str, Any], second: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
@@ -35,38 +38,41 @@ def turning_points(view: View, second: dict[str, Any]) -> list[tuple[str, float,
     most of the tighter ones, just under it.
     """
     objective = view.objective
-    frame = view.frame.assign(own=view.frame.index.isin(view.of_layout(second).index))
+    kept = replace(view.kept, columns=view.kept.columns | {"own": view.of_layout(second)})
     found = []
     for column, limit in view.limits.items():
         (other, most), *_ = (item for item in view.limits.items() if item[0] != column)
-        allowed = frame if most is None else frame[frame[other] <= most]
+        allowed = kept if most is None else kept.where(kept[other] <= most)
         now = float("inf") if limit is None else limit
         leads = _leader_by_limit(allowed, column, objective.column, objective.less)
-        looser = leads[leads["own"] & (leads[column] > now)]
-        tighter = leads[leads["own"] & (leads[column] < now)]
-        if not looser.empty:
-            found.append((column, float(looser[column].iloc[0]), True))
-        if not tighter.empty:
-            following = leads.loc[leads[column] > tighter[column].iloc[-1], column]
-            found.append((column, min(now, float(following.min())), False))
+        at, own = leads[column], leads["own"]
+        looser, tighter = at[own & (at > now)], at[own & (at < now)]
+        if len(looser):
+            found.append((column, float(looser[0]), True))
+        if len(tighter):
+            found.append((column, min([now, *at[at > tighter[-1]].tolist()]), False))
     return found
 
 
-def _leader_by_limit(frame: pd.DataFrame, column: str, value: str, less: bool) -> pd.DataFrame:
+def _leader_by_limit(kept: Candidates, column: str, value: str, less: bool) -> Candidates:
     """The best candidate so far at each value of a limit, from tight to loose; rows where the leader changes."""
-    ordered = frame.sort_values([column, value], ascending=[True, less], kind="stable")
-    so_far = ordered[value].cummin() if less else ordered[value].cummax()
-    return ordered[(ordered[value] == so_far) & (so_far != so_far.shift())]
+    sign = 1.0 if less else -1.0
+    ordered = kept.where(np.lexsort((sign * kept[value], kept[column])))
+    amount = sign * ordered[value]
+    so_far = np.fmin.accumulate(amount)  # where a value is not known, it leads nothing
+    changes = np.append(True, so_far[1:] != so_far[:-1])[: len(so_far)]
+    return ordered.where((amount == so_far) & changes)
 
 
 def _memory(view: View, second: dict[str, Any]) -> list[str]:
     """More memory, where memory ends the runner-up's batch before a limit does and it still gains from load."""
-    own = view.of_layout(second).sort_values("batch")
+    own = view.kept.where(view.of_layout(second))
     column, less = view.objective.column, view.objective.less
     if not view.full(second) or column not in ("tokens_per_s_per_gpu", "cost_per_million_tokens"):
         return []
-    smaller = own[own["batch"] < second["batch"]]
-    if smaller.empty or (smaller[column].iloc[-1] < second[column]) == less:
+    own = own.where(np.argsort(own["batch"], kind="stable"))
+    smaller = own[column][own["batch"] < second["batch"]]
+    if not len(smaller) or (smaller[-1] < second[column]) == less:
         return []
     return [
         "with more room for its KV cache, if that lifts its batch far enough over "

@@ -78,7 +78,7 @@ def table(view: View) -> Table:
     ranked = view.objective.ranked(view.frame)
     kept, left_out = ranked, ""
     if len(ranked) > MOST_ROWS:
-        kept = ranked[ranked["pareto"] | ranked["candidate"].isin(view.per_layout["candidate"])].head(MOST_ROWS)
+        kept = ranked[ranked["pareto"] | ranked["candidate"].isin(list(view.per_layout["candidate"]))].head(MOST_ROWS)
         left_out = (
             f"Of {units.count(len(ranked))} candidates the page carries {units.count(len(kept))}: the Pareto front and "
             "the best of each layout. All are in candidates.csv and candidates.parquet."

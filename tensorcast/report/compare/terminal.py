@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from tensorcast.report import units
 from tensorcast.report.compare.best_of import best_of_each
-from tensorcast.report.compare.choices import View, records
+from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.sentences import sentences
 from tensorcast.report.compare.words import asked_for, conclusion, limit_name, options
 from tensorcast.report.question import command, flags
@@ -51,7 +52,7 @@ def print_comparison(found: Comparison, console: Console, top: int = 12) -> None
     )
     counted = (
         f"{plural(found.examined, 'candidate')} (a layout with its options at a batch) examined, "
-        f"{units.count(len(found.candidates))} kept: the best options of each layout and batch, and all of the Pareto "
+        f"{units.count(len(found.kept))} kept: the best options of each layout and batch, and all of the Pareto "
         "front. "
         f"batch: sequences per data-parallel rank; tok/s: per user; a > b: prefill > decode workers"
         + (f"\npruned by rule: {fell}" if fell else "")
@@ -64,14 +65,14 @@ def print_comparison(found: Comparison, console: Console, top: int = 12) -> None
 def _table(view: View, top: int, width: int) -> Table:
     """The best candidate of each layout."""
     every = view.per_layout
-    rows = records(every.head(top))
+    rows = every.where(slice(top)).records()
     title = f"Best of each layout, {units.count(len(rows))} of {units.count(len(every))}"
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, header_style="bold",
         title=Text(title, style="bold"), title_justify="left", title_style="",
     )
     asked = view.comparison.objective == "cost" or any(task.price_per_hour for task in view.comparison.tasks)
-    cost = asked and bool(view.frame["cost_per_million_tokens"].notna().any())
+    cost = asked and not np.isnan(view.kept["cost_per_million_tokens"]).all()
     heads = ["GPUs", "batch", "TTFT", "TPOT", "tok/s", "per GPU", *(["USD/Mtok"] if cost else []), ""]
     tied = set(view.comparison.ties)
     best = view.best["candidate"] if view.best is not None else None
@@ -124,7 +125,7 @@ def comparison_record(found: Comparison, replayed: ReplayedComparison | None = N
         "command": command(flags(found)),
         "runner_up": found.runner_up,
         "ties": found.ties,
-        "layouts": view.per_layout.to_dict("records"),
+        "layouts": view.per_layout.records(),
         "pruned": found.pruned,
         "examined": found.examined,
         "notes": list(found.notes),

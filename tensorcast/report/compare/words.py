@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.deploy.deployment import memory_share
 from tensorcast.report import units
@@ -88,7 +90,7 @@ def conclusion(view: View) -> Conclusion:
     best, second = view.best, view.runner_up
     said, ways = runner_up(view, best, second) if second is not None else ("", ())
     c = view.comparison
-    untried = c.pruned["layouts"].get(NARROW, 0) and c.candidates["tp"].max() == 1
+    untried = c.pruned["layouts"].get(NARROW, 0) and c.kept["tp"].max() == 1
     among = " of the layouts without tensor parallelism (its class runs with no tp above 1 here)" if untried else ""
     return Conclusion(
         headline=f"{view.name(best)} is best{among}: {worth(view, best)}", numbers=tuple(_numbers(view, best)),
@@ -214,10 +216,9 @@ def _spread(row: dict[str, Any]) -> str:
 
 
 def _ties(view: View, best: dict[str, Any]) -> str:
-    frame = view.frame
     ids = [name for name in view.comparison.ties if name != best["candidate"]]
-    rows = frame[frame["candidate"].isin(ids)]
-    names = list(dict.fromkeys(view.name(row) for _, row in rows.iterrows()))
+    rows = view.kept.where(np.isin(view.kept["candidate"], ids)).records()
+    names = list(dict.fromkeys(map(view.name, rows)))
     names = [name for name in names if name != view.name(best)]
     if not names:
         return "No other layout comes within the error of the predictions: the order at the top is clear."
@@ -227,7 +228,7 @@ def _ties(view: View, best: dict[str, Any]) -> str:
 
 def _none_meets(view: View) -> Conclusion:
     """No candidate meets the targets: which limit binds, and how close the best came."""
-    if view.frame.empty:
+    if not len(view.kept):
         return Conclusion("No layout can run this: see what was ruled out below", ())
     closest, binding = view.comparison.closest
     row = view.record(closest) or closest
@@ -249,9 +250,9 @@ def _none_meets(view: View) -> Conclusion:
 
 def evidence(view: View) -> list[tuple[str, float]]:
     """Shares of the best candidate's kernel time by evidence; nothing without candidates."""
-    if view.frame.empty:
+    if not len(view.kept):
         return []
-    row = view.best if view.best is not None else view.frame.iloc[0].to_dict()
+    row = view.best if view.best is not None else view.kept.where(slice(1)).records()[0]
     return [(name, float(row[f"share_{name}"])) for name in EVIDENCE]
 
 
@@ -277,7 +278,7 @@ def assumptions(view: View, shown: list[Choice]) -> list[str]:
             f"{engine.name} {engine.version} may use {units.percent(float(share))} of the memory"
             f"{COVERS[engine.memory_covers]}."
         )
-    if (view.frame["mode"] == "disaggregated").any():
+    if "disaggregated" in view.kept["mode"]:
         lines.append("A > B: workers laid out as A read the prompts and hand them to workers laid out as B.")
     if view.price is not None:
         lines.append(f"Price as given: {units.digits(view.price)} USD per GPU hour.")

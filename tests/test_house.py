@@ -212,6 +212,14 @@ def test_importing_is_light(module: str) -> None:
     assert not loaded_by(f"import {module}", *heavy)
 
 
+def test_a_comparison_on_a_terminal_makes_no_frame() -> None:
+    """Frames are for those who read them: pandas and what it brings stay out of the command."""
+    asked = ["compare", "qwen3-30b-a3b", "-d", "h200", "-n", "1", "--tpot", "50ms"]
+    code = "from typer.testing import CliRunner\nfrom tensorcast.cli import app\n"
+    code += f"assert not CliRunner().invoke(app, {asked}).exit_code"
+    assert not loaded_by(code, "torch", "transformers", "pandas", "pyarrow")
+
+
 def test_a_warm_simulation_needs_no_torch() -> None:
     """From the second time a step is priced from the table on disk: torch and transformers stay out."""
     call = "simulate('qwen3-30b-a3b', device='h200', world_size=2, tp=2, ep=2, batch=8).step_s"

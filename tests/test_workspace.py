@@ -57,6 +57,23 @@ def test_many_steps_are_priced_in_few_passes(made: Counter[str]) -> None:
     assert made["deployments"] < 2 * len(prices.variants) / 3
 
 
+def test_no_batch_is_priced_twice_and_no_setting_that_a_structure_lacks(
+    made: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All variants are priced at one grid; a closer look adds decode steps at the batches between alone. A structure
+    adds up as many of the settings as its members have."""
+    passes, prices = list[list[Any]](), variant_prices.prices
+    monkeypatch.setattr(variant_prices, "prices", lambda asked: passes.append(list(asked)) or prices(asked))
+    _ask()
+    first, *_, closer = passes
+    grid = {*variant_prices.GRID}
+    decode = [(set(batch), len(batch), some) for step, batch, _, _, some in first if step.table.phase == "decode"]
+    assert all(batches == grid for batches, _, _ in decode)
+    assert sum(len(some) for *_, some in decode) < sum(count for _, count, _ in decode)
+    assert {step.table.phase for step, *_ in closer} == {"decode"}
+    assert not any(grid & set(batch) for _, batch, *_ in closer)
+
+
 def test_a_question_asked_again_prices_nothing(made: Counter[str]) -> None:
     first = _ask()
     made.clear()

@@ -20,6 +20,7 @@ from tensorcast.cost.memory import (
 )
 from tensorcast.cost.work import Mask, Size
 from tensorcast.deploy.engine_limits import engine_can_run
+from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_context, check, stage_layers
 from tensorcast.deploy.options import Options, Place, check_options, idle_options
 from tensorcast.deploy.plan.context import context_cut
@@ -303,6 +304,8 @@ def deploy(
     check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
     all2all = choose_all2all(options.all2all, layout, engine, phase, split=options.split_tokens_over_tp)
     check_options(options, layout, whole.facts, all2all)
+    if options.all2all in EXCHANGE_KERNELS and (problem := broken_exchange(options.all2all, layout, device)):
+        raise InputError(problem)
     if options.dcp > 1:
         problem = broken_context(options.dcp, layout, whole.facts, latent=is_latent(model.config))
         if problem:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import BALANCED, Options
 from tensorcast.profiles.facts import ModelFacts
@@ -58,6 +59,17 @@ Limit = tuple[str, str]
 
 _DEEPEP = ("high_throughput", "low_latency", "by_phase")
 
+KERNELS_OF = {
+    "vllm": tuple(EXCHANGE_KERNELS),
+    "sglang": ("deepep_v2", "nixl_ep", "mori_high_throughput", "mori_low_latency", "flashinfer_nvlink_one_sided"),
+    "trtllm": ("flashinfer_nvlink_one_sided", "flashinfer_nvlink_two_sided"),
+}
+"""Kernels that an engine can be told to exchange by (:data:`EXCHANGE_KERNELS`). TensorRT-LLM's are of its own
+(NVLinkOneSided and NVLinkTwoSided, communication_factory.py, of which FlashInfer's were made)."""
+
+_HALVED = {"vllm": ("nixl_ep",)}
+"""Beside DeepEP, those that dual-batch overlap runs with (vLLM 0.33.0, config/vllm.py)."""
+
 DEEPEP_RANKS = frozenset((2, 4, 8, 16, 24, 32, 64, 128, 144, 160))
 """Ranks that DeepEP's normal kernels are set for (buffer.py, get_dispatch_config, of 9fe9021, as vLLM 0.24.0 lists
 them in prepare_finalize/deepep_ht.py). Both modes want as many experts on each rank (csrc/deep_ep.cpp)."""
@@ -65,8 +77,12 @@ them in prepare_finalize/deepep_ht.py). Both modes want as many experts on each 
 
 def _of_exchange(c: Case) -> Iterator[Limit]:
     exchange, etp = c.exchange, c.layout.etp
-    if c.options.dcp > 1:
-        yield "decode context parallelism", f"no decode context parallelism (dcp = {c.options.dcp}) in this release"
+    if exchange in EXCHANGE_KERNELS and exchange not in KERNELS_OF.get(c.engine, ()):
+        yield "exchange kernels", f"no {exchange}; choose another all2all"
+    elif exchange == "flashinfer_nvlink_one_sided" and c.engine == "sglang" and c.layout.tp > 1:
+        yield "exchange kernels", f"{exchange} runs with attention data-parallel over all ranks, not at tp{c.layout.tp}"
+    if exchange == "deepep_v2":
+        yield "DeepEP v2", "this release has no deepep_v2"
     if exchange == "direct":
         yield "plain all-to-all", "no plain all-to-all between experts; choose another all2all"
     first = exchange if c.prefill is None else replace(c, options=c.prefill).exchange
@@ -77,7 +93,7 @@ def _of_exchange(c: Case) -> Iterator[Limit]:
         )
     if c.options.dual_batch_overlap and c.engine == "trtllm":
         yield "dual-batch overlap", "no dual-batch overlap"
-    elif c.options.dual_batch_overlap and exchange not in _DEEPEP:
+    elif c.options.dual_batch_overlap and exchange not in (*_DEEPEP, *_HALVED.get(c.engine, ())):
         yield (
             "dual-batch overlap",
             f"dual-batch overlap needs DeepEP (high_throughput or low_latency) at dp > 1, not {exchange or 'none'}",
@@ -158,6 +174,8 @@ def _of_drafters(c: Case) -> Iterator[Limit]:
 
 def _of_nodes(c: Case) -> Iterator[Limit]:
     layout, node, ranks = c.layout, c.gpus_per_node, c.layout.tp * c.layout.pp
+    if c.options.dcp > 1:
+        yield "decode context parallelism", f"no decode context parallelism (dcp = {c.options.dcp}) in this release"
     if c.nodes == 1:
         return
     if layout.world_size % node:
@@ -246,7 +264,7 @@ def _of_blocks(c: Case) -> Iterator[Limit]:
 ANY_ENGINE = (BLOCKS,)
 """No step can be priced against these: a rank's weights would be none that exist."""
 
-_SHARED = ("plain all-to-all", "balanced experts", "external shared experts", "whole nodes")
+_SHARED = ("exchange kernels", "plain all-to-all", "balanced experts", "external shared experts", "whole nodes")
 ENGINE_RULES: dict[str, tuple[str, ...]] = {
     "vllm": (
         *_SHARED, "one exchange", "whole experts or all cut", "dual-batch overlap", "draft layers", "DSpark drafts",
@@ -254,7 +272,7 @@ ENGINE_RULES: dict[str, tuple[str, ...]] = {
     ),
     "sglang": (
         *_SHARED, "all-to-all over all ranks", "dual-batch overlap", "draft layers", "drafts in a pipeline",
-        "DSpark drafts", "what drafts", "decode context parallelism",
+        "DSpark drafts", "what drafts", "decode context parallelism", "DeepEP v2",
         "dense replicas on one node", "even experts", "DeepEP's ranks", *ANY_ENGINE,
     ),
     "trtllm": (

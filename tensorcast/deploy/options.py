@@ -105,7 +105,9 @@ class Options:
     fusion: str = _about("engine", "Fuse kernels as the engine does, or not at all.", metavar="engine|none")
     all2all: str = _about(
         "auto", "How tokens reach their experts at dp > 1: allgather_reducescatter, high_throughput, low_latency, "
-        "direct, or auto, the engine's.", metavar="KIND", of_experts=True, idle=_nothing_travels,
+        "direct, deepep_v2, nixl_ep, mori_high_throughput, mori_low_latency, flashinfer_nvlink_one_sided or _two_sided "
+        "(priced as what moves the same bytes), or auto, the engine's.", metavar="KIND", of_experts=True,
+        idle=_nothing_travels,
     )
     dispatch: str | None = _about(
         None, "What tokens are sent in, such as bf16 or fp8_block.", metavar="SCHEME",

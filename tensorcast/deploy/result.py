@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorcast.cost.evidence import interval
 from tensorcast.deploy.engine_log import CacheLog, cache_log
+from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.price import RowPrice, StepPrice
 from tensorcast.deploy.workload import Workload
@@ -125,6 +126,7 @@ class Simulation:
             "placement": d.options.placement,
             "fusion": d.options.fusion,
             "all2all": d.step.plan.all2all,
+            "exchange_kernels": d.options.all2all if d.options.all2all in EXCHANGE_KERNELS else "",
             "dispatch_dtype": d.step.plan.dispatch.name,
             "combine_dtype": d.step.plan.combine.name,
             "experts_backend": d.step.plan.backend,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from tensorcast.deploy.deployment import Deployment, Memory, deploy, drafting_notes, not_counted, uncut
 from tensorcast.deploy.engine_limits import halving_note
 from tensorcast.deploy.engine_log import room_note
+from tensorcast.deploy.exchange_kernels import exchange_note
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, idle_note
 from tensorcast.deploy.plan.plan import Collective
@@ -98,6 +99,8 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
         notes.append(halves)
     if tight := room_note(deployment):
         notes.append(tight)
+    if deployment.step.plan.all2all != "none" and (said := exchange_note(deployment.options.all2all)):
+        notes.append(said)
     if idle := deployment.idle(deployment.options):
         notes.append(idle_note(idle))
     return tuple(notes)

@@ -89,7 +89,7 @@ def _experts(plan: Plan, found: Settings) -> None:
         found.add("all2all", exchange)
         if exchange == "by_phase" and plan.role:
             exchange = "high_throughput" if plan.role == "prefill" else "low_latency"
-        if exchange != "allgather_reducescatter":
+        if exchange in plan.table.flags["all2all_mode"].values:
             found.add("all2all_mode", exchange)
             if options.dispatch:
                 found.add("dispatch", options.dispatch)

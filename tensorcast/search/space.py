@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 from tensorcast.deploy.engine_limits import engine_can_run
+from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout, broken_context, broken_rules
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
 from tensorcast.deploy.options import Options
@@ -204,7 +205,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 """Where an axis changes nothing."""
 
 
-SENDING = frozenset(name for name, kinds in EXCHANGES.items() if {*kinds.values()} <= {*ALL_TO_ALL})
+SENDING = frozenset(
+    name for name, kinds in EXCHANGES.items() if {*kinds.values()} <= {*ALL_TO_ALL, *EXCHANGE_KERNELS}
+)
 """Exchanges that send tokens to their experts in every phase; what ``auto`` does is the engine's choice."""
 
 

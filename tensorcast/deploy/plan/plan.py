@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from tensorcast.cost.collectives import group_extent
 from tensorcast.cost.kernels.vocabulary import PRECISION, source_of
 from tensorcast.cost.work import Size
+from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import ALL2ALL, Layout, attention_dp
 from tensorcast.deploy.options import EXCHANGES, Options
 from tensorcast.errors import InputError, unknown_name
@@ -83,7 +84,7 @@ def expert_sources(
 
 
 def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any, *, split: bool = False) -> str:
-    """The exchange that runs: the wanted one, else the engine's default for the phase.
+    """The exchange that runs: the wanted one, or what it is priced as, else the engine's default for the phase.
 
     At dp = 1 it is ``none``, unless tokens are ``split`` over tp and so travel.
     """
@@ -99,7 +100,7 @@ def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: An
             f"--all2all {wanted}: needs whole experts on every rank (ep = tp*dp = {layout.stage_ranks}), "
             f"got ep = {layout.ep}"
         )
-    return wanted
+    return EXCHANGE_KERNELS[wanted].like if wanted in EXCHANGE_KERNELS else wanted
 
 
 def block_form(

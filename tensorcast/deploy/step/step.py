@@ -14,6 +14,7 @@ from tensorcast.cost.kernels.corrections import BatchedCorrections, corrections_
 from tensorcast.cost.layer_loads import LayerLoads
 from tensorcast.cost.routing import ExpertLoad, Routing, expected_distinct, expert_load
 from tensorcast.cost.work import Size
+from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective, Plan, Row
@@ -244,7 +245,9 @@ def make_step(
     it is not the model's own layers."""
     decode = table.phase == "decode"
     # the eager view launches its kernels one by one
-    eager = options.fusion != "engine" or plan.all2all in engine.eager_exchanges
+    # kernels that are priced as others may be captured where those are not
+    named = options.all2all if options.all2all in EXCHANGE_KERNELS else plan.all2all
+    eager = options.fusion != "engine" or named in engine.eager_exchanges
     captured = not eager and table.phase in engine.graph_captured_phases
     # tokens of the largest step that is replayed from a graph
     most = math.inf if captured else 0 if decode else prefill_graph_tokens

@@ -88,6 +88,7 @@ def _lifted(source: Source, split: bool) -> list[str]:
     return (
         ["drafts in a pipeline"] * drafts + ["DSpark drafts"] * ("DSPARK = auto()" in methods)
         + ["decode context parallelism"] * context
+        + ["DeepEP v2"] * (split and '"deepep_v2"' in source.text(f"{HOOKS}/fields/exec_.py"))
     )
 
 

@@ -12,10 +12,8 @@ from typer.testing import CliRunner
 
 import tensorcast as tc
 from tensorcast.cli import app
-from tensorcast.deploy.deployment import not_counted
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, Place, idle_note, idle_options
-from tensorcast.modeling.quantization import Quantization
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_model
 from tensorcast.report.compare.choices import View
@@ -74,22 +72,6 @@ def test_positions_as_engines_read_them(config: dict[str, Any], longest: int | N
     assert model.max_positions == longest
     if longest is not None:
         assert not model.too_long(longest) and f"{longest} positions" in model.too_long(longest + 1)
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"compress_ratios": [0, 4, 4]}, ["compress_ratios"]),
-        ({"text_config": {"compress_ratios": [4]}}, ["compress_ratios"]),
-        ({"sparse_attention_config": {"use_sparse_attention": True}}, ["sparse_attention_config"]),
-        ({"sparse_attention_config": {"use_sparse_attention": False}, "compress_ratios": [0, 0]}, []),
-        ({}, []),
-    ],
-)
-def test_attention_that_a_trace_does_not_show_is_named(config: dict[str, Any], said: list[str]) -> None:
-    model = ModelProfile(name="m", hf_id="m", description="d", sources={}, config={"model_type": "llama", **config})
-    found = not_counted(model, Quantization())
-    assert len(found) == len(said) and all(name in text for name, text in zip(said, found, strict=True))
 
 
 def test_sequences_longer_than_the_model_are_refused() -> None:

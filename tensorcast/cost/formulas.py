@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost import work as w
-from tensorcast.cost.memory import indexer_key_bytes, latent_bytes
+from tensorcast.cost.memory import SHARED_VECTOR_FP8, indexer_key_bytes, latent_bytes
 from tensorcast.cost.rank_load import LayerPoints
 from tensorcast.cost.registry import Registry
 from tensorcast.cost.work import Precision, Size, Work
@@ -97,6 +97,8 @@ REDUCES = frozenset("rsqrt native_layer_norm softmax _softmax topk sort".split()
 def traffic(op: Op, at: Context) -> list[Work]:
     """Reads its inputs once and writes its outputs once."""
     found = w.memory(sum((t.bytes(at.sizes) for t in op.inputs), 0.0), _written(op, at))
+    if "stream_mix" in op.parts:  # hyper-connections, timed by themselves
+        return [replace(found, kernel="stream_mix")]
     return [found if REDUCES.isdisjoint((op.name, *op.parts)) else replace(found, reduces=True)]
 
 
@@ -198,7 +200,9 @@ def attention(op: Op, at: Context) -> list[Work]:
                 kv_bytes=kv_bytes, selected=a["selected"], decode=at.decode, **sparse,
             )
         ]
-    window = a["window"] or a["selected"]
+    if a.get("compress") or (a["selected"] and not a["latent"]):
+        return [_chosen(op, at, batch, new, past)]
+    window = a["window"]
     if a["chunk"]:
         past = np.where(np.asarray(past) + new > a["chunk"], np.mod(past, a["chunk"]), past)
     found = w.attention(
@@ -219,25 +223,58 @@ def attention(op: Op, at: Context) -> list[Work]:
     return [found]
 
 
+def _chosen(op: Op, at: Context, batch: Size, new: Size, past: Size) -> Work:
+    """Attention to a window and compressed entries, all or those picked (DeepSeek-V4), or to picked blocks of keys."""
+    q, k, v = op.inputs[:3]
+    a, heads, width, v_dim = op.attrs, at.value(q.dims[1]), at.value(q.dims[-1]), at.value(v.dims[-1])
+    phase, length = "decode" if at.decode else "prefill", np.asarray(past + new, dtype=float)
+    cache = "fp8" if np.all(np.asarray(at.kv_bytes) < 1.5) else "bf16"
+    if not a.get("compress"):
+        seen = np.minimum(length, a["selected"])
+        return w.chosen_attention(
+            batch, new, heads, kv_heads=at.value(k.dims[1]), width=width, v_dim=v_dim,
+            pairs=w.attended_pairs(new, past, a["selected"]), keys=seen if at.decode else length,
+            entry_bytes=at.kv_bytes * (width + v_dim), family=f"blocks_{phase}", dtype=cache,
+        )
+    ratio, picked = a["compress"], a["picked"]
+    entries, reach = length / ratio, a["window"] if at.decode else a["window"] + new
+    chosen = np.minimum(entries, picked) if picked and at.decode else entries
+    return w.chosen_attention(
+        batch, new, heads, kv_heads=1.0, width=width, v_dim=v_dim,
+        pairs=w.attended_pairs(new, past, a["window"]) + w.attended_pairs(new, past, picked * ratio) / ratio,
+        keys=np.minimum(length, reach) + chosen, entry_bytes=width * (SHARED_VECTOR_FP8 if cache == "fp8" else 2.0),
+        family=f"compressed_{phase}", dtype=cache, kernel="picked" if picked else "every",
+        least_heads=128.0 if at.has_fp4 else 64.0,
+    )
+
+
 def sparse_indexer(op: Op, at: Context) -> list[Work]:
-    """Scores of every visible cached token per query and head, then top-k: q ``[B*S,Hi,Di]``, keys ``[B,L,Di]``."""
+    """Scores of every visible cached token per query and head, then top-k: q ``[B*S,Hi,Di]``, keys ``[B,L,Di]``.
+
+    Keys may stand for several tokens (``compress``), and blocks of keys be chosen by their best (``pooled``).
+    """
     heads, width = at.value(op.attrs["heads"]), at.value(op.attrs["head_dim"])
     batch, new = at.sequences(at.sizes.B, at.sizes.S)
-    pairs = batch * w.attended_pairs(new, at.sizes.P)
-    keys = batch * at.sizes.L * indexer_key_bytes(width)
+    ratio, pooled = op.attrs.get("compress", 1), op.attrs.get("pooled", 1)
+    pairs = batch * w.attended_pairs(new, at.sizes.P) / ratio
+    keys = batch * at.sizes.L / ratio * (2.0 * width if pooled > 1 else indexer_key_bytes(width))
     queries = batch * new * heads * width
     flops = 2.0 * pairs * heads * width
+    if pooled > 1:  # one score per block is written and read
+        family = f"block_scores_{'decode' if at.decode else 'prefill'}"
+        return [Work(family, "bf16", flops, keys + 2.0 * queries + 8.0 * pairs / pooled, flops, rows=batch * new)]
     # fp32 scores are written once and read once by the selection
+    kernel = "compressed" if ratio > 1 else ""
     if at.decode:
-        score = Work("attention_decode", "bf16", flops, keys + queries + 4.0 * pairs, flops)
-        return [score, w.memory(4.0 * pairs, _written(op, at))]
+        moved = keys + queries + 8.0 * pairs + _written(op, at)
+        return [Work("indexer_decode", "fp8", flops, moved, flops, rows=batch * new, kernel=kernel)]
     # of prompts the scores are FP8 arithmetic, and queries that see no more than what is selected need no selection
-    score = Work("indexer_scores", "fp8", flops, keys + queries + 4.0 * pairs, flops)
+    score = Work("indexer_scores", "fp8", flops, keys + queries + 4.0 * pairs, flops, kernel=kernel)
     chosen = at.value(op.outputs[0].dims[-1])
-    seen = batch * w.attended_pairs(new, at.sizes.P, chosen)
-    rows = batch * np.clip(new + at.sizes.P - chosen, 0, new)
+    seen = batch * w.attended_pairs(new, at.sizes.P, chosen * ratio) / ratio
+    rows = batch * np.clip(new + at.sizes.P - chosen * ratio, 0, new)
     more = np.maximum(pairs - seen, 0.0) + rows * chosen
-    return [score, Work("indexer_topk", "bf16", bytes=4.0 * more + _written(op, at), rows=rows)]
+    return [score, Work("indexer_topk", "bf16", bytes=4.0 * more + _written(op, at), rows=rows, kernel=kernel)]
 
 
 def kv_cache_write(op: Op, at: Context) -> list[Work]:

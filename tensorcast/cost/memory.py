@@ -49,8 +49,8 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
             per_token = sum(numel)
             if op.attrs["kind"] == "indexer":
                 per_token = indexer_key_bytes(sum(numel))
-            elif kv == "bf16":
-                per_token = 2.0 * sum(numel)
+            elif kv == "bf16" or op.attrs["kind"] == "block_indexer":
+                per_token = 2.0 * sum(numel)  # keys of blocks stay in bf16 (vLLM 0.33.0, models/minimax_m3/common)
             elif attention is not None and attention.attrs.get("scaled"):
                 per_token = latent_bytes(*numel)
             elif shared:

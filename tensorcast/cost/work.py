@@ -220,13 +220,34 @@ def mla(
         kv = batch * keys * heads * dims * 2.0  # the expanded keys and values of this step
         tilings = _attention_tilings(batch, new, pairs, keys, heads=heads, kv_heads=heads, dims=dims, decode=False)
     cache = "fp8" if np.all(np.asarray(kv_bytes) < 1.5) else "bf16"
-    family = "mla_decode" if decode else "mla_prefill" if plain else "mla_sparse"
+    family = ("mla_decode" if decode else "mla_prefill") if plain else "mla_sparse_decode" if decode else "mla_sparse"
     return Work(
         family=family, dtype=dtype or (cache if decode else "bf16"),
         flops=2.0 * batch * heads * pairs * dims, bytes=kv + batch * new * heads * dims * 2.0,
         issued_flops=tilings[0].tiles * tilings[0].flops, tiles=tilings[0].tiles, tilings=tilings,
         rows=batch * new * heads, elements=batch * heads * pairs,
         sizes={"batch": batch, "new": new, "past": past, "q_heads": heads, "kv_bytes": kv_bytes} if plain else {},
+    )
+
+
+def chosen_attention(
+    batch: Size, new: Size, heads: Size, *, kv_heads: Size, width: Size, v_dim: Size, pairs: Size, keys: Size,
+    entry_bytes: Size, family: str, dtype: str, kernel: str = "", least_heads: float = 1.0,
+) -> Work:
+    """Attention to entries that a window, compression or an indexer leaves: ``pairs`` (query, entry) and ``keys``
+    entries of each sequence, of ``entry_bytes`` per KV head.
+
+    Queries gather their own entries, so no tile of queries shares any; a kernel computes at least ``least_heads``
+    heads of a KV head (FlashMLA: 64 rows on SM90, 128 on SM100). Prompts read the entries once from memory, the rest
+    from caches.
+    """
+    per_head = np.maximum(np.asarray(heads, dtype=float) / kv_heads, 1.0)
+    run = np.ceil(per_head / least_heads) * least_heads * kv_heads
+    flops = 2.0 * batch * pairs * (width + v_dim)
+    moved = batch * keys * kv_heads * entry_bytes + 2.0 * batch * new * heads * (width + v_dim)
+    return Work(
+        family, dtype, flops=flops * heads, bytes=moved, issued_flops=flops * run, rows=batch * new,
+        elements=batch * pairs * heads, kernel=kernel,
     )
 
 

@@ -377,16 +377,9 @@ def uncut(table: OpTable) -> str:
     )
 
 
-def not_counted(model: ModelProfile, quantization: Quantization) -> list[str]:
-    """What a model's config says of attention and precision that nothing here counts."""
-    text, found = text_of(model.config), list[str]()
-    if quantization.unread:
-        found.append(f"quantization_config: not used: {', '.join(quantization.unread)}")
-    if any(model.config.get("compress_ratios") or text.get("compress_ratios") or ()):
-        found.append("attention over compressed keys and values (compress_ratios) is not counted: it is too fast")
-    if (text.get("sparse_attention_config") or {}).get("use_sparse_attention"):
-        found.append("blocks that attention picks (sparse_attention_config) are not counted: it is too fast")
-    return found
+def not_counted(quantization: Quantization) -> list[str]:
+    """What a checkpoint says of its precision that nothing here counts."""
+    return [f"quantization_config: not used: {', '.join(quantization.unread)}"] if quantization.unread else []
 
 
 def drafting_notes(deployment: Deployment) -> list[str]:

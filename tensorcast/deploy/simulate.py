@@ -82,7 +82,7 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
     unknown = sorted({p.row.name for p in price.rows if not p.has_formula and not isinstance(p.row, Collective)})
     if unknown:
         notes.append(f"no formula, priced as memory traffic: {', '.join(unknown)}")
-    notes += [*not_counted(deployment.model, deployment.quantization), *deployment.raw.facts.remarks]
+    notes += [*not_counted(deployment.quantization), *deployment.raw.facts.remarks]
     if lacking := weight_only_here(deployment.quantization, deployment.device.peak_flops):
         notes.append(f"{deployment.device.name} has no arithmetic for {lacking}: weights are unpacked to bf16")
     if deployment.raw.facts.mtp_modules and not deployment.options.mtp_depth:

@@ -45,9 +45,9 @@ def _selected(module: nn.Module, kwargs: dict[str, Any]) -> int:
     """Tokens that a sparse-attention query reads: the width of the index tensor times the block it points at."""
     if kwargs.get("indices") is not None:
         return int(kwargs["indices"].shape[-1])
-    if kwargs.get("block_indices") is not None:
-        block = getattr(getattr(module, "config", None), "sparse_block_size", 1) or 1
-        return int(kwargs["block_indices"].shape[-1]) * int(block)
+    if kwargs.get("block_indices") is not None:  # as many as there are, of the traced tokens; the config says of any
+        config: Any = getattr(module, "config", None)
+        return int(config.index_topk_blocks) * int(config.index_block_size)
     return 0
 
 

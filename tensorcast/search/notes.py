@@ -32,7 +32,7 @@ def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
     first = tasks[0]
     whole = whole_model(first.model, "decode", first.base.quant)
     found = [f"left out: {text}" for text in left_out(tasks, kept)]
-    found += not_counted(first.model, whole.stored)
+    found += not_counted(whole.stored)
     if first.engine.remark:
         found.append(first.engine.remark)
     if idle := _idle(first, kept):

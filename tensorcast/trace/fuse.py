@@ -25,7 +25,11 @@ BARRIERS = frozenset(
 REFERENCE = Sizes(B=64.0, S=64.0, P=4096.0, R=4096.0, E=8.0, X=1.0)
 """Sizes at which two operands of one storage are compared."""
 
+MOST_STREAMS = 4
+"""Residual streams of a model with hyper-connections (DeepSeek-V4: 4)."""
+
 LABELS = (
+    ("stream_mix", "stream_mix"),
     ("topk", "top_k"),
     ("softmax", "softmax"),
     ("_softmax", "softmax"),
@@ -303,6 +307,29 @@ def permute_kernels(ops: list[Op]) -> list[Op]:
     return result
 
 
+def stream_mixes(ops: list[Op]) -> list[Op]:
+    """Hyper-connections as engines' kernels run them: the mixing of a token's few streams, and the thin products in
+    fp32 that make its weights, join the norms and sums around them (SGLang, vLLM and TensorRT-LLM: ``mhc_pre`` and
+    ``mhc_post``)."""
+    mixed = {op.kind for op in ops if _mixes(op)}
+    return [
+        op.but(name="stream_mix") if op.kind in mixed and (_mixes(op) or _thin(op)) else op for op in ops
+    ]
+
+
+def _mixes(op: Op) -> bool:
+    """Whether a batched product multiplies few rows of each token by a square of as many."""
+    if op.name != "bmm" or op.weights:
+        return False
+    *_, rows, columns = op.inputs[0].dims
+    return rows == columns and rows.is_constant and rows.coef <= MOST_STREAMS
+
+
+def _thin(op: Op) -> bool:
+    fp32 = all(t.dtype == "float32" for t in op.inputs)
+    return op.name == "mm" and fp32 and op.outputs[0].dims[-1].coef <= MOST_STREAMS * (MOST_STREAMS + 2)
+
+
 def fuse(table: OpTable, fusions: Collection[str], apart: Iterable[Collection[str]] = ()) -> OpTable:
     """The table as an engine with these ``fusions`` runs it; none of them gives the eager view.
 
@@ -314,6 +341,8 @@ def fuse(table: OpTable, fusions: Collection[str], apart: Iterable[Collection[st
     if not fusions:
         return table
     ops = permute_kernels(sparse_indexers(fold(ops)))
+    if "pointwise" in fusions:
+        ops = stream_mixes(ops)
     if "merged_gemm" in fusions:
         ops = merge_gemms(ops, apart)
     if "pointwise" in fusions:

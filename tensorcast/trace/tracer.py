@@ -27,6 +27,7 @@ from tensorcast.trace.layers import Kinds
 from tensorcast.trace.mla import mark_latent
 from tensorcast.trace.moe import blocks_of, is_shared_param, mark_experts
 from tensorcast.trace.record import Call, Seen
+from tensorcast.trace.selection import Selection, mark_selection
 from tensorcast.trace.sharding import mark_sharding, mixers_whole
 from tensorcast.trace.table import STATEFUL, Op, OpTable, Param, Tensor, layer_ranges
 
@@ -122,6 +123,7 @@ def _trace_one(
             line = str(reason).strip().splitlines()[0]
             raise InputError(f"model {profile.name}: {phase} cannot be traced without data: {line}") from None
     ops = mark_latent(mark_experts([_as_mm(op) for op in _without_copied_states(linears)]), phase)
+    ops = mark_selection(ops, _selections(whole, kinds))
     if (unsaid := getattr(whole, "unsaid_experts", "")) and blocks_of(ops):
         raise InputError(f"model {profile.name}: config.json does not say {unsaid}, and the model has experts")
     if not isinstance(whole, CustomConfig):
@@ -273,6 +275,21 @@ def _compress_ratios(config: PreTrainedConfig) -> tuple[int, ...]:
     """By layer, where its type has a compressed cache (DeepSeek-V4)."""
     rates, kinds = field(config, "compress_rates", default={}), field(config, "layer_types", default=[])
     return tuple(int(rates.get(kind, 0)) for kind in kinds) if rates else ()
+
+
+def _selections(config: PreTrainedConfig, kinds: Kinds) -> dict[int, Selection]:
+    """By layer kind, where attention reads compressed entries (DeepSeek-V4) or blocks (MiniMax-M3) that are chosen."""
+    ratios, types = _compress_ratios(config), field(config, "layer_types", default=[])
+    blocks = field(config, "index_topk_blocks", default=0)
+    found = {}
+    for layer, kind in enumerate(kinds.of_layer):
+        if ratios and ratios[layer]:
+            picks = "sparse" in types[layer]
+            found[kind] = Selection(ratios[layer], int(field(config, "index_topk", default=0)) if picks else 0)
+        elif blocks and "sparse" in str(types[layer] if layer < len(types) else ""):
+            block = int(field(config, "index_block_size"))
+            found[kind] = Selection(1, int(blocks) * block, pooled=block)
+    return found
 
 
 def _zero_experts(config: PreTrainedConfig) -> int:

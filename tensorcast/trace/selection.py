@@ -1,0 +1,118 @@
+"""Attention over chosen or compressed entries, as engines run it, where a class only says it with masks.
+
+DeepSeek-V4 attends to a window and to compressed entries (one per ``ratio`` tokens), all of them or those that an
+indexer chooses; MiniMax-M3 to blocks of keys that its indexer chooses. transformers' classes keep such entries in
+caches of their own, score them by plain products and hand masks to attention. Engines score and select in kernels, and
+no kernel reads a mask. Sources: vLLM 0.33.0 (``models/deepseek_v4.py``, ``models/minimax_m3.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from tensorcast.trace.dims import Dim
+from tensorcast.trace.table import Op, Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the queries of a layer kind see beside their window: entries of ``ratio`` tokens each, all of them or
+    ``picked`` ones, which an indexer picks in blocks of ``pooled`` tokens."""
+
+    ratio: int
+    picked: int
+    pooled: int = 1
+
+
+def mark_selection(ops: list[Op], chosen: Mapping[int, Selection]) -> list[Op]:
+    """Ops with each such layer's scoring as one ``sparse_indexer``, its attention told what it reads, masks gone.
+
+    ``chosen``: by layer kind.
+    """
+    marked = list(ops)
+    for kind, selection in chosen.items():
+        attention = next((op for op in marked if op.name == "attention" and op.kind == kind), None)
+        if attention is None:
+            continue
+        within = {id(op) for op in marked if op.kind == kind and op.module.startswith(attention.module)}
+        marked = _scored(marked, within, attention.module, selection)
+        marked = _read(marked, within, attention, selection)
+    return marked
+
+
+def _scored(ops: list[Op], within: set[int], module: str, selection: Selection) -> list[Op]:
+    """With one op in the place of the first product of queries and keys in the indexer."""
+    scores = next(
+        (
+            i
+            for i, op in enumerate(ops)
+            if id(op) in within and op.name == "bmm" and not op.weights and ".indexer" in op.module[len(module) :]
+        ),
+        None,
+    )
+    if scores is None:
+        return ops
+    product = ops[scores]
+    top = next(op for op in ops[scores:] if id(op) in within and op.name == "topk")
+    indexer = top.module
+    heads, width = _heads(product), product.inputs[0].dims[-1]
+    length = Dim(1 / selection.ratio, L=1)
+    queries, scored_keys = (_made_from(t.storage, ops[:scores]) for t in product.inputs)
+    keys = Tensor((Dim(1, B=1), length, width), "bfloat16", scored_keys)
+    query = replace(product.inputs[0], storage=queries)
+    places = top.outputs[1]
+    found = Tensor((*places.dims[:-1], Dim(selection.picked // selection.pooled)), places.dtype, places.storage)
+    attrs = {"heads": heads, "selected": Dim(selection.picked), "head_dim": width}
+    attrs |= {"compress": selection.ratio} if selection.ratio > 1 else {}
+    attrs |= {"pooled": selection.pooled} if selection.pooled > 1 else {}
+    scored = Op("sparse_indexer", indexer, product.kind, (query, keys), (found,), attrs)
+    within.add(id(scored))
+    kept = ops[:scores]
+    if selection.ratio == 1:  # a token's own key; of compressed ones the layer's ratio tells
+        written = Tensor((Dim(1, B=1), Dim(1), _new(product), width), "bfloat16", scored_keys)
+        nothing = Tensor((*written.dims[:-1], Dim(0)), "bfloat16", -1 - 2 * scores)
+        slots = Tensor((Dim(1, B=1), _new(product)), "int64", -2 - 2 * scores)
+        write = Op("kv_cache_write", indexer, product.kind, (written, nothing), (slots,), {"kind": "block_indexer"})
+        kept.append(write)
+    return [*kept, scored, *ops[scores + 1 :]]
+
+
+def _heads(product: Op) -> Dim:
+    """Of the indexer: a batched product has them among its rows or in its batch."""
+    batch, rows, _ = product.inputs[0].dims
+    if batch.B and batch.coef > 1:
+        return Dim(batch.coef)
+    return Dim(rows.coef)
+
+
+def _made_from(storage: int, before: list[Op]) -> int:
+    """The storage that copies in another precision or shape were made of: no kernel makes those."""
+    for op in reversed(before):
+        if op.name in ("clone", "_to_copy") and any(t.storage == storage for t in op.outputs):
+            storage = op.inputs[0].storage
+    return storage
+
+
+def _new(product: Op) -> Dim:
+    rows = product.inputs[0].dims[1]
+    return Dim(1, S=1) if rows.S else Dim(1)
+
+
+def _read(ops: list[Op], within: set[int], attention: Op, selection: Selection) -> list[Op]:
+    """Without what nothing reads any more, last things first; attention says what it reads."""
+    read: set[int] = set()
+    kept = []
+    for op in reversed(ops):
+        mine = id(op) in within
+        idle = mine and not op.weights and op.name not in ("attention", "sparse_indexer", "kv_cache_write")
+        if idle and op.outputs and not any(t.storage in read for t in op.outputs):
+            continue
+        if op is attention:
+            attrs = {**op.attrs, "selected": 0 if selection.ratio > 1 else op.attrs["selected"]}
+            if selection.ratio > 1:
+                attrs |= {"compress": selection.ratio, "picked": selection.picked}
+            op = op.but(attrs=attrs)
+        read.update(t.storage for t in op.inputs)
+        kept.append(op)
+    return kept[::-1]

@@ -60,6 +60,7 @@ accuracy: $(STAMP)  ## predicted against held-out kernels -> reports/accuracy.md
 calibrate: $(STAMP)  ## fit kernel constants and models into profiles/: [TABLES=DIR, else aiconfigurator-core's tables]
 	@$(BIN)/python -m pip install -qq --editable '.[$(if $(TABLES),calibrate,silicon)]'
 	@$(BIN)/python -m tensorcast.calibrate.devices $(if $(TABLES),--tables "$(TABLES)",--from silicon) --profiles profiles
+	@$(BIN)/python -m tensorcast.calibrate.attention_modules $(if $(TABLES),--tables "$(TABLES)",--from silicon) --profiles profiles
 
 serving: $(STAMP)  ## predicted against measured serving -> reports/serving.md: make serving TABLE=FILE
 	@test -n "$(TABLE)" || { echo "make serving needs TABLE=FILE, a CSV of measured runs" >&2; exit 2; }

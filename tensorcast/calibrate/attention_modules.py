@@ -30,7 +30,8 @@ from tensorcast.cost.work import Array, Work
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import options_of
-from tensorcast.errors import InputError
+from tensorcast.deploy.step.price import pick
+from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.trace.table import Op
@@ -50,7 +51,8 @@ SKIPPED = "skip_indexer"
 """Modules of GLM-5.2 that take another layer's selection: their rows are of the other's attention alone."""
 
 EXPANDED = "dense_mha"
-"""SGLang's kernels for prompts within the selection's width, over expanded keys: another kernel, not priced here."""
+"""SGLang's kernels over expanded keys for prompts within the selection's width. Its prefill graphs, which hold 8,192
+tokens of such a model, run the sparse ones (0.5.23, layers/attention/dsa_backend.py)."""
 
 FLOOR = 1.5
 """Prompts' rows within so many times of their table's least are the host's time, which launches kernel by kernel."""
@@ -88,6 +90,8 @@ TABLES = (
     ModuleTable("msa_generation_module", "decode", ("blocks_decode", "block_scores_decode"), "selected", ("latent",)),
     ModuleTable("msa_context_module", "prefill", ("blocks_prefill", "block_scores_prefill"), "selected", ("latent",)),
 )
+
+STREAM_TABLE = ModuleTable("mhc_module", "prefill", ("memory",), "stream_mix")
 
 FAMILIES = frozenset(family for table in TABLES for family in table.families)
 
@@ -181,7 +185,7 @@ def _split(
             if any(work.family in table.families for work in asked):
                 works += asked
             else:
-                total = total + cost.seconds
+                total = total + pick(cost.seconds, part.at)
     return total, tuple(works)
 
 
@@ -277,40 +281,43 @@ def _joined(rows: Sequence[Timed]) -> Timed:
     )
 
 
-def calibrated(device: DeviceProfile, folder: Path, system: str) -> tuple[KernelConstants, ...]:
-    """The device's constants, those of such kernels anew from every module that was timed on it."""
+def calibrated(
+    device: DeviceProfile, folder: Path, system: str, tables: Sequence[str] = ()
+) -> tuple[KernelConstants, ...]:
+    """The device's constants, those of such kernels anew from every module that was timed on it, or from ``tables``."""
     files = {(engine, stem.removesuffix("_perf")): path for engine, stem, _, path in table_files(folder, system)}
     assert device.calibration is not None
-    found = [one for one in device.calibration.kernels if not _fitted_here(one.family)]
-    for table in TABLES:
+    found = list[KernelConstants]()
+    for table in (*TABLES, STREAM_TABLE):
         for engine in ("sglang", "trtllm", "vllm"):
-            if (engine, table.name) not in files:
+            if (engine, table.name) not in files or (tables and table.name not in tables):
                 continue
             new: list[KernelConstants] = []
-            for _, rows in sorted(read_rows(files[engine, table.name], table).groupby("kv"), reverse=True):
-                parts = list(timed(rows, table, device, engine))
-                if sum(int((~part.held_out).sum()) for part in parts) >= FEWEST:
-                    new += fit(parts, device, engine, new)
+            if table is STREAM_TABLE:
+                new = fit(list(timed_streams(files[engine, table.name], device, engine)), device, engine, [])
+            else:
+                for _, rows in sorted(read_rows(files[engine, table.name], table).groupby("kv"), reverse=True):
+                    parts = list(timed(rows, table, device, engine))
+                    if sum(int((~part.held_out).sum()) for part in parts) >= FEWEST:
+                        new += fit(parts, device, engine, new)
+            said = ", ".join(f"{one.family} {one.dtype} {one.median_error:.1%}" for one in new)
+            print(f"{device.name} {engine} {table.name}: {said or 'none'}", flush=True)
             found += new
-            _tell(device.name, engine, table.name, new)
-    for engine in ("sglang", "trtllm", "vllm"):
-        if (engine, "mhc_module") in files:
-            parts = list(timed_streams(files[engine, "mhc_module"], device, engine))
-            found += (new := fit(parts, device, engine, []))
-            _tell(device.name, engine, "mhc_module", new)
-    return tuple(found)
+    anew = {(one.family, one.dtype, one.engine) for one in found}
+    kept = [
+        one for one in device.calibration.kernels
+        if (one.family, one.dtype, one.engine) not in anew and (tables or not _fitted_here(one.family))
+    ]
+    return (*kept, *found)
 
 
 def _fitted_here(family: str) -> bool:
     return family.partition("/")[0] in FAMILIES or family == "memory/stream_mix"
 
 
-def _tell(device: str, engine: str, table: str, fits: Sequence[KernelConstants]) -> None:
-    said = ", ".join(f"{one.family} {one.dtype} {one.median_error:.1%}" for one in fits)
-    print(f"{device} {engine} {table}: {said or 'none'}", flush=True)
-
-
-def calibrate(folder: Path, profiles: Path, devices: Sequence[str] = ()) -> None:
+def calibrate(
+    folder: Path, profiles: Path, devices: Sequence[str] = (), tables: Sequence[str] = ()
+) -> None:
     """Write the constants of every device of which ``folder`` has such tables into its profile."""
     known = [load_device(path) for path in sorted((profiles / "devices").glob("*.yaml"))]
     chosen = [one for one in known if not devices or one.name in devices]
@@ -320,7 +327,7 @@ def calibrate(folder: Path, profiles: Path, devices: Sequence[str] = ()) -> None
         system = system_of(folder, device)
         if system is None or device.calibration is None:
             continue
-        kernels = calibrated(device, folder, system)
+        kernels = calibrated(device, folder, system, tables)
         if kernels != device.calibration.kernels:
             new = device.calibration.model_copy(update={"kernels": kernels})
             write_calibration(profiles / "devices" / f"{device.name}.yaml", new)
@@ -336,8 +343,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source.add_argument("--from", dest="origin", choices=["silicon"], help="silicon: an installed aiconfigurator-core")
     parser.add_argument("--device", action="append", default=[], help="device profile (default: every one measured)")
     parser.add_argument("--profiles", type=Path, default=Path("profiles"), help="folder of profiles to write into")
+    parser.add_argument("--table", action="append", default=[], help="this table alone, other constants kept")
     options = parser.parse_args(arguments)
-    calibrate(options.tables if options.origin is None else installed_tables(), options.profiles, options.device)
+    if unknown := sorted(set(options.table) - {table.name for table in (*TABLES, STREAM_TABLE)}):
+        raise unknown_name("--table", unknown[0], [table.name for table in (*TABLES, STREAM_TABLE)])
+    folder = options.tables if options.origin is None else installed_tables()
+    calibrate(folder, options.profiles, options.device, options.table)
     return 0
 
 

@@ -263,12 +263,13 @@ def sparse_indexer(op: Op, at: Context) -> list[Work]:
     if pooled > 1:  # one score per block is written and read
         family = f"block_scores_{'decode' if at.decode else 'prefill'}"
         return [Work(family, "bf16", flops, keys + 2.0 * queries + 8.0 * pairs / pooled, flops, rows=batch * new)]
-    # fp32 scores are written once and read once by the selection
+    # fp32 scores are written once and read once by the selection, which queries that see no more than it do not need
     kernel = "compressed" if ratio > 1 else ""
     if at.decode:
         moved = keys + queries + 8.0 * pairs + _written(op, at)
-        return [Work("indexer_decode", "fp8", flops, moved, flops, rows=batch * new, kernel=kernel)]
-    # of prompts the scores are FP8 arithmetic, and queries that see no more than what is selected need no selection
+        rows = batch * new * np.where(np.asarray(at.sizes.L) > ratio * at.value(op.attrs["selected"]), 1.0, 0.0)
+        return [Work("indexer_decode", "fp8", flops, moved, flops, rows=rows, kernel=kernel)]
+    # of prompts the scores are FP8 arithmetic
     score = Work("indexer_scores", "fp8", flops, keys + queries + 4.0 * pairs, flops, kernel=kernel)
     chosen = at.value(op.outputs[0].dims[-1])
     seen = batch * w.attended_pairs(new, at.sizes.P, chosen * ratio) / ratio

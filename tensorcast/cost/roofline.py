@@ -140,7 +140,7 @@ def constants_for(
             family=family, dtype=dtype, compute_efficiency=compute, memory_efficiency=memory, launch_s=launch,
             row_s=row_s, median_error=SPARSE_ERROR,
         )
-        _constants[key] = device, (timed, "calibrated" if device.calibration else "datasheet")
+        _constants[key] = device, (timed, "datasheet")
         return _constants[key][1]
     compute, memory, launch, tile, step, split = DATASHEET.get(family, DATASHEET["memory"])
     assumed = KernelConstants(

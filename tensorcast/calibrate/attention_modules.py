@@ -4,8 +4,8 @@
 GLM-5's sparse attention, DeepSeek-V4's over compressed entries and MiniMax-M3's over blocks have no tables of their
 kernels on every device and engine, but of the module around them: projections, norms, indexer, attention, output
 (aiconfigurator-core, ``sparse_attention`` and ``msa``). What such a module takes over the price of its other rows is
-given to the indexer and the attention, so that a step adds up to the module as it was timed. Run after
-:mod:`tensorcast.calibrate.devices`, whose constants price the other rows.
+given to the attention and to those kernels of the indexer that were not timed alone, so that a step adds up to the
+module as it was timed. Run after :mod:`tensorcast.calibrate.devices`, whose constants price the other rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tensorcast.calibrate.constants.minimise import FEWEST, fit_constants
 from tensorcast.calibrate.measured_devices import system_of
 from tensorcast.calibrate.measured_tables import installed_tables, row_hash, table_files
 from tensorcast.cost.formulas import work_of
-from tensorcast.cost.roofline import kernel_time
+from tensorcast.cost.roofline import constants_for, kernel_time
 from tensorcast.cost.work import Array, Work
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
@@ -66,6 +66,10 @@ BOUNDS = {
 }
 
 
+TIMED_ALONE = ("sglang", "indexer_topk")
+"""Whose selection on prompts was timed by itself (:data:`tensorcast.cost.roofline.SPARSE`); others' is fitted here."""
+
+
 @dataclass(frozen=True)
 class ModuleTable:
     """One table: ``families`` of kernels that it fits; what the attention of the layers that it timed ``has`` among its
@@ -77,15 +81,17 @@ class ModuleTable:
     has: str
     lacks: tuple[str, ...] = ()
 
+    def fitted(self, engine: str) -> tuple[str, ...]:
+        """The families that are fitted for an engine."""
+        return tuple(family for family in self.families if (engine, family) != TIMED_ALONE)
 
-INDEXER = ("indexer_scores", "indexer_topk")
 
 TABLES = (
     ModuleTable("dsa_generation_module", "decode", ("mla_sparse_decode", "indexer_decode"), "latent"),
-    ModuleTable("dsa_context_module", "prefill", ("mla_sparse", *INDEXER), "latent"),
+    ModuleTable("dsa_context_module", "prefill", ("mla_sparse", "indexer_topk"), "latent"),
     ModuleTable("dsv4_csa_generation_module", "decode", ("compressed_decode", "indexer_decode"), "picked"),
     ModuleTable("dsv4_hca_generation_module", "decode", ("compressed_decode",), "compress", ("picked",)),
-    ModuleTable("dsv4_csa_context_module", "prefill", ("compressed_prefill", *INDEXER), "picked"),
+    ModuleTable("dsv4_csa_context_module", "prefill", ("compressed_prefill", "indexer_topk"), "picked"),
     ModuleTable("dsv4_hca_context_module", "prefill", ("compressed_prefill",), "compress", ("picked",)),
     ModuleTable("msa_generation_module", "decode", ("blocks_decode", "block_scores_decode"), "selected", ("latent",)),
     ModuleTable("msa_context_module", "prefill", ("blocks_prefill", "block_scores_prefill"), "selected", ("latent",)),
@@ -162,7 +168,7 @@ def timed(rows: pd.DataFrame, table: ModuleTable, device: DeviceProfile, engine:
         if kind < 0:
             continue
         columns = [group[one].to_numpy(float) for one in ("batch", "new", "past")]
-        others, works = _split(deployment, kind, module, columns, table)
+        others, works = _split(deployment, kind, module, columns, table.fitted(engine))
         shapes = group.assign(model=name)
         yield Timed(
             group["seconds"].to_numpy(float), others, works,
@@ -171,9 +177,10 @@ def timed(rows: pd.DataFrame, table: ModuleTable, device: DeviceProfile, engine:
 
 
 def _split(
-    deployment: Deployment, kind: int, module: str, columns: Sequence[Array], table: ModuleTable
+    deployment: Deployment, kind: int, module: str, columns: Sequence[Array], families: Sequence[str]
 ) -> tuple[Array, tuple[Work, ...]]:
-    """Seconds of the module's rows that are not fitted, and the works of those that are."""
+    """Seconds of the module's kernels that are not fitted, and the works of those that are."""
+    engine = deployment.engine.name
     price = deployment.step.price(*columns)
     at = deployment.step.sizes.context(*columns)
     total, works = np.zeros(len(columns[0])), list[Work]()
@@ -182,10 +189,15 @@ def _split(
             if not isinstance(row, Op) or row.kind != kind or module not in row.module:
                 continue
             asked = [] if row.name not in ("attention", "sparse_indexer") else work_of(row, at)
-            if any(work.family in table.families for work in asked):
-                works += asked
-            else:
+            fitted = [work for work in asked if work.family in families]
+            if not fitted:
                 total = total + pick(cost.seconds, part.at)
+                continue
+            works += fitted
+            for work in asked:
+                if work.family not in families:
+                    constants, _ = constants_for(deployment.device, work.family, work.dtype, engine, work.kernel)
+                    total = total + kernel_time(work, constants, deployment.device).seconds
     return total, tuple(works)
 
 

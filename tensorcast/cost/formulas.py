@@ -175,9 +175,11 @@ def chunk_pairs(new: Size, past: Size, chunk: int) -> Size:
 def sparse_prompts(at: Context) -> dict[str, Any]:
     """Heads and arithmetic of sparse latent attention on prompts: FlashMLA's kernel computes 64 heads on Hopper and 128
     on Blackwell, in bf16; TensorRT-LLM's, which engines run on Blackwell where the cache is in FP8, 64 in FP8."""
-    if at.has_fp4 and np.all(np.asarray(at.kv_bytes) < 1.5):
+    cached_in_fp8 = bool(np.all(np.asarray(at.kv_bytes) < 1.5))
+    if at.has_fp4 and cached_in_fp8:
         return {"dtype": "fp8", "least_heads": 64.0}
-    return {"dtype": "bf16", "least_heads": 128.0 if at.has_fp4 else 64.0}
+    kernel = "fp8_cache" if cached_in_fp8 else ""  # on Hopper numbers are widened as they are read
+    return {"dtype": "bf16", "least_heads": 128.0 if at.has_fp4 else 64.0, "kernel": kernel}
 
 
 def attention(op: Op, at: Context) -> list[Work]:

@@ -189,6 +189,7 @@ def attention(
 def mla(
     batch: Size, new: Size, past: Size, heads: Size, *, latent: Size, rope: Size, nope: Size, v_dim: Size,
     kv_bytes: Size = 2.0, selected: Size = 0, decode: bool = False, dtype: str = "", least_heads: float = 1.0,
+    kernel: str = "",
 ) -> Work:
     """Multi-head latent attention: absorbed in decode (all heads share one latent), expanded in prefill.
 
@@ -225,7 +226,7 @@ def mla(
         family=family, dtype=dtype or (cache if decode else "bf16"),
         flops=2.0 * batch * heads * pairs * dims, bytes=kv + batch * new * heads * dims * 2.0,
         issued_flops=tilings[0].tiles * tilings[0].flops, tiles=tilings[0].tiles, tilings=tilings,
-        rows=batch * new * heads, elements=batch * heads * pairs,
+        rows=batch * new * heads, elements=batch * heads * pairs, kernel=kernel,
         sizes={"batch": batch, "new": new, "past": past, "q_heads": heads, "kv_bytes": kv_bytes} if plain else {},
     )
 

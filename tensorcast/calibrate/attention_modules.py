@@ -25,7 +25,7 @@ from tensorcast.calibrate.constants.minimise import FEWEST, fit_constants
 from tensorcast.calibrate.measured_devices import system_of
 from tensorcast.calibrate.measured_tables import installed_tables, row_hash, table_files
 from tensorcast.cost.formulas import work_of
-from tensorcast.cost.roofline import constants_for, kernel_time
+from tensorcast.cost.roofline import constants_for, kernel_time, sparse_constants
 from tensorcast.cost.work import Array, Work
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
@@ -67,7 +67,8 @@ BOUNDS = {
 
 
 TIMED_ALONE = ("sglang", "indexer_topk")
-"""Whose selection on prompts was timed by itself (:data:`tensorcast.cost.roofline.SPARSE`); others' is fitted here."""
+"""Whose selection on prompts was timed by itself (:data:`tensorcast.cost.roofline.SPARSE`), as every engine's scores of
+prompts were (DeepGEMM's kernel); others' is fitted here."""
 
 
 @dataclass(frozen=True)
@@ -315,6 +316,8 @@ def calibrated(
             said = ", ".join(f"{one.family} {one.dtype} {one.median_error:.1%}" for one in new)
             print(f"{device.name} {engine} {table.name}: {said or 'none'}", flush=True)
             found += new
+    if not tables and any(one.family.startswith("mla_sparse") for one in found):
+        found += timed_alone()
     anew = {(one.family, one.dtype, one.engine) for one in found}
     kept = [
         one for one in device.calibration.kernels
@@ -323,8 +326,16 @@ def calibrated(
     return (*kept, *found)
 
 
+def timed_alone() -> list[KernelConstants]:
+    """Constants of the indexers' kernels that tables hold by themselves, on the devices that have such tables."""
+    engine, family = TIMED_ALONE
+    selection = sparse_constants(family, "bf16", engine=engine)
+    compressed = selection.model_copy(update={"family": f"{family}/compressed"})
+    return [sparse_constants("indexer_scores", "fp8"), selection, compressed]
+
+
 def _fitted_here(family: str) -> bool:
-    return family.partition("/")[0] in FAMILIES or family == "memory/stream_mix"
+    return family.partition("/")[0] in {*FAMILIES, "indexer_scores"} or family == "memory/stream_mix"
 
 
 def calibrate(

@@ -51,11 +51,26 @@ SPARSE = {
     ("mla_sparse", "fp8"): (0.38, 0.8, 1e-5, 0.0),
     ("indexer_scores", "fp8"): (0.44, 0.8, 3.6e-6, 0.0),
     ("indexer_topk", "bf16"): (1.0, 0.6, 3.6e-6, 3.5e-8),
+    ("mla_sparse_decode", "bf16"): (1.0, 0.9, 1.9e-5, 1.3e-9),
+    ("mla_sparse_decode", "fp8"): (1.0, 0.8, 2e-5, 1.7e-9),
+    ("indexer_decode", "fp8"): (0.84, 0.77, 1.1e-5, 0.0),
+    ("compressed_decode", "fp8"): (0.7, 1.0, 6e-6, 6.9e-8),
+    ("compressed_decode", "bf16"): (0.7, 1.0, 6e-6, 6.9e-8),
+    ("compressed_prefill", "fp8"): (0.57, 1.0, 1e-5, 6e-8),
+    ("compressed_prefill", "bf16"): (0.57, 1.0, 1e-5, 6e-8),
+    ("blocks_decode", "bf16"): (0.63, 0.86, 0.0, 2.2e-9),
+    ("blocks_decode", "fp8"): (0.23, 0.3, 6e-7, 1.2e-8),
+    ("blocks_prefill", "bf16"): (0.24, 1.0, 5e-6, 0.0),
+    ("blocks_prefill", "fp8"): (0.05, 0.75, 2.2e-5, 4.1e-9),
+    ("block_scores_decode", "bf16"): (0.19, 0.85, 2.1e-6, 1.1e-8),
+    ("block_scores_prefill", "bf16"): (0.18, 1.0, 2.9e-5, 2.6e-9),
 }
-"""Sparse latent attention on prompts, as aiconfigurator-core 0.12.0 timed its kernels alone on H100, H200, B200 and
-GB200 (``glm5_dsa_attn``, ``glm5_mqa_logits``, ``glm5_topk`` and ``dsa_context_module`` of SGLang 0.5.14, Apache-2.0).
-Shares of the peak are 0.59 and 0.52 for attention in bf16, 0.46 and 0.41 for scores on Hopper and Blackwell; the
-selection takes 20 to 60 ns per query, by where its largest scores lie."""
+"""Attention that chooses what it reads, on devices where none was timed. Sparse latent attention on prompts and its
+indexer as aiconfigurator-core 0.12.0 timed their kernels alone on H100, H200, B200 and GB200 (``glm5_dsa_attn``,
+``glm5_mqa_logits``, ``glm5_topk`` and ``dsa_context_module`` of SGLang 0.5.14, Apache-2.0): shares of the peak are 0.59
+and 0.52 for attention in bf16, 0.46 and 0.41 for scores on Hopper and Blackwell; the selection takes 20 to 60 ns per
+query, by where its largest scores lie. The others: medians of what whole modules say of devices and engines
+(:mod:`tensorcast.calibrate.attention_modules`)."""
 
 SPARSE_ERROR = 0.15
 
@@ -100,6 +115,15 @@ def peak_flops(device: DeviceProfile, dtype: str) -> float:
     raise KeyError(dtype)
 
 
+def sparse_constants(family: str, dtype: str, *, engine: str = "any", error: float = SPARSE_ERROR) -> KernelConstants:
+    """Those of :data:`SPARSE`, with the error of kernels that were timed alone unless another is given."""
+    compute, memory, launch, row_s = SPARSE[family, dtype]
+    return KernelConstants(
+        family=family, dtype=dtype, engine=engine, compute_efficiency=compute, memory_efficiency=memory,
+        launch_s=launch, row_s=row_s, median_error=error,
+    )
+
+
 MOST_CONSTANTS = 4096
 """Constants that are kept as they were found."""
 
@@ -135,12 +159,7 @@ def constants_for(
         _constants[key] = device, found
         return found
     if (family, dtype) in SPARSE:
-        compute, memory, launch, row_s = SPARSE[family, dtype]
-        timed = KernelConstants(
-            family=family, dtype=dtype, compute_efficiency=compute, memory_efficiency=memory, launch_s=launch,
-            row_s=row_s, median_error=SPARSE_ERROR,
-        )
-        _constants[key] = device, (timed, "datasheet")
+        _constants[key] = device, (sparse_constants(family, dtype, error=DATASHEET_ERROR), "datasheet")
         return _constants[key][1]
     compute, memory, launch, tile, step, split = DATASHEET.get(family, DATASHEET["memory"])
     assumed = KernelConstants(

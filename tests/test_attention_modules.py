@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,7 +88,7 @@ def test_constants_are_found_again() -> None:
     }
     parts = []
     for others in (3e-5, 8e-5):
-        batch, keys = 2.0 ** rng.integers(0, 10, 200), 2.0 ** rng.integers(4, 17, 200)
+        batch, keys = (np.exp2(rng.integers(*span, 200)).astype(np.float64) for span in ((0, 10), (4, 17)))
         works = tuple(
             Work(family, "fp8", flops=batch * keys * f, bytes=batch * keys * b, issued_flops=batch * keys * f,
                  rows=batch)
@@ -100,7 +101,7 @@ def test_constants_are_found_again() -> None:
             ), device).seconds
             for work, (c, m, launch, row) in zip(works, truth.values(), strict=True)
         ]
-        parts.append(Timed(others + sum(made), np.full(200, others), works, rng.random(200) < 0.25))
+        parts.append(Timed(np.asarray(others + sum(made)), np.full(200, others), works, rng.random(200) < 0.25))
     found = fit(parts, device, "vllm", [])
     assert {one.family for one in found} == set(truth)
     assert all(one.median_error is not None and one.median_error < 0.03 for one in found)
@@ -117,12 +118,12 @@ def test_modules_of_another_kernel_have_no_constants() -> None:
 
 def test_rows_that_tell_nothing_are_left_out(tmp_path: Path) -> None:
     """Another precision, modules without an indexer, SGLang's dense kernels, an unknown model, the host's time."""
-    row = {
+    row: dict[str, Any] = {
         "model": "deepseek-ai/DeepSeek-V3.2", "op_name": "dsa_context_module", "kernel_source": "sparse",
         "kv_cache_dtype": "fp8", "gemm_type": "fp8_block", "num_heads": 16, "batch_size": 2, "isl": 4096, "step": 128,
         "latency": 3.0,
     }
-    bad = [
+    bad: list[dict[str, Any]] = [
         {"gemm_type": "nvfp4"}, {"op_name": "dsa_context_module_skip_indexer"}, {"model": "someone/else"},
         {"kernel_source": "sglang_dsa_dense_mha_trtllm_ragged"}, {"isl": 16, "latency": 0.7},
     ]

@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -157,7 +158,8 @@ def _rows_of(deployment: Deployment, table: ModuleTable) -> tuple[int, str]:
 
 def timed(rows: pd.DataFrame, table: ModuleTable, device: DeviceProfile, engine: str) -> Iterator[Timed]:
     """The modules of each model, tensor-parallel size and cache of ``rows``, beside what the product says of them."""
-    for (name, tp, kv), group in rows.groupby(["model", "tp", "kv"]):
+    for key, group in rows.groupby(["model", "tp", "kv"]):
+        name, tp, kv = (str(part) for part in key)
         try:
             deployment = deploy(
                 load_model(name), device, load_engine(engine), Layout(world_size=int(tp), tp=int(tp)), table.phase,
@@ -251,12 +253,13 @@ STREAMS = {4096: "deepseek-v4-flash", 7168: "deepseek-v4-pro"}
 def timed_streams(path: Path, device: DeviceProfile, engine: str) -> Iterator[Timed]:
     """Hyper-connections of a layer, around attention and feed-forward network, beside what stands for them."""
     raw = pd.read_parquet(path)
-    raw = raw.groupby(["hidden_size", "num_tokens"], as_index=False)["latency"].sum()
-    for width, rows in raw.groupby("hidden_size"):
-        if width not in STREAMS:
+    layers = pd.DataFrame(raw.groupby(["hidden_size", "num_tokens"], as_index=False)["latency"].sum())
+    for width, name in STREAMS.items():
+        rows = layers[layers["hidden_size"] == width]
+        if rows.empty:
             continue
         deployment = deploy(
-            load_model(STREAMS[width]), device, load_engine(engine), Layout(world_size=1, tp=1), "prefill",
+            load_model(name), device, load_engine(engine), Layout(world_size=1, tp=1), "prefill",
             options=options_of({}),
         )
         tokens = rows["num_tokens"].to_numpy(float)
@@ -271,7 +274,7 @@ def timed_streams(path: Path, device: DeviceProfile, engine: str) -> Iterator[Ti
 
 
 def _taken(work: Work, take: np.ndarray) -> Work:
-    sizes = {name: np.asarray(getattr(work, name))[take] for name in SIZED}
+    sizes: dict[str, Any] = {name: np.asarray(getattr(work, name))[take] for name in SIZED}
     return Work(work.family, work.dtype, kernel=work.kernel, **sizes)
 
 
@@ -283,7 +286,7 @@ def _joined(rows: Sequence[Timed]) -> Timed:
     works = []
     for same in zip(*(one.works for one in rows), strict=True):
         sizes = [len(one.seconds) for one in rows]
-        columns = {
+        columns: dict[str, Any] = {
             name: np.concatenate([np.broadcast_to(getattr(w, name), (n,)) for w, n in zip(same, sizes, strict=True)])
             for name in SIZED
         }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.table import Op, Tensor
@@ -63,7 +64,7 @@ def _scored(ops: list[Op], within: set[int], module: str, selection: Selection) 
     query = replace(product.inputs[0], storage=queries)
     places = top.outputs[1]
     found = Tensor((*places.dims[:-1], Dim(selection.picked // selection.pooled)), places.dtype, places.storage)
-    attrs = {"heads": heads, "selected": Dim(selection.picked), "head_dim": width}
+    attrs: dict[str, Any] = {"heads": heads, "selected": Dim(selection.picked), "head_dim": width}
     attrs |= {"compress": selection.ratio} if selection.ratio > 1 else {}
     attrs |= {"pooled": selection.pooled} if selection.pooled > 1 else {}
     scored = Op("sparse_indexer", indexer, product.kind, (query, keys), (found,), attrs)

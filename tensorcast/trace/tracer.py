@@ -20,14 +20,13 @@ from tensorcast.modeling.custom import CustomConfig
 from tensorcast.modeling.cut import divided, mend, widen
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.trace.attention import Selection, mark_latent, mark_selection
 from tensorcast.trace.closed_form import BLOCK, BLOCKWISE, DECODE, PREFILL, NoClosedForm, Probe, ProgramVaries, solve
 from tensorcast.trace.dims import product
 from tensorcast.trace.forward import record_step
 from tensorcast.trace.layers import Kinds
-from tensorcast.trace.mla import mark_latent
 from tensorcast.trace.moe import blocks_of, is_shared_param, mark_experts
 from tensorcast.trace.record import Call, Seen
-from tensorcast.trace.selection import Selection, mark_selection
 from tensorcast.trace.sharding import mark_sharding, mixers_whole
 from tensorcast.trace.table import STATEFUL, Op, OpTable, Param, Tensor, layer_ranges
 

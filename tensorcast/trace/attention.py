@@ -2,7 +2,7 @@
 
 **Latents.** Multi-head latent attention's up-projection: decode absorbs it into the query and the output (two batched
 matmuls per head: DeepSeek-V2, arXiv 2405.04434, section 2.1.2); prefill expands keys and values of every token of the
-sequence, cached ones too. Sparse attention reads a few cached latents per query, so it stays absorbed in prefill as well
+sequence, cached ones too. Sparse attention reads a few cached latents per query, so it stays absorbed in prefill, too
 (FlashMLA's sparse prefill kernel).
 
 **Chosen entries.** DeepSeek-V4 attends to a window and to compressed entries (one per ``ratio`` tokens), all of them or

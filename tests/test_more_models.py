@@ -139,7 +139,7 @@ def test_releases_of_one_network(name: str, profile: str) -> None:
 
 
 def test_other_networks_are_not_taken_for_near_ones() -> None:
-    for name in ("deepseek-ai/DeepSeek-V4-Flash", "Qwen/Qwen3-1.5B", "meta-llama/Llama-3.2-70B", "zai-org/GLM-4-9B"):
+    for name in ("deepseek-ai/DeepSeek-V9-Flash", "Qwen/Qwen3-1.5B", "meta-llama/Llama-3.2-70B", "zai-org/GLM-4-9B"):
         with pytest.raises(InputError, match="unknown model"):
             read_run({"model": name, "device": "h200", "concurrency": "8"})
 

@@ -1,13 +1,14 @@
-"""Replays beside another simulator's: requests per CPU second of the same traces, DeepSeek-V3 on 32 H200, in one run.
+"""Replays beside other simulators': requests per CPU second of the same traces, DeepSeek-V3 on 32 H200, in one run.
 
-``OMP_NUM_THREADS=1 python benchmarks/replay_peers.py --aisimulate ENV/bin/aisimulate [--trace FILE] [--most N]``: a
-Mooncake trace, and ``--most`` requests like Azure's (log-normal lengths, mean 1,155 and 211 tokens, Poisson
-at 8 per second). Each command runs as its users run it; counted are CPU seconds, user and system, of the whole command
-less those of the same command on the first request alone: start, profiles, prices. The other is AISimulate 0.13 of the
-package index, in a virtual environment of its own (``pip install --pre --only-binary :all: aisimulate``). Vidur 0.0.26
-installs, but fetches its measured tables from a Hugging Face dataset when it runs; where that can be reached,
-``--command NAME=COMMAND`` runs it, or any other, with ``{trace}`` for the file. Target: ten times the requests per CPU
-second.
+``python benchmarks/replay_peers.py [--aisimulate ENV/bin/aisimulate] [--vidur ENV/bin/python] [--trace FILE] [--most
+N]``: a Mooncake trace, and ``--most`` requests like Azure's (log-normal lengths, mean 1,155 and 211 tokens, Poisson
+at 8 per second). Each command runs as its users run it; counted are CPU seconds, user and system, of the whole
+command less those of the same command on the first request alone: start, profiles, prices. The others have virtual
+environments of their own. AISimulate 0.13 is a pre-release of the package index (``pip install --pre --only-binary
+:all: aisimulate``). Vidur 0.0.26 installs, but its linear-regression predictor is an abstract class there, and
+fetches its measured tables from a Hugging Face dataset: :data:`VIDUR` fills in what it lacks and lets every kernel
+take as long, at the cost of a dictionary's look-up, as with its tables. It runs four replicas of a Llama of its own;
+Mooncake's prompts are too long for it. Targets: twenty times Vidur's requests per CPU second, ten times AISimulate's.
 """
 
 from __future__ import annotations
@@ -45,6 +46,27 @@ engine:
       parallelism: {{replicas: 4, tensor: 8, moe_tensor: 1, moe_expert: 8}}
 """
 
+VIDUR = """import collections
+from vidur.execution_time_predictor import sklearn_execution_time_predictor as tables
+from vidur.execution_time_predictor.linear_regression_execution_time_predictor import (
+    LinearRegressionExecutionTimePredictor as Predictor)
+class Table(dict):
+    def __missing__(self, key): return 0.05
+tables.SklearnExecutionTimePredictor._load_predictions_from_hf = lambda self: collections.defaultdict(Table)
+Predictor._get_kv_parallel_communication_time = lambda self, *a, **k: 0.0
+Predictor.__abstractmethods__ = frozenset()
+from vidur.main import main
+main()
+"""
+
+VIDUR_OPTIONS = """--cluster_config_num_replicas 4 --execution_time_predictor_config_type linear_regression
+--no-linear_regression_execution_time_predictor_config_use_native_execution_time_predictor
+--request_generator_config_type trace_replay --replica_scheduler_config_type sarathi --no-metrics_config_write_metrics
+--no-metrics_config_enable_chrome_trace --no-metrics_config_store_plots --no-metrics_config_write_json_trace
+--no-metrics_config_store_token_completion_metrics --no-metrics_config_store_batch_metrics
+--no-metrics_config_store_utilization_metrics --no-metrics_config_store_request_metrics
+--trace_request_generator_config_trace_file"""
+
 
 def azure_like(count: int, folder: Path) -> Path:
     """``count`` requests as Mooncake's lines, no two with the same beginning."""
@@ -71,6 +93,16 @@ def cpu_s(command: Sequence[str]) -> float:
 
 
 def words(name: str, command: str, trace: Path) -> list[str]:
+    if name == "vidur":
+        driver, table = trace.with_suffix(".py"), trace.with_suffix(".csv")
+        driver.write_text(VIDUR)
+        rows = [json.loads(line) for line in trace.read_text().splitlines()]
+        lines = [
+            f"2023-08-21,{row['timestamp'] / 1e3},{min(row['input_length'], 3000)},{min(row['output_length'], 1000)}"
+            for row in rows
+        ]
+        table.write_text("\n".join(["Date,Time,PromptTokenCount,CompletionTokenCount", *lines]) + "\n")
+        return [command, str(driver), "--metrics_config_output_dir", str(trace.parent), *VIDUR_OPTIONS.split(), str(table)]
     if name != "aisimulate":
         return shlex.split(command.format(trace=trace))
     config = trace.with_suffix(".yaml")
@@ -83,9 +115,11 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="a Mooncake trace, also gzipped")
     parser.add_argument("--most", type=int, default=20_000, help="requests like Azure's; 0 for none")
     parser.add_argument("--aisimulate", help="its command")
+    parser.add_argument("--vidur", help="the interpreter that has it")
     parser.add_argument("--command", action="append", default=[], metavar="NAME=COMMAND")
     options = parser.parse_args()
     tools = {"tensorcast": OURS, **({"aisimulate": options.aisimulate} if options.aisimulate else {})}
+    tools |= {"vidur": options.vidur} if options.vidur else {}
     tools |= dict(one.split("=", 1) for one in options.command)
     table = Table("trace", "requests", "tool", "CPU s, one request", "CPU s, all", "requests per CPU s", box=None)
     with tempfile.TemporaryDirectory() as name:
@@ -103,6 +137,8 @@ def main() -> None:
             one = folder / f"one-{trace.name}"
             one.write_text(lines[0])
             for tool, command in tools.items():
+                if tool == "vidur" and trace.stem == "mooncake":
+                    continue
                 start, whole_s = (cpu_s(words(tool, command, path)) for path in (one, trace))
                 each = f"{(len(lines) - 1) / (whole_s - start):,.0f}"
                 table.add_row(trace.stem, f"{len(lines):,}", tool, f"{start:.1f}", f"{whole_s:.1f}", each)

@@ -243,6 +243,7 @@ def replay(
     draws: int = 0,
     seed: int = 0,
     workers: str = "",
+    usd_per_gpu_hour: float = 0.0,
     watch: Watch | None = None,
     **options: Unpack[DeploymentOptions],
 ) -> Outcome:
@@ -254,11 +255,12 @@ def replay(
     drawn, by ``drawn`` and ``sessions`` of :mod:`tensorcast.scheduling.requests`. ``workers``: servers lost and added
     meanwhile, ``600s -1, 15min +2``, of the second pool ``600s -1 of 2``. ``router``: ``least_work``, ``round_robin``,
     ``power_of_two`` or ``prefix_aware``. ``ttft_s``, ``tpot_s``, ``request_s`` are the longest times that users accept;
-    with ``find_rate`` the requests are sent as fast as leaves ``percentile`` percent of them within. ``prefill_chunk``,
-    ``max_sequences``: new tokens and sequences of a step, per data-parallel rank, the engine's own if not given.
-    ``balance_steps``: steps that prompts wait until every rank has one (TensorRT-LLM's ``attention_dp_config``).
-    ``draws`` replays under other step times give 80 % bands. ``watch`` is told how many requests are finished by which
-    second; Ctrl-C then leaves these. ``options``: those of :func:`simulate`; ``routing`` is typical unless said.
+    with ``find_rate`` the requests are sent as fast as leaves ``percentile`` percent of them within.
+    ``prefill_chunk``, ``max_sequences``: new tokens and sequences of a step, per data-parallel rank, the engine's own
+    if not given. ``balance_steps``: steps that prompts wait until every rank has one (TensorRT-LLM's
+    ``attention_dp_config``). ``draws`` replays under other step times give 80 % bands; ``usd_per_gpu_hour`` gives
+    cost. ``watch`` is told how many requests are finished by which second; Ctrl-C then leaves these. ``options``:
+    those of :func:`simulate`; ``routing`` is typical unless said.
 
     >>> import tensorcast as tc
     >>> from tensorcast.scheduling.requests import Length, drawn
@@ -288,7 +290,7 @@ def replay(
         share = percentile / 100
         requests = at_the_limit(priced, requests, limits, share=share, router=router, seed=seed, changes=changes)
     found = priced.run(requests, limits=limits, router=router, seed=seed, draws=draws, changes=changes, watch=watch)
-    return _noted(found, read_as)
+    return _noted(replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as)
 
 
 @python_names
@@ -297,8 +299,9 @@ def replay_sweep(
     rates: Sequence[float] = (), engine: str = "vllm", router: str = "least_work", ttft_s: float | None = None,
     tpot_s: float | None = None, request_s: float | None = None, find_rate: bool = False, percentile: float = 99.0,
     prefill_chunk: int | None = None, max_sequences: int | None = None, mtp_acceptance: float | str = 0.8,
-    balance_steps: int = 0, seed: int = 0, workers: str = "", jobs: int = 1, executor: str | None = None,
-    done: Callable[[int], None] | None = None, keep: bool = False, **options: Unpack[DeploymentOptions],
+    balance_steps: int = 0, seed: int = 0, workers: str = "", usd_per_gpu_hour: float = 0.0, jobs: int = 1,
+    executor: str | None = None, done: Callable[[int], None] | None = None, keep: bool = False,
+    **options: Unpack[DeploymentOptions],
 ) -> pd.DataFrame:
     """Every one of ``layouts`` under every one of ``requests``: a row each, with the numbers of a replay's summary.
 
@@ -318,7 +321,7 @@ def replay_sweep(
             model=named_model(model)[0], device=device_profile(device), engine=load_engine(engine), layout="",
             sent=sent[0], options=options_of({"routing": SERVED_ROUTING, **options}), router=router, seed=seed,
             limits=Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s), changes=workers,
-            share=percentile / 100 if find_rate else None,
+            share=percentile / 100 if find_rate else None, usd_per_gpu_hour=usd_per_gpu_hour,
             settings={"mtp_acceptance": mtp_acceptance, "chunk_tokens": prefill_chunk, "max_sequences": max_sequences,
                       "balance_steps": balance_steps},
         ),

@@ -68,6 +68,15 @@ def test_a_trace_at_another_rate(tmp_path: Path) -> None:
     assert slow["duration_s"] > 19 > 5 > fast["duration_s"] and slow["served"] == fast["served"] == 20
 
 
+def test_what_it_costs() -> None:
+    found = json.loads(run(*DRAWN, "--ttft", "1s", "--usd-per-gpu-hour", "3.6", "--json").output)
+    assert found["usd_per_million_output_tokens"] == pytest.approx(2 * 1e-3 * 1e6 / found["output_tokens_per_s"])
+    assert found["goodput_requests_per_usd"] == pytest.approx(found["goodput_requests_per_s"] / 2e-3)
+    assert "US dollars per million output tokens at 3.6 per GPU hour" in " ".join(
+        run(*DRAWN, "--usd-per-gpu-hour", "3.6").output.split()
+    )
+
+
 def test_conversations_wait_and_keep_what_was_said() -> None:
     asked = ["--users", "4", "-r", "6", "--turns", "3", "-i", "300", "--output-len", "40", "--shared-len", "640"]
     at_once, later = (json.loads(run(*asked, "--json", *more).output) for more in ((), ("--think", "20s")))

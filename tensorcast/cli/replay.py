@@ -179,6 +179,10 @@ def replay(
     percentile: Annotated[float, typer.Option(
         "--percentile", help="Share of the requests that must keep them, in percent.", rich_help_panel=LIMITS,
     )] = 99.0,
+    usd: Annotated[float, typer.Option(
+        "--usd-per-gpu-hour", min=0, show_default=False, rich_help_panel=LIMITS,
+        help="What a GPU costs, for the cost of a million tokens.",
+    )] = 0.0,
     draws: Annotated[int, typer.Option(
         "--draws", min=0, rich_help_panel=OUTPUT,
         help="Replay again so often under step times as far off as theirs may be, for 80 % bands.",
@@ -236,6 +240,7 @@ def replay(
         "device": device, "engine": engine, "router": router, "prefill_chunk": chunk, "max_sequences": max_sequences,
         "balance_steps": balance_steps, "mtp_acceptance": accepted, "seed": seeds[0], "percentile": percentile,
         "find_rate": search_rate, "ttft_s": limits[0], "tpot_s": limits[1], "request_s": limits[2], "workers": workers,
+        "usd_per_gpu_hour": usd,
         **options,
     }
     if len(layouts) * len(sent) > 1:

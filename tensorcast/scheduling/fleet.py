@@ -204,7 +204,10 @@ class Fleet:
                 self._link_free[server.number] = ends
                 self._sending[request] = (server.number, self._at(ends, HANDED_OVER, request))
         self._send_waiting(now)
-        self._at(now, START, server.number)
+        if self._events and self._events[0][0] <= now:
+            self._at(now, START, server.number)  # whoever comes now is there first
+        else:
+            self._start(server, now)
 
     def _phase(self, pool: Pool) -> int:
         return int(pool.rules.role == "decode")

@@ -48,7 +48,7 @@ class Limits:
 class Outcome:
     """Of one replay. ``servers``: busy share, steps and moments of each; ``gpus``: in all, on average over the replay;
     ``refused``: requests longer than any cache; ``stopped``: it was ended before the last request. ``draws``: summaries
-    under other step times, from which the bands are.
+    under other step times, from which the bands are. ``usd_per_gpu_hour``: 0 where cost is not asked for.
     """
 
     record: Record
@@ -58,6 +58,7 @@ class Outcome:
     refused: int
     servers: tuple[dict[str, Any], ...]
     stopped: bool = False
+    usd_per_gpu_hour: float = 0.0
     notes: tuple[str, ...] = ()
     draws: tuple[dict[str, float], ...] = field(default=(), repr=False)
 
@@ -112,6 +113,10 @@ class Outcome:
             found["within_limits"] = self.within_limits
             found["goodput_requests_per_s"] = self.within_limits * len(requests) / self.seconds
             found["goodput_requests_per_s_per_gpu"] = found["goodput_requests_per_s"] / self.gpus
+            if self.usd_per_gpu_hour:
+                usd_per_s = self.gpus * self.usd_per_gpu_hour / 3600
+                found["usd_per_million_output_tokens"] = 1e6 * usd_per_s / found["output_tokens_per_s"]
+                found["goodput_requests_per_usd"] = found["goodput_requests_per_s"] / usd_per_s
             found["cache_hit_share"] = float(self.record.cached_tokens.sum() / requests.input_len.sum())
         found["preemptions"] = float(self.record.preemptions.sum())
         found["moved"] = float(self.record.moved.sum())

@@ -53,6 +53,7 @@ class ReplayTask:
     seed: int
     changes: str
     share: float | None
+    usd_per_gpu_hour: float = 0.0
     longest: int = 0
     sweep: str = ""
 
@@ -100,7 +101,7 @@ def replayed_row(task: ReplayTask) -> dict[str, Any]:
         found = priced.run(requests, limits=task.limits, router=task.router, seed=task.seed, changes=changes)
     except InputError as error:
         return {**row, "problem": str(error)}
-    return {**row, "gpus": found.gpus, **found.summary()}
+    return {**row, "gpus": found.gpus, **replace(found, usd_per_gpu_hour=task.usd_per_gpu_hour).summary()}
 
 
 def replay_all(

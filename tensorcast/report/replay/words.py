@@ -63,6 +63,9 @@ def rates(found: Outcome, numbers: dict[str, float]) -> list[tuple[str, str]]:
     ]
     if limits_said(found):
         rows.append(("goodput", f"{numbers['goodput_requests_per_s']:,.3g} requests per second within the limits"))
+    if found.usd_per_gpu_hour:
+        each = f"{numbers['usd_per_million_output_tokens']:,.3g} US dollars per million output tokens"
+        rows.append(("cost", f"{each} at {found.usd_per_gpu_hour:g} per GPU hour"))
     rows.append(("servers", f"busy {units.percent(numbers['busy_share'])} of the time"))
     if found.record.blocks is not None:
         rows.append(("prefix cache", f"{units.percent(numbers['cache_hit_share'])} of the prompts' tokens were cached"))

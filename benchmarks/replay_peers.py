@@ -102,7 +102,8 @@ def words(name: str, command: str, trace: Path) -> list[str]:
             for row in rows
         ]
         table.write_text("\n".join(["Date,Time,PromptTokenCount,CompletionTokenCount", *lines]) + "\n")
-        return [command, str(driver), "--metrics_config_output_dir", str(trace.parent), *VIDUR_OPTIONS.split(), str(table)]
+        output = ["--metrics_config_output_dir", str(trace.parent)]
+        return [command, str(driver), *output, *VIDUR_OPTIONS.split(), str(table)]
     if name != "aisimulate":
         return shlex.split(command.format(trace=trace))
     config = trace.with_suffix(".yaml")

@@ -324,7 +324,7 @@ def calibrated(
     anew = {(one.family, one.dtype, one.engine) for one in found}
     kept = [
         one for one in device.calibration.kernels
-        if (one.family, one.dtype, one.engine) not in anew and (tables or not _fitted_here(one.family))
+        if (one.family, one.dtype, one.engine) not in anew and (tables or not fitted_to_modules(one.family))
     ]
     return (*kept, *found)
 
@@ -337,7 +337,8 @@ def timed_alone() -> list[KernelConstants]:
     return [sparse_constants("indexer_scores", "fp8"), selection, compressed]
 
 
-def _fitted_here(family: str) -> bool:
+def fitted_to_modules(family: str) -> bool:
+    """Whether constants of a family come from here."""
     return family.partition("/")[0] in {*FAMILIES, "indexer_scores"} or family == "memory/stream_mix"
 
 

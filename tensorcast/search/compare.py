@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.deploy.deployment import Deployment
+from tensorcast.deploy.step.asked_rows import Memo, Prices
 from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
@@ -197,9 +198,12 @@ def work_by_family(
     # deployments are known by identity, and kept with what was found of them
     keys = [(id(prefill), id(decode), batch, load) for prefill, decode, batch, load in behind]
     new = [i for i, key in enumerate(keys) if key not in kept]
+    common: dict[tuple[int, int], dict[Hashable, Prices]] = {}  # rows that no layout changes are priced once for all
     for prefill, decode, batch, load in (behind[i] for i in new):
-        asked.append((decode.step, batch, 1.0, load.context))
-        asked.append((prefill.step, 1.0, float(load.input_len - load.prefix_cached), float(load.prefix_cached)))
+        prompt = 1.0, float(load.input_len - load.prefix_cached), float(load.prefix_cached)
+        for one, at in ((decode, (batch, 1.0, load.context)), (prefill, prompt)):
+            plain = common.setdefault((id(one.device), id(one.engine)), {})
+            asked.append((replace(one.step, memo=Memo(plain=plain, load=(id(one),), members=(one,))), *at))
     priced = prices(asked)
     for i in new:
         both = list[list[tuple[str, float, float]]]()

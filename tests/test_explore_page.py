@@ -246,6 +246,8 @@ def test_ten_questions_within_two_actions_each(moving: Opened) -> None:
     assert "The limit on TTFT" in said and "The limit on TPOT" in said  # which limit binds?
     assert "Spreading whole experts over GPUs (EP)" in said  # expert or tensor parallel?
     assert "Serving from two pools" in said and "with one pool" in page.inner_text("#cards")  # one pool or two?
+    first = page.locator("#cards .card.first").inner_text()
+    assert re.search(r"ms \((\d+|>99) %\)", first)  # how sure is it that the limits are kept?
     page.select_option("#y-axis", "concurrency")  # how many users on what I have?
     assert "users at once" in page.inner_text("#front") and " users" in page.inner_text("#cards .card.first")
 

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from tensorcast.cli.app import DEPLOYMENT, OUTPUT, SEARCH, WORK, AsJson, command, console, patience
-from tensorcast.cli.options import LAYOUT, Device, Engine, Model, Phase, deployment_options
+from tensorcast.cli.options import (
+    LAYOUT,
+    Context,
+    Device,
+    Engine,
+    Model,
+    NewTokens,
+    Phase,
+    deployment_options,
+)
 from tensorcast.cli.values import whole_numbers
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -50,14 +59,8 @@ def experts(
         "--batch", "-b", min=1, show_default=False, rich_help_panel=WORK,
         help="Sequences per data-parallel rank.  [dim]\\[default: most that fit with every placement][/dim]",
     )] = None,
-    context: Annotated[int | None, typer.Option(
-        "--context", "-c", min=0, show_default=False, rich_help_panel=WORK,
-        help="Cached tokens per sequence.  [dim]\\[default: 4096 in decode, 0 in prefill][/dim]",
-    )] = None,
-    input_len: Annotated[int | None, typer.Option(
-        "--input-len", "-i", min=1, show_default=False, rich_help_panel=WORK,
-        help="New tokens per sequence, in prefill.  [dim]\\[default: 4096][/dim]",
-    )] = None,
+    context: Context = None,
+    input_len: NewTokens = None,
     copies: Annotated[str | None, typer.Option(
         "--redundant-experts", metavar="N,...", show_default=False, rich_help_panel=SEARCH,
         help="Copies to try.  [dim]\\[default: none, and one, two, four more a rank][/dim]",

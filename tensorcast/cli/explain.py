@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from tensorcast.cli.app import DEPLOYMENT, WORK, AsJson, command, console, patience
-from tensorcast.cli.options import LAYOUT, Device, Engine, Model, Phase, deployment_options
+from tensorcast.cli.options import (
+    LAYOUT,
+    Context,
+    Device,
+    Engine,
+    Model,
+    NewTokens,
+    Phase,
+    deployment_options,
+)
 from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError
 
@@ -60,14 +69,8 @@ def explain(
         help="Sequences per data-parallel rank of A; B gets as many in all.  [dim]\\[default: most that fit in both]"
         "[/dim]",
     )] = None,
-    context: Annotated[int | None, typer.Option(
-        "--context", "-c", min=0, show_default=False, rich_help_panel=WORK,
-        help="Cached tokens per sequence.  [dim]\\[default: 4096 in decode, 0 in prefill][/dim]",
-    )] = None,
-    input_len: Annotated[int | None, typer.Option(
-        "--input-len", "-i", min=1, show_default=False, rich_help_panel=WORK,
-        help="New tokens per sequence, in prefill.  [dim]\\[default: 4096][/dim]",
-    )] = None,
+    context: Context = None,
+    input_len: NewTokens = None,
     output_len: Annotated[int | None, typer.Option(
         "--output-len", "-o", min=1, show_default=False, rich_help_panel=WORK,
         help="Tokens of a reply: decode is then priced halfway through, after input-len + output-len / 2 cached ones.",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, command
-from tensorcast.cli.options import LAYOUT, Device, Model, deployment_options
+from tensorcast.cli.app import DEPLOYMENT, OUTPUT, WORK, command
+from tensorcast.cli.options import LAYOUT, Device, Engine, Model, deployment_options
 from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,10 +83,7 @@ def launch(
         "--prefill-chunk", min=1, help="Prompt tokens per step and rank.  [dim]\\[default: the engine's][/dim]",
         show_default=False, rich_help_panel=WORK,
     )] = None,
-    engine: Annotated[str, typer.Option(
-        "--engine", "-e", metavar="NAME", help="vllm, sglang or trtllm; an older release as sglang==0.5.14.",
-        rich_help_panel=CHOICES,
-    )] = "vllm",
+    engine: Engine = "vllm",
     out: Annotated[Path | None, typer.Option(
         "--out", "-o", metavar="DIR", show_default=False, rich_help_panel=OUTPUT,
         help="Write a folder: a script per role, router, health check, benchmark, and README.md.",

@@ -17,11 +17,19 @@ Model = Annotated[str, typer.Argument(
     show_default=False,
 )]
 Device = Annotated[str, typer.Option(
-    "--device", "-d", help="Name (see [bold]tensorcast devices[/bold]) or profile file.", show_default=False,
-    rich_help_panel=DEPLOYMENT,
+    "--device", "-d", help="Name (see [bold]tensorcast devices[/bold]) or profile file; cpu is this machine.",
+    show_default=False, rich_help_panel=DEPLOYMENT,
 )]
 Phase = Annotated[str, typer.Option(
     "--phase", metavar="prefill|decode", help="Read prompts, or make one token per sequence.", rich_help_panel=WORK,
+)]
+Context = Annotated[int | None, typer.Option(
+    "--context", "-c", min=0, show_default=False, rich_help_panel=WORK,
+    help="Cached tokens per sequence.  [dim]\\[default: 4096 in decode, 0 in prefill][/dim]",
+)]
+NewTokens = Annotated[int | None, typer.Option(
+    "--input-len", "-i", min=1, show_default=False, rich_help_panel=WORK,
+    help="New tokens per sequence, in prefill.  [dim]\\[default: 4096][/dim]",
 )]
 Engine = Annotated[str, typer.Option(
     "--engine", "-e", metavar="NAME", help="vllm, sglang, trtllm or a profile file; an older release as vllm==0.24.0.",

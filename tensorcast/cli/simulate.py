@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, command, console, patience
-from tensorcast.cli.options import LAYOUT, Model, Phase, deployment_options
+from tensorcast.cli.options import LAYOUT, Device, Model, Phase, deployment_options
 from tensorcast.deploy.options import OPTIONS
 from tensorcast.errors import InputError
 
@@ -36,10 +36,7 @@ tensorcast simulate ./my-model -d b200 --json | jq .step_s"""
 def simulate(
     model: Model,
     *,
-    device: Annotated[str, typer.Option(
-        "--device", "-d", help="Name (see [bold]tensorcast devices[/bold]) or profile file; cpu is this machine.",
-        show_default=False, rich_help_panel=DEPLOYMENT,
-    )],
+    device: Device,
     world_size: Annotated[int, typer.Option(
         "--world-size", "-n", min=1, help="GPUs in all: tp*dp*pp.", rich_help_panel=DEPLOYMENT,
     )] = 1,

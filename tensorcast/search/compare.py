@@ -126,7 +126,7 @@ class Comparison:
 
 
 def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, ties: bool = True) -> Comparison:
-    """Put the answers together: names, Pareto front, the best, the runner-up, ties (not looked for unless wanted).
+    """Put the answers together: names, Pareto front, the best, the runner-up; ties and notes unless ``ties`` is False.
 
     Raises :class:`InputError` where nothing fits, :class:`NoLayoutMeets` where nothing keeps within the limits.
     """
@@ -156,7 +156,8 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, tie
         engine=first.engine, objective=first.objective, targets=(first.ttft_s, first.tpot_s),
         input_len=int(first.load.input_len), output_len=int(first.load.output_len),
         kept=found, pruned=by_rule,
-        best=None, runner_up=None, ties=[], notes=notes(tasks, found), examined=sum(one.examined for one in results),
+        best=None, runner_up=None, ties=[], notes=notes(tasks, found) if ties else (),
+        examined=sum(one.examined for one in results),
         tasks=tuple(tasks), behind=dict(zip(found["candidate"], behind, strict=True)),
     )  # fmt: skip
     ranked = comparison.best_of_each

@@ -6,7 +6,7 @@ import { Controls } from "./controls.js";
 import { Details, command, sentence } from "./details.js";
 import { $, copy, el, fill, say, tooltips } from "./dom.js";
 import { State } from "./state.js";
-import { Table, verdict } from "./table.js";
+import { Table, kept, verdict } from "./table.js";
 
 const REST_MS = 220; // a slider that rests so long is where it should be
 
@@ -134,7 +134,7 @@ function cards() {
   }, el("span", { class: "title" }, title.split(" · ")[0]), el("span", { class: "also" }, title.split(" · ").slice(1).join(", ").toLowerCase()), el("span", { class: "name" }, r.name),
     el("strong", {}, r.text.output_tokens_per_s, el("small", {}, " tokens/s")),
     el("span", {}, [`${r.text.tokens_per_s_per_user} per user`, `${r.text.concurrency} users`, cost(r)].filter(Boolean).join(" · ")),
-    el("span", { class: verdict(r) }, `${r.text.ttft_s} · ${r.text.tpot_s}`, r.idle_gpus ? ` · ${r.text.idle_gpus} idle` : ""))));
+    el("span", { class: verdict(r), "data-tip": sentence(r) }, `${r.text.ttft_s}${kept(r, "ttft")} · ${r.text.tpot_s}${kept(r, "tpot")}`, r.idle_gpus ? ` · ${r.text.idle_gpus} idle` : ""))));
 }
 
 function chart() {

@@ -132,8 +132,9 @@ export class Details {
 
 export function sentence(r) {
   if (!r.meets) return `Breaks a limit: ${r.verdict}.`;
-  if (r.verdict.startsWith("may")) return `Keeps the limits by its expected numbers, but ${r.verdict}: the 80 % interval crosses it.`;
-  return "Keeps the limits, also at the slow end of its 80 % intervals.";
+  const chances = ["ttft", "tpot"].filter((what) => r[`${what}_chance`] !== null).map((what) => `${what.toUpperCase()} with a chance of ${r.text[`${what}_chance`]}`).join(", ");
+  if (r.verdict.startsWith("may")) return `Keeps the limits by its expected numbers, but ${r.verdict}: ${chances}.`;
+  return chances ? `Keeps the limits: ${chances}.` : "No limit on times was asked for.";
 }
 
 function script(one) {

@@ -67,7 +67,14 @@ export class Table {
 
 export const verdict = (r) => (r.meets ? (r.verdict.startsWith("may") ? "near" : "keeps") : "over");
 
+// The chance to keep a limit, in brackets; nothing where no limit is.
+export const kept = (row, what) => (row[`${what}_chance`] === null ? "" : ` (${row.text[`${what}_chance`]})`);
+
 function words_of(key, row) {
+  if (key === "verdict" && row.meets && row.verdict.startsWith("may")) {
+    const least = ["ttft", "tpot"].filter((what) => row[`${what}_chance`] !== null).sort((a, b) => row[`${a}_chance`] - row[`${b}_chance`])[0];
+    return `${row.verdict}${kept(row, least)}`;
+  }
   if (key === "mode") return row.mode === "disaggregated" ? "two pools" : "one pool";
   return row[key];
 }

@@ -354,3 +354,11 @@ def test_a_block_may_be_written_as_a_word() -> None:
         for block in ([128, 128], "128x128")
     ]  # fmt: skip
     assert schemes[0] == schemes[1] == SCHEMES["fp8_block"]
+
+
+def test_compressed_caches_are_kept_in_fp8() -> None:
+    """DeepSeek-V4, whatever its weights are in (vLLM 0.33.0 and SGLang 0.5.23 set it so)."""
+    plain = {"model_type": "deepseek_v4", "compress_ratios": [0, 4, 128]}
+    fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    assert [from_config(one).kv for one in (plain, {**plain, **fp8}, {"text_config": plain})] == ["fp8"] * 3
+    assert from_config({"model_type": "deepseek_v4", "compress_ratios": [0, 0]}).kv == "bf16"

@@ -30,12 +30,19 @@ READERS: dict[str, Reader] = {
 """By ``quant_method``, with the names that engines give them."""
 
 
+COMPRESSED_CACHE = "fp8"
+"""In what engines keep keys and values that a network compresses (DeepSeek-V4) unless told otherwise (vLLM 0.33.0,
+models/deepseek_v4/attention.py; SGLang 0.5.23, arg_groups/overrides.py)."""
+
+
 def from_config(config: dict[str, Any], kv: str = "bf16") -> Quantization:
     """What a Hugging Face config says of its weights and cache. Raises :class:`InputError` on what is not known.
 
     Source of the order of keys: vLLM 0.24.0, config/model.py (_parse_quant_hf_config).
     """
     places = (config, text_of(config))
+    if any(places[1].get("compress_ratios") or ()):
+        kv = COMPRESSED_CACHE
     key, said = next(((key, place[key]) for key in KEYS for place in places if place.get(key)), ("", None))
     if not key:
         return Quantization(kv=kv)

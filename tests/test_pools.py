@@ -138,6 +138,16 @@ def test_a_turn_reads_only_what_is_new() -> None:
             assert record.cached_tokens[i] == said // 64 * 64
 
 
+def test_of_a_prompt_cut_short_the_rest_is_no_reply() -> None:
+    """Blocks of a trace are those of prompts alone: scaled to half, nobody finds more than the half that was read."""
+    requests = Requests(
+        arrival_s=np.array([0.0, 5.0]), input_len=np.array([640, 640]), output_len=np.array([600, 5]),
+        blocks=(tuple(range(10)),) * 2, block_tokens=64,
+    ).scaled(input_len=0.5)
+    later = replace(requests, input_len=np.array([320, 640]))
+    assert Fleet([Pool(RULES, TIMES, 1)], later).run().cached_tokens.tolist() == [0, 320]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [("5 -1", "must be a time"), ("5s", "must be a time"), ("5s +0", "must be a time"),

@@ -157,7 +157,7 @@ def test_blocks_are_kept_within_the_cache(
         tuple(1000 * family + k for k in range((int(n) + int(m)) // size))
         for family, n, m in zip(families, requests.input_len, requests.output_len, strict=False)
     )
-    shared = replace(requests, blocks=blocks, block_tokens=size)
+    shared = replace(requests, blocks=blocks, block_tokens=size, reply_blocks=True)
     fleet = Fleet([Pool(replace(RULES, cache_tokens=cache), TIMES, count)], shared, router="prefix_aware")
     read = dict.fromkeys(range(len(requests)), 0)
     for server in fleet.servers:

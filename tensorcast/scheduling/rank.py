@@ -125,7 +125,7 @@ class Rank:
         ended = []
         while self._ends and self._ends[0][0] <= self.steps:
             request = heappop(self._ends)[1]
-            if self.prefix is not None:
+            if self.prefix is not None and self.record.requests.reply_blocks:
                 self._keep_reply(request)
             self._leave(request)
             ended.append(request)
@@ -279,8 +279,7 @@ class Rank:
         one.blocks = blocks
 
     def _keep_reply(self, request: int) -> None:
-        """Blocks that go on beyond the prompt are those of its reply: they stay for whoever goes on with it. The last
-        token was never read."""
+        """Blocks of the reply stay for whoever goes on with it. The last token was never read."""
         assert self.prefix is not None
         one, size = self.decoding[request], self.record.block_tokens
         fresh = self.record.blocks_of(request)[len(one.blocks) : (self.record.longest(request) - 1) // size]

@@ -17,12 +17,12 @@ Lengths = NDArray[np.int64]
 class Requests:
     """Requests ``[N]`` in the order of their arrival.
 
-    ``arrival_s``: seconds from the start, never falling. ``input_len``, ``output_len``: tokens of prompt and reply,
-    1 at least. ``blocks``: ids of the prompt's blocks of ``block_tokens`` tokens each, and beyond it of its reply's;
-    prompts whose first ids agree begin alike. ``users``: most requests in flight; whoever comes beyond waits outside of
-    the server, as clients of a benchmark do, and its clock starts when it is sent. With all arrivals at 0 that is a
-    closed loop. ``after``: the earlier request whose reply a request waits for, -1 for none; it is sent ``think_s``
-    seconds after that, and not before its arrival.
+    ``arrival_s``: seconds from the start, never falling. ``input_len``, ``output_len``: tokens of prompt and reply, 1
+    at least. ``blocks``: ids of the prompt's blocks of ``block_tokens`` tokens each, with ``reply_blocks`` of its
+    reply's behind them; prompts whose first ids agree begin alike. ``users``: most requests in flight; whoever comes
+    beyond waits outside of the server, as clients of a benchmark do, and its clock starts when it is sent. With all
+    arrivals at 0 that is a closed loop. ``after``: the earlier request whose reply a request waits for, -1 for none;
+    it is sent ``think_s`` seconds after that, and not before its arrival.
     """
 
     arrival_s: Array
@@ -30,6 +30,7 @@ class Requests:
     output_len: Lengths
     blocks: tuple[tuple[int, ...], ...] | None = field(default=None, repr=False)
     block_tokens: int = 512
+    reply_blocks: bool = False
     users: int | None = None
     after: Lengths | None = None
     think_s: Array | None = None
@@ -180,5 +181,6 @@ def sessions(
     after[:, 0] = -1
     return Requests(
         arrival_s=np.repeat(begin, turns), input_len=(whole - said).ravel(), output_len=said.ravel(),
-        blocks=tuple(blocks), block_tokens=block_tokens, users=users, after=after.ravel(), think_s=thinks.ravel(),
+        blocks=tuple(blocks), block_tokens=block_tokens, reply_blocks=True, users=users, after=after.ravel(),
+        think_s=thinks.ravel(),
     )

@@ -32,7 +32,6 @@ from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, mxfp4_padding
 from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.drafting import published, said_of
 from tensorcast.profiles.engine import EngineProfile, is_one_of
 from tensorcast.profiles.kept import same
 from tensorcast.profiles.memory import MIB, STATE_DTYPES, Kept, is_latent
@@ -380,17 +379,3 @@ def uncut(table: OpTable) -> str:
 def not_counted(quantization: Quantization) -> list[str]:
     """What a checkpoint says of its precision that nothing here counts."""
     return [f"quantization_config: not used: {', '.join(quantization.unread)}"] if quantization.unread else []
-
-
-def drafting_notes(deployment: Deployment) -> list[str]:
-    """What is taken for granted of a drafter, and what is published of its accepted tokens."""
-    drafter, name = deployment.step.drafter, deployment.options.speculative_method
-    found = list[str]()
-    if drafter is not None and drafter.sizes is not None and drafter.sizes.assumed:
-        s = drafter.sizes
-        found.append(
-            f"{name}: assumed {s.layers} layer{'s' * (s.layers > 1)} of {s.heads} heads and an MLP {s.width} wide, "
-            f"{s.vocab} tokens to choose from; --draft-model reads a config"
-        )
-    said = said_of(published(deployment.model.name, name))
-    return [*found, said] if said else found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tensorcast.deploy.deployment import Deployment, Memory, deploy, drafting_notes, not_counted, uncut
+from tensorcast.deploy.deployment import Deployment, Memory, deploy, not_counted, uncut
 from tensorcast.deploy.engine_limits import halving_note
 from tensorcast.deploy.engine_log import room_note
 from tensorcast.deploy.exchange_kernels import exchange_note
@@ -17,6 +17,7 @@ from tensorcast.deploy.workload import Workload
 from tensorcast.errors import InputError
 from tensorcast.modeling.quantization import weight_only_here
 from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.drafting import published, said_of
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.cache import whole_model
@@ -89,7 +90,7 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
         notes.append("multi-token prediction is not simulated: one token per sequence and step (see --mtp-depth)")
     elif depth := deployment.options.mtp_depth:
         notes.append(f"tokens are counted without drafts: accepted ones make up to {1 + depth} per sequence and step")
-        notes += drafting_notes(deployment)
+        notes += _of_drafts(deployment)
     if deployment.engine.remark:
         notes.append(deployment.engine.remark)
     if left := uncut(deployment.raw):
@@ -104,3 +105,17 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
     if idle := deployment.idle(deployment.options):
         notes.append(idle_note(idle))
     return tuple(notes)
+
+
+def _of_drafts(deployment: Deployment) -> list[str]:
+    """What is taken for granted of a drafter, and what is published of its accepted tokens."""
+    drafter, name = deployment.step.drafter, deployment.options.speculative_method
+    found = list[str]()
+    if drafter is not None and drafter.sizes is not None and drafter.sizes.assumed:
+        s = drafter.sizes
+        found.append(
+            f"{name}: assumed {s.layers} layer{'s' * (s.layers > 1)} of {s.heads} heads and an MLP {s.width} wide, "
+            f"{s.vocab} tokens to choose from; --draft-model reads a config"
+        )
+    said = said_of(published(deployment.model.name, name))
+    return [*found, said] if said else found

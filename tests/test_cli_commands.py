@@ -76,6 +76,7 @@ def refused(*arguments: str) -> str:
         (("simulate", "mixtral-8x7b", "-d", "/etc"), ("device /etc: is a directory", "NAME.yaml")),
         ((*COMPARE, "--routing", "no-such.csv"), ("--routing no-such.csv: no such file",)),
         ((*COMPARE, "--request-rate", "-5"), ("--request-rate -5.0", "more than 0")),
+        (("simulate", "deepseek-v3", "-d", "h200", "-n", "8", "--mtp-depth", "10000"), ("10000", "at most 128")),
         (("launch", "mixtral-8x7b", "-d", "h100", "--layout", "tp2", "--role", "both"), ("--role 'both'", "decode")),
         (("predict", "no-such.csv"), ("no-such.csv", "no such file")),
         (("calibrate", "-d", "cpu", "--from", "no-such.parquet"), ("no-such.parquet: no such file",)),

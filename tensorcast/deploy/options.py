@@ -294,6 +294,10 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
             f"--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is {all2all}",
         ),
         (
+            "drafts of a step", o.mtp_depth <= MOST_DRAFTED,
+            f"--mtp-depth {o.mtp_depth}: at most {MOST_DRAFTED} tokens are drafted at once",
+        ),
+        (
             "drafts need a module", not o.mtp_depth or facts.mtp_modules or o.speculative_method != "mtp",
             f"--mtp-depth {o.mtp_depth}: the model's config has no multi-token prediction module",
         ),
@@ -312,6 +316,10 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
         ),
     )
     return next(((name, says) for name, holds, says in rules if not holds), ("", ""))
+
+
+MOST_DRAFTED = 128
+"""Tokens that a step may draft: several times what any engine's guide asks for."""
 
 
 def check_options(options: Options, layout: Layout, facts: ModelFacts, all2all: str) -> None:

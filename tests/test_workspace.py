@@ -63,7 +63,12 @@ def test_no_batch_is_priced_twice_and_no_setting_that_a_structure_lacks(
     """All variants are priced at one grid; a closer look adds decode steps at the batches between alone. A structure
     adds up as many of the settings as its members have."""
     passes, prices = list[list[Any]](), variant_prices.prices
-    monkeypatch.setattr(variant_prices, "prices", lambda asked: passes.append(list(asked)) or prices(asked))
+
+    def counted(asked: Any) -> Any:
+        passes.append(list(asked))
+        return prices(asked)
+
+    monkeypatch.setattr(variant_prices, "prices", counted)
     _ask()
     first, *_, closer = passes
     grid = {*variant_prices.GRID}

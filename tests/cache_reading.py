@@ -104,4 +104,6 @@ def cache_bytes_per_token(config: PreTrainedConfig, tp: int = 1) -> float:
         if config.model_type == "mimo_v2_flash" and kind in WINDOWED:  # its class doubles them there
             heads = 2 * values["num_key_value_heads"]
         total += 2.0 * max(heads / tp, 1) * (key + value)
+        if values.get("index_topk_blocks") and "sparse" in str(kind):  # a key in bf16 for the indexer of blocks
+            total += 2.0 * values["index_head_dim"]
     return total

@@ -285,7 +285,7 @@ def attention_kinds(family: str) -> list[str]:
     for op in table(family, "decode").ops:
         if op.name == "attention":
             span = "sliding" if op.attrs["window"] else "chunked" if op.attrs["chunk"] else "full"
-            span = "sparse" if op.attrs["selected"] else span
+            span = "sparse" if op.attrs["selected"] else "compressed" if op.attrs.get("compress") else span
             found.add(f"{span} MLA" if op.attrs["latent"] else span)
         elif op.name in OTHER_MIXERS:
             found.add(OTHER_MIXERS[op.name])

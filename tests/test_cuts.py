@@ -217,6 +217,9 @@ STORED = {
     "deepseek-v3": DEEPSEEK_V3, "deepseek-r1": DEEPSEEK_V3, "deepseek-v3.2": DEEPSEEK_V3,
     "kimi-k2": Stored(128, 2048, 2048, 18432, 64 * 128, (64 * 192, 64 * 256)),
     "kimi-k2.5": Stored(32, 2048),
+    # experts in MXFP4, which is padded; heads of 512, and groups of 1,024 before the output
+    "deepseek-v4-flash": Stored(128, shared=2048, out=8 * 1024, latent=(64 * 512,)),
+    "deepseek-v4-pro": Stored(128, shared=3072, out=16 * 1024, latent=(128 * 512,)),
     "glm-5": Stored(128, 2048, 2048, 12288, 64 * 256, (64 * 256, 64 * 448)),
     "glm-5.2": Stored(128, 2048, 2048, 12288, 64 * 256, (64 * 256, 64 * 448)),
     "minimax-m2.5": Stored(128, 1536, out=48 * 128),

@@ -10,7 +10,6 @@ module as it was timed. Run after :mod:`tensorcast.calibrate.devices`, whose con
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from tensorcast.calibrate.constants.errors import errors
 from tensorcast.calibrate.constants.from_tables import write_calibration
 from tensorcast.calibrate.constants.minimise import FEWEST, fit_constants
 from tensorcast.calibrate.measured_devices import system_of
-from tensorcast.calibrate.measured_tables import installed_tables, row_hash, table_files
+from tensorcast.calibrate.measured_tables import row_hash, table_files
 from tensorcast.cost.formulas import work_of
 from tensorcast.cost.roofline import constants_for, kernel_time, sparse_constants
 from tensorcast.cost.work import Array, Work
@@ -362,19 +361,12 @@ def calibrate(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tensorcast.calibrate.attention_modules", description=__doc__.splitlines()[0]
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tables", type=Path, help="folder laid out SYSTEM/KIND/ENGINE/VERSION/TABLE.parquet")
-    source.add_argument("--from", dest="origin", choices=["silicon"], help="silicon: an installed aiconfigurator-core")
-    parser.add_argument("--device", action="append", default=[], help="device profile (default: every one measured)")
-    parser.add_argument("--profiles", type=Path, default=Path("profiles"), help="folder of profiles to write into")
+    parser = command.tables_parser("tensorcast.calibrate.attention_modules", __doc__.splitlines()[0])
     parser.add_argument("--table", action="append", default=[], help="this table alone, other constants kept")
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.table) - {table.name for table in (*TABLES, STREAM_TABLE)}):
         raise unknown_name("--table", unknown[0], [table.name for table in (*TABLES, STREAM_TABLE)])
-    folder = options.tables if options.origin is None else installed_tables()
+    folder = command.tables_of(options)
     calibrate(folder, options.profiles, options.device, options.table)
     return 0
 

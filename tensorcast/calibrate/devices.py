@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from tensorcast.calibrate.constants import from_tables
 from tensorcast.calibrate.kernel_models import residual, unseen_devices
 from tensorcast.calibrate.measured_devices import read_device, system_of
 from tensorcast.calibrate.measured_rows import MeasuredSystem
-from tensorcast.calibrate.measured_tables import installed_tables
 from tensorcast.cost.kernels.device_model import DeviceModel, Kernel, pack
 from tensorcast.cost.kernels.predictor import TRANSFERRED
 from tensorcast.errors import InputError, unknown_name
@@ -129,18 +127,11 @@ def calibrate(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tensorcast.calibrate.devices", description=__doc__.splitlines()[0]
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tables", type=Path, help="folder laid out SYSTEM/KIND/ENGINE_TABLE.parquet")
-    source.add_argument("--from", dest="origin", choices=["silicon"], help="silicon: an installed aiconfigurator-core")
-    parser.add_argument("--device", action="append", default=[], help="device profile (default: every one measured)")
-    parser.add_argument("--profiles", type=Path, default=Path("profiles"), help="folder of profiles to write into")
+    parser = command.tables_parser("tensorcast.calibrate.devices", __doc__.splitlines()[0])
     parser.add_argument("--family", action="append", default=[], help="constants of this family alone, the rest kept")
     parser.add_argument("--keep-constants", action="store_true", help="fit residuals over the constants that are there")
     options = parser.parse_args(arguments)
-    folder = options.tables if options.origin is None else installed_tables()
+    folder = command.tables_of(options)
     calibrate(
         folder, options.profiles, options.device, constants=not options.keep_constants, families=options.family
     )

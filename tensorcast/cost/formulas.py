@@ -42,6 +42,11 @@ class Context:
     verify: Size = 1.0
     points: LayerPoints | None = None
 
+    @property
+    def cached_in_fp8(self) -> bool:
+        """Whether every call reads keys and values of fewer than 12 bits."""
+        return bool(np.all(np.asarray(self.kv_bytes) < 1.5))
+
     def value(self, size: Any) -> Any:
         """A dim or a plain number at these sizes."""
         return size.at(self.sizes) if isinstance(size, Dim) else size
@@ -175,10 +180,9 @@ def chunk_pairs(new: Size, past: Size, chunk: int) -> Size:
 def sparse_prompts(at: Context) -> dict[str, Any]:
     """Heads and arithmetic of sparse latent attention on prompts: FlashMLA's kernel computes 64 heads on Hopper and 128
     on Blackwell, in bf16; TensorRT-LLM's, which engines run on Blackwell where the cache is in FP8, 64 in FP8."""
-    cached_in_fp8 = bool(np.all(np.asarray(at.kv_bytes) < 1.5))
-    if at.has_fp4 and cached_in_fp8:
+    if at.has_fp4 and at.cached_in_fp8:
         return {"dtype": "fp8", "least_heads": 64.0}
-    kernel = "fp8_cache" if cached_in_fp8 else ""  # on Hopper numbers are widened as they are read
+    kernel = "fp8_cache" if at.cached_in_fp8 else ""  # on Hopper numbers are widened as they are read
     return {"dtype": "bf16", "least_heads": 128.0 if at.has_fp4 else 64.0, "kernel": kernel}
 
 
@@ -230,7 +234,7 @@ def _chosen(op: Op, at: Context, batch: Size, new: Size, past: Size) -> Work:
     q, k, v = op.inputs[:3]
     a, heads, width, v_dim = op.attrs, at.value(q.dims[1]), at.value(q.dims[-1]), at.value(v.dims[-1])
     phase, length = "decode" if at.decode else "prefill", np.asarray(past + new, dtype=float)
-    cache = "fp8" if np.all(np.asarray(at.kv_bytes) < 1.5) else "bf16"
+    cache = "fp8" if at.cached_in_fp8 else "bf16"
     if not a.get("compress"):
         seen = np.minimum(length, a["selected"])
         return w.chosen_attention(

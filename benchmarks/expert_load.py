@@ -1,15 +1,16 @@
 """What recorded routing costs: the balancer, a step and a search, each beside the same without it.
 
-    python benchmarks/expert_load.py [PATH_OF_EPLB_PY]
+    python benchmarks/expert_load.py [--eplb PATH_OF_EPLB_PY] [--served TABLE]
 
 With the path of the published balancer (github.com/deepseek-ai/EPLB, eplb.py) its time is measured in the same run.
-CPU seconds of this process, the least of several rounds taken in turn.
+CPU seconds of this process, the least of several rounds taken in turn. With a table of served runs, as ``predict``
+reads them, that alone: how far times per token are off under each law, by network, on rows left out of all fits.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -95,8 +96,44 @@ def search(mean: Path) -> None:
           f"{took['58 layers'] / took['one law']:.2f} times")
 
 
+LAWS = ("typical", "uniform", "balanced", "recorded:deepseek-r1")
+
+
+def served(path: Path, folder: Path) -> None:
+    """Errors of the time per token, median and mean, by network and law."""
+    import pandas as pd
+
+    from tensorcast.predict.predict import predict_file
+    from tensorcast.predict.score import left_out, named
+
+    runs = pd.read_csv(path, dtype=str, keep_default_na=False)
+    print("| network | rows | " + " | ".join(LAWS) + " |\n|---|---:|" + "---:|" * len(LAWS))
+    found: dict[str, dict[str, pd.Series[float]]] = {}
+    for law in LAWS:
+        table = folder / "runs.csv"
+        runs.assign(routing=law).to_csv(table, index=False)
+        frame = named(predict_file(table, 1, []))
+        frame = frame[left_out(frame) & (frame["mode"] == "aggregated")]
+        off = (frame["tpot_s"] / pd.to_numeric(frame["measured_tpot_s"]) - 1).abs().dropna()
+        for model, some in off.groupby(frame["model"]):
+            found.setdefault(str(model), {})[law] = some
+    for model, laws in found.items():
+        each = [laws[law] for law in LAWS if law in laws]
+        cells = [f"{100 * one.median():.1f}, {100 * one.mean():.1f} %" for one in each]
+        if len(set(cells)) > 1:  # a network with experts
+            print(f"| {model} | {len(laws[LAWS[0]])} | " + " | ".join([*cells, "-"][: len(LAWS)]) + " |")
+
+
 def main() -> None:
-    balancer(sys.argv[1] if len(sys.argv) > 1 else None)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--eplb", metavar="FILE")
+    parser.add_argument("--served", metavar="TABLE", type=Path)
+    asked = parser.parse_args()
+    if asked.served:
+        with tempfile.TemporaryDirectory() as folder:
+            served(asked.served, Path(folder))
+        return
+    balancer(asked.eplb)
     with tempfile.TemporaryDirectory() as folder:
         mean = Path(folder) / "mean.csv"
         shares = recording("deepseek-r1").of("decode").shares.mean(axis=0)

@@ -268,6 +268,7 @@ def replay(
     ...                   requests=drawn(1000, Length(2000, 0.5), Length(300, 0.5), rate=4.0))  # doctest: +SKIP
     >>> found.summary()["ttft_p99_s"], found.per_request().head()  # doctest: +SKIP
     """
+    from tensorcast.cost.routing import BY_LAW, SAID
     from tensorcast.deploy.model_names import named_model
     from tensorcast.deploy.options import SERVED_ROUTING, options_of
     from tensorcast.profiles.store import load_engine
@@ -278,11 +279,11 @@ def replay(
 
     limits = Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s)
     (profile, read_as), servers = named_model(model), parse_servers(layout)
+    chosen = options_of({"routing": SERVED_ROUTING, **options})
     changes = parse_changes(workers, len(servers))
     priced = priced_servers(
         profile, device_profile(device), load_engine(engine), servers,
-        longest=int((requests.input_len + requests.output_len).max()),
-        options=options_of({"routing": SERVED_ROUTING, **options}),
+        longest=int((requests.input_len + requests.output_len).max()), options=chosen,
         mtp_acceptance=mtp_acceptance, chunk_tokens=prefill_chunk, max_sequences=max_sequences,
         balance_steps=balance_steps,
     )
@@ -290,7 +291,9 @@ def replay(
         share = percentile / 100
         requests = at_the_limit(priced, requests, limits, share=share, router=router, seed=seed, changes=changes)
     found = priced.run(requests, limits=limits, router=router, seed=seed, draws=draws, changes=changes, watch=watch)
-    return _noted(replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as)
+    law = chosen.routing if profile.stated_facts.num_experts else ""
+    spread = SAID.get(law, BY_LAW.format(law)) if law else ""
+    return _noted(replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as, spread)
 
 
 @python_names

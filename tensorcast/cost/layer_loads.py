@@ -86,10 +86,11 @@ class LayerLoads:
 
 def layer_loads(
     chances: Array, placed: NDArray[np.int64], experts_per_rank: tuple[int, ...], *, top_k: float, nodes: int = 1,
-    fused: int = 0,
+    fused: int = 0, likeness: float = 1.0,
 ) -> LayerLoads:
     """Loads of a placement. ``chances [layers, experts]``: that a token picks each expert; ``placed [layers, slots]``:
-    the expert in each slot, rank after rank, -1 where no token comes. Copies of an expert share its tokens evenly."""
+    the expert in each slot, rank after rank, -1 where no token comes. Copies of an expert share its tokens evenly.
+    ``likeness``: T tokens hit as many experts as ``T**likeness`` that pick independently."""
     layers, experts = chances.shape
     ranks, starts = len(experts_per_rank), np.concatenate([[0], np.cumsum(experts_per_rank)[:-1]])
     copies = np.zeros((layers, experts))
@@ -108,7 +109,7 @@ def layer_loads(
     held = np.zeros((layers, ranks, max(experts_per_rank)))  # chances by rank, padded with 0
     slot = np.concatenate([np.arange(count) for count in experts_per_rank])
     held[:, np.repeat(np.arange(ranks), experts_per_rank), slot] = share
-    lift, hit, error = _drawn(mean, np.sqrt(variance), skew / np.maximum(variance, 1e-12), held)
+    lift, hit, error = _drawn(mean, np.sqrt(variance), skew / np.maximum(variance, 1e-12), held=held, likeness=likeness)
     reached = 1.0 - np.exp(apart)  # a token reaches the rank at all
     of_nodes = 1.0 - np.exp(apart.reshape(layers, nodes, -1).sum(-1)) if ranks % nodes == 0 else reached
     visits = np.stack([one.max(1) / np.maximum(one.mean(1), 1e-12) for one in (reached, of_nodes)])
@@ -130,9 +131,12 @@ def _normals(layers: int, draws: int, ranks: int) -> Array:
     return np.asarray(drawn * np.sqrt(ranks / (ranks - 1.0)))
 
 
-def _drawn(mean: Array, spread: Array, skew: Array, held: Array) -> tuple[Array, Array, float]:
+def _drawn(
+    mean: Array, spread: Array, skew: Array, *, held: Array, likeness: float
+) -> tuple[Array, Array, float]:
     """``[layers, knots]`` each: lift and hit experts of the busiest rank; and the relative error of the rows.
 
+    ``held``: chances by rank, ``[layers, ranks, slots]``.
     ``skew``: the third moment over the second, which lifts the tail of few rows (the first term of Cornish and Fisher).
     """
     layers, ranks = mean.shape
@@ -151,6 +155,7 @@ def _drawn(mean: Array, spread: Array, skew: Array, held: Array) -> tuple[Array,
         chosen = held[every, busiest[:, few]]  # [layers, draws, slots of a rank]
         # the lift is extra tokens that pick this rank: as if that many more had come
         came = largest[:, few] / np.maximum(mean[every, busiest[:, few]], 1e-12)
+        came = np.minimum(came, np.maximum(came, 1e-12) ** likeness)
         hit[:, i] = (1.0 - np.exp(came[..., None] * np.log1p(-np.minimum(chosen, 1.0 - 1e-12)))).sum(-1).mean(axis=1)
         pairs = (largest[:, : draws // 2] + largest[:, draws // 2 :]) / 2.0
         if tokens >= ranks and draws > 2:

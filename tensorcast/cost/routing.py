@@ -5,7 +5,7 @@ popularity falls as ``rank**-S``, experts placed at random. ``recorded:``: popul
 (:mod:`tensorcast.cost.recordings`), experts placed in order. Hit experts of independent picks:
 ``sum_e 1 - (1 - q_e)^T``. ``typical``: popularity as recordings of DeepSeek-R1 spread it in the median layer (of 32
 tokens 140 experts hit, the busiest of 32 ranks at 2.3 times the mean), and tokens of a step that resemble one another:
-T hit as many as ``T**0.85`` independent ones do (:data:`LIKENESS`).
+T hit as many as ``T**0.85`` independent ones do (:data:`LIKENESS`), as under ``recorded:``.
 """
 
 from __future__ import annotations
@@ -35,10 +35,20 @@ TYPICAL_EXPONENT = 0.6
 32, 64 and 128 tokens are 145, 199 and 237 there and 140, 195 and 237 by this law."""
 
 LIKENESS = 0.85
-"""Of ``typical``: the power of the number of tokens that independent ones would need to hit as many experts. Chosen on
+"""The power of the number of tokens that independent ones would need to hit as many experts. Chosen for ``typical`` on
 served runs of five MoE models, for models that nothing was fitted to: times per token are 11.7 % off in the mean of
 networks' medians where tokens pick at random, 10.3 % by that popularity alone and 9.2 % with this (1.0 and 0.8 of other
-exponents do no better)."""
+exponents do no better). Recordings tell no batch from another, so the same holds of ``recorded:``, where nothing was
+chosen: DeepSeek-R1's times per token are 10.7 % off in the median with it, 14.6 % without (``benchmarks/expert_load.py
+--served TABLE``). Rows of the busiest rank as uneven as those of so many fewer tokens would change no median there."""
+
+SAID = {
+    "balanced": "tokens fall evenly on experts (routing balanced)",
+    "uniform": "tokens pick experts at random, none more popular (routing uniform)",
+    "typical": "tokens fall on experts as unevenly as recorded traffic does (routing typical)",
+}
+"""What outputs say of a law; others are told by :data:`BY_LAW`."""
+BY_LAW = "tokens fall on experts by --routing {}"
 
 PLACEMENTS = (64, 16)
 """Random orders of a popularity law whose median stands for it; fewer where each is balanced anew (EPLB)."""
@@ -73,7 +83,7 @@ class Routing:
                 raise InputError(f"--routing {text!r}: the exponent after zipf: must be a number from 0 to 10")
             return cls(text, exponent)
         if text.startswith(PREFIX) or Path(text).exists() or text.lower().endswith(FILES) or os.sep in text:
-            return cls(text, counts=recording(text.removeprefix(PREFIX)).of(phase))
+            return cls(text, counts=recording(text.removeprefix(PREFIX)).of(phase), likeness=LIKENESS)
         raise InputError(
             f"--routing {text!r}: use typical, balanced, uniform, zipf:S, or {PREFIX}FILE, {READABLE}, or {PREFIX}NAME"
         )
@@ -176,7 +186,7 @@ def expert_load(
     if routing.counts is not None:
         return _recorded(
             routing.counts.for_model(num_experts, layers), top_k, ranks, policy, redundant=redundant, fused=fused,
-            nodes=nodes, groups=groups,
+            nodes=nodes, groups=groups, likeness=routing.likeness,
         )
     if policy not in POLICIES:
         raise unknown_name("--placement", policy, POLICIES)
@@ -212,7 +222,8 @@ def expert_load(
 
 
 def _recorded(
-    counts: LayerCounts, top_k: float, ranks: int, policy: str, *, redundant: int, fused: int, nodes: int, groups: int
+    counts: LayerCounts, top_k: float, ranks: int, policy: str, *, redundant: int, fused: int, nodes: int, groups: int,
+    likeness: float,
 ) -> LayerLoads:
     """Loads of every layer, placed by what ``policy`` knows: these counts, or older ones (``eplb:RECORDING``)."""
     base, _, seen = policy.partition(":")
@@ -227,7 +238,7 @@ def _recorded(
         raise InputError(f"--placement {policy}: {len(placed)} layers, but {counts.name} has {len(counts.counts)}")
     chances = np.stack([inclusion(row, top_k) for row in counts.counts])
     whole = np.broadcast_to(placed, (len(chances), placed.shape[1]))
-    return layer_loads(chances, whole, per_rank, top_k=top_k, nodes=nodes, fused=fused)
+    return layer_loads(chances, whole, per_rank, top_k=top_k, nodes=nodes, fused=fused, likeness=likeness)
 
 
 def _round_robin(popularity: np.ndarray, ranks: int, redundant: int, nodes: int, groups: int) -> Placement:

@@ -35,6 +35,9 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "rows": len(frame),
         "predicted": int((frame["problem"] == "").sum()),
+        "routing": sorted({str(COLUMNS["routing"][1])} if "routing" not in frame else {
+            str(law) or str(COLUMNS["routing"][1]) for law in frame["routing"].fillna("")
+        }),
         "problems": {str(k): int(v) for k, v in frame["problem"][frame["problem"] != ""].value_counts().items()},
         "errors": {name: errors(frame, name) for name in PREDICTED if f"measured_{name}" in frame},
     }

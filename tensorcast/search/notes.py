@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from tensorcast.cost.routing import BY_LAW, SAID
 from tensorcast.deploy.deployment import not_counted, uncut
 from tensorcast.deploy.engine_limits import ANY_ENGINE, engine_can_run
 from tensorcast.deploy.layout import Layout, broken_rules
@@ -49,13 +50,9 @@ def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
     cut = [int(tp) for tp in np.unique(kept["tp"]) if tp > 1]
     if cut and (said := uncut(traced(first.model, "decode", min(cut)))):
         found.append(said)
-    spread = {
-        "balanced": "tokens fall evenly on experts",
-        "uniform": "tokens pick experts at random, none more popular",
-        "typical": "tokens fall on experts as unevenly as recorded traffic does",
-    }
-    if facts.num_experts and first.base.routing in spread:
-        found.append(f"{spread[first.base.routing]}; --routing uniform or zipf:1 shows what less or more skew does")
+    if facts.num_experts:
+        spread = SAID.get(first.base.routing, BY_LAW.format(first.base.routing))
+        found.append(f"{spread}; --routing uniform or zipf:1 shows what less or more skew does")
     if "disaggregated" in first.modes:
         found.append("disaggregated pools use as many GPUs as match, which may be fewer than there are")
     unsure = kept["share_datasheet"][kept["meets"] | ~kept["meets"].any()]

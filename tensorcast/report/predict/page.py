@@ -49,6 +49,7 @@ def print_summary(table: pd.DataFrame, summary: dict[str, Any], console: Console
     from rich.table import Table
 
     console.print(f"{summary['predicted']} of {summary['rows']} rows predicted")
+    console.print(f"  models with experts: routing {', '.join(summary['routing'])} (column routing)", style="dim")
     for problem, count in summary["problems"].items():
         console.print(f"  {count} x {problem}", style="yellow")
     if unread := int(table["assumed"].astype(str).str.contains(UNREAD, regex=False).sum()):

@@ -11,6 +11,7 @@ import pytest
 from tensorcast.calibrate.engines.launches import KEY, OPTIONS, launches
 from tensorcast.errors import InputError
 from tensorcast.predict import launch_records
+from tensorcast.predict.launch_records import POOLS as POOL_COLUMNS
 from tensorcast.predict.launch_records import wait_steps
 from tensorcast.predict.predict import predict
 from tensorcast.predict.run_columns import Run, read_run
@@ -47,6 +48,41 @@ def test_only_records_are_read_as_launched() -> None:
     assert plain.chunk_tokens is None and plain.options.kv_dtype is None and plain.mtp_acceptance == 0.8
     assert read(model="qwen3-30b-a3b").chunk_tokens is None  # no public script
     assert read(device="nonesuch").chunk_tokens is None  # refused where it is served
+
+
+POOLS = {
+    "model": "deepseek-ai/DeepSeek-R1", "device": "h200_sxm", "engine": "trtllm", "release": "0.8.1.post1",
+    "mode": "disagg", "precision": "fp8", "isl": "1024", "osl": "1024",
+    **{f"{role}_{size}": value for role in ("prefill", "decode")
+       for size, value in (("tp", "8"), ("dp", "1"), ("ep", "8"), ("moe_tp", "1"))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("users", "decode", "workers", "drafted"),
+    [("576", "tp8-dp1-ep8", 9, 0), ("1536", "tp1-dp8-ep8", 6, 0), ("352", "tp8-dp1-ep8", 11, 3),
+     ("11", "tp8-dp1-ep8", 9, 0), ("13", "tp8-dp1-ep8", 11, 3)],
+)  # fmt: skip
+def test_workers_that_a_record_does_not_state_are_those_of_its_launch(
+    users: str, decode: str, workers: int, drafted: int
+) -> None:
+    """Records of the same runs that state them (9 and 6 workers of 576 and 1,536 users) measure the same time."""
+    found = read_run({**POOLS, "concurrency": users}, NAMES)
+    assert (str(found.decode), found.workers) == (decode, (1, workers))
+    assert found.options.mtp_depth == drafted and "workers 1 prefill" not in "; ".join(found.assumed)
+    stated = read_run({**POOLS, "concurrency": users, "prefill_workers": "2", "decode_workers": "3"}, NAMES)
+    assert (stated.workers, str(stated.decode)) == ((2, 3), "tp8-dp1-ep8")  # what a row says comes first
+    assert read_run({**POOLS, "concurrency": "5000"}, NAMES).workers == (32, 79)  # no launch of as many
+
+
+def test_how_experts_were_cut_is_the_launchs_where_results_name_no_release_yet() -> None:
+    """Every script of it has --ep_size 8 (benchmarks/dsr1_fp8_h200_trt_slurm.sh): its runs with and without a release
+    take the same time."""
+    cells = {"model": "deepseek-ai/DeepSeek-V3", "device": "h200_sxm", "engine": "trtllm", "tp": "8", "ep": "1"}
+    old = read(**cells, moe_tp="8", concurrency="16", release="")
+    assert str(old.decode) == str(old.prefill) == "tp8-dp1-ep8" and "launched with ep 8" in old.assumed
+    assert str(read(**cells, moe_tp="8", concurrency="16").decode) == "tp8-dp1"  # it names one
+    assert str(read(**{**cells, "device": "h100_sxm"}, moe_tp="8", release="").decode) == "tp8-dp1"  # no script
 
 
 def test_where_drafting_is_not_known_the_interval_holds_both() -> None:
@@ -98,9 +134,10 @@ def test_of_several_launches_those_of_its_release_then_of_its_users_come_first(m
     monkeypatch.setattr(launch_records, "_launches", lambda: {key: rows})
 
     def found(users: float, release: str) -> Any:
-        return launch_records.launched(
-            "m", "h100", "vllm", precision="FP8", lengths=(1, 2), users=users, release=release, sizes=key[6:]
+        of = launch_records.Recorded(
+            model="m", device="h100", engine="vllm", precision="FP8", lengths=(1, 2), users=users, release=release
         )
+        return launch_records.launched(of, key[6:])
 
     assert found(4, "2").chunk_tokens == 100
     assert found(8, "3").chunk_tokens == 300 and found(8, "3").mtp_depths == (2,)
@@ -114,7 +151,7 @@ def test_launches_that_are_alike_are_one_row() -> None:
         "engine": "vllm", "engine_release": "0.19.0",
         "serving_model": "deepseek-ai/DeepSeek-R1;deepseek-ai/DeepSeek-V3",
         "hf_model": "x", "device": "h200", "precision": "fp8", "mode": "agg", "role": "agg", "isl": 1024, "osl": 1024,
-        "concurrency": 4, "tp": 8, "dp_attn": 0, "max_num_tokens": 8192.0, "kv_cache_dtype": "fp8_e4m3",
+        "concurrency": 4, "tp": 8, "ep": 1, "dp_attn": 0, "max_num_tokens": 8192.0, "kv_cache_dtype": "fp8_e4m3",
         "spec_depth": None, "sched_recv_interval": None, "stream_interval": 20.0,
         "prefill_workers": None, "prefill_tp": None, "prefill_dp_attn": None,
         "decode_workers": None, "decode_tp": None, "decode_dp_attn": None, "other_options": None,
@@ -138,6 +175,26 @@ def test_launches_that_are_alike_are_one_row() -> None:
     one = disagg.iloc[0]
     assert len(disagg) == 1 and (one["chunk_tokens"], one["mtp_depth"], one["gpus"]) == ("16384", "3", "")
     assert (one["decode_workers"], one["decode_dp_attn"], one["kv_dtype"]) == ("2", "1", "fp8")
+
+
+def test_users_of_one_worker_and_tokens_of_a_server_are_counted_over_all_and_per_rank() -> None:
+    launch = {
+        "engine": "sglang", "engine_release": "1", "serving_model": "deepseek-ai/DeepSeek-R1", "hf_model": "x",
+        "device": "h200", "precision": "fp8", "mode": "agg", "role": "agg", "isl": 8, "osl": 8, "tp": 8, "ep": 8,
+        "dp_attn": 1, "kv_cache_dtype": None, "spec_depth": None, "sched_recv_interval": None, "other_options": None,
+        **dict.fromkeys(POOL_COLUMNS), "concurrency": 64, "recipe_name": "recipes/c64_ctx1_gen9_dep8_batch512.yaml",
+        "max_num_tokens": 65536.0, "max_prefill_tokens": 65536.0,
+    }  # fmt: skip
+    more: list[dict[str, Any]] = [
+        {}, {"concurrency": 1, "recipe_name": "r/c1_ctx1_gen7_tep8_batch1.yaml", "max_num_tokens": 262144.0},
+        {"recipe_name": "r/ctx1_gen3_tp8_batch64.yaml", "dp_attn": 0, "max_prefill_tokens": None},
+        {"engine": "trtllm", "recipe_name": None, "max_num_tokens": 512.0},
+    ]  # fmt: skip
+    found = launches(pd.DataFrame([launch | one for one in more]))
+    assert {(row.engine, row.users, row.chunk_tokens, row.ep) for row in found.itertuples()} == {
+        ("sglang", "576", "8192", "8"), ("sglang", "9", "32768", "8"), ("sglang", "64", "16384", "8"),
+        ("trtllm", "64", "512", "8"),
+    }  # fmt: skip
 
 
 def test_the_shipped_table_names_profiles() -> None:

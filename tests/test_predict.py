@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 from tensorcast.cli import app
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError
+from tensorcast.predict.launch_records import counted_twice
 from tensorcast.predict.predict import predict, predict_file
 from tensorcast.predict.run_columns import (
     COLUMNS,
     WORKER_COLUMNS,
     canonical_columns,
-    counted_twice,
     describe_columns,
     read_run,
 )

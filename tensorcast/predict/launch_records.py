@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import csv
 import functools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tensorcast.deploy.layout import Layout
@@ -30,6 +31,12 @@ POOLS = ("prefill_workers", "prefill_tp", "prefill_dp_attn", "decode_workers", "
 SIZES = ("gpus", "dp_attn", *POOLS)
 """Columns of the table by which launches of one mode are told apart; those of pools are empty where one server does
 both, the others where two do."""
+
+WORKERS = ("prefill_workers", "decode_workers")
+"""Columns of the numbers of workers."""
+
+USERS_APART = 1.25
+"""How many times the users of a launch may be those of a record that it is taken for."""
 
 LENGTH_RATIO = 0.8
 """Records of InferenceX are of lengths uniform between this share of the stated and the whole (its scripts,
@@ -53,8 +60,10 @@ DeepSeek-V3 and R1 (TensorRT-LLM 1.1.0rc2.post2, H200) that differ by three draf
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
-    """Options of a record's launch; None: the engine's default. ``mtp_depths``: drafted tokens, fewest first."""
+    """Options of a record's launch; None: the engine's default. ``mtp_depths``: drafted tokens, fewest first; ``ep``:
+    experts' parallel size, None where launches differ in it or do not say."""
 
+    ep: int | None
     chunk_tokens: int | None
     kv_dtype: str | None
     state_dtype: str | None
@@ -63,7 +72,8 @@ class Launched:
 
     def cells(self) -> dict[str, Any]:
         """Options that are no default, by column."""
-        said = {name: value for name, value in vars(self).items() if name != "mtp_depths" and value is not None}
+        options = ("chunk_tokens", "kv_dtype", "state_dtype", "receive_interval")
+        said = {name: value for name in options if (value := getattr(self, name)) is not None}
         return said | ({"mtp_depth": self.mtp_depths[0]} if self.mtp_depths != (0,) else {})
 
 
@@ -79,31 +89,82 @@ def wait_steps(device: str, mode: str, users: float) -> float:
     return RECEIVE_INTERVAL["hopper" if hopper else "many" if users >= MANY_USERS else "few"] / 2
 
 
-def launched(
-    model: str, device: str, engine: str, *, precision: str, lengths: tuple[int, int], users: float, release: str,
-    sizes: tuple[str, ...],
-) -> Launched | None:
-    """How a record was launched, or None where no launch is known.
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What a record says that its launch is found by, beside sizes. ``model``: name of a profile; ``device, engine``:
+    names or aliases; ``lengths``: of prompt and reply, as stated; ``users``: requests in flight."""
 
-    ``model``: name of a profile; ``device, engine``: names or aliases. ``sizes``: of :func:`aggregated_sizes` or
-    :func:`pool_sizes`.
-    """
-    try:
-        names = _engine(engine).name, model, _device(device).name
-    except InputError:  # said where the row is served
-        return None
-    alike = _launches().get((*names, precision.lower(), *map(str, lengths), *sizes), [])
-    for name, said in (("release", release), ("users", f"{users:.0f}")):
-        alike = [row for row in alike if said in row[name].split(";")] or alike
+    model: str
+    device: str
+    engine: str
+    precision: str
+    lengths: tuple[int, int]
+    users: float
+    release: str
+
+    def key(self) -> tuple[str, ...] | None:
+        """The table's key, less mode and sizes; None where engine or device are not known (said where it is served)."""
+        try:
+            names = _engine(self.engine).name, self.model, _device(self.device).name
+        except InputError:
+            return None
+        return (*names, self.precision.lower(), *map(str, self.lengths))
+
+
+def launched(of: Recorded, sizes: tuple[str, ...]) -> Launched | None:
+    """How a record was launched, or None where no launch is known. ``sizes``: of :func:`aggregated_sizes` or
+    :func:`pool_sizes`."""
+    alike = _of_release(_launches().get((*(of.key() or ()), *sizes), []), of.release)
+    alike = [row for row in alike if f"{of.users:.0f}" in row["users"].split(";")] or alike
     if not alike:
         return None
+    cuts = {row["ep"] for row in alike}
     return Launched(
+        ep=int(cuts.pop()) if len(cuts) == 1 and "" not in cuts else None,
         chunk_tokens=_most(alike, "chunk_tokens", int),
         kv_dtype=_most(alike, "kv_dtype", str),
         state_dtype=_most(alike, "state_dtype", str),
         receive_interval=_most(alike, "receive_interval", int),
         mtp_depths=tuple(sorted({int(row["mtp_depth"] or 0) for row in alike})),
     )
+
+
+def _of_release(rows: list[dict[str, str]], release: str) -> list[dict[str, str]]:
+    """Those of a release, or all where none is of it."""
+    return [row for row in rows if release in row["release"].split(";")] or rows
+
+
+def launched_pools(
+    of: Recorded, pools: tuple[Layout, Layout]
+) -> tuple[tuple[int, int], tuple[Layout, Layout]] | None:
+    """Workers and layouts of the launch that a record is of, where it states the GPUs of a worker alone; None where
+    none is known of as many users, or nearly. Of several those that draft least, then the most frequent.
+
+    ``pools``: prefill and decode, of which such a record says ranks and the experts' parallel size, and not whether
+    attention is data-parallel.
+    """
+    key = of.key()
+    ranks = [str(pool.tp * pool.dp) for pool in pools]
+    alike = [
+        row for known, rows in _launches().items() if known[:6] == key and known[6] == "disagg" for row in rows
+        if [row["prefill_tp"], row["decode_tp"]] == ranks and row["ep"] in ("", str(pools[1].ep))
+        and "0" not in (row["prefill_workers"], row["decode_workers"])
+    ]  # fmt: skip
+    apart = [min(max(of.users / float(n), float(n) / of.users) for n in row["users"].split(";")) for row in alike]
+    nearest = min(apart, default=math.inf)
+    if nearest > USERS_APART:
+        return None
+    alike = _of_release([row for row, far in zip(alike, apart, strict=True) if far == nearest], of.release)
+    depth = min(int(row["mtp_depth"] or 0) for row in alike)
+    found = Counter(
+        tuple(int(row[name] or 0) for name in (*WORKERS, "prefill_dp_attn", "decode_dp_attn"))
+        for row in alike if int(row["mtp_depth"] or 0) == depth
+    ).most_common(1)[0][0]  # fmt: skip
+    spread = [
+        replace(pool, tp=1, dp=pool.tp * pool.dp) if parallel else pool
+        for pool, parallel in zip(pools, found[2:], strict=True)
+    ]
+    return (found[0], found[1]), (spread[0], spread[1])
 
 
 def aggregated_sizes(layout: Layout) -> tuple[str, ...]:
@@ -125,6 +186,21 @@ def _device(name: str) -> DeviceProfile:
 @functools.lru_cache
 def _engine(name: str) -> EngineProfile:
     return load_engine(name)
+
+
+def counted_twice(tp: int, dp: int, etp: int, ep: int) -> tuple[int, int, int, int] | None:
+    """Sizes as launched, where a benchmark's record multiplied them: tp, dp, etp, ep; None where it did not.
+
+    InferenceX (github.com/SemiAnalysisAI/InferenceX, benchmarks/single_node/) launches with ``--tp N --ep N`` on N
+    GPUs: experts whole, attention over tp, or over dp. Collections of its results write that as N*N ranks, such as
+    tp 64 = moe_tp 8 * ep 8 on one server of 8 GPUs; the same runs, equal to the last digit, are also there as tp 8
+    and ep 8.
+    """
+    if etp == ep > 1 and tp * dp == ep * ep and 1 in (tp, dp):
+        return (ep, 1, 1, ep) if dp == 1 else (1, ep, 1, ep)
+    if tp == dp > 1 and ep == tp * dp:
+        return tp, 1, 1, tp
+    return None
 
 
 def rules_of(engine: str, said: str, record: bool) -> tuple[str, str, list[str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensorcast.deploy.layout import Layout
@@ -24,8 +24,11 @@ from tensorcast.predict.launch_records import (
     LENGTH_RATIO,
     MTP_ACCEPTANCE,
     Launched,
+    Recorded,
     aggregated_sizes,
+    counted_twice,
     launched,
+    launched_pools,
     pool_sizes,
     rules_of,
     wait_steps,
@@ -223,11 +226,11 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     isl, osl = cells.whole("isl"), cells.whole("osl")
     found = None
     if record:
-        sizes = aggregated_sizes(decode) if mode == "aggregated" else pool_sizes(prefill, decode, workers)
-        found = launched(
-            named.profile.name, device, engine, precision=cells.text("precision", ""), lengths=(isl, osl),
-            users=concurrency, release=cells.text("release"), sizes=sizes,
+        of = Recorded(
+            model=named.profile.name, device=device, engine=engine, precision=cells.text("precision", ""),
+            lengths=(isl, osl), users=concurrency, release=cells.text("release"),
         )  # fmt: skip
+        found, workers, prefill, decode = _as_recorded(cells, of, workers, (prefill, decode), mode == "aggregated")
     depths = _as_launched(cells, found)
     interval, default = cells.number("receive_interval", None), 0.0
     if engine == "sglang":
@@ -267,6 +270,25 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         other_depths=depths,
         assumed=tuple(cells.assumed),
     )
+
+
+def _as_recorded(
+    cells: Cells, of: Recorded, workers: tuple[int, int], pools: tuple[Layout, Layout], aggregated: bool
+) -> tuple[Launched | None, tuple[int, int], Layout, Layout]:
+    """How a public record was launched, its workers and layouts: where it is silent of these, the launch's."""
+    if aggregated:
+        found, (_, layout) = launched(of, aggregated_sizes(pools[1])), pools
+        # results that name no release say nothing of how experts are cut either, and are recorded as ep 1
+        if found and found.ep and not of.release and layout.ep == 1 < found.ep <= layout.tp * layout.dp:
+            layout = replace(layout, ep=found.ep)
+            cells.assumed.append(f"launched with ep {found.ep}")
+        return found, workers, layout, layout
+    silent = not any(cells.number("workers", 0, role) for role in ("prefill_", "decode_"))
+    if silent and (known := launched_pools(of, pools)):
+        workers, pools = known
+        cells.assumed[:] = [said for said in cells.assumed if not said.startswith("workers ")]
+        cells.assumed.append(f"launched as {workers[0]} x {pools[0]} and {workers[1]} x {pools[1]}")
+    return launched(of, pool_sizes(*pools, workers)), workers, *pools
 
 
 def _as_launched(cells: Cells, found: Launched | None) -> tuple[int, ...]:
@@ -331,21 +353,6 @@ def _layout(cells: Cells, role: str, num_experts: int, record: bool) -> Layout:
     if etp is not None and etp * ep != ranks:
         raise InputError(f"{role}moe_tp*ep = {etp}*{ep} must equal tp*dp = {tp}*{dp}")
     return Layout(ranks * pp, tp, dp, ep, pp)
-
-
-def counted_twice(tp: int, dp: int, etp: int, ep: int) -> tuple[int, int, int, int] | None:
-    """Sizes as launched, where a benchmark's record multiplied them: tp, dp, etp, ep; None where it did not.
-
-    InferenceX (github.com/SemiAnalysisAI/InferenceX, benchmarks/single_node/) launches with ``--tp N --ep N`` on N
-    GPUs: experts whole, attention over tp, or over dp. Collections of its results write that as N*N ranks, such as
-    tp 64 = moe_tp 8 * ep 8 on one server of 8 GPUs; the same runs, equal to the last digit, are also there as tp 8
-    and ep 8.
-    """
-    if etp == ep > 1 and tp * dp == ep * ep and 1 in (tp, dp):
-        return (ep, 1, 1, ep) if dp == 1 else (1, ep, 1, ep)
-    if tp == dp > 1 and ep == tp * dp:
-        return tp, 1, 1, tp
-    return None
 
 
 def _quant(cells: Cells, named: Named) -> str | None:

@@ -26,19 +26,27 @@ KEY = ("engine", "release", "model", "device", "precision", "mode", "isl", "osl"
 """What a launch is known by, beside its users."""
 
 OPTIONS = {
+    "ep": "ep",
     "chunk_tokens": "max_num_tokens",
     "kv_dtype": "kv_cache_dtype",
     "state_dtype": "other_options",
     "mtp_depth": "spec_depth",
     "receive_interval": "sched_recv_interval",
 }
-"""Options kept, by our names, and the table's."""
+"""Options kept, by our names, and the table's; of pools, experts' parallel size is that of the one that decodes."""
+
+PER_WORKER = r"/c(\d+)_ctx\d+_gen(\d+)_"
+"""Names of recipes whose users are those of one decode worker, with the number of these: their records state 576 users
+for 64 on each of nine. Of one user per worker they state two more than workers: 9, 11 and 13 of 7, 9 and 11."""
 
 STATES = r"mamba-ssm-(?:cache-)?dtype=(\w+)"
 """The option among ``other_options`` that says what recurrent states are kept in (SGLang's, vLLM's)."""
 
 ROLE = {"chunk_tokens": "prefill", "receive_interval": "prefill"}
 """Which pool's launch says an option; else that which decodes."""
+
+MOST_PREFILL_TOKENS = 16384
+"""SGLang's ``--max-prefill-tokens`` unless a script says it (server_args.py)."""
 
 HEADER = """# How public benchmarks launched engines: what their records of served runs leave out.
 # Made by `make launches TABLE=FILE` from the launch scripts of InferenceX (github.com/SemiAnalysisAI/InferenceX) and
@@ -58,6 +66,8 @@ def launches(table: pd.DataFrame) -> pd.DataFrame:
         gpus=table["tp"].mask(in_pools),
         dp_attn=table["dp_attn"].mask(in_pools),
     )
+    known["concurrency"] = _in_flight(known)
+    known["max_num_tokens"] = _step_tokens(known)
     known = known[(known["model"] != "") & (known["device"] != "") & (known["engine"] != "")]
     served = _options(known[known["mode"] == "agg"])
     keys = [*KEY, "concurrency"]
@@ -68,6 +78,26 @@ def launches(table: pd.DataFrame) -> pd.DataFrame:
     both = both.groupby([*alike, "concurrency"])["release"].agg(_together).reset_index()
     both = both.groupby([*alike, "release"])["concurrency"].agg(_together).reset_index()
     return both.rename(columns={"concurrency": "users"})[[*KEY, "users", *OPTIONS]].sort_values([*KEY, "users"])
+
+
+def _in_flight(table: pd.DataFrame) -> pd.Series:
+    """Requests in flight over all workers of a launch."""
+    if "recipe_name" not in table:
+        return table["concurrency"]
+    each, workers = table["recipe_name"].astype(str).str.extract(PER_WORKER).astype(float).to_numpy().T
+    whole = each * workers + 2 * (each == 1)
+    return table["concurrency"].mask(table["concurrency"] == each, pd.Series(whole, index=table.index))
+
+
+def _step_tokens(table: pd.DataFrame) -> pd.Series:
+    """Prompt tokens of a data-parallel rank's step. SGLang divides ``--chunked-prefill-size`` by the ranks (0.5.14,
+    server_args.py, _handle_data_parallelism) and fills a step up to ``--max-prefill-tokens`` (schedule_policy.py)."""
+    said = table["max_num_tokens"]
+    if "max_prefill_tokens" not in table:
+        return said
+    ranks = table["tp"].where(table["dp_attn"] == 1, 1)
+    cut = (said // ranks).clip(upper=table["max_prefill_tokens"].fillna(MOST_PREFILL_TOKENS))
+    return said.mask((table["engine"] == "sglang") & (said > 0), cut).where(said > 0)
 
 
 def _together(values: pd.Series) -> str:

@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import tensorcast as tc
 from tensorcast.cli import app
-from tensorcast.deploy.engine_limits import engine_can_run
+from tensorcast.deploy.engine_limits import Kernels, engine_can_run
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
 from tensorcast.launch.launch import launch
+from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.facts import ModelFacts
-from tensorcast.profiles.store import list_models, load_device, load_model
+from tensorcast.profiles.store import list_models, load_device, load_engine, load_model
+from tensorcast.trace.cache import whole_model
 
 ENGINES = ("vllm", "sglang", "trtllm")
 DEEPSEEK, QWEN, LLAMA = load_model("deepseek-v3"), load_model("qwen3-235b-a22b"), load_model("llama-3.1-70b")
@@ -156,3 +159,90 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as raised:
         launch(**{**arguments, **change})
     assert str(raised.value).startswith(message)
+
+
+# Generations of devices: compute capabilities as NVIDIA lists them, and what the engines' sources say of them
+
+CAPABILITY = {"v100": 7.0, "a100": 8.0, "rtx-3090": 8.6, "l40s": 8.9, "rtx-4090": 8.9, "h100": 9.0, "h20": 9.0,
+              "b200": 10.0, "gb300": 10.3, "rtx-pro-6000": 12.0}  # fmt: skip
+
+
+def _on(device: str, model: str, engine: str, quant: str | None = None, **options: Any) -> str:
+    profile, running = load_model(model), load_engine(engine)
+    whole, name = whole_model(profile, "decode", quant), load_device(device).architecture
+    kernels = Kernels(running.lacking, name, profile.config, whole)
+    layout = parse_layout("dp8-ep8" if "all2all" in options else "tp1")
+    return engine_can_run(
+        running.name, layout, whole.facts, Options(quant=quant, **options), cuts=whole.cuts, kernels=kernels
+    )
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "vllm==0.24.0", "sglang==0.5.14", "eager"])
+def test_chosen_latents_are_attended_over_from_hopper_on(engine: str) -> None:
+    """vLLM's sparse backends name capabilities 9, 10 and 12; MiniMax-M3's blocks have kernels in Triton; `eager` has no
+    kernels of its own. Models by the key that sets how many entries are chosen."""
+    chosen = {name for name in list_models() if "index_topk" in text_of(load_model(name).config)}
+    assert chosen == {"deepseek-v3.2", "deepseek-v4-flash", "deepseek-v4-pro", "glm-5", "glm-5.2"}
+    for device, capability in CAPABILITY.items():
+        for model in (*chosen, "minimax-m3", "llama-3.1-8b"):
+            said = _on(device, model, engine)
+            if engine != "eager" and not (capability < 8 and engine != "vllm"):
+                assert ("sparse attention kernels" in said) == (model in chosen and capability < 9), (device, model)
+    assert said == ""
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "model", "options", "rule"),
+    [
+        # v1/attention/backends/mla/triton_mla.py, triton_attn.py: fp8e4nv requires SM89
+        ("vllm", "a100", "deepseek-v2-lite", {"kv_dtype": "fp8"}, "cache kernels"),
+        ("vllm", "l40s", "deepseek-v2-lite", {"kv_dtype": "fp8"}, ""),
+        ("vllm", "a100", "gpt-oss-20b", {"kv_dtype": "fp8"}, "cache kernels"),
+        ("vllm", "a100", "gpt-oss-20b", {}, ""),
+        ("vllm", "a100", "llama-3.1-8b", {"kv_dtype": "fp8"}, ""),  # by FlashInfer
+        ("vllm", "v100", "llama-3.1-8b", {"kv_dtype": "fp8"}, "cache kernels"),
+        ("sglang", "rtx-3090", "deepseek-v2-lite", {"kv_dtype": "fp8"}, "cache kernels"),
+        # Marlin in vLLM; in SGLang for what is no expert (sglang#5871: Qwen3-30B-A3B-FP8 on an A10)
+        ("vllm", "a100", "qwen3-30b-a3b-fp8", {}, ""),
+        ("sglang", "a100", "qwen3-30b-a3b-fp8", {}, "precisions of the device"),
+        ("sglang", "l40s", "qwen3-30b-a3b-fp8", {}, ""),
+        ("sglang", "a100", "qwen3-32b-fp8", {}, ""),
+        # fp8.py, get_min_capability
+        ("sglang", "h100", "qwen3-32b", {"quant": "mxfp8"}, "precisions of the device"),
+        ("sglang", "b200", "qwen3-32b", {"quant": "mxfp8"}, ""),
+        ("sglang", "l40s", "qwen3-30b-a3b", {"quant": "experts=w4a8"}, "precisions of the device"),
+        # hardware support matrix of features/quantization
+        ("trtllm", "l40s", "qwen3-32b-fp8", {}, "precisions of the device"),
+        ("trtllm", "l40s", "qwen3-32b", {"quant": "fp8"}, ""),
+        ("trtllm", "a100", "qwen3-32b", {"quant": "fp8"}, "precisions of the device"),
+        ("trtllm", "h100", "qwen3-32b", {"quant": "nvfp4"}, "precisions of the device"),
+        ("vllm", "h100", "qwen3-32b", {"quant": "nvfp4"}, ""),
+        ("vllm", "v100", "qwen3-32b-fp8", {}, "precisions of the device"),
+        ("trtllm", "mi300x", "qwen3-32b", {}, "devices of the engine"),
+        ("sglang", "v100", "qwen3-32b", {}, "devices of the engine"),
+        ("vllm", "v100", "qwen3-32b", {}, ""),
+        # DeepEP, setup.py
+        ("vllm", "a100", "qwen3-30b-a3b", {"all2all": "low_latency"}, "DeepEP's devices"),
+        ("vllm", "a100", "qwen3-30b-a3b", {"all2all": "high_throughput"}, ""),
+        ("vllm", "l40s", "qwen3-30b-a3b", {"all2all": "high_throughput"}, "DeepEP's devices"),
+        ("sglang", "rtx-pro-6000", "qwen3-30b-a3b", {"all2all": "low_latency"}, "DeepEP's devices"),
+        ("sglang", "b200", "qwen3-30b-a3b", {"all2all": "low_latency"}, ""),
+        ("sglang", "l40s", "qwen3-30b-a3b", {"all2all": "allgather_reducescatter"}, ""),
+    ],
+)
+def test_kernels_by_generation(engine: str, device: str, model: str, options: dict[str, Any], rule: str) -> None:
+    said = _on(device, model, engine, **options)
+    assert said.startswith(f"{rule}: ") and said.count("; ") == 1 and "not on " in said if rule else said == ""
+
+
+def test_what_no_kernel_does_has_no_price() -> None:
+    """In simulate, compare and launch alike, with the way out."""
+    way = "choose such a device; engine eager prices the arithmetic all the same"
+    with pytest.raises(InputError, match=f"sparse attention kernels: .* not on Ampere; {way}"):
+        tc.simulate("deepseek-v3.2", device="a100", world_size=16)
+    with pytest.raises(InputError, match=f"no layout is left .*: vllm 0.33.0 cannot run it: sparse .*; {way}$"):
+        tc.compare("glm-5", device="a100", world_size=16, input_len=1000, output_len=100)
+    found = launch("vllm", load_model("glm-5"), parse_layout("tp16"), batch=8, input_len=9, output_len=9,
+                   device=load_device("a100"))  # fmt: skip
+    assert found.problem.startswith("sparse attention kernels: ") and found.problem.endswith("all the same")
+    assert tc.simulate("deepseek-v3.2", device="a100", world_size=16, engine="eager").step_s > 0

@@ -19,7 +19,7 @@ from tensorcast.cost.memory import (
     weight_bytes,
 )
 from tensorcast.cost.work import Mask, Size
-from tensorcast.deploy.engine_limits import engine_can_run
+from tensorcast.deploy.engine_limits import Kernels, engine_can_run
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_context, check, stage_layers
 from tensorcast.deploy.options import Options, Place, check_options, idle_options
@@ -309,8 +309,11 @@ def deploy(
         problem = broken_context(options.dcp, layout, whole.facts, latent=is_latent(model.config))
         if problem:
             raise InputError(problem)
-    if whole.cuts:
-        problem = engine_can_run(engine.name, layout, whole.facts, options, cuts=whole.cuts, any_engine=True)
+    if whole.cuts or engine.lacking:
+        problem = engine_can_run(
+            engine.name, layout, whole.facts, options, cuts=whole.cuts, any_engine=True,
+            kernels=Kernels(engine.lacking, device.architecture, model.config, whole),
+        )
         if problem:
             raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")
     other = engine.uncompiled

@@ -5,19 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import BALANCED, Options
+from tensorcast.profiles.engine import Lacking, is_one_of
 from tensorcast.profiles.facts import ModelFacts
+from tensorcast.profiles.memory import is_latent
+from tensorcast.trace.cache import WholeModel
 from tensorcast.trace.cuts import HALVED_DOWN_TO, Cut
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a model needs kernels for. ``lacking``: what the engine's profile says that it has none for, by device."""
+
+    lacking: tuple[Lacking, ...]
+    architecture: str
+    config: dict[str, Any]
+    whole: WholeModel
 
 
 @dataclass(frozen=True)
 class Case:
     """What is to run. ``prefill``: options of the same server's prefill where ``options`` are those of its decode.
 
-    ``cuts``: the widths of the model that must be cut into whole blocks of its checkpoint.
+    ``cuts``: the widths of the model that must be cut into whole blocks of its checkpoint. ``kernels``: what it needs
+    of a device, where that is known.
     """
 
     engine: str
@@ -27,6 +42,7 @@ class Case:
     gpus_per_node: int
     prefill: Options | None = None
     cuts: tuple[Cut, ...] = ()
+    kernels: Kernels | None = None
 
     @property
     def nodes(self) -> int:
@@ -139,8 +155,6 @@ def _of_experts(c: Case) -> Iterator[Limit]:
 
 def _of_drafts(c: Case) -> Iterator[Limit]:
     depth, modules = c.options.mtp_depth, c.facts.mtp_modules
-    if not depth:
-        return
     if c.layout.pp > 1:
         yield "drafts in a pipeline", f"no speculative decoding at pp = {c.layout.pp}"
     if c.options.speculative_method != "mtp":
@@ -261,46 +275,76 @@ def _of_blocks(c: Case) -> Iterator[Limit]:
         return
 
 
-ANY_ENGINE = (BLOCKS,)
-"""No step can be priced against these: a rank's weights would be none that exist."""
+def _of_device(c: Case) -> Iterator[Limit]:
+    """What the engine has no kernels for on the device; an entry of its profile holds where all that it names does."""
+    architecture = "" if c.kernels is None else c.kernels.architecture.lower()
+    here = [] if c.kernels is None else [one for one in c.kernels.lacking if architecture in one.devices]
+    if c.kernels is None or not here:
+        return
+    config, stored, facts = c.kernels.config, c.kernels.whole.stored, c.kernels.whole.facts
+    latent = is_latent(config) or bool(facts.compress_ratios)
+    sparse = bool(facts.indexer_width) and latent
+    experts = stored.experts if facts.num_experts else None
+    for one in here:
+        holds = (
+            one.attention == "" or (sparse if one.attention == "sparse" else latent),
+            one.cache in ("", c.options.kv_dtype or stored.kv),
+            is_one_of(one.models, config),
+            not one.methods or stored.method in one.methods,
+            not one.linear or not {stored.linear.name, stored.linear.kernel}.isdisjoint(one.linear),
+            not one.experts or (experts is not None and not {experts.name, experts.kernel}.isdisjoint(one.experts)),
+            not one.exchanges or c.exchange in one.exchanges,
+            c.nodes > 1 or not one.over_nodes,
+        )
+        if all(holds):
+            yield one.rule, f"{one.says}, not on {c.kernels.architecture}; {one.way}"
+
+
+ANY_ENGINE = (BLOCKS, "devices of the engine", "sparse attention kernels", "cache kernels", "precisions of the device")
+"""No step can be priced against these: a rank's weights would be none that exist, or no kernel does what it asks."""
 
 _SHARED = ("exchange kernels", "plain all-to-all", "balanced experts", "external shared experts", "whole nodes")
 ENGINE_RULES: dict[str, tuple[str, ...]] = {
     "vllm": (
         *_SHARED, "one exchange", "whole experts or all cut", "dual-batch overlap", "draft layers", "DSpark drafts",
-        "data-parallel ranks on nodes", "DeepEP's ranks", "vocabulary", *ANY_ENGINE,
+        "data-parallel ranks on nodes", "DeepEP's ranks", "DeepEP's devices",
+        "vocabulary", *(rule for rule in ANY_ENGINE if rule != "devices of the engine"),
     ),
     "sglang": (
         *_SHARED, "all-to-all over all ranks", "dual-batch overlap", "draft layers", "drafts in a pipeline",
         "DSpark drafts", "what drafts", "decode context parallelism", "DeepEP v2",
-        "dense replicas on one node", "even experts", "DeepEP's ranks", *ANY_ENGINE,
+        "dense replicas on one node", "even experts", "DeepEP's ranks", "DeepEP's devices", *ANY_ENGINE,
     ),
     "trtllm": (
         *_SHARED, "one exchange", "attention over all ranks", "dense replicas", "all-to-all with whole experts",
         "dual-batch overlap", "draft layers", "what drafts",
-        "decode context parallelism", "DeepEP's ranks", *ANY_ENGINE,
+        "decode context parallelism", "DeepEP's ranks", "DeepEP's devices",
+        *(rule for rule in ANY_ENGINE if rule != "cache kernels"),
     ),
 }
 """Names of the rules that an engine has, in the order in which they are told. Sources stand in
 ``profiles/launch/ENGINE.yaml``."""
 
-_LIMITS = (_of_exchange, _of_experts, _of_drafts, _of_nodes, _of_blocks)
+_LIMITS = (_of_exchange, _of_experts, _of_drafts, _of_nodes, _of_blocks, _of_device)
 
 
 def engine_can_run(
     engine: str, layout: Layout, facts: ModelFacts, options: Options = Options(), gpus_per_node: int = 8, *,
     prefill: Options | None = None, cuts: tuple[Cut, ...] = (), any_engine: bool = False, lifted: tuple[str, ...] = (),
+    kernels: Kernels | None = None,
 ) -> str:
     """Why ``engine`` cannot run this; empty if it can, or if it has no rules here.
 
     ``prefill``: how the server that decodes by ``options`` reads prompts, if it does both and they differ. ``cuts``:
     :func:`tensorcast.trace.cuts.cut_widths` of the model. ``any_engine``: only what no engine can, cut as this one
     does; an engine without rules of its own has these. ``lifted``: rules that its release has no more.
+    ``kernels``: what is asked of a device, if one is meant.
     """
     case = Case(
         engine=engine, layout=layout, facts=facts, options=options, gpus_per_node=gpus_per_node, prefill=prefill,
-        cuts=cuts,
+        cuts=cuts, kernels=kernels,
     )
-    broken = dict(found for limits in _LIMITS for found in limits(case))
+    asked = (limits for limits in _LIMITS if options.mtp_depth or limits is not _of_drafts)
+    broken = dict(found for limits in asked for found in limits(case))
     rules = ANY_ENGINE if any_engine else ENGINE_RULES.get(engine, ANY_ENGINE)
     return next((f"{name}: {broken[name]}" for name in rules if name in broken and name not in lifted), "")

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from tensorcast.deploy.deployment import deploy, memory_share
-from tensorcast.deploy.engine_limits import Case, engine_can_run, halving_note
+from tensorcast.deploy.engine_limits import Case, Kernels, engine_can_run, halving_note
 from tensorcast.deploy.layout import Layout, attention_dp, broken_context
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
@@ -83,14 +83,17 @@ def launch(
         raise InputError(f"role {role!r}: choose prefill, decode or none")
     have = checkpoint(model_profile)
     want = override(have, options.quant)
-    cuts = whole_model(model_profile, role or "decode", options.quant).cuts
+    whole = whole_model(model_profile, role or "decode", options.quant)
+    cuts, kernels = whole.cuts, None
+    if device is not None:
+        kernels = Kernels(profile.lacking, device.architecture, model_profile.config, whole)
     case = Case(
         engine=table.name, layout=layout, facts=model_profile.stated_facts, options=options,
         gpus_per_node=gpus_per_node, prefill=prefill, cuts=cuts,
     )
     problem = engine_can_run(
         table.name, layout, case.facts, options, gpus_per_node, prefill=prefill, cuts=cuts,
-        lifted=profile.lifted_rules,
+        lifted=profile.lifted_rules, kernels=kernels,
     )
     if not problem and (long := model_profile.too_long(input_len + output_len)):
         problem = f"context length: {long}"

@@ -40,6 +40,23 @@ def is_one_of(classes: tuple[str, ...], config: dict[str, Any]) -> bool:
     return not classes or bool(set(classes) & set(config.get("architectures") or ()))
 
 
+class Lacking(Frozen):
+    """What no kernel of an engine does on some devices: all that is named here together."""
+
+    rule: str = Field(min_length=3, description="the limit of the launch table that it is")
+    devices: tuple[str, ...] = Field(min_length=1, description="architectures of devices")
+    attention: Literal["", "latent", "sparse"] = Field(default="", description="over latents; over chosen ones of them")
+    cache: Literal["", "fp8"] = ""
+    models: tuple[str, ...] = Field(default=(), description="model classes; else all")
+    methods: tuple[str, ...] = Field(default=(), description="quant_method of a checkpoint; else any")
+    linear: tuple[str, ...] = Field(default=(), description="schemes of matmuls outside experts; else any")
+    experts: tuple[str, ...] = Field(default=(), description="schemes of routed experts; else any")
+    exchanges: tuple[str, ...] = Field(default=(), description="between experts; else any")
+    over_nodes: bool = Field(default=False, description="over several nodes alone")
+    says: str = Field(min_length=3)
+    way: str = Field(min_length=3, description="what to choose instead")
+
+
 class OwnGemms(Frozen):
     """Projections that read what others read, but run as a GEMM of their own group, by the modules' last names."""
 
@@ -218,6 +235,7 @@ class EngineProfile(Frozen):
     step_tokens: StepTokens | None = Field(default=None, description="where that default is another")
     prefill_graphs: PrefillGraphs | None = Field(default=None, description="prefill steps that are captured in pieces")
     pipeline_split: PipelineSplit = Field(default="first", description="stages with one more layer, if any have")
+    lacking: tuple[Lacking, ...] = Field(default=(), description="what it has no kernels for, by device")
     lifted_rules: tuple[str, ...] = Field(default=(), description="limits of its launch table that are none any more")
     all2all: dict[Literal["prefill", "decode"], str] = Field(description="default MoE exchange per phase, dp > 1")
     sliced_blocks: SlicedBlocks | None = Field(default=None, description="where tp ranks slice tokens before a router")

@@ -10,7 +10,7 @@ import numpy as np
 
 from tensorcast.cost.routing import BY_LAW, SAID
 from tensorcast.deploy.deployment import not_counted, uncut
-from tensorcast.deploy.engine_limits import ANY_ENGINE, engine_can_run
+from tensorcast.deploy.engine_limits import ANY_ENGINE, Kernels, engine_can_run
 from tensorcast.deploy.layout import Layout, broken_rules
 from tensorcast.deploy.options import idle_note
 from tensorcast.profiles.drafting import published, said_of
@@ -131,9 +131,17 @@ def _why_not(task: SearchTask, layout: Layout) -> str:
             return f"breaks rule '{name}': {problem}"
     engine, _, limit = name.partition(": ")
     if limit in ANY_ENGINE:
-        problem = engine_can_run(engine, layout, whole.facts, task.base, cuts=whole.cuts, any_engine=True)
-        return f"cannot be run by {engine}: {problem}"
+        return f"cannot be run by {engine}: {_never(task, layout)}"
     return f"cannot be run by {engine} ({limit}); --any-engine compares it all the same"
+
+
+def _never(task: SearchTask, layout: Layout) -> str:
+    """Why the engine cannot run a layout with whatever options; empty if it can."""
+    whole = whole_model(task.model, "decode", task.base.quant)
+    kernels = Kernels(task.engine.lacking, task.device.architecture, task.model.config, whole)
+    return engine_can_run(
+        task.engine.name, layout, whole.facts, task.base, cuts=whole.cuts, any_engine=True, kernels=kernels
+    )
 
 
 def nothing_left(tasks: Sequence[SearchTask], pruned: Counter[str]) -> str:
@@ -142,6 +150,8 @@ def nothing_left(tasks: Sequence[SearchTask], pruned: Counter[str]) -> str:
     needed, sizes = [], ", ".join(dict.fromkeys(f"{task.gpus} {task.device.name}" for task in tasks))
     if not pruned[NO_ROOM] and not pruned[NO_PACE]:
         asked = list(dict.fromkeys(left_out(tasks, NONE)))
+        if not asked and (problem := _never(first, Layout(1))):  # of the device, not of a layout
+            asked = [f"{first.engine.name} {first.engine.version} cannot run it: {problem}"]
         rules = ", ".join(f"{rule} {number}" for rule, number in pruned.most_common())
         return f"no layout is left to compare on {sizes}: {'; '.join(asked) or 'pruned by rule: ' + rules}"
     for task in {task.device.name: task for task in sorted(tasks, key=lambda task: task.gpus)}.values():

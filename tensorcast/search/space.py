@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
-from tensorcast.deploy.engine_limits import engine_can_run
+from tensorcast.deploy.engine_limits import Kernels, engine_can_run
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout, broken_context, broken_rules
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
@@ -41,6 +41,7 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     can = partial(
         engine_can_run, engine, facts=facts, gpus_per_node=node, cuts=whole.cuts, any_engine=not task.runnable_only,
         lifted=task.engine.lifted_rules,
+        kernels=Kernels(task.engine.lacking, task.device.architecture, task.model.config, whole),
     )
     for layout in tried:
         if broken := next(broken_rules(layout, facts, task.device), None):

@@ -118,6 +118,8 @@ def test_users_and_rate_are_limits() -> None:
     ("model", "/etc/passwd", "unknown model"), ("model", "./x.yaml", "unknown model"),
     ("device", "../h100.yaml", "unknown device"), ("routing", "recorded:/etc/passwd", "recording by name"),
     ("routing", "counts.csv", "recording by name"), ("placement", "/etc/passwd", "unknown placement"),
+    ("draft_model", "/etc/passwd", "unknown draft_model"), ("speculative_method", "guess", "must be one of"),
+    ("mtp_acceptance", "nothing", "a task of published tables"), ("dcp", "0", "--dcp '0'"),
     ("layouts", "tp3", "layout tp3-dp1 takes 3 GPUs"), ("price", "b300=1,x", "--price"),
     ("mode", "both", "unknown mode"),
     ("world_size", "4,8,16,32,64,128,256", "at most 6"), ("quant", "fp3", "unknown quantization scheme"),
@@ -160,6 +162,63 @@ def test_the_command_asks_the_same() -> None:
         "--output-len": "256", "--ttft": "2000ms", "--tpot": "30ms", "--price": "h100-sxm=2.5",
         "--kv-dtype": "bf16,fp8", "--prefix-cached": "512",
     }  # fmt: skip
+
+
+def opened_with(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The state that ``tensorcast explore`` would serve, and the files that the page may name."""
+    pytest.importorskip("starlette")
+    from test_cli import invoke
+
+    import tensorcast.explore.server
+
+    served: list[Any] = []
+    monkeypatch.setattr(tensorcast.explore.server, "serve", lambda *given: served.extend(given))
+    done = invoke("explore", *words)
+    assert done.exit_code == 0, done.output
+    return served[0], served[3]
+
+
+def test_it_opens_with_a_kept_question(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compared: Any
+) -> None:
+    from tensorcast.report.question import config, flags
+
+    kept = tmp_path / "question.yaml"
+    kept.write_text(config(flags(compared)))
+    state, _ = opened_with(monkeypatch, "--config", str(kept), "--ttft", "3s", "--users", "10")
+    asked = question(state)
+    assert (asked.model, asked.devices, asked.sizes) == ("qwen3-30b-a3b", ("h100-sxm",), (4,))
+    assert asked.engines == ("sglang",)
+    assert asked.asked["tpot_s"] == 0.03 and asked.asked["ttft_s"] == 3.0 and asked.asked["users"] == 10
+    kept.write_text(exported(question({**STATE, "ttft_ms": "", "cached": "50", "kv_dtype": "fp8"}), "config"))
+    state, _ = opened_with(monkeypatch, "--config", str(kept))
+    asked = question(state)
+    assert asked.asked["ttft_s"] is None and asked.asked["prefix_cached"] == 512
+    assert asked.asked["searched"]["kv_dtype"] == ["fp8"]
+
+
+def test_files_named_at_the_start_may_be_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    counts = tmp_path / "counts.csv"
+    counts.write_text("count\n" + "1\n" * 128)
+    state, named = opened_with(
+        monkeypatch, "qwen3-30b-a3b", "-d", "h100", "-n", "4", "--routing", f"recorded:{counts}", "--dcp", "1,2",
+        "--price", "h100=2",
+    )
+    assert question(state, named).asked["routing"] == f"recorded:{counts}" and state["price"] == "2"
+    with pytest.raises(tc.InputError, match="recording by name"):
+        question(state)
+
+
+def test_drafts_and_shared_caches_are_asked_for() -> None:
+    asked = question({
+        **STATE, "model": "gpt-oss-120b", "speculative_method": "eagle3", "mtp_depth": "0,3", "dcp": "1,2",
+        "mtp_acceptance": "mt-bench",
+    })
+    task = asked.tasks()[0]
+    assert task.base.speculative_method == "eagle3" and task.axes.mtp_depth == (0, 3) and task.axes.dcp == (1, 2)
+    assert sum(task.load.mtp_acceptance**i for i in range(4)) == pytest.approx(2.41)
+    words = shlex.split(command(asked))
+    assert words[words.index("--speculative-method") + 1] == "eagle3"
 
 
 def test_fields_name_flags_that_there_are() -> None:

@@ -94,7 +94,7 @@ class _Command(TyperCommand):
         given = {one for word in rest for one in named.get(word.partition("=")[0], ())}
         if rest and not rest[0].startswith("-"):
             given.add("model")
-        return [*config_words(path, known, given), *rest]
+        return [*config_words(path, known, given), *rest, "--config", path]
 
 
 class _Commands(TyperGroup):

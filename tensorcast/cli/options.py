@@ -70,7 +70,7 @@ def deployment_options(
                 help=said.get(name, ABOUT[name].help) + UNASKED.format(unasked),
             )]
             several.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=listed))
-        return _with_parameters(command, {"engine": one, "mode": several})
+        return with_parameters(command, {"engine": one, "mode": several})
 
     return given
 
@@ -82,7 +82,7 @@ SEARCHED_FLAGS = {"mtp_depth": "--mtp"}
 """Flags that are shorter where several values are given."""
 
 
-def _with_parameters(command: Command, added: Mapping[str, list[Parameter]]) -> Command:
+def with_parameters(command: Command, added: Mapping[str, list[Parameter]]) -> Command:
     """``command`` with a signature in which those ``added`` come after a parameter each, instead of ``**options``."""
     found: list[Parameter] = []
     for one in signature(command, eval_str=True).parameters.values():

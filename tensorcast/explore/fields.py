@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensorcast.cost.recordings.named import PREFIX, shipped
-from tensorcast.deploy.options import ABOUT, OPTIONS, flag
+from tensorcast.deploy.options import ABOUT, DRAFTING, OPTIONS, flag
 from tensorcast.deploy.plan.plan import COMBINES
 from tensorcast.modeling.quantization import KV_DTYPES, SCHEMES
+from tensorcast.profiles.drafting import acceptances
 from tensorcast.profiles.store import list_devices, list_engines, list_models
 from tensorcast.search.axes import EXCHANGES
 from tensorcast.search.search_task import MODES
@@ -119,8 +120,13 @@ def _searched() -> tuple[Field, ...]:
               help="Such as tp8-ep8, dp8-ep8; a size left out is 1.", unasked="all"),
         _option("mtp_depth", SEARCH, key="mtp_depth", label="Drafted tokens", choices=("0", "0,1,2", "1", "2"),
                 flag="--mtp", unasked="0"),
-        Field(key="mtp_acceptance", label="Acceptance", group=SEARCH, kind="number", least=0, most=1,
-              flag="--mtp-acceptance", help="Chance that a drafted token is accepted.", default="0.8"),
+        _option("speculative_method", SEARCH, label="Drafts by", kind="choice", default="mtp",
+                choices=_named_in(ABOUT["speculative_method"].help, DRAFTING)),
+        _option("draft_model", SEARCH, label="Draft model", choices=list_models()),
+        Field(key="mtp_acceptance", label="Acceptance", group=SEARCH, least=0, most=1, flag="--mtp-acceptance",
+              choices=tuple(dict.fromkeys(row.task for row in acceptances())), default="0.8",
+              help="Chance that a drafted token is accepted, or a task whose published one is taken, as mt-bench."),
+        _option("dcp", SEARCH, label="Cache shared by", choices=("1", "2", "4", "1,2,4"), unasked="1"),
         _option("all2all", SEARCH, label="Token exchange", choices=tuple(EXCHANGES), unasked="the first two"),
         _option("chunk_tokens", SEARCH, label="Prefill chunk", unasked="2048,8192,16384",
                 help="Prompt tokens per step and rank."),

@@ -79,8 +79,10 @@ def question(state: State, named: Collection[str] = ()) -> Question:
     share = _number("cached share", full["cached"], most=99) or 0.0
     asked = {
         "input_len": length, "output_len": _whole("--output-len", full["output_len"]),
-        "prefix_cached": int(length * share / 100),
-        "mtp_acceptance": _number("--mtp-acceptance", full["mtp_acceptance"] or "0.8", most=1),
+        "prefix_cached": round(length * share / 100),
+        "mtp_acceptance": _acceptance(full["mtp_acceptance"] or "0.8"),
+        "speculative_method": full["speculative_method"] or "mtp",
+        "draft_model": _known("draft_model", full["draft_model"], named) if full["draft_model"] else None,
         **{f"{name}_s": _seconds(f"--{name}", full[f"{name}_ms"]) for name in ("ttft", "tpot")},
         "objective": full["objective"], "modes": _names(full, "mode", ()),
         "layouts": tuple(_listed(full["layouts"])) or None,
@@ -95,6 +97,7 @@ def question(state: State, named: Collection[str] = ()) -> Question:
             "kv_dtype": _listed(full["kv_dtype"]), "exchange": _listed(full["all2all"]),
             "dispatch": _listed(full["dispatch"]), "combine": _listed(full["combine"]),
             "mtp_depth": _wholes("--mtp", full["mtp_depth"], 0) if full["mtp_depth"] else None,
+            "dcp": _wholes("--dcp", full["dcp"]) if full["dcp"] else None,
             "chunk_tokens": _wholes("--chunk-tokens", full["chunk_tokens"]) if full["chunk_tokens"] else None,
         },
     }  # fmt: skip
@@ -162,7 +165,9 @@ def _names(state: State, key: str, named: Collection[str]) -> tuple[str, ...]:
     return found
 
 
-_LOADED: dict[str, Callable[[str], Any]] = {"model": load_model, "device": load_device, "engine": load_engine}
+_LOADED: dict[str, Callable[[str], Any]] = {
+    "model": load_model, "device": load_device, "engine": load_engine, "draft_model": load_model,
+}
 
 
 def _known(key: str, name: str, named: Collection[str]) -> str:
@@ -203,6 +208,11 @@ def _number(name: str, text: str, *, above: float | None = None, most: float = m
         ceiling = f" and at most {most:g}" if most < math.inf else ""
         raise InputError(f"{name} {text!r}: must be a number of {floor}{ceiling}")
     return value
+
+
+def _acceptance(text: str) -> float | str:
+    """A chance, or the name of a task as it is."""
+    return text if re.fullmatch(r"[a-z][\w-]*", text) else _number("--mtp-acceptance", text, most=1) or 0.0
 
 
 def _seconds(flag: str, text: str) -> float | None:

@@ -203,7 +203,8 @@ class Fleet:
                 ends = begins + (took(self.record.prompt(request)) if took else 0.0)
                 self._link_free[server.number] = ends
                 self._sending[request] = (server.number, self._at(ends, HANDED_OVER, request))
-        self._send_waiting(now)
+        if self._later:
+            self._send_waiting(now)
         if self._events and self._events[0][0] <= now:
             self._at(now, START, server.number)  # whoever comes now is there first
         else:

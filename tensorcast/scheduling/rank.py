@@ -12,7 +12,7 @@ from tensorcast.scheduling.record import Record
 from tensorcast.scheduling.rules import Rules
 
 
-@dataclass
+@dataclass(slots=True)
 class Decoding:
     """A sequence that writes its reply: the rank's decode step at which it joined, and its tokens then.
 
@@ -25,7 +25,7 @@ class Decoding:
     blocks: tuple[int, ...]
 
 
-@dataclass
+@dataclass(slots=True)
 class Reading:
     """A sequence that reads its prompt: tokens to read in all, and read so far, those found in the cache included."""
 
@@ -36,15 +36,15 @@ class Reading:
     blocks: tuple[int, ...]
 
 
-@dataclass
+@dataclass(slots=True)
 class Batch:
-    """What a rank does in a step: prompts as (new, cached) tokens, who of them is done, decoding sequences and their
-    mean cached tokens."""
+    """What a rank does in a step: decoding sequences and their mean cached tokens, prompts as (new, cached) tokens, and
+    who of them is done."""
 
+    sequences: int
+    context: float
     prompts: list[tuple[int, int]] = field(default_factory=list)
     done: list[Reading] = field(default_factory=list)
-    sequences: int = 0
-    context: float = 0.0
 
     @property
     def new_tokens(self) -> int:
@@ -66,6 +66,8 @@ class Rank:
         self._last = 0  # sum of the steps at which they end
         self._ends: list[tuple[int, int]] = []
         self._share = rules.expected.first if rules.expected else 1.0
+        # tokens of the cache that a decode step takes per sequence: none where replies have their room reserved
+        self._grows = 0.0 if rules.reserves_reply else rules.tokens_per_step
 
     @property
     def load(self) -> int:
@@ -73,32 +75,21 @@ class Rank:
         return len(self.waiting) + len(self.reading) + len(self.decoding)
 
     @property
-    def tokens(self) -> float:
-        """Cached tokens of decoding sequences."""
-        return self._tokens + len(self.decoding) * self.rules.tokens_per_step * self.steps
-
-    @property
     def free(self) -> float:
         """Tokens of the cache that a new sequence could take, those of blocks that nobody uses included."""
         pinned = 0 if self.prefix is None else self.prefix.pinned_tokens
         return self.rules.cache_tokens - self.used - pinned
 
-    @property
-    def _growth(self) -> float:
-        """Tokens of the cache that a decode step takes, where replies have no room reserved."""
-        return 0.0 if self.rules.reserves_reply else len(self.decoding) * self.rules.tokens_per_step
-
     def batch(self, seen_s: float, now_s: float, hold_prompts: bool = False) -> Batch:
         """The next step, of requests that arrived by ``seen_s``. ``hold_prompts``: none is read."""
         rules = self.rules
-        if rules.role != "prefill":
+        if self._grows and len(self.decoding) > 1:
             self._make_room()
-            if rules.role == "decode":
-                self._take_over(seen_s, now_s)
-        found = Batch(sequences=len(self.decoding))
-        if found.sequences:
-            found.context = self.tokens / found.sequences
-        if not hold_prompts and rules.role != "decode":
+        if rules.role == "decode" and self.waiting:
+            self._take_over(seen_s, now_s)
+        sequences = len(self.decoding)
+        found = Batch(sequences, self._tokens / sequences + rules.tokens_per_step * self.steps if sequences else 0.0)
+        if (self.reading or self.waiting) and not hold_prompts and rules.role != "decode":
             self._read(found, seen_s, now_s)
         return found
 
@@ -111,14 +102,15 @@ class Rank:
         if not self._ends:
             return math.inf
         steps = self._ends[0][0] - self.steps
-        if self._growth:
-            steps = min(steps, max(1, int(self.free / self._growth)))
+        grows = len(self.decoding) * self._grows
+        if grows and self.free < grows * steps:
+            return max(1, int(self.free / grows))
         return steps
 
     def decoded(self, steps: int) -> list[int]:
         """``steps`` decode steps have passed, all at once; who ends with the last one."""
         self.steps += steps
-        self.used += self._growth * steps
+        self.used += len(self.decoding) * self._grows * steps
         share = self.rules.expected
         if share is not None:
             self._share = max(share.least, self._share - (share.first - share.least) / share.steps * steps)
@@ -219,9 +211,9 @@ class Rank:
             asked += min(reply, most) + self._share * min(ahead, len(self.decoding) * most)
         if self.prefix is not None:
             self.prefix.pin(shared)
-        room = self.free - self._growth
+        room = self.free - len(self.decoding) * self._grows
         # who is alone is let in if it fits at all
-        if held > room or (asked > room and self.load > len(self.waiting)):
+        if held > room or (asked > room and (self.reading or self.decoding)):
             if self.prefix is not None:
                 self.prefix.unpin(shared)
             return None
@@ -240,7 +232,8 @@ class Rank:
                 return
             tokens = record.prompt(request)
             held = tokens + rules.waste + (record.left(request) if rules.reserves_reply else 0)
-            if held + rules.tokens_per_step > self.free - self._growth and self.decoding:  # it decodes at once
+            room = self.free - len(self.decoding) * self._grows
+            if held + rules.tokens_per_step > room and self.decoding:  # it decodes at once
                 return
             self.waiting.popleft()
             record.first_token(request, now_s)
@@ -291,9 +284,7 @@ class Rank:
     def _make_room(self) -> None:
         """Where the cache has no room for another step, who came last starts over."""
         rules = self.rules
-        if rules.reserves_reply:
-            return
-        while len(self.decoding) > 1 and self.free < self._growth:
+        while len(self.decoding) > 1 and self.free < len(self.decoding) * self._grows:
             request = next(reversed(self.decoding))
             steps = self.steps - self.decoding[request].joined
             self._leave(request)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tensorcast.scheduling.rank import Batch, Rank
 from tensorcast.scheduling.record import Moments, Record
@@ -18,7 +18,7 @@ from tensorcast.scheduling.rules import Rules
 from tensorcast.scheduling.step_times import StepTimes
 
 
-@dataclass
+@dataclass(slots=True)
 class Stretch:
     """Steps under way: the first begins at ``start_s`` and takes ``first_s``, each after it ``slope_s`` longer.
     ``mixed``: with prompts."""
@@ -29,14 +29,18 @@ class Stretch:
     steps: int
     batches: list[Batch]
     mixed: bool = False
+    end_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.end_s = self.after(self.steps)
+
+    def cut(self, steps: int) -> None:
+        """It ends after so many steps."""
+        self.steps, self.end_s = steps, self.after(steps)
 
     def after(self, steps: float) -> float:
         """When so many of its steps are done."""
         return self.start_s + steps * self.first_s + self.slope_s * steps * (steps - 1) / 2
-
-    @property
-    def end_s(self) -> float:
-        return self.after(self.steps)
 
     def done_by(self, now_s: float) -> int:
         """Steps that are done at ``now_s``."""
@@ -55,19 +59,15 @@ class Server:
         self.from_s, self.lost_s = 0.0, math.inf
         self.ranks = [Rank(rules, record) for _ in range(rules.ranks)]
         self.stretch: Stretch | None = None
+        self.load = 0  # requests here
         self.moments = Moments()
         self.busy_s = self.prompts_s = 0.0
         self.steps = 0
-        self._begun: deque[float] = deque(maxlen=max(rules.lag, 1))  # of the last steps, in which the next was composed
+        self._begun: deque[float] = deque(maxlen=rules.lag)  # of the last steps, in which the next was composed
         self._delayed_s = 0.0  # that prompts have taken from decoding sequences so far
         self._stalled_s = 0.0  # that decoding sequences have stood still for prompts
         self._held = 0  # steps that prompts have waited for other ranks'
         self._next = 0
-
-    @property
-    def load(self) -> int:
-        """Requests here."""
-        return sum(rank.load for rank in self.ranks)
 
     def put(self, request: int) -> None:
         """A request comes, to the rank that the engine would choose."""
@@ -78,6 +78,7 @@ class Server:
         else:
             rank = min(ranks, key=lambda one: one.load) if len(ranks) > 1 else ranks[0]
         rank.waiting.append(request)
+        self.load += 1
 
     def arrive(self, now_s: float) -> bool:
         """Somebody came at ``now_s``: the stretch under way ends with its step. Whether that changes its end."""
@@ -85,17 +86,21 @@ class Server:
         if stretch is None or stretch.steps == 1:
             return False
         steps = min(stretch.done_by(now_s) + 1, stretch.steps)
-        changed, stretch.steps = steps != stretch.steps, steps
+        changed = steps != stretch.steps
+        stretch.cut(steps)
         return changed
 
     def start(self, now_s: float) -> bool:
         """Compose what comes next; whether there is anything."""
-        seen = now_s if not self._begun or not self.rules.lag else self._begun[0]
+        seen = self._begun[0] if self._begun else now_s
         hold = self._holds_prompts(seen)
         batches = [rank.batch(seen, now_s, hold) for rank in self.ranks]
-        if any(batch.prompts for batch in batches):
+        mixed = running = False
+        for batch in batches:
+            mixed, running = mixed or bool(batch.prompts), running or batch.sequences > 0
+        if mixed:
             self.stretch = Stretch(now_s, self._mixed_s(batches), 0.0, 1, batches, mixed=True)
-        elif any(batch.sequences for batch in batches):
+        elif running:
             self.stretch = self._decoding(batches, now_s)
         elif any(rank.waiting for rank in self.ranks) and seen < now_s:
             self._begun.clear()  # nothing runs: whoever came meanwhile is seen at once
@@ -110,8 +115,8 @@ class Server:
         """The stretch under way ends: requests that are done here."""
         stretch = self.stretch
         assert stretch is not None
-        now, ended = stretch.end_s, list[int]()
-        mixed = stretch.mixed
+        now, mixed = stretch.end_s, stretch.mixed
+        ended: list[int] = []
         seconds = now - stretch.start_s
         self.busy_s += seconds
         self.steps += stretch.steps
@@ -124,10 +129,12 @@ class Server:
             if batch.prompts:
                 ended += rank.read(batch, now)
         if decoded:
-            gap = seconds / stretch.steps / self.rules.tokens_per_step
-            self.record.gap(gap + self._stalled_s, decoded)
-            self.record.gap(gap, decoded * (stretch.steps * self.rules.tokens_per_step - 1))
-            self._stalled_s = 0.0
+            each = stretch.steps * self.rules.tokens_per_step
+            gap = seconds / each
+            if self._stalled_s:
+                self.record.gap(gap + self._stalled_s, decoded)
+                self._stalled_s, each = 0.0, each - 1
+            self.record.gap(gap, decoded * each)
         elif any(batch.sequences for batch in stretch.batches):
             self._stalled_s += seconds
         others_s = self.record.others_s
@@ -138,6 +145,7 @@ class Server:
                     others_s[one.request] -= self._delayed_s
         for request in ended:
             others_s[request] += self._delayed_s
+        self.load -= len(ended)
         self._remember(stretch)
         self.stretch = None
         return ended
@@ -149,34 +157,37 @@ class Server:
         if stretch is not None:
             done = 0 if stretch.mixed else min(stretch.done_by(now_s), stretch.steps - 1)
             if done:
-                stretch.steps = done
+                stretch.cut(done)
                 self.finish()
             self.busy_s += now_s - (stretch.end_s if done else stretch.start_s)
         writing = [request for rank in self.ranks for request in rank.decoding]
         self.record.others_s[writing] += self._delayed_s
         here = [request for rank in self.ranks for request in rank.lose()]
-        self.stretch, self.lost_s = None, now_s
+        self.stretch, self.lost_s, self.load = None, now_s, 0
         self.moments.add((now_s, 0, 0, 0, 0.0))
         return here
 
     def _undisturbed_s(self, batches: list[Batch]) -> float:
         """What a step with prompts would have taken the decoding sequences without them."""
+        if self.rules.alone:
+            return 0.0
         busiest = max(batches, key=lambda batch: batch.sequences)
-        if self.rules.alone or not busiest.sequences:
+        if not busiest.sequences:
             return 0.0
         mean = sum(batch.sequences for batch in batches) / len(batches)
         return self.times.decoding(busiest.sequences, busiest.context, mean)
 
     def _remember(self, stretch: Stretch) -> None:
-        first = max(0, stretch.steps - self._begun.maxlen) if self._begun.maxlen else 0
-        for step in range(first, stretch.steps):
+        for step in range(max(0, stretch.steps - self.rules.lag), stretch.steps):
             self._begun.append(stretch.after(step))
         if not self.moments.next():
             return
-        ranks = self.ranks
-        cache = sum(rank.free for rank in ranks) / (len(ranks) * self.rules.cache_tokens)
-        waiting, reading = sum(len(rank.waiting) for rank in ranks), sum(len(rank.reading) for rank in ranks)
-        decoding = sum(len(rank.decoding) for rank in ranks)
+        free, reading, decoding, waiting = 0.0, 0, 0, 0
+        for rank in self.ranks:
+            free += rank.free
+            reading, decoding = reading + len(rank.reading), decoding + len(rank.decoding)
+            waiting += len(rank.waiting)
+        cache = free / (len(self.ranks) * self.rules.cache_tokens)
         self.moments.add((stretch.end_s, reading, decoding, waiting, 1 - cache))
 
     def _holds_prompts(self, seen_s: float) -> bool:
@@ -203,10 +214,12 @@ class Server:
         return own + times.shared(tokens / len(batches))
 
     def _decoding(self, batches: list[Batch], now_s: float) -> Stretch:
-        each, ranks = self.rules.tokens_per_step, self.ranks
-        steps = min(rank.decode_steps_left() for rank in ranks)
-        if self.rules.lag and any(rank.waiting for rank in ranks):
-            steps = 1  # somebody may be seen after it
+        each = self.rules.tokens_per_step
+        steps = math.inf
+        for rank in self.ranks:
+            steps = min(steps, rank.decode_steps_left())
+            if rank.waiting and self.rules.lag:
+                steps = 1  # somebody may be seen after it
         if len(batches) == 1:
             batch = batches[0]
             first, slope = self.times.decoding_line(batch.sequences, batch.context)

@@ -27,6 +27,12 @@ LEAST_CONTEXT = 32.0
 """Cached tokens from which on tables have points, four in an octave; below, lines from 0."""
 
 
+def _cell(points: list[float], value: float) -> int:
+    """Which of ``points`` ends the cell that ``value`` lies in; the first or the last one where it lies outside."""
+    i = bisect_right(points, value)
+    return i - 1 if i == len(points) else i or 1
+
+
 @dataclass(frozen=True)
 class Bilinear:
     """Values at points of two axes, linear between them, on their last lines beyond the ends of ``across``.
@@ -46,10 +52,9 @@ class Bilinear:
     def at(self, down: float, across: float) -> float:
         """The value at one point; flat beyond the ends of ``down``."""
         rows, columns = self.down, self.across
-        i = min(max(bisect_right(rows, down), 1), len(rows) - 1)
-        j = min(max(bisect_right(columns, across), 1), len(columns) - 1)
+        i, j = _cell(rows, down), _cell(columns, across)
         low, left = rows[i - 1], columns[j - 1]
-        u = min(max((down - low) / (rows[i] - low), 0.0), 1.0)
+        u = 0.0 if down < low else (down - low) / (rows[i] - low) if down < rows[i] else 1.0
         v = (across - left) / (columns[j] - left)
         above, below = self.values[i - 1], self.values[i]
         first = above[j - 1] + (above[j] - above[j - 1]) * v
@@ -58,8 +63,7 @@ class Bilinear:
     def line(self, down: float, across: float) -> tuple[float, float]:
         """:meth:`at`, and how it grows with ``down`` from there to the next point."""
         rows, columns = self.down, self.across
-        i = min(max(bisect_right(rows, down), 1), len(rows) - 1)
-        j = min(max(bisect_right(columns, across), 1), len(columns) - 1)
+        i, j = _cell(rows, down), _cell(columns, across)
         low, left, high = rows[i - 1], columns[j - 1], rows[i]
         v = (across - left) / (columns[j] - left)
         above, below = self.values[i - 1], self.values[i]

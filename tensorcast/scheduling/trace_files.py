@@ -11,6 +11,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -254,8 +255,8 @@ def _number(name: str, value: Any) -> float:
     try:
         found = float(value)
     except (TypeError, ValueError):
-        found = np.nan
-    if isinstance(value, bool) or not np.isfinite(found):
+        found = math.nan
+    if isinstance(value, bool) or not math.isfinite(found):
         raise ValueError(f"{name} {str(value)[:40]!r}: must be a number")
     return found
 

@@ -145,6 +145,19 @@ def test_placement_keeps_the_mean_and_eplb_lowers_the_busiest(policy: str) -> No
     assert placed.rows < 0.9 * plain.rows if policy == "eplb" else placed.rows == pytest.approx(plain.rows, rel=0.15)
 
 
+@pytest.mark.parametrize("ranks", [1, 4, 8, 16, 32])
+def test_typical_traffic_falls_on_ranks_as_counted_where_a_router_picks_groups(ranks: int) -> None:
+    """Public counts of DeepSeek-R1, 8 groups of 32 experts: those of a group are popular together."""
+    counted = expert_load(Routing.parse("recorded:deepseek-r1"), 256, 8, ranks).at(64.0)
+    grouped, strewn = (expert_load(Routing.parse("typical"), 256, 8, ranks, groups=n).at(64.0) for n in (8, 1))
+    assert grouped.hit == pytest.approx(counted.hit, rel=0.08)
+    assert grouped.rows == pytest.approx(counted.rows, rel=0.12)
+    if ranks == 8:  # a group each
+        assert strewn.hit < 0.85 * counted.hit and strewn.rows < 0.8 * counted.rows
+    dealt = expert_load(Routing.parse("typical"), 256, 8, ranks, groups=8, policy="round_robin").at(64.0)
+    assert dealt.rows <= grouped.rows * 1.05  # each rank has some of every group
+
+
 def test_copies_of_hot_experts_share_their_load() -> None:
     """One expert takes all tokens: with 3 copies on 4 ranks each of three ranks gets a third."""
     routing = Routing("file", counts=LayerCounts("file", np.array([[1.0, 1e-9, 1e-9, 1e-9, 1e-9, 1e-9]])))

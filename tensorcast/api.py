@@ -56,7 +56,7 @@ def simulate(
     model: str,
     *,
     device: str,
-    world_size: int = 1,
+    world_size: int | None = None,
     tp: int | None = None,
     dp: int = 1,
     ep: int = 1,
@@ -73,8 +73,8 @@ def simulate(
 
     ``model``, ``device`` and ``engine`` are names, or paths of profiles; a model may be a directory with a Hugging
     Face ``config.json``, or a shipped one's checkpoint by a name that says its precision. ``batch`` counts sequences
-    per data-parallel rank. ``tp`` defaults to what dp and pp leave. Decode defaults to ``context=4096`` cached tokens,
-    prefill to ``input_len=4096`` new ones. ``options`` are the fields of
+    per data-parallel rank. ``tp`` defaults to what dp and pp leave, ``world_size`` to what they make. Decode defaults
+    to ``context=4096`` cached tokens, prefill to ``input_len=4096`` new ones. ``options`` are the fields of
     :class:`tensorcast.deploy.options.Options`: ``quant``, ``kv_dtype``, ``routing``, ``all2all``, ``mtp_depth``, ...
     Raises :class:`tensorcast.InputError`, one line, on anything that cannot be.
 
@@ -91,7 +91,8 @@ def simulate(
 
     if dp < 1 or pp < 1:
         raise InputError(f"layout: dp = {dp} and pp = {pp} must be at least 1")
-    layout = Layout(world_size, tp if tp is not None else max(1, world_size // (dp * pp)), dp, ep, pp)
+    each = tp or 1 if world_size is None else max(1, world_size // (dp * pp)) if tp is None else tp
+    layout = Layout(each * dp * pp if world_size is None else world_size, each, dp, ep, pp)
     default_new, default_past = (1, 4096) if phase == "decode" else (4096, 0)
     new, past = default_new if input_len is None else input_len, default_past if context is None else context
     profile, read_as = named_model(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -216,3 +217,9 @@ def test_a_shell_can_complete_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "tensorcast"], env={**os.environ, **asked}, capture_output=True,
                           text=True, check=False)  # fmt: skip
     assert done.stdout.split() == ["compare"]
+
+
+def test_gpus_follow_from_the_layout_where_no_number_is_said() -> None:
+    shown = json.loads(invoke("simulate", "mixtral-8x7b", "-d", "h100", "--tp", "2", "--dp", "2", "--json").stdout)
+    assert shown["world_size"] == 4 and shown["layout"] == "tp2-dp2"
+    assert "world_size = 8" in refused("simulate", "mixtral-8x7b", "-d", "h100", "--layout", "tp2", "-n", "8")

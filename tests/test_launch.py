@@ -304,6 +304,21 @@ def test_cli_prints_a_command_per_node() -> None:
         assert f"\nnode{node})\n{command}\n;;\n" in result.stdout
 
 
+def test_unasked_a_server_takes_what_memory_holds_or_the_engines_own_most() -> None:
+    def most(*more: str) -> tuple[int, list[str]]:
+        found = json.loads(invoke("qwen3-235b-a22b", "-d", "h100", "--layout", "tp8", "--json", *more).stdout)
+        value = next(flag["value"] for flag in found["flags"] if flag["flag"] == "--max-num-seqs")
+        return int(value), [note for note in found["notes"] if note.startswith("memory holds")]
+
+    fits, notes = most()
+    assert 1 < fits < 1024 and not notes
+    assert most("--batch", str(fits)) == (fits, [])
+    asked, notes = most("--batch", str(fits + 1))
+    assert asked == fits + 1 and len(notes) == 1 and f"{fits} of {fits + 1} sequences" in notes[0]
+    # vLLM's own on 70 GiB and more: EngineArgs._set_default_max_num_seqs_and_batched_tokens_args
+    assert most("--input-len", "16", "--output-len", "16")[0] == 1024
+
+
 def test_cli_json_has_every_source() -> None:
     result = invoke(*DEEPSEEK_32, "--layout", "dp32-ep32", "--engine", "trtllm", "--json")
     found = json.loads(result.stdout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,9 +71,11 @@ def launch(
         "--role", metavar="prefill|decode", help="Half of a disaggregated deployment.  [dim]\\[default: both][/dim]",
         show_default=False, rich_help_panel=DEPLOYMENT,
     )] = None,
-    batch: Annotated[int, typer.Option(
-        "--batch", "-b", min=1, help="Most sequences [bold]per data-parallel rank[/bold].", rich_help_panel=WORK,
-    )] = 1,
+    batch: Annotated[int | None, typer.Option(
+        "--batch", "-b", min=1, show_default=False, rich_help_panel=WORK,
+        help="Most sequences [bold]per data-parallel rank[/bold].  "
+        "[dim]\\[default: what memory holds, at most the engine's own][/dim]",
+    )] = None,
     input_len: Annotated[int, typer.Option(
         "--input-len", "-i", min=1, help="Longest prompt in tokens.", rich_help_panel=WORK,
     )] = 4096,
@@ -103,7 +106,7 @@ def launch(
     from tensorcast.deploy.model_names import named_model
     from tensorcast.deploy.options import options_of
     from tensorcast.launch.launch import launch as write
-    from tensorcast.launch.launch import script, with_room
+    from tensorcast.launch.launch import script, sequences_that_fit, unasked_batch
     from tensorcast.scheduling.pools import parse_servers
     from tensorcast.trace.cache import traced
 
@@ -119,23 +122,30 @@ def launch(
         raise InputError(f"--layout {layout}: one kind of servers, or a pool for each phase, all of one device")
     if manifests and out is None:
         raise InputError("--manifests: are written to a folder: say which, with --out")
-    made = []
+    made, users = [], 0
     for each, own in zip(servers, roles, strict=True):
         sizes = parse_layout(str(each.layout), world_size if len(servers) == each.count == 1 else None)
         check(sizes, traced(profile, own or "decode").facts, gpu)  # of a decoder: nothing else is traced
-        found = write(
-            engine, profile, sizes, options, batch=batch, input_len=input_len, output_len=output_len,
-            chunk_tokens=chunk, gpus_per_node=gpus_per_node, role=own, device=gpu,
+        written = partial(
+            write, engine, profile, sizes, options, input_len=input_len, output_len=output_len, chunk_tokens=chunk,
+            gpus_per_node=gpus_per_node, role=own, device=gpu,
         )
+        found = written(batch=batch or 1)
         if found.problem:
             raise InputError(f"{found.engine} {found.version} cannot run {sizes}: {found.problem}")
-        found = with_room(found, profile, gpu, sizes, options, role=own, batch=batch, length=input_len + output_len)
+        length = input_len + output_len
+        fits = sequences_that_fit(found, profile, gpu, sizes, options, role=own, length=length)
+        if batch is None:
+            found = written(batch=unasked_batch(engine, own, gpu, fits))
+        elif fits < batch and own != "prefill":
+            note = f"memory holds {fits} of {batch} sequences per data-parallel rank at their full {length} tokens"
+            found = replace(found, notes=(*found.notes, f"{note}; others wait"))
+        users = (batch or unasked_batch(engine, own, gpu, fits)) * sizes.dp * each.count
         made.append(replace(found, notes=(*found.notes, *filter(None, [read_as]))))
     if out is not None:
         row = {"model": model, "device": gpu.name, "engine": made[0].engine, "release": made[0].version,
                "layout": " > ".join(map(str, servers)), "kv_dtype": options.kv_dtype or "",
                "mtp_depth": options.mtp_depth}  # fmt: skip
-        users = batch * servers[-1].layout.dp * servers[-1].count
         _write(out, manifests, made, servers, roles, row=row, users=users, sizes=(input_len, output_len, gpus_per_node),
                path=profile.hf_id if "/" in profile.hf_id else f"/path/to/{profile.name}")
         return

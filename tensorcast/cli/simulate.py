@@ -37,9 +37,10 @@ def simulate(
     model: Model,
     *,
     device: Device,
-    world_size: Annotated[int, typer.Option(
-        "--world-size", "-n", min=1, help="GPUs in all: tp*dp*pp.", rich_help_panel=DEPLOYMENT,
-    )] = 1,
+    world_size: Annotated[int | None, typer.Option(
+        "--world-size", "-n", min=1, help="GPUs in all.  [dim]\\[default: tp*dp*pp][/dim]", show_default=False,
+        rich_help_panel=DEPLOYMENT,
+    )] = None,
     layout: Annotated[str | None, typer.Option(
         "--layout", "-l", metavar=LAYOUT, show_default=False, rich_help_panel=DEPLOYMENT,
         help="Instead of sizes one by one; of several servers one, of pools (2 x tp8 > dp8-ep8) the phase's.",
@@ -102,7 +103,6 @@ def simulate(
 
         one = parse_servers(layout)[0 if phase == "prefill" else -1].layout
         tp, dp, ep, pp = one.tp, one.dp, one.ep, one.pp
-        world_size = one.world_size if world_size in (1, one.world_size) else world_size
     if out is not None:
         check_directory(out)  # before minutes of work, not after
     with patience(model):

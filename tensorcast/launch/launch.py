@@ -26,7 +26,7 @@ from tensorcast.profiles.store import load_engine
 from tensorcast.serving.capacity import decode_budget, room
 from tensorcast.trace.cache import whole_model
 
-__all__ = ["Launch", "Setting", "engine_can_run", "launch", "script", "with_room"]
+__all__ = ["Launch", "Setting", "engine_can_run", "launch", "script", "sequences_that_fit", "unasked_batch"]
 
 WRITERS: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "trtllm": trtllm}
 ROLES = (None, "prefill", "decode")
@@ -118,11 +118,11 @@ def launch(
     return _written(plan)
 
 
-def with_room(
+def sequences_that_fit(
     found: Launch, model: ModelProfile, device: DeviceProfile, layout: Layout, options: Options, *, role: str | None,
-    batch: int, length: int,
-) -> Launch:
-    """``found`` with a note where memory holds fewer than ``batch`` sequences of ``length`` tokens per rank.
+    length: int,
+) -> int:
+    """Sequences of ``length`` tokens that memory holds per data-parallel rank of ``found``.
 
     Raises :class:`InputError` where not even one fits. Traces the model, unless its trace is cached.
     """  # fmt: skip
@@ -138,10 +138,13 @@ def with_room(
             f"{layout} does not fit on {device.name}: {memory.weights / 1e9:.1f} GB of weights per GPU leave "
             f"{found.engine} no room for one sequence of {length} tokens"
         )
-    if fits >= batch or phase == "prefill":
-        return found
-    note = f"memory holds {fits} of {batch} sequences per data-parallel rank at their full {length} tokens; others wait"
-    return replace(found, notes=(*found.notes, note))
+    return fits
+
+
+def unasked_batch(engine: str, role: str | None, device: DeviceProfile, fits: int) -> int:
+    """Sequences per data-parallel rank of who asks for no number: the engine's own most, or what fits."""
+    scheduler = _served(engine, role).scheduler
+    return fits if scheduler is None else min(fits, scheduler.sequences(float(device.memory_bytes)))
 
 
 def _served(engine: str, role: str | None) -> EngineProfile:

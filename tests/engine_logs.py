@@ -84,9 +84,7 @@ LOGS = (
         stage=True),
     Log("uccl-project/uccl/issues/924", "kimi-k2.5", "h200", "tp8-ep8", "vllm 0.2x", "weights", 71.34),
     Log("ai-dynamo/aiconfigurator/issues/1396", "nvidia/Kimi-K2.5-NVFP4", "b200", "tp1-dp4-ep4", "vllm 0.22", "room",
-        8.74, share=0.92, unreached="28.98 requests of 9,216 tokens a rank, of four ranks by its 96 "
-        "a rank and 384 in all; how many tokens a step of "
-        "this decode worker may have is not said, and a step of 8,192 takes 3.1 GiB of what is missing here"),
+        8.74, share=0.92),
     Log("vllm-project/vllm/issues/17469", "qwen3-30b-a3b", "h100", "tp4", "vllm 0.8", "weights", 14.2474, sorts=True),
     Log(*QWEN3_30B, "weights", 16.39, share=0.8),
     Log(*QWEN3_30B, "tokens", 1_029_388, share=0.8, length=40_960),

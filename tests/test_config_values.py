@@ -44,6 +44,9 @@ def load(folder: Path, text: str) -> Any:
         ({"head_dim": 0}, "head_dim = 0: must be at least 1"),
         ({"n_group": 3, "topk_group": 1}, "n_group = 3"),
         ({"n_group": 4, "topk_group": 5}, "topk_group = 5"),
+        ({"n_group": 4, "topk_group": 0}, "topk_group = 0"),
+        ({"kv_lora_rank": 0, "qk_rope_head_dim": 8}, "kv_lora_rank = 0: must be at least 1"),
+        ({"kv_lora_rank": 16, "v_head_dim": 0}, "v_head_dim = 0: must be at least 1, for kv_lora_rank = 16"),
         ({"rope_scaling": {"type": "yarn", "factor": float("inf")}}, "rope_scaling.factor = inf"),
         ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn': must be an object"),
         ({"text_config": "x"}, "text_config = 'x': must be an object"),
@@ -81,6 +84,7 @@ def test_nesting_that_json_reads_is_refused_before_it_is_copied(tmp_path: Path) 
         {"n_group": 1, "topk_group": 4},  # one group: not picked from (Ling)
         {"kv_lora_rank": 16, "head_dim": 0, "num_key_value_heads": 8},  # latent attention has no KV heads
         {"time_step_limit": [0.0, float("inf")], "sliding_window": -1},
+        {"kv_lora_rank": 0, "qk_rope_head_dim": 64, "use_mla": False},  # widths that are not used
         {"rope_scaling": None, "n_group": None, "num_key_value_heads": None},
     ],
 )

@@ -6,16 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import public_configs
 import pytest
 from typer.testing import CliRunner
 
 import tensorcast as tc
 from tensorcast.cli import app
+from tensorcast.cost.memory import weight_bytes
 from tensorcast.deploy.model_names import named_model
-from tensorcast.modeling.checkpoint.read import checkpoint
+from tensorcast.modeling.checkpoint.read import checkpoint, from_config
+from tensorcast.modeling.checkpoint.released import released
 from tensorcast.modeling.quantization import override
 from tensorcast.predict.run_columns import read_run
 from tensorcast.profiles.store import load_model
+from tensorcast.trace.cache import traced
+from tensorcast.trace.precision import by_precision
 
 R1 = "nvidia/DeepSeek-R1-0528-NVFP4"
 
@@ -93,3 +98,46 @@ def test_launch_asks_what_transformers_reads(tmp_path: Path, config: dict[str, o
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == (2 if said else 0), done.output
     assert said in done.stderr and done.stderr.count("\n") == bool(said)
+
+
+ELSEWHERE = ("meta-llama/Meta-Llama-3.1-405B-Instruct-FP8", "nvidia/MiniMax-M3-NVFP4")
+"""The first is kept with two of its 510 entries; the second names modules that its class for text alone has not."""
+
+PUBLIC = {
+    one.name: one for one in public_configs.load() if released(one.name) is not None and one.name not in ELSEWHERE
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_named_release_is_stored_as_its_own_file_says(name: str) -> None:
+    """Weights to 0.1 %, and the cache's precision, by the release's public config.json or hf_quant_config.json."""
+    public, (model, said) = PUBLIC[name], named_model(name)
+    table, by_name = traced(model, "decode"), checkpoint(model)
+    entry = public.config.get("quantization_config") or public.beside
+    by_file = from_config({**public.config, "quantization_config": entry})
+    held = [float(weight_bytes(by_precision(table, one), one)) for one in (by_name, by_file)]
+    assert held[0] == pytest.approx(held[1], rel=1e-3) and by_name.kv == by_file.kv
+    assert f"stored {released(name).said}" in said  # type: ignore[union-attr]
+
+
+def test_most_public_releases_are_known() -> None:
+    assert len(PUBLIC) >= 25
+
+
+def test_minimax_m3_is_stored_in_two_formats() -> None:
+    """Experts in NVFP4, all else but embedding, head and routers in MXFP8."""
+    model, _ = named_model("nvidia/MiniMax-M3-NVFP4")
+    table, stored = traced(model, "decode"), checkpoint(model)
+    layers = [p for p in table.params if p.role in ("experts", "linear")]
+    names = {p.name: stored.scheme(p.name, p.role, p.stored).name for p in layers}
+    assert {scheme for name, scheme in names.items() if ".experts." in name} == {"nvfp4"}
+    assert {scheme for name, scheme in names.items() if ".experts." not in name} == {"mxfp8"}
+
+
+def test_a_release_that_was_made_wider_is_cut_as_it_is() -> None:
+    """Qwen's 72B in 4 bits: MLPs of 29,696, so that 232 groups of 128 divide over 2, 4 and 8 ranks, as 231 do not."""
+    for name in ("Qwen/Qwen2.5-72B-Instruct-AWQ", "Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4"):
+        assert tc.simulate(name, device="a100", world_size=2).memory.weights < 22e9
+    with pytest.raises(tc.InputError, match="29568 / 2 = 14784 is no multiple of 128"):
+        tc.simulate("someone/Qwen2.5-72B-Instruct-AWQ", device="a100", world_size=2)
+    assert checkpoint(named_model("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int8")[0]).linear.name.startswith("w8a16")

@@ -114,6 +114,17 @@ CASES: list[tuple[dict[str, Any], Callable[[str], str]]] = [
         **{f"model.layers.{i}.mlp.experts": {"quant_algo": "NVFP4"} for i in range(LAYERS)},
         "model.layers.4.self_attn.k_proj": {"quant_algo": "MXFP8"}}}, "producer": {"name": "modelopt"}},
      lambda name: "nvfp4" if "experts" in name else "mxfp8" if name.endswith("4.self_attn.k_proj") else "bf16"),
+    ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {
+        "model.layers.*.mlp.experts*": {"quant_algo": "NVFP4"}, "model.layers.1.self_attn.*": {"quant_algo": "FP8"}}},
+     lambda name: "nvfp4" if "experts" in name else "fp8" if ".layers.1." in name else "bf16"),
+    # of MiniMax (vLLM 0.33.0, quantization/__init__.py) and of SGLang 0.5.23 (quantization/)
+    ({"quant_method": "mxfp8", "weight_block_size": [1, 32], "ignored_layers": ["model.layers.0.self_attn"]},
+     lambda name: "bf16" if "layers.0.self_attn" in name else "mxfp8"),
+    ({"quant_method": "w8a8_int8"}, lambda name: "int8"),
+    ({"quant_method": "w8a8_fp8"}, lambda name: "fp8"),
+    ({"quant_method": "blockwise_int8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+     lambda name: "int8_block"),
+    ({"quant_method": "w4afp8", "moe_activation_scheme": "static"}, experts_else("w4a8", "fp8_block")),
     ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ", "group_size": 128, "ignore": ["*self_attn*"]},
      experts_else("w4a8")),
     ({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, lambda name: "fp8_block"),

@@ -87,6 +87,7 @@ SCHEMES = {
           for group in GROUPS),
         Scheme("w4a8_channel", 0.5, 1.0, "w4a8", "fp8", "w4a16_channel"),
         Scheme("w4a8_int8", 0.5 + SCALE / 128, 1.0, "int8", "int8", "w4a16", (1, 128)),
+        Scheme("int8_block", 1.0 + BLOCKS, 1.0 + 4 / 128, "int8", "int8", block=(128, 128)),
         Scheme("w8a16_fp8", 1.0, kernel="w8a16"),
         Scheme("w8a16_fp8_block", 1.0 + BLOCKS, kernel="w8a16", block=(128, 128)),
         Scheme("w8a16_mxfp8", 1.0 + 1 / 32, kernel="w8a16", block=(1, 32)),

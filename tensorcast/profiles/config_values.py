@@ -109,11 +109,17 @@ def _check_together(config: dict[str, Any], where: str) -> None:
         width_name, width = _first(config, EXPERT_WIDTHS)
         if width == 0:
             raise ValueError(f"{where}{width_name} = 0: must be at least 1, for {experts_name} = {experts}")
-        groups, picked = (config.get(name) or 1 for name in ("n_group", "topk_group"))
+        groups, picked = (1 if config.get(name) is None else config[name] for name in ("n_group", "topk_group"))
         if groups > 1 and (experts % groups or not 1 <= picked <= groups):
             said = f"{where}n_group = {groups}, topk_group = {picked}"
             raise ValueError(f"{said}: {experts} experts must divide into the groups, and no more be picked than are")
-    if config.get("kv_lora_rank"):  # latent attention has neither KV heads nor one width of a head
+    rank, roped = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
+    if rank == 0 and roped and config.get("use_mla") is not False:
+        raise ValueError(f"{where}kv_lora_rank = 0: must be at least 1, for qk_rope_head_dim = {roped}")
+    if rank:  # latent attention has neither KV heads nor one width of a head
+        for name in ("v_head_dim", "qk_nope_head_dim"):
+            if config.get(name) == 0:
+                raise ValueError(f"{where}{name} = 0: must be at least 1, for kv_lora_rank = {rank}")
         return
     if config.get("head_dim") == 0:
         raise ValueError(f"{where}head_dim = 0: must be at least 1")

@@ -34,6 +34,29 @@ def fp8(said: Entries, kv: str, expert_dtype: str = "") -> Quantization:
     return Quantization(base, own, kv=kv, rules=Rules(rules))
 
 
+WHOLE = {
+    "mxfp8": ("mxfp8", "mxfp8"), "w8a8-fp8": ("fp8", "fp8"), "w8a8-int8": ("int8", "int8"),
+    "blockwise-int8": ("int8_block", "int8_block"), "w4afp8": ("fp8_block", "w4a8"),
+}
+"""Schemes of matmuls and of experts by a method that has no other. Sources: vLLM 0.33.0, quantization/modelopt.py
+(ModelOptMxFp8Config: MiniMax's mark); SGLang 0.5.23, quantization/w8a8_fp8.py, w8a8_int8.py, blockwise_int8.py and
+w4afp8.py (from_config; W4AFp8MoEMethod: groups of 128)."""
+
+
+def whole(said: Entries, kv: str) -> Quantization:
+    """Methods that say all by their name, but for the modules that they leave."""
+    said.known("activation_scheme", "linear_activation_scheme", "moe_activation_scheme", "fmt", "scale_fmt")
+    method = str(said.get("quant_method")).lower().replace("_", "-")
+    block, group = said.get("weight_block_size"), said.number("group_size", default=128)
+    if block and list(block) != ([1, 32] if method == "mxfp8" else [128, 128]):
+        refuse(f"weight_block_size={block} of {method}")
+    if method == "w4afp8" and group != 128:
+        refuse(f"group_size={group} of {method}", ("128",))
+    linear, experts = (SCHEMES[name] for name in WHOLE[method])
+    rules = exclusions(said.listed("ignored_layers", "modules_to_not_convert"))
+    return Quantization(linear, experts, kv="fp8" if has_fp8_cache(said) else kv, rules=Rules(tuple(rules)))
+
+
 def mxfp4(said: Entries, kv: str) -> Quantization:
     """gpt-oss: the format is defined for its experts only."""
     kept = exclusions(said.listed("modules_to_not_convert"))

@@ -85,5 +85,5 @@ def layers(said: Entries, group: int) -> list[Rule]:
         entry.known(*ABOUT_AWQ)
         algo = entry.get("quant_algo") or refuse("a module without quant_algo", where=entry.where)
         scheme = algorithm(str(algo), entry.number("group_size", default=group))
-        found.append(Rule(module, "module", scheme))
+        found += exclusions([module], scheme)  # by name or glob
     return found

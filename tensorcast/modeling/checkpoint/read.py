@@ -26,6 +26,7 @@ READERS: dict[str, Reader] = {
     "modelopt-mxfp8": modelopt.read, "modelopt-fp8": modelopt.read,
     "mxfp4": floats.mxfp4, "gpt-oss-mxfp4": floats.mxfp4, "quark": floats.quark,
     "fp8": floats.fp8, "fbgemm-fp8": floats.fp8, "deepseek-v4-fp8": floats.fp8,
+    **dict.fromkeys(floats.WHOLE, floats.whole),
 }  # fmt: skip
 """By ``quant_method``, with the names that engines give them."""
 

@@ -1,0 +1,42 @@
+"""What named releases store of a model that is known: ``profiles/checkpoints/released.yaml``."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from pydantic import Field
+
+from tensorcast.profiles import store
+from tensorcast.profiles.sourced import Frozen
+
+
+class Stored(Frozen):
+    """One release, or several that are stored alike."""
+
+    name: str = Field(min_length=3, description="regular expression of the whole name, in small letters")
+    said: str = Field(min_length=3, description="how it is stored, after the word 'stored'")
+    source: str = Field(default="", description="if not the file's")
+    sizes: dict[str, int] = Field(default={}, description="of the config, where the release changed them")
+    entry: dict[str, Any] = Field(description="its quantization_config")
+
+
+class Released(Frozen):
+    """All that are known; the first whose name matches counts."""
+
+    name: str
+    source: str
+    stored: tuple[Stored, ...]
+
+
+@cache
+def _released() -> Released:
+    paths = (root / "checkpoints" / "released.yaml" for root in store.profile_roots())
+    return store._read(next(path for path in paths if path.is_file()), Released)
+
+
+def released(name: str) -> Stored | None:
+    """What is known of a release by its ``name``; None if nothing is."""
+    wanted = name.casefold().strip("/")
+    return next((one for one in _released().stored if re.fullmatch(one.name, wanted)), None)

@@ -8,7 +8,7 @@ import pytest
 
 import tensorcast as tc
 from tensorcast.predict.predict import predict
-from tensorcast.serving.interval import SERVING_ERROR, served_interval
+from tensorcast.serving.interval import POOLS_ERROR, SERVING_ERROR, served_interval
 
 
 def test_compare_and_predict_tell_the_same_interval_of_a_deployment() -> None:
@@ -29,13 +29,14 @@ def test_compare_and_predict_tell_the_same_interval_of_a_deployment() -> None:
         assert predicted[column].to_numpy() == pytest.approx(some[column].to_numpy(), rel=1e-5), column
 
 
-def test_intervals_hold_four_in_five() -> None:
+@pytest.mark.parametrize(("pools", "own"), [(False, SERVING_ERROR), (True, POOLS_ERROR)])
+def test_intervals_hold_four_in_five(pools: bool, own: dict[str, float]) -> None:
     """By drawing: normal errors with the stated medians; a request's time is the sum of two that err apart."""
     ttft_error, tpot_error, share = 0.1, 0.05, 0.3
-    factors = served_interval(ttft_error, tpot_error, share)
+    factors = served_interval(ttft_error, tpot_error, share, pools=pools)
     dice, n = np.random.default_rng(0), 400_000
-    medians = {"ttft_s": np.hypot(ttft_error, SERVING_ERROR["ttft_s"])}
-    medians["tpot_s"] = np.hypot(tpot_error, SERVING_ERROR["tpot_s"])
+    medians = {"ttft_s": np.hypot(ttft_error, own["ttft_s"])}
+    medians["tpot_s"] = np.hypot(tpot_error, own["tpot_s"])
     off = {name: dice.normal(0, median / 0.67449, n) for name, median in medians.items()}
     off["output_tokens_per_s"] = share * off["ttft_s"] + (1 - share) * off["tpot_s"]
     for name, error in off.items():

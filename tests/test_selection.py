@@ -10,6 +10,7 @@ import pytest
 
 import tensorcast as tc
 from tensorcast.search.compare import Comparison, NoLayoutMeets
+from tensorcast.search.selection import alike
 from tensorcast.serving.interval import served_interval
 
 ASKED: dict[str, Any] = {
@@ -120,3 +121,9 @@ def test_engines_are_compared_together() -> None:
 def test_what_cannot_be_asked_is_one_line(asked: dict[str, Any], says: str) -> None:
     with pytest.raises(tc.InputError, match=f"^{says}"):
         compared(**asked)
+
+
+def test_what_is_served_otherwise_errs_by_itself() -> None:
+    """Sums that differ by a third are told apart where errors are shared, not where each may be a third off."""
+    one, other = {"gemm": (1.0, 0.02)}, {"gemm": (1.3, 0.02)}
+    assert not alike(one, other) and alike(one, other, (0.3, 0.3)) and not alike(one, other, (0.1, 0.1))

@@ -12,7 +12,7 @@ from tensorcast.explore.known import search_again
 from tensorcast.explore.question import Question, arguments
 from tensorcast.report import units
 from tensorcast.report.compare import words
-from tensorcast.report.compare.choices import View, records
+from tensorcast.report.compare.choices import View, cost_apart, records
 from tensorcast.report.compare.figures import short
 from tensorcast.report.compare.sentences import sentences
 from tensorcast.report.compare.table import Column
@@ -145,6 +145,7 @@ def _told(view: View, row: dict[str, Any]) -> dict[str, Any]:
         "plain": deployment_words(row, prefill.layout, decode.layout, experts),
         "requests_per_s": row["output_tokens_per_s"] / view.comparison.output_len,
         "usd_per_month": row["usd_per_hour"] * words.HOURS_OF_A_MONTH,
+        **dict(zip(("usd_per_million_in", "usd_per_million_out"), cost_apart(view, row)[1:], strict=True)),
         "memory_share": row["memory_bytes"] / row["capacity_bytes"], "options": words.options(row),
         "verdict": words.verdict(row), "front": bool(row["pareto"]),
         "is_best": view.best is not None and row["candidate"] == view.best["candidate"],
@@ -182,6 +183,8 @@ def _columns(asked: Question) -> tuple[Column, ...]:
         *(Column(key, "", True, write=units.seconds) for key in INTERVALS),
         Column("ttft_chance", "", True, write=units.chance), Column("tpot_chance", "", True, write=units.chance),
         Column("usd_per_hour", "", True, write=units.money), Column("usd_per_month", "", True, write=units.money),
+        Column("usd_per_million_in", "", True, write=units.digits),
+        Column("usd_per_million_out", "", True, write=units.digits),
         Column("idle_gpus", "", True, write=units.count), Column("plain", ""), Column("key", ""),
         *(Column(key, "") for key in ("meets", "front", "is_best", "tie")),
     )  # fmt: skip

@@ -193,7 +193,8 @@ def _record(served: ServingMetrics, run: Run) -> dict[str, Any]:
         "tpot_s": served.tpot_s,
         "output_tokens_per_s": served.output_tokens_per_s * run.replicas,
     }
-    factors = served_interval(served.ttft_error, served.tpot_error, served.ttft_s / served.request_s)
+    pools = run.mode == "disaggregated"
+    factors = served_interval(served.ttft_error, served.tpot_error, served.ttft_s / served.request_s, pools=pools)
     record: dict[str, Any] = {"mean_batch": served.batch, "problem": ""}
     record |= {"decode_step_s": served.decode_step_s, "step_error": served.tpot_error}
     record |= _with_intervals(values, factors)

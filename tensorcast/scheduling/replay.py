@@ -22,7 +22,7 @@ from tensorcast.scheduling.rules import rules_of
 from tensorcast.scheduling.server import Server
 from tensorcast.scheduling.step_times import step_times
 from tensorcast.serving.hand_over import hand_over_s
-from tensorcast.serving.interval import SERVING_ERROR
+from tensorcast.serving.interval import POOLS_ERROR, SERVING_ERROR
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,7 +76,8 @@ class PricedServers:
     def _error(self, phase: int) -> float:
         """Relative median error of decode steps (0) or prefill steps (1), with what serving adds."""
         own = max(pool.times.errors[phase] for pool in self.pools)
-        return float(np.hypot(own, SERVING_ERROR["tpot_s"]))
+        beside = POOLS_ERROR if any(pool.rules.role != "both" for pool in self.pools) else SERVING_ERROR
+        return float(np.hypot(own, beside["tpot_s"]))
 
     def _outcome(self, fleet: Fleet, limits: Limits) -> Outcome:
         record = fleet.record

@@ -168,7 +168,12 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, tie
     kind = ("device", "engine", "mode", "layout")
     others = [r for r in records[1:] if any(r[key] != best[key] for key in kind)]
     sums = work_by_family(comparison, [best, *others]) if ties else []
-    tied = [r["candidate"] for r, other in zip(others, sums[1:], strict=ties) if alike(sums[0], other)]
+    tied = []
+    for r, other in zip(others, sums[1:], strict=ties):
+        # one pool and two err by themselves: another serving model stands behind each
+        ends = [row["output_tokens_high_per_s"] / row["output_tokens_per_s"] - 1 for row in (best, r)]
+        if alike(sums[0], other, (ends[0], ends[1]) if r["mode"] != best["mode"] else (0.0, 0.0)):
+            tied.append(r["candidate"])
     said = warning(comparison.tasks[0], found, best["ttft_s"], best["tpot_s"])
     engine = next(task.engine for task in tasks if task.engine.name == best["engine"])
     return replace(

@@ -100,15 +100,13 @@ def worth_showing(
     task: SearchTask, prices: VariantPrices, pruned: Counter[str], known: Array | Sequence[float] = ()
 ) -> tuple[dict[str, Points], int]:
     """Points worth a row by mode, and of how many; those at batches that are ``known`` left out."""
-    found, examined, limits = {}, 0, (task.ttft_s, task.tpot_s)
-    if task.confidence is not None:  # no candidate's times are surer than the serving model by itself
-        least = served_interval(0.0, 0.0, 0.0)
-        sigmas = NormalDist().inv_cdf(task.confidence) / NORMAL_90
-        limits = tuple(  # type: ignore[assignment]
-            None if limit is None else limit / float(least[name]) ** sigmas
-            for name, limit in zip(("ttft_s", "tpot_s"), limits, strict=True)
-        )
+    found, examined = {}, 0
+    sigmas = NormalDist().inv_cdf(task.confidence or 0.5) / NORMAL_90
     for mode in task.modes:
+        # no candidate's times are surer than the serving model by itself
+        least = served_interval(0.0, 0.0, 0.0, pools=mode == "disaggregated")
+        ttft, tpot = (float(least[name]) ** sigmas for name in ("ttft_s", "tpot_s"))
+        limits = (task.ttft_s and task.ttft_s / ttft, task.tpot_s and task.tpot_s / tpot)
         points, slow = (
             aggregated(prices, limits)
             if mode == "aggregated"

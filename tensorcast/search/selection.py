@@ -28,13 +28,14 @@ def rated(task: SearchTask, prices: VariantPrices, mode: str, points: Points) ->
     objective looks at, as far as it is reached with the chance that the task asks for.
     """
     c, tokens = points.columns, points.columns["output_tokens_per_s"]
-    factors = served_interval(c["ttft_error"], c["tpot_error"], c["ttft_s"] / c["request_s"])
+    share, pools = c["ttft_s"] / c["request_s"], mode == "disaggregated"
+    factors = served_interval(c["ttft_error"], c["tpot_error"], share, pools=pools)
     # errors are even in logs: what is kept with a chance lies so many times the interval's end away
     sigmas = NormalDist().inv_cdf(task.confidence or 0.5) / NORMAL_90
     late = {name: factors[f"{name}_s"] ** sigmas for name in ("ttft", "tpot")}
     sure = np.asarray(factors["output_tokens_per_s"] ** -sigmas)
     size = prices.layouts["world_size"][points.variant]
-    if mode == "disaggregated":
+    if pools:
         prefill = prices.layouts["world_size"][c["prefill"].astype(int)]
         size = prefill * c["prefill_workers"] + size * c["decode_workers"]
     price = np.nan if task.price is None else task.price
@@ -108,18 +109,23 @@ def pareto(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return mask
 
 
-def alike(one: Mapping[str, tuple[float, float]], other: Mapping[str, tuple[float, float]]) -> bool:
+def alike(
+    one: Mapping[str, tuple[float, float]], other: Mapping[str, tuple[float, float]],
+    apart: tuple[float, float] = (0.0, 0.0),
+) -> bool:
     """Whether the difference of two sums lies within its own error, four times in five.
 
     ``one`` and ``other``: seconds and relative median error by kernel family. A family's error is that of its fitted
     constants, so it moves both sums the same way: what counts is how much *more* of that family one of them has. That
     is why two layouts can be told apart though their own intervals overlap widely. Families err independently. What
-    is left where both spend alike is how well anything can be measured (:data:`REPEAT`, of the larger sum).
+    is left where both spend alike is how well anything can be measured (:data:`REPEAT`, of the larger sum). ``apart``:
+    what each sum errs by as a whole, by itself, as the end of an 80 % interval: of layouts that are served otherwise.
     """
     total = 0.0
     for family in {*one, *other}:
         a, b = one.get(family, (0.0, 0.0)), other.get(family, (0.0, 0.0))
         total += (a[0] * a[1] - b[0] * b[1]) ** 2
     first, second = (sum(seconds for seconds, _ in sums.values()) for sums in (one, other))
-    off = np.sqrt(NORMAL_80**2 * total + (REPEAT * max(first, second)) ** 2)
+    own = (first * apart[0]) ** 2 + (second * apart[1]) ** 2
+    off = np.sqrt(NORMAL_80**2 * total + (REPEAT * max(first, second)) ** 2 + own)
     return bool(abs(first - second) <= off)

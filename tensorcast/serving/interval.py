@@ -12,17 +12,23 @@ SERVING_ERROR = {"ttft_s": 0.31, "tpot_s": 0.1}
 Set so that about four in five of the runs behind ``reports/serving.md`` lie in their intervals, on all of them, none
 left out: the report says how many do."""
 
+POOLS_ERROR = {"ttft_s": 0.5, "tpot_s": 0.15}
+"""The same of pools of prefill and decode servers, set on the disaggregated runs there: what launchers do between pools
+(routers, hand-overs, queues of either) is recorded of none of them."""
 
-def served_interval(ttft_error: Number, tpot_error: Number, ttft_share: Number) -> dict[str, Number]:
+
+def served_interval(
+    ttft_error: Number, tpot_error: Number, ttft_share: Number, *, pools: bool = False
+) -> dict[str, Number]:
     """By metric (``ttft_s, tpot_s, output_tokens_per_s``) the factor that four in five true values lie within: between
     ``value / factor`` and ``value * factor``.
 
     ``ttft_error, tpot_error``: relative median errors that kernels and engine overheads leave, as
     :class:`~tensorcast.serving.traffic.ServingMetrics` has them. ``ttft_share``: the first token's share of a
-    request's time.
+    request's time. ``pools``: prompts and replies are served by a pool each.
     """
-    ttft = np.hypot(ttft_error, SERVING_ERROR["ttft_s"])
-    tpot = np.hypot(tpot_error, SERVING_ERROR["tpot_s"])
+    own = POOLS_ERROR if pools else SERVING_ERROR
+    ttft, tpot = np.hypot(ttft_error, own["ttft_s"]), np.hypot(tpot_error, own["tpot_s"])
     # a request's time is its first token's and the others', whose errors are independent
     request = np.hypot(ttft_share * ttft, (1 - ttft_share) * tpot)
     errors = {"ttft_s": ttft, "tpot_s": tpot, "output_tokens_per_s": request}

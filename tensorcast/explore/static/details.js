@@ -69,7 +69,7 @@ export class Details {
       ["time to first token", r.text.ttft_s, between("ttft_low_s", "ttft_high_s") + limit("ttft_s", this.limits.ttft_s && ms(this.limits.ttft_s))],
       ["time per output token", r.text.tpot_s, between("tpot_low_s", "tpot_high_s") + limit("tpot_s", this.limits.tpot_s && ms(this.limits.tpot_s))],
       ["USD per hour", r.text.usd_per_hour, `${r.text.usd_per_month} a month`],
-      ["USD per million output tokens", r.text.cost_per_million_tokens, ""],
+      ["USD per million output tokens", r.text.cost_per_million_tokens, r.usd_per_million_in === null ? "" : `or ${r.text.usd_per_million_in} per million tokens in and ${r.text.usd_per_million_out} out`],
       ["GPUs used", r.text.gpus, r.idle_gpus ? `${r.text.idle_gpus} stand idle, and cost` : "none idle"],
       ["memory of the fullest GPU", r.text.memory_share, "in use"],
     ];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -179,6 +180,24 @@ def interval(view: View, row: dict[str, Any], column: str) -> tuple[float, float
     if column in ("cost_per_million_tokens", "request_s"):
         return row[column] / fast, row[column] / slow
     return row[column] * slow, row[column] * fast
+
+
+def cost_apart(view: View, row: dict[str, Any]) -> tuple[float, float, float]:
+    """The part of the bill that prompts cause, and US dollars per million tokens of prompts and of replies.
+
+    Of two pools each pays for its GPUs. One pool's bill is parted as a prompt's steps and a reply's share of decode
+    steps take time by themselves.
+    """
+    c = view.comparison
+    if row["mode"] == "disaggregated":
+        written = row["decode_workers"] * row["replicas"] * row["tp"] * row["dp"] * row["pp"] / row["gpus"]
+    else:
+        load = c.behind[row["candidate"]][0].load
+        reply_s = row["decode_step_s"] / row["batch"] * float(load.decode_steps(row["mtp_depth"]))
+        prompt_s = row["prefill_step_s"] * math.ceil((load.input_len - load.prefix_cached) / row["chunk_tokens"])
+        written = reply_s / (reply_s + prompt_s)
+    usd = row["cost_per_million_tokens"]
+    return 1.0 - written, usd * (1.0 - written) * c.output_len / c.input_len, usd * written
 
 
 CERTAIN = ("gpus", "concurrency")

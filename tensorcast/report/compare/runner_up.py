@@ -27,7 +27,7 @@ def runner_up(view: View, best: dict[str, Any], second: dict[str, Any]) -> tuple
         for column, limit, looser in turning_points(view, second)
         if units.seconds(limit) != units.seconds(view.limits[column] or 0.0)
     ]
-    ways = (*other_limits, *_memory(view, second), *_faster(view, second, gap))
+    ways = (*other_limits, *_ways(view, second, gap))
     return (f"{text} It would win" if ways else text), ways
 
 
@@ -64,36 +64,29 @@ def _leader_by_limit(kept: Candidates, column: str, value: str, less: bool) -> C
     return ordered.where((amount == so_far) & changes)
 
 
-def _memory(view: View, second: dict[str, Any]) -> list[str]:
-    """More memory, where memory ends the runner-up's batch before a limit does and it still gains from load."""
-    own = view.kept.where(view.of_layout(second))
-    column, less = view.objective.column, view.objective.less
-    if not view.full(second) or column not in ("tokens_per_s_per_gpu", "cost_per_million_tokens"):
-        return []
-    own = own.where(np.argsort(own["batch"], kind="stable"))
-    smaller = own[column][own["batch"] < second["batch"]]
-    if not len(smaller) or (smaller[-1] < second[column]) == less:
-        return []
-    return [
-        "with more room for its KV cache, if that lifts its batch far enough over "
-        f"{plural(second['batch'], 'sequence')} per rank, all that fit now"
-    ]
-
-
-def _faster(view: View, second: dict[str, Any], gap: float) -> list[str]:
-    """The parts of its decode step that alone could close the ``gap``, by how much they would have to shrink."""
-    if view.objective.column == "gpus":
-        return []
-    choices = {choice.row["candidate"]: choice for choice in view.shown}
-    if second["candidate"] not in choices:
-        return []
-    choice = choices[second["candidate"]]
-    split = step_parts(choice.decode, view.decode_price(choice, max(1.0, second["batch"])))
-    needed = gap / (1 + gap) if view.objective.less else gap
+def _ways(view: View, second: dict[str, Any], gap: float) -> list[str]:
+    """More memory, where that ends the runner-up's batch before a limit does and it still gains from load; then the
+    parts of its decode step that alone could close the ``gap``, by how much they would have to shrink."""
+    column, less, found = view.objective.column, view.objective.less, list[str]()
+    if view.full(second) and column in ("tokens_per_s_per_gpu", "cost_per_million_tokens"):
+        own = view.kept.where(view.of_layout(second))
+        own = own.where(np.argsort(own["batch"], kind="stable"))
+        smaller = own[column][own["batch"] < second["batch"]]
+        if len(smaller) and (smaller[-1] < second[column]) != less:
+            found.append(
+                "with more room for its KV cache, if that lifts its batch far enough over "
+                f"{plural(second['batch'], 'sequence')} per rank, all that fit now"
+            )
+    choice = next((one for one in view.shown if one.row["candidate"] == second["candidate"]), None)
+    if column == "gpus" or choice is None:
+        return found
+    price = choice.decode.step.price(float(max(1.0, second["batch"])), 1.0, float(view.cached_tokens))
+    split = step_parts(choice.decode, price)
+    needed = gap / (1 + gap) if less else gap
     wanted = needed * split.seconds
     able = sorted((wanted / split.parts[part], part) for part in PARTS if split.parts[part] > wanted)
-    less = f"if its requests took {units.percent(needed)} less time at the same load"
+    faster = f"if its requests took {units.percent(needed)} less time at the same load"
     if not able:
-        return [f"{less}, more than any one part of its step offers"]
+        return [*found, f"{faster}, more than any one part of its step offers"]
     share, part = able[0]
-    return [f"{less}, as with its time for {part} cut by {units.percent(share)}"]
+    return [*found, f"{faster}, as with its time for {part} cut by {units.percent(share)}"]

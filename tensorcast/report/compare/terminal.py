@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tensorcast.report import units
 from tensorcast.report.compare.best_of import best_of_each
-from tensorcast.report.compare.choices import View
+from tensorcast.report.compare.choices import View, cost_apart
 from tensorcast.report.compare.sentences import sentences
 from tensorcast.report.compare.words import asked_for, conclusion, limit_name, options
 from tensorcast.report.question import command, flags
@@ -37,7 +37,7 @@ def print_comparison(found: Comparison, console: Console, top: int = 12) -> None
     width = min(console.width, WIDEST)
     console.print(Text(asked_for(view), style="dim"), width=width)
     console.print(Text(said.headline, style="bold green"), width=width)
-    for text in said.paragraphs:
+    for text in (*said.paragraphs, *(sentences(view) if found.best else ())):
         console.print(Text(text, style="yellow" if text == said.warning else ""), width=width)
     console.print()
     widest = max((len(number.name) for number in said.numbers), default=0)
@@ -120,6 +120,7 @@ def comparison_record(found: Comparison, replayed: ReplayedComparison | None = N
         "answer": [said.headline, *said.paragraphs],
         "best": found.best,
         "best_options": options(found.best) if found.best else "",
+        "best_usd_per_million_input_and_output_tokens": cost_apart(view, found.best)[1:] if found.best else None,
         "decides": sentences(view) if found.best else [],
         "best_of_each": [one.record(view) for one in best_of_each(view)],
         "command": command(flags(found)),

@@ -10,7 +10,7 @@ import numpy as np
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.deploy.deployment import memory_share
 from tensorcast.report import units
-from tensorcast.report.compare.choices import LIMITS, WRITTEN, Choice, View, between, worth
+from tensorcast.report.compare.choices import LIMITS, WRITTEN, Choice, View, between, cost_apart, worth
 from tensorcast.report.compare.runner_up import runner_up
 from tensorcast.report.units import plural
 from tensorcast.search.space import NARROW
@@ -48,12 +48,8 @@ class Conclusion:
     ties: str = ""
     warning: str = ""
     """What to know before trusting the headline, if anything."""
-
-    @property
-    def paragraphs(self) -> list[str]:
-        """The answer as plain text, after its headline."""
-        second = f"{self.runner_up} {'; or '.join(self.ways)}." if self.ways else self.runner_up
-        return [text for text in (self.warning, self.how, second, self.ties) if text]
+    paragraphs: tuple[str, ...] = ()
+    """The answer as plain text, after its headline."""
 
 
 def limit_name(limit: str) -> str:
@@ -90,11 +86,20 @@ def conclusion(view: View) -> Conclusion:
     best, second = view.best, view.runner_up
     said, ways = runner_up(view, best, second) if second is not None else ("", ())
     c = view.comparison
+    tied = view.kept.where(np.isin(view.kept["candidate"], [one for one in c.ties if one != best["candidate"]]))
+    names = [name for name in dict.fromkeys(map(view.name, tied.records())) if name != view.name(best)]
+    ties = "No other layout comes within the error of the predictions: the order at the top is clear."
+    if names:
+        ties = f"Cannot be told apart from it within the error of the predictions: {', '.join(names[:5])}"
+        ties += f" and {plural(len(names) - 5, 'more layout')}" if len(names) > 5 else ""
+        ties += ". Measure these before choosing."
     untried = c.pruned["layouts"].get(NARROW, 0) and c.kept["tp"].max() == 1
     among = " of the layouts without tensor parallelism (its class runs with no tp above 1 here)" if untried else ""
+    how, whole = _how(view, best), f"{said} {'; or '.join(ways)}." if ways else said
     return Conclusion(
         headline=f"{view.name(best)} is best{among}: {worth(view, best)}", numbers=tuple(_numbers(view, best)),
-        how=_how(view, best), runner_up=said, ways=ways, ties=_ties(view, best), warning=view.comparison.warning,
+        how=how, runner_up=said, ways=ways, ties=ties, warning=c.warning,
+        paragraphs=tuple(text for text in (c.warning, how, whole, ties) if text),
     )
 
 
@@ -123,9 +128,9 @@ def _numbers(view: View, row: Any) -> list[Number]:
     if cost == cost and cost is not None:
         ends = between(view, row, "cost_per_million_tokens")
         found.append(Number("USD per million output tokens", units.digits(cost), ends))
-        replies = view.comparison.output_len / (view.comparison.input_len + view.comparison.output_len)
-        every = "all of the bill, over prompts' and replies' tokens alike"
-        found.append(Number("USD per million tokens", units.digits(cost * replies), every))
+        prompts, read, written = cost_apart(view, row)
+        apart = f"{units.percent(prompts)} of the bill goes to prompts, the rest to replies"
+        found.append(Number("the same, in and out", f"{units.digits(read)} + {units.digits(written)}", apart))
         hour = row["usd_per_hour"]
         month = f"{hour * HOURS_OF_A_MONTH:,.0f} a month"
         found.append(Number("USD per hour", units.digits(hour), f"{month}, {plural(row['gpus'], 'GPU')}"))
@@ -191,39 +196,22 @@ def _how(view: View, row: dict[str, Any]) -> str:
     else:
         copies = f" as {plural(row['replicas'], 'replica')}" if row["replicas"] > 1 else ""
         start = f"Prompts and answers share {plural(row['gpus'], 'GPU')}{copies}"
+    spread = [f"attention cut over {plural(row['tp'], 'GPU')}" if row["tp"] > 1 else "attention whole on every GPU"]
+    if row["dp"] > 1:
+        spread[0] += f", {units.count(row['dp'])} data-parallel {'groups' if row['tp'] > 1 else 'ranks'}"
+    if row["ep"] > 1:
+        cut = f", each cut over {units.count(row['etp'])}" if row["etp"] > 1 else ""
+        spread.append(f"experts dealt out to {plural(row['ep'], 'group')}{cut}")
+    elif row["family"] not in ("TP", "1 GPU") and row["etp"] > 1:
+        spread.append(f"experts cut over {plural(row['etp'], 'GPU')}")
+    if row["pp"] > 1:
+        spread.append(plural(row["pp"], "pipeline stage"))
     full = ", all that memory holds" if view.full(row) else ""
     chosen = options(row)
     return (
-        f"{start}: {_spread(row)}. {plural(row['concurrency'], 'request')} in flight, "
+        f"{start}: {'; '.join(spread)}. {plural(row['concurrency'], 'request')} in flight, "
         f"{plural(row['batch'], 'decoding sequence')} per data-parallel rank{full}. {chosen[:1].upper()}{chosen[1:]}."
     )
-
-
-def _spread(row: dict[str, Any]) -> str:
-    """A layout in words: ``attention cut over 4 GPUs, 2 such groups side by side; whole experts over 8 GPUs``."""
-    attention = f"attention cut over {plural(row['tp'], 'GPU')}" if row["tp"] > 1 else "attention whole on every GPU"
-    if row["dp"] > 1:
-        attention += f", {units.count(row['dp'])} data-parallel {'groups' if row['tp'] > 1 else 'ranks'}"
-    parts = [attention]
-    if row["ep"] > 1:
-        cut = f", each cut over {units.count(row['etp'])}" if row["etp"] > 1 else ""
-        parts.append(f"experts dealt out to {plural(row['ep'], 'group')}{cut}")
-    elif row["family"] not in ("TP", "1 GPU") and row["etp"] > 1:
-        parts.append(f"experts cut over {plural(row['etp'], 'GPU')}")
-    if row["pp"] > 1:
-        parts.append(plural(row["pp"], "pipeline stage"))
-    return "; ".join(parts)
-
-
-def _ties(view: View, best: dict[str, Any]) -> str:
-    ids = [name for name in view.comparison.ties if name != best["candidate"]]
-    rows = view.kept.where(np.isin(view.kept["candidate"], ids)).records()
-    names = list(dict.fromkeys(map(view.name, rows)))
-    names = [name for name in names if name != view.name(best)]
-    if not names:
-        return "No other layout comes within the error of the predictions: the order at the top is clear."
-    shown = ", ".join(names[:5]) + (f" and {plural(len(names) - 5, 'more layout')}" if len(names) > 5 else "")
-    return f"Cannot be told apart from it within the error of the predictions: {shown}. Measure these before choosing."
 
 
 def _none_meets(view: View) -> Conclusion:
@@ -245,7 +233,7 @@ def _none_meets(view: View) -> Conclusion:
         over.append(f"it takes {plural(row['gpus'], 'GPU')} where there are {units.count(there)}")
     text = f"Closest is {view.name(row)} with {plural(row['concurrency'], 'request')} in flight: {'; '.join(over)}."
     headline = f"No layout meets the targets: {' and '.join(names)} {verb}"
-    return Conclusion(headline, tuple(_numbers(view, row)), text)
+    return Conclusion(headline, tuple(_numbers(view, row)), text, paragraphs=(text,))
 
 
 def evidence(view: View) -> list[tuple[str, float]]:

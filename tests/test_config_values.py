@@ -51,6 +51,7 @@ def load(folder: Path, text: str) -> Any:
         ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn': must be an object"),
         ({"text_config": "x"}, "text_config = 'x': must be an object"),
         ({"text_config": {"num_experts": -1}}, "text_config.num_experts = -1"),
+        ({"text_config": {"model_type": []}}, "text_config.model_type = \\[\\]: must be a word"),
         ({"architectures": [1]}, "architectures = \\[1\\]: must be a list of class names"),
         ({"num_experts": 10**400}, "num_experts = a number of more than 30 digits"),
     ],

@@ -65,6 +65,8 @@ def check_values(config: dict[str, Any], where: str = "") -> None:
                 _check_size(label, one, 0 if isinstance(value, list) else least, most)
         elif name == "architectures" and any(not isinstance(one, str) for one in listed if value is not None):
             raise ValueError(f"{label} = {_short(value)}: must be a list of class names")
+        elif name == "model_type" and where and not isinstance(value, str | None):
+            raise ValueError(f"{label} = {_short(value)}: must be a word, such as qwen3_moe")
         elif name == "quantization_config" and not isinstance(value, dict | None):
             raise ValueError(f"{label} {_short(value)}: must be an object with quant_method")
         elif name in _PARTS or name in ("rope_scaling", "rope_parameters"):

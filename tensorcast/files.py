@@ -14,18 +14,20 @@ from tensorcast.errors import InputError
 
 
 def check_directory(directory: Path) -> None:
-    """Raise :class:`InputError` where ``directory`` cannot be one. Creates nothing: ask before the work starts."""
+    """Raise :class:`InputError` where ``directory`` cannot be one. Leaves nothing: ask before the work starts."""
     for path in (directory, *directory.parents):
         if path.is_dir():
             if not os.access(path, os.W_OK | os.X_OK):
                 raise InputError(f"--out {directory}: no permission to write in {path}")
+            with writing("--out", directory):
+                os.rmdir(tempfile.mkdtemp(dir=path))  # some file systems take none, whatever permissions say
             return
         if path.exists() or path.is_symlink():
             raise InputError(f"--out {directory}: {path} is {'a file' if path.is_file() else 'there'}, not a directory")
 
 
 def check_file(flag: str, path: Path) -> None:
-    """Raise :class:`InputError` if no file can be written at ``path``. Creates nothing: ask before the work starts."""
+    """Raise :class:`InputError` if no file can be written at ``path``. Leaves nothing: ask before the work starts."""
     folder = path.absolute().parent
     if path.is_dir():
         raise InputError(f"{flag} {path}: is a directory, must be a file")
@@ -33,6 +35,8 @@ def check_file(flag: str, path: Path) -> None:
         raise InputError(f"{flag} {path}: no such directory: {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{flag} {path}: no permission to write in {folder}")
+    with writing(flag, path):
+        os.rmdir(tempfile.mkdtemp(dir=folder))
 
 
 @contextlib.contextmanager

@@ -204,6 +204,27 @@ def test_output_that_has_no_room_is_one_line(arguments: tuple[str, ...]) -> None
     assert done.stderr == "error: standard output: cannot be written: No space left on device\n"
 
 
+def test_output_that_goes_nowhere_is_one_line() -> None:
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m tensorcast devices >&-"], capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: standard output: cannot be written: Bad file descriptor\n"
+
+
+LONG = "q" * 300
+
+
+@pytest.mark.parametrize("arguments", [
+    ("simulate", "qwen3-8b", "-d", "h100", "--out", LONG), ("predict", f"{LONG}.csv"),
+    ("compare", "qwen3-8b", "-d", "h100", "-n", "2", "--out", LONG),
+    ("compare", "qwen3-8b", "-d", "h100", "-n", "2", "--layouts", f"{LONG}.yaml"),
+    ("simulate", "qwen3-30b-a3b", "-d", "h100", "--routing", f"recorded:{LONG}.json"),
+    ("calibrate", "--from", LONG, "-d", "h100"), ("launch", "qwen3-8b", "-d", "h100", "-l", "tp2", "--out", LONG),
+])  # fmt: skip
+def test_a_name_that_no_file_can_have_is_one_line(arguments: tuple[str, ...]) -> None:
+    assert "the name is too long, 30" in refused(*arguments)
+
+
 def test_a_misspelt_column_is_named(tmp_path: Path) -> None:
     table = tmp_path / "runs.csv"
     table.write_text(RUNS.replace("concurrency", "concurency"))

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from rich.console import Console
 
 import tensorcast as tc
 from tensorcast.errors import InputError
-from tensorcast.files import check_directory
 from tensorcast.profiles.store import list_devices, list_engines, list_models, load_device, load_engine, load_model
 from tensorcast.report import catalog, units
 from tensorcast.report.plain import to_json
@@ -221,23 +219,6 @@ def test_a_failed_write_leaves_what_was_there(decode: Any, tmp_path: Path, monke
         write_report(decode, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["ops.csv"]
     assert (tmp_path / "ops.csv").read_text() == "old"
-
-
-def test_out_must_be_a_directory(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("")
-    for path in (file, file / "deeper"):
-        with pytest.raises(InputError, match="is a file, not a directory"):
-            check_directory(path)
-    check_directory(tmp_path / "to" / "be" / "made")
-    assert not (tmp_path / "to").exists()
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_out_must_be_writable(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match="no permission"):
-        check_directory(tmp_path / "new")
 
 
 def test_markdown(run: Any) -> None:

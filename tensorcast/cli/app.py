@@ -142,6 +142,11 @@ class _Commands(TyperGroup):
             _refuse(error.typed or str(error), error.exit_code)
         except typer.TyperException as error:
             _refuse(_usage(error), error.exit_code)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            name = str(error.filename)
+            _refuse(f"{name[:40]!r}...: the name is too long, {len(name)} characters", 2)
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
@@ -186,6 +191,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if sys.stdout is None:
+        _unheard(OSError(errno.EBADF, os.strerror(errno.EBADF)))
     signal.signal(signal.SIGTERM, _terminated)
     # pydantic looks through every installed package for plugins; no command has a use for one
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")

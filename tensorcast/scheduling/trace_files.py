@@ -67,7 +67,7 @@ def read_trace(path: Path, skip_bad: bool = False) -> TraceFile:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     start = text.lstrip()[:1]
     if not start:
         raise InputError(f"{path}: is empty, must be a trace of requests")

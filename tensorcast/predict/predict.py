@@ -1,6 +1,6 @@
 """Predicting a table of deployments: rows in, the same rows with predictions, intervals and problems out.
 
-Rows of one model are served together, those of one deployment priced in one call. A row that cannot be read, laid out
+Rows are served together, those of one deployment priced in one call. A row that cannot be read, laid out
 or served keeps its place and says why in ``problem``; nothing is dropped.
 """
 
@@ -36,8 +36,8 @@ PREDICTED = ("ttft_s", "tpot_s", "output_tokens_per_s")
 UNREAD = "is no number and is not scored"
 """What is said of a measured cell that is not read."""
 
-AT_ONCE = 512
-"""Rows of one model that are served together at most: some hundred megabytes."""
+AT_ONCE = 2048
+"""Rows that are served together at most: some hundred megabytes."""
 
 FEW = 256
 """Rows below which one process answers sooner than several start."""
@@ -124,9 +124,10 @@ def read_runs(table: pd.DataFrame, ours: Mapping[Any, str]) -> tuple[list[Run | 
 
 
 def stretches(runs: list[Run | None], jobs: int) -> list[list[tuple[int, Run]]]:
-    """Rows in the order of deployments, cut where models change and where a stretch would be a process's whole share.
+    """Rows in the order of deployments, cut where a stretch would be a process's whole share.
 
-    Rows of a model share tables and their predictions' models; few of them are as quick in one process.
+    Rows of a model share tables, those of a device and an engine the answers of kernel models: the more are served
+    together, the fewer questions they are.
     """
     rows = [(index, run) for index, run in enumerate(runs) if run is not None]
 
@@ -135,14 +136,8 @@ def stretches(runs: list[Run | None], jobs: int) -> list[list[tuple[int, Run]]]:
         return run.model, str(run.options.quant), run.served_by, run.device, str(run.options), run.layout
 
     rows.sort(key=deployment)
-    share = min(AT_ONCE, -(-len(rows) // (jobs * 2)))
-    found = []
-    for _, same in itertools.groupby(rows, key=lambda row: row[1].model):
-        whole = list(same)
-        parts = -(-len(whole) // max(share, 1))
-        size = -(-len(whole) // parts)
-        found += [whole[start : start + size] for start in range(0, len(whole), size)]
-    return found
+    share = max(1, min(AT_ONCE, -(-len(rows) // (jobs * 2))))
+    return [rows[start : start + share] for start in range(0, len(rows), share)]
 
 
 @uncollected()

@@ -79,7 +79,7 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
     served = list(rows.values())
     position = {i: at for at, i in enumerate(rows)}
     if served:
-        costs, curves = _price_prompts(served), _price_decoding(served)
+        costs, curves = _priced(served)
     for (_, mode, _), members in alike.items():
         at = np.array([position[i] for i in members])
         some, room_each = [rows[i] for i in members], np.array([fits[i] for i in members])
@@ -164,41 +164,34 @@ def load_profiles(run: Run) -> tuple[ModelProfile, DeviceProfile]:
     return _model(run.model), _device(run.device)
 
 
-def _price_prompts(rows: list[_Row]) -> PrefillCosts:
-    """Prefill costs, an entry per row; rows of one deployment are priced together."""
+def _priced(rows: list[_Row]) -> tuple[PrefillCosts, DecodeCurve]:
+    """Prefill costs and decode curves, an entry per row; no curve is read beyond the grid that it was priced on. Rows
+    of one deployment are priced together, and their kernels' fitted models asked once for both phases."""
     asked: list[Asked] = []
-    parts = _parts(rows, lambda row: row.prefill)
-    cuts = [[rows[i].cut for i in part] for part in parts]
-    for part, several in zip(parts, cuts, strict=True):
+    prefills, decodes = (_parts(rows, of) for of in (lambda row: row.prefill, lambda row: row.decode))
+    cuts = [[rows[i].cut for i in part] for part in prefills]
+    for part, several in zip(prefills, cuts, strict=True):
         batch = np.array([cut.batches for cut in several])
         tokens, past = (np.array([[getattr(cut, name)] for cut in several]) for name in ("tokens", "past"))
         asked.append((rows[part[0]].prefill.step, batch, tokens, past))
-    found = []
-    for part, several, price in zip(parts, cuts, prices(asked), strict=True):
-        columns = prefill_columns(price, rows[part[0]].prefill)
-        whole = {name: np.broadcast_to(values, (len(part), 3)) for name, values in columns.items()}
-        tokens, per_step = (np.array([getattr(cut, name) for cut in several]) for name in ("tokens", "per_step"))
-        found.append(prefill_costs(whole, tokens, per_step))
-    return PrefillCosts.joined(found).where(np.argsort(np.concatenate(parts)))
-
-
-def _price_decoding(rows: list[_Row]) -> DecodeCurve:
-    """Decode curves, an entry per row; none is read beyond the grid that it was priced on."""
-    asked: list[Asked] = []
-    grids = []
-    parts = _parts(rows, lambda row: row.decode)
-    for part in parts:
-        grid = GRID[: int(np.searchsorted(GRID, max(rows[i].largest for i in part))) + 1]
-        grids.append(grid)
+    grids = [GRID[: int(np.searchsorted(GRID, max(rows[i].largest for i in part))) + 1] for part in decodes]
+    for part, grid in zip(decodes, grids, strict=True):
         asked.append((rows[part[0]].decode.step, grid, 1.0, np.array([[rows[i].traffic.context] for i in part])))
+    priced, costs = prices(asked), []
+    for part, several in zip(prefills, cuts, strict=True):
+        columns = prefill_columns(next(priced), rows[part[0]].prefill)
+        every = {name: np.broadcast_to(values, (len(part), 3)) for name, values in columns.items()}
+        tokens, per_step = (np.array([getattr(cut, name) for cut in several]) for name in ("tokens", "per_step"))
+        costs.append(prefill_costs(every, tokens, per_step))
     width = max(2, *map(len, grids))
     found: dict[str, Array] = defaultdict(lambda: np.empty((len(rows), width)))
-    for part, grid, price in zip(parts, grids, prices(asked), strict=True):
-        for name, values in decode_columns(price).items():
+    for part, grid in zip(decodes, grids, strict=True):
+        for name, values in decode_columns(next(priced)).items():
             whole = np.broadcast_to(values, (len(part), len(grid)))
             found[name][part, : len(grid)] = whole
             found[name][part, len(grid) :] = whole[:, -1:]
-    return DecodeCurve(GRID[:width], found, np.arange(len(rows)))
+    joined = PrefillCosts.joined(costs).where(np.argsort(np.concatenate(prefills)))
+    return joined, DecodeCurve(GRID[:width], found, np.arange(len(rows)))
 
 
 def _parts(rows: list[_Row], deployment: Callable[[_Row], Deployment]) -> list[list[int]]:

@@ -14,7 +14,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 
@@ -99,6 +99,9 @@ class Routing:
 
 FILES = (".csv", ".json", ".pt")
 
+MOST_KNOWN = 64
+"""Arrays of tokens whose loads are kept, of each layout's load."""
+
 
 def inclusion(popularity: Array, top_k: float) -> np.ndarray:
     """Chance that a token picks each expert, ``[E]``, summing to k: ``min(1, c * popularity)``, as no token picks an
@@ -139,10 +142,16 @@ class ExpertLoad:
     """Shared experts among them, which every token visits on every rank."""
     likeness: float = 1.0
     """T tokens hit as many experts as ``T**likeness`` that pick independently."""
+    _known: dict[tuple[tuple[int, ...], bytes], RankLoad] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def at(self, tokens: Size) -> RankLoad:
         """Load when ``tokens`` tokens in all (over the whole expert-parallel group) are routed."""
         tokens = np.asarray(tokens, dtype=float)
+        key = tokens.shape, tokens.tobytes()
+        if key in self._known:  # layouts that differ in other things ask for the same again
+            return self._known[key]
         copies = tokens * self.top_k
         mean = copies / self.ranks
         local = 1.0 * self.local_experts - self.fused
@@ -164,7 +173,10 @@ class ExpertLoad:
         if self.fused:
             own = self.fused * tokens
             rows, hit, mean = rows + own, hit + np.minimum(self.fused, own), mean + own
-        return RankLoad(rows, hit, mean)
+        while len(self._known) >= MOST_KNOWN:
+            del self._known[next(iter(self._known))]
+        self._known[key] = RankLoad(rows, hit, mean)
+        return self._known[key]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -58,8 +58,11 @@ class MemberLoads:
         found = [np.empty(np.shape(tokens)) for _ in range(3)]
         points: LayerPoints | None = None
         for load, rows in _alike(self.members, list(map(id, self.members))):
-            numbers, where = np.unique(np.asarray(tokens)[rows], return_inverse=True)
-            at, where = load.at(numbers), where.reshape(len(rows), -1)
+            numbers, where = np.asarray(tokens)[rows], np.arange(np.shape(tokens)[1])[None, :]
+            if len(rows) > 1:
+                several, place = np.unique(numbers, return_inverse=True)
+                numbers, where = several, place.reshape(len(rows), -1)
+            at = load.at(numbers.ravel())
             for whole, part in zip(found, (at.rows, at.hit, at.mean_rows), strict=True):
                 whole[rows] = np.asarray(part)[where]
             if at.points is not None:  # one law for all members: as many groups of layers
@@ -120,10 +123,16 @@ def fleet(prototype: Deployment, members: Sequence[tuple[Layout, Options]], memo
         tp=prototype.layout.tp, pp=prototype.layout.pp, dp=dp, ep=ep, etp=etp, stage_ranks=ranks
     ))
     exchanges, loads, spread = list[Exchange](), list[ExpertLoad | LayerLoads](), list[dict[str, float]]()
-    kernels: dict[tuple[bool, bool], dict[str, float]] = {}  # all that they hang on of a layout
+    # each once for all that it hangs on of a member
+    lie: dict[tuple[object, ...], Exchange] = {}
+    own: dict[str, Any] = dict(step.pricer.sources)
+    kernels = {(prototype.layout.ep > 1, prototype.layout.dp > 1): own}
     for one, options in members:
         check_options(options, one, table.facts, plan.all2all)
-        exchanges.append(exchange_of(table, one, device, engine, options=options, form=plan.form))
+        key = one.dp, one.ep, one.stage_ranks, options.dispatch, options.external_shared_experts > 0
+        if key not in lie:
+            lie[key] = exchange_of(table, one, device, engine, options=options, form=plan.form)
+        exchanges.append(lie[key])
         held, distinct = experts_of(table, one, device, engine, options)
         loads += [held] if held is not None else []
         spread.append(distinct)
@@ -144,8 +153,10 @@ def fleet(prototype: Deployment, members: Sequence[tuple[Layout, Options]], memo
     )
     if loads:
         memo = replace(memo, load=(dp.tobytes(), etp.tobytes(), *map(id, loads)), members=tuple(loads))
-    lie = [{(str(c.op), c.label): c for some in one.collectives.values() for c in some} for one in exchanges]
-    rows = tuple(_merged(row, lie) for row in plan.rows)
+    named = {
+        id(one): {(str(c.op), c.label): c for some in one.collectives.values() for c in some} for one in lie.values()
+    }
+    rows = tuple(_merged(row, [named[id(one)] for one in exchanges]) for row in plan.rows)
     sent: Any = _column([one.dispatch.activation_bytes for one in exchanges])
     priced = replace(
         step, plan=replace(plan, rows=rows, dispatch=replace(plan.dispatch, activation_bytes=sent)),

@@ -16,12 +16,9 @@ from typing import Any
 import numpy as np
 
 from tensorcast.deploy.deployment import Deployment
-from tensorcast.deploy.plan.plan import Collective
-from tensorcast.deploy.step.price import StepPrice, seconds_of
+from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.step.sizes import GRID
-from tensorcast.serving.curves import PER_SEQUENCE
 from tensorcast.serving.traffic import Array
-from tensorcast.trace.moe import EXPERT_STAGES
 
 LEAST_CONTEXT = 32.0
 """Cached tokens from which on tables have points, four in an octave; below, lines from 0."""
@@ -192,7 +189,7 @@ def step_times(
         batch = GRID[(GRID >= 1)]
         batch = batch[: max(2, int(np.searchsorted(batch, most_sequences)) + 1)]
         price = decode.step.price(batch, 1.0, contexts[:, None])
-        shared, attention = _shared(price, decode), _attention(price)
+        shared, attention = _shared(price, decode), np.asarray(price.tally.attention)
         # what the engine takes per sequence stays with decoding where prompts ride along
         attention = attention + price.request_overhead_s
         whole = np.broadcast_to(price.seconds, (len(contexts), len(batch)))
@@ -206,7 +203,7 @@ def step_times(
         new = GRID[(GRID >= 1) & (2 * chunk_tokens + most_sequences > GRID)][::2]
         price = prefill.step.price(1.0, new, contexts[:, None])
         factor = engine.overhead.prefill_factor
-        shared, attention = _shared(price, prefill), _attention(price)
+        shared, attention = _shared(price, prefill), np.asarray(price.tally.attention)
         whole, shared, attention = (
             factor * np.broadcast_to(t, (len(contexts), len(new))) for t in (price.seconds, shared, attention)
         )
@@ -232,19 +229,10 @@ def _contexts(longest: int) -> Array:
     return np.concatenate([[0.0], points])
 
 
-def _attention(price: StepPrice) -> Array:
-    found: Array = np.asarray(price.sum(seconds_of, lambda p: getattr(p.row, "name", "") in PER_SEQUENCE))
-    return found
-
-
 def _shared(price: StepPrice, deployment: Deployment) -> Array:
     """Seconds of experts, dispatch and combine less what overlaps, as of :func:`prefill_columns`; none where there is
     one data-parallel rank, whose tokens are all tokens."""
     if deployment.layout.dp == 1:
         return np.zeros(1)
-    experts = price.sum(
-        seconds_of,
-        lambda p: p.row.group in ("dp", "ep") if isinstance(p.row, Collective) else p.row.stage in EXPERT_STAGES,
-    )
-    found: Array = np.maximum(np.asarray(experts - price.hidden_s), 0.0)
+    found: Array = np.maximum(np.asarray(price.tally.experts - price.hidden_s), 0.0)
     return found

@@ -7,12 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tensorcast.cost.evidence import EVIDENCE, LEVELS
-from tensorcast.deploy.step.price import StepPrice, seconds_of, total
+from tensorcast.cost.evidence import LEVELS
+from tensorcast.deploy.step.price import StepPrice
 from tensorcast.serving.traffic import Array
-
-PER_SEQUENCE = ("attention", "indexer_scores", "linear_attention", "ssm_scan", "causal_conv1d")
-"""Ops that run per sequence: in a step with prompts they run once for the prompts and once for the decoding rows."""
 
 
 @dataclass
@@ -43,10 +40,9 @@ class DecodeCurve:
 
 def decode_columns(price: StepPrice) -> dict[str, Any]:
     """What decode curves hold, from decode steps of one deployment priced over batches."""
-    attention_s = price.sum(seconds_of, lambda p: getattr(p.row, "name", "") in PER_SEQUENCE)
     return {
         "seconds": price.seconds,
-        "attention_s": attention_s + price.request_overhead_s,
+        "attention_s": price.tally.attention + price.request_overhead_s,
         "error": price.error,
         "exposed_comm_s": price.exposed_comm_s,
         "hidden_comm_s": price.hidden_comm_s,
@@ -56,14 +52,5 @@ def decode_columns(price: StepPrice) -> dict[str, Any]:
 
 def evidence_shares(price: StepPrice) -> dict[str, Any]:
     """Share of kernel seconds behind which each kind of evidence stands."""
-    # of arrays, levels are per candidate, or per member of a fleet that spans more or fewer tiers
-    by_level = price.sums(seconds_of, lambda p: p.level if isinstance(p.level, int) else None)
-    seconds: dict[str, Any] = dict.fromkeys(EVIDENCE, 0.0)
-    for level, kind in enumerate(LEVELS):
-        seconds[kind] = by_level.get(level, 0.0)
-        if None in by_level:
-            seconds[kind] = seconds[kind] + price.sum(
-                lambda p: p.seconds * (p.level == level), lambda p: not isinstance(p.level, int)  # noqa: B023
-            )
-    whole = np.maximum(total(seconds.values()), 1e-30)
-    return {kind: value / whole for kind, value in seconds.items()}
+    shares = price.tally.levels / np.maximum(price.tally.levels.sum(axis=0), 1e-30)
+    return dict(zip(LEVELS, shares, strict=True))

@@ -10,13 +10,11 @@ import numpy as np
 
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.deploy.deployment import Deployment
-from tensorcast.deploy.plan.plan import Collective
-from tensorcast.deploy.step.price import StepPrice, seconds_of
+from tensorcast.deploy.step.price import StepPrice
 from tensorcast.errors import InputError
 from tensorcast.serving.curves import evidence_shares
 from tensorcast.serving.entries import Entries
 from tensorcast.serving.traffic import Array, Number, Traffic
-from tensorcast.trace.moe import EXPERT_STAGES
 
 
 @dataclass(frozen=True)
@@ -98,13 +96,9 @@ def prefill_columns(price: StepPrice, prefill: Deployment) -> dict[str, Any]:
     overlaps.
     """
     overhead = prefill.engine.overhead
-    experts_s = price.sum(
-        seconds_of,
-        lambda p: p.row.group in ("dp", "ep") if isinstance(p.row, Collective) else p.row.stage in EXPERT_STAGES,
-    )
     return {
         "seconds": overhead.prefill_factor * price.seconds,
-        "experts_s": overhead.prefill_factor * (experts_s - price.hidden_s),
+        "experts_s": overhead.prefill_factor * (price.tally.experts - price.hidden_s),
         "error": np.hypot(price.error, overhead.prefill_error),
         **evidence_shares(price),
     }

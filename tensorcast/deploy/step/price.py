@@ -16,6 +16,7 @@ from tensorcast.cost.row_seconds import Call
 from tensorcast.cost.work import Size
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.profiles.device import DeviceProfile
+from tensorcast.trace.moe import EXPERT_STAGES
 
 PARTS = ("compute", "memory", "network", "latency")
 """What the seconds of a row are spent on."""
@@ -189,36 +190,83 @@ class StepPrice:
         """Every row's price at every batch."""
         return tuple(row for row, _ in self.calls)
 
-    def sums(self, of: Callable[[RowPrice], Size], by: Callable[[RowPrice], Key]) -> dict[Key, Size]:
-        """``of`` each row, over all its calls in one pass over all stages, added up for all that ``by`` tells apart."""
-        found: dict[Key, list[Size]] = {}
+    @cached_property
+    def tally(self) -> Tally:
+        """Sums over all rows' calls in one pass over all stages: one product of matrices for rows of one shape."""
+        names = sorted({price.family for part in self.parts for price in part.prices})
+        sums, axes = np.zeros((len(names) + len(Tally._fields) + len(LEVELS) - 2, 1, 1)), 0
         for part in self.parts:
-            here: dict[tuple[Key, int], list[Size]] = {}  # by calls, too, so that few arrays are multiplied
-            for row, calls in zip(part.prices, part.calls, strict=True):
-                if calls:
-                    here.setdefault((by(row), calls), []).append(of(row))
-            together: dict[Key, list[Size]] = {}
-            for (key, calls), values in here.items():
-                together.setdefault(key, []).append(total(values) * calls)
-            for key, values in together.items():
-                found.setdefault(key, []).append(pick(total(values), part.at) * part.times)
-        return {key: total(values) for key, values in found.items()}
-
-    def sum(self, of: Callable[[RowPrice], Size], wanted: Callable[[RowPrice], bool] | None = None) -> Size:
-        """``of`` each row that is ``wanted``, likewise."""
-        return self.sums(of, lambda row: wanted is None or wanted(row)).get(True, 0.0)
+            found, ndim = _sums(part, names)
+            one = isinstance(part.at, int | np.integer)  # of the cases, which is then no axis
+            axes = max(axes, 0 if one and ndim == 1 else ndim, np.ndim(part.times))
+            sums = sums + pick(found, np.array([part.at]) if one else part.at) * part.times
+        whole = sums if axes == 2 else sums[:, 0] if axes else sums[:, 0, 0]
+        seconds, communication, attention, experts = whole[len(names) : -len(LEVELS)]
+        return Tally(whole[: len(names)], seconds, communication, attention, experts, whole[-len(LEVELS) :])
 
     @cached_property
     def error(self) -> Size:
         """Median relative error of the sum: errors of one family move together, families and overhead independently."""
-        errors = self.sums(lambda p: p.seconds * p.error, attrgetter("family")).values()
-        squares = total(map(np.square, errors)) + self.overhead_error_s**2
-        return np.sqrt(squares) / np.maximum(self.sum(seconds_of) + self.overhead_s, 1e-30)
+        squares = np.square(self.tally.errors).sum(axis=0) + self.overhead_error_s**2
+        return np.sqrt(squares) / np.maximum(self.tally.seconds + self.overhead_s, 1e-30)
 
     @cached_property
     def exposed_comm_s(self) -> Size:
         """Communication that the step waits for."""
-        return self.sum(seconds_of, lambda p: isinstance(p.row, Collective)) - self.hidden_comm_s
+        return self.tally.communication - self.hidden_comm_s
+
+
+class Tally(NamedTuple):
+    """Seconds of a step's rows: of all, of collectives, of ops that run per sequence, of experts with dispatch and
+    combine, which take the tokens of all data-parallel ranks; times their error ``[families, ...]``; and by what stands
+    behind them, ``[levels, ...]`` as of :data:`~tensorcast.cost.evidence.LEVELS`."""
+
+    errors: np.ndarray
+    seconds: Size
+    communication: Size
+    attention: Size
+    experts: Size
+    levels: np.ndarray
+
+
+PER_SEQUENCE = ("attention", "indexer_scores", "linear_attention", "ssm_scan", "causal_conv1d")
+"""Ops that run per sequence: in a step with prompts they run once for the prompts and once for the decoding rows."""
+
+
+def _sums(part: Part, families: Sequence[str]) -> tuple[np.ndarray, int]:
+    """Of one part ``[families and sums of a tally, members, cases]``, each of its rows at its number of calls; and axes
+    of its rows' prices."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, (price, calls) in enumerate(zip(part.prices, part.calls, strict=True)):
+        if calls:
+            alike.setdefault(np.broadcast(price.seconds, price.error, price.level).shape, []).append(i)
+    size, sums = len(families) + 4, np.zeros((len(families) + 4 + len(LEVELS), 1, 1))
+    for shape, rows in alike.items():
+        seconds, errors = np.empty((len(rows), *shape)), np.empty((len(rows), *shape))
+        weights = np.zeros((len(sums), len(rows)))
+        mixed: list[tuple[int, np.ndarray]] = []  # calls of more than one level
+        for j, i in enumerate(rows):
+            price, row, calls = part.prices[i], part.prices[i].row, part.calls[i]
+            seconds[j], errors[j] = price.seconds, price.error
+            if isinstance(row, Collective):
+                among = True, False, row.group in ("dp", "ep")
+            else:
+                among = False, row.name in PER_SEQUENCE, row.stage in EXPERT_STAGES
+            weights[families.index(price.family), j] = calls
+            weights[size - 4 : size, j] = calls, *(calls * inside for inside in among)
+            if isinstance(price.level, int):
+                weights[size + price.level, j] = calls
+            else:
+                mixed.append((j, price.level))
+        flat, ends = seconds.reshape(len(rows), -1), (*(1,) * (2 - len(shape)), *shape)
+        found = np.concatenate([
+            weights[: size - 4] @ (flat * errors.reshape(flat.shape)), weights[size - 4 :] @ flat
+        ]).reshape(len(sums), *ends)
+        for j, level in mixed:
+            of_level = np.equal.outer(np.arange(len(LEVELS)), np.broadcast_to(level, shape))
+            found[size:] += (weights[size - 4, j] * seconds[j] * of_level).reshape(len(LEVELS), *ends)
+        sums = sums + found
+    return sums, max(map(len, alike), default=0)
 
 
 def total(values: Iterable[Size]) -> Size:

@@ -117,6 +117,39 @@ def test_points_lead_to_rows(page: Any) -> None:
     assert page.locator("button.copy").count() == page.locator("pre").count() >= 2
 
 
+def test_ten_questions_within_two_actions_each(page: Any, compared: Any) -> None:
+    """Each against the frame or the sentence of the program; a longer prompt is asked anew, with a command to copy."""
+    frame, view = compared.candidates, View(compared)
+    inside = frame[frame["meets"]]
+    page.click("#live button[type=reset]")
+    text = page.inner_text("body")
+    assert "The limit on TTFT" in text and "The limit on TPOT" in text  # which limit binds?
+    assert "Spreading whole experts over GPUs (EP)" in text  # expert or tensor parallel?
+    assert "Serving from two pools" in text  # one pool or two?
+    assert "kept with a chance of" in text  # how sure is it?
+    assert "It would win" in text or "Runner-up" in text  # what comes close, and what would make it win?
+
+    def aims(column: str) -> str:
+        page.select_option("#live-y", column)
+        return told(page)
+
+    users = inside["concurrency"].max()  # how many users on what I have?
+    assert f"the most users at once: {units.count(users)}." in aims("concurrency")
+    cheapest = inside.loc[inside["cost_per_million_tokens"].idxmin()]  # which GPU is cheapest?
+    assert aims("cost_per_million_tokens").startswith(view.name(cheapest))
+    page.fill("#price", "1.5")  # what if a GPU costs less?
+    cost = 1e6 * inside["gpus"] * 1.5 / 3600.0 / inside["output_tokens_per_s"]
+    assert f"{units.digits(cost.min())} USD per million output tokens" in told(page)
+    page.click("#live button[type=reset]")
+    page.fill("#limit-tpot", "12")  # what if tokens must come faster?
+    fast = frame[(frame["tpot_s"] <= 0.012) & (frame["ttft_s"] <= 2.0)]
+    assert units.rate(fast["tokens_per_s_per_gpu"].max()) in told(page)
+    page.click("#live button[type=reset]")
+    asked = [pre for pre in page.locator("pre").all_inner_texts() if pre.startswith("tensorcast compare")]
+    assert "--input-len 1024" in asked[0]  # what does a longer prompt do?
+    assert any("vllm serve" in pre for pre in page.locator("pre").all_inner_texts())  # how do I start it?
+
+
 def test_the_question_is_kept_and_asks_the_same(folder: Path, compared: Any) -> None:
     given = yaml.safe_load((folder / "question.yaml").read_text(encoding="utf-8"))
     assert given["model"] == "qwen3-30b-a3b" and given["tpot"] == "0.03s" and given["device"] == "h100,h200"

@@ -129,8 +129,8 @@ def _numbers(view: View, row: Any) -> list[Number]:
         ends = between(view, row, "cost_per_million_tokens")
         found.append(Number("USD per million output tokens", units.digits(cost), ends))
         prompts, read, written = cost_apart(view, row)
-        apart = f"{units.percent(prompts)} of the bill goes to prompts, the rest to replies"
-        found.append(Number("the same, in and out", f"{units.digits(read)} + {units.digits(written)}", apart))
+        apart = f"{units.digits(written)} out, if {units.percent(prompts)} of the bill is for prompts"
+        found.append(Number("USD per million tokens in", units.digits(read), apart))
         hour = row["usd_per_hour"]
         month = f"{hour * HOURS_OF_A_MONTH:,.0f} a month"
         found.append(Number("USD per hour", units.digits(hour), f"{month}, {plural(row['gpus'], 'GPU')}"))

@@ -43,6 +43,13 @@ def test_what_a_row_says_comes_first() -> None:
     assert (said.chunk_tokens, said.options.kv_dtype) == (4096, "bf16")
 
 
+def test_linears_beside_experts_in_blocks_are_in_blocks() -> None:
+    """Qwen/Qwen3.5-397B-A17B-FP8 stores all of them so (weight_block_size); public records say fp8 of its linears."""
+    cells = {"model": "Qwen/Qwen3.5-397B-A17B", "gemm_precision": "fp8", "moe_precision": "fp8_block"}
+    assert read(**cells).options.quant == "linear=fp8_block,experts=fp8_block"
+    assert read_run({**RECORD, **cells}).options.quant == "linear=fp8,experts=fp8_block"  # said by hand
+
+
 def test_only_records_are_read_as_launched() -> None:
     plain = read_run(RECORD)
     assert plain.chunk_tokens is None and plain.options.kv_dtype is None and plain.mtp_acceptance == 0.8
@@ -124,25 +131,28 @@ def test_half_of_sglangs_receive_interval_is_waited_for() -> None:
     assert read(**sglang, moe_tp="8", release="0.5.9", concurrency="64").wait_steps == 15
 
 
-def test_of_several_launches_those_of_its_release_then_of_its_users_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(release: str, users: str, chunk: str, depth: str = "") -> dict[str, str]:
+def test_of_several_launches_those_of_its_release_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(release: str, users: str, chunk: str, depth: str = "", ep: str = "") -> dict[str, str]:
         options = dict.fromkeys(OPTIONS, "")
-        return {"release": release, "users": users, **options, "chunk_tokens": chunk, "mtp_depth": depth}
+        return {"release": release, "users": users, **options, "chunk_tokens": chunk, "mtp_depth": depth, "ep": ep}
 
     rows = [row("1;2", "4;8", "100"), row("2", "8", "300"), row("3", "8;16", "300", "2"), row("3", "64", "", "2")]
     key = ("vllm", "m", "h100-sxm", "fp8", "1", "2", "agg", "1", "0", *[""] * 6)
     monkeypatch.setattr(launch_records, "_launches", lambda: {key: rows})
 
-    def found(users: float, release: str) -> Any:
+    def found(users: float, release: str, ep: int = 1) -> Any:
         of = launch_records.Recorded(
             model="m", device="h100", engine="vllm", precision="FP8", lengths=(1, 2), users=users, release=release
         )
-        return launch_records.launched(of, key[6:])
+        return launch_records.launched(of, key[6:], ep)
 
     assert found(4, "2").chunk_tokens == 100
     assert found(8, "3").chunk_tokens == 300 and found(8, "3").mtp_depths == (2,)
     assert found(8, "").chunk_tokens == 300 and found(8, "").mtp_depths == (0, 2)  # most of three
     assert found(64, "").chunk_tokens is None and found(64, "").mtp_depths == (2,)
+    rows += [row("4", "8", "400", "3", "1"), row("4", "16", "500", "", "4")]
+    assert found(8, "4").mtp_depths == (3,) and found(8, "4", ep=4).mtp_depths == (0,)  # its experts before its users
+    assert found(8, "4", ep=2).mtp_depths == (3,)  # none cuts them so
     assert found(64, "1").chunk_tokens == 100 and found(64, "1").mtp_depths == (0,)  # its release before its users
 
 

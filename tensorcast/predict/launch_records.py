@@ -2,8 +2,9 @@
 
 The table is a profile, ``profiles/records/launches.csv``, made by :mod:`tensorcast.calibrate.engines.launches` from the
 benchmarks' launch scripts. A record is found by engine, model, device, precision, lengths and sizes; of several such
-launches those of its release, then of its users, come first. Which version of a script made a record is not known: an
-option that the remaining ones differ in is the most frequent, and drafted tokens are then not sure.
+launches those of its release, then those that cut experts as it does, then those of its users come first. Which version
+of a script made a record is not known: an option that the remaining ones differ in is the most frequent, and drafted
+tokens are then not sure.
 """
 
 from __future__ import annotations
@@ -111,10 +112,11 @@ class Recorded:
         return (*names, self.precision.lower(), *map(str, self.lengths))
 
 
-def launched(of: Recorded, sizes: tuple[str, ...]) -> Launched | None:
+def launched(of: Recorded, sizes: tuple[str, ...], ep: int) -> Launched | None:
     """How a record was launched, or None where no launch is known. ``sizes``: of :func:`aggregated_sizes` or
-    :func:`pool_sizes`."""
+    :func:`pool_sizes`; ``ep``: experts' parallel size, of the decode pool."""
     alike = _of_release(_launches().get((*(of.key() or ()), *sizes), []), of.release)
+    alike = [row for row in alike if row["ep"] == str(ep)] or alike
     alike = [row for row in alike if f"{of.users:.0f}" in row["users"].split(";")] or alike
     if not alike:
         return None

@@ -243,7 +243,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     if (kept := cells.text("prefix_cache", "off" if record else "on")) not in ("on", "off"):
         raise InputError(f"prefix_cache {kept!r}: must be on or off")
     options = Options(
-        quant=_quant(cells, named),
+        quant=_quant(cells, named, record),
         kv_dtype=_kv(cells, engine, stated), state_dtype=cells.text("state_dtype", None),
         routing=cells.text("routing"),
         all2all=cells.text("all2all"),
@@ -277,7 +277,7 @@ def _as_recorded(
 ) -> tuple[Launched | None, tuple[int, int], Layout, Layout]:
     """How a public record was launched, its workers and layouts: where it is silent of these, the launch's."""
     if aggregated:
-        found, (_, layout) = launched(of, aggregated_sizes(pools[1])), pools
+        found, (_, layout) = launched(of, aggregated_sizes(pools[1]), pools[1].ep), pools
         # results that name no release say nothing of how experts are cut either, and are recorded as ep 1
         if found and found.ep and not of.release and layout.ep == 1 < found.ep <= layout.tp * layout.dp:
             layout = replace(layout, ep=found.ep)
@@ -288,7 +288,7 @@ def _as_recorded(
         workers, pools = known
         cells.assumed[:] = [said for said in cells.assumed if not said.startswith("workers ")]
         cells.assumed.append(f"launched as {workers[0]} x {pools[0]} and {workers[1]} x {pools[1]}")
-    return launched(of, pool_sizes(*pools, workers)), workers, *pools
+    return launched(of, pool_sizes(*pools, workers), pools[1].ep), workers, *pools
 
 
 def _as_launched(cells: Cells, found: Launched | None) -> tuple[int, ...]:
@@ -355,8 +355,9 @@ def _layout(cells: Cells, role: str, num_experts: int, record: bool) -> Layout:
     return Layout(ranks * pp, tp, dp, ep, pp)
 
 
-def _quant(cells: Cells, named: Named) -> str | None:
-    """Scheme of linears and experts, as an option; without a column, what the model's name says."""
+def _quant(cells: Cells, named: Named, record: bool) -> str | None:
+    """Scheme of linears and experts, as an option; without a column, what the model's name says. A public ``record``
+    of experts in FP8 blocks says fp8 of linears, which such a checkpoint stores in blocks as well."""
     whole = cells.text("precision", None)
     if whole is None and named.precision and not cells.text("gemm_precision", cells.text("moe_precision", None)):
         whole = named.precision
@@ -365,7 +366,7 @@ def _quant(cells: Cells, named: Named) -> str | None:
     for column, precision in zip(("gemm_precision", "moe_precision"), said, strict=True):
         if precision is not None and precision.lower() not in SCHEME_OF:
             raise unknown_name(column if cells.text(column, None) else "precision", precision, SCHEME_OF)
-    return named.quant(*said)
+    return named.quant("fp8_block" if record and said == ["fp8", "fp8_block"] else said[0], said[1])
 
 
 def _kv(cells: Cells, engine: str, stated: frozenset[str]) -> str | None:

@@ -144,8 +144,10 @@
     $("search").dispatchEvent(new Event("input", { bubbles: true }));
     $("candidates").scrollIntoView({ block: "start" });
   }
-  $("live-chart").addEventListener("mouseover", (event) => point(of(event)));
-  $("live-chart").addEventListener("mouseleave", () => point(null));
+  // What the keys have walked to stays where the mouse points at nothing.
+  const walked = () => (document.activeElement === $("live-chart") ? front(fields.y.value)[focus] : null);
+  $("live-chart").addEventListener("mouseover", (event) => point(of(event) ?? walked()));
+  $("live-chart").addEventListener("mouseleave", () => point(walked()));
   $("live-chart").addEventListener("click", (event) => of(event) && choose(of(event)));
   $("live-chart").addEventListener("keydown", (event) => {
     const line = front(fields.y.value), step = { ArrowRight: -1, ArrowLeft: 1 }[event.key];
@@ -164,7 +166,11 @@
   onkept((found) => { kept = found; chart(); point(null); });
   $("live").addEventListener("input", again);
   $("live").addEventListener("submit", (event) => event.preventDefault());
-  $("live").addEventListener("reset", () => setTimeout(() => { for (const [name, one] of Object.entries(asked)) fields[name].value = one; again(); }));
+  $("live").addEventListener("reset", (event) => {
+    event.preventDefault(); // to what was asked, at once
+    for (const [name, one] of Object.entries(asked)) fields[name].value = one;
+    again();
+  });
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; chart(); } });
   for (const one of [...fields.y.options]) if (at[one.value] === undefined) one.remove();

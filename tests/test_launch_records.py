@@ -162,7 +162,7 @@ def test_launches_that_are_alike_are_one_row() -> None:
         "serving_model": "deepseek-ai/DeepSeek-R1;deepseek-ai/DeepSeek-V3",
         "hf_model": "x", "device": "h200", "precision": "fp8", "mode": "agg", "role": "agg", "isl": 1024, "osl": 1024,
         "concurrency": 4, "tp": 8, "ep": 1, "dp_attn": 0, "max_num_tokens": 8192.0, "kv_cache_dtype": "fp8_e4m3",
-        "spec_depth": None, "sched_recv_interval": None, "stream_interval": 20.0,
+        "spec_depth": None, "sched_recv_interval": None, "stream_interval": 20.0, "all2all_backend": None,
         "prefill_workers": None, "prefill_tp": None, "prefill_dp_attn": None,
         "decode_workers": None, "decode_tp": None, "decode_dp_attn": None, "other_options": None,
     }  # fmt: skip
@@ -192,18 +192,20 @@ def test_users_of_one_worker_and_tokens_of_a_server_are_counted_over_all_and_per
         "engine": "sglang", "engine_release": "1", "serving_model": "deepseek-ai/DeepSeek-R1", "hf_model": "x",
         "device": "h200", "precision": "fp8", "mode": "agg", "role": "agg", "isl": 8, "osl": 8, "tp": 8, "ep": 8,
         "dp_attn": 1, "kv_cache_dtype": None, "spec_depth": None, "sched_recv_interval": None, "other_options": None,
-        **dict.fromkeys(POOL_COLUMNS), "concurrency": 64, "recipe_name": "recipes/c64_ctx1_gen9_dep8_batch512.yaml",
+        "all2all_backend": None, **dict.fromkeys(POOL_COLUMNS), "concurrency": 64, "recipe_name": "recipes/c64_ctx1_gen9_dep8_batch512.yaml",
         "max_num_tokens": 65536.0, "max_prefill_tokens": 65536.0,
     }  # fmt: skip
     more: list[dict[str, Any]] = [
         {}, {"concurrency": 1, "recipe_name": "r/c1_ctx1_gen7_tep8_batch1.yaml", "max_num_tokens": 262144.0},
         {"recipe_name": "r/ctx1_gen3_tp8_batch64.yaml", "dp_attn": 0, "max_prefill_tokens": None},
         {"engine": "trtllm", "recipe_name": None, "max_num_tokens": 512.0},
+        {"concurrency": 8, "recipe_name": None, "all2all_backend": "deepep"},
     ]  # fmt: skip
     found = launches(pd.DataFrame([launch | one for one in more]))
-    assert {(row.engine, row.users, row.chunk_tokens, row.ep) for row in found.itertuples()} == {
-        ("sglang", "576", "8192", "8"), ("sglang", "9", "32768", "8"), ("sglang", "64", "16384", "8"),
-        ("trtllm", "64", "512", "8"),
+    gathers = "allgather_reducescatter"
+    assert {(row.engine, row.users, row.chunk_tokens, row.ep, row.all2all) for row in found.itertuples()} == {
+        ("sglang", "576", "8192", "8", gathers), ("sglang", "9", "32768", "8", gathers),
+        ("sglang", "64", "16384", "8", ""), ("sglang", "8", "8192", "8", ""), ("trtllm", "64", "512", "8", ""),
     }  # fmt: skip
 
 

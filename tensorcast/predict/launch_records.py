@@ -69,11 +69,12 @@ class Launched:
     kv_dtype: str | None
     state_dtype: str | None
     receive_interval: int | None
+    all2all: str | None
     mtp_depths: tuple[int, ...]
 
     def cells(self) -> dict[str, Any]:
         """Options that are no default, by column."""
-        options = ("chunk_tokens", "kv_dtype", "state_dtype", "receive_interval")
+        options = ("chunk_tokens", "kv_dtype", "state_dtype", "receive_interval", "all2all")
         said = {name: value for name in options if (value := getattr(self, name)) is not None}
         return said | ({"mtp_depth": self.mtp_depths[0]} if self.mtp_depths != (0,) else {})
 
@@ -127,6 +128,7 @@ def launched(of: Recorded, sizes: tuple[str, ...], ep: int) -> Launched | None:
         kv_dtype=_most(alike, "kv_dtype", str),
         state_dtype=_most(alike, "state_dtype", str),
         receive_interval=_most(alike, "receive_interval", int),
+        all2all=_most(alike, "all2all", str),
         mtp_depths=tuple(sorted({int(row["mtp_depth"] or 0) for row in alike})),
     )
 

@@ -32,6 +32,7 @@ OPTIONS = {
     "state_dtype": "other_options",
     "mtp_depth": "spec_depth",
     "receive_interval": "sched_recv_interval",
+    "all2all": "all2all_backend",
 }
 """Options kept, by our names, and the table's; of pools, experts' parallel size is that of the one that decodes."""
 
@@ -65,6 +66,7 @@ def launches(table: pd.DataFrame) -> pd.DataFrame:
         release=table["engine_release"].fillna("").astype(str),
         gpus=table["tp"].mask(in_pools),
         dp_attn=table["dp_attn"].mask(in_pools),
+        all2all_backend=_exchange(table),
     )
     known["concurrency"] = _in_flight(known)
     known["max_num_tokens"] = _step_tokens(known)
@@ -89,6 +91,14 @@ def _in_flight(table: pd.DataFrame) -> pd.Series:
     return table["concurrency"].mask(table["concurrency"] == each, pd.Series(whole, index=table.index))
 
 
+def _exchange(table: pd.DataFrame) -> pd.Series:
+    """Our name of the exchange where it is not the profile's: SGLang's profile takes DeepEP, as its guides ask for it;
+    where a script asks for none, tokens are gathered (0.5.14, server_args.py: moe_a2a_backend)."""
+    gathers = (table["engine"] == "sglang") & (table["dp_attn"] == 1) & (table["ep"] > 1)
+    gathers &= table["all2all_backend"].isna()
+    return gathers.map({True: "allgather_reducescatter", False: ""})
+
+
 def _step_tokens(table: pd.DataFrame) -> pd.Series:
     """Prompt tokens of a data-parallel rank's step. SGLang divides ``--chunked-prefill-size`` by the ranks (0.5.14,
     server_args.py, _handle_data_parallelism) and fills a step up to ``--max-prefill-tokens`` (schedule_policy.py)."""
@@ -108,7 +118,7 @@ def _options(table: pd.DataFrame) -> pd.DataFrame:
     out = table[[*KEY, "concurrency"]].assign(**{ours: table[theirs] for ours, theirs in OPTIONS.items()})
     out["kv_dtype"] = out["kv_dtype"].map(lambda said: "fp8" if str(said).startswith("fp8") else "")
     out["state_dtype"] = out["state_dtype"].astype(str).str.extract(STATES, expand=False).fillna("")
-    numbers = [name for name in OPTIONS if name not in ("kv_dtype", "state_dtype")]
+    numbers = [name for name in OPTIONS if name not in ("kv_dtype", "state_dtype", "all2all")]
     for name in (*POOLS, "gpus", "dp_attn", "isl", "osl", "concurrency", *numbers):
         out[name] = out[name].map(lambda value: "" if pd.isna(value) else f"{float(value):.0f}")
     out["concurrency"] = out["concurrency"].astype(int)

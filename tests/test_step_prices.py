@@ -15,7 +15,6 @@ from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device, load_engine, load_model
-from tensorcast.serving.curves import evidence_shares
 
 LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "inter": 14336}  # Llama-3.1-8B's config.json
 QWEN = {"hidden_size": 2048, "inter_size": 768, "topk": 8, "num_experts": 128}  # Qwen3-30B-A3B's
@@ -99,12 +98,12 @@ def test_arrays_are_priced_as_their_entries(model: str) -> None:
     made = deployment(model)
     batches = np.array([0.25, 1.0, 1.5, 33.0, 1024.0, 60000.0])
     together = made.step.price(batches, 1.0, 2000.0)
-    shares = evidence_shares(together)
+    shares = together.tally.evidence
     seconds, error = np.asarray(together.seconds), np.asarray(together.error)
     for i, batch in enumerate(batches):
         alone = made.step.price(batch, 1.0, 2000.0)
         assert seconds[i] == pytest.approx(float(alone.seconds), rel=1e-12)
         assert error[i] == pytest.approx(float(alone.error), rel=1e-9)
-        for kind, share in evidence_shares(alone).items():
+        for kind, share in alone.tally.evidence.items():
             assert np.broadcast_to(shares[kind], len(batches))[i] == pytest.approx(float(share), abs=1e-12)
     assert np.ptp(shares["measured"]) > 0.1

@@ -32,7 +32,9 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
     parts, unstable, grid = [], 0, shop.grid
     for budget in shop.chunks:
         most = np.minimum(shop.fits[budget], LARGEST_BATCH)
-        state = _engine(shop, budget, np.arange(len(most))[:, None]).at(grid[None, :])
+        if budget not in shop.states:
+            shop.states[budget] = _engine(shop, budget, np.arange(len(most))[:, None]).at(grid[None, :])
+        state = shop.states[budget]
         per_token = state.generation_s / max(shop.scenario.load.output_len - 1, 1)
         in_time = (state.first_s <= (limits[0] or np.inf)) & (per_token <= (limits[1] or np.inf))
         fits = grid <= most[:, None]

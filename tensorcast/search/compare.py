@@ -13,6 +13,7 @@ import numpy as np
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.step.asked_rows import Memo, Prices
+from tensorcast.deploy.step.price import StepPrice, pick
 from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
@@ -27,7 +28,6 @@ from tensorcast.search.selection import alike, pareto
 from tensorcast.search.space import Variant
 from tensorcast.search.workspace import CURRENT
 from tensorcast.serving.objective import OBJECTIVES
-from tensorcast.serving.traffic import Traffic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -196,43 +196,51 @@ def work_by_family(
     GPU seconds per output token; for the objective ``latency`` seconds of a request. What rests on measurements and
     what on datasheets alone err apart.
     """
-    kept, behind, asked = CURRENT.get().contenders, list[tuple[Deployment, Deployment, float, Traffic]](), list[Asked]()
+    kept, new = CURRENT.get().contenders, dict[tuple[Hashable, ...], tuple[Deployment, tuple[float, float, float]]]()
+    both: list[list[tuple[Hashable, ...]]] = []  # steps of each candidate: of replies, and of one prompt
     for row in rows:
         load = comparison.behind[row["candidate"]][0].load
         prefill, decode = comparison.deployments(row["candidate"])
-        behind.append((prefill, decode, float(row["batch"]), load))
-    # deployments are known by identity, and kept with what was found of them
-    keys = [(id(prefill), id(decode), batch, load) for prefill, decode, batch, load in behind]
-    new = [i for i, key in enumerate(keys) if key not in kept]
-    common: dict[tuple[int, int], dict[Hashable, Prices]] = {}  # rows that no layout changes are priced once for all
-    for prefill, decode, batch, load in (behind[i] for i in new):
         prompt = 1.0, float(load.input_len - load.prefix_cached), float(load.prefix_cached)
-        for one, at in ((decode, (batch, 1.0, load.context)), (prefill, prompt)):
-            plain = common.setdefault((id(one.device), id(one.engine)), {})
-            asked.append((replace(one.step, memo=Memo(plain=plain, load=(id(one),), members=(one,))), *at))
-    priced = prices(asked)
-    for i in new:
-        both = list[list[tuple[str, float, float]]]()
-        for price in (next(priced), next(priced)):
-            # one batch: numbers, or arrays of one entry where drafts are priced beside it
-            parts = [(f"{p.family} {p.level == UNSURE}", np.asarray(p.seconds * n).item(), float(np.max(p.error)))
-                     for p, n in price.calls]
-            beside = max(float(price.overhead_s), 1e-30)
-            both.append([*parts, ("engine", beside, float(price.overhead_error_s) / beside)])
-        kept[keys[i]] = behind[i], both
+        steps = (decode, (float(row["batch"]), 1.0, float(load.context))), (prefill, prompt)
+        # deployments are known by identity, and kept with what was found of them
+        both.append([(id(one), *at) for one, at in steps])
+        new |= {key: step for key, step in zip(both[-1], steps, strict=True) if key not in kept}
+    common: dict[tuple[int, int], dict[Hashable, Prices]] = {}  # rows that no layout changes are priced once for all
+    asked = list[Asked]()
+    for one, at in new.values():
+        plain = common.setdefault((id(one.device), id(one.engine)), {})
+        asked.append((replace(one.step, memo=Memo(plain=plain, load=(id(one),), members=(one,))), *at))
+    for key, price in zip(new, prices(asked), strict=True):
+        kept[key] = new[key], _by_family(price)
     sums = list[dict[str, tuple[float, float]]]()
-    for row, key in zip(rows, keys, strict=True):
+    for row, keys in zip(rows, both, strict=True):
         decoded = row["tpot_s"] * (comparison.output_len - 1) / row["request_s"]
         whole = row["request_s"] if comparison.objective == "latency" else row["gpus"] / row["output_tokens_per_s"]
         found: dict[str, tuple[float, float]] = {}
-        for parts, share in zip(kept[key][1], (decoded, 1 - decoded), strict=True):
-            total = sum(seconds for _, seconds, _ in parts) or 1.0
-            for name, seconds, error in parts:
-                amount = whole * share * seconds / total
+        for key, share in zip(keys, (decoded, 1 - decoded), strict=True):
+            parts = kept[key][1]
+            total = sum(seconds for seconds, _ in parts.values()) or 1.0
+            for name, (seconds, off) in parts.items():
                 before, mean = found.get(name, (0.0, 0.0))
-                found[name] = before + amount, (before * mean + amount * error) / max(before + amount, 1e-30)
+                amount = before + whole * share * seconds / total
+                found[name] = amount, (before * mean + whole * share * off / total) / max(amount, 1e-30)
         sums.append(found)
     return sums
+
+
+def _by_family(price: StepPrice) -> dict[str, tuple[float, float]]:
+    """Seconds of a step that was priced alone, by kernel family, those on datasheets apart, and beside kernels; and
+    seconds times their relative median errors."""
+    found = {"engine": (max(float(price.overhead_s), 1e-30), float(price.overhead_error_s))}
+    for part in price.parts:
+        for p, calls in zip(part.prices, part.calls, strict=True):
+            # one batch: numbers, or arrays of one entry where drafts are priced beside it
+            seconds = np.asarray(pick(p.seconds, part.at) * (calls * part.times)).item()
+            name = f"{p.family} {pick(p.level, part.at) == UNSURE}"
+            before, off = found.get(name, (0.0, 0.0))
+            found[name] = before + seconds, off + seconds * float(np.max(pick(p.error, part.at)))
+    return found
 
 
 def _not_met(comparison: Comparison) -> str:

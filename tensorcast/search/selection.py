@@ -84,14 +84,17 @@ def worth_a_row(task: SearchTask, prices: VariantPrices, mode: str, points: Poin
     worst = np.max([c[f"{name}_share"] for name in LIMITS if f"{name}_share" in c], axis=0)
     layout_of = {layout: i for i, layout in enumerate(dict.fromkeys(v.layout for v in prices.variants))}
     of_variant = np.array([layout_of[v.layout] for v in prices.variants])
-    keys = np.array([of_variant[points.variant], np.log2(c["batch"]).round(3)])
-    score = OBJECTIVES[task.objective].score(c)
+    batches, batch = np.unique(np.log2(c["batch"]).round(3), return_inverse=True)
+    group = of_variant[points.variant] * len(batches) + batch
+    order = np.argsort(group, kind="stable")
+    begins = np.flatnonzero(np.diff(group[order], prepend=-1))
+    sizes = np.diff(begins, append=len(order))
+    score, off = OBJECTIVES[task.objective].score(c)[order], worst[order]
+    met = np.repeat(np.minimum.reduceat(off, begins) <= 1, sizes)  # by some of the same layout and batch
     found = [np.flatnonzero(pareto(1.0 / c["tpot_s"], c["tokens_per_s_per_gpu"]))]
-    for first in ((-score, worst > 1), (worst,)):  # the best within the limits, and the closest to them
-        order = np.lexsort((*first, *keys))
-        begins = np.ones(len(order), dtype=bool)
-        begins[1:] = (keys[:, order[1:]] != keys[:, order[:-1]]).any(axis=0)
-        found.append(order[begins])
+    for value in (np.where(met & (off > 1), np.inf, -score), off):  # best within the limits, and closest to them
+        least = np.flatnonzero(value == np.repeat(np.minimum.reduceat(value, begins), sizes))
+        found.append(order[least[np.searchsorted(least, begins)]])
     return np.unique(np.concatenate(found))
 
 

@@ -33,6 +33,7 @@ from tensorcast.search.workspace import MOST_FLEETS, Parts
 from tensorcast.serving.capacity import decode_budget, prefill_budget, room, sequence_bytes
 from tensorcast.serving.curves import decode_columns
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
+from tensorcast.serving.steady_state import SteadyState
 from tensorcast.serving.traffic import Array, Rows
 from tensorcast.trace.cache import whole_model
 from tensorcast.trace.moe import BlockForm
@@ -122,6 +123,8 @@ class VariantPrices:
         # by variant: which fleet at one setting, as which member
         self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
         self._fleets: list[Fleet] = []
+        self._memory: dict[int, dict[str, Array]] = {}  # of fleets at every batch of the grid
+        self.states: dict[int, SteadyState] = {}  # of every variant there, by chunk budget: whatever the limits are
         self._pools: VariantPrices | None = None
         self.own_kv_dtype = self._whole.stored.kv
         self._cuts = [cut_prompts(scenario.load, budget) for budget in self.budgets]
@@ -188,7 +191,7 @@ class VariantPrices:
         for one in (found, found._pools):
             if one is None:
                 continue
-            one.grid, one.curves = grid, curves
+            one.grid, one.curves, one._memory, one.states = grid, curves, {}, {}
             one.variants, one._captured = [self.variants[i] for i in rows], [self._captured[i] for i in rows]
             one._setting_of = [self._setting_of[i] for i in rows]
             one._settings = sorted({*one._setting_of})
@@ -332,13 +335,15 @@ class VariantPrices:
         """Bytes on the fullest GPU of every point while its batch decodes, each reply half done."""
         names = ("weights", "kv_cache", "activations", "total")
         found = {name: np.full(len(points.variant), np.nan) for name in names}
-        batch, number = points.columns["batch"], self._fleet_of[points.variant]
-        order = np.argsort(number, kind="stable")
-        for mine in np.split(order, np.flatnonzero(np.diff(number[order])) + 1) if len(points.variant) else ():
-            values, column = np.unique(batch[mine], return_inverse=True)
-            decode, member = self._fleets[number[mine[0]]], self._member_of[points.variant[mine]]
-            memory = decode.memory(values[None, :], 1, int(self.scenario.load.context) - 1)
-            for name in names:
-                whole = np.broadcast_to(getattr(memory, name), (decode.size, len(values)))
-                found[name][mine] = whole[member, column]
+        number, member = self._fleet_of[points.variant], self._member_of[points.variant]
+        at = np.searchsorted(self.grid, points.columns["batch"])
+        for i in np.unique(number):
+            if i not in self._memory:
+                decode = self._fleets[i]
+                memory = decode.memory(self.grid[None, :], 1, int(self.scenario.load.context) - 1)
+                shape = decode.size, len(self.grid)
+                self._memory[i] = {name: np.broadcast_to(getattr(memory, name), shape) for name in names}
+            mine = np.flatnonzero(number == i)
+            for name, whole in self._memory[i].items():
+                found[name][mine] = whole[member[mine], at[mine]]
         return found

@@ -54,7 +54,7 @@ class Workspace:
     results: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """What searches found, by all of a task."""
     contenders: dict[Hashable, tuple[object, Any]] = field(default_factory=dict, repr=False)
-    """What the kernels of the best layouts take, by deployments, batch and load."""
+    """What the kernels of the best layouts take, by deployment, batch, new and cached tokens."""
     _before: list[Workspace] = field(default_factory=list, repr=False)
 
     def trim(self) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from tensorcast.cost.evidence import LEVELS
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.serving.traffic import Array
 
@@ -46,11 +45,5 @@ def decode_columns(price: StepPrice) -> dict[str, Any]:
         "error": price.error,
         "exposed_comm_s": price.exposed_comm_s,
         "hidden_comm_s": price.hidden_comm_s,
-        **evidence_shares(price),
+        **price.tally.evidence,
     }
-
-
-def evidence_shares(price: StepPrice) -> dict[str, Any]:
-    """Share of kernel seconds behind which each kind of evidence stands."""
-    shares = price.tally.levels / np.maximum(price.tally.levels.sum(axis=0), 1e-30)
-    return dict(zip(LEVELS, shares, strict=True))

@@ -12,7 +12,6 @@ from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.errors import InputError
-from tensorcast.serving.curves import evidence_shares
 from tensorcast.serving.entries import Entries
 from tensorcast.serving.traffic import Array, Number, Traffic
 
@@ -100,7 +99,7 @@ def prefill_columns(price: StepPrice, prefill: Deployment) -> dict[str, Any]:
         "seconds": overhead.prefill_factor * price.seconds,
         "experts_s": overhead.prefill_factor * (price.tally.experts - price.hidden_s),
         "error": np.hypot(price.error, overhead.prefill_error),
-        **evidence_shares(price),
+        **price.tally.evidence,
     }
 
 

@@ -202,7 +202,9 @@ class StepPrice:
             sums = sums + pick(found, np.array([part.at]) if one else part.at) * part.times
         whole = sums if axes == 2 else sums[:, 0] if axes else sums[:, 0, 0]
         seconds, communication, attention, experts = whole[len(names) : -len(LEVELS)]
-        return Tally(whole[: len(names)], seconds, communication, attention, experts, whole[-len(LEVELS) :])
+        levels = whole[-len(LEVELS) :] / np.maximum(whole[-len(LEVELS) :].sum(axis=0), 1e-30)
+        evidence: dict[str, Size] = dict(zip(LEVELS, levels, strict=True))
+        return Tally(whole[: len(names)], seconds, communication, attention, experts, evidence)
 
     @cached_property
     def error(self) -> Size:
@@ -218,15 +220,15 @@ class StepPrice:
 
 class Tally(NamedTuple):
     """Seconds of a step's rows: of all, of collectives, of ops that run per sequence, of experts with dispatch and
-    combine, which take the tokens of all data-parallel ranks; times their error ``[families, ...]``; and by what stands
-    behind them, ``[levels, ...]`` as of :data:`~tensorcast.cost.evidence.LEVELS`."""
+    combine, which take the tokens of all data-parallel ranks; times their error ``[families, ...]``; and the share of
+    them behind which each kind of evidence stands."""
 
     errors: np.ndarray
     seconds: Size
     communication: Size
     attention: Size
     experts: Size
-    levels: np.ndarray
+    evidence: dict[str, Size]
 
 
 PER_SEQUENCE = ("attention", "indexer_scores", "linear_attention", "ssm_scan", "causal_conv1d")

@@ -1,6 +1,6 @@
 """A measured study of prefill/decode ratios, replayed run by run: time per token, throughput and the best ratio.
 
-``python benchmarks/pool_ratios.py FILE [--engine sglang] [--own-sizes]``: the CSV of dstack's study
+``python benchmarks/pool_ratios.py FILE [--engine sglang==0.5.6.post2] [--own-sizes]``: the CSV of dstack's study
 (https://github.com/dstackai/benchmarks/tree/main/comparison/pd_ratio, Apache-2.0): gpt-oss-120b on 8 H200, SGLang of
 September 2025. Runs are read as its scripts make them:
 
@@ -64,7 +64,7 @@ def sent(row: dict[str, str], most_users: int) -> Requests:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--engine", default="sglang")
+    parser.add_argument("--engine", default="sglang==0.5.6.post2", help="rules of the oldest release that was read")
     parser.add_argument("--own-sizes", action="store_true", help="workers of two GPUs in every run")
     options = parser.parse_args()
     with options.file.open(encoding="utf-8") as file:

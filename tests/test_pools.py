@@ -164,3 +164,18 @@ def test_pools_as_they_are_written() -> None:
     assert (first.role, second.role, third.role) == ("prefill", "prefill", "decode")
     assert second.device is not None and second.device.name.startswith("h100") and first.device is None
     assert parse_changes("3min -1 of 2, 5s +2 of 1", 2) == (Change(5.0, 2, 0), Change(180.0, -1, 1))
+
+
+def test_what_hand_overs_take_beside_the_link_keeps_nobody_else_waiting() -> None:
+    """Ten prompts come at once: each meets its server half a second later, not one after the other."""
+    requests = Requests(
+        arrival_s=np.zeros(10), input_len=np.full(10, 100), output_len=np.full(10, 5), users=None
+    )
+    roles: tuple[Role, ...] = ("prefill", "decode")
+
+    def first_tokens(meeting_s: float) -> np.ndarray:
+        pools = [Pool(replace(RULES, role=role), TIMES, 1, lambda tokens: 1e-3, meeting_s) for role in roles]
+        return Fleet(pools, requests).run().first_s
+
+    later = first_tokens(0.5) - first_tokens(0.0)
+    assert np.all(later > 0.4) and np.all(later < 0.6)

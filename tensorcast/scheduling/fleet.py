@@ -34,12 +34,14 @@ Watch = Callable[[int, float], None]
 @dataclass(frozen=True)
 class Pool:
     """``count`` equal servers. ``hand_over_s``: of those that read prompts alone, seconds that a prompt of so many
-    tokens takes on its way to the servers that write; it keeps its sender's link busy, so that others wait for it."""
+    tokens takes on its way to the servers that write; it keeps its sender's link busy, so that others wait for it.
+    ``meeting_s``: what each hand-over takes beside, which nobody else waits for."""
 
     rules: Rules
     times: StepTimes
     count: int
     hand_over_s: Callable[[int], float] | None = None
+    meeting_s: float = 0.0
 
 
 class Fleet:
@@ -198,11 +200,11 @@ class Fleet:
                 self._in_flight -= 1
                 self._is_over(request, now)
             else:
-                took = self.pools[server.pool].hand_over_s
-                begins = max(now, self._link_free[server.number])
-                ends = begins + (took(self.record.prompt(request)) if took else 0.0)
+                pool = self.pools[server.pool]
+                ends = max(now, self._link_free[server.number])
+                ends += pool.hand_over_s(self.record.prompt(request)) if pool.hand_over_s else 0.0
                 self._link_free[server.number] = ends
-                self._sending[request] = (server.number, self._at(ends, HANDED_OVER, request))
+                self._sending[request] = (server.number, self._at(ends + pool.meeting_s, HANDED_OVER, request))
         if self._later:
             self._send_waiting(now)
         if self._events and self._events[0][0] <= now:

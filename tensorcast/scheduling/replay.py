@@ -173,7 +173,8 @@ def _priced(parts: Sequence[Part], longest: int, settings: Settings) -> PricedSe
             longest=longest,
         )
         hand_over = _hand_over(part, parts) if part.servers.role == "prefill" else None
-        pools.append(Pool(rules, times, part.servers.count, hand_over))
+        meeting_s = part.own.engine.hand_over_s if hand_over else 0.0
+        pools.append(Pool(rules, times, part.servers.count, hand_over, meeting_s))
     phases = [[str(part.servers) for part in parts if (part.servers.role == "decode") == second] for second in (0, 1)]
     return PricedServers(
         pools=tuple(pools), layout=" > ".join(" & ".join(phase) for phase in phases if phase),
@@ -182,10 +183,10 @@ def _priced(parts: Sequence[Part], longest: int, settings: Settings) -> PricedSe
 
 
 def _hand_over(part: Part, parts: Sequence[Part]) -> Callable[[int], float]:
-    """Seconds of a prompt's cache on its way, by its tokens: a line, told by two lengths."""
+    """Seconds that a prompt's cache keeps a link, by its tokens: a line, told by two lengths."""
     sender, workers = part.own, sum(one.servers.count for one in parts)
     receiver = max(one.servers.layout.world_size for one in parts if one.servers.role == "decode")
     at = [float(hand_over_s(sender, receiver, workers, tokens)) for tokens in (1024, 2048)]
     each = (at[1] - at[0]) / 1024
-    fixed = at[0] - 1024 * each + sender.engine.hand_over_s
+    fixed = at[0] - 1024 * each
     return lambda tokens: fixed + each * tokens

@@ -110,6 +110,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 80},
     "granitemoeshared": {"shared_intermediate_size": 80},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 16, "moe_topk": 4},
+    "hy_v4_vl": {"rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
+    "inkling2_loop": {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 3},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 3},
     "laguna": {"num_attention_heads_per_layer": [4, 4, 4]},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"]},
@@ -241,6 +243,15 @@ def table(family: str, phase: Phase) -> OpTable:
 def model(family: str) -> nn.Module:
     """The small model on meta, for its modules and parameters."""
     return build(hf_config(profile(family)))
+
+
+def runs(family: str, path: str) -> int:
+    """How often a step runs the module at ``path`` of a decoder layer: some families loop over a few layers, and hand
+    messages from each pass to the next."""
+    config: Any = model(family).config
+    layer = next((int(word) for word in path.split(".") if word.isdigit()), -1)
+    looped = range(getattr(config, "loop_layer_index_start", 0), getattr(config, "loop_layer_index_end", 0))
+    return int(config.loop_num_passes) - ("_message_gate." in path) if layer in looped else 1
 
 
 def experts_modules(family: str) -> Iterator[tuple[str, nn.Module]]:

@@ -94,7 +94,7 @@ def test_each_moe_layer_is_the_pipeline_at_the_configs_sizes(family: str, phase:
 def test_as_many_moe_layers_as_the_model_has_experts(family: str, phase: Phase) -> None:
     table = census.table(family, phase)
     layers = sum(table.count(region[0]) for region in regions(table))
-    assert layers == len(list(census.experts_modules(family)))
+    assert layers == sum(census.runs(family, path) for path, _ in census.experts_modules(family))
 
 
 @pytest.mark.parametrize(("family", "phase"), PASSING, ids=str)
@@ -104,8 +104,8 @@ def test_experts_flops_follow_from_their_parameters(family: str, phase: Phase) -
     sizes = sizes_of(table)
     counted = sum(table.count(op) * matmul_flops(op, sizes) for op in table.ops if op.name == "grouped_matmul")
     per_row = sum(
-        weight.numel() / weight.shape[0]
-        for _, experts in census.experts_modules(family)
+        census.runs(family, path) * weight.numel() / weight.shape[0]
+        for path, experts in census.experts_modules(family)
         for weight in experts.parameters(recurse=False)
         if weight.dim() == 3
     )
@@ -139,6 +139,12 @@ def test_linear_flops_follow_from_their_parameters(family: str, phase: Phase) ->
         return float(2.0 * numel * (rows + (sizes.B if name == ONE_MORE_TOKEN.get((family, phase)) else 0)))
 
     standing = {param.name for param in table.params}
+    if any(census.runs(family, path) > 1 for path in linears):  # in passes of several kinds, which share their weights
+        names = {weight for weight, _ in linears.values()}
+        rows = [op for op in fold(table.ops) if op.name in MATMULS and set(op.weights) & names]
+        total = sum(census.runs(family, path) * expected(path, *linear) for path, linear in linears.items())
+        assert sum(table.count(op) * matmul_flops(op, sizes) for op in rows) == total
+        return
     for path, (weight, numel) in linears.items():
         if weight in standing:
             assert found.get(weight) == pytest.approx(expected(path, weight, numel), rel=1e-12), path

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 from tensorcast.deploy.workload import Workload
 from tensorcast.measure.operands import Unsupported
 from tensorcast.measure.timing import time_calls
-from tensorcast.modeling import attention  # noqa: F401  (registers the attention function)
+from tensorcast.modeling import attention  # registers the attention function
 from tensorcast.modeling.attention import past_length
 from tensorcast.modeling.custom import CustomConfig, CustomLM
 from tensorcast.modeling.experts import NAME, adapt_experts
@@ -163,7 +163,7 @@ def time_layers(
     inputs: dict[str, Any] = {
         "input_ids": torch.randint(0, config.vocab_size, (workload.batch, new), device=device),
         "position_ids": torch.arange(workload.context, workload.context + new, device=device)[None],
-        "past_key_values": cache, "use_cache": True,
+        attention.cache_argument(type(model).forward): cache, "use_cache": True,
     }
     if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         inputs["logits_to_keep"] = 1

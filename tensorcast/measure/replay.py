@@ -118,7 +118,7 @@ def watch_step(
     found: Templates = defaultdict(list)
     for call, template in zip(calls, watch.templates[len(watch.templates) - len(calls) :], strict=True):
         assert template.function._schema.name.endswith(f"::{call.name}")
-        found[call.name, _label(call.module, kinds)].append(template)
+        found[call.name, _label(call.module, call.kind, kinds)].append(template)
     return found
 
 

@@ -7,12 +7,12 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -112,6 +112,20 @@ class TraceCache(DynamicCache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.past_len + query_length, 0
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """What a model's ``forward`` calls the cache that it reads and writes; empty where it takes none.
+
+    transformers' classes say ``past_key_values`` up to release 5.23 and ``cache`` from 5.24 on
+    (llama/modeling_llama.py of both), which in others means states of another kind.
+    """
+    takes = inspect.signature(forward).parameters
+    if "past_key_values" in takes:
+        return "past_key_values"
+    said = takes["cache"].annotation if "cache" in takes else None
+    kinds = [kind for kind in get_args(said) or (said,) if isinstance(kind, type)]
+    return "cache" if said is inspect.Parameter.empty or any(issubclass(kind, Cache) for kind in kinds) else ""
 
 
 def trace_cache(model: nn.Module, config: PreTrainedConfig, past: int) -> DynamicCache:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tensorcast.errors import InputError
-from tensorcast.modeling import attention  # noqa: F401  (registers the attention function)
+from tensorcast.modeling import attention  # registers the attention function
 from tensorcast.modeling.config import field
 from tensorcast.modeling.custom import CustomConfig, CustomLM
 from tensorcast.modeling.experts import NAME, adapt_experts
@@ -30,8 +30,11 @@ class TextWithHead(nn.Module):
         if getattr(config, "tie_word_embeddings", False):
             self.lm_head.weight = model.get_input_embeddings().weight
 
-    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **inputs: Any) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, logits_to_keep: int = 0, past_key_values: Any = None, **inputs: Any
+    ) -> Tensor:
         """``[B,S]`` token ids -> logits of the last ``logits_to_keep`` positions (0: of all)."""
+        inputs[attention.cache_argument(self.model.forward)] = past_key_values
         hidden = self.model(input_ids=input_ids, **inputs)[0]
         return self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
 
@@ -49,7 +52,8 @@ def _text_classes(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
         and issubclass(value, PreTrainedModel)
         and getattr(value, "config_class", None) is type(config)
         and value.__name__.endswith(("ForCausalLM", "Model"))
-        and {"input_ids", "past_key_values"} <= set(inspect.signature(value.forward).parameters)
+        and "input_ids" in inspect.signature(value.forward).parameters
+        and attention.cache_argument(value.forward)
     ]
     return sorted(found, key=lambda c: not c.__name__.endswith("ForCausalLM"))
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from tensorcast.errors import InputError
-from tensorcast.modeling.attention import attention_forward
+from tensorcast.modeling.attention import attention_forward, cache_argument
 from tensorcast.modeling.moe.apply import apply_moe, check_blocks, moe_blocks
 from tensorcast.modeling.moe.parallel import MoEOptions
 from tensorcast.profiles.model import ModelProfile, MoEFields
@@ -153,11 +153,12 @@ class CustomLM(nn.Module):
 
     def forward(self, input_ids: Tensor, past_key_values: Any = None, **given: Any) -> Any:
         """``[B,S]`` token ids -> logits, as the class itself gives them."""
-        more = {k: v for k, v in {**given, "past_key_values": past_key_values}.items() if k in self.takes[1:]}
+        cache = cache_argument(self.model.forward)
+        more = {k: v for k, v in {**given, cache: past_key_values}.items() if k in self.takes[1:]}
         with torch.device(input_ids.device):
             if not self._own_attention:
                 return _logits(self.model(input_ids, **more))
-            attention = _OwnAttention(None if "past_key_values" in more else past_key_values)
+            attention = _OwnAttention(None if cache in more else past_key_values)
             with attention:
                 out = self.model(input_ids, **more)
         self.heads = attention.heads

@@ -57,16 +57,19 @@ def _conv_update(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None =
     return TC.causal_conv1d(x, weight, bias)
 
 
-def _lightning(self: Any, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Any:
+def _lightning(
+    self: Any, hidden_states: Tensor, *_: Any, cache: Any = None, past_key_values: Any = None, **__: Any
+) -> Any:
     """Lightning attention (2401.04658): its class loops over blocks, or tokens, where engines run one kernel."""
     batch, new, _width = hidden_states.shape
     qkv = self.act_fn(self.qkv_proj(hidden_states)).reshape(batch, new, self.num_attention_heads, -1)
-    state = None if past_key_values is None else past_key_values.get_linear_cache(self.layer_idx)
+    cache = past_key_values if cache is None else cache  # as transformers calls it up to 5.23
+    state = None if cache is None else cache.get_linear_cache(self.layer_idx)
     out, state = TC.linear_attention(*qkv.chunk(3, dim=-1), state, int(self.block_size))
     out = self.norm(out.reshape(batch, new, -1))
     out = self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * out)
-    if past_key_values is not None:
-        past_key_values.set_linear_cache(self.layer_idx, state)
+    if cache is not None:
+        cache.set_linear_cache(self.layer_idx, state)
     return out, state
 
 

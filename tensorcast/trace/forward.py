@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from tensorcast.modeling.attention import masks, past_length, trace_cache
+from tensorcast.modeling.attention import cache_argument, masks, past_length, trace_cache
 from tensorcast.modeling.config import field
 from tensorcast.modeling.own_attention import OwnAttention, attends_by_itself
 from tensorcast.modeling.recurrent import hub_kernels_as_ops
@@ -58,7 +58,7 @@ def record_step(
             with_masks = True
     device = next(model.parameters()).device
     cache: Any = trace_cache(model, config, past)
-    recorder = Recorder(model)
+    recorder = Recorder(model, kinds)
     with torch.no_grad(), masks(with_masks), past_length(past), hub_kernels_as_ops(model):
         if recurrent_state and _is_recurrent(cache):
             cache.past_len = 0
@@ -89,7 +89,7 @@ def _run(
     inputs: dict[str, Any] = {
         "input_ids": torch.empty((batch, new), dtype=torch.long, device=device),
         "position_ids": torch.empty((1, new), dtype=torch.long, device=device),
-        "past_key_values": cache,
+        cache_argument(type(model).forward) or "past_key_values": cache,
         "use_cache": True,
     }
     if "logits_to_keep" in inspect.signature(type(model).forward).parameters:

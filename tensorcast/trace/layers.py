@@ -7,6 +7,7 @@ config gives the layer, and the shapes of the tensors it is called with.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,11 +24,16 @@ POSITIONAL = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", 
 
 @dataclass
 class Kinds:
-    """Which kind each decoder layer is of, and the layer that stands for each kind."""
+    """Which kind each run of a decoder layer is of, and the layer that stands for each kind.
+
+    A layer that several passes run is of one kind per set of shapes that it is run with. ``running``: the kind that is
+    being recorded, or -1.
+    """
 
     paths: list[str] = field(default_factory=list)
     of_layer: list[int] = field(default_factory=list)
     representatives: list[str] = field(default_factory=list)
+    running: int = -1
 
     def clear(self) -> None:
         """Forget what was found."""
@@ -35,7 +41,7 @@ class Kinds:
             found.clear()
 
     def kind_of(self, module: str) -> int:
-        """The kind whose representative holds the module, or -1."""
+        """The first kind whose representative holds the module, or -1."""
         for kind, path in enumerate(self.representatives):
             if module == path or module.startswith(path + "."):
                 return kind
@@ -86,7 +92,7 @@ def one_per_kind(model: nn.Module, config: Any, kinds: Kinds) -> Iterator[None]:
     path, layers = decoder_layers(model)
     outputs: dict[Any, Any] = {}
     index: dict[Any, int] = {}
-    fresh = not kinds.paths
+    fresh, run_of = not kinds.paths, itertools.count()
 
     def stand_in(i: int, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         own = signature(layer, (layer_type(config, i),))
@@ -100,8 +106,13 @@ def one_per_kind(model: nn.Module, config: Any, kinds: Kinds) -> Iterator[None]:
                     kinds.representatives.append(f"{path}.{i}")
                 kinds.paths.append(f"{path}.{i}")
                 kinds.of_layer.append(index[key])
+            place = next(run_of)
             if key not in outputs:
-                outputs[key] = forward(*args, **kwargs)
+                kinds.running = kinds.of_layer[place] if place < len(kinds.of_layer) else -1
+                try:
+                    outputs[key] = forward(*args, **kwargs)
+                finally:
+                    kinds.running = -1
             return outputs[key]
 
         return run

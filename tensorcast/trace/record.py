@@ -11,6 +11,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tensorcast.trace.layers import Kinds
+
 VIEWS = frozenset(
     "view _unsafe_view reshape transpose t t_ permute expand slice select split split_with_sizes unsqueeze squeeze"
     " detach alias chunk unbind as_strided _reshape_alias narrow unfold lift_fresh view_as_real view_as_complex"
@@ -45,6 +47,8 @@ class Call:
     inputs: list[Seen]
     outputs: list[Seen]
     attrs: dict[str, Any]
+    kind: int = -1
+    """Of the decoder layer that ran it."""
 
 
 def _see(tensor: torch.Tensor) -> Seen:
@@ -76,8 +80,9 @@ def _attrs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 class Recorder(TorchDispatchMode):
     """A dispatch mode that lists the ops run inside it. Tensors are kept alive, so storages stay distinct."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kinds: Kinds | None = None) -> None:
         super().__init__()
+        self.kinds = Kinds() if kinds is None else kinds
         self.calls: list[Call] = []
         self._paths = {module: path for path, module in model.named_modules()}
         self._stack = [""]
@@ -118,5 +123,6 @@ class Recorder(TorchDispatchMode):
         outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         self._alive += inputs + outputs
         attrs = _attrs(func, args, kwargs)
-        self.calls.append(Call(name, self.module, [_see(t) for t in inputs], [_see(t) for t in outputs], attrs))
+        seen = [_see(t) for t in inputs], [_see(t) for t in outputs]
+        self.calls.append(Call(name, self.module, *seen, attrs, self.kinds.running))
         return out

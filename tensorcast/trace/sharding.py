@@ -82,12 +82,22 @@ def _twins(whole: OpTable, shard: OpTable) -> list[Op]:
     return [a[0] for a, b in zip(*runs, strict=True) for _ in b]
 
 
-MIXERS = frozenset({"attention", "linear_attention", "ssm_scan", "causal_conv1d", "convolution"})
+SCANS = frozenset({"attention", "linear_attention", "ssm_scan"})
+CONVOLUTIONS = frozenset({"causal_conv1d", "convolution"})
 
 
 def mixers_whole(whole: OpTable, shard: OpTable) -> bool:
-    """Whether a kind of attention or scan is as wide in ``shard``: its class takes that from elsewhere than heads."""
-    tables = ([op for op in table.ops if op.name in MIXERS] for table in (whole, shard))
+    """Whether a kind of attention or scan is as wide in ``shard``: its class takes that from elsewhere than heads.
+
+    Inkling has both beside its heads: attention over what layers before gave, which is over no tokens of before, and
+    convolutions of the stream. A convolution tells where its layer mixes tokens by nothing else (LFM2).
+    """
+    def mixers(table: OpTable) -> list[Op]:
+        scans = [op for op in table.ops if op.name in SCANS and op.attrs.get("past") != 0]
+        kinds = {op.kind for op in scans}
+        return scans + [op for op in table.ops if op.name in CONVOLUTIONS and op.kind not in kinds]
+
+    tables = mixers(whole), mixers(shard)
     return any(product(a.inputs[0].dims) == product(b.inputs[0].dims) for a, b in zip(*tables, strict=False))
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tensorcast.errors import InputError
+from tensorcast.modeling.attention import cache_argument
 from tensorcast.modeling.build import build
 from tensorcast.modeling.checkpoint_names import stored_names
 from tensorcast.modeling.config import field, hf_config, narrow
@@ -142,7 +143,7 @@ def _trace_one(
 def _check_takes_cache(name: str, model: nn.Module) -> None:
     """Raise :class:`InputError` for a class that keeps what it has seen in another way than transformers' caches."""
     takes = inspect.signature(type(model).forward).parameters
-    if isinstance(model, PreTrainedModel) and not {"past_key_values", "cache_params"} & set(takes):
+    if isinstance(model, PreTrainedModel) and not cache_argument(type(model).forward) and "cache_params" not in takes:
         own = "".join(f": it takes {word}" for word in takes if word in ("state", "mems", "cache"))
         raise InputError(f"model {name}: transformers' class keeps no cache that can be counted{own}")
 
@@ -195,8 +196,8 @@ def closed_ops(model: nn.Module, kinds: Kinds, recorded: list[list[Call]], probe
         ops.append(
             Op(
                 first.name,
-                _label(first.module, kinds),
-                kinds.kind_of(first.module),
+                _label(first.module, first.kind, kinds),
+                first.kind,
                 tuple(_tensor(t, probes, weights, storages) for t in zip(*(c.inputs for c in triple), strict=True)),
                 tuple(_tensor(t, probes, weights, storages) for t in zip(*(c.outputs for c in triple), strict=True)),
                 attrs,
@@ -232,9 +233,8 @@ def _tensor(seen: tuple[Seen, ...], probes: Any, weights: dict[int, str], storag
     return Tensor(dims, first.dtype, storage, weights.get(first.storage, ""), first.expanded, first.offset)
 
 
-def _label(module: str, kinds: Kinds) -> str:
+def _label(module: str, kind: int, kinds: Kinds) -> str:
     """``model.layers.3.mlp`` of a representative becomes ``layers[3-60].mlp``: the layers that it stands for."""
-    kind = kinds.kind_of(module)
     if kind < 0:
         return module.removeprefix("model.")
     prefix = kinds.representatives[kind]
@@ -331,7 +331,8 @@ def _params(
         if role == "experts" and zero and param.shape[0] > zero:  # no checkpoint has weights for them
             numel = numel // param.shape[0] * min(param.shape[0], int(counts) - zero)
         shape, kind = tuple(param.shape), -1 if name in shared else kinds.kind_of(module)
-        rows.append(Param(name, _label(module, kinds), kind, numel, numel, dtype, role, shape, stored.get(name, ())))
+        label = _label(module, kinds.kind_of(module), kinds)
+        rows.append(Param(name, label, kind, numel, numel, dtype, role, shape, stored.get(name, ())))
     return tuple(rows)
 
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import parse_layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
@@ -41,6 +42,9 @@ EXPERTS = (
     Case("tp8", Options(quant="fp8")), Case("tp8-ep8", Options(quant="fp8_block")), Case("tp8", role="prefill"),
     Case("tp8-ep8", role="decode", batch=600), Case("tp8", Options(shared_experts_fusion=False)),
     Case("tp8-ep8", Options(redundant_experts=8)), Case("tp8-ep8", Options(placement="round_robin")),
+    *(Case("dp8-ep8", Options(all2all=kind)) for kind in EXCHANGE_KERNELS),
+    *(Case("tp8-ep8", Options(mtp_depth=2, speculative_method=method)) for method in ("eagle3", "ngram", "dspark")),
+    Case("tp8-ep8", Options(dcp=8)), Case("tp8-ep8", Options(dcp=2)), Case("dp8-ep8", Options(state_dtype="float32")),
 )  # fmt: skip
 """Of models with experts."""
 
@@ -48,6 +52,8 @@ DENSE = (
     Case("tp8"), Case("tp4-dp2"), Case("tp8-pp2"), Case("tp16"), Case("tp1-dp8", batch=700), Case("tp2-pp2"),
     Case("tp8", Options(quant="fp8")), Case("tp4", Options(kv_dtype="fp8")), Case("tp8", role="prefill"),
     Case("tp8", role="decode"), Case("tp4", Options(mtp_depth=2)), Case("tp8", Options(quant="nvfp4")),
+    *(Case("tp4", Options(mtp_depth=2, speculative_method=method)) for method in ("eagle3", "ngram", "dflash")),
+    Case("tp16", Options(dcp=2)), Case("tp4", Options(state_dtype="bfloat16")),
 )  # fmt: skip
 """Of others."""
 

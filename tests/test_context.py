@@ -18,6 +18,7 @@ from tensorcast.deploy.engine_limits import engine_can_run
 from tensorcast.deploy.layout import broken_context, parse_layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective
+from tensorcast.errors import InputError
 from tensorcast.launch.launch import launch
 from tensorcast.ops.context import context_attention, part_of_attention, weighted
 from tensorcast.profiles.store import load_device, load_engine, load_model
@@ -142,3 +143,59 @@ def test_the_search_cuts_contexts_where_asked() -> None:
     assert set(by_dcp) == {1, 2} and by_dcp[2] > by_dcp[1]
     assert set(found.candidates.loc[found.candidates["layout"] == "tp4-dp1-pp2", "dcp"]) == {1}
     assert found.best is not None and found.best["dcp"] == 2
+
+
+@pytest.mark.parametrize(("model", "width"), [(DEEPSEEK, 512 + 64), (QWEN, 2 * 4 * 128)])
+def test_prompts_are_read_in_parts(model: Any, width: int) -> None:
+    """A rank has 1/N of the queries; the pairs of queries and keys of all parts are those of the whole prompt. Keys and
+    values, or latents, of the prompt go to all N ranks in bf16, once a layer; each keeps them all."""
+    parts, tokens = 4, 16384
+    cut, plain = (
+        deploy(model, H200, VLLM, parse_layout("dp8-ep8"), "prefill", options=Options(pcp=n)) for n in (parts, 1)
+    )
+    gathers = [row for row in cut.step.plan.rows if isinstance(row, Collective) and row.group == "pcp"]
+    assert {row.scale for row in gathers} == {2 * parts * width} and all(row.ranks == parts for row in gathers)
+    sizes, whole = (one.step.sizes.context(1.0, 1.0 * tokens, 1000.0).sizes for one in (cut, plain))
+    assert float(sizes.S) == tokens / parts
+
+    def pairs(of: Any) -> float:
+        return float(of.S * of.P + of.S**2 / 2)
+
+    assert pairs(sizes) == pytest.approx(pairs(whole) / parts, rel=1e-12)
+    steps = [float(one.step.price(1.0, 1.0 * tokens, 0.0).seconds) for one in (cut, plain)]
+    assert steps[1] / parts < steps[0] < steps[1] / parts * 1.3
+    assert cut.held(1.0, tokens)[1] == plain.held(1.0, tokens)[1]  # "does not increase the KV-cache shard count"
+
+
+def test_decoding_groups_hold_each_others_caches() -> None:
+    """vLLM 0.33.0, config/parallel.py (pcp_shard_decode_requests): requests are shared out, caches are copies."""
+    cut, plain = (
+        deploy(DEEPSEEK, H200, VLLM, parse_layout("dp8-ep8"), "decode", options=Options(pcp=n)) for n in (4, 1)
+    )
+    assert cut.held(8.0, 4096)[1] == 4 * plain.held(8.0, 4096)[1]
+    assert float(cut.step.price(8.0, 1.0, 4095.0).seconds) == float(plain.step.price(8.0, 1.0, 4095.0).seconds)
+
+
+def test_who_reads_prompts_in_parts() -> None:
+    with pytest.raises(InputError, match="--pcp 3 does not divide dp = 8"):
+        deploy(DEEPSEEK, H200, VLLM, parse_layout("dp8-ep8"), "prefill", options=Options(pcp=3))
+    for name in ("qwen3-next-80b-a3b", "gpt-oss-20b", "deepseek-v3.2"):
+        with pytest.raises(InputError, match=r"--pcp 2: .* (in parts|picks or slides)"):
+            deploy(load_model(name), H200, VLLM, parse_layout("dp8-ep8"), "prefill", options=Options(pcp=2))
+    simulated = tc.simulate("deepseek-v3", device="h200", world_size=8, tp=1, dp=8, ep=8, phase="prefill",
+                            input_len=4096, pcp=8)  # fmt: skip
+    assert simulated.totals()["batch_total"] == 1
+    assert simulated.tokens_per_s_per_gpu == pytest.approx(4096 / 8 / simulated.step_s)
+
+
+@pytest.mark.parametrize(
+    ("engine", "model", "says"),
+    [("vllm", DEEPSEEK, ""), ("vllm", QWEN, "prompts in parts: "), ("vllm==0.24.0", DEEPSEEK, "prefill con"),
+     ("sglang", DEEPSEEK, "prefill context parallelism: "), ("trtllm", DEEPSEEK, "prefill context parallelism: ")],
+)
+def test_prompts_in_parts_are_launched_by_vllm(engine: str, model: Any, says: str) -> None:
+    found = launch(engine, model, parse_layout("dp8-ep8"), Options(pcp=4), batch=8, input_len=999, output_len=9)
+    assert found.problem.startswith(says) and bool(found.problem) == bool(says)
+    if not says:
+        assert "--prefill-context-parallel-size 4" in found.commands[0]
+        assert "--data-parallel-size 2 " in found.commands[0]

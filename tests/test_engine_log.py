@@ -169,6 +169,23 @@ def test_windows_of_sglang_have_a_share_of_the_other_layers_tokens() -> None:
     assert kept.window_share == 1.0
 
 
+def test_a_pipeline_of_sglang_keeps_one_copy_of_states_less() -> None:
+    """Its schedule does not overlap: 3 + 1 slots of a sequence instead of 3 + 2 (get_mamba_tracking_slots); vLLM's
+    pipelines keep as many as one stage does."""
+    for engine, alone, piped in (("sglang", 5, 4), ("vllm", 1, 1)):
+        states = []
+        for stages in (1, 2):
+            layout = Layout(4, 2, 1, 2, 2) if stages == 2 else Layout(2, 2, 1, 2)
+            found = deploy(load_model("qwen3-next-80b-a3b"), load_device("h200"), load_engine(engine), layout, "decode")
+            rules = found.engine.cache_rules
+            states.append(rules.kept(found.model.config, 0, stages).state_slots if rules else 1)
+            held = found.held(1.0, 0)[1]
+        assert states == [alone, piped]
+    # 18 of its 36 linear layers on a stage and 16 of its 32 heads on a rank: 128 x 128 values in bf16 of each head, and
+    # three inputs of a convolution of 4,096 channels
+    assert held == pytest.approx(18 * (16 * 128 * 128 * 2 + 3 * 4096 * 2), rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("engine", "model", "depth", "slots"),
     [

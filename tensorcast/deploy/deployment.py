@@ -21,9 +21,9 @@ from tensorcast.cost.memory import (
 from tensorcast.cost.work import Mask, Size
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
-from tensorcast.deploy.layout import Layout, attention_dp, broken_context, check, stage_layers
+from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broken_prompts, check, stage_layers
 from tensorcast.deploy.options import Options, Place, check_options, idle_options
-from tensorcast.deploy.plan.context import context_cut
+from tensorcast.deploy.plan.context import context_cut, prompt_cut
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
 from tensorcast.deploy.step.drafter import make_drafter
 from tensorcast.deploy.step.sizes import KV_BYTES
@@ -95,7 +95,8 @@ class Deployment:
         sizes = self.step.sizes.context(sequences / micro, 1.0 * new, 1.0 * past).sizes
         most_live, most_sent = self.profiled
         activations = np.maximum(activation_bytes(self.step.table, sizes), most_live)
-        communication = np.maximum(self._communication_bytes(sequences * new, sizes), most_sent)
+        sent = sequences * new / (self.options.pcp if self.phase == "prefill" else 1)
+        communication = np.maximum(self._communication_bytes(sent, sizes), most_sent)
         capacity, context = float(self.device.memory_bytes), self.context_bytes
         graphs = self.graph_bytes(sequences) if self.phase == "decode" else 0.0
         beside = activations + communication + context + graphs
@@ -163,10 +164,15 @@ class Deployment:
         shape = np.broadcast_shapes(np.shape(sequences), np.shape(length), np.shape(self.layout.dp))
         whole = np.zeros((2, *shape))
         kv, rules, rule = self.quantization.kv, self.engine.cache_rules, Kept()
-        drafter = self.step.drafter if self.options.mtp_depth else None
-        if rules is not None and any(one.limit or one.per_sequence for one in cache_entries(self.drafting, kv)):
-            rule = rules.kept(self.model.config, self.options.mtp_depth)
+        if self.options.pcp > 1 and self.phase == "decode":  # each rank of a group holds what all of it decode
+            sequences = sequences * self.options.pcp
+        drafter, stages = self.step.drafter if self.options.mtp_depth else None, self.layout.pp
+        if rules is not None and not any(one.limit or one.per_sequence for one in cache_entries(self.drafting, kv)):
+            rules = None
         for stage, layers, some in self.stage_weights:
+            if rules is not None:
+                own = int(np.max(stages[some] if isinstance(stages, np.ndarray) else stages))
+                rule = rules.kept(self.model.config, self.options.mtp_depth, own)
             held = cache_bytes(self.drafting, kv, sequences, length, layers, kept=rule, ranks=self.options.dcp)
             if drafter is not None and layers.stop == len(self.raw.layer_kinds):
                 held = held + drafter.cache_numbers * KV_BYTES[kv] * sequences * length
@@ -305,9 +311,9 @@ def deploy(
     check_options(options, layout, whole.facts, all2all)
     if options.all2all in EXCHANGE_KERNELS and (problem := broken_exchange(options.all2all, layout, device)):
         raise InputError(problem)
-    if options.dcp > 1:
+    if options.dcp > 1 or options.pcp > 1:
         problem = broken_context(options.dcp, layout, whole.facts, latent=is_latent(model.config))
-        if problem:
+        if problem := problem or broken_prompts(options.pcp, layout):
             raise InputError(problem)
     if whole.cuts or engine.lacking:
         problem = engine_can_run(
@@ -335,6 +341,8 @@ def deploy(
     plan = make_plan(tables.runs, layout, device, engine, options=options, config=model.config, form=form)
     if options.dcp > 1 and phase == "decode":
         plan = context_cut(plan, options.dcp, device)
+    if options.pcp > 1 and phase == "prefill":
+        plan = prompt_cut(plan, options.pcp, layout.tp, device)
     dp = attention_dp(layout, whole.facts.num_experts)
     graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
     sources = expert_sources(engine, device, model.config, layout)

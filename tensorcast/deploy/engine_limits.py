@@ -187,7 +187,9 @@ def _of_drafters(c: Case) -> Iterator[Limit]:
 
 
 def _of_nodes(c: Case) -> Iterator[Limit]:
-    layout, node, ranks = c.layout, c.gpus_per_node, c.layout.tp * c.layout.pp
+    layout, node, ranks, pcp = c.layout, c.gpus_per_node, c.layout.tp * c.layout.pp, c.options.pcp
+    if pcp > 1 and (c.facts.kv_heads != c.facts.heads or c.nodes > 1):
+        yield "prompts in parts", f"latent attention alone, on one node here, reads prompts in parts (pcp = {pcp})"
     if c.options.dcp > 1:
         yield "decode context parallelism", f"no decode context parallelism (dcp = {c.options.dcp}) in this release"
     if c.nodes == 1:
@@ -307,7 +309,7 @@ _SHARED = ("exchange kernels", "plain all-to-all", "balanced experts", "external
 ENGINE_RULES: dict[str, tuple[str, ...]] = {
     "vllm": (
         *_SHARED, "one exchange", "whole experts or all cut", "dual-batch overlap", "draft layers", "DSpark drafts",
-        "data-parallel ranks on nodes", "DeepEP's ranks", "DeepEP's devices",
+        "prompts in parts", "data-parallel ranks on nodes", "DeepEP's ranks", "DeepEP's devices",
         "vocabulary", *(rule for rule in ANY_ENGINE if rule != "devices of the engine"),
     ),
     "sglang": (

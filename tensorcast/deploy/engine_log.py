@@ -41,7 +41,8 @@ def cache_log(deployment: Deployment, length: int) -> CacheLog:
     """
     memory, table, engine = deployment.memory(1, 1, 0), deployment.drafting, deployment.engine
     depth, times = deployment.options.mtp_depth, np.inf
-    kept = engine.cache_rules.kept(deployment.model.config, depth) if engine.cache_rules else Kept()
+    rules, stages = engine.cache_rules, deployment.layout.pp
+    kept = rules.kept(deployment.model.config, depth, stages) if rules else Kept()
     for weights, layers, _ in deployment.stage_weights:
         kinds, growing, states = table.layer_kinds[layers], 0.0, 0.0
         for entry in cache_entries(table, deployment.quantization.kv):

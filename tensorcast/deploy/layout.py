@@ -127,6 +127,11 @@ def broken_context(dcp: int, layout: Layout, facts: ModelFacts, *, latent: bool)
     return ""
 
 
+def broken_prompts(pcp: int, layout: Layout) -> str:
+    """Why ``pcp`` data-parallel groups of a layout cannot read prompts together; empty if they can."""
+    return f"--pcp {pcp} does not divide dp = {layout.dp}" if pcp > 1 and layout.dp % pcp else ""
+
+
 def attention_dp(layout: Layout, num_experts: int) -> int:
     """Data-parallel ranks of one server's attention: of a dense model every rank is a server of its own."""
     return layout.dp if num_experts else 1

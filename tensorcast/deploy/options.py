@@ -169,6 +169,10 @@ class Options:
         "sequence's cache, each with its part of the tokens.", least=1,
         idle=lambda at: "prompts attend as without it" if at.phase != "decode" else "",
     )
+    pcp: int = _about(
+        1, "Prefill context parallelism (vLLM's --prefill-context-parallel-size): data-parallel groups of GPUs that "
+        "read each prompt together, a part each; --batch is then of all of them.", least=1,
+    )
     chunk_tokens: int = _about(0, "Tokens that pass the experts at a time; 0 is all.", least=0, of_experts=True)
 
 
@@ -196,6 +200,7 @@ class DeploymentOptions(TypedDict, total=False):
     speculative_method: str
     draft_model: str | None
     dcp: int
+    pcp: int
     chunk_tokens: int
 
 

@@ -49,7 +49,13 @@ class Simulation:
     @property
     def tokens(self) -> int:
         """New tokens that one step makes or reads, over all GPUs."""
-        return self.workload.batch * self.workload.input_len * self.deployment.layout.dp
+        return self._sequences * self.workload.input_len
+
+    @property
+    def _sequences(self) -> int:
+        """Of all data-parallel ranks, or of all groups that read prompts together."""
+        d = self.deployment
+        return self.workload.batch * d.layout.dp // (d.options.pcp if self.workload.phase == "prefill" else 1)
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
@@ -117,7 +123,7 @@ class Simulation:
             "pp": d.layout.pp,
             "phase": self.workload.phase,
             "batch_per_dp_rank": self.workload.batch,
-            "batch_total": self.workload.batch * d.layout.dp,
+            "batch_total": self._sequences,
             "input_len": self.workload.input_len,
             "context": self.workload.context,
             "quantization": d.quantization.describe(),
@@ -138,6 +144,7 @@ class Simulation:
             "speculative_method": d.options.speculative_method,
             "draft_model": d.options.draft_model,
             "dcp": d.options.dcp,
+            "pcp": d.options.pcp,
             "chunk_tokens": d.options.chunk_tokens,
             "step_s": self.step_s,
             "step_low_s": low,

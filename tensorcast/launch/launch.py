@@ -9,7 +9,7 @@ from typing import Any
 
 from tensorcast.deploy.deployment import deploy, memory_share
 from tensorcast.deploy.engine_limits import Case, Kernels, engine_can_run, halving_note
-from tensorcast.deploy.layout import Layout, attention_dp, broken_context
+from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broken_prompts
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.launch import sglang, trtllm, vllm
@@ -97,7 +97,9 @@ def launch(
     )
     if not problem and (long := model_profile.too_long(input_len + output_len)):
         problem = f"context length: {long}"
-    problem = problem or broken_context(
+    if options.pcp > 1 and "prefill_context_parallel" not in table.flags:
+        problem = problem or f"prefill context parallelism: {table.name} {table.version} has no flag here for --pcp"
+    problem = problem or broken_prompts(options.pcp, layout) or broken_context(
         options.dcp, layout, case.facts, latent=is_latent(model_profile.config)
     ) or _not_quantizable(table, have, want)
     if problem:

@@ -47,8 +47,11 @@ def _ranks(plan: Plan, node: int, found: Settings) -> None:
         found.add("decode_context_parallel", plan.case.options.dcp)
     if layout.pp > 1:
         found.add("pipeline_parallel", layout.pp)
-    if layout.dp > 1:
-        found.add("data_parallel", layout.dp)
+    pcp = plan.case.options.pcp
+    if pcp > 1:
+        found.add("prefill_context_parallel", pcp)
+    if layout.dp > pcp:
+        found.add("data_parallel", layout.dp // pcp)
     if nodes == 1:
         return
     if layout.tp * layout.pp <= gpus:  # whole ranks on a node: engines are dealt out by their data-parallel rank

@@ -141,6 +141,7 @@ class CacheRules(Frozen):
 
     state_slots: int = Field(default=1, ge=1, description="its own state and copies for prompts that begin alike")
     more_slots: int = Field(default=0, ge=0, description="slots more in the classes `buffered`")
+    pipeline_slots: int = Field(default=0, ge=0, description="the same in a pipeline, whose schedule does not overlap")
     buffered: tuple[str, ...] = ()
     verified_slots: int = Field(default=0, ge=0, description="slots more where tokens are drafted")
     draft_slots: int = Field(default=0, ge=0, description="slots more for each drafted token")
@@ -153,10 +154,11 @@ class CacheRules(Frozen):
     pools: bool = Field(default=True, description="also on servers of one phase, in disaggregated serving")
     source: str = Field(min_length=3)
 
-    def kept(self, config: dict[str, Any], depth: int) -> Kept:
-        """Of a model with this ``config`` that drafts ``depth`` tokens."""
+    def kept(self, config: dict[str, Any], depth: int, stages: int = 1) -> Kept:
+        """Of a model with this ``config`` that drafts ``depth`` tokens, in a pipeline of ``stages``."""
         classes = set(config.get("architectures") or ())
-        slots = self.state_slots + self.more_slots * bool(classes & set(self.buffered))
+        more = self.more_slots if stages == 1 else self.pipeline_slots
+        slots = self.state_slots + more * bool(classes & set(self.buffered))
         slots += (self.verified_slots + self.draft_slots * depth) if depth else 0
         share = self.window_share
         if share is not None:

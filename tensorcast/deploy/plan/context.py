@@ -36,6 +36,31 @@ def context_cut(plan: Plan, dcp: int, device: DeviceProfile) -> Plan:
     return replace(plan, rows=tuple(rows))
 
 
+def prompt_cut(plan: Plan, pcp: int, tp: int, device: DeviceProfile) -> Plan:
+    """The plan of a prefill step in which ``pcp`` groups of ``tp`` ranks read each prompt together.
+
+    As vLLM 0.33.0 runs it (``prefill_context_parallel_size``): a rank has the queries of its part, an early and a late
+    one, and gathers the keys and values, or the latents, of all parts in every layer. Raises :class:`InputError` for
+    attention that picks tokens or slides over them, and for states that pass from token to token.
+    """
+    rows: list[Row] = []
+    for row in plan.rows:
+        if isinstance(row, Op) and row.name in ("linear_attention", "causal_conv1d", "ssm_scan", "sparse_indexer"):
+            raise InputError(f"--pcp {pcp}: {row.module} ({row.name}) cannot read a prompt in parts")
+        if isinstance(row, Op) and row.name == "attention":
+            if any(row.attrs[name] for name in ("selected", "window", "chunk")):
+                raise InputError(f"--pcp {pcp}: {row.module} picks or slides over tokens; only whole contexts are cut")
+            _, keys, values = row.inputs[:3]
+            width = row.attrs["latent"] + row.attrs["rope"]
+            width = width or sum(one.dims[1].coef * one.dims[-1].coef for one in (keys, values))
+            rows.append(Collective(
+                op="all_gather", module=row.module, kind=row.kind, group="pcp", ranks=pcp,
+                extent=group_extent(pcp, tp, device), scale=2.0 * pcp * width, label="keys and values of a prompt",
+            ))  # fmt: skip
+        rows.append(row)
+    return replace(plan, rows=tuple(rows))
+
+
 def _cut(op: Op, dcp: int, device: DeviceProfile) -> Sequence[Row]:
     heads, width = op.inputs[0].dims[1].coef, op.inputs[0].dims[-1].coef
     value = op.inputs[2].dims[-1].coef

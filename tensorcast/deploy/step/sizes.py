@@ -88,6 +88,8 @@ class StepSizes:
     mxfp4: str
     """Kernels' dtype of MXFP4 weights."""
     masked_skips: bool
+    pcp: int = 1
+    """Data-parallel ranks that read each prompt together."""
 
     def batches(self, batch: Size, new: Size, past: Size, some: Where = None) -> Batches:
         """What to price for ``batch`` sequences per data-parallel rank, ``new`` tokens each after ``past`` cached.
@@ -131,6 +133,8 @@ class StepSizes:
         step's own unless given."""
         verify = self.verify if verify is None else verify
         sequences = batch * verify
+        if self.pcp > 1 and not self.decode:  # queries of its part, over the beginnings of all parts on average
+            new, past = new / self.pcp, past + (new - new / self.pcp) / 2
         sizes = Sizes(B=sequences / chunks, S=new, P=past, E=0.0, X=1.0 / self.etp)
         known = Context(
             sizes, decode=self.decode, kv_bytes=self.kv_bytes if kv_bytes is None else kv_bytes, has_fp4=self.has_fp4,

@@ -266,6 +266,7 @@ def make_step(
             halved.decode_tokens if decode else halved.prefill_tokens
         ), load=load, chunk_tokens=options.chunk_tokens, backend=plan.backend,
         has_fp4="fp4" in device.peak_flops, mxfp4=mxfp4, masked_skips=engine.masked_gemm == "skips",
+        pcp=options.pcp,
     )
     pricer = RowPricer(
         table=table, device=device, engine=engine, corrections=corrections_for(device, engine.name),

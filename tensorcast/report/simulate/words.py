@@ -79,6 +79,7 @@ def numerics(t: dict[str, Any]) -> str:
         by = f" by {t['speculative_method']}" if t["speculative_method"] != "mtp" else ""
         parts.append(f"{plural(t['mtp_depth'], 'token')} drafted per sequence{by}")
     parts += [f"each sequence's cache over {t['dcp']} GPUs"] * (t["dcp"] > 1)
+    parts += [f"each prompt read by {t['pcp']} data-parallel groups together"] * (t["pcp"] > 1)
     if t["fusion"] != "engine":
         parts.append("nothing fused" if t["fusion"] == "none" else f"fusion {t['fusion']}")
     return ", ".join(parts)

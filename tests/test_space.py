@@ -17,7 +17,9 @@ from tensorcast.deploy.plan.plan import choose_all2all
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.search.axes import FULL, Axes
-from tensorcast.search.space import Variant, copies, divisors, family, layouts, variants
+from tensorcast.search.search_task import SearchTask
+from tensorcast.search.space import Variant, copies, divisors, family, layouts, space, variants
+from tensorcast.serving.traffic import Traffic
 from tensorcast.trace.cache import traced
 
 
@@ -126,6 +128,27 @@ def test_options_that_change_nothing_do_not_multiply() -> None:
     assert counted(Layout(16, 2, 8, 16), facts)["low_latency"] == 6 * 2 * 2 * 3
     dense = facts_of("llama-3.1-8b")
     assert counted(Layout(8, 1, 8, 1), dense) == {"auto": 2}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_shared_experts_are_whole_beside_cut_only_where_it_differs(engine: str) -> None:
+    task = SearchTask(
+        model=load_model("deepseek-v3"), device=load_device("h200"), engine=load_engine(engine), gpus=8,
+        load=Traffic(512, 64, 1), axes=Axes(),
+    )  # fmt: skip
+    tried = space(task, Counter())
+    cut = {(v.layout, v.decode.all2all): v for v in tried if v.layout.tp > 1 and v.decode.shared_expert_tp}
+    for v in cut.values():
+        whole = Variant(v.layout, *(replace(o, shared_expert_tp=False) for o in (v.prefill, v.decode)))
+        found = []
+        for one in (v, whole):
+            prefill, decode = (
+                task.scenario.deployment(v.layout, phase, getattr(one, phase)) for phase in ("prefill", "decode")
+            )
+            taken = prefill.step.seconds(4.0, 64.0, 0.0), decode.step.seconds(4.0, 1.0, 256.0)
+            found.append((*taken, decode.memory(4.0, 1, 256).weights))
+        assert found[0] != found[1] or whole not in tried, v
+    assert cut
 
 
 def test_copies_of_experts_even_the_load_out() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -18,6 +18,7 @@ from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout, broken_context, broken_rules
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan.plan import block_form, choose_all2all
 from tensorcast.errors import InputError
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.memory import is_latent
@@ -43,11 +44,21 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
         lifted=task.engine.lifted_rules,
         kernels=Kernels(task.engine.lacking, task.device.architecture, task.model.config, whole),
     )
+    form = cache(partial(
+        block_form, engine=task.engine, device=task.device, config=task.model.config, whole=whole
+    ))
+    both = {True, False} <= {*task.axes.shared_expert_tp}
     for layout in tried:
         if broken := next(broken_rules(layout, facts, task.device), None):
             pruned[broken[0]] += 1
             continue
         every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized, latent=latent)
+        if both and layout.tp > 1:  # a slice's shared experts are whole either way
+            every = [v for v in every if v.decode.shared_expert_tp or any(
+                form(o, layout, kind) != form(replace(o, shared_expert_tp=True), layout, kind)
+                for o, phase in ((v.prefill, "prefill"), (v.decode, "decode"))
+                for kind in (choose_all2all(o.all2all, layout, task.engine, phase, split=o.split_tokens_over_tp),)
+            )]
         problems = [
             can(layout=layout, options=v.prefill) or can(layout=layout, options=v.decode, prefill=v.prefill)
             for v in every

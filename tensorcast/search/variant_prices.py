@@ -136,21 +136,14 @@ class VariantPrices:
         ]
         self._settings = sorted({*self._setting_of})
         self._kinds = list(dict.fromkeys(setting._replace(mtp_depth=0) for setting in self._settings))  # of prompts
-        structures, twins = self._groups()
-        groups = list(structures.values())
+        groups = list(self._groups().values())
         entries = np.cumsum([sum(map(len, members.values())) for members in groups]) * len(grid)
         for block in np.unique(entries // TOGETHER):
             self._price([self._group(groups[i]) for i in np.flatnonzero(entries // TOGETHER == block)], grid)
         self.prompts = {}
-        places = {budget: np.empty(count, dtype=int) for budget in self.budgets}
         for budget, found in self._costs.items():
-            where = np.concatenate([rows for rows, _ in found])
-            places[budget][where] = np.arange(len(where))
-        beside = (self.room_decode, self.room_prefill, self._fleet_of, self._member_of, *places.values())
-        for values in (*self.curves.values(), *self.fits.values(), *beside):
-            values[twins[:, 0]] = values[twins[:, 1]]
-        for budget, found in self._costs.items():
-            self.prompts[budget] = PrefillCosts.joined([part for _, part in found]).where(places[budget])
+            positions = np.concatenate([rows for rows, _ in found])
+            self.prompts[budget] = PrefillCosts.joined([part for _, part in found]).where(np.argsort(positions))
         self.own_prompts = self.prompts[scenario.own_chunk]  # in steps as the engine cuts them unasked
         while len(self.parts.fleets) > MOST_FLEETS:
             del self.parts.fleets[next(iter(self.parts.fleets))]
@@ -202,10 +195,7 @@ class VariantPrices:
             for name in ("depths", "room_decode", "room_prefill", "_fleet_of", "_member_of"):
                 setattr(one, name, getattr(one, name)[rows])
         if len(more):
-            structures, twins = found._groups()
-            found._price([found._group(members, ("decode",)) for members in structures.values()], more)
-            for values in curves.values():
-                values[twins[:, 0]] = values[twins[:, 1]]
+            found._price([found._group(members, ("decode",)) for members in found._groups().values()], more)
         return found
 
     def _group(self, found: dict[_Member, dict[_Setting, int]], phases: Sequence[str] = PHASES) -> _Group:
@@ -288,9 +278,8 @@ class VariantPrices:
             self._fleet_of[position], self._member_of[position] = len(self._fleets), where
             self._fleets.append(decode)
 
-    def _groups(self) -> tuple[dict[_Structure, dict[_Member, dict[_Setting, int]]], Rows]:
-        """Positions of the variants by structure, member and setting; and pairs ``[twins, 2]`` of those that are left
-        out, as they run as another one does, which stands beside."""
+    def _groups(self) -> dict[_Structure, dict[_Member, dict[_Setting, int]]]:
+        """Positions of the variants by structure, member and setting."""
         members: dict[tuple[Any, ...], dict[_Setting, int]] = {}
         plain: dict[int, Options] = {}  # by identity: many variants, few options
         made: dict[Options, Options] = {}
@@ -304,8 +293,6 @@ class VariantPrices:
             key = (layout.tp, layout.dp, layout.ep, self._captured[i], *kept)
             members.setdefault(key, {})[self._setting_of[i]] = i
         found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
-        first: dict[tuple[object, ...], _Member] = {}
-        twins: list[tuple[int, int]] = []
         engine, where = self.scenario.engine, self.scenario
         known: dict[str, Any] = {"device": where.device, "config": where.model.config, "whole": self._whole}
         for positions in members.values():
@@ -315,21 +302,15 @@ class VariantPrices:
             phases = list(zip(both, ("prefill", "decode"), strict=True))
             exchange = [choose_all2all(o.all2all, layout, engine, phase) for o, phase in phases]
             blocks = [block_form(o, layout, kind, engine, **known) for o, kind in zip(both, exchange, strict=True)]
-            # what becomes a column of the fleet's arrays may differ, and what shows in the form of blocks alone
-            plainer: dict[str, Any] = {
-                "dispatch": None, "redundant_experts": 0, "placement": "linear", "shared_expert_tp": True,
-            }
+            # what becomes a column of the fleet's arrays may differ
+            plainer: dict[str, Any] = {"dispatch": None, "redundant_experts": 0, "placement": "linear"}
             common = [replace(o, **plainer, external_shared_experts=min(o.external_shared_experts, 1)) for o in both]
             structure = _Structure(
                 layout.tp, self._captured[number], (exchange[0], exchange[1]), (blocks[0], blocks[1]),
                 (common[0], common[1]),
             )  # fmt: skip
-            alike = (structure, layout, *(replace(o, shared_expert_tp=True) for o in both))
-            member = first.setdefault(alike, (layout, both[0], both[1]))
-            known_at = found.setdefault(structure, {}).setdefault(member, {})
-            twins += [(i, known_at[setting]) for setting, i in positions.items() if setting in known_at]
-            known_at |= {setting: i for setting, i in positions.items() if setting not in known_at}
-        return found, np.array(twins, dtype=int).reshape(-1, 2)
+            found.setdefault(structure, {})[layout, both[0], both[1]] = positions
+        return found
 
     def memory(self, points: Points) -> dict[str, Array]:
         """Bytes on the fullest GPU of every point while its batch decodes, each reply half done."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -239,8 +239,11 @@ def disaggregated(
     hand_over = hand_over_s(prefill, decode, lengths[0], prefill_workers + decode_workers)
     steps, engine = steps_of(traffic, decode.options.mtp_depth), decode.engine
 
+    def step_s(batch: float) -> float:
+        return float(curve.at("seconds", batch)) * engine.overhead.pool_factor
+
     def first_s(batch: float) -> float:
-        step = float(curve.at("seconds", batch))
+        step = step_s(batch)
         service, queue = prompts.at_rate(batch * ranks / (steps * step) / lanes)
         queue = min(queue, max(users / lanes - 1, 0))
         burst = max(batch * ranks / lanes - 1, 0) / prompts.most_per_s / 2 / traffic.rounds
@@ -249,17 +252,18 @@ def disaggregated(
         return float(service * (1 + queue) + burst + waits + overhead)
 
     def in_flight(batch: float) -> float:
-        generation = steps * float(curve.at("seconds", batch))
+        generation = steps * step_s(batch)
         if batch * ranks / generation >= lanes * prompts.most_per_s:
             return math.inf
         return batch * ranks * (1 + first_s(batch) / generation)
 
     batch = steady_batch(in_flight, min(users / ranks, fits), users)
-    generation = steps * float(curve.at("seconds", batch))
+    generation = steps * step_s(batch)
     first = max(first_s(batch), users / (batch * ranks) * generation - generation)
-    return told(
+    found = told(
         traffic, users, batch, first=first, generation=generation, curve=curve, prompts=prompts, share=0.0
     )  # fmt: skip
+    return replace(found, decode_step_s=step_s(batch))
 
 
 def hand_over_s(prefill: Deployment, decode: Deployment, tokens: int, workers: int) -> float:

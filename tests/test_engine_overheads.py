@@ -160,6 +160,27 @@ def test_known_overheads_are_found(measured: pd.DataFrame) -> None:
     assert found.unseen_error is not None and found.unseen_error < 0.05
 
 
+def test_decode_steps_of_pools_are_told_by_pools_alone(measured: pd.DataFrame) -> None:
+    """Steps of a decode server take 1.2 times as long; of runs that may have drafted only the slower of two alike tell,
+    and what aggregated runs tell stays."""
+    pools = pd.DataFrame([
+        {"model": "llama-3.1-8b", "device": device, "engine": "vllm", "mode": "disagg", "tp": "1", "isl": isl,
+         "osl": osl, "concurrency": users, "prefill_workers": "1", "decode_workers": "2"}
+        for device in ("h100", "h200") for isl in ("256", "1024") for osl in ("128", "256", "512")
+        for users in ("2", "8", "32", "64")
+    ])  # fmt: skip
+    true = engines.with_fit(load_engine("vllm"), layer_s=4e-5, first_token_s=0.033, prefill_factor=1.2, pool_factor=1.2)
+    times = engines.served_times(engines.read_runs(pools), lambda name: true)
+    pools = pools.assign(measured_tpot_s=times["tpot_s"], measured_ttft_s=times["ttft_s"])
+    found, plain = fit(pd.concat([measured, pools], ignore_index=True)), fit(measured)
+    assert found.pool_factor == pytest.approx(1.2, abs=0.03) and plain.pool_factor == 1.0
+    assert found.layer_s == pytest.approx(plain.layer_s) and found.prefill_factor == plain.prefill_factor
+    table = pd.DataFrame({"steps_s": 1.0, "measured_tpot_s": [1.2] * 8 + [0.5] * 8, "drafting": True, "even": True,
+                          "alike": [*range(8)] * 2, "same": range(16)})  # fmt: skip
+    assert engines._slower_in_pools(table) == pytest.approx(0.2)
+    assert engines._slower_in_pools(table[table["measured_tpot_s"] < 1]) == 0.0  # none is slower: all may have drafted
+
+
 def test_a_model_left_out_is_served_by_what_the_others_tell(measured: pd.DataFrame) -> None:
     """Both models have the same constants here, so that each is told by the other; a wrong one misleads the other."""
     found = leave_out(told(measured), "network", engines.served_times)

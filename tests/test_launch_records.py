@@ -192,7 +192,8 @@ def test_users_of_one_worker_and_tokens_of_a_server_are_counted_over_all_and_per
         "engine": "sglang", "engine_release": "1", "serving_model": "deepseek-ai/DeepSeek-R1", "hf_model": "x",
         "device": "h200", "precision": "fp8", "mode": "agg", "role": "agg", "isl": 8, "osl": 8, "tp": 8, "ep": 8,
         "dp_attn": 1, "kv_cache_dtype": None, "spec_depth": None, "sched_recv_interval": None, "other_options": None,
-        "all2all_backend": None, **dict.fromkeys(POOL_COLUMNS), "concurrency": 64, "recipe_name": "recipes/c64_ctx1_gen9_dep8_batch512.yaml",
+        "all2all_backend": None, **dict.fromkeys(POOL_COLUMNS), "concurrency": 64,
+        "recipe_name": "recipes/c64_ctx1_gen9_dep8_batch512.yaml",
         "max_num_tokens": 65536.0, "max_prefill_tokens": 65536.0,
     }  # fmt: skip
     more: list[dict[str, Any]] = [

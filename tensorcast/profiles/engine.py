@@ -148,7 +148,8 @@ class FusedSharedExperts(Frozen):
 @dataclass(frozen=True)
 class Overhead:
     """What a step takes beside its kernels, timed alone: seconds per step, per layer and per sequence, and how many
-    times as long as they a step with prompts takes in a server under load (``prefill_factor``).
+    times as long as they a step with prompts takes in a server under load (``prefill_factor``), and a decode step
+    where prompts are another server's (``pool_factor``).
 
     Errors are medians: ``layer_error_s`` of the seconds per layer, ``prefill_error`` of the factor, relative.
     """
@@ -159,6 +160,7 @@ class Overhead:
     layer_error_s: float = 0.0
     prefill_factor: float = 1.0
     prefill_error: float = 0.0
+    pool_factor: float = 1.0
 
 
 class EngineFit(Frozen):
@@ -182,6 +184,7 @@ class EngineFit(Frozen):
     first_token_rows: int = Field(default=0, ge=0)
     hand_over_s: Number | None = Field(default=None, ge=0)
     hand_over_rows: int = Field(default=0, ge=0)
+    pool_factor: Number = Field(default=1.0, ge=1, description="decode steps where prompts are another server's")
     left_out_rows: int = 0
     left_out_before: Number | None = None
     left_out_error: Number | None = None
@@ -326,7 +329,7 @@ class EngineProfile(Frozen):
         published = Overhead(float(self.step_overhead_s), float(self.request_overhead_s or 0.0))
         if self.fitted is None:
             return published
-        fitted = ("layer_s", "layer_error_s", "prefill_factor", "prefill_error")
+        fitted = ("layer_s", "layer_error_s", "prefill_factor", "prefill_error", "pool_factor")
         return replace(published, **{name: getattr(self.fitted, name) for name in fitted})
 
     def first_token_s(self, input_len: Any) -> Any:

@@ -192,7 +192,10 @@ def step_times(
         shared, attention = _shared(price, decode), np.asarray(price.tally.attention)
         # what the engine takes per sequence stays with decoding where prompts ride along
         attention = attention + price.request_overhead_s
-        whole = np.broadcast_to(price.seconds, (len(contexts), len(batch)))
+        factor = engine.overhead.pool_factor if prefill is None else 1.0
+        whole, shared, attention = (
+            factor * np.broadcast_to(t, (len(contexts), len(batch))) for t in (price.seconds, shared, attention)
+        )
         decoding = DecodeTimes(
             own=Bilinear.of(contexts, batch, whole - shared),
             shared=Bilinear.of(contexts, batch, shared),

@@ -88,7 +88,7 @@ def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None))
     late with a first token, the largest in time.
     """
     parts, unstable = [], 0
-    grid, decode_s = shop.grid, shop.curves["seconds"]
+    grid, decode_s = shop.grid, shop.curves["seconds"] * shop.scenario.engine.overhead.pool_factor
     steps = shop.scenario.load.decode_steps(shop.depths)
     per_token = (steps / max(shop.scenario.load.output_len - 1, 1))[:, None] * decode_s
     fits = grid <= np.minimum(shop.room_decode, LARGEST_BATCH)[:, None]

@@ -39,12 +39,13 @@ HALVINGS = 30
 
 @dataclass(frozen=True)
 class SteadyState:
-    """What follows from the batch that decodes, seconds: to the first token, of a reply from there, of a mean step;
-    and requests in flight, infinitely many where prompts come faster than they are read."""
+    """What follows from the batch that decodes, seconds: to the first token, of a reply from there, of a mean step, of
+    one without prompts; and requests in flight, infinitely many where prompts come faster than they are read."""
 
     first_s: Array
     generation_s: Array
     step_s: Array
+    plain_s: Array
     concurrency: Array
 
 
@@ -85,8 +86,7 @@ class ServingModel(ABC):
         generation = state.generation_s
         # what a full house does not serve at once adds to the first token
         ttft = np.maximum(state.first_s, concurrency / (batch * self.decode_ranks) * generation - generation)
-        decode_step = decoding.at("seconds", batch)
-        prefill_share = np.clip(1 - decode_step / state.step_s, 0.0, 1.0)
+        prefill_share = np.clip(1 - state.plain_s / state.step_s, 0.0, 1.0)
         tpot = generation / np.maximum(self.traffic.output_len - 1, 1)
         request = ttft + tpot * (self.traffic.output_len - 1)
         return ServingMetrics(
@@ -98,7 +98,7 @@ class ServingModel(ABC):
             output_tokens_per_s=concurrency / request * self.traffic.output_len,
             ttft_error=np.broadcast_to(self.prompts.error, ttft.shape),
             tpot_error=np.hypot((1 - prefill_share) * decoding.at("error", batch), prefill_share * self.prompts.error),
-            decode_step_s=decode_step,
+            decode_step_s=state.plain_s,
             prefill_step_s=np.broadcast_to(self.prompts.step_s, ttft.shape),
             exposed_comm_s=decoding.at("exposed_comm_s", batch),
             hidden_comm_s=decoding.at("hidden_comm_s", batch),
@@ -134,7 +134,7 @@ class Aggregated(ServingModel):
             beside = IN_STEP_PROMPTS / (1 + traffic.spread / IN_STEP_SPREAD)
             first = first + np.minimum(beside, others) / prompts.most_per_s
         users = np.where(step.full, np.inf, batch * self.decode_ranks * (1 + first / generation))
-        return SteadyState(first, generation, step.mean_s, users)
+        return SteadyState(first, generation, step.mean_s, step.plain_s, users)
 
     def _steps(self, batch: Array, arrivals: Array) -> _Steps:
         """Moments of the step time when ``arrivals`` prompts per step come to all ranks, which move in lockstep."""
@@ -172,16 +172,18 @@ class Aggregated(ServingModel):
         met = mean + variance / mean
         # prompts that do not fit into the step wait for the next
         own = own + met * used / (2 * np.maximum(1 - used, 1e-3)) / np.maximum(prompts.per_step, 1.0)
-        return _Steps(mean, met, own, used >= 0.98)
+        return _Steps(mean, met, own, plain, used >= 0.98)
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """Steps at a batch, seconds: the mean, what an arrival meets, what it rides in; and whether prompts overrun."""
+    """Steps at a batch, seconds: the mean, what an arrival meets, what it rides in, one without prompts; and whether
+    prompts overrun."""
 
     mean_s: Array
     met_s: Array
     own_s: Array
+    plain_s: Array
     full: Mask
 
 
@@ -198,7 +200,7 @@ class Disaggregated(ServingModel):
     def at(self, batch: Array, concurrency: Number = np.inf) -> SteadyState:
         """As :meth:`ServingModel.at`, where an endless queue is one of arrivals at random."""
         traffic, engine, prompts = self.traffic, self.engine, self.prompts
-        decode_step = self.decoding.at("seconds", batch)
+        decode_step = self.decoding.at("seconds", batch) * engine.overhead.pool_factor
         generation, sequences = traffic.decode_steps(self.depth) * decode_step, batch * self.decode_ranks
         rate = sequences / generation
         service, queue = prompts.at_rate(rate / self.prefill_ranks)
@@ -209,7 +211,8 @@ class Disaggregated(ServingModel):
         overhead = engine.first_token_s(traffic.input_len) + engine.hand_over_s
         first = service * (1 + queue) + wave / 2 / traffic.rounds + self.hand_over_s + waits + overhead
         full = rate >= self.prefill_ranks * prompts.most_per_s
-        return SteadyState(first, generation, decode_step, np.where(full, np.inf, sequences * (1 + first / generation)))
+        users = np.where(full, np.inf, sequences * (1 + first / generation))
+        return SteadyState(first, generation, decode_step, decode_step, users)
 
     def closed_loop(self, batch: Array) -> Array:
         """Requests in flight of a closed loop, in which the queue itself is no longer than the others in flight."""

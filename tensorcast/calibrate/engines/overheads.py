@@ -13,7 +13,9 @@ than by engine: an engine has the median of its networks, drawn towards that of 
 
 **First token, hand-over**: what runs of any batch take from request to first token beyond what the model explains, a
 constant and a part that grows with the prompt, by least absolute error, every run alike, with the constants of steps in
-place; the hand-over from runs that state their workers.
+place; the hand-over from runs that state their workers, or are of a known launch. From the same runs how many
+times as long as elsewhere a decode step takes there, where caches arrive all the while, engines look for them and hand
+replies on through another process. Of runs that may have drafted, those alone tell that are slower than others alike.
 
 Only rows of :func:`tensorcast.predict.score.fitted_half` are fitted to; the others score.
 """
@@ -64,6 +66,9 @@ token."""
 TIMES = ("tpot_s", "ttft_s", "tpot_error", "ttft_error")
 """What is read of a served run: seconds, and relative median errors that kernels and overheads leave."""
 
+SLOWER_THAN_ALIKE = 1.05
+"""From how many times the quickest run alike a run is taken not to have drafted."""
+
 Change = Callable[[str], EngineProfile]
 
 
@@ -72,7 +77,8 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
 
     Columns: ``run``; engine, device (profiles' names), ``network`` (equal for models of equal configs), ``model`` as
     written, ``mode, measured_tpot_s, measured_ttft_s``, ``prompt`` (tokens, mean), ``even`` (may be fitted to),
-    ``stated`` (no workers assumed), ``same`` (a number per measured run).
+    ``stated`` (no workers assumed), ``drafting`` (whether it drafted is not known), ``alike`` (a number per deployment
+    and load), ``same`` (a number per measured run).
     """
     ours = canonical_columns(table)
     runs, _ = predict.read_runs(table, ours)
@@ -92,6 +98,11 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
         network=pd.factorize(pd.Series([networks[run.model] for run in kept]))[0],
         prompt=[max(1.0, run.isl * (1 + run.length_ratio) / 2) for run in kept],
         stated=[not any("workers" in text for text in run.assumed) for run in kept],
+        drafting=[bool(run.other_depths) for run in kept],
+        alike=pd.factorize(pd.Series([
+            f"{run.served_by} {run.device} {run.model} {run.layout} {run.isl}/{run.osl} {run.concurrency}"
+            for run in kept
+        ]))[0],
     )  # fmt: skip
     return out.assign(same=same_run(out)).reset_index(drop=True)
 
@@ -187,10 +198,11 @@ def told(rows: pd.DataFrame, engines: dict[str, EngineProfile]) -> Told:
         return Told(known, own, published)
     steps = {str(name): _steps_part(runs, own, "steps") for name, runs in known.groupby("engine")}
     later = {name: fit.model_copy(update={"first_token_s": FIRST_S}) for name, fit in steps.items()}
-    first_s, later_s = (
-        served_times(known, Told(known, own, published).fitted(fits).__getitem__)["ttft_s"] for fits in (steps, later)
+    first, longer = (
+        served_times(known, Told(known, own, published).fitted(fits).__getitem__) for fits in (steps, later)
     )
-    return Told(known.assign(first_s=first_s, first_slope=(later_s - first_s) / FIRST_S), own, published)
+    slope = (longer["ttft_s"] - first["ttft_s"]) / FIRST_S
+    return Told(known.assign(first_s=first["ttft_s"], first_slope=slope, steps_s=first["tpot_s"]), own, published)
 
 
 def fit_engines(found: Told, source: str) -> dict[str, EngineFit]:
@@ -224,7 +236,8 @@ def _steps_part(runs: pd.DataFrame, own: dict[Group, Beside], source: str) -> En
 
 
 def _first_part(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
-    """``fit`` with the time of a first token and of a hand-over, and the models of all runs it was fitted to."""
+    """``fit`` with the time of a first token, of a hand-over and of pools' steps, and the models of all runs it was
+    fitted to."""
     usable = own["even"] & (own["first_s"] > 0) & (own["measured_ttft_s"] > 0)
     pooled = own["mode"] != "aggregated"
     whole, pools = own[usable & ~pooled], own[usable & pooled & own["stated"]]
@@ -241,11 +254,20 @@ def _first_part(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
         )
         hand_over_s = least_off(begun, pools["first_slope"], pools["measured_ttft_s"], once(pools))
         fields |= {"hand_over_s": round(hand_over_s, 2), "hand_over_rows": len(pools)}
+        fields |= {"pool_factor": round(1 + _slower_in_pools(pools), 3)}
     else:
         pools = pools[:0]
     models = pd.concat([own[own["used"]], whole, pools]).groupby("device")["model"].unique()
     served = {str(name): tuple(sorted(some)) for name, some in models.items()}
     return fit.model_copy(update={**fields, "served": served})
+
+
+def _slower_in_pools(pools: pd.DataFrame) -> float:
+    slowest = pools["measured_tpot_s"] > SLOWER_THAN_ALIKE * pools.groupby("alike")["measured_tpot_s"].transform("min")
+    told = pools[(pools["steps_s"] > 0) & (~pools["drafting"] | slowest)]
+    if len(told) < FEWEST:
+        return 0.0
+    return least_off(told["steps_s"], told["steps_s"], told["measured_tpot_s"], once(told))
 
 
 def _scored(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
@@ -291,6 +313,7 @@ def report(fit: EngineFit) -> str:
     each = f" and {1e6 * fit.prompt_token_s:.1f} us per token of its prompt"
     first = "" if fit.first_token_s is None else f", {1e3 * fit.first_token_s:.0f} ms{each} per first token"
     pools = "" if fit.hand_over_s is None else f", {1e3 * fit.hand_over_s:.0f} ms per hand-over"
+    pools += f", decode steps of pools x {fit.pool_factor:.2f}" if fit.pool_factor > 1 else ""
     seen = f"time per token of {fit.left_out_rows} runs left out {_change(fit.left_out_before, fit.left_out_error)}"
     new = f"models not fitted to {_change(fit.unseen_before, fit.unseen_error)}"
     load = f", steps with prompts x {fit.prefill_factor:.2f}"

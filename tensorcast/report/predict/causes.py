@@ -63,7 +63,8 @@ def fits(frame: pd.DataFrame, words: dict[str, str]) -> list[str]:
     text = (
         "`make engines` fits what an engine does beside its kernels to measured runs: seconds per layer and how many "
         "times as long as their kernels steps with prompts take under load to aggregated runs, seconds per first token "
-        "to the same, per hand-over to disaggregated runs that state their workers. It takes groups of runs (model, "
+        "to the same, per hand-over and how much longer decode steps of pools take to disaggregated runs whose workers "
+        "are known. It takes groups of runs (model, "
         "device, layout, lengths) whose hash is even. Left out is every other row, less records that measured the same "
         "to the last digit as one that was fitted to. Each network's runs are fitted to alone; an engine has the "
         "median of its networks, drawn towards that of all engines' networks, so that none of them weighs much. Picked "
@@ -95,14 +96,14 @@ def _overheads(found: dict[str, EngineFit]) -> list[str]:
     """A line per engine: its overheads, and the error of the time per token before and after."""
     head = [
         "engine", "us per layer", "give or take", "prompts under load", "give or take", "runs",
-        "ms per first token", "and us per token of its prompt", "ms per hand-over", "runs left out, before", "after",
+        "ms per first token", "and us per token of its prompt", "ms per hand-over", "decode in pools", "runs left out, before", "after",
         "models not fitted to, before", "after",
     ]  # fmt: skip
     rows = [
         [
             name, f"{1e6 * fit.layer_s:.1f}", f"{1e6 * fit.layer_error_s:.1f}", f"x {fit.prefill_factor:.2f}",
             percent(fit.prefill_error), str(fit.rows), _ms(fit.first_token_s), f"{1e6 * fit.prompt_token_s:.1f}",
-            _ms(fit.hand_over_s), percent(fit.left_out_before), percent(fit.left_out_error),
+            _ms(fit.hand_over_s), f"x {fit.pool_factor:.2f}", percent(fit.left_out_before), percent(fit.left_out_error),
             percent(fit.unseen_before), percent(fit.unseen_error),
         ]
         for name, fit in found.items()

@@ -96,8 +96,8 @@ def _overheads(found: dict[str, EngineFit]) -> list[str]:
     """A line per engine: its overheads, and the error of the time per token before and after."""
     head = [
         "engine", "us per layer", "give or take", "prompts under load", "give or take", "runs",
-        "ms per first token", "and us per token of its prompt", "ms per hand-over", "decode in pools", "runs left out, before", "after",
-        "models not fitted to, before", "after",
+        "ms per first token", "and us per token of its prompt", "ms per hand-over", "decode in pools",
+        "runs left out, before", "after", "models not fitted to, before", "after",
     ]  # fmt: skip
     rows = [
         [

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensorcast as tc
+from tensorcast.cost.stages import stage_layers
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.engine_log import ROOM_ERROR_BYTES, cache_log, room_note
-from tensorcast.deploy.layout import Layout, stage_layers
+from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
 from tensorcast.profiles.store import load_device, load_engine, load_model

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from one_deployment import OneCurve, OnePrefill
 
-from tensorcast.deploy.layout import stage_layers
+from tensorcast.cost.stages import stage_layers
 from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, Stage, stages_of
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.search.axes import FULL

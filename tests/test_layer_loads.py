@@ -13,6 +13,7 @@ from tensorcast.cost.placing import place_layers
 from tensorcast.cost.rank_load import LayerPoints, RankLoad
 from tensorcast.cost.recordings.named import recording
 from tensorcast.cost.routing import Routing, expert_load, inclusion
+from tensorcast.cost.stages import stage_layers
 from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError
@@ -96,9 +97,11 @@ class Finer:
     def local_experts(self) -> Size:
         return self.whole.local_experts
 
-    def at(self, tokens: Size) -> RankLoad:
-        points = self.whole.points(tokens, 58)
-        return replace(self.whole.at(tokens), points=LayerPoints(*points))
+    staged = True
+
+    def at(self, tokens: Size, stages: Size = 1) -> RankLoad:
+        points = self.whole.points(tokens, 58, stages=stages)
+        return replace(self.whole.at(tokens, stages), points=LayerPoints(*points))
 
 
 @pytest.mark.parametrize(("phase", "batch", "new"), [("decode", 4, 1), ("decode", 128, 1), ("prefill", 1, 4096)])
@@ -114,6 +117,42 @@ def test_step_of_few_groups_is_that_of_every_layer(phase: str, batch: int, new: 
     past = 0.0 if phase == "prefill" else 4096.0
     assert step.price(float(batch), float(new), past).seconds == pytest.approx(run.step_s)
     assert run.step_s == pytest.approx(float(finer.price(float(batch), float(new), past).seconds), rel=0.01)
+
+
+@pytest.mark.parametrize("stages", [2, 4, 7])
+def test_a_pipeline_has_the_load_of_its_busiest_stage(stages: int) -> None:
+    """Told layer by layer: 61 layers, of which the first three are dense, in stages as vLLM splits them."""
+    load = expert_load(
+        Routing.parse("recorded:deepseek-r1"), 256, 8.0, 32, layers=tuple(range(3, 61)), stages=(61, "before_last")
+    )
+    assert isinstance(load, LayerLoads)
+    by_layer = dict(zip(load.numbers.tolist(), load.points(4096.0, 58).rows.tolist(), strict=True))
+    split = [range(61)[one] for one in stage_layers(61, stages, "before_last")]
+    sums = [sum(by_layer.get(layer, 0.0) for layer in some) for some in split]
+    busiest = split[int(np.argmax(sums))]
+    told = np.asarray(load.at(np.array([4096.0, 4096.0]), np.array([1, stages])).rows)
+    mean, own = np.mean(list(by_layer.values())), max(sums) / len([i for i in busiest if i > 2])
+    assert told[0] == pytest.approx(mean) and told[1] == pytest.approx(own, rel=0.02)  # four groups for all layers
+    assert told[1] > 1.05 * told[0]
+
+
+def test_candidates_in_stages_are_what_simulate_prices() -> None:
+    found = tc.compare(
+        "deepseek-v3", device="h200", world_size=16, input_len=1024, output_len=256, engine="sglang",
+        layouts=["dp8-ep8", "dp8-ep8-pp2"], routing="recorded:deepseek-r1", modes=["aggregated"],
+    )
+    rows = found.candidates.sort_values("batch", ascending=False).drop_duplicates("layout").to_dict("records")
+    assert {row["pp"] for row in rows} == {1, 2}
+    for row in rows:
+        alone = tc.simulate(
+            "deepseek-v3", device="h200", world_size=8 * row["pp"], tp=1, dp=8, ep=8, pp=row["pp"], engine="sglang",
+            batch=int(row["batch"]), context=1024 + 128, routing="recorded:deepseek-r1", all2all=row["all2all"],
+            dispatch=row["dispatch"] or None, combine=row["combine"] or None, placement=row["placement"],
+            redundant_experts=row["redundant_experts"], shared_expert_tp=bool(row["shared_expert_tp"]),
+            external_shared_experts=row["external_shared_experts"], dual_batch_overlap=bool(row["dual_batch_overlap"]),
+            kv_dtype=row["kv_dtype"], allow_oversize=True,
+        )
+        assert alone.step_s == pytest.approx(row["decode_step_s"], rel=5e-3)
 
 
 def test_a_fleet_prices_recorded_layers_as_each_deployment_does() -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tensorcast.cost.routing import Routing
+from tensorcast.cost.stages import stage_layers
 from tensorcast.deploy.deployment import Deployment, deploy
-from tensorcast.deploy.layout import Layout, check, stage_layers
+from tensorcast.deploy.layout import Layout, check
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.errors import InputError

@@ -27,7 +27,8 @@ class Context:
 
     ``backend``: how expert matmuls run. ``capacity``: rows that a masked one keeps room for, per expert. ``verify``:
     new tokens per sequence that a decode step checks at once (1 + drafted ones); ``sizes.B`` then counts all of them.
-    ``points``: where layers load their experts differently, the load of each group of layers.
+    ``points``: where layers load their experts differently, the load of each group of layers, and ``stages``: the
+    pipeline stages of which these are the busiest's.
     """
 
     sizes: Sizes
@@ -41,6 +42,7 @@ class Context:
     masked_skips: bool = True
     verify: Size = 1.0
     points: LayerPoints | None = None
+    stages: Size = 1
 
     @property
     def cached_in_fp8(self) -> bool:

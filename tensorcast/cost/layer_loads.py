@@ -5,18 +5,24 @@ rank are the sum of many independent choices: normal, with the ranks' total fixe
 the experts that the busiest one hits, are means over fixed draws at every half octave of tokens; between them
 both are interpolated. Layers that load alike are priced together: :data:`POINTS` groups, by how busy their busiest
 rank is, each at its mean, which leaves sums over layers of anything linear in rows or hit experts exact.
+
+A pipeline ends with its slowest stage, so where there are stages the layers of the one whose busiest ranks have most to
+do stand for all: the groups are the same, each as often as it has layers there.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tensorcast.cost.rank_load import LayerPoints, RankLoad
+from tensorcast.cost.stages import stage_layers
 from tensorcast.cost.work import Array, Size
+from tensorcast.profiles.engine import PipelineSplit
 
 POINTS = 4
 """Groups of layers that a step is priced at."""
@@ -49,17 +55,29 @@ class LayerLoads:
     """``[2, layers]``: tokens that reach the busiest rank, and the busiest node, over the mean."""
     error: float
     """Standard error of the drawn maxima, relative to a step's rows, where it is largest."""
+    numbers: NDArray[np.int64]
+    """The layers' numbers in the model, of ``every`` layers in all, which stages ``split`` among them."""
+    every: int
+    split: PipelineSplit
 
-    def at(self, tokens: Size) -> RankLoad:
-        """Load when ``tokens`` tokens in all (over the whole expert-parallel group) are routed."""
-        found = self.points(tokens)
+    @property
+    def staged(self) -> bool:
+        """Whether pipeline stages differ."""
+        return len(self.busiest) > 1
+
+    def at(self, tokens: Size, stages: Size = 1) -> RankLoad:
+        """Load when ``tokens`` tokens in all (over the whole expert-parallel group) are routed, in the busiest of so
+        many pipeline ``stages``: a number, or one for each of ``tokens``."""
+        found = self.points(tokens, stages=stages)
         mean = np.asarray(tokens, dtype=float) * (self.top_k / self.ranks + self.fused)
-        return RankLoad(found.rows @ found.weights, found.hit @ found.weights, mean, found)
+        rows, hit = (np.einsum("...g,...g->...", loads, found.weights) for loads in (found.rows, found.hit))
+        return RankLoad(rows, hit, mean, found)
 
-    def points(self, tokens: Size, groups: int = POINTS) -> LayerPoints:
+    def points(self, tokens: Size, groups: int = POINTS, *, stages: Size = 1) -> LayerPoints:
         """Loads when ``tokens`` in all are routed: the axis of groups is behind those of ``tokens``."""
-        tokens = np.asarray(tokens, dtype=float)
-        shares, lift, hit, visits, weights = self._grouped(min(groups, len(self.busiest)))
+        tokens, groups = np.asarray(tokens, dtype=float), min(groups, len(self.busiest))
+        shares, lift, hit, visits = self._grouped(groups)
+        weights = self.weights(stages, groups)
         at = np.log2(np.clip(tokens, KNOTS[0], KNOTS[-1]))
         knots = np.log2(KNOTS)
         copies, local = (tokens * self.top_k)[..., None], float(self.local_experts - self.fused)
@@ -74,23 +92,43 @@ class LayerLoads:
         reached = [np.broadcast_to(np.maximum(one, 1.0), rows.shape) for one in visits]
         return LayerPoints(rows, hits, received, reached[0], reached[1], weights)
 
-    def _grouped(self, groups: int) -> tuple[Array, Array, Array, Array, Array]:
-        kept: dict[int, tuple[Array, Array, Array, Array, Array]] = self.__dict__.setdefault("_kept", {})
+    def _grouped(self, groups: int) -> tuple[Array, Array, Array, Array]:
+        kept: dict[int, tuple[Array, Array, Array, Array]] = self.__dict__.setdefault("_kept", {})
         if groups not in kept:
             parts = np.array_split(np.arange(len(self.busiest)), groups)
             of = [np.stack([one[part].mean(axis=0) for part in parts]) for one in (self.busiest, self.lift, self.hit)]
-            visits = np.stack([self.visits[:, part].mean(axis=1) for part in parts], axis=1)
-            kept[groups] = of[0], of[1], of[2], visits, np.array([len(part) for part in parts]) / len(self.busiest)
+            kept[groups] = of[0], of[1], of[2], np.stack([self.visits[:, part].mean(axis=1) for part in parts], axis=1)
         return kept[groups]
+
+    def weights(self, stages: Size = 1, groups: int = POINTS) -> Array:
+        """Which part of the layers of the busiest of so many pipeline stages is in each group, ``[..., groups]``."""
+        known: dict[tuple[int, bytes], Array] = self.__dict__.setdefault("_known", {})
+        key = groups, np.asarray(stages, dtype=float).tobytes()
+        if key not in known:
+            parts = np.array_split(np.arange(len(self.busiest)), min(groups, len(self.busiest)))
+            several, where = np.unique(np.asarray(stages, dtype=int), return_inverse=True)
+            found = []
+            for count in several.tolist():
+                every = stage_layers(self.every, count, self.split) if self.staged else [slice(0, self.every)]
+                own = [(self.numbers >= one.start) & (self.numbers < one.stop) for one in every]
+                busiest = max(own, key=lambda some: float(self.busiest[some].sum()))
+                part_of = np.array([busiest[part].sum() for part in parts]) / busiest.sum()
+                # tilted so that the stage's mean rows are exact: its layers are not the means of the groups
+                shares = np.array([self.busiest[part].mean() for part in parts])
+                tilt, off = shares - shares.mean(), self.busiest[busiest].mean() - part_of @ shares
+                found.append(part_of + tilt * off / float(tilt @ tilt) if tilt @ tilt > 1e-12 else part_of)
+            known[key] = np.stack(found)[where.reshape(np.shape(stages))]
+        return known[key]
 
 
 def layer_loads(
     chances: Array, placed: NDArray[np.int64], experts_per_rank: tuple[int, ...], *, top_k: float, nodes: int = 1,
-    fused: int = 0, likeness: float = 1.0,
+    fused: int = 0, likeness: float = 1.0, numbers: Sequence[int] = (), every: int = 0, split: PipelineSplit = "first",
 ) -> LayerLoads:
     """Loads of a placement. ``chances [layers, experts]``: that a token picks each expert; ``placed [layers, slots]``:
     the expert in each slot, rank after rank, -1 where no token comes. Copies of an expert share its tokens evenly.
-    ``likeness``: T tokens hit as many experts as ``T**likeness`` that pick independently."""
+    ``likeness``: T tokens hit as many experts as ``T**likeness`` that pick independently. ``numbers``: of the layers in
+    the model, of ``every`` layers in all, which pipeline stages ``split``; these layers alone unless given."""
     layers, experts = chances.shape
     ranks, starts = len(experts_per_rank), np.concatenate([[0], np.cumsum(experts_per_rank)[:-1]])
     copies = np.zeros((layers, experts))
@@ -117,6 +155,8 @@ def layer_loads(
     return LayerLoads(
         top_k=top_k, ranks=ranks, local_experts=max(experts_per_rank) + fused, fused=fused, order=order,
         busiest=mean.max(axis=1)[order] / top_k, lift=lift[order], hit=hit[order], visits=visits[:, order], error=error,
+        numbers=np.array(numbers if len(numbers) == layers else range(layers))[order],
+        every=every if len(numbers) == layers else layers, split=split,
     )
 
 

@@ -12,7 +12,7 @@ from tensorcast.cost.work import Array, Size
 class LayerPoints(NamedTuple):
     """Loads of groups of layers, the last axis: rows and hit experts of the busiest rank, and how many times the mean
     it receives: ``copies`` of tokens one by one, or one per token (``ranks``), the busiest node likewise (``nodes``).
-    ``weights``: the part of all layers in each group."""
+    ``weights``: the part of all layers in each group; of several cases in pipeline stages, that of each case's."""
 
     rows: Array
     hit: Array

@@ -29,6 +29,7 @@ from tensorcast.cost.recordings.recording import LayerCounts
 from tensorcast.cost.work import Array, Size
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.placement import Placement, linear, round_robin
+from tensorcast.profiles.engine import PipelineSplit
 
 TYPICAL_EXPONENT = 0.6
 """Of ``typical``. Recordings published with SGLang's reproduction of DeepSeek's wide expert parallelism: experts hit by
@@ -146,8 +147,12 @@ class ExpertLoad:
         default_factory=dict, init=False, compare=False, repr=False
     )
 
-    def at(self, tokens: Size) -> RankLoad:
-        """Load when ``tokens`` tokens in all (over the whole expert-parallel group) are routed."""
+    staged = False
+    """Whether pipeline stages differ."""
+
+    def at(self, tokens: Size, stages: Size = 1) -> RankLoad:
+        """Load when ``tokens`` tokens in all (over the whole expert-parallel group) are routed, the same in all stages.
+        """
         tokens = np.asarray(tokens, dtype=float)
         key = tokens.shape, tokens.tobytes()
         if key in self._known:  # layouts that differ in other things ask for the same again
@@ -193,20 +198,22 @@ def expert_load(
     nodes: int = 1,
     groups: int = 1,
     layers: tuple[int, ...] = (),
+    stages: tuple[int, PipelineSplit] = (0, "first"),
 ) -> ExpertLoad | LayerLoads:
     """The load model of ``num_experts`` experts, and ``redundant`` copies of some, over ``ranks`` ranks, each of which
     holds ``fused`` shared experts beside.
 
     ``policy`` places them: ``linear``, ``round_robin``, ``eplb``, which knows the popularity that it balances and keeps
     the router's ``groups`` on ``nodes`` where they divide, or ``balanced``, which improves on it. ``layers``: numbers
-    of the model's MoE layers, which a recording must be of.
+    of the model's MoE layers, which a recording must be of; ``stages``: how many layers there are in all, and how
+    pipeline stages split them.
     """
     if redundant < 0:
         raise InputError(f"--redundant-experts {redundant}: must be at least 0")
     if routing.counts is not None:
         return _recorded(
             routing.counts.for_model(num_experts, layers), top_k, ranks, policy, redundant=redundant, fused=fused,
-            nodes=nodes, groups=groups, likeness=routing.likeness,
+            nodes=nodes, groups=groups, likeness=routing.likeness, numbers=layers, stages=stages,
         )
     if policy not in POLICIES:
         raise unknown_name("--placement", policy, POLICIES)
@@ -251,7 +258,7 @@ def expert_load(
 
 def _recorded(
     counts: LayerCounts, top_k: float, ranks: int, policy: str, *, redundant: int, fused: int, nodes: int, groups: int,
-    likeness: float,
+    likeness: float, numbers: tuple[int, ...], stages: tuple[int, PipelineSplit],
 ) -> LayerLoads:
     """Loads of every layer, placed by what ``policy`` knows: these counts, or older ones (``eplb:RECORDING``)."""
     base, _, seen = policy.partition(":")
@@ -266,7 +273,10 @@ def _recorded(
         raise InputError(f"--placement {policy}: {len(placed)} layers, but {counts.name} has {len(counts.counts)}")
     chances = np.stack([inclusion(row, top_k) for row in counts.counts])
     whole = np.broadcast_to(placed, (len(chances), placed.shape[1]))
-    return layer_loads(chances, whole, per_rank, top_k=top_k, nodes=nodes, fused=fused, likeness=likeness)
+    return layer_loads(
+        chances, whole, per_rank, top_k=top_k, nodes=nodes, fused=fused, likeness=likeness, numbers=numbers,
+        every=stages[0], split=stages[1],
+    )
 
 
 def _round_robin(popularity: np.ndarray, ranks: int, redundant: int, nodes: int, groups: int) -> Placement:

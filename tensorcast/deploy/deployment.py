@@ -18,10 +18,11 @@ from tensorcast.cost.memory import (
     low_latency_buffer_bytes,
     weight_bytes,
 )
+from tensorcast.cost.stages import stage_layers
 from tensorcast.cost.work import Mask, Size
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
-from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broken_prompts, check, stage_layers
+from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broken_prompts, check
 from tensorcast.deploy.options import Options, Place, check_options, idle_options
 from tensorcast.deploy.plan.context import context_cut, prompt_cut
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.layer_loads import LayerLoads
 from tensorcast.cost.rank_load import LayerPoints, RankLoad
-from tensorcast.cost.routing import ExpertLoad
+from tensorcast.cost.routing import ExpertLoad, Routing
 from tensorcast.cost.work import Size
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.layout import Layout
@@ -52,9 +52,16 @@ class MemberLoads:
 
     members: tuple[ExpertLoad | LayerLoads, ...]
     local_experts: np.ndarray
+    staged: bool = False
 
-    def at(self, tokens: Size) -> RankLoad:
-        """Loads at ``tokens [members, batches]`` (or ``[members, 1]``): every load is asked once for each number."""
+    def at(self, tokens: Size, stages: Size = 1) -> RankLoad:
+        """Loads at ``tokens [members, batches]`` (or ``[members, 1]``): every load is asked once for each number.
+
+        ``stages``: of a pipeline, a number or one for each of the batches.
+        """
+        tokens = np.asarray(tokens)
+        if np.size(stages) > 1:
+            tokens = np.broadcast_to(tokens, (len(tokens), np.size(stages)))
         found = [np.empty(np.shape(tokens)) for _ in range(3)]
         points: LayerPoints | None = None
         for load, rows in _alike(self.members, list(map(id, self.members))):
@@ -68,6 +75,11 @@ class MemberLoads:
             if at.points is not None:  # one law for all members: as many groups of layers
                 shape = (*np.shape(tokens), len(at.points.weights))
                 points = points or at.points.each(lambda _: np.empty(shape))  # noqa: B023
+                if isinstance(load, LayerLoads) and np.any(np.greater(stages, 1)):
+                    own = load.weights(np.ravel(stages))  # layers lie in other groups under another placement
+                    weights = points.weights if points.weights.ndim == 3 else np.empty((len(tokens), *own.shape))
+                    weights[rows] = own
+                    points = points._replace(weights=weights)
                 for whole, part in zip(points[:5], at.points[:5], strict=True):
                     whole[rows] = part[where]
         return RankLoad(found[0], found[1], found[2], points)
@@ -127,20 +139,25 @@ def fleet(prototype: Deployment, members: Sequence[tuple[Layout, Options]], memo
     lie: dict[tuple[object, ...], Exchange] = {}
     own: dict[str, Any] = dict(step.pricer.sources)
     kernels = {(prototype.layout.ep > 1, prototype.layout.dp > 1): own}
+    routing = Routing.parse(prototype.options.routing, table.phase)
     for one, options in members:
         check_options(options, one, table.facts, plan.all2all)
         key = one.dp, one.ep, one.stage_ranks, options.dispatch, options.external_shared_experts > 0
         if key not in lie:
             lie[key] = exchange_of(table, one, device, engine, options=options, form=plan.form)
         exchanges.append(lie[key])
-        held, distinct = experts_of(table, one, device, engine, options)
+        held, distinct = experts_of(
+            table, one, device, engine, options,
+            routing=routing if options.routing == prototype.options.routing else None,
+        )
         loads += [held] if held is not None else []
         spread.append(distinct)
         if (one.ep > 1, one.dp > 1) not in kernels:
             kernels[one.ep > 1, one.dp > 1] = expert_sources(engine, device, config, one)
     load: ExpertLoad | MemberLoads | None = None
     if loads:
-        load = MemberLoads(tuple(loads), _column([one.local_experts for one in loads]))
+        staged = any(one.staged for one in loads)
+        load = MemberLoads(tuple(loads), _column([one.local_experts for one in loads]), staged)
     if loads and isinstance(loads[0], ExpertLoad) and all(getattr(one, "busiest", 0) is None for one in loads):
         # even ones are plain arithmetic, so one load with columns stands for all
         even: Any = {name: _column([getattr(one, name) for one in loads]) for name in _EVEN}

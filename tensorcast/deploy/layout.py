@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tensorcast.errors import InputError
-from tensorcast.profiles.engine import PipelineSplit
 from tensorcast.profiles.facts import ModelFacts
 
 if TYPE_CHECKING:
@@ -144,13 +143,3 @@ def check(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> None:
             raise InputError(f"layout: {name} = {getattr(layout, name)} must be at least 1")
     for name, problem in broken_rules(layout, facts, device):
         raise InputError(f"layout {layout} breaks rule '{name}': {problem}")
-
-
-def stage_layers(layers: int, pp: int, split: PipelineSplit = "first") -> list[slice]:
-    """Layers of each pipeline stage: contiguous; which have one more where they do not divide, ``split`` says."""
-    left = layers % pp
-    start = {"first": 0, "before_last": pp - 1 - left, "last": pp - left}[split]
-    bounds = [0]
-    for stage in range(pp):
-        bounds.append(bounds[-1] + layers // pp + (1 if start <= stage < start + left else 0))
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]

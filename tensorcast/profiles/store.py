@@ -89,6 +89,9 @@ def list_engines() -> tuple[str, ...]:
     return _names("engine")
 
 
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
 def profile_roots() -> tuple[Path, ...]:
     """Folders that are searched, in order. Raises :class:`InputError` where the user's is missing."""
     roots = []
@@ -96,11 +99,10 @@ def profile_roots() -> tuple[Path, ...]:
         if not Path(user).expanduser().is_dir():
             raise InputError(f"{USER_DIRECTORY}={user}: no such directory")
         roots.append(Path(user).expanduser())
-    package = Path(__file__).resolve().parent.parent
-    for shipped in (package / "_profiles", package.parent / "profiles"):  # inside a wheel; in a checkout
+    for shipped in (PACKAGE / "_profiles", PACKAGE.parent / "profiles"):  # inside a wheel; in a checkout
         if (shipped / "models").is_dir():
             return (*roots, shipped)
-    raise InputError(f"no profiles beside the package at {package}: reinstall tensorcast")
+    raise InputError(f"no profiles beside the package at {PACKAGE}: reinstall tensorcast")
 
 
 # Finding

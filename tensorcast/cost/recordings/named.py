@@ -51,12 +51,12 @@ def _one(text: str) -> Recording:
     if path.exists():
         status = path.stat()
         return _read(path, status.st_mtime_ns, status.st_size)
-    named = shipped()
-    if text in named:
-        return _read(named[text], 0, 0)
+    for root in profile_roots():
+        if (own := root / "expert_load" / f"{text}.csv").is_file():
+            return _read(own, 0, 0)
     if path.suffix or "/" in text:
         read_counts(path)  # says what is wrong
-    raise unknown_name("recording", text, named)
+    raise unknown_name("recording", text, shipped())
 
 
 @functools.lru_cache(maxsize=64)

@@ -65,7 +65,7 @@ class AskedRows:
 
     def __init__(self, pricer: RowPricer, at: Context, asked: Asked, memo: Memo, *, waiting: Waiting) -> None:
         self._pricer, self._at, self._asked, self._memo, self._waiting = pricer, at, asked, memo, waiting
-        numbers = (at.sizes.B, at.sizes.S, at.sizes.P, at.verify, at.kv_bytes)
+        numbers = (at.sizes.B, at.sizes.S, at.sizes.P, at.verify, at.kv_bytes, at.stages)
         shapes = (np.asarray(number, dtype=float) for number in numbers)
         self._key = (pricer.table.phase, pricer.graph_tokens, *((value.shape, value.tobytes()) for value in shapes))
         self._plain = memo.plain.setdefault(self._key, {})
@@ -111,7 +111,10 @@ class AskedRows:
         if content_of(op, self._contents).routed:
             few, where = self._by_tokens
             one: Pending = partial(pricer.kernels, op, few, pricer.works(op, few, self._asked))
-            return (one if few.points is None else self._meaned(one)), where
+            return (one, where) if few.points is None else self._meaned(one, where)
+        if np.ndim(at.stages):
+            rows, where = self._unstaged
+            return partial(rows.price, *rows.ask(op)), where
         cached = np.asarray(at.kv_bytes)
         if not cached.ndim:
             return partial(pricer.kernels, op, at, pricer.works(op, at, self._asked)), None
@@ -131,17 +134,21 @@ class AskedRows:
             batch, new, past, verify = (
                 np.broadcast_to(value, width)[where] for value in (at.sizes.B, at.sizes.S, at.sizes.P, at.verify)
             )
-            one = replace(at, sizes=replace(at.sizes, B=batch, S=new, P=past), verify=verify, kv_bytes=kv_bytes)
+            sizes = replace(at.sizes, B=batch, S=new, P=past)
+            one = replace(at, sizes=sizes, verify=verify, kv_bytes=kv_bytes, stages=1)
             self._by_dtype[key] = AskedRows(self._pricer, one, self._asked, self._memo, waiting=self._waiting)
         rows = self._by_dtype[key]
         return partial(rows.price, *rows.ask(op))
 
     def _collective(self, row: Collective) -> tuple[Pending, Where]:
         if not isinstance(row, Collectives):
+            if not row.exchange and np.ndim(self._at.stages):
+                rows, where = self._unstaged
+                return partial(rows.price, *rows.ask(row)), where
             if self._at.points is None or not row.exchange:
                 return self._pricer.collective(row, self._at, self._asked), None
             few, where = self._by_tokens
-            return self._meaned(self._pricer.collective(row, few, self._asked)), where
+            return self._meaned(self._pricer.collective(row, few, self._asked), where)
         few, where = self._by_tokens
         parts: list[tuple[np.ndarray, Pending]] = []
         for members, one in row.groups:
@@ -150,12 +157,29 @@ class AskedRows:
             own = few if few.points is None else of_members(few, members)
             parts.append((members, pricer.collective(one, own, self._asked)))
         every: Pending = partial(joined, parts, (row.members, np.size(few.sizes.B)))
-        return (every if few.points is None else self._meaned(every)), where
+        return (every, where) if few.points is None else self._meaned(every, where)
 
-    def _meaned(self, pending: Pending) -> Pending:
-        """The mean over layers of what was asked at the loads of groups of them."""
+    def _meaned(self, pending: Pending, where: Where) -> tuple[Pending, Where]:
+        """The mean over layers of what was asked at the loads of groups of them; ``where``: which of the numbers of
+        tokens each case has."""
         points, single = self._at.points, not np.ndim(self._at.sizes.B)
-        return pending if points is None else lambda: mean_over_layers(pending(), points.weights, single)
+        assert points is not None
+        if points.weights.ndim == 1:
+            return lambda: mean_over_layers(pending(), points.weights, single), where
+        return lambda: mean_over_layers(pending(), points.weights, single, where), None
+
+    @cached_property
+    def _unstaged(self) -> tuple[AskedRows, Where]:
+        """Where cases are told apart by their pipeline stages, all the sizes of rows that these leave as they are, each
+        once, and which of them each case has."""
+        at = self._at
+        first, inverse = distinct([at.sizes.B, at.sizes.S, at.sizes.P, at.verify, at.kv_bytes])
+        sizes = {name: pick(getattr(at.sizes, name), first) for name in ("B", "S", "P", "R", "E", "X")}
+        hit, capacity, verify, kv = (pick(one, first) for one in (at.hit, at.capacity, at.verify, at.kv_bytes))
+        one = replace(
+            at, sizes=Sizes(**sizes), hit=hit, capacity=capacity, verify=verify, kv_bytes=kv, stages=1, points=None
+        )
+        return AskedRows(self._pricer, one, self._asked, self._memo, waiting=self._waiting), inverse
 
     @cached_property
     def _by_tokens(self) -> tuple[Context, Where]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tensorcast.cost.formulas import Context
 from tensorcast.cost.work import Array, Size
-from tensorcast.deploy.step.price import RowPrice, one_level
+from tensorcast.deploy.step.price import RowPrice, Where, one_level
 from tensorcast.trace.dims import Sizes
 
 
@@ -19,7 +19,7 @@ def spread_out(at: Context) -> Context:
     """Every case once per group of layers, groups of a case side by side on the last axis."""
     points = at.points
     assert points is not None
-    count = len(points.weights)
+    count = points.weights.shape[-1]
 
     def each(value: Size) -> Size:
         return np.repeat(value, count, axis=-1) if np.ndim(value) and np.shape(value)[-1] > 1 else value
@@ -37,24 +37,34 @@ def spread_out(at: Context) -> Context:
 
 def of_members(at: Context, members: np.ndarray) -> Context:
     """The loads of some of a fleet's members."""
-    return at if at.points is None else replace(at, points=at.points.each(lambda loads: loads[members]))
+    if at.points is None:
+        return at
+    points = at.points.each(lambda loads: loads[members])
+    return replace(at, points=points._replace(weights=points.weights[members]) if points.weights.ndim == 3 else points)
 
 
-def mean_over_layers(price: RowPrice, weights: Array, single: bool) -> RowPrice:
-    """The mean price of a row that was priced at sizes that are :func:`spread_out`; of a ``single`` case a number."""
-    count = len(weights)
+def mean_over_layers(price: RowPrice, weights: Array, single: bool, where: Where = None) -> RowPrice:
+    """The mean price of a row that was priced at sizes that are :func:`spread_out`; of a ``single`` case a number.
+
+    ``where``: which of these each case has, where cases are in pipeline stages and weigh layers each in their way.
+    """
+    count = weights.shape[-1]
 
     def mean(value: Size) -> Size:
         if not np.ndim(value):
             return value
         whole = np.asarray(value, dtype=float)
-        if whole.shape[-1] > 1:
+        if whole.shape[-1] > 1 and weights.ndim == 1:
             whole = whole.reshape(*whole.shape[:-1], -1, count) @ weights
+        elif whole.shape[-1] > 1:
+            whole = whole.reshape(*whole.shape[:-1], -1, count)
+            whole = np.einsum("...g,...g->...", whole if where is None else whole[..., where, :], weights)
         return float(whole[0]) if single else whole
 
     level = price.level
     if isinstance(level, np.ndarray):  # the least of the groups
         level = level.min() if single else level.reshape(*level.shape[:-1], -1, count).min(axis=-1)
+        level = level if where is None or not np.ndim(level) else level[..., where]
     return replace(
         price, seconds=mean(price.seconds), waits_s=mean(price.waits_s), error=mean(price.error),
         level=one_level(level), spend=lambda: price.spending.each(mean),

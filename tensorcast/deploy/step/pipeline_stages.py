@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tensorcast.cost.stages import stage_layers
 from tensorcast.cost.work import Size
-from tensorcast.deploy.layout import stage_layers
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.profiles.engine import PipelineSplit
 

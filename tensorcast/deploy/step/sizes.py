@@ -40,8 +40,12 @@ class Loads(Protocol):
     def local_experts(self) -> Size:
         """Experts on the fullest rank."""
 
-    def at(self, tokens: Size) -> RankLoad:
-        """The busiest rank's load when ``tokens`` tokens in all are routed."""
+    @property
+    def staged(self) -> bool:
+        """Whether pipeline stages differ."""
+
+    def at(self, tokens: Size, stages: Size = 1) -> RankLoad:
+        """The busiest rank's load, in the busiest of so many pipeline stages, when ``tokens`` in all are routed."""
 
 
 class Batches(NamedTuple):
@@ -104,16 +108,17 @@ class StepSizes:
         if self.least_halved and np.any(dual):
             dual = np.logical_and(dual, whole * self.verify * new >= self.least_halved)
         halves = 1 + dual
-        asked = [(whole / halves, new, past, self.verify, self.kv_bytes)]
+        stages: Size = self.pp if self.load is not None and self.load.staged else 1
+        asked = [(whole / halves, new, past, self.verify, self.kv_bytes, stages)]
         if self.decode and np.any(self.mtp_depth):
-            asked.append((whole, 1.0, past, 1.0, self.kv_bytes))
-        columns, cases = _cases(asked)
+            asked.append((whole, 1.0, past, 1.0, self.kv_bytes, stages))
+        (*columns, stages), cases = _cases(asked)
         wanted: list[Any] = [one if some is None else some if one is None else pick(one, some) for one in cases]
-        context = part = self.context(*columns)
+        context = part = self.context(*columns, stages=stages)
         chunks: Size = 1.0
         if self.chunk_tokens:
             chunks = np.maximum(np.ceil(np.asarray(context.sizes.tokens) / self.chunk_tokens), 1.0)
-            part = self.context(*columns, chunks=chunks)
+            part = self.context(*columns, stages=stages, chunks=chunks)
         return Batches(
             pp=pick(self.pp, some), mtp_depth=pick(self.mtp_depth, some), micro=pick(micro, some),
             dual=pick(dual, some), halves=pick(halves, some), whole=context, chunks=chunks, chunk=part,
@@ -127,10 +132,10 @@ class StepSizes:
 
     def context(
         self, batch: Size, new: Size, past: Size, verify: Size | None = None, kv_bytes: Size | None = None, *,
-        chunks: Size = 1.0,
+        stages: Size = 1, chunks: Size = 1.0,
     ) -> Context:
-        """What formulas may ask at these sizes, of one of so many ``chunks``; ``verify`` and ``kv_bytes`` are the
-        step's own unless given."""
+        """What formulas may ask at these sizes, of one of so many ``chunks``, in the busiest of so many ``stages``;
+        ``verify`` and ``kv_bytes`` are the step's own unless given."""
         verify = self.verify if verify is None else verify
         sequences = batch * verify
         if self.pcp > 1 and not self.decode:  # queries of its part, over the beginnings of all parts on average
@@ -143,9 +148,9 @@ class StepSizes:
         if self.load is None:
             return known
         every = sequences * new / chunks * self.dp  # tokens that are routed
-        load = self.load.at(every)
+        load = self.load.at(every, stages)
         sizes = replace(sizes, R=load.rows, E=1.0 * self.load.local_experts)
-        return replace(known, sizes=sizes, hit=load.hit, capacity=every, points=load.points)
+        return replace(known, sizes=sizes, hit=load.hit, capacity=every, points=load.points, stages=stages)
 
 
 def _cases(asked: Sequence[tuple[Size, ...]]) -> tuple[list[Size], Sequence[Where]]:

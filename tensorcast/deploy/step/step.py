@@ -196,16 +196,17 @@ def moe_layers(table: OpTable) -> tuple[int, ...]:
 
 
 def experts_of(
-    table: OpTable, layout: Layout, device: DeviceProfile, engine: EngineProfile, options: Options
+    table: OpTable, layout: Layout, device: DeviceProfile, engine: EngineProfile, options: Options, *,
+    routing: Routing | None = None,
 ) -> tuple[ExpertLoad | LayerLoads | None, dict[str, float]]:
     """How tokens fall on a layout's experts, and how many ranks and nodes a token's copies go to, on average; nothing
-    of a model without experts."""
+    of a model without experts. ``routing``: that of the options, where it is parsed already."""
     facts = table.facts
     if not facts.num_experts:
         return None, {}
     # domains of the innermost tier that the experts' ranks span
     nodes = max(1, -(-layout.stage_ranks // device.interconnect[0].size))
-    routing = Routing.parse(options.routing, table.phase)
+    routing = routing or Routing.parse(options.routing, table.phase)
     load = expert_load(
         routing,
         facts.num_experts,
@@ -217,6 +218,7 @@ def experts_of(
         nodes=1 if engine.name in GLOBAL_EPLB else nodes,
         groups=facts.expert_groups,
         layers=moe_layers(table) if routing.counts is not None else (),
+        stages=(len(table.layer_kinds), engine.pipeline_split) if routing.counts is not None else (0, "first"),
     )
     limits = (facts.expert_groups, facts.expert_groups_chosen)
     kept = options.placement.startswith(("eplb", "balanced")) and facts.expert_groups % nodes == 0

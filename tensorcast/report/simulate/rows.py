@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tensorcast.deploy.layout import stage_layers
+from tensorcast.cost.stages import stage_layers
 from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place_of
 
 if TYPE_CHECKING:

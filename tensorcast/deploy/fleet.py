@@ -95,7 +95,11 @@ class Fleet(Deployment):
 
     def at(self, kv_dtype: str, mtp_depth: int, members: Rows, pp: Rows) -> Fleet:
         """Some of the members, again and again if need be, each in so many pipeline stages, for their memory; prices
-        need none."""
+        need none. Kept, with what is the same for all loads."""
+        known: dict[object, Fleet] = vars(self).setdefault("known", {})
+        key = kv_dtype, mtp_depth, members.tobytes(), pp.tobytes()
+        if key in known:
+            return known[key]
         step, plan, load = self.step, self.step.plan, cast(Any, self.step.sizes.load)
         columns: dict[str, Any] = {n: getattr(self.layout, n)[members] for n in ("dp", "ep", "etp", "stage_ranks")}
         if load is not None:
@@ -117,6 +121,7 @@ class Fleet(Deployment):
         # a cached property: at every setting as many tokens are profiled
         profiled = (np.asarray(one) for one in self.profiled)
         vars(found)["profiled"] = tuple(one[members] if one.ndim else float(one) for one in profiled)
+        known[key] = found
         return found
 
 

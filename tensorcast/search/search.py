@@ -21,7 +21,7 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import score_in_time, worth_a_row
 from tensorcast.search.space import Variant, space
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.search.workspace import CURRENT, Parts
+from tensorcast.search.workspace import CURRENT, MOST_SPACES, Parts
 from tensorcast.serving.interval import served_interval
 from tensorcast.serving.traffic import Array
 
@@ -70,9 +70,14 @@ def _search(task: SearchTask, key: tuple[Hashable, ...]) -> SearchResult:
     """Evaluate every candidate. ``key``: for what prices hang on of a task."""
     workspace = CURRENT.get()
     if key not in workspace.prices:
-        fell = Counter[str]()
-        tried = space(task, fell)
         _, parts = workspace.parts.setdefault(key[:4], (task, Parts()))
+        searched = task.gpus, task.axes, task.layouts, task.runnable_only
+        if searched not in parts.spaces:
+            fell = Counter[str]()
+            parts.spaces[searched] = space(task, fell), fell
+        while len(parts.spaces) > MOST_SPACES:
+            del parts.spaces[next(iter(parts.spaces))]
+        tried, fell = parts.spaces[searched]
         shop = VariantPrices(task.scenario, tried, task.axes.chunk_tokens, parts) if tried else None
         workspace.prices[key] = task, shop, fell
     _, prices, fell = workspace.prices[key]

@@ -29,7 +29,7 @@ from tensorcast.search.axes import LARGEST_BATCH
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import Scenario
 from tensorcast.search.space import Variant
-from tensorcast.search.workspace import MOST_FLEETS, Parts
+from tensorcast.search.workspace import MOST_FLEETS, MOST_SPACES, Parts
 from tensorcast.serving.capacity import decode_budget, prefill_budget, room, sequence_bytes
 from tensorcast.serving.curves import decode_columns
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
@@ -136,7 +136,11 @@ class VariantPrices:
         ]
         self._settings = sorted({*self._setting_of})
         self._kinds = list(dict.fromkeys(setting._replace(mtp_depth=0) for setting in self._settings))  # of prompts
-        groups = list(self._groups().values())
+        if id(variants) not in self.parts.structures:
+            self.parts.structures[id(variants)] = variants, self._groups()
+        while len(self.parts.structures) > MOST_SPACES:
+            del self.parts.structures[next(iter(self.parts.structures))]
+        groups = list(self.parts.structures[id(variants)][1].values())
         entries = np.cumsum([sum(map(len, members.values())) for members in groups]) * len(grid)
         for block in np.unique(entries // TOGETHER):
             self._price([self._group(groups[i]) for i in np.flatnonzero(entries // TOGETHER == block)], grid)

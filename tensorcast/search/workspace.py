@@ -7,6 +7,7 @@ it, so that ids stay its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,11 +24,14 @@ from tensorcast.errors import InputError
 class Parts:
     """What is priced of one model, device and engine, whatever the load.
 
-    ``fleets``: by phase and members.
+    ``fleets``: by phase and members; ``spaces``: variants to try, and how many layouts fell away by which rule, by what
+    is searched; ``structures``: variants by what they share, by identity of their list.
     """
 
     memo: Memo = field(default_factory=partial(Memo, most=256))
     fleets: dict[Hashable, Fleet] = field(default_factory=dict)
+    spaces: dict[Hashable, tuple[list[Any], Counter[str]]] = field(default_factory=dict)
+    structures: dict[int, tuple[object, Any]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -86,5 +90,5 @@ OWN = Workspace()
 CURRENT: ContextVar[Workspace] = ContextVar("workspace", default=OWN)
 """What questions use now."""
 
-MOST_FLEETS = 256
+MOST_FLEETS, MOST_SPACES = 256, 16
 """Of one model, device and engine."""

@@ -146,6 +146,43 @@ def test_kubernetes_starts_groups_of_nodes(tmp_path: Path) -> None:
     assert service["selector"] == router["template"]["metadata"]["labels"] == router["selector"]["matchLabels"]
 
 
+@pytest.mark.parametrize(("engine", "layout"), [
+    ("vllm", POOLS), ("sglang", POOLS), ("trtllm", "2 x tp2 > tp1-dp4-ep4"), ("vllm", "2 x tp2"),
+])  # fmt: skip
+def test_dynamo_has_a_worker_of_each_role(tmp_path: Path, engine: str, layout: str) -> None:
+    """Names of nvidia.com/v1beta1 as Dynamo 1.6's documents have them; the engine's flags are those of the scripts."""
+    folder = made(tmp_path, "--manifests", "dynamo", layout=layout, engine=engine)
+    *files, graph = yaml.safe_load_all((folder / "dynamo.yaml").read_text())
+    assert graph["apiVersion"] == "nvidia.com/v1beta1" and graph["kind"] == "DynamoGraphDeployment"
+    assert set(graph["spec"]) == {"backendFramework", "components"} and graph["spec"]["backendFramework"] == engine
+    frontend, *workers = graph["spec"]["components"]
+    assert frontend["type"] == "frontend"
+    pools = ">" in layout
+    servers = [("prefill", 2), ("decode", 1)] if pools else [("worker", 2)]
+    assert [(worker["type"], worker["replicas"]) for worker in workers] == servers
+    for worker in workers:
+        (container,) = worker["podTemplate"]["spec"]["containers"]
+        words = container["args"]
+        assert container["name"] == "main" and container["command"] == ["python3", "-m", f"dynamo.{engine}"]
+        assert "Qwen/Qwen3-30B-A3B" in words and not {"--host", "--port"} & set(words)
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == ("4" if worker["type"] == "decode" else "2")
+        if pools:
+            assert words[words.index("--disaggregation-mode") + 1] == worker["type"]
+        script = (folder / f"{'server' if worker['type'] == 'worker' else worker['type']}.sh").read_text()
+        own = [word for word in words if word.startswith("--") and word in script]
+        assert engine == "trtllm" or len(own) >= 6
+        if engine == "trtllm":
+            name = words[words.index("--extra-engine-args") + 1].removeprefix("/config/")
+            assert "tensor_parallel_size" in files[0]["data"][name]
+
+
+def test_dynamo_refuses_servers_of_several_nodes(tmp_path: Path) -> None:
+    asked = ["launch", "deepseek-v3", "-d", "h200", "-l", "dp16-ep16", "-b", "16", "--manifests", "dynamo", "--out",
+             str(tmp_path / "out")]  # fmt: skip
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 2 and "servers of one node" in done.output and not (tmp_path / "out").exists()
+
+
 RESULT = {
     "completed": 320, "total_input_tokens": 320 * 1000, "total_output_tokens": 320 * 250, "mean_ttft_ms": 240.0,
     "mean_tpot_ms": 9.0, "output_throughput": 2900.0, "max_concurrency": 32,

@@ -93,7 +93,7 @@ def launch(
     )] = None,
     manifests: Annotated[str | None, typer.Option(
         "--manifests", metavar="NAME,...", show_default=False, rich_help_panel=OUTPUT,
-        help="Also compose (one machine) or kubernetes (LeaderWorkerSet) there.",
+        help="Also compose (one machine), kubernetes (LeaderWorkerSet) or dynamo there.",
     )] = None,
     as_json: Annotated[bool, typer.Option(
         "--json", help="Print JSON alone: commands, files, every flag with version and source.", rich_help_panel=OUTPUT,

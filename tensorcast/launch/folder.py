@@ -126,6 +126,9 @@ def _readme(made: Deployment, found: dict[str, str]) -> str:
         steps.append("Or all on this machine: `docker compose up`.")
     if "kubernetes.yaml" in found:
         steps.append("Or on Kubernetes with LeaderWorkerSet: `kubectl apply -f kubernetes.yaml`.")
+    if "dynamo.yaml" in found:
+        steps.append("Or under Dynamo's operator, whose frontend takes the router's place (its image has an engine of "
+                     "its own release): `kubectl apply -f dynamo.yaml`.")  # fmt: skip
     notes = dict.fromkeys(note for pool in made.pools for note in pool.launch.notes)
     lines += ["", *(f"{n}. {step}" for n, step in enumerate(steps, 1))]
     return "\n".join([*lines, *(["", *(f"- {note}" for note in notes)] if notes else [])]) + "\n"

@@ -1,4 +1,4 @@
-"""A deployment as YAML: ``docker compose`` for one node, Kubernetes with LeaderWorkerSet for any number."""
+"""A deployment as YAML: ``docker compose`` for one node, Kubernetes with LeaderWorkerSet for any number, or Dynamo."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tensorcast.errors import InputError
+from tensorcast.launch.dynamo import graph
 from tensorcast.launch.pools import (
     IMAGES,
     PORTS,
@@ -73,7 +74,7 @@ def kubernetes(made: Deployment) -> str:
     """
     if any(pool.launch.engine == "trtllm" and "srun" in pool.launch.commands[0].split() for pool in made.pools):
         raise InputError("--manifests kubernetes: trtllm starts over several nodes by Slurm; use one node a server")
-    name = "".join(c if c.isalnum() else "-" for c in made.model.rpartition("/")[2].lower()).strip("-")[:40]
+    name = _name(made)
     scripts = {f"{pool.role}.sh": role_script(pool) for pool in made.pools}
     documents: list[dict[str, Any]] = []
     for pool in made.pools:
@@ -94,6 +95,15 @@ def kubernetes(made: Deployment) -> str:
                "spec": {"selector": selector, "ports": [{"name": "http", "port": 80, "targetPort": port}]}}
     table = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{name}-launch"}, "data": scripts}
     return "---\n".join(_yaml(one) for one in [table, *documents, service])
+
+
+def dynamo(made: Deployment) -> str:
+    """``dynamo.yaml``: one graph for Dynamo's operator (:mod:`tensorcast.launch.dynamo`)."""
+    return "---\n".join(map(_yaml, graph(made, _name(made), SHARED_MEMORY)))
+
+
+def _name(made: Deployment) -> str:
+    return "".join(c if c.isalnum() else "-" for c in made.model.rpartition("/")[2].lower()).strip("-")[:40]
 
 
 def _leader_worker_set(made: Deployment, pool: Pool, name: str, scripts: str) -> dict[str, Any]:
@@ -174,5 +184,7 @@ def _yaml(document: dict[str, Any]) -> str:
     return str(yaml.dump(document, Dumper=Dumper, sort_keys=False, width=1000))
 
 
-WRITERS: dict[str, Callable[[Deployment], str]] = {"compose": compose, "kubernetes": kubernetes}
+WRITERS: dict[str, Callable[[Deployment], str]] = {
+    "compose": compose, "kubernetes": kubernetes, "dynamo": dynamo,
+}
 """What ``--manifests`` may ask for."""

@@ -182,7 +182,9 @@ def engine_times(
     first = (engine.arrival_wait_steps + traffic.wait_steps) * met + own + wave / 2 / traffic.rounds
     first, generation = first + engine.first_token_s(traffic.input_len), steps * mean
     if engine.prefill_alone:
-        bunched = max(wave - 2 * traffic.spread * steps * float(curve.at("seconds", batch)), 0) / 2
+        looks = max(2 * traffic.wait_steps, 1)
+        apart = 2 * traffic.spread * steps * math.sqrt(min(traffic.rounds, 1e4)) / 1.5
+        bunched = wave * looks / (looks + apart) / 2
         first, generation = first + bunched, generation - bunched
     else:
         first += min(0.75 / (1 + traffic.spread / 0.05), max(batch - 1, 0)) / prompts.most_per_s

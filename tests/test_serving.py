@@ -124,6 +124,15 @@ def test_prompts_alone_come_in_waves_where_replies_are_equally_long(users: int, 
     assert served.request_s == pytest.approx(ttft + output_len * tpot, rel=0.1)
 
 
+@pytest.mark.parametrize(("users", "output_len"), [(64, 100), (96, 60), (128, 150), (64, 400)])
+def test_prompts_alone_keep_replies_of_differing_lengths_apart(users: int, output_len: int) -> None:
+    """Nobody's reply ends while another's prompt runs: prompts come one by one, however long all of them are."""
+    ttft, tpot = simulated(users, output_len, spread=0.11, alone=True)
+    served = solved(model_of(users, output_len, spread=0.11, alone=True), users)
+    assert served.tpot_s == pytest.approx(tpot, rel=0.04)
+    assert ttft < served.ttft_s < 1.7 * ttft
+
+
 RANKS, RANKED_S, EXPERTS_S = 8, 0.330, 0.285
 """Ranks in lockstep, and a prompt's time when all of them have one; of that the experts', shared by all ranks."""
 

@@ -33,6 +33,9 @@ IN_STEP_PROMPTS, IN_STEP_SPREAD = 0.75, 0.05
 waited for the same step move in step. With replies of a relative spread ``s`` it is ``1 / (1 + s / 0.05)`` of that.
 Both were picked among eight pairs by their errors on all runs of ``reports/serving.md``: none were left out."""
 
+LONG = 1e4
+"""Rounds after which ends of replies are as far apart as chance has them."""
+
 HALVINGS = 30
 """Steps of the bisection that finds the steady state: relative error 1e-9."""
 
@@ -124,11 +127,14 @@ class Aggregated(ServingModel):
         first = first + engine.first_token_s(traffic.input_len)
         first, generation = first + wave / 2 / traffic.rounds, steps * step.mean_s
         if engine.prefill_alone:
-            # Decoding stands still meanwhile: replies that began together end together, as far as their lengths agree,
-            # and their clients come back together. The prompts still to do when the last of such a wave arrives are
-            # what tokens would wait for; the first token waits for them instead, for half of the wave in the mean.
-            spread = 2 * traffic.spread * steps * self.decoding.at("seconds", batch)
-            bunched = np.maximum(wave - spread, 0) / 2
+            # Decoding stands still while prompts run, so that others' replies do not end meanwhile: those alone come
+            # together, beyond chance, that end in one step, or between two looks for requests; of lengths that differ
+            # ends move apart with every round. Their prompts are what tokens would wait for; the first token waits for
+            # them instead, for half of them in the mean.
+            looks = np.maximum(2 * traffic.wait_steps, 1.0)  # steps from one to the next
+            apart = 4 / 3 * traffic.spread * steps * np.sqrt(np.minimum(traffic.rounds, LONG))  # mean of all rounds
+            together = others * looks / (looks + apart)
+            bunched = together / prompts.most_per_s / 2
             first, generation = first + bunched, generation - bunched
         else:
             beside = IN_STEP_PROMPTS / (1 + traffic.spread / IN_STEP_SPREAD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tensorcast.arguments import python_names
@@ -347,19 +348,22 @@ def experts(
     engine: str = "vllm",
     copies: Sequence[int] | None = None,
     others: Sequence[str] = (),
+    log: str | None = None,
     **options: Unpack[DeploymentOptions],
 ) -> ExpertStudy:
     """What balancing experts would bring a layout, by recorded routing.
 
     ``routing`` is the recording, ``recorded:FILE`` or ``recorded:NAME`` (``recorded:deepseek-r1`` unless said).
     ``copies``: redundant experts to try. ``others``: recordings by which the placement might have been made instead.
-    The rest as of :func:`explain`; ``batch`` is the most that fits in all placements unless given.
+    ``log``: a server's log, whose balancedness is set beside. The rest as of :func:`explain`; ``batch`` is the most
+    that fits in all placements unless given.
 
     >>> import tensorcast as tc
     >>> found = tc.experts("deepseek-r1", device="h200", world_size=32, layout="dp32-ep32",
     ...                    engine="sglang")  # doctest: +SKIP
     >>> found.best.copies, found.gain, found.after.max(axis=1)  # doctest: +SKIP
     """
+    from tensorcast.cost.recordings.formats import read_balancedness
     from tensorcast.deploy.expert_study import expert_study
     from tensorcast.deploy.layout import parse_layout
     from tensorcast.deploy.model_names import named_model
@@ -367,13 +371,14 @@ def experts(
     from tensorcast.profiles.store import load_engine
 
     new, past = (1, 4096) if phase == "decode" else (4096, 0)
+    logged = () if log is None else tuple(one.balancedness for one in read_balancedness(Path(log)))
     profile, read_as = named_model(model)
     found = expert_study(
         profile, device_profile(device), load_engine(engine), parse_layout(layout, world_size), phase=phase,
         new=new if input_len is None else input_len, past=past if context is None else context, batch=batch,
         options=options_of({"routing": "recorded:deepseek-r1", **options}), copies=copies, others=others,
     )
-    return _noted(found, read_as)
+    return _noted(replace(found, logged=logged), read_as)
 
 
 def predict_kernels(frame: pd.DataFrame, *, device: str, engine: str | None = None) -> pd.DataFrame:

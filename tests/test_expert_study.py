@@ -13,7 +13,7 @@ import tensorcast as tc
 from tensorcast.cost.placing import read_placement
 from tensorcast.deploy.expert_study import ExpertStudy, engine_files
 from tensorcast.report.experts.files import write_experts
-from tensorcast.report.experts.words import document, headline
+from tensorcast.report.experts.words import beyond, document, headline
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,22 @@ def test_report_says_the_finding_and_all_numbers(study: ExpertStudy, tmp_path: P
     held = json.loads((tmp_path / "experts.json").read_text())
     assert held["gain"] == pytest.approx(study.gain) and np.shape(held["load_after"]) == (58, 32)
     assert held == json.loads(json.dumps(document(study), default=float))
+
+
+def test_a_servers_log_is_set_beside(study: ExpertStudy, tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    line = "EPLB step: {} for model m: avg_tokens=64.00, max_tokens=128, balancedness={}, steps until\n"
+    log.write_text("started\n" + line.format(1, "0.4000") + line.format(2, "0.5000"))
+    found = tc.experts(
+        "deepseek-r1", device="h200", world_size=32, layout="dp32-ep32", engine="sglang", copies=[0], log=str(log)
+    )
+    assert found.logged == (0.4, 0.5)
+    said = next(text for text in beyond(found) if text.startswith("Logged"))
+    assert "0.45 in the mean of 2 lines" in said and f"{study.own.balancedness:.2f} without balancing" in said
+    log.write_text("nothing of it\n")
+    assert "says no balancedness" in refused(
+        "experts", "deepseek-r1", "-d", "h200", "-n", "32", "-l", "dp32-ep32", "--log", str(log)
+    )
 
 
 def test_command_prints_placements_and_refuses_what_cannot_be() -> None:

@@ -70,6 +70,10 @@ def experts(
         help="Another recording, by which the experts might have been placed; again for more.  [dim]\\[default: the "
         "other phase][/dim]",
     )] = [],  # noqa: B006 - typer's way of an option that may be given again
+    log: Annotated[Path | None, typer.Option(
+        "--log", metavar="FILE", show_default=False, rich_help_panel=SEARCH,
+        help="A server's log that says how even its ranks were (vLLM's log_balancedness, SGLang's): set beside.",
+    )] = None,
     engine: Engine = "vllm",
     out: Annotated[Path | None, typer.Option(
         "--out", "-o", metavar="DIR", show_default=False, rich_help_panel=OUTPUT,
@@ -88,7 +92,8 @@ def experts(
     with patience(model, "placing experts of"):
         found = run(
             model, device=device, world_size=world_size, layout=layout, phase=phase, batch=batch, context=context,
-            input_len=input_len, engine=engine, copies=tried, others=placed_by, **options,
+            input_len=input_len, engine=engine, copies=tried, others=placed_by,
+            log=None if log is None else str(log), **options,
         )
         if out is not None:
             from tensorcast.report.experts.files import write_experts

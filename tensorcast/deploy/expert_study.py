@@ -104,6 +104,8 @@ class ExpertStudy:
     moves: tuple[Move, ...]
     error: float
     notes: tuple[str, ...] = ()
+    logged: tuple[float, ...] = ()
+    """Balancedness that an engine's log says, line by line."""
 
     @property
     def gain(self) -> float:

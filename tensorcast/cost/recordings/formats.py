@@ -179,6 +179,18 @@ _VLLM = re.compile(r"EPLB step: (\d+) .*?balancedness=([0-9.]+)")
 _SGLANG = re.compile(r"current_pass_balancedness=([0-9.]+)")
 
 
+def read_balancedness(path: Path) -> list[Balancedness]:
+    """:func:`balancedness_log` of a file. Raises :class:`InputError` where it cannot be read or says nothing."""
+    try:
+        found = balancedness_log(path.read_text(encoding="utf-8", errors="replace").splitlines())
+    except OSError as reason:
+        raise InputError(f"--log {path}: cannot be read: {reason.strerror or reason}") from None
+    if not found:
+        raise InputError(f"--log {path}: says no balancedness; vLLM does with log_balancedness in --eplb-config, "
+                         "SGLang with its metrics of the expert distribution")
+    return found
+
+
 def balancedness_log(lines: Iterable[str]) -> list[Balancedness]:
     """What an engine's log says of how even its ranks were.
 

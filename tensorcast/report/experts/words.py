@@ -81,6 +81,13 @@ def beyond(study: ExpertStudy) -> list[str]:
         f"{one.step_s / study.best.step_s:.2f} times as long as by its own counts."
         for one in study.drifted
     ]
+    if study.logged:
+        mean = sum(study.logged) / len(study.logged)
+        said.append(
+            f"Logged: balancedness {mean:.2f} in the mean of {plural(len(study.logged), 'line')} (mean load over the "
+            f"busiest rank's); by the recording {study.own.balancedness:.2f} without balancing, "
+            f"{study.best.balancedness:.2f} with the best placement."
+        )
     return said + [_moving(one, study) for one in study.moves]
 
 
@@ -143,5 +150,6 @@ def document(study: ExpertStudy) -> dict[str, Any]:
         "placed_by_other_counts": [vars(one) for one in study.drifted], "moves": [vars(one) for one in study.moves],
         "layers": list(study.layers), "busiest_over_mean_before": study.before.max(axis=1).tolist(),
         "busiest_over_mean_after": study.after.max(axis=1).tolist(), "load_before": study.before.tolist(),
-        "load_after": study.after.tolist(), "relative_standard_error": study.error, "notes": list(study.notes),
+        "load_after": study.after.tolist(), "relative_standard_error": study.error,
+        "logged_balancedness": list(study.logged), "notes": list(study.notes),
     }

@@ -16,6 +16,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.errors import InputError
+from tensorcast.predict import serve_runs
 from tensorcast.predict.predict import predict
 from tensorcast.predict.run_columns import Run, read_run
 from tensorcast.predict.serve_runs import serve
@@ -135,3 +136,17 @@ def test_corrections_found_later_are_those_asked_at_once() -> None:
         np.testing.assert_allclose(found.factor, wanted.factor, rtol=1e-14)
         assert np.array_equal(found.level, wanted.level) and np.shape(found.error) == np.shape(wanted.error)
     assert later.at("gemm", "no such dtype", "", {"m": 1.0, "n": 1.0, "k": 1.0}) is None
+
+
+def test_rows_of_all_models_and_both_phases_are_priced_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+
+    def counted(asked: Any) -> Any:
+        passes.append(len(asked))
+        return prices(asked)
+
+    monkeypatch.setattr(serve_runs, "prices", counted)
+    dice = random.Random(3)
+    found = predict(pd.DataFrame([some_row(dice) for _ in range(12)]), jobs=1)
+    served = found[found["problem"] == ""]
+    assert len(passes) == 1 and passes[0] > len(served["layout"].unique())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,16 @@ import pandas as pd
 import pytest
 
 from tensorcast.api import predict_kernels
-from tensorcast.cost.evidence import NORMAL_80
+from tensorcast.cost.evidence import LEVELS, NORMAL_80
 from tensorcast.cost.kernels.corrections import corrections_for
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.plan.plan import Collective
+from tensorcast.deploy.step import price as step_price
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.serving.curves import decode_columns
+from tensorcast.trace.moe import EXPERT_STAGES
 
 LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "inter": 14336}  # Llama-3.1-8B's config.json
 QWEN = {"hidden_size": 2048, "inter_size": 768, "topk": 8, "num_experts": 128}  # Qwen3-30B-A3B's
@@ -107,3 +112,45 @@ def test_arrays_are_priced_as_their_entries(model: str) -> None:
         for kind, share in alone.tally.evidence.items():
             assert np.broadcast_to(shares[kind], len(batches))[i] == pytest.approx(float(share), abs=1e-12)
     assert np.ptp(shares["measured"]) > 0.1
+
+
+@pytest.mark.parametrize(("phase", "layout"), [("decode", {"tp": 2}), ("prefill", {"dp": 2, "ep": 2})])
+def test_sums_are_those_of_all_calls_one_by_one(phase: str, layout: dict[str, Any]) -> None:
+    made = deployment("qwen3-30b-a3b", phase, world_size=2, **layout)
+    batches = np.array([1.0, 8.0, 300.0])
+    price = made.step.price(batches, 1.0 if phase == "decode" else 512.0, 2000.0)
+    totals: dict[str, Any] = defaultdict(float)
+    families: dict[str, Any] = defaultdict(float)
+    for row, calls in price.calls:
+        one = row.row
+        seconds = np.broadcast_to(row.seconds * calls, (3,))
+        names = ["seconds"]
+        if isinstance(one, Collective):
+            names += ["communication"] + ["experts"] * (one.group in ("dp", "ep"))
+        else:
+            names += ["attention"] * (one.name == "attention") + ["experts"] * (one.stage in EXPERT_STAGES)
+        for name in names:
+            totals[name] += seconds
+        families[row.family] += seconds * row.error
+        for kind in LEVELS:
+            totals[kind] += seconds * (np.asarray(row.evidence) == kind)
+    for name in ("seconds", "communication", "attention", "experts"):
+        assert np.broadcast_to(getattr(price.tally, name), (3,)) == pytest.approx(totals[name], rel=1e-12)
+    for kind in LEVELS:
+        share = np.broadcast_to(price.tally.evidence[kind], (3,))
+        assert share == pytest.approx(totals[kind] / totals["seconds"], rel=1e-12, abs=1e-15)
+    off = np.sqrt(sum(np.square(one) for one in families.values()) + price.overhead_error_s**2)
+    assert price.error == pytest.approx(off / (totals["seconds"] + price.overhead_s), rel=1e-12)
+
+
+def test_all_sums_take_one_pass_over_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, sums = list[Any](), step_price._sums
+
+    def counted(part: Any, families: Any) -> Any:
+        passes.append(part)
+        return sums(part, families)
+
+    monkeypatch.setattr(step_price, "_sums", counted)
+    price = deployment("qwen3-30b-a3b").step.price(8.0, 1.0, 2000.0)
+    decode_columns(price)
+    assert list(map(id, passes)) == list(map(id, price.parts))

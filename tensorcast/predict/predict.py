@@ -136,7 +136,7 @@ def stretches(runs: list[Run | None], jobs: int) -> list[list[tuple[int, Run]]]:
         return run.model, str(run.options.quant), run.served_by, run.device, str(run.options), run.layout
 
     rows.sort(key=deployment)
-    share = max(1, min(AT_ONCE, -(-len(rows) // (jobs * 2))))
+    share = max(1, min(AT_ONCE, -(-len(rows) // (2 * jobs if jobs > 1 else 1))))
     return [rows[start : start + share] for start in range(0, len(rows), share)]
 
 

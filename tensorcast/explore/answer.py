@@ -12,7 +12,7 @@ from tensorcast.explore.known import search_again
 from tensorcast.explore.question import Question, arguments
 from tensorcast.report import units
 from tensorcast.report.compare import words
-from tensorcast.report.compare.choices import View, cost_apart, records
+from tensorcast.report.compare.choices import View, cost_apart
 from tensorcast.report.compare.figures import short
 from tensorcast.report.compare.sentences import sentences
 from tensorcast.report.compare.table import Column
@@ -83,8 +83,8 @@ def _decided(
 def _answer(asked: Question, comparison: Comparison, missed: str, quick: bool) -> Answer:
     view = View(comparison)
     chosen = _worth_sending(view)
-    ranked = view.objective.ranked(view.frame[view.frame["candidate"].isin(chosen)])
-    told = [_told(view, row) for row in records(ranked)]
+    sent = view.kept.where(np.isin(view.kept["candidate"].astype(str), list(chosen)))
+    told = [_told(view, row) for row in sent.where(view.objective.order(sent.columns)).records()]
     columns = _columns(asked)
     behind = {
         (row["key"], float(row["batch"])): Found(row, *comparison.behind[row["candidate"]][1:]) for row in told
@@ -98,7 +98,7 @@ def _answer(asked: Question, comparison: Comparison, missed: str, quick: bool) -
         "said": [] if quick or view.best is None else _said(view),
         "notes": [] if quick else list(comparison.notes),
         "pruned": {} if quick else comparison.pruned, "examined": comparison.examined,
-        "kept": len(view.frame),
+        "kept": len(view.kept),
     }  # fmt: skip
     return Answer(page, behind, () if quick else _known(view))
 
@@ -111,9 +111,9 @@ def _said(view: View) -> list[str]:
 
 def _worth_sending(view: View) -> set[str]:
     """Candidates: the front, the best of each layout, and all batches of the best layouts as far as there is room."""
-    frame = view.objective.ranked(view.frame)
-    layouts = list(zip(*(frame[column].astype(str) for column in view.layout_columns), strict=True))
-    names, batches, front = (frame[column].tolist() for column in ("candidate", "batch", "pareto"))
+    ranked = view.kept.where(view.objective.order(view.kept.columns))
+    layouts = list(zip(*(ranked[column].tolist() for column in view.layout_columns), strict=True))
+    names, batches, front = (ranked[column].tolist() for column in ("candidate", "batch", "pareto"))
     chosen = dict.fromkeys(name for name, there in zip(names, front, strict=True) if there)
     best = {row["candidate"] for row in (view.best, view.runner_up) if row is not None}
     if view.best is None:
@@ -131,7 +131,8 @@ def _worth_sending(view: View) -> set[str]:
 
 
 def _known(view: View) -> tuple[Variant, ...]:
-    names = [*view.frame.loc[view.frame["pareto"], "candidate"], *view.per_layout["candidate"][:KNOWN_LAYOUTS]]
+    front = view.kept["candidate"][view.kept["pareto"].astype(bool)]
+    names = [*front.tolist(), *view.per_layout["candidate"][:KNOWN_LAYOUTS].tolist()]
     behind = view.comparison.behind
     return tuple(dict.fromkeys(variant for name in names for variant in behind[name][1:]))
 

@@ -36,13 +36,15 @@ def details(asked: Question, found: Found) -> dict[str, Any]:
     view, choice = _alone(asked, found)
     row, load = found.row, view.comparison.tasks[0].load
     decode = choice.decode.step.price(float(row["batch"]), 1.0, float(load.context))
+    # where prompts are another pool's, steps take longer than their kernels, as served runs show
+    slower = choice.decode.engine.overhead.pool_factor if row["mode"] == "disaggregated" else 1.0
     prompt = float(load.input_len - load.prefix_cached)
     prefill = choice.prefill.step.price(1.0, prompt, float(load.prefix_cached))
     return {
         "key": row["key"], "batch": row["batch"], "name": row["name"], "plain": row["plain"],
         "options": words.options(row),
         "steps": [
-            _step("decode", "one token for every sequence", choice.decode, decode),
+            _step("decode", "one token for every sequence", choice.decode, decode, slower),
             _step("prefill", "one prompt, by itself", choice.prefill, prefill),
         ],
         "roofline": _roofline(choice.decode, decode), "line": _time_line(choice.decode, decode),
@@ -106,8 +108,13 @@ def _alone(asked: Question, found: Found) -> tuple[View, Choice]:
     return view, replace(view.shown[0], label=row["name"])
 
 
-def _step(name: str, what: str, deployment: Deployment, price: StepPrice) -> dict[str, Any]:
+def _step(
+    name: str, what: str, deployment: Deployment, price: StepPrice, slower: float = 1.0
+) -> dict[str, Any]:
+    """``slower``: by which it takes longer than its kernels and their launches, as waiting."""
     split = step_parts(deployment, price)
+    own = split.parts | {"waiting": split.parts["waiting"] + (slower - 1.0) * split.seconds}
+    split = replace(split, parts=own, seconds=split.seconds * slower)
     parts = [
         {"part": part, "seconds": seconds, "text": units.seconds(seconds), "colour": PART_COLOURS[part]}
         for part, seconds in split.parts.items() if seconds > 0.0005 * split.seconds

@@ -210,6 +210,8 @@ def test_chosen_latents_are_attended_over_from_hopper_on(engine: str) -> None:
         # fp8.py, get_min_capability
         ("sglang", "h100", "qwen3-32b", {"quant": "mxfp8"}, "precisions of the device"),
         ("sglang", "b200", "qwen3-32b", {"quant": "mxfp8"}, ""),
+        ("sglang", "mi355x", "qwen3-30b-a3b", {"quant": "experts=nvfp4"}, "precisions of the device"),
+        ("sglang", "h100", "qwen3-30b-a3b", {"quant": "experts=nvfp4"}, ""),
         ("sglang", "l40s", "qwen3-30b-a3b", {"quant": "experts=w4a8"}, "precisions of the device"),
         # hardware support matrix of features/quantization
         ("trtllm", "l40s", "qwen3-32b-fp8", {}, "precisions of the device"),

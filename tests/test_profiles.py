@@ -227,6 +227,8 @@ def test_deepseek_kv_cache_is_the_published_figure() -> None:
         ("a800", 312e12, 2.039e12, 8),
         ("h20-3e", 148e12, 4.8e12, 8),
         ("h100-nvl", 835.5e12, 3.9e12, 2),
+        ("l40", 181.05e12, 864e9, 8),
+        ("a100-40gb", 312e12, 1.555e12, 8),
         ("rtx-4090", 165.2e12, 1.008e12, 8),
         ("rtx-3090", 71e12, 936e9, 2),
         ("rtx-5090", 209.5e12, 1.792e12, 8),
@@ -270,6 +272,8 @@ def test_devices_are_plausible() -> None:
         peaks = device.peak_flops
         for fast, slow in (("fp8", "bf16"), ("int8", "bf16"), ("fp4", "fp8"), ("bf16", "tf32"), ("tf32", "fp32")):
             if fast == "int8" and name in ("b300-sxm", "gb300"):  # Blackwell Ultra has few INT8 units
+                continue
+            if fast == "tf32" and name == "l40":  # as fast as its vector units
                 continue
             if fast == "fp8" and name == "gaudi3":  # its matrix engines are as fast in bf16
                 continue

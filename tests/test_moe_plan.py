@@ -266,7 +266,8 @@ def test_a_shared_expert_among_the_routed_ones_is_priced_as_it_runs(
     assert any("down_proj" in row.module and "shared_expert" in row.module for row in apart.step.plan.rows)
     # of one server as many bytes either way; data-parallel ranks cut the fused one over all of them
     held, alone = (float(one.held(1.0, 1)[0]) for one in (found, apart))
-    shared = 2.0 * 3 * HIDDEN * 48 * sum(layout.tp for k in found.raw.layer_kinds if k in blocks_of(found.raw.ops))
+    blocks = blocks_of(found.step.table.ops)
+    shared = 2.0 * 3 * HIDDEN * 48 * sum(layout.tp for k in found.raw.layer_kinds if k in blocks)
     assert alone - held == pytest.approx(shared / layout.tp**2 * (1 - 1 / layout.dp))
 
 

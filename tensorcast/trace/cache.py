@@ -13,7 +13,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,7 +31,7 @@ from tensorcast.trace.fuse import fuse
 from tensorcast.trace.moe import BlockForm, with_block_form, with_fused_shared
 from tensorcast.trace.precision import apply_quantization, by_precision, with_states
 from tensorcast.trace.stored import FORMAT, from_json, to_json, unpacked
-from tensorcast.trace.table import OpTable
+from tensorcast.trace.table import CACHING, OpTable
 
 Made = TypeVar("Made")
 
@@ -216,7 +216,7 @@ class RankForm:
 
 
 class RankTables(NamedTuple):
-    """A rank's table as it holds weights and cache, and as it runs."""
+    """A rank's table as it holds weights and cache, with the rows alone that tell of these, and as it runs."""
 
     held: OpTable
     runs: OpTable
@@ -229,7 +229,8 @@ def rank_tables(profile: ModelProfile, phase: str, form: RankForm) -> RankTables
         running = as_run(_stored(profile, form.quant), form.arithmetic, form.architecture)
         table = with_states(by_precision(traced(profile, phase, form.tp), running), form.states)
         held = with_block_form(with_fused_shared(table, running) if form.block.fused else table, form.block)
-        return RankTables(held, fuse(apply_quantization(held, running), form.fusions, form.apart))
+        runs = fuse(apply_quantization(held, running), form.fusions, form.apart)
+        return RankTables(replace(held, ops=tuple(op for op in held.ops if op.name in CACHING)), runs)
 
     what = phase, f"rank{form.tp}", form
     return kept(

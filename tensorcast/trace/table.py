@@ -44,6 +44,9 @@ def kept_beside(table: OpTable, kind: Callable[[], Kept]) -> Kept:
 STATEFUL = frozenset({"linear_attention", "ssm_scan"})
 """Ops whose fourth input, where there is one, and second output are a state that each sequence keeps."""
 
+CACHING = STATEFUL | {"kv_cache_write", "attention", "causal_conv1d"}
+"""Ops that tell what is kept of a sequence."""
+
 DTYPE_BYTES: dict[str, float] = {
     "float32": 4,
     "float64": 8,

@@ -96,6 +96,26 @@ def search(mean: Path) -> None:
           f"{took['58 layers'] / took['one law']:.2f} times")
 
 
+def published() -> None:
+    """SGLang's wide expert parallelism of DeepSeek (lmsys.org/blog/2025-05-05-large-scale-ep), from the counts alone."""
+    def step_s(phase: str, ranks: int, placement: str, copies: int) -> float:
+        batch, new, past = (4, 4096, 0) if phase == "prefill" else (256, 1, 2050)
+        return tc.simulate(
+            "deepseek-v3", device="h100", world_size=ranks, tp=1, dp=ranks, ep=ranks, phase=phase, batch=batch,
+            input_len=new, context=past, engine="sglang", routing="recorded:deepseek-r1", placement=placement,
+            redundant_experts=copies, dual_batch_overlap=True, allow_oversize=True,
+            all2all="high_throughput" if phase == "prefill" else "low_latency",
+        ).step_s
+
+    for phase, ranks, plain, tokens, gain, rate in (
+        ("prefill", 32, ("linear", 0), 4 * 4096, "1.49", "50,302 at 4,096 tokens"),
+        ("decode", 72, ("trivial", 32), 256, "2.54", "22,282"),
+    ):
+        balanced = step_s(phase, ranks, "eplb", 32)
+        print(f"{phase} on {ranks // 8} nodes: EPLB gains {step_s(phase, ranks, *plain) / balanced:.2f} times (published "
+              f"{gain}), {8 * tokens / balanced:,.0f} tokens/s a node (published {rate})")
+
+
 LAWS = ("typical", "uniform", "balanced", "recorded:deepseek-r1")
 
 
@@ -140,6 +160,7 @@ def main() -> None:
         mean.write_text("count\n" + "\n".join(f"{share:.9f}" for share in shares) + "\n")
         steps()
         search(mean)
+    published()
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def search(mean: Path) -> None:
 
 
 def published() -> None:
-    """SGLang's wide expert parallelism of DeepSeek (lmsys.org/blog/2025-05-05-large-scale-ep), from the counts alone."""
+    """SGLang's wide expert parallelism (lmsys.org/blog/2025-05-05-large-scale-ep), from the counts alone."""
     def step_s(phase: str, ranks: int, placement: str, copies: int) -> float:
         batch, new, past = (4, 4096, 0) if phase == "prefill" else (256, 1, 2050)
         return tc.simulate(
@@ -112,8 +112,9 @@ def published() -> None:
         ("decode", 72, ("trivial", 32), 256, "2.54", "22,282"),
     ):
         balanced = step_s(phase, ranks, "eplb", 32)
-        print(f"{phase} on {ranks // 8} nodes: EPLB gains {step_s(phase, ranks, *plain) / balanced:.2f} times (published "
-              f"{gain}), {8 * tokens / balanced:,.0f} tokens/s a node (published {rate})")
+        gained = step_s(phase, ranks, *plain) / balanced
+        print(f"{phase} on {ranks // 8} nodes: EPLB gains {gained:.2f} times (published {gain}), "
+              f"{8 * tokens / balanced:,.0f} tokens/s a node (published {rate})")
 
 
 LAWS = ("typical", "uniform", "balanced", "recorded:deepseek-r1")

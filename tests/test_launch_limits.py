@@ -248,3 +248,13 @@ def test_what_no_kernel_does_has_no_price() -> None:
                    device=load_device("a100"))  # fmt: skip
     assert found.problem.startswith("sparse attention kernels: ") and found.problem.endswith("all the same")
     assert tc.simulate("deepseek-v3.2", device="a100", world_size=16, engine="eager").step_s > 0
+
+
+def test_unasked_tokens_are_gathered_where_deepep_has_no_kernels() -> None:
+    """SGLang's profile takes DeepEP where it runs; on Ada and Ampere its servers gather, in price and command alike."""
+    for device, exchange, flag in (("l40s", "allgather_reducescatter", "none"), ("h100", "low_latency", "deepep")):
+        found = tc.simulate("qwen3-30b-a3b", device=device, world_size=8, tp=1, dp=8, ep=8, engine="sglang")
+        assert found.totals()["all2all"] == exchange
+        command = launch("sglang", load_model("qwen3-30b-a3b"), parse_layout("dp8-ep8"), batch=8, input_len=100,
+                         output_len=10, device=load_device(device)).commands[0]  # fmt: skip
+        assert f"--moe-a2a-backend {flag} " in command

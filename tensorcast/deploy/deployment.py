@@ -20,7 +20,7 @@ from tensorcast.cost.memory import (
 )
 from tensorcast.cost.stages import stage_layers
 from tensorcast.cost.work import Mask, Size
-from tensorcast.deploy.engine_limits import Kernels, engine_can_run
+from tensorcast.deploy.engine_limits import Kernels, engine_can_run, unasked_exchange
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broken_prompts, check
 from tensorcast.deploy.options import Options, Place, check_options, idle_options
@@ -29,13 +29,13 @@ from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sourc
 from tensorcast.deploy.step.drafter import make_drafter
 from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step, make_step
-from tensorcast.errors import InputError, unknown_name
-from tensorcast.modeling.quantization import KV_DTYPES, Quantization, mxfp4_padding
+from tensorcast.errors import InputError
+from tensorcast.modeling.quantization import Quantization, mxfp4_padding
 from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile, is_one_of
 from tensorcast.profiles.kept import same
-from tensorcast.profiles.memory import MIB, STATE_DTYPES, Kept, is_latent
+from tensorcast.profiles.memory import MIB, Kept, is_latent
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import RankForm, rank_tables, whole_model
@@ -302,12 +302,10 @@ def deploy(
     options: Options = Options(),
 ) -> Deployment:
     """Trace (or load) the model at this tp, quantise, fuse, and lay it out. Raises :class:`InputError` if illegal."""
-    if options.kv_dtype and options.kv_dtype not in KV_DTYPES:
-        raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
-    if options.state_dtype and options.state_dtype not in STATE_DTYPES:
-        raise unknown_name("--state-dtype", options.state_dtype, STATE_DTYPES)
     whole = whole_model(model, phase, options.quant)
     check(layout, whole.facts, device)  # before a rank is traced: an illegal layout has none
+    if options.all2all == "auto" and whole.facts.num_experts and layout.dp > 1:
+        options = unasked_exchange(options, engine, device.architecture)
     all2all = choose_all2all(options.all2all, layout, engine, phase, split=options.split_tokens_over_tp)
     check_options(options, layout, whole.facts, all2all)
     if options.all2all in EXCHANGE_KERNELS and (problem := broken_exchange(options.all2all, layout, device)):

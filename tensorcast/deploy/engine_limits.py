@@ -10,7 +10,7 @@ from typing import Any
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import BALANCED, Options
-from tensorcast.profiles.engine import Lacking, is_one_of
+from tensorcast.profiles.engine import EngineProfile, Lacking, is_one_of
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.memory import is_latent
 from tensorcast.trace.cache import WholeModel
@@ -300,6 +300,15 @@ def _of_device(c: Case) -> Iterator[Limit]:
         )
         if all(holds):
             yield one.rule, f"{one.says}, not on {c.kernels.architecture}; {one.way}"
+
+
+def unasked_exchange(options: Options, engine: EngineProfile, architecture: str) -> Options:
+    """``options`` whose exchange gathers tokens where the one that the engine would take has no kernels here."""
+    here = (one for one in engine.lacking if architecture.lower() in one.devices and not one.over_nodes)
+    lacking = {kind for one in here for kind in one.exchanges}
+    if options.all2all != "auto" or lacking.isdisjoint(engine.all2all.values()):
+        return options
+    return replace(options, all2all="allgather_reducescatter")
 
 
 ANY_ENGINE = (BLOCKS, "devices of the engine", "sparse attention kernels", "cache kernels", "precisions of the device")

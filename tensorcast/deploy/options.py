@@ -8,7 +8,9 @@ from typing import Any, TypedDict
 
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError, unknown_name
+from tensorcast.modeling.quantization import KV_DTYPES
 from tensorcast.profiles.facts import ModelFacts
+from tensorcast.profiles.memory import STATE_DTYPES
 
 EXCHANGES = ("high_throughput", "low_latency", "direct")
 """All-to-all kinds in which every rank sends its own tokens and works on what it receives."""
@@ -329,6 +331,10 @@ MOST_DRAFTED = 128
 
 def check_options(options: Options, layout: Layout, facts: ModelFacts, all2all: str) -> None:
     """Raise :class:`InputError` with what the first broken rule says."""
+    if options.kv_dtype and options.kv_dtype not in KV_DTYPES:
+        raise unknown_name("--kv-dtype", options.kv_dtype, KV_DTYPES)
+    if options.state_dtype and options.state_dtype not in STATE_DTYPES:
+        raise unknown_name("--state-dtype", options.state_dtype, STATE_DTYPES)
     _, problem = broken_option(options, layout, facts, all2all)
     if problem:
         raise InputError(problem)

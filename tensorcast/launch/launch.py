@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from tensorcast.deploy.deployment import deploy, memory_share
-from tensorcast.deploy.engine_limits import Case, Kernels, engine_can_run, halving_note
+from tensorcast.deploy.engine_limits import Case, Kernels, engine_can_run, halving_note, unasked_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broken_prompts
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError, unknown_name
@@ -87,6 +87,7 @@ def launch(
     cuts, kernels = whole.cuts, None
     if device is not None:
         kernels = Kernels(profile.lacking, device.architecture, model_profile.config, whole)
+        options = unasked_exchange(options, profile, device.architecture)
     case = Case(
         engine=table.name, layout=layout, facts=model_profile.stated_facts, options=options,
         gpus_per_node=gpus_per_node, prefill=prefill, cuts=cuts,

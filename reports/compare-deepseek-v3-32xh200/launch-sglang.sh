@@ -3,7 +3,8 @@
 # 2 x prefill worker
 # 1 x decode worker
 # a router in front sends each request to a prefill and then to a decode server
-# on each node: bash THIS_FILE prefill|decode
+# to be filled in: HEAD_NODE_IP: the first node's address
+# on each node: bash THIS_FILE prefill|decode-node0|decode-node1
 
 case "${1-}" in
 prefill)
@@ -18,39 +19,63 @@ python3 -m sglang.launch_server \
   --ep-size 8 \
   --moe-a2a-backend deepep \
   --deepep-mode normal \
+  --enable-eplb \
+  --ep-num-redundant-experts 8 \
   --enable-two-batch-overlap \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 784 \
+  --max-running-requests 288 \
   --chunked-prefill-size 65536 \
   --mem-fraction-static 0.288 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
 ;;
-decode)
+decode-node0)
 python3 -m sglang.launch_server \
   --model-path deepseek-ai/DeepSeek-V3 \
   --host 0.0.0.0 \
   --port 30000 \
-  --tp-size 8 \
-  --attn-dp-size 8 \
+  --tp-size 16 \
+  --attn-dp-size 16 \
   --enable-dp-lm-head \
   --moe-dense-tp-size 1 \
-  --ep-size 8 \
-  --moe-a2a-backend deepep \
-  --deepep-mode low_latency \
-  --enable-eplb \
-  --ep-num-redundant-experts 8 \
+  --nnodes 2 \
+  --node-rank 0 \
+  --dist-init-addr HEAD_NODE_IP:20000 \
+  --ep-size 4 \
+  --moe-a2a-backend none \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 784 \
-  --cuda-graph-max-bs-decode 98 \
-  --mem-fraction-static 0.915 \
+  --max-running-requests 576 \
+  --cuda-graph-max-bs-decode 36 \
+  --mem-fraction-static 0.929 \
+  --disaggregation-mode decode \
+  --disaggregation-transfer-backend mooncake
+;;
+decode-node1)
+python3 -m sglang.launch_server \
+  --model-path deepseek-ai/DeepSeek-V3 \
+  --host 0.0.0.0 \
+  --port 30000 \
+  --tp-size 16 \
+  --attn-dp-size 16 \
+  --enable-dp-lm-head \
+  --moe-dense-tp-size 1 \
+  --nnodes 2 \
+  --node-rank 1 \
+  --dist-init-addr HEAD_NODE_IP:20000 \
+  --ep-size 4 \
+  --moe-a2a-backend none \
+  --kv-cache-dtype bf16 \
+  --context-length 5120 \
+  --max-running-requests 576 \
+  --cuda-graph-max-bs-decode 36 \
+  --mem-fraction-static 0.929 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake
 ;;
 *)
-echo "usage: bash $0 prefill|decode" >&2
+echo "usage: bash $0 prefill|decode-node0|decode-node1" >&2
 exit 2
 ;;
 esac

@@ -10,6 +10,7 @@ from launch_spread import RELEASES, few
 
 from tensorcast import InputError
 from tensorcast.profiles.launch import load_launch_table
+from tensorcast.validate.engines import vllm_facts
 from tensorcast.validate.engines.arguments import Argument, deprecated_in, parser_of, refused
 from tensorcast.validate.engines.check import Read, differences, read
 from tensorcast.validate.engines.command import beside_pinned, release_of
@@ -36,11 +37,13 @@ def test_what_differs_is_told_line_by_line() -> None:
     was = READ["vllm", "0.33.0"]
     facts = {**was.facts, "memory_fraction": 0.9, "step_tokens.from_mib": {"0": 4096, "71680": 8192, "163840": 16384}}
     facts["uncompiled.architectures"] = [*was.facts["uncompiled.architectures"], "NewForCausalLM"]
+    facts["lacking.sparse_latents"] = [8, *was.facts["lacking.sparse_latents"]]
     arguments = {name: one for name, one in was.arguments.items() if name != "--enable-dbo"}
     arguments["--enable-eplb"] = Argument(takes="nothing", deprecated="use --eplb")
     kinds = was.arguments["--all2all-backend"].choices
     arguments["--all2all-backend"] = Argument(choices=tuple(one for one in kinds if one != "deepep_high_throughput"))
     assert differences(replace(was, facts=facts, arguments=arguments)) == [
+        "lacking.sparse_latents: the release has [8, 9, 10, 12], the profile [9, 10, 12]",
         "memory_fraction: the release has 0.9, the profile 0.92",
         "step_tokens.from_mib.0: the release has 4096, the profile 2048",
         "uncompiled.architectures: the release has NewForCausalLM more, the profile nothing",
@@ -186,3 +189,15 @@ def test_wheels_and_engines_by_name() -> None:
         release_of(Path("vllm.zip"))
     with pytest.raises(InputError, match="unknown engine to read 'trtllm'"):
         read("trtllm", "1.3.0", Path("x.whl"))
+
+
+def test_capabilities_of_backends_are_read(tmp_path: Path) -> None:
+    """Those for chosen latents alone; what Triton's attention asks before it takes a cache in FP8."""
+    folder = tmp_path / "vllm" / "v1" / "attention" / "backends"
+    (folder / "mla").mkdir(parents=True)
+    for name, said in (("flash_sparse", "in [9, 10]"), ("other_sparse_sm120", "== 12"), ("dense", "== 8")):
+        text = f"def supports_compute_capability(cls, capability):\n    return capability.major {said}\n"
+        (folder / "mla" / f"{name}.py").write_text(text)
+    check = 'if self.kv_cache_dtype.startswith("fp8") and not (\n    current_platform.has_device_capability(89)\n): raise'
+    (folder / "triton_attn.py").write_text(check)
+    assert vllm_facts._sparse(Source(tmp_path)) == [9, 10, 12] and vllm_facts._fp8_cache(Source(tmp_path)) == 89

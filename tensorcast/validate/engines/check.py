@@ -154,8 +154,20 @@ def _of_vllm(profile: EngineProfile) -> dict[str, Any]:
         "sliced_blocks.exchanges": [*(values[one] for one in sliced), *UNKNOWN_EXCHANGES.get(profile.version, ())],
         "deepep_ranks": sorted(DEEPEP_RANKS), "vocabulary_unit": VOCABULARY_UNIT,
         "kernels.humming_before_marlin": [90] if any("humming" in one.kernels for one in libraries) else [],
+        "lacking.sparse_latents": sorted({int(one) for one in _runs_on(profile, "sparse attention kernels")}),
+        "lacking.fp8_cache": round(10 * min(_runs_on(profile, "cache kernels"))),
         "experts.triton.tuned": _tiles(profile.experts.triton if profile.experts else None),
     }
+
+
+CAPABILITIES = {"volta": 7.0, "ampere": 8.0, "ada": 8.9, "hopper": 9.0, "blackwell": 10.0, "blackwell (rtx)": 12.0}
+"""Least compute capability of NVIDIA's architectures."""
+
+
+def _runs_on(profile: EngineProfile, rule: str) -> list[float]:
+    """Compute capabilities of those that no entry of a rule names."""
+    lacking = {device for one in profile.lacking if one.rule == rule for device in one.devices}
+    return [capability for name, capability in CAPABILITIES.items() if name not in lacking]
 
 
 NOT_PRICED = {"dbo": "nixl_ep"}

@@ -45,9 +45,28 @@ def read_facts(source: Source) -> dict[str, Any]:
         )),
         "sliced_blocks.exchanges": _returned(parallel, "use_sequence_parallel_moe"),
         "kernels.humming_before_marlin": _humming(source),
+        "lacking.sparse_latents": _sparse(source),
+        "lacking.fp8_cache": _fp8_cache(source),
         "experts.triton.tuned": tuned_tiles(source, "vllm/model_executor/layers/fused_moe/configs"),
     }  # fmt: skip
     return facts
+
+
+def _sparse(source: Source) -> list[int]:
+    """Major compute capabilities that any of the backends for chosen latents runs on."""
+    found: set[int] = set()
+    for file in source.files("vllm/v1/attention/backends/mla"):
+        if "_sparse" in file:
+            said = re.findall(r"return capability\.major (?:==|in) \[?([\d, ]+)", source.text(file))
+            found |= {int(number) for numbers in said for number in numbers.split(",")}
+    return sorted(found)
+
+
+def _fp8_cache(source: Source) -> int:
+    """Least compute capability whose cache Triton's attention reads in FP8, times ten."""
+    text = source.text("vllm/v1/attention/backends/triton_attn.py")
+    said = re.search(r'startswith\("fp8"\) and not \(\s*current_platform\.has_device_capability\((\d+)\)', text)
+    return int(said[1]) if said else 0
 
 
 def _mapping(node: ast.AST) -> list[tuple[int, dict[int, float]]]:

@@ -198,6 +198,6 @@ def test_capabilities_of_backends_are_read(tmp_path: Path) -> None:
     for name, said in (("flash_sparse", "in [9, 10]"), ("other_sparse_sm120", "== 12"), ("dense", "== 8")):
         text = f"def supports_compute_capability(cls, capability):\n    return capability.major {said}\n"
         (folder / "mla" / f"{name}.py").write_text(text)
-    check = 'if self.kv_cache_dtype.startswith("fp8") and not (\n    current_platform.has_device_capability(89)\n): raise'
+    check = 'if kv_cache_dtype.startswith("fp8") and not (\n    current_platform.has_device_capability(89)\n): raise'
     (folder / "triton_attn.py").write_text(check)
     assert vllm_facts._sparse(Source(tmp_path)) == [9, 10, 12] and vllm_facts._fp8_cache(Source(tmp_path)) == 89

@@ -36,7 +36,7 @@ PREDICTED = ("ttft_s", "tpot_s", "output_tokens_per_s")
 UNREAD = "is no number and is not scored"
 """What is said of a measured cell that is not read."""
 
-AT_ONCE = 2048
+AT_ONCE = 1024
 """Rows that are served together at most: some hundred megabytes."""
 
 FEW = 256

@@ -103,6 +103,10 @@ def _table(view: View, top: int, width: int) -> Table:
     return table
 
 
+BILL = ("prompts_share", "usd_per_million_input_tokens", "usd_per_million_output_tokens")
+"""Parts of the best layout's bill, as :func:`tensorcast.report.compare.choices.cost_apart` has them."""
+
+
 def comparison_record(found: Comparison, replayed: ReplayedComparison | None = None) -> dict[str, Any]:
     """The comparison for ``--json``: answer, best of each layout, pruned counts, notes; replays, if there are some."""
     view = View(found)
@@ -120,7 +124,7 @@ def comparison_record(found: Comparison, replayed: ReplayedComparison | None = N
         "answer": [said.headline, *said.paragraphs],
         "best": found.best,
         "best_options": options(found.best) if found.best else "",
-        "best_usd_per_million_input_and_output_tokens": cost_apart(view, found.best)[1:] if found.best else None,
+        "best_bill": dict(zip(BILL, cost_apart(view, found.best), strict=True)) if found.best else None,
         "decides": sentences(view) if found.best else [],
         "best_of_each": [one.record(view) for one in best_of_each(view)],
         "command": command(flags(found)),

@@ -47,8 +47,8 @@ served runs of five MoE models, for models that nothing was fitted to: times per
 networks' medians where tokens pick at random, 10.3 % by that popularity alone and 9.2 % with this (1.0 and 0.8 of other
 exponents do no better). Recordings tell no batch from another, so the same holds of ``recorded:``, where nothing was
 chosen: DeepSeek-R1's times per token were 10.7 % off in the median with it, 14.6 % without, when that was tried
-(``benchmarks/expert_load.py --served TABLE`` tells how far off they are now). Rows of the busiest rank as uneven as those
-of so many fewer tokens would change no median there."""
+(``benchmarks/expert_load.py --served TABLE`` tells how far off they are now). Rows of the busiest rank as uneven as
+those of so many fewer tokens would change no median there."""
 
 SAID = {
     "balanced": "tokens fall evenly on experts (routing balanced)",

@@ -89,6 +89,8 @@ def every_replay(layouts: Sequence[str], sent: Sequence[Sent], seed: int, alike:
 def replayed_row(task: ReplayTask) -> dict[str, Any]:
     """A sweep's row: layout, rate and seed, the numbers of :meth:`Outcome.summary`, or the problem."""
     row = {"layout": task.layout, **task.sent.said, "problem": ""}
+    if task.model.stated_facts.num_experts:
+        row["routing"] = task.options.routing
     try:
         priced = task.priced()
         row["layout"] = priced.layout

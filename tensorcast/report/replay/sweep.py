@@ -38,6 +38,8 @@ def print_sweep(frame: pd.DataFrame, console: Console) -> None:
             units.percent(row["within_limits"]), f"{row['output_tokens_per_s_per_gpu']:,.1f}",
         )
     console.print(table)
+    if laws := {str(row["routing"]) for row in rows if "routing" in row}:
+        console.print(Text(f"tokens fall on experts by routing {', '.join(sorted(laws))}", style="dim"))
     for row in rows:
         if row["problem"]:
             console.print(Text(f"note: {row['layout']} was not replayed: {row['problem']}"))

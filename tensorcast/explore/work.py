@@ -76,8 +76,6 @@ def export(state: State, named: Named, kind: str) -> Reply:
 
 def warm() -> int:
     """Nothing but what its import takes; the process's id."""
-    import pandas  # noqa: F401
-
     return os.getpid()
 
 

@@ -90,15 +90,18 @@ def mixers_whole(whole: OpTable, shard: OpTable) -> bool:
     """Whether a kind of attention or scan is as wide in ``shard``: its class takes that from elsewhere than heads.
 
     Inkling has both beside its heads: attention over what layers before gave, which is over no tokens of before, and
-    convolutions of the stream. A convolution tells where its layer mixes tokens by nothing else (LFM2).
+    convolutions of the stream. A convolution tells in the module that scans (Zamba's Mamba runs its heads one by one),
+    or where its layer mixes tokens by nothing else (LFM2).
     """
-    def mixers(table: OpTable) -> list[Op]:
+    def widths(table: OpTable) -> dict[tuple[str, str], object]:
         scans = [op for op in table.ops if op.name in SCANS and op.attrs.get("past") != 0]
-        kinds = {op.kind for op in scans}
-        return scans + [op for op in table.ops if op.name in CONVOLUTIONS and op.kind not in kinds]
+        kinds, inside = {op.kind for op in scans}, tuple({op.module for op in scans})
+        convolved = [op for op in table.ops if op.name in CONVOLUTIONS]
+        tell = scans + [op for op in convolved if op.kind not in kinds or op.module.startswith(inside)]
+        return {(op.module, op.name): product(op.inputs[0].dims) for op in reversed(tell)}
 
-    tables = mixers(whole), mixers(shard)
-    return any(product(a.inputs[0].dims) == product(b.inputs[0].dims) for a, b in zip(*tables, strict=False))
+    ours, theirs = widths(whole), widths(shard)
+    return any(theirs.get(place) == width for place, width in ours.items())
 
 
 def _pairs(op: Op) -> bool:

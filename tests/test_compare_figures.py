@@ -12,7 +12,7 @@ from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.files import charts
 
 
-def test_a_figure_is_laid_out_once_and_drawn_once_for_each_image(
+def test_a_figure_is_laid_out_once_and_drawn_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from matplotlib.figure import Figure
@@ -29,4 +29,4 @@ def test_a_figure_is_laid_out_once_and_drawn_once_for_each_image(
 
         monkeypatch.setattr(kind, name, counted)
     drawn = charts(View(compared))
-    assert counts == {"draw": 2 * len(drawn), "execute": len(drawn)}
+    assert counts == {"draw": len(drawn), "execute": len(drawn)}

@@ -7,10 +7,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 
 import tensorcast as tc
 from tensorcast.cli.values import config_words
@@ -191,3 +194,17 @@ def test_arguments_that_are_kept_have_flags() -> None:
         if name not in (*NOT_ASKED, "model"):
             flag = FLAGS.get(name, (name.replace("_", "-"), None))[0]
             assert f"--{flag}" in known, name
+
+
+def test_a_figure_is_saved_as_a_picture_with_its_title(page: Any, folder: Path) -> None:
+    """As large as the SVG file beside the page, three pixels a point, and not blank where the title stands."""
+    with page.expect_download() as saved:
+        page.locator("#figure-step").get_by_role("button", name="Save as PNG").click()
+    assert saved.value.suggested_filename == "step.png"
+    drawn = ElementTree.parse(folder / "step.svg").getroot()
+    width, height = (float(drawn.attrib[side].removesuffix("pt")) for side in ("width", "height"))
+    with Image.open(saved.value.path()) as picture:
+        assert picture.size == pytest.approx((3 * width, 3 * height), abs=1)
+        grey = np.asarray(picture.convert("L"), dtype=int)
+    title, middle = grey[: len(grey) // 20], grey[len(grey) // 3 : -len(grey) // 3]
+    assert title.min() < 100 and middle.min() < 100 and np.median(grey) > 200

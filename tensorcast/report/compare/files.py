@@ -69,9 +69,8 @@ def write_comparison(comparison: Comparison, directory: Path, price: float | Non
             write_frame(view.frame, hidden)
             (hidden / "summary.json").write_text(summary, encoding="utf-8")
             for chart in figures:
-                (hidden / f"{chart.name}.png").write_bytes(chart.png)
-                (hidden / f"{chart.name}.svg").write_bytes(chart.svg)
-                written += [f"{chart.name}.png", f"{chart.name}.svg"]
+                (hidden / f"{chart.name}.svg").write_text(chart.svg, encoding="utf-8")
+                written.append(f"{chart.name}.svg")
             if asked:
                 (hidden / QUESTION).write_text(config(asked), encoding="utf-8")
                 written.append(QUESTION)

@@ -61,7 +61,7 @@ def html(view: View, charts: Sequence[Chart]) -> str:
         },
         command=command(flags(view.comparison)), words=_words(),
         style=source("style.css"),
-        script=Markup("\n").join(map(source, SCRIPTS)), copy=source("copy.js"),
+        script=Markup("\n").join(map(source, SCRIPTS)), copy=source("copy.js"), save=source("save.js"),
         count=units.count,
     )
 

@@ -64,7 +64,9 @@ def test_all_files_say_the_same(compared: Any, written: Path) -> None:
     assert len(csv) == len(parquet) == len(compared.candidates)
     for name in ("tpot_s", "tokens_per_s_per_gpu", "memory_bytes"):
         np.testing.assert_allclose(csv[name], compared.candidates[name], rtol=5.1e-6)
-        np.testing.assert_array_equal(parquet[name], compared.candidates[name])
+    assert parquet["prefill_layout"].isna().any() and parquet["prefill_layout"].notna().any()
+    held = View(compared, price=2.5).kept.frame()
+    pd.testing.assert_frame_equal(parquet, held.astype({"prefill_layout": "str"}), check_exact=True)
     summary = json.loads((written / "summary.json").read_text(encoding="utf-8"))
     assert summary["best"]["candidate"] == compared.best["candidate"]
     assert summary["candidates"] == len(csv) and summary["pruned"] == dict(compared.pruned)
@@ -78,7 +80,7 @@ def test_six_digits(value: float) -> None:
 
 def test_price_gives_the_cost(view: View) -> None:
     """USD per million tokens from first principles: GPUs' dollars per second over tokens per second."""
-    row = view.frame.iloc[0]
+    row = view.kept.frame().iloc[0]
     assert row["cost_per_million_tokens"] == pytest.approx(
         row["gpus"] * 2.5 / 3600 / row["output_tokens_per_s"] * 1e6
     )
@@ -129,12 +131,12 @@ def test_answer_is_what_the_numbers_say(view: View, compared: Any) -> None:
     assert best is not None and view.runner_up is not None
     assert view.name(best) in answer.headline and units.rate(best["tokens_per_s_per_gpu"]) in answer.headline
     assert view.name(view.runner_up) in answer.runner_up and answer.ways
-    meeting = view.frame[view.frame["meets"]]
+    meeting = view.kept.frame()[view.kept.frame()["meets"]]
     assert best["tokens_per_s_per_gpu"] == meeting["tokens_per_s_per_gpu"].max()
     for column in ("tokens_per_s_per_gpu", "tokens_per_s_per_user", "ttft_s", "tpot_s", "cost_per_million_tokens"):
         low, high = choices.interval(view, best, column)
         assert low <= best[column] <= high
-    alike = {view.name(row) for row in view.frame.to_dict("records") if row["candidate"] in compared.ties}
+    alike = {view.name(row) for row in view.kept.frame().to_dict("records") if row["candidate"] in compared.ties}
     assert all(name in answer.ties for name in sorted(alike - {view.name(best)})[:1])
 
 
@@ -167,13 +169,13 @@ def test_the_runner_up_wins_where_it_is_said_to(view: View) -> None:
     """Each turning point, tried: the best of all candidates within the other limits is one of the runner-up's."""
     assert view.runner_up is not None
     for second in (view.runner_up, *(choice.row for choice in view.shown[2:])):
-        own = set(view.frame["candidate"][view.of_layout(second)])
+        own = set(view.kept.frame()["candidate"][view.of_layout(second)])
         for column, limit, looser in runner_up.turning_points(view, second):
             limits = dict(view.limits)
             asked = limits[column]
             assert asked is not None and (limit > asked) == looser
             limits[column] = limit if looser else np.nextafter(limit, 0)
-            allowed = view.frame[np.all([view.frame[name] <= at for name, at in limits.items()], axis=0)]
+            allowed = view.kept.frame()[np.all([view.kept.frame()[name] <= at for name, at in limits.items()], axis=0)]
             most = allowed["tokens_per_s_per_gpu"].max()
             assert own & set(allowed.loc[allowed["tokens_per_s_per_gpu"] == most, "candidate"])
 
@@ -194,8 +196,8 @@ def test_parts_add_up_to_the_step(view: View) -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=30))
 def test_envelope_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
-    frame = pd.DataFrame(points, columns=["tokens_per_s_per_user", "tokens_per_s_per_gpu"])
-    kept = fronts.envelope(frame)
+    user, gpu = np.array(points, dtype=float).T
+    kept = fronts.envelope(Candidates({"tokens_per_s_per_user": user, "tokens_per_s_per_gpu": gpu}))
     best = {p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)}
     assert set(zip(kept["tokens_per_s_per_user"], kept["tokens_per_s_per_gpu"], strict=True)) == best
 
@@ -216,11 +218,11 @@ def test_ticks_lie_inside(low: float, ratio: float) -> None:
 
 def test_large_tables_keep_the_front_and_the_best_of_each_layout(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not table.table(view).left_out
-    monkeypatch.setattr(table, "MOST_ROWS", len(view.frame) - 1)
+    monkeypatch.setattr(table, "MOST_ROWS", len(view.kept.frame()) - 1)
     short = table.table(view)
-    assert f"Of {units.count(len(view.frame))} candidates" in short.left_out
-    front = view.frame["pareto"] | view.frame["candidate"].isin(view.per_layout["candidate"])
-    assert len(short.rows) == front.sum() < len(view.frame)
+    assert f"Of {units.count(len(view.kept.frame()))} candidates" in short.left_out
+    front = view.kept.frame()["pareto"] | view.kept.frame()["candidate"].isin(view.per_layout["candidate"])
+    assert len(short.rows) == front.sum() < len(view.kept.frame())
 
 
 # In a browser
@@ -291,34 +293,34 @@ def test_page_leads_with_the_answer(opened: Watched, view: View) -> None:
 
 def test_sorting(opened: Watched, view: View) -> None:
     opened.show_all()
-    fastest_first = view.frame["tokens_per_s_per_user"].sort_values(ascending=False)
+    fastest_first = view.kept.frame()["tokens_per_s_per_user"].sort_values(ascending=False)
     assert opened.sort("tokens/s/user") == "descending"
     assert opened.column("tokens/s/user") == [units.rate(value) for value in fastest_first]
     assert opened.sort("tokens/s/user") == "ascending"
     assert opened.column("tokens/s/user") == [units.rate(value) for value in fastest_first[::-1]]
     assert opened.sort("TTFT") == "ascending"
-    assert opened.column("TTFT") == [units.seconds(value) for value in view.frame["ttft_s"].sort_values()]
+    assert opened.column("TTFT") == [units.seconds(value) for value in view.kept.frame()["ttft_s"].sort_values()]
     assert opened.page.locator("th[aria-sort]").count() == 1
     opened.page.locator("#table").get_by_role("columnheader", name="layout", exact=True).get_by_role("button").focus()
     opened.page.keyboard.press("Enter")
-    assert opened.column("layout")[0] == min(map(view.name, view.frame.to_dict("records")))
+    assert opened.column("layout")[0] == min(map(view.name, view.kept.frame().to_dict("records")))
 
 
 def test_filtering(opened: Watched, view: View) -> None:
     opened.show_all()
-    family = view.frame["family"].mode()[0]
+    family = view.kept.frame()["family"].mode()[0]
     opened.page.get_by_label("Family").select_option(family)
     opened.show_all()
     assert set(opened.column("family")) == {family}
-    assert len(opened.column("family")) == (view.frame["family"] == family).sum()
+    assert len(opened.column("family")) == (view.kept.frame()["family"] == family).sum()
     opened.page.get_by_label("Pareto front only").check()
-    both = ((view.frame["family"] == family) & view.frame["pareto"]).sum()
+    both = ((view.kept.frame()["family"] == family) & view.kept.frame()["pareto"]).sum()
     assert f"of {both} matching" in opened.page.locator("#shown").inner_text()
     opened.page.get_by_role("button", name="Clear").click()
-    opened.page.locator("#shown", has_text=f"of {len(view.frame)} matching").wait_for()
+    opened.page.locator("#shown", has_text=f"of {len(view.kept.frame())} matching").wait_for()
     opened.page.get_by_label("Search").fill("tp2 EP4")
     opened.show_all()
-    wanted = [name for name in map(view.name, view.frame.to_dict("records")) if "tp2" in name and "ep4" in name]
+    wanted = [name for name in map(view.name, view.kept.frame().to_dict("records")) if "tp2" in name and "ep4" in name]
     assert sorted(opened.column("layout")) == sorted(wanted)
     opened.page.get_by_label("Search").fill("no such layout")
     assert opened.page.locator("#table tbody tr").count() == 0

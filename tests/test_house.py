@@ -212,12 +212,14 @@ def test_importing_is_light(module: str) -> None:
     assert not loaded_by(f"import {module}", *heavy)
 
 
-def test_a_comparison_on_a_terminal_makes_no_frame() -> None:
-    """Frames are for those who read them: pandas and what it brings stay out of the command."""
+@pytest.mark.parametrize("written", [False, True])
+def test_a_comparison_makes_no_frame(written: bool, tmp_path: Path) -> None:
+    """Frames are for those who read them: pandas stays out of the command, and what writes files where none is asked."""
     asked = ["compare", "qwen3-30b-a3b", "-d", "h200", "-n", "1", "--tpot", "50ms"]
+    asked += ["--out", str(tmp_path)] if written else []
     code = "from typer.testing import CliRunner\nfrom tensorcast.cli import app\n"
     code += f"assert not CliRunner().invoke(app, {asked}).exit_code"
-    assert not loaded_by(code, "torch", "transformers", "pandas", "pyarrow")
+    assert not loaded_by(code, "torch", "transformers", "pandas", *([] if written else ["pyarrow", "matplotlib"]))
 
 
 def test_a_warm_simulation_needs_no_torch() -> None:

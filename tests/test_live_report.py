@@ -89,7 +89,7 @@ def test_verdicts_move_with_the_limits_as_the_program_tells_them(page: Any, comp
     embedded = page.evaluate(
         "candidateTable.rows.map((row) => Object.fromEntries(candidateTable.columns.map((c, i) => [c.key, row[i]])))"
     )
-    frame = View(compared).objective.ranked(compared.candidates).reset_index(drop=True)
+    frame = View(compared).ranked.frame()
     for row, truth in list(zip(embedded, frame.to_dict("records"), strict=True))[::7]:
         assert row["tpot_chance"][0] == pytest.approx(truth["tpot_chance"], abs=2e-4)
         assert row["ttft_chance"][1] == units.chance(truth["ttft_chance"])

@@ -24,7 +24,7 @@ def view() -> View:
 
 def test_prompts_and_replies_pay_the_whole_bill(view: View) -> None:
     """Tokens in and out at their own prices are what the GPUs cost; of pools each pays for its own."""
-    rows = view.frame[view.frame["meets"]].groupby("mode").head(3).to_dict("records")
+    rows = view.kept.frame()[view.kept.frame()["meets"]].groupby("mode").head(3).to_dict("records")
     assert {row["mode"] for row in rows} == {"aggregated", "disaggregated"}
     for row in rows:
         share, read, written = choices.cost_apart(view, row)  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ def test_prompts_and_replies_pay_the_whole_bill(view: View) -> None:
 
 def test_sentences_are_what_the_candidates_say(view: View) -> None:
     """Against the frame: the gain without each limit, and the best with and without expert parallelism."""
-    said, frame = sentences(view), view.frame
+    said, frame = sentences(view), view.kept.frame()
     best = frame[frame["meets"]]["tokens_per_s_per_gpu"].max()
     for text, free in zip(said, ("tpot_s", "ttft_s"), strict=False):
         limit = {"tpot_s": 0.03, "ttft_s": 2.0}[free]

@@ -42,10 +42,6 @@ class Objective:
         late = ~np.asarray(columns["meets"], dtype=bool)
         return np.lexsort((-np.asarray(columns[PER_GPU], dtype=float), value if self.less else -value, late))
 
-    def ranked(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """``frame`` in that :meth:`order`."""
-        return frame.iloc[self.order(frame)]
-
 
 OBJECTIVES = {
     one.name: one

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tensorcast.report import units
-from tensorcast.report.compare.choices import LIMITS, View, records
+from tensorcast.report.compare.choices import LIMITS, View
 
 MOST_SIZES = 8
 """Numbers of GPUs in the table: the best of them where there are more."""
@@ -35,13 +37,14 @@ class BestOf:
 
 def best_of_each(view: View) -> list[BestOf]:
     """Groups of which there are several, each with its best."""
-    frame = view.objective.ranked(view.frame)
+    ranked = view.ranked
     found = []
     for column, what in GROUPS:
-        values = list(dict.fromkeys(frame[column]))  # those that do best first
+        values = list(dict.fromkeys(ranked[column].tolist()))  # those that do best first
         values = sorted(values[:MOST_SIZES]) if column == "gpus" else values
         for value in values if len(values) > 1 else ():
-            best = next(iter(records(frame[(frame[column] == value) & frame["meets"]].head(1))), None)
+            first = np.flatnonzero((ranked[column] == value) & ranked["meets"])[:1]
+            best = next(iter(ranked.where(first).records()), None)
             found.append(BestOf(what, MODES.get(value, units.count(value) if column == "gpus" else value), best))
     return found
 

@@ -16,8 +16,6 @@ from tensorcast.report import units
 from tensorcast.serving.objective import OBJECTIVES
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from tensorcast.deploy.deployment import Deployment
     from tensorcast.deploy.step.price import StepPrice
     from tensorcast.search.candidate_table import Candidates
@@ -97,14 +95,14 @@ class View:
         return next(iter(self.kept.where(self.kept["candidate"] == row["candidate"]).records()), dict(row))
 
     @cached_property
-    def frame(self) -> pd.DataFrame:
-        """The candidates, with this view's price."""
-        return self.kept.frame()
+    def ranked(self) -> Candidates:
+        """The candidates, best first."""
+        return self.kept.where(self.objective.order(self.kept.columns))
 
     @cached_property
     def per_layout(self) -> Candidates:
         """The best candidate of each layout, best first; the comparison's own best and runner-up stand for theirs."""
-        ranked = self.kept.where(self.objective.order(self.kept.columns))
+        ranked = self.ranked
         for row in (self.runner_up, self.best):
             if row is not None:
                 ranked = ranked.where(np.argsort(ranked["candidate"] != row["candidate"], kind="stable"))
@@ -218,11 +216,6 @@ def between(view: View, row: dict[str, Any], column: str) -> str:
     start, end = (WRITTEN[column](value) for value in interval(view, row, column))
     number, _, unit = start.partition(" ")
     return f"{number} to {end}" if unit and end.endswith(f" {unit}") else f"{start} to {end}"
-
-
-def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """A frame's rows as dicts of plain values."""
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
 def step_parts(deployment: Deployment, price: StepPrice) -> StepParts:

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tensorcast.errors import InputError
 from tensorcast.files import check_directory
 from tensorcast.launch.launch import WRITERS
@@ -23,9 +26,9 @@ from tensorcast.report.plain import to_json
 from tensorcast.report.question import command, config, flags
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
+    import pyarrow as pa
 
+    from tensorcast.search.candidate_table import Candidates
     from tensorcast.search.compare import Comparison
 
 FIGURES: tuple[Callable[[View], Chart | None], ...] = (
@@ -40,7 +43,7 @@ FIGURE_NAMES = ("pareto", "step", "throughput", "heatmap", "memory", "roofline",
 
 def charts(view: View) -> list[Chart]:
     """All figures of a comparison that has candidates."""
-    if view.frame.empty:
+    if not len(view.kept):
         return []
     with style():
         drawn = [figure(view) for figure in FIGURES]
@@ -66,7 +69,7 @@ def write_comparison(comparison: Comparison, directory: Path, price: float | Non
         with tempfile.TemporaryDirectory(dir=directory, prefix=".tensorcast-") as name:
             hidden = Path(name)
             (hidden / "report.html").write_text(page, encoding="utf-8")
-            write_frame(view.frame, hidden)
+            write_candidates(view.kept, hidden)
             (hidden / "summary.json").write_text(summary, encoding="utf-8")
             for chart in figures:
                 (hidden / f"{chart.name}.svg").write_text(chart.svg, encoding="utf-8")
@@ -87,22 +90,44 @@ def write_comparison(comparison: Comparison, directory: Path, price: float | Non
     return [directory / file for file in written]
 
 
-def write_frame(frame: pd.DataFrame, directory: Path) -> None:
-    """``candidates.parquet`` as it is, ``candidates.csv`` with six significant digits."""
+def write_candidates(kept: Candidates, directory: Path) -> None:
+    """``candidates.parquet`` as they are, ``candidates.csv`` with six significant digits."""
     import pyarrow as pa
     from pyarrow import csv, parquet
 
-    parquet.write_table(pa.Table.from_pandas(frame, preserve_index=False), directory / "candidates.parquet")
-    numbers = frame.select_dtypes("float")
-    rounded = frame.assign(**{str(name): six_digits(numbers[name].to_numpy()) for name in numbers})
+    exact = {name: arrow(values) for name, values in kept.columns.items()}
+    parquet.write_table(pa.Table.from_arrays([*exact.values()], [*exact]), directory / "candidates.parquet")
+    rounded = exact | {
+        name: arrow(six_digits(values)) for name, values in kept.columns.items() if values.dtype.kind == "f"
+    }
     options = csv.WriteOptions(quoting_style="needed")
-    csv.write_csv(pa.Table.from_pandas(rounded, preserve_index=False), directory / "candidates.csv", options)
+    csv.write_csv(pa.Table.from_arrays([*rounded.values()], [*rounded]), directory / "candidates.csv", options)
 
 
-def six_digits(values: np.ndarray) -> np.ndarray:
+def arrow(values: NDArray[Any]) -> pa.Array:
+    """``values``, texts if they are objects; None and what is no number are null.
+
+    Handed over as buffers (https://arrow.apache.org/docs/format/Columnar.html): ``pyarrow.array`` loads pandas, which
+    takes longer than both files.
+    """
+    import pyarrow as pa
+
+    if values.dtype == object:
+        missing = np.array([value is None for value in values], dtype=bool)
+        texts = [b"" if value is None else str(value).encode() for value in values]
+        kind, held = pa.string(), [np.cumsum([0, *map(len, texts)], dtype=np.int32), b"".join(texts)]
+    else:
+        missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
+        kind = pa.from_numpy_dtype(values.dtype)
+        held = [np.packbits(values, bitorder="little") if values.dtype == bool else np.ascontiguousarray(values)]
+    known = np.packbits(~missing, bitorder="little") if missing.any() else None
+    return pa.Array.from_buffers(
+        kind, len(values), [None if one is None else pa.py_buffer(one) for one in (known, *held)]
+    )
+
+
+def six_digits(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """``values`` rounded to six significant digits, as the doubles nearest to those decimals."""
-    import numpy as np
-
     with np.errstate(divide="ignore", invalid="ignore"):
         places = np.where(values == 0, 0.0, 5 - np.floor(np.log10(np.abs(values))))
         up, down = 10.0 ** np.maximum(places, 0), 10.0 ** np.maximum(-places, 0)
@@ -124,7 +149,7 @@ def summary_of(view: View, figures: list[Chart]) -> dict[str, Any]:
         "command": command(flags(c)), "question": flags(c), "decides": [] if view.best is None else sentences(view),
         "best_of_each": [one.record(view) for one in best_of_each(view)], "answer": answer.headline,
         "warning": answer.warning, "explanation": list(answer.paragraphs), "best": view.best,
-        "runner_up": view.runner_up, "ties": list(c.ties), "candidates": len(view.frame), "examined": c.examined,
+        "runner_up": view.runner_up, "ties": list(c.ties), "candidates": len(view.kept), "examined": c.examined,
         "pruned": dict(c.pruned),
         "evidence": dict(words.evidence(view)),
         "findings": {figure.name: figure.title for figure in figures}, "notes": list(c.notes),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tensorcast.report import units
 from tensorcast.report.compare.choices import View
@@ -24,31 +27,34 @@ from tensorcast.report.compare.figures import (
 from tensorcast.report.compare.words import limit_name
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from tensorcast.search.candidate_table import Candidates
 
 POINTS = 250
 """Candidates drawn per family: more only darken the picture."""
 
 
-def families(view: View) -> dict[str, pd.DataFrame]:
+def families(view: View) -> dict[str, Candidates]:
     """Candidates by family, those first that are most on the front; beyond the colours there are, all as one."""
-    frame = view.frame
-    order = frame.groupby("family")["pareto"].sum().sort_values(ascending=False, kind="stable").index
+    kept = view.kept
+    names, which = np.unique(kept["family"], return_inverse=True)
+    order = np.argsort(-np.bincount(which, weights=kept["pareto"]), kind="stable")
     named = order if len(order) <= len(COLOURS) else order[: len(COLOURS) - 1]
-    found = {name: frame[frame["family"] == name] for name in named}
-    rest = frame[~frame["family"].isin(named)]
-    return found if rest.empty else {**found, "others": rest}
+    found = {str(names[i]): kept.where(which == i) for i in named}
+    rest = ~np.isin(which, named)
+    return {**found, "others": kept.where(rest)} if rest.any() else found
 
 
 def pareto(view: View) -> Chart:
     """Tokens/s per user against tokens/s per GPU, a front for each family of layouts."""
-    frame = view.frame
-    front = frame[frame["pareto"]].sort_values("tokens_per_s_per_user")
-    title = _pareto_title(front)
+    kept = view.kept
+    front = kept.where(kept["pareto"])
+    title = _pareto_title(front.where(np.argsort(front["tokens_per_s_per_user"], kind="stable")).records())
     figure, axes = canvas(4.6, title)
     for (name, part), colour, marker in zip(families(view).items(), COLOURS, MARKERS, strict=False):
-        drawn = part if len(part) <= POINTS else part.sample(POINTS, random_state=0)
+        drawn = part.where(np.unique(np.linspace(0, len(part) - 1, POINTS).astype(int)))
         axes.scatter(
             drawn["tokens_per_s_per_user"], drawn["tokens_per_s_per_gpu"], s=13, color=colour, marker=marker,
             alpha=0.28, linewidths=0, zorder=2,
@@ -60,7 +66,9 @@ def pareto(view: View) -> Chart:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    _ticks(axes, frame["tokens_per_s_per_user"], frame["tokens_per_s_per_gpu"])
+    axes.minorticks_off()
+    axes.set_xticks(*places(kept["tokens_per_s_per_user"].tolist()))
+    axes.set_yticks(*places(kept["tokens_per_s_per_gpu"].tolist()))
     if view.comparison.targets[1] is not None:
         least = 1.0 / view.comparison.targets[1]
         axes.axvline(least, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -81,16 +89,16 @@ def pareto(view: View) -> Chart:
     return finish(figure, "pareto", title, caption)
 
 
-def envelope(frame: pd.DataFrame) -> pd.DataFrame:
-    """Candidates that no other of ``frame`` beats in tokens/s per user and per GPU, the most per user first."""
-    ordered = frame.sort_values(["tokens_per_s_per_user", "tokens_per_s_per_gpu"], ascending=False)
-    most = ordered["tokens_per_s_per_gpu"].cummax().shift(fill_value=-1.0)
-    return ordered[ordered["tokens_per_s_per_gpu"] > most]
+def envelope(some: Candidates) -> Candidates:
+    """Those that no other of ``some`` beats in tokens/s per user and per GPU, the most per user first."""
+    ordered = some.where(np.lexsort((-some["tokens_per_s_per_gpu"], -some["tokens_per_s_per_user"])))
+    speed = ordered["tokens_per_s_per_gpu"]
+    return ordered.where(speed > np.maximum.accumulate([-1.0, *speed[:-1]]))
 
 
-def _pareto_title(front: pd.DataFrame) -> str:
+def _pareto_title(front: list[dict[str, Any]]) -> str:
     """Who is on the front from slow to fast: ``DP+EP gives the most tokens per GPU, TP+EP the fastest answers``."""
-    most, fastest = front.iloc[0], front.iloc[-1]
+    most, fastest = front[0], front[-1]
     cheap = f"{units.rate(most['tokens_per_s_per_gpu'])} tokens/s per GPU"
     quick = f"{units.rate(fastest['tokens_per_s_per_user'])} tokens/s per user"
     cheap += "" if most["meets"] else " (over the targets)"
@@ -111,22 +119,16 @@ def _point_out(axes: Axes, row: dict[str, Any], text: str, up: float) -> None:
     )
 
 
-def _ticks(axes: Axes, x: pd.Series, y: pd.Series) -> None:
-    axes.minorticks_off()
-    axes.set_xticks(*places(list(x)))
-    axes.set_yticks(*places(list(y)))
-
-
 def throughput(view: View) -> Chart:
     """Throughput against requests in flight, a line per layout that is shown."""
-    lines = {choice.label: _by_load(view.frame[view.of_layout(choice.row)]) for choice in view.shown}
+    lines = {choice.label: _by_load(view.kept.where(view.of_layout(choice.row))) for choice in view.shown}
     title = _throughput_title(lines)
     labels = [wrapped(name) for name in lines]
     height = max(4.3, 0.9 + 0.19 * lines_of(labels) * len(labels))
     figure, axes = canvas(height, title)
     ends = []
     for i, part in enumerate(lines.values()):
-        load, speed = part["concurrency"] / part["gpus"], part["tokens_per_s_per_gpu"]
+        load, speed = _load(part), part["tokens_per_s_per_gpu"]
         colour = COLOURS[i % len(COLOURS)]
         axes.plot(load, speed, color=colour, linewidth=1.5, zorder=2)
         for meets in (True, False):
@@ -135,10 +137,10 @@ def throughput(view: View) -> Chart:
                 load[some], speed[some], linestyle="none", marker=MARKERS[i % len(MARKERS)], color=colour,
                 markersize=5.5, markerfacecolor=colour if meets else "none", zorder=3,
             )
-        ends.append((float(load.iloc[-1]), float(speed.iloc[-1]), labels[i], colour))
+        ends.append((float(load[-1]), float(speed[-1]), labels[i], colour))
     axes.set_xscale("log")
     axes.minorticks_off()
-    every = [x for part in lines.values() for x in part["concurrency"] / part["gpus"]]
+    every = [x for part in lines.values() for x in _load(part)]
     axes.set_xticks(*places(every))
     axes.set_xlim(min(every) / 1.15, max(every) * 1.15)
     top = axes.get_ylim()[1]
@@ -162,30 +164,35 @@ def throughput(view: View) -> Chart:
     return finish(figure, "throughput", title, caption)
 
 
-def _by_load(frame: pd.DataFrame) -> pd.DataFrame:
+def _load(some: Candidates) -> NDArray[np.float64]:
+    """Requests in flight per GPU."""
+    load: NDArray[np.float64] = some["concurrency"] / some["gpus"]
+    return load
+
+
+def _by_load(some: Candidates) -> Candidates:
     """A layout's candidates by load: of those within a factor of 1.4 the one with most tokens, targets first."""
-    import numpy as np
-
-    near = np.round(2 * np.log2(frame["concurrency"] / frame["gpus"]))
-    ordered = frame.assign(near=near).sort_values(["meets", "tokens_per_s_per_gpu"], ascending=False)
-    kept = ordered.drop_duplicates("near")
-    return kept.iloc[np.argsort((kept["concurrency"] / kept["gpus"]).to_numpy())]
+    ordered = some.where(np.lexsort((-some["tokens_per_s_per_gpu"], ~some["meets"])))
+    near = replace(ordered, columns=ordered.columns | {"near": np.round(2 * np.log2(_load(ordered)))})
+    kept = near.where(near.first_of(["near"]))
+    return kept.where(np.argsort(_load(kept)))
 
 
-def _throughput_title(lines: dict[str, pd.DataFrame]) -> str:
+def _throughput_title(lines: dict[str, Candidates]) -> str:
     """Where the best layout stops, and why."""
     (name, part), *_ = lines.items()
-    last = part.iloc[-1]
-    meeting = part[part["meets"]]
-    if meeting.empty:
-        return f"No load of {name} meets the targets: {limit_name(part.iloc[0]['limit'])} is over at the least load"
-    top = meeting.sort_values("tokens_per_s_per_gpu").iloc[-1]
-    load = short(top["concurrency"] / top["gpus"])
+    rows = part.records()
+    meeting = [row for row in rows if row["meets"]]
+    if not meeting:
+        return f"No load of {name} meets the targets: {limit_name(rows[0]['limit'])} is over at the least load"
+    top = max(meeting, key=lambda row: float(row["tokens_per_s_per_gpu"]))
+    most = top["concurrency"] / top["gpus"]
+    load = short(most)
     speed = f"{units.rate(top['tokens_per_s_per_gpu'])} tokens/s per GPU at {load} requests in flight per GPU"
-    over = part[(part["concurrency"] / part["gpus"] > top["concurrency"] / top["gpus"]) & ~part["meets"]]
-    if not over.empty:
-        return f"{name} reaches {speed}; beyond, {limit_name(over.iloc[0]['limit'])} is over its target"
-    if top["candidate"] == last["candidate"]:
+    over = [row for row in rows if row["concurrency"] / row["gpus"] > most and not row["meets"]]
+    if over:
+        return f"{name} reaches {speed}; beyond, {limit_name(over[0]['limit'])} is over its target"
+    if top["candidate"] == rows[-1]["candidate"]:
         return f"{name} reaches {speed}, its largest load here"
     return f"{name} is best at {speed}; more load brings no more"
 
@@ -193,19 +200,18 @@ def _throughput_title(lines: dict[str, pd.DataFrame]) -> str:
 def heatmap(view: View) -> Chart | None:
     """The objective over TP and EP, the best of all other choices in each cell; None for a single cell."""
     import matplotlib
-    import numpy as np
 
     objective = view.objective
-    best = objective.ranked(view.frame).drop_duplicates(["tp", "ep"])
-    tps, eps = sorted(best["tp"].unique()), sorted(best["ep"].unique())
+    best = view.ranked.where(view.ranked.first_of(["tp", "ep"])).records()
+    tps, eps = (sorted({row[size] for row in best}) for size in ("tp", "ep"))
     if len(tps) * len(eps) < 2:
         return None
     grid = np.full((len(eps), len(tps)), np.nan)
-    cells = {(row["ep"], row["tp"]): row for row in best.to_dict("records")}
+    cells = {(row["ep"], row["tp"]): row for row in best}
     for (ep, tp), row in cells.items():
         grid[eps.index(ep), tps.index(tp)] = row[objective.column]
-    first = objective.ranked(best).iloc[0]
-    title = _heatmap_title(view, best, first)
+    first = best[0]
+    title = _heatmap_title(view, best)
     figure, axes = canvas(0.95 + 0.62 * len(eps), title)
     scale = matplotlib.colormaps["cividis_r" if objective.less else "cividis"]
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
@@ -250,15 +256,16 @@ def _beside(row: Any, view: View) -> str:
     return f"{text}\n{row['device']}" if view.several_devices else text
 
 
-def _heatmap_title(view: View, best: pd.DataFrame, first: pd.Series) -> str:
-    objective = view.objective
+def _heatmap_title(view: View, best: list[dict[str, Any]]) -> str:
+    """``best``: of each cell, best first."""
+    objective, first = view.objective, best[0]
     at = f"TP {first['tp']} with EP {first['ep']}"
-    others = objective.ranked(best[best["meets"]]).iloc[1:]
+    others = [row for row in best[1:] if row["meets"]]
     if not first["meets"]:
         return f"No cell meets the targets; {at} comes nearest with {view.write(first[objective.column])}"
-    if others.empty:
+    if not others:
         return f"Only {at} meets the targets"
-    second = others.iloc[0]
+    second = others[0]
     return (
         f"{at} is best: {view.write(first[objective.column])} {objective.words}, before TP {second['tp']} with "
         f"EP {second['ep']} at {view.write(second[objective.column])}"

@@ -43,7 +43,7 @@ def html(view: View, charts: Sequence[Chart]) -> str:
         takeaways=takeaways(view),
         table=rows,
         data=Markup(_for_script(to_json(rows.document()))),
-        candidates=len(view.frame),
+        candidates=len(view.kept),
         examined=view.comparison.examined,
         pruned=[
             (rule, number, COUNTED[what]) for what, by_rule in view.comparison.pruned.items()

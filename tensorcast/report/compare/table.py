@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from tensorcast.report import units
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.figures import short
@@ -75,15 +77,16 @@ class Table:
 
 def table(view: View) -> Table:
     """The candidates, best first."""
-    ranked = view.objective.ranked(view.frame)
+    ranked = view.ranked
     kept, left_out = ranked, ""
     if len(ranked) > MOST_ROWS:
-        kept = ranked[ranked["pareto"] | ranked["candidate"].isin(list(view.per_layout["candidate"]))].head(MOST_ROWS)
+        best = np.isin(ranked["candidate"].astype(str), view.per_layout["candidate"].astype(str))
+        kept = ranked.where(np.flatnonzero(ranked["pareto"] | best)[:MOST_ROWS])
         left_out = (
             f"Of {units.count(len(ranked))} candidates the page carries {units.count(len(kept))}: the Pareto front and "
             "the best of each layout. All are in candidates.csv and candidates.parquet."
         )
-    records = [_record(view, row) for row in kept.to_dict("records")]
+    records = [_record(view, row) for row in kept.records()]
     columns = tuple(column for column in COLUMNS if _says_something(column, records))
     rows = [[_cell(column, record[column.key]) for column in columns] + _beside(record) for record in records]
     filters = {
@@ -94,10 +97,10 @@ def table(view: View) -> Table:
     return Table(columns, rows, filters, left_out)
 
 
-def _record(view: View, row: Any) -> dict[str, Any]:
+def _record(view: View, row: dict[str, Any]) -> dict[str, Any]:
     return {
         **row, "name": view.name(row), "memory_share": row["memory_bytes"] / row["capacity_bytes"],
-        "verdict": verdict(row), "options": options(row), "pareto": bool(row["pareto"]),
+        "verdict": verdict(row), "options": options(row),
     }
 
 

@@ -214,7 +214,7 @@ def test_importing_is_light(module: str) -> None:
 
 @pytest.mark.parametrize("written", [False, True])
 def test_a_comparison_makes_no_frame(written: bool, tmp_path: Path) -> None:
-    """Frames are for those who read them: pandas stays out of the command, and what writes files where none is asked."""
+    """Frames are for those who read them: pandas stays out, and what draws and writes files where none is asked."""
     asked = ["compare", "qwen3-30b-a3b", "-d", "h200", "-n", "1", "--tpot", "50ms"]
     asked += ["--out", str(tmp_path)] if written else []
     code = "from typer.testing import CliRunner\nfrom tensorcast.cli import app\n"

@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tensorcast.deploy.options import SERVED_ROUTING, Options
+from tensorcast.deploy.options import Options
 from tensorcast.predict.arrivals import beginning_alike
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.scheduling.pools import parse_servers
@@ -81,7 +81,7 @@ def main() -> None:
         layout = f"{row['prefill']} x tp{tp} > {row['decode']} x tp{tp}"
         if layout not in priced:
             priced[layout] = priced_servers(
-                model, device, engine, parse_servers(layout), longest=1 << 16, options=Options(routing=SERVED_ROUTING)
+                model, device, engine, parse_servers(layout), longest=1 << 16, options=Options(routing=model.traffic)
             )
         said = priced[layout].run(sent(row, most_users), router="round_robin").summary()
         measured = float(row["mean_tpot_ms"]), float(row["output_throughput"]), float(row["mean_ttft_ms"])

@@ -85,7 +85,7 @@ def simulate(
     """
     from tensorcast.deploy.layout import Layout
     from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import options_of
+    from tensorcast.deploy.options import of_traffic, options_of
     from tensorcast.deploy.simulate import simulate as run
     from tensorcast.deploy.workload import Workload
     from tensorcast.profiles.store import load_engine
@@ -98,7 +98,8 @@ def simulate(
     new, past = default_new if input_len is None else input_len, default_past if context is None else context
     profile, read_as = named_model(model)
     parts = profile, device_profile(device), load_engine(engine), layout, Workload(phase, batch, new, past)
-    found = run(*parts, options=options_of(options), allow_oversize=allow_oversize, enough=_what_holds)
+    chosen = of_traffic(options_of(options), profile)
+    found = run(*parts, options=chosen, allow_oversize=allow_oversize, enough=_what_holds)
     return _noted(found, read_as)
 
 
@@ -209,7 +210,7 @@ def explain(
     """
     from tensorcast.deploy.explain import explain as run
     from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import SERVED_ROUTING, options_of
+    from tensorcast.deploy.options import SERVED_ROUTING, of_traffic, options_of
     from tensorcast.profiles.store import load_engine
     from tensorcast.scheduling.pools import layout_for
 
@@ -219,7 +220,7 @@ def explain(
     profile, read_as = named_model(model)
     found = run(
         profile, device_profile(device), load_engine(engine), one, versus=other, phase=phase, batch=batch, new=new,
-        past=past, options=options_of({"routing": SERVED_ROUTING, **options}),
+        past=past, options=of_traffic(options_of({"routing": SERVED_ROUTING, **options}), profile),
     )
     return _noted(found, read_as)
 
@@ -272,7 +273,7 @@ def replay(
     """
     from tensorcast.cost.routing import BY_LAW, SAID
     from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import SERVED_ROUTING, options_of
+    from tensorcast.deploy.options import SERVED_ROUTING, of_traffic, options_of
     from tensorcast.profiles.store import load_engine
     from tensorcast.scheduling.capacity import at_the_limit
     from tensorcast.scheduling.outcome import Limits
@@ -281,7 +282,7 @@ def replay(
 
     limits = Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s)
     (profile, read_as), servers = named_model(model), parse_servers(layout)
-    chosen = options_of({"routing": SERVED_ROUTING, **options})
+    chosen = of_traffic(options_of({"routing": SERVED_ROUTING, **options}), profile)
     changes = parse_changes(workers, len(servers))
     priced = priced_servers(
         profile, device_profile(device), load_engine(engine), servers,
@@ -315,16 +316,18 @@ def replay_sweep(
     ``done`` is told how many there are; with ``keep`` Ctrl-C leaves them. The rest: :func:`replay`.
     """
     from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import SERVED_ROUTING, options_of
+    from tensorcast.deploy.options import SERVED_ROUTING, of_traffic, options_of
     from tensorcast.profiles.store import load_engine
     from tensorcast.scheduling.outcome import Limits
     from tensorcast.scheduling.sweep import ReplayTask, every_replay, replay_all, sent_at
 
+    profile = named_model(model)[0]
     sent = list(requests) if isinstance(requests, Sequence) else sent_at(requests, rates)
     tasks = every_replay(
         layouts, sent, seed, ReplayTask(
-            model=named_model(model)[0], device=device_profile(device), engine=load_engine(engine), layout="",
-            sent=sent[0], options=options_of({"routing": SERVED_ROUTING, **options}), router=router, seed=seed,
+            model=profile, device=device_profile(device), engine=load_engine(engine), layout="",
+            sent=sent[0], options=of_traffic(options_of({"routing": SERVED_ROUTING, **options}), profile),
+            router=router, seed=seed,
             limits=Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s), changes=workers,
             share=percentile / 100 if find_rate else None, usd_per_gpu_hour=usd_per_gpu_hour,
             settings={"mtp_acceptance": mtp_acceptance, "chunk_tokens": prefill_chunk, "max_sequences": max_sequences,

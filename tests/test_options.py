@@ -11,7 +11,18 @@ from typer.testing import CliRunner
 import tensorcast as tc
 from tensorcast.cli import app
 from tensorcast.cli.simulate import simulate
-from tensorcast.deploy.options import ABOUT, OPTIONS, DeploymentOptions, Options, SearchedOptions, flag, options_of
+from tensorcast.deploy.options import (
+    ABOUT,
+    OPTIONS,
+    SERVED_ROUTING,
+    DeploymentOptions,
+    Options,
+    SearchedOptions,
+    flag,
+    of_traffic,
+    options_of,
+)
+from tensorcast.profiles.store import load_model
 
 
 def test_keyword_arguments_are_the_fields_of_options() -> None:
@@ -49,3 +60,17 @@ def test_experts_backend_may_be_a_mapping() -> None:
     assert made == Options(experts_backend="prefill=contiguous,decode=masked", quant="fp8")
     with pytest.raises(tc.InputError, match="unknown option 'quants': did you mean quant"):
         options_of({"quants": "fp8"})
+
+
+def test_what_nobody_says_of_traffic_is_the_networks_own_law() -> None:
+    qwen, deepseek = load_model("qwen3.5-397b-a17b"), load_model("deepseek-v3")
+    assert of_traffic(Options(routing=SERVED_ROUTING), qwen).routing == qwen.traffic == "uniform"
+    assert of_traffic(Options(routing=SERVED_ROUTING), deepseek).routing == "typical"
+    assert of_traffic(Options(routing="zipf:1"), qwen).routing == "zipf:1"
+    asked: dict[str, Any] = {"device": "b200", "engine": "sglang", "world_size": 8}
+    asked |= {"layout": "tp8-ep8", "versus": "tp8", "batch": 16}
+    unasked, uniform, typical = (
+        float(tc.explain("qwen3.5-397b-a17b", **asked, **said).a.price.seconds)
+        for said in ({}, {"routing": "uniform"}, {"routing": "typical"})
+    )
+    assert unasked == uniform > typical  # as uneven a choice hits fewer of 512 experts

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.options import SERVED_ROUTING, Options
+from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
 from tensorcast.predict import predict
 from tensorcast.profiles.store import load_device, load_engine, load_model
@@ -28,7 +28,7 @@ from tensorcast.scheduling.requests import Length, Requests, drawn, sessions
 from tensorcast.scheduling.rules import Role, Rules
 from tensorcast.scheduling.step_times import Bilinear, DecodeTimes, PromptTimes, StepTimes, step_times
 
-SERVED = Options(routing=SERVED_ROUTING)
+SERVED = Options(routing="typical")
 WIDE = [0.0, 2.0**20]
 
 

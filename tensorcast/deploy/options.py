@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, TypedDict
 
 from tensorcast.deploy.layout import Layout
@@ -11,12 +11,14 @@ from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.memory import STATE_DTYPES
+from tensorcast.profiles.model import ModelProfile
 
 EXCHANGES = ("high_throughput", "low_latency", "direct")
 """All-to-all kinds in which every rank sends its own tokens and works on what it receives."""
 
-SERVED_ROUTING = "typical"
-"""How a server's tokens fall on experts where nobody says otherwise: see :mod:`tensorcast.cost.routing`."""
+SERVED_ROUTING = "served"
+"""How a server's tokens fall on experts where nobody says otherwise: by the law of :mod:`tensorcast.cost.routing` that
+fits runs of the network best, its profile's ``traffic``."""
 
 
 DRAFTING = ("mtp", "eagle3", "dflash", "dspark", "draft_model", "ngram")
@@ -101,8 +103,9 @@ class Options:
         unasked="as the engine keeps them",
     )
     routing: str = _about(
-        "balanced", "How tokens fall on experts: typical (of traffic), balanced, uniform, zipf:S, or as counted: "
-        "recorded:FILE or recorded:NAME.", metavar="LAW", of_experts=True, always=("balanced", "uniform", "typical"),
+        "balanced", "How tokens fall on experts: served (what fits the network's served runs: typical, of a few "
+        "another), typical, balanced, uniform, zipf:S, or as counted: recorded:FILE or recorded:NAME.", metavar="LAW",
+        of_experts=True, always=("balanced", "uniform", "typical", SERVED_ROUTING),
     )
     fusion: str = _about("engine", "Fuse kernels as the engine does, or not at all.", metavar="engine|none")
     all2all: str = _about(
@@ -235,6 +238,12 @@ def flag(name: str) -> str:
     """``--mtp-depth`` for ``mtp_depth``; a switch that is on unasked has the flag that turns it off."""
     off = "no-" if OPTIONS[name].default is True else ""
     return f"--{off}{name.replace('_', '-')}"
+
+
+
+def of_traffic(options: Options, model: ModelProfile) -> Options:
+    """``options`` with the law of ``model`` where they ask for its traffic's."""
+    return replace(options, routing=model.traffic) if options.routing == SERVED_ROUTING else options
 
 
 def options_of(given: Mapping[str, Any]) -> Options:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensorcast.cost.recordings.named import PREFIX, shipped
-from tensorcast.deploy.options import ABOUT, DRAFTING, OPTIONS, flag
+from tensorcast.deploy.options import ABOUT, DRAFTING, OPTIONS, SERVED_ROUTING, flag
 from tensorcast.deploy.plan.plan import COMBINES
 from tensorcast.modeling.quantization import KV_DTYPES, SCHEMES
 from tensorcast.profiles.drafting import acceptances
@@ -134,14 +134,15 @@ def _searched() -> tuple[Field, ...]:
 
 
 def _numerics() -> tuple[Field, ...]:
-    routing = ("typical", *(one for one in ABOUT["routing"].always if one != "typical"), "zipf:0.5", "zipf:1")
+    first = (SERVED_ROUTING, "typical")
+    routing = (*first, *(one for one in ABOUT["routing"].always if one not in first), "zipf:0.5", "zipf:1")
     return (
         _option("quant", NUMBERS, label="Weights", choices=_named_in(ABOUT["quant"].help, SCHEMES)),
         _option("kv_dtype", NUMBERS, label="KV cache", choices=(*KV_DTYPES, ",".join(KV_DTYPES))),
         _option("state_dtype", NUMBERS, label="Recurrent states",
                 choices=tuple(re.findall(r"b?float\d+", ABOUT["state_dtype"].help))),
         _option("routing", NUMBERS, label="Expert load", choices=(*routing, *(PREFIX + name for name in shipped())),
-                unasked="typical"),
+                unasked=SERVED_ROUTING),
         _option("placement", NUMBERS, label="Placement", choices=_named_in(ABOUT["placement"].help, PLACEMENTS),
                 unasked=str(OPTIONS["placement"].default)),
         _option("dispatch", NUMBERS, label="Tokens sent in", choices=_named_in(ABOUT["dispatch"].help, SCHEMES)),

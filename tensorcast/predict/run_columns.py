@@ -15,7 +15,7 @@ from typing import Any
 
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.model_names import SCHEME_OF, Named, understand
-from tensorcast.deploy.options import SERVED_ROUTING, Options
+from tensorcast.deploy.options import SERVED_ROUTING, Options, of_traffic
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.predict.arrivals import ARRIVAL_COLUMNS, Arrivals
 from tensorcast.predict.cells import Cells, is_empty
@@ -68,7 +68,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "dispatch": ("dtype tokens are sent in; default the experts'", None, ()),
     "combine": ("dtype results come back in, or logfmt10 (low_latency); default bf16", None, ()),
     "routing": (
-        "how tokens spread over experts: typical (as recorded), balanced, uniform, zipf:S, recorded:FILE or NAME",
+        "how tokens fall on experts: served (as fits the network), typical, balanced, uniform, zipf:S, recorded:FILE",
         SERVED_ROUTING, (),
     ),
     "placement": ("which rank holds which experts: linear, round_robin, eplb", "linear", ()),
@@ -242,7 +242,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     # InferenceX's scripts switch it off
     if (kept := cells.text("prefix_cache", "off" if record else "on")) not in ("on", "off"):
         raise InputError(f"prefix_cache {kept!r}: must be on or off")
-    options = Options(
+    options = of_traffic(Options(
         quant=_quant(cells, named, record),
         kv_dtype=_kv(cells, engine, stated), state_dtype=cells.text("state_dtype", None),
         routing=cells.text("routing"),
@@ -253,7 +253,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         redundant_experts=cells.whole("redundant_experts", least=0),
         mtp_depth=cells.whole("mtp_depth", least=0),
         speculative_method=cells.text("speculative_method"), draft_model=cells.text("draft_model", None),
-    )
+    ), named.profile)
     return Run(
         model=profile, device=device, engine=engine, release=release, mode=mode,
         isl=isl, osl=osl, concurrency=concurrency, prefill=prefill, decode=decode, workers=workers,

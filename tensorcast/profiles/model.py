@@ -94,6 +94,9 @@ class ModelProfile(Frozen):
     kv_bytes_per_token: Figure | None = Field(default=None, description="bf16, all layers, from a publication")
     quantization: str | None = Field(default=None, description="overrides what config.json says")
     kv_dtype: Literal["bf16", "fp8"] = "bf16"
+    traffic: str = Field(
+        default="typical", description="law by which tokens fall on experts; another where served runs tell so"
+    )
     moe: MoEFields = MoEFields()
 
     @field_validator("config")

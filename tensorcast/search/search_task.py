@@ -125,6 +125,7 @@ def search_tasks(
         raise InputError(f"--engine {','.join(names)}: one release of {twice} at a time")
     if not 0 <= prefix_cached < max(1, input_len):
         raise InputError(f"--prefix-cached {prefix_cached}: must be at least 0 and less than --input-len {input_len}")
+    routing = model.traffic if routing == SERVED_ROUTING else routing
     Routing.parse(routing)
     # one request in flight stands for the load until a candidate's batch says how many there are
     if isinstance(mtp_acceptance, str):

@@ -7,12 +7,12 @@ import numpy as np
 from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.serving.traffic import Number
 
-SERVING_ERROR = {"ttft_s": 0.31, "tpot_s": 0.08}
+SERVING_ERROR = {"ttft_s": 0.2, "tpot_s": 0.06}
 """Relative median error that the serving model adds to the steps' (scheduling, launch options that nobody recorded).
 Set so that about four in five of the runs behind ``reports/serving.md`` lie in their intervals, on all of them, none
 left out: the report says how many do."""
 
-POOLS_ERROR = {"ttft_s": 0.5, "tpot_s": 0.1}
+POOLS_ERROR = {"ttft_s": 0.4, "tpot_s": 0.1}
 """The same of pools of prefill and decode servers, set on the disaggregated runs there: what launchers do between pools
 (routers, hand-overs, queues of either) is recorded of none of them."""
 

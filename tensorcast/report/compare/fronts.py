@@ -223,14 +223,14 @@ def heatmap(view: View) -> Chart | None:
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         colour = "#fefefe" if dark else "#010101"
         chosen = (ep, tp) == (first["ep"], first["tp"])
-        axes.annotate(
-            view.write(value), (j, i), xytext=(0, 1), textcoords="offset points", ha="center", va="bottom",
-            color=colour, fontweight="bold" if chosen else "normal",
+        axes.text(
+            j, i + 0.02, view.write(value), ha="center", va="bottom", color=colour,
+            fontweight="bold" if chosen else "normal", in_layout=False,
         )
         below = _beside(row, view) if row["meets"] else f"misses {limit_name(row['limit'])}"
-        axes.annotate(
-            below, (j, i), xytext=(0, -2), textcoords="offset points", ha="center", va="top", color=colour,
-            fontsize=8 if view.several_devices else 8.5, linespacing=1.1,
+        axes.text(
+            j, i - 0.05, below, ha="center", va="top", color=colour, linespacing=1.1,
+            fontsize=8 if view.several_devices else 8.5, in_layout=False,
         )
     axes.set_xticks(range(len(tps)), [f"TP {tp}" for tp in tps])
     axes.set_yticks(range(len(eps)), [f"EP {ep}" for ep in eps])

@@ -59,9 +59,9 @@ def step_bars(view: View) -> Chart:
         axes.barh(names, widths, left=left, color=colour, label=part, height=0.66)
         for i, (start, width) in enumerate(zip(left, widths, strict=True)):
             if width > 0.09 * longest:
-                axes.annotate(
-                    units.digits(width), (start + width / 2, i), ha="center", va="center", fontsize=8.5,
-                    color=_on(colour),
+                axes.text(
+                    start + width / 2, i, units.digits(width), ha="center", va="center", fontsize=8.5,
+                    color=_on(colour), in_layout=False,
                 )
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for i, choice in enumerate(view.shown):

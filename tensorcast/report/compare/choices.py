@@ -61,7 +61,8 @@ class Choice:
 class View:
     """A comparison as a report reads it: its candidates ranked, the best candidate of each layout, their deployments.
 
-    ``limits``: in seconds, by column. ``cached_tokens``: in a sequence's cache halfway through its answer.
+    ``kept``: its candidates with this price; ``ranked``: those, best first. ``limits``: in seconds, by column.
+    ``cached_tokens``: in a sequence's cache halfway through its answer.
     """
 
     def __init__(self, comparison: Comparison, price: float | None = None) -> None:
@@ -78,6 +79,7 @@ class View:
                 own["lower_bound"] = cost / self.kept["cost_per_million_tokens"] * self.kept["lower_bound"]
             self.kept = replace(self.kept, columns=self.kept.columns | own)
             self.best, self.runner_up = self.record(self.best), self.record(self.runner_up)
+        self.ranked = self.kept.where(self.objective.order(self.kept.columns))
         self.price = price
         self.limits = dict(zip(LIMITS, comparison.targets, strict=True))
         self.cached_tokens = comparison.input_len + comparison.output_len // 2
@@ -93,11 +95,6 @@ class View:
         if row is None:
             return None
         return next(iter(self.kept.where(self.kept["candidate"] == row["candidate"]).records()), dict(row))
-
-    @cached_property
-    def ranked(self) -> Candidates:
-        """The candidates, best first."""
-        return self.kept.where(self.objective.order(self.kept.columns))
 
     @cached_property
     def per_layout(self) -> Candidates:

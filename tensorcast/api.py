@@ -128,6 +128,8 @@ def compare(
     runnable_only: bool = True,
     jobs: int = 1,
     executor: str | None = None,
+    decode_device: str | None = None,
+    decode_world_size: int | None = None,
     **options: Unpack[SearchedOptions],
 ) -> Comparison:
     """Compare every legal layout of ``model`` on ``world_size`` of ``device``, with every option that matters.
@@ -142,7 +144,8 @@ def compare(
     ``state_dtype``, ``routing`` (typical unless said) and ``placement`` hold for all; of ``kv_dtype``, ``mtp_depth``,
     ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given values alone are searched; ``full`` also
     searches KV dtypes and depths of drafting. ``runnable_only``: only what ``engine`` can run. ``mtp_acceptance``:
-    chance that a drafted token is accepted, or a task of published tables.
+    chance that a drafted token is accepted, or a task of published tables. ``decode_device``: of pools alone that read
+    prompts on ``device``; ``world_size`` is of both, beside a ``decode_world_size`` of ``device`` alone.
 
     Raises :class:`tensorcast.InputError` on what cannot be: with ``exit_code`` 3 where no layout keeps the limits, the
     message saying which one binds and how close the best came.
@@ -175,6 +178,7 @@ def compare(
         routing=options.get("routing", SERVED_ROUTING), placement=options.get("placement", "linear"),
         speculative_method=options.get("speculative_method", "mtp"), draft_model=options.get("draft_model"),
         searched={axis: dict[str, Any](options).get(name) for axis, name in SEARCHED.items()},
+        decode_device=None if decode_device is None else device_profile(decode_device), decode_gpus=decode_world_size,
     )  # fmt: skip
     found = _noted(decide(tasks, spread(search, tasks, jobs, executor)), read_as, note(len(tasks), jobs, executor))
     return replace(found, question=question)
@@ -214,13 +218,13 @@ def explain(
     from tensorcast.profiles.store import load_engine
     from tensorcast.scheduling.pools import layout_for
 
-    one, other = (layout_for(phase, name, world_size) for name in (layout, versus))
+    gpu, (profile, read_as) = device_profile(device), named_model(model)
+    one, other = (layout_for(phase, name, world_size, gpu) for name in (layout, versus))
     new, past = (1, 4096) if phase == "decode" else (4096, 0)
     new, past = new if input_len is None else input_len, past if context is None else context
-    profile, read_as = named_model(model)
     found = run(
-        profile, device_profile(device), load_engine(engine), one, versus=other, phase=phase, batch=batch, new=new,
-        past=past, options=of_traffic(options_of({"routing": SERVED_ROUTING, **options}), profile),
+        profile, gpu, load_engine(engine), one, versus=other, phase=phase, batch=batch, new=new, past=past,
+        options=of_traffic(options_of({"routing": SERVED_ROUTING, **options}), profile),
     )
     return _noted(found, read_as)
 

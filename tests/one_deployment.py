@@ -269,13 +269,17 @@ def disaggregated(
 
 
 def hand_over_s(prefill: Deployment, decode: Deployment, tokens: int, workers: int) -> float:
-    """A prompt's cache over the innermost tier if both pools fit into one of its domains, else over the outermost."""
+    """A prompt's cache over the innermost tier if both pools fit into one of its domains, else over the outermost; from
+    device to device over the slower one's."""
     from tensorcast.cost.memory import cache_bytes
 
     gpus = (prefill.layout.world_size + decode.layout.world_size) * workers / 2
     tier = prefill.device.interconnect[0 if gpus <= prefill.device.interconnect[0].size else -1]
     share = float(cache_bytes(prefill.raw, prefill.quantization.kv, 1, tokens)) / prefill.layout.pp
-    return float(tier.latency_s) + share / float(tier.bandwidth_bytes_per_s)
+    tiers = [tier]
+    if decode.device.name != prefill.device.name:
+        tiers = [one.device.interconnect[-1] for one in (prefill, decode)]
+    return max(float(one.latency_s) + share / float(one.bandwidth_bytes_per_s) for one in tiers)
 
 
 def steady_batch(in_flight: Callable[[float], float], limit: float, users: float) -> float:

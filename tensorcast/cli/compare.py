@@ -61,6 +61,10 @@ tensorcast compare qwen3-30b-a3b -d h100,h200 -n 8 --objective cost --price h100
 
 tensorcast compare deepseek-v3 -d h200 -n 32 --ttft 5s --tpot 80ms --trace mooncake.jsonl.gz
 
+[dim]Prompts on H100s, replies on H200s, 24 of both at most[/dim]
+
+tensorcast compare qwen3-235b-a22b -d h100 --decode-device h200 -n 24 --ttft 2s --tpot 30ms
+
 [dim]Is an FP8 cache worth it, and drafting one or two tokens?[/dim]
 
 tensorcast compare deepseek-v3 -d h200 -n 16 --kv-dtype bf16,fp8 --mtp 0,1,2 --mtp-acceptance 0.7
@@ -93,6 +97,14 @@ def compare(
         "--world-size", "-n", metavar="N,...", help="GPUs in all; one or more sizes.", show_default=False,
         rich_help_panel=DEPLOYMENT,
     )],
+    decode_device: Annotated[str | None, typer.Option(
+        "--decode-device", metavar="NAME", show_default=False, rich_help_panel=DEPLOYMENT,
+        help="Pools alone: prompts on --device, replies on this one; --world-size is then of both together.",
+    )] = None,
+    decode_world_size: Annotated[int | None, typer.Option(
+        "--decode-world-size", metavar="N", show_default=False, rich_help_panel=DEPLOYMENT,
+        help="GPUs of --decode-device; --world-size is then of --device alone.",
+    )] = None,
     input_len: Annotated[str | None, typer.Option(
         "--input-len", "-i", metavar="N,...", show_default=False, rich_help_panel=LOAD,
         help="Tokens of a prompt; of several lengths, as of several models, each is a question of its own.  "
@@ -216,6 +228,7 @@ def compare(
         modes=listed_names("--mode", mode), request_rate=request_rate, users=users, budget=budget,
         confidence=confidence, prices=device_prices(price) if price else None, prefix_cached=prefix_cached,
         mtp_acceptance=accepted, full=full, runnable_only=not any_engine, jobs=jobs, executor=executor,
+        decode_device=decode_device, decode_world_size=decode_world_size,
         **options | searched,
     )  # fmt: skip
     if len(models) * len(lengths) > 1:

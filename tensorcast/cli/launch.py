@@ -57,7 +57,8 @@ def launch(
     device: Device,
     layout: Annotated[str, typer.Option(
         "--layout", "-l", metavar=LAYOUT, help="Sizes of the parallel groups; one left out is 1. Several servers as "
-        "[bold]4 x tp8[/bold], pools as [bold]2 x tp8 > dp8-ep8[/bold], as a comparison names them.",
+        "[bold]4 x tp8[/bold], pools as [bold]2 x tp8 > dp8-ep8[/bold], as a comparison names them; another device "
+        "than --device behind [bold]@[/bold].",
         show_default=False, rich_help_panel=DEPLOYMENT,
     )],
     world_size: Annotated[int | None, typer.Option(
@@ -118,12 +119,13 @@ def launch(
     servers, gpu = parse_servers(layout), device_profile(device)
     profile, read_as = named_model(model)
     roles = [role if one.role == "both" else one.role for one in servers]
-    if roles not in ([role], ["prefill", "decode"]) or any(one.device for one in servers):
-        raise InputError(f"--layout {layout}: one kind of servers, or a pool for each phase, all of one device")
+    if roles not in ([role], ["prefill", "decode"]):
+        raise InputError(f"--layout {layout}: one kind of servers, or a pool for each phase")
+    gpus = [one.device or gpu for one in servers]
     if manifests and out is None:
         raise InputError("--manifests: are written to a folder: say which, with --out")
     made, users = [], 0
-    for each, own in zip(servers, roles, strict=True):
+    for each, own, gpu in zip(servers, roles, gpus, strict=True):
         sizes = parse_layout(str(each.layout), world_size if len(servers) == each.count == 1 else None)
         check(sizes, traced(profile, own or "decode").facts, gpu)  # of a decoder: nothing else is traced
         written = partial(
@@ -143,7 +145,8 @@ def launch(
         users = (batch or unasked_batch(engine, own, gpu, fits)) * sizes.dp * each.count
         made.append(replace(found, notes=(*found.notes, *filter(None, [read_as]))))
     if out is not None:
-        row = {"model": model, "device": gpu.name, "engine": made[0].engine, "release": made[0].version,
+        names = " > ".join(dict.fromkeys(one.name for one in gpus))
+        row = {"model": model, "device": names, "engine": made[0].engine, "release": made[0].version,
                "layout": " > ".join(map(str, servers)), "kv_dtype": options.kv_dtype or "",
                "mtp_depth": options.mtp_depth}  # fmt: skip
         _write(out, manifests, made, servers, roles, row=row, users=users, sizes=(input_len, output_len, gpus_per_node),

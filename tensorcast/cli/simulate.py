@@ -43,7 +43,8 @@ def simulate(
     )] = None,
     layout: Annotated[str | None, typer.Option(
         "--layout", "-l", metavar=LAYOUT, show_default=False, rich_help_panel=DEPLOYMENT,
-        help="Instead of sizes one by one; of several servers one, of pools (2 x tp8 > dp8-ep8) the phase's.",
+        help="Instead of sizes one by one; of several servers one, of pools (2 x tp8@h100 > dp8-ep8) the phase's, on "
+        "the device behind @, if there is one.",
     )] = None,
     tp: Annotated[int | None, typer.Option(
         "--tp", min=1, help="Tensor-parallel GPUs.  [dim]\\[default: what dp and pp leave][/dim]", show_default=False,
@@ -101,7 +102,8 @@ def simulate(
             raise InputError(f"--layout {layout}: says the sizes; leave out --tp, --dp, --ep and --pp")
         from tensorcast.scheduling.pools import parse_servers
 
-        one = parse_servers(layout)[0 if phase == "prefill" else -1].layout
+        pool = parse_servers(layout)[0 if phase == "prefill" else -1]
+        one, device = pool.layout, pool.named or device
         tp, dp, ep, pp = one.tp, one.dp, one.ep, one.pp
     if out is not None:
         check_directory(out)  # before minutes of work, not after

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from tensorcast.deploy.layout import Layout
+from tensorcast.errors import InputError
 from tensorcast.scheduling.pools import parse_servers
 
 
 def layout_cells(text: str) -> dict[str, str]:
     """Columns of a deployment by its one name, such as ``2 x tp4 > tp8-ep8``: those of a row that says its sizes."""
     servers = parse_servers(text)
+    if any(one.device for one in servers):
+        raise InputError(f"layout {text!r}: a row is of one device, its own; leave out what is behind @")
     if len(servers) == 1:
         return {"mode": "aggregated", "replicas": str(servers[0].count), **_sizes("", servers[0].layout)}
     found = {"mode": "disaggregated"}

@@ -45,7 +45,8 @@ def flags(comparison: Comparison) -> dict[str, Any]:
         said = None if name in NOT_ASKED or value is None else written(value)
         if said is not None and said is not False and said != "":
             found[flag] = said
-    prices = {task.device.name: task.price for task in comparison.tasks if task.price is not None}
+    tasks = [one for task in comparison.tasks for one in task.pools or (task,)]
+    prices = {task.device.name: task.price for task in tasks if task.price is not None}
     if found and prices:
         found["price"] = ",".join(f"{name}={price!r}" for name, price in prices.items())
     return found

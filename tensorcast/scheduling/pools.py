@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.errors import InputError
@@ -22,12 +22,13 @@ RIGHT = "must be a time and how many more or fewer, such as 600s -1 or 15min +2"
 @dataclass(frozen=True)
 class Servers:
     """``count`` equal servers of one layout, which read prompts, write replies, or do both; on ``device``, or on that
-    which is asked for."""
+    which is asked for; ``named``: as that is written."""
 
     layout: Layout
     count: int = 1
     role: Role = "both"
     device: DeviceProfile | None = None
+    named: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         said = str(self.layout) + (f"@{self.device.name}" if self.device else "")
@@ -59,13 +60,16 @@ def parse_servers(text: str) -> tuple[Servers, ...]:
     )
 
 
-def layout_for(phase: str, text: str, world_size: int) -> Layout:
+def layout_for(phase: str, text: str, world_size: int, device: DeviceProfile) -> Layout:
     """The layout that serves ``phase`` in a deployment: of pools that phase's, of several servers one.
 
-    ``world_size``: GPUs in all that a layout by itself must take.
+    ``world_size``: GPUs in all that a layout by itself must take. Raises :class:`InputError` where it is said to run on
+    another device than ``device``.
     """
     servers = parse_servers(text)
     one = servers[0] if phase == "prefill" else servers[-1]
+    if one.device is not None and one.device.name != device.name:
+        raise InputError(f"layout {text!r}: its {phase} runs on {one.device.name}; ask on --device {one.named}")
     return one.layout if len(servers) > 1 or one.count > 1 else parse_layout(str(one.layout), world_size)
 
 
@@ -75,7 +79,8 @@ def _pool(text: str, part: str, role: Role) -> Servers:
     if count is not None and int(count) < 1:
         raise InputError(f"layout {text!r}: {count} servers: at least 1")
     layout, at, device = rest.partition("@")
-    return Servers(parse_layout(layout.strip()), int(count or 1), role, load_device(device.strip()) if at else None)
+    named = device.strip()
+    return Servers(parse_layout(layout.strip()), int(count or 1), role, load_device(named) if at else None, named)
 
 
 def parse_changes(text: str, pools: int) -> tuple[Change, ...]:

@@ -145,9 +145,10 @@ def deployed_servers(
     if len(counts) == 1:
         parts = [Part(Servers(decode.layout, counts[0]), prefill, decode)]
     else:
+        own, other = (None, None) if prefill.device is decode.device else (prefill.device, decode.device)
         parts = [
-            Part(Servers(prefill.layout, counts[0], "prefill"), prefill, None),
-            Part(Servers(decode.layout, counts[1], "decode"), None, decode),
+            Part(Servers(prefill.layout, counts[0], "prefill", own), prefill, None),
+            Part(Servers(decode.layout, counts[1], "decode", other), None, decode),
         ]
     return _priced(parts, longest, settings)
 
@@ -185,8 +186,13 @@ def _priced(parts: Sequence[Part], longest: int, settings: Settings) -> PricedSe
 def _hand_over(part: Part, parts: Sequence[Part]) -> Callable[[int], float]:
     """Seconds that a prompt's cache keeps a link, by its tokens: a line, told by two lengths."""
     sender, workers = part.own, sum(one.servers.count for one in parts)
-    receiver = max(one.servers.layout.world_size for one in parts if one.servers.role == "decode")
-    at = [float(hand_over_s(sender, receiver, workers, tokens)) for tokens in (1024, 2048)]
+    receivers = [one for one in parts if one.servers.role == "decode"]
+    largest = max(one.servers.layout.world_size for one in receivers)
+    # the slowest way to any of them
+    at = [
+        max(float(hand_over_s(sender, largest, workers, tokens, one.own.device)) for one in receivers)
+        for tokens in (1024, 2048)
+    ]
     each = (at[1] - at[0]) / 1024
     fixed = at[0] - 1024 * each
     return lambda tokens: fixed + each * tokens

@@ -37,7 +37,7 @@ COLUMNS = tuple(
 )
 """Columns of :attr:`Comparison.candidates`; units in the names. ``*_low, *_high``: ends of 80 % intervals.
 ``*_chance``: of keeping that limit, not a number where there is none. ``idle_gpus``: those of the size asked for that a
-candidate leaves; they cost as much. ``lower_bound``: of what ranks the candidates."""
+candidate leaves; they cost as much (of two devices: none). ``lower_bound``: of what ranks the candidates."""
 
 WORDS = frozenset(
     "candidate mode device engine layout family prefill_layout all2all dispatch combine kv_dtype placement"
@@ -95,12 +95,17 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
     called = {layout: str(layout) for layout in every}
     families = {layout: family(layout, experts) for layout in every}
     pools = mode == "disaggregated"
-    prefill = [prices.variants[int(i)] for i in c["prefill"]] if pools else chosen
+    readers, decoding, said = prices.readers or prices, task, called
+    prefill = [readers.variants[int(i)] for i in c["prefill"]] if pools else chosen
+    if task.pools:  # as replay reads them
+        first, decoding = task.pools
+        said = {v.layout: f"{v.layout}@{first.device.name}" for v in prefill}
+        called = {layout: f"{name}@{decoding.device.name}" for layout, name in called.items()}
     nothing, normal = np.full(len(points.variant), np.nan), NormalDist()
     columns: dict[str, Any] = {
         "candidate": "",
         "mode": mode,
-        "device": task.device.name,
+        "device": " > ".join([one.device.name for one in task.pools or (task,)]),
         "engine": task.engine.name,
         "layout": [called[v.layout] for v in chosen],
         "family": [families[v.layout] for v in chosen],
@@ -109,7 +114,7 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
             for name in ("tp", "dp", "ep", "etp", "pp")
         },
         **{name: c[name].astype(int) for name in ("replicas", "world_size", "gpus")},
-        "prefill_layout": [called[v.layout] for v in prefill] if pools else None,
+        "prefill_layout": [said[v.layout] for v in prefill] if pools else None,
         "prefill_workers": c["prefill_workers"] if pools else nothing,
         "decode_workers": c["decode_workers"] if pools else nothing,
         "batch": c["batch"],
@@ -144,14 +149,15 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
         "weights_bytes": memory["weights"],
         "kv_cache_bytes": memory["kv_cache"],
         "activations_bytes": memory["activations"],
-        "capacity_bytes": float(task.device.memory_bytes),
+        "capacity_bytes": float(decoding.device.memory_bytes),
         "largest_batch": c["largest_batch"],
         **{f"share_{kind}": c[f"share_{kind}"] for kind in EVIDENCE},
         "meets": ~over,
         "limit": np.where(over, np.array(limits)[shares.argmax(axis=0)], ""),
         "pareto": False,
         **{name: c[name] for name in ("cost_per_million_tokens", "usd_per_hour", "lower_bound")},
-        "idle_gpus": 0 if task.objective == "gpus" else np.maximum(task.paid_gpus - c["gpus"], 0).astype(int),
+        "idle_gpus": 0 if task.objective == "gpus" or task.pools else
+        np.maximum(task.paid_gpus - c["gpus"], 0).astype(int),
     }
     held = {name: np.asarray(columns[name], dtype=object if name in WORDS else None) for name in COLUMNS}
     return Candidates({name: np.broadcast_to(values, len(chosen)) for name, values in held.items()})

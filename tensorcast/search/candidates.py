@@ -8,6 +8,7 @@ import numpy as np
 
 from tensorcast.search.axes import LARGEST_BATCH
 from tensorcast.search.candidate_arrays import Points, batches, largest_where, last_of
+from tensorcast.search.search_task import Room
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.curves import DecodeCurve
 from tensorcast.serving.hand_over import hand_over_s
@@ -20,7 +21,6 @@ PREFILL_BUSY = 0.9
 
 Limits = tuple[float | None, float | None]
 """Longest TTFT and TPOT."""
-
 
 @np.errstate(invalid="ignore", over="ignore")
 def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Points, int]:
@@ -79,8 +79,11 @@ def steady(shop: VariantPrices, points: Points) -> Mask:
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None)) -> tuple[Points, int]:
-    """Every decode variant with prefill workers that keep up with it, on at most ``gpus`` GPUs; and how many had none.
+def disaggregated(
+    shop: VariantPrices, gpus: int, limits: Limits = (None, None), room: Room = ()
+) -> tuple[Points, int]:
+    """Every decode variant with prefill workers that keep up with it, on at most ``gpus`` GPUs, within ``room`` where
+    that says more; and how many had none. Prompts are read by the ``shop``'s readers, if it has some.
 
     At each batch (powers of two; of those priced the largest that fits, the largest within the limit on TPOT) the pools
     that match at fewest GPUs per request; for each number of decode workers, prefill workers on all other GPUs. Of all
@@ -100,17 +103,18 @@ def disaggregated(shop: VariantPrices, gpus: int, limits: Limits = (None, None))
     usable = np.where(within.any(axis=1, keepdims=True), within, fits)
     # the least of any usable batch from here on: unlike the rates themselves it never falls
     least = np.minimum.accumulate(np.where(usable, rates, np.inf)[:, ::-1], axis=1)[:, ::-1]
-    size = shop.layouts["world_size"]
-    for prefill in _prefill_choices(shop, gpus, limits[0]):
-        variant = shop.variants[prefill]
-        wide, costs = variant.layout.world_size, shop.own_prompts.where(prefill)
+    size, readers, room = shop.layouts["world_size"], shop.readers or shop, room or [(float(gpus), 1.0, 1.0)]
+    for prefill in _prefill_choices(readers, gpus, limits[0]):
+        variant = readers.variants[prefill]
+        wide, costs = variant.layout.world_size, readers.own_prompts.where(prefill)
         capacity = PREFILL_BUSY * variant.layout.dp * float(costs.most_per_s)
         same = np.array([v.decode.kv_dtype == variant.decode.kv_dtype for v in shop.variants])
-        x, y = _matched(rate, capacity, wide, size[rows], gpus)
+        x, y = _matched(rate, capacity, wide, size[rows], room)
         unstable += int((x == 0)[same[rows]].sum())
         pools = [np.unique(np.stack([rows, x, y])[:, x > 0], axis=1)]  # their own largest batch, too
         for workers in _pool_sizes(int((gpus - wide) // size.min())):
-            others = np.floor((gpus - workers * size) / wide)
+            left = [(most - workers * size * d, wide * p) for most, p, d in room]
+            others = np.min([np.floor(n / each) if each else np.where(n < 0, n, np.inf) for n, each in left], axis=0)
             mine = np.flatnonzero(same & (others >= 1))
             pools.append(np.stack([mine, others[mine], np.full(len(mine), float(workers))]))
         own, own_x, own_y = np.concatenate(pools, axis=1)
@@ -148,7 +152,8 @@ class _Pools:
 
     def serve(self, batch: Array) -> Points:
         """What they serve at their batches; infinitely many users where prompts come faster than they are read."""
-        shop, variant = self.shop, self.shop.variants[self.prefill]
+        shop, readers = self.shop, self.shop.readers or self.shop
+        variant = readers.variants[self.prefill]
         pools = Disaggregated(
             traffic=shop.scenario.load,
             engine=shop.scenario.engine,
@@ -156,8 +161,9 @@ class _Pools:
             prefill_ranks=self.x * variant.layout.dp,
             depth=shop.depths[self.rows],
             hand_over_s=hand_over_s(
-                shop.scenario.deployment(variant.layout, "prefill", variant.prefill),
+                readers.scenario.deployment(variant.layout, "prefill", variant.prefill),
                 shop.layouts["world_size"][self.rows], self.x + self.y, int(shop.scenario.load.input_len),
+                shop.scenario.device,
             ),
             decoding=DecodeCurve(shop.grid, shop.curves, self.rows),
             prompts=self.costs,
@@ -196,14 +202,15 @@ def _prefill_choices(shop: VariantPrices, gpus: int, ttft_s: float | None) -> li
     return sorted(chosen)
 
 
-def _matched(rate: Array, capacity: float, prefill_size: int, decode_size: Array, gpus: int) -> tuple[Array, Array]:
-    """Workers (prefill, decode) that keep up with each other at fewest GPUs per request, at most ``gpus``; 0: none."""
+def _matched(rate: Array, capacity: float, prefill_size: int, decode_size: Array, room: Room) -> tuple[Array, Array]:
+    """Workers (prefill, decode) that keep up with each other at fewest GPUs per request, within ``room``; 0: none."""
     best = np.full(len(rate), np.inf)
     x, y = np.zeros(len(rate)), np.zeros(len(rate))
-    for workers in _pool_sizes(int(gpus // decode_size.min()) if len(rate) else 0):
+    for workers in _pool_sizes(int(room[0][0] // decode_size.min()) if len(rate) else 0):
         needed = np.ceil(workers * rate / capacity)
         taken = needed * prefill_size + workers * decode_size
-        cost = np.where(taken <= gpus, taken / (workers * rate), np.inf)
+        fits = np.all([needed * prefill_size * p + workers * decode_size * d <= most for most, p, d in room], axis=0)
+        cost = np.where(fits, taken / (workers * rate), np.inf)
         better = cost < best * (1 - 1e-9)
         best = np.where(better, cost, best)
         x, y = np.where(better, needed, x), np.where(better, workers, y)

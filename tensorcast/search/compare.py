@@ -149,10 +149,13 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, tie
     behind: list[tuple[Scenario, Variant, Variant]] = []
     for task, one in zip(tasks, results, strict=True):
         pools = replace(task.scenario, engine=same(task.engine.in_pools()))
+        if task.pools:
+            pools = replace(pools, device=task.pools[-1].device, prompts_on=task.device)
         scenario = {"aggregated": task.scenario, "disaggregated": pools}
         behind += [(scenario[mode], *pair) for mode, pair in zip(one.candidates["mode"], one.variants, strict=True)]
     comparison = Comparison(
-        model=first.model, devices=tuple({task.device.name: task.device for task in tasks}.values()),
+        model=first.model,
+        devices=tuple({one.device.name: one.device for task in tasks for one in task.pools or (task,)}.values()),
         engine=first.engine, objective=first.objective, targets=(first.ttft_s, first.tpot_s),
         input_len=int(first.load.input_len), output_len=int(first.load.output_len),
         kept=found, pruned=by_rule,

@@ -54,11 +54,13 @@ def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
         spread = SAID.get(first.base.routing, BY_LAW.format(first.base.routing))
         found.append(f"{spread}; --routing uniform or zipf:1 shows what less or more skew does")
     if "disaggregated" in first.modes:
-        found.append("disaggregated pools use as many GPUs as match, which may be fewer than there are")
+        between = "; caches go from device to device over the slower of both networks" if first.pools else ""
+        found.append(f"disaggregated pools use as many GPUs as match, which may be fewer than there are{between}")
     unsure = kept["share_datasheet"][kept["meets"] | ~kept["meets"].any()]
     if len(unsure) and unsure.max() > 0.2:
         found.append("candidates that span nodes rest on datasheet figures for the network: see share_datasheet")
-    listed = {task.device.name: task.device.price_per_hour_usd for task in tasks if task.price_per_hour is None}
+    listed = {one.device.name: one.device.price_per_hour_usd for task in tasks for one in task.pools or (task,)
+              if one.price_per_hour is None}
     if prices := [f"{name} {price}" for name, price in listed.items() if price is not None]:
         found.append(f"costs at list prices; --price sets yours: {', '.join(prices)}")
     if not first.runnable_only:
@@ -112,12 +114,14 @@ def warning(task: SearchTask, kept: Candidates, ttft_s: float, tpot_s: float) ->
 def left_out(tasks: Sequence[SearchTask], kept: Candidates) -> Iterator[str]:
     """Each layout that was asked for and has no candidate, and why: ``tp6 breaks rule 'heads per rank': ...``."""
     for task in tasks:
-        own = kept.where(kept["device"] == task.device.name)
-        there = {*own["layout"], *own["prefill_layout"]}
-        for layout in task.layouts:
+        pools = task.pools or (task,)
+        own = kept.where(kept["device"] == " > ".join([one.device.name for one in pools]))
+        there = {str(name).partition("@")[0] for name in (*own["layout"], *own["prefill_layout"])}
+        several = len({one.device.name for one in (*tasks, *pools)}) > 1
+        for layout, pool in {layout: one for one in pools for layout in one.layouts}.items():
             if str(layout) not in there:
-                where = f" on {task.device.name}" if len({task.device.name for task in tasks}) > 1 else ""
-                yield f"{layout}{where} {_why_not(task, layout)}"
+                where = f" on {pool.device.name}" if several else ""
+                yield f"{layout}{where} {_why_not(pool, layout)}"
 
 
 def _why_not(task: SearchTask, layout: Layout) -> str:
@@ -147,7 +151,8 @@ def _never(task: SearchTask, layout: Layout) -> str:
 def nothing_left(tasks: Sequence[SearchTask], pruned: Counter[str]) -> str:
     """Why there is no candidate at all: layouts that cannot be, or a model that takes more GPUs, and how many."""
     first = tasks[0]
-    needed, sizes = [], ", ".join(dict.fromkeys(f"{task.gpus} {task.device.name}" for task in tasks))
+    needed, sizes = [], ", ".join(dict.fromkeys(map(_cluster, tasks)))
+    tasks = [one for task in tasks for one in task.pools or (task,)]
     if not pruned[NO_ROOM] and not pruned[NO_PACE]:
         asked = list(dict.fromkeys(left_out(tasks, NONE)))
         if not asked and (problem := _never(first, Layout(1))):  # of the device, not of a layout
@@ -160,10 +165,19 @@ def nothing_left(tasks: Sequence[SearchTask], pruned: Counter[str]) -> str:
             multiple = f" (and --world-size a multiple of {size})" if size <= task.gpus else ""
             needed.append(f"{size} {task.device.name}{multiple}")
     length = first.load.input_len + first.load.output_len
-    hint = f"it needs at least {' or '.join(needed)}" if needed else "no number of them holds it"
+    hint = f"it needs at least {(' and ' if first.pools else ' or ').join(needed)}" if needed else \
+        "no number of them holds it"
     if first.layouts:
         hint = f"none of the layouts asked for holds it; {hint}"
     return f"{first.model.name} does not fit on {sizes} with a sequence of {length} tokens: {hint}; or quantise"
+
+
+def _cluster(task: SearchTask) -> str:
+    """``32 h100-sxm``; of two devices ``16 h100-sxm > 8 h200-sxm``, or ``24 h100-sxm > h200-sxm`` of both together."""
+    pools = task.pools or (task,)
+    if sum(one.gpus for one in pools) == task.gpus:
+        return " > ".join(f"{one.gpus} {one.device.name}" for one in pools)
+    return f"{task.gpus} {' > '.join(one.device.name for one in pools)}"
 
 
 def in_seconds(value: float) -> str:

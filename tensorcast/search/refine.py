@@ -44,11 +44,11 @@ def finer(shop: VariantPrices, parts: dict[str, Points], value: Value) -> Varian
         hope = value(mode, Points(points.variant, points.columns | more))
         prefill = points.columns.get("prefill", points.variant).astype(int)
         hoped.append(Points(points.variant, {"hope": hope, "batch": batch, "last": last, "prefill": prefill}))
-    hopes = Points.joined(hoped)
+    hopes, readers = Points.joined(hoped), shop.readers or shop
     hope, batch, last, prefill = (hopes.columns[name] for name in ("hope", "batch", "last", "prefill"))
     by_layout: dict[object, int] = {}
     for i in np.argsort(-hope, kind="stable"):
-        by_layout.setdefault((shop.variants[hopes.variant[i]].layout, shop.variants[prefill[i]].layout), int(i))
+        by_layout.setdefault((shop.variants[hopes.variant[i]].layout, readers.variants[prefill[i]].layout), int(i))
     chosen = np.union1d(np.flatnonzero(hope >= best), list(by_layout.values())[:LISTED])
     chosen = chosen[(last > batch)[chosen] & (hope > -np.inf)[chosen]]
     if not len(chosen):
@@ -56,4 +56,7 @@ def finer(shop: VariantPrices, parts: dict[str, Points], value: Value) -> Varian
     spans = {*zip(batch[chosen], last[chosen], strict=True)}
     whole = [np.linspace(low, high, 1 + int(min(high - low, MOST))).round() for low, high in spans]
     grid = np.unique(np.concatenate([shop.grid, *whole]))
-    return shop.closer(np.union1d(hopes.variant[chosen], prefill[chosen]), grid)
+    if shop.readers is None:
+        return shop.closer(np.union1d(hopes.variant[chosen], prefill[chosen]), grid)
+    found = shop.closer(np.unique(hopes.variant[chosen]), grid)
+    return found.fed_by(readers.closer(np.unique(prefill[chosen]), readers.grid))

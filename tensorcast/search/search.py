@@ -55,35 +55,42 @@ def search(task: SearchTask) -> SearchResult:
         workspace.clear()
     workspace.trim()
     # whatever is kept is kept with its task, whose profiles stay alive, so that their ids stay their own
-    priced = id(task.model), id(task.device), id(task.engine), task.base, task.gpus, task.load, task.axes, task.layouts
+    pools = task.pools or (task,)
+    keys = [
+        (id(one.model), id(one.device), id(one.engine), one.base, one.gpus, one.load, one.axes, one.layouts,
+         one.runnable_only) for one in pools
+    ]  # fmt: skip
     asked = (
-        *priced, task.runnable_only, task.ttft_s, task.tpot_s, task.objective, task.modes, task.request_rate,
-        task.price_per_hour, task.users, task.budget, task.confidence,
+        *keys, task.ttft_s, task.tpot_s, task.objective, task.modes, task.request_rate,
+        *[one.price_per_hour for one in pools], task.users, task.budget, task.confidence,
     )  # fmt: skip
     if asked not in workspace.results:
-        workspace.results[asked] = task, _search(task, (*priced, task.runnable_only))
+        workspace.results[asked] = task, _search(task, keys)
     found: SearchResult = workspace.results[asked][1]
     return found
 
 
-def _search(task: SearchTask, key: tuple[Hashable, ...]) -> SearchResult:
-    """Evaluate every candidate. ``key``: for what prices hang on of a task."""
-    workspace = CURRENT.get()
-    if key not in workspace.prices:
-        _, parts = workspace.parts.setdefault(key[:4], (task, Parts()))
-        searched = task.gpus, task.axes, task.layouts, task.runnable_only
-        if searched not in parts.spaces:
-            fell = Counter[str]()
-            parts.spaces[searched] = space(task, fell), fell
-        while len(parts.spaces) > MOST_SPACES:
-            del parts.spaces[next(iter(parts.spaces))]
-        tried, fell = parts.spaces[searched]
-        shop = VariantPrices(task.scenario, tried, task.axes.chunk_tokens, parts) if tried else None
-        workspace.prices[key] = task, shop, fell
-    _, prices, fell = workspace.prices[key]
-    pruned = Counter(fell)
-    if prices is None:
+def _search(task: SearchTask, keys: Sequence[tuple[Hashable, ...]]) -> SearchResult:
+    """Evaluate every candidate. ``keys``: for what prices hang on of a task, or of each of its pools."""
+    workspace, pruned, shops = CURRENT.get(), Counter[str](), []
+    for one, key in zip(task.pools or (task,), keys, strict=True):
+        if key not in workspace.prices:
+            _, parts = workspace.parts.setdefault(key[:4], (one, Parts()))
+            searched = one.gpus, one.axes, one.layouts, one.runnable_only
+            if searched not in parts.spaces:
+                fell = Counter[str]()
+                parts.spaces[searched] = space(one, fell), fell
+            while len(parts.spaces) > MOST_SPACES:
+                del parts.spaces[next(iter(parts.spaces))]
+            tried, fell = parts.spaces[searched]
+            shop = VariantPrices(one.scenario, tried, one.axes.chunk_tokens, parts) if tried else None
+            workspace.prices[key] = one, shop, fell
+        _, shop, fell = workspace.prices[key]
+        pruned.update(fell)
+        shops.append(shop)
+    if any(shop is None for shop in shops):
         return SearchResult(NONE, [], pruned, 0)
+    prices = shops[-1] if len(shops) == 1 else shops[-1].fed_by(shops[0])
     pruned[NO_ROOM] += prices.without_room
     points, examined = worth_showing(task, prices, pruned)
     examined += pruned[NO_PACE]
@@ -97,7 +104,8 @@ def _search(task: SearchTask, key: tuple[Hashable, ...]) -> SearchResult:
         for mode, kept in found.items():
             tables.append(candidates_of(task, shop, mode, kept))
             prefill = kept.columns.get("prefill", kept.variant).astype(int)
-            behind += [(shop.variants[p], shop.variants[d]) for p, d in zip(prefill, kept.variant, strict=True)]
+            readers = shop.readers or shop
+            behind += [(readers.variants[p], shop.variants[d]) for p, d in zip(prefill, kept.variant, strict=True)]
     return SearchResult(Candidates.joined(tables) if tables else NONE, behind, pruned, examined)
 
 
@@ -115,7 +123,7 @@ def worth_showing(
         points, slow = (
             aggregated(prices, limits)
             if mode == "aggregated"
-            else disaggregated(prices.in_pools(), task.paid_gpus, limits)
+            else disaggregated(prices.in_pools(), task.paid_gpus, limits, task.pools_room() if task.pools else ())
         )
         pruned[NO_PACE] += slow
         if not len(points.variant):

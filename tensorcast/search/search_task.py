@@ -34,6 +34,8 @@ class Scenario:
     device: DeviceProfile
     engine: EngineProfile
     load: Traffic
+    prompts_on: DeviceProfile | None = None
+    """What reads prompts, where it is another device."""
 
     @property
     def own_chunk(self) -> int:
@@ -41,15 +43,20 @@ class Scenario:
         return self.engine.tokens_per_step(self.device)
 
     def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
-        key = id(self.model), id(self.device), id(self.engine), layout, phase, options
+        device = self.prompts_on if self.prompts_on is not None and phase == "prefill" else self.device
+        key = id(self.model), id(device), id(self.engine), layout, phase, options
         deployments = CURRENT.get().deployments
         if key not in deployments:
-            made = deploy(self.model, self.device, self.engine, layout, phase, options=options)
+            made = deploy(self.model, device, self.engine, layout, phase, options=options)
             deployments[key] = self, made
         return deployments[key][1]
 
 
 MODES = ("aggregated", "disaggregated")
+
+Room = Sequence[tuple[float, float, float]]
+"""The most of something that pools may take, GPUs first, and how much a GPU of prefill and of decode workers does."""
+
 SEARCHED = {
     "kv_dtype": "kv_dtype", "mtp_depth": "mtp_depth", "dcp": "dcp", "exchange": "all2all", "dispatch": "dispatch",
     "combine": "combine", "chunk_tokens": "chunk_tokens",
@@ -84,13 +91,28 @@ class SearchTask:
     """Chance with which limits are to be kept, and by whose lower bounds candidates are ranked; None: as expected."""
     price_per_hour: float | None = None
     runnable_only: bool = True
+    pools: tuple[SearchTask, ...] = ()
+    """Of prompts on one device and replies on another: the same asked of each alone, either of all ``gpus``, which then
+    are of both together, or of those that there are of it. Else empty."""
 
     @property
     def paid_gpus(self) -> int:
-        """GPUs of the size asked for that the budget pays."""
-        if self.budget is None or self.price is None:
+        """GPUs of the size asked for that the budget pays; of two devices the cheaper."""
+        prices = [one.price for one in self.pools or (self,) if one.price is not None]
+        if self.budget is None or not prices:
             return self.gpus
-        return min(self.gpus, int(self.budget / self.price * (1 + 1e-12)))
+        return min(self.gpus, int(self.budget / min(prices) * (1 + 1e-12)))
+
+    def pools_room(self) -> Room:
+        """What both pools take together, and each of its own where GPUs of each device are counted; of a task with
+        ``pools``."""
+        first, second = self.pools
+        room = [(float(self.gpus), 1.0, 1.0)]
+        if first.gpus + second.gpus == self.gpus:
+            room += [(float(first.gpus), 1.0, 0.0), (float(second.gpus), 0.0, 1.0)]
+        if self.budget is not None:
+            room.append((self.budget * (1 + 1e-12), first.price or 0.0, second.price or 0.0))
+        return room
 
     @property
     def price(self) -> float | None:
@@ -114,12 +136,19 @@ def search_tasks(
     quant: str | None = None, state_dtype: str | None = None, routing: str = SERVED_ROUTING,
     placement: str = "linear", speculative_method: str = "mtp", draft_model: str | None = None, full: bool = False,
     runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,
+    decode_device: DeviceProfile | None = None, decode_gpus: int | None = None,
 ) -> list[SearchTask]:
     """Tasks of every device, engine and size. ``searched``: values of axes; those left out are the default space's.
+    ``decode_device``: of the replies' pools; those of prompts are on each of ``devices``. ``world_sizes`` are of both,
+    or, where there are so many ``decode_gpus``, of the prompts' alone.
 
     Raises :class:`InputError`, one line, on anything that cannot be.
     """
-    _check_names(objective, modes, [device.name for device in devices], world_sizes, prices=prices or {})
+    _check_names(objective, modes, [device.name for device in devices], world_sizes, prices=prices or {},
+                 decode="" if decode_device is None else decode_device.name)
+    if decode_gpus is not None and (decode_device is None or decode_gpus < 1):
+        why = "must be at least 1" if decode_device is not None else "is of --decode-device, and none is given"
+        raise InputError(f"--decode-world-size {decode_gpus}: {why}")
     names = [engine.name for engine in engines]
     if twice := next((name for name in names if names.count(name) > 1), ""):
         raise InputError(f"--engine {','.join(names)}: one release of {twice} at a time")
@@ -144,23 +173,34 @@ def search_tasks(
     )
     # profiles are read anew for every question; equal ones are the same, so that what is kept of them serves all
     model, devices, engines = same(model), [same(device) for device in devices], [same(one) for one in engines]
+    replies = None if decode_device is None else same(decode_device)
     tasks = [
         SearchTask(
             model=model, device=device, engine=engine, gpus=size, load=load, ttft_s=ttft_s, tpot_s=tpot_s,
-            objective=objective, axes=one_exchange.get(engine.name, axes), base=base, modes=tuple(modes),
+            objective=objective, axes=one_exchange.get(engine.name, axes), base=base,
+            modes=tuple(modes) if replies is None else ("disaggregated",),
             request_rate=request_rate, users=users, budget=budget, confidence=confidence,
-            layouts=tuple(layout for layout in wanted if size % layout.world_size == 0),
+            layouts=tuple([layout for layout in wanted if size % layout.world_size == 0]),
             price_per_hour=(prices or {}).get(device.name), runnable_only=runnable_only,
         )
         for device in devices
         for engine in engines
         for size in world_sizes
     ]  # fmt: skip
-    for task in tasks:
+    for i, task in enumerate(tasks):
         _check(task)
+        if replies is not None and (replies is not task.device or decode_gpus is not None):
+            there = task.gpus if decode_gpus is None else decode_gpus
+            fit = tuple([layout for layout in wanted if there % layout.world_size == 0])
+            second = replace(
+                task, device=replies, gpus=there, layouts=fit, price_per_hour=(prices or {}).get(replies.name)
+            )
+            _check(second)
+            tasks[i] = replace(task, pools=(task, second), gpus=task.gpus + (decode_gpus or 0))
     for layout in wanted:
-        if not any(size % layout.world_size == 0 for size in world_sizes):
+        if not any([size % layout.world_size == 0 for size in (*world_sizes, *filter(None, [decode_gpus]))]):
             sizes = ", ".join(map(str, world_sizes))
+            sizes += "" if decode_gpus is None else f" or --decode-world-size {decode_gpus}"
             raise InputError(
                 f"layout {layout} takes {layout.world_size} GPUs, which does not divide --world-size {sizes}"
             )
@@ -172,7 +212,7 @@ def search_tasks(
 
 def _check_names(
     objective: str, modes: Sequence[str], devices: Sequence[str], world_sizes: Sequence[int], *,
-    prices: Mapping[str, float],
+    prices: Mapping[str, float], decode: str = "",
 ) -> None:
     """Raise :class:`InputError`, one line, on the first name that stands for nothing, or where nothing is named."""
     if objective not in OBJECTIVES:
@@ -182,9 +222,12 @@ def _check_names(
             raise unknown_name("--mode", mode, MODES)
     if not devices or not world_sizes:
         raise InputError("compare: needs at least one device and one world size")
+    if decode and "disaggregated" not in modes:
+        raise InputError(f"--decode-device {decode}: is of pools, and --mode {','.join(modes)} has none")
     for name, value in prices.items():
-        if name not in devices:
-            raise InputError(f"--price {name}={value:g}: {name} is not one of --device {','.join(devices)}")
+        if name not in (*devices, decode):
+            beside = f" or --decode-device {decode}" if decode else ""
+            raise InputError(f"--price {name}={value:g}: {name} is not one of --device {','.join(devices)}{beside}")
 
 
 def _check(task: SearchTask) -> None:

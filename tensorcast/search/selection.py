@@ -13,7 +13,7 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.interval import served_interval
 from tensorcast.serving.objective import OBJECTIVES
-from tensorcast.serving.traffic import Array, Rows
+from tensorcast.serving.traffic import Array, Number, Rows
 
 LIMITS = ("ttft", "tpot", "gpus", "users", "requests", "budget")
 """What a candidate may miss: times, what there is and may be spent, and the least that must be served."""
@@ -35,11 +35,18 @@ def rated(task: SearchTask, prices: VariantPrices, mode: str, points: Points) ->
     late = {name: factors[f"{name}_s"] ** sigmas for name in ("ttft", "tpot")}
     sure = np.asarray(factors["output_tokens_per_s"] ** -sigmas)
     size = prices.layouts["world_size"][points.variant]
+    price: Number = np.nan if task.price is None else task.price
     if pools:
-        prefill = prices.layouts["world_size"][c["prefill"].astype(int)]
-        size = prefill * c["prefill_workers"] + size * c["decode_workers"]
-    price = np.nan if task.price is None else task.price
+        prefill = (prices.readers or prices).layouts["world_size"][c["prefill"].astype(int)]
+        read, written = prefill * c["prefill_workers"], size * c["decode_workers"]
+        size = read + written
+        if task.pools:  # of a GPU in the mean
+            second = task.pools[-1].price
+            price = (read * price + written * (np.nan if second is None else second)) / size
     replicas = np.maximum(task.paid_gpus // size, 1.0)
+    if task.pools:  # of each device, and of the budget where GPUs of two prices share it, there may be less
+        shares = np.array([(read * p + written * d) / most for most, p, d in task.pools_room()])
+        replicas = np.maximum(np.floor((1 + 1e-12) / shares.max(axis=0)), 1.0)
     if task.objective == "gpus":
         rate = np.ceil((task.request_rate or 0.0) / (tokens * sure / task.load.output_len))
         replicas = np.maximum(np.maximum(rate, np.ceil((task.users or 0) / c["concurrency"])), 1.0)
@@ -64,6 +71,8 @@ def rated(task: SearchTask, prices: VariantPrices, mode: str, points: Points) ->
         "cost_per_million_tokens": price / 3600.0 / per_gpu * 1e6,
         "usd_per_hour": gpus * price,
     }
+    if task.pools:
+        found["gpus_share"] = replicas * shares[: len(shares) - (task.budget is not None)].max(axis=0)
     objective = OBJECTIVES[task.objective]
     found["lower_bound"] = found[objective.column]
     if objective.column not in ("gpus", "concurrency"):

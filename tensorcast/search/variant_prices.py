@@ -98,6 +98,9 @@ class VariantPrices:
     methods are arithmetic. ``layouts`` and ``depths``: sizes of the variants' layouts, tokens that they draft.
     """
 
+    readers: VariantPrices | None = None
+    """What reads prompts for pools of these, where that is another device."""
+
     def __init__(
         self, scenario: Scenario, variants: list[Variant], chunks: tuple[int, ...], parts: Parts | None = None,
         grid: Array = GRID,
@@ -177,6 +180,16 @@ class VariantPrices:
             pools.room_decode = _put(self.room_decode, rows, again.room_decode)
             pools.room_prefill = _put(self.room_prefill, rows, again.room_prefill)
         return pools
+
+    def fed_by(self, readers: VariantPrices) -> VariantPrices:
+        """The same as decode pools alone, whose prompts ``readers`` read."""
+        found, pools = copy.copy(self), self.in_pools()
+        found.readers = readers
+        if pools is not self:
+            found._pools = copy.copy(pools)
+            found._pools.readers = readers.in_pools()
+        found.without_room = int((self.room_decode < 1).sum() + (readers.room_prefill < 1).sum())
+        return found
 
     def closer(self, rows: Rows, grid: Array) -> VariantPrices:
         """Variants ``rows`` alone, with decode steps at more batches: ``grid`` holds those that are priced already."""

@@ -115,7 +115,7 @@ class View:
         place = []
         if self.several_sizes:
             place.append(units.count(row["gpus"]))
-        if self.several_devices:
+        if self.several_devices and " > " not in row["device"]:  # pools say theirs
             place.append(row["device"])
         name = f"{layout} on {' '.join(place)}" if place else layout
         return f"{name} under {row['engine']}" if self.several_engines else name
@@ -186,6 +186,9 @@ def cost_apart(view: View, row: dict[str, Any]) -> tuple[float, float, float]:
     c = view.comparison
     if row["mode"] == "disaggregated":
         written = row["decode_workers"] * row["replicas"] * row["tp"] * row["dp"] * row["pp"] / row["gpus"]
+        second = next((task.pools[-1].price for task in c.tasks if task.pools), None)
+        if second is not None and view.price is None and " > " in row["device"]:
+            written *= second * row["gpus"] / row["usd_per_hour"]
     else:
         load = c.behind[row["candidate"]][0].load
         reply_s = row["decode_step_s"] / row["batch"] * float(load.decode_steps(row["mtp_depth"]))

@@ -145,7 +145,9 @@ def summary_of(view: View, figures: list[Chart]) -> dict[str, Any]:
         "objective": c.objective,
         "targets": view.limits, "input_len": c.input_len,
         "output_len": c.output_len,
-        "price_per_gpu_hour_usd": view.price or {t.device.name: t.price for t in c.tasks if t.price is not None},
+        "price_per_gpu_hour_usd": view.price or {
+            one.device.name: one.price for t in c.tasks for one in t.pools or (t,) if one.price is not None
+        },
         "command": command(flags(c)), "question": flags(c), "decides": [] if view.best is None else sentences(view),
         "best_of_each": [one.record(view) for one in best_of_each(view)], "answer": answer.headline,
         "warning": answer.warning, "explanation": list(answer.paragraphs), "best": view.best,

@@ -44,12 +44,12 @@ def _of(view: View, choice: Choice, engine: str) -> Takeaway:
     release = f"{engine}=={own_engine.version}" if engine == own_engine.name else engine
     if len(pools) == 1 and (problem := _mixed(choice, engine)):
         return Takeaway(engine, "", "", problem)
-    # a pool reads prompts in steps as large as its engine's own, one engine for both phases in the candidate's
-    own = view.comparison.engine.tokens_per_step(choice.prefill.device)
-    chunk = int(choice.row["chunk_tokens"]) if len(pools) == 1 else own
     parts = []
     for role in pools:
         deployment = choice.prefill if role == "prefill" else choice.decode
+        # a pool reads prompts in steps as large as its engine's own, one engine for both phases in the candidate's
+        own = view.comparison.engine.tokens_per_step(deployment.device)
+        chunk = int(choice.row["chunk_tokens"]) if len(pools) == 1 else own
         try:
             found = launch(
                 release, deployment.model, deployment.layout, deployment.options,

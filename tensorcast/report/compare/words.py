@@ -63,7 +63,9 @@ def asked_for(view: View) -> str:
     sizes = {task.gpus for task in c.tasks}
     limits = {LIMITS[column]: limit for column, limit in view.limits.items() if limit is not None}
     asked = [f"{name} up to {units.seconds(limit)}" for name, limit in limits.items()]
-    devices = " or ".join(device.name for device in c.devices)
+    devices = f"{units.count(max(sizes))} x {' or '.join(device.name for device in c.devices)}"
+    if c.tasks and c.tasks[0].pools:
+        devices = _of_each(c)
     least = {"requests/s": c.tasks[0].request_rate, "users at once": c.tasks[0].users} if c.tasks else {}
     asked += [f"at least {units.digits(number)} {what}" for what, number in least.items() if number is not None]
     if c.tasks and c.tasks[0].budget is not None:
@@ -72,11 +74,20 @@ def asked_for(view: View) -> str:
         asked.append(f"each kept with a chance of {100 * c.tasks[0].confidence:g} %")
     engines = " or ".join(dict.fromkeys(task.engine.name for task in c.tasks)) or c.engine.name
     parts = [
-        f"{c.model.name} on {'up to ' if len(sizes) > 1 or c.objective == 'gpus' else ''}{units.count(max(sizes))} x "
-        f"{devices}", engines,
+        f"{c.model.name} on {'up to ' if len(sizes) > 1 or c.objective == 'gpus' else ''}{devices}", engines,
         f"{units.count(c.input_len)} tokens in and {units.count(c.output_len)} out", *asked,
     ]
     return ", ".join(parts)
+
+
+def _of_each(comparison: Comparison) -> str:
+    """GPUs for prompts and for replies, of two devices: ``16 x h100-sxm for prompts and 8 x h200-sxm for replies``."""
+    largest = max(comparison.tasks, key=lambda task: task.gpus)
+    first, second = largest.pools or (largest, largest)
+    devices = " or ".join(dict.fromkeys(task.device.name for task in comparison.tasks))
+    each = first.gpus + second.gpus == largest.gpus
+    number, rest = (first.gpus, f"{units.count(second.gpus)} x ") if each else (largest.gpus, "")
+    return f"{units.count(number)} x {devices} for prompts and {rest}{second.device.name} for replies"
 
 
 def conclusion(view: View) -> Conclusion:
@@ -137,10 +148,15 @@ def _numbers(view: View, row: Any) -> list[Number]:
     if idle := row["idle_gpus"]:
         said = "this layout has no use for them, but they cost as much" if cost == cost else "no use for them"
         found.append(Number("idle GPUs", units.count(idle), f"of {units.count(row['gpus'] + idle)}: {said}"))
-    power = next((task.device.power_w for task in view.comparison.tasks if task.device.name == row["device"]), None)
-    if power is not None:
-        joules = float(power) * row["gpus"] / tokens
-        limits = f"at most: {units.count(float(power))} W for every GPU; cooling and hosts not counted"
+    drawn = {device.name: device.power_w for device in view.comparison.devices}
+    of_gpus = [drawn.get(name) for name in row["device"].split(" > ")]
+    if None not in of_gpus:
+        power = [float(watts) for watts in of_gpus if watts is not None]
+        written = row["decode_workers"] * row["replicas"] * row["tp"] * row["dp"] * row["pp"] if len(power) > 1 else 0.0
+        watts = power[0] * (row["gpus"] - written) + power[-1] * written
+        joules = watts / tokens
+        each = " or ".join(dict.fromkeys(units.count(one) for one in power))
+        limits = f"at most: {each} W for every GPU; cooling and hosts not counted"
         found.append(Number("kWh per million output tokens", units.digits(joules / 3.6), limits))
     return found
 
@@ -254,7 +270,8 @@ def assumptions(view: View, shown: list[Choice]) -> list[str]:
         "Intervals carry the errors of the kernels' predictions on held-out measurements, and no others: 80 % of all "
         "values should lie inside as far as kernels go.",
     ]
-    for deployment in {choice.decode.device.name: choice.decode for choice in shown}.values():
+    ran = {choice.prefill.device.name: choice.prefill for choice in shown}
+    for deployment in (ran | {choice.decode.device.name: choice.decode for choice in shown}).values():
         engine, experts = deployment.engine, deployment.raw.facts.num_experts > 0
         share = memory_share(
             engine, deployment.device, deployment.layout, experts, deployment.model.config, phase=deployment.phase,
@@ -278,7 +295,7 @@ def assumptions(view: View, shown: list[Choice]) -> list[str]:
 def _prices(comparison: Comparison) -> dict[str, str]:
     """By device, where its price is from."""
     found = {}
-    for task in comparison.tasks:
+    for task in [pool for one in comparison.tasks for pool in one.pools or (one,)]:
         listed = task.device.price_per_hour_usd
         if task.price_per_hour is not None:
             found[task.device.name] = f"{units.digits(task.price_per_hour)} USD per GPU hour, as given"

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from tensorcast.explore.work import Reply, begin, warm
 from tensorcast.report.plain import to_json
 
 LOST = Reply(to_json({"error": "the process that searches was killed, perhaps for want of memory; ask again",
                       "field": ""}), wrong=True)
+
+Found = TypeVar("Found")
+
+HOW = "forkserver" if sys.platform == "linux" else "spawn"
+"""How processes start: not forked from the server, whose threads they would share. Those of a fork server, which has
+none, share one import of all that they need."""
 
 
 class Superseded(Exception):
@@ -31,13 +38,19 @@ class Lane:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked one would share the server's threads
+        context = multiprocessing.get_context(HOW)
+        if HOW == "forkserver":
+            context.set_forkserver_preload([begin.__module__])
         self._lease, self._held = context.Pipe(duplex=False)
         self._pool = ProcessPoolExecutor(1, context, initializer=begin, initargs=(self._lease,))
 
     async def ready(self) -> int:
         """Wait until the process stands; its id."""
-        return await asyncio.wrap_future(self._pool.submit(warm))
+        return await self._done(warm)
+
+    async def _done(self, work: Callable[..., Found], *args: Any) -> Found:
+        """``work`` in the process. Handed over by a thread: the first time that waits until the process stands."""
+        return await asyncio.wrap_future(await asyncio.to_thread(self._pool.submit, work, *args))
 
     async def ask(self, browser: str, work: Callable[..., Reply], *args: Any) -> Reply:
         """``work`` of ``args`` in the process, once it is ``browser``'s turn."""
@@ -59,7 +72,7 @@ class Lane:
                 if answer.cancelled():
                     continue
                 try:
-                    found = await asyncio.wrap_future(self._pool.submit(work, *args))
+                    found = await self._done(work, *args)
                 except BrokenProcessPool:
                     self.close()
                     self._start()

@@ -69,8 +69,9 @@ def test_what_nobody_says_of_traffic_is_the_networks_own_law() -> None:
     assert of_traffic(Options(routing="zipf:1"), qwen).routing == "zipf:1"
     asked: dict[str, Any] = {"device": "b200", "engine": "sglang", "world_size": 8}
     asked |= {"layout": "tp8-ep8", "versus": "tp8", "batch": 16}
+    laws: tuple[dict[str, Any], ...] = ({}, {"routing": "uniform"}, {"routing": "typical"})
     unasked, uniform, typical = (
         float(tc.explain("qwen3.5-397b-a17b", **asked, **said).a.price.seconds)
-        for said in ({}, {"routing": "uniform"}, {"routing": "typical"})
+        for said in laws
     )
     assert unasked == uniform > typical  # as uneven a choice hits fewer of 512 experts

@@ -18,6 +18,7 @@
   let kept = rows, shown = [], focus = -1;
 
   const digits = (x) => (x === null ? "-" : x >= 1000 ? Math.round(x).toLocaleString("en") : String(Number(x.toPrecision(3))));
+  const dollars = (x) => (x === null || x >= 1000 || x < 1e-6 ? digits(x) : x.toPrecision(3)); // 0.0620, as the report's own
   // Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: off by less than 2e-7
   function normal(sigmas) {
     const x = Math.abs(sigmas) / Math.SQRT2, t = 1 / (1 + 0.3275911 * x);
@@ -46,8 +47,8 @@
       const hourly = price > 0 ? price : prices[n];
       if (hourly !== null && at.usd_per_hour !== undefined) {
         const hour = hourly * value(row, "gpus"), cost = (hour / 3600 / value(row, "output_tokens_per_s")) * 1e6;
-        row[at.usd_per_hour] = [hour, digits(hour)];
-        if (at.cost_per_million_tokens !== undefined) row[at.cost_per_million_tokens] = [cost, digits(cost)];
+        row[at.usd_per_hour] = [hour, dollars(hour)];
+        if (at.cost_per_million_tokens !== undefined) row[at.cost_per_million_tokens] = [cost, dollars(cost)];
       }
     });
   }
@@ -59,7 +60,7 @@
     if (!good.length) { line.textContent = `No candidate of this page keeps these limits.`; return; }
     const best = good.reduce((a, b) => ((value(b, y) - value(a, y)) * (LESS.has(y) ? -1 : 1) > 0 ? b : a));
     const parts = [`${digits(value(best, "output_tokens_per_s"))} tokens/s`, `${digits(value(best, "concurrency"))} users`, `TTFT ${best[at.ttft_s][1]}`, `TPOT ${best[at.tpot_s][1]}`, best[at.verdict]];
-    if (value(best, "cost_per_million_tokens") !== null) parts.push(`${digits(value(best, "cost_per_million_tokens"))} USD per million output tokens`);
+    if (value(best, "cost_per_million_tokens") !== null) parts.push(`${dollars(value(best, "cost_per_million_tokens"))} USD per million output tokens`);
     line.replaceChildren(Object.assign(document.createElement("b"), { textContent: best[at.name] }), ` has ${LESS.has(y) ? "the least" : "the most"} ${AXES[y]}: ${digits(value(best, y))}. ${parts.join(", ")}.`);
   }
 

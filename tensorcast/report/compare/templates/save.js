@@ -4,6 +4,7 @@
   document.querySelectorAll("figure").forEach((figure) => {
     const shown = figure.querySelector(".plot svg");
     const button = Object.assign(document.createElement("button"), { type: "button", className: "save", textContent: "Save as PNG" });
+    button.setAttribute("aria-label", `Save as PNG: ${figure.querySelector("h2").textContent}`);
     button.addEventListener("click", () => {
       const { y, width, height } = shown.viewBox.baseVal; // the title is above what is shown
       const whole = shown.cloneNode(true);

@@ -165,6 +165,17 @@ def test_leader_at_every_limit(rows: list[tuple[int, int, bool]]) -> None:
             assert found["tokens"].iloc[-1] == allowed["tokens"].max()
 
 
+@pytest.mark.parametrize("ahead", [1.0, 1 + 1e-6, 1.02])
+def test_a_runner_up_that_is_no_worse_is_asked_for_no_faster_step(view: View, ahead: float) -> None:
+    """Ranked by a bound that is reached with a chance, the second may be ahead in the mean."""
+    best, second = view.best, view.runner_up
+    assert best is not None and second is not None
+    column = view.objective.column
+    text, ways = runner_up.runner_up(view, best, {**second, column: ahead * best[column]})
+    assert not [way for way in ways if "less time" in way]
+    assert text.endswith("is the surer one.") == (ahead > 1.01) and ("2.0% more" in text) == (ahead > 1.01)
+
+
 def test_the_runner_up_wins_where_it_is_said_to(view: View) -> None:
     """Each turning point, tried: the best of all candidates within the other limits is one of the runner-up's."""
     assert view.runner_up is not None

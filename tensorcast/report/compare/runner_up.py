@@ -20,7 +20,10 @@ def runner_up(view: View, best: dict[str, Any], second: dict[str, Any]) -> tuple
     worse = second[view.objective.column] / best[view.objective.column] - 1
     gap = worse if view.objective.less else -worse  # as a share of the best's value
     text = f"Runner-up: {view.name(second)} with {worth(view, second)}, "
-    text += f"{units.percent(gap)} {'more' if view.objective.less else 'less'}." if gap > 0.0005 else "the same."
+    more, less = ("less", "more") if view.objective.less else ("more", "less")
+    if gap < -0.0005:  # where a bound that is reached with a chance ranks
+        return f"{text}{units.percent(-gap)} {more}, but it may do worse: {view.name(best)} is the surer one.", ()
+    text += f"{units.percent(gap)} {less}." if gap > 0.0005 else "the same."
     other_limits = [
         f"if {LIMITS[column]} up to {units.seconds(limit)} were allowed" if looser
         else f"if {LIMITS[column]} had to stay under {units.seconds(limit)}"
@@ -78,7 +81,7 @@ def _ways(view: View, second: dict[str, Any], gap: float) -> list[str]:
                 f"{plural(second['batch'], 'sequence')} per rank, all that fit now"
             )
     choice = next((one for one in view.shown if one.row["candidate"] == second["candidate"]), None)
-    if column == "gpus" or choice is None:
+    if column == "gpus" or choice is None or gap <= 0:
         return found
     price = choice.decode.step.price(float(max(1.0, second["batch"])), 1.0, float(view.cached_tokens))
     split = step_parts(choice.decode, price)

@@ -4,6 +4,7 @@
 # 1 x decode worker
 # a router in front sends each request to a prefill and then to a decode server
 # to be filled in: HEAD_NODE_IP: the first node's address
+# dense layers are cut over all ranks of a stage; SGLang cannot cut them over attention's tp alone
 # on each node: bash THIS_FILE prefill|decode-node0|decode-node1
 
 case "${1-}" in
@@ -24,7 +25,7 @@ python3 -m sglang.launch_server \
   --enable-two-batch-overlap \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 288 \
+  --max-running-requests 592 \
   --chunked-prefill-size 65536 \
   --mem-fraction-static 0.288 \
   --disaggregation-mode prefill \
@@ -36,19 +37,20 @@ python3 -m sglang.launch_server \
   --host 0.0.0.0 \
   --port 30000 \
   --tp-size 16 \
-  --attn-dp-size 16 \
+  --attn-dp-size 8 \
   --enable-dp-lm-head \
-  --moe-dense-tp-size 1 \
   --nnodes 2 \
   --node-rank 0 \
   --dist-init-addr HEAD_NODE_IP:20000 \
-  --ep-size 4 \
-  --moe-a2a-backend none \
+  --ep-size 16 \
+  --moe-a2a-backend deepep \
+  --deepep-mode low_latency \
+  --deepep-dispatcher-output-dtype bf16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 576 \
-  --cuda-graph-max-bs-decode 36 \
-  --mem-fraction-static 0.929 \
+  --max-running-requests 592 \
+  --cuda-graph-max-bs-decode 74 \
+  --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake
 ;;
@@ -58,19 +60,20 @@ python3 -m sglang.launch_server \
   --host 0.0.0.0 \
   --port 30000 \
   --tp-size 16 \
-  --attn-dp-size 16 \
+  --attn-dp-size 8 \
   --enable-dp-lm-head \
-  --moe-dense-tp-size 1 \
   --nnodes 2 \
   --node-rank 1 \
   --dist-init-addr HEAD_NODE_IP:20000 \
-  --ep-size 4 \
-  --moe-a2a-backend none \
+  --ep-size 16 \
+  --moe-a2a-backend deepep \
+  --deepep-mode low_latency \
+  --deepep-dispatcher-output-dtype bf16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 576 \
-  --cuda-graph-max-bs-decode 36 \
-  --mem-fraction-static 0.929 \
+  --max-running-requests 592 \
+  --cuda-graph-max-bs-decode 74 \
+  --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake
 ;;

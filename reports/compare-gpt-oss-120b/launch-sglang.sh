@@ -14,7 +14,7 @@ python3 -m sglang.launch_server \
   --tp-size 1 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 251 \
+  --max-running-requests 259 \
   --chunked-prefill-size 16384 \
   --mem-fraction-static 0.859 \
   --disaggregation-mode prefill \
@@ -29,10 +29,12 @@ python3 -m sglang.launch_server \
   --attn-dp-size 4 \
   --enable-dp-lm-head \
   --moe-dense-tp-size 1 \
+  --ep-size 4 \
+  --moe-a2a-backend none \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 1004 \
-  --cuda-graph-max-bs-decode 251 \
+  --max-running-requests 1036 \
+  --cuda-graph-max-bs-decode 259 \
   --mem-fraction-static 0.944 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

@@ -15,7 +15,7 @@ vllm serve openai/gpt-oss-120b \
   --tensor-parallel-size 1 \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 251 \
+  --max-num-seqs 259 \
   --max-num-batched-tokens 16384 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -27,10 +27,12 @@ vllm serve openai/gpt-oss-120b \
   --port 8000 \
   --tensor-parallel-size 1 \
   --data-parallel-size 4 \
+  --enable-expert-parallel \
+  --all2all-backend allgather_reducescatter \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 251 \
-  --max-num-batched-tokens 251 \
+  --max-num-seqs 259 \
+  --max-num-batched-tokens 259 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;

@@ -141,11 +141,12 @@ def test_a_report_of_a_table_with_holes(tmp_path: Path) -> None:
     table.write_text(
         "model,device,concurrency,measured_ttft_s,measured_tpot_s\n"
         "qwen3-30b-a3b,h100,8,nan,\nqwen3-30b-a3b,h100,0,soon,0.01\nqwen3-30b-a3b,h100,8,0.1,-1\n"
+        "qwen3-30b-a3b,h100,8,inf,inf\n"
     )
     result = invoke("predict", str(table), "--report", str(page))
-    assert result.exit_code == 0 and "2 of 3 rows predicted" in result.stdout, (result.output, result.exception)
+    assert result.exit_code == 0 and "3 of 4 rows predicted" in result.stdout, (result.output, result.exception)
     assert "nan" not in result.stdout.split("tokens/s", 1)[1]
-    assert "2 of 3 rows predicted" in page.read_text()
+    assert "3 of 4 rows predicted" in page.read_text() and "inf" not in page.read_text()
 
 
 def test_calibrate_names_the_row_that_is_no_number(tmp_path: Path) -> None:

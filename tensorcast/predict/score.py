@@ -72,7 +72,7 @@ def named(table: pd.DataFrame) -> pd.DataFrame:
         text = frame[name].astype(str).str.strip() if name in frame else pd.Series("", index=frame.index)
         frame[name] = text.replace("", COLUMNS[name][1] or "")
     frame["mode"] = frame["mode"].str.lower().replace(MODES)
-    for name in [name for name in frame if str(name).startswith("measured_")]:
+    for name in [str(name) for name in frame if str(name).startswith("measured_")]:
         number = _number(frame, name)
         frame[name] = number.where((number > 0) & (number < float("inf")))  # what is no time or rate was not measured
     for kind in ("", "measured_"):

@@ -23,9 +23,8 @@ from hypothesis import strategies as st
 import tensorcast as tc
 from tensorcast.errors import InputError
 from tensorcast.report import units
-from tensorcast.report.compare import choices, fronts, runner_up, table, words
+from tensorcast.report.compare import choices, runner_up, table, words
 from tensorcast.report.compare.choices import PARTS, View, step_parts
-from tensorcast.report.compare.figures import places, spread
 from tensorcast.report.compare.files import FIGURE_NAMES, six_digits, write_comparison
 from tensorcast.report.compare.takeaway import takeaways
 from tensorcast.search.candidate_table import Candidates
@@ -203,28 +202,6 @@ def test_parts_add_up_to_the_step(view: View) -> None:
             assert set(split.parts) == set(PARTS) and min(split.parts.values()) >= 0
             assert sum(split.parts.values()) == pytest.approx(float(price.seconds))
             assert split.parts["attention"] > 0 and split.parts["experts"] > 0
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=30))
-def test_envelope_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
-    user, gpu = np.array(points, dtype=float).T
-    kept = fronts.envelope(Candidates({"tokens_per_s_per_user": user, "tokens_per_s_per_gpu": gpu}))
-    best = {p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)}
-    assert set(zip(kept["tokens_per_s_per_user"], kept["tokens_per_s_per_gpu"], strict=True)) == best
-
-
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=9), st.floats(0.5, 8))
-def test_labels_are_moved_apart_in_order(positions: list[float], gap: float) -> None:
-    placed = spread(positions, gap)
-    ordered = [placed[i] for i in sorted(range(len(positions)), key=lambda i: positions[i])]
-    assert all(b - a >= 0.95 * gap for a, b in zip(ordered, ordered[1:], strict=False))
-
-
-@given(st.floats(1e-3, 1e12), st.floats(2.5, 1e5))
-def test_ticks_lie_inside(low: float, ratio: float) -> None:
-    ticks, labels = places([low, low * ratio])
-    assert ticks and len(ticks) == len(set(labels))
-    assert all(low / 1.06 <= tick <= low * ratio * 1.06 for tick in ticks)
 
 
 def test_large_tables_keep_the_front_and_the_best_of_each_layout(view: View, monkeypatch: pytest.MonkeyPatch) -> None:

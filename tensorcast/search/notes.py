@@ -58,7 +58,8 @@ def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
         found.append(f"disaggregated pools use as many GPUs as match, which may be fewer than there are{between}")
     unsure = kept["share_datasheet"][kept["meets"] | ~kept["meets"].any()]
     if len(unsure) and unsure.max() > 0.2:
-        found.append("candidates that span nodes rest on datasheet figures for the network: see share_datasheet")
+        most = f"up to {100 * unsure.max():.0f} % of a candidate's time"
+        found.append(f"{most} rests on figures of datasheets, as those of the network between nodes are")
     listed = {one.device.name: one.device.price_per_hour_usd for task in tasks for one in task.pools or (task,)
               if one.price_per_hour is None}
     if prices := [f"{name} {price}" for name, price in listed.items() if price is not None]:

@@ -95,10 +95,11 @@ def _run(
     if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         inputs["logits_to_keep"] = 1
     kv_heads = field(config, "num_kv_heads", "num_key_value_heads", default=0)
-    by_itself = attends_by_itself(decoder_layers(model)[1])
+    path, layers = decoder_layers(model)
+    by_itself = attends_by_itself(layers)
     with (
         OwnAttention(cache, kv_heads) if by_itself else contextlib.nullcontext(),
-        one_per_kind(model, config, kinds) if kinds is not None else contextlib.nullcontext(),
+        one_per_kind(path, layers, config, kinds) if kinds is not None else contextlib.nullcontext(),
         recorder if recorder is not None else contextlib.nullcontext(),
     ):
         model(**inputs)

@@ -87,9 +87,9 @@ def signature(layer: nn.Module, extra: tuple[Any, ...] = ()) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def one_per_kind(model: nn.Module, config: Any, kinds: Kinds) -> Iterator[None]:
-    """Inside, only the first layer of each kind runs; the others hand on its output. Fills ``kinds``."""
-    path, layers = decoder_layers(model)
+def one_per_kind(path: str, layers: nn.ModuleList, config: Any, kinds: Kinds) -> Iterator[None]:
+    """Inside, only the first of the decoder ``layers`` at ``path`` of each kind runs; the others hand on its output.
+    Fills ``kinds``."""
     outputs: dict[Any, Any] = {}
     index: dict[Any, int] = {}
     fresh, run_of = not kinds.paths, itertools.count()

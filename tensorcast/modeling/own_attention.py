@@ -33,8 +33,12 @@ PRECISION = frozenset("float to type type_as".split())
 
 def attends_by_itself(layers: nn.Module) -> bool:
     """Whether no module of a model's ``layers`` asks transformers for its attention function."""
-    kinds = {type(module) for module in layers.modules()}
-    return not any("ALL_ATTENTION_FUNCTIONS" in _names(kind) for kind in kinds)
+    seen: set[type[nn.Module]] = set()
+    for module in layers.modules():  # most often the first layer tells, of many
+        if type(module) not in seen and "ALL_ATTENTION_FUNCTIONS" in _names(type(module)):
+            return False
+        seen.add(type(module))
+    return True
 
 
 def _names(kind: type[nn.Module]) -> tuple[str, ...]:

@@ -230,6 +230,17 @@ def test_steps_are_priced_as_simulate_prices_them() -> None:
         assert times.own([(new, past)], 0, 0.0) + times.shared(new) == pytest.approx(own, rel=0.03)
 
 
+def test_a_server_may_read_one_token_a_step() -> None:
+    """The shortest chunk still has a line to be read from: a prompt of one token takes what a prefill of it does."""
+    model, device, engine = load_model("qwen3-30b-a3b"), load_device("h200"), load_engine("vllm")
+    prefill, decode = (
+        deploy(model, device, engine, Layout(1), phase, options=SERVED) for phase in ("prefill", "decode")
+    )
+    times = step_times(prefill, decode, most_sequences=1, chunk_tokens=1, longest=64)
+    whole = engine.overhead.prefill_factor * float(prefill.step.price(1.0, 1.0, 0.0).seconds)
+    assert times.own([(1, 0)], 0, 0.0) + times.shared(1.0) == pytest.approx(whole)
+
+
 def test_a_closed_loop_is_what_the_closed_form_says(priced: PricedServers) -> None:
     """One user, and sixteen whose replies differ in length: equal ones stay in step, which the form leaves out."""
     row = {"model": "qwen3-30b-a3b", "device": "h100", "engine": "vllm", "tp": 2, "ep": 2, "isl": 2000, "osl": 300}

@@ -203,7 +203,8 @@ def step_times(
         )
         errors[0], verify = float(np.median(price.error)), float(np.asarray(decode.step.sizes.verify))
     if prefill is not None:
-        new = GRID[(GRID >= 1) & (2 * chunk_tokens + most_sequences > GRID)][::2]
+        new = GRID[GRID >= 1]
+        new = new[: max(3, int(np.searchsorted(new, 2 * chunk_tokens + most_sequences)))][::2]  # two points make a line
         price = prefill.step.price(1.0, new, contexts[:, None])
         factor = engine.overhead.prefill_factor
         shared, attention = _shared(price, prefill), np.asarray(price.tally.attention)

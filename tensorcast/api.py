@@ -214,7 +214,7 @@ def explain(
     """
     from tensorcast.deploy.explain import explain as run
     from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import SERVED_ROUTING, of_traffic, options_of
+    from tensorcast.deploy.options import served_options
     from tensorcast.profiles.store import load_engine
     from tensorcast.scheduling.pools import layout_for
 
@@ -224,7 +224,7 @@ def explain(
     new, past = new if input_len is None else input_len, past if context is None else context
     found = run(
         profile, gpu, load_engine(engine), one, versus=other, phase=phase, batch=batch, new=new, past=past,
-        options=of_traffic(options_of({"routing": SERVED_ROUTING, **options}), profile),
+        options=served_options(options, profile),
     )
     return _noted(found, read_as)
 
@@ -275,9 +275,9 @@ def replay(
     ...                   requests=drawn(1000, Length(2000, 0.5), Length(300, 0.5), rate=4.0))  # doctest: +SKIP
     >>> found.summary()["ttft_p99_s"], found.per_request().head()  # doctest: +SKIP
     """
-    from tensorcast.cost.routing import BY_LAW, SAID
+    from tensorcast.cost.routing import SAID
     from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import SERVED_ROUTING, of_traffic, options_of
+    from tensorcast.deploy.options import served_options
     from tensorcast.profiles.store import load_engine
     from tensorcast.scheduling.capacity import at_the_limit
     from tensorcast.scheduling.outcome import Limits
@@ -286,7 +286,7 @@ def replay(
 
     limits = Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s)
     (profile, read_as), servers = named_model(model), parse_servers(layout)
-    chosen = of_traffic(options_of({"routing": SERVED_ROUTING, **options}), profile)
+    chosen = served_options(options, profile)
     changes = parse_changes(workers, len(servers))
     priced = priced_servers(
         profile, device_profile(device), load_engine(engine), servers,
@@ -298,8 +298,7 @@ def replay(
         share = percentile / 100
         requests = at_the_limit(priced, requests, limits, share=share, router=router, seed=seed, changes=changes)
     found = priced.run(requests, limits=limits, router=router, seed=seed, draws=draws, changes=changes, watch=watch)
-    law = chosen.routing if profile.stated_facts.num_experts else ""
-    spread = SAID.get(law, BY_LAW.format(law)) if law else ""
+    spread = SAID[chosen.routing] if profile.stated_facts.num_experts else ""
     return _noted(replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as, spread)
 
 
@@ -320,7 +319,7 @@ def replay_sweep(
     ``done`` is told how many there are; with ``keep`` Ctrl-C leaves them. The rest: :func:`replay`.
     """
     from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import SERVED_ROUTING, of_traffic, options_of
+    from tensorcast.deploy.options import served_options
     from tensorcast.profiles.store import load_engine
     from tensorcast.scheduling.outcome import Limits
     from tensorcast.scheduling.sweep import ReplayTask, every_replay, replay_all, sent_at
@@ -330,8 +329,7 @@ def replay_sweep(
     tasks = every_replay(
         layouts, sent, seed, ReplayTask(
             model=profile, device=device_profile(device), engine=load_engine(engine), layout="",
-            sent=sent[0], options=of_traffic(options_of({"routing": SERVED_ROUTING, **options}), profile),
-            router=router, seed=seed,
+            sent=sent[0], options=served_options(options, profile), router=router, seed=seed,
             limits=Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s), changes=workers,
             share=percentile / 100 if find_rate else None, usd_per_gpu_hour=usd_per_gpu_hour,
             settings={"mtp_acceptance": mtp_acceptance, "chunk_tokens": prefill_chunk, "max_sequences": max_sequences,

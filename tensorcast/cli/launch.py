@@ -137,12 +137,13 @@ def launch(
             raise InputError(f"{found.engine} {found.version} cannot run {sizes}: {found.problem}")
         length = input_len + output_len
         fits = sequences_that_fit(found, profile, gpu, sizes, options, role=own, length=length)
+        most = batch or unasked_batch(engine, own, gpu, fits)
         if batch is None:
-            found = written(batch=unasked_batch(engine, own, gpu, fits))
+            found = written(batch=most)
         elif fits < batch and own != "prefill":
             note = f"memory holds {fits} of {batch} sequences per data-parallel rank at their full {length} tokens"
             found = replace(found, notes=(*found.notes, f"{note}; others wait"))
-        users = (batch or unasked_batch(engine, own, gpu, fits)) * sizes.dp * each.count
+        users = most * sizes.dp * each.count
         made.append(replace(found, notes=(*found.notes, *filter(None, [read_as]))))
     if out is not None:
         names = " > ".join(dict.fromkeys(one.name for one in gpus))

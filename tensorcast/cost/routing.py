@@ -50,13 +50,17 @@ chosen: DeepSeek-R1's times per token were 10.7 % off in the median with it, 14.
 (``benchmarks/expert_load.py --served TABLE`` tells how far off they are now). Rows of the busiest rank as uneven as
 those of so many fewer tokens would change no median there."""
 
-SAID = {
+class _Said(dict[str, str]):
+    def __missing__(self, law: str) -> str:
+        return f"tokens fall on experts by --routing {law}"
+
+
+SAID = _Said({
     "balanced": "tokens fall evenly on experts (routing balanced)",
     "uniform": "tokens pick experts at random, none more popular (routing uniform)",
     "typical": "tokens fall on experts as unevenly as recorded traffic does (routing typical)",
-}
-"""What outputs say of a law; others are told by :data:`BY_LAW`."""
-BY_LAW = "tokens fall on experts by --routing {}"
+})
+"""What outputs say of a law: of each."""
 
 PLACEMENTS = (64, 16)
 """Random orders of a popularity law whose median stands for it; fewer where each is balanced anew (EPLB)."""

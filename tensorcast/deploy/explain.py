@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tensorcast.cost.routing import BY_LAW, SAID
+from tensorcast.cost.routing import SAID
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, idle_note
@@ -120,7 +120,7 @@ def explain(
     idle = {flag: why for flag, why in idle.items() if flag in made[1].idle(options)}
     notes = (idle_note(idle),) if idle else ()
     if a.deployment.raw.facts.num_experts:
-        notes = (*notes, SAID.get(options.routing, BY_LAW.format(options.routing)))
+        notes = (*notes, SAID[options.routing])
     return Explanation(
         a=a, b=b, phase=phase, new=new, past=past, groups=compared_groups(a, b),
         elasticities=elasticities(a, b, new, past), notes=notes,

@@ -260,6 +260,11 @@ def options_of(given: Mapping[str, Any]) -> Options:
     return Options(**given)
 
 
+def served_options(given: Mapping[str, Any], model: ModelProfile) -> Options:
+    """:func:`options_of` a server, whose traffic is the network's own where nobody says otherwise."""
+    return of_traffic(options_of({"routing": SERVED_ROUTING, **given}), model)
+
+
 def _chosen(options: Options, name: str) -> bool:
     value: Any = getattr(options, name)
     return value != OPTIONS[name].default and value not in ABOUT[name].always

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.model_names import named_model
-from tensorcast.deploy.options import SERVED_ROUTING, of_traffic, options_of
+from tensorcast.deploy.options import served_options
 from tensorcast.errors import InputError
 from tensorcast.profiles.store import load_device, load_engine
 from tensorcast.scheduling.step_times import step_times
@@ -71,7 +71,7 @@ class StepTimePredictor:
         most = float(said.pop("most_sequences", MOST_SEQUENCES))
         profile, _ = named_model(str(wanted))
         layout = layout_of(config)
-        options = of_traffic(options_of({"routing": SERVED_ROUTING, **said}), profile)
+        options = served_options(said, profile)
         prefill, decode = (
             deploy(profile, load_device(str(device)), engine, layout, phase, options=options)
             for phase in ("prefill", "decode")

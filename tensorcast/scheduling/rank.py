@@ -80,6 +80,11 @@ class Rank:
         pinned = 0 if self.prefix is None else self.prefix.pinned_tokens
         return self.rules.cache_tokens - self.used - pinned
 
+    @property
+    def _growth(self) -> float:
+        """Tokens of the cache that a decode step takes."""
+        return len(self.decoding) * self._grows
+
     def batch(self, seen_s: float, now_s: float, hold_prompts: bool = False) -> Batch:
         """The next step, of requests that arrived by ``seen_s``. ``hold_prompts``: none is read."""
         rules = self.rules
@@ -102,15 +107,15 @@ class Rank:
         if not self._ends:
             return math.inf
         steps = self._ends[0][0] - self.steps
-        grows = len(self.decoding) * self._grows
-        if grows and self.free < grows * steps:
-            return max(1, int(self.free / grows))
+        growth = self._growth
+        if growth and self.free < growth * steps:
+            return max(1, int(self.free / growth))
         return steps
 
     def decoded(self, steps: int) -> list[int]:
         """``steps`` decode steps have passed, all at once; who ends with the last one."""
         self.steps += steps
-        self.used += len(self.decoding) * self._grows * steps
+        self.used += self._growth * steps
         share = self.rules.expected
         if share is not None:
             self._share = max(share.least, self._share - (share.first - share.least) / share.steps * steps)
@@ -211,7 +216,7 @@ class Rank:
             asked += min(reply, most) + self._share * min(ahead, len(self.decoding) * most)
         if self.prefix is not None:
             self.prefix.pin(shared)
-        room = self.free - len(self.decoding) * self._grows
+        room = self.free - self._growth
         # who is alone is let in if it fits at all
         if held > room or (asked > room and (self.reading or self.decoding)):
             if self.prefix is not None:
@@ -232,8 +237,7 @@ class Rank:
                 return
             tokens = record.prompt(request)
             held = tokens + rules.waste + (record.left(request) if rules.reserves_reply else 0)
-            room = self.free - len(self.decoding) * self._grows
-            if held + rules.tokens_per_step > room and self.decoding:  # it decodes at once
+            if held + rules.tokens_per_step > self.free - self._growth and self.decoding:  # it decodes at once
                 return
             self.waiting.popleft()
             record.first_token(request, now_s)
@@ -284,7 +288,7 @@ class Rank:
     def _make_room(self) -> None:
         """Where the cache has no room for another step, who came last starts over."""
         rules = self.rules
-        while len(self.decoding) > 1 and self.free < len(self.decoding) * self._grows:
+        while len(self.decoding) > 1 and self.free < self._growth:
             request = next(reversed(self.decoding))
             steps = self.steps - self.decoding[request].joined
             self._leave(request)

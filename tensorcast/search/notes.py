@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tensorcast.cost.routing import BY_LAW, SAID
+from tensorcast.cost.routing import SAID
 from tensorcast.deploy.deployment import not_counted, uncut
 from tensorcast.deploy.engine_limits import ANY_ENGINE, Kernels, engine_can_run
 from tensorcast.deploy.layout import Layout, broken_rules
@@ -51,8 +51,7 @@ def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
     if cut and (said := uncut(traced(first.model, "decode", min(cut)))):
         found.append(said)
     if facts.num_experts:
-        spread = SAID.get(first.base.routing, BY_LAW.format(first.base.routing))
-        found.append(f"{spread}; --routing uniform or zipf:1 shows what less or more skew does")
+        found.append(f"{SAID[first.base.routing]}; --routing uniform or zipf:1 shows what less or more skew does")
     if "disaggregated" in first.modes:
         between = "; caches go from device to device over the slower of both networks" if first.pools else ""
         found.append(f"disaggregated pools use as many GPUs as match, which may be fewer than there are{between}")

@@ -314,6 +314,7 @@ def _params(
         if name.startswith(other_layers) and name not in shared:
             continue
         module = name.rpartition(".")[0]
+        layer = kinds.kind_of(module)
         is_linear = type(model.get_submodule(module)) is nn.Linear
         role = (
             "experts"
@@ -321,7 +322,7 @@ def _params(
             else "embedding"
             if name in embedded
             else "lm_head"
-            if kinds.kind_of(module) < 0 and name in matmul
+            if layer < 0 and name in matmul
             else "linear"
             if is_linear and (name in matmul or name in shared)
             else "other"  # a router is a matmul, but never quantised
@@ -330,8 +331,8 @@ def _params(
         numel = param.numel()
         if role == "experts" and zero and param.shape[0] > zero:  # no checkpoint has weights for them
             numel = numel // param.shape[0] * min(param.shape[0], int(counts) - zero)
-        shape, kind = tuple(param.shape), -1 if name in shared else kinds.kind_of(module)
-        label = _label(module, kinds.kind_of(module), kinds)
+        shape, kind = tuple(param.shape), -1 if name in shared else layer
+        label = _label(module, layer, kinds)
         rows.append(Param(name, label, kind, numel, numel, dtype, role, shape, stored.get(name, ())))
     return tuple(rows)
 

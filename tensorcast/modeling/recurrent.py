@@ -99,7 +99,8 @@ def _hub_name(function: Callable[..., Any]) -> str | None:
 @contextlib.contextmanager
 def hub_kernels_as_ops(model: nn.Module) -> Iterator[list[str]]:
     """Swap marked functions for ops inside the ``with`` block; yields the names swapped, restores them after."""
-    files = {type(m).__module__ for m in model.modules() if type(m).__module__.startswith("transformers.models")}
+    modules = list(model.modules())
+    files = {type(m).__module__ for m in modules if type(m).__module__.startswith("transformers.models")}
     saved: list[tuple[Any, str, Any]] = []
     for file in sorted(files):
         module = sys.modules[file]
@@ -107,7 +108,7 @@ def hub_kernels_as_ops(model: nn.Module) -> Iterator[list[str]]:
             if inspect.isfunction(value) and hasattr(value, "__wrapped__") and _hub_name(value) in KERNELS:
                 saved.append((module, name, value))
                 setattr(module, name, KERNELS[str(_hub_name(value))])
-    looping = [m for m in model.modules() for end in LOOPS if type(m).__name__.endswith(end)]
+    looping = [m for m in modules if type(m).__name__.endswith(tuple(LOOPS))]
     for m in looping:
         m.forward = next(kernel for end, kernel in LOOPS.items() if type(m).__name__.endswith(end)).__get__(m)
     try:

@@ -62,7 +62,8 @@ def record_step(
     with torch.no_grad(), masks(with_masks), past_length(past), hub_kernels_as_ops(model):
         if recurrent_state and _is_recurrent(cache):
             cache.past_len = 0
-            _run(model, config, cache, batch, WARM_UP_TOKENS, kinds=Kinds() if kinds is not None else None)
+            warm_up = None if kinds is None else Kinds(signatures=kinds.signatures)
+            _run(model, config, cache, batch, WARM_UP_TOKENS, kinds=warm_up)
             cache.past_len, cache.has_state = past, True
         _run(model, config, cache, batch, new, kinds=kinds, recorder=recorder, device=device)
     return recorder.calls

@@ -27,13 +27,14 @@ class Kinds:
     """Which kind each run of a decoder layer is of, and the layer that stands for each kind.
 
     A layer that several passes run is of one kind per set of shapes that it is run with. ``running``: the kind that is
-    being recorded, or -1.
+    being recorded, or -1. ``signatures``: each layer's own, asked for once however many steps are recorded.
     """
 
     paths: list[str] = field(default_factory=list)
     of_layer: list[int] = field(default_factory=list)
     representatives: list[str] = field(default_factory=list)
     running: int = -1
+    signatures: list[tuple[Any, ...]] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget what was found."""
@@ -54,10 +55,11 @@ class Kinds:
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder layers: the longest list of the classes that the model says not to split."""
     names: set[str] = set()
-    for module in model.modules():
+    modules = list(model.named_modules())
+    for _, module in modules:
         names |= set(getattr(module, "_no_split_modules", None) or ())
     best_path, best = "", nn.ModuleList()
-    for path, module in model.named_modules():
+    for path, module in modules:
         if not isinstance(module, nn.ModuleList) or any(word in path for word in ("vision", "visual", "audio")):
             continue
         is_layers = {type(layer).__name__ for layer in module} & names or path.rpartition(".")[2] in (
@@ -92,10 +94,12 @@ def one_per_kind(path: str, layers: nn.ModuleList, config: Any, kinds: Kinds) ->
     Fills ``kinds``."""
     outputs: dict[Any, Any] = {}
     index: dict[Any, int] = {}
+    if not kinds.signatures:
+        kinds.signatures += [signature(layer, (layer_type(config, i),)) for i, layer in enumerate(layers)]
     fresh, run_of = not kinds.paths, itertools.count()
 
-    def stand_in(i: int, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        own = signature(layer, (layer_type(config, i),))
+    def stand_in(i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        own = kinds.signatures[i]
 
         def run(*args: Any, **kwargs: Any) -> Any:
             leaves = tree_leaves((args, {k: v for k, v in kwargs.items() if isinstance(v, (torch.Tensor, tuple))}))
@@ -118,7 +122,7 @@ def one_per_kind(path: str, layers: nn.ModuleList, config: Any, kinds: Kinds) ->
         return run
 
     for i, layer in enumerate(layers):
-        layer.forward = stand_in(i, layer, layer.forward)
+        layer.forward = stand_in(i, layer.forward)
     try:
         yield
     finally:

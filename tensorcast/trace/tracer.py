@@ -341,9 +341,8 @@ def _shared(model: nn.Module, kinds: Kinds) -> set[str]:
     """Weights held once that several layers use, by their first name (Zamba's transformer block), or several passes
     over the same layers (HRM's)."""
     places: dict[int, tuple[str, set[str]]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        layer = next((path for path in kinds.paths if name.startswith(path + ".")), None)
-        if layer is not None:
+    for layer in dict.fromkeys(kinds.paths):
+        for name, param in model.get_submodule(layer).named_parameters(layer, remove_duplicate=False):
             places.setdefault(id(param), (name, set()))[1].add(layer)
     again = tuple(f"{path}." for path, runs in Counter(kinds.paths).items() if runs > 1)
     passes = {name for name, _ in model.named_parameters() if name.startswith(again)} if again else set[str]()

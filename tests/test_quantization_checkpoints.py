@@ -229,10 +229,16 @@ def test_the_cache_has_the_precision_that_the_checkpoint_gives_it(entry: dict[st
         ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}}, "quantized_layers"),
         ({"quantize": "w8a8_dynamic"}, "w8a8_dynamic"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 48}}, "groups of 48"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": -7}}, "group_size = -7"),
+        ({"quantization_config": {"quant_algo": "NVFP4", "group_size": 32}}, "groups of 32"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {
+            "model.layers.0.mlp.experts": {"quant_algo": "MXFP8", "group_size": 64}}}}, "groups of 64"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"W4A16": ["Linear"]}}},
+         "config_groups.W4A16 = ['Linear']"),
         ({"quantization_config": {"global_quant_config": {"weight": {"dtype": "fp6"}}}}, "fp6"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4, "dynamic": {"-:(": {}}}}, "regular expression"),
     ],
-)
+)  # fmt: skip
 def test_what_is_not_known_is_refused_by_its_name(config: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError, match=re.escape(word)):
         from_config({**CONFIG, **config}).scheme("model.layers.0.self_attn.q_proj.weight", "linear")

@@ -9,7 +9,7 @@ import pytest
 from tensorcast.errors import InputError
 from tensorcast.modeling.config import hf_config
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.trace.tracer import trace
+from tensorcast.trace.tracer import Phase, trace
 
 SIZES = {
     "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
@@ -72,6 +72,31 @@ def test_latent_attention_has_the_widths_that_its_file_says(model_type: str) -> 
         unsaid = {field: value for field, value in config.items() if field != name}
         with pytest.raises(InputError, match=rf"config.json does not say {name} \(model_type '{model_type}'\)"):
             hf_config(profile(**unsaid))
+
+
+def test_experts_that_a_class_has_no_field_for_are_not_left_out() -> None:
+    """Shared ones of a Qwen3-MoE file; every second layer of DeepSeek's, whose class in transformers has all."""
+    with pytest.raises(InputError, match=r"n_shared_experts = 1 in config\.json, and transformers' class has no such"):
+        trace(profile("qwen3_moe", **SIZES, **EXPERTS, n_shared_experts=1), "decode")
+    with pytest.raises(InputError, match=r"moe_layer_freq = 2 in config\.json: experts in 1 layers, .* class has 2"):
+        trace(profile(**LATENT, moe_layer_freq=2), "decode")
+    assert trace(profile(**LATENT, moe_layer_freq=1), "decode").facts.shared_experts
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_no_shared_expert_is_no_operation(phase: Phase) -> None:
+    """0 in the file: a matrix without elements does nothing, and the rest is as it was."""
+    with_one, none = (trace(profile(**LATENT | {"n_shared_experts": n}), phase) for n in (1, 0))
+    assert with_one.total_params() - none.total_params() == 2 * 3 * SIZES["hidden_size"] * 48
+    assert not any("shared" in op.module for op in none.ops)
+    assert sum(none.count(op) for op in none.ops if op.name == "grouped_matmul") == 4
+    assert all(dim.coef for op in none.ops for t in op.outputs for dim in t.dims)
+
+
+def test_sizes_said_twice_are_those_of_the_language_model() -> None:
+    built = hf_config(profile("gemma3", text_config=SIZES, num_hidden_layers=12, hidden_size=96))
+    assert built.num_hidden_layers == 3
+    assert built.remarks[-1].endswith("num_hidden_layers = 12, not 3: the language model's own is priced")
 
 
 def test_a_size_beside_the_core_that_rests_on_a_default_is_said() -> None:

@@ -28,6 +28,8 @@ from tensorcast.modeling.stated_sizes import (
     dropped,
     foreign_architecture,
     missing,
+    shared_of_no_class,
+    stated_sparse,
 )
 from tensorcast.profiles.config_values import LANGUAGE_PARTS, text_of
 from tensorcast.profiles.model import ModelProfile
@@ -126,6 +128,11 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
         # a flat file under a wrapper's type, whose text part has no word of its own for it (Qwen2-VL)
         object.__setattr__(text_config, "tie_word_embeddings", values["tie_word_embeddings"])
     object.__setattr__(text_config, "unsaid_experts", "" if said is not values else ", ".join(experts))
+    object.__setattr__(text_config, "shared_of_no_class", shared_of_no_class(said, text_config))
+    object.__setattr__(text_config, "stated_sparse", stated_sparse(said, text_config))
+    if twice := [name for name in CORE if said.get(name) not in (None, values.get(name)) and values.get(name)]:
+        both = ", ".join(f"{name} = {values[name]}, not {said[name]}" for name in twice)
+        remarks.append(f"around its language model config.json says {both}: the language model's own is priced")
     # An index into a vocabulary that sharding makes smaller; it shapes no op. Some configs insist on an integer.
     object.__setattr__(text_config, "pad_token_id", None)
     object.__setattr__(text_config, "remarks", tuple(remarks))

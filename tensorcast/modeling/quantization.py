@@ -36,6 +36,11 @@ class Scheme:
     def quantizes_activation(self) -> bool:
         return self.activation_bytes < 2.0
 
+    @property
+    def group(self) -> int:
+        """Weights of a row that share a scale; 0 where a row or a tensor does."""
+        return self.block[1] if self.block[1] > 1 else {"mxfp4": 32}.get(self.name, 0)
+
 
 GROUPS = (16, 32, 64, 128, 256)
 """Weights that share a scale, in formats that let the author choose."""

@@ -153,6 +153,28 @@ def missing(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     return found
 
 
+def stated_sparse(values: dict[str, Any], config: PreTrainedConfig) -> tuple[str, tuple[int, ...]]:
+    """Layers with experts by a file's words that its class has no field for, and these words; none if there are none.
+
+    As DeepSeek's code reads them: from ``first_k_dense_replace`` on, and every ``moe_layer_freq``-th, or by a list.
+    """
+    first, every, layers = (values.get(name) for name in ("first_k_dense_replace", "moe_layer_freq", LAYERS[0]))
+    said = {"first_k_dense_replace": first, "moe_layer_freq": every}
+    unknown = [f"{name} = {value}" for name, value in said.items() if isinstance(value, int) and value > 0
+               and not _knows(config, name)]  # fmt: skip
+    if isinstance(every, list) or not unknown or not isinstance(layers, int):
+        return "", ()
+    return ", ".join(unknown), tuple(i for i in range(layers) if i >= (first or 0) and i % (every or 1) == 0)
+
+
+def shared_of_no_class(values: dict[str, Any], config: PreTrainedConfig) -> str:
+    """What a file says of shared experts whose class has no field for them, as ``n_shared_experts = 1``; or empty."""
+    names = [*OTHERS["n_shared_experts"], *OTHERS["shared_expert_intermediate_size"]]
+    if any(_knows(config, name) for name in names):
+        return ""
+    return next((f"{name} = {values[name]}" for name in names if values.get(name)), "")
+
+
 def defaults_taken(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     """Sizes beside the core that a file leaves to numbers of its class, by the class's name."""
     found: dict[str, Any] = {}

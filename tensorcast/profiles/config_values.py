@@ -27,6 +27,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(
         "hidden_size d_model n_embd vocab_size intermediate_size ffn_dim ffn_hidden_size attention_head_dim "
         "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim "
+        "decoder_sparse_step interleave_moe_layer_step "
         "mamba_num_heads mamba_n_heads mamba_head_dim mamba_d_state mamba_d_conv mamba_expand ssm_state_size "
         "conv_kernel".split(), (1, LARGEST),
     ),
@@ -111,14 +112,13 @@ def _check_together(config: dict[str, Any], where: str) -> None:
         width_name, width = _first(config, EXPERT_WIDTHS)
         if width == 0:
             raise ValueError(f"{where}{width_name} = 0: must be at least 1, for {experts_name} = {experts}")
-        groups, picked = (1 if config.get(name) is None else config[name] for name in ("n_group", "topk_group"))
-        if groups > 1 and (experts % groups or not 1 <= picked <= groups):
-            said = f"{where}n_group = {groups}, topk_group = {picked}"
-            raise ValueError(f"{said}: {experts} experts must divide into the groups, and no more be picked than are")
+        _check_groups(config, where, experts, chosen_name, chosen or 0)
     rank, roped = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
     if rank == 0 and roped and config.get("use_mla") is not False:
         raise ValueError(f"{where}kv_lora_rank = 0: must be at least 1, for qk_rope_head_dim = {roped}")
     if rank:  # latent attention has neither KV heads nor one width of a head
+        if config.get("q_lora_rank") == 0:
+            raise ValueError(f"{where}q_lora_rank = 0: must be at least 1, or null for queries made in one step")
         for name in ("v_head_dim", "qk_nope_head_dim"):
             if config.get(name) == 0:
                 raise ValueError(f"{where}{name} = 0: must be at least 1, for kv_lora_rank = {rank}")
@@ -129,6 +129,19 @@ def _check_together(config: dict[str, Any], where: str) -> None:
     kv_name, kv = _first(config, KV_HEADS)
     if heads and kv and (kv > heads or heads % kv):
         raise ValueError(f"{where}{kv_name} = {kv}: must divide the {heads} attention heads")
+
+
+def _check_groups(config: dict[str, Any], where: str, experts: int, chosen_name: str, chosen: int) -> None:
+    """Groups of experts, of which some are picked for a token before any expert is."""
+    groups, picked = (1 if config.get(name) is None else config[name] for name in ("n_group", "topk_group"))
+    said = f"{where}n_group = {groups}, topk_group = {picked}"
+    if groups <= 1:
+        return
+    if experts % groups or not 1 <= picked <= groups:
+        raise ValueError(f"{said}: {experts} experts must divide into the groups, and no more be picked than are")
+    if chosen > (most := picked * experts // groups):
+        bound = f"must be at most {most}, the experts of the groups picked ({said})"
+        raise ValueError(f"{where}{chosen_name} = {chosen}: {bound}")
 
 
 def _first(config: dict[str, Any], names: tuple[str, ...]) -> tuple[str, int | None]:

@@ -122,7 +122,7 @@ def _trace_one(
         except NotImplementedError as reason:  # meta tensors refuse ops whose result is a matter of data
             line = str(reason).strip().splitlines()[0]
             raise InputError(f"model {profile.name}: {phase} cannot be traced without data: {line}") from None
-    ops = mark_latent(mark_experts([_as_mm(op) for op in _without_copied_states(linears)]), phase)
+    ops = mark_latent(mark_experts([_as_mm(op) for op in _without_copied_states(linears) if not _idle(op)]), phase)
     ops = mark_selection(ops, _selections(whole, kinds))
     if (unsaid := getattr(whole, "unsaid_experts", "")) and blocks_of(ops):
         raise InputError(f"model {profile.name}: config.json does not say {unsaid}, and the model has experts")
@@ -135,9 +135,25 @@ def _trace_one(
         mtp_modules=profile.mtp_modules,
         block=BLOCK if probes is BLOCKWISE else 1,
     )
+    if unbuilt := _unbuilt(whole, kinds, ops, facts):
+        raise InputError(f"model {profile.name}: {unbuilt}")
     return OpTable(
         profile.name, phase, tp, tuple(ops), tuple(kinds.of_layer), tuple(_kind_name(model, kinds)), params, facts
     )
+
+
+def _unbuilt(config: PreTrainedConfig, kinds: Kinds, ops: list[Op], facts: ModelFacts) -> str:
+    """What a file says of its experts that the class has no field for, and builds otherwise; empty if nothing."""
+    blocks = blocks_of(ops)
+    if not blocks:
+        return ""
+    if (shared := getattr(config, "shared_of_no_class", "")) and not facts.shared_experts:
+        return f"{shared} in config.json, and transformers' class has no such experts"
+    words, stated = getattr(config, "stated_sparse", ("", ()))
+    built = tuple(i for i, kind in enumerate(kinds.of_layer) if kind in blocks)
+    if words and built != stated:
+        return f"{words} in config.json: experts in {len(stated)} layers, where transformers' class has {len(built)}"
+    return ""
 
 
 def _check_takes_cache(name: str, model: nn.Module) -> None:
@@ -210,6 +226,15 @@ def _without_copied_states(ops: list[Op]) -> list[Op]:
     """Ops but for copies of states: kernels of engines write a sequence's state where it lies."""
     states = {t.storage for op in ops if op.name in STATEFUL for t in (*op.inputs[3:], *op.outputs[1:])}
     return [op for op in ops if op.name not in COPIES or not any(t.storage in states for t in op.inputs)]
+
+
+def _idle(op: Op) -> bool:
+    """Whether an op works on a weight without elements (of 0 shared experts), or makes a tensor without any."""
+
+    def empty(tensor: Tensor) -> bool:
+        return any(dim.is_constant and dim.coef == 0 for dim in tensor.dims)
+
+    return any(t.weight and empty(t) for t in op.inputs) or (bool(op.outputs) and all(map(empty, op.outputs)))
 
 
 def _as_mm(op: Op) -> Op:

@@ -42,6 +42,8 @@ def read(said: Entries, kv: str) -> Quantization:
             else:
                 named.append(Rule(target, "module", scheme))
     if not named and not classes:
+        for name, group in said.part("config_groups").values.items():  # a preset of the tool's by its name
+            refuse(f"config_groups.{name} = {str(group)[:40]}, which is no object with weights,")
         refuse(f"quant_method='compressed-tensors' without config_groups (format={said.values.get('format')!r})")
     if has_fp8_cache(said):
         kv = "fp8"

@@ -104,7 +104,9 @@ def refuse(what: str, known: Iterable[str] = (), where: str = ROOT) -> NoReturn:
 
 
 def integers(bits: int, group: int, beside: str = "") -> str:
-    """The weight-only scheme of ``bits`` with a scale per ``group`` weights of a row (0 or less: per row)."""
+    """The weight-only scheme of ``bits`` with a scale per ``group`` weights of a row (0 or -1: per row)."""
+    if group < -1:
+        refuse(f"group_size = {group}", ("-1, a scale per row, or as many weights as share one",))
     if (bits, group) == (4, 128) and beside in ("", "zp"):
         return "w4a16"
     if (bits, group, beside) == (8, 128, ""):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tensorcast.modeling.checkpoint.entries import (
     ABOUT_NUMBERS,
     REST,
@@ -26,9 +28,14 @@ in fp8 (vLLM 0.24.0, quantization/modelopt.py, ModelOptFp8PbWoLinearMethod)."""
 GROUPED = ("W4A16_AWQ", "INT4_AWQ", "W4A8_AWQ")
 
 
-def algorithm(name: str, group: int) -> str:
-    """Our scheme of a ``quant_algo``. Raises :class:`InputError` that names it where it is not known."""
+def algorithm(name: str, group: int, stated: Any = None) -> str:
+    """Our scheme of a ``quant_algo``. Raises :class:`InputError` that names it where it is not known.
+
+    ``group``: of algorithms that let the author choose; ``stated``: what stands beside the algorithm itself.
+    """
     algo = name.upper()
+    if algo in ALGORITHMS and (fixed := SCHEMES[ALGORITHMS[algo]].group) and stated not in (None, fixed):
+        refuse(f"quant_algo={name!r} in groups of {stated}", (f"groups of {fixed}",))
     if algo in ("W4A16_AWQ", "INT4_AWQ"):
         return integers(4, group)
     if algo == "W4A8_AWQ":
@@ -62,7 +69,7 @@ def read(said: Entries, kv: str) -> Quantization:
             refuse(f"quant_method={said.values.get('quant_method')!r} without quant_algo", ALGORITHMS)
         found = Quantization(kv=kv)
     else:
-        scheme = SCHEMES[algorithm(algo, group)]
+        scheme = SCHEMES[algorithm(algo, group, inner.get("group_size"))]
         found = Quantization(scheme, scheme, kv=kv, rules=Rules((*by_layer, *kept)))
     return found
 
@@ -84,6 +91,6 @@ def layers(said: Entries, group: int) -> list[Rule]:
     for module, entry in said.parts("quantized_layers").items():
         entry.known(*ABOUT_AWQ)
         algo = entry.get("quant_algo") or refuse("a module without quant_algo", where=entry.where)
-        scheme = algorithm(str(algo), entry.number("group_size", default=group))
+        scheme = algorithm(str(algo), entry.number("group_size", default=group), entry.get("group_size"))
         found += exclusions([module], scheme)  # by name or glob
     return found

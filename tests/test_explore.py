@@ -98,6 +98,25 @@ def test_the_command_of_a_step_prices_that_step() -> None:
     assert json.loads(done.output)["step_s"] == pytest.approx(found.row["decode_step_s"], rel=2e-3)
 
 
+def test_replies_may_be_on_another_device() -> None:
+    """Every number of the page is that of ``compare``; the pools' steps are told each on its own device."""
+    asked = question({**STATE, "decode_device": "h200", "decode_world_size": "4", "price": "3"})
+    whole, same = full(asked), tc.compare(
+        "qwen3-30b-a3b", device="h100", world_size=4, input_len=1024, output_len=256, ttft_s=2.0, tpot_s=0.03,
+        engine="sglang", decode_device="h200", decode_world_size=4, prices={"h100": 3.0, "h200": 3.0},
+    )  # fmt: skip
+    found = next(one for one in whole.behind.values() if one.row["is_best"])
+    assert found.row["device"] == "h100-sxm > h200-sxm"
+    for key in ("tokens_per_s_per_gpu", "ttft_s", "tpot_s", "cost_per_million_tokens", "gpus"):
+        assert same.best and found.row[key] == pytest.approx(same.best[key], rel=1e-9)
+    told = details(asked, found)
+    assert told["steps"][0]["seconds"] == pytest.approx(found.row["decode_step_s"], rel=1e-6)
+    assert "--device h200-sxm" in told["simulate"]
+    fast = quick(asked, whole.known).behind
+    assert next(one for one in fast.values() if one.row["is_best"]).row["ttft_s"] == found.row["ttft_s"]
+    assert "--decode-device h200 --decode-world-size 4" in command(asked)
+
+
 def test_users_and_rate_are_limits() -> None:
     every = full(question(STATE))
     users = sorted(one.row["concurrency"] for one in every.behind.values() if one.row["meets"])
@@ -121,7 +140,8 @@ def test_users_and_rate_are_limits() -> None:
     ("draft_model", "/etc/passwd", "unknown draft_model"), ("speculative_method", "guess", "must be one of"),
     ("mtp_acceptance", "nothing", "a task of published tables"), ("dcp", "0", "--dcp '0'"),
     ("layouts", "tp3", "layout tp3-dp1 takes 3 GPUs"), ("price", "b300=1,x", "--price"),
-    ("mode", "both", "unknown mode"),
+    ("mode", "both", "unknown mode"), ("decode_device", "/etc/passwd", "unknown decode_device"),
+    ("decode_world_size", "8", "is of --decode-device"),
     ("world_size", "4,8,16,32,64,128,256", "at most 6"), ("quant", "fp3", "unknown quantization scheme"),
     ("objective", "gpus", "--request-rate"), ("input_len", "9" * 401, "at most 400 characters"),
 ])  # fmt: skip

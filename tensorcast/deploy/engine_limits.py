@@ -108,7 +108,7 @@ def _of_exchange(c: Case) -> Iterator[Limit]:
             f"a server has one exchange for both phases, not {first} in prefill and {exchange} in decode",
         )
     if c.options.dual_batch_overlap and c.engine == "trtllm":
-        yield "dual-batch overlap", "no dual-batch overlap"
+        yield "dual-batch overlap", "this engine has none"
     elif c.options.dual_batch_overlap and exchange not in (*_DEEPEP, *_HALVED.get(c.engine, ())):
         yield (
             "dual-batch overlap",

@@ -66,7 +66,9 @@ def full(asked: Question) -> Answer:
 def quick(asked: Question, known: Sequence[Variant]) -> Answer:
     """The answer of the ``known`` variants alone, of a few of each layout where none is known."""
     tasks = asked.tasks()
-    comparison, missed = _decided(asked, [search_again(task, known) for task in tasks], tasks, ties=False)
+    # pools of two devices have two sets of variants, and no slider's road of their own
+    found = [search(task) if task.pools else search_again(task, known) for task in tasks]
+    comparison, missed = _decided(asked, found, tasks, ties=False)
     return _answer(asked, comparison, missed, quick=True)
 
 

@@ -17,7 +17,6 @@ from tensorcast.deploy.step.breakdown import kernel_group
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.explore.answer import Found
 from tensorcast.explore.question import Question
-from tensorcast.profiles.kept import same
 from tensorcast.report import units
 from tensorcast.report.compare import words
 from tensorcast.report.compare.choices import Choice, View, step_parts
@@ -92,14 +91,15 @@ def _alone(asked: Question, found: Found) -> tuple[View, Choice]:
     own = {name: row[name] for name in COLUMNS}
     kept = Candidates({name: np.array([value], dtype=object if name in WORDS else None) for name, value in own.items()})
     tasks = [
-        task for task in asked.tasks() if task.device.name == row["device"] and task.engine.name == row["engine"]
+        task for task in asked.tasks()
+        if [one.device.name for one in task.pools or (task,)] == row["device"].split(" > ")
+        and task.engine.name == row["engine"]
     ]
     first = tasks[0]
-    scenario = first.scenario
-    if row["mode"] == "disaggregated":
-        scenario = replace(scenario, engine=same(first.engine.in_pools()))
+    scenario = first.pools_scenario if row["mode"] == "disaggregated" else first.scenario
     comparison = Comparison(
-        model=first.model, devices=(first.device,), engine=first.engine, objective=first.objective,
+        model=first.model, devices=tuple([one.device for one in first.pools or (first,)]), engine=first.engine,
+        objective=first.objective,
         targets=(first.ttft_s, first.tpot_s), input_len=int(first.load.input_len),
         output_len=int(first.load.output_len), kept=kept, pruned={}, best=own, runner_up=None,
         ties=[], notes=(), tasks=tuple(tasks), behind={row["candidate"]: (scenario, found.prefill, found.decode)},
@@ -209,8 +209,8 @@ def _simulate(asked: Question, row: Row, decode: Deployment) -> str:
         if value != field.default:
             chosen += [flag(name)] if isinstance(value, bool) else [flag(name), value]
     said: Sequence[Any] = (
-        "tensorcast", "simulate", asked.model, "--device", row["device"], "--world-size", layout.world_size, "--tp",
-        layout.tp, "--dp", layout.dp, "--ep", layout.ep, "--pp", layout.pp, "--engine",
+        "tensorcast", "simulate", asked.model, "--device", decode.device.name, "--world-size",
+        layout.world_size, "--tp", layout.tp, "--dp", layout.dp, "--ep", layout.ep, "--pp", layout.pp, "--engine",
         next(name for name in asked.engines if name.partition("==")[0] in (row["engine"], asked.engines[-1])),
         "--batch",
         max(1, round(row["batch"])), "--context", round(asked.asked["input_len"] + asked.asked["output_len"] / 2),

@@ -116,6 +116,10 @@ def _searched() -> tuple[Field, ...]:
     return (
         Field(key="mode", label="Serving", group=SEARCH, kind="several", choices=MODES, words=MODE_WORDS, flag="--mode",
               help="One engine for prompts and replies, or a pool of servers for each.", default=",".join(MODES)),
+        Field(key="decode_device", label="GPU of replies", group=SEARCH, choices=list_devices(), flag="--decode-device",
+              help="Two pools alone: prompts on the GPUs above, replies on this one.", unasked="the same"),
+        Field(key="decode_world_size", label="GPUs of replies", group=SEARCH, flag="--decode-world-size",
+              help="So many of them; the number above is then of the prompts' GPUs alone.", unasked="of all GPUs"),
         Field(key="layouts", label="Only these layouts", group=SEARCH, flag="--layouts",
               help="Such as tp8-ep8, dp8-ep8; a size left out is 1.", unasked="all"),
         _option("mtp_depth", SEARCH, key="mtp_depth", label="Drafted tokens", choices=("0", "0,1,2", "1", "2"),

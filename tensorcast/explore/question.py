@@ -52,13 +52,15 @@ class Question:
         """Raises :class:`InputError`, one line, on what cannot be."""
         profile, _ = named_model(self.model)
         devices = [device_profile(name) for name in self.devices]
+        replies = device_profile(self.asked["decode_device"]) if self.asked["decode_device"] else None
         prices = self.asked["prices"]
         if isinstance(prices, float):
-            given = {device.name: prices for device in devices}
+            given = {device.name: prices for device in (*devices, *filter(None, [replies]))}
         else:
             given = {device_profile(name).name: usd for name, usd in prices.items()}
         return search_tasks(
-            profile, devices, [load_engine(name) for name in self.engines], self.sizes, **self.asked | {"prices": given}
+            profile, devices, [load_engine(name) for name in self.engines], self.sizes,
+            **self.asked | {"prices": given, "decode_device": replies},
         )
 
 
@@ -89,6 +91,8 @@ def question(state: State, named: Collection[str] = ()) -> Question:
         "request_rate": _number("--request-rate", full["request_rate"], above=0),
         "users": _whole("--users", full["users"]) if full["users"] else None,
         "budget": _number("--budget", full["budget"], above=0),
+        "decode_device": _known("decode_device", full["decode_device"], named) if full["decode_device"] else None,
+        "decode_gpus": _whole("--decode-world-size", full["decode_world_size"]) if full["decode_world_size"] else None,
         "confidence": _number("--confidence", full["confidence"], most=1),
         "prices": _prices(full["price"]), "quant": full["quant"] or None, "state_dtype": full["state_dtype"] or None,
         "routing": _routing(full["routing"] or SERVED_ROUTING, named),
@@ -141,7 +145,8 @@ def arguments(asked: Question) -> dict[str, str]:
     if found.get("layouts"):
         found["layouts"] = ",".join(_listed(found["layouts"]))
     if isinstance(asked.asked["prices"], float):
-        found["price"] = ",".join(f"{name}={asked.asked['prices']:g}" for name in asked.devices)
+        paid = dict.fromkeys((*asked.devices, *filter(None, [asked.asked["decode_device"]])))
+        found["price"] = ",".join(f"{name}={asked.asked['prices']:g}" for name in paid)
     return {name: value for name, value in found.items() if value}
 
 
@@ -166,7 +171,8 @@ def _names(state: State, key: str, named: Collection[str]) -> tuple[str, ...]:
 
 
 _LOADED: dict[str, Callable[[str], Any]] = {
-    "model": load_model, "device": load_device, "engine": load_engine, "draft_model": load_model,
+    "model": load_model, "device": load_device, "decode_device": load_device, "engine": load_engine,
+    "draft_model": load_model,
 }
 
 

@@ -18,7 +18,6 @@ from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.candidate_table import Candidates
 from tensorcast.search.notes import COUNTED, in_seconds, notes, nothing_left, warning
@@ -148,10 +147,7 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, tie
             by_rule[{NO_ROOM: "variants", NO_PACE: "candidates"}.get(rule, "layouts")][rule] = number
     behind: list[tuple[Scenario, Variant, Variant]] = []
     for task, one in zip(tasks, results, strict=True):
-        pools = replace(task.scenario, engine=same(task.engine.in_pools()))
-        if task.pools:
-            pools = replace(pools, device=task.pools[-1].device, prompts_on=task.device)
-        scenario = {"aggregated": task.scenario, "disaggregated": pools}
+        scenario = {"aggregated": task.scenario, "disaggregated": task.pools_scenario}
         behind += [(scenario[mode], *pair) for mode, pair in zip(one.candidates["mode"], one.variants, strict=True)]
     comparison = Comparison(
         model=first.model,

@@ -124,6 +124,12 @@ class SearchTask:
     def scenario(self) -> Scenario:
         return Scenario(self.model, self.device, self.engine, self.load)
 
+    @property
+    def pools_scenario(self) -> Scenario:
+        """Of pools that answer prompts and write replies apart: of the device that writes."""
+        found = replace(self.scenario, engine=same(self.engine.in_pools()))
+        return replace(found, device=self.pools[-1].device, prompts_on=self.device) if self.pools else found
+
 
 def search_tasks(
     model: ModelProfile, devices: Sequence[DeviceProfile], engines: Sequence[EngineProfile],

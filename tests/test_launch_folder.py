@@ -166,6 +166,9 @@ def test_dynamo_has_a_worker_of_each_role(tmp_path: Path, engine: str, layout: s
         assert container["name"] == "main" and container["command"] == ["python3", "-m", f"dynamo.{engine}"]
         assert "Qwen/Qwen3-30B-A3B" in words and not {"--host", "--port"} & set(words)
         assert container["resources"]["limits"]["nvidia.com/gpu"] == ("4" if worker["type"] == "decode" else "2")
+        if pools and engine == "vllm":  # as the script says with the address of its node
+            assert [one["name"] for one in container["env"]] == ["VLLM_NIXL_SIDE_CHANNEL_HOST"]
+            assert "status.podIP" in str(container["env"])
         if pools:
             assert words[words.index("--disaggregation-mode") + 1] == worker["type"]
         script = (folder / f"{'server' if worker['type'] == 'worker' else worker['type']}.sh").read_text()
@@ -176,11 +179,24 @@ def test_dynamo_has_a_worker_of_each_role(tmp_path: Path, engine: str, layout: s
             assert "tensor_parallel_size" in files[0]["data"][name]
 
 
-def test_dynamo_refuses_servers_of_several_nodes(tmp_path: Path) -> None:
-    asked = ["launch", "deepseek-v3", "-d", "h200", "-l", "dp16-ep16", "-b", "16", "--manifests", "dynamo", "--out",
-             str(tmp_path / "out")]  # fmt: skip
+@pytest.mark.parametrize(("engine", "layout", "flags"), [
+    ("vllm", "dp16-ep16", "--tensor-parallel-size 1 --data-parallel-size 16"),
+    ("vllm", "tp8-pp2", "--tensor-parallel-size 8 --pipeline-parallel-size 2"),
+    ("sglang", "tp16-ep16", "--tp-size 16"), ("trtllm", "dp16-ep16", "--extra-engine-args /config/"),
+])  # fmt: skip
+def test_dynamo_tells_each_node_its_place(tmp_path: Path, engine: str, layout: str, flags: str) -> None:
+    """Two nodes of eight GPUs: the operator adds what its backend_*.go add, so none of that may stand there twice."""
+    asked = ["launch", "deepseek-v3", "-d", "h200", "-l", layout, "-b", "16", "--manifests", "dynamo", "--engine",
+             engine, "--out", str(tmp_path / "out")]  # fmt: skip
     done = CliRunner().invoke(app, asked)
-    assert done.exit_code == 2 and "servers of one node" in done.output and not (tmp_path / "out").exists()
+    assert done.exit_code == 0, done.output
+    *_, graph = yaml.safe_load_all((tmp_path / "out" / "dynamo.yaml").read_text())
+    worker = graph["spec"]["components"][1]
+    (container,) = worker["podTemplate"]["spec"]["containers"]
+    assert worker["multinode"] == {"nodeCount": 2} and container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    text = " ".join(container["args"])
+    assert flags in text and "HEAD_NODE_IP" not in text and "deepseek-ai/DeepSeek-V3" in text
+    assert not re.search(r"nnodes|node-rank|master|dist-init|size-local|rpc-port|srun|ntasks|headless", text)
 
 
 RESULT = {

@@ -174,6 +174,9 @@ def test_decode_steps_of_pools_are_told_by_pools_alone(measured: pd.DataFrame) -
     pools = pools.assign(measured_tpot_s=times["tpot_s"], measured_ttft_s=times["ttft_s"])
     found, plain = fit(pd.concat([measured, pools], ignore_index=True)), fit(measured)
     assert found.pool_factor == pytest.approx(1.2, abs=0.03) and plain.pool_factor == 1.0
+    assert found.hand_over_s is None  # behind the engine's own router
+    behind = fit(pd.concat([measured, pools.assign(frontend="dynamo", measured_ttft_s=times["ttft_s"] + 0.25)]))
+    assert behind.hand_over_s == pytest.approx(0.25, abs=0.02) and behind.pool_factor == found.pool_factor
     assert found.layer_s == pytest.approx(plain.layer_s) and found.prefill_factor == plain.prefill_factor
     table = pd.DataFrame({"steps_s": 1.0, "measured_tpot_s": [1.2] * 8 + [0.5] * 8, "drafting": True, "even": True,
                           "alike": [*range(8)] * 2, "same": range(16)})  # fmt: skip

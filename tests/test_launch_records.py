@@ -82,6 +82,25 @@ def test_workers_that_a_record_does_not_state_are_those_of_its_launch(
     assert read_run({**POOLS, "concurrency": "5000"}, NAMES).workers == (32, 79)  # no launch of as many
 
 
+def test_records_of_pools_are_behind_dynamo_unless_they_say_so() -> None:
+    """All launch scripts of SGLang and TensorRT-LLM pools on NVIDIA devices are (``framework``); AMD's are not."""
+    record = {**POOLS, "concurrency": "576"}
+    assert read_run(record, NAMES).frontend == "dynamo" and read_run(record).frontend == "own"
+    assert read_run({**record, "frontend": "own"}, NAMES).frontend == "own" and read().frontend == "own"
+    assert read_run({**record, "device": "mi355x", "engine": "sglang"}, NAMES).frontend == "own"
+    with pytest.raises(InputError, match=r"frontend .*nginx.*dynamo"):
+        read_run({**record, "frontend": "nginx"})
+
+
+def test_dynamo_takes_its_time_to_the_first_token() -> None:
+    row = {"model": "gpt-oss-120b", "device": "h200", "engine": "sglang", "mode": "disagg", "tp": "4",
+           "concurrency": "8", "prefill_workers": "1", "decode_workers": "1"}  # fmt: skip
+    own, dynamo = predict(pd.DataFrame([row, {**row, "frontend": "dynamo"}]))["ttft_s"]
+    fitted = load_engine("sglang").fitted
+    assert fitted is not None
+    assert dynamo - own == pytest.approx(fitted.hand_over_s, rel=0.02)
+
+
 def test_how_experts_were_cut_is_the_launchs_where_results_name_no_release_yet() -> None:
     """Every script of it has --ep_size 8 (benchmarks/dsr1_fp8_h200_trt_slurm.sh): its runs with and without a release
     take the same time."""

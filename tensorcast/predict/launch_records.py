@@ -24,7 +24,7 @@ from tensorcast.profiles.store import load_device, load_engine, profile_roots
 
 if TYPE_CHECKING:
     from tensorcast.profiles.device import DeviceProfile
-    from tensorcast.profiles.engine import EngineProfile
+    from tensorcast.profiles.engine import EngineProfile, Frontend
 
 Value = TypeVar("Value")
 
@@ -89,6 +89,12 @@ def wait_steps(device: str, mode: str, users: float) -> float:
         return 0.0
     hopper = _device(device).architecture.lower() == "hopper"
     return RECEIVE_INTERVAL["hopper" if hopper else "many" if users >= MANY_USERS else "few"] / 2
+
+
+def frontend(device: str) -> Frontend:
+    """What took requests to the pools of a record that says nothing of it: all launches of SGLang's and TensorRT-LLM's
+    pools on NVIDIA devices are behind Dynamo (``dynamo-sglang``, ``dynamo-trt``), on AMD's behind SGLang's router."""
+    return "dynamo" if _device(device).vendor == "NVIDIA" else "own"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,8 +46,8 @@ def _replayed(
     )
     longest = 1 << int(requests.input_len.max() + requests.output_len.max() - 1).bit_length()  # tables that rows share
     key = (
-        run.model, run.device, run.served_by, run.mode, run.prefix_cache, run.layout, run.options, run.mtp_acceptance,
-        run.chunk_tokens, run.arrivals.max_sequences, run.wait_steps, longest,
+        run.model, run.device, run.served_by, run.mode, run.frontend, run.prefix_cache, run.layout, run.options,
+        run.mtp_acceptance, run.chunk_tokens, run.arrivals.max_sequences, run.wait_steps, longest,
     )
     if key not in priced:
         priced[key] = _priced(run, engine, longest)
@@ -82,6 +82,7 @@ def _priced(run: Run, engine: Callable[[str], EngineProfile], longest: int) -> P
         profile = profile if run.prefix_cache else profile.without_prefix_cache()
         servers: tuple[Servers, ...] = (Servers(run.decode, run.replicas),)
         if run.mode == "disaggregated":
+            profile = profile.in_pools(run.frontend)
             servers = (
                 Servers(run.prefill, run.workers[0], "prefill"), Servers(run.decode, run.workers[1], "decode")
             )

@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.model_names import SCHEME_OF, Named, understand
@@ -27,12 +27,14 @@ from tensorcast.predict.launch_records import (
     Recorded,
     aggregated_sizes,
     counted_twice,
+    frontend,
     launched,
     launched_pools,
     pool_sizes,
     rules_of,
     wait_steps,
 )
+from tensorcast.profiles.engine import Frontend
 
 WORKER_COLUMNS = {
     "tp": ("attention tensor-parallel size", 1, ("tp_size",)),
@@ -58,6 +60,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "wait_steps": ("steps that pass before a request is seen; default half the receive interval", 0, ()),
     "receive_interval": ("steps between SGLang's looks for requests", None, ("sched_recv_interval",)),
     "release": ("of the engine: its rules hold, or the nearest ones read", "", ("backend_version", "engine_release")),
+    "frontend": ("what takes requests to pools: own (the engine's router), dynamo (public records)", "own", ()),
     "replicas": ("independent copies that share the load (agg)", 1, ()),
     "precision": ("weights: bf16, fp8, fp8_block, int8, fp4 (nvfp4), mxfp4, w4a16; default: model's", None, ()),
     "gemm_precision": ("the same for linears", None, ("gemm_quant_mode", "gemm_dtype")),
@@ -117,6 +120,7 @@ class Run:
     engine: str
     release: str = ""
     mode: str
+    frontend: Frontend = "own"
     isl: int
     osl: int
     concurrency: float
@@ -239,6 +243,9 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     if problem := named.profile.too_long(isl + osl):
         raise InputError(f"context length: {problem}")
     chunk = cells.number("chunk_tokens", None)
+    before = cells.text("frontend", frontend(device) if record and mode == "disaggregated" else "own").lower()
+    if before not in (known := get_args(Frontend)):
+        raise unknown_name("frontend", before, known)
     # InferenceX's scripts switch it off
     if (kept := cells.text("prefix_cache", "off" if record else "on")) not in ("on", "off"):
         raise InputError(f"prefix_cache {kept!r}: must be on or off")
@@ -255,7 +262,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         speculative_method=cells.text("speculative_method"), draft_model=cells.text("draft_model", None),
     ), named.profile)
     return Run(
-        model=profile, device=device, engine=engine, release=release, mode=mode,
+        model=profile, device=device, engine=engine, release=release, mode=mode, frontend=before,
         isl=isl, osl=osl, concurrency=concurrency, prefill=prefill, decode=decode, workers=workers,
         replicas=cells.whole("replicas"),
         length_ratio=ratio,

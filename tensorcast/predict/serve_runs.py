@@ -73,14 +73,14 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
         fits[i] = float(room)
         if problem:
             found[i] = unserved(float(rows.pop(i).traffic.concurrency), problem)
-    alike: dict[tuple[str, str, bool], list[int]] = defaultdict(list)
+    alike: dict[tuple[str, str, str, bool], list[int]] = defaultdict(list)
     for i, row in rows.items():
-        alike[row.run.served_by, row.run.mode, row.cut.per_step <= 1].append(i)
+        alike[row.run.served_by, row.run.mode, row.run.frontend, row.cut.per_step <= 1].append(i)
     served = list(rows.values())
     position = {i: at for at, i in enumerate(rows)}
     if served:
         costs, curves = _priced(served)
-    for (_, mode, _), members in alike.items():
+    for (_, mode, _, _), members in alike.items():
         at = np.array([position[i] for i in members])
         some, room_each = [rows[i] for i in members], np.array([fits[i] for i in members])
         pools = mode == "disaggregated"
@@ -126,7 +126,7 @@ class _Deployed:
     def __call__(self, run: Run, layout: Layout, phase: str) -> Deployment:
         # drafting is the decode step's
         options = replace(run.options, mtp_depth=0) if phase == "prefill" and run.options.mtp_depth else run.options
-        key = run.model, run.device, run.served_by, run.mode, run.prefix_cache, layout, phase, options
+        key = run.model, run.device, run.served_by, run.mode, run.frontend, run.prefix_cache, layout, phase, options
         if key not in self._made:
             self._made[key] = self._make(run, layout, phase, options)
         found = self._made[key]
@@ -137,7 +137,7 @@ class _Deployed:
     def _make(self, run: Run, layout: Layout, phase: str, options: Options) -> Deployment | InputError:
         try:
             served = self._engine(run.served_by)
-            served = served.in_pools() if run.mode == "disaggregated" else served
+            served = served.in_pools(run.frontend) if run.mode == "disaggregated" else served
             served = served if run.prefix_cache else served.without_prefix_cache()
             return deploy(_model(run.model), _device(run.device), served, layout, phase, options=options)
         except InputError as error:

@@ -30,6 +30,9 @@ elementwise and row-wise ops become one kernel. ``allreduce_norm``: all-reduce, 
 ``norm_quant``, ``activation_quant``: RMSNorm, SwiGLU write the quantised activation, of a dtype where one is named."""
 
 
+Frontend = Literal["own", "dynamo"]
+"""What takes requests to pools: the engine's own router, or NVIDIA Dynamo."""
+
 PipelineSplit = Literal["first", "before_last", "last"]
 """Which stages of a pipeline have one more layer where layers do not divide: the first ones, those before the last
 one (which has the head), or the last ones."""
@@ -182,7 +185,7 @@ class EngineFit(Frozen):
     first_token_s: Number | None = Field(default=None, ge=0)
     prompt_token_s: Number = Field(default=0.0, ge=0, description="per token of the prompt, on top of that")
     first_token_rows: int = Field(default=0, ge=0)
-    hand_over_s: Number | None = Field(default=None, ge=0)
+    hand_over_s: Number | None = Field(default=None, ge=0, description="behind Dynamo, as all runs it is fitted to")
     hand_over_rows: int = Field(default=0, ge=0)
     pool_factor: Number = Field(default=1.0, ge=1, description="decode steps where prompts are another server's")
     left_out_rows: int = 0
@@ -207,6 +210,7 @@ class EngineProfile(Frozen):
     version: str
     releases: tuple[str, ...] = Field(default=(), description="whose rules were read, newest first")
     remark: str = Field(default="", description="to be said of an older release that constants are not of; made here")
+    frontend: Frontend = Field(default="own", description="what takes requests to pools")
     calibrated: Calibrated | None = Field(default=None, description="releases that constants were measured with")
     description: str
     sources: dict[str, str]
@@ -305,9 +309,10 @@ class EngineProfile(Frozen):
         limit = own[0] if own else latent if latent and is_latent(config) else usual
         return min(limit or most, most)
 
-    def in_pools(self) -> "EngineProfile":
-        """The profile of a server that runs one phase, the other being another's; it keeps no prompts' beginnings."""
-        changes: dict[str, Any] = {}
+    def in_pools(self, frontend: Frontend | None = None) -> "EngineProfile":
+        """The profile of a server that runs one phase, the other being another's; it keeps no prompts' beginnings.
+        ``frontend``: what takes requests to both; the profile's if not given."""
+        changes: dict[str, Any] = {} if frontend in (None, self.frontend) else {"frontend": frontend}
         if self.prefill_graphs is not None and not self.prefill_graphs.pools:
             changes["prefill_graphs"] = None
         if self.reserve is not None and self.reserve.by_role:
@@ -341,6 +346,10 @@ class EngineProfile(Frozen):
 
     @property
     def hand_over_s(self) -> float:
-        """Seconds of a request between two pools, beside the bytes that move."""
-        fitted = self.fitted.hand_over_s if self.fitted else None
+        """Seconds of a request between two pools, beside the bytes that move and the steps in which each of them looks.
+
+        What was measured belongs to Dynamo, and to pools over several nodes: it plans every request and starts both
+        legs of it. Behind the engine's own router nothing of the kind shows (``benchmarks/pool_ratios.py``).
+        """
+        fitted = self.fitted.hand_over_s if self.fitted and self.frontend == "dynamo" else None
         return float(self.hand_over_overhead_s or 0.0) if fitted is None else fitted

@@ -77,7 +77,7 @@ def engine_record(profile: EngineProfile) -> Record:
         "step_overhead_s": beside.step_s, "request_overhead_s": beside.request_s,
         "layer_overhead_s": beside.layer_s, "prefill_factor": beside.prefill_factor,
         "pool_factor": beside.pool_factor,
-        "first_token_s": profile.first_token_s(0), "hand_over_s": profile.hand_over_s,
+        "first_token_s": profile.first_token_s(0), "hand_over_s": profile.in_pools("dynamo").hand_over_s,
         "prompt_token_s": profile.fitted.prompt_token_s if profile.fitted else 0.0,
         "overheads_fitted_to": fit.source if fit else None,
         "graph_launch_gap_s": float(profile.graph_launch_gap_s),

@@ -13,9 +13,10 @@ than by engine: an engine has the median of its networks, drawn towards that of 
 
 **First token, hand-over**: what runs of any batch take from request to first token beyond what the model explains, a
 constant and a part that grows with the prompt, by least absolute error, every run alike, with the constants of steps in
-place; the hand-over from runs that state their workers, or are of a known launch. From the same runs how many
-times as long as elsewhere a decode step takes there, where caches arrive all the while, engines look for them and hand
-replies on through another process. Of runs that may have drafted, those alone tell that are slower than others alike.
+place; the hand-over from runs behind Dynamo that state their workers, or are of a known launch. From runs of pools how
+many times as long as elsewhere a decode step takes there, where caches arrive all the while, engines look for them and
+hand replies on through another process. Of runs that may have drafted, those alone tell that are slower than others
+alike.
 
 Only rows of :func:`tensorcast.predict.score.fitted_half` are fitted to; the others score.
 """
@@ -77,8 +78,8 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
 
     Columns: ``run``; engine, device (profiles' names), ``network`` (equal for models of equal configs), ``model`` as
     written, ``mode, measured_tpot_s, measured_ttft_s``, ``prompt`` (tokens, mean), ``even`` (may be fitted to),
-    ``stated`` (no workers assumed), ``drafting`` (whether it drafted is not known), ``alike`` (a number per deployment
-    and load), ``same`` (a number per measured run).
+    ``stated`` (no workers assumed), ``frontend``, ``drafting`` (whether it drafted is not known), ``alike`` (a number
+    per deployment and load), ``same`` (a number per measured run).
     """
     ours = canonical_columns(table)
     runs, _ = predict.read_runs(table, ours)
@@ -98,6 +99,7 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
         network=pd.factorize(pd.Series([networks[run.model] for run in kept]))[0],
         prompt=[max(1.0, run.isl * (1 + run.length_ratio) / 2) for run in kept],
         stated=[not any("workers" in text for text in run.assumed) for run in kept],
+        frontend=[run.frontend for run in kept],
         drafting=[bool(run.other_depths) for run in kept],
         alike=pd.factorize(pd.Series([
             f"{run.served_by} {run.device} {run.model} {run.layout} {run.isl}/{run.osl} {run.concurrency}"
@@ -248,12 +250,14 @@ def _first_part(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
         )
         fields |= {"first_token_s": round(first_s, 3), "prompt_token_s": round(token_s, 7)}
         fields |= {"first_token_rows": len(whole)}
-    if len(pools) >= FEWEST:
-        begun = pools["first_s"] + pools["first_slope"] * (
-            fields.get("first_token_s", 0.0) + fields.get("prompt_token_s", 0.0) * pools["prompt"]
+    behind = pools[pools["frontend"] == "dynamo"]
+    if len(behind) >= FEWEST:
+        begun = behind["first_s"] + behind["first_slope"] * (
+            fields.get("first_token_s", 0.0) + fields.get("prompt_token_s", 0.0) * behind["prompt"]
         )
-        hand_over_s = least_off(begun, pools["first_slope"], pools["measured_ttft_s"], once(pools))
-        fields |= {"hand_over_s": round(hand_over_s, 2), "hand_over_rows": len(pools)}
+        hand_over_s = least_off(begun, behind["first_slope"], behind["measured_ttft_s"], once(behind))
+        fields |= {"hand_over_s": round(hand_over_s, 2), "hand_over_rows": len(behind)}
+    if len(pools) >= FEWEST:
         fields |= {"pool_factor": round(1 + _slower_in_pools(pools), 3)}
     else:
         pools = pools[:0]

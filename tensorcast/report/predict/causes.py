@@ -63,8 +63,8 @@ def fits(frame: pd.DataFrame, words: dict[str, str]) -> list[str]:
     text = (
         "`make engines` fits what an engine does beside its kernels to measured runs: seconds per layer and how many "
         "times as long as their kernels steps with prompts take under load to aggregated runs, seconds per first token "
-        "to the same, per hand-over and how much longer decode steps of pools take to disaggregated runs whose workers "
-        "are known. It takes groups of runs (model, "
+        "to the same, per hand-over behind Dynamo and how much longer decode steps of pools take to disaggregated runs "
+        "whose workers are known. It takes groups of runs (model, "
         "device, layout, lengths) whose hash is even. Left out is every other row, less records that measured the same "
         "to the last digit as one that was fitted to. Each network's runs are fitted to alone; an engine has the "
         "median of its networks, drawn towards that of all engines' networks, so that none of them weighs much. Picked "
@@ -96,7 +96,7 @@ def _overheads(found: dict[str, EngineFit]) -> list[str]:
     """A line per engine: its overheads, and the error of the time per token before and after."""
     head = [
         "engine", "us per layer", "give or take", "prompts under load", "give or take", "runs",
-        "ms per first token", "and us per token of its prompt", "ms per hand-over", "decode in pools",
+        "ms per first token", "and us per token of its prompt", "ms per hand-over behind Dynamo", "decode in pools",
         "runs left out, before", "after", "models not fitted to, before", "after",
     ]  # fmt: skip
     rows = [

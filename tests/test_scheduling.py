@@ -122,6 +122,21 @@ def test_nothing_is_lost(
         assert all(row[4] <= 1 + 1e-9 for row in server.moments.rows)
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_first_token_from_another_server_is_not_waited_for(lag: int) -> None:
+    """It is sent on when the step that the reply joins is composed, which is ``lag`` steps before that one begins."""
+    requests = Requests(arrival_s=np.array([0.0, 0.55]), input_len=np.array([1, 1]), output_len=np.array([200, 21]))
+    each = StepTimes(
+        decode=DecodeTimes(own=plane(0.01), shared=plane(0.0), attention=plane(0.0)),
+        prompts=PromptTimes(own=plane(0.005), shared=plane(0.0), attention=plane(0.0), least=0.0),
+        tokens_each=1.0, alone=False, errors=(0.0, 0.0),
+    )  # fmt: skip
+    roles: tuple[Role, ...] = ("prefill", "decode")
+    rules = replace(RULES, lag=lag)
+    record = Fleet([Pool(replace(rules, role=role), each, 1, lambda tokens: 1e-3) for role in roles], requests).run()
+    assert record.last_s[1] - record.first_s[1] == pytest.approx((20 + lag) * 0.01)
+
+
 def test_a_faster_server_is_done_earlier() -> None:
     requests = drawn(200, Length(300, 0.9), Length(40, 0.9), rate=30.0, seed=3)
     ends = [

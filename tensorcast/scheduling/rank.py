@@ -240,7 +240,7 @@ class Rank:
             if held + rules.tokens_per_step > self.free - self._growth and self.decoding:  # it decodes at once
                 return
             self.waiting.popleft()
-            record.first_token(request, now_s)
+            record.first_token(request, seen_s)  # it came with the cache, and is sent on as the step is composed
             self.used += held
             self._join(request, tokens + 1, held, ())
 

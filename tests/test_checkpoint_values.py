@@ -29,7 +29,7 @@ def compressed(*groups: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "config_groups": named, "ignore": ["lm_head"], **more}
 
 
-# billions of weights of Qwen3-30B-A3B: attention 48 x 2048 x 128 x (32 + 4 + 4 + 32), experts 48 x 128 x 3 x 2048 x 768;
+# Qwen3-30B-A3B, billions of weights: attention 48 x 2048 x 128 x (32 + 4 + 4 + 32), experts 48 x 128 x 3 x 2048 x 768;
 # embedding, head, routers and norms
 ATTENTION, EXPERTS, ELSE = 0.906, 28.991, 0.635
 HEAD = 0.311

@@ -15,6 +15,7 @@ from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace import cache, tracer
 from tensorcast.trace.cache import RankForm, RankTables, WholeModel, rank_tables, traced, whole_model
 from tensorcast.trace.moe import BlockForm, Whole
+from tensorcast.trace.table import OpTable
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": ["model.layers.2"]}
 FORM = RankForm(
@@ -87,6 +88,25 @@ def test_what_is_asked_is_part_of_the_key(folder: Path) -> None:
     assert len(list(folder.glob("small-decode-rank2-*"))) == len(forms)
     assert whole_model(profile, "decode").stored.linear.name == "bf16"
     assert whole_model(profile, "decode", "fp8").stored.linear.name == "fp8"
+
+
+def test_forms_that_make_the_same_table_share_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What devices and engines say beside what a table takes of it makes no second one; what is shared is as made."""
+    profile = _profile(quantization_config={**FP8, "weight_block_size": [128, 128]})
+    every = [
+        RankForm(**{**vars(FORM), "arithmetic": arithmetic, "architecture": architecture, "fusions": fusions})
+        for arithmetic in (("bf16",), ("bf16", "fp8"), ("bf16", "fp8", "fp4"))
+        for architecture in ("Hopper", "Ampere")
+        for fusions in ((), ("pointwise",), ("pointwise", "norm_quant:fp8_block"), ("pointwise", "norm_quant:nvfp4"))
+    ]
+    shared = [rank_tables(profile, "decode", form) for form in every]
+    assert len({path.stat().st_ino for path in folder.glob("small-decode-rank2-*")}) == len({*map(id, shared)})
+    monkeypatch.setenv("TENSORCAST_CACHE", "off")
+    for form, table in zip(every, shared, strict=True):
+        traces = {key: known for key, known in cache._known.items() if isinstance(known, OpTable)}
+        monkeypatch.setattr(cache, "_known", traces)
+        assert rank_tables(profile, "decode", form) == table
+    assert len({repr(one) for one in shared}) == len({*map(id, shared)}) < len(every)
 
 
 def test_off_keeps_nothing_and_traces_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,15 +28,15 @@ from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import profile_roots
 from tensorcast.trace.cuts import Cut, cut_widths
-from tensorcast.trace.fuse import fuse
+from tensorcast.trace.fuse import fuse, matter
 from tensorcast.trace.moe import BlockForm, with_block_form, with_fused_shared
-from tensorcast.trace.precision import apply_quantization, by_precision, with_states
+from tensorcast.trace.precision import apply_quantization, by_precision, schemes_of, with_states
 from tensorcast.trace.stored import FORMAT, from_json, to_json, unpacked
 from tensorcast.trace.table import CACHING, OpTable
 
 Made = TypeVar("Made")
 
-LARGEST = 512
+LARGEST = 2048
 """Tables and facts that a process keeps; the oldest is dropped first."""
 
 DAMAGED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError)
@@ -61,6 +62,8 @@ class NoTracer(InputError):
 
 
 _known: dict[tuple[Hashable, ...], Any] = {}
+"""By what was asked. Also what was read by a file's digest, and where what was made is written, by identity: tables of
+many forms are the same."""
 _unwritable: set[Path] = set()
 _digests: dict[int, tuple[ModelProfile, tuple[str, str]]] = {}
 
@@ -93,8 +96,6 @@ def kept(
     """
     full = (said, folder, *what)
     if full not in _known:
-        if len(_known) >= LARGEST:
-            _known.pop(next(iter(_known)))
         path = None
         if folder is not None:
             key = json.dumps([FORMAT, digest_of(_SOURCES), said, *what], sort_keys=True, default=asdict)
@@ -105,21 +106,37 @@ def kept(
             with contextlib.suppress(*DAMAGED):  # made again
                 content, _, digest = path.read_bytes().rpartition(b"\n")
                 if digest.decode() == hashlib.sha256(content).hexdigest():
-                    stored = read(json.loads(content))
+                    stored = _known.get(("read", digest))
+                    if stored is None:
+                        stored = _known["read", digest] = read(json.loads(content))
         if stored is None:
             made = make()
             if path is not None:
-                text = json.dumps(write(made), separators=(",", ":"))
-                try:
-                    write_atomically(path, f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}")
-                except OSError as error:  # a read-only home costs time, not the answer
-                    if path.parent not in _unwritable:
-                        why = error.strerror or error
-                        logging.getLogger("tensorcast").warning("note: nothing is kept in %s: %s", path.parent, why)
-                    _unwritable.add(path.parent)
+                _write(path, made, write)
+        while len(_known) >= LARGEST:
+            _known.pop(next(iter(_known)))
         _known[full] = made if stored is None else stored
     found: Made = _known[full]
     return found
+
+
+def _write(path: Path, made: Made, write: Callable[[Made], dict[str, Any]]) -> None:
+    """Keep what was made: under another name, where it is there already."""
+    as_written = "written", id(made), path.parent
+    written = _known.get(as_written)
+    if written is not None and not path.exists():
+        with contextlib.suppress(OSError):
+            os.link(written[1], path)
+            return
+    text = json.dumps(write(made), separators=(",", ":"))
+    try:
+        write_atomically(path, f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}")
+        _known[as_written] = made, path  # it stays alive, so that its id stays its own
+    except OSError as error:  # a read-only home costs time, not the answer
+        if path.parent not in _unwritable:
+            why = error.strerror or error
+            logging.getLogger("tensorcast").warning("note: nothing is kept in %s: %s", path.parent, why)
+        _unwritable.add(path.parent)
 
 
 def traced(profile: ModelProfile, phase: str, tp: int = 1) -> OpTable:
@@ -226,14 +243,29 @@ def rank_tables(profile: ModelProfile, phase: str, form: RankForm) -> RankTables
     """The table of a rank: traced, layers of other precision apart, shared experts placed, quantised, fused."""
 
     def make() -> RankTables:
-        running = as_run(_stored(profile, form.quant), form.arithmetic, form.architecture)
-        table = with_states(by_precision(traced(profile, phase, form.tp), running), form.states)
-        held = with_block_form(with_fused_shared(table, running) if form.block.fused else table, form.block)
-        runs = fuse(apply_quantization(held, running), form.fusions, form.apart)
-        return RankTables(replace(held, ops=tuple(op for op in held.ops if op.name in CACHING)), runs)
+        runs_as = "running", digests(profile)[1], form.quant, form.arithmetic, form.architecture
+        running = _known.get(runs_as)
+        if running is None:
+            running = as_run(_stored(profile, form.quant), form.arithmetic, form.architecture)
+            _known[runs_as] = running
+        bare = traced(profile, phase, form.tp)
+        # devices and engines differ in more than what they do to a table
+        schemes = schemes_of(bare, running)
+        fusions = matter(form.fusions, schemes)
+        key = "rank", digests(profile)[0], phase, form.tp, schemes, fusions, form.apart, form.states, form.block
+        found: RankTables = _known.get(key) or _rank(bare, running, form, fusions)
+        _known[key] = found
+        return found
 
     what = phase, f"rank{form.tp}", form
     return kept(
         profile, what, make, said=digests(profile)[1], write=lambda made: to_json(*made),
         read=lambda data: RankTables(*from_json(data)), folder=cache_dir(),
     )
+
+
+def _rank(traced: OpTable, running: Quantization, form: RankForm, fusions: tuple[str, ...]) -> RankTables:
+    table = with_states(by_precision(traced, running), form.states)
+    held = with_block_form(with_fused_shared(table, running) if form.block.fused else table, form.block)
+    runs = fuse(apply_quantization(held, running), fusions, form.apart)
+    return RankTables(replace(held, ops=tuple(op for op in held.ops if op.name in CACHING)), runs)

@@ -330,6 +330,12 @@ def _thin(op: Op) -> bool:
     return op.name == "mm" and fp32 and op.outputs[0].dims[-1].coef <= MOST_STREAMS * (MOST_STREAMS + 2)
 
 
+def matter(fusions: Iterable[str], schemes: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """Those of an engine's ``fusions`` that change a table whose weights have these ``schemes``."""
+    written = {SCHEMES[name].kernel for some in schemes for name in some if name in SCHEMES}
+    return tuple(one for one in fusions if ":" not in one or one.rpartition(":")[2] in written)
+
+
 def fuse(table: OpTable, fusions: Collection[str], apart: Iterable[Collection[str]] = ()) -> OpTable:
     """The table as an engine with these ``fusions`` runs it; none of them gives the eager view.
 

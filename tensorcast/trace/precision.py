@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from tensorcast.modeling.quantization import BF16, ROLES, Quantization, Scheme
-from tensorcast.trace.table import STATEFUL, Op, OpTable, Param, Tensor, layer_ranges
+from tensorcast.trace.table import STATEFUL, Op, OpTable, Param, Tensor, layer_ranges, per_table
 
 Schemes = tuple[str, ...]
 
@@ -41,6 +41,22 @@ def by_precision(table: OpTable, quantization: Quantization) -> OpTable:
             for layer in same:
                 kinds[layer] = number
     return _split(table, kinds, groups) if groups else table
+
+
+@per_table
+def schemes_of(table: OpTable, quantization: Quantization) -> tuple[Schemes, ...]:
+    """All that a table takes of a precision: schemes of its weights, layer by layer, and whether latents hold scales.
+
+    What is the same for two precisions makes the same of the table.
+    """
+    marked = "scaled" if quantization.scaled_latents and any(map(_is_sparse, table.ops)) else ""
+    found: list[Schemes] = [(marked,)]
+    for kind in range(-1, len(table.kind_names)):
+        layers = [i for i, of in enumerate(table.layer_kinds) if of == kind] if quantization.by_name else []
+        weights = [p for p in table.params if p.kind == kind and p.role in ROLES]
+        for layer in layers or [-1]:
+            found.append(tuple(_scheme(p, layers[0] if layers else -1, layer, quantization) for p in weights))
+    return tuple(found)
 
 
 def _is_sparse(op: Op) -> bool:

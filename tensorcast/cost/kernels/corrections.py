@@ -177,7 +177,7 @@ class BatchedCorrections:
         self._asked.clear()
 
 
-MOST_DEVICES = 32
+MOST_DEVICES = 256
 """Devices and engines whose corrections are kept."""
 
 _corrections: dict[tuple[int, str], Corrections] = {}

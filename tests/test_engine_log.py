@@ -57,6 +57,30 @@ def test_the_fullest_stage(engine: str, gib: float) -> None:
     assert float(found.stage_weights[0][0]) / GIB == pytest.approx(16.96, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("stages", "gib"),
+    [("15,15,16,15", 21.69),  # vLLM's own
+     ("16,15,15,15", 21.69 * 15 / 16 + 129280 * 7168 * 2 / 8 / GIB),  # three dense layers in the first; the head's part
+     ("15,15,15,16", 21.90)],
+)  # fmt: skip
+def test_stages_that_are_stated_hold_what_they_say(stages: str, gib: float) -> None:
+    """As VLLM_PP_LAYER_PARTITION has them; what a server holds is what its fullest stage does."""
+    parts = load_model("deepseek-v3"), load_device("h100"), load_engine("vllm")
+    found = deploy(*parts, Layout(32, 8, 1, 1, 4), "decode", options=Options(pp_partition=stages))
+    assert found.memory(1, 1, 100).weights / GIB == pytest.approx(gib, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [("15,15,15,15", "add up to 61 layers, not 60"), ("31,30", "2 stages, and pp = 4"), ("0,20,20,21", "above 0"),
+     ("16,fifteen,15,15", "must be whole numbers")],
+)  # fmt: skip
+def test_stages_that_cannot_be_are_one_line(stages: str, said: str) -> None:
+    parts = load_model("deepseek-v3"), load_device("h100"), load_engine("vllm")
+    with pytest.raises(InputError, match=said):
+        deploy(*parts, Layout(32, 8, 1, 1, 4), "decode", options=Options(pp_partition=stages))
+
+
 @pytest.mark.parametrize(("model", "layout", "gb"), [("kimi-k2.5", Layout(16, 8, 2, 16), 5.64),
                                                      ("deepseek-v3", Layout(32, 1, 32, 32), 3.76)])  # fmt: skip
 def test_low_latency_buffers_are_made_for_the_most_tokens(model: str, layout: Layout, gb: float) -> None:

@@ -181,6 +181,16 @@ def test_the_exchange_that_was_priced_is_launched() -> None:
         assert vllm[vllm.index("--max-num-batched-tokens") + 1] == expected
 
 
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [("vllm", "VLLM_PP_LAYER_PARTITION=48,46"), ("sglang", "SGLANG_PP_LAYER_PARTITION=48,46"),
+     ("trtllm", "pp_partition:\n- 48\n- 46\n")],
+)  # fmt: skip
+def test_stages_as_stated_reach_the_engine(engine: str, said: str) -> None:
+    found = written(engine, "tp4-pp2", Options(pp_partition="48,46"), QWEN)
+    assert said in found.commands[0] + "".join(found.config_files.values())
+
+
 def test_a_rank_over_several_nodes() -> None:
     """vLLM starts plain workers on the nodes that a tensor-parallel group reaches into."""
     commands = [words(command) for command in written("vllm", "tp16-dp2-ep32").commands]

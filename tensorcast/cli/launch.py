@@ -44,7 +44,7 @@ tensorcast launch qwen3-235b-a22b -d h100 --layout tp8 --batch 32 --json | jq .f
 @command(epilog=EXAMPLES)
 @deployment_options(
     "quant", "kv_dtype", "state_dtype", "all2all", "placement", "redundant_experts", "mtp_depth",
-    "speculative_method", "draft_model", "dcp", "pcp", "dual_batch_overlap", "shared_experts_fusion",
+    "speculative_method", "draft_model", "dcp", "pcp", "pp_partition", "dual_batch_overlap", "shared_experts_fusion",
     quant="Quantise weights at load.",
     placement="Which group holds which experts: linear, round_robin, eplb, eplb_global, or an engine's file, as "
     "[bold]tensorcast experts --out[/bold] writes it.",

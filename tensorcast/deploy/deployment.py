@@ -23,7 +23,7 @@ from tensorcast.cost.work import Mask, Size
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run, unasked_exchange
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broken_prompts, check
-from tensorcast.deploy.options import Options, Place, check_options, idle_options
+from tensorcast.deploy.options import Options, Place, check_options, idle_options, stated_stages
 from tensorcast.deploy.plan.context import context_cut, prompt_cut
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
 from tensorcast.deploy.step.drafter import make_drafter
@@ -321,6 +321,8 @@ def deploy(
         )
         if problem:
             raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")
+    if options.pp_partition:
+        engine = same(engine.model_copy(update={"pipeline_split": stated_stages(options.pp_partition)}))
     other = engine.uncompiled
     here = other is not None and device.vendor in (other.vendors or (device.vendor,))
     if other is not None and here and is_one_of(other.architectures, model.config):

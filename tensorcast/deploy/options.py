@@ -178,6 +178,10 @@ class Options:
         1, "Prefill context parallelism (vLLM's --prefill-context-parallel-size): data-parallel groups of GPUs that "
         "read each prompt together, a part each; --batch is then of all of them.", least=1,
     )
+    pp_partition: str | None = _about(
+        None, "Layers of each pipeline stage, as 15,15,16,15 (VLLM_PP_LAYER_PARTITION, SGLANG_PP_LAYER_PARTITION, "
+        "TensorRT-LLM's pp_partition).", metavar="N,N,...", unasked="as the engine splits them",
+    )
     chunk_tokens: int = _about(0, "Tokens that pass the experts at a time; 0 is all.", least=0, of_experts=True)
 
 
@@ -206,6 +210,7 @@ class DeploymentOptions(TypedDict, total=False):
     draft_model: str | None
     dcp: int
     pcp: int
+    pp_partition: str | None
     chunk_tokens: int
 
 
@@ -239,6 +244,24 @@ def flag(name: str) -> str:
     off = "no-" if OPTIONS[name].default is True else ""
     return f"--{off}{name.replace('_', '-')}"
 
+
+
+def stated_stages(text: str) -> tuple[int, ...]:
+    """Layers of each pipeline stage, from ``15,15,16,15``. Raises :class:`InputError` where they are no numbers."""
+    try:
+        return tuple(int(one) for one in text.split(","))
+    except ValueError:
+        raise InputError(f"--pp-partition {text!r}: must be whole numbers of layers, as 15,15,16,15") from None
+
+
+def broken_stages(text: str, pp: int, layers: int) -> str:
+    """What is wrong with stated stages for ``layers`` in ``pp`` stages; empty if nothing."""
+    stages = stated_stages(text)
+    if len(stages) != pp:
+        return f"--pp-partition {text}: {len(stages)} stages, and pp = {pp}"
+    if sum(stages) != layers or min(stages) < 1:
+        return f"--pp-partition {text}: must be numbers above 0 that add up to {layers} layers, not {sum(stages)}"
+    return ""
 
 
 def of_traffic(options: Options, model: ModelProfile) -> Options:
@@ -280,6 +303,7 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
     of_experts = [] if facts.num_experts else [n for n in OPTIONS if ABOUT[n].of_experts and _chosen(o, n)]
     flags, verb = " and ".join(map(flag, of_experts)), "does" if len(of_experts) == 1 else "do"
     travel, n = all2all in EXCHANGES, o.external_shared_experts
+    uneven = broken_stages(o.pp_partition, layout.pp, facts.layers) if o.pp_partition else ""
     physical, ranks = facts.num_experts + o.redundant_experts, layout.ep - n
     rules = (
         ("valid numbers", o.fusion in ("engine", "none"), f"--fusion {o.fusion!r}: must be engine or none"),
@@ -314,6 +338,7 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
             "overlap needs an exchange", not o.dual_batch_overlap or all2all in ("high_throughput", "low_latency"),
             f"--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is {all2all}",
         ),
+        ("layers of stages", not uneven, uneven),
         (
             "drafts of a step", o.mtp_depth <= MOST_DRAFTED,
             f"--mtp-depth {o.mtp_depth}: at most {MOST_DRAFTED} tokens are drafted at once",

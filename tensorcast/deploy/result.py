@@ -145,6 +145,7 @@ class Simulation:
             "draft_model": d.options.draft_model,
             "dcp": d.options.dcp,
             "pcp": d.options.pcp,
+            "pp_partition": d.options.pp_partition,
             "chunk_tokens": d.options.chunk_tokens,
             "step_s": self.step_s,
             "step_low_s": low,

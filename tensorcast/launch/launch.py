@@ -10,7 +10,7 @@ from typing import Any
 from tensorcast.deploy.deployment import deploy, memory_share
 from tensorcast.deploy.engine_limits import Case, Kernels, engine_can_run, halving_note, unasked_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broken_prompts
-from tensorcast.deploy.options import Options
+from tensorcast.deploy.options import Options, broken_stages
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.launch import sglang, trtllm, vllm
 from tensorcast.launch.settings import DRAFT, Plan, Setting, Settings
@@ -98,6 +98,8 @@ def launch(
     )
     if not problem and (long := model_profile.too_long(input_len + output_len)):
         problem = f"context length: {long}"
+    if options.pp_partition:
+        problem = problem or broken_stages(options.pp_partition, layout.pp, case.facts.layers)
     if options.pcp > 1 and "prefill_context_parallel" not in table.flags:
         problem = problem or f"prefill context parallelism: {table.name} {table.version} has no flag here for --pcp"
     problem = problem or broken_prompts(options.pcp, layout) or broken_context(

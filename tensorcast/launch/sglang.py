@@ -55,6 +55,8 @@ def _ranks(plan: Plan, dp: int, found: Settings) -> None:
         found.add("context_exchange", "ag_rs")
     if layout.pp > 1:
         found.add("pipeline_parallel", layout.pp)
+    if stages := plan.case.options.pp_partition:
+        found.add("pipeline_layers", stages)
     counts = plan.table.flags["attention_dp"].takes == "value"
     if layout.dp > 1 and not (dp > 1 and counts):
         found.add("data_parallel", layout.dp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tensorcast.deploy.options import stated_stages
 from tensorcast.launch.settings import Plan, Settings
 
 SERVER_PORT = 8000
@@ -26,6 +27,8 @@ def settings(plan: Plan, node: int) -> Settings:
     found.add("config", config_name(plan))
     found.add("tensor_parallel", layout.stage_ranks)
     found.add("pipeline_parallel", layout.pp)
+    if stages := plan.case.options.pp_partition:
+        found.add("pipeline_layers", [*stated_stages(stages)])
     found.add("gpus_per_node", gpus)
     found.add("attention_dp", layout.dp > 1)
     if plan.case.facts.num_experts:

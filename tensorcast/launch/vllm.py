@@ -47,6 +47,8 @@ def _ranks(plan: Plan, node: int, found: Settings) -> None:
         found.add("decode_context_parallel", plan.case.options.dcp)
     if layout.pp > 1:
         found.add("pipeline_parallel", layout.pp)
+    if stages := plan.case.options.pp_partition:
+        found.add("pipeline_layers", stages)
     pcp = plan.case.options.pcp
     if pcp > 1:
         found.add("prefill_context_parallel", pcp)

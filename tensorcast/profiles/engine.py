@@ -33,7 +33,7 @@ elementwise and row-wise ops become one kernel. ``allreduce_norm``: all-reduce, 
 Frontend = Literal["own", "dynamo"]
 """What takes requests to pools: the engine's own router, or NVIDIA Dynamo."""
 
-PipelineSplit = Literal["first", "before_last", "last"]
+PipelineSplit = Literal["first", "before_last", "last"] | tuple[int, ...]
 """Which stages of a pipeline have one more layer where layers do not divide: the first ones, those before the last
 one (which has the head), or the last ones."""
 
@@ -241,7 +241,7 @@ class EngineProfile(Frozen):
     max_tokens_per_step: int = Field(ge=1, description="default chunked-prefill budget in tokens")
     step_tokens: StepTokens | None = Field(default=None, description="where that default is another")
     prefill_graphs: PrefillGraphs | None = Field(default=None, description="prefill steps that are captured in pieces")
-    pipeline_split: PipelineSplit = Field(default="first", description="stages with one more layer, if any have")
+    pipeline_split: PipelineSplit = Field(default="first", description="stages with one more layer; or layers of each")
     lacking: tuple[Lacking, ...] = Field(default=(), description="what it has no kernels for, by device")
     lifted_rules: tuple[str, ...] = Field(default=(), description="limits of its launch table that are none any more")
     all2all: dict[Literal["prefill", "decode"], str] = Field(description="default MoE exchange per phase, dp > 1")

@@ -8,6 +8,8 @@ import pytest
 
 import tensorcast as tc
 from tensorcast.predict.predict import predict
+from tensorcast.profiles.engine import EngineFit, EngineProfile
+from tensorcast.profiles.store import load_engine
 from tensorcast.serving.interval import POOLS_ERROR, SERVING_ERROR, served_interval
 
 
@@ -29,11 +31,20 @@ def test_compare_and_predict_tell_the_same_interval_of_a_deployment() -> None:
         assert predicted[column].to_numpy() == pytest.approx(some[column].to_numpy(), rel=1e-5), column
 
 
-@pytest.mark.parametrize(("pools", "own"), [(False, SERVING_ERROR), (True, POOLS_ERROR)])
-def test_intervals_hold_four_in_five(pools: bool, own: dict[str, float]) -> None:
+PLAIN = load_engine("vllm").model_copy(update={"fitted": None})
+WIDER = {"ttft_s": 0.5, "tpot_s": 0.2}
+TOLD = PLAIN.model_copy(update={"fitted": EngineFit(
+    source="by hand", rows=1, models=1, layer_s=0.0, layer_error_s=0.0, serving_error=WIDER
+)})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("engine", "pools", "own"), [(PLAIN, False, SERVING_ERROR), (TOLD, False, WIDER), (TOLD, True, POOLS_ERROR)]
+)
+def test_intervals_hold_four_in_five(engine: EngineProfile, pools: bool, own: dict[str, float]) -> None:
     """By drawing: normal errors with the stated medians; a request's time is the sum of two that err apart."""
     ttft_error, tpot_error, share = 0.1, 0.05, 0.3
-    factors = served_interval(ttft_error, tpot_error, share, pools=pools)
+    factors = served_interval(ttft_error, tpot_error, share, engine=engine, pools=pools)
     dice, n = np.random.default_rng(0), 400_000
     medians = {"ttft_s": np.hypot(ttft_error, own["ttft_s"])}
     medians["tpot_s"] = np.hypot(tpot_error, own["tpot_s"])

@@ -21,7 +21,7 @@ from tensorcast.predict.cells import is_empty, plain_number
 from tensorcast.predict.csv_table import read_table
 from tensorcast.predict.named_layouts import layout_cells
 from tensorcast.predict.run_columns import MEASURED, Run, canonical_columns, read_run
-from tensorcast.predict.serve_runs import serve
+from tensorcast.predict.serve_runs import load_engine_once, serve
 from tensorcast.serving.interval import served_interval
 from tensorcast.serving.traffic import ServingMetrics
 
@@ -189,7 +189,8 @@ def _record(served: ServingMetrics, run: Run) -> dict[str, Any]:
         "output_tokens_per_s": served.output_tokens_per_s * run.replicas,
     }
     pools = run.mode == "disaggregated"
-    factors = served_interval(served.ttft_error, served.tpot_error, served.ttft_s / served.request_s, pools=pools)
+    share, engine = served.ttft_s / served.request_s, load_engine_once(run.served_by)
+    factors = served_interval(served.ttft_error, served.tpot_error, share, engine=engine, pools=pools)
     record: dict[str, Any] = {"mean_batch": served.batch, "problem": ""}
     record |= {"decode_step_s": served.decode_step_s, "step_error": served.tpot_error}
     record |= _with_intervals(values, factors)

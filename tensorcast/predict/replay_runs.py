@@ -62,7 +62,7 @@ def _replayed(
     times = [pool.times.errors for pool in servers.pools]
     decode, prompts = (max(errors[phase] for errors in times) for phase in (0, 1))
     share, pools = said["ttft_mean_s"] / said["request_mean_s"], run.mode == "disaggregated"
-    factors = served_interval(prompts, decode, share, pools=pools)
+    factors = served_interval(prompts, decode, share, engine=engine(run.served_by), pools=pools)
     return Replayed(
         ttft_s=said["ttft_mean_s"], tpot_s=said["tpot_mean_s"], output_tokens_per_s=said["output_tokens_per_s"],
         batch=_batch(said, run), error=decode, factors={name: float(value) for name, value in factors.items()},

@@ -188,6 +188,10 @@ class EngineFit(Frozen):
     hand_over_s: Number | None = Field(default=None, ge=0, description="behind Dynamo, as all runs it is fitted to")
     hand_over_rows: int = Field(default=0, ge=0)
     pool_factor: Number = Field(default=1.0, ge=1, description="decode steps where prompts are another server's")
+    serving_error: dict[str, Number] = Field(
+        default={}, description="by time (ttft_s, tpot_s) what serving errs by beside steps: relative median, where "
+        "models and devices are left out",
+    )
     left_out_rows: int = 0
     left_out_before: Number | None = None
     left_out_error: Number | None = None

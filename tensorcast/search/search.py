@@ -117,7 +117,7 @@ def worth_showing(
     sigmas = NormalDist().inv_cdf(task.confidence or 0.5) / NORMAL_90
     for mode in task.modes:
         # no candidate's times are surer than the serving model by itself
-        least = served_interval(0.0, 0.0, 0.0, pools=mode == "disaggregated")
+        least = served_interval(0.0, 0.0, 0.0, engine=task.engine, pools=mode == "disaggregated")
         ttft, tpot = (float(least[name]) ** sigmas for name in ("ttft_s", "tpot_s"))
         limits = (task.ttft_s and task.ttft_s / ttft, task.tpot_s and task.tpot_s / tpot)
         points, slow = (

@@ -29,7 +29,7 @@ def rated(task: SearchTask, prices: VariantPrices, mode: str, points: Points) ->
     """
     c, tokens = points.columns, points.columns["output_tokens_per_s"]
     share, pools = c["ttft_s"] / c["request_s"], mode == "disaggregated"
-    factors = served_interval(c["ttft_error"], c["tpot_error"], share, pools=pools)
+    factors = served_interval(c["ttft_error"], c["tpot_error"], share, engine=task.engine, pools=pools)
     # errors are even in logs: what is kept with a chance lies so many times the interval's end away
     sigmas = NormalDist().inv_cdf(task.confidence or 0.5) / NORMAL_90
     late = {name: factors[f"{name}_s"] ** sigmas for name in ("ttft", "tpot")}

@@ -34,7 +34,7 @@ import numpy as np
 import pandas as pd
 
 from tensorcast.calibrate import command
-from tensorcast.calibrate.engines.left_out import page
+from tensorcast.calibrate.engines.left_out import LEFT_OUT, leave_out, page, serving_errors
 from tensorcast.calibrate.engines.statistics import (
     FEWEST,
     Beside,
@@ -302,12 +302,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fits = fit_engines(found, source)
     if not fits:
         raise InputError(f"{options.table}: no engine has {FEWEST} measured runs to fit to")
+    left = {column: leave_out(found, column, served_times) for column in LEFT_OUT}
+    beside = serving_errors(pd.concat(list(left.values()), ignore_index=True))
+    fits = {name: fit.model_copy(update={"serving_error": beside.get(name, {})}) for name, fit in fits.items()}
     for name, fit in fits.items():
         path = next(path for path in paths.values() if read_engine(path).name == name)
         write_fit(path, fit)
         print(f"{path}: {report(fit)}")
     if options.left_out is not None:
-        write_atomically(options.left_out, page(found, source, served_times))
+        write_atomically(options.left_out, page(left, found.fitted(fits), source))
         print(options.left_out)
     return 0
 

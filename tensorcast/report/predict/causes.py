@@ -70,7 +70,7 @@ def fits(frame: pd.DataFrame, words: dict[str, str]) -> list[str]:
         "median of its networks, drawn towards that of all engines' networks, so that none of them weighs much. Picked "
         "by looking at all runs, none left out: how much tokens of a step resemble one another (typical routing), how "
         "strongly engines are drawn, two waiting steps, how many prompts ride together, how records are read, their "
-        "default workers, SGLang's intervals in pools, the width of intervals."
+        "default workers, SGLang's intervals in pools, the width of intervals of pools."
     )
     lines = ["## Fitted and left out", "", text, ""]
     rows = []
@@ -97,13 +97,16 @@ def _overheads(found: dict[str, EngineFit]) -> list[str]:
     head = [
         "engine", "us per layer", "give or take", "prompts under load", "give or take", "runs",
         "ms per first token", "and us per token of its prompt", "ms per hand-over behind Dynamo", "decode in pools",
+        "serving errs by, token", "first token",
         "runs left out, before", "after", "models not fitted to, before", "after",
     ]  # fmt: skip
     rows = [
         [
             name, f"{1e6 * fit.layer_s:.1f}", f"{1e6 * fit.layer_error_s:.1f}", f"x {fit.prefill_factor:.2f}",
             percent(fit.prefill_error), str(fit.rows), _ms(fit.first_token_s), f"{1e6 * fit.prompt_token_s:.1f}",
-            _ms(fit.hand_over_s), f"x {fit.pool_factor:.2f}", percent(fit.left_out_before), percent(fit.left_out_error),
+            _ms(fit.hand_over_s), f"x {fit.pool_factor:.2f}",
+            percent(fit.serving_error.get("tpot_s")), percent(fit.serving_error.get("ttft_s")),
+            percent(fit.left_out_before), percent(fit.left_out_error),
             percent(fit.unseen_before), percent(fit.unseen_error),
         ]
         for name, fit in found.items()
@@ -111,7 +114,8 @@ def _overheads(found: dict[str, EngineFit]) -> list[str]:
     text = (
         "Overheads, and median errors of the time per token of aggregated runs as published and as fitted: runs left "
         "out, and each model by constants that nothing of it was fitted to. Give or take: the median distance of a "
-        "model's own constant from the one drawn from others, part of every interval."
+        "model's own constant from the one drawn from others, part of every interval, as is what serving errs by: so "
+        "much beside steps that four in five runs of models and devices left out lie in theirs."
     )
     return [text, "", *markdown(head, rows)]
 

@@ -4,13 +4,24 @@ import importlib
 import sys
 from typing import Any
 
-from tensorcast.api import compare, device_profile, experts, explain, predict_kernels, replay, replay_sweep, simulate
+from tensorcast.api import (
+    compare,
+    compare_apart,
+    device_profile,
+    experts,
+    explain,
+    predict_kernels,
+    replay,
+    replay_sweep,
+    simulate,
+    simulate_apart,
+)
 from tensorcast.errors import InputError
 from tensorcast.version import __version__
 
 __all__ = [
-    "InputError", "__version__", "compare", "device_profile", "experts", "explain", "predict_kernels", "replay",
-    "replay_sweep", "simulate",
+    "InputError", "__version__", "compare", "compare_apart", "device_profile", "experts", "explain", "predict_kernels",
+    "replay", "replay_sweep", "simulate", "simulate_apart",
 ]
 
 

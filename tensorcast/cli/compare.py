@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tensorcast.scheduling.requests import Requests
     from tensorcast.search.compare import Comparison
     from tensorcast.search.replayed import ReplayedComparison
+    from tensorcast.serving.ffn_splits import Split
 
 REPLAY = "Replay"
 
@@ -185,6 +186,10 @@ def compare(
         "--engine", "-e", metavar="NAME,...", rich_help_panel=CHOICES,
         help="vllm, sglang, trtllm or a profile file, one or more; an older release as vllm==0.24.0.",
     )] = "vllm",
+    ffn_apart: Annotated[bool, typer.Option(
+        "--ffn-apart", help="Also decode servers whose experts are on GPUs of their own (AFD): are they worth it?",
+        rich_help_panel=SEARCH,
+    )] = False,
     top: Annotated[int, typer.Option("--top", min=0, help="Layouts to list.", rich_help_panel=OUTPUT)] = 12,
     config: Annotated[Path | None, typer.Option(
         "--config", metavar="FILE", show_default=False, rich_help_panel=OUTPUT,
@@ -236,6 +241,8 @@ def compare(
 
         if sent is not None:
             raise InputError(f"--trace {trace}: is of one model and its own lengths")
+        if ffn_apart:
+            raise InputError("--ffn-apart: is of one model and one length")
         questions = [(name, length) for name in models for length in lengths]
         compare_several(lambda name, length: ask(model=name, input_len=length), questions, out, as_json)
         return
@@ -248,12 +255,14 @@ def compare(
             raise
         written = [] if out is None else _written(found, out)
         replayed = None if sent is None else _replayed(found, sent, replay_top, percentile, out)
+        split = _apart(found) if ffn_apart else []
         written += [] if replayed is None or out is None else [out / "replayed.csv"]
     if as_json:
         from tensorcast.report.compare.terminal import comparison_record
         from tensorcast.report.plain import to_json
 
-        typer.echo(to_json(comparison_record(found, replayed), indent=2))
+        beside = {"ffn_apart": [one.record() for one in split]} if ffn_apart else {}
+        typer.echo(to_json(comparison_record(found, replayed) | beside, indent=2))
         return
     from tensorcast.report.compare.terminal import print_comparison
 
@@ -262,6 +271,10 @@ def compare(
         from tensorcast.report.compare.replayed import print_replayed
 
         print_replayed(found, replayed, console(), percentile is not None)
+    if ffn_apart:
+        from tensorcast.report.ffn_apart import print_splits
+
+        print_splits(split, console(), found.targets[1])
     if written:
         typer.echo(f"wrote {len(written)} files to {out}: open {out / 'report.html'}")  # type: ignore[operator]
 
@@ -290,6 +303,12 @@ def _replayed(
     if out is not None:
         write_replayed(replayed, out)
     return replayed
+
+
+def _apart(found: Comparison) -> list[Split]:
+    from tensorcast.api import compare_apart
+
+    return compare_apart(found)
 
 
 def _written(found: Comparison, out: Path) -> list[Path]:

@@ -26,6 +26,10 @@ tensorcast simulate qwen3-235b-a22b -d h100 -n 8 --ep 8 --phase prefill
 
 tensorcast simulate gpt-oss-120b -d h100 -n 2 --routing zipf:0.8 --out out
 
+[dim]Attention on 24 GPUs, experts on 8 others (AFD)[/dim]
+
+tensorcast simulate deepseek-v3 -d h200 --dp 24 --ffn-gpus 8 --batch 64
+
 [dim]Your own model directory, as JSON for scripts[/dim]
 
 tensorcast simulate ./my-model -d b200 --json | jq .step_s"""
@@ -77,6 +81,18 @@ def simulate(
         help="vllm, sglang, trtllm, eager (see [bold]tensorcast engines[/bold]) or a profile file.",
         rich_help_panel=CHOICES,
     )] = "vllm",
+    ffn_gpus: Annotated[int | None, typer.Option(
+        "--ffn-gpus", metavar="N", show_default=False, rich_help_panel=DEPLOYMENT,
+        help="Decode with the FFN blocks apart: experts on N GPUs of their own, attention on tp*dp others.",
+    )] = None,
+    ffn_device: Annotated[str | None, typer.Option(
+        "--ffn-device", metavar="NAME", help="Device of --ffn-gpus, if it is another one.", show_default=False,
+        rich_help_panel=DEPLOYMENT,
+    )] = None,
+    micro_batches: Annotated[int | None, typer.Option(
+        "--micro-batches", metavar="N", show_default=False, rich_help_panel=WORK,
+        help="Parts of the batch that go to and fro between attention and --ffn-gpus.  [dim]\\[default: 2][/dim]",
+    )] = None,
     allow_oversize: Annotated[bool, typer.Option(
         "--allow-oversize", help="Price a batch that does not fit into memory.", rich_help_panel=CHOICES,
     )] = False,
@@ -95,6 +111,7 @@ def simulate(
     """Simulate one step of MODEL: its time, its memory, and the ops that cost it."""
     from tensorcast.api import simulate as run_simulation
     from tensorcast.files import check_directory
+    from tensorcast.report.ffn_apart import print_apart
     from tensorcast.report.simulate.files import write_report
 
     if layout is not None:
@@ -105,6 +122,32 @@ def simulate(
         pool = parse_servers(layout)[0 if phase == "prefill" else -1]
         one, device = pool.layout, pool.named or device
         tp, dp, ep, pp = one.tp, one.dp, one.ep, one.pp
+    if ffn_gpus is not None:
+        if (ep, pp, phase, input_len, out) != (1, 1, "decode", None, None):
+            raise InputError(
+                f"--ffn-gpus {ffn_gpus}: is of decode steps with attention on tp*dp GPUs; leave out --ep, --pp, "
+                "--phase, --input-len and --out"
+            )
+        ranks = (tp or 1) * dp
+        if world_size not in (None, ranks + ffn_gpus):
+            raise InputError(
+                f"--world-size {world_size}: {ranks} attention GPUs (tp*dp) and --ffn-gpus {ffn_gpus} are "
+                f"{ranks + ffn_gpus}"
+            )
+        from tensorcast.api import simulate_apart
+
+        with patience(model):
+            apart = simulate_apart(
+                model, device=device, ffn_gpus=ffn_gpus, tp=tp or 1, dp=dp, batch=batch,
+                context=4096 if context is None else context, engine=engine,
+                micro_batches=2 if micro_batches is None else micro_batches, ffn_device=ffn_device,
+                allow_oversize=allow_oversize, **options,
+            )  # fmt: skip
+        print_apart(apart.totals(), console(), as_json)
+        return
+    for flag, value in (("--ffn-device", ffn_device), ("--micro-batches", micro_batches)):
+        if value is not None:
+            raise InputError(f"{flag} {value}: is of --ffn-gpus, and none is given")
     if out is not None:
         check_directory(out)  # before minutes of work, not after
     with patience(model):

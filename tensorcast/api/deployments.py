@@ -1,8 +1,8 @@
-"""What ``import tensorcast`` offers: names in, typed results out. Heavy imports happen inside the calls."""
+"""Deployments from Python: simulated, compared, explained. Heavy imports happen inside the calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,15 +21,12 @@ if TYPE_CHECKING:
     from tensorcast.deploy.result import Simulation
     from tensorcast.deploy.workload import Workload
     from tensorcast.profiles.device import DeviceProfile
-    from tensorcast.scheduling.fleet import Watch
     from tensorcast.scheduling.outcome import Outcome
-    from tensorcast.scheduling.requests import Requests
-    from tensorcast.scheduling.sweep import Sent
     from tensorcast.search.compare import Comparison
 
     Noted = TypeVar("Noted", Simulation, Comparison, Explanation, Outcome, ExpertStudy)
 
-def _noted(found: Noted, *said: str) -> Noted:
+def noted(found: Noted, *said: str) -> Noted:
     """``found`` with what is said, but for empty lines, among its notes."""
     return replace(found, notes=(*found.notes, *filter(None, said)))
 
@@ -100,7 +97,7 @@ def simulate(
     parts = profile, device_profile(device), load_engine(engine), layout, Workload(phase, batch, new, past)
     chosen = of_traffic(options_of(options), profile)
     found = run(*parts, options=chosen, allow_oversize=allow_oversize, enough=_what_holds)
-    return _noted(found, read_as)
+    return noted(found, read_as)
 
 
 @python_names
@@ -180,7 +177,7 @@ def compare(
         searched={axis: dict[str, Any](options).get(name) for axis, name in SEARCHED.items()},
         decode_device=None if decode_device is None else device_profile(decode_device), decode_gpus=decode_world_size,
     )  # fmt: skip
-    found = _noted(decide(tasks, spread(search, tasks, jobs, executor)), read_as, note(len(tasks), jobs, executor))
+    found = noted(decide(tasks, spread(search, tasks, jobs, executor)), read_as, note(len(tasks), jobs, executor))
     return replace(found, question=question)
 
 
@@ -226,117 +223,7 @@ def explain(
         profile, gpu, load_engine(engine), one, versus=other, phase=phase, batch=batch, new=new, past=past,
         options=served_options(options, profile),
     )
-    return _noted(found, read_as)
-
-
-@python_names
-def replay(
-    model: str,
-    *,
-    device: str,
-    layout: str,
-    requests: Requests,
-    engine: str = "vllm",
-    router: str = "least_work",
-    ttft_s: float | None = None,
-    tpot_s: float | None = None,
-    request_s: float | None = None,
-    find_rate: bool = False,
-    percentile: float = 99.0,
-    prefill_chunk: int | None = None,
-    max_sequences: int | None = None,
-    mtp_acceptance: float | str = 0.8,
-    balance_steps: int = 0,
-    draws: int = 0,
-    seed: int = 0,
-    workers: str = "",
-    usd_per_gpu_hour: float = 0.0,
-    watch: Watch | None = None,
-    **options: Unpack[DeploymentOptions],
-) -> Outcome:
-    """Replay ``requests`` one by one through the engine's scheduler, on the prices of :func:`simulate`.
-
-    ``layout`` is one server's, such as ``tp8-ep8``, several (``4 x tp8-ep8``), or two pools, prompts read by the first
-    (``2 x tp8 > dp8-ep8``); pools beside one another have ``&`` between, another device is behind ``@``:
-    ``2 x tp8 & 4 x tp4@h100``. ``requests`` come from :func:`tensorcast.scheduling.trace_files.read_trace`, or are
-    drawn, by ``drawn`` and ``sessions`` of :mod:`tensorcast.scheduling.requests`. ``workers``: servers lost and added
-    meanwhile, ``600s -1, 15min +2``, of the second pool ``600s -1 of 2``. ``router``: ``least_work``, ``round_robin``,
-    ``power_of_two`` or ``prefix_aware``. ``ttft_s``, ``tpot_s``, ``request_s`` are the longest times that users accept;
-    with ``find_rate`` the requests are sent as fast as leaves ``percentile`` percent of them within.
-    ``prefill_chunk``, ``max_sequences``: new tokens and sequences of a step, per data-parallel rank, the engine's own
-    if not given. ``balance_steps``: steps that prompts wait until every rank has one (TensorRT-LLM's
-    ``attention_dp_config``). ``draws`` replays under other step times give 80 % bands; ``usd_per_gpu_hour`` gives
-    cost. ``watch`` is told how many requests are finished by which second; Ctrl-C then leaves these. ``options``:
-    those of :func:`simulate`; ``routing`` is typical unless said.
-
-    >>> import tensorcast as tc
-    >>> from tensorcast.scheduling.requests import Length, drawn
-    >>> found = tc.replay("qwen3-235b-a22b", device="h200", layout="tp8-ep8",
-    ...                   requests=drawn(1000, Length(2000, 0.5), Length(300, 0.5), rate=4.0))  # doctest: +SKIP
-    >>> found.summary()["ttft_p99_s"], found.per_request().head()  # doctest: +SKIP
-    """
-    from tensorcast.cost.routing import SAID
-    from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import served_options
-    from tensorcast.profiles.store import load_engine
-    from tensorcast.scheduling.capacity import at_the_limit
-    from tensorcast.scheduling.outcome import Limits
-    from tensorcast.scheduling.pools import parse_changes, parse_servers
-    from tensorcast.scheduling.replay import priced_servers
-
-    limits = Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s)
-    (profile, read_as), servers = named_model(model), parse_servers(layout)
-    chosen = served_options(options, profile)
-    changes = parse_changes(workers, len(servers))
-    priced = priced_servers(
-        profile, device_profile(device), load_engine(engine), servers,
-        longest=int((requests.input_len + requests.output_len).max()), options=chosen,
-        mtp_acceptance=mtp_acceptance, chunk_tokens=prefill_chunk, max_sequences=max_sequences,
-        balance_steps=balance_steps,
-    )
-    if find_rate:
-        share = percentile / 100
-        requests = at_the_limit(priced, requests, limits, share=share, router=router, seed=seed, changes=changes)
-    found = priced.run(requests, limits=limits, router=router, seed=seed, draws=draws, changes=changes, watch=watch)
-    spread = SAID[chosen.routing] if profile.stated_facts.num_experts else ""
-    return _noted(replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as, spread)
-
-
-@python_names
-def replay_sweep(
-    model: str, *, device: str, layouts: Sequence[str], requests: Requests | Sequence[Sent],
-    rates: Sequence[float] = (), engine: str = "vllm", router: str = "least_work", ttft_s: float | None = None,
-    tpot_s: float | None = None, request_s: float | None = None, find_rate: bool = False, percentile: float = 99.0,
-    prefill_chunk: int | None = None, max_sequences: int | None = None, mtp_acceptance: float | str = 0.8,
-    balance_steps: int = 0, seed: int = 0, workers: str = "", usd_per_gpu_hour: float = 0.0, jobs: int = 1,
-    executor: str | None = None, done: Callable[[int], None] | None = None, keep: bool = False,
-    **options: Unpack[DeploymentOptions],
-) -> pd.DataFrame:
-    """Every one of ``layouts`` under every one of ``requests``: a row each, with the numbers of a replay's summary.
-
-    ``requests``: one set, stretched to each of ``rates`` per second where given, or several with what tells them apart.
-    What cannot be replayed says so in ``problem``. ``jobs`` processes, or ``executor="dask:ADDRESS"``, replay them.
-    ``done`` is told how many there are; with ``keep`` Ctrl-C leaves them. The rest: :func:`replay`.
-    """
-    from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import served_options
-    from tensorcast.profiles.store import load_engine
-    from tensorcast.scheduling.outcome import Limits
-    from tensorcast.scheduling.sweep import ReplayTask, every_replay, replay_all, sent_at
-
-    profile = named_model(model)[0]
-    sent = list(requests) if isinstance(requests, Sequence) else sent_at(requests, rates)
-    tasks = every_replay(
-        layouts, sent, seed, ReplayTask(
-            model=profile, device=device_profile(device), engine=load_engine(engine), layout="",
-            sent=sent[0], options=served_options(options, profile), router=router, seed=seed,
-            limits=Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s), changes=workers,
-            share=percentile / 100 if find_rate else None, usd_per_gpu_hour=usd_per_gpu_hour,
-            settings={"mtp_acceptance": mtp_acceptance, "chunk_tokens": prefill_chunk, "max_sequences": max_sequences,
-                      "balance_steps": balance_steps},
-        ),
-    )  # fmt: skip
-    return replay_all(tasks, jobs=jobs, executor=executor, done=done, keep=keep)
+    return noted(found, read_as)
 
 
 @python_names
@@ -383,7 +270,7 @@ def experts(
         new=new if input_len is None else input_len, past=past if context is None else context, batch=batch,
         options=options_of({"routing": "recorded:deepseek-r1", **options}), copies=copies, others=others,
     )
-    return _noted(replace(found, logged=logged), read_as)
+    return noted(replace(found, logged=logged), read_as)
 
 
 def predict_kernels(frame: pd.DataFrame, *, device: str, engine: str | None = None) -> pd.DataFrame:

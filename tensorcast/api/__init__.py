@@ -1,0 +1,10 @@
+"""What ``import tensorcast`` offers: names in, typed results out."""
+
+from tensorcast.api.apart import compare_apart, simulate_apart
+from tensorcast.api.deployments import compare, device_profile, experts, explain, predict_kernels, simulate
+from tensorcast.api.replays import replay, replay_sweep
+
+__all__ = [
+    "compare", "compare_apart", "device_profile", "experts", "explain", "predict_kernels", "replay",
+    "replay_sweep", "simulate", "simulate_apart",
+]

@@ -33,6 +33,7 @@ class Naive:
         self.sent_s: dict[int, float] = {}
         self.most_used, self.steps, self.preemptions = 0.0, 0, 0
         self.now, self.in_flight, self.budget, self.whole = 0.0, 0, 0, 0
+        self.share = rules.expected.first if rules.expected else 0.0
         self.coming = list(range(len(requests)))
         self.later: list[int] = []
         self.entering: list[tuple[float, int]] = []
@@ -85,6 +86,7 @@ class Naive:
             self.again[one.request] = self.again.get(one.request, 0) + one.written
             self.waiting.insert(0, (-1.0, one.request))
             self.preemptions += 1
+            self.share = self.rules.expected.first if self.rules.expected else 0.0
 
     def take(self, one: Sequence) -> None:
         left = one.to_read - one.read
@@ -105,8 +107,17 @@ class Naive:
         one = Sequence(request, prompt + written, reply - written - 1)
         waits = not rules.splits and self.budget < one.to_read <= rules.chunk_tokens
         full = len(self.running) + len(self.reading) >= rules.most_sequences
-        # running ones get their next tokens first
-        return None if waits or full or self.held(one) > self.free() - self.growth() else one
+        room = self.free() - self.growth()  # running ones get their next tokens first
+        crowded = bool(self.running or self.reading) and self.held(one) + self.expected(one) > room
+        return None if waits or full or crowded or self.held(one) > room else one
+
+    def expected(self, one: Sequence) -> float:
+        """Tokens that its reply and those of running ones are expected to take."""
+        if self.rules.expected is None:
+            return 0.0
+        most = self.rules.expected.most_tokens
+        ahead = min(sum(other.left for other in self.running), len(self.running) * most)
+        return min(one.left, most) + self.share * ahead
 
     def compose(self) -> None:
         rules, begun = self.rules, self.begun
@@ -161,6 +172,10 @@ class Naive:
         return bool(ahead)
 
     def finish(self, decoding: list[Sequence]) -> None:
+        expected = self.rules.expected
+        if expected is not None and decoding:
+            falls = (expected.first - expected.least) / expected.steps
+            self.share = max(expected.least, self.share - falls)
         for one in decoding:
             one.tokens, one.left, one.written = one.tokens + 1, one.left - 1, one.written + 1
             if one.left == 0:

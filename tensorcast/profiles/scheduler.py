@@ -17,6 +17,11 @@ class ExpectedReply(Frozen):
     steps: int = Field(ge=1)
     most_tokens: int = Field(ge=1, description="tokens of one reply that are expected at most")
 
+    @property
+    def falls(self) -> float:
+        """By how much the share falls in a decode step, until it is the least."""
+        return (self.first - self.least) / self.steps
+
 
 class Scheduler(Frozen):
     """Rules of a scheduler that no other field of an engine profile tells."""

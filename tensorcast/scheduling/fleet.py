@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
+from array import array
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import inf
+from operator import attrgetter
 from typing import Literal
 
 import numpy as np
@@ -23,6 +26,11 @@ ROUTERS: tuple[str, ...] = ("round_robin", "least_work", "power_of_two", "prefix
 
 ARRIVAL, RETURN, ENTRY, HANDED_OVER, STEP_END, CHANGE, START = range(7)
 """What happens, in the order in which it does at one moment: a step is composed when all who come then are there."""
+
+NOBODY = (inf, -1)
+"""Who comes when all have come."""
+
+_load = attrgetter("load")
 
 WATCHED = 4096
 """Events between two looks of whoever watches."""
@@ -84,6 +92,7 @@ class Fleet:
         self._later: deque[int] = deque()  # beyond the users
         self._in_flight = 0
         self._next = 0
+        self._enters_s = inf  # when the next of those enters who send when they like
         self._after: dict[int, list[int]] = defaultdict(list)  # requests that wait for another's end
         for request, before in enumerate([] if requests.after is None else requests.after.tolist()):
             if before >= 0:
@@ -92,7 +101,8 @@ class Fleet:
     def run(self, watch: Watch | None = None) -> Record:
         """Until every request has its last token. With a ``watch`` Ctrl-C ends the replay and leaves what there is:
         ``stopped`` then says so."""
-        self._next_arrival()
+        if self.requests.users is not None:
+            self._next_arrival()
         for i, change in enumerate(self.changes):
             self._at(change.when_s, CHANGE, i)
         try:
@@ -101,40 +111,71 @@ class Fleet:
             if watch is None:
                 raise
             self.stopped = True
+            self.record.sent_s[np.isinf(self.record.came_s)] = np.nan
         return self.record
 
     def _run(self, watch: Watch | None) -> None:
-        events, looked = self._events, 0
-        while events:
-            now, kind, order, who = heapq.heappop(events)
-            looked += 1
-            if watch is not None and looked % WATCHED == 0:
-                self.now_s = now
-                watch(self.finished, now)
+        events, due, servers, looked = self._events, self._due, self.servers, 0
+        coming = self._coming() if self.requests.users is None else iter(())
+        self._enters_s, enters = next(coming, NOBODY)
+        while events or enters >= 0:
+            if events and events[0][0] < self._enters_s:
+                now, kind, order, who = heappop(events)
+            else:
+                now, kind, order, who = self._enters_s, ENTRY, 0, enters
+                self._enters_s, enters = next(coming, NOBODY)
+            if watch is not None:
+                looked += 1
+                if looked % WATCHED == 0:
+                    self.now_s = now
+                    watch(self.finished, now)
             if kind == STEP_END:
-                if self._due[who] == order:  # else the step ends earlier by now
-                    self._step_ended(self.servers[who], now)
+                if due[who] == order:  # else the step ends earlier by now
+                    self._step_ended(servers[who], now)
             elif kind == START:
-                self._start(self.servers[who], now)
+                self._start(servers[who], now, True)
             elif kind == ENTRY:
                 self._put(who, 0, now)
-            elif kind == HANDED_OVER:
-                if self._sending.get(who, (0, 0))[1] == order:
-                    del self._sending[who]
-                    self._put(who, 1, now)
-            elif kind == CHANGE:
-                change = self.changes[who]
-                if self.finished == len(self.requests):
-                    continue  # nobody is left who would notice
-                (self._add if change.count > 0 else self._lose)(change.pool, abs(change.count), now)
             else:
-                if kind == ARRIVAL:
-                    self._next_arrival()
-                self._ask(who, now)
+                self._rarely(kind, order, who, now)
+
+    def _rarely(self, kind: int, order: int, who: int, now: float) -> None:
+        """What else happens."""
+        if kind == HANDED_OVER:
+            if self._sending.get(who, (0, 0))[1] == order:
+                del self._sending[who]
+                self._put(who, 1, now)
+        elif kind == CHANGE:
+            change = self.changes[who]
+            if self.finished < len(self.requests):  # else nobody is left who would notice
+                (self._add if change.count > 0 else self._lose)(change.pool, abs(change.count), now)
+        else:
+            if kind == ARRIVAL:
+                self._next_arrival()
+            self._ask(who, now)
+
+    def _coming(self) -> Iterator[tuple[float, int]]:
+        """When whom enters of those who wait neither for a place nor for a reply; who is refused is over at once."""
+        requests, rules, sent_s = self.requests, self.pools[0].rules, self.record.each.sent_s
+        long = requests.input_len + requests.output_len > self._longest
+        before_s = np.where(long, 0.0, rules.first_token_s + rules.prompt_token_s * requests.input_len)
+        enters_s = requests.arrival_s + before_s
+        order = np.argsort(enters_s, kind="stable")
+        if requests.after is not None:
+            order = order[requests.after[order] < 0]
+        refused = set(np.flatnonzero(long).tolist())
+        arrival_s, when = (array("d", times.astype(float).tobytes()) for times in (requests.arrival_s, enters_s[order]))
+        for now, request in zip(when, array("q", order.astype(np.int64).tobytes()), strict=True):
+            sent_s[request] = arrival_s[request]
+            if request in refused:
+                self.refused.append(request)
+                self._is_over(request, now)
+            else:
+                yield now, request
 
     def _at(self, when: float, kind: int, who: int) -> int:
         self._order += 1
-        heapq.heappush(self._events, (when, kind, self._order, who))
+        heappush(self._events, (when, kind, self._order, who))
         return self._order
 
     def _next_arrival(self) -> None:
@@ -154,7 +195,7 @@ class Fleet:
         users, record = self.requests.users, self.record
         while self._later and (users is None or self._in_flight < users):
             request = self._later.popleft()
-            record.sent_s[request] = now
+            record.each.sent_s[request] = now
             if record.longest(request) > self._longest:
                 self.refused.append(request)
                 self._is_over(request, now)
@@ -169,48 +210,59 @@ class Fleet:
     def _is_over(self, request: int, now: float) -> None:
         """A request ended or was refused: whoever waited for that thinks, and asks."""
         self.finished += 1
+        if not self._after:
+            return
         for other in self._after.pop(request, ()):
             think_s = 0.0 if self.requests.think_s is None else float(self.requests.think_s[other])
             self._at(max(now + think_s, float(self.requests.arrival_s[other])), RETURN, other)
 
     def _put(self, request: int, phase: int, now: float) -> None:
-        server = self._choose(request, phase)
+        server = self._choose(request, phase, now)
         if server is None:
             self._stranded[phase].append(request)
             return
         self.record.server[request] = server.number
-        self.record.came_s[request] = now
-        server.put(request)
+        self.record.each.came_s[request] = now
+        earlier = server.put(request, now)
         if server.stretch is None:
-            self._at(now, START, server.number)
-        elif server.arrive(now):
-            self._due[server.number] = self._at(server.stretch.end_s, STEP_END, server.number)
-
-    def _start(self, server: Server, now: float) -> None:
-        if server.stretch is None and server.start(now):
-            assert server.stretch is not None
+            self._start(server, now)
+        elif earlier:
             self._due[server.number] = self._at(server.stretch.end_s, STEP_END, server.number)
 
     def _step_ended(self, server: Server, now: float) -> None:
-        last = server.rules.role != "prefill"
-        for request in server.finish():
-            if last or self.record.left(request) < 1:
-                self.record.first_token(request, now)
-                self.record.last_s[request] = now
-                self._in_flight -= 1
+        if ended := server.finish():
+            if server.reads_alone:
+                ended = [request for request in ended if self._is_read(server, request, now)]
+            last_s = self.record.each.last_s
+            for request in ended:
+                last_s[request] = now
                 self._is_over(request, now)
-            else:
-                pool = self.pools[server.pool]
-                ends = max(now, self._link_free[server.number])
-                ends += pool.hand_over_s(self.record.prompt(request)) if pool.hand_over_s else 0.0
-                self._link_free[server.number] = ends
-                self._sending[request] = (server.number, self._at(ends + pool.meeting_s, HANDED_OVER, request))
-        if self._later:
-            self._send_waiting(now)
-        if self._events and self._events[0][0] <= now:
-            self._at(now, START, server.number)  # whoever comes now is there first
-        else:
-            self._start(server, now)
+            self._in_flight -= len(ended)
+            if self._later:
+                self._send_waiting(now)
+        self._start(server, now)
+
+    def _start(self, server: Server, now: float, all_there: bool = False) -> None:
+        """The server's next step begins, when all who come now are there."""
+        events = self._events
+        if not all_there and (self._enters_s <= now or (events and events[0][0] <= now)):
+            self._at(now, START, server.number)
+        elif server.stretch is None and (stretch := server.start(now)) is not None:
+            self._order = order = self._order + 1
+            self._due[server.number] = order
+            heappush(events, (stretch.end_s, STEP_END, order, server.number))
+
+    def _is_read(self, server: Server, request: int, now: float) -> bool:
+        """A prompt is read and on its way to who writes; or all there is to say is said."""
+        if self.record.left(request) < 1:
+            self.record.first_token(request, now)
+            return True
+        pool = self.pools[server.pool]
+        ends = max(now, self._link_free[server.number])
+        ends += pool.hand_over_s(self.record.prompt(request)) if pool.hand_over_s else 0.0
+        self._link_free[server.number] = ends
+        self._sending[request] = (server.number, self._at(ends + pool.meeting_s, HANDED_OVER, request))
+        return False
 
     def _phase(self, pool: Pool) -> int:
         return int(pool.rules.role == "decode")
@@ -242,10 +294,9 @@ class Fleet:
                 self.record.moved[request] += 1
                 self._enter(request, now)
 
-    def _choose(self, request: int, phase: int) -> Server | None:
+    def _choose(self, request: int, phase: int, now: float) -> Server | None:
         servers = self._there[phase]
-        longest = self.record.longest(request)
-        if longest > self._all_take:
+        if (longest := self.record.longest(request)) > self._all_take:
             servers = [server for server in servers if longest <= server.rules.most_tokens]
         if len(servers) < 2:
             return servers[0] if servers else None
@@ -254,12 +305,8 @@ class Fleet:
             return servers[(self._turn[phase] - 1) % len(servers)]
         if self.router == "power_of_two":
             one, other = self._random.choice(len(servers), 2, replace=False)
-            return min(servers[one], servers[other], key=lambda s: s.load)
+            return min(servers[one], servers[other], key=_load)
         if self.router == "prefix_aware" and self.record.blocks is not None and not phase:
-            return max(servers, key=lambda s: (_found(s, self.record.blocks_of(request)), -s.load))
-        return min(servers, key=lambda s: s.load)
-
-
-def _found(server: Server, blocks: tuple[int, ...]) -> int:
-    """Blocks of a prompt that the server's best rank has."""
-    return max((rank.prefix.match(blocks, len(blocks)) for rank in server.ranks if rank.prefix is not None), default=0)
+            blocks = self.record.blocks_of(request)
+            return max(servers, key=lambda s: (s.found(blocks, now), -s.load))
+        return min(servers, key=_load)

@@ -35,24 +35,34 @@ class PrefixCache:
                 return min(i, most)
         return min(len(blocks), most)
 
-    def pin(self, blocks: Sequence[int]) -> None:
-        """Use ``blocks``; those that are not there yet, now are."""
+    def pin(self, blocks: Sequence[int]) -> int:
+        """Use ``blocks``; those that are not there yet, now are. By how many tokens more running sequences use."""
+        users, free = self._users, self._free
+        before = len(users)
         for block in blocks:
-            self._users[block] = self._users.get(block, 0) + 1
-            self._free.pop(block, None)
-
-    def unpin(self, blocks: Sequence[int]) -> None:
-        """One user less; blocks without any are free from now on, a prompt's last blocks the first to go."""
-        for block in reversed(blocks):
-            left = self._users[block] - 1
-            if left:
-                self._users[block] = left
+            if block in users:
+                users[block] += 1
             else:
-                del self._users[block]
-                self._free[block] = None
+                users[block] = 1
+                free.pop(block, None)
+        return (len(users) - before) * self.block_tokens
+
+    def unpin(self, blocks: Sequence[int]) -> int:
+        """One user less; blocks without any are free from now on, a prompt's last blocks the first to go. By how many
+        tokens more running sequences use: none, or fewer than none."""
+        users, free = self._users, self._free
+        before = len(users)
+        for block in reversed(blocks):
+            left = users[block] - 1
+            if left:
+                users[block] = left
+            else:
+                del users[block]
+                free[block] = None
+        return (len(users) - before) * self.block_tokens
 
     def shrink(self, room: float) -> None:
         """Throw free blocks away until they take no more than ``room`` tokens."""
-        most = max(int(room // self.block_tokens), 0)
-        while len(self._free) > most:
-            self._free.popitem(last=False)
+        free, most = self._free, room // self.block_tokens
+        while len(free) > most and free:
+            free.popitem(last=False)

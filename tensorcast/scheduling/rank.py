@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
+from tensorcast.profiles.scheduler import ExpectedReply
 from tensorcast.scheduling.prefix_cache import PrefixCache
 from tensorcast.scheduling.record import Record
 from tensorcast.scheduling.rules import Rules
@@ -16,10 +18,12 @@ from tensorcast.scheduling.rules import Rules
 class Decoding:
     """A sequence that writes its reply: the rank's decode step at which it joined, and its tokens then.
 
-    ``held``: tokens of the cache that it alone took then; ``blocks``: shared ones that it uses.
+    ``ends``: the step at which it ends; ``held``: tokens of the cache that it alone took when it joined; ``blocks``:
+    shared ones that it uses.
     """
 
     joined: int
+    ends: int
     tokens: int
     held: float
     blocks: tuple[int, ...]
@@ -38,17 +42,14 @@ class Reading:
 
 @dataclass(slots=True)
 class Batch:
-    """What a rank does in a step: decoding sequences and their mean cached tokens, prompts as (new, cached) tokens, and
-    who of them is done."""
+    """What a rank does in a step: decoding sequences and their mean cached tokens, prompts as (new, cached) tokens, all
+    their new tokens, and who of them is done."""
 
-    sequences: int
-    context: float
+    sequences: int = 0
+    context: float = 0.0
+    new_tokens: int = 0
     prompts: list[tuple[int, int]] = field(default_factory=list)
     done: list[Reading] = field(default_factory=list)
-
-    @property
-    def new_tokens(self) -> int:
-        return sum(new for new, _ in self.prompts)
 
 
 class Rank:
@@ -61,11 +62,14 @@ class Rank:
         self.decoding: dict[int, Decoding] = {}  # in the order in which they were let in
         self.prefix = PrefixCache(record.block_tokens) if rules.prefix_cache and record.blocks is not None else None
         self.steps = 0  # decode steps so far
-        self.used = 0.0  # tokens of the cache that sequences hold alone
+        self.used = 0.0  # tokens of the cache that sequences hold, those of shared blocks once
         self._tokens = 0.0  # of decoding sequences at step 0, were they as long ago: those now are _tokens + n e steps
         self._last = 0  # sum of the steps at which they end
         self._ends: list[tuple[int, int]] = []
+        self.next = Batch()
         self._share = rules.expected.first if rules.expected else 1.0
+        self._closed_for = math.inf  # decode steps in which the head of the queue is not let in, unless a sequence ends
+        self._holds, self._each, self._only_writes = rules.cache_tokens, rules.tokens_per_step, rules.role == "decode"
         # tokens of the cache that a decode step takes per sequence: none where replies have their room reserved
         self._grows = 0.0 if rules.reserves_reply else rules.tokens_per_step
 
@@ -77,58 +81,75 @@ class Rank:
     @property
     def free(self) -> float:
         """Tokens of the cache that a new sequence could take, those of blocks that nobody uses included."""
-        pinned = 0 if self.prefix is None else self.prefix.pinned_tokens
-        return self.rules.cache_tokens - self.used - pinned
-
-    @property
-    def _growth(self) -> float:
-        """Tokens of the cache that a decode step takes."""
-        return len(self.decoding) * self._grows
+        return self._holds - self.used
 
     def batch(self, seen_s: float, now_s: float, hold_prompts: bool = False) -> Batch:
-        """The next step, of requests that arrived by ``seen_s``. ``hold_prompts``: none is read."""
-        rules = self.rules
-        if self._grows and len(self.decoding) > 1:
-            self._make_room()
-        if rules.role == "decode" and self.waiting:
-            self._take_over(seen_s, now_s)
+        """The next step, of requests that arrived by ``seen_s``, until the one after it. ``hold_prompts``: no prompt is
+        read."""
         sequences = len(self.decoding)
-        found = Batch(sequences, self._tokens / sequences + rules.tokens_per_step * self.steps if sequences else 0.0)
-        if (self.reading or self.waiting) and not hold_prompts and rules.role != "decode":
+        if sequences > 1 and self._holds - self.used < sequences * self._grows:
+            self._make_room()
+            sequences = len(self.decoding)
+        if self._only_writes and self.waiting:
+            self._take_over(seen_s, now_s)
+            sequences = len(self.decoding)
+        found = self.next
+        found.sequences = sequences
+        found.context = self._tokens / sequences + self._each * self.steps if sequences else 0.0
+        if found.prompts:
+            found.new_tokens, found.prompts, found.done = 0, [], []
+        if (self.reading or self.waiting) and self.has_prompt(seen_s) and not hold_prompts and not self._only_writes:
             self._read(found, seen_s, now_s)
         return found
 
     def has_prompt(self, seen_s: float) -> bool:
         """Whether a prompt could be read that arrived by ``seen_s``."""
-        return bool(self.reading) or bool(self.waiting and self.record.came_s[self.waiting[0]] <= seen_s)
+        return bool(self.reading or (self.waiting and self.record.each.came_s[self.waiting[0]] <= seen_s))
 
     def decode_steps_left(self) -> float:
         """Decode steps until a sequence ends or the cache is full."""
         if not self._ends:
             return math.inf
         steps = self._ends[0][0] - self.steps
-        growth = self._growth
-        if growth and self.free < growth * steps:
-            return max(1, int(self.free / growth))
-        return steps
+        growth = len(self.decoding) * self._grows
+        return steps if self._holds - self.used >= growth * steps else max(1, int(self.free / growth))
+
+    def closed_for(self, begun: Sequence[float]) -> float:
+        """Decode steps from now in which nobody of those who wait is let in, unless a sequence ends; 1 at least.
+
+        ``begun``: when the last steps began, the first of which is when the next one's requests were seen.
+        """
+        came = self.record.each.came_s[self.waiting[0]]
+        if not begun or came <= begun[0]:
+            return self._closed_for
+        seen = next((i for i, when in enumerate(begun) if came <= when), len(begun))
+        return seen + self.rules.lag - len(begun)
 
     def decoded(self, steps: int) -> list[int]:
         """``steps`` decode steps have passed, all at once; who ends with the last one."""
         self.steps += steps
-        self.used += self._growth * steps
-        share = self.rules.expected
+        self.used += len(self.decoding) * self._grows * steps
+        share, ends, prefix = self.rules.expected, self._ends, self.prefix
         if share is not None:
-            self._share = max(share.least, self._share - (share.first - share.least) / share.steps * steps)
+            self._share = max(share.least, self._share - share.falls * steps)
+        if prefix is not None:
+            prefix.shrink(self._holds - self.used)
         ended = []
-        while self._ends and self._ends[0][0] <= self.steps:
-            request = heappop(self._ends)[1]
-            if self.prefix is not None and self.record.requests.reply_blocks:
+        while ends and ends[0][0] <= self.steps:
+            request = heappop(ends)[1]
+            if prefix is not None and self.record.requests.reply_blocks:
                 self._keep_reply(request)
             self._leave(request)
             ended.append(request)
-        if self.prefix is not None:
-            self.prefix.shrink(self.free)
         return ended
+
+    def found(self, blocks: Sequence[int], steps: int) -> int:
+        """How many of the first ``blocks`` are there when ``steps`` decode steps more have taken their room."""
+        if self.prefix is None:
+            return 0
+        if steps:
+            self.prefix.shrink(self.free - len(self.decoding) * self._grows * steps)
+        return self.prefix.match(blocks, len(blocks))
 
     def lose(self) -> list[int]:
         """Everything is gone; who was here, in the order in which they were let in. Replies go on after what is written
@@ -170,9 +191,10 @@ class Rank:
         beside = 0.0 if rules.alone else found.sequences * rules.verify
         budget = int(rules.chunk_tokens - beside)
         whole = rules.prompt_tokens or budget
+        self._closed_for = math.inf
         for one in self.reading:
             budget -= self._take(found, one, budget)
-        while budget > 0 and whole > 0 and self.waiting and record.came_s[self.waiting[0]] <= seen_s:
+        while budget > 0 and whole > 0 and self.waiting and record.each.came_s[self.waiting[0]] <= seen_s:
             if len(self.decoding) + len(self.reading) >= rules.most_sequences:
                 return
             request = self.waiting[0]
@@ -186,58 +208,76 @@ class Rank:
             budget, whole = budget - taken, whole - taken
 
     def _take(self, found: Batch, one: Reading, budget: int) -> int:
-        new = min(one.tokens - one.read, budget)
-        # a prompt longer than any step is read in several all the same
-        if not self.rules.splits and new < one.tokens - one.read and not one.read:
-            new = new if one.tokens > self.rules.chunk_tokens else 0
-        if new > 0:
-            found.prompts.append((new, one.read))
-            one.read += new
-            if one.read == one.tokens:
-                found.done.append(one)
-        return max(new, 0)
+        new = left = one.tokens - one.read
+        if left > budget:
+            # a prompt longer than any step is read in several all the same
+            new = budget if self.rules.splits or one.read or one.tokens > self.rules.chunk_tokens else 0
+        if new <= 0:
+            return 0
+        found.new_tokens += new
+        found.prompts.append((new, one.read))
+        one.read += new
+        if new == left:
+            found.done.append(one)
+        return new
 
     def _admit(self, request: int, budget: int) -> Reading | None:
         """Room for a prompt (and what the engine wants beside), or nothing."""
-        rules, record = self.rules, self.record
+        rules, record, prefix = self.rules, self.record, self.prefix
         prompt, reply = record.prompt(request), record.left(request)
         shared: tuple[int, ...] = ()
-        if self.prefix is not None:
+        if prefix is not None:
             blocks = record.blocks_of(request)
-            shared = blocks[: self.prefix.match(blocks, (prompt - 1) // record.block_tokens)]
+            shared = blocks[: prefix.match(blocks, (prompt - 1) // record.block_tokens)]
         cached = len(shared) * record.block_tokens
-        if not rules.splits and prompt - cached > budget and prompt - cached <= rules.chunk_tokens:
+        if not rules.splits and budget < prompt - cached <= rules.chunk_tokens:
             return None
         held = prompt - cached + rules.waste + (reply if rules.reserves_reply else 0)
-        asked = held
-        if rules.role == "both" and rules.expected is not None:
-            most = rules.expected.most_tokens
-            ahead = (self._last - len(self.decoding) * self.steps) * rules.tokens_per_step
-            asked += min(reply, most) + self._share * min(ahead, len(self.decoding) * most)
-        if self.prefix is not None:
-            self.prefix.pin(shared)
-        room = self.free - self._growth
+        beside = 0.0
+        if rules.expected is not None and rules.role == "both":
+            beside = min(reply, rules.expected.most_tokens) + self._share * self._ahead(rules.expected)
+        if prefix is not None and shared:
+            self.used += prefix.pin(shared)
+        room = self.free - len(self.decoding) * self._grows
         # who is alone is let in if it fits at all
-        if held > room or (asked > room and (self.reading or self.decoding)):
-            if self.prefix is not None:
-                self.prefix.unpin(shared)
+        if held > room or (held + beside > room and (self.reading or self.decoding)):
+            if held <= room:
+                self._closed_for = self._steps_without(held + beside - room)
+            self._release(0.0, shared)
             return None
         self.used += held
-        if self.prefix is not None:
-            self.prefix.shrink(self.free)
+        if prefix is not None:
+            prefix.shrink(self.free)
         record.cached(request, cached)
         return Reading(request, prompt, cached, held, shared)
+
+    def _ahead(self, expected: ExpectedReply) -> float:
+        """Tokens that running replies may still write."""
+        sequences = len(self.decoding)
+        left = (self._last - sequences * self.steps) * self.rules.tokens_per_step
+        return min(left, sequences * expected.most_tokens)
+
+    def _steps_without(self, lacking: float) -> float:
+        """Decode steps in which what running replies are expected to take surely falls by less than ``lacking``
+        tokens: it never falls faster than now, as fewer of a smaller share are ahead with every step."""
+        expected = self.rules.expected
+        assert expected is not None
+        falls = self._share * self.rules.tokens_per_step - self._grows
+        falls = len(self.decoding) * falls + expected.falls * self._ahead(expected)
+        return max(int(lacking / falls), 1) if falls > 0 else math.inf
 
     def _take_over(self, seen_s: float, now_s: float) -> None:
         """Prompts that another pool has read start to write their replies."""
         rules, record = self.rules, self.record
+        self._closed_for = math.inf
         while self.waiting and len(self.decoding) < rules.most_sequences:
             request = self.waiting[0]
-            if record.came_s[request] > seen_s:
+            if record.each.came_s[request] > seen_s:
                 return
             tokens = record.prompt(request)
             held = tokens + rules.waste + (record.left(request) if rules.reserves_reply else 0)
-            if held + rules.tokens_per_step > self.free - self._growth and self.decoding:  # it decodes at once
+            growth = len(self.decoding) * self._grows
+            if held + rules.tokens_per_step > self.free - growth and self.decoding:  # it decodes at once
                 return
             self.waiting.popleft()
             record.first_token(request, seen_s)  # it came with the cache, and is sent on as the step is composed
@@ -245,34 +285,33 @@ class Rank:
             self._join(request, tokens + 1, held, ())
 
     def _join(self, request: int, tokens: int, held: float, blocks: tuple[int, ...]) -> None:
-        steps = math.ceil(self.record.left(request) / self.rules.tokens_per_step - 1e-9)
-        self.decoding[request] = Decoding(self.steps, tokens, held, blocks)
-        self._tokens += tokens - self.rules.tokens_per_step * self.steps
-        self._last += self.steps + steps
-        heappush(self._ends, (self.steps + steps, request))
+        steps, each = self.steps, self.rules.tokens_per_step
+        ends = steps + math.ceil(self.record.left(request) / each - 1e-9)
+        self.decoding[request] = Decoding(steps, ends, tokens, held, blocks)
+        self._tokens += tokens - each * steps
+        self._last += ends
+        heappush(self._ends, (ends, request))
 
-    def _leave(self, request: int) -> Decoding:
+    def _leave(self, request: int) -> None:
         """Takes a decoding sequence out; its entry of ``_ends`` is the caller's."""
         one = self.decoding.pop(request)
-        grown = self.rules.tokens_per_step * (self.steps - one.joined)
         self._tokens -= one.tokens - self.rules.tokens_per_step * one.joined
-        self._last -= one.joined + math.ceil(self.record.left(request) / self.rules.tokens_per_step - 1e-9)
-        self._release(one.held + (0.0 if self.rules.reserves_reply else grown), one.blocks)
-        return one
+        self._last -= one.ends
+        self._release(one.held + self._grows * (self.steps - one.joined), one.blocks)
 
     def _release(self, held: float, blocks: tuple[int, ...]) -> None:
         self.used -= held
-        if self.prefix is not None:
-            self.prefix.unpin(blocks)
+        if blocks and self.prefix is not None:
+            self.used += self.prefix.unpin(blocks)
 
     def _share_blocks(self, one: Reading) -> None:
         """A prompt that was read is there for others, and no longer its reader's alone."""
         assert self.prefix is not None
         blocks = self.record.blocks_of(one.request)[: one.tokens // self.record.block_tokens]
         fresh = blocks[len(one.blocks) :]
-        self.prefix.pin(fresh)
-        one.held -= len(fresh) * self.record.block_tokens
-        self.used -= len(fresh) * self.record.block_tokens
+        alone = len(fresh) * self.record.block_tokens
+        one.held -= alone
+        self.used += self.prefix.pin(fresh) - alone
         one.blocks = blocks
 
     def _keep_reply(self, request: int) -> None:
@@ -280,15 +319,14 @@ class Rank:
         assert self.prefix is not None
         one, size = self.decoding[request], self.record.block_tokens
         fresh = self.record.blocks_of(request)[len(one.blocks) : (self.record.longest(request) - 1) // size]
-        self.prefix.pin(fresh)
         one.held -= len(fresh) * size
-        self.used -= len(fresh) * size
+        self.used += self.prefix.pin(fresh) - len(fresh) * size
         one.blocks += fresh
 
     def _make_room(self) -> None:
         """Where the cache has no room for another step, who came last starts over."""
         rules = self.rules
-        while len(self.decoding) > 1 and self.free < self._growth:
+        while len(self.decoding) > 1 and self.free < len(self.decoding) * self._grows:
             request = next(reversed(self.decoding))
             steps = self.steps - self.decoding[request].joined
             self._leave(request)

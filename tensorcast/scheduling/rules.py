@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from tensorcast.deploy.deployment import Deployment
@@ -54,12 +55,12 @@ class Rules:
     longest: int
     round_robin: bool
 
-    @property
+    @cached_property
     def most_tokens(self) -> float:
         """Prompt and reply of the longest request that a server takes."""
         return min(self.cache_tokens - self.waste, self.longest)
 
-    @property
+    @cached_property
     def waste(self) -> float:
         """Tokens of a sequence's last block that it does not fill, in the mean."""
         return (self.block_tokens - 1) / 2

@@ -8,31 +8,30 @@ closed form, so that a replay costs time by events, not by tokens.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import attrgetter
 
-from tensorcast.scheduling.rank import Batch, Rank
-from tensorcast.scheduling.record import Moments, Record
+from tensorcast.scheduling.rank import Rank
+from tensorcast.scheduling.record import GAPS, Moments, Record
 from tensorcast.scheduling.rules import Rules
 from tensorcast.scheduling.step_times import StepTimes
+
+_sequences = attrgetter("sequences")
 
 
 @dataclass(slots=True)
 class Stretch:
-    """Steps under way: the first begins at ``start_s`` and takes ``first_s``, each after it ``slope_s`` longer.
-    ``mixed``: with prompts."""
+    """Steps under way: the first begins at ``start_s`` and takes ``first_s``, each after it ``slope_s`` longer; the
+    last is done at ``end_s``. ``mixed``: with prompts."""
 
     start_s: float
     first_s: float
     slope_s: float
     steps: int
-    batches: list[Batch]
+    end_s: float
     mixed: bool = False
-    end_s: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.end_s = self.after(self.steps)
 
     def cut(self, steps: int) -> None:
         """It ends after so many steps."""
@@ -58,6 +57,7 @@ class Server:
         self.rules, self.times, self.record, self.number, self.pool = rules, times, record, number, pool
         self.from_s, self.lost_s = 0.0, math.inf
         self.ranks = [Rank(rules, record) for _ in range(rules.ranks)]
+        self.batches = [rank.next for rank in self.ranks]
         self.stretch: Stretch | None = None
         self.load = 0  # requests here
         self.moments = Moments()
@@ -66,12 +66,16 @@ class Server:
         self._begun: deque[float] = deque(maxlen=rules.lag)  # of the last steps, in which the next was composed
         self._delayed_s = 0.0  # that prompts have taken from decoding sequences so far
         self._stalled_s = 0.0  # that decoding sequences have stood still for prompts
+        self._until_kept = 1  # stretches until the next moment that is kept
         self._held = 0  # steps that prompts have waited for other ranks'
         self._next = 0
+        self.reads_alone = rules.role == "prefill"
+        self._balances = rules.balance_steps > 0 and rules.ranks > 1
 
-    def put(self, request: int) -> None:
-        """A request comes, to the rank that the engine would choose."""
-        ranks = self.ranks
+    def put(self, request: int, now_s: float) -> bool:
+        """A request comes, to the rank that the engine would choose. Whether the stretch under way ends earlier by
+        that: with the step before the one in which it is seen, unless others wait before it."""
+        ranks, stretch = self.ranks, self.stretch
         if self.rules.round_robin:
             rank = ranks[self._next % len(ranks)]
             self._next += 1
@@ -79,76 +83,95 @@ class Server:
             rank = min(ranks, key=lambda one: one.load) if len(ranks) > 1 else ranks[0]
         rank.waiting.append(request)
         self.load += 1
-
-    def arrive(self, now_s: float) -> bool:
-        """Somebody came at ``now_s``: the stretch under way ends with its step. Whether that changes its end."""
-        stretch = self.stretch
-        if stretch is None or stretch.steps == 1:
+        if stretch is None or stretch.steps == 1 or (len(rank.waiting) > 1 and not self._balances):
             return False
-        steps = min(stretch.done_by(now_s) + 1, stretch.steps)
-        changed = steps != stretch.steps
+        done = stretch.done_by(now_s)
+        steps = done + 1
+        if not self._balances:  # else every step counts in which prompts wait
+            steps = max(steps, done + self.rules.lag + (stretch.after(done) < now_s))
+        if steps >= stretch.steps:
+            return False
         stretch.cut(steps)
-        return changed
-
-    def start(self, now_s: float) -> bool:
-        """Compose what comes next; whether there is anything."""
-        seen = self._begun[0] if self._begun else now_s
-        hold = self._holds_prompts(seen)
-        batches = [rank.batch(seen, now_s, hold) for rank in self.ranks]
-        mixed = running = False
-        for batch in batches:
-            mixed, running = mixed or bool(batch.prompts), running or batch.sequences > 0
-        if mixed:
-            self.stretch = Stretch(now_s, self._mixed_s(batches), 0.0, 1, batches, mixed=True)
-        elif running:
-            self.stretch = self._decoding(batches, now_s)
-        elif any(rank.waiting for rank in self.ranks) and seen < now_s:
-            self._begun.clear()  # nothing runs: whoever came meanwhile is seen at once
-            return self.start(now_s)
-        else:
-            self.stretch = None
-            self._begun.clear()
-            return False
         return True
+
+    def found(self, blocks: tuple[int, ...], now_s: float) -> int:
+        """Blocks of a prompt that the best rank has."""
+        stretch = self.stretch
+        steps = 0 if stretch is None or stretch.steps == 1 else stretch.done_by(now_s)
+        return max(rank.found(blocks, steps) for rank in self.ranks)
+
+    def start(self, now_s: float) -> Stretch | None:
+        """Compose what comes next, if there is anything."""
+        seen = self._begun[0] if self._begun else now_s
+        hold = self._balances and self._holds_prompts(seen)
+        mixed = running = False
+        for rank in self.ranks:
+            batch = rank.batch(seen, now_s, hold)
+            if batch.prompts:
+                mixed = True
+            elif batch.sequences:
+                running = True
+        if mixed:
+            seconds = self._mixed_s()
+            self.stretch = Stretch(now_s, seconds, 0.0, 1, now_s + seconds, True)
+        elif running:
+            self.stretch = self._decoding(now_s)
+        else:
+            self._begun.clear()
+            if seen < now_s and any(rank.waiting for rank in self.ranks):
+                return self.start(now_s)  # nothing runs: whoever came meanwhile is seen at once
+        return self.stretch
 
     def finish(self) -> list[int]:
         """The stretch under way ends: requests that are done here."""
-        stretch = self.stretch
+        stretch, rules = self.stretch, self.rules
         assert stretch is not None
-        now, mixed = stretch.end_s, stretch.mixed
-        ended: list[int] = []
+        now, steps = stretch.end_s, stretch.steps
         seconds = now - stretch.start_s
         self.busy_s += seconds
-        self.steps += stretch.steps
-        self.prompts_s += seconds if mixed else 0.0
+        self.steps += steps
+        ended: list[int] = []
         decoded = 0
-        for rank, batch in zip(self.ranks, stretch.batches, strict=True):
-            if batch.sequences and not (self.rules.alone and batch.prompts):
+        for rank in self.ranks:
+            batch = rank.next
+            if batch.sequences and not (batch.prompts and rules.alone):
                 decoded += batch.sequences
-                ended += rank.decoded(stretch.steps)
+                ended += rank.decoded(steps)
             if batch.prompts:
                 ended += rank.read(batch, now)
         if decoded:
-            each = stretch.steps * self.rules.tokens_per_step
-            gap = seconds / each
+            each = steps * rules.tokens_per_step
+            gap, gaps = seconds / each, self.record.gaps
             if self._stalled_s:
-                self.record.gap(gap + self._stalled_s, decoded)
+                gaps[bisect_left(GAPS, gap + self._stalled_s)] += decoded
                 self._stalled_s, each = 0.0, each - 1
-            self.record.gap(gap, decoded * each)
-        elif any(batch.sequences for batch in stretch.batches):
-            self._stalled_s += seconds
-        others_s = self.record.others_s
-        if mixed:
-            self._delayed_s += seconds - self._undisturbed_s(stretch.batches)
-            for batch in stretch.batches:
-                for one in batch.done:
-                    others_s[one.request] -= self._delayed_s
-        for request in ended:
-            others_s[request] += self._delayed_s
-        self.load -= len(ended)
-        self._remember(stretch)
+            gaps[bisect_left(GAPS, gap)] += decoded * each
+        if stretch.mixed:
+            self._delay(seconds, decoded)
+        if ended:
+            others_s = self.record.each.others_s
+            for request in ended:
+                others_s[request] += self._delayed_s
+            self.load -= len(ended)
+        begun = self._begun
+        for step in range(steps - rules.lag if steps > rules.lag else 0, steps):
+            begun.append(stretch.after(step))
+        self._until_kept -= 1
+        if not self._until_kept:
+            self._remember(now)
         self.stretch = None
         return ended
+
+    def _delay(self, seconds: float, decoded: int) -> None:
+        """What prompts took from replies under way, in a step of theirs."""
+        self.prompts_s += seconds
+        if not decoded and any(batch.sequences for batch in self.batches):
+            self._stalled_s += seconds
+        self._delayed_s += seconds - self._undisturbed_s()
+        others_s = self.record.each.others_s
+        for batch in self.batches:
+            for one in batch.done:
+                others_s[one.request] -= self._delayed_s
 
     def lose(self, now_s: float) -> list[int]:
         """The server is gone, with its cache: all who were here, those with replies under way first. What was written
@@ -167,33 +190,28 @@ class Server:
         self.moments.add((now_s, 0, 0, 0, 0.0))
         return here
 
-    def _undisturbed_s(self, batches: list[Batch]) -> float:
+    def _undisturbed_s(self) -> float:
         """What a step with prompts would have taken the decoding sequences without them."""
-        if self.rules.alone:
+        batches = self.batches
+        busiest = batches[0] if len(batches) == 1 else max(batches, key=_sequences)
+        if not busiest.sequences or self.rules.alone:
             return 0.0
-        busiest = max(batches, key=lambda batch: batch.sequences)
-        if not busiest.sequences:
-            return 0.0
+        if len(batches) == 1:
+            return self.times.decoding_line(busiest.sequences, busiest.context)[0]
         mean = sum(batch.sequences for batch in batches) / len(batches)
         return self.times.decoding(busiest.sequences, busiest.context, mean)
 
-    def _remember(self, stretch: Stretch) -> None:
-        for step in range(max(0, stretch.steps - self.rules.lag), stretch.steps):
-            self._begun.append(stretch.after(step))
-        if not self.moments.next():
-            return
-        free, reading, decoding, waiting = 0.0, 0, 0, 0
+    def _remember(self, now: float) -> None:
+        used, reading, decoding, waiting = 0.0, 0, 0, 0
         for rank in self.ranks:
-            free += rank.free
+            used += rank.used
             reading, decoding = reading + len(rank.reading), decoding + len(rank.decoding)
             waiting += len(rank.waiting)
-        cache = free / (len(self.ranks) * self.rules.cache_tokens)
-        self.moments.add((stretch.end_s, reading, decoding, waiting, 1 - cache))
+        self.moments.add((now, reading, decoding, waiting, used / (len(self.ranks) * self.rules.cache_tokens)))
+        self._until_kept = self.moments.every
 
     def _holds_prompts(self, seen_s: float) -> bool:
         """Whether prompts wait until every rank has one (attention DP's balance)."""
-        if not self.rules.balance_steps or len(self.ranks) == 1:
-            return False
         has = [rank.has_prompt(seen_s) for rank in self.ranks]
         if all(has) or not any(has):
             self._held = 0
@@ -204,43 +222,55 @@ class Server:
             return False
         return True
 
-    def _mixed_s(self, batches: list[Batch]) -> float:
+    def _mixed_s(self) -> float:
         alone, times = self.rules.alone, self.times
-        own, tokens = 0.0, 0.0
-        for batch in batches:
+        busiest, tokens = 0.0, 0.0
+        for batch in self.batches:
             beside = 0 if alone and batch.prompts else batch.sequences
-            own = max(own, times.own(batch.prompts, beside, batch.context))
+            own = times.own(batch.prompts, beside, batch.context)
+            busiest = own if own > busiest else busiest
             tokens += batch.new_tokens + beside * times.tokens_each
-        return own + times.shared(tokens / len(batches))
+        return busiest + times.shared(tokens / len(self.batches))
 
-    def _decoding(self, batches: list[Batch], now_s: float) -> Stretch:
-        each = self.rules.tokens_per_step
+    def _decoding(self, now_s: float) -> Stretch:
         steps = math.inf
         for rank in self.ranks:
-            steps = min(steps, rank.decode_steps_left())
-            if rank.waiting and self.rules.lag:
-                steps = 1  # somebody may be seen after it
-        if len(batches) == 1:
-            batch = batches[0]
-            first, slope = self.times.decoding_line(batch.sequences, batch.context)
-            return Stretch(now_s, first, slope * each, int(self._up_to_a_point(steps, batch.context)), batches)
+            left = rank.decode_steps_left()
+            if rank.waiting:
+                left = min(left, rank.closed_for(self._begun))
+            steps = left if left < steps else steps
+        if self._balances and any(rank.waiting or rank.reading for rank in self.ranks):
+            steps = 1  # every step counts in which prompts wait
+        if len(self.batches) == 1:
+            batch, each = self.batches[0], self.rules.tokens_per_step
+            first, slope, until = self.times.decoding_line(batch.sequences, batch.context)
+            if batch.context + each * (steps - 1) >= until:
+                steps = self._up_to(until, batch.context)
+            slope *= each
+        else:
+            first, slope, steps = self._busiest(steps)
+        return Stretch(now_s, first, slope, int(steps), now_s + steps * first + slope * steps * (steps - 1) / 2)
+
+    def _busiest(self, steps: float) -> tuple[float, float, float]:
+        """Seconds of a decode step of several ranks, how much longer each after it is, and up to which of ``steps``."""
+        batches, each, points = self.batches, self.rules.tokens_per_step, self.times.contexts
         mean = sum(batch.sequences for batch in batches) / len(batches)
-        busiest = [max(batches, key=lambda b: b.sequences)]
+        busiest = [max(batches, key=_sequences)]
         busiest.append(max(batches, key=lambda b: b.sequences * b.context))
         for batch in busiest:
-            steps = self._up_to_a_point(steps, batch.context)
-        first = max(self.times.decoding(b.sequences, b.context, mean) for b in busiest)
-        slope = 0.0
-        if steps > 1:
-            more = each * (steps - 1)
-            last = max(self.times.decoding(b.sequences, b.context + more, mean) for b in busiest)
-            slope = (last - first) / (steps - 1)
-        return Stretch(now_s, first, slope, int(steps), batches)
+            if (beyond := bisect_right(points, batch.context)) < len(points):
+                steps = min(steps, self._up_to(points[beyond], batch.context))
+        first = [self.times.decoding(b.sequences, b.context, mean) for b in busiest]
+        leads = 0 if first[0] >= first[1] else 1
+        if steps == 1:
+            return first[leads], 0.0, steps
+        last = [self.times.decoding(b.sequences, b.context + each * (steps - 1), mean) for b in busiest]
+        slope = (last[leads] - first[leads]) / (steps - 1)
+        ahead, behind = first[leads] - first[1 - leads], last[1 - leads] - last[leads]
+        if behind > 0:  # the other one is busier from some step on
+            steps = int((steps - 1) * ahead / (ahead + behind)) + 1
+        return first[leads], slope, steps
 
-    def _up_to_a_point(self, steps: float, context: float) -> float:
-        """While the context crosses no point of the table, a step's time grows by the same with every step."""
-        points = self.times.contexts
-        beyond = bisect_right(points, context)
-        if beyond == len(points):
-            return steps
-        return min(steps, max(1, math.ceil((points[beyond] - context) / self.rules.tokens_per_step)))
+    def _up_to(self, point: float, context: float) -> int:
+        """Steps in which the context crosses no point of the table: a step's time grows by the same with each."""
+        return max(1, math.ceil((point - context) / self.rules.tokens_per_step))

@@ -8,7 +8,9 @@ data-parallel ranks, attention sees each sequence, everything else a rank's own 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,12 +24,6 @@ from tensorcast.serving.traffic import Array
 
 LEAST_CONTEXT = 32.0
 """Cached tokens from which on tables have points, four in an octave; below, lines from 0."""
-
-
-def _cell(points: list[float], value: float) -> int:
-    """Which of ``points`` ends the cell that ``value`` lies in; the first or the last one where it lies outside."""
-    i = bisect_right(points, value)
-    return i - 1 if i == len(points) else i or 1
 
 
 @dataclass(frozen=True)
@@ -46,29 +42,27 @@ class Bilinear:
     def of(cls, down: Array, across: Array, values: Array) -> Bilinear:
         return cls(down.tolist(), across.tolist(), np.broadcast_to(values, (len(down), len(across))).tolist())
 
+    def first(self, across: float) -> float:
+        """The value on the first line."""
+        columns, values = self.across, self.values[0]
+        j = bisect_right(columns, across, 1, len(columns) - 1)
+        left, low = columns[j - 1], values[j - 1]
+        return low + (values[j] - low) * ((across - left) / (columns[j] - left))
+
     def at(self, down: float, across: float) -> float:
         """The value at one point; flat beyond the ends of ``down``."""
         rows, columns = self.down, self.across
-        i, j = _cell(rows, down), _cell(columns, across)
+        i = bisect_right(rows, down, 1, len(rows) - 1)  # which point ends the cell; the first or the last one outside
+        j = bisect_right(columns, across, 1, len(columns) - 1)
         low, left = rows[i - 1], columns[j - 1]
-        u = 0.0 if down < low else (down - low) / (rows[i] - low) if down < rows[i] else 1.0
         v = (across - left) / (columns[j] - left)
-        above, below = self.values[i - 1], self.values[i]
+        above = self.values[i - 1]
         first = above[j - 1] + (above[j] - above[j - 1]) * v
+        if down <= low:
+            return first
+        below = self.values[i]
+        u = (down - low) / (rows[i] - low) if down < rows[i] else 1.0
         return first + (below[j - 1] + (below[j] - below[j - 1]) * v - first) * u
-
-    def line(self, down: float, across: float) -> tuple[float, float]:
-        """:meth:`at`, and how it grows with ``down`` from there to the next point."""
-        rows, columns = self.down, self.across
-        i, j = _cell(rows, down), _cell(columns, across)
-        low, left, high = rows[i - 1], columns[j - 1], rows[i]
-        v = (across - left) / (columns[j] - left)
-        above, below = self.values[i - 1], self.values[i]
-        first = above[j - 1] + (above[j] - above[j - 1]) * v
-        slope = (below[j - 1] + (below[j] - below[j - 1]) * v - first) / (high - low)
-        if low <= down < high:
-            return first + slope * (down - low), slope
-        return (first, 0.0) if down < low else (first + slope * (high - low), 0.0)
 
 
 @dataclass(frozen=True)
@@ -114,35 +108,48 @@ class StepTimes:
         own = self.decode.own.at(context, sequences)
         return own + self.decode.shared.at(context, mean) if self._shares else own
 
-    def decoding_line(self, sequences: float, context: float) -> tuple[float, float]:
-        """:meth:`decoding` of one rank alone, and how much longer steps are for every token more that is cached, up to
-        the next of :attr:`contexts`."""
-        assert self.decode is not None
-        own, grows = self.decode.own.line(context, sequences)
-        if not self._shares:
-            return own, grows
-        shared, also = self.decode.shared.line(context, sequences)
-        return own + shared, grows + also
+    def decoding_line(self, sequences: int, context: float) -> tuple[float, float, float]:
+        """:meth:`decoding` of one rank alone, how much longer steps are for every token more that is cached, and up to
+        how many of them."""
+        line = self._lines.get(sequences)
+        if line is None:
+            line = self._lines[sequences] = self._line(sequences)
+        begins, values, slopes = line
+        i = bisect_right(begins, context, 1) - 1
+        return values[i] + slopes[i] * (context - begins[i]), slopes[i], begins[i + 1]
 
-    def own(self, prompts: list[tuple[int, int]], sequences: float, context: float) -> float:
+    def _line(self, sequences: int) -> tuple[list[float], list[float], list[float]]:
+        """Where each piece of :meth:`decoding_line` begins (and an end that is nowhere), its value there, its slope."""
+        points = self.contexts
+        values = [self.decoding(sequences, point, sequences) for point in points]
+        slopes = (np.diff(values) / np.diff(points)).tolist()
+        return [0.0, *points, math.inf], [values[0], *values], [0.0, *slopes, 0.0]
+
+    @cached_property
+    def _lines(self) -> dict[int, tuple[list[float], list[float], list[float]]]:
+        return {}
+
+    def own(self, prompts: Sequence[tuple[int, int]], sequences: float, context: float) -> float:
         """Seconds of one rank in a step with prompts, without its experts: ``prompts`` as (new, cached) tokens, and
         decoding sequences beside them (or, in an engine that runs prompts alone, instead)."""
+        tokens = sequences * self.tokens_each
         if not prompts:
-            return self.decode.own.at(context, sequences) if sequences and self.decode is not None else 0.0
+            return self.decode.own.at(context, sequences) if tokens and self.decode is not None else 0.0
         times = self.prompts
         assert times is not None
-        each = times.attention.at
-        seconds = times.least + sum(each(past, new) - times.least for new, past in prompts)
-        tokens = float(sum(new for new, _ in prompts))
-        if sequences and self.decode is not None:
-            tokens += sequences * self.tokens_each
+        each, least = times.attention.at, times.least
+        seconds = least
+        if tokens and self.decode is not None:
             seconds += self.decode.attention.at(context, sequences)
-        return seconds + times.own.at(0.0, tokens)
+        for new, past in prompts:
+            seconds += each(past, new) - least
+            tokens += new
+        return seconds + times.own.first(tokens)
 
     def shared(self, tokens: float) -> float:
         """Seconds that experts and their exchange take in a step with prompts, ``tokens`` per rank on average."""
         assert self.prompts is not None
-        return self.prompts.shared.at(0.0, tokens) if self._shares else 0.0
+        return self.prompts.shared.first(tokens) if self._shares else 0.0
 
     @cached_property
     def _shares(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tensorcast.calibrate.attention_modules import TABLES, Timed, fit, read_rows
+from tensorcast.calibrate.attention_modules import TABLES, Timed, fit, read_rows, timed_streams
 from tensorcast.cost.roofline import constants_for, kernel_time
 from tensorcast.cost.work import Work
 from tensorcast.deploy.deployment import Deployment, deploy
@@ -133,3 +133,14 @@ def test_rows_that_tell_nothing_are_left_out(tmp_path: Path) -> None:
     (table,) = (one for one in TABLES if one.name == "dsa_context_module")
     (kept,) = read_rows(path, table).to_dict("records")
     assert [kept[name] for name in ("tp", "kv", "batch", "new", "past", "seconds")] == [8, "fp8", 2, 4096, 128, 3e-3]
+
+
+@pytest.mark.parametrize("device", ["l40s", "rtx-pro-6000", "a100", "h200"])
+def test_streams_are_timed_on_devices_that_do_not_run_the_whole_model(tmp_path: Path, device: str) -> None:
+    """DeepSeek-V4's hyper-connections are timed on Ada and Ampere, too, which lack kernels for its attention."""
+    path = tmp_path / "mhc_module.parquet"
+    pd.DataFrame({
+        "hidden_size": 4096, "num_tokens": [1, 1, 64, 64], "latency": [0.01, 0.02, 0.02, 0.03],
+    }).to_parquet(path)  # fmt: skip
+    (found,) = timed_streams(path, load_device(device), "trtllm")
+    assert found.seconds.tolist() == pytest.approx([3e-5, 5e-5]) and len(found.works) >= 1

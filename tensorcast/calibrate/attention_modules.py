@@ -253,13 +253,14 @@ def timed_streams(path: Path, device: DeviceProfile, engine: str) -> Iterator[Ti
     """Hyper-connections of a layer, around attention and feed-forward network, beside what stands for them."""
     raw = pd.read_parquet(path)
     layers = pd.DataFrame(raw.groupby(["hidden_size", "num_tokens"], as_index=False)["latency"].sum())
+    # what was timed ran, whatever else of the model the engine has no kernels for on this device
+    named = load_engine(engine).model_copy(update={"lacking": ()})
     for width, name in STREAMS.items():
         rows = layers[layers["hidden_size"] == width]
         if rows.empty:
             continue
         deployment = deploy(
-            load_model(name), device, load_engine(engine), Layout(world_size=1, tp=1), "prefill",
-            options=options_of({}),
+            load_model(name), device, named, Layout(world_size=1, tp=1), "prefill", options=options_of({}),
         )
         tokens = rows["num_tokens"].to_numpy(float)
         at = deployment.step.sizes.context(np.ones_like(tokens), tokens, np.zeros_like(tokens))

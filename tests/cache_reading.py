@@ -68,7 +68,8 @@ def indexer_bytes(width: int) -> float:
 
 
 def _latent(values: dict[str, Any], kinds: list[str], own: list[Any]) -> float:
-    """Latent vector and rotary part of every layer, and keys of the indexers that layers have of their own."""
+    """Latent vector and rotary part of every layer, and keys of the indexers that layers have of their own,
+    one for ``index_kpool`` tokens (GLM-5.3-Flash); layers of linear attention keep states alone."""
     rope = values["qk_rope_head_dim"]
     turned = values.get("no_rope_layers") or [1] * len(kinds)  # 1: with rotary embedding
     indexers = values.get("indexer_types") or ["full"] * len(kinds)
@@ -77,7 +78,7 @@ def _latent(values: dict[str, Any], kinds: list[str], own: list[Any]) -> float:
         latent = values["kv_lora_rank"] if own[i] is None else own[i].kv_lora_rank
         total += 2.0 * (latent + (rope if turned[i] else 0))
         if values.get("index_head_dim") and kind not in WINDOWED and indexers[i] == "full":
-            total += indexer_bytes(values["index_head_dim"])
+            total += indexer_bytes(values["index_head_dim"]) / values.get("index_kpool", 1)
     return total
 
 
@@ -108,4 +109,6 @@ def cache_bytes_per_token(config: PreTrainedConfig, tp: int = 1) -> float:
         total += 2.0 * max(heads / tp, 1) * (key + value)
         if values.get("index_topk_blocks") and "sparse" in str(kind):  # a key in bf16 for the indexer of blocks
             total += 2.0 * values["index_head_dim"]
+        if values.get("indexer_budget") and kind == "indexed_attention":  # Qwen4: a key in bf16 for several tokens
+            total += 2.0 * values["indexer_head_dim"] / values["indexer_compress_ratio"]
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,18 +13,47 @@ from hypothesis import strategies as st
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from tensorcast.cost.formulas import Context, work_of
-from tensorcast.cost.memory import cache_entries
+from tensorcast.cost.memory import cache_bytes, cache_entries, kv_bytes_per_token
+from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Sizes
-from tensorcast.trace.table import Op
+from tensorcast.trace.table import Op, OpTable
+from tensorcast.trace.tracer import Phase
 
 WINDOW, RATIOS, PICKED = 8, (4, 16), 3
 
+POOLS: dict[str, Any] = {
+    "model_type": "glm5_next_text", "num_hidden_layers": 8, "hidden_size": 4096, "num_attention_heads": 64,
+    "num_key_value_heads": 64, "intermediate_size": 12288, "moe_intermediate_size": 2048, "n_routed_experts": 288,
+    "n_shared_experts": 1, "num_experts_per_tok": 8, "vocab_size": 154880, "q_lora_rank": 1536, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 256, "qk_rope_head_dim": 0, "v_head_dim": 256, "index_topk": 2048, "index_head_dim": 128,
+    "index_n_heads": 32, "index_kpool": 16, "linear_num_heads": 64, "linear_head_dim": 128,
+}  # fmt: skip
+"""The first eight layers of GLM-5.3-Flash by its class in transformers: the fourth and the eighth have a cache."""
+
+QWEN4: dict[str, Any] = {
+    "model_type": "qwen4_exp_text", "num_hidden_layers": 8, "hidden_size": 2048, "num_attention_heads": 16,
+    "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 248320, "moe_intermediate_size": 512, "eos_token_id": 1,
+    "shared_expert_intermediate_size": 512, "num_experts": 512, "num_experts_per_tok": 10, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "indexer_n_heads": 8, "indexer_kv_heads": 1, "indexer_head_dim": 128,
+    "indexer_budget": 2048, "indexer_compress_ratio": 4, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]},
+}  # fmt: skip
+"""Eight layers at the sizes of Qwen4's class in transformers, with an indexer."""
+
+WRITTEN = {"glm-5.3-flash": POOLS, "qwen4": QWEN4}
+
 
 @cache
-def rows(model: str, phase: str, name: str) -> list[Op]:
-    return [op for op in traced(load_model(model), phase).ops if op.name == name]
+def table_of(model: str, phase: Phase) -> OpTable:
+    if model not in WRITTEN:
+        return traced(load_model(model), phase)
+    return traced(ModelProfile(name=model, hf_id="x", description="", sources={}, config=WRITTEN[model]), phase)
+
+
+def rows(model: str, phase: Phase, name: str) -> list[Op]:
+    return [op for op in table_of(model, phase).ops if op.name == name]
 
 
 def seen(position: int, window: int, ratio: int, picked: int) -> int:
@@ -79,9 +109,10 @@ def test_decode_of_deepseek_v4_reads_its_window_and_what_was_picked(past: int, e
     assert work.bytes == pytest.approx(7 * (584 * entries + 64 * 2048))
 
 
-@pytest.mark.parametrize(("model", "ratio", "heads"), [("deepseek-v4-flash", 4, 64), ("minimax-m3", 1, 4)])
+@pytest.mark.parametrize(("model", "ratio", "heads"), [("deepseek-v4-flash", 4, 64), ("minimax-m3", 1, 4),
+                                                     ("glm-5.3-flash", 16, 32), ("qwen4", 4, 8)])  # fmt: skip
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_indexers_score_every_key(model: str, ratio: int, heads: int, phase: str) -> None:
+def test_indexers_score_every_key(model: str, ratio: int, heads: int, phase: Phase) -> None:
     new, past = (1, 6000) if phase == "decode" else (700, 6000)
     (*_, op) = rows(model, phase, "sparse_indexer")
     pairs = sum((p + 1) / ratio for p in range(past, past + new))
@@ -89,10 +120,10 @@ def test_indexers_score_every_key(model: str, ratio: int, heads: int, phase: str
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-@pytest.mark.parametrize("model", ["deepseek-v4-flash", "minimax-m3"])
-def test_no_mask_and_no_product_of_all_queries_and_keys_is_left(model: str, phase: str) -> None:
+@pytest.mark.parametrize("model", ["deepseek-v4-flash", "minimax-m3", *WRITTEN])
+def test_no_mask_and_no_product_of_all_queries_and_keys_is_left(model: str, phase: Phase) -> None:
     """Beside the two kernels nothing grows with queries times keys."""
-    table = traced(load_model(model), phase)
+    table = table_of(model, phase)
     small, large = Sizes(B=1.0, S=1024.0, P=0.0), Sizes(B=1.0, S=2048.0, P=0.0)
     for op in table.ops:
         if ".self_attn" in op.module and op.name not in ("attention", "sparse_indexer"):
@@ -116,6 +147,30 @@ def test_minimax_m3_keeps_keys_of_its_indexer() -> None:
     assert per_token == [60 * 2 * 4 * 128 * 2, 57 * 128 * 2]
     kept = [entry.per_token for entry in cache_entries(table, "fp8") if entry.per_token < 1000]
     assert kept == [256.0]  # the engine keeps these in bf16
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_glm_reads_tokens_and_keeps_a_key_for_sixteen(phase: Phase) -> None:
+    """Two layers with 512 numbers a token, and a key of 128 bytes and a scale for a pool; of the last pool keys and
+    gates of 128 in bf16. Six layers keep 64 states of 128 x 128 in fp32 and three convolved rows of 3 x 64 x 128."""
+    table = table_of("glm-5.3-flash", phase)
+    assert kv_bytes_per_token(table) == 2 * (2 * 512 + 132 / 16)
+    held = cache_bytes(table, "bf16", 1.0, 0.0)
+    assert held == 2 * 16 * 2 * 128 * 2 + 6 * (64 * 128 * 128 * 4 + 3 * 3 * 64 * 128 * 2)
+    (attention,) = rows("glm-5.3-flash", phase, "attention")
+    assert attention.attrs["selected"] == 2048 and table.layer_kinds.count(attention.kind) == 2
+    assert [op.module for op in rows("glm-5.3-flash", phase, "mla_absorb")] == [f"{attention.module}.kv_b_proj"]
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_qwen4_reads_tokens_and_keeps_a_key_for_four(phase: Phase) -> None:
+    """Two layers with keys and values of 2 heads of 256, and a key of 128 in bf16 for four tokens."""
+    table = table_of("qwen4", phase)
+    assert kv_bytes_per_token(table) == 2 * (2 * 2 * 256 * 2 + 128 * 2 / 4)
+    own = {op.kind: 2.0 * 4 * 128 for op in rows("qwen4", phase, "kv_cache_write") if op.attrs["kind"] != "kv"}
+    assert {e.kind: e.per_sequence for e in cache_entries(table, "bf16") if e.per_token == 64.0} == own
+    (attention,) = rows("qwen4", phase, "attention")
+    assert attention.attrs["selected"] == 2048 and table.layer_kinds.count(attention.kind) == 2
 
 
 def test_longer_contexts_never_cost_less() -> None:

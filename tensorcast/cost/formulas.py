@@ -259,16 +259,18 @@ def _chosen(op: Op, at: Context, batch: Size, new: Size, past: Size) -> Work:
 def sparse_indexer(op: Op, at: Context) -> list[Work]:
     """Scores of every visible cached token per query and head, then top-k: q ``[B*S,Hi,Di]``, keys ``[B,L,Di]``.
 
-    Keys may stand for several tokens (``compress``), and blocks of keys be chosen by their best (``pooled``).
+    Keys may stand for several tokens (``compress``), be kept in bf16 (``plain``), and blocks of them be chosen by their
+    best (``pooled``).
     """
     heads, width = at.value(op.attrs["heads"]), at.value(op.attrs["head_dim"])
     batch, new = at.sequences(at.sizes.B, at.sizes.S)
     ratio, pooled = op.attrs.get("compress", 1), op.attrs.get("pooled", 1)
     pairs = batch * w.attended_pairs(new, at.sizes.P) / ratio
-    keys = batch * at.sizes.L / ratio * (2.0 * width if pooled > 1 else indexer_key_bytes(width))
+    plain = pooled > 1 or op.attrs.get("plain", False)
+    keys = batch * at.sizes.L / ratio * (2.0 * width if plain else indexer_key_bytes(width))
     queries = batch * new * heads * width
     flops = 2.0 * pairs * heads * width
-    if pooled > 1:  # one score per block is written and read
+    if plain:  # keys in bf16; one score per block is written and read
         family = f"block_scores_{'decode' if at.decode else 'prefill'}"
         return [Work(family, "bf16", flops, keys + 2.0 * queries + 8.0 * pairs / pooled, flops, rows=batch * new)]
     # fp32 scores are written once and read once by the selection, which queries that see no more than it do not need

@@ -48,14 +48,17 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
             numel = float(keys.numel(unit)), 0.0 if shared else float(values.numel(unit))
             per_token = sum(numel)
             if op.attrs["kind"] == "indexer":
-                per_token = indexer_key_bytes(sum(numel))
+                ratio = op.attrs.get("compress", 1)
+                per_token = indexer_key_bytes(sum(numel) * ratio) / ratio
             elif kv == "bf16" or op.attrs["kind"] == "block_indexer":
                 per_token = 2.0 * sum(numel)  # keys of blocks stay in bf16 (vLLM 0.33.0, models/minimax_m3/common)
             elif attention is not None and attention.attrs.get("scaled"):
                 per_token = latent_bytes(*numel)
             elif shared:
                 per_token *= SHARED_VECTOR_FP8
-            entries.append(CacheEntry(op.kind, per_token, int(limit)))
+            # of the last tokens that have no key together yet, in bf16
+            tail = 2.0 * op.attrs.get("compress", 1) * op.attrs.get("unpooled", 0)
+            entries.append(CacheEntry(op.kind, per_token, int(limit), tail))
             if table.facts.compress_ratios:
                 entries += compressed_entries(table, op.kind, per_token, numel[0])
         elif op.name in STATEFUL:

@@ -366,6 +366,10 @@ UNCUT_SAID = 0.2
 latent attention, indexers), is less."""
 
 
+WHOLE = ("pre_expert_proj", "post_expert_proj")
+"""Matrices that engines leave whole (Muse-Spark's: vLLM 0.33.0, models/muse_spark, and SGLang 0.5.23: replicated)."""
+
+
 @per_table
 def uncut(table: OpTable) -> str:
     """A note on matrices that tensor parallelism should cut and a narrower config does not; empty if they are few."""
@@ -375,7 +379,7 @@ def uncut(table: OpTable) -> str:
         if param.role in ("linear", "other") and len(param.shape) == 2:
             size = param.full_numel * (table.layer_kinds.count(param.kind) if param.kind >= 0 else 1)
             total += size
-            if table.tp > 1 and param.numel == param.full_numel:
+            if table.tp > 1 and param.numel == param.full_numel and not param.module.endswith(WHOLE):
                 name = param.module.rpartition("]")[2].lstrip(".")
                 sizes[name] = sizes.get(name, 0.0) + size
     share = sum(sizes.values()) / total if total else 0.0

@@ -48,6 +48,9 @@ def _selected(module: nn.Module, kwargs: dict[str, Any]) -> int:
     if kwargs.get("block_indices") is not None:  # as many as there are, of the traced tokens; the config says of any
         config: Any = getattr(module, "config", None)
         return int(config.index_topk_blocks) * int(config.index_block_size)
+    if hasattr(module, "indexer"):  # one that hands a mask on; it may be another layer's
+        config = getattr(module, "config", None)
+        return int(config.index_topk if getattr(config, "index_kpool", 0) else getattr(config, "indexer_budget", 0))
     return 0
 
 
@@ -97,6 +100,10 @@ class TraceCache(DynamicCache):
         if self.written is not None:
             return self.written(key_states, value_states)
         TC.kv_cache_write(key_states, value_states, "kv")
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if hasattr(layer, "indexer_keys"):  # whose length an indexer asks
+            length = self.past_len + key_states.shape[-2]
+            layer.keys, layer.is_initialized = key_states[..., :1, :].expand(-1, -1, length, -1), True
         return key_states, value_states
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:

@@ -73,8 +73,38 @@ def _lightning(
     return out, state
 
 
-LOOPS = {"LightningAttention": _lightning}
+def _block_indexer(
+    self: Any, hidden_states: Tensor, position_embeddings: Any, attention_mask: Tensor, past_key_values: Any
+) -> Tensor:
+    """Scores of one key for several tokens (Qwen4): its class loops over sequences and queries."""
+    batch, new, _width = hidden_states.shape
+    queries, keys = self.index_qk_proj(hidden_states).split(
+        [count * self.index_head_dim for count in (self.index_n_heads, self.index_kv_heads)], dim=-1
+    )
+    queries = self.q_layernorm(queries.reshape(batch, new, -1, self.index_head_dim))
+    kept = past_key_values.update_indexer(keys, self.layer_idx)
+    blocks = kept.new_empty((batch, kept.shape[1] // self.compress_ratio, self.index_head_dim))
+    scores = torch.matmul(queries.float(), blocks.float().transpose(-1, -2).unsqueeze(1)).relu().sum(2)
+    scores.topk(min(self.block_topk, blocks.shape[1]), dim=-1)
+    return attention_mask
+
+
+LOOPS = {"LightningAttention": _lightning, "QSAIndexer": _block_indexer}
 """Modules, by the end of their class's name, whose code is a loop over tokens in the place of a kernel."""
+
+def _complete_pools(self: Any, packed_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys of an indexer's pools of tokens, the tokens of each, and whether all are there (GLM-5.3-Flash).
+
+    Its class drops pools that no sequence has whole by a mask, whose size is data; without padding that is the last.
+    """
+    batch, length, _ = packed_states.shape
+    pools = packed_states.new_empty((batch, length // self.index_kpool, self.head_dim))
+    tokens = pools.new_empty((*pools.shape[:2], self.index_kpool), dtype=torch.long)
+    return pools, tokens, pools.new_empty(pools.shape[:2], dtype=torch.bool)
+
+
+ASKS_DATA = {"get_pooled_states": _complete_pools}
+"""Methods whose result has a size that only data tells, by name."""
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "chunk_gated_delta_rule": _delta_rule,
@@ -111,10 +141,14 @@ def hub_kernels_as_ops(model: nn.Module) -> Iterator[list[str]]:
     looping = [m for m in modules if type(m).__name__.endswith(tuple(LOOPS))]
     for m in looping:
         m.forward = next(kernel for end, kernel in LOOPS.items() if type(m).__name__.endswith(end)).__get__(m)
+    asking = {kind: [name for name in ASKS_DATA if hasattr(kind, name)] for kind in {type(m) for m in modules}}
+    asked = [(m, name) for m in modules for name in asking[type(m)]]
+    for m, name in asked:
+        setattr(m, name, ASKS_DATA[name].__get__(m))
     try:
         yield [name for _, name, _ in saved]
     finally:
-        for m in looping:
-            del m.forward
+        for m, name in [*((m, "forward") for m in looping), *asked]:
+            delattr(m, name)
         for module, name, value in saved:
             setattr(module, name, value)

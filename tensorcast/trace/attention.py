@@ -8,7 +8,9 @@ sequence, cached ones too. Sparse attention reads a few cached latents per query
 **Chosen entries.** DeepSeek-V4 attends to a window and to compressed entries (one per ``ratio`` tokens), all of them or
 those that an indexer chooses; MiniMax-M3 to blocks of keys that its indexer chooses. transformers' classes keep such
 entries in caches of their own, score them by plain products and hand masks to attention. Engines score and select in
-kernels, and no kernel reads a mask (vLLM 0.33.0, ``models/deepseek_v4`` and ``models/minimax_m3``).
+kernels, and no kernel reads a mask (vLLM 0.33.0, ``models/deepseek_v4`` and ``models/minimax_m3``). The indexers of
+GLM-5.3-Flash and Qwen4 score one key for several tokens, and attention reads the tokens of those that are chosen (the
+same, ``models/glm5next/common/attention.py`` and ``models/qwen4_exp/common/qsa_cache.py``).
 """
 
 from __future__ import annotations
@@ -76,6 +78,10 @@ class Selection:
     ratio: int
     picked: int
     pooled: int = 1
+    keys_alone: bool = False
+    """Whether only the indexer's keys stand for several tokens, and attention reads the tokens (GLM-5.3-Flash)."""
+    plain: bool = False
+    """Whether keys that do are kept in bf16."""
 
 
 def mark_selection(ops: list[Op], chosen: Mapping[int, Selection]) -> list[Op]:
@@ -119,9 +125,11 @@ def _scored(ops: list[Op], within: set[int], module: str, selection: Selection) 
     attrs: dict[str, Any] = {"heads": heads, "selected": Dim(selection.picked), "head_dim": width}
     attrs |= {"compress": selection.ratio} if selection.ratio > 1 else {}
     attrs |= {"pooled": selection.pooled} if selection.pooled > 1 else {}
+    attrs |= {"plain": True} if selection.plain else {}
     scored = Op("sparse_indexer", indexer, product.kind, (query, keys), (found,), attrs)
     within.add(id(scored))
-    kept = ops[:scores]
+    kept = [_pooled(op, selection, width) if id(op) in within and selection.keys_alone else op for op in ops[:scores]]
+    within.update(id(op) for op in kept if "unpooled" in op.attrs)
     if selection.ratio == 1:  # a token's own key; of compressed ones the layer's ratio tells
         written = Tensor((Dim(1, B=1), Dim(1), _new(product), width), "bfloat16", scored_keys)
         nothing = Tensor((*written.dims[:-1], Dim(0)), "bfloat16", -1 - 2 * scores)
@@ -129,6 +137,18 @@ def _scored(ops: list[Op], within: set[int], module: str, selection: Selection) 
         write = Op("kv_cache_write", indexer, product.kind, (written, nothing), (slots,), {"kind": "block_indexer"})
         kept.append(write)
     return [*kept, scored, *ops[scores + 1 :]]
+
+
+def _pooled(op: Op, selection: Selection, width: Dim) -> Op:
+    """The write of an indexer's keys with one of ``width`` for several tokens; ``unpooled``: numbers of a token that it
+    is made of (GLM: a key and a gate), kept until it is."""
+    if op.name != "kv_cache_write" or op.attrs["kind"] != "indexer":
+        return op
+    batch, new, own = op.inputs[0].dims
+    written = replace(op.inputs[0], dims=(batch, new._replace(coef=new.coef / selection.ratio), width))
+    attrs = {**op.attrs, "compress": selection.ratio, "unpooled": own.coef // width.coef * width.coef}
+    attrs |= {"kind": "block_indexer"} if selection.plain else {}
+    return op.but(inputs=(written, *op.inputs[1:]), attrs=attrs)
 
 
 def _heads(product: Op) -> Dim:
@@ -162,8 +182,9 @@ def _read(ops: list[Op], within: set[int], attention: Op, selection: Selection) 
         if idle and op.outputs and not any(t.storage in read for t in op.outputs):
             continue
         if op is attention:
-            attrs = {**op.attrs, "selected": 0 if selection.ratio > 1 else op.attrs["selected"]}
-            if selection.ratio > 1:
+            compressed = selection.ratio > 1 and not selection.keys_alone
+            attrs = {**op.attrs, "selected": 0 if compressed else op.attrs["selected"]}
+            if compressed:
                 attrs |= {"compress": selection.ratio, "picked": selection.picked}
             op = op.but(attrs=attrs)
         read.update(t.storage for t in op.inputs)

@@ -122,7 +122,8 @@ def _trace_one(
         except NotImplementedError as reason:  # meta tensors refuse ops whose result is a matter of data
             line = str(reason).strip().splitlines()[0]
             raise InputError(f"model {profile.name}: {phase} cannot be traced without data: {line}") from None
-    ops = mark_latent(mark_experts([_as_mm(op) for op in _without_copied_states(linears) if not _idle(op)]), phase)
+    ops = [_as_mm(op) for op in _without_idle(_without_copied_states(linears))]
+    ops = mark_latent(mark_experts(ops), phase)
     ops = mark_selection(ops, _selections(whole, kinds))
     if (unsaid := getattr(whole, "unsaid_experts", "")) and blocks_of(ops):
         raise InputError(f"model {profile.name}: config.json does not say {unsaid}, and the model has experts")
@@ -228,13 +229,19 @@ def _without_copied_states(ops: list[Op]) -> list[Op]:
     return [op for op in ops if op.name not in COPIES or not any(t.storage in states for t in op.inputs)]
 
 
-def _idle(op: Op) -> bool:
-    """Whether an op works on a weight without elements (of 0 shared experts), or makes a tensor without any."""
+def _without_idle(ops: list[Op]) -> list[Op]:
+    """Ops but for those on weights without elements (of 0 shared experts), and what lies between these."""
 
     def empty(tensor: Tensor) -> bool:
         return any(dim.is_constant and dim.coef == 0 for dim in tensor.dims)
 
-    return any(t.weight and empty(t) for t in op.inputs) or (bool(op.outputs) and all(map(empty, op.outputs)))
+    idle = {id(op): op.module.rpartition(".")[0] for op in ops if any(t.weight and empty(t) for t in op.inputs)}
+    if not idle:
+        return ops
+    inside = tuple(set(idle.values()))
+    nothing = (id(op) for op in ops if op.module.startswith(inside) and all(map(empty, op.outputs)))
+    gone = {*idle, *nothing}
+    return [op for op in ops if id(op) not in gone]
 
 
 def _as_mm(op: Op) -> Op:
@@ -302,9 +309,13 @@ def _compress_ratios(config: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def _selections(config: PreTrainedConfig, kinds: Kinds) -> dict[int, Selection]:
-    """By layer kind, where attention reads compressed entries (DeepSeek-V4) or blocks (MiniMax-M3) that are chosen."""
+    """By layer kind, where attention reads compressed entries (DeepSeek-V4), blocks (MiniMax-M3) or pools of
+    tokens (GLM-5.3-Flash, Qwen4) that are chosen."""
     ratios, types = _compress_ratios(config), field(config, "layer_types", default=[])
-    blocks = field(config, "index_topk_blocks", default=0)
+    blocks, pool, own = (
+        int(field(config, name, default=0) or 0)
+        for name in ("index_topk_blocks", "index_kpool", "indexer_compress_ratio")
+    )
     found = {}
     for layer, kind in enumerate(kinds.of_layer):
         if ratios and ratios[layer]:
@@ -312,7 +323,10 @@ def _selections(config: PreTrainedConfig, kinds: Kinds) -> dict[int, Selection]:
             found[kind] = Selection(ratios[layer], int(field(config, "index_topk", default=0)) if picks else 0)
         elif blocks and "sparse" in str(types[layer] if layer < len(types) else ""):
             block = int(field(config, "index_block_size"))
-            found[kind] = Selection(1, int(blocks) * block, pooled=block)
+            found[kind] = Selection(1, blocks * block, pooled=block)
+        elif pool + own > 1 and layer < len(types) and types[layer] == "indexed_attention":
+            picked = int(field(config, "indexer_budget" if own else "index_topk"))
+            found[kind] = Selection(pool + own, picked // (pool + own), keys_alone=True, plain=bool(own))
     return found
 
 

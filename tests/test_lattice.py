@@ -61,6 +61,23 @@ def test_it_never_falls_and_does_not_hang_on_what_else_is_asked(m: float, k: flo
             assert one[0] == pytest.approx(found[i])
 
 
+@given(places=st.lists(st.tuples(st.floats(1.0, 4000.0), st.floats(64.0, 60000.0)), min_size=2, max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_nothing_hangs_on_what_else_is_asked(places: list[tuple[float, float]]) -> None:
+    """Where times grow beyond the data, as kernels' do: what steps there are inside stays as it is at the edge."""
+
+    def law(columns: Columns) -> np.ndarray:
+        held = {name: np.clip(columns[name], *BOX[name]) for name in BOX}
+        slow = 3.0 * np.exp(-np.square(np.log2(held["m"]) - 7.0))
+        return rough(held) + slow + sum(np.log2(columns[name] / held[name]) for name in BOX)
+
+    columns = dict(zip(BOX, np.array(places).T, strict=True))
+    together = Lattice(SIDES["quantize"], BOX, law).log_seconds(columns)
+    for i, one in enumerate(together):
+        alone = Lattice(SIDES["quantize"], BOX, law)
+        assert alone.log_seconds({name: values[i : i + 1] for name, values in columns.items()})[0] == pytest.approx(one)
+
+
 def test_a_law_without_steps_comes_back_and_others_sizes_are_kept_apart() -> None:
     def straight(columns: Columns) -> np.ndarray:
         return np.log(columns["m"] * columns["k"] ** 0.5) + columns["kind"]

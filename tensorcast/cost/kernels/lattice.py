@@ -116,8 +116,7 @@ class Lattice:
                 if "q_heads" in most and "kv_heads" in others:
                     most["q_heads"] /= values[others.index("kv_heads")]
                 ends = [np.searchsorted(side, size) for side, size in zip(nodes, most.values(), strict=True)]
-                top = np.minimum(ends, self._last)
-                first, high = np.where(low >= top, low, 0), np.maximum(high, top)
+                first, high = np.where(self._alone, low, 0), np.maximum(high, np.minimum(ends, self._last))
             else:
                 first, high = np.maximum(low - self.reach, 0), np.minimum(high + self.reach, self._last)
             key, known = tuple(values), self._grids.get(tuple(values))

@@ -36,8 +36,8 @@ PREDICTED = ("ttft_s", "tpot_s", "output_tokens_per_s")
 UNREAD = "is no number and is not scored"
 """What is said of a measured cell that is not read."""
 
-AT_ONCE = 512
-"""Rows that are served together at most: half a gigabyte."""
+AT_ONCE = 4096
+"""Rows whose deployments are held together at most: some hundred megabytes."""
 
 FEW = 256
 """Rows below which one process answers sooner than several start."""

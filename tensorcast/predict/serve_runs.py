@@ -31,6 +31,9 @@ from tensorcast.serving.traffic import Array, ServingMetrics, Traffic
 AT_ONCE = 32
 """Lengths of one deployment that are priced in one call: their arrays stay in the processor's cache."""
 
+TOGETHER = 512
+"""Rows that are priced together, those of a device and an engine side by side: half a gigabyte."""
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -73,23 +76,29 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
         fits[i] = float(room)
         if problem:
             found[i] = unserved(float(rows.pop(i).traffic.concurrency), problem)
+    order = sorted(rows, key=lambda i: (rows[i].run.device, rows[i].run.served_by))
+    for start in range(0, len(order), TOGETHER):
+        some = order[start : start + TOGETHER]
+        found |= zip(some, _served([rows[i] for i in some], [fits[i] for i in some]), strict=True)
+    return [found[i] for i in range(len(runs))]
+
+
+def _served(rows: list[_Row], fits: list[float]) -> list[ServingMetrics]:
+    """What rows serve that have room for ``fits`` sequences on a rank."""
     alike: dict[tuple[str, str, str, bool], list[int]] = defaultdict(list)
-    for i, row in rows.items():
+    for i, row in enumerate(rows):
         alike[row.run.served_by, row.run.mode, row.run.frontend, row.cut.per_step <= 1].append(i)
-    served = list(rows.values())
-    position = {i: at for at, i in enumerate(rows)}
-    if served:
-        costs, curves = _priced(served)
+    costs, curves = _priced(rows)
+    found: dict[int, ServingMetrics] = {}
     for (_, mode, _, _), members in alike.items():
-        at = np.array([position[i] for i in members])
-        some, room_each = [rows[i] for i in members], np.array([fits[i] for i in members])
+        at, some = np.array(members), [rows[i] for i in members]
         pools = mode == "disaggregated"
         model = (_disaggregated if pools else _aggregated)(some, costs.where(at), replace(curves, rows=at))
-        limit = np.minimum(model.traffic.concurrency / model.decode_ranks, room_each)
         users = np.asarray(model.traffic.concurrency)
+        limit = np.minimum(users / model.decode_ranks, np.array([fits[i] for i in members]))
         metrics = model.metrics(model.steady_batch(limit, users), users)
         found |= {i: metrics.one(k) for k, i in enumerate(members)}
-    return [found[i] for i in range(len(runs))]
+    return [found[i] for i in range(len(rows))]
 
 
 def unserved(concurrency: float, why: str) -> ServingMetrics:

@@ -124,6 +124,7 @@ def test_what_is_ffn_is_told_of_every_shipped_model() -> None:
     (["--ffn-gpus", "8", "--dp", "8", "-n", "32"], "16"), (["--micro-batches", "2"], "is of --ffn-gpus"),
     (["--ffn-gpus", "8", "--dp", "8", "--micro-batches", "0"], "at least 1"),
     (["--ffn-gpus", "8", "--dp", "8", "--mtp-depth", "1"], "drafts are not simulated"),
+    (["--ffn-gpus", "8", "--dp", "8", "--dual-batch-overlap"], "is what --micro-batches do"),
     (["--ffn-gpus", "4", "--dp", "8"], "use more FFN GPUs"),
     (["--ffn-gpus", "8", "--dp", "8", "-b", "4000"], "the largest --batch that fits"),
 ])  # fmt: skip

@@ -297,6 +297,8 @@ def deploy_apart(
         raise InputError(f"--micro-batches {micro_batches}: must be at least 1")
     if options.mtp_depth:
         raise InputError(f"--mtp-depth {options.mtp_depth}: drafts are not simulated with attention and FFN apart")
+    if options.dual_batch_overlap:
+        raise InputError("--dual-batch-overlap: with attention and FFN apart that is what --micro-batches do")
     attention = attention_side(model, device, engine, tp, options)
     ffn = ffn_side(model, ffn_device or device, engine, ffn_gpus, options)
     return FfnApart(attention=attention, dp=dp, ffn=ffn, micro_batches=micro_batches)
@@ -318,4 +320,5 @@ def ffn_side(
 ) -> Deployment:
     """The FFN blocks, their experts dealt out over ``gpus``. Raises :class:`InputError` where that cannot be."""
     layout = Layout(gpus, tp=1, dp=gpus, ep=gpus)
-    return _side(deploy(model, device, engine, layout, "decode", options=options), lambda ffn: ffn)
+    own = replace(options, dcp=1)  # no cache is kept here
+    return _side(deploy(model, device, engine, layout, "decode", options=own), lambda ffn: ffn)

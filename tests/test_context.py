@@ -191,7 +191,8 @@ def test_who_reads_prompts_in_parts() -> None:
 @pytest.mark.parametrize(
     ("engine", "model", "says"),
     [("vllm", DEEPSEEK, ""), ("vllm", QWEN, "prompts in parts: "), ("vllm==0.24.0", DEEPSEEK, "prefill con"),
-     ("sglang", DEEPSEEK, "prefill context parallelism: "), ("trtllm", DEEPSEEK, "prefill context parallelism: ")],
+     ("sglang", DEEPSEEK, "prefill context parallelism: here a server of prompts"),
+     ("trtllm", DEEPSEEK, "prefill context parallelism: ")],
 )
 def test_prompts_in_parts_are_launched_by_vllm(engine: str, model: Any, says: str) -> None:
     found = launch(engine, model, parse_layout("dp8-ep8"), Options(pcp=4), batch=8, input_len=999, output_len=9)
@@ -199,3 +200,14 @@ def test_prompts_in_parts_are_launched_by_vllm(engine: str, model: Any, says: st
     if not says:
         assert "--prefill-context-parallel-size 4" in found.commands[0]
         assert "--data-parallel-size 2 " in found.commands[0]
+
+
+@pytest.mark.parametrize(("layout", "parts", "groups"), [("dp8-ep8", 4, 2), ("dp8-ep8", 8, 1), ("tp2-dp4-ep8", 2, 2)])
+def test_a_server_of_prompts_reads_them_in_parts_under_sglang(layout: str, parts: int, groups: int) -> None:
+    """SGLang 0.5.23, arg_groups/parallel_hook.py: tp is all ranks of a stage, attention's groups times parts divide it;
+    zigzag deals each rank an early and a late part."""
+    found = launch("sglang", DEEPSEEK, parse_layout(layout), Options(pcp=parts), batch=8, input_len=999, output_len=9,
+                   role="prefill")  # fmt: skip
+    command = found.commands[0].replace(" \\\n ", "")
+    assert f"--tp-size 8 --enable-prefill-cp --attn-cp-size {parts} --cp-strategy zigzag" in command
+    assert (f"--attn-dp-size {groups}" in command) == (groups > 1) and "--dp-size 8" not in command

@@ -102,6 +102,8 @@ def launch(
         problem = problem or broken_stages(options.pp_partition, layout.pp, case.facts.layers)
     if options.pcp > 1 and "prefill_context_parallel" not in table.flags:
         problem = problem or f"prefill context parallelism: {table.name} {table.version} has no flag here for --pcp"
+    elif options.pcp > 1 and table.name == "sglang" and role != "prefill":  # decoding, its ranks do all the same
+        problem = problem or "prefill context parallelism: here a server of prompts alone has it, --role prefill"
     problem = problem or broken_prompts(options.pcp, layout) or broken_context(
         options.dcp, layout, case.facts, latent=is_latent(model_profile.config)
     ) or _not_quantizable(table, have, want)

@@ -48,8 +48,13 @@ def settings(plan: Plan, node: int) -> Settings:
 
 def _ranks(plan: Plan, dp: int, found: Settings) -> None:
     """Sizes of the groups, ``dp`` of them of attention."""
-    layout, dcp = plan.case.layout, plan.case.options.dcp
+    layout, dcp, pcp = plan.case.layout, plan.case.options.dcp, plan.case.options.pcp
     found.add("tensor_parallel", layout.tp * dp)
+    if pcp > 1:
+        found.add("prompts_in_parts")
+        found.add("prefill_context_parallel", pcp)
+        found.add("parts", "early_and_late")
+    groups = dp // pcp
     if dcp > 1:
         found.add("decode_context_parallel", dcp)
         found.add("context_exchange", "ag_rs")
@@ -58,13 +63,13 @@ def _ranks(plan: Plan, dp: int, found: Settings) -> None:
     if stages := plan.case.options.pp_partition:
         found.add("pipeline_layers", stages)
     counts = plan.table.flags["attention_dp"].takes == "value"
-    if layout.dp > 1 and not (dp > 1 and counts):
+    if layout.dp > pcp and not (groups > 1 and counts):
         found.add("data_parallel", layout.dp)
-    if dp > 1:
-        found.add("attention_dp", *([dp] if counts else []))
+    if groups > 1:
+        found.add("attention_dp", *([groups] if counts else []))
         found.add("head_dp")
-        if layout.tp == 1 or _splits_dense(plan):
-            found.add("dense_tp", 1)
+    if dp > 1 and (layout.tp == 1 or _splits_dense(plan)):
+        found.add("dense_tp", 1)
 
 
 def _drafting(plan: Plan, found: Settings) -> None:

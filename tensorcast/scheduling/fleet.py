@@ -117,13 +117,15 @@ class Fleet:
     def _run(self, watch: Watch | None) -> None:
         events, due, servers, looked = self._events, self._due, self.servers, 0
         coming = self._coming() if self.requests.users is None else iter(())
-        self._enters_s, enters = next(coming, NOBODY)
+        enters_s, enters = next(coming, NOBODY)
+        self._enters_s = enters_s
         while events or enters >= 0:
-            if events and events[0][0] < self._enters_s:
+            if events and events[0][0] < enters_s:
                 now, kind, order, who = heappop(events)
             else:
-                now, kind, order, who = self._enters_s, ENTRY, 0, enters
-                self._enters_s, enters = next(coming, NOBODY)
+                now, kind, order, who = enters_s, ENTRY, 0, enters
+                enters_s, enters = next(coming, NOBODY)
+                self._enters_s = enters_s
             if watch is not None:
                 looked += 1
                 if looked % WATCHED == 0:
@@ -169,7 +171,8 @@ class Fleet:
             sent_s[request] = arrival_s[request]
             if request in refused:
                 self.refused.append(request)
-                self._is_over(request, now)
+                self.finished += 1
+                self._go_on(request, now)
             else:
                 yield now, request
 
@@ -198,7 +201,8 @@ class Fleet:
             record.each.sent_s[request] = now
             if record.longest(request) > self._longest:
                 self.refused.append(request)
-                self._is_over(request, now)
+                self.finished += 1
+                self._go_on(request, now)
                 continue
             self._in_flight += 1
             self._enter(request, now)
@@ -207,11 +211,8 @@ class Fleet:
         rules = self.pools[0].rules
         self._at(now + rules.first_token_s + rules.prompt_token_s * self.record.prompt(request), ENTRY, request)
 
-    def _is_over(self, request: int, now: float) -> None:
+    def _go_on(self, request: int, now: float) -> None:
         """A request ended or was refused: whoever waited for that thinks, and asks."""
-        self.finished += 1
-        if not self._after:
-            return
         for other in self._after.pop(request, ()):
             think_s = 0.0 if self.requests.think_s is None else float(self.requests.think_s[other])
             self._at(max(now + think_s, float(self.requests.arrival_s[other])), RETURN, other)
@@ -233,10 +234,12 @@ class Fleet:
         if ended := server.finish():
             if server.reads_alone:
                 ended = [request for request in ended if self._is_read(server, request, now)]
-            last_s = self.record.each.last_s
+            last_s, waits = self.record.each.last_s, bool(self._after)
             for request in ended:
                 last_s[request] = now
-                self._is_over(request, now)
+                if waits:
+                    self._go_on(request, now)
+            self.finished += len(ended)
             self._in_flight -= len(ended)
             if self._later:
                 self._send_waiting(now)

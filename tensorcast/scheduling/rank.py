@@ -51,6 +51,10 @@ class Batch:
     prompts: list[tuple[int, int]] = field(default_factory=list)
     done: list[Reading] = field(default_factory=list)
 
+    def clear(self) -> None:
+        """No prompts."""
+        self.new_tokens, self.prompts, self.done = 0, [], []
+
 
 class Rank:
     """The state of a rank; the server says when steps begin and end."""
@@ -97,10 +101,29 @@ class Rank:
         found.sequences = sequences
         found.context = self._tokens / sequences + self._each * self.steps if sequences else 0.0
         if found.prompts:
-            found.new_tokens, found.prompts, found.done = 0, [], []
+            found.clear()
         if (self.reading or self.waiting) and self.has_prompt(seen_s) and not hold_prompts and not self._only_writes:
             self._read(found, seen_s, now_s)
         return found
+
+    def goes_on(self) -> int:
+        """Steps for which its sequences decode on, with nobody who waits or reads, and :attr:`next` composed of them; 0
+        where there is more to ask, of :meth:`batch`."""
+        sequences = len(self.decoding)
+        if not sequences or self.waiting or self.reading:
+            return 0
+        free, growth = self._holds - self.used, sequences * self._grows
+        steps = self._ends[0][0] - self.steps
+        if free < growth * steps:
+            if free < growth:
+                return 0
+            steps = int(free / growth)
+        batch = self.next
+        batch.sequences = sequences
+        batch.context = self._tokens / sequences + self._each * self.steps
+        if batch.prompts:
+            batch.clear()
+        return steps
 
     def has_prompt(self, seen_s: float) -> bool:
         """Whether a prompt could be read that arrived by ``seen_s``."""
@@ -125,8 +148,8 @@ class Rank:
         seen = next((i for i, when in enumerate(begun) if came <= when), len(begun))
         return seen + self.rules.lag - len(begun)
 
-    def decoded(self, steps: int) -> list[int]:
-        """``steps`` decode steps have passed, all at once; who ends with the last one."""
+    def decoded(self, steps: int, ended: list[int]) -> None:
+        """``steps`` decode steps have passed, all at once; who ends with the last one is put into ``ended``."""
         self.steps += steps
         self.used += len(self.decoding) * self._grows * steps
         share, ends, prefix = self.rules.expected, self._ends, self.prefix
@@ -134,14 +157,12 @@ class Rank:
             self._share = max(share.least, self._share - share.falls * steps)
         if prefix is not None:
             prefix.shrink(self._holds - self.used)
-        ended = []
         while ends and ends[0][0] <= self.steps:
             request = heappop(ends)[1]
             if prefix is not None and self.record.requests.reply_blocks:
                 self._keep_reply(request)
             self._leave(request)
             ended.append(request)
-        return ended
 
     def found(self, blocks: Sequence[int], steps: int) -> int:
         """How many of the first ``blocks`` are there when ``steps`` decode steps more have taken their room."""
@@ -169,9 +190,9 @@ class Rank:
         self.prefix = None
         return here
 
-    def read(self, batch: Batch, now_s: float) -> list[int]:
-        """The step's prompts have been read; who has its whole reply with that (or its prompt, where that is all)."""
-        ended = []
+    def read(self, batch: Batch, now_s: float, ended: list[int]) -> None:
+        """The step's prompts have been read; who has its whole reply with that (or its prompt, where that is all) is
+        put into ``ended``."""
         for one in batch.done:
             self.reading.remove(one)
             if self.prefix is not None:
@@ -184,7 +205,6 @@ class Rank:
                 ended.append(request)
             else:
                 self._join(request, one.tokens + 1, one.held, one.blocks)
-        return ended
 
     def _read(self, found: Batch, seen_s: float, now_s: float) -> None:
         rules, record = self.rules, self.record

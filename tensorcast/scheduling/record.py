@@ -16,7 +16,7 @@ GAPS_S = np.geomspace(1e-4, 1e3, 1401)
 
 GAPS: list[float] = GAPS_S.tolist()
 
-MOST_SAMPLES = 2048
+MOST_SAMPLES = 1024
 """Moments of a server that are kept; of more, every other goes."""
 
 

@@ -70,6 +70,7 @@ class Server:
         self._held = 0  # steps that prompts have waited for other ranks'
         self._next = 0
         self.reads_alone = rules.role == "prefill"
+        self._alone = rules.ranks == 1
         self._balances = rules.balance_steps > 0 and rules.ranks > 1
 
     def put(self, request: int, now_s: float) -> bool:
@@ -102,6 +103,9 @@ class Server:
 
     def start(self, now_s: float) -> Stretch | None:
         """Compose what comes next, if there is anything."""
+        if self._alone and (steps := self.ranks[0].goes_on()):
+            self.stretch = self._decoding_alone(steps, now_s)
+            return self.stretch
         seen = self._begun[0] if self._begun else now_s
         hold = self._balances and self._holds_prompts(seen)
         mixed = running = False
@@ -136,9 +140,9 @@ class Server:
             batch = rank.next
             if batch.sequences and not (batch.prompts and rules.alone):
                 decoded += batch.sequences
-                ended += rank.decoded(steps)
+                rank.decoded(steps, ended)
             if batch.prompts:
-                ended += rank.read(batch, now)
+                rank.read(batch, now, ended)
         if decoded:
             each = steps * rules.tokens_per_step
             gap, gaps = seconds / each, self.record.gaps
@@ -153,9 +157,11 @@ class Server:
             for request in ended:
                 others_s[request] += self._delayed_s
             self.load -= len(ended)
-        begun = self._begun
-        for step in range(steps - rules.lag if steps > rules.lag else 0, steps):
-            begun.append(stretch.after(step))
+        begun, lag = self._begun, rules.lag
+        if lag == 1:
+            begun.append(stretch.start_s if steps == 1 else stretch.after(steps - 1))
+        else:
+            begun.extend(stretch.after(step) for step in range(max(0, steps - lag), steps))
         self._until_kept -= 1
         if not self._until_kept:
             self._remember(now)
@@ -193,10 +199,10 @@ class Server:
     def _undisturbed_s(self) -> float:
         """What a step with prompts would have taken the decoding sequences without them."""
         batches = self.batches
-        busiest = batches[0] if len(batches) == 1 else max(batches, key=_sequences)
+        busiest = batches[0] if self._alone else max(batches, key=_sequences)
         if not busiest.sequences or self.rules.alone:
             return 0.0
-        if len(batches) == 1:
+        if self._alone:
             return self.times.decoding_line(busiest.sequences, busiest.context)[0]
         mean = sum(batch.sequences for batch in batches) / len(batches)
         return self.times.decoding(busiest.sequences, busiest.context, mean)
@@ -241,15 +247,20 @@ class Server:
             steps = left if left < steps else steps
         if self._balances and any(rank.waiting or rank.reading for rank in self.ranks):
             steps = 1  # every step counts in which prompts wait
-        if len(self.batches) == 1:
-            batch, each = self.batches[0], self.rules.tokens_per_step
-            first, slope, until = self.times.decoding_line(batch.sequences, batch.context)
-            if batch.context + each * (steps - 1) >= until:
-                steps = self._up_to(until, batch.context)
-            slope *= each
-        else:
-            first, slope, steps = self._busiest(steps)
+        if self._alone:
+            return self._decoding_alone(int(steps), now_s)
+        first, slope, steps = self._busiest(steps)
         return Stretch(now_s, first, slope, int(steps), now_s + steps * first + slope * steps * (steps - 1) / 2)
+
+    def _decoding_alone(self, steps: int, now_s: float) -> Stretch:
+        """Up to ``steps`` decode steps of the only rank."""
+        batch, each = self.batches[0], self.rules.tokens_per_step
+        context = batch.context
+        first, slope, until = self.times.decoding_line(batch.sequences, context)
+        if context + each * (steps - 1) >= until:
+            steps = self._up_to(until, context)
+        slope *= each
+        return Stretch(now_s, first, slope, steps, now_s + steps * first + slope * steps * (steps - 1) / 2)
 
     def _busiest(self, steps: float) -> tuple[float, float, float]:
         """Seconds of a decode step of several ranks, how much longer each after it is, and up to which of ``steps``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
@@ -31,6 +32,7 @@ FORMS: dict[str, Form] = {
     **dict.fromkeys(("llama", "mistral", "ministral3", "mixtral", "gemma", "phi3", "smollm3"), LLAMA),
     **dict.fromkeys(("mistral3", "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25"), LLAMA),
     "glm_moe_dsa": LLAMA,
+    "nemotron-nas": LLAMA,
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"), Form(qkv=1)),
     **dict.fromkeys(("qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe"), Form(heads="each")),
     "gemma2": Form(norms=4),
@@ -77,8 +79,21 @@ def parameters(config: dict[str, Any]) -> int | None:
         total += _of(values, "n_positions", "max_position_embeddings") * stream
     if not values.get("tie_word_embeddings", values.get("model_type", kind) in TIED):
         total += values["vocab_size"] * stream + (values["vocab_size"] if form.head_bias else 0)
+    if values.get("block_configs"):
+        return total + sum(_block(values, block, stream) for block in values["block_configs"])
     for layer in range(layers):
         total += _attention(values, form, stream, layer) + form.norms * norm + _mlp(values, form, stream, layer)
+    return total
+
+
+def _block(values: dict[str, Any], block: dict[str, Any], stream: int) -> int:
+    """A block of Puzzle's: Llama's attention, or none with its norm; an MLP of two thirds of a factor, in 256s."""
+    attention, ffn, heads, total = block["attention"], block["ffn"], values["num_attention_heads"], 0
+    if not attention["no_op"]:
+        kv = heads // attention["n_heads_in_group"]
+        total += stream + 2 * stream * stream + 2 * stream * kv * (stream // heads)
+    if not ffn["no_op"]:
+        total += stream + 3 * stream * 256 * math.ceil(int(ffn["ffn_mult"] * stream * 2 / 3) / 256)
     return total
 
 

@@ -6,13 +6,17 @@ from typing import Any
 
 import public_configs
 import pytest
+import torch
 from parameter_formula import parameters
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
 
+from tensorcast.cost.memory import kv_bytes_per_token
 from tensorcast.errors import InputError
+from tensorcast.modeling.build import build
 from tensorcast.modeling.config import hf_config
 from tensorcast.modeling.foreign_types import FOREIGN_TYPES, as_stock
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.trace.tracer import trace
 
 PUBLIC = {one.name: one.config for one in public_configs.load()}
 
@@ -25,8 +29,12 @@ PUBLISHED = {
 """Totals of the releases' safetensors files on huggingface.co."""
 
 
+def profile(config: dict[str, Any]) -> ModelProfile:
+    return ModelProfile(name="x", hf_id="x", description="", sources={}, config=config)
+
+
 def built(config: dict[str, Any]) -> Any:
-    return hf_config(ModelProfile(name="x", hf_id="x", description="", sources={}, config=config))
+    return hf_config(profile(config))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -56,6 +64,71 @@ def test_a_type_may_be_another_network_where_its_file_says_so() -> None:
     assert (tiny.model_type, tiny.head_dim) == ("glm4_moe", 128)
     assert parameters(tiny.to_dict()) == 11 * layer + first + 2 * 129_280 * 1280 + 1280
     assert as_stock("deepseek_v2", {"use_mla": True})[0] == "deepseek_v2"
+
+
+PUZZLE: dict[str, Any] = {
+    "model_type": "nemotron-nas", "architectures": ["DeciLMForCausalLM"], "hidden_size": 256, "vocab_size": 512,
+    "num_attention_heads": 8, "num_hidden_layers": 4, "max_position_embeddings": 512, "intermediate_size": None,
+    "num_key_value_heads": None, "block_configs": [
+        {"attention": {"n_heads_in_group": 4, "no_op": False}, "ffn": {"ffn_mult": 3.0, "no_op": False}},
+        {"attention": {"n_heads_in_group": None, "no_op": True}, "ffn": {"ffn_mult": 1.0, "no_op": False}},
+        {"attention": {"n_heads_in_group": 2, "no_op": False}, "ffn": {"ffn_mult": None, "no_op": True}},
+        {"attention": {"n_heads_in_group": 4, "no_op": False}, "ffn": {"ffn_mult": 3.0, "no_op": False}},
+    ],
+}  # fmt: skip
+"""Layers of three forms: 2 KV heads and an MLP of 512, an MLP of 256 alone, attention alone with 4."""
+
+
+def test_layers_that_differ_are_each_as_their_file_says() -> None:
+    """NVIDIA's Nemotron-Super of 49.9 billion parameters, with attention in 49 of 80 layers."""
+    public = profile(PUBLIC["nvidia/Llama-3_3-Nemotron-Super-49B-v1"])
+    table = trace(public, "decode")
+    assert table.total_params() == parameters(public.config) == 49_867_145_216
+    assert kv_bytes_per_token(table) == 49 * 2 * 8 * 128 * 2
+    small = trace(profile(PUZZLE), "prefill")
+    assert small.total_params() == parameters(PUZZLE) and small.layer_kinds == (0, 1, 2, 0)
+    half = trace(profile(PUZZLE), "prefill", 2, small)
+    assert kv_bytes_per_token(half) == kv_bytes_per_token(small) / 2 == (2 + 4 + 2) / 2 * 2 * 32 * 2
+
+
+def test_parts_that_a_layer_lacks_add_nothing_to_the_stream() -> None:
+    """Logits of stock Llama with the same weights: what is missing is 0 there, heads that share keys have copies."""
+    torch.manual_seed(0)
+    model = build(built(PUZZLE), dtype=torch.float32, device="cpu")
+    stock = LlamaForCausalLM(LlamaConfig(
+        hidden_size=256, vocab_size=512, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=4,
+        intermediate_size=512, max_position_embeddings=512, attn_implementation="eager",
+    )).eval()  # type: ignore[call-arg]  # fmt: skip
+    theirs = dict(stock.named_parameters())
+    for name, param in theirs.items():
+        param.data.fill_(float("norm" in name))
+    for name, param in model.named_parameters():
+        param.data = torch.randn(param.shape) / 16
+        whole = theirs[name].data
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            whole.copy_(param.data.view(-1, 32, 256).repeat_interleave(128 // len(param), 0).reshape(128, 256))
+        else:
+            whole[tuple(slice(size) for size in param.shape)] = param.data
+    ids = torch.arange(24).reshape(2, 12) * 7 % 512
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [("attention", {"replace_with_linear": True}, "replace_with_linear = True is not known"),
+     ("attention", {"n_heads_in_group": None}, "each needs attention.n_heads_in_group"),
+     ("ffn", {"ffn_mult": None}, "each needs")],
+)  # fmt: skip
+def test_blocks_that_are_not_known_are_refused(part: str, change: dict[str, Any], said: str) -> None:
+    *first, last = PUZZLE["block_configs"]
+    with pytest.raises(InputError, match=said):
+        built(PUZZLE | {"block_configs": [*first, last | {part: last[part] | change}]})
+
+
+def test_every_layer_has_a_block() -> None:
+    with pytest.raises(InputError, match="a block for each of num_hidden_layers = 5"):
+        built(PUZZLE | {"num_hidden_layers": 5})
 
 
 def test_what_a_stock_type_lacks_is_refused() -> None:

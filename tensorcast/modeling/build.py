@@ -16,6 +16,7 @@ from tensorcast.modeling import attention  # registers the attention function
 from tensorcast.modeling.config import field
 from tensorcast.modeling.custom import CustomConfig, CustomLM
 from tensorcast.modeling.experts import NAME, adapt_experts
+from tensorcast.modeling.layer_forms import shape_layers
 from tensorcast.modeling.moe.apply import check_blocks
 from tensorcast.profiles.model import MoEFields
 
@@ -110,6 +111,8 @@ def build(
             raise
         problem = f"transformers' class fails with its config or our attention function: {reason}"
         raise InputError(f"model_type {config.model_type!r}: {' '.join(problem.split())}") from None
+    if forms := getattr(config, "layer_forms", ()):
+        shape_layers(model.get_decoder().layers, forms)
     check_blocks(model, fields, name or config.model_type)
     model.eval().requires_grad_(False)
     for part in model.modules():

@@ -20,6 +20,7 @@ from transformers.models.auto import modeling_auto
 from tensorcast.errors import InputError
 from tensorcast.modeling.custom import CustomConfig, custom_config
 from tensorcast.modeling.foreign_types import as_stock, foreign_type
+from tensorcast.modeling.layer_forms import LayerForm, layer_forms
 from tensorcast.modeling.stated_sizes import (
     CORE,
     EXPERTS,
@@ -130,6 +131,8 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     object.__setattr__(text_config, "unsaid_experts", "" if said is not values else ", ".join(experts))
     object.__setattr__(text_config, "shared_of_no_class", shared_of_no_class(said, text_config))
     object.__setattr__(text_config, "stated_sparse", stated_sparse(said, text_config))
+    if said.get("block_configs"):
+        object.__setattr__(text_config, "layer_forms", layer_forms(said))
     if twice := [name for name in CORE if said.get(name) not in (None, values.get(name)) and values.get(name)]:
         both = ", ".join(f"{name} = {values[name]}, not {said[name]}" for name in twice)
         remarks.append(f"around its language model config.json says {both}: the language model's own is priced")
@@ -198,6 +201,8 @@ def _language_part(config: dict[str, Any]) -> tuple[str, dict[str, Any], list[st
         if foreign_type(inner[0], text) or _known_type(*inner) in CONFIG_MAPPING:
             return _language_part(text)
     fields = CONFIG_MAPPING[known].__dataclass_fields__ if known in CONFIG_MAPPING else {}
+    if config.get("block_configs"):  # whose widest layer stands for all, until each has its own
+        config["num_key_value_heads"], config["intermediate_size"] = map(max, zip(*layer_forms(config), strict=True))
     if isinstance(kinds := config.get("attn_type_list"), list) and "layer_types" in fields:  # MiniMax-Text-01, -M1
         config.setdefault("layer_types", ["full_attention" if kind else "linear_attention" for kind in kinds])
     for name, own in FOREIGN.items():
@@ -303,6 +308,14 @@ def narrow(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
             value = fields.get(name)
             if isinstance(value, (int, list, tuple)) and not isinstance(value, bool) and value:
                 object.__setattr__(part, name, _divide(name, value, tp))
+        if forms := fields.get("layer_forms"):
+            cut = [
+                LayerForm(
+                    kv and _divide("num_key_value_heads", kv, tp), width and _divide("intermediate_size", width, tp)
+                )
+                for kv, width in forms
+            ]
+            object.__setattr__(part, "layer_forms", tuple(cut))
         if per_layer:
             part.per_layer_config = per_layer
     return narrowed

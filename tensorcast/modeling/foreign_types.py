@@ -28,6 +28,7 @@ FOREIGN_TYPES: dict[str, Foreign] = {
     "exaone": Foreign("llama", {"num_hidden_layers": "num_layers", "hidden_act": "activation_function"}),
     "minicpm": Foreign("llama", fixed={"tie_word_embeddings": True}),
     "mimo": Foreign("qwen2"),
+    "nemotron-nas": Foreign("llama"),
     "qwen": Foreign("qwen2", {"intermediate_size": "intermediate_size / 2",
                               "num_key_value_heads": "num_attention_heads"}),
     "chatglm": Foreign("glm", {"num_hidden_layers": "num_layers", "head_dim": "kv_channels",

@@ -18,19 +18,21 @@ SCHEME_OF = {
     "bf16": "bf16", "bfloat16": "bf16", "fp16": "bf16", "float16": "bf16", "half": "bf16", "auto": "", "default": "",
     "fp8": "fp8", "fp8_block": "fp8_block", "fp8_static": "fp8", "fp8_ootb": "fp8", "float8": "fp8", "fp8_e4m3": "fp8",
     "fp4": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "mxfp4", "w4a16_mxfp4": "mxfp4",
+    "nvfp4a16": "w4a16_nvfp4",
     "int8": "int8", "int8_wo": "int8", "w8a8": "int8", "int4": "w4a16", "int4_wo": "w4a16", "w4a16": "w4a16",
-    "awq": "w4a16", "gptq": "w4a16",
+    "awq": "w4a16", "gptq": "w4a16", "4bit": "w4a16", "8bit": "w8a16", "4bits": "w4a16", "8bits": "w8a16",
 }  # fmt: skip
 """Precisions as people write them, and our scheme."""
 
 _SUFFIX = (
-    r"-(instruct|chat|base|hf|it|preview|fp8|(?:nv)?fp4(?:-v\d)?|mxfp4|bf16|int4|int8|awq|gptq|dynamic|static|block"
-    r"|pertensor|kv|(?:quantized\.)?w\da\d+|v0\.\d|\d{4})$"
+    r"-(instruct|chat|base|hf|it|preview|fp8|(?:nv)?fp4(?:a16|-v\d)?|mxfp4|bf16|int4|int8|awq|gptq|dynamic|static|block"
+    r"|pertensor|kv|(?:quantized\.)?w\da\d+|v0\.\d|\d{4}|[48]bits?|bnb|unsloth|auto-?round)$"
 )
 
 
-BITS = {"bf16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "nvfp4": 4, "mxfp4": 4, "w4a16": 4, "w4a16_g32": 4}
-INTEGER = ("int8", "w4a16", "w4a16_g32")
+BITS = {"bf16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "nvfp4": 4, "mxfp4": 4, "w4a16": 4, "w4a16_g32": 4,
+        "w8a16": 8, "w4a16_nvfp4": 4}  # fmt: skip
+INTEGER = ("int8", "w4a16", "w4a16_g32", "w8a16")
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,15 @@ def test_commands_and_tables_understand_a_name_alike(name: str, profile: str, st
     assert (said == "") == (name == profile) and said.count("\n") == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [("x/Qwen3-8B-AWQ-8bit", "w8a16"), ("x/Qwen3-8B-GPTQ-Int8", "w8a16"), ("x/Qwen3-8B-GPTQ", "w4a16"),
+     ("x/Qwen3-8B-AWQ-INT4", "w4a16"), ("x/Qwen3-8B-quantized.w8a8", "int8"), ("x/Qwen3-8B-NVFP4A16", "w4a16_nvfp4")],
+)  # fmt: skip
+def test_a_table_reads_the_bits_that_a_name_says(name: str, quant: str) -> None:
+    assert read_run({"model": name, "device": "h200"}).options.quant == f"linear={quant},experts={quant}"
+
+
 def test_what_is_kept_in_bf16_stays_so() -> None:
     """gpt-oss ships MXFP4 experts and names what it leaves alone; a copy in FP8 leaves the same alone."""
     shipped = checkpoint(load_model("gpt-oss-20b"))

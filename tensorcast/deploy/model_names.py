@@ -18,9 +18,9 @@ SCHEME_OF = {
     "bf16": "bf16", "bfloat16": "bf16", "fp16": "bf16", "float16": "bf16", "half": "bf16", "auto": "", "default": "",
     "fp8": "fp8", "fp8_block": "fp8_block", "fp8_static": "fp8", "fp8_ootb": "fp8", "float8": "fp8", "fp8_e4m3": "fp8",
     "fp4": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "mxfp4", "w4a16_mxfp4": "mxfp4",
-    "nvfp4a16": "w4a16_nvfp4",
+    "nvfp4a16": "w4a16_nvfp4", "w8a16": "w8a16", "4bit": "w4a16", "4bits": "w4a16", "8bit": "w8a16", "8bits": "w8a16",
     "int8": "int8", "int8_wo": "int8", "w8a8": "int8", "int4": "w4a16", "int4_wo": "w4a16", "w4a16": "w4a16",
-    "awq": "w4a16", "gptq": "w4a16", "4bit": "w4a16", "8bit": "w8a16", "4bits": "w4a16", "8bits": "w8a16",
+    "awq": "w4a16", "gptq": "w4a16",
 }  # fmt: skip
 """Precisions as people write them, and our scheme."""
 
@@ -118,7 +118,10 @@ def _nearest(name: str) -> str | None:
 def _named_precision(name: str) -> str:
     """Precision that a model's name ends in, as in ``Qwen3-235B-A22B-NVFP4``; empty where it names none."""
     words = [word for word in re.split(r"[-_./]", name.casefold()) if word in SCHEME_OF or word == "block"]
-    said = next((word for word in words if word != "block"), "")
+    methods = {"awq", "gptq"} & {*words}  # of 4 bits, unless the name says of how many
+    said = next((word for word in words if word not in ("block", *methods)), next(iter(methods), ""))
+    if methods and said in ("int8", "8bit", "8bits"):
+        return "w8a16"
     # Qwen's own FP8 releases scale 128x128 blocks, as DeepSeek's do; all others scale tensors, channels or tokens
     qwen = name.casefold().startswith("qwen/") and "static" not in name.casefold()
     blocks = said == "fp8" and ("block" in words or qwen)

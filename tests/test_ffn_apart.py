@@ -133,6 +133,18 @@ def test_bad_input_is_one_line(words: list[str], says: str) -> None:
     assert done.exit_code == 2 and says in " ".join(done.output.split()), done.output
 
 
+def test_a_split_is_asked_for_by_its_name() -> None:
+    """As ``compare --ffn-apart`` prints it."""
+    words = ["simulate", "deepseek-v3", "-d", "h200", "-b", "16", "--json"]
+    named, sized = (
+        CliRunner().invoke(app, [*words, *own]).stdout
+        for own in (["-l", "tp1-dp24 + ffn8"], ["--dp", "24", "--ffn-gpus", "8"])
+    )
+    assert named == sized and json.loads(named)["layout"] == "tp1-dp24 + ffn8"
+    done = CliRunner().invoke(app, [*words, "-l", "dp24+ffn8", "--ffn-gpus", "8"])
+    assert done.exit_code == 2 and "leave out --ffn-gpus" in done.output
+
+
 def test_dense_models_have_no_ffn_ranks() -> None:
     with pytest.raises(tc.InputError, match="has no experts"):
         tc.simulate_apart("qwen3-8b", device="h200", dp=2, ffn_gpus=1)

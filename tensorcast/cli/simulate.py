@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +49,7 @@ def simulate(
     layout: Annotated[str | None, typer.Option(
         "--layout", "-l", metavar=LAYOUT, show_default=False, rich_help_panel=DEPLOYMENT,
         help="Instead of sizes one by one; of several servers one, of pools (2 x tp8@h100 > dp8-ep8) the phase's, on "
-        "the device behind @, if there is one.",
+        "the device behind @, if there is one; with attention and FFN apart tp1-dp24 + ffn8.",
     )] = None,
     tp: Annotated[int | None, typer.Option(
         "--tp", min=1, help="Tensor-parallel GPUs.  [dim]\\[default: what dp and pp leave][/dim]", show_default=False,
@@ -111,9 +112,9 @@ def simulate(
     """Simulate one step of MODEL: its time, its memory, and the ops that cost it."""
     from tensorcast.api import simulate as run_simulation
     from tensorcast.files import check_directory
-    from tensorcast.report.ffn_apart import print_apart
     from tensorcast.report.simulate.files import write_report
 
+    layout, ffn_gpus = _named_split(layout, ffn_gpus)
     if layout is not None:
         if (tp, dp, ep, pp) != (None, 1, 1, 1):
             raise InputError(f"--layout {layout}: says the sizes; leave out --tp, --dp, --ep and --pp")
@@ -128,22 +129,12 @@ def simulate(
                 f"--ffn-gpus {ffn_gpus}: is of decode steps with attention on tp*dp GPUs; leave out --ep, --pp, "
                 "--phase, --input-len and --out"
             )
-        ranks = (tp or 1) * dp
-        if world_size not in (None, ranks + ffn_gpus):
-            raise InputError(
-                f"--world-size {world_size}: {ranks} attention GPUs (tp*dp) and --ffn-gpus {ffn_gpus} are "
-                f"{ranks + ffn_gpus}"
-            )
-        from tensorcast.api import simulate_apart
-
-        with patience(model):
-            apart = simulate_apart(
-                model, device=device, ffn_gpus=ffn_gpus, tp=tp or 1, dp=dp, batch=batch,
-                context=4096 if context is None else context, engine=engine,
-                micro_batches=2 if micro_batches is None else micro_batches, ffn_device=ffn_device,
-                allow_oversize=allow_oversize, **options,
-            )  # fmt: skip
-        print_apart(apart.totals(), console(), as_json)
+        _simulate_apart(
+            model, as_json, world_size, device=device, ffn_gpus=ffn_gpus, tp=tp or 1, dp=dp, batch=batch,
+            context=4096 if context is None else context, engine=engine,
+            micro_batches=2 if micro_batches is None else micro_batches, ffn_device=ffn_device,
+            allow_oversize=allow_oversize, **options,
+        )  # fmt: skip
         return
     for flag, value in (("--ffn-device", ffn_device), ("--micro-batches", micro_batches)):
         if value is not None:
@@ -168,3 +159,28 @@ def simulate(
     if written:
         names = [path.name for path in written]
         typer.echo(f"wrote {', '.join(names[:-1])} and {names[-1]} to {out}")
+
+
+def _named_split(layout: str | None, ffn_gpus: int | None) -> tuple[str | None, int | None]:
+    """The attention side's layout and the GPUs of the FFN side, of a name such as ``tp1-dp24 + ffn8``."""
+    split = re.fullmatch(r"(.*?)\s*\+\s*ffn(\d+)", layout.strip()) if layout is not None else None
+    if split is None:
+        return layout, ffn_gpus
+    if ffn_gpus is not None:
+        raise InputError(f"--layout {layout}: says the GPUs of the FFN side; leave out --ffn-gpus")
+    return split[1], int(split[2])
+
+
+def _simulate_apart(model: str, as_json: bool, world_size: int | None, **asked: Any) -> None:
+    """A step with attention and FFN on GPUs of their own; ``world_size`` must be of both sides."""
+    from tensorcast.api import simulate_apart
+    from tensorcast.report.ffn_apart import print_apart
+
+    ranks, ffn = asked["tp"] * asked["dp"], asked["ffn_gpus"]
+    if world_size not in (None, ranks + ffn):
+        raise InputError(
+            f"--world-size {world_size}: {ranks} attention GPUs (tp*dp) and --ffn-gpus {ffn} are {ranks + ffn}"
+        )
+    with patience(model):
+        apart = simulate_apart(model, **asked)
+    print_apart(apart.totals(), console(), as_json)

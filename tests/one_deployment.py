@@ -176,7 +176,7 @@ def engine_times(
     """Seconds to the first token and of the reply from there, the mean step, requests in flight."""
     engine, steps = decode.engine, steps_of(traffic, depth)
     mean, met, own, full = step_moments(
-        curve, prompts, batch, arrivals=max(batch * dp - 1, 0) / steps, dp=dp, alone=engine.prefill_alone
+        curve, prompts, batch, arrivals=max(batch * dp - 1, 1e-6) / steps, dp=dp, alone=engine.prefill_alone
     )  # fmt: skip
     wave = max(batch - 1, 0) / prompts.most_per_s
     first = (engine.arrival_wait_steps + traffic.wait_steps) * met + own + wave / 2 / traffic.rounds

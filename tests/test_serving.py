@@ -204,6 +204,15 @@ def test_more_users_never_bring_fewer_tokens_over_ranks_in_lockstep(
     assert prompts_per_s < RANKS * model_of_ranks(users, output_len, per_step).prompts.most_per_s
 
 
+@pytest.mark.parametrize("per_step", [0.25, 2.0])
+def test_a_prompt_alone_among_ranks_takes_its_own_part(per_step: float) -> None:
+    """Of one user other ranks read nothing, as they hardly ever do of two: its experts' part is an eighth, not all."""
+    one, two = (solved_ranks(users, 900, per_step) for users in (1, 2))
+    assert one.ttft_s <= two.ttft_s < 1.1 * one.ttft_s
+    whole = (FIXED_S + RANKED_S + 3 * PLAIN_S) / min(per_step, 1.0)
+    assert one.ttft_s < whole - 0.8 * EXPERTS_S / min(per_step, 1.0)
+
+
 @given(
     users=st.integers(1, 200),
     output_len=st.integers(2, 2000),

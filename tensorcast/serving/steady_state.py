@@ -36,6 +36,9 @@ Both were picked among eight pairs by their errors on all runs of ``reports/serv
 LONG = 1e4
 """Rounds after which ends of replies are as far apart as chance has them."""
 
+NEARLY_NONE = 1e-6
+"""Other sequences where there are none: shares of a rate that is 0 are those of a small one."""
+
 HALVINGS = 30
 """Steps of the bisection that finds the steady state: relative error 1e-9."""
 
@@ -120,8 +123,8 @@ class Aggregated(ServingModel):
         """As :meth:`ServingModel.at`; prompts wait for steps here, in no queue that ``concurrency`` would bound."""
         traffic, engine, prompts = self.traffic, self.engine, self.prompts
         steps, others = traffic.decode_steps(self.depth), np.maximum(batch - 1, 0)
-        # during a reply, every other sequence's client sends one prompt
-        step = self._steps(batch, np.maximum(batch * self.decode_ranks - 1, 0) / steps)
+        # during a reply, every other sequence's client sends one prompt; who is alone has other ranks idle, too
+        step = self._steps(batch, np.maximum(batch * self.decode_ranks - 1, NEARLY_NONE) / steps)
         wave = others / prompts.most_per_s  # until the last of a wave of prompts is done, beyond the first
         first = (engine.arrival_wait_steps + traffic.wait_steps) * step.met_s + step.own_s
         first = first + engine.first_token_s(traffic.input_len)

@@ -175,9 +175,7 @@ def engine_times(
 ) -> tuple[float, float, float, float]:
     """Seconds to the first token and of the reply from there, the mean step, requests in flight."""
     engine, steps = decode.engine, steps_of(traffic, depth)
-    mean, met, own, full = step_moments(
-        curve, prompts, batch, arrivals=max(batch * dp - 1, 1e-6) / steps, dp=dp, alone=engine.prefill_alone
-    )  # fmt: skip
+    mean, met, own, full = step_moments(curve, prompts, batch, steps=steps, dp=dp, alone=engine.prefill_alone)
     wave = max(batch - 1, 0) / prompts.most_per_s
     first = (engine.arrival_wait_steps + traffic.wait_steps) * met + own + wave / 2 / traffic.rounds
     first, generation = first + engine.first_token_s(traffic.input_len), steps * mean
@@ -192,12 +190,20 @@ def engine_times(
 
 
 def step_moments(
-    curve: Any, prompts: Any, batch: float, *, arrivals: float, dp: int, alone: bool
+    curve: Any, prompts: Any, batch: float, *, steps: float, dp: int, alone: bool
 ) -> tuple[float, float, float, bool]:
     """The mean step, the step that an arrival meets, the one it rides in, and whether prompts overrun."""
     plain = float(curve.at("seconds", batch))
     first = prompts.fixed_s
     first += plain if alone else float(curve.at("attention_s", batch)) + prompts.token_s * batch
+    # the prompt alone, in replies; of few users' prompts none is read while another is
+    read = (first + prompts.prompt_s - prompts.expert_s * (dp - 1) / dp) / min(prompts.per_step, 1) / (steps * plain)
+    users = batch * (1 + read)
+    if users > 1:  # n (1 + (n - 1) read) = batch (1 + n read)
+        half, last = (1 - read * (1 + batch)) / 2, -read * batch
+        found = abs(half) + math.sqrt(half**2 - last)  # of read n^2 + 2 half n - batch = 0, without a difference
+        users = max(batch / found if half > 0 else found / read, batch)
+    arrivals = max(max(users - 1, 0) + (dp * users - max(users, 1)) * batch / users, 1e-6) / steps
     extra, per_rank = first - plain, arrivals / dp
     used, beside = per_rank / prompts.per_step, plain if alone else 0.0
     if prompts.per_step <= 1:

@@ -123,8 +123,7 @@ class Aggregated(ServingModel):
         """As :meth:`ServingModel.at`; prompts wait for steps here, in no queue that ``concurrency`` would bound."""
         traffic, engine, prompts = self.traffic, self.engine, self.prompts
         steps, others = traffic.decode_steps(self.depth), np.maximum(batch - 1, 0)
-        # during a reply, every other sequence's client sends one prompt; who is alone has other ranks idle, too
-        step = self._steps(batch, np.maximum(batch * self.decode_ranks - 1, NEARLY_NONE) / steps)
+        step = self._steps(batch, steps)
         wave = others / prompts.most_per_s  # until the last of a wave of prompts is done, beyond the first
         first = (engine.arrival_wait_steps + traffic.wait_steps) * step.met_s + step.own_s
         first = first + engine.first_token_s(traffic.input_len)
@@ -145,13 +144,26 @@ class Aggregated(ServingModel):
         users = np.where(step.full, np.inf, batch * self.decode_ranks * (1 + first / generation))
         return SteadyState(first, generation, step.mean_s, step.plain_s, users)
 
-    def _steps(self, batch: Array, arrivals: Array) -> _Steps:
-        """Moments of the step time when ``arrivals`` prompts per step come to all ranks, which move in lockstep."""
+    def _steps(self, batch: Array, steps: Array) -> _Steps:
+        """Moments of the step time where a reply takes so many ``steps`` and ranks, if several, move in lockstep.
+
+        While one's own reply is written all other users of one's rank send a prompt, as none is read while one's own
+        is; of other ranks' users as many as their replies make up of their time.
+        """
         prompts, dp, alone = self.prompts, self.decode_ranks, self.engine.prefill_alone
         plain = self.decoding.at("seconds", batch)
         shared = 0.0 if alone else self.decoding.at("attention_s", batch) + prompts.token_s * batch
         first = prompts.fixed_s + (plain if alone else shared)  # a: what a step with prompts takes beside their number
         extra = first - plain
+        reading = (first + prompts.prompt_s - prompts.expert_s * (1 - 1 / dp)) / np.minimum(prompts.per_step, 1.0)
+        reading = reading / (steps * plain)  # one's own prompt without others', in replies
+        # users of a rank: n of them take 1 + n * reading for a round each, of which 1 + (n - 1) * reading are replies
+        slack = 1 - reading * (1 + batch)
+        root = np.sqrt(slack**2 + 4 * reading * batch)
+        users = np.where(slack > 0, 2 * batch / np.maximum(slack + root, 1e-9), (root - slack) / (2 * reading))
+        users = np.where(batch * (1 + reading) < 1, batch * (1 + reading), np.maximum(users, batch))
+        beside = np.maximum(users - 1, 0.0) + (dp * users - np.maximum(users, 1.0)) * batch / users
+        arrivals = np.maximum(beside, NEARLY_NONE) / steps
         per_rank = arrivals / dp
         used = per_rank / prompts.per_step
         if np.all(prompts.per_step <= 1):  # a prompt takes 1 / per_step steps of its own

@@ -19,12 +19,12 @@ class InputError(ValueError):
     """The message in the command line's words, where ``str()`` has Python's (:mod:`tensorcast.api`)."""
 
 
-def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
+def unknown_name(what: str, name: str, known: Iterable[str], aliases: Iterable[str] = ()) -> InputError:
     """An :class:`InputError` for a name that does not exist, with the nearest ones that do."""
     import difflib  # where a name is wrong, not in every run
 
     names = sorted(known)
-    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), sorted({*names, *aliases}), n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:MOST_LISTED])}"
     if not near and len(names) > MOST_LISTED:
         hint += f" and {len(names) - MOST_LISTED} more"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -119,7 +120,7 @@ def test_predict_spares_its_table_and_says_where_it_cannot_write(tmp_path: Path)
     table.write_text(RUNS)
     assert "is the table itself" in refused("predict", str(table), "--out", str(table))
     assert "is a directory" in refused("predict", str(table), "--report", str(tmp_path))
-    same = refused("predict", str(table), "--out", str(tmp_path / "a.md"), "--report", str(tmp_path / "a.md"))
+    same = refused("predict", str(table), "--out", str(tmp_path / "a.txt"), "--report", str(tmp_path / "a.txt"))
     assert "is --out, too" in same
     assert "no such directory" in refused("predict", str(table), "--out", str(tmp_path / "none" / "x.csv"))
     assert table.read_text() == RUNS and os.listdir(tmp_path) == ["runs.csv"]
@@ -127,12 +128,44 @@ def test_predict_spares_its_table_and_says_where_it_cannot_write(tmp_path: Path)
     assert "no rows" in refused("predict", str(table))
 
 
+@pytest.mark.parametrize(("content", "said"), [
+    (b"PK\x03\x04" + bytes(60), "but an Excel workbook"), (b"PAR1" + bytes(60), "but a Parquet file"),
+    (gzip.compress(RUNS.encode()), "but compressed with gzip"), (RUNS.encode("utf-16"), "but text in UTF-16"),
+    (b'[{"model": "qwen3-8b"}]', "but JSON"), (RUNS.encode() + b"caf\xe9", "byte 0xe9 is not text in UTF-8"),
+    (RUNS.replace(",", "|").encode(), "separated by comma, semicolon or tab"),
+    (RUNS.split("\n", 1)[1].encode(), "the first line names columns"),
+    (RUNS.encode() + b'"qwen3-8b,h100\n', "a quote opens and does not close"), (b"", "is empty"),
+])  # fmt: skip
+def test_another_file_is_no_table(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "runs.csv").write_bytes(content)
+    message = refused("predict", str(tmp_path / "runs.csv"))
+    assert said in message and message.count("runs.csv") == 1, message
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--out", "o.xlsx"), ("--out", "o.parquet"), ("--report", "r.html")])
+def test_predict_writes_no_other_format_than_its_name_says(tmp_path: Path, flag: str, name: str) -> None:
+    (tmp_path / "runs.csv").write_text(RUNS)
+    assert "is written as" in refused("predict", str(tmp_path / "runs.csv"), flag, str(tmp_path / name))
+    assert os.listdir(tmp_path) == ["runs.csv"]
+
+
+def test_columns_that_are_replaced_or_not_read_are_told(tmp_path: Path) -> None:
+    """Seconds under our own names are an earlier prediction where their intervals are beside them."""
+    (tmp_path / "runs.csv").write_text("model,device,users,tpot_s,mine\nqwen3-30b-a3b,h100,8,0.05,x\n")
+    shown = " ".join(invoke("predict", str(tmp_path / "runs.csv"), "--out", str(tmp_path / "o.csv")).stdout.split())
+    assert "columns replaced: tpot_s (measured ones are called measured_tpot_s)" in shown
+    assert "columns kept and not read: mine" in shown
+    again = invoke("predict", str(tmp_path / "o.csv")).stdout
+    assert "columns replaced" not in again and "mine" in again
+
+
 def test_measured_cells_that_cannot_be_scored_are_counted(tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text(
-        "model,device,concurrency,measured_tpot_s\nqwen3-30b-a3b,h100,8,50ms\nqwen3-30b-a3b,h100,8,\n"
+        "model,device,concurrency,measured_tpot_s\n"
+        "qwen3-30b-a3b,h100,8,50ms\nqwen3-30b-a3b,h100,8,\nqwen3-30b-a3b,h100,8,-1\n"
     )
     shown = " ".join(invoke("predict", str(tmp_path / "runs.csv")).stdout.split())
-    assert "1 x a measured cell is no number and is not scored" in shown and "By model" not in shown
+    assert "2 x a measured cell is no number more than 0 and is not scored" in shown and "By model" not in shown
 
 
 def test_a_report_of_a_table_with_holes(tmp_path: Path) -> None:

@@ -104,6 +104,11 @@ def test_defaults_are_stated() -> None:
         ({"model": "mixtral-8x7b", "tp": "8", "ep": "2", "moe_tp": "2"}, r"moe_tp\*ep = 2\*2"),
         ({"model": "llama-3.1-70b"}, "does not fit"),
         ({"mtp_depth": "1"}, "multi-token"),
+        ({"chunk_tokens": "12.7"}, "chunk_tokens 12.7: must be a whole number"),
+        ({"mode": "disagg", "prefill_workers": "1.5"}, "prefill_workers 1.5: must be a whole number"),
+        ({"mode": "disagg", "decode_workers": "-1"}, "decode_workers -1: must be a whole number"),
+        ({"model": "mixtral-8x7b", "tp": "8", "placement": "shuffled"}, "unknown placement 'shuffled'"),
+        ({"layout": "tp2 >"}, "of pools both are named"),
     ],
 )
 def test_rows_that_cannot_be_say_why(row: dict[str, str], says: str) -> None:
@@ -309,13 +314,6 @@ def test_tables_as_programs_write_them(tmp_path: Path, content: bytes) -> None:
     out = predict_file(runs)
     alone = predict(pd.DataFrame([{"model": "llama-3.1-8b", "device": "h100", "isl": "512"}]))
     assert len(out) == 1 and out["problem"][0] == "" and out["tpot_s"][0] == alone["tpot_s"][0]
-
-
-def test_text_that_is_not_utf8(tmp_path: Path) -> None:
-    runs = tmp_path / "runs.csv"
-    runs.write_bytes("model,device\nllama-3.1-8b,h100\n".encode("utf-16"))
-    with pytest.raises(InputError, match="UTF-8"):
-        predict_file(runs)
 
 
 def test_numbers_with_commas() -> None:

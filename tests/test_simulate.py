@@ -135,7 +135,7 @@ def test_a_class_that_derives_its_head_size_is_cut_all_the_same(tmp_path: Path) 
     ("arguments", "message"),
     [
         ({"model": "deepsek-v33"}, "unknown model .* did you mean .*deepseek-v3"),
-        ({"device": "h1000"}, "unknown device 'h1000': did you mean"),
+        ({"device": "h1000"}, "unknown device 'h1000': did you mean .*h100[,?]"),
         ({"engine": "vlm"}, "unknown engine 'vlm': did you mean vllm"),
         ({"batch": 0}, "batch 0"),
         ({"context": -1}, "context -1"),

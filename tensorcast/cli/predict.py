@@ -10,6 +10,10 @@ import typer
 from tensorcast.cli.app import OUTPUT, AsJson, command, console, patience
 from tensorcast.errors import InputError
 
+_NEITHER = (".xlsx", ".xls", ".ods", ".parquet", ".html", ".htm", ".pdf", ".json", ".gz", ".zip", ".png", ".docx")
+OTHER_FORMATS = {"--out": (*_NEITHER, ".md"), "--report": (*_NEITHER, ".csv", ".tsv")}
+"""Endings of names that say another format than what is written."""
+
 EXAMPLES = """[bold]Examples[/bold]
 
 [dim]A table with columns model, device, tp, ep, isl, osl, concurrency: printed, or written beside its own columns[/dim]
@@ -96,6 +100,9 @@ def _check_targets(runs: Path, out: Path | None, report: Path | None) -> None:
     for flag, path in (("--out", out), ("--report", report)):
         if path is not None:
             check_file(flag, path)
+            if path.suffix.lower() in OTHER_FORMATS[flag]:
+                right = "CSV: name it .csv" if flag == "--out" else "Markdown: name it .md"
+                raise InputError(f"{flag} {path}: is written as {right}")
             if path.exists() and runs.exists() and path.samefile(runs):
                 raise InputError(f"{flag} {path}: is the table itself; give another name")
     if out is not None and report is not None and out.resolve() == report.resolve():

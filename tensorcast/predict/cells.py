@@ -10,6 +10,9 @@ from typing import Any
 from tensorcast.errors import InputError
 
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
+MOST_NAMED = 8
+"""Columns that a message names."""
+
 _NOTHING = ("", "nan", "none", "null", "na", "n/a", "-")
 
 

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 DELIMITERS = (",", ";", "\t")
 """Cells are separated by the first of these that the header has."""
 
+OTHERS = {
+    b"PK\x03\x04": "an Excel workbook or another archive", b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"PAR1": "a Parquet file", b"\x1f\x8b": "compressed with gzip", b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16", b"[": "JSON", b"{": "JSON", b"<": "HTML or XML",
+}
+"""Files that people take for tables, by their first bytes."""
+
+RIGHT = "save the table as CSV: text in UTF-8, cells separated by comma, semicolon or tab"
+
 
 def read_table(path: Path) -> pd.DataFrame:
     """The cells of a CSV file as text. Lines that begin with ``#`` are comments, cells missing at a line's end empty.
@@ -25,14 +34,20 @@ def read_table(path: Path) -> pd.DataFrame:
 
     if not path.is_file():
         raise InputError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
+    with path.open("rb") as begun:
+        first = begun.read(4)
+    if other := next((what for bytes_, what in OTHERS.items() if first.startswith(bytes_)), ""):
+        raise InputError(f"{path}: not a CSV table but {other}; {RIGHT}")
     try:
         with path.open(encoding="utf-8-sig") as file:
             lines = _Lines(file)
             names, rows = _cells(path, lines)
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a CSV table: not text in UTF-8") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise InputError(f"{path}: not a CSV table: byte 0x{byte:02x} is not text in UTF-8; {RIGHT}") from None
     except csv.Error as error:
-        raise InputError(f"{path}, line {lines.number}: not a CSV table: {error}") from None
+        why = "a quote opens and does not close" if "unexpected end" in str(error) else error
+        raise InputError(f"{path}, line {lines.number}: not a CSV table: {why}") from None
     return pd.DataFrame(rows, columns=names, dtype=object)
 
 

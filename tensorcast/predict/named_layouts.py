@@ -9,6 +9,8 @@ from tensorcast.scheduling.pools import parse_servers
 
 def layout_cells(text: str) -> dict[str, str]:
     """Columns of a deployment by its one name, such as ``2 x tp4 > tp8-ep8``: those of a row that says its sizes."""
+    if text.strip()[:1] in (">", "+") or text.strip()[-1:] in (">", "+"):
+        raise InputError(f"layout {text!r}: of pools both are named, prefill > decode, as in 2 x tp8 > dp8-ep8")
     servers = parse_servers(text)
     if any(one.device for one in servers):
         raise InputError(f"layout {text!r}: a row is of one device, its own; leave out what is behind @")

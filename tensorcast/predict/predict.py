@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,10 @@ from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.errors import InputError
 from tensorcast.parallel import spread, uncollected
 from tensorcast.predict.bench_results import with_results
-from tensorcast.predict.cells import is_empty, plain_number
+from tensorcast.predict.cells import MOST_NAMED, is_empty, plain_number
 from tensorcast.predict.csv_table import read_table
 from tensorcast.predict.named_layouts import layout_cells
-from tensorcast.predict.run_columns import MEASURED, Run, canonical_columns, read_run
+from tensorcast.predict.run_columns import COLUMNS, MEASURED, Run, canonical_columns, read_run
 from tensorcast.predict.serve_runs import load_engine_once, serve
 from tensorcast.serving.interval import served_interval
 from tensorcast.serving.traffic import ServingMetrics
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 PREDICTED = ("ttft_s", "tpot_s", "output_tokens_per_s")
 """Predicted columns; each has the ends of its interval beside it (``ttft_low_s``, as units end a name)."""
 
-UNREAD = "is no number and is not scored"
+UNREAD = "is no number more than 0 and is not scored"
 """What is said of a measured cell that is not read."""
+
+_FLAG = re.compile(r"( \()?--([a-z][a-z0-9-]+)(?(1)\))")
 
 AT_ONCE = 4096
 """Rows whose deployments are held together at most: some hundred megabytes."""
@@ -78,12 +81,36 @@ def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
     for stretch, served in zip(parts, results, strict=True):
         for (index, run), record in zip(stretch, served, strict=True):
             records[index] = {"layout": run.layout, "gpus": run.gpus, **record, "assumed": "; ".join(run.assumed)}
+    for record in records:
+        record["problem"] = _FLAG.sub(_in_columns, record["problem"])
     measured, unread = measured_columns(table, ours)
     for record, said in zip(records, unread, strict=True):
         record["assumed"] = (record.get("assumed", "") + said).removeprefix("; ")
     out = pd.DataFrame(records, columns=_columns(), index=table.index)
     kept = table.drop(columns=[c for c in table.columns if c in out.columns or ours.get(str(c)) in measured.columns])
-    return pd.concat([kept, measured, out], axis=1)
+    whole = pd.concat([kept, measured, out], axis=1)
+    whole.attrs["notes"] = _notes(table, ours, out)
+    return whole
+
+
+def _in_columns(flag: re.Match[str]) -> str:
+    """A flag of the command line as the column of its name; none in brackets behind that."""
+    name = flag[2].replace("-", "_")
+    return flag[0] if name not in COLUMNS else "" if flag[1] else name
+
+
+def _notes(table: pd.DataFrame, ours: Mapping[Any, str], out: pd.DataFrame) -> list[str]:
+    """What happened to columns of a table that are no columns of a run."""
+    notes, names = [], [str(name) for name in table.columns]
+    replaced = [name for name in PREDICTED if name in names and bound(name, "low") not in names]
+    if replaced:  # where ends of intervals are beside them, they are an earlier prediction
+        meant = ", ".join(f"measured_{name}" for name in replaced)
+        notes.append(f"columns replaced: {', '.join(replaced)} (measured ones are called {meant})")
+    own = {*ours, *map(str, out.columns)}
+    if unread := [name for name in names if name not in own and not name.startswith("Unnamed: ")]:
+        more = f" and {len(unread) - MOST_NAMED} more" if len(unread) > MOST_NAMED else ""
+        notes.append(f"columns kept and not read: {', '.join(unread[:MOST_NAMED])}{more}")
+    return notes
 
 
 def _columns() -> list[str]:
@@ -223,8 +250,9 @@ def measured_columns(table: pd.DataFrame, ours: Mapping[Any, str]) -> tuple[pd.D
 
 
 def _number(cell: Any) -> float | None:
-    """NaN where nothing is said, None where what is said is no number."""
+    """NaN where nothing is said, None where what is said is no number more than 0."""
     try:
-        return math.nan if is_empty(cell) else plain_number(cell)
+        number = math.nan if is_empty(cell) else plain_number(cell)
     except ValueError:
         return None
+    return None if number <= 0 else number

@@ -18,7 +18,7 @@ from tensorcast.deploy.model_names import SCHEME_OF, Named, understand
 from tensorcast.deploy.options import SERVED_ROUTING, Options, of_traffic
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.predict.arrivals import ARRIVAL_COLUMNS, Arrivals
-from tensorcast.predict.cells import Cells, is_empty
+from tensorcast.predict.cells import MOST_NAMED, Cells, is_empty
 from tensorcast.predict.launch_records import (
     FP8_CACHE,
     LENGTH_RATIO,
@@ -54,7 +54,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "mode": ("aggregated (agg) or disaggregated (disagg)", "aggregated", ("form", "serving_mode")),
     "isl": ("prompt tokens", 1024, ("input_len", "input_tokens", "input_length")),
     "osl": ("reply tokens", 1024, ("output_len", "output_tokens", "output_length")),
-    "concurrency": ("requests in flight; default batch * dp * workers", None, ("conc", "max_concurrency")),
+    "concurrency": ("requests in flight; default batch * dp * workers", None, ("conc", "max_concurrency", "users")),
     "length_ratio": ("lengths are uniform between this share of isl, osl and the whole", 1.0, ("random_range_ratio",)),
     "rounds": ("requests per client of the measurement, which starts with all at once", 10, ()),
     "wait_steps": ("steps that pass before a request is seen; default half the receive interval", 0, ()),
@@ -100,11 +100,13 @@ MEASURED = {
 MODES = {"agg": "aggregated", "disagg": "disaggregated", "pd": "disaggregated"}
 """Short spellings of the modes of serving."""
 
+ROLES = ("prefill_", "decode_")
+"""Prefixes of the columns of pools."""
+
 PER_DECODE_WORKER, DECODE_PER_PREFILL = 64, 2.5
 """Requests in flight per decode worker and decode workers per prefill worker where a row does not say: medians of the
 35 public disaggregated runs behind ``reports/serving.md`` that do (28 of them state the requests). They spread widely:
 a quarter has 16 requests and fewer, a quarter 160 and more."""
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,9 @@ def canonical_columns(table: Iterable[Any]) -> dict[str, str]:
     for name, others in MEASURED.items():
         known |= dict.fromkeys((name, *others), name)
     found: dict[str, str] = {}
+    if not any(name.strip().lower().replace("-", "_") in known for name in names):
+        told = "the first line names columns, separated by comma, semicolon or tab: tensorcast predict --columns"
+        raise InputError(f"the table needs columns model and device, has {', '.join(names[:MOST_NAMED])}; {told}")
     for i, name in enumerate(names):
         if name in names[:i]:
             both = f"{names.index(name) + 1} and {i + 1}"
@@ -210,7 +215,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     profile = named.profile.name if named.near else model
     if named.near and profile.casefold() != model.casefold():
         cells.assumed.append(f"model {profile}")
-    roles = ("", "") if mode == "aggregated" else ("prefill_", "decode_")
+    roles = ("", "") if mode == "aggregated" else ROLES
     twice = record and mode == "aggregated"
     prefill, decode = (_layout(cells, role, named.profile.num_experts, twice) for role in roles)
     concurrency = cells.number("concurrency", None)
@@ -242,7 +247,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     wait = cells.number("wait_steps", default)
     if problem := named.profile.too_long(isl + osl):
         raise InputError(f"context length: {problem}")
-    chunk = cells.number("chunk_tokens", None)
+    chunk = cells.whole("chunk_tokens") if cells.number("chunk_tokens", 0) else None
     before = cells.text("frontend", frontend(device) if record and mode == "disaggregated" else "own").lower()
     if before not in (known := get_args(Frontend)):
         raise unknown_name("frontend", before, known)
@@ -271,7 +276,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         prefix_cached=cells.whole("prefix_cached", least=0),
         prefix_cache=kept == "on",
         mtp_acceptance=cells.number("mtp_acceptance", MTP_ACCEPTANCE if record else 0.8),
-        chunk_tokens=None if chunk is None else int(chunk),
+        chunk_tokens=chunk,
         arrivals=arrivals,
         options=options,
         other_depths=depths,
@@ -290,7 +295,7 @@ def _as_recorded(
             layout = replace(layout, ep=found.ep)
             cells.assumed.append(f"launched with ep {found.ep}")
         return found, workers, layout, layout
-    silent = not any(cells.number("workers", 0, role) for role in ("prefill_", "decode_"))
+    silent = not any(cells.number("workers", 0, role) for role in ROLES)
     if silent and (known := launched_pools(of, pools)):
         workers, pools = known
         cells.assumed[:] = [said for said in cells.assumed if not said.startswith("workers ")]
@@ -335,11 +340,9 @@ def _arrivals(cells: Cells, users: float | None) -> Arrivals | None:
 
 def _workers(cells: Cells, concurrency: float | None) -> tuple[int, int]:
     """Prefill and decode workers; :data:`PER_DECODE_WORKER` and :data:`DECODE_PER_PREFILL` where they are not said."""
-    said = [int(cells.number("workers", 0, role)) or None for role in ("prefill_", "decode_")]
+    said = [cells.whole("workers", role) if cells.number("workers", 0, role) else None for role in ROLES]
     decode = said[1] or max(1, math.ceil((concurrency or 1) / PER_DECODE_WORKER))
     prefill = said[0] or max(1, round(decode / DECODE_PER_PREFILL))
-    if min(prefill, decode) < 1:
-        raise InputError(f"prefill_workers {prefill}, decode_workers {decode}: must be at least 1")
     if None in said:
         cells.assumed.append(f"workers {prefill} prefill, {decode} decode")
     return prefill, decode

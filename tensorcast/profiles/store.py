@@ -107,7 +107,6 @@ def profile_roots() -> tuple[Path, ...]:
 
 # Finding
 
-
 LONGEST_NAME, LONGEST_PATH = 255, 4000
 """Bytes of a file's name and characters of a path that systems take."""
 
@@ -136,8 +135,9 @@ def _path_of(kind: str, text: str) -> Path:
         raise InputError(f"{kind} {text}: no such file or directory")
     if not text:
         raise InputError(f"{kind}: the name is empty; `tensorcast {kind}s` lists them")
-    unread = _unreadable(kind)  # one of these may have had the name among its aliases
-    raise InputError("; ".join([str(unknown_name(kind, text, _names(kind))), *unread]))
+    unknown = unknown_name(kind, text, _names(kind), _short(kind, tuple(_files(kind))))
+    # one that cannot be read may have had the name among its aliases
+    raise InputError("; ".join([str(unknown), *_unreadable(kind)]))
 
 
 def _find(kind: str, text: str) -> Path | None:
@@ -184,6 +184,10 @@ def _unreadable(kind: str) -> list[str]:
 def _names(kind: str) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _files(kind)))
 
+
+@functools.cache
+def _short(kind: str, files: tuple[Path, ...]) -> set[str]:
+    return {one for path in files if kind == "device" for one in _aliases(path, "")}
 
 def _aliases(path: Path, wanted: str) -> set[str]:
     """Case-folded aliases and Hugging Face id of a profile, from its first lines alone. Empty if unreadable, or if

@@ -98,7 +98,7 @@ def kept(
     if full not in _known:
         path = None
         if folder is not None:
-            key = json.dumps([FORMAT, digest_of(_SOURCES), said, *what], sort_keys=True, default=asdict)
+            key = json.dumps([FORMAT, digest_of(_SOURCES), said, *what], sort_keys=True, default=vars)
             short = hashlib.sha256(key.encode()).hexdigest()[:16]
             path = folder / "traces" / f"{profile.name}-{what[0]}-{what[1]}-{short}.json"
         stored = made = None

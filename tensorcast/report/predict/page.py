@@ -54,6 +54,8 @@ def print_summary(table: pd.DataFrame, summary: dict[str, Any], console: Console
         console.print(f"  {count} x {problem}", style="yellow")
     if unread := int(table["assumed"].astype(str).str.contains(UNREAD, regex=False).sum()):
         console.print(f"  {unread} x a measured cell {UNREAD} (which: column assumed)", style="yellow")
+    for note in table.attrs.get("notes", ()):
+        console.print(f"  {note}", style="dim", markup=False)
     if rows:
         shown = Table(box=None, pad_edge=False)
         for head in ("model", "device", "engine", "layout", "users", "TTFT ms", "TPOT ms", "tokens/s"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tensorcast.parallel import note
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.search.axes import FULL
 from tensorcast.search.candidate_arrays import batches, largest_where
-from tensorcast.search.candidate_table import COLUMNS
+from tensorcast.search.candidate_table import COLUMNS, MEMORY, candidates_of
 from tensorcast.search.candidates import aggregated as all_aggregated
 from tensorcast.search.candidates import disaggregated as all_pools
 from tensorcast.search.candidates import steady
@@ -49,16 +50,16 @@ def found() -> Comparison:
     return tc.compare("qwen3-30b-a3b", **LIMITED)
 
 
+TASK = SearchTask(
+    model=load_model("deepseek-v3"), device=load_device("h200"), engine=load_engine("sglang"), gpus=16,
+    load=Traffic(3000, 500, 1), axes=FULL, base=Options(routing="zipf:0.4"), runnable_only=False,
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def shop() -> VariantPrices:
     """Every axis, nothing left out because of an engine, shared experts and uneven load."""
-    from collections import Counter
-
-    task = SearchTask(
-        model=load_model("deepseek-v3"), device=load_device("h200"), engine=load_engine("sglang"), gpus=16,
-        load=Traffic(3000, 500, 1), axes=FULL, base=Options(routing="zipf:0.4"), runnable_only=False,
-    )  # fmt: skip
-    return VariantPrices(task.scenario, space(task, Counter()), (2048, 8192))
+    return VariantPrices(TASK.scenario, space(TASK, Counter()), (2048, 8192))
 
 
 NUMBERS = (
@@ -107,13 +108,13 @@ def test_every_candidate_is_priced_as_if_alone(shop: VariantPrices) -> None:
 def test_memory_is_that_of_the_deployment(shop: VariantPrices) -> None:
     points, _ = all_aggregated(shop)
     some = points.where(np.random.default_rng(1).choice(len(points.variant), 30, replace=False))
-    memory = shop.memory(some)
+    table = candidates_of(TASK, shop, "aggregated", some).where(slice(None))
     for i in range(30):
         variant, batch = shop.variants[some.variant[i]], some.columns["batch"][i]
         decode = shop.scenario.deployment(variant.layout, "decode", variant.decode)
         alone = decode.memory(batch, 1, int(shop.scenario.load.context) - 1)
-        for name in ("weights", "kv_cache", "activations", "total"):
-            assert memory[name][i] == pytest.approx(getattr(alone, name))
+        for name, part in MEMORY.items():
+            assert table[name][i] == pytest.approx(getattr(alone, part))
 
 
 def test_batches_are_powers_of_two_and_the_largest() -> None:

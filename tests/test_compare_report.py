@@ -106,7 +106,7 @@ def test_old_figures_go_and_a_failed_write_leaves_what_was_there(
 ) -> None:
     for name in ("expert_load.png", "summary.json", "notes.txt"):
         (tmp_path / name).write_text("old")
-    empty = dataclasses.replace(compared, kept=compared.kept.where(slice(0)), best=None, runner_up=None, ties=[])
+    empty = dataclasses.replace(compared, kept=compared.kept.where(slice(0)), best=None, runner_up=None)
     write_comparison(empty, tmp_path)
     assert not (tmp_path / "expert_load.png").exists()
     assert (tmp_path / "notes.txt").read_text() == "old"
@@ -144,7 +144,7 @@ def test_no_layout_meets_the_targets(compared: Any) -> None:
     late = {"meets": np.zeros(len(compared.kept), dtype=bool)}
     frame = dataclasses.replace(compared.kept, columns=compared.kept.columns | late)
     limits = (float(frame["ttft_s"].max()), float(frame["tpot_s"].min()) / 2)
-    none = dataclasses.replace(compared, kept=frame, targets=limits, best=None, runner_up=None, ties=[])
+    none = dataclasses.replace(compared, kept=frame, targets=limits, best=None, runner_up=None)
     answer = words.conclusion(View(none))
     assert answer.headline == "No layout meets the targets: TPOT binds"
     assert units.seconds(frame["tpot_s"].min()) in answer.how and "100.0% over" in answer.how

@@ -17,10 +17,8 @@ from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.overlap import Overlap
-from tensorcast.deploy.step.price import RowPrice, Spending
 from tensorcast.errors import InputError
 from tensorcast.profiles.store import load_device, load_engine, load_model
-from tensorcast.trace.table import Op
 
 EP32, TP8 = parse_layout("dp32-ep32"), parse_layout("tp8-dp4-ep32")
 HIDDEN, WIDTH, LAYERS, MOE_LAYERS, TOP_K, EXPERTS = 7168, 2048, 61, 58, 8, 256  # DeepSeek-V3
@@ -63,14 +61,8 @@ def test_beside_is_what_a_clock_would_show(compute: float, moved: float, k: floa
 @given(seconds, seconds, st.floats(0, 1), st.floats(0, 1))
 def test_two_streams_never_beat_the_longer_nor_lose_to_running_in_turn(a: float, b: float, p: float, q: float) -> None:
     overlap = Overlap({0: {"experts": [0], "shared": [1]}}, external=False, contention=None, stream_tokens=1.0)
-    rows = [
-        RowPrice(
-            row=Op("mm", "layers", 0, (), ()), seconds=took, waits_s=took * (1 - busy), family="gemm", level=0,
-            error=0.0, spend=Spending,
-        )
-        for took, busy in ((a, p), (b, q))
-    ]
-    saved, _ = overlap.hidden(rows, 1.0, False, None)[0]
+    layers, busy = np.array([[0.0, b, a, 0.0, 0.0]]), np.array([[a * p, b * q]])
+    saved, _ = overlap.hidden(layers, busy, 1.0, False)[0]
     assert max(a, b) - 1e-12 <= a + b - float(saved) <= a + b + 1e-12
 
 

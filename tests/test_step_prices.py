@@ -15,7 +15,7 @@ from tensorcast.cost.kernels.corrections import corrections_for
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.plan.plan import Collective
-from tensorcast.deploy.step import price as step_price
+from tensorcast.deploy.step import step as step_module
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.serving.curves import decode_columns
@@ -144,13 +144,14 @@ def test_sums_are_those_of_all_calls_one_by_one(phase: str, layout: dict[str, An
 
 
 def test_all_sums_take_one_pass_over_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes, sums = list[Any](), step_price._sums
+    asked, sums = list[Any](), step_module.sums_of
 
-    def counted(part: Any, families: Any) -> Any:
-        passes.append(part)
-        return sums(part, families)
+    def counted(recipe: Any, prices: Any, families: Any) -> Any:
+        asked.append(prices)
+        return sums(recipe, prices, families)
 
-    monkeypatch.setattr(step_price, "_sums", counted)
+    monkeypatch.setattr(step_module, "sums_of", counted)
     price = deployment("qwen3-30b-a3b").step.price(8.0, 1.0, 2000.0)
     decode_columns(price)
-    assert list(map(id, passes)) == list(map(id, price.parts))
+    (prices,) = asked
+    assert list(map(id, prices)) == [id(one) for part in price.parts for one in part.prices]

@@ -27,8 +27,9 @@ from tensorcast.deploy.options import Options, Place, check_options, idle_option
 from tensorcast.deploy.plan.context import context_cut, prompt_cut
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
 from tensorcast.deploy.step.drafter import make_drafter
+from tensorcast.deploy.step.make import make_step
 from tensorcast.deploy.step.sizes import KV_BYTES
-from tensorcast.deploy.step.step import Step, make_step
+from tensorcast.deploy.step.step import Step
 from tensorcast.errors import InputError
 from tensorcast.modeling.quantization import Quantization, mxfp4_padding
 from tensorcast.profiles.config_values import text_of

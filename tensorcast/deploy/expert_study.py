@@ -17,7 +17,7 @@ from tensorcast.cost.work import Array
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.step.step import GLOBAL_EPLB, moe_layers
+from tensorcast.deploy.step.make import GLOBAL_EPLB, moe_layers
 from tensorcast.errors import InputError
 from tensorcast.modeling.moe.balancing.published_eplb import Ints, choose_nodes
 from tensorcast.profiles.device import DeviceProfile

@@ -24,7 +24,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Row
 from tensorcast.deploy.step.overlap import Overlap
-from tensorcast.deploy.step.price import StepPrice, total
+from tensorcast.deploy.step.price import StepPrice
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
@@ -128,7 +128,7 @@ class FfnApart:
         kernels = ping_pong(attention, ffn, way_s, count) + count * outside
         return ApartPrice(
             apart=self, batch=batch, context=context, count=count, attention=a, ffn=f, seconds=kernels + own,
-            overhead_s=own, attention_s=count * (total(attention) + outside), ffn_s=count * total(ffn),
+            overhead_s=own, attention_s=count * (sum(attention, 0.0) + outside), ffn_s=count * sum(ffn, 0.0),
             hand_over_s=way_s,
         )
 
@@ -224,9 +224,9 @@ def _by_layer(price: StepPrice, table: OpTable) -> tuple[list[Size], Size]:
         found[row.row.kind] = found.get(row.row.kind, 0.0) + row.seconds * calls
     blocks = blocks_of(table.ops)
     # what runs beside the experts is hidden in their layers
-    shown = 1.0 - price.hidden_s / np.maximum(total(found.get(kind, 0.0) for kind in blocks), 1e-30)
+    shown = 1.0 - price.hidden_s / np.maximum(sum((found.get(kind, 0.0) for kind in blocks), 0.0), 1e-30)
     each = {kind: found.get(kind, 0.0) * (shown if kind in blocks else 1.0) / n for kind, n in layers.items()}
-    return [each[kind] for kind in table.layer_kinds], total(s for kind, s in found.items() if kind < 0)
+    return [each[kind] for kind in table.layer_kinds], sum((s for kind, s in found.items() if kind < 0), 0.0)
 
 
 @per_table

@@ -10,7 +10,7 @@ other fleets: the memo is what makes options cheap.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar, cast
 
@@ -26,7 +26,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, check_options
 from tensorcast.deploy.plan.plan import Collective, Exchange, Row, exchange_of, expert_sources
 from tensorcast.deploy.step.asked_rows import Collectives, Memo
-from tensorcast.deploy.step.step import experts_of
+from tensorcast.deploy.step.make import experts_of
 
 Item = TypeVar("Item")
 
@@ -103,10 +103,9 @@ class Fleet(Deployment):
         step, plan, load = self.step, self.step.plan, cast(Any, self.step.sizes.load)
         columns: dict[str, Any] = {n: getattr(self.layout, n)[members] for n in ("dp", "ep", "etp", "stage_ranks")}
         if load is not None:
-            held: dict[str, Any] = {n: getattr(load, n)[members] for n in _EVEN if np.ndim(getattr(load, n, 0))}
-            if isinstance(load, MemberLoads):
-                held["members"] = tuple(load.members[i] for i in members)
-            load = replace(load, **held)
+            load = replace(
+                load, members=tuple([load.members[i] for i in members]), local_experts=load.local_experts[members]
+            )
         columns["pp"] = pp[:, None]
         sizes = replace(
             step.sizes, dp=columns["dp"], etp=columns["etp"], load=load, mtp_depth=mtp_depth, pp=columns["pp"]
@@ -123,10 +122,6 @@ class Fleet(Deployment):
         vars(found)["profiled"] = tuple(one[members] if one.ndim else float(one) for one in profiled)
         known[key] = found
         return found
-
-
-_EVEN = ("share", "ranks", "local_experts")
-"""What an even load says of a layout."""
 
 
 def fleet(prototype: Deployment, members: Sequence[tuple[Layout, Options]], memo: Memo) -> Fleet:
@@ -159,14 +154,10 @@ def fleet(prototype: Deployment, members: Sequence[tuple[Layout, Options]], memo
         spread.append(distinct)
         if (one.ep > 1, one.dp > 1) not in kernels:
             kernels[one.ep > 1, one.dp > 1] = expert_sources(engine, device, config, one)
-    load: ExpertLoad | MemberLoads | None = None
+    load: MemberLoads | None = None
     if loads:
         staged = any(one.staged for one in loads)
         load = MemberLoads(tuple(loads), _column([one.local_experts for one in loads]), staged)
-    if loads and isinstance(loads[0], ExpertLoad) and all(getattr(one, "busiest", 0) is None for one in loads):
-        # even ones are plain arithmetic, so one load with columns stands for all
-        even: Any = {name: _column([getattr(one, name) for one in loads]) for name in _EVEN}
-        load = replace(loads[0], **even)
     sources = [kernels[one.ep > 1, one.dp > 1] for one, _ in members]
     pricer = replace(
         step.pricer, ep=ep, etp=etp,
@@ -178,30 +169,27 @@ def fleet(prototype: Deployment, members: Sequence[tuple[Layout, Options]], memo
     named = {
         id(one): {(str(c.op), c.label): c for some in one.collectives.values() for c in some} for one in lie.values()
     }
-    rows = tuple(_merged(row, [named[id(one)] for one in exchanges]) for row in plan.rows)
+    rows = list[Row]()
+    for row in plan.rows:
+        rows.append(row)
+        if not isinstance(row, Collective) or (row.op, row.label) not in named[id(exchanges[0])]:
+            continue
+        shared = [named[id(one)][row.op, row.label] for one in exchanges]
+        merged = replace(shared[0], module=row.module, kind=row.kind)
+        if row.exchange or any((one.extent, one.scale) != (merged.extent, merged.scale) for one in shared):
+            groups = tuple([  # collectives of all members, those that lie alike together
+                (where, replace(one, scale=_column([shared[i].scale for i in where])))
+                for one, where in _alike(shared, [(one.extent, *sorted(one.exchange.items())) for one in shared])
+            ])
+            merged = Collectives(**vars(merged), members=len(shared), groups=groups)
+        rows[-1] = merged
     sent: Any = _column([one.dispatch.activation_bytes for one in exchanges])
     priced = replace(
-        step, plan=replace(plan, rows=rows, dispatch=replace(plan.dispatch, activation_bytes=sent)),
+        step, plan=replace(plan, rows=tuple(rows), dispatch=replace(plan.dispatch, activation_bytes=sent)),
         pricer=pricer, memo=memo, sizes=replace(step.sizes, dp=dp, etp=etp, load=load),
     )
     known = {field.name: getattr(prototype, field.name) for field in fields(prototype)}
     return Fleet(**{**known, "layout": layout, "step": priced}, size=len(members))
-
-
-def _merged(row: Row, lie: Sequence[Mapping[tuple[str, str], Collective]]) -> Row:
-    """The row as a fleet has it: collectives of all members, as they ``lie``, those that lie alike together."""
-    if not isinstance(row, Collective) or (row.op, row.label) not in lie[0]:
-        return row
-    shared = [one[row.op, row.label] for one in lie]
-    first = shared[0]
-    if all((one.extent, one.scale) == (first.extent, first.scale) for one in shared) and not row.exchange:
-        return replace(first, module=row.module, kind=row.kind)
-    groups = tuple(
-        (where, replace(one, scale=_column([shared[i].scale for i in where])))
-        for one, where in _alike(shared, [(one.extent, *sorted(one.exchange.items())) for one in shared])
-    )
-    merged = replace(first, module=row.module, kind=row.kind)
-    return Collectives(**vars(merged), members=len(shared), groups=groups)
 
 
 def _column(values: Sequence[float]) -> np.ndarray:

@@ -102,7 +102,7 @@ def _alone(asked: Question, found: Found) -> tuple[View, Choice]:
         objective=first.objective,
         targets=(first.ttft_s, first.tpot_s), input_len=int(first.load.input_len),
         output_len=int(first.load.output_len), kept=kept, pruned={}, best=own, runner_up=None,
-        ties=[], notes=(), tasks=tuple(tasks), behind={row["candidate"]: (scenario, found.prefill, found.decode)},
+        judged=False, notes=(), tasks=tuple(tasks), behind={row["candidate"]: (scenario, found.prefill, found.decode)},
     )  # fmt: skip
     view = View(comparison)
     return view, replace(view.shown[0], label=row["name"])

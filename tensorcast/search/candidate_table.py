@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from tensorcast.search.selection import LIMITS, rated
 from tensorcast.search.space import family
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.entries import Entries
-from tensorcast.serving.traffic import Rows
+from tensorcast.serving.traffic import Array, Rows
 from tensorcast.trace.cache import whole_model
 
 if TYPE_CHECKING:
@@ -47,16 +48,52 @@ WORDS = frozenset(
 
 
 @dataclass(frozen=True)
+class Decoding(Entries):
+    """What decodes candidates: a member of a fleet each, at a batch of sequences with so many cached tokens."""
+
+    fleet: NDArray[np.object_]
+    member: Rows
+    batch: Array
+    past: Array
+
+
+@dataclass(frozen=True)
 class Candidates(Entries):
-    """Candidates as columns of one length, :data:`COLUMNS`; a frame is made of them only where one is read."""
+    """Candidates as columns of one length, :data:`COLUMNS`; a frame is made of them only where one is read, and their
+    memory told."""
 
     columns: dict[str, NDArray[Any]]
+    decoding: Decoding | None = None
+    """What those of :data:`MEMORY` are told of, where they are not among the columns."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        return self.columns[name]
+        return self.columns[name] if name in self.columns else self.every[name]
+
+    def __reduce__(self) -> tuple[type[Candidates], tuple[dict[str, NDArray[Any]]]]:
+        return Candidates, (self.every,)  # fleets stay in their process
+
+    @cached_property
+    def every(self) -> dict[str, NDArray[Any]]:
+        """All columns, memory among them, and what was put beside them."""
+        by = self.decoding
+        if by is None:
+            return self.columns
+        found = {name: np.full(len(self), np.nan) for name in MEMORY}
+        alike: dict[tuple[int, float], list[int]] = {}
+        for i, (fleet, past) in enumerate(zip(by.fleet, by.past.tolist(), strict=True)):
+            alike.setdefault((id(fleet), past), []).append(i)
+        for (_, past), mine in alike.items():
+            fleet = by.fleet[mine[0]]
+            batches, at = np.unique(by.batch[mine], return_inverse=True)
+            memory = fleet.memory(batches[None, :], 1, int(past))
+            for name, part in MEMORY.items():
+                whole = np.broadcast_to(getattr(memory, part), (fleet.size, len(batches)))
+                found[name][mine] = whole[by.member[mine], at]
+        found = self.columns | found
+        return {name: found[name] for name in dict.fromkeys((*COLUMNS, *found))}
 
     def first_of(self, names: Sequence[str]) -> Rows:
         """Where every combination of the values of some columns first stands."""
@@ -67,8 +104,8 @@ class Candidates(Entries):
 
     def records(self) -> list[dict[str, Any]]:
         """Rows as plain values by column."""
-        values = [column.tolist() for column in self.columns.values()]
-        return [dict(zip(self.columns, row, strict=True)) for row in zip(*values, strict=True)]
+        values = [column.tolist() for column in self.every.values()]
+        return [dict(zip(self.every, row, strict=True)) for row in zip(*values, strict=True)]
 
     def frame(self) -> pd.DataFrame:
         import pandas as pd
@@ -76,8 +113,14 @@ class Candidates(Entries):
         # where some have none, None says so: pandas would make it a number
         first = self.columns["prefill_layout"]
         own = {"prefill_layout": pd.Series(first, dtype=object)} if None in first else {}
-        return pd.DataFrame(self.columns | own)
+        return pd.DataFrame(self.every | own)
 
+
+MEMORY = {
+    "memory_bytes": "total", "weights_bytes": "weights", "kv_cache_bytes": "kv_cache",
+    "activations_bytes": "activations",
+}
+"""Columns of bytes on the fullest GPU, which are told where they are read."""
 
 NONE = Candidates(dict.fromkeys(COLUMNS, np.zeros(0)))
 
@@ -86,7 +129,6 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
     """Points as candidates, which are named, and whose front is drawn, once all tasks are searched."""
     c = rated(task, prices, mode, points)
     chosen = [prices.variants[i] for i in points.variant]
-    memory = prices.memory(points)
     limits = [name for name in LIMITS if f"{name}_share" in c]
     shares = np.array([c[f"{name}_share"] for name in limits])
     over = shares.max(axis=0) > 1
@@ -145,10 +187,6 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
         "tokens_per_s_per_gpu": c["tokens_per_s_per_gpu"],
         "tokens_per_s_per_user": 1.0 / c["tpot_s"],
         **{name: c[name] for name in ("decode_step_s", "prefill_step_s", "exposed_comm_s", "hidden_comm_s")},
-        "memory_bytes": memory["total"],
-        "weights_bytes": memory["weights"],
-        "kv_cache_bytes": memory["kv_cache"],
-        "activations_bytes": memory["activations"],
         "capacity_bytes": float(decoding.device.memory_bytes),
         "largest_batch": c["largest_batch"],
         **{f"share_{kind}": c[f"share_{kind}"] for kind in EVIDENCE},
@@ -159,5 +197,12 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
         "idle_gpus": 0 if task.objective == "gpus" or task.pools else
         np.maximum(task.paid_gpus - c["gpus"], 0).astype(int),
     }
-    held = {name: np.asarray(columns[name], dtype=object if name in WORDS else None) for name in COLUMNS}
-    return Candidates({name: np.broadcast_to(values, len(chosen)) for name, values in held.items()})
+    held = {
+        name: np.asarray(columns[name], dtype=object if name in WORDS else None)
+        for name in COLUMNS if name not in MEMORY
+    }
+    fleets = np.empty(len(prices.fleets), dtype=object)
+    fleets[:] = prices.fleets
+    past = np.full(len(chosen), float(int(prices.scenario.load.context) - 1))  # each reply half done
+    behind = Decoding(fleets[prices.fleet_of[points.variant]], prices.member_of[points.variant], c["batch"], past)
+    return Candidates({name: np.broadcast_to(values, len(chosen)) for name, values in held.items()}, behind)

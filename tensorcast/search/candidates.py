@@ -13,7 +13,7 @@ from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.curves import DecodeCurve
 from tensorcast.serving.hand_over import hand_over_s
 from tensorcast.serving.prefill_costs import PrefillCosts
-from tensorcast.serving.steady_state import Aggregated, Disaggregated
+from tensorcast.serving.steady_state import HALVINGS, Aggregated, Disaggregated
 from tensorcast.serving.traffic import Array, Mask, Rows
 
 PREFILL_BUSY = 0.9
@@ -21,6 +21,10 @@ PREFILL_BUSY = 0.9
 
 Limits = tuple[float | None, float | None]
 """Longest TTFT and TPOT."""
+
+TOGETHER = 16_384
+"""Entries that are worked out together: few enough to stay in the cache."""
+
 
 @np.errstate(invalid="ignore", over="ignore")
 def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Points, int]:
@@ -33,12 +37,17 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
     for budget in shop.chunks:
         most = np.minimum(shop.fits[budget], LARGEST_BATCH)
         if budget not in shop.states:
-            shop.states[budget] = _engine(shop, budget, np.arange(len(most))[:, None]).at(grid[None, :])
-        state = shop.states[budget]
-        per_token = state.generation_s / max(shop.scenario.load.output_len - 1, 1)
-        in_time = (state.first_s <= (limits[0] or np.inf)) & (per_token <= (limits[1] or np.inf))
+            states = [
+                _engine(shop, budget, some[:, None]).at(grid[None, :])
+                for some in np.array_split(np.arange(len(most)), 1 + len(most) * len(grid) // TOGETHER)
+            ]
+            # what never keeps up with its prompts is late whatever the limits are
+            firsts = [np.where(np.isfinite(one.concurrency), one.first_s, np.nan) for one in states]
+            replies = [one.generation_s / max(shop.scenario.load.output_len - 1, 1) for one in states]
+            shop.states[budget] = np.concatenate(firsts), np.concatenate(replies)
+        first_s, per_token = shop.states[budget]
         fits = grid <= most[:, None]
-        kept = fits & in_time & np.isfinite(state.concurrency)
+        kept = fits & (first_s <= (limits[0] or np.inf)) & (per_token <= (limits[1] or np.inf))
         rows, batch = batches(last_of(grid, fits), last_of(grid, kept))
         engine = _engine(shop, budget, rows)
         served = engine.metrics(batch, engine.at(batch).concurrency)
@@ -70,11 +79,21 @@ def steady(shop: VariantPrices, points: Points) -> Mask:
     """
     found = np.zeros(len(points.variant), dtype=bool)
     for budget in np.unique(points.columns["chunk_tokens"]):
-        mine = np.flatnonzero(points.columns["chunk_tokens"] == budget)
-        rows, users = points.variant[mine], points.columns["concurrency"][mine]
-        limit = np.minimum(users / shop.layouts["dp"][rows], points.columns["largest_batch"][mine])
-        batch = _engine(shop, int(budget), rows).steady_batch(limit, users)
-        found[mine] = np.isclose(batch, points.columns["batch"][mine], rtol=1e-6)
+        every = np.flatnonzero(points.columns["chunk_tokens"] == budget)
+        for mine in np.array_split(every, 1 + len(every) * HALVINGS // TOGETHER):
+            rows, users, batch = (points.variant[mine], *(points.columns[n][mine] for n in ("concurrency", "batch")))
+            most = np.minimum(users / shop.layouts["dp"][rows], points.columns["largest_batch"][mine])
+            # all that bisection looks at on its way to the batch; where it decides otherwise it ends elsewhere
+            low, high, middles = np.zeros(len(mine)), most, [most]
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                low, high = np.where(middle <= batch, middle, low), np.where(middle <= batch, high, middle)
+                middles.append(middle)
+            at = np.stack(middles, axis=1)
+            below = _engine(shop, int(budget), rows[:, None]).at(at, users[:, None]).concurrency <= users[:, None]
+            close = np.isclose(at, batch[:, None], rtol=1e-6)
+            on_its_way = (close | (below == (at < batch[:, None])))[:, 1:].all(axis=1)
+            found[mine] = np.where(below[:, 0], close[:, 0], on_its_way)
     return found
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.step.asked_rows import Memo, Prices
-from tensorcast.deploy.step.price import StepPrice, pick
+from tensorcast.deploy.step.price import pick
 from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
@@ -49,8 +49,7 @@ class Comparison:
     Kept are, of every mode and layout at every batch, the options that do best, and all of the Pareto front.
     ``pruned``: how many fell away by which rule, of ``layouts`` (rules on layouts and engines), of ``variants``
     (layouts with their options: memory) and of ``candidates`` (variants at a batch: pace). ``warning``: what to know
-    before trusting the best, if anything. ``ties``: candidates that cannot be told apart from the best
-    (:func:`tensorcast.search.selection.alike`).
+    before trusting the best, if anything.
     """
 
     model: ModelProfile
@@ -65,7 +64,6 @@ class Comparison:
     pruned: dict[str, dict[str, int]]
     best: dict[str, Any] | None
     runner_up: dict[str, Any] | None
-    ties: list[str]
     notes: tuple[str, ...]
     examined: int = 0
     tasks: tuple[SearchTask, ...] = field(default=(), repr=False)
@@ -74,6 +72,10 @@ class Comparison:
     warning: str = ""
     question: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Arguments of :func:`tensorcast.api.compare`, or options by flag, as they were given."""
+    contenders: Candidates | None = field(default=None, repr=False)
+    """The best, and the best of other modes and layouts within the limits."""
+    judged: bool = True
+    """Whether :attr:`ties` are looked for."""
 
     def deployments(self, candidate: str) -> tuple[Deployment, Deployment]:
         """(prefill, decode) of a candidate, made anew. Raises :class:`InputError` for an unknown one."""
@@ -119,13 +121,27 @@ class Comparison:
         return ranked.where(ranked.first_of(keys))
 
     @cached_property
+    def ties(self) -> list[str]:
+        """Candidates that cannot be told apart from the best (:func:`tensorcast.search.selection.alike`)."""
+        found = []
+        if self.judged and self.best is not None and self.contenders is not None:
+            best, *others = self.contenders.records()
+            own, *sums = work_by_family(self, [best, *others])
+            for row, other in zip(others, sums, strict=True):
+                # one pool and two err by themselves: another serving model stands behind each
+                ends = [one["output_tokens_high_per_s"] / one["output_tokens_per_s"] - 1 for one in (best, row)]
+                if alike(own, other, (ends[0], ends[1]) if row["mode"] != best["mode"] else (0.0, 0.0)):
+                    found.append(row["candidate"])
+        return found
+
+    @cached_property
     def families(self) -> pd.DataFrame:
         """:attr:`best_of_each` as a frame."""
         return self.best_of_each.frame()
 
 
 def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, ties: bool = True) -> Comparison:
-    """Put the answers together: names, Pareto front, the best, the runner-up; ties and notes unless ``ties`` is False.
+    """Put the answers together: names, Pareto front, the best, the runner-up; notes and ties unless ``ties`` is False.
 
     Raises :class:`InputError` where nothing fits, :class:`NoLayoutMeets` where nothing keeps within the limits.
     """
@@ -137,7 +153,7 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, tie
     if not tables:
         raise InputError(nothing_left(tasks, pruned))
     every = Candidates.joined(tables)
-    found = Candidates(every.columns | {
+    found = replace(every, columns=every.columns | {
         "candidate": np.array([f"{mode[0]}{i}" for i, mode in enumerate(every["mode"])], dtype=object),
         "pareto": pareto(every["tokens_per_s_per_user"], every["tokens_per_s_per_gpu"]),
     })
@@ -155,28 +171,22 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, tie
         engine=first.engine, objective=first.objective, targets=(first.ttft_s, first.tpot_s),
         input_len=int(first.load.input_len), output_len=int(first.load.output_len),
         kept=found, pruned=by_rule,
-        best=None, runner_up=None, ties=[], notes=notes(tasks, found) if ties else (),
+        best=None, runner_up=None, judged=ties, notes=notes(tasks, found) if ties else (),
         examined=sum(one.examined for one in results),
         tasks=tuple(tasks), behind=dict(zip(found["candidate"], behind, strict=True)),
     )  # fmt: skip
     ranked = comparison.best_of_each
-    records = ranked.where(np.flatnonzero(ranked["meets"])[:CONTENDERS]).records()
-    if not records:
+    if not ranked["meets"].any():
         raise NoLayoutMeets(_not_met(comparison), comparison)
-    best = records[0]
-    kind = ("device", "engine", "mode", "layout")
-    others = [r for r in records[1:] if any(r[key] != best[key] for key in kind)]
-    sums = work_by_family(comparison, [best, *others]) if ties else []
-    tied = []
-    for r, other in zip(others, sums[1:], strict=ties):
-        # one pool and two err by themselves: another serving model stands behind each
-        ends = [row["output_tokens_high_per_s"] / row["output_tokens_per_s"] - 1 for row in (best, r)]
-        if alike(sums[0], other, (ends[0], ends[1]) if r["mode"] != best["mode"] else (0.0, 0.0)):
-            tied.append(r["candidate"])
+    ranked = ranked.where(np.flatnonzero(ranked["meets"])[:CONTENDERS])
+    apart = np.any([ranked[name] != ranked[name][0] for name in ("device", "engine", "mode", "layout")], axis=0)
+    contenders = ranked.where(np.append(0, np.flatnonzero(apart)))
+    best, *others = contenders.where(slice(2)).records()
     said = warning(comparison.tasks[0], found, best["ttft_s"], best["tpot_s"])
     engine = next(task.engine for task in tasks if task.engine.name == best["engine"])
     return replace(
-        comparison, best=best, runner_up=others[0] if others else None, ties=tied, warning=said, engine=engine
+        comparison, best=best, runner_up=others[0] if others else None, warning=said, engine=engine,
+        contenders=contenders,
     )
 
 
@@ -211,7 +221,16 @@ def work_by_family(
         plain = common.setdefault((id(one.device), id(one.engine)), {})
         asked.append((replace(one.step, memo=Memo(plain=plain, load=(id(one),), members=(one,))), *at))
     for key, price in zip(new, prices(asked), strict=True):
-        kept[key] = new[key], _by_family(price)
+        # those on datasheets apart, and what passes beside kernels
+        spent = {"engine": (max(float(price.overhead_s), 1e-30), float(price.overhead_error_s))}
+        for part in price.parts:
+            for p, calls in zip(part.prices, part.calls, strict=True):
+                # one batch: numbers, or arrays of one entry where drafts are priced beside it
+                seconds = np.asarray(pick(p.seconds, part.at) * (calls * part.times)).item()
+                name = f"{p.family} {pick(p.level, part.at) == UNSURE}"
+                before, off = spent.get(name, (0.0, 0.0))
+                spent[name] = before + seconds, off + seconds * float(np.max(pick(p.error, part.at)))
+        kept[key] = new[key], spent
     sums = list[dict[str, tuple[float, float]]]()
     for row, keys in zip(rows, both, strict=True):
         decoded = row["tpot_s"] * (comparison.output_len - 1) / row["request_s"]
@@ -226,20 +245,6 @@ def work_by_family(
                 found[name] = amount, (before * mean + whole * share * off / total) / max(amount, 1e-30)
         sums.append(found)
     return sums
-
-
-def _by_family(price: StepPrice) -> dict[str, tuple[float, float]]:
-    """Seconds of a step that was priced alone, by kernel family, those on datasheets apart, and beside kernels; and
-    seconds times their relative median errors."""
-    found = {"engine": (max(float(price.overhead_s), 1e-30), float(price.overhead_error_s))}
-    for part in price.parts:
-        for p, calls in zip(part.prices, part.calls, strict=True):
-            # one batch: numbers, or arrays of one entry where drafts are priced beside it
-            seconds = np.asarray(pick(p.seconds, part.at) * (calls * part.times)).item()
-            name = f"{p.family} {pick(p.level, part.at) == UNSURE}"
-            before, off = found.get(name, (0.0, 0.0))
-            found[name] = before + seconds, off + seconds * float(np.max(pick(p.error, part.at)))
-    return found
 
 
 def _not_met(comparison: Comparison) -> str:

@@ -8,13 +8,13 @@ no more than the batch does. Variants whose bound stays below the best candidate
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from tensorcast.search.candidate_arrays import Points
+from tensorcast.search.search_task import SearchTask
+from tensorcast.search.selection import rated
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.serving.traffic import Array
+from tensorcast.serving.objective import OBJECTIVES
 
 LISTED = 12
 """Layouts that are looked at more closely even if they cannot do best: as many as are listed."""
@@ -22,28 +22,30 @@ LISTED = 12
 MOST = 64
 """Batches between two priced ones that are tried: beyond 512 not every one."""
 
-Value = Callable[[str, Points], Array]
-"""What the objective makes of a mode's points: more is better; -inf where users wait too long."""
 
-
-def finer(shop: VariantPrices, parts: dict[str, Points], value: Value) -> VariantPrices | None:
+def finer(task: SearchTask, shop: VariantPrices, parts: dict[str, Points]) -> VariantPrices | None:
     """The most promising variants of ``parts`` (by mode), priced at the whole batches where they may do better.
 
     None where there is no such batch.
     """
-    best = max((value(mode, points).max() for mode, points in parts.items() if len(points.variant)), default=-np.inf)
-    if best == -np.inf:
-        return None
-    hoped = []
+    best, hoped = -np.inf, []
     for mode, points in parts.items():
         batch = points.columns["batch"]
         # the last whole batch before the next priced one but one, of those that fit, and what at most may come of it
         after = np.append(shop.grid, [np.inf, np.inf])[np.searchsorted(shop.grid, batch, side="right") + 1]
         last = np.maximum(np.minimum(after - 1, np.floor(points.columns["largest_batch"])), batch)
         more = {name: points.columns[name] * last / batch for name in ("output_tokens_per_s", "concurrency")}
-        hope = value(mode, Points(points.variant, points.columns | more))
+        scores = []
+        for one in (points, Points(points.variant, points.columns | more)):
+            c = rated(task, shop, mode, one)
+            late = np.any([c[f"{name}_share"] > 1 for name in ("ttft", "tpot") if f"{name}_share" in c], axis=0)
+            scores.append(np.where(late, -np.inf, OBJECTIVES[task.objective].score(c)))
+        best = max(best, float(scores[0].max(initial=-np.inf)))
         prefill = points.columns.get("prefill", points.variant).astype(int)
-        hoped.append(Points(points.variant, {"hope": hope, "batch": batch, "last": last, "prefill": prefill}))
+        columns = {"hope": scores[1], "batch": batch, "last": last, "prefill": prefill}
+        hoped.append(Points(points.variant, columns))
+    if best == -np.inf:
+        return None
     hopes, readers = Points.joined(hoped), shop.readers or shop
     hope, batch, last, prefill = (hopes.columns[name] for name in ("hope", "batch", "last", "prefill"))
     by_layout: dict[object, int] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 
@@ -18,7 +17,7 @@ from tensorcast.search.candidate_table import NONE, Candidates, candidates_of
 from tensorcast.search.candidates import aggregated, disaggregated, steady
 from tensorcast.search.refine import finer
 from tensorcast.search.search_task import SearchTask
-from tensorcast.search.selection import score_in_time, worth_a_row
+from tensorcast.search.selection import worth_a_row
 from tensorcast.search.space import Variant, space
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.search.workspace import CURRENT, MOST_SPACES, Parts
@@ -95,7 +94,7 @@ def _search(task: SearchTask, keys: Sequence[tuple[Hashable, ...]]) -> SearchRes
     points, examined = worth_showing(task, prices, pruned)
     examined += pruned[NO_PACE]
     every = [(prices, points)]
-    if fine := finer(prices, points, partial(score_in_time, task, prices)):
+    if fine := finer(task, prices, points):
         between, more = worth_showing(task, fine, Counter(), prices.grid)
         every.append((fine, between))
         examined += more

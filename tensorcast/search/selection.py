@@ -80,13 +80,6 @@ def rated(task: SearchTask, prices: VariantPrices, mode: str, points: Points) ->
     return found
 
 
-def score_in_time(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Array:
-    """What the objective makes of every point: more is better; -inf where users wait too long."""
-    c = rated(task, prices, mode, points)
-    late = np.any([c[f"{name}_share"] > 1 for name in ("ttft", "tpot") if f"{name}_share" in c], axis=0)
-    return np.where(late, -np.inf, OBJECTIVES[task.objective].score(c))
-
-
 def worth_a_row(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Rows:
     """Positions worth a row: per layout and batch the best options, and the whole Pareto front."""
     c = rated(task, prices, mode, points)

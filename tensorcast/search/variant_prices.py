@@ -7,7 +7,6 @@ same steady state, only with more than one entry per array (``tests/test_compare
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -21,19 +20,17 @@ from tensorcast.deploy.fleet import Fleet, fleet
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import block_form, choose_all2all
-from tensorcast.deploy.step.price import StepPrice
+from tensorcast.deploy.step.alike import Questions
 from tensorcast.deploy.step.sizes import COARSE, KV_BYTES
-from tensorcast.deploy.step.step import Asked, prices
+from tensorcast.deploy.step.step import Together
 from tensorcast.profiles.kept import same
 from tensorcast.search.axes import LARGEST_BATCH
-from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import Scenario
 from tensorcast.search.space import Variant
 from tensorcast.search.workspace import MOST_FLEETS, MOST_SPACES, Parts
 from tensorcast.serving.capacity import decode_budget, prefill_budget, room, sequence_bytes
 from tensorcast.serving.curves import decode_columns
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
-from tensorcast.serving.steady_state import SteadyState
 from tensorcast.serving.traffic import Array, Rows
 from tensorcast.trace.cache import whole_model
 from tensorcast.trace.moe import BlockForm
@@ -62,6 +59,11 @@ class _Setting(NamedTuple):
     pp: int
 
 
+SPLIT = 4097.0
+"""``SPLIT * x - (SPLIT * x - x)`` is x to twelve digits (Dekker's splitting): variants that cost the same then do so to
+the last digit, in whatever order their rows are added up, and of equal ones the first stands."""
+
+
 def _put(values: Array, rows: list[int], others: Array) -> Array:
     """``values`` with ``others`` at ``rows``."""
     values = values.copy()
@@ -79,16 +81,8 @@ TOGETHER = 100_000
 """Steps of members at settings and batches that are priced together, about: more take more memory at once."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Group:
-    """Variants of one structure: positions ``rows[members, settings]`` (-1: no such variant) at those of all
-    ``settings``, and of all ``kinds`` of prompts, that it has; and their fleets."""
-
-    rows: Rows
-    settings: Rows
-    kinds: Rows
-    fleets: dict[str, Fleet]
-    """By phase."""
+_Group = dict[_Member, dict[_Setting, int]]
+"""Variants of one structure, by position."""
 
 
 class VariantPrices:
@@ -124,10 +118,10 @@ class VariantPrices:
         self._costs: dict[int, list[tuple[Rows, PrefillCosts]]] = {budget: [] for budget in self.budgets}
         self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
         # by variant: which fleet at one setting, as which member
-        self._fleet_of, self._member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
-        self._fleets: list[Fleet] = []
-        self._memory: dict[int, dict[str, Array]] = {}  # of fleets at every batch of the grid
-        self.states: dict[int, SteadyState] = {}  # of every variant there, by chunk budget: whatever the limits are
+        self.fleet_of, self.member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
+        self.fleets: list[Fleet] = []
+        # first token's and each other token's seconds at every batch, by chunk budget: whatever the limits are
+        self.states: dict[int, tuple[Array, Array]] = {}
         self._pools: VariantPrices | None = None
         self.own_kv_dtype = self._whole.stored.kv
         self._cuts = [cut_prompts(scenario.load, budget) for budget in self.budgets]
@@ -146,7 +140,7 @@ class VariantPrices:
         groups = list(self.parts.structures[id(variants)][1].values())
         entries = np.cumsum([sum(map(len, members.values())) for members in groups]) * len(grid)
         for block in np.unique(entries // TOGETHER):
-            self._price([self._group(groups[i]) for i in np.flatnonzero(entries // TOGETHER == block)], grid)
+            self._price([groups[i] for i in np.flatnonzero(entries // TOGETHER == block)], grid)
         self.prompts = {}
         for budget, found in self._costs.items():
             positions = np.concatenate([rows for rows, _ in found])
@@ -201,7 +195,7 @@ class VariantPrices:
         for one in (found, found._pools):
             if one is None:
                 continue
-            one.grid, one.curves, one._memory, one.states = grid, curves, {}, {}
+            one.grid, one.curves, one.states = grid, curves, {}
             one.variants, one._captured = [self.variants[i] for i in rows], [self._captured[i] for i in rows]
             one._setting_of = [self._setting_of[i] for i in rows]
             one._settings = sorted({*one._setting_of})
@@ -209,79 +203,75 @@ class VariantPrices:
             one.fits = {budget: fits[rows] for budget, fits in self.fits.items()}
             one.prompts = {budget: costs.where(rows) for budget, costs in self.prompts.items()}
             one.own_prompts = one.own_prompts.where(rows)
-            for name in ("depths", "room_decode", "room_prefill", "_fleet_of", "_member_of"):
+            for name in ("depths", "room_decode", "room_prefill", "fleet_of", "member_of"):
                 setattr(one, name, getattr(one, name)[rows])
         if len(more):
-            found._price([found._group(members, ("decode",)) for members in found._groups().values()], more)
+            found._price(list(found._groups().values()), more, ("decode",))
         return found
 
-    def _group(self, found: dict[_Member, dict[_Setting, int]], phases: Sequence[str] = PHASES) -> _Group:
-        """Variants of one structure, ready to be priced."""
-        fleets, most = {}, max(found, key=lambda member: member[0].pp)
-        for phase in phases:
-            members = tuple((layout, prefill if phase == "prefill" else decode) for layout, prefill, decode in found)
-            if (phase, members) not in self.parts.fleets:
-                prototype = self.scenario.deployment(most[0], phase, most[1] if phase == "prefill" else most[2])
-                self.parts.fleets[phase, members] = fleet(prototype, members, self.parts.memo)
-            fleets[phase] = self.parts.fleets[phase, members]
-        used = sorted({self._settings.index(setting) for one in found.values() for setting in one})
-        kinds = sorted({self._kinds.index(self._settings[i]._replace(mtp_depth=0)) for i in used})
-        rows = [[one.get(self._settings[i], -1) for i in used] for one in found.values()]
-        return _Group(rows=np.array(rows), settings=np.array(used), kinds=np.array(kinds), fleets=fleets)
-
-    def _price(self, groups: list[_Group], grid: Array) -> None:
-        """Costs of prompts, where groups have fleets for them, and curves at ``grid``: priced together, so that
-        kernels' fitted models are asked once."""
-        each = [(batch, cut.tokens, cut.past) for cut in self._cuts for batch in cut.batches]
-        prompts = np.tile(each, (len(self._kinds), 1)).T
+    def _price(self, groups: Sequence[_Group], grid: Array, phases: Sequence[str] = PHASES) -> None:
+        """Costs of prompts and curves at ``grid``, of these ``phases``: priced together, so that kernels' fitted models
+        are asked once."""
+        each = np.array([(batch, cut.tokens, cut.past) for cut in self._cuts for batch in cut.batches])
+        prompts = tuple(np.tile(each, (len(self._kinds), 1)).T)
         replies = np.tile(grid, len(self._settings)), 1.0, self.scenario.load.context
-        loads: dict[str, tuple[Any, ...]] = {"prefill": tuple(prompts), "decode": replies}
-        varied: dict[str, dict[str, Any]] = {}  # batch by batch, what rows do not depend on or only few of them
-        for phase, at in (("prefill", self._kinds), ("decode", self._settings)):
+        loads: dict[str, tuple[Any, ...]] = {"prefill": prompts, "decode": replies}
+        questions, waiting = Questions(), dict[Any, Any]()
+        fleets: dict[str, list[Fleet]] = {phase: [] for phase in phases}
+        asked: dict[str, Together] = {}
+        for phase in phases:
+            for group in groups:
+                most = max(group, key=lambda member: member[0].pp)
+                members = tuple([(layout, reads if phase == "prefill" else writes) for layout, reads, writes in group])
+                if (phase, members) not in self.parts.fleets:
+                    prototype = self.scenario.deployment(most[0], phase, most[1] if phase == "prefill" else most[2])
+                    self.parts.fleets[phase, members] = fleet(prototype, members, self.parts.memo)
+                fleets[phase].append(self.parts.fleets[phase, members])
+            at = self._kinds if phase == "prefill" else self._settings
             width = len(loads[phase][0]) // len(at)
             kv, depth, dual, pp = (np.repeat(values, width) for values in zip(*at, strict=True))
             kv_bytes: Size = KV_BYTES[kv[0]] if len({*kv}) == 1 else np.array([KV_BYTES[name] for name in kv])
-            varied[phase] = {"kv_bytes": kv_bytes, "mtp_depth": depth, "dual": dual, "pp": pp}
-        asked: list[Asked] = []
-        for group in groups:
-            for phase, one in group.fleets.items():
-                step = replace(one.step, sizes=replace(one.step.sizes, **varied[phase]))
-                own, width = (group.settings, len(grid)) if phase == "decode" else (group.kinds, len(each))
-                asked.append((step, *loads[phase], (width * own[:, None] + np.arange(width)).ravel()))
-        found, at_batches = prices(asked), np.searchsorted(self.grid, grid)
-        for group in groups:
-            if "prefill" in group.fleets:
-                self._take_prompts(group, next(found))
-            there = group.rows >= 0
-            for name, values in decode_columns(next(found)).items():
-                whole = np.broadcast_to(values, (len(there), there.shape[1] * len(grid)))
-                self.curves[name][group.rows[there][:, None], at_batches] = whole.reshape(*there.shape, -1)[there]
+            asked[phase] = Together(
+                [one.step for one in fleets[phase]], loads[phase], questions, waiting,
+                kv_bytes=kv_bytes, mtp_depth=depth, dual=dual, pp=pp,
+            )
+        questions.find()
+        numbers = {setting: i for i, setting in enumerate(self._settings)}
+        every = [positions for group in groups for positions in group.values()]
+        where = [(at, i, numbers[setting]) for i, positions in enumerate(every) for setting, at in positions.items()]
+        position, member, setting = np.array(where).T
+        if "prefill" in asked:
+            kind = np.array([self._kinds.index(one._replace(mtp_depth=0)) for one in self._settings])[setting]
+            for some, price in asked["prefill"].each(member, kind[:, None] * len(each) + np.arange(len(each))):
+                columns = {
+                    name: (SPLIT * values - (SPLIT * values - values)).reshape(len(some), len(self._cuts), 3)
+                    for name, values in prefill_columns(price, fleets["prefill"][0]).items()
+                }
+                for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
+                    mine = {name: values[:, i] for name, values in columns.items()}
+                    self._costs[budget].append((position[some], prefill_costs(mine, cut.tokens, cut.per_step)))
+            for group, reading, decoding in zip(groups, fleets["prefill"], fleets["decode"], strict=True):
+                self._take_room(group, reading, decoding)
+        at_batches, entries = np.searchsorted(self.grid, grid), setting[:, None] * len(grid) + np.arange(len(grid))
+        for some, price in asked["decode"].each(member, entries):
+            for name, values in decode_columns(price).items():
+                exact = SPLIT * values - (SPLIT * values - values)
+                self.curves[name][position[some][:, None], at_batches] = exact
 
-    def _take_prompts(self, group: _Group, price: StepPrice) -> None:
-        """Costs of a group's prompts from their steps; sequences that fit, beside what a full prefill step of each
-        budget takes, too. Overlap changes no memory."""
-        there, prefill, shape = group.rows >= 0, group.fleets["prefill"], (len(group.kinds), len(self._cuts), 3)
-        kind_of = [self._kinds.index(self._settings[i]._replace(mtp_depth=0)) for i in group.settings]
-        columns = {
-            name: np.broadcast_to(values, (prefill.size, math.prod(shape))).reshape(prefill.size, *shape)
-            for name, values in prefill_columns(price, prefill).items()
-        }
-        own = np.searchsorted(group.kinds, kind_of)
-        for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
-            mine = {name: values[:, own, i] for name, values in columns.items()}
-            costs = prefill_costs(mine, cut.tokens, cut.per_step).where(there)
-            self._costs[budget].append((group.rows[there], costs))
+    def _take_room(self, group: _Group, reading: Fleet, decoding: Fleet) -> None:
+        """Sequences of a group's variants that fit, beside what a full prefill step of each budget takes, too. Overlap
+        changes no memory."""
         load, chunk = self.scenario.load, self.budgets.index(self.scenario.own_chunk)
-        settings = [self._settings[i] for i in group.settings]
-        for kv, depth in dict.fromkeys((s.kv_dtype, s.mtp_depth) for s in settings):
-            chosen = [i for i, s in enumerate(settings) if (s.kv_dtype, s.mtp_depth) == (kv, depth)]
-            rows = group.rows[:, chosen]
-            member, setting = np.nonzero(rows >= 0)
-            position, stages = rows[member, setting], np.array([settings[i].pp for i in chosen])[setting]
+        alike: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+        for i, positions in enumerate(group.values()):
+            for setting, at in positions.items():
+                alike.setdefault((setting.kv_dtype, setting.mtp_depth), []).append((i, setting.pp, at))
+        for (kv, depth), found in alike.items():
+            member, stages, position = np.array(found).T
             (member, stages), where = np.unique([member, stages], axis=1, return_inverse=True)
             prefill, decode = (
                 one.at(kv, drafts, member, stages)
-                for one, drafts in ((group.fleets["prefill"], 0), (group.fleets["decode"], depth))
+                for one, drafts in ((reading, 0), (decoding, depth))
             )
             steps, buffers = decode_budget(decode, load.input_len)
             each = sequence_bytes(decode, load.input_len, load.output_len)
@@ -292,10 +282,10 @@ class VariantPrices:
             self.room_decode[position], self.room_prefill[position] = fits[where, 0], read[where, 0]
             for i, budget in enumerate(self.budgets):
                 self.fits[budget][position] = beside[where, i]
-            self._fleet_of[position], self._member_of[position] = len(self._fleets), where
-            self._fleets.append(decode)
+            self.fleet_of[position], self.member_of[position] = len(self.fleets), where
+            self.fleets.append(decode)
 
-    def _groups(self) -> dict[_Structure, dict[_Member, dict[_Setting, int]]]:
+    def _groups(self) -> dict[_Structure, _Group]:
         """Positions of the variants by structure, member and setting."""
         members: dict[tuple[Any, ...], dict[_Setting, int]] = {}
         plain: dict[int, Options] = {}  # by identity: many variants, few options
@@ -309,7 +299,7 @@ class VariantPrices:
             kept = id(plain[id(variant.prefill)]), id(plain[id(own)])
             key = (layout.tp, layout.dp, layout.ep, self._captured[i], *kept)
             members.setdefault(key, {})[self._setting_of[i]] = i
-        found: dict[_Structure, dict[_Member, dict[_Setting, int]]] = {}
+        found: dict[_Structure, _Group] = {}
         engine, where = self.scenario.engine, self.scenario
         known: dict[str, Any] = {"device": where.device, "config": where.model.config, "whole": self._whole}
         for positions in members.values():
@@ -327,21 +317,4 @@ class VariantPrices:
                 (common[0], common[1]),
             )  # fmt: skip
             found.setdefault(structure, {})[layout, both[0], both[1]] = positions
-        return found
-
-    def memory(self, points: Points) -> dict[str, Array]:
-        """Bytes on the fullest GPU of every point while its batch decodes, each reply half done."""
-        names = ("weights", "kv_cache", "activations", "total")
-        found = {name: np.full(len(points.variant), np.nan) for name in names}
-        number, member = self._fleet_of[points.variant], self._member_of[points.variant]
-        at = np.searchsorted(self.grid, points.columns["batch"])
-        for i in np.unique(number):
-            if i not in self._memory:
-                decode = self._fleets[i]
-                memory = decode.memory(self.grid[None, :], 1, int(self.scenario.load.context) - 1)
-                shape = decode.size, len(self.grid)
-                self._memory[i] = {name: np.broadcast_to(getattr(memory, name), shape) for name in names}
-            mine = np.flatnonzero(number == i)
-            for name, whole in self._memory[i].items():
-                found[name][mine] = whole[member[mine], at[mine]]
         return found

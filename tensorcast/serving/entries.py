@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,23 +13,29 @@ Own = TypeVar("Own", bound="Entries")
 
 @dataclass(frozen=True)
 class Entries:
-    """Base of dataclasses whose fields are arrays of one shape, or dictionaries of such arrays by name."""
+    """Base of dataclasses whose fields are arrays of one shape, dictionaries of such arrays by name, or entries."""
 
     def where(self: Own, chosen: Any) -> Own:
         """The entries that are ``chosen``: an index, several, or a mask."""
-        return type(self)(**{
-            name: {key: value[chosen] for key, value in held.items()} if isinstance(held, dict) else held[chosen]
-            for name, held in vars(self).items()
-        })
+        found: dict[str, Any] = {}
+        for field in fields(self):
+            held = getattr(self, field.name)
+            if isinstance(held, dict):
+                found[field.name] = {key: value[chosen] for key, value in held.items()}
+            elif held is not None:
+                found[field.name] = held.where(chosen) if isinstance(held, Entries) else held[chosen]
+        return type(self)(**found)
 
     @classmethod
     def joined(cls: type[Own], parts: Sequence[Own]) -> Own:
         """All entries of ``parts``, one after another; of dictionaries what the first part has."""
         found: dict[str, Any] = {}
-        for name, first in vars(parts[0]).items():
-            held = [vars(part)[name] for part in parts]
-            if isinstance(first, dict):
-                found[name] = {key: np.concatenate([one[key] for one in held]) for key in first}
-            else:
-                found[name] = np.concatenate(held)
+        for field in fields(cls):
+            held: list[Any] = [getattr(part, field.name) for part in parts]
+            if isinstance(held[0], dict):
+                found[field.name] = {key: np.concatenate([one[key] for one in held]) for key in held[0]}
+            elif isinstance(held[0], Entries):
+                found[field.name] = type(held[0]).joined(held)
+            elif held[0] is not None:
+                found[field.name] = np.concatenate(held)
         return cls(**found)

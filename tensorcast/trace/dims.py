@@ -66,7 +66,7 @@ class Dim(NamedTuple):
     def at(self, sizes: Sizes) -> Size:
         """The size as a number (or array)."""
         value: Size = self.coef
-        for atom in _factors(self):
+        for atom in _factors(self[1:8]):
             value = value * getattr(sizes, atom)
         if self.rounded:
             value = np.floor(value) if self.rounded < 0 else np.ceil(value)
@@ -93,9 +93,9 @@ class Dim(NamedTuple):
 
 
 @cache
-def _factors(dim: Dim) -> tuple[str, ...]:
+def _factors(powers: tuple[int, ...]) -> tuple[str, ...]:
     """The atoms to multiply, each as often as its power says; pricing evaluates the same few dims again and again."""
-    return tuple(atom for atom, power in zip(ATOMS, dim[1:8], strict=True) for _ in range(power))
+    return tuple(atom for atom, power in zip(ATOMS, powers, strict=True) for _ in range(power))
 
 
 def constant(value: float) -> Dim:

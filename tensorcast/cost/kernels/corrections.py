@@ -162,7 +162,12 @@ class BatchedCorrections:
 
     def find(self) -> None:
         """Ask each kernel's model once, and hand the numbers out."""
-        for (name, belongs, *names), questions in self._asked.items():
+        for (name, belongs, *names), every in self._asked.items():
+            same: dict[tuple[Hashable, ...], tuple[list[PendingCorrection], list[Array]]] = {}
+            for found, values in every:  # rows of one load ask the same
+                key = tuple([(value.shape, value.tobytes()) for value in values])
+                same.setdefault(key, ([], values))[0].append(found)
+            questions = list(same.values())
             shapes = [np.broadcast_shapes(*(value.shape for value in values)) for _, values in questions]
             ends = np.cumsum([math.prod(shape) for shape in shapes])
             parts = [slice(end - math.prod(shape), end) for end, shape in zip(ends, shapes, strict=True)]
@@ -172,8 +177,10 @@ class BatchedCorrections:
                     column[part].reshape(shape)[...] = value
             together = self.corrections.ask(belongs, name, dict(zip(names, columns, strict=True)))
             numbers = [np.asarray(x) for x in (together.factor, together.error, together.level)]
-            for (found, _), part, shape in zip(questions, parts, shapes, strict=True):
-                found.factor, found.error, found.level = (x[part].reshape(shape)[()] for x in numbers)
+            for (alike, _), part, shape in zip(questions, parts, shapes, strict=True):
+                factor, error, level = (x[part].reshape(shape)[()] for x in numbers)
+                for found in alike:
+                    found.factor, found.error, found.level = factor, error, level
         self._asked.clear()
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 
 from tensorcast.cost.formulas import Context
+from tensorcast.cost.kernels.corrections import BatchedCorrections
 from tensorcast.deploy.plan.plan import Collective, Row
-from tensorcast.deploy.step.layer_points import mean_over_layers, of_members, spread_out
+from tensorcast.deploy.step.alike import Contents, Questions, content_of
+from tensorcast.deploy.step.layer_points import loads_of, mean_over_layers, spread_out
 from tensorcast.deploy.step.price import RowPrice, Where, joined, pick
-from tensorcast.deploy.step.row_prices import Asked, Contents, Pending, RowPricer, content_of
+from tensorcast.deploy.step.row_prices import Pending, RowPricer
 from tensorcast.deploy.step.sizes import distinct
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import Op, kept_beside
@@ -60,19 +63,61 @@ class Collectives(Collective):
     groups: tuple[tuple[np.ndarray, Collective], ...]
 
 
-class AskedRows:
-    """Prices of rows at one context: first each row asks for its corrections, then, when they are there, its price."""
+class SizesOfAll:
+    """What the rows of one or several steps are priced at, all members together; found once for all."""
 
-    def __init__(self, pricer: RowPricer, at: Context, asked: Asked, memo: Memo, *, waiting: Waiting) -> None:
-        self._pricer, self._at, self._asked, self._memo, self._waiting = pricer, at, asked, memo, waiting
+    def __init__(self, at: Context) -> None:
+        self.at = at
         numbers = (at.sizes.B, at.sizes.S, at.sizes.P, at.verify, at.kv_bytes, at.stages)
-        shapes = (np.asarray(number, dtype=float) for number in numbers)
-        self._key = (pricer.table.phase, pricer.graph_tokens, *((value.shape, value.tobytes()) for value in shapes))
+        self.key = tuple([(one.shape, one.tobytes()) for one in (np.asarray(n, dtype=float) for n in numbers)])
+        few, where = at, None
+        if np.ndim(at.sizes.B) == 1:
+            first, inverse = distinct([at.sizes.B, at.sizes.S])
+            if len(first) < len(inverse):
+                sizes = {name: pick(getattr(at.sizes, name), first) for name in ("B", "S", "P", "R", "E", "X")}
+                hit, capacity, verify, kv = (pick(one, first) for one in (at.hit, at.capacity, at.verify, at.kv_bytes))
+                few = replace(at, sizes=Sizes(**sizes), hit=hit, capacity=capacity, verify=verify, kv_bytes=kv)
+                where = inverse
+                if at.points is not None:
+                    few = replace(few, points=at.points.each(lambda loads: loads[..., first, :]))
+        self.by_tokens: tuple[Context, Where] = few if few.points is None else spread_out(few), where
+        """Every number of tokens once, and which of these each batch has: all that experts are told."""
+
+    @cached_property
+    def unstaged(self) -> tuple[SizesOfAll, Where]:
+        """Where cases are told apart by their pipeline stages, all the sizes of rows that these leave as they are, each
+        once, and which of them each case has."""
+        at = self.at
+        first, inverse = distinct([at.sizes.B, at.sizes.S, at.sizes.P, at.verify, at.kv_bytes])
+        sizes = {name: pick(getattr(at.sizes, name), first) for name in ("B", "S", "P", "R", "E", "X")}
+        hit, capacity, verify, kv = (pick(one, first) for one in (at.hit, at.capacity, at.verify, at.kv_bytes))
+        one = replace(
+            at, sizes=Sizes(**sizes), hit=hit, capacity=capacity, verify=verify, kv_bytes=kv, stages=1, points=None
+        )
+        return SizesOfAll(one), inverse
+
+    @cached_property
+    def by_dtype(self) -> dict[tuple[float, bool], SizesOfAll]:
+        """Batches as if all caches held so many bytes per element."""
+        return {}
+
+
+class AskedRows:
+    """Prices of rows of one step at one load: first each row asks for its corrections, then, when they are there, its
+    price. ``members``: of all in ``sizes`` those of this step; None: they are."""
+
+    def __init__(
+        self, pricer: RowPricer, backend: str, sizes: SizesOfAll, members: slice | None, *, asked: Questions,
+        memo: Memo, waiting: Waiting,
+    ) -> None:
+        self._pricer, self._backend, self._sizes, self._members = pricer, backend, sizes, members
+        self._asked, self._memo, self._waiting, self._at = asked, memo, waiting, sizes.at
+        self._key = (pricer.table.phase, pricer.graph_tokens, *sizes.key)
         self._plain = memo.plain.setdefault(self._key, {})
         if len(memo.plain) > memo.most:
             del memo.plain[next(iter(memo.plain))]
         # of rows that depend on the expert load
-        recent, key = memo.routed, (*self._key, at.backend, *memo.load)
+        recent, key = memo.routed, (*self._key, backend, *memo.load)
         recent[key] = found = recent.pop(key, (memo.members, {}))
         if len(recent) > RECENT:
             recent.pop(next(iter(recent)))
@@ -85,77 +130,88 @@ class AskedRows:
         """Ask for the corrections of a row, unless its price is known or an equal one has asked; where its price will
         be, and under which name."""
         name: Hashable  # what is equal for rows of one price, in the prices where that is remembered
-        if not isinstance(row, Collective):
-            name, routed = content_of(row, self._contents)
-            prices = self._routed if routed else self._plain
+        content = None if isinstance(row, Collective) else content_of(row, self._contents)
+        if content is not None:
+            name, prices = content.number, self._routed if content.routed else self._plain
         elif isinstance(row, Collectives):
             prices, name = self._here, id(row)
-        else:
+        elif isinstance(row, Collective):
             name = (row.op, row.group, row.ranks, row.extent, row.scale, row.per, *sorted(row.exchange.items()))
             prices = self._here if row.exchange else self._plain
         key = id(prices), name
-        if name not in prices and key not in self._waiting:
-            found = self._collective(row) if isinstance(row, Collective) else self._op(row)
-            self._waiting[key] = prices, *found
+        if name in prices or key in self._waiting:
+            return prices, name
+        found: tuple[Pending, Where]
+        at, pricer, cached = self._at, self._pricer, np.asarray(self._at.kv_bytes)
+        if isinstance(row, Collective):
+            found = self._collective(row)
+        elif content is not None and content.routed:
+            few, where = self._by_tokens
+            found = self._asked.op(pricer, content, row, few, id(few)), where
+            if few.points is not None:
+                found = self._meaned(*found)
+        elif np.ndim(at.stages):
+            rows, where = self._unstaged
+            found = partial(rows.price, *rows.ask(row)), where
+        elif content is not None and not cached.ndim:
+            found = self._asked.op(pricer, content, row, at, id(self._plain)), None
+        elif row.name not in READS_CACHE:  # all the same to it
+            found = self._of_dtype(row, float(cached[0]), slice(None)), None
+        else:  # kernels are chosen by what the cache holds: each dtype's batches are priced apart
+            parts = [(np.flatnonzero(cached == kv), float(kv)) for kv in np.unique(cached)]
+            pending = [(where, self._of_dtype(row, kv, where)) for where, kv in parts]
+            found = partial(joined, pending, cached.shape), None
+        self._waiting[key] = prices, *found
         return prices, name
 
     def price(self, prices: Prices, name: Hashable) -> RowPrice:
         """The price of a row that has asked; it may tell of an equal row."""
         if name not in prices:
             _, pending, where = self._waiting.pop((id(prices), name))
-            prices[name] = pending().at(where)
+            found = pending()
+            prices[name] = found if where is None else found.each(lambda value: pick(value, where))
         return prices[name]
-
-    def _op(self, op: Op) -> tuple[Pending, Where]:
-        at, pricer = self._at, self._pricer
-        if content_of(op, self._contents).routed:
-            few, where = self._by_tokens
-            one: Pending = partial(pricer.kernels, op, few, pricer.works(op, few, self._asked))
-            return (one, where) if few.points is None else self._meaned(one, where)
-        if np.ndim(at.stages):
-            rows, where = self._unstaged
-            return partial(rows.price, *rows.ask(op)), where
-        cached = np.asarray(at.kv_bytes)
-        if not cached.ndim:
-            return partial(pricer.kernels, op, at, pricer.works(op, at, self._asked)), None
-        if op.name not in READS_CACHE:  # all the same to it
-            return self._of_dtype(op, float(cached[0]), slice(None)), None
-        # kernels are chosen by what the cache holds: each dtype's batches are priced apart
-        parts = [(np.flatnonzero(cached == kv), float(kv)) for kv in np.unique(cached)]
-        pending = [(where, self._of_dtype(op, kv, where)) for where, kv in parts]
-        return partial(joined, pending, cached.shape), None
 
     def _of_dtype(self, op: Op, kv_bytes: float, where: np.ndarray | slice) -> Pending:
         """The op at the batches ``where`` as if all caches held ``kv_bytes`` per element."""
         key = kv_bytes, isinstance(where, slice)
         if key not in self._by_dtype:
-            at = self._at
-            width = np.size(at.kv_bytes)
-            batch, new, past, verify = (
-                np.broadcast_to(value, width)[where] for value in (at.sizes.B, at.sizes.S, at.sizes.P, at.verify)
-            )
-            sizes = replace(at.sizes, B=batch, S=new, P=past)
-            one = replace(at, sizes=sizes, verify=verify, kv_bytes=kv_bytes, stages=1)
-            self._by_dtype[key] = AskedRows(self._pricer, one, self._asked, self._memo, waiting=self._waiting)
+            at, known = self._at, self._sizes.by_dtype
+            if key not in known:
+                width = np.size(at.kv_bytes)
+                batch, new, past, verify = (
+                    np.broadcast_to(value, width)[where] for value in (at.sizes.B, at.sizes.S, at.sizes.P, at.verify)
+                )
+                sizes = replace(at.sizes, B=batch, S=new, P=past)
+                known[key] = SizesOfAll(replace(at, sizes=sizes, verify=verify, kv_bytes=kv_bytes, stages=1))
+            self._by_dtype[key] = self._others(known[key])
         rows = self._by_dtype[key]
         return partial(rows.price, *rows.ask(op))
 
+    def _others(self, sizes: SizesOfAll) -> AskedRows:
+        """Rows of the same step at other sizes."""
+        return AskedRows(
+            self._pricer, self._backend, sizes, self._members, asked=self._asked, memo=self._memo, waiting=self._waiting
+        )
+
     def _collective(self, row: Collective) -> tuple[Pending, Where]:
+        own = self._pricer.corrections
+        corrections = self._asked.corrections.setdefault(id(own), BatchedCorrections(own))
         if not isinstance(row, Collectives):
             if not row.exchange and np.ndim(self._at.stages):
                 rows, where = self._unstaged
                 return partial(rows.price, *rows.ask(row)), where
             if self._at.points is None or not row.exchange:
-                return self._pricer.collective(row, self._at, self._asked), None
+                return self._pricer.collective(row, self._at, corrections), None
             few, where = self._by_tokens
-            return self._meaned(self._pricer.collective(row, few, self._asked), where)
+            return self._meaned(self._pricer.collective(row, few, corrections), where)
         few, where = self._by_tokens
         parts: list[tuple[np.ndarray, Pending]] = []
         for members, one in row.groups:
             copies = {name: np.asarray(column)[members] for name, column in self._pricer.distinct.items()}
             pricer = replace(self._pricer, distinct=copies)
-            own = few if few.points is None else of_members(few, members)
-            parts.append((members, pricer.collective(one, own, self._asked)))
+            at = few if few.points is None else loads_of(few, members)
+            parts.append((members, pricer.collective(one, at, corrections)))
         every: Pending = partial(joined, parts, (row.members, np.size(few.sizes.B)))
         return (every, where) if few.points is None else self._meaned(every, where)
 
@@ -166,33 +222,23 @@ class AskedRows:
         assert points is not None
         if points.weights.ndim == 1:
             return lambda: mean_over_layers(pending(), points.weights, single), where
-        return lambda: mean_over_layers(pending(), points.weights, single, where), None
+        weights = points.weights if points.weights.ndim < 3 else points.weights[self._members or slice(None)]
+        return lambda: mean_over_layers(pending(), weights, single, where), None
 
     @cached_property
     def _unstaged(self) -> tuple[AskedRows, Where]:
-        """Where cases are told apart by their pipeline stages, all the sizes of rows that these leave as they are, each
-        once, and which of them each case has."""
-        at = self._at
-        first, inverse = distinct([at.sizes.B, at.sizes.S, at.sizes.P, at.verify, at.kv_bytes])
-        sizes = {name: pick(getattr(at.sizes, name), first) for name in ("B", "S", "P", "R", "E", "X")}
-        hit, capacity, verify, kv = (pick(one, first) for one in (at.hit, at.capacity, at.verify, at.kv_bytes))
-        one = replace(
-            at, sizes=Sizes(**sizes), hit=hit, capacity=capacity, verify=verify, kv_bytes=kv, stages=1, points=None
-        )
-        return AskedRows(self._pricer, one, self._asked, self._memo, waiting=self._waiting), inverse
+        """:attr:`SizesOfAll.unstaged` of this step."""
+        sizes, where = self._sizes.unstaged
+        return self._others(sizes), where
 
     @cached_property
     def _by_tokens(self) -> tuple[Context, Where]:
-        """Every number of tokens once, and which of these each batch has: all that experts are told."""
-        at = self._at
-        if np.ndim(at.sizes.B) != 1:
-            return at if at.points is None else spread_out(at), None
-        first, inverse = distinct([at.sizes.B, at.sizes.S])
-        if len(first) == len(inverse):
-            return at if at.points is None else spread_out(at), None
-        sizes = {name: pick(getattr(at.sizes, name), first) for name in ("B", "S", "P", "R", "E", "X")}
-        hit, capacity, verify, kv = (pick(one, first) for one in (at.hit, at.capacity, at.verify, at.kv_bytes))
-        few = replace(at, sizes=Sizes(**sizes), hit=hit, capacity=capacity, verify=verify, kv_bytes=kv)
-        if at.points is not None:
-            few = spread_out(replace(few, points=at.points.each(lambda loads: loads[..., first, :])))
-        return few, inverse
+        """:attr:`SizesOfAll.by_tokens` of this step."""
+        at, where = self._sizes.by_tokens
+        if self._members is None:
+            return at, where
+        of_all: list[Any] = [at.sizes.R, at.sizes.E, at.sizes.X, at.hit, at.capacity]
+        rows, held, cut, hit, capacity = (one if np.ndim(one) < 2 else one[self._members] for one in of_all)
+        sizes = replace(at.sizes, R=rows, E=held, X=cut)
+        at = replace(at, sizes=sizes, hit=hit, capacity=capacity, backend=self._backend)
+        return (at if at.points is None else loads_of(at, self._members)), where

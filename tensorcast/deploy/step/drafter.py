@@ -24,7 +24,6 @@ from tensorcast.cost.collectives import group_extent
 from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.plan.plan import Collective, Row
-from tensorcast.deploy.step.price import Part, RowPrice, Where, pick, seconds_of, total
 from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.model import ModelProfile
@@ -129,34 +128,16 @@ class Drafter:
     def rows(self) -> tuple[Row, ...]:
         return tuple(row for part in (self.once, self.again, self.heads) for row, _ in part)
 
-    def parts(
-        self, found: Sequence[RowPrice], depth: Size, *, halves: Size, own: Where, draft: Where
-    ) -> tuple[Part, ...]:
-        """What drafts ``depth`` tokens, of the prices ``found`` of :attr:`rows`. ``own``, ``draft``: at which of the
-        prices' cases all checked tokens stand, and at which one token of each sequence."""
-        starts = np.cumsum([0, len(self.once), len(self.again), len(self.heads)])
-        drafts = np.greater(depth, 0)
-        times = drafts * halves, np.maximum(np.subtract(depth, 1.0), 0.0), depth
-        parts = []
-        for i, (part, at) in enumerate(zip((self.once, self.again, self.heads), (own, draft, draft), strict=True)):
-            rows, calls = tuple(row for row, _ in part), tuple(count for _, count in part)
-            parts.append(Part(rows, tuple(found[starts[i] : starts[i + 1]]), calls, times[i], at))
-        return tuple(parts)
+    def times(self, depth: Size, halves: Size) -> tuple[Size, Size, Size]:
+        """How often each of the three runs for ``depth`` drafted tokens: the first over all checked tokens, the others
+        over one token of each sequence."""
+        return np.greater(depth, 0) * halves, np.maximum(np.subtract(depth, 1.0), 0.0), depth
 
     def layer_passes(self, depth: Size) -> Size:
         """Layers that run one after another for ``depth`` drafted tokens."""
         if self.sizes is None:
             return 0.0
         return self.sizes.layers * (np.greater(depth, 0) * 1.0 if self.method in BLOCK else depth)
-
-
-def seconds_of_parts(parts: Sequence[Part]) -> Size:
-    """Seconds of what drafts in a step."""
-    return total(
-        pick(total(seconds_of(price) * calls for price, calls in zip(part.prices, part.calls, strict=True)), part.at)
-        * part.times
-        for part in parts
-    )
 
 
 @cache

@@ -35,7 +35,7 @@ def spread_out(at: Context) -> Context:
     )
 
 
-def of_members(at: Context, members: np.ndarray) -> Context:
+def loads_of(at: Context, members: np.ndarray | slice) -> Context:
     """The loads of some of a fleet's members."""
     if at.points is None:
         return at

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tensorcast.cost.contention import CONTENTION, Contention, beside
-from tensorcast.cost.work import Size
+from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective, Plan, Row
-from tensorcast.deploy.step.price import RowPrice, Where, pick, seconds_of, total
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.moe import EXPERT_STAGES, blocks_of, is_shared
 from tensorcast.trace.table import OpTable
 
-Hidden = tuple[Size, Size]
-"""Seconds that a layer hides, and how much of them is communication."""
+KIND_SUMS = ("rest", "shared", "experts", "dispatch", "combine")
+"""Where rows of a MoE layer stand (:func:`_place`)."""
 
 
 @dataclass(frozen=True)
@@ -49,60 +47,40 @@ class Overlap:
         tokens = float(limit) if limit is not None and captured else 0.0
         return cls(positions, options.external_shared_experts > 0, CONTENTION.get(plan.all2all), tokens)
 
-    def hidden(
-        self, rows: Sequence[RowPrice], tokens: Size, dual: bool | np.ndarray, at: Where
-    ) -> dict[int, Hidden]:
-        """What a layer of each kind hides over both half batches, where batches run as ``dual`` ones.
+    def hidden(self, layers: Array, busy: Array, tokens: Size, dual: bool | np.ndarray) -> Array:
+        """Seconds that a layer of each kind hides over both half batches, where batches run as ``dual`` ones, and how
+        much of them is communication, ``[kinds, 2, ...]``.
 
-        ``rows`` are priced at ``tokens``; ``at``: which of these cases every batch is, None: they are the batches.
+        ``layers [kinds, 5, ...]``: seconds of its rows by place (:data:`KIND_SUMS`), ``busy [kinds, 2, ...]`` those in
+        which arithmetic or memory are busy: of experts and exchange, and of shared experts; all at ``tokens``.
         """
-        hidden: dict[int, Hidden] = {}
-        for kind, places in self.positions.items():
-            part = {name: [rows[i] for i in found] for name, found in places.items()}
-            halves = one = None
-            if self.contention is not None and np.any(dual):
-                halves = [pick(value, at) for value in self._two_halves(part, self.contention)]
-            if halves is None or not np.all(dual):
-                one = [pick(value, at) for value in self._one_batch(part, tokens)]
-            if halves is not None and one is not None:
-                halves = [np.where(dual, *pair) for pair in zip(halves, one, strict=True)]
-            saved, communication = halves or one or (0.0, 0.0)
-            hidden[kind] = saved, communication
-        return hidden
-
-    def _two_halves(self, part: dict[str, list[RowPrice]], contention: Contention) -> Hidden:
-        """One half batch computes while the other communicates."""
-        attention, shared, routed, dispatch, combine = (
-            total(map(seconds_of, part.get(name, ()))) for name in ("rest", "shared", "experts", "dispatch", "combine")
-        )
-        saved: Size = 0.0
-        if self.external:
-            saved = np.minimum(shared, routed)
-            routed = routed - saved + shared
-        else:
-            attention = attention + shared
-        serial = 2.0 * (attention + routed + dispatch + combine)
-        pairs = (attention, combine), (attention, dispatch), (routed, dispatch), (routed, combine)
-        overlapped = serial - sum(beside(compute, moved, contention) for compute, moved in pairs)
-        return 2.0 * saved + overlapped, np.clip(overlapped, 0.0, 2.0 * (dispatch + combine))
-
-    def _one_batch(self, part: dict[str, list[RowPrice]], tokens: Size) -> Hidden:
-        """Shared experts beside routed ones, on ranks or on a stream of their own."""
-        shared, experts = part.get("shared", []), part.get("experts", [])
-        if not shared or not (self.external or self.stream_tokens):
-            return 0.0, 0.0
-        beside_s, experts_s = total(map(seconds_of, shared)), total(map(seconds_of, experts))
-        if self.external:
-            return np.minimum(beside_s, experts_s), 0.0
-        moves = [*part.get("dispatch", []), *part.get("combine", [])]
-        moves_s = total(map(seconds_of, moves))
-        main_s, main_busy, busy = moves_s + experts_s, *(
-            total(row.seconds - row.waits_s for row in rows) for rows in ([*experts, *moves], shared)
-        )
-        # latency and network waits of one stream hide behind the other; arithmetic and memory traffic add up
-        both = np.maximum(np.maximum(main_s, beside_s), main_busy + busy)
-        saved = np.where(np.asarray(tokens) <= self.stream_tokens, main_s + beside_s - both, 0.0)[()]
-        return saved, np.minimum(saved, moves_s)
+        found = np.zeros((len(layers), 2, *layers.shape[2:]))
+        halved = np.logical_and(dual, self.contention is not None)
+        for whole, seconds, own, kind in zip(found, layers, busy, sorted(self.positions), strict=True):
+            attention, shared, routed, dispatch, combine = seconds
+            moves = dispatch + combine
+            if not np.all(halved) and "shared" in self.positions[kind] and self.external:
+                whole[0] = np.minimum(shared, routed)
+            elif not np.all(halved) and "shared" in self.positions[kind] and self.stream_tokens:
+                # latency and network waits of one stream hide behind the other; arithmetic and memory traffic add up
+                both = np.maximum(np.maximum(moves + routed, shared), own[0] + own[1])
+                whole[0] = np.where(np.asarray(tokens) <= self.stream_tokens, moves + routed + shared - both, 0.0)
+                whole[1] = np.minimum(whole[0], moves)
+            if self.contention is None or not np.any(halved):
+                continue
+            saved: Size = 0.0
+            if self.external:
+                saved = np.minimum(shared, routed)
+                routed = routed - saved + shared
+            else:
+                attention = attention + shared
+            # one half batch computes while the other communicates
+            pairs = (attention, combine), (attention, dispatch), (routed, dispatch), (routed, combine)
+            together = sum(beside(compute, moved, self.contention) for compute, moved in pairs)
+            overlapped = 2.0 * (attention + routed + dispatch + combine) - together
+            both_halves = np.stack([2.0 * saved + overlapped, np.clip(overlapped, 0.0, 2.0 * moves)])
+            whole[:] = np.where(halved, both_halves, whole)
+        return found
 
 
 def _place(row: Row, blocks: dict[int, str]) -> str:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.price import RowPrice, Spending, one_level, spending_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import Op, OpTable
 
 EXCHANGE_SMS = 20.0
@@ -40,35 +38,6 @@ Known = Correction | PendingCorrection | None
 
 Works = list[tuple[Work, Known]]
 """Kernels of a row, one after another, each with what corrects it."""
-
-
-class Content(NamedTuple):
-    """``number``: for all that an op's price depends on beside the sizes; equal ops of any layer or table share it.
-
-    ``routed``: whether the sizes depend on how tokens fall on experts, and so on the layout.
-    """
-
-    number: int
-    routed: bool
-
-
-_numbers: dict[tuple[object, ...], int] = {}
-
-
-class Contents(dict[int, tuple[Op, Content]]):
-    """What was found for ops of a table, by identity: its plans share most."""
-
-
-def content_of(op: Op, known: Contents) -> Content:
-    """What an op is priced by."""
-    if id(op) not in known:
-        tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
-        changes = sorted((name, repr(value)) for name, value in op.attrs.items())
-        key = (op.name, op.stage, *map(tuple, tensors), tuple(changes))
-        dims = [dim for tensor in (*op.inputs, *op.outputs) for dim in tensor.dims]
-        routed = op.stage in EXPERT_STAGES or any(dim.R or dim.E or dim.X for dim in dims)
-        known[id(op)] = op, Content(_numbers.setdefault(key, len(_numbers)), routed)
-    return known[id(op)][1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial, reduce
+from functools import cached_property, reduce
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tensorcast.cost.kernels.corrections import BatchedCorrections, corrections_for
-from tensorcast.cost.layer_loads import LayerLoads
-from tensorcast.cost.routing import ExpertLoad, Routing, expected_distinct, expert_load
-from tensorcast.cost.work import Size
-from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
-from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.options import Options
+from tensorcast.cost.evidence import LEVELS
+from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.plan.plan import Collective, Plan, Row
-from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Prices, Waiting
-from tensorcast.deploy.step.drafter import Drafter, seconds_of_parts
-from tensorcast.deploy.step.overlap import Overlap
-from tensorcast.deploy.step.pipeline_stages import HAND_OVER, place_of, stages_of
-from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Where, pick, seconds_of, total
+from tensorcast.deploy.step.alike import Questions
+from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Prices, SizesOfAll, Waiting
+from tensorcast.deploy.step.drafter import Drafter
+from tensorcast.deploy.step.overlap import KIND_SUMS, Overlap
+from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place_of, stages_of
+from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Tally, pick
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, StepSizes
-from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.engine import EngineProfile
+from tensorcast.deploy.step.sums import PER_SEQUENCE, Recipe, RecipePart, Sums, sums_of
 from tensorcast.trace.dims import Dim
-from tensorcast.trace.moe import EXPERT_STAGES, blocks_of
+from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import Op, OpTable, Tensor, per_table
+
+Rows = NDArray[np.intp]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,84 +62,97 @@ class Step:
         """Step time alone."""
         return self.price(batch, new, past).seconds
 
-    def ask(
-        self, batch: Size, new: Size, past: Size, some: Where = None, *, asked: BatchedCorrections, waiting: Waiting
-    ) -> Callable[[], StepPrice]:
-        """Ask for the corrections of all rows; call what is returned for the price when they are there.
+    def recipe(self, drafting: bool) -> Recipe:
+        """What is asked and added up of a step that drafts tokens, or drafts none; made once."""
+        known: dict[bool, Recipe] = vars(self).setdefault("recipes", {})
+        if drafting not in known:
+            layers, rows = Counter(self.table.layer_kinds), self.plan.rows
+            end = len(rows) - (place_of(rows[-1]) == HAND_OVER)
+            calls = tuple([layers[row.kind] if row.kind >= 0 else 1 for row in rows[:end]])
+            parts, more = [RecipePart(rows[:end], tuple(range(end)), calls)], list[Row]()
+            parts.append(RecipePart(rows[end:], tuple(range(end, len(rows))), (1,) * (len(rows) - end)))
+            if drafting and self.drafter is None:
+                drafts, more = self._drafts, [_projection(self.table)]
+                parts.append(RecipePart(tuple(drafts.values()), tuple(drafts), (1,) * len(drafts), drafts=True))
+            elif drafting and self.drafter is not None:
+                for some in (self.drafter.once, self.drafter.again, self.drafter.heads):
+                    first, own = len(rows) + len(more), tuple([row for row, _ in some])
+                    where, more = tuple(range(first, first + len(own))), [*more, *own]
+                    often = tuple([n for _, n in some])
+                    parts.append(RecipePart(own, where, often, drafts=some is not self.drafter.once))
+            every, places = (*rows, *more), (*layers, FIRST, LAST, HAND_OVER)
+            count, moe = len(every), sorted(self.overlap.positions)
+            by_place = np.zeros((len(places), count))
+            by_place[[places.index(place_of(row)) for row in rows], range(len(rows))] = 1.0
+            by_layer, busy = np.zeros((len(moe), len(KIND_SUMS), count)), np.zeros((len(moe), 2, count))
+            for j, kind in enumerate(moe):
+                for name, there in self.overlap.positions[kind].items():
+                    by_layer[j, KIND_SUMS.index(name), there] = 1.0
+                    busy[j, int(name == "shared"), there] = float(name != "rest")
+            runs = np.zeros((len(parts), count))
+            for k, part in enumerate(parts):
+                runs[k, list(part.where)] = part.calls
+            among = np.array([  # all, of collectives, of what runs per sequence, of experts with dispatch and combine
+                (True, True, False, row.group in ("dp", "ep")) if isinstance(row, Collective) else
+                (True, False, row.name in PER_SEQUENCE, row.stage in EXPERT_STAGES) for row in every
+            ], dtype=float).T  # fmt: skip
+            seconds = [by_place, by_layer.reshape(-1, count), (runs[:, None] * among).reshape(-1, count)]
+            known[drafting] = Recipe(
+                rows=every, parts=tuple(parts), places=places, layers=len(moe),
+                chunked=tuple([bool(r.exchange) if isinstance(r, Collective) else r.stage in EXPERT_STAGES
+                               for r in every]),
+                weights=(np.concatenate(seconds), busy.reshape(-1, count), runs),
+            )
+        return known[drafting]
 
-        ``some`` of the batches are added up alone: steps whose rows are the same share these where all of them ask for
-        all batches.
-        """
-        at = self.sizes.batches(batch, new, past, some)
-        memo = Memo() if self.memo is None else self.memo
-        whole = chunk = AskedRows(self.pricer, at.whole, asked, memo, waiting=waiting)
-        if at.chunk is not at.whole:
-            chunk = AskedRows(self.pricer, at.chunk, asked, memo, waiting=waiting)
-        rows = self.plan.rows
-        if at.draft is not None:
-            rows = (*rows, *((_projection(self.table),) if self.drafter is None else self.drafter.rows))
-        chunked = [bool(r.exchange) if isinstance(r, Collective) else r.stage in EXPERT_STAGES for r in rows]
-        passed = [chunk if inside else whole for inside in chunked]
-        asked_for = [(sized, *sized.ask(row)) for row, sized in zip(rows, passed, strict=True)]
-        return partial(self._priced, pick(batch, some), at, asked_for, chunk)
-
-    def _priced(
-        self, batch: Size, at: Batches, asked: Sequence[tuple[AskedRows, Prices, Hashable]], chunk: AskedRows
+    def composed(
+        self, own: Sums, draft: Sums, hidden: Array, at: Batches, batch: Size, *, found: Sequence[RowPrice] = ()
     ) -> StepPrice:
-        """The price of the rows, each with its sizes, that have asked; those of a ``chunk`` run once for each."""
-        found = [sized.price(prices, name) for sized, prices, name in asked]
-        if at.chunk is not at.whole:
-            found = [p.times(at.chunks) if sized is chunk else p for p, (sized, *_) in zip(found, asked, strict=True)]
-        parts = self._parts(found, at)
-        layers = Counter(self.table.layer_kinds)
-        hidden = self.overlap.hidden(found, at.whole.sizes.tokens, at.dual, at.own)
-        places: dict[int, list[RowPrice]] = {}
-        for price, row in zip(found, self.plan.rows, strict=False):
-            places.setdefault(place_of(row), []).append(price)
-        taken = {
-            place: pick(total(map(seconds_of, prices)), at.own) * at.halves for place, prices in places.items()
-        }
-        taken |= {kind: taken[kind] - saved for kind, (saved, _) in hidden.items()}
+        """The step from the sums of its rows at every batch, and those at its drafts; ``hidden``: by layer kind.
+        ``found``: the rows' prices, where they are told."""
+        recipe = self.recipe(at.draft is not None)
+        times: list[Size] = [at.halves, (at.pp - 1) * at.halves]  # each part of the rows runs so often
+        if at.draft is not None:
+            times += [at.mtp_depth] if self.drafter is None else self.drafter.times(at.mtp_depth, at.halves)
+        taken = dict(zip(recipe.places, own.places * at.halves, strict=True))
+        layers, kinds = Counter(self.table.layer_kinds), sorted(self.overlap.positions)
+        for kind, each in zip(kinds, hidden, strict=True):
+            taken[kind] = taken[kind] - each[0]
+        saved = np.tensordot(np.array([layers[kind] for kind in kinds], dtype=float), hidden, axes=1)
         stages = [
-            total(calls * taken[place] for place, calls in stage if place in taken)
+            sum((calls * taken[place] for place, calls in stage), 0.0)
             for stage in stages_of(self.table.layer_kinds, at.pp, self.pricer.engine.pipeline_split)
         ]
-        if self.drafter is None:
-            (drafting,), layer_passes = parts[2:], at.mtp_depth
-            stages[-1] = stages[-1] + pick(total(map(seconds_of, drafting.prices)), drafting.at) * drafting.times
-        else:
-            layer_passes = self.drafter.layer_passes(at.mtp_depth)
-            stages[-1] = stages[-1] + seconds_of_parts(parts[2:])
-        slowest = reduce(np.maximum, stages)
-        turns = at.pp if self.sizes.decode else at.micro + at.pp - 1
-        beside = self.pricer.engine.overhead
-        passes = (len(self.table.layer_kinds) + layer_passes) * turns / at.pp
+        whose = [draft if part.drafts else own for part in recipe.parts]
+        for i in range(2, len(times)):
+            stages[-1] = stages[-1] + whose[i].among[i, 0] * times[i]
+        among, levels, errors = (
+            sum(getattr(sums, name)[i] * n for i, (sums, n) in enumerate(zip(whose, times, strict=True)))
+            for name in ("among", "levels", "errors")
+        )
+        depth = at.mtp_depth
+        passes = len(self.table.layer_kinds) + (depth if self.drafter is None else self.drafter.layer_passes(depth))
+        turns, beside = at.pp if self.sizes.decode else at.micro + at.pp - 1, self.pricer.engine.overhead
+        passes = passes * turns / at.pp
         per_sequence = beside.request_s * np.asarray(batch, dtype=float)
         overhead = beside.step_s + beside.layer_s * passes + per_sequence
-        saved, saved_comm = (total(layers[kind] * pair[i] for kind, pair in hidden.items()) for i in range(2))
+        unsure = beside.layer_error_s * passes
+        shares = levels / np.maximum(levels.sum(axis=0), 1e-30)
         return StepPrice(
-            parts=parts, seconds=slowest * turns + overhead, overhead_s=overhead, request_overhead_s=per_sequence,
-            overhead_error_s=beside.layer_error_s * passes,
-            micro_batches=at.micro if np.ndim(at.micro) else int(at.micro), hidden_s=saved, hidden_comm_s=saved_comm,
+            parts=tuple([
+                Part(part.rows, tuple([found[j] for j in part.where]), part.calls, n,
+                     at.draft if part.drafts else at.own)
+                for part, n in zip(recipe.parts, times, strict=True)
+            ]) if found else (),
+            tally=Tally(
+                errors, among[0], among[1], among[2], among[3], dict(zip(LEVELS, shares, strict=True))
+            ),
+            seconds=reduce(np.maximum, stages) * turns + overhead, overhead_s=overhead,
+            request_overhead_s=per_sequence, overhead_error_s=unsure,
+            micro_batches=at.micro if np.ndim(at.micro) else int(at.micro), hidden_s=saved[0],
+            hidden_comm_s=saved[1], exposed_comm_s=among[1] - saved[1],
+            error=np.sqrt(np.square(errors).sum(axis=0) + unsure**2) / np.maximum(among[0] + overhead, 1e-30),
         )
-
-    def _parts(self, found: Sequence[RowPrice], at: Batches) -> tuple[Part, ...]:
-        """Rows of all stages, what hands on between them (always the last row), and what drafts."""
-        layers, rows = Counter(self.table.layer_kinds), self.plan.rows
-        end = len(rows) - (place_of(rows[-1]) == HAND_OVER)
-        calls = tuple(layers[row.kind] if row.kind >= 0 else 1 for row in rows[:end])
-        between, last = (at.pp - 1) * at.halves, tuple(found[end : len(rows)])
-        drafts = self._drafts if at.draft is not None and self.drafter is None else {}
-        drafted, ones = tuple(found[i] for i in drafts), (1,) * len(drafts)
-        one_pass = Part(rows[:end], tuple(found[:end]), calls, at.halves, at.own)
-        hand_overs = Part(rows[end:], last, (1,) * len(last), between, at.own)
-        depth = at.mtp_depth
-        if self.drafter is None:
-            return one_pass, hand_overs, Part(tuple(drafts.values()), drafted, ones, depth, at.draft)
-        if at.draft is None:
-            return one_pass, hand_overs
-        beside = found[len(rows) :]
-        return one_pass, hand_overs, *self.drafter.parts(beside, depth, halves=at.halves, own=at.own, draft=at.draft)
 
     @cached_property
     def _drafts(self) -> dict[int, Row]:
@@ -164,118 +175,123 @@ def _projection(table: OpTable) -> Op:
     return Op("mm", "eh_proj", -1, (joined, weight), (Tensor((Dim(1, B=1), Dim(hidden)), "bfloat16"),))
 
 
-Asked = tuple[Step, Size, Size, Size] | tuple[Step, Size, Size, Size, Where]
-"""A step, and the batch, new and cached tokens to price it at: numbers, or arrays that broadcast; some of the batches
-alone (:meth:`Step.ask`)."""
+Asked = tuple[Step, Size, Size, Size]
+"""A step, and the batch, new and cached tokens to price it at: numbers, or arrays that broadcast."""
 
 
 def prices(asked: Sequence[Asked]) -> Iterator[StepPrice]:
     """The price of each step, in order, as :meth:`Step.price` gives it: their kernels' fitted models are asked once."""
-    waiting: Waiting = {}
-    every: dict[int, BatchedCorrections] = {}
-    steps = []
-    for step, *at in asked:
-        corrections = step.pricer.corrections
-        later = every.setdefault(id(corrections), BatchedCorrections(corrections))
-        steps.append(step.ask(*at, asked=later, waiting=waiting))
-    for later in every.values():
-        later.find()
-    for priced in steps:
-        yield priced()
+    every, waiting = Questions(), dict[Any, Any]()
+    steps = [Together([step], at, every, waiting) for step, *at in asked]
+    every.find()
+    for together in steps:
+        (step,), at, found = together.steps, together.at, together.found(0)
+        families = dict.fromkeys(price.family for price in found)
+        sums = sums_of(step.recipe(at.draft is not None), found, dict(zip(families, range(len(families)), strict=True)))
+        own, draft = sums.at(at.own), sums.at(at.draft)
+        hidden = step.overlap.hidden(own.layers, own.busy, pick(at.whole.sizes.tokens, at.own), at.dual)
+        yield step.composed(own, draft, hidden, at, together.batch, found=found)
 
 
-GLOBAL_EPLB = ("trtllm",)
-"""Engines whose balancer knows no nodes (TensorRT-LLM, ``examples/wide_ep/ep_load_balancer/generate_eplb_config.py``);
-vLLM's and SGLang's keep the router's groups on nodes."""
+class Together:
+    """Steps of one phase and model at the same batches, priced as one: fleets, of which the sizes of all members are
+    columns, or one step alone. First all rows are asked for, then, once these have been found, prices.
+
+    ``asked_at``: batch, new and cached tokens; ``varied``: sizes of the steps that are others here.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], asked_at: Sequence[Size], asked: Questions, waiting: Waiting, **varied: Any
+    ) -> None:
+        (batch, new, past), ends = asked_at, [0]
+        self.steps, self.batch = steps, batch
+        sizes = replace(steps[0].sizes, **varied)
+        several = len(steps) > 1
+        if several:
+            every: list[Any] = [step.sizes for step in steps]
+            ends = np.cumsum([0, *(len(one.dp) for one in every)]).tolist()
+            dp, etp = (np.concatenate([getattr(one, name) for one in every]) for name in ("dp", "etp"))
+            load: Any = sizes.load
+            if load is not None:
+                load = replace(
+                    load, members=tuple([member for one in every for member in one.load.members]),
+                    local_experts=np.concatenate([one.load.local_experts for one in every]),
+                )
+            sizes = replace(sizes, dp=dp, etp=etp, load=load)
+        self.at = at = sizes.batches(batch, new, past)
+        whole = SizesOfAll(at.whole)
+        chunk = whole if at.chunk is at.whole else SizesOfAll(at.chunk)
+        self.members = [slice(*ends[i : i + 2]) if several else None for i in range(len(steps))]
+        self._asked: list[list[tuple[AskedRows, Prices, Hashable]]] = []
+        for step, members in zip(steps, self.members, strict=True):
+            memo = Memo() if step.memo is None else step.memo
+            rows, inside = (
+                AskedRows(step.pricer, step.sizes.backend, one, members, asked=asked, memo=memo, waiting=waiting)
+                for one in (whole, chunk)
+            )
+            recipe = step.recipe(at.draft is not None)
+            passed = [inside if within else rows for within in recipe.chunked]
+            self._asked.append([(one, *one.ask(row)) for row, one in zip(recipe.rows, passed, strict=True)])
+
+    def found(self, i: int) -> list[RowPrice]:
+        """Prices of the rows of step ``i``; those inside the experts of all chunks."""
+        found = [rows.price(prices, name) for rows, prices, name in self._asked[i]]
+        if self.at.chunk is not self.at.whole:
+            chunks = self.at.chunks
+            if self.members[i] is not None and np.ndim(chunks) > 1:
+                chunks = np.asarray(chunks)[self.members[i]]
+            inside = self.steps[i].recipe(self.at.draft is not None).chunked
+            found = [price.times(chunks) if within else price for price, within in zip(found, inside, strict=True)]
+        return found
+
+    def each(self, member: Rows, batch: Rows) -> Iterator[tuple[Rows, StepPrice]]:
+        """Prices of members ``[entries]`` at batches ``[entries, n]``, both by position: some of the entries at a time,
+        which, and their price ``[some, n]``."""
+        at, first = self.at, self.steps[0]
+        found = [self.found(i) for i in range(len(self.steps))]
+        names = dict.fromkeys(price.family for prices in found for price in prices)
+        families = dict(zip(names, range(len(names)), strict=True))
+        sums = [
+            sums_of(step.recipe(at.draft is not None), prices, families)
+            for step, prices in zip(self.steps, found, strict=True)
+        ]
+        width = max(one.places.shape[-1] for one in sums)
+        sizes = [np.size(step.sizes.dp) for step in self.steps]
+        step_of = np.repeat(np.arange(len(sizes)), sizes)[member]
+        together: dict[str, Array] = {}  # members and cases together are the last axis
+        for name, one in vars(sums[0]).items():
+            lead, end = one.shape[: 1 if name == "places" else 2], 0
+            joined = np.empty((*lead, sum(sizes), width))
+            for values, count in zip([getattr(each, name) for each in sums], sizes, strict=True):
+                axes = *lead, *(1,) * (2 + len(lead) - values.ndim), *values.shape[len(lead) :]
+                joined[..., end : end + count, :] = values.reshape(axes)  # all members may cost the same
+                end += count
+            together[name] = joined.reshape(*lead, sum(sizes) * width)
+        whole = Sums(**together)
+        alike: dict[Hashable, list[int]] = {}
+        for i, step in enumerate(self.steps):
+            own = step.overlap  # what overlaps that hide the same have in common, wherever the rows stand
+            shared = [kind for kind, places in own.positions.items() if "shared" in places]
+            alike.setdefault((own.external, own.contention, own.stream_tokens, *shared), []).append(i)
+        for steps in alike.values():
+            mine = np.flatnonzero(np.isin(step_of, steps))
+            for some in np.array_split(mine, max(1, len(mine) * batch.shape[1] // TOGETHER)):
+                if not len(some):
+                    continue
+                entries = batch[some]
+                parts: dict[str, Any] = {
+                    name: pick(getattr(at, name), entries) for name in ("micro", "dual", "halves")
+                } | {name: pick(getattr(at, name), entries[:, :1]) for name in ("pp", "mtp_depth")}
+                at_own, at_draft = (
+                    None if where is None else where[entries] if isinstance(where, np.ndarray) else where
+                    for where in (np.arange(width) if at.own is None else at.own, at.draft)
+                )
+                here = whole.at(member[some][:, None] * width + at_own)
+                drafts = here if at_draft is None else whole.at(member[some][:, None] * width + at_draft)
+                tokens = np.broadcast_to(at.whole.sizes.tokens, width)[at_own]
+                hidden = self.steps[steps[0]].overlap.hidden(here.layers, here.busy, tokens, parts["dual"])
+                yield some, first.composed(here, drafts, hidden, at._replace(**parts), pick(self.batch, entries))
 
 
-def moe_layers(table: OpTable) -> tuple[int, ...]:
-    """Numbers of the layers with experts."""
-    blocks = blocks_of(table.ops)
-    return tuple(i for i, kind in enumerate(table.layer_kinds) if kind in blocks)
-
-
-def experts_of(
-    table: OpTable, layout: Layout, device: DeviceProfile, engine: EngineProfile, options: Options, *,
-    routing: Routing | None = None,
-) -> tuple[ExpertLoad | LayerLoads | None, dict[str, float]]:
-    """How tokens fall on a layout's experts, and how many ranks and nodes a token's copies go to, on average; nothing
-    of a model without experts. ``routing``: that of the options, where it is parsed already."""
-    facts = table.facts
-    if not facts.num_experts:
-        return None, {}
-    # domains of the innermost tier that the experts' ranks span
-    nodes = max(1, -(-layout.stage_ranks // device.interconnect[0].size))
-    routing = routing or Routing.parse(options.routing, table.phase)
-    load = expert_load(
-        routing,
-        facts.num_experts,
-        facts.copies_per_token,
-        layout.ep - options.external_shared_experts,
-        redundant=options.redundant_experts,
-        policy=options.placement,
-        fused=facts.fused_experts,
-        nodes=1 if engine.name in GLOBAL_EPLB else nodes,
-        groups=facts.expert_groups,
-        layers=moe_layers(table) if routing.counts is not None else (),
-        stages=(len(table.layer_kinds), engine.pipeline_split) if routing.counts is not None else (0, "first"),
-    )
-    limits = (facts.expert_groups, facts.expert_groups_chosen)
-    kept = options.placement.startswith(("eplb", "balanced")) and facts.expert_groups % nodes == 0
-    if options.placement not in ("linear", "trivial") and (not kept or options.placement.startswith("eplb_global")):
-        limits = (1, 1)  # groups are scattered: a token's choices go anywhere
-    return load, {
-        tier: expected_distinct(facts.num_experts, facts.top_k, parts, *limits)
-        for tier, parts in (("ranks", layout.ep), ("nodes", nodes))
-    }
-
-
-def make_step(
-    table: OpTable,
-    plan: Plan,
-    layout: Layout,
-    device: DeviceProfile,
-    engine: EngineProfile,
-    *,
-    kv_bytes: float = 2.0,
-    options: Options = Options(),
-    prefill_graph_tokens: int = 0,
-    sources: Mapping[str, float] | None = None,
-    drafter: Drafter | None = None,
-) -> Step:
-    """The step of one layout. ``sources``: whose experts' kernels run, by dtype; ``drafter``: what drafts tokens, if
-    it is not the model's own layers."""
-    decode = table.phase == "decode"
-    # the eager view launches its kernels one by one
-    # kernels that are priced as others may be captured where those are not
-    named = options.all2all if options.all2all in EXCHANGE_KERNELS else plan.all2all
-    eager = options.fusion != "engine" or named in engine.eager_exchanges
-    captured = not eager and table.phase in engine.graph_captured_phases
-    # tokens of the largest step that is replayed from a graph
-    most = math.inf if captured else 0 if decode else prefill_graph_tokens
-    matmuls = {r.attrs["projection"]: r for r in plan.rows if isinstance(r, Op) and r.name == "grouped_matmul"}
-    gated = 1.0  # where experts' first matmul makes gate and up; 0 where there is no gate
-    if len(matmuls) > 1:
-        wide, narrow = matmuls["up"].outputs[0].dims[-1].coef, matmuls["down"].inputs[0].dims[-1].coef
-        gated = float(wide > 1.5 * narrow)
-    load, distinct = experts_of(table, layout, device, engine, options)
-    halved = engine.halved_steps
-    # with MXFP8 activations on Blackwell; with MXFP4 ones on CDNA 4 (SGLang 0.5.14, quark/schemes/quark_w4a4_mxfp4.py)
-    mxfp4 = ("w4a4" if device.vendor == "AMD" else "w4a8") if "fp4" in device.peak_flops else "mxfp4"
-    sizes = StepSizes(
-        decode=decode, dp=layout.dp, etp=layout.etp, pp=layout.pp, kv_bytes=kv_bytes, mtp_depth=options.mtp_depth,
-        dual=options.dual_batch_overlap, least_halved=0.0 if halved is None else float(
-            halved.decode_tokens if decode else halved.prefill_tokens
-        ), load=load, chunk_tokens=options.chunk_tokens, backend=plan.backend,
-        has_fp4="fp4" in device.peak_flops, mxfp4=mxfp4, masked_skips=engine.masked_gemm == "skips",
-        pcp=options.pcp,
-    )
-    pricer = RowPricer(
-        table=table, device=device, engine=engine, corrections=corrections_for(device, engine.name),
-        graph_tokens=0.0 if eager else float(most), tp=layout.tp, ep=layout.ep, etp=layout.etp, gated=gated,
-        balanced=options.routing == "balanced", sources=sources or {}, distinct=distinct,
-    )
-    overlap = Overlap.of(plan, table, engine, options, captured)
-    return Step(
-        table=table, plan=plan, sizes=sizes, pricer=pricer, overlap=overlap, captured=captured, drafter=drafter
-    )
+TOGETHER = 16_384
+"""Entries that are added up together: few enough to stay in the cache."""

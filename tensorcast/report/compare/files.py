@@ -95,10 +95,10 @@ def write_candidates(kept: Candidates, directory: Path) -> None:
     import pyarrow as pa
     from pyarrow import csv, parquet
 
-    exact = {name: arrow(values) for name, values in kept.columns.items()}
+    exact = {name: arrow(values) for name, values in kept.every.items()}
     parquet.write_table(pa.Table.from_arrays([*exact.values()], [*exact]), directory / "candidates.parquet")
     rounded = exact | {
-        name: arrow(six_digits(values)) for name, values in kept.columns.items() if values.dtype.kind == "f"
+        name: arrow(six_digits(values)) for name, values in kept.every.items() if values.dtype.kind == "f"
     }
     options = csv.WriteOptions(quoting_style="needed")
     csv.write_csv(pa.Table.from_arrays([*rounded.values()], [*rounded]), directory / "candidates.csv", options)

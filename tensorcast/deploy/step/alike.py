@@ -1,0 +1,240 @@
+"""Rows whose kernels differ in sizes alone, of any layers, layouts and steps, priced as one row of many sizes.
+
+NumPy takes as long for a few numbers as for hundreds, and a search has hundreds of rows at hundreds of batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tensorcast.cost.formulas import FORMULAS, REDUCES, Context, traffic
+from tensorcast.cost.kernels.corrections import BatchedCorrections
+from tensorcast.deploy.step.price import RowPrice
+from tensorcast.deploy.step.row_prices import Pending, RowPricer, Works
+from tensorcast.trace.dims import Dim, Sizes, product
+from tensorcast.trace.moe import EXPERT_STAGES
+from tensorcast.trace.table import DTYPE_BYTES, Op, Tensor
+
+NUMBERS = ("heads", "joined_tokens")
+"""Attributes that formulas take as sizes."""
+
+
+class Content(NamedTuple):
+    """``number``: for all that an op's price depends on beside the sizes; equal ops of any layer or table share it.
+
+    ``routed``: whether the sizes depend on how tokens fall on experts, and so on the layout. ``like``: for what ops
+    have in common that differ in ``coefs`` alone, those in ``op`` of dims and monomials, and ``numbers``
+    among its attributes.
+    """
+
+    number: int
+    routed: bool
+    like: int
+    op: Op
+    coefs: tuple[float, ...]
+    numbers: tuple[str, ...]
+
+
+_numbers: dict[tuple[object, ...], int] = {}
+
+
+class Contents(dict[int, tuple[Op, Content]]):
+    """What was found for ops of a table, by identity: its plans share most."""
+
+
+def content_of(op: Op, known: Contents) -> Content:
+    """What an op is priced by."""
+    if id(op) not in known:
+        tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
+        attrs = sorted((name, repr(value)) for name, value in op.attrs.items())
+        key = (op.name, op.stage, *map(tuple, tensors), tuple(attrs))
+        dims = [dim for tensor in (*op.inputs, *op.outputs) for dim in tensor.dims]
+        routed = op.stage in EXPERT_STAGES or any(dim.R or dim.E or dim.X for dim in dims)
+        plain = op
+        if FORMULAS.get(op.name, traffic) is traffic:
+            # of what only moves data no more is asked than the bytes that it reads and those that it writes: one tensor
+            # of each for each combination of atoms
+            moved = []
+            for some in (op.inputs, op.outputs):
+                found: dict[tuple[Dim, ...], float] = {}
+                for t in some:
+                    first, *others = product(t.dims, t.expanded)
+                    form = first._replace(coef=1.0), *others
+                    found[form] = found.get(form, 0.0) + float(first.coef) * DTYPE_BYTES[t.dtype]
+                moved.append(tuple([
+                    Tensor((first._replace(coef=coef), *others), "uint8")
+                    for (first, *others), coef in sorted(found.items())
+                ]))
+            parts = tuple(sorted({name for name in op.parts if name in REDUCES or name == "stream_mix"}))
+            plain = op.but(inputs=moved[0], outputs=moved[1], parts=parts)
+        every = (*plain.inputs, *plain.outputs)
+        numbers = tuple([n for n in NUMBERS if n in op.attrs and not isinstance(op.attrs[n], Dim)])
+        held = [pair for pair in attrs if pair[0] not in numbers and (plain is op or pair[0] in NUMBERS)]
+        forms = [(t.dtype, bool(t.weight), t.expanded, *(dim[1:] for dim in t.dims)) for t in every]
+        like = plain.name, plain.stage, plain.parts, len(plain.inputs), *forms, *held, *numbers
+        coefs = [dim.coef for t in every for dim in (*t.dims, *product(t.dims, t.expanded))]
+        coefs += [op.attrs[name] for name in numbers]
+        known[id(op)] = op, Content(
+            _numbers.setdefault(key, len(_numbers)), routed, _numbers.setdefault(like, len(_numbers)), plain,
+            tuple(coefs), numbers,
+        )
+    return known[id(op)][1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Several(Tensor):
+    """A tensor of several ops at once: coefficients of its dims and ``monomials`` are arrays."""
+
+    monomials: tuple[Dim, ...] = ()
+
+    def numel(self, sizes: Sizes) -> Any:
+        """As of one op."""
+        return math.prod([dim.at(sizes) for dim in self.monomials])
+
+
+class _Asked(NamedTuple):
+    """An op at sizes ``at``, of this ``shape``, which ``place`` tells from others."""
+
+    pricer: RowPricer
+    content: Content
+    op: Op
+    at: Context
+    shape: tuple[int, ...]
+    place: int
+
+
+@dataclass(eq=False)
+class _Alike:
+    """Rows whose kernels are alike. Entries of all are priced as one: along a first axis where all are at the same
+    sizes, else one after another, ``spans`` of each."""
+
+    asked: list[_Asked] = field(default_factory=list)
+    spans: Sequence[slice] = ()
+    works: Works = field(default_factory=list)
+    _whole: tuple[Op, Context, RowPricer] | None = None
+    _price: RowPrice | None = None
+
+    def ask(self, corrections: BatchedCorrections, joined: dict[tuple[int, ...], _Joined]) -> None:
+        """Ask for the corrections of all."""
+        first = self.asked[0]
+        op, at, pricer = first.op, first.at, first.pricer
+        if len(self.asked) > 1:
+            places, lengths = tuple([one.place for one in self.asked]), [math.prod(one.shape) for one in self.asked]
+            table = np.array([one.content.coefs for one in self.asked])
+            if places.count(first.place) == len(places):
+                columns: list[Any] = list(table.T.reshape(-1, len(table), *(1,) * len(first.shape)))
+            else:
+                key = first.op.name == "grouped_matmul", *places
+                if key not in joined:
+                    joined[key] = _joined(self.asked, lengths)
+                at, pricer, self.spans = joined[key]
+                columns = list(np.repeat(table, lengths, axis=0).T)
+            for i in np.flatnonzero((table == table[0]).all(axis=0)):
+                columns[i] = float(table[0, i])
+            one, coefs, tensors = first.content.op, iter(columns), list[Tensor]()
+            for t in (*one.inputs, *one.outputs):
+                dims, monomials = (
+                    tuple([dim._replace(coef=next(coefs)) for dim in some])
+                    for some in (t.dims, product(t.dims, t.expanded))
+                )
+                tensors.append(_Several(dims, t.dtype, weight=t.weight, expanded=t.expanded, monomials=monomials))
+            inputs, outputs = tuple(tensors[: len(one.inputs)]), tuple(tensors[len(one.inputs) :])
+            attrs = one.attrs | dict(zip(first.content.numbers, coefs, strict=True))
+            op = one.but(inputs=inputs, outputs=outputs, attrs=attrs)
+        self._whole = op, at, pricer
+        self.works = pricer.works(op, at, corrections)
+
+    def price(self, i: int) -> RowPrice:
+        """Of the row that asked as number ``i``."""
+        if self._price is None:
+            assert self._whole is not None
+            op, at, pricer = self._whole
+            self._price = pricer.kernels(op, at, self.works)
+        shape = self.asked[i].shape
+        if len(self.asked) == 1:
+            return self._price
+        if self.spans:
+            span = self.spans[i]
+            return self._price.each(
+                lambda value: value[span].reshape(shape)[()] if np.ndim(value) else value, self.asked[i].op
+            )
+        return self._price.each(lambda value: value[i] if np.ndim(value) > len(shape) else value, self.asked[i].op)
+
+
+_Joined = tuple[Context, RowPricer, Sequence[slice]]
+"""Sizes and layouts of several rows, one after another, and where each row's stand."""
+
+
+def _joined(asked: Sequence[_Asked], lengths: Sequence[int]) -> _Joined:
+    """The sizes of all rows, one after another."""
+    first, ends = asked[0], np.cumsum(lengths).tolist()
+    columns: dict[str, list[Any]] = {name: [getattr(one.at.sizes, name) for one in asked] for name in ("B", "S", "P")}
+    columns["verify"] = [one.at.verify for one in asked]
+    if first.content.routed:
+        columns |= {name: [getattr(one.at.sizes, name) for one in asked] for name in ("R", "E", "X")}
+        columns |= {name: [getattr(one.at, name) for one in asked] for name in ("hit", "capacity")}
+    if first.op.name == "grouped_matmul":
+        columns |= {name: [getattr(one.pricer, name) for one in asked] for name in ("ep", "etp")}
+        columns |= {f"{name} ": [one.pricer.sources[name] for one in asked] for name in first.pricer.sources}
+    known: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
+    found: dict[str, Any] = {}
+    for name, values in columns.items():
+        if not any(map(np.ndim, values)) and len({*values}) == 1:
+            found[name] = values[0]
+            continue
+        parts = []
+        for value, one in zip(values, asked, strict=True):
+            key = id(value), one.shape
+            if key not in known or not np.ndim(value):
+                known[key] = np.broadcast_to(value, one.shape).ravel()
+            parts.append(known[key])
+        found[name] = np.concatenate(parts)
+    sizes = Sizes(**{name: found.pop(name) for name in ("B", "S", "P", "R", "E", "X") if name in found})
+    beside = {name: found.pop(name) for name in ("verify", "hit", "capacity") if name in found}
+    at, pricer = replace(first.at, sizes=sizes, points=None, **beside), first.pricer
+    if found:
+        sources = {name.strip(): found.pop(name) for name in [*found] if name.endswith(" ")}
+        pricer = replace(pricer, **found, sources=sources)
+    return at, pricer, [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
+
+
+@dataclass(eq=False)
+class Questions:
+    """What rows of steps ask for, to be answered at once: prices of ops, and corrections of collectives."""
+
+    _alike: dict[tuple[Hashable, ...], _Alike] = field(default_factory=dict)
+    corrections: dict[int, BatchedCorrections] = field(default_factory=dict)
+    """By identity of those that are asked."""
+
+    def op(self, pricer: RowPricer, content: Content, op: Op, at: Context, place: int) -> Pending:
+        """The price of an op at sizes ``at``, which ``place`` tells from others, after :meth:`find`."""
+        kv = float(at.kv_bytes) if np.ndim(at.kv_bytes) == 0 else 0.0
+        key: tuple[Hashable, ...] = (
+            content.like, content.routed, id(pricer.corrections), id(pricer.engine), id(pricer.device),
+            pricer.graph_tokens, at.decode, at.has_fp4, at.mxfp4, at.backend, at.masked_skips, kv,
+        )
+        if op.name == "grouped_matmul":
+            facts = pricer.table.facts
+            key = *key, pricer.balanced, pricer.gated, *pricer.sources, facts.moe_hidden_size, facts.top_k, \
+                facts.moe_intermediate_size, facts.num_experts, facts.fused_experts
+        rows = self._alike.setdefault(key, _Alike())
+        sizes = [at.sizes.B, at.sizes.S, at.sizes.P, at.verify]
+        if content.routed:
+            sizes += [at.sizes.R, at.sizes.E, at.sizes.X, at.hit, at.capacity]
+        rows.asked.append(_Asked(pricer, content, op, at, np.broadcast_shapes(*map(np.shape, sizes)), place))
+        return partial(rows.price, len(rows.asked) - 1)
+
+    def find(self) -> None:
+        """Ask each kernel's model once."""
+        joined: dict[tuple[int, ...], _Joined] = {}
+        for rows in self._alike.values():
+            own = rows.asked[0].pricer.corrections
+            rows.ask(self.corrections.setdefault(id(own), BatchedCorrections(own)), joined)
+        for later in self.corrections.values():
+            later.find()

@@ -155,6 +155,8 @@ def _of_experts(c: Case) -> Iterator[Limit]:
 
 def _of_drafts(c: Case) -> Iterator[Limit]:
     depth, modules = c.options.mtp_depth, c.facts.mtp_modules
+    if not depth:
+        return
     if c.layout.pp > 1:
         yield "drafts in a pipeline", f"no speculative decoding at pp = {c.layout.pp}"
     if c.options.speculative_method != "mtp":
@@ -355,7 +357,6 @@ def engine_can_run(
         engine=engine, layout=layout, facts=facts, options=options, gpus_per_node=gpus_per_node, prefill=prefill,
         cuts=cuts, kernels=kernels,
     )
-    asked = (limits for limits in _LIMITS if options.mtp_depth or limits is not _of_drafts)
-    broken = dict(found for limits in asked for found in limits(case))
+    broken = dict(found for limits in _LIMITS for found in limits(case))
     rules = ANY_ENGINE if any_engine else ENGINE_RULES.get(engine, ANY_ENGINE)
     return next((f"{name}: {broken[name]}" for name in rules if name in broken and name not in lifted), "")

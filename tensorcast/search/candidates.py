@@ -47,14 +47,22 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
             shop.states[budget] = np.concatenate(firsts), np.concatenate(replies)
         first_s, per_token = shop.states[budget]
         fits = grid <= most[:, None]
+        largest = last_of(grid, fits)
         kept = fits & (first_s <= (limits[0] or np.inf)) & (per_token <= (limits[1] or np.inf))
-        rows, batch = batches(last_of(grid, fits), last_of(grid, kept))
-        engine = _engine(shop, budget, rows)
-        served = engine.metrics(batch, engine.at(batch).concurrency)
-        stable = np.isfinite(served.concurrency)
+        rows, batch = batches(largest, last_of(grid, kept))
+        known = shop.whatever.get(budget)
+        some = slice(0 if known is None else len(known.variant), None)  # those that limits choose come last
+        engine = _engine(shop, budget, rows[some])
+        served = engine.metrics(batch[some], engine.at(batch[some]).concurrency)
+        extra = {"chunk_tokens": np.full(len(rows[some]), float(budget)), "largest_batch": most[rows[some]]}
+        points = Points(rows[some], served.columns() | extra)
+        if known is None:
+            shop.whatever[budget] = points.where(slice(len(batches(largest)[0])))
+        else:
+            points = Points.joined([known, points])
+        stable = np.isfinite(points.columns["concurrency"])
         unstable += int((~stable).sum())
-        extra = {"chunk_tokens": np.full(len(rows), float(budget)), "largest_batch": most[rows]}
-        points = Points(rows, served.columns() | extra).where(stable)
+        points = points.where(stable)
         parts.append(points.where(np.argsort(shop.depths[points.variant], kind="stable")))
     return Points.joined(parts), unstable
 

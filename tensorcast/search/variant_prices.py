@@ -25,6 +25,7 @@ from tensorcast.deploy.step.sizes import COARSE, KV_BYTES
 from tensorcast.deploy.step.step import Together
 from tensorcast.profiles.kept import same
 from tensorcast.search.axes import LARGEST_BATCH
+from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import Scenario
 from tensorcast.search.space import Variant
 from tensorcast.search.workspace import MOST_FLEETS, MOST_SPACES, Parts
@@ -122,6 +123,7 @@ class VariantPrices:
         self.fleets: list[Fleet] = []
         # first token's and each other token's seconds at every batch, by chunk budget: whatever the limits are
         self.states: dict[int, tuple[Array, Array]] = {}
+        self.whatever: dict[int, Points] = {}  # candidates there whatever the limits are, by chunk budget
         self._pools: VariantPrices | None = None
         self.own_kv_dtype = self._whole.stored.kv
         self._cuts = [cut_prompts(scenario.load, budget) for budget in self.budgets]
@@ -195,7 +197,7 @@ class VariantPrices:
         for one in (found, found._pools):
             if one is None:
                 continue
-            one.grid, one.curves, one.states = grid, curves, {}
+            one.grid, one.curves, one.states, one.whatever = grid, curves, {}, {}
             one.variants, one._captured = [self.variants[i] for i in rows], [self._captured[i] for i in rows]
             one._setting_of = [self._setting_of[i] for i in rows]
             one._settings = sorted({*one._setting_of})

@@ -15,12 +15,13 @@ import tensorcast as tc
 from tensorcast.cli import app
 from tensorcast.scheduling.requests import Length, drawn
 
-BASE = ["replay", "qwen3-30b-a3b", "-d", "h100", "--layout", "tp2-ep2"]
+BASE = ["replay", "qwen3-30b-a3b", "-d", "h100"]
 DRAWN = ["--rate", "8", "-r", "60", "-i", "800", "--output-len", "60", "--spread", "0.5"]
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, [*BASE, *arguments])
+    layout = [] if "--layout" in arguments else ["--layout", "tp2-ep2"]
+    return CliRunner().invoke(app, [*BASE, *layout, *arguments])
 
 
 def test_words_json_and_files_say_the_same(tmp_path: Path) -> None:
@@ -59,6 +60,11 @@ def test_the_found_rate_keeps_the_limits() -> None:
     asked = ["-r", "60", "-i", "800", "--output-len", "60", "--ttft", "300ms", "--percentile", "90"]
     document = json.loads(run(*asked, "--find-rate", "--json").output)
     assert document["within_limits"] >= 0.9 and document["requests_per_s"] > 1
+    both = run(*asked, "--find-rate", "--json", "--layout", "tp2-ep2, tp2")  # rows say the rate that was found
+    for row in json.loads(both.output)["replays"]:
+        assert row["within_limits"] >= 0.9 and row["rate"] > row["requests_per_s"]
+    said = " ".join(run(*asked, "--find-rate").output.split())
+    assert "60 requests at" in said and "too few to tell a rate that can be kept up" in said
 
 
 def test_a_trace_at_another_rate(tmp_path: Path) -> None:
@@ -66,6 +72,22 @@ def test_a_trace_at_another_rate(tmp_path: Path) -> None:
     path.write_text("arrival_s,input_len,output_len\n" + "".join(f"{i},500,{20 + i}\n" for i in range(20)))
     slow, fast = (json.loads(run("--trace", str(path), "--json", *more).output) for more in ((), ("--rate", "10")))
     assert slow["duration_s"] > 19 > 5 > fast["duration_s"] and slow["served"] == fast["served"] == 20
+    together = json.loads(run("--trace", str(path), "--json", "--rate", "inf").output)
+    assert together["duration_s"] < fast["duration_s"] and together["served"] == 20
+
+
+def test_draws_say_where_percentiles_lie() -> None:
+    said = run(*DRAWN, "--draws", "3").output.replace("\xa0", " ").splitlines()
+    at = next(i for i, line in enumerate(said) if line.startswith("time per output token"))
+    low, middle, high = (re.findall(r"[\d.]+", said[i].replace("80 %", ""))[0] for i in (at + 1, at, at + 2))
+    assert "80 % from" in said[at + 1] and float(low) < float(middle) < float(high)
+
+
+def test_what_is_left_without_a_server_is_said() -> None:
+    """Prompts that nobody takes over keep their own servers busy, after the last token that a user gets as well."""
+    assert "0 of 60 requests served; no server was left" in run(*DRAWN, "--workers", "0s -1").output
+    found = json.loads(run(*DRAWN, "--layout", "tp2-ep2 > tp2-ep2", "--workers", "1s -1 of 2", "--json").output)
+    assert found["unserved"] > 0 and all(0 < server["busy_share"] <= 1 for server in found["servers"])
 
 
 def test_what_it_costs() -> None:
@@ -149,6 +171,8 @@ def test_ctrl_c_leaves_what_was_served(tmp_path: Path, monkeypatch: pytest.Monke
         (["--trace", "nothing.csv", "--turns", "3"], "--turns: is about drawn requests"),
         (["--rate", "1", "--workers", "soon -1"], "--workers 'soon -1': must be a time"),
         (["--rate", "1", "--workers", "5s -2"], "2 servers fewer at 5 s, but pool 1 has 1"),
+        (["--rate", "1,2", "--find-rate", "--ttft", "1s"], "--rate 1,2: --find-rate finds the rate"),
+        (["--rate", "1", "--mtp-acceptance", "1.5"], "--mtp-acceptance 1.5: must be a chance from 0 to 1"),
     ],
 )
 def test_mistakes_are_one_clear_line(arguments: list[str], says: str) -> None:

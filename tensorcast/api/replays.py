@@ -70,7 +70,7 @@ def replay(
     from tensorcast.deploy.model_names import named_model
     from tensorcast.deploy.options import served_options
     from tensorcast.profiles.store import load_engine
-    from tensorcast.scheduling.capacity import at_the_limit
+    from tensorcast.scheduling.capacity import at_the_limit, too_few
     from tensorcast.scheduling.outcome import Limits
     from tensorcast.scheduling.pools import parse_changes, parse_servers
     from tensorcast.scheduling.replay import priced_servers
@@ -90,7 +90,8 @@ def replay(
         requests = at_the_limit(priced, requests, limits, share=share, router=router, seed=seed, changes=changes)
     found = priced.run(requests, limits=limits, router=router, seed=seed, draws=draws, changes=changes, watch=watch)
     spread = SAID[chosen.routing] if profile.stated_facts.num_experts else ""
-    return noted(replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as, spread)
+    short = too_few(found) if find_rate else ""
+    return noted(replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as, spread, short)
 
 
 @python_names

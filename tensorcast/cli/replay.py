@@ -206,9 +206,9 @@ def replay(
     if out is not None:
         check_directory(out)
     limits = [duration(flag, text) for flag, text in (("--ttft", ttft), ("--tpot", tpot), ("--e2e", e2e))]
+    rates = _rates(rate, search_rate)
     if search_rate and not any(limits):
         raise InputError("--find-rate: needs a limit: --ttft, --tpot or --e2e")
-    rates = [None] if rate is None else list(map(float, numbers("--rate", rate)))
     seeds = whole_numbers("--seed", seed, 0)
     said = {
         "turns": turns, "think": duration("--think", think), "shared_len": shared_len, "law": law, "spread": spread,
@@ -253,6 +253,13 @@ def replay(
         _one(
             model, layouts[0], sent[0].requests, draws=draws, skipped=skipped, out=out, as_json=as_json, alike=alike
         )
+
+
+def _rates(text: str | None, search: bool) -> list[float | None]:
+    found: list[float | None] = [None] if text is None else [float(one) for one in numbers("--rate", text)]
+    if search and len(found) > 1:
+        raise InputError(f"--rate {text}: --find-rate finds the rate; leave one of both out")
+    return found
 
 
 def _one(

@@ -16,6 +16,9 @@ from tensorcast.scheduling.requests import Requests
 CLOSE = 1.01
 """How near the rate that still keeps the limits and the one that does not must be."""
 
+AHEAD = 1.15
+"""How much faster requests may come than they are served for a rate to count as kept up: the last replies take time."""
+
 SLOWEST = 1e-4
 """The least rate that is tried, as a part of what the servers finish when all requests come at once."""
 
@@ -62,3 +65,14 @@ def at_the_limit(
         middle = float(np.sqrt(low * high))
         low, high = (middle, high) if kept(middle) >= share else (low, middle)
     return requests.scaled(rate=low / own)
+
+
+def too_few(found: Outcome) -> str:
+    """Where requests came faster than they were served, what a found rate is not; empty where it holds for longer."""
+    requests, served = found.record.requests, found.served / found.seconds if found.served else 0.0
+    if requests.rate <= AHEAD * served:
+        return ""
+    return (
+        f"{len(requests):,} requests at {requests.rate:.3g} per second are served at {served:.3g}: they are too few to "
+        "tell a rate that can be kept up; with more of them (-r, --requests) it is lower"
+    )

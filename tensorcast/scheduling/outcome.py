@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 
+LIMIT_NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "request_s": "E2E"}
+"""Limits as they are written."""
+
 CAUSES = ("queue", "own prompt", "others' prompts", "decoding", "started over")
 """What a request's time goes into."""
 
@@ -144,7 +147,7 @@ class Outcome:
         rows = {"all": np.isfinite(self.record.last_s)}
         for name, limit in vars(self.limits).items():
             if limit is not None:
-                rows[f"{name[:-2]} over"] = self.times[name] > limit
+                rows[f"{LIMIT_NAMES[name]} over"] = self.times[name] > limit
         records = [
             {"requests": int(chosen.sum()), **{cause: float(parts[cause][chosen].mean()) for cause in CAUSES}}
             for chosen in rows.values()

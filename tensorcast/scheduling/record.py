@@ -120,8 +120,8 @@ class Record:
 
 @dataclass
 class Moments:
-    """A server over time, a moment per change: ``time_s``, sequences that read, decode and wait, and the share of the
-    cache that is used."""
+    """A server over time, a moment as steps begin: ``time_s``, sequences that read and decode in them and that wait,
+    and the share of the cache that is used."""
 
     rows: list[tuple[float, int, int, int, float]] = field(default_factory=list)
     every: int = 1

@@ -88,15 +88,16 @@ class PricedServers:
         return Outcome(
             record=record, layout=self.layout, gpus=held / end if fleet.changes and end > 0 else gpus, limits=limits,
             refused=len(fleet.refused), stopped=fleet.stopped,
-            servers=tuple(
-                self._said(server, seconds) for server, seconds in zip(fleet.servers, there, strict=True)
-            ),
+            servers=tuple(self._said(server, end) for server in fleet.servers),
         )
 
-    def _said(self, server: Server, seconds: float) -> dict[str, Any]:
+    def _said(self, server: Server, end_s: float) -> dict[str, Any]:
+        # one whose prompts nobody takes over works on after the last token that reached a user
+        seconds = float(min(server.lost_s, np.fmax(end_s, server.idle_from_s)) - server.from_s)
+        busy, prompts = (took / seconds if seconds > 0 else 0.0 for took in (server.busy_s, server.prompts_s))
         return {
-            "role": server.rules.role, "steps": server.steps, "busy_share": server.busy_s / seconds if seconds else 0.0,
-            "prompts_share": server.prompts_s / seconds if seconds else 0.0, "from_s": server.from_s,
+            "role": server.rules.role, "steps": server.steps, "busy_share": busy, "prompts_share": prompts,
+            "from_s": server.from_s,
             "lost_s": None if np.isinf(server.lost_s) else server.lost_s, "pool": server.pool,
             "moments": server.moments.columns,
         }

@@ -83,6 +83,8 @@ def rules_of(
     depth = deployment.options.mtp_depth
     if isinstance(mtp_acceptance, str):
         mtp_acceptance = acceptance(mtp_acceptance, deployment.model.name, deployment.options.speculative_method)
+    if not 0 <= mtp_acceptance <= 1:
+        raise InputError(f"--mtp-acceptance {mtp_acceptance:g}: must be a chance from 0 to 1")
     if cache_tokens is None:
         cache_tokens = float(cache_log(deployment, LONG).tokens)
     if cache_tokens < scheduler.block_tokens:

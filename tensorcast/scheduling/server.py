@@ -55,7 +55,7 @@ class Server:
 
     def __init__(self, rules: Rules, times: StepTimes, record: Record, number: int = 0, pool: int = 0) -> None:
         self.rules, self.times, self.record, self.number, self.pool = rules, times, record, number, pool
-        self.from_s, self.lost_s = 0.0, math.inf
+        self.from_s, self.idle_from_s, self.lost_s = 0.0, 0.0, math.inf
         self.ranks = [Rank(rules, record) for _ in range(rules.ranks)]
         self.batches = [rank.next for rank in self.ranks]
         self.stretch: Stretch | None = None
@@ -105,7 +105,14 @@ class Server:
         """Compose what comes next, if there is anything."""
         if self._alone and (steps := self.ranks[0].goes_on()):
             self.stretch = self._decoding_alone(steps, now_s)
-            return self.stretch
+        else:
+            self._compose(now_s)
+        self._until_kept -= 1
+        if not self._until_kept:
+            self._remember(now_s)
+        return self.stretch
+
+    def _compose(self, now_s: float) -> None:
         seen = self._begun[0] if self._begun else now_s
         hold = self._balances and self._holds_prompts(seen)
         mixed = running = False
@@ -121,10 +128,10 @@ class Server:
         elif running:
             self.stretch = self._decoding(now_s)
         else:
+            self.idle_from_s = now_s
             self._begun.clear()
             if seen < now_s and any(rank.waiting for rank in self.ranks):
-                return self.start(now_s)  # nothing runs: whoever came meanwhile is seen at once
-        return self.stretch
+                self._compose(now_s)  # nothing runs: whoever came meanwhile is seen at once
 
     def finish(self) -> list[int]:
         """The stretch under way ends: requests that are done here."""
@@ -162,9 +169,6 @@ class Server:
             begun.append(stretch.start_s if steps == 1 else stretch.after(steps - 1))
         else:
             begun.extend(stretch.after(step) for step in range(max(0, steps - lag), steps))
-        self._until_kept -= 1
-        if not self._until_kept:
-            self._remember(now)
         self.stretch = None
         return ended
 
@@ -189,6 +193,7 @@ class Server:
                 stretch.cut(done)
                 self.finish()
             self.busy_s += now_s - (stretch.end_s if done else stretch.start_s)
+            self.idle_from_s = now_s
         writing = [request for rank in self.ranks for request in rank.decoding]
         self.record.others_s[writing] += self._delayed_s
         here = [request for rank in self.ranks for request in rank.lose()]
@@ -211,7 +216,7 @@ class Server:
         used, reading, decoding, waiting = 0.0, 0, 0, 0
         for rank in self.ranks:
             used += rank.used
-            reading, decoding = reading + len(rank.reading), decoding + len(rank.decoding)
+            reading, decoding = reading + len(rank.next.prompts), decoding + rank.next.sequences
             waiting += len(rank.waiting)
         self.moments.add((now, reading, decoding, waiting, used / (len(self.ranks) * self.rules.cache_tokens)))
         self._until_kept = self.moments.every

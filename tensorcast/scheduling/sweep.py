@@ -100,6 +100,7 @@ def replayed_row(task: ReplayTask) -> dict[str, Any]:
             requests = at_the_limit(
                 priced, requests, task.limits, share=task.share, router=task.router, seed=task.seed, changes=changes
             )
+            row["rate"] = requests.rate
         found = priced.run(requests, limits=task.limits, router=task.router, seed=task.seed, changes=changes)
     except InputError as error:
         return {**row, "problem": str(error)}
@@ -140,11 +141,13 @@ def sent_at(requests: Requests, rates: Sequence[float]) -> list[Sent]:
     if not rates:
         return [Sent(requests=requests)]
     own = requests.rate
-    if not np.isfinite(own):
+    if not np.isfinite(own) and not all(map(np.isinf, rates)):
         raise InputError("--rate: the requests of this trace all come at once, and cannot be stretched to a rate")
     found = []
     for rate in rates:
-        if not 0 < rate < np.inf:
+        if not rate > 0:
             raise InputError(f"--rate {rate:g}: must be more than 0 requests per second")
-        found.append(Sent(requests=requests.scaled(rate=rate / own), said={"rate": rate}))
+        together = replace(requests, arrival_s=np.zeros(len(requests)))
+        sent = together if np.isinf(rate) else requests.scaled(rate=rate / own)
+        found.append(Sent(requests=sent, said={"rate": rate}))
     return found

@@ -74,6 +74,8 @@ def read_trace(path: Path, skip_bad: bool = False) -> TraceFile:
     start = text.lstrip()[:1]
     if not start:
         raise InputError(f"{path}: is empty, must be a trace of requests")
+    if start == "[":
+        raise InputError(f"{path}: is one JSON list, must be JSON lines, a table, or a result of a benchmark's client")
     if start != "{":
         return _table(path, csv.DictReader(io.StringIO(text)), skip_bad)
     first = text.lstrip().split("\n", 1)[0]
@@ -142,8 +144,8 @@ def _mooncake_row(one: Mapping[str, Any]) -> Row:
     arrival = _number("timestamp", one["timestamp"]) / 1e3
     lengths = [_whole(name, one[name]) for name in ("input_length", "output_length")]
     ids = one.get("hash_ids") or ()
-    if not set(map(type, ids)) <= {int}:
-        raise ValueError(f"hash_ids {str(ids)[:40]}: must be whole numbers")
+    if not isinstance(ids, list | tuple) or not set(map(type, ids)) <= {int}:
+        raise ValueError(f"hash_ids {str(ids)[:40]}: must be a list of whole numbers")
     return arrival, lengths[0], lengths[1], tuple(ids)
 
 

@@ -41,6 +41,7 @@ def draw(found: Outcome, path: Path) -> Path:
     """How long requests wait (share of them within a time), and what servers did over time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9.5, 6.2), layout="constrained", dpi=160)
     FigureCanvasAgg(figure)
@@ -54,7 +55,7 @@ def draw(found: Outcome, path: Path) -> Path:
             within.axvline(limit, color=colour, linestyle=":", linewidth=1.2)
     within.set_xscale("log")
     within.set(xlabel="seconds (dotted: limit)", ylabel="% of requests within", ylim=(0, 101))
-    within.legend(loc="lower right", frameon=False)
+    within.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     numbers = found.summary()
     within.set_title(words.headline(found, numbers), fontsize=10, loc="left")
     moments = [server["moments"] for server in found.servers]
@@ -66,7 +67,8 @@ def draw(found: Outcome, path: Path) -> Path:
         over_time.plot(grid, total, color=colour, label=label, linewidth=1.2)
     over_time.set(xlabel="seconds since the first request", ylabel="requests", xlim=(0, end))
     over_time.set_ylim(bottom=0)
-    over_time.legend(loc="upper right", frameon=False)
+    over_time.yaxis.set_major_locator(MaxNLocator(integer=True))
+    over_time.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return save(figure, path)
 
 

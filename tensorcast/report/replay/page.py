@@ -14,7 +14,7 @@ def sections(found: Outcome) -> list[Section]:
     page = [Section(words.headline(found, numbers), tuple(found.notes), figure="replay.png" if found.served else "")]
     if not found.served:
         return page
-    head, rows = words.times_table(numbers)
+    head, rows = words.times_table(found, numbers)
     page.append(Section("What users wait for", table=_table(head, rows)))
     page.append(Section("Rates", table=_table(["", ""], [list(pair) for pair in words.rates(found, numbers)], "ll")))
     said = (

@@ -17,7 +17,7 @@ def print_replay(found: Outcome, console: Console, skipped: int = 0) -> None:
     numbers = found.summary()
     console.print(Text(words.headline(found, numbers), style="bold"))
     if found.served:
-        console.print(_table(*words.times_table(numbers)))
+        console.print(_table(*words.times_table(found, numbers)))
         lines = Table.grid(padding=(0, 2, 0, 0))
         lines.add_column(style="dim", no_wrap=True)
         lines.add_column()

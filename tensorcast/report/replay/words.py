@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tensorcast.report import units
-from tensorcast.scheduling.outcome import CAUSES, PERCENTILES, Outcome
+from tensorcast.scheduling.outcome import CAUSES, LIMIT_NAMES, PERCENTILES, Outcome
 
 ROWS = {
     "ttft": "time to first token", "tpot": "time per output token", "itl": "gap between tokens",
@@ -14,15 +14,13 @@ ROWS = {
 """Times of :meth:`Outcome.summary`, by the start of their names."""
 
 
-NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "request_s": "E2E"}
-"""Limits as they are written."""
-
-
 def headline(found: Outcome, numbers: dict[str, float]) -> str:
     """What was replayed, and how much of it kept the limits."""
     said = f"{found.layout}: {units.count(numbers['served'])} of {units.count(numbers['requests'])} requests served"
     said += f" in {units.seconds(numbers['duration_s'])}" if found.served else ""
     said += ", stopped before the end" if found.stopped else ""
+    if not found.served and not found.stopped:
+        said += f"; {why_unserved(found)}"
     if limits := limits_said(found):
         said += f"; {units.percent(numbers.get('within_limits', 0.0))} keep {limits}"
     return said
@@ -31,18 +29,22 @@ def headline(found: Outcome, numbers: dict[str, float]) -> str:
 def limits_said(found: Outcome) -> str:
     """``TTFT 2 s, TPOT 50 ms``; empty if there are none."""
     return ", ".join(
-        f"{NAMES[name]} {units.seconds(limit)}" for name, limit in vars(found.limits).items() if limit is not None
+        f"{LIMIT_NAMES[name]} {units.seconds(limit)}" for name, limit in vars(found.limits).items() if limit is not None
     )
 
 
-def times_table(numbers: dict[str, float]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: mean and percentiles of every time."""
+def times_table(found: Outcome, numbers: dict[str, float]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: mean and percentiles of every time, and where four in five lie of those that were drawn."""
+    bands = found.bands()
     head = ["", "mean", *(f"P{p:g}" for p in PERCENTILES)]
     rows = []
     for key, said in ROWS.items():
         mean = numbers.get(f"{key}_mean_s")
         cells = [numbers.get(f"{key}_p{p:g}_s", float("nan")) for p in PERCENTILES]
         rows.append([said, "-" if mean is None else units.seconds(mean), *map(units.seconds, cells)])
+        for end, word in enumerate(("80 % from", "80 % to") if bands else ()):
+            own = [bands.get(f"{key}_{one}_s") for one in ("mean", *(f"p{p:g}" for p in PERCENTILES))]
+            rows.append([f"  {word}", *("-" if band is None else units.seconds(band[end]) for band in own)])
     return head, rows
 
 
@@ -77,9 +79,13 @@ def rates(found: Outcome, numbers: dict[str, float]) -> list[tuple[str, str]]:
     if numbers["moved"]:
         rows.append(("moved", f"{units.plural(numbers['moved'], 'time')}: the server was lost"))
     if numbers["unserved"]:
-        why = "the replay was stopped" if found.stopped else "no server was left"
-        rows.append(("unserved", f"{units.plural(numbers['unserved'], 'request')}: {why}"))
+        rows.append(("unserved", f"{units.plural(numbers['unserved'], 'request')}: {why_unserved(found)}"))
     return rows
+
+
+def why_unserved(found: Outcome) -> str:
+    """Why some requests got no reply that were not refused."""
+    return "the replay was stopped" if found.stopped else "no server was left"
 
 
 def broken_table(found: Outcome) -> tuple[list[str], list[list[str]]]:
@@ -90,7 +96,7 @@ def broken_table(found: Outcome) -> tuple[list[str], list[list[str]]]:
     for limit, own in frame.groupby("limit", sort=False):
         because = own["because"].value_counts()
         rows.append([
-            NAMES[f"{limit}_s"], units.count(len(own)),
+            LIMIT_NAMES[f"{limit}_s"], units.count(len(own)),
             *(units.count(because[cause]) if cause in because else "-" for cause in CAUSES),
         ])
     return head, rows
@@ -100,9 +106,10 @@ def worst(found: Outcome, count: int = 3) -> list[str]:
     """A sentence for each of the requests that are furthest beyond each limit."""
     said = []
     for row in found.broken().groupby("limit", sort=False).head(count).to_dict("records"):
+        limit = LIMIT_NAMES[f"{row['limit']}_s"]
         said.append(
             f"request {row['request']}, sent at {units.seconds(row['sent_s'])}, {units.count(row['input_len'])} + "
-            f"{units.count(row['output_len'])} tokens: {NAMES[row['limit'] + '_s']} {units.seconds(row['seconds'])}, "
+            f"{units.count(row['output_len'])} tokens: {limit} {units.seconds(row['seconds'])}, "
             f"limit {units.seconds(row['limit_s'])}; {row['because']} {units.seconds(row['of_it_s'])}"
         )
     return said

@@ -138,6 +138,8 @@ def class_of(entry: Entry) -> Class | str:
     kind = values.pop("model_type")
     for name in ("architectures", "quantization_config"):
         values.pop(name, None)
+    if "block_configs" in values:
+        return "its layers are of forms that no class of transformers has"
     try:
         if kind not in CONFIG_MAPPING:  # a file whose code is its own
             config = hf_config(_profile(entry))

@@ -105,7 +105,8 @@ def test_keys_of_as_many_heads_as_queries_are_cut_like_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"model_type": "openai-gpt", "n_layer": 2}, {"model_type": "xlstm"}, {"model_type": "rwkv"}]
+    "config", [{"model_type": "openai-gpt", "n_layer": 2}, {"model_type": "xlstm"}, {"model_type": "rwkv"},
+               {"model_type": "recurrent_gemma", "num_hidden_layers": 3}]
 )
 def test_a_class_without_a_cache_that_is_seen_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="keeps no cache that can be counted"):

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -129,6 +130,7 @@ def _trace_one(
         raise InputError(f"model {profile.name}: config.json does not say {unsaid}, and the model has experts")
     if not isinstance(whole, CustomConfig):
         _check_cache(profile.name, phase, ops)
+        _check_states(profile.name, model, {probe.B for probe in probes})
     params = _params(model, config, kinds, ops, stored_names(model, str(profile.config.get("model_type", ""))))
     facts = replace(
         _facts(whole, ops),
@@ -172,6 +174,15 @@ def _check_cache(name: str, phase: Phase, ops: list[Op]) -> None:
     written = {op.kind for op in ops if op.name == "kv_cache_write" and op.attrs["kind"] == "kv"}
     if written - {op.kind for op in ops if op.name == "attention"}:
         raise InputError(f"model {name}: transformers' class has attention of its own that is not followed in {phase}")
+
+
+def _check_states(name: str, model: nn.Module, batches: set[int]) -> None:
+    """Raise :class:`InputError` for a class that keeps states of its sequences in its modules (RecurrentGemma)."""
+    for path, module in model.named_modules():
+        for field_, value in (*vars(module).items(), *module._buffers.items()):
+            if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] in batches:
+                where = f"{path}.{field_}: states that its modules keep"
+                raise InputError(f"model {name}: transformers' class keeps no cache that can be counted: {where}")
 
 
 def _closed(

@@ -96,22 +96,23 @@ class Corrections:
         held = {n: np.maximum(value, 1.0) if n in AT_LEAST_ONE else value for n, value in sizes.items()}
         shape = np.broadcast_shapes(*(value.shape for value in held.values()))
         codes: Any = sum(weight * value for weight, value in zip(WEIGHTS, held.values(), strict=False))
-        codes, first, where = np.unique(np.broadcast_to(codes, shape), return_index=True, return_inverse=True)
+        asked = np.broadcast_to(codes, shape).ravel()
         known, values = self._answers.get((*name, *sizes), (np.empty(0), np.empty((3, 0))))
         if len(known) > MOST_SIZES:
             known, values = np.empty(0), np.empty((3, 0))
-        new = np.arange(len(codes))
-        if len(known):
-            new = np.flatnonzero(known[np.minimum(np.searchsorted(known, codes), len(known) - 1)] != codes)
+        place = np.searchsorted(known, asked)
+        new = np.flatnonzero(np.append(known, np.nan)[place] != asked)
         if len(new):
-            columns = {n: np.broadcast_to(value, shape).ravel()[first[new]] for n, value in held.items()}
+            codes, first = np.unique(asked[new], return_index=True)
+            columns = {n: np.broadcast_to(value, shape).ravel()[new[first]] for n, value in held.items()}
             found = self.predictor.price(*name, columns)
-            known = np.concatenate([known, codes[new]])
+            known = np.concatenate([known, codes])
             error = np.log(found.high / found.low) / 2.0 / NORMAL_80  # a median, that the interval stands for
             values = np.concatenate([values, [found.factor, error, found.level]], axis=1)
             order = np.argsort(known, kind="stable")
             known, values = self._answers[(*name, *sizes)] = known[order], values[:, order]
-        factor, error, level = values[:, np.searchsorted(known, codes)][:, where.reshape(shape)]
+            place = np.searchsorted(known, asked)
+        factor, error, level = values[:, place.reshape(shape)]
         return Correction(factor[()], error[()], level.astype(int)[()], *belongs)
 
     def _residual(self, family: str, dtype: str, variant: str) -> tuple[str, str] | None:

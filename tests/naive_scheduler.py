@@ -81,8 +81,11 @@ class Naive:
         return 0 if self.rules.reserves_reply else len(self.running)
 
     def make_room(self) -> None:
-        while len(self.running) > 1 and self.free() < self.growth():
-            one = self.running.pop()
+        while self.free() < self.growth():
+            reading = bool(self.reading) and not self.rules.alone
+            if not reading and len(self.running) < 2:
+                return
+            one = (self.reading if reading else self.running).pop()
             self.again[one.request] = self.again.get(one.request, 0) + one.written
             self.waiting.insert(0, (-1.0, one.request))
             self.preemptions += 1

@@ -67,6 +67,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "prompts alone": {"alone": True, "prompt_tokens": 700},
     "whole prompts, whole replies": {"splits": False, "reserves_reply": True, "chunk_tokens": 1000},
     "small cache": {"cache_tokens": 1100.0},
+    "small cache, small chunks": {"cache_tokens": 1000.0, "chunk_tokens": 64},
     "few at a time": {"most_sequences": 3},
     "few at a time, seen late": {"most_sequences": 2, "lag": 3},
     "room for replies expected": {

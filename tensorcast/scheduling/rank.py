@@ -64,7 +64,8 @@ class Rank:
         self.waiting: deque[int] = deque()
         self.reading: list[Reading] = []
         self.decoding: dict[int, Decoding] = {}  # in the order in which they were let in
-        self.prefix = PrefixCache(record.block_tokens) if rules.prefix_cache and record.blocks is not None else None
+        keeps = rules.prefix_cache and rules.role != "decode" and record.blocks is not None
+        self.prefix = PrefixCache(record.block_tokens) if keeps else None
         self.steps = 0  # decode steps so far
         self.used = 0.0  # tokens of the cache that sequences hold, those of shared blocks once
         self._tokens = 0.0  # of decoding sequences at step 0, were they as long ago: those now are _tokens + n e steps
@@ -91,7 +92,7 @@ class Rank:
         """The next step, of requests that arrived by ``seen_s``, until the one after it. ``hold_prompts``: no prompt is
         read."""
         sequences = len(self.decoding)
-        if sequences > 1 and self._holds - self.used < sequences * self._grows:
+        if sequences and self._holds - self.used < sequences * self._grows:
             self._make_room()
             sequences = len(self.decoding)
         if self._only_writes and self.waiting:
@@ -346,14 +347,22 @@ class Rank:
     def _make_room(self) -> None:
         """Where the cache has no room for another step, who came last starts over."""
         rules = self.rules
-        while len(self.decoding) > 1 and self.free < len(self.decoding) * self._grows:
-            request = next(reversed(self.decoding))
-            steps = self.steps - self.decoding[request].joined
-            self._leave(request)
-            self._ends = [end for end in self._ends if end[1] != request]
-            self._ends.sort()
-            with_prompt = rules.role == "both"  # where the prompt is read here, its first token came with it
-            self.record.preempt(request, with_prompt + int(steps * rules.tokens_per_step))
+        while self.free < len(self.decoding) * self._grows:
+            if self.reading and not rules.alone:  # where prompts run alone, replies stand still meanwhile
+                one = self.reading.pop()
+                self._release(one.held, one.blocks)
+                request, written = one.request, 0
+            elif len(self.decoding) > 1:
+                request = next(reversed(self.decoding))
+                steps = self.steps - self.decoding[request].joined
+                self._leave(request)
+                self._ends = [end for end in self._ends if end[1] != request]
+                self._ends.sort()
+                with_prompt = rules.role == "both"  # where the prompt is read here, its first token came with it
+                written = with_prompt + int(steps * rules.tokens_per_step)
+            else:
+                return
+            self.record.preempt(request, written)
             self.waiting.appendleft(request)
             if rules.expected is not None:
                 self._share = rules.expected.first

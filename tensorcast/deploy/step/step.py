@@ -123,20 +123,19 @@ class Step:
             sum((calls * taken[place] for place, calls in stage), 0.0)
             for stage in stages_of(self.table.layer_kinds, at.pp, self.pricer.engine.pipeline_split)
         ]
-        whose = [draft if part.drafts else own for part in recipe.parts]
-        for i in range(2, len(times)):
-            stages[-1] = stages[-1] + whose[i].among[i, 0] * times[i]
-        among, levels, errors = (
-            sum(getattr(sums, name)[i] * n for i, (sums, n) in enumerate(zip(whose, times, strict=True)))
-            for name in ("among", "levels", "errors")
-        )
+        every = [*zip(own.among, own.levels, own.errors, strict=True)]
+        if len(every) < len(times):
+            every += zip(draft.among, draft.levels, draft.errors, strict=True)
+        for (beside, *_), n in zip(every[2:], times[2:], strict=True):
+            stages[-1] = stages[-1] + beside[0] * n
+        among, levels, errors = (sum(each[i] * n for each, n in zip(every, times, strict=True)) for i in range(3))
         depth = at.mtp_depth
         passes = len(self.table.layer_kinds) + (depth if self.drafter is None else self.drafter.layer_passes(depth))
-        turns, beside = at.pp if self.sizes.decode else at.micro + at.pp - 1, self.pricer.engine.overhead
+        turns, spent = at.pp if self.sizes.decode else at.micro + at.pp - 1, self.pricer.engine.overhead
         passes = passes * turns / at.pp
-        per_sequence = beside.request_s * np.asarray(batch, dtype=float)
-        overhead = beside.step_s + beside.layer_s * passes + per_sequence
-        unsure = beside.layer_error_s * passes
+        per_sequence = spent.request_s * np.asarray(batch, dtype=float)
+        overhead = spent.step_s + spent.layer_s * passes + per_sequence
+        unsure = spent.layer_error_s * passes
         shares = levels / np.maximum(levels.sum(axis=0), 1e-30)
         return StepPrice(
             parts=tuple([
@@ -188,7 +187,8 @@ def prices(asked: Sequence[Asked]) -> Iterator[StepPrice]:
         (step,), at, found = together.steps, together.at, together.found(0)
         families = dict.fromkeys(price.family for price in found)
         sums = sums_of(step.recipe(at.draft is not None), found, dict(zip(families, range(len(families)), strict=True)))
-        own, draft = sums.at(at.own), sums.at(at.draft)
+        first = sum(not part.drafts for part in step.recipe(at.draft is not None).parts)
+        own, draft = sums.at(at.own, slice(first)), sums.at(at.draft, slice(first, None))
         hidden = step.overlap.hidden(own.layers, own.busy, pick(at.whole.sizes.tokens, at.own), at.dual)
         yield step.composed(own, draft, hidden, at, together.batch, found=found)
 
@@ -268,6 +268,7 @@ class Together:
                 end += count
             together[name] = joined.reshape(*lead, sum(sizes) * width)
         whole = Sums(**together)
+        later = sum(not part.drafts for part in first.recipe(at.draft is not None).parts)
         alike: dict[Hashable, list[int]] = {}
         for i, step in enumerate(self.steps):
             own = step.overlap  # what overlaps that hide the same have in common, wherever the rows stand
@@ -286,8 +287,10 @@ class Together:
                     None if where is None else where[entries] if isinstance(where, np.ndarray) else where
                     for where in (np.arange(width) if at.own is None else at.own, at.draft)
                 )
-                here = whole.at(member[some][:, None] * width + at_own)
-                drafts = here if at_draft is None else whole.at(member[some][:, None] * width + at_draft)
+                here = whole.at(member[some][:, None] * width + at_own, slice(later))
+                drafts = here if at_draft is None else whole.at(
+                    member[some][:, None] * width + at_draft, slice(later, None)
+                )
                 tokens = np.broadcast_to(at.whole.sizes.tokens, width)[at_own]
                 hidden = self.steps[steps[0]].overlap.hidden(here.layers, here.busy, tokens, parts["dual"])
                 yield some, first.composed(here, drafts, hidden, at._replace(**parts), pick(self.batch, entries))

@@ -62,11 +62,15 @@ class Sums:
     levels: Array
     errors: Array
 
-    def at(self, where: Where) -> Sums:
-        """Those of some of the cases; where there is one case alone, of that."""
-        if where is None or self.places.ndim == 1 or self.places.shape[-1] == 1:
-            return self
-        return Sums(**{name: values[..., where] for name, values in vars(self).items()})
+    def at(self, where: Where, parts: slice = slice(None)) -> Sums:
+        """Those of some of the cases, where there is more than one, and of some of the ``parts``: of later ones alone
+        nothing by place and layer."""
+        every = where is None or self.places.ndim == 1 or self.places.shape[-1] == 1
+        found = {}
+        for name, values in vars(self).items():
+            some = values[parts] if name in ("among", "levels", "errors") else values[:0] if parts.start else values
+            found[name] = some if every else some[..., where]
+        return Sums(**found)
 
 
 def sums_of(recipe: Recipe, prices: Sequence[RowPrice], families: Mapping[str, int]) -> Sums:

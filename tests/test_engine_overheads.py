@@ -258,10 +258,11 @@ def test_runs_left_out_do_not_move_the_fit(measured: pd.DataFrame) -> None:
 
 
 def test_a_few_strange_runs_do_not_drag_the_fit(measured: pd.DataFrame) -> None:
+    """Least squares find less than nothing per layer with these (-79 %); of six choices like this one two matter."""
     even = np.flatnonzero(engines.read_runs(measured)["even"])
     strange = measured.copy()
     strange.loc[even[::6], "measured_tpot_s"] *= 0.4  # as if these drafted tokens
-    assert fit(strange).layer_s == pytest.approx(fit(measured).layer_s, rel=0.15)
+    assert fit(strange).layer_s == pytest.approx(fit(measured).layer_s, rel=0.2)
 
 
 def test_too_few_runs_are_one_line(tmp_path: Path, measured: pd.DataFrame) -> None:

@@ -27,7 +27,7 @@ def per_table(function: Callable[Concatenate[OpTable, Rest], Found]) -> Callable
     def remembered(table: OpTable, *rest: Rest.args, **named: Rest.kwargs) -> Found:
         key = (id(table.ops), id(table.params), *rest, *named.items())
         if key not in found:
-            if len(found) >= 1024:
+            if len(found) >= 4096:
                 found.pop(next(iter(found)))
             found[key] = table, function(table, *rest, **named)  # the table stays alive, so its ids stay its own
         return found[key][1]

@@ -116,7 +116,7 @@ def test_allow_oversize() -> None:
     ("arguments", "said"),
     [
         (("simulate", "mixtral-8x7", "-d", "h100"), ("mixtral-8x7b", "mixtral-8x22b")),
-        (("simulate", "qwen3-30b-a3b", "-d", "h1000"), ("h1000", "h100-sxm")),
+        (("simulate", "qwen3-30b-a3b", "-d", "h1000"), ("h1000", "did you mean h100")),
         ((*SMALL, "--engine", "vlm"), ("vlm", "vllm")),
         ((*SMALL, "-n", "4", "--tp", "3"), ("tp*dp*pp", "world_size = 4")),
         ((*SMALL, "-n", "3"), ("32 attention heads", "tp = 3")),

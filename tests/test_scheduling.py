@@ -276,6 +276,20 @@ def test_a_closed_loop_is_what_the_closed_form_says(priced: PricedServers) -> No
         assert found["output_tokens_per_s"] == pytest.approx(closed["output_tokens_per_s"], rel=tolerance)
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+def test_one_user_of_attention_dp_is_what_the_closed_form_says(engine: str) -> None:
+    """Experts see a quarter of a sequence per rank, which tables that begin at one do not tell."""
+    row = {"model": "qwen3-30b-a3b", "device": "h100", "engine": engine, "dp": 4, "ep": 4, "isl": 2000, "osl": 200}
+    closed = predict.predict(pd.DataFrame([{**row, "concurrency": 1, "routing": "typical"}])).iloc[0]
+    servers = priced_servers(
+        load_model("qwen3-30b-a3b"), load_device("h100"), load_engine(engine), parse_servers("dp4-ep4"), longest=6000,
+        options=SERVED,
+    )  # fmt: skip
+    found = servers.run(drawn(20, Length(2000), Length(200), users=1)).summary()
+    assert found["tpot_mean_s"] == pytest.approx(closed["tpot_s"], rel=0.02)
+    assert found["output_tokens_per_s"] == pytest.approx(closed["output_tokens_per_s"], rel=0.02)
+
+
 def test_the_rate_at_the_limit(priced: PricedServers) -> None:
     requests = drawn(150, Length(1000, 0.5), Length(100, 0.5), rate=1.0, seed=5)
     limits = Limits(ttft_s=0.5, tpot_s=0.03)

@@ -8,7 +8,7 @@ import { $, copy, el, fill, say, tooltips } from "./dom.js";
 import { State } from "./state.js";
 import { Table, kept, verdict } from "./table.js";
 
-const REST_MS = 220; // a slider that rests so long is where it should be
+const REST_MS = 60; // a slider that rests so long is where it should be; a drag moves it every 16 ms
 
 let catalog, state, controls, table, details, page = null, ghost = null, timer = 0, rests = 0, hovered = null, shownAt = "";
 const swift = new Line("quick", (one, ok, found, ms) => take(one, ok, found, ms, true));

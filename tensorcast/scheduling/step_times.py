@@ -193,7 +193,7 @@ def step_times(
     decoding = prompting = None
     verify = 1.0
     if decode is not None:
-        batch = GRID[GRID >= 1 / decode.layout.dp]  # experts are asked about ranks' mean, which may be less than one
+        batch = GRID[decode.layout.dp * GRID >= 1]  # experts are asked about ranks' mean, which may be less than one
         batch = batch[: max(2, int(np.searchsorted(batch, most_sequences)) + 1)]
         price = decode.step.price(batch, 1.0, contexts[:, None])
         shared, attention = _shared(price, decode), np.asarray(price.tally.attention)

@@ -4,7 +4,6 @@
 # 1 x decode worker
 # a router in front sends each request to a prefill and then to a decode server
 # to be filled in: HEAD_NODE_IP: the first node's address
-# dense layers are cut over all ranks of a stage; SGLang cannot cut them over attention's tp alone
 # on each node: bash THIS_FILE prefill|decode-node0|decode-node1
 
 case "${1-}" in
@@ -25,7 +24,7 @@ python3 -m sglang.launch_server \
   --enable-two-batch-overlap \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 592 \
+  --max-running-requests 352 \
   --chunked-prefill-size 65536 \
   --mem-fraction-static 0.288 \
   --disaggregation-mode prefill \
@@ -37,8 +36,9 @@ python3 -m sglang.launch_server \
   --host 0.0.0.0 \
   --port 30000 \
   --tp-size 16 \
-  --attn-dp-size 8 \
+  --attn-dp-size 16 \
   --enable-dp-lm-head \
+  --moe-dense-tp-size 1 \
   --nnodes 2 \
   --node-rank 0 \
   --dist-init-addr HEAD_NODE_IP:20000 \
@@ -46,10 +46,12 @@ python3 -m sglang.launch_server \
   --moe-a2a-backend deepep \
   --deepep-mode low_latency \
   --deepep-dispatcher-output-dtype bf16 \
+  --enable-eplb \
+  --ep-num-redundant-experts 16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 592 \
-  --cuda-graph-max-bs-decode 74 \
+  --max-running-requests 704 \
+  --cuda-graph-max-bs-decode 44 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake
@@ -60,8 +62,9 @@ python3 -m sglang.launch_server \
   --host 0.0.0.0 \
   --port 30000 \
   --tp-size 16 \
-  --attn-dp-size 8 \
+  --attn-dp-size 16 \
   --enable-dp-lm-head \
+  --moe-dense-tp-size 1 \
   --nnodes 2 \
   --node-rank 1 \
   --dist-init-addr HEAD_NODE_IP:20000 \
@@ -69,10 +72,12 @@ python3 -m sglang.launch_server \
   --moe-a2a-backend deepep \
   --deepep-mode low_latency \
   --deepep-dispatcher-output-dtype bf16 \
+  --enable-eplb \
+  --ep-num-redundant-experts 16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 592 \
-  --cuda-graph-max-bs-decode 74 \
+  --max-running-requests 704 \
+  --cuda-graph-max-bs-decode 44 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

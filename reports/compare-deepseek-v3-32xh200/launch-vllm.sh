@@ -23,7 +23,7 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --enable-dbo \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 74 \
+  --max-num-seqs 44 \
   --max-num-batched-tokens 8192 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -33,17 +33,19 @@ VLLM_NIXL_SIDE_CHANNEL_HOST=THIS_NODE_IP \
 vllm serve deepseek-ai/DeepSeek-V3 \
   --host 0.0.0.0 \
   --port 8000 \
-  --tensor-parallel-size 2 \
-  --data-parallel-size 8 \
-  --data-parallel-size-local 4 \
+  --tensor-parallel-size 1 \
+  --data-parallel-size 16 \
+  --data-parallel-size-local 8 \
   --data-parallel-address HEAD_NODE_IP \
   --data-parallel-rpc-port 13345 \
   --enable-expert-parallel \
   --all2all-backend deepep_low_latency \
+  --enable-eplb \
+  --eplb-config '{"num_redundant_experts": 16}' \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 74 \
-  --max-num-batched-tokens 74 \
+  --max-num-seqs 44 \
+  --max-num-batched-tokens 44 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;
@@ -52,19 +54,21 @@ VLLM_NIXL_SIDE_CHANNEL_HOST=THIS_NODE_IP \
 vllm serve deepseek-ai/DeepSeek-V3 \
   --host 0.0.0.0 \
   --port 8000 \
-  --tensor-parallel-size 2 \
-  --data-parallel-size 8 \
-  --data-parallel-size-local 4 \
-  --data-parallel-start-rank 4 \
+  --tensor-parallel-size 1 \
+  --data-parallel-size 16 \
+  --data-parallel-size-local 8 \
+  --data-parallel-start-rank 8 \
   --data-parallel-address HEAD_NODE_IP \
   --data-parallel-rpc-port 13345 \
   --headless \
   --enable-expert-parallel \
   --all2all-backend deepep_low_latency \
+  --enable-eplb \
+  --eplb-config '{"num_redundant_experts": 16}' \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 74 \
-  --max-num-batched-tokens 74 \
+  --max-num-seqs 44 \
+  --max-num-batched-tokens 44 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;

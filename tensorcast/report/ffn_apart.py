@@ -62,6 +62,8 @@ def print_splits(found: Sequence[Split], console: Console, tpot_s: float | None)
     limit = f" within {units.seconds(tpot_s)} a step" if tpot_s is not None else ""
     for one in found:
         console.print(Text(f"Attention and FFN apart: {sentence(one)}", style="bold"))
+        if not one.apart:
+            continue
         table = Table(box=box.SIMPLE_HEAD)
         for name in ("decode server", "batch", "step", "tok/s/GPU", "attn.", "FFN", "exchange"):
             words = name in ("decode server", "exchange")

@@ -10,6 +10,9 @@ import { Table, kept, verdict } from "./table.js";
 
 const REST_MS = 60; // a slider that rests so long is where it should be; a drag moves it every 16 ms
 
+// They choose among candidates that are priced: all layouts are answered about as soon as a few would be.
+const CHOOSE = new Set(["ttft_ms", "tpot_ms", "price", "budget", "confidence", "objective", "users", "request_rate"]);
+
 let catalog, state, controls, table, details, page = null, ghost = null, timer = 0, rests = 0, hovered = null, shownAt = "";
 const swift = new Line("quick", (one, ok, found, ms) => take(one, ok, found, ms, true));
 const whole = new Line("answer", (one, ok, found, ms) => take(one, ok, found, ms, false));
@@ -18,18 +21,26 @@ const beside = new Line("versus", (one, ok, found) => details.takePair(found));
 
 const meaning = (word) => catalog.glossary[word] ?? catalog.glossary[{ TTFT: "traffic", users: "concurrency", batch: "B" }[word]] ?? "";
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
+const priced = (asked) => Object.entries(asked).every(([key, value]) => CHOOSE.has(key) || state.asked[key] === value);
 
 function changed(key, value, settled) {
   if (state.asked[key] === value && !settled) return;
   if (page && !page.quick) ghost = charts.frontOf(page.rows, axis());
   state.asked[key] = value;
   state.write();
-  ask(settled);
+  ask(settled, key);
 }
 
-// The quick question first, so that nothing competes with it; all layouts once it is answered and the slider rests.
-function ask(settled) {
+// The quick question first, so that nothing competes with it; all layouts once it is answered and the slider rests. All
+// layouts at once where the answer that stands has their prices.
+function ask(settled, key) {
   clearTimeout(timer);
+  if (CHOOSE.has(key) && page && !page.quick && priced(page.of)) {
+    swift.drop();
+    whole.ask(state.asked, {});
+    status("moving");
+    return;
+  }
   rests = performance.now() + (settled ? 0 : REST_MS);
   swift.ask(state.asked, {});
   status("moving");
@@ -46,7 +57,7 @@ const axis = () => state.view.y || "tokens_per_s_per_gpu";
 function take(one, ok, found, ms, quick) {
   const current = same(one.state, state.asked);
   if (quick && current && ok) askWhole();
-  if (!current && !quick) return;
+  if (!current && !quick && !(ok && priced(one.state))) return;
   if (quick && page && !page.quick && page.of && same(page.of, one.state)) return; // the full answer came first
   if (!ok) {
     if (!current) return;
@@ -58,7 +69,8 @@ function take(one, ok, found, ms, quick) {
   const begun = performance.now();
   page = { ...found, of: one.state, ms, rows: rowsOf(found) };
   draw();
-  if (!quick) lookClose();
+  if (!quick && current) lookClose();
+  if (!quick && !current) status("moving");
   performance.measure("draw", { start: begun });
   document.body.dataset.answer = `${quick ? "quick" : "full"} ${new URLSearchParams(one.state)}`;
 }

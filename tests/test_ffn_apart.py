@@ -150,6 +150,13 @@ def test_dense_models_have_no_ffn_ranks() -> None:
         tc.simulate_apart("qwen3-8b", device="h200", dp=2, ffn_gpus=1)
 
 
+def test_pools_of_two_devices_have_no_splits() -> None:
+    """Their decode pools are of another device than the one that would be split."""
+    words = ["compare", "qwen3-30b-a3b", "-d", "h200", "--decode-device", "h100", "-n", "4", "-i", "500", "-o", "100"]
+    done = CliRunner().invoke(app, [*words, "--ffn-apart"])
+    assert done.exit_code == 2 and "leave out --decode-device h100-sxm" in done.output
+
+
 def test_splits_stand_beside_the_best_whole_server() -> None:
     words = ["compare", "qwen3-30b-a3b", "-d", "h100", "-n", "8", "-i", "2000", "-o", "500", "--tpot", "20ms",
              "--ffn-apart"]  # fmt: skip

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tensorcast.api.deployments import device_profile
 from tensorcast.arguments import python_names
+from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,10 +64,12 @@ def compare_apart(comparison: Comparison) -> list[Split]:
     engine and size that was asked about, all by their steps alone.
 
     Whole servers are the comparison's decode pools, without drafts. Raises :class:`tensorcast.InputError` for a model
-    without experts.
+    without experts, and for a comparison of pools of two devices, whose decode pools are of another device.
     """
     from tensorcast.serving.ffn_splits import Split, Splitting, splits
 
+    if second := next((task.pools[-1].device.name for task in comparison.tasks if task.pools), ""):
+        raise InputError(f"--ffn-apart: compares decode servers of --device alone; leave out --decode-device {second}")
     return [
         Split(
             device=task.device.name, engine=task.engine.name, gpus=task.gpus, whole=_best_whole(comparison, task),

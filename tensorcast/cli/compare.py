@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from tensorcast.scheduling.requests import Requests
     from tensorcast.search.compare import Comparison
     from tensorcast.search.replayed import ReplayedComparison
-    from tensorcast.serving.ffn_splits import Split
 
 REPLAY = "Replay"
 
@@ -210,6 +209,7 @@ def compare(
 ) -> None:
     """Compare every legal layout of MODEL for a load and its limits: the best, why, and what comes close."""
     from tensorcast.api import compare as run_comparison
+    from tensorcast.api import compare_apart
     from tensorcast.search.compare import NoLayoutMeets
 
     if out is not None:
@@ -255,7 +255,7 @@ def compare(
             raise
         written = [] if out is None else _written(found, out)
         replayed = None if sent is None else _replayed(found, sent, replay_top, percentile, out)
-        split = _apart(found) if ffn_apart else []
+        split = compare_apart(found) if ffn_apart else []
         written += [] if replayed is None or out is None else [out / "replayed.csv"]
     if as_json:
         from tensorcast.report.compare.terminal import comparison_record
@@ -303,12 +303,6 @@ def _replayed(
     if out is not None:
         write_replayed(replayed, out)
     return replayed
-
-
-def _apart(found: Comparison) -> list[Split]:
-    from tensorcast.api import compare_apart
-
-    return compare_apart(found)
 
 
 def _written(found: Comparison, out: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from tensorcast.scheduling.pools import parse_servers
 from tensorcast.scheduling.prefix_cache import PrefixCache
 from tensorcast.scheduling.replay import PricedServers, priced_servers
 from tensorcast.scheduling.requests import Length, Requests, drawn, sessions
-from tensorcast.scheduling.rules import Role, Rules
+from tensorcast.scheduling.rules import Role, Rules, Waits
 from tensorcast.scheduling.step_times import Bilinear, DecodeTimes, PromptTimes, StepTimes, step_times
 
 SERVED = Options(routing="typical")
@@ -46,7 +46,8 @@ TIMES = StepTimes(
 RULES = Rules(
     role="both", ranks=1, alone=False, chunk_tokens=512, splits=True, prompt_tokens=None, most_sequences=64,
     cache_tokens=1e6, block_tokens=1, reserves_reply=False, expected=None, tokens_per_step=1.0, verify=1.0, lag=1,
-    balance_steps=0, first_token_s=0.003, prompt_token_s=0.0, prefix_cache=True, longest=1 << 30, round_robin=False,
+    waits=Waits(), first_token_s=0.003, prompt_token_s=0.0, prefix_cache=True, longest=1 << 30,
+    round_robin=False,
 )  # fmt: skip
 
 

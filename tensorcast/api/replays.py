@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tensorcast.scheduling.fleet import Watch
     from tensorcast.scheduling.outcome import Outcome
     from tensorcast.scheduling.requests import Requests
+    from tensorcast.scheduling.rules import Waits
     from tensorcast.scheduling.sweep import Sent
 
 
@@ -37,7 +38,7 @@ def replay(
     prefill_chunk: int | None = None,
     max_sequences: int | None = None,
     mtp_acceptance: float | str = 0.8,
-    balance_steps: int = 0,
+    waits: Waits | None = None,
     draws: int = 0,
     seed: int = 0,
     workers: str = "",
@@ -55,8 +56,8 @@ def replay(
     ``power_of_two`` or ``prefix_aware``. ``ttft_s``, ``tpot_s``, ``request_s`` are the longest times that users accept;
     with ``find_rate`` the requests are sent as fast as leaves ``percentile`` percent of them within.
     ``prefill_chunk``, ``max_sequences``: new tokens and sequences of a step, per data-parallel rank, the engine's own
-    if not given. ``balance_steps``: steps that prompts wait until every rank has one (TensorRT-LLM's
-    ``attention_dp_config``). ``draws`` replays under other step times give 80 % bands; ``usd_per_gpu_hour`` gives
+    if not given. ``waits``: steps that prompts wait for others (TensorRT-LLM's ``attention_dp_config`` and
+    ``batch_wait``). ``draws`` replays under other step times give 80 % bands; ``usd_per_gpu_hour`` gives
     cost. ``watch`` is told how many requests are finished by which second; Ctrl-C then leaves these. ``options``:
     those of :func:`simulate`; ``routing`` is typical unless said.
 
@@ -74,6 +75,7 @@ def replay(
     from tensorcast.scheduling.outcome import Limits
     from tensorcast.scheduling.pools import parse_changes, parse_servers
     from tensorcast.scheduling.replay import priced_servers
+    from tensorcast.scheduling.rules import Waits
 
     limits = Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s)
     (profile, read_as), servers = named_model(model), parse_servers(layout)
@@ -83,7 +85,7 @@ def replay(
         profile, device_profile(device), load_engine(engine), servers,
         longest=int((requests.input_len + requests.output_len).max()), options=chosen,
         mtp_acceptance=mtp_acceptance, chunk_tokens=prefill_chunk, max_sequences=max_sequences,
-        balance_steps=balance_steps,
+        waits=waits or Waits(),
     )
     if find_rate:
         share = percentile / 100
@@ -100,7 +102,7 @@ def replay_sweep(
     rates: Sequence[float] = (), engine: str = "vllm", router: str = "least_work", ttft_s: float | None = None,
     tpot_s: float | None = None, request_s: float | None = None, find_rate: bool = False, percentile: float = 99.0,
     prefill_chunk: int | None = None, max_sequences: int | None = None, mtp_acceptance: float | str = 0.8,
-    balance_steps: int = 0, seed: int = 0, workers: str = "", usd_per_gpu_hour: float = 0.0, jobs: int = 1,
+    waits: Waits | None = None, seed: int = 0, workers: str = "", usd_per_gpu_hour: float = 0.0, jobs: int = 1,
     executor: str | None = None, done: Callable[[int], None] | None = None, keep: bool = False,
     **options: Unpack[DeploymentOptions],
 ) -> pd.DataFrame:
@@ -114,6 +116,7 @@ def replay_sweep(
     from tensorcast.deploy.options import served_options
     from tensorcast.profiles.store import load_engine
     from tensorcast.scheduling.outcome import Limits
+    from tensorcast.scheduling.rules import Waits
     from tensorcast.scheduling.sweep import ReplayTask, every_replay, replay_all, sent_at
 
     profile = named_model(model)[0]
@@ -125,7 +128,7 @@ def replay_sweep(
             limits=Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s), changes=workers,
             share=percentile / 100 if find_rate else None, usd_per_gpu_hour=usd_per_gpu_hour,
             settings={"mtp_acceptance": mtp_acceptance, "chunk_tokens": prefill_chunk, "max_sequences": max_sequences,
-                      "balance_steps": balance_steps},
+                      "waits": waits or Waits()},
         ),
     )  # fmt: skip
     return replay_all(tasks, jobs=jobs, executor=executor, done=done, keep=keep)

@@ -13,6 +13,7 @@ from tensorcast.cli.values import duration, listed_names, numbers, whole_numbers
 from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError
 from tensorcast.parallel import note
+from tensorcast.scheduling.rules import Waits
 
 if TYPE_CHECKING:
     from tensorcast.scheduling.requests import Requests
@@ -153,8 +154,21 @@ def replay(
     )] = None,
     balance_steps: Annotated[int, typer.Option(
         "--balance-steps", min=0, rich_help_panel=CHOICES,
-        help="Steps that prompts wait until every data-parallel rank has one (TensorRT-LLM's attention_dp_config).",
+        help="Steps that prompts wait until every data-parallel rank has one (TensorRT-LLM's attention_dp_config: "
+        "timeout_iters).",
     )] = 0,
+    batching_steps: Annotated[int, typer.Option(
+        "--batching-steps", min=0, rich_help_panel=CHOICES,
+        help="With --balance-steps: steps that they gather once every rank has one (batching_wait_iters).",
+    )] = 0,
+    batch_wait_steps: Annotated[int, typer.Option(
+        "--batch-wait-steps", min=0, rich_help_panel=CHOICES,
+        help="Without data-parallel ranks: steps that prompts wait for more of them (batch_wait_timeout_iters).",
+    )] = 0,
+    batch_wait_share: Annotated[float, typer.Option(
+        "--batch-wait-share", min=0, max=1, rich_help_panel=CHOICES,
+        help="With --batch-wait-steps: share of a step's tokens that is enough (batch_wait_max_tokens_ratio).",
+    )] = 0.9,
     mtp_acceptance: Annotated[str, typer.Option(
         "--mtp-acceptance", "--acceptance", metavar="CHANCE|TASK", rich_help_panel=CHOICES,
         help="Chance that a drafted token is accepted, given that those before it were, or a task whose published one "
@@ -238,7 +252,11 @@ def replay(
     accepted = float(mtp_acceptance) if mtp_acceptance.replace(".", "", 1).isdigit() else mtp_acceptance
     alike = {
         "device": device, "engine": engine, "router": router, "prefill_chunk": chunk, "max_sequences": max_sequences,
-        "balance_steps": balance_steps, "mtp_acceptance": accepted, "seed": seeds[0], "percentile": percentile,
+        "mtp_acceptance": accepted, "seed": seeds[0], "percentile": percentile,
+        "waits": Waits(
+            balance_steps=balance_steps, batching_steps=batching_steps, batch_wait_steps=batch_wait_steps,
+            batch_wait_share=batch_wait_share,
+        ),
         "find_rate": search_rate, "ttft_s": limits[0], "tpot_s": limits[1], "request_s": limits[2], "workers": workers,
         "usd_per_gpu_hour": usd,
         **options,

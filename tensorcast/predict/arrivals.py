@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from tensorcast.errors import InputError
+from tensorcast.predict.cells import Cells
 from tensorcast.scheduling.requests import Length, Requests, drawn
+from tensorcast.scheduling.rules import Waits
 
 ARRIVAL_COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "request_rate": ("requests per second, at random times; inf: all at once", None, ("rate", "qps")),
     "burstiness": ("shape of the gaps between requests: 1 Poisson, less in bursts", 1.0, ()),
     "requests": ("how many were sent in all; all at once without a rate", None, ("num_prompts", "num_requests")),
     "max_num_seqs": ("sequences of a step per dp rank; default the engine's", None, ("max_batch_size",)),
+    "balance_steps": (
+        "steps that prompts wait until every attention DP rank has one: TensorRT-LLM's timeout_iters", 0,
+        ("adp_timeout_iters",),
+    ),
+    "batching_steps": (
+        "and that they gather once every rank has one: its batching_wait_iters", 0, ("adp_batching_wait_iters",),
+    ),
+    "batch_wait_steps": (
+        "steps that prompts wait for more of them, without attention DP: TensorRT-LLM's batch_wait_timeout_iters", 0,
+        ("batch_wait_timeout_iters",),
+    ),
+    "batch_wait_share": (
+        "share of a step's tokens that is enough: its batch_wait_max_tokens_ratio", 0.9,
+        ("batch_wait_max_tokens_ratio",),
+    ),
 }
 """Columns of a row that is replayed, request by request: what they say, default, other names."""
 
@@ -29,13 +46,15 @@ BLOCK = 64
 @dataclass(frozen=True, kw_only=True)
 class Arrivals:
     """``rate``: requests per second, endless where all come at once. ``count``: in all, ``None`` where not said.
-    ``users``: most in flight, ``None`` without a limit. ``max_sequences``: of a step and rank."""
+    ``users``: most in flight, ``None`` without a limit. ``max_sequences``: of a step and rank. ``waits``: for which
+    others prompts wait."""
 
     rate: float = math.inf
     burstiness: float = 1.0
     count: int | None = None
     users: int | None = None
     max_sequences: int | None = None
+    waits: Waits = field(default_factory=Waits)
 
     def __post_init__(self) -> None:
         if not self.rate > 0:
@@ -56,6 +75,39 @@ class Arrivals:
             burstiness=self.burstiness, users=self.users,
         )
         return beginning_alike(found, prefix_cached) if prefix_cached else found
+
+
+def read_arrivals(cells: Cells, users: float | None) -> Arrivals | None:
+    """How requests came, if a row says more of it than how many were in flight.
+
+    So many users who send one request after another are no such row: how often they do is its ``rounds``.
+    """
+    endless = cells.text("request_rate", None) in ("inf", "Infinity")
+    rate = math.inf if endless else cells.number("request_rate", None)
+    count, most = (cells.number(name, None) for name in ("requests", "max_num_seqs"))
+    if rate is None and count is None and most is None:
+        return None
+    steady = most is None and (rate is None or endless)
+    if steady and users is not None and count is not None and count > users:
+        cells.cells.setdefault("rounds", count / users)
+        return None
+    return Arrivals(
+        rate=math.inf if rate is None else rate, burstiness=cells.number("burstiness", 1.0),
+        count=None if count is None else cells.whole("requests"), users=None if users is None else max(1, round(users)),
+        max_sequences=None if most is None else cells.whole("max_num_seqs"),
+    )
+
+
+def with_waits(cells: Cells, ranks: int, users: float, arrivals: Arrivals | None) -> Arrivals | None:
+    """The ``arrivals`` of a row where prompts of a server of so many data-parallel ranks (0: of pools, where none does)
+    wait for others, which no steady load says."""
+    waits = Waits(
+        **{name: cells.whole(name, least=0) for name in ("balance_steps", "batching_steps", "batch_wait_steps")},
+        batch_wait_share=cells.number("batch_wait_share", Waits.batch_wait_share),
+    )
+    if not waits.any(ranks):
+        return arrivals
+    return replace(arrivals or Arrivals(users=max(1, round(users))), waits=waits)
 
 
 def beginning_alike(requests: Requests, tokens: int) -> Requests:

@@ -47,7 +47,8 @@ def _replayed(
     longest = 1 << int(requests.input_len.max() + requests.output_len.max() - 1).bit_length()  # tables that rows share
     key = (
         run.model, run.device, run.served_by, run.mode, run.frontend, run.prefix_cache, run.layout, run.options,
-        run.mtp_acceptance, run.chunk_tokens, run.arrivals.max_sequences, run.wait_steps, longest,
+        run.mtp_acceptance, run.chunk_tokens, run.arrivals.max_sequences, run.arrivals.waits,
+        run.wait_steps, longest,
     )
     if key not in priced:
         priced[key] = _priced(run, engine, longest)
@@ -91,6 +92,7 @@ def _priced(run: Run, engine: Callable[[str], EngineProfile], longest: int) -> P
             model, device, profile, servers, longest=longest, options=run.options,
             mtp_acceptance=run.mtp_acceptance, chunk_tokens=run.chunk_tokens,
             max_sequences=run.arrivals.max_sequences, wait_steps=run.wait_steps,
+            waits=run.arrivals.waits,
         )
     except InputError as error:
         return error

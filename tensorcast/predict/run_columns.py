@@ -17,7 +17,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.model_names import SCHEME_OF, Named, understand
 from tensorcast.deploy.options import SERVED_ROUTING, Options, of_traffic
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.predict.arrivals import ARRIVAL_COLUMNS, Arrivals
+from tensorcast.predict.arrivals import ARRIVAL_COLUMNS, Arrivals, read_arrivals, with_waits
 from tensorcast.predict.cells import MOST_NAMED, Cells, is_empty
 from tensorcast.predict.launch_records import (
     FP8_CACHE,
@@ -219,7 +219,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     twice = record and mode == "aggregated"
     prefill, decode = (_layout(cells, role, named.profile.num_experts, twice) for role in roles)
     concurrency = cells.number("concurrency", None)
-    arrivals = _arrivals(cells, concurrency)
+    arrivals = read_arrivals(cells, concurrency)
     workers = (1, 1) if mode == "aggregated" else _workers(cells, concurrency)
     if concurrency is None and arrivals is not None:
         concurrency = float(arrivals.count or 1)
@@ -241,6 +241,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         )  # fmt: skip
         found, workers, prefill, decode = _as_recorded(cells, of, workers, (prefill, decode), mode == "aggregated")
     depths = _as_launched(cells, found)
+    arrivals = with_waits(cells, decode.dp if mode == "aggregated" else 0, concurrency, arrivals)
     interval, default = cells.number("receive_interval", None), 0.0
     if engine == "sglang":
         default = wait_steps(device, mode, concurrency) if record and interval is None else (interval or 0.0) / 2
@@ -315,27 +316,6 @@ def _as_launched(cells: Cells, found: Launched | None) -> tuple[int, ...]:
     if others:
         cells.assumed.append(f"may have drafted {' or '.join(map(str, others))} tokens: the interval holds both")
     return others
-
-
-def _arrivals(cells: Cells, users: float | None) -> Arrivals | None:
-    """How requests came, if a row says more of it than how many were in flight.
-
-    So many users who send one request after another are no such row: how often they do is its ``rounds``.
-    """
-    endless = cells.text("request_rate", None) in ("inf", "Infinity")
-    rate = math.inf if endless else cells.number("request_rate", None)
-    count, most = (cells.number(name, None) for name in ("requests", "max_num_seqs"))
-    if rate is None and count is None and most is None:
-        return None
-    steady = most is None and (rate is None or endless)
-    if steady and users is not None and count is not None and count > users:
-        cells.cells.setdefault("rounds", count / users)
-        return None
-    return Arrivals(
-        rate=math.inf if rate is None else rate, burstiness=cells.number("burstiness", 1.0),
-        count=None if count is None else cells.whole("requests"), users=None if users is None else max(1, round(users)),
-        max_sequences=None if most is None else cells.whole("max_num_seqs"),
-    )
 
 
 def _workers(cells: Cells, concurrency: float | None) -> tuple[int, int]:

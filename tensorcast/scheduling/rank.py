@@ -130,6 +130,18 @@ class Rank:
         """Whether a prompt could be read that arrived by ``seen_s``."""
         return bool(self.reading or (self.waiting and self.record.each.came_s[self.waiting[0]] <= seen_s))
 
+    def would_hold(self, tokens: float, seen_s: float) -> bool:
+        """Whether a step that decodes and reads what arrived by ``seen_s`` would hold so many ``tokens``."""
+        rules, record = self.rules, self.record
+        found = len(self.decoding) * rules.verify + sum(one.tokens for one in self.reading)
+        for request in self.waiting:
+            prompt = record.prompt(request)
+            unfit = not rules.splits and prompt > rules.chunk_tokens - found
+            if found >= tokens or unfit or record.each.came_s[request] > seen_s:
+                break
+            found += prompt
+        return found >= tokens
+
     def decode_steps_left(self) -> float:
         """Decode steps until a sequence ends or the cache is full."""
         if not self._ends:

@@ -18,7 +18,7 @@ from tensorcast.scheduling.fleet import Fleet, Pool, Watch
 from tensorcast.scheduling.outcome import Limits, Outcome, drawn_factors
 from tensorcast.scheduling.pools import Change, Servers, check_changes
 from tensorcast.scheduling.requests import Requests
-from tensorcast.scheduling.rules import rules_of
+from tensorcast.scheduling.rules import Waits, rules_of
 from tensorcast.scheduling.server import Server
 from tensorcast.scheduling.step_times import step_times
 from tensorcast.serving.hand_over import hand_over_s
@@ -161,7 +161,7 @@ class Settings(TypedDict, total=False):
     chunk_tokens: int | None
     max_sequences: int | None
     wait_steps: float
-    balance_steps: int
+    waits: Waits
     cache_tokens: float | None
 
 

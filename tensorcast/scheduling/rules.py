@@ -21,6 +21,38 @@ Role = Literal["both", "prefill", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Waits:
+    """Steps that prompts wait for others while replies are written, as TensorRT-LLM can be told (1.1.0 to 1.3.0,
+    _torch/pyexecutor/py_executor.py: ``_balance_adp_requests``, ``_waiting_requests``). None unless asked for.
+
+    ``balance_steps``: at most, until every data-parallel rank has a prompt (``attention_dp_config.timeout_iters``);
+    ``batching_steps``: from then on (``batching_wait_iters``). Of a server of one rank, ``batch_wait_steps``: at most
+    (``batch_wait_timeout_iters``), until a step would hold ``batch_wait_share`` of the tokens that it may
+    (``batch_wait_max_tokens_ratio``).
+    """
+
+    balance_steps: int = 0
+    batching_steps: int = 0
+    batch_wait_steps: int = 0
+    batch_wait_share: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name in ("balance_steps", "batching_steps", "batch_wait_steps"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} {getattr(self, name)}: must be a number of steps, 0 or more")
+        if not 0 <= self.batch_wait_share <= 1:
+            raise InputError(f"batch_wait_share {self.batch_wait_share:g}: must be a share from 0 to 1")
+
+    def any(self, ranks: int) -> bool:
+        """Whether prompts of a server of so many data-parallel ranks wait for others at all."""
+        return (self.balance_steps if ranks > 1 else self.batch_wait_steps if ranks else 0) > 0
+
+
+NO_WAITS = Waits()
+"""Prompts are let in as they come."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rules:
     """Of one server; sizes are per data-parallel rank.
 
@@ -29,8 +61,8 @@ class Rules:
     ``prompt_tokens``: new tokens of one step's whole prompts. ``cache_tokens``: tokens that the cache holds, in blocks
     of ``block_tokens``. ``reserves_reply``: a request is let in only with room for its whole reply.
     ``tokens_per_step``: tokens that a decode step brings to a sequence in the mean, more than 1 with drafts; it checks
-    ``verify``. ``lag``: steps that are composed ahead of what is seen. ``balance_steps``: steps that prompts wait until
-    every data-parallel rank has one. ``first_token_s``: per request outside the GPU, before it is seen, and
+    ``verify``. ``lag``: steps that are composed ahead of what is seen. ``waits``: for which
+    others prompts wait. ``first_token_s``: per request outside the GPU, before it is seen, and
     ``prompt_token_s`` per token of its prompt. ``longest``: tokens of the longest request that is served.
     """
 
@@ -48,7 +80,7 @@ class Rules:
     tokens_per_step: float
     verify: float
     lag: int
-    balance_steps: int
+    waits: Waits
     first_token_s: float
     prompt_token_s: float
     prefix_cache: bool
@@ -68,7 +100,7 @@ class Rules:
 
 def rules_of(
     deployment: Deployment, role: Role, *, mtp_acceptance: float | str = 0.8, chunk_tokens: int | None = None,
-    max_sequences: int | None = None, wait_steps: float = 0.0, balance_steps: int = 0,
+    max_sequences: int | None = None, wait_steps: float = 0.0, waits: Waits = NO_WAITS,
     cache_tokens: float | None = None, longest: int = 1 << 40,
 ) -> Rules:
     """Rules of a server of ``deployment``, whose phase is decode unless it only reads prompts. What is not given is as
@@ -105,7 +137,7 @@ def rules_of(
         tokens_per_step=sum(mtp_acceptance**i for i in range(depth + 1)),
         verify=1.0 + depth,
         lag=max(0, round(engine.arrival_wait_steps - 1 + wait_steps)),
-        balance_steps=balance_steps,
+        waits=waits,
         first_token_s=engine.first_token_s(0),
         prompt_token_s=engine.first_token_s(1) - engine.first_token_s(0),
         prefix_cache=scheduler.prefix_cache,

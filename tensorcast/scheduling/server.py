@@ -67,11 +67,12 @@ class Server:
         self._delayed_s = 0.0  # that prompts have taken from decoding sequences so far
         self._stalled_s = 0.0  # that decoding sequences have stood still for prompts
         self._until_kept = 1  # stretches until the next moment that is kept
-        self._held = 0  # steps that prompts have waited for other ranks'
+        self._held = 0  # steps in which no prompts were let in, as some rank had none
+        self._gathered = 0  # steps that prompts have waited, where every rank has one
         self._next = 0
         self.reads_alone = rules.role == "prefill"
         self._alone = rules.ranks == 1
-        self._balances = rules.balance_steps > 0 and rules.ranks > 1
+        self._waits = rules.waits.any(rules.ranks)
 
     def put(self, request: int, now_s: float) -> bool:
         """A request comes, to the rank that the engine would choose. Whether the stretch under way ends earlier by
@@ -84,11 +85,11 @@ class Server:
             rank = min(ranks, key=lambda one: one.load) if len(ranks) > 1 else ranks[0]
         rank.waiting.append(request)
         self.load += 1
-        if stretch is None or stretch.steps == 1 or (len(rank.waiting) > 1 and not self._balances):
+        if stretch is None or stretch.steps == 1 or (len(rank.waiting) > 1 and not self._waits):
             return False
         done = stretch.done_by(now_s)
         steps = done + 1
-        if not self._balances:  # else every step counts in which prompts wait
+        if not self._waits:  # else every step counts in which prompts wait
             steps = max(steps, done + self.rules.lag + (stretch.after(done) < now_s))
         if steps >= stretch.steps:
             return False
@@ -114,7 +115,7 @@ class Server:
 
     def _compose(self, now_s: float) -> None:
         seen = self._begun[0] if self._begun else now_s
-        hold = self._balances and self._holds_prompts(seen)
+        hold = self._waits and (self._waits_for_more(seen) if self._alone else self._waits_for_ranks(seen))
         mixed = running = False
         for rank in self.ranks:
             batch = rank.batch(seen, now_s, hold)
@@ -141,6 +142,8 @@ class Server:
         seconds = now - stretch.start_s
         self.busy_s += seconds
         self.steps += steps
+        if self._waits and not self._alone:  # the first of them was counted when it was composed
+            self._held = (self._held + steps - 1) % rules.waits.balance_steps
         ended: list[int] = []
         decoded = 0
         for rank in self.ranks:
@@ -221,16 +224,36 @@ class Server:
         self.moments.add((now, reading, decoding, waiting, used / (len(self.ranks) * self.rules.cache_tokens)))
         self._until_kept = self.moments.every
 
-    def _holds_prompts(self, seen_s: float) -> bool:
-        """Whether prompts wait until every rank has one (attention DP's balance)."""
-        has = [rank.has_prompt(seen_s) for rank in self.ranks]
-        if all(has) or not any(has):
+    def _waits_for_ranks(self, seen_s: float) -> bool:
+        """Whether prompts wait until every rank has one (attention DP's balance).
+
+        Steps without any prompt count, too, so that one that comes alone waits for half of them in the mean.
+        """
+        waits = self.rules.waits
+        writing = all(rank.decoding for rank in self.ranks)
+        if all(rank.has_prompt(seen_s) for rank in self.ranks):
             self._held = 0
+            if writing and self._gathered < waits.batching_steps:
+                self._gathered += 1
+                return True
+            self._gathered = 0 if writing else self._gathered
             return False
         self._held += 1
-        if self._held >= self.rules.balance_steps or not all(rank.decoding for rank in self.ranks):
+        if self._held >= waits.balance_steps or not writing:
             self._held = 0
             return False
+        return True
+
+    def _waits_for_more(self, seen_s: float) -> bool:
+        """Whether prompts of the only rank wait until there are enough for a step."""
+        rank, rules = self.ranks[0], self.rules
+        if not rank.decoding or not rank.has_prompt(seen_s):
+            return False
+        enough = rules.waits.batch_wait_share * rules.chunk_tokens
+        if self._gathered >= rules.waits.batch_wait_steps or rank.would_hold(enough, seen_s):
+            self._gathered = 0
+            return False
+        self._gathered += 1
         return True
 
     def _mixed_s(self) -> float:
@@ -250,7 +273,7 @@ class Server:
             if rank.waiting:
                 left = min(left, rank.closed_for(self._begun))
             steps = left if left < steps else steps
-        if self._balances and any(rank.waiting or rank.reading for rank in self.ranks):
+        if self._waits and any(rank.waiting or rank.reading for rank in self.ranks):
             steps = 1  # every step counts in which prompts wait
         if self._alone:
             return self._decoding_alone(int(steps), now_s)

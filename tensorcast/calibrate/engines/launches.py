@@ -33,6 +33,10 @@ OPTIONS = {
     "mtp_depth": "spec_depth",
     "receive_interval": "sched_recv_interval",
     "all2all": "all2all_backend",
+    "balance_steps": "adp_timeout_iters",
+    "batching_steps": "adp_batching_wait_iters",
+    "batch_wait_steps": "batch_wait_timeout_iters",
+    "batch_wait_share": "batch_wait_max_tokens_ratio",
 }
 """Options kept, by our names, and the table's; of pools, experts' parallel size is that of the one that decodes."""
 
@@ -46,6 +50,10 @@ STATES = r"mamba-ssm-(?:cache-)?dtype=(\w+)"
 ROLE = {"chunk_tokens": "prefill", "receive_interval": "prefill"}
 """Which pool's launch says an option; else that which decodes."""
 
+BALANCE = {"adp_timeout_iters": 50, "adp_batching_wait_iters": 10}
+"""TensorRT-LLM's waits for balance between attention DP's ranks where a script asks for it and says no more
+(1.1.0 to 1.3.0, llmapi/llm_args.py: AttentionDpConfig)."""
+
 MOST_PREFILL_TOKENS = 16384
 """SGLang's ``--max-prefill-tokens`` unless a script says it (server_args.py)."""
 
@@ -58,6 +66,7 @@ HEADER = """# How public benchmarks launched engines: what their records of serv
 
 def launches(table: pd.DataFrame) -> pd.DataFrame:
     """The launches of ``table``, those alike as one: :data:`KEY`, ``users`` and the :data:`OPTIONS`."""
+    table = table.reindex(columns=list(dict.fromkeys([*table.columns, "adp_enable_balance", *OPTIONS.values()])))
     in_pools = table["mode"] != "agg"
     known = table.assign(
         model=_each(table["serving_model"].fillna(table["hf_model"]), _profiles),
@@ -68,6 +77,8 @@ def launches(table: pd.DataFrame) -> pd.DataFrame:
         dp_attn=table["dp_attn"].mask(in_pools),
         all2all_backend=_exchange(table),
     )
+    balanced = known["adp_enable_balance"].astype(str).eq("True") & (known["dp_attn"] == 1)
+    known = known.assign(**{name: known[name].fillna(own).where(balanced) for name, own in BALANCE.items()})
     known["concurrency"] = _in_flight(known)
     known["max_num_tokens"] = _step_tokens(known)
     known = known[(known["model"] != "") & (known["device"] != "") & (known["engine"] != "")]
@@ -120,7 +131,7 @@ def _options(table: pd.DataFrame) -> pd.DataFrame:
     out["state_dtype"] = out["state_dtype"].astype(str).str.extract(STATES, expand=False).fillna("")
     numbers = [name for name in OPTIONS if name not in ("kv_dtype", "state_dtype", "all2all")]
     for name in (*POOLS, "gpus", "dp_attn", "isl", "osl", "concurrency", *numbers):
-        out[name] = out[name].map(lambda value: "" if pd.isna(value) else f"{float(value):.0f}")
+        out[name] = out[name].map(lambda value: "" if pd.isna(value) else f"{float(value):.7g}")
     out["concurrency"] = out["concurrency"].astype(int)
     return out
 

@@ -74,7 +74,7 @@ Change = Callable[[str], EngineProfile]
 
 
 def read_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """Measured runs, one row each, without those that cannot be read.
+    """Measured runs, one row each, without those that cannot be read or are replayed, request by request.
 
     Columns: ``run``; engine, device (profiles' names), ``network`` (equal for models of equal configs), ``model`` as
     written, ``mode, measured_tpot_s, measured_ttft_s``, ``prompt`` (tokens, mean), ``even`` (may be fitted to),
@@ -82,7 +82,7 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
     per deployment and load), ``same`` (a number per measured run).
     """
     ours = canonical_columns(table)
-    runs, _ = predict.read_runs(table, ours)
+    runs = [run if run and run.arrivals is None else None for run in predict.read_runs(table, ours)[0]]
     read = pd.Series([run is not None for run in runs], index=table.index)
     measured, _ = predict.measured_columns(table, ours)
     frame = named(table.drop(columns=[name for name, column in ours.items() if column in measured]))

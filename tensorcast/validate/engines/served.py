@@ -35,7 +35,7 @@ def compared(table: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     ours = canonical_columns(table)
-    runs, _ = read_runs(table, ours)
+    runs = [run if run and run.arrivals is None else None for run in read_runs(table, ours)[0]]
     measured, _ = measured_columns(table, ours)
     said = next((table[name].astype(str) for name, column in ours.items() if column == "release"), None)
     newest = {engine: load_engine(engine).version for engine in {run.engine for run in runs if run is not None}}

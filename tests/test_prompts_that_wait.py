@@ -152,11 +152,11 @@ def read(**changes: object) -> Run:
 
 
 def test_a_record_waits_as_it_was_launched() -> None:
-    """benchmarks/single_node/dsr1_fp8_h200_trt_slurm.sh: attention_dp_config with enable_balance and timeout_iters."""
+    """InferenceX 11c2dbe12fcb, benchmarks/dsr1_fp8_h200_trt_slurm.sh: enable_balance and timeout_iters."""
 
     def waits(**changes: object) -> Waits | None:
         arrivals = read(**changes).arrivals
-        return arrivals and arrivals.waits
+        return None if arrivals is None else arrivals.waits
 
     assert waits() == Waits(balance_steps=60)
     assert any("balance_steps 60" in said for said in read().assumed)

@@ -56,7 +56,8 @@ def attribute(frame: pd.DataFrame) -> dict[str, Any]:
     needed = {"tpot_s", "measured_tpot_s", "decode_step_s", "step_error", "mean_batch"}
     if not needed <= set(frame):
         return {}
-    rows = frame[left_out(frame) & (frame["tpot_s"] > 0) & (frame["measured_tpot_s"] > 0)]
+    steady = frame["decode_step_s"].notna()  # of what was replayed, request by request, no part is told
+    rows = frame[left_out(frame) & steady & (frame["tpot_s"] > 0) & (frame["measured_tpot_s"] > 0)]
     if len(rows) < FEWEST:
         return {}
     rows = _described(rows)

@@ -41,7 +41,8 @@ from tensorcast.modeling.checkpoint.read import checkpoint
 from tensorcast.modeling.config import hf_config
 from tensorcast.profiles.config_values import LANGUAGE_PARTS
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.profiles.store import list_models, load_model
+from tensorcast.profiles.network.like import described_like
+from tensorcast.profiles.store import list_models, load_model, profile_roots
 from tensorcast.trace.cache import _SOURCES, traced
 from tensorcast.trace.table import OpTable, Param
 
@@ -202,8 +203,9 @@ def _with_precision(entry: Entry, verdicts: list[Verdict]) -> list[Verdict]:
 
 
 def _profile(entry: Entry) -> ModelProfile:
-    return ModelProfile(name=entry.name.replace("/", "--"), hf_id=entry.name, description="", sources={},
-                        config=entry.config)  # fmt: skip
+    described = described_like(entry.config["model_type"], (profile_roots()[-1] / "models").iterdir())
+    content = {"name": entry.name.replace("/", "--"), "hf_id": entry.name, "config": entry.config, **described}
+    return ModelProfile.model_validate(content)
 
 
 def _judged(entry: Entry) -> Iterator[Verdict]:

@@ -66,6 +66,8 @@ def parameters(config: dict[str, Any]) -> int | None:
     """All parameters of the language model, tied ones once; None for a type that is not written out here."""
     part = next((config[name] for name in LANGUAGE_PARTS if isinstance(config.get(name), dict)), None)
     kind, values = config["model_type"], config
+    if kind == "kimi_k3" and part is not None:
+        return _kimi_k3(part)
     if part is not None:
         values = {**part, "tie_word_embeddings": _tied(config, part)}
     form = FORMS.get(values.get("model_type", kind)) or FORMS.get(kind)
@@ -84,6 +86,26 @@ def parameters(config: dict[str, Any]) -> int | None:
     for layer in range(layers):
         total += _attention(values, form, stream, layer) + form.norms * norm + _mlp(values, form, stream, layer)
     return total
+
+
+def _kimi_k3(values: dict[str, Any]) -> int:
+    """Layers of Kimi delta attention and of latent attention with a gate; experts in a stream of their own; norms and
+    queries of attention over the sums of blocks (vLLM 0.33.0, models/kimi_k3/nvidia: kda.py, mla.py, model.py)."""
+    stream, linear, heads = values["hidden_size"], values["linear_attn_config"], values["num_attention_heads"]
+    width, nope, value = linear["num_heads"] * linear["head_dim"], values["qk_nope_head_dim"], values["v_head_dim"]
+    low, latent, rope = values["q_lora_rank"], values["kv_lora_rank"], values["qk_rope_head_dim"]
+    kda = 5 * stream * width + linear["head_dim"] * (stream + width + 1) + linear["num_heads"] * (stream + 1)
+    kda += width * (3 * linear["short_conv_kernel_size"] + 1)
+    mla = low * (stream + heads * (nope + rope) + 1) + latent * (heads * (nope + value) + 1)
+    mla += stream * (latent + rope + 2 * heads * value)
+    inner, narrow = values["moe_intermediate_size"], values.get("routed_expert_hidden_size", stream)
+    moe = values["num_experts"] * (stream + 3 * narrow * inner) + 3 * stream * inner * values["num_shared_experts"]
+    moe += (2 * stream + 1) * narrow if "routed_expert_hidden_size" in values else 0
+    dense, layers = values["first_k_dense_replace"], values["num_hidden_layers"]
+    counts = [sum(layer <= layers for layer in linear[name]) for name in ("kda_layers", "full_attn_layers")]
+    total = counts[0] * kda + counts[1] * mla + dense * 3 * stream * values["intermediate_size"]
+    total += (layers - dense) * moe + (6 * layers + 3) * stream
+    return total + (1 if values.get("tie_word_embeddings") else 2) * values["vocab_size"] * stream
 
 
 def _block(values: dict[str, Any], block: dict[str, Any], stream: int) -> int:

@@ -26,6 +26,8 @@ from tensorcast.measure.timing import time_calls
 from tensorcast.modeling import attention  # registers the attention function
 from tensorcast.modeling.attention import past_length
 from tensorcast.modeling.custom import CustomConfig, CustomLM
+from tensorcast.modeling.described.config import DescribedConfig
+from tensorcast.modeling.described.model import DescribedLM
 from tensorcast.modeling.experts import NAME, adapt_experts
 from tensorcast.trace.layers import decoder_layers
 
@@ -45,9 +47,10 @@ class Checked:
 
 def stock_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
     """transformers' causal LM with fresh random weights, all eager. Raises :class:`Unsupported` where there is none."""
-    if isinstance(config, CustomConfig):
+    if isinstance(config, CustomConfig | DescribedConfig):
         with torch.device(device):
-            return CustomLM(config).to(dtype).eval().requires_grad_(False)
+            own = CustomLM(config) if isinstance(config, CustomConfig) else DescribedLM(config)
+        return own.to(dtype).eval().requires_grad_(False)
     try:
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation="eager")

@@ -15,6 +15,8 @@ from tensorcast.errors import InputError
 from tensorcast.modeling import attention  # registers the attention function
 from tensorcast.modeling.config import field
 from tensorcast.modeling.custom import CustomConfig, CustomLM
+from tensorcast.modeling.described.config import DescribedConfig
+from tensorcast.modeling.described.model import DescribedLM
 from tensorcast.modeling.experts import NAME, adapt_experts
 from tensorcast.modeling.layer_forms import shape_layers
 from tensorcast.modeling.moe.apply import check_blocks
@@ -72,7 +74,12 @@ def _causal(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
 
 
 def causal_lm(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """transformers' causal LM of ``config``, or for a text config that no auto class lists, its decoder and a head."""
+    """transformers' causal LM of ``config``, or for a text config that no auto class lists, its decoder and a head.
+
+    Of a network that its profile describes, the model that it describes.
+    """
+    if isinstance(config, DescribedConfig):
+        return DescribedLM(config, NAME).to(dtype)
     try:
         return _causal(config, dtype)
     except ValueError as reason:

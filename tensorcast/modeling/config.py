@@ -19,6 +19,7 @@ from transformers.models.auto import modeling_auto
 
 from tensorcast.errors import InputError
 from tensorcast.modeling.custom import CustomConfig, custom_config
+from tensorcast.modeling.described.config import DescribedConfig, described_config
 from tensorcast.modeling.foreign_types import as_stock, foreign_type
 from tensorcast.modeling.layer_forms import LayerForm, layer_forms
 from tensorcast.modeling.stated_sizes import (
@@ -88,6 +89,7 @@ WIDTHS = (
     "vocab_size",
     "vocab_size_per_layer_input",
 )
+SHARDED = frozenset((*QUERY_HEADS, *KEY_VALUE_HEADS, *WIDTHS))
 PADDED = ("vocab_size", "vocab_size_per_layer_input")
 """Widths that engines pad to a multiple of tp; every other one must divide."""
 
@@ -100,6 +102,8 @@ def hf_config(profile: ModelProfile) -> PreTrainedConfig:
     """
     if profile.model:
         return custom_config(profile)
+    if profile.network:
+        return described_config(profile)
     values = copy.deepcopy(profile.config)  # transformers writes into nested dicts; the profile keys the cache
     remarks = _other_parts(values)
     model_type, values, named = _language_part(values)
@@ -298,6 +302,8 @@ def narrow(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
     if isinstance(narrowed, CustomConfig):
         object.__setattr__(narrowed, "arguments", config.of_rank(tp))
         return narrowed
+    if isinstance(narrowed, DescribedConfig):
+        return narrowed.divided(lambda name, value: _divide(name, value, tp) if name in SHARDED else value)
     for part in nested(narrowed):
         per_layer: Any = _per_layer(part, tp)
         fields = vars(part)

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from tensorcast.profiles.config_values import EXPERTS, EXPERTS_PER_TOKEN, check_values, text_of
 from tensorcast.profiles.facts import ModelFacts
+from tensorcast.profiles.network.description import Network
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
 MTP_MODULES = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
@@ -88,6 +89,9 @@ class ModelProfile(Frozen):
         "file beside the profile; its arguments are config",
     )
     sharded: tuple[str, ...] = Field(default=(), description="arguments of that class that tensor parallelism divides")
+    network: Network | None = Field(
+        default=None, description="the network itself, of a type that transformers has no class of"
+    )
     config: dict[str, Any]
     total_params: ParamCount | None = None
     active_params: ParamCount | None = None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.beside_config import with_quantization
 from tensorcast.profiles.kept import keep, kept_file, read_kept
+from tensorcast.profiles.network.like import described_like
 from tensorcast.profiles.releases import at_release
 
 if TYPE_CHECKING:
@@ -312,12 +313,10 @@ def _model_from_config(path: Path) -> ModelProfile:
         raise InputError(f"{path}: model_type is missing; every Hugging Face config.json names one, such as qwen3_moe")
     name = path.resolve().parent.name or "model"
     content = {
-        "name": name,
-        "hf_id": str(config.get("_name_or_path") or name),
-        "description": _describe(config),
-        "sources": {"config": str(path)},
-        "config": with_quantization(config, path.resolve().parent),
-    }
+        "name": name, "hf_id": str(config.get("_name_or_path") or name), "description": _describe(config),
+        "sources": {"config": str(path)}, "config": with_quantization(config, path.resolve().parent),
+        **described_like(config["model_type"], _files("model")),
+    }  # fmt: skip
     return _validated(path, ModelProfile, content)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tensorcast.profiles.device import DeviceProfile
     from tensorcast.profiles.engine import EngineProfile
     from tensorcast.profiles.model import ModelProfile
+    from tensorcast.profiles.network.description import Network
 
 Record = dict[str, Any]
 
@@ -32,7 +33,8 @@ def model_record(profile: ModelProfile) -> Record:
         "total_params": float(profile.total_params) if profile.total_params else None,
         "active_params": float(profile.active_params) if profile.active_params else None,
         "experts": profile.num_experts or None, "top_k": profile.experts_per_token or None,
-        "layers": text.get("num_hidden_layers"), "attention": attention(text),
+        "layers": text.get("num_hidden_layers"),
+        "attention": attention(text) if profile.network is None else described(profile.network),
         "linear_dtype": quantization.linear.name, "expert_dtype": quantization.experts.name,
         "kv_dtype": quantization.kv,
         "kv_bytes_per_token": float(profile.kv_bytes_per_token) if profile.kv_bytes_per_token else None,
@@ -110,6 +112,12 @@ def attention(config: Record) -> str:
     if chunk := config.get("attention_chunk_size"):
         kind += f", chunks {chunk}"
     return kind
+
+
+def described(network: Network) -> str:
+    """The kinds of attention of a network that its profile describes: ``MLA + KDA, described``."""
+    kinds = dict.fromkeys("GQA" if one.kind == "attention" else one.kind.upper() for one in network.attention)
+    return f"{' + '.join(kinds)}, described"
 
 
 def _experts(row: Record) -> str:

@@ -45,7 +45,8 @@ DAMAGED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError)
 
 _PACKAGE = Path(__file__).parent.parent
 _STAGES = (file for part in ("ops", "modeling", "trace") for file in sorted((_PACKAGE / part).rglob("*.py")))
-_SOURCES = (*(_PACKAGE / "profiles" / name for name in ("facts.py", "model.py", "config_values.py")), *_STAGES)
+_SAID = ("facts.py", "model.py", "config_values.py", "network/sizes.py")
+_SOURCES = (*(_PACKAGE / "profiles" / name for name in _SAID), *_STAGES)
 """The code that makes tables, and what says of a config what they store."""
 
 for _package, _version in (("torch", "version.py"), ("transformers", "__init__.py")):  # the files with their versions
@@ -76,6 +77,8 @@ def digests(profile: ModelProfile) -> tuple[str, str]:
         code = own.read_text("utf-8") if own.suffix == ".py" and own.is_file() else ""
         network = {name: value for name, value in profile.config.items() if name not in KEYS}
         said = [profile.name, network, dict(profile.moe), profile.sharded, profile.model, code]
+        if profile.network is not None:
+            said.append(profile.network.model_dump(mode="json"))
         stored = [*said, profile.config, profile.kv_dtype, profile.quantization]
         texts = (json.dumps(part, sort_keys=True, default=asdict) for part in (said, stored))
         one, other = (hashlib.sha256(text.encode()).hexdigest() for text in texts)

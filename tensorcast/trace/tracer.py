@@ -310,6 +310,7 @@ def _facts(config: PreTrainedConfig, ops: list[Op]) -> ModelFacts:
         remarks=getattr(config, "remarks", ()),
         compress_ratios=_compress_ratios(config),
         indexer_width=int(field(config, "index_head_dim", default=0) or 0),
+        handed_on=float(getattr(config, "handed_on", 2.0)),
     )
 
 

@@ -274,7 +274,7 @@ def exchange_of(
     token, result = (float(width) * one.activation_bytes for one in (scheme, combine))
     sent = _Sent(token, result, facts.moe_hidden_size, copies, form.adding < 1.0)
     found = _moe_collectives(layout, device, chosen, sent)
-    state = 2 * 2.0 * facts.hidden_size  # hidden state and residual in bf16
+    state = 2.0 * facts.handed_on * facts.hidden_size  # hidden state and residual in bf16
     found["stages"] = [Collective(
         op="send_recv", module="pipeline", kind=-1, group="pp", ranks=2,
         extent=group_extent(2, layout.stage_ranks, device), scale=state, label="stage hand-over",

@@ -1,0 +1,94 @@
+"""A description's names looked up in a config: sizes, and which part each layer has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_origin
+
+from tensorcast.errors import InputError
+from tensorcast.profiles.network.description import Layers, Part
+from tensorcast.profiles.sourced import Frozen
+
+WORDS = ("kind", "layers", "source", "residual")
+"""Fields of a description that are no size."""
+
+
+def looked_up(config: dict[str, Any], words: str) -> Any:
+    """What ``words`` lead to in ``config``: a field, a product of fields and numbers; None where one is not said."""
+    factors = [int(word) if word.isdigit() else _field(config, word) for word in words.split(" * ")]
+    if len(factors) == 1:
+        return factors[0]
+    product = 1
+    for factor in factors:
+        if not isinstance(factor, int):
+            return None
+        product *= factor
+    return product
+
+
+def _field(config: dict[str, Any], path: str) -> Any:
+    found: Any = config
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+
+def sizes(part: Frozen, config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a part of a description as numbers and flags, by name.
+
+    ``where``: its place, for the line of :class:`InputError` that says which of its fields cannot be a size.
+    """
+    found: dict[str, Any] = {}
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if name in WORDS or isinstance(value, tuple):
+            continue
+        if isinstance(value, str) and get_origin(field.annotation) is not Literal:
+            said = looked_up(config, value)
+            if said is None and field.is_required():
+                raise InputError(f"network.{where}{name}: config.json does not say {value}")
+            value = field.default if said is None else said
+        flag = isinstance(field.default, bool)
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if not flag and get_origin(field.annotation) is not Literal and not number:
+            raise InputError(f"network.{where}{name} = {value!r}: must be a whole number")
+        if field.is_required() and value == 0:
+            raise InputError(f"network.{where}{name} = 0: must be at least 1")
+        found[name] = bool(value) if flag else value
+    return found
+
+
+def part_of_layers(parts: Sequence[Part], count: int, config: dict[str, Any], where: str) -> list[int]:
+    """Which of ``parts`` each of ``count`` layers has: the first that names it. Raises :class:`InputError`."""
+    named = [_layers(part.layers, count, config, f"{where}[{i}].layers") for i, part in enumerate(parts)]
+    found = []
+    for layer in range(count):
+        own = next((i for i, layers in enumerate(named) if layer in layers), None)
+        if own is None:
+            raise InputError(f"network.{where}: layer {layer} of {count} has none: the last part may leave layers out")
+        found.append(own)
+    return found
+
+
+def _layers(said: Layers | None, count: int, config: dict[str, Any], where: str) -> set[int]:
+    if said is None:
+        return set(range(count))
+    if said.listed is not None:
+        numbers = looked_up(config, said.listed)
+        if not isinstance(numbers, list) or any(not isinstance(one, int) for one in numbers):
+            raise InputError(f"network.{where}: {said.listed} in config.json is no list of numbers of layers")
+        return {number - said.counted_from for number in numbers}
+    if said.types is not None:
+        words = looked_up(config, said.types)
+        if not isinstance(words, list) or len(words) < count:
+            raise InputError(f"network.{where}: {said.types} in config.json has no word for each of {count} layers")
+        return {layer for layer in range(count) if words[layer] == said.word}
+    if said.below is not None:
+        return set(range(_number(said.below, config)))
+    every, at = _number(said.every or 0, config), _number(said.at, config)
+    return {layer for layer in range(count) if every and layer % every == at % every}
+
+
+def _number(said: int | str, config: dict[str, Any]) -> int:
+    value = looked_up(config, said) if isinstance(said, str) else said
+    return value if isinstance(value, int) else 0

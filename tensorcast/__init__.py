@@ -15,13 +15,14 @@ from tensorcast.api import (
     replay_sweep,
     simulate,
     simulate_apart,
+    simulate_encoder,
 )
 from tensorcast.errors import InputError
 from tensorcast.version import __version__
 
 __all__ = [
     "InputError", "__version__", "compare", "compare_apart", "device_profile", "experts", "explain", "predict_kernels",
-    "replay", "replay_sweep", "simulate", "simulate_apart",
+    "replay", "replay_sweep", "simulate", "simulate_apart", "simulate_encoder",
 ]
 
 

@@ -1,7 +1,7 @@
 """The traces that ship with the package; `make traces` is ``python tests/shipped_traces.py [NAME ...]``.
 
-Every shipped model, both phases, every tensor-parallel size that its heads divide over; packs that say the same already
-are left as they are.
+Every shipped model, both phases, every tensor-parallel size that its heads divide over, and its vision tower so where
+it has one; packs that say the same already are left as they are.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from tensorcast.errors import InputError
 from tensorcast.files import write_atomically
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.store import list_models, load_model, profile_roots
-from tensorcast.trace.cache import digests
+from tensorcast.profiles.vision.said import sees
+from tensorcast.trace.cache import digests, tower_digest
 from tensorcast.trace.stored import from_json, packed, to_json, unpacked
 from tensorcast.trace.table import OpTable, Tensor
 from tensorcast.trace.tracer import trace
+from tensorcast.trace.vision.tracer import trace_tower
 
 PHASES = ("prefill", "decode")
 MOST = 128
 """Largest tensor-parallel size that is shipped."""
 
 
-def pack_of(name: str) -> Path:
-    return profile_roots()[-1] / "traces" / f"{name}.json.xz"
+def pack_of(name: str, phase: str) -> Path:
+    """Of a model's language model, or of its vision tower (``encode``)."""
+    folder = profile_roots()[-1] / "traces"
+    return (folder / "vision" if phase == "encode" else folder) / f"{name}.json.xz"
 
 
 def sizes(facts: ModelFacts) -> list[int]:
@@ -44,6 +48,8 @@ def sizes(facts: ModelFacts) -> list[int]:
 def fresh_one(name: str, phase: str, tp: int) -> OpTable | str:
     """One trace of a model, or what is wrong with it, made now."""
     try:
+        if phase == "encode":
+            return trace_tower(load_model(name), tp)
         return trace(load_model(name), phase, tp)  # type: ignore[arg-type]
     except InputError as problem:
         return str(problem)
@@ -64,9 +70,22 @@ def fresh(name: str) -> dict[str, OpTable | str]:
     return found
 
 
+def fresh_tower(name: str) -> dict[str, OpTable | str]:
+    """Traces of a model's vision tower by name, made now."""
+    profile, found = load_model(name), dict[str, OpTable | str]()
+    whole = trace_tower(profile)
+    for tp in (tp for tp in range(1, whole.facts.heads + 1) if whole.facts.heads % tp == 0):
+        try:
+            found[f"encode-tp{tp}"] = trace_tower(profile, tp, whole)
+        except InputError as problem:
+            found[f"encode-tp{tp}"] = str(problem)
+    return found
+
+
 def shipped(name: str, table: str) -> OpTable | str | None:
     """A shipped trace, the problem in its place, or None."""
-    line = unpacked(pack_of(name), digests(load_model(name))[0]).get(table)
+    profile, phase = load_model(name), table.partition("-")[0]
+    line = unpacked(pack_of(name, phase), digests(profile, phase)[0]).get(table)
     data = {} if line is None else json.loads(line)
     return from_json(data)[0] if "ops" in data else data.get("problem")
 
@@ -98,18 +117,24 @@ def _said(tensor: Tensor) -> tuple[object, ...]:
 
 
 def make(name: str) -> tuple[str, int, bool]:
-    """Make a model's pack; its name, how many bytes it has, and whether it changed."""
-    found = fresh(name)
-    path = pack_of(name)
-    changed = not all(same(table, shipped(name, key)) for key, table in found.items())
-    if changed:
-        write_atomically(path, packed(digests(load_model(name))[0], found))
-    return name, path.stat().st_size, changed
+    """Make a model's packs; its name, how many bytes they have, and whether one changed."""
+    profile = load_model(name)
+    packs = [(pack_of(name, "decode"), digests(profile)[0], fresh)]
+    if sees(profile):
+        packs.append((pack_of(name, "encode"), tower_digest(profile), fresh_tower))
+    size, any_changed = 0, False
+    for path, key, made in packs:
+        found = made(name)
+        changed = not all(same(table, shipped(name, key)) for key, table in found.items())
+        if changed:
+            write_atomically(path, packed(key, found))
+        size, any_changed = size + path.stat().st_size, any_changed or changed
+    return name, size, any_changed
 
 
 def main(names: list[str]) -> None:
     every = list_models()
-    for path in () if names else (profile_roots()[-1] / "traces").glob("*.json.xz"):
+    for path in () if names else (profile_roots()[-1] / "traces").rglob("*.json.xz"):
         if path.name.removesuffix(".json.xz") not in every:
             path.unlink()
     with ProcessPoolExecutor(2) as pool:

@@ -39,7 +39,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 HEAVY = {"torch", "transformers"}
 HEAVY_PARTS = {"ops", "modeling", "measure"}
-HEAVY_FILES = {"trace/record.py", "trace/layers.py", "trace/forward.py", "trace/tracer.py"}
+HEAVY_FILES = {
+    "trace/record.py", "trace/layers.py", "trace/forward.py", "trace/tracer.py", "trace/vision/record.py",
+    "trace/vision/tracer.py",
+}
 """The only files that may import torch or transformers when they are themselves imported."""
 
 

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from shipped_traces import fresh_one, pack_of, same, shipped, sizes
+from shipped_traces import fresh_one, fresh_tower, pack_of, same, shipped, sizes
 
 from tensorcast.deploy.layout import Layout, broken_rules
 from tensorcast.files import digest_of
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import list_models, load_device, load_model
+from tensorcast.profiles.vision.said import sees
 from tensorcast.trace.cache import _SOURCES, traced
 from tensorcast.trace.stored import from_json, packed, unpacked
 
@@ -58,7 +59,16 @@ def test_every_model_and_size_ships() -> None:
             if legal and tp <= max(facts.heads, 1) and (found := shipped(name, f"prefill-tp{tp}")) is None:
                 missing.append((name, tp, found))
     assert not missing
-    assert {path.name for path in pack_of("x").parent.iterdir()} == {pack_of(name).name for name in list_models()}
+    seeing = [name for name in list_models() if sees(load_model(name))]
+    for phase, names in (("decode", [*list_models()]), ("encode", seeing)):
+        folder = pack_of("x", phase).parent
+        assert {path.name for path in folder.glob("*.xz")} == {pack_of(name, phase).name for name in names}
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if sees(load_model(name))])
+def test_every_tower_is_the_shipped_one(name: str) -> None:
+    for key, table in fresh_tower(name).items():
+        assert same(table, shipped(name, key)), f"{key}: another trace now; run `make traces`"
 
 
 def test_a_pack_serves_its_own_config_alone(tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def test_wheel_carries_profiles_and_nothing_else(wheel: Path) -> None:
     assert modules <= names
     models = {f"tensorcast/_profiles/calibration/{p.name}" for p in (ROOT / "profiles" / "calibration").glob("*.npz")}
     assert models and models <= names
-    traces = {f"tensorcast/_profiles/traces/{p.name}" for p in (ROOT / "profiles" / "traces").glob("*.json.xz")}
+    kept = ROOT / "profiles" / "traces"
+    traces = {f"tensorcast/_profiles/traces/{p.relative_to(kept).as_posix()}" for p in kept.rglob("*.json.xz")}
     assert traces and traces <= names
     templates = {"report.html.j2", "style.css", "table.js"}
     assert {f"tensorcast/report/compare/templates/{name}" for name in templates} <= names

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, WORK, command, console, patience
-from tensorcast.cli.options import LAYOUT, Device, Model, Phase, deployment_options
+from tensorcast.cli.options import LAYOUT, Device, Model, deployment_options
 from tensorcast.deploy.options import OPTIONS
 from tensorcast.errors import InputError
 
@@ -30,6 +30,10 @@ tensorcast simulate gpt-oss-120b -d h100 -n 2 --routing zipf:0.8 --out out
 [dim]Attention on 24 GPUs, experts on 8 others (AFD)[/dim]
 
 tensorcast simulate deepseek-v3 -d h200 --dp 24 --ffn-gpus 8 --batch 64
+
+[dim]Two images through the vision tower alone[/dim]
+
+tensorcast simulate qwen3-vl-235b-a22b -d h200 --phase encode --images 2 --image-size 1280x720
 
 [dim]Your own model directory, as JSON for scripts[/dim]
 
@@ -64,7 +68,10 @@ def simulate(
         "cut over tp*dp GPUs.",
     )] = 1,
     pp: Annotated[int, typer.Option("--pp", min=1, help="Pipeline stages.", rich_help_panel=DEPLOYMENT)] = 1,
-    phase: Phase = "decode",
+    phase: Annotated[str, typer.Option(
+        "--phase", metavar="prefill|decode|encode", rich_help_panel=WORK,
+        help="Read prompts, make one token per sequence, or make embeddings of images.",
+    )] = "decode",
     batch: Annotated[int, typer.Option(
         "--batch", "-b", min=1, help="Sequences [bold]per data-parallel rank[/bold]: dp times as many in all.",
         rich_help_panel=WORK,
@@ -93,6 +100,19 @@ def simulate(
     micro_batches: Annotated[int | None, typer.Option(
         "--micro-batches", metavar="N", show_default=False, rich_help_panel=WORK,
         help="Parts of the batch that go to and fro between attention and --ffn-gpus.  [dim]\\[default: 2][/dim]",
+    )] = None,
+    images: Annotated[int | None, typer.Option(
+        "--images", metavar="N", show_default=False, rich_help_panel=WORK,
+        help="Images at once, of --phase encode.  [dim]\\[default: 1][/dim]",
+    )] = None,
+    image_size: Annotated[str | None, typer.Option(
+        "--image-size", metavar="WxH", show_default=False, rich_help_panel=WORK,
+        help="Pixels of each, as 1280x720, of --phase encode.",
+    )] = None,
+    encoder_tp_mode: Annotated[str | None, typer.Option(
+        "--encoder-tp-mode", metavar="MODE", show_default=False, rich_help_panel=CHOICES,
+        help="The tower on --tp GPUs: its weights cut over them, or each with all of it and images of its own (data)."
+        "  [dim]\\[default: weights][/dim]",
     )] = None,
     allow_oversize: Annotated[bool, typer.Option(
         "--allow-oversize", help="Price a batch that does not fit into memory.", rich_help_panel=CHOICES,
@@ -123,6 +143,16 @@ def simulate(
         pool = parse_servers(layout)[0 if phase == "prefill" else -1]
         one, device = pool.layout, pool.named or device
         tp, dp, ep, pp = one.tp, one.dp, one.ep, one.pp
+    tower = {"--images": images, "--image-size": image_size, "--encoder-tp-mode": encoder_tp_mode}
+    if phase == "encode":
+        _simulate_encoder(
+            model, as_json, top, tower, device=device, tp=tp, engine=engine, fusion=options["fusion"],
+            beside={"--dp": dp - 1, "--ep": ep - 1, "--pp": pp - 1, "--batch": batch - 1, "--context": context,
+                    "--input-len": input_len, "--ffn-gpus": ffn_gpus, "--out": out,
+                    "--world-size": world_size if world_size != (tp or 1) else None},
+        )  # fmt: skip
+        return
+    _of_others("--phase encode", tower)
     if ffn_gpus is not None:
         if (ep, pp, phase, input_len, out) != (1, 1, "decode", None, None):
             raise InputError(
@@ -136,9 +166,7 @@ def simulate(
             allow_oversize=allow_oversize, **options,
         )  # fmt: skip
         return
-    for flag, value in (("--ffn-device", ffn_device), ("--micro-batches", micro_batches)):
-        if value is not None:
-            raise InputError(f"{flag} {value}: is of --ffn-gpus, and none is given")
+    _of_others("--ffn-gpus", {"--ffn-device": ffn_device, "--micro-batches": micro_batches})
     if out is not None:
         check_directory(out)  # before minutes of work, not after
     with patience(model):
@@ -159,6 +187,32 @@ def simulate(
     if written:
         names = [path.name for path in written]
         typer.echo(f"wrote {', '.join(names[:-1])} and {names[-1]} to {out}")
+
+
+def _of_others(other: str, said: dict[str, Any]) -> None:
+    """Raise :class:`InputError` on the first value that only ``other`` has a meaning for."""
+    for flag, value in said.items():
+        if value is not None:
+            raise InputError(f"{flag} {value}: is of {other}, and none is given")
+
+
+def _simulate_encoder(
+    model: str, as_json: bool, top: int, tower: dict[str, Any], *, beside: dict[str, Any], tp: int | None, **asked: Any
+) -> None:
+    """Images through the vision tower alone. ``beside``: what must not be said, with it."""
+    from tensorcast.api import simulate_encoder
+    from tensorcast.report.encoder import print_encode
+
+    if said := [name for name, value in beside.items() if value]:
+        raise InputError(f"{said[0]}: is not of --phase encode, images through the vision tower on --tp GPUs")
+    if tower["--image-size"] is None:
+        raise InputError("--phase encode: say how large images are, as in --image-size 1280x720")
+    with patience(model):
+        step = simulate_encoder(
+            model, image_size=tower["--image-size"], images=1 if tower["--images"] is None else tower["--images"],
+            encoder_tp_mode=tower["--encoder-tp-mode"] or "weights", tp=1 if tp is None else tp, **asked,
+        )
+    print_encode(step, console(), top, as_json)
 
 
 def _named_split(layout: str | None, ffn_gpus: int | None) -> tuple[str | None, int | None]:

@@ -129,7 +129,7 @@ class Deployment:
         """Bytes of activations and of the exchange between experts in the step that the engine profiles before it
         counts what is left for the cache; 0 if none is."""
         rule = self.engine.profiled_step
-        if rule is None:
+        if rule is None or self.phase == "encode":
             return 0.0, 0.0
         tokens = float(self.engine.tokens_per_step(self.device, 1, self.step.plan.all2all))
         sizes = self.step.sizes.context(tokens / self.step.sizes.verify, 1.0, 0.0).sizes
@@ -346,7 +346,7 @@ def deploy(
     if options.pcp > 1 and phase == "prefill":
         plan = prompt_cut(plan, options.pcp, layout.tp, device)
     dp = attention_dp(layout, whole.facts.num_experts)
-    graphs = engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
+    graphs = 0 if phase == "encode" else engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
     sources = expert_sources(engine, device, model.config, layout)
     drafter = None
     if phase == "decode" and options.speculative_method != "mtp":

@@ -24,7 +24,8 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.phase not in ("prefill", "decode"):
-            raise InputError(f"--phase {self.phase!r}: must be prefill or decode")
+            tower = "; --phase encode is of images" if self.phase == "encode" else ""
+            raise InputError(f"--phase {self.phase!r}: must be prefill or decode{tower}")
         if self.batch < 1:
             raise InputError(f"--batch {self.batch}: must be at least 1 sequence per data-parallel rank")
         if self.input_len < 1:

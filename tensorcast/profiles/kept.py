@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     ProfileT = TypeVar("ProfileT", bound=Frozen)
 
 
-_SOURCES = tuple(sorted(Path(__file__).parent.glob("*.py")))
+_SOURCES = tuple(sorted(Path(__file__).parent.rglob("*.py")))
 """The code that checks profiles."""
 
 

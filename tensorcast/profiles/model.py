@@ -10,6 +10,7 @@ from tensorcast.profiles.config_values import EXPERTS, EXPERTS_PER_TOKEN, check_
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.network.description import Network
 from tensorcast.profiles.sourced import Figure, Frozen, Number
+from tensorcast.profiles.vision.part import VisionPart
 
 MTP_MODULES = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -102,6 +103,7 @@ class ModelProfile(Frozen):
         default="typical", description="law by which tokens fall on experts; another where served runs tell so"
     )
     moe: MoEFields = MoEFields()
+    vision: VisionPart | None = Field(default=None, description="its tower and how images are cut, beside config")
 
     @field_validator("config")
     @classmethod

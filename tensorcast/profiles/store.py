@@ -296,6 +296,7 @@ def _model_from_config(path: Path) -> ModelProfile:
     import json
 
     from tensorcast.profiles.model import ModelProfile
+    from tensorcast.profiles.vision.processors import said_beside
 
     if not path.is_file():
         raise InputError(f"model {path.parent}: no config.json there (a Hugging Face model directory has one)")
@@ -315,7 +316,7 @@ def _model_from_config(path: Path) -> ModelProfile:
     content = {
         "name": name, "hf_id": str(config.get("_name_or_path") or name), "description": _describe(config),
         "sources": {"config": str(path)}, "config": with_quantization(config, path.resolve().parent),
-        **described_like(config["model_type"], _files("model")),
+        **described_like(config["model_type"], _files("model")), **said_beside(config, path.resolve().parent),
     }  # fmt: skip
     return _validated(path, ModelProfile, content)
 

@@ -27,6 +27,7 @@ from tensorcast.profiles.beside_config import KEYS
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import profile_roots
+from tensorcast.profiles.vision.said import vision_of
 from tensorcast.trace.cuts import Cut, cut_widths
 from tensorcast.trace.fuse import fuse, matter
 from tensorcast.trace.moe import BlockForm, with_block_form, with_fused_shared
@@ -69,8 +70,11 @@ _unwritable: set[Path] = set()
 _digests: dict[int, tuple[ModelProfile, tuple[str, str]]] = {}
 
 
-def digests(profile: ModelProfile) -> tuple[str, str]:
-    """Of what a profile says to tracing, and of that with what it says of precisions: equal ones are traced once."""
+def digests(profile: ModelProfile, phase: str = "") -> tuple[str, str]:
+    """Of what a profile says to tracing, and of that with what it says of precisions: equal ones are traced once. Of
+    its vision tower (``encode``) the same twice."""
+    if phase == "encode":
+        return (tower_digest(profile),) * 2
     if id(profile) not in _digests:
         # of a class that the profile names, where it lies in a file
         own = Path((profile.model or "").rpartition(":")[0])
@@ -86,6 +90,16 @@ def digests(profile: ModelProfile) -> tuple[str, str]:
             _digests.pop(next(iter(_digests)))
         _digests[id(profile)] = profile, (one, other)  # it stays alive, so that its id stays its own
     return _digests[id(profile)][1]
+
+
+def tower_digest(profile: ModelProfile) -> str:
+    """Of what a profile says of its vision tower. Raises :class:`InputError` where it has none."""
+    said = vision_of(profile)
+    text = json.dumps(
+        [profile.name, said.model_type, said.vision_config, said.beside, said.hidden_size,
+         profile.config.get("architectures")], sort_keys=True
+    )  # fmt: skip
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def kept(
@@ -147,9 +161,10 @@ def traced(profile: ModelProfile, phase: str, tp: int = 1) -> OpTable:
 
     Raises :class:`InputError` where the model cannot be traced so, :class:`NoTracer` where it would have to be.
     """
-    said = digests(profile)[0]
-    pack = profile_roots()[-1] / "traces" / f"{profile.name}.json.xz"
-    shipped = unpacked(pack, said).get(f"{phase}-tp{tp}")
+    tower = phase == "encode"
+    said = digests(profile, phase)[0]
+    folder = profile_roots()[-1] / "traces" / ("vision" if tower else "")
+    shipped = unpacked(folder / f"{profile.name}.json.xz", said).get(f"{phase}-tp{tp}")
 
     def make() -> OpTable:
         if shipped is not None:
@@ -160,10 +175,11 @@ def traced(profile: ModelProfile, phase: str, tp: int = 1) -> OpTable:
         whole = traced(profile, phase) if tp > 1 else None
         try:
             from tensorcast.trace.tracer import trace  # torch and transformers load only here
+            from tensorcast.trace.vision.tracer import trace_tower
         except ModuleNotFoundError as missing:
             problem = f"model {profile.name} at tp = {tp} has to be traced, and there is no {missing.name} to do it"
             raise NoTracer(f"{problem}: {INSTALL}") from None
-        return trace(profile, phase, tp, whole)  # type: ignore[arg-type]
+        return trace_tower(profile, tp, whole) if tower else trace(profile, phase, tp, whole)  # type: ignore[arg-type]
 
     return kept(
         profile, (phase, f"tp{tp}"), make, said=said, write=to_json, read=lambda data: from_json(data)[0],
@@ -187,18 +203,20 @@ def whole_model(profile: ModelProfile, phase: str, quant: str | None = None) -> 
     """
 
     def make() -> WholeModel:
-        stored = _stored(profile, quant)
+        stored = _stored(profile, quant, phase)
         table = by_precision(traced(profile, phase), stored)
         weights = stored.of_weights((p.name, p.role, p.stored) for p in table.params)
         return WholeModel(table.facts, weights, cut_widths(table, stored, profile.config.get("architectures") or ()))
 
     return kept(
-        profile, (phase, "whole", quant), make, said=digests(profile)[1], write=asdict, read=_whole_from_json,
+        profile, (phase, "whole", quant), make, said=digests(profile, phase)[1], write=asdict, read=_whole_from_json,
         folder=cache_dir(),
     )
 
 
-def _stored(profile: ModelProfile, quant: str | None) -> Quantization:
+def _stored(profile: ModelProfile, quant: str | None, phase: str) -> Quantization:
+    if phase == "encode":  # towers stay as they are, whatever is done to the language model
+        return Quantization()
     try:
         found = checkpoint(profile)
     except InputError:
@@ -246,23 +264,23 @@ def rank_tables(profile: ModelProfile, phase: str, form: RankForm) -> RankTables
     """The table of a rank: traced, layers of other precision apart, shared experts placed, quantised, fused."""
 
     def make() -> RankTables:
-        runs_as = "running", digests(profile)[1], form.quant, form.arithmetic, form.architecture
+        runs_as = "running", phase == "encode", digests(profile)[1], form.quant, form.arithmetic, form.architecture
         running = _known.get(runs_as)
         if running is None:
-            running = as_run(_stored(profile, form.quant), form.arithmetic, form.architecture)
+            running = as_run(_stored(profile, form.quant, phase), form.arithmetic, form.architecture)
             _known[runs_as] = running
         bare = traced(profile, phase, form.tp)
         # devices and engines differ in more than what they do to a table
         schemes = schemes_of(bare, running)
         fusions = matter(form.fusions, schemes)
-        key = "rank", digests(profile)[0], phase, form.tp, schemes, fusions, form.apart, form.states, form.block
+        key = "rank", digests(profile, phase)[0], phase, form.tp, schemes, fusions, form.apart, form.states, form.block
         found: RankTables = _known.get(key) or _rank(bare, running, form, fusions)
         _known[key] = found
         return found
 
     what = phase, f"rank{form.tp}", form
     return kept(
-        profile, what, make, said=digests(profile)[1], write=lambda made: to_json(*made),
+        profile, what, make, said=digests(profile, phase)[1], write=lambda made: to_json(*made),
         read=lambda data: RankTables(*from_json(data)), folder=cache_dir(),
     )
 

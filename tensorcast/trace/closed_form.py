@@ -78,7 +78,7 @@ def _candidates(values: Sequence[int], probes: Sequence[Probe]) -> Iterator[Dim]
 
 def _evaluate(dim: Dim, probe: Probe) -> Fraction:
     powers = {"B": probe.B, "S": probe.S, "L": probe.L, "P": probe.P}
-    value = Fraction(dim.coef)
+    value = Fraction(dim.coef).limit_denominator(1 << 16)  # ninths are no floats
     for atom, size in powers.items():
         value *= size ** getattr(dim, atom)
     if dim.rounded:

@@ -123,7 +123,7 @@ def _trace_one(
         except NotImplementedError as reason:  # meta tensors refuse ops whose result is a matter of data
             line = str(reason).strip().splitlines()[0]
             raise InputError(f"model {profile.name}: {phase} cannot be traced without data: {line}") from None
-    ops = [_as_mm(op) for op in _without_idle(_without_copied_states(linears))]
+    ops = [as_mm(op) for op in _without_idle(_without_copied_states(linears))]
     ops = mark_latent(mark_experts(ops), phase)
     ops = mark_selection(ops, _selections(whole, kinds))
     if (unsaid := getattr(whole, "unsaid_experts", "")) and blocks_of(ops):
@@ -255,7 +255,7 @@ def _without_idle(ops: list[Op]) -> list[Op]:
     return [op for op in ops if id(op) not in gone]
 
 
-def _as_mm(op: Op) -> Op:
+def as_mm(op: Op) -> Op:
     """A batched matmul whose weight is only expanded over the batch (a linear on a strided input) is one matmul."""
     if op.name != "bmm" or not op.inputs[1].weight or 0 not in op.inputs[1].expanded:
         return op

@@ -25,6 +25,7 @@ from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile, is_one_of
 from tensorcast.trace.cache import WholeModel
+from tensorcast.trace.dims import product
 from tensorcast.trace.moe import BlockForm, Whole, blocks_of
 from tensorcast.trace.table import Op, OpTable, kept_beside, per_table
 
@@ -210,7 +211,10 @@ def make_plan(
             partial_sums = 4.0 if norm else 2.0 * width
             kept = norm or not (scattered and op.kind in blocks)
             name: CollectiveOp = "all_reduce" if kept else "reduce_scatter"
-            rows.append(Collective(name, op.module, op.kind, "tp", layout.tp, tp, partial_sums, label=label))
+            per, many = _rows_of(op) if table.phase == "encode" else ("token", 1.0)
+            rows.append(Collective(
+                name, op.module, op.kind, "tp", layout.tp, tp, many * partial_sums, per, label=label
+            ))  # fmt: skip
         if layout.tp > 1 and "logits" in places:
             vocabulary = table.facts.vocab_size * 2.0
             rows.append(Collective(
@@ -312,7 +316,7 @@ def _sites(table: OpTable) -> tuple[dict[int, tuple[Op, frozenset[str]]], dict[i
             found[i] = {"dispatch"}
         elif op.shard == "row":
             found[i] = {"sum"}
-        elif op.shard == "column" and op.kind < 0 and op.name in ("mm", "addmm"):
+        elif op.shard == "column" and op.kind < 0 and op.name in ("mm", "addmm") and table.facts.vocab_size:
             found[i] = {"logits"}
         if op.stage == "experts":
             ends["combine", op.kind] = i
@@ -321,6 +325,12 @@ def _sites(table: OpTable) -> tuple[dict[int, tuple[Op, frozenset[str]]], dict[i
     for (place, _), i in ends.items():
         found.setdefault(i, set()).add(place)
     return {i: (table.ops[i], frozenset(found[i])) for i in sorted(found)}, blocks
+
+
+def _rows_of(op: Op) -> tuple[Literal["token", "sequence"], float]:
+    """Rows of what a tower's row gives, per patch or, in one of images of one size, per image."""
+    rows, *_ = product(op.outputs[0].dims[:-1])
+    return "token" if rows.S else "sequence", rows.coef
 
 
 def _join_norms(

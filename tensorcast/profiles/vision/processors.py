@@ -131,6 +131,6 @@ def rule_of_folder(folder: Path) -> ImageRule | None:
 
 
 def said_beside(config: Said, folder: Path) -> dict[str, Any]:
-    """The field ``vision`` of a profile made of a folder's ``config``, where a file beside it says how images are cut."""
+    """The field ``vision`` of a profile of a folder's ``config``, where a file beside it says how images are cut."""
     rule = rule_of_folder(folder) if "vision_config" in config else None
     return {} if rule is None else {"vision": {"images": rule}}

@@ -30,7 +30,10 @@ def vision_of(model: ModelProfile) -> VisionSaid:
     if not isinstance(vision, dict):
         raise InputError(f"model {model.name}: config.json has no vision_config: it takes no images")
     if not part.config and not (set(vision) & {"patch_size", "image_size"} or model_type in OF_TYPE):
-        raise InputError(f"model {model.name}: its vision_config says no patch_size")
+        raise InputError(
+            f"model {model.name}: its vision_config says no patch_size, and model_type {model_type!r} is not known for "
+            "images"
+        )
     beside = {
         name: value for name, value in config.items()
         if name.startswith(("projector", "multimodal_projector", "spatial_merge", "vision_feature", "merged"))
@@ -41,8 +44,9 @@ def vision_of(model: ModelProfile) -> VisionSaid:
 
 
 def sees(model: ModelProfile) -> bool:
-    """Whether a model takes images."""
-    return bool((model.vision and model.vision.config) or isinstance(model.config.get("vision_config"), dict))
+    """Whether a model takes images through a tower that its profile or a type known here describes."""
+    known = str(model.config.get("model_type", "")) in OF_TYPE and isinstance(model.config.get("vision_config"), dict)
+    return known or bool(model.vision and model.vision.config)
 
 
 def encoded_image(model: ModelProfile, width: int, height: int) -> EncodedImage:

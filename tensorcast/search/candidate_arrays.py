@@ -40,6 +40,15 @@ def batches(largest: Array, also: Array | None = None) -> tuple[Rows, Array]:
     return np.concatenate([rows for rows, _ in found]), np.concatenate([batch for _, batch in found])
 
 
+def number_within(ascending: Array, rows: Rows, limit: Array) -> Rows:
+    """How many entries of each of some ``rows`` of ``ascending [rows, n]`` are no more than its limit."""
+    found, end = np.zeros(len(rows), dtype=int), ascending.shape[1]
+    for step in 2 ** np.arange(end.bit_length())[::-1]:
+        further = np.minimum(found + step, end)
+        found = np.where(ascending[rows, further - 1] <= limit, further, found)
+    return found
+
+
 def largest_where(holds: Callable[[Array], Mask], largest: Array) -> Array:
     """The largest whole number of each row, up to ``largest``, for which ``holds``; 0: none.
 

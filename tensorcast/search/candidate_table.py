@@ -127,51 +127,31 @@ NONE = Candidates(dict.fromkeys(COLUMNS, np.zeros(0)))
 
 def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Candidates:
     """Points as candidates, which are named, and whose front is drawn, once all tasks are searched."""
-    c = rated(task, prices, mode, points)
-    chosen = [prices.variants[i] for i in points.variant]
+    c, of_variant = rated(task, prices, mode, points), points.variant
+    told = _told(task, prices)
     limits = [name for name in LIMITS if f"{name}_share" in c]
     shares = np.array([c[f"{name}_share"] for name in limits])
     over = shares.max(axis=0) > 1
-    experts = bool(whole_model(task.model, "decode", task.base.quant).facts.num_experts)
-    every = dict.fromkeys(v.layout for v in prices.variants)  # thousands of rows, few layouts
-    called = {layout: str(layout) for layout in every}
-    families = {layout: family(layout, experts) for layout in every}
-    pools = mode == "disaggregated"
-    readers, decoding, said = prices.readers or prices, task, called
-    prefill = [readers.variants[int(i)] for i in c["prefill"]] if pools else chosen
+    pools, decoding, named, prefill = mode == "disaggregated", task, told["layout"][of_variant], None
+    if pools:
+        prefill = _told(task, prices.readers or prices)["layout"][c["prefill"].astype(int)]
     if task.pools:  # as replay reads them
         first, decoding = task.pools
-        said = {v.layout: f"{v.layout}@{first.device.name}" for v in prefill}
-        called = {layout: f"{name}@{decoding.device.name}" for layout, name in called.items()}
-    nothing, normal = np.full(len(points.variant), np.nan), NormalDist()
+        named, prefill = named + f"@{decoding.device.name}", prefill + f"@{first.device.name}"
+    nothing, normal = np.full(len(of_variant), np.nan), NormalDist()
     columns: dict[str, Any] = {
         "candidate": "",
         "mode": mode,
         "device": " > ".join([one.device.name for one in task.pools or (task,)]),
         "engine": task.engine.name,
-        "layout": [called[v.layout] for v in chosen],
-        "family": [families[v.layout] for v in chosen],
-        **{
-            name: [getattr(v.layout, name) if name != "etp" or experts else 1 for v in chosen]
-            for name in ("tp", "dp", "ep", "etp", "pp")
-        },
+        **{name: values[of_variant] for name, values in told.items()},
+        "layout": named,
         **{name: c[name].astype(int) for name in ("replicas", "world_size", "gpus")},
-        "prefill_layout": [said[v.layout] for v in prefill] if pools else None,
+        "prefill_layout": prefill,
         "prefill_workers": c["prefill_workers"] if pools else nothing,
         "decode_workers": c["decode_workers"] if pools else nothing,
         "batch": c["batch"],
         "concurrency": c["concurrency"],
-        "all2all": [choose_all2all(v.decode.all2all, v.layout, task.engine, "decode") for v in chosen],
-        "dispatch": [v.decode.dispatch or "" for v in chosen],
-        "combine": [v.decode.combine or "" for v in chosen],
-        "kv_dtype": [v.decode.kv_dtype or prices.own_kv_dtype for v in chosen],
-        "placement": [v.decode.placement for v in chosen],
-        "redundant_experts": [v.decode.redundant_experts for v in chosen],
-        "external_shared_experts": [v.decode.external_shared_experts for v in chosen],
-        "shared_expert_tp": [v.decode.shared_expert_tp for v in chosen],
-        "dual_batch_overlap": [v.decode.dual_batch_overlap for v in chosen],
-        "mtp_depth": [v.decode.mtp_depth for v in chosen],
-        "dcp": [v.decode.dcp for v in chosen],
         "chunk_tokens": nothing if pools else c["chunk_tokens"],
         **{
             f"{what}{end}_{unit}": c[f"{what}_{unit}"] * c[f"factor_{what}_{unit}"] ** sign
@@ -203,6 +183,32 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
     }
     fleets = np.empty(len(prices.fleets), dtype=object)
     fleets[:] = prices.fleets
-    past = np.full(len(chosen), float(int(prices.scenario.load.context) - 1))  # each reply half done
-    behind = Decoding(fleets[prices.fleet_of[points.variant]], prices.member_of[points.variant], c["batch"], past)
-    return Candidates({name: np.broadcast_to(values, len(chosen)) for name, values in held.items()}, behind)
+    past = np.full(len(of_variant), float(int(prices.scenario.load.context) - 1))  # each reply half done
+    behind = Decoding(fleets[prices.fleet_of[of_variant]], prices.member_of[of_variant], c["batch"], past)
+    return Candidates({name: np.broadcast_to(values, len(of_variant)) for name, values in held.items()}, behind)
+
+
+def _told(task: SearchTask, prices: VariantPrices) -> dict[str, NDArray[Any]]:
+    """Columns that hang on the variant alone, an entry for each."""
+    if not prices.told:
+        experts = bool(whole_model(task.model, "decode", task.base.quant).facts.num_experts)
+        every = prices.variants
+        layouts = {v.layout: (str(v.layout), family(v.layout, experts)) for v in every}  # few
+        columns: dict[str, list[Any]] = {
+            **dict(zip(("layout", "family"), zip(*(layouts[v.layout] for v in every), strict=True), strict=True)),
+            **{name: [getattr(v.layout, name) for v in every] for name in ("tp", "dp", "ep", "pp")},
+            "etp": [v.layout.etp if experts else 1 for v in every],
+            "all2all": [choose_all2all(v.decode.all2all, v.layout, task.engine, "decode") for v in every],
+            "dispatch": [v.decode.dispatch or "" for v in every],
+            "combine": [v.decode.combine or "" for v in every],
+            "kv_dtype": [v.decode.kv_dtype or prices.own_kv_dtype for v in every],
+            **{
+                name: [getattr(v.decode, name) for v in every]
+                for name in (
+                    "placement", "redundant_experts", "external_shared_experts", "shared_expert_tp",
+                    "dual_batch_overlap", "mtp_depth", "dcp",
+                )
+            },
+        }  # fmt: skip
+        prices.told = {name: np.array(said, dtype=object if name in WORDS else None) for name, said in columns.items()}
+    return prices.told

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from tensorcast.search.axes import LARGEST_BATCH
-from tensorcast.search.candidate_arrays import Points, batches, largest_where, last_of
+from tensorcast.search.candidate_arrays import Points, batches, largest_where, last_of, number_within
 from tensorcast.search.search_task import Room
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.curves import DecodeCurve
@@ -62,8 +62,8 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
             points = Points.joined([known, points])
         stable = np.isfinite(points.columns["concurrency"])
         unstable += int((~stable).sum())
-        points = points.where(stable)
-        parts.append(points.where(np.argsort(shop.depths[points.variant], kind="stable")))
+        order = np.flatnonzero(stable)
+        parts.append(points.where(order[np.argsort(shop.depths[points.variant[order]], kind="stable")]))
     return Points.joined(parts), unstable
 
 
@@ -117,7 +117,7 @@ def disaggregated(
     these pools the largest batch that prompts keep up with, and a smaller one that brings more; and where these are
     late with a first token, the largest in time.
     """
-    parts, unstable = [], 0
+    chosen, unstable = list[Array](), 0
     grid, decode_s = shop.grid, shop.curves["seconds"] * shop.scenario.engine.overhead.pool_factor
     steps = shop.scenario.load.decode_steps(shop.depths)
     per_token = (steps / max(shop.scenario.load.output_len - 1, 1))[:, None] * decode_s
@@ -128,76 +128,95 @@ def disaggregated(
     rates = grid * shop.layouts["dp"][:, None] / (steps[:, None] * decode_s)
     rate = rates[rows, np.searchsorted(grid, batch)]
     usable = np.where(within.any(axis=1, keepdims=True), within, fits)
+    asked = np.where(usable, rates, np.inf)
     # the least of any usable batch from here on: unlike the rates themselves it never falls
-    least = np.minimum.accumulate(np.where(usable, rates, np.inf)[:, ::-1], axis=1)[:, ::-1]
+    least = np.minimum.accumulate(asked[:, ::-1], axis=1)[:, ::-1]
+    # rates in ascending order, of equal ones that of the smallest batch last, and whose they are
+    ascending = len(grid) - 1 - np.argsort(asked[:, ::-1], axis=1, kind="stable")
+    by_rate = np.take_along_axis(asked, ascending, axis=1)
     size, readers, room = shop.layouts["world_size"], shop.readers or shop, room or [(float(gpus), 1.0, 1.0)]
     for prefill in _prefill_choices(readers, gpus, limits[0]):
         variant = readers.variants[prefill]
-        wide, costs = variant.layout.world_size, readers.own_prompts.where(prefill)
-        capacity = PREFILL_BUSY * variant.layout.dp * float(costs.most_per_s)
-        same = np.array([v.decode.kv_dtype == variant.decode.kv_dtype for v in shop.variants])
+        wide, most_per_s = variant.layout.world_size, float(readers.own_prompts.where(prefill).most_per_s)
+        capacity = PREFILL_BUSY * variant.layout.dp * most_per_s
+        same = shop.kv_dtypes == variant.decode.kv_dtype
         x, y = _matched(rate, capacity, wide, size[rows], room)
         unstable += int((x == 0)[same[rows]].sum())
-        pools = [np.unique(np.stack([rows, x, y])[:, x > 0], axis=1)]  # their own largest batch, too
-        for workers in _pool_sizes(int((gpus - wide) // size.min())):
-            left = [(most - workers * size * d, wide * p) for most, p, d in room]
-            others = np.min([np.floor(n / each) if each else np.where(n < 0, n, np.inf) for n, each in left], axis=0)
-            mine = np.flatnonzero(same & (others >= 1))
-            pools.append(np.stack([mine, others[mine], np.full(len(mine), float(workers))]))
-        own, own_x, own_y = np.concatenate(pools, axis=1)
-        own, limit = own.astype(int), (own_x * capacity / own_y)[:, None]
-        largest = last_of(grid, least[own] <= limit)
+        # their own largest batch, too: each once, by variant and workers
+        _, once = np.unique((rows * (x.max(initial=0) + 1) + x) * (y.max(initial=0) + 1) + y, return_index=True)
+        once = once[x[once] > 0]
+        workers = np.array(_pool_sizes(int((gpus - wide) // size.min())), dtype=float)[:, None]
+        left = [(most - workers * size * d, wide * p) for most, p, d in room]
+        others = np.min([np.floor(n / each) if each else np.where(n < 0, n, np.inf) for n, each in left], axis=0)
+        several, mine = np.nonzero(same & (others >= 1))
+        own = np.concatenate([rows[once], mine])
+        own_x = np.concatenate([x[once], others[several, mine]])
+        own_y = np.concatenate([y[once], workers[several, 0]])
+        limit = own_x * capacity / own_y
+        most = number_within(least, own, limit)
+        largest = np.append(0.0, grid)[most]
         # a step may jump: fewer sequences may then bring more tokens than the most that prompts keep up with
-        quickest = grid[np.where(usable[own] & (rates[own] <= limit), rates[own], -1.0).argmax(axis=1)]
-        quickest = np.where(quickest < largest, quickest, 0.0)
+        quickest = grid[ascending[own, np.maximum(number_within(by_rate, own, limit) - 1, 0)]]
+        quickest = np.where((most > 0) & (quickest < largest), quickest, 0.0)
         some, at = np.concatenate([rows, own, own]), np.concatenate([batch, largest, quickest])
         x, y = np.concatenate([x, own_x, own_x]), np.concatenate([y, own_y, own_y])
-        chosen = same[some] & (x > 0) & (at >= 1)
-        if chosen.any():
-            matched = _Pools(
-                shop=shop, prefill=prefill, costs=costs, rows=some[chosen], x=x[chosen], y=y[chosen]
-            )
-            served = [matched.serve(at[chosen])]
-            if limits[0] is not None:
-                served.append(matched.sooner(served[0], limits[0]))
-            points = Points.joined(served)
-            points = points.where(np.isfinite(points.columns["concurrency"]))
-            parts.append(points.where(np.argsort(shop.depths[points.variant], kind="stable")))
-    return Points.joined(parts) if parts else Points(np.zeros(0, dtype=int), {}), unstable
+        every = np.stack([np.full(len(some), prefill), some, x, y, at])
+        chosen.append(every[:, same[some] & (x > 0) & (at >= 1)])
+    if not any(one.size for one in chosen):
+        return Points(np.zeros(0, dtype=int), {}), unstable
+    prefills, rows, x, y, at = np.concatenate(chosen, axis=1)
+    matched = _Pools.of(shop, prefills.astype(int), rows.astype(int), x, y)
+    served = [matched.serve(at)]
+    if limits[0] is not None:
+        served.append(matched.sooner(served[0], limits[0]))
+    points = Points.joined(served)
+    points = points.where(np.isfinite(points.columns["concurrency"]))
+    # by what reads prompts, then by drafted tokens
+    return points.where(np.lexsort((shop.depths[points.variant], points.columns["prefill"]))), unstable
 
 
 @dataclass(frozen=True)
 class _Pools:
-    """``x`` prefill workers of one variant and ``y`` decode workers of each of ``rows``."""
+    """``x`` prefill workers of variants ``prefill`` and ``y`` decode workers of variants ``rows``, of each entry."""
 
     shop: VariantPrices
-    prefill: int
+    prefill: Rows
     costs: PrefillCosts
     rows: Rows
     x: Array
     y: Array
+    hand_over_s: Array
+
+    @classmethod
+    def of(cls, shop: VariantPrices, prefill: Rows, rows: Rows, x: Array, y: Array) -> _Pools:
+        """With what follows of the workers."""
+        readers, took = shop.readers or shop, np.empty(len(rows))
+        for one in np.unique(prefill):
+            some, variant = prefill == one, readers.variants[one]
+            took[some] = hand_over_s(
+                readers.scenario.deployment(variant.layout, "prefill", variant.prefill),
+                shop.layouts["world_size"][rows[some]], x[some] + y[some], int(shop.scenario.load.input_len),
+                shop.scenario.device,
+            )
+        costs = readers.own_prompts.where(prefill)
+        return cls(shop=shop, prefill=prefill, costs=costs, rows=rows, x=x, y=y, hand_over_s=took)
 
     def serve(self, batch: Array) -> Points:
         """What they serve at their batches; infinitely many users where prompts come faster than they are read."""
         shop, readers = self.shop, self.shop.readers or self.shop
-        variant = readers.variants[self.prefill]
         pools = Disaggregated(
             traffic=shop.scenario.load,
             engine=shop.scenario.engine,
             decode_ranks=self.y * shop.layouts["dp"][self.rows],
-            prefill_ranks=self.x * variant.layout.dp,
+            prefill_ranks=self.x * readers.layouts["dp"][self.prefill],
             depth=shop.depths[self.rows],
-            hand_over_s=hand_over_s(
-                readers.scenario.deployment(variant.layout, "prefill", variant.prefill),
-                shop.layouts["world_size"][self.rows], self.x + self.y, int(shop.scenario.load.input_len),
-                shop.scenario.device,
-            ),
+            hand_over_s=self.hand_over_s,
             decoding=DecodeCurve(shop.grid, shop.curves, self.rows),
             prompts=self.costs,
-        )  # fmt: skip
+        )
         served = pools.metrics(batch, pools.closed_loop(batch))
         extra = {
-            "prefill": np.full(len(self.rows), self.prefill), "prefill_workers": self.x, "decode_workers": self.y,
+            "prefill": self.prefill, "prefill_workers": self.x, "decode_workers": self.y,
             "largest_batch": np.minimum(shop.room_decode[self.rows], LARGEST_BATCH),
         }  # fmt: skip
         return Points(self.rows, served.columns() | extra)
@@ -205,7 +224,7 @@ class _Pools:
     def sooner(self, points: Points, ttft_s: float) -> Points:
         """Of ``points`` that are late with a first token: the largest smaller batch in time, if there is any."""
         late = np.flatnonzero(points.columns["ttft_s"] > ttft_s)
-        some = replace(self, rows=self.rows[late], x=self.x[late], y=self.y[late])
+        some = _Pools.of(self.shop, self.prefill[late], self.rows[late], self.x[late], self.y[late])
         grid = np.concatenate([[1.0], self.shop.grid])  # positions count from 1
         last = np.searchsorted(self.shop.grid, points.columns["batch"][late]).astype(float)
         last = largest_where(lambda n: some.serve(grid[n.astype(int)]).columns["ttft_s"] <= ttft_s, last)
@@ -220,8 +239,8 @@ def _prefill_choices(shop: VariantPrices, gpus: int, ttft_s: float | None) -> li
     per_gpu = every.most_per_s * shop.layouts["dp"] / size
     alone = (every.fixed_s + every.prompt_s) / np.minimum(every.per_step, 1.0)
     chosen = set()
-    for kv in {v.decode.kv_dtype for v in shop.variants}:
-        mine = fits & np.array([v.decode.kv_dtype == kv for v in shop.variants])
+    for kv in {*shop.kv_dtypes}:
+        mine = fits & (shop.kv_dtypes == kv)
         in_time = mine & (alone <= (ttft_s or np.inf) * 0.7)  # room for the queue
         for candidates, value in ((mine, per_gpu), (in_time, per_gpu), (mine, -alone)):
             if candidates.any():

@@ -48,10 +48,10 @@ def finer(task: SearchTask, shop: VariantPrices, parts: dict[str, Points]) -> Va
         return None
     hopes, readers = Points.joined(hoped), shop.readers or shop
     hope, batch, last, prefill = (hopes.columns[name] for name in ("hope", "batch", "last", "prefill"))
-    by_layout: dict[object, int] = {}
-    for i in np.argsort(-hope, kind="stable"):
-        by_layout.setdefault((shop.variants[hopes.variant[i]].layout, readers.variants[prefill[i]].layout), int(i))
-    chosen = np.union1d(np.flatnonzero(hope >= best), list(by_layout.values())[:LISTED])
+    order = np.argsort(-hope, kind="stable")
+    layouts = shop.layout_of[hopes.variant] * (readers.layout_of.max() + 1) + readers.layout_of[prefill]
+    _, first = np.unique(layouts[order], return_index=True)
+    chosen = np.union1d(np.flatnonzero(hope >= best), order[np.sort(first)[:LISTED]])
     chosen = chosen[(last > batch)[chosen] & (hope > -np.inf)[chosen]]
     if not len(chosen):
         return None

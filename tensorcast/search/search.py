@@ -127,7 +127,8 @@ def worth_showing(
         pruned[NO_PACE] += slow
         if not len(points.variant):
             continue
-        points = points.where(~np.isin(points.columns["batch"], known))
+        if len(known):
+            points = points.where(~np.isin(points.columns["batch"], known))
         examined += len(points.variant)
         kept = points.where(worth_a_row(task, prices, mode, points))
         if mode == "aggregated":

@@ -84,10 +84,9 @@ def worth_a_row(task: SearchTask, prices: VariantPrices, mode: str, points: Poin
     """Positions worth a row: per layout and batch the best options, and the whole Pareto front."""
     c = rated(task, prices, mode, points)
     worst = np.max([c[f"{name}_share"] for name in LIMITS if f"{name}_share" in c], axis=0)
-    layout_of = {layout: i for i, layout in enumerate(dict.fromkeys(v.layout for v in prices.variants))}
-    of_variant = np.array([layout_of[v.layout] for v in prices.variants])
-    batches, batch = np.unique(np.log2(c["batch"]).round(3), return_inverse=True)
-    group = of_variant[points.variant] * len(batches) + batch
+    _, batches = np.unique(np.log2(prices.grid).round(3), return_inverse=True)
+    batch = batches[np.searchsorted(prices.grid, c["batch"])]
+    group = prices.layout_of[points.variant] * (batches[-1] + 1) + batch
     order = np.argsort(group, kind="stable")
     begins = np.flatnonzero(np.diff(group[order], prepend=-1))
     sizes = np.diff(begins, append=len(order))

@@ -13,6 +13,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.cost.work import Size
@@ -90,7 +91,8 @@ class VariantPrices:
     """Decode curves, prefill lines and room in memory of every variant of one scenario, and what they share.
 
     ``chunks``: chunked-prefill budgets to try; ``grid``: batches of decode steps to price. All is priced at once; the
-    methods are arithmetic. ``layouts`` and ``depths``: sizes of the variants' layouts, tokens that they draft.
+    methods are arithmetic. ``layouts``, ``layout_of``, ``depths`` and ``kv_dtypes``: of each variant the sizes of its
+    layout and which layout of all it is, tokens that it drafts, what it decodes with.
     """
 
     readers: VariantPrices | None = None
@@ -107,13 +109,18 @@ class VariantPrices:
         sizes = np.array([(v.layout.world_size, v.layout.dp) for v in variants], dtype=float)
         self.layouts: dict[str, Array] = dict(zip(("world_size", "dp"), sizes.T, strict=True))
         self.depths = np.array([v.decode.mtp_depth for v in variants])
+        self.kv_dtypes = np.array([v.decode.kv_dtype for v in variants], dtype=object)
+        numbers: dict[Layout, int] = {}
+        self.layout_of = np.array([numbers.setdefault(v.layout, len(numbers)) for v in variants])
+        self.told: dict[str, NDArray[Any]] = {}  # what tables say of each variant, once they do
         # tokens of the largest captured prefill step of each
         largest = cache(partial(scenario.engine.prefill_graph_tokens, scenario.device, config=scenario.model.config))
         experts = self._whole.facts.num_experts
         self._captured = [largest(attention_dp(v.layout, experts), v.layout.pp) for v in variants]
         count = len(variants)
         names = ("seconds", "attention_s", "error", "exposed_comm_s", "hidden_comm_s", *EVIDENCE)
-        self.curves = {name: np.empty((count, len(self.grid))) for name in names}
+        # no number at batches that do not fit
+        self.curves = {name: np.full((count, len(self.grid)), np.nan) for name in names}
         # sequences that fit beside a full prefill step
         self.fits = {budget: np.zeros(count) for budget in self.budgets}
         self._costs: dict[int, list[tuple[Rows, PrefillCosts]]] = {budget: [] for budget in self.budgets}
@@ -190,7 +197,7 @@ class VariantPrices:
     def closer(self, rows: Rows, grid: Array) -> VariantPrices:
         """Variants ``rows`` alone, with decode steps at more batches: ``grid`` holds those that are priced already."""
         found, more = copy.copy(self), np.setdiff1d(grid, self.grid)
-        curves = {name: np.empty((len(rows), len(grid))) for name in self.curves}
+        curves = {name: np.full((len(rows), len(grid)), np.nan) for name in self.curves}
         for name, values in self.curves.items():
             curves[name][:, np.searchsorted(grid, self.grid)] = values[rows]
         found._pools = None if self._pools is None else copy.copy(self._pools)
@@ -202,10 +209,13 @@ class VariantPrices:
             one._setting_of = [self._setting_of[i] for i in rows]
             one._settings = sorted({*one._setting_of})
             one.layouts = {name: sizes[rows] for name, sizes in self.layouts.items()}
+            one.told = {name: values[rows] for name, values in self.told.items()}
             one.fits = {budget: fits[rows] for budget, fits in self.fits.items()}
             one.prompts = {budget: costs.where(rows) for budget, costs in self.prompts.items()}
             one.own_prompts = one.own_prompts.where(rows)
-            for name in ("depths", "room_decode", "room_prefill", "fleet_of", "member_of"):
+            for name in (
+                "depths", "kv_dtypes", "layout_of", "room_decode", "room_prefill", "fleet_of", "member_of",
+            ):  # fmt: skip
                 setattr(one, name, getattr(one, name)[rows])
         if len(more):
             found._price(list(found._groups().values()), more, ("decode",))
@@ -255,10 +265,18 @@ class VariantPrices:
             for group, reading, decoding in zip(groups, fleets["prefill"], fleets["decode"], strict=True):
                 self._take_room(group, reading, decoding)
         at_batches, entries = np.searchsorted(self.grid, grid), setting[:, None] * len(grid) + np.arange(len(grid))
-        for some, price in asked["decode"].each(member, entries):
+        for some, price in asked["decode"].each(member, entries, self._wanted(position, grid)):
             for name, values in decode_columns(price).items():
                 exact = SPLIT * values - (SPLIT * values - values)
-                self.curves[name][position[some][:, None], at_batches] = exact
+                self.curves[name][position[some][:, None], at_batches[: exact.shape[1]]] = exact
+
+    def _wanted(self, variants: Rows, grid: Array) -> Rows:
+        """How many batches of ``grid`` each of some variants may serve: those that fit, and the next, up to which lines
+        go."""
+        fit = np.searchsorted(grid, self.room_decode[variants], side="right")
+        if self.scenario.engine.in_pools() is not self.scenario.engine:  # without captured prompts there is more room
+            fit = np.where(np.array(self._captured)[variants] > 0, len(grid), fit)
+        return np.minimum(fit + 1, len(grid))
 
     def _take_room(self, group: _Group, reading: Fleet, decoding: Fleet) -> None:
         """Sequences of a group's variants that fit, beside what a full prefill step of each budget takes, too. Overlap

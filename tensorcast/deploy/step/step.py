@@ -244,9 +244,10 @@ class Together:
             found = [price.times(chunks) if within else price for price, within in zip(found, inside, strict=True)]
         return found
 
-    def each(self, member: Rows, batch: Rows) -> Iterator[tuple[Rows, StepPrice]]:
+    def each(self, member: Rows, batch: Rows, wanted: Rows | None = None) -> Iterator[tuple[Rows, StepPrice]]:
         """Prices of members ``[entries]`` at batches ``[entries, n]``, both by position: some of the entries at a time,
-        which, and their price ``[some, n]``."""
+        which, and their price ``[some, m]``: at the first ``m`` of their batches, no fewer than are ``wanted`` of any.
+        """
         at, first = self.at, self.steps[0]
         found = [self.found(i) for i in range(len(self.steps))]
         names = dict.fromkeys(price.family for prices in found for price in prices)
@@ -276,10 +277,12 @@ class Together:
             alike.setdefault((own.external, own.contention, own.stream_tokens, *shared), []).append(i)
         for steps in alike.values():
             mine = np.flatnonzero(np.isin(step_of, steps))
+            if wanted is not None:  # those that want as many batches together
+                mine = mine[np.argsort(-wanted[mine], kind="stable")]
             for some in np.array_split(mine, max(1, len(mine) * batch.shape[1] // TOGETHER)):
                 if not len(some):
                     continue
-                entries = batch[some]
+                entries = batch[some] if wanted is None else batch[some, : wanted[some[0]]]
                 parts: dict[str, Any] = {
                     name: pick(getattr(at, name), entries) for name in ("micro", "dual", "halves")
                 } | {name: pick(getattr(at, name), entries[:, :1]) for name in ("pp", "mtp_depth")}

@@ -18,7 +18,7 @@ from one_deployment import OnePrefill
 import tensorcast as tc
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.step.sizes import COARSE, GRID
-from tensorcast.search.candidate_arrays import last_of
+from tensorcast.search.candidate_arrays import number_within
 from tensorcast.search.candidates import PREFILL_BUSY
 from tensorcast.search.compare import Comparison
 from tensorcast.search.search_task import SearchTask
@@ -171,11 +171,12 @@ def _pooled(task: SearchTask, tried: list[Variant], variant: Variant) -> Iterato
                 yield _most(task, users, at, size, keeps_up)
 
 
-@given(arrays(float, (3, 9), elements=st.integers(0, 9).map(float)), st.integers(0, 9))
-def test_the_last_batch_for_which_something_holds(values: np.ndarray, limit: int) -> None:
-    grid = np.arange(1.0, 10.0)
-    expected = [max((b for b, v in zip(grid, row, strict=True) if v <= limit), default=0.0) for row in values]
-    assert last_of(grid, values <= limit).tolist() == expected
+@given(arrays(float, (3, 9), elements=st.integers(0, 9).map(float)), st.lists(
+    st.tuples(st.integers(0, 2), st.integers(-1, 10).map(float)), min_size=1, max_size=8))  # fmt: skip
+def test_how_many_of_a_row_are_within_its_limit(values: np.ndarray, asked: list[tuple[int, float]]) -> None:
+    ascending, (rows, limits) = np.sort(values, axis=1), zip(*asked, strict=True)
+    expected = [sum(value <= limit for value in ascending[row]) for row, limit in asked]
+    assert number_within(ascending, np.array(rows), np.array(limits)).tolist() == expected
 
 
 def test_the_grid_of_a_search_is_part_of_the_grid_of_all_curves() -> None:

@@ -73,7 +73,7 @@ def test_no_batch_is_priced_twice_and_no_setting_that_a_structure_lacks(
     made: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All variants are priced at one grid; a closer look adds decode steps at the batches between alone. No more is
-    added up than the variants there are, at each batch."""
+    added up than the variants there are, at each batch that fits and the next."""
     asked = list[tuple[str, set[float], list[int]]]()
 
     class Together(variant_prices.Together):
@@ -81,10 +81,10 @@ def test_no_batch_is_priced_twice_and_no_setting_that_a_structure_lacks(
             super().__init__(steps, load, *args, **varied)
             asked.append((steps[0].table.phase, {*np.ravel(load[0])}, []))
 
-        def each(self, member: Any, batch: Any) -> Any:
+        def each(self, member: Any, batch: Any, wanted: Any = None) -> Any:
             added = [added for phase, _, added in asked if phase == self.steps[0].table.phase]
-            added[-1].append(batch.size)
-            return super().each(member, batch)
+            added[-1].append(batch.size if wanted is None else wanted.sum())
+            return super().each(member, batch, wanted)
 
     monkeypatch.setattr(variant_prices, "Together", Together)
     _ask()
@@ -92,7 +92,8 @@ def test_no_batch_is_priced_twice_and_no_setting_that_a_structure_lacks(
     *first, (phase, between, _) = asked
     decode = [(batches, added) for phase, batches, added in first if phase == "decode"]
     assert all(batches == {*variant_prices.GRID} for batches, _ in decode)
-    assert sum(sum(added) for _, added in decode) == len(prices.variants) * len(variant_prices.GRID)
+    fit = (prices.room_decode[:, None] >= variant_prices.GRID).sum(axis=1)
+    assert sum(sum(added) for _, added in decode) == np.minimum(fit + 1, len(variant_prices.GRID)).sum()
     assert phase == "decode" and not {*variant_prices.GRID} & between
 
 

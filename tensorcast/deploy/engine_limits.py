@@ -101,7 +101,8 @@ def _of_exchange(c: Case) -> Iterator[Limit]:
         yield "DeepEP v2", "this release has no deepep_v2"
     if exchange == "direct":
         yield "plain all-to-all", "no plain all-to-all between experts; choose another all2all"
-    first = exchange if c.prefill is None else replace(c, options=c.prefill).exchange
+    reads = c.options if c.prefill is None else c.prefill
+    first = exchange if reads.all2all == c.options.all2all else replace(c, options=reads).exchange
     if first != exchange:
         yield (
             "one exchange",
@@ -190,11 +191,12 @@ def _of_drafters(c: Case) -> Iterator[Limit]:
 
 def _of_nodes(c: Case) -> Iterator[Limit]:
     layout, node, ranks, pcp = c.layout, c.gpus_per_node, c.layout.tp * c.layout.pp, c.options.pcp
-    if pcp > 1 and (c.facts.kv_heads != c.facts.heads or c.nodes > 1):
+    several = layout.world_size > node
+    if pcp > 1 and (c.facts.kv_heads != c.facts.heads or several):
         yield "prompts in parts", f"latent attention alone, on one node here, reads prompts in parts (pcp = {pcp})"
     if c.options.dcp > 1:
         yield "decode context parallelism", f"no decode context parallelism (dcp = {c.options.dcp}) in this release"
-    if c.nodes == 1:
+    if not several:
         return
     if layout.world_size % node:
         yield "whole nodes", f"{layout.world_size} GPUs do not fill nodes of {node}"

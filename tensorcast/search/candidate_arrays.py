@@ -20,11 +20,6 @@ class Points(Entries):
     columns: dict[str, Array]
 
 
-def last_of(grid: Array, holds: Mask) -> Array:
-    """The largest batch of ``grid`` for which each row ``holds``, ``[rows, grid]``; 0: none."""
-    return np.where(holds, grid, 0.0).max(axis=1)
-
-
 def batches(largest: Array, also: Array | None = None) -> tuple[Rows, Array]:
     """(row, batch) of every power of two up to ``largest`` of each row, of the largest itself and of ``also``."""
     powers = 2.0 ** np.arange(np.log2(LARGEST_BATCH) + 1)

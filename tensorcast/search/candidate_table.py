@@ -132,9 +132,9 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
     limits = [name for name in LIMITS if f"{name}_share" in c]
     shares = np.array([c[f"{name}_share"] for name in limits])
     over = shares.max(axis=0) > 1
-    pools, decoding, named, prefill = mode == "disaggregated", task, told["layout"][of_variant], None
-    if pools:
-        prefill = _told(task, prices.readers or prices)["layout"][c["prefill"].astype(int)]
+    pools, decoding, named = mode == "disaggregated", task, told["layout"][of_variant]
+    reading: Rows = c["prefill"].astype(int) if pools else of_variant
+    prefill = _told(task, prices.readers or prices)["layout"][reading]
     if task.pools:  # as replay reads them
         first, decoding = task.pools
         named, prefill = named + f"@{decoding.device.name}", prefill + f"@{first.device.name}"
@@ -147,7 +147,7 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
         **{name: values[of_variant] for name, values in told.items()},
         "layout": named,
         **{name: c[name].astype(int) for name in ("replicas", "world_size", "gpus")},
-        "prefill_layout": prefill,
+        "prefill_layout": prefill if pools else None,
         "prefill_workers": c["prefill_workers"] if pools else nothing,
         "decode_workers": c["decode_workers"] if pools else nothing,
         "batch": c["batch"],
@@ -193,9 +193,10 @@ def _told(task: SearchTask, prices: VariantPrices) -> dict[str, NDArray[Any]]:
     if not prices.told:
         experts = bool(whole_model(task.model, "decode", task.base.quant).facts.num_experts)
         every = prices.variants
-        layouts = {v.layout: (str(v.layout), family(v.layout, experts)) for v in every}  # few
+        few = {v.layout for v in every}
+        called, families = {one: str(one) for one in few}, {one: family(one, experts) for one in few}
         columns: dict[str, list[Any]] = {
-            **dict(zip(("layout", "family"), zip(*(layouts[v.layout] for v in every), strict=True), strict=True)),
+            "layout": [called[v.layout] for v in every], "family": [families[v.layout] for v in every],
             **{name: [getattr(v.layout, name) for v in every] for name in ("tp", "dp", "ep", "pp")},
             "etp": [v.layout.etp if experts else 1 for v in every],
             "all2all": [choose_all2all(v.decode.all2all, v.layout, task.engine, "decode") for v in every],
@@ -210,5 +211,5 @@ def _told(task: SearchTask, prices: VariantPrices) -> dict[str, NDArray[Any]]:
                 )
             },
         }  # fmt: skip
-        prices.told = {name: np.array(said, dtype=object if name in WORDS else None) for name, said in columns.items()}
+        prices.told |= {name: np.array(said, dtype=object if name in WORDS else None) for name, said in columns.items()}
     return prices.told

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensorcast.search.axes import LARGEST_BATCH
-from tensorcast.search.candidate_arrays import Points, batches, largest_where, last_of, number_within
+from tensorcast.search.candidate_arrays import Points, batches, largest_where, number_within
 from tensorcast.search.search_task import Room
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.curves import DecodeCurve
+from tensorcast.serving.entries import Entries
 from tensorcast.serving.hand_over import hand_over_s
 from tensorcast.serving.prefill_costs import PrefillCosts
 from tensorcast.serving.steady_state import HALVINGS, Aggregated, Disaggregated
@@ -47,9 +48,9 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
             shop.states[budget] = np.concatenate(firsts), np.concatenate(replies)
         first_s, per_token = shop.states[budget]
         fits = grid <= most[:, None]
-        largest = last_of(grid, fits)
+        largest = np.where(fits, grid, 0.0).max(axis=1)
         kept = fits & (first_s <= (limits[0] or np.inf)) & (per_token <= (limits[1] or np.inf))
-        rows, batch = batches(largest, last_of(grid, kept))
+        rows, batch = batches(largest, np.where(kept, grid, 0.0).max(axis=1))
         known = shop.whatever.get(budget)
         some = slice(0 if known is None else len(known.variant), None)  # those that limits choose come last
         engine = _engine(shop, budget, rows[some])
@@ -123,7 +124,7 @@ def disaggregated(
     per_token = (steps / max(shop.scenario.load.output_len - 1, 1))[:, None] * decode_s
     fits = grid <= np.minimum(shop.room_decode, LARGEST_BATCH)[:, None]
     within = fits & (per_token <= (limits[1] or np.inf))
-    rows, batch = batches(last_of(grid, fits), last_of(grid, within))
+    rows, batch = batches(np.where(fits, grid, 0.0).max(axis=1), np.where(within, grid, 0.0).max(axis=1))
     # prompts per second that one decode worker asks for
     rates = grid * shop.layouts["dp"][:, None] / (steps[:, None] * decode_s)
     rate = rates[rows, np.searchsorted(grid, batch)]
@@ -160,15 +161,20 @@ def disaggregated(
         quickest = np.where((most > 0) & (quickest < largest), quickest, 0.0)
         some, at = np.concatenate([rows, own, own]), np.concatenate([batch, largest, quickest])
         x, y = np.concatenate([x, own_x, own_x]), np.concatenate([y, own_y, own_y])
-        every = np.stack([np.full(len(some), prefill), some, x, y, at])
+        took = hand_over_s(
+            readers.scenario.deployment(variant.layout, "prefill", variant.prefill), size[some], x + y,
+            int(shop.scenario.load.input_len), shop.scenario.device,
+        )
+        every = np.stack([np.full(len(some), prefill), some, x, y, at, took])
         chosen.append(every[:, same[some] & (x > 0) & (at >= 1)])
     if not any(one.size for one in chosen):
         return Points(np.zeros(0, dtype=int), {}), unstable
-    prefills, rows, x, y, at = np.concatenate(chosen, axis=1)
-    matched = _Pools.of(shop, prefills.astype(int), rows.astype(int), x, y)
-    served = [matched.serve(at)]
+    prefills, rows, x, y, at, took = np.concatenate(chosen, axis=1)
+    which = prefills.astype(int)
+    matched = _Pools(which, readers.own_prompts.where(which), rows.astype(int), x, y, took)
+    served = [matched.serve(shop, at)]
     if limits[0] is not None:
-        served.append(matched.sooner(served[0], limits[0]))
+        served.append(matched.sooner(shop, served[0], limits[0]))
     points = Points.joined(served)
     points = points.where(np.isfinite(points.columns["concurrency"]))
     # by what reads prompts, then by drafted tokens
@@ -176,10 +182,9 @@ def disaggregated(
 
 
 @dataclass(frozen=True)
-class _Pools:
+class _Pools(Entries):
     """``x`` prefill workers of variants ``prefill`` and ``y`` decode workers of variants ``rows``, of each entry."""
 
-    shop: VariantPrices
     prefill: Rows
     costs: PrefillCosts
     rows: Rows
@@ -187,23 +192,9 @@ class _Pools:
     y: Array
     hand_over_s: Array
 
-    @classmethod
-    def of(cls, shop: VariantPrices, prefill: Rows, rows: Rows, x: Array, y: Array) -> _Pools:
-        """With what follows of the workers."""
-        readers, took = shop.readers or shop, np.empty(len(rows))
-        for one in np.unique(prefill):
-            some, variant = prefill == one, readers.variants[one]
-            took[some] = hand_over_s(
-                readers.scenario.deployment(variant.layout, "prefill", variant.prefill),
-                shop.layouts["world_size"][rows[some]], x[some] + y[some], int(shop.scenario.load.input_len),
-                shop.scenario.device,
-            )
-        costs = readers.own_prompts.where(prefill)
-        return cls(shop=shop, prefill=prefill, costs=costs, rows=rows, x=x, y=y, hand_over_s=took)
-
-    def serve(self, batch: Array) -> Points:
+    def serve(self, shop: VariantPrices, batch: Array) -> Points:
         """What they serve at their batches; infinitely many users where prompts come faster than they are read."""
-        shop, readers = self.shop, self.shop.readers or self.shop
+        readers = shop.readers or shop
         pools = Disaggregated(
             traffic=shop.scenario.load,
             engine=shop.scenario.engine,
@@ -221,14 +212,14 @@ class _Pools:
         }  # fmt: skip
         return Points(self.rows, served.columns() | extra)
 
-    def sooner(self, points: Points, ttft_s: float) -> Points:
+    def sooner(self, shop: VariantPrices, points: Points, ttft_s: float) -> Points:
         """Of ``points`` that are late with a first token: the largest smaller batch in time, if there is any."""
         late = np.flatnonzero(points.columns["ttft_s"] > ttft_s)
-        some = _Pools.of(self.shop, self.prefill[late], self.rows[late], self.x[late], self.y[late])
-        grid = np.concatenate([[1.0], self.shop.grid])  # positions count from 1
-        last = np.searchsorted(self.shop.grid, points.columns["batch"][late]).astype(float)
-        last = largest_where(lambda n: some.serve(grid[n.astype(int)]).columns["ttft_s"] <= ttft_s, last)
-        return some.serve(grid[last.astype(int)]).where(last >= 1)
+        some = self.where(late)
+        grid = np.concatenate([[1.0], shop.grid])  # positions count from 1
+        last = np.searchsorted(shop.grid, points.columns["batch"][late]).astype(float)
+        last = largest_where(lambda n: some.serve(shop, grid[n.astype(int)]).columns["ttft_s"] <= ttft_s, last)
+        return some.serve(shop, grid[last.astype(int)]).where(last >= 1)
 
 
 def _prefill_choices(shop: VariantPrices, gpus: int, ttft_s: float | None) -> list[int]:

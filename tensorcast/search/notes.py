@@ -116,7 +116,7 @@ def left_out(tasks: Sequence[SearchTask], kept: Candidates) -> Iterator[str]:
     for task in tasks:
         pools = task.pools or (task,)
         own = kept.where(kept["device"] == " > ".join([one.device.name for one in pools]))
-        there = {str(name).partition("@")[0] for name in (*own["layout"], *own["prefill_layout"])}
+        there = {str(name).partition("@")[0] for name in {*own["layout"], *own["prefill_layout"]}}
         several = len({one.device.name for one in (*tasks, *pools)}) > 1
         for layout, pool in {layout: one for one in pools for layout in one.layouts}.items():
             if str(layout) not in there:

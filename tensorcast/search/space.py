@@ -47,7 +47,7 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     form = cache(partial(
         block_form, engine=task.engine, device=task.device, config=task.model.config, whole=whole
     ))
-    both = {True, False} <= {*task.axes.shared_expert_tp}
+    shared_cut, both = cache(partial(replace, shared_expert_tp=True)), {True, False} <= {*task.axes.shared_expert_tp}
     for layout in tried:
         if broken := next(broken_rules(layout, facts, task.device), None):
             pruned[broken[0]] += 1
@@ -55,13 +55,15 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
         every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized, latent=latent)
         if both and layout.tp > 1:  # a slice's shared experts are whole either way
             every = [v for v in every if v.decode.shared_expert_tp or any(
-                form(o, layout, kind) != form(replace(o, shared_expert_tp=True), layout, kind)
+                form(o, layout, kind) != form(shared_cut(o), layout, kind)
                 for o, phase in ((v.prefill, "prefill"), (v.decode, "decode"))
                 for kind in (choose_all2all(o.all2all, layout, task.engine, phase, split=o.split_tokens_over_tp),)
             )]
+        reads = {options: can(layout=layout, options=options) for options in {v.prefill for v in every}}
         problems = [
-            can(layout=layout, options=v.prefill) or can(layout=layout, options=v.decode, prefill=v.prefill)
-            for v in every
+            reads[v.prefill] or ("" if v.decode == v.prefill else can(
+                layout=layout, options=v.decode, prefill=v.prefill
+            )) for v in every
         ]
         if every and all(problems):
             pruned[f"{engine}: {problems[0].partition(':')[0]}"] += 1

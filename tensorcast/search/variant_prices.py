@@ -112,7 +112,6 @@ class VariantPrices:
         self.kv_dtypes = np.array([v.decode.kv_dtype for v in variants], dtype=object)
         numbers: dict[Layout, int] = {}
         self.layout_of = np.array([numbers.setdefault(v.layout, len(numbers)) for v in variants])
-        self.told: dict[str, NDArray[Any]] = {}  # what tables say of each variant, once they do
         # tokens of the largest captured prefill step of each
         largest = cache(partial(scenario.engine.prefill_graph_tokens, scenario.device, config=scenario.model.config))
         experts = self._whole.facts.num_experts
@@ -143,10 +142,12 @@ class VariantPrices:
         self._settings = sorted({*self._setting_of})
         self._kinds = list(dict.fromkeys(setting._replace(mtp_depth=0) for setting in self._settings))  # of prompts
         if id(variants) not in self.parts.structures:
-            self.parts.structures[id(variants)] = variants, self._groups()
+            self.parts.structures[id(variants)] = variants, (self._groups(), {})
         while len(self.parts.structures) > MOST_SPACES:
             del self.parts.structures[next(iter(self.parts.structures))]
-        groups = list(self.parts.structures[id(variants)][1].values())
+        of_all, told = self.parts.structures[id(variants)][1]
+        self.told: dict[str, NDArray[Any]] = told  # what tables say of each variant, once they do
+        groups = list(of_all.values())
         entries = np.cumsum([sum(map(len, members.values())) for members in groups]) * len(grid)
         for block in np.unique(entries // TOGETHER):
             self._price([groups[i] for i in np.flatnonzero(entries // TOGETHER == block)], grid)
@@ -265,18 +266,14 @@ class VariantPrices:
             for group, reading, decoding in zip(groups, fleets["prefill"], fleets["decode"], strict=True):
                 self._take_room(group, reading, decoding)
         at_batches, entries = np.searchsorted(self.grid, grid), setting[:, None] * len(grid) + np.arange(len(grid))
-        for some, price in asked["decode"].each(member, entries, self._wanted(position, grid)):
+        # batches that fit, and the next, up to which lines go
+        fit = np.searchsorted(grid, self.room_decode[position], side="right")
+        if self.scenario.engine.in_pools() is not self.scenario.engine:  # without captured prompts there is more room
+            fit = np.where(np.array(self._captured)[position] > 0, len(grid), fit)
+        for some, price in asked["decode"].each(member, entries, np.minimum(fit + 1, len(grid))):
             for name, values in decode_columns(price).items():
                 exact = SPLIT * values - (SPLIT * values - values)
                 self.curves[name][position[some][:, None], at_batches[: exact.shape[1]]] = exact
-
-    def _wanted(self, variants: Rows, grid: Array) -> Rows:
-        """How many batches of ``grid`` each of some variants may serve: those that fit, and the next, up to which lines
-        go."""
-        fit = np.searchsorted(grid, self.room_decode[variants], side="right")
-        if self.scenario.engine.in_pools() is not self.scenario.engine:  # without captured prompts there is more room
-            fit = np.where(np.array(self._captured)[variants] > 0, len(grid), fit)
-        return np.minimum(fit + 1, len(grid))
 
     def _take_room(self, group: _Group, reading: Fleet, decoding: Fleet) -> None:
         """Sequences of a group's variants that fit, beside what a full prefill step of each budget takes, too. Overlap

@@ -25,7 +25,7 @@ class Parts:
     """What is priced of one model, device and engine, whatever the load.
 
     ``fleets``: by phase and members; ``spaces``: variants to try, and how many layouts fell away by which rule, by what
-    is searched; ``structures``: variants by what they share, by identity of their list.
+    is searched; ``structures``: variants by what they share, and what tables say of each, by identity of their list.
     """
 
     memo: Memo = field(default_factory=partial(Memo, most=24))

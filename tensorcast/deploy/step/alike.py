@@ -42,6 +42,8 @@ class Content(NamedTuple):
 
 
 _numbers: dict[tuple[object, ...], int] = {}
+_contents: dict[tuple[object, ...], Content] = {}
+"""By all that an op says: tables of other layouts have many of the same."""
 
 
 class Contents(dict[int, tuple[Op, Content]]):
@@ -54,6 +56,9 @@ def content_of(op: Op, known: Contents) -> Content:
         tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
         attrs = sorted((name, repr(value)) for name, value in op.attrs.items())
         key = (op.name, op.stage, *map(tuple, tensors), tuple(attrs))
+        if (found := _contents.get((op.parts, *key))) is not None:
+            known[id(op)] = op, found
+            return found
         dims = [dim for tensor in (*op.inputs, *op.outputs) for dim in tensor.dims]
         routed = op.stage in EXPERT_STAGES or any(dim.R or dim.E or dim.X for dim in dims)
         plain = op
@@ -62,14 +67,14 @@ def content_of(op: Op, known: Contents) -> Content:
             # of each for each combination of atoms
             moved = []
             for some in (op.inputs, op.outputs):
-                found: dict[tuple[Dim, ...], float] = {}
+                amounts: dict[tuple[Dim, ...], float] = {}
                 for t in some:
                     first, *others = product(t.dims, t.expanded)
                     form = first._replace(coef=1.0), *others
-                    found[form] = found.get(form, 0.0) + float(first.coef) * DTYPE_BYTES[t.dtype]
+                    amounts[form] = amounts.get(form, 0.0) + float(first.coef) * DTYPE_BYTES[t.dtype]
                 moved.append(tuple([
                     Tensor((first._replace(coef=coef), *others), "uint8")
-                    for (first, *others), coef in sorted(found.items())
+                    for (first, *others), coef in sorted(amounts.items())
                 ]))
             parts = tuple(sorted({name for name in op.parts if name in REDUCES or name == "stream_mix"}))
             plain = op.but(inputs=moved[0], outputs=moved[1], parts=parts)
@@ -80,10 +85,11 @@ def content_of(op: Op, known: Contents) -> Content:
         like = plain.name, plain.stage, plain.parts, len(plain.inputs), *forms, *held, *numbers
         coefs = [dim.coef for t in every for dim in (*t.dims, *product(t.dims, t.expanded))]
         coefs += [op.attrs[name] for name in numbers]
-        known[id(op)] = op, Content(
+        found = _contents[(op.parts, *key)] = Content(
             _numbers.setdefault(key, len(_numbers)), routed, _numbers.setdefault(like, len(_numbers)), plain,
             tuple(coefs), numbers,
         )
+        known[id(op)] = op, found
     return known[id(op)][1]
 
 
@@ -182,26 +188,22 @@ def _joined(asked: Sequence[_Asked], lengths: Sequence[int]) -> _Joined:
     if first.op.name == "grouped_matmul":
         columns |= {name: [getattr(one.pricer, name) for one in asked] for name in ("ep", "etp")}
         columns |= {f"{name} ": [one.pricer.sources[name] for one in asked] for name in first.pricer.sources}
-    known: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
     found: dict[str, Any] = {}
+    spans = [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
     for name, values in columns.items():
         if not any(map(np.ndim, values)) and len({*values}) == 1:
             found[name] = values[0]
             continue
-        parts = []
-        for value, one in zip(values, asked, strict=True):
-            key = id(value), one.shape
-            if key not in known or not np.ndim(value):
-                known[key] = np.broadcast_to(value, one.shape).ravel()
-            parts.append(known[key])
-        found[name] = np.concatenate(parts)
+        whole = found[name] = np.empty(ends[-1])
+        for value, one, span in zip(values, asked, spans, strict=True):
+            whole[span].reshape(one.shape)[...] = value
     sizes = Sizes(**{name: found.pop(name) for name in ("B", "S", "P", "R", "E", "X") if name in found})
     beside = {name: found.pop(name) for name in ("verify", "hit", "capacity") if name in found}
     at, pricer = replace(first.at, sizes=sizes, points=None, **beside), first.pricer
     if found:
         sources = {name.strip(): found.pop(name) for name in [*found] if name.endswith(" ")}
         pricer = replace(pricer, **found, sources=sources)
-    return at, pricer, [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
+    return at, pricer, spans
 
 
 @dataclass(eq=False)
@@ -211,6 +213,8 @@ class Questions:
     _alike: dict[tuple[Hashable, ...], _Alike] = field(default_factory=dict)
     corrections: dict[int, BatchedCorrections] = field(default_factory=dict)
     """By identity of those that are asked."""
+    _shapes: dict[tuple[int, bool], tuple[int, ...]] = field(default_factory=dict)
+    """Of rows, routed or not, by identity of what they are priced at, which those that asked keep alive."""
 
     def op(self, pricer: RowPricer, content: Content, op: Op, at: Context, place: int) -> Pending:
         """The price of an op at sizes ``at``, which ``place`` tells from others, after :meth:`find`."""
@@ -224,10 +228,13 @@ class Questions:
             key = *key, pricer.balanced, pricer.gated, *pricer.sources, facts.moe_hidden_size, facts.top_k, \
                 facts.moe_intermediate_size, facts.num_experts, facts.fused_experts
         rows = self._alike.setdefault(key, _Alike())
-        sizes = [at.sizes.B, at.sizes.S, at.sizes.P, at.verify]
-        if content.routed:
-            sizes += [at.sizes.R, at.sizes.E, at.sizes.X, at.hit, at.capacity]
-        rows.asked.append(_Asked(pricer, content, op, at, np.broadcast_shapes(*map(np.shape, sizes)), place))
+        shape = self._shapes.get((id(at), content.routed))
+        if shape is None:
+            sizes = [at.sizes.B, at.sizes.S, at.sizes.P, at.verify]
+            if content.routed:
+                sizes += [at.sizes.R, at.sizes.E, at.sizes.X, at.hit, at.capacity]
+            shape = self._shapes[id(at), content.routed] = np.broadcast_shapes(*map(np.shape, sizes))
+        rows.asked.append(_Asked(pricer, content, op, at, shape, place))
         return partial(rows.price, len(rows.asked) - 1)
 
     def find(self) -> None:

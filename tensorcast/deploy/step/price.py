@@ -146,9 +146,9 @@ def joined(found: Sequence[tuple[np.ndarray, Callable[[], RowPrice]]], shape: tu
         if name in ("error", "level") and not any(map(np.ndim, values)) and len({*values}) == 1:
             joined_up[name] = values[0]
             continue
-        sized = zip(prices, values, strict=True)
-        every = [np.broadcast_to(value, (len(part), *shape[1:])) for (part, _), value in sized]
-        joined_up[name] = np.concatenate(every)[order]
+        whole = joined_up[name] = np.empty(shape, dtype=int if name == "level" else float)
+        for (part, _), value in zip(prices, values, strict=True):
+            whole[part] = value
     return replace(prices[0][1], **joined_up | {"level": one_level(joined_up["level"])}, spend=spend)
 
 

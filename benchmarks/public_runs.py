@@ -4,9 +4,11 @@
 
 - ``--bursts``: NVIDIA's page of TensorRT-LLM (docs/source/developer-guide/perf-overview.md in NVIDIA/TensorRT-LLM,
   Apache-2.0): output tokens per second and GPU of ``trtllm-bench throughput``, which sends 1,000 to 3,000 requests of
-  one length at once. ``DEP4`` is attention DP and experts over four GPUs, as its options say. The client gives a step
-  room for the longest prompt beside a whole batch (tensorrt_llm/bench/benchmark/utils/general.py); caches are fp8 but
-  for gpt-oss on Hopper.
+  one length at once. ``DEP4`` is attention DP and experts over four GPUs, as its options say. The client chooses
+  sequences and tokens of a step by its own estimate of the cache's room (tensorrt_llm/bench/build/tuning.py,
+  ``calc_engine_setting``; build.py keeps the engine's defaults for precisions that it has not tuned, as gpt-oss's) and
+  gives it room for the longest prompt beside a whole batch (benchmark/utils/general.py). Caches are fp8 but for gpt-oss
+  on Hopper.
 - ``--rates``: a checkout of https://github.com/inference-sim/training (Apache-2.0): inference-perf against vLLM on
   H100, evenly spaced requests, at most 128 sequences and 2,048 tokens a step. Some 45 prompts are sent again and again,
   so that vLLM's prefix cache, on unless asked, holds them but for their last block. Replies were sent with
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tensorcast.predict.predict import predict
+from tensorcast.profiles.model import text_of
+from tensorcast.profiles.store import load_device, load_model
+from tensorcast.trace.cache import traced
 
 MODELS = {
     "Deepseek R1 0528": "deepseek-r1", "GPT-OSS 120B": "gpt-oss-120b", "GPT-OSS 20B": "gpt-oss-20b",
@@ -44,15 +50,41 @@ DEVICES = {"B200": "b200", "GB200": "gb200", "H200": "h200", "H100": "h100"}
 SENT = {(1024, 1024): 3000, (8192, 1024): 1500, (1024, 8192): 1500, (32768, 1024): 1000, (1024, 32768): 1000}
 """Requests of a run, by lengths of prompt and reply; 1,000 and 1,000 tokens as 1,024."""
 
-BATCH = 2048
-"""Sequences of a step, the engine's own most."""
+BATCH, TOKENS = 2048, 8192
+"""Sequences and tokens of a step as the engine has them unasked."""
+
+CACHE_SHARE = 0.95
+"""Of the memory that weights leave: the page's, but where that was too much."""
+
+COUNTED = {"fp8": (1.0, 1.0), "fp4": (0.5 + 1 / 16, 0.5)}
+"""Elements that a checkpoint stores per parameter (two numbers of 4 bits in one, and a scale for 16), and the bytes
+that the client takes each for."""
 
 MOST_FAILED = 0.1
 
-EVEN = 1e6
-"""Shape of gaps that are as good as all alike."""
-
 QUARTERS = (25, 50, 75)
+
+
+def step_sizes(row: dict[str, Any], gpus: int) -> dict[str, int]:
+    """Sequences and tokens of a step as the client sets them for a row of ``predict``."""
+    isl, osl = row["isl"], row["osl"]
+    sequences, tokens = BATCH, TOKENS
+    if "precision" in row:
+        model, device = load_model(row["model"]), load_device(row["device"])
+        config = text_of(model.config)
+        stored, bytes_each = COUNTED[row["precision"]]
+        heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+        width = config.get("head_dim") or config["hidden_size"] // heads
+        token_bytes = 2 * layers * max(gpus, config.get("num_key_value_heads") or heads) * width  # of fp8
+        weight_bytes = traced(model, "decode").total_params() * stored * bytes_each
+        left = gpus * float(device.memory_bytes) - weight_bytes
+        most = min(left * CACHE_SHARE / (token_bytes * (isl + osl)), 4096)
+        needed = min(most * (1 + isl / osl), 32768)
+        whole = 32 if most < 256 else 128 if most < 1024 else 256
+        sequences = max(64, whole * math.ceil(most / whole))
+        whole = 256 if needed < 4096 else 512 if needed < 8192 else 1024
+        tokens = max(2048, whole * math.ceil(needed / whole))
+    return {"max_num_seqs": sequences, "chunk_tokens": max(tokens, isl + sequences)}
 
 
 def bursts(page: str) -> list[dict[str, Any]]:
@@ -74,14 +106,13 @@ def bursts(page: str) -> list[dict[str, Any]]:
                     "model": MODELS[name], "device": DEVICES[said[1]], "engine": "trtllm", "isl": isl, "osl": osl,
                     "requests": SENT[max(isl, 1024), max(osl, 1024)], "tp": 1 if apart else size,
                     "dp": size if apart else 1, "ep": size if apart else None,
-                    "chunk_tokens": max(8192, isl + BATCH),
                     "measured_output_tokens_per_s": float(cell.replace(",", "")) * size,
                 }
                 if "GPT-OSS" not in name:  # those are published in four bits, whatever the device computes in
                     row["precision"] = said[4].lower()
                 if "GPT-OSS" not in name or said[4] == "FP4":
                     row["kv_dtype"] = "fp8"
-                rows.append(row)
+                rows.append(row | step_sizes(row, size))
     return rows
 
 
@@ -102,7 +133,7 @@ def rates(folder: Path) -> list[dict[str, Any]]:
             config = folder / "model_configs" / said["server"]["model_name"].rsplit("/", 1)[-1] / "config.json"
             rows.append({
                 "model": str(config), "device": "h100", "engine": "vllm", "tp": int(tp[1]), "isl": isl, "osl": osl,
-                "request_rate": stage["rate"], "burstiness": EVEN, "requests": min(sent, 5000),
+                "request_rate": stage["rate"], "burstiness": math.inf, "requests": min(sent, 5000),
                 "max_num_seqs": 128, "chunk_tokens": 2048, "prefix_cached": isl - 1,
                 "measured_ttft_s": ttft_s, "measured_tpot_s": (whole_s - ttft_s) / (osl - 1),
             })  # fmt: skip

@@ -182,11 +182,15 @@ def engine_times(
     if engine.prefill_alone:
         looks = max(2 * traffic.wait_steps, 1)
         apart = 2 * traffic.spread * steps * math.sqrt(min(traffic.rounds, 1e4)) / 1.5
-        bunched = wave * looks / (looks + apart) / 2
-        first, generation = first + bunched, generation - bunched
+        together = max(batch - 1, 0) * looks / (looks + apart)
+        each = steps * (mean - float(curve.at("seconds", batch))) / max(batch - 1, 1e-6)
+        between = generation - together * max(each - 1 / prompts.most_per_s, 0)
+        bunched = together / prompts.most_per_s / 2
+        first, generation = first + bunched, between - bunched
     else:
         first += min(0.75 / (1 + traffic.spread / 0.05), max(batch - 1, 0)) / prompts.most_per_s
-    return first, generation, mean, math.inf if full else batch * dp * (1 + first / generation)
+        between = generation
+    return first, generation, mean, math.inf if full else batch / between * dp * (first + generation)
 
 
 def step_moments(

@@ -54,6 +54,31 @@ def test_faster_arrivals_and_bursts_take_longer() -> None:
     assert burst["output_tokens_per_s"] > fast["output_tokens_per_s"] > slow["output_tokens_per_s"]
 
 
+def test_evenly_spaced_requests_wait_for_less() -> None:
+    every: list[dict[str, object]] = [
+        {"request_rate": 12, "requests": 300, "burstiness": shape} for shape in ("inf", 1e6, 1, 0.2)
+    ]
+    even, nearly, poisson, bursts = (one["ttft_s"] for one in rows(*every))
+    assert even == pytest.approx(nearly, rel=0.01) and even < poisson < bursts
+
+
+LOOPS = [
+    ("qwen3-32b", "h100", 4, 4096, 128, 128), ("qwen3-32b", "h100", 8, 2048, 512, 64),
+    ("qwen3-30b-a3b", "h200", 2, 1024, 512, 64), ("gpt-oss-120b", "h200", 2, 8192, 256, 32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=str)
+@pytest.mark.parametrize("engine", ["sglang", "vllm", "trtllm"])
+def test_a_long_closed_loop_is_what_the_closed_form_says(engine: str, loop: tuple[Any, ...]) -> None:
+    """Also where prompts stop all replies and take most of the time."""
+    cells = dict(zip(("model", "device", "tp", "isl", "osl", "concurrency"), loop, strict=True))
+    cells |= {"engine": engine, "length_ratio": 0.8, "rounds": 30}
+    replayed, steady = rows(cells | {"max_num_seqs": 1024}, cells)
+    assert replayed["tpot_s"] == pytest.approx(steady["tpot_s"], rel=0.1)
+    assert replayed["output_tokens_per_s"] == pytest.approx(steady["output_tokens_per_s"], rel=0.1)
+
+
 def test_no_more_sequences_run_than_are_allowed() -> None:
     few, many = rows({"concurrency": 32, "max_num_seqs": 4}, {"concurrency": 32, "max_num_seqs": 64})
     assert few["mean_batch"] <= 4 < many["mean_batch"]
@@ -73,6 +98,7 @@ def test_users_in_a_closed_loop_are_served_steadily() -> None:
     ({"request_rate": 0}, "request_rate 0: must be more than 0"), ({"requests": 0}, "requests 0"),
     ({"requests": 2.5}, "requests 2.5: must be a whole number"), ({"max_num_seqs": 0}, "max_num_seqs 0"),
     ({"request_rate": 1, "burstiness": 0}, "burstiness 0: must be more than 0"),
+    ({"request_rate": "-inf"}, "request_rate '-inf': must be a finite number"),
     ({"request_rate": "fast"}, "request_rate 'fast': must be a number"),
 ])
 def test_what_cannot_be_is_one_line(cells: dict[str, object], words: str) -> None:
@@ -83,11 +109,12 @@ def test_what_cannot_be_is_one_line(cells: dict[str, object], words: str) -> Non
 def test_cached_beginnings_are_shared_blocks() -> None:
     sent = Arrivals(count=50).requests(1000, 10, length_ratio=0.5, rounds=10, prefix_cached=640)
     assert sent.blocks is not None and sent.block_tokens == BLOCK
+    shared = 640 // BLOCK
     common = set.intersection(*map(set, sent.blocks))
-    assert common == set(range(min(10, int(sent.input_len.min()) // BLOCK)))
+    assert common == set(range(min(shared, int(sent.input_len.min()) // BLOCK)))
     assert [len(one) for one in sent.blocks] == (sent.input_len // BLOCK).tolist()
-    own = [set(one) - set(range(10)) for one in sent.blocks]
-    assert len(set().union(*own)) == sum(map(len, own)) == int(np.maximum(sent.input_len // BLOCK - 10, 0).sum())
+    own = [set(one) - set(range(shared)) for one in sent.blocks]
+    assert len(set().union(*own)) == sum(map(len, own)) == int(np.maximum(sent.input_len // BLOCK - shared, 0).sum())
 
 
 def test_cached_beginnings_shorten_first_tokens() -> None:

@@ -24,7 +24,7 @@ python3 -m sglang.launch_server \
   --enable-two-batch-overlap \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 352 \
+  --max-running-requests 448 \
   --chunked-prefill-size 65536 \
   --mem-fraction-static 0.288 \
   --disaggregation-mode prefill \
@@ -50,8 +50,8 @@ python3 -m sglang.launch_server \
   --ep-num-redundant-experts 16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 704 \
-  --cuda-graph-max-bs-decode 44 \
+  --max-running-requests 896 \
+  --cuda-graph-max-bs-decode 56 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake
@@ -76,8 +76,8 @@ python3 -m sglang.launch_server \
   --ep-num-redundant-experts 16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 704 \
-  --cuda-graph-max-bs-decode 44 \
+  --max-running-requests 896 \
+  --cuda-graph-max-bs-decode 56 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

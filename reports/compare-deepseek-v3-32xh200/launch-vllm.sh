@@ -23,7 +23,7 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --enable-dbo \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 44 \
+  --max-num-seqs 56 \
   --max-num-batched-tokens 8192 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -44,8 +44,8 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --eplb-config '{"num_redundant_experts": 16}' \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 44 \
-  --max-num-batched-tokens 44 \
+  --max-num-seqs 56 \
+  --max-num-batched-tokens 56 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;
@@ -67,8 +67,8 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --eplb-config '{"num_redundant_experts": 16}' \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 44 \
-  --max-num-batched-tokens 44 \
+  --max-num-seqs 56 \
+  --max-num-batched-tokens 56 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;

@@ -14,7 +14,7 @@ python3 -m sglang.launch_server \
   --tp-size 1 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 264 \
+  --max-running-requests 239 \
   --chunked-prefill-size 16384 \
   --mem-fraction-static 0.859 \
   --disaggregation-mode prefill \
@@ -33,8 +33,8 @@ python3 -m sglang.launch_server \
   --moe-a2a-backend none \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 1056 \
-  --cuda-graph-max-bs-decode 264 \
+  --max-running-requests 956 \
+  --cuda-graph-max-bs-decode 239 \
   --mem-fraction-static 0.944 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

@@ -15,7 +15,7 @@ gpus_per_node: 8
 enable_attention_dp: false
 moe_expert_parallel_size: 1
 moe_tensor_parallel_size: 1
-max_batch_size: 264
+max_batch_size: 239
 max_num_tokens: 16384
 max_seq_len: 5120
 enable_chunked_prefill: true
@@ -42,8 +42,8 @@ gpus_per_node: 8
 enable_attention_dp: true
 moe_expert_parallel_size: 4
 moe_tensor_parallel_size: 1
-max_batch_size: 264
-max_num_tokens: 264
+max_batch_size: 239
+max_num_tokens: 239
 max_seq_len: 5120
 enable_chunked_prefill: true
 kv_cache_config:
@@ -51,7 +51,7 @@ kv_cache_config:
   free_gpu_memory_fraction: 0.9
 cuda_graph_config:
   enable_padding: true
-  max_batch_size: 264
+  max_batch_size: 239
 cache_transceiver_config:
   backend: NIXL
   max_tokens_in_buffer: 4096

@@ -15,7 +15,7 @@ vllm serve openai/gpt-oss-120b \
   --tensor-parallel-size 1 \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 264 \
+  --max-num-seqs 239 \
   --max-num-batched-tokens 16384 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -31,8 +31,8 @@ vllm serve openai/gpt-oss-120b \
   --all2all-backend allgather_reducescatter \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 264 \
-  --max-num-batched-tokens 264 \
+  --max-num-seqs 239 \
+  --max-num-batched-tokens 239 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;

@@ -54,11 +54,14 @@ def row_seconds(
     device: DeviceProfile,
     engine: str,
     launched: Callable[[Size, Size], Size] = lambda kernel_s, launch_s: launch_s,
+    *,
+    passes: bool = False,
 ) -> RowSeconds:
     """Seconds of a row from its kernels, each with its correction if a model speaks for it.
 
     Constants are those of ``engine``, or of the engine that a kernel's correction is of. ``launched``: seconds that
     launching a kernel takes, from its own seconds and the part of them that kernel times measured in graph replay hold.
+    ``passes``: experts' products come with what their call does to its rows, which else are rows of their own.
     """
     seconds: Size = 0.0
     waits: Size = 0.0
@@ -69,8 +72,7 @@ def row_seconds(
     for work, known in kernels:
         whose = known.engine if known is not None else engine
         fitted, evidence = constants_for(device, work.family, work.dtype, whose, work.kernel)
-        # quantising and permuting are rows of their own in a step, not part of the matmul's time
-        timing = kernel_time(work, fitted, device, passes=False)
+        timing = kernel_time(work, fitted, device, passes=passes)
         factor = known.factor if known is not None else 1.0
         kernel_s, launch_s = timing.seconds * factor, timing.launch_s * factor
         launch = launched(kernel_s, launch_s)

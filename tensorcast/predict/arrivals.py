@@ -15,7 +15,7 @@ from tensorcast.scheduling.rules import Waits
 
 ARRIVAL_COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "request_rate": ("requests per second, at random times; inf: all at once", None, ("rate", "qps")),
-    "burstiness": ("shape of the gaps between requests: 1 Poisson, less in bursts", 1.0, ()),
+    "burstiness": ("shape of the gaps between requests: 1 Poisson, less in bursts, inf evenly spaced", 1.0, ()),
     "requests": ("how many were sent in all; all at once without a rate", None, ("num_prompts", "num_requests")),
     "max_num_seqs": ("sequences of a step per dp rank; default the engine's", None, ("max_batch_size",)),
     "balance_steps": (
@@ -39,8 +39,8 @@ ARRIVAL_COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
 REQUESTS = 1000
 """Requests of a run that says its rate alone."""
 
-BLOCK = 64
-"""Tokens of a block of the prefix cache."""
+BLOCK = 16
+"""Tokens of the smallest block of a prefix cache that is told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,11 @@ class Arrivals:
             if value is not None and value < 1:
                 raise InputError(f"{name} {value}: must be at least 1")
 
-    def requests(self, isl: int, osl: int, *, length_ratio: float, rounds: float, prefix_cached: int) -> Requests:
-        """What was sent: lengths uniform between ``length_ratio`` of ``isl`` and ``osl`` and the whole."""
+    def requests(
+        self, isl: int, osl: int, *, length_ratio: float, rounds: float, prefix_cached: int, block_tokens: int = BLOCK
+    ) -> Requests:
+        """What was sent: lengths uniform between ``length_ratio`` of ``isl`` and ``osl`` and the whole.
+        ``block_tokens``: of the engine's cache."""
         mean, spread = (1 + length_ratio) / 2, (1 - length_ratio) / (1 + length_ratio)
         count = self.count or (REQUESTS if self.users is None else max(1, round(self.users * rounds)))
         rate = None if math.isinf(self.rate) else self.rate
@@ -74,7 +77,7 @@ class Arrivals:
             count, Length(max(1.0, isl * mean), spread), Length(max(1.0, osl * mean), spread), rate=rate,
             burstiness=self.burstiness, users=self.users,
         )
-        return beginning_alike(found, prefix_cached) if prefix_cached else found
+        return beginning_alike(found, prefix_cached, block_tokens) if prefix_cached else found
 
 
 def read_arrivals(cells: Cells, users: float | None) -> Arrivals | None:
@@ -82,17 +85,16 @@ def read_arrivals(cells: Cells, users: float | None) -> Arrivals | None:
 
     So many users who send one request after another are no such row: how often they do is its ``rounds``.
     """
-    endless = cells.text("request_rate", None) in ("inf", "Infinity")
-    rate = math.inf if endless else cells.number("request_rate", None)
+    rate = cells.number("request_rate", None, endless=True)
     count, most = (cells.number(name, None) for name in ("requests", "max_num_seqs"))
     if rate is None and count is None and most is None:
         return None
-    steady = most is None and (rate is None or endless)
+    steady = most is None and rate in (None, math.inf)
     if steady and users is not None and count is not None and count > users:
         cells.cells.setdefault("rounds", count / users)
         return None
     return Arrivals(
-        rate=math.inf if rate is None else rate, burstiness=cells.number("burstiness", 1.0),
+        rate=math.inf if rate is None else rate, burstiness=cells.number("burstiness", 1.0, endless=True),
         count=None if count is None else cells.whole("requests"), users=None if users is None else max(1, round(users)),
         max_sequences=None if most is None else cells.whole("max_num_seqs"),
     )
@@ -110,12 +112,13 @@ def with_waits(cells: Cells, ranks: int, users: float, arrivals: Arrivals | None
     return replace(arrivals or Arrivals(users=max(1, round(users))), waits=waits)
 
 
-def beginning_alike(requests: Requests, tokens: int) -> Requests:
-    """Requests whose first ``tokens`` are the same; the rest of each is its own."""
-    common = tokens // BLOCK
-    own = np.cumsum(requests.input_len // BLOCK + 1) + common
+def beginning_alike(requests: Requests, tokens: int, block_tokens: int = BLOCK) -> Requests:
+    """Requests whose first ``tokens`` are the same; the rest of each is its own. Blocks are :data:`BLOCK` at least."""
+    size = max(block_tokens, BLOCK)
+    common = tokens // size
+    own = np.cumsum(requests.input_len // size + 1) + common
     blocks = tuple(
-        (*range(min(common, n // BLOCK)), *range(last - max(0, n // BLOCK - common), last))
+        (*range(min(common, n // size)), *range(last - max(0, n // size - common), last))
         for n, last in zip(requests.input_len.tolist(), own.tolist(), strict=True)
     )
-    return replace(requests, blocks=blocks, block_tokens=BLOCK)
+    return replace(requests, blocks=blocks, block_tokens=size)

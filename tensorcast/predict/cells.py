@@ -42,7 +42,8 @@ class Cells:
             self.assumed.append(f"{name} {stated}")
         return stated if default == "" else default
 
-    def number(self, name: str, default: Any, role: str = "") -> Any:
+    def number(self, name: str, default: Any, role: str = "", *, endless: bool = False) -> Any:
+        """``endless``: infinity is a value, too."""
         value = self._get(name, role)
         if value is None:
             return default
@@ -50,7 +51,7 @@ class Cells:
             number = plain_number(value)
         except ValueError:
             raise InputError(f"{role}{name} {value!r}: must be a number") from None
-        if not math.isfinite(number):
+        if not (math.isfinite(number) or (endless and number > 0)):
             raise InputError(f"{role}{name} {value!r}: must be a finite number")
         return number
 

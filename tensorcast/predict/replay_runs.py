@@ -41,8 +41,10 @@ def _replayed(
     run: Run, priced: dict[tuple[Any, ...], PricedServers | InputError], engine: Callable[[str], EngineProfile]
 ) -> Replayed:
     assert run.arrivals is not None
+    scheduler = engine(run.served_by).scheduler
     requests = run.arrivals.requests(
-        run.isl, run.osl, length_ratio=run.length_ratio, rounds=run.rounds, prefix_cached=run.prefix_cached
+        run.isl, run.osl, length_ratio=run.length_ratio, rounds=run.rounds, prefix_cached=run.prefix_cached,
+        **({} if scheduler is None else {"block_tokens": scheduler.block_tokens}),
     )
     longest = 1 << int(requests.input_len.max() + requests.output_len.max() - 1).bit_length()  # tables that rows share
     key = (

@@ -137,11 +137,15 @@ class Aggregated(ServingModel):
             apart = 4 / 3 * traffic.spread * steps * np.sqrt(np.minimum(traffic.rounds, LONG))  # mean of all rounds
             together = others * looks / (looks + apart)
             bunched = together / prompts.most_per_s / 2
+            # they share steps, too, where others pay for one of their own
+            each = steps * (step.mean_s - step.plain_s) / np.maximum(others, NEARLY_NONE)
+            generation = generation - together * np.maximum(each - 1 / prompts.most_per_s, 0.0)
+            per_s = batch / generation
             first, generation = first + bunched, generation - bunched
         else:
             beside = IN_STEP_PROMPTS / (1 + traffic.spread / IN_STEP_SPREAD)
-            first = first + np.minimum(beside, others) / prompts.most_per_s
-        users = np.where(step.full, np.inf, batch * self.decode_ranks * (1 + first / generation))
+            first, per_s = first + np.minimum(beside, others) / prompts.most_per_s, batch / generation
+        users = np.where(step.full, np.inf, per_s * self.decode_ranks * (first + generation))
         return SteadyState(first, generation, step.mean_s, step.plain_s, users)
 
     def _steps(self, batch: Array, steps: Array) -> _Steps:

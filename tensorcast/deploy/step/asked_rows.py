@@ -112,7 +112,7 @@ class AskedRows:
     ) -> None:
         self._pricer, self._backend, self._sizes, self._members = pricer, backend, sizes, members
         self._asked, self._memo, self._waiting, self._at = asked, memo, waiting, sizes.at
-        self._key = (pricer.table.phase, pricer.graph_tokens, *sizes.key)
+        self._key = (pricer.table.phase, pricer.graph_tokens, pricer.one_call, *sizes.key)
         self._plain = memo.plain.setdefault(self._key, {})
         if len(memo.plain) > memo.most:
             del memo.plain[next(iter(memo.plain))]

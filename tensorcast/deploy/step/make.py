@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from tensorcast.cost.formulas import Context
 from tensorcast.cost.kernels.corrections import corrections_for
 from tensorcast.cost.layer_loads import LayerLoads
+from tensorcast.cost.roofline import constants_for
 from tensorcast.cost.routing import ExpertLoad, Routing, expected_distinct, expert_load
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout
@@ -19,6 +21,7 @@ from tensorcast.deploy.step.sizes import StepSizes
 from tensorcast.deploy.step.step import Step
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.trace.dims import Sizes
 from tensorcast.trace.moe import blocks_of
 from tensorcast.trace.table import Op, OpTable
 
@@ -108,10 +111,19 @@ def make_step(
         has_fp4="fp4" in device.peak_flops, mxfp4=mxfp4, masked_skips=engine.masked_gemm == "skips",
         pcp=options.pcp,
     )
+    corrections = corrections_for(device, engine.name)
+    # an engine's call of experts was timed whole: the constants know what it takes for its rows beside the products
+    one_call = plan.backend == "grouped_mm" and options.fusion == "engine" and bool(engine.fusions)
+    for op in matmuls.values():
+        dtype = Context(Sizes(1.0, 1.0, 0.0), mxfp4=mxfp4).precision(op, op.outputs[0]).name
+        _, kernel, _ = corrections.question("grouped_gemm", dtype, "", {"rows": 1.0})
+        constants, _ = constants_for(device, "grouped_gemm", dtype, kernel[0] if kernel else engine.name)
+        one_call = one_call and bool(constants.row_s or constants.element_s)
     pricer = RowPricer(
-        table=table, device=device, engine=engine, corrections=corrections_for(device, engine.name),
+        table=table, device=device, engine=engine, corrections=corrections,
         graph_tokens=0.0 if eager else float(most), tp=layout.tp, ep=layout.ep, etp=layout.etp, gated=gated,
         balanced=options.routing == "balanced", sources=sources or {}, distinct=distinct,
+        one_call=one_call,
     )
     overlap = Overlap.of(plan, table, engine, options, captured)
     return Step(

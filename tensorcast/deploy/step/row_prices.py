@@ -14,14 +14,15 @@ import numpy as np
 
 from tensorcast.cost.collectives import collective_time
 from tensorcast.cost.evidence import LEVELS
-from tensorcast.cost.formulas import FORMULAS, Context, work_of
+from tensorcast.cost.formulas import FORMULAS, REDUCES, Context, work_of
 from tensorcast.cost.kernels.corrections import BatchedCorrections, Correction, Corrections, PendingCorrection
 from tensorcast.cost.row_seconds import RowSeconds, row_seconds
-from tensorcast.cost.work import Size, Work
+from tensorcast.cost.work import Size, Work, memory
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.price import RowPrice, Spending, one_level, spending_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import Op, OpTable
 
 EXCHANGE_SMS = 20.0
@@ -46,7 +47,8 @@ class RowPricer:
 
     ``distinct``: nodes and ranks that a token's copies go to, on average; with ``sources`` and sizes of the layout, a
     column ``[members, 1]`` where several deployments are priced as one. ``graph_tokens``: tokens of the largest step
-    that is replayed from a graph.
+    that is replayed from a graph. ``one_call``: experts were timed as the call that they are to an engine, with what
+    permutes, activates, quantises and combines their rows: the products take all of it, the rows of these nothing.
     """
 
     table: OpTable
@@ -54,6 +56,7 @@ class RowPricer:
     engine: EngineProfile
     corrections: Corrections
     graph_tokens: float
+    one_call: bool
     tp: int
     ep: Size
     etp: Size
@@ -76,7 +79,8 @@ class RowPricer:
         alone: Size = 1.0  # or part of the all-reduce's kernel before it
         if "joined_tokens" in op.attrs:
             alone = np.where(np.asarray(at.sizes.tokens) > op.attrs["joined_tokens"], 1.0, 0.0)[()]
-        return row_seconds(works, self.device, self.engine.name, partial(self._launched, at, alone))
+        launched = partial(self._launched, at, alone)
+        return row_seconds(works, self.device, self.engine.name, launched, passes=self.one_call)
 
     def _launched(self, at: Context, alone: Size, kernel_s: Size, launch_s: Size) -> Size:
         """Seconds of launching, of which ``launch_s`` are in kernel times measured in graph replay already.
@@ -94,6 +98,11 @@ class RowPricer:
     def works(self, op: Op, at: Context, asked: Asked) -> Works:
         """The row's kernels, each with what the device's fitted model makes of its formula: asked for here."""
         if op.name != "grouped_matmul" or at.backend in ("eager", "batched_mm"):
+            if self.one_call and op.stage in EXPERT_STAGES:
+                if op.stage != "unpermute" or REDUCES.isdisjoint(op.parts):
+                    return []
+                # the norm that their rows' sum is fused into is left: it reads the sum
+                at = replace(at, sizes=replace(at.sizes, R=at.sizes.tokens))
             variant = "absorb" if op.name == "mla_absorb" else ""
             return [(work, asked.at(work.family, work.dtype, variant, work.sizes)) for work in work_of(op, at)]
         (work,) = work_of(op, at)
@@ -112,6 +121,9 @@ class RowPricer:
         known = asked.at(work.family, work.dtype, at.backend, sizes)
         if known is not None and known.variant == at.backend:  # a kernel of that layout was fitted over plain tiles
             (work,) = work_of(op, replace(at, backend="grouped_mm"))
+        if self.one_call and op.attrs["projection"] == "down":  # what the formula has between up and down
+            read, written = work.elements * (1.0 + self.gated) * 2.0, at.precision(op, op.outputs[0]).activation_bytes
+            return [(memory(read, work.elements * written), known), (work, known)]
         return [(work, known)]
 
     def collective(self, row: Collective, at: Context, asked: Asked) -> Pending:

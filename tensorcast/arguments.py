@@ -29,7 +29,8 @@ def python_names(call: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(call)
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
-        from tensorcast.deploy.options import OPTIONS, SearchedOptions
+        from tensorcast.deploy.option_types import SearchedOptions
+        from tensorcast.deploy.options import OPTIONS
 
         options = tuple(SearchedOptions.__annotations__ if call.__name__ == "compare" else OPTIONS)
         for name in kwargs:

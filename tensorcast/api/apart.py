@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from tensorcast.deploy.ffn_apart import ApartPrice
-    from tensorcast.deploy.options import DeploymentOptions
+    from tensorcast.deploy.option_types import DeploymentOptions
     from tensorcast.search.compare import Comparison
     from tensorcast.search.search_task import SearchTask
     from tensorcast.serving.ffn_splits import DecodeServer, Split

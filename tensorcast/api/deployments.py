@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tensorcast.deploy.deployment import Deployment
     from tensorcast.deploy.expert_study import ExpertStudy
     from tensorcast.deploy.explain import Explanation
-    from tensorcast.deploy.options import DeploymentOptions, SearchedOptions
+    from tensorcast.deploy.option_types import DeploymentOptions, SearchedOptions
     from tensorcast.deploy.result import Simulation
     from tensorcast.deploy.workload import Workload
     from tensorcast.profiles.device import DeviceProfile

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from typing_extensions import Unpack
 
-    from tensorcast.deploy.options import DeploymentOptions
+    from tensorcast.deploy.option_types import DeploymentOptions
     from tensorcast.scheduling.fleet import Watch
     from tensorcast.scheduling.outcome import Outcome
     from tensorcast.scheduling.requests import Requests

@@ -26,6 +26,7 @@ from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broke
 from tensorcast.deploy.options import Options, Place, check_options, idle_options, stated_stages
 from tensorcast.deploy.plan.context import context_cut, prompt_cut
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
+from tensorcast.deploy.plan.switches import UNSWITCHED, switched
 from tensorcast.deploy.step.drafter import make_drafter
 from tensorcast.deploy.step.make import make_step
 from tensorcast.deploy.step.sizes import KV_BYTES
@@ -324,6 +325,9 @@ def deploy(
             raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")
     if options.pp_partition:
         engine = same(engine.model_copy(update={"pipeline_split": stated_stages(options.pp_partition)}))
+    switches = options.cuda_graphs, options.compiled, options.custom_all_reduce, options.allreduce_fusion
+    if switches != UNSWITCHED:
+        engine = same(switched(engine, options))
     other = engine.uncompiled
     here = other is not None and device.vendor in (other.vendors or (device.vendor,))
     if other is not None and here and is_one_of(other.architectures, model.config):

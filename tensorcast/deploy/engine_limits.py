@@ -194,6 +194,10 @@ def _of_nodes(c: Case) -> Iterator[Limit]:
     several = layout.world_size > node
     if pcp > 1 and (c.facts.kv_heads != c.facts.heads or several):
         yield "prompts in parts", f"latent attention alone, on one node here, reads prompts in parts (pcp = {pcp})"
+    if c.engine == "trtllm" and c.options.cuda_graphs == "piecewise":
+        yield "graphs in pieces", "decode steps are replayed whole, or not at all"
+    if c.engine == "trtllm" and c.options.allreduce_fusion != "engine":
+        yield "all-reduces with norms", "no option that switches them"
     if c.options.dcp > 1:
         yield "decode context parallelism", f"no decode context parallelism (dcp = {c.options.dcp}) in this release"
     if not several:
@@ -332,7 +336,7 @@ ENGINE_RULES: dict[str, tuple[str, ...]] = {
     ),
     "trtllm": (
         *_SHARED, "one exchange", "attention over all ranks", "dense replicas", "all-to-all with whole experts",
-        "dual-batch overlap", "draft layers", "what drafts",
+        "dual-batch overlap", "draft layers", "what drafts", "graphs in pieces", "all-reduces with norms",
         "decode context parallelism", "DeepEP's ranks", "DeepEP's devices",
         *(rule for rule in ANY_ENGINE if rule != "cache kernels"),
     ),

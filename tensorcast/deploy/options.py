@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, TypedDict
+from typing import Any
 
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError, unknown_name
@@ -58,6 +58,10 @@ class About:
     of_experts: bool = False
     always: tuple[Any, ...] = ()
     idle: Callable[[Place], str] = lambda at: ""
+
+
+GRAPHS, JOINED = ("engine", "full", "piecewise", "none"), ("engine", "on", "off")
+"""What ``cuda_graphs`` and ``allreduce_fusion`` may be."""
 
 
 def _about(default: Any, help: str, **more: Any) -> Any:
@@ -183,53 +187,19 @@ class Options:
         "TensorRT-LLM's pp_partition).", metavar="N,N,...", unasked="as the engine splits them",
     )
     chunk_tokens: int = _about(0, "Tokens that pass the experts at a time; 0 is all.", least=0, of_experts=True)
-
-
-class DeploymentOptions(TypedDict, total=False):
-    """The fields of :class:`Options` as keyword arguments, for type checkers."""
-
-    quant: str | None
-    kv_dtype: str | None
-    state_dtype: str | None
-    routing: str
-    fusion: str
-    all2all: str
-    dispatch: str | None
-    combine: str | None
-    placement: str
-    redundant_experts: int
-    experts_backend: str | Mapping[str, str]
-    shared_expert_tp: bool
-    shared_experts_fusion: bool
-    external_shared_experts: int
-    split_tokens_over_tp: bool
-    route_after_dp_transform: bool
-    dual_batch_overlap: bool
-    mtp_depth: int
-    speculative_method: str
-    draft_model: str | None
-    dcp: int
-    pcp: int
-    pp_partition: str | None
-    chunk_tokens: int
-
-
-class SearchedOptions(TypedDict, total=False):
-    """Options of a comparison: one value for all candidates, or several of which the best is searched."""
-
-    quant: str | None
-    speculative_method: str
-    draft_model: str | None
-    state_dtype: str | None
-    routing: str
-    placement: str
-    kv_dtype: Sequence[str] | None
-    mtp_depth: Sequence[int] | None
-    dcp: Sequence[int] | None
-    all2all: Sequence[str] | None
-    dispatch: Sequence[str] | None
-    combine: Sequence[str] | None
-    chunk_tokens: Sequence[int] | None
+    cuda_graphs: str = _about(
+        "engine", "What is replayed from CUDA graphs: as the engine does unasked, whole decode steps (full), pieces of them "
+        "between which attention is launched, or none.", metavar="engine|full|piecewise|none",
+    )
+    compiled: bool = _about(
+        True, "What torch.compile fuses where the engine uses it (vLLM), or its own kernels alone; with --cuda-graphs "
+        "none that is --enforce-eager.",
+    )
+    custom_all_reduce: bool = _about(True, "All-reduces by the engine's own kernels where it has them, or by NCCL.")
+    allreduce_fusion: str = _about(
+        "engine", "All-reduces joined with the norm after them: as the engine does unasked, for any model, or not at "
+        "all.", metavar="engine|on|off",
+    )
 
 
 OPTIONS: dict[str, Field[Any]] = {one.name: one for one in fields(Options)}
@@ -307,6 +277,13 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
     physical, ranks = facts.num_experts + o.redundant_experts, layout.ep - n
     rules = (
         ("valid numbers", o.fusion in ("engine", "none"), f"--fusion {o.fusion!r}: must be engine or none"),
+        (
+            "valid numbers", o.cuda_graphs in GRAPHS, f"--cuda-graphs {o.cuda_graphs!r}: must be {' or '.join(GRAPHS)}",
+        ),
+        (
+            "valid numbers", o.allreduce_fusion in JOINED,
+            f"--allreduce-fusion {o.allreduce_fusion!r}: must be {' or '.join(JOINED)}",
+        ),
         ("experts to place", not of_experts, f"the model has no experts: {flags} {verb} not apply"),
         (
             "tokens to split", not o.split_tokens_over_tp or (layout.dp == 1 < layout.tp and layout.etp == 1),

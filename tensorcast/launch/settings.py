@@ -14,7 +14,7 @@ from tensorcast.profiles.model import ModelProfile
 HEAD, HERE, DRAFT = "HEAD_NODE_IP", "THIS_NODE_IP", "DRAFT_MODEL"
 """Placeholders for the address of the first node, of the node that runs the command, and for a trained drafter."""
 
-Value = str | int | float | bool | list[int]
+Value = str | int | float | bool | list[int] | None
 
 
 class Setting(NamedTuple):

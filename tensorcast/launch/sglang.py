@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tensorcast.deploy.layout import attention_dp
+from tensorcast.deploy.options import Options
 from tensorcast.launch.settings import HEAD, Plan, Settings
 
 SERVER_PORT, MASTER_PORT = 30000, 20000
@@ -35,8 +36,9 @@ def settings(plan: Plan, node: int) -> Settings:
     found.add("max_batch", plan.batch * layout.dp)
     if plan.role != "decode":
         found.add("chunk_tokens", plan.chunk_tokens * dp)
-    if plan.role != "prefill":
+    if plan.role != "prefill" and options.cuda_graphs != "none":
         found.add("graph_batch", plan.batch)
+    _switches(options, found)
     found.add("memory_fraction", plan.memory_fraction)
     if options.mtp_depth:
         _drafting(plan, found)
@@ -70,6 +72,20 @@ def _ranks(plan: Plan, dp: int, found: Settings) -> None:
         found.add("head_dp")
     if dp > 1 and (layout.tp == 1 or _splits_dense(plan)):
         found.add("dense_tp", 1)
+
+
+def _switches(options: Options, found: Settings) -> None:
+    """Graphs and all-reduces, where they are not as SGLang has them unasked."""
+    if options.cuda_graphs != "engine":
+        found.add("decode_graphs", options.cuda_graphs)
+    if options.cuda_graphs == "none":
+        found.add("prefill_graphs", options.cuda_graphs)
+    if not options.custom_all_reduce:
+        found.add("no_custom_all_reduce")
+    if options.allreduce_fusion == "on":
+        found.add("join_norms", "any")
+    elif options.allreduce_fusion == "off":
+        found.add("norms_apart")
 
 
 def _drafting(plan: Plan, found: Settings) -> None:

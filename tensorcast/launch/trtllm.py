@@ -41,9 +41,13 @@ def settings(plan: Plan, node: int) -> Settings:
     if options.state_dtype:
         found.add("state_dtype", options.state_dtype)
     found.add("memory_fraction", plan.memory_fraction)
-    if plan.role != "prefill":
+    if options.cuda_graphs == "none":
+        found.add("graphs", None)
+    elif plan.role != "prefill":
         found.add("graph_padding", True)
         found.add("graph_batch", plan.batch)
+    if not options.custom_all_reduce:
+        found.add("allreduce", "nccl")
     if options.mtp_depth:
         found.add("speculative_algorithm", options.speculative_method)
         found.add("draft_tokens", options.mtp_depth)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+from tensorcast.deploy.options import Options
 from tensorcast.launch.settings import HEAD, HERE, Plan, Settings
 
 SERVER_PORT, RPC_PORT, MASTER_PORT = 8000, 13345, 29501
 DEFAULT_GRAPH_TOKENS = 512
 """Tokens up to which vLLM captures graphs unasked on any GPU (vllm/config/vllm.py)."""
 
+GRAPH_MODES = {"full": "FULL_AND_PIECEWISE", "piecewise": "PIECEWISE", "none": "NONE"}
+"""Our words for what is replayed from graphs, and vLLM's."""
+
 
 def settings(plan: Plan, node: int) -> Settings:
     """Flags of the command on ``node``."""
-    found = Settings(plan.table)
+    found, options = Settings(plan.table), plan.case.options
     found.add("host", "0.0.0.0")
     found.add("port", SERVER_PORT)
     _ranks(plan, node, found)
@@ -26,8 +31,9 @@ def settings(plan: Plan, node: int) -> Settings:
     found.add("context_length", plan.context)
     found.add("max_batch", plan.batch)
     found.add("chunk_tokens", plan.step_tokens)
-    if plan.role != "prefill" and plan.decode_tokens > DEFAULT_GRAPH_TOKENS:
+    if plan.role != "prefill" and plan.decode_tokens > DEFAULT_GRAPH_TOKENS and options.cuda_graphs != "none":
         found.add("graph_batch", plan.decode_tokens)
+    _switches(options, found)
     found.add("memory_fraction", plan.memory_fraction)
     if depth := plan.case.options.mtp_depth:
         network = {"model": plan.draft_model} if plan.draft_model else {}
@@ -70,6 +76,23 @@ def _ranks(plan: Plan, node: int, found: Settings) -> None:
         found.add("master_port", MASTER_PORT)
     if node:
         found.add("headless")
+
+
+def _switches(options: Options, found: Settings) -> None:
+    """Graphs, compilation and all-reduces, where they are not as vLLM has them unasked."""
+    said: dict[str, Any] = {}
+    if options.cuda_graphs == "none" and not options.compiled:
+        found.add("eager")
+    elif not options.compiled:  # without the compiler there are no pieces
+        said = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    elif options.cuda_graphs != "engine":
+        said = {"cudagraph_mode": GRAPH_MODES[options.cuda_graphs]}
+    if options.allreduce_fusion != "engine":
+        said["pass_config"] = {"fuse_allreduce_rms": options.allreduce_fusion == "on"}
+    if said:
+        found.add("compilation", json.dumps(said))
+    if not options.custom_all_reduce:
+        found.add("no_custom_all_reduce")
 
 
 def _experts(plan: Plan, found: Settings) -> None:

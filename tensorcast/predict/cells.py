@@ -55,6 +55,13 @@ class Cells:
             raise InputError(f"{role}{name} {value!r}: must be a finite number")
         return number
 
+    def switch(self, name: str, default: bool = True) -> bool:
+        """Whether a cell says ``on``; ``off``, or ``default`` where it says nothing. Raises for other words."""
+        said = self.text(name, "on" if default else "off").lower()
+        if said not in ("on", "off"):
+            raise InputError(f"{name} {said!r}: must be on or off")
+        return said == "on"
+
     def whole(self, name: str, role: str = "", least: int = 1) -> int:
         default = self._defaults[name]
         number = self.number(name, None, role)

@@ -33,6 +33,9 @@ SIZES = ("gpus", "dp_attn", *POOLS)
 """Columns of the table by which launches of one mode are told apart; those of pools are empty where one server does
 both, the others where two do."""
 
+WORDS = ("all2all", "cuda_graphs", "allreduce_fusion")
+"""Columns of options that are words of ours."""
+
 WAITS: dict[str, Callable[[str], Any]] = {
     "balance_steps": int, "batching_steps": int, "batch_wait_steps": int, "batch_wait_share": float,
 }  # fmt: skip
@@ -75,6 +78,8 @@ class Launched:
     state_dtype: str | None
     receive_interval: int | None
     all2all: str | None
+    cuda_graphs: str | None
+    allreduce_fusion: str | None
     balance_steps: int | None
     batching_steps: int | None
     batch_wait_steps: int | None
@@ -83,7 +88,7 @@ class Launched:
 
     def cells(self) -> dict[str, Any]:
         """Options that are no default, by column."""
-        options = ("chunk_tokens", "kv_dtype", "state_dtype", "receive_interval", "all2all", *WAITS)
+        options = ("chunk_tokens", "kv_dtype", "state_dtype", "receive_interval", *WORDS, *WAITS)
         said = {name: value for name in options if (value := getattr(self, name)) is not None}
         return said | ({"mtp_depth": self.mtp_depths[0]} if self.mtp_depths != (0,) else {})
 
@@ -143,7 +148,7 @@ def launched(of: Recorded, sizes: tuple[str, ...], ep: int) -> Launched | None:
         kv_dtype=_most(alike, "kv_dtype", str),
         state_dtype=_most(alike, "state_dtype", str),
         receive_interval=_most(alike, "receive_interval", int),
-        all2all=_most(alike, "all2all", str),
+        **{name: _most(alike, name, str) for name in WORDS},
         **{name: _most(alike, name, read) for name, read in WAITS.items()},
         mtp_depths=tuple(sorted({int(row["mtp_depth"] or 0) for row in alike})),
     )

@@ -86,6 +86,10 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         "prompt tokens per step; default the engine's", None,
         ("max_num_batched_tokens", "max_num_tokens", "chunked_prefill_size"),
     ),
+    "cuda_graphs": ("what is replayed from graphs: engine, full, piecewise, none", "engine", ("cudagraph_mode",)),
+    "compiled": ("whether torch.compile fuses, where the engine uses it: on, off", "on", ()),
+    "custom_all_reduce": ("all-reduces by the engine's own kernels (on) or NCCL (off)", "on", ()),
+    "allreduce_fusion": ("all-reduces joined with norms: engine, on, off", "engine", ("fuse_allreduce_rms",)),
     **ARRIVAL_COLUMNS,
 }  # fmt: skip
 """Columns of a row: what they say, default, other names."""
@@ -252,9 +256,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     before = cells.text("frontend", frontend(device) if record and mode == "disaggregated" else "own").lower()
     if before not in (known := get_args(Frontend)):
         raise unknown_name("frontend", before, known)
-    # InferenceX's scripts switch it off
-    if (kept := cells.text("prefix_cache", "off" if record else "on")) not in ("on", "off"):
-        raise InputError(f"prefix_cache {kept!r}: must be on or off")
+    kept = cells.switch("prefix_cache", not record)  # InferenceX's scripts switch it off
     options = of_traffic(Options(
         quant=_quant(cells, named, record),
         kv_dtype=_kv(cells, engine, stated), state_dtype=cells.text("state_dtype", None),
@@ -266,6 +268,8 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         redundant_experts=cells.whole("redundant_experts", least=0),
         mtp_depth=cells.whole("mtp_depth", least=0),
         speculative_method=cells.text("speculative_method"), draft_model=cells.text("draft_model", None),
+        cuda_graphs=cells.text("cuda_graphs").lower(), compiled=cells.switch("compiled"),
+        custom_all_reduce=cells.switch("custom_all_reduce"), allreduce_fusion=cells.text("allreduce_fusion").lower(),
     ), named.profile)
     return Run(
         model=profile, device=device, engine=engine, release=release, mode=mode, frontend=before,
@@ -275,7 +279,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         rounds=cells.number("rounds", 10.0),
         wait_steps=wait,
         prefix_cached=cells.whole("prefix_cached", least=0),
-        prefix_cache=kept == "on",
+        prefix_cache=kept,
         mtp_acceptance=cells.number("mtp_acceptance", MTP_ACCEPTANCE if record else 0.8),
         chunk_tokens=chunk,
         arrivals=arrivals,

@@ -223,6 +223,12 @@ class EngineProfile(Frozen):
     graph_captured_phases: tuple[Literal["prefill", "decode"], ...] = Field(
         description="phases whose kernels are replayed from a captured graph"
     )
+    decode_graphs: Literal["full", "piecewise"] = Field(
+        default="full", description="whether decode replays whole steps, or pieces with attention launched in between"
+    )
+    graph_break_s: Figure | None = Field(default=None, description="per layer, what passes between two such pieces")
+    custom_all_reduce: bool = Field(default=True, description="its own kernels run where they are the faster ones")
+    compiles: bool = Field(default=False, description="whether torch.compile makes fusions and pieces of graphs")
     eager_exchanges: tuple[str, ...] = Field(
         default=(), description="exchanges between experts that cannot be captured: all of their steps run eagerly"
     )

@@ -19,7 +19,7 @@ import pandas as pd
 from tensorcast.deploy.model_names import understand
 from tensorcast.errors import InputError
 from tensorcast.files import write_atomically
-from tensorcast.predict.launch_records import POOLS, SIZES
+from tensorcast.predict.launch_records import POOLS, SIZES, WORDS
 from tensorcast.profiles.store import load_device, load_engine
 
 KEY = ("engine", "release", "model", "device", "precision", "mode", "isl", "osl", *SIZES)
@@ -33,6 +33,8 @@ OPTIONS = {
     "mtp_depth": "spec_depth",
     "receive_interval": "sched_recv_interval",
     "all2all": "all2all_backend",
+    "cuda_graphs": "cuda_graphs",
+    "allreduce_fusion": "joins_norms",
     "balance_steps": "adp_timeout_iters",
     "batching_steps": "adp_batching_wait_iters",
     "batch_wait_steps": "batch_wait_timeout_iters",
@@ -50,6 +52,9 @@ STATES = r"mamba-ssm-(?:cache-)?dtype=(\w+)"
 ROLE = {"chunk_tokens": "prefill", "receive_interval": "prefill"}
 """Which pool's launch says an option; else that which decodes."""
 
+READ = ("adp_enable_balance", "compilation_config", "disable_cuda_graph", "enforce_eager", "allreduce_fusion")
+"""Columns that say part of an option; a table may lack them."""
+
 BALANCE = {"adp_timeout_iters": 50, "adp_batching_wait_iters": 10}
 """TensorRT-LLM's waits for balance between attention DP's ranks where a script asks for it and says no more
 (1.1.0 to 1.3.0, llmapi/llm_args.py: AttentionDpConfig)."""
@@ -66,7 +71,7 @@ HEADER = """# How public benchmarks launched engines: what their records of serv
 
 def launches(table: pd.DataFrame) -> pd.DataFrame:
     """The launches of ``table``, those alike as one: :data:`KEY`, ``users`` and the :data:`OPTIONS`."""
-    table = table.reindex(columns=list(dict.fromkeys([*table.columns, "adp_enable_balance", *OPTIONS.values()])))
+    table = table.reindex(columns=list(dict.fromkeys([*table.columns, *READ, *OPTIONS.values()])))
     in_pools = table["mode"] != "agg"
     known = table.assign(
         model=_each(table["serving_model"].fillna(table["hf_model"]), _profiles),
@@ -75,7 +80,7 @@ def launches(table: pd.DataFrame) -> pd.DataFrame:
         release=table["engine_release"].fillna("").astype(str),
         gpus=table["tp"].mask(in_pools),
         dp_attn=table["dp_attn"].mask(in_pools),
-        all2all_backend=_exchange(table),
+        all2all_backend=_exchange(table), cuda_graphs=_graphs(table), joins_norms=_joins(table),
     )
     balanced = known["adp_enable_balance"].astype(str).eq("True") & (known["dp_attn"] == 1)
     known = known.assign(**{name: known[name].fillna(own).where(balanced) for name, own in BALANCE.items()})
@@ -110,6 +115,29 @@ def _exchange(table: pd.DataFrame) -> pd.Series:
     return gathers.map({True: "allgather_reducescatter", False: ""})
 
 
+GRAPHS = {"FULL": "full", "FULL_DECODE_ONLY": "full", "FULL_AND_PIECEWISE": "full", "PIECEWISE": "piecewise",
+          "NONE": "none"}  # fmt: skip
+"""vLLM's words for what decode steps are replayed from (config/compilation.py: CUDAGraphMode), and ours."""
+
+JOINS = r'"(?:fuse_allreduce_rms|enable_fi_allreduce_fusion)": ?(true|false)'
+"""vLLM's names, of 0.12.0 and after and of before, for joining all-reduces with norms (config/compilation.py)."""
+
+
+def _graphs(table: pd.DataFrame) -> pd.Series:
+    """What a script asks decode steps to be replayed from; empty where it leaves that to the engine."""
+    said = table["compilation_config"].astype(str).str.extract(r'"cudagraph_mode": ?"(\w+)"', expand=False)
+    off = table["disable_cuda_graph"].astype(str).eq("True") | table["enforce_eager"].astype(str).eq("True")
+    return said.map(GRAPHS).fillna("").mask(off, "none")
+
+
+def _joins(table: pd.DataFrame) -> pd.Series:
+    """Whether a script joins all-reduces with norms (``on``), takes them apart, or leaves that to the engine (empty):
+    vLLM's compilation config, SGLang's ``--enable-flashinfer-allreduce-fusion``."""
+    said = table["compilation_config"].astype(str).str.extract(JOINS, expand=False)
+    asked = (table["engine"] == "sglang") & table["allreduce_fusion"].astype(str).eq("True")
+    return said.map({"true": "on", "false": "off"}).fillna("").mask(asked, "on")
+
+
 def _step_tokens(table: pd.DataFrame) -> pd.Series:
     """Prompt tokens of a data-parallel rank's step. SGLang divides ``--chunked-prefill-size`` by the ranks (0.5.14,
     server_args.py, _handle_data_parallelism) and fills a step up to ``--max-prefill-tokens`` (schedule_policy.py)."""
@@ -129,7 +157,7 @@ def _options(table: pd.DataFrame) -> pd.DataFrame:
     out = table[[*KEY, "concurrency"]].assign(**{ours: table[theirs] for ours, theirs in OPTIONS.items()})
     out["kv_dtype"] = out["kv_dtype"].map(lambda said: "fp8" if str(said).startswith("fp8") else "")
     out["state_dtype"] = out["state_dtype"].astype(str).str.extract(STATES, expand=False).fillna("")
-    numbers = [name for name in OPTIONS if name not in ("kv_dtype", "state_dtype", "all2all")]
+    numbers = [name for name in OPTIONS if name not in ("kv_dtype", "state_dtype", *WORDS)]
     for name in (*POOLS, "gpus", "dp_attn", "isl", "osl", "concurrency", *numbers):
         out[name] = out[name].map(lambda value: "" if pd.isna(value) else f"{float(value):.7g}")
     out["concurrency"] = out["concurrency"].astype(int)

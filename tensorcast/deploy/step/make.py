@@ -93,7 +93,8 @@ def make_step(
     eager = options.fusion != "engine" or named in engine.eager_exchanges
     captured = not eager and table.phase in engine.graph_captured_phases
     # tokens of the largest step that is replayed from a graph
-    most = math.inf if captured else 0 if decode else prefill_graph_tokens
+    whole = captured and (not decode or engine.decode_graphs == "full")
+    most = math.inf if whole else prefill_graph_tokens if captured or not decode else 0
     matmuls = {r.attrs["projection"]: r for r in plan.rows if isinstance(r, Op) and r.name == "grouped_matmul"}
     gated = 1.0  # where experts' first matmul makes gate and up; 0 where there is no gate
     if len(matmuls) > 1:

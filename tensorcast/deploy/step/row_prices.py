@@ -141,12 +141,13 @@ class RowPricer:
             known = asked.at("moe_exchange", "any", f"{row.exchange['kind']}:{row.exchange['phase']}", sizes)
         elif not row.exchange and len(row.extent) == 1:
             sizes = {"ranks": row.ranks, "payload_bytes": row.scale * units}
-            known = asked.at(row.op, "any", "custom" if row.op == "all_reduce" else "nccl", sizes)
+            own = row.op == "all_reduce" and self.engine.custom_all_reduce
+            known = asked.at(row.op, "any", "custom" if own else "nccl", sizes)
         return partial(self._collective, row, at, row.scale * units, known)
 
     def _collective(self, row: Collective, at: Context, payload: Size, known: Known) -> RowPrice:
-        options = dict(row.exchange)
-        points = at.points if options else None
+        options = {**row.exchange} if self.engine.custom_all_reduce else {**row.exchange, "custom": False}
+        points = at.points if row.exchange else None
         if options.get("kind") == "high_throughput":
             options |= {"distinct_nodes": self.distinct["nodes"], "distinct_ranks": self.distinct["ranks"]}
             if points is not None:  # the busiest node and rank receive more than the mean, and send as much back

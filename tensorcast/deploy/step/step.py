@@ -134,7 +134,10 @@ class Step:
         turns, spent = at.pp if self.sizes.decode else at.micro + at.pp - 1, self.pricer.engine.overhead
         passes = passes * turns / at.pp
         per_sequence = spent.request_s * np.asarray(batch, dtype=float)
-        overhead = spent.step_s + spent.layer_s * passes + per_sequence
+        each, engine = spent.layer_s, self.pricer.engine
+        if self.sizes.decode and engine.decode_graphs == "piecewise" and engine.graph_break_s is not None:
+            each += float(engine.graph_break_s)
+        overhead = spent.step_s + each * passes + per_sequence
         unsure = spent.layer_error_s * passes
         shares = levels / np.maximum(levels.sum(axis=0), 1e-30)
         return StepPrice(

@@ -1,0 +1,37 @@
+"""Switches of an engine's command that change what its steps take: graphs, compilation, all-reduces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensorcast.deploy.options import Options
+from tensorcast.profiles.engine import EngineProfile
+
+UNSWITCHED = (Options.cuda_graphs, Options.compiled, Options.custom_all_reduce, Options.allreduce_fusion)
+"""The switches as engines start unasked."""
+
+OWN_FUSIONS, JOINS = ("merged_gemm", "pointwise", "allreduce_norm"), "allreduce_norm"
+"""Fusions that engines' own kernels and model code are, without a compiler: vLLM's quantising ones are its compiler's,
+and so is its joining of all-reduces with norms."""
+
+
+def switched(engine: EngineProfile, options: Options) -> EngineProfile:
+    """``engine`` as it starts with the switches that ``options`` ask for; what it has none of stays as it is."""
+    fusions = engine.fusions
+    changes: dict[str, Any] = {"custom_all_reduce": engine.custom_all_reduce and options.custom_all_reduce}
+    if not options.compiled and engine.compiles:
+        fusions = tuple(name for name in fusions if name in OWN_FUSIONS and name != JOINS)
+    if options.allreduce_fusion != "engine":
+        fusions = tuple(name for name in fusions if name != JOINS)
+    if options.allreduce_fusion == "on":
+        fusions = (*fusions, JOINS)
+        if engine.allreduce_norm is not None:
+            every = {"models": (), "one_replica": False}
+            changes["allreduce_norm"] = engine.allreduce_norm.model_copy(update=every)
+    if options.cuda_graphs != "engine":  # without graphs attention is launched between compiled pieces all the same
+        changes["decode_graphs"] = "full" if options.cuda_graphs == "full" else "piecewise"
+    if options.cuda_graphs == "none":
+        changes["graph_captured_phases"] = ()
+    if options.cuda_graphs == "none" or (engine.compiles and not options.compiled):  # pieces are the compiler's
+        changes["prefill_graphs"] = None
+    return engine.model_copy(update={**changes, "fusions": fusions})

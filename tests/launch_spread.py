@@ -45,6 +45,8 @@ EXPERTS = (
     *(Case("dp8-ep8", Options(all2all=kind)) for kind in EXCHANGE_KERNELS),
     *(Case("tp8-ep8", Options(mtp_depth=2, speculative_method=method)) for method in ("eagle3", "ngram", "dspark")),
     Case("tp8-ep8", Options(dcp=8)), Case("tp8-ep8", Options(dcp=2)), Case("dp8-ep8", Options(state_dtype="float32")),
+    Case("tp8", Options(cuda_graphs="piecewise", allreduce_fusion="off")), Case("tp8", Options(compiled=False)),
+    Case("tp8", Options(cuda_graphs="none", custom_all_reduce=False)),
 )  # fmt: skip
 """Of models with experts."""
 
@@ -54,6 +56,7 @@ DENSE = (
     Case("tp8", role="decode"), Case("tp4", Options(mtp_depth=2)), Case("tp8", Options(quant="nvfp4")),
     *(Case("tp4", Options(mtp_depth=2, speculative_method=method)) for method in ("eagle3", "ngram", "dflash")),
     Case("tp16", Options(dcp=2)), Case("tp4", Options(state_dtype="bfloat16")),
+    Case("tp4", Options(cuda_graphs="none", compiled=False)), Case("tp4", Options(allreduce_fusion="on")),
 )  # fmt: skip
 """Of others."""
 

@@ -11,13 +11,12 @@ from typer.testing import CliRunner
 import tensorcast as tc
 from tensorcast.cli import app
 from tensorcast.cli.simulate import simulate
+from tensorcast.deploy.option_types import DeploymentOptions, SearchedOptions
 from tensorcast.deploy.options import (
     ABOUT,
     OPTIONS,
     SERVED_ROUTING,
-    DeploymentOptions,
     Options,
-    SearchedOptions,
     flag,
     of_traffic,
     options_of,

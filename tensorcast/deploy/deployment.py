@@ -22,7 +22,7 @@ from tensorcast.cost.stages import stage_layers
 from tensorcast.cost.work import Mask, Size
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run, unasked_exchange
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
-from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broken_prompts, check
+from tensorcast.deploy.layout import Layout, attention_dp, broken_parts, check
 from tensorcast.deploy.options import Options, Place, check_options, idle_options, stated_stages
 from tensorcast.deploy.plan.context import context_cut, prompt_cut
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
@@ -312,10 +312,9 @@ def deploy(
     check_options(options, layout, whole.facts, all2all)
     if options.all2all in EXCHANGE_KERNELS and (problem := broken_exchange(options.all2all, layout, device)):
         raise InputError(problem)
-    if options.dcp > 1 or options.pcp > 1:
-        problem = broken_context(options.dcp, layout, whole.facts, latent=is_latent(model.config))
-        if problem := problem or broken_prompts(options.pcp, layout):
-            raise InputError(problem)
+    dcp, pcp = options.dcp, options.pcp
+    if (dcp > 1 or pcp > 1) and (problem := broken_parts(dcp, pcp, layout, whole.facts, model.config)):
+        raise InputError(problem)
     if whole.cuts or engine.lacking:
         problem = engine_can_run(
             engine.name, layout, whole.facts, options, cuts=whole.cuts, any_engine=True,
@@ -325,17 +324,14 @@ def deploy(
             raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")
     if options.pp_partition:
         engine = same(engine.model_copy(update={"pipeline_split": stated_stages(options.pp_partition)}))
-    switches = options.cuda_graphs, options.compiled, options.custom_all_reduce, options.allreduce_fusion
-    if switches != UNSWITCHED:
+    if (options.cuda_graphs, options.compiled, options.custom_all_reduce, options.allreduce_fusion) != UNSWITCHED:
         engine = same(switched(engine, options))
     other = engine.uncompiled
     here = other is not None and device.vendor in (other.vendors or (device.vendor,))
     if other is not None and here and is_one_of(other.architectures, model.config):
         changes = {"fusions": other.fusions, "eager_exchanges": other.eager_exchanges}
         engine = same(engine.model_copy(update=changes))
-    form = block_form(
-        options, layout, all2all, engine, device=device, config=model.config, whole=whole
-    )
+    form = block_form(options, layout, all2all, engine, device=device, config=model.config, whole=whole)
     tables = rank_tables(model, phase, RankForm(
         tp=layout.tp, quant=options.quant, arithmetic=tuple(device.peak_flops), architecture=device.architecture,
         fusions=tuple(engine.fusions) if options.fusion == "engine" else (),

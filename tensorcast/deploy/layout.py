@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensorcast.errors import InputError
 from tensorcast.profiles.facts import ModelFacts
+from tensorcast.profiles.memory import is_latent
 
 if TYPE_CHECKING:
     from tensorcast.profiles.device import DeviceProfile
@@ -143,3 +144,8 @@ def check(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> None:
             raise InputError(f"layout: {name} = {getattr(layout, name)} must be at least 1")
     for name, problem in broken_rules(layout, facts, device):
         raise InputError(f"layout {layout} breaks rule '{name}': {problem}")
+
+
+def broken_parts(dcp: int, pcp: int, layout: Layout, facts: ModelFacts, config: dict[str, Any]) -> str:
+    """Why a layout cannot cut a sequence's cache, or a prompt, over so many ranks; empty if it can."""
+    return broken_context(dcp, layout, facts, latent=is_latent(config)) or broken_prompts(pcp, layout)

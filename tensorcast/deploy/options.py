@@ -188,8 +188,8 @@ class Options:
     )
     chunk_tokens: int = _about(0, "Tokens that pass the experts at a time; 0 is all.", least=0, of_experts=True)
     cuda_graphs: str = _about(
-        "engine", "What is replayed from CUDA graphs: as the engine does unasked, whole decode steps (full), pieces of them "
-        "between which attention is launched, or none.", metavar="engine|full|piecewise|none",
+        "engine", "What is replayed from CUDA graphs: as the engine does unasked, whole decode steps (full), pieces of "
+        "them between which attention is launched, or none.", metavar="engine|full|piecewise|none",
     )
     compiled: bool = _about(
         True, "What torch.compile fuses where the engine uses it (vLLM), or its own kernels alone; with --cuda-graphs "

@@ -148,7 +148,9 @@ def launched(of: Recorded, sizes: tuple[str, ...], ep: int) -> Launched | None:
         kv_dtype=_most(alike, "kv_dtype", str),
         state_dtype=_most(alike, "state_dtype", str),
         receive_interval=_most(alike, "receive_interval", int),
-        **{name: _most(alike, name, str) for name in WORDS},
+        all2all=_most(alike, "all2all", str),
+        cuda_graphs=_most(alike, "cuda_graphs", str),
+        allreduce_fusion=_most(alike, "allreduce_fusion", str),
         **{name: _most(alike, name, read) for name, read in WAITS.items()},
         mtp_depths=tuple(sorted({int(row["mtp_depth"] or 0) for row in alike})),
     )

@@ -86,7 +86,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         "prompt tokens per step; default the engine's", None,
         ("max_num_batched_tokens", "max_num_tokens", "chunked_prefill_size"),
     ),
-    "cuda_graphs": ("what is replayed from graphs: engine, full, piecewise, none", "engine", ("cudagraph_mode",)),
+    "cuda_graphs": ("what is replayed from graphs: engine, full, piecewise, off", "engine", ("cudagraph_mode",)),
     "compiled": ("whether torch.compile fuses, where the engine uses it: on, off", "on", ()),
     "custom_all_reduce": ("all-reduces by the engine's own kernels (on) or NCCL (off)", "on", ()),
     "allreduce_fusion": ("all-reduces joined with norms: engine, on, off", "engine", ("fuse_allreduce_rms",)),
@@ -268,8 +268,9 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         redundant_experts=cells.whole("redundant_experts", least=0),
         mtp_depth=cells.whole("mtp_depth", least=0),
         speculative_method=cells.text("speculative_method"), draft_model=cells.text("draft_model", None),
-        cuda_graphs=cells.text("cuda_graphs").lower(), compiled=cells.switch("compiled"),
-        custom_all_reduce=cells.switch("custom_all_reduce"), allreduce_fusion=cells.text("allreduce_fusion").lower(),
+        cuda_graphs={"off": "none"}.get(graphs := cells.text("cuda_graphs").lower(), graphs),
+        compiled=cells.switch("compiled"), custom_all_reduce=cells.switch("custom_all_reduce"),
+        allreduce_fusion=cells.text("allreduce_fusion").lower(),
     ), named.profile)
     return Run(
         model=profile, device=device, engine=engine, release=release, mode=mode, frontend=before,

@@ -116,7 +116,7 @@ def _exchange(table: pd.DataFrame) -> pd.Series:
 
 
 GRAPHS = {"FULL": "full", "FULL_DECODE_ONLY": "full", "FULL_AND_PIECEWISE": "full", "PIECEWISE": "piecewise",
-          "NONE": "none"}  # fmt: skip
+          "NONE": "off"}  # fmt: skip
 """vLLM's words for what decode steps are replayed from (config/compilation.py: CUDAGraphMode), and ours."""
 
 JOINS = r'"(?:fuse_allreduce_rms|enable_fi_allreduce_fusion)": ?(true|false)'
@@ -127,7 +127,7 @@ def _graphs(table: pd.DataFrame) -> pd.Series:
     """What a script asks decode steps to be replayed from; empty where it leaves that to the engine."""
     said = table["compilation_config"].astype(str).str.extract(r'"cudagraph_mode": ?"(\w+)"', expand=False)
     off = table["disable_cuda_graph"].astype(str).eq("True") | table["enforce_eager"].astype(str).eq("True")
-    return said.map(GRAPHS).fillna("").mask(off, "none")
+    return said.map(GRAPHS).fillna("").mask(off, "off")
 
 
 def _joins(table: pd.DataFrame) -> pd.Series:

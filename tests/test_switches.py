@@ -1,0 +1,161 @@
+"""Switches of an engine's command: what is replayed from graphs, compiled, and how ranks add up."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import tensorcast as tc
+from tensorcast.calibrate.engines.launches import launches
+from tensorcast.deploy.deployment import Deployment, deploy
+from tensorcast.deploy.layout import parse_layout
+from tensorcast.deploy.options import Options
+from tensorcast.errors import InputError
+from tensorcast.launch.launch import Launch, launch
+from tensorcast.predict.launch_records import POOLS
+from tensorcast.predict.predict import predict
+from tensorcast.profiles.store import load_device, load_engine, load_model
+
+MODEL = load_model("qwen3-30b-a3b")
+
+
+def made(engine: str = "vllm", phase: str = "decode", layout: str = "tp4", **options: Any) -> Deployment:
+    return deploy(
+        MODEL, load_device("h200"), load_engine(engine), parse_layout(layout), phase, options=Options(**options)
+    )
+
+
+def step_s(batch: float = 8, **asked: Any) -> float:
+    return float(made(**asked).step.seconds(batch, 1, 2048))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+def test_the_less_is_replayed_the_longer_a_step_takes(engine: str) -> None:
+    unasked = step_s(engine=engine)
+    whole, pieces, none = (step_s(engine=engine, cuda_graphs=kind) for kind in ("full", "piecewise", "none"))
+    assert whole == unasked
+    assert whole <= pieces <= none
+    assert whole < none
+
+
+def test_pieces_cost_a_break_in_every_layer() -> None:
+    """vllm#20059: 14 us a layer; every step of 48 layers."""
+    more = step_s(cuda_graphs="piecewise") - step_s()
+    assert more == pytest.approx(48 * 14e-6, rel=1e-6)
+    assert step_s(engine="vllm==0.10.2") - step_s(engine="vllm==0.10.2", cuda_graphs="full") == pytest.approx(more)
+    beyond = 700  # vLLM's graphs stop at 512 tokens: beyond them pieces are launched kernel by kernel
+    assert step_s(beyond, cuda_graphs="piecewise") == pytest.approx(step_s(beyond, cuda_graphs="none"))
+
+
+def test_what_the_compiler_makes_goes_without_it() -> None:
+    def fusions(**options: Any) -> set[str]:
+        return set(made(**options).step.pricer.engine.fusions)
+
+    assert fusions(compiled=False) == {"merged_gemm", "pointwise"}
+    assert step_s(compiled=False) > step_s()
+    assert made(phase="prefill", compiled=False).step.pricer.graph_tokens == 0.0  # no pieces of prompts' steps
+    assert made(phase="prefill").step.pricer.graph_tokens == 512
+    # SGLang compiles nothing unasked: nothing changes
+    assert fusions(engine="sglang", compiled=False) == fusions(engine="sglang")
+
+
+def joined(**options: Any) -> int:
+    """Norms that run in an all-reduce's kernel."""
+    return sum("joined_tokens" in getattr(row, "attrs", {}) for row in made(**options).step.plan.rows)
+
+
+def test_all_reduces_take_norms_along_where_asked() -> None:
+    assert joined(allreduce_fusion="off") == 0 < joined() == joined(allreduce_fusion="on")
+    assert step_s(allreduce_fusion="off") > step_s()
+    old = "vllm==0.12.0"  # off unless asked for until 0.17.0
+    assert joined(engine=old) == 0 < joined(engine=old, allreduce_fusion="on")
+    assert joined(engine="sglang==0.5.6.post2") == 0 < joined(engine="sglang==0.5.6.post2", allreduce_fusion="on")
+
+
+@pytest.mark.parametrize("device, quicker", [("h200", True), ("l20", False)])
+def test_nccl_in_the_place_of_the_engines_own_kernels(device: str, quicker: bool) -> None:
+    """A small all-reduce over NVLink is quicker in the engine's own kernel; datasheet links have no rings' start."""
+
+    def all_reduces(**options: Any) -> tuple[float, set[str]]:
+        found = deploy(
+            MODEL, load_device(device), load_engine("sglang==0.5.6.post2"), parse_layout("tp4"), "decode",
+            options=Options(**options),
+        ).step.price(8, 1, 2048)  # fmt: skip
+        rows = [row for part in found.parts for row in part.prices if row.family == "all_reduce"]
+        return sum(float(row.seconds) for row in rows), {row.detail.split()[-1] for row in rows}
+
+    (own, used), (nccl, instead) = all_reduces(), all_reduces(custom_all_reduce=False)
+    assert not instead & {"one_shot", "two_shot"}
+    assert own < nccl if quicker else own <= nccl
+    assert used
+
+
+def test_what_is_no_choice_is_named() -> None:
+    for option, value in (("cuda_graphs", "some"), ("allreduce_fusion", "maybe")):
+        with pytest.raises(InputError, match=f"--{option.replace('_', '-')} '{value}': must be"):
+            made(**{option: value})
+    with pytest.raises(InputError, match="graphs in pieces"):
+        raise InputError(started("trtllm", cuda_graphs="piecewise").problem)
+
+
+def started(engine: str, **options: Any) -> Launch:
+    return launch(engine, MODEL, parse_layout("tp4"), Options(**options), batch=64, input_len=2048, output_len=512)
+
+
+def command(engine: str, **options: Any) -> str:
+    found = started(engine, **options)
+    return "\n".join([*found.commands, *found.config_files.values()])
+
+
+def test_commands_set_the_switches() -> None:
+    said = command("vllm", cuda_graphs="piecewise", allreduce_fusion="off")
+    assert json.loads(said.split("--compilation-config '")[1].split("'")[0]) == {
+        "cudagraph_mode": "PIECEWISE", "pass_config": {"fuse_allreduce_rms": False},
+    }  # fmt: skip
+    eager = command("vllm", cuda_graphs="none", compiled=False, custom_all_reduce=False)
+    assert "--enforce-eager" in eager and "--disable-custom-all-reduce" in eager and "--compilation" not in eager
+    said = command("sglang", cuda_graphs="none", custom_all_reduce=False, allreduce_fusion="on")
+    for words in ("--cuda-graph-backend-decode disabled", "--disable-custom-all-reduce",
+                  "--flashinfer-allreduce-fusion-backend auto"):  # fmt: skip
+        assert words in said
+    assert "--cuda-graph-max-bs-decode" not in said
+    said = command("trtllm", cuda_graphs="none", custom_all_reduce=False)
+    assert "cuda_graph_config: null" in said and "allreduce_strategy: NCCL" in said
+
+
+ROW = {"model": "qwen3-30b-a3b", "device": "h200", "engine": "vllm", "tp": 4, "isl": 1024, "osl": 256,
+       "concurrency": 16}  # fmt: skip
+
+
+def test_rows_of_tables_say_them() -> None:
+    asked = [{}, {"cuda_graphs": "off"}, {"custom_all_reduce": "off"}, {"compiled": "off"}, {"compiled": "perhaps"}]
+    found = predict(pd.DataFrame([{**ROW, **one} for one in asked]))
+    first = found["tpot_s"][0]
+    assert (found["tpot_s"][1:4] > first).all()
+    assert found["problem"][4] == "compiled 'perhaps': must be on or off"
+    simulated = tc.simulate(
+        "qwen3-30b-a3b", device="h200", world_size=4, tp=4, engine="vllm", phase="decode", batch=8, context=2048,
+        cuda_graphs="none",
+    )  # fmt: skip
+    assert simulated.step_s == pytest.approx(step_s(cuda_graphs="none"))
+
+
+def test_scripts_of_public_records_are_read() -> None:
+    """InferenceX, gpt-oss-120b: PIECEWISE on H100 under 0.11.0, norms joined on B200 under 0.13.0."""
+    base = {"engine": "vllm", "serving_model": "openai/gpt-oss-120b", "hf_model": "", "device": "h100",
+            "precision": "fp4", "mode": "agg", "role": "agg", "isl": 1024, "osl": 1024, "concurrency": 4, "tp": 4,
+            "ep": 1, "dp_attn": 0, "max_num_tokens": 8192, "kv_cache_dtype": "", "other_options": "", "spec_depth": 0,
+            "sched_recv_interval": None, "all2all_backend": None, **dict.fromkeys(POOLS)}  # fmt: skip
+    table = pd.DataFrame([
+        {**base, "engine_release": "0.11.0", "compilation_config": '{"cudagraph_mode":"PIECEWISE"}'},
+        {**base, "engine_release": "0.13.0",
+         "compilation_config": '{"pass_config":{"fuse_allreduce_rms":true,"eliminate_noops":true}}'},
+        {**base, "engine_release": "0.18.0", "compilation_config": None},
+        {**base, "engine": "sglang", "engine_release": "0.5.9", "allreduce_fusion": "True", "disable_cuda_graph": True},
+    ])  # fmt: skip
+    found = launches(table)
+    said = dict(zip(found["release"], zip(found["cuda_graphs"], found["allreduce_fusion"], strict=True), strict=True))
+    assert said == {"0.11.0": ("piecewise", ""), "0.13.0": ("", "on"), "0.18.0": ("", ""), "0.5.9": ("off", "on")}

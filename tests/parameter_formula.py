@@ -34,7 +34,7 @@ FORMS: dict[str, Form] = {
     "glm_moe_dsa": LLAMA,
     "nemotron-nas": LLAMA,
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"), Form(qkv=1)),
-    **dict.fromkeys(("qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe"), Form(heads="each")),
+    **dict.fromkeys(("qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "bailing_moe"), Form(heads="each")),
     "gemma2": Form(norms=4),
     **dict.fromkeys(("gemma3_text", "gemma3"), Form(norms=4, heads="each")),
     "olmo2": Form(heads="all"),
@@ -173,7 +173,7 @@ def _mlp(values: dict[str, Any], form: Form, stream: int, layer: int) -> int:
     total = experts * stream + experts * _matrices(form, stream, expert)
     if form.sinks:  # gpt-oss: biases of every expert and of its router
         total += experts + experts * (2 * expert + stream)
-    shared = _of(values, "n_shared_experts") * expert
+    shared = _of(values, "n_shared_experts", "num_shared_experts") * expert
     total += _matrices(form, stream, shared) if shared else 0
     if gate := _of(values, "shared_expert_intermediate_size"):
         total += _matrices(form, stream, gate) + stream

@@ -246,8 +246,8 @@ def _starts(engine: str, name: str, profile: ModelProfile, layout: Layout) -> bo
         return False
     if engine == "sglang" and (profile.num_experts or 0) % ep:  # layers/moe/fused_moe_triton/layer.py
         return False
-    whole = text.get("kv_lora_rank") or text.get("num_key_value_heads", heads) in (0, None)
-    kv_heads = heads if whole else text["num_key_value_heads"]
+    stated = text.get("num_key_value_heads", text.get("num_attention_groups", heads))
+    kv_heads = heads if text.get("kv_lora_rank") or stated in (0, None) else stated
     if heads % tp or (kv_heads % tp if kv_heads >= tp else tp % kv_heads):
         return False
     if name not in STORED:

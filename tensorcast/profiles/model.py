@@ -142,7 +142,7 @@ class ModelProfile(Frozen):
         """What rules of layouts and engines ask, from the config alone; a traced table's facts know more."""
         heads = stated(self.config, ("num_attention_heads",))
         latent = text_of(self.config).get("kv_lora_rank")
-        own = 0 if latent else stated(self.config, ("num_key_value_heads", "kv_n_heads"))
+        own = 0 if latent else stated(self.config, ("num_key_value_heads", "kv_n_heads", "num_attention_groups"))
         return ModelFacts(
             heads=heads,
             kv_heads=own or heads,

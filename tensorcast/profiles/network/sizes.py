@@ -18,12 +18,12 @@ def looked_up(config: dict[str, Any], words: str) -> Any:
     factors = [int(word) if word.isdigit() else _field(config, word) for word in words.split(" * ")]
     if len(factors) == 1:
         return factors[0]
-    product = 1
+    product = 1.0
     for factor in factors:
-        if not isinstance(factor, int):
+        if not isinstance(factor, int | float):
             return None
         product *= factor
-    return product
+    return int(product) if product.is_integer() else product
 
 
 def _field(config: dict[str, Any], path: str) -> Any:
@@ -75,6 +75,8 @@ def _layers(said: Layers | None, count: int, config: dict[str, Any], where: str)
         return set(range(count))
     if said.listed is not None:
         numbers = looked_up(config, said.listed)
+        if isinstance(numbers, str):  # as Step-3 writes them: "4,5,6"
+            numbers = [int(word) if word.strip().isdigit() else word for word in numbers.split(",")]
         if not isinstance(numbers, list) or any(not isinstance(one, int) for one in numbers):
             raise InputError(f"network.{where}: {said.listed} in config.json is no list of numbers of layers")
         return {number - said.counted_from for number in numbers}

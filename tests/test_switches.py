@@ -93,6 +93,22 @@ def test_nccl_in_the_place_of_the_engines_own_kernels(device: str, quicker: bool
     assert used
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+def test_a_share_of_memory_is_the_engines_own(engine: str) -> None:
+    """vLLM's share holds everything, SGLang's weights and cache, TensorRT-LLM's is of what is left for the cache."""
+    capacity = float(load_device("h200").memory_bytes)
+    small, large = (made(engine, memory_fraction=share).memory(8, 1, 2048) for share in (0.6, 0.8))
+    if engine == "trtllm":
+        assert large.cache_budget == pytest.approx(small.cache_budget * 0.8 / 0.6)
+    else:
+        free = capacity - (float(made(engine).context_bytes) if engine == "sglang" else 0.0)  # before it starts
+        assert large.cache_budget - small.cache_budget == pytest.approx(0.2 * free)
+        assert engine == "vllm" or small.cache_budget + small.weights == pytest.approx(0.6 * free)
+    assert "0.6" in command(engine, memory_fraction=0.6)
+    with pytest.raises(InputError, match=r"--memory-fraction 1\.2: must be a share"):
+        made(engine, memory_fraction=1.2)
+
+
 def test_what_is_no_choice_is_named() -> None:
     for option, value in (("cuda_graphs", "some"), ("allreduce_fusion", "maybe")):
         with pytest.raises(InputError, match=f"--{option.replace('_', '-')} '{value}': must be"):

@@ -26,7 +26,7 @@ from tensorcast.deploy.layout import Layout, attention_dp, broken_parts, check
 from tensorcast.deploy.options import Options, Place, check_options, idle_options, stated_stages
 from tensorcast.deploy.plan.context import context_cut, prompt_cut
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
-from tensorcast.deploy.plan.switches import UNSWITCHED, switched
+from tensorcast.deploy.plan.switches import SWITCHES, UNSWITCHED, switched
 from tensorcast.deploy.step.drafter import make_drafter
 from tensorcast.deploy.step.make import make_step
 from tensorcast.deploy.step.sizes import KV_BYTES
@@ -107,8 +107,10 @@ class Deployment:
             self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config,
             phase=self.phase, exchange=self.step.plan.all2all,
         )
+        if self.engine.reserve is not None or self.engine.memory_covers != "weights_and_cache":
+            share = share - graphs / capacity  # else they take what is left beside
         left = cache_budget(
-            self.engine.memory_covers, share - graphs / capacity, capacity=capacity, context=context,
+            self.engine.memory_covers, share, capacity=capacity, context=context,
             weights=weights, beside=beside,
         )
         found = {
@@ -324,7 +326,7 @@ def deploy(
             raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")
     if options.pp_partition:
         engine = same(engine.model_copy(update={"pipeline_split": stated_stages(options.pp_partition)}))
-    if (options.cuda_graphs, options.compiled, options.custom_all_reduce, options.allreduce_fusion) != UNSWITCHED:
+    if SWITCHES(options) != UNSWITCHED:
         engine = same(switched(engine, options))
     other = engine.uncompiled
     here = other is not None and device.vendor in (other.vendors or (device.vendor,))

@@ -33,6 +33,7 @@ class DeploymentOptions(TypedDict, total=False):
     pcp: int
     pp_partition: str | None
     chunk_tokens: int
+    memory_fraction: float | None
     cuda_graphs: str
     compiled: bool
     custom_all_reduce: bool

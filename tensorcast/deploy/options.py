@@ -187,6 +187,10 @@ class Options:
         "TensorRT-LLM's pp_partition).", metavar="N,N,...", unasked="as the engine splits them",
     )
     chunk_tokens: int = _about(0, "Tokens that pass the experts at a time; 0 is all.", least=0, of_experts=True)
+    memory_fraction: float | None = _about(
+        None, "Share of a GPU's memory, as the engine's own flag means it: --gpu-memory-utilization, "
+        "--mem-fraction-static, free_gpu_memory_fraction.", metavar="SHARE", unasked="as the engine takes",
+    )
     cuda_graphs: str = _about(
         "engine", "What is replayed from CUDA graphs: as the engine does unasked, whole decode steps (full), pieces of "
         "them between which attention is launched, or none.", metavar="engine|full|piecewise|none",
@@ -283,6 +287,10 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
         (
             "valid numbers", o.allreduce_fusion in JOINED,
             f"--allreduce-fusion {o.allreduce_fusion!r}: must be {' or '.join(JOINED)}",
+        ),
+        (
+            "valid numbers", o.memory_fraction is None or 0 < o.memory_fraction <= 1,
+            f"--memory-fraction {o.memory_fraction}: must be a share above 0 and up to 1",
         ),
         ("experts to place", not of_experts, f"the model has no experts: {flags} {verb} not apply"),
         (

@@ -116,7 +116,7 @@ def launch(
         chunk_tokens=chunk,
         kv_dtype=kv,
         quant=want.linear.name if want.linear != have.linear else "",
-        memory_fraction=memory_fraction
+        memory_fraction=memory_fraction or options.memory_fraction
         or _share(case, profile, device, model_profile, batch=batch, chunk=chunk, role=role),
         role=role or "",
     )  # fmt: skip

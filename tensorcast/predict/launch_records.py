@@ -78,6 +78,7 @@ class Launched:
     state_dtype: str | None
     receive_interval: int | None
     all2all: str | None
+    memory_fraction: float | None
     cuda_graphs: str | None
     allreduce_fusion: str | None
     balance_steps: int | None
@@ -88,7 +89,7 @@ class Launched:
 
     def cells(self) -> dict[str, Any]:
         """Options that are no default, by column."""
-        options = ("chunk_tokens", "kv_dtype", "state_dtype", "receive_interval", *WORDS, *WAITS)
+        options = ("chunk_tokens", "kv_dtype", "state_dtype", "receive_interval", "memory_fraction", *WORDS, *WAITS)
         said = {name: value for name in options if (value := getattr(self, name)) is not None}
         return said | ({"mtp_depth": self.mtp_depths[0]} if self.mtp_depths != (0,) else {})
 
@@ -149,6 +150,7 @@ def launched(of: Recorded, sizes: tuple[str, ...], ep: int) -> Launched | None:
         state_dtype=_most(alike, "state_dtype", str),
         receive_interval=_most(alike, "receive_interval", int),
         all2all=_most(alike, "all2all", str),
+        memory_fraction=_most(alike, "memory_fraction", float),
         cuda_graphs=_most(alike, "cuda_graphs", str),
         allreduce_fusion=_most(alike, "allreduce_fusion", str),
         **{name: _most(alike, name, read) for name, read in WAITS.items()},

@@ -86,6 +86,10 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         "prompt tokens per step; default the engine's", None,
         ("max_num_batched_tokens", "max_num_tokens", "chunked_prefill_size"),
     ),
+    "memory_fraction": (
+        "share of memory, as the engine's flag means it; default the engine's", None,
+        ("gpu_memory_utilization", "mem_fraction_static", "free_gpu_memory_fraction"),
+    ),
     "cuda_graphs": ("what is replayed from graphs: engine, full, piecewise, off", "engine", ("cudagraph_mode",)),
     "compiled": ("whether torch.compile fuses, where the engine uses it: on, off", "on", ()),
     "custom_all_reduce": ("all-reduces by the engine's own kernels (on) or NCCL (off)", "on", ()),
@@ -268,6 +272,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         redundant_experts=cells.whole("redundant_experts", least=0),
         mtp_depth=cells.whole("mtp_depth", least=0),
         speculative_method=cells.text("speculative_method"), draft_model=cells.text("draft_model", None),
+        memory_fraction=cells.number("memory_fraction", None),
         cuda_graphs={"off": "none"}.get(graphs := cells.text("cuda_graphs").lower(), graphs),
         compiled=cells.switch("compiled"), custom_all_reduce=cells.switch("custom_all_reduce"),
         allreduce_fusion=cells.text("allreduce_fusion").lower(),

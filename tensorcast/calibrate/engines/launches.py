@@ -33,6 +33,7 @@ OPTIONS = {
     "mtp_depth": "spec_depth",
     "receive_interval": "sched_recv_interval",
     "all2all": "all2all_backend",
+    "memory_fraction": "mem_fraction",
     "cuda_graphs": "cuda_graphs",
     "allreduce_fusion": "joins_norms",
     "balance_steps": "adp_timeout_iters",

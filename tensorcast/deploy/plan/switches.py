@@ -1,13 +1,18 @@
-"""Switches of an engine's command that change what its steps take: graphs, compilation, all-reduces."""
+"""Switches of an engine's command that change what its steps take: memory, graphs, compilation, all-reduces."""
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from tensorcast.deploy.options import Options
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.sourced import Figure
 
-UNSWITCHED = (Options.cuda_graphs, Options.compiled, Options.custom_all_reduce, Options.allreduce_fusion)
+SWITCHES = attrgetter("memory_fraction", "cuda_graphs", "compiled", "custom_all_reduce", "allreduce_fusion")
+"""What is switched."""
+
+UNSWITCHED = SWITCHES(Options())
 """The switches as engines start unasked."""
 
 OWN_FUSIONS, JOINS = ("merged_gemm", "pointwise", "allreduce_norm"), "allreduce_norm"
@@ -19,6 +24,9 @@ def switched(engine: EngineProfile, options: Options) -> EngineProfile:
     """``engine`` as it starts with the switches that ``options`` ask for; what it has none of stays as it is."""
     fusions = engine.fusions
     changes: dict[str, Any] = {"custom_all_reduce": engine.custom_all_reduce and options.custom_all_reduce}
+    if options.memory_fraction is not None:
+        asked = Figure(value=options.memory_fraction, source="as asked: --memory-fraction")
+        changes |= {"memory_fraction": asked, "reserve": None}
     if not options.compiled and engine.compiles:
         fusions = tuple(name for name in fusions if name in OWN_FUSIONS and name != JOINS)
     if options.allreduce_fusion != "engine":

@@ -127,6 +127,9 @@ def compare(
     executor: str | None = None,
     decode_device: str | None = None,
     decode_world_size: int | None = None,
+    images_per_request: int | None = None,
+    image_size: str | None = None,
+    encoder_tp_mode: str | None = None,
     **options: Unpack[SearchedOptions],
 ) -> Comparison:
     """Compare every legal layout of ``model`` on ``world_size`` of ``device``, with every option that matters.
@@ -143,6 +146,8 @@ def compare(
     searches KV dtypes and depths of drafting. ``runnable_only``: only what ``engine`` can run. ``mtp_acceptance``:
     chance that a drafted token is accepted, or a task of published tables. ``decode_device``: of pools alone that read
     prompts on ``device``; ``world_size`` is of both, beside a ``decode_world_size`` of ``device`` alone.
+    ``images_per_request`` of ``image_size`` (``"1280x720"``) come with every prompt, their tokens beside ``input_len``;
+    their tower is cut over a server's ``tp`` ranks, or whole on each (``encoder_tp_mode="data"``): docs/vision.md.
 
     Raises :class:`tensorcast.InputError` on what cannot be: with ``exit_code`` 3 where no layout keeps the limits, the
     message saying which one binds and how close the best came.
@@ -160,8 +165,10 @@ def compare(
     from tensorcast.search.compare import compare as decide
     from tensorcast.search.search import search
     from tensorcast.search.search_task import SEARCHED, search_tasks
+    from tensorcast.serving.encoder import prompt_images
 
     devices = [device] if isinstance(device, str) else list(device)
+    said = images_per_request, image_size, encoder_tp_mode
     profile, read_as = named_model(model)
     tasks = search_tasks(
         profile, [device_profile(name) for name in devices],
@@ -176,6 +183,7 @@ def compare(
         speculative_method=options.get("speculative_method", "mtp"), draft_model=options.get("draft_model"),
         searched={axis: dict[str, Any](options).get(name) for axis, name in SEARCHED.items()},
         decode_device=None if decode_device is None else device_profile(decode_device), decode_gpus=decode_world_size,
+        images=prompt_images(*said) if any(said) else None,
     )  # fmt: skip
     found = noted(decide(tasks, spread(search, tasks, jobs, executor)), read_as, note(len(tasks), jobs, executor))
     return replace(found, question=question)

@@ -147,6 +147,18 @@ def compare(
     prefix_cached: Annotated[int, typer.Option(
         "--prefix-cached", min=0, help="Prompt tokens that are in the cache already.", rich_help_panel=LOAD,
     )] = 0,
+    images_per_request: Annotated[int | None, typer.Option(
+        "--images-per-request", metavar="N", min=1, rich_help_panel=LOAD, show_default=False,
+        help="Images with every prompt; their tokens come beside --input-len.",
+    )] = None,
+    image_size: Annotated[str | None, typer.Option(
+        "--image-size", metavar="WxH", help="Pixels of each, as 1280x720.", show_default=False, rich_help_panel=LOAD,
+    )] = None,
+    encoder_tp_mode: Annotated[str | None, typer.Option(
+        "--encoder-tp-mode", metavar="MODE", show_default=False, rich_help_panel=SEARCH,
+        help="The vision tower on a server's tensor-parallel GPUs: weights, cut over them, or data, whole on each with "
+        "images of its own.  [dim]\\[default: weights][/dim]",
+    )] = None,
     layouts: Annotated[str | None, typer.Option(
         "--layouts", metavar="LAYOUT,...|FILE", help="Only these, such as tp8-ep8,dp8-ep8, or a YAML list of them.",
         show_default=False, rich_help_panel=SEARCH,
@@ -218,7 +230,7 @@ def compare(
         check_directory(out)  # before the work, not after
     sent, means = None, (4096, 1024)
     if (trace, requests, percentile) != (None, None, None):
-        sent, means = _requests(trace, requests, percentile)
+        sent, means = _requests(trace, requests, percentile, images_per_request)
     # a number, or the name of a task
     accepted = float(mtp_acceptance) if mtp_acceptance.replace(".", "", 1).isdigit() else mtp_acceptance
     # options that are searched: lists of what was typed
@@ -234,6 +246,7 @@ def compare(
         confidence=confidence, prices=device_prices(price) if price else None, prefix_cached=prefix_cached,
         mtp_acceptance=accepted, full=full, runnable_only=not any_engine, jobs=jobs, executor=executor,
         decode_device=decode_device, decode_world_size=decode_world_size,
+        images_per_request=images_per_request, image_size=image_size, encoder_tp_mode=encoder_tp_mode,
         **options | searched,
     )  # fmt: skip
     if len(models) * len(lengths) > 1:
@@ -280,12 +293,14 @@ def compare(
 
 
 def _requests(
-    trace: Path | None, count: int | None, percentile: float | None
+    trace: Path | None, count: int | None, percentile: float | None, images: int | None
 ) -> tuple[Requests, tuple[int, int]]:
     """Requests to replay, and the lengths of prompts and replies to compare for."""
     if trace is None:
         flag, value = ("--requests", count) if count is not None else ("--percentile", percentile)
         raise InputError(f"{flag} {value:g}: is about a --trace, and none is given")
+    if images is not None:
+        raise InputError(f"--images-per-request {images}: is of steady loads, not of a --trace")
     from tensorcast.scheduling.trace_files import read_trace
 
     found = read_trace(trace, False).requests

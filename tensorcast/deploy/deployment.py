@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import EllipsisType
 from typing import Any
@@ -86,6 +86,8 @@ class Deployment:
     quantization: Quantization
     raw: OpTable
     step: Step
+    tower_bytes: float = field(default=0.0, kw_only=True)
+    """On each rank, of the vision tower beside the language model, where it is there."""
 
     def memory(self, batch: Size, new: Size, past: Size) -> Memory:
         """Memory of a step of ``batch`` sequences per data-parallel rank that end at ``past + new`` tokens.
@@ -184,7 +186,7 @@ class Deployment:
             weights, cache = whole[:, some]
             fuller = stage + held > weights + cache
             whole[0, some], whole[1, some] = np.where(fuller, stage, weights), np.where(fuller, held, cache)
-        return whole[0], whole[1]
+        return whole[0] + self.tower_bytes, whole[1]
 
     @cached_property
     def drafting(self) -> OpTable:

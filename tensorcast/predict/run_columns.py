@@ -19,6 +19,7 @@ from tensorcast.deploy.options import SERVED_ROUTING, Options, of_traffic
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.predict.arrivals import ARRIVAL_COLUMNS, Arrivals, read_arrivals, with_waits
 from tensorcast.predict.cells import MOST_NAMED, Cells, is_empty
+from tensorcast.predict.image_columns import IMAGE_COLUMNS, read_images
 from tensorcast.predict.launch_records import (
     FP8_CACHE,
     LENGTH_RATIO,
@@ -35,6 +36,7 @@ from tensorcast.predict.launch_records import (
     wait_steps,
 )
 from tensorcast.profiles.engine import Frontend
+from tensorcast.serving.encoder import PromptImages
 
 WORKER_COLUMNS = {
     "tp": ("attention tensor-parallel size", 1, ("tp_size",)),
@@ -95,6 +97,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "custom_all_reduce": ("all-reduces by the engine's own kernels (on) or NCCL (off)", "on", ()),
     "allreduce_fusion": ("all-reduces joined with norms: engine, on, off", "engine", ("fuse_allreduce_rms",)),
     **ARRIVAL_COLUMNS,
+    **IMAGE_COLUMNS,
 }  # fmt: skip
 """Columns of a row: what they say, default, other names."""
 
@@ -146,6 +149,7 @@ class Run:
     mtp_acceptance: float = 0.8
     chunk_tokens: int | None = None
     arrivals: Arrivals | None = None
+    images: PromptImages | None = None
     options: Options = field(default_factory=Options)
     other_depths: tuple[int, ...] = ()
     assumed: tuple[str, ...] = field(default=(), compare=False)
@@ -254,7 +258,8 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     if engine == "sglang":
         default = wait_steps(device, mode, concurrency) if record and interval is None else (interval or 0.0) / 2
     wait = cells.number("wait_steps", default)
-    if problem := named.profile.too_long(isl + osl):
+    images = read_images(cells, arrivals is None)
+    if problem := named.profile.too_long(isl + osl + (0 if images is None else images.tokens(named.profile))):
         raise InputError(f"context length: {problem}")
     chunk = cells.whole("chunk_tokens") if cells.number("chunk_tokens", 0) else None
     before = cells.text("frontend", frontend(device) if record and mode == "disaggregated" else "own").lower()
@@ -288,7 +293,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         prefix_cache=kept,
         mtp_acceptance=cells.number("mtp_acceptance", MTP_ACCEPTANCE if record else 0.8),
         chunk_tokens=chunk,
-        arrivals=arrivals,
+        arrivals=arrivals, images=images,
         options=options,
         other_depths=depths,
         assumed=tuple(cells.assumed),

@@ -23,6 +23,7 @@ from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.serving.capacity import own_chunk, room_for
 from tensorcast.serving.curves import DecodeCurve, decode_columns
+from tensorcast.serving.encoder import with_images
 from tensorcast.serving.hand_over import hand_over_s
 from tensorcast.serving.prefill_costs import PrefillCosts, PromptCut, cut_prompts, prefill_columns, prefill_costs
 from tensorcast.serving.steady_state import Aggregated, Disaggregated
@@ -110,7 +111,7 @@ def unserved(concurrency: float, why: str) -> ServingMetrics:
 def _row(run: Run, deployed: _Deployed) -> _Row:
     mean = (1 + run.length_ratio) / 2
     traffic = Traffic(
-        input_len=max(1, round(run.isl * mean)),
+        input_len=max(1, round(run.isl * mean)) + (0 if run.images is None else run.images.tokens(_model(run.model))),
         output_len=max(1, round(run.osl * mean)),
         concurrency=run.concurrency / run.replicas,
         prefix_cached=run.prefix_cached,
@@ -135,7 +136,8 @@ class _Deployed:
     def __call__(self, run: Run, layout: Layout, phase: str) -> Deployment:
         # drafting is the decode step's
         options = replace(run.options, mtp_depth=0) if phase == "prefill" and run.options.mtp_depth else run.options
-        key = run.model, run.device, run.served_by, run.mode, run.frontend, run.prefix_cache, layout, phase, options
+        served = run.served_by, run.mode, run.frontend, run.prefix_cache
+        key = run.model, run.device, *served, layout, phase, options, run.images
         if key not in self._made:
             self._made[key] = self._make(run, layout, phase, options)
         found = self._made[key]
@@ -148,7 +150,8 @@ class _Deployed:
             served = self._engine(run.served_by)
             served = served.in_pools(run.frontend) if run.mode == "disaggregated" else served
             served = served if run.prefix_cache else served.without_prefix_cache()
-            return deploy(_model(run.model), _device(run.device), served, layout, phase, options=options)
+            made = deploy(_model(run.model), _device(run.device), served, layout, phase, options=options)
+            return made if run.images is None else run.images.held(made)
         except InputError as error:
             return error
 
@@ -191,7 +194,7 @@ def _priced(rows: list[_Row]) -> tuple[PrefillCosts, DecodeCurve]:
         columns = prefill_columns(next(priced), rows[part[0]].prefill)
         every = {name: np.broadcast_to(values, (len(part), 3)) for name, values in columns.items()}
         tokens, per_step = (np.array([getattr(cut, name) for cut in several]) for name in ("tokens", "per_step"))
-        costs.append(prefill_costs(every, tokens, per_step))
+        costs.append(_with_images(prefill_costs(every, tokens, per_step), [rows[i] for i in part]))
     width = max(2, *map(len, grids))
     found: dict[str, Array] = defaultdict(lambda: np.empty((len(rows), width)))
     for part, grid in zip(decodes, grids, strict=True):
@@ -201,6 +204,16 @@ def _priced(rows: list[_Row]) -> tuple[PrefillCosts, DecodeCurve]:
             found[name][part, len(grid) :] = whole[:, -1:]
     joined = PrefillCosts.joined(costs).where(np.argsort(np.concatenate(prefills)))
     return joined, DecodeCurve(GRID[:width], found, np.arange(len(rows)))
+
+
+def _with_images(costs: PrefillCosts, rows: list[_Row]) -> PrefillCosts:
+    """Costs of rows of one deployment, with their images, which are the same for all."""
+    images = rows[0].run.images
+    if images is None:
+        return costs
+    one = rows[0].prefill
+    step = images.of_prompt(one.model, one.device, one.engine, one.layout.tp)
+    return with_images(costs, [step] * len(rows))
 
 
 def _parts(rows: list[_Row], deployment: Callable[[_Row], Deployment]) -> list[list[int]]:

@@ -41,7 +41,7 @@ def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
     if first.axes.kv_dtype == (None,) and first.base.kv_dtype is None:
         found.append(f"KV cache in {kept['kv_dtype'][0]}, as the model ships; --kv-dtype bf16,fp8 compares both")
     facts = whole.facts
-    found += facts.remarks
+    found += facts.remarks if first.images is None else _of_images(first)
     modules = facts.mtp_modules or first.base.speculative_method != "mtp"
     if modules and first.axes.mtp_depth == (0,):
         found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")
@@ -66,6 +66,21 @@ def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
     if not first.runnable_only:
         found.append("layouts that no engine may be able to run are among them")
     return tuple(found)
+
+
+def _of_images(task: SearchTask) -> list[str]:
+    """What prompts are made of, and what their images cost the GPUs that read them."""
+    images, model = task.images, task.model
+    if images is None:
+        return []
+    size, each = images.images, images.tokens(model) // images.images.count
+    text = int(task.load.input_len) - images.tokens(model)
+    step = images.of_prompt(model, task.device, task.engine, 1)
+    where = "on GPUs of their own" if images.apart else "before each prompt, on its GPUs"
+    return [
+        f"prompts are {text} tokens of text and {size.count} x {each} of images ({size.width}x{size.height}), which "
+        f"take one {task.device.name} {in_seconds(float(step.kernels_s))}: encoded {where}; none is seen twice"
+    ]
 
 
 def _of_drafts(task: SearchTask) -> list[str]:

@@ -56,8 +56,8 @@ def search(task: SearchTask) -> SearchResult:
     # whatever is kept is kept with its task, whose profiles stay alive, so that their ids stay their own
     pools = task.pools or (task,)
     keys = [
-        (id(one.model), id(one.device), id(one.engine), one.base, one.gpus, one.load, one.axes, one.layouts,
-         one.runnable_only) for one in pools
+        (id(one.model), id(one.device), id(one.engine), (one.base, one.images), one.gpus, one.load, one.axes,
+         one.layouts, one.runnable_only) for one in pools
     ]  # fmt: skip
     asked = (
         *keys, task.ttft_s, task.tpot_s, task.objective, task.modes, task.request_rate,

@@ -21,6 +21,7 @@ from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.workspace import CURRENT
+from tensorcast.serving.encoder import PromptImages
 from tensorcast.serving.objective import OBJECTIVES
 from tensorcast.serving.traffic import Traffic
 from tensorcast.trace.cache import whole_model
@@ -36,6 +37,8 @@ class Scenario:
     load: Traffic
     prompts_on: DeviceProfile | None = None
     """What reads prompts, where it is another device."""
+    images: PromptImages | None = None
+    """What comes with every prompt beside text."""
 
     @property
     def own_chunk(self) -> int:
@@ -44,11 +47,11 @@ class Scenario:
 
     def deployment(self, layout: Layout, phase: str, options: Options) -> Deployment:
         device = self.prompts_on if self.prompts_on is not None and phase == "prefill" else self.device
-        key = id(self.model), id(device), id(self.engine), layout, phase, options
+        key = id(self.model), id(device), id(self.engine), layout, phase, options, self.images
         deployments = CURRENT.get().deployments
         if key not in deployments:
             made = deploy(self.model, device, self.engine, layout, phase, options=options)
-            deployments[key] = self, made
+            deployments[key] = self, made if self.images is None else self.images.held(made)
         return deployments[key][1]
 
 
@@ -91,6 +94,8 @@ class SearchTask:
     """Chance with which limits are to be kept, and by whose lower bounds candidates are ranked; None: as expected."""
     price_per_hour: float | None = None
     runnable_only: bool = True
+    images: PromptImages | None = None
+    """What comes with every prompt beside text; ``load`` counts its tokens."""
     pools: tuple[SearchTask, ...] = ()
     """Of prompts on one device and replies on another: the same asked of each alone, either of all ``gpus``, which then
     are of both together, or of those that there are of it. Else empty."""
@@ -122,7 +127,7 @@ class SearchTask:
 
     @property
     def scenario(self) -> Scenario:
-        return Scenario(self.model, self.device, self.engine, self.load)
+        return Scenario(self.model, self.device, self.engine, self.load, images=self.images)
 
     @property
     def pools_scenario(self) -> Scenario:
@@ -142,11 +147,11 @@ def search_tasks(
     quant: str | None = None, state_dtype: str | None = None, routing: str = SERVED_ROUTING,
     placement: str = "linear", speculative_method: str = "mtp", draft_model: str | None = None, full: bool = False,
     runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,
-    decode_device: DeviceProfile | None = None, decode_gpus: int | None = None,
+    decode_device: DeviceProfile | None = None, decode_gpus: int | None = None, images: PromptImages | None = None,
 ) -> list[SearchTask]:
     """Tasks of every device, engine and size. ``searched``: values of axes; those left out are the default space's.
     ``decode_device``: of the replies' pools; those of prompts are on each of ``devices``. ``world_sizes`` are of both,
-    or, where there are so many ``decode_gpus``, of the prompts' alone.
+    or, where there are so many ``decode_gpus``, of the prompts' alone. ``input_len`` is of text, beside ``images``.
 
     Raises :class:`InputError`, one line, on anything that cannot be.
     """
@@ -165,6 +170,7 @@ def search_tasks(
     # one request in flight stands for the load until a candidate's batch says how many there are
     if isinstance(mtp_acceptance, str):
         mtp_acceptance = acceptance(mtp_acceptance, model.name, speculative_method)
+    input_len += 0 if images is None else images.tokens(model)
     load = Traffic(input_len, output_len, 1, prefix_cached, mtp_acceptance)
     given = {name: tuple(values) for name, values in (searched or {}).items() if values}
     axes = replace(FULL if full else Axes(), **given)
@@ -187,7 +193,7 @@ def search_tasks(
             modes=tuple(modes) if replies is None else ("disaggregated",),
             request_rate=request_rate, users=users, budget=budget, confidence=confidence,
             layouts=tuple([layout for layout in wanted if size % layout.world_size == 0]),
-            price_per_hour=(prices or {}).get(device.name), runnable_only=runnable_only,
+            price_per_hour=(prices or {}).get(device.name), runnable_only=runnable_only, images=images,
         )
         for device in devices
         for engine in engines

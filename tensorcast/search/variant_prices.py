@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.cost.work import Size
+from tensorcast.deploy.encoder.encoder import EncodeStep
 from tensorcast.deploy.fleet import Fleet, fleet
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
@@ -32,6 +33,7 @@ from tensorcast.search.space import Variant
 from tensorcast.search.workspace import MOST_FLEETS, MOST_SPACES, Parts
 from tensorcast.serving.capacity import decode_budget, prefill_budget, room, sequence_bytes
 from tensorcast.serving.curves import decode_columns
+from tensorcast.serving.encoder import with_images
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
 from tensorcast.serving.traffic import Array, Rows
 from tensorcast.trace.cache import whole_model
@@ -131,6 +133,7 @@ class VariantPrices:
         self.states: dict[int, tuple[Array, Array]] = {}
         self.whatever: dict[int, Points] = {}  # candidates there whatever the limits are, by chunk budget
         self._pools: VariantPrices | None = None
+        self._encoded: dict[int, EncodeStep] = {}
         self.own_kv_dtype = self._whole.stored.kv
         self._cuts = [cut_prompts(scenario.load, budget) for budget in self.budgets]
         # all groups are priced at all settings, so that rows that they have in common are priced once
@@ -262,7 +265,10 @@ class VariantPrices:
                 }
                 for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
                     mine = {name: values[:, i] for name, values in columns.items()}
-                    self._costs[budget].append((position[some], prefill_costs(mine, cut.tokens, cut.per_step)))
+                    costs = prefill_costs(mine, cut.tokens, cut.per_step)
+                    if self.scenario.images is not None and not self.scenario.images.apart:
+                        costs = with_images(costs, [self._encoding(i) for i in position[some]])
+                    self._costs[budget].append((position[some], costs))
             for group, reading, decoding in zip(groups, fleets["prefill"], fleets["decode"], strict=True):
                 self._take_room(group, reading, decoding)
         at_batches, entries = np.searchsorted(self.grid, grid), setting[:, None] * len(grid) + np.arange(len(grid))
@@ -274,6 +280,13 @@ class VariantPrices:
             for name, values in decode_columns(price).items():
                 exact = SPLIT * values - (SPLIT * values - values)
                 self.curves[name][position[some][:, None], at_batches[: exact.shape[1]]] = exact
+
+    def _encoding(self, variant: int) -> EncodeStep:
+        """The images of one prompt on the GPUs that read it."""
+        tp, where = self.variants[variant].layout.tp, self.scenario
+        if tp not in self._encoded and where.images is not None:
+            self._encoded[tp] = where.images.of_prompt(where.model, where.device, where.engine, tp)
+        return self._encoded[tp]
 
     def _take_room(self, group: _Group, reading: Fleet, decoding: Fleet) -> None:
         """Sequences of a group's variants that fit, beside what a full prefill step of each budget takes, too. Overlap

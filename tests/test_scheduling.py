@@ -355,3 +355,18 @@ def test_bad_requests(make: Any, says: str) -> None:
 def test_arrivals_come_at_their_rate(rate: float, burstiness: float, seed: int) -> None:
     found = drawn(3000, Length(10), Length(10), rate=rate, burstiness=burstiness, seed=seed)
     assert found.rate == pytest.approx(rate, rel=6 / np.sqrt(3000 * burstiness))
+
+
+@pytest.mark.parametrize("layout, most", [("tp8", 48), ("dp8-ep8", 6)])
+def test_sglang_runs_few_requests_that_draft_unless_told(layout: str, most: int) -> None:
+    """sglang 0.5.14 and 0.5.23, arg_groups/speculative_hook.py: max_running_requests is 48 unless it is given."""
+
+    def sequences(depth: int, asked: int | None = None) -> int:
+        found = priced_servers(
+            load_model("deepseek-v3"), load_device("h200"), load_engine("sglang"), parse_servers(layout), longest=4096,
+            options=Options(mtp_depth=depth), max_sequences=asked,
+        )  # fmt: skip
+        return found.pools[0].rules.most_sequences
+
+    assert sequences(1) == most < sequences(0)
+    assert sequences(1, 64) == 64

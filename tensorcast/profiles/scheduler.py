@@ -27,6 +27,9 @@ class Scheduler(Frozen):
     """Rules of a scheduler that no other field of an engine profile tells."""
 
     most_sequences: dict[int, int] = Field(description="device memory in MiB -> sequences of a step, from there on")
+    drafting_sequences: int | None = Field(
+        default=None, ge=1, description="the same of a server whose steps draft, over all its data-parallel ranks"
+    )
     block_tokens: int = Field(ge=1, description="tokens of a block of the cache")
     splits_prompts: bool = Field(default=True, description="whether a prompt may be read in several steps")
     prompt_tokens: int | None = Field(default=None, ge=1, description="new tokens of a step's prompts that end in it")
@@ -37,7 +40,8 @@ class Scheduler(Frozen):
     )
     source: str = Field(min_length=3)
 
-    def sequences(self, memory_bytes: float) -> int:
-        """Sequences of a step per data-parallel rank on a device of so much memory, unasked."""
+    def sequences(self, memory_bytes: float, ranks: int = 1, *, drafts: bool = False) -> int:
+        """Sequences of a step per data-parallel rank, of so many, on a device of so much memory, unasked."""
         fitting = [count for size, count in self.most_sequences.items() if memory_bytes >= size * MIB]
-        return max(fitting, default=min(self.most_sequences.values()))
+        most = max(fitting, default=min(self.most_sequences.values()))
+        return most if not drafts or self.drafting_sequences is None else max(1, self.drafting_sequences // ranks)

@@ -121,10 +121,11 @@ def rules_of(
         cache_tokens = float(cache_log(deployment, LONG).tokens)
     if cache_tokens < scheduler.block_tokens:
         raise InputError(f"layout {layout}: {deployment.model.name} leaves no room for a cache")
-    sequences = max_sequences or scheduler.sequences(float(deployment.device.memory_bytes))
+    ranks, memory = int(attention_dp(layout, deployment.raw.facts.num_experts)), float(deployment.device.memory_bytes)
+    sequences = max_sequences or scheduler.sequences(memory, ranks, drafts=depth > 0)
     return Rules(
         role=role,
-        ranks=int(attention_dp(layout, deployment.raw.facts.num_experts)),
+        ranks=ranks,
         alone=engine.prefill_alone,
         chunk_tokens=chunk_tokens or own_chunk(deployment),
         splits=scheduler.splits_prompts,

@@ -34,7 +34,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from tensorcast.cost.memory import kv_bytes_per_token
-from tensorcast.deploy.deployment import uncut
+from tensorcast.deploy.plan.remarks import uncut
 from tensorcast.errors import InputError
 from tensorcast.files import digest_of, write_atomically
 from tensorcast.modeling.checkpoint.read import checkpoint

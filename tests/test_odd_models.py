@@ -11,7 +11,7 @@ import pytest
 from families import SMALL
 
 import tensorcast as tc
-from tensorcast.deploy.deployment import uncut
+from tensorcast.deploy.plan.remarks import uncut
 from tensorcast.profiles.store import list_models, load_model
 from tensorcast.trace.cache import traced
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tensorcast.deploy.deployment import Deployment, Memory, deploy, not_counted, uncut
+from tensorcast.deploy.deployment import Deployment, Memory, deploy
 from tensorcast.deploy.engine_limits import halving_note
 from tensorcast.deploy.engine_log import room_note
 from tensorcast.deploy.exchange_kernels import exchange_note
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, idle_note
 from tensorcast.deploy.plan.plan import Collective
+from tensorcast.deploy.plan.remarks import not_counted, uncut
 from tensorcast.deploy.result import Simulation
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.workload import Workload

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from tensorcast.cost.routing import SAID
-from tensorcast.deploy.deployment import not_counted, uncut
 from tensorcast.deploy.engine_limits import ANY_ENGINE, Kernels, engine_can_run
 from tensorcast.deploy.layout import Layout, broken_rules
 from tensorcast.deploy.options import idle_note
+from tensorcast.deploy.plan.remarks import not_counted, uncut
 from tensorcast.profiles.drafting import published, said_of
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.candidate_table import NONE, Candidates

@@ -1,0 +1,40 @@
+"""What a price leaves out that a reader should know: matrices that are not cut, precisions that nothing counts."""
+
+from __future__ import annotations
+
+from tensorcast.modeling.quantization import Quantization
+from tensorcast.trace.table import OpTable, per_table
+
+UNCUT_SAID = 0.2
+"""Share of the linear weights from which uncut ones are spoken of: what engines leave whole, too (down-projections of
+latent attention, indexers), is less."""
+
+WHOLE = ("pre_expert_proj", "post_expert_proj")
+"""Matrices that engines leave whole (Muse-Spark's: vLLM 0.33.0, models/muse_spark, and SGLang 0.5.23: replicated)."""
+
+
+@per_table
+def uncut(table: OpTable) -> str:
+    """A note on matrices that tensor parallelism should cut and a narrower config does not; empty if they are few."""
+    sizes: dict[str, float] = {}
+    total = 0.0
+    for param in table.params:
+        if param.role in ("linear", "other") and len(param.shape) == 2:
+            size = param.full_numel * (table.layer_kinds.count(param.kind) if param.kind >= 0 else 1)
+            total += size
+            if table.tp > 1 and param.numel == param.full_numel and not param.module.endswith(WHOLE):
+                name = param.module.rpartition("]")[2].lstrip(".")
+                sizes[name] = sizes.get(name, 0.0) + size
+    share = sum(sizes.values()) / total if total else 0.0
+    if share < UNCUT_SAID:
+        return ""
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:2]
+    return (
+        f"{100 * share:.0f} % of the linear weights ({', '.join(largest)}, ...) are whole on every tensor-parallel "
+        "GPU, though engines may cut them: such layouts look slower than they are"
+    )
+
+
+def not_counted(quantization: Quantization) -> list[str]:
+    """What a checkpoint says of its precision that nothing here counts."""
+    return [f"quantization_config: not used: {', '.join(quantization.unread)}"] if quantization.unread else []

@@ -7,6 +7,7 @@ from typing import Any
 from tensorcast.api import (
     compare,
     compare_apart,
+    compare_encoders,
     device_profile,
     experts,
     explain,
@@ -21,8 +22,8 @@ from tensorcast.errors import InputError
 from tensorcast.version import __version__
 
 __all__ = [
-    "InputError", "__version__", "compare", "compare_apart", "device_profile", "experts", "explain", "predict_kernels",
-    "replay", "replay_sweep", "simulate", "simulate_apart", "simulate_encoder",
+    "InputError", "__version__", "compare", "compare_apart", "compare_encoders", "device_profile", "experts", "explain",
+    "predict_kernels", "replay", "replay_sweep", "simulate", "simulate_apart", "simulate_encoder",
 ]
 
 

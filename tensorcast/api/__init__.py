@@ -3,9 +3,9 @@
 from tensorcast.api.apart import compare_apart, simulate_apart
 from tensorcast.api.deployments import compare, device_profile, experts, explain, predict_kernels, simulate
 from tensorcast.api.replays import replay, replay_sweep
-from tensorcast.api.vision import simulate_encoder
+from tensorcast.api.vision import compare_encoders, simulate_encoder
 
 __all__ = [
-    "compare", "compare_apart", "device_profile", "experts", "explain", "predict_kernels", "replay",
+    "compare", "compare_apart", "compare_encoders", "device_profile", "experts", "explain", "predict_kernels", "replay",
     "replay_sweep", "simulate", "simulate_apart", "simulate_encoder",
 ]

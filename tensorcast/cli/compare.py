@@ -201,6 +201,10 @@ def compare(
         "--ffn-apart", help="Also decode servers whose experts are on GPUs of their own (AFD): are they worth it?",
         rich_help_panel=SEARCH,
     )] = False,
+    encoder_gpus: Annotated[str | None, typer.Option(
+        "--encoder-gpus", metavar="N,...|auto", show_default=False, rich_help_panel=SEARCH,
+        help="Also vision towers on so many GPUs of their own, of those in all: are they worth it?",
+    )] = None,
     top: Annotated[int, typer.Option("--top", min=0, help="Layouts to list.", rich_help_panel=OUTPUT)] = 12,
     config: Annotated[Path | None, typer.Option(
         "--config", metavar="FILE", show_default=False, rich_help_panel=OUTPUT,
@@ -221,7 +225,6 @@ def compare(
 ) -> None:
     """Compare every legal layout of MODEL for a load and its limits: the best, why, and what comes close."""
     from tensorcast.api import compare as run_comparison
-    from tensorcast.api import compare_apart
     from tensorcast.search.compare import NoLayoutMeets
 
     if out is not None:
@@ -254,8 +257,8 @@ def compare(
 
         if sent is not None:
             raise InputError(f"--trace {trace}: is of one model and its own lengths")
-        if ffn_apart:
-            raise InputError("--ffn-apart: is of one model and one length")
+        if ffn_apart or encoder_gpus:
+            raise InputError(f"{'--ffn-apart' if ffn_apart else '--encoder-gpus'}: is of one model and one length")
         questions = [(name, length) for name in models for length in lengths]
         compare_several(lambda name, length: ask(model=name, input_len=length), questions, out, as_json)
         return
@@ -268,13 +271,13 @@ def compare(
             raise
         written = [] if out is None else _written(found, out)
         replayed = None if sent is None else _replayed(found, sent, replay_top, percentile, out)
-        split = compare_apart(found) if ffn_apart else []
+        split = _apart(found, ffn_apart, encoder_gpus) if ffn_apart or encoder_gpus else []
         written += [] if replayed is None or out is None else [out / "replayed.csv"]
     if as_json:
         from tensorcast.report.compare.terminal import comparison_record
         from tensorcast.report.plain import to_json
 
-        beside = {"ffn_apart": [one.record() for one in split]} if ffn_apart else {}
+        beside = {name: [one.record() for one in some] for name, some, _ in split}
         typer.echo(to_json(comparison_record(found, replayed) | beside, indent=2))
         return
     from tensorcast.report.compare.terminal import print_comparison
@@ -284,12 +287,27 @@ def compare(
         from tensorcast.report.compare.replayed import print_replayed
 
         print_replayed(found, replayed, console(), percentile is not None)
-    if ffn_apart:
-        from tensorcast.report.ffn_apart import print_splits
-
-        print_splits(split, console(), found.targets[1])
+    for _, some, show in split:
+        show(some, console())
     if written:
         typer.echo(f"wrote {len(written)} files to {out}: open {out / 'report.html'}")  # type: ignore[operator]
+
+
+def _apart(found: Comparison, ffn: bool, encoders: str | None) -> list[tuple[str, list[Any], Any]]:
+    """Parts of the model on GPUs of their own, where they are asked about: a name, what was found, what prints it."""
+    from tensorcast.api import compare_apart, compare_encoders
+
+    asked = list[tuple[str, list[Any], Any]]()
+    if ffn:
+        from tensorcast.report.ffn_apart import print_splits
+
+        asked.append(("ffn_apart", compare_apart(found), partial(print_splits, tpot_s=found.targets[1])))
+    if encoders:
+        from tensorcast.report.encoder import print_encoder_splits
+
+        numbers = None if encoders == "auto" else whole_numbers("--encoder-gpus", encoders, 1)
+        asked.append(("encoders_apart", compare_encoders(found, numbers), print_encoder_splits))
+    return asked
 
 
 def _requests(

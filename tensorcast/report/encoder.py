@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +13,10 @@ from tensorcast.deploy.encoder.encoder import EncodeStep
 from tensorcast.report import units
 from tensorcast.report.plain import to_json
 from tensorcast.report.units import plural
+from tensorcast.serving.encoder_apart import EncodedServing, EncoderSplit
+
+MOST = 4
+"""Numbers of encoders that are listed."""
 
 
 def print_encode(step: EncodeStep, console: Console, top: int, as_json: bool = False) -> None:
@@ -47,3 +53,45 @@ def print_encode(step: EncodeStep, console: Console, top: int, as_json: bool = F
         console.print(table)
     for note in t["notes"]:
         console.print(Text(f"note: {note}", style="dim"))
+
+
+def print_encoder_splits(found: Sequence[EncoderSplit], console: Console) -> None:
+    """A sentence and a table for every device, engine and size."""
+    for one in found:
+        console.print(Text(f"Encoders apart: {encoders_sentence(one)}", style="bold"))
+        if not one.apart:
+            continue
+        table = Table(box=box.SIMPLE_HEAD)
+        for name in ("apart", "language model", "GPUs", "TTFT", "TPOT", "req/s", "tok/s/GPU", "busy"):
+            words = name == "language model"
+            table.add_column(name, justify="left" if words else "right", no_wrap=not words)
+        for way in (*one.apart[:MOST], *filter(None, [one.together])):
+            table.add_row(*_way(way))
+        console.print(table)
+        console.print(Text(
+            f"a request's images take one GPU {units.seconds(one.encode_s)}, their embeddings "
+            f"{units.seconds(one.hand_over_s)} to the other GPUs; apart: GPUs that encode, busy: their time "
+            "(docs/vision.md)", style="dim",
+        ))  # fmt: skip
+
+
+def encoders_sentence(one: EncoderSplit) -> str:
+    """Whether encoders on GPUs of their own are worth it, with both numbers."""
+    where = f"{one.gpus} {one.device} under {one.engine}"
+    if not one.apart:
+        return f"none of the numbers tried keeps the limits on {where}"
+    best = one.apart[0]
+    said = f"{units.rate(best.tokens_per_s_per_gpu)} tokens/s per GPU with {plural(best.encoder_gpus, 'encoder')}"
+    if one.together is None:
+        return f"{said} on {where}; together nothing keeps the limits"
+    ratio = best.tokens_per_s_per_gpu / one.together.tokens_per_s_per_gpu
+    worth = "worth it" if ratio > 1.05 else "not worth it" if ratio < 0.95 else "about the same"
+    return f"{worth}: {said} on {where}, {ratio:.2f} times {units.rate(one.together.tokens_per_s_per_gpu)} together"
+
+
+def _way(way: EncodedServing) -> tuple[str, ...]:
+    return (
+        str(way.encoder_gpus) if way.encoder_gpus else "none", way.layout, str(way.gpus),
+        units.seconds(way.ttft_s), units.seconds(way.tpot_s), f"{way.requests_per_s:.3g}",
+        units.rate(way.tokens_per_s_per_gpu), "" if way.encoder_busy is None else units.percent(way.encoder_busy),
+    )

@@ -163,7 +163,7 @@ class Naive:
             return self.times.decoding(count, context, count)
         beside = 0 if self.rules.alone else count
         tokens = sum(new for new, _ in self.prompts) + beside
-        return self.times.own(self.prompts, beside, context) + self.times.shared(tokens)
+        return self.times.own(self.prompts, beside, context) + self.times.shared(tokens, beside)
 
     def wait(self) -> bool:
         seen_late, self.begun = bool(self.waiting), []

@@ -256,6 +256,29 @@ def test_steps_are_priced_as_simulate_prices_them() -> None:
         assert times.own([(new, past)], 0, 0.0) + times.shared(new) == pytest.approx(own, rel=0.03)
 
 
+@pytest.mark.parametrize("layout", [Layout(1), Layout(2, 1, 2, 2)], ids=str)
+def test_the_factor_on_prompts_is_not_on_those_who_decode_beside(layout: Layout) -> None:
+    """A prompt alone takes as much longer as the factor says; one token beside many replies hardly any longer, and
+    replies beside a prompt never make its step shorter."""
+    model, device, engine = load_model("qwen3-30b-a3b"), load_device("h200"), load_engine("vllm")
+    assert engine.fitted is not None
+    times = []
+    for factor in (1.0, 1.2):
+        own = engine.model_copy(update={"fitted": engine.fitted.model_copy(update={"prefill_factor": factor})})
+        pair = [deploy(model, device, own, layout, phase, options=SERVED) for phase in ("prefill", "decode")]
+        times.append(step_times(*pair, most_sequences=256, chunk_tokens=8192, longest=9000))
+    plain, slower = (
+        [
+            one.own([(n, 0)], beside, 1000.0) + one.shared(n + beside, beside)
+            for n, beside in ((4096, 0), (1, 200), (333, 0), (333, 1), (333, 2))
+        ]
+        for one in times
+    )
+    assert slower[0] == pytest.approx(1.2 * plain[0], rel=1e-9)
+    assert plain[1] <= slower[1] < 1.03 * plain[1]
+    assert slower[2] < slower[3] < slower[4]
+
+
 def test_a_server_may_read_one_token_a_step() -> None:
     """The shortest chunk still has a line to be read from: a prompt of one token takes what a prefill of it does."""
     model, device, engine = load_model("qwen3-30b-a3b"), load_device("h200"), load_engine("vllm")

@@ -90,8 +90,9 @@ class StepTimePredictor:
         context = sum(r.past_kv_length for r in decoding) / max(1, len(decoding))
         if not prompts:
             return self._times.decoding(len(decoding), context, len(decoding))
-        tokens = sum(new for new, _ in prompts) + len(decoding) * self._times.tokens_each
-        return self._times.own(prompts, len(decoding), context) + self._times.shared(tokens)
+        beside = len(decoding) * self._times.tokens_each
+        tokens = sum(new for new, _ in prompts) + beside
+        return self._times.own(prompts, len(decoding), context) + self._times.shared(tokens, beside)
 
     def get_metrics(self) -> dict[str, Any]:
         """Nothing: predictions count nothing."""

@@ -258,13 +258,14 @@ class Server:
 
     def _mixed_s(self) -> float:
         alone, times = self.rules.alone, self.times
-        busiest, tokens = 0.0, 0.0
+        busiest, tokens, decoding = 0.0, 0.0, 0.0
         for batch in self.batches:
             beside = 0 if alone and batch.prompts else batch.sequences
             own = times.own(batch.prompts, beside, batch.context)
             busiest = own if own > busiest else busiest
             tokens += batch.new_tokens + beside * times.tokens_each
-        return busiest + times.shared(tokens / len(self.batches))
+            decoding += beside * times.tokens_each
+        return busiest + times.shared(tokens / len(self.batches), decoding / len(self.batches))
 
     def _decoding(self, now_s: float) -> Stretch:
         steps = math.inf

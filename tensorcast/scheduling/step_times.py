@@ -79,12 +79,15 @@ class DecodeTimes:
 class PromptTimes:
     """Prefill steps: ``own`` and ``shared`` over a rank's tokens (the second axis has one point less to tell: they are
     the same whatever is cached), ``attention`` over new and cached tokens of one prompt, of which ``least`` is what a
-    step pays once for all of its prompts; seconds, those of a server under load."""
+    step pays once for all of its prompts; seconds, those of a server under load. ``beside``: the share of ``own`` and
+    ``shared`` that the engine's factor on steps with prompts adds. It was fitted where prompts fill their steps: tokens
+    of sequences that decode beside them do not pay it."""
 
     own: Bilinear
     shared: Bilinear
     attention: Bilinear
     least: float
+    beside: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +135,7 @@ class StepTimes:
     def own(self, prompts: Sequence[tuple[int, int]], sequences: float, context: float) -> float:
         """Seconds of one rank in a step with prompts, without its experts: ``prompts`` as (new, cached) tokens, and
         decoding sequences beside them (or, in an engine that runs prompts alone, instead)."""
-        tokens = sequences * self.tokens_each
+        tokens = decoding = sequences * self.tokens_each
         if not prompts:
             return self.decode.own.at(context, sequences) if tokens and self.decode is not None else 0.0
         times = self.prompts
@@ -144,12 +147,16 @@ class StepTimes:
         for new, past in prompts:
             seconds += each(past, new) - least
             tokens += new
-        return seconds + times.own.first(tokens)
+        return seconds + times.own.first(tokens) * (1.0 - times.beside * decoding / tokens)
 
-    def shared(self, tokens: float) -> float:
-        """Seconds that experts and their exchange take in a step with prompts, ``tokens`` per rank on average."""
-        assert self.prompts is not None
-        return self.prompts.shared.first(tokens) if self._shares else 0.0
+    def shared(self, tokens: float, decoding: float = 0.0) -> float:
+        """Seconds that experts and their exchange take in a step with prompts, ``tokens`` per rank on average, of which
+        so many are ``decoding`` sequences'."""
+        times = self.prompts
+        assert times is not None
+        if not self._shares:
+            return 0.0
+        return times.shared.first(tokens) * (1.0 - times.beside * decoding / tokens)
 
     @cached_property
     def _shares(self) -> bool:
@@ -172,7 +179,7 @@ class StepTimes:
                 if isinstance(value, Bilinear):
                     whole = (np.array(value.values) * factor).tolist()
                     changed[name] = replace(value, values=whole)
-                else:
+                elif name != "beside":
                     changed[name] = value * factor
             return replace(part, **changed)
 
@@ -225,6 +232,7 @@ def step_times(
             shared=Bilinear.of(first, new, shared[:2]),
             attention=Bilinear.of(contexts, new, attention),
             least=float(attention[0, 0]),
+            beside=1.0 - 1.0 / factor,
         )
         errors[1] = float(np.hypot(np.median(price.error), engine.overhead.prefill_error))
     return StepTimes(

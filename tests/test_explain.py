@@ -134,6 +134,18 @@ def test_the_winner_of_a_comparison_can_be_explained() -> None:
     assert "drafting" in set(why.groups["group"])
 
 
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_halves_that_overlap_and_draft_are_told_apart(dual: bool, depth: int) -> None:
+    why = tc.explain(
+        "deepseek-v3", device="h200", world_size=16, layout="dp16-ep16", versus="tp2-dp8-ep16", engine="sglang",
+        batch=86, context=2304, dual_batch_overlap=dual, mtp_depth=depth, all2all="low_latency",
+    )  # fmt: skip
+    assert ("drafting" in set(why.groups["group"])) == (depth > 0)
+    told = float(why.groups["seconds_a"].sum())
+    assert told == pytest.approx(why.a.step_s, rel=1e-6)
+
+
 def test_options_hold_for_the_other_layout_as_far_as_they_apply() -> None:
     asked = Options(
         all2all="low_latency", redundant_experts=8, external_shared_experts=1, dual_batch_overlap=True, mtp_depth=1

@@ -226,6 +226,8 @@ def one_level(levels: Size) -> int | np.ndarray:
 
 def pick(value: Size, where: Where) -> Size:
     """Entries ``where`` of the last axis; numbers as they are."""
-    if where is None or not isinstance(value, np.ndarray) or value.ndim == 0 or value.shape[-1] == 1:
+    if where is None or not isinstance(value, np.ndarray) or value.ndim == 0:
         return value
+    if value.shape[-1] == 1:  # the same at all of them
+        return value[..., 0] if isinstance(where, int) else value
     return value[..., where]

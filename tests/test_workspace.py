@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 import tensorcast as tc
+from tensorcast.deploy.step import alike, row_prices
 from tensorcast.profiles import kept
 from tensorcast.profiles.store import load_engine
 from tensorcast.search import compare, search, search_task, variant_prices, workspace
@@ -95,6 +96,32 @@ def test_no_batch_is_priced_twice_and_no_setting_that_a_structure_lacks(
     fit = (prices.room_decode[:, None] >= variant_prices.GRID).sum(axis=1)
     assert sum(sum(added) for _, added in decode) == np.minimum(fit + 1, len(variant_prices.GRID)).sum()
     assert phase == "decode" and not {*variant_prices.GRID} & between
+
+
+def test_other_lengths_price_what_sees_cached_tokens_alone(
+    made: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of decode steps: GEMMs, experts and exchanges at the same batches are those of the question before."""
+    asked, op, collective = Counter[str](), alike.Questions.op, row_prices.RowPricer.collective
+
+    def at_all_batches(at: Any) -> bool:
+        return at.decode and 1.0 in np.ravel(at.sizes.B)  # a closer look leaves out what is priced already
+
+    def op_asked(self: Any, pricer: Any, content: Any, row: Any, *at: Any) -> Any:
+        asked[row.name] += at_all_batches(at[0])
+        return op(self, pricer, content, row, *at)
+
+    def collective_asked(self: Any, row: Any, at: Any, corrections: Any) -> Any:
+        asked[row.op] += at_all_batches(at)
+        return collective(self, row, at, corrections)
+
+    monkeypatch.setattr(alike.Questions, "op", op_asked)
+    monkeypatch.setattr(row_prices.RowPricer, "collective", collective_asked)
+    _ask()
+    assert {"mm", "grouped_matmul", "attention", "all_reduce", "all_gather"} <= {*+asked}
+    asked.clear()
+    _ask(input_len=700, output_len=300)
+    assert "attention" in +asked and {*+asked} <= {"attention", "kv_cache_write"}
 
 
 def test_a_question_asked_again_prices_nothing(made: Counter[str]) -> None:

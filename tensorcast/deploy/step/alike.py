@@ -13,13 +13,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorcast.cost.formulas import FORMULAS, REDUCES, Context, traffic
+from tensorcast.cost.formulas import (
+    FORMULAS,
+    REDUCES,
+    Context,
+    embedding,
+    grouped_matmul,
+    matmul,
+    mla_absorb,
+    traffic,
+)
 from tensorcast.cost.kernels.corrections import BatchedCorrections
 from tensorcast.deploy.step.price import RowPrice
 from tensorcast.deploy.step.row_prices import Pending, RowPricer, Works
 from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import DTYPE_BYTES, Op, Tensor
+
+OF_DIMS = (traffic, embedding, matmul, mla_absorb, grouped_matmul)
+"""Formulas that ask for no sizes but those in an op's dims, and for tokens that are routed."""
 
 NUMBERS = ("heads", "joined_tokens")
 """Attributes that formulas take as sizes."""
@@ -28,13 +40,14 @@ NUMBERS = ("heads", "joined_tokens")
 class Content(NamedTuple):
     """``number``: for all that an op's price depends on beside the sizes; equal ops of any layer or table share it.
 
-    ``routed``: whether the sizes depend on how tokens fall on experts, and so on the layout. ``like``: for what ops
-    have in common that differ in ``coefs`` alone, those in ``op`` of dims and monomials, and ``numbers``
-    among its attributes.
+    ``routed``: whether the sizes depend on how tokens fall on experts, and so on the layout; ``cached``: whether the
+    price may depend on how many tokens are cached. ``like``: for what ops have in common that differ in ``coefs``
+    alone, those in ``op`` of dims and monomials, and ``numbers`` among its attributes.
     """
 
     number: int
     routed: bool
+    cached: bool
     like: int
     op: Op
     coefs: tuple[float, ...]
@@ -61,6 +74,8 @@ def content_of(op: Op, known: Contents) -> Content:
             return found
         dims = [dim for tensor in (*op.inputs, *op.outputs) for dim in tensor.dims]
         routed = op.stage in EXPERT_STAGES or any(dim.R or dim.E or dim.X for dim in dims)
+        sizes = [*dims, *(value for value in op.attrs.values() if isinstance(value, Dim))]
+        cached = FORMULAS.get(op.name, traffic) not in OF_DIMS or any(dim.P or dim.L for dim in sizes)
         plain = op
         if FORMULAS.get(op.name, traffic) is traffic:
             # of what only moves data no more is asked than the bytes that it reads and those that it writes: one tensor
@@ -86,7 +101,7 @@ def content_of(op: Op, known: Contents) -> Content:
         coefs = [dim.coef for t in every for dim in (*t.dims, *product(t.dims, t.expanded))]
         coefs += [op.attrs[name] for name in numbers]
         found = _contents[(op.parts, *key)] = Content(
-            _numbers.setdefault(key, len(_numbers)), routed, _numbers.setdefault(like, len(_numbers)), plain,
+            _numbers.setdefault(key, len(_numbers)), routed, cached, _numbers.setdefault(like, len(_numbers)), plain,
             tuple(coefs), numbers,
         )
         known[id(op)] = op, found

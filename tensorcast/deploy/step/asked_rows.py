@@ -20,8 +20,8 @@ from tensorcast.deploy.step.sizes import distinct
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import Op, kept_beside
 
-RECENT = 16
-"""Loads and sizes whose routed rows are remembered: prefill, decode and drafts of the last few fleets."""
+RECENT = 256
+"""Loads and sizes whose routed rows are remembered: prefill, decode and drafts of the fleets of a few searches."""
 
 READS_CACHE = ("attention", "kv_cache_write", "kv_cache_read", "sparse_indexer")
 """Ops whose kernels or traffic depend on the cache's dtype."""
@@ -44,8 +44,7 @@ class Memo:
 
     plain: dict[Hashable, Prices] = field(default_factory=dict)
     routed: dict[Hashable, tuple[object, Prices]] = field(default_factory=dict)
-    """Of rows that depend on the expert load; large, so only those at the last few loads are kept: fleets that differ
-    in their shared experts follow each other."""
+    """Of rows that depend on the expert load; large, so only those at the last :data:`RECENT` loads are kept."""
     load: tuple[Hashable, ...] = ()
     members: tuple[object, ...] = ()
     most: int = 1 << 20
@@ -68,8 +67,9 @@ class SizesOfAll:
 
     def __init__(self, at: Context) -> None:
         self.at = at
-        numbers = (at.sizes.B, at.sizes.S, at.sizes.P, at.verify, at.kv_bytes, at.stages)
+        numbers = (at.sizes.P, at.sizes.B, at.sizes.S, at.verify, at.kv_bytes, at.stages)
         self.key = tuple([(one.shape, one.tobytes()) for one in (np.asarray(n, dtype=float) for n in numbers)])
+        """Cached tokens, then all else."""
         few, where = at, None
         if np.ndim(at.sizes.B) == 1:
             first, inverse = distinct([at.sizes.B, at.sizes.S])
@@ -112,12 +112,14 @@ class AskedRows:
     ) -> None:
         self._pricer, self._backend, self._sizes, self._members = pricer, backend, sizes, members
         self._asked, self._memo, self._waiting, self._at = asked, memo, waiting, sizes.at
-        self._key = (pricer.table.phase, pricer.graph_tokens, pricer.one_call, *sizes.key)
-        self._plain = memo.plain.setdefault(self._key, {})
-        if len(memo.plain) > memo.most:
+        # of rows that cached tokens are told, and of others
+        lasting = pricer.table.phase, pricer.graph_tokens, pricer.one_call, *sizes.key[1:]
+        keys = (sizes.key[0], *lasting), lasting
+        self._plain, self._lasting = (memo.plain.setdefault(key, memo.plain.pop(key, {})) for key in keys)
+        while len(memo.plain) > memo.most:
             del memo.plain[next(iter(memo.plain))]
         # of rows that depend on the expert load
-        recent, key = memo.routed, (*self._key, backend, *memo.load)
+        recent, key = memo.routed, (*lasting, backend, *memo.load)
         recent[key] = found = recent.pop(key, (memo.members, {}))
         if len(recent) > RECENT:
             recent.pop(next(iter(recent)))
@@ -132,12 +134,14 @@ class AskedRows:
         name: Hashable  # what is equal for rows of one price, in the prices where that is remembered
         content = None if isinstance(row, Collective) else content_of(row, self._contents)
         if content is not None:
-            name, prices = content.number, self._routed if content.routed else self._plain
+            name, prices = content.number, self._plain if content.cached else self._lasting
+            if content.routed:
+                prices = self._here if content.cached else self._routed
         elif isinstance(row, Collectives):
-            prices, name = self._here, id(row)
+            prices, name = self._routed, ("members", id(row))  # which its price keeps alive
         elif isinstance(row, Collective):
             name = (row.op, row.group, row.ranks, row.extent, row.scale, row.per, *sorted(row.exchange.items()))
-            prices = self._here if row.exchange else self._plain
+            prices = self._here if row.exchange else self._lasting
         key = id(prices), name
         if name in prices or key in self._waiting:
             return prices, name
@@ -212,7 +216,7 @@ class AskedRows:
             pricer = replace(self._pricer, distinct=copies)
             at = few if few.points is None else loads_of(few, members)
             parts.append((members, pricer.collective(one, at, corrections)))
-        every: Pending = partial(joined, parts, (row.members, np.size(few.sizes.B)))
+        every: Pending = partial(joined, parts, (row.members, np.size(few.sizes.B)), row)
         return (every, where) if few.points is None else self._meaned(every, where)
 
     def _meaned(self, pending: Pending, where: Where) -> tuple[Pending, Where]:

@@ -124,8 +124,10 @@ def spending_of(calls: Sequence[Call], device: DeviceProfile) -> Spending:
     return Spending(flops, moved, 0.0, ideal_s, parts)
 
 
-def joined(found: Sequence[tuple[np.ndarray, Callable[[], RowPrice]]], shape: tuple[int, ...]) -> RowPrice:
-    """One price of this shape from those of parts of the first axis, each told when it is called."""
+def joined(
+    found: Sequence[tuple[np.ndarray, Callable[[], RowPrice]]], shape: tuple[int, ...], row: Row | None = None
+) -> RowPrice:
+    """One price of this shape, of this row, from those of parts of the first axis, each told when it is called."""
     prices = [(part, price()) for part, price in found]
     standing = np.concatenate([part for part, _ in prices])
     order = slice(None) if np.all(standing[1:] > standing[:-1]) else np.argsort(standing)
@@ -149,7 +151,8 @@ def joined(found: Sequence[tuple[np.ndarray, Callable[[], RowPrice]]], shape: tu
         whole = joined_up[name] = np.empty(shape, dtype=int if name == "level" else float)
         for (part, _), value in zip(prices, values, strict=True):
             whole[part] = value
-    return replace(prices[0][1], **joined_up | {"level": one_level(joined_up["level"])}, spend=spend)
+    joined_up |= {"level": one_level(joined_up["level"]), "row": row or prices[0][1].row}
+    return replace(prices[0][1], **joined_up, spend=spend)
 
 
 class Part(NamedTuple):

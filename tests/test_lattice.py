@@ -46,6 +46,26 @@ def test_nodes_are_the_middle_of_what_is_below_and_above() -> None:
         assert lattice.log_seconds(columns)[0] == pytest.approx(brute(m, k, (8, 4)))
 
 
+@given(st.tuples(st.integers(0, 8), st.integers(0, 4)), st.tuples(st.integers(0, 8), st.integers(0, 4)))
+@settings(max_examples=50, deadline=None)
+def test_only_nodes_below_and_above_what_was_asked_are_priced(one: tuple[int, int], other: tuple[int, int]) -> None:
+    """Of two questions: what lies between them counts as asked; no node twice."""
+    priced: list[tuple[float, float]] = []
+
+    def noted(columns: Columns) -> np.ndarray:
+        priced.extend(zip(np.log2(columns["m"]).tolist(), np.log2(columns["k"] / 64.0).tolist(), strict=True))
+        return rough(columns)
+
+    lattice = Lattice(SIDES["quantize"], BOX, noted)
+    for m, k in (one, other, one):
+        found = lattice.log_seconds({"m": np.array([2.0**m]), "k": np.array([64.0 * 2.0**k])})
+        assert found[0] == pytest.approx(brute(m, k, (8, 4)))
+    low, high = np.minimum(one, other), np.maximum(one, other)
+    every = np.array([*itertools.product(range(9), range(5))])
+    wanted = every[(every <= high).all(axis=1) | (every >= low).all(axis=1)]
+    assert sorted(priced) == sorted(map(tuple, wanted.astype(float).tolist()))
+
+
 @given(m=st.floats(1.0, 4000.0), k=st.floats(64.0, 60000.0), more=st.floats(1.0, 3.0))
 @settings(max_examples=150, deadline=None)
 def test_it_never_falls_and_does_not_hang_on_what_else_is_asked(m: float, k: float, more: float) -> None:

@@ -14,6 +14,7 @@ from tensorcast.cost.kernels.corrections import BatchedCorrections, corrections_
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.step.many import sums_of_many
 from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.errors import InputError
 from tensorcast.predict import serve_runs
@@ -143,9 +144,9 @@ def test_rows_of_all_models_and_both_phases_are_priced_in_one_pass(monkeypatch: 
 
     def counted(asked: Any) -> Any:
         passes.append(len(asked))
-        return prices(asked)
+        return sums_of_many(asked)
 
-    monkeypatch.setattr(serve_runs, "prices", counted)
+    monkeypatch.setattr(serve_runs, "sums_of_many", counted)
     dice = random.Random(3)
     found = predict(pd.DataFrame([some_row(dice) for _ in range(12)]), jobs=1)
     served = found[found["problem"] == ""]

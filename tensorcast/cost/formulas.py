@@ -103,7 +103,8 @@ REDUCES = frozenset("rsqrt native_layer_norm softmax _softmax topk sort".split()
 
 def traffic(op: Op, at: Context) -> list[Work]:
     """Reads its inputs once and writes its outputs once."""
-    found = w.memory(sum((t.bytes(at.sizes) for t in op.inputs), 0.0), _written(op, at))
+    read, written = (sum((t.bytes(at.sizes) for t in some), 0.0) for some in (op.inputs, op.outputs))
+    found = w.memory(read, written)
     if "stream_mix" in op.parts:  # hyper-connections, timed by themselves
         return [replace(found, kernel="stream_mix")]
     return [found if REDUCES.isdisjoint((op.name, *op.parts)) else replace(found, reduces=True)]
@@ -111,7 +112,7 @@ def traffic(op: Op, at: Context) -> list[Work]:
 
 def embedding(op: Op, at: Context) -> list[Work]:
     """One table row per token, not the table."""
-    moved = _written(op, at)
+    moved = op.outputs[0].bytes(at.sizes)
     return [w.memory(moved + op.inputs[-1].bytes(at.sizes), moved)]
 
 

@@ -9,11 +9,13 @@ at its processor's share of peak * compute_efficiency, depth * step_s) + tile_s)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, overload
 
 import numpy as np
 
-from tensorcast.cost.evidence import Evidence
+from tensorcast.cost.evidence import LEVELS, Evidence
 from tensorcast.cost.work import Size, Work
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 
@@ -105,8 +107,39 @@ class Timing:
     launch_s: Size
 
 
-def peak_flops(device: DeviceProfile, dtype: str) -> float:
-    """Peak FLOP/s of the arithmetic that ``dtype`` runs in on this device."""
+@dataclass(frozen=True)
+class Devices:
+    """Devices of calls that are priced as one: so many ``calls`` of each, one device's after another's. All of them run
+    matmuls in whole tiles, or none does."""
+
+    each: tuple[DeviceProfile, ...]
+    calls: tuple[int, ...]
+
+    @property
+    def whole_tiles(self) -> bool:
+        return self.each[0].whole_tiles
+
+    @property
+    def processors(self) -> Size:
+        return self.column([float(one.processors) for one in self.each])
+
+    @property
+    def memory_bandwidth_bytes_per_s(self) -> Size:
+        return self.column([float(one.memory_bandwidth_bytes_per_s) for one in self.each])
+
+    def column(self, numbers: Sequence[float]) -> Size:
+        """Of every device a number, for each of its calls; one number where all have the same."""
+        return numbers[0] if numbers.count(numbers[0]) == len(numbers) else np.repeat(numbers, self.calls)
+
+
+@overload
+def peak_flops(device: DeviceProfile, dtype: str) -> float: ...
+@overload
+def peak_flops(device: DeviceProfile | Devices, dtype: str) -> Size: ...
+def peak_flops(device: DeviceProfile | Devices, dtype: str) -> Size:
+    """Peak FLOP/s of the arithmetic that ``dtype`` runs in on this device, or on that of each call."""
+    if isinstance(device, Devices):
+        return device.column([peak_flops(one, dtype) for one in device.each])
     arithmetic = PEAK_OF.get(dtype, "bf16")
     for _ in range(len(SLOWER)):
         if arithmetic in device.peak_flops:
@@ -170,16 +203,49 @@ def constants_for(
     return assumed, "datasheet"
 
 
-def _compute_time(work: Work, constants: KernelConstants, device: DeviceProfile) -> Size:
+@dataclass(frozen=True, kw_only=True)
+class ConstantColumns:
+    """:class:`KernelConstants` of calls on several devices: numbers, or one for each call."""
+
+    compute_efficiency: Size
+    memory_efficiency: Size
+    launch_s: Size
+    tile_s: Size
+    step_s: Size
+    split_s: Size
+    row_s: Size
+    element_s: Size
+    reduce_s: Size
+    smoothing: Size
+
+
+Constants = KernelConstants | ConstantColumns
+
+
+def constants_of_each(devices: Devices, work: Work, engines: Sequence[str]) -> tuple[ConstantColumns, Any, Size]:
+    """:func:`constants_for` a kernel on each device under an engine of its own: as columns, with what stands behind
+    them (levels) and their relative median errors."""
+    found = [
+        constants_for(one, work.family, work.dtype, engine, work.kernel)
+        for one, engine in zip(devices.each, engines, strict=True)
+    ]
+    columns = {
+        field.name: devices.column([getattr(one, field.name) for one, _ in found]) for field in fields(ConstantColumns)
+    }
+    levels, errors = [LEVELS.index(evidence) for _, evidence in found], [one.median_error or 0.0 for one, _ in found]
+    return ConstantColumns(**columns), devices.column(levels), devices.column(errors)
+
+
+def _compute_time(work: Work, constants: Constants, device: DeviceProfile | Devices) -> Size:
     """Time on the matrix units: the fastest of the kernel's tilings, with whole waves and, where it helps, a split."""
     rate = peak_flops(device, work.dtype) * constants.compute_efficiency
     if not work.tilings or not device.whole_tiles:
         return (work.issued_flops if device.whole_tiles else work.flops) / rate
-    processors = float(device.processors)
+    processors: Size = np.asarray(device.processors, dtype=float)[()]
     best: Size = math.inf
     for tiling in work.tilings:
         inner = tiling.flops * (processors / (rate * tiling.rate))
-        if constants.step_s:
+        if np.any(constants.step_s):
             inner = np.maximum(inner, tiling.depth * constants.step_s)
         piece = inner + constants.tile_s
         tiles = np.maximum(tiling.tiles, 1e-9)
@@ -192,8 +258,15 @@ def _compute_time(work: Work, constants: KernelConstants, device: DeviceProfile)
     return best
 
 
-def _joined(compute: Size, traffic: Size, p: float) -> Size:
+def _joined(compute: Size, traffic: Size, p: Size) -> Size:
     """p-norm of the two: 1 adds them, large p takes the longer. 1, 2 and 4 without a call to ``power``."""
+    if isinstance(p, np.ndarray):
+        compute, traffic, _ = np.broadcast_arrays(compute, traffic, p)
+        result = np.empty(p.shape)
+        for one in np.unique(p):
+            some = p == one
+            result[some] = _joined(compute[some], traffic[some], float(one))
+        return result
     if p == 1.0:
         return compute + traffic
     if p == 2.0:
@@ -204,17 +277,20 @@ def _joined(compute: Size, traffic: Size, p: float) -> Size:
     return np.power(np.power(compute, p) + np.power(traffic, p), 1.0 / p)
 
 
-def kernel_time(work: Work, constants: KernelConstants, device: DeviceProfile, *, passes: bool = True) -> Timing:
+def kernel_time(
+    work: Work, constants: Constants, device: DeviceProfile | Devices, *, passes: bool = True
+) -> Timing:
     """Time of ``work`` with ``constants``. Never faster than the datasheet's peaks allow.
 
     ``passes=False`` leaves out what an engine's expert call does to its rows beside the products (permuting and
     combining them), for callers that price those as operations of their own.
     """
     compute = _compute_time(work, constants, device)
-    traffic = work.bytes / (float(device.memory_bandwidth_bytes_per_s) * constants.memory_efficiency)
+    bandwidth: Size = np.asarray(device.memory_bandwidth_bytes_per_s, dtype=float)[()]
+    traffic = work.bytes / (bandwidth * constants.memory_efficiency)
     launch = constants.launch_s + (constants.reduce_s if work.reduces else 0.0)
     seconds = launch + _joined(compute, traffic, constants.smoothing)
     beside = passes or work.family != "grouped_gemm"  # an attention's softmax rows always count
-    if beside and (constants.row_s or constants.element_s):
+    if beside and (np.any(constants.row_s) or np.any(constants.element_s)):
         seconds = seconds + work.rows * constants.row_s + work.elements * constants.element_s
     return Timing(seconds, compute, traffic, launch)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tensorcast.cost.evidence import LEVELS, NORMAL_80
-from tensorcast.cost.roofline import Timing, constants_for, kernel_time
+from tensorcast.cost.roofline import Constants, Devices, Timing, constants_for, constants_of_each, kernel_time
 from tensorcast.cost.work import Size, Work
 from tensorcast.profiles.device import DeviceProfile
 
@@ -19,13 +19,15 @@ class Factor(Protocol):
     """What a fitted model makes of a kernel: a :class:`~tensorcast.cost.kernels.corrections.Correction`."""
 
     @property
-    def engine(self) -> str: ...
+    def engine(self) -> str | Sequence[str]: ...
     @property
     def factor(self) -> Size: ...
     @property
     def error(self) -> Size: ...
     @property
-    def level(self) -> Size: ...
+    def level(self) -> Any: ...
+    @property
+    def silent(self) -> Any: ...
 
 
 class Call(NamedTuple):
@@ -51,13 +53,14 @@ class RowSeconds:
 
 def row_seconds(
     kernels: Iterable[tuple[Work, Factor | None]],
-    device: DeviceProfile,
-    engine: str,
+    device: DeviceProfile | Devices,
+    engine: str | Sequence[str],
     launched: Callable[[Size, Size], Size] = lambda kernel_s, launch_s: launch_s,
     *,
     passes: bool = False,
 ) -> RowSeconds:
-    """Seconds of a row from its kernels, each with its correction if a model speaks for it.
+    """Seconds of a row from its kernels, each with its correction if a model speaks for it. Of calls on several devices
+    ``engine`` is that of each device.
 
     Constants are those of ``engine``, or of the engine that a kernel's correction is of. ``launched``: seconds that
     launching a kernel takes, from its own seconds and the part of them that kernel times measured in graph replay hold.
@@ -71,7 +74,12 @@ def row_seconds(
     calls = []
     for work, known in kernels:
         whose = known.engine if known is not None else engine
-        fitted, evidence = constants_for(device, work.family, work.dtype, whose, work.kernel)
+        fitted: Constants
+        if isinstance(device, Devices):
+            fitted, mine, off = constants_of_each(device, work, whose)
+        else:
+            fitted, evidence = constants_for(device, work.family, work.dtype, str(whose), work.kernel)
+            mine, off = LEVELS.index(evidence), fitted.median_error or 0.0
         timing = kernel_time(work, fitted, device, passes=passes)
         factor = known.factor if known is not None else 1.0
         kernel_s, launch_s = timing.seconds * factor, timing.launch_s * factor
@@ -80,9 +88,12 @@ def row_seconds(
         waits = waits + launch * work.calls
         calls.append(Call(work, timing, factor, launch))
         family = work.family
-        mine = LEVELS.index(evidence) if known is None else known.level
-        level = min(level, mine) if isinstance(mine, int) else np.minimum(level, mine)
-        error = np.maximum(error, (fitted.median_error or 0.0) if known is None else known.error)
+        if known is not None and known.silent is None:
+            mine, off = known.level, known.error
+        elif known is not None:  # where it says nothing the formula's hold
+            mine, off = np.where(known.silent, mine, known.level), np.where(known.silent, off, known.error)
+        level = min(level, mine) if isinstance(mine, int) and isinstance(level, int) else np.minimum(level, mine)
+        error = np.maximum(error, off)
     return RowSeconds(seconds=seconds, waits_s=waits, family=family, level=level, error=error, calls=tuple(calls))
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.step.many import sums_of_many
 from tensorcast.deploy.step.sizes import GRID
-from tensorcast.deploy.step.step import Asked, prices
+from tensorcast.deploy.step.step import Asked
 from tensorcast.errors import InputError
 from tensorcast.predict.run_columns import Run
 from tensorcast.profiles.device import DeviceProfile
@@ -32,8 +33,8 @@ from tensorcast.serving.traffic import Array, ServingMetrics, Traffic
 AT_ONCE = 32
 """Lengths of one deployment that are priced in one call: their arrays stay in the processor's cache."""
 
-TOGETHER = 512
-"""Rows that are priced together, those of a device and an engine side by side: half a gigabyte."""
+TOGETHER = 1024
+"""Rows that are priced together: half a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _priced(rows: list[_Row]) -> tuple[PrefillCosts, DecodeCurve]:
     grids = [GRID[: int(np.searchsorted(GRID, max(rows[i].largest for i in part))) + 1] for part in decodes]
     for part, grid in zip(decodes, grids, strict=True):
         asked.append((rows[part[0]].decode.step, grid, 1.0, np.array([[rows[i].traffic.context] for i in part])))
-    priced, costs = prices(asked), []
+    priced, costs = iter(sums_of_many(asked)), []
     for part, several in zip(prefills, cuts, strict=True):
         columns = prefill_columns(next(priced), rows[part[0]].prefill)
         every = {name: np.broadcast_to(values, (len(part), 3)) for name, values in columns.items()}

@@ -7,7 +7,7 @@ constants now (a user's own calibration), the model is left alone and the formul
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,8 @@ class Correction:
     level: Size
     engine: str
     variant: str = ""
+    silent: None = None
+    """Calls for which no model speaks: none."""
 
 
 @dataclass(eq=False)
@@ -89,6 +91,11 @@ class Corrections:
         if "kv_bytes" in columns:
             columns["kv_bytes"] = np.where((columns["kv_bytes"] < 1.5) & (family != "mla_prefill"), 1.0, 2.0)
         return name, belongs, columns
+
+    def variant(self, family: str, dtype: str, variant: str) -> str:
+        """The variant of the kernel whose residual applies; the plain one where none does."""
+        _, belongs, _ = self.question(family, dtype, variant, {"any": 1.0})
+        return belongs[1] if belongs is not None else ""
 
     def ask(self, belongs: tuple[str, str], name: Name, sizes: Mapping[str, Array]) -> Correction:
         """The answer to a :meth:`question`. What the model says is kept by the codes of sizes: searches ask for the
@@ -143,6 +150,7 @@ class PendingCorrection:
     factor: Size = 1.0
     error: Size = 0.0
     level: Size = 0
+    silent: None = None
 
 
 @dataclass(eq=False)
@@ -183,6 +191,73 @@ class BatchedCorrections:
                 for found in alike:
                     found.factor, found.error, found.level = factor, error, level
         self._asked.clear()
+
+
+@dataclass(eq=False)
+class SeveralCorrections:
+    """Stands in for :class:`BatchedCorrections` where calls are of several devices and engines: ``each`` answers for so
+    many ``calls``, one's after another's."""
+
+    each: Sequence[BatchedCorrections]
+    calls: Sequence[int]
+
+    def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> SeveralPending | None:
+        """As :meth:`Corrections.at`, None where no model speaks for any of the calls. Arrays of ``sizes`` have one
+        entry for each call."""
+        if not sizes:
+            return None
+        columns = {name: np.asarray(value, dtype=float) for name, value in sizes.items()}
+        found, end = list[PendingCorrection | None](), 0
+        for one, count in zip(self.each, self.calls, strict=True):
+            some = slice(end, end := end + count)
+            own = {name: value[some] if np.ndim(value) else value for name, value in columns.items()}
+            found.append(one.at(family, dtype, variant, own))
+        if not any(found):
+            return None
+        engines = tuple([
+            one.corrections.predictor.engine if answer is None else answer.engine
+            for one, answer in zip(self.each, found, strict=True)
+        ])
+        return SeveralPending(found, self.calls, engines)
+
+
+@dataclass(eq=False)
+class SeveralPending:
+    """Corrections of calls on several devices, for some of which no model may speak; ``engine``: whose constants are
+    corrected, or stand alone, of each."""
+
+    each: Sequence[PendingCorrection | None]
+    calls: Sequence[int]
+    engine: tuple[str, ...]
+
+    @property
+    def variant(self) -> str:
+        """Of the kernel that all are of; nothing if they are of several."""
+        variants = {"" if one is None else one.variant for one in self.each}
+        return variants.pop() if len(variants) == 1 else ""
+
+    @property
+    def factor(self) -> Array:
+        """One for each call."""
+        return self._column([1.0 if one is None else one.factor for one in self.each])
+
+    @property
+    def level(self) -> Any:
+        """One for each call; of those that are :attr:`silent` any."""
+        return self._column([0 if one is None else one.level for one in self.each])
+
+    @property
+    def error(self) -> Array:
+        """As :attr:`level`."""
+        return self._column([0.0 if one is None else one.error for one in self.each])
+
+    @property
+    def silent(self) -> Any:
+        """For which calls no model speaks; None if there are none."""
+        return np.repeat([one is None for one in self.each], self.calls) if None in self.each else None
+
+    def _column(self, values: Sequence[Size]) -> Array:
+        return np.concatenate([np.broadcast_to(v, count) for v, count in zip(values, self.calls, strict=True)])
 
 
 MOST_DEVICES = 256

@@ -9,9 +9,12 @@ of no smaller ones, which both never fall; and between nodes the log of the time
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorcast.cost.kernels.vocabulary import UNRELATED, Columns
 from tensorcast.cost.work import Array
@@ -46,6 +49,21 @@ Price = Callable[[Columns], Array]
 """log of the seconds of every call, from its sizes."""
 
 
+Places = NDArray[np.int_]
+"""Of a node on every side."""
+
+
+class _Grid(NamedTuple):
+    """Nodes of one combination of other sizes: ``priced`` from the node ``start`` on, NaN where none was needed, and
+    ``times`` between the nodes ``low`` and ``high``, that were asked for."""
+
+    start: Places
+    priced: Array
+    low: Places
+    high: Places
+    times: Array
+
+
 class Lattice:
     """The nodes of one kernel, kept by the sizes that are no ``sides`` of the lattice (experts, ranks, routing).
 
@@ -62,7 +80,7 @@ class Lattice:
         self._box = {name: box[name][1] for name in sides}
         # beyond a single measured node times only get longer: there nodes need none but their neighbours
         self._alone = np.array([self._box[name] <= nodes[0] for name, nodes in sides.items()])
-        self._grids: dict[tuple[float, ...], tuple[tuple[int, ...], Array]] = {}
+        self._grids: dict[tuple[float, ...], _Grid] = {}
         self._held = 0
 
     def log_seconds(self, columns: Columns) -> Array:
@@ -84,8 +102,8 @@ class Lattice:
         self._fill(others, groups, bounds)
         result = np.empty(len(order))
         for values, part in zip(groups, parts, strict=True):
-            start, grid = self._grids[tuple(values)]
-            result[part] = _between(grid, at[:, part] - np.array(start)[:, None])
+            grid = self._grids[tuple(values)]
+            result[part] = _between(grid.times, at[:, part] - grid.low[:, None])
         return result
 
     def _places(self, columns: Columns) -> Array:
@@ -104,44 +122,56 @@ class Lattice:
             places.append(np.round(at, 12))
         return np.stack(places)
 
-    def _fill(
-        self, others: Sequence[str], groups: Array, bounds: Sequence[tuple[Array, Array]]
-    ) -> None:
+    def _fill(self, others: Sequence[str], groups: Array, bounds: Sequence[tuple[Places, Places]]) -> None:
         """Price the nodes that are asked for and missing, of all groups at once."""
-        asked, grids = [], []
-        nodes = list(self.sides.values())
+        asked, nodes = list[tuple[tuple[float, ...], _Grid, Places]](), list(self.sides.values())
         for values, (low, high) in zip(groups, bounds, strict=True):
+            key, known = tuple(values), self._grids.get(tuple(values))
+            if known is not None:
+                if (low >= known.low).all() and (high <= known.high).all():
+                    continue
+                low, high = np.minimum(low, known.low), np.maximum(high, known.high)
+            first, last = np.maximum(low - (self.reach or 0), 0), np.minimum(high + (self.reach or 0), self._last)
             if self.reach is None:
                 most = dict(self._box)  # per side the size beyond which times only grow
                 if "q_heads" in most and "kv_heads" in others:
                     most["q_heads"] /= values[others.index("kv_heads")]
                 ends = [np.searchsorted(side, size) for side, size in zip(nodes, most.values(), strict=True)]
-                first, high = np.where(self._alone, low, 0), np.maximum(high, np.minimum(ends, self._last))
-            else:
-                first, high = np.maximum(low - self.reach, 0), np.minimum(high + self.reach, self._last)
-            key, known = tuple(values), self._grids.get(tuple(values))
+                first, last = np.where(self._alone, low, 0), np.maximum(high, np.minimum(ends, self._last))
             if known is not None:
-                end = np.array(known[0]) + known[1].shape - 1
-                if (first >= known[0]).all() and (high <= end).all():
-                    continue
-                first, high = np.minimum(first, known[0]), np.maximum(high, end)
-            asked.append((key, tuple(int(v) for v in first), tuple(int(v) for v in high - first + 1)))
-            ladders = (side[a : b + 1] for side, a, b in zip(nodes, first, high, strict=True))
-            grids.append([side.ravel() for side in np.meshgrid(*ladders, indexing="ij")])
+                first = np.minimum(first, known.start)
+                last = np.maximum(last, known.start + known.priced.shape - 1)
+            priced = np.full(tuple(last - first + 1), np.nan)
+            if known is not None:
+                there = zip(known.start - first, known.priced.shape, strict=True)
+                priced[tuple(slice(a, a + count) for a, count in there)] = known.priced
+            # no larger than all that is asked in any size, or no smaller
+            axes = np.ogrid[tuple(slice(a, b + 1) for a, b in zip(first, last, strict=True))]
+            below = reduce(np.logical_and, [axis <= end for axis, end in zip(axes, high, strict=True)])
+            above = reduce(np.logical_and, [axis >= end for axis, end in zip(axes, low, strict=True)])
+            new = np.flatnonzero(np.isnan(priced) & (below | above))
+            asked.append((key, _Grid(first, priced, low, high, priced), new))
         if not asked:
             return
-        sizes = [len(grid[0]) for grid in grids]
-        columns = dict(zip(self.sides, (np.concatenate(side) for side in zip(*grids, strict=True)), strict=True))
+        places = [
+            grid.start[:, None] + np.array(np.unravel_index(new, grid.priced.shape)) for _, grid, new in asked
+        ]
+        every, sizes = np.concatenate(places, axis=1), [len(new) for _, _, new in asked]
+        columns = {name: side[at] for (name, side), at in zip(self.sides.items(), every, strict=True)}
         table = np.repeat(np.array([key for key, _, _ in asked]), sizes, axis=0)
         seconds = self.price(_possible(columns | dict(zip(others, table.T, strict=False))))
         found = np.split(seconds, np.cumsum(sizes)[:-1])
-        self._held += sum(sizes)
-        for (key, start, shape), values in zip(asked, found, strict=True):
-            shortest = longest = values.reshape(shape)
-            for axis in range(len(shape)):
-                longest = np.maximum.accumulate(longest, axis=axis)
-                shortest = np.flip(np.minimum.accumulate(np.flip(shortest, axis), axis=axis), axis)
-            self._grids[key] = start, (shortest + longest) / 2.0
+        for (key, grid, new), values in zip(asked, found, strict=True):
+            grid.priced.ravel()[new] = values
+            self._held += len(new)
+            missing = np.isnan(grid.priced)
+            longest, shortest = np.where(missing, -np.inf, grid.priced), np.where(missing, np.inf, grid.priced)
+            for axis, (low, high) in enumerate(zip(grid.low - grid.start, grid.high - grid.start, strict=True)):
+                # what was asked is all that is needed once an axis has been passed
+                some = (slice(None),) * axis + (slice(low, high + 1),)
+                longest = np.maximum.accumulate(longest, axis=axis)[some]
+                shortest = np.flip(np.minimum.accumulate(np.flip(shortest, axis), axis=axis), axis)[some]
+            self._grids[key] = grid._replace(times=(shortest + longest) / 2.0)
 
 
 def _possible(columns: Columns) -> Columns:

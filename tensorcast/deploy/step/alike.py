@@ -119,6 +119,19 @@ class _Several(Tensor):
         return math.prod([dim.at(sizes) for dim in self.monomials])
 
 
+def joined_op(content: Content, columns: Sequence[Any]) -> Op:
+    """Ops like that of ``content`` as one; ``columns``: their :attr:`Content.coefs`, numbers or arrays."""
+    one, coefs, tensors = content.op, iter(columns), list[Tensor]()
+    for t in (*one.inputs, *one.outputs):
+        dims, monomials = (
+            tuple([dim._replace(coef=next(coefs)) for dim in some]) for some in (t.dims, product(t.dims, t.expanded))
+        )
+        tensors.append(_Several(dims, t.dtype, weight=t.weight, expanded=t.expanded, monomials=monomials))
+    inputs, outputs = tuple(tensors[: len(one.inputs)]), tuple(tensors[len(one.inputs) :])
+    attrs = one.attrs | dict(zip(content.numbers, coefs, strict=True))
+    return one.but(inputs=inputs, outputs=outputs, attrs=attrs)
+
+
 class _Asked(NamedTuple):
     """An op at sizes ``at``, of this ``shape``, which ``place`` tells from others."""
 
@@ -158,16 +171,7 @@ class _Alike:
                 columns = list(np.repeat(table, lengths, axis=0).T)
             for i in np.flatnonzero((table == table[0]).all(axis=0)):
                 columns[i] = float(table[0, i])
-            one, coefs, tensors = first.content.op, iter(columns), list[Tensor]()
-            for t in (*one.inputs, *one.outputs):
-                dims, monomials = (
-                    tuple([dim._replace(coef=next(coefs)) for dim in some])
-                    for some in (t.dims, product(t.dims, t.expanded))
-                )
-                tensors.append(_Several(dims, t.dtype, weight=t.weight, expanded=t.expanded, monomials=monomials))
-            inputs, outputs = tuple(tensors[: len(one.inputs)]), tuple(tensors[len(one.inputs) :])
-            attrs = one.attrs | dict(zip(first.content.numbers, coefs, strict=True))
-            op = one.but(inputs=inputs, outputs=outputs, attrs=attrs)
+            op = joined_op(first.content, columns)
         self._whole = op, at, pricer
         self.works = pricer.works(op, at, corrections)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from tensorcast.cost.evidence import LEVELS
-from tensorcast.cost.roofline import peak_flops
+from tensorcast.cost.roofline import Devices, peak_flops
 from tensorcast.cost.row_seconds import Call
 from tensorcast.cost.work import Size
 from tensorcast.deploy.plan.plan import Row
@@ -105,7 +105,7 @@ class RowPrice:
             spend=lambda: self.spending.each(lambda value: value * count),
         )  # fmt: skip
 
-def spending_of(calls: Sequence[Call], device: DeviceProfile) -> Spending:
+def spending_of(calls: Sequence[Call], device: DeviceProfile | Devices) -> Spending:
     """What the kernels of a row compute and move, and what bounds them."""
     flops: Size = 0.0
     moved: Size = 0.0

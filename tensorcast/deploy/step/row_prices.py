@@ -6,16 +6,25 @@ Rows are asked first and priced then: in between, the kernels' fitted models ans
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from tensorcast.cost.collectives import collective_time
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.formulas import FORMULAS, REDUCES, Context, work_of
-from tensorcast.cost.kernels.corrections import BatchedCorrections, Correction, Corrections, PendingCorrection
+from tensorcast.cost.kernels.corrections import (
+    BatchedCorrections,
+    Correction,
+    Corrections,
+    PendingCorrection,
+    SeveralCorrections,
+    SeveralPending,
+)
+from tensorcast.cost.roofline import Devices
 from tensorcast.cost.row_seconds import RowSeconds, row_seconds
 from tensorcast.cost.work import Size, Work, memory
 from tensorcast.deploy.plan.plan import Collective
@@ -29,13 +38,13 @@ EXCHANGE_SMS = 20.0
 """Processors that DeepEP's two-stage kernels take by default (github.com/deepseek-ai/DeepEP at 189df34,
 deep_ep/buffers/legacy.py, ``Buffer.num_sms``)."""
 
-Asked = Corrections | BatchedCorrections
+Asked = Corrections | BatchedCorrections | SeveralCorrections
 """Who answers what fitted models make of a kernel: at once, or when all have been asked."""
 
 Pending = Callable[[], RowPrice]
 """The price of a row that has asked for its corrections; call it when they are there."""
 
-Known = Correction | PendingCorrection | None
+Known = Correction | PendingCorrection | SeveralPending | None
 
 Works = list[tuple[Work, Known]]
 """Kernels of a row, one after another, each with what corrects it."""
@@ -87,11 +96,11 @@ class RowPricer:
 
         Inside a captured graph: what the gap exceeds it by is added. Launched one by one: the wait for the host.
         """
-        replayed = np.maximum(float(self.engine.graph_launch_gap_s) - launch_s, 0.0)
-        if self.graph_tokens == math.inf:
+        replayed = np.maximum(np.asarray(self.engine.graph_launch_gap_s, dtype=float) - launch_s, 0.0)
+        if np.ndim(self.graph_tokens) == 0 and self.graph_tokens == math.inf:
             return (launch_s + replayed) * alone
-        gap = np.maximum(float(self.engine.eager_launch_gap_s) - kernel_s, 0.0)
-        if self.graph_tokens:
+        gap = np.maximum(np.asarray(self.engine.eager_launch_gap_s, dtype=float) - kernel_s, 0.0)
+        if np.any(self.graph_tokens):
             gap = np.where(np.asarray(at.sizes.tokens) <= self.graph_tokens, replayed, gap)[()]
         return (launch_s + gap) * alone
 
@@ -126,10 +135,10 @@ class RowPricer:
             return [(memory(read, work.elements * written), known), (work, known)]
         return [(work, known)]
 
-    def collective(self, row: Collective, at: Context, asked: Asked) -> Pending:
+    def collective(self, row: Collective, at: Context, asked: Corrections | BatchedCorrections) -> Pending:
         """Ask for what the device's fitted model makes of a collective on its innermost links, or of an exchange."""
         units = at.sizes.tokens if row.per == "token" else at.sizes.B
-        known: Known = None
+        known: Correction | PendingCorrection | None = None
         if row.exchange.get("kind") in ("low_latency", "high_throughput"):
             facts, copies = self.table.facts, row.exchange["copies"]
             hidden = float(facts.moe_hidden_size)
@@ -145,7 +154,9 @@ class RowPricer:
             known = asked.at(row.op, "any", "custom" if own else "nccl", sizes)
         return partial(self._collective, row, at, row.scale * units, known)
 
-    def _collective(self, row: Collective, at: Context, payload: Size, known: Known) -> RowPrice:
+    def _collective(
+        self, row: Collective, at: Context, payload: Size, known: Correction | PendingCorrection | None
+    ) -> RowPrice:
         options = {**row.exchange} if self.engine.custom_all_reduce else {**row.exchange, "custom": False}
         points = at.points if row.exchange else None
         if options.get("kind") == "high_throughput":
@@ -169,3 +180,25 @@ class RowPricer:
             row=row, seconds=seconds, waits_s=on_wire + parts["latency"], family=row.op, level=one_level(level),
             error=error, spend=lambda: spending, detail=f"{row.group}{row.ranks} {time.tier} {algorithm}",
         )
+
+
+@dataclass(frozen=True)
+class _Engines:
+    """Engines of calls that are priced as one: the name of each device's, and numbers for each call."""
+
+    name: tuple[str, ...]
+    graph_launch_gap_s: Size
+    eager_launch_gap_s: Size
+
+
+def side_by_side(pricers: Sequence[RowPricer], calls: Sequence[int]) -> RowPricer:
+    """A pricer of ``calls`` of each of ``pricers``, one's after another's, that are on devices and under engines of
+    their own; all else is as the first has it."""
+    devices = Devices(tuple([one.device for one in pricers]), tuple(calls))
+    gaps = ([float(getattr(one.engine, f"{kind}_launch_gap_s")) for one in pricers] for kind in ("graph", "eager"))
+    # a joined pricer holds columns where a pricer holds numbers
+    own: dict[str, Any] = {
+        "device": devices, "engine": _Engines(tuple([one.engine.name for one in pricers]), *map(devices.column, gaps)),
+        "graph_tokens": devices.column([one.graph_tokens for one in pricers]),
+    }
+    return replace(pricers[0], **own)

@@ -73,6 +73,28 @@ class Sums:
         return Sums(**found)
 
 
+def sums_at(recipe: Recipe, numbers: Array, families: Sequence[str], shape: tuple[int, ...]) -> Sums:
+    """Of a recipe's rows at cases of this ``shape``: ``numbers [4, rows, cases]`` are seconds, those in which neither
+    arithmetic nor memory is busy, relative errors and levels."""
+    weights, busy, calls = recipe.weights
+    seconds, waits, errors, levels = numbers
+    parts, rows = calls.shape
+    of_row = {name: i for i, name in enumerate(dict.fromkeys(families))}
+    of_family = np.zeros((parts, len(of_row), rows))
+    of_family[:, [of_row[name] for name in families], range(rows)] = calls
+    by_level = np.concatenate([calls @ np.where(levels == level, seconds, 0.0) for level in range(len(LEVELS))])
+    every, kinds, places = weights @ seconds, recipe.layers, len(recipe.places)
+    layers = places + kinds * len(KIND_SUMS)
+    return Sums(
+        places=every[:places].reshape(places, *shape),
+        layers=every[places:layers].reshape(kinds, len(KIND_SUMS), *shape),
+        busy=(busy @ (seconds - waits)).reshape(kinds, 2, *shape),
+        among=every[layers:].reshape(parts, len(AMONG), *shape),
+        levels=by_level.reshape(len(LEVELS), parts, *shape).swapaxes(0, 1),
+        errors=(of_family.reshape(-1, rows) @ (errors * seconds)).reshape(parts, len(of_row), *shape),
+    )
+
+
 def sums_of(recipe: Recipe, prices: Sequence[RowPrice], families: Mapping[str, int]) -> Sums:
     """Of the prices of a recipe's rows; the axes of cases and members are those of the prices."""
     weights, busy, calls = recipe.weights

@@ -1,0 +1,101 @@
+"""Steps of any models, devices, engines and layouts that are priced as one cost what each of them costs alone."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tensorcast.deploy.deployment import deploy
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.options import Options
+from tensorcast.deploy.step.many import sums_of_many
+from tensorcast.deploy.step.price import StepPrice
+from tensorcast.deploy.step.row_prices import RowPricer
+from tensorcast.deploy.step.step import Asked
+from tensorcast.errors import InputError
+from tensorcast.profiles.store import load_device, load_engine, load_model
+
+MODELS = ("deepseek-v3", "gpt-oss-120b", "llama-3.1-8b", "qwen3-next-80b-a3b")
+DEVICES = ("h200-sxm", "b200-sxm", "mi300x", "l40s")
+ENGINES = ("vllm", "sglang", "trtllm")
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "prefill": ({}, {"kv_dtype": "fp8"}, {"chunk_tokens": 512}, {"routing": "balanced"}, {"routing": "measured"}),
+    "decode": ({}, {"kv_dtype": "fp8"}, {"mtp_depth": 2}, {"chunk_tokens": 16}, {"dual_batch_overlap": True}),
+}
+FIELDS = (
+    "seconds", "overhead_s", "request_overhead_s", "micro_batches", "hidden_s", "hidden_comm_s", "exposed_comm_s",
+    "error",
+)
+
+
+def asked_at_random(dice: random.Random, model: str, device: str, engine: str) -> Asked | None:
+    """A step at random sizes; None where the layout cannot be."""
+    phase, (tp, dp, pp) = dice.choice(("prefill", "decode")), (dice.choice((1, 2, 4, 8)) for _ in range(3))
+    ep = dice.choice((1, tp * dp)) if model != "llama-3.1-8b" else 1
+    options = Options(**dice.choice(OPTIONS[phase]))
+    profiles = load_model(model), load_device(device), load_engine(engine)
+    try:
+        step = deploy(*profiles, Layout(tp * dp * pp, tp, dp, ep, pp), phase, options=options).step
+    except InputError:
+        return None
+    past = np.array([[float(dice.randint(0, 9000))] for _ in range(dice.randint(1, 3))])
+    if phase == "decode":
+        return step, np.array([0.3, 1.0, 7.0, float(dice.randint(8, 600))]), 1.0, past
+    return step, np.array([[0.5, 1.0, 3.0]]), past + 17.0, past
+
+
+def alike(found: StepPrice, wanted: StepPrice) -> None:
+    """All that is told of steps as a whole."""
+    shape = np.shape(found.seconds)
+    for name in FIELDS:
+        ours, theirs = np.broadcast_to(getattr(found, name), shape), np.broadcast_to(getattr(wanted, name), shape)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-18, err_msg=name)
+    for name in ("seconds", "communication", "attention", "experts"):
+        np.testing.assert_allclose(getattr(found.tally, name), getattr(wanted.tally, name), rtol=1e-11, atol=1e-18)
+    for kind, share in wanted.tally.evidence.items():
+        np.testing.assert_allclose(found.tally.evidence[kind], share, rtol=1e-11, atol=1e-14)
+
+
+def test_as_each_alone() -> None:
+    dice = random.Random(11)
+    tries = [asked_at_random(dice, *map(dice.choice, (MODELS, DEVICES, ENGINES))) for _ in range(120)]
+    asked = [one for one in tries if one is not None]
+    assert len(asked) > 60
+    assert len({(step.table.phase, step.pricer.device.name, step.pricer.engine.name) for step, *_ in asked}) > 12
+    for (step, *at), found in zip(asked, sums_of_many(asked), strict=True):
+        alike(found, step.price(*at))
+
+
+def test_passes_over_arrays_do_not_grow_with_devices_and_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = 0
+    seconds = RowPricer.seconds
+
+    def counted(self: RowPricer, *args: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return seconds(self, *args)
+
+    monkeypatch.setattr(RowPricer, "seconds", counted)
+
+    def passes_for(devices: tuple[str, ...], engines: tuple[str, ...]) -> int:
+        nonlocal passes
+        asked: list[Asked] = []
+        for device in devices:
+            for engine in engines:
+                for tp in (1, 2, 4, 8):
+                    profiles = load_model("qwen3-235b-a22b"), load_device(device), load_engine(engine)
+                    step = deploy(*profiles, Layout(8, tp, 8 // tp, 8), "decode").step
+                    asked.append((step, np.array([1.0, 8.0, 64.0]), 1.0, np.array([[100.0], [1000.0]])))
+        passes = 0
+        sums_of_many(asked)
+        return passes
+
+    one = passes_for(("h200-sxm",), ("vllm",))
+    # where experts were timed as one call, and under other engines, rows of experts are others
+    several = passes_for(("h100-sxm", "h200-sxm", "h20", "h800"), ("vllm",))
+    assert several < 2 * one
+    assert passes_for(("a100-sxm", "h100-sxm", "h200-sxm", "h20", "h800", "l40s", "l20"), ("vllm",)) <= several + 1
+    assert passes_for(("h200-sxm",), ENGINES) < 3 * one

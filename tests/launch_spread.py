@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import parse_layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
-from tensorcast.launch.launch import launch
+from tensorcast.launch.launch import launch, launch_encoder
 from tensorcast.profiles.launch import load_launch_table
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import list_models, load_device, load_model
+from tensorcast.profiles.vision.said import sees
 
 RELEASES = {name: load_launch_table(name).releases for name in ("vllm", "sglang")}
 
@@ -29,6 +30,8 @@ class Case(NamedTuple):
     options: Options = Options()
     role: str | None = None
     batch: int = 64
+    encoders: bool = False
+    encoder_tp_mode: str | None = None
 
 
 EXPERTS = (
@@ -49,6 +52,12 @@ EXPERTS = (
     Case("tp8", Options(cuda_graphs="none", custom_all_reduce=False)),
 )  # fmt: skip
 """Of models with experts."""
+
+SEEING = (
+    Case("tp8", encoder_tp_mode="data"), Case("tp8", encoders=True), Case("tp4", role="prefill", encoders=True),
+    Case("tp4", role="decode", encoder_tp_mode="weights"), Case("tp1", role="encode"),
+)
+"""Of models that take images, too."""
 
 DENSE = (
     Case("tp8"), Case("tp4-dp2"), Case("tp8-pp2"), Case("tp16"), Case("tp1-dp8", batch=700), Case("tp2-pp2"),
@@ -76,10 +85,14 @@ def printed(model: ModelProfile, engine: str, release: str, cases: tuple[Case, .
     device = load_device("h200")
     for case in cases:
         try:
-            found = launch(
-                f"{engine}=={release}", model, parse_layout(case.layout), case.options, batch=case.batch,
-                input_len=2048, output_len=512, role=case.role, device=device,
-            )  # fmt: skip
+            sizes: dict[str, Any] = {"batch": case.batch, "input_len": 2048, "output_len": 512, "device": device}
+            if case.role == "encode":
+                found = launch_encoder(f"{engine}=={release}", model, **sizes)
+            else:
+                found = launch(
+                    f"{engine}=={release}", model, parse_layout(case.layout), case.options, role=case.role,
+                    encoders=case.encoders, encoder_tp_mode=case.encoder_tp_mode, **sizes,
+                )  # fmt: skip
         except InputError:  # nothing that an engine could be asked for
             continue
         said = f"{case.layout} {case.role or ''} {case.options}"
@@ -92,7 +105,8 @@ def every() -> Iterator[Printed]:
         model = load_model(name)
         for engine, releases in RELEASES.items():
             for release in releases:
-                yield from printed(model, engine, release, EXPERTS if model.num_experts else DENSE)
+                own = SEEING if sees(model) else ()
+                yield from printed(model, engine, release, (EXPERTS if model.num_experts else DENSE) + own)
 
 
 def few(engine: str, release: str) -> Iterator[Printed]:
@@ -101,7 +115,8 @@ def few(engine: str, release: str) -> Iterator[Printed]:
         model = load_model(name)
         cases = EXPERTS if model.num_experts else DENSE
         first = 3 * i + 2 * RELEASES[engine].index(release)
-        yield from printed(model, engine, release, tuple(cases[(first + step) % len(cases)] for step in range(2)))
+        own = SEEING if sees(model) else ()
+        yield from printed(model, engine, release, (*(cases[(first + step) % len(cases)] for step in range(2)), *own))
 
 
 if __name__ == "__main__":

@@ -69,8 +69,15 @@ def launch(
         "--gpus-per-node", min=1, help="GPUs of one machine (4 on GB200 NVL72).", rich_help_panel=DEPLOYMENT,
     )] = 8,
     role: Annotated[str | None, typer.Option(
-        "--role", metavar="prefill|decode", help="Half of a disaggregated deployment.  [dim]\\[default: both][/dim]",
-        show_default=False, rich_help_panel=DEPLOYMENT,
+        "--role", metavar="prefill|decode|encode", show_default=False, rich_help_panel=DEPLOYMENT,
+        help="Half of a disaggregated deployment, or one encoder of images (tp1).  [dim]\\[default: both halves][/dim]",
+    )] = None,
+    encoders: Annotated[bool, typer.Option(
+        "--encoders", help="Embeddings of images come from encoders apart (--role encode).", rich_help_panel=DEPLOYMENT,
+    )] = False,
+    encoder_tp_mode: Annotated[str | None, typer.Option(
+        "--encoder-tp-mode", metavar="MODE", show_default=False, rich_help_panel=DEPLOYMENT,
+        help="The vision tower on tensor-parallel GPUs: weights, cut over them, or data, whole on each.",
     )] = None,
     batch: Annotated[int | None, typer.Option(
         "--batch", "-b", min=1, show_default=False, rich_help_panel=WORK,
@@ -111,8 +118,12 @@ def launch(
     from tensorcast.scheduling.pools import parse_servers
     from tensorcast.trace.cache import traced
 
+    if role == "encode":
+        _encoder(model, device, layout, as_json, engine=engine, batch=batch or ENCODER_REQUESTS, input_len=input_len,
+                 output_len=output_len, chunk_tokens=chunk, beside={"--out": out, "--manifests": manifests})
+        return
     if role not in ROLES:
-        raise InputError(f"--role {role!r}: must be prefill or decode")
+        raise InputError(f"--role {role!r}: must be prefill, decode or encode")
     options = options_of(chosen)
     if options.all2all not in ALL2ALL:
         raise InputError(f"--all2all {options.all2all!r}: choose one of {', '.join(ALL2ALL)}")
@@ -122,15 +133,15 @@ def launch(
     if roles not in ([role], ["prefill", "decode"]):
         raise InputError(f"--layout {layout}: one kind of servers, or a pool for each phase")
     gpus = [one.device or gpu for one in servers]
-    if manifests and out is None:
-        raise InputError("--manifests: are written to a folder: say which, with --out")
+    _check_folder(out, manifests, encoders)
     made, users = [], 0
     for each, own, gpu in zip(servers, roles, gpus, strict=True):
         sizes = parse_layout(str(each.layout), world_size if len(servers) == each.count == 1 else None)
         check(sizes, traced(profile, own or "decode").facts, gpu)  # of a decoder: nothing else is traced
         written = partial(
             write, engine, profile, sizes, options, input_len=input_len, output_len=output_len, chunk_tokens=chunk,
-            gpus_per_node=gpus_per_node, role=own, device=gpu,
+            gpus_per_node=gpus_per_node, role=own, device=gpu, encoders=encoders and own != "decode",
+            encoder_tp_mode=encoder_tp_mode,
         )
         found = written(batch=batch or 1)
         if found.problem:
@@ -163,6 +174,42 @@ def launch(
 
 
 ROLES = (None, "prefill", "decode")
+
+
+ENCODER_REQUESTS = 128
+"""At once, of who asks an encoder for no number."""
+
+
+def _encoder(
+    model: str, device: str, layout: str, as_json: bool, *, engine: str, beside: dict[str, object], **sizes: Any
+) -> None:
+    """The command of one encoder. ``beside``: what must not be said, with it."""
+    from tensorcast.api import device_profile
+    from tensorcast.deploy.model_names import named_model
+    from tensorcast.launch.launch import launch_encoder, script
+
+    if said := [name for name, value in beside.items() if value is not None]:
+        raise InputError(f"{said[0]}: is not of --role encode; print the command and the server's")
+    if layout.strip() not in ("tp1", "tp1-dp1"):
+        raise InputError(f"--layout {layout}: an encoder is one GPU, tp1; start as many as are wanted")
+    profile, _ = named_model(model)
+    found = launch_encoder(engine, profile, device=device_profile(device), **sizes)
+    if found.problem:
+        raise InputError(f"{found.engine} {found.version} cannot run it: {found.problem}")
+    if as_json:
+        from tensorcast.report.plain import to_json
+
+        typer.echo(to_json(found.record(), indent=2))
+        return
+    typer.echo(script(found))
+
+
+def _check_folder(out: Path | None, manifests: str | None, encoders: bool) -> None:
+    """Raise :class:`InputError` for manifests that go nowhere, and for encoders, which no folder starts."""
+    if manifests and out is None:
+        raise InputError("--manifests: are written to a folder: say which, with --out")
+    if encoders and out is not None:
+        raise InputError("--encoders: is not written to a folder; print the server's command, and --role encode's")
 
 
 def _write(

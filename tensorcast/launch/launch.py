@@ -12,7 +12,7 @@ from tensorcast.deploy.engine_limits import Case, Kernels, engine_can_run, halvi
 from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broken_prompts
 from tensorcast.deploy.options import Options, broken_stages
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.launch import sglang, trtllm, vllm
+from tensorcast.launch import encoder, sglang, trtllm, vllm
 from tensorcast.launch.settings import DRAFT, Plan, Setting, Settings
 from tensorcast.modeling.checkpoint.read import checkpoint
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, override
@@ -24,9 +24,12 @@ from tensorcast.profiles.memory import is_latent
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_engine
 from tensorcast.serving.capacity import decode_budget, room
+from tensorcast.serving.encoder import without_tower
 from tensorcast.trace.cache import whole_model
 
-__all__ = ["Launch", "Setting", "engine_can_run", "launch", "script", "sequences_that_fit", "unasked_batch"]
+__all__ = [
+    "Launch", "Setting", "engine_can_run", "launch", "launch_encoder", "script", "sequences_that_fit", "unasked_batch",
+]
 
 WRITERS: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "trtllm": trtllm}
 ROLES = (None, "prefill", "decode")
@@ -69,12 +72,15 @@ def launch(
     memory_fraction: float | None = None,
     device: DeviceProfile | None = None,
     prefill: Options | None = None,
+    encoders: bool = False,
+    encoder_tp_mode: str | None = None,
 ) -> Launch:
     """Commands that start ``layout`` of a model. ``batch`` and ``chunk_tokens`` are per data-parallel rank.
 
     ``chunk_tokens`` and ``memory_fraction`` default to the engine's on ``device``, ``role`` None serves both phases,
-    ``prefill`` are options of the same server's prefill where they differ. What the engine cannot run is a ``problem``;
-    bad arguments and unknown engines raise :class:`InputError`.
+    ``prefill`` are options of the same server's prefill where they differ. ``encoders`` of images are apart, before it;
+    else its ranks share the vision tower by ``encoder_tp_mode``. What the engine cannot run is a ``problem``; bad
+    arguments and unknown engines raise :class:`InputError`.
     """
     profile = _served(engine, role)
     table = load_launch_table(profile.name, profile.version if profile.releases else "")
@@ -104,6 +110,10 @@ def launch(
         problem = problem or f"prefill context parallelism: {table.name} {table.version} has no flag here for --pcp"
     elif options.pcp > 1 and table.name == "sglang" and role != "prefill":  # decoding, its ranks do all the same
         problem = problem or "prefill context parallelism: here a server of prompts alone has it, --role prefill"
+    if encoder_tp_mode is not None:
+        problem = problem or encoder.check_tp_mode(table, model_profile, encoder_tp_mode)
+    if encoders:
+        problem = problem or encoder.broken_encoders(table, model_profile)
     problem = problem or broken_prompts(options.pcp, layout) or broken_context(
         options.dcp, layout, case.facts, latent=is_latent(model_profile.config)
     ) or _not_quantizable(table, have, want)
@@ -117,12 +127,41 @@ def launch(
         kv_dtype=kv,
         quant=want.linear.name if want.linear != have.linear else "",
         memory_fraction=memory_fraction or options.memory_fraction
-        or _share(case, profile, device, model_profile, batch=batch, chunk=chunk, role=role),
-        role=role or "",
+        or _share(case, without_tower(profile) if encoders else profile, device, model_profile, batch=batch,
+                  chunk=chunk, role=role),
+        role=role or "", encoders=encoders, encoder_tp_mode=encoder_tp_mode or "weights",
     )  # fmt: skip
     if table.name == "sglang" and (problem := sglang.too_many(plan)):
         return Launch(table.name, table.version, problem=problem)
     return _written(plan)
+
+
+def launch_encoder(
+    engine: str, model: ModelProfile, *, batch: int, input_len: int, output_len: int, chunk_tokens: int | None = None,
+    device: DeviceProfile | None = None,
+) -> Launch:
+    """The command that starts one encoder of images, one GPU with the whole tower; ``batch`` requests at most.
+
+    Raises :class:`InputError` for a model that takes no images; what the engine cannot run is a ``problem``.
+    """
+    profile = load_engine(engine)
+    table = load_launch_table(profile.name, profile.version if profile.releases else "")
+    _check(batch=batch, input_len=input_len, output_len=output_len)
+    if problem := encoder.broken_encoders(table, model):
+        return Launch(table.name, table.version, problem=problem)
+    case = Case(engine=table.name, layout=Layout(1), facts=model.stated_facts, options=Options(), gpus_per_node=1)
+    plan = Plan(
+        table=table, case=case, model=model, batch=batch, input_len=input_len, output_len=output_len,
+        chunk_tokens=chunk_tokens or _chunk(case, profile, device), kv_dtype="", quant="", memory_fraction=0.0,
+        role="encode",
+    )  # fmt: skip
+    found = encoder.encoder_settings(plan, WRITERS[table.name].SERVER_PORT)
+    return Launch(
+        engine=table.name, version=table.version,
+        commands=(found.command(*(() if table.name == "sglang" else (plan.path,))),),
+        flags=tuple(dict.fromkeys(setting for _, setting, _ in found.items)),
+        notes=tuple(_placeholders(plan, [found]) + encoder.notes(plan, encoder=True)),
+    )  # fmt: skip
 
 
 def sequences_that_fit(
@@ -199,7 +238,9 @@ def _written(plan: Plan) -> Launch:
     return Launch(
         engine=plan.table.name, version=plan.table.version,
         commands=tuple(found.command(*words, launcher=launcher) for found in settings), config_files=files,
-        flags=tuple(flags), notes=tuple(_placeholders(plan, settings) + writer.notes(plan) + _notes(plan)),
+        flags=tuple(flags), notes=tuple(
+            _placeholders(plan, settings) + writer.notes(plan) + encoder.notes(plan, encoder=False) + _notes(plan)
+        ),
     )  # fmt: skip
 
 

@@ -41,6 +41,8 @@ class Plan:
     quant: str  # scheme to quantise to at load, "" if the checkpoint is as wanted
     memory_fraction: float
     role: str
+    encoders: bool = False  # apart, before this server
+    encoder_tp_mode: str = "weights"
 
     @property
     def expert_file(self) -> str:

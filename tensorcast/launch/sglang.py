@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tensorcast.deploy.layout import attention_dp
 from tensorcast.deploy.options import Options
+from tensorcast.launch.encoder import add_encoding
 from tensorcast.launch.settings import HEAD, Plan, Settings
 
 SERVER_PORT, MASTER_PORT = 30000, 20000
@@ -39,6 +40,7 @@ def settings(plan: Plan, node: int) -> Settings:
     if plan.role != "prefill" and options.cuda_graphs != "none":
         found.add("graph_batch", plan.batch)
     _switches(options, found)
+    add_encoding(plan, found)
     found.add("memory_fraction", plan.memory_fraction)
     if options.mtp_depth:
         _drafting(plan, found)

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from tensorcast.deploy.options import Options
+from tensorcast.launch.encoder import add_encoding
 from tensorcast.launch.settings import HEAD, HERE, Plan, Settings
 
 SERVER_PORT, RPC_PORT, MASTER_PORT = 8000, 13345, 29501
@@ -34,6 +35,7 @@ def settings(plan: Plan, node: int) -> Settings:
     if plan.role != "prefill" and plan.decode_tokens > DEFAULT_GRAPH_TOKENS and options.cuda_graphs != "none":
         found.add("graph_batch", plan.decode_tokens)
     _switches(options, found)
+    add_encoding(plan, found)
     found.add("memory_fraction", plan.memory_fraction)
     if depth := plan.case.options.mtp_depth:
         network = {"model": plan.draft_model} if plan.draft_model else {}

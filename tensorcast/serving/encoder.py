@@ -12,6 +12,7 @@ from tensorcast.deploy.encoder.encoder import TP_MODES, Encoder, EncodeStep, Ima
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.vision.images import parse_image_size
 from tensorcast.profiles.vision.said import encoded_image
@@ -50,13 +51,22 @@ class PromptImages:
     def held(self, server: Deployment) -> Deployment:
         """A server that holds its tower beside the language model, unless encoders are apart."""
         if self.apart:
-            return server
+            return replace(server, engine=without_tower(server.engine))
         tower = self.tower(server.model, server.device, server.engine, server.layout.tp)
         return replace(server, tower_bytes=tower.weight_bytes)
 
     def of_prompt(self, model: ModelProfile, device: DeviceProfile, engine: EngineProfile, tp: int) -> EncodeStep:
         """The images of one prompt through that tower."""
         return self.tower(model, device, engine, tp).price(float(self.images.count))
+
+
+def without_tower(engine: EngineProfile) -> EngineProfile:
+    """An engine whose servers hold no tower: it leaves no memory for one (SGLang 0.5.23, ``memory_hook.py``: not of a
+    server that is ``language_only``)."""
+    reserve = engine.reserve
+    if reserve is None or reserve.vision is None:
+        return engine
+    return same(engine.model_copy(update={"reserve": reserve.model_copy(update={"vision": None})}))
 
 
 def prompt_images(count: int | None, size: str | None, tp_mode: str | None) -> PromptImages | None:

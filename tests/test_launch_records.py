@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tensorcast.predict.launch_records import POOLS as POOL_COLUMNS
 from tensorcast.predict.launch_records import wait_steps
 from tensorcast.predict.predict import predict
 from tensorcast.predict.run_columns import Run, read_run
+from tensorcast.predict.serve_runs import engine_of
 from tensorcast.profiles.store import load_engine, load_model
 
 RECORD = {
@@ -139,6 +141,34 @@ def test_records_keep_no_beginnings_of_prompts_unless_they_say_so() -> None:
     assert [one.kept(config, 0).state_slots for one in rules if one] == [5, 1]
 
 
+def test_records_whose_launch_lets_drafts_overlap_are_priced_so() -> None:
+    """SGLang 0.5.10.post1: scripts of GLM-5 set SGLANG_ENABLE_SPEC_V2=1, those of Qwen3.5 in bf16 on B300 do not."""
+    sglang = {"engine": "sglang", "release": "0.5.10.post1", "tp": "4", "ep": "1", "dp": "1", "moe_tp": "4",
+              "isl": "1024", "osl": "1024", "concurrency": "64"}  # fmt: skip
+    glm = read_run({**sglang, "model": "zai-org/GLM-5", "device": "b200_sxm", "precision": "fp4"}, NAMES)
+    qwen = read_run({**sglang, "model": "Qwen/Qwen3.5-397B-A17B", "device": "b300", "precision": "bf16"}, NAMES)
+    for run, ahead in ((glm, True), (qwen, False)):
+        assert 3 in (run.options.mtp_depth, *run.other_depths) and run.draft_overlap == ahead
+        assert run.served_by == "sglang==0.5.10.post1"
+        engine = engine_of(replace(run, options=replace(run.options, mtp_depth=3)), load_engine(run.served_by))
+        assert (engine.serial_drafts is None) == ahead and engine.arrival_wait_steps == (2 if ahead else 1)
+        assert engine.prefill_graphs is None
+    plain = replace(glm, options=replace(glm.options, mtp_depth=0))
+    assert engine_of(plain, load_engine(plain.served_by)).prefill_graphs is not None
+    with pytest.raises(InputError, match="draft_overlap 'v2': must be on or off"):
+        read_run({**sglang, "model": "deepseek-v3", "device": "b200", "draft_overlap": "v2"})
+
+
+def test_drafts_that_overlap_are_served_sooner() -> None:
+    row = {"model": "deepseek-v3", "device": "h200", "engine": "sglang==0.5.9", "tp": 8, "precision": "fp8_block",
+           "concurrency": 64, "mtp_depth": 3}  # fmt: skip
+    rows = [row, {**row, "draft_overlap": "on"}, {**row, "engine": "sglang==0.5.14"}]
+    waits, ahead, newer = predict(pd.DataFrame(rows))["tpot_s"]
+    # a step keeps 1 + 0.8 + 0.8^2 + 0.8^3 tokens of each of nearly 64 sequences
+    assert waits - ahead == pytest.approx((1.3e-3 + 64 * 130e-6) / 2.952, rel=0.05)
+    assert newer < waits
+
+
 def test_half_of_sglangs_receive_interval_is_waited_for() -> None:
     assert wait_steps("h200", "aggregated", 4) == 0
     assert [wait_steps("b200", "aggregated", users) for users in (15, 16)] == [5, 15]
@@ -227,6 +257,22 @@ def test_users_of_one_worker_and_tokens_of_a_server_are_counted_over_all_and_per
         ("sglang", "576", "8192", "8", gathers), ("sglang", "9", "32768", "8", gathers),
         ("sglang", "64", "16384", "8", ""), ("sglang", "8", "8192", "8", ""), ("trtllm", "64", "512", "8", ""),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("switches", "depth", "found"),
+    [("NCCL_NVLS_ENABLE=1;SGLANG_ENABLE_SPEC_V2=1", 3, "on"), ("SGLANG_ENABLE_SPEC_V2=True", 1, "on"),
+     ("SGLANG_ENABLE_SPEC_V2=0", 3, ""), ("SGLANG_ENABLE_SPEC_V2=1", None, ""), (None, 3, "")],
+)  # fmt: skip
+def test_a_variable_of_a_launch_lets_drafts_overlap(switches: str | None, depth: int | None, found: str) -> None:
+    launch = {
+        "engine": "sglang", "engine_release": "0.5.9", "serving_model": "deepseek-ai/DeepSeek-R1", "hf_model": "x",
+        "device": "h200", "precision": "fp8", "mode": "agg", "role": "agg", "isl": 8, "osl": 8, "tp": 8, "ep": 8,
+        "dp_attn": 0, "concurrency": 64, "env_switches": switches, "spec_depth": depth, "max_num_tokens": None,
+        "kv_cache_dtype": None, "sched_recv_interval": None, "other_options": None, "all2all_backend": None,
+        **dict.fromkeys(POOL_COLUMNS),
+    }  # fmt: skip
+    assert launches(pd.DataFrame([launch]))["draft_overlap"].tolist() == [found]
 
 
 def test_the_shipped_table_names_profiles() -> None:

@@ -315,13 +315,15 @@ def linear_attention(op: Op, at: Context) -> list[Work]:
 
 def ssm_scan(op: Op, at: Context) -> list[Work]:
     """Mamba-2, x ``[B,S,H,D]``, b, c ``[B,S,G,N]``, state ``[B,H,D,N]``: ``6*D*N`` per token and head; the chunked
-    form adds ``2*C*(N + D)`` (Mamba-2, arXiv 2405.21060, section 6)."""
+    form adds ``2*C*(N + D)`` (Mamba-2, arXiv 2405.21060, section 6). Decode writes a state after each token (vLLM
+    0.24.0, layers/mamba/ops/mamba_ssm.py: ``IS_SPEC_DECODING``)."""
     x, b = op.inputs[0], op.inputs[1]
     batch, new, heads, width = (at.value(d) for d in x.dims)
     batch, new = at.sequences(batch, new)
     n, chunk = at.value(b.dims[-1]), op.attrs.get("chunk", 256)
     flops = batch * new * heads * (6.0 * width * n + (0.0 if at.decode else 2.0 * chunk * (n + width)))
-    state = 2.0 * DTYPE_BYTES[op.outputs[1].dtype] * batch * heads * width * n
+    states = 1.0 + (new if at.decode else 1.0)
+    state = states * DTYPE_BYTES[op.outputs[1].dtype] * batch * heads * width * n
     moved = sum((t.bytes(at.sizes) for t in (*op.inputs[:3], op.outputs[0])), 0.0) + state
     return [Work("memory" if at.decode else "attention_prefill", "bf16", flops, moved, flops)]
 

@@ -256,7 +256,11 @@ def linear_attention(
     batch: Size, new: Size, heads: Size, *, key_heads: Size, k_dim: Size, v_dim: Size, state_bytes: Size = 4.0,
     chunk: int = 64, decode: bool = False,
 ) -> Work:
-    """Gated delta rule: states ``[k_dim, v_dim]`` of each value head, ``state_bytes`` per number, read and written.
+    """Gated delta rule: states ``[k_dim, v_dim]`` of each value head, ``state_bytes`` per number.
+
+    One is read and one written, or in decode one after each of the ``new`` tokens, as not all of them may be accepted
+    (vLLM 0.24.0, layers/fla/ops/fused_recurrent.py: ``ssm_state_indices``; SGLang 0.5.9, layers/attention/fla/
+    fused_recurrent.py: ``intermediate_states_buffer``).
 
     Per token and value head the state is read for the prediction, updated and read for the output: ``6*k_dim*v_dim``
     FLOPs; on prompts ``2*chunk*2*(k_dim + v_dim)`` more inside chunks, which follow one another in each head (Gated
@@ -264,7 +268,7 @@ def linear_attention(
     """
     per_token = 6.0 * k_dim * v_dim + (0.0 if decode else 4.0 * chunk * (k_dim + v_dim))
     rows = batch * new * heads
-    states = 2.0 * state_bytes * batch * heads * k_dim * v_dim
+    states = (1.0 + (new if decode else 1.0)) * state_bytes * batch * heads * k_dim * v_dim
     moved = 2.0 * batch * new * (2.0 * key_heads * k_dim + 2.0 * heads * v_dim) + states
     if decode:
         return Work("linear_decode", "bf16", flops=rows * per_token, bytes=moved, rows=rows)

@@ -33,7 +33,7 @@ SIZES = ("gpus", "dp_attn", *POOLS)
 """Columns of the table by which launches of one mode are told apart; those of pools are empty where one server does
 both, the others where two do."""
 
-WORDS = ("all2all", "cuda_graphs", "allreduce_fusion")
+WORDS = ("all2all", "cuda_graphs", "allreduce_fusion", "draft_overlap")
 """Columns of options that are words of ours."""
 
 WAITS: dict[str, Callable[[str], Any]] = {
@@ -81,6 +81,7 @@ class Launched:
     memory_fraction: float | None
     cuda_graphs: str | None
     allreduce_fusion: str | None
+    draft_overlap: str | None
     balance_steps: int | None
     batching_steps: int | None
     batch_wait_steps: int | None
@@ -142,7 +143,7 @@ def launched(of: Recorded, sizes: tuple[str, ...], ep: int) -> Launched | None:
     alike = [row for row in alike if f"{of.users:.0f}" in row["users"].split(";")] or alike
     if not alike:
         return None
-    cuts = {row["ep"] for row in alike}
+    cuts, drafting = {row["ep"] for row in alike}, [row for row in alike if row["mtp_depth"] not in ("", "0")]
     return Launched(
         ep=int(cuts.pop()) if len(cuts) == 1 and "" not in cuts else None,
         chunk_tokens=_most(alike, "chunk_tokens", int),
@@ -153,6 +154,7 @@ def launched(of: Recorded, sizes: tuple[str, ...], ep: int) -> Launched | None:
         memory_fraction=_most(alike, "memory_fraction", float),
         cuda_graphs=_most(alike, "cuda_graphs", str),
         allreduce_fusion=_most(alike, "allreduce_fusion", str),
+        draft_overlap=_most(drafting, "draft_overlap", str) if drafting else None,
         **{name: _most(alike, name, read) for name, read in WAITS.items()},
         mtp_depths=tuple(sorted({int(row["mtp_depth"] or 0) for row in alike})),
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from tensorcast.errors import InputError
 from tensorcast.predict.run_columns import Run
-from tensorcast.predict.serve_runs import load_engine_once, load_profiles
+from tensorcast.predict.serve_runs import engine_of, load_engine_once, load_profiles
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.scheduling.pools import Servers
 from tensorcast.scheduling.replay import PricedServers, priced_servers
@@ -48,7 +48,8 @@ def _replayed(
     )
     longest = 1 << int(requests.input_len.max() + requests.output_len.max() - 1).bit_length()  # tables that rows share
     key = (
-        run.model, run.device, run.served_by, run.mode, run.frontend, run.prefix_cache, run.layout, run.options,
+        run.model, run.device, run.served_by, run.mode, run.frontend, run.prefix_cache, run.draft_overlap, run.layout,
+        run.options,
         run.mtp_acceptance, run.chunk_tokens, run.arrivals.max_sequences, run.arrivals.waits,
         run.wait_steps, longest,
     )
@@ -81,11 +82,9 @@ def _batch(said: dict[str, float], run: Run) -> float:
 def _priced(run: Run, engine: Callable[[str], EngineProfile], longest: int) -> PricedServers | InputError:
     assert run.arrivals is not None
     try:
-        profile = engine(run.served_by)
-        profile = profile if run.prefix_cache else profile.without_prefix_cache()
+        profile = engine_of(run, engine(run.served_by))
         servers: tuple[Servers, ...] = (Servers(run.decode, run.replicas),)
         if run.mode == "disaggregated":
-            profile = profile.in_pools(run.frontend)
             servers = (
                 Servers(run.prefill, run.workers[0], "prefill"), Servers(run.decode, run.workers[1], "decode")
             )

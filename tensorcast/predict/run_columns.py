@@ -83,6 +83,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "mtp_depth": ("drafted tokens per step", 0, ("speculative_tokens", "nextn", "spec_depth")),
     "speculative_method": ("what drafts them: mtp, eagle3, dflash, dspark, draft_model, ngram", "mtp", ()),
     "draft_model": ("the network that drafts: a name or directory; default as published heads are", None, ()),
+    "draft_overlap": ("on: SGLang works ahead of drafts (SGLANG_ENABLE_SPEC_V2); off: as its release does", "off", ()),
     "mtp_acceptance": ("chance that a drafted token is accepted", 0.8, ()),
     "chunk_tokens": (
         "prompt tokens per step; default the engine's", None,
@@ -146,6 +147,7 @@ class Run:
     wait_steps: float = 0.0
     prefix_cached: int = 0
     prefix_cache: bool = True
+    draft_overlap: bool = False
     mtp_acceptance: float = 0.8
     chunk_tokens: int | None = None
     arrivals: Arrivals | None = None
@@ -291,6 +293,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         wait_steps=wait,
         prefix_cached=cells.whole("prefix_cached", least=0),
         prefix_cache=kept,
+        draft_overlap=cells.switch("draft_overlap", False),
         mtp_acceptance=cells.number("mtp_acceptance", MTP_ACCEPTANCE if record else 0.8),
         chunk_tokens=chunk,
         arrivals=arrivals, images=images,

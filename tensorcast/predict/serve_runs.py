@@ -87,12 +87,13 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
 
 def _served(rows: list[_Row], fits: list[float]) -> list[ServingMetrics]:
     """What rows serve that have room for ``fits`` sequences on a rank."""
-    alike: dict[tuple[str, str, str, bool], list[int]] = defaultdict(list)
+    alike: dict[tuple[str, str, str, bool, float], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
-        alike[row.run.served_by, row.run.mode, row.run.frontend, row.cut.per_step <= 1].append(i)
+        steps = row.decode.engine.arrival_wait_steps
+        alike[row.run.served_by, row.run.mode, row.run.frontend, row.cut.per_step <= 1, steps].append(i)
     costs, curves = _priced(rows)
     found: dict[int, ServingMetrics] = {}
-    for (_, mode, _, _), members in alike.items():
+    for (_, mode, *_), members in alike.items():
         at, some = np.array(members), [rows[i] for i in members]
         pools = mode == "disaggregated"
         model = (_disaggregated if pools else _aggregated)(some, costs.where(at), replace(curves, rows=at))
@@ -137,7 +138,8 @@ class _Deployed:
     def __call__(self, run: Run, layout: Layout, phase: str) -> Deployment:
         # drafting is the decode step's
         options = replace(run.options, mtp_depth=0) if phase == "prefill" and run.options.mtp_depth else run.options
-        served = run.served_by, run.mode, run.frontend, run.prefix_cache
+        drafts = run.draft_overlap, bool(run.options.mtp_depth), run.options.speculative_method
+        served = run.served_by, run.mode, run.frontend, run.prefix_cache, *drafts
         key = run.model, run.device, *served, layout, phase, options, run.images
         if key not in self._made:
             self._made[key] = self._make(run, layout, phase, options)
@@ -148,13 +150,21 @@ class _Deployed:
 
     def _make(self, run: Run, layout: Layout, phase: str, options: Options) -> Deployment | InputError:
         try:
-            served = self._engine(run.served_by)
-            served = served.in_pools(run.frontend) if run.mode == "disaggregated" else served
-            served = served if run.prefix_cache else served.without_prefix_cache()
+            served = engine_of(run, self._engine(run.served_by))
             made = deploy(_model(run.model), _device(run.device), served, layout, phase, options=options)
             return made if run.images is None else run.images.held(made)
         except InputError as error:
             return error
+
+
+def engine_of(run: Run, profile: EngineProfile) -> EngineProfile:
+    """The ``profile`` of the engine as it serves a run."""
+    pools = profile.in_pools(run.frontend) if run.mode == "disaggregated" else profile
+    found = pools if run.prefix_cache else pools.without_prefix_cache()
+    if not run.options.mtp_depth:
+        return found
+    found = found.drafts_of(_model(run.model).config)
+    return found.drafting(run.options.speculative_method, overlaps=run.draft_overlap)
 
 
 def _profile(kind: str) -> Callable[[str], Any]:

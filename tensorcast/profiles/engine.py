@@ -19,7 +19,7 @@ from tensorcast.profiles.memory import (
     StepTokens,
     is_latent,
 )
-from tensorcast.profiles.scheduler import Scheduler
+from tensorcast.profiles.scheduler import Scheduler, SerialDrafts
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
 Fusion = Annotated[
@@ -238,6 +238,7 @@ class EngineProfile(Frozen):
     eager_launch_gap_s: Figure = Field(description="least time between two kernels launched one by one")
     step_overhead_s: Figure = Field(description="scheduling, sampling and input preparation per step, as published")
     request_overhead_s: Figure | None = Field(default=None, description="the same, per sequence in the batch")
+    serial_drafts: SerialDrafts | None = Field(default=None, description="drafts that leave the GPU waiting")
     memory_fraction: Figure = Field(description="share of device memory that the engine takes, without a `reserve`")
     memory_covers: MemoryCovers = Field(default="everything", description="what that share holds")
     reserve: Reserve | None = Field(default=None, description="what it leaves free instead of a fixed share")
@@ -248,6 +249,9 @@ class EngineProfile(Frozen):
     )
     cache_rules: CacheRules | None = Field(default=None, description="copies of states, and cache of windows")
     states: StateRule | None = Field(default=None, description="precision of recurrent states; none: the model's")
+    state_copies: Figure | None = Field(
+        default=None, description="states moved per sequence and layer to keep the accepted one of a step that drafts"
+    )
     max_tokens_per_step: int = Field(ge=1, description="default chunked-prefill budget in tokens")
     step_tokens: StepTokens | None = Field(default=None, description="where that default is another")
     prefill_graphs: PrefillGraphs | None = Field(default=None, description="prefill steps that are captured in pieces")
@@ -329,6 +333,22 @@ class EngineProfile(Frozen):
             changes["reserve"] = self.reserve.model_copy(update={"pooled": True})
         if self.cache_rules is not None and not self.cache_rules.pools:
             changes["cache_rules"] = None
+        return self.model_copy(update=changes) if changes else self
+
+    def drafts_of(self, config: dict[str, Any]) -> "EngineProfile":
+        """The profile as it drafts for a model with this ``config``."""
+        serial = self.serial_drafts
+        if serial is None or not serial.overlapping or not is_one_of(serial.overlapping, config):
+            return self
+        return self.model_copy(update={"serial_drafts": None})
+
+    def drafting(self, method: str, *, overlaps: bool = False) -> "EngineProfile":
+        """The profile of a server that drafts by ``method``; ``overlaps``: its scheduler was asked to work ahead."""
+        changes: dict[str, Any] = {"serial_drafts": None} if overlaps else {}
+        if self.prefill_graphs is not None and not self.prefill_graphs.drafting:
+            changes["prefill_graphs"] = None
+        if not overlaps and self.serial_drafts is not None and method in self.serial_drafts.methods:
+            changes["arrival_wait_steps"] = 1.0  # a reply that ends is known before the next step is planned
         return self.model_copy(update=changes) if changes else self
 
     def without_prefix_cache(self) -> "EngineProfile":

@@ -200,6 +200,7 @@ class PrefillGraphs(Frozen):
     latent_max_tokens: int | None = Field(default=None, description="the same where attention is MLA")
     ranges: tuple[tuple[int, int | None, int], ...] = Field(description="first, last (none: the most), step of sizes")
     pools: bool = Field(default=True, description="also on servers of one phase, in disaggregated serving")
+    drafting: bool = Field(default=True, description="also on servers that draft tokens")
     one_replica: bool = Field(default=False, description="not under data-parallel attention")
     one_stage: bool = Field(default=False, description="not with pipeline stages")
     text_only: bool = Field(default=False, description="not in models that also see or hear")

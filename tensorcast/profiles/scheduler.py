@@ -45,3 +45,14 @@ class Scheduler(Frozen):
         fitting = [count for size, count in self.most_sequences.items() if memory_bytes >= size * MIB]
         most = max(fitting, default=min(self.most_sequences.values()))
         return most if not drafts or self.drafting_sequences is None else max(1, self.drafting_sequences // ranks)
+
+
+class SerialDrafts(Frozen):
+    """Drafts for which the engine's scheduler works no step ahead: the GPU waits while the host accepts tokens, hands
+    them on and plans the next step."""
+
+    methods: tuple[str, ...] = Field(min_length=1, description="what drafts so unasked")
+    overlapping: tuple[str, ...] = Field(default=(), description="model classes whose drafts overlap all the same")
+    step_s: Number = Field(ge=0, description="what a step takes longer")
+    sequence_s: Number = Field(ge=0, description="the same, per sequence in the batch")
+    source: str = Field(min_length=3)

@@ -31,6 +31,7 @@ OPTIONS = {
     "kv_dtype": "kv_cache_dtype",
     "state_dtype": "other_options",
     "mtp_depth": "spec_depth",
+    "draft_overlap": "env_switches",
     "receive_interval": "sched_recv_interval",
     "all2all": "all2all_backend",
     "memory_fraction": "mem_fraction",
@@ -46,6 +47,10 @@ OPTIONS = {
 PER_WORKER = r"/c(\d+)_ctx\d+_gen(\d+)_"
 """Names of recipes whose users are those of one decode worker, with the number of these: their records state 576 users
 for 64 on each of nine. Of one user per worker they state two more than workers: 9, 11 and 13 of 7, 9 and 11."""
+
+OVERLAPS = r"SGLANG_ENABLE_SPEC_V2=(?:1|true)\b"
+"""The variable among ``env_switches`` that lets SGLang's scheduler work ahead of drafts; without drafts it does
+nothing."""
 
 STATES = r"mamba-ssm-(?:cache-)?dtype=(\w+)"
 """The option among ``other_options`` that says what recurrent states are kept in (SGLang's, vLLM's)."""
@@ -158,6 +163,9 @@ def _options(table: pd.DataFrame) -> pd.DataFrame:
     out = table[[*KEY, "concurrency"]].assign(**{ours: table[theirs] for ours, theirs in OPTIONS.items()})
     out["kv_dtype"] = out["kv_dtype"].map(lambda said: "fp8" if str(said).startswith("fp8") else "")
     out["state_dtype"] = out["state_dtype"].astype(str).str.extract(STATES, expand=False).fillna("")
+    drafts = pd.to_numeric(table["spec_depth"]) > 0
+    ahead = drafts & table["env_switches"].astype(str).str.contains(OVERLAPS, case=False)
+    out["draft_overlap"] = ahead.map({True: "on", False: ""})
     numbers = [name for name in OPTIONS if name not in ("kv_dtype", "state_dtype", *WORDS)]
     for name in (*POOLS, "gpus", "dp_attn", "isl", "osl", "concurrency", *numbers):
         out[name] = out[name].map(lambda value: "" if pd.isna(value) else f"{float(value):.7g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from tensorcast.deploy.step.sizes import Batches, StepSizes
 from tensorcast.deploy.step.sums import PER_SEQUENCE, Recipe, RecipePart, Sums, sums_of
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.moe import EXPERT_STAGES
-from tensorcast.trace.table import Op, OpTable, Tensor, per_table
+from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, per_table
 
 Rows = NDArray[np.intp]
 
@@ -80,6 +81,10 @@ class Step:
                     where, more = tuple(range(first, first + len(own))), [*more, *own]
                     often = tuple([n for _, n in some])
                     parts.append(RecipePart(own, where, often, drafts=some is not self.drafter.once))
+            moved = self.pricer.engine.state_copies if drafting else None
+            if moved is not None and (kept := _kept_states(self.table, moved.value)) is not None:
+                parts.append(RecipePart((kept,), (len(rows) + len(more),), (1,), drafts=True))
+                more.append(kept)
             every, places = (*rows, *more), (*layers, FIRST, LAST, HAND_OVER)
             count, moe = len(every), sorted(self.overlap.positions)
             by_place = np.zeros((len(places), count))
@@ -114,6 +119,8 @@ class Step:
         times: list[Size] = [at.halves, (at.pp - 1) * at.halves]  # each part of the rows runs so often
         if at.draft is not None:
             times += [at.mtp_depth] if self.drafter is None else self.drafter.times(at.mtp_depth, at.halves)
+            if len(times) < len(recipe.parts):  # accepted states are copied once
+                times.append(np.greater(at.mtp_depth, 0) * 1.0)
         taken = dict(zip(recipe.places, own.places * at.halves, strict=True))
         layers, kinds = Counter(self.table.layer_kinds), sorted(self.overlap.positions)
         for kind, each in zip(kinds, hidden, strict=True):
@@ -138,6 +145,11 @@ class Step:
         if self.sizes.decode and engine.decode_graphs == "piecewise" and engine.graph_break_s is not None:
             each += float(engine.graph_break_s)
         overhead = spent.step_s + each * passes + per_sequence
+        serial, method = engine.serial_drafts, "mtp" if self.drafter is None else self.drafter.method
+        if at.draft is not None and serial is not None and method in serial.methods:
+            waits = np.greater(depth, 0) * serial.sequence_s * np.asarray(batch, dtype=float)
+            per_sequence = per_sequence + waits
+            overhead = overhead + waits + np.greater(depth, 0) * serial.step_s
         unsure = spent.layer_error_s * passes
         shares = levels / np.maximum(levels.sum(axis=0), 1e-30)
         return StepPrice(
@@ -175,6 +187,19 @@ def _projection(table: OpTable) -> Op:
     joined = Tensor((Dim(1, B=1), Dim(2 * hidden)), "bfloat16")
     weight = Tensor((Dim(2 * hidden), Dim(hidden)), "bfloat16", weight="eh_proj.weight")
     return Op("mm", "eh_proj", -1, (joined, weight), (Tensor((Dim(1, B=1), Dim(hidden)), "bfloat16"),))
+
+
+@per_table
+def _kept_states(table: OpTable, moved: float) -> Op | None:
+    """Copies of each sequence's accepted states, of all layers together, at ``moved`` states of traffic for each; None
+    where there are none."""
+    layers, found = Counter(table.layer_kinds), list[Tensor]()
+    for op in table.ops:
+        if op.name in STATEFUL:
+            state = op.outputs[1]
+            numbers = math.prod(dim.coef for dim in state.dims[1:]) * layers[op.kind] * moved / 2
+            found.append(Tensor((Dim(1, B=1), Dim(numbers)), state.dtype))
+    return Op("copy_", "accepted_states", -1, tuple(found), tuple(found)) if found else None
 
 
 Asked = tuple[Step, Size, Size, Size]

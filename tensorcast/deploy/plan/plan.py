@@ -9,6 +9,7 @@ gathered. Pipeline stages hand on hidden state and residual.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
@@ -70,18 +71,29 @@ class Plan:
     form: BlockForm
 
 
+MOST_SOURCES = 4096
+"""Models, engines and devices of which it is kept whose kernels run."""
+
+_sources: dict[tuple[Hashable, ...], tuple[object, object, dict[str, float]]] = {}
+
+
 def expert_sources(
     engine: EngineProfile, device: DeviceProfile, config: dict[str, Any], layout: Layout
 ) -> dict[str, float]:
     """Whose experts' kernels the engine runs for a model, by dtype, as kernel models count libraries; 0 where it says
     nothing."""
-    if engine.experts is None:
+    if (rules := engine.experts) is None:
         return {}
-    whose = partial(
-        engine.experts.library, device.architecture, config=config, spread=layout.ep > 1, attention_dp=layout.dp > 1
-    )
-    named = {dtype: whose(dtype=dtype) for dtype in PRECISION}
-    return {dtype: source_of(kernels) for dtype, kernels in named.items()}
+    key = id(rules), id(config), device.architecture, layout.ep > 1, layout.dp > 1
+    if key not in _sources:
+        whose = partial(
+            rules.library, device.architecture, config=config, spread=layout.ep > 1, attention_dp=layout.dp > 1
+        )
+        while len(_sources) >= MOST_SOURCES:
+            del _sources[next(iter(_sources))]
+        named = {dtype: source_of(whose(dtype=dtype)) for dtype in PRECISION}
+        _sources[key] = rules, config, named  # they stay alive, so that their ids stay their own
+    return _sources[key][-1]
 
 
 def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any, *, split: bool = False) -> str:

@@ -108,19 +108,18 @@ class Many:
         self._steps: dict[int, _Step] = {}
         self._alike: dict[tuple[Hashable, ...], _Alike] = {}
         self._corrections: dict[int, BatchedCorrections] = {}
-        self._cases: dict[str, list[Array]] = {name: [] for name in (*PLAIN, *ROUTED)}
+        self._sizes = list[tuple[int, tuple[int, ...], list[Size]]]()
         self._case = self._place = 0
 
     def ask(self, number: int, step: Step, batch: Size, at: Batches) -> None:
         """A step at these sizes, called by a ``number``; steps on one machine ask one after another."""
         contexts = [at.whole] if at.chunk is at.whole else [at.whole, at.chunk]
-        sizes = [[_size(context, name) for name in self._cases] for context in contexts]
+        sizes = [[_size(context, name) for name in (*PLAIN, *ROUTED)] for context in contexts]
         shape = np.broadcast_shapes(*(np.shape(size) for one in sizes for size in one))
         cases, first = math.prod(shape), self._case
         for one in sizes:
-            for column, size in zip(self._cases.values(), one, strict=True):
-                column.append(np.broadcast_to(size, shape).ravel())
-        self._case += cases * len(sizes)
+            self._sizes.append((self._case, shape, one))
+            self._case += cases
         recipe, known = step.recipe(at.draft is not None), kept_beside(step.table, Contents)
         keys = [_beside_ops(step.pricer, context) for context in contexts]
         mine, found = dict[Hashable, int](), _Step(step, batch, at, shape, self._place)
@@ -140,18 +139,26 @@ class Many:
             key: tuple[Hashable, ...] = content.like, content.routed and (True, step.pricer.one_call), *keys[where]
             if row.name == "grouped_matmul":
                 key = *key, *_of_experts(row, step.pricer, contexts[where])
-            alike = self._alike.setdefault(key, _Alike(contexts[where]))
+            if key not in self._alike:
+                self._alike[key] = _Alike(contexts[where])
+            alike = self._alike[key]
             alike.rows.append(_Row(content, step.pricer, cases, first + where * cases, self._place + place * cases))
             found.prices.append(alike)
         self._place += cases * len(mine)
 
     def _of(self, pricer: RowPricer) -> BatchedCorrections:
         own = pricer.corrections
-        return self._corrections.setdefault(id(own), BatchedCorrections(own))
+        if id(own) not in self._corrections:
+            self._corrections[id(own)] = BatchedCorrections(own)
+        return self._corrections[id(own)]
 
     def found(self) -> dict[int, StepPrice]:
         """What the steps that have asked cost, by their numbers."""
-        cases = {name: np.concatenate(column or [np.empty(0)]) for name, column in self._cases.items()}
+        columns = np.empty((len(PLAIN) + len(ROUTED), self._case))
+        for first, shape, sizes in self._sizes:
+            for column, size in zip(columns, sizes, strict=True):
+                column[first : first + math.prod(shape)].reshape(shape)[...] = size
+        cases = dict(zip((*PLAIN, *ROUTED), columns, strict=True))
         numbers = np.empty((4, self._place))
         later = list[_Priced]()
         for alike in self._alike.values():

@@ -50,7 +50,8 @@ def test_a_second_process_makes_nothing(folder: Path, monkeypatch: pytest.Monkey
         "small-decode-tp1", "small-decode-tp2", "small-decode-whole", "small-decode-rank2",
     }  # fmt: skip
     monkeypatch.setattr(cache, "_known", {})
-    for step in ("checkpoint", "by_precision", "apply_quantization", "fuse", "with_block_form", "cut_widths"):
+    monkeypatch.setattr("tensorcast.modeling.checkpoint.read.checkpoint", _refuses)
+    for step in ("by_precision", "apply_quantization", "fuse", "with_block_form", "cut_widths"):
         monkeypatch.setattr(cache, step, _refuses)
     monkeypatch.setattr(tracer, "trace", _refuses)
     assert _all(_profile(quantization_config={**FP8, "weight_block_size": [128, 128]})) == made

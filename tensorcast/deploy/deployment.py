@@ -27,7 +27,6 @@ from tensorcast.deploy.options import Options, Place, check_options, idle_option
 from tensorcast.deploy.plan.context import context_cut, prompt_cut
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
 from tensorcast.deploy.plan.switches import SWITCHES, UNSWITCHED, switched
-from tensorcast.deploy.step.drafter import make_drafter
 from tensorcast.deploy.step.make import make_step
 from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step
@@ -355,6 +354,8 @@ def deploy(
     sources = expert_sources(engine, device, model.config, layout)
     drafter = None
     if phase == "decode" and options.speculative_method != "mtp":
+        from tensorcast.deploy.step.drafter import make_drafter
+
         network = load_model(options.draft_model) if options.draft_model else None
         drafter = make_drafter(options.speculative_method, model, network, layout, device)
     step = make_step(

@@ -8,8 +8,6 @@ import re
 from dataclasses import dataclass
 
 from tensorcast.errors import InputError
-from tensorcast.modeling.checkpoint.read import checkpoint
-from tensorcast.modeling.checkpoint.released import released
 from tensorcast.modeling.quantization import Quantization
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import list_models, load_model
@@ -45,6 +43,8 @@ class Named:
 
     @functools.cached_property
     def _stored(self) -> Quantization:
+        from tensorcast.modeling.checkpoint.read import checkpoint  # of names that are no profile's alone
+
         return checkpoint(self.profile)
 
     def quant(self, linear: str | None, experts: str | None) -> str | None:
@@ -85,6 +85,8 @@ def named_model(name: str) -> tuple[ModelProfile, str]:
     profile = load_model(named.profile.name if named.near else name)  # one's own, to keep
     if not named.near:
         return profile, ""
+    from tensorcast.modeling.checkpoint.released import released
+
     if (found := released(name)) is not None:
         config = {**profile.config, **found.sizes, "quantization_config": found.entry}
         as_released = {"hf_id": name, "config": config, "quantization": None, "kv_dtype": "bf16"}

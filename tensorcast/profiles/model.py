@@ -102,7 +102,7 @@ class ModelProfile(Frozen):
     traffic: str = Field(
         default="typical", description="law by which tokens fall on experts; another where served runs tell so"
     )
-    moe: MoEFields = MoEFields()
+    moe: MoEFields = Field(default_factory=MoEFields)
     vision: VisionPart | None = Field(default=None, description="its tower and how images are cut, beside config")
 
     @field_validator("config")

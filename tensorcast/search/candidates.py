@@ -38,14 +38,14 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
     for budget in shop.chunks:
         most = np.minimum(shop.fits[budget], LARGEST_BATCH)
         if budget not in shop.states:
-            states = [
-                _engine(shop, budget, some[:, None]).at(grid[None, :])
-                for some in np.array_split(np.arange(len(most)), 1 + len(most) * len(grid) // TOGETHER)
-            ]
-            # what never keeps up with its prompts is late whatever the limits are
-            firsts = [np.where(np.isfinite(one.concurrency), one.first_s, np.nan) for one in states]
-            replies = [one.generation_s / max(shop.scenario.load.output_len - 1, 1) for one in states]
-            shop.states[budget] = np.concatenate(firsts), np.concatenate(replies)
+            shop.states[budget] = first_s, per_token = np.full((2, len(most), len(grid)), np.nan)
+            several = np.array_split(np.argsort(-most, kind="stable"), 1 + len(most) * len(grid) // TOGETHER)
+            for mine in several:  # those with room for as many together
+                held = slice(int(np.searchsorted(grid, most[mine[0]], side="right")))
+                state = _engine(shop, budget, mine[:, None]).at(grid[None, held])
+                # what never keeps up with its prompts is late whatever the limits are
+                first_s[mine, held] = np.where(np.isfinite(state.concurrency), state.first_s, np.nan)
+                per_token[mine, held] = state.generation_s / max(shop.scenario.load.output_len - 1, 1)
         first_s, per_token = shop.states[budget]
         fits = grid <= most[:, None]
         largest = np.where(fits, grid, 0.0).max(axis=1)

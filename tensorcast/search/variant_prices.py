@@ -130,7 +130,7 @@ class VariantPrices:
         self.fleet_of, self.member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
         self.fleets: list[Fleet] = []
         # first token's and each other token's seconds at every batch, by chunk budget: whatever the limits are
-        self.states: dict[int, tuple[Array, Array]] = {}
+        self.states: dict[int, Array] = {}
         self.whatever: dict[int, Points] = {}  # candidates there whatever the limits are, by chunk budget
         self._pools: VariantPrices | None = None
         self._encoded: dict[int, EncodeStep] = {}
@@ -293,20 +293,22 @@ class VariantPrices:
         changes no memory."""
         load, chunk = self.scenario.load, self.budgets.index(self.scenario.own_chunk)
         alike: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+        prompts: dict[tuple[str, bytes, bytes], tuple[Array, Array]] = {}  # whatever is drafted
         for i, positions in enumerate(group.values()):
             for setting, at in positions.items():
                 alike.setdefault((setting.kv_dtype, setting.mtp_depth), []).append((i, setting.pp, at))
         for (kv, depth), found in alike.items():
             member, stages, position = np.array(found).T
             (member, stages), where = np.unique([member, stages], axis=1, return_inverse=True)
-            prefill, decode = (
-                one.at(kv, drafts, member, stages)
-                for one, drafts in ((reading, 0), (decoding, depth))
-            )
+            key = kv, member.tobytes(), stages.tobytes()
+            if key not in prompts:
+                prefill = reading.at(kv, 0, member, stages)
+                budgets = np.asarray(prefill_budget(prefill, *self._cuts))
+                one = sequence_bytes(prefill, load.input_len, 0)
+                prompts[key] = budgets, room(prefill, budgets[:, chunk : chunk + 1], one)
+            (prefilling, read), decode = prompts[key], decoding.at(kv, depth, member, stages)
             steps, buffers = decode_budget(decode, load.input_len)
             each = sequence_bytes(decode, load.input_len, load.output_len)
-            prefilling = np.asarray(prefill_budget(prefill, *self._cuts))
-            read = room(prefill, prefilling[:, chunk : chunk + 1], sequence_bytes(prefill, load.input_len, 0))
             fits = room(decode, steps, each + buffers)
             beside = np.minimum(fits, room(decode, prefilling, each))
             self.room_decode[position], self.room_prefill[position] = fits[where, 0], read[where, 0]

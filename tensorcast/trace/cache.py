@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from tensorcast.errors import InputError
 from tensorcast.files import cache_dir, digest_of, write_atomically
-from tensorcast.modeling.checkpoint.read import checkpoint
 from tensorcast.modeling.module_rules import NO_RULES
 from tensorcast.modeling.quantization import SCHEMES, Quantization, as_run, override
 from tensorcast.profiles.beside_config import KEYS
@@ -217,6 +216,8 @@ def whole_model(profile: ModelProfile, phase: str, quant: str | None = None) -> 
 def _stored(profile: ModelProfile, quant: str | None, phase: str) -> Quantization:
     if phase == "encode":  # towers stay as they are, whatever is done to the language model
         return Quantization()
+    from tensorcast.modeling.checkpoint.read import checkpoint  # where nothing is kept
+
     try:
         found = checkpoint(profile)
     except InputError:

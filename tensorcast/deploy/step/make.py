@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from tensorcast.cost.formulas import Context
 from tensorcast.cost.kernels.corrections import corrections_for
@@ -14,7 +15,6 @@ from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Plan
-from tensorcast.deploy.step.drafter import Drafter
 from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import StepSizes
@@ -24,6 +24,9 @@ from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.moe import blocks_of
 from tensorcast.trace.table import Op, OpTable
+
+if TYPE_CHECKING:
+    from tensorcast.deploy.step.drafter import Drafter
 
 GLOBAL_EPLB = ("trtllm",)
 """Engines whose balancer knows no nodes (TensorRT-LLM, ``examples/wide_ep/ep_load_balancer/generate_eplb_config.py``);

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,6 @@ from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.plan.plan import Collective, Plan, Row
 from tensorcast.deploy.step.alike import Questions
 from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Prices, SizesOfAll, Waiting
-from tensorcast.deploy.step.drafter import Drafter
 from tensorcast.deploy.step.overlap import KIND_SUMS, Overlap
 from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place_of, stages_of
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Tally, pick
@@ -27,6 +26,9 @@ from tensorcast.deploy.step.sums import PER_SEQUENCE, Recipe, RecipePart, Sums, 
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, per_table
+
+if TYPE_CHECKING:
+    from tensorcast.deploy.step.drafter import Drafter
 
 Rows = NDArray[np.intp]
 

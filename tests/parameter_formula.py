@@ -68,6 +68,8 @@ def parameters(config: dict[str, Any]) -> int | None:
     kind, values = config["model_type"], config
     if kind == "kimi_k3" and part is not None:
         return _kimi_k3(part)
+    if kind == "step3_vl" and part is not None:
+        return _step3(part)
     if part is not None:
         values = {**part, "tie_word_embeddings": _tied(config, part)}
     form = FORMS.get(values.get("model_type", kind)) or FORMS.get(kind)
@@ -106,6 +108,18 @@ def _kimi_k3(values: dict[str, Any]) -> int:
     total = counts[0] * kda + counts[1] * mla + dense * 3 * stream * values["intermediate_size"]
     total += (layers - dense) * moe + (6 * layers + 3) * stream
     return total + (1 if values.get("tie_word_embeddings") else 2) * values["vocab_size"] * stream
+
+
+def _step3(values: dict[str, Any]) -> int:
+    """Queries through a normed latent, one key and value of a head's width (vLLM 0.33.0, models/step3_text.py)."""
+    stream, head, low = values["hidden_size"], values["head_dim"], values["share_q_dim"]
+    width, sparse = values["num_attention_heads"] * head, len(values["moe_layers_enum"].split(","))
+    attention = low * (stream + width + 1) + 2 * values["num_attention_groups"] * head * stream + width * stream
+    experts = values["moe_num_experts"]
+    moe = experts * stream + 3 * stream * (experts * values["moe_intermediate_size"] + values["share_expert_dim"])
+    layers = values["num_hidden_layers"]
+    total = layers * (attention + 2 * stream) + (layers - sparse) * 3 * stream * values["intermediate_size"]
+    return total + sparse * moe + stream + 2 * values["vocab_size"] * stream
 
 
 def _block(values: dict[str, Any], block: dict[str, Any], stream: int) -> int:

@@ -167,6 +167,34 @@ def test_prompts_are_read_in_parts(model: Any, width: int) -> None:
     assert cut.held(1.0, tokens)[1] == plain.held(1.0, tokens)[1]  # "does not increase the KV-cache shard count"
 
 
+def test_the_search_has_pools_of_prompts_that_read_them_in_parts() -> None:
+    """Long prompts, a short wait: of pools alone, as many readers as groups, each as fast as it is deployed alone."""
+    found = tc.compare(
+        "deepseek-v3", device="h200", world_size=16, input_len=32768, output_len=512, ttft_s=10.0, tpot_s=0.06,
+        pcp=[2, 4], layouts=["tp2-dp4-ep8", "tp4-pp2", "tp8"],
+    )
+    frame = found.candidates
+    assert set(frame.loc[frame["mode"] == "aggregated", "pcp"]) == {1}
+    assert set(frame.loc[frame["prefill_layout"] != "tp2-dp4-ep8", "pcp"]) == {1}  # one group reads alone
+    pools = frame[frame["mode"] == "disaggregated"]
+    soonest = pools.groupby("pcp")["ttft_s"].min()
+    assert 4 in soonest.index and soonest[4] < soonest[1]
+    row = pools[pools["pcp"] == 4].sort_values("tokens_per_s_per_gpu").iloc[-1]
+    reads, writes = found.deployments(row["candidate"])
+    assert (reads.options.pcp, writes.options.pcp) == (4, 1)
+    step = VLLM.tokens_per_step(H200)
+    prompt_s = sum(float(reads.step.price(1.0, 1.0 * step, 1.0 * past).seconds) for past in range(0, 32768, step))
+    busy = row["output_tokens_per_s"] / 512 * prompt_s / row["prefill_workers"]  # dp4 by fours: one prompt at a time
+    assert 0.5 < busy < 0.9
+
+
+@pytest.mark.parametrize("engine", ["vllm==0.24.0", "sglang==0.5.14", "trtllm"])
+def test_the_search_reads_no_prompts_in_parts_where_the_release_cannot(engine: str) -> None:
+    found = tc.compare("deepseek-v3", device="h200", world_size=16, engine=engine, input_len=4096, output_len=512,
+                       pcp=[4], layouts=["tp2-dp4-ep8", "tp4-pp2"], modes=["disaggregated"])  # fmt: skip
+    assert set(found.candidates["pcp"]) == {1}
+
+
 def test_decoding_groups_hold_each_others_caches() -> None:
     """vLLM 0.33.0, config/parallel.py (pcp_shard_decode_requests): requests are shared out, caches are copies."""
     cut, plain = (

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 REPLAY = "Replay"
 
 SEVERAL_NAMES = ("kv_dtype", "all2all", "dispatch", "combine")
-NUMBERS = {"mtp_depth": "--mtp", "dcp": "--dcp", "chunk_tokens": "--chunk-tokens"}
+NUMBERS = {"mtp_depth": "--mtp", "dcp": "--dcp", "pcp": "--pcp", "chunk_tokens": "--chunk-tokens"}
 """Options that are lists here, of names and of whole numbers with their flags."""
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -79,12 +79,13 @@ tensorcast compare deepseek-v3 -d h100,h200,b200 -n 16,32,64,128 --executor dask
     "quant", "state_dtype", "routing", "placement", "speculative_method", "draft_model",
     defaults={"routing": SERVED_ROUTING}, searched={
         "kv_dtype": ("bf16,fp8", "the model's"), "mtp_depth": ("N,...", "0"),
-        "dcp": ("N,...", "1"), "all2all": ("KIND,...", "the first two"),
+        "dcp": ("N,...", "1"), "pcp": ("N,...", "1"), "all2all": ("KIND,...", "the first two"),
         "dispatch": ("SCHEME,...", "as the experts read them, and bf16"), "combine": ("SCHEME,...", "bf16"),
         "chunk_tokens": ("N,...", "2048,8192,16384"),
     },
     all2all="allgather_reducescatter, deepep (its mode by phase), high_throughput, low_latency, direct, auto.",
     chunk_tokens="Prompt tokens per step and rank.",
+    pcp="Prefill context parallelism of pools of prompts: data-parallel groups of GPUs that read each prompt together.",
 )
 def compare(
     model: Model,

@@ -198,6 +198,8 @@ def _of_nodes(c: Case) -> Iterator[Limit]:
         yield "graphs in pieces", "decode steps are replayed whole, or not at all"
     if c.engine == "trtllm" and c.options.allreduce_fusion != "engine":
         yield "all-reduces with norms", "no option that switches them"
+    if pcp > 1:
+        yield "prefill context parallelism", f"no prefill context parallelism (pcp = {pcp}) in this release"
     if c.options.dcp > 1:
         yield "decode context parallelism", f"no decode context parallelism (dcp = {c.options.dcp}) in this release"
     if not several:
@@ -326,18 +328,18 @@ _SHARED = ("exchange kernels", "plain all-to-all", "balanced experts", "external
 ENGINE_RULES: dict[str, tuple[str, ...]] = {
     "vllm": (
         *_SHARED, "one exchange", "whole experts or all cut", "dual-batch overlap", "draft layers", "DSpark drafts",
-        "prompts in parts", "data-parallel ranks on nodes", "DeepEP's ranks", "DeepEP's devices",
-        "vocabulary", *(rule for rule in ANY_ENGINE if rule != "devices of the engine"),
+        "prefill context parallelism", "prompts in parts", "data-parallel ranks on nodes", "DeepEP's ranks",
+        "DeepEP's devices", "vocabulary", *(rule for rule in ANY_ENGINE if rule != "devices of the engine"),
     ),
     "sglang": (
         *_SHARED, "all-to-all over all ranks", "dual-batch overlap", "draft layers", "drafts in a pipeline",
-        "DSpark drafts", "what drafts", "decode context parallelism", "DeepEP v2",
+        "DSpark drafts", "what drafts", "decode context parallelism", "prefill context parallelism", "DeepEP v2",
         "dense replicas on one node", "even experts", "DeepEP's ranks", "DeepEP's devices", *ANY_ENGINE,
     ),
     "trtllm": (
         *_SHARED, "one exchange", "attention over all ranks", "dense replicas", "all-to-all with whole experts",
         "dual-batch overlap", "draft layers", "what drafts", "graphs in pieces", "all-reduces with norms",
-        "decode context parallelism", "DeepEP's ranks", "DeepEP's devices",
+        "decode context parallelism", "prefill context parallelism", "DeepEP's ranks", "DeepEP's devices",
         *(rule for rule in ANY_ENGINE if rule != "cache kernels"),
     ),
 }

@@ -52,6 +52,7 @@ class SearchedOptions(TypedDict, total=False):
     kv_dtype: Sequence[str] | None
     mtp_depth: Sequence[int] | None
     dcp: Sequence[int] | None
+    pcp: Sequence[int] | None
     all2all: Sequence[str] | None
     dispatch: Sequence[str] | None
     combine: Sequence[str] | None

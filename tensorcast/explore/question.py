@@ -102,6 +102,7 @@ def question(state: State, named: Collection[str] = ()) -> Question:
             "dispatch": _listed(full["dispatch"]), "combine": _listed(full["combine"]),
             "mtp_depth": _wholes("--mtp", full["mtp_depth"], 0) if full["mtp_depth"] else None,
             "dcp": _wholes("--dcp", full["dcp"]) if full["dcp"] else None,
+            "pcp": _wholes("--pcp", full["pcp"]) if full["pcp"] else None,
             "chunk_tokens": _wholes("--chunk-tokens", full["chunk_tokens"]) if full["chunk_tokens"] else None,
         },
     }  # fmt: skip

@@ -38,6 +38,7 @@ class Axes:
     dual_batch_overlap: tuple[bool, ...] = (False, True)
     mtp_depth: tuple[int, ...] = (0,)
     dcp: tuple[int, ...] = (1,)
+    pcp: tuple[int, ...] = (1,)
     chunk_tokens: tuple[int, ...] = (2048, 8192, 16384)
 
     def __post_init__(self) -> None:
@@ -48,7 +49,9 @@ class Axes:
             for value in getattr(self, name):
                 if value is not None and value not in known:
                     raise unknown_name(f"--{name.replace('_', '-')}", value, known)
-        leasts = (("mtp_depth", "--mtp", 0), ("dcp", "--dcp", 1), ("chunk_tokens", "--chunk-tokens", 1))
+        leasts = (
+            ("mtp_depth", "--mtp", 0), ("dcp", "--dcp", 1), ("pcp", "--pcp", 1), ("chunk_tokens", "--chunk-tokens", 1),
+        )
         for name, flag, least in leasts:
             if wrong := [value for value in getattr(self, name) if value < least]:
                 raise InputError(f"{flag} {wrong[0]}: must be at least {least}")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 COLUMNS = tuple(
     "candidate mode device engine layout family tp dp ep etp pp replicas world_size gpus prefill_layout"
     " prefill_workers decode_workers batch concurrency all2all dispatch combine kv_dtype placement redundant_experts"
-    " external_shared_experts shared_expert_tp dual_batch_overlap mtp_depth dcp chunk_tokens ttft_s ttft_low_s"
+    " external_shared_experts shared_expert_tp dual_batch_overlap mtp_depth dcp pcp chunk_tokens ttft_s ttft_low_s"
     " ttft_high_s ttft_chance tpot_s tpot_low_s tpot_high_s tpot_chance request_s output_tokens_per_s"
     " output_tokens_low_per_s output_tokens_high_per_s tokens_per_s_per_gpu tokens_per_s_per_user decode_step_s"
     " prefill_step_s exposed_comm_s hidden_comm_s memory_bytes weights_bytes kv_cache_bytes activations_bytes"
@@ -134,7 +134,8 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
     over = shares.max(axis=0) > 1
     pools, decoding, named = mode == "disaggregated", task, told["layout"][of_variant]
     reading: Rows = c["prefill"].astype(int) if pools else of_variant
-    prefill = _told(task, prices.readers or prices)["layout"][reading]
+    reads = _told(task, prices.readers or prices)
+    prefill = reads["layout"][reading]
     if task.pools:  # as replay reads them
         first, decoding = task.pools
         named, prefill = named + f"@{decoding.device.name}", prefill + f"@{first.device.name}"
@@ -146,6 +147,7 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
         "engine": task.engine.name,
         **{name: values[of_variant] for name, values in told.items()},
         "layout": named,
+        "pcp": reads["pcp"][reading],
         **{name: c[name].astype(int) for name in ("replicas", "world_size", "gpus")},
         "prefill_layout": prefill if pools else None,
         "prefill_workers": c["prefill_workers"] if pools else nothing,
@@ -199,6 +201,7 @@ def _told(task: SearchTask, prices: VariantPrices) -> dict[str, NDArray[Any]]:
             "layout": [called[v.layout] for v in every], "family": [families[v.layout] for v in every],
             **{name: [getattr(v.layout, name) for v in every] for name in ("tp", "dp", "ep", "pp")},
             "etp": [v.layout.etp if experts else 1 for v in every],
+            "pcp": [v.prefill.pcp for v in every],
             "all2all": [choose_all2all(v.decode.all2all, v.layout, task.engine, "decode") for v in every],
             "dispatch": [v.decode.dispatch or "" for v in every],
             "combine": [v.decode.combine or "" for v in every],

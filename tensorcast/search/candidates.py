@@ -139,7 +139,7 @@ def disaggregated(
     for prefill in _prefill_choices(readers, gpus, limits[0]):
         variant = readers.variants[prefill]
         wide, most_per_s = variant.layout.world_size, float(readers.own_prompts.where(prefill).most_per_s)
-        capacity = PREFILL_BUSY * variant.layout.dp * most_per_s
+        capacity = PREFILL_BUSY * float(readers.layouts["readers"][prefill]) * most_per_s
         same = shop.kv_dtypes == variant.decode.kv_dtype
         x, y = _matched(rate, capacity, wide, size[rows], room)
         unstable += int((x == 0)[same[rows]].sum())
@@ -199,7 +199,7 @@ class _Pools(Entries):
             traffic=shop.scenario.load,
             engine=shop.scenario.engine,
             decode_ranks=self.y * shop.layouts["dp"][self.rows],
-            prefill_ranks=self.x * readers.layouts["dp"][self.prefill],
+            prefill_ranks=self.x * readers.layouts["readers"][self.prefill],
             depth=shop.depths[self.rows],
             hand_over_s=self.hand_over_s,
             decoding=DecodeCurve(shop.grid, shop.curves, self.rows),
@@ -227,7 +227,7 @@ def _prefill_choices(shop: VariantPrices, gpus: int, ttft_s: float | None) -> li
     every = shop.own_prompts
     size = shop.layouts["world_size"]
     fits = (shop.room_prefill >= 1) & (size < gpus)
-    per_gpu = every.most_per_s * shop.layouts["dp"] / size
+    per_gpu = every.most_per_s * shop.layouts["readers"] / size
     alone = (every.fixed_s + every.prompt_s) / np.minimum(every.per_step, 1.0)
     chosen = set()
     for kv in {*shop.kv_dtypes}:

@@ -61,8 +61,8 @@ Room = Sequence[tuple[float, float, float]]
 """The most of something that pools may take, GPUs first, and how much a GPU of prefill and of decode workers does."""
 
 SEARCHED = {
-    "kv_dtype": "kv_dtype", "mtp_depth": "mtp_depth", "dcp": "dcp", "exchange": "all2all", "dispatch": "dispatch",
-    "combine": "combine", "chunk_tokens": "chunk_tokens",
+    "kv_dtype": "kv_dtype", "mtp_depth": "mtp_depth", "dcp": "dcp", "pcp": "pcp", "exchange": "all2all",
+    "dispatch": "dispatch", "combine": "combine", "chunk_tokens": "chunk_tokens",
 }
 """Axes by what their option is called."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
-from tensorcast.deploy.layout import Layout, broken_context, broken_rules
+from tensorcast.deploy.layout import Layout, broken_context, broken_prompts, broken_rules
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import block_form, choose_all2all
@@ -137,6 +137,7 @@ RELEVANT = (
     Relevance("dual_batch_overlap", lambda at: at.sent),
     Relevance("mtp_depth", lambda at: at.drafts),
     Relevance("dcp", lambda at: at.layout.tp > 1),
+    Relevance("pcp", lambda at: at.layout.dp > 1),
 )
 """The options' side of :func:`tensorcast.deploy.layout.broken_rules`: an axis is searched where it changes anything."""
 
@@ -181,6 +182,8 @@ def variants(
         }
         if axes.dcp != (1,):  # contexts are cut over ranks that would hold copies; others keep them whole
             tried["dcp"] = [n for n in tried["dcp"] if not broken_context(n, layout, facts, latent=latent)] or [1]
+        if axes.pcp != (1,):  # what decodes is the same whatever reads its prompts
+            tried["pcp"] = dict.fromkeys([1, *(n for n in tried["pcp"] if not broken_prompts(n, layout))])
         for values in product(*tried.values()):
             chosen = dict(zip(tried, values, strict=True))
             # ranks of their own have as many rows as others: one of a token's k + 1 copies goes there
@@ -208,13 +211,13 @@ def _both_phases(base: Options, exchange: str, chosen: tuple[tuple[str, Any], ..
         decode, prefill = (
             one if one.all2all == "low_latency" else replace(one, combine=None) for one in (decode, prefill)
         )
-    return replace(prefill, mtp_depth=0), decode
+    return replace(prefill, mtp_depth=0), replace(decode, pcp=1) if decode.pcp > 1 else decode
 
 
 _FIXED: dict[str, tuple[Any, ...]] = {
     "dispatch": (None,), "combine": (None,), "kv_dtype": (None,), "shared_expert_tp": (True,),
     "external_shared_experts": (False,), "redundant_experts": (False,),
-    "dual_batch_overlap": (False,), "mtp_depth": (0,), "dcp": (1,),
+    "dual_batch_overlap": (False,), "mtp_depth": (0,), "dcp": (1,), "pcp": (1,),
 }
 """Where an axis changes nothing."""
 

@@ -108,8 +108,8 @@ class VariantPrices:
         self.parts = Parts() if parts is None else parts
         self._whole = whole_model(scenario.model, "prefill", variants[0].prefill.quant)
         self.budgets = sorted({*chunks, scenario.own_chunk})
-        sizes = np.array([(v.layout.world_size, v.layout.dp) for v in variants], dtype=float)
-        self.layouts: dict[str, Array] = dict(zip(("world_size", "dp"), sizes.T, strict=True))
+        sizes = np.array([(v.layout.world_size, v.layout.dp, v.layout.dp // v.prefill.pcp) for v in variants])
+        self.layouts: dict[str, Array] = dict(zip(("world_size", "dp", "readers"), sizes.T.astype(float), strict=True))
         self.depths = np.array([v.decode.mtp_depth for v in variants])
         self.kv_dtypes = np.array([v.decode.kv_dtype for v in variants], dtype=object)
         numbers: dict[Layout, int] = {}
@@ -152,8 +152,10 @@ class VariantPrices:
         self.told: dict[str, NDArray[Any]] = told  # what tables say of each variant, once they do
         groups = list(of_all.values())
         entries = np.cumsum([sum(map(len, members.values())) for members in groups]) * len(grid)
-        for block in np.unique(entries // TOGETHER):
-            self._price([groups[i] for i in np.flatnonzero(entries // TOGETHER == block)], grid)
+        read_in = [next(iter(members))[1].pcp for members in groups]  # parts
+        blocks = list(zip((entries // TOGETHER).tolist(), read_in, strict=True))
+        for block in dict.fromkeys(blocks):
+            self._price([groups[i] for i, one in enumerate(blocks) if one == block], grid)
         self.prompts = {}
         for budget, found in self._costs.items():
             positions = np.concatenate([rows for rows, _ in found])
@@ -161,7 +163,8 @@ class VariantPrices:
         self.own_prompts = self.prompts[scenario.own_chunk]  # in steps as the engine cuts them unasked
         while len(self.parts.fleets) > MOST_FLEETS:
             del self.parts.fleets[next(iter(self.parts.fleets))]
-        room = np.max([self.room_decode, *(self.fits[budget] for budget in chunks)], axis=0)
+        apart = np.array([v.prefill.pcp > 1 for v in variants]) * self.room_prefill
+        room = np.max([self.room_decode, apart, *(self.fits[budget] for budget in chunks)], axis=0)
         self.without_room = int((room < 1).sum())
         """Variants that hold no sequence, in either mode of serving."""
 
@@ -311,6 +314,8 @@ class VariantPrices:
             each = sequence_bytes(decode, load.input_len, load.output_len)
             fits = room(decode, steps, each + buffers)
             beside = np.minimum(fits, room(decode, prefilling, each))
+            if next(iter(group))[1].pcp > 1:  # pools of prompts alone read them in parts
+                fits, beside = 0.0 * fits, 0.0 * beside
             self.room_decode[position], self.room_prefill[position] = fits[where, 0], read[where, 0]
             for i, budget in enumerate(self.budgets):
                 self.fits[budget][position] = beside[where, i]

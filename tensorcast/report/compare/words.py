@@ -194,6 +194,8 @@ def options(row: dict[str, Any]) -> str:
         parts.append("dual-batch overlap")
     if row["dcp"] > 1:
         parts.append(f"each sequence's cache over {row['dcp']} GPUs")
+    if row["pcp"] > 1:
+        parts.append(f"each prompt read by {row['pcp']} data-parallel groups together")
     if row["mtp_depth"]:
         parts.append(f"{plural(row['mtp_depth'], 'drafted token')} per step")
     if row["mode"] == "aggregated" and row["chunk_tokens"]:

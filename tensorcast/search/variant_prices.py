@@ -282,7 +282,7 @@ class VariantPrices:
         for some, price in asked["decode"].each(member, entries, np.minimum(fit + 1, len(grid))):
             for name, values in decode_columns(price).items():
                 exact = SPLIT * values - (SPLIT * values - values)
-                self.curves[name][position[some][:, None], at_batches[: exact.shape[1]]] = exact
+                self.curves[name][position[some][:, None], at_batches[: exact.shape[-1]]] = exact
 
     def _encoding(self, variant: int) -> EncodeStep:
         """The images of one prompt on the GPUs that read it."""

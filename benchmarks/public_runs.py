@@ -7,7 +7,8 @@
   one length at once. ``DEP4`` is attention DP and experts over four GPUs, as its options say. The client chooses
   sequences and tokens of a step by its own estimate of the cache's room (tensorrt_llm/bench/build/tuning.py,
   ``calc_engine_setting``; build.py keeps the engine's defaults for precisions that it has not tuned, as gpt-oss's) and
-  gives it room for the longest prompt beside a whole batch (benchmark/utils/general.py). Caches are fp8 but for gpt-oss
+  gives it room for the longest prompt beside a whole batch (benchmark/utils/general.py). Decode steps are padded to the
+  graphs that the page lists. Caches are fp8 but for gpt-oss
   on Hopper.
 - ``--rates``: a checkout of https://github.com/inference-sim/training (Apache-2.0): inference-perf against vLLM on
   H100, evenly spaced requests, at most 128 sequences and 2,048 tokens a step. Some 45 prompts are sent again and again,
@@ -52,6 +53,9 @@ SENT = {(1024, 1024): 3000, (8192, 1024): 1500, (1024, 8192): 1500, (32768, 1024
 
 BATCH, TOKENS = 2048, 8192
 """Sequences and tokens of a step as the engine has them unasked."""
+
+GRAPHS = "1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 1024, 2048, 4096, 8192"
+"""Batches of captured graphs, all else padded to them."""
 
 CACHE_SHARE = 0.95
 """Of the memory that weights leave: the page's, but where that was too much."""
@@ -104,7 +108,7 @@ def bursts(page: str) -> list[dict[str, Any]]:
                 size, apart = int(said[3]), said[2] == "DEP"
                 row = {
                     "model": MODELS[name], "device": DEVICES[said[1]], "engine": "trtllm", "isl": isl, "osl": osl,
-                    "requests": SENT[max(isl, 1024), max(osl, 1024)], "tp": 1 if apart else size,
+                    "graph_sizes": GRAPHS, "requests": SENT[max(isl, 1024), max(osl, 1024)], "tp": 1 if apart else size,
                     "dp": size if apart else 1, "ep": size if apart else None,
                     "measured_output_tokens_per_s": float(cell.replace(",", "")) * size,
                 }

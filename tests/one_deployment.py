@@ -155,15 +155,15 @@ def aggregated(prefill: Deployment, decode: Deployment, traffic: Traffic, chunk_
         return One(f"does not fit: no room for one sequence of {traffic.input_len} tokens")
     curve, depth = OneCurve(decode, float(traffic.context), users / dp), decode.options.mtp_depth
 
-    def times(batch: float) -> tuple[float, float, float, float]:
+    def times(batch: float) -> tuple[float, float, float, float, float]:
         return engine_times(traffic, decode, dp=dp, depth=depth, curve=curve, prompts=prompts, batch=batch)
 
     def in_flight(batch: float) -> float:
         return times(batch)[3]
 
     batch = steady_batch(in_flight, min(users / dp, fits), users)
-    first, generation, mean, _ = times(batch)
-    first = max(first, users / (batch * dp) * generation - generation)
+    first, generation, mean, _, between = times(batch)
+    first = max(first, users / (batch * dp) * between - generation)
     share = min(max(1 - float(curve.at("seconds", batch)) / mean, 0.0), 1.0)
     return told(
         traffic, users, batch, first=first, generation=generation, curve=curve, prompts=prompts, share=share
@@ -172,10 +172,11 @@ def aggregated(prefill: Deployment, decode: Deployment, traffic: Traffic, chunk_
 
 def engine_times(
     traffic: Traffic, decode: Deployment, *, dp: int, depth: int, curve: Any, prompts: Any, batch: float
-) -> tuple[float, float, float, float]:
-    """Seconds to the first token and of the reply from there, the mean step, requests in flight."""
+) -> tuple[float, float, float, float, float]:
+    """Seconds to the first token and of the reply from there, the mean step, requests in flight, seconds that a reply's
+    place is taken."""
     engine, steps = decode.engine, steps_of(traffic, depth)
-    mean, met, own, full = step_moments(curve, prompts, batch, steps=steps, dp=dp, alone=engine.prefill_alone)
+    mean, met, own, each, full = step_moments(curve, prompts, batch, steps=steps, dp=dp, alone=engine.prefill_alone)
     wave = max(batch - 1, 0) / prompts.most_per_s
     first = (engine.arrival_wait_steps + traffic.wait_steps) * met + own + wave / 2 / traffic.rounds
     first, generation = first + engine.first_token_s(traffic.input_len), steps * mean
@@ -183,20 +184,19 @@ def engine_times(
         looks = max(2 * traffic.wait_steps, 1)
         apart = 2 * traffic.spread * steps * math.sqrt(min(traffic.rounds, 1e4)) / 1.5
         together = max(batch - 1, 0) * looks / (looks + apart)
-        each = steps * (mean - float(curve.at("seconds", batch))) / max(batch - 1, 1e-6)
         between = generation - together * max(each - 1 / prompts.most_per_s, 0)
         bunched = together / prompts.most_per_s / 2
         first, generation = first + bunched, between - bunched
     else:
         first += min(0.75 / (1 + traffic.spread / 0.05), max(batch - 1, 0)) / prompts.most_per_s
         between = generation
-    return first, generation, mean, math.inf if full else batch / between * dp * (first + generation)
+    return first, generation, mean, math.inf if full else batch / between * dp * (first + generation), between
 
 
 def step_moments(
     curve: Any, prompts: Any, batch: float, *, steps: float, dp: int, alone: bool
-) -> tuple[float, float, float, bool]:
-    """The mean step, the step that an arrival meets, the one it rides in, and whether prompts overrun."""
+) -> tuple[float, float, float, float, bool]:
+    """The mean step, that which an arrival meets, that which it rides in, what a prompt adds, if prompts overrun."""
     plain = float(curve.at("seconds", batch))
     first = prompts.fixed_s
     first += plain if alone else float(curve.at("attention_s", batch)) + prompts.token_s * batch
@@ -229,7 +229,7 @@ def step_moments(
         own += prompts.prompt_s * min(1 + others, max(prompts.per_step, 1 + others / 2))
     met = mean + variance / mean
     own += met * used / (2 * max(1 - used, 1e-3)) / max(prompts.per_step, 1.0)
-    return mean, met, own, used >= 0.98
+    return mean, met, own, (mean - plain) / per_rank, used >= 0.98
 
 
 def disaggregated(

@@ -79,6 +79,13 @@ def test_a_long_closed_loop_is_what_the_closed_form_says(engine: str, loop: tupl
     assert replayed["output_tokens_per_s"] == pytest.approx(steady["output_tokens_per_s"], rel=0.1)
 
 
+def test_steps_padded_to_few_graphs_take_longer() -> None:
+    burst: dict[str, object] = {"requests": 40, "engine": "trtllm"}
+    plain, listed, zero = rows(burst, burst | {"graph_sizes": "[8, 256]"}, burst | {"graph_sizes": "0 8"})
+    assert plain["output_tokens_per_s"] > 1.01 * listed["output_tokens_per_s"]
+    assert "graph_sizes 0: must be at least 1" in zero["problem"]
+
+
 def test_no_more_sequences_run_than_are_allowed() -> None:
     few, many = rows({"concurrency": 32, "max_num_seqs": 4}, {"concurrency": 32, "max_num_seqs": 64})
     assert few["mean_batch"] <= 4 < many["mean_batch"]
@@ -98,6 +105,7 @@ def test_users_in_a_closed_loop_are_served_steadily() -> None:
     ({"request_rate": 0}, "request_rate 0: must be more than 0"), ({"requests": 0}, "requests 0"),
     ({"requests": 2.5}, "requests 2.5: must be a whole number"), ({"max_num_seqs": 0}, "max_num_seqs 0"),
     ({"request_rate": 1, "burstiness": 0}, "burstiness 0: must be more than 0"),
+    ({"requests": 9, "graph_sizes": "1, 2, many"}, "graph_sizes '1, 2, many': must be whole numbers of sequences"),
     ({"request_rate": "-inf"}, "request_rate '-inf': must be a finite number"),
     ({"request_rate": "fast"}, "request_rate 'fast': must be a number"),
 ])

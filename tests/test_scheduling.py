@@ -12,8 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorcast.deploy.deployment import deploy
-from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
 from tensorcast.predict import predict
@@ -27,7 +25,7 @@ from tensorcast.scheduling.prefix_cache import PrefixCache
 from tensorcast.scheduling.replay import PricedServers, priced_servers
 from tensorcast.scheduling.requests import Length, Requests, drawn, sessions
 from tensorcast.scheduling.rules import Role, Rules, Waits
-from tensorcast.scheduling.step_times import Bilinear, DecodeTimes, PromptTimes, StepTimes, step_times
+from tensorcast.scheduling.step_times import Bilinear, DecodeTimes, PromptTimes, StepTimes
 
 SERVED = Options(routing="typical")
 WIDE = [0.0, 2.0**20]
@@ -240,54 +238,6 @@ def test_prefix_blocks_against_a_plain_list(steps: list[tuple[int, int]], room: 
 def priced() -> PricedServers:
     model, device, engine = load_model("qwen3-30b-a3b"), load_device("h100"), load_engine("vllm")
     return priced_servers(model, device, engine, parse_servers("tp2-ep2"), longest=6000, options=SERVED)
-
-
-def test_steps_are_priced_as_simulate_prices_them() -> None:
-    model, device, engine = load_model("qwen3-30b-a3b"), load_device("h100"), load_engine("vllm")
-    layout = Layout(4, 1, 4, 4)
-    prefill, decode = (deploy(model, device, engine, layout, phase) for phase in ("prefill", "decode"))
-    times = step_times(prefill, decode, most_sequences=256, chunk_tokens=8192, longest=9000)
-    for batch, context in ((1, 4096), (37, 3000), (256, 811)):
-        own = float(decode.step.price(float(batch), 1.0, float(context)).seconds)
-        assert times.decoding(batch, context, batch) == pytest.approx(own, rel=0.01)
-    factor = engine.overhead.prefill_factor
-    for new, past in ((4096, 0), (1000, 3000), (333, 100)):
-        own = factor * float(prefill.step.price(1.0, float(new), float(past)).seconds)
-        assert times.own([(new, past)], 0, 0.0) + times.shared(new) == pytest.approx(own, rel=0.03)
-
-
-@pytest.mark.parametrize("layout", [Layout(1), Layout(2, 1, 2, 2)], ids=str)
-def test_the_factor_on_prompts_is_not_on_those_who_decode_beside(layout: Layout) -> None:
-    """A prompt alone takes as much longer as the factor says; one token beside many replies hardly any longer, and
-    replies beside a prompt never make its step shorter."""
-    model, device, engine = load_model("qwen3-30b-a3b"), load_device("h200"), load_engine("vllm")
-    assert engine.fitted is not None
-    times = []
-    for factor in (1.0, 1.2):
-        own = engine.model_copy(update={"fitted": engine.fitted.model_copy(update={"prefill_factor": factor})})
-        pair = [deploy(model, device, own, layout, phase, options=SERVED) for phase in ("prefill", "decode")]
-        times.append(step_times(*pair, most_sequences=256, chunk_tokens=8192, longest=9000))
-    plain, slower = (
-        [
-            one.own([(n, 0)], beside, 1000.0) + one.shared(n + beside, beside)
-            for n, beside in ((4096, 0), (1, 200), (333, 0), (333, 1), (333, 2))
-        ]
-        for one in times
-    )
-    assert slower[0] == pytest.approx(1.2 * plain[0], rel=1e-9)
-    assert plain[1] <= slower[1] < 1.03 * plain[1]
-    assert slower[2] < slower[3] < slower[4]
-
-
-def test_a_server_may_read_one_token_a_step() -> None:
-    """The shortest chunk still has a line to be read from: a prompt of one token takes what a prefill of it does."""
-    model, device, engine = load_model("qwen3-30b-a3b"), load_device("h200"), load_engine("vllm")
-    prefill, decode = (
-        deploy(model, device, engine, Layout(1), phase, options=SERVED) for phase in ("prefill", "decode")
-    )
-    times = step_times(prefill, decode, most_sequences=1, chunk_tokens=1, longest=64)
-    whole = engine.overhead.prefill_factor * float(prefill.step.price(1.0, 1.0, 0.0).seconds)
-    assert times.own([(1, 0)], 0, 0.0) + times.shared(1.0) == pytest.approx(whole)
 
 
 def test_a_closed_loop_is_what_the_closed_form_says(priced: PricedServers) -> None:

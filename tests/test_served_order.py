@@ -57,6 +57,14 @@ def test_more_users_never_bring_fewer_tokens(served: pd.DataFrame) -> None:
     assert found.max() < 0.06, worst(found)
 
 
+def test_a_full_house_serves_no_more(served: pd.DataFrame) -> None:
+    """Users beyond those whom the cache holds wait; their waiting reads no prompts."""
+    case = ["model", "device", "engine", "server", "isl", "osl", "mean_batch"]
+    full = served.assign(mean_batch=served["mean_batch"].round(6)).groupby(case)
+    rise = full["output_tokens_per_s"].max() / full["output_tokens_per_s"].min() - 1
+    assert (full.size() > 1).any() and rise[full.size() > 1].max() < 0.01, worst(rise)
+
+
 def test_more_load_never_answers_sooner(served: pd.DataFrame) -> None:
     found = falls(served, "ttft_s", "concurrency")
     assert found.max() < 0.03, worst(found)

@@ -168,7 +168,7 @@ def test_its_name_is_read_by_replay(found: Comparison) -> None:
     ]
     priced = priced_servers(
         load_model(MODEL), load_device("h100"), load_engine("vllm"), servers, longest=4000,
-        options=found.deployments(found.best["candidate"])[1].options,
+        options=replace(found.deployments(found.best["candidate"])[1].options, all2all="auto"),
     )
     prefill, _ = found.deployments(found.best["candidate"])
     slowest = max(

@@ -37,6 +37,7 @@ def replay(
     percentile: float = 99.0,
     prefill_chunk: int | None = None,
     max_sequences: int | None = None,
+    graph_sizes: Sequence[int] = (),
     mtp_acceptance: float | str = 0.8,
     waits: Waits | None = None,
     draws: int = 0,
@@ -56,10 +57,10 @@ def replay(
     ``power_of_two`` or ``prefix_aware``. ``ttft_s``, ``tpot_s``, ``request_s`` are the longest times that users accept;
     with ``find_rate`` the requests are sent as fast as leaves ``percentile`` percent of them within.
     ``prefill_chunk``, ``max_sequences``: new tokens and sequences of a step, per data-parallel rank, the engine's own
-    if not given. ``waits``: steps that prompts wait for others (TensorRT-LLM's ``attention_dp_config`` and
-    ``batch_wait``). ``draws`` replays under other step times give 80 % bands; ``usd_per_gpu_hour`` gives
-    cost. ``watch`` is told how many requests are finished by which second; Ctrl-C then leaves these. ``options``:
-    those of :func:`simulate`; ``routing`` is typical unless said.
+    if not given; ``graph_sizes``: sequences that decode steps are padded to. ``waits``: steps that prompts wait for
+    others (TensorRT-LLM's ``attention_dp_config`` and ``batch_wait``). ``draws`` replays under other step times give
+    80 % bands; ``usd_per_gpu_hour`` gives cost. ``watch`` is told how many requests are finished by which second;
+    Ctrl-C then leaves these. ``options``: those of :func:`simulate`; ``routing`` is typical unless said.
 
     >>> import tensorcast as tc
     >>> from tensorcast.scheduling.requests import Length, drawn
@@ -85,7 +86,7 @@ def replay(
         profile, device_profile(device), load_engine(engine), servers,
         longest=int((requests.input_len + requests.output_len).max()), options=chosen,
         mtp_acceptance=mtp_acceptance, chunk_tokens=prefill_chunk, max_sequences=max_sequences,
-        waits=waits or Waits(),
+        waits=waits or Waits(), graph_sizes=graph_sizes,
     )
     if find_rate:
         share = percentile / 100
@@ -101,8 +102,9 @@ def replay_sweep(
     model: str, *, device: str, layouts: Sequence[str], requests: Requests | Sequence[Sent],
     rates: Sequence[float] = (), engine: str = "vllm", router: str = "least_work", ttft_s: float | None = None,
     tpot_s: float | None = None, request_s: float | None = None, find_rate: bool = False, percentile: float = 99.0,
-    prefill_chunk: int | None = None, max_sequences: int | None = None, mtp_acceptance: float | str = 0.8,
-    waits: Waits | None = None, seed: int = 0, workers: str = "", usd_per_gpu_hour: float = 0.0, jobs: int = 1,
+    prefill_chunk: int | None = None, max_sequences: int | None = None, graph_sizes: Sequence[int] = (),
+    mtp_acceptance: float | str = 0.8, waits: Waits | None = None, seed: int = 0, workers: str = "",
+    usd_per_gpu_hour: float = 0.0, jobs: int = 1,
     executor: str | None = None, done: Callable[[int], None] | None = None, keep: bool = False,
     **options: Unpack[DeploymentOptions],
 ) -> pd.DataFrame:
@@ -128,7 +130,7 @@ def replay_sweep(
             limits=Limits(ttft_s=ttft_s, tpot_s=tpot_s, request_s=request_s), changes=workers,
             share=percentile / 100 if find_rate else None, usd_per_gpu_hour=usd_per_gpu_hour,
             settings={"mtp_acceptance": mtp_acceptance, "chunk_tokens": prefill_chunk, "max_sequences": max_sequences,
-                      "waits": waits or Waits()},
+                      "waits": waits or Waits(), "graph_sizes": graph_sizes},
         ),
     )  # fmt: skip
     return replay_all(tasks, jobs=jobs, executor=executor, done=done, keep=keep)

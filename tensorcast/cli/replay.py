@@ -13,7 +13,7 @@ from tensorcast.cli.values import duration, listed_names, numbers, whole_numbers
 from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError
 from tensorcast.parallel import note
-from tensorcast.scheduling.rules import Waits
+from tensorcast.scheduling.rules import Waits, read_graph_sizes
 
 if TYPE_CHECKING:
     from tensorcast.scheduling.requests import Requests
@@ -152,6 +152,10 @@ def replay(
         "--max-sequences", min=1, show_default=False, rich_help_panel=CHOICES,
         help="Sequences of a step per data-parallel rank.  [dim]\\[default: the engine's][/dim]",
     )] = None,
+    graph_sizes: Annotated[str, typer.Option(
+        "--graph-sizes", metavar="N,N,...", rich_help_panel=CHOICES, show_default=False,
+        help="Batches that decode steps are padded to (TensorRT-LLM's cuda_graph_config).",
+    )] = "",
     balance_steps: Annotated[int, typer.Option(
         "--balance-steps", min=0, rich_help_panel=CHOICES,
         help="Steps that prompts wait until every data-parallel rank has one (TensorRT-LLM's attention_dp_config: "
@@ -252,7 +256,8 @@ def replay(
     accepted = float(mtp_acceptance) if mtp_acceptance.replace(".", "", 1).isdigit() else mtp_acceptance
     alike = {
         "device": device, "engine": engine, "router": router, "prefill_chunk": chunk, "max_sequences": max_sequences,
-        "mtp_acceptance": accepted, "seed": seeds[0], "percentile": percentile,
+        "graph_sizes": read_graph_sizes(graph_sizes), "mtp_acceptance": accepted, "seed": seeds[0],
+        "percentile": percentile,
         "waits": Waits(
             balance_steps=balance_steps, batching_steps=batching_steps, batch_wait_steps=batch_wait_steps,
             batch_wait_share=batch_wait_share,

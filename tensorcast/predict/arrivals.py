@@ -11,13 +11,17 @@ import numpy as np
 from tensorcast.errors import InputError
 from tensorcast.predict.cells import Cells
 from tensorcast.scheduling.requests import Length, Requests, drawn
-from tensorcast.scheduling.rules import Waits
+from tensorcast.scheduling.rules import Waits, read_graph_sizes
 
 ARRIVAL_COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "request_rate": ("requests per second, at random times; inf: all at once", None, ("rate", "qps")),
     "burstiness": ("shape of the gaps between requests: 1 Poisson, less in bursts, inf evenly spaced", 1.0, ()),
     "requests": ("how many were sent in all; all at once without a rate", None, ("num_prompts", "num_requests")),
     "max_num_seqs": ("sequences of a step per dp rank; default the engine's", None, ("max_batch_size",)),
+    "graph_sizes": (
+        "batches that decode steps are padded to, as 1 2 4 8: TensorRT-LLM's cuda_graph_config; default: none", None,
+        ("cuda_graph_sizes",),
+    ),
     "balance_steps": (
         "steps that prompts wait until every attention DP rank has one: TensorRT-LLM's timeout_iters", 0,
         ("adp_timeout_iters",),
@@ -46,14 +50,15 @@ BLOCK = 16
 @dataclass(frozen=True, kw_only=True)
 class Arrivals:
     """``rate``: requests per second, endless where all come at once. ``count``: in all, ``None`` where not said.
-    ``users``: most in flight, ``None`` without a limit. ``max_sequences``: of a step and rank. ``waits``: for which
-    others prompts wait."""
+    ``users``: most in flight, ``None`` without a limit. ``max_sequences``: of a step and rank;
+    ``graph_sizes``: what its decode steps are padded to. ``waits``: for which others prompts wait."""
 
     rate: float = math.inf
     burstiness: float = 1.0
     count: int | None = None
     users: int | None = None
     max_sequences: int | None = None
+    graph_sizes: tuple[int, ...] = ()
     waits: Waits = field(default_factory=Waits)
 
     def __post_init__(self) -> None:
@@ -87,16 +92,17 @@ def read_arrivals(cells: Cells, users: float | None) -> Arrivals | None:
     """
     rate = cells.number("request_rate", None, endless=True)
     count, most = (cells.number(name, None) for name in ("requests", "max_num_seqs"))
-    if rate is None and count is None and most is None:
+    graphs = read_graph_sizes(cells.text("graph_sizes", ""), "graph_sizes") if "graph_sizes" in cells.cells else ()
+    if rate is None and count is None and most is None and not graphs:
         return None
-    steady = most is None and rate in (None, math.inf)
+    steady = most is None and not graphs and rate in (None, math.inf)
     if steady and users is not None and count is not None and count > users:
         cells.cells.setdefault("rounds", count / users)
         return None
     return Arrivals(
         rate=math.inf if rate is None else rate, burstiness=cells.number("burstiness", 1.0, endless=True),
         count=None if count is None else cells.whole("requests"), users=None if users is None else max(1, round(users)),
-        max_sequences=None if most is None else cells.whole("max_num_seqs"),
+        max_sequences=None if most is None else cells.whole("max_num_seqs"), graph_sizes=graphs,
     )
 
 

@@ -163,6 +163,7 @@ class Settings(TypedDict, total=False):
     wait_steps: float
     waits: Waits
     cache_tokens: float | None
+    graph_sizes: Sequence[int]
 
 
 def _priced(parts: Sequence[Part], longest: int, settings: Settings) -> PricedServers:
@@ -172,7 +173,7 @@ def _priced(parts: Sequence[Part], longest: int, settings: Settings) -> PricedSe
         rules = rules_of(part.own, part.servers.role, longest=longest, **settings)
         times = step_times(
             part.prefill, part.decode, most_sequences=rules.most_sequences, chunk_tokens=rules.chunk_tokens,
-            longest=longest,
+            longest=longest, graph_sizes=rules.graph_sizes,
         )
         hand_over = _hand_over(part, parts) if part.servers.role == "prefill" else None
         meeting_s = part.own.engine.hand_over_s if hand_over else 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -16,6 +18,13 @@ from tensorcast.serving.capacity import own_chunk
 
 LONG = 1 << 16
 """Tokens of the requests by which a cache's room is counted: windows and states take their most by then."""
+
+def read_graph_sizes(said: str, name: str = "--graph-sizes") -> tuple[int, ...]:
+    """Batches of captured graphs as they are written: ``1, 2, 4``, with or without brackets and commas."""
+    if re.fullmatch(r"[\s\d,\[\]()]*", said) is None:
+        raise InputError(f"{name} {said!r}: must be whole numbers of sequences, as 1,2,4,8")
+    return tuple(map(int, re.findall(r"\d+", said)))
+
 
 Role = Literal["both", "prefill", "decode"]
 
@@ -64,6 +73,7 @@ class Rules:
     ``verify``. ``lag``: steps that are composed ahead of what is seen. ``waits``: for which
     others prompts wait. ``first_token_s``: per request outside the GPU, before it is seen, and
     ``prompt_token_s`` per token of its prompt. ``longest``: tokens of the longest request that is served.
+    ``graph_sizes``: sequences that decode steps are padded to, where that is stated.
     """
 
     role: Role
@@ -86,6 +96,7 @@ class Rules:
     prefix_cache: bool
     longest: int
     round_robin: bool
+    graph_sizes: tuple[int, ...] = ()
 
     @cached_property
     def most_tokens(self) -> float:
@@ -101,7 +112,7 @@ class Rules:
 def rules_of(
     deployment: Deployment, role: Role, *, mtp_acceptance: float | str = 0.8, chunk_tokens: int | None = None,
     max_sequences: int | None = None, wait_steps: float = 0.0, waits: Waits = NO_WAITS,
-    cache_tokens: float | None = None, longest: int = 1 << 40,
+    cache_tokens: float | None = None, longest: int = 1 << 40, graph_sizes: Sequence[int] = (),
 ) -> Rules:
     """Rules of a server of ``deployment``, whose phase is decode unless it only reads prompts. What is not given is as
     the engine sets it; the cache has the room that its memory settings leave. Raises :class:`InputError` if none."""
@@ -109,7 +120,9 @@ def rules_of(
     scheduler = engine.scheduler
     if scheduler is None:
         raise InputError(f"--engine {engine.name}: its profile has no scheduler; one with `scheduler:` is needed")
-    for name, value in (("--prefill-chunk", chunk_tokens), ("--max-sequences", max_sequences)):
+    least = min(graph_sizes, default=None)
+    stated = ("--prefill-chunk", chunk_tokens), ("--max-sequences", max_sequences), ("--graph-sizes", least)
+    for name, value in stated:
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
     depth = deployment.options.mtp_depth
@@ -144,4 +157,5 @@ def rules_of(
         prefix_cache=scheduler.prefix_cache,
         longest=longest,
         round_robin=scheduler.rank_choice == "round_robin",
+        graph_sizes=tuple(sorted({int(size) for size in graph_sizes})),
     )

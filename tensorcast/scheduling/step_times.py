@@ -187,12 +187,13 @@ class StepTimes:
 
 
 def step_times(
-    prefill: Deployment | None, decode: Deployment | None, *, most_sequences: float, chunk_tokens: int, longest: int
+    prefill: Deployment | None, decode: Deployment | None, *, most_sequences: float, chunk_tokens: int, longest: int,
+    graph_sizes: Sequence[int] = (),
 ) -> StepTimes:
     """Tables for a server that runs ``prefill`` and ``decode`` steps, or one of them.
 
     ``most_sequences``: per data-parallel rank; ``chunk_tokens``: new tokens of a step per rank; ``longest``: tokens of
-    the longest sequence.
+    the longest sequence. ``graph_sizes``: sequences that decode steps are padded to; none: they are not.
     """
     engine = (decode or prefill).engine  # type: ignore[union-attr]
     contexts = _contexts(longest)
@@ -202,20 +203,24 @@ def step_times(
     if decode is not None:
         batch = GRID[decode.layout.dp * GRID >= 1]  # experts are asked about ranks' mean, which may be less than one
         batch = batch[: max(2, int(np.searchsorted(batch, most_sequences)) + 1)]
-        price = decode.step.price(batch, 1.0, contexts[:, None])
-        shared, attention = _shared(price, decode), np.asarray(price.tally.attention)
-        # what the engine takes per sequence stays with decoding where prompts ride along
-        attention = attention + price.request_overhead_s
+        if graph_sizes:
+            batch, sizes = padded(batch, graph_sizes, most_sequences)
+        price = run = decode.step.price(batch, 1.0, contexts[:, None])
+        if graph_sizes:
+            run = decode.step.price(sizes, 1.0, contexts[:, None])
+        # what the engine takes per sequence stays with decoding where prompts ride along; what pads has no context
+        attention, with_pads = (np.asarray(one.tally.attention) + one.request_overhead_s for one in (price, run))
         factor = engine.overhead.pool_factor if prefill is None else 1.0
         whole, shared, attention = (
-            factor * np.broadcast_to(t, (len(contexts), len(batch))) for t in (price.seconds, shared, attention)
+            factor * np.broadcast_to(t, (len(contexts), len(batch)))
+            for t in (run.seconds - with_pads + attention, _shared(run, decode), attention)
         )
         decoding = DecodeTimes(
             own=Bilinear.of(contexts, batch, whole - shared),
             shared=Bilinear.of(contexts, batch, shared),
             attention=Bilinear.of(contexts, batch, attention),
         )
-        errors[0], verify = float(np.median(price.error)), float(np.asarray(decode.step.sizes.verify))
+        errors[0], verify = float(np.median(run.error)), float(np.asarray(decode.step.sizes.verify))
     if prefill is not None:
         new = GRID[GRID >= 1]
         new = new[: max(3, int(np.searchsorted(new, 2 * chunk_tokens + most_sequences)))][::2]  # two points make a line
@@ -239,6 +244,19 @@ def step_times(
         decode=decoding, prompts=prompting, tokens_each=verify, alone=engine.prefill_alone,
         errors=(errors[0], errors[1]),
     )
+
+
+def padded(batch: Array, graph_sizes: Sequence[int], most: float) -> tuple[Array, Array]:
+    """Batches with those between which a padded step's time jumps, and the batch that each is run as.
+
+    TensorRT-LLM main at 001541b, _torch/pyexecutor/model_engine.py (_filter_cuda_graph_batch_sizes): a list that goes
+    beyond the ``most`` sequences of a step ends with these. Batches beyond a list are run as they are.
+    """
+    sizes = np.array(sorted(graph_sizes), dtype=float)
+    sizes = np.append(sizes[sizes < most], most) if sizes[-1] >= most else sizes
+    batch = np.unique(np.concatenate([batch, sizes, sizes + 1.0]))
+    at = np.minimum(np.searchsorted(sizes, batch), len(sizes) - 1)
+    return batch, np.maximum(sizes[at], batch)
 
 
 def _contexts(longest: int) -> Array:

@@ -45,11 +45,13 @@ HALVINGS = 30
 
 @dataclass(frozen=True)
 class SteadyState:
-    """What follows from the batch that decodes, seconds: to the first token, of a reply from there, of a mean step, of
-    one without prompts; and requests in flight, infinitely many where prompts come faster than they are read."""
+    """What follows from the batch that decodes, seconds: to the first token, of a reply from there, from the end of one
+    to that of the next in a place of the batch, of a mean step, of one without prompts; and requests in flight,
+    infinitely many where prompts come faster than they are read."""
 
     first_s: Array
     generation_s: Array
+    place_s: Array
     step_s: Array
     plain_s: Array
     concurrency: Array
@@ -91,7 +93,7 @@ class ServingModel(ABC):
         state, decoding = self.at(batch, concurrency), self.decoding
         generation = state.generation_s
         # what a full house does not serve at once adds to the first token
-        ttft = np.maximum(state.first_s, concurrency / (batch * self.decode_ranks) * generation - generation)
+        ttft = np.maximum(state.first_s, concurrency / (batch * self.decode_ranks) * state.place_s - generation)
         prefill_share = np.clip(1 - state.plain_s / state.step_s, 0.0, 1.0)
         tpot = generation / np.maximum(self.traffic.output_len - 1, 1)
         request = ttft + tpot * (self.traffic.output_len - 1)
@@ -138,15 +140,14 @@ class Aggregated(ServingModel):
             together = others * looks / (looks + apart)
             bunched = together / prompts.most_per_s / 2
             # they share steps, too, where others pay for one of their own
-            each = steps * (step.mean_s - step.plain_s) / np.maximum(others, NEARLY_NONE)
-            generation = generation - together * np.maximum(each - 1 / prompts.most_per_s, 0.0)
-            per_s = batch / generation
+            generation = generation - together * np.maximum(step.prompt_s - 1 / prompts.most_per_s, 0.0)
+            place = generation
             first, generation = first + bunched, generation - bunched
         else:
             beside = IN_STEP_PROMPTS / (1 + traffic.spread / IN_STEP_SPREAD)
-            first, per_s = first + np.minimum(beside, others) / prompts.most_per_s, batch / generation
-        users = np.where(step.full, np.inf, per_s * self.decode_ranks * (first + generation))
-        return SteadyState(first, generation, step.mean_s, step.plain_s, users)
+            first, place = first + np.minimum(beside, others) / prompts.most_per_s, generation
+        users = np.where(step.full, np.inf, batch * self.decode_ranks * (first + generation) / place)
+        return SteadyState(first, generation, place, step.mean_s, step.plain_s, users)
 
     def _steps(self, batch: Array, steps: Array) -> _Steps:
         """Moments of the step time where a reply takes so many ``steps`` and ranks, if several, move in lockstep.
@@ -197,18 +198,19 @@ class Aggregated(ServingModel):
         met = mean + variance / mean
         # prompts that do not fit into the step wait for the next
         own = own + met * used / (2 * np.maximum(1 - used, 1e-3)) / np.maximum(prompts.per_step, 1.0)
-        return _Steps(mean, met, own, plain, used >= 0.98)
+        return _Steps(mean, met, own, plain, (mean - plain) / per_rank, used >= 0.98)
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """Steps at a batch, seconds: the mean, what an arrival meets, what it rides in, one without prompts; and whether
-    prompts overrun."""
+    """Steps at a batch, seconds: the mean, what an arrival meets, what it rides in, one without prompts, what each
+    prompt of a rank adds to them; and whether prompts overrun."""
 
     mean_s: Array
     met_s: Array
     own_s: Array
     plain_s: Array
+    prompt_s: Array
     full: Mask
 
 
@@ -237,7 +239,7 @@ class Disaggregated(ServingModel):
         first = service * (1 + queue) + wave / 2 / traffic.rounds + self.hand_over_s + waits + overhead
         full = rate >= self.prefill_ranks * prompts.most_per_s
         users = np.where(full, np.inf, sequences * (1 + first / generation))
-        return SteadyState(first, generation, decode_step, decode_step, users)
+        return SteadyState(first, generation, generation, decode_step, decode_step, users)
 
     def closed_loop(self, batch: Array) -> Array:
         """Requests in flight of a closed loop, in which the queue itself is no longer than the others in flight."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import csv
 import functools
 import importlib
 import json
 import math
+import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,13 @@ from tensorcast.cli import app
 from tensorcast.deploy.encoder.encoder import deploy_encoder
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import list_models, load_device, load_engine, load_model
+from tensorcast.profiles.vision.attention import measured_attention
 from tensorcast.profiles.vision.images import EncodedImage, View
 from tensorcast.profiles.vision.processors import PROCESSORS
 from tensorcast.profiles.vision.said import encoded_image, sees, vision_of
 from tensorcast.trace.cache import traced
-from tensorcast.trace.dims import Sizes
+from tensorcast.trace.dims import Dim, Sizes
+from tensorcast.trace.table import Op
 from tensorcast.trace.vision.tracer import trace_tower
 
 SEEING = [name for name in list_models() if sees(load_model(name))]
@@ -259,6 +264,42 @@ def test_a_folders_processor_says_the_rule(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(tc.InputError, match=r"preprocessor_config\.json: not what"):
         load_model(str(tmp_path))
+
+
+def test_attention_is_as_measured() -> None:
+    """Rows of a public table that no factor was taken from: bidirectional attention of one call, by engine."""
+    rows = list(csv.DictReader((Path(__file__).parent / "data" / "encoder_attention_sample.csv").open()))
+    towers: dict[tuple[str, str], Any] = {}
+    off = defaultdict[tuple[str, str], list[float]](list)
+    plain = defaultdict[tuple[str, str], list[float]](list)
+    for row in rows:
+        key = row["device"], row["engine"]
+        if key not in towers:
+            made = deploy_encoder(load_model("qwen3-vl-30b-a3b"), load_device(key[0]), load_engine(key[1]), (64, 64))
+            towers[key] = made.deployment
+        tower, width = towers[key], int(row["head_dim"])
+        op = next(one for one in tower.step.plan.rows if isinstance(one, Op) and one.name == "attention")
+        q = replace(op.inputs[0], dims=(Dim(B=1), Dim(int(row["num_heads"])), Dim(S=1), Dim(width)))
+        known = measured_attention(*key, width)
+        assert known is not None
+        op = op.but(inputs=(q, q, q), attrs={**op.attrs, "measured": tuple(known)})
+        step = replace(tower.step, plan=replace(tower.step.plan, rows=(op,)), memo=None)
+        price = step.price(float(row["batch_size"]), float(row["isl"]), 0.0).rows[0]
+        measured = float(row["latency_ms"]) / 1e3
+        off[key].append(abs(float(price.seconds) / measured - 1))
+        plain[key].append(abs(float(price.seconds) / known.factor / measured - 1))
+        assert (price.evidence, price.error) == ("calibrated", known.error)
+    assert len(off) == 24
+    medians = {key: statistics.median(values) for key, values in off.items()}
+    assert max(medians.values()) < 0.4 and statistics.median(medians.values()) < 0.15
+    before = {key: statistics.median(values) for key, values in plain.items()}
+    assert statistics.median(before.values()) > 1.5 * statistics.median(medians.values())
+
+
+def test_attention_of_other_widths_is_the_nearest_measured() -> None:
+    assert measured_attention("h200-sxm", "vllm", 88) == measured_attention("h200-sxm", "vllm", 80)
+    assert measured_attention("h200-sxm", "vllm", 128) is None
+    assert measured_attention("h20", "vllm", 72) is None
 
 
 # Commands

@@ -8,7 +8,7 @@ SGLang 0.5.23 ``--mm-enable-dp-encoder``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,13 +20,16 @@ from tensorcast.cost.work import Size
 from tensorcast.deploy.deployment import Deployment, Memory, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan.plan import Row
 from tensorcast.deploy.step.price import RowPrice, StepPrice
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.vision.attention import measured_attention
 from tensorcast.profiles.vision.images import EncodedImage
 from tensorcast.profiles.vision.said import encoded_image, vision_of
+from tensorcast.trace.table import Op
 
 TP_MODES = ("weights", "data")
 EMBEDDING_BYTES = 2.0
@@ -189,6 +192,18 @@ class EncodeStep:
         }  # fmt: skip
 
 
+def _as_measured(tower: Deployment) -> Deployment:
+    """With its attention as it was measured on that device under that engine, where it was."""
+    rows = list[Row]()
+    for row in tower.step.plan.rows:
+        if isinstance(row, Op) and row.name == "attention":
+            width = row.inputs[0].dims[-1].coef
+            if known := measured_attention(tower.device.name, tower.engine.name, width):
+                row = row.but(attrs={**row.attrs, "measured": tuple(known)})
+        rows.append(row)
+    return replace(tower, step=replace(tower.step, plan=replace(tower.step.plan, rows=tuple(rows))))
+
+
 def deploy_encoder(
     model: ModelProfile, device: DeviceProfile, engine: EngineProfile, image: tuple[int, int], *, ranks: int = 1,
     tp_mode: str = "weights", options: Options = Options(),
@@ -211,6 +226,7 @@ def deploy_encoder(
         if tp == 1 or "heads" not in str(problem):
             raise
         raise InputError(f"{problem}; --encoder-tp-mode data gives each rank the whole tower") from None
+    made = _as_measured(made)
     levels = 1 + len(said.vision_config.get("deepstack_visual_indexes") or ())
     return Encoder(
         deployment=made, ranks=ranks, tp_mode=tp_mode, image=cut, width=said.hidden_size * levels

@@ -44,7 +44,29 @@ Asked = Corrections | BatchedCorrections | SeveralCorrections
 Pending = Callable[[], RowPrice]
 """The price of a row that has asked for its corrections; call it when they are there."""
 
-Known = Correction | PendingCorrection | SeveralPending | None
+@dataclass(frozen=True)
+class Measured:
+    """What a fitted model makes of a kernel, times a factor ``by`` that was measured, with an ``error`` of its own."""
+
+    known: Correction | PendingCorrection | SeveralPending | Measured | None
+    own: str
+    by: float
+    error: float
+    level: int = LEVELS.index("calibrated")
+    silent: None = None
+
+    @property
+    def engine(self) -> Any:
+        """Whose constants hold."""
+        return self.own if self.known is None else self.known.engine
+
+    @property
+    def factor(self) -> Size:
+        """Told once the fitted model has answered."""
+        return self.by * (1.0 if self.known is None else self.known.factor)
+
+
+Known = Correction | PendingCorrection | SeveralPending | Measured | None
 
 Works = list[tuple[Work, Known]]
 """Kernels of a row, one after another, each with what corrects it."""
@@ -113,7 +135,10 @@ class RowPricer:
                 # the norm that their rows' sum is fused into is left: it reads the sum
                 at = replace(at, sizes=replace(at.sizes, R=at.sizes.tokens))
             variant = "absorb" if op.name == "mla_absorb" else ""
-            return [(work, asked.at(work.family, work.dtype, variant, work.sizes)) for work in work_of(op, at)]
+            found: Works = [(work, asked.at(work.family, work.dtype, variant, work.sizes)) for work in work_of(op, at)]
+            if "measured" in op.attrs:  # attention of a vision tower
+                found = [(work, Measured(known, self.engine.name, *op.attrs["measured"])) for work, known in found]
+            return found
         (work,) = work_of(op, at)
         if at.backend == "masked" and not at.masked_skips:
             return [(work, None)]

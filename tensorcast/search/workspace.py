@@ -67,6 +67,8 @@ class Workspace:
         for kept, number in ((self.deployments, 4096), (self.contenders, 512), (self.parts, 8), *questions):
             while len(kept) > number:
                 del kept[next(iter(kept))]
+        for _, parts in [*self.parts.values()][:-MOST_ROUTED]:
+            parts.memo.routed.clear()
 
     def clear(self) -> None:
         """Forget everything."""
@@ -92,3 +94,6 @@ CURRENT: ContextVar[Workspace] = ContextVar("workspace", default=OWN)
 
 MOST_FLEETS, MOST_SPACES = 256, 16
 """Of one model, device and engine."""
+
+MOST_ROUTED = 2
+"""Models, devices and engines whose rows that depend on the expert load are kept: these take most memory."""

@@ -20,7 +20,7 @@ from tensorcast.deploy.step.sizes import distinct
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import Op, kept_beside
 
-RECENT = 160
+RECENT = 96
 """Loads and sizes whose routed rows are remembered: prefill, decode and drafts of the fleets of a few searches."""
 
 READS_CACHE = ("attention", "kv_cache_write", "kv_cache_read", "sparse_indexer")

@@ -84,10 +84,11 @@ def _lifted(source: Source, split: bool) -> list[str]:
     """Limits of older releases that this one has no more."""
     drafts = split and "only supports EAGLE" in source.text(f"{HOOKS}/validation_hook.py")
     methods = source.text("sglang/srt/speculative/spec_info.py")
-    context = split and "dcp_size:" in source.text(f"{HOOKS}/fields/parallel.py")
+    sizes = source.text(f"{HOOKS}/fields/parallel.py") if split else ""
     return (
         ["drafts in a pipeline"] * drafts + ["DSpark drafts"] * ("DSPARK = auto()" in methods)
-        + ["decode context parallelism"] * context
+        + ["decode context parallelism"] * ("dcp_size:" in sizes)
+        + ["prefill context parallelism"] * ("enable_prefill_cp:" in sizes)
         + ["DeepEP v2"] * (split and '"deepep_v2"' in source.text(f"{HOOKS}/fields/exec_.py"))
     )
 

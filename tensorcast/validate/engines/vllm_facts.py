@@ -22,6 +22,7 @@ def read_facts(source: Source) -> dict[str, Any]:
     fused = {capability: {ranks: int(mib * MIB) for ranks, mib in of.items()} for capability, of in _mapping(sizes)}
     graphs = found(config, "_set_cudagraph_sizes")
     deepep = source.tree("vllm/model_executor/layers/fused_moe/prepare_finalize/deepep_ht.py")
+    attention = source.text("vllm/v1/attention/backend.py")
     facts: dict[str, Any] = {
         "memory_fraction": literal(found(source.tree("vllm/config/cache.py"), "gpu_memory_utilization")),
         "step_tokens.from_mib": _tiers(defaults, "default_max_num_batched_tokens"),
@@ -37,7 +38,10 @@ def read_facts(source: Source) -> dict[str, Any]:
         "halved_steps.prefill_tokens": literal(found(parallel, "dbo_prefill_token_threshold")),
         "halved_steps.exchanges": _supported(config),
         "shared_expert_stream_tokens": _annotated(source, "VLLM_SHARED_EXPERTS_STREAM_TOKEN_THRESHOLD"),
-        "lifted_rules": ["DSpark drafts"] * ("DSparkModelTypes" in source.text("vllm/config/speculative.py")),
+        "lifted_rules": [
+            *["DSpark drafts"] * ("DSparkModelTypes" in source.text("vllm/config/speculative.py")),
+            *["prefill context parallelism"] * ("supports_pcp: bool = True" in attention),
+        ],
         "uncompiled.architectures": _classes(config, "DEFAULT_BREAKABLE_CUDAGRAPH_ARCHITECTURES"),
         "deepep_ranks": literal(found(deepep, "available_rank_configs")),
         "vocabulary_unit": literal(found(

@@ -134,6 +134,8 @@ class _Deployed:
     def __init__(self, engine: Callable[[str], EngineProfile]) -> None:
         self._engine = engine
         self._made: dict[tuple[Any, ...], Deployment | InputError] = {}
+        self._served: dict[tuple[Any, ...], EngineProfile] = {}
+        """Engines as they serve: one object for all that are the same, so that their steps are priced side by side."""
 
     def __call__(self, run: Run, layout: Layout, phase: str) -> Deployment:
         # drafting is the decode step's
@@ -142,15 +144,20 @@ class _Deployed:
         served = run.served_by, run.mode, run.frontend, run.prefix_cache, *drafts
         key = run.model, run.device, *served, layout, phase, options, run.images
         if key not in self._made:
-            self._made[key] = self._make(run, layout, phase, options)
+            whose = run.model if run.options.mtp_depth else "", *served
+            self._made[key] = self._make(run, whose, layout, phase, options)
         found = self._made[key]
         if isinstance(found, InputError):
             raise found
         return found
 
-    def _make(self, run: Run, layout: Layout, phase: str, options: Options) -> Deployment | InputError:
+    def _make(
+        self, run: Run, whose: tuple[Any, ...], layout: Layout, phase: str, options: Options
+    ) -> Deployment | InputError:
         try:
-            served = engine_of(run, self._engine(run.served_by))
+            if whose not in self._served:
+                self._served[whose] = engine_of(run, self._engine(run.served_by))
+            served = self._served[whose]
             made = deploy(_model(run.model), _device(run.device), served, layout, phase, options=options)
             return made if run.images is None else run.images.held(made)
         except InputError as error:

@@ -35,6 +35,11 @@ PLAIN, ROUTED = ("B", "S", "P", "verify"), ("R", "E", "X", "hit", "capacity")
 """Sizes of a case: of every row, and of those that hang on how tokens fall on experts."""
 
 
+MOST = 3 << 19
+"""Prices of rows at cases, from which on steps are priced before others ask: some hundred megabytes with what they are
+made of."""
+
+
 def sums_of_many(asked: Sequence[Asked]) -> list[StepPrice]:
     """The price of each step as :func:`~tensorcast.deploy.step.step.prices` gives it, without those of its rows."""
     many, found = Many(), dict[int, StepPrice]()
@@ -47,6 +52,9 @@ def sums_of_many(asked: Sequence[Asked]) -> list[StepPrice]:
             found[i] = next(prices([asked[i]]))
         else:
             many.ask(i, step, batch, sizes)
+        if many.prices >= MOST:
+            found |= many.found()
+            many = Many()
     found |= many.found()
     return [found[i] for i in range(len(asked))]
 
@@ -109,7 +117,8 @@ class Many:
         self._alike: dict[tuple[Hashable, ...], _Alike] = {}
         self._corrections: dict[int, BatchedCorrections] = {}
         self._sizes = list[tuple[int, tuple[int, ...], list[Size]]]()
-        self._case = self._place = 0
+        self._case = self.prices = 0
+        """Cases, and prices of rows at these, of all that have asked."""
 
     def ask(self, number: int, step: Step, batch: Size, at: Batches) -> None:
         """A step at these sizes, called by a ``number``; steps on one machine ask one after another."""
@@ -122,7 +131,7 @@ class Many:
             self._case += cases
         recipe, known = step.recipe(at.draft is not None), kept_beside(step.table, Contents)
         keys = [_beside_ops(step.pricer, context) for context in contexts]
-        mine, found = dict[Hashable, int](), _Step(step, batch, at, shape, self._place)
+        mine, found = dict[Hashable, int](), _Step(step, batch, at, shape, self.prices)
         self._steps[number] = found
         for row, inside in zip(recipe.rows, recipe.chunked, strict=True):
             where = int(inside and len(contexts) > 1)
@@ -142,9 +151,9 @@ class Many:
             if key not in self._alike:
                 self._alike[key] = _Alike(contexts[where])
             alike = self._alike[key]
-            alike.rows.append(_Row(content, step.pricer, cases, first + where * cases, self._place + place * cases))
+            alike.rows.append(_Row(content, step.pricer, cases, first + where * cases, self.prices + place * cases))
             found.prices.append(alike)
-        self._place += cases * len(mine)
+        self.prices += cases * len(mine)
 
     def _of(self, pricer: RowPricer) -> BatchedCorrections:
         own = pricer.corrections
@@ -159,7 +168,7 @@ class Many:
             for column, size in zip(columns, sizes, strict=True):
                 column[first : first + math.prod(shape)].reshape(shape)[...] = size
         cases = dict(zip((*PLAIN, *ROUTED), columns, strict=True))
-        numbers = np.empty((4, self._place))
+        numbers = np.empty((4, self.prices))
         later = list[_Priced]()
         for alike in self._alike.values():
             one = self._asked(alike, cases)

@@ -34,6 +34,7 @@ def address() -> Iterator[str]:
 
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
+    listening.listen()  # who asks before the server is up waits for it
     explorer = Explorer(START)
     server = uvicorn.Server(uvicorn.Config(explorer.app, log_level="error", lifespan="on"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

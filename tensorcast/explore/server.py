@@ -254,6 +254,7 @@ def serve(start: dict[str, str], host: str, port: int, named: tuple[str, ...], s
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen()  # whoever is told the address may ask at once
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"--host {host} --port {port}: cannot be listened on: {reason}") from None

@@ -20,7 +20,13 @@ from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.errors import InputError
 from tensorcast.launch.launch import launch
-from tensorcast.ops.context import context_attention, part_of_attention, weighted
+from tensorcast.ops.context import (
+    context_attention,
+    part_of_attention,
+    prompt_attention,
+    prompt_part,
+    weighted,
+)
 from tensorcast.profiles.store import load_device, load_engine, load_model
 
 H200, VLLM = load_device("h200"), load_engine("vllm")
@@ -58,11 +64,28 @@ def run_rank(rank: int, ranks: int, where: str) -> None:
     mine = q.chunk(ranks, dim=1)[rank]
     found = context_attention(mine, k[:, :, rank::ranks], v[:, :, rank::ranks])
     assert torch.allclose(found, whole(q, k, v).chunk(ranks, dim=1)[rank], atol=1e-5)
+    for tokens in (12, 13, 3, 1):  # an early and a late part each, also uneven ones and empty ones
+        made = torch.Generator().manual_seed(tokens)
+        q, k, v = (torch.randn((2, heads, tokens, 8), generator=made) for heads in (6, 2, 2))
+        mine = prompt_part(tokens, rank, ranks)
+        found = prompt_attention(q[:, :, mine], k[:, :, mine], v[:, :, mine], tokens)
+        prompt = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        assert torch.allclose(found, prompt[:, :, mine], atol=1e-5)
     dist.destroy_process_group()
 
 
+@given(st.integers(1, 200), st.integers(1, 8))
+def test_parts_of_a_prompt_are_all_of_it_and_as_much_work(tokens: int, ranks: int) -> None:
+    parts = [prompt_part(tokens, rank, ranks) for rank in range(ranks)]
+    assert sorted(torch.cat(parts).tolist()) == list(range(tokens))
+    pairs = [int((part + 1).sum()) for part in parts]
+    assert max(pairs) - min(pairs) <= tokens * 2
+    if tokens % (2 * ranks) == 0:
+        assert len({*pairs}) == 1 == len({len(part) for part in parts})
+
+
 def test_gloo_ranks_attend_as_one(tmp_path: Path) -> None:
-    """Two processes, each with its heads and every other token: the heads of the whole attention."""
+    """Two processes: in decode each with its heads and every other token, of a prompt with its parts."""
     mp.start_processes(run_rank, (2, str(tmp_path / "meet")), nprocs=2, start_method="fork")
 
 

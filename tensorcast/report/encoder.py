@@ -12,6 +12,7 @@ from rich.text import Text
 from tensorcast.deploy.encoder.encoder import EncodeStep
 from tensorcast.report import units
 from tensorcast.report.plain import to_json
+from tensorcast.report.simulate.terminal import fit_path
 from tensorcast.report.units import plural
 from tensorcast.serving.encoder_apart import EncodedServing, EncoderSplit
 
@@ -46,8 +47,8 @@ def print_encode(step: EncodeStep, console: Console, top: int, as_json: bool = F
         table.add_column(name, justify="left" if name in ("op", "module", "evidence") else "right")
     for row in step.rows()[:top]:
         table.add_row(
-            row["op"], row["module"][-40:], f"{row['count']:g}", units.seconds(row["seconds"]),
-            units.percent(row["seconds"] / t["step_s"]), row["evidence"],
+            row["op"], fit_path(row["module"], max(16, console.width - 57)), f"{row['count']:g}",
+            units.seconds(row["seconds"]), units.percent(row["seconds"] / t["step_s"]), row["evidence"],
         )
     if top:
         console.print(table)

@@ -171,6 +171,13 @@ def _usage(error: typer.TyperException) -> str:
     hint = f"; see {context.command_path} --help" if context is not None else ""
     found = getattr(error.__cause__, "errors", None)  # pydantic's, where a value is of the wrong kind or size
     names = getattr(getattr(error, "param", None), "opts", None)
+    typed = getattr(error, "option_name", None)
+    if context is not None and typed and names is None:
+        from tensorcast.cli.values import ours
+
+        meant = ours(typed, {name for param in context.command.params for name in param.opts})
+        if meant is not None:
+            return f"No such option: {typed}; here it is {meant}{hint}"
     if found is None or not names:
         return f"{error.format_message().rstrip('.')}{hint}"
     first = found()[0]

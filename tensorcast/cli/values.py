@@ -1,4 +1,4 @@
-"""Values that are typed as text: times, lists of names and numbers, prices, layouts."""
+"""What is typed: values as text (times, lists of names and numbers, prices, layouts), options by other names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,33 @@ from typing import Any
 from tensorcast.errors import InputError
 
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+
+OTHERS_CALL: dict[str, tuple[str, ...]] = {
+    "--world-size": ("gpus", "num-gpus", "gpu-count", "total-gpus", "num-devices"),
+    "--device": ("gpu", "gpu-type", "system", "hardware", "system-name"),
+    "--input-len": ("isl", "input-length", "random-input-len", "prompt-len", "max-input-len"),
+    "--output-len": ("osl", "output-length", "random-output-len", "max-output-len"),
+    "--batch": ("batch-size", "bs"),
+    "--max-sequences": ("max-num-seqs", "max-running-requests", "max-batch-size"),
+    "--users": ("concurrency", "max-concurrency", "num-users"),
+    "--request-rate": ("rate", "qps"),
+    "--rate": ("request-rate", "qps"),
+    "--requests": ("num-prompts", "num-requests"),
+    "--engine": ("backend", "backend-name", "framework"),
+    "--quant": ("quantization", "precision", "dtype"),
+    "--kv-dtype": ("kv-cache-dtype",),
+    "--layout": ("tp", "ep", "dp", "pp"),
+    "--layouts": ("tp", "ep", "dp", "pp", "layout"),
+    "--tp": ("tp-size", "tensor-parallel-size"),
+    "--ep": ("ep-size", "expert-parallel-size", "enable-expert-parallel"),
+    "--dp": ("dp-size", "data-parallel-size", "enable-dp-attention"),
+    "--pp": ("pp-size", "pipeline-parallel-size"),
+    "--chunk-tokens": ("max-num-batched-tokens", "chunked-prefill-size", "max-num-tokens", "prefill-chunk"),
+    "--prefill-chunk": ("max-num-batched-tokens", "chunked-prefill-size", "max-num-tokens", "chunk-tokens"),
+    "--out": ("output", "output-dir", "save-dir"),
+}
+"""By option of ours, the names that it has elsewhere, without the dashes: in vLLM's and SGLang's servers and serving
+benchmarks (vllm 0.33.0, sglang 0.5.23), in other estimators, and in our own commands that call it otherwise."""
 
 
 def duration(flag: str, text: str | None) -> float | None:
@@ -144,3 +171,15 @@ def read_layouts(path: Path) -> list[str]:
         if min(sizes.tp, sizes.dp, sizes.ep, sizes.pp) < 1:
             raise InputError(f"--layouts {path}: layout {word!r}: sizes must be at least 1")
     return words
+
+
+def ours(typed: str, known: Collection[str]) -> str | None:
+    """The one of a command's options (``known``) that ``typed`` means elsewhere, or None.
+
+    A name that says a degree of parallelism, as ``--tensor-parallel-size``, means the layout where layouts are written
+    whole.
+    """
+    name = typed.lstrip("-").replace("_", "-").lower()
+    means = [option for option, names in OTHERS_CALL.items() if name in names]
+    means += [whole for degree in means if degree[2:] in OTHERS_CALL["--layout"] for whole in ("--layout", "--layouts")]
+    return next((option for option in means if option in known), None)

@@ -85,9 +85,9 @@ def encoders_sentence(one: EncoderSplit) -> str:
     said = f"{units.rate(best.tokens_per_s_per_gpu)} tokens/s per GPU with {plural(best.encoder_gpus, 'encoder')}"
     if one.together is None:
         return f"{said} on {where}; together nothing keeps the limits"
-    ratio = best.tokens_per_s_per_gpu / one.together.tokens_per_s_per_gpu
-    worth = "worth it" if ratio > 1.05 else "not worth it" if ratio < 0.95 else "about the same"
-    return f"{worth}: {said} on {where}, {ratio:.2f} times {units.rate(one.together.tokens_per_s_per_gpu)} together"
+    base = one.together.tokens_per_s_per_gpu
+    ratio = best.tokens_per_s_per_gpu / base
+    return f"{units.worth(ratio)}: {said} on {where}, {ratio:.2f} times {units.rate(base)} together"
 
 
 def _way(way: EncodedServing) -> tuple[str, ...]:

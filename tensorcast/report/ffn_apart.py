@@ -56,7 +56,6 @@ def print_apart(totals: dict[str, Any], console: Console, as_json: bool = False)
         console.print(Text(f"note: {note}", style="dim"))
 
 
-
 def print_splits(found: Sequence[Split], console: Console, tpot_s: float | None) -> None:
     """A sentence and a table for every device, engine and size."""
     limit = f" within {units.seconds(tpot_s)} a step" if tpot_s is not None else ""
@@ -86,9 +85,9 @@ def sentence(one: Split) -> str:
     said = f"{units.rate(best.tokens_per_s_per_gpu)} tokens/s per GPU at best ({best.layout}) on {where}"
     if one.whole is None:
         return f"{said}; no whole decode server keeps the limit"
-    ratio = best.tokens_per_s_per_gpu / one.whole.tokens_per_s_per_gpu
-    worth = "worth it" if ratio > 1.05 else "not worth it" if ratio < 0.95 else "about the same"
-    return f"{worth}: {said}, {ratio:.2f} times the best whole server's {units.rate(one.whole.tokens_per_s_per_gpu)}"
+    base = one.whole.tokens_per_s_per_gpu
+    ratio = best.tokens_per_s_per_gpu / base
+    return f"{units.worth(ratio)}: {said}, {ratio:.2f} times the best whole server's {units.rate(base)}"
 
 
 def _cells(server: DecodeServer) -> tuple[str, ...]:

@@ -120,3 +120,8 @@ def plural(number: float, what: str) -> str:
     """``1 sequence``, ``4,096 sequences``."""
     counted = count(number)
     return f"{counted} {what}{'' if counted == '1' else 's'}"
+
+
+def worth(ratio: float) -> str:
+    """Whether GPUs of their own are worth it, that bring ``ratio`` times what all together do: 5 % decide nothing."""
+    return "worth it" if ratio > 1.05 else "not worth it" if ratio < 0.95 else "about the same"

@@ -44,6 +44,7 @@ def test_what_nobody_calls_an_option_is_refused_as_before() -> None:
     assert "here it is" not in said
     assert ours("--nonsense", {"--tp"}) is None
     assert ours("--gpus", {"--tp"}) is None  # the command has none such
+    assert ours("--tp", {"--tp", "--layout"}) is None  # one that the command has means itself
 
 
 def test_every_name_of_ours_is_an_option_of_some_command() -> None:

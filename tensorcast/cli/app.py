@@ -172,7 +172,7 @@ def _usage(error: typer.TyperException) -> str:
     found = getattr(error.__cause__, "errors", None)  # pydantic's, where a value is of the wrong kind or size
     names = getattr(getattr(error, "param", None), "opts", None)
     typed = getattr(error, "option_name", None)
-    if context is not None and typed and names is None:
+    if context is not None and typed:
         from tensorcast.cli.values import ours
 
         meant = ours(typed, {name for param in context.command.params for name in param.opts})

@@ -174,11 +174,13 @@ def read_layouts(path: Path) -> list[str]:
 
 
 def ours(typed: str, known: Collection[str]) -> str | None:
-    """The one of a command's options (``known``) that ``typed`` means elsewhere, or None.
+    """The one of a command's options (``known``) that ``typed``, which is none of them, means elsewhere, or None.
 
     A name that says a degree of parallelism, as ``--tensor-parallel-size``, means the layout where layouts are written
     whole.
     """
+    if typed in known:
+        return None
     name = typed.lstrip("-").replace("_", "-").lower()
     means = [option for option, names in OTHERS_CALL.items() if name in names]
     means += [whole for degree in means if degree[2:] in OTHERS_CALL["--layout"] for whole in ("--layout", "--layouts")]

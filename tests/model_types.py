@@ -161,7 +161,7 @@ def judged(entry: Entry, seconds: float = SECONDS) -> list[Verdict]:
 
     found: list[Verdict] = []
     before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 0.05)  # again: what is raised in a finalizer, Python ignores
     try:
         for verdict in _judged(entry):
             found.append(verdict)

@@ -67,6 +67,9 @@ serving: $(STAMP)  ## predicted against measured serving -> reports/serving.md: 
 	@mkdir -p out
 	@$(BIN)/tensorcast predict "$(TABLE)" --out out/serving.csv --report reports/serving.md --jobs $(JOBS)
 
+amd: $(STAMP)  ## predicted against 45 public runs on MI300X and MI355X (benchmarks/amd_runs.csv), which no fit has seen
+	@$(BIN)/tensorcast predict benchmarks/amd_runs.csv
+
 launches: $(STAMP)  ## how public benchmarks launched engines, into profiles/records/: make launches TABLE=FILE
 	@test -n "$(TABLE)" || { echo "make launches needs TABLE=FILE, a CSV of launches" >&2; exit 2; }
 	@$(BIN)/python -m tensorcast.calibrate.engines.launches --table "$(TABLE)" --profiles profiles

@@ -346,6 +346,18 @@ def test_no_two_columns_share_a_name() -> None:
     assert canonical_columns(["Model-Path", "TP_Size"]) == {"Model-Path": "model", "TP_Size": "tp"}
 
 
+def test_engines_own_names_of_columns_are_read() -> None:
+    ours = predict(table({"tp": 2, "isl": 900, "osl": 90, "precision": "fp8", "concurrency": 4}))
+    theirs = {"tensor_parallel_size": 2, "random_input_len": 900, "random_output_len": 90, "max-concurrency": 4}
+    for name in ("quant", "quantization"):
+        frame = pd.DataFrame([{"model": ours["model"][0], "device": ours["device"][0], **theirs, name: "fp8"}])
+        assert predict(frame)["tpot_s"][0] == pytest.approx(ours["tpot_s"][0])
+    said = predict(table({"dtype": "fp8"})).attrs["notes"]
+    assert any("precision" in note for note in said)
+    said = predict(table({"dtype": "auto", "precision": "fp8"})).attrs["notes"]
+    assert not any("precision" in note for note in said)
+
+
 MEASURED_CELLS = {"measured_ttft_s": 0.05, "measured_tpot_s": 0.008, "measured_output_tokens_per_s": 900.0}
 
 

@@ -17,7 +17,9 @@ ARRIVAL_COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "request_rate": ("requests per second, at random times; inf: all at once", None, ("rate", "qps")),
     "burstiness": ("shape of the gaps between requests: 1 Poisson, less in bursts, inf evenly spaced", 1.0, ()),
     "requests": ("how many were sent in all; all at once without a rate", None, ("num_prompts", "num_requests")),
-    "max_num_seqs": ("sequences of a step per dp rank; default the engine's", None, ("max_batch_size",)),
+    "max_num_seqs": (
+        "sequences of a step per dp rank; default the engine's", None, ("max_batch_size", "max_running_requests"),
+    ),
     "graph_sizes": (
         "batches that decode steps are padded to, as 1 2 4 8: TensorRT-LLM's cuda_graph_config; default: none", None,
         ("cuda_graph_sizes",),

@@ -110,6 +110,8 @@ def _notes(table: pd.DataFrame, ours: Mapping[Any, str], out: pd.DataFrame) -> l
     if unread := [name for name in names if name not in own and not name.startswith("Unnamed: ")]:
         more = f" and {len(unread) - MOST_NAMED} more" if len(unread) > MOST_NAMED else ""
         notes.append(f"columns kept and not read: {', '.join(unread[:MOST_NAMED])}{more}")
+    if "dtype" in map(str.lower, unread) and "precision" not in ours.values():
+        notes.append("dtype is an engine's word for activations: a column precision says what weights are stored in")
     return notes
 
 

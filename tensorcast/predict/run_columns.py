@@ -39,11 +39,11 @@ from tensorcast.profiles.engine import Frontend
 from tensorcast.serving.encoder import PromptImages
 
 WORKER_COLUMNS = {
-    "tp": ("attention tensor-parallel size", 1, ("tp_size",)),
-    "dp": ("attention data-parallel size", 1, ("dp_size", "attention_dp", "attention_dp_size")),
-    "ep": ("expert-parallel size", None, ("ep_size", "moe_ep", "moe_ep_size")),
+    "tp": ("attention tensor-parallel size", 1, ("tp_size", "tensor_parallel_size")),
+    "dp": ("attention data-parallel size", 1, ("dp_size", "data_parallel_size", "attention_dp", "attention_dp_size")),
+    "ep": ("expert-parallel size", None, ("ep_size", "moe_ep", "moe_ep_size", "expert_parallel_size")),
     "moe_tp": ("ranks that share one expert; tp*dp = moe_tp*ep", None, ("etp", "moe_tp_size")),
-    "pp": ("pipeline stages", 1, ("pp_size",)),
+    "pp": ("pipeline stages", 1, ("pp_size", "pipeline_parallel_size")),
     "batch": ("requests per data-parallel rank, where concurrency is not given", None, ("batch_size",)),
     "workers": ("workers of a pool; default one decode per 64 users, 2.5 decode per prefill", None, ("num_workers",)),
 }
@@ -54,8 +54,8 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "device": ("profile or alias", None, ("system", "gpu", "hardware")),
     "engine": ("profile or alias", "vllm", ("backend", "framework")),
     "mode": ("aggregated (agg) or disaggregated (disagg)", "aggregated", ("form", "serving_mode")),
-    "isl": ("prompt tokens", 1024, ("input_len", "input_tokens", "input_length")),
-    "osl": ("reply tokens", 1024, ("output_len", "output_tokens", "output_length")),
+    "isl": ("prompt tokens", 1024, ("input_len", "input_tokens", "input_length", "random_input_len")),
+    "osl": ("reply tokens", 1024, ("output_len", "output_tokens", "output_length", "random_output_len")),
     "concurrency": ("requests in flight; default batch * dp * workers", None, ("conc", "max_concurrency", "users")),
     "length_ratio": ("lengths are uniform between this share of isl, osl and the whole", 1.0, ("random_range_ratio",)),
     "rounds": ("requests per client of the measurement, which starts with all at once", 10, ()),
@@ -64,7 +64,8 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "release": ("of the engine: its rules hold, or the nearest ones read", "", ("backend_version", "engine_release")),
     "frontend": ("what takes requests to pools: own (the engine's router), dynamo (public records)", "own", ()),
     "replicas": ("independent copies that share the load (agg)", 1, ()),
-    "precision": ("weights: bf16, fp8, fp8_block, int8, fp4 (nvfp4), mxfp4, w4a16; default: model's", None, ()),
+    "precision": ("weights: bf16, fp8, fp8_block, fp4, mxfp4, w4a16, int8; default: model's", None,
+                  ("quant", "quantization")),
     "gemm_precision": ("the same for linears", None, ("gemm_quant_mode", "gemm_dtype")),
     "moe_precision": ("the same for experts", None, ("moe_quant_mode", "moe_dtype")),
     "kv_dtype": ("KV cache: bf16 or fp8; default the model's", None, ("kv_cache_dtype", "kvcache_quant_mode")),

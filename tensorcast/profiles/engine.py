@@ -155,6 +155,7 @@ class Overhead:
     where prompts are another server's (``pool_factor``).
 
     Errors are medians: ``layer_error_s`` of the seconds per layer, ``prefill_error`` of the factor, relative.
+    ``vendor``: whose devices it was measured on; nobody's where it is as published.
     """
 
     step_s: float
@@ -164,6 +165,7 @@ class Overhead:
     prefill_factor: float = 1.0
     prefill_error: float = 0.0
     pool_factor: float = 1.0
+    vendor: str = ""
 
 
 class EngineFit(Frozen):
@@ -182,6 +184,7 @@ class EngineFit(Frozen):
     prefill_factor: Number = Field(default=1.0, ge=1, description="steps with prompts under load over their kernels")
     prefill_error: Number = Field(default=0.0, ge=0, description="median distance of a network's own, over the factor")
     served: dict[str, tuple[str, ...]] = Field(default={}, description="models of all runs fitted to, by device")
+    vendor: str = Field(default="NVIDIA", description="whose devices these are")
     first_token_s: Number | None = Field(default=None, ge=0)
     prompt_token_s: Number = Field(default=0.0, ge=0, description="per token of the prompt, on top of that")
     first_token_rows: int = Field(default=0, ge=0)
@@ -364,7 +367,7 @@ class EngineProfile(Frozen):
         published = Overhead(float(self.step_overhead_s), float(self.request_overhead_s or 0.0))
         if self.fitted is None:
             return published
-        fitted = ("layer_s", "layer_error_s", "prefill_factor", "prefill_error", "pool_factor")
+        fitted = ("layer_s", "layer_error_s", "prefill_factor", "prefill_error", "pool_factor", "vendor")
         return replace(published, **{name: getattr(self.fitted, name) for name in fitted})
 
     def first_token_s(self, input_len: Any) -> Any:

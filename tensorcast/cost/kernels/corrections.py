@@ -131,6 +131,8 @@ class Corrections:
             known = any(key[0] == family for key in model.kernels) and not variant
             return (engine, "") if known else None
         kernel = model.find(family, dtype, engine, variant)
+        if kernel is None and (lender := self.predictor.lender(family, dtype, variant)):
+            return (engine, "") if self._residual(family, lender, variant) is not None else None
         if kernel is None and family in CARRIED and self.predictor.unmeasured(family, dtype, variant):
             return engine, ""
         if kernel is None or kernel.constants != constants_digest(family, dtype, device, kernel.engine):

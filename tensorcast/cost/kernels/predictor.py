@@ -21,8 +21,8 @@ from tensorcast.cost.kernels.formula import KernelFormula, formula_of
 from tensorcast.cost.kernels.lattice import SIDES, Lattice
 from tensorcast.cost.kernels.monotone import coordinates, middle_of
 from tensorcast.cost.kernels.triton_tiles import of_library
-from tensorcast.cost.kernels.vocabulary import Columns
-from tensorcast.cost.roofline import NEAREST, UNMEASURED, constants_for
+from tensorcast.cost.kernels.vocabulary import Columns, alike
+from tensorcast.cost.roofline import BORROWED_ERROR, NEAREST, UNMEASURED, constants_for
 from tensorcast.cost.work import Array, Mask, Size
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device, profile_roots
@@ -110,6 +110,8 @@ class Predictor:
         formula = partial(formula_of, family, dtype, variant, device=self.device, engine=engine)
         if kernel is None:
             by_formula = formula(columns)
+            if lender := self.lender(family, dtype, variant):
+                return _borrowed(self.price(family, lender, variant, columns), by_formula)
             if family not in CARRIED or not self.unmeasured(family, dtype, variant):
                 return _without_residual(by_formula)
             if self._bare is None:
@@ -132,6 +134,14 @@ class Predictor:
         parts = [self.price(family, dtype, variant, {n: values[at] for n, values in columns.items()}) for at in groups]
         order = np.argsort(np.concatenate([np.flatnonzero(at) for at in groups]))
         return Estimate(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in PARTS})
+
+    def lender(self, family: str, dtype: str, variant: str) -> str:
+        """The dtype whose kernel stands in for one that was not measured: the one that lent its constants, if it
+        computes and stores alike and its kernel was. None is the empty name."""
+        lent = constants_for(self.device, family, dtype, self.engine)[0].dtype
+        if variant or self.model is None or lent == dtype or not alike(lent, dtype):
+            return ""
+        return lent if self.model.find(family, lent, self.engine, variant) is not None else ""
 
     def unmeasured(self, family: str, dtype: str, variant: str) -> bool:
         """Whether a device of which other kernels were measured is priced as one that was not."""
@@ -252,6 +262,16 @@ def _estimate(
     low, high = (seconds * np.exp(end) for end in ends)
     lowest = np.maximum(low, np.minimum(formula.floor, seconds))
     return Estimate(seconds, lowest, high, level, seconds / formula.seconds)
+
+
+def _borrowed(found: Estimate, formula: KernelFormula) -> Estimate:
+    """Another dtype's kernel as this one's: never ``measured``, and no surer than such loans are."""
+    width = NORMAL_80 * BORROWED_ERROR
+    low = np.maximum(np.minimum(found.low, found.seconds * np.exp(-width)), np.minimum(formula.floor, found.seconds))
+    return Estimate(
+        found.seconds, low, np.maximum(found.high, found.seconds * np.exp(width)),
+        np.minimum(found.level, LEVELS.index("calibrated")), found.seconds / formula.seconds,
+    )
 
 
 def _without_residual(formula: KernelFormula) -> Estimate:

@@ -73,6 +73,18 @@ PRECISION = {
 }
 """Bytes per element with scales: 128 x 128 blocks (fp8_block), 16 (nvfp4), 32 (mx), 128 (int4, usual group size)."""
 
+ALIKE = 0.07
+"""Relative difference of stored bytes up to which two dtypes are stored alike."""
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two dtypes compute in the same arithmetic and store about as many bytes: FP8 with and without blocks."""
+    mine, its = PRECISION.get(one), PRECISION.get(other)
+    return mine is not None and its is not None and mine.compute == its.compute and all(
+        abs(getattr(mine, name) / getattr(its, name) - 1.0) < ALIKE for name in ("weight_bytes", "activation_bytes")
+    )
+
+
 SOURCES = ("marlin", "modular", "trtllm_moe", "_trtllm_", "triton", "cutlass", "nongated", "deepgemm", "min_latency")
 """Libraries whose grouped GEMM an engine may run, as the tables' ``kernel_source`` names them (``min_latency``:
 TensorRT-LLM's generated kernels for Blackwell)."""

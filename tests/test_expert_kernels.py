@@ -77,6 +77,72 @@ def test_what_the_engines_source_says() -> None:
     assert library("vllm", "h100", "mxfp4", "gpt-oss-20b") == "triton"
 
 
+def test_older_releases_chose_others() -> None:
+    """On Blackwell: vllm 0.17.0 and 0.19.0, fused_moe/oracle/fp8.py and unquantized.py with what trtllm_fp8_moe.py
+    supports (routers without groups, as MiniMax-M2's, not before 0.24); 0.12.0 quantization/fp8.py."""
+    def chosen(release: str, dtype: str, model: str) -> str:
+        return library(f"vllm=={release}", "b200", dtype, model)
+
+    releases = ("0.12.0", "0.17.0", "0.18.0", "0.19.0", "0.24.0")
+    assert [chosen(release, "fp8_block", "minimax-m2.5") for release in releases] == [
+        "deepgemm", "deepgemm", "modular", "modular", "_trtllm_",
+    ]  # fmt: skip
+    assert [chosen(release, "fp8_block", "qwen3-235b-a22b") for release in releases] == [
+        "deepgemm", "_trtllm_", "modular", "modular", "_trtllm_",
+    ]  # fmt: skip
+    assert {chosen(release, "fp8_block", "deepseek-v3") for release in ("0.17.0", "0.19.0", "0.33.0")} == {"_trtllm_"}
+    assert [chosen(release, "bf16", "qwen3-235b-a22b") for release in ("0.10.2", "0.19.0", "0.24.0")] == [
+        "triton", "triton", "_trtllm_",
+    ]  # fmt: skip
+    assert chosen("0.19.0", "nvfp4", "minimax-m2.5") == "modular"
+
+
+@pytest.mark.parametrize(("engine", "source", "whose", "dtype"), [
+    ("vllm", "triton", "sglang", "fp8_block"), ("vllm", "deepgemm", "trtllm", "fp8_block"),
+    ("vllm", "triton", "sglang", "bf16"),
+])  # fmt: skip
+def test_a_library_not_timed_under_an_engine_is_priced_by_the_table_that_has_it(
+    engine: str, source: str, whose: str, dtype: str
+) -> None:
+    own, other = (predictor_for(load_device("b200"), name, served=True) for name in (engine, whose))
+    dice = np.random.default_rng(7)
+    tokens = np.exp2(dice.uniform(0, 13, 40))
+    whole = {"hidden": 3072.0, "inter": 1536.0, "topk": 8.0, "experts": 256.0, "moe_tp": 4.0}
+    size = {"tokens": tokens} | {name: np.full(40, value) for name, value in whole.items()}
+    asked = np.where(dice.random(40) < 0.5, source_of(source), source_of("_trtllm_"))
+    mixed = own.estimate("grouped_gemm", dtype, "", **size, source=asked)
+    theirs = other.estimate("grouped_gemm", dtype, "", **size, source=np.full(40, source_of(source)))
+    ours = own.estimate("grouped_gemm", dtype, "", **size, source=np.full(40, source_of("_trtllm_")))
+    lent = asked == source_of(source)
+    assert 10 < lent.sum() < 30
+    assert np.allclose(mixed.seconds[lent], theirs.seconds[lent]) and set(mixed.evidence[lent]) == {"calibrated"}
+    assert np.array_equal(mixed.seconds[~lent], ours.seconds[~lent])
+    more = {"moe_ep": np.ones(40), "slots": size["experts"], "gated": np.ones(40), "skew": np.zeros(40)}
+    formula = formula_of("grouped_gemm", dtype, "", size | more, load_device("b200"), engine=engine)
+    assert np.allclose(mixed.factor * formula.seconds, mixed.seconds)
+
+
+def test_generated_kernels_without_a_router_take_as_their_twins_by_what_other_models_took() -> None:
+    """vllm's table timed MiniMax-M2's FP8 blocks with the router in the call, 0.19 runs them without."""
+    predictor = predictor_for(load_device("b200"), "vllm", served=True)
+    modular, whole = source_of("modular"), source_of("_trtllm_")
+    size = {"hidden": 3072.0, "inter": 1536.0, "topk": 8.0, "experts": 256.0, "moe_tp": 4.0}
+    tokens = np.array([1.0, 16, 64, 300, 4096])
+
+    def priced(source: float, hidden: float = 3072.0) -> tuple[np.ndarray, set[str]]:
+        found = predictor.estimate("grouped_gemm", "fp8_block", "", **{**size, "hidden": hidden}, tokens=tokens,
+                                   source=np.full(5, source))  # fmt: skip
+        assert (found.low <= found.seconds).all() and (found.seconds <= found.high).all()
+        return found.seconds, set(found.evidence)
+
+    timed, how = priced(whole)
+    assert how == {"measured"}
+    twin, how = priced(modular)
+    assert how == {"calibrated"} and (twin / timed > 0.9).all() and (twin / timed < 1.5).all()
+    like = priced(modular, 3073.0)[0] / priced(whole, 3073.0)[0]  # of a model that nobody timed, nearly as large
+    assert np.allclose(twin / timed, like, rtol=2e-3)
+
+
 def test_tensorrt_llm_runs_generated_experts_on_blackwell() -> None:
     """As launch scripts set moe_config.backend: TRTLLM, and under attention DP CUTLASS or DEEPGEMM."""
     engine, config = load_engine("trtllm"), load_model("deepseek-r1").config

@@ -175,3 +175,49 @@ def test_scripts_of_public_records_are_read() -> None:
     found = launches(table)
     said = dict(zip(found["release"], zip(found["cuda_graphs"], found["allreduce_fusion"], strict=True), strict=True))
     assert said == {"0.11.0": ("piecewise", ""), "0.13.0": ("", "on"), "0.18.0": ("", ""), "0.5.9": ("off", "on")}
+
+
+def test_an_engine_is_asked_for_whose_experts_kernels_run() -> None:
+    """B200, vLLM 0.17.0, MiniMax-M2.5 in FP8 blocks: DeepGEMM's unasked, Triton's with both others switched off."""
+    def step(engine: str, **options: Any) -> float:
+        return float(deploy(
+            load_model("minimax-m2.5"), load_device("b200"), load_engine(engine), parse_layout("tp4"), "decode",
+            options=Options(**options),
+        ).step.seconds(8, 1, 2048))  # fmt: skip
+
+    unasked, triton, same = (
+        step("vllm==0.17.0"), step("vllm==0.17.0", experts_kernels="triton"),
+        step("vllm==0.17.0", experts_kernels="deepgemm"),
+    )
+    assert same == unasked and triton < 0.95 * unasked
+    assert step("vllm==0.24.0", experts_kernels="trtllm") == step("vllm==0.24.0") < triton
+    assert step("trtllm", experts_kernels="trtllm") == step("trtllm") != step("trtllm", experts_kernels="deepgemm")
+    with pytest.raises(InputError, match="--experts-kernels 'trition': must be engine or triton or cutlass"):
+        step("vllm", experts_kernels="trition")
+    flags = {"vllm": "--moe-backend triton", "sglang": "--moe-runner-backend triton", "trtllm": "backend: TRITON"}
+    assert all(words in command(engine, experts_kernels="triton") for engine, words in flags.items())
+    gpt_oss = launch("sglang", load_model("gpt-oss-120b"), parse_layout("tp4"), Options(experts_kernels="triton"),
+                     batch=64, input_len=2048, output_len=512)  # fmt: skip
+    assert "--moe-runner-backend triton_kernel" in "\n".join(gpt_oss.commands)
+
+
+def test_scripts_say_whose_experts_kernels_run() -> None:
+    """InferenceX: minimaxm2.5_fp8_b200.sh takes FlashInfer's and DeepGEMM's away, gptoss_fp4_h200.sh asks for Marlin's,
+    its SGLang and TensorRT-LLM scripts name a backend."""
+    base = {"engine": "vllm", "serving_model": "openai/gpt-oss-120b", "hf_model": "", "device": "h200",
+            "precision": "fp4", "mode": "agg", "role": "agg", "isl": 1024, "osl": 1024, "concurrency": 4, "tp": 4,
+            "ep": 1, "dp_attn": 0, "max_num_tokens": 8192, "kv_cache_dtype": "", "other_options": "", "spec_depth": 0,
+            "sched_recv_interval": None, "all2all_backend": None, "env_switches": None, "moe_backend": None,
+            **dict.fromkeys(POOLS)}  # fmt: skip
+    found = launches(pd.DataFrame([
+        {**base, "engine_release": "0.13.0", "env_switches": "TORCH_CUDA_ARCH_LIST=9.0;VLLM_MXFP4_USE_MARLIN=1"},
+        {**base, "engine_release": "0.17.0", "precision": "fp8",
+         "env_switches": "VLLM_MOE_USE_DEEP_GEMM=0;VLLM_USE_FLASHINFER_MOE_FP8=0"},
+        {**base, "engine_release": "0.18.0", "precision": "fp8", "env_switches": "VLLM_MOE_USE_DEEP_GEMM=0"},
+        {**base, "engine": "sglang", "engine_release": "0.5.9", "moe_backend": "flashinfer_trtllm"},
+        {**base, "engine": "trtllm", "engine_release": "1.1.0", "moe_backend": "DEEPGEMM"},
+        {**base, "engine": "trtllm", "engine_release": "1.2.0", "moe_backend": "CUTEDSL"},
+    ]))  # fmt: skip
+    assert dict(zip(found["release"], found["experts_kernels"], strict=True)) == {
+        "0.13.0": "marlin", "0.17.0": "triton", "0.18.0": "", "0.5.9": "trtllm", "1.1.0": "deepgemm", "1.2.0": "",
+    }  # fmt: skip

@@ -64,7 +64,7 @@ def library(kernel: Kernel, columns: Columns) -> np.ndarray:
     return found
 
 
-def test_the_library_is_the_models_own_else_as_said_else_most_models() -> None:
+def test_the_library_is_as_said_else_the_models_own_else_most_models() -> None:
     """sglang on B200 runs TensorRT-LLM's experts for most models, Triton's for some."""
     predictor = predictor_for(load_device("b200"), "sglang")
     assert predictor.model is not None
@@ -75,12 +75,27 @@ def test_the_library_is_the_models_own_else_as_said_else_most_models() -> None:
     assert np.array_equal(library(kernel, columns), table[:, -1])
     triton = float(SOURCES.index("triton") + 1)
     stated = columns | {"source": np.full(len(table), triton)}
-    assert np.array_equal(library(kernel, stated), table[:, -1])
+    assert set(library(kernel, stated)) == {triton}
+    assert np.array_equal(kernel.measured_shape(stated), table[:, -1] == triton)
+    assert kernel.measured_shape(columns).all()
     strange = columns | {"hidden": columns["hidden"] + 64.0}
     most = float(SOURCES.index("trtllm_moe") + 1)
     assert set(library(kernel, strange)) == {most}
     assert set(library(kernel, strange | {"source": np.full(len(table), triton)})) == {triton}
     assert set(library(kernel, strange | {"source": np.full(len(table), 99.0)})) == {most}
+
+
+def test_a_library_that_one_model_alone_was_timed_with_tells_nothing_of_other_measured_ones() -> None:
+    """vllm on H200: Marlin's MXFP4 experts were timed for Kimi-K3's 896, Triton's for gpt-oss."""
+    predictor = predictor_for(load_device("h200"), "vllm")
+    assert predictor.model is not None
+    kernel = predictor.model.kernels["grouped_gemm", "mxfp4", "vllm", ""]
+    marlin, triton = (float(SOURCES.index(name) + 1) for name in ("marlin", "triton"))
+    assert {line[-1] for line in kernel.sources} == {marlin, triton} and kernel.known == (triton,)
+    gpt_oss = {name: np.array([size]) for name, size in zip(SOURCE_OF, (2880.0, 2880, 4, 128), strict=True)}
+    said = {"moe_ep": np.ones(1), "source": np.array([marlin])}
+    assert library(kernel, gpt_oss | said) == triton
+    assert library(kernel, gpt_oss | said | {"hidden": np.array([4096.0])}) == marlin
 
 
 def test_experts_without_a_gate_run_the_kernel_of_their_like() -> None:

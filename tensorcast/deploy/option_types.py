@@ -20,6 +20,7 @@ class DeploymentOptions(TypedDict, total=False):
     placement: str
     redundant_experts: int
     experts_backend: str | Mapping[str, str]
+    experts_kernels: str
     shared_expert_tp: bool
     shared_experts_fusion: bool
     external_shared_experts: int

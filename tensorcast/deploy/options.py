@@ -9,6 +9,7 @@ from typing import Any
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES
+from tensorcast.profiles.experts import WORDS as EXPERTS_KERNELS
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.memory import STATE_DTYPES
 from tensorcast.profiles.model import ModelProfile
@@ -139,6 +140,11 @@ class Options:
     experts_backend: str = _about(
         "auto", "How expert matmuls run: grouped_mm, batched_mm, eager, contiguous, masked, or auto; by phase as "
         "prefill=contiguous,decode=masked.", metavar="NAME", of_experts=True,
+    )
+    experts_kernels: str = _about(
+        "engine", "Whose kernels run the experts: as the engine chooses, or what its own option asks for (vLLM's "
+        "--moe-backend, SGLang's --moe-runner-backend, TensorRT-LLM's moe_config.backend).",
+        metavar="engine|triton|cutlass|deepgemm|trtllm|marlin", of_experts=True,
     )
     shared_expert_tp: bool = _about(
         True, "Cut shared experts over tp, or keep them whole on every GPU.", idle=_nothing_shared
@@ -287,6 +293,10 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
         (
             "valid numbers", o.allreduce_fusion in JOINED,
             f"--allreduce-fusion {o.allreduce_fusion!r}: must be {' or '.join(JOINED)}",
+        ),
+        (
+            "valid numbers", o.experts_kernels in ("engine", *EXPERTS_KERNELS),
+            f"--experts-kernels {o.experts_kernels!r}: must be engine or {' or '.join(EXPERTS_KERNELS)}",
         ),
         (
             "valid numbers", o.memory_fraction is None or 0 < o.memory_fraction <= 1,

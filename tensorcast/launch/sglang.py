@@ -108,6 +108,11 @@ def _drafting(plan: Plan, found: Settings) -> None:
 
 def _experts(plan: Plan, found: Settings) -> None:
     layout, options = plan.case.layout, plan.case.options
+    if options.experts_kernels != "engine":
+        own = f"mxfp4_{options.experts_kernels}"  # a name of its own where the checkpoint is MXFP4 (gpt-oss)
+        stored = (plan.model.config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
+        values = plan.table.flags["experts_kernels"].values
+        found.add("experts_kernels", own if stored and own in values else options.experts_kernels)
     if layout.ep > 1:
         found.add("expert_parallel", layout.ep)
     if exchange := plan.case.exchange:

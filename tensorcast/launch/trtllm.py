@@ -63,6 +63,8 @@ def settings(plan: Plan, node: int) -> Settings:
 
 def _experts(plan: Plan, found: Settings) -> None:
     layout, options = plan.case.layout, plan.case.options
+    if options.experts_kernels != "engine":
+        found.add("experts_kernels", options.experts_kernels)
     found.add("expert_parallel", layout.ep)
     found.add("expert_tensor_parallel", layout.etp)
     if plan.case.exchange not in ("", "auto"):

@@ -99,6 +99,8 @@ def _switches(options: Options, found: Settings) -> None:
 
 def _experts(plan: Plan, found: Settings) -> None:
     layout, options = plan.case.layout, plan.case.options
+    if options.experts_kernels != "engine":
+        found.add("experts_kernels", options.experts_kernels)
     if layout.ep > 1:
         found.add("expert_parallel")
         if options.placement == "round_robin":

@@ -98,6 +98,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "compiled": ("whether torch.compile fuses, where the engine uses it: on, off", "on", ()),
     "custom_all_reduce": ("all-reduces by the engine's own kernels (on) or NCCL (off)", "on", ()),
     "allreduce_fusion": ("all-reduces joined with norms: engine, on, off", "engine", ("fuse_allreduce_rms",)),
+    "experts_kernels": ("whose run experts: engine, triton, cutlass, deepgemm, trtllm, marlin", "engine", ()),
     **ARRIVAL_COLUMNS,
     **IMAGE_COLUMNS,
 }  # fmt: skip
@@ -274,8 +275,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         kv_dtype=_kv(cells, engine, stated), state_dtype=cells.text("state_dtype", None),
         routing=cells.text("routing"),
         all2all=cells.text("all2all"),
-        dispatch=cells.text("dispatch", None),
-        combine=cells.text("combine", None),
+        dispatch=cells.text("dispatch", None), combine=cells.text("combine", None),
         placement=cells.text("placement"),
         redundant_experts=cells.whole("redundant_experts", least=0),
         mtp_depth=cells.whole("mtp_depth", least=0),
@@ -283,7 +283,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         memory_fraction=cells.number("memory_fraction", None),
         cuda_graphs={"off": "none"}.get(graphs := cells.text("cuda_graphs").lower(), graphs),
         compiled=cells.switch("compiled"), custom_all_reduce=cells.switch("custom_all_reduce"),
-        allreduce_fusion=cells.text("allreduce_fusion").lower(),
+        allreduce_fusion=cells.text("allreduce_fusion").lower(), experts_kernels=cells.text("experts_kernels").lower(),
     ), named.profile)
     return Run(
         model=profile, device=device, engine=engine, release=release, mode=mode, frontend=before,

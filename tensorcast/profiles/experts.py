@@ -7,6 +7,9 @@ from pydantic import Field
 from tensorcast.profiles.model import text_of
 from tensorcast.profiles.sourced import Frozen
 
+WORDS = ("triton", "cutlass", "deepgemm", "trtllm", "marlin")
+"""Libraries of experts' kernels that an engine can be asked for; ``trtllm``: those that TensorRT-LLM generated."""
+
 ACTIVATIONS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
 """Fields of a model's config that name the activation between an expert's matmuls."""
 
@@ -59,12 +62,17 @@ class ExpertKernels(Frozen):
 
     source: str = Field(min_length=3)
     libraries: tuple[Library, ...] = Field(default=(), description="the first that holds")
+    names: dict[str, tuple[str, ...]] = Field(
+        default={}, description="what measured tables call the libraries that can be asked for, the usual one first"
+    )
+    asked: str = Field(default="", description="a word of `names`: what runs, whatever the engine would choose")
     triton: TritonTiles | None = None
 
     def library(
         self, device: str, dtype: str, config: dict[str, Any], spread: bool, *, attention_dp: bool = False
     ) -> str:
-        """Whose kernels run a model's experts on a device of this architecture; empty where nothing is said.
+        """Whose kernels run a model's experts on a device of this architecture; empty where nothing is said. What was
+        asked for comes first.
 
         ``config`` as the model's publisher wrote it; ``spread``: ranks hold whole experts of their own;
         ``attention_dp``: each has requests of its own, too.
@@ -74,4 +82,5 @@ class ExpertKernels(Frozen):
         activation = next((str(text[name]) for name in ACTIVATIONS if text.get(name)), "")
         found = (rule.kernels for rule in self.libraries
                  if rule.holds(device.lower(), dtype, names, activation, spread=spread, attention_dp=attention_dp))
-        return next(found, "")
+        chosen, wanted = next(found, ""), self.names.get(self.asked, ())
+        return chosen if chosen in wanted or not wanted else wanted[0]

@@ -37,6 +37,7 @@ OPTIONS = {
     "memory_fraction": "mem_fraction",
     "cuda_graphs": "cuda_graphs",
     "allreduce_fusion": "joins_norms",
+    "experts_kernels": "experts_kernels",
     "balance_steps": "adp_timeout_iters",
     "batching_steps": "adp_batching_wait_iters",
     "batch_wait_steps": "batch_wait_timeout_iters",
@@ -58,7 +59,10 @@ STATES = r"mamba-ssm-(?:cache-)?dtype=(\w+)"
 ROLE = {"chunk_tokens": "prefill", "receive_interval": "prefill"}
 """Which pool's launch says an option; else that which decodes."""
 
-READ = ("adp_enable_balance", "compilation_config", "disable_cuda_graph", "enforce_eager", "allreduce_fusion")
+READ = (
+    "adp_enable_balance", "compilation_config", "disable_cuda_graph", "enforce_eager", "allreduce_fusion",
+    "moe_backend", "env_switches",
+)
 """Columns that say part of an option; a table may lack them."""
 
 BALANCE = {"adp_timeout_iters": 50, "adp_batching_wait_iters": 10}
@@ -87,6 +91,7 @@ def launches(table: pd.DataFrame) -> pd.DataFrame:
         gpus=table["tp"].mask(in_pools),
         dp_attn=table["dp_attn"].mask(in_pools),
         all2all_backend=_exchange(table), cuda_graphs=_graphs(table), joins_norms=_joins(table),
+        experts_kernels=_experts_kernels(table),
     )
     balanced = known["adp_enable_balance"].astype(str).eq("True") & (known["dp_attn"] == 1)
     known = known.assign(**{name: known[name].fillna(own).where(balanced) for name, own in BALANCE.items()})
@@ -142,6 +147,33 @@ def _joins(table: pd.DataFrame) -> pd.Series:
     said = table["compilation_config"].astype(str).str.extract(JOINS, expand=False)
     asked = (table["engine"] == "sglang") & table["allreduce_fusion"].astype(str).eq("True")
     return said.map({"true": "on", "false": "off"}).fillna("").mask(asked, "on")
+
+
+EXPERTS_KERNELS = {
+    "triton": "triton", "triton_kernel": "triton", "cutlass": "cutlass", "flashinfer_cutlass": "cutlass",
+    "deepgemm": "deepgemm", "deep_gemm": "deepgemm", "trtllm": "trtllm", "flashinfer_trtllm": "trtllm",
+    "flashinfer_trtllm_routed": "trtllm", "flashinfer_mxfp4": "trtllm", "marlin": "marlin",
+}
+"""Engines' words for whose kernels run experts (``--moe-backend``, ``--moe-runner-backend``, ``moe_config.backend``),
+lower case, and ours; CuTe DSL's and fused ones have no tables."""
+
+REFUSED = {"trtllm": r"VLLM_USE_FLASHINFER_MOE_FP8=(?:0|false)\b", "deepgemm": r"VLLM_MOE_USE_DEEP_GEMM=(?:0|false)\b"}
+"""Variables of vLLM that take a library away (0.17.0, fused_moe/oracle/fp8.py); without both Triton's is next."""
+
+ASKED = {"marlin": r"VLLM_MXFP4_USE_MARLIN=(?:1|true)\b"}
+"""Variables of vLLM that ask for a library (0.18.0, quantization/mxfp4.py; for Hopper, as SM100's come before)."""
+
+
+def _experts_kernels(table: pd.DataFrame) -> pd.Series:
+    """Whose experts' kernels a script asks for; empty where it leaves that to the engine."""
+    said = table["moe_backend"].astype(str).str.lower().map(EXPERTS_KERNELS).fillna("")
+    given = table["env_switches"].astype(str)
+    vllm = (table["engine"] == "vllm") & (said == "")
+    refused = vllm & (table["precision"] == "fp8")
+    for pattern in REFUSED.values():
+        refused &= given.str.contains(pattern, case=False)
+    asked = vllm & (table["precision"] == "fp4") & given.str.contains(ASKED["marlin"], case=False)
+    return said.mask(refused, "triton").mask(asked, "marlin")
 
 
 def _step_tokens(table: pd.DataFrame) -> pd.Series:

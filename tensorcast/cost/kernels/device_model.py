@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.cost.kernels.trees import Trees, leaf_steps
-from tensorcast.cost.kernels.vocabulary import NON_GATED, UNRELATED, Columns
+from tensorcast.cost.kernels.vocabulary import NON_GATED, UNRELATED, Columns, source_of
 from tensorcast.cost.work import Array, Mask
 from tensorcast.errors import InputError
 
@@ -55,6 +57,13 @@ UNTUNED = 0.3
 of some models' under TensorRT-LLM take 2 to 10 times as long as the same split under another routing law or on another
 device, at random; most likely because the tables' collector shares tuned kernels between processes and GPUs
 (github.com/ai-dynamo/aiconfigurator, ``collector/trtllm/collect_moe.py``). An engine tunes its own."""
+
+GENERATED = (source_of("modular"), source_of("_trtllm_"))
+"""vLLM's names of TensorRT-LLM's generated kernels without and with the router in their call: the same products."""
+
+TELL = 2
+"""Models that a library must have been timed for to tell what its kernels take for a model that was timed with
+another's: of one, its own sizes stand beside everything else. Marlin's MXFP4 was timed for 896 experts alone."""
 
 OUTSIDE = 0.055
 """By how much (log) an interval's ends move away per factor of two beyond the measured sizes. Settled on H200 and B200
@@ -130,7 +139,8 @@ class Kernel:
         return total
 
     def measured_shape(self, columns: Columns) -> Mask:
-        """Whether the sizes of :data:`LINES` are a combination that was measured, one of those ``seen``."""
+        """Whether the sizes of :data:`LINES` are a combination that was measured, one of those ``seen``, and not with
+        another library's kernel than the one that runs."""
         size, lines = len(next(iter(columns.values()))), LINES[self.family]
         if not lines or not all(name in columns for name in lines):
             return np.full(size, not lines)
@@ -139,19 +149,37 @@ class Kernel:
         if not len(seen):
             return np.zeros(size, dtype=bool)
         codes = np.sort(np.round(seen @ np.array(WEIGHTS[: len(lines)])))
-        return codes[np.minimum(np.searchsorted(codes, np.round(mine)), len(codes) - 1)] == np.round(mine)
+        result = codes[np.minimum(np.searchsorted(codes, np.round(mine)), len(codes) - 1)] == np.round(mine)
+        if result.any() and "source" in columns and (runs := self.library(columns)) is not None:
+            table = np.asarray(self.sources)
+            model = [*(columns[name] for name in SOURCE_OF), (columns["moe_ep"] > 1).astype(float)]
+            ran = _looked_up(np.column_stack([table, table[:, -1]]), [*model, runs])
+            result &= ~np.isnan(ran) | np.isnan(_looked_up(table, model))
+        return result
+
+    @cached_property
+    def known(self) -> tuple[float, ...]:
+        """Libraries that were measured for :data:`TELL` models."""
+        models = {(*line[: len(SOURCE_OF)], line[-1]) for line in self.sources}
+        counts = Counter(line[-1] for line in models)
+        return tuple(code for code in counts if counts[code] >= TELL)
 
     def library(self, columns: Columns) -> Array | None:
-        """The library whose kernel runs: as the columns say if it was measured for the model, else as was, for other
-        models as the columns say, else what most models with such experts (gated or not) ran. None: one alone ran."""
+        """The library whose kernel runs: as the columns say if enough of it was measured, else as was measured for the
+        model, else as the columns say, else what most models with such experts (gated or not) ran. None: one alone
+        ran."""
         if not self.sources or not all(name in columns for name in (*SOURCE_OF, "moe_ep")):
             return None
         table, split = np.asarray(self.sources), columns["moe_ep"] > 1
-        model = [*(columns[name] for name in SOURCE_OF), split.astype(float)]
         said = columns.get("source", np.full(len(split), np.nan))
-        source = _looked_up(np.column_stack([table, table[:, -1]]), [*model, np.nan_to_num(said)])
-        source = np.where(np.isnan(source), _looked_up(table, model), source)
-        source = np.where(np.isnan(source) & np.isin(said, list({*table[:, -1]})), said, source)
+        model = [*(columns[name] for name in SOURCE_OF), split.astype(float)]
+        ran = _looked_up(np.column_stack([table, table[:, -1]]), [*model, np.nan_to_num(said)])
+        source = np.where(np.isnan(ran) & np.isin(said, self.known), said, ran)
+        if np.isnan(source).any():
+            source = np.where(np.isnan(source), _looked_up(table, model), source)
+            source = np.where(np.isnan(source) & np.isin(said, table[:, -1]), said, source)
+        if not np.isnan(source).any():
+            return source
         plain = np.array([tuple(line[:4]) in NON_GATED for line in self.sources])
         ungated = columns.get("gated", np.ones(len(split))) == 0
         for spread, without in ((False, False), (False, True), (True, False), (True, True)):
@@ -160,6 +188,17 @@ class Kernel:
             if len(codes):
                 source[np.isnan(source) & (split == spread) & (ungated == without)] = codes[counts.argmax()]
         return np.nan_to_num(source)
+
+    def twin(self, columns: Columns) -> Array:
+        """The one of :data:`GENERATED` that a call's model was timed with where the other runs; 0 elsewhere."""
+        said = columns["source"]
+        result = np.zeros(len(said))
+        if np.isin(said, GENERATED).any():
+            model = [*(columns[name] for name in SOURCE_OF), (columns["moe_ep"] > 1).astype(float)]
+            timed = np.nan_to_num(_looked_up(np.asarray(self.sources), model))
+            alike = np.isin(said, GENERATED) & np.isin(timed, GENERATED) & (timed != said)
+            result = np.where(alike & self.measured_shape({**columns, "source": timed}), timed, result)
+        return result
 
     def correction(self, features: Columns, measured_shape: Mask) -> Array:
         """log of what to multiply the formula by: of shapes that were not measured as learnt from other shapes."""
@@ -225,12 +264,13 @@ class DeviceModel:
     kernels: Mapping[tuple[str, str, str, str], Kernel]
     provenance: str = ""
 
-    def find(self, family: str, dtype: str, engine: str, variant: str) -> Kernel | None:
-        """This engine's kernel, else the plain variant's, else another engine's of the same dtype."""
+    def find(self, family: str, dtype: str, engine: str, variant: str, source: float = 0.0) -> Kernel | None:
+        """This engine's kernel, else the plain variant's, else another engine's of the same dtype. ``source``: of which
+        this library's was measured."""
         for name in (variant, "") if variant != "eager" else (variant,):
             for who in (engine, "any", *STAND_IN.get(engine, STAND_IN["any"])):
                 found = self.kernels.get((family, dtype, who, name))
-                if found is not None:
+                if found is not None and (not source or source in found.known):
                     return found
         return None
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorcast.cost.evidence import LEVELS, NORMAL_80
+from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.kernels.device_model import CONFIGURATION, LINES, UNTUNED, DeviceModel, Kernel, read_model
+from tensorcast.cost.kernels.estimates import PARTS, Estimate, borrowed, estimated, in_order, without_residual
 from tensorcast.cost.kernels.expert_load import skew_of
 from tensorcast.cost.kernels.formula import KernelFormula, formula_of
 from tensorcast.cost.kernels.lattice import SIDES, Lattice
 from tensorcast.cost.kernels.monotone import coordinates, middle_of
 from tensorcast.cost.kernels.triton_tiles import of_library
 from tensorcast.cost.kernels.vocabulary import Columns, alike
-from tensorcast.cost.roofline import BORROWED_ERROR, NEAREST, UNMEASURED, constants_for
+from tensorcast.cost.roofline import NEAREST, UNMEASURED, constants_for
 from tensorcast.cost.work import Array, Mask, Size
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device, profile_roots
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Estimate", "Predictor", "predict_kernels", "predictor_for"]
-
-PARTS = ("seconds", "low", "high", "level", "factor")
-
-Level = NDArray[np.int_]
-"""Indices into :data:`~tensorcast.cost.evidence.LEVELS`."""
 
 TRANSFERRED = "other-devices"
 """Name of the model fitted over all measured devices, for those of their vendor that were not."""
@@ -51,23 +47,6 @@ new device."""
 
 CARRIED = ("attention_prefill", *BEST_OF)
 """Families that are carried over from other devices."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds of every call, the ends of an 80 % interval, where they come from (an index into :data:`LEVELS`), and
-    ``factor``, by which the fitted residual changed the formula's seconds."""
-
-    seconds: Array
-    low: Array
-    high: Array
-    level: Level
-    factor: Array
-
-    @property
-    def evidence(self) -> NDArray[np.object_]:
-        """``measured``, ``calibrated`` or ``datasheet`` per call."""
-        return np.array(LEVELS, dtype=object)[self.level]
 
 
 @dataclass(eq=False)
@@ -102,6 +81,59 @@ class Predictor:
         if self.model is not None and self.model.device == TRANSFERRED:
             return self._from_other_devices(family, dtype, variant, columns)
         kernel = self.model.find(family, dtype, self.engine, variant) if self.model else None
+        if self.model is not None and kernel is not None and kernel.sources and "source" in columns:
+            # of libraries that were not timed under this engine by the table where they were
+            timed = {0.0, *(line[-1] for line in kernel.sources)}
+            others = [code for code in np.unique(columns["source"]).tolist() if code not in timed]
+            found = [(code, self.model.find(family, dtype, self.engine, variant, code)) for code in others]
+            lent = [(code, other) for code, other in found if other is not None]
+            if lent:
+                return self._lent(kernel, lent, (family, dtype, variant), columns)
+            if (twin := kernel.twin(columns)).any():
+                return self._as_its_twin(kernel, twin, (family, dtype, variant), columns)
+        return self._by_kernel(kernel, family, dtype, variant, columns)
+
+    def _as_its_twin(self, kernel: Kernel, twin: Array, name: tuple[str, str, str], columns: Columns) -> Estimate:
+        """Calls of models that were timed with a kernel's ``twin``: as these took, times what other models' took by the
+        one over the other."""
+        there = self._by_kernel(kernel, *name, {**columns, "source": np.where(twin > 0, twin, columns["source"])})
+        formula = partial(formula_of, *name, device=self.device, engine=kernel.engine)
+        ours, theirs = (
+            self._extrapolated(kernel, formula, {**columns, "source": source}, measured_shape=False)
+            for source in (columns["source"], np.where(twin > 0, twin, columns["source"]))
+        )
+        times = ours.seconds / theirs.seconds
+        seconds, least = there.seconds * times, formula(columns).floor
+        ends = (np.where(twin > 0, seconds * end / ours.seconds, old) for end, old in (
+            (ours.low, there.low), (ours.high, there.high)
+        ))  # fmt: skip
+        low, high = ends
+        seconds = np.maximum(seconds, least)
+        return Estimate(
+            seconds, np.maximum(low, np.minimum(least, seconds)), high, np.where(twin > 0, 1, there.level),
+            there.factor * seconds / there.seconds,
+        )
+
+    def _lent(
+        self, own: Kernel, lent: Sequence[tuple[float, Kernel]], name: tuple[str, str, str], columns: Columns
+    ) -> Estimate:
+        """Experts of libraries that other engines' kernels were timed with, and the rest by the ``own`` one."""
+        places, parts = list[NDArray[np.int_]](), list[Estimate]()
+        for code, other in lent:
+            places.append(np.flatnonzero(columns["source"] == code))
+            some = {size: values[places[-1]] for size, values in columns.items()}
+            by_own = formula_of(*name, some, self.device, engine=own.engine)  # what the asked one is corrected over
+            parts.append(borrowed(self._by_kernel(other, *name, some), by_own))
+        rest = np.isin(columns["source"], [code for code, _ in lent], invert=True)
+        if rest.any():
+            places.append(np.flatnonzero(rest))
+            parts.append(self._by_kernel(own, *name, {size: values[rest] for size, values in columns.items()}))
+        return in_order(parts, places)
+
+    def _by_kernel(
+        self, kernel: Kernel | None, family: str, dtype: str, variant: str, columns: Columns
+    ) -> Estimate:
+        """Calls of one kernel, or of none that is known."""
         if kernel is not None and kernel.engine == "any" and "moe_tp" in columns:
             # tables that time what one rank computes know a cut expert as a narrower one
             uncut = np.ones(len(columns["moe_tp"]))
@@ -111,9 +143,9 @@ class Predictor:
         if kernel is None:
             by_formula = formula(columns)
             if lender := self.lender(family, dtype, variant):
-                return _borrowed(self.price(family, lender, variant, columns), by_formula)
+                return borrowed(self.price(family, lender, variant, columns), by_formula)
             if family not in CARRIED or not self.unmeasured(family, dtype, variant):
-                return _without_residual(by_formula)
+                return without_residual(by_formula)
             if self._bare is None:
                 bare = self.device.model_copy(update={"calibration": None})
                 self._bare = predictor_for(bare, self.engine, self.served)
@@ -127,13 +159,13 @@ class Predictor:
             measured = np.full(len(level), own) & ~(self.served & (level > UNTUNED))
             features = of_library(by_formula.features, kernel.library(columns))
             seconds = self._with_residual(kernel, by_formula, columns, features, shape)
-            return _estimate(seconds, by_formula, kernel.interval(seconds, columns, measured), np.where(measured, 2, 1))
+            return estimated(seconds, by_formula, kernel.interval(seconds, columns, measured), np.where(measured, 2, 1))
         if (shape == shape[0]).all() and not (shape & inside).any():
             return self._extrapolated(kernel, formula, columns, measured_shape=bool(shape[0]))
         groups = [at for at in (shape & inside, shape & ~inside, ~shape) if at.any()]
-        parts = [self.price(family, dtype, variant, {n: values[at] for n, values in columns.items()}) for at in groups]
-        order = np.argsort(np.concatenate([np.flatnonzero(at) for at in groups]))
-        return Estimate(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in PARTS})
+        some = ({n: values[at] for n, values in columns.items()} for at in groups)
+        parts = [self._by_kernel(kernel, family, dtype, variant, each) for each in some]
+        return in_order(parts, [np.flatnonzero(at) for at in groups])
 
     def lender(self, family: str, dtype: str, variant: str) -> str:
         """The dtype whose kernel stands in for one that was not measured: the one that lent its constants, if it
@@ -180,7 +212,7 @@ class Predictor:
             seconds = by_formula.seconds * seconds / formula(own).seconds
         seconds = np.maximum(seconds, by_formula.floor)
         none = np.zeros(len(seconds), dtype=bool)
-        return _estimate(seconds, by_formula, kernel.interval(seconds, columns, none), np.ones(len(seconds), dtype=int))
+        return estimated(seconds, by_formula, kernel.interval(seconds, columns, none), np.ones(len(seconds), dtype=int))
 
     def _node(
         self, kernel: Kernel, formula: Callable[[Columns], KernelFormula], models: bool, columns: Columns
@@ -218,14 +250,14 @@ class Predictor:
             factor = kernel.monotone_correction(features, (formula.features["log_seconds"] - middle) * np.log(2.0))
             seconds = np.maximum(formula.seconds * np.exp(factor), formula.floor)
             none = np.zeros(len(seconds), dtype=bool)
-            found = _estimate(seconds, formula, kernel.interval(seconds, columns, none), none.astype(int))
+            found = estimated(seconds, formula, kernel.interval(seconds, columns, none), none.astype(int))
             if best is None:
                 best = found
             else:
                 faster = found.seconds < best.seconds
                 pairs = {name: (getattr(found, name), getattr(best, name)) for name in PARTS}
                 best = Estimate(**{name: np.where(faster, new, old) for name, (new, old) in pairs.items()})
-        return _without_residual(formula) if best is None else best
+        return without_residual(formula) if best is None else best
 
     def _middle(self, kernel: Kernel, dtype: str) -> float:
         """What a kernel's formula seconds count from on this device (log2)."""
@@ -253,32 +285,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mla_prefill": {"past": 0.0, "kv_bytes": 2.0}, "mla_decode": {"new": 1.0, "kv_bytes": 2.0},
     "moe_exchange": {"nodes": 1.0, "sms": 20.0, "copy_bytes": 2.0},
 }
-
-
-def _estimate(
-    seconds: Array, formula: KernelFormula, ends: tuple[Array | float, Array | float], level: Level
-) -> Estimate:
-    """With an interval by the logs of its ``ends`` over ``seconds``, that goes no lower than the formula's floor."""
-    low, high = (seconds * np.exp(end) for end in ends)
-    lowest = np.maximum(low, np.minimum(formula.floor, seconds))
-    return Estimate(seconds, lowest, high, level, seconds / formula.seconds)
-
-
-def _borrowed(found: Estimate, formula: KernelFormula) -> Estimate:
-    """Another dtype's kernel as this one's: never ``measured``, and no surer than such loans are."""
-    width = NORMAL_80 * BORROWED_ERROR
-    low = np.maximum(np.minimum(found.low, found.seconds * np.exp(-width)), np.minimum(formula.floor, found.seconds))
-    return Estimate(
-        found.seconds, low, np.maximum(found.high, found.seconds * np.exp(width)),
-        np.minimum(found.level, LEVELS.index("calibrated")), found.seconds / formula.seconds,
-    )
-
-
-def _without_residual(formula: KernelFormula) -> Estimate:
-    width = NORMAL_80 * formula.error
-    level = np.full(len(formula.seconds), LEVELS.index(formula.evidence))
-    found = _estimate(np.maximum(formula.seconds, formula.floor), formula, (-width, width), level)
-    return replace(found, factor=np.ones(len(level)))
 
 
 def model_path(device: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Switches of an engine's command that change what its steps take: memory, graphs, compilation, all-reduces."""
+"""Switches of an engine's command that change what its steps take: memory, graphs, all-reduces, experts' kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from tensorcast.deploy.options import Options
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.sourced import Figure
 
-SWITCHES = attrgetter("memory_fraction", "cuda_graphs", "compiled", "custom_all_reduce", "allreduce_fusion")
+SWITCHES = attrgetter(
+    "memory_fraction", "cuda_graphs", "compiled", "custom_all_reduce", "allreduce_fusion", "experts_kernels"
+)
 """What is switched."""
 
 UNSWITCHED = SWITCHES(Options())
@@ -27,6 +29,8 @@ def switched(engine: EngineProfile, options: Options) -> EngineProfile:
     if options.memory_fraction is not None:
         asked = Figure(value=options.memory_fraction, source="as asked: --memory-fraction")
         changes |= {"memory_fraction": asked, "reserve": None}
+    if options.experts_kernels != "engine" and engine.experts is not None:
+        changes["experts"] = engine.experts.model_copy(update={"asked": options.experts_kernels})
     if not options.compiled and engine.compiles:
         fusions = tuple(name for name in fusions if name in OWN_FUSIONS and name != JOINS)
     if options.allreduce_fusion != "engine":

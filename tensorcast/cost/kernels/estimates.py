@@ -1,0 +1,69 @@
+"""What is said of calls: seconds, an interval, where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorcast.cost.evidence import LEVELS, NORMAL_80
+from tensorcast.cost.kernels.formula import KernelFormula
+from tensorcast.cost.roofline import BORROWED_ERROR
+from tensorcast.cost.work import Array
+
+PARTS = ("seconds", "low", "high", "level", "factor")
+
+Level = NDArray[np.int_]
+"""Indices into :data:`~tensorcast.cost.evidence.LEVELS`."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of every call, the ends of an 80 % interval, where they come from (an index into :data:`LEVELS`), and
+    ``factor``, by which the fitted residual changed the formula's seconds."""
+
+    seconds: Array
+    low: Array
+    high: Array
+    level: Level
+    factor: Array
+
+    @property
+    def evidence(self) -> NDArray[np.object_]:
+        """``measured``, ``calibrated`` or ``datasheet`` per call."""
+        return np.array(LEVELS, dtype=object)[self.level]
+
+
+def in_order(parts: Sequence[Estimate], places: Sequence[NDArray[np.int_]]) -> Estimate:
+    """Calls that were priced apart, as they stood."""
+    order = np.argsort(np.concatenate(places))
+    return Estimate(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in PARTS})
+
+
+def estimated(
+    seconds: Array, formula: KernelFormula, ends: tuple[Array | float, Array | float], level: Level
+) -> Estimate:
+    """With an interval by the logs of its ``ends`` over ``seconds``, that goes no lower than the formula's floor."""
+    low, high = (seconds * np.exp(end) for end in ends)
+    lowest = np.maximum(low, np.minimum(formula.floor, seconds))
+    return Estimate(seconds, lowest, high, level, seconds / formula.seconds)
+
+
+def borrowed(found: Estimate, formula: KernelFormula) -> Estimate:
+    """Another dtype's or engine's kernel as this one's: never ``measured``, and no surer than such loans are."""
+    width = NORMAL_80 * BORROWED_ERROR
+    low = np.maximum(np.minimum(found.low, found.seconds * np.exp(-width)), np.minimum(formula.floor, found.seconds))
+    return Estimate(
+        found.seconds, low, np.maximum(found.high, found.seconds * np.exp(width)),
+        np.minimum(found.level, LEVELS.index("calibrated")), found.seconds / formula.seconds,
+    )
+
+
+def without_residual(formula: KernelFormula) -> Estimate:
+    """The formula as it is."""
+    width = NORMAL_80 * formula.error
+    level = np.full(len(formula.seconds), LEVELS.index(formula.evidence))
+    found = estimated(np.maximum(formula.seconds, formula.floor), formula, (-width, width), level)
+    return replace(found, factor=np.ones(len(level)))

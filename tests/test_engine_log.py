@@ -194,6 +194,19 @@ def test_windows_of_sglang_have_a_share_of_the_other_layers_tokens() -> None:
     assert kept.window_share == 1.0
 
 
+def test_before_0_5_8_layers_with_windows_keep_all_in_sglang() -> None:
+    """gpt-oss: 36 layers of T tokens each, on servers of both phases and of one (disable_hybrid_swa_memory); states of
+    linear layers have no copies in pools all the same."""
+    layer = 2 * 8 * 64 * 2
+    engine = load_engine("sglang==0.5.6.post2")
+    for rules in (engine, engine.in_pools()):
+        found = deploy(load_model("gpt-oss-120b"), load_device("h200"), rules, Layout(1, 1, 1, 1), "decode")
+        assert found.held(1.0, 10_000)[1] == 10_000 * 36 * layer
+    pooled = deploy(load_model("qwen3-next-80b-a3b"), load_device("h200"), rules, Layout(2, 2, 1, 2), "decode")
+    newest = deploy(pooled.model, pooled.device, load_engine("sglang").in_pools(), pooled.layout, "decode")
+    assert pooled.held(3.0, 10_000)[1] == newest.held(3.0, 10_000)[1]
+
+
 def test_a_pipeline_of_sglang_keeps_one_copy_of_states_less() -> None:
     """Its schedule does not overlap: 3 + 1 slots of a sequence instead of 3 + 2 (get_mamba_tracking_slots); vLLM's
     pipelines keep as many as one stage does."""

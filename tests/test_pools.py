@@ -10,11 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scheduling import RULES, TIMES, asked
 
+from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
+from tensorcast.profiles.scheduler import RoomFirst
+from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.scheduling.fleet import ROUTERS, Fleet, Pool
 from tensorcast.scheduling.pools import Change, parse_changes, parse_servers
+from tensorcast.scheduling.replay import priced_servers
 from tensorcast.scheduling.requests import Length, Requests, drawn, sessions
 from tensorcast.scheduling.rules import Role
+
+ROOM_FIRST = st.sampled_from([None, 0, 25, 300])
+"""Tokens that are left for each reply where room of a server that writes is taken first."""
+
+
+def room_first(reserved_tokens: int | None, **few: int) -> RoomFirst | None:
+    return None if reserved_tokens is None else RoomFirst(reserved_tokens=reserved_tokens, source="test", **few)
+
 
 CHANGES = st.lists(st.tuples(st.floats(0, 3), st.integers(0, 2), st.booleans()), max_size=6)
 
@@ -32,15 +44,18 @@ def possible(wanted: list[tuple[float, int, bool]], counts: list[int]) -> tuple[
 @settings(max_examples=60)
 @given(
     requests=asked(), wanted=CHANGES, router=st.sampled_from(ROUTERS), pooled=st.booleans(),
-    cache=st.sampled_from([1000.0, 1e6]), ranks=st.integers(1, 2),
+    cache=st.sampled_from([1000.0, 1e6]), ranks=st.integers(1, 2), reserved=ROOM_FIRST,
 )  # fmt: skip
 def test_lost_servers_lose_no_request(
-    *, requests: Requests, wanted: list[tuple[float, int, bool]], router: str, pooled: bool, cache: float, ranks: int
+    *, requests: Requests, wanted: list[tuple[float, int, bool]], router: str, pooled: bool, cache: float, ranks: int,
+    reserved: int | None,
 ) -> None:
     """All are served once, the reply's tokens in order; nobody is on a server before it came or after it was lost."""
     roles: tuple[Role, ...] = ("prefill", "decode") if pooled else ("both", "both")
     rules = replace(RULES, cache_tokens=cache, ranks=ranks)
     pools = [Pool(replace(rules, role=role), TIMES, 1, lambda tokens: 1e-3) for role in roles]
+    if pooled:
+        pools[1] = replace(pools[1], rules=replace(pools[1].rules, room_first=room_first(reserved)))
     changes = possible(wanted, [1, 1])
     fleet = Fleet(pools, requests, router=router, changes=changes)
     record = fleet.run()
@@ -179,3 +194,92 @@ def test_what_hand_overs_take_beside_the_link_keeps_nobody_else_waiting() -> Non
 
     later = first_tokens(0.5) - first_tokens(0.0)
     assert np.all(later > 0.4) and np.all(later < 0.6)
+
+
+@settings(max_examples=40)
+@given(
+    requests=asked(), router=st.sampled_from(ROUTERS), counts=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    reserved=ROOM_FIRST.filter(lambda tokens: tokens is not None), most=st.sampled_from([1, 3, 64]),
+    ranks=st.integers(1, 2), cache=st.sampled_from([1000.0, 2500.0, 1e6]), reserves=st.booleans(),
+)  # fmt: skip
+def test_room_that_is_taken_first_is_never_more_than_there_is(
+    *, requests: Requests, router: str, counts: tuple[int, int], reserved: int, most: int, ranks: int, cache: float,
+    reserves: bool,
+) -> None:
+    """Whoever is served has had room before its prompt was read; nobody waits for ever, caches are empty at the end."""
+    first = room_first(reserved, few_sequences=1, few_times=2)
+    rules = replace(RULES, cache_tokens=cache, ranks=ranks, most_sequences=most, reserves_reply=reserves)
+    read = Pool(replace(rules, role="prefill"), TIMES, counts[0], lambda tokens: 1e-3)
+    writes = Pool(replace(rules, role="decode", room_first=first), TIMES, counts[1])
+    fleet = Fleet([read, writes], requests, router=router)
+    record = fleet.run()
+    served = np.array([i not in fleet.refused for i in range(len(requests))])
+    assert fleet.finished == len(requests) and np.all(np.isfinite(record.last_s[served]))
+    for server in fleet.servers:
+        assert server.load == 0 and all(0 <= row[4] <= 1 + 1e-9 for row in server.moments.rows)
+        for rank in server.ranks:
+            assert rank.load == 0 and not rank.places.here and rank.used == pytest.approx(0.0, abs=1e-6)
+    plain = replace(writes, rules=replace(writes.rules, room_first=None))
+    if cache > 1e5 and most == 64 and counts[1] * ranks == 1:  # room for all, and nothing to choose
+        other = Fleet([read, plain], requests, router=router).run()
+        assert record.last_s[served] == pytest.approx(other.last_s[served], abs=1e-9)
+
+
+def test_a_prompt_is_read_when_the_server_that_writes_has_room() -> None:
+    """By hand: a cache for one request; the other's prompt is read once the first reply is written, not meanwhile."""
+    requests = Requests(arrival_s=np.zeros(2), input_len=np.array([400, 300]), output_len=np.array([50, 20]))
+    reads = Pool(replace(RULES, role="prefill"), TIMES, 1, lambda tokens: 1e-3)
+    writes = Pool(replace(RULES, role="decode", cache_tokens=600.0, lag=0), TIMES, 1)
+    ends = []
+    for first in (None, room_first(100)):
+        pools = [reads, replace(writes, rules=replace(writes.rules, room_first=first))]
+        ends.append(Fleet(pools, requests).run())
+    together = TIMES.own([(400, 0), (112, 0)], 0, 0.0)  # chunks of 512 tokens
+    assert ends[0].admitted_s == pytest.approx([0.003, 0.003])
+    assert ends[0].first_s[0] == pytest.approx(0.003 + together + 0.001)
+    assert ends[1].first_s[0] == pytest.approx(0.003 + TIMES.own([(400, 0)], 0, 0.0) + 0.001)
+    assert ends[1].last_s[0] == pytest.approx(
+        ends[1].first_s[0] + sum(TIMES.decoding(1, 400 + one, 1) for one in range(1, 50))
+    )
+    assert ends[1].admitted_s[1] == pytest.approx(ends[1].last_s[0])
+    assert ends[1].first_s[1] == pytest.approx(ends[1].last_s[0] + TIMES.own([(300, 0)], 0, 0.0) + 0.001)
+
+
+@pytest.mark.parametrize(
+    ("engine", "tokens"), [("sglang", 512), ("sglang==0.5.6.post2", 512), ("trtllm", None), ("vllm", None)]
+)
+def test_sglang_takes_room_before_it_reads(engine: str, tokens: int | None) -> None:
+    """num_reserved_decode_tokens, and 96 places where 32 sequences may run (0.5.2 and 0.5.23, disaggregation)."""
+    served = priced_servers(
+        load_model("qwen3-30b-a3b"), load_device("h200"), load_engine(engine), parse_servers("1 x tp2 > 1 x tp2"),
+        longest=4096, options=Options(routing="balanced"),
+    )
+    reads, writes = (pool.rules.room_first for pool in served.pools)
+    assert reads is None and (writes.reserved_tokens if writes else None) == tokens
+    if writes:
+        assert [writes.most(count) for count in (8, 32, 33)] == [24, 96, 33]
+
+
+def test_a_reply_takes_room_from_whose_prompt_is_being_read() -> None:
+    """The first reply fills the cache before the second prompt is there, which then waits as if it had had no room."""
+    requests = Requests(arrival_s=np.zeros(2), input_len=np.array([500, 499]), output_len=np.array([60, 60]))
+    reads = Pool(replace(RULES, role="prefill"), TIMES, 1, lambda tokens: 0.1)
+    writes = Pool(replace(RULES, role="decode", cache_tokens=1000.0, room_first=room_first(0)), TIMES, 1)
+    fleet = Fleet([reads, writes], requests)
+    record = fleet.run()
+    assert record.admitted_s[1] < record.first_s[0] and record.first_s[1] >= record.last_s[0] - 0.03
+    assert all(row[4] <= 1 for row in fleet.servers[1].moments.rows) and not record.preemptions.any()
+
+
+def test_who_comes_from_a_lost_server_takes_the_place_of_who_has_not_come() -> None:
+    """Two servers that write: one is lost while its prompt is read; on the other a place leaves no room for that."""
+    requests = Requests(arrival_s=np.array([0.0, 0.2]), input_len=np.array([500, 600]), output_len=np.array([20, 20]))
+    reads = Pool(replace(RULES, role="prefill"), TIMES, 2, lambda tokens: 0.5 if tokens == 500 else 1.0)
+    writes = [
+        Pool(replace(RULES, role="decode", cache_tokens=1000.0, room_first=room_first(0)), TIMES, 1) for _ in range(2)
+    ]
+    fleet = Fleet([reads, *writes], requests, router="round_robin", changes=(Change(0.3, -1, 1),))
+    record = fleet.run()
+    assert record.first_s[0] == pytest.approx(0.003 + TIMES.own([(500, 0)], 0, 0.0) + 0.5)
+    assert record.first_s[1] > record.first_s[0] and np.all(np.isfinite(record.last_s)) and not record.moved.any()
+    assert all(row[4] <= 1 for row in fleet.servers[3].moments.rows)

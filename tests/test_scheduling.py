@@ -21,9 +21,9 @@ from tensorcast.scheduling.capacity import at_the_limit
 from tensorcast.scheduling.fleet import ROUTERS, Fleet, Pool
 from tensorcast.scheduling.outcome import Limits
 from tensorcast.scheduling.pools import parse_servers
-from tensorcast.scheduling.prefix_cache import PrefixCache
 from tensorcast.scheduling.replay import PricedServers, priced_servers
 from tensorcast.scheduling.requests import Length, Requests, drawn, sessions
+from tensorcast.scheduling.room import PrefixCache
 from tensorcast.scheduling.rules import Role, Rules, Waits
 from tensorcast.scheduling.step_times import Bilinear, DecodeTimes, PromptTimes, StepTimes
 

@@ -335,7 +335,7 @@ class EngineProfile(Frozen):
         if self.reserve is not None and self.reserve.by_role:
             changes["reserve"] = self.reserve.model_copy(update={"pooled": True})
         if self.cache_rules is not None and not self.cache_rules.pools:
-            changes["cache_rules"] = None
+            changes["cache_rules"] = self.cache_rules.in_pools()
         return self.model_copy(update=changes) if changes else self
 
     def drafts_of(self, config: dict[str, Any]) -> "EngineProfile":

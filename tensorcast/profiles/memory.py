@@ -152,7 +152,16 @@ class CacheRules(Frozen):
     windowed: tuple[str, ...] = Field(default=(), description="the classes that have such a share; others keep all")
     own_shares: dict[str, Number] = Field(default={}, description="class -> its share")
     pools: bool = Field(default=True, description="also on servers of one phase, in disaggregated serving")
+    pooled_windows: bool = Field(default=False, description="on those what is said of windows alone")
     source: str = Field(min_length=3)
+
+    def in_pools(self) -> "CacheRules | None":
+        """Of a server of one phase; none: its windows hold what they see, and a sequence has one state."""
+        if self.pools or not self.pooled_windows:
+            return self if self.pools else None
+        return CacheRules(
+            window_share=self.window_share, windowed=self.windowed, own_shares=self.own_shares, source=self.source
+        )
 
     def kept(self, config: dict[str, Any], depth: int, stages: int = 1) -> Kept:
         """Of a model with this ``config`` that drafts ``depth`` tokens, in a pipeline of ``stages``."""

@@ -23,6 +23,19 @@ class ExpectedReply(Frozen):
         return (self.first - self.least) / self.steps
 
 
+class RoomFirst(Frozen):
+    """In two pools a request takes room of the server that will write before its prompt is read by the other."""
+
+    reserved_tokens: int = Field(ge=0, description="tokens left for each reply that is written or has room")
+    few_sequences: int = Field(default=0, ge=0, description="where no more may run than that")
+    few_times: int = Field(default=0, ge=0, description="so many times as many more may have room")
+    source: str = Field(min_length=3)
+
+    def most(self, sequences: int) -> int:
+        """Who may run or have room on a rank that runs ``sequences`` at most."""
+        return sequences * (1 + self.few_times * (sequences <= self.few_sequences))
+
+
 class Scheduler(Frozen):
     """Rules of a scheduler that no other field of an engine profile tells."""
 
@@ -38,6 +51,7 @@ class Scheduler(Frozen):
     rank_choice: Literal["round_robin", "least_requests"] = Field(
         default="least_requests", description="which data-parallel rank a request goes to"
     )
+    room_first: RoomFirst | None = None
     source: str = Field(min_length=3)
 
     def sequences(self, memory_bytes: float, ranks: int = 1, *, drafts: bool = False) -> int:

@@ -88,6 +88,8 @@ class Fleet:
         self._order = 0
         self._random = np.random.default_rng(seed)
         self._turn = [0] * len(self._there)
+        self._places: dict[int, Server] = {}  # of requests whose prompts are not read yet: where they have or want room
+        self._room_first = any(pool.rules.room_first is not None for pool in pools)
         self._sending: dict[int, tuple[int, int]] = {}  # prompts on their way: from which server, event's order
         self._later: deque[int] = deque()  # beyond the users
         self._in_flight = 0
@@ -218,7 +220,11 @@ class Fleet:
             self._at(max(now + think_s, float(self.requests.arrival_s[other])), RETURN, other)
 
     def _put(self, request: int, phase: int, now: float) -> None:
-        server = self._choose(request, phase, now)
+        if self._room_first and not phase and self._asks(request, now):
+            return
+        server = self._places.pop(request, None) if phase else None
+        if server is None or server.lost_s <= now:
+            server = self._choose(request, phase, now)
         if server is None:
             self._stranded[phase].append(request)
             return
@@ -229,6 +235,27 @@ class Fleet:
             self._start(server, now)
         elif earlier:
             self._due[server.number] = self._at(server.stretch.end_s, STEP_END, server.number)
+
+    def _asks(self, request: int, now: float) -> bool:
+        """A request wants room of a server that writes, if it has none yet and there is one; it goes on as it has."""
+        had = self._places.get(request)
+        if had is not None and had.lost_s > now:
+            return False
+        server = self._choose(request, 1, now)
+        if server is None or server.rules.room_first is None:
+            self._places.pop(request, None)
+            return False
+        self._places[request] = server
+        server.ask(request)
+        self._take_places(server, now)
+        return True
+
+    def _take_places(self, server: Server, now: float) -> None:
+        taken, earlier = server.take_places(now)
+        if earlier and server.stretch is not None:
+            self._due[server.number] = self._at(server.stretch.end_s, STEP_END, server.number)
+        for request in taken:
+            self._put(request, 0, now)
 
     def _step_ended(self, server: Server, now: float) -> None:
         if ended := server.finish():
@@ -243,6 +270,8 @@ class Fleet:
             self._in_flight -= len(ended)
             if self._later:
                 self._send_waiting(now)
+        if server.rules.room_first is not None:
+            self._take_places(server, now)
         self._start(server, now)
 
     def _start(self, server: Server, now: float, all_there: bool = False) -> None:
@@ -259,6 +288,9 @@ class Fleet:
         """A prompt is read and on its way to who writes; or all there is to say is said."""
         if self.record.left(request) < 1:
             self.record.first_token(request, now)
+            if (place := self._places.pop(request, None)) is not None and place.lost_s > now:
+                place.forget(request)
+                self._take_places(place, now)
             return True
         pool = self.pools[server.pool]
         ends = max(now, self._link_free[server.number])

@@ -9,35 +9,9 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from tensorcast.profiles.scheduler import ExpectedReply
-from tensorcast.scheduling.prefix_cache import PrefixCache
 from tensorcast.scheduling.record import Record
+from tensorcast.scheduling.room import Decoding, Places, PrefixCache, Reading
 from tensorcast.scheduling.rules import Rules
-
-
-@dataclass(slots=True)
-class Decoding:
-    """A sequence that writes its reply: the rank's decode step at which it joined, and its tokens then.
-
-    ``ends``: the step at which it ends; ``held``: tokens of the cache that it alone took when it joined; ``blocks``:
-    shared ones that it uses.
-    """
-
-    joined: int
-    ends: int
-    tokens: int
-    held: float
-    blocks: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class Reading:
-    """A sequence that reads its prompt: tokens to read in all, and read so far, those found in the cache included."""
-
-    request: int
-    tokens: int
-    read: int
-    held: float
-    blocks: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -71,6 +45,7 @@ class Rank:
         self._tokens = 0.0  # of decoding sequences at step 0, were they as long ago: those now are _tokens + n e steps
         self._last = 0  # sum of the steps at which they end
         self._ends: list[tuple[int, int]] = []
+        self.places = Places()
         self.next = Batch()
         self._share = rules.expected.first if rules.expected else 1.0
         self._closed_for = math.inf  # decode steps in which the head of the queue is not let in, unless a sequence ends
@@ -81,7 +56,8 @@ class Rank:
     @property
     def load(self) -> int:
         """Requests here."""
-        return len(self.waiting) + len(self.reading) + len(self.decoding)
+        asking = len(self.places.asks) + len(self.places.coming)
+        return len(self.waiting) + len(self.reading) + len(self.decoding) + asking
 
     @property
     def free(self) -> float:
@@ -142,6 +118,21 @@ class Rank:
             found += prompt
         return found >= tokens
 
+    def take_places(self, steps: int) -> list[int]:
+        """Who of those that ask has room from now on, when ``steps`` decode steps more have taken theirs."""
+        first, places = self.rules.room_first, self.places
+        if first is None or not places.asks or (self.waiting and self.waiting[0] not in places.here):
+            return []  # who starts over is let in before anybody new
+        free, most = self.free - len(self.decoding) * self._grows * steps, first.most(self.rules.most_sequences)
+        taken = places.take(self._held, len(self.decoding), most=most, free=free, reserved=first.reserved_tokens)
+        self.used += sum(taken.values())
+        return list(taken)
+
+    def _held(self, request: int) -> float:
+        """Tokens of the cache that a sequence takes as it starts to write."""
+        reply = self.record.left(request) if self.rules.reserves_reply else 0
+        return self.record.prompt(request) + self.rules.waste + reply
+
     def decode_steps_left(self) -> float:
         """Decode steps until a sequence ends or the cache is full."""
         if not self._ends:
@@ -191,13 +182,14 @@ class Rank:
         rules, record = self.rules, self.record
         for request, one in self.decoding.items():
             record.wrote(request, 1 + int((self.steps - one.joined) * rules.tokens_per_step))
-        here = [*self.decoding, *(one.request for one in self.reading), *self.waiting]
+        here = [*self.decoding, *(one.request for one in self.reading), *self.waiting, *self.places.asks]
         for request in here[len(self.decoding) :]:
             record.unadmit(request)
         self.waiting.clear()
         self.reading.clear()
         self.decoding.clear()
         self._ends.clear()
+        self.places = Places()
         self.used = self._tokens = 0.0
         self._last = 0
         self.prefix = None
@@ -301,21 +293,24 @@ class Rank:
 
     def _take_over(self, seen_s: float, now_s: float) -> None:
         """Prompts that another pool has read start to write their replies."""
-        rules, record = self.rules, self.record
+        rules, record, places = self.rules, self.record, self.places
         self._closed_for = math.inf
         while self.waiting and len(self.decoding) < rules.most_sequences:
             request = self.waiting[0]
             if record.each.came_s[request] > seen_s:
                 return
-            tokens = record.prompt(request)
-            held = tokens + rules.waste + (record.left(request) if rules.reserves_reply else 0)
-            growth = len(self.decoding) * self._grows
-            if held + rules.tokens_per_step > self.free - growth and self.decoding:  # it decodes at once
+            has = places.here.get(request, 0.0)
+            held = has or self._held(request)
+            wanted = held - has + rules.tokens_per_step + len(self.decoding) * self._grows  # it decodes at once
+            while wanted > self.free and not self.decoding and (freed := places.give_up(but=request)):
+                self.used -= freed
+            if wanted > self.free and self.decoding:
                 return
+            places.here.pop(request, None)
+            self.used += held - has
             self.waiting.popleft()
             record.first_token(request, seen_s)  # it came with the cache, and is sent on as the step is composed
-            self.used += held
-            self._join(request, tokens + 1, held, ())
+            self._join(request, record.prompt(request) + 1, held, ())
 
     def _join(self, request: int, tokens: int, held: float, blocks: tuple[int, ...]) -> None:
         steps, each = self.steps, self.rules.tokens_per_step
@@ -372,6 +367,9 @@ class Rank:
                 self._ends.sort()
                 with_prompt = rules.role == "both"  # where the prompt is read here, its first token came with it
                 written = with_prompt + int(steps * rules.tokens_per_step)
+            elif freed := self.places.give_up():
+                self.used -= freed
+                continue
             else:
                 return
             self.record.preempt(request, written)

@@ -13,7 +13,7 @@ from tensorcast.deploy.engine_log import cache_log
 from tensorcast.deploy.layout import attention_dp
 from tensorcast.errors import InputError
 from tensorcast.profiles.drafting import acceptance
-from tensorcast.profiles.scheduler import ExpectedReply
+from tensorcast.profiles.scheduler import ExpectedReply, RoomFirst
 from tensorcast.serving.capacity import own_chunk
 
 LONG = 1 << 16
@@ -73,6 +73,7 @@ class Rules:
     ``verify``. ``lag``: steps that are composed ahead of what is seen. ``waits``: for which
     others prompts wait. ``first_token_s``: per request outside the GPU, before it is seen, and
     ``prompt_token_s`` per token of its prompt. ``longest``: tokens of the longest request that is served.
+    ``room_first``: in two pools room of the server that writes is taken before the prompt is read.
     ``graph_sizes``: sequences that decode steps are padded to, where that is stated.
     """
 
@@ -96,6 +97,7 @@ class Rules:
     prefix_cache: bool
     longest: int
     round_robin: bool
+    room_first: RoomFirst | None = None
     graph_sizes: tuple[int, ...] = ()
 
     @cached_property
@@ -157,5 +159,6 @@ def rules_of(
         prefix_cache=scheduler.prefix_cache,
         longest=longest,
         round_robin=scheduler.rank_choice == "round_robin",
+        room_first=scheduler.room_first if role == "decode" else None,
         graph_sizes=tuple(sorted({int(size) for size in graph_sizes})),
     )

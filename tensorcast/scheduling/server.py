@@ -70,6 +70,7 @@ class Server:
         self._held = 0  # steps in which no prompts were let in, as some rank had none
         self._gathered = 0  # steps that prompts have waited, where every rank has one
         self._next = 0
+        self._places: dict[int, Rank] = {}  # where whose prompt is read elsewhere has or asks for room
         self.reads_alone = rules.role == "prefill"
         self._alone = rules.ranks == 1
         self._waits = rules.waits.any(rules.ranks)
@@ -77,14 +78,13 @@ class Server:
     def put(self, request: int, now_s: float) -> bool:
         """A request comes, to the rank that the engine would choose. Whether the stretch under way ends earlier by
         that: with the step before the one in which it is seen, unless others wait before it."""
-        ranks, stretch = self.ranks, self.stretch
-        if self.rules.round_robin:
-            rank = ranks[self._next % len(ranks)]
-            self._next += 1
+        stretch, rank = self.stretch, self._places.pop(request, None)
+        if rank is None:
+            rank = self._rank()
+            self.load += 1
         else:
-            rank = min(ranks, key=lambda one: one.load) if len(ranks) > 1 else ranks[0]
+            rank.places.arrives(request)
         rank.waiting.append(request)
-        self.load += 1
         if stretch is None or stretch.steps == 1 or (len(rank.waiting) > 1 and not self._waits):
             return False
         done = stretch.done_by(now_s)
@@ -95,6 +95,39 @@ class Server:
             return False
         stretch.cut(steps)
         return True
+
+    def _rank(self) -> Rank:
+        ranks = self.ranks
+        if self.rules.round_robin:
+            self._next += 1
+            return ranks[(self._next - 1) % len(ranks)]
+        return min(ranks, key=lambda one: one.load) if len(ranks) > 1 else ranks[0]
+
+    def ask(self, request: int) -> None:
+        """A request wants room here, to have its prompt read elsewhere."""
+        rank = self._places[request] = self._rank()
+        rank.places.asks.append(request)
+        self.load += 1
+
+    def forget(self, request: int) -> None:
+        """A prompt that is read elsewhere has no reply to write here."""
+        rank = self._places.pop(request)
+        rank.used -= rank.places.coming.pop(request, 0.0)
+        self.load -= 1
+
+    def take_places(self, now_s: float) -> tuple[list[int], bool]:
+        """Who of those that asked has room now, and whether the stretch under way ends earlier, as it takes that."""
+        stretch, taken = self.stretch, []
+        done = 0 if stretch is None else stretch.done_by(now_s)
+        for rank in self.ranks:
+            taken += rank.take_places(done)
+        if not taken or stretch is None:
+            return taken, False
+        steps = max(done + 1, int(min(rank.decode_steps_left() for rank in self.ranks)))
+        if steps >= stretch.steps:
+            return taken, False
+        stretch.cut(steps)
+        return taken, True
 
     def found(self, blocks: tuple[int, ...], now_s: float) -> int:
         """Blocks of a prompt that the best rank has."""
@@ -201,6 +234,7 @@ class Server:
         self.record.others_s[writing] += self._delayed_s
         here = [request for rank in self.ranks for request in rank.lose()]
         self.stretch, self.lost_s, self.load = None, now_s, 0
+        self._places.clear()
         self.moments.add((now_s, 0, 0, 0, 0.0))
         return here
 
@@ -220,7 +254,7 @@ class Server:
         for rank in self.ranks:
             used += rank.used
             reading, decoding = reading + len(rank.next.prompts), decoding + rank.next.sequences
-            waiting += len(rank.waiting)
+            waiting += len(rank.waiting) + len(rank.places.asks)
         self.moments.add((now, reading, decoding, waiting, used / (len(self.ranks) * self.rules.cache_tokens)))
         self._until_kept = self.moments.every
 

@@ -22,7 +22,7 @@ from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import block_form, choose_all2all
 from tensorcast.deploy.step.sizes import GRID
-from tensorcast.profiles.memory import MIB
+from tensorcast.profiles.memory import MIB, Served
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.serving.capacity import decode_budget, room
 from tensorcast.trace.cache import whole_model
@@ -248,6 +248,7 @@ def test_a_release_has_its_own_rules() -> None:
     assert [one.prefill_graph_tokens(h100, 1, 1, oss) for one in (VLLM, NEW_VLLM)] == [1024, 1024]
     # attention DP captures prompts, too, and prefill servers do; a pipeline and most models that see do not
     assert [NEW_SGLANG.prefill_graph_tokens(h100, dp, pp, GQA) for dp, pp in ((8, 1), (1, 2))] == [1024, 0]
+    assert [NEW_SGLANG.prefill_graph_tokens(gpu, 1, 1, MLA) for gpu in (h100, b200)] == [8192, 0]  # trtllm_mla
     assert NEW_SGLANG.prefill_graph_tokens(h100, 1, 1, MLA) == 8192
     assert NEW_SGLANG.in_pools().prefill_graph_tokens(h100, 1, 1, GQA) == 8192
     assert NEW_SGLANG.prefill_graph_tokens(h100, 1, 1, load_model("qwen3.5-35b-a3b").config) == 8192
@@ -262,7 +263,8 @@ def test_a_release_has_its_own_rules() -> None:
         ("decode", "", 256, 10240),
         ("decode", "", 4096, 512 + 1.5 * 4096 + 1024 + 2 * 4096),
         ("decode", "low_latency", 4096, 512 + 1.5 * 4096 + 1024 + 2 * 4096 + 2048),
-        ("prefill", "high_throughput", 0, 512 + 1.5 * 8192 + 1024 + 8 * 58 + 1024),
+        # DeepEP: sizes up to 2048 tokens in multiples of 8
+        ("prefill", "high_throughput", 0, 512 + 1.5 * 8192 + 1024 + 8 * 38 + 1024),
     ],
 )
 def test_what_servers_of_one_phase_leave(phase: str, exchange: str, sequences: int, left_mib: float) -> None:
@@ -271,7 +273,7 @@ def test_what_servers_of_one_phase_leave(phase: str, exchange: str, sequences: i
     gpu, layout, pooled = load_device("h200"), parse_layout("tp8"), NEW_SGLANG.in_pools()
     assert pooled.reserve is not None
     capacity = float(gpu.memory_bytes)
-    share = partial(memory_share, pooled, gpu, layout, True, GQA, phase=phase, exchange=exchange)
+    share = partial(memory_share, pooled, gpu, layout, True, GQA, phase=phase, served=Served(exchange))
     grown = pooled.reserve.graph_bytes(float(sequences), 1)
     assert float(share(grown=grown)) == pytest.approx(1 - left_mib * MIB / capacity, rel=1e-12)
     # the same in two parts: what no batch changes, and what it adds beyond the floor

@@ -26,7 +26,7 @@ from tensorcast.deploy.layout import Layout, attention_dp, broken_parts, check
 from tensorcast.deploy.options import Options, Place, check_options, idle_options, stated_stages
 from tensorcast.deploy.plan.context import context_cut, prompt_cut
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
-from tensorcast.deploy.plan.switches import SWITCHES, UNSWITCHED, switched
+from tensorcast.deploy.plan.switches import DEEPEP, SWITCHES, UNSWITCHED, served_with, switched
 from tensorcast.deploy.step.make import make_step
 from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step
@@ -36,7 +36,7 @@ from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile, is_one_of
 from tensorcast.profiles.kept import same
-from tensorcast.profiles.memory import MIB, Kept, is_latent
+from tensorcast.profiles.memory import MIB, Kept, Served, is_latent
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import RankForm, rank_tables, whole_model
@@ -106,7 +106,7 @@ class Deployment:
         beside = activations + communication + context + graphs
         share = memory_share(
             self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config,
-            phase=self.phase, exchange=self.step.plan.all2all,
+            phase=self.phase, served=served_with(self.options, self.step.plan.all2all),
         )
         if self.engine.reserve is not None or self.engine.memory_covers != "weights_and_cache":
             share = share - graphs / capacity  # else they take what is left beside
@@ -267,27 +267,30 @@ class Deployment:
 
 def memory_share(
     engine: EngineProfile, device: DeviceProfile, layout: Layout, experts: bool, config: dict[str, Any], *,
-    phase: str = "", exchange: str = "", tokens: int | None = None, grown: Size = 0.0,
+    phase: str = "", served: Served = Served(), tokens: int | None = None, grown: Size = 0.0,
 ) -> Size:
     """Share of the device that ``engine`` takes in ``layout``, before decode steps are captured.
 
-    ``phase``: what it runs, if it is one of a pool; ``exchange`` between experts. ``tokens`` of a server's step: as it
-    takes unasked where not given; ``grown``: bytes of its captured decode steps, where they are known.
+    ``phase``: what it runs, if it is one of a pool. ``tokens`` of a server's step: as it takes unasked where not given;
+    ``grown``: bytes of its captured decode steps, where they are known.
     """
     if engine.reserve is None:
         return float(engine.memory_fraction)
     capacity, dp = float(device.memory_bytes), attention_dp(layout, experts)
     graphs = engine.prefill_graphs
-    captured = engine.prefill_graph_tokens(device, int(np.max(dp)), int(np.max(layout.pp)), config, most=tokens)
-    sizes = graphs.count(captured) if graphs is not None else 0
+    captured = engine.prefill_graph_tokens(
+        device, int(np.max(dp)), int(np.max(layout.pp)), config, served, most=tokens, set_aside=True
+    )
+    sizes = graphs.count(captured, served.exchange) if graphs is not None and captured else 0
     left = engine.reserve.fixed_bytes(
         capacity, tokens or engine.tokens_per_step(device), layout.tp * dp * layout.pp, sizes, is_latent(config),
-        phase=phase, grown=grown, exchange=exchange in ("high_throughput", "low_latency", "by_phase"),
+        phase=phase, grown=grown, exchange=served.exchange in DEEPEP,
     )
     share, seen = 1.0 - left / capacity, engine.reserve.vision
     if seen is None or "vision_config" not in config or (engine.reserve.pooled and phase == "decode"):
         return share
-    return share * seen.share(config)
+    # a share that is printed has three digits before what sees takes of it
+    return (share if tokens is None else np.round(share, 3)) * seen.share(config)
 
 
 @per_table
@@ -350,7 +353,8 @@ def deploy(
     if options.pcp > 1 and phase == "prefill":
         plan = prompt_cut(plan, options.pcp, layout.tp, device)
     dp = attention_dp(layout, whole.facts.num_experts)
-    graphs = 0 if phase == "encode" else engine.prefill_graph_tokens(device, dp, layout.pp, model.config)
+    served = served_with(options, all2all)
+    graphs = 0 if phase == "encode" else engine.prefill_graph_tokens(device, dp, layout.pp, model.config, served)
     sources = expert_sources(engine, device, model.config, layout)
     drafter = None
     if phase == "decode" and options.speculative_method != "mtp":

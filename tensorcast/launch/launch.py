@@ -11,6 +11,7 @@ from tensorcast.deploy.deployment import deploy, memory_share
 from tensorcast.deploy.engine_limits import Case, Kernels, engine_can_run, halving_note, unasked_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broken_prompts
 from tensorcast.deploy.options import Options, broken_stages
+from tensorcast.deploy.plan.switches import served_with, switched
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.launch import encoder, sglang, trtllm, vllm
 from tensorcast.launch.settings import DRAFT, Plan, Setting, Settings
@@ -127,8 +128,8 @@ def launch(
         kv_dtype=kv,
         quant=want.linear.name if want.linear != have.linear else "",
         memory_fraction=memory_fraction or options.memory_fraction
-        or _share(case, without_tower(profile) if encoders else profile, device, model_profile, batch=batch,
-                  chunk=chunk, role=role),
+        or _share(case, switched(without_tower(profile) if encoders else profile, options), device, model_profile,
+                  batch=batch, chunk=chunk, role=role, context=input_len + output_len + options.mtp_depth),
         role=role or "", encoders=encoders, encoder_tp_mode=encoder_tp_mode or "weights",
     )  # fmt: skip
     if table.name == "sglang" and (problem := sglang.too_many(plan)):
@@ -286,17 +287,18 @@ def _chunk(case: Case, profile: EngineProfile, device: DeviceProfile | None) -> 
 
 def _share(
     case: Case, profile: EngineProfile, device: DeviceProfile | None, model: ModelProfile, *, batch: int, chunk: int,
-    role: str | None,
+    role: str | None, context: int,
 ) -> float:
     """Share of memory that the engine may take, less what it leaves for steps of ``chunk`` prompt tokens per rank and
-    for decode steps of ``batch`` sequences."""
+    for decode steps of ``batch`` sequences of up to ``context`` tokens."""
     reserve, experts = profile.reserve, case.facts.num_experts
     if device is None or reserve is None:
         return float(profile.memory_fraction)
     dp, reads = attention_dp(case.layout, experts), reserve.pooled and role == "prefill"
     return round(float(memory_share(
-        profile, device, case.layout, experts > 0, model.config, phase=role or "", exchange=case.exchange,
-        tokens=chunk * dp, grown=0.0 if reads else reserve.graph_bytes(batch, dp, 1 + case.options.mtp_depth),
+        profile, device, case.layout, experts > 0, model.config, phase=role or "",
+        served=served_with(case.options, case.exchange, context=context), tokens=chunk * dp,
+        grown=0.0 if reads else reserve.graph_bytes(batch, dp, 1 + case.options.mtp_depth),
     )), 3)  # fmt: skip
 
 

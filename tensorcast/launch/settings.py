@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tensorcast.deploy.engine_limits import Case
+from tensorcast.deploy.plan.switches import balances, names_file
 from tensorcast.errors import InputError
 from tensorcast.profiles.launch import LaunchTable
 from tensorcast.profiles.model import ModelProfile
@@ -48,13 +49,12 @@ class Plan:
     def expert_file(self) -> str:
         """The engine's file of where experts lie, where the placement is one; else empty."""
         placement = self.case.options.placement
-        return placement if placement.endswith((".json", ".yaml", ".yml")) and ":" not in placement else ""
+        return placement if names_file(placement) else ""
 
     @property
     def balances(self) -> bool:
         """Whether the engine is to move experts by their load."""
-        placement = self.case.options.placement
-        return not self.expert_file and bool(self.case.options.redundant_experts or placement.startswith("eplb"))
+        return balances(self.case.options)
 
     @property
     def path(self) -> str:

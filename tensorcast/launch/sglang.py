@@ -37,8 +37,7 @@ def settings(plan: Plan, node: int) -> Settings:
     found.add("max_batch", plan.batch * layout.dp)
     if plan.role != "decode":
         found.add("chunk_tokens", plan.chunk_tokens * dp)
-    if plan.role != "prefill" and options.cuda_graphs != "none":
-        found.add("graph_batch", plan.batch)
+    found.add("graph_batch", plan.batch)  # memory is set aside for it, captured or not
     _switches(options, found)
     add_encoding(plan, found)
     found.add("memory_fraction", plan.memory_fraction)

@@ -187,6 +187,11 @@ def defaults_taken(values: dict[str, Any], config: PreTrainedConfig) -> dict[str
     return found
 
 
+OTHER_CLASSES = {"BailingMoeV3ForCausalLM": "bailing_hybrid", "KimiK25ForConditionalGeneration": "deepseek_v3"}
+"""Engines' classes of a type by another name: Ling 3.0 (SGLang 0.5.23, models/bailing_moe_v3.py, whose config is
+BailingHybridConfig), and Kimi K2.5's language model laid flat."""
+
+
 def foreign_architecture(model_type: str, architectures: list[str]) -> str:
     """The architecture that a file names, where it is none of its ``model_type``'s; empty where it may be.
 
@@ -204,5 +209,8 @@ def foreign_architecture(model_type: str, architectures: list[str]) -> str:
                 plain(re.sub("(For[A-Z].*|LMHeadModel|Model)$", "", name))
                 for name in ((names,) if isinstance(names, str) else names)
             }
-    fits = any(plain(name).startswith(stem) for name in architectures for stem in stems if stem)
+    fits = any(
+        plain(name).startswith(stem) or OTHER_CLASSES.get(name) == model_type
+        for name in architectures for stem in stems if stem
+    )  # fmt: skip
     return "" if fits or not architectures else architectures[0]

@@ -15,6 +15,7 @@ from tensorcast.profiles.memory import (
     PrefillGraphs,
     ProfiledStep,
     Reserve,
+    Served,
     StateRule,
     StepTokens,
     is_latent,
@@ -308,23 +309,28 @@ class EngineProfile(Frozen):
         return min(found, rule.exchanges.get(exchange, found))
 
     def prefill_graph_tokens(
-        self, device: DeviceProfile, dp: int, pp: int, config: dict[str, Any], *, most: int | None = None
+        self, device: DeviceProfile, dp: int, pp: int, config: dict[str, Any], served: Served = Served(), *,
+        most: int | None = None, set_aside: bool = False,
     ) -> int:
         """Tokens of the largest prefill step that is captured in pieces, of steps of ``most`` tokens (the engine's own
-        where not given); 0: none is."""
+        where not given); 0: none is. ``set_aside``: that memory is set aside for, of a whole server's steps."""
         rule, names = self.prefill_graphs, set(config.get("architectures") or ())
-        if rule is None or (rule.one_replica and dp > 1) or (rule.one_stage and pp > 1):
+        if rule is None or (rule.one_replica and dp > 1) or (rule.one_stage and pp > 1) or not rule.run_with(served):
             return 0
-        if rule.text_only and "text_config" in config and not names & set(rule.seeing):
+        if rule.text_only and self._sees(config) and not names & set(rule.seeing):
+            return 0
+        if not set_aside and rule.left(device.architecture.lower(), names):
             return 0
         if (rule.vendors and device.vendor not in rule.vendors) or names & set(rule.not_architectures):
             return 0
-        most = most or self.tokens_per_step(device, dp)
-        usual = rule.device_max_tokens.get(device.architecture.lower(), rule.max_tokens)
-        own = [tokens for name, tokens in rule.class_max_tokens.items() if name in names]
-        latent = rule.latent_max_tokens
-        limit = own[0] if own else latent if latent and is_latent(config) else usual
-        return min(limit or most, most)
+        most = most or self.tokens_per_step(device, 1 if set_aside else dp)
+        return rule.largest(most, device.architecture.lower(), names, served, latent=is_latent(config))
+
+    def _sees(self, config: dict[str, Any]) -> bool:
+        """Whether it runs the model's encoders, too, unasked."""
+        vision = self.reserve.vision if self.reserve is not None else None
+        told = vision is not None and bool(vision.not_architectures) and is_one_of(vision.not_architectures, config)
+        return not told and ("text_config" in config or "vision_config" in config)
 
     def in_pools(self, frontend: Frontend | None = None) -> "EngineProfile":
         """The profile of a server that runs one phase, the other being another's; it keeps no prompts' beginnings.

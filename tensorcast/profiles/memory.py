@@ -30,16 +30,19 @@ class VisionReserve(Frozen):
     least: Number = Field(gt=0)
     most: Number = Field(gt=0)
     not_architectures: tuple[str, ...] = Field(default=(), description="classes that see only if told to")
+    unread: tuple[str, ...] = Field(default=(), description="classes whose tower it takes for one of the usual size")
     source: str = Field(min_length=3)
 
     def share(self, config: dict[str, Any]) -> float:
         """What the share is multiplied by; 1 for a model of text alone."""
-        vision = config.get("vision_config")
-        if vision is None or set(self.not_architectures) & set(config.get("architectures") or ()):
+        vision, names = config.get("vision_config"), set(config.get("architectures") or ())
+        if vision is None or set(self.not_architectures) & names:
             return 1.0
+        if set(self.unread) & names:
+            vision = {}
         depth, width = (
-            next((vision[name] for name in names if name in vision), usual)
-            for names, usual in ((VISION_DEPTHS, 24), (VISION_WIDTHS, 1024))
+            next((vision[name] for name in spelled if name in vision), usual)
+            for spelled, usual in ((VISION_DEPTHS, 24), (VISION_WIDTHS, 1024))
         )
         towers = depth * width**2 / (24 * 1024**2)
         less = 1.0 - float(self.slope) * (towers - 1.0)
@@ -61,7 +64,9 @@ class Reserve(Frozen):
     least_tokens: int = Field(default=0, ge=0, description="tokens that are counted at least")
     exchange_mib: Number = Field(default=0.0, ge=0, description="more of servers that decode with DeepEP")
     exchange_prefill_graphs_mib: Number = Field(default=0.0, ge=0, description="more where prefill graphs hold it")
-    by_role: bool = Field(default=False, description="whether a server of one phase counts that phase's terms alone")
+    by_role: bool = Field(
+        default=False, description="whether a server counts the terms of what it runs alone: its phase, its graphs"
+    )
     pooled: bool = Field(default=False, description="whether this is such a server's")
     floor_mib: Number = Field(default=0.0, ge=0)
     floor_above_mib: Number = Field(default=0.0, ge=0, description="device memory above which the floor holds")
@@ -85,6 +90,10 @@ class Reserve(Frozen):
         fixed = fixed + graphs * (prefill_graphs > 0 and not decodes) + grown / MIB
         buffers = self.exchange_mib * (exchange and (decodes or not self.pooled))
         return MIB * (np.maximum(fixed, self.floor_mib if capacity > self.floor_above_mib * MIB else 0.0) + buffers)
+
+    def without_graphs(self) -> "Reserve":
+        """Of a server that captures no decode steps."""
+        return self.model_copy(update={"sequence_mib": 0.0, "exchange_mib": 0.0}) if self.by_role else self
 
     def graph_bytes(self, sequences: Any, dp: Any, verify: Any = 1.0, *, spare: Any = 0.0) -> Any:
         """Terms of decode steps of up to ``sequences`` per data-parallel rank; ``dp`` is of attention.
@@ -200,6 +209,13 @@ class StateRule(Frozen):
         return next((own for name, own in self.own.items() if name in classes), self.unasked)
 
 
+class Unused(Frozen):
+    """Model classes on architectures of devices."""
+
+    architectures: tuple[str, ...]
+    devices: tuple[str, ...]
+
+
 class PrefillGraphs(Frozen):
     """Which prefill steps are replayed from captured graphs, between pieces of which attention runs eagerly."""
 
@@ -216,11 +232,63 @@ class PrefillGraphs(Frozen):
     seeing: tuple[str, ...] = Field(default=(), description="but in these model classes")
     vendors: tuple[str, ...] = ()
     not_architectures: tuple[str, ...] = Field(default=(), description="model classes that are never captured")
+    exchanges: tuple[str, ...] | None = Field(
+        default=None, description="with these exchanges between experts alone, and with none; not given: with any"
+    )
+    exchange_max_tokens: dict[str, int] = Field(default={}, description="exchange -> tokens of the largest")
+    exchange_multiple: int = Field(default=1, ge=1, description="of which such an exchange's sizes are multiples")
+    whole_steps: bool = Field(default=False, description="not where steps are halved (dual-batch overlap)")
+    whole_contexts: bool = Field(default=False, description="not under decode context parallelism")
+    whole_prompts: bool = Field(default=False, description="not under prefill context parallelism")
+    placed_experts: bool = Field(default=False, description="not where experts are moved by their load")
+    within_context: bool = Field(default=False, description="up to the length of sequences that a server is told")
+    unused: Unused | None = Field(default=None, description="where they are left, their memory set aside all the same")
     source: str = Field(min_length=3)
 
-    def count(self, largest: int) -> int:
+    def count(self, largest: int, exchange: str = "") -> int:
         """How many sizes up to ``largest`` are captured."""
-        return sum(len(range(first, min(last or largest, largest) + 1, step)) for first, last, step in self.ranges)
+        multiple = 1
+        if exchange in self.exchange_max_tokens:
+            largest, multiple = self.exchange_max_tokens[exchange], self.exchange_multiple
+        sizes = (range(first, min(last or largest, largest) + 1, step) for first, last, step in self.ranges)
+        return len({-(-size // multiple) for of in sizes for size in of})
+
+    def largest(self, most: int, device: str, classes: set[str], served: "Served", *, latent: bool) -> int:
+        """Tokens of the largest captured step, of steps of ``most``, on a device's architecture, for a model of these
+        ``classes``."""
+        if self.within_context and served.context is not None:
+            most = min(most, served.context)
+        if served.exchange in self.exchange_max_tokens:
+            return min(self.exchange_max_tokens[served.exchange], most)
+        usual = self.device_max_tokens.get(device, self.max_tokens)
+        own = [tokens for name, tokens in self.class_max_tokens.items() if name in classes]
+        limit = own[0] if own else self.latent_max_tokens if self.latent_max_tokens and latent else usual
+        return min(limit or most, most)
+
+    def left(self, device: str, classes: set[str]) -> bool:
+        """Whether a device's architecture runs them without for a model of these ``classes``."""
+        rule = self.unused
+        return rule is not None and device in rule.devices and bool(classes & set(rule.architectures))
+
+    def run_with(self, served: "Served") -> bool:
+        """Whether a server that is started so captures prompts."""
+        return not (
+            (self.whole_steps and served.halved) or (self.whole_contexts and served.dcp > 1)
+            or (self.whole_prompts and served.pcp > 1) or (self.placed_experts and served.balanced)
+            or (self.exchanges is not None and served.exchange not in ("", "none", *self.exchanges))
+        )  # fmt: skip
+
+
+class Served(NamedTuple):
+    """What a server is started with that decides about its graphs: the exchange between experts, halved steps, context
+    parallelism, experts moved by their load, the most tokens of a sequence (None: not told)."""
+
+    exchange: str = ""
+    halved: bool = False
+    dcp: int = 1
+    pcp: int = 1
+    balanced: bool = False
+    context: int | None = None
 
 
 def is_latent(config: dict[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from tensorcast.deploy.fleet import Fleet, fleet
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import block_form, choose_all2all
+from tensorcast.deploy.plan.switches import served_with
 from tensorcast.deploy.step.alike import Questions
 from tensorcast.deploy.step.sizes import COARSE, KV_BYTES
 from tensorcast.deploy.step.step import Together
@@ -116,8 +117,12 @@ class VariantPrices:
         self.layout_of = np.array([numbers.setdefault(v.layout, len(numbers)) for v in variants])
         # tokens of the largest captured prefill step of each
         largest = cache(partial(scenario.engine.prefill_graph_tokens, scenario.device, config=scenario.model.config))
-        experts = self._whole.facts.num_experts
-        self._captured = [largest(attention_dp(v.layout, experts), v.layout.pp) for v in variants]
+        experts, engine = self._whole.facts.num_experts, scenario.engine
+        self._captured = []
+        for v in variants:
+            kind = choose_all2all(v.prefill.all2all, v.layout, engine, "prefill")
+            served = served_with(v.prefill, kind)
+            self._captured.append(largest(attention_dp(v.layout, experts), v.layout.pp, served=served))
         count = len(variants)
         names = ("seconds", "attention_s", "error", "exposed_comm_s", "hidden_comm_s", *EVIDENCE)
         # no number at batches that do not fit
@@ -325,12 +330,15 @@ class VariantPrices:
     def _groups(self) -> dict[_Structure, _Group]:
         """Positions of the variants by structure, member and setting."""
         members: dict[tuple[Any, ...], dict[_Setting, int]] = {}
+        graphs = self.scenario.engine.prefill_graphs
+        apart = graphs is not None and graphs.whole_steps  # halved steps are launched otherwise, too
         plain: dict[int, Options] = {}  # by identity: many variants, few options
         made: dict[Options, Options] = {}
         for i, variant in enumerate(self.variants):
             for options in (variant.prefill, variant.decode):
                 if id(options) not in plain:
-                    one = replace(options, kv_dtype=None, mtp_depth=0, dual_batch_overlap=False)
+                    dual = apart and options.dual_batch_overlap
+                    one = replace(options, kv_dtype=None, mtp_depth=0, dual_batch_overlap=dual)
                     plain[id(options)] = made.setdefault(one, one)
             layout, own = variant.layout, variant.decode
             kept = id(plain[id(variant.prefill)]), id(plain[id(own)])

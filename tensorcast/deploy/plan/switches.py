@@ -5,8 +5,10 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
+from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.options import Options
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.memory import Served
 from tensorcast.profiles.sourced import Figure
 
 SWITCHES = attrgetter(
@@ -20,6 +22,28 @@ UNSWITCHED = SWITCHES(Options())
 OWN_FUSIONS, JOINS = ("merged_gemm", "pointwise", "allreduce_norm"), "allreduce_norm"
 """Fusions that engines' own kernels and model code are, without a compiler: vLLM's quantising ones are its compiler's,
 and so is its joining of all-reduces with norms."""
+
+
+DEEPEP = ("high_throughput", "low_latency", "by_phase")
+"""Its modes, ``by_phase`` one of each."""
+
+
+def served_with(options: Options, all2all: str, *, context: int | None = None) -> Served:
+    """What decides about graphs of a server with these ``options``, tokens of whose experts travel by ``all2all``."""
+    kind = options.all2all if options.all2all in EXCHANGE_KERNELS and all2all != "none" else all2all
+    # gathering and scattering are the engine's collectives, no exchange of their own
+    kind = "" if kind == "allgather_reducescatter" else kind
+    return Served(kind, options.dual_batch_overlap, options.dcp, options.pcp, balances(options), context)
+
+
+def balances(options: Options) -> bool:
+    """Whether the engine is to move experts by their load, and not to lay them as a file of its own says."""
+    return not names_file(options.placement) and bool(options.redundant_experts or options.placement.startswith("eplb"))
+
+
+def names_file(placement: str) -> bool:
+    """Whether ``placement`` is an engine's file of where experts lie."""
+    return placement.endswith((".json", ".yaml", ".yml")) and ":" not in placement
 
 
 def switched(engine: EngineProfile, options: Options) -> EngineProfile:
@@ -44,6 +68,8 @@ def switched(engine: EngineProfile, options: Options) -> EngineProfile:
         changes["decode_graphs"] = "full" if options.cuda_graphs == "full" else "piecewise"
     if options.cuda_graphs == "none":
         changes["graph_captured_phases"] = ()
+        if engine.reserve is not None and "reserve" not in changes:
+            changes["reserve"] = engine.reserve.without_graphs()
     if options.cuda_graphs == "none" or (engine.compiles and not options.compiled):  # pieces are the compiler's
         changes["prefill_graphs"] = None
     return engine.model_copy(update={**changes, "fusions": fusions})

@@ -9,6 +9,7 @@ import numpy as np
 
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.deploy.deployment import memory_share
+from tensorcast.deploy.plan.switches import served_with
 from tensorcast.report import units
 from tensorcast.report.compare.choices import LIMITS, WRITTEN, Choice, View, between, cost_apart, worth
 from tensorcast.report.compare.runner_up import runner_up
@@ -277,7 +278,7 @@ def assumptions(view: View, shown: list[Choice]) -> list[str]:
         engine, experts = deployment.engine, deployment.raw.facts.num_experts > 0
         share = memory_share(
             engine, deployment.device, deployment.layout, experts, deployment.model.config, phase=deployment.phase,
-            exchange=deployment.step.plan.all2all,
+            served=served_with(deployment.options, deployment.step.plan.all2all),
         )
         precision = deployment.quantization.describe().replace(",", ", ").replace("=", " ")
         lines.append(

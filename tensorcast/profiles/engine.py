@@ -105,10 +105,12 @@ class Uncompiled(Frozen):
 
 
 class HalvedSteps(Frozen):
-    """From how many tokens of a rank on a step is cut in halves under dual-batch overlap."""
+    """From how many tokens of a rank on a step is cut in halves under dual-batch overlap, and in which phases attention
+    is two stages of a half's: what comes before the attention itself, and the rest."""
 
-    decode_tokens: int = Field(ge=0)
-    prefill_tokens: int = Field(ge=0)
+    decode_tokens: int = Field(default=0, ge=0)
+    prefill_tokens: int = Field(default=0, ge=0)
+    two_stages: tuple[Literal["prefill", "decode"], ...] = ()
     source: str = Field(min_length=3)
 
 

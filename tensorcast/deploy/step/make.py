@@ -129,7 +129,8 @@ def make_step(
         balanced=options.routing == "balanced", sources=sources or {}, distinct=distinct,
         one_call=one_call,
     )
-    overlap = Overlap.of(plan, table, engine, options, captured)
+    staged = halved is not None and ("decode" if decode else "prefill") in halved.two_stages
+    overlap = Overlap.of(plan, table, engine, options, captured, staged=staged)
     return Step(
         table=table, plan=plan, sizes=sizes, pricer=pricer, overlap=overlap, captured=captured, drafter=drafter
     )

@@ -12,10 +12,14 @@ from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective, Plan, Row
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.moe import EXPERT_STAGES, blocks_of, is_shared
-from tensorcast.trace.table import OpTable
+from tensorcast.trace.table import Op, OpTable
 
-KIND_SUMS = ("rest", "shared", "experts", "dispatch", "combine")
-"""Where rows of a MoE layer stand (:func:`_place`)."""
+KIND_SUMS = ("rest", "shared", "experts", "dispatch", "combine", "before")
+"""Where rows of a MoE layer stand (:func:`_place`); ``before``: of the rest what comes before the attention itself,
+where that is a stage."""
+
+PER_SEQUENCE = ("attention", "indexer_scores", "linear_attention", "ssm_scan", "causal_conv1d")
+"""Ops that run per sequence: in a step with prompts they run once for the prompts and once for the decoding rows."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Overlap:
     * External shared experts run on ranks of their own: the layer waits for the longer of them and the routed ones.
     * Dual-batch overlap: attention and experts of one half batch beside dispatch and combine of the other, the order
       of DeepSeek's published schedule: attention beside combine and dispatch, experts beside dispatch and combine.
+      ``staged``, the order of its decode steps: one half is two stages behind the other, so that dispatch is beside
+      shared experts and what comes before the attention itself, combine beside the rest of it, experts beside nothing.
     * Else, in small captured steps, a shared expert runs on a stream beside the exchange and the routed experts.
 
     ``positions``: of the plan's rows, by layer kind and place (:func:`_place`).
@@ -34,30 +40,40 @@ class Overlap:
     external: bool
     contention: Contention | None
     stream_tokens: float
+    staged: bool = False
 
     @classmethod
-    def of(cls, plan: Plan, table: OpTable, engine: EngineProfile, options: Options, captured: bool) -> Overlap:
+    def of(
+        cls, plan: Plan, table: OpTable, engine: EngineProfile, options: Options, captured: bool, *,
+        staged: bool = False,
+    ) -> Overlap:
         blocks = blocks_of(table.ops)
         apart = {} if table.facts.fused_experts else blocks  # of fused ones only a gate is left, ahead of the experts
         positions: dict[int, dict[str, list[int]]] = {}
+        cores = {
+            row.kind: i for i, row in reversed([*enumerate(plan.rows)])
+            if isinstance(row, Op) and row.name in PER_SEQUENCE
+        }
         for i, row in enumerate(plan.rows):
             if row.kind in blocks:
-                positions.setdefault(row.kind, {}).setdefault(_place(row, apart), []).append(i)
+                place = _place(row, apart)
+                place = "before" if staged and place == "rest" and i < cores.get(row.kind, 0) else place
+                positions.setdefault(row.kind, {}).setdefault(place, []).append(i)
         limit = engine.shared_expert_stream_tokens
         tokens = float(limit) if limit is not None and captured else 0.0
-        return cls(positions, options.external_shared_experts > 0, CONTENTION.get(plan.all2all), tokens)
+        return cls(positions, options.external_shared_experts > 0, CONTENTION.get(plan.all2all), tokens, staged)
 
     def hidden(self, layers: Array, busy: Array, tokens: Size, dual: bool | np.ndarray) -> Array:
         """Seconds that a layer of each kind hides over both half batches, where batches run as ``dual`` ones, and how
         much of them is communication, ``[kinds, 2, ...]``.
 
-        ``layers [kinds, 5, ...]``: seconds of its rows by place (:data:`KIND_SUMS`), ``busy [kinds, 2, ...]`` those in
+        ``layers [kinds, 6, ...]``: seconds of its rows by place (:data:`KIND_SUMS`), ``busy [kinds, 2, ...]`` those in
         which arithmetic or memory are busy: of experts and exchange, and of shared experts; all at ``tokens``.
         """
         found = np.zeros((len(layers), 2, *layers.shape[2:]))
         halved = np.logical_and(dual, self.contention is not None)
         for whole, seconds, own, kind in zip(found, layers, busy, sorted(self.positions), strict=True):
-            attention, shared, routed, dispatch, combine = seconds
+            attention, shared, routed, dispatch, combine, before = seconds
             moves = dispatch + combine
             if not np.all(halved) and "shared" in self.positions[kind] and self.external:
                 whole[0] = np.minimum(shared, routed)
@@ -71,13 +87,16 @@ class Overlap:
             saved: Size = 0.0
             if self.external:
                 saved = np.minimum(shared, routed)
-                routed = routed - saved + shared
+                routed, shared = routed - saved + shared, 0.0
+            # one half batch computes while the other communicates
+            if self.staged:
+                pairs = [(before + shared, dispatch), (attention, combine), (routed, 0.0)] * 2
             else:
                 attention = attention + shared
-            # one half batch computes while the other communicates
-            pairs = (attention, combine), (attention, dispatch), (routed, dispatch), (routed, combine)
+                pairs = [(attention, combine), (attention, dispatch), (routed, dispatch), (routed, combine)]
             together = sum(beside(compute, moved, self.contention) for compute, moved in pairs)
-            overlapped = 2.0 * (attention + routed + dispatch + combine) - together
+            alone = before + shared + attention + routed if self.staged else attention + routed
+            overlapped = 2.0 * (alone + dispatch + combine) - together
             both_halves = np.stack([2.0 * saved + overlapped, np.clip(overlapped, 0.0, 2.0 * moves)])
             whole[:] = np.where(halved, both_halves, whole)
         return found

@@ -17,12 +17,12 @@ from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.plan.plan import Collective, Plan, Row
 from tensorcast.deploy.step.alike import Questions
 from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Prices, SizesOfAll, Waiting
-from tensorcast.deploy.step.overlap import KIND_SUMS, Overlap
+from tensorcast.deploy.step.overlap import KIND_SUMS, PER_SEQUENCE, Overlap
 from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place_of, stages_of
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Tally, pick
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, StepSizes
-from tensorcast.deploy.step.sums import PER_SEQUENCE, Recipe, RecipePart, Sums, sums_of
+from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, sums_of
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, per_table
@@ -100,7 +100,7 @@ class Step:
             for j, kind in enumerate(moe):
                 for name, there in self.overlap.positions[kind].items():
                     by_layer[j, KIND_SUMS.index(name), there] = 1.0
-                    busy[j, int(name == "shared"), there] = float(name != "rest")
+                    busy[j, int(name == "shared"), there] = float(name not in ("rest", "before"))
             runs = np.zeros((len(parts), count))
             for k, part in enumerate(parts):
                 runs[k, list(part.where)] = part.calls

@@ -15,9 +15,6 @@ from tensorcast.deploy.plan.plan import Row
 from tensorcast.deploy.step.overlap import KIND_SUMS
 from tensorcast.deploy.step.price import RowPrice, Where
 
-PER_SEQUENCE = ("attention", "indexer_scores", "linear_attention", "ssm_scan", "causal_conv1d")
-"""Ops that run per sequence: in a step with prompts they run once for the prompts and once for the decoding rows."""
-
 AMONG = ("seconds", "communication", "attention", "experts")
 """Sums of rows' seconds: of all, of collectives, of ops that run per sequence, of experts with dispatch and combine,
 which take the tokens of all data-parallel ranks."""
@@ -52,7 +49,7 @@ class Recipe:
 @dataclass(frozen=True)
 class Sums:
     """Sums of the rows of steps, the last axis of cases, those before of members. Of one pass over the plan by place,
-    and of a layer of each kind with experts ``layers [kinds, 5]`` and ``busy [kinds, 2]``; and by part of the rows
+    and of a layer of each kind with experts ``layers [kinds, 6]`` and ``busy [kinds, 2]``; and by part of the rows
     ``among`` (:data:`AMONG`), ``levels`` and ``errors`` (by kernel family)."""
 
     places: Array

@@ -24,13 +24,17 @@ LOST_WORKERS = 10
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the search for cycles of garbage: pricing makes many small objects and hardly a cycle."""
+    """Without the search for cycles of garbage: pricing makes many small objects and hardly a cycle. What lives on
+    afterwards counts as old, so that the collector does not go through it at once; a full collection still does."""
     was = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was:
+            if not gc.get_freeze_count():  # what others have frozen stays so
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 
 from tensorcast.errors import InputError
-from tensorcast.parallel import spread
+from tensorcast.parallel import spread, uncollected
 
 AT_WORK = """
 import signal, sys, tensorcast.api
@@ -67,3 +69,21 @@ def test_an_interrupt_while_workers_start_is_one_line() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100, start_new_session=True
     )
     assert done.returncode == 130 and done.stderr == "interrupted\n"
+
+
+def test_what_was_made_without_the_collector_is_old_to_it_and_still_collected() -> None:
+    class Knot:
+        """Holds itself."""
+
+        def __init__(self) -> None:
+            self.own = self
+
+    gc.enable()
+    with uncollected():
+        assert not gc.isenabled()
+        knot = weakref.ref(Knot())
+        kept = [[i] for i in range(100_000)]
+    assert gc.isenabled() and len(gc.get_objects(generation=0)) < len(kept) / 10 and not gc.get_freeze_count()
+    assert knot() is not None
+    gc.collect()
+    assert knot() is None

@@ -68,7 +68,8 @@ def served(
         model = Disaggregated(
             **given, decode_ranks=y * one.dp, prefill_ranks=x * prefill.layout.dp, hand_over_s=hand_over
         )
-        users = model.closed_loop(batch)
+        with np.errstate(invalid="ignore", over="ignore"):
+            users, _ = model.closed_loop(batch)
     with np.errstate(invalid="ignore", over="ignore"):
         return users, model.metrics(batch, users)
 

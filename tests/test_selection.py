@@ -11,7 +11,7 @@ import pytest
 import tensorcast as tc
 from tensorcast.profiles.store import load_engine
 from tensorcast.search.compare import Comparison, NoLayoutMeets
-from tensorcast.search.selection import alike
+from tensorcast.search.selection import alike, pareto
 from tensorcast.serving.interval import served_interval
 
 ASKED: dict[str, Any] = {
@@ -128,3 +128,14 @@ def test_what_is_served_otherwise_errs_by_itself() -> None:
     """Sums that differ by a third are told apart where errors are shared, not where each may be a third off."""
     one, other = {"gemm": (1.0, 0.02)}, {"gemm": (1.3, 0.02)}
     assert not alike(one, other) and alike(one, other, (0.3, 0.3)) and not alike(one, other, (0.1, 0.1))
+
+
+@pytest.mark.parametrize("kinds", [2, 5, 1000])
+def test_the_front_is_what_no_other_beats(kinds: int) -> None:
+    draw = np.random.default_rng(kinds)
+    for size in (0, 1, 2, 7, 60):
+        first, second = draw.integers(0, kinds, size) * 1.0, draw.integers(0, kinds, size) * 1.0
+        points = list(zip(first, second, strict=True))
+        beaten = [any(a >= x and b >= y and (a, b) != (x, y) for a, b in points) for x, y in points]
+        again = [point in points[:i] for i, point in enumerate(points)]  # of equal ones the first stands
+        assert pareto(first, second).tolist() == [not one and not two for one, two in zip(beaten, again, strict=True)]

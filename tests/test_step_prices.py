@@ -185,13 +185,13 @@ def test_sums_are_those_of_all_calls_one_by_one(phase: str, layout: dict[str, An
 
 
 def test_all_sums_take_one_pass_over_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, sums = list[Any](), step_module.sums_of
+    asked, sums = list[Any](), step_module.sums_of_steps
 
-    def counted(recipe: Any, prices: Any, families: Any) -> Any:
-        asked.append(prices)
-        return sums(recipe, prices, families)
+    def counted(recipes: Any, prices: Any, families: Any, members: Any) -> Any:
+        asked.extend(prices)
+        return sums(recipes, prices, families, members)
 
-    monkeypatch.setattr(step_module, "sums_of", counted)
+    monkeypatch.setattr(step_module, "sums_of_steps", counted)
     price = deployment("qwen3-30b-a3b").step.price(8.0, 1.0, 2000.0)
     decode_columns(price)
     (prices,) = asked

@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 
 import tensorcast as tc
-from tensorcast.deploy.step import alike, row_prices
+from tensorcast.deploy.step import alike, row_prices, step, sums
 from tensorcast.profiles import kept
 from tensorcast.profiles.store import load_engine
 from tensorcast.search import compare, search, search_task, variant_prices, workspace
+from tensorcast.serving.prefill_costs import PrefillCosts
+from tensorcast.serving.steady_state import Disaggregated
 
 
 @pytest.fixture
@@ -122,6 +124,46 @@ def test_other_lengths_price_what_sees_cached_tokens_alone(
     asked.clear()
     _ask(input_len=700, output_len=300)
     assert "attention" in +asked and {*+asked} <= {"attention", "kv_cache_write"}
+
+
+def test_prices_that_steps_share_are_read_once(made: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that cost all members of all steps alike stand in one table for each pass; others once for their step."""
+    tables, added, rows = list[int](), list[int](), list[int]()
+    columns, several = sums._columns, sums.sums_of_steps
+
+    def counted(prices: Any, shape: Any) -> Any:
+        assert len({*map(id, prices)}) == len(prices)
+        tables.append(len(prices))
+        return columns(prices, shape)
+
+    def summed(recipes: Any, prices: Any, *more: Any) -> Any:
+        every = [price for some in prices for price in some]
+        added.append(len({id(one) for one in every if np.ndim(one.seconds) < 2}))
+        added.append(sum(np.ndim(one.seconds) > 1 for one in every))
+        rows.append(len(every))
+        return several(recipes, prices, *more)
+
+    monkeypatch.setattr(sums, "_columns", counted)
+    monkeypatch.setattr(step, "sums_of_steps", summed)
+    _ask()
+    assert sum(tables) == sum(added) < sum(rows)
+
+
+def test_a_closed_loop_looks_at_the_queue_once(made: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, at_rate, closed_loop = Counter[str](), PrefillCosts.at_rate, Disaggregated.closed_loop
+
+    def rated(self: Any, rate: Any) -> Any:
+        looked["queues"] += 1
+        return at_rate(self, rate)
+
+    def closed(self: Any, batch: Any) -> Any:
+        looked["loops"] += 1
+        return closed_loop(self, batch)
+
+    monkeypatch.setattr(PrefillCosts, "at_rate", rated)
+    monkeypatch.setattr(Disaggregated, "closed_loop", closed)
+    _ask(ttft_s=0.3)
+    assert looked["loops"] == looked["queues"] > 2
 
 
 def test_a_question_asked_again_prices_nothing(made: Counter[str]) -> None:

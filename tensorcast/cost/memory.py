@@ -110,25 +110,35 @@ def cache_bytes(
     table: OpTable, kv: str, sequences: Size, length: Size, layers: slice = slice(None), *, kept: Kept = Kept(),
     ranks: int = 1,
 ) -> Size:
-    """KV cache and recurrent state of ``sequences`` sequences of ``length`` tokens over ``layers``.
+    """KV cache and recurrent state of ``sequences`` sequences of ``length`` tokens over ``layers``; ``kept`` and
+    ``ranks`` as in :func:`sequence_caches`."""
+    kinds = table.layer_kinds[layers]
+    total: Size = 0.0
+    for kind, each in sequence_caches(table, kv, length, kept=kept, ranks=ranks):
+        # an entry of a class whose layers are not known apart, or run in a loop, is its own
+        total = total + (kinds.count(kind) if kind >= 0 else 1) * each
+    return sequences * total
+
+
+def sequence_caches(
+    table: OpTable, kv: str, length: Size, *, kept: Kept = Kept(), ranks: int = 1
+) -> list[tuple[int, Size]]:
+    """KV cache and recurrent state that a sequence of ``length`` tokens takes in a layer, with the layer's kind.
 
     ``kept``: copies of states that an engine has, and the part of its cache that is layers' with windows. ``ranks``
     share the tokens of a sequence.
     """
-    kinds = table.layer_kinds[layers]
     share = kept.window_share
-    total: Size = 0.0
     entries = cache_entries(table, kv)
     widest = max((entry.limit for entry in entries), default=0)
     # a pool that is a share of the other's holds as long a window as that has of the other's tokens
     full = length if share is None else np.maximum(length, np.minimum(length, widest) / share)
+    found = list[tuple[int, Size]]()
     for entry in entries:
         tokens = full if not entry.limit else np.minimum(length, entry.limit) if share is None else share * full
         slots = 1.0 if entry.per_token else kept.state_slots
-        # an entry of a class whose layers are not known apart, or run in a loop, is its own
-        times = kinds.count(entry.kind) if entry.kind >= 0 else 1
-        total = total + times * sequences * (entry.per_token * tokens / ranks + entry.per_sequence * slots)
-    return total
+        found.append((entry.kind, entry.per_token * tokens / ranks + entry.per_sequence * slots))
+    return found
 
 
 def weight_bytes(

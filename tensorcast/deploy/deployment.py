@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from tensorcast.cost.memory import (
     activation_bytes,
     cache_budget,
-    cache_bytes,
     cache_entries,
     low_latency_buffer_bytes,
+    sequence_caches,
     weight_bytes,
 )
 from tensorcast.cost.stages import stage_layers
@@ -175,11 +175,15 @@ class Deployment:
         drafter, stages = self.step.drafter if self.options.mtp_depth else None, self.layout.pp
         if rules is not None and not any(one.limit or one.per_sequence for one in cache_entries(self.drafting, kv)):
             rules = None
+        each = list[tuple[int, Size]]()
         for stage, layers, some in self.stage_weights:
             if rules is not None:
                 own = int(np.max(stages[some] if isinstance(stages, np.ndarray) else stages))
                 rule = rules.kept(self.model.config, self.options.mtp_depth, own)
-            held = cache_bytes(self.drafting, kv, sequences, length, layers, kept=rule, ranks=self.options.dcp)
+            if rules is not None or not each:  # else the same in all stages
+                each = sequence_caches(self.drafting, kv, length, kept=rule, ranks=self.options.dcp)
+            kinds = self.drafting.layer_kinds[layers]
+            held = sequences * sum(((kinds.count(kind) if kind >= 0 else 1) * one for kind, one in each), 0.0)
             if drafter is not None and layers.stop == len(self.raw.layer_kinds):
                 held = held + drafter.cache_numbers * KV_BYTES[kv] * sequences * length
             weights, cache = whole[:, some]

@@ -50,11 +50,21 @@ def read_kept(kept: Path | None, kind: type[ProfileT]) -> ProfileT | None:
     """The profile; None where nothing is kept, or the file is damaged."""
     if kept is None:
         return None
+    if isinstance(known := _known.get(kept), kind):
+        return known
     with contextlib.suppress(Exception):  # whatever a damaged file makes the reader do, the profile is read anew
         with kept.open("rb") as file:
             profile = _Profiles(file).load()
-        return profile if isinstance(profile, kind) else None
+        if isinstance(profile, kind):
+            while len(_known) >= MOST_SHARED:
+                del _known[next(iter(_known))]
+            _known[kept] = profile
+            return profile
     return None
+
+
+_known: dict[Path, Frozen] = {}
+"""What this process has read, by where it is kept."""
 
 
 _shared: list[Frozen] = []
@@ -65,6 +75,8 @@ MOST_SHARED = 64
 
 def same(profile: ProfileT) -> ProfileT:
     """The first profile of this content that was asked about: what is kept by a profile's identity is kept for all."""
+    if any(one is profile for one in _shared):
+        return profile
     for one in _shared:
         if one == profile:
             return one

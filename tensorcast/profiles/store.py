@@ -150,7 +150,8 @@ def _find(kind: str, text: str) -> Path | None:
             return path
     # Names failed: read the heads of all files, folder by folder, so that the user's aliases come first.
     for root in dict.fromkeys(path.parent for path in files):
-        found = [path for path in files if path.parent == root and wanted in _aliases(path, wanted)]
+        stamps = {path: os.path.getmtime(path) for path in files if path.parent == root and path.exists()}
+        found = [path for path, stamp in stamps.items() if wanted in _aliases(path, wanted, stamp)]
         if len(found) > 1:
             owners = " and ".join(path.name for path in found)
             raise InputError(f"{kind} alias {text!r} is claimed by {owners} in {root}: it must name one")
@@ -163,10 +164,10 @@ def _files(kind: str) -> Iterator[Path]:
     seen: set[str] = set()
     for root in profile_roots():
         folder = root / f"{kind}s"
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.suffix in (".yaml", ".yml") and path.stem.casefold() not in seen:
-                seen.add(path.stem.casefold())
-                yield path
+        for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+            if name.endswith((".yaml", ".yml")) and (stem := os.path.splitext(name)[0].casefold()) not in seen:
+                seen.add(stem)
+                yield folder / name
 
 
 def _unreadable(kind: str) -> list[str]:
@@ -190,7 +191,8 @@ def _names(kind: str) -> tuple[str, ...]:
 def _short(kind: str, files: tuple[Path, ...]) -> set[str]:
     return {one for path in files if kind == "device" for one in _aliases(path, "")}
 
-def _aliases(path: Path, wanted: str) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def _aliases(path: Path, wanted: str, stamp: float = 0.0) -> set[str]:  # which changes with the file
     """Case-folded aliases and Hugging Face id of a profile, from its first lines alone. Empty if unreadable, or if
     ``wanted`` is nowhere among those lines; a plain list on one line that has ``wanted`` is read without YAML."""
     try:
@@ -200,8 +202,7 @@ def _aliases(path: Path, wanted: str) -> set[str]:
     lines = "\n".join(_HEAD.findall(text)) if wanted in text.casefold() else ""
     if wanted not in lines.casefold():
         return set()
-    plain = _PLAIN_ALIASES.search(lines)
-    listed: Any = {alias.strip() for alias in plain[1].casefold().split(",")} if plain else set()
+    listed: Any = {alias.strip() for plain in _PLAIN_ALIASES.findall(lines) for alias in plain.casefold().split(",")}
     if wanted in listed:
         return listed
     import yaml
@@ -211,8 +212,7 @@ def _aliases(path: Path, wanted: str) -> set[str]:
     except (ValueError, yaml.YAMLError):
         return set()
     head = head if isinstance(head, dict) else {}
-    aliases = head.get("aliases")
-    listed = aliases if isinstance(aliases, list) else []
+    listed = aliases if isinstance(aliases := head.get("aliases"), list) else []
     return {str(alias).casefold() for alias in (*listed, head.get("hf_id")) if alias}
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,7 +139,7 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
     if task.pools:  # as replay reads them
         first, decoding = task.pools
         named, prefill = named + f"@{decoding.device.name}", prefill + f"@{first.device.name}"
-    nothing, normal = np.full(len(of_variant), np.nan), NormalDist()
+    nothing = np.full(len(of_variant), np.nan)
     columns: dict[str, Any] = {
         "candidate": "",
         "mode": mode,
@@ -161,9 +161,10 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
             for end, sign in (("", 0.0), ("_low", -1.0), ("_high", 1.0))
         },
         **{
-            f"{what}_chance": [normal.cdf(sigmas) for sigmas in margin] if limit is not None else nothing
+            f"{what}_chance": [0.5 + 0.5 * math.erf(z) for z in margin.tolist()] if limit is not None else nothing
             for what, limit in (("ttft", task.ttft_s), ("tpot", task.tpot_s))
-            for margin in [NORMAL_90 * np.log((limit or 1.0) / c[f"{what}_s"]) / np.log(c[f"factor_{what}_s"])]
+            for sigmas in [NORMAL_90 * np.log((limit or 1.0) / c[f"{what}_s"]) / np.log(c[f"factor_{what}_s"])]
+            for margin in [sigmas / math.sqrt(2)]
         },
         "request_s": c["request_s"],
         "tokens_per_s_per_gpu": c["tokens_per_s_per_gpu"],
@@ -187,7 +188,9 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
     fleets[:] = prices.fleets
     past = np.full(len(of_variant), float(int(prices.scenario.load.context) - 1))  # each reply half done
     behind = Decoding(fleets[prices.fleet_of[of_variant]], prices.member_of[of_variant], c["batch"], past)
-    return Candidates({name: np.broadcast_to(values, len(of_variant)) for name, values in held.items()}, behind)
+    return Candidates({
+        name: values if values.ndim else np.broadcast_to(values, len(of_variant)) for name, values in held.items()
+    }, behind)
 
 
 def _told(task: SearchTask, prices: VariantPrices) -> dict[str, NDArray[Any]]:

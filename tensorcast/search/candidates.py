@@ -34,7 +34,7 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
     Batches are powers of two, and of those that were priced the largest that fits and the largest at which prompts keep
     up and users wait no longer than the limits say.
     """
-    parts, unstable, grid = [], 0, shop.grid
+    parts, orders, unstable, grid = list[Points](), list[Rows](), 0, shop.grid
     for budget in shop.chunks:
         most = np.minimum(shop.fits[budget], LARGEST_BATCH)
         if budget not in shop.states:
@@ -48,24 +48,26 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
                 per_token[mine, held] = state.generation_s / max(shop.scenario.load.output_len - 1, 1)
         first_s, per_token = shop.states[budget]
         fits = grid <= most[:, None]
-        largest = np.where(fits, grid, 0.0).max(axis=1)
         kept = fits & (first_s <= (limits[0] or np.inf)) & (per_token <= (limits[1] or np.inf))
-        rows, batch = batches(largest, np.where(kept, grid, 0.0).max(axis=1))
+        largest = np.append(0.0, grid)[np.searchsorted(grid, most, side="right")]
+        chosen = np.where(kept, grid, 0.0).max(axis=1)
         known = shop.whatever.get(budget)
-        some = slice(0 if known is None else len(known.variant), None)  # those that limits choose come last
-        engine = _engine(shop, budget, rows[some])
-        served = engine.metrics(batch[some], engine.at(batch[some]).concurrency)
-        extra = {"chunk_tokens": np.full(len(rows[some]), float(budget)), "largest_batch": most[rows[some]]}
-        points = Points(rows[some], served.columns() | extra)
+        rows, batch = batches(largest, chosen, new=known is not None)
+        engine = _engine(shop, budget, rows)
+        state = engine.at(batch)
+        served = engine.metrics(batch, state.concurrency, state)
+        extra = {"chunk_tokens": np.full(len(rows), float(budget)), "largest_batch": most[rows]}
+        points = Points(rows, served.columns() | extra)
         if known is None:
             shop.whatever[budget] = points.where(slice(len(batches(largest)[0])))
-        else:
-            points = Points.joined([known, points])
-        stable = np.isfinite(points.columns["concurrency"])
+        both = [points] if known is None else [known, points]  # those that limits choose come last
+        stable = np.concatenate([np.isfinite(one.columns["concurrency"]) for one in both])
         unstable += int((~stable).sum())
-        order = np.flatnonzero(stable)
-        parts.append(points.where(order[np.argsort(shop.depths[points.variant[order]], kind="stable")]))
-    return Points.joined(parts), unstable
+        depths = shop.depths[np.concatenate([one.variant for one in both])]
+        order = np.argsort(depths, kind="stable")
+        orders.append(sum(len(one.variant) for one in parts) + order[stable[order]])
+        parts += both
+    return Points.joined(parts).where(np.concatenate(orders)), unstable
 
 
 def _engine(shop: VariantPrices, budget: int, rows: Rows) -> Aggregated:
@@ -99,8 +101,13 @@ def steady(shop: VariantPrices, points: Points) -> Mask:
                 low, high = np.where(middle <= batch, middle, low), np.where(middle <= batch, high, middle)
                 middles.append(middle)
             at = np.stack(middles, axis=1)
-            below = _engine(shop, int(budget), rows[:, None]).at(at, users[:, None]).concurrency <= users[:, None]
             close = np.isclose(at, batch[:, None], rtol=1e-6)
+            asked = ~close  # where it has come so far, either answer will do
+            asked[:, 0] = True
+            below, there = asked.copy(), np.nonzero(asked)[0]
+            below[asked] = _engine(shop, int(budget), rows[there]).at(
+                at[asked], users[there]
+            ).concurrency <= users[there]
             on_its_way = (close | (below == (at < batch[:, None])))[:, 1:].all(axis=1)
             found[mine] = np.where(below[:, 0], close[:, 0], on_its_way)
     return found
@@ -192,10 +199,10 @@ class _Pools(Entries):
     y: Array
     hand_over_s: Array
 
-    def serve(self, shop: VariantPrices, batch: Array) -> Points:
-        """What they serve at their batches; infinitely many users where prompts come faster than they are read."""
+    def of(self, shop: VariantPrices) -> Disaggregated:
+        """What serves."""
         readers = shop.readers or shop
-        pools = Disaggregated(
+        return Disaggregated(
             traffic=shop.scenario.load,
             engine=shop.scenario.engine,
             decode_ranks=self.y * shop.layouts["dp"][self.rows],
@@ -205,7 +212,11 @@ class _Pools(Entries):
             decoding=DecodeCurve(shop.grid, shop.curves, self.rows),
             prompts=self.costs,
         )
-        served = pools.metrics(batch, pools.closed_loop(batch))
+
+    def serve(self, shop: VariantPrices, batch: Array) -> Points:
+        """What they serve at their batches; infinitely many users where prompts come faster than they are read."""
+        pools = self.of(shop)
+        served = pools.metrics(batch, *pools.closed_loop(batch))
         extra = {
             "prefill": self.prefill, "prefill_workers": self.x, "decode_workers": self.y,
             "largest_batch": np.minimum(shop.room_decode[self.rows], LARGEST_BATCH),
@@ -216,10 +227,13 @@ class _Pools(Entries):
         """Of ``points`` that are late with a first token: the largest smaller batch in time, if there is any."""
         late = np.flatnonzero(points.columns["ttft_s"] > ttft_s)
         some = self.where(late)
-        grid = np.concatenate([[1.0], shop.grid])  # positions count from 1
+        pools, grid = some.of(shop), np.concatenate([[1.0], shop.grid])  # positions count from 1
         last = np.searchsorted(shop.grid, points.columns["batch"][late]).astype(float)
-        last = largest_where(lambda n: some.serve(shop, grid[n.astype(int)]).columns["ttft_s"] <= ttft_s, last)
-        return some.serve(shop, grid[last.astype(int)]).where(last >= 1)
+        last = largest_where(
+            lambda n: pools.ttft_s(grid[n.astype(int)], *pools.closed_loop(grid[n.astype(int)])) <= ttft_s, last
+        )
+        some, last = some.where(last >= 1), last[last >= 1]
+        return some.serve(shop, grid[last.astype(int)])
 
 
 def _prefill_choices(shop: VariantPrices, gpus: int, ttft_s: float | None) -> list[int]:

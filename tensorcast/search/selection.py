@@ -106,7 +106,11 @@ this is a difference."""
 
 def pareto(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Mask of the points that no other beats in one of two quantities without losing in the other; more is better."""
-    order = np.lexsort((-second, -first))
+    # nearly all are beaten by one with more of the first, in whatever order those with as much: few are left to sort
+    rough = np.argsort(-first)
+    some = rough[second[rough] >= np.maximum.accumulate(second[rough])]
+    some.sort()
+    order = some[np.lexsort((-second[some], -first[some]))]
     best = np.maximum.accumulate(np.concatenate([[-np.inf], second[order][:-1]]))
     mask = np.zeros(len(first), dtype=bool)
     mask[order] = second[order] > best

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,22 @@ HALVINGS = 30
 
 
 @dataclass(frozen=True)
+class Queued:
+    """Of pools at a batch, whatever else is in flight: seconds of a decode step and of a reply, sequences that decode,
+    prompts per second, seconds of one in service, how many such times it waits at most, what passes beside; and whether
+    prompts overrun."""
+
+    step_s: Array
+    generation_s: Array
+    sequences: Array
+    rate: Array
+    service_s: Array
+    queue: Array
+    beside_s: tuple[Number, ...]
+    full: Mask
+
+
+@dataclass(frozen=True)
 class SteadyState:
     """What follows from the batch that decodes, seconds: to the first token, of a reply from there, from the end of one
     to that of the next in a place of the batch, of a mean step, of one without prompts; and requests in flight,
@@ -55,6 +72,7 @@ class SteadyState:
     step_s: Array
     plain_s: Array
     concurrency: Array
+    queued: Queued | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +106,17 @@ class ServingModel(ABC):
             low, high = np.where(below, middle, low), np.where(below, high, middle)
         return np.where(inside, limit, np.maximum(low, 1e-9))
 
-    def metrics(self, batch: Array, concurrency: Array) -> ServingMetrics:
-        """What users meet at ``batch``; of ``concurrency`` requests, those that find no room wait for it."""
-        state, decoding = self.at(batch, concurrency), self.decoding
+    def ttft_s(self, batch: Array, concurrency: Array, state: SteadyState) -> Array:
+        """To the first token: what a full house does not serve at once adds to it."""
+        waits = concurrency / (batch * self.decode_ranks) * state.place_s - state.generation_s
+        return np.maximum(state.first_s, waits)
+
+    def metrics(self, batch: Array, concurrency: Array, state: SteadyState | None = None) -> ServingMetrics:
+        """What users meet at ``batch``; of ``concurrency`` requests, those that find no room wait for it. ``state``:
+        :meth:`at` both, where it is known."""
+        state, decoding = self.at(batch, concurrency) if state is None else state, self.decoding
         generation = state.generation_s
-        # what a full house does not serve at once adds to the first token
-        ttft = np.maximum(state.first_s, concurrency / (batch * self.decode_ranks) * state.place_s - generation)
+        ttft = self.ttft_s(batch, concurrency, state)
         prefill_share = np.clip(1 - state.plain_s / state.step_s, 0.0, 1.0)
         tpot = generation / np.maximum(self.traffic.output_len - 1, 1)
         request = ttft + tpot * (self.traffic.output_len - 1)
@@ -224,29 +247,37 @@ class Disaggregated(ServingModel):
     prefill_ranks: Number
     hand_over_s: Number
 
-    def at(self, batch: Array, concurrency: Number = np.inf) -> SteadyState:
-        """As :meth:`ServingModel.at`, where an endless queue is one of arrivals at random."""
+    def at(self, batch: Array, concurrency: Number = np.inf, known: SteadyState | None = None) -> SteadyState:
+        """As :meth:`ServingModel.at`, where an endless queue is one of arrivals at random. ``known``: the state at that
+        batch with others in flight."""
         traffic, engine, prompts = self.traffic, self.engine, self.prompts
-        decode_step = self.decoding.at("seconds", batch) * engine.overhead.pool_factor
-        generation, sequences = traffic.decode_steps(self.depth) * decode_step, batch * self.decode_ranks
-        rate = sequences / generation
-        service, queue = prompts.at_rate(rate / self.prefill_ranks)
+        queued = None if known is None else known.queued
+        if queued is None:
+            decode_step = self.decoding.at("seconds", batch) * engine.overhead.pool_factor
+            generation, sequences = traffic.decode_steps(self.depth) * decode_step, batch * self.decode_ranks
+            rate = sequences / generation
+            wave = np.maximum(sequences / self.prefill_ranks - 1, 0) / prompts.most_per_s  # as of Aggregated
+            waits = (engine.arrival_wait_steps + traffic.wait_steps) * decode_step
+            overhead = engine.first_token_s(traffic.input_len) + engine.hand_over_s
+            queued = Queued(
+                decode_step, generation, sequences, rate, *prompts.at_rate(rate / self.prefill_ranks),
+                (wave / 2 / traffic.rounds, self.hand_over_s, waits, overhead),
+                rate >= self.prefill_ranks * prompts.most_per_s,
+            )
         # of a closed loop, nobody meets a queue longer than the others in flight
-        queue = np.minimum(queue, np.maximum(concurrency / self.prefill_ranks - 1, 0))
-        wave = np.maximum(sequences / self.prefill_ranks - 1, 0) / prompts.most_per_s  # as of Aggregated
-        waits = (engine.arrival_wait_steps + traffic.wait_steps) * decode_step
-        overhead = engine.first_token_s(traffic.input_len) + engine.hand_over_s
-        first = service * (1 + queue) + wave / 2 / traffic.rounds + self.hand_over_s + waits + overhead
-        full = rate >= self.prefill_ranks * prompts.most_per_s
-        users = np.where(full, np.inf, sequences * (1 + first / generation))
-        return SteadyState(first, generation, generation, decode_step, decode_step, users)
+        queue = np.minimum(queued.queue, np.maximum(concurrency / self.prefill_ranks - 1, 0))
+        first: Any = sum(queued.beside_s, queued.service_s * (1 + queue))
+        users = np.where(queued.full, np.inf, queued.sequences * (1 + first / queued.generation_s))
+        generation, decode_step = queued.generation_s, queued.step_s
+        return SteadyState(first, generation, generation, decode_step, decode_step, users, queued)
 
-    def closed_loop(self, batch: Array) -> Array:
-        """Requests in flight of a closed loop, in which the queue itself is no longer than the others in flight."""
-        longest, alone = self.at(batch), self.at(batch, 0.0)  # as random arrivals queue; without a queue
-        rate = batch * self.decode_ranks / alone.generation_s
-        service, _ = self.prompts.at_rate(rate / self.prefill_ranks)
-        each = rate * service  # requests in flight that one more prompt in every rank's queue adds
-        ranks = self.prefill_ranks
+    def closed_loop(self, batch: Array) -> tuple[Array, SteadyState]:
+        """Requests in flight of a closed loop, in which the queue itself is no longer than the others in flight; and
+        the state there."""
+        longest = self.at(batch)  # as random arrivals queue
+        alone, ranks = self.at(batch, 0.0, longest), self.prefill_ranks  # without a queue
+        assert longest.queued is not None
+        each = longest.queued.rate * longest.queued.service_s  # in flight for one more prompt in every rank's queue
         capped = np.where(each < ranks, (alone.concurrency - each) / np.maximum(1 - each / ranks, 1e-9), np.inf)
-        return np.where(alone.concurrency <= ranks, alone.concurrency, np.minimum(longest.concurrency, capped))
+        users = np.where(alone.concurrency <= ranks, alone.concurrency, np.minimum(longest.concurrency, capped))
+        return users, self.at(batch, users, longest)

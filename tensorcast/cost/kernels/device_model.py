@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -319,19 +318,16 @@ def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[A
 
 def _stored_trees(arrays: Mapping[str, NDArray[Any]], shapes: Sequence[Mapping[str, Any]]) -> Iterator[Trees]:
     """Trees, one after another, of the ``shapes`` that the file tells."""
-
-    def pieces(name: str, sizes: Sequence[int]) -> Iterator[NDArray[Any]]:
-        ends, values = [0, *accumulate(sizes)], arrays[name]
-        return (values[start:end] for start, end in zip(ends, ends[1:], strict=False))
-
     counts, depths = [shape["trees"] for shape in shapes], [shape["depth"] for shape in shapes]
     splits = [count * depth for count, depth in zip(counts, depths, strict=True)]
     leaves_each = [count << depth for count, depth in zip(counts, depths, strict=True)]
-    borders = pieces("borders", [n for shape in shapes for n in shape["borders"]])
-    parts = zip(
-        shapes, pieces("feature", splits), pieces("border", splits), pieces("leaves", leaves_each),
-        pieces("scales", counts), strict=True,
-    )
+    sizes = {
+        "borders": [n for shape in shapes for n in shape["borders"]],
+        "feature": splits, "border": splits, "leaves": leaves_each, "scales": counts,
+    }
+    every = {name: np.split(arrays[name], np.cumsum(each))[:-1] for name, each in sizes.items()}
+    borders = iter(every.pop("borders"))
+    parts = zip(shapes, *every.values(), strict=True)
     for shape, feature, border, leaves, scale in parts:
         split = shape["trees"], shape["depth"]
         values = leaves.reshape(split[0], 1 << split[1]) * scale[:, None]

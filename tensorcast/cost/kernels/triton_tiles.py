@@ -13,9 +13,10 @@ import numpy as np
 
 from tensorcast.cost.kernels.vocabulary import SOURCES, Columns
 from tensorcast.cost.work import Array
+from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.experts import TritonTiles
-from tensorcast.profiles.store import list_engines, load_engine, profile_roots
+from tensorcast.profiles.store import load_engine, profile_roots
 
 TRITON = float(SOURCES.index("triton") + 1)
 """The library whose kernels have these tiles."""
@@ -31,9 +32,10 @@ WIDTH = float(1 << 24)
 
 @lru_cache(maxsize=16)
 def _tiles_of(engine: str, _roots: tuple[Path, ...]) -> TritonTiles | None:
-    if engine not in list_engines():
+    try:
+        profile = load_engine(engine)
+    except InputError:  # devices are priced under names that are no engine's, too
         return None
-    profile = load_engine(engine)
     if profile.calibrated is not None:  # what is learnt are levels of the kernels that were measured
         profile = load_engine(f"{engine}=={profile.calibrated.kernels}")
     experts = profile.experts

@@ -24,7 +24,7 @@ from tensorcast.cost.formulas import (
     traffic,
 )
 from tensorcast.cost.kernels.corrections import BatchedCorrections
-from tensorcast.deploy.step.price import RowPrice
+from tensorcast.deploy.step.price import RowPrice, one_level, spending_of
 from tensorcast.deploy.step.row_prices import Pending, RowPricer, Works
 from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.moe import EXPERT_STAGES
@@ -180,7 +180,12 @@ class _Alike:
         if self._price is None:
             assert self._whole is not None
             op, at, pricer = self._whole
-            self._price = pricer.kernels(op, at, self.works)
+            took = pricer.seconds(op, at, self.works)
+            self._price = RowPrice(
+                row=op, seconds=took.seconds, waits_s=took.waits_s, family=took.family, level=one_level(took.level),
+                error=took.error, spend=partial(spending_of, took.calls, pricer.device),
+                has_formula=op.name in FORMULAS,
+            )
         shape = self.asked[i].shape
         if len(self.asked) == 1:
             return self._price

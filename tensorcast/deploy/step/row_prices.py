@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorcast.cost.collectives import collective_time
 from tensorcast.cost.evidence import LEVELS
-from tensorcast.cost.formulas import FORMULAS, REDUCES, Context, work_of
+from tensorcast.cost.formulas import REDUCES, Context, work_of
 from tensorcast.cost.kernels.corrections import (
     BatchedCorrections,
     Correction,
@@ -28,7 +28,7 @@ from tensorcast.cost.roofline import Devices
 from tensorcast.cost.row_seconds import RowSeconds, row_seconds
 from tensorcast.cost.work import Size, Work, memory
 from tensorcast.deploy.plan.plan import Collective
-from tensorcast.deploy.step.price import RowPrice, Spending, one_level, spending_of
+from tensorcast.deploy.step.price import RowPrice, Spending, one_level
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.moe import EXPERT_STAGES
@@ -96,14 +96,6 @@ class RowPricer:
     sources: Mapping[str, Size]
     """Whose experts' kernels run, by dtype; hangs on the spread of experts."""
     distinct: Mapping[str, Size]
-
-    def kernels(self, op: Op, at: Context, works: Works) -> RowPrice:
-        """The price of an op whose kernels are ``works``, when their corrections are there."""
-        took = self.seconds(op, at, works)
-        return RowPrice(
-            row=op, seconds=took.seconds, waits_s=took.waits_s, family=took.family, level=one_level(took.level),
-            error=took.error, spend=partial(spending_of, took.calls, self.device), has_formula=op.name in FORMULAS,
-        )
 
     def seconds(self, op: Op, at: Context, works: Works) -> RowSeconds:
         """Seconds of an op whose kernels are ``works`` (:meth:`works`)."""

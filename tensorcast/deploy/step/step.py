@@ -22,7 +22,7 @@ from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Tally, pick
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, StepSizes
-from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, sums_of
+from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, sums_of_steps
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, per_table
@@ -223,8 +223,11 @@ def prices(asked: Sequence[Asked]) -> Iterator[StepPrice]:
     for together in steps:
         (step,), at, found = together.steps, together.at, together.found(0)
         families = dict.fromkeys(price.family for price in found)
-        sums = sums_of(step.recipe(at.draft is not None), found, dict(zip(families, range(len(families)), strict=True)))
-        first = sum(not part.drafts for part in step.recipe(at.draft is not None).parts)
+        recipe, kinds = step.recipe(at.draft is not None), dict(zip(families, range(len(families)), strict=True))
+        shape = np.broadcast_shapes(*(np.shape(price.seconds) for price in found))
+        several = sums_of_steps([recipe], [found], kinds, [shape[0] if len(shape) > 1 else 1])
+        sums = Sums(**{name: values.reshape(*values.shape[:-1], *shape) for name, values in vars(several).items()})
+        first = sum(not part.drafts for part in recipe.parts)
         own, draft = sums.at(at.own, slice(first)), sums.at(at.draft, slice(first, None))
         hidden = step.overlap.hidden(own.layers, own.busy, pick(at.whole.sizes.tokens, at.own), at.dual)
         yield step.composed(own, draft, hidden, at, together.batch, found=found)
@@ -289,23 +292,11 @@ class Together:
         found = [self.found(i) for i in range(len(self.steps))]
         names = dict.fromkeys(price.family for prices in found for price in prices)
         families = dict(zip(names, range(len(names)), strict=True))
-        sums = [
-            sums_of(step.recipe(at.draft is not None), prices, families)
-            for step, prices in zip(self.steps, found, strict=True)
-        ]
-        width = max(one.places.shape[-1] for one in sums)
+        recipes = [step.recipe(at.draft is not None) for step in self.steps]
         sizes = [np.size(step.sizes.dp) for step in self.steps]
         step_of = np.repeat(np.arange(len(sizes)), sizes)[member]
-        together: dict[str, Array] = {}  # members and cases together are the last axis
-        for name, one in vars(sums[0]).items():
-            lead, end = one.shape[: 1 if name == "places" else 2], 0
-            joined = np.empty((*lead, sum(sizes), width))
-            for values, count in zip([getattr(each, name) for each in sums], sizes, strict=True):
-                axes = *lead, *(1,) * (2 + len(lead) - values.ndim), *values.shape[len(lead) :]
-                joined[..., end : end + count, :] = values.reshape(axes)  # all members may cost the same
-                end += count
-            together[name] = joined.reshape(*lead, sum(sizes) * width)
-        whole = Sums(**together)
+        whole = sums_of_steps(recipes, found, families, sizes)
+        width = whole.places.shape[-1] // sum(sizes)
         later = sum(not part.drafts for part in first.recipe(at.draft is not None).parts)
         alike: dict[Hashable, list[int]] = {}
         for i, step in enumerate(self.steps):

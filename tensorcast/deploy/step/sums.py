@@ -92,49 +92,62 @@ def sums_at(recipe: Recipe, numbers: Array, families: Sequence[str], shape: tupl
     )
 
 
-def sums_of(recipe: Recipe, prices: Sequence[RowPrice], families: Mapping[str, int]) -> Sums:
-    """Of the prices of a recipe's rows; the axes of cases and members are those of the prices."""
-    weights, busy, calls = recipe.weights
-    seconds, parts = [np.asarray(price.seconds) for price in prices], len(recipe.parts)
-    shape = np.broadcast_shapes(*(one.shape for one in seconds))
-    flat = *(1,) * (2 - len(shape)), *shape
-    levels, of_family = np.zeros((parts, len(LEVELS), len(prices))), np.zeros((parts, len(families), len(prices)))
-    mixed: list[int] = []  # of more than one level
-    for i, price in enumerate(prices):
-        of_family[:, families[price.family], i] = calls[:, i]
-        if isinstance(price.level, int):
-            levels[:, price.level, i] = calls[:, i]
-        else:
-            mixed.append(i)
-    weights = np.concatenate([weights, levels.reshape(-1, len(prices))])
-    errors, sizes = of_family.reshape(-1, len(prices)), (len(weights), len(busy), parts * len(families))
-    found = [np.zeros((size, *flat)) for size in sizes]
-    wide = [one.ndim > 1 for one in seconds]
-    for some in (np.flatnonzero(wide).tolist(), np.flatnonzero(np.logical_not(wide)).tolist()):
-        if not some:
-            continue
-        columns = np.empty((3, len(some), *(flat if wide[some[0]] else (1, flat[1]))))
-        for j, i in enumerate(some):
-            price = prices[i]
-            columns[0, j], columns[1, j], columns[2, j] = price.seconds, price.waits_s, price.error
-        columns[1] = columns[0] - columns[1]
-        columns[2] *= columns[0]
-        ends = columns.shape[2:]
-        for whole, part, column in zip(found, (weights, busy, errors), columns, strict=True):
-            counts = np.flatnonzero(part[:, some].any(axis=1))
-            whole[counts] += (part[counts][:, some] @ column.reshape(len(some), -1)).reshape(-1, *ends)
-    ends_at = len(weights) - parts * len(LEVELS)
-    by_level = found[0][ends_at:].reshape(parts, len(LEVELS), *flat)
-    for i in mixed:
-        of_level = np.equal.outer(np.arange(len(LEVELS)), np.broadcast_to(prices[i].level, flat))
-        by_level += calls[:, i].reshape(-1, 1, 1, 1) * (of_level * seconds[i])
-    kinds, places = recipe.layers, len(recipe.places)
-    cuts = {
-        "places": found[0][:places].reshape(places, *shape),
-        "layers": found[0][places : places + kinds * len(KIND_SUMS)].reshape(kinds, len(KIND_SUMS), *shape),
-        "busy": found[1].reshape(kinds, 2, *shape),
-        "among": found[0][places + kinds * len(KIND_SUMS) : ends_at].reshape(parts, len(AMONG), *shape),
-        "levels": by_level.reshape(parts, len(LEVELS), *shape),
-        "errors": found[2].reshape(parts, len(families), *shape),
-    }
-    return Sums(**cuts)
+def sums_of_steps(
+    recipes: Sequence[Recipe], prices: Sequence[Sequence[RowPrice]], families: Mapping[str, int], members: Sequence[int]
+) -> Sums:
+    """Of the prices of the rows of several steps, of so many ``members`` each, whose recipes add up alike: members, one
+    step's after another's, and cases together are the last axis. Rows that cost all members the same, most of them
+    those of other steps, too, stand once in a table that each step's sums are read from."""
+    places, plain, width = dict[int, int](), list[RowPrice](), 1
+    for price in (price for some in prices for price in some):
+        axes = np.shape(price.seconds)
+        width = max(width, axes[-1] if axes else 1)
+        if len(axes) < 2 and id(price) not in places:
+            places[id(price)] = len(plain)
+            plain.append(price)
+    first, kinds, number = recipes[0], len(families), len(LEVELS)
+    parts, added = len(first.parts), len(first.weights[0])
+    sizes = added + parts * number, len(first.weights[1]), parts * kinds
+    found = [np.empty((size, sum(members), width)) for size in sizes]
+    by_level = found[0][added:].reshape(parts, number, sum(members), width)
+    table, mixed, end = _columns(plain, (width,)), dict[int, Array](), 0
+    for recipe, some, count in zip(recipes, prices, members, strict=True):
+        span, (weights, busy, calls) = slice(end, end := end + count), recipe.weights
+        place = np.array([places.get(id(price), -1) for price in some])
+        level = np.array([price.level if isinstance(price.level, int) else -1 for price in some])
+        family = np.array([families[price.family] for price in some])
+        levels = calls[:, None] * (level == np.arange(number)[:, None])
+        errors = calls[:, None] * (family == np.arange(kinds)[:, None])
+        all_weights = np.concatenate([weights, levels.reshape(-1, len(some))]), busy, errors.reshape(-1, len(some))
+        alike, own = np.flatnonzero(place >= 0), np.flatnonzero(place < 0).tolist()
+        for whole, part, column in zip(found, all_weights, table[:, place[alike]], strict=True):
+            whole[:, span] = (part[:, alike] @ column)[:, None]
+        columns = _columns([some[i] for i in own], (count, width)).reshape(3, len(own), count * width)
+        for whole, part, column in zip(found, all_weights, columns, strict=True):
+            counts = np.flatnonzero(part[:, own].any(axis=1))
+            whole[counts, span] += (part[counts][:, own] @ column).reshape(-1, count, width)
+        for i in np.flatnonzero(level < 0).tolist():  # of more than one level
+            price = some[i]
+            if id(price) not in mixed:
+                mixed[id(price)] = np.equal.outer(np.arange(number), price.level) * price.seconds
+            for k in np.flatnonzero(calls[:, i]):
+                by_level[k, :, span] += calls[k, i] * mixed[id(price)].reshape(number, -1, mixed[id(price)].shape[-1])
+    every, layers = len(first.places), len(first.places) + first.layers * len(KIND_SUMS)
+    return Sums(
+        places=found[0][:every].reshape(every, -1),
+        layers=found[0][every:layers].reshape(first.layers, len(KIND_SUMS), sum(members) * width),
+        busy=found[1].reshape(first.layers, 2, sum(members) * width),
+        among=found[0][layers:added].reshape(parts, len(AMONG), sum(members) * width),
+        levels=found[0][added:].reshape(parts, number, sum(members) * width),
+        errors=found[2].reshape(parts, kinds, sum(members) * width),
+    )
+
+
+def _columns(prices: Sequence[RowPrice], shape: tuple[int, ...]) -> Array:
+    """``[3, prices, *shape]``: seconds, those in which arithmetic or memory is busy, seconds of error."""
+    columns = np.empty((3, len(prices), *shape))
+    for j, price in enumerate(prices):
+        columns[0, j], columns[1, j], columns[2, j] = price.seconds, price.waits_s, price.error
+    columns[1] = columns[0] - columns[1]
+    columns[2] *= columns[0]
+    return columns

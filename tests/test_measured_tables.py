@@ -58,6 +58,21 @@ def test_ungraphed_vllm_rows_go(tmp_path: Path) -> None:
     assert "graph capture" in reason and count == 1
 
 
+@pytest.mark.parametrize(("extra_ms", "stay"), [(0.013, 4), (0.002, 6)])
+def test_one_row_goes_where_it_takes_a_constant_more(tmp_path: Path, extra_ms: float, stay: int) -> None:
+    """Of a kernel whose one row waits for something else, as most of its matrices say; single slow rows stay."""
+    sizes = [(n, 0.005 + n * 1e-6) for n in (64, 4096)]
+    fp8 = [
+        GEMM | {"gemm_dtype": "fp8", "m": m, "n": n, "latency": ms + (extra_ms if m == 1 else 0.0)}
+        for n, ms in sizes for m in (1, 2, 64)
+    ]
+    write(tmp_path, "vllm", "gemm", fp8)
+    write(tmp_path, "sglang", "gemm", [row | {"latency": 0.006} for row in fp8])
+    read = read_system(tmp_path, "toy_gpu")
+    assert len(read.kernels["gemm", "fp8", "vllm", ""]) == stay and len(read.kernels["gemm", "fp8", "sglang", ""]) == 6
+    assert sum(read.dropped.values()) == 6 - stay
+
+
 def test_tied_routing_goes_for_the_models_and_engines_that_have_it(tmp_path: Path) -> None:
     """DeepSeek-V3's experts under EP on sglang and vllm; another model of 256 experts and top-8 stays."""
     rows = [EXPERTS, EXPERTS | {"moe_ep_size": 1}, EXPERTS | {"hidden_size": 4096}]

@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tensorcast.calibrate.constants import from_tables
 from tensorcast.calibrate.kernel_models import residual, unseen_devices
 from tensorcast.calibrate.measured_devices import read_device, system_of
 from tensorcast.calibrate.measured_rows import MeasuredSystem
-from tensorcast.cost.kernels.device_model import DeviceModel, Kernel, pack
+from tensorcast.cost.kernels.device_model import DeviceModel, Kernel, pack, read_model
 from tensorcast.cost.kernels.predictor import TRANSFERRED
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.files import write_atomically
@@ -37,12 +38,16 @@ FIGURES = (
 )
 
 
-def summary(model: DeviceModel, system: MeasuredSystem) -> str:
-    """The model in words, YAML, one line per kernel so that a new fit reads well in a diff."""
-    versions = sorted({version for rows in system.kernels.values() for version in rows.versions})
+def summary(model: DeviceModel, system: MeasuredSystem, before: Mapping[str, Any] | None = None) -> str:
+    """The model in words, YAML, one line per kernel so that a new fit reads well in a diff. ``before``: what was said
+    of the model of which some families were fitted anew."""
+    said, families = before or {}, {key[0] for key in system.kernels}
+    versions = {version for rows in system.kernels.values() for version in rows.versions}
+    kept = {name: n for name, n in said.get("dropped", {}).items() if name.partition(":")[0] not in families}
     head = {
         "device": model.device, "provenance": model.provenance, "date": datetime.date.today().isoformat(),
-        "versions": ", ".join(versions), "dropped": dict(sorted(system.dropped.items())),
+        "versions": ", ".join(sorted(versions | {*filter(None, said.get("versions", "").split(", "))})),
+        "dropped": dict(sorted({**kept, **system.dropped}.items())),
     }
     lines = [HEAD.format(name=model.device) + yaml.safe_dump(head, sort_keys=False, width=110).rstrip("\n"), "kernels:"]
     lines += [f"  - {_line(kernel)}" for kernel in model.kernels.values()]
@@ -77,13 +82,26 @@ def calibrate_device(path: Path, folder: Path, models: Path, constants: bool) ->
     print(f"{models / device.name}.npz: {len(model.kernels)} kernel models, {len(data) // 1000} kB")
 
 
-def calibrate_families(path: Path, folder: Path, families: Sequence[str]) -> None:
-    """The constants of some families of one device, the rest of its profile and its kernel model as they are."""
+def calibrate_families(path: Path, folder: Path, models: Path, families: Sequence[str]) -> None:
+    """The constants and kernel models of some families of one device, the rest of its profile as it is."""
     device = _profile(path)
-    calibration = from_tables.fit_families(device, read_device(folder, device, families), families)
+    system = read_device(folder, device, families)
+    system.kernels = {key: rows for key, rows in system.kernels.items() if key[0] in families}
+    system.dropped = {name: n for name, n in system.dropped.items() if name.partition(":")[0] in families}
+    calibration = from_tables.fit_families(device, system, families)
     from_tables.write_calibration(path, calibration)
     count = sum(one.family in families for one in calibration.kernels)
     print(f"{path}: {count} kernel fits of {', '.join(families)}")
+    stored, words = models / f"{device.name}.npz", models / f"{device.name}.yaml"
+    if not stored.is_file():
+        return
+    found = residual.fit_model(system, _profile(path), system.source)
+    before = read_model(stored)
+    kept = {key: kernel for key, kernel in before.kernels.items() if kernel.family not in families}
+    model = replace(before, kernels=dict(sorted({**kept, **found.kernels}.items())))
+    write_atomically(stored, pack(model))
+    write_atomically(words, summary(model, system, yaml.safe_load(words.read_text(encoding="utf-8"))))
+    print(f"{stored}: {len(found.kernels)} of {len(model.kernels)} kernel models")
 
 
 def calibrate_others(paths: Sequence[Path], folder: Path, models: Path) -> None:
@@ -106,7 +124,7 @@ def calibrate(
     """Everything that ``folder`` of measured tables can say about the device profiles in ``profiles/devices``.
 
     ``constants``: fit the profiles' constants too (else only the residual over those that are there). ``families``: fit
-    the constants of these alone. Raises :class:`InputError` where a device has no profile or no data.
+    these alone. Raises :class:`InputError` where a device has no profile or no data.
     """
     known = sorted((profiles / "devices").glob("*.yaml"))
     paths = [profiles / "devices" / f"{name}.yaml" for name in devices]
@@ -118,7 +136,7 @@ def calibrate(
         raise unknown_name("--family", unknown[0], from_tables.KERNEL_FAMILIES)
     for path in paths:
         if families:
-            calibrate_families(path, folder, families)
+            calibrate_families(path, folder, profiles / "calibration", families)
         else:
             calibrate_device(path, folder, profiles / "calibration", constants)
     if others and not devices and not families:
@@ -128,7 +146,7 @@ def calibrate(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = command.tables_parser("tensorcast.calibrate.devices", __doc__.splitlines()[0])
-    parser.add_argument("--family", action="append", default=[], help="constants of this family alone, the rest kept")
+    parser.add_argument("--family", action="append", default=[], help="this family alone, the rest kept")
     parser.add_argument("--keep-constants", action="store_true", help="fit residuals over the constants that are there")
     options = parser.parse_args(arguments)
     folder = command.tables_of(options)

@@ -177,19 +177,22 @@ def engine_times(
     place is taken."""
     engine, steps = decode.engine, steps_of(traffic, depth)
     mean, met, own, each, full = step_moments(curve, prompts, batch, steps=steps, dp=dp, alone=engine.prefill_alone)
-    wave = max(batch - 1, 0) / prompts.most_per_s
-    first = (engine.arrival_wait_steps + traffic.wait_steps) * met + own + wave / 2 / traffic.rounds
+    others, most = max(batch - 1, 0), prompts.most_per_s
+    unread = float(curve.at("seconds", batch)) if engine.prefill_alone else met
+    first = engine.arrival_wait_steps * met + traffic.wait_steps * unread + own
     first, generation = first + engine.first_token_s(traffic.input_len), steps * mean
     if engine.prefill_alone:
-        looks = max(2 * traffic.wait_steps, 1)
+        looks, shared = max(2 * traffic.wait_steps, 1), max(prompts.per_step, 1)
         apart = 2 * traffic.spread * steps * math.sqrt(min(traffic.rounds, 1e4)) / 1.5
-        together = max(batch - 1, 0) * looks / (looks + apart)
-        between = generation - together * max(each - 1 / prompts.most_per_s, 0)
-        bunched = together / prompts.most_per_s / 2
-        first, generation = first + bunched, between - bunched
+        together = others * max(looks / (looks + apart), min(looks / steps, 1))
+        cost = prompts.prompt_s + prompts.fixed_s / min(together + 1, shared) if prompts.per_step > 1 else 1 / most
+        between = generation - together * max(each - cost, 0)
+        more = max(together - others / steps, 0)
+        waits = min(more, (more + shared - 1) / 2) * cost
+        generation = between - waits
     else:
-        first += min(0.75 / (1 + traffic.spread / 0.05), max(batch - 1, 0)) / prompts.most_per_s
-        between = generation
+        waits, between = min(0.75 / (1 + traffic.spread / 0.05), others) / most, generation
+    first += waits + max(others / most / 2 - waits, 0) / traffic.rounds
     return first, generation, mean, math.inf if full else batch / between * dp * (first + generation), between
 
 

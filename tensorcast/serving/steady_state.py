@@ -150,25 +150,34 @@ class Aggregated(ServingModel):
         steps, others = traffic.decode_steps(self.depth), np.maximum(batch - 1, 0)
         step = self._steps(batch, steps)
         wave = others / prompts.most_per_s  # until the last of a wave of prompts is done, beyond the first
-        first = (engine.arrival_wait_steps + traffic.wait_steps) * step.met_s + step.own_s
+        # between two looks for requests no step reads any: where prompts run alone these are plain
+        unread = step.plain_s if engine.prefill_alone else step.met_s
+        first = engine.arrival_wait_steps * step.met_s + traffic.wait_steps * unread + step.own_s
         first = first + engine.first_token_s(traffic.input_len)
-        first, generation = first + wave / 2 / traffic.rounds, steps * step.mean_s
+        generation = steps * step.mean_s
         if engine.prefill_alone:
             # Decoding stands still while prompts run, so that others' replies do not end meanwhile: those alone come
             # together, beyond chance, that end in one step, or between two looks for requests; of lengths that differ
             # ends move apart with every round. Their prompts are what tokens would wait for; the first token waits for
-            # them instead, for half of them in the mean.
+            # them instead: for all that share its step, for half of them where they take many.
             looks = np.maximum(2 * traffic.wait_steps, 1.0)  # steps from one to the next
             apart = 4 / 3 * traffic.spread * steps * np.sqrt(np.minimum(traffic.rounds, LONG))  # mean of all rounds
-            together = others * looks / (looks + apart)
-            bunched = together / prompts.most_per_s / 2
-            # they share steps, too, where others pay for one of their own
-            generation = generation - together * np.maximum(step.prompt_s - 1 / prompts.most_per_s, 0.0)
-            place = generation
-            first, generation = first + bunched, generation - bunched
+            together = others * np.maximum(looks / (looks + apart), np.minimum(looks / steps, 1.0))
+            # they share steps, where others pay for one of their own, and all of one wait for its end
+            shared = np.maximum(prompts.per_step, 1.0)
+            each = np.where(
+                prompts.per_step > 1, prompts.prompt_s + prompts.fixed_s / np.minimum(together + 1, shared),
+                1 / prompts.most_per_s,
+            )
+            generation = generation - together * np.maximum(step.prompt_s - each, 0.0)
+            more = np.maximum(together - others / steps, 0.0)  # than the step alone brings, which it rides in
+            bunched = np.minimum(more, (more + shared - 1) / 2) * each
+            place, generation = generation, generation - bunched
         else:
             beside = IN_STEP_PROMPTS / (1 + traffic.spread / IN_STEP_SPREAD)
-            first, place = first + np.minimum(beside, others) / prompts.most_per_s, generation
+            bunched, place = np.minimum(beside, others) / prompts.most_per_s, generation
+        # the wave that all begin with makes one round's first tokens wait, where others' prompts do not anyway
+        first = first + bunched + np.maximum(wave / 2 - bunched, 0.0) / traffic.rounds
         users = np.where(step.full, np.inf, batch * self.decode_ranks * (first + generation) / place)
         return SteadyState(first, generation, place, step.mean_s, step.plain_s, users)
 

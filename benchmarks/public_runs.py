@@ -8,8 +8,8 @@
   sequences and tokens of a step by its own estimate of the cache's room (tensorrt_llm/bench/build/tuning.py,
   ``calc_engine_setting``; build.py keeps the engine's defaults for precisions that it has not tuned, as gpt-oss's) and
   gives it room for the longest prompt beside a whole batch (benchmark/utils/general.py). Decode steps are padded to the
-  graphs that the page lists. Caches are fp8 but for gpt-oss
-  on Hopper.
+  graphs that the page lists. Caches are fp8 but for gpt-oss on Hopper. Experts run by CUTLASS, as its options say or
+  leave it, but for gpt-oss on Hopper (Triton).
 - ``--rates``: a checkout of https://github.com/inference-sim/training (Apache-2.0): inference-perf against vLLM on
   H100, evenly spaced requests, at most 128 sequences and 2,048 tokens a step. Some 45 prompts are sent again and again,
   so that vLLM's prefix cache, on unless asked, holds them but for their last block. Replies were sent with
@@ -116,6 +116,8 @@ def bursts(page: str) -> list[dict[str, Any]]:
                     row["precision"] = said[4].lower()
                 if "GPT-OSS" not in name or said[4] == "FP4":
                     row["kv_dtype"] = "fp8"
+                if "LLaMA v3.3" not in name:
+                    row["experts_kernels"] = "cutlass" if "kv_dtype" in row else "triton"
                 rows.append(row | step_sizes(row, size))
     return rows
 

@@ -203,7 +203,10 @@ class Deployment:
         """Bytes of weights on the fullest rank of each pipeline stage, its layers, and whose it is where deployments
         are priced as one; stages that are alike once."""
         layout, load = self.layout, self.step.sizes.load
-        local = load.local_experts if load is not None else None
+        local: Size | None = load.local_experts if load is not None else None
+        exchange = EXCHANGE_KERNELS.get(self.options.all2all)
+        if exchange is not None and exchange.copies is not None and np.all(np.greater(layout.dp, 1)):
+            local = float(self.raw.facts.num_experts + exchange.copies)
         padding = mxfp4_padding(self.device.architecture) if self.engine.pads_hidden else (1, 1)
         found: dict[tuple[int, ...], tuple[Size, slice, Members]] = {}
         for pp in np.unique(layout.pp):

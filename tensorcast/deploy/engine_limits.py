@@ -77,7 +77,9 @@ _DEEPEP = ("high_throughput", "low_latency", "by_phase")
 
 KERNELS_OF = {
     "vllm": tuple(EXCHANGE_KERNELS),
-    "sglang": ("deepep_v2", "nixl_ep", "mori_high_throughput", "mori_low_latency", "flashinfer_nvlink_one_sided"),
+    "sglang": (
+        "deepep_v2", "nixl_ep", "mori_high_throughput", "mori_low_latency", "flashinfer_nvlink_one_sided", "mega_moe",
+    ),
     "trtllm": ("flashinfer_nvlink_one_sided", "flashinfer_nvlink_two_sided"),
 }
 """Kernels that an engine can be told to exchange by (:data:`EXCHANGE_KERNELS`). TensorRT-LLM's are of its own
@@ -126,6 +128,16 @@ def _of_exchange(c: Case) -> Iterator[Limit]:
     if exchange not in ("", "auto", "allgather_reducescatter") and etp > 1:
         said = f"experts cut over {etp} ranks: tokens are gathered, no {exchange} exchange"
         yield "all-to-all with whole experts", said
+
+
+def _of_moonep(c: Case) -> Iterator[Limit]:
+    if c.exchange != "moonep":
+        return
+    yield "MoonEP", "this release has no moonep"
+    if c.options.redundant_experts or c.options.placement != "linear":
+        yield "exchange kernels", "moonep copies experts itself: no redundant experts, placement linear"
+    if c.kernels is not None and c.kernels.whole.stored.experts.name != "bf16":
+        yield "exchange kernels", f"moonep has bf16 alone, not {c.kernels.whole.stored.experts.name}"
 
 
 def _of_experts(c: Case) -> Iterator[Limit]:
@@ -302,6 +314,7 @@ def _of_device(c: Case) -> Iterator[Limit]:
             one.attention == "" or (sparse if one.attention == "sparse" else latent),
             one.cache in ("", c.options.kv_dtype or stored.kv),
             is_one_of(one.models, config),
+            not one.but_models or not is_one_of(one.but_models, config),
             not one.methods or stored.method in one.methods,
             not one.linear or not {stored.linear.name, stored.linear.kernel}.isdisjoint(one.linear),
             not one.experts or (experts is not None and not {experts.name, experts.kernel}.isdisjoint(one.experts)),
@@ -328,7 +341,7 @@ _SHARED = ("exchange kernels", "plain all-to-all", "balanced experts", "external
 ENGINE_RULES: dict[str, tuple[str, ...]] = {
     "vllm": (
         *_SHARED, "one exchange", "whole experts or all cut", "dual-batch overlap", "draft layers", "DSpark drafts",
-        "prefill context parallelism", "prompts in parts", "data-parallel ranks on nodes", "DeepEP's ranks",
+        "MoonEP", "prefill context parallelism", "prompts in parts", "data-parallel ranks on nodes", "DeepEP's ranks",
         "DeepEP's devices", "vocabulary", *(rule for rule in ANY_ENGINE if rule != "devices of the engine"),
     ),
     "sglang": (
@@ -346,7 +359,7 @@ ENGINE_RULES: dict[str, tuple[str, ...]] = {
 """Names of the rules that an engine has, in the order in which they are told. Sources stand in
 ``profiles/launch/ENGINE.yaml``."""
 
-_LIMITS = (_of_exchange, _of_experts, _of_drafts, _of_nodes, _of_blocks, _of_device)
+_LIMITS = (_of_exchange, _of_moonep, _of_experts, _of_drafts, _of_nodes, _of_blocks, _of_device)
 
 
 def engine_can_run(

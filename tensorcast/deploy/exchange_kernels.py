@@ -15,12 +15,17 @@ from tensorcast.profiles.device import DeviceProfile
 
 class ExchangeKernels(NamedTuple):
     """``like``: the exchange that moves the same bytes. ``vendors`` of devices; ``one_domain``: over the innermost
-    links alone. ``why``: what makes it like that."""
+    links alone. ``why``: what makes it like that. ``inside``: tokens travel inside the experts' own kernel, which takes
+    the longer of both; ``balances``: by copies of experts that it fetches for every step, so that each rank has as many
+    rows; ``copies``: of experts on a rank beside all of the model's, which each holds (None: it holds its own)."""
 
     like: str
     vendors: tuple[str, ...]
     one_domain: bool
     why: str
+    inside: bool = False
+    balances: bool = False
+    copies: int | None = None
 
 
 EXCHANGE_KERNELS = {
@@ -42,8 +47,28 @@ EXCHANGE_KERNELS = {
     "flashinfer_nvlink_two_sided": ExchangeKernels(
         "direct", ("NVIDIA",), True, "copies sent and received pairwise over NVLink"
     ),
-}
-"""By our word, which is vLLM's; SGLang's are in its launch table."""
+    "mega_moe": ExchangeKernels(
+        "low_latency", ("NVIDIA",), True, "tokens travel inside the experts' kernel, which takes the longer of both",
+        inside=True,
+    ),
+    "moonep": ExchangeKernels(
+        "high_throughput", ("NVIDIA",), True,
+        "rows spread evenly by copies of experts, whose fetching is not counted; every rank holds all experts",
+        balances=True, copies=4,
+    ),
+}  # fmt: skip
+"""By our word, which is vLLM's; SGLang's are in its launch table.
+
+Mega-MoE: DeepGEMM's kernel, timed as a whole in aiconfigurator-core 0.12.0 (SGLang 0.5.10 to 0.5.16 on B200, GB200 and
+GB300, 4 to 32 ranks). Of 512 tokens a rank and more, the longer of exchange and experts is 18 % off in the median,
+their sum 79 %; of fewer 21 and 14 % (``benchmarks/mega_moe.py``). MoonEP: vLLM 0.33.0,
+``prepare_finalize/moonep.py``, which calls itself a proof of concept.
+"""
+
+
+def inside_experts(kind: str) -> bool:
+    """Whether tokens travel inside the experts' own kernel."""
+    return kind in EXCHANGE_KERNELS and EXCHANGE_KERNELS[kind].inside
 
 
 def priced_as(kind: str) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ALL2ALL = (
     "auto", "allgather_reducescatter", "high_throughput", "low_latency", "direct", "deepep_v2", "nixl_ep",
     "mori_high_throughput", "mori_low_latency", "flashinfer_nvlink_one_sided", "flashinfer_nvlink_two_sided",
+    "mega_moe", "moonep",
 )
 """How tokens reach experts on other data-parallel ranks: gather everything; DeepEP's two modes; plain all-to-all; other
 kernels of engines (:mod:`tensorcast.deploy.exchange_kernels`)."""

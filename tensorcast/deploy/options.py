@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
+from tensorcast.deploy.exchange_kernels import inside_experts
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES
@@ -330,8 +331,11 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
             f"{physical} experts and copies do not divide over {ranks} ranks, as --placement eplb needs",
         ),
         (
-            "overlap needs an exchange", not o.dual_batch_overlap or all2all in ("high_throughput", "low_latency"),
-            f"--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is {all2all}",
+            "overlap needs an exchange", not o.dual_batch_overlap or (
+                all2all in ("high_throughput", "low_latency") and not inside_experts(o.all2all)
+            ),
+            "--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is "
+            f"{o.all2all if inside_experts(o.all2all) else all2all}",
         ),
         ("layers of stages", not uneven, uneven),
         (

@@ -105,7 +105,9 @@ def _experts(plan: Plan, found: Settings) -> None:
         found.add("expert_parallel")
         if options.placement == "round_robin":
             found.add("placement", options.placement)
-    if plan.case.exchange:
+    if plan.case.exchange == "mega_moe":
+        found.add("fused_exchange", plan.case.exchange)
+    elif plan.case.exchange:
         found.add("all2all", plan.case.exchange)
     if plan.balances or plan.expert_file:
         found.add("balance_experts")

@@ -52,6 +52,7 @@ class Lacking(Frozen):
     attention: Literal["", "latent", "sparse"] = Field(default="", description="over latents; over chosen ones of them")
     cache: Literal["", "fp8"] = ""
     models: tuple[str, ...] = Field(default=(), description="model classes; else all")
+    but_models: tuple[str, ...] = Field(default=(), description="model classes that it does not hold for")
     methods: tuple[str, ...] = Field(default=(), description="quant_method of a checkpoint; else any")
     linear: tuple[str, ...] = Field(default=(), description="schemes of matmuls outside experts; else any")
     experts: tuple[str, ...] = Field(default=(), description="schemes of routed experts; else any")

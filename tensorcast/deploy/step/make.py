@@ -50,6 +50,8 @@ def experts_of(
         return None, {}
     # domains of the innermost tier that the experts' ranks span
     nodes = max(1, -(-layout.stage_ranks // device.interconnect[0].size))
+    if layout.dp > 1 and options.all2all in EXCHANGE_KERNELS and EXCHANGE_KERNELS[options.all2all].balances:
+        routing = Routing.parse("balanced", table.phase)
     routing = routing or Routing.parse(options.routing, table.phase)
     load = expert_load(
         routing,

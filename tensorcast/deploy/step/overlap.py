@@ -8,6 +8,7 @@ import numpy as np
 
 from tensorcast.cost.contention import CONTENTION, Contention, beside
 from tensorcast.cost.work import Array, Size
+from tensorcast.deploy.exchange_kernels import inside_experts
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective, Plan, Row
 from tensorcast.profiles.engine import EngineProfile
@@ -31,6 +32,7 @@ class Overlap:
       of DeepSeek's published schedule: attention beside combine and dispatch, experts beside dispatch and combine.
       ``staged``, the order of its decode steps: one half is two stages behind the other, so that dispatch is beside
       shared experts and what comes before the attention itself, combine beside the rest of it, experts beside nothing.
+    * ``inside``: tokens travel inside the experts' kernel, which takes the longer of both.
     * Else, in small captured steps, a shared expert runs on a stream beside the exchange and the routed experts.
 
     ``positions``: of the plan's rows, by layer kind and place (:func:`_place`).
@@ -41,6 +43,7 @@ class Overlap:
     contention: Contention | None
     stream_tokens: float
     staged: bool = False
+    inside: bool = False
 
     @classmethod
     def of(
@@ -61,7 +64,9 @@ class Overlap:
                 positions.setdefault(row.kind, {}).setdefault(place, []).append(i)
         limit = engine.shared_expert_stream_tokens
         tokens = float(limit) if limit is not None and captured else 0.0
-        return cls(positions, options.external_shared_experts > 0, CONTENTION.get(plan.all2all), tokens, staged)
+        inside = plan.all2all != "none" and inside_experts(options.all2all)
+        contention = None if inside else CONTENTION.get(plan.all2all)
+        return cls(positions, options.external_shared_experts > 0, contention, tokens, staged, inside)
 
     def hidden(self, layers: Array, busy: Array, tokens: Size, dual: bool | np.ndarray) -> Array:
         """Seconds that a layer of each kind hides over both half batches, where batches run as ``dual`` ones, and how
@@ -75,12 +80,16 @@ class Overlap:
         for whole, seconds, own, kind in zip(found, layers, busy, sorted(self.positions), strict=True):
             attention, shared, routed, dispatch, combine, before = seconds
             moves = dispatch + combine
+            within = np.minimum(moves, routed) if self.inside else 0.0
+            whole[:] = within
             if not np.all(halved) and "shared" in self.positions[kind] and self.external:
-                whole[0] = np.minimum(shared, routed)
+                whole[0] = np.minimum(shared, routed + moves - within if self.inside else routed) + within
             elif not np.all(halved) and "shared" in self.positions[kind] and self.stream_tokens:
                 # latency and network waits of one stream hide behind the other; arithmetic and memory traffic add up
-                both = np.maximum(np.maximum(moves + routed, shared), own[0] + own[1])
-                whole[0] = np.where(np.asarray(tokens) <= self.stream_tokens, moves + routed + shared - both, 0.0)
+                stream = moves + routed - within
+                both = np.maximum(np.maximum(stream, shared), own[0] + own[1])
+                beside_it = np.where(np.asarray(tokens) <= self.stream_tokens, stream + shared - both, 0.0)
+                whole[0] = within + np.maximum(beside_it, 0.0 if self.inside else beside_it)
                 whole[1] = np.minimum(whole[0], moves)
             if self.contention is None or not np.any(halved):
                 continue

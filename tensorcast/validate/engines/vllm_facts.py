@@ -41,6 +41,7 @@ def read_facts(source: Source) -> dict[str, Any]:
         "lifted_rules": [
             *["DSpark drafts"] * ("DSparkModelTypes" in source.text("vllm/config/speculative.py")),
             *["prefill context parallelism"] * ("supports_pcp: bool = True" in attention),
+            *["MoonEP"] * ("'moonep'" in ast.unparse(parallel)),
         ],
         "uncompiled.architectures": _classes(config, "DEFAULT_BREAKABLE_CUDAGRAPH_ARCHITECTURES"),
         "deepep_ranks": literal(found(deepep, "available_rank_configs")),

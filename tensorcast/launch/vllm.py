@@ -99,15 +99,14 @@ def _switches(options: Options, found: Settings) -> None:
 
 def _experts(plan: Plan, found: Settings) -> None:
     layout, options = plan.case.layout, plan.case.options
-    if options.experts_kernels != "engine":
-        found.add("experts_kernels", options.experts_kernels)
+    inside = plan.case.exchange == "mega_moe"  # kernels of experts that exchange by themselves
+    if inside or options.experts_kernels != "engine":
+        found.add("experts_kernels", plan.case.exchange if inside else options.experts_kernels)
     if layout.ep > 1:
         found.add("expert_parallel")
         if options.placement == "round_robin":
             found.add("placement", options.placement)
-    if plan.case.exchange == "mega_moe":
-        found.add("fused_exchange", plan.case.exchange)
-    elif plan.case.exchange:
+    if plan.case.exchange and not inside:
         found.add("all2all", plan.case.exchange)
     if plan.balances or plan.expert_file:
         found.add("balance_experts")

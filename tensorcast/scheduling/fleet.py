@@ -270,7 +270,7 @@ class Fleet:
             self._in_flight -= len(ended)
             if self._later:
                 self._send_waiting(now)
-        if server.rules.room_first is not None:
+        if server.asking:
             self._take_places(server, now)
         self._start(server, now)
 

@@ -60,6 +60,7 @@ class Server:
         self.batches = [rank.next for rank in self.ranks]
         self.stretch: Stretch | None = None
         self.load = 0  # requests here
+        self.asking = 0  # of those, who wait for room before their prompts are read elsewhere
         self.moments = Moments()
         self.busy_s = self.prompts_s = 0.0
         self.steps = 0
@@ -108,6 +109,7 @@ class Server:
         rank = self._places[request] = self._rank()
         rank.places.asks.append(request)
         self.load += 1
+        self.asking += 1
 
     def forget(self, request: int) -> None:
         """A prompt that is read elsewhere has no reply to write here."""
@@ -121,6 +123,7 @@ class Server:
         done = 0 if stretch is None else stretch.done_by(now_s)
         for rank in self.ranks:
             taken += rank.take_places(done)
+        self.asking -= len(taken)
         if not taken or stretch is None:
             return taken, False
         steps = max(done + 1, int(min(rank.decode_steps_left() for rank in self.ranks)))
@@ -233,7 +236,7 @@ class Server:
         writing = [request for rank in self.ranks for request in rank.decoding]
         self.record.others_s[writing] += self._delayed_s
         here = [request for rank in self.ranks for request in rank.lose()]
-        self.stretch, self.lost_s, self.load = None, now_s, 0
+        self.stretch, self.lost_s, self.load, self.asking = None, now_s, 0, 0
         self._places.clear()
         self.moments.add((now_s, 0, 0, 0, 0.0))
         return here

@@ -201,10 +201,10 @@ def test_published_gains_of_balancing_follow_from_the_counts() -> None:
     ],
 )  # fmt: skip
 def test_published_steps_under_dual_batch_overlap(
-    device: str, phase: str, ranks: int, batch: int, past: int, published_s: float
+    *, device: str, phase: str, ranks: int, batch: int, past: int, published_s: float
 ) -> None:
-    """DeepSeek's own profile (deepseek-ai/profile-data, even load) and SGLang's runs with its balancer, all in tokens per
-    second and node as lmsys.org/blog/2025-05-05-large-scale-ep has them; nothing is fitted to any of them."""
+    """DeepSeek's own profile (deepseek-ai/profile-data, even load) and SGLang's runs with its balancer, all in tokens
+    per second and node as lmsys.org/blog/2025-05-05-large-scale-ep has them; nothing is fitted to any of them."""
     own = device == "h800"
     found = tc.simulate(
         "deepseek-v3", device=device, world_size=ranks, tp=1, dp=ranks, ep=ranks, phase=phase, batch=batch,

@@ -207,11 +207,6 @@ def test_large_low_latency_batches_need_larger_buffers() -> None:
     assert large.startswith("SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK=160 \\\npython3")
 
 
-def test_sparse_attention_keeps_bf16_where_asked() -> None:
-    command = words(written("vllm", "tp8-ep8", Options(kv_dtype="bf16"), model=load_model("deepseek-v3.2")).commands[0])
-    assert command[command.index("--kv-cache-dtype") + 1] == "bfloat16"
-
-
 def test_a_model_without_hugging_face_id_gets_a_placeholder() -> None:
     local = QWEN.model_copy(update={"hf_id": "mine", "name": "mine"})
     found = written("sglang", "tp8", model=local)

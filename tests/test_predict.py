@@ -346,6 +346,23 @@ def test_no_two_columns_share_a_name() -> None:
     assert canonical_columns(["Model-Path", "TP_Size"]) == {"Model-Path": "model", "TP_Size": "tp"}
 
 
+def test_range_ratio_of_either_client_is_read_and_said() -> None:
+    """SGLang's client and vLLM's share a flag that means other lengths: taken as SGLang's, said where it may not be."""
+    got = predict(table(*({"engine": engine, "random_range_ratio": "0"} for engine in ("sglang", "vllm"))))
+    assert (got["problem"] == "").all() and list(got["assumed"].str.contains("random_range_ratio")) == [False, True]
+    alike = predict(table({"engine": "sglang", "random_range_ratio": "1"}))
+    assert (got["output_tokens_per_s"][0], got["tpot_s"][0]) != (alike["output_tokens_per_s"][0], alike["tpot_s"][0])
+    assert "must be from 0" in predict(table({"length_ratio": "1.5"}))["problem"][0]
+
+
+def test_formats_as_engines_flags_call_them() -> None:
+    """``mxfp8`` and ``modelopt_fp4`` (SGLang's): another format than the model's own, its experts' bytes counted."""
+    row = {"model": "deepseek-v3", "device": "b200", "tp": "8"}
+    got = predict(table(*({**row, "precision": name} for name in ("mxfp8", "modelopt_fp4", "nvfp4"))))
+    assert (got["problem"] == "").all()
+    assert got["tpot_s"][1] == got["tpot_s"][2] < got["tpot_s"][0]
+
+
 def test_engines_own_names_of_columns_are_read() -> None:
     ours = predict(table({"tp": 2, "isl": 900, "osl": 90, "precision": "fp8", "concurrency": 4}))
     theirs = {"tensor_parallel_size": 2, "random_input_len": 900, "random_output_len": 90, "max-concurrency": 4}

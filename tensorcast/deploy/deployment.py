@@ -32,11 +32,11 @@ from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step
 from tensorcast.errors import InputError
 from tensorcast.modeling.quantization import Quantization, mxfp4_padding
-from tensorcast.profiles.config_values import text_of
+from tensorcast.profiles.config_values import is_one_of, text_of
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.engine import EngineProfile, is_one_of
+from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.kept import same
-from tensorcast.profiles.memory import MIB, Kept, Served, is_latent
+from tensorcast.profiles.memory import MIB, Kept, Served, is_latent, unasked_cache
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import RankForm, rank_tables, whole_model
@@ -353,7 +353,8 @@ def deploy(
         states=options.state_dtype or (engine.states.dtype(model.config) if engine.states else ""),
         block=form,
     ))  # fmt: skip
-    quantization = replace(whole.stored, kv=options.kv_dtype or whole.stored.kv)
+    kv = options.kv_dtype or unasked_cache(engine.cache_dtypes, model.config, device.architecture, whole.stored.kv)
+    quantization = replace(whole.stored, kv=kv)
     plan = make_plan(tables.runs, layout, device, engine, options=options, config=model.config, form=form)
     if options.dcp > 1 and phase == "decode":
         plan = context_cut(plan, options.dcp, device)

@@ -10,7 +10,8 @@ from typing import Any
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import BALANCED, Options
-from tensorcast.profiles.engine import EngineProfile, Lacking, is_one_of
+from tensorcast.profiles.config_values import is_one_of
+from tensorcast.profiles.engine import EngineProfile, Lacking
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.memory import is_latent
 from tensorcast.trace.cache import WholeModel

@@ -15,10 +15,10 @@ from tensorcast.profiles.store import list_models, load_model
 SCHEME_OF = {
     "bf16": "bf16", "bfloat16": "bf16", "fp16": "bf16", "float16": "bf16", "half": "bf16", "auto": "", "default": "",
     "fp8": "fp8", "fp8_block": "fp8_block", "fp8_static": "fp8", "fp8_ootb": "fp8", "float8": "fp8", "fp8_e4m3": "fp8",
-    "fp4": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "mxfp4", "w4a16_mxfp4": "mxfp4",
-    "nvfp4a16": "w4a16_nvfp4", "w8a16": "w8a16", "4bit": "w4a16", "4bits": "w4a16", "8bit": "w8a16", "8bits": "w8a16",
-    "int8": "int8", "int8_wo": "int8", "w8a8": "int8", "int4": "w4a16", "int4_wo": "w4a16", "w4a16": "w4a16",
-    "awq": "w4a16", "gptq": "w4a16",
+    "mxfp8": "mxfp8", "fp4": "nvfp4", "nvfp4": "nvfp4", "modelopt_fp4": "nvfp4", "nvfp4a16": "w4a16_nvfp4",
+    "mxfp4": "mxfp4", "w4a16_mxfp4": "mxfp4", "w8a16": "w8a16", "8bit": "w8a16", "8bits": "w8a16", "int8": "int8",
+    "int8_wo": "int8", "w8a8": "int8", "int4": "w4a16", "int4_wo": "w4a16", "w4a16": "w4a16", "4bit": "w4a16",
+    "4bits": "w4a16", "awq": "w4a16", "gptq": "w4a16",
 }  # fmt: skip
 """Precisions as people write them, and our scheme."""
 
@@ -28,7 +28,7 @@ _SUFFIX = (
 )
 
 
-BITS = {"bf16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "nvfp4": 4, "mxfp4": 4, "w4a16": 4, "w4a16_g32": 4,
+BITS = {"bf16": 16, "fp8": 8, "fp8_block": 8, "mxfp8": 8, "int8": 8, "nvfp4": 4, "mxfp4": 4, "w4a16": 4, "w4a16_g32": 4,
         "w8a16": 8, "w4a16_nvfp4": 4}  # fmt: skip
 INTEGER = ("int8", "w4a16", "w4a16_g32", "w8a16")
 

@@ -103,7 +103,7 @@ class Options:
         None, "Weights: bf16, fp8, fp8_block, int8, w4a16, w4a16_g32, mxfp4 or nvfp4, or apart as "
         "linear=bf16,experts=mxfp4.", metavar="SCHEME", unasked="as the model ships",
     )
-    kv_dtype: str | None = _about(None, "KV cache.", metavar="bf16|fp8", unasked="the model's")
+    kv_dtype: str | None = _about(None, "KV cache.", metavar="bf16|fp8", unasked="the engine's")
     state_dtype: str | None = _about(
         None, "States of linear attention and SSM layers: float32, bfloat16 or float16.", metavar="DTYPE",
         unasked="as the engine keeps them",

@@ -17,11 +17,10 @@ from tensorcast.launch import encoder, sglang, trtllm, vllm
 from tensorcast.launch.settings import DRAFT, Plan, Setting, Settings
 from tensorcast.modeling.checkpoint.read import checkpoint
 from tensorcast.modeling.quantization import KV_DTYPES, Quantization, override
-from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.launch import LaunchTable, load_launch_table
-from tensorcast.profiles.memory import is_latent
+from tensorcast.profiles.memory import is_latent, unasked_cache
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_engine
 from tensorcast.serving.capacity import decode_budget, room
@@ -34,8 +33,6 @@ __all__ = [
 
 WRITERS: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "trtllm": trtllm}
 ROLES = (None, "prefill", "decode")
-FP8_KV_BY_DEFAULT = ("deepseek_v32",)
-"""Model types whose cache vLLM keeps in fp8 unless told bf16 (vllm/config/cache.py)."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,9 @@ def launch(
     if problem:
         return Launch(table.name, table.version, problem=problem)
     chunk = chunk_tokens or _chunk(case, profile, device)
-    kv = _kv(table, model_profile, options.kv_dtype or want.kv, have.kv)
+    architecture = "" if device is None else device.architecture
+    unasked = unasked_cache(profile.cache_dtypes, model_profile.config, architecture, have.kv)
+    kv = _kv(table, options.kv_dtype or (want.kv if want.kv != have.kv else unasked), unasked)
     plan = Plan(
         table=table, case=case, model=model_profile, batch=batch, input_len=input_len, output_len=output_len,
         chunk_tokens=chunk,
@@ -302,11 +301,11 @@ def _share(
     )), 3)  # fmt: skip
 
 
-def _kv(table: LaunchTable, profile: ModelProfile, kv_dtype: str, stored: str) -> str:
+def _kv(table: LaunchTable, kv_dtype: str, unasked: str) -> str:
+    """``unasked``: what the engine takes for the model by itself."""
     if kv_dtype not in KV_DTYPES:
         raise unknown_name("--kv-dtype", kv_dtype, KV_DTYPES)
-    by_default = text_of(profile.config).get("model_type") in FP8_KV_BY_DEFAULT or stored == "fp8"
-    return "bf16_not_fp8" if table.name == "vllm" and kv_dtype == "bf16" and by_default else kv_dtype
+    return "bf16_not_fp8" if table.name == "vllm" and (kv_dtype, unasked) == ("bf16", "fp8") else kv_dtype
 
 
 def _not_quantizable(table: LaunchTable, have: Quantization, want: Quantization) -> str:

@@ -64,11 +64,10 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "release": ("of the engine: its rules hold, or the nearest ones read", "", ("backend_version", "engine_release")),
     "frontend": ("what takes requests to pools: own (the engine's router), dynamo (public records)", "own", ()),
     "replicas": ("independent copies that share the load (agg)", 1, ()),
-    "precision": ("weights: bf16, fp8, fp8_block, fp4, mxfp4, w4a16, int8; default: model's", None,
-                  ("quant", "quantization")),
+    "precision": ("weights: bf16, fp8, fp8_block, nvfp4 ...; default: model's", None, ("quant", "quantization")),
     "gemm_precision": ("the same for linears", None, ("gemm_quant_mode", "gemm_dtype")),
     "moe_precision": ("the same for experts", None, ("moe_quant_mode", "moe_dtype")),
-    "kv_dtype": ("KV cache: bf16 or fp8; default the model's", None, ("kv_cache_dtype", "kvcache_quant_mode")),
+    "kv_dtype": ("KV cache: bf16 or fp8; default the engine's", None, ("kv_cache_dtype", "kvcache_quant_mode")),
     "state_dtype": ("recurrent states: float32 or bfloat16; default the engine's", None, ("mamba_ssm_dtype",)),
     "all2all": ("MoE exchange; default the engine's", "auto", ("moe_backend",)),
     "dispatch": ("dtype tokens are sent in; default the experts'", None, ()),
@@ -246,8 +245,10 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     if concurrency <= 0:
         raise InputError(f"concurrency {concurrency:g}: must be more than 0")
     ratio = cells.number("length_ratio", LENGTH_RATIO if record else 1.0)
-    if not 0 < ratio <= 1:
-        raise InputError(f"length_ratio {ratio:g}: must be more than 0 and at most 1")
+    if not 0 <= ratio <= 1:
+        raise InputError(f"length_ratio {ratio:g}: must be from 0 (from one token up) to 1 (all alike)")
+    if ratio < 1 and "random_range_ratio" in stated and engine == "vllm" and not record:
+        cells.assumed.append("random_range_ratio as SGLang's client means it (vLLM's: half the width over the middle)")
     isl, osl = cells.whole("isl"), cells.whole("osl")
     found = None
     if record:

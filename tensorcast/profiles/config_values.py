@@ -48,6 +48,11 @@ DEEPEST = 64
 """Levels of nesting; the deepest config.json known has six."""
 
 
+def is_one_of(classes: tuple[str, ...], config: dict[str, Any]) -> bool:
+    """Whether the model with this ``config`` is of one of these classes; where none is named, any model is."""
+    return not classes or bool(set(classes) & set(config.get("architectures") or ()))
+
+
 def text_of(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of a Hugging Face config: all of it, unless the model is multimodal."""
     inner = next((config[name] for name in LANGUAGE_PARTS if isinstance(config.get(name), dict)), None)

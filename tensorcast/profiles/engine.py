@@ -6,10 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tensorcast.profiles.config_values import is_one_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.experts import ExpertKernels
 from tensorcast.profiles.memory import (
     MIB,
+    CacheDtype,
     CacheRules,
     MemoryCovers,
     PrefillGraphs,
@@ -37,11 +39,6 @@ Frontend = Literal["own", "dynamo"]
 PipelineSplit = Literal["first", "before_last", "last"] | tuple[int, ...]
 """Which stages of a pipeline have one more layer where layers do not divide: the first ones, those before the last
 one (which has the head), or the last ones."""
-
-
-def is_one_of(classes: tuple[str, ...], config: dict[str, Any]) -> bool:
-    """Whether the model with this ``config`` is of one of these classes; where none is named, any model is."""
-    return not classes or bool(set(classes) & set(config.get("architectures") or ()))
 
 
 class Lacking(Frozen):
@@ -281,6 +278,7 @@ class EngineProfile(Frozen):
         default=None, description="most tokens of a captured step whose shared expert runs on a stream of its own"
     )
     prefill_alone: bool = Field(default=False, description="whether prompts run in steps without decoding sequences")
+    cache_dtypes: tuple[CacheDtype, ...] = Field(default=(), description="of caches that nobody asked for")
     reserves_reply: bool = Field(
         default=False, description="whether a request is admitted only if its cache has room for the whole reply"
     )

@@ -1,11 +1,12 @@
 """What an engine sets by device and layout unless told: memory it leaves free, tokens per step, prefill graphs."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from pydantic import Field
 
-from tensorcast.profiles.model import text_of
+from tensorcast.profiles.config_values import is_one_of, text_of
 from tensorcast.profiles.sourced import Frozen, Number
 
 MIB = float(1 << 20)
@@ -187,6 +188,25 @@ class CacheRules(Frozen):
 
 StateDtype = Literal["float32", "bfloat16", "float16"]
 STATE_DTYPES: tuple[str, ...] = get_args(StateDtype)
+
+
+class CacheDtype(Frozen):
+    """What the engine keeps some networks' caches in unless it is asked for another dtype."""
+
+    dtype: Literal["bf16", "fp8"]
+    architectures: tuple[str, ...]
+    devices: tuple[str, ...] = Field(default=(), description="architectures in lower case; all if none")
+    indexed: bool = Field(default=False, description="only where an indexer chooses what attention reads")
+
+
+def unasked_cache(rules: Sequence[CacheDtype], config: dict[str, Any], architecture: str, stored: str) -> str:
+    """The dtype of a cache that nobody asked for: the first of an engine's ``rules`` that holds for a network on
+    devices of an ``architecture``, else what the checkpoint says, ``stored``."""
+    for one in rules:
+        here = architecture.lower() in (one.devices or (architecture.lower(),))
+        if here and is_one_of(one.architectures, config) and (not one.indexed or "index_topk" in text_of(config)):
+            return one.dtype
+    return stored
 
 
 class StateRule(Frozen):

@@ -27,6 +27,7 @@ from tensorcast.deploy.step.alike import Questions
 from tensorcast.deploy.step.sizes import COARSE, KV_BYTES
 from tensorcast.deploy.step.step import Together
 from tensorcast.profiles.kept import same
+from tensorcast.profiles.memory import unasked_cache
 from tensorcast.search.axes import LARGEST_BATCH
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import Scenario
@@ -139,7 +140,8 @@ class VariantPrices:
         self.whatever: dict[int, Points] = {}  # candidates there whatever the limits are, by chunk budget
         self._pools: VariantPrices | None = None
         self._encoded: dict[int, EncodeStep] = {}
-        self.own_kv_dtype = self._whole.stored.kv
+        rules, config = scenario.engine.cache_dtypes, scenario.model.config
+        self.own_kv_dtype = unasked_cache(rules, config, scenario.device.architecture, self._whole.stored.kv)
         self._cuts = [cut_prompts(scenario.load, budget) for budget in self.budgets]
         # all groups are priced at all settings, so that rows that they have in common are priced once
         own = self.own_kv_dtype

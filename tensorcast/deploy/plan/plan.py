@@ -23,8 +23,9 @@ from tensorcast.deploy.options import EXCHANGES, Options
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.backends import BACKENDS, choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
+from tensorcast.profiles.config_values import is_one_of
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.engine import EngineProfile, is_one_of
+from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.cache import WholeModel
 from tensorcast.trace.dims import product
 from tensorcast.trace.moe import BlockForm, Whole, blocks_of

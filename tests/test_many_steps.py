@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from tensorcast.deploy.options import Options
 from tensorcast.deploy.step.many import sums_of_many
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.step.row_prices import RowPricer
-from tensorcast.deploy.step.step import Asked
+from tensorcast.deploy.step.step import Asked, Step
 from tensorcast.errors import InputError
 from tensorcast.profiles.store import load_device, load_engine, load_model
 
@@ -99,3 +101,36 @@ def test_passes_over_arrays_do_not_grow_with_devices_and_engines(monkeypatch: py
     assert several < 2 * one
     assert passes_for(("a100-sxm", "h100-sxm", "h200-sxm", "h20", "h800", "l40s", "l20"), ("vllm",)) <= several + 1
     assert passes_for(("h200-sxm",), ENGINES) < 3 * one
+
+
+def test_steps_that_differ_in_sizes_alone_are_added_up_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their data-parallel ranks; and collectives are priced once for each group of ranks."""
+    passes: Counter[str] = Counter()
+    for name in ("_collective", "seconds"):
+        monkeypatch.setattr(RowPricer, name, counting(passes, name, getattr(RowPricer, name)))
+    monkeypatch.setattr(Step, "composed", counting(passes, "composed", Step.composed))
+    profiles = load_model("qwen3-235b-a22b"), load_device("h200-sxm"), load_engine("vllm")
+
+    def passes_for(sizes: tuple[int, ...]) -> Counter[str]:
+        asked: list[Asked] = []
+        for dp in sizes:
+            step = deploy(*profiles, Layout(4 * dp, 4, dp, 4 * dp), "decode").step
+            asked.append((step, np.array([1.0, 8.0, 64.0]), 1.0, np.array([[100.0], [1000.0]])))
+        passes.clear()
+        sums_of_many(asked)
+        return passes.copy()
+
+    few, many = passes_for((2, 4)), passes_for((2, 4, 8, 16))
+    assert few["composed"] == many["composed"] == 1
+    assert many["seconds"] == few["seconds"]
+    assert many["_collective"] < 2 * few["_collective"]  # groups of other sizes are others
+
+
+def counting(passes: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, its calls counted."""
+
+    def counted(*args: Any, **named: Any) -> Any:
+        passes[name] += 1
+        return function(*args, **named)
+
+    return counted

@@ -15,7 +15,7 @@ from typing import Literal, TypedDict
 import numpy as np
 
 from tensorcast.cost.evidence import Evidence
-from tensorcast.cost.work import Size
+from tensorcast.cost.work import Mask, Size
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import CollectiveConstants, DeviceProfile
 
@@ -62,6 +62,7 @@ class CollectiveTime:
     ``algorithm`` is the cheapest one (an array of names where the payload is an array), ``tier`` the outermost tier
     that the group spans, ``wire_bytes`` what one rank sends to others over all tiers, ``error`` the median relative
     error of the worst constants involved, on rows held out of the fit (an assumption where evidence is ``datasheet``).
+    ``calibrated``: of which payloads the constants were fitted; ``evidence`` is that of all.
     """
 
     seconds: Size
@@ -70,6 +71,7 @@ class CollectiveTime:
     wire_bytes: Size
     evidence: Evidence
     error: Size
+    calibrated: bool | Mask
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,13 @@ class _Leg:
     algorithm: str
     seconds: Size
     wire: Size
-    calibrated: bool
+    calibrated: bool | Mask
     error: Size
 
     def then(self, other: _Leg, algorithm: str) -> _Leg:
         return _Leg(
             algorithm, self.seconds + other.seconds, self.wire + other.wire,
-            self.calibrated and other.calibrated, np.maximum(self.error, other.error),
+            self.calibrated & other.calibrated, np.maximum(self.error, other.error),
         )
 
 
@@ -150,13 +152,14 @@ def _cheapest(legs: list[_Leg]) -> _Leg:
         return legs[0]
     seconds = np.stack(np.broadcast_arrays(*[np.asarray(leg.seconds, dtype=float) for leg in legs]))
     best = seconds.argmin(axis=0)
-    used = [leg for i, leg in enumerate(legs) if (best == i).any()]
+    used = [leg.calibrated for i, leg in enumerate(legs) if (best == i).any()]
     wire = np.choose(best, [np.asarray(leg.wire, dtype=float) for leg in legs])
     names = np.array([leg.algorithm for leg in legs])[best]
     scalar = best.ndim == 0
     return _Leg(
         str(names) if scalar else names, seconds.min(axis=0)[()], wire[()],
-        all(leg.calibrated for leg in used), np.choose(best, [np.asarray(leg.error) for leg in legs])[()],
+        used[0] if len({*map(id, used)}) == 1 else np.choose(best, [leg.calibrated for leg in legs])[()],
+        np.choose(best, [np.asarray(leg.error) for leg in legs])[()],
     )
 
 
@@ -260,7 +263,7 @@ def collective_time(
         zero = np.zeros_like(np.asarray(payload_bytes, dtype=float))[()]
         return CollectiveTime(
             seconds=zero, algorithm="none", tier=device.interconnect[0].name, wire_bytes=zero, evidence="datasheet",
-            error=0.0,
+            error=0.0, calibrated=False,
         )
     if len(extent) > len(device.interconnect):
         raise InputError(f"extent {extent} has more tiers than {device.name} ({len(device.interconnect)})")
@@ -277,9 +280,9 @@ def collective_time(
         leg = _leg(device, levels[-1][0], "send_recv", "direct", engine, ranks=2, wire=payload_bytes, hops=1.0)
     else:
         raise InputError(f"unknown collective {op!r}: all_reduce, all_gather, reduce_scatter, all_to_all, send_recv")
-    evidence: Evidence = "calibrated" if leg.calibrated else "datasheet"
+    evidence: Evidence = "calibrated" if np.all(leg.calibrated) else "datasheet"
     outermost = device.interconnect[levels[-1][0]].name
     return CollectiveTime(
         seconds=leg.seconds, algorithm=leg.algorithm, tier=outermost, wire_bytes=leg.wire, evidence=evidence,
-        error=leg.error,
+        error=leg.error, calibrated=leg.calibrated,
     )

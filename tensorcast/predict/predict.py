@@ -60,6 +60,7 @@ def predict_file(path: Path, jobs: int = 1, results: Sequence[Path] = ()) -> pd.
         raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
 
 
+@uncollected()
 def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
     """``table`` with predictions. ``jobs``: processes. Raises :class:`InputError` if no row could be read at all.
 
@@ -169,7 +170,6 @@ def stretches(runs: list[Run | None], jobs: int) -> list[list[tuple[int, Run]]]:
     return [rows[start : start + share] for start in range(0, len(rows), share)]
 
 
-@uncollected()
 def _serve(stretch: list[tuple[int, Run]]) -> list[dict[str, Any]]:
     runs = [run for _, run in stretch]
     drafted = [

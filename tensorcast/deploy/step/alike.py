@@ -42,7 +42,8 @@ class Content(NamedTuple):
 
     ``routed``: whether the sizes depend on how tokens fall on experts, and so on the layout; ``cached``: whether the
     price may depend on how many tokens are cached. ``like``: for what ops have in common that differ in ``coefs``
-    alone, those in ``op`` of dims and monomials, and ``numbers`` among its attributes.
+    alone, those in ``op`` of dims and monomials, and ``numbers`` among its attributes. ``by_phase``: whether the kernel
+    may be another one by phase and by what the cache holds.
     """
 
     number: int
@@ -52,6 +53,7 @@ class Content(NamedTuple):
     op: Op
     coefs: tuple[float, ...]
     numbers: tuple[str, ...]
+    by_phase: bool
 
 
 _numbers: dict[tuple[object, ...], int] = {}
@@ -75,7 +77,8 @@ def content_of(op: Op, known: Contents) -> Content:
         dims = [dim for tensor in (*op.inputs, *op.outputs) for dim in tensor.dims]
         routed = op.stage in EXPERT_STAGES or any(dim.R or dim.E or dim.X for dim in dims)
         sizes = [*dims, *(value for value in op.attrs.values() if isinstance(value, Dim))]
-        cached = FORMULAS.get(op.name, traffic) not in OF_DIMS or any(dim.P or dim.L for dim in sizes)
+        by_phase = FORMULAS.get(op.name, traffic) not in OF_DIMS
+        cached = by_phase or any(dim.P or dim.L for dim in sizes)
         plain = op
         if FORMULAS.get(op.name, traffic) is traffic:
             # of what only moves data no more is asked than the bytes that it reads and those that it writes: one tensor
@@ -102,7 +105,7 @@ def content_of(op: Op, known: Contents) -> Content:
         coefs += [op.attrs[name] for name in numbers]
         found = _contents[(op.parts, *key)] = Content(
             _numbers.setdefault(key, len(_numbers)), routed, cached, _numbers.setdefault(like, len(_numbers)), plain,
-            tuple(coefs), numbers,
+            tuple(coefs), numbers, by_phase,
         )
         known[id(op)] = op, found
     return known[id(op)][1]

@@ -8,28 +8,27 @@ are priced as one row at the cases of all of them, whatever they run on.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tensorcast.cost.formulas import Context
 from tensorcast.cost.kernels.corrections import BatchedCorrections, SeveralCorrections
+from tensorcast.cost.row_seconds import RowSeconds
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.plan.plan import Collective
-from tensorcast.deploy.step.alike import Content, Contents, content_of, joined_op
-from tensorcast.deploy.step.price import StepPrice, pick
-from tensorcast.deploy.step.row_prices import Pending, RowPricer, Works, side_by_side
+from tensorcast.deploy.step.alike import Contents, content_of, joined_op
+from tensorcast.deploy.step.many_sums import Numbers, Places, StepCases
+from tensorcast.deploy.step.price import RowPrice, StepPrice
+from tensorcast.deploy.step.row_prices import RowPricer, side_by_side
 from tensorcast.deploy.step.sizes import Batches
 from tensorcast.deploy.step.step import Asked, Step, prices
-from tensorcast.deploy.step.sums import sums_at
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import Op, kept_beside
-
-Places = NDArray[np.int_]
 
 PLAIN, ROUTED = ("B", "S", "P", "verify"), ("R", "E", "X", "hit", "capacity")
 """Sizes of a case: of every row, and of those that hang on how tokens fall on experts."""
@@ -59,63 +58,47 @@ def sums_of_many(asked: Sequence[Asked]) -> list[StepPrice]:
     return [found[i] for i in range(len(asked))]
 
 
-def _machine(pricer: RowPricer) -> Hashable:
+def _machine(pricer: RowPricer) -> tuple[Hashable, ...]:
     """What tells pricers apart beside a layout."""
     return id(pricer.device), id(pricer.engine), id(pricer.corrections), pricer.graph_tokens
 
 
-class _Row(NamedTuple):
-    """Of a step a row that is priced as others are: so many ``cases`` from ``case`` on, its numbers to be put from
-    ``place`` on."""
-
-    content: Content
-    pricer: RowPricer
-    cases: int
-    case: int
-    place: int
-
-
 @dataclass(eq=False)
 class _Alike:
-    """Rows whose kernels differ in sizes alone, at ``at`` beside these; ``family`` when they are priced."""
+    """Rows whose kernels differ in sizes alone, or collectives that differ in bytes alone, at ``at`` beside these.
+
+    Of each row its step, the case from which on its cases stand, its place among the prices of its step, and what it
+    is: of an op its content, of a ``collective`` its bytes per unit. ``family``: there when they are priced.
+    """
 
     at: Context
-    rows: list[_Row] = field(default_factory=list)
+    pricer: RowPricer
+    collective: Collective | None
+    steps: list[int] = field(default_factory=list)
+    cases: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    what: list[Any] = field(default_factory=list)
     family: str = ""
 
 
-class _Priced(NamedTuple):
-    """Rows as one, whose corrections are asked for, and the places of its numbers."""
+class _Waiting(NamedTuple):
+    """Rows as one that have asked for their corrections: what tells their prices then, and the places of these."""
 
     alike: _Alike
-    op: Op
-    at: Context
-    pricer: RowPricer
-    works: Works
+    price: Callable[[], RowPrice | RowSeconds]
     places: Places
-
-
-@dataclass(eq=False)
-class _Step:
-    """A step at cases of this ``shape``. Its rows of one price are priced once: ``prices`` are those, their numbers
-    standing from ``place`` on, and ``rows`` says of each row of the recipe which of these it has."""
-
-    step: Step
-    batch: Size
-    at: Batches
-    shape: tuple[int, ...]
-    place: int
-    rows: list[int] = field(default_factory=list)
-    prices: list[_Alike | Pending] = field(default_factory=list)
 
 
 class Many:
     """Steps that ask one after another, and are priced together."""
 
     def __init__(self) -> None:
-        self._steps: dict[int, _Step] = {}
-        self._alike: dict[tuple[Hashable, ...], _Alike] = {}
+        self._steps: list[StepCases] = []
+        self._prices: list[list[_Alike]] = []
+        """Of each step's prices what they are priced with."""
+        self._alike: dict[Hashable, _Alike] = {}
         self._corrections: dict[int, BatchedCorrections] = {}
+        self._variants: dict[tuple[int, str, str], str] = {}
         self._sizes = list[tuple[int, tuple[int, ...], list[Size]]]()
         self._case = self.prices = 0
         """Cases, and prices of rows at these, of all that have asked."""
@@ -124,36 +107,43 @@ class Many:
         """A step at these sizes, called by a ``number``; steps on one machine ask one after another."""
         contexts = [at.whole] if at.chunk is at.whole else [at.whole, at.chunk]
         sizes = [[_size(context, name) for name in (*PLAIN, *ROUTED)] for context in contexts]
-        shape = np.broadcast_shapes(*(np.shape(size) for one in sizes for size in one))
-        cases, first = math.prod(shape), self._case
-        for one in sizes:
-            self._sizes.append((self._case, shape, one))
-            self._case += cases
+        shape = np.broadcast_shapes(*{np.shape(size) for one in sizes for size in one})
         recipe, known = step.recipe(at.draft is not None), kept_beside(step.table, Contents)
-        keys = [_beside_ops(step.pricer, context) for context in contexts]
-        mine, found = dict[Hashable, int](), _Step(step, batch, at, shape, self.prices)
-        self._steps[number] = found
+        one, prices = StepCases(number, step, batch, at, recipe, shape, self._case), list[_Alike]()
+        for own in sizes:
+            self._sizes.append((self._case, shape, own))
+            self._case += one.cases
+        pricer, machine, last = step.pricer, _machine(step.pricer), len(self._steps)
+        beside = [_beside_ops(pricer, context) for context in contexts]
+        mine = dict[Hashable, int]()
         for row, inside in zip(recipe.rows, recipe.chunked, strict=True):
             where = int(inside and len(contexts) > 1)
-            content = None if isinstance(row, Collective) else content_of(row, known)
-            name: Hashable = where, content.number if content is not None else _equal(cast(Collective, row))
-            place = mine.setdefault(name, len(mine))
-            found.rows.append(place)
-            if place < len(found.prices):
-                continue
+            key: tuple[Hashable, ...]
             if isinstance(row, Collective):
-                found.prices.append(step.pricer.collective(row, contexts[where], self._of(step.pricer)))
+                key = *machine, *_of_collective(row, pricer)
+                place = mine.setdefault((*key, float(row.scale), where), len(mine))
+            else:
+                content = content_of(row, known)
+                place = mine.setdefault((content.number, where), len(mine))
+            one.rows.append(place)
+            if place < len(prices):
                 continue
-            assert content is not None
-            key: tuple[Hashable, ...] = content.like, content.routed and (True, step.pricer.one_call), *keys[where]
-            if row.name == "grouped_matmul":
-                key = *key, *_of_experts(row, step.pricer, contexts[where])
-            if key not in self._alike:
-                self._alike[key] = _Alike(contexts[where])
-            alike = self._alike[key]
-            alike.rows.append(_Row(content, step.pricer, cases, first + where * cases, self.prices + place * cases))
-            found.prices.append(alike)
-        self.prices += cases * len(mine)
+            if not isinstance(row, Collective):
+                key = content.like, beside[where][content.by_phase], content.routed and (True, pricer.one_call)
+                if row.name == "grouped_matmul":
+                    key = *key, *self._of_experts(row, pricer, contexts[where])
+            if (alike := self._alike.get(key)) is None:
+                collective = row if isinstance(row, Collective) else None
+                alike = self._alike[key] = _Alike(contexts[where], pricer, collective)
+            alike.steps.append(last)
+            alike.cases.append(one.case + where * one.cases)
+            alike.places.append(place)
+            alike.what.append(row.scale if isinstance(row, Collective) else content)
+            prices.append(alike)
+        one.prices = len(prices)
+        self._steps.append(one)
+        self._prices.append(prices)
+        self.prices += one.cases * one.prices
 
     def _of(self, pricer: RowPricer) -> BatchedCorrections:
         own = pricer.corrections
@@ -161,89 +151,89 @@ class Many:
             self._corrections[id(own)] = BatchedCorrections(own)
         return self._corrections[id(own)]
 
+    def _of_experts(self, op: Op, pricer: RowPricer, at: Context) -> tuple[Hashable, ...]:
+        """What fitted models of experts' kernels are asked by beside sizes of cases."""
+        facts, dtype = pricer.table.facts, at.precision(op, op.outputs[0]).name
+        asked = id(pricer.corrections), dtype, at.backend
+        if asked not in self._variants:
+            self._variants[asked] = pricer.corrections.variant("grouped_gemm", dtype, at.backend)
+        return (
+            at.backend, at.masked_skips, self._variants[asked], pricer.balanced, pricer.gated, *pricer.sources,
+            facts.moe_hidden_size, facts.top_k, facts.moe_intermediate_size, facts.num_experts, facts.fused_experts,
+        )
+
     def found(self) -> dict[int, StepPrice]:
         """What the steps that have asked cost, by their numbers."""
         columns = np.empty((len(PLAIN) + len(ROUTED), self._case))
-        for first, shape, sizes in self._sizes:
+        for start, shape, sizes in self._sizes:
             for column, size in zip(columns, sizes, strict=True):
-                column[first : first + math.prod(shape)].reshape(shape)[...] = size
-        cases = dict(zip((*PLAIN, *ROUTED), columns, strict=True))
-        numbers = np.empty((4, self.prices))
-        later = list[_Priced]()
+                column[start : start + math.prod(shape)].reshape(shape)[...] = size
+        cases, numbers = dict(zip((*PLAIN, *ROUTED), columns, strict=True)), Numbers(self._steps)
+        widths, later = np.array([one.cases for one in self._steps], dtype=int), list[_Waiting]()
         for alike in self._alike.values():
-            one = self._asked(alike, cases)
-            if any(known is not None for _, known in one.works):
+            one, asks = self._asked(alike, cases, widths[alike.steps], numbers)
+            if asks:
                 later.append(one)
-            else:  # nothing to wait for
+            else:
                 _price(one, numbers)
         for corrections in self._corrections.values():
             corrections.find()
         while later:
             _price(later.pop(), numbers)
-        return {number: _step_price(one, numbers) for number, one in self._steps.items()}
 
-    def _asked(self, alike: _Alike, cases: Mapping[str, Array]) -> _Priced:
-        """All rows as one, at all their cases."""
-        first, lengths = alike.rows[0], np.array([row.cases for row in alike.rows])
-        starts = np.cumsum(lengths) - lengths
-        every = np.arange(lengths.sum())
-        which = every + np.repeat(np.array([row.case for row in alike.rows]) - starts, lengths)
-        table = np.array([row.content.coefs for row in alike.rows])
-        same = (table == table[0]).all(axis=0)
-        columns = [float(c[0]) if one else np.repeat(c, lengths) for c, one in zip(table.T, same, strict=True)]
-        names = (*PLAIN, *ROUTED) if first.content.routed else PLAIN
+        def families(step: int) -> tuple[str, ...]:
+            return tuple([alike.family for alike in self._prices[step]])
+
+        return dict(numbers.composed(families, cases))
+
+    def _asked(
+        self, alike: _Alike, cases: Mapping[str, Array], widths: Places, numbers: Numbers
+    ) -> tuple[_Waiting, bool]:
+        """All rows as one, at all their cases, so many of each; and whether they asked for corrections."""
+        starts = np.cumsum(widths) - widths
+        every = np.arange(widths.sum())
+
+        def spread(values: Any) -> Any:
+            return np.repeat(values, widths)
+
+        which = every + spread(np.array(alike.cases) - starts)
+        places = every + spread(numbers.places(alike.steps, alike.places) - starts)
+        if (row := alike.collective) is not None:
+            sizes = Sizes(cases["B"][which], cases["S"][which], 0.0)
+            at, pricer = replace(alike.at, sizes=sizes), alike.pricer
+            row = replace(row, scale=spread(alike.what))
+            pending = pricer.collective(row, at, self._of(pricer), steps=starts)
+            return _Waiting(alike, pending, places), True
+        first, pricers = alike.what[0], [self._steps[i].step.pricer for i in alike.steps]
+        table = np.array([content.coefs for content in alike.what])
+        same = (table == table[0]).all(axis=0).tolist()
+        columns = [float(c[0]) if one else spread(c) for c, one in zip(table.T, same, strict=True)]
+        op, names = joined_op(first, columns), (*PLAIN, *ROUTED) if first.routed else PLAIN
         own: dict[str, Any] = {name: cases[name][which] for name in names}
         sizes = Sizes(**{name: own.pop(name) for name in ("B", "S", "P", "R", "E", "X") if name in own})
-        at, op = replace(alike.at, sizes=sizes, stages=1, **own), joined_op(first.content, columns)
-        corrections: BatchedCorrections | SeveralCorrections
-        runs = [[*run] for _, run in groupby(alike.rows, lambda row: _machine(row.pricer))]
-        calls = [sum(row.cases for row in run) for run in runs]
-        pricers = [run[0].pricer for run in runs]
-        pricer, corrections = pricers[0], self._of(pricers[0])
+        at = replace(alike.at, sizes=sizes, stages=1, **own)
+        runs = [list(run) for _, run in groupby(range(len(pricers)), lambda i: _machine(pricers[i]))]
+        calls = [int(widths[run[0] : run[-1] + 1].sum()) for run in runs]
+        machines = [pricers[run[0]] for run in runs]
+        pricer, corrections = machines[0], self._of(machines[0])
+        asked: BatchedCorrections | SeveralCorrections = corrections
         if len(runs) > 1:
-            pricer = side_by_side(pricers, calls)
-            corrections = SeveralCorrections([self._of(one) for one in pricers], calls)
+            pricer = side_by_side(machines, calls)
+            asked = SeveralCorrections([self._of(one) for one in machines], calls)
         if op.name == "grouped_matmul":
-            each = {name: [getattr(row.pricer, name) for row in alike.rows] for name in ("ep", "etp")}
-            sources = {name: [row.pricer.sources[name] for row in alike.rows] for name in first.pricer.sources}
-            laid, from_whom = (
-                {name: np.repeat(np.array(values, dtype=float), lengths) for name, values in some.items()}
-                for some in (each, sources)
-            )
-            pricer = replace(pricer, **cast(Any, laid), sources=from_whom)
-        places = every + np.repeat(np.array([row.place for row in alike.rows]) - starts, lengths)
-        return _Priced(alike, op, at, pricer, pricer.works(op, at, corrections), places)
+            laid: Any = {name: spread([float(getattr(one, name)) for one in pricers]) for name in ("ep", "etp")}
+            sources = {name: spread([float(one.sources[name]) for one in pricers]) for name in pricers[0].sources}
+            pricer = replace(pricer, **laid, sources=sources)
+        works = pricer.works(op, at, asked)
+        asks = any(known is not None for _, known in works)
+        return _Waiting(alike, partial(pricer.seconds, op, at, works), places), asks
 
 
-def _price(one: _Priced, numbers: Array) -> None:
+def _price(one: _Waiting, numbers: Numbers) -> None:
     """Put what rows cost in their places."""
-    took = one.pricer.seconds(one.op, one.at, one.works)
+    took = one.price()
     one.alike.family = took.family
-    for column, values in zip(numbers, (took.seconds, took.waits_s, took.error, took.level), strict=True):
-        column[one.places] = values
-
-
-def _step_price(one: _Step, numbers: Array) -> StepPrice:
-    """From the numbers of a step's rows."""
-    at, cases, families = one.at, math.prod(one.shape), list[str]()
-    mine = numbers[:, one.place : one.place + cases * len(one.prices)].reshape(4, len(one.prices), *one.shape)
-    for place, price in enumerate(one.prices):
-        if isinstance(price, _Alike):
-            families.append(price.family)
-            continue
-        found = price()
-        families.append(found.family)
-        for column, values in zip(mine, (found.seconds, found.waits_s, found.error, found.level), strict=True):
-            column[place] = values
-    recipe = one.step.recipe(at.draft is not None)
-    own = mine[:, one.rows]
-    if at.chunk is not at.whole:
-        own[:2, recipe.chunked] *= at.chunks
-    sums = sums_at(recipe, own.reshape(4, len(one.rows), cases), [families[place] for place in one.rows], one.shape)
-    first = sum(not part.drafts for part in recipe.parts)
-    here, draft = sums.at(at.own, slice(first)), sums.at(at.draft, slice(first, None))
-    hidden = one.step.overlap.hidden(here.layers, here.busy, pick(at.whole.sizes.tokens, at.own), at.dual)
-    return one.step.composed(here, draft, hidden, at, one.batch)
+    numbers.put(one.places, took.seconds, took.waits_s, took.error, took.level)
 
 
 def _size(at: Context, name: str) -> Size:
@@ -251,20 +241,16 @@ def _size(at: Context, name: str) -> Size:
     return found
 
 
-def _beside_ops(pricer: RowPricer, at: Context) -> tuple[Hashable, ...]:
-    """What kernels depend on beside ops and sizes."""
-    return pricer.device.whole_tiles, at.decode, at.has_fp4, at.mxfp4, at.backend, at.masked_skips, float(at.kv_bytes)
+def _beside_ops(pricer: RowPricer, at: Context) -> tuple[Hashable, Hashable]:
+    """What kernels depend on beside ops and sizes: those that do not, and those that do hang on the phase."""
+    plain = pricer.device.whole_tiles, at.mxfp4
+    return plain, (*plain, at.decode, at.has_fp4, float(at.kv_bytes))
 
 
-def _of_experts(op: Op, pricer: RowPricer, at: Context) -> tuple[Hashable, ...]:
-    """What fitted models of experts' kernels are asked by beside sizes of cases."""
-    facts, dtype = pricer.table.facts, at.precision(op, op.outputs[0]).name
-    return (
-        pricer.corrections.variant("grouped_gemm", dtype, at.backend), pricer.balanced, pricer.gated, *pricer.sources,
-        facts.moe_hidden_size, facts.top_k, facts.moe_intermediate_size, facts.num_experts, facts.fused_experts,
-    )
-
-
-def _equal(row: Collective) -> Hashable:
-    """What collectives of one price have in common."""
-    return row.op, row.group, row.ranks, row.extent, float(row.scale), row.per, *sorted(row.exchange.items())
+def _of_collective(row: Collective, pricer: RowPricer) -> tuple[Hashable, ...]:
+    """What collectives on one machine have in common that differ in bytes alone."""
+    plain = row.op, row.ranks, row.extent, row.per
+    if not row.exchange:
+        return plain
+    facts, distinct = pricer.table.facts, map(float, pricer.distinct.values())
+    return *plain, *sorted(row.exchange.items()), pricer.tp, facts.moe_hidden_size, facts.num_experts, *distinct

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -33,18 +34,10 @@ Stage = tuple[tuple[int, Size], ...]
 def stages_of(layer_kinds: Sequence[int], pp: Size, split: PipelineSplit = "first") -> list[Stage]:
     """The stages of a pipeline; those that run the same once, the last one last. Of ``pp`` in arrays those of every
     entry, as arrays; an entry with fewer stages than others has its first again."""
-    sizes, where = np.unique(pp, return_inverse=True)
-    pipelines: list[list[Stage]] = []
-    for size in sizes:
-        found = []
-        stages = stage_layers(len(layer_kinds), int(size), split)
-        for i, layers in enumerate(stages):
-            first, last = i == 0, i == len(stages) - 1
-            outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
-            found.append((*Counter(layer_kinds[layers]).items(), *outside.items()))
-        pipelines.append(list(dict.fromkeys(found)))
     if not isinstance(pp, np.ndarray):
-        return pipelines[0]
+        return list(_stages(tuple(layer_kinds), int(pp), split))
+    sizes, where = np.unique(pp, return_inverse=True)
+    pipelines = [_stages(tuple(layer_kinds), int(size), split) for size in sizes]
     most = max(map(len, pipelines))
     places = {place for stages in pipelines for stage in stages for place, _ in stage}
     together: list[Stage] = []
@@ -52,3 +45,15 @@ def stages_of(layer_kinds: Sequence[int], pp: Size, split: PipelineSplit = "firs
         calls = [dict(stages[max(i, -len(stages))]) for stages in pipelines]
         together.append(tuple((place, np.array([one.get(place, 0) for one in calls])[where]) for place in places))
     return together
+
+
+@lru_cache(maxsize=1024)
+def _stages(layer_kinds: tuple[int, ...], pp: int, split: PipelineSplit) -> tuple[Stage, ...]:
+    """Those of one pipeline."""
+    found = []
+    stages = stage_layers(len(layer_kinds), pp, split)
+    for i, layers in enumerate(stages):
+        first, last = i == 0, i == len(stages) - 1
+        outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
+        found.append((*Counter(layer_kinds[layers]).items(), *outside.items()))
+    return tuple(dict.fromkeys(found))

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorcast.cost.collectives import collective_time
 from tensorcast.cost.evidence import LEVELS
@@ -40,6 +41,8 @@ deep_ep/buffers/legacy.py, ``Buffer.num_sms``)."""
 
 Asked = Corrections | BatchedCorrections | SeveralCorrections
 """Who answers what fitted models make of a kernel: at once, or when all have been asked."""
+
+Starts = NDArray[np.int_] | None
 
 Pending = Callable[[], RowPrice]
 """The price of a row that has asked for its corrections; call it when they are there."""
@@ -152,8 +155,11 @@ class RowPricer:
             return [(memory(read, work.elements * written), known), (work, known)]
         return [(work, known)]
 
-    def collective(self, row: Collective, at: Context, asked: Corrections | BatchedCorrections) -> Pending:
-        """Ask for what the device's fitted model makes of a collective on its innermost links, or of an exchange."""
+    def collective(
+        self, row: Collective, at: Context, asked: Corrections | BatchedCorrections, *, steps: Starts = None
+    ) -> Pending:
+        """Ask for what the device's fitted model makes of a collective on its innermost links, or of an exchange.
+        ``steps``: where those of each step begin, if they are of several: what stands behind them is told by step."""
         units = at.sizes.tokens if row.per == "token" else at.sizes.B
         known: Correction | PendingCorrection | None = None
         if row.exchange.get("kind") in ("low_latency", "high_throughput"):
@@ -169,10 +175,10 @@ class RowPricer:
             sizes = {"ranks": row.ranks, "payload_bytes": row.scale * units}
             own = row.op == "all_reduce" and self.engine.custom_all_reduce
             known = asked.at(row.op, "any", "custom" if own else "nccl", sizes)
-        return partial(self._collective, row, at, row.scale * units, known)
+        return partial(self._collective, row, at, row.scale * units, known, steps)
 
     def _collective(
-        self, row: Collective, at: Context, payload: Size, known: Correction | PendingCorrection | None
+        self, row: Collective, at: Context, payload: Size, known: Correction | PendingCorrection | None, steps: Starts
     ) -> RowPrice:
         options = {**row.exchange} if self.engine.custom_all_reduce else {**row.exchange, "custom": False}
         points = at.points if row.exchange else None
@@ -193,6 +199,10 @@ class RowPricer:
         spending = Spending(wire_bytes=time.wire_bytes, parts=parts)
         algorithm = time.algorithm if isinstance(time.algorithm, str) else str(np.ravel(time.algorithm)[0])
         level, error = (LEVELS.index(time.evidence), time.error) if known is None else (known.level, known.error)
+        if known is None and steps is not None and np.ndim(time.calibrated):
+            own = np.logical_and.reduceat(time.calibrated, steps)
+            levels = np.where(own, LEVELS.index("calibrated"), LEVELS.index("datasheet"))
+            level = np.repeat(levels, np.diff([*steps, np.size(payload)]))
         return RowPrice(
             row=row, seconds=seconds, waits_s=on_wire + parts["latency"], family=row.op, level=one_level(level),
             error=error, spend=lambda: spending, detail=f"{row.group}{row.ranks} {time.tier} {algorithm}",

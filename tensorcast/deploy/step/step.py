@@ -14,17 +14,16 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.work import Array, Size
-from tensorcast.deploy.plan.plan import Collective, Plan, Row
+from tensorcast.deploy.plan.plan import Plan, Row
 from tensorcast.deploy.step.alike import Questions
 from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Prices, SizesOfAll, Waiting
-from tensorcast.deploy.step.overlap import KIND_SUMS, PER_SEQUENCE, Overlap
+from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place_of, stages_of
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Tally, pick
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, StepSizes
-from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, sums_of_steps
+from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, recipe_of, sums_of_steps
 from tensorcast.trace.dims import Dim
-from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, per_table
 
 if TYPE_CHECKING:
@@ -92,28 +91,9 @@ class Step:
             if moved is not None and (kept := _kept_states(self.table, moved.value)) is not None:
                 parts.append(RecipePart((kept,), (len(rows) + len(more),), (1,), drafts=True))
                 more.append(kept)
-            every, places = (*rows, *more), (*layers, FIRST, LAST, HAND_OVER)
-            count, moe = len(every), sorted(self.overlap.positions)
-            by_place = np.zeros((len(places), count))
-            by_place[[places.index(place_of(row)) for row in rows], range(len(rows))] = 1.0
-            by_layer, busy = np.zeros((len(moe), len(KIND_SUMS), count)), np.zeros((len(moe), 2, count))
-            for j, kind in enumerate(moe):
-                for name, there in self.overlap.positions[kind].items():
-                    by_layer[j, KIND_SUMS.index(name), there] = 1.0
-                    busy[j, int(name == "shared"), there] = float(name not in ("rest", "before"))
-            runs = np.zeros((len(parts), count))
-            for k, part in enumerate(parts):
-                runs[k, list(part.where)] = part.calls
-            among = np.array([  # all, of collectives, of what runs per sequence, of experts with dispatch and combine
-                (True, True, False, row.group in ("dp", "ep")) if isinstance(row, Collective) else
-                (True, False, row.name in PER_SEQUENCE, row.stage in EXPERT_STAGES) for row in every
-            ], dtype=float).T  # fmt: skip
-            seconds = [by_place, by_layer.reshape(-1, count), (runs[:, None] * among).reshape(-1, count)]
-            known[drafting] = Recipe(
-                rows=every, parts=tuple(parts), places=places, layers=len(moe),
-                chunked=tuple([bool(r.exchange) if isinstance(r, Collective) else r.stage in EXPERT_STAGES
-                               for r in every]),
-                weights=(np.concatenate(seconds), busy.reshape(-1, count), runs),
+            known[drafting] = recipe_of(
+                self.table, (*rows, *more), tuple(parts), places=(*layers, FIRST, LAST, HAND_OVER), planned=len(rows),
+                positions=self.overlap.positions,
             )
         return known[drafting]
 

@@ -3,7 +3,7 @@ are one product of matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,9 +11,12 @@ import numpy as np
 
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.work import Array
-from tensorcast.deploy.plan.plan import Row
-from tensorcast.deploy.step.overlap import KIND_SUMS
+from tensorcast.deploy.plan.plan import Collective, Row
+from tensorcast.deploy.step.overlap import KIND_SUMS, PER_SEQUENCE
+from tensorcast.deploy.step.pipeline_stages import place_of
 from tensorcast.deploy.step.price import RowPrice, Where
+from tensorcast.trace.moe import EXPERT_STAGES
+from tensorcast.trace.table import Op, OpTable, kept_beside
 
 AMONG = ("seconds", "communication", "attention", "experts")
 """Sums of rows' seconds: of all, of collectives, of ops that run per sequence, of experts with dispatch and combine,
@@ -43,7 +46,75 @@ class Recipe:
     chunked: tuple[bool, ...]
     """Of each row, whether it is inside the experts."""
     weights: tuple[Array, Array, Array]
-    """Of every row: in sums of seconds, in sums of busy seconds, and how often it runs in each part."""
+    """Of every row: in sums of seconds, in sums of busy seconds, and how often it runs in each part. One object for
+    all recipes that add up alike."""
+
+
+class _Role(NamedTuple):
+    """What is added up of a row: where it runs, which of :data:`AMONG` it is in, whether it is inside the experts."""
+
+    place: int
+    among: tuple[bool, bool, bool, bool]
+    chunked: bool
+
+
+class _Roles(dict[int, tuple[Op, int]]):
+    """Numbers of the roles of a table's ops, by identity: its plans share most of them."""
+
+    def of(self, row: Row) -> int:
+        """That of a row."""
+        if isinstance(row, Collective):
+            role = _Role(place_of(row), (True, True, False, row.group in ("dp", "ep")), bool(row.exchange))
+            return _roles.setdefault(role, len(_roles))
+        found = self.get(id(row))
+        if found is None:
+            inside = row.stage in EXPERT_STAGES
+            role = _Role(place_of(row), (True, False, row.name in PER_SEQUENCE, inside), inside)
+            found = self[id(row)] = row, _roles.setdefault(role, len(_roles))
+        return found[1]
+
+
+_roles: dict[_Role, int] = {}
+"""Every role by its number: they are few."""
+
+MOST_RECIPES = 4096
+"""Ways to add rows up that are kept."""
+
+_weights: dict[tuple[Hashable, ...], tuple[tuple[bool, ...], tuple[Array, Array, Array]]] = {}
+"""Of a recipe's rows by what they are: which are inside the experts, and their weights."""
+
+
+def recipe_of(
+    table: OpTable, rows: tuple[Row, ...], parts: tuple[RecipePart, ...], *, places: tuple[int, ...], planned: int,
+    positions: Mapping[int, Mapping[str, Sequence[int]]],
+) -> Recipe:
+    """The recipe of ``rows``, of which the first ``planned`` are the plan's; ``positions``: as
+    :class:`~tensorcast.deploy.step.overlap.Overlap` has them."""
+    roles = tuple(map(kept_beside(table, _Roles).of, rows))
+    overlapping = tuple([
+        (kind, *((name, *where) for name, where in positions[kind].items())) for kind in sorted(positions)
+    ])
+    key = roles, tuple([part[1:] for part in parts]), places, planned, overlapping
+    if (found := _weights.get(key)) is None:
+        while len(_weights) >= MOST_RECIPES:
+            del _weights[next(iter(_weights))]
+        every, kinds, count = list(_roles), sorted(positions), len(rows)
+        own = [every[number] for number in roles]
+        by_place = np.zeros((len(places), count))
+        by_place[[places.index(role.place) for role in own[:planned]], range(planned)] = 1.0
+        by_layer, busy = np.zeros((len(kinds), len(KIND_SUMS), count)), np.zeros((len(kinds), 2, count))
+        for j, kind in enumerate(kinds):
+            for name, there in positions[kind].items():
+                by_layer[j, KIND_SUMS.index(name), there] = 1.0
+                busy[j, int(name == "shared"), there] = float(name not in ("rest", "before"))
+        runs = np.zeros((len(parts), count))
+        for k, part in enumerate(parts):
+            runs[k, list(part.where)] = part.calls
+        among = np.array([role.among for role in own], dtype=float).T
+        seconds = [by_place, by_layer.reshape(-1, count), (runs[:, None] * among).reshape(-1, count)]
+        weights = np.concatenate(seconds), busy.reshape(-1, count), runs
+        found = _weights[key] = tuple([role.chunked for role in own]), weights
+    return Recipe(rows, parts, places, len(positions), *found)
 
 
 @dataclass(frozen=True)

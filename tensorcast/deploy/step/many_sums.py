@@ -1,0 +1,156 @@
+"""Steps whose rows are added up alike, composed as one from the prices of their rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorcast.cost.work import Array, Size
+from tensorcast.deploy.step.price import StepPrice, Tally, Where
+from tensorcast.deploy.step.sizes import Batches
+from tensorcast.deploy.step.step import Step
+from tensorcast.deploy.step.sums import Recipe, sums_at
+
+Places = NDArray[np.int_]
+
+
+@dataclass(eq=False)
+class StepCases:
+    """A step, called by a ``number``, at cases of this ``shape``, from ``case`` on. Its rows of one price are priced
+    once: there are so many ``prices``, and ``rows`` says of each row of the recipe which of them it has."""
+
+    number: int
+    step: Step
+    batch: Size
+    at: Batches
+    recipe: Recipe
+    shape: tuple[int, ...]
+    case: int
+    rows: list[int] = field(default_factory=list)
+    prices: int = 0
+
+    @property
+    def cases(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def alike(self) -> Hashable:
+        """What steps have in common that are composed as one, but for the families of their kernels."""
+        step, at, hides = self.step, self.at, self.step.overlap
+        shared = [kind for kind, places in hides.positions.items() if "shared" in places]
+        return (
+            id(self.recipe.weights), tuple(self.rows), id(step.pricer.engine), step.sizes.decode, at.pp, at.mtp_depth,
+            at.draft is None, at.chunk is at.whole, id(step.drafter), step.table.layer_kinds, step.pricer.device.vendor,
+            hides.external, hides.contention, hides.stream_tokens, hides.staged, hides.inside, *shared,
+        )  # fmt: skip
+
+    def stand(self, where: Where) -> Places:
+        """Of every batch the case at which it runs, or drafts, in the shape of the batches."""
+        every, wide = np.arange(self.cases).reshape(self.shape), where is not None and self.shape
+        found = every[..., cast(Any, where)] if wide and self.shape[-1] > 1 else every
+        sizes = self.batch, self.at.micro, self.at.halves
+        return np.broadcast_to(found, np.broadcast_shapes(np.shape(found), *map(np.shape, sizes)))
+
+
+class Numbers:
+    """Numbers of the prices of steps' rows, ``[4, prices x cases]``: seconds, those in which neither arithmetic nor
+    memory is busy, relative errors and levels. Those of steps that are composed as one stand together, by price."""
+
+    def __init__(self, steps: Sequence[StepCases]) -> None:
+        groups: dict[Hashable, list[int]] = {}
+        for i, one in enumerate(steps):
+            groups.setdefault(one.alike, []).append(i)
+        self._steps, self._groups = steps, list(groups.values())
+        self._from, self._stride = np.empty(len(steps), dtype=int), np.empty(len(steps), dtype=int)
+        end = 0
+        for members in self._groups:
+            lengths = [steps[i].cases for i in members]
+            ends = np.cumsum(lengths)
+            self._from[members], self._stride[members] = end + ends - lengths, ends[-1]
+            end += int(ends[-1]) * steps[members[0]].prices
+        self._values = np.empty((4, end))
+
+    def places(self, steps: Sequence[int], prices: Sequence[int]) -> Places:
+        """Where the numbers of a price of each step stand, the first of its cases."""
+        return self._from[steps] + np.array(prices) * self._stride[steps]
+
+    def put(self, places: Places, *values: Size) -> None:
+        """Seconds, waits, errors and levels."""
+        for column, some in zip(self._values, values, strict=True):
+            column[places] = some
+
+    def composed(
+        self, families: Callable[[int], tuple[str, ...]], cases: Mapping[str, Array]
+    ) -> Iterator[tuple[int, StepPrice]]:
+        """Steps by their numbers. ``families``: those of a step's prices; ``cases``: sizes of all cases."""
+        tokens = cases["B"] * cases["S"]
+        for members in self._groups:
+            first, width = members[0], self._stride[members[0]]
+            start, prices = self._from[first], self._steps[first].prices
+            whole = self._values[:, start : start + width * prices].reshape(4, prices, width)
+            same: dict[tuple[str, ...], list[int]] = {}
+            for i in members:
+                same.setdefault(families(i), []).append(i)
+            for names, some in same.items():
+                steps, own = [self._steps[i] for i in some], whole
+                if len(some) < len(members):
+                    starts = (self._from[i] - start for i in some)
+                    own = np.concatenate(
+                        [whole[..., at : at + one.cases] for at, one in zip(starts, steps, strict=True)], axis=-1
+                    )
+                yield from _composed(steps, own, names, tokens)
+
+
+def _composed(
+    steps: Sequence[StepCases], numbers: Array, families: Sequence[str], tokens: Array
+) -> Iterator[tuple[int, StepPrice]]:
+    """Steps that differ in sizes alone; ``numbers [4, prices, cases]``, ``tokens`` of all cases."""
+    first = steps[0]
+    recipe, at, rows = first.recipe, first.at, first.rows
+    starts = np.cumsum([0, *(one.cases for one in steps)])
+    own = [one.stand(one.at.own) for one in steps]
+    shapes = [one.shape for one in own]
+
+    def column(values: Sequence[Any]) -> Any:
+        if not any(map(np.ndim, values)) and len({*values}) == 1:
+            return values[0]
+        return np.concatenate([np.broadcast_to(v, shape).ravel() for v, shape in zip(values, shapes, strict=True)])
+
+    def placed(where: Sequence[Places]) -> Places:
+        return np.concatenate([start + one.ravel() for start, one in zip(starts, where, strict=False)])
+
+    numbers = numbers[:, rows]
+    if at.chunk is not at.whole:
+        chunks = [np.broadcast_to(one.at.chunks, one.shape).ravel() for one in steps]
+        numbers[:2, recipe.chunked] *= np.concatenate(chunks)
+    sums = sums_at(recipe, numbers, [families[place] for place in rows], (numbers.shape[-1],))
+    later, standing = sum(not part.drafts for part in recipe.parts), placed(own)
+    here = sums.at(standing, slice(later))
+    drafts = here
+    if at.draft is not None:
+        drafts = sums.at(placed([one.stand(one.at.draft) for one in steps]), slice(later, None))
+    tokens = np.concatenate([tokens[one.case : one.case + one.cases] for one in steps])[standing]
+    parts = {name: column([getattr(one.at, name) for one in steps]) for name in ("micro", "dual", "halves")}
+    hidden = first.step.overlap.hidden(here.layers, here.busy, tokens, parts["dual"])
+    price = first.step.composed(here, drafts, hidden, at._replace(**parts), column([one.batch for one in steps]))
+    end = 0
+    for one, shape in zip(steps, shapes, strict=True):
+        some = slice(end, end := end + math.prod(shape))
+        yield one.number, _some(price, some, shape)
+
+
+def _some(price: StepPrice, some: slice, shape: tuple[int, ...]) -> StepPrice:
+    """Some batches of a price, in a shape of their own."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cut(one) for name, one in value.items()}
+        return value[..., some].reshape(*value.shape[:-1], *shape)[()] if np.ndim(value) else value
+
+    numbers = {name: cut(value) for name, value in vars(price).items() if name not in ("parts", "tally")}
+    return replace(price, tally=Tally(*map(cut, price.tally)), **numbers)

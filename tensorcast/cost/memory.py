@@ -210,6 +210,13 @@ def activation_bytes(table: OpTable, sizes: Sizes) -> Size:
     return reduce(np.maximum, [sum((coef * values[i] for i, coef in moment), 0.0) for moment in moments], nothing)
 
 
+@per_table
+def sees_cached_tokens(table: OpTable) -> bool:
+    """Whether activations grow with the tokens that are cached."""
+    amounts, _ = _liveness(table)
+    return any(dim.P or dim.L for amount in amounts for factors, _ in amount for dim in factors)
+
+
 _Amount = tuple[tuple[tuple[Dim, ...], float], ...]
 """Bytes of a storage: the largest of what is seen in it, each as factors that hang on the sizes and a number."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import EllipsisType
@@ -15,6 +16,7 @@ from tensorcast.cost.memory import (
     cache_budget,
     cache_entries,
     low_latency_buffer_bytes,
+    sees_cached_tokens,
     sequence_caches,
     weight_bytes,
 )
@@ -72,6 +74,10 @@ class Memory:
         return self.kv_cache <= self.cache_budget
 
 
+MOST_STEPS = 8
+"""Steps of a deployment whose memory beside weights and cache is kept."""
+
+
 @dataclass(frozen=True)
 class Deployment:
     """Everything that is fixed before a batch is chosen; prices and memory for any batch follow."""
@@ -95,14 +101,24 @@ class Deployment:
         """
         sequences = np.asarray(batch, dtype=float)
         weights, cache = self.held(sequences, past + new)
-        micro = np.maximum(1.0, np.minimum(self.layout.pp, sequences))
-        sizes = self.step.sizes.context(sequences / micro, 1.0 * new, 1.0 * past).sizes
-        most_live, most_sent = self.profiled
-        activations = np.maximum(activation_bytes(self.step.table, sizes), most_live)
-        sent = sequences * new / (self.options.pcp if self.phase == "prefill" else 1)
-        communication = np.maximum(self._communication_bytes(sent, sizes), most_sent)
         capacity, context = float(self.device.memory_bytes), self.context_bytes
-        graphs = self.graph_bytes(sequences) if self.phase == "decode" else 0.0
+        # what is beside them is the same for all caches, and mostly however long: kept for a few steps
+        asked = sequences, new, past if sees_cached_tokens(self.step.table) else 0.0
+        key = tuple([(one.shape, one.tobytes()) for one in (np.asarray(n, dtype=float) for n in asked)])
+        kept: dict[Hashable, tuple[Size, Size, Size]] = vars(self).setdefault("kept_beside", {})
+        if key not in kept:
+            while len(kept) >= MOST_STEPS:
+                del kept[next(iter(kept))]
+            micro = np.maximum(1.0, np.minimum(self.layout.pp, sequences))
+            sizes = self.step.sizes.context(sequences / micro, 1.0 * new, 1.0 * past).sizes
+            most_live, most_sent = self.profiled
+            sent = sequences * new / (self.options.pcp if self.phase == "prefill" else 1)
+            kept[key] = (
+                np.maximum(activation_bytes(self.step.table, sizes), most_live),
+                np.maximum(self._communication_bytes(sent, sizes), most_sent),
+                self.graph_bytes(sequences) if self.phase == "decode" else 0.0,
+            )
+        activations, communication, graphs = kept[key]
         beside = activations + communication + context + graphs
         share = memory_share(
             self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config,

@@ -96,10 +96,15 @@ class Fleet(Deployment):
     def at(self, kv_dtype: str, mtp_depth: int, members: Rows, pp: Rows) -> Fleet:
         """Some of the members, again and again if need be, each in so many pipeline stages, for their memory; prices
         need none. Kept, with what is the same for all loads."""
-        known: dict[object, Fleet] = vars(self).setdefault("known", {})
+        known: dict[tuple[str, int, bytes, bytes], Fleet] = vars(self).setdefault("known", {})
         key = kv_dtype, mtp_depth, members.tobytes(), pp.tobytes()
         if key in known:
             return known[key]
+        for other, like in known.items():
+            if other[1:] == key[1:]:  # the same weights beside another cache
+                known[key] = found = replace(like, quantization=replace(like.quantization, kv=kv_dtype))
+                vars(found).update({name: vars(like)[name] for name in WITHOUT_CACHE if name in vars(like)})
+                return found
         step, plan, load = self.step, self.step.plan, cast(Any, self.step.sizes.load)
         columns: dict[str, Any] = {n: getattr(self.layout, n)[members] for n in ("dp", "ep", "etp", "stage_ranks")}
         if load is not None:
@@ -120,8 +125,13 @@ class Fleet(Deployment):
         # a cached property: at every setting as many tokens are profiled
         profiled = (np.asarray(one) for one in self.profiled)
         vars(found)["profiled"] = tuple(one[members] if one.ndim else float(one) for one in profiled)
+        vars(found)["kept_beside"] = {}
         known[key] = found
         return found
+
+
+WITHOUT_CACHE = ("profiled", "kept_beside", "stage_weights", "context_bytes", "drafting")
+"""What is found of a fleet's memory whatever its cache holds."""
 
 
 def fleet(prototype: Deployment, members: Sequence[tuple[Layout, Options]], memo: Memo) -> Fleet:

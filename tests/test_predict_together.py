@@ -118,7 +118,9 @@ def test_steps_priced_ahead_are_priced_the_same() -> None:
         wanted = step.price(*at)
         assert [p.row.module for p in found.rows] == [p.row.module for p in wanted.rows]
         for one, other in zip(found.rows, wanted.rows, strict=True):
-            np.testing.assert_allclose(one.seconds, other.seconds, rtol=1e-13)
+            # rows that are no longer for more cached tokens may stand once, or once for each of their numbers
+            own, alone = np.broadcast_arrays(one.seconds, other.seconds)
+            np.testing.assert_allclose(own, alone, rtol=1e-13)
         np.testing.assert_allclose(found.seconds, wanted.seconds, rtol=1e-13)
 
 

@@ -56,15 +56,24 @@ def read_kept(kept: Path | None, kind: type[ProfileT]) -> ProfileT | None:
         with kept.open("rb") as file:
             profile = _Profiles(file).load()
         if isinstance(profile, kind):
-            while len(_known) >= MOST_SHARED:
-                del _known[next(iter(_known))]
-            _known[kept] = profile
-            return profile
+            return _remembered(kept, profile)
     return None
 
 
 _known: dict[Path, Frozen] = {}
 """What this process has read, by where it is kept."""
+
+
+def _remembered(kept: Path, profile: ProfileT) -> ProfileT:
+    while len(_known) >= MOST_SHARED:
+        del _known[next(iter(_known))]
+    _known[kept] = profile
+    return profile
+
+
+def kept_as(profile: Frozen) -> str:
+    """The name of the file that a profile is kept in, which stands for its content; empty for one that was made."""
+    return next((path.stem for path, one in _known.items() if one is profile), "")
 
 
 _shared: list[Frozen] = []
@@ -89,3 +98,4 @@ def keep(kept: Path | None, profile: Frozen) -> None:
     if kept is not None:
         with contextlib.suppress(OSError):  # a read-only home costs time, not the answer
             write_atomically(kept, pickle.dumps(profile, protocol=5))
+        _remembered(kept, profile)

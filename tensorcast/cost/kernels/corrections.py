@@ -6,16 +6,19 @@ constants now (a user's own calibration), the model is left alone and the formul
 
 from __future__ import annotations
 
+import atexit
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.cost.kernels.formula import constants_digest, formula_of
-from tensorcast.cost.kernels.predictor import CARRIED, TRANSFERRED, Predictor, predictor_for
+from tensorcast.cost.kernels.kept_answers import Answers, answers_file, keep_answers, read_answers
+from tensorcast.cost.kernels.predictor import CARRIED, TRANSFERRED, Predictor, model_path, predictor_for
 from tensorcast.cost.kernels.vocabulary import UNRELATED
 from tensorcast.cost.work import Array, Size
 from tensorcast.profiles.device import DeviceProfile
@@ -60,8 +63,11 @@ class Corrections:
     predictor: Predictor
     _residuals: dict[Name, tuple[str, str] | None] = field(default_factory=dict)
     _found: dict[tuple[Hashable, ...], Correction] = field(default_factory=dict)
-    _answers: dict[tuple[str, ...], tuple[Array, Array]] = field(default_factory=dict)
-    """By kernel and names of its sizes: codes of sizes, ascending, and ``[3, codes]`` factor, error, level."""
+    _answers: Answers = field(default_factory=dict)
+    kept: Path | None = None
+    """Where answers are kept for other processes."""
+    more: bool = False
+    """Whether there are any that the file has not."""
 
     def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> Correction | None:
         """The correction of ``family`` at ``sizes`` (all of its own), scalars or arrays that broadcast; None where no
@@ -118,6 +124,7 @@ class Corrections:
             values = np.concatenate([values, [found.factor, error, found.level]], axis=1)
             order = np.argsort(known, kind="stable")
             known, values = self._answers[(*name, *sizes)] = known[order], values[:, order]
+            self.more = True
             place = np.searchsorted(known, asked)
         factor, error, level = values[:, place.reshape(shape)]
         return Correction(factor[()], error[()], level.astype(int)[()], *belongs)
@@ -275,5 +282,16 @@ def corrections_for(device: DeviceProfile, engine: str) -> Corrections:
     if key not in _corrections:
         while len(_corrections) >= MOST_DEVICES:
             del _corrections[next(iter(_corrections))]
-        _corrections[key] = Corrections(predictor_for(device, engine, served=True))
+        models = filter(None, (model_path(device.name), model_path(TRANSFERRED)))
+        kept, predictor = answers_file(device, engine, *models), predictor_for(device, engine, served=True)
+        _corrections[key] = Corrections(predictor, _answers=read_answers(kept), kept=kept)
     return _corrections[key]
+
+
+@atexit.register
+def keep_all() -> None:
+    """Keep what has been answered since."""
+    for one in _corrections.values():
+        if one.kept is not None and one.more:
+            keep_answers(one.kept, one._answers)
+            one.more = False

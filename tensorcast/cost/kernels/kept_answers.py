@@ -1,0 +1,66 @@
+"""What kernels' fitted models answered, kept on disk from process to process: a search asks for thousands of sizes, and
+the next one mostly for the same.
+
+A file holds numbers alone: one line of JSON says whose they are, the rest are doubles. Its name stands for all that an
+answer hangs on: the device's profile, the engines', the fitted models and the code that prices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zlib
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from tensorcast.cost.work import Array
+from tensorcast.files import cache_dir, digest_of, write_atomically
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.kept import kept_as
+from tensorcast.profiles.store import profile_roots
+
+Answers = dict[tuple[str, ...], tuple[Array, Array]]
+"""By kernel and names of its sizes: codes of sizes, ascending, and ``[3, codes]`` factor, error, level."""
+
+MOST_KEPT = 1 << 17
+"""Sizes in one file (4 MB); a process that has asked for more keeps none of them."""
+
+_CODE = tuple(sorted(Path(__file__).parent.parent.rglob("*.py")))
+
+
+def answers_file(device: DeviceProfile, engine: str, *models: Path) -> Path | None:
+    """Where the answers of ``models`` for a device under an engine are kept; None for a device that is in no file, and
+    without a cache."""
+    folder, name = cache_dir(), kept_as(device)
+    if folder is None or not name or not models:
+        return None
+    engines = (path for root in profile_roots() for path in sorted((root / "engines").glob("*.y*ml")))
+    return folder / "answers" / f"{name}-{engine}-{np.__version__}-{digest_of((*_CODE, *engines, *models))[:16]}"
+
+
+def read_answers(path: Path | None) -> Answers:
+    """What is kept; nothing where there is no file, or it is damaged."""
+    if path is None:
+        return {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        head, _, body = path.read_bytes().partition(b"\n")
+        said = json.loads(head)
+        if said["crc32"] == zlib.crc32(body):
+            ends, every = [0, *accumulate(said["sizes"])], np.frombuffer(body).reshape(4, -1)
+            spans = zip(said["kernels"], ends, ends[1:], strict=False)
+            return {tuple(name): (every[0, start:end], every[1:, start:end]) for name, start, end in spans}
+    return {}
+
+
+def keep_answers(path: Path, answers: Mapping[tuple[str, ...], tuple[Array, Array]]) -> None:
+    """Write them all, unless they are too many."""
+    sizes = [len(codes) for codes, _ in answers.values()]
+    if not 0 < sum(sizes) <= MOST_KEPT:
+        return
+    every = np.concatenate([np.vstack([codes, values]) for codes, values in answers.values()], axis=1)
+    head = {"kernels": [list(name) for name in answers], "sizes": sizes, "crc32": zlib.crc32(body := every.tobytes())}
+    with contextlib.suppress(OSError):  # a read-only home costs time, not the answer
+        write_atomically(path, json.dumps(head).encode() + b"\n" + body)

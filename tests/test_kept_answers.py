@@ -1,0 +1,112 @@
+"""Answers of fitted models that stay on disk: the same in the next process, asked of no model again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tensorcast.cost.kernels import corrections, kept_answers
+from tensorcast.cost.kernels.corrections import corrections_for, keep_all
+from tensorcast.cost.kernels.kept_answers import Answers, answers_file, keep_answers, read_answers
+from tensorcast.cost.kernels.predictor import Predictor, model_path
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.store import load_device
+
+SIZES: dict[str, Any] = {"m": np.array([0.5, 1.0, 96.0, 4096.0]), "n": 4096.0, "k": 7168.0, "batch": 1.0}
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceProfile]:
+    """A device whose answers are kept in a folder of the test's."""
+    monkeypatch.setenv("TENSORCAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(corrections, "_corrections", {})
+    yield load_device("h200")
+
+
+def _next_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_all()
+    monkeypatch.setattr(corrections, "_corrections", {})
+
+
+def test_the_next_process_asks_no_model(device: DeviceProfile, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, price = Counter[str](), Predictor.price
+
+    def counted(self: Any, family: str, *rest: Any) -> Any:
+        asked[family] += 1
+        return price(self, family, *rest)
+
+    monkeypatch.setattr(Predictor, "price", counted)
+    first = corrections_for(device, "vllm").at("gemm", "bf16", "", SIZES)
+    assert first is not None and asked["gemm"] > 0
+    _next_process(monkeypatch)
+    asked.clear()
+    again = corrections_for(device, "vllm").at("gemm", "bf16", "", SIZES)
+    assert again is not None and not asked
+    for name in ("factor", "error", "level"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
+    # what is new is asked, and kept beside the rest
+    more: dict[str, Any] = {**SIZES, "m": np.array([96.0, 97.0])}
+    assert corrections_for(device, "vllm").at("gemm", "bf16", "", more) is not None and asked["gemm"] == 1
+    _next_process(monkeypatch)
+    asked.clear()
+    for sizes in (SIZES, more):
+        corrections_for(device, "vllm").at("gemm", "bf16", "", sizes)
+    assert not asked
+
+
+@pytest.mark.parametrize("damage", [
+    lambda whole: whole[:-8], lambda whole: whole[:-3], lambda whole: b"", lambda whole: b"{}\n",
+    lambda whole: whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], lambda whole: b"[1]" + whole,
+    lambda whole: whole.partition(b"\n")[0],
+])  # fmt: skip
+def test_a_damaged_file_is_as_none_and_written_anew(
+    device: DeviceProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any
+) -> None:
+    first = corrections_for(device, "vllm").at("gemm", "bf16", "", SIZES)
+    _next_process(monkeypatch)
+    (kept,) = (tmp_path / "answers").iterdir()
+    whole = kept.read_bytes()
+    assert read_answers(kept)
+    kept.write_bytes(damage(whole))
+    assert read_answers(kept) == {}
+    again = corrections_for(device, "vllm").at("gemm", "bf16", "", SIZES)
+    assert first is not None and again is not None
+    np.testing.assert_array_equal(again.factor, first.factor)
+    _next_process(monkeypatch)
+    assert kept.read_bytes() == whole
+
+
+def test_a_file_stands_for_all_that_answers_hang_on(
+    device: DeviceProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_path("h200-sxm")
+    assert model is not None
+    other = tmp_path / "model.npz"
+    other.write_bytes(model.read_bytes() + b"0")
+    code = tmp_path / "code.py"
+    code.write_text("1")
+    asked: list[tuple[Any, ...]] = [(device, "vllm", model), (device, "sglang", model), (device, "vllm", other)]
+    named = {answers_file(*one) for one in (*asked, (load_device("h100"), "vllm", model))}
+    monkeypatch.setattr(kept_answers, "_CODE", (code,))
+    named.add(answers_file(device, "vllm", model))
+    assert len(named) == 5 and None not in named
+    assert answers_file(device.model_copy(), "vllm", model) is None  # nobody knows what was changed
+    assert answers_file(device, "vllm") is None
+    monkeypatch.setenv("TENSORCAST_CACHE", "off")
+    assert answers_file(device, "vllm", model) is None
+
+
+def test_too_many_answers_are_not_kept(tmp_path: Path) -> None:
+    few: Answers = {("gemm", "bf16", "", "m"): (np.arange(3.0), np.ones((3, 3)))}
+    sizes = np.arange(kept_answers.MOST_KEPT + 1.0)
+    many: Answers = {("gemm", "bf16", "", "m"): (sizes, np.ones((3, len(sizes))))}
+    keep_answers(tmp_path / "one", few)
+    keep_answers(tmp_path / "one", many)
+    ((name, (codes, values)),) = read_answers(tmp_path / "one").items()
+    assert name == ("gemm", "bf16", "", "m") and codes.tolist() == [0, 1, 2] and (values == 1).all()
+    assert not list(tmp_path.glob(".*"))

@@ -50,8 +50,8 @@ class OneCurve:
 
     def __init__(self, decode: Deployment, context: float, largest: float, smallest: float = 0.0) -> None:
         self.batch = GRID[np.searchsorted(GRID, smallest) : np.searchsorted(GRID, largest) + 1]
-        price, n = decode.step.price(self.batch, 1.0, context), len(self.batch)
-        sequences_s = decode.engine.overhead.request_s * self.batch
+        held, n = np.maximum(self.batch, 1 / decode.layout.dp), len(self.batch)  # a step has a sequence at least
+        price, sequences_s = decode.step.price(held, 1.0, context), decode.engine.overhead.request_s * held
         attention = sum(s for p, s, _ in seconds_by_row(price, n) if getattr(p.row, "name", "") in PER_SEQUENCE)
         columns = {
             "seconds": price.seconds, "attention_s": attention + sequences_s, "error": price.error,

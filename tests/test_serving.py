@@ -254,7 +254,7 @@ def served(
     price = prefill.step.price(np.array(cut.batches), cut.tokens, cut.past)
     columns = {name: np.broadcast_to(v, (1, 3)) for name, v in prefill_columns(price, prefill).items()}
     rows = np.zeros(len(users), dtype=int)
-    found = decode_columns(decode.step.price(GRID, 1.0, float(traffic.context)))
+    found = decode_columns(decode.step.price(np.maximum(GRID, 1 / decode.layout.dp), 1.0, float(traffic.context)))
     ranks = decode.layout.dp * (workers[1] if workers else 1)
     given: dict[str, Any] = {
         "traffic": traffic, "engine": decode.engine, "decode_ranks": ranks, "depth": decode.options.mtp_depth,

@@ -206,7 +206,9 @@ def _priced(rows: list[_Row]) -> tuple[PrefillCosts, DecodeCurve]:
         asked.append((rows[part[0]].prefill.step, batch, tokens, past))
     grids = [GRID[: int(np.searchsorted(GRID, max(rows[i].largest for i in part))) + 1] for part in decodes]
     for part, grid in zip(decodes, grids, strict=True):
-        asked.append((rows[part[0]].decode.step, grid, 1.0, np.array([[rows[i].traffic.context] for i in part])))
+        decode = rows[part[0]].decode  # a step that decodes has a sequence, however few there are in the mean
+        least = np.maximum(grid, 1 / decode.layout.dp)
+        asked.append((decode.step, least, 1.0, np.array([[rows[i].traffic.context] for i in part])))
     priced, costs = iter(sums_of_many(asked)), []
     for part, several in zip(prefills, cuts, strict=True):
         columns = prefill_columns(next(priced), rows[part[0]].prefill)

@@ -41,6 +41,10 @@ CONFIGURATION = {"grouped_gemm": ("hidden", "inter", "topk", "experts", "moe_tp"
 """Sizes that an engine picks its kernel by once, for all numbers of tokens: measured configurations may run at a level
 of their own, which no size explains."""
 
+ATTENTION = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
+ATTENDED = ("new", "past")
+"""Families that take no less for more tokens, and the sizes that count these."""
+
 SOURCE_OF = ("hidden", "inter", "topk", "experts")
 """Sizes of a model, whose experts an engine runs with a library of its choice: one where ranks hold whole experts
 (``moe_ep`` over 1), one else."""
@@ -136,6 +140,16 @@ class Kernel:
             total = total + np.log2(np.maximum(value / max(high + more, 1e-9), 1.0))
             total = total + (np.log2(np.maximum(low / value, 1.0)) if low > 0 else 0.0)
         return total
+
+    def longer(self, columns: Columns) -> Mask:
+        """Attention over more tokens, or of more new ones, than were measured: no other size is outside."""
+        none = np.zeros(len(next(iter(columns.values()))), dtype=bool)
+        if self.family not in ATTENTION:
+            return none
+        sides = [(name in ATTENDED, columns[name], *ends) for name, ends in self.box.items() if name in columns]
+        longer = np.any([none, *(values > high for counts, values, _, high in sides if counts)], axis=0)
+        inside = [(values >= low) & (counts | (values <= high)) for counts, values, low, high in sides]
+        return longer & np.all(inside, axis=0)
 
     def measured_shape(self, columns: Columns) -> Mask:
         """Whether the sizes of :data:`LINES` are a combination that was measured, one of those ``seen``, and not with

@@ -35,6 +35,12 @@ class Estimate:
         """``measured``, ``calibrated`` or ``datasheet`` per call."""
         return np.array(LEVELS, dtype=object)[self.level]
 
+    def at_least(self, seconds: Array) -> Estimate:
+        """Calls that take these seconds at least, with intervals and factors as wide and as large over them."""
+        more = np.maximum(seconds / self.seconds, 1.0)
+        scaled = {name: getattr(self, name) * more for name in ("seconds", "low", "high", "factor")}
+        return replace(self, **scaled)
+
 
 def in_order(parts: Sequence[Estimate], places: Sequence[NDArray[np.int_]]) -> Estimate:
     """Calls that were priced apart, as they stood."""

@@ -160,8 +160,16 @@ class Predictor:
             features = of_library(by_formula.features, kernel.library(columns))
             seconds = self._with_residual(kernel, by_formula, columns, features, shape)
             return estimated(seconds, by_formula, kernel.interval(seconds, columns, measured), np.where(measured, 2, 1))
-        if (shape == shape[0]).all() and not (shape & inside).any():
-            return self._extrapolated(kernel, formula, columns, measured_shape=bool(shape[0]))
+        if not shape.any():
+            return self._extrapolated(kernel, formula, columns, measured_shape=False)
+        if shape.all() and not inside.any():
+            found = self._extrapolated(kernel, formula, columns, measured_shape=True)
+            if not (longer := kernel.longer(columns)).any():
+                return found
+            # longer contexts than were timed take no less than the longest that was, whatever other sizes' rows say
+            edge = {name: np.clip(columns[name], *kernel.box.get(name, (0.0, np.inf))) for name in columns}
+            least = self._by_kernel(kernel, family, dtype, variant, edge)
+            return found.at_least(np.where(longer, least.seconds, 0.0))
         groups = [at for at in (shape & inside, shape & ~inside, ~shape) if at.any()]
         some = ({n: values[at] for n, values in columns.items()} for at in groups)
         parts = [self._by_kernel(kernel, family, dtype, variant, each) for each in some]

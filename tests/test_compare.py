@@ -32,7 +32,7 @@ from tensorcast.search.candidate_arrays import batches, largest_where
 from tensorcast.search.candidate_table import COLUMNS, MEMORY, candidates_of
 from tensorcast.search.candidates import aggregated as all_aggregated
 from tensorcast.search.candidates import disaggregated as all_pools
-from tensorcast.search.candidates import steady
+from tensorcast.search.candidates import steady, told
 from tensorcast.search.compare import Comparison
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import alike, pareto
@@ -76,7 +76,7 @@ def test_every_candidate_is_priced_as_if_alone(shop: VariantPrices) -> None:
     generator = np.random.default_rng(0)
     scenario, limits, several = shop.scenario, (3.0, 0.06), 0
     for pools, (every, _) in ((False, all_aggregated(shop, limits)), (True, all_pools(shop, 16, limits))):
-        points = every if pools else every.where(steady(shop, every))
+        points = told(shop, every if pools else every.where(steady(shop, every)))
         assert len(points.variant) > 0.9 * len(every.variant)
         for i in generator.choice(len(points.variant), 100, replace=False):
             variant = shop.variants[points.variant[i]]
@@ -106,7 +106,7 @@ def test_every_candidate_is_priced_as_if_alone(shop: VariantPrices) -> None:
 
 
 def test_memory_is_that_of_the_deployment(shop: VariantPrices) -> None:
-    points, _ = all_aggregated(shop)
+    points = told(shop, all_aggregated(shop)[0])
     some = points.where(np.random.default_rng(1).choice(len(points.variant), 30, replace=False))
     table = candidates_of(TASK, shop, "aggregated", some).where(slice(None))
     for i in range(30):

@@ -17,7 +17,7 @@ from tensorcast.profiles import kept
 from tensorcast.profiles.store import load_engine
 from tensorcast.search import compare, search, search_task, variant_prices, workspace
 from tensorcast.serving.prefill_costs import PrefillCosts
-from tensorcast.serving.steady_state import Disaggregated
+from tensorcast.serving.steady_state import Disaggregated, ServingModel
 
 
 @pytest.fixture
@@ -151,6 +151,7 @@ def test_prices_that_steps_share_are_read_once(made: Counter[str], monkeypatch: 
 
 def test_a_closed_loop_looks_at_the_queue_once(made: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     looked, at_rate, closed_loop = Counter[str](), PrefillCosts.at_rate, Disaggregated.closed_loop
+    metrics = ServingModel.metrics
 
     def rated(self: Any, rate: Any) -> Any:
         looked["queues"] += 1
@@ -160,10 +161,27 @@ def test_a_closed_loop_looks_at_the_queue_once(made: Counter[str], monkeypatch: 
         looked["loops"] += 1
         return closed_loop(self, batch)
 
+    def said(self: Any, batch: Any, concurrency: Any) -> Any:
+        looked["told"] += isinstance(self, Disaggregated)
+        return metrics(self, batch, concurrency)
+
+    monkeypatch.setattr(ServingModel, "metrics", said)
     monkeypatch.setattr(PrefillCosts, "at_rate", rated)
     monkeypatch.setattr(Disaggregated, "closed_loop", closed)
     _ask(ttft_s=0.3)
-    assert looked["loops"] == looked["queues"] > 2
+    assert looked["loops"] + looked["told"] == looked["queues"] > 2
+
+
+def test_all_is_told_of_chosen_candidates_alone(made: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    told, metrics = list[int](), ServingModel.metrics
+
+    def counted(self: Any, batch: Any, concurrency: Any) -> Any:
+        told.append(len(batch))
+        return metrics(self, batch, concurrency)
+
+    monkeypatch.setattr(ServingModel, "metrics", counted)
+    found = tc.compare("qwen3-30b-a3b", device="h200", world_size=4, input_len=1024, output_len=128, tpot_s=0.05)
+    assert sum(told) == len(found.candidates) < found.examined / 3
 
 
 def test_a_question_asked_again_prices_nothing(made: Counter[str]) -> None:

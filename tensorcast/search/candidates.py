@@ -55,9 +55,9 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
         rows, batch = batches(largest, chosen, new=known is not None)
         engine = _engine(shop, budget, rows)
         state = engine.at(batch)
-        served = engine.metrics(batch, state.concurrency, state)
+        times = engine.times(batch, state.concurrency, state)
         extra = {"chunk_tokens": np.full(len(rows), float(budget)), "largest_batch": most[rows]}
-        points = Points(rows, served.columns() | extra)
+        points = Points(rows, times | extra)
         if known is None:
             shop.whatever[budget] = points.where(slice(len(batches(largest)[0])))
         both = [points] if known is None else [known, points]  # those that limits choose come last
@@ -80,6 +80,26 @@ def _engine(shop: VariantPrices, budget: int, rows: Rows) -> Aggregated:
         decoding=DecodeCurve(shop.grid, shop.curves, rows),
         prompts=shop.prompts[budget].where(rows),
     )
+
+
+def told(shop: VariantPrices, points: Points) -> Points:
+    """Points that were chosen, with all that there is to say of them."""
+    c, rows = points.columns, points.variant
+    models: list[tuple[Rows, Aggregated | Disaggregated]] = []
+    if "chunk_tokens" in c:
+        for budget in {*c["chunk_tokens"].tolist()}:
+            mine = np.flatnonzero(c["chunk_tokens"] == budget)
+            models.append((mine, _engine(shop, int(budget), rows[mine])))
+    else:
+        which = c["prefill"].astype(int)
+        costs = (shop.readers or shop).own_prompts.where(which)
+        pools = _Pools(which, costs, rows, c["prefill_workers"], c["decode_workers"], c["hand_over_s"])
+        models.append((np.arange(len(rows)), pools.of(shop)))
+    every: dict[str, Array] = {}
+    for mine, model in models:
+        for name, values in model.metrics(c["batch"][mine], c["concurrency"][mine]).columns().items():
+            every.setdefault(name, np.empty(len(rows)))[mine] = values
+    return Points(rows, every | c)
 
 
 def steady(shop: VariantPrices, points: Points) -> Mask:
@@ -216,12 +236,12 @@ class _Pools(Entries):
     def serve(self, shop: VariantPrices, batch: Array) -> Points:
         """What they serve at their batches; infinitely many users where prompts come faster than they are read."""
         pools = self.of(shop)
-        served = pools.metrics(batch, *pools.closed_loop(batch))
+        times = pools.times(batch, *pools.closed_loop(batch))
         extra = {
             "prefill": self.prefill, "prefill_workers": self.x, "decode_workers": self.y,
-            "largest_batch": np.minimum(shop.room_decode[self.rows], LARGEST_BATCH),
+            "largest_batch": np.minimum(shop.room_decode[self.rows], LARGEST_BATCH), "hand_over_s": self.hand_over_s,
         }  # fmt: skip
-        return Points(self.rows, served.columns() | extra)
+        return Points(self.rows, times | extra)
 
     def sooner(self, shop: VariantPrices, points: Points, ttft_s: float) -> Points:
         """Of ``points`` that are late with a first token: the largest smaller batch in time, if there is any."""

@@ -14,7 +14,7 @@ from tensorcast.cost.evidence import NORMAL_90
 from tensorcast.parallel import uncollected
 from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.candidate_table import NONE, Candidates, candidates_of
-from tensorcast.search.candidates import aggregated, disaggregated, steady
+from tensorcast.search.candidates import aggregated, disaggregated, steady, told
 from tensorcast.search.refine import finer
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import worth_a_row
@@ -119,10 +119,11 @@ def worth_showing(
         least = served_interval(0.0, 0.0, 0.0, engine=task.engine, pools=mode == "disaggregated")
         ttft, tpot = (float(least[name]) ** sigmas for name in ("ttft_s", "tpot_s"))
         limits = (task.ttft_s and task.ttft_s / ttft, task.tpot_s and task.tpot_s / tpot)
+        shop = prices if mode == "aggregated" else prices.in_pools()
         points, slow = (
-            aggregated(prices, limits)
+            aggregated(shop, limits)
             if mode == "aggregated"
-            else disaggregated(prices.in_pools(), task.paid_gpus, limits, task.pools_room() if task.pools else ())
+            else disaggregated(shop, task.paid_gpus, limits, task.pools_room() if task.pools else ())
         )
         pruned[NO_PACE] += slow
         if not len(points.variant):
@@ -136,5 +137,5 @@ def worth_showing(
             pruned[NO_PACE] += int((~inside).sum())
             kept = kept.where(inside)
         if len(kept.variant):
-            found[mode] = kept
+            found[mode] = told(shop, kept)
     return found, examined

@@ -111,26 +111,33 @@ class ServingModel(ABC):
         waits = concurrency / (batch * self.decode_ranks) * state.place_s - state.generation_s
         return np.maximum(state.first_s, waits)
 
-    def metrics(self, batch: Array, concurrency: Array, state: SteadyState | None = None) -> ServingMetrics:
-        """What users meet at ``batch``; of ``concurrency`` requests, those that find no room wait for it. ``state``:
-        :meth:`at` both, where it is known."""
-        state, decoding = self.at(batch, concurrency) if state is None else state, self.decoding
-        generation = state.generation_s
+    def times(self, batch: Array, concurrency: Array, state: SteadyState) -> dict[str, Array]:
+        """Of :meth:`metrics` what a search chooses by: how long users wait, how many tokens come, how sure that is."""
         ttft = self.ttft_s(batch, concurrency, state)
-        prefill_share = np.clip(1 - state.plain_s / state.step_s, 0.0, 1.0)
-        tpot = generation / np.maximum(self.traffic.output_len - 1, 1)
+        tpot = state.generation_s / np.maximum(self.traffic.output_len - 1, 1)
         request = ttft + tpot * (self.traffic.output_len - 1)
+        prefill_share = np.clip(1 - state.plain_s / state.step_s, 0.0, 1.0)
+        steps_error = (1 - prefill_share) * self.decoding.at("error", batch)
+        return {
+            "concurrency": concurrency,
+            "batch": batch,
+            "ttft_s": ttft,
+            "tpot_s": tpot,
+            "request_s": request,
+            "output_tokens_per_s": concurrency / request * self.traffic.output_len,
+            "ttft_error": np.broadcast_to(self.prompts.error, ttft.shape),
+            "tpot_error": np.hypot(steps_error, prefill_share * self.prompts.error),
+        }
+
+    def metrics(self, batch: Array, concurrency: Array) -> ServingMetrics:
+        """What users meet at ``batch``; of ``concurrency`` requests, those that find no room wait for it."""
+        state, decoding = self.at(batch, concurrency), self.decoding
+        times: dict[str, Any] = self.times(batch, concurrency, state)
+        prefill_share = np.clip(1 - state.plain_s / state.step_s, 0.0, 1.0)
         return ServingMetrics(
-            concurrency=concurrency,
-            batch=batch,
-            ttft_s=ttft,
-            tpot_s=tpot,
-            request_s=request,
-            output_tokens_per_s=concurrency / request * self.traffic.output_len,
-            ttft_error=np.broadcast_to(self.prompts.error, ttft.shape),
-            tpot_error=np.hypot((1 - prefill_share) * decoding.at("error", batch), prefill_share * self.prompts.error),
+            **times,
             decode_step_s=state.plain_s,
-            prefill_step_s=np.broadcast_to(self.prompts.step_s, ttft.shape),
+            prefill_step_s=np.broadcast_to(self.prompts.step_s, times["ttft_s"].shape),
             exposed_comm_s=decoding.at("exposed_comm_s", batch),
             hidden_comm_s=decoding.at("hidden_comm_s", batch),
             evidence={

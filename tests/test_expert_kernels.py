@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from tensorcast.calibrate.kernel_models.expert_libraries import known_models
 from tensorcast.cost.kernels.device_model import CONFIGURATION, SOURCE_OF, UNTUNED
 from tensorcast.cost.kernels.formula import formula_of
-from tensorcast.cost.kernels.predictor import predictor_for
+from tensorcast.cost.kernels.predictor import predict_kernels, predictor_for
 from tensorcast.cost.kernels.triton_tiles import NONE, TILES, TRITON, of_library
 from tensorcast.cost.kernels.vocabulary import SOURCES, source_of
 from tensorcast.deploy.deployment import deploy
@@ -120,6 +122,22 @@ def test_a_library_not_timed_under_an_engine_is_priced_by_the_table_that_has_it(
     more = {"moe_ep": np.ones(40), "slots": size["experts"], "gated": np.ones(40), "skew": np.zeros(40)}
     formula = formula_of("grouped_gemm", dtype, "", size | more, load_device("b200"), engine=engine)
     assert np.allclose(mixed.factor * formula.seconds, mixed.seconds)
+
+
+def test_lent_kernels_are_nearer_than_those_that_run_now() -> None:
+    """What vLLM 0.22.0's table timed of Triton on B200, which no fit has seen: SGLang's table of the library against
+    vLLM's of the kernels that it runs since."""
+    rows = pd.read_csv(Path(__file__).parent / "data" / "vllm_triton_b200.csv", comment="#")
+    rows = rows.rename(columns={"moe_dtype": "dtype"}).assign(family="moe")
+    measured = rows.pop("latency").to_numpy() / 1e3
+    lent, now = (
+        predict_kernels(rows.assign(kernel_source=name), device="b200", engine="vllm")
+        for name in ("vllm_fused_moe_triton", "vllm_flashinfer_trtllm_moe")
+    )
+    off, before = (np.abs(np.log(found["seconds"] / measured)) for found in (lent, now))
+    assert off.median() < 0.3 < before.median() and (off < before).mean() > 0.7
+    assert set(lent["evidence"]) == {"calibrated"}
+    assert 0.6 < ((lent["low"] < measured) & (measured < lent["high"])).mean() < 0.95
 
 
 def test_generated_kernels_without_a_router_take_as_their_twins_by_what_other_models_took() -> None:

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.kernels.device_model import CONFIGURATION, LINES, UNTUNED, DeviceModel, Kernel, read_model
-from tensorcast.cost.kernels.estimates import PARTS, Estimate, borrowed, estimated, in_order, without_residual
+from tensorcast.cost.kernels.estimates import (
+    LENT_ERROR,
+    PARTS,
+    Estimate,
+    borrowed,
+    estimated,
+    in_order,
+    without_residual,
+)
 from tensorcast.cost.kernels.expert_load import skew_of
 from tensorcast.cost.kernels.formula import KernelFormula, formula_of
 from tensorcast.cost.kernels.lattice import SIDES, Lattice
@@ -123,7 +131,7 @@ class Predictor:
             places.append(np.flatnonzero(columns["source"] == code))
             some = {size: values[places[-1]] for size, values in columns.items()}
             by_own = formula_of(*name, some, self.device, engine=own.engine)  # what the asked one is corrected over
-            parts.append(borrowed(self._by_kernel(other, *name, some), by_own))
+            parts.append(borrowed(self._by_kernel(other, *name, some), by_own, LENT_ERROR))
         rest = np.isin(columns["source"], [code for code, _ in lent], invert=True)
         if rest.any():
             places.append(np.flatnonzero(rest))

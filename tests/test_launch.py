@@ -140,7 +140,7 @@ def test_drafted_tokens() -> None:
     assert vllm[vllm.index("--max-model-len") + 1] == "5122"
     sglang = written("sglang", "tp8-ep8", options).commands[0]
     assert re.sub(r"\s*\\\n\s*", " ", sglang).endswith(
-        "--speculative-algorithm NEXTN --speculative-num-steps 2 --speculative-eagle-topk 1 "
+        "--speculative-algorithm EAGLE --speculative-num-steps 2 --speculative-eagle-topk 1 "
         "--speculative-num-draft-tokens 3"
     )
     config = yaml.safe_load(written("trtllm", "tp8-ep8", options).config_files["trtllm-serve.yaml"])

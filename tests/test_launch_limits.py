@@ -258,3 +258,52 @@ def test_unasked_tokens_are_gathered_where_deepep_has_no_kernels() -> None:
         command = launch("sglang", load_model("qwen3-30b-a3b"), parse_layout("dp8-ep8"), batch=8, input_len=100,
                          output_len=10, device=load_device(device)).commands[0]  # fmt: skip
         assert f"--moe-a2a-backend {flag} " in command
+
+
+@pytest.mark.parametrize(
+    ("release", "model", "layout", "options", "says"),
+    [
+        ("0.5.23", "glm-5.2", "dp8-ep8", Options(all2all="low_latency", dual_batch_overlap=True), "indexer chose"),
+        ("0.5.23", "glm-5", "dp8-ep8", Options(all2all="low_latency", dual_batch_overlap=True), ""),
+        ("0.5.23", "deepseek-v4-flash", "tp8", Options(mtp_depth=2, speculative_method="eagle3"), "DeepSeek-V4 drafts"),
+        ("0.5.23", "deepseek-v4-flash", "tp8", Options(mtp_depth=2, speculative_method="dspark"), ""),
+        ("0.5.14", "deepseek-v4-flash", "tp8", Options(mtp_depth=1), ""),
+        ("0.5.23", "glm-5", "tp8", Options(mtp_depth=2, speculative_method="ngram"), "pages of 64"),
+        ("0.5.23", "minimax-m3", "tp8", Options(mtp_depth=2, speculative_method="ngram"), "pages of 128"),
+        ("0.5.23", "deepseek-v3", "tp8", Options(mtp_depth=2, speculative_method="ngram"), ""),
+        ("0.5.23", "gpt-oss-120b", "dp8-ep8", Options(all2all="deepep_v2"), "not let run this model's class"),
+        ("0.5.23", "deepseek-v3", "dp8-ep8", Options(all2all="deepep_v2"), ""),
+        ("0.5.23", "qwen2.5-72b", "tp8", Options(quant="nvfp4"), "makes nvfp4 on blackwell alone"),
+        ("0.5.14", "qwen2.5-72b", "tp8", Options(quant="fp8"), ""),
+    ],
+)
+def test_what_sglang_refuses_after_parsing(
+    release: str, model: str, layout: str, options: Options, says: str
+) -> None:
+    """Found by running its resolution of arguments (run_resolution_pipeline) on every printed command: 0.5.23,
+    arg_groups/model_hook.py, deepseek_v4_hook.py, speculative_hook.py, moe_hook.py, overrides.py."""
+    found = launch(f"sglang=={release}", load_model(model), parse_layout(layout), options, batch=16, input_len=1000,
+                   output_len=100, device=load_device("h200"))  # fmt: skip
+    assert (says in found.problem) if says else not found.problem
+    if options.mtp_depth and options.speculative_method == "mtp":
+        assert "--speculative-algorithm EAGLE" in found.commands[0]  # NEXTN is refused for DeepSeek-V4
+
+
+def test_what_sglang_wants_with_its_exchange_kernels() -> None:
+    """0.5.23, arg_groups/moe_hook.py: FlashInfer's with a library's experts, DeepEP v2 with room for a chunk."""
+    sizes: dict[str, Any] = {"batch": 16, "input_len": 1000, "output_len": 100, "device": load_device("h200")}
+    said = {
+        kind: launch("sglang", QWEN, parse_layout("dp8-ep8"), Options(all2all=kind), **sizes).commands[0]
+        for kind in ("flashinfer_nvlink_one_sided", "deepep_v2", "nixl_ep")
+    }
+    assert "--moe-runner-backend flashinfer_cutlass" in said["flashinfer_nvlink_one_sided"]
+    assert "SGLANG_DEEPEP_V2_NUM_MAX_DISPATCH_TOKENS_PER_RANK=1024 " in said["deepep_v2"]
+    assert "--moe-runner-backend" not in said["nixl_ep"] and "DISPATCH_TOKENS" not in said["nixl_ep"]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_models_whose_configuration_is_their_own_code(engine: str) -> None:
+    """Neither transformers nor the engines read ``bailing_moe`` (Ling 2.0); Kimi-K3 and Step-3 engines do."""
+    for name, needed in (("ling-mini-2.0", True), ("kimi-k3", False), ("step-3", False), ("qwen3-30b-a3b", False)):
+        found = launch(engine, load_model(name), parse_layout("tp8"), batch=4, input_len=100, output_len=10)
+        assert ("--trust-remote-code" in found.commands[0]) == needed

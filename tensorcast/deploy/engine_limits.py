@@ -10,8 +10,9 @@ from typing import Any
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import BALANCED, Options
-from tensorcast.profiles.config_values import is_one_of
-from tensorcast.profiles.engine import EngineProfile, Lacking
+from tensorcast.profiles.config_values import is_one_of, text_of
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.experts import Lacking
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.memory import is_latent
 from tensorcast.trace.cache import WholeModel
@@ -303,13 +304,17 @@ def _of_blocks(c: Case) -> Iterator[Limit]:
 def _of_device(c: Case) -> Iterator[Limit]:
     """What the engine has no kernels for on the device; an entry of its profile holds where all that it names does."""
     architecture = "" if c.kernels is None else c.kernels.architecture.lower()
-    here = [] if c.kernels is None else [one for one in c.kernels.lacking if architecture in one.devices]
+    here = [] if c.kernels is None else [
+        one for one in c.kernels.lacking if not one.devices or architecture in one.devices
+    ]
     if c.kernels is None or not here:
         return
     config, stored, facts = c.kernels.config, c.kernels.whole.stored, c.kernels.whole.facts
     latent = is_latent(config) or bool(facts.compress_ratios)
     sparse = bool(facts.indexer_width) and latent
     experts = stored.experts if facts.num_experts else None
+    text = text_of(config)
+    shared = (text.get("index_topk_freq") or 1) > 1 or "shared" in (text.get("indexer_types") or ())
     for one in here:
         holds = (
             one.attention == "" or (sparse if one.attention == "sparse" else latent),
@@ -321,14 +326,21 @@ def _of_device(c: Case) -> Iterator[Limit]:
             not one.experts or (experts is not None and not {experts.name, experts.kernel}.isdisjoint(one.experts)),
             not one.exchanges or c.exchange in one.exchanges,
             c.nodes > 1 or not one.over_nodes,
+            not one.drafts or (c.options.mtp_depth > 0 and c.options.speculative_method in one.drafts),
+            c.options.dual_batch_overlap or not one.halved,
+            shared or not one.shared_choices,
         )
         if all(holds):
-            yield one.rule, f"{one.says}, not on {c.kernels.architecture}; {one.way}"
+            where = f", not on {c.kernels.architecture}" if one.devices else ""
+            yield one.rule, f"{one.says}{where}; {one.way}"
 
 
 def unasked_exchange(options: Options, engine: EngineProfile, architecture: str) -> Options:
     """``options`` whose exchange gathers tokens where the one that the engine would take has no kernels here."""
-    here = (one for one in engine.lacking if architecture.lower() in one.devices and not one.over_nodes)
+    here = (
+        one for one in engine.lacking
+        if architecture.lower() in one.devices and not (one.over_nodes or one.models or one.but_models or one.experts)
+    )  # fmt: skip
     lacking = {kind for one in here for kind in one.exchanges}
     if options.all2all != "auto" or lacking.isdisjoint(engine.all2all.values()):
         return options

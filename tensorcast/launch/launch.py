@@ -114,7 +114,7 @@ def launch(
         problem = problem or encoder.broken_encoders(table, model_profile)
     problem = problem or broken_prompts(options.pcp, layout) or broken_context(
         options.dcp, layout, case.facts, latent=is_latent(model_profile.config)
-    ) or _not_quantizable(table, have, want)
+    ) or _not_quantizable(table, have, want, device)
     if problem:
         return Launch(table.name, table.version, problem=problem)
     chunk = chunk_tokens or _chunk(case, profile, device)
@@ -308,7 +308,7 @@ def _kv(table: LaunchTable, kv_dtype: str, unasked: str) -> str:
     return "bf16_not_fp8" if table.name == "vllm" and (kv_dtype, unasked) == ("bf16", "fp8") else kv_dtype
 
 
-def _not_quantizable(table: LaunchTable, have: Quantization, want: Quantization) -> str:
+def _not_quantizable(table: LaunchTable, have: Quantization, want: Quantization, device: DeviceProfile | None) -> str:
     """Why the engine cannot turn a checkpoint that is ``have`` into ``want`` as it loads; empty if it can."""
     if (have.linear, have.experts) == (want.linear, want.experts):
         return ""
@@ -316,7 +316,10 @@ def _not_quantizable(table: LaunchTable, have: Quantization, want: Quantization)
     can = entry.values if entry else {}
     plain = {have.linear.name, have.experts.name} == {"bf16"}
     if plain and want.linear == want.experts and want.linear.name in can:
-        return ""
+        devices = entry.value_devices.get(want.linear.name, ()) if entry else ()
+        if device is None or not devices or device.architecture.lower() in devices:
+            return ""
+        return f"quantisation: at load {table.name} makes {want.linear.name} on {' and '.join(devices)} alone"
     kinds = f"from bf16 to {' or '.join(can)}" if can else "nothing"
     return (
         f"quantisation: the checkpoint is linear={have.linear.name}, experts={have.experts.name}; at load {table.name} "

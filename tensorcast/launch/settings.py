@@ -57,6 +57,11 @@ class Plan:
         return balances(self.case.options)
 
     @property
+    def remote_code(self) -> bool:
+        """Whether the model's configuration is code of its own repository."""
+        return self.model.config.get("model_type") in self.table.remote_code
+
+    @property
     def path(self) -> str:
         """The model's Hugging Face id, or a path to be filled in."""
         return self.model.hf_id if "/" in self.model.hf_id else f"/path/to/{self.model.name}"

@@ -22,6 +22,8 @@ def settings(plan: Plan, node: int) -> Settings:
     found.add("model", plan.path)
     found.add("host", "0.0.0.0")
     found.add("port", SERVER_PORT)
+    if plan.remote_code:
+        found.add("remote_code")
     _ranks(plan, dp, found)
     if nodes > 1:
         found.add("nodes", nodes)
@@ -107,7 +109,9 @@ def _drafting(plan: Plan, found: Settings) -> None:
 
 def _experts(plan: Plan, found: Settings) -> None:
     layout, options = plan.case.layout, plan.case.options
-    if options.experts_kernels != "engine":
+    if plan.case.exchange == "flashinfer_nvlink_one_sided" and options.experts_kernels == "engine":
+        found.add("experts_kernels", "cutlass")  # it runs with a library's experts alone (moe_hook.py, handle_a2a_moe)
+    elif options.experts_kernels != "engine":
         own = f"mxfp4_{options.experts_kernels}"  # a name of its own where the checkpoint is MXFP4 (gpt-oss)
         stored = (plan.model.config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
         values = plan.table.flags["experts_kernels"].values
@@ -124,6 +128,8 @@ def _experts(plan: Plan, found: Settings) -> None:
                 found.add("dispatch", options.dispatch)
         if _buffered(plan) > DEFAULT_DISPATCH_TOKENS:
             found.add("dispatch_tokens", _buffered(plan))
+        if exchange == "deepep_v2":
+            found.add("dispatch_tokens_v2", max(plan.decode_tokens, 0 if plan.role == "decode" else plan.chunk_tokens))
     _balancing(plan, found)
     if not options.shared_experts_fusion:
         found.add("shared_experts_apart")

@@ -22,6 +22,8 @@ def settings(plan: Plan, node: int) -> Settings:
     found, options = Settings(plan.table), plan.case.options
     found.add("host", "0.0.0.0")
     found.add("port", SERVER_PORT)
+    if plan.remote_code:
+        found.add("remote_code")
     _ranks(plan, node, found)
     _experts(plan, found)
     if plan.quant:

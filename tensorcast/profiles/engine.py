@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tensorcast.profiles.config_values import is_one_of
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.experts import ExpertKernels
+from tensorcast.profiles.experts import ExpertKernels, Lacking
 from tensorcast.profiles.memory import (
     MIB,
     CacheDtype,
@@ -39,24 +39,6 @@ Frontend = Literal["own", "dynamo"]
 PipelineSplit = Literal["first", "before_last", "last"] | tuple[int, ...]
 """Which stages of a pipeline have one more layer where layers do not divide: the first ones, those before the last
 one (which has the head), or the last ones."""
-
-
-class Lacking(Frozen):
-    """What no kernel of an engine does on some devices: all that is named here together."""
-
-    rule: str = Field(min_length=3, description="the limit of the launch table that it is")
-    devices: tuple[str, ...] = Field(min_length=1, description="architectures of devices")
-    attention: Literal["", "latent", "sparse"] = Field(default="", description="over latents; over chosen ones of them")
-    cache: Literal["", "fp8"] = ""
-    models: tuple[str, ...] = Field(default=(), description="model classes; else all")
-    but_models: tuple[str, ...] = Field(default=(), description="model classes that it does not hold for")
-    methods: tuple[str, ...] = Field(default=(), description="quant_method of a checkpoint; else any")
-    linear: tuple[str, ...] = Field(default=(), description="schemes of matmuls outside experts; else any")
-    experts: tuple[str, ...] = Field(default=(), description="schemes of routed experts; else any")
-    exchanges: tuple[str, ...] = Field(default=(), description="between experts; else any")
-    over_nodes: bool = Field(default=False, description="over several nodes alone")
-    says: str = Field(min_length=3)
-    way: str = Field(min_length=3, description="what to choose instead")
 
 
 class OwnGemms(Frozen):

@@ -1,6 +1,6 @@
 """What an engine profile says of experts' grouped GEMMs: whose kernels run for a model, and with which tiles."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -84,3 +84,24 @@ class ExpertKernels(Frozen):
                  if rule.holds(device.lower(), dtype, names, activation, spread=spread, attention_dp=attention_dp))
         chosen, wanted = next(found, ""), self.names.get(self.asked, ())
         return chosen if chosen in wanted or not wanted else wanted[0]
+
+
+class Lacking(Frozen):
+    """What no kernel of an engine does on some devices, or what it refuses on any: all that is named here together."""
+
+    rule: str = Field(min_length=3, description="the limit of the launch table that it is")
+    devices: tuple[str, ...] = Field(default=(), description="architectures of devices; else all")
+    attention: Literal["", "latent", "sparse"] = Field(default="", description="over latents; over chosen ones of them")
+    cache: Literal["", "fp8"] = ""
+    models: tuple[str, ...] = Field(default=(), description="model classes; else all")
+    but_models: tuple[str, ...] = Field(default=(), description="model classes that it does not hold for")
+    methods: tuple[str, ...] = Field(default=(), description="quant_method of a checkpoint; else any")
+    linear: tuple[str, ...] = Field(default=(), description="schemes of matmuls outside experts; else any")
+    experts: tuple[str, ...] = Field(default=(), description="schemes of routed experts; else any")
+    exchanges: tuple[str, ...] = Field(default=(), description="between experts; else any")
+    over_nodes: bool = Field(default=False, description="over several nodes alone")
+    drafts: tuple[str, ...] = Field(default=(), description="methods of drafting; else any, and none")
+    halved: bool = Field(default=False, description="of halved steps alone (dual-batch overlap)")
+    shared_choices: bool = Field(default=False, description="where layers take what an earlier indexer chose")
+    says: str = Field(min_length=3)
+    way: str = Field(min_length=3, description="what to choose instead")

@@ -20,6 +20,9 @@ class LaunchFlag(Frozen):
     place: Literal["command", "launcher", "environment", "config"] = "command"
     takes: Literal["value", "nothing"] = "value"
     values: dict[str, str] = Field(default={}, description="our word to the engine's; empty: passed on as it is")
+    value_devices: dict[str, tuple[str, ...]] = Field(
+        default={}, description="our word -> architectures of the devices that it is for; else for all"
+    )
     version: str | None = Field(default=None, description="of the engine it was read from, if not the table's")
     source: str
 
@@ -40,6 +43,9 @@ class LaunchTable(Frozen):
     description: str
     sources: dict[str, str]
     program: tuple[str, ...] = Field(min_length=1)
+    remote_code: tuple[str, ...] = Field(
+        default=(), description="types of models whose config.json neither transformers nor the engine reads by itself"
+    )
     flags: dict[str, LaunchFlag]
     rules: dict[str, LaunchRule]
 

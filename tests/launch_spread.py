@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
-from tensorcast.deploy.layout import parse_layout
+from tensorcast.deploy.layout import broken_rules, parse_layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
 from tensorcast.launch.launch import launch, launch_encoder
@@ -84,6 +84,8 @@ def printed(model: ModelProfile, engine: str, release: str, cases: tuple[Case, .
     """Commands of the cases that the engine can run."""
     device = load_device("h200")
     for case in cases:
+        if any(broken_rules(parse_layout(case.layout), model.stated_facts, device)):  # heads that do not divide
+            continue
         try:
             sizes: dict[str, Any] = {"batch": case.batch, "input_len": 2048, "output_len": 512, "device": device}
             if case.role == "encode":

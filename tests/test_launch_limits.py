@@ -289,6 +289,25 @@ def test_what_sglang_refuses_after_parsing(
         assert "--speculative-algorithm EAGLE" in found.commands[0]  # NEXTN is refused for DeepSeek-V4
 
 
+@pytest.mark.parametrize(
+    ("engine", "model", "options", "says"),
+    [
+        ("vllm==0.24.0", "deepseek-v3", Options(mtp_depth=1), "own layers do not draft in a pipeline"),
+        ("vllm==0.24.0", "nemotron-3-super-120b-a12b", Options(mtp_depth=1), ""),
+        ("vllm==0.24.0", "deepseek-v3", Options(), ""), ("vllm", "deepseek-v3", Options(mtp_depth=1), ""),
+        ("vllm==0.24.0", "kimi-k3", Options(), "model classes: this release"), ("vllm", "kimi-k3", Options(), ""),
+        ("sglang==0.5.14", "minimax-m3", Options(), "model classes: this release"),
+        ("vllm==0.24.0", "minimax-m3", Options(), "has no pipeline"),
+        ("sglang", "ling-3.0-flash", Options(), ""),
+    ],
+)  # fmt: skip
+def test_what_older_releases_do_not_have(engine: str, model: str, options: Options, says: str) -> None:
+    """vllm 0.24.0, models/registry.py and config/model.py (verify_with_parallel_config, of the draft's class)."""
+    found = launch(engine, load_model(model), parse_layout("tp8-pp2"), options, batch=4, input_len=100, output_len=10,
+                   device=load_device("b300"))  # fmt: skip
+    assert (says in found.problem) if says else not found.problem
+
+
 def test_what_sglang_wants_with_its_exchange_kernels() -> None:
     """0.5.23, arg_groups/moe_hook.py: FlashInfer's with a library's experts, DeepEP v2 with room for a chunk."""
     sizes: dict[str, Any] = {"batch": 16, "input_len": 1000, "output_len": 100, "device": load_device("h200")}

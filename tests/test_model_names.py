@@ -8,17 +8,20 @@ from typing import Any
 
 import public_configs
 import pytest
+import yaml
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
 
 import tensorcast as tc
 from tensorcast.cli import app
 from tensorcast.cost.memory import weight_bytes
 from tensorcast.deploy.model_names import named_model
+from tensorcast.errors import InputError
 from tensorcast.modeling.checkpoint.read import checkpoint, from_config
 from tensorcast.modeling.checkpoint.released import released
 from tensorcast.modeling.quantization import override
 from tensorcast.predict.run_columns import read_run
-from tensorcast.profiles.store import load_model
+from tensorcast.profiles.store import load_model, profile_roots
 from tensorcast.trace.cache import traced
 from tensorcast.trace.precision import by_precision
 
@@ -156,3 +159,20 @@ def test_a_release_that_was_made_wider_is_cut_as_it_is() -> None:
     with pytest.raises(tc.InputError, match="29568 / 2 = 14784 is no multiple of 128"):
         tc.simulate("someone/Qwen2.5-72B-Instruct-AWQ", device="a100", world_size=2)
     assert checkpoint(named_model("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int8")[0]).linear.name.startswith("w8a16")
+
+
+def test_names_of_models_that_ship_with_no_profile_say_what_to_do(tmp_path: Path) -> None:
+    """Every type that is named is one of transformers', or refused with a reason, by name and by its config.json."""
+    entries = yaml.safe_load((profile_roots()[-1] / "unshipped.yaml").read_text("utf-8"))
+    for entry in entries:
+        for name in entry["names"]:
+            with pytest.raises(InputError) as told:
+                load_model(f"somebody/{name}-instruct")
+            said = entry.get("refused", f"give the folder with its config.json (type {entry['type']})")
+            assert said in str(told.value) and (entry["type"] in CONFIG_MAPPING) != ("refused" in entry)
+        if "refused" in entry:
+            (tmp_path / "config.json").write_text(json.dumps({"model_type": entry["type"], "hidden_size": 64}))
+            with pytest.raises(InputError, match="has no price: half of its layers"):
+                load_model(tmp_path)
+    with pytest.raises(InputError, match="did you mean"):
+        load_model("qwen99")

@@ -327,6 +327,7 @@ def _of_device(c: Case) -> Iterator[Limit]:
             not one.exchanges or c.exchange in one.exchanges,
             c.nodes > 1 or not one.over_nodes,
             not one.drafts or (c.options.mtp_depth > 0 and c.options.speculative_method in one.drafts),
+            c.layout.pp > 1 or not one.in_pipeline,
             c.options.dual_batch_overlap or not one.halved,
             shared or not one.shared_choices,
         )
@@ -354,13 +355,15 @@ _SHARED = ("exchange kernels", "plain all-to-all", "balanced experts", "external
 ENGINE_RULES: dict[str, tuple[str, ...]] = {
     "vllm": (
         *_SHARED, "one exchange", "whole experts or all cut", "dual-batch overlap", "draft layers", "DSpark drafts",
-        "MoonEP", "prefill context parallelism", "prompts in parts", "data-parallel ranks on nodes", "DeepEP's ranks",
-        "DeepEP's devices", "vocabulary", *(rule for rule in ANY_ENGINE if rule != "devices of the engine"),
+        "model classes", "MoonEP", "prefill context parallelism", "prompts in parts", "data-parallel ranks on nodes",
+        "DeepEP's ranks", "DeepEP's devices", "vocabulary",
+        *(rule for rule in ANY_ENGINE if rule != "devices of the engine"),
     ),
     "sglang": (
-        *_SHARED, "all-to-all over all ranks", "dual-batch overlap", "draft layers", "drafts in a pipeline",
-        "DSpark drafts", "what drafts", "decode context parallelism", "prefill context parallelism", "DeepEP v2",
-        "dense replicas on one node", "even experts", "DeepEP's ranks", "DeepEP's devices", *ANY_ENGINE,
+        *_SHARED, "model classes", "all-to-all over all ranks", "dual-batch overlap", "draft layers",
+        "drafts in a pipeline", "DSpark drafts", "what drafts", "decode context parallelism",
+        "prefill context parallelism", "DeepEP v2", "dense replicas on one node", "even experts", "DeepEP's ranks",
+        "DeepEP's devices", *ANY_ENGINE,
     ),
     "trtllm": (
         *_SHARED, "one exchange", "attention over all ranks", "dense replicas", "all-to-all with whole experts",

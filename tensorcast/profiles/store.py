@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.beside_config import with_quantization
 from tensorcast.profiles.kept import keep, kept_file, read_kept
-from tensorcast.profiles.network.like import described_like
+from tensorcast.profiles.network.like import described_like, why_unshipped
 from tensorcast.profiles.releases import at_release
 
 if TYPE_CHECKING:
@@ -107,7 +107,6 @@ def profile_roots() -> tuple[Path, ...]:
 
 
 # Finding
-
 LONGEST_NAME, LONGEST_PATH = 255, 4000
 """Bytes of a file's name and characters of a path that systems take."""
 
@@ -136,7 +135,8 @@ def _path_of(kind: str, text: str) -> Path:
         raise InputError(f"{kind} {text}: no such file or directory")
     if not text:
         raise InputError(f"{kind}: the name is empty; `tensorcast {kind}s` lists them")
-    unknown = unknown_name(kind, text, _names(kind), _short(kind, tuple(_files(kind))))
+    unshipped = kind == "model" and why_unshipped(text, profile_roots()[-1])
+    unknown = unshipped or unknown_name(kind, text, _names(kind), _short(kind, tuple(_files(kind))))
     # one that cannot be read may have had the name among its aliases
     raise InputError("; ".join([str(unknown), *_unreadable(kind)]))
 
@@ -312,11 +312,11 @@ def _model_from_config(path: Path) -> ModelProfile:
         raise InputError(f"{path}: a config.json is an object, this is a {type(config).__name__}")
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{path}: model_type is missing; every Hugging Face config.json names one, such as qwen3_moe")
-    name = path.resolve().parent.name or "model"
+    name = (folder := path.resolve().parent).name or "model"
     content = {
         "name": name, "hf_id": str(config.get("_name_or_path") or name), "description": _describe(config),
-        "sources": {"config": str(path)}, "config": with_quantization(config, path.resolve().parent),
-        **described_like(config["model_type"], _files("model")), **said_beside(config, path.resolve().parent),
+        "sources": {"config": str(path)}, "config": with_quantization(config, folder),
+        **described_like(config["model_type"], _files("model"), profile_roots()[-1]), **said_beside(config, folder),
     }  # fmt: skip
     return _validated(path, ModelProfile, content)
 

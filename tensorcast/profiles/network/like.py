@@ -7,11 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tensorcast.errors import InputError
+from tensorcast.profiles.network.unshipped import refused_type, why_unshipped
 
-def described_like(model_type: str, files: Iterable[Path]) -> dict[str, Any]:
+__all__ = ["described_like", "why_unshipped"]
+
+
+def described_like(model_type: str, files: Iterable[Path], root: Path) -> dict[str, Any]:
     """``network`` and ``moe`` of the first profile among ``files`` that describes a network of this type, or nothing.
 
-    A description names fields of a config, so it reads that of any release of the type.
+    A description names fields of a config, so it reads that of any release of the type. Raises :class:`InputError` for
+    a type that cannot be priced, as ``root`` says, where nothing describes it.
     """
     import yaml
 
@@ -24,4 +30,6 @@ def described_like(model_type: str, files: Iterable[Path]) -> dict[str, Any]:
             except yaml.YAMLError:  # whoever asks for this profile is told what is wrong with it
                 continue
             return {name: content[name] for name in ("network", "moe") if name in content}
+    if why := refused_type(model_type, root):
+        raise InputError(f"model_type {model_type} has no price: {why}")
     return {}

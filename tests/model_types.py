@@ -203,7 +203,8 @@ def _with_precision(entry: Entry, verdicts: list[Verdict]) -> list[Verdict]:
 
 
 def _profile(entry: Entry) -> ModelProfile:
-    described = described_like(entry.config["model_type"], (profile_roots()[-1] / "models").iterdir())
+    root = profile_roots()[-1]
+    described = described_like(entry.config["model_type"], (root / "models").iterdir(), root)
     content = {"name": entry.name.replace("/", "--"), "hf_id": entry.name, "config": entry.config, **described}
     return ModelProfile.model_validate(content)
 

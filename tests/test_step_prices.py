@@ -17,6 +17,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step import step as step_module
+from tensorcast.deploy.step import sums as sums_module
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.serving.curves import decode_columns
@@ -196,3 +197,16 @@ def test_all_sums_take_one_pass_over_the_rows(monkeypatch: pytest.MonkeyPatch) -
     decode_columns(price)
     (prices,) = asked
     assert list(map(id, prices)) == [id(one) for part in price.parts for one in part.prices]
+
+
+def test_squares_of_errors_are_those_of_each_family() -> None:
+    """Where nothing is drafted a step's error comes from products of its parts' errors, however often each runs."""
+    draw, (parts, families, cases) = np.random.default_rng(3), (3, 7, 5)
+    errors, times = draw.random((parts, families, cases)), draw.random((parts, cases))
+    nothing = np.zeros((0, cases))
+    found = sums_module.Sums(nothing, nothing, nothing, nothing, nothing, errors).squared()
+    assert found.squares is not None and found.errors.size == 0
+    pairs = sums_module.pairs_of(parts)
+    assert len(pairs) == len(found.squares) == 6
+    off = sum(times[i] * times[j] * (1 + (i != j)) * one for (i, j), one in zip(pairs, found.squares, strict=True))
+    np.testing.assert_allclose(off, np.square(np.einsum("pc,pfc->fc", times, errors)).sum(axis=0), rtol=1e-12)

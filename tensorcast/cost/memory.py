@@ -248,18 +248,23 @@ def _liveness(table: OpTable) -> tuple[list[_Amount], list[tuple[tuple[int, floa
     states = {t.storage for op in table.ops if op.name in STATEFUL for t in (*op.inputs[3:], *op.outputs[1:])}
     last = {t.storage: i for i, op in enumerate(table.ops) for t in (*op.inputs, *op.outputs) if not t.weight}
     numbers: dict[_Amount, int] = {}
-    seen: dict[int, frozenset[_Seen]] = {}
+    kinds: dict[_Seen, int] = {}  # sizes are long to compare: each is looked up once, and by its number from then on
+    amounts: dict[frozenset[int], tuple[int, float]] = {}
+    seen: dict[int, frozenset[int]] = {}
     live: dict[int, tuple[int, float]] = {}
     moments: list[dict[int, float]] = []
     for i, op in enumerate(table.ops):
         touched = [t for t in (*op.inputs, *op.outputs) if not t.weight and t.storage not in states]
         for t in touched:
-            one, before = (t.dims, t.dtype, t.expanded), seen.get(t.storage, frozenset())
+            one = kinds.setdefault((t.dims, t.dtype, t.expanded), len(kinds))
+            before = seen.get(t.storage, frozenset())
             if one in before:
                 continue
-            seen[t.storage] = before | {one}
-            amount, coef = _amount(seen[t.storage])
-            live[t.storage] = numbers.setdefault(amount, len(numbers)), coef
+            seen[t.storage] = every = before | {one}
+            if every not in amounts:
+                amount, coef = _amount(frozenset(kind for kind, number in kinds.items() if number in every))
+                amounts[every] = numbers.setdefault(amount, len(numbers)), coef
+            live[t.storage] = amounts[every]
         moment: dict[int, float] = {}
         for number, coef in live.values():
             moment[number] = moment.get(number, 0.0) + coef

@@ -113,10 +113,11 @@ class RowPricer:
 
         Inside a captured graph: what the gap exceeds it by is added. Launched one by one: the wait for the host.
         """
-        replayed = np.maximum(np.asarray(self.engine.graph_launch_gap_s, dtype=float) - launch_s, 0.0)
+        between, waits = self.engine.graph_launch_gap_s, self.engine.eager_launch_gap_s
+        replayed = np.maximum((between if isinstance(between, np.ndarray) else float(between)) - launch_s, 0.0)
         if np.ndim(self.graph_tokens) == 0 and self.graph_tokens == math.inf:
             return (launch_s + replayed) * alone
-        gap = np.maximum(np.asarray(self.engine.eager_launch_gap_s, dtype=float) - kernel_s, 0.0)
+        gap = np.maximum((waits if isinstance(waits, np.ndarray) else float(waits)) - kernel_s, 0.0)
         if np.any(self.graph_tokens):
             gap = np.where(np.asarray(at.sizes.tokens) <= self.graph_tokens, replayed, gap)[()]
         return (launch_s + gap) * alone

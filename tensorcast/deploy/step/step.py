@@ -22,7 +22,7 @@ from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Tally, pick
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, StepSizes
-from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, recipe_of, sums_of_steps
+from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, pairs_of, recipe_of, sums_of_steps
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, per_table
 
@@ -138,6 +138,10 @@ class Step:
             per_sequence = per_sequence + waits
             overhead = overhead + waits + np.greater(depth, 0) * serial.step_s
         unsure = spent.layer_error_s * passes
+        off = np.square(errors).sum(axis=0)
+        if own.squares is not None:
+            pairs = zip(pairs_of(len(times)), own.squares, strict=True)
+            off = sum((times[i] * times[j] * (1 + (i != j)) * product for (i, j), product in pairs), 0.0)
         if spent.vendor and self.pricer.device.vendor != spent.vendor:
             unsure = np.hypot(unsure, OTHER_VENDOR_ERROR * among[0])
         shares = levels / np.maximum(levels.sum(axis=0), 1e-30)
@@ -154,7 +158,7 @@ class Step:
             request_overhead_s=per_sequence, overhead_error_s=unsure,
             micro_batches=at.micro if np.ndim(at.micro) else int(at.micro), hidden_s=saved[0],
             hidden_comm_s=saved[1], exposed_comm_s=among[1] - saved[1],
-            error=np.sqrt(np.square(errors).sum(axis=0) + unsure**2) / np.maximum(among[0] + overhead, 1e-30),
+            error=np.sqrt(off + unsure**2) / np.maximum(among[0] + overhead, 1e-30),
         )
 
     @cached_property
@@ -206,7 +210,10 @@ def prices(asked: Sequence[Asked]) -> Iterator[StepPrice]:
         recipe, kinds = step.recipe(at.draft is not None), dict(zip(families, range(len(families)), strict=True))
         shape = np.broadcast_shapes(*(np.shape(price.seconds) for price in found))
         several = sums_of_steps([recipe], [found], kinds, [shape[0] if len(shape) > 1 else 1])
-        sums = Sums(**{name: values.reshape(*values.shape[:-1], *shape) for name, values in vars(several).items()})
+        sums = Sums(**{
+            name: values.reshape(*values.shape[:-1], *shape)
+            for name, values in vars(several).items() if values is not None
+        })
         first = sum(not part.drafts for part in recipe.parts)
         own, draft = sums.at(at.own, slice(first)), sums.at(at.draft, slice(first, None))
         hidden = step.overlap.hidden(own.layers, own.busy, pick(at.whole.sizes.tokens, at.own), at.dual)
@@ -277,6 +284,8 @@ class Together:
         step_of = np.repeat(np.arange(len(sizes)), sizes)[member]
         whole = sums_of_steps(recipes, found, families, sizes)
         width = whole.places.shape[-1] // sum(sizes)
+        if at.draft is None:
+            whole = whole.squared()
         later = sum(not part.drafts for part in first.recipe(at.draft is not None).parts)
         alike: dict[Hashable, list[int]] = {}
         for i, step in enumerate(self.steps):

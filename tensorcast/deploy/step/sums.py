@@ -4,7 +4,7 @@ are one product of matrices."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -129,6 +129,9 @@ class Sums:
     among: Array
     levels: Array
     errors: Array
+    squares: Array | None = None
+    """Instead of the ``errors``, where all parts are at the same cases: of each pair of :func:`pairs_of` parts the
+    product of their errors, added up over families."""
 
     def at(self, where: Where, parts: slice = slice(None)) -> Sums:
         """Those of some of the cases, where there is more than one, and of some of the ``parts``: of later ones alone
@@ -136,9 +139,20 @@ class Sums:
         every = where is None or self.places.ndim == 1 or self.places.shape[-1] == 1
         found = {}
         for name, values in vars(self).items():
-            some = values[parts] if name in ("among", "levels", "errors") else values[:0] if parts.start else values
-            found[name] = some if every else some[..., where]
+            if values is not None:
+                some = values[parts] if name in ("among", "levels", "errors") else values[:0] if parts.start else values
+                found[name] = some if every else some[..., where]
         return Sums(**found)
+
+    def squared(self) -> Sums:
+        """With :attr:`squares` instead of errors: fewer numbers where few parts have errors of many families."""
+        found = [(self.errors[i] * self.errors[j]).sum(axis=0) for i, j in pairs_of(len(self.errors))]
+        return replace(self, errors=self.errors[:, :0], squares=np.array(found))
+
+
+def pairs_of(parts: int) -> list[tuple[int, int]]:
+    """Every two parts of a step, a part and itself among them."""
+    return [(i, j) for i in range(parts) for j in range(i, parts)]
 
 
 def sums_at(recipe: Recipe, numbers: Array, families: Sequence[str], shape: tuple[int, ...]) -> Sums:

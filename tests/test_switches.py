@@ -221,3 +221,22 @@ def test_scripts_say_whose_experts_kernels_run() -> None:
     assert dict(zip(found["release"], found["experts_kernels"], strict=True)) == {
         "0.13.0": "marlin", "0.17.0": "triton", "0.18.0": "", "0.5.9": "trtllm", "1.1.0": "deepgemm", "1.2.0": "",
     }  # fmt: skip
+
+
+def test_own_all_reduces_stop_at_a_hosts_gpus() -> None:
+    """GB200's domain joins trays of four: beyond these NCCL adds up, 28 us instead of 6 for 229 kB, but where a norm is
+    joined (vLLM from 0.19.0, SGLang from 0.5.14) or TensorRT-LLM's kernels write to all (MNNVL)."""
+
+    def share(engine: str, tp: int, device: str = "gb200", model: str = "qwen3-235b-a22b", **options: Any) -> float:
+        made = deploy(load_model(model), load_device(device), load_engine(engine), parse_layout(f"tp{tp}"), "decode",
+                      options=Options(**options))  # fmt: skip
+        return sum(float(one.seconds) for one in made.step.price(16, 1, 2048).rows if one.family == "all_reduce")
+
+    for engine in ("vllm", "vllm==0.19.0", "sglang==0.5.14", "trtllm"):
+        assert share(engine, 8) < 2 * share(engine, 4), engine
+    for engine in ("vllm==0.18.0", "vllm==0.12.0", "sglang==0.5.9"):
+        assert share(engine, 8) > 3 * share(engine, 4), engine
+        assert share(engine, 8, "b200") < 2 * share(engine, 4, "b200"), engine
+        assert share(engine, 8) == pytest.approx(share(engine, 8, custom_all_reduce=False)), engine
+    assert share("sglang", 8, model="llama-3.1-70b") > 3 * share("sglang", 4, model="llama-3.1-70b")  # joins none of it
+    assert share("vllm", 8, allreduce_fusion="off") > 3 * share("vllm", 8)

@@ -15,6 +15,7 @@ class Tier(Frozen):
 
     name: str
     size: int = Field(ge=1, description="GPUs inside one domain of this tier")
+    host_gpus: int | None = Field(default=None, ge=1, description="GPUs of one host, where a domain joins several")
     bandwidth_bytes_per_s: Figure = Field(description="per GPU and direction")
     latency_s: Figure = Field(description="one hop, software included")
 

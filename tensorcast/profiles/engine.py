@@ -54,6 +54,7 @@ class AllreduceNorm(Frozen):
     architectures: tuple[str, ...] = Field(description="of devices")
     models: tuple[str, ...] = Field(default=(), description="model classes that it is switched on for; else all")
     one_replica: bool = Field(default=False, description="not under data-parallel attention")
+    over_hosts: bool = Field(default=False, description="also between hosts that one domain joins (MNNVL)")
     max_tokens: int | None = None
     max_bytes: dict[str, dict[int, int]] = Field(default={}, description="architecture -> ranks -> largest tensor")
     device_max_bytes: dict[str, dict[int, int]] = Field(
@@ -64,7 +65,8 @@ class AllreduceNorm(Frozen):
     def limit_bytes(self, device: DeviceProfile, ranks: int, token_bytes: float) -> float:
         """Largest all-reduce that is fused on this device in a group of ``ranks``; 0 where none is."""
         architecture = device.architecture.lower()
-        if architecture not in self.architectures:
+        host = device.interconnect[0].host_gpus
+        if architecture not in self.architectures or (host is not None and ranks > host and not self.over_hosts):
             return 0.0
         largest = math.inf if self.max_tokens is None else self.max_tokens * token_bytes
         if self.max_bytes:
@@ -214,6 +216,9 @@ class EngineProfile(Frozen):
     )
     graph_break_s: Figure | None = Field(default=None, description="per layer, what passes between two such pieces")
     custom_all_reduce: bool = Field(default=True, description="its own kernels run where they are the faster ones")
+    all_reduce_over_hosts: bool = Field(
+        default=False, description="also between hosts that one domain joins, not only where a norm is joined"
+    )
     compiles: bool = Field(default=False, description="whether torch.compile makes fusions and pieces of graphs")
     eager_exchanges: tuple[str, ...] = Field(
         default=(), description="exchanges between experts that cannot be captured: all of their steps run eagerly"

@@ -130,6 +130,7 @@ def make_step(
         graph_tokens=0.0 if eager else float(most), tp=layout.tp, ep=layout.ep, etp=layout.etp, gated=gated,
         balanced=options.routing == "balanced", sources=sources or {}, distinct=distinct,
         one_call=one_call,
+        joins=any(row.attrs.get("joined_tokens", 0.0) > 0 for row in plan.rows if isinstance(row, Op)),
     )
     staged = halved is not None and ("decode" if decode else "prefill") in halved.two_stages
     overlap = Overlap.of(plan, table, engine, options, captured, staged=staged)

@@ -83,6 +83,7 @@ class RowPricer:
     column ``[members, 1]`` where several deployments are priced as one. ``graph_tokens``: tokens of the largest step
     that is replayed from a graph. ``one_call``: experts were timed as the call that they are to an engine, with what
     permutes, activates, quantises and combines their rows: the products take all of it, the rows of these nothing.
+    ``joins``: norms run in the kernels of the all-reduces before them.
     """
 
     table: OpTable
@@ -96,6 +97,7 @@ class RowPricer:
     etp: Size
     gated: float
     balanced: bool
+    joins: bool
     sources: Mapping[str, Size]
     """Whose experts' kernels run, by dtype; hangs on the spread of experts."""
     distinct: Mapping[str, Size]
@@ -156,6 +158,14 @@ class RowPricer:
             return [(memory(read, work.elements * written), known), (work, known)]
         return [(work, known)]
 
+    def _own_all_reduce(self, ranks: int) -> bool:
+        """Whether the engine's own kernels may all-reduce among so many. They stop at a host's GPUs (vLLM 0.24.0 and
+        SGLang 0.5.14, distributed/device_communicators/custom_all_reduce.py), where NVLink joins several, too, but for
+        those that a norm is joined to."""
+        engine, host = self.engine, self.device.interconnect[0].host_gpus
+        inside = host is None or ranks <= host or engine.all_reduce_over_hosts
+        return engine.custom_all_reduce and (inside or self.joins)
+
     def collective(
         self, row: Collective, at: Context, asked: Corrections | BatchedCorrections, *, steps: Starts = None
     ) -> Pending:
@@ -174,14 +184,14 @@ class RowPricer:
             known = asked.at("moe_exchange", "any", f"{row.exchange['kind']}:{row.exchange['phase']}", sizes)
         elif not row.exchange and len(row.extent) == 1:
             sizes = {"ranks": row.ranks, "payload_bytes": row.scale * units}
-            own = row.op == "all_reduce" and self.engine.custom_all_reduce
+            own = row.op == "all_reduce" and self._own_all_reduce(row.ranks)
             known = asked.at(row.op, "any", "custom" if own else "nccl", sizes)
         return partial(self._collective, row, at, row.scale * units, known, steps)
 
     def _collective(
         self, row: Collective, at: Context, payload: Size, known: Correction | PendingCorrection | None, steps: Starts
     ) -> RowPrice:
-        options = {**row.exchange} if self.engine.custom_all_reduce else {**row.exchange, "custom": False}
+        options = {**row.exchange} if self._own_all_reduce(row.ranks) else {**row.exchange, "custom": False}
         points = at.points if row.exchange else None
         if options.get("kind") == "high_throughput":
             options |= {"distinct_nodes": self.distinct["nodes"], "distinct_ranks": self.distinct["ranks"]}

@@ -221,6 +221,13 @@ def test_scripts_say_whose_experts_kernels_run() -> None:
     assert dict(zip(found["release"], found["experts_kernels"], strict=True)) == {
         "0.13.0": "marlin", "0.17.0": "triton", "0.18.0": "", "0.5.9": "trtllm", "1.1.0": "deepgemm", "1.2.0": "",
     }  # fmt: skip
+    pools = {**base, "engine": "trtllm", "mode": "disagg", **dict.fromkeys(POOLS, 1)}
+    found = launches(pd.DataFrame([
+        {**pools, "engine_release": release, "role": role, "moe_backend": backend}
+        for release, backends in (("1.1.0", ("CUTLASS", "TRTLLM")), ("1.3.0", ("TRTLLM", "TRTLLM")))
+        for role, backend in zip(("prefill", "decode"), backends, strict=True)
+    ]))  # fmt: skip
+    assert dict(zip(found["release"], found["experts_kernels"], strict=True)) == {"1.1.0": "", "1.3.0": "trtllm"}
 
 
 def test_own_all_reduces_stop_at_a_hosts_gpus() -> None:

@@ -101,7 +101,10 @@ def launches(table: pd.DataFrame) -> pd.DataFrame:
     served = _options(known[known["mode"] == "agg"])
     keys = [*KEY, "concurrency"]
     roles = {role: _options(known[known["role"] == role]) for role in ("prefill", "decode")}
-    pools = roles["decode"].merge(roles["prefill"][[*keys, *ROLE]].drop_duplicates(), on=keys, suffixes=("_own", ""))
+    read = roles["prefill"].rename(columns={"experts_kernels": "read_by"})[[*keys, *ROLE, "read_by"]].drop_duplicates()
+    pools = roles["decode"].merge(read, on=keys, suffixes=("_own", ""))
+    # what both pools ask for; where they differ each is as its engine chooses for its layout
+    pools["experts_kernels"] = pools["experts_kernels"].where(pools["experts_kernels"] == pools["read_by"], "")
     both = pd.concat([served.assign(**dict.fromkeys(POOLS, "")), pools])[[*keys, *OPTIONS]].drop_duplicates()
     alike = [name for name in (*KEY, *OPTIONS) if name != "release"]
     both = both.groupby([*alike, "concurrency"])["release"].agg(_together).reset_index()

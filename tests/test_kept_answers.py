@@ -101,6 +101,18 @@ def test_a_file_stands_for_all_that_answers_hang_on(
     assert answers_file(device, "vllm", model) is None
 
 
+def test_answers_are_kept_as_soon_as_there_are_any(device: DeviceProfile, tmp_path: Path) -> None:
+    """A process that asks for too many in the end leaves those of its first question."""
+    asked = corrections.BatchedCorrections(corrections_for(device, "vllm"))
+    asked.at("gemm", "bf16", "", SIZES)
+    asked.find()
+    (kept,) = (tmp_path / "answers").iterdir()
+    first = kept.read_bytes()
+    asked.at("gemm", "bf16", "", {**SIZES, "m": np.array([333.0])})
+    asked.find()
+    assert kept.read_bytes() == first
+
+
 def test_too_many_answers_are_not_kept(tmp_path: Path) -> None:
     few: Answers = {("gemm", "bf16", "", "m"): (np.arange(3.0), np.ones((3, 3)))}
     sizes = np.arange(kept_answers.MOST_KEPT + 1.0)

@@ -15,7 +15,7 @@ import tensorcast as tc
 from tensorcast.deploy.step import alike, row_prices, step, sums
 from tensorcast.profiles import kept
 from tensorcast.profiles.store import load_engine
-from tensorcast.search import compare, search, search_task, variant_prices, workspace
+from tensorcast.search import compare, search, search_task, selection, variant_prices, workspace
 from tensorcast.serving.prefill_costs import PrefillCosts
 from tensorcast.serving.steady_state import Disaggregated, ServingModel
 
@@ -179,9 +179,16 @@ def test_all_is_told_of_chosen_candidates_alone(made: Counter[str], monkeypatch:
         told.append(len(batch))
         return metrics(self, batch, concurrency)
 
+    sure, interval = list[int](), selection.served_interval
+
+    def ended(ttft_error: Any, *more: Any, **named: Any) -> Any:
+        sure.append(np.size(ttft_error))
+        return interval(ttft_error, *more, **named)
+
     monkeypatch.setattr(ServingModel, "metrics", counted)
+    monkeypatch.setattr(selection, "served_interval", ended)
     found = tc.compare("qwen3-30b-a3b", device="h200", world_size=4, input_len=1024, output_len=128, tpot_s=0.05)
-    assert sum(told) == len(found.candidates) < found.examined / 3
+    assert sum(told) == sum(sure) == len(found.candidates) < found.examined / 3
 
 
 def test_a_question_asked_again_prices_nothing(made: Counter[str]) -> None:

@@ -192,8 +192,6 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the console script."""
-    # What a command makes lives until it ends: by default the collector goes through it all dozens of times in vain.
-    gc.set_threshold(1_000_000, 50, 50)
     # A terminal that cannot show a character gets a ? instead of a traceback.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):

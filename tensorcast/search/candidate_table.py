@@ -127,7 +127,7 @@ NONE = Candidates(dict.fromkeys(COLUMNS, np.zeros(0)))
 
 def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> Candidates:
     """Points as candidates, which are named, and whose front is drawn, once all tasks are searched."""
-    c, of_variant = rated(task, prices, mode, points), points.variant
+    c, of_variant = rated(task, prices, mode, points, intervals=True), points.variant
     told = _told(task, prices)
     limits = [name for name in LIMITS if f"{name}_share" in c]
     shares = np.array([c[f"{name}_share"] for name in limits])

@@ -19,21 +19,26 @@ LIMITS = ("ttft", "tpot", "gpus", "users", "requests", "budget")
 """What a candidate may miss: times, what there is and may be spent, and the least that must be served."""
 
 
-def rated(task: SearchTask, prices: VariantPrices, mode: str, points: Points) -> dict[str, Array]:
+def rated(
+    task: SearchTask, prices: VariantPrices, mode: str, points: Points, *, intervals: bool = False
+) -> dict[str, Array]:
     """The points' columns and what a task makes of them: the cluster that they take and what objectives look at.
 
     ``world_size``: GPUs of one replica, or of its two pools; ``output_tokens_per_s`` and ``concurrency`` are of all
     replicas; ``ttft_share`` and its like: how many times its limit each of :data:`LIMITS` is, where there is one;
-    ``factor_*``: of the 80 % intervals (:func:`tensorcast.serving.interval.served_interval`); ``lower_bound``: what the
-    objective looks at, as far as it is reached with the chance that the task asks for.
+    ``factor_*``: of the 80 % ``intervals`` (:func:`tensorcast.serving.interval.served_interval`), where they are asked
+    for or decide; ``lower_bound``: what the objective looks at, as far as it is reached with the chance that the task
+    asks for.
     """
     c, tokens = points.columns, points.columns["output_tokens_per_s"]
-    share, pools = c["ttft_s"] / c["request_s"], mode == "disaggregated"
-    factors = served_interval(c["ttft_error"], c["tpot_error"], share, engine=task.engine, pools=pools)
+    pools, factors = mode == "disaggregated", dict[str, Number]()
+    if intervals or task.confidence is not None:
+        share = c["ttft_s"] / c["request_s"]
+        factors = served_interval(c["ttft_error"], c["tpot_error"], share, engine=task.engine, pools=pools)
     # errors are even in logs: what is kept with a chance lies so many times the interval's end away
     sigmas = NormalDist().inv_cdf(task.confidence or 0.5) / NORMAL_90
-    late = {name: factors[f"{name}_s"] ** sigmas for name in ("ttft", "tpot")}
-    sure = np.asarray(factors["output_tokens_per_s"] ** -sigmas)
+    late = {name: factors.get(f"{name}_s", 1.0) ** sigmas for name in ("ttft", "tpot")}
+    sure = np.asarray(factors.get("output_tokens_per_s", 1.0) ** -sigmas)
     size = prices.layouts["world_size"][points.variant]
     price: Number = np.nan if task.price is None else task.price
     if pools:

@@ -200,6 +200,9 @@ class BatchedCorrections:
                 for found in alike:
                     found.factor, found.error, found.level = factor, error, level
         self._asked.clear()
+        own = self.corrections
+        if own.more and own.kept is not None and not own.kept.exists():  # all may be too many once the process ends
+            keep_answers(own.kept, own._answers)
 
 
 @dataclass(eq=False)

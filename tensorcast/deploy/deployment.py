@@ -202,6 +202,9 @@ class Deployment:
             held = sequences * sum(((kinds.count(kind) if kind >= 0 else 1) * one for kind, one in each), 0.0)
             if drafter is not None and layers.stop == len(self.raw.layer_kinds):
                 held = held + drafter.cache_numbers * KV_BYTES[kv] * sequences * length
+            if len(self.stage_weights) == 1:  # the fullest
+                whole[0], whole[1] = stage, held
+                break
             weights, cache = whole[:, some]
             fuller = stage + held > weights + cache
             whole[0, some], whole[1, some] = np.where(fuller, stage, weights), np.where(fuller, held, cache)
@@ -225,8 +228,8 @@ class Deployment:
             local = float(self.raw.facts.num_experts + exchange.copies)
         padding = mxfp4_padding(self.device.architecture) if self.engine.pads_hidden else (1, 1)
         found: dict[tuple[int, ...], tuple[Size, slice, Members]] = {}
-        for pp in np.unique(layout.pp):
-            some: Members = np.flatnonzero(layout.pp == pp) if np.ndim(layout.pp) else ...
+        for pp in np.unique(layout.pp) if isinstance(layout.pp, np.ndarray) else (layout.pp,):
+            some: Members = np.flatnonzero(layout.pp == pp) if isinstance(layout.pp, np.ndarray) else ...
             columns = layout.ep, layout.etp, local
             own: list[Any] = [one[some] if isinstance(one, np.ndarray) else one for one in columns]
             stages = stage_layers(len(self.raw.layer_kinds), int(pp), self.engine.pipeline_split)

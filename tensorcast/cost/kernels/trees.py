@@ -52,16 +52,18 @@ class Trees:
         bins = np.empty((len(self.names), size), dtype=np.uint8)
         for i, (name, borders) in enumerate(zip(self.names, self.borders, strict=True)):
             bins[i] = np.searchsorted(borders, columns[name].astype(np.float32), side="left")
+        # in double precision the sum does not hang on how many rows are asked for at once
+        every = self.leaves[:count].astype(np.float64)
         for start in range(0, size, ROWS):
             part = bins[:, start : start + ROWS]
             together = max(BLOCK // part.shape[1], 1)
             for first in range(0, count, together):
                 some = slice(first, min(first + together, count))
-                feature, border, leaves = self.feature[some], self.border[some], self.leaves[some]
-                index = (part[feature[:, 0]] > border[:, 0, None]).view(np.uint8)
-                for level in range(1, feature.shape[1]):
-                    index |= (part[feature[:, level]] > border[:, level, None]).view(np.uint8) << level
-                flat = index + (np.arange(len(leaves), dtype=np.int32) * leaves.shape[1])[:, None]
-                # in double precision the sum does not hang on how many rows are asked for at once
-                result[start : start + ROWS] += leaves.ravel().take(flat).sum(0, dtype=np.float64)
+                feature, border, leaves = self.feature[some], self.border[some], every[some]
+                index = np.zeros((len(leaves), part.shape[1]), dtype=np.uint8)
+                for level in reversed(range(feature.shape[1])):
+                    index += index
+                    index |= (part[feature[:, level]] > border[:, level, None]).view(np.uint8)
+                flat = index + (np.arange(len(leaves)) * leaves.shape[1])[:, None]
+                result[start : start + ROWS] += leaves.ravel().take(flat).sum(0)
         return result

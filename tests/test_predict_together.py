@@ -103,6 +103,24 @@ def test_a_row_does_not_depend_on_the_others() -> None:
             assert one[name] == pytest.approx(same[name], rel=1e-12, nan_ok=True)
 
 
+def test_rows_are_served_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deployments are held for so many rows alone, of which none may be served; the numbers stay."""
+    dice, together = random.Random(9), list[int]()
+    runs = [read_run({k: v for k, v in some_row(dice).items() if v != ""}) for _ in range(12)]
+    whole, served = serve(runs), serve_runs._served
+
+    def counted(rows: Any, fits: Any) -> Any:
+        together.append(len(rows))
+        return served(rows, fits)
+
+    monkeypatch.setattr(serve_runs, "_served", counted)
+    monkeypatch.setattr(serve_runs, "TOGETHER", 1)
+    for one, other in zip(serve(runs), whole, strict=True):
+        assert one.problem == other.problem
+        assert one.request_s == pytest.approx(other.request_s, rel=1e-12, nan_ok=True)
+    assert together == [1] * sum(not one.problem for one in whole) and len(together) < len(runs)
+
+
 def test_steps_priced_ahead_are_priced_the_same() -> None:
     """Layers of several kinds, pipeline stages, drafts and chunks: every row's seconds, and the rows themselves."""
     model, device = load_model("deepseek-v3"), load_device("h200")

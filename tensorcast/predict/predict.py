@@ -39,9 +39,6 @@ UNREAD = "is no number more than 0 and is not scored"
 
 _FLAG = re.compile(r"( \()?--([a-z][a-z0-9-]+)(?(1)\))")
 
-AT_ONCE = 4096
-"""Rows whose deployments are held together at most: some hundred megabytes."""
-
 FEW = 256
 """Rows below which one process answers sooner than several start."""
 
@@ -166,7 +163,9 @@ def stretches(runs: list[Run | None], jobs: int) -> list[list[tuple[int, Run]]]:
         return run.model, str(run.options.quant), run.served_by, run.device, str(run.options), run.layout
 
     rows.sort(key=deployment)
-    share = max(1, min(AT_ONCE, -(-len(rows) // (2 * jobs if jobs > 1 else 1))))
+    # runs that are replayed take longer, some much longer than others
+    parts = jobs * (2 if jobs > 1 and any(run.arrivals is not None for _, run in rows) else 1)
+    share = max(1, -(-len(rows) // parts))
     return [rows[start : start + share] for start in range(0, len(rows), share)]
 
 

@@ -34,7 +34,7 @@ AT_ONCE = 32
 """Lengths of one deployment that are priced in one call: their arrays stay in the processor's cache."""
 
 TOGETHER = 1024
-"""Rows that are priced together: half a gigabyte."""
+"""Rows that are deployed and priced together: some hundred megabytes."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,25 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
     """
     found: dict[int, ServingMetrics] = {}
     deployed = _Deployed(engine or _engine)
-    rows: dict[int, _Row] = {}
-    fits: dict[int, float] = {}
-    for i, run in enumerate(runs):
-        try:
-            rows[i] = row = _row(run, deployed)
-        except InputError as error:
-            found[i] = unserved(run.concurrency / run.replicas, str(error))
-            continue
-        room, problem = room_for(row.prefill, row.decode, row.cut, row.traffic, run.mode == "disaggregated")
-        fits[i] = float(room)
-        if problem:
-            found[i] = unserved(float(rows.pop(i).traffic.concurrency), problem)
-    order = sorted(rows, key=lambda i: (rows[i].run.device, rows[i].run.served_by))
+    order = sorted(range(len(runs)), key=lambda i: (runs[i].device, runs[i].served_by))
     for start in range(0, len(order), TOGETHER):
-        some = order[start : start + TOGETHER]
-        found |= zip(some, _served([rows[i] for i in some], [fits[i] for i in some]), strict=True)
+        rows, fits = list[_Row](), dict[int, float]()
+        for i in order[start : start + TOGETHER]:
+            run = runs[i]
+            try:
+                row = _row(run, deployed)
+            except InputError as error:
+                found[i] = unserved(run.concurrency / run.replicas, str(error))
+                continue
+            room, problem = room_for(row.prefill, row.decode, row.cut, row.traffic, run.mode == "disaggregated")
+            if problem:
+                found[i] = unserved(float(row.traffic.concurrency), problem)
+                continue
+            rows.append(row)
+            fits[i] = float(room)
+        if rows:
+            found |= zip(fits, _served(rows, list(fits.values())), strict=True)
+        deployed.made.clear()
     return [found[i] for i in range(len(runs))]
 
 
@@ -133,7 +136,7 @@ class _Deployed:
 
     def __init__(self, engine: Callable[[str], EngineProfile]) -> None:
         self._engine = engine
-        self._made: dict[tuple[Any, ...], Deployment | InputError] = {}
+        self.made: dict[tuple[Any, ...], Deployment | InputError] = {}
         self._served: dict[tuple[Any, ...], EngineProfile] = {}
         """Engines as they serve: one object for all that are the same, so that their steps are priced side by side."""
 
@@ -143,10 +146,10 @@ class _Deployed:
         drafts = run.draft_overlap, bool(run.options.mtp_depth), run.options.speculative_method
         served = run.served_by, run.mode, run.frontend, run.prefix_cache, *drafts
         key = run.model, run.device, *served, layout, phase, options, run.images
-        if key not in self._made:
+        if key not in self.made:
             whose = run.model if run.options.mtp_depth else "", *served
-            self._made[key] = self._make(run, whose, layout, phase, options)
-        found = self._made[key]
+            self.made[key] = self._make(run, whose, layout, phase, options)
+        found = self.made[key]
         if isinstance(found, InputError):
             raise found
         return found

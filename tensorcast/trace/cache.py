@@ -36,7 +36,7 @@ from tensorcast.trace.table import CACHING, OpTable
 
 Made = TypeVar("Made")
 
-LARGEST = 2048
+LARGEST = 8192
 """Tables and facts that a process keeps; the oldest is dropped first."""
 
 DAMAGED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError)

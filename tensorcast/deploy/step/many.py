@@ -34,7 +34,7 @@ PLAIN, ROUTED = ("B", "S", "P", "verify"), ("R", "E", "X", "hit", "capacity")
 """Sizes of a case: of every row, and of those that hang on how tokens fall on experts."""
 
 
-MOST = 3 << 19
+MOST = 1 << 20
 """Prices of rows at cases, from which on steps are priced before others ask: some hundred megabytes with what they are
 made of."""
 

@@ -71,6 +71,21 @@ def test_as_each_alone() -> None:
         alike(found, step.price(*at))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_reduces_with_norms_joined_and_others(engine: str) -> None:
+    """Layouts on one machine, and so all-reduces among as many ranks, whose kernels a norm is joined to or not."""
+    profiles = load_model("qwen3-235b-a22b"), load_device("gb200"), load_engine(engine)
+    at, asked = (np.array([1.0, 40.0]), 1.0, np.array([[100.0]])), list[Asked]()
+    for dp in (1, 2):
+        for options in (Options(), Options(fusion="none")):
+            step = deploy(*profiles, Layout(8 * dp, 8, dp, 8 * dp), "decode", options=options).step
+            asked.append((step, *at))
+    for (step, *sizes), found in zip(asked, sums_of_many(asked), strict=True):
+        alike(found, step.price(*sizes))
+    for (step, *sizes), found in zip(reversed(asked), sums_of_many(asked[::-1]), strict=True):
+        alike(found, step.price(*sizes))
+
+
 def test_passes_over_arrays_do_not_grow_with_devices_and_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = 0
     seconds = RowPricer.seconds

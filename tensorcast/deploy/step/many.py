@@ -249,7 +249,7 @@ def _beside_ops(pricer: RowPricer, at: Context) -> tuple[Hashable, Hashable]:
 
 def _of_collective(row: Collective, pricer: RowPricer) -> tuple[Hashable, ...]:
     """What collectives on one machine have in common that differ in bytes alone."""
-    plain = row.op, row.ranks, row.extent, row.per
+    plain = row.op, row.ranks, row.extent, row.per, pricer.joins
     if not row.exchange:
         return plain
     facts, distinct = pricer.table.facts, map(float, pricer.distinct.values())

@@ -72,6 +72,8 @@ _known: dict[Path, Frozen] = {}
 
 
 def _remembered(kept: Path, profile: ProfileT) -> ProfileT:
+    if "config" in type(profile).model_fields:  # a plain dict: spoiling one must not reach the next reader
+        return profile
     while len(_known) >= MOST_SHARED:
         del _known[next(iter(_known))]
     _known[kept] = profile

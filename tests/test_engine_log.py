@@ -17,6 +17,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
 from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.scheduling.rules import rules_of
 
 GIB = float(1 << 30)
 
@@ -229,13 +230,16 @@ def test_a_pipeline_of_sglang_keeps_one_copy_of_states_less() -> None:
     [
         ("vllm", "qwen3-next-80b-a3b", 0, 1), ("vllm", "qwen3.5-35b-a3b", 2, 3),
         ("sglang", "qwen3-next-80b-a3b", 0, 5), ("sglang", "qwen3.5-35b-a3b", 2, 8),
-        ("sglang", "ling-3.0-flash", 0, 3), ("sglang", "nemotron-3-nano-30b-a3b", 0, 5),
+        ("sglang", "ling-3.0-flash", 0, 5), ("sglang==0.5.14", "ling-3.0-flash", 0, 3),
+        ("sglang", "kimi-k3", 0, 5), ("sglang", "nemotron-3-nano-30b-a3b", 0, 5),
+        ("sglang==0.5.14", "nemotron-3-nano-30b-a3b", 0, 5), ("sglang==0.5.12", "nemotron-3-nano-30b-a3b", 0, 3),
         ("trtllm", "qwen3-next-80b-a3b", 0, 1),
     ],
 )  # fmt: skip
 def test_states_have_copies_for_prefixes_and_drafts(engine: str, model: str, depth: int, slots: int) -> None:
     """SGLang 0.5.14 lets max_mamba_cache_size / 5 requests run, / 3 without overlapped scheduling, and keeps a state of
-    each token that is verified; vLLM 0.24.0 a state of each draft (MambaSpec)."""
+    each token that is verified; vLLM 0.24.0 a state of each draft (MambaSpec). SGLang's pool of states is 0.9 times as
+    large as that of tokens, and a sequence needs room in both."""
     options = Options(mtp_depth=depth)
     parts = load_model(model), load_device("h200"), load_engine(engine), Layout(4, 4)
     found = deploy(*parts, "decode", options=options)
@@ -243,8 +247,10 @@ def test_states_have_copies_for_prefixes_and_drafts(engine: str, model: str, dep
     growing = one.held(1.0, 2000)[1] - one.held(1.0, 1000)[1]
     states = one.held(1.0, 1000)[1] - growing
     assert states > 0
-    assert found.held(1.0, 1000)[1] == pytest.approx(growing + slots * states)
-    assert found.held(1.0, 2000)[1] - found.held(1.0, 1000)[1] == pytest.approx(growing)
+    for thousands in (1, 2, 1000):
+        tokens, kept = growing * thousands, slots * states
+        both = max(tokens * 1.9, kept * 1.9 / 0.9) if engine.startswith("sglang") else tokens + kept
+        assert found.held(1.0, 1000 * thousands)[1] == pytest.approx(both)
 
 
 def test_sglang_keeps_states_in_a_pool_of_their_own() -> None:
@@ -252,6 +258,24 @@ def test_sglang_keeps_states_in_a_pool_of_their_own() -> None:
     found = _on("qwen3-next-80b-a3b", "h200", 4, "sglang")
     room = found.memory(1, 1, 0).cache_budget
     assert cache_log(found, 4096).tokens == pytest.approx(room / 1.9 / (12 * 2 * 256 * 2), rel=1e-3)
+
+
+def test_as_many_requests_run_as_have_states_and_tokens() -> None:
+    """SGLang, Qwen3-Next on an H200 of four: the smaller of both pools, in closed form and in replays; vLLM's single
+    pool holds a request's states beside its tokens."""
+    found = _on("qwen3-next-80b-a3b", "h200", 4, "sglang")
+    values, inputs, token = 36 * 8 * 128 * 128, 36 * 3 * 2048, 12 * 2 * 256 * 2  # states in fp32, in vLLM in bf16
+    room = float(found.memory(1, 1, 0).cache_budget)
+    states = room * 0.9 / 1.9 / (5 * (4 * values + 2 * inputs))
+    assert found.held(1.0, 1000)[1] == pytest.approx(room / states, rel=1e-2)
+    assert found.held(1.0, 100_000)[1] == pytest.approx(1.9 * 100_000 * token, rel=1e-2)
+    rules = rules_of(found, "both", max_sequences=10_000)
+    assert rules.most_sequences == pytest.approx(states, rel=1e-2) and rules.waste < 1
+    assert rules_of(found, "both", max_sequences=3).most_sequences == 3
+    vllm = _on("qwen3-next-80b-a3b", "h200", 4)
+    rules = rules_of(vllm, "both", max_sequences=10_000)
+    assert rules.most_sequences == 10_000
+    assert rules.waste == pytest.approx(2 * (values + inputs) / token + (rules.block_tokens - 1) / 2, rel=1e-2)
 
 
 def test_little_room_is_said() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
+from typing import NamedTuple
 
 import numpy as np
 
@@ -112,17 +114,40 @@ def cache_bytes(
 ) -> Size:
     """KV cache and recurrent state of ``sequences`` sequences of ``length`` tokens over ``layers``; ``kept`` and
     ``ranks`` as in :func:`sequence_caches`."""
-    kinds = table.layer_kinds[layers]
-    total: Size = 0.0
-    for kind, each in sequence_caches(table, kv, length, kept=kept, ranks=ranks):
+    tokens, states = summed(sequence_caches(table, kv, length, kept=kept, ranks=ranks), table.layer_kinds[layers])
+    return sequences * (tokens + states)
+
+
+class SequenceCache(NamedTuple):
+    """What a sequence keeps in a layer of this ``kind``; ``state``: however long it is."""
+
+    kind: int
+    size_bytes: Size
+    state: bool
+
+
+def summed(each: Sequence[SequenceCache], kinds: Sequence[int]) -> tuple[Size, Size]:
+    """Bytes that a sequence keeps of its tokens, and of its states, over layers of ``kinds``."""
+    tokens: Size = 0.0
+    states: Size = 0.0
+    for kind, size, state in each:
         # an entry of a class whose layers are not known apart, or run in a loop, is its own
-        total = total + (kinds.count(kind) if kind >= 0 else 1) * each
-    return sequences * total
+        whole = (kinds.count(kind) if kind >= 0 else 1) * size
+        tokens, states = (tokens, states + whole) if state else (tokens + whole, states)
+    return tokens, states
+
+
+def room_taken(tokens: Size, states: Size, apart: float) -> Size:
+    """Of memory that is shared out to a pool of tokens and one of states, ``apart`` times as large, what must be there
+    for these bytes of each: the pool that is filled first decides. One pool (``apart`` 0) holds both."""
+    if not apart or not np.any(states):
+        return tokens + states
+    return np.maximum(tokens * (1.0 + apart), states * (1.0 + apart) / apart)
 
 
 def sequence_caches(
     table: OpTable, kv: str, length: Size, *, kept: Kept = Kept(), ranks: int = 1
-) -> list[tuple[int, Size]]:
+) -> list[SequenceCache]:
     """KV cache and recurrent state that a sequence of ``length`` tokens takes in a layer, with the layer's kind.
 
     ``kept``: copies of states that an engine has, and the part of its cache that is layers' with windows. ``ranks``
@@ -133,11 +158,12 @@ def sequence_caches(
     widest = max((entry.limit for entry in entries), default=0)
     # a pool that is a share of the other's holds as long a window as that has of the other's tokens
     full = length if share is None else np.maximum(length, np.minimum(length, widest) / share)
-    found = list[tuple[int, Size]]()
+    found = list[SequenceCache]()
     for entry in entries:
         tokens = full if not entry.limit else np.minimum(length, entry.limit) if share is None else share * full
         slots = 1.0 if entry.per_token else kept.state_slots
-        found.append((entry.kind, entry.per_token * tokens / ranks + entry.per_sequence * slots))
+        size = entry.per_token * tokens / ranks + entry.per_sequence * slots
+        found.append(SequenceCache(entry.kind, size, not entry.per_token))
     return found
 
 

@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorcast.cost.memory import (
+    SequenceCache,
     activation_bytes,
     cache_budget,
     cache_entries,
     low_latency_buffer_bytes,
+    room_taken,
     sees_cached_tokens,
     sequence_caches,
+    summed,
     weight_bytes,
 )
 from tensorcast.cost.stages import stage_layers
@@ -182,7 +185,8 @@ class Deployment:
         return reserve.graph_bytes(sequences, dp, 1 + self.options.mtp_depth, spare=spare)
 
     def held(self, sequences: Size, length: Size) -> tuple[Size, Size]:
-        """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences."""
+        """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences;
+        where states have a pool of their own, the room that both must have."""
         shape = np.broadcast_shapes(np.shape(sequences), np.shape(length), np.shape(self.layout.dp))
         whole = np.zeros((2, *shape))
         kv, rules, rule = self.quantization.kv, self.engine.cache_rules, Kept()
@@ -191,17 +195,17 @@ class Deployment:
         drafter, stages = self.step.drafter if self.options.mtp_depth else None, self.layout.pp
         if rules is not None and not any(one.limit or one.per_sequence for one in cache_entries(self.drafting, kv)):
             rules = None
-        each = list[tuple[int, Size]]()
+        each = list[SequenceCache]()
         for stage, layers, some in self.stage_weights:
             if rules is not None:
                 own = int(np.max(stages[some] if isinstance(stages, np.ndarray) else stages))
                 rule = rules.kept(self.model.config, self.options.mtp_depth, own)
             if rules is not None or not each:  # else the same in all stages
                 each = sequence_caches(self.drafting, kv, length, kept=rule, ranks=self.options.dcp)
-            kinds = self.drafting.layer_kinds[layers]
-            held = sequences * sum(((kinds.count(kind) if kind >= 0 else 1) * one for kind, one in each), 0.0)
+            tokens, states = summed(each, self.drafting.layer_kinds[layers])
             if drafter is not None and layers.stop == len(self.raw.layer_kinds):
-                held = held + drafter.cache_numbers * KV_BYTES[kv] * sequences * length
+                tokens = tokens + drafter.cache_numbers * KV_BYTES[kv] * length
+            held = sequences * room_taken(tokens, states, rule.states_apart)
             if len(self.stage_weights) == 1:  # the fullest
                 whole[0], whole[1] = stage, held
                 break

@@ -26,12 +26,18 @@ ROOM_ERROR_BYTES = 3e9
 
 
 class CacheLog(NamedTuple):
-    """Tokens that the cache of one data-parallel rank holds, requests of ``length`` tokens that do, and the lines."""
+    """Tokens that the cache of one data-parallel rank holds, requests of ``length`` tokens that do, and the lines.
+
+    ``sequences``: that have a state, where states have a pool of their own; ``state_tokens``: whose room a sequence's
+    states take where they have not.
+    """
 
     tokens: int
     concurrency: float
     length: int
     lines: tuple[str, ...]
+    sequences: float | None = None
+    state_tokens: float = 0.0
 
 
 def cache_log(deployment: Deployment, length: int) -> CacheLog:
@@ -43,6 +49,8 @@ def cache_log(deployment: Deployment, length: int) -> CacheLog:
     depth, times = deployment.options.mtp_depth, np.inf
     rules, stages = engine.cache_rules, deployment.layout.pp
     kept = rules.kept(deployment.model.config, depth, stages) if rules else Kept()
+    sequences: float | None = None
+    state_tokens = 0.0
     for weights, layers, _ in deployment.stage_weights:
         kinds, growing, states = table.layer_kinds[layers], 0.0, 0.0
         for entry in cache_entries(table, deployment.quantization.kv):
@@ -51,13 +59,16 @@ def cache_log(deployment: Deployment, length: int) -> CacheLog:
             states += times_kept * entry.per_sequence * (1.0 if entry.per_token else kept.state_slots)
         left = float(memory.cache_budget + memory.weights - weights)
         if states and kept.states_apart:  # a pool of their own, of so much of the other's size
-            left, states = left / (1.0 + kept.states_apart), 0.0
+            left /= 1.0 + kept.states_apart
+            own = max(0.0, left * kept.states_apart / states)
+            sequences, states = own if sequences is None else min(sequences, own), 0.0
         times = min(times, left / (growing + states)) if growing + states else times
+        state_tokens = max(state_tokens, states / growing * length if growing else 0.0)
     if not 0 < times < np.inf:
         return CacheLog(0, 0.0, length, ())
     said = {"tokens": int(times * length), "length": length, "times": times}
     lines = tuple(line.format(**said) for line in LINES.get(deployment.engine.name, ()))
-    return CacheLog(int(times * length), float(times), length, lines)
+    return CacheLog(int(times * length), float(times), length, lines, sequences, state_tokens)
 
 
 def _tokens_held(deployment: Deployment, window: int, kept: Kept, length: int) -> float:

@@ -352,8 +352,7 @@ class EngineProfile(Frozen):
         """The profile of a server that keeps no prompts' beginnings, nor copies of their states."""
         if self.cache_rules is None:
             return self
-        own = {"state_slots": 1, "more_slots": 0}
-        return self.model_copy(update={"cache_rules": self.cache_rules.model_copy(update=own)})
+        return self.model_copy(update={"cache_rules": self.cache_rules.without_copies()})
 
     @property
     def overhead(self) -> Overhead:

@@ -156,6 +156,9 @@ class CacheRules(Frozen):
     verified_slots: int = Field(default=0, ge=0, description="slots more where tokens are drafted")
     draft_slots: int = Field(default=0, ge=0, description="slots more for each drafted token")
     states_apart: Number = Field(default=0.0, ge=0, description="size of a pool of states per size of that of tokens")
+    drafts_apart: bool = Field(
+        default=True, description="also where it drafts: else its pool is made for the requests that it is told"
+    )
     window_share: Number | None = Field(
         default=None, gt=0, le=1, description="of layers with windows: tokens per token of the others; none: the window"
     )
@@ -166,12 +169,20 @@ class CacheRules(Frozen):
     source: str = Field(min_length=3)
 
     def in_pools(self) -> "CacheRules | None":
-        """Of a server of one phase; none: its windows hold what they see, and a sequence has one state."""
-        if self.pools or not self.pooled_windows:
-            return self if self.pools else None
+        """Of a server of one phase: its windows hold what they see, and a sequence has one state."""
+        if self.pools:
+            return self
+        if not self.pooled_windows:
+            apart = CacheRules(states_apart=self.states_apart, drafts_apart=False, source=self.source)
+            return apart if self.states_apart else None
         return CacheRules(
-            window_share=self.window_share, windowed=self.windowed, own_shares=self.own_shares, source=self.source
+            window_share=self.window_share, windowed=self.windowed, own_shares=self.own_shares,
+            states_apart=self.states_apart, drafts_apart=False, source=self.source,
         )
+
+    def without_copies(self) -> "CacheRules":
+        """Of a server that keeps no prompts' beginnings, nor copies of their states."""
+        return self.model_copy(update={"state_slots": 1, "more_slots": 0, "drafts_apart": False})
 
     def kept(self, config: dict[str, Any], depth: int, stages: int = 1) -> Kept:
         """Of a model with this ``config`` that drafts ``depth`` tokens, in a pipeline of ``stages``."""
@@ -183,7 +194,7 @@ class CacheRules(Frozen):
         if share is not None:
             usual = float(share) if classes & set(self.windowed) else 1.0
             share = next((float(own) for name, own in self.own_shares.items() if name in classes), usual)
-        return Kept(slots, share, float(self.states_apart))
+        return Kept(slots, share, float(self.states_apart) if self.drafts_apart or not depth else 0.0)
 
 
 StateDtype = Literal["float32", "bfloat16", "float16"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,14 +68,14 @@ class Rules:
 
     ``role``: whether it reads prompts, writes replies, or both. ``alone``: prompts run in steps without decoding
     sequences. ``chunk_tokens``: new tokens of a step; ``splits``: a prompt may be read in several steps;
-    ``prompt_tokens``: new tokens of one step's whole prompts. ``cache_tokens``: tokens that the cache holds, in blocks
-    of ``block_tokens``. ``reserves_reply``: a request is let in only with room for its whole reply.
-    ``tokens_per_step``: tokens that a decode step brings to a sequence in the mean, more than 1 with drafts; it checks
-    ``verify``. ``lag``: steps that are composed ahead of what is seen. ``waits``: for which
-    others prompts wait. ``first_token_s``: per request outside the GPU, before it is seen, and
-    ``prompt_token_s`` per token of its prompt. ``longest``: tokens of the longest request that is served.
-    ``room_first``: in two pools room of the server that writes is taken before the prompt is read.
-    ``graph_sizes``: sequences that decode steps are padded to, where that is stated.
+    ``prompt_tokens``: new tokens of one step's whole prompts. ``cache_tokens``: tokens that the cache holds, in
+    blocks of ``block_tokens``; ``state_tokens``: of how many a sequence's recurrent states take the room.
+    ``reserves_reply``: a request is let in only with room for its whole reply. ``tokens_per_step``: tokens that a
+    decode step brings to a sequence in the mean, more than 1 with drafts; it checks ``verify``. ``lag``: steps that
+    are composed ahead of what is seen. ``waits``: for which others prompts wait. ``first_token_s``: per request
+    outside the GPU, before it is seen, and ``prompt_token_s`` per token of its prompt. ``longest``: tokens of the
+    longest request that is served. ``room_first``: in two pools room of the server that writes is taken before the
+    prompt is read. ``graph_sizes``: sequences that decode steps are padded to, where that is stated.
     """
 
     role: Role
@@ -99,6 +100,7 @@ class Rules:
     round_robin: bool
     room_first: RoomFirst | None = None
     graph_sizes: tuple[int, ...] = ()
+    state_tokens: float = 0.0
 
     @cached_property
     def most_tokens(self) -> float:
@@ -107,8 +109,9 @@ class Rules:
 
     @cached_property
     def waste(self) -> float:
-        """Tokens of a sequence's last block that it does not fill, in the mean."""
-        return (self.block_tokens - 1) / 2
+        """Tokens that a sequence takes the room of beside its own: what it does not fill of its last block, in the
+        mean, and its states."""
+        return (self.block_tokens - 1) / 2 + self.state_tokens
 
 
 def rules_of(
@@ -132,9 +135,11 @@ def rules_of(
         mtp_acceptance = acceptance(mtp_acceptance, deployment.model.name, deployment.options.speculative_method)
     if not 0 <= mtp_acceptance <= 1:
         raise InputError(f"--mtp-acceptance {mtp_acceptance:g}: must be a chance from 0 to 1")
+    log = cache_log(deployment, LONG)
     if cache_tokens is None:
-        cache_tokens = float(cache_log(deployment, LONG).tokens)
-    if cache_tokens < scheduler.block_tokens:
+        cache_tokens = float(log.tokens)
+    states = math.inf if log.sequences is None else log.sequences
+    if cache_tokens < scheduler.block_tokens or states < 1:
         raise InputError(f"layout {layout}: {deployment.model.name} leaves no room for a cache")
     ranks, memory = int(attention_dp(layout, deployment.raw.facts.num_experts)), float(deployment.device.memory_bytes)
     sequences = max_sequences or scheduler.sequences(memory, ranks, drafts=depth > 0)
@@ -145,7 +150,7 @@ def rules_of(
         chunk_tokens=chunk_tokens or own_chunk(deployment),
         splits=scheduler.splits_prompts,
         prompt_tokens=scheduler.prompt_tokens,
-        most_sequences=int(min(sequences, deployment.most_sequences)),
+        most_sequences=int(min(sequences, deployment.most_sequences, states)),
         cache_tokens=cache_tokens,
         block_tokens=scheduler.block_tokens,
         reserves_reply=engine.reserves_reply,
@@ -161,4 +166,5 @@ def rules_of(
         round_robin=scheduler.rank_choice == "round_robin",
         room_first=scheduler.room_first if role == "decode" else None,
         graph_sizes=tuple(sorted({int(size) for size in graph_sizes})),
+        state_tokens=log.state_tokens,
     )

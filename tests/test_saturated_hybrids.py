@@ -1,0 +1,27 @@
+"""Public runs of models with linear attention at more users than their states have room for: `make cookbook`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tensorcast.predict.predict import predict
+
+RUNS = Path(__file__).resolve().parent.parent / "benchmarks" / "cookbook_runs.csv"
+
+
+@pytest.mark.parametrize("device", ["h200", "b200", "b300"])
+def test_as_many_run_as_have_states(device: str) -> None:
+    """Little's law: time per token times tokens/s is how many write their reply. The rest of the places read prompts:
+    of replies that begin and end together about a fifth, as public runs have it."""
+    runs = pd.read_csv(RUNS, dtype=str, keep_default_na=False)
+    slow = (runs["model"] == "qwen3.5-27b") & (runs["precision"] == "nvfp4")  # by its kernels, not by its places
+    found = predict(runs[(runs["device"] == device) & ~slow])
+    assert (found["problem"] == "").all() and len(found) >= 8
+    numbers = {name: found[name].astype(float) for name in found if name.endswith("_s")}
+    writing = numbers["measured_tpot_s"] * numbers["measured_output_tokens_per_s"]
+    assert (writing / found["mean_batch"].astype(float)).between(0.65, 0.85).all()
+    for name, share in (("tpot_s", 0.16), ("output_tokens_per_s", 0.1)):
+        assert (numbers[name] / numbers[f"measured_{name}"] - 1).abs().median() < share

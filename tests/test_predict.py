@@ -353,6 +353,8 @@ def test_range_ratio_of_either_client_is_read_and_said() -> None:
     alike = predict(table({"engine": "sglang", "random_range_ratio": "1"}))
     assert (got["output_tokens_per_s"][0], got["tpot_s"][0]) != (alike["output_tokens_per_s"][0], alike["tpot_s"][0])
     assert "must be from 0" in predict(table({"length_ratio": "1.5"}))["problem"][0]
+    burst = predict(table(*({"requests": "8", "length_ratio": ratio} for ratio in ("0", "0.001"))))
+    assert (burst["problem"] == "").all() and burst["tpot_s"][0] == pytest.approx(burst["tpot_s"][1], rel=0.02)
 
 
 def test_formats_as_engines_flags_call_them() -> None:

@@ -330,16 +330,23 @@ def test_arrivals_come_at_their_rate(rate: float, burstiness: float, seed: int) 
     assert found.rate == pytest.approx(rate, rel=6 / np.sqrt(3000 * burstiness))
 
 
-@pytest.mark.parametrize("layout, most", [("tp8", 48), ("dp8-ep8", 6)])
-def test_sglang_runs_few_requests_that_draft_unless_told(layout: str, most: int) -> None:
-    """sglang 0.5.14 and 0.5.23, arg_groups/speculative_hook.py: max_running_requests is 48 unless it is given."""
+@pytest.mark.parametrize(
+    ("model", "layout", "plain", "drafting"),
+    [
+        ("deepseek-v3", "tp8", 4096, 48), ("deepseek-v3", "dp8-ep8", 1024, 6), ("deepseek-v4-flash", "tp8", 256, 256),
+        ("deepseek-v4-flash", "dp8-ep8", 32, 32),
+    ],
+)  # fmt: skip
+def test_sglang_runs_few_requests_unless_told(model: str, layout: str, plain: int, drafting: int) -> None:
+    """sglang 0.5.14 and 0.5.23, arg_groups/speculative_hook.py and deepseek_v4_hook.py: max_running_requests is 48 with
+    drafts and 256 for DeepSeek-V4, over all ranks, unless it is given; DeepEP sends 1,024 a rank at most."""
 
     def sequences(depth: int, asked: int | None = None) -> int:
         found = priced_servers(
-            load_model("deepseek-v3"), load_device("h200"), load_engine("sglang"), parse_servers(layout), longest=4096,
+            load_model(model), load_device("h200"), load_engine("sglang"), parse_servers(layout), longest=4096,
             options=Options(mtp_depth=depth), max_sequences=asked,
         )  # fmt: skip
         return found.pools[0].rules.most_sequences
 
-    assert sequences(1) == most < sequences(0)
+    assert (sequences(0), sequences(1)) == (plain, drafting)
     assert sequences(1, 64) == 64

@@ -77,14 +77,19 @@ class Arrivals:
     ) -> Requests:
         """What was sent: lengths uniform between ``length_ratio`` of ``isl`` and ``osl`` and the whole.
         ``block_tokens``: of the engine's cache."""
-        mean, spread = (1 + length_ratio) / 2, (1 - length_ratio) / (1 + length_ratio)
         count = self.count or (REQUESTS if self.users is None else max(1, round(self.users * rounds)))
         rate = None if math.isinf(self.rate) else self.rate
         found = drawn(
-            count, Length(max(1.0, isl * mean), spread), Length(max(1.0, osl * mean), spread), rate=rate,
-            burstiness=self.burstiness, users=self.users,
+            count, up_to(isl, length_ratio), up_to(osl, length_ratio), rate=rate, burstiness=self.burstiness,
+            users=self.users,
         )
         return beginning_alike(found, prefix_cached, block_tokens) if prefix_cached else found
+
+
+def up_to(longest: int, ratio: float) -> Length:
+    """Lengths uniform from ``ratio`` of the ``longest``, one token at least, up to it."""
+    least = max(1.0, longest * ratio)
+    return Length((least + longest) / 2, (longest - least) / (longest + least))
 
 
 def read_arrivals(cells: Cells, users: float | None) -> Arrivals | None:

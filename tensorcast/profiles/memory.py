@@ -169,15 +169,12 @@ class CacheRules(Frozen):
     source: str = Field(min_length=3)
 
     def in_pools(self) -> "CacheRules | None":
-        """Of a server of one phase: its windows hold what they see, and a sequence has one state."""
-        if self.pools:
-            return self
-        if not self.pooled_windows:
-            apart = CacheRules(states_apart=self.states_apart, drafts_apart=False, source=self.source)
-            return apart if self.states_apart else None
+        """Of a server of one phase; none: its windows hold what they see, and a sequence has one state, in a pool that
+        is made for the requests that it is told (--max-running-requests)."""
+        if self.pools or not self.pooled_windows:
+            return self if self.pools else None
         return CacheRules(
-            window_share=self.window_share, windowed=self.windowed, own_shares=self.own_shares,
-            states_apart=self.states_apart, drafts_apart=False, source=self.source,
+            window_share=self.window_share, windowed=self.windowed, own_shares=self.own_shares, source=self.source
         )
 
     def without_copies(self) -> "CacheRules":

@@ -1,5 +1,6 @@
 """How an engine puts requests into steps: who is let in, in which order, and what is kept for the next one."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
@@ -43,6 +44,9 @@ class Scheduler(Frozen):
     drafting_sequences: int | None = Field(
         default=None, ge=1, description="the same of a server whose steps draft, over all its data-parallel ranks"
     )
+    own_sequences: dict[str, int] = Field(
+        default={}, description="class of a network -> the same of a server that runs it, drafts or not"
+    )
     block_tokens: int = Field(ge=1, description="tokens of a block of the cache")
     splits_prompts: bool = Field(default=True, description="whether a prompt may be read in several steps")
     prompt_tokens: int | None = Field(default=None, ge=1, description="new tokens of a step's prompts that end in it")
@@ -54,11 +58,16 @@ class Scheduler(Frozen):
     room_first: RoomFirst | None = None
     source: str = Field(min_length=3)
 
-    def sequences(self, memory_bytes: float, ranks: int = 1, *, drafts: bool = False) -> int:
-        """Sequences of a step per data-parallel rank, of so many, on a device of so much memory, unasked."""
+    def sequences(
+        self, memory_bytes: float, ranks: int = 1, *, drafts: bool = False, classes: Iterable[str] = ()
+    ) -> int:
+        """Sequences of a step per data-parallel rank, of so many, on a device of so much memory, unasked; of a network
+        of these ``classes``."""
         fitting = [count for size, count in self.most_sequences.items() if memory_bytes >= size * MIB]
         most = max(fitting, default=min(self.most_sequences.values()))
-        return most if not drafts or self.drafting_sequences is None else max(1, self.drafting_sequences // ranks)
+        own = next((self.own_sequences[one] for one in classes if one in self.own_sequences), None)
+        told = self.drafting_sequences if own is None and drafts else own
+        return most if told is None else max(1, told // ranks)
 
 
 class SerialDrafts(Frozen):

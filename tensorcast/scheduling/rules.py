@@ -142,7 +142,8 @@ def rules_of(
     if cache_tokens < scheduler.block_tokens or states < 1:
         raise InputError(f"layout {layout}: {deployment.model.name} leaves no room for a cache")
     ranks, memory = int(attention_dp(layout, deployment.raw.facts.num_experts)), float(deployment.device.memory_bytes)
-    sequences = max_sequences or scheduler.sequences(memory, ranks, drafts=depth > 0)
+    classes = deployment.model.config.get("architectures") or ()
+    sequences = max_sequences or scheduler.sequences(memory, ranks, drafts=depth > 0, classes=classes)
     return Rules(
         role=role,
         ranks=ranks,

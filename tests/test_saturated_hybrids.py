@@ -20,7 +20,7 @@ def test_as_many_run_as_have_states(device: str) -> None:
     slow = (runs["model"] == "qwen3.5-27b") & (runs["precision"] == "nvfp4")  # by its kernels, not by its places
     found = predict(runs[(runs["device"] == device) & ~slow])
     assert (found["problem"] == "").all() and len(found) >= 8
-    numbers = {name: found[name].astype(float) for name in found if name.endswith("_s")}
+    numbers = {str(name): found[name].astype(float) for name in found if str(name).endswith("_s")}
     writing = numbers["measured_tpot_s"] * numbers["measured_output_tokens_per_s"]
     assert (writing / found["mean_batch"].astype(float)).between(0.65, 0.85).all()
     for name, share in (("tpot_s", 0.16), ("output_tokens_per_s", 0.1)):

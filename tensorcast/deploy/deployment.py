@@ -179,14 +179,12 @@ class Deployment:
         reserve, dp = self.engine.reserve, attention_dp(self.layout, self.raw.facts.num_experts)
         if reserve is None or (reserve.pooled and self.phase == "prefill"):
             return 0.0
-        spare: Size = 0.0
-        if reserve.pooled:
-            spare = reserve.spare_bytes(float(self.device.memory_bytes), self.layout.tp * dp * self.layout.pp)
+        gpus = self.layout.tp * dp * self.layout.pp
+        spare: Size = reserve.spare_bytes(float(self.device.memory_bytes), gpus) if reserve.pooled else 0.0
         return reserve.graph_bytes(sequences, dp, 1 + self.options.mtp_depth, spare=spare)
 
     def held(self, sequences: Size, length: Size) -> tuple[Size, Size]:
-        """Bytes of weights and of cache on the fullest rank, ``length`` tokens in each of ``sequences`` sequences;
-        where states have a pool of their own, the room that both must have."""
+        """Bytes of weights on the fullest rank, and of room in its cache for ``sequences`` of ``length`` tokens."""
         shape = np.broadcast_shapes(np.shape(sequences), np.shape(length), np.shape(self.layout.dp))
         whole = np.zeros((2, *shape))
         kv, rules, rule = self.quantization.kv, self.engine.cache_rules, Kept()
@@ -207,8 +205,7 @@ class Deployment:
                 tokens = tokens + drafter.cache_numbers * KV_BYTES[kv] * length
             held = sequences * room_taken(tokens, states, rule.states_apart)
             if len(self.stage_weights) == 1:  # the fullest
-                whole[0], whole[1] = stage, held
-                break
+                return stage + self.tower_bytes + np.zeros(shape), held + np.zeros(shape)
             weights, cache = whole[:, some]
             fuller = stage + held > weights + cache
             whole[0, some], whole[1, some] = np.where(fuller, stage, weights), np.where(fuller, held, cache)

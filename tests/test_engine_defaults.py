@@ -17,9 +17,10 @@ from one_deployment import disaggregated
 
 import tensorcast as tc
 from tensorcast.cost.memory import cache_budget
-from tensorcast.deploy.deployment import deploy, memory_share
+from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan.memory_share import memory_share
 from tensorcast.deploy.plan.plan import block_form, choose_all2all
 from tensorcast.deploy.step.sizes import GRID
 from tensorcast.profiles.memory import MIB, Served

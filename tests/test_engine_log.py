@@ -13,7 +13,7 @@ import tensorcast as tc
 from tensorcast.cost.stages import stage_layers
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.engine_log import ROOM_ERROR_BYTES, cache_log, room_note
-from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
 from tensorcast.profiles.store import load_device, load_engine, load_model
@@ -171,11 +171,12 @@ def test_lines_of_the_log() -> None:
 
 def test_windows_keep_what_a_step_may_add() -> None:
     """gpt-oss: half of the layers keep 127 + 8,192 tokens of a request, in blocks of 16 and a block more, as vLLM
-    counts them, the others all: 8,192 blocks of 131,072 tokens and 520 + 1."""
-    found = _on("gpt-oss-120b", "h100", 1)
-    request = 18 * 2 * 8 * 64 * 2 * 16 * (8192 + 520 + 1)
-    log = cache_log(found, 131_072)
-    assert log.concurrency == pytest.approx(found.memory(1, 1, 0).cache_budget / request)
+    counts them, the others all: 8,192 blocks of 131,072 tokens and 520 + 1. In 0.33 two steps are under way."""
+    for engine, blocks in (("vllm==0.24.0", 520), ("vllm", 1032)):
+        found = _on("gpt-oss-120b", "h100", 1, engine)
+        request = 18 * 2 * 8 * 64 * 2 * 16 * (8192 + blocks + 1)
+        log = cache_log(found, 131_072)
+        assert log.concurrency == pytest.approx(found.memory(1, 1, 0).cache_budget / request)
 
 
 def test_windows_of_sglang_have_a_share_of_the_other_layers_tokens() -> None:
@@ -276,6 +277,29 @@ def test_as_many_requests_run_as_have_states_and_tokens() -> None:
     rules = rules_of(vllm, "both", max_sequences=10_000)
     assert rules.most_sequences == 10_000
     assert rules.waste == pytest.approx(2 * (values + inputs) / token + (rules.block_tokens - 1) / 2, rel=1e-2)
+
+
+@pytest.mark.parametrize(("layout", "logged"), [("tp8", 20.43), ("dp8-ep8", 156.9 / 8)])
+def test_a_compressed_cache_takes_blocks_of_every_group(layout: str, logged: float) -> None:
+    """DeepSeek-V4-Flash on 8 B200, vLLM 0.25, 0.95 of memory, 1M tokens a request (vllm#51454, vllm recipes#762). A
+    block has pages of 22 windows or entries of ratio 4 (64 of 584 bytes, in 576s), of 21 indexers' keys (64 of 132) and
+    of 20 layers of ratio 128 (2 entries); a decoding request takes one for 256 tokens, three for each half of the
+    windows, three and 17 for what is not compressed yet, of windows of 8 and 128."""
+    parts = load_model("deepseek-v4-flash"), load_device("b200"), load_engine("vllm==0.24.0"), parse_layout(layout)
+    found = deploy(*parts, "decode", options=Options(memory_fraction=0.95))
+    block = 22 * 37_440 + 21 * 8640 + 20 * 1728
+    for length in (1, 300, 8192, 1 << 20):
+        fixed = 2 * (-(-min(length, 128) // 64) + 1) + -(-min(length, 8) // 4) + 1 + -(-min(length, 128) // 8) + 1
+        assert found.held(3.0, length)[1] == 3 * block * (-(-length // 256) + fixed)
+    assert cache_log(found, 1 << 20).concurrency == pytest.approx(logged, rel=0.1)
+    newest = deploy(*parts[:2], load_engine("vllm"), parts[3], "decode", options=Options(memory_fraction=0.95))
+    room = float(newest.memory(1, 1, 0).cache_budget) // block
+    step = 2 * 16_384  # two steps under way; blocks of its groups are counted whole
+    each = 4096 + 2 * (-(-(127 + step) // 64) + 1) + -(-(7 + step) // 4) + 1 + -(-(127 + step) // 8) + 1
+    assert cache_log(newest, 1 << 20).concurrency == pytest.approx(room / each)
+    rules = rules_of(found, "both")
+    assert rules.waste == pytest.approx(26 * 256 + (rules.block_tokens - 1) / 2)
+    assert rules.cache_tokens == pytest.approx(float(found.memory(1, 1, 0).cache_budget) / block * 256, rel=1e-2)
 
 
 def test_little_room_is_said() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
+from operator import add, or_
 from typing import NamedTuple
 
 import numpy as np
 
 from tensorcast.cost.work import Size
 from tensorcast.modeling.quantization import Quantization, padded
-from tensorcast.profiles.memory import Kept, MemoryCovers
+from tensorcast.profiles.memory import Kept, MemoryCovers, PackedPages
 from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, OpTable, per_table
 
@@ -165,6 +167,68 @@ def sequence_caches(
         size = entry.per_token * tokens / ranks + entry.per_sequence * slots
         found.append(SequenceCache(entry.kind, size, not entry.per_token))
     return found
+
+
+class PagedGroup(NamedTuple):
+    """Layers whose pages are given together: tokens of a page, those that are kept (0: all), and bytes of the pages."""
+
+    tokens: int
+    window: int
+    size_bytes: float
+
+
+class PackedCache(NamedTuple):
+    """A cache of blocks that hold a page of every layer; ``groups`` of layers take blocks of their own, all entries
+    first. See :class:`~tensorcast.profiles.memory.PackedPages`."""
+
+    block_bytes: float
+    groups: tuple[PagedGroup, ...]
+
+    def blocks(self, length: Size, step: float = 1.0) -> list[Size]:
+        """Blocks that each group takes of a sequence of ``length`` tokens, ``step`` of which are new."""
+        return [
+            np.ceil(np.minimum(length, one.window - 1 + step if one.window else np.inf) / one.tokens) + bool(one.window)
+            for one in self.groups
+        ]
+
+
+def packed_cache(table: OpTable, kv: str, layers: slice, pages: PackedPages) -> PackedCache | None:
+    """Of ``layers`` of a model that compresses its cache; none where they keep nothing but windows."""
+    facts, entries = table.facts, cache_entries(table, kv)
+    ratios = [facts.compress_ratios[table.layer_kinds.index(kind)] for kind in table.layer_kinds[layers]]
+    counts, least = Counter(ratio for ratio in ratios if ratio), min(filter(None, facts.compress_ratios), default=0)
+    if not counts:
+        return None
+    entry, window = next((one.per_token, one.limit) for one in entries if one.limit)
+    width = next(one.per_token / 2.0 for one in cache_entries(table, "bf16") if one.limit)
+    unit, own = pages.aligned_bytes["fp8" if kv == "fp8" else "bf16"], Counter[float]()
+
+    def page(size: float) -> float:  # of the next size that entries have
+        whole = math.ceil(size / unit) * unit
+        return min((one for one in own if one >= whole), default=whole)
+
+    kept_all = [(pages.block_tokens / ratio * entry, n) for ratio, n in counts.items()]
+    if facts.indexer_width:
+        kept_all.append((pages.block_tokens / least * indexer_key_bytes(facts.indexer_width), counts[least]))
+    own = reduce(add, (Counter({page(size): n}) for size, n in kept_all))
+    groups = [(pages.window_tokens, window, Counter({page(pages.window_tokens * entry): len(ratios)}))]
+    for ratio, n in counts.items():
+        tokens, kept = pages.state_pages[ratio].tokens, pages.state_pages[ratio].window
+        widths = (width, facts.indexer_width) if ratio == least and facts.indexer_width else (width,)  # vector, weights
+        groups.append((tokens, kept, Counter({page(tokens * 2.0 * kept / ratio * one * 4.0): n for one in widths})))
+    most = [max(sizes.values()) for sizes in (own, *(sizes for _, _, sizes in groups))]
+    side = min(range(most[0], max(most) + 1), key=lambda each: (sum(-n % each for n in most), -each))
+    parts = [(pages.block_tokens, 0, own)]
+    for tokens, kept, sizes in groups:
+        parts += [
+            (tokens, kept, Counter({size: n // cut + (i < n % cut) for size, n in sizes.items()}))
+            for cut in (math.ceil(max(sizes.values()) / side),) for i in range(cut)
+        ]
+    slots = reduce(or_, (sizes for _, _, sizes in parts))
+    return PackedCache(
+        sum(size * n for size, n in slots.items()),
+        tuple(PagedGroup(tokens, kept, sum(size * n for size, n in sizes.items())) for tokens, kept, sizes in parts),
+    )
 
 
 def weight_bytes(

@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorcast.cost.memory import (
+    PackedCache,
     SequenceCache,
     activation_bytes,
     cache_budget,
     cache_entries,
     low_latency_buffer_bytes,
+    packed_cache,
     room_taken,
     sees_cached_tokens,
     sequence_caches,
@@ -30,8 +32,9 @@ from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_parts, check
 from tensorcast.deploy.options import Options, Place, check_options, idle_options, stated_stages
 from tensorcast.deploy.plan.context import context_cut, prompt_cut
+from tensorcast.deploy.plan.memory_share import memory_share
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
-from tensorcast.deploy.plan.switches import DEEPEP, SWITCHES, UNSWITCHED, served_with, switched
+from tensorcast.deploy.plan.switches import SWITCHES, UNSWITCHED, served_with, switched
 from tensorcast.deploy.step.make import make_step
 from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step
@@ -41,7 +44,7 @@ from tensorcast.profiles.config_values import is_one_of, text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.kept import same
-from tensorcast.profiles.memory import MIB, Kept, Served, is_latent, unasked_cache
+from tensorcast.profiles.memory import MIB, Kept, unasked_cache
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import RankForm, rank_tables, whole_model
@@ -201,6 +204,8 @@ class Deployment:
             if rules is not None or not each:  # else the same in all stages
                 each = sequence_caches(self.drafting, kv, length, kept=rule, ranks=self.options.dcp)
             tokens, states = summed(each, self.drafting.layer_kinds[layers])
+            if packed := self.packed(layers):
+                tokens, states = packed.block_bytes * sum(packed.blocks(length)), 0.0
             if drafter is not None and layers.stop == len(self.raw.layer_kinds):
                 tokens = tokens + drafter.cache_numbers * KV_BYTES[kv] * length
             held = sequences * room_taken(tokens, states, rule.states_apart)
@@ -210,6 +215,12 @@ class Deployment:
             fuller = stage + held > weights + cache
             whole[0, some], whole[1, some] = np.where(fuller, stage, weights), np.where(fuller, held, cache)
         return whole[0] + self.tower_bytes, whole[1]
+
+    def packed(self, layers: slice) -> PackedCache | None:
+        """The cache of ``layers`` in blocks that all share, where the engine keeps the model's so."""
+        if self.engine.packed_pages is None or not self.raw.facts.compress_ratios:
+            return None
+        return packed_cache(self.drafting, self.quantization.kv, layers, self.engine.packed_pages)
 
     @cached_property
     def drafting(self) -> OpTable:
@@ -290,34 +301,6 @@ class Deployment:
                 int(tried[inside]) if inside < len(tried) else high,
             )
         return low
-
-
-def memory_share(
-    engine: EngineProfile, device: DeviceProfile, layout: Layout, experts: bool, config: dict[str, Any], *,
-    phase: str = "", served: Served = Served(), tokens: int | None = None, grown: Size = 0.0,
-) -> Size:
-    """Share of the device that ``engine`` takes in ``layout``, before decode steps are captured.
-
-    ``phase``: what it runs, if it is one of a pool. ``tokens`` of a server's step: as it takes unasked where not given;
-    ``grown``: bytes of its captured decode steps, where they are known.
-    """
-    if engine.reserve is None:
-        return float(engine.memory_fraction)
-    capacity, dp = float(device.memory_bytes), attention_dp(layout, experts)
-    graphs = engine.prefill_graphs
-    captured = engine.prefill_graph_tokens(
-        device, int(np.max(dp)), int(np.max(layout.pp)), config, served, most=tokens, set_aside=True
-    )
-    sizes = graphs.count(captured, served.exchange) if graphs is not None and captured else 0
-    left = engine.reserve.fixed_bytes(
-        capacity, tokens or engine.tokens_per_step(device), layout.tp * dp * layout.pp, sizes, is_latent(config),
-        phase=phase, grown=grown, exchange=served.exchange in DEEPEP,
-    )
-    share, seen = 1.0 - left / capacity, engine.reserve.vision
-    if seen is None or "vision_config" not in config or (engine.reserve.pooled and phase == "decode"):
-        return share
-    # a share that is printed has three digits before what sees takes of it
-    return (share if tokens is None else np.round(share, 3)) * seen.share(config)
 
 
 @per_table

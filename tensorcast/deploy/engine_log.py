@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tensorcast.cost.memory import cache_entries
+from tensorcast.cost.memory import PackedCache, cache_entries
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.profiles.memory import Kept
 
@@ -20,6 +20,9 @@ LINES = {
 }  # fmt: skip
 """vLLM 0.24.0, v1/core/kv_cache_utils.py (tokens are the concurrency times the longest request); SGLang 0.5.14,
 srt/managers/scheduler.py; TensorRT-LLM, _torch/pyexecutor/resource_manager.py."""
+
+LONG = 1 << 16
+"""Tokens of a sequence by which room for one more of its tokens is told."""
 
 ROOM_ERROR_BYTES = 3e9
 """How far the room for the cache is off in public logs of engines: see docs/checkpoints.md."""
@@ -38,6 +41,8 @@ class CacheLog(NamedTuple):
     lines: tuple[str, ...]
     sequences: float | None = None
     state_tokens: float = 0.0
+    room: float | None = None
+    """Tokens of running sequences beside ``state_tokens`` of each, where that is not what the line says."""
 
 
 def cache_log(deployment: Deployment, length: int) -> CacheLog:
@@ -50,7 +55,7 @@ def cache_log(deployment: Deployment, length: int) -> CacheLog:
     rules, stages = engine.cache_rules, deployment.layout.pp
     kept = rules.kept(deployment.model.config, depth, stages) if rules else Kept()
     sequences: float | None = None
-    state_tokens = 0.0
+    state_tokens, room = 0.0, math.inf
     for weights, layers, _ in deployment.stage_weights:
         kinds, growing, states = table.layer_kinds[layers], 0.0, 0.0
         for entry in cache_entries(table, deployment.quantization.kv):
@@ -58,6 +63,12 @@ def cache_log(deployment: Deployment, length: int) -> CacheLog:
             growing += times_kept * entry.per_token * _tokens_held(deployment, entry.limit, kept, length)
             states += times_kept * entry.per_sequence * (1.0 if entry.per_token else kept.state_slots)
         left = float(memory.cache_budget + memory.weights - weights)
+        if packed := deployment.packed(layers):
+            times = min(times, left // packed.block_bytes / _blocks_logged(deployment, packed, length))
+            each, *fixed = packed.blocks(LONG)
+            per_token = float(each) / LONG
+            room, state_tokens = min(room, left / packed.block_bytes / per_token), float(sum(fixed)) / per_token
+            continue
         if states and kept.states_apart:  # a pool of their own, of so much of the other's size
             left /= 1.0 + kept.states_apart
             own = max(0.0, left * kept.states_apart / states)
@@ -68,7 +79,19 @@ def cache_log(deployment: Deployment, length: int) -> CacheLog:
         return CacheLog(0, 0.0, length, ())
     said = {"tokens": int(times * length), "length": length, "times": times}
     lines = tuple(line.format(**said) for line in LINES.get(deployment.engine.name, ()))
-    return CacheLog(int(times * length), float(times), length, lines, sequences, state_tokens)
+    held = room if room < math.inf else None
+    return CacheLog(int(times * length), float(times), length, lines, sequences, state_tokens, held)
+
+
+def _blocks_logged(deployment: Deployment, packed: PackedCache, length: int) -> float:
+    """Blocks that the engine counts for a request of ``length`` tokens, all of a step's new."""
+    pages = deployment.engine.packed_pages
+    assert pages is not None
+    each = packed.blocks(length, _step_tokens(deployment))
+    if pages.whole_blocks:
+        return float(sum(each))
+    first = packed.groups[0].size_bytes
+    return math.ceil(sum(float(n) * one.size_bytes for n, one in zip(each, packed.groups, strict=True)) / first)
 
 
 def _tokens_held(deployment: Deployment, window: int, kept: Kept, length: int) -> float:
@@ -83,8 +106,14 @@ def _tokens_held(deployment: Deployment, window: int, kept: Kept, length: int) -
         return math.ceil(length / block) * block
     if kept.window_share is not None:
         return kept.window_share * length
-    step = deployment.engine.tokens_per_step(deployment.device)
-    return (math.ceil(min(length, window - 1 + step) / block) + 1) * block
+    return (math.ceil(min(length, window - 1 + _step_tokens(deployment)) / block) + 1) * block
+
+
+def _step_tokens(deployment: Deployment) -> int:
+    """New tokens of all steps under way."""
+    engine = deployment.engine
+    steps = 1 if engine.scheduler is None else engine.scheduler.held_steps
+    return steps * engine.tokens_per_step(deployment.device)
 
 
 def room_note(deployment: Deployment) -> str:

@@ -14,6 +14,7 @@ from tensorcast.profiles.memory import (
     CacheDtype,
     CacheRules,
     MemoryCovers,
+    PackedPages,
     PrefillGraphs,
     ProfiledStep,
     Reserve,
@@ -239,6 +240,7 @@ class EngineProfile(Frozen):
         default=None, description="communicators and all-reduce buffers, on top of that where a server has several GPUs"
     )
     cache_rules: CacheRules | None = Field(default=None, description="copies of states, and cache of windows")
+    packed_pages: PackedPages | None = None
     states: StateRule | None = Field(default=None, description="precision of recurrent states; none: the model's")
     state_copies: Figure | None = Field(
         default=None, description="states moved per sequence and layer to keep the accepted one of a step that drafts"

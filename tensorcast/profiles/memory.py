@@ -194,6 +194,25 @@ class CacheRules(Frozen):
         return Kept(slots, share, float(self.states_apart) if self.drafts_apart or not depth else 0.0)
 
 
+class StatePages(Frozen):
+    """Pages of what is not compressed yet: tokens of a page, and how many of the last ones are kept."""
+
+    tokens: int = Field(ge=1)
+    window: int = Field(ge=1)
+
+
+class PackedPages(Frozen):
+    """A cache whose layers keep an entry for several tokens, in blocks that hold a page of every layer side by side.
+    Groups of layers that keep other tokens each take blocks of their own, and whole ones."""
+
+    block_tokens: int = Field(ge=1, description="tokens of a block of compressed entries")
+    window_tokens: int = Field(ge=1, description="of a block of a window's entries")
+    state_pages: dict[int, StatePages] = Field(description="tokens of an entry -> pages of those that have none yet")
+    aligned_bytes: dict[Literal["fp8", "bf16"], int] = Field(description="a page's size is a multiple of it")
+    whole_blocks: bool = Field(description="whether the log counts blocks; else their bytes")
+    source: str = Field(min_length=3)
+
+
 StateDtype = Literal["float32", "bfloat16", "float16"]
 STATE_DTYPES: tuple[str, ...] = get_args(StateDtype)
 

@@ -48,6 +48,7 @@ class Scheduler(Frozen):
         default={}, description="class of a network -> the same of a server that runs it, drafts or not"
     )
     block_tokens: int = Field(ge=1, description="tokens of a block of the cache")
+    held_steps: int = Field(default=1, ge=1, description="steps whose new tokens a window may keep beside its own")
     splits_prompts: bool = Field(default=True, description="whether a prompt may be read in several steps")
     prompt_tokens: int | None = Field(default=None, ge=1, description="new tokens of a step's prompts that end in it")
     expected_reply: ExpectedReply | None = None

@@ -137,7 +137,7 @@ def rules_of(
         raise InputError(f"--mtp-acceptance {mtp_acceptance:g}: must be a chance from 0 to 1")
     log = cache_log(deployment, LONG)
     if cache_tokens is None:
-        cache_tokens = float(log.tokens)
+        cache_tokens = float(log.tokens if log.room is None else log.room)
     states = math.inf if log.sequences is None else log.sequences
     if cache_tokens < scheduler.block_tokens or states < 1:
         raise InputError(f"layout {layout}: {deployment.model.name} leaves no room for a cache")

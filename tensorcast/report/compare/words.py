@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tensorcast.cost.evidence import EVIDENCE
-from tensorcast.deploy.deployment import memory_share
+from tensorcast.deploy.plan.memory_share import memory_share
 from tensorcast.deploy.plan.switches import served_with
 from tensorcast.report import units
 from tensorcast.report.compare.choices import LIMITS, WRITTEN, Choice, View, between, cost_apart, worth

@@ -128,3 +128,18 @@ def test_cached_beginnings_are_shared_blocks() -> None:
 def test_cached_beginnings_shorten_first_tokens() -> None:
     none, most = rows({"request_rate": 4, "requests": 100}, {"request_rate": 4, "requests": 100, "prefix_cached": 960})
     assert most["ttft_s"] < 0.7 * none["ttft_s"]
+
+
+def test_more_users_than_the_engine_lets_run_are_replayed() -> None:
+    """SGLang's 48 requests with drafts, over all ranks: a row that says nothing of it is as one that says 48; users
+    below it, or a stated number, are not."""
+    row = {"model": "deepseek-v3", "device": "h200", "engine": "sglang", "tp": "8", "isl": "512", "osl": "128",
+           "mtp_depth": "1"}  # fmt: skip
+    told = {"concurrency": "96", "max_num_seqs": "48", "requests": "960"}
+    rows = [{**row, "concurrency": "96"}, {**row, **told}, {**row, "concurrency": "40"}]
+    found = predict(pd.DataFrame(rows).fillna(""))
+    assert (found["problem"] == "").all()
+    assert list(found["assumed"].str.contains("max_num_seqs 48")) == [True, False, False]
+    assert list(found["decode_step_s"].isna()) == [True, True, False]
+    assert found["tpot_s"][0] == pytest.approx(found["tpot_s"][1]) and found["mean_batch"][0] < 48
+    assert found["ttft_s"][0] > 3 * found["ttft_s"][2]

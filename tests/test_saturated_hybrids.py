@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import tensorcast as tc
 from tensorcast.predict.predict import predict
 
 RUNS = Path(__file__).resolve().parent.parent / "benchmarks" / "cookbook_runs.csv"
@@ -25,3 +26,17 @@ def test_as_many_run_as_have_states(device: str) -> None:
     assert (writing / found["mean_batch"].astype(float)).between(0.65, 0.85).all()
     for name, share in (("tpot_s", 0.16), ("output_tokens_per_s", 0.1)):
         assert (numbers[name] / numbers[f"measured_{name}"] - 1).abs().median() < share
+
+
+@pytest.mark.parametrize(
+    ("model", "engine"),
+    [("qwen3-next-80b-a3b", "sglang"), ("qwen3-next-80b-a3b", "vllm"), ("gpt-oss-120b", "sglang"),
+     ("deepseek-v4-flash", "vllm")],
+)  # fmt: skip
+def test_candidates_of_a_search_fit_their_gpus(model: str, engine: str) -> None:
+    """Of one pool and of two, whose servers keep fewer copies of states: memory that is told is there."""
+    found = tc.compare(
+        model, device="h200", engine=engine, world_size=4, input_len=4096, output_len=1024, ttft_s=5.0, tpot_s=0.05
+    ).candidates
+    assert set(found["mode"]) == {"aggregated", "disaggregated"}
+    assert (found["memory_bytes"] <= found["capacity_bytes"]).all()

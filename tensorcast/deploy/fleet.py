@@ -93,6 +93,15 @@ class Fleet(Deployment):
 
     size: int
 
+    def in_pools(self) -> Fleet:
+        """The same on servers of one phase, for their memory."""
+        engine = self.engine.in_pools()
+        if engine.cache_rules == self.engine.cache_rules:
+            return self
+        found = replace(self, engine=engine)
+        vars(found).update({name: vars(self)[name] for name in WITHOUT_CACHE if name in vars(self)})
+        return found
+
     def at(self, kv_dtype: str, mtp_depth: int, members: Rows, pp: Rows) -> Fleet:
         """Some of the members, again and again if need be, each in so many pipeline stages, for their memory; prices
         need none. Kept, with what is the same for all loads."""

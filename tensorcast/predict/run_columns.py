@@ -127,7 +127,7 @@ class Run:
     """One row, read: names of profiles, layouts, load, options, and what was assumed where the row says nothing.
 
     ``arrivals``: how requests came, where that is no steady number in flight. ``other_depths``: drafted tokens per step
-    that a public record may have had beside those of ``options``.
+    that a public ``record`` may have had beside those of ``options``.
     """
 
     model: str
@@ -148,6 +148,7 @@ class Run:
     wait_steps: float = 0.0
     prefix_cached: int = 0
     prefix_cache: bool = True
+    record: bool = False
     draft_overlap: bool = False
     mtp_acceptance: float = 0.8
     chunk_tokens: int | None = None
@@ -292,9 +293,8 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         replicas=cells.whole("replicas"),
         length_ratio=ratio,
         rounds=cells.number("rounds", 10.0),
-        wait_steps=wait,
+        wait_steps=wait, record=record, prefix_cache=kept,
         prefix_cached=cells.whole("prefix_cached", least=0),
-        prefix_cache=kept,
         draft_overlap=cells.switch("draft_overlap", False),
         mtp_acceptance=cells.number("mtp_acceptance", MTP_ACCEPTANCE if record else 0.8),
         chunk_tokens=chunk,

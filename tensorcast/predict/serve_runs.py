@@ -18,6 +18,7 @@ from tensorcast.deploy.step.many import sums_of_many
 from tensorcast.deploy.step.sizes import GRID
 from tensorcast.deploy.step.step import Asked
 from tensorcast.errors import InputError
+from tensorcast.predict.arrivals import Arrivals
 from tensorcast.predict.run_columns import Run
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
@@ -195,6 +196,28 @@ load_engine_once: Callable[[str], EngineProfile] = _engine
 def load_profiles(run: Run) -> tuple[ModelProfile, DeviceProfile]:
     """Model and device of a run, each read once."""
     return _model(run.model), _device(run.device)
+
+
+def as_let_in(run: Run) -> Run:
+    """The ``run``; if more requests are in flight than its engine lets run unasked, as one that is replayed. The
+    scripts of public records say how many may run."""
+    ranks = run.decode.dp
+    users = run.concurrency / (run.replicas * run.workers[1] * ranks)
+    if run.arrivals is not None or run.record or run.images is not None:
+        return run
+    try:
+        scheduler = load_engine_once(run.served_by).scheduler
+        if scheduler is None or users <= scheduler.fewest(ranks):
+            return run
+        model, device = load_profiles(run)
+    except InputError:  # told where it is served
+        return run
+    classes, drafts = model.config.get("architectures") or (), run.options.mtp_depth > 0
+    most = scheduler.sequences(float(device.memory_bytes), ranks, drafts=drafts, classes=classes)
+    if users <= most:
+        return run
+    said = (*run.assumed, f"max_num_seqs {most}")
+    return replace(run, arrivals=Arrivals(users=max(1, round(run.concurrency))), assumed=said)
 
 
 def _priced(rows: list[_Row]) -> tuple[PrefillCosts, DecodeCurve]:

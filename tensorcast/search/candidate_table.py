@@ -185,7 +185,7 @@ def candidates_of(task: SearchTask, prices: VariantPrices, mode: str, points: Po
         for name in COLUMNS if name not in MEMORY
     }
     fleets = np.empty(len(prices.fleets), dtype=object)
-    fleets[:] = prices.fleets
+    fleets[:] = [fleet.in_pools() for fleet in prices.fleets] if pools else prices.fleets
     past = np.full(len(of_variant), float(int(prices.scenario.load.context) - 1))  # each reply half done
     behind = Decoding(fleets[prices.fleet_of[of_variant]], prices.member_of[of_variant], c["batch"], past)
     return Candidates({

@@ -130,16 +130,15 @@ def test_cached_beginnings_shorten_first_tokens() -> None:
     assert most["ttft_s"] < 0.7 * none["ttft_s"]
 
 
-def test_more_users_than_the_engine_lets_run_are_replayed() -> None:
-    """SGLang's 48 requests with drafts, over all ranks: a row that says nothing of it is as one that says 48; users
-    below it, or a stated number, are not."""
+def test_no_more_run_than_the_engine_lets_unasked() -> None:
+    """SGLang's 48 requests with drafts, over all ranks: in closed form as in a replay that is told 48; without drafts
+    all run."""
     row = {"model": "deepseek-v3", "device": "h200", "engine": "sglang", "tp": "8", "isl": "512", "osl": "128",
-           "mtp_depth": "1"}  # fmt: skip
-    told = {"concurrency": "96", "max_num_seqs": "48", "requests": "960"}
-    rows = [{**row, "concurrency": "96"}, {**row, **told}, {**row, "concurrency": "40"}]
-    found = predict(pd.DataFrame(rows).fillna(""))
+           "concurrency": "96"}  # fmt: skip
+    told = {"max_num_seqs": "48", "requests": "960", "mtp_depth": "1"}
+    found = predict(pd.DataFrame([{**row, "mtp_depth": "1"}, {**row, **told}, {**row, "mtp_depth": "0"}]).fillna(""))
     assert (found["problem"] == "").all()
-    assert list(found["assumed"].str.contains("max_num_seqs 48")) == [True, False, False]
-    assert list(found["decode_step_s"].isna()) == [True, True, False]
-    assert found["tpot_s"][0] == pytest.approx(found["tpot_s"][1]) and found["mean_batch"][0] < 48
-    assert found["ttft_s"][0] > 3 * found["ttft_s"][2]
+    batches = found["mean_batch"].astype(float)
+    assert 35 < batches[1] < 48 == batches[0] and batches[2] > 60  # a replay's: in the mean of the whole run
+    for name in ("tpot_s", "output_tokens_per_s", "ttft_s"):
+        assert found[name][0] == pytest.approx(found[name][1], rel=0.15)

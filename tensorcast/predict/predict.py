@@ -22,7 +22,7 @@ from tensorcast.predict.cells import MOST_NAMED, is_empty, plain_number
 from tensorcast.predict.csv_table import read_table
 from tensorcast.predict.named_layouts import layout_cells
 from tensorcast.predict.run_columns import COLUMNS, MEASURED, Run, canonical_columns, read_run
-from tensorcast.predict.serve_runs import as_let_in, load_engine_once, serve
+from tensorcast.predict.serve_runs import load_engine_once, serve
 from tensorcast.serving.interval import served_interval
 from tensorcast.serving.traffic import ServingMetrics
 
@@ -66,14 +66,13 @@ def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
     median error of steps by their kernels and the engine's overhead), ``share_measured, share_calibrated,
     share_datasheet`` (of kernel time), ``assumed``, ``problem``, and measured columns in seconds under our names.
     Columns of that name in the table are replaced. A row that says a rate, a number of requests or the most sequences
-    of a step, or that has more in flight than the engine lets run unasked, is replayed request by request (means over
-    all of them, no ``decode_step_s`` and shares); the others are served steadily, in closed form.
+    of a step is replayed request by request (means over all of them, no ``decode_step_s`` and shares); the others are
+    served steadily, in closed form, as many at once as the engine lets run unasked.
     """
     import pandas as pd
 
     ours = canonical_columns(table)
-    read, problems = read_runs(table, ours)
-    runs = [run and as_let_in(run) for run in read]
+    runs, problems = read_runs(table, ours)
     parts = stretches(runs, jobs)
     results = spread(_serve, parts, jobs if len(table) >= FEW else 1)
     records: list[dict[str, Any]] = [{"problem": problem} for problem in problems]

@@ -18,7 +18,6 @@ from tensorcast.deploy.step.many import sums_of_many
 from tensorcast.deploy.step.sizes import GRID
 from tensorcast.deploy.step.step import Asked
 from tensorcast.errors import InputError
-from tensorcast.predict.arrivals import Arrivals
 from tensorcast.predict.run_columns import Run
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
@@ -82,7 +81,7 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
                 found[i] = unserved(float(row.traffic.concurrency), problem)
                 continue
             rows.append(row)
-            fits[i] = float(room)
+            fits[i] = min(float(room), let_in(run, row.decode))
         if rows:
             found |= zip(fits, _served(rows, list(fits.values())), strict=True)
         deployed.made.clear()
@@ -198,26 +197,13 @@ def load_profiles(run: Run) -> tuple[ModelProfile, DeviceProfile]:
     return _model(run.model), _device(run.device)
 
 
-def as_let_in(run: Run) -> Run:
-    """The ``run``; if more requests are in flight than its engine lets run unasked, as one that is replayed. The
-    scripts of public records say how many may run."""
-    ranks = run.decode.dp
-    users = run.concurrency / (run.replicas * run.workers[1] * ranks)
-    if run.arrivals is not None or run.record or run.images is not None:
-        return run
-    try:
-        scheduler = load_engine_once(run.served_by).scheduler
-        if scheduler is None or users <= scheduler.fewest(ranks):
-            return run
-        model, device = load_profiles(run)
-    except InputError:  # told where it is served
-        return run
-    classes, drafts = model.config.get("architectures") or (), run.options.mtp_depth > 0
-    most = scheduler.sequences(float(device.memory_bytes), ranks, drafts=drafts, classes=classes)
-    if users <= most:
-        return run
-    said = (*run.assumed, f"max_num_seqs {most}")
-    return replace(run, arrivals=Arrivals(users=max(1, round(run.concurrency))), assumed=said)
+def let_in(run: Run, decode: Deployment) -> float:
+    """Sequences per data-parallel rank that the engine lets run unasked. Scripts of public records ask for more."""
+    scheduler, classes = decode.engine.scheduler, decode.model.config.get("architectures") or ()
+    if run.record or scheduler is None:
+        return math.inf
+    drafts = run.options.mtp_depth > 0
+    return float(scheduler.sequences(float(decode.device.memory_bytes), run.decode.dp, drafts=drafts, classes=classes))
 
 
 def _priced(rows: list[_Row]) -> tuple[PrefillCosts, DecodeCurve]:

@@ -59,11 +59,6 @@ class Scheduler(Frozen):
     room_first: RoomFirst | None = None
     source: str = Field(min_length=3)
 
-    def fewest(self, ranks: int) -> int:
-        """Sequences of a step per data-parallel rank, of so many, that it runs whatever the device and the network."""
-        told = (self.drafting_sequences, *self.own_sequences.values())
-        return min(*self.most_sequences.values(), *(max(1, one // ranks) for one in told if one is not None), 1 << 30)
-
     def sequences(
         self, memory_bytes: float, ranks: int = 1, *, drafts: bool = False, classes: Iterable[str] = ()
     ) -> int:

@@ -156,16 +156,21 @@ def class_of(entry: Entry) -> Class | str:
 def judged(entry: Entry, seconds: float = SECONDS) -> list[Verdict]:
     """The entry at every size of tensor parallelism."""
 
+    over = False
+
     def stop(*_: Any) -> None:
-        raise TimeIsUp
+        if not over:
+            raise TimeIsUp
 
     found: list[Verdict] = []
     before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds, 0.05)  # again: what is raised in a finalizer, Python ignores
+    # again and again: what is raised in a finalizer or where garbage is collected, Python ignores
+    signal.setitimer(signal.ITIMER_PROF, seconds, min(seconds, 0.05))
     try:
         for verdict in _judged(entry):
             found.append(verdict)
     except TimeIsUp:
+        over = True
         rest = RANKS[len(found) :]
         found += [Verdict(entry.name, entry.kept_in, tp, "refused", f"time: over {seconds:g} s") for tp in rest]
     finally:

@@ -171,6 +171,18 @@ class Deployment:
         return np.maximum(live, logits), self._communication_bytes(tokens, sizes)
 
     @property
+    def unasked_sequences(self) -> float:
+        """Sequences of a step per data-parallel rank that the engine lets run where nobody says how many."""
+        scheduler = self.engine.scheduler
+        if scheduler is None:
+            return np.inf
+        ranks = int(attention_dp(self.layout, self.raw.facts.num_experts > 0))
+        return float(scheduler.sequences(
+            float(self.device.memory_bytes), ranks, drafts=self.options.mtp_depth > 0,
+            classes=self.model.config.get("architectures") or (),
+        ))
+
+    @property
     def most_sequences(self) -> float:
         """Sequences of a decode step per data-parallel rank that the exchange between experts can send."""
         rule = self.engine.step_tokens
@@ -197,15 +209,18 @@ class Deployment:
         if rules is not None and not any(one.limit or one.per_sequence for one in cache_entries(self.drafting, kv)):
             rules = None
         each = list[SequenceCache]()
-        for stage, layers, some in self.stage_weights:
+        for (stage, layers, some), packed in zip(self.stage_weights, self.packed, strict=True):
             if rules is not None:
                 own = int(np.max(stages[some] if isinstance(stages, np.ndarray) else stages))
                 rule = rules.kept(self.model.config, self.options.mtp_depth, own)
-            if rules is not None or not each:  # else the same in all stages
-                each = sequence_caches(self.drafting, kv, length, kept=rule, ranks=self.options.dcp)
-            tokens, states = summed(each, self.drafting.layer_kinds[layers])
-            if packed := self.packed(layers):
+            tokens: Size
+            states: Size
+            if packed is not None:
                 tokens, states = packed.block_bytes * sum(packed.blocks(length)), 0.0
+            else:
+                if rules is not None or not each:  # else the same in all stages
+                    each = sequence_caches(self.drafting, kv, length, kept=rule, ranks=self.options.dcp)
+                tokens, states = summed(each, self.drafting.layer_kinds[layers])
             if drafter is not None and layers.stop == len(self.raw.layer_kinds):
                 tokens = tokens + drafter.cache_numbers * KV_BYTES[kv] * length
             held = sequences * room_taken(tokens, states, rule.states_apart)
@@ -216,11 +231,13 @@ class Deployment:
             whole[0, some], whole[1, some] = np.where(fuller, stage, weights), np.where(fuller, held, cache)
         return whole[0] + self.tower_bytes, whole[1]
 
-    def packed(self, layers: slice) -> PackedCache | None:
-        """The cache of ``layers`` in blocks that all share, where the engine keeps the model's so."""
-        if self.engine.packed_pages is None or not self.raw.facts.compress_ratios:
-            return None
-        return packed_cache(self.drafting, self.quantization.kv, layers, self.engine.packed_pages)
+    @cached_property
+    def packed(self) -> list[PackedCache | None]:
+        """The cache of each of :attr:`stage_weights` in blocks that all layers share, where the engine keeps it so."""
+        pages = self.engine.packed_pages
+        if pages is None or not self.raw.facts.compress_ratios:
+            return [None] * len(self.stage_weights)
+        return [packed_cache(self.drafting, self.quantization.kv, layers, pages) for _, layers, _ in self.stage_weights]
 
     @cached_property
     def drafting(self) -> OpTable:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
+from tensorcast.deploy.exchange_kernels import DEEPEP, EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import BALANCED, Options
 from tensorcast.profiles.config_values import is_one_of, text_of
@@ -75,8 +75,6 @@ MOST_DRAFTS = 7
 Limit = tuple[str, str]
 """A rule of :data:`ENGINE_RULES` that is broken, by name, and what is wrong."""
 
-_DEEPEP = ("high_throughput", "low_latency", "by_phase")
-
 KERNELS_OF = {
     "vllm": tuple(EXCHANGE_KERNELS),
     "sglang": (
@@ -114,15 +112,15 @@ def _of_exchange(c: Case) -> Iterator[Limit]:
         )
     if c.options.dual_batch_overlap and c.engine == "trtllm":
         yield "dual-batch overlap", "this engine has none"
-    elif c.options.dual_batch_overlap and exchange not in (*_DEEPEP, *_HALVED.get(c.engine, ())):
+    elif c.options.dual_batch_overlap and exchange not in (*DEEPEP, *_HALVED.get(c.engine, ())):
         yield (
             "dual-batch overlap",
             f"dual-batch overlap needs DeepEP (high_throughput or low_latency) at dp > 1, not {exchange or 'none'}",
         )
-    if exchange in _DEEPEP and etp > 1:
+    if exchange in DEEPEP and etp > 1:
         said = f"DeepEP spreads experts over all tp*dp = {c.layout.stage_ranks} ranks, not ep = {c.layout.ep}"
         yield "all-to-all over all ranks", said
-    elif exchange in _DEEPEP and (c.facts.num_experts + c.options.redundant_experts) % c.layout.ep:
+    elif exchange in DEEPEP and (c.facts.num_experts + c.options.redundant_experts) % c.layout.ep:
         said = f"{c.facts.num_experts + c.options.redundant_experts} experts do not divide over its {c.layout.ep} ranks"
         yield "DeepEP's ranks", f"{said}; choose another all2all"
     elif exchange in ("high_throughput", "by_phase") and c.layout.ep not in DEEPEP_RANKS:
@@ -199,7 +197,7 @@ def _of_drafters(c: Case) -> Iterator[Limit]:
         yield "what drafts", f"{method} does not draft in a pipeline (pp = {c.layout.pp}), only the model's layers do"
     if method == "ngram" and spread:
         yield "what drafts", f"ngram does not draft under attention DP (dp = {c.layout.dp})"
-    if method == "dspark" and spread and c.exchange in _DEEPEP:
+    if method == "dspark" and spread and c.exchange in DEEPEP:
         yield "what drafts", "dspark drafts under attention DP with gathered tokens only; choose another all2all"
 
 
@@ -248,7 +246,7 @@ def _ranks(c: Case, part: str) -> int:
     shared, spread = part == "shared expert", attention_dp(layout, c.facts.num_experts) > 1
     if shared and (c.options.external_shared_experts or not c.options.shared_expert_tp):
         return 1
-    travels = (c.engine == "vllm" and spread and layout.ep > 1) or (c.engine == "sglang" and c.exchange in _DEEPEP)
+    travels = (c.engine == "vllm" and spread and layout.ep > 1) or (c.engine == "sglang" and c.exchange in DEEPEP)
     if shared and travels:
         return 1
     if c.engine != "sglang" or not spread:

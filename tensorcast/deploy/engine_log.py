@@ -22,7 +22,7 @@ LINES = {
 srt/managers/scheduler.py; TensorRT-LLM, _torch/pyexecutor/resource_manager.py."""
 
 LONG = 1 << 16
-"""Tokens of a sequence by which room for one more of its tokens is told."""
+"""Tokens of the requests by which a cache's room is counted: windows and states take their most by then."""
 
 ROOM_ERROR_BYTES = 3e9
 """How far the room for the cache is off in public logs of engines: see docs/checkpoints.md."""
@@ -56,19 +56,20 @@ def cache_log(deployment: Deployment, length: int) -> CacheLog:
     kept = rules.kept(deployment.model.config, depth, stages) if rules else Kept()
     sequences: float | None = None
     state_tokens, room = 0.0, math.inf
-    for weights, layers, _ in deployment.stage_weights:
+    for (weights, layers, _), packed in zip(deployment.stage_weights, deployment.packed, strict=True):
+        left = float(memory.cache_budget + memory.weights - weights)
+        if packed is not None:
+            times = min(times, left // packed.block_bytes / _blocks_logged(deployment, packed, length))
+            each, *fixed = packed.blocks(LONG)
+            per_token = float(each) / LONG
+            room = min(room, left / packed.block_bytes / per_token)
+            state_tokens = max(state_tokens, float(sum(fixed)) / per_token)
+            continue
         kinds, growing, states = table.layer_kinds[layers], 0.0, 0.0
         for entry in cache_entries(table, deployment.quantization.kv):
             times_kept = max(kinds.count(entry.kind), entry.kind < 0)
             growing += times_kept * entry.per_token * _tokens_held(deployment, entry.limit, kept, length)
             states += times_kept * entry.per_sequence * (1.0 if entry.per_token else kept.state_slots)
-        left = float(memory.cache_budget + memory.weights - weights)
-        if packed := deployment.packed(layers):
-            times = min(times, left // packed.block_bytes / _blocks_logged(deployment, packed, length))
-            each, *fixed = packed.blocks(LONG)
-            per_token = float(each) / LONG
-            room, state_tokens = min(room, left / packed.block_bytes / per_token), float(sum(fixed)) / per_token
-            continue
         if states and kept.states_apart:  # a pool of their own, of so much of the other's size
             left /= 1.0 + kept.states_apart
             own = max(0.0, left * kept.states_apart / states)

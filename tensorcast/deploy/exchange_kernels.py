@@ -28,6 +28,9 @@ class ExchangeKernels(NamedTuple):
     copies: int | None = None
 
 
+DEEPEP = ("high_throughput", "low_latency", "by_phase")
+"""DeepEP's modes, ``by_phase`` one of each."""
+
 EXCHANGE_KERNELS = {
     "deepep_v2": ExchangeKernels(
         "high_throughput", ("NVIDIA",), False, "one copy of a token per node, forwarded inside, as DeepEP's first"

@@ -96,9 +96,11 @@ class Fleet(Deployment):
     def in_pools(self) -> Fleet:
         """The same on servers of one phase, for their memory."""
         engine = self.engine.in_pools()
-        if engine.cache_rules == self.engine.cache_rules:
-            return self
-        found = replace(self, engine=engine)
+        return self if engine.cache_rules == self.engine.cache_rules else self._with_cache(engine=engine)
+
+    def _with_cache(self, **changes: Any) -> Fleet:
+        """The same but for ``changes`` of what its cache holds; all else that was found of it holds on."""
+        found = replace(self, **changes)
         vars(found).update({name: vars(self)[name] for name in WITHOUT_CACHE if name in vars(self)})
         return found
 
@@ -111,9 +113,8 @@ class Fleet(Deployment):
             return known[key]
         for other, like in known.items():
             if other[1:] == key[1:]:  # the same weights beside another cache
-                known[key] = found = replace(like, quantization=replace(like.quantization, kv=kv_dtype))
-                vars(found).update({name: vars(like)[name] for name in WITHOUT_CACHE if name in vars(like)})
-                return found
+                known[key] = like._with_cache(quantization=replace(like.quantization, kv=kv_dtype))
+                return known[key]
         step, plan, load = self.step, self.step.plan, cast(Any, self.step.sizes.load)
         columns: dict[str, Any] = {n: getattr(self.layout, n)[members] for n in ("dp", "ep", "etp", "stage_ranks")}
         if load is not None:

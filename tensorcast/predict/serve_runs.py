@@ -81,7 +81,8 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
                 found[i] = unserved(float(row.traffic.concurrency), problem)
                 continue
             rows.append(row)
-            fits[i] = min(float(room), let_in(run, row.decode))
+            # scripts of public records ask for more
+            fits[i] = float(room) if run.record else min(float(room), row.decode.unasked_sequences)
         if rows:
             found |= zip(fits, _served(rows, list(fits.values())), strict=True)
         deployed.made.clear()
@@ -195,15 +196,6 @@ load_engine_once: Callable[[str], EngineProfile] = _engine
 def load_profiles(run: Run) -> tuple[ModelProfile, DeviceProfile]:
     """Model and device of a run, each read once."""
     return _model(run.model), _device(run.device)
-
-
-def let_in(run: Run, decode: Deployment) -> float:
-    """Sequences per data-parallel rank that the engine lets run unasked. Scripts of public records ask for more."""
-    scheduler, classes = decode.engine.scheduler, decode.model.config.get("architectures") or ()
-    if run.record or scheduler is None:
-        return math.inf
-    drafts = run.options.mtp_depth > 0
-    return float(scheduler.sequences(float(decode.device.memory_bytes), run.decode.dp, drafts=drafts, classes=classes))
 
 
 def _priced(rows: list[_Row]) -> tuple[PrefillCosts, DecodeCurve]:

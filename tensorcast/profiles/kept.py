@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import pickle
 from pathlib import Path
@@ -52,19 +51,13 @@ def read_kept(kept: Path | None, kind: type[ProfileT]) -> ProfileT | None:
     if kept is None:
         return None
     if isinstance(known := _known.get(kept), kind):
-        return _readers_own(known)
+        return known
     with contextlib.suppress(Exception):  # whatever a damaged file makes the reader do, the profile is read anew
         with kept.open("rb") as file:
             profile = _Profiles(file).load()
         if isinstance(profile, kind):
             return _remembered(kept, profile)
     return None
-
-
-def _readers_own(profile: ProfileT) -> ProfileT:
-    """With a config of its own, if it has one: a plain dict, which a reader may change."""
-    config = getattr(profile, "config", None)
-    return profile if config is None else profile.model_copy(update={"config": copy.deepcopy(config)})
 
 
 _known: dict[Path, Frozen] = {}

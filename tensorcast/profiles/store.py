@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.beside_config import with_quantization
 from tensorcast.profiles.kept import keep, kept_file, read_kept
-from tensorcast.profiles.network.like import described_like, why_unshipped
+from tensorcast.profiles.network.like import described_like
+from tensorcast.profiles.network.unshipped import why_unshipped
 from tensorcast.profiles.releases import at_release
 
 if TYPE_CHECKING:
@@ -119,14 +120,13 @@ def _path_of(kind: str, text: str) -> Path:
     """File of the profile called ``text``, which may itself be the path of a YAML or JSON file."""
     if max(map(len, text.encode().split(os.sep.encode()))) > LONGEST_NAME or len(text) > LONGEST_PATH:
         raise InputError(f"{kind} {text[:40]!r}...: the name is too long, {len(text)} characters")
+    path = Path(text).expanduser()
     if text.lower().endswith(_SUFFIXES):
-        path = Path(text).expanduser()
         if not path.is_file():
             raise InputError(f"{kind} file {text}: {'is a directory' if path.is_dir() else 'no such file'}")
         return path
     if found := _find(kind, text) or (_find(kind, re.sub("[ _]+", "-", text)) if kind != "model" else None):
         return found
-    path = Path(text).expanduser()
     folder = " or a directory with a Hugging Face config.json" if kind == "model" else ""
     if path.is_file() or (path.exists() and _is_path(text)):
         what = "a directory" if path.is_dir() else "a file of another kind"

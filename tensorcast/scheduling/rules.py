@@ -10,15 +10,13 @@ from functools import cached_property
 from typing import Literal
 
 from tensorcast.deploy.deployment import Deployment
-from tensorcast.deploy.engine_log import cache_log
+from tensorcast.deploy.engine_log import LONG, cache_log
 from tensorcast.deploy.layout import attention_dp
 from tensorcast.errors import InputError
 from tensorcast.profiles.drafting import acceptance
 from tensorcast.profiles.scheduler import ExpectedReply, RoomFirst
 from tensorcast.serving.capacity import own_chunk
 
-LONG = 1 << 16
-"""Tokens of the requests by which a cache's room is counted: windows and states take their most by then."""
 
 def read_graph_sizes(said: str, name: str = "--graph-sizes") -> tuple[int, ...]:
     """Batches of captured graphs as they are written: ``1, 2, 4``, with or without brackets and commas."""
@@ -141,17 +139,14 @@ def rules_of(
     states = math.inf if log.sequences is None else log.sequences
     if cache_tokens < scheduler.block_tokens or states < 1:
         raise InputError(f"layout {layout}: {deployment.model.name} leaves no room for a cache")
-    ranks, memory = int(attention_dp(layout, deployment.raw.facts.num_experts)), float(deployment.device.memory_bytes)
-    classes = deployment.model.config.get("architectures") or ()
-    sequences = max_sequences or scheduler.sequences(memory, ranks, drafts=depth > 0, classes=classes)
     return Rules(
         role=role,
-        ranks=ranks,
+        ranks=int(attention_dp(layout, deployment.raw.facts.num_experts)),
         alone=engine.prefill_alone,
         chunk_tokens=chunk_tokens or own_chunk(deployment),
         splits=scheduler.splits_prompts,
         prompt_tokens=scheduler.prompt_tokens,
-        most_sequences=int(min(sequences, deployment.most_sequences, states)),
+        most_sequences=int(min(max_sequences or deployment.unasked_sequences, deployment.most_sequences, states)),
         cache_tokens=cache_tokens,
         block_tokens=scheduler.block_tokens,
         reserves_reply=engine.reserves_reply,

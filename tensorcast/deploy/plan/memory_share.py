@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.work import Size
+from tensorcast.deploy.exchange_kernels import DEEPEP
 from tensorcast.deploy.layout import Layout, attention_dp
-from tensorcast.deploy.plan.switches import DEEPEP
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.memory import Served, is_latent

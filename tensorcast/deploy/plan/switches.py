@@ -24,10 +24,6 @@ OWN_FUSIONS, JOINS = ("merged_gemm", "pointwise", "allreduce_norm"), "allreduce_
 and so is its joining of all-reduces with norms."""
 
 
-DEEPEP = ("high_throughput", "low_latency", "by_phase")
-"""Its modes, ``by_phase`` one of each."""
-
-
 def served_with(options: Options, all2all: str, *, context: int | None = None) -> Served:
     """What decides about graphs of a server with these ``options``, tokens of whose experts travel by ``all2all``."""
     kind = options.all2all if options.all2all in EXCHANGE_KERNELS and all2all != "none" else all2all

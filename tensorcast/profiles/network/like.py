@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorcast.errors import InputError
-from tensorcast.profiles.network.unshipped import refused_type, why_unshipped
-
-__all__ = ["described_like", "why_unshipped"]
+from tensorcast.profiles.network.unshipped import refused_type
 
 
 def described_like(model_type: str, files: Iterable[Path], root: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ from hypothesis import strategies as st
 from one_deployment import OneCurve, OnePrefill
 
 from tensorcast.cost.stages import stage_layers
+from tensorcast.deploy.deployment import deploy
+from tensorcast.deploy.layout import parse_layout
 from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, Stage, stages_of
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.search.axes import FULL
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import space
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.serving.capacity import decode_budget, room, sequence_bytes, sequences_that_fit
+from tensorcast.serving.capacity import prompts_that_fit, sequences_that_fit
 from tensorcast.serving.prefill_costs import cut_prompts
 from tensorcast.serving.traffic import Traffic
 
@@ -47,9 +50,7 @@ def test_curves_lines_and_room_are_those_of_each_deployment_alone(model: str, en
             alone = curve.at(name, shop.grid[fit])
             scale = 1e-12 * curve.at("seconds", shop.grid[fit]) if name.endswith("_s") else 1e-12
             assert (abs(shop.curves[name][i, fit] - alone) <= np.maximum(1e-12 * abs(alone), scale)).all(), (name, i)
-        budget, buffers = decode_budget(decode, load.input_len)
-        each = sequence_bytes(decode, load.input_len, 500)
-        assert shop.room_decode[i] == room(decode, budget, each + buffers)
+        assert (shop.room_decode[i], shop.room_prefill[i]) == room_in_pools(shop, i)
         for chunk in shop.chunks:
             line = OnePrefill.of(prefill, load, chunk)
             for name in ("per_step", "fixed_s", "prompt_s", "token_s", "expert_s", "step_s", "error"):
@@ -59,6 +60,46 @@ def test_curves_lines_and_room_are_those_of_each_deployment_alone(model: str, en
                 assert shop.prompts[chunk].evidence[kind][i] == pytest.approx(float(share), abs=1e-12)
             fits = sequences_that_fit(prefill, decode, cut_prompts(load, chunk), load.input_len, 500)
             assert shop.fits[chunk][i] == fits
+
+
+def room_in_pools(shop: VariantPrices, i: int) -> tuple[float, float]:
+    """Sequences of a rank of a decode pool and of a pool of prompts, each laid out alone as servers of one phase."""
+    variant, scenario = shop.variants[i], replace(shop.scenario, engine=shop.scenario.engine.in_pools())
+    load, cut = scenario.load, cut_prompts(scenario.load, scenario.own_chunk)
+    prefill = scenario.deployment(variant.layout, "prefill", variant.prefill)
+    decode = scenario.deployment(variant.layout, "decode", variant.decode)
+    writes = sequences_that_fit(prefill, decode, None, load.input_len, load.output_len)
+    return float(writes), float(prompts_that_fit(prefill, cut, load.input_len))
+
+
+@pytest.mark.parametrize("engine", ["sglang", "sglang==0.5.6.post2", "vllm", "trtllm"])
+@pytest.mark.parametrize("model", ["qwen3-next-80b-a3b", "gpt-oss-120b"])
+def test_room_in_pools_of_states_and_windows_is_that_of_servers_of_one_phase(model: str, engine: str) -> None:
+    """Random layouts: such servers keep fewer states of a sequence, other windows, and leave other memory free."""
+    task = SearchTask(
+        model=load_model(model), device=load_device("h200"), engine=load_engine(engine), gpus=8,
+        load=Traffic(2000, 500, 1), axes=replace(FULL, mtp_depth=(0,)), runnable_only=False,
+    )  # fmt: skip
+    shop = VariantPrices(task.scenario, space(task, Counter()), (4096,))
+    generator = np.random.default_rng(7)
+    some = generator.choice(len(shop.variants), min(25, len(shop.variants)), replace=False)
+    for i in some:
+        assert (shop.room_decode[i], shop.room_prefill[i]) == room_in_pools(shop, i), shop.variants[i]
+    if model.startswith("qwen3") and engine.startswith("sglang"):  # one state of each sequence, no copies
+        there = some[shop.fits[4096][some] > 0]
+        assert np.median(shop.room_decode[there] / shop.fits[4096][there]) > 2
+
+
+def test_a_decode_pool_keeps_what_its_engine_reserves_for_each_reply() -> None:
+    """SGLang lets a prompt in with 512 tokens left for every reply under way (disaggregation/decode.py)."""
+    model, device, engine = load_model("deepseek-v3"), load_device("h200"), load_engine("sglang").in_pools()
+    decode = deploy(model, device, engine, parse_layout("tp8-ep8"), "decode")
+    cache = float(decode.memory(1, 1, 2000).cache_budget)
+    per_token = (float(decode.held(1.0, 3000)[1]) - float(decode.held(1.0, 2000)[1])) / 1000
+    fits = float(sequences_that_fit(decode, decode, None, 2000, 500))
+    assert fits == pytest.approx(cache / (per_token * (2000 + 250 + 512)), rel=0.05)
+    beside = sequences_that_fit(decode, decode, cut_prompts(Traffic(2000, 500, 1), 2000), 2000, 500)
+    assert fits < float(beside) * (2000 + 250 + 300) / (2000 + 250 + 512)
 
 
 KINDS = st.lists(st.integers(0, 2), min_size=4, max_size=20)

@@ -27,6 +27,7 @@ from tensorcast.deploy.options import Options, check_options
 from tensorcast.deploy.plan.plan import Collective, Exchange, Row, exchange_of, expert_sources
 from tensorcast.deploy.step.asked_rows import Collectives, Memo
 from tensorcast.deploy.step.make import experts_of
+from tensorcast.profiles.kept import same
 
 Item = TypeVar("Item")
 
@@ -96,7 +97,12 @@ class Fleet(Deployment):
     def in_pools(self) -> Fleet:
         """The same on servers of one phase, for their memory."""
         engine = self.engine.in_pools()
-        return self if engine.cache_rules == self.engine.cache_rules else self._with_cache(engine=engine)
+        if engine is self.engine:
+            return self
+        found = self._with_cache(engine=same(engine))
+        if engine.reserve != self.engine.reserve:
+            vars(found)["kept_beside"] = {}
+        return found
 
     def _with_cache(self, **changes: Any) -> Fleet:
         """The same but for ``changes`` of what its cache holds; all else that was found of it holds on."""

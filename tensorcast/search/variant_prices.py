@@ -33,7 +33,14 @@ from tensorcast.search.candidate_arrays import Points
 from tensorcast.search.search_task import Scenario
 from tensorcast.search.space import Variant
 from tensorcast.search.workspace import MOST_FLEETS, MOST_SPACES, Parts
-from tensorcast.serving.capacity import decode_budget, prefill_budget, room, sequence_bytes
+from tensorcast.serving.capacity import (
+    decode_budget,
+    prefill_budget,
+    prompts_that_fit,
+    room,
+    sequence_bytes,
+    sequences_that_fit,
+)
 from tensorcast.serving.curves import decode_columns
 from tensorcast.serving.encoder import with_images
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
@@ -68,13 +75,6 @@ class _Setting(NamedTuple):
 SPLIT = 4097.0
 """``SPLIT * x - (SPLIT * x - x)`` is x to twelve digits (Dekker's splitting): variants that cost the same then do so to
 the last digit, in whatever order their rows are added up, and of equal ones the first stands."""
-
-
-def _put(values: Array, rows: list[int], others: Array) -> Array:
-    """``values`` with ``others`` at ``rows``."""
-    values = values.copy()
-    values[rows] = others
-    return values
 
 
 _Member = tuple[Layout, Options, Options]
@@ -128,7 +128,7 @@ class VariantPrices:
         names = ("seconds", "attention_s", "error", "exposed_comm_s", "hidden_comm_s", *EVIDENCE)
         # no number at batches that do not fit
         self.curves = {name: np.full((count, len(self.grid)), np.nan) for name in names}
-        # sequences that fit beside a full prefill step
+        # sequences that fit beside a full prefill step, and on servers of one phase
         self.fits = {budget: np.zeros(count) for budget in self.budgets}
         self._costs: dict[int, list[tuple[Rows, PrefillCosts]]] = {budget: [] for budget in self.budgets}
         self.room_decode, self.room_prefill = np.zeros(count), np.zeros(count)
@@ -188,14 +188,12 @@ class VariantPrices:
         self._pools = pools = copy.copy(self)
         pools.scenario = scenario
         if rows:
-            # of prompts and room alone: one batch of decode steps is the least that can be priced
+            # of prompts alone: one batch of decode steps is the least that can be priced
             some, chunks = [self.variants[i] for i in rows], (scenario.own_chunk,)
             again = VariantPrices(scenario, some, chunks, grid=self.grid[:1])
             where = np.arange(len(self.variants))
             where[rows] = len(where) + np.arange(len(rows))
             pools.own_prompts = PrefillCosts.joined([self.own_prompts, again.own_prompts]).where(where)
-            pools.room_decode = _put(self.room_decode, rows, again.room_decode)
-            pools.room_prefill = _put(self.room_prefill, rows, again.room_prefill)
         return pools
 
     def fed_by(self, readers: VariantPrices) -> VariantPrices:
@@ -283,9 +281,8 @@ class VariantPrices:
                 self._take_room(group, reading, decoding)
         at_batches, entries = np.searchsorted(self.grid, grid), setting[:, None] * len(grid) + np.arange(len(grid))
         # batches that fit, and the next, up to which lines go
-        fit = np.searchsorted(grid, self.room_decode[position], side="right")
-        if self.scenario.engine.in_pools() is not self.scenario.engine:  # without captured prompts there is more room
-            fit = np.where(np.array(self._captured)[position] > 0, len(grid), fit)
+        most = np.maximum(self.room_decode, np.max(list(self.fits.values()), axis=0))
+        fit = np.searchsorted(grid, most[position], side="right")
         for some, price in asked["decode"].each(member, entries, np.minimum(fit + 1, len(grid))):
             for name, values in decode_columns(price).items():
                 exact = SPLIT * values - (SPLIT * values - values)
@@ -299,9 +296,10 @@ class VariantPrices:
         return self._encoded[tp]
 
     def _take_room(self, group: _Group, reading: Fleet, decoding: Fleet) -> None:
-        """Sequences of a group's variants that fit, beside what a full prefill step of each budget takes, too. Overlap
-        changes no memory."""
-        load, chunk = self.scenario.load, self.budgets.index(self.scenario.own_chunk)
+        """Sequences of a group's variants that fit: beside what a full prefill step of each budget takes, and in pools,
+        on servers of one phase. Overlap changes no memory."""
+        load, cut = self.scenario.load, self._cuts[self.budgets.index(self.scenario.own_chunk)]
+        lengths = load.input_len, load.output_len
         alike: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
         prompts: dict[tuple[str, bytes, bytes], tuple[Array, Array]] = {}  # whatever is drafted
         for i, positions in enumerate(group.values()):
@@ -314,13 +312,12 @@ class VariantPrices:
             if key not in prompts:
                 prefill = reading.at(kv, 0, member, stages)
                 budgets = np.asarray(prefill_budget(prefill, *self._cuts))
-                one = sequence_bytes(prefill, load.input_len, 0)
-                prompts[key] = budgets, room(prefill, budgets[:, chunk : chunk + 1], one)
+                prompts[key] = budgets, prompts_that_fit(prefill.in_pools(), cut, load.input_len)
             (prefilling, read), decode = prompts[key], decoding.at(kv, depth, member, stages)
-            steps, buffers = decode_budget(decode, load.input_len)
-            each = sequence_bytes(decode, load.input_len, load.output_len)
+            (steps, buffers), each = decode_budget(decode, load.input_len), sequence_bytes(decode, *lengths)
             fits = room(decode, steps, each + buffers)
             beside = np.minimum(fits, room(decode, prefilling, each))
+            fits = sequences_that_fit(decode, decode.in_pools(), None, *lengths)
             if next(iter(group))[1].pcp > 1:  # pools of prompts alone read them in parts
                 fits, beside = 0.0 * fits, 0.0 * beside
             self.room_decode[position], self.room_prefill[position] = fits[where, 0], read[where, 0]

@@ -15,13 +15,20 @@ def sequences_that_fit(
 ) -> Array:
     """Sequences per data-parallel rank whose cache fits beside weights and the buffers of a full prefill step.
 
-    Engines that admit a request only if its whole reply has room count all of it, the others the mean over the reply.
+    ``prompts``: as they are read beside; None: elsewhere, by a pool of their own. Engines that admit a request only if
+    its whole reply has room count all of it, the others the mean over the reply.
     """
-    (left, buffers), each = decode_budget(decode, input_len), sequence_bytes(decode, input_len, output_len)
+    left, buffers = decode_budget(decode, input_len)
+    each = sequence_bytes(decode, input_len, output_len, pooled=prompts is None)
     fits = room(decode, left, each + buffers)
     if prompts is not None:
         fits = np.minimum(fits, room(decode, prefill_budget(prefill, prompts), each))
     return fits
+
+
+def prompts_that_fit(prefill: Deployment, prompts: PromptCut, input_len: Number) -> Array:
+    """Prompts per data-parallel rank of a pool that reads them alone, whose cache fits beside a full step."""
+    return room(prefill, prefill_budget(prefill, prompts), sequence_bytes(prefill, input_len, 0))
 
 
 MOST_SEQUENCES = float(1 << 24)
@@ -49,9 +56,13 @@ def prefill_budget(prefill: Deployment, *prompts: PromptCut) -> Number:
     return prefill.memory(*(each.T if len(each) > 1 else each[0])).cache_budget
 
 
-def sequence_bytes(decode: Deployment, input_len: Number, output_len: Number) -> Number:
-    """The cache that a sequence needs to be admitted."""
+def sequence_bytes(decode: Deployment, input_len: Number, output_len: Number, pooled: bool = False) -> Number:
+    """The cache that a sequence needs to be admitted. ``pooled``: to a server that writes what others read, which may
+    leave so many tokens for each reply under way."""
+    scheduler = decode.engine.scheduler
     length = input_len + (output_len if decode.engine.reserves_reply else output_len / 2)
+    if pooled and scheduler is not None and scheduler.room_first is not None:
+        length = length + scheduler.room_first.reserved_tokens
     return decode.held(1.0, int(length))[1]
 
 
@@ -96,6 +107,6 @@ def room_for(
     fits = sequences_that_fit(prefill, decode, beside, traffic.input_len, traffic.output_len)
     if fits < 1:
         return fits, f"does not fit: no room for one sequence of {traffic.input_len} tokens"
-    if pooled and sequences_that_fit(prefill, prefill, prompts, traffic.input_len, 0) < 1:
+    if pooled and prompts_that_fit(prefill, prompts, traffic.input_len) < 1:
         return fits, f"does not fit: prefill workers have no room for {traffic.input_len} tokens"
     return fits, ""

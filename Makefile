@@ -22,7 +22,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate engines engines-check releases launches serving amd cookbook validate validate-gpu moe-gpu bench reports figures wheel clean families census checkpoints compiled docs traces
+.PHONY: help venv demo test lint accuracy calibrate engines engines-check releases launches serving amd inferencex cookbook validate validate-gpu moe-gpu bench reports figures wheel clean families census checkpoints compiled docs traces
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
@@ -69,6 +69,9 @@ serving: $(STAMP)  ## predicted against measured serving -> reports/serving.md: 
 
 amd: $(STAMP)  ## predicted against 45 public runs on MI300X and MI355X (benchmarks/amd_runs.csv), which no fit has seen
 	@$(BIN)/tensorcast predict benchmarks/amd_runs.csv
+
+inferencex: $(STAMP)  ## predicted against 172 runs of InferenceX's posts (its repository InferenceX-app, Apache-2.0), which no fit has seen
+	@$(BIN)/tensorcast predict benchmarks/inferencex_runs.csv
 
 cookbook: $(STAMP)  ## predicted against 32 public saturated runs of Qwen3.6 under SGLang, which no fit has seen
 	@$(BIN)/tensorcast predict benchmarks/cookbook_runs.csv

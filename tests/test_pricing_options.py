@@ -78,9 +78,10 @@ def test_eager_launches_a_gemm_per_hit_expert_and_needs_longer() -> None:
     eager, grouped = (
         rows_of(deepseek(experts_backend=b, device=BARE), 64.0, "grouped_matmul") for b in ("eager", "grouped_mm")
     )
+    gap = float(load_device(BARE).graph_gap_s or 0.0)
     for (one, _), (other, _) in zip(eager, grouped, strict=True):
         assert float(one.flops) == pytest.approx(float(other.flops))
-        assert float(one.parts["latency"]) == pytest.approx(8 * 3e-6, rel=0.6)  # 8 local experts, some us each
+        assert float(one.parts["latency"]) == pytest.approx(8 * (3e-6 + gap), rel=0.6)  # 8 local experts, some us each
         assert float(one.seconds) > float(other.seconds)
 
 

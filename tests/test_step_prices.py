@@ -74,6 +74,22 @@ def test_experts_rows_add_up_to_the_tables_call(ep: int) -> None:
     assert {p.evidence for p in price.rows if p.family == "grouped_gemm"} == {told.evidence}
 
 
+@pytest.mark.parametrize("graphs", ["full", "none"])
+def test_a_devices_gap_comes_once_for_every_kernel_of_a_replayed_graph(graphs: str) -> None:
+    """Its kernels were timed alone; those launched one by one wait for the host, whose gap hides it."""
+    device = load_device("mi355x")
+    assert device.graph_gap_s is not None
+    took, kernels = [], 0.0
+    for one in (device, device.model_copy(update={"graph_gap_s": None})):
+        options = Options(quant="bf16", cuda_graphs=graphs)
+        made = deploy(load_model("llama-3.1-8b"), one, load_engine("vllm"), Layout(1), "decode", options=options)
+        price = made.step.price(4.0, 1.0, 1000.0)
+        took.append(sum(float(row.seconds) * float(calls) for row, calls in price.calls))
+        kernels = sum(float(calls) for _, calls in price.calls)
+    gaps = kernels * float(device.graph_gap_s) if graphs == "full" else 0.0
+    assert took[0] - took[1] == pytest.approx(gaps, rel=1e-6, abs=1e-12)
+
+
 TIMED = [
     ("h200", "trtllm", "gpt-oss-20b", None, 1024, 0.598),
     ("h200", "trtllm", "gpt-oss-120b", None, 8192, 4.302),

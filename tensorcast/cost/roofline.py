@@ -132,6 +132,10 @@ class Devices:
     def memory_bandwidth_bytes_per_s(self) -> Size:
         return self.column([float(one.memory_bandwidth_bytes_per_s) for one in self.each])
 
+    @property
+    def graph_gap_s(self) -> Size:
+        return self.column([float(one.graph_gap_s or 0.0) for one in self.each])
+
     def column(self, numbers: Sequence[float]) -> Size:
         """Of every device a number, for each of its calls; one number where all have the same."""
         return numbers[0] if numbers.count(numbers[0]) == len(numbers) else np.repeat(numbers, self.calls)

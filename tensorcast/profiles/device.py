@@ -96,6 +96,9 @@ class DeviceProfile(Frozen):
     memory_bytes: Figure
     memory_bandwidth_bytes_per_s: Figure
     interconnect: tuple[Tier, ...] = Field(min_length=1)
+    graph_gap_s: Figure | None = Field(
+        default=None, description="a kernel of a replayed graph takes so much longer than alone; else the engine's gap"
+    )
     price_per_hour_usd: ListPrice | None = None
     power_w: Figure | None = Field(default=None, description="most that the GPU draws, its memory included")
     calibration: Calibration | None = None

@@ -32,6 +32,7 @@ from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.price import RowPrice, Spending, one_level
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.sourced import Figure
 from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import Op, OpTable
 
@@ -113,13 +114,15 @@ class RowPricer:
     def _launched(self, at: Context, alone: Size, kernel_s: Size, launch_s: Size) -> Size:
         """Seconds of launching, of which ``launch_s`` are in kernel times measured in graph replay already.
 
-        Inside a captured graph: what the gap exceeds it by is added. Launched one by one: the wait for the host.
+        Inside a captured graph: what the gap exceeds it by is added, and the whole of a device's own gap, whose kernels
+        were timed alone. Launched one by one: the wait for the host.
         """
         between, waits = self.engine.graph_launch_gap_s, self.engine.eager_launch_gap_s
-        replayed = np.maximum((between if isinstance(between, np.ndarray) else float(between)) - launch_s, 0.0)
+        own = 0.0 if self.device.graph_gap_s is None else _plain(self.device.graph_gap_s)
+        replayed = np.maximum(_plain(between) - launch_s, 0.0) + own
         if np.ndim(self.graph_tokens) == 0 and self.graph_tokens == math.inf:
             return (launch_s + replayed) * alone
-        gap = np.maximum((waits if isinstance(waits, np.ndarray) else float(waits)) - kernel_s, 0.0)
+        gap = np.maximum(_plain(waits) - kernel_s, 0.0)
         if np.any(self.graph_tokens):
             gap = np.where(np.asarray(at.sizes.tokens) <= self.graph_tokens, replayed, gap)[()]
         return (launch_s + gap) * alone
@@ -218,6 +221,11 @@ class RowPricer:
             row=row, seconds=seconds, waits_s=on_wire + parts["latency"], family=row.op, level=one_level(level),
             error=error, spend=lambda: spending, detail=f"{row.group}{row.ranks} {time.tier} {algorithm}",
         )
+
+
+def _plain(figure: Figure | Size) -> Size:
+    """The number of a profile's figure; columns as they are."""
+    return figure if isinstance(figure, np.ndarray) else float(figure)
 
 
 @dataclass(frozen=True)

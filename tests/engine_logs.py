@@ -129,7 +129,7 @@ def ours(log: Log) -> float:
     if log.what == "room":
         return float(found.memory(1, 1, 0).cache_budget) / GIB
     if log.stage:
-        return float(found.stage_weights[0][0]) / GIB
+        return float(found.stages.weights[0]) / GIB
     return float(found.memory(1, 1, 0).weights) / GIB
 
 

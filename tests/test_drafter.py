@@ -87,7 +87,7 @@ def test_a_block_drafts_in_one_pass() -> None:
 def test_a_look_up_costs_nothing_on_the_gpu() -> None:
     """An n-gram step is the step that checks as many tokens, and no weight or cache more."""
     looked_up, plain = deployed("ngram"), deployed("mtp", depth=0)
-    assert looked_up.stage_weights[0][0] == plain.stage_weights[0][0]
+    assert looked_up.stages.weights[0] == plain.stages.weights[0]
     assert looked_up.held(8.0, 4096) == plain.held(8.0, 4096)
     price, checked = (run.step.price(8.0, 1.0, 4096.0) for run in (looked_up, plain))
     assert not any(row.row.module.startswith("draft") for row, _ in price.calls)

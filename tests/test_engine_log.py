@@ -55,7 +55,7 @@ def test_the_fullest_stage(engine: str, gib: float) -> None:
     parts = load_model("deepseek-v3"), load_device("h100"), load_engine(engine)
     found = deploy(*parts, Layout(32, 8, 1, 1, 4), "decode")
     assert found.memory(1, 1, 100).weights / GIB == pytest.approx(gib, rel=0.001)
-    assert float(found.stage_weights[0][0]) / GIB == pytest.approx(16.96, rel=0.02)
+    assert float(found.stages.weights[0]) / GIB == pytest.approx(16.96, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tensorcast.cost.activations import activation_bytes
 from tensorcast.cost.memory import (
-    activation_bytes,
     cache_bytes,
     kv_bytes_per_token,
     low_latency_buffer_bytes,

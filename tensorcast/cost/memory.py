@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 from operator import add, or_
 from typing import NamedTuple
 
 import numpy as np
 
-from tensorcast.cost.work import Size
+from tensorcast.cost.work import Array, Size
 from tensorcast.modeling.quantization import Quantization, padded
 from tensorcast.profiles.memory import Kept, MemoryCovers, PackedPages
-from tensorcast.trace.dims import Dim, Sizes, product
+from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, OpTable, per_table
 
 MLA_FP8_SCALE_GROUP = 128
@@ -116,8 +116,18 @@ def cache_bytes(
 ) -> Size:
     """KV cache and recurrent state of ``sequences`` sequences of ``length`` tokens over ``layers``; ``kept`` and
     ``ranks`` as in :func:`sequence_caches`."""
-    tokens, states = summed(sequence_caches(table, kv, length, kept=kept, ranks=ranks), table.layer_kinds[layers])
-    return sequences * (tokens + states)
+    tokens, states = summed(sequence_caches(table, kv, length, kept=kept, ranks=ranks), layers_of(table, [layers]))
+    return sequences * (tokens + states)[0]
+
+
+def layers_of(table: OpTable, stages: Sequence[slice]) -> Mapping[int, Array]:
+    """Layers of each kind in each of the ``stages``; one of what is outside the layers, -1."""
+    first, end = np.array([one.indices(len(table.layer_kinds))[:2] for one in stages]).T
+    counts = defaultdict(lambda: np.zeros(len(stages)), {-1: np.ones(len(stages))})
+    for kind in dict.fromkeys(table.layer_kinds):
+        before = np.append(0.0, np.cumsum(np.equal(table.layer_kinds, kind)))
+        counts[kind] = before[end] - before[first]
+    return counts
 
 
 class SequenceCache(NamedTuple):
@@ -128,23 +138,22 @@ class SequenceCache(NamedTuple):
     state: bool
 
 
-def summed(each: Sequence[SequenceCache], kinds: Sequence[int]) -> tuple[Size, Size]:
-    """Bytes that a sequence keeps of its tokens, and of its states, over layers of ``kinds``."""
-    tokens: Size = 0.0
-    states: Size = 0.0
-    for kind, size, state in each:
-        # an entry of a class whose layers are not known apart, or run in a loop, is its own
-        whole = (kinds.count(kind) if kind >= 0 else 1) * size
-        tokens, states = (tokens, states + whole) if state else (tokens + whole, states)
-    return tokens, states
+def summed(each: Sequence[SequenceCache], layers: Mapping[int, Array]) -> tuple[Array, Array]:
+    """Bytes that a sequence keeps of its tokens, and of its states, ``[stages, ...]``; ``layers``: of
+    :func:`layers_of`."""
+    shape = np.broadcast_shapes(*(np.shape(one.size_bytes) for one in each))
+    found = np.zeros((2, len(layers[-1]), *shape))
+    for kind, size, state in each:  # a class whose layers are not known apart, or run in a loop, has one entry
+        found[int(state)] += np.multiply.outer(layers[max(kind, -1)], np.broadcast_to(size, shape))
+    return found[0], found[1]
 
 
 def room_taken(tokens: Size, states: Size, apart: float) -> Size:
     """Of memory that is shared out to a pool of tokens and one of states, ``apart`` times as large, what must be there
     for these bytes of each: the pool that is filled first decides. One pool (``apart`` 0) holds both."""
-    if not apart or not np.any(states):
+    if not apart:
         return tokens + states
-    return np.maximum(tokens * (1.0 + apart), states * (1.0 + apart) / apart)
+    return np.where(states > 0, np.maximum(tokens * (1.0 + apart), states * (1.0 + apart) / apart), tokens)
 
 
 def sequence_caches(
@@ -240,20 +249,30 @@ def weight_bytes(
     ``local_experts``: experts and copies on the fullest rank, by default what even splitting gives. ``padding``:
     multiples that the engine pads experts' hidden size and a rank's part of their width to, in MXFP4.
     """
-    kinds = table.layer_kinds[layers]
-    total: Size = 0.0
+    stages = [(layers, first, last)]
+    return weights_of_stages(table, quantization, ep, etp, stages, local_experts=local_experts, padding=padding)[0]
+
+
+def weights_of_stages(
+    table: OpTable, quantization: Quantization, ep: Size, etp: Size, stages: Sequence[tuple[slice, bool, bool]], *,
+    local_experts: Size | None, padding: tuple[int, int],
+) -> Array:
+    """:func:`weight_bytes` ``[stages, ...]`` of stages with these layers, each maybe the ``first`` or the ``last``."""
+    layers = layers_of(table, [one for one, _, _ in stages])
+    first, last = np.array([ends for _, *ends in stages], dtype=float).T
+    once = {"embedding": np.maximum(first, last) if table.facts.tied_embedding else first, "lm_head": last}
     width, hidden = table.facts.moe_intermediate_size, padding[0]
+    local: Size = np.ceil(table.facts.num_experts / ep) if local_experts is None else local_experts
+    shape = np.broadcast_shapes(np.shape(local), np.shape(etp))
+    total = np.zeros((len(stages), *shape))
     for part in _weights(table, quantization, hidden):
-        if part.kind < 0:  # outside the layers: is it on this pipeline stage?
-            tied = last and table.facts.tied_embedding
-            if not {"embedding": first or tied, "lm_head": last}.get(part.role, True):
-                continue
         size: Size = part.size_bytes
         if part.expert_bytes:
-            held = math.ceil(table.facts.num_experts / ep) if local_experts is None else local_experts
             wider = padded(width / etp, padding[1]) if part.padded_bytes else 1.0
-            size += (part.expert_bytes + part.padded_bytes * (wider - 1.0)) * held / etp
-        total += size * (kinds.count(part.kind) if part.kind >= 0 else 1)
+            size = size + (part.expert_bytes + part.padded_bytes * (wider - 1.0)) * local / etp
+        # outside the layers: is it on this pipeline stage?
+        count = layers[part.kind] if part.kind >= 0 else once.get(part.role, layers[-1])
+        total += np.multiply.outer(count, np.broadcast_to(size, shape))
     return total
 
 
@@ -287,87 +306,6 @@ def _weights(table: OpTable, quantization: Quantization, hidden_multiple: int) -
         else:
             part.size_bytes += p.numel * per_element
     return list(found.values())
-
-
-def activation_bytes(table: OpTable, sizes: Sizes) -> Size:
-    """Peak of live activations over a step: every tensor from the row that makes it to the last that reads it."""
-    amounts, moments = _liveness(table)
-    values = [
-        reduce(np.maximum, [coef * math.prod((dim.at(sizes) for dim in factors), start=1.0) for factors, coef in some])
-        for some in amounts
-    ]
-    nothing: Size = 0.0
-    return reduce(np.maximum, [sum((coef * values[i] for i, coef in moment), 0.0) for moment in moments], nothing)
-
-
-@per_table
-def sees_cached_tokens(table: OpTable) -> bool:
-    """Whether activations grow with the tokens that are cached."""
-    amounts, _ = _liveness(table)
-    return any(dim.P or dim.L for amount in amounts for factors, _ in amount for dim in factors)
-
-
-_Amount = tuple[tuple[tuple[Dim, ...], float], ...]
-"""Bytes of a storage: the largest of what is seen in it, each as factors that hang on the sizes and a number."""
-
-
-_Seen = tuple[tuple[Dim, ...], str, tuple[int, ...]]
-"""What is seen of a storage: a tensor's sizes, dtype and which sizes are only expanded views."""
-
-
-@cache
-def _amount(seen: frozenset[_Seen]) -> tuple[_Amount, float]:
-    """Bytes of a storage as an amount and how much of it: sizes that differ by a number alone are the same amount."""
-    found: dict[tuple[Dim, ...], float] = {}
-    for dims, dtype, expanded in seen:
-        whole, *offset = product(dims, expanded)
-        factors = (whole._replace(coef=1), *offset)
-        found[factors] = max(found.get(factors, 0.0), whole.coef * DTYPE_BYTES[dtype])
-    if len(found) > 1:
-        return tuple(found.items()), 1.0
-    ((factors, coef),) = found.items()
-    return ((factors, 1.0),), coef
-
-
-@per_table
-def _liveness(table: OpTable) -> tuple[list[_Amount], list[tuple[tuple[int, float], ...]]]:
-    """Amounts that storages hold; by moment how much of which lives (a storage counts what was seen in it so far).
-
-    A moment at which no more lives than at another one is left out. States of sequences are the cache's.
-    """
-    states = {t.storage for op in table.ops if op.name in STATEFUL for t in (*op.inputs[3:], *op.outputs[1:])}
-    last = {t.storage: i for i, op in enumerate(table.ops) for t in (*op.inputs, *op.outputs) if not t.weight}
-    numbers: dict[_Amount, int] = {}
-    kinds: dict[_Seen, int] = {}  # sizes are long to compare: each is looked up once, and by its number from then on
-    amounts: dict[frozenset[int], tuple[int, float]] = {}
-    seen: dict[int, frozenset[int]] = {}
-    live: dict[int, tuple[int, float]] = {}
-    moments: list[dict[int, float]] = []
-    for i, op in enumerate(table.ops):
-        touched = [t for t in (*op.inputs, *op.outputs) if not t.weight and t.storage not in states]
-        for t in touched:
-            one = kinds.setdefault((t.dims, t.dtype, t.expanded), len(kinds))
-            before = seen.get(t.storage, frozenset())
-            if one in before:
-                continue
-            seen[t.storage] = every = before | {one}
-            if every not in amounts:
-                amount, coef = _amount(frozenset(kind for kind, number in kinds.items() if number in every))
-                amounts[every] = numbers.setdefault(amount, len(numbers)), coef
-            live[t.storage] = amounts[every]
-        moment: dict[int, float] = {}
-        for number, coef in live.values():
-            moment[number] = moment.get(number, 0.0) + coef
-        moments.append(moment)
-        for t in touched:
-            if last[t.storage] == i:
-                live.pop(t.storage, None)
-                seen.pop(t.storage, None)
-    largest: list[dict[int, float]] = []
-    for moment in sorted(moments, key=lambda m: -sum(m.values())):
-        if not any(all(coef <= other.get(n, 0.0) for n, coef in moment.items()) for other in largest):
-            largest.append(moment)
-    return list(numbers), [tuple(moment.items()) for moment in largest]
 
 
 def low_latency_buffer_bytes(tokens_per_rank: Size, hidden: int, num_experts: int) -> Size:

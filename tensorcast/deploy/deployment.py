@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import EllipsisType
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tensorcast.cost.activations import activation_bytes, sees_cached_tokens
 from tensorcast.cost.memory import (
     PackedCache,
-    SequenceCache,
-    activation_bytes,
     cache_budget,
     cache_entries,
+    layers_of,
     low_latency_buffer_bytes,
     packed_cache,
     room_taken,
-    sees_cached_tokens,
     sequence_caches,
     summed,
-    weight_bytes,
+    weights_of_stages,
 )
 from tensorcast.cost.stages import stage_layers
-from tensorcast.cost.work import Mask, Size
+from tensorcast.cost.work import Array, Mask, Size
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run, unasked_exchange
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_parts, check
@@ -51,7 +48,6 @@ from tensorcast.trace.cache import RankForm, rank_tables, whole_model
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import OpTable, per_table
 
-Members = NDArray[np.int_] | EllipsisType  # positions among deployments that are priced as one, or all of them
 
 @dataclass(frozen=True)
 class Memory:
@@ -78,6 +74,16 @@ class Memory:
     @property
     def fits(self) -> bool | Mask:
         return self.kv_cache <= self.cache_budget
+
+
+class Stages(NamedTuple):
+    """Bytes of weights on the fullest rank ``[stages, ...]`` of pipeline stages, -inf of deployments whose pipeline has
+    no such stage; each one's layers, of how many stages its pipeline is, and its layers of each kind."""
+
+    weights: Array
+    layers: list[slice]
+    pipelines: list[int]
+    counts: Mapping[int, Array]
 
 
 MOST_STEPS = 8
@@ -201,43 +207,40 @@ class Deployment:
     def held(self, sequences: Size, length: Size) -> tuple[Size, Size]:
         """Bytes of weights on the fullest rank, and of room in its cache for ``sequences`` of ``length`` tokens."""
         shape = np.broadcast_shapes(np.shape(sequences), np.shape(length), np.shape(self.layout.dp))
-        whole = np.zeros((2, *shape))
-        kv, rules, rule = self.quantization.kv, self.engine.cache_rules, Kept()
+        kv, rules, stages, table = self.quantization.kv, self.engine.cache_rules, self.stages, self.drafting
+        depth, count = self.options.mtp_depth, len(stages.layers)
         if self.options.pcp > 1 and self.phase == "decode":  # each rank of a group holds what all of it decode
             sequences = sequences * self.options.pcp
-        drafter, stages = self.step.drafter if self.options.mtp_depth else None, self.layout.pp
-        if rules is not None and not any(one.limit or one.per_sequence for one in cache_entries(self.drafting, kv)):
-            rules = None
-        each = list[SequenceCache]()
-        for (stage, layers, some), packed in zip(self.stage_weights, self.packed, strict=True):
-            if rules is not None:
-                own = int(np.max(stages[some] if isinstance(stages, np.ndarray) else stages))
-                rule = rules.kept(self.model.config, self.options.mtp_depth, own)
-            tokens: Size
-            states: Size
+        each = [Kept()] * count
+        if rules is not None and any(one.limit or one.per_sequence for one in cache_entries(table, kv)):
+            each = [rules.kept(self.model.config, depth, own) for own in stages.pipelines]
+        tokens, states = np.zeros((2, count, *np.shape(length)))
+        for rule in dict.fromkeys(each):
+            found = summed(sequence_caches(table, kv, length, kept=rule, ranks=self.options.dcp), stages.counts)
+            mine = [one == rule for one in each]
+            tokens[mine], states[mine] = (part[mine] for part in found)
+        for i, packed in enumerate(self.packed):
             if packed is not None:
-                tokens, states = packed.block_bytes * sum(packed.blocks(length)), 0.0
-            else:
-                if rules is not None or not each:  # else the same in all stages
-                    each = sequence_caches(self.drafting, kv, length, kept=rule, ranks=self.options.dcp)
-                tokens, states = summed(each, self.drafting.layer_kinds[layers])
-            if drafter is not None and layers.stop == len(self.raw.layer_kinds):
-                tokens = tokens + drafter.cache_numbers * KV_BYTES[kv] * length
-            held = sequences * room_taken(tokens, states, rule.states_apart)
-            if len(self.stage_weights) == 1:  # the fullest
-                return stage + self.tower_bytes + np.zeros(shape), held + np.zeros(shape)
-            weights, cache = whole[:, some]
-            fuller = stage + held > weights + cache
-            whole[0, some], whole[1, some] = np.where(fuller, stage, weights), np.where(fuller, held, cache)
-        return whole[0] + self.tower_bytes, whole[1]
+                tokens[i], states[i] = packed.block_bytes * sum(packed.blocks(length)), 0.0
+        if depth and self.step.drafter is not None:
+            ends = [layers.stop == len(self.raw.layer_kinds) for layers in stages.layers]
+            tokens[ends] += self.step.drafter.cache_numbers * KV_BYTES[kv] * length
+        weights, room = (
+            np.reshape(values, (count, *(1,) * (1 + len(shape) - np.ndim(values)), *np.shape(values)[1:]))
+            for values in (stages.weights, room_taken(tokens, states, each[0].states_apart))
+        )
+        held = np.broadcast_to(sequences * room, (count, *shape))
+        fullest = (weights + held).argmax(axis=0)[None]
+        weights = np.take_along_axis(np.broadcast_to(weights, held.shape), fullest, axis=0)[0]
+        return weights + self.tower_bytes, np.take_along_axis(held, fullest, axis=0)[0]
 
     @cached_property
     def packed(self) -> list[PackedCache | None]:
-        """The cache of each of :attr:`stage_weights` in blocks that all layers share, where the engine keeps it so."""
-        pages = self.engine.packed_pages
+        """The cache of each of :attr:`stages` in blocks that all layers share, where the engine keeps it so."""
+        pages, layers = self.engine.packed_pages, self.stages.layers
         if pages is None or not self.raw.facts.compress_ratios:
-            return [None] * len(self.stage_weights)
-        return [packed_cache(self.drafting, self.quantization.kv, layers, pages) for _, layers, _ in self.stage_weights]
+            return [None] * len(layers)
+        return [packed_cache(self.drafting, self.quantization.kv, one, pages) for one in layers]
 
     @cached_property
     def drafting(self) -> OpTable:
@@ -247,36 +250,33 @@ class Deployment:
         return replace(self.raw, layer_kinds=(*kinds, kinds[-1])) if drafts else self.raw
 
     @cached_property
-    def stage_weights(self) -> list[tuple[Size, slice, Members]]:
-        """Bytes of weights on the fullest rank of each pipeline stage, its layers, and whose it is where deployments
-        are priced as one; stages that are alike once."""
-        layout, load = self.layout, self.step.sizes.load
+    def stages(self) -> Stages:
+        """Pipeline stages; those that are alike once."""
+        layout, load, table = self.layout, self.step.sizes.load, self.drafting
         local: Size | None = load.local_experts if load is not None else None
         exchange = EXCHANGE_KERNELS.get(self.options.all2all)
         if exchange is not None and exchange.copies is not None and np.all(np.greater(layout.dp, 1)):
             local = float(self.raw.facts.num_experts + exchange.copies)
         padding = mxfp4_padding(self.device.architecture) if self.engine.pads_hidden else (1, 1)
-        found: dict[tuple[int, ...], tuple[Size, slice, Members]] = {}
-        for pp in np.unique(layout.pp) if isinstance(layout.pp, np.ndarray) else (layout.pp,):
-            some: Members = np.flatnonzero(layout.pp == pp) if isinstance(layout.pp, np.ndarray) else ...
-            columns = layout.ep, layout.etp, local
-            own: list[Any] = [one[some] if isinstance(one, np.ndarray) else one for one in columns]
-            stages = stage_layers(len(self.raw.layer_kinds), int(pp), self.engine.pipeline_split)
-            stages[-1] = slice(stages[-1].start, len(self.drafting.layer_kinds))
+        found: dict[tuple[int, ...], tuple[slice, bool, bool]] = {}
+        for pp in sorted({*np.ravel(layout.pp).astype(int).tolist()}):
+            stages = stage_layers(len(self.raw.layer_kinds), pp, self.engine.pipeline_split)
+            stages[-1] = slice(stages[-1].start, len(table.layer_kinds))
             for i, layers in enumerate(stages):
-                last = i == len(stages) - 1
-                held = (pp, i == 0, last, *sorted(self.drafting.layer_kinds[layers]))
-                if held in found:
-                    continue
-                weights = weight_bytes(
-                    self.drafting, self.quantization, own[0], own[1], layers, first=i == 0, last=last,
-                    local_experts=own[2], padding=padding,
-                )
-                if last and self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
-                    joined = 2.0 * 2.0 * self.raw.facts.hidden_size ** 2
-                    weights += joined if self.step.drafter is None else self.step.drafter.weight_bytes
-                found[held] = weights, layers, some
-        return list(found.values())
+                first, last = i == 0, i == len(stages) - 1
+                found.setdefault((pp, first, last, *sorted(table.layer_kinds[layers])), (layers, first, last))
+        every, pipelines = [*found.values()], [pp for pp, *_ in found]
+        weights = weights_of_stages(
+            table, self.quantization, layout.ep, layout.etp, every, local_experts=local, padding=padding
+        )
+        if self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
+            joined = 2.0 * 2.0 * self.raw.facts.hidden_size ** 2
+            drafter = self.step.drafter
+            weights[[last for _, _, last in every]] += joined if drafter is None else drafter.weight_bytes
+        if isinstance(layout.pp, np.ndarray):
+            weights = np.where(np.not_equal.outer(pipelines, layout.pp), -np.inf, weights)
+        their = [layers for layers, _, _ in every]
+        return Stages(weights, their, pipelines, layers_of(table, their))
 
     def _communication_bytes(self, tokens: Size, sizes: Sizes) -> Size:
         """Receive buffers of the MoE exchange; collectives' own buffers are in the engine's reserve."""

@@ -56,7 +56,8 @@ def cache_log(deployment: Deployment, length: int) -> CacheLog:
     kept = rules.kept(deployment.model.config, depth, stages) if rules else Kept()
     sequences: float | None = None
     state_tokens, room = 0.0, math.inf
-    for (weights, layers, _), packed in zip(deployment.stage_weights, deployment.packed, strict=True):
+    each_stage = zip(deployment.stages.weights, deployment.stages.layers, deployment.packed, strict=True)
+    for weights, layers, packed in each_stage:
         left = float(memory.cache_budget + memory.weights - weights)
         if packed is not None:
             times = min(times, left // packed.block_bytes / _blocks_logged(deployment, packed, length))

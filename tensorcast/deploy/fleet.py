@@ -146,7 +146,7 @@ class Fleet(Deployment):
         return found
 
 
-WITHOUT_CACHE = ("profiled", "kept_beside", "stage_weights", "context_bytes", "drafting")
+WITHOUT_CACHE = ("profiled", "kept_beside", "stages", "context_bytes", "drafting")
 """What is found of a fleet's memory whatever its cache holds."""
 
 

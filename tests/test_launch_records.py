@@ -84,6 +84,29 @@ def test_workers_that_a_record_does_not_state_are_those_of_its_launch(
     assert read_run({**POOLS, "concurrency": "5000"}, NAMES).workers == (32, 79)  # no launch of as many
 
 
+def test_records_of_pools_may_state_how_prompts_cut_experts_alone() -> None:
+    """The run of 256 users that another record states as one worker of tp8 and one of attention DP and ep 8; by its
+    recipe (srt-slurm, recipes/h200/8k1k/bs128-1p1d-dep.yaml) 256 requests run there, 32 on a rank."""
+    sizes = {f"{role}_{name}": "1" for role in ("prefill", "decode") for name in ("ep",)}
+    record = {**POOLS, "engine": "sglang", "release": "0.5.8.post1", "isl": "8192", "concurrency": "256", **sizes,
+              "prefill_moe_tp": "8", "decode_moe_tp": "8"}  # fmt: skip
+    found = read_run(record, NAMES)
+    assert (str(found.prefill), str(found.decode), found.workers) == ("tp8-dp1", "tp1-dp8-ep8", (1, 1))
+    assert found.max_sequences == 32 and found.options.memory_fraction == 0.88 and found.options.mtp_depth == 0
+    few = read_run({**record, "concurrency": "16"}, NAMES)
+    assert (str(few.decode), few.workers, few.max_sequences) == ("tp8-dp1", (1, 3), 32)
+
+
+def test_no_more_requests_run_than_a_launch_lets() -> None:
+    """TensorRT-LLM's workers of one request each, eleven users on nine of them: two wait for a whole reply."""
+    run = {**POOLS, "attention_dp_size": "1", "moe_ep_size": "8", "concurrency": "11"}
+    stated, more = predict(pd.DataFrame([run, {**run, "max_num_seqs": ""}])), read_run(run, NAMES)
+    assert more.max_sequences == 1 and more.workers == (1, 9)
+    assert stated["mean_batch"][0] <= 1.0
+    reply_s = 0.9 * 1024 * stated["tpot_s"][0]
+    assert stated["ttft_s"][0] == pytest.approx(2 / 9 * reply_s, rel=0.2)
+
+
 def test_records_of_pools_are_behind_dynamo_unless_they_say_so() -> None:
     """All launch scripts of SGLang and TensorRT-LLM pools on NVIDIA devices are (``framework``); AMD's are not."""
     record = {**POOLS, "concurrency": "576"}
@@ -183,7 +206,8 @@ def test_half_of_sglangs_receive_interval_is_waited_for() -> None:
 def test_of_several_launches_those_of_its_release_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     def row(release: str, users: str, chunk: str, depth: str = "", ep: str = "") -> dict[str, str]:
         options = dict.fromkeys(OPTIONS, "")
-        return {"release": release, "users": users, **options, "chunk_tokens": chunk, "mtp_depth": depth, "ep": ep}
+        options |= {"chunk_tokens": chunk, "mtp_depth": depth, "ep": ep, "max_num_seqs": users.split(";")[-1]}
+        return {"release": release, "users": users, **options}
 
     rows = [row("1;2", "4;8", "100"), row("2", "8", "300"), row("3", "8;16", "300", "2"), row("3", "64", "", "2")]
     key = ("vllm", "m", "h100-sxm", "fp8", "1", "2", "agg", "1", "0", *[""] * 6)
@@ -197,7 +221,8 @@ def test_of_several_launches_those_of_its_release_come_first(monkeypatch: pytest
 
     assert found(4, "2").chunk_tokens == 100
     assert found(8, "3").chunk_tokens == 300 and found(8, "3").mtp_depths == (2,)
-    assert found(8, "").chunk_tokens == 300 and found(8, "").mtp_depths == (0, 2)  # most of three
+    assert found(8, "").chunk_tokens == 100 and found(8, "").mtp_depths == (0, 2)  # of those that draft least
+    assert (found(8, "3").max_num_seqs, found(64, "3").max_num_seqs, found(32, "3").max_num_seqs) == (16, 64, None)
     assert found(64, "").chunk_tokens is None and found(64, "").mtp_depths == (2,)
     rows += [row("4", "8", "400", "3", "1"), row("4", "16", "500", "", "4")]
     assert found(8, "4").mtp_depths == (3,) and found(8, "4", ep=4).mtp_depths == (0,)  # its experts before its users
@@ -219,8 +244,8 @@ def test_launches_that_are_alike_are_one_row() -> None:
         "mode": "disagg", "prefill_workers": 1, "prefill_tp": 8, "prefill_dp_attn": 0,
         "decode_workers": 2, "decode_tp": 8, "decode_dp_attn": 1,
     }  # fmt: skip
-    prefill = {"role": "prefill", "max_num_tokens": 16384, "kv_cache_dtype": None}
-    decode = {"role": "decode", "max_num_tokens": 64, "spec_depth": 3,
+    prefill = {"role": "prefill", "max_num_tokens": 16384, "kv_cache_dtype": None, "prefill_ep": 1, "max_num_seqs": 4}
+    decode = {"role": "decode", "max_num_tokens": 64, "spec_depth": 3, "ep": 8, "prefill_ep": 1, "max_num_seqs": 32,
               "other_options": "numa-bind=true;mamba-ssm-dtype=bfloat16"}  # fmt: skip
     rows = [launch, launch | {"concurrency": 16}, launch | {"engine_release": "0.20.0"}]
     rows += [pools | prefill, pools | decode]
@@ -234,6 +259,7 @@ def test_launches_that_are_alike_are_one_row() -> None:
     one = disagg.iloc[0]
     assert len(disagg) == 1 and (one["chunk_tokens"], one["mtp_depth"], one["gpus"]) == ("16384", "3", "")
     assert (one["decode_workers"], one["decode_dp_attn"], one["kv_dtype"]) == ("2", "1", "fp8")
+    assert (one["ep"], one["prefill_ep"], one["max_num_seqs"]) == ("8", "1", "32") and set(agg["prefill_ep"]) == {""}
 
 
 def test_users_of_one_worker_and_tokens_of_a_server_are_counted_over_all_and_per_rank() -> None:
@@ -243,7 +269,7 @@ def test_users_of_one_worker_and_tokens_of_a_server_are_counted_over_all_and_per
         "dp_attn": 1, "kv_cache_dtype": None, "spec_depth": None, "sched_recv_interval": None, "other_options": None,
         "all2all_backend": None, **dict.fromkeys(POOL_COLUMNS), "concurrency": 64,
         "recipe_name": "recipes/c64_ctx1_gen9_dep8_batch512.yaml",
-        "max_num_tokens": 65536.0, "max_prefill_tokens": 65536.0,
+        "max_num_tokens": 65536.0, "max_prefill_tokens": 65536.0, "max_num_seqs": 256,
     }  # fmt: skip
     more: list[dict[str, Any]] = [
         {}, {"concurrency": 1, "recipe_name": "r/c1_ctx1_gen7_tep8_batch1.yaml", "max_num_tokens": 262144.0},
@@ -257,6 +283,11 @@ def test_users_of_one_worker_and_tokens_of_a_server_are_counted_over_all_and_per
         ("sglang", "576", "8192", "8", gathers), ("sglang", "9", "32768", "8", gathers),
         ("sglang", "64", "16384", "8", ""), ("sglang", "8", "8192", "8", ""), ("trtllm", "64", "512", "8", ""),
     }  # fmt: skip
+    seqs = {(row.engine, row.dp_attn, row.max_num_seqs) for row in found.itertuples()}
+    assert seqs == {("sglang", "1", "32"), ("sglang", "0", "256"), ("trtllm", "1", "256")}
+    pooled = [launch | {"mode": "disagg", "role": role, "prefill_workers": 1} for role in ("prefill", "decode")]
+    one = launches(pd.DataFrame(pooled)).iloc[0]  # where sizes of pools tell launches apart
+    assert (one["chunk_tokens"], one["max_num_seqs"]) == ("8192", "32")
 
 
 @pytest.mark.parametrize(

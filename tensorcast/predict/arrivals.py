@@ -52,14 +52,13 @@ BLOCK = 16
 @dataclass(frozen=True, kw_only=True)
 class Arrivals:
     """``rate``: requests per second, endless where all come at once. ``count``: in all, ``None`` where not said.
-    ``users``: most in flight, ``None`` without a limit. ``max_sequences``: of a step and rank;
-    ``graph_sizes``: what its decode steps are padded to. ``waits``: for which others prompts wait."""
+    ``users``: most in flight, ``None`` without a limit. ``graph_sizes``: what its decode steps are padded to.
+    ``waits``: for which others prompts wait."""
 
     rate: float = math.inf
     burstiness: float = 1.0
     count: int | None = None
     users: int | None = None
-    max_sequences: int | None = None
     graph_sizes: tuple[int, ...] = ()
     waits: Waits = field(default_factory=Waits)
 
@@ -68,9 +67,8 @@ class Arrivals:
             raise InputError(f"request_rate {self.rate:g}: must be more than 0 requests per second")
         if not self.burstiness > 0:
             raise InputError(f"burstiness {self.burstiness:g}: must be more than 0")
-        for name, value in (("requests", self.count), ("max_num_seqs", self.max_sequences)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} {value}: must be at least 1")
+        if self.count is not None and self.count < 1:
+            raise InputError(f"requests {self.count}: must be at least 1")
 
     def requests(
         self, isl: int, osl: int, *, length_ratio: float, rounds: float, prefix_cached: int, block_tokens: int = BLOCK
@@ -109,7 +107,7 @@ def read_arrivals(cells: Cells, users: float | None) -> Arrivals | None:
     return Arrivals(
         rate=math.inf if rate is None else rate, burstiness=cells.number("burstiness", 1.0, endless=True),
         count=None if count is None else cells.whole("requests"), users=None if users is None else max(1, round(users)),
-        max_sequences=None if most is None else cells.whole("max_num_seqs"), graph_sizes=graphs,
+        graph_sizes=graphs,
     )
 
 

@@ -3,8 +3,8 @@
 The table is a profile, ``profiles/records/launches.csv``, made by :mod:`tensorcast.calibrate.engines.launches` from the
 benchmarks' launch scripts. A record is found by engine, model, device, precision, lengths and sizes; of several such
 launches those of its release, then those that cut experts as it does, then those of its users come first. Which version
-of a script made a record is not known: an option that the remaining ones differ in is the most frequent, and drafted
-tokens are then not sure.
+of a script made a record is not known: drafted tokens may not be sure, and an option that those differ in that draft
+least is the most frequent.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class Launched:
     receive_interval: int | None
     all2all: str | None
     memory_fraction: float | None
+    max_num_seqs: int | None
     cuda_graphs: str | None
     allreduce_fusion: str | None
     experts_kernels: str | None
@@ -91,7 +92,10 @@ class Launched:
 
     def cells(self) -> dict[str, Any]:
         """Options that are no default, by column."""
-        options = ("chunk_tokens", "kv_dtype", "state_dtype", "receive_interval", "memory_fraction", *WORDS, *WAITS)
+        options = (
+            "chunk_tokens", "kv_dtype", "state_dtype", "receive_interval", "memory_fraction", "max_num_seqs", *WORDS,
+            *WAITS,
+        )  # fmt: skip
         said = {name: value for name in options if (value := getattr(self, name)) is not None}
         return said | ({"mtp_depth": self.mtp_depths[0]} if self.mtp_depths != (0,) else {})
 
@@ -141,10 +145,13 @@ def launched(of: Recorded, sizes: tuple[str, ...], ep: int) -> Launched | None:
     :func:`pool_sizes`; ``ep``: experts' parallel size, of the decode pool."""
     alike = _of_release(_launches().get((*(of.key() or ()), *sizes), []), of.release)
     alike = [row for row in alike if row["ep"] == str(ep)] or alike
-    alike = [row for row in alike if f"{of.users:.0f}" in row["users"].split(";")] or alike
+    as_many = [row for row in alike if f"{of.users:.0f}" in row["users"].split(";")]
+    alike = as_many or alike
     if not alike:
         return None
     cuts, drafting = {row["ep"] for row in alike}, [row for row in alike if row["mtp_depth"] not in ("", "0")]
+    depths = sorted({_depth(row) for row in alike})
+    alike = [row for row in alike if _depth(row) == depths[0]]  # as which it is priced
     return Launched(
         ep=int(cuts.pop()) if len(cuts) == 1 and "" not in cuts else None,
         chunk_tokens=_most(alike, "chunk_tokens", int),
@@ -153,13 +160,19 @@ def launched(of: Recorded, sizes: tuple[str, ...], ep: int) -> Launched | None:
         receive_interval=_most(alike, "receive_interval", int),
         all2all=_most(alike, "all2all", str),
         memory_fraction=_most(alike, "memory_fraction", float),
+        max_num_seqs=_most(alike, "max_num_seqs", int) if as_many else None,  # scripts set it by their users
         cuda_graphs=_most(alike, "cuda_graphs", str),
         allreduce_fusion=_most(alike, "allreduce_fusion", str),
         experts_kernels=_most(alike, "experts_kernels", str),
         draft_overlap=_most(drafting, "draft_overlap", str) if drafting else None,
         **{name: _most(alike, name, read) for name, read in WAITS.items()},
-        mtp_depths=tuple(sorted({int(row["mtp_depth"] or 0) for row in alike})),
+        mtp_depths=tuple(depths),
     )
+
+
+def _depth(row: dict[str, str]) -> int:
+    """Tokens that a launch drafts."""
+    return int(row["mtp_depth"] or 0)
 
 
 def _of_release(rows: list[dict[str, str]], release: str) -> list[dict[str, str]]:
@@ -173,14 +186,15 @@ def launched_pools(
     """Workers and layouts of the launch that a record is of, where it states the GPUs of a worker alone; None where
     none is known of as many users, or nearly. Of several those that draft least, then the most frequent.
 
-    ``pools``: prefill and decode, of which such a record says ranks and the experts' parallel size, and not whether
-    attention is data-parallel.
+    ``pools``: prefill and decode, of which such a record says ranks, not whether attention is data-parallel, and one
+    experts' parallel size for both, of prompts' where they differ: three runs of DeepSeek-R1 under SGLang, equal to the
+    last digit, state both sizes in one record and prompts' alone in another.
     """
-    key = of.key()
+    key, (reads, writes) = of.key(), (str(pool.ep) for pool in pools)
     ranks = [str(pool.tp * pool.dp) for pool in pools]
     alike = [
         row for known, rows in _launches().items() if known[:6] == key and known[6] == "disagg" for row in rows
-        if [row["prefill_tp"], row["decode_tp"]] == ranks and row["ep"] in ("", str(pools[1].ep))
+        if [row["prefill_tp"], row["decode_tp"]] == ranks and (row["ep"] in ("", writes) or row["prefill_ep"] == reads)
         and "0" not in (row["prefill_workers"], row["decode_workers"])
     ]  # fmt: skip
     apart = [min(max(of.users / float(n), float(n) / of.users) for n in row["users"].split(";")) for row in alike]
@@ -188,16 +202,17 @@ def launched_pools(
     if nearest > USERS_APART:
         return None
     alike = _of_release([row for row, far in zip(alike, apart, strict=True) if far == nearest], of.release)
-    depth = min(int(row["mtp_depth"] or 0) for row in alike)
+    alike = [row for row in alike if row["ep"] in ("", writes)] or alike
+    depth = min(map(_depth, alike))
     found = Counter(
-        tuple(int(row[name] or 0) for name in (*WORKERS, "prefill_dp_attn", "decode_dp_attn"))
-        for row in alike if int(row["mtp_depth"] or 0) == depth
+        tuple(row[name] for name in (*WORKERS, "prefill_dp_attn", "decode_dp_attn", "prefill_ep", "ep"))
+        for row in alike if _depth(row) == depth
     ).most_common(1)[0][0]  # fmt: skip
     spread = [
-        replace(pool, tp=1, dp=pool.tp * pool.dp) if parallel else pool
-        for pool, parallel in zip(pools, found[2:], strict=True)
+        replace(pool, ep=int(ep or pool.ep), **({"tp": 1, "dp": pool.tp * pool.dp} if parallel == "1" else {}))
+        for pool, parallel, ep in zip(pools, found[2:4], found[4:], strict=True)
     ]
-    return (found[0], found[1]), (spread[0], spread[1])
+    return (int(found[0]), int(found[1])), (spread[0], spread[1])
 
 
 def aggregated_sizes(layout: Layout) -> tuple[str, ...]:

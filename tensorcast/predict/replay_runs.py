@@ -49,9 +49,8 @@ def _replayed(
     longest = 1 << int(requests.input_len.max() + requests.output_len.max() - 1).bit_length()  # tables that rows share
     key = (
         run.model, run.device, run.served_by, run.mode, run.frontend, run.prefix_cache, run.draft_overlap, run.layout,
-        run.options, run.mtp_acceptance, run.chunk_tokens, run.arrivals.max_sequences, run.arrivals.graph_sizes,
-        run.arrivals.waits,
-        run.wait_steps, longest,
+        run.options, run.mtp_acceptance, run.chunk_tokens, run.max_sequences, run.arrivals.graph_sizes,
+        run.arrivals.waits, run.wait_steps, longest,
     )
     if key not in priced:
         priced[key] = _priced(run, engine, longest)
@@ -92,7 +91,7 @@ def _priced(run: Run, engine: Callable[[str], EngineProfile], longest: int) -> P
         return priced_servers(
             model, device, profile, servers, longest=longest, options=run.options,
             mtp_acceptance=run.mtp_acceptance, chunk_tokens=run.chunk_tokens,
-            max_sequences=run.arrivals.max_sequences, wait_steps=run.wait_steps,
+            max_sequences=run.max_sequences, wait_steps=run.wait_steps,
             waits=run.arrivals.waits, graph_sizes=run.arrivals.graph_sizes,
         )
     except InputError as error:

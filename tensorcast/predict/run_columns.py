@@ -127,7 +127,8 @@ class Run:
     """One row, read: names of profiles, layouts, load, options, and what was assumed where the row says nothing.
 
     ``arrivals``: how requests came, where that is no steady number in flight. ``other_depths``: drafted tokens per step
-    that a public ``record`` may have had beside those of ``options``.
+    that a public ``record`` may have had beside those of ``options``. ``max_sequences``: of a step and data-parallel
+    rank, as it was launched.
     """
 
     model: str
@@ -152,6 +153,7 @@ class Run:
     draft_overlap: bool = False
     mtp_acceptance: float = 0.8
     chunk_tokens: int | None = None
+    max_sequences: int | None = None
     arrivals: Arrivals | None = None
     images: PromptImages | None = None
     options: Options = field(default_factory=Options)
@@ -293,13 +295,11 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         replicas=cells.whole("replicas"),
         length_ratio=ratio,
         rounds=cells.number("rounds", 10.0),
-        wait_steps=wait, record=record, prefix_cache=kept,
-        prefix_cached=cells.whole("prefix_cached", least=0),
+        wait_steps=wait, record=record, prefix_cache=kept, prefix_cached=cells.whole("prefix_cached", least=0),
         draft_overlap=cells.switch("draft_overlap", False),
         mtp_acceptance=cells.number("mtp_acceptance", MTP_ACCEPTANCE if record else 0.8),
-        chunk_tokens=chunk,
-        arrivals=arrivals, images=images,
-        options=options,
+        chunk_tokens=chunk, max_sequences=cells.whole("max_num_seqs") if "max_num_seqs" in cells.cells else None,
+        arrivals=arrivals, images=images, options=options,
         other_depths=depths,
         assumed=tuple(cells.assumed),
     )

@@ -81,8 +81,8 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
                 found[i] = unserved(float(row.traffic.concurrency), problem)
                 continue
             rows.append(row)
-            # scripts of public records ask for more
-            fits[i] = float(room) if run.record else min(float(room), row.decode.unasked_sequences)
+            unasked = math.inf if run.record else row.decode.unasked_sequences  # scripts of records ask for more
+            fits[i] = min(float(room), run.max_sequences or unasked)
         if rows:
             found |= zip(fits, _served(rows, list(fits.values())), strict=True)
         deployed.made.clear()

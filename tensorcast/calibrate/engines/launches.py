@@ -27,6 +27,7 @@ KEY = ("engine", "release", "model", "device", "precision", "mode", "isl", "osl"
 
 OPTIONS = {
     "ep": "ep",
+    "prefill_ep": "prefill_ep",
     "chunk_tokens": "max_num_tokens",
     "kv_dtype": "kv_cache_dtype",
     "state_dtype": "other_options",
@@ -35,6 +36,7 @@ OPTIONS = {
     "receive_interval": "sched_recv_interval",
     "all2all": "all2all_backend",
     "memory_fraction": "mem_fraction",
+    "max_num_seqs": "max_num_seqs",
     "cuda_graphs": "cuda_graphs",
     "allreduce_fusion": "joins_norms",
     "experts_kernels": "experts_kernels",
@@ -43,7 +45,8 @@ OPTIONS = {
     "batch_wait_steps": "batch_wait_timeout_iters",
     "batch_wait_share": "batch_wait_max_tokens_ratio",
 }
-"""Options kept, by our names, and the table's; of pools, experts' parallel size is that of the one that decodes."""
+"""Options kept, by our names, and the table's; of pools, ``ep`` and all else is of the one that decodes, unless
+:data:`ROLE` says otherwise."""
 
 PER_WORKER = r"/c(\d+)_ctx\d+_gen(\d+)_"
 """Names of recipes whose users are those of one decode worker, with the number of these: their records state 576 users
@@ -96,7 +99,8 @@ def launches(table: pd.DataFrame) -> pd.DataFrame:
     balanced = known["adp_enable_balance"].astype(str).eq("True") & (known["dp_attn"] == 1)
     known = known.assign(**{name: known[name].fillna(own).where(balanced) for name, own in BALANCE.items()})
     known["concurrency"] = _in_flight(known)
-    known["max_num_tokens"] = _step_tokens(known)
+    known["max_num_tokens"] = _step_tokens(table)
+    known["max_num_seqs"] = _sequences(table)
     known = known[(known["model"] != "") & (known["device"] != "") & (known["engine"] != "")]
     served = _options(known[known["mode"] == "agg"])
     keys = [*KEY, "concurrency"]
@@ -188,6 +192,13 @@ def _step_tokens(table: pd.DataFrame) -> pd.Series:
     ranks = table["tp"].where(table["dp_attn"] == 1, 1)
     cut = (said // ranks).clip(upper=table["max_prefill_tokens"].fillna(MOST_PREFILL_TOKENS))
     return said.mask((table["engine"] == "sglang") & (said > 0), cut).where(said > 0)
+
+
+def _sequences(table: pd.DataFrame) -> pd.Series:
+    """Sequences of a data-parallel rank's step. SGLang divides ``--max-running-requests`` by the ranks (0.5.14,
+    model_executor/model_runner_kv_cache_mixin.py, _resolve_max_num_reqs)."""
+    ranks = table["tp"].where((table["engine"] == "sglang") & (table["dp_attn"] == 1), 1)
+    return (table["max_num_seqs"] // ranks).clip(lower=1)
 
 
 def _together(values: pd.Series) -> str:

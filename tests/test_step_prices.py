@@ -204,9 +204,9 @@ def test_sums_are_those_of_all_calls_one_by_one(phase: str, layout: dict[str, An
 def test_all_sums_take_one_pass_over_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, sums = list[Any](), step_module.sums_of_steps
 
-    def counted(recipes: Any, prices: Any, families: Any, members: Any) -> Any:
-        asked.extend(prices)
-        return sums(recipes, prices, families, members)
+    def counted(recipes: Any, prices: Any, places: Any, *more: Any) -> Any:
+        asked.extend([prices[i] for i in place] for place in places)
+        return sums(recipes, prices, places, *more)
 
     monkeypatch.setattr(step_module, "sums_of_steps", counted)
     price = deployment("qwen3-30b-a3b").step.price(8.0, 1.0, 2000.0)

@@ -136,12 +136,12 @@ def test_prices_that_steps_share_are_read_once(made: Counter[str], monkeypatch: 
         tables.append(len(prices))
         return columns(prices, shape)
 
-    def summed(recipes: Any, prices: Any, *more: Any) -> Any:
-        every = [price for some in prices for price in some]
+    def summed(recipes: Any, prices: Any, places: Any, *more: Any) -> Any:
+        every = [prices[i] for place in places for i in place]
         added.append(len({id(one) for one in every if np.ndim(one.seconds) < 2}))
         added.append(sum(np.ndim(one.seconds) > 1 for one in every))
         rows.append(len(every))
-        return several(recipes, prices, *more)
+        return several(recipes, prices, places, *more)
 
     monkeypatch.setattr(sums, "_columns", counted)
     monkeypatch.setattr(step, "sums_of_steps", summed)

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tensorcast.cost.formulas import Context
 from tensorcast.cost.kernels.corrections import BatchedCorrections
 from tensorcast.deploy.plan.plan import Collective, Row
-from tensorcast.deploy.step.alike import Contents, Questions, content_of
+from tensorcast.deploy.step.alike import Content, Contents, Questions, content_of
 from tensorcast.deploy.step.layer_points import loads_of, mean_over_layers, spread_out
 from tensorcast.deploy.step.price import RowPrice, Where, joined, pick
 from tensorcast.deploy.step.row_prices import Pending, RowPricer
 from tensorcast.deploy.step.sizes import distinct
 from tensorcast.trace.dims import Sizes
-from tensorcast.trace.table import Op, kept_beside
 
 RECENT = 96
 """Loads and sizes whose routed rows are remembered: prefill, decode and drafts of the fleets of a few searches."""
@@ -28,6 +27,39 @@ READS_CACHE = ("attention", "kv_cache_write", "kv_cache_read", "sparse_indexer")
 
 Prices = dict[Hashable, RowPrice]
 """Prices at one load, by what rows do."""
+
+
+class Named(NamedTuple):
+    """A row by what it costs: at one load, rows of one ``name`` in one ``store`` have one price.
+
+    ``store``: whose price it is. ``plain``, ``lasting``: that of all layouts, which cached tokens are told or are not;
+    ``routed``: of those where tokens fall on experts alike; ``here``: of one step, not to be remembered.
+    """
+
+    row: Row
+    content: Content | None
+    store: str
+    name: Hashable
+
+
+def named(row: Row, known: Contents) -> Named:
+    """The row with its name; ``known``: of other rows of its table."""
+    if isinstance(row, Collectives):
+        return Named(row, None, "routed", ("members", id(row)))  # which its price keeps alive
+    if isinstance(row, Collective):
+        name = (row.op, row.group, row.ranks, row.extent, row.scale, row.per, *sorted(row.exchange.items()))
+        return Named(row, None, "here" if row.exchange else "lasting", name)
+    content = content_of(row, known)
+    if content.routed:
+        return Named(row, content, "here" if content.cached else "routed", content.number)
+    return Named(row, content, "plain" if content.cached else "lasting", content.number)
+
+
+def store_keys(pricer: RowPricer, backend: str, memo: Memo) -> tuple[tuple[Hashable, ...], tuple[Hashable, ...]]:
+    """What tells stores of rows that the expert load does not change from others, and those of rows that it does."""
+    lasting = pricer.table.phase, pricer.graph_tokens, pricer.one_call
+    return lasting, (*lasting, backend, *memo.load)
+
 
 Waiting = dict[tuple[int, Hashable], tuple[Prices, Pending, Where]]
 """Rows that have asked and have no price yet, of all steps that ask together: by the prices that they belong to, kept
@@ -112,43 +144,32 @@ class AskedRows:
     ) -> None:
         self._pricer, self._backend, self._sizes, self._members = pricer, backend, sizes, members
         self._asked, self._memo, self._waiting, self._at = asked, memo, waiting, sizes.at
-        # of rows that cached tokens are told, and of others
-        lasting = pricer.table.phase, pricer.graph_tokens, pricer.one_call, *sizes.key[1:]
-        keys = (sizes.key[0], *lasting), lasting
-        self._plain, self._lasting = (memo.plain.setdefault(key, memo.plain.pop(key, {})) for key in keys)
+        lasting, routed = store_keys(pricer, backend, memo)
+        keys = {"plain": (*lasting, *sizes.key), "lasting": (*lasting, *sizes.key[1:])}
+        self._stores: dict[str, Prices] = {
+            name: memo.plain.setdefault(key, memo.plain.pop(key, {})) for name, key in keys.items()
+        }
         while len(memo.plain) > memo.most:
             del memo.plain[next(iter(memo.plain))]
-        # of rows that depend on the expert load
-        recent, key = memo.routed, (*lasting, backend, *memo.load)
+        recent, key = memo.routed, (*routed, *sizes.key[1:])
         recent[key] = found = recent.pop(key, (memo.members, {}))
         if len(recent) > RECENT:
             recent.pop(next(iter(recent)))
-        self._routed = found[1]
-        self._here: Prices = {}  # not to be remembered: what differs between members
+        self._stores |= {"routed": found[1], "here": {}}
         self._by_dtype: dict[tuple[float, bool], AskedRows] = {}
-        self._contents = kept_beside(pricer.table, Contents)
 
-    def ask(self, row: Row) -> tuple[Prices, Hashable]:
+    def ask(self, asked: Named) -> tuple[Prices, Hashable]:
         """Ask for the corrections of a row, unless its price is known or an equal one has asked; where its price will
         be, and under which name."""
-        name: Hashable  # what is equal for rows of one price, in the prices where that is remembered
-        content = None if isinstance(row, Collective) else content_of(row, self._contents)
-        if content is not None:
-            name, prices = content.number, self._plain if content.cached else self._lasting
-            if content.routed:
-                prices = self._here if content.cached else self._routed
-        elif isinstance(row, Collectives):
-            prices, name = self._routed, ("members", id(row))  # which its price keeps alive
-        elif isinstance(row, Collective):
-            name = (row.op, row.group, row.ranks, row.extent, row.scale, row.per, *sorted(row.exchange.items()))
-            prices = self._here if row.exchange else self._lasting
+        row, content, store, name = asked
+        prices = self._stores[store]
         key = id(prices), name
         if name in prices or key in self._waiting:
             return prices, name
         found: tuple[Pending, Where]
         at, pricer, cached = self._at, self._pricer, np.asarray(self._at.kv_bytes)
         if isinstance(row, Collective):
-            found = self._collective(row)
+            found = self._collective(row, asked)
         elif content is not None and content.routed:
             few, where = self._by_tokens
             found = self._asked.op(pricer, content, row, few, id(few)), where
@@ -156,14 +177,14 @@ class AskedRows:
                 found = self._meaned(*found)
         elif np.ndim(at.stages):
             rows, where = self._unstaged
-            found = partial(rows.price, *rows.ask(row)), where
+            found = partial(rows.price, *rows.ask(asked)), where
         elif content is not None and not cached.ndim:
-            found = self._asked.op(pricer, content, row, at, id(self._plain)), None
+            found = self._asked.op(pricer, content, row, at, id(self._stores["plain"])), None
         elif row.name not in READS_CACHE:  # all the same to it
-            found = self._of_dtype(row, float(cached[0]), slice(None)), None
+            found = self._of_dtype(asked, float(cached[0]), slice(None)), None
         else:  # kernels are chosen by what the cache holds: each dtype's batches are priced apart
             parts = [(np.flatnonzero(cached == kv), float(kv)) for kv in np.unique(cached)]
-            pending = [(where, self._of_dtype(row, kv, where)) for where, kv in parts]
+            pending = [(where, self._of_dtype(asked, kv, where)) for where, kv in parts]
             found = partial(joined, pending, cached.shape), None
         self._waiting[key] = prices, *found
         return prices, name
@@ -176,8 +197,8 @@ class AskedRows:
             prices[name] = found if where is None else found.each(lambda value: pick(value, where))
         return prices[name]
 
-    def _of_dtype(self, op: Op, kv_bytes: float, where: np.ndarray | slice) -> Pending:
-        """The op at the batches ``where`` as if all caches held ``kv_bytes`` per element."""
+    def _of_dtype(self, asked: Named, kv_bytes: float, where: np.ndarray | slice) -> Pending:
+        """The row at the batches ``where`` as if all caches held ``kv_bytes`` per element."""
         key = kv_bytes, isinstance(where, slice)
         if key not in self._by_dtype:
             at, known = self._at, self._sizes.by_dtype
@@ -188,23 +209,23 @@ class AskedRows:
                 )
                 sizes = replace(at.sizes, B=batch, S=new, P=past)
                 known[key] = SizesOfAll(replace(at, sizes=sizes, verify=verify, kv_bytes=kv_bytes, stages=1))
-            self._by_dtype[key] = self._others(known[key])
+            self._by_dtype[key] = self.at(known[key])
         rows = self._by_dtype[key]
-        return partial(rows.price, *rows.ask(op))
+        return partial(rows.price, *rows.ask(asked))
 
-    def _others(self, sizes: SizesOfAll) -> AskedRows:
+    def at(self, sizes: SizesOfAll) -> AskedRows:
         """Rows of the same step at other sizes."""
         return AskedRows(
             self._pricer, self._backend, sizes, self._members, asked=self._asked, memo=self._memo, waiting=self._waiting
         )
 
-    def _collective(self, row: Collective) -> tuple[Pending, Where]:
+    def _collective(self, row: Collective, asked: Named) -> tuple[Pending, Where]:
         own = self._pricer.corrections
         corrections = self._asked.corrections.setdefault(id(own), BatchedCorrections(own))
         if not isinstance(row, Collectives):
             if not row.exchange and np.ndim(self._at.stages):
                 rows, where = self._unstaged
-                return partial(rows.price, *rows.ask(row)), where
+                return partial(rows.price, *rows.ask(asked)), where
             if self._at.points is None or not row.exchange:
                 return self._pricer.collective(row, self._at, corrections), None
             few, where = self._by_tokens
@@ -233,7 +254,7 @@ class AskedRows:
     def _unstaged(self) -> tuple[AskedRows, Where]:
         """:attr:`SizesOfAll.unstaged` of this step."""
         sizes, where = self._sizes.unstaged
-        return self._others(sizes), where
+        return self.at(sizes), where
 
     @cached_property
     def _by_tokens(self) -> tuple[Context, Where]:

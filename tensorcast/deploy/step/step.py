@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.plan.plan import Plan, Row
-from tensorcast.deploy.step.alike import Questions
-from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Prices, SizesOfAll, Waiting
+from tensorcast.deploy.step.alike import Contents, Questions
+from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Named, SizesOfAll, Waiting, named, store_keys
 from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place_of, stages_of
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Tally, pick
@@ -24,7 +24,7 @@ from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, StepSizes
 from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, pairs_of, recipe_of, sums_of_steps
 from tensorcast.trace.dims import Dim
-from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, per_table
+from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, kept_beside, per_table
 
 if TYPE_CHECKING:
     from tensorcast.deploy.step.drafter import Drafter
@@ -199,21 +199,62 @@ Asked = tuple[Step, Size, Size, Size]
 """A step, and the batch, new and cached tokens to price it at: numbers, or arrays that broadcast."""
 
 
+@dataclass(frozen=True)
+class _Sheet:
+    """Rows of several steps, each of one price once: of which step, whether it is inside the experts, its name; and
+    where each step's rows stand. ``steps`` are kept alive, so that their ids stay their own."""
+
+    steps: tuple[Step, ...]
+    asked: tuple[tuple[int, bool, Named], ...]
+    places: tuple[Rows, ...]
+
+
+MOST_SHEETS = 8
+"""Of a step, as the first of others."""
+
+
+def _sheet_of(steps: Sequence[Step], drafting: bool, chunked: bool) -> _Sheet:
+    """The rows of ``steps``, whatever the sizes; ``chunked``: rows inside the experts are priced at other ones."""
+    known: dict[Hashable, _Sheet] = vars(steps[0]).setdefault("sheets", {})
+    key = drafting, chunked, *map(id, steps)
+    if key not in known:
+        numbers, asked, places = dict[Hashable, int](), list[tuple[int, bool, Named]](), list[Rows]()
+        for i, step in enumerate(steps):
+            recipe, memo = step.recipe(drafting), step.memo
+            lasting, routed = store_keys(step.pricer, step.sizes.backend, Memo() if memo is None else memo)
+            kept = (i,) if memo is None else (id(memo.plain), id(memo.routed))
+            stores = {"plain": (kept, *lasting), "lasting": (kept, *lasting), "routed": (kept, *routed), "here": (i,)}
+            contents, place = kept_beside(step.pricer.table, Contents), list[int]()
+            for row, inside in zip(recipe.rows, recipe.chunked, strict=True):
+                one = named(row, contents)
+                own = (inside, i) if chunked and inside else False  # every step has as many chunks as it needs
+                number = numbers.setdefault((own, one.store, stores[one.store], one.name), len(asked))
+                if number == len(asked):
+                    asked.append((i, inside, one))
+                place.append(number)
+            places.append(np.array(place))
+        while len(known) >= MOST_SHEETS:
+            del known[next(iter(known))]
+        known[key] = _Sheet(tuple(steps), tuple(asked), tuple(places))
+    return known[key]
+
+
 def prices(asked: Sequence[Asked]) -> Iterator[StepPrice]:
     """The price of each step, in order, as :meth:`Step.price` gives it: their kernels' fitted models are asked once."""
     every, waiting = Questions(), dict[Any, Any]()
     steps = [Together([step], at, every, waiting) for step, *at in asked]
     every.find()
     for together in steps:
-        (step,), at, found = together.steps, together.at, together.found(0)
-        families = dict.fromkeys(price.family for price in found)
+        (step,), (place,), at, each = together.steps, together.places, together.at, together.found()
+        families = dict.fromkeys(price.family for price in each)
         recipe, kinds = step.recipe(at.draft is not None), dict(zip(families, range(len(families)), strict=True))
-        shape = np.broadcast_shapes(*(np.shape(price.seconds) for price in found))
-        several = sums_of_steps([recipe], [found], kinds, [shape[0] if len(shape) > 1 else 1])
+        shape = np.broadcast_shapes(*(np.shape(price.seconds) for price in each))
+        several = sums_of_steps([recipe], each, [place], kinds, [shape[0] if len(shape) > 1 else 1])
         sums = Sums(**{
             name: values.reshape(*values.shape[:-1], *shape)
             for name, values in vars(several).items() if values is not None
         })
+        found = [each[number] for number in place.tolist()]
         first = sum(not part.drafts for part in recipe.parts)
         own, draft = sums.at(at.own, slice(first)), sums.at(at.draft, slice(first, None))
         hidden = step.overlap.hidden(own.layers, own.busy, pick(at.whole.sizes.tokens, at.own), at.dual)
@@ -249,26 +290,31 @@ class Together:
         whole = SizesOfAll(at.whole)
         chunk = whole if at.chunk is at.whole else SizesOfAll(at.chunk)
         self.members = [slice(*ends[i : i + 2]) if several else None for i in range(len(steps))]
-        self._asked: list[list[tuple[AskedRows, Prices, Hashable]]] = []
+        chunked, askers = chunk is not whole, list[tuple[AskedRows, AskedRows]]()
         for step, members in zip(steps, self.members, strict=True):
             memo = Memo() if step.memo is None else step.memo
-            rows, inside = (
-                AskedRows(step.pricer, step.sizes.backend, one, members, asked=asked, memo=memo, waiting=waiting)
-                for one in (whole, chunk)
+            rows = AskedRows(
+                step.pricer, step.sizes.backend, whole, members, asked=asked, memo=memo, waiting=waiting
             )
-            recipe = step.recipe(at.draft is not None)
-            passed = [inside if within else rows for within in recipe.chunked]
-            self._asked.append([(one, *one.ask(row)) for row, one in zip(recipe.rows, passed, strict=True)])
+            askers.append((rows, rows.at(chunk) if chunked else rows))
+        sheet = _sheet_of(steps, at.draft is not None, chunked)
+        self.places = sheet.places
+        """Of each step's rows, their numbers among all that are asked for."""
+        self._asked = [
+            (i, inside, askers[i][inside], *askers[i][inside].ask(row)) for i, inside, row in sheet.asked
+        ]
 
-    def found(self, i: int) -> list[RowPrice]:
-        """Prices of the rows of step ``i``; those inside the experts of all chunks."""
-        found = [rows.price(prices, name) for rows, prices, name in self._asked[i]]
-        if self.at.chunk is not self.at.whole:
-            chunks = self.at.chunks
-            if self.members[i] is not None and np.ndim(chunks) > 1:
-                chunks = np.asarray(chunks)[self.members[i]]
-            inside = self.steps[i].recipe(self.at.draft is not None).chunked
-            found = [price.times(chunks) if within else price for price, within in zip(found, inside, strict=True)]
+    def found(self) -> list[RowPrice]:
+        """Prices of all rows, each once; those inside the experts of all chunks."""
+        chunks = self.at.chunks if self.at.chunk is not self.at.whole else None
+        found = list[RowPrice]()
+        for i, inside, rows, prices, name in self._asked:
+            price = rows.price(prices, name)
+            if inside and chunks is not None:
+                members = self.members[i]
+                own = chunks if members is None or np.ndim(chunks) < 2 else np.asarray(chunks)[members]
+                price = price.times(own)
+            found.append(price)
         return found
 
     def each(self, member: Rows, batch: Rows, wanted: Rows | None = None) -> Iterator[tuple[Rows, StepPrice]]:
@@ -276,13 +322,13 @@ class Together:
         which, and their price ``[some, m]``: at the first ``m`` of their batches, no fewer than are ``wanted`` of any.
         """
         at, first = self.at, self.steps[0]
-        found = [self.found(i) for i in range(len(self.steps))]
-        names = dict.fromkeys(price.family for prices in found for price in prices)
+        found = self.found()
+        names = dict.fromkeys(price.family for price in found)
         families = dict(zip(names, range(len(names)), strict=True))
         recipes = [step.recipe(at.draft is not None) for step in self.steps]
         sizes = [np.size(step.sizes.dp) for step in self.steps]
         step_of = np.repeat(np.arange(len(sizes)), sizes)[member]
-        whole = sums_of_steps(recipes, found, families, sizes)
+        whole = sums_of_steps(recipes, found, self.places, families, sizes)
         width = whole.places.shape[-1] // sum(sizes)
         if at.draft is None:
             whole = whole.squared()

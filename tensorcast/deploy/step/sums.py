@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.work import Array
@@ -21,6 +22,10 @@ from tensorcast.trace.table import Op, OpTable, kept_beside
 AMONG = ("seconds", "communication", "attention", "experts")
 """Sums of rows' seconds: of all, of collectives, of ops that run per sequence, of experts with dispatch and combine,
 which take the tokens of all data-parallel ranks."""
+
+
+Rows = NDArray[np.intp]
+"""Positions."""
 
 
 class RecipePart(NamedTuple):
@@ -178,45 +183,45 @@ def sums_at(recipe: Recipe, numbers: Array, families: Sequence[str], shape: tupl
 
 
 def sums_of_steps(
-    recipes: Sequence[Recipe], prices: Sequence[Sequence[RowPrice]], families: Mapping[str, int], members: Sequence[int]
+    recipes: Sequence[Recipe], prices: Sequence[RowPrice], places: Sequence[Rows], families: Mapping[str, int],
+    members: Sequence[int],
 ) -> Sums:
-    """Of the prices of the rows of several steps, of so many ``members`` each, whose recipes add up alike: members, one
-    step's after another's, and cases together are the last axis. Rows that cost all members the same, most of them
-    those of other steps, too, stand once in a table that each step's sums are read from."""
-    places, plain, width = dict[int, int](), list[RowPrice](), 1
-    for price in (price for some in prices for price in some):
-        axes = np.shape(price.seconds)
-        width = max(width, axes[-1] if axes else 1)
-        if len(axes) < 2 and id(price) not in places:
-            places[id(price)] = len(plain)
-            plain.append(price)
+    """Of the rows of several steps, of so many ``members`` each, whose recipes add up alike: members, one step's after
+    another's, and cases together are the last axis. ``prices``: of all rows, each once, and at which ``places`` those
+    of each step's rows stand. Those that are the same for all members are in a table that each step's sums are read
+    from."""
+    axes = [np.shape(price.seconds) for price in prices]
+    width = max([1, *(shape[-1] for shape in axes if shape)])
+    alike = np.array([len(shape) < 2 for shape in axes])
+    column = np.cumsum(alike) - 1
+    level_of = np.array([price.level if isinstance(price.level, int) else -1 for price in prices])
+    family_of = np.array([families[price.family] for price in prices])
     first, kinds, number = recipes[0], len(families), len(LEVELS)
     parts, added = len(first.parts), len(first.weights[0])
     sizes = added + parts * number, len(first.weights[1]), parts * kinds
     found = [np.empty((size, sum(members), width)) for size in sizes]
     by_level = found[0][added:].reshape(parts, number, sum(members), width)
-    table, mixed, end = _columns(plain, (width,)), dict[int, Array](), 0
-    for recipe, some, count in zip(recipes, prices, members, strict=True):
+    table = _columns([prices[i] for i in np.flatnonzero(alike)], (width,))
+    mixed, end = dict[int, Array](), 0
+    for recipe, place, count in zip(recipes, places, members, strict=True):
         span, (weights, busy, calls) = slice(end, end := end + count), recipe.weights
-        place = np.array([places.get(id(price), -1) for price in some])
-        level = np.array([price.level if isinstance(price.level, int) else -1 for price in some])
-        family = np.array([families[price.family] for price in some])
+        level, shared = level_of[place], alike[place]
         levels = calls[:, None] * (level == np.arange(number)[:, None])
-        errors = calls[:, None] * (family == np.arange(kinds)[:, None])
-        all_weights = np.concatenate([weights, levels.reshape(-1, len(some))]), busy, errors.reshape(-1, len(some))
-        alike, own = np.flatnonzero(place >= 0), np.flatnonzero(place < 0).tolist()
-        for whole, part, column in zip(found, all_weights, table[:, place[alike]], strict=True):
-            whole[:, span] = (part[:, alike] @ column)[:, None]
-        columns = _columns([some[i] for i in own], (count, width)).reshape(3, len(own), count * width)
-        for whole, part, column in zip(found, all_weights, columns, strict=True):
+        errors = calls[:, None] * (family_of[place] == np.arange(kinds)[:, None])
+        all_weights = np.concatenate([weights, levels.reshape(-1, len(place))]), busy, errors.reshape(-1, len(place))
+        for whole, part, values in zip(found, all_weights, table[:, column[place[shared]]], strict=True):
+            whole[:, span] = (part[:, shared] @ values)[:, None]
+        own = np.flatnonzero(~shared)
+        columns = _columns([prices[i] for i in place[own].tolist()], (count, width)).reshape(3, len(own), count * width)
+        for whole, part, values in zip(found, all_weights, columns, strict=True):
             counts = np.flatnonzero(part[:, own].any(axis=1))
-            whole[counts, span] += (part[counts][:, own] @ column).reshape(-1, count, width)
+            whole[counts, span] += (part[counts][:, own] @ values).reshape(-1, count, width)
         for i in np.flatnonzero(level < 0).tolist():  # of more than one level
-            price = some[i]
-            if id(price) not in mixed:
-                mixed[id(price)] = np.equal.outer(np.arange(number), price.level) * price.seconds
+            which, price = int(place[i]), prices[place[i]]
+            if which not in mixed:
+                mixed[which] = np.equal.outer(np.arange(number), price.level) * price.seconds
             for k in np.flatnonzero(calls[:, i]):
-                by_level[k, :, span] += calls[k, i] * mixed[id(price)].reshape(number, -1, mixed[id(price)].shape[-1])
+                by_level[k, :, span] += calls[k, i] * mixed[which].reshape(number, -1, mixed[which].shape[-1])
     every, layers = len(first.places), len(first.places) + first.layers * len(KIND_SUMS)
     return Sums(
         places=found[0][:every].reshape(every, -1),

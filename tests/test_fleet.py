@@ -20,7 +20,7 @@ from tensorcast.search.axes import FULL
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import space
 from tensorcast.search.variant_prices import VariantPrices
-from tensorcast.serving.capacity import prompts_that_fit, sequences_that_fit
+from tensorcast.serving.capacity import prefill_budget, prompts_that_fit, sequences_that_fit
 from tensorcast.serving.prefill_costs import cut_prompts
 from tensorcast.serving.traffic import Traffic
 
@@ -69,7 +69,7 @@ def room_in_pools(shop: VariantPrices, i: int) -> tuple[float, float]:
     prefill = scenario.deployment(variant.layout, "prefill", variant.prefill)
     decode = scenario.deployment(variant.layout, "decode", variant.decode)
     writes = sequences_that_fit(prefill, decode, None, load.input_len, load.output_len)
-    return float(writes), float(prompts_that_fit(prefill, cut, load.input_len))
+    return float(writes), float(prompts_that_fit(prefill, prefill_budget(prefill, cut), load.input_len))
 
 
 @pytest.mark.parametrize("engine", ["sglang", "sglang==0.5.6.post2", "vllm", "trtllm"])

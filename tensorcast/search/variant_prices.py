@@ -298,7 +298,9 @@ class VariantPrices:
     def _take_room(self, group: _Group, reading: Fleet, decoding: Fleet) -> None:
         """Sequences of a group's variants that fit: beside what a full prefill step of each budget takes, and in pools,
         on servers of one phase. Overlap changes no memory."""
-        load, cut = self.scenario.load, self._cuts[self.budgets.index(self.scenario.own_chunk)]
+        load, chunk = self.scenario.load, self.budgets.index(self.scenario.own_chunk)
+        cut, scheduler = self._cuts[chunk], self.scenario.engine.scheduler
+        leaves_room = scheduler is not None and scheduler.room_first is not None
         lengths = load.input_len, load.output_len
         alike: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
         prompts: dict[tuple[str, bytes, bytes], tuple[Array, Array]] = {}  # whatever is drafted
@@ -312,12 +314,16 @@ class VariantPrices:
             if key not in prompts:
                 prefill = reading.at(kv, 0, member, stages)
                 budgets = np.asarray(prefill_budget(prefill, *self._cuts))
-                prompts[key] = budgets, prompts_that_fit(prefill.in_pools(), cut, load.input_len)
+                alone = prefill.in_pools()
+                budget = budgets[:, chunk : chunk + 1] if alone is prefill else prefill_budget(alone, cut)
+                prompts[key] = budgets, prompts_that_fit(alone, budget, load.input_len)
             (prefilling, read), decode = prompts[key], decoding.at(kv, depth, member, stages)
+            apart = decode.in_pools()
             (steps, buffers), each = decode_budget(decode, load.input_len), sequence_bytes(decode, *lengths)
             fits = room(decode, steps, each + buffers)
             beside = np.minimum(fits, room(decode, prefilling, each))
-            fits = sequences_that_fit(decode, decode.in_pools(), None, *lengths)
+            if apart is not decode or leaves_room:
+                fits = sequences_that_fit(decode, apart, None, *lengths)
             if next(iter(group))[1].pcp > 1:  # pools of prompts alone read them in parts
                 fits, beside = 0.0 * fits, 0.0 * beside
             self.room_decode[position], self.room_prefill[position] = fits[where, 0], read[where, 0]

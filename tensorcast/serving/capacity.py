@@ -26,9 +26,10 @@ def sequences_that_fit(
     return fits
 
 
-def prompts_that_fit(prefill: Deployment, prompts: PromptCut, input_len: Number) -> Array:
-    """Prompts per data-parallel rank of a pool that reads them alone, whose cache fits beside a full step."""
-    return room(prefill, prefill_budget(prefill, prompts), sequence_bytes(prefill, input_len, 0))
+def prompts_that_fit(prefill: Deployment, budget: Number, input_len: Number) -> Array:
+    """Prompts per data-parallel rank of a pool that reads them alone, whose cache fits into the ``budget`` of a full
+    step."""
+    return room(prefill, budget, sequence_bytes(prefill, input_len, 0))
 
 
 MOST_SEQUENCES = float(1 << 24)
@@ -107,6 +108,6 @@ def room_for(
     fits = sequences_that_fit(prefill, decode, beside, traffic.input_len, traffic.output_len)
     if fits < 1:
         return fits, f"does not fit: no room for one sequence of {traffic.input_len} tokens"
-    if pooled and prompts_that_fit(prefill, prompts, traffic.input_len) < 1:
+    if pooled and prompts_that_fit(prefill, prefill_budget(prefill, prompts), traffic.input_len) < 1:
         return fits, f"does not fit: prefill workers have no room for {traffic.input_len} tokens"
     return fits, ""

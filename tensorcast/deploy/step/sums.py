@@ -201,7 +201,7 @@ def sums_of_steps(
     sizes = added + parts * number, len(first.weights[1]), parts * kinds
     found = [np.empty((size, sum(members), width)) for size in sizes]
     by_level = found[0][added:].reshape(parts, number, sum(members), width)
-    table = _columns([prices[i] for i in np.flatnonzero(alike)], (width,))
+    table = _columns([prices[i] for i in np.flatnonzero(alike).tolist()], (width,))
     mixed, end = dict[int, Array](), 0
     for recipe, place, count in zip(recipes, places, members, strict=True):
         span, (weights, busy, calls) = slice(end, end := end + count), recipe.weights

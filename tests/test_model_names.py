@@ -48,11 +48,35 @@ R1 = "nvidia/DeepSeek-R1-0528-NVFP4"
 def test_commands_and_tables_understand_a_name_alike(name: str, profile: str, stored: str) -> None:
     model, said = named_model(name)
     row = read_run({"model": name, "device": "h200"})
-    assert model.name == row.model == profile
-    if model.config == load_model(profile).config:  # else the release has an entry of its own, which tables lack
-        assert checkpoint(model) == override(checkpoint(load_model(profile)), row.options.quant)
+    assert model.name == named_model(row.model)[0].name == profile
+    assert checkpoint(model) == override(checkpoint(named_model(row.model)[0]), row.options.quant)
     assert checkpoint(model).describe() == stored
     assert (said == "") == (name == profile) and said.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "device", "record", "stored"),
+    [
+        ("nvidia/Kimi-K2.5-NVFP4", None, "b200", False, "nvidia/Kimi-K2.5-NVFP4"),
+        ("nvidia/Kimi-K2.5-NVFP4", "fp4", "b200", True, "nvidia/Kimi-K2.5-NVFP4"),
+        ("nvidia/Kimi-K2.5-NVFP4", "int4", "b200", False, "kimi-k2.5"),  # says another precision than its name
+        ("moonshotai/Kimi-K2.5", "fp4", "b200", True, "NVIDIA/Kimi-K2.5-nvfp4"),
+        ("moonshotai/Kimi-K2.5", "fp4", "b200", False, "moonshotai/Kimi-K2.5"),  # of one's own: as the column says
+        ("moonshotai/Kimi-K2.5", "int4", "b200", True, "moonshotai/Kimi-K2.5"),
+        ("moonshotai/Kimi-K2.5", "fp4", "mi355x", True, "moonshotai/Kimi-K2.5"),
+        ("openai/gpt-oss-120b", "fp4", "b200", True, "openai/gpt-oss-120b"),  # nobody stores it otherwise
+    ],
+)
+def test_a_row_is_stored_as_the_release_that_it_names_or_that_a_record_ran(
+    model: str, precision: str | None, device: str, record: bool, stored: str
+) -> None:
+    cells = {"model": model, "device": device, "tp": 4, "dp": 1, "precision": precision}
+    row = read_run(cells, frozenset({"moe_ep_size"}) if record else frozenset())
+    assert row.model == stored
+    if released(stored) is not None:
+        assert row.options.quant is None
+        assert checkpoint(named_model(stored)[0]).describe() == "linear=nvfp4,experts=nvfp4,kv=fp8"
+        assert any("attention in bf16" in said for said in row.assumed)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +85,8 @@ def test_commands_and_tables_understand_a_name_alike(name: str, profile: str, st
      ("x/Qwen3-8B-AWQ-INT4", "w4a16"), ("x/Qwen3-8B-quantized.w8a8", "int8"), ("x/Qwen3-8B-NVFP4A16", "w4a16_nvfp4")],
 )  # fmt: skip
 def test_a_table_reads_the_bits_that_a_name_says(name: str, quant: str) -> None:
-    assert read_run({"model": name, "device": "h200"}).options.quant == f"linear={quant},experts={quant}"
+    row = read_run({"model": name, "device": "h200"})
+    assert override(checkpoint(named_model(row.model)[0]), row.options.quant).linear.name.startswith(quant)
 
 
 def test_what_is_kept_in_bf16_stays_so() -> None:

@@ -8,9 +8,11 @@ import pytest
 
 import tensorcast as tc
 from tensorcast.cost.memory import cache_bytes, kv_bytes_per_token
+from tensorcast.deploy.model_names import named_model
 from tensorcast.errors import InputError
-from tensorcast.modeling.checkpoint.read import from_config
+from tensorcast.modeling.checkpoint.read import checkpoint, from_config
 from tensorcast.modeling.config import hf_config
+from tensorcast.modeling.quantization import override
 from tensorcast.predict.run_columns import read_run
 from tensorcast.profiles.store import list_devices, load_device, load_model
 from tensorcast.trace.cache import traced
@@ -116,10 +118,12 @@ NAMES = [
 def test_a_name_says_model_and_precision(name: str, model: str, quant: str | None) -> None:
     row: dict[str, Any] = {"model": name, "device": "h200", "concurrency": "8"}
     run = read_run(row)
-    assert (run.model, run.options.quant) == (model, quant)
-    assert f"model {model}" in run.assumed and any(word.startswith("precision ") for word in run.assumed)
-    stated = read_run({**row, "precision": "fp8"})  # a column has the last word
-    assert stated.options.quant == read_run({**row, "model": model, "precision": "fp8"}).options.quant
+    stored = override(checkpoint(named_model(run.model)[0]), run.options.quant)
+    meant = override(checkpoint(load_model(model)), quant)
+    assert (stored.linear.kernel, stored.experts.kernel) == (meant.linear.kernel, meant.experts.kernel)
+    assert f"model {model}" in run.assumed and any(word.startswith(("precision ", "stored ")) for word in run.assumed)
+    stated = read_run({**row, "precision": "w8a16"})  # a column has the last word
+    assert stated.options.quant == read_run({**row, "model": model, "precision": "w8a16"}).options.quant
     assert not any(word.startswith("precision ") for word in stated.assumed)
 
 

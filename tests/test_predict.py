@@ -187,7 +187,10 @@ def test_models_by_any_name() -> None:
     for name in ("deepseek-ai/DeepSeek-V3", "DSV3", "deepseek-v3"):
         assert predict(table({"model": name, "tp": "16", "device": "h200"}))["problem"][0] == ""
     near = read_run({**ROW, "model": "nvidia/Llama-3.1-8B-Instruct-FP8"})
-    assert near.model == "llama-3.1-8b" and "model llama-3.1-8b" in near.assumed
+    assert near.model == "nvidia/Llama-3.1-8B-Instruct-FP8"  # a known release, whose cache is in FP8, too
+    assert {"model llama-3.1-8b", "stored in fp8, the cache in fp8"} <= {*near.assumed}
+    other = read_run({**ROW, "model": "someone/Llama-3.1-8B-FP8"})
+    assert other.model == "llama-3.1-8b" and "model llama-3.1-8b" in other.assumed
 
 
 def test_replicas_share_the_load() -> None:

@@ -1,7 +1,7 @@
 """AMD's tuned kernels, as ROCm/aiter (MIT) ships them: the time of the best kernel of every shape that was tuned.
 
 A checkout's ``aiter/configs`` holds a CSV per kernel and model, a line per shape: the kernel that its tuner found
-fastest, and the mean of 101 calls of it over arrays that change, so that none stays in a cache, each its own time by the
+fastest, and the mean of 101 calls of it over arrays that change, so that none stays in a cache: its own time, by the
 profiler (``aiter/test_common.py``: ``perftest``, ``get_trace_perf``). What a replayed graph adds is ``graph_gap_s`` of
 the device's profile. A server that has these files runs that kernel for that shape, so its time is the price; being the
 least of many means it is some percent on the fast side. A GEMM's inputs are quantised beforehand, and experts' rows

@@ -51,10 +51,6 @@ LENGTH_RATIO = 0.8
 """Records of InferenceX are of lengths uniform between this share of the stated and the whole (its scripts,
 github.com/SemiAnalysisAI/InferenceX, benchmarks/single_node/)."""
 
-FP8_CACHE = (("trtllm", "fp8"),)
-"""Engines and precisions of its records with an FP8 cache where no launch is known: TensorRT-LLM's own FP8 checkpoints
-ask for it."""
-
 RECEIVE_INTERVAL = {"few": 10, "many": 30, "hopper": 0}
 """SGLang's ``--scheduler-recv-interval`` where no launch is known (dsr1_fp8_h200.sh, dsr1_fp8_b200.sh,
 qwen3.5_fp8_b200.sh, qwen3.5_bf16_mi355x.sh)."""

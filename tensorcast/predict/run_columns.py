@@ -14,14 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.model_names import SCHEME_OF, Named, understand
+from tensorcast.deploy.model_names import understand
 from tensorcast.deploy.options import SERVED_ROUTING, Options, of_traffic
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.predict.arrivals import ARRIVAL_COLUMNS, Arrivals, read_arrivals, with_waits
 from tensorcast.predict.cells import MOST_NAMED, Cells, is_empty
 from tensorcast.predict.image_columns import IMAGE_COLUMNS, read_images
 from tensorcast.predict.launch_records import (
-    FP8_CACHE,
     LENGTH_RATIO,
     MTP_ACCEPTANCE,
     Launched,
@@ -35,6 +34,7 @@ from tensorcast.predict.launch_records import (
     rules_of,
     wait_steps,
 )
+from tensorcast.predict.stored_in import kv_dtype, stored_in
 from tensorcast.profiles.engine import Frontend
 from tensorcast.serving.encoder import PromptImages
 
@@ -230,9 +230,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     if mode not in MODES.values():
         raise InputError(f"mode {mode!r}: must be aggregated (agg) or disaggregated (disagg)")
     named = understand(model)
-    profile = named.profile.name if named.near else model
-    if named.near and profile.casefold() != model.casefold():
-        cells.assumed.append(f"model {profile}")
+    profile, quant = stored_in(cells, named, model, device, record)
     roles = ("", "") if mode == "aggregated" else ROLES
     twice = record and mode == "aggregated"
     prefill, decode = (_layout(cells, role, named.profile.num_experts, twice) for role in roles)
@@ -275,8 +273,8 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         raise unknown_name("frontend", before, known)
     kept = cells.switch("prefix_cache", not record)  # InferenceX's scripts switch it off
     options = of_traffic(Options(
-        quant=_quant(cells, named, record),
-        kv_dtype=_kv(cells, engine, stated), state_dtype=cells.text("state_dtype", None),
+        quant=quant,
+        kv_dtype=kv_dtype(cells, engine, stated), state_dtype=cells.text("state_dtype", None),
         routing=cells.text("routing"),
         all2all=cells.text("all2all"),
         dispatch=cells.text("dispatch", None), combine=cells.text("combine", None),
@@ -363,32 +361,6 @@ def _layout(cells: Cells, role: str, num_experts: int, record: bool) -> Layout:
     if etp is not None and etp * ep != ranks:
         raise InputError(f"{role}moe_tp*ep = {etp}*{ep} must equal tp*dp = {tp}*{dp}")
     return Layout(ranks * pp, tp, dp, ep, pp)
-
-
-def _quant(cells: Cells, named: Named, record: bool) -> str | None:
-    """Scheme of linears and experts, as an option; without a column, what the model's name says. A public ``record``
-    of experts in FP8 blocks says fp8 of linears, which such a checkpoint stores in blocks as well."""
-    whole = cells.text("precision", None)
-    if whole is None and named.precision and not cells.text("gemm_precision", cells.text("moe_precision", None)):
-        whole = named.precision
-        cells.assumed.append(f"precision {whole} (in the model's name)")
-    said = [cells.text(column, None) or whole for column in ("gemm_precision", "moe_precision")]
-    for column, precision in zip(("gemm_precision", "moe_precision"), said, strict=True):
-        if precision is not None and precision.lower() not in SCHEME_OF:
-            raise unknown_name(column if cells.text(column, None) else "precision", precision, SCHEME_OF)
-    return named.quant("fp8_block" if record and said == ["fp8", "fp8_block"] else said[0], said[1])
-
-
-def _kv(cells: Cells, engine: str, stated: frozenset[str]) -> str | None:
-    said = cells.text("kv_dtype", None)
-    if said is None and "moe_ep_size" in stated and (engine, cells.text("precision", None)) in FP8_CACHE:
-        cells.assumed.append("kv_dtype fp8")
-        return "fp8"
-    if said is None or (scheme := SCHEME_OF.get(said.lower())) == "":
-        return None
-    if scheme not in ("bf16", "fp8"):
-        raise InputError(f"kv_dtype {said!r}: must be bf16 or fp8")
-    return scheme
 
 
 def describe_columns() -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.model_names import named_model
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.step.many import sums_of_many
 from tensorcast.deploy.step.sizes import GRID
@@ -188,7 +189,12 @@ def _profile(kind: str) -> Callable[[str], Any]:
     return load
 
 
-_model, _device, _engine = _profile("model"), _profile("device"), _profile("engine")
+@functools.lru_cache(maxsize=256)
+def _model(name: str) -> ModelProfile:
+    return named_model(name)[0]
+
+
+_device, _engine = _profile("device"), _profile("engine")
 load_engine_once: Callable[[str], EngineProfile] = _engine
 """An engine's profile by its name, read once."""
 

@@ -1,0 +1,70 @@
+"""What the weights and the cache of a row's model are stored in."""
+
+from __future__ import annotations
+
+from tensorcast.deploy.model_names import SCHEME_OF, Named
+from tensorcast.errors import InputError, unknown_name
+from tensorcast.modeling.checkpoint.released import released
+from tensorcast.predict.cells import Cells
+from tensorcast.profiles.store import load_device
+
+FP8_CACHE = (("trtllm", "fp8"),)
+"""Engines and precisions of its records with an FP8 cache where no launch is known: TensorRT-LLM's own FP8 checkpoints
+ask for it."""
+
+PRECISIONS = ("precision", "gemm_precision", "moe_precision")
+
+PUBLISHES = {"NVIDIA": "nvfp4"}
+"""Vendors of devices, and the precision in which they publish others' models (``nvidia/Kimi-K2.5-NVFP4``), as public
+benchmarks run them there."""
+
+
+def stored_in(cells: Cells, named: Named, model: str, device: str, record: bool) -> tuple[str, str | None]:
+    """Name of the profile that a row's ``model`` is, or of the known release, and the scheme of its weights as an
+    option where that says nothing of it. ``record``: one of a public benchmark's."""
+    profile = named.profile.name if named.near else model
+    if profile.casefold() != model.casefold():
+        cells.assumed.append(f"model {profile}")
+    name = model if named.near else _published(named, device) if record else ""
+    meant = SCHEME_OF.get(named.precision if named.near else name.rpartition("-")[2])
+    said = {SCHEME_OF.get(text.lower()) for column in PRECISIONS if (text := cells.text(column, None)) is not None}
+    if (found := released(name)) is not None and (said == {meant} or (named.near and not said)):
+        cells.assumed.append(f"stored {found.said}")
+        return name, None
+    return profile, _quant(cells, named, record)
+
+
+def _published(named: Named, device: str) -> str:
+    """Name of the release that the vendor of a device makes of a shipped model, whether there is one or not."""
+    try:
+        vendor = load_device(device.replace("_", "-")).vendor
+    except InputError:  # said where the row is served
+        return ""
+    return f"{vendor}/{named.profile.hf_id.rpartition('/')[2]}-{PUBLISHES.get(vendor, '')}"
+
+
+def _quant(cells: Cells, named: Named, record: bool) -> str | None:
+    """Scheme of linears and experts, as an option; without a column, what the model's name says. A public ``record``
+    of experts in FP8 blocks says fp8 of linears, which such a checkpoint stores in blocks as well."""
+    whole = cells.text("precision", None)
+    if whole is None and named.precision and not cells.text("gemm_precision", cells.text("moe_precision", None)):
+        whole = named.precision
+        cells.assumed.append(f"precision {whole} (in the model's name)")
+    said = [cells.text(column, None) or whole for column in ("gemm_precision", "moe_precision")]
+    for column, precision in zip(("gemm_precision", "moe_precision"), said, strict=True):
+        if precision is not None and precision.lower() not in SCHEME_OF:
+            raise unknown_name(column if cells.text(column, None) else "precision", precision, SCHEME_OF)
+    return named.quant("fp8_block" if record and said == ["fp8", "fp8_block"] else said[0], said[1])
+
+
+def kv_dtype(cells: Cells, engine: str, stated: frozenset[str]) -> str | None:
+    """Scheme of the cache, as an option; None for the engine's own choice."""
+    said = cells.text("kv_dtype", None)
+    if said is None and "moe_ep_size" in stated and (engine, cells.text("precision", None)) in FP8_CACHE:
+        cells.assumed.append("kv_dtype fp8")
+        return "fp8"
+    if said is None or (scheme := SCHEME_OF.get(said.lower())) == "":
+        return None
+    if scheme not in ("bf16", "fp8"):
+        raise InputError(f"kv_dtype {said!r}: must be bf16 or fp8")
+    return scheme

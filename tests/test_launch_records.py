@@ -40,6 +40,22 @@ def test_a_record_is_priced_as_its_script_launched_it() -> None:
     assert read(device="h100_sxm").options.kv_dtype is None
 
 
+def test_a_release_without_a_launch_is_taken_as_the_nearest_that_has_one() -> None:
+    """Of the one before it; of the oldest where none is; a build that is no release as the most frequent launch."""
+    later, earlier = read(release="0.20.1"), read(release="0.17.1")
+    assert (later.chunk_tokens, later.options.kv_dtype) == (read().chunk_tokens, "fp8")
+    assert earlier.options.kv_dtype is None is read(release="0.9.0").options.kv_dtype
+    assert read(release="nightly-abc").chunk_tokens is not None
+
+
+@pytest.mark.parametrize(("depth", "share"), [("3", 0.85), ("0", 0.9)])
+def test_a_record_that_states_its_drafts_is_of_the_launch_that_drafts_so(depth: str, share: float) -> None:
+    """benchmarks/single_node/glm5_fp4_b200.sh leaves more memory free for drafts: --mem-fraction-static."""
+    glm = {"model": "zai-org/GLM-5", "engine": "sglang", "precision": "fp4", "isl": "8192", "ep": "1", "moe_tp": "4"}
+    found = read(**glm, release="0.5.12", mtp_depth=depth)
+    assert (found.options.memory_fraction, found.options.mtp_depth, found.other_depths) == (share, int(depth), ())
+
+
 def test_what_a_row_says_comes_first() -> None:
     said = read(chunk_tokens="4096", kv_dtype="bf16")
     assert (said.chunk_tokens, said.options.kv_dtype) == (4096, "bf16")

@@ -2,9 +2,9 @@
 
 The table is a profile, ``profiles/records/launches.csv``, made by :mod:`tensorcast.calibrate.engines.launches` from the
 benchmarks' launch scripts. A record is found by engine, model, device, precision, lengths and sizes; of several such
-launches those of its release, then those that cut experts as it does, then those of its users come first. Which version
-of a script made a record is not known: drafted tokens may not be sure, and an option that those differ in that draft
-least is the most frequent.
+launches those of its release or the nearest, then those that cut experts as it does, then those of its users, then
+those that draft as it states come first. Which version of a script made a record is not known: drafted tokens may not
+be sure, and an option that those differ in that draft least is the most frequent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError
-from tensorcast.profiles.releases import nearest_release
+from tensorcast.profiles.releases import nearest_release, release_order
 from tensorcast.profiles.store import load_device, load_engine, profile_roots
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def frontend(device: str) -> Frontend:
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
     """What a record says that its launch is found by, beside sizes. ``model``: name of a profile; ``device, engine``:
-    names or aliases; ``lengths``: of prompt and reply, as stated; ``users``: requests in flight."""
+    names or aliases; ``lengths``: of prompt and reply, as stated; ``users``: requests in flight; ``depth``: drafted
+    tokens, if stated."""
 
     model: str
     device: str
@@ -126,6 +127,7 @@ class Recorded:
     lengths: tuple[int, int]
     users: float
     release: str
+    depth: int | None = None
 
     def key(self) -> tuple[str, ...] | None:
         """The table's key, less mode and sizes; None where engine or device are not known (said where it is served)."""
@@ -143,6 +145,7 @@ def launched(of: Recorded, sizes: tuple[str, ...], ep: int) -> Launched | None:
     alike = [row for row in alike if row["ep"] == str(ep)] or alike
     as_many = [row for row in alike if f"{of.users:.0f}" in row["users"].split(";")]
     alike = as_many or alike
+    alike = [row for row in alike if of.depth in (None, _depth(row))] or alike
     if not alike:
         return None
     cuts, drafting = {row["ep"] for row in alike}, [row for row in alike if row["mtp_depth"] not in ("", "0")]
@@ -172,7 +175,10 @@ def _depth(row: dict[str, str]) -> int:
 
 
 def _of_release(rows: list[dict[str, str]], release: str) -> list[dict[str, str]]:
-    """Those of a release, or all where none is of it."""
+    """Those of a release; where none is of it, those of the nearest one that launches are known of, if any is."""
+    known = {one for row in rows for one in row["release"].split(";") if release_order(one)}
+    if release not in known and known:
+        release = nearest_release(release, known) or release
     return [row for row in rows if release in row["release"].split(";")] or rows
 
 

@@ -256,6 +256,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         of = Recorded(
             model=named.profile.name, device=device, engine=engine, precision=cells.text("precision", ""),
             lengths=(isl, osl), users=concurrency, release=cells.text("release"),
+            depth=cells.whole("mtp_depth", least=0) if "mtp_depth" in cells.cells else None,
         )  # fmt: skip
         found, workers, prefill, decode = _as_recorded(cells, of, workers, (prefill, decode), mode == "aggregated")
     depths = _as_launched(cells, found)

@@ -201,20 +201,32 @@ def override(base: Quantization, text: str | None) -> Quantization:
 
 
 def as_run(stored: Quantization, arithmetic: Container[str], architecture: str) -> Quantization:
-    """How a device with the ``arithmetic`` of its profile runs a checkpoint: what it lacks is unpacked to bf16.
-
-    A sparse latent cache in fp8 holds scales on Hopper only: vLLM 0.24.0 chooses fp8_ds_mla for FlashMLA's sparse
-    kernels (model_executor/layers/attention/mla_attention.py), all other latent caches in fp8 are plain.
-    """
-
-    def run(scheme: Scheme) -> Scheme:
-        return SCHEMES[scheme.lacking] if scheme.lacking and scheme.arithmetic not in arithmetic else scheme
-
+    """How a device with the ``arithmetic`` of its profile runs a checkpoint: what it lacks is unpacked to bf16."""
+    linear, experts, lm_head = (_run(one, arithmetic) for one in (stored.linear, stored.experts, stored.lm_head))
+    rules = stored.rules.with_schemes({name: _run(scheme, arithmetic).name for name, scheme in SCHEMES.items()})
     return replace(
-        stored, linear=run(stored.linear), experts=run(stored.experts), lm_head=run(stored.lm_head),
-        rules=stored.rules.with_schemes({name: run(scheme).name for name, scheme in SCHEMES.items()}),
-        scaled_latents=architecture == "Hopper",
-    )  # fmt: skip
+        stored, linear=linear, experts=experts, lm_head=lm_head, rules=rules,
+        scaled_latents=scales_latents(architecture),
+    )
+
+
+def _run(scheme: Scheme, arithmetic: Container[str]) -> Scheme:
+    return SCHEMES[scheme.lacking] if scheme.lacking and scheme.arithmetic not in arithmetic else scheme
+
+
+def runs_as(stored: Quantization, arithmetic: Container[str]) -> tuple[str, ...]:
+    """What the schemes of weights that are known one by one (:meth:`Quantization.of_weights`) run as, in the order of
+    the schemes' names."""
+    return tuple([_run(SCHEMES[name], arithmetic).name for name in sorted({*stored.by_weight.values()})])
+
+
+def scales_latents(architecture: str) -> bool:
+    """Whether a sparse latent cache in fp8 holds scales.
+
+    On Hopper only: vLLM 0.24.0 chooses fp8_ds_mla for FlashMLA's sparse kernels
+    (model_executor/layers/attention/mla_attention.py), all other latent caches in fp8 are plain.
+    """
+    return architecture == "Hopper"
 
 
 def weight_only_here(stored: Quantization, arithmetic: Container[str]) -> str:

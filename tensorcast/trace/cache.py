@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from tensorcast.errors import InputError
 from tensorcast.files import cache_dir, digest_of, write_atomically
 from tensorcast.modeling.module_rules import NO_RULES
-from tensorcast.modeling.quantization import SCHEMES, Quantization, as_run, override
+from tensorcast.modeling.quantization import SCHEMES, Quantization, as_run, override, runs_as, scales_latents
 from tensorcast.profiles.beside_config import KEYS
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
@@ -31,7 +30,7 @@ from tensorcast.trace.cuts import Cut, cut_widths
 from tensorcast.trace.fuse import fuse, matter
 from tensorcast.trace.moe import BlockForm, with_block_form, with_fused_shared
 from tensorcast.trace.precision import apply_quantization, by_precision, schemes_of, with_states
-from tensorcast.trace.stored import FORMAT, from_json, to_json, unpacked
+from tensorcast.trace.stored import FORMAT, Variants, from_json, to_json, unpacked
 from tensorcast.trace.table import CACHING, OpTable
 
 Made = TypeVar("Made")
@@ -63,8 +62,7 @@ class NoTracer(InputError):
 
 
 _known: dict[tuple[Hashable, ...], Any] = {}
-"""By what was asked. Also what was read by a file's digest, and where what was made is written, by identity: tables of
-many forms are the same."""
+"""By what was asked. Also a rank's tables by what they were made of: those of many forms are the same."""
 _unwritable: set[Path] = set()
 _digests: dict[int, tuple[ModelProfile, tuple[str, str]]] = {}
 
@@ -112,42 +110,42 @@ def kept(
     """
     full = (said, folder, *what)
     if full not in _known:
-        path = None
-        if folder is not None:
-            key = json.dumps([FORMAT, digest_of(_SOURCES), said, *what], sort_keys=True, default=vars)
-            short = hashlib.sha256(key.encode()).hexdigest()[:16]
-            path = folder / "traces" / f"{profile.name}-{what[0]}-{what[1]}-{short}.json"
-        stored = made = None
-        if path is not None:
-            with contextlib.suppress(*DAMAGED):  # made again
-                content, _, digest = path.read_bytes().rpartition(b"\n")
-                if digest.decode() == hashlib.sha256(content).hexdigest():
-                    stored = _known.get(("read", digest))
-                    if stored is None:
-                        stored = _known["read", digest] = read(json.loads(content))
-        if stored is None:
-            made = make()
+        path = None if folder is None else _path(profile, what, said, folder)
+        found = None if path is None else _read(path, read)
+        if found is None:
+            found = make()
             if path is not None:
-                _write(path, made, write)
-        while len(_known) >= LARGEST:
-            _known.pop(next(iter(_known)))
-        _known[full] = made if stored is None else stored
-    found: Made = _known[full]
-    return found
+                _write(path, write(found))
+        _keep(full, found)
+    known: Made = _known[full]
+    return known
 
 
-def _write(path: Path, made: Made, write: Callable[[Made], dict[str, Any]]) -> None:
-    """Keep what was made: under another name, where it is there already."""
-    as_written = "written", id(made), path.parent
-    written = _known.get(as_written)
-    if written is not None and not path.exists():
-        with contextlib.suppress(OSError):
-            os.link(written[1], path)
-            return
-    text = json.dumps(write(made), separators=(",", ":"))
+def _keep(key: tuple[Hashable, ...], found: Any) -> None:
+    while len(_known) >= LARGEST:
+        _known.pop(next(iter(_known)))
+    _known[key] = found
+
+
+def _path(profile: ModelProfile, what: tuple[Hashable, ...], said: str, folder: Path) -> Path:
+    key = json.dumps([FORMAT, digest_of(_SOURCES), said, *what], sort_keys=True, default=vars)
+    short = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return folder / "traces" / f"{profile.name}-{what[0]}-{what[1]}-{short}.json"
+
+
+def _read(path: Path, read: Callable[[dict[str, Any]], Made]) -> Made | None:
+    """What a file holds; None where there is none, or one that is damaged."""
+    with contextlib.suppress(*DAMAGED):
+        content, _, digest = path.read_bytes().rpartition(b"\n")
+        if digest.decode() == hashlib.sha256(content).hexdigest():
+            return read(json.loads(content))
+    return None
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    text = json.dumps(data, separators=(",", ":"))
     try:
         write_atomically(path, f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}")
-        _known[as_written] = made, path  # it stays alive, so that its id stays its own
     except OSError as error:  # a read-only home costs time, not the answer
         if path.parent not in _unwritable:
             why = error.strerror or error
@@ -262,28 +260,41 @@ class RankTables(NamedTuple):
 
 
 def rank_tables(profile: ModelProfile, phase: str, form: RankForm) -> RankTables:
-    """The table of a rank: traced, layers of other precision apart, shared experts placed, quantised, fused."""
-
-    def make() -> RankTables:
-        runs_as = "running", phase == "encode", digests(profile)[1], form.quant, form.arithmetic, form.architecture
-        running = _known.get(runs_as)
-        if running is None:
-            running = as_run(_stored(profile, form.quant, phase), form.arithmetic, form.architecture)
-            _known[runs_as] = running
-        bare = traced(profile, phase, form.tp)
-        # devices and engines differ in more than what they do to a table
+    """The table of a rank: traced, layers of other precision apart, shared experts placed, quantised, fused. All of a
+    model at one tensor-parallel size are in one file."""
+    (traced_as, said), folder = digests(profile, phase), cache_dir()
+    what = phase, f"rank{form.tp}"
+    key = "variants", said, folder, *what
+    if key not in _known:
+        path = None if folder is None else _path(profile, what, said, folder)
+        _keep(key, (path, (None if path is None else _read(path, Variants.from_json)) or Variants()))
+    path, variants = _known[key]
+    if (known := variants.asked.get(form)) is not None:
+        return RankTables(*known)
+    # devices and engines differ in more than what they do to a table
+    names = runs_as(whole_model(profile, phase, form.quant).stored, form.arithmetic)
+    scaled, some = scales_latents(form.architecture), matter(form.fusions, [names])
+    asked = json.dumps([form.quant, names, scaled, some, form.apart, form.states, form.block], default=vars)
+    if variants.find(asked) is None:
+        bare, running = traced(profile, phase, form.tp), _running(profile, phase, form)
         schemes = schemes_of(bare, running)
-        fusions = matter(form.fusions, schemes)
-        key = "rank", digests(profile, phase)[0], phase, form.tp, schemes, fusions, form.apart, form.states, form.block
-        found: RankTables = _known.get(key) or _rank(bare, running, form, fusions)
-        _known[key] = found
-        return found
+        made = "rank", traced_as, phase, form.tp, schemes, some, form.apart, form.states, form.block
+        if made not in _known:
+            _keep(made, _rank(bare, running, form, some))
+        variants.add(asked, _known[made])
+        if path is not None:
+            _write(path, variants.to_json())
+    variants.asked[form] = known = variants.find(asked)
+    return RankTables(*known)
 
-    what = phase, f"rank{form.tp}", form
-    return kept(
-        profile, what, make, said=digests(profile, phase)[1], write=lambda made: to_json(*made),
-        read=lambda data: RankTables(*from_json(data)), folder=cache_dir(),
-    )
+
+def _running(profile: ModelProfile, phase: str, form: RankForm) -> Quantization:
+    """What the device of a form makes of how the model is stored."""
+    key = "running", phase == "encode", digests(profile)[1], form.quant, form.arithmetic, form.architecture
+    if key not in _known:
+        _keep(key, as_run(_stored(profile, form.quant, phase), form.arithmetic, form.architecture))
+    found: Quantization = _known[key]
+    return found
 
 
 def _rank(traced: OpTable, running: Quantization, form: RankForm, fusions: tuple[str, ...]) -> RankTables:

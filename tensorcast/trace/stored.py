@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import lzma
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Hashable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,83 @@ def from_json(data: dict[str, Any]) -> list[OpTable]:
             params=params, facts=facts,
         ))  # fmt: skip
     return tables
+
+
+Variant = tuple[OpTable, ...]
+"""Tables that differ from the first in their ops alone."""
+
+
+class Variants:
+    """What is made of one trace in many forms, which differ in little: every row is here once, however many tables have
+    it, and what is the same in two forms is one object. Tables are put together when they are first asked for."""
+
+    def __init__(self) -> None:
+        self.forms: dict[str, int] = {}
+        """By what is asked for, the number of the variant."""
+        self.asked: dict[Hashable, Variant] = {}
+        """What this process has found, by other words for a form."""
+        self._heads: list[OpTable] = []
+        """Tables without rows."""
+        self._ops: list[Op] = []
+        self._each: list[tuple[int, tuple[tuple[int, ...], ...]]] = []
+        """Of each variant its head, and the places of the rows of its tables."""
+        self._numbers: dict[Hashable, int] = {}
+        """Of heads, rows and variants, by all that they say; of those that were read once something is added."""
+        self._rows: dict[tuple[int, ...], tuple[Op, ...]] = {}
+        self._made: dict[int, Variant] = {}
+
+    def find(self, form: str) -> Variant | None:
+        """The tables of a form, if they are here."""
+        number = self.forms.get(form)
+        if number is None:
+            return None
+        if number not in self._made:
+            head, tables = self._each[number]
+            for rows in tables:
+                if rows not in self._rows:
+                    self._rows[rows] = tuple([self._ops[i] for i in rows])
+            self._made[number] = tuple([replace(self._heads[head], ops=self._rows[rows]) for rows in tables])
+        return self._made[number]
+
+    def add(self, form: str, tables: Variant) -> None:
+        """Have ``tables`` found under a form."""
+        if not self._numbers:
+            for known in (self._heads, self._ops, self._each):
+                for i, one in enumerate(known):
+                    self._numbers[_said(one)] = i
+        rows = tuple([tuple([self._number(op, self._ops) for op in table.ops]) for table in tables])
+        one = self._number(replace(tables[0], ops=()), self._heads), rows
+        self.forms[form] = self._number(one, self._each)
+
+    def _number(self, one: Any, among: list[Any]) -> int:
+        said = _said(one)
+        if said not in self._numbers:
+            self._numbers[said] = len(among)
+            among.append(one)
+        return self._numbers[said]
+
+    def to_json(self) -> dict[str, Any]:
+        """In plain lists; the rows of all are those of the first head."""
+        first, *others = self._heads
+        heads = [to_json(replace(first, ops=tuple(self._ops))), *map(to_json, others)]
+        return {"heads": heads, "each": self._each, "forms": self.forms}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Variants:
+        """What :meth:`to_json` wrote. Raises what comes of data that is none."""
+        found = cls()
+        heads = [from_json(one)[0] for one in data["heads"]]
+        found._ops, found._heads = list(heads[0].ops), [replace(head, ops=()) for head in heads]
+        found._each = [(head, tuple(map(tuple, tables))) for head, tables in data["each"]]
+        found.forms = dict(data["forms"])
+        return found
+
+
+def _said(one: Any) -> Hashable:
+    """All that a row says, whose attributes are no part of a hash; anything else itself."""
+    if not isinstance(one, Op):
+        return one
+    return (*(getattr(one, name) for name in Op.__slots__ if name != "attrs"), repr(sorted(one.attrs.items())))
 
 
 def packed(key: str, tables: Mapping[str, OpTable | str]) -> bytes:

@@ -70,7 +70,7 @@ serving: $(STAMP)  ## predicted against measured serving -> reports/serving.md: 
 amd: $(STAMP)  ## predicted against 45 public runs on MI300X and MI355X (benchmarks/amd_runs.csv), which no fit has seen
 	@$(BIN)/tensorcast predict benchmarks/amd_runs.csv
 
-inferencex: $(STAMP)  ## predicted against 172 runs of InferenceX's posts (its repository InferenceX-app, Apache-2.0), which no fit has seen
+inferencex: $(STAMP)  ## predicted against 186 runs of InferenceX's posts (its repository InferenceX-app, Apache-2.0), which no fit has seen
 	@$(BIN)/tensorcast predict benchmarks/inferencex_runs.csv
 
 cookbook: $(STAMP)  ## predicted against 32 public saturated runs of Qwen3.6 under SGLang, which no fit has seen

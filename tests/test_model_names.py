@@ -65,6 +65,7 @@ def test_commands_and_tables_understand_a_name_alike(name: str, profile: str, st
         ("moonshotai/Kimi-K2.5", "int4", "b200", True, "moonshotai/Kimi-K2.5"),
         ("moonshotai/Kimi-K2.5", "fp4", "mi355x", True, "moonshotai/Kimi-K2.5"),
         ("openai/gpt-oss-120b", "fp4", "b200", True, "openai/gpt-oss-120b"),  # nobody stores it otherwise
+        ("deepseek-ai/DeepSeek-V4-Pro", "fp4", "b200", True, "deepseek-ai/DeepSeek-V4-Pro"),  # 4 bits of its own
     ],
 )
 def test_a_row_is_stored_as_the_release_that_it_names_or_that_a_record_ran(

@@ -28,7 +28,10 @@ def stored_in(cells: Cells, named: Named, model: str, device: str, record: bool)
     name = model if named.near else _published(named, device) if record else ""
     meant = SCHEME_OF.get(named.precision if named.near else name.rpartition("-")[2])
     said = {SCHEME_OF.get(text.lower()) for column in PRECISIONS if (text := cells.text(column, None)) is not None}
-    if (found := released(name)) is not None and (said == {meant} or (named.near and not said)):
+    found = released(name)
+    if found is not None and not named.near and named.quant(meant, meant) is None:
+        found = None  # it ships in as many bits itself, as DeepSeek-V4
+    if found is not None and (said == {meant} or (named.near and not said)):
         cells.assumed.append(f"stored {found.said}")
         return name, None
     return profile, _quant(cells, named, record)

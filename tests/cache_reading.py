@@ -34,6 +34,9 @@ def _layers(values: dict[str, Any]) -> list[str]:
     types = list(types) if types is not None else ["full"] * depth
     if passes := values.get("loop_num_passes"):  # each pass over them keeps keys of its own (Inkling-2-Mini)
         types += types[values["loop_layer_index_start"] : values["loop_layer_index_end"]] * (passes - 1)
+    if values.get("recurrent_kv_cache_mode") == "per_loop":  # the same (Dory)
+        first, count = values["n_input_layers"], values["n_recurrent_layers"]
+        types += types[first : first + count] * (values["n_recurrent_loops"] - 1)
     own = len(types) - (values.get("num_kv_shared_layers") or 0)  # the last ones read what earlier ones keep
     crossed = values.get("cross_attention_layers") or ()  # over pictures
     return [kind for i, kind in enumerate(types[:own]) if kind not in STATES and i not in crossed]

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import census
+import new_types
 import public_configs
 import transformers
+from transformers import CONFIG_MAPPING
 
 COMMAND = "python tests/model_types.py --write docs/census.md"
 RANKS = (1, 2, 8)
 
 SETS = {
     "types": "types of transformers at their class's own sizes",
+    "filled": "types whose class leaves sizes open, with these filled in",
     "profiles": "shipped profiles",
     "public": "other public configs",
 }
@@ -32,6 +36,7 @@ class Verdict(NamedTuple):
     word: str
     reason: str = ""
     params: int = 0
+    experts: int = 0
     cache: float = 0.0
     formula: bool = False
 
@@ -50,9 +55,10 @@ def page(verdicts: list[Verdict]) -> str:
         "profiles; and other",
         f"public files ({'; '.join(public_configs.SOURCES)}), kept as shapes and counts.",
         "",
-        "Right: all parameters are those that transformers' own class holds on meta (tied ones once), and those that",
-        f"`tests/parameter_formula.py` works out by hand ({by_hand} of them); every weight of a rank is its share or a",
-        "small one whole; and a token adds to the cache what the config says, read by hand (`tests/cache_reading.py`).",
+        "Right: both phases are traced (decode alone at tp 2 and 8); all parameters are those that transformers' own",
+        "class holds on meta (tied ones once), and those that `tests/parameter_formula.py` works out by hand (of",
+        f"{by_hand}); every weight of a rank is its share or a small one whole; and a token adds to the cache what the",
+        "config says, read by hand (`tests/cache_reading.py`).",
         "Whole: priced, and said to be priced, with a large part of the weights whole on every rank. Not counted:",
         "encoders, sizes that do not divide by tp, and defaults with which transformers' own class does not run on",
         "tokens alone. At tp 2 and 8 the first layers that show every kind of layer are counted.",
@@ -73,10 +79,44 @@ def page(verdicts: list[Verdict]) -> str:
         lines += ["", f"## {title}", ""]
         rows = [*_rows(verdicts, word)]
         lines += ["| config | tp | why |", "|---|---|---|", *rows] if rows else ["None."]
+    lines += _new(verdicts)
     lines += ["", "## Right", "", "| config | parameters | bytes of cache a token |", "|---|--:|--:|"]
     right_ones = (v for v in counted if v.word == "right" and v.tp == 1)
     lines += [f"| {v.entry} | {v.params:,} | {v.cache:,.0f} |" for v in right_ones]
     return "\n".join(lines) + "\n"
+
+
+def _new(verdicts: list[Verdict]) -> Iterator[str]:
+    """The MoE types among those that the last releases list first, each with its class's own count or what is missing.
+
+    A type has experts if its table does, or, where it has none, if its folder defines some.
+    """
+    at = {v.entry.partition(" with ")[0] if v.kept_in == "filled" else v.entry: v for v in verdicts
+          if v.tp == 1 and v.kept_in in ("types", "filled")}  # fmt: skip
+    releases = new_types.load()
+    found = [
+        (release, at[kind]) for release in releases for kind in release.types
+        if kind in at and (at[kind].experts or (not at[kind].params and _folder(kind) in census.families()))
+    ]  # fmt: skip
+    right = sum(v.word == "right" for _, v in found)
+    last = [v.word == "right" for release, v in found if release in releases[:2]]
+    yield from (
+        "", "## MoE types new lately", "",
+        f"{len(found)} of the types that transformers lists first since {releases[-1].version} are Mixtures of",
+        f"Experts; {right} of them are traced in both phases at their class's own sizes, with all parameters that the",
+        f"class holds on meta, to the last one; of those of the last two releases, {sum(last)} of {len(last)}. Which",
+        "release has a type first is read in the wheels (`python tests/new_types.py`).", "",
+        "| release | its wheel's day | type | experts | parameters | bytes of cache a token | |",
+        "|---|---|---|--:|--:|--:|---|",
+    )  # fmt: skip
+    for release, v in found:
+        numbers = f"{v.experts or '–'} | {v.params:,} | {v.cache:,.0f}" if v.params else "– | – | –"
+        said = "both phases" if v.word == "right" else f"{v.word}: {v.reason[:160]}"
+        yield f"| {release.version} | {release.date} | {v.entry} | {numbers} | {said.replace('|', '/')} |"
+
+
+def _folder(kind: str) -> str:
+    return CONFIG_MAPPING[kind].__module__.split(".")[2] if kind in CONFIG_MAPPING else ""
 
 
 def _rows(verdicts: list[Verdict], word: str) -> Iterator[str]:

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import new_types
 import public_configs
 import torch
 import transformers
@@ -60,6 +61,9 @@ class Entry(NamedTuple):
     kept_in: str = "types"
 
 
+BY_CLASS = ("types", "filled")
+"""Sets whose configs are a class's defaults: nothing else says what they hold."""
+
 NO_DECODER = ("an encoder", "does not generate text")
 DIVIDES = re.compile(r"choose a tp that divides")
 COPIED = re.compile(r"(k_proj|v_proj|qkv|Wqkv|c_attn|query_key_value|in_proj|conv1d|key|value|kv)")
@@ -88,12 +92,21 @@ def entries() -> Iterator[Entry]:
     for kind in text_types():
         with contextlib.suppress(Exception):  # a class without defaults is no model
             yield of_type(kind)
+    for kind in new_types.FILLED:
+        yield filled(of_type(kind))
     for name in list_models():
         profile = load_model(name)
         yield Entry(profile.hf_id, profile.config, "profiles")
     for one in public_configs.load():
         beside = {"quantization_config": {"quant_method": "modelopt", **one.beside}} if one.beside else {}
         yield Entry(one.name, beside | one.config, "public")
+
+
+def filled(entry: Entry) -> Entry:
+    """A type with the sizes that its class's defaults leave open."""
+    sizes, config = new_types.FILLED[entry.name], entry.config
+    inner = {"text_config": config["text_config"] | sizes} if "text_config" in config else sizes
+    return Entry(f"{entry.name} with {', '.join(sizes)}", config | inner, "filled")
 
 
 class Class(NamedTuple):
@@ -232,6 +245,7 @@ def _at(entry: Entry, tp: int) -> tuple[Verdict, OpTable | None]:
     profile, blank = _profile(entry), Verdict(entry.name, entry.kept_in, tp, "wrong")
     try:
         table = traced(profile, "decode", tp)
+        prompt = traced(profile, "prefill", tp) if tp == 1 else table
         checkpoint(profile)
     except InputError as refusal:
         reason = str(refusal)
@@ -243,17 +257,18 @@ def _at(entry: Entry, tp: int) -> tuple[Verdict, OpTable | None]:
     except Exception as failure:
         return blank._replace(reason=f"traceback: {failure!r}"), None
     said = class_of(entry)
-    by_hand = parameters(entry.config) if entry.kept_in != "types" else None
+    by_hand = parameters(entry.config) if entry.kept_in not in BY_CLASS else None
     right = by_hand if isinstance(said, str) else said.parameters
     if right is None:
         return blank._replace(word="none", reason=f"transformers does not build it: {said}"), table
-    wrong = problem(table, right, None if isinstance(said, str) else cache_bytes_per_token(said.text, tp))
+    wrong = "" if prompt.total_params() == table.total_params() else f"{prompt.total_params():,} parameters in prefill"
+    wrong = wrong or problem(table, right, None if isinstance(said, str) else cache_bytes_per_token(said.text, tp))
     if not wrong and by_hand is not None and by_hand != right:
         wrong = f"{right:,} parameters, {by_hand:,} by hand"
     left = uncut(table)
     found = blank._replace(
         word="wrong" if wrong else "whole" if left else "right", reason=wrong or left, params=table.total_params(),
-        cache=kv_bytes_per_token(table), formula=by_hand is not None,
+        experts=table.facts.num_experts, cache=kv_bytes_per_token(table), formula=by_hand is not None,
     )
     return found, table
 
@@ -288,7 +303,7 @@ def shortened(entry: Entry, table: OpTable) -> Entry:
 
 def runs(entry: Entry) -> bool:
     """Whether transformers' own class runs with the config, alone and on tokens alone; a public config always does."""
-    if entry.kept_in != "types":
+    if entry.kept_in not in BY_CLASS:
         return True
     config = copy.deepcopy(entry.config)
     kind = config.pop("model_type")
@@ -351,7 +366,8 @@ def main() -> None:
     arguments.write.write_text(page(verdicts), encoding="utf-8")
 
 
-SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("cache_reading", "model_types", "parameter_formula")]
+READ = ("cache_reading", "model_types", "new_types", "parameter_formula")
+SOURCES = [Path(__file__).with_name(f"{name}.py") for name in READ]
 
 
 def kept(folder: Path, code: str, group: list[Entry]) -> list[Verdict]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import census_page
 import model_types
+import new_types
 import pytest
 
 from tensorcast.cost.memory import cache_bytes, kv_bytes_per_token
@@ -15,12 +16,15 @@ from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.table import OpTable
 from tensorcast.trace.tracer import Phase, trace
 
-SAMPLE = ("gpt2", "gpt_bigcode", "internvl", "qwen3_vl_moe", "youtu", "bloom", "doge")
-"""Fused QKV, one KV head, wrappers with another tie than their text, MLA, ALiBi, a matrix cut in both dimensions."""
+SAMPLE = ("gpt2", "gpt_bigcode", "internvl", "qwen3_vl_moe", "youtu", "bloom", "doge", "dory")
+"""Fused QKV, one KV head, wrappers with another tie than their text, MLA, ALiBi, a matrix cut in both dimensions, and
+layers of one kind of which some run twice, in a file that counts blocks (from transformers 5.24 on)."""
 
 
 @pytest.mark.parametrize("kind", SAMPLE)
 def test_a_type_is_counted_as_its_class_and_its_config_say(kind: str) -> None:
+    if kind not in model_types.text_types():
+        pytest.skip(f"this transformers has no {kind}")
     words = [verdict.word for verdict in model_types.judged(model_types.of_type(kind))]
     assert words[0] == "right"
     assert set(words) <= {"right", "none"}, words  # none: heads that do not divide
@@ -65,6 +69,27 @@ def test_the_page_says_what_is_right_and_what_is_not() -> None:
 
 def test_most_types_are_there() -> None:
     assert len(model_types.text_types()) >= 150
+
+
+def test_types_of_a_wheel_are_read_in_its_lists_and_counted_where_they_are_first() -> None:
+    source = """
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES: OrderedDict = OrderedDict([("old", "Old"), ("see_text", "SeeText")])
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES = OrderedDict([("see", "See")] + [("more", ("A", "B"))])
+MODEL_FOR_CTC_MAPPING_NAMES = OrderedDict([("hear", "Hear")])
+"""
+    now = new_types.listed(source)
+    assert now == {"old", "see", "see_text", "more"}
+    assert new_types.new_in([now | {"newest"}, now, {"old"}]) == [["newest"], ["more", "see"]]
+
+
+def test_moe_types_of_the_last_releases_are_counted_by_what_is_right() -> None:
+    """Of those kept: the last two releases' MoE types are all there, one that fails is told with its reason."""
+    last = [kind for release in new_types.load()[:2] for kind in release.types]
+    rows = [census_page.Verdict(kind, "types", 1, "right", params=10, experts=2) for kind in last]
+    rows[0] = rows[0]._replace(word="wrong", reason="11 in the class")
+    text = census_page.page(rows)
+    assert f"of those of the last two releases, {len(last) - 1} of {len(last)}." in text
+    assert f"| {last[0]} | 2 | 10 | 0 | wrong: 11 in the class |" in text
 
 
 def test_a_table_that_counts_otherwise_is_found() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,12 @@ class Kinds:
 
     def layers(self, kind: int) -> list[int]:
         return [i for i, k in enumerate(self.of_layer) if k == kind]
+
+    def run_again(self) -> set[str]:
+        """Paths of layers whose kind has one that several passes run: its runs do not tell how many layers it has."""
+        runs, layers = Counter(self.paths), list(zip(self.paths, self.of_layer, strict=True))
+        looped = {kind for path, kind in layers if runs[path] > 1}
+        return {path for path, kind in layers if kind in looped}
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

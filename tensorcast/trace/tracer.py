@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import Counter
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -395,6 +394,6 @@ def _shared(model: nn.Module, kinds: Kinds) -> set[str]:
     for layer in dict.fromkeys(kinds.paths):
         for name, param in model.get_submodule(layer).named_parameters(layer, remove_duplicate=False):
             places.setdefault(id(param), (name, set()))[1].add(layer)
-    again = tuple(f"{path}." for path, runs in Counter(kinds.paths).items() if runs > 1)
-    passes = {name for name, _ in model.named_parameters() if name.startswith(again)} if again else set[str]()
-    return passes | {name for name, layers in places.values() if len(layers) > 1}
+    again = tuple(f"{path}." for path in kinds.run_again())
+    passes = {name for name, _ in model.named_parameters() if name.startswith(again)}
+    return passes | {name for name, found in places.values() if len(found) > 1}

@@ -181,6 +181,7 @@ def compare(
         full=full, runnable_only=runnable_only, quant=options.get("quant"), state_dtype=options.get("state_dtype"),
         routing=options.get("routing", SERVED_ROUTING), placement=options.get("placement", "linear"),
         speculative_method=options.get("speculative_method", "mtp"), draft_model=options.get("draft_model"),
+        pp_partition=options.get("pp_partition"),
         searched={axis: dict[str, Any](options).get(name) for axis, name in SEARCHED.items()},
         decode_device=None if decode_device is None else device_profile(decode_device), decode_gpus=decode_world_size,
         images=prompt_images(*said) if any(said) else None,

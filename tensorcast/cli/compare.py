@@ -76,7 +76,7 @@ tensorcast compare deepseek-v3 -d h100,h200,b200 -n 16,32,64,128 --executor dask
 
 @command(epilog=EXAMPLES)
 @deployment_options(
-    "quant", "state_dtype", "routing", "placement", "speculative_method", "draft_model",
+    "quant", "state_dtype", "routing", "placement", "speculative_method", "draft_model", "pp_partition",
     defaults={"routing": SERVED_ROUTING}, searched={
         "kv_dtype": ("bf16,fp8", "the model's"), "mtp_depth": ("N,...", "0"),
         "dcp": ("N,...", "1"), "pcp": ("N,...", "1"), "all2all": ("KIND,...", "the first two"),
@@ -85,6 +85,7 @@ tensorcast compare deepseek-v3 -d h100,h200,b200 -n 16,32,64,128 --executor dask
     },
     all2all="allgather_reducescatter, deepep (its mode by phase), high_throughput, low_latency, direct, auto.",
     chunk_tokens="Prompt tokens per step and rank.",
+    pp_partition="Layers of each pipeline stage, as 15,15,16,15, in layouts with as many stages.",
     pcp="Prefill context parallelism of pools of prompts: data-parallel groups of GPUs that read each prompt together.",
 )
 def compare(

@@ -22,12 +22,12 @@ from tensorcast.cost.memory import (
     summed,
     weights_of_stages,
 )
-from tensorcast.cost.stages import stage_layers
+from tensorcast.cost.stages import stage_layers, stated_stages
 from tensorcast.cost.work import Array, Mask, Size
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run, unasked_exchange
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_parts, check
-from tensorcast.deploy.options import Options, Place, check_options, idle_options, stated_stages
+from tensorcast.deploy.options import Options, Place, check_options, idle_options
 from tensorcast.deploy.plan.context import context_cut, prompt_cut
 from tensorcast.deploy.plan.memory_share import memory_share
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
@@ -356,14 +356,13 @@ def deploy(
         if problem:
             raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")
     if options.pp_partition:
-        engine = same(engine.model_copy(update={"pipeline_split": stated_stages(options.pp_partition)}))
+        engine = same(engine.with_stages(stated_stages(options.pp_partition)))
     if SWITCHES(options) != UNSWITCHED:
         engine = same(switched(engine, options))
     other = engine.uncompiled
     here = other is not None and device.vendor in (other.vendors or (device.vendor,))
     if other is not None and here and is_one_of(other.architectures, model.config):
-        changes = {"fusions": other.fusions, "eager_exchanges": other.eager_exchanges}
-        engine = same(engine.model_copy(update=changes))
+        engine = same(engine.model_copy(update={"fusions": other.fusions, "eager_exchanges": other.eager_exchanges}))
     engine = engine if engine.serial_drafts is None else same(engine.drafts_of(model.config))
     form = block_form(options, layout, all2all, engine, device=device, config=model.config, whole=whole)
     tables = rank_tables(model, phase, RankForm(

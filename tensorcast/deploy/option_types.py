@@ -47,6 +47,7 @@ class SearchedOptions(TypedDict, total=False):
     quant: str | None
     speculative_method: str
     draft_model: str | None
+    pp_partition: str | None
     state_dtype: str | None
     routing: str
     placement: str

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
+from tensorcast.cost.stages import broken_stages, stated_stages
 from tensorcast.deploy.exchange_kernels import inside_experts
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError, unknown_name
@@ -226,23 +227,10 @@ def flag(name: str) -> str:
     return f"--{off}{name.replace('_', '-')}"
 
 
-
-def stated_stages(text: str) -> tuple[int, ...]:
-    """Layers of each pipeline stage, from ``15,15,16,15``. Raises :class:`InputError` where they are no numbers."""
-    try:
-        return tuple(int(one) for one in text.split(","))
-    except ValueError:
-        raise InputError(f"--pp-partition {text!r}: must be whole numbers of layers, as 15,15,16,15") from None
-
-
-def broken_stages(text: str, pp: int, layers: int) -> str:
-    """What is wrong with stated stages for ``layers`` in ``pp`` stages; empty if nothing."""
-    stages = stated_stages(text)
-    if len(stages) != pp:
-        return f"--pp-partition {text}: {len(stages)} stages, and pp = {pp}"
-    if sum(stages) != layers or min(stages) < 1:
-        return f"--pp-partition {text}: must be numbers above 0 that add up to {layers} layers, not {sum(stages)}"
-    return ""
+def of_layout(options: Options, layout: Layout) -> Options:
+    """``options`` without stated stages where ``layout`` has not as many: of another layout of a search, or pool."""
+    stages = len(stated_stages(options.pp_partition)) if options.pp_partition else layout.pp
+    return options if stages == layout.pp else replace(options, pp_partition=None)
 
 
 def of_traffic(options: Options, model: ModelProfile) -> Options:

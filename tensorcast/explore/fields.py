@@ -132,6 +132,7 @@ def _searched() -> tuple[Field, ...]:
               help="Chance that a drafted token is accepted, or a task whose published one is taken, as mt-bench."),
         _option("dcp", SEARCH, label="Cache shared by", choices=("1", "2", "4", "1,2,4"), unasked="1"),
         _option("pcp", SEARCH, label="Prompts read by", choices=("1", "1,2", "1,2,4", "1,2,4,8"), unasked="1"),
+        _option("pp_partition", SEARCH, label="Layers by stage"),
         _option("all2all", SEARCH, label="Token exchange", choices=tuple(EXCHANGES), unasked="the first two"),
         _option("chunk_tokens", SEARCH, label="Prefill chunk", unasked="2048,8192,16384",
                 help="Prompt tokens per step and rank."),

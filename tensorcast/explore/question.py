@@ -96,7 +96,7 @@ def question(state: State, named: Collection[str] = ()) -> Question:
         "confidence": _number("--confidence", full["confidence"], most=1),
         "prices": _prices(full["price"]), "quant": full["quant"] or None, "state_dtype": full["state_dtype"] or None,
         "routing": _routing(full["routing"] or SERVED_ROUTING, named),
-        "placement": _placement(full["placement"] or "linear", named),
+        "placement": _placement(full["placement"] or "linear", named), "pp_partition": full["pp_partition"] or None,
         "searched": {
             "kv_dtype": _listed(full["kv_dtype"]), "exchange": _listed(full["all2all"]),
             "dispatch": _listed(full["dispatch"]), "combine": _listed(full["combine"]),

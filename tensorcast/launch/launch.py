@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
+from tensorcast.cost.stages import broken_stages
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.engine_limits import Case, Kernels, engine_can_run, halving_note, unasked_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_context, broken_prompts
-from tensorcast.deploy.options import Options, broken_stages
+from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.memory_share import memory_share
 from tensorcast.deploy.plan.switches import served_with, switched
 from tensorcast.errors import InputError, unknown_name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tensorcast.deploy.options import stated_stages
+from tensorcast.cost.stages import stated_stages
 from tensorcast.launch.settings import Plan, Settings
 
 SERVER_PORT = 8000

@@ -98,6 +98,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "custom_all_reduce": ("all-reduces by the engine's own kernels (on) or NCCL (off)", "on", ()),
     "allreduce_fusion": ("all-reduces joined with norms: engine, on, off", "engine", ("fuse_allreduce_rms",)),
     "experts_kernels": ("whose run experts: engine, triton, cutlass, deepgemm, trtllm, marlin", "engine", ()),
+    "pp_partition": ("layers of each pipeline stage, as 16,15; default as the engine splits", None, ()),
     **ARRIVAL_COLUMNS,
     **IMAGE_COLUMNS,
 }  # fmt: skip
@@ -276,12 +277,10 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     options = of_traffic(Options(
         quant=quant,
         kv_dtype=kv_dtype(cells, engine, stated), state_dtype=cells.text("state_dtype", None),
-        routing=cells.text("routing"),
-        all2all=cells.text("all2all"),
+        routing=cells.text("routing"), all2all=cells.text("all2all"),
         dispatch=cells.text("dispatch", None), combine=cells.text("combine", None),
-        placement=cells.text("placement"),
-        redundant_experts=cells.whole("redundant_experts", least=0),
-        mtp_depth=cells.whole("mtp_depth", least=0),
+        placement=cells.text("placement"), redundant_experts=cells.whole("redundant_experts", least=0),
+        pp_partition=cells.text("pp_partition", None), mtp_depth=cells.whole("mtp_depth", least=0),
         speculative_method=cells.text("speculative_method"), draft_model=cells.text("draft_model", None),
         memory_fraction=cells.number("memory_fraction", None),
         cuda_graphs={"off": "none"}.get(graphs := cells.text("cuda_graphs").lower(), graphs),

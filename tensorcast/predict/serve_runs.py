@@ -14,7 +14,7 @@ import numpy as np
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.model_names import named_model
-from tensorcast.deploy.options import Options
+from tensorcast.deploy.options import Options, of_layout
 from tensorcast.deploy.step.many import sums_of_many
 from tensorcast.deploy.step.sizes import GRID
 from tensorcast.deploy.step.step import Asked
@@ -144,7 +144,8 @@ class _Deployed:
 
     def __call__(self, run: Run, layout: Layout, phase: str) -> Deployment:
         # drafting is the decode step's
-        options = replace(run.options, mtp_depth=0) if phase == "prefill" and run.options.mtp_depth else run.options
+        options = of_layout(run.options, layout) if run.mode == "disaggregated" else run.options
+        options = replace(options, mtp_depth=0) if phase == "prefill" and options.mtp_depth else options
         drafts = run.draft_overlap, bool(run.options.mtp_depth), run.options.speculative_method
         served = run.served_by, run.mode, run.frontend, run.prefix_cache, *drafts
         key = run.model, run.device, *served, layout, phase, options, run.images

@@ -23,7 +23,7 @@ from tensorcast.profiles.memory import (
     StepTokens,
     is_latent,
 )
-from tensorcast.profiles.scheduler import Scheduler, SerialDrafts
+from tensorcast.profiles.scheduler import Scheduler, SerialDrafts, SerialPipeline
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
 Fusion = Annotated[
@@ -37,9 +37,10 @@ elementwise and row-wise ops become one kernel. ``allreduce_norm``: all-reduce, 
 Frontend = Literal["own", "dynamo"]
 """What takes requests to pools: the engine's own router, or NVIDIA Dynamo."""
 
-PipelineSplit = Literal["first", "before_last", "last"] | tuple[int, ...]
+LongerStages = Literal["first", "before_last", "last"]
+PipelineSplit = LongerStages | tuple[tuple[int, ...], LongerStages]
 """Which stages of a pipeline have one more layer where layers do not divide: the first ones, those before the last
-one (which has the head), or the last ones."""
+one (which has the head), or the last ones. Before it, layers of each stage in pipelines with as many stages."""
 
 
 class OwnGemms(Frozen):
@@ -231,6 +232,7 @@ class EngineProfile(Frozen):
     step_overhead_s: Figure = Field(description="scheduling, sampling and input preparation per step, as published")
     request_overhead_s: Figure | None = Field(default=None, description="the same, per sequence in the batch")
     serial_drafts: SerialDrafts | None = Field(default=None, description="drafts that leave the GPU waiting")
+    serial_pipeline: SerialPipeline | None = Field(default=None, description="pipelines that leave it waiting")
     memory_fraction: Figure = Field(description="share of device memory that the engine takes, without a `reserve`")
     memory_covers: MemoryCovers = Field(default="everything", description="what that share holds")
     reserve: Reserve | None = Field(default=None, description="what it leaves free instead of a fixed share")
@@ -248,7 +250,7 @@ class EngineProfile(Frozen):
     max_tokens_per_step: int = Field(ge=1, description="default chunked-prefill budget in tokens")
     step_tokens: StepTokens | None = Field(default=None, description="where that default is another")
     prefill_graphs: PrefillGraphs | None = Field(default=None, description="prefill steps that are captured in pieces")
-    pipeline_split: PipelineSplit = Field(default="first", description="stages with one more layer; or layers of each")
+    pipeline_split: PipelineSplit = Field(default="first", description="which stages have one more layer")
     lacking: tuple[Lacking, ...] = Field(default=(), description="what it has no kernels for, by device")
     lifted_rules: tuple[str, ...] = Field(default=(), description="limits of its launch table that are none any more")
     all2all: dict[Literal["prefill", "decode"], str] = Field(description="default MoE exchange per phase, dp > 1")
@@ -355,6 +357,11 @@ class EngineProfile(Frozen):
         if self.cache_rules is None:
             return self
         return self.model_copy(update={"cache_rules": self.cache_rules.without_copies()})
+
+    def with_stages(self, layers: tuple[int, ...]) -> "EngineProfile":
+        """The profile of an engine told how many ``layers`` each stage of a pipeline has."""
+        split = self.pipeline_split
+        return self.model_copy(update={"pipeline_split": (layers, split[1] if isinstance(split, tuple) else split)})
 
     @property
     def overhead(self) -> Overhead:

@@ -80,3 +80,11 @@ class SerialDrafts(Frozen):
     step_s: Number = Field(ge=0, description="what a step takes longer")
     sequence_s: Number = Field(ge=0, description="the same, per sequence in the batch")
     source: str = Field(min_length=3)
+
+
+class SerialPipeline(Frozen):
+    """A scheduler that works no step ahead where there are pipeline stages: once in a round of its micro-batches the
+    first stage waits while the host reads what the last one sampled and plans the next step."""
+
+    step_s: Number = Field(ge=0, description="what a round takes longer")
+    source: str = Field(min_length=3)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from tensorcast.cost.routing import SAID
+from tensorcast.cost.stages import stated_stages
 from tensorcast.deploy.engine_limits import ANY_ENGINE, Kernels, engine_can_run
 from tensorcast.deploy.layout import Layout, broken_rules
 from tensorcast.deploy.options import idle_note
@@ -107,6 +108,9 @@ def _idle(task: SearchTask, kept: Candidates) -> dict[str, str]:
     }
     if task.base.placement != "linear" and (kept["ep"] == 1).all():
         found["--placement"] = "experts are in one group"
+    stages = len(stated_stages(task.base.pp_partition)) if task.base.pp_partition else 0
+    if stages and not (kept["pp"] == stages).any():
+        found["--pp-partition"] = f"no candidate has {stages} pipeline stages"
     if task.load.mtp_acceptance != Traffic.mtp_acceptance and max(asked.mtp_depth) == 0:
         found["--mtp-acceptance"] = "no tokens are drafted: see --mtp"
     return found

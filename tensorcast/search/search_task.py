@@ -9,10 +9,11 @@ from numbers import Real
 from typing import Any
 
 from tensorcast.cost.routing import Routing
+from tensorcast.cost.stages import broken_stages, stated_stages
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.engine_limits import ENGINE_RULES
 from tensorcast.deploy.layout import Layout, parse_layout
-from tensorcast.deploy.options import SERVED_ROUTING, Options, check_options
+from tensorcast.deploy.options import SERVED_ROUTING, Options, check_options, of_layout
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.drafting import acceptance
@@ -145,8 +146,9 @@ def search_tasks(
     users: int | None = None, budget: float | None = None, confidence: float | None = None,
     prices: Mapping[str, float] | None = None,
     quant: str | None = None, state_dtype: str | None = None, routing: str = SERVED_ROUTING,
-    placement: str = "linear", speculative_method: str = "mtp", draft_model: str | None = None, full: bool = False,
-    runnable_only: bool = True, searched: Mapping[str, Sequence[Any] | None] | None = None,
+    placement: str = "linear", speculative_method: str = "mtp", draft_model: str | None = None,
+    pp_partition: str | None = None, full: bool = False, runnable_only: bool = True,
+    searched: Mapping[str, Sequence[Any] | None] | None = None,
     decode_device: DeviceProfile | None = None, decode_gpus: int | None = None, images: PromptImages | None = None,
 ) -> list[SearchTask]:
     """Tasks of every device, engine and size. ``searched``: values of axes; those left out are the default space's.
@@ -181,10 +183,12 @@ def search_tasks(
     wanted = tuple(dict.fromkeys(parse_layout(text) for text in layouts or ()))
     base = Options(
         quant=quant, state_dtype=state_dtype, routing=routing, placement=placement,
-        speculative_method=speculative_method, draft_model=draft_model,
+        speculative_method=speculative_method, draft_model=draft_model, pp_partition=pp_partition,
     )
     # profiles are read anew for every question; equal ones are the same, so that what is kept of them serves all
     model, devices, engines = same(model), [same(device) for device in devices], [same(one) for one in engines]
+    if pp_partition:  # all candidates are priced as one engine's
+        engines = [same(one.with_stages(stated_stages(pp_partition))) for one in engines]
     replies = None if decode_device is None else same(decode_device)
     tasks = [
         SearchTask(
@@ -217,6 +221,7 @@ def search_tasks(
                 f"layout {layout} takes {layout.world_size} GPUs, which does not divide --world-size {sizes}"
             )
     _applies(model, base, given)
+    _staged(tasks, base)
     if problem := model.too_long(input_len + output_len):
         raise InputError(f"--input-len {input_len} and --output-len {output_len}: {problem}")
     return tasks
@@ -302,4 +307,19 @@ def _applies(model: ModelProfile, base: Options, given: Mapping[str, tuple[Any, 
     dispatch, combine = (
         next((scheme for scheme in given.get(axis, ()) if scheme), None) for axis in ("dispatch", "combine")
     )
+    base = of_layout(base, Layout(1))
     check_options(replace(base, all2all=exchange, dispatch=dispatch, combine=combine), Layout(1), facts, "none")
+
+
+def _staged(tasks: Sequence[SearchTask], base: Options) -> None:
+    """Raise :class:`InputError` where stages are stated that are not the model's, or that no layout has as many of."""
+    if not (text := base.pp_partition):
+        return
+    count = len(stated_stages(text))
+    if problem := broken_stages(text, count, whole_model(tasks[0].model, "decode", base.quant).facts.layers):
+        raise InputError(problem)
+    pools = [pool for task in tasks for pool in task.pools or (task,)]
+    if not any(layout.pp == count for task in pools for layout in task.layouts) and (
+        any(task.layouts for task in pools) or all(task.gpus % count for task in pools)
+    ):
+        raise InputError(f"--pp-partition {text}: {count} stages, and no layout has as many")

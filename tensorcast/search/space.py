@@ -17,7 +17,7 @@ from tensorcast.deploy.engine_limits import Kernels, engine_can_run
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout, broken_context, broken_prompts, broken_rules
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
-from tensorcast.deploy.options import Options
+from tensorcast.deploy.options import Options, of_layout
 from tensorcast.deploy.plan.plan import block_form, choose_all2all
 from tensorcast.errors import InputError
 from tensorcast.profiles.facts import ModelFacts
@@ -167,6 +167,7 @@ def variants(
 
     ``quantized_dispatch``: the model's experts read tokens in fewer bits than bf16. ``latent``: latents are cached.
     """
+    base = of_layout(base, layout)
     spread = layout.dp > 1 and facts.num_experts > 0
     whole = spread and layout.ep == layout.stage_ranks
     exchanges = [name for name in axes.exchange if whole or name not in SENDING]

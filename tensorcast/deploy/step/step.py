@@ -137,6 +137,8 @@ class Step:
             waits = np.greater(depth, 0) * serial.sequence_s * np.asarray(batch, dtype=float)
             per_sequence = per_sequence + waits
             overhead = overhead + waits + np.greater(depth, 0) * serial.step_s
+        if engine.serial_pipeline is not None:  # turns / pp rounds
+            overhead = overhead + np.greater(at.pp, 1) * engine.serial_pipeline.step_s * turns / at.pp
         unsure = spent.layer_error_s * passes
         off = np.square(errors).sum(axis=0)
         if own.squares is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from tensorcast.deploy.exchange_kernels import DEEPEP, EXCHANGE_KERNELS
@@ -27,6 +28,24 @@ class Kernels:
     architecture: str
     config: dict[str, Any]
     whole: WholeModel
+
+    @cached_property
+    def missed(self) -> list[Lacking]:
+        """What is lacking that this model needs here, in some layouts and with some options at least."""
+        config, stored, facts = self.config, self.whole.stored, self.whole.facts
+        latent = is_latent(config) or bool(facts.compress_ratios)
+        attention = {"": True, "sparse": bool(facts.indexer_width) and latent}
+        experts = {stored.experts.name, stored.experts.kernel} if facts.num_experts else set[str]()
+        text = text_of(config)
+        shared = (text.get("index_topk_freq") or 1) > 1 or "shared" in (text.get("indexer_types") or ())
+        return [
+            one for one in self.lacking
+            if (not one.devices or self.architecture.lower() in one.devices) and attention.get(one.attention, latent)
+            and is_one_of(one.models, config) and not (one.but_models and is_one_of(one.but_models, config))
+            and (not one.methods or stored.method in one.methods)
+            and (not one.linear or not {stored.linear.name, stored.linear.kernel}.isdisjoint(one.linear))
+            and (not one.experts or not experts.isdisjoint(one.experts)) and (shared or not one.shared_choices)
+        ]
 
 
 @dataclass(frozen=True)
@@ -301,35 +320,16 @@ def _of_blocks(c: Case) -> Iterator[Limit]:
 
 def _of_device(c: Case) -> Iterator[Limit]:
     """What the engine has no kernels for on the device; an entry of its profile holds where all that it names does."""
-    architecture = "" if c.kernels is None else c.kernels.architecture.lower()
-    here = [] if c.kernels is None else [
-        one for one in c.kernels.lacking if not one.devices or architecture in one.devices
-    ]
-    if c.kernels is None or not here:
+    if c.kernels is None:
         return
-    config, stored, facts = c.kernels.config, c.kernels.whole.stored, c.kernels.whole.facts
-    latent = is_latent(config) or bool(facts.compress_ratios)
-    sparse = bool(facts.indexer_width) and latent
-    experts = stored.experts if facts.num_experts else None
-    text = text_of(config)
-    shared = (text.get("index_topk_freq") or 1) > 1 or "shared" in (text.get("indexer_types") or ())
-    for one in here:
-        holds = (
-            one.attention == "" or (sparse if one.attention == "sparse" else latent),
-            one.cache in ("", c.options.kv_dtype or stored.kv),
-            is_one_of(one.models, config),
-            not one.but_models or not is_one_of(one.but_models, config),
-            not one.methods or stored.method in one.methods,
-            not one.linear or not {stored.linear.name, stored.linear.kernel}.isdisjoint(one.linear),
-            not one.experts or (experts is not None and not {experts.name, experts.kernel}.isdisjoint(one.experts)),
-            not one.exchanges or c.exchange in one.exchanges,
-            c.nodes > 1 or not one.over_nodes,
-            not one.drafts or (c.options.mtp_depth > 0 and c.options.speculative_method in one.drafts),
-            c.layout.pp > 1 or not one.in_pipeline,
-            c.options.dual_batch_overlap or not one.halved,
-            shared or not one.shared_choices,
-        )
-        if all(holds):
+    stored = c.kernels.whole.stored
+    for one in c.kernels.missed:
+        if (
+            one.cache in ("", c.options.kv_dtype or stored.kv) and (c.nodes > 1 or not one.over_nodes)
+            and (not one.exchanges or c.exchange in one.exchanges) and (c.layout.pp > 1 or not one.in_pipeline)
+            and (not one.drafts or (c.options.mtp_depth > 0 and c.options.speculative_method in one.drafts))
+            and (c.options.dual_batch_overlap or not one.halved)
+        ):
             where = f", not on {c.kernels.architecture}" if one.devices else ""
             yield one.rule, f"{one.says}{where}; {one.way}"
 
@@ -373,7 +373,8 @@ ENGINE_RULES: dict[str, tuple[str, ...]] = {
 """Names of the rules that an engine has, in the order in which they are told. Sources stand in
 ``profiles/launch/ENGINE.yaml``."""
 
-_LIMITS = (_of_exchange, _of_moonep, _of_experts, _of_drafts, _of_nodes, _of_blocks, _of_device)
+_OF_ANY = (_of_blocks, _of_device)
+_LIMITS = (_of_exchange, _of_moonep, _of_experts, _of_drafts, _of_nodes, *_OF_ANY)
 
 
 def engine_can_run(
@@ -392,6 +393,6 @@ def engine_can_run(
         engine=engine, layout=layout, facts=facts, options=options, gpus_per_node=gpus_per_node, prefill=prefill,
         cuts=cuts, kernels=kernels,
     )
-    broken = dict(found for limits in _LIMITS for found in limits(case))
-    rules = ANY_ENGINE if any_engine else ENGINE_RULES.get(engine, ANY_ENGINE)
+    rules, limits = (ANY_ENGINE, _OF_ANY) if any_engine else (ENGINE_RULES.get(engine, ANY_ENGINE), _LIMITS)
+    broken = dict(found for limit in limits for found in limit(case))
     return next((f"{name}: {broken[name]}" for name in rules if name in broken and name not in lifted), "")

@@ -24,7 +24,7 @@ from tensorcast.cost.kernels.triton_tiles import triton_tiles
 from tensorcast.cost.kernels.vocabulary import LATENT, NOPE, PRECISION, SIZES, V_DIM, Columns
 from tensorcast.cost.registry import Registry
 from tensorcast.cost.work import Array, Precision, Work
-from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.device import CollectiveConstants, DeviceProfile, KernelConstants
 
 ROPE = 64
 HIDDEN, Q_RANK = 7168, 1536
@@ -294,10 +294,16 @@ def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str
         facts: list[Any] = [device.memory_bandwidth_bytes_per_s, device.processors, device.whole_tiles]
         for name, kind in sorted({(one.family, one.dtype) for one in works}):
             constants, _ = roofline.constants_for(device, name, kind, engine)
-            facts += [constants.model_dump(exclude=OF_THE_FIT), roofline.peak_flops(device, kind)]
+            facts += [_without_fit(constants), roofline.peak_flops(device, kind)]
     else:
         op, tier = "all_to_all" if family == "moe_exchange" else family, device.interconnect[0]
         facts = [tier.size, float(tier.bandwidth_bytes_per_s), float(tier.latency_s)]
         known = device.calibration.collectives if device.calibration else ()
-        facts += [one.model_dump(exclude=OF_THE_FIT) for one in known if one.op == op]
+        facts += [_without_fit(one) for one in known if one.op == op]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def _without_fit(constants: KernelConstants | CollectiveConstants) -> dict[str, Any]:
+    """The numbers that formulas read: the fields are plain, so none is written by pydantic, whose serializers would be
+    built for it."""
+    return {name: value for name, value in constants if name not in OF_THE_FIT}

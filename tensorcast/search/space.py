@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -25,6 +25,7 @@ from tensorcast.profiles.memory import is_latent
 from tensorcast.search.axes import EXCHANGES, Axes
 from tensorcast.search.search_task import SearchTask
 from tensorcast.trace.cache import NoTracer, traced, whole_model
+from tensorcast.trace.moe import BlockForm
 
 
 def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
@@ -44,24 +45,21 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
         lifted=task.engine.lifted_rules,
         kernels=Kernels(task.engine.lacking, task.device.architecture, task.model.config, whole),
     )
-    form = cache(partial(
-        block_form, engine=task.engine, device=task.device, config=task.model.config, whole=whole
-    ))
-    shared_cut, both = cache(partial(replace, shared_expert_tp=True)), {True, False} <= {*task.axes.shared_expert_tp}
+    form = partial(block_form, engine=task.engine, device=task.device, config=task.model.config, whole=whole)
+    both = {True, False} <= {*task.axes.shared_expert_tp}
     for layout in tried:
         if broken := next(broken_rules(layout, facts, task.device), None):
             pruned[broken[0]] += 1
             continue
         every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized, latent=latent)
-        if both and layout.tp > 1:  # a slice's shared experts are whole either way
-            every = [v for v in every if v.decode.shared_expert_tp or any(
-                form(o, layout, kind) != form(shared_cut(o), layout, kind)
-                for o, phase in ((v.prefill, "prefill"), (v.decode, "decode"))
-                for kind in (choose_all2all(o.all2all, layout, task.engine, phase, split=o.split_tokens_over_tp),)
-            )]
-        reads = {options: can(layout=layout, options=options) for options in {v.prefill for v in every}}
+        if both and layout.tp > 1:
+            every = _told_apart(every, task, form)
+        # options by identity: many variants share them
+        reads = {
+            id(one): can(layout=layout, options=one) for one in {id(v.prefill): v.prefill for v in every}.values()
+        }
         problems = [
-            reads[v.prefill] or ("" if v.decode == v.prefill else can(
+            reads[id(v.prefill)] or ("" if v.decode == v.prefill else can(
                 layout=layout, options=v.decode, prefill=v.prefill
             )) for v in every
         ]
@@ -80,6 +78,26 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
             continue
         found += [v for v, problem in zip(every, problems, strict=True) if not problem]
     return found
+
+
+def _told_apart(every: list[Variant], task: SearchTask, form: Callable[..., BlockForm]) -> list[Variant]:
+    """Of one layout's variants those that run otherwise than one whose shared experts are cut: a slice's are whole
+    either way."""
+    other: dict[tuple[str, str, int], bool] = {}  # by all that it hangs on of what is searched
+    for v in every:
+        key = v.prefill.all2all, v.decode.all2all, v.decode.external_shared_experts
+        if key not in other and not v.decode.shared_expert_tp:
+            other[key] = any(
+                form(o, v.layout, kind) != form(replace(o, shared_expert_tp=True), v.layout, kind)
+                for o, phase in ((v.prefill, "prefill"), (v.decode, "decode"))
+                for kind in (choose_all2all(
+                    o.all2all, v.layout, task.engine, phase, split=o.split_tokens_over_tp
+                ),)
+            )
+    return [
+        v for v in every if v.decode.shared_expert_tp
+        or other[v.prefill.all2all, v.decode.all2all, v.decode.external_shared_experts]
+    ]
 
 
 NARROW = "widths of a rank"

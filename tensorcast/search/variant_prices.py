@@ -83,7 +83,7 @@ options."""
 
 PHASES = ("prefill", "decode")
 
-TOGETHER = 100_000
+TOGETHER = 400_000
 """Steps of members at settings and batches that are priced together, about: more take more memory at once."""
 
 
@@ -352,6 +352,8 @@ class VariantPrices:
         found: dict[_Structure, _Group] = {}
         engine, where = self.scenario.engine, self.scenario
         known: dict[str, Any] = {"device": where.device, "config": where.model.config, "whole": self._whole}
+        plainer: dict[str, Any] = {"dispatch": None, "redundant_experts": 0, "placement": "linear"}
+        common: dict[int, Options] = {}
         for positions in members.values():
             number = positions[max(positions, key=lambda setting: setting.pp)]
             most = self.variants[number]
@@ -359,12 +361,13 @@ class VariantPrices:
             phases = list(zip(both, ("prefill", "decode"), strict=True))
             exchange = [choose_all2all(o.all2all, layout, engine, phase) for o, phase in phases]
             blocks = [block_form(o, layout, kind, engine, **known) for o, kind in zip(both, exchange, strict=True)]
-            # what becomes a column of the fleet's arrays may differ
-            plainer: dict[str, Any] = {"dispatch": None, "redundant_experts": 0, "placement": "linear"}
-            common = [replace(o, **plainer, external_shared_experts=min(o.external_shared_experts, 1)) for o in both]
+            for o in both:
+                if id(o) not in common:  # what becomes a column of the fleet's arrays may differ
+                    external = min(o.external_shared_experts, 1)
+                    common[id(o)] = replace(o, **plainer, external_shared_experts=external)
             structure = _Structure(
                 layout.tp, self._captured[number], (exchange[0], exchange[1]), (blocks[0], blocks[1]),
-                (common[0], common[1]),
+                (common[id(both[0])], common[id(both[1])]),
             )  # fmt: skip
             found.setdefault(structure, {})[layout, both[0], both[1]] = positions
         return found

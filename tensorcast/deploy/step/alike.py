@@ -23,7 +23,7 @@ from tensorcast.cost.formulas import (
     mla_absorb,
     traffic,
 )
-from tensorcast.cost.kernels.corrections import BatchedCorrections
+from tensorcast.cost.kernels.corrections import BatchedCorrections, Corrections
 from tensorcast.deploy.step.price import RowPrice, one_level, spending_of
 from tensorcast.deploy.step.row_prices import Pending, RowPricer, Works
 from tensorcast.trace.dims import Dim, Sizes, product
@@ -254,7 +254,9 @@ class Questions:
             facts = pricer.table.facts
             key = *key, pricer.balanced, pricer.gated, *pricer.sources, facts.moe_hidden_size, facts.top_k, \
                 facts.moe_intermediate_size, facts.num_experts, facts.fused_experts
-        rows = self._alike.setdefault(key, _Alike())
+        rows = self._alike.get(key)
+        if rows is None:
+            rows = self._alike[key] = _Alike()
         shape = self._shapes.get((id(at), content.routed))
         if shape is None:
             sizes = [at.sizes.B, at.sizes.S, at.sizes.P, at.verify]
@@ -264,11 +266,16 @@ class Questions:
         rows.asked.append(_Asked(pricer, content, op, at, shape, place))
         return partial(rows.price, len(rows.asked) - 1)
 
+    def batched(self, corrections: Corrections) -> BatchedCorrections:
+        """What stands in for ``corrections`` until all have asked."""
+        if id(corrections) not in self.corrections:
+            self.corrections[id(corrections)] = BatchedCorrections(corrections)
+        return self.corrections[id(corrections)]
+
     def find(self) -> None:
         """Ask each kernel's model once."""
         joined: dict[tuple[int, ...], _Joined] = {}
         for rows in self._alike.values():
-            own = rows.asked[0].pricer.corrections
-            rows.ask(self.corrections.setdefault(id(own), BatchedCorrections(own)), joined)
+            rows.ask(self.batched(rows.asked[0].pricer.corrections), joined)
         for later in self.corrections.values():
             later.find()

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorcast.cost.formulas import Context
-from tensorcast.cost.kernels.corrections import BatchedCorrections
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.alike import Content, Contents, Questions, content_of
 from tensorcast.deploy.step.layer_points import loads_of, mean_over_layers, spread_out
@@ -220,8 +219,7 @@ class AskedRows:
         )
 
     def _collective(self, row: Collective, asked: Named) -> tuple[Pending, Where]:
-        own = self._pricer.corrections
-        corrections = self._asked.corrections.setdefault(id(own), BatchedCorrections(own))
+        corrections = self._asked.batched(self._pricer.corrections)
         if not isinstance(row, Collectives):
             if not row.exchange and np.ndim(self._at.stages):
                 rows, where = self._unstaged

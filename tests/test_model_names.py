@@ -60,7 +60,7 @@ def test_commands_and_tables_understand_a_name_alike(name: str, profile: str, st
         ("nvidia/Kimi-K2.5-NVFP4", None, "b200", False, "nvidia/Kimi-K2.5-NVFP4"),
         ("nvidia/Kimi-K2.5-NVFP4", "fp4", "b200", True, "nvidia/Kimi-K2.5-NVFP4"),
         ("nvidia/Kimi-K2.5-NVFP4", "int4", "b200", False, "kimi-k2.5"),  # says another precision than its name
-        ("moonshotai/Kimi-K2.5", "fp4", "b200", True, "NVIDIA/Kimi-K2.5-nvfp4"),
+        ("moonshotai/Kimi-K2.5", "fp4", "b200", True, "nvidia/Kimi-K2.5-NVFP4"),
         ("moonshotai/Kimi-K2.5", "fp4", "b200", False, "moonshotai/Kimi-K2.5"),  # of one's own: as the column says
         ("moonshotai/Kimi-K2.5", "int4", "b200", True, "moonshotai/Kimi-K2.5"),
         ("moonshotai/Kimi-K2.5", "fp4", "mi355x", True, "moonshotai/Kimi-K2.5"),

@@ -36,6 +36,18 @@ def words_of(result: Any) -> str:
     return " ".join(result.output.split())
 
 
+def test_a_checkpoint_that_keeps_more_than_was_asked_for_is_named() -> None:
+    """hf_quant_config.json of nvidia/MiniMax-M2.5-NVFP4 leaves attention out; nobody publishes Mixtral so."""
+    asked: dict[str, Any] = {"device": "b200", "world_size": 4, "tp": 4, "batch": 8, "context": 1024}
+    for model, quant, named in (
+        ("minimax-m2.5", "nvfp4", True), ("minimax-m2.5", "fp8", False), ("mixtral-8x7b", "nvfp4", False),
+    ):  # fmt: skip
+        notes = tc.simulate(model, quant=quant, **asked).notes
+        assert any("nvidia/MiniMax-M2.5-NVFP4 is stored in nvfp4, attention in bf16" in n for n in notes) is named
+        compared = tc.compare(model, device="b200", world_size=4, quant=quant, tpot_s=0.1, **LOAD).notes
+        assert any("nvidia/MiniMax-M2.5-NVFP4" in n for n in compared) is named
+
+
 # How long a sequence may be
 
 

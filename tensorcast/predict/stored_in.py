@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tensorcast.deploy.model_names import SCHEME_OF, Named
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.modeling.checkpoint.released import released
+from tensorcast.modeling.checkpoint.released import PUBLISHES, Stored, published, released
 from tensorcast.predict.cells import Cells
 from tensorcast.profiles.store import load_device
 
@@ -14,36 +14,35 @@ ask for it."""
 
 PRECISIONS = ("precision", "gemm_precision", "moe_precision")
 
-PUBLISHES = {"NVIDIA": "nvfp4"}
-"""Vendors of devices, and the precision in which they publish others' models (``nvidia/Kimi-K2.5-NVFP4``), as public
-benchmarks run them there."""
-
-
 def stored_in(cells: Cells, named: Named, model: str, device: str, record: bool) -> tuple[str, str | None]:
     """Name of the profile that a row's ``model`` is, or of the known release, and the scheme of its weights as an
     option where that says nothing of it. ``record``: one of a public benchmark's."""
     profile = named.profile.name if named.near else model
     if profile.casefold() != model.casefold():
         cells.assumed.append(f"model {profile}")
-    name = model if named.near else _published(named, device) if record else ""
-    meant = SCHEME_OF.get(named.precision if named.near else name.rpartition("-")[2])
     said = {SCHEME_OF.get(text.lower()) for column in PRECISIONS if (text := cells.text(column, None)) is not None}
-    found = released(name)
-    if found is not None and not named.near and named.quant(meant, meant) is None:
-        found = None  # it ships in as many bits itself, as DeepSeek-V4
-    if found is not None and (said == {meant} or (named.near and not said)):
-        cells.assumed.append(f"stored {found.said}")
-        return name, None
-    return profile, _quant(cells, named, record)
+    if named.near:
+        meant, known = SCHEME_OF.get(named.precision), released(model)
+        name, found = model, known if said <= {meant} else None
+    else:
+        name, found = _published(named, device, said) if record else ("", None)
+    if found is None:
+        return profile, _quant(cells, named, record)
+    cells.assumed.append(f"stored {found.said}")
+    return name, None
 
 
-def _published(named: Named, device: str) -> str:
-    """Name of the release that the vendor of a device makes of a shipped model, whether there is one or not."""
+def _published(named: Named, device: str, said: set[str | None]) -> tuple[str, Stored | None]:
+    """The release that the vendor of a public record's device makes of a shipped model, where the record is of its
+    precision and the model does not ship in as many bits itself, as DeepSeek-V4 does."""
     try:
         vendor = load_device(device.replace("_", "-")).vendor
     except InputError:  # said where the row is served
-        return ""
-    return f"{vendor}/{named.profile.hf_id.rpartition('/')[2]}-{PUBLISHES.get(vendor, '')}"
+        return "", None
+    meant = PUBLISHES.get(vendor)
+    if meant is None or said != {meant} or named.quant(meant, meant) is None:
+        return "", None
+    return published(vendor, named.profile.hf_id) or ("", None)
 
 
 def _quant(cells: Cells, named: Named, record: bool) -> str | None:

@@ -13,7 +13,7 @@ from tensorcast.cost.stages import stated_stages
 from tensorcast.deploy.engine_limits import ANY_ENGINE, Kernels, engine_can_run
 from tensorcast.deploy.layout import Layout, broken_rules
 from tensorcast.deploy.options import idle_note
-from tensorcast.deploy.plan.remarks import not_counted, uncut
+from tensorcast.deploy.plan.remarks import not_counted, stored_otherwise, uncut
 from tensorcast.profiles.drafting import published, said_of
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.candidate_table import NONE, Candidates
@@ -34,7 +34,7 @@ def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
     first = tasks[0]
     whole = whole_model(first.model, "decode", first.base.quant)
     found = [f"left out: {text}" for text in left_out(tasks, kept)]
-    found += not_counted(whole.stored)
+    found += [*not_counted(whole.stored), *stored_otherwise(first.model, first.base.quant, first.device.vendor)]
     if first.engine.remark:
         found.append(first.engine.remark)
     if idle := _idle(first, kept):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from tensorcast.modeling.checkpoint.released import PUBLISHES, published
 from tensorcast.modeling.quantization import Quantization
+from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.table import OpTable, per_table
 
 UNCUT_SAID = 0.2
@@ -38,3 +40,12 @@ def uncut(table: OpTable) -> str:
 def not_counted(quantization: Quantization) -> list[str]:
     """What a checkpoint says of its precision that nothing here counts."""
     return [f"quantization_config: not used: {', '.join(quantization.unread)}"] if quantization.unread else []
+
+
+def stored_otherwise(model: ModelProfile, quant: str | None, vendor: str) -> list[str]:
+    """That the ``vendor`` of the devices publishes a model in the precision that was asked for, but not all of it."""
+    known = published(vendor, model.hf_id) if quant and quant == PUBLISHES.get(vendor) else None
+    if known is None:
+        return []
+    name, stored = known
+    return [f"--quant {quant} stores all matmuls so; {name} is stored {stored.said}: its name as MODEL prices that"]

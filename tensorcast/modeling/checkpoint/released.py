@@ -40,3 +40,13 @@ def released(name: str) -> Stored | None:
     """What is known of a release by its ``name``; None if nothing is."""
     wanted = name.casefold().strip("/")
     return next((one for one in _released().stored if re.fullmatch(one.name, wanted)), None)
+
+
+PUBLISHES = {"NVIDIA": "nvfp4"}
+"""Vendors of devices, and the precision in which they publish others' models (``nvidia/Kimi-K2.5-NVFP4``)."""
+
+
+def published(vendor: str, hf_id: str) -> tuple[str, Stored] | None:
+    """Name of the release that a ``vendor`` of devices makes of a model, and what it stores; None for none known."""
+    name = f"{vendor.lower()}/{hf_id.rpartition('/')[2]}-{PUBLISHES.get(vendor, '').upper()}"
+    return None if vendor not in PUBLISHES or (found := released(name)) is None else (name, found)

@@ -260,6 +260,9 @@ def test_unasked_tokens_are_gathered_where_deepep_has_no_kernels() -> None:
         assert f"--moe-a2a-backend {flag} " in command
 
 
+HALVED = Options(all2all="low_latency", dual_batch_overlap=True)
+
+
 @pytest.mark.parametrize(
     ("release", "model", "layout", "options", "says"),
     [
@@ -275,18 +278,44 @@ def test_unasked_tokens_are_gathered_where_deepep_has_no_kernels() -> None:
         ("0.5.23", "deepseek-v3", "dp8-ep8", Options(all2all="deepep_v2"), ""),
         ("0.5.23", "qwen2.5-72b", "tp8", Options(quant="nvfp4"), "makes nvfp4 on blackwell alone"),
         ("0.5.14", "qwen2.5-72b", "tp8", Options(quant="fp8"), ""),
+        ("0.5.23", "glm-4.5", "dp8-ep8", HALVED, "no stages of this model's layers"),
+        ("0.5.14", "minimax-m2.5", "dp8-ep8", HALVED, "no stages of this model's layers"),
+        ("0.5.23", "qwen3-235b-a22b", "dp8-ep8", HALVED, ""),
+        ("0.5.14", "mimo-v2-flash", "dp8-ep8", HALVED, ""),
+        ("0.5.23", "deepseek-v4-flash", "dp8-ep8", HALVED, ""),
+        ("0.5.14", "deepseek-v4-flash", "dp8-ep8", HALVED, "no stages of this model's layers"),
+        ("0.5.23", "deepseek-v4-flash", "dp8-ep8-pp2", HALVED, "no pipeline stages"),
     ],
 )
 def test_what_sglang_refuses_after_parsing(
     release: str, model: str, layout: str, options: Options, says: str
 ) -> None:
     """Found by running its resolution of arguments (run_resolution_pipeline) on every printed command: 0.5.23,
-    arg_groups/model_hook.py, deepseek_v4_hook.py, speculative_hook.py, moe_hook.py, overrides.py."""
+    arg_groups/model_hook.py, deepseek_v4_hook.py, speculative_hook.py, moe_hook.py, overrides.py; of halved steps
+    batch_overlap/operations_strategy.py of each release (init_new_tbo)."""
     found = launch(f"sglang=={release}", load_model(model), parse_layout(layout), options, batch=16, input_len=1000,
                    output_len=100, device=load_device("h200"))  # fmt: skip
     assert (says in found.problem) if says else not found.problem
     if options.mtp_depth and options.speculative_method == "mtp":
         assert "--speculative-algorithm EAGLE" in found.commands[0]  # NEXTN is refused for DeepSeek-V4
+
+
+def test_deepseek_v4_halves_prompts_alone() -> None:
+    """SGLang 0.5.23, models/deepseek_v4.py (_can_run_tbo): decode steps stay whole; DeepSeek-V3's do not."""
+    def step_s(model: str, phase: str, exchange: str, halved: bool) -> float:
+        sizes: Any = {"batch": 128, "context": 1000} if phase == "decode" else {"batch": 4, "input_len": 4096}
+        return tc.simulate(
+            model, device="h200", world_size=16, tp=1, dp=16, ep=16, engine="sglang", phase=phase, all2all=exchange,
+            dual_batch_overlap=halved, allow_oversize=True, **sizes,
+        ).step_s  # fmt: skip
+
+    for model, phase, exchange, same in (
+        ("deepseek-v4-flash", "decode", "low_latency", True),
+        ("deepseek-v4-flash", "prefill", "high_throughput", False),
+        ("deepseek-v3", "decode", "low_latency", False),
+    ):
+        whole, halved = (step_s(model, phase, exchange, one) for one in (False, True))
+        assert (whole == halved) == same, (model, phase)
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,7 @@ def deploy(
     if other is not None and here and is_one_of(other.architectures, model.config):
         engine = same(engine.model_copy(update={"fusions": other.fusions, "eager_exchanges": other.eager_exchanges}))
     engine = engine if engine.serial_drafts is None else same(engine.drafts_of(model.config))
+    engine = same(engine.halves_of(model.config))
     form = block_form(options, layout, all2all, engine, device=device, config=model.config, whole=whole)
     tables = rank_tables(model, phase, RankForm(
         tp=layout.tp, quant=options.quant, arithmetic=tuple(device.peak_flops), architecture=device.architecture,

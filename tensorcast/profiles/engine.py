@@ -92,9 +92,10 @@ class HalvedSteps(Frozen):
     """From how many tokens of a rank on a step is cut in halves under dual-batch overlap, and in which phases attention
     is two stages of a half's: what comes before the attention itself, and the rest."""
 
-    decode_tokens: int = Field(default=0, ge=0)
-    prefill_tokens: int = Field(default=0, ge=0)
+    decode_tokens: float = Field(default=0.0, ge=0)
+    prefill_tokens: float = Field(default=0.0, ge=0)
     two_stages: tuple[Literal["prefill", "decode"], ...] = ()
+    prompts_alone: tuple[str, ...] = Field(default=(), description="model classes whose decode steps are never halved")
     source: str = Field(min_length=3)
 
 
@@ -357,6 +358,14 @@ class EngineProfile(Frozen):
         if self.cache_rules is None:
             return self
         return self.model_copy(update={"cache_rules": self.cache_rules.without_copies()})
+
+    def halves_of(self, config: dict[str, Any]) -> "EngineProfile":
+        """The profile for the model with this ``config``: whether its decode steps are ever halved."""
+        halved = self.halved_steps
+        if halved is None or not halved.prompts_alone or not is_one_of(halved.prompts_alone, config):
+            return self
+        whole = halved.model_copy(update={"decode_tokens": math.inf, "prompts_alone": ()})
+        return self.model_copy(update={"halved_steps": whole})
 
     def with_stages(self, layers: tuple[int, ...]) -> "EngineProfile":
         """The profile of an engine told how many ``layers`` each stage of a pipeline has."""

@@ -20,9 +20,9 @@ from tensorcast.cost.kernels.triton_tiles import NONE, TILES, TRITON, of_library
 from tensorcast.cost.kernels.vocabulary import SOURCES, source_of
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.plan.plan import expert_sources
+from tensorcast.deploy.plan.kernels import expert_sources
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.experts import ExpertKernels, Library
+from tensorcast.profiles.kernels import ExpertKernels, Library
 from tensorcast.profiles.store import load_device, load_engine, load_model
 
 DEVICES = ("h100-sxm", "h200-sxm", "b200-sxm", "gb200")

@@ -83,14 +83,17 @@ def test_tied_routing_goes_for_the_models_and_engines_that_have_it(tmp_path: Pat
     assert sum(read.dropped.values()) == 2 and all("ties" in reason for reason in read.dropped)
 
 
-def test_kernels_that_the_engine_would_not_choose_go(tmp_path: Path) -> None:
-    """Of two kernels timed for one shape Triton's stays, sglang's default for the models that have such heads."""
-    alone = PROMPT | {"head_dim": 192, "latency": 0.05}
-    sources = [PROMPT | {"kernel_source": "triton"}, PROMPT | {"kernel_source": "trtllm_mha", "latency": 0.025}]
-    write(tmp_path, "sglang", "context_attention", [*sources, alone | {"kernel_source": "trtllm_mha"}])
-    kernel, = read_system(tmp_path, "toy_gpu").kernels.values()
-    assert sorted(kernel.seconds.tolist()) == [0.00005, 0.0001]
-    assert kernel.columns["head_dim"][kernel.seconds.argmin()] == 192
+def test_a_library_timed_at_anothers_shape_is_a_kernel_of_its_own(tmp_path: Path) -> None:
+    """The plain kernel has the library with most rows, and the other's for heads that it was not timed with."""
+    usual = [PROMPT | {"kernel_source": "trtllm_mha", "batch_size": n, "latency": 0.025 * n} for n in (1, 2, 3, 4)]
+    others = [
+        PROMPT | {"kernel_source": "triton"}, PROMPT | {"kernel_source": "triton", "batch_size": 9, "latency": 0.9},
+        PROMPT | {"kernel_source": "triton", "head_dim": 192, "latency": 0.05},
+    ]  # fmt: skip
+    write(tmp_path, "sglang", "context_attention", [*usual, *others])
+    kernels = {key[3]: kernel for key, kernel in read_system(tmp_path, "toy_gpu").kernels.items()}
+    assert sorted(kernels[""].seconds.tolist()) == pytest.approx([25e-6, 50e-6, 50e-6, 75e-6, 100e-6])
+    assert sorted(kernels["triton"].seconds.tolist()) == pytest.approx([50e-6, 100e-6, 900e-6]) and len(kernels) == 2
 
 
 def test_missing_tables_and_missing_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import importlib.util
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,18 +104,40 @@ def _absorbed(rows: MeasuredKernel, raw: pd.DataFrame) -> np.ndarray:
     return raw["kernel_source"].to_numpy(str) == "flash_attention"
 
 
-def _not_the_default(rows: MeasuredKernel, raw: pd.DataFrame) -> np.ndarray:
-    """Of heads of 256 on Blackwell the tables hold Triton's kernel and TensorRT-LLM's, up to 9 times as fast on prompts
-    and 67 times on long contexts. The models that have them are Qwen3-Next and Qwen3.5, for which SGLang's default on
-    SM100 is Triton (srt/server_args.py: in 0.5.9 always, in 0.5.14 while the radix cache is on without drafting).
-    """
-    if not rows.key[0].startswith("attention") or rows.key[2] != "sglang" or "kernel_source" not in raw:
-        return _every(rows, False)
+def _libraries(rows: MeasuredKernel, raw: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Which rows are whose, of attention that several libraries were timed at; the one with most rows first."""
+    if not rows.key[0].startswith("attention") or "kernel_source" not in raw:
+        return {}
     source = raw["kernel_source"].to_numpy(str)
+    names, counts = np.unique(source, return_counts=True)
+    return {str(name): source == name for name in names[np.argsort(-counts, kind="stable")]}
+
+
+def _twice(rows: MeasuredKernel, usual: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Those of ``own`` rows of heads and windows at which the ``usual`` library was timed, too, at some shape."""
     shapes = pd.DataFrame(rows.columns)
-    default = shapes[source == "triton"].drop_duplicates()
-    timed = shapes.merge(default.assign(timed=True), how="left", on=list(shapes))["timed"].notna().to_numpy()
-    return (source == "trtllm_mha") & timed
+    both = shapes[own].drop_duplicates().merge(shapes[usual].drop_duplicates(), on=list(shapes))
+    heads = ["head_dim", "window"]
+    known = both[heads].drop_duplicates().assign(both=True)
+    return own & shapes.merge(known, how="left", on=heads)["both"].notna().to_numpy()
+
+
+def _not_the_default(rows: MeasuredKernel, raw: pd.DataFrame) -> np.ndarray:
+    """Where two libraries were timed at one shape the plain kernel has the one with most rows, SGLang's default for
+    most models: on SM100 TensorRT-LLM's. The others are kernels of their own: Triton's for heads of 256 (Qwen3-Next,
+    Qwen3.5), up to 9 times as long on prompts and 67 on long contexts, and FlashInfer's for heads of 128 (Nemotron-H).
+    """
+    usual, *others = _libraries(rows, raw).values() or [_every(rows, False)]
+    return np.any([_every(rows, False), *(_twice(rows, usual, own) for own in others)], axis=0)
+
+
+def _own_kernels(rows: MeasuredKernel, raw: pd.DataFrame) -> Iterator[tuple[MeasuredKernel, pd.DataFrame]]:
+    """The kernels of libraries that were timed at another's shapes, each with all of its rows."""
+    found = _libraries(rows, raw)
+    usual = next(iter(found.values()), None)
+    for name, own in found.items():
+        if usual is not None and own is not usual and _twice(rows, usual, own).any():
+            yield replace(rows.take(own), key=(*rows.key[:3], name)), raw[own]
 
 
 APART = 1.5
@@ -141,7 +163,7 @@ RULES = (
     Rule("vllm fp8_block timed without graph capture (host-bound floor of 60-400 us)", _ungraphed),
     Rule("one row: a constant beside the kernel, which two rows do not take", _first_token_apart),
     Rule("launched one by one: a captured step runs the graph's kernels", _eager),
-    Rule("trtllm_mha for shapes that sglang's default for their models, Triton, was timed for", _not_the_default),
+    Rule("not the engine's usual library where two were timed at one shape: a kernel of its own", _not_the_default),
     Rule("absorbed latents on prompts, which engines expand (sglang, Hopper)", _absorbed),
     Rule("grouped top-k ties send most choices to rank 0 (sglang, vllm; DeepSeek-V3, EP > 1)", _tied_routing),
     Rule("low-latency exchange with under 32 experts (few warps drive the link: a tenth of its speed)", _few_warps),
@@ -272,7 +294,9 @@ def _kernels_in(
     kind, versions = "any" if table in ANY_ENGINE else engine, tuple(f"{engine} {one}" for one in ran)
     for calls in calls_of(raw):
         key = (calls.family, calls.dtype, kind, calls.variant)
-        yield MeasuredKernel(key, calls.columns, seconds[calls.rows], versions), raw.iloc[calls.rows]
+        rows, part = MeasuredKernel(key, calls.columns, seconds[calls.rows], versions), raw.iloc[calls.rows]
+        yield rows, part
+        yield from _own_kernels(rows, part)
 
 
 def read_system(

@@ -29,8 +29,9 @@ from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_parts, check
 from tensorcast.deploy.options import Options, Place, check_options, idle_options
 from tensorcast.deploy.plan.context import context_cut, prompt_cut
+from tensorcast.deploy.plan.kernels import expert_sources
 from tensorcast.deploy.plan.memory_share import memory_share
-from tensorcast.deploy.plan.plan import block_form, choose_all2all, expert_sources, make_plan
+from tensorcast.deploy.plan.plan import block_form, choose_all2all, make_plan
 from tensorcast.deploy.plan.switches import SWITCHES, UNSWITCHED, served_with, switched
 from tensorcast.deploy.step.make import make_step
 from tensorcast.deploy.step.sizes import KV_BYTES
@@ -383,7 +384,6 @@ def deploy(
     dp = attention_dp(layout, whole.facts.num_experts)
     served = served_with(options, all2all)
     graphs = 0 if phase == "encode" else engine.prefill_graph_tokens(device, dp, layout.pp, model.config, served)
-    sources = expert_sources(engine, device, model.config, layout)
     drafter = None
     if phase == "decode" and options.speculative_method != "mtp":
         from tensorcast.deploy.step.drafter import make_drafter
@@ -392,7 +392,7 @@ def deploy(
         drafter = make_drafter(options.speculative_method, model, network, layout, device)
     step = make_step(
         tables.runs, plan, layout, device, engine, kv_bytes=KV_BYTES[quantization.kv], options=options,
-        prefill_graph_tokens=graphs, sources=sources, drafter=drafter,
+        prefill_graph_tokens=graphs, sources=expert_sources(engine, device, model.config, layout), drafter=drafter,
     )
     return Deployment(
         model=model, device=device, engine=engine, layout=layout, phase=phase, options=options,

@@ -13,8 +13,8 @@ from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import BALANCED, Options
 from tensorcast.profiles.config_values import is_one_of, text_of
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.profiles.experts import Lacking
 from tensorcast.profiles.facts import ModelFacts
+from tensorcast.profiles.kernels import Lacking
 from tensorcast.profiles.memory import is_latent
 from tensorcast.trace.cache import WholeModel
 from tensorcast.trace.cuts import HALVED_DOWN_TO, Cut

@@ -13,6 +13,7 @@ from tensorcast.cost.routing import SAID
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, idle_note
+from tensorcast.deploy.plan.remarks import whose_attention
 from tensorcast.deploy.step.breakdown import GROUPS, Spent, breakdown, group_of
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.step.sizes import GRID
@@ -121,6 +122,7 @@ def explain(
     notes = (idle_note(idle),) if idle else ()
     if a.deployment.raw.facts.num_experts:
         notes = (*notes, SAID[options.routing])
+    notes = (*notes, *whose_attention(made[0].engine, device, model))
     return Explanation(
         a=a, b=b, phase=phase, new=new, past=past, groups=compared_groups(a, b),
         elasticities=elasticities(a, b, new, past), notes=notes,

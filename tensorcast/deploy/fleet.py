@@ -24,7 +24,8 @@ from tensorcast.cost.work import Size
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, check_options
-from tensorcast.deploy.plan.plan import Collective, Exchange, Row, exchange_of, expert_sources
+from tensorcast.deploy.plan.kernels import expert_sources
+from tensorcast.deploy.plan.plan import Collective, Exchange, Row, exchange_of
 from tensorcast.deploy.step.asked_rows import Collectives, Memo
 from tensorcast.deploy.step.make import experts_of
 from tensorcast.profiles.kept import same

@@ -21,6 +21,7 @@ class DeploymentOptions(TypedDict, total=False):
     redundant_experts: int
     experts_backend: str | Mapping[str, str]
     experts_kernels: str
+    attention_kernels: str
     shared_expert_tp: bool
     shared_experts_fusion: bool
     external_shared_experts: int

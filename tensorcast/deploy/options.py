@@ -11,8 +11,9 @@ from tensorcast.deploy.exchange_kernels import inside_experts
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.quantization import KV_DTYPES
-from tensorcast.profiles.experts import WORDS as EXPERTS_KERNELS
 from tensorcast.profiles.facts import ModelFacts
+from tensorcast.profiles.kernels import ATTENTION_WORDS
+from tensorcast.profiles.kernels import WORDS as EXPERTS_KERNELS
 from tensorcast.profiles.memory import STATE_DTYPES
 from tensorcast.profiles.model import ModelProfile
 
@@ -63,8 +64,12 @@ class About:
     idle: Callable[[Place], str] = lambda at: ""
 
 
-GRAPHS, JOINED = ("engine", "full", "piecewise", "none"), ("engine", "on", "off")
-"""What ``cuda_graphs`` and ``allreduce_fusion`` may be."""
+SWITCHED = {
+    "fusion": ("engine", "none"), "cuda_graphs": ("engine", "full", "piecewise", "none"),
+    "allreduce_fusion": ("engine", "on", "off"), "experts_kernels": ("engine", *EXPERTS_KERNELS),
+    "attention_kernels": ("engine", *ATTENTION_WORDS),
+}
+"""What options may be that take one of a few words."""
 
 
 def _about(default: Any, help: str, **more: Any) -> Any:
@@ -147,6 +152,10 @@ class Options:
         "engine", "Whose kernels run the experts: as the engine chooses, or what its own option asks for (vLLM's "
         "--moe-backend, SGLang's --moe-runner-backend, TensorRT-LLM's moe_config.backend).",
         metavar="engine|triton|cutlass|deepgemm|trtllm|marlin", of_experts=True,
+    )
+    attention_kernels: str = _about(
+        "engine", "Whose kernels run attention, where it is not over latents: as the engine chooses, or what its own "
+        "option asks for (--attention-backend).", metavar="engine|triton|trtllm|flashinfer|flash_attention",
     )
     shared_expert_tp: bool = _about(
         True, "Cut shared experts over tp, or keep them whole on every GPU.", idle=_nothing_shared
@@ -275,17 +284,10 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
     uneven = broken_stages(o.pp_partition, layout.pp, facts.layers) if o.pp_partition else ""
     physical, ranks = facts.num_experts + o.redundant_experts, layout.ep - n
     rules = (
-        ("valid numbers", o.fusion in ("engine", "none"), f"--fusion {o.fusion!r}: must be engine or none"),
-        (
-            "valid numbers", o.cuda_graphs in GRAPHS, f"--cuda-graphs {o.cuda_graphs!r}: must be {' or '.join(GRAPHS)}",
-        ),
-        (
-            "valid numbers", o.allreduce_fusion in JOINED,
-            f"--allreduce-fusion {o.allreduce_fusion!r}: must be {' or '.join(JOINED)}",
-        ),
-        (
-            "valid numbers", o.experts_kernels in ("engine", *EXPERTS_KERNELS),
-            f"--experts-kernels {o.experts_kernels!r}: must be engine or {' or '.join(EXPERTS_KERNELS)}",
+        *(
+            ("valid numbers", getattr(o, name) in words,
+             f"{flag(name)} {getattr(o, name)!r}: must be {' or '.join(words)}")
+            for name, words in SWITCHED.items()
         ),
         (
             "valid numbers", o.memory_fraction is None or 0 < o.memory_fraction <= 1,

@@ -10,6 +10,7 @@ from tensorcast.deploy.engine_limits import Case
 from tensorcast.deploy.plan.switches import balances, names_file
 from tensorcast.errors import InputError
 from tensorcast.profiles.launch import LaunchTable
+from tensorcast.profiles.memory import is_latent
 from tensorcast.profiles.model import ModelProfile
 
 HEAD, HERE, DRAFT = "HEAD_NODE_IP", "THIS_NODE_IP", "DRAFT_MODEL"
@@ -132,6 +133,17 @@ class Settings:
                 inner = inner.setdefault(parent, {})
             inner[last] = value
         return content
+
+
+def add_attention(plan: Plan, found: Settings) -> None:
+    """Whose attention kernels run, if they are asked for: those over latents may have a name of their own."""
+    asked = plan.case.options.attention_kernels
+    if asked == "engine":
+        return
+    if (entry := found.table.flags.get("attention_kernels")) is None:
+        raise InputError(f"--attention-kernels {asked}: {found.table.name} is not asked for kernels of attention")
+    own = f"latent_{asked}"
+    found.add("attention_kernels", own if is_latent(plan.model.config) and own in entry.values else asked)
 
 
 def _typed(setting: Setting) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tensorcast.deploy.layout import attention_dp
 from tensorcast.deploy.options import Options
 from tensorcast.launch.encoder import add_encoding
-from tensorcast.launch.settings import HEAD, Plan, Settings
+from tensorcast.launch.settings import HEAD, Plan, Settings, add_attention
 
 SERVER_PORT, MASTER_PORT = 30000, 20000
 DEFAULT_DISPATCH_TOKENS = 128
@@ -30,6 +30,7 @@ def settings(plan: Plan, node: int) -> Settings:
         found.add("node_rank", node)
         found.add("master_address", f"{HEAD}:{MASTER_PORT}")
     _experts(plan, found)
+    add_attention(plan, found)
     if plan.quant:
         found.add("quantization", plan.quant)
     found.add("kv_dtype", plan.kv_dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tensorcast.cost.stages import stated_stages
-from tensorcast.launch.settings import Plan, Settings
+from tensorcast.launch.settings import Plan, Settings, add_attention
 
 SERVER_PORT = 8000
 LAUNCHER = ("srun", "trtllm-llmapi-launch")
@@ -33,6 +33,7 @@ def settings(plan: Plan, node: int) -> Settings:
     found.add("attention_dp", layout.dp > 1)
     if plan.case.facts.num_experts:
         _experts(plan, found)
+    add_attention(plan, found)
     found.add("max_batch", plan.batch)
     found.add("chunk_tokens", plan.step_tokens)
     found.add("context_length", plan.context)

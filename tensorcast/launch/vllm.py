@@ -7,7 +7,7 @@ from typing import Any
 
 from tensorcast.deploy.options import Options
 from tensorcast.launch.encoder import add_encoding
-from tensorcast.launch.settings import HEAD, HERE, Plan, Settings
+from tensorcast.launch.settings import HEAD, HERE, Plan, Settings, add_attention
 
 SERVER_PORT, RPC_PORT, MASTER_PORT = 8000, 13345, 29501
 DEFAULT_GRAPH_TOKENS = 512
@@ -26,6 +26,7 @@ def settings(plan: Plan, node: int) -> Settings:
         found.add("remote_code")
     _ranks(plan, node, found)
     _experts(plan, found)
+    add_attention(plan, found)
     if plan.quant:
         found.add("quantization", plan.quant)
     found.add("kv_dtype", plan.kv_dtype)

@@ -33,7 +33,7 @@ SIZES = ("gpus", "dp_attn", *POOLS)
 """Columns of the table by which launches of one mode are told apart; those of pools are empty where one server does
 both, the others where two do."""
 
-WORDS = ("all2all", "cuda_graphs", "allreduce_fusion", "experts_kernels", "draft_overlap")
+WORDS = ("all2all", "cuda_graphs", "allreduce_fusion", "experts_kernels", "attention_kernels", "draft_overlap")
 """Columns of options that are words of ours."""
 
 WAITS: dict[str, Callable[[str], Any]] = {
@@ -79,6 +79,7 @@ class Launched:
     cuda_graphs: str | None
     allreduce_fusion: str | None
     experts_kernels: str | None
+    attention_kernels: str | None
     draft_overlap: str | None
     balance_steps: int | None
     batching_steps: int | None
@@ -163,6 +164,7 @@ def launched(of: Recorded, sizes: tuple[str, ...], ep: int) -> Launched | None:
         cuda_graphs=_most(alike, "cuda_graphs", str),
         allreduce_fusion=_most(alike, "allreduce_fusion", str),
         experts_kernels=_most(alike, "experts_kernels", str),
+        attention_kernels=_most(alike, "attention_kernels", str),
         draft_overlap=_most(drafting, "draft_overlap", str) if drafting else None,
         **{name: _most(alike, name, read) for name, read in WAITS.items()},
         mtp_depths=tuple(depths),

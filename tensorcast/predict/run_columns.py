@@ -98,6 +98,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "custom_all_reduce": ("all-reduces by the engine's own kernels (on) or NCCL (off)", "on", ()),
     "allreduce_fusion": ("all-reduces joined with norms: engine, on, off", "engine", ("fuse_allreduce_rms",)),
     "experts_kernels": ("whose run experts: engine, triton, cutlass, deepgemm, trtllm, marlin", "engine", ()),
+    "attention_kernels": ("whose run attention: engine, triton, trtllm, flashinfer, flash_attention", "engine", ()),
     "pp_partition": ("layers of each pipeline stage, as 16,15; default as the engine splits", None, ()),
     **ARRIVAL_COLUMNS,
     **IMAGE_COLUMNS,
@@ -286,6 +287,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         cuda_graphs={"off": "none"}.get(graphs := cells.text("cuda_graphs").lower(), graphs),
         compiled=cells.switch("compiled"), custom_all_reduce=cells.switch("custom_all_reduce"),
         allreduce_fusion=cells.text("allreduce_fusion").lower(), experts_kernels=cells.text("experts_kernels").lower(),
+        attention_kernels=cells.text("attention_kernels").lower(),
     ), named.profile)
     return Run(
         model=profile, device=device, engine=engine, release=release, mode=mode, frontend=before,

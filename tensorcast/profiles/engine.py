@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tensorcast.profiles.config_values import is_one_of
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.experts import ExpertKernels, Lacking
+from tensorcast.profiles.kernels import AttentionKernels, ExpertKernels, Lacking
 from tensorcast.profiles.memory import (
     MIB,
     CacheDtype,
@@ -261,6 +261,7 @@ class EngineProfile(Frozen):
         default={}, description="how expert matmuls run per phase (grouped_mm if not said), unless the exchange decides"
     )
     experts: ExpertKernels | None = Field(default=None, description="whose experts' kernels it runs, with which tiles")
+    attention: AttentionKernels | None = Field(default=None, description="whose attention kernels it runs")
     pads_hidden: bool = Field(default=True, description="experts' hidden size is padded as their kernels want (MXFP4)")
     masked_gemm: Literal["skips", "pads"] = Field(
         default="skips", description="whether a masked grouped GEMM leaves out tiles without rows or computes capacity"

@@ -40,6 +40,7 @@ OPTIONS = {
     "cuda_graphs": "cuda_graphs",
     "allreduce_fusion": "joins_norms",
     "experts_kernels": "experts_kernels",
+    "attention_kernels": "attention_kernels",
     "balance_steps": "adp_timeout_iters",
     "batching_steps": "adp_batching_wait_iters",
     "batch_wait_steps": "batch_wait_timeout_iters",
@@ -64,7 +65,7 @@ ROLE = {"chunk_tokens": "prefill", "receive_interval": "prefill"}
 
 READ = (
     "adp_enable_balance", "compilation_config", "disable_cuda_graph", "enforce_eager", "allreduce_fusion",
-    "moe_backend", "env_switches",
+    "moe_backend", "env_switches", "attention_backend",
 )
 """Columns that say part of an option; a table may lack them."""
 
@@ -94,7 +95,7 @@ def launches(table: pd.DataFrame) -> pd.DataFrame:
         gpus=table["tp"].mask(in_pools),
         dp_attn=table["dp_attn"].mask(in_pools),
         all2all_backend=_exchange(table), cuda_graphs=_graphs(table), joins_norms=_joins(table),
-        experts_kernels=_experts_kernels(table),
+        experts_kernels=_experts_kernels(table), attention_kernels=_attention_kernels(table),
     )
     balanced = known["adp_enable_balance"].astype(str).eq("True") & (known["dp_attn"] == 1)
     known = known.assign(**{name: known[name].fillna(own).where(balanced) for name, own in BALANCE.items()})
@@ -181,6 +182,19 @@ def _experts_kernels(table: pd.DataFrame) -> pd.Series:
         refused &= given.str.contains(pattern, case=False)
     asked = vllm & (table["precision"] == "fp4") & given.str.contains(ASKED["marlin"], case=False)
     return said.mask(refused, "triton").mask(asked, "marlin")
+
+
+ATTENTION_KERNELS = {
+    "triton": "triton", "triton_attn": "triton", "trtllm_mha": "trtllm", "flashinfer": "flashinfer",
+    "fa3": "flash_attention", "fa4": "flash_attention", "flash_attn": "flash_attention",
+}
+"""Engines' words for whose kernels run attention (``--attention-backend``), lower case, and ours, latents' left out;
+vLLM's ``flashinfer`` is what it takes for TensorRT-LLM's on Blackwell."""
+
+
+def _attention_kernels(table: pd.DataFrame) -> pd.Series:
+    """Whose attention kernels a script asks for; empty where it leaves that to the engine."""
+    return table["attention_backend"].astype(str).str.lower().map(ATTENTION_KERNELS).fillna("")
 
 
 def _step_tokens(table: pd.DataFrame) -> pd.Series:

@@ -23,7 +23,10 @@ from tensorcast.cost.kernels.vocabulary import UNRELATED
 from tensorcast.cost.work import Array, Size
 from tensorcast.profiles.device import DeviceProfile
 
-VARIANTS = ("absorb", "contiguous", "masked", "custom", "nccl")
+LIBRARIES = ("triton", "flashinfer")
+"""Whose attention kernels tables tell from an engine's usual ones."""
+
+VARIANTS = ("absorb", "contiguous", "masked", "custom", "nccl", *LIBRARIES)
 """Kernels of a family that models tell apart; others are the family's plain one."""
 
 AT_LEAST_ONE = ("m", "tokens", "batch", "rows", "hit")
@@ -87,7 +90,7 @@ class Corrections:
     ) -> tuple[Name, tuple[str, str] | None, dict[str, Array]]:
         """The kernel's full name; engine and variant whose residual applies, if one does; the sizes as models know
         them (of a cache's bytes 1, FP8 with scales beside it, or 2)."""
-        name = family, dtype, variant if variant in VARIANTS or ":" in variant else ""
+        name = family, dtype, variant if self._told(family, dtype, variant) else ""
         if name not in self._residuals:
             self._residuals[name] = self._residual(*name)
         belongs = self._residuals[name] if sizes else None
@@ -97,6 +100,14 @@ class Corrections:
         if "kv_bytes" in columns:
             columns["kv_bytes"] = np.where((columns["kv_bytes"] < 1.5) & (family != "mla_prefill"), 1.0, 2.0)
         return name, belongs, columns
+
+    def _told(self, family: str, dtype: str, variant: str) -> bool:
+        """Whether models tell the variant from the family's plain kernel: of attention's libraries, that of some."""
+        model = self.predictor.model
+        if variant in LIBRARIES and model is not None:
+            known = model.find(family, dtype, self.predictor.engine, variant)
+            return known is not None and known.variant == variant
+        return variant in VARIANTS or ":" in variant
 
     def variant(self, family: str, dtype: str, variant: str) -> str:
         """The variant of the kernel whose residual applies; the plain one where none does."""

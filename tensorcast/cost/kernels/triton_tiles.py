@@ -15,7 +15,7 @@ from tensorcast.cost.kernels.vocabulary import SOURCES, Columns
 from tensorcast.cost.work import Array
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.experts import TritonTiles
+from tensorcast.profiles.kernels import TritonTiles
 from tensorcast.profiles.store import load_engine, profile_roots
 
 TRITON = float(SOURCES.index("triton") + 1)

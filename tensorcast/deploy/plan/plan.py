@@ -9,17 +9,16 @@ gathered. Pipeline stages hand on hidden state and residual.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 from tensorcast.cost.collectives import group_extent
-from tensorcast.cost.kernels.vocabulary import PRECISION, source_of
 from tensorcast.cost.work import Size
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import ALL2ALL, Layout, attention_dp
 from tensorcast.deploy.options import EXCHANGES, Options
+from tensorcast.deploy.plan.kernels import OwnAttention, attended_by
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.backends import BACKENDS, choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
@@ -70,31 +69,6 @@ class Plan:
     combine: Scheme
     backend: str
     form: BlockForm
-
-
-MOST_SOURCES = 4096
-"""Models, engines and devices of which it is kept whose kernels run."""
-
-_sources: dict[tuple[Hashable, ...], tuple[object, object, dict[str, float]]] = {}
-
-
-def expert_sources(
-    engine: EngineProfile, device: DeviceProfile, config: dict[str, Any], layout: Layout
-) -> dict[str, float]:
-    """Whose experts' kernels the engine runs for a model, by dtype, as kernel models count libraries; 0 where it says
-    nothing."""
-    if (rules := engine.experts) is None:
-        return {}
-    key = id(rules), id(config), device.architecture, layout.ep > 1, layout.dp > 1
-    if key not in _sources:
-        whose = partial(
-            rules.library, device.architecture, config=config, spread=layout.ep > 1, attention_dp=layout.dp > 1
-        )
-        while len(_sources) >= MOST_SOURCES:
-            del _sources[next(iter(_sources))]
-        named = {dtype: source_of(whose(dtype=dtype)) for dtype in PRECISION}
-        _sources[key] = rules, config, named  # they stay alive, so that their ids stay their own
-    return _sources[key][-1]
 
 
 def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any, *, split: bool = False) -> str:
@@ -244,6 +218,9 @@ def make_plan(
     alone = attention_dp(layout, table.facts.num_experts) == 1
     if asked and (limits is None or (is_one_of(limits.models, config) and (alone or not limits.one_replica))):
         _join_norms(rows, device, engine, kept_beside(table, JoinedNorms))
+    if engine.attention is not None and (kernels := engine.attention.unusual(device.architecture, config)):
+        own = kept_beside(table, OwnAttention)
+        rows = [attended_by(row, kernels, own) if isinstance(row, Op) else row for row in rows]
     backend = choose_experts_backend(options.experts_backend, exchange.all2all, engine, device, table.phase)
     return Plan(
         rows=tuple(rows), all2all=exchange.all2all, dispatch=exchange.dispatch, combine=exchange.combine,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from tensorcast.modeling.checkpoint.released import PUBLISHES, published
 from tensorcast.modeling.quantization import Quantization
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.memory import is_latent
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.trace.table import OpTable, per_table
 
@@ -35,6 +38,15 @@ def uncut(table: OpTable) -> str:
         f"{100 * share:.0f} % of the linear weights ({', '.join(largest)}, ...) are whole on every tensor-parallel "
         "GPU, though engines may cut them: such layouts look slower than they are"
     )
+
+
+def whose_attention(engine: EngineProfile, device: DeviceProfile, model: ModelProfile) -> list[str]:
+    """Whose kernels run a model's attention, where that is told."""
+    if engine.attention is None or is_latent(model.config):
+        return []
+    library = engine.attention.library(device.architecture, model.config)
+    why = "as asked" if engine.attention.asked else f"as {engine.name} {engine.version} chooses for it here"
+    return [f"attention by {library.replace('_', ' ')} kernels, {why}"] if library else []
 
 
 def not_counted(quantization: Quantization) -> list[str]:

@@ -1,4 +1,4 @@
-"""Switches of an engine's command that change what its steps take: memory, graphs, all-reduces, experts' kernels."""
+"""Switches of an engine's command that change what its steps take: memory, graphs, all-reduces, whose kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from tensorcast.profiles.memory import Served
 from tensorcast.profiles.sourced import Figure
 
 SWITCHES = attrgetter(
-    "memory_fraction", "cuda_graphs", "compiled", "custom_all_reduce", "allreduce_fusion", "experts_kernels"
+    "memory_fraction", "cuda_graphs", "compiled", "custom_all_reduce", "allreduce_fusion", "experts_kernels",
+    "attention_kernels",
 )
 """What is switched."""
 
@@ -51,6 +52,8 @@ def switched(engine: EngineProfile, options: Options) -> EngineProfile:
         changes |= {"memory_fraction": asked, "reserve": None}
     if options.experts_kernels != "engine" and engine.experts is not None:
         changes["experts"] = engine.experts.model_copy(update={"asked": options.experts_kernels})
+    if options.attention_kernels != "engine" and engine.attention is not None:
+        changes["attention"] = engine.attention.model_copy(update={"asked": options.attention_kernels})
     if not options.compiled and engine.compiles:
         fusions = tuple(name for name in fusions if name in OWN_FUSIONS and name != JOINS)
     if options.allreduce_fusion != "engine":

@@ -25,7 +25,7 @@ from tensorcast.cost.kernels.corrections import (
     SeveralCorrections,
     SeveralPending,
 )
-from tensorcast.cost.roofline import Devices
+from tensorcast.cost.roofline import BORROWED_ERROR, Devices
 from tensorcast.cost.row_seconds import RowSeconds, row_seconds
 from tensorcast.cost.work import Size, Work, memory
 from tensorcast.deploy.plan.plan import Collective
@@ -57,7 +57,11 @@ class Measured:
     by: float
     error: float
     level: int = LEVELS.index("calibrated")
-    silent: None = None
+
+    @property
+    def silent(self) -> Any:
+        """For which of several calls no model speaks."""
+        return None if self.known is None else self.known.silent
 
     @property
     def engine(self) -> Any:
@@ -135,8 +139,14 @@ class RowPricer:
                     return []
                 # the norm that their rows' sum is fused into is left: it reads the sum
                 at = replace(at, sizes=replace(at.sizes, R=at.sizes.tokens))
-            variant = "absorb" if op.name == "mla_absorb" else ""
-            found: Works = [(work, asked.at(work.family, work.dtype, variant, work.sizes)) for work in work_of(op, at)]
+            kernels = op.attrs.get("kernels", "")
+            variant = "absorb" if op.name == "mla_absorb" else kernels
+            found: Works = []
+            for work in work_of(op, at):
+                known = asked.at(work.family, work.dtype, variant, work.sizes)
+                # the engine's usual ones stand in for a library that no table timed
+                lent = bool(kernels) and known is not None and known.variant != kernels
+                found.append((work, Measured(known, self.engine.name, 1.0, BORROWED_ERROR) if lent else known))
             if "measured" in op.attrs:  # attention of a vision tower
                 found = [(work, Measured(known, self.engine.name, *op.attrs["measured"])) for work, known in found]
             return found

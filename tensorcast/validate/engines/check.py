@@ -12,7 +12,7 @@ from tensorcast.deploy.engine_limits import DEEPEP_RANKS, VOCABULARY_UNIT
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.files import write_atomically
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.profiles.experts import TritonTiles
+from tensorcast.profiles.kernels import TritonTiles
 from tensorcast.profiles.launch import LaunchTable, load_launch_table
 from tensorcast.profiles.store import load_engine
 from tensorcast.validate.engines import sglang_arguments, sglang_facts, vllm_arguments, vllm_facts

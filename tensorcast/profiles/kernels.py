@@ -1,14 +1,18 @@
-"""What an engine profile says of experts' grouped GEMMs: whose kernels run for a model, and with which tiles."""
+"""What an engine profile says of kernels: whose run a model's experts, with which tiles, and whose its attention."""
 
 from typing import Any, Literal
 
 from pydantic import Field
 
+from tensorcast.profiles.config_values import is_one_of
 from tensorcast.profiles.model import text_of
 from tensorcast.profiles.sourced import Frozen
 
 WORDS = ("triton", "cutlass", "deepgemm", "trtllm", "marlin")
 """Libraries of experts' kernels that an engine can be asked for; ``trtllm``: those that TensorRT-LLM generated."""
+
+ATTENTION_WORDS = ("triton", "trtllm", "flashinfer", "flash_attention")
+"""Libraries of attention kernels that an engine can be asked for."""
 
 ACTIVATIONS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
 """Fields of a model's config that name the activation between an expert's matmuls."""
@@ -84,6 +88,35 @@ class ExpertKernels(Frozen):
                  if rule.holds(device.lower(), dtype, names, activation, spread=spread, attention_dp=attention_dp))
         chosen, wanted = next(found, ""), self.names.get(self.asked, ())
         return chosen if chosen in wanted or not wanted else wanted[0]
+
+
+class AttentionRule(Frozen):
+    """Whose attention kernels run models of these classes on devices of these architectures."""
+
+    kernels: str = Field(min_length=3, description="one of `ATTENTION_WORDS`")
+    devices: tuple[str, ...] = Field(min_length=1, description="device architectures, lower case")
+    architectures: tuple[str, ...] = Field(min_length=1, description="model classes")
+
+
+class AttentionKernels(Frozen):
+    """An engine's choice of attention kernels, as its source code makes it; of latents' none is told."""
+
+    source: str = Field(min_length=3)
+    usual: dict[str, str] = Field(description="device architecture -> what runs where no rule says otherwise")
+    libraries: tuple[AttentionRule, ...] = Field(default=(), description="the first that holds")
+    asked: str = Field(default="", description="what runs, whatever the engine would choose")
+
+    def library(self, device: str, config: dict[str, Any]) -> str:
+        """Whose kernels run a model's attention on a device of this architecture; empty where nothing is said."""
+        architecture = device.lower()
+        found = (rule.kernels for rule in self.libraries
+                 if architecture in rule.devices and is_one_of(rule.architectures, config))
+        return self.asked or next(found, self.usual.get(architecture, ""))
+
+    def unusual(self, device: str, config: dict[str, Any]) -> str:
+        """The same where it is not the usual one, which the tables' plain kernels are; else empty."""
+        library = self.library(device, config)
+        return "" if library == self.usual.get(device.lower(), "") else library
 
 
 class Lacking(Frozen):

@@ -1,0 +1,51 @@
+"""Whose kernels an engine runs a model's experts and attention with, as kernel models tell them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import partial
+from typing import Any
+
+from tensorcast.cost.kernels.vocabulary import PRECISION, source_of
+from tensorcast.deploy.layout import Layout
+from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.engine import EngineProfile
+from tensorcast.trace.table import Op
+
+MOST_SOURCES = 4096
+"""Models, engines and devices of which it is kept whose kernels run."""
+
+_sources: dict[tuple[Hashable, ...], tuple[object, object, dict[str, float]]] = {}
+
+
+def expert_sources(
+    engine: EngineProfile, device: DeviceProfile, config: dict[str, Any], layout: Layout
+) -> dict[str, float]:
+    """Whose experts' kernels the engine runs for a model, by dtype, as kernel models count libraries; 0 where it says
+    nothing."""
+    if (rules := engine.experts) is None:
+        return {}
+    key = id(rules), id(config), device.architecture, layout.ep > 1, layout.dp > 1
+    if key not in _sources:
+        whose = partial(
+            rules.library, device.architecture, config=config, spread=layout.ep > 1, attention_dp=layout.dp > 1
+        )
+        while len(_sources) >= MOST_SOURCES:
+            del _sources[next(iter(_sources))]
+        named = {dtype: source_of(whose(dtype=dtype)) for dtype in PRECISION}
+        _sources[key] = rules, config, named  # they stay alive, so that their ids stay their own
+    return _sources[key][-1]
+
+
+class OwnAttention(dict[tuple[int, str], tuple[Op, Op]]):
+    """Attention rows by identity and library, and as its kernels run them: plans of a table share them."""
+
+
+def attended_by(row: Op, kernels: str, own: OwnAttention) -> Op:
+    """The row as it is run by these ``kernels``, its attrs say whose, if it is attention to all tokens or a window."""
+    if row.name != "attention" or row.attrs["latent"] or row.attrs["selected"] or row.attrs.get("compress"):
+        return row
+    key = id(row), kernels
+    if key not in own:
+        own[key] = row, row.but(attrs={**row.attrs, "kernels": kernels})
+    return own[key][1]

@@ -102,6 +102,13 @@ UNMEASURED = ("w4a16_nvfp4",)
 bf16 arithmetic run in the Marlin kernels of INT4 ones (vLLM 0.24.0, quantization/utils/marlin_utils_fp4.py)."""
 
 
+OWN_UNPACKING = ("hopper",)
+"""Architectures with a kernel for INT4 weights that keeps the matrix units as busy as one without: Machete, which vLLM
+takes before Marlin (0.24.0, model_executor/kernels/linear, ``_POSSIBLE_KERNELS``). Elsewhere, and for NVFP4 everywhere,
+vLLM and SGLang run Marlin's (0.5.14, modelopt_quant.py, ``ModelOptNvFp4A16LinearMethod``), which no table timed alone:
+300 TFLOP/s for experts of Kimi-K2 on H200, B200 and B300 alike, where GEMMs in bf16 reach 700 to 1,800."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one call and the parts that made them. Arrays where the work was."""
@@ -173,6 +180,19 @@ _constants: dict[tuple[int | str, ...], tuple[DeviceProfile, tuple[KernelConstan
 """By identity of the device, which stays alive here, so that its id stays its own."""
 
 
+def _unpacking(
+    best: KernelConstants, dtype: str, device: DeviceProfile, known: Sequence[KernelConstants]
+) -> KernelConstants:
+    """Constants of a GEMM whose weights are unpacked to bf16, ``best`` but for the rate of its arithmetic where these
+    are of another: that of the slowest engine's experts, which are Marlin's in every table that has it."""
+    weight_only = (*UNMEASURED, "w4a16", "w8a16", "mxfp4")
+    rates = [one.compute_efficiency for one in known if one.family == "grouped_gemm" and one.dtype == "w4a16"]
+    others = dtype not in UNMEASURED and device.architecture.lower() in OWN_UNPACKING
+    if dtype not in weight_only or others or best.dtype in weight_only or not rates:
+        return best
+    return best.model_copy(update={"compute_efficiency": min(*rates, best.compute_efficiency)})
+
+
 def constants_for(
     device: DeviceProfile, family: str, dtype: str, engine: str = "any", kernel: str = ""
 ) -> tuple[KernelConstants, Evidence]:
@@ -196,6 +216,7 @@ def constants_for(
         best = min(fitted, key=lambda c: (order.index(c.dtype), (engine, "any", c.engine).index(c.engine)))
         if best.dtype not in (dtype, "any"):
             best = best.model_copy(update={"median_error": max(best.median_error or 0.0, BORROWED_ERROR)})
+        best = _unpacking(best, dtype, device, known) if family == "gemm" else best
         found: tuple[KernelConstants, Evidence] = best, "calibrated"
         if dtype in UNMEASURED:
             error = max(best.median_error or 0.0, DATASHEET_ERROR)

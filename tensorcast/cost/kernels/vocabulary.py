@@ -67,6 +67,7 @@ PRECISION = {
     "nvfp4": Precision("nvfp4", "fp4", 0.5 + 1 / 16, 0.5 + 1 / 16),
     "w8a16": Precision("w8a16", "bf16", 1.0, 2.0),
     "w4a16": Precision("w4a16", "bf16", 0.5 + 2 / 128, 2.0),
+    "w4a16_nvfp4": Precision("w4a16_nvfp4", "bf16", 0.5 + 1 / 16, 2.0),
     "mxfp4": Precision("mxfp4", "bf16", 0.5 + 1 / 32, 2.0),
     "w4a8": Precision("w4a8", "fp8", 0.5 + 1 / 32, 1.0 + 1 / 32),
     "w4a4": Precision("w4a4", "fp4", 0.5 + 1 / 32, 0.5 + 1 / 32),

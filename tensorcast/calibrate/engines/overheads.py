@@ -50,6 +50,7 @@ from tensorcast.calibrate.engines.statistics import (
     without,
 )
 from tensorcast.calibrate.generated_blocks import read_engine, write_fit
+from tensorcast.deploy.model_names import understand
 from tensorcast.errors import InputError
 from tensorcast.files import write_atomically
 from tensorcast.predict import predict
@@ -58,7 +59,7 @@ from tensorcast.predict.run_columns import canonical_columns
 from tensorcast.predict.score import fitted_half, named, same_run
 from tensorcast.predict.serve_runs import serve
 from tensorcast.profiles.engine import EngineFit, EngineProfile
-from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.profiles.store import load_device, load_engine
 
 LAYER_S, SLOWER, FIRST_S = 1e-5, 0.25, 0.05
 """What is tried to see what seconds per layer and slower prompts add to a time per token, and seconds to a first
@@ -91,7 +92,8 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
     kept = [run for run in runs if run is not None]
     devices = {name: load_device(name.replace("_", "-")).name for name in {run.device for run in kept}}
     engines = {name: load_engine(name).name for name in {run.engine for run in kept}}
-    networks = {name: json.dumps(load_model(name).config, sort_keys=True) for name in {run.model for run in kept}}
+    shipped = {name: understand(name).profile for name in {run.model for run in kept}}
+    networks = {name: json.dumps(one.config, sort_keys=True) for name, one in shipped.items()}
     out = out.assign(
         run=pd.Series(kept, dtype=object, index=out.index),
         even=fitted_half(frame)[read], mode=[run.mode for run in kept],

@@ -56,6 +56,13 @@ def test_a_record_that_states_its_drafts_is_of_the_launch_that_drafts_so(depth: 
     assert (found.options.memory_fraction, found.options.mtp_depth, found.other_depths) == (share, int(depth), ())
 
 
+def test_a_launch_that_says_nothing_of_when_the_scheduler_looks_leaves_it_at_once() -> None:
+    """glm5_fp8_b200.sh has no --scheduler-recv-interval; of a model without a script it is taken as others have it."""
+    glm = {"model": "zai-org/GLM-5", "engine": "sglang", "tp": "8", "ep": "1", "moe_tp": "8"}
+    assert read(**glm, release="nightly-dev-cu13-20260317-1eea7448").wait_steps == 0
+    assert read(**{**glm, "model": "qwen3-30b-a3b"}).wait_steps == wait_steps("b200", "aggregated", 128) > 0
+
+
 def test_what_a_row_says_comes_first() -> None:
     said = read(chunk_tokens="4096", kv_dtype="bf16")
     assert (said.chunk_tokens, said.options.kv_dtype) == (4096, "bf16")

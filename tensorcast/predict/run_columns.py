@@ -265,7 +265,8 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     arrivals = with_waits(cells, decode.dp if mode == "aggregated" else 0, concurrency, arrivals)
     interval, default = cells.number("receive_interval", None), 0.0
     if engine == "sglang":
-        default = wait_steps(device, mode, concurrency) if record and interval is None else (interval or 0.0) / 2
+        unknown = record and found is None and interval is None
+        default = wait_steps(device, mode, concurrency) if unknown else (interval or 0.0) / 2
     wait = cells.number("wait_steps", default)
     images = read_images(cells, arrivals is None)
     if problem := named.profile.too_long(isl + osl + (0 if images is None else images.tokens(named.profile))):

@@ -78,7 +78,7 @@ def test_together_as_alone() -> None:
     """Random rows, served in one call and each by itself; as records, which say how many may run."""
     dice = random.Random(5)
     read = (read_run({k: v for k, v in some_row(dice).items() if v != ""}) for _ in range(ROWS))
-    runs = [replace(run, record=True) for run in read]
+    runs = [replace(run, unlimited=True) for run in read]
     problems = 0
     for run, served in zip(runs, serve(runs), strict=True):
         try:

@@ -66,7 +66,8 @@ DeepSeek-V3 and R1 (TensorRT-LLM 1.1.0rc2.post2, H200) that differ by three draf
 @dataclass(frozen=True, kw_only=True)
 class Launched:
     """Options of a record's launch; None: the engine's default. ``mtp_depths``: drafted tokens, fewest first; ``ep``:
-    experts' parallel size, None where launches differ in it or do not say."""
+    experts' parallel size, None where launches differ in it or do not say; ``unasked``: none of them asks for a number
+    of sequences."""
 
     ep: int | None
     chunk_tokens: int | None
@@ -85,6 +86,7 @@ class Launched:
     batching_steps: int | None
     batch_wait_steps: int | None
     batch_wait_share: float | None
+    unasked: bool
     mtp_depths: tuple[int, ...]
 
     def cells(self) -> dict[str, Any]:
@@ -167,6 +169,7 @@ def launched(of: Recorded, sizes: tuple[str, ...], ep: int) -> Launched | None:
         attention_kernels=_most(alike, "attention_kernels", str),
         draft_overlap=_most(drafting, "draft_overlap", str) if drafting else None,
         **{name: _most(alike, name, read) for name, read in WAITS.items()},
+        unasked=not any(row["max_num_seqs"] for row in alike),
         mtp_depths=tuple(depths),
     )
 

@@ -129,8 +129,9 @@ class Run:
     """One row, read: names of profiles, layouts, load, options, and what was assumed where the row says nothing.
 
     ``arrivals``: how requests came, where that is no steady number in flight. ``other_depths``: drafted tokens per step
-    that a public ``record`` may have had beside those of ``options``. ``max_sequences``: of a step and data-parallel
-    rank, as it was launched.
+    that a public record may have had beside those of ``options``. ``max_sequences``: of a step and data-parallel rank,
+    as it was launched; else what the engine lets run unasked, if not ``unlimited``: a record's launch is not known, or
+    asks for as many as its users.
     """
 
     model: str
@@ -151,7 +152,7 @@ class Run:
     wait_steps: float = 0.0
     prefix_cached: int = 0
     prefix_cache: bool = True
-    record: bool = False
+    unlimited: bool = False
     draft_overlap: bool = False
     mtp_acceptance: float = 0.8
     chunk_tokens: int | None = None
@@ -296,7 +297,8 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         replicas=cells.whole("replicas"),
         length_ratio=ratio,
         rounds=cells.number("rounds", 10.0),
-        wait_steps=wait, record=record, prefix_cache=kept, prefix_cached=cells.whole("prefix_cached", least=0),
+        wait_steps=wait, unlimited=record and (found is None or not found.unasked),
+        prefix_cache=kept, prefix_cached=cells.whole("prefix_cached", least=0),
         draft_overlap=cells.switch("draft_overlap", False),
         mtp_acceptance=cells.number("mtp_acceptance", MTP_ACCEPTANCE if record else 0.8),
         chunk_tokens=chunk, max_sequences=cells.whole("max_num_seqs") if "max_num_seqs" in cells.cells else None,

@@ -82,7 +82,7 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
                 found[i] = unserved(float(row.traffic.concurrency), problem)
                 continue
             rows.append(row)
-            unasked = math.inf if run.record else row.decode.unasked_sequences  # scripts of records ask for more
+            unasked = math.inf if run.unlimited else row.decode.unasked_sequences
             fits[i] = min(float(room), run.max_sequences or unasked)
         if rows:
             found |= zip(fits, _served(rows, list(fits.values())), strict=True)

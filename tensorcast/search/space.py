@@ -230,7 +230,13 @@ def _both_phases(base: Options, exchange: str, chosen: tuple[tuple[str, Any], ..
         decode, prefill = (
             one if one.all2all == "low_latency" else replace(one, combine=None) for one in (decode, prefill)
         )
-    return replace(prefill, mtp_depth=0), replace(decode, pcp=1) if decode.pcp > 1 else decode
+    return _once(replace(prefill, mtp_depth=0)), _once(replace(decode, pcp=1) if decode.pcp > 1 else decode)
+
+
+@lru_cache(maxsize=4096)
+def _once(options: Options) -> Options:
+    """One object for all that are equal."""
+    return options
 
 
 _FIXED: dict[str, tuple[Any, ...]] = {

@@ -72,9 +72,11 @@ class _Setting(NamedTuple):
     pp: int
 
 
-SPLIT = 4097.0
-"""``SPLIT * x - (SPLIT * x - x)`` is x to twelve digits (Dekker's splitting): variants that cost the same then do so to
-the last digit, in whatever order their rows are added up, and of equal ones the first stands."""
+def _shortened(values: Array) -> Array:
+    """To twelve digits (Dekker's splitting): variants that cost the same then do so to the last digit, in whatever order
+    their rows are added up, and of equal ones the first stands."""
+    large = 4097.0 * values
+    return large - (large - values)
 
 
 _Member = tuple[Layout, Options, Options]
@@ -268,7 +270,7 @@ class VariantPrices:
             kind = np.array([self._kinds.index(one._replace(mtp_depth=0)) for one in self._settings])[setting]
             for some, price in asked["prefill"].each(member, kind[:, None] * len(each) + np.arange(len(each))):
                 columns = {
-                    name: (SPLIT * values - (SPLIT * values - values)).reshape(len(some), len(self._cuts), 3)
+                    name: _shortened(values).reshape(len(some), len(self._cuts), 3)
                     for name, values in prefill_columns(price, fleets["prefill"][0]).items()
                 }
                 for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
@@ -285,8 +287,7 @@ class VariantPrices:
         fit = np.searchsorted(grid, most[position], side="right")
         for some, price in asked["decode"].each(member, entries, np.minimum(fit + 1, len(grid))):
             for name, values in decode_columns(price).items():
-                exact = SPLIT * values - (SPLIT * values - values)
-                self.curves[name][position[some][:, None], at_batches[: exact.shape[-1]]] = exact
+                self.curves[name][position[some][:, None], at_batches[: values.shape[-1]]] = _shortened(values)
 
     def _encoding(self, variant: int) -> EncodeStep:
         """The images of one prompt on the GPUs that read it."""

@@ -157,18 +157,33 @@ class Kernel:
         size, lines = len(next(iter(columns.values()))), LINES[self.family]
         if not lines or not all(name in columns for name in lines):
             return np.full(size, not lines)
-        seen = np.asarray(self.seen, dtype=float).reshape(len(self.seen), len(lines))
-        mine = sum((w * columns[name] for w, name in zip(WEIGHTS, lines, strict=False)), np.zeros(1))
-        if not len(seen):
+        codes = self._shapes
+        if not len(codes):
             return np.zeros(size, dtype=bool)
-        codes = np.sort(np.round(seen @ np.array(WEIGHTS[: len(lines)])))
-        result = codes[np.minimum(np.searchsorted(codes, np.round(mine)), len(codes) - 1)] == np.round(mine)
+        mine = np.round(sum((w * columns[name] for w, name in zip(WEIGHTS, lines, strict=False)), np.zeros(1)))
+        result: Mask = codes[np.minimum(np.searchsorted(codes, mine), len(codes) - 1)] == mine
         if result.any() and "source" in columns and (runs := self.library(columns)) is not None:
-            table = np.asarray(self.sources)
             model = [*(columns[name] for name in SOURCE_OF), (columns["moe_ep"] > 1).astype(float)]
-            ran = _looked_up(np.column_stack([table, table[:, -1]]), [*model, runs])
-            result &= ~np.isnan(ran) | np.isnan(_looked_up(table, model))
+            timed, ran = self._libraries
+            result &= ~np.isnan(ran.at([*model, runs])) | np.isnan(timed.at(model))
         return result
+
+    @cached_property
+    def _shapes(self) -> Array:
+        """Codes of the combinations that were measured, ascending."""
+        lines = LINES[self.family]
+        seen = np.asarray(self.seen, dtype=float).reshape(len(self.seen), len(lines))
+        return np.sort(np.round(seen @ np.array(WEIGHTS[: len(lines)])))
+
+    @cached_property
+    def _libraries(self) -> tuple[_Lookup, _Lookup]:
+        """The library that a model was timed with; the same of a model and one of its libraries."""
+        table = np.asarray(self.sources)
+        return _Lookup(table), _Lookup(np.column_stack([table, table[:, -1]]))
+
+    @cached_property
+    def _leveled(self) -> _Lookup:
+        return _Lookup(np.asarray(self.levels, dtype=float))
 
     @cached_property
     def known(self) -> tuple[float, ...]:
@@ -183,21 +198,22 @@ class Kernel:
         ran."""
         if not self.sources or not all(name in columns for name in (*SOURCE_OF, "moe_ep")):
             return None
-        table, split = np.asarray(self.sources), columns["moe_ep"] > 1
+        (timed, known), split = self._libraries, columns["moe_ep"] > 1
         said = columns.get("source", np.full(len(split), np.nan))
         model = [*(columns[name] for name in SOURCE_OF), split.astype(float)]
-        ran = _looked_up(np.column_stack([table, table[:, -1]]), [*model, np.nan_to_num(said)])
+        ran = known.at([*model, np.nan_to_num(said)])
         source = np.where(np.isnan(ran) & np.isin(said, self.known), said, ran)
         if np.isnan(source).any():
-            source = np.where(np.isnan(source), _looked_up(table, model), source)
-            source = np.where(np.isnan(source) & np.isin(said, table[:, -1]), said, source)
+            source = np.where(np.isnan(source), timed.at(model), source)
+            source = np.where(np.isnan(source) & np.isin(said, timed.table[:, -1]), said, source)
         if not np.isnan(source).any():
             return source
         plain = np.array([tuple(line[:4]) in NON_GATED for line in self.sources])
         ungated = columns.get("gated", np.ones(len(split))) == 0
         for spread, without in ((False, False), (False, True), (True, False), (True, True)):
-            same = (table[:, -2] == spread) & (plain == without)
-            codes, counts = np.unique(table[same if same.any() else table[:, -2] == spread, -1], return_counts=True)
+            same = (timed.table[:, -2] == spread) & (plain == without)
+            some = same if same.any() else timed.table[:, -2] == spread
+            codes, counts = np.unique(timed.table[some, -1], return_counts=True)
             if len(codes):
                 source[np.isnan(source) & (split == spread) & (ungated == without)] = codes[counts.argmax()]
         return np.nan_to_num(source)
@@ -208,7 +224,7 @@ class Kernel:
         result = np.zeros(len(said))
         if np.isin(said, GENERATED).any():
             model = [*(columns[name] for name in SOURCE_OF), (columns["moe_ep"] > 1).astype(float)]
-            timed = np.nan_to_num(_looked_up(np.asarray(self.sources), model))
+            timed = np.nan_to_num(self._libraries[0].at(model))
             alike = np.isin(said, GENERATED) & np.isin(timed, GENERATED) & (timed != said)
             result = np.where(alike & self.measured_shape({**columns, "source": timed}), timed, result)
         return result
@@ -239,10 +255,10 @@ class Kernel:
         names = CONFIGURATION.get(self.family, ())
         if not self.levels or not all(name in columns for name in names):
             return np.zeros(len(next(iter(columns.values()))))
-        table, sizes = np.asarray(self.levels, dtype=float), [columns[name] for name in names]
-        if table.shape[1] > len(names) + 1 and (source := self.library(columns)) is not None:
+        known, sizes = self._leveled, [columns[name] for name in names]
+        if known.table.shape[1] > len(names) + 1 and (source := self.library(columns)) is not None:
             sizes.append(source)
-        return np.nan_to_num(_looked_up(table, sizes))
+        return np.nan_to_num(known.at(sizes))
 
     def interval(self, seconds: Array, columns: Columns, measured: Mask) -> tuple[Array, Array]:
         """log of the 80 % interval's ends over ``seconds``."""
@@ -260,13 +276,20 @@ class Kernel:
         return np.minimum(low, 0.0), np.maximum(high, 0.0)
 
 
-def _looked_up(table: Array, sizes: Sequence[Array]) -> Array:
-    """The last column of the row of ``table`` whose others equal ``sizes``, per call; NaN where there is none."""
-    codes = table[:, :-1] @ CODE[: len(sizes)]
-    order = np.argsort(codes, kind="stable")  # of two entries the first
-    mine = sum((w * size for w, size in zip(CODE, sizes, strict=False)), np.zeros(1))
-    place = order[np.minimum(np.searchsorted(codes[order], mine - 1e-7), len(order) - 1)]
-    return np.where(np.abs(codes[place] - mine) < 1e-6, table[place, -1], np.nan)
+class _Lookup:
+    """The last column of a ``table`` by the sizes in the others; of two rows with the same the first."""
+
+    def __init__(self, table: Array) -> None:
+        self.table = table
+        codes = table[:, :-1] @ CODE[: table.shape[1] - 1]
+        order = np.argsort(codes, kind="stable")
+        self._codes, self._found = codes[order], table[order, -1]
+
+    def at(self, sizes: Sequence[Array]) -> Array:
+        """Of each call; NaN where no row is of its ``sizes``."""
+        mine = sum((w * size for w, size in zip(CODE, sizes, strict=False)), np.zeros(1))
+        place = np.minimum(np.searchsorted(self._codes, mine - 1e-7), len(self._codes) - 1)
+        return np.where(np.abs(self._codes[place] - mine) < 1e-6, self._found[place], np.nan)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ DEMO   := out/demo
 JOBS   ?= 2
 # Extra arguments of pytest: make test ARGS='-k wheel'
 ARGS   ?=
+# Another release of transformers than the pinned one, for the census alone.
+TRANSFORMERS ?=
+OTHER  := $(if $(TRANSFORMERS),out/transformers-$(TRANSFORMERS))
 
 # Constraints reach the build backend's own environment only through the environment: PIP_CONSTRAINT with pip below
 # 25.3, PIP_BUILD_CONSTRAINT from then on.
@@ -130,8 +133,9 @@ figures: $(STAMP)  ## the README's picture -> reports/readme.png
 families: $(STAMP)  ## the census of MoE families -> docs/families.md
 	@$(BIN)/python tests/census.py --write docs/families.md
 
-census: $(STAMP)  ## every text model type of transformers at its own sizes -> docs/census.md (minutes)
-	@$(BIN)/python tests/model_types.py --write docs/census.md
+census: $(STAMP)  ## every text model type of transformers at its own sizes -> docs/census.md (minutes): [TRANSFORMERS=5.24.0]
+	@$(if $(OTHER),test -d $(OTHER) || $(BIN)/python -m pip install -qq --no-deps --target $(OTHER) transformers==$(TRANSFORMERS))
+	@PYTHONPATH=$(OTHER) $(BIN)/python tests/model_types.py --write docs/census.md
 
 checkpoints: $(STAMP)  ## engines' logged room and weights beside ours -> docs/checkpoints.md
 	@$(BIN)/python tests/engine_logs.py --write docs/checkpoints.md

@@ -97,3 +97,13 @@ def test_rules_of_a_row() -> None:
     assert rules_of("vllm", "nightly-5b8c30d62b754b57", True) == ("vllm", fitted.steps, assumed)
     assert rules_of("vllm", "", True) == ("vllm", fitted.steps, [])
     assert rules_of("nobody", "1.0", False) == ("nobody", "1.0", [])
+
+
+def test_rules_of_a_build_that_names_a_day() -> None:
+    """The nearest of the releases' wheels, before or after: 0.5.9 is of 23 February 2026, 0.5.10.post1 of 8 April."""
+    for built, rules in (("20260216-d3bae71e", "0.5.9"), ("20260402-d7256eb6", "0.5.10.post1"), ("20260231", "0.5.9"),
+                         ("20240101", "0.5.6.post2")):  # fmt: skip
+        assert rules_of("sglang", f"nightly-dev-{built}", True)[1] == rules, built
+    engine = load_engine("sglang")
+    assert {*engine.days} == {*engine.releases}
+    assert rules_of("sglang", "0.5.12", True)[1] == "0.5.12"

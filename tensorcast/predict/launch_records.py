@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError
-from tensorcast.profiles.releases import nearest_release, release_order
+from tensorcast.profiles.releases import built_near, nearest_release, release_order
 from tensorcast.profiles.store import load_device, load_engine, profile_roots
 
 if TYPE_CHECKING:
@@ -262,8 +262,8 @@ def rules_of(engine: str, said: str, record: bool) -> tuple[str, str, list[str]]
     """Of an ``engine`` column and the release ``said`` beside it, or in it after ``==``: the engine, the release whose
     rules hold (empty: the newest) and what is assumed where it is another.
 
-    It is the nearest one that was read. A public ``record`` of a build that is no release, or that names none, is taken
-    as the runs that overheads were fitted to.
+    It is the nearest one that was read, of a build that names a day the nearest to that. A public ``record`` of another
+    build that is no release, or that names none, is taken as the runs that overheads were fitted to.
     """
     name, _, asked = engine.partition("==")
     said = asked or said
@@ -274,7 +274,8 @@ def rules_of(engine: str, said: str, record: bool) -> tuple[str, str, list[str]]
     except InputError:  # said where the row is served
         return name, said, []
     usual = profile.calibrated.steps if record and profile.calibrated is not None else profile.version
-    found = nearest_release(said or usual, profile.releases or (profile.version,)) or usual
+    known = profile.releases or (profile.version,)
+    found = nearest_release(said or usual, known) or built_near(said, profile.days) or usual
     return name, found, [f"rules of {profile.name} {found}"] if said and found != said else []
 
 

@@ -204,6 +204,7 @@ class EngineProfile(Frozen):
     aliases: tuple[str, ...] = ()
     version: str
     releases: tuple[str, ...] = Field(default=(), description="whose rules were read, newest first")
+    days: dict[str, str] = Field(default={}, description="when the releases' wheels were made")
     remark: str = Field(default="", description="to be said of an older release that constants are not of; made here")
     frontend: Frontend = Field(default="own", description="what takes requests to pools")
     calibrated: Calibrated | None = Field(default=None, description="releases that constants were measured with")

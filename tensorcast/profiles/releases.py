@@ -8,7 +8,8 @@ In a list such an item is left out, and one whose value is a list stands for all
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import date
 from typing import Any
 
 from tensorcast.errors import InputError
@@ -35,6 +36,21 @@ def nearest_release(text: str, known: Iterable[str]) -> str | None:
         return None
     ordered = sorted(known, key=lambda one: release_order(one) or ())
     return max((one for one in ordered if (release_order(one) or ()) <= order), default=ordered[0], key=ordered.index)
+
+
+_DAY = re.compile(r"(?<!\d)(20\d\d)(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(?!\d)")
+
+
+def built_near(text: str, days: Mapping[str, str]) -> str | None:
+    """Of the releases with their ``days`` (``2026-04-08``) the one nearest to the day that a build names
+    (``nightly-dev-20260402-d7256eb6``); None where it names none, or no release has one."""
+    if not days or not (found := _DAY.search(text)):
+        return None
+    try:
+        built = date.fromisoformat("-".join(found.groups()))
+    except ValueError:  # the 31st of June
+        return None
+    return min(days, key=lambda release: abs(date.fromisoformat(days[release]) - built))
 
 
 def at_release(content: dict[str, Any], release: str) -> dict[str, Any]:

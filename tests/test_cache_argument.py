@@ -18,16 +18,18 @@ def _older(self: Any, input_ids: Any, past_key_values: Any = None) -> None: ...
 def _newer(self: Any, input_ids: Any, cache=None) -> None: ...  # type: ignore[no-untyped-def]
 def _states(self: Any, input_ids: Any, cache=None) -> None: ...  # type: ignore[no-untyped-def]
 def _typed(self: Any, input_ids: Any, cache=None) -> None: ...  # type: ignore[no-untyped-def]
+def _tuple(self: Any, input_ids: Any, cache=None) -> None: ...  # type: ignore[no-untyped-def]
 def _none(self: Any, input_ids: Any, cache_params: Any = None) -> None: ...
 
 
 _states.__annotations__["cache"] = dict[str, torch.Tensor] | None  # XLM's
+_tuple.__annotations__["cache"] = tuple[tuple[torch.Tensor]] | None  # BertGeneration's still say so
 _typed.__annotations__["cache"] = DynamicCache | None  # MiniMax's is a class of its own
 
 
 @pytest.mark.parametrize(
     ("forward", "name"),
-    [(_older, "past_key_values"), (_newer, "cache"), (_typed, "cache"), (_states, ""), (_none, "")],
+    [(_older, "past_key_values"), (_newer, "cache"), (_typed, "cache"), (_tuple, "cache"), (_states, ""), (_none, "")],
 )
 def test_the_argument_is_told_by_the_signature(forward: Any, name: str) -> None:
     assert cache_argument(forward) == name

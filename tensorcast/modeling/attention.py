@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -125,14 +125,16 @@ def cache_argument(forward: Callable[..., Any]) -> str:
     """What a model's ``forward`` calls the cache that it reads and writes; empty where it takes none.
 
     transformers' classes say ``past_key_values`` up to release 5.23 and ``cache`` from 5.24 on
-    (llama/modeling_llama.py of both), which in others means states of another kind.
+    (llama/modeling_llama.py of both; a tuple of keys and values still in some annotations), which in others means
+    states of another kind.
     """
     takes = inspect.signature(forward).parameters
     if "past_key_values" in takes:
         return "past_key_values"
     said = takes["cache"].annotation if "cache" in takes else None
-    kinds = [kind for kind in get_args(said) or (said,) if isinstance(kind, type)]
-    return "cache" if said is inspect.Parameter.empty or any(issubclass(kind, Cache) for kind in kinds) else ""
+    kinds = [get_origin(kind) or kind for kind in get_args(said) or (said,)]
+    known = any(isinstance(kind, type) and issubclass(kind, Cache | tuple) for kind in kinds)
+    return "cache" if known or said is inspect.Parameter.empty else ""
 
 
 def trace_cache(model: nn.Module, config: PreTrainedConfig, past: int) -> DynamicCache:

@@ -366,8 +366,7 @@ class EngineProfile(Frozen):
         halved = self.halved_steps
         if halved is None or not halved.prompts_alone or not is_one_of(halved.prompts_alone, config):
             return self
-        whole = halved.model_copy(update={"decode_tokens": math.inf, "prompts_alone": ()})
-        return self.model_copy(update={"halved_steps": whole})
+        return self.model_copy(update={"halved_steps": halved.model_copy(update={"decode_tokens": math.inf})})
 
     def with_stages(self, layers: tuple[int, ...]) -> "EngineProfile":
         """The profile of an engine told how many ``layers`` each stage of a pipeline has."""

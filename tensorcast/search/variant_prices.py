@@ -73,8 +73,8 @@ class _Setting(NamedTuple):
 
 
 def _shortened(values: Array) -> Array:
-    """To twelve digits (Dekker's splitting): variants that cost the same then do so to the last digit, in whatever order
-    their rows are added up, and of equal ones the first stands."""
+    """To twelve digits (Dekker's splitting): variants that cost the same then do so to the last digit, whatever order
+    their rows are added up in, and of equal ones the first stands."""
     large = 4097.0 * values
     return large - (large - values)
 

@@ -20,19 +20,17 @@ class Points(Entries):
     columns: dict[str, Array]
 
 
-def batches(largest: Array, also: Array | None = None, *, new: bool = False) -> tuple[Rows, Array]:
-    """(row, batch) of every power of two up to ``largest`` of each row, of the largest itself and of ``also``. ``new``:
-    only what ``also`` adds."""
+def batches(largest: Array, *also: Array, new: bool = False) -> tuple[Rows, Array]:
+    """(row, batch) of every power of two up to ``largest`` of each row, of the largest itself and of ``also``, each
+    another. ``new``: only what ``also`` adds."""
     found = list[tuple[Rows, Array]]()
     if not new:
         powers = 2.0 ** np.arange(np.log2(LARGEST_BATCH) + 1)
         rows, at = np.nonzero(powers[None, :] <= largest[:, None])
         found.append((rows, powers[at]))
-    for extra in (largest, also)[int(new) :]:
-        if extra is None:
-            continue
+    for extra in (largest, *also)[int(new) :]:
         odd = (extra >= 1) & (np.frexp(extra)[0] != 0.5)  # no power of two
-        if extra is also:
+        if extra is not largest:
             odd &= extra != largest
         found.append((np.flatnonzero(odd), extra[odd]))
     return np.concatenate([rows for rows, _ in found]), np.concatenate([batch for _, batch in found])

@@ -31,14 +31,14 @@ TOGETHER = 16_384
 def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Points, int]:
     """Every variant at every chunk budget and batch that fits, and how many of those prompts would overrun.
 
-    Batches are powers of two, and of those that were priced the largest that fits and the largest at which prompts keep
-    up and users wait no longer than the limits say.
+    Batches are powers of two, and of those that were priced the largest that fits and, where prompts keep up and users
+    wait no longer than the limits say, the largest and a smaller one that brings more: steps jump.
     """
     parts, orders, unstable, grid = list[Points](), list[Rows](), 0, shop.grid
     for budget in shop.chunks:
         most = np.minimum(shop.fits[budget], LARGEST_BATCH)
         if budget not in shop.states:
-            shop.states[budget] = first_s, per_token = np.full((2, len(most), len(grid)), np.nan)
+            shop.states[budget] = first_s, per_token, rates = np.full((3, len(most), len(grid)), np.nan)
             several = np.array_split(np.argsort(-most, kind="stable"), 1 + len(most) * len(grid) // TOGETHER)
             for mine in several:  # those with room for as many together
                 held = slice(int(np.searchsorted(grid, most[mine[0]], side="right")))
@@ -46,13 +46,15 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
                 # what never keeps up with its prompts is late whatever the limits are
                 first_s[mine, held] = np.where(np.isfinite(state.concurrency), state.first_s, np.nan)
                 per_token[mine, held] = state.generation_s / max(shop.scenario.load.output_len - 1, 1)
-        first_s, per_token = shop.states[budget]
+                rates[mine, held] = grid[None, held] / state.place_s
+        first_s, per_token, rates = shop.states[budget]
         fits = grid <= most[:, None]
         kept = fits & (first_s <= (limits[0] or np.inf)) & (per_token <= (limits[1] or np.inf))
         largest = np.append(0.0, grid)[np.searchsorted(grid, most, side="right")]
         chosen = np.where(kept, grid, 0.0).max(axis=1)
+        quickest = grid[np.where(kept, rates, 0.0).argmax(axis=1)]
         known = shop.whatever.get(budget)
-        rows, batch = batches(largest, chosen, new=known is not None)
+        rows, batch = batches(largest, chosen, np.where(quickest < chosen, quickest, 0.0), new=known is not None)
         engine = _engine(shop, budget, rows)
         state = engine.at(batch)
         times = engine.times(batch, state.concurrency, state)

@@ -93,11 +93,12 @@ def _search(task: SearchTask, keys: Sequence[tuple[Hashable, ...]]) -> SearchRes
     pruned[NO_ROOM] += prices.without_room
     points, examined = worth_showing(task, prices, pruned)
     examined += pruned[NO_PACE]
-    every = [(prices, points)]
-    if fine := finer(task, prices, points):
-        between, more = worth_showing(task, fine, Counter(), prices.grid)
+    every, fine = [(prices, points)], finer(task, prices, points)
+    while fine is not None:
+        between, more = worth_showing(task, fine, Counter(), every[-1][0].grid)
         every.append((fine, between))
         examined += more
+        fine = finer(task, fine, between)
     tables, behind = [], []
     for shop, found in every:
         for mode, kept in found.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tensorcast import InputError
@@ -11,6 +12,7 @@ from tensorcast.predict.launch_records import rules_of
 from tensorcast.profiles.launch import load_launch_table
 from tensorcast.profiles.releases import at_release, nearest_release, release_order
 from tensorcast.profiles.store import load_engine
+from tensorcast.validate.engines import served
 
 ORDERED = ["0.5.9", "0.5.10", "0.5.14", "0.24.0", "1.0.0rc3", "1.0.0", "1.0.0.post1", "1.3.0rc2", "1.3.0rc20", "1.3.0"]
 
@@ -107,3 +109,14 @@ def test_rules_of_a_build_that_names_a_day() -> None:
     engine = load_engine("sglang")
     assert {*engine.days} == {*engine.releases}
     assert rules_of("sglang", "0.5.12", True)[1] == "0.5.12"
+
+
+def test_the_page_of_served_runs_says_how_often_own_rules_are_nearer() -> None:
+    rows = [("a", "1", 0.1, 0.3), ("a", "1", 0.2, 0.2), ("a", "2", 0.4, 0.1)]  # one run is priced the same by both
+    frame = pd.DataFrame([
+        {"engine": engine, "release": release, "rules": release, "own_tpot_s": own, "newest_tpot_s": newest}
+        for engine, release, own, newest in rows
+    ])  # fmt: skip
+    text = served.page(frame, "three runs")
+    assert "| a | 1 | 1 | 2 | 15.0 % | 25.0 % |" in text
+    assert "of 2 runs that the rules price otherwise own ones are nearer in 1, and in the median in 1 of their" in text

@@ -68,4 +68,5 @@ def acceptance(said: str, model: str, method: str) -> float:
 def said_of(rows: Sequence[Acceptance]) -> str:
     """Published lengths in a line, empty without any: ``2.41 tokens of 3 drafted (mt-bench, a chance of 0.66 each)``"""
     found = [f"{r.length:g} of {1 + r.drafted} tokens ({r.task}, a chance of {r.chance:.2f} each)" for r in rows]
-    return f"published: {'; '.join(found)}: {rows[0].source}" if rows else ""
+    sources = " and ".join(dict.fromkeys(row.source for row in rows))
+    return f"published: {'; '.join(found)}: {sources}" if rows else ""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.cost.kernels.trees import Trees, leaf_steps
 from tensorcast.cost.kernels.vocabulary import NON_GATED, UNRELATED, Columns, source_of
-from tensorcast.cost.work import Array, Mask
+from tensorcast.cost.work import Array, Mask, Size
 from tensorcast.errors import InputError
 
 FORMAT = 2
@@ -260,19 +260,19 @@ class Kernel:
             sizes.append(source)
         return np.nan_to_num(known.at(sizes))
 
-    def interval(self, seconds: Array, columns: Columns, measured: Mask) -> tuple[Array, Array]:
-        """log of the 80 % interval's ends over ``seconds``."""
-        # whether the columns say whose kernel runs, a library that was measured: one of few, which numpy looks up fast
-        said = columns.get("source", np.full(len(seconds), np.nan))
-        stated = np.isin(said, list({line[-1] for line in self.sources}))
+    def interval(self, seconds: Array, columns: Columns, measured: Mask, outside: Array) -> tuple[Array, Array]:
+        """log of the 80 % interval's ends over ``seconds``; ``outside``: :meth:`beyond` of the sizes."""
         part = np.searchsorted(self.edges, np.log2(np.maximum(seconds, 1e-9)))
-        ends = self.new_low, self.new_high
-        ruled = (self.ruled[0], self.ruled[1]) if self.ruled else ends
+        ends: tuple[Size, Size] = (self.new_low, self.new_high)
+        ruled = (self.ruled[0], self.ruled[1]) if self.ruled else (self.new_low, self.new_high)
         if self.family == "grouped_gemm" and self.seen:
-            ends, ruled = (widened(*pair, len(self.seen)) for pair in (ends, ruled))
-        wider = OUTSIDE * self.beyond(columns)
-        low = np.where(measured, np.asarray(self.low)[part], np.where(stated, ruled[0], ends[0]) - wider)
-        high = np.where(measured, np.asarray(self.high)[part], np.where(stated, ruled[1], ends[1]) + wider)
+            ends, ruled = (widened(*pair, len(self.seen)) for pair in ((self.new_low, self.new_high), ruled))
+        if self.sources and "source" in columns:
+            # whether the columns say whose kernel runs, a library that was measured: of few, which numpy looks up fast
+            stated = np.isin(columns["source"], list({line[-1] for line in self.sources}))
+            ends = np.where(stated, ruled[0], ends[0]), np.where(stated, ruled[1], ends[1])
+        low = np.where(measured, np.asarray(self.low)[part], ends[0] - OUTSIDE * outside)
+        high = np.where(measured, np.asarray(self.high)[part], ends[1] + OUTSIDE * outside)
         return np.minimum(low, 0.0), np.maximum(high, 0.0)
 
 

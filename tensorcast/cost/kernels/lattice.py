@@ -187,12 +187,15 @@ def _possible(columns: Columns) -> Columns:
 
 def _between(grid: Array, at: Array) -> Array:
     """``grid`` at places ``at [axes, calls]`` (in nodes), linearly along every axis."""
-    low, last = at.astype(int), np.array(grid.shape) - 1
-    share, result = at - low, np.zeros(at.shape[1])
+    low, last = at.astype(int), np.array(grid.shape)[:, None] - 1
+    share, steps = at - low, np.append(np.cumprod(grid.shape[:0:-1])[::-1], 1).astype(int)[:, None]
+    first = np.minimum(low, last) * steps  # in the flat grid
+    up = np.minimum(low + 1, last) * steps - first
+    values, start, result = grid.ravel(), first.sum(axis=0), np.zeros(at.shape[1])
     axes = [axis for axis in range(len(at)) if share[axis].any()]
     for corner in product((0, 1), repeat=len(axes)):
-        up, weight = np.zeros_like(low), np.ones(at.shape[1])
+        place, weight = start, np.ones(at.shape[1])
         for axis, one in zip(axes, corner, strict=True):
-            up[axis], weight = one, weight * (share[axis] if one else 1.0 - share[axis])
-        result += weight * grid[tuple(np.minimum(low + up, last[:, None]))]
+            place, weight = (place + up[axis], weight * share[axis]) if one else (place, weight * (1.0 - share[axis]))
+        result += weight * values[place]
     return result

@@ -107,8 +107,9 @@ class Predictor:
         there = self._by_kernel(kernel, *name, {**columns, "source": np.where(twin > 0, twin, columns["source"])})
         formula = partial(formula_of, *name, device=self.device, engine=kernel.engine)
         ours, theirs = (
-            self._extrapolated(kernel, formula, {**columns, "source": source}, measured_shape=False)
-            for source in (columns["source"], np.where(twin > 0, twin, columns["source"]))
+            self._extrapolated(
+                kernel, formula, {**columns, "source": source}, kernel.beyond(columns), measured_shape=False
+            ) for source in (columns["source"], np.where(twin > 0, twin, columns["source"]))
         )
         times = ours.seconds / theirs.seconds
         seconds, least = there.seconds * times, formula(columns).floor
@@ -146,10 +147,9 @@ class Predictor:
             # tables that time what one rank computes know a cut expert as a narrower one
             uncut = np.ones(len(columns["moe_tp"]))
             columns = columns | {"inter": columns["inter"] / columns["moe_tp"], "moe_tp": uncut}
-        engine = kernel.engine if kernel is not None else self.engine
-        formula = partial(formula_of, family, dtype, variant, device=self.device, engine=engine)
+        name = family, dtype, variant
         if kernel is None:
-            by_formula = formula(columns)
+            by_formula = formula_of(*name, columns, self.device, engine=self.engine)
             if lender := self.lender(family, dtype, variant):
                 return borrowed(self.price(family, lender, variant, columns), by_formula)
             if family not in CARRIED or not self.unmeasured(family, dtype, variant):
@@ -159,29 +159,40 @@ class Predictor:
                 self._bare = predictor_for(bare, self.engine, self.served)
             found = self._bare.price(family, dtype, variant, columns)
             return replace(found, factor=found.seconds / by_formula.seconds)
-        shape, inside = kernel.measured_shape(columns), kernel.beyond(columns) <= 0
-        if (shape & inside).all():
+        shape, outside = kernel.measured_shape(columns), kernel.beyond(columns)
+        inside = outside <= 0
+        kinds = [(np.flatnonzero(at), kind) for at, kind in (
+            (shape & inside, (True, True)), (shape & ~inside, (True, False)), (~shape, (False, False))
+        ) if at.any()]
+        if len(kinds) == 1:
+            return self._of_kind(kernel, name, columns, outside, kinds[0][1])
+        return in_order([
+            self._of_kind(kernel, name, {n: values[at] for n, values in columns.items()}, outside[at], kind)
+            for at, kind in kinds
+        ], [at for at, _ in kinds])
+
+    def _of_kind(
+        self, kernel: Kernel, name: tuple[str, str, str], columns: Columns, outside: Array, kind: tuple[bool, bool]
+    ) -> Estimate:
+        """Calls of one ``kind``: whether their shapes were measured, and whether their other sizes lie inside what was;
+        by how much they lie ``outside``: :meth:`~tensorcast.cost.kernels.device_model.Kernel.beyond`."""
+        measured_shape, inside = kind
+        formula = partial(formula_of, *name, device=self.device, engine=kernel.engine)
+        if measured_shape and inside:
             by_formula, level = formula(columns), kernel.level(columns)
             # measured are calls whose own kernel was, and ran as a server would run it
-            own = variant == kernel.variant and kernel.engine in (self.engine, "any")
+            own = name[2] == kernel.variant and kernel.engine in (self.engine, "any")
             measured = np.full(len(level), own) & ~(self.served & (level > UNTUNED))
             features = of_library(by_formula.features, kernel.library(columns))
-            seconds = self._with_residual(kernel, by_formula, columns, features, shape)
-            return estimated(seconds, by_formula, kernel.interval(seconds, columns, measured), np.where(measured, 2, 1))
-        if not shape.any():
-            return self._extrapolated(kernel, formula, columns, measured_shape=False)
-        if shape.all() and not inside.any():
-            found = self._extrapolated(kernel, formula, columns, measured_shape=True)
-            if not (longer := kernel.longer(columns)).any():
-                return found
-            # longer contexts than were timed take no less than the longest that was, whatever other sizes' rows say
-            edge = {name: np.clip(columns[name], *kernel.box.get(name, (0.0, np.inf))) for name in columns}
-            least = self._by_kernel(kernel, family, dtype, variant, edge)
-            return found.at_least(np.where(longer, least.seconds, 0.0))
-        groups = [at for at in (shape & inside, shape & ~inside, ~shape) if at.any()]
-        some = ({n: values[at] for n, values in columns.items()} for at in groups)
-        parts = [self._by_kernel(kernel, family, dtype, variant, each) for each in some]
-        return in_order(parts, [np.flatnonzero(at) for at in groups])
+            seconds = self._with_residual(kernel, by_formula, columns, features, np.ones(len(level), dtype=bool))
+            ends = kernel.interval(seconds, columns, measured, outside)
+            return estimated(seconds, by_formula, ends, np.where(measured, 2, 1))
+        found = self._extrapolated(kernel, formula, columns, outside, measured_shape=measured_shape)
+        if not measured_shape or not (longer := kernel.longer(columns)).any():
+            return found
+        # longer contexts than were timed take no less than the longest that was, whatever other sizes' rows say
+        edge = {name: np.clip(columns[name], *kernel.box.get(name, (0.0, np.inf))) for name in columns}
+        return found.at_least(np.where(longer, self._by_kernel(kernel, *name, edge).seconds, 0.0))
 
     def lender(self, family: str, dtype: str, variant: str) -> str:
         """The dtype whose kernel stands in for one that was not measured: the one that lent its constants, if it
@@ -209,7 +220,8 @@ class Predictor:
         )
 
     def _extrapolated(
-        self, kernel: Kernel, formula: Callable[[Columns], KernelFormula], columns: Columns, *, measured_shape: bool
+        self, kernel: Kernel, formula: Callable[[Columns], KernelFormula], columns: Columns, outside: Array, *,
+        measured_shape: bool,
     ) -> Estimate:
         """Calls outside the data: times that grow with every size (:mod:`tensorcast.cost.kernels.lattice`). Where
         experts' load was given, its formula counts, with the residual for tokens as the routing spreads them."""
@@ -228,7 +240,8 @@ class Predictor:
             seconds = by_formula.seconds * seconds / formula(own).seconds
         seconds = np.maximum(seconds, by_formula.floor)
         none = np.zeros(len(seconds), dtype=bool)
-        return estimated(seconds, by_formula, kernel.interval(seconds, columns, none), np.ones(len(seconds), dtype=int))
+        ends = kernel.interval(seconds, columns, none, outside)
+        return estimated(seconds, by_formula, ends, np.ones(len(seconds), dtype=int))
 
     def _node(
         self, kernel: Kernel, formula: Callable[[Columns], KernelFormula], models: bool, columns: Columns
@@ -266,7 +279,8 @@ class Predictor:
             factor = kernel.monotone_correction(features, (formula.features["log_seconds"] - middle) * np.log(2.0))
             seconds = np.maximum(formula.seconds * np.exp(factor), formula.floor)
             none = np.zeros(len(seconds), dtype=bool)
-            found = estimated(seconds, formula, kernel.interval(seconds, columns, none), none.astype(int))
+            ends = kernel.interval(seconds, columns, none, kernel.beyond(columns))
+            found = estimated(seconds, formula, ends, none.astype(int))
             if best is None:
                 best = found
             else:

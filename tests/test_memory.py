@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tensorcast.cost.activations import activation_bytes
@@ -11,10 +12,13 @@ from tensorcast.cost.memory import (
     low_latency_buffer_bytes,
     weight_bytes,
 )
+from tensorcast.cost.work import Size
+from tensorcast.deploy.deployment import Deployment, deploy
+from tensorcast.deploy.layout import Layout
 from tensorcast.modeling.checkpoint.read import from_config
 from tensorcast.modeling.quantization import Quantization, as_run
 from tensorcast.profiles.facts import ModelFacts
-from tensorcast.profiles.store import load_model
+from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.trace.cache import traced
 from tensorcast.trace.dims import Dim, Sizes
 from tensorcast.trace.precision import by_precision
@@ -142,3 +146,20 @@ def test_peak_of_activations_by_hand() -> None:
         model="t", phase="decode", tp=1, ops=ops, layer_kinds=(0,), kind_names=("0",), params=(), facts=ModelFacts()
     )
     assert activation_bytes(table, Sizes(B=3.0, S=1.0, P=0.0)) == 2 * 3 * (10 + 100 + 20)
+
+
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_what_is_left_for_the_cache_is_told_without_it(pp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one stage; of several the fullest one hangs on it."""
+    profiles = load_model("deepseek-v3"), load_device("h200-sxm"), load_engine("vllm")
+    found, steps = deploy(*profiles, Layout(16, 4, 4 // pp, 16 // pp, pp), "decode"), list[Size]()
+    batches = np.array([1.0, 64.0])
+    budget, held = found.memory(batches, 1, 4096).cache_budget, Deployment.held
+
+    def counted(self: Deployment, sequences: Size, length: Size) -> tuple[Size, Size]:
+        steps.append(length)
+        return held(self, sequences, length)
+
+    monkeypatch.setattr(Deployment, "held", counted)
+    assert np.array_equal(found.cache_budget(batches, 1, 4096), budget)
+    assert len(steps) == (pp > 1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tensorcast.cost.work import Size
 from tensorcast.trace.dims import Dim, Sizes, product
-from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, OpTable, per_table
+from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, Op, OpTable, per_op, per_table
 
 
 def activation_bytes(table: OpTable, sizes: Sizes) -> Size:
@@ -37,19 +37,31 @@ _Amount = tuple[tuple[tuple[Dim, ...], float], ...]
 _Seen = tuple[tuple[Dim, ...], str, tuple[int, ...]]
 """What is seen of a storage: a tensor's sizes, dtype and which sizes are only expanded views."""
 
+_seen: dict[_Seen, int] = {}
+_amounts: dict[_Amount, int] = {}
+"""All that was seen, and all amounts, by number: sizes are long to compare, and rows of all models are much alike."""
+
+
+@per_op
+def _touched(op: Op) -> tuple[tuple[int, int], ...]:
+    """Storages that a row reads or writes, weights aside, and what is seen of each."""
+    every = [t for t in (*op.inputs, *op.outputs) if not t.weight]
+    return tuple([(t.storage, _seen.setdefault((t.dims, t.dtype, t.expanded), len(_seen))) for t in every])
+
 
 @cache
-def _amount(seen: frozenset[_Seen]) -> tuple[_Amount, float]:
+def _amount(seen: frozenset[int]) -> tuple[int, float]:
     """Bytes of a storage as an amount and how much of it: sizes that differ by a number alone are the same amount."""
     found: dict[tuple[Dim, ...], float] = {}
-    for dims, dtype, expanded in seen:
+    for dims, dtype, expanded in (one for one, number in _seen.items() if number in seen):
         whole, *offset = product(dims, expanded)
         factors = (whole._replace(coef=1), *offset)
         found[factors] = max(found.get(factors, 0.0), whole.coef * DTYPE_BYTES[dtype])
-    if len(found) > 1:
-        return tuple(found.items()), 1.0
-    ((factors, coef),) = found.items()
-    return ((factors, 1.0),), coef
+    amount, size = tuple(found.items()), 1.0
+    if len(found) == 1:
+        ((factors, size),) = amount
+        amount = ((factors, 1.0),)
+    return _amounts.setdefault(amount, len(_amounts)), size
 
 
 @per_table
@@ -59,35 +71,35 @@ def _liveness(table: OpTable) -> tuple[list[_Amount], list[tuple[tuple[int, floa
     A moment at which no more lives than at another one is left out. States of sequences are the cache's.
     """
     states = {t.storage for op in table.ops if op.name in STATEFUL for t in (*op.inputs[3:], *op.outputs[1:])}
-    last = {t.storage: i for i, op in enumerate(table.ops) for t in (*op.inputs, *op.outputs) if not t.weight}
-    numbers: dict[_Amount, int] = {}
-    kinds: dict[_Seen, int] = {}  # sizes are long to compare: each is looked up once, and by its number from then on
-    amounts: dict[frozenset[int], tuple[int, float]] = {}
+    rows = [[one for one in _touched(op) if one[0] not in states] for op in table.ops]
+    last = {storage: i for i, touched in enumerate(rows) for storage, _ in touched}
     seen: dict[int, frozenset[int]] = {}
     live: dict[int, tuple[int, float]] = {}
+    now: dict[int, float] = {}
     moments: list[dict[int, float]] = []
-    for i, op in enumerate(table.ops):
-        touched = [t for t in (*op.inputs, *op.outputs) if not t.weight and t.storage not in states]
-        for t in touched:
-            one = kinds.setdefault((t.dims, t.dtype, t.expanded), len(kinds))
-            before = seen.get(t.storage, frozenset())
-            if one in before:
-                continue
-            seen[t.storage] = every = before | {one}
-            if every not in amounts:
-                amount, coef = _amount(frozenset(kind for kind, number in kinds.items() if number in every))
-                amounts[every] = numbers.setdefault(amount, len(numbers)), coef
-            live[t.storage] = amounts[every]
-        moment: dict[int, float] = {}
-        for number, coef in live.values():
-            moment[number] = moment.get(number, 0.0) + coef
-        moments.append(moment)
-        for t in touched:
-            if last[t.storage] == i:
-                live.pop(t.storage, None)
-                seen.pop(t.storage, None)
+
+    def end(storage: int) -> None:
+        number, coef = live.pop(storage)
+        now[number] -= coef
+        if not now[number]:
+            del now[number]
+
+    for i, touched in enumerate(rows):
+        for storage, one in touched:
+            before = seen.get(storage, frozenset())
+            if one not in before:
+                seen[storage] = before | {one}
+                if storage in live:
+                    end(storage)
+                live[storage] = number, coef = _amount(seen[storage])
+                now[number] = now.get(number, 0.0) + coef
+        moments.append(now.copy())
+        for storage in {storage for storage, _ in touched if last[storage] == i}:
+            end(storage)
     largest: list[dict[int, float]] = []
     for moment in sorted(moments, key=lambda m: -sum(m.values())):
         if not any(all(coef <= other.get(n, 0.0) for n, coef in moment.items()) for other in largest):
             largest.append(moment)
-    return list(numbers), [tuple(moment.items()) for moment in largest]
+    numbers, every = dict.fromkeys(number for moment in largest for number in moment), list(_amounts)
+    places = {number: i for i, number in enumerate(numbers)}
+    return [every[n] for n in numbers], [tuple([(places[n], coef) for n, coef in m.items()]) for m in largest]

@@ -12,11 +12,39 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tensorcast.cost.work import Array, Size
+from tensorcast.cost.work import Array, Mask, Size
 from tensorcast.modeling.quantization import Quantization, padded
 from tensorcast.profiles.memory import Kept, MemoryCovers, PackedPages
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, OpTable, per_table
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest rank; arrays where the batch was one."""
+
+    weights: Size
+    kv_cache: Size
+    activations: Size
+    communication: Size
+    engine: Size
+    capacity: float
+    cache_budget: Size
+    """What the engine's memory settings leave for the cache."""
+
+    @property
+    def total(self) -> Size:
+        return self.weights + self.kv_cache + self.activations + self.communication + self.engine
+
+    @property
+    def budget(self) -> Size:
+        """The most that all may take together."""
+        return self.total - self.kv_cache + self.cache_budget
+
+    @property
+    def fits(self) -> bool | Mask:
+        return self.kv_cache <= self.cache_budget
+
 
 MLA_FP8_SCALE_GROUP = 128
 """FP8 latent cache of sparse attention on Hopper: fp8 latent, one fp32 scale per 128 of it, bf16 rope part: 656 bytes

@@ -11,6 +11,7 @@ import numpy as np
 
 from tensorcast.cost.activations import activation_bytes, sees_cached_tokens
 from tensorcast.cost.memory import (
+    Memory,
     PackedCache,
     cache_budget,
     cache_entries,
@@ -23,7 +24,7 @@ from tensorcast.cost.memory import (
     weights_of_stages,
 )
 from tensorcast.cost.stages import stage_layers, stated_stages
-from tensorcast.cost.work import Array, Mask, Size
+from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run, unasked_exchange
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_parts, check
@@ -48,33 +49,6 @@ from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import RankForm, rank_tables, whole_model
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import OpTable, per_table
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the fullest rank; arrays where the batch was one."""
-
-    weights: Size
-    kv_cache: Size
-    activations: Size
-    communication: Size
-    engine: Size
-    capacity: float
-    cache_budget: Size
-    """What the engine's memory settings leave for the cache."""
-
-    @property
-    def total(self) -> Size:
-        return self.weights + self.kv_cache + self.activations + self.communication + self.engine
-
-    @property
-    def budget(self) -> Size:
-        """The most that all may take together."""
-        return self.total - self.kv_cache + self.cache_budget
-
-    @property
-    def fits(self) -> bool | Mask:
-        return self.kv_cache <= self.cache_budget
 
 
 class Stages(NamedTuple):
@@ -112,10 +86,39 @@ class Deployment:
 
         Each may be an array; then so are the parts that grow with it.
         """
-        sequences = np.asarray(batch, dtype=float)
-        weights, cache = self.held(sequences, past + new)
+        weights, cache = self.held(np.asarray(batch, dtype=float), past + new)
+        beside = activations, communication, graphs = self._beside(batch, new, past)
+        found = {
+            "weights": weights, "kv_cache": cache, "activations": activations, "communication": communication,
+            "engine": self.context_bytes + graphs, "cache_budget": self._left(weights, *beside),
+        }
+        plain = {name: float(value) if np.ndim(value) == 0 else value for name, value in found.items()}
+        return Memory(**plain, capacity=float(self.device.memory_bytes))
+
+    def cache_budget(self, batch: Size, new: Size, past: Size) -> Size:
+        """That of :meth:`memory` alone: of one stage, what its weights leave needs no cache to be known."""
+        stages = self.stages.weights
+        one = stages[0] + self.tower_bytes if len(stages) == 1 else self.held(np.asarray(batch), past + new)[0]
+        return self._left(one, *self._beside(batch, new, past))
+
+    def _left(self, weights: Size, activations: Size, communication: Size, graphs: Size) -> Size:
+        """What the engine's memory settings leave for the cache beside all these."""
         capacity, context = float(self.device.memory_bytes), self.context_bytes
-        # what is beside them is the same for all caches, and mostly however long: kept for a few steps
+        share = memory_share(
+            self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config,
+            phase=self.phase, served=served_with(self.options, self.step.plan.all2all),
+        )
+        if self.engine.reserve is not None or self.engine.memory_covers != "weights_and_cache":
+            share = share - graphs / capacity  # else they take what is left beside
+        return cache_budget(
+            self.engine.memory_covers, share, capacity=capacity, context=context, weights=weights,
+            beside=activations + communication + context + graphs,
+        )
+
+    def _beside(self, batch: Size, new: Size, past: Size) -> tuple[Size, Size, Size]:
+        """Bytes of activations, of the exchange between experts and of captured steps: the same for all caches, and
+        mostly however long, so that they are kept for a few steps."""
+        sequences = np.asarray(batch, dtype=float)
         asked = sequences, new, past if sees_cached_tokens(self.step.table) else 0.0
         key = tuple([(one.shape, one.tobytes()) for one in (np.asarray(n, dtype=float) for n in asked)])
         kept: dict[Hashable, tuple[Size, Size, Size]] = vars(self).setdefault("kept_beside", {})
@@ -131,24 +134,7 @@ class Deployment:
                 np.maximum(self._communication_bytes(sent, sizes), most_sent),
                 self.graph_bytes(sequences) if self.phase == "decode" else 0.0,
             )
-        activations, communication, graphs = kept[key]
-        beside = activations + communication + context + graphs
-        share = memory_share(
-            self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config,
-            phase=self.phase, served=served_with(self.options, self.step.plan.all2all),
-        )
-        if self.engine.reserve is not None or self.engine.memory_covers != "weights_and_cache":
-            share = share - graphs / capacity  # else they take what is left beside
-        left = cache_budget(
-            self.engine.memory_covers, share, capacity=capacity, context=context,
-            weights=weights, beside=beside,
-        )
-        found = {
-            "weights": weights, "kv_cache": cache, "activations": activations, "communication": communication,
-            "engine": context + graphs, "cache_budget": left,
-        }
-        plain = {name: float(value) if np.ndim(value) == 0 else value for name, value in found.items()}
-        return Memory(**plain, capacity=capacity)
+        return kept[key]
 
     @cached_property
     def context_bytes(self) -> Size:
@@ -231,6 +217,8 @@ class Deployment:
             for values in (stages.weights, room_taken(tokens, states, each[0].states_apart))
         )
         held = np.broadcast_to(sequences * room, (count, *shape))
+        if count == 1:
+            return np.broadcast_to(weights[0], shape) + self.tower_bytes, held[0]
         fullest = (weights + held).argmax(axis=0)[None]
         weights = np.take_along_axis(np.broadcast_to(weights, held.shape), fullest, axis=0)[0]
         return weights + self.tower_bytes, np.take_along_axis(held, fullest, axis=0)[0]

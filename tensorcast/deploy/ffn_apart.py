@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.evidence import interval
+from tensorcast.cost.memory import Memory
 from tensorcast.cost.work import Size
-from tensorcast.deploy.deployment import Deployment, Memory, deploy
+from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Row

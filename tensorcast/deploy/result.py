@@ -16,7 +16,8 @@ from tensorcast.trace.table import Op
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tensorcast.deploy.deployment import Deployment, Memory
+    from tensorcast.cost.memory import Memory
+    from tensorcast.deploy.deployment import Deployment
 
 
 @dataclass(frozen=True)

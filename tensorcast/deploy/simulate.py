@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tensorcast.deploy.deployment import Deployment, Memory, deploy
+from tensorcast.cost.memory import Memory
+from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.engine_limits import halving_note
 from tensorcast.deploy.engine_log import room_note
 from tensorcast.deploy.exchange_kernels import exchange_note

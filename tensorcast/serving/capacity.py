@@ -42,7 +42,7 @@ SEVERAL = 256
 def decode_budget(decode: Deployment, input_len: Number) -> tuple[Number, Number]:
     """What decode steps leave for the cache, and how much of it the buffers of each of their sequences take: live
     activations and what the MoE exchange receives, where they share memory with the cache."""
-    left = np.asarray(decode.memory(np.array([1.0, SEVERAL]), 1, int(input_len)).cache_budget)
+    left = np.asarray(decode.cache_budget(np.array([1.0, SEVERAL]), 1, int(input_len)))
     left = np.broadcast_to(left, (*left.shape[:-1], 2))
     one, several = left if left.ndim == 1 else (left[:, :1], left[:, 1:])
     if decode.engine.memory_covers == "weights_and_cache":
@@ -54,7 +54,7 @@ def decode_budget(decode: Deployment, input_len: Number) -> tuple[Number, Number
 def prefill_budget(prefill: Deployment, *prompts: PromptCut) -> Number:
     """What a full prefill step leaves for the cache; of several cuts of prompts along the last axis."""
     each = np.array([(int(max(cut.per_step, 1.0)), int(cut.tokens), int(cut.past)) for cut in prompts], dtype=float)
-    return prefill.memory(*(each.T if len(each) > 1 else each[0])).cache_budget
+    return prefill.cache_budget(*(each.T if len(each) > 1 else each[0]))
 
 
 def sequence_bytes(decode: Deployment, input_len: Number, output_len: Number, pooled: bool = False) -> Number:

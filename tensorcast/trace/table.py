@@ -12,7 +12,6 @@ from tensorcast.profiles.facts import ModelFacts
 from tensorcast.trace.dims import Dim, Sizes, product
 
 Found = TypeVar("Found")
-Kept = TypeVar("Kept")
 Rest = ParamSpec("Rest")
 
 
@@ -35,17 +34,31 @@ def per_table(function: Callable[Concatenate[OpTable, Rest], Found]) -> Callable
     return remembered
 
 
-@per_table
-def kept_beside(table: OpTable, kind: Callable[[], Kept]) -> Kept:
-    """The one ``kind()`` that lives as long as a table's ops: what is found of its rows again and again."""
-    return kind()
-
-
 STATEFUL = frozenset({"linear_attention", "ssm_scan"})
 """Ops whose fourth input, where there is one, and second output are a state that each sequence keeps."""
 
 CACHING = STATEFUL | {"kv_cache_write", "attention", "causal_conv1d"}
 """Ops that tell what is kept of a sequence."""
+
+MOST_OPS = 1 << 17
+"""Rows of which is kept what was found of them."""
+
+
+def per_op(function: Callable[[Op], Found]) -> Callable[[Op], Found]:
+    """Remember what ``function`` finds of a row, by identity: tables of one model share most of theirs."""
+    found: dict[int, tuple[Op, Found]] = {}
+
+    @functools.wraps(function)
+    def remembered(op: Op) -> Found:
+        known = found.get(id(op))
+        if known is None:
+            if len(found) >= MOST_OPS:
+                found.clear()
+            known = found[id(op)] = op, function(op)  # the row stays alive, so that its id stays its own
+        return known[1]
+
+    return remembered
+
 
 DTYPE_BYTES: dict[str, float] = {
     "float32": 4,
@@ -117,6 +130,19 @@ class Op:
     def but(self, **changes: Any) -> Op:
         """The row with these fields, several times quicker than ``dataclasses.replace``: tables have many rows."""
         return Op(*(changes.get(name, getattr(self, name)) for name in self.__slots__))
+
+
+@per_op
+def _with_attrs(op: Op) -> dict[tuple[str, Hashable], Op]:
+    return {}
+
+
+def with_attr(op: Op, name: str, value: Hashable) -> Op:
+    """The row with another attribute: one object for all that ask, so that plans share it."""
+    known = _with_attrs(op)
+    if (name, value) not in known:
+        known[name, value] = op.but(attrs={**op.attrs, name: value})
+    return known[name, value]
 
 
 @dataclass(frozen=True, slots=True)

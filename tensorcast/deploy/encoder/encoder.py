@@ -16,8 +16,9 @@ import numpy as np
 
 from tensorcast.cost.collectives import collective_time, group_extent
 from tensorcast.cost.evidence import LEVELS, interval
+from tensorcast.cost.memory import Memory
 from tensorcast.cost.work import Size
-from tensorcast.deploy.deployment import Deployment, Memory, deploy
+from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Row

@@ -10,7 +10,7 @@ from tensorcast.cost.kernels.vocabulary import PRECISION, source_of
 from tensorcast.deploy.layout import Layout
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.trace.table import Op
+from tensorcast.trace.table import Op, with_attr
 
 MOST_SOURCES = 4096
 """Models, engines and devices of which it is kept whose kernels run."""
@@ -37,15 +37,8 @@ def expert_sources(
     return _sources[key][-1]
 
 
-class OwnAttention(dict[tuple[int, str], tuple[Op, Op]]):
-    """Attention rows by identity and library, and as its kernels run them: plans of a table share them."""
-
-
-def attended_by(row: Op, kernels: str, own: OwnAttention) -> Op:
+def attended_by(row: Op, kernels: str) -> Op:
     """The row as it is run by these ``kernels``, its attrs say whose, if it is attention to all tokens or a window."""
     if row.name != "attention" or row.attrs["latent"] or row.attrs["selected"] or row.attrs.get("compress"):
         return row
-    key = id(row), kernels
-    if key not in own:
-        own[key] = row, row.but(attrs={**row.attrs, "kernels": kernels})
-    return own[key][1]
+    return with_attr(row, "kernels", kernels)

@@ -18,7 +18,7 @@ from tensorcast.cost.work import Size
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import ALL2ALL, Layout, attention_dp
 from tensorcast.deploy.options import EXCHANGES, Options
-from tensorcast.deploy.plan.kernels import OwnAttention, attended_by
+from tensorcast.deploy.plan.kernels import attended_by
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.backends import BACKENDS, choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
@@ -28,7 +28,7 @@ from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.cache import WholeModel
 from tensorcast.trace.dims import product
 from tensorcast.trace.moe import BlockForm, Whole, blocks_of
-from tensorcast.trace.table import Op, OpTable, kept_beside, per_table
+from tensorcast.trace.table import Op, OpTable, per_table, with_attr
 
 CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
 
@@ -217,10 +217,9 @@ def make_plan(
     asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
     alone = attention_dp(layout, table.facts.num_experts) == 1
     if asked and (limits is None or (is_one_of(limits.models, config) and (alone or not limits.one_replica))):
-        _join_norms(rows, device, engine, kept_beside(table, JoinedNorms))
+        _join_norms(rows, device, engine)
     if engine.attention is not None and (kernels := engine.attention.unusual(device.architecture, config)):
-        own = kept_beside(table, OwnAttention)
-        rows = [attended_by(row, kernels, own) if isinstance(row, Op) else row for row in rows]
+        rows = [attended_by(row, kernels) if isinstance(row, Op) else row for row in rows]
     backend = choose_experts_backend(options.experts_backend, exchange.all2all, engine, device, table.phase)
     return Plan(
         rows=tuple(rows), all2all=exchange.all2all, dispatch=exchange.dispatch, combine=exchange.combine,
@@ -276,10 +275,6 @@ def exchange_of(
     return Exchange(chosen, scheme, combine, found)
 
 
-class JoinedNorms(dict[tuple[int, float], tuple[Op, Op]]):
-    """Norms by identity and limit, and as they are in an all-reduce: plans of a table share them."""
-
-
 class _Sent(NamedTuple):
     """What a MoE block exchanges: bytes of a token and of its result, as they travel, the hidden size of the block,
     and the (token, expert) copies of a token. ``sliced``: each tp rank has a slice of the tokens until they are
@@ -323,9 +318,7 @@ def _rows_of(op: Op) -> tuple[Literal["token", "sequence"], float]:
     return "token" if rows.S else "sequence", rows.coef
 
 
-def _join_norms(
-    rows: list[Row], device: DeviceProfile, engine: EngineProfile, joined: JoinedNorms
-) -> None:
+def _join_norms(rows: list[Row], device: DeviceProfile, engine: EngineProfile) -> None:
     """A norm right after a small all-reduce inside one node runs in its kernel: attrs say up to how many tokens."""
     for i, before in enumerate(rows[:-1]):
         if not isinstance(before, Collective) or before.op != "all_reduce" or len(before.extent) > 1:
@@ -336,10 +329,7 @@ def _join_norms(
         limit, scale = math.inf, float(before.scale)
         if engine.allreduce_norm is not None:
             limit = engine.allreduce_norm.limit_bytes(device, before.ranks, scale)
-        key = id(row), limit / scale
-        if key not in joined:
-            joined[key] = row, row.but(attrs={**row.attrs, "joined_tokens": key[1]})
-        rows[i + 1] = joined[key][1]
+        rows[i + 1] = with_attr(row, "joined_tokens", limit / scale)
 
 
 def _moe_collectives(

@@ -28,7 +28,7 @@ from tensorcast.deploy.step.price import RowPrice, one_level, spending_of
 from tensorcast.deploy.step.row_prices import Pending, RowPricer, Works
 from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.moe import EXPERT_STAGES
-from tensorcast.trace.table import DTYPE_BYTES, Op, Tensor
+from tensorcast.trace.table import DTYPE_BYTES, Op, Tensor, per_op
 
 OF_DIMS = (traffic, embedding, matmul, mla_absorb, grouped_matmul)
 """Formulas that ask for no sizes but those in an op's dims, and for tokens that are routed."""
@@ -61,54 +61,48 @@ _contents: dict[tuple[object, ...], Content] = {}
 """By all that an op says: tables of other layouts have many of the same."""
 
 
-class Contents(dict[int, tuple[Op, Content]]):
-    """What was found for ops of a table, by identity: its plans share most."""
-
-
-def content_of(op: Op, known: Contents) -> Content:
+@per_op
+def content_of(op: Op) -> Content:
     """What an op is priced by."""
-    if id(op) not in known:
-        tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
-        attrs = sorted((name, repr(value)) for name, value in op.attrs.items())
-        key = (op.name, op.stage, *map(tuple, tensors), tuple(attrs))
-        if (found := _contents.get((op.parts, *key))) is not None:
-            known[id(op)] = op, found
-            return found
-        dims = [dim for tensor in (*op.inputs, *op.outputs) for dim in tensor.dims]
-        routed = op.stage in EXPERT_STAGES or any(dim.R or dim.E or dim.X for dim in dims)
-        sizes = [*dims, *(value for value in op.attrs.values() if isinstance(value, Dim))]
-        by_phase = FORMULAS.get(op.name, traffic) not in OF_DIMS
-        cached = by_phase or any(dim.P or dim.L for dim in sizes)
-        plain = op
-        if FORMULAS.get(op.name, traffic) is traffic:
-            # of what only moves data no more is asked than the bytes that it reads and those that it writes: one tensor
-            # of each for each combination of atoms
-            moved = []
-            for some in (op.inputs, op.outputs):
-                amounts: dict[tuple[Dim, ...], float] = {}
-                for t in some:
-                    first, *others = product(t.dims, t.expanded)
-                    form = first._replace(coef=1.0), *others
-                    amounts[form] = amounts.get(form, 0.0) + float(first.coef) * DTYPE_BYTES[t.dtype]
-                moved.append(tuple([
-                    Tensor((first._replace(coef=coef), *others), "uint8")
-                    for (first, *others), coef in sorted(amounts.items())
-                ]))
-            parts = tuple(sorted({name for name in op.parts if name in REDUCES or name == "stream_mix"}))
-            plain = op.but(inputs=moved[0], outputs=moved[1], parts=parts)
-        every = (*plain.inputs, *plain.outputs)
-        numbers = tuple([n for n in NUMBERS if n in op.attrs and not isinstance(op.attrs[n], Dim)])
-        held = [pair for pair in attrs if pair[0] not in numbers and (plain is op or pair[0] in NUMBERS)]
-        forms = [(t.dtype, bool(t.weight), t.expanded, *(dim[1:] for dim in t.dims)) for t in every]
-        like = plain.name, plain.stage, plain.parts, len(plain.inputs), *forms, *held, *numbers
-        coefs = [dim.coef for t in every for dim in (*t.dims, *product(t.dims, t.expanded))]
-        coefs += [op.attrs[name] for name in numbers]
-        found = _contents[(op.parts, *key)] = Content(
-            _numbers.setdefault(key, len(_numbers)), routed, cached, _numbers.setdefault(like, len(_numbers)), plain,
-            tuple(coefs), numbers, by_phase,
-        )
-        known[id(op)] = op, found
-    return known[id(op)][1]
+    tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
+    attrs = sorted((name, repr(value)) for name, value in op.attrs.items())
+    key = (op.name, op.stage, *map(tuple, tensors), tuple(attrs))
+    if (known := _contents.get((op.parts, *key))) is not None:
+        return known
+    dims = [dim for tensor in (*op.inputs, *op.outputs) for dim in tensor.dims]
+    routed = op.stage in EXPERT_STAGES or any(dim.R or dim.E or dim.X for dim in dims)
+    sizes = [*dims, *(value for value in op.attrs.values() if isinstance(value, Dim))]
+    by_phase = FORMULAS.get(op.name, traffic) not in OF_DIMS
+    cached = by_phase or any(dim.P or dim.L for dim in sizes)
+    plain = op
+    if FORMULAS.get(op.name, traffic) is traffic:
+        # of what only moves data no more is asked than the bytes that it reads and those that it writes: one tensor
+        # of each for each combination of atoms
+        moved = []
+        for some in (op.inputs, op.outputs):
+            amounts: dict[tuple[Dim, ...], float] = {}
+            for t in some:
+                first, *others = product(t.dims, t.expanded)
+                form = first._replace(coef=1.0), *others
+                amounts[form] = amounts.get(form, 0.0) + float(first.coef) * DTYPE_BYTES[t.dtype]
+            moved.append(tuple([
+                Tensor((first._replace(coef=coef), *others), "uint8")
+                for (first, *others), coef in sorted(amounts.items())
+            ]))
+        parts = tuple(sorted({name for name in op.parts if name in REDUCES or name == "stream_mix"}))
+        plain = op.but(inputs=moved[0], outputs=moved[1], parts=parts)
+    every = (*plain.inputs, *plain.outputs)
+    numbers = tuple([n for n in NUMBERS if n in op.attrs and not isinstance(op.attrs[n], Dim)])
+    held = [pair for pair in attrs if pair[0] not in numbers and (plain is op or pair[0] in NUMBERS)]
+    forms = [(t.dtype, bool(t.weight), t.expanded, *(dim[1:] for dim in t.dims)) for t in every]
+    like = plain.name, plain.stage, plain.parts, len(plain.inputs), *forms, *held, *numbers
+    coefs = [dim.coef for t in every for dim in (*t.dims, *product(t.dims, t.expanded))]
+    coefs += [op.attrs[name] for name in numbers]
+    found = _contents[(op.parts, *key)] = Content(
+        _numbers.setdefault(key, len(_numbers)), routed, cached, _numbers.setdefault(like, len(_numbers)), plain,
+        tuple(coefs), numbers, by_phase,
+    )
+    return found
 
 
 @dataclass(frozen=True, slots=True)

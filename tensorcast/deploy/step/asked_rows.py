@@ -11,7 +11,7 @@ import numpy as np
 
 from tensorcast.cost.formulas import Context
 from tensorcast.deploy.plan.plan import Collective, Row
-from tensorcast.deploy.step.alike import Content, Contents, Questions, content_of
+from tensorcast.deploy.step.alike import Content, Questions, content_of
 from tensorcast.deploy.step.layer_points import loads_of, mean_over_layers, spread_out
 from tensorcast.deploy.step.price import RowPrice, Where, joined, pick
 from tensorcast.deploy.step.row_prices import Pending, RowPricer
@@ -41,14 +41,14 @@ class Named(NamedTuple):
     name: Hashable
 
 
-def named(row: Row, known: Contents) -> Named:
-    """The row with its name; ``known``: of other rows of its table."""
+def named(row: Row) -> Named:
+    """The row with its name."""
     if isinstance(row, Collectives):
         return Named(row, None, "routed", ("members", id(row)))  # which its price keeps alive
     if isinstance(row, Collective):
         name = (row.op, row.group, row.ranks, row.extent, row.scale, row.per, *sorted(row.exchange.items()))
         return Named(row, None, "here" if row.exchange else "lasting", name)
-    content = content_of(row, known)
+    content = content_of(row)
     if content.routed:
         return Named(row, content, "here" if content.cached else "routed", content.number)
     return Named(row, content, "plain" if content.cached else "lasting", content.number)

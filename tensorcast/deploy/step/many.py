@@ -21,14 +21,14 @@ from tensorcast.cost.kernels.corrections import BatchedCorrections, SeveralCorre
 from tensorcast.cost.row_seconds import RowSeconds
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.plan.plan import Collective
-from tensorcast.deploy.step.alike import Contents, content_of, joined_op
+from tensorcast.deploy.step.alike import content_of, joined_op
 from tensorcast.deploy.step.many_sums import Numbers, Places, StepCases
 from tensorcast.deploy.step.price import RowPrice, StepPrice
 from tensorcast.deploy.step.row_prices import RowPricer, side_by_side
 from tensorcast.deploy.step.sizes import Batches
 from tensorcast.deploy.step.step import Asked, Step, prices
 from tensorcast.trace.dims import Sizes
-from tensorcast.trace.table import Op, kept_beside
+from tensorcast.trace.table import Op
 
 PLAIN, ROUTED = ("B", "S", "P", "verify"), ("R", "E", "X", "hit", "capacity")
 """Sizes of a case: of every row, and of those that hang on how tokens fall on experts."""
@@ -108,7 +108,7 @@ class Many:
         contexts = [at.whole] if at.chunk is at.whole else [at.whole, at.chunk]
         sizes = [[_size(context, name) for name in (*PLAIN, *ROUTED)] for context in contexts]
         shape = np.broadcast_shapes(*{np.shape(size) for one in sizes for size in one})
-        recipe, known = step.recipe(at.draft is not None), kept_beside(step.table, Contents)
+        recipe = step.recipe(at.draft is not None)
         one, prices = StepCases(number, step, batch, at, recipe, shape, self._case), list[_Alike]()
         for own in sizes:
             self._sizes.append((self._case, shape, own))
@@ -123,7 +123,7 @@ class Many:
                 key = *machine, *_of_collective(row, pricer)
                 place = mine.setdefault((*key, float(row.scale), where), len(mine))
             else:
-                content = content_of(row, known)
+                content = content_of(row)
                 place = mine.setdefault((content.number, where), len(mine))
             one.rows.append(place)
             if place < len(prices):

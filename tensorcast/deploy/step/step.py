@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.plan.plan import Plan, Row
-from tensorcast.deploy.step.alike import Contents, Questions
+from tensorcast.deploy.step.alike import Questions
 from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Named, SizesOfAll, Waiting, named, store_keys
 from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place_of, stages_of
@@ -24,7 +24,7 @@ from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, StepSizes
 from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, pairs_of, recipe_of, sums_of_steps
 from tensorcast.trace.dims import Dim
-from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, kept_beside, per_table
+from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, per_table
 
 if TYPE_CHECKING:
     from tensorcast.deploy.step.drafter import Drafter
@@ -92,7 +92,7 @@ class Step:
                 parts.append(RecipePart((kept,), (len(rows) + len(more),), (1,), drafts=True))
                 more.append(kept)
             known[drafting] = recipe_of(
-                self.table, (*rows, *more), tuple(parts), places=(*layers, FIRST, LAST, HAND_OVER), planned=len(rows),
+                (*rows, *more), tuple(parts), places=(*layers, FIRST, LAST, HAND_OVER), planned=len(rows),
                 positions=self.overlap.positions,
             )
         return known[drafting]
@@ -226,9 +226,9 @@ def _sheet_of(steps: Sequence[Step], drafting: bool, chunked: bool) -> _Sheet:
             lasting, routed = store_keys(step.pricer, step.sizes.backend, Memo() if memo is None else memo)
             kept = (i,) if memo is None else (id(memo.plain), id(memo.routed))
             stores = {"plain": (kept, *lasting), "lasting": (kept, *lasting), "routed": (kept, *routed), "here": (i,)}
-            contents, place = kept_beside(step.pricer.table, Contents), list[int]()
+            place = list[int]()
             for row, inside in zip(recipe.rows, recipe.chunked, strict=True):
-                one = named(row, contents)
+                one = named(row)
                 own = (inside, i) if chunked and inside else False  # every step has as many chunks as it needs
                 number = numbers.setdefault((own, one.store, stores[one.store], one.name), len(asked))
                 if number == len(asked):

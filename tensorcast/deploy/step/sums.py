@@ -17,7 +17,7 @@ from tensorcast.deploy.step.overlap import KIND_SUMS, PER_SEQUENCE
 from tensorcast.deploy.step.pipeline_stages import place_of
 from tensorcast.deploy.step.price import RowPrice, Where
 from tensorcast.trace.moe import EXPERT_STAGES
-from tensorcast.trace.table import Op, OpTable, kept_beside
+from tensorcast.trace.table import Op, per_op
 
 AMONG = ("seconds", "communication", "attention", "experts")
 """Sums of rows' seconds: of all, of collectives, of ops that run per sequence, of experts with dispatch and combine,
@@ -63,24 +63,24 @@ class _Role(NamedTuple):
     chunked: bool
 
 
-class _Roles(dict[int, tuple[Op, int]]):
-    """Numbers of the roles of a table's ops, by identity: its plans share most of them."""
-
-    def of(self, row: Row) -> int:
-        """That of a row."""
-        if isinstance(row, Collective):
-            role = _Role(place_of(row), (True, True, False, row.group in ("dp", "ep")), bool(row.exchange))
-            return _roles.setdefault(role, len(_roles))
-        found = self.get(id(row))
-        if found is None:
-            inside = row.stage in EXPERT_STAGES
-            role = _Role(place_of(row), (True, False, row.name in PER_SEQUENCE, inside), inside)
-            found = self[id(row)] = row, _roles.setdefault(role, len(_roles))
-        return found[1]
-
-
 _roles: dict[_Role, int] = {}
 """Every role by its number: they are few."""
+
+
+def _role_of(row: Row) -> int:
+    """The number of a row's role."""
+    if not isinstance(row, Collective):
+        return _role_of_op(row)
+    role = _Role(place_of(row), (True, True, False, row.group in ("dp", "ep")), bool(row.exchange))
+    return _roles.setdefault(role, len(_roles))
+
+
+@per_op
+def _role_of_op(op: Op) -> int:
+    inside = op.stage in EXPERT_STAGES
+    role = _Role(place_of(op), (True, False, op.name in PER_SEQUENCE, inside), inside)
+    return _roles.setdefault(role, len(_roles))
+
 
 MOST_RECIPES = 4096
 """Ways to add rows up that are kept."""
@@ -90,12 +90,12 @@ _weights: dict[tuple[Hashable, ...], tuple[tuple[bool, ...], tuple[Array, Array,
 
 
 def recipe_of(
-    table: OpTable, rows: tuple[Row, ...], parts: tuple[RecipePart, ...], *, places: tuple[int, ...], planned: int,
+    rows: tuple[Row, ...], parts: tuple[RecipePart, ...], *, places: tuple[int, ...], planned: int,
     positions: Mapping[int, Mapping[str, Sequence[int]]],
 ) -> Recipe:
     """The recipe of ``rows``, of which the first ``planned`` are the plan's; ``positions``: as
     :class:`~tensorcast.deploy.step.overlap.Overlap` has them."""
-    roles = tuple(map(kept_beside(table, _Roles).of, rows))
+    roles = tuple(map(_role_of, rows))
     overlapping = tuple([
         (kind, *((name, *where) for name, where in positions[kind].items())) for kind in sorted(positions)
     ])

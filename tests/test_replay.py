@@ -173,6 +173,8 @@ def test_ctrl_c_leaves_what_was_served(tmp_path: Path, monkeypatch: pytest.Monke
         (["--rate", "1", "--workers", "5s -2"], "2 servers fewer at 5 s, but pool 1 has 1"),
         (["--rate", "1,2", "--find-rate", "--ttft", "1s"], "--rate 1,2: --find-rate finds the rate"),
         (["--rate", "1", "--mtp-acceptance", "1.5"], "--mtp-acceptance 1.5: must be a chance from 0 to 1"),
+        (["--rate", "1", "--batch-wait-steps", "3"], "batch_wait_steps 3: under vllm prompts cannot be told to wait"),
+        (["--rate", "1", "--engine", "trtllm", "--balance-steps", "4"], "balance_steps 4: .* here nobody would"),
     ],
 )
 def test_mistakes_are_one_clear_line(arguments: list[str], says: str) -> None:

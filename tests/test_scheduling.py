@@ -301,7 +301,8 @@ def test_causes_make_up_the_whole(priced: PricedServers) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("tp8 > tp8 > tp8", "at most two phases"), ("0 x tp8", "at least 1"), ("nonsense", "layout 'nonsense'")],
+    [("tp8 > tp8 > tp8", "at most two phases"), ("0 x tp8", "at least 1"), ("nonsense", "layout 'nonsense'"),
+     ("tp8 >", "layout 'tp8 >': a layout is missing"), ("4 x @h100", "a layout is missing")],
 )
 def test_bad_layouts(text: str, says: str) -> None:
     with pytest.raises(InputError, match=says):

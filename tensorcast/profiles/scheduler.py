@@ -57,6 +57,7 @@ class Scheduler(Frozen):
         default="least_requests", description="which data-parallel rank a request goes to"
     )
     room_first: RoomFirst | None = None
+    prompts_wait: bool = Field(default=False, description="whether prompts can be told to wait for others")
     source: str = Field(min_length=3)
 
     def sequences(

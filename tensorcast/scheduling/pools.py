@@ -79,6 +79,8 @@ def _pool(text: str, part: str, role: Role) -> Servers:
     if count is not None and int(count) < 1:
         raise InputError(f"layout {text!r}: {count} servers: at least 1")
     layout, at, device = rest.partition("@")
+    if not layout.strip():
+        raise InputError(f"layout {text!r}: a layout is missing beside one of its signs, > or &, or before @")
     named = device.strip()
     return Servers(parse_layout(layout.strip()), int(count or 1), role, load_device(named) if at else None, named)
 

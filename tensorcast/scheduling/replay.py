@@ -18,7 +18,7 @@ from tensorcast.scheduling.fleet import Fleet, Pool, Watch
 from tensorcast.scheduling.outcome import Limits, Outcome, drawn_factors
 from tensorcast.scheduling.pools import Change, Servers, check_changes
 from tensorcast.scheduling.requests import Requests
-from tensorcast.scheduling.rules import Waits, rules_of
+from tensorcast.scheduling.rules import NO_WAITS, Waits, rules_of
 from tensorcast.scheduling.server import Server
 from tensorcast.scheduling.step_times import step_times
 from tensorcast.serving.hand_over import hand_over_s
@@ -178,6 +178,12 @@ def _priced(parts: Sequence[Part], longest: int, settings: Settings) -> PricedSe
         hand_over = _hand_over(part, parts) if part.servers.role == "prefill" else None
         meeting_s = part.own.engine.hand_over_s if hand_over else 0.0
         pools.append(Pool(rules, times, part.servers.count, hand_over, meeting_s))
+    waits = settings.get("waits", NO_WAITS)
+    if waits.asked and not any(pool.rules.role == "both" and waits.any(pool.rules.ranks) for pool in pools):
+        raise InputError(
+            f"{waits.asked}: prompts wait beside replies: balance_steps where servers have several data-parallel ranks, "
+            "batch_wait_steps where they have one; here nobody would"
+        )
     phases = [[str(part.servers) for part in parts if (part.servers.role == "decode") == second] for second in (0, 1)]
     return PricedServers(
         pools=tuple(pools), layout=" > ".join(" & ".join(phase) for phase in phases if phase),

@@ -51,6 +51,12 @@ class Waits:
         if not 0 <= self.batch_wait_share <= 1:
             raise InputError(f"batch_wait_share {self.batch_wait_share:g}: must be a share from 0 to 1")
 
+    @property
+    def asked(self) -> str:
+        """What is asked for, in words; empty for nothing."""
+        said = {name: getattr(self, name) for name in ("balance_steps", "batching_steps", "batch_wait_steps")}
+        return ", ".join(f"{name} {steps}" for name, steps in said.items() if steps)
+
     def any(self, ranks: int) -> bool:
         """Whether prompts of a server of so many data-parallel ranks wait for others at all."""
         return (self.balance_steps if ranks > 1 else self.batch_wait_steps if ranks else 0) > 0
@@ -123,6 +129,8 @@ def rules_of(
     scheduler = engine.scheduler
     if scheduler is None:
         raise InputError(f"--engine {engine.name}: its profile has no scheduler; one with `scheduler:` is needed")
+    if waits.asked and not scheduler.prompts_wait:
+        raise InputError(f"{waits.asked}: under {engine.name} prompts cannot be told to wait; TensorRT-LLM has that")
     least = min(graph_sizes, default=None)
     stated = ("--prefill-chunk", chunk_tokens), ("--max-sequences", max_sequences), ("--graph-sizes", least)
     for name, value in stated:

@@ -35,19 +35,23 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
     wait no longer than the limits say, the largest and a smaller one that brings more: steps jump.
     """
     parts, orders, unstable, grid = list[Points](), list[Rows](), 0, shop.grid
+    quick = _quick_enough(shop, limits[1])
     for budget in shop.chunks:
         most = np.minimum(shop.fits[budget], LARGEST_BATCH)
         if budget not in shop.states:
-            shop.states[budget] = first_s, per_token, rates = np.full((3, len(most), len(grid)), np.nan)
-            several = np.array_split(np.argsort(-most, kind="stable"), 1 + len(most) * len(grid) // TOGETHER)
-            for mine in several:  # those with room for as many together
-                held = slice(int(np.searchsorted(grid, most[mine[0]], side="right")))
-                state = _engine(shop, budget, mine[:, None]).at(grid[None, held])
-                # what never keeps up with its prompts is late whatever the limits are
-                first_s[mine, held] = np.where(np.isfinite(state.concurrency), state.first_s, np.nan)
-                per_token[mine, held] = state.generation_s / max(shop.scenario.load.output_len - 1, 1)
-                rates[mine, held] = grid[None, held] / state.place_s
-        first_s, per_token, rates = shop.states[budget]
+            shop.states[budget] = np.full((3, len(most), len(grid)), np.nan), np.zeros(len(most), dtype=int)
+        (first_s, per_token, rates), reached = shop.states[budget]
+        asked = np.minimum(np.searchsorted(grid, most, side="right"), quick)
+        new = np.flatnonzero(asked > reached)
+        several = np.array_split(new[np.argsort(-asked[new], kind="stable")], 1 + len(new) * len(grid) // TOGETHER)
+        for mine in several if len(new) else ():  # those that are asked as many together
+            held = slice(int(asked[mine[0]]))
+            state = _engine(shop, budget, mine[:, None]).at(grid[None, held])
+            # what never keeps up with its prompts is late whatever the limits are
+            first_s[mine, held] = np.where(np.isfinite(state.concurrency), state.first_s, np.nan)
+            per_token[mine, held] = state.generation_s / max(shop.scenario.load.output_len - 1, 1)
+            rates[mine, held] = grid[None, held] / state.place_s
+        reached[new] = asked[new]
         fits = grid <= most[:, None]
         kept = fits & (first_s <= (limits[0] or np.inf)) & (per_token <= (limits[1] or np.inf))
         largest = np.append(0.0, grid)[np.searchsorted(grid, most, side="right")]
@@ -70,6 +74,17 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
         orders.append(sum(len(one.variant) for one in parts) + order[stable[order]])
         parts += both
     return Points.joined(parts).where(np.concatenate(orders)), unstable
+
+
+def _quick_enough(shop: VariantPrices, tpot_s: float | None) -> Rows:
+    """Of the priced batches of each variant, up to which one tokens may come in time: later ones take too long even in
+    steps without prompts. Where prompts run alone, replies that end together may take less: all of them."""
+    scenario, count = shop.scenario, len(shop.grid)
+    if tpot_s is None or scenario.engine.prefill_alone:
+        return np.full(len(shop.depths), count)
+    steps = scenario.load.decode_steps(shop.depths)[:, None]
+    slow = ~(steps * shop.curves["seconds"] / max(scenario.load.output_len - 1, 1) <= tpot_s)
+    return np.where(slow.all(axis=1), 0, count - (~slow[:, ::-1]).argmax(axis=1))
 
 
 def _engine(shop: VariantPrices, budget: int, rows: Rows) -> Aggregated:

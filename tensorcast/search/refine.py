@@ -77,9 +77,10 @@ def _smaller(shop: VariantPrices, points: Points) -> Array:
     one may bring, of those smaller than its own: steps jump. ``[points, grid]``; 0 elsewhere."""
     grid, c = shop.grid, points.columns
     rates = grid / shop.curves["seconds"][points.variant]
-    for budget, (*_, own) in shop.states.items() if "chunk_tokens" in c else ():
+    for budget, ((*_, own), _) in shop.states.items() if "chunk_tokens" in c else ():
         mine = c["chunk_tokens"] == budget
         rates[mine] = own[points.variant[mine]]
     last = np.append(grid[1:] - 1, grid[-1])
     brings = rates[np.arange(len(rates)), np.searchsorted(grid, c["batch"])]
-    return np.where(last < c["batch"][:, None], rates * (last / grid) / brings[:, None], 0.0)
+    # batches that are too slow whatever prompts take are not worked out, nor is a larger one in time
+    return np.where(last < c["batch"][:, None], np.nan_to_num(rates * (last / grid) / brings[:, None]), 0.0)

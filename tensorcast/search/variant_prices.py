@@ -137,8 +137,9 @@ class VariantPrices:
         # by variant: which fleet at one setting, as which member
         self.fleet_of, self.member_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
         self.fleets: list[Fleet] = []
-        # first token's and each other token's seconds at every batch, by chunk budget: whatever the limits are
-        self.states: dict[int, Array] = {}
+        # first token's and each other token's seconds and replies per second of a place, at every batch, by chunk
+        # budget; and how many batches of each variant are worked out
+        self.states: dict[int, tuple[Array, Rows]] = {}
         self.whatever: dict[int, Points] = {}  # candidates there whatever the limits are, by chunk budget
         self._pools: VariantPrices | None = None
         self._encoded: dict[int, EncodeStep] = {}

@@ -127,6 +127,16 @@ def test_a_class_that_cannot_run_is_one_line(config: dict[str, Any]) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_replies_by_diffusion_are_not_said_to_cost_decode_steps() -> None:
+    """DiffusionGemma (transformers, modeling_diffusion_gemma.py): its decoder sees a canvas of tokens at every step."""
+    text = {**SIZES, "num_experts": 16, "top_k_experts": 4, "moe_intermediate_size": 48}
+    config = {"model_type": "diffusion_gemma", "canvas_length": 256, "text_config": text}
+    for phase in ("prefill", "decode"):
+        table = trace(profile(**config), phase)
+        assert any("256 tokens at a time (canvas_length)" in line for line in table.facts.remarks)
+    assert not any("canvas" in line for line in trace(profile(model_type="gemma2", **SIZES), "decode").facts.remarks)
+
+
 def test_layers_that_share_a_block_hold_it_once() -> None:
     """Zamba: one transformer block at several depths (2405.16712)."""
     kinds = ["linear_attention", "hybrid"] * 2

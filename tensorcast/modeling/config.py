@@ -221,9 +221,14 @@ def _reads_parts(model_type: str) -> bool:
 
 
 def _other_parts(config: dict[str, Any]) -> list[str]:
-    """A line on parts of a config that are no language model's: encoders of pictures and sound."""
+    """Lines on parts of a config that are no language model's: encoders of pictures and sound, and a decoder that fills
+    blocks of tokens step by step (DiffusionGemma), whose prompts alone are read as a language model's."""
     parts = [name for name, value in config.items() if isinstance(value, dict) and re.search(OTHER_PARTS, name)]
-    return [f"priced as its language model; not counted: {', '.join(parts)}"] if parts else []
+    found = [f"priced as its language model; not counted: {', '.join(parts)}"] if parts else []
+    if block := config.get("canvas_length"):
+        how = f"by diffusion, {block} tokens at a time (canvas_length)"
+        found.append(f"replies are written {how}: decode steps here are not what they cost")
+    return found
 
 
 OTHER_PARTS = "vision|visual|vit_|audio|speech|talker|code2wav|token2wav|sound"

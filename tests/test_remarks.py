@@ -48,6 +48,23 @@ def test_a_checkpoint_that_keeps_more_than_was_asked_for_is_named() -> None:
         assert any("nvidia/MiniMax-M2.5-NVFP4" in n for n in compared) is named
 
 
+@pytest.mark.parametrize(
+    ("model", "asked", "idle"),
+    [
+        ("deepseek-v3", {"attention_kernels": "triton"}, True),  # attention over latents: no word of it is told
+        ("qwen3-30b-a3b", {"attention_kernels": "triton"}, False),
+        ("kimi-k2.5", {"experts_kernels": "trtllm"}, True),  # generated kernels of INT4, which no table has
+        ("qwen3-30b-a3b", {"experts_kernels": "cutlass"}, False),
+        ("qwen3-30b-a3b", {}, False),
+    ],
+)
+def test_kernels_that_are_asked_for_in_vain_are_said_to_be(model: str, asked: dict[str, str], idle: bool) -> None:
+    sizes: dict[str, Any] = {"device": "b200", "world_size": 8, "tp": 8, "batch": 8, "context": 1024, "engine": "vllm"}
+    plain, said = tc.simulate(model, **sizes), tc.simulate(model, **sizes, **asked)
+    assert any("no effect here: --" in note and "kernels" in note for note in said.notes) is idle
+    assert bool(asked) is False or (plain.step_s == said.step_s) is idle
+
+
 # How long a sequence may be
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from tensorcast.cost.memory import Memory
 from tensorcast.deploy.deployment import Deployment, deploy
@@ -10,7 +11,7 @@ from tensorcast.deploy.engine_limits import halving_note
 from tensorcast.deploy.engine_log import room_note
 from tensorcast.deploy.exchange_kernels import exchange_note
 from tensorcast.deploy.layout import Layout
-from tensorcast.deploy.options import Options, idle_note
+from tensorcast.deploy.options import Options, flag, idle_note
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.plan.remarks import not_counted, stored_otherwise, uncut
 from tensorcast.deploy.result import Simulation
@@ -53,11 +54,33 @@ def simulate(
     largest = deployment.largest_batch(workload.input_len, workload.context)
     if not memory.fits and not allow_oversize:
         raise InputError(_does_not_fit(deployment, workload, memory, largest, enough))
-    price = deployment.step.price(float(workload.batch), float(workload.input_len), float(workload.context))
+    price = _priced(deployment, workload)
     return Simulation(
         deployment=deployment, workload=workload, price=price, memory=memory, largest_batch=largest,
-        notes=_notes(deployment, price),
+        notes=(*_notes(deployment, price), *_asked_in_vain(deployment, engine, workload, price)),
     )
+
+
+def _priced(deployment: Deployment, workload: Workload) -> StepPrice:
+    return deployment.step.price(float(workload.batch), float(workload.input_len), float(workload.context))
+
+
+def _asked_in_vain(
+    deployment: Deployment, engine: EngineProfile, workload: Workload, price: StepPrice
+) -> list[str]:
+    """That kernels which were asked for change nothing: the engine runs them anyway, or nobody timed them."""
+    options, notes = deployment.options, []
+    for name in ("experts_kernels", "attention_kernels"):
+        if (word := getattr(options, name)) == "engine":
+            continue
+        unasked = deploy(
+            deployment.model, deployment.device, engine, deployment.layout, deployment.phase,
+            options=replace(options, **{name: "engine"}),
+        )
+        if _priced(unasked, workload).seconds == price.seconds:
+            why = "the engine's own choice here, or kernels that no table has of this model's kind"
+            notes.append(f"no effect here: {flag(name)} {word} ({why})")
+    return notes
 
 
 def _does_not_fit(

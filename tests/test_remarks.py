@@ -58,7 +58,7 @@ def test_a_checkpoint_that_keeps_more_than_was_asked_for_is_named() -> None:
         ("qwen3-30b-a3b", {}, False),
     ],
 )
-def test_kernels_that_are_asked_for_in_vain_are_said_to_be(model: str, asked: dict[str, str], idle: bool) -> None:
+def test_kernels_that_are_asked_for_in_vain_are_said_to_be(model: str, asked: dict[str, Any], idle: bool) -> None:
     sizes: dict[str, Any] = {"device": "b200", "world_size": 8, "tp": 8, "batch": 8, "context": 1024, "engine": "vllm"}
     plain, said = tc.simulate(model, **sizes), tc.simulate(model, **sizes, **asked)
     assert any("no effect here: --" in note and "kernels" in note for note in said.notes) is idle

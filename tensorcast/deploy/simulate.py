@@ -70,16 +70,18 @@ def _asked_in_vain(
 ) -> list[str]:
     """That kernels which were asked for change nothing: the engine runs them anyway, or nobody timed them."""
     options, notes = deployment.options, []
-    for name in ("experts_kernels", "attention_kernels"):
-        if (word := getattr(options, name)) == "engine":
+    unasked_for = {
+        "experts_kernels": replace(options, experts_kernels="engine"),
+        "attention_kernels": replace(options, attention_kernels="engine"),
+    }
+    for name, without in unasked_for.items():
+        if without == options:
             continue
-        unasked = deploy(
-            deployment.model, deployment.device, engine, deployment.layout, deployment.phase,
-            options=replace(options, **{name: "engine"}),
-        )
+        model, device, layout, phase = deployment.model, deployment.device, deployment.layout, deployment.phase
+        unasked = deploy(model, device, engine, layout, phase, options=without)
         if _priced(unasked, workload).seconds == price.seconds:
             why = "the engine's own choice here, or kernels that no table has of this model's kind"
-            notes.append(f"no effect here: {flag(name)} {word} ({why})")
+            notes.append(f"no effect here: {flag(name)} {getattr(options, name)} ({why})")
     return notes
 
 

@@ -181,8 +181,8 @@ def _priced(parts: Sequence[Part], longest: int, settings: Settings) -> PricedSe
     waits = settings.get("waits", NO_WAITS)
     if waits.asked and not any(pool.rules.role == "both" and waits.any(pool.rules.ranks) for pool in pools):
         raise InputError(
-            f"{waits.asked}: prompts wait beside replies: balance_steps where servers have several data-parallel ranks, "
-            "batch_wait_steps where they have one; here nobody would"
+            f"{waits.asked}: prompts wait beside replies: balance_steps where servers have several data-parallel "
+            "ranks, batch_wait_steps where they have one; here nobody would"
         )
     phases = [[str(part.servers) for part in parts if (part.servers.role == "decode") == second] for second in (0, 1)]
     return PricedServers(

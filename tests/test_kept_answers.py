@@ -13,7 +13,7 @@ import pytest
 from tensorcast.cost.kernels import corrections, kept_answers
 from tensorcast.cost.kernels.corrections import corrections_for, keep_all
 from tensorcast.cost.kernels.kept_answers import Answers, answers_file, keep_answers, read_answers
-from tensorcast.cost.kernels.predictor import Predictor, model_path
+from tensorcast.cost.kernels.predictor import Predictor, model_path, predictor_for
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device
 
@@ -40,9 +40,14 @@ def test_the_next_process_asks_no_model(device: DeviceProfile, monkeypatch: pyte
         asked[family] += 1
         return price(self, family, *rest)
 
+    def read(*_: Any, **options: Any) -> Predictor:
+        asked["models"] += 1
+        return predictor_for(device, "vllm", served=True)
+
     monkeypatch.setattr(Predictor, "price", counted)
+    monkeypatch.setattr(corrections, "predictor_for", read)
     first = corrections_for(device, "vllm").at("gemm", "bf16", "", SIZES)
-    assert first is not None and asked["gemm"] > 0
+    assert first is not None and asked["gemm"] > 0 and asked["models"]
     _next_process(monkeypatch)
     asked.clear()
     again = corrections_for(device, "vllm").at("gemm", "bf16", "", SIZES)
@@ -71,9 +76,10 @@ def test_a_damaged_file_is_as_none_and_written_anew(
     _next_process(monkeypatch)
     (kept,) = (tmp_path / "answers").iterdir()
     whole = kept.read_bytes()
-    assert read_answers(kept)
+    answers, residuals = read_answers(kept)
+    assert answers and residuals
     kept.write_bytes(damage(whole))
-    assert read_answers(kept) == {}
+    assert read_answers(kept) == ({}, {})
     again = corrections_for(device, "vllm").at("gemm", "bf16", "", SIZES)
     assert first is not None and again is not None
     np.testing.assert_array_equal(again.factor, first.factor)
@@ -117,8 +123,8 @@ def test_too_many_answers_are_not_kept(tmp_path: Path) -> None:
     few: Answers = {("gemm", "bf16", "", "m"): (np.arange(3.0), np.ones((3, 3)))}
     sizes = np.arange(kept_answers.MOST_KEPT + 1.0)
     many: Answers = {("gemm", "bf16", "", "m"): (sizes, np.ones((3, len(sizes))))}
-    keep_answers(tmp_path / "one", few)
-    keep_answers(tmp_path / "one", many)
-    ((name, (codes, values)),) = read_answers(tmp_path / "one").items()
+    keep_answers(tmp_path / "one", few, {})
+    keep_answers(tmp_path / "one", many, {})
+    ((name, (codes, values)),) = read_answers(tmp_path / "one")[0].items()
     assert name == ("gemm", "bf16", "", "m") and codes.tolist() == [0, 1, 2] and (values == 1).all()
     assert not list(tmp_path.glob(".*"))

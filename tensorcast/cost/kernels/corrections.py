@@ -10,6 +10,7 @@ import atexit
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.cost.kernels.formula import constants_digest, formula_of
-from tensorcast.cost.kernels.kept_answers import Answers, answers_file, keep_answers, read_answers
+from tensorcast.cost.kernels.kept_answers import Answers, Name, Residuals, answers_file, keep_answers, read_answers
 from tensorcast.cost.kernels.predictor import CARRIED, TRANSFERRED, Predictor, model_path, predictor_for
 from tensorcast.cost.kernels.vocabulary import UNRELATED
 from tensorcast.cost.work import Array, Size
@@ -41,9 +42,6 @@ WEIGHTS = UNRELATED
 MOST, MOST_SIZES = 4096, 1 << 18
 """Answers that are kept: to whole questions, and by single sizes of each kernel."""
 
-Name = tuple[str, str, str]
-"""Family, dtype and variant of a kernel."""
-
 
 @dataclass(frozen=True)
 class Correction:
@@ -63,14 +61,20 @@ class Correction:
 class Corrections:
     """Corrections for one device under one engine; every answer is kept, by its sizes."""
 
-    predictor: Predictor
-    _residuals: dict[Name, tuple[str, str] | None] = field(default_factory=dict)
+    device: DeviceProfile
+    engine: str
+    _residuals: Residuals = field(default_factory=dict)
     _found: dict[tuple[Hashable, ...], Correction] = field(default_factory=dict)
     _answers: Answers = field(default_factory=dict)
     kept: Path | None = None
     """Where answers are kept for other processes."""
     more: bool = False
     """Whether there are any that the file has not."""
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """Whose answers are kept: read where something has no answer yet."""
+        return predictor_for(self.device, self.engine, served=True)
 
     def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> Correction | None:
         """The correction of ``family`` at ``sizes`` (all of its own), scalars or arrays that broadcast; None where no
@@ -90,11 +94,13 @@ class Corrections:
     ) -> tuple[Name, tuple[str, str] | None, dict[str, Array]]:
         """The kernel's full name; engine and variant whose residual applies, if one does; the sizes as models know
         them (of a cache's bytes 1, FP8 with scales beside it, or 2)."""
-        name = family, dtype, variant if self._told(family, dtype, variant) else ""
-        if name not in self._residuals:
-            self._residuals[name] = self._residual(*name)
-        belongs = self._residuals[name] if sizes else None
-        if belongs is None:
+        asked = family, dtype, variant
+        if asked not in self._residuals:
+            told = variant if self._told(*asked) else ""
+            self._residuals[asked], self.more = (told, self._residual(family, dtype, told)), True
+        told, belongs = self._residuals[asked]
+        name = family, dtype, told
+        if belongs is None or not sizes:
             return name, None, {}
         columns = {size: np.asarray(value, dtype=float) for size, value in sizes.items()}
         if "kv_bytes" in columns:
@@ -105,7 +111,7 @@ class Corrections:
         """Whether models tell the variant from the family's plain kernel: of attention's libraries, that of some."""
         model = self.predictor.model
         if variant in LIBRARIES and model is not None:
-            known = model.find(family, dtype, self.predictor.engine, variant)
+            known = model.find(family, dtype, self.engine, variant)
             return known is not None and known.variant == variant
         return variant in VARIANTS or ":" in variant
 
@@ -142,7 +148,7 @@ class Corrections:
 
     def _residual(self, family: str, dtype: str, variant: str) -> tuple[str, str] | None:
         """Engine and variant of the kernel whose residual applies: one over the formula and the constants of today."""
-        model, device, engine = self.predictor.model, self.predictor.device, self.predictor.engine
+        model, device, engine = self.predictor.model, self.device, self.engine
         if model is None:
             return None
         if model.device == TRANSFERRED:  # over the formula with this device's own, assumed constants
@@ -213,7 +219,7 @@ class BatchedCorrections:
         self._asked.clear()
         own = self.corrections
         if own.more and own.kept is not None and not own.kept.exists():  # all may be too many once the process ends
-            keep_answers(own.kept, own._answers)
+            keep_answers(own.kept, own._answers, own._residuals)
 
 
 @dataclass(eq=False)
@@ -238,7 +244,7 @@ class SeveralCorrections:
         if not any(found):
             return None
         engines = tuple([
-            one.corrections.predictor.engine if answer is None else answer.engine
+            one.corrections.engine if answer is None else answer.engine
             for one, answer in zip(self.each, found, strict=True)
         ])
         return SeveralPending(found, self.calls, engines)
@@ -287,7 +293,7 @@ MOST_DEVICES = 256
 """Devices and engines whose corrections are kept."""
 
 _corrections: dict[tuple[int, str], Corrections] = {}
-"""By identity of the device, which its predictor keeps alive."""
+"""By identity of the device, which its corrections keep alive."""
 
 
 def corrections_for(device: DeviceProfile, engine: str) -> Corrections:
@@ -297,8 +303,9 @@ def corrections_for(device: DeviceProfile, engine: str) -> Corrections:
         while len(_corrections) >= MOST_DEVICES:
             del _corrections[next(iter(_corrections))]
         models = filter(None, (model_path(device.name), model_path(TRANSFERRED)))
-        kept, predictor = answers_file(device, engine, *models), predictor_for(device, engine, served=True)
-        _corrections[key] = Corrections(predictor, _answers=read_answers(kept), kept=kept)
+        kept = answers_file(device, engine, *models)
+        answers, residuals = read_answers(kept)
+        _corrections[key] = Corrections(device, engine, residuals, _answers=answers, kept=kept)
     return _corrections[key]
 
 
@@ -307,5 +314,5 @@ def keep_all() -> None:
     """Keep what has been answered since."""
     for one in _corrections.values():
         if one.kept is not None and one.more:
-            keep_answers(one.kept, one._answers)
+            keep_answers(one.kept, one._answers, one._residuals)
             one.more = False

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import zlib
-from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 
@@ -24,6 +23,13 @@ from tensorcast.profiles.store import profile_roots
 
 Answers = dict[tuple[str, ...], tuple[Array, Array]]
 """By kernel and names of its sizes: codes of sizes, ascending, and ``[3, codes]`` factor, error, level."""
+
+Name = tuple[str, str, str]
+"""Family, dtype and variant of a kernel."""
+
+Residuals = dict[Name, tuple[str, tuple[str, str] | None]]
+"""By the kernel that is asked for: the variant that models tell it by, and engine and variant of the kernel whose
+residual applies, if one does."""
 
 MOST_KEPT = 1 << 17
 """Sizes in one file (4 MB); a process that has asked for more keeps none of them."""
@@ -41,26 +47,30 @@ def answers_file(device: DeviceProfile, engine: str, *models: Path) -> Path | No
     return folder / "answers" / f"{name}-{engine}-{np.__version__}-{digest_of((*_CODE, *engines, *models))[:16]}"
 
 
-def read_answers(path: Path | None) -> Answers:
+def read_answers(path: Path | None) -> tuple[Answers, Residuals]:
     """What is kept; nothing where there is no file, or it is damaged."""
     if path is None:
-        return {}
+        return {}, {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         head, _, body = path.read_bytes().partition(b"\n")
         said = json.loads(head)
         if said["crc32"] == zlib.crc32(body):
             ends, every = [0, *accumulate(said["sizes"])], np.frombuffer(body).reshape(4, -1)
             spans = zip(said["kernels"], ends, ends[1:], strict=False)
-            return {tuple(name): (every[0, start:end], every[1:, start:end]) for name, start, end in spans}
-    return {}
+            whose = {tuple(asked): (told, belongs and tuple(belongs)) for asked, told, belongs in said["residuals"]}
+            return {tuple(name): (every[0, start:end], every[1:, start:end]) for name, start, end in spans}, whose
+    return {}, {}
 
 
-def keep_answers(path: Path, answers: Mapping[tuple[str, ...], tuple[Array, Array]]) -> None:
+def keep_answers(path: Path, answers: Answers, residuals: Residuals) -> None:
     """Write them all, unless they are too many."""
     sizes = [len(codes) for codes, _ in answers.values()]
     if not 0 < sum(sizes) <= MOST_KEPT:
         return
     every = np.concatenate([np.vstack([codes, values]) for codes, values in answers.values()], axis=1)
-    head = {"kernels": [list(name) for name in answers], "sizes": sizes, "crc32": zlib.crc32(body := every.tobytes())}
+    head = {
+        "kernels": [list(name) for name in answers], "sizes": sizes, "crc32": zlib.crc32(body := every.tobytes()),
+        "residuals": [(asked, *found) for asked, found in residuals.items()],
+    }
     with contextlib.suppress(OSError):  # a read-only home costs time, not the answer
         write_atomically(path, json.dumps(head).encode() + b"\n" + body)

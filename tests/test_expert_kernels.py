@@ -159,6 +159,12 @@ def test_generated_kernels_without_a_router_take_as_their_twins_by_what_other_mo
     assert how == {"calibrated"} and (twin / timed > 0.9).all() and (twin / timed < 1.5).all()
     like = priced(modular, 3073.0)[0] / priced(whole, 3073.0)[0]  # of a model that nobody timed, nearly as large
     assert np.allclose(twin / timed, like, rtol=2e-3)
+    # whatever is asked beside it: Triton's are lent by another engine's table
+    beside = predictor.estimate(
+        "grouped_gemm", "fp8_block", "", **size, tokens=np.append(tokens, 64.0),
+        source=np.array([*[modular] * 5, source_of("triton")]),
+    )  # fmt: skip
+    assert np.array_equal(beside.seconds[:5], twin)
 
 
 def test_tensorrt_llm_runs_generated_experts_on_blackwell() -> None:

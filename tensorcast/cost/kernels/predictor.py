@@ -126,7 +126,7 @@ class Predictor:
     def _lent(
         self, own: Kernel, lent: Sequence[tuple[float, Kernel]], name: tuple[str, str, str], columns: Columns
     ) -> Estimate:
-        """Experts of libraries that other engines' kernels were timed with, and the rest by the ``own`` one."""
+        """Experts of libraries that other engines' kernels were timed with, and the rest as if alone."""
         places, parts = list[NDArray[np.int_]](), list[Estimate]()
         for code, other in lent:
             places.append(np.flatnonzero(columns["source"] == code))
@@ -136,7 +136,7 @@ class Predictor:
         rest = np.isin(columns["source"], [code for code, _ in lent], invert=True)
         if rest.any():
             places.append(np.flatnonzero(rest))
-            parts.append(self._by_kernel(own, *name, {size: values[rest] for size, values in columns.items()}))
+            parts.append(self.price(*name, {size: values[rest] for size, values in columns.items()}))
         return in_order(parts, places)
 
     def _by_kernel(

@@ -13,15 +13,17 @@ from tensorcast.api import predict_kernels
 from tensorcast.cost.evidence import LEVELS, NORMAL_80
 from tensorcast.cost.kernels.corrections import corrections_for
 from tensorcast.deploy.deployment import Deployment, deploy
-from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step import step as step_module
 from tensorcast.deploy.step import sums as sums_module
+from tensorcast.deploy.step.row_prices import EXPERTS_CALL, part_of_call
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.serving.curves import decode_columns
 from tensorcast.trace.moe import EXPERT_STAGES
+from tensorcast.trace.table import Op
 
 LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "inter": 14336}  # Llama-3.1-8B's config.json
 QWEN = {"hidden_size": 2048, "inter_size": 768, "topk": 8, "num_experts": 128}  # Qwen3-30B-A3B's
@@ -226,3 +228,27 @@ def test_squares_of_errors_are_those_of_each_family() -> None:
     assert len(pairs) == len(found.squares) == 6
     off = sum(times[i] * times[j] * (1 + (i != j)) * one for (i, j), one in zip(pairs, found.squares, strict=True))
     np.testing.assert_allclose(off, np.square(np.einsum("pc,pfc->fc", times, errors)).sum(axis=0), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("device", "zero"), [
+    ("b200", {"permute", "activation"}), ("mi355x", {"activation"}), ("h20", set()),
+])  # fmt: skip
+def test_rows_around_experts_take_what_their_table_left_out(device: str, zero: set[str]) -> None:
+    """aiconfigurator times an engine's call of experts; AITER's tuner its two stages, with the activation and the sum
+    over experts in them (aiter/fused_moe.py, fused_moe_2stages); InferSim the grouped GEMMs."""
+    gpu = load_device(device)
+
+    def around(gpu: DeviceProfile) -> dict[str, float]:
+        engine = load_engine("vllm")  # whose compiler quantises in the kernels before
+        made = deploy(load_model("qwen3-235b-a22b-fp8"), gpu, engine, parse_layout("tp4-ep4"), "decode")
+        took: dict[str, float] = defaultdict(float)
+        for row in made.step.price(64.0, 1.0, 2048.0).rows:
+            if isinstance(row.row, Op) and row.row.stage in EXPERT_STAGES:
+                took[part_of_call(row.row)] += float(row.seconds)
+        assert set(took) == EXPERTS_CALL - {"quantise"}
+        return took
+
+    took, apart = around(gpu), around(gpu.model_copy(update={"experts_held": ()}))
+    assert {part for part, seconds in took.items() if not seconds} == zero
+    # what is left of the sum is the norm that reads it
+    assert (took["unpermute"] < apart["unpermute"]) is bool(zero) and all(apart.values())

@@ -99,6 +99,9 @@ class DeviceProfile(Frozen):
     graph_gap_s: Figure | None = Field(
         default=None, description="a kernel of a replayed graph takes so much longer than alone; else the engine's gap"
     )
+    experts_held: tuple[Literal["activation", "unpermute"], ...] | None = Field(
+        default=None, description="where experts' kernels were timed alone: what runs in them; else whole calls were"
+    )
     price_per_hour_usd: ListPrice | None = None
     power_w: Figure | None = Field(default=None, description="most that the GPU draws, its memory included")
     calibration: Calibration | None = None

@@ -242,7 +242,7 @@ class Questions:
         kv = float(at.kv_bytes) if np.ndim(at.kv_bytes) == 0 else 0.0
         key: tuple[Hashable, ...] = (
             content.like, content.routed, id(pricer.corrections), id(pricer.engine), id(pricer.device),
-            pricer.graph_tokens, pricer.one_call, at.decode, at.has_fp4, at.mxfp4, at.backend, at.masked_skips, kv,
+            pricer.graph_tokens, pricer.held, at.decode, at.has_fp4, at.mxfp4, at.backend, at.masked_skips, kv,
         )
         if op.name == "grouped_matmul":
             facts = pricer.table.facts

@@ -56,7 +56,7 @@ def named(row: Row) -> Named:
 
 def store_keys(pricer: RowPricer, backend: str, memo: Memo) -> tuple[tuple[Hashable, ...], tuple[Hashable, ...]]:
     """What tells stores of rows that the expert load does not change from others, and those of rows that it does."""
-    lasting = pricer.table.phase, pricer.graph_tokens, pricer.one_call
+    lasting = pricer.table.phase, pricer.graph_tokens, pricer.held
     return lasting, (*lasting, backend, *memo.load)
 
 

@@ -16,7 +16,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Plan
 from tensorcast.deploy.step.overlap import Overlap
-from tensorcast.deploy.step.row_prices import RowPricer
+from tensorcast.deploy.step.row_prices import EXPERTS_CALL, RowPricer
 from tensorcast.deploy.step.sizes import StepSizes
 from tensorcast.deploy.step.step import Step
 from tensorcast.profiles.device import DeviceProfile
@@ -119,17 +119,18 @@ def make_step(
     )
     corrections = corrections_for(device, engine.name)
     # an engine's call of experts was timed whole: the constants know what it takes for its rows beside the products
+    apart = device.experts_held  # or its kernels alone
     one_call = plan.backend == "grouped_mm" and options.fusion == "engine" and bool(engine.fusions)
     for op in matmuls.values():
         dtype = Context(Sizes(1.0, 1.0, 0.0), mxfp4=mxfp4).precision(op, op.outputs[0]).name
         _, kernel, _ = corrections.question("grouped_gemm", dtype, "", {"rows": 1.0})
         constants, _ = constants_for(device, "grouped_gemm", dtype, kernel[0] if kernel else engine.name)
-        one_call = one_call and bool(constants.row_s or constants.element_s)
+        one_call = one_call and (apart is not None or bool(constants.row_s or constants.element_s))
     pricer = RowPricer(
         table=table, device=device, engine=engine, corrections=corrections,
         graph_tokens=0.0 if eager else float(most), tp=layout.tp, ep=layout.ep, etp=layout.etp, gated=gated,
         balanced=options.routing == "balanced", sources=sources or {}, distinct=distinct,
-        one_call=one_call,
+        held=frozenset() if not one_call else EXPERTS_CALL if apart is None else frozenset(("products", *apart)),
         joins=any(row.attrs.get("joined_tokens", 0.0) > 0 for row in plan.rows if isinstance(row, Op)),
     )
     staged = halved is not None and ("decode" if decode else "prefill") in halved.two_stages

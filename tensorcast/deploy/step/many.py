@@ -129,7 +129,7 @@ class Many:
             if place < len(prices):
                 continue
             if not isinstance(row, Collective):
-                key = content.like, beside[where][content.by_phase], content.routed and (True, pricer.one_call)
+                key = content.like, beside[where][content.by_phase], content.routed and (True, pricer.held)
                 if row.name == "grouped_matmul":
                     key = *key, *self._of_experts(row, pricer, contexts[where])
             if (alike := self._alike.get(key)) is None:

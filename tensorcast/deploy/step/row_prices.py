@@ -40,6 +40,18 @@ EXCHANGE_SMS = 20.0
 """Processors that DeepEP's two-stage kernels take by default (github.com/deepseek-ai/DeepEP at 189df34,
 deep_ep/buffers/legacy.py, ``Buffer.num_sms``)."""
 
+EXPERTS_CALL = frozenset(("products", "permute", "quantise", "activation", "unpermute"))
+"""What an engine's call of experts does: the products, with what their constants count by row, and what stands around
+them in a step."""
+
+
+def part_of_call(op: Op) -> str:
+    """Which of :data:`EXPERTS_CALL` a row of experts is."""
+    if op.stage != "experts":
+        return "quantise" if op.name == "quantize_activation" else op.stage
+    return {"grouped_matmul": "products", "quantize_activation": "quantise"}.get(op.name, "activation")
+
+
 Asked = Corrections | BatchedCorrections | SeveralCorrections
 """Who answers what fitted models make of a kernel: at once, or when all have been asked."""
 
@@ -86,9 +98,8 @@ class RowPricer:
 
     ``distinct``: nodes and ranks that a token's copies go to, on average; with ``sources`` and sizes of the layout, a
     column ``[members, 1]`` where several deployments are priced as one. ``graph_tokens``: tokens of the largest step
-    that is replayed from a graph. ``one_call``: experts were timed as the call that they are to an engine, with what
-    permutes, activates, quantises and combines their rows: the products take all of it, the rows of these nothing.
-    ``joins``: norms run in the kernels of the all-reduces before them.
+    that is replayed from a graph. ``held``: of :data:`EXPERTS_CALL`, what experts' products were timed with: they
+    take all of it, the rows of these nothing. ``joins``: norms run in the kernels of the all-reduces before them.
     """
 
     table: OpTable
@@ -96,7 +107,7 @@ class RowPricer:
     engine: EngineProfile
     corrections: Corrections
     graph_tokens: float
-    one_call: bool
+    held: frozenset[str]
     tp: int
     ep: Size
     etp: Size
@@ -113,7 +124,7 @@ class RowPricer:
         if "joined_tokens" in op.attrs:
             alone = np.where(np.asarray(at.sizes.tokens) > op.attrs["joined_tokens"], 1.0, 0.0)[()]
         launched = partial(self._launched, at, alone)
-        return row_seconds(works, self.device, self.engine.name, launched, passes=self.one_call)
+        return row_seconds(works, self.device, self.engine.name, launched, passes="products" in self.held)
 
     def _launched(self, at: Context, alone: Size, kernel_s: Size, launch_s: Size) -> Size:
         """Seconds of launching, of which ``launch_s`` are in kernel times measured in graph replay already.
@@ -134,7 +145,7 @@ class RowPricer:
     def works(self, op: Op, at: Context, asked: Asked) -> Works:
         """The row's kernels, each with what the device's fitted model makes of its formula: asked for here."""
         if op.name != "grouped_matmul" or at.backend in ("eager", "batched_mm"):
-            if self.one_call and op.stage in EXPERT_STAGES:
+            if op.stage in EXPERT_STAGES and part_of_call(op) in self.held:
                 if op.stage != "unpermute" or REDUCES.isdisjoint(op.parts):
                     return []
                 # the norm that their rows' sum is fused into is left: it reads the sum
@@ -166,7 +177,7 @@ class RowPricer:
         known = asked.at(work.family, work.dtype, at.backend, sizes)
         if known is not None and known.variant == at.backend:  # a kernel of that layout was fitted over plain tiles
             (work,) = work_of(op, replace(at, backend="grouped_mm"))
-        if self.one_call and op.attrs["projection"] == "down":  # what the formula has between up and down
+        if "activation" in self.held and op.attrs["projection"] == "down":  # what the formula has between up and down
             read, written = work.elements * (1.0 + self.gated) * 2.0, at.precision(op, op.outputs[0]).activation_bytes
             return [(memory(read, work.elements * written), known), (work, known)]
         return [(work, known)]

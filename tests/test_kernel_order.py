@@ -92,6 +92,8 @@ def test_gemms_in_fewer_bits_are_no_slower(device: str, engine: str) -> None:
         if dtype in ("bf16", "mxfp4", "w4a8"):  # the last two of experts alone
             continue
         ratio = predictor.estimate("gemm", dtype, m=m, n=n, k=k).seconds / bf16
+        if PEAK_OF[dtype] == "bf16":  # unpacked; with more rows arithmetic counts in Marlin's
+            ratio = ratio[m <= 16]
         assert np.median(ratio) < 1.0 and np.quantile(ratio, 0.9) < 1.35, (dtype, ratio.round(2))
 
 

@@ -106,7 +106,8 @@ OWN_UNPACKING = ("hopper",)
 """Architectures with a kernel for INT4 weights that keeps the matrix units as busy as one without: Machete, which vLLM
 takes before Marlin (0.24.0, model_executor/kernels/linear, ``_POSSIBLE_KERNELS``). Elsewhere, and for NVFP4 everywhere,
 vLLM and SGLang run Marlin's (0.5.14, modelopt_quant.py, ``ModelOptNvFp4A16LinearMethod``), which no table timed alone:
-300 TFLOP/s for experts of Kimi-K2 on H200, B200 and B300 alike, where GEMMs in bf16 reach 700 to 1,800."""
+300 TFLOP/s for experts of Kimi-K2 on H200, B200 and B300 alike, where GEMMs in bf16 reach 700 to 1,800. vLLM 0.33.0 has
+its own for NVFP4 on SM100 (``FlashInferCuteDslNvFp4W4A16LinearKernel``), in no table either."""
 
 
 @dataclass(frozen=True)

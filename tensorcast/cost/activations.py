@@ -7,7 +7,7 @@ from functools import cache, reduce
 
 import numpy as np
 
-from tensorcast.cost.work import Size
+from tensorcast.cost.work import Array, Size
 from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, Op, OpTable, per_op, per_table
 
@@ -19,8 +19,10 @@ def activation_bytes(table: OpTable, sizes: Sizes) -> Size:
         reduce(np.maximum, [coef * math.prod((dim.at(sizes) for dim in factors), start=1.0) for factors, coef in some])
         for some in amounts
     ]
-    nothing: Size = 0.0
-    return reduce(np.maximum, [sum((coef * values[i] for i, coef in moment), 0.0) for moment in moments], nothing)
+    if not values:
+        return 0.0
+    most: Size = np.tensordot(moments, np.stack(np.broadcast_arrays(*values)), axes=1).max(axis=0)
+    return most
 
 
 @per_table
@@ -65,8 +67,9 @@ def _amount(seen: frozenset[int]) -> tuple[int, float]:
 
 
 @per_table
-def _liveness(table: OpTable) -> tuple[list[_Amount], list[tuple[tuple[int, float], ...]]]:
-    """Amounts that storages hold; by moment how much of which lives (a storage counts what was seen in it so far).
+def _liveness(table: OpTable) -> tuple[list[_Amount], Array]:
+    """Amounts that storages hold, and how much of each lives ``[moments, amounts]`` (a storage counts what was seen in
+    it so far).
 
     A moment at which no more lives than at another one is left out. States of sequences are the cache's.
     """
@@ -96,10 +99,12 @@ def _liveness(table: OpTable) -> tuple[list[_Amount], list[tuple[tuple[int, floa
         moments.append(now.copy())
         for storage in {storage for storage, _ in touched if last[storage] == i}:
             end(storage)
-    largest: list[dict[int, float]] = []
-    for moment in sorted(moments, key=lambda m: -sum(m.values())):
-        if not any(all(coef <= other.get(n, 0.0) for n, coef in moment.items()) for other in largest):
-            largest.append(moment)
-    numbers, every = dict.fromkeys(number for moment in largest for number in moment), list(_amounts)
-    places = {number: i for i, number in enumerate(numbers)}
-    return [every[n] for n in numbers], [tuple([(places[n], coef) for n, coef in m.items()]) for m in largest]
+    places = {number: i for i, number in enumerate(dict.fromkeys(number for moment in moments for number in moment))}
+    lives, every = np.zeros((len(moments), len(places))), list(_amounts)
+    for row, moment in zip(lives, moments, strict=True):
+        row[[places[number] for number in moment]] = list(moment.values())
+    lives = lives[np.argsort(-lives.sum(axis=1), kind="stable")]
+    beaten = np.tril((lives[:, None] <= lives).all(axis=-1), -1).any(axis=1)  # by one before
+    lives = lives[~beaten]
+    held = lives.any(axis=0)
+    return [every[number] for number, one in zip(places, held, strict=True) if one], lives[:, held]

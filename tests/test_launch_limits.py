@@ -54,7 +54,13 @@ def test_refused_with_the_rule_that_is_broken(engine: str, layout: str, options:
 def test_drafts_pass_a_pipeline_since_sglang_0_5_23() -> None:
     """arg_groups/validation_hook.py, check_pipeline_parallel_compat."""
     drafting, layout = Options(mtp_depth=1), parse_layout("tp8-pp2")
-    assert launch("sglang", DEEPSEEK, layout, drafting, batch=8, input_len=100, output_len=10).problem == ""
+    sizes: Any = {"batch": 8, "input_len": 100, "output_len": 10}
+    found = launch("sglang", DEEPSEEK, layout, drafting, **sizes)
+    assert found.problem == "" and all(text.startswith("SGLANG_ENABLE_PP_SPEC=1 ") for text in found.commands)
+    assert "PP_SPEC" not in launch("sglang", DEEPSEEK, layout, drafting, role="prefill", **sizes).commands[0]
+    assert "servers of prompts" in launch("sglang", DEEPSEEK, layout, drafting, role="decode", **sizes).problem
+    spread = launch("sglang", DEEPSEEK, parse_layout("dp8-ep8-pp2"), drafting, **sizes)
+    assert "nothing drafts in a pipeline under attention DP" in spread.problem
 
 
 def test_one_server_one_exchange() -> None:

@@ -191,6 +191,8 @@ def _of_drafts(c: Case) -> Iterator[Limit]:
         return
     if c.layout.pp > 1:
         yield "drafts in a pipeline", f"no speculative decoding at pp = {c.layout.pp}"
+        if c.engine == "sglang" and attention_dp(c.layout, c.facts.num_experts) > 1:
+            yield "what drafts", f"nothing drafts in a pipeline under attention DP (dp = {c.layout.dp})"
     if c.options.speculative_method != "mtp":
         yield from _of_drafters(c)
     elif not modules:

@@ -133,7 +133,7 @@ def launch(
                   batch=batch, chunk=chunk, role=role, context=input_len + output_len + options.mtp_depth),
         role=role or "", encoders=encoders, encoder_tp_mode=encoder_tp_mode or "weights",
     )  # fmt: skip
-    if table.name == "sglang" and (problem := sglang.too_many(plan)):
+    if table.name == "sglang" and (problem := sglang.broken_plan(plan)):
         return Launch(table.name, table.version, problem=problem)
     return _written(plan)
 

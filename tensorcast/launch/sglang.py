@@ -96,6 +96,8 @@ def _drafting(plan: Plan, found: Settings) -> None:
     """A chain of drafts, one at each position; tokens that are checked count the last one, too."""
     depth, method = plan.case.options.mtp_depth, plan.case.options.speculative_method
     found.add("speculative_algorithm", method)
+    if plan.case.layout.pp > 1 and not plan.role:  # pools' servers of prompts draft in a pipeline without it
+        found.add("pipeline_drafts", 1)
     if plan.draft_model:
         found.add("draft_model", plan.draft_model)
     if method == "dspark":
@@ -163,8 +165,10 @@ def _buffered(plan: Plan) -> int:
     return plan.step_tokens if plan.case.exchange == "low_latency" else 0
 
 
-def too_many(plan: Plan) -> str:
-    """Why low-latency buffers cannot hold a step; empty if they can."""
+def broken_plan(plan: Plan) -> str:
+    """Why a server cannot start so, or its low-latency buffers hold no step; empty if they can."""
+    if plan.case.options.mtp_depth and plan.case.layout.pp > 1 and plan.role == "decode":
+        return "drafts in a pipeline: of pools only servers of prompts draft at pp > 1"
     tokens = _buffered(plan)
     if tokens <= MOST_DISPATCH_TOKENS:
         return ""

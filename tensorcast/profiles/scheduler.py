@@ -88,4 +88,6 @@ class SerialPipeline(Frozen):
     first stage waits while the host reads what the last one sampled and plans the next step."""
 
     step_s: Number = Field(ge=0, description="what a round takes longer")
+    drafts_wait: bool = Field(default=False, description="a step that checks drafts is launched after the oldest one's "
+                              "tokens are read, so that a stage runs one micro-batch less in a round")  # fmt: skip
     source: str = Field(min_length=3)

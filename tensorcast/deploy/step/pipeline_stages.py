@@ -12,6 +12,7 @@ from tensorcast.cost.stages import stage_layers
 from tensorcast.cost.work import Size
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.profiles.engine import PipelineSplit
+from tensorcast.profiles.scheduler import SerialPipeline
 
 FIRST, LAST, HAND_OVER = -1, -2, -3
 """Places of rows outside the layers: on the first pipeline stage, on the last, on all but the last."""
@@ -57,3 +58,12 @@ def _stages(layer_kinds: tuple[int, ...], pp: int, split: PipelineSplit) -> tupl
         outside = {FIRST: int(first), LAST: int(last), HAND_OVER: int(not last)}
         found.append((*Counter(layer_kinds[layers]).items(), *outside.items()))
     return tuple(dict.fromkeys(found))
+
+
+def serial_rounds(serial: SerialPipeline, turns: Size, pp: Size, depth: Size) -> tuple[Size, Size]:
+    """``turns`` of a stage in a step that checks ``depth`` drafts, in a pipeline whose host plans no step ahead, and
+    seconds that it waits for it: a round, of ``pp`` turns, has one micro-batch less in it where drafts wait."""
+    several = np.greater(pp, 1)
+    if serial.drafts_wait and np.any(np.greater(depth, 0)):
+        turns = np.where(several & np.greater(depth, 0), turns * pp / np.maximum(np.subtract(pp, 1), 1), turns)
+    return turns, several * serial.step_s * turns / pp

@@ -18,7 +18,7 @@ from tensorcast.deploy.plan.plan import Plan, Row
 from tensorcast.deploy.step.alike import Questions
 from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Named, SizesOfAll, Waiting, named, store_keys
 from tensorcast.deploy.step.overlap import Overlap
-from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place_of, stages_of
+from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place_of, serial_rounds, stages_of
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Tally, pick
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, StepSizes
@@ -137,8 +137,9 @@ class Step:
             waits = np.greater(depth, 0) * serial.sequence_s * np.asarray(batch, dtype=float)
             per_sequence = per_sequence + waits
             overhead = overhead + waits + np.greater(depth, 0) * serial.step_s
-        if engine.serial_pipeline is not None:  # turns / pp rounds
-            overhead = overhead + np.greater(at.pp, 1) * engine.serial_pipeline.step_s * turns / at.pp
+        if engine.serial_pipeline is not None:
+            turns, waits = serial_rounds(engine.serial_pipeline, turns, at.pp, depth if at.draft is not None else 0)
+            overhead = overhead + waits
         unsure = spent.layer_error_s * passes
         off = np.square(errors).sum(axis=0)
         if own.squares is not None:

@@ -106,5 +106,5 @@ def _liveness(table: OpTable) -> tuple[list[_Amount], Array]:
     lives = lives[np.argsort(-lives.sum(axis=1), kind="stable")]
     beaten = np.tril((lives[:, None] <= lives).all(axis=-1), -1).any(axis=1)  # by one before
     lives = lives[~beaten]
-    held = lives.any(axis=0)
-    return [every[number] for number, one in zip(places, held, strict=True) if one], lives[:, held]
+    held, numbers = np.flatnonzero(lives.any(axis=0)), [*places]
+    return [every[numbers[i]] for i in held.tolist()], lives[:, held]

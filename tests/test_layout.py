@@ -18,8 +18,10 @@ from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.trace.cache import traced
 
 
-def _deploy(model: str, layout: Layout, phase: str = "decode", device: str = "h200", **options: Any) -> Deployment:
-    parts = load_model(model), load_device(device), load_engine("vllm")
+def _deploy(
+    model: str, layout: Layout, phase: str = "decode", device: str = "h200", engine: str = "vllm", **options: Any
+) -> Deployment:
+    parts = load_model(model), load_device(device), load_engine(engine)
     return deploy(*parts, layout, phase, options=Options(**options))
 
 
@@ -114,6 +116,27 @@ def test_gather_and_scatter_move_every_token_to_every_rank() -> None:
         ("all_gather", "dp", pytest.approx(32 * 7168 * (1 + 4 / 128)), 58),
         ("reduce_scatter", "dp", 32 * 2 * 7168.0, 58),
     ]
+
+
+@pytest.mark.parametrize(
+    ("engine", "phase", "moved"),
+    [("sglang==0.5.8.post1", "prefill", ("all_reduce", "all_reduce")),
+     ("sglang==0.5.14", "prefill", ("all_reduce", "reduce_scatter")),
+     ("sglang==0.5.8.post1", "decode", ("all_gather", "reduce_scatter"))],
+)  # fmt: skip
+def test_sglang_gathers_tokens_as_they_come_by_a_sum(engine: str, phase: str, moved: tuple[str, str]) -> None:
+    """dp_attention.py: _dp_gather_via_all_reduce of bf16 where prompts are read (SUM_LEN), whose results are summed,
+    too, until moe/utils.py has should_use_dp_reduce_scatterv; captured decode steps pad (MAX_LEN)."""
+    made = _deploy("deepseek-v3", Layout(8, 1, 8, 8), phase, engine=engine, all2all="allgather_reducescatter")
+    assert _collectives(made) == [(op, "dp", 8 * 2 * 7168.0, 58) for op in moved]
+
+
+def test_norms_join_no_sum_that_gathers() -> None:
+    options = {"all2all": "allgather_reducescatter", "allreduce_fusion": "on"}
+    plan = _deploy("deepseek-v3", Layout(8, 1, 8, 8), "prefill", engine="sglang==0.5.8.post1", **options).step.plan
+    assert not any("joined_tokens" in row.attrs for row in plan.rows if not isinstance(row, Collective))
+    plan = _deploy("deepseek-v3", Layout(8, 8, 1, 8), "prefill", engine="sglang==0.5.8.post1", **options).step.plan
+    assert any("joined_tokens" in row.attrs for row in plan.rows if not isinstance(row, Collective))
 
 
 def test_tokens_are_sent_once_per_tp_group() -> None:

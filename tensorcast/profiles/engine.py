@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tensorcast.profiles.config_values import is_one_of
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.kernels import AttentionKernels, ExpertKernels, Lacking
+from tensorcast.profiles.kernels import AttentionKernels, ExpertKernels, Gather, Lacking, SlicedBlocks
 from tensorcast.profiles.memory import (
     MIB,
     CacheDtype,
@@ -96,16 +96,6 @@ class HalvedSteps(Frozen):
     prefill_tokens: float = Field(default=0.0, ge=0)
     two_stages: tuple[Literal["prefill", "decode"], ...] = ()
     prompts_alone: tuple[str, ...] = Field(default=(), description="model classes whose decode steps are never halved")
-    source: str = Field(min_length=3)
-
-
-class SlicedBlocks(Frozen):
-    """Where each tensor-parallel rank takes its slice of the tokens through a MoE block, its router included."""
-
-    exchanges: tuple[str, ...]
-    architectures: tuple[str, ...] = Field(default=(), description="model classes that do; else all")
-    least_dp: int = Field(default=1, ge=1, description="data-parallel ranks from which on")
-    scatters: bool = Field(default=False, description="slices are made by the sum before the block (reduce-scatter)")
     source: str = Field(min_length=3)
 
 
@@ -256,6 +246,7 @@ class EngineProfile(Frozen):
     lacking: tuple[Lacking, ...] = Field(default=(), description="what it has no kernels for, by device")
     lifted_rules: tuple[str, ...] = Field(default=(), description="limits of its launch table that are none any more")
     all2all: dict[Literal["prefill", "decode"], str] = Field(description="default MoE exchange per phase, dp > 1")
+    gather: Gather | None = Field(default=None, description="how tokens are gathered where no exchange sends them")
     sliced_blocks: SlicedBlocks | None = Field(default=None, description="where tp ranks slice tokens before a router")
     fused_shared_experts: FusedSharedExperts | None = Field(default=None, description="where one runs as a routed one")
     experts_backend: dict[Literal["prefill", "decode"], str] = Field(

@@ -8,6 +8,8 @@ from tensorcast.profiles.config_values import is_one_of
 from tensorcast.profiles.model import text_of
 from tensorcast.profiles.sourced import Frozen
 
+GatherOp = Literal["all_gather", "reduce_scatter", "all_reduce"]
+
 WORDS = ("triton", "cutlass", "deepgemm", "trtllm", "marlin")
 """Libraries of experts' kernels that an engine can be asked for; ``trtllm``: those that TensorRT-LLM generated."""
 
@@ -139,3 +141,24 @@ class Lacking(Frozen):
     shared_choices: bool = Field(default=False, description="where layers take what an earlier indexer chose")
     says: str = Field(min_length=3)
     way: str = Field(min_length=3, description="what to choose instead")
+
+
+class SlicedBlocks(Frozen):
+    """Where each tensor-parallel rank takes its slice of the tokens through a MoE block, its router included."""
+
+    exchanges: tuple[str, ...]
+    architectures: tuple[str, ...] = Field(default=(), description="model classes that do; else all")
+    least_dp: int = Field(default=1, ge=1, description="data-parallel ranks from which on")
+    scatters: bool = Field(default=False, description="slices are made by the sum before the block (reduce-scatter)")
+    source: str = Field(min_length=3)
+
+
+class Gather(Frozen):
+    """How data-parallel ranks' tokens come together at experts without an exchange of these, and their results go back:
+    by an all-gather, as experts read them, and a reduce-scatter, but for what is said here."""
+
+    bf16: bool = Field(default=False, description="tokens are gathered before they are quantised")
+    prompts: tuple[GatherOp, GatherOp] = Field(
+        default=("all_gather", "reduce_scatter"), description="of prefill steps, whose ranks have unlike numbers"
+    )
+    source: str = Field(min_length=3)

@@ -227,6 +227,10 @@ def make_plan(
     )
 
 
+GATHERS: tuple[CollectiveOp, CollectiveOp] = ("all_gather", "reduce_scatter")
+"""What gathers tokens of data-parallel ranks and gives their results back, unless an engine does otherwise."""
+
+
 class Exchange(NamedTuple):
     """How a MoE block exchanges tokens, what they and their results travel in, and all that hangs on how ranks lie.
 
@@ -253,7 +257,8 @@ def exchange_of(
     if dispatch is not None and dispatch not in SCHEMES:
         raise unknown_name("--dispatch dtype", dispatch, SCHEMES)
     scheme = SCHEMES[dispatch or (experts.attrs.get("scheme", "bf16") if experts else "bf16")]
-    if not scheme.quantizes_activation:
+    gather = engine.gather if chosen == "allgather_reducescatter" else None
+    if not scheme.quantizes_activation or (gather is not None and gather.bf16 and dispatch is None):
         scheme = SCHEMES["bf16"]
     if options.combine is not None and options.combine not in COMBINES:
         raise unknown_name("--combine dtype", options.combine, COMBINES)
@@ -265,7 +270,8 @@ def exchange_of(
         width = rounded_hidden(width, experts.attrs.get("scheme", "bf16"))
     copies = facts.copies_per_token + (options.external_shared_experts > 0)  # one for an external shared expert
     token, result = (float(width) * one.activation_bytes for one in (scheme, combine))
-    sent = _Sent(token, result, facts.moe_hidden_size, copies, form.adding < 1.0)
+    gathers = gather.prompts if gather is not None and table.phase == "prefill" else GATHERS
+    sent = _Sent(token, result, facts.moe_hidden_size, copies, form.adding < 1.0, gathers)
     found = _moe_collectives(layout, device, chosen, sent)
     state = 2.0 * facts.handed_on * facts.hidden_size  # hidden state and residual in bf16
     found["stages"] = [Collective(
@@ -278,13 +284,14 @@ def exchange_of(
 class _Sent(NamedTuple):
     """What a MoE block exchanges: bytes of a token and of its result, as they travel, the hidden size of the block,
     and the (token, expert) copies of a token. ``sliced``: each tp rank has a slice of the tokens until they are
-    gathered."""
+    gathered. ``gathers``: what gathers tokens, and takes their results back, where no exchange does."""
 
     token_bytes: float
     result_bytes: float
     hidden: int
     copies: float
     sliced: bool
+    gathers: tuple[CollectiveOp, CollectiveOp]
 
 
 @per_table
@@ -323,6 +330,8 @@ def _join_norms(rows: list[Row], device: DeviceProfile, engine: EngineProfile) -
     for i, before in enumerate(rows[:-1]):
         if not isinstance(before, Collective) or before.op != "all_reduce" or len(before.extent) > 1:
             continue
+        if before.group != "tp":  # a sum that gathers tokens
+            continue
         row = rows[i + 1]
         if not isinstance(row, Op) or row.name != "pointwise" or "norm" not in str(row.attrs.get("label")):
             continue
@@ -347,8 +356,9 @@ def _moe_collectives(
     if gathers:
         token, result = (bytes_each * layout.dp for bytes_each in both)
         over = over_ep if sent.sliced else over_dp
-        found["dispatch"].append(over(op="all_gather", scale=token, label="dispatch"))
-        found["end"].append(over(op="reduce_scatter", scale=result, label="combine"))
+        there, back = sent.gathers
+        found["dispatch"].append(over(op=there, scale=token, label="dispatch"))
+        found["end"].append(over(op=back, scale=result, label="combine"))
     elif all2all != "none":
         for phase, copy_bytes in zip(("dispatch", "combine"), both, strict=True):
             exchange = {"kind": all2all, "phase": phase, "copies": sent.copies}

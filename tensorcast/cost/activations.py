@@ -15,14 +15,15 @@ from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, Op, OpTable, per_op, p
 def activation_bytes(table: OpTable, sizes: Sizes) -> Size:
     """Peak of live activations over a step: every tensor from the row that makes it to the last that reads it."""
     amounts, moments = _liveness(table)
-    values = [
-        reduce(np.maximum, [coef * math.prod((dim.at(sizes) for dim in factors), start=1.0) for factors, coef in some])
-        for some in amounts
-    ]
-    if not values:
+    if not amounts:
         return 0.0
-    most: Size = np.tensordot(moments, np.stack(np.broadcast_arrays(*values)), axes=1).max(axis=0)
-    return most
+    each = np.broadcast_arrays(*(
+        reduce(np.maximum, [coef * math.prod([dim.at(sizes) for dim in factors], start=1.0) for factors, coef in some])
+        for some in amounts
+    ))
+    live: Array = moments @ np.reshape(each, (len(each), -1))
+    peak: Size = live.max(axis=0).reshape(each[0].shape)[()]
+    return peak
 
 
 @per_table
@@ -40,71 +41,76 @@ _Seen = tuple[tuple[Dim, ...], str, tuple[int, ...]]
 """What is seen of a storage: a tensor's sizes, dtype and which sizes are only expanded views."""
 
 _seen: dict[_Seen, int] = {}
-_amounts: dict[_Amount, int] = {}
-"""All that was seen, and all amounts, by number: sizes are long to compare, and rows of all models are much alike."""
+_each: list[_Seen] = []
+"""All that was seen, by number: sizes are long to compare, and rows of all models are much alike."""
 
 
 @per_op
 def _touched(op: Op) -> tuple[tuple[int, int], ...]:
     """Storages that a row reads or writes, weights aside, and what is seen of each."""
-    every = [t for t in (*op.inputs, *op.outputs) if not t.weight]
-    return tuple([(t.storage, _seen.setdefault((t.dims, t.dtype, t.expanded), len(_seen))) for t in every])
+    found = []
+    for t in (*op.inputs, *op.outputs):
+        if not t.weight:
+            one = t.dims, t.dtype, t.expanded
+            if one not in _seen:
+                _seen[one] = len(_each)
+                _each.append(one)
+            found.append((t.storage, _seen[one]))
+    return tuple(found)
 
 
 @cache
-def _amount(seen: frozenset[int]) -> tuple[int, float]:
+def _amount(seen: frozenset[int]) -> tuple[_Amount, float]:
     """Bytes of a storage as an amount and how much of it: sizes that differ by a number alone are the same amount."""
     found: dict[tuple[Dim, ...], float] = {}
-    for dims, dtype, expanded in (one for one, number in _seen.items() if number in seen):
+    for dims, dtype, expanded in map(_each.__getitem__, seen):
         whole, *offset = product(dims, expanded)
         factors = (whole._replace(coef=1), *offset)
         found[factors] = max(found.get(factors, 0.0), whole.coef * DTYPE_BYTES[dtype])
-    amount, size = tuple(found.items()), 1.0
-    if len(found) == 1:
-        ((factors, size),) = amount
-        amount = ((factors, 1.0),)
-    return _amounts.setdefault(amount, len(_amounts)), size
+    if len(found) > 1:
+        return tuple(found.items()), 1.0
+    ((factors, coef),) = found.items()
+    return ((factors, 1.0),), coef
 
 
 @per_table
 def _liveness(table: OpTable) -> tuple[list[_Amount], Array]:
-    """Amounts that storages hold, and how much of each lives ``[moments, amounts]`` (a storage counts what was seen in
-    it so far).
+    """Amounts that storages hold, and by moment how much of each lives ``[moments, amounts]`` (a storage counts what
+    was seen in it so far).
 
     A moment at which no more lives than at another one is left out. States of sequences are the cache's.
     """
     states = {t.storage for op in table.ops if op.name in STATEFUL for t in (*op.inputs[3:], *op.outputs[1:])}
-    rows = [[one for one in _touched(op) if one[0] not in states] for op in table.ops]
-    last = {storage: i for i, touched in enumerate(rows) for storage, _ in touched}
     seen: dict[int, frozenset[int]] = {}
-    live: dict[int, tuple[int, float]] = {}
-    now: dict[int, float] = {}
-    moments: list[dict[int, float]] = []
-
-    def end(storage: int) -> None:
-        number, coef = live.pop(storage)
-        now[number] -= coef
-        if not now[number]:
-            del now[number]
-
-    for i, touched in enumerate(rows):
-        for storage, one in touched:
+    last: dict[int, int] = {}
+    changes: list[tuple[int, int, frozenset[int]]] = []
+    for i, op in enumerate(table.ops):
+        for storage, one in _touched(op):
+            last[storage] = i
             before = seen.get(storage, frozenset())
             if one not in before:
                 seen[storage] = before | {one}
-                if storage in live:
-                    end(storage)
-                live[storage] = number, coef = _amount(seen[storage])
-                now[number] = now.get(number, 0.0) + coef
-        moments.append(now.copy())
-        for storage in {storage for storage, _ in touched if last[storage] == i}:
-            end(storage)
-    places = {number: i for i, number in enumerate(dict.fromkeys(number for moment in moments for number in moment))}
-    lives, every = np.zeros((len(moments), len(places))), list(_amounts)
-    for row, moment in zip(lives, moments, strict=True):
-        row[[places[number] for number in moment]] = list(moment.values())
-    lives = lives[np.argsort(-lives.sum(axis=1), kind="stable")]
-    beaten = np.tril((lives[:, None] <= lives).all(axis=-1), -1).any(axis=1)  # by one before
-    lives = lives[~beaten]
-    held, numbers = np.flatnonzero(lives.any(axis=0)), [*places]
-    return [every[numbers[i]] for i in held.tolist()], lives[:, held]
+                changes.append((i, storage, seen[storage]))
+    held = {every: _amount(every) for every in dict.fromkeys(every for *_, every in changes)}
+    numbers = {amount: n for n, amount in enumerate(dict.fromkeys(amount for amount, _ in held.values()))}
+    places = {every: (numbers[amount], coef) for every, (amount, coef) in held.items()}
+    more: list[tuple[int, int, float]] = []
+    live: dict[int, tuple[int, float]] = {}
+    for i, storage, every in changes:
+        if storage not in states:
+            if storage in live:
+                number, coef = live[storage]
+                more.append((i, number, -coef))
+            live[storage] = number, coef = places[every]
+            more.append((i, number, coef))
+    more += [(last[storage] + 1, number, -coef) for storage, (number, coef) in live.items()]
+    moments = np.zeros((len(table.ops) + 1, len(numbers)))
+    if more:
+        rows, columns, coefs = zip(*more, strict=True)
+        np.add.at(moments, (list(rows), list(columns)), coefs)
+    moments = moments.cumsum(axis=0)
+    moments = moments[:-1][(moments[:-1] > moments[1:]).any(axis=1)]  # others have no more than the next one
+    within = (moments[:, None] <= moments).all(axis=-1)  # no more at the first than at the second
+    earlier = np.tri(len(moments), k=-1, dtype=bool)
+    least = (within & (~within.T | earlier)).any(axis=1)
+    return list(numbers), moments[~least]

@@ -109,3 +109,13 @@ def test_a_pipeline_waits_for_its_host_once_a_round(pp: int) -> None:
         deploy(model, device, without, single, "decode").step.seconds(64, 1, 1000)
     )
     assert load_engine("vllm").serial_pipeline is None
+
+
+def test_no_pool_of_replies_drafts_in_a_pipeline_of_sglang() -> None:
+    """0.5.23, arg_groups/validation_hook.py (check_pipeline_parallel_compat); vLLM's do."""
+    for engine, drafts in (("sglang", False), ("vllm", True)):
+        found = tc.compare(
+            "deepseek-v3", device="h200", world_size=32, input_len=1024, output_len=256, engine=engine,
+            modes=("disaggregated",), layouts=("tp8-pp2",), mtp_depth=(0, 1),
+        )  # fmt: skip
+        assert bool((found.candidates["mtp_depth"] > 0).any()) == drafts, engine

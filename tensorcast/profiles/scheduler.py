@@ -90,4 +90,5 @@ class SerialPipeline(Frozen):
     step_s: Number = Field(ge=0, description="what a round takes longer")
     drafts_wait: bool = Field(default=False, description="a step that checks drafts is launched after the oldest one's "
                               "tokens are read, so that a stage runs one micro-batch less in a round")  # fmt: skip
+    drafts_in_pools: bool = Field(default=True, description="whether servers of replies alone draft in a pipeline")
     source: str = Field(min_length=3)

@@ -152,10 +152,11 @@ def steady(shop: VariantPrices, points: Points) -> Mask:
 
 @np.errstate(invalid="ignore", over="ignore")
 def disaggregated(
-    shop: VariantPrices, gpus: int, limits: Limits = (None, None), room: Room = ()
+    shop: VariantPrices, gpus: int, limits: Limits = (None, None), room: Room = (), *, apart: Array | bool = True
 ) -> tuple[Points, int]:
-    """Every decode variant with prefill workers that keep up with it, on at most ``gpus`` GPUs, within ``room`` where
-    that says more; and how many had none. Prompts are read by the ``shop``'s readers, if it has some.
+    """Every decode variant (of those that run ``apart`` from what reads prompts) with prefill workers that keep up with
+    it, on at most ``gpus`` GPUs, within ``room`` where that says more; and how many had none. Prompts are read by the
+    ``shop``'s readers, if it has some.
 
     At each batch (powers of two; of those priced the largest that fits, the largest within the limit on TPOT) the pools
     that match at fewest GPUs per request; for each number of decode workers, prefill workers on all other GPUs. Of all
@@ -166,7 +167,7 @@ def disaggregated(
     grid, decode_s = shop.grid, shop.curves["seconds"] * shop.scenario.engine.overhead.pool_factor
     steps = shop.scenario.load.decode_steps(shop.depths)
     per_token = (steps / max(shop.scenario.load.output_len - 1, 1))[:, None] * decode_s
-    fits = grid <= np.minimum(shop.room_decode, LARGEST_BATCH)[:, None]
+    fits = (grid <= np.minimum(shop.room_decode, LARGEST_BATCH)[:, None]) & np.reshape(apart, (-1, 1))
     within = fits & (per_token <= (limits[1] or np.inf))
     rows, batch = batches(np.where(fits, grid, 0.0).max(axis=1), np.where(within, grid, 0.0).max(axis=1))
     # prompts per second that one decode worker asks for

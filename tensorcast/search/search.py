@@ -109,6 +109,14 @@ def _search(task: SearchTask, keys: Sequence[tuple[Hashable, ...]]) -> SearchRes
     return SearchResult(Candidates.joined(tables) if tables else NONE, behind, pruned, examined)
 
 
+def _apart(task: SearchTask, shop: VariantPrices) -> Array | bool:
+    """Which variants the engine runs on servers of replies alone."""
+    serial = task.engine.serial_pipeline
+    if serial is None or serial.drafts_in_pools or not task.runnable_only:
+        return True
+    return np.array([v.layout.pp == 1 or not v.decode.mtp_depth for v in shop.variants])
+
+
 def worth_showing(
     task: SearchTask, prices: VariantPrices, pruned: Counter[str], known: Array | Sequence[float] = ()
 ) -> tuple[dict[str, Points], int]:
@@ -124,7 +132,9 @@ def worth_showing(
         points, slow = (
             aggregated(shop, limits)
             if mode == "aggregated"
-            else disaggregated(shop, task.paid_gpus, limits, task.pools_room() if task.pools else ())
+            else disaggregated(
+                shop, task.paid_gpus, limits, task.pools_room() if task.pools else (), apart=_apart(task, shop)
+            )
         )
         pruned[NO_PACE] += slow
         if not len(points.variant):

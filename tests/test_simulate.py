@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from families import SMALL
+from typer.testing import CliRunner
 
 import tensorcast as tc
+from tensorcast.cli import app
 from tensorcast.cost.formulas import FORMULAS, Context, chunk_pairs, work_of
 from tensorcast.deploy.workload import Workload
 from tensorcast.trace.dims import Dim, Sizes
@@ -206,3 +208,21 @@ def test_embedding_reads_rows_not_the_table() -> None:
     out = Tensor((Dim(1, B=1), Dim(1), Dim(64)), "bfloat16", 2)
     (work,) = work_of(Op("embedding", "m", -1, (table, ids), (out,)), Context(Sizes(B=10.0, S=1.0, P=0.0)))
     assert work.bytes == 2 * 10 * 64 * 2 + 10 * 8
+
+
+def test_a_server_of_pools_keeps_one_state_of_a_sequence() -> None:
+    """SGLang's servers of both phases keep four copies more; layouts of pools are servers of one phase."""
+    asked: dict[str, Any] = {"device": "h200", "world_size": 2, "tp": 2, "batch": 10, "engine": "sglang"}
+
+    def cache(context: int, pooled: bool) -> float:
+        return float(tc.simulate("qwen3-next-80b-a3b", context=context, pooled=pooled, **asked).memory.kv_cache)
+
+    # of 48 layers 12 cache 2 x 256 numbers in bf16 of each token and rank (2 heads over 2 ranks)
+    each = 10 * 12 * 2 * 256 * 2.0
+    one = cache(1000, True) - 1001 * each
+    assert cache(9000, True) == pytest.approx(9001 * each + one)
+    assert cache(1000, False) > 5 * one > 0
+    words = ["simulate", "qwen3-next-80b-a3b", "-d", "h200", "-e", "sglang", "--batch", "10", "--context", "1000"]
+    found = CliRunner().invoke(app, [*words, "--layout", "2 x tp2 > tp2", "--json"])
+    assert json.loads(found.output)["memory_bytes"]["kv_cache"] == pytest.approx(cache(1000, True))
+    assert "in pools decode steps take" in found.output

@@ -64,6 +64,7 @@ def simulate(
     input_len: int | None = None,
     context: int | None = None,
     engine: str = "vllm",
+    pooled: bool = False,
     allow_oversize: bool = False,
     **options: Unpack[DeploymentOptions],
 ) -> Simulation:
@@ -72,7 +73,8 @@ def simulate(
     ``model``, ``device`` and ``engine`` are names, or paths of profiles; a model may be a directory with a Hugging
     Face ``config.json``, or a shipped one's checkpoint by a name that says its precision. ``batch`` counts sequences
     per data-parallel rank. ``tp`` defaults to what dp and pp leave, ``world_size`` to what they make. Decode defaults
-    to ``context=4096`` cached tokens, prefill to ``input_len=4096`` new ones. ``options`` are the fields of
+    to ``context=4096`` cached tokens, prefill to ``input_len=4096`` new ones. ``pooled``: on a server of one phase, as
+    disaggregated serving has them, whose memory and cache engines lay out otherwise. ``options`` are the fields of
     :class:`tensorcast.deploy.options.Options`: ``quant``, ``kv_dtype``, ``routing``, ``all2all``, ``mtp_depth``, ...
     Raises :class:`tensorcast.InputError`, one line, on anything that cannot be.
 
@@ -94,10 +96,14 @@ def simulate(
     default_new, default_past = (1, 4096) if phase == "decode" else (4096, 0)
     new, past = default_new if input_len is None else input_len, default_past if context is None else context
     profile, read_as = named_model(model)
-    parts = profile, device_profile(device), load_engine(engine), layout, Workload(phase, batch, new, past)
+    alone = load_engine(engine)
+    served = alone.in_pools() if pooled else alone
+    parts = profile, device_profile(device), served, layout, Workload(phase, batch, new, past)
     chosen = of_traffic(options_of(options), profile)
     found = run(*parts, options=chosen, allow_oversize=allow_oversize, enough=_what_holds)
-    return noted(found, read_as)
+    longer = float(served.overhead.pool_factor) if pooled and phase == "decode" else 1.0
+    apart = f"in pools decode steps take {longer:.2f} times as long, which is not in here" if longer > 1 else ""
+    return noted(found, read_as, apart)
 
 
 @python_names

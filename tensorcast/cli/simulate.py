@@ -134,14 +134,14 @@ def simulate(
     from tensorcast.files import check_directory
     from tensorcast.report.simulate.files import write_report
 
-    layout, ffn_gpus = _named_split(layout, ffn_gpus)
+    (layout, ffn_gpus), pooled = _named_split(layout, ffn_gpus), False
     if layout is not None:
         if (tp, dp, ep, pp) != (None, 1, 1, 1):
             raise InputError(f"--layout {layout}: says the sizes; leave out --tp, --dp, --ep and --pp")
         from tensorcast.scheduling.pools import parse_servers
 
         pool = parse_servers(layout)[0 if phase == "prefill" else -1]
-        one, device = pool.layout, pool.named or device
+        one, device, pooled = pool.layout, pool.named or device, pool.role != "both"
         tp, dp, ep, pp = one.tp, one.dp, one.ep, one.pp
     tower = {"--images": images, "--image-size": image_size, "--encoder-tp-mode": encoder_tp_mode}
     if phase == "encode":
@@ -172,7 +172,8 @@ def simulate(
     with patience(model):
         run = run_simulation(
             model, device=device, world_size=world_size, tp=tp, dp=dp, ep=ep, pp=pp, phase=phase, batch=batch,
-            input_len=input_len, context=context, engine=engine, allow_oversize=allow_oversize, **options,
+            input_len=input_len, context=context, engine=engine, pooled=pooled, allow_oversize=allow_oversize,
+            **options,
         )
         written = write_report(run, out, top) if out is not None else []
     if as_json:

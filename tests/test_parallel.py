@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -87,3 +88,27 @@ def test_what_was_made_without_the_collector_is_old_to_it_and_still_collected() 
     assert knot() is not None
     gc.collect()
     assert knot() is None
+
+
+FAULTS = """
+import resource
+import numpy as np
+from tensorcast.parallel import uncollected
+
+def faults() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        [np.ones(375_000) for _ in range(10)]  # 3 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with uncollected():
+    faults()
+    print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how the C library keeps memory")
+def test_memory_that_pricing_frees_is_taken_again() -> None:
+    """Eight times 30 MB are 59,000 pages, most of which would be faults where they are given back."""
+    told = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
+    assert int(told) < 4_000

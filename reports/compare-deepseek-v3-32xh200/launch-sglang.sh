@@ -2,7 +2,6 @@
 # sglang 0.5.23
 # 2 x prefill worker
 # 1 x decode worker
-# dense layers are cut over all ranks of a stage; SGLang cannot cut them over attention's tp alone
 # a router in front sends each request to a prefill and then to a decode server
 # to be filled in: HEAD_NODE_IP: the first node's address
 # on each node: bash THIS_FILE prefill|decode-node0|decode-node1
@@ -14,18 +13,21 @@ python3 -m sglang.launch_server \
   --host 0.0.0.0 \
   --port 30000 \
   --tp-size 8 \
-  --attn-dp-size 4 \
+  --attn-dp-size 8 \
   --enable-dp-lm-head \
+  --moe-dense-tp-size 1 \
   --ep-size 8 \
   --moe-a2a-backend deepep \
   --deepep-mode normal \
   --enable-eplb \
   --ep-num-redundant-experts 8 \
+  --enable-two-batch-overlap \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 484 \
-  --chunked-prefill-size 32768 \
-  --mem-fraction-static 0.63 \
+  --max-running-requests 424 \
+  --chunked-prefill-size 65536 \
+  --cuda-graph-max-bs-decode 53 \
+  --mem-fraction-static 0.306 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
 ;;
@@ -35,18 +37,22 @@ python3 -m sglang.launch_server \
   --host 0.0.0.0 \
   --port 30000 \
   --tp-size 16 \
-  --attn-dp-size 8 \
+  --attn-dp-size 16 \
   --enable-dp-lm-head \
+  --moe-dense-tp-size 1 \
   --nnodes 2 \
   --node-rank 0 \
   --dist-init-addr HEAD_NODE_IP:20000 \
   --ep-size 16 \
   --moe-a2a-backend deepep \
   --deepep-mode low_latency \
+  --deepep-dispatcher-output-dtype bf16 \
+  --enable-eplb \
+  --ep-num-redundant-experts 16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 968 \
-  --cuda-graph-max-bs-decode 121 \
+  --max-running-requests 848 \
+  --cuda-graph-max-bs-decode 53 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake
@@ -57,18 +63,22 @@ python3 -m sglang.launch_server \
   --host 0.0.0.0 \
   --port 30000 \
   --tp-size 16 \
-  --attn-dp-size 8 \
+  --attn-dp-size 16 \
   --enable-dp-lm-head \
+  --moe-dense-tp-size 1 \
   --nnodes 2 \
   --node-rank 1 \
   --dist-init-addr HEAD_NODE_IP:20000 \
   --ep-size 16 \
   --moe-a2a-backend deepep \
   --deepep-mode low_latency \
+  --deepep-dispatcher-output-dtype bf16 \
+  --enable-eplb \
+  --ep-num-redundant-experts 16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 968 \
-  --cuda-graph-max-bs-decode 121 \
+  --max-running-requests 848 \
+  --cuda-graph-max-bs-decode 53 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

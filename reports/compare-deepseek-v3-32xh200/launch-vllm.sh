@@ -5,6 +5,7 @@
 # to be filled in: THIS_NODE_IP: the address of the node that runs the command
 # a proxy in front sends each request to a prefill and then to a decode server
 # to be filled in: HEAD_NODE_IP: the first node's address; THIS_NODE_IP: the address of the node that runs the command
+# dispatch in bf16: vLLM has no flag, its kernels decide
 # on each node: bash THIS_FILE prefill|decode-node0|decode-node1
 
 case "${1-}" in
@@ -13,15 +14,16 @@ VLLM_NIXL_SIDE_CHANNEL_HOST=THIS_NODE_IP \
 vllm serve deepseek-ai/DeepSeek-V3 \
   --host 0.0.0.0 \
   --port 8000 \
-  --tensor-parallel-size 2 \
-  --data-parallel-size 4 \
+  --tensor-parallel-size 1 \
+  --data-parallel-size 8 \
   --enable-expert-parallel \
   --all2all-backend deepep_high_throughput \
   --enable-eplb \
   --eplb-config '{"num_redundant_experts": 8}' \
+  --enable-dbo \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 121 \
+  --max-num-seqs 53 \
   --max-num-batched-tokens 8192 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -31,17 +33,19 @@ VLLM_NIXL_SIDE_CHANNEL_HOST=THIS_NODE_IP \
 vllm serve deepseek-ai/DeepSeek-V3 \
   --host 0.0.0.0 \
   --port 8000 \
-  --tensor-parallel-size 2 \
-  --data-parallel-size 8 \
-  --data-parallel-size-local 4 \
+  --tensor-parallel-size 1 \
+  --data-parallel-size 16 \
+  --data-parallel-size-local 8 \
   --data-parallel-address HEAD_NODE_IP \
   --data-parallel-rpc-port 13345 \
   --enable-expert-parallel \
   --all2all-backend deepep_low_latency \
+  --enable-eplb \
+  --eplb-config '{"num_redundant_experts": 16}' \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 121 \
-  --max-num-batched-tokens 121 \
+  --max-num-seqs 53 \
+  --max-num-batched-tokens 53 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;
@@ -50,19 +54,21 @@ VLLM_NIXL_SIDE_CHANNEL_HOST=THIS_NODE_IP \
 vllm serve deepseek-ai/DeepSeek-V3 \
   --host 0.0.0.0 \
   --port 8000 \
-  --tensor-parallel-size 2 \
-  --data-parallel-size 8 \
-  --data-parallel-size-local 4 \
-  --data-parallel-start-rank 4 \
+  --tensor-parallel-size 1 \
+  --data-parallel-size 16 \
+  --data-parallel-size-local 8 \
+  --data-parallel-start-rank 8 \
   --data-parallel-address HEAD_NODE_IP \
   --data-parallel-rpc-port 13345 \
   --headless \
   --enable-expert-parallel \
   --all2all-backend deepep_low_latency \
+  --enable-eplb \
+  --eplb-config '{"num_redundant_experts": 16}' \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 121 \
-  --max-num-batched-tokens 121 \
+  --max-num-seqs 53 \
+  --max-num-batched-tokens 53 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;

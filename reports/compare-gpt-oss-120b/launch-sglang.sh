@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # sglang 0.5.23
 # 2 x prefill worker
-# 2 x decode worker
+# 1 x decode worker
 # a router in front sends each request to a prefill and then to a decode server
 # on each node: bash THIS_FILE prefill|decode
 
@@ -14,8 +14,9 @@ python3 -m sglang.launch_server \
   --tp-size 1 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 276 \
+  --max-running-requests 259 \
   --chunked-prefill-size 16384 \
+  --cuda-graph-max-bs-decode 259 \
   --mem-fraction-static 0.859 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
@@ -25,18 +26,18 @@ python3 -m sglang.launch_server \
   --model-path openai/gpt-oss-120b \
   --host 0.0.0.0 \
   --port 30000 \
-  --tp-size 2 \
-  --attn-dp-size 2 \
+  --tp-size 4 \
+  --attn-dp-size 4 \
   --enable-dp-lm-head \
   --moe-dense-tp-size 1 \
-  --ep-size 2 \
+  --ep-size 4 \
   --moe-a2a-backend none \
   --enable-eplb \
-  --ep-num-redundant-experts 2 \
+  --ep-num-redundant-experts 4 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 552 \
-  --cuda-graph-max-bs-decode 276 \
+  --max-running-requests 1036 \
+  --cuda-graph-max-bs-decode 259 \
   --mem-fraction-static 0.944 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # trtllm 1.3.0rc20
 # 2 x prefill worker
-# 2 x decode worker
+# 1 x decode worker
 # trtllm-serve disaggregated, in front, sends each request to a prefill and then to a decode server
 # on each node: bash THIS_FILE prefill|decode
 
@@ -15,7 +15,7 @@ gpus_per_node: 8
 enable_attention_dp: false
 moe_expert_parallel_size: 1
 moe_tensor_parallel_size: 1
-max_batch_size: 276
+max_batch_size: 259
 max_num_tokens: 16384
 max_seq_len: 5120
 enable_chunked_prefill: true
@@ -35,19 +35,19 @@ trtllm-serve openai/gpt-oss-120b \
 ;;
 decode)
 cat > trtllm-decode.yaml <<'END'
-# trtllm 1.3.0rc20, tp1-dp2-ep2
-tensor_parallel_size: 2
+# trtllm 1.3.0rc20, tp1-dp4-ep4
+tensor_parallel_size: 4
 pipeline_parallel_size: 1
 gpus_per_node: 8
 enable_attention_dp: true
-moe_expert_parallel_size: 2
+moe_expert_parallel_size: 4
 moe_tensor_parallel_size: 1
 moe_config:
   load_balancer:
-    num_slots: 130
+    num_slots: 132
     layer_updates_per_iter: 1
-max_batch_size: 276
-max_num_tokens: 276
+max_batch_size: 259
+max_num_tokens: 259
 max_seq_len: 5120
 enable_chunked_prefill: true
 kv_cache_config:
@@ -55,7 +55,7 @@ kv_cache_config:
   free_gpu_memory_fraction: 0.9
 cuda_graph_config:
   enable_padding: true
-  max_batch_size: 276
+  max_batch_size: 259
 cache_transceiver_config:
   backend: NIXL
   max_tokens_in_buffer: 4096

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # vllm 0.33.0
 # 2 x prefill worker
-# 2 x decode worker
+# 1 x decode worker
 # to be filled in: THIS_NODE_IP: the address of the node that runs the command
 # a proxy in front sends each request to a prefill and then to a decode server
 # on each node: bash THIS_FILE prefill|decode
@@ -15,7 +15,7 @@ vllm serve openai/gpt-oss-120b \
   --tensor-parallel-size 1 \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 276 \
+  --max-num-seqs 259 \
   --max-num-batched-tokens 16384 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -26,15 +26,15 @@ vllm serve openai/gpt-oss-120b \
   --host 0.0.0.0 \
   --port 8000 \
   --tensor-parallel-size 1 \
-  --data-parallel-size 2 \
+  --data-parallel-size 4 \
   --enable-expert-parallel \
   --all2all-backend allgather_reducescatter \
   --enable-eplb \
-  --eplb-config '{"num_redundant_experts": 2}' \
+  --eplb-config '{"num_redundant_experts": 4}' \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 276 \
-  --max-num-batched-tokens 276 \
+  --max-num-seqs 259 \
+  --max-num-batched-tokens 259 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;

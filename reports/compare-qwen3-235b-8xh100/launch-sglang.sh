@@ -14,7 +14,7 @@ python3 -m sglang.launch_server \
   --deepep-mode normal \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 176 \
+  --max-running-requests 184 \
   --chunked-prefill-size 2048 \
-  --cuda-graph-max-bs-decode 22 \
+  --cuda-graph-max-bs-decode 23 \
   --mem-fraction-static 0.849

@@ -8,7 +8,7 @@ gpus_per_node: 8
 enable_attention_dp: true
 moe_expert_parallel_size: 8
 moe_tensor_parallel_size: 1
-max_batch_size: 22
+max_batch_size: 23
 max_num_tokens: 256
 max_seq_len: 5120
 enable_chunked_prefill: true
@@ -17,7 +17,7 @@ kv_cache_config:
   free_gpu_memory_fraction: 0.9
 cuda_graph_config:
   enable_padding: true
-  max_batch_size: 22
+  max_batch_size: 23
 END
 
 TRTLLM_FORCE_COMM_METHOD=DEEPEP \

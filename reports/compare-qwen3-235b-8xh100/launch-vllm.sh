@@ -10,6 +10,6 @@ vllm serve Qwen/Qwen3-235B-A22B-FP8 \
   --all2all-backend deepep_high_throughput \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 22 \
+  --max-num-seqs 23 \
   --max-num-batched-tokens 256 \
   --gpu-memory-utilization 0.92

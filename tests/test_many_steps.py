@@ -141,6 +141,23 @@ def test_steps_that_differ_in_sizes_alone_are_added_up_as_one(monkeypatch: pytes
     assert many["_collective"] < 2 * few["_collective"]  # groups of other sizes are others
 
 
+def test_collectives_of_steps_with_graphs_and_without_are_priced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: Counter[str] = Counter()
+    monkeypatch.setattr(RowPricer, "_collective", counting(passes, "_collective", RowPricer._collective))
+    profiles = load_model("qwen3-235b-a22b"), load_device("h200-sxm"), load_engine("vllm")
+    steps = [deploy(*profiles, Layout(8, 8, 1, 8), phase).step for phase in ("prefill", "decode")]
+    assert steps[0].pricer.graph_tokens < steps[1].pricer.graph_tokens
+    batch, new = np.array([1.0, 8.0, 64.0]), (100.0, 1.0)
+    asked: list[Asked] = [(step, batch, tokens, np.array([[50.0]])) for step, tokens in zip(steps, new, strict=True)]
+    sums_of_many(asked[:1])
+    one = passes.pop("_collective")
+    for (step, *at), found in zip(asked, sums_of_many(asked), strict=True):
+        both = passes["_collective"]
+        alike(found, step.price(*at))
+        passes["_collective"] = both
+    assert passes["_collective"] == one > 1
+
+
 def counting(passes: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, its calls counted."""
 

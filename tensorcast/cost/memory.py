@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import add, or_
 from typing import NamedTuple
 
@@ -152,10 +152,15 @@ def layers_of(table: OpTable, stages: Sequence[slice]) -> Mapping[int, Array]:
     """Layers of each kind in each of the ``stages``; one of what is outside the layers, -1."""
     first, end = np.array([one.indices(len(table.layer_kinds))[:2] for one in stages]).T
     counts = defaultdict(lambda: np.zeros(len(stages)), {-1: np.ones(len(stages))})
-    for kind in dict.fromkeys(table.layer_kinds):
-        before = np.append(0.0, np.cumsum(np.equal(table.layer_kinds, kind)))
+    for kind, before in _layers_before(table.layer_kinds).items():
         counts[kind] = before[end] - before[first]
     return counts
+
+
+@lru_cache(maxsize=1024)
+def _layers_before(kinds: tuple[int, ...]) -> Mapping[int, Array]:
+    """Layers of each kind before each layer, and before the end."""
+    return {kind: np.append(0.0, np.cumsum(np.equal(kinds, kind))) for kind in dict.fromkeys(kinds)}
 
 
 class SequenceCache(NamedTuple):
@@ -292,16 +297,16 @@ def weights_of_stages(
     width, hidden = table.facts.moe_intermediate_size, padding[0]
     local: Size = np.ceil(table.facts.num_experts / ep) if local_experts is None else local_experts
     shape = np.broadcast_shapes(np.shape(local), np.shape(etp))
-    total = np.zeros((len(stages), *shape))
+    sizes, counts = list[Array](), list[Array]()
     for part in _weights(table, quantization, hidden):
         size: Size = part.size_bytes
         if part.expert_bytes:
             wider = padded(width / etp, padding[1]) if part.padded_bytes else 1.0
             size = size + (part.expert_bytes + part.padded_bytes * (wider - 1.0)) * local / etp
         # outside the layers: is it on this pipeline stage?
-        count = layers[part.kind] if part.kind >= 0 else once.get(part.role, layers[-1])
-        total += np.multiply.outer(count, np.broadcast_to(size, shape))
-    return total
+        counts.append(layers[part.kind] if part.kind >= 0 else once.get(part.role, layers[-1]))
+        sizes.append(np.broadcast_to(size, shape))
+    return np.tensordot(counts, sizes, axes=(0, 0))
 
 
 @dataclass

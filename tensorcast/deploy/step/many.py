@@ -113,14 +113,14 @@ class Many:
         for own in sizes:
             self._sizes.append((self._case, shape, own))
             self._case += one.cases
-        pricer, machine, last = step.pricer, _machine(step.pricer), len(self._steps)
+        pricer, last = step.pricer, len(self._steps)
         beside = [_beside_ops(pricer, context) for context in contexts]
         mine = dict[Hashable, int]()
         for row, inside in zip(recipe.rows, recipe.chunked, strict=True):
             where = int(inside and len(contexts) > 1)
             key: tuple[Hashable, ...]
             if isinstance(row, Collective):
-                key = *machine, *_of_collective(row, pricer)
+                key = _of_collective(row, pricer)
                 place = mine.setdefault((*key, float(row.scale), where), len(mine))
             else:
                 content = content_of(row)
@@ -201,6 +201,10 @@ class Many:
         if (row := alike.collective) is not None:
             sizes = Sizes(cases["B"][which], cases["S"][which], 0.0)
             at, pricer = replace(alike.at, sizes=sizes), alike.pricer
+            graphs = [self._steps[i].step.pricer.graph_tokens for i in alike.steps]
+            if graphs.count(graphs[0]) < len(graphs):
+                most: Any = spread(graphs)  # a joined pricer holds a column where a pricer holds a number
+                pricer = replace(pricer, graph_tokens=most)
             row = replace(row, scale=spread(alike.what))
             pending = pricer.collective(row, at, self._of(pricer), steps=starts)
             return _Waiting(alike, pending, places), True
@@ -248,8 +252,9 @@ def _beside_ops(pricer: RowPricer, at: Context) -> tuple[Hashable, Hashable]:
 
 
 def _of_collective(row: Collective, pricer: RowPricer) -> tuple[Hashable, ...]:
-    """What collectives on one machine have in common that differ in bytes alone."""
-    plain = row.op, row.ranks, row.extent, row.per, pricer.joins
+    """What collectives have in common that differ in bytes alone, and in which steps are replayed from graphs."""
+    own = row.op == "all_reduce" and pricer.own_all_reduce(row.ranks)
+    plain = *_machine(pricer)[:3], row.op, row.ranks, row.extent, row.per, own
     if not row.exchange:
         return plain
     facts, distinct = pricer.table.facts, map(float, pricer.distinct.values())

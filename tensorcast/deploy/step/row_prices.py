@@ -182,7 +182,7 @@ class RowPricer:
             return [(memory(read, work.elements * written), known), (work, known)]
         return [(work, known)]
 
-    def _own_all_reduce(self, ranks: int) -> bool:
+    def own_all_reduce(self, ranks: int) -> bool:
         """Whether the engine's own kernels may all-reduce among so many. They stop at a host's GPUs (vLLM 0.24.0 and
         SGLang 0.5.14, distributed/device_communicators/custom_all_reduce.py), where NVLink joins several, too, but for
         those that a norm is joined to."""
@@ -208,14 +208,14 @@ class RowPricer:
             known = asked.at("moe_exchange", "any", f"{row.exchange['kind']}:{row.exchange['phase']}", sizes)
         elif not row.exchange and len(row.extent) == 1:
             sizes = {"ranks": row.ranks, "payload_bytes": row.scale * units}
-            own = row.op == "all_reduce" and self._own_all_reduce(row.ranks)
+            own = row.op == "all_reduce" and self.own_all_reduce(row.ranks)
             known = asked.at(row.op, "any", "custom" if own else "nccl", sizes)
         return partial(self._collective, row, at, row.scale * units, known, steps)
 
     def _collective(
         self, row: Collective, at: Context, payload: Size, known: Correction | PendingCorrection | None, steps: Starts
     ) -> RowPrice:
-        options = {**row.exchange} if self._own_all_reduce(row.ranks) else {**row.exchange, "custom": False}
+        options = {**row.exchange} if self.own_all_reduce(row.ranks) else {**row.exchange, "custom": False}
         points = at.points if row.exchange else None
         if options.get("kind") == "high_throughput":
             options |= {"distinct_nodes": self.distinct["nodes"], "distinct_ranks": self.distinct["ranks"]}

@@ -85,6 +85,12 @@ options."""
 
 PHASES = ("prefill", "decode")
 
+OF_VARIANTS = (
+    "layouts", "depths", "kv_dtypes", "layout_of", "own_kv_dtype", "told", "_captured", "_setting_of", "_settings",
+    "_kinds",
+)  # fmt: skip
+"""What is found of variants once, whatever the load."""
+
 TOGETHER = 400_000
 """Steps of members at settings and batches that are priced together, about: more take more memory at once."""
 
@@ -112,20 +118,6 @@ class VariantPrices:
         self.parts = Parts() if parts is None else parts
         self._whole = whole_model(scenario.model, "prefill", variants[0].prefill.quant)
         self.budgets = sorted({*chunks, scenario.own_chunk})
-        sizes = np.array([(v.layout.world_size, v.layout.dp, v.layout.dp // v.prefill.pcp) for v in variants])
-        self.layouts: dict[str, Array] = dict(zip(("world_size", "dp", "readers"), sizes.T.astype(float), strict=True))
-        self.depths = np.array([v.decode.mtp_depth for v in variants])
-        self.kv_dtypes = np.array([v.decode.kv_dtype for v in variants], dtype=object)
-        numbers: dict[Layout, int] = {}
-        self.layout_of = np.array([numbers.setdefault(v.layout, len(numbers)) for v in variants])
-        # tokens of the largest captured prefill step of each
-        largest = cache(partial(scenario.engine.prefill_graph_tokens, scenario.device, config=scenario.model.config))
-        experts, engine = self._whole.facts.num_experts, scenario.engine
-        self._captured = []
-        for v in variants:
-            kind = choose_all2all(v.prefill.all2all, v.layout, engine, "prefill")
-            served = served_with(v.prefill, kind)
-            self._captured.append(largest(attention_dp(v.layout, experts), v.layout.pp, served=served))
         count = len(variants)
         names = ("seconds", "attention_s", "error", "exposed_comm_s", "hidden_comm_s", *EVIDENCE)
         # no number at batches that do not fit
@@ -143,23 +135,15 @@ class VariantPrices:
         self.whatever: dict[int, Points] = {}  # candidates there whatever the limits are, by chunk budget
         self._pools: VariantPrices | None = None
         self._encoded: dict[int, EncodeStep] = {}
-        rules, config = scenario.engine.cache_dtypes, scenario.model.config
-        self.own_kv_dtype = unasked_cache(rules, config, scenario.device.architecture, self._whole.stored.kv)
         self._cuts = [cut_prompts(scenario.load, budget) for budget in self.budgets]
-        # all groups are priced at all settings, so that rows that they have in common are priced once
-        own = self.own_kv_dtype
-        self._setting_of = [
-            _Setting(v.decode.kv_dtype or own, v.decode.mtp_depth, v.decode.dual_batch_overlap, v.layout.pp)
-            for v in variants
-        ]
-        self._settings = sorted({*self._setting_of})
-        self._kinds = list(dict.fromkeys(setting._replace(mtp_depth=0) for setting in self._settings))  # of prompts
         if id(variants) not in self.parts.structures:
-            self.parts.structures[id(variants)] = variants, (self._groups(), {})
+            self._look_at_variants()
+            own = {name: getattr(self, name) for name in OF_VARIANTS}
+            self.parts.structures[id(variants)] = variants, (own, self._groups())
         while len(self.parts.structures) > MOST_SPACES:
             del self.parts.structures[next(iter(self.parts.structures))]
-        of_all, told = self.parts.structures[id(variants)][1]
-        self.told: dict[str, NDArray[Any]] = told  # what tables say of each variant, once they do
+        own, of_all = self.parts.structures[id(variants)][1]
+        vars(self).update(own)
         groups = list(of_all.values())
         entries = np.cumsum([sum(map(len, members.values())) for members in groups]) * len(grid)
         read_in = [next(iter(members))[1].pcp for members in groups]  # parts
@@ -177,6 +161,35 @@ class VariantPrices:
         room = np.max([self.room_decode, apart, *(self.fits[budget] for budget in chunks)], axis=0)
         self.without_room = int((room < 1).sum())
         """Variants that hold no sequence, in either mode of serving."""
+
+    def _look_at_variants(self) -> None:
+        """What variants are, whatever the load: :data:`OF_VARIANTS`."""
+        scenario, variants = self.scenario, self.variants
+        sizes = np.array([(v.layout.world_size, v.layout.dp, v.layout.dp // v.prefill.pcp) for v in variants])
+        self.layouts: dict[str, Array] = dict(zip(("world_size", "dp", "readers"), sizes.T.astype(float), strict=True))
+        self.depths = np.array([v.decode.mtp_depth for v in variants])
+        self.kv_dtypes = np.array([v.decode.kv_dtype for v in variants], dtype=object)
+        numbers: dict[Layout, int] = {}
+        self.layout_of = np.array([numbers.setdefault(v.layout, len(numbers)) for v in variants])
+        # tokens of the largest captured prefill step of each
+        largest = cache(partial(scenario.engine.prefill_graph_tokens, scenario.device, config=scenario.model.config))
+        experts, engine = self._whole.facts.num_experts, scenario.engine
+        self._captured = []
+        for v in variants:
+            kind = choose_all2all(v.prefill.all2all, v.layout, engine, "prefill")
+            served = served_with(v.prefill, kind)
+            self._captured.append(largest(attention_dp(v.layout, experts), v.layout.pp, served=served))
+        rules, config = scenario.engine.cache_dtypes, scenario.model.config
+        self.own_kv_dtype = unasked_cache(rules, config, scenario.device.architecture, self._whole.stored.kv)
+        own = self.own_kv_dtype
+        self._setting_of = [
+            _Setting(v.decode.kv_dtype or own, v.decode.mtp_depth, v.decode.dual_batch_overlap, v.layout.pp)
+            for v in variants
+        ]
+        # all groups are priced at all settings, so that rows that they have in common are priced once
+        self._settings = sorted({*self._setting_of})
+        self._kinds = list(dict.fromkeys(setting._replace(mtp_depth=0) for setting in self._settings))  # of prompts
+        self.told: dict[str, NDArray[Any]] = {}  # what tables say of each variant, once they do
 
     def in_pools(self) -> VariantPrices:
         """The variants as pools of disaggregated serving run them: those whose prompts are captured only where one

@@ -155,6 +155,15 @@ class ExpertLoad:
     staged = False
     """Whether pipeline stages differ."""
 
+    @functools.cached_property
+    def _of_a_token(self) -> tuple[float, float, Array]:
+        """Rows of a token on the busiest rank in the mean, their variance, and by chance of its experts the logarithm
+        of the chance that the token picks another."""
+        assert self.busiest is not None
+        each = self.alike * self.busiest
+        missing = np.log1p(-np.minimum(self.busiest, 1.0 - 1e-12))
+        return float(each.sum()), float((each * (1.0 - self.busiest)).sum()), missing
+
     def at(self, tokens: Size, stages: Size = 1) -> RankLoad:
         """Load when ``tokens`` tokens in all (over the whole expert-parallel group) are routed, the same in all stages.
         """
@@ -169,8 +178,8 @@ class ExpertLoad:
             rows = np.maximum(copies * self.share, np.minimum(copies, 1.0))
             hit = np.minimum(local, rows)
         else:
-            expected = tokens * (self.alike * self.busiest).sum()
-            spread = np.sqrt(tokens * (self.alike * self.busiest * (1.0 - self.busiest)).sum())
+            each, variance, missing = self._of_a_token
+            expected, spread = tokens * each, np.sqrt(tokens * variance)
             rows = np.minimum(
                 np.maximum(expected + self.noise * spread, np.minimum(copies, 1.0)), tokens * min(local, self.top_k)
             )
@@ -178,7 +187,7 @@ class ExpertLoad:
             effective = tokens * np.maximum(rows / np.maximum(expected, 1e-12), 1.0)
             if self.likeness < 1:
                 effective = np.minimum(effective, np.maximum(effective, 1e-12) ** self.likeness)
-            missed = np.exp(np.multiply.outer(effective, np.log1p(-np.minimum(self.busiest, 1.0 - 1e-12))))
+            missed = np.exp(np.multiply.outer(effective, missing))
             hit = np.minimum((self.alike * (1.0 - missed)).sum(-1), rows)
         if self.fused:
             own = self.fused * tokens

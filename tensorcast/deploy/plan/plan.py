@@ -9,7 +9,7 @@ gathered. Pipeline stages hand on hidden state and residual.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -51,6 +51,11 @@ class Collective:
     per: Literal["token", "sequence"] = "token"
     exchange: dict[str, Any] = field(default_factory=dict)
     label: str = ""
+
+    def beside(self, op: Op) -> Collective:
+        """The same in the module and layer of an op."""
+        _, _, _, *rest = vars(self).values()
+        return Collective(self.op, op.module, op.kind, *rest)
 
 
 Row = Op | Collective
@@ -185,7 +190,7 @@ def make_plan(
     for i, (op, places) in sites.items():
         if "dispatch" in places:
             rows += table.ops[done:i]
-            rows += (replace(one, module=op.module, kind=op.kind) for one in moe["dispatch"])
+            rows += (one.beside(op) for one in moe["dispatch"])
             done = i
         rows += table.ops[done : i + 1]
         done = i + 1
@@ -210,7 +215,7 @@ def make_plan(
             ))  # fmt: skip
         for place in ("combine", "end"):
             if place in places:
-                rows += (replace(one, module=op.module, kind=op.kind) for one in moe[place])
+                rows += (one.beside(op) for one in moe[place])
     rows += table.ops[done:]
     if layout.pp > 1:
         rows += moe["stages"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -140,17 +140,19 @@ class StepSizes:
         sequences = batch * verify
         if self.pcp > 1 and not self.decode:  # queries of its part, over the beginnings of all parts on average
             new, past = new / self.pcp, past + (new - new / self.pcp) / 2
-        sizes = Sizes(B=sequences / chunks, S=new, P=past, E=0.0, X=1.0 / self.etp)
-        known = Context(
-            sizes, decode=self.decode, kv_bytes=self.kv_bytes if kv_bytes is None else kv_bytes, has_fp4=self.has_fp4,
-            mxfp4=self.mxfp4, backend=self.backend, masked_skips=self.masked_skips, verify=verify,
+        loaded: dict[str, Any] = {}
+        rows: Size = 0.0
+        experts: Size = 0.0
+        if self.load is not None:
+            every = sequences * new / chunks * self.dp  # tokens that are routed
+            load = self.load.at(every, stages)
+            rows, experts = load.rows, 1.0 * self.load.local_experts
+            loaded = {"hit": load.hit, "capacity": every, "points": load.points, "stages": stages}
+        return Context(
+            Sizes(B=sequences / chunks, S=new, P=past, R=rows, E=experts, X=1.0 / self.etp), decode=self.decode,
+            kv_bytes=self.kv_bytes if kv_bytes is None else kv_bytes, has_fp4=self.has_fp4, mxfp4=self.mxfp4,
+            backend=self.backend, masked_skips=self.masked_skips, verify=verify, **loaded,
         )
-        if self.load is None:
-            return known
-        every = sequences * new / chunks * self.dp  # tokens that are routed
-        load = self.load.at(every, stages)
-        sizes = replace(sizes, R=load.rows, E=1.0 * self.load.local_experts)
-        return replace(known, sizes=sizes, hit=load.hit, capacity=every, points=load.points, stages=stages)
 
 
 def _cases(asked: Sequence[tuple[Size, ...]]) -> tuple[list[Size], Sequence[Where]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,8 +95,23 @@ TOGETHER = 400_000
 """Steps of members at settings and batches that are priced together, about: more take more memory at once."""
 
 
-_Group = dict[_Member, dict[_Setting, int]]
-"""Variants of one structure, by position."""
+class _Group(dict[_Member, dict[_Setting, int]]):
+    """Variants of one structure, by position."""
+
+    @cached_property
+    def of_caches(self) -> list[tuple[str, int, Rows, Rows, Rows, Rows]]:
+        """By dtype of the cache and drafted tokens, whose memory hangs on them: members and stages of each deployment,
+        which of these each variant is, and the variants' positions. Overlap changes no memory."""
+        alike: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+        for i, positions in enumerate(self.values()):
+            for setting, at in positions.items():
+                alike.setdefault((setting.kv_dtype, setting.mtp_depth), []).append((i, setting.pp, at))
+        found = []
+        for (kv, depth), each in alike.items():
+            member, stages, position = np.array(each).T
+            (member, stages), where = np.unique([member, stages], axis=1, return_inverse=True)
+            found.append((kv, depth, member, stages, where, position))
+        return found
 
 
 class VariantPrices:
@@ -312,19 +327,13 @@ class VariantPrices:
 
     def _take_room(self, group: _Group, reading: Fleet, decoding: Fleet) -> None:
         """Sequences of a group's variants that fit: beside what a full prefill step of each budget takes, and in pools,
-        on servers of one phase. Overlap changes no memory."""
+        on servers of one phase."""
         load, chunk = self.scenario.load, self.budgets.index(self.scenario.own_chunk)
         cut, scheduler = self._cuts[chunk], self.scenario.engine.scheduler
         leaves_room = scheduler is not None and scheduler.room_first is not None
         lengths = load.input_len, load.output_len
-        alike: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
         prompts: dict[tuple[str, bytes, bytes], tuple[Array, Array]] = {}  # whatever is drafted
-        for i, positions in enumerate(group.values()):
-            for setting, at in positions.items():
-                alike.setdefault((setting.kv_dtype, setting.mtp_depth), []).append((i, setting.pp, at))
-        for (kv, depth), found in alike.items():
-            member, stages, position = np.array(found).T
-            (member, stages), where = np.unique([member, stages], axis=1, return_inverse=True)
+        for kv, depth, member, stages, where, position in group.of_caches:
             key = kv, member.tobytes(), stages.tobytes()
             if key not in prompts:
                 prefill = reading.at(kv, 0, member, stages)
@@ -384,5 +393,5 @@ class VariantPrices:
                 layout.tp, self._captured[number], (exchange[0], exchange[1]), (blocks[0], blocks[1]),
                 (common[id(both[0])], common[id(both[1])]),
             )  # fmt: skip
-            found.setdefault(structure, {})[layout, both[0], both[1]] = positions
+            found.setdefault(structure, _Group())[layout, both[0], both[1]] = positions
         return found

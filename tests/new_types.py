@@ -29,6 +29,8 @@ FILLED: dict[str, dict[str, Any]] = {
                   "indexer_compress_ratio": 4},
     # as published of DeepSeek-OCR: a dense layer, then experts, six for a token
     "deepseek_ocr2": {"num_experts_per_tok": 6, "mlp_layer_types": ["dense", *["sparse"] * 31]},
+    # 28 heads do not divide its width of 2,048
+    "qwen3_omni_moe_thinker": {"head_dim": 128},
 }  # fmt: skip
 """Sizes of types that their class's defaults leave open: what stands here is ours, what is counted is its class's."""
 

@@ -103,9 +103,9 @@ def _new(verdicts: list[Verdict]) -> Iterator[str]:
     yield from (
         "", "## MoE types new lately", "",
         f"{len(found)} of the types that transformers lists first since {releases[-1].version} are Mixtures of",
-        f"Experts; {right} of them are traced in both phases at their class's own sizes (those named behind *with* leave",
-        "some open, which are filled in), with all parameters that the class holds on meta, to the last one; of those of",
-        f"the last two releases, {sum(last)} of {len(last)}. Which release has a type first is read in the wheels",
+        f"Experts; {right} of them are traced in both phases at their class's own sizes (those named behind *with*",
+        "leave some open, which are filled in), with all parameters that the class holds on meta, to the last one; of",
+        f"the last two releases' {sum(last)} of {len(last)}. Which release has a type first is read in the wheels",
         "(`python tests/new_types.py`).", "",
         "| release | its wheel's day | type | experts | parameters | bytes of cache a token | |",
         "|---|---|---|--:|--:|--:|---|",

@@ -88,7 +88,7 @@ def test_moe_types_of_the_last_releases_are_counted_by_what_is_right() -> None:
     rows = [census_page.Verdict(kind, "types", 1, "right", params=10, experts=2) for kind in last]
     rows[0] = rows[0]._replace(word="wrong", reason="11 in the class")
     text = census_page.page(rows)
-    assert f"of those of\nthe last two releases, {len(last) - 1} of {len(last)}." in text
+    assert f"the last two releases' {len(last) - 1} of {len(last)}." in text
     assert f"| {last[0]} | 2 | 10 | 0 | wrong: 11 in the class |" in text
 
 

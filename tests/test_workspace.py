@@ -243,6 +243,31 @@ def test_other_lengths_and_sizes_make_no_deployment_again(
     assert made["deployments"] < first["deployments"] / 4
 
 
+def test_other_lengths_name_no_row_and_look_at_no_variant_again(
+    made: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which rows cost alike, and what variants are, is found once; a closer look, at other variants, names theirs."""
+    looked, named, look = Counter[str](), step.named, variant_prices.VariantPrices._look_at_variants
+
+    def naming(*row: Any) -> Any:
+        looked["rows"] += 1
+        return named(*row)
+
+    def looking(self: Any) -> None:
+        looked["variants"] += len(self.variants)
+        look(self)
+
+    monkeypatch.setattr(step, "named", naming)
+    monkeypatch.setattr(variant_prices.VariantPrices, "_look_at_variants", looking)
+    _ask()
+    (_, prices, _), *_ = workspace.CURRENT.get().prices.values()
+    first = dict(looked)
+    assert first["variants"] == len(prices.variants) and first["rows"] > 0
+    _ask(input_len=700, output_len=300)
+    assert looked["variants"] == first["variants"]
+    assert looked["rows"] - first["rows"] < first["rows"] / 2
+
+
 def test_a_file_that_has_changed_is_read_again(made: Counter[str], tmp_path: Path) -> None:
     """Popularity of experts, under one name: counts that were even and are not any more."""
     file, asked = tmp_path / "counts.csv", {"modes": ("aggregated",), "layouts": ["dp4-ep4"]}

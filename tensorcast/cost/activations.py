@@ -73,12 +73,16 @@ def _amount(seen: frozenset[int]) -> tuple[_Amount, float]:
     return ((factors, 1.0),), coef
 
 
+COMPARED = 16
+"""Moments at which most lives, that others are compared with."""
+
+
 @per_table
 def _liveness(table: OpTable) -> tuple[list[_Amount], Array]:
     """Amounts that storages hold, and by moment how much of each lives ``[moments, amounts]`` (a storage counts what
     was seen in it so far).
 
-    A moment at which no more lives than at another one is left out. States of sequences are the cache's.
+    A moment at which no more lives than at one of the fullest is left out. States of sequences are the cache's.
     """
     states = {t.storage for op in table.ops if op.name in STATEFUL for t in (*op.inputs[3:], *op.outputs[1:])}
     seen: dict[int, frozenset[int]] = {}
@@ -110,7 +114,6 @@ def _liveness(table: OpTable) -> tuple[list[_Amount], Array]:
         np.add.at(moments, (list(rows), list(columns)), coefs)
     moments = moments.cumsum(axis=0)
     moments = moments[:-1][(moments[:-1] > moments[1:]).any(axis=1)]  # others have no more than the next one
-    within = (moments[:, None] <= moments).all(axis=-1)  # no more at the first than at the second
-    earlier = np.tri(len(moments), k=-1, dtype=bool)
-    least = (within & (~within.T | earlier)).any(axis=1)
-    return list(numbers), moments[~least]
+    moments = moments[np.argsort(-moments.sum(axis=1), kind="stable")]
+    beaten = np.tril((moments[:, None] <= moments[:COMPARED]).all(axis=-1), -1).any(axis=1)  # by one before
+    return list(numbers), moments[~beaten]

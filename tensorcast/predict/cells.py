@@ -10,6 +10,7 @@ from typing import Any
 from tensorcast.errors import InputError
 
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
+_DECIMALS = re.compile(r"[+-]?\d+,\d+")
 MOST_NAMED = 8
 """Columns that a message names."""
 
@@ -50,7 +51,9 @@ class Cells:
         try:
             number = plain_number(value)
         except ValueError:
-            raise InputError(f"{role}{name} {value!r}: must be a number") from None
+            text = str(value).strip()
+            right = f": {text.replace(',', '.')}, with a point" if _DECIMALS.fullmatch(text) else ""
+            raise InputError(f"{role}{name} {value!r}: must be a number{right}") from None
         if not (math.isfinite(number) or (endless and number > 0)):
             raise InputError(f"{role}{name} {value!r}: must be a finite number")
         return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DELIMITERS = (",", ";", "\t")
-"""Cells are separated by the first of these that the header has."""
+"""Cells are separated by the first of these that the header has, unless a line before it says by what."""
+
+SAID = re.compile(r"sep=(.)\s*", re.IGNORECASE)
+"""That line, as Excel reads and writes it."""
 
 OTHERS = {
     b"PK\x03\x04": "an Excel workbook or another archive", b"\xd0\xcf\x11\xe0": "an old Excel workbook",
@@ -28,7 +32,7 @@ RIGHT = "save the table as CSV: text in UTF-8, cells separated by comma, semicol
 def read_table(path: Path) -> pd.DataFrame:
     """The cells of a CSV file as text. Lines that begin with ``#`` are comments, cells missing at a line's end empty.
 
-    Comma, semicolon or tab, with or without a byte order mark. Raises :class:`InputError` on anything else.
+    Comma, semicolon or tab, or what a first line ``sep=|`` says, with or without a byte order mark. Raises :class:`InputError` on anything else.
     """
     import pandas as pd
 
@@ -68,9 +72,11 @@ def _cells(path: Path, lines: _Lines) -> tuple[list[str], list[list[str]]]:
     """Column names and rows."""
     each = iter(lines)
     header = next(each, "")
+    if said := SAID.fullmatch(header):
+        header = next(each, "")
     if not header:
         raise InputError(f"{path}: is empty, not a CSV table: its first line must name the columns")
-    delimiter = next((mark for mark in DELIMITERS if mark in header), ",")
+    delimiter = said[1] if said else next((mark for mark in DELIMITERS if mark in header), ",")
     names = [
         name.strip() or f"Unnamed: {i}"  # as pandas writes the name of an index that has none
         for i, name in enumerate(next(csv.reader([header], delimiter=delimiter, skipinitialspace=True, strict=True)))

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 PREDICTED = ("ttft_s", "tpot_s", "output_tokens_per_s")
 """Predicted columns; each has the ends of its interval beside it (``ttft_low_s``, as units end a name)."""
 
+OTHER_UNIT = 200.0
+"""Times that measurements are more, or less, than predictions, from which on their unit seems to be another one."""
+
 UNREAD = "is no number more than 0 and is not scored"
 """What is said of a measured cell that is not read."""
 
@@ -87,7 +90,7 @@ def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
     out = pd.DataFrame(records, columns=_columns(), index=table.index)
     kept = table.drop(columns=[c for c in table.columns if c in out.columns or ours.get(str(c)) in measured.columns])
     whole = pd.concat([kept, measured, out], axis=1)
-    whole.attrs["notes"] = _notes(table, ours, out)
+    whole.attrs["notes"] = [*_notes(table, ours, out), *_other_units(measured, out)]
     return whole
 
 
@@ -110,6 +113,20 @@ def _notes(table: pd.DataFrame, ours: Mapping[Any, str], out: pd.DataFrame) -> l
         notes.append(f"columns kept and not read: {', '.join(unread[:MOST_NAMED])}{more}")
     if "dtype" in map(str.lower, unread) and "precision" not in ours.values():
         notes.append("dtype is an engine's word for activations: a column precision says what weights are stored in")
+    return notes
+
+
+def _other_units(measured: pd.DataFrame, out: pd.DataFrame) -> list[str]:
+    """Measured times whose unit seems to be another one: a thousand times, or a thousandth of, what is predicted."""
+    notes = []
+    for name in ("ttft_s", "tpot_s"):
+        if (said := f"measured_{name}") in measured:
+            times = (measured[said] / out[name].astype(float)).median()
+            if max(times, 1 / times) > OTHER_UNIT:
+                column, unit = (f"measured_{name[:-2]}_ms", "milliseconds") if times > 1 else (said, "seconds")
+                notes.append(
+                    f"{said}: {times:.3g} times the prediction in the median; a column in {unit} is called {column}"
+                )
     return notes
 
 

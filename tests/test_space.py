@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensorcast as tc
+from tensorcast.deploy.engine_limits import Kernels, engine_can_run
 from tensorcast.deploy.layout import RULES, Layout, broken_rules, check
 from tensorcast.deploy.options import Options, broken_option
 from tensorcast.deploy.plan.plan import choose_all2all
@@ -20,7 +21,7 @@ from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import Variant, copies, divisors, family, layouts, space, variants
 from tensorcast.serving.traffic import Traffic
-from tensorcast.trace.cache import traced
+from tensorcast.trace.cache import traced, whole_model
 
 
 def facts_of(name: str) -> ModelFacts:
@@ -194,3 +195,32 @@ def test_a_variant_says_how_each_phase_runs() -> None:
     assert all(isinstance(one, Variant) for one in found)
     assert {(v.prefill.all2all, v.decode.all2all) for v in found} == {("high_throughput", "low_latency")}
     assert {(v.prefill.mtp_depth, v.decode.mtp_depth) for v in found} == {(0, 1)}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+def test_every_variant_is_one_that_its_engine_runs(engine: str) -> None:
+    """Asked one by one, with every option; what tokens travel in among them, which no rule reads."""
+    task = SearchTask(
+        model=load_model("deepseek-v3"), device=load_device("h200"), engine=load_engine(engine), gpus=16,
+        load=Traffic(1024, 128, 1.0), axes=FULL,
+    )
+    found = space(task, Counter())
+    whole = whole_model(task.model, "decode")
+    node = task.device.interconnect[0].size
+    kernels = Kernels(task.engine.lacking, task.device.architecture, task.model.config, whole)
+
+    def can(v: Variant, **options: Any) -> bool:
+        return not engine_can_run(
+            engine, v.layout, whole.facts, gpus_per_node=node, cuts=whole.cuts, kernels=kernels,
+            lifted=task.engine.lifted_rules, **options,
+        )  # fmt: skip
+
+    one_by_one = [
+        v for layout in {v.layout: None for v in found}
+        for v in variants(layout, whole.facts, FULL, quantized_dispatch=True)
+        if can(v, options=v.prefill) and (v.decode == v.prefill or can(v, options=v.decode, prefill=v.prefill))
+    ]
+    assert {v.decode.dispatch for v in found} > {None}
+    assert set(found) <= set(one_by_one)
+    # the others are cut or whole alike
+    assert all(not v.decode.shared_expert_tp for v in set(one_by_one) - set(found))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from itertools import product
+from operator import attrgetter
 from typing import Any
 
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run
@@ -54,15 +55,7 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
         every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized, latent=latent)
         if both and layout.tp > 1:
             every = _told_apart(every, task, form)
-        # options by identity: many variants share them
-        reads = {
-            id(one): can(layout=layout, options=one) for one in {id(v.prefill): v.prefill for v in every}.values()
-        }
-        problems = [
-            reads[id(v.prefill)] or ("" if v.decode == v.prefill else can(
-                layout=layout, options=v.decode, prefill=v.prefill
-            )) for v in every
-        ]
+        problems = _problems(every, partial(can, layout=layout))
         if every and all(problems):
             pruned[f"{engine}: {problems[0].partition(':')[0]}"] += 1
             continue
@@ -98,6 +91,27 @@ def _told_apart(every: list[Variant], task: SearchTask, form: Callable[..., Bloc
         v for v in every if v.decode.shared_expert_tp
         or other[v.prefill.all2all, v.decode.all2all, v.decode.external_shared_experts]
     ]
+
+
+UNRULED = ("dispatch", "combine")
+"""Options that no rule on engines reads: what tokens travel in."""
+
+_ruled = attrgetter(*(option.name for option in fields(Options) if option.name not in UNRULED))
+
+
+def _problems(every: list[Variant], can: Callable[..., str]) -> list[str]:
+    """Why an engine cannot run each variant of a layout; asked once of all that are one to its rules."""
+    options = {id(one): one for v in every for one in (v.prefill, v.decode)}
+    first = dict[tuple[Any, ...], int]()
+    ruled = {number: first.setdefault(_ruled(one), number) for number, one in options.items()}
+    told: dict[tuple[int, int], str] = {}
+    for v in every:
+        read, write = (ruled[id(one)] for one in (v.prefill, v.decode))
+        if (read, read) not in told:
+            told[read, read] = can(options=v.prefill)
+        if (read, write) not in told:
+            told[read, write] = told[read, read] or can(options=v.decode, prefill=v.prefill)
+    return [told[ruled[id(v.prefill)], ruled[id(v.decode)]] for v in every]
 
 
 NARROW = "widths of a rank"

@@ -32,7 +32,8 @@ RIGHT = "save the table as CSV: text in UTF-8, cells separated by comma, semicol
 def read_table(path: Path) -> pd.DataFrame:
     """The cells of a CSV file as text. Lines that begin with ``#`` are comments, cells missing at a line's end empty.
 
-    Comma, semicolon or tab, or what a first line ``sep=|`` says, with or without a byte order mark. Raises :class:`InputError` on anything else.
+    Comma, semicolon or tab, or what a first line ``sep=|`` says, with or without a byte order mark. Raises
+    :class:`InputError` on anything else.
     """
     import pandas as pd
 

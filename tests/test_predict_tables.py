@@ -1,0 +1,38 @@
+"""Tables of runs as people write them: what separates cells, and the units of what they measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tensorcast.errors import InputError
+from tensorcast.predict.predict import predict, predict_file
+
+RUN = {"model": "llama-3.1-8b", "device": "h100", "tp": 2, "osl": 128, "concurrency": 8}
+
+
+@pytest.mark.parametrize(("column", "unit", "said"), [
+    ("measured_tpot_s", 1e3, "a column in milliseconds is called measured_tpot_ms"),
+    ("measured_ttft_s", 1e3, "a column in milliseconds is called measured_ttft_ms"),
+    ("measured_tpot_ms", 1.0, "a column in seconds is called measured_tpot_s"),
+    ("measured_tpot_s", 1.0, ""), ("measured_tpot_ms", 1e3, ""),
+])  # fmt: skip
+def test_times_in_another_unit_than_their_column_says_are_told(column: str, unit: float, said: str) -> None:
+    rows: list[dict[str, Any]] = [{**RUN, "isl": isl} for isl in (512, 4096)]
+    predicted = predict(pd.DataFrame(rows))[column.removeprefix("measured_").partition("_")[0] + "_s"]
+    measured = [{**row, column: 1.5 * float(s) * unit} for row, s in zip(rows, predicted, strict=True)]
+    notes = predict(pd.DataFrame([*measured, {**RUN, "isl": 64}])).attrs["notes"]
+    assert any(said in note for note in notes) if said else not notes
+
+
+@pytest.mark.parametrize("mark", [";", "|"])
+def test_a_first_line_may_say_what_separates_cells(mark: str, tmp_path: Path) -> None:
+    cells = "model,device,concurrency\nllama-3.1-8b,h100,8\n".replace(",", mark)
+    (tmp_path / "runs.csv").write_text(f"sep={mark}\n{cells}")
+    (tmp_path / "only.csv").write_text(f"sep={mark}\n")
+    assert predict_file(tmp_path / "runs.csv")["problem"].tolist() == [""]
+    with pytest.raises(InputError, match="is empty"):
+        predict_file(tmp_path / "only.csv")

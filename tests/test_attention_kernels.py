@@ -60,6 +60,14 @@ def test_a_prompt_takes_what_its_library_was_timed_at() -> None:
     assert attention_s("vllm", attention_kernels="triton") == pytest.approx(triton, rel=1e-9)
 
 
+@pytest.mark.parametrize(("device", "least"), [("b200", 0.8), ("b300", 0.8), ("h200", 0.7)])
+def test_prompts_over_a_cache_in_fp8_are_multiplied_in_it(device: str, least: float) -> None:
+    """SGLang's FlashAttention 3 and TensorRT-LLM's kernels cast queries to it; in bf16 no table has them."""
+    usual, cached = (attention_row("sglang", "qwen3-32b", device, kv_dtype=one) for one in ("bf16", "fp8"))
+    assert least * float(usual.seconds) < float(cached.seconds) < float(usual.seconds)
+    assert int(cached.level) == int(usual.level)
+
+
 def test_a_library_that_no_table_timed_is_priced_as_the_usual_one_and_says_so() -> None:
     usual, asked = (attention_row("sglang", device="h200", attention_kernels=one) for one in ("engine", "triton"))
     assert float(asked.seconds) == float(usual.seconds)

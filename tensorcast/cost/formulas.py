@@ -217,6 +217,7 @@ def attention(op: Op, at: Context) -> list[Work]:
     found = w.attention(
         batch, new, past, heads, at.value(k.dims[1]), qk_dim=width, v_dim=at.value(v.dims[-1]),
         kv_bytes=at.kv_bytes, window=window, causal=a["causal"], decode=at.decode,
+        dtype="fp8" if a.get("as_cached") and at.cached_in_fp8 else "",
     )
     if a["chunk"]:  # a long prefill crosses chunks: count its pairs exactly
         exact = chunk_pairs(new, at.value(op.attrs["past"]), a["chunk"]) / w.attended_pairs(new, past, window)

@@ -106,6 +106,7 @@ class AttentionKernels(Frozen):
     source: str = Field(min_length=3)
     usual: dict[str, str] = Field(description="device architecture -> what runs where no rule says otherwise")
     libraries: tuple[AttentionRule, ...] = Field(default=(), description="the first that holds")
+    as_cached: tuple[str, ...] = Field(default=(), description="those that multiply in FP8 where the cache is")
     asked: str = Field(default="", description="what runs, whatever the engine would choose")
 
     def library(self, device: str, config: dict[str, Any]) -> str:

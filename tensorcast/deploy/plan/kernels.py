@@ -37,8 +37,10 @@ def expert_sources(
     return _sources[key][-1]
 
 
-def attended_by(row: Op, kernels: str) -> Op:
-    """The row as it is run by these ``kernels``, its attrs say whose, if it is attention to all tokens or a window."""
+def attended_by(row: Op, kernels: str, as_cached: bool) -> Op:
+    """The row as it is run by these ``kernels`` (empty: the usual ones), if it is attention to all tokens or a window:
+    its attrs say whose, and whether they multiply in what the cache holds."""
     if row.name != "attention" or row.attrs["latent"] or row.attrs["selected"] or row.attrs.get("compress"):
         return row
-    return with_attr(row, "kernels", kernels)
+    row = with_attr(row, "kernels", kernels) if kernels else row
+    return with_attr(row, "as_cached", True) if as_cached else row

@@ -223,8 +223,10 @@ def make_plan(
     alone = attention_dp(layout, table.facts.num_experts) == 1
     if asked and (limits is None or (is_one_of(limits.models, config) and (alone or not limits.one_replica))):
         _join_norms(rows, device, engine)
-    if engine.attention is not None and (kernels := engine.attention.unusual(device.architecture, config)):
-        rows = [attended_by(row, kernels) if isinstance(row, Op) else row for row in rows]
+    if engine.attention is not None:
+        kernels = engine.attention.unusual(device.architecture, config)
+        as_cached = engine.attention.library(device.architecture, config) in engine.attention.as_cached
+        rows = [attended_by(row, kernels, as_cached) if isinstance(row, Op) else row for row in rows]
     backend = choose_experts_backend(options.experts_backend, exchange.all2all, engine, device, table.phase)
     return Plan(
         rows=tuple(rows), all2all=exchange.all2all, dispatch=exchange.dispatch, combine=exchange.combine,

@@ -7,7 +7,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from tensorcast.cli import app
 from tensorcast.errors import InputError
 from tensorcast.predict.predict import predict, predict_file
 
@@ -36,3 +38,14 @@ def test_a_first_line_may_say_what_separates_cells(mark: str, tmp_path: Path) ->
     assert predict_file(tmp_path / "runs.csv")["problem"].tolist() == [""]
     with pytest.raises(InputError, match="is empty"):
         predict_file(tmp_path / "only.csv")
+
+
+def test_problems_are_told_once_for_all_layouts_and_the_rarest_in_the_table_alone(tmp_path: Path) -> None:
+    rows = [f"qwen3-30b-a3b,mi300x,trtllm,{tp},8" for tp in (1, 2, 4)]
+    rows += [f"qwen3-30b-a3b,h100,vllm,1,[{word}]" for word in "abcdefghijklmnop"]
+    (tmp_path / "runs.csv").write_text("\n".join(["model,device,engine,tp,concurrency", *rows]))
+    shown = CliRunner().invoke(app, ["predict", str(tmp_path / "runs.csv")], env={"COLUMNS": "200"}).stdout
+    (line,) = (one for one in shown.splitlines() if "cannot run it" in one)
+    assert line.strip().startswith("3 x trtllm")
+    assert "1 x concurrency '[a]': must be a number" in shown
+    assert "+ 5 rows with 5 other problems: column problem" in shown

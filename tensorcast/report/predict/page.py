@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,9 @@ PICKED = {
 SHOWN = 12
 """Rows of any table that a terminal shows."""
 
+OF_LAYOUT = re.compile(r"^layout \S+: ")
+"""How problems begin that name the layout of their row."""
+
 
 def print_columns(records: list[dict[str, Any]], console: Console) -> None:
     """The columns that a table may have."""
@@ -50,8 +55,8 @@ def print_summary(table: pd.DataFrame, summary: dict[str, Any], console: Console
 
     console.print(f"{summary['predicted']} of {summary['rows']} rows predicted")
     console.print(f"  models with experts: routing {', '.join(summary['routing'])} (column routing)", style="dim")
-    for problem, count in summary["problems"].items():
-        console.print(f"  {count} x {problem}", style="yellow")
+    for problem in _problems(summary["problems"]):
+        console.print(f"  {problem}", style="yellow", markup=False)
     if unread := int(table["assumed"].astype(str).str.contains(UNREAD, regex=False).sum()):
         console.print(f"  {unread} x a measured cell {UNREAD} (which: column assumed)", style="yellow")
     for note in table.attrs.get("notes", ()):
@@ -77,6 +82,17 @@ def print_summary(table: pd.DataFrame, summary: dict[str, Any], console: Console
         console.print(shown)
         if len(lines) > SHOWN:
             console.print(f"+ {len(lines) - SHOWN} more: --json or --report", style="dim")
+
+
+def _problems(found: Mapping[str, int]) -> Iterable[str]:
+    """The most frequent problems, the same of every layout once, and how many rows have others."""
+    kinds = Counter[str]()
+    for problem, count in found.items():
+        kinds[OF_LAYOUT.sub("", problem)] += count
+    shown = kinds.most_common(SHOWN)
+    yield from (f"{count} x {problem}" for problem, count in shown)
+    if more := kinds.total() - sum(count for _, count in shown):
+        yield f"+ {more} rows with {len(kinds) - SHOWN} other problems: column problem"
 
 
 def _tables(summary: dict[str, Any]) -> Iterable[tuple[str, list[str], Lines]]:

@@ -74,7 +74,7 @@ amd: $(STAMP)  ## predicted against 45 public runs on MI300X and MI355X (benchma
 	@$(BIN)/tensorcast predict benchmarks/amd_runs.csv
 
 inferencex: $(STAMP)  ## predicted against 186 runs of InferenceX's posts (its repository InferenceX-app, Apache-2.0), which no fit has seen
-	@$(BIN)/tensorcast predict benchmarks/inferencex_runs.csv
+	@$(BIN)/tensorcast predict benchmarks/inferencex_runs.csv --report reports/inferencex.md
 
 cookbook: $(STAMP)  ## predicted against 32 public saturated runs of Qwen3.6 under SGLang, which no fit has seen
 	@$(BIN)/tensorcast predict benchmarks/cookbook_runs.csv

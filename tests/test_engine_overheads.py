@@ -245,6 +245,16 @@ def test_an_engine_is_drawn_towards_all_engines_networks() -> None:
     assert engine_fit.drawn({}, "vllm") == (0.0, 0.0)
 
 
+def test_a_network_counts_once_however_often_it_was_measured() -> None:
+    rows = pd.DataFrame({"network": [0] * 30 + [1] * 3 + [2] * 3, "same": range(36), "even": True})
+    meant = np.repeat([0.30, 0.10, 0.12], [30, 3, 3])  # seconds to a first token that the networks tell
+    weights = engine_fit.evenly(rows)
+    assert weights.groupby(rows["network"]).sum().tolist() == pytest.approx([1.0, 1.0, 1.0])
+    even = engine_fit.least_off(np.full(36, 1.0), np.ones(36), 1.0 + meant, weights)
+    each = engine_fit.least_off(np.full(36, 1.0), np.ones(36), 1.0 + meant, engine_fit.once(rows))
+    assert (even, each) == (pytest.approx(0.12), pytest.approx(0.30))
+
+
 def test_runs_left_out_do_not_move_the_fit(measured: pd.DataFrame) -> None:
     """Whatever was measured on the other half, the fit is the same, and so is it if a run is recorded twice."""
     rows = engines.read_runs(measured)

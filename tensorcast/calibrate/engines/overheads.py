@@ -41,6 +41,7 @@ from tensorcast.calibrate.engines.statistics import (
     Group,
     distances,
     drawn,
+    evenly,
     least_off,
     least_off_by_size,
     median_error,
@@ -248,7 +249,7 @@ def _first_part(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
     fields: dict[str, Any] = {}
     if len(whole) >= FEWEST:
         first_s, token_s = least_off_by_size(
-            whole["first_s"], whole["first_slope"], whole["prompt"], whole["measured_ttft_s"], once(whole)
+            whole["first_s"], whole["first_slope"], whole["prompt"], whole["measured_ttft_s"], evenly(whole)
         )
         fields |= {"first_token_s": round(first_s, 3), "prompt_token_s": round(token_s, 7)}
         fields |= {"first_token_rows": len(whole)}

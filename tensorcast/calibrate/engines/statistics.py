@@ -84,6 +84,13 @@ def once(rows: pd.DataFrame) -> pd.Series[float]:
     return 1.0 / rows.groupby("same")["even"].transform("size")
 
 
+def evenly(rows: pd.DataFrame) -> pd.Series[float]:
+    """Weights by which a network counts once, however many of its runs were measured: constants are for the next
+    network as well, and one that is most of a table would have them serve it alone."""
+    counted = once(rows)
+    return counted / counted.groupby(rows["network"]).transform("sum")
+
+
 def own_fits(rows: pd.DataFrame) -> dict[Group, Beside]:
     """Each network's own constants under an engine on a device, where enough runs say them."""
     found = {}

@@ -24,9 +24,9 @@ python3 -m sglang.launch_server \
   --enable-two-batch-overlap \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 424 \
+  --max-running-requests 376 \
   --chunked-prefill-size 65536 \
-  --cuda-graph-max-bs-decode 53 \
+  --cuda-graph-max-bs-decode 47 \
   --mem-fraction-static 0.306 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
@@ -46,13 +46,10 @@ python3 -m sglang.launch_server \
   --ep-size 16 \
   --moe-a2a-backend deepep \
   --deepep-mode low_latency \
-  --deepep-dispatcher-output-dtype bf16 \
-  --enable-eplb \
-  --ep-num-redundant-experts 16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 848 \
-  --cuda-graph-max-bs-decode 53 \
+  --max-running-requests 752 \
+  --cuda-graph-max-bs-decode 47 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake
@@ -72,13 +69,10 @@ python3 -m sglang.launch_server \
   --ep-size 16 \
   --moe-a2a-backend deepep \
   --deepep-mode low_latency \
-  --deepep-dispatcher-output-dtype bf16 \
-  --enable-eplb \
-  --ep-num-redundant-experts 16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 848 \
-  --cuda-graph-max-bs-decode 53 \
+  --max-running-requests 752 \
+  --cuda-graph-max-bs-decode 47 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

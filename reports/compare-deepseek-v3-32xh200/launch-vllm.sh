@@ -5,7 +5,6 @@
 # to be filled in: THIS_NODE_IP: the address of the node that runs the command
 # a proxy in front sends each request to a prefill and then to a decode server
 # to be filled in: HEAD_NODE_IP: the first node's address; THIS_NODE_IP: the address of the node that runs the command
-# dispatch in bf16: vLLM has no flag, its kernels decide
 # on each node: bash THIS_FILE prefill|decode-node0|decode-node1
 
 case "${1-}" in
@@ -23,7 +22,7 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --enable-dbo \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 53 \
+  --max-num-seqs 47 \
   --max-num-batched-tokens 8192 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -40,12 +39,10 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --data-parallel-rpc-port 13345 \
   --enable-expert-parallel \
   --all2all-backend deepep_low_latency \
-  --enable-eplb \
-  --eplb-config '{"num_redundant_experts": 16}' \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 53 \
-  --max-num-batched-tokens 53 \
+  --max-num-seqs 47 \
+  --max-num-batched-tokens 47 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;
@@ -63,12 +60,10 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --headless \
   --enable-expert-parallel \
   --all2all-backend deepep_low_latency \
-  --enable-eplb \
-  --eplb-config '{"num_redundant_experts": 16}' \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 53 \
-  --max-num-batched-tokens 53 \
+  --max-num-seqs 47 \
+  --max-num-batched-tokens 47 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;

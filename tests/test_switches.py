@@ -247,3 +247,38 @@ def test_own_all_reduces_stop_at_a_hosts_gpus() -> None:
         assert share(engine, 8) == pytest.approx(share(engine, 8, custom_all_reduce=False)), engine
     assert share("sglang", 8, model="llama-3.1-70b") > 3 * share("sglang", 4, model="llama-3.1-70b")  # joins none of it
     assert share("vllm", 8, allreduce_fusion="off") > 3 * share("vllm", 8)
+
+
+@pytest.mark.parametrize(("model", "device", "engine", "asked", "flag"), [
+    ("qwen3-8b", "b200", "sglang", {"attention_kernels": "triton"}, "--attention-backend triton"),
+    ("qwen3-235b-a22b-fp8", "h100", "vllm", {"experts_kernels": "cutlass"}, "--moe-backend flashinfer_cutlass"),
+])
+def test_a_comparison_prices_and_launches_the_kernels_that_are_asked_for(
+    model: str, device: str, engine: str, asked: dict[str, Any], flag: str
+) -> None:
+    """Steps of the best take what simulate says, no shorter than unasked (those were chosen for their speed)."""
+    question: dict[str, Any] = {
+        "device": device, "world_size": 4, "engine": engine, "layouts": ["tp4"], "modes": ["aggregated"],
+        "input_len": 1000, "output_len": 200,
+    }  # fmt: skip
+    found, unasked = tc.compare(model, **question, **asked), tc.compare(model, **question)
+    assert found.best and unasked.best
+    assert found.best["tokens_per_s_per_gpu"] < unasked.best["tokens_per_s_per_gpu"]
+    _, decode = found.deployments(found.best["candidate"])
+    alone = tc.simulate(
+        model, device=device, engine=engine, world_size=4, tp=4, batch=8, context=1000, routing=decode.options.routing,
+        **asked,
+    )  # fmt: skip
+    assert float(decode.step.seconds(8, 1, 1000)) == pytest.approx(alone.step_s, rel=1e-9)
+    layout = parse_layout("tp4")
+    server = launch(engine, load_model(model), layout, decode.options, batch=8, input_len=1000, output_len=200)
+    assert flag in "\n".join(server.commands)
+
+
+def test_a_comparison_says_where_kernels_are_asked_for_in_vain() -> None:
+    question: dict[str, Any] = {"device": "b200", "world_size": 2, "layouts": ["tp2"], "modes": ["aggregated"]}
+    for kernels, idle in (("flashinfer", True), ("triton", False)):
+        notes = tc.compare("qwen3-8b", input_len=500, output_len=100, attention_kernels=kernels, **question).notes
+        assert any(note.startswith("no effect on the best: --attention-kernels") for note in notes) is idle
+    with pytest.raises(InputError, match="has no experts: experts_kernels"):
+        tc.compare("qwen3-8b", input_len=500, output_len=100, experts_kernels="triton", **question)

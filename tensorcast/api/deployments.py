@@ -147,7 +147,8 @@ def compare(
     the least requests per second and in flight that must be served, ``budget`` the most US dollars per hour; with a
     ``confidence`` such as 0.8 each limit must be kept with that chance, and lower bounds decide. ``device``, ``engine``
     and ``world_size`` may be several. ``layouts``: only these, such as ``tp8-ep8``. ``options``: ``quant``,
-    ``state_dtype``, ``routing`` (typical unless said) and ``placement`` hold for all; of ``kv_dtype``, ``mtp_depth``,
+    ``state_dtype``, ``routing`` (typical unless said), ``placement`` and whose ``experts_kernels`` and
+    ``attention_kernels`` run hold for all; of ``kv_dtype``, ``mtp_depth``,
     ``all2all``, ``dispatch``, ``combine`` and ``chunk_tokens`` the given values alone are searched; ``full`` also
     searches KV dtypes and depths of drafting. ``runnable_only``: only what ``engine`` can run. ``mtp_acceptance``:
     chance that a drafted token is accepted, or a task of published tables. ``decode_device``: of pools alone that read
@@ -187,7 +188,8 @@ def compare(
         full=full, runnable_only=runnable_only, quant=options.get("quant"), state_dtype=options.get("state_dtype"),
         routing=options.get("routing", SERVED_ROUTING), placement=options.get("placement", "linear"),
         speculative_method=options.get("speculative_method", "mtp"), draft_model=options.get("draft_model"),
-        pp_partition=options.get("pp_partition"),
+        pp_partition=options.get("pp_partition"), experts_kernels=options.get("experts_kernels", "engine"),
+        attention_kernels=options.get("attention_kernels", "engine"),
         searched={axis: dict[str, Any](options).get(name) for axis, name in SEARCHED.items()},
         decode_device=None if decode_device is None else device_profile(decode_device), decode_gpus=decode_world_size,
         images=prompt_images(*said) if any(said) else None,

@@ -77,6 +77,7 @@ tensorcast compare deepseek-v3 -d h100,h200,b200 -n 16,32,64,128 --executor dask
 @command(epilog=EXAMPLES)
 @deployment_options(
     "quant", "state_dtype", "routing", "placement", "speculative_method", "draft_model", "pp_partition",
+    "experts_kernels", "attention_kernels",
     defaults={"routing": SERVED_ROUTING}, searched={
         "kv_dtype": ("bf16,fp8", "the model's"), "mtp_depth": ("N,...", "0"),
         "dcp": ("N,...", "1"), "pcp": ("N,...", "1"), "all2all": ("KIND,...", "the first two"),

@@ -44,7 +44,7 @@ tensorcast explain deepseek-v3 -d h200 -n 32 -e sglang -l dp32-ep32 -v tp8-dp4-e
 @deployment_options(
     "quant", "kv_dtype", "state_dtype", "routing", "all2all", "dispatch", "combine", "placement", "redundant_experts",
     "shared_expert_tp", "shared_experts_fusion", "external_shared_experts", "dual_batch_overlap", "mtp_depth",
-    "speculative_method", "draft_model", "dcp", "pp_partition",
+    "speculative_method", "draft_model", "dcp", "pp_partition", "experts_kernels", "attention_kernels",
     defaults={"routing": SERVED_ROUTING},
     quant="Weights, as in simulate; this and what follows holds for B as far as it applies to it.",
 )

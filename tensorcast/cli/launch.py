@@ -45,6 +45,7 @@ tensorcast launch qwen3-235b-a22b -d h100 --layout tp8 --batch 32 --json | jq .f
 @deployment_options(
     "quant", "kv_dtype", "state_dtype", "all2all", "placement", "redundant_experts", "mtp_depth",
     "speculative_method", "draft_model", "dcp", "pcp", "pp_partition", "dual_batch_overlap", "shared_experts_fusion",
+    "experts_kernels", "attention_kernels",
     quant="Quantise weights at load.",
     placement="Which group holds which experts: linear, round_robin, eplb, eplb_global, or an engine's file, as "
     "[bold]tensorcast experts --out[/bold] writes it.",

@@ -49,6 +49,8 @@ class SearchedOptions(TypedDict, total=False):
     speculative_method: str
     draft_model: str | None
     pp_partition: str | None
+    experts_kernels: str
+    attention_kernels: str
     state_dtype: str | None
     routing: str
     placement: str

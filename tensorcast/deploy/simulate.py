@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from tensorcast.cost.memory import Memory
 from tensorcast.deploy.deployment import Deployment, deploy
@@ -55,9 +56,10 @@ def simulate(
     if not memory.fits and not allow_oversize:
         raise InputError(_does_not_fit(deployment, workload, memory, largest, enough))
     price = _priced(deployment, workload)
+    in_vain = kernels_in_vain(deployment, lambda one: float(_priced(one, workload).seconds))
     return Simulation(
         deployment=deployment, workload=workload, price=price, memory=memory, largest_batch=largest,
-        notes=(*_notes(deployment, price), *_asked_in_vain(deployment, engine, workload, price)),
+        notes=(*_notes(deployment, price), *(in_vain_note(deployment.options, name) for name in in_vain)),
     )
 
 
@@ -65,24 +67,29 @@ def _priced(deployment: Deployment, workload: Workload) -> StepPrice:
     return deployment.step.price(float(workload.batch), float(workload.input_len), float(workload.context))
 
 
-def _asked_in_vain(
-    deployment: Deployment, engine: EngineProfile, workload: Workload, price: StepPrice
-) -> list[str]:
-    """That kernels which were asked for change nothing: the engine runs them anyway, or nobody timed them."""
-    options, notes = deployment.options, []
-    unasked_for = {
-        "experts_kernels": replace(options, experts_kernels="engine"),
-        "attention_kernels": replace(options, attention_kernels="engine"),
-    }
-    for name, without in unasked_for.items():
-        if without == options:
+def kernels_in_vain(deployment: Deployment, seconds: Callable[[Deployment], float]) -> list[str]:
+    """Options that ask for kernels and change nothing of the ``seconds`` of a step: the engine runs them anyway, or
+    nobody timed them."""
+    options, engine, found = deployment.options, deployment.engine, []
+    whose: dict[str, Any] = {"experts_kernels": engine.experts, "attention_kernels": engine.attention}
+    for name, chosen in whose.items():
+        if getattr(options, name) == "engine":
             continue
-        model, device, layout, phase = deployment.model, deployment.device, deployment.layout, deployment.phase
-        unasked = deploy(model, device, engine, layout, phase, options=without)
-        if _priced(unasked, workload).seconds == price.seconds:
-            why = "the engine's own choice here, or kernels that no table has of this model's kind"
-            notes.append(f"no effect here: {flag(name)} {getattr(options, name)} ({why})")
-    return notes
+        of_engine = chosen and chosen.model_copy(update={"asked": ""})
+        unasked_for: dict[str, Any] = {name: "engine"}
+        unasked = deploy(
+            deployment.model, deployment.device, engine.model_copy(update={name.removesuffix("_kernels"): of_engine}),
+            deployment.layout, deployment.phase, options=replace(options, **unasked_for),
+        )
+        if seconds(unasked) == seconds(deployment):
+            found.append(name)
+    return found
+
+
+def in_vain_note(options: Options, name: str, where: str = "") -> str:
+    """What is said of one of :func:`kernels_in_vain`."""
+    why = "the engine's own choice here, or kernels that no table has of this model's kind"
+    return f"no effect {where or 'here'}: {flag(name)} {getattr(options, name)} ({why})"
 
 
 def _does_not_fit(

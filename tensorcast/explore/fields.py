@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensorcast.cost.recordings.named import PREFIX, shipped
-from tensorcast.deploy.options import ABOUT, DRAFTING, OPTIONS, SERVED_ROUTING, flag
+from tensorcast.deploy.options import ABOUT, DRAFTING, OPTIONS, SERVED_ROUTING, SWITCHED, flag
 from tensorcast.deploy.plan.plan import COMBINES
 from tensorcast.modeling.quantization import KV_DTYPES, SCHEMES
 from tensorcast.profiles.drafting import acceptances
@@ -133,6 +133,10 @@ def _searched() -> tuple[Field, ...]:
         _option("dcp", SEARCH, label="Cache shared by", choices=("1", "2", "4", "1,2,4"), unasked="1"),
         _option("pcp", SEARCH, label="Prompts read by", choices=("1", "1,2", "1,2,4", "1,2,4,8"), unasked="1"),
         _option("pp_partition", SEARCH, label="Layers by stage"),
+        _option("experts_kernels", SEARCH, label="Experts' kernels", kind="choice", default="engine",
+                choices=SWITCHED["experts_kernels"]),
+        _option("attention_kernels", SEARCH, label="Attention's kernels", kind="choice", default="engine",
+                choices=SWITCHED["attention_kernels"]),
         _option("all2all", SEARCH, label="Token exchange", choices=tuple(EXCHANGES), unasked="the first two"),
         _option("chunk_tokens", SEARCH, label="Prefill chunk", unasked="2048,8192,16384",
                 help="Prompt tokens per step and rank."),

@@ -97,6 +97,7 @@ def question(state: State, named: Collection[str] = ()) -> Question:
         "prices": _prices(full["price"]), "quant": full["quant"] or None, "state_dtype": full["state_dtype"] or None,
         "routing": _routing(full["routing"] or SERVED_ROUTING, named),
         "placement": _placement(full["placement"] or "linear", named), "pp_partition": full["pp_partition"] or None,
+        **{name: full[name] or "engine" for name in ("experts_kernels", "attention_kernels")},
         "searched": {
             "kv_dtype": _listed(full["kv_dtype"]), "exchange": _listed(full["all2all"]),
             "dispatch": _listed(full["dispatch"]), "combine": _listed(full["combine"]),

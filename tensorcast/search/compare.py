@@ -12,6 +12,7 @@ import numpy as np
 
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.deploy.deployment import Deployment
+from tensorcast.deploy.simulate import in_vain_note, kernels_in_vain
 from tensorcast.deploy.step.asked_rows import Memo, Prices
 from tensorcast.deploy.step.price import pick
 from tensorcast.deploy.step.step import Asked, prices
@@ -186,8 +187,27 @@ def compare(tasks: Sequence[SearchTask], results: Sequence[SearchResult], *, tie
     engine = next(task.engine for task in tasks if task.engine.name == best["engine"])
     return replace(
         comparison, best=best, runner_up=others[0] if others else None, warning=said, engine=engine,
-        contenders=contenders,
+        contenders=contenders, notes=(*comparison.notes, *_in_vain(comparison, best)),
     )
+
+
+def _in_vain(comparison: Comparison, best: dict[str, Any]) -> list[str]:
+    """That kernels which were asked for change neither the prompts nor the replies of the ``best``."""
+    options = comparison.tasks[0].base
+    if not comparison.judged or options.experts_kernels == options.attention_kernels == "engine":
+        return []
+    load = comparison.behind[best["candidate"]][0].load
+    prefill, decode = comparison.deployments(best["candidate"])
+
+    def reply(one: Deployment) -> float:
+        return float(one.step.price(float(best["batch"]), 1.0, float(load.context)).seconds)
+
+    def prompt(one: Deployment) -> float:
+        new = float(load.input_len - load.prefix_cached)
+        return float(one.step.price(1.0, new, float(load.prefix_cached)).seconds)
+
+    decoding = kernels_in_vain(decode, reply)
+    return [in_vain_note(options, name, "on the best") for name in kernels_in_vain(prefill, prompt) if name in decoding]
 
 
 CONTENDERS = 12

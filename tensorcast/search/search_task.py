@@ -14,6 +14,7 @@ from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.engine_limits import ENGINE_RULES
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import SERVED_ROUTING, Options, check_options, of_layout
+from tensorcast.deploy.plan.switches import SWITCHES, UNSWITCHED, switched
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.drafting import acceptance
@@ -147,7 +148,8 @@ def search_tasks(
     prices: Mapping[str, float] | None = None,
     quant: str | None = None, state_dtype: str | None = None, routing: str = SERVED_ROUTING,
     placement: str = "linear", speculative_method: str = "mtp", draft_model: str | None = None,
-    pp_partition: str | None = None, full: bool = False, runnable_only: bool = True,
+    pp_partition: str | None = None, experts_kernels: str = "engine", attention_kernels: str = "engine",
+    full: bool = False, runnable_only: bool = True,
     searched: Mapping[str, Sequence[Any] | None] | None = None,
     decode_device: DeviceProfile | None = None, decode_gpus: int | None = None, images: PromptImages | None = None,
 ) -> list[SearchTask]:
@@ -184,10 +186,14 @@ def search_tasks(
     base = Options(
         quant=quant, state_dtype=state_dtype, routing=routing, placement=placement,
         speculative_method=speculative_method, draft_model=draft_model, pp_partition=pp_partition,
+        experts_kernels=experts_kernels, attention_kernels=attention_kernels,
     )
     # profiles are read anew for every question; equal ones are the same, so that what is kept of them serves all
     model, devices, engines = same(model), [same(device) for device in devices], [same(one) for one in engines]
-    if pp_partition:  # all candidates are priced as one engine's
+    # all candidates are priced as one engine's
+    if SWITCHES(base) != UNSWITCHED:
+        engines = [same(switched(one, base)) for one in engines]
+    if pp_partition:
         engines = [same(one.with_stages(stated_stages(pp_partition))) for one in engines]
     replies = None if decode_device is None else same(decode_device)
     tasks = [

@@ -39,3 +39,19 @@ def test_what_has_no_answer_says_so_beside_the_others(tmp_path: Path) -> None:
     assert (tmp_path / "qwen3-8b-4096" / "report.html").exists() and not (tmp_path / "deepseek-v3-4096").exists()
     none = CliRunner().invoke(app, ("compare", "deepseek-v3,deepseek-r1", "-d", "h100", "-n", "2"))
     assert none.exit_code == 2 and none.output.startswith("error: deepseek-v3 does not fit")
+
+
+@pytest.mark.parametrize(("models", "columns", "left_out"), [
+    ("qwen3-30b-a3b", 100, ()), ("qwen3-30b-a3b", 70, ()), ("qwen3-30b-a3b,qwen3-235b-a22b", 70, ("tokens/s", "users")),
+])
+def test_names_of_layouts_stay_whole_on_narrow_terminals(models: str, columns: int, left_out: tuple[str, ...]) -> None:
+    """Pools stand one below the other, then columns fall away; no name is cut."""
+    asked = ("compare", models, "-d", "h100", "-n", "16", "-i", "500,2000", "--tpot", "30ms", "--mode", "disaggregated")
+    wide = json.loads(CliRunner().invoke(app, [*asked, "--json"]).output)
+    shown = CliRunner().invoke(app, asked, env={"COLUMNS": str(columns)}).output
+    for one in wide:
+        for pool in one["answer"][0].split(" is best")[0].split(" > "):
+            assert pool in shown
+    assert all(len(line) <= columns for line in shown.splitlines())
+    assert not any(head in shown for head in left_out) and "per GPU" in shown
+    assert (models in shown.splitlines()[0]) is ("," not in models)

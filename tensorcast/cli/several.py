@@ -66,16 +66,39 @@ def _print(answers: Sequence[dict[str, Any]]) -> None:
 
     from tensorcast.report import units
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    heads = ("model", "prompt", "best", "tokens/s", "per GPU", "users", "TTFT", "TPOT", "USD/M")
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i not in (0, 2) else "left", overflow="fold")
+    models = list(dict.fromkeys(one["model"] for one in answers))
     written = (units.rate, units.rate, units.count, units.seconds, units.seconds, units.digits)
+    heads = ["prompt", "best", "tokens/s", "per GPU", "users", "TTFT", "TPOT", "USD/M"]
+    rows = []
     for one in answers:
         cells = [] if one["problem"] else [write(one[name]) for name, write in zip(NUMBERS, written, strict=True)]
         cells = ["-" if cell == "?" else cell for cell in cells] or ["-"] * len(NUMBERS)
-        table.add_row(*map(Text, (one["model"], units.count(one["input_len"]), one.get("layout", "none"), *cells)))
+        rows.append([units.count(one["input_len"]), one.get("layout", "none"), *cells])
+    if len(models) > 1:
+        heads, rows = ["model", *heads], [[one["model"], *row] for one, row in zip(answers, rows, strict=True)]
+    if _width(heads, rows) > (width := console().width):
+        best = heads.index("best")
+        for row in rows:  # pools one below the other: a name cut anywhere else is hard to read
+            row[best] = row[best].replace(" > ", " >\n")
+    for spare in ("tokens/s", "users", "USD/M"):
+        if _width(heads, rows) > width:
+            i = heads.index(spare)
+            heads, rows = heads[:i] + heads[i + 1 :], [row[:i] + row[i + 1 :] for row in rows]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for head in heads:
+        words = head in ("model", "best")
+        table.add_column(head, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    if len(models) == 1:
+        console().print(Text(models[0], style="bold"))
     console().print(table)
     for one in answers:
         if one["problem"]:
             console().print(Text(f"note: {one['model']} at {one['input_len']} tokens: {one['problem']}"))
+
+
+def _width(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Columns of a terminal that the table takes."""
+    cells = zip(heads, *rows, strict=True)
+    return sum(max(len(line) for cell in column for line in cell.split("\n")) + 2 for column in cells) - 1

@@ -23,7 +23,7 @@ from tensorcast.cost.memory import (
     summed,
     weights_of_stages,
 )
-from tensorcast.cost.stages import stage_layers, stated_stages
+from tensorcast.cost.stages import stage_layers
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run, unasked_exchange
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
@@ -33,7 +33,7 @@ from tensorcast.deploy.plan.context import context_cut, prompt_cut
 from tensorcast.deploy.plan.kernels import expert_sources
 from tensorcast.deploy.plan.memory_share import memory_share
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, make_plan
-from tensorcast.deploy.plan.switches import SWITCHES, UNSWITCHED, served_with, switched
+from tensorcast.deploy.plan.switches import as_asked, served_with
 from tensorcast.deploy.step.make import make_step
 from tensorcast.deploy.step.sizes import KV_BYTES
 from tensorcast.deploy.step.step import Step
@@ -344,10 +344,7 @@ def deploy(
         )
         if problem:
             raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")
-    if options.pp_partition:
-        engine = same(engine.with_stages(stated_stages(options.pp_partition)))
-    if SWITCHES(options) != UNSWITCHED:
-        engine = same(switched(engine, options))
+    engine = as_asked(engine, options)
     other = engine.uncompiled
     here = other is not None and device.vendor in (other.vendors or (device.vendor,))
     if other is not None and here and is_one_of(other.architectures, model.config):

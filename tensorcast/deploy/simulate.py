@@ -55,21 +55,17 @@ def simulate(
     largest = deployment.largest_batch(workload.input_len, workload.context)
     if not memory.fits and not allow_oversize:
         raise InputError(_does_not_fit(deployment, workload, memory, largest, enough))
-    price = _priced(deployment, workload)
-    in_vain = kernels_in_vain(deployment, lambda one: float(_priced(one, workload).seconds))
+    sizes = float(workload.batch), float(workload.input_len), float(workload.context)
+    price, in_vain = deployment.step.price(*sizes), kernels_in_vain(deployment, *sizes)
     return Simulation(
         deployment=deployment, workload=workload, price=price, memory=memory, largest_batch=largest,
         notes=(*_notes(deployment, price), *(in_vain_note(deployment.options, name) for name in in_vain)),
     )
 
 
-def _priced(deployment: Deployment, workload: Workload) -> StepPrice:
-    return deployment.step.price(float(workload.batch), float(workload.input_len), float(workload.context))
-
-
-def kernels_in_vain(deployment: Deployment, seconds: Callable[[Deployment], float]) -> list[str]:
-    """Options that ask for kernels and change nothing of the ``seconds`` of a step: the engine runs them anyway, or
-    nobody timed them."""
+def kernels_in_vain(deployment: Deployment, batch: float, new: float, past: float) -> list[str]:
+    """Options that ask for kernels and change no time of a step of these sizes: the engine runs them anyway, or nobody
+    timed them."""
     options, engine, found = deployment.options, deployment.engine, []
     whose: dict[str, Any] = {"experts_kernels": engine.experts, "attention_kernels": engine.attention}
     for name, chosen in whose.items():
@@ -81,7 +77,7 @@ def kernels_in_vain(deployment: Deployment, seconds: Callable[[Deployment], floa
             deployment.model, deployment.device, engine.model_copy(update={name.removesuffix("_kernels"): of_engine}),
             deployment.layout, deployment.phase, options=replace(options, **unasked_for),
         )
-        if seconds(unasked) == seconds(deployment):
+        if unasked.step.seconds(batch, new, past) == deployment.step.seconds(batch, new, past):
             found.append(name)
     return found
 

@@ -13,6 +13,8 @@ FP8_CACHE = (("trtllm", "fp8"),)
 ask for it."""
 
 PRECISIONS = ("precision", "gemm_precision", "moe_precision")
+"""Columns that say it."""
+
 
 def stored_in(cells: Cells, named: Named, model: str, device: str, record: bool) -> tuple[str, str | None]:
     """Name of the profile that a row's ``model`` is, or of the known release, and the scheme of its weights as an

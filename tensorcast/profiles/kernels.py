@@ -10,6 +10,9 @@ from tensorcast.profiles.sourced import Frozen
 
 GatherOp = Literal["all_gather", "reduce_scatter", "all_reduce"]
 
+GATHERS: tuple[GatherOp, GatherOp] = ("all_gather", "reduce_scatter")
+"""What gathers tokens of data-parallel ranks and gives their results back, unless an engine does otherwise."""
+
 WORDS = ("triton", "cutlass", "deepgemm", "trtllm", "marlin")
 """Libraries of experts' kernels that an engine can be asked for; ``trtllm``: those that TensorRT-LLM generated."""
 
@@ -160,6 +163,6 @@ class Gather(Frozen):
 
     bf16: bool = Field(default=False, description="tokens are gathered before they are quantised")
     prompts: tuple[GatherOp, GatherOp] = Field(
-        default=("all_gather", "reduce_scatter"), description="of prefill steps, whose ranks have unlike numbers"
+        default=GATHERS, description="of prefill steps, whose ranks have unlike numbers"
     )
     source: str = Field(min_length=3)

@@ -196,18 +196,20 @@ def _in_vain(comparison: Comparison, best: dict[str, Any]) -> list[str]:
     options = comparison.tasks[0].base
     if not comparison.judged or options.experts_kernels == options.attention_kernels == "engine":
         return []
-    load = comparison.behind[best["candidate"]][0].load
-    prefill, decode = comparison.deployments(best["candidate"])
+    written, read = (kernels_in_vain(one, *sizes) for one, sizes in _steps_of(comparison, best))
+    return [in_vain_note(options, name, "on the best") for name in written if name in read]
 
-    def reply(one: Deployment) -> float:
-        return float(one.step.price(float(best["batch"]), 1.0, float(load.context)).seconds)
 
-    def prompt(one: Deployment) -> float:
-        new = float(load.input_len - load.prefix_cached)
-        return float(one.step.price(1.0, new, float(load.prefix_cached)).seconds)
+_Sized = tuple[Deployment, tuple[float, float, float]]
+"""A deployment, and batch, new and cached tokens of its step."""
 
-    decoding = kernels_in_vain(decode, reply)
-    return [in_vain_note(options, name, "on the best") for name in kernels_in_vain(prefill, prompt) if name in decoding]
+
+def _steps_of(comparison: Comparison, row: dict[str, Any]) -> tuple[_Sized, _Sized]:
+    """A candidate's steps: of its replies, half done, and of one prompt."""
+    load = comparison.behind[row["candidate"]][0].load
+    prefill, decode = comparison.deployments(row["candidate"])
+    prompt = 1.0, float(load.input_len - load.prefix_cached), float(load.prefix_cached)
+    return (decode, (float(row["batch"]), 1.0, float(load.context))), (prefill, prompt)
 
 
 CONTENDERS = 12
@@ -225,13 +227,10 @@ def work_by_family(
     GPU seconds per output token; for the objective ``latency`` seconds of a request. What rests on measurements and
     what on datasheets alone err apart.
     """
-    kept, new = CURRENT.get().contenders, dict[tuple[Hashable, ...], tuple[Deployment, tuple[float, float, float]]]()
+    kept, new = CURRENT.get().contenders, dict[tuple[Hashable, ...], _Sized]()
     both: list[list[tuple[Hashable, ...]]] = []  # steps of each candidate: of replies, and of one prompt
     for row in rows:
-        load = comparison.behind[row["candidate"]][0].load
-        prefill, decode = comparison.deployments(row["candidate"])
-        prompt = 1.0, float(load.input_len - load.prefix_cached), float(load.prefix_cached)
-        steps = (decode, (float(row["batch"]), 1.0, float(load.context))), (prefill, prompt)
+        steps = _steps_of(comparison, row)
         # deployments are known by identity, and kept with what was found of them
         both.append([(id(one), *at) for one, at in steps])
         new |= {key: step for key, step in zip(both[-1], steps, strict=True) if key not in kept}

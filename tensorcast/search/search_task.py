@@ -14,7 +14,7 @@ from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.engine_limits import ENGINE_RULES
 from tensorcast.deploy.layout import Layout, parse_layout
 from tensorcast.deploy.options import SERVED_ROUTING, Options, check_options, of_layout
-from tensorcast.deploy.plan.switches import SWITCHES, UNSWITCHED, switched
+from tensorcast.deploy.plan.switches import as_asked
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.drafting import acceptance
@@ -189,12 +189,8 @@ def search_tasks(
         experts_kernels=experts_kernels, attention_kernels=attention_kernels,
     )
     # profiles are read anew for every question; equal ones are the same, so that what is kept of them serves all
-    model, devices, engines = same(model), [same(device) for device in devices], [same(one) for one in engines]
-    # all candidates are priced as one engine's
-    if SWITCHES(base) != UNSWITCHED:
-        engines = [same(switched(one, base)) for one in engines]
-    if pp_partition:
-        engines = [same(one.with_stages(stated_stages(pp_partition))) for one in engines]
+    model, devices = same(model), [same(device) for device in devices]
+    engines = [as_asked(same(one), base) for one in engines]  # all candidates are priced as one engine's
     replies = None if decode_device is None else same(decode_device)
     tasks = [
         SearchTask(

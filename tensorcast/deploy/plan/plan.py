@@ -25,6 +25,7 @@ from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
 from tensorcast.profiles.config_values import is_one_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.kernels import GATHERS
 from tensorcast.trace.cache import WholeModel
 from tensorcast.trace.dims import product
 from tensorcast.trace.moe import BlockForm, Whole, blocks_of
@@ -232,10 +233,6 @@ def make_plan(
         rows=tuple(rows), all2all=exchange.all2all, dispatch=exchange.dispatch, combine=exchange.combine,
         backend=backend, form=form,
     )
-
-
-GATHERS: tuple[CollectiveOp, CollectiveOp] = ("all_gather", "reduce_scatter")
-"""What gathers tokens of data-parallel ranks and gives their results back, unless an engine does otherwise."""
 
 
 class Exchange(NamedTuple):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
+from tensorcast.cost.stages import stated_stages
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.options import Options
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.kept import same
 from tensorcast.profiles.memory import Served
 from tensorcast.profiles.sourced import Figure
 
@@ -41,6 +43,13 @@ def balances(options: Options) -> bool:
 def names_file(placement: str) -> bool:
     """Whether ``placement`` is an engine's file of where experts lie."""
     return placement.endswith((".json", ".yaml", ".yml")) and ":" not in placement
+
+
+def as_asked(engine: EngineProfile, options: Options) -> EngineProfile:
+    """``engine`` with the stages and switches that ``options`` ask for: one object for all that are the same."""
+    if options.pp_partition:
+        engine = same(engine.with_stages(stated_stages(options.pp_partition)))
+    return engine if SWITCHES(options) == UNSWITCHED else same(switched(engine, options))
 
 
 def switched(engine: EngineProfile, options: Options) -> EngineProfile:

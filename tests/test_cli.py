@@ -237,6 +237,19 @@ def test_listing_needs_no_torch() -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_small_products_are_not_spread_over_threads() -> None:
+    """Unless the user asks for threads, NumPy's BLAS is told to take one before it is read."""
+    code = (
+        "import os, sys, tensorcast.cli, tensorcast.__main__ as m\n"
+        "tensorcast.cli.main = lambda: print(os.environ['OPENBLAS_NUM_THREADS'], 'numpy' in sys.modules)\n"
+        "m.main()"
+    )
+    for own, told in (({}, "1"), ({"OPENBLAS_NUM_THREADS": "4"}, "4")):
+        env = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"} | own
+        done = subprocess.check_output([sys.executable, "-c", code], text=True, env=env, cwd=ROOT)
+        assert done.split() == [told, "False"]
+
+
 # Help
 
 

@@ -217,17 +217,29 @@ def test_all_sums_take_one_pass_over_the_rows(monkeypatch: pytest.MonkeyPatch) -
     assert list(map(id, prices)) == [id(one) for part in price.parts for one in part.prices]
 
 
-def test_squares_of_errors_are_those_of_each_family() -> None:
-    """Where nothing is drafted a step's error comes from products of its parts' errors, however often each runs."""
-    draw, (parts, families, cases) = np.random.default_rng(3), (3, 7, 5)
-    errors, times = draw.random((parts, families, cases)), draw.random((parts, cases))
-    nothing = np.zeros((0, cases))
-    found = sums_module.Sums(nothing, nothing, nothing, nothing, nothing, errors).squared()
-    assert found.squares is not None and found.errors.size == 0
-    pairs = sums_module.pairs_of(parts)
-    assert len(pairs) == len(found.squares) == 6
-    off = sum(times[i] * times[j] * (1 + (i != j)) * one for (i, j), one in zip(pairs, found.squares, strict=True))
-    np.testing.assert_allclose(off, np.square(np.einsum("pc,pfc->fc", times, errors)).sum(axis=0), rtol=1e-12)
+def test_totals_of_many_members_are_those_of_each_alone() -> None:
+    """Sums that steps share and those of each member, at batches that run parts at cases of their own, time and again:
+    to the last total what every member's own sums say."""
+    draw = np.random.default_rng(3)
+    made = [deployment("qwen3-30b-a3b"), deployment("qwen3-30b-a3b", world_size=2, dp=2, ep=2)]
+    recipes = [one.step.recipe(drafting=True) for one in made]
+    first, families, members, width, batches = recipes[0], 4, [1, 3], 5, 7
+    parts, sizes = len(first.parts), len(first.weights[0]) + len(first.weights[1])
+    count = sizes + len(first.parts) * (len(LEVELS) + families)
+    shared, varied = draw.random((count, 2, width)), np.sort(draw.choice(count, 9, replace=False))
+    own = draw.random((9, sum(members), width))
+    sums = sums_module.SumsOfSteps(first, families, members, shared, own, varied)
+    cases = [draw.integers(width, size=batches) for _ in range(parts)]
+    times: list[Any] = [2.0, *(draw.random(batches) for _ in range(parts - 1))]
+    member, batch = np.array([[3], [0], [2]]), draw.integers(batches, size=(3, 4))
+    found = sums_module.TotalsOfSteps(sums, cases, times).at(member, batch)
+    alone = sums.of_members()
+    for i, j in np.ndindex(*batch.shape):
+        here = [alone.at(np.array([member[i, 0] * width + case[batch[i, j]]])) for case in cases]
+        own_times = [n if isinstance(n, float) else n[batch[i, j]] for n in times]
+        told = here[0].totals([one.by_part()[k] for k, one in enumerate(here)], own_times)
+        for name, values in found._asdict().items():
+            np.testing.assert_allclose(values[..., i, j], np.asarray(getattr(told, name))[..., 0], rtol=1e-12)
 
 
 @pytest.mark.parametrize(("device", "zero"), [

@@ -137,7 +137,10 @@ def _composed(
     tokens = np.concatenate([tokens[one.case : one.case + one.cases] for one in steps])[standing]
     parts = {name: column([getattr(one.at, name) for one in steps]) for name in ("micro", "dual", "halves")}
     hidden = first.step.overlap.hidden(here.layers, here.busy, tokens, parts["dual"])
-    price = first.step.composed(here, drafts, hidden, at._replace(**parts), column([one.batch for one in steps]))
+    at = at._replace(**parts)
+    every = [*here.by_part(), *drafts.by_part()] if at.draft is not None else here.by_part()
+    totals = here.totals(every, first.step.times(at))
+    price = first.step.composed(totals, hidden, at, column([one.batch for one in steps]))
     end = 0
     for one, shape in zip(steps, shapes, strict=True):
         some = slice(end, end := end + math.prod(shape))

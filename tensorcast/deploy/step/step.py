@@ -22,7 +22,7 @@ from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Tally, pick
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, StepSizes
-from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, pairs_of, recipe_of, sums_of_steps
+from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, Totals, TotalsOfSteps, recipe_of, sums_of_steps
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, per_table
 
@@ -97,32 +97,31 @@ class Step:
             )
         return known[drafting]
 
-    def composed(
-        self, own: Sums, draft: Sums, hidden: Array, at: Batches, batch: Size, *, found: Sequence[RowPrice] = ()
-    ) -> StepPrice:
-        """The step from the sums of its rows at every batch, and those at its drafts; ``hidden``: by layer kind.
-        ``found``: the rows' prices, where they are told."""
-        recipe = self.recipe(at.draft is not None)
-        times: list[Size] = [at.halves, (at.pp - 1) * at.halves]  # each part of the rows runs so often
+    def times(self, at: Batches) -> list[Size]:
+        """How often each part of the rows runs at every batch."""
+        times: list[Size] = [at.halves, (at.pp - 1) * at.halves]
         if at.draft is not None:
             times += [at.mtp_depth] if self.drafter is None else self.drafter.times(at.mtp_depth, at.halves)
-            if len(times) < len(recipe.parts):  # accepted states are copied once
+            if len(times) < len(self.recipe(drafting=True).parts):  # accepted states are copied once
                 times.append(np.greater(at.mtp_depth, 0) * 1.0)
-        taken = dict(zip(recipe.places, own.places * at.halves, strict=True))
+        return times
+
+    def composed(
+        self, sums: Totals, hidden: Array, at: Batches, batch: Size, *, found: Sequence[RowPrice] = ()
+    ) -> StepPrice:
+        """The step from the sums of its rows at every batch; ``hidden``: by layer kind. ``found``: the rows' prices,
+        where they are told."""
+        recipe, among, levels, errors = self.recipe(at.draft is not None), sums.among, sums.levels, sums.errors
+        taken = dict(zip(recipe.places, sums.places * at.halves, strict=True))
         layers, kinds = Counter(self.table.layer_kinds), sorted(self.overlap.positions)
         for kind, each in zip(kinds, hidden, strict=True):
             taken[kind] = taken[kind] - each[0]
-        saved = np.tensordot(np.array([layers[kind] for kind in kinds], dtype=float), hidden, axes=1)
+        saved = sum((layers[kind] * each for kind, each in zip(kinds, hidden, strict=True)), np.zeros(hidden.shape[1:]))
         stages = [
             sum((calls * taken[place] for place, calls in stage), 0.0)
             for stage in stages_of(self.table.layer_kinds, at.pp, self.pricer.engine.pipeline_split)
         ]
-        every = [*zip(own.among, own.levels, own.errors, strict=True)]
-        if len(every) < len(times):
-            every += zip(draft.among, draft.levels, draft.errors, strict=True)
-        for (beside, *_), n in zip(every[2:], times[2:], strict=True):
-            stages[-1] = stages[-1] + beside[0] * n
-        among, levels, errors = (sum(each[i] * n for each, n in zip(every, times, strict=True)) for i in range(3))
+        stages[-1] = stages[-1] + sums.drafts
         depth = at.mtp_depth
         passes = len(self.table.layer_kinds) + (depth if self.drafter is None else self.drafter.layer_passes(depth))
         turns, spent = at.pp if self.sizes.decode else at.micro + at.pp - 1, self.pricer.engine.overhead
@@ -142,9 +141,6 @@ class Step:
             overhead = overhead + waits
         unsure = spent.layer_error_s * passes
         off = np.square(errors).sum(axis=0)
-        if own.squares is not None:
-            pairs = zip(pairs_of(len(times)), own.squares, strict=True)
-            off = sum((times[i] * times[j] * (1 + (i != j)) * product for (i, j), product in pairs), 0.0)
         if spent.vendor and self.pricer.device.vendor != spent.vendor:
             unsure = np.hypot(unsure, OTHER_VENDOR_ERROR * among[0])
         shares = levels / np.maximum(levels.sum(axis=0), 1e-30)
@@ -152,7 +148,7 @@ class Step:
             parts=tuple([
                 Part(part.rows, tuple([found[j] for j in part.where]), part.calls, n,
                      at.draft if part.drafts else at.own)
-                for part, n in zip(recipe.parts, times, strict=True)
+                for part, n in zip(recipe.parts, self.times(at), strict=True)
             ]) if found else (),
             tally=Tally(
                 errors, among[0], among[1], among[2], among[3], dict(zip(LEVELS, shares, strict=True))
@@ -252,16 +248,14 @@ def prices(asked: Sequence[Asked]) -> Iterator[StepPrice]:
         families = dict.fromkeys(price.family for price in each)
         recipe, kinds = step.recipe(at.draft is not None), dict(zip(families, range(len(families)), strict=True))
         shape = np.broadcast_shapes(*(np.shape(price.seconds) for price in each))
-        several = sums_of_steps([recipe], each, [place], kinds, [shape[0] if len(shape) > 1 else 1])
-        sums = Sums(**{
-            name: values.reshape(*values.shape[:-1], *shape)
-            for name, values in vars(several).items() if values is not None
-        })
+        several = sums_of_steps([recipe], each, [place], kinds, [shape[0] if len(shape) > 1 else 1]).of_members()
+        sums = Sums(**{name: values.reshape(*values.shape[:-1], *shape) for name, values in vars(several).items()})
         found = [each[number] for number in place.tolist()]
         first = sum(not part.drafts for part in recipe.parts)
         own, draft = sums.at(at.own, slice(first)), sums.at(at.draft, slice(first, None))
+        totals = own.totals([*own.by_part(), *draft.by_part()], step.times(at))
         hidden = step.overlap.hidden(own.layers, own.busy, pick(at.whole.sizes.tokens, at.own), at.dual)
-        yield step.composed(own, draft, hidden, at, together.batch, found=found)
+        yield step.composed(totals, hidden, at, together.batch, found=found)
 
 
 class Together:
@@ -332,10 +326,9 @@ class Together:
         sizes = [np.size(step.sizes.dp) for step in self.steps]
         step_of = np.repeat(np.arange(len(sizes)), sizes)[member]
         whole = sums_of_steps(recipes, found, self.places, families, sizes)
-        width = whole.places.shape[-1] // sum(sizes)
-        if at.draft is None:
-            whole = whole.squared()
-        later = sum(not part.drafts for part in first.recipe(at.draft is not None).parts)
+        cases = [at.draft if part.drafts else at.own for part in recipes[0].parts]
+        totals = TotalsOfSteps(whole, cases, first.times(at))
+        tokens = pick(np.asarray(at.whole.sizes.tokens), at.own)
         alike: dict[Hashable, list[int]] = {}
         for i, step in enumerate(self.steps):
             own = step.overlap  # what overlaps that hide the same have in common, wherever the rows stand
@@ -352,17 +345,11 @@ class Together:
                 parts: dict[str, Any] = {
                     name: pick(getattr(at, name), entries) for name in ("micro", "dual", "halves")
                 } | {name: pick(getattr(at, name), entries[:, :1]) for name in ("pp", "mtp_depth")}
-                at_own, at_draft = (
-                    None if where is None else where[entries] if isinstance(where, np.ndarray) else where
-                    for where in (np.arange(width) if at.own is None else at.own, at.draft)
+                here = totals.at(member[some][:, None], entries)
+                hidden = self.steps[steps[0]].overlap.hidden(
+                    here.layers, here.busy, pick(tokens, entries), parts["dual"]
                 )
-                here = whole.at(member[some][:, None] * width + at_own, slice(later))
-                drafts = here if at_draft is None else whole.at(
-                    member[some][:, None] * width + at_draft, slice(later, None)
-                )
-                tokens = np.broadcast_to(at.whole.sizes.tokens, width)[at_own]
-                hidden = self.steps[steps[0]].overlap.hidden(here.layers, here.busy, tokens, parts["dual"])
-                yield some, first.composed(here, drafts, hidden, at._replace(**parts), pick(self.batch, entries))
+                yield some, first.composed(here, hidden, at._replace(**parts), pick(self.batch, entries))
 
 
 TOGETHER = 16_384

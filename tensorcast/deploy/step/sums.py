@@ -3,19 +3,22 @@ are one product of matrices."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import LEVELS
-from tensorcast.cost.work import Array
+from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.overlap import KIND_SUMS, PER_SEQUENCE
 from tensorcast.deploy.step.pipeline_stages import place_of
-from tensorcast.deploy.step.price import RowPrice, Where
+from tensorcast.deploy.step.price import RowPrice, Where, pick
 from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import Op, per_op
 
@@ -122,6 +125,10 @@ def recipe_of(
     return Recipe(rows, parts, places, len(positions), *found)
 
 
+PartSums = tuple[Array, Array, Array]
+"""Of one part of the rows ``among`` (:data:`AMONG`), ``levels`` and ``errors`` (by kernel family)."""
+
+
 @dataclass(frozen=True)
 class Sums:
     """Sums of the rows of steps, the last axis of cases, those before of members. Of one pass over the plan by place,
@@ -134,9 +141,6 @@ class Sums:
     among: Array
     levels: Array
     errors: Array
-    squares: Array | None = None
-    """Instead of the ``errors``, where all parts are at the same cases: of each pair of :func:`pairs_of` parts the
-    product of their errors, added up over families."""
 
     def at(self, where: Where, parts: slice = slice(None)) -> Sums:
         """Those of some of the cases, where there is more than one, and of some of the ``parts``: of later ones alone
@@ -144,20 +148,38 @@ class Sums:
         every = where is None or self.places.ndim == 1 or self.places.shape[-1] == 1
         found = {}
         for name, values in vars(self).items():
-            if values is not None:
-                some = values[parts] if name in ("among", "levels", "errors") else values[:0] if parts.start else values
-                found[name] = some if every else some[..., where]
+            some = values[parts] if name in ("among", "levels", "errors") else values[:0] if parts.start else values
+            found[name] = some if every else some[..., where]
         return Sums(**found)
 
-    def squared(self) -> Sums:
-        """With :attr:`squares` instead of errors: fewer numbers where few parts have errors of many families."""
-        found = [(self.errors[i] * self.errors[j]).sum(axis=0) for i, j in pairs_of(len(self.errors))]
-        return replace(self, errors=self.errors[:, :0], squares=np.array(found))
+    def by_part(self) -> list[PartSums]:
+        """``among``, ``levels`` and ``errors`` of each part."""
+        return list(zip(self.among, self.levels, self.errors, strict=True))
+
+    def totals(self, parts: Sequence[PartSums], times: Sequence[Size]) -> Totals:
+        """With the sums of all ``parts``, each as often as it runs."""
+        among, levels, errors = (
+            reduce(np.add, (each[i] * n for each, n in zip(parts, times, strict=True))) for i in range(3)
+        )
+        drafts = sum((each[0][0] * n for each, n in zip(parts[OF_PLAN:], times[OF_PLAN:], strict=True)), 0.0)
+        return Totals(self.places, self.layers, self.busy, among, levels, errors, drafts)
 
 
-def pairs_of(parts: int) -> list[tuple[int, int]]:
-    """Every two parts of a step, a part and itself among them."""
-    return [(i, j) for i in range(parts) for j in range(i, parts)]
+OF_PLAN = 2
+"""Parts of a recipe that are the plan's own: what every pass runs, and what hands on to the next stage."""
+
+
+class Totals(NamedTuple):
+    """Sums of a step's rows at every batch: by place and layer as in :class:`Sums`, the others of all parts as often as
+    these run there; and the seconds of parts beside the plan, ``drafts``."""
+
+    places: Array
+    layers: Array
+    busy: Array
+    among: Array
+    levels: Array
+    errors: Array
+    drafts: Size
 
 
 def sums_at(recipe: Recipe, numbers: Array, families: Sequence[str], shape: tuple[int, ...]) -> Sums:
@@ -182,14 +204,99 @@ def sums_at(recipe: Recipe, numbers: Array, families: Sequence[str], shape: tupl
     )
 
 
+@dataclass(frozen=True)
+class SumsOfSteps:
+    """Sums of the rows of several steps, of so many ``members`` each, whose recipes add up alike: ``shared [sums,
+    steps, cases]`` of rows that cost all members of a step the same, ``own [varied, members, cases]`` of the others,
+    where there are any: ``varied`` says which sums these are. :meth:`sums` takes them apart."""
+
+    recipe: Recipe
+    families: int
+    members: Sequence[int]
+    shared: Array
+    own: Array
+    varied: Rows
+
+    def sums(self, values: NDArray[Any]) -> Sums:
+        """``values [sums, ...]`` by what they are."""
+        parts, kinds, shape = len(self.recipe.parts), self.recipe.layers, values.shape[1:]
+        sizes = len(self.recipe.places), kinds * len(KIND_SUMS), parts * len(AMONG), parts * len(LEVELS), kinds * 2
+        places, layers, among, levels, busy, errors = np.split(values, np.cumsum(sizes))
+        return Sums(
+            places, layers.reshape(kinds, len(KIND_SUMS), *shape), busy.reshape(kinds, 2, *shape),
+            among.reshape(parts, len(AMONG), *shape), levels.reshape(parts, len(LEVELS), *shape),
+            errors.reshape(parts, self.families, *shape),
+        )
+
+    def of_members(self) -> Sums:
+        """Of all members, one step's after another's, and cases together as the last axis."""
+        every = np.repeat(self.shared, self.members, axis=1)
+        every[self.varied] += self.own
+        return self.sums(every.reshape(len(every), -1))
+
+
+class TotalsOfSteps:
+    """Totals of members of several steps, at batches that each run every part of the rows at one of the part's
+    ``cases`` and so many ``times``: numbers, or arrays of as many batches."""
+
+    def __init__(self, sums: SumsOfSteps, cases: Sequence[Where], times: Sequence[Size]) -> None:
+        self._width, numbers = sums.shared.shape[-1], sums.sums(np.arange(len(sums.shared)))
+        every = [np.arange(self._width) if case is None else np.atleast_1d(case) * (self._width > 1) for case in cases]
+        # what is of one pass over the plan runs once, where its first part does
+        self._cases, self._times = [every[0], *every], [1.0, *times]
+        part_of, totals_of = [0] * len(sums.shared), [list[int]() for _ in sums.shared]
+        self._shapes, end = list[tuple[int, ...]](), 0
+        for values in (numbers.places, numbers.layers, numbers.busy):
+            for total, i in enumerate(values.ravel().astype(int).tolist(), end):
+                totals_of[i].append(total)
+            self._shapes.append(values.shape)
+            end += values.size
+        for values in (numbers.among, numbers.levels, numbers.errors):
+            for part, each in enumerate(values.astype(int).tolist(), 1):
+                for total, i in enumerate(each, end):
+                    part_of[i], totals_of[i] = part, [total]
+            self._shapes.append(values.shape[1:])
+            end += values.shape[1]
+        for i in numbers.among[OF_PLAN:, 0].astype(int).tolist():
+            totals_of[i].append(end)
+        self._shapes.append(())
+        self._batches, steps = len(every[0]), np.arange(len(sums.members))[:, None]
+        self._step_of = np.repeat(np.arange(len(steps)), sums.members)
+        found = np.zeros((end + 1, len(steps), self._batches))
+        some = np.flatnonzero(sums.shared.any(axis=(1, 2))).tolist()
+        shared = [(sums.shared[i].ravel(), part_of[i], totals_of[i]) for i in some]
+        self._add(found, shared, steps, np.arange(self._batches))
+        self._shared = found.reshape(end + 1, -1)
+        own = zip(sums.varied.tolist(), sums.own, strict=True)
+        self._own = [(values.ravel(), part_of[i], totals_of[i]) for i, values in own]
+
+    def _add(
+        self, found: Array, sums: Sequence[tuple[Array, int, list[int]]], first: NDArray[np.intp], batch: Rows
+    ) -> None:
+        """To totals ``found`` the ``sums`` of several steps or members, each of a part of the rows and in some totals:
+        of the ``first`` of these, at batches."""
+        where = [first * self._width + case[batch] for case in self._cases]
+        often = [pick(n, batch) for n in self._times]
+        for values, part, totals in sums:
+            there = values[where[part]] * often[part]
+            for total in totals:
+                found[total] += there
+
+    def at(self, member: Rows, batch: Rows) -> Totals:
+        """Of members ``[entries, 1]`` at batches ``[entries, n]``."""
+        found = self._shared.take(self._step_of[member] * self._batches + batch, axis=1)
+        self._add(found, self._own, member, batch)
+        ends = np.cumsum([math.prod(shape) for shape in self._shapes])[:-1]
+        each = zip(np.split(found, ends), self._shapes, strict=True)
+        return Totals(*(values.reshape(*shape, *found.shape[1:]) for values, shape in each))
+
+
 def sums_of_steps(
     recipes: Sequence[Recipe], prices: Sequence[RowPrice], places: Sequence[Rows], families: Mapping[str, int],
     members: Sequence[int],
-) -> Sums:
-    """Of the rows of several steps, of so many ``members`` each, whose recipes add up alike: members, one step's after
-    another's, and cases together are the last axis. ``prices``: of all rows, each once, and at which ``places`` those
-    of each step's rows stand. Those that are the same for all members are in a table that each step's sums are read
-    from."""
+) -> SumsOfSteps:
+    """Of the rows of several steps, of so many ``members`` each, whose recipes add up alike. ``prices``: of all rows,
+    each once, and at which ``places`` those of each step's rows stand."""
     axes = [np.shape(price.seconds) for price in prices]
     width = max([1, *(shape[-1] for shape in axes if shape)])
     alike = np.array([len(shape) < 2 for shape in axes])
@@ -198,39 +305,43 @@ def sums_of_steps(
     family_of = np.array([families[price.family] for price in prices])
     first, kinds, number = recipes[0], len(families), len(LEVELS)
     parts, added = len(first.parts), len(first.weights[0])
-    sizes = added + parts * number, len(first.weights[1]), parts * kinds
-    found = [np.empty((size, sum(members), width)) for size in sizes]
-    by_level = found[0][added:].reshape(parts, number, sum(members), width)
-    table = _columns([prices[i] for i in np.flatnonzero(alike).tolist()], (width,))
-    mixed, end = dict[int, Array](), 0
-    for recipe, place, count in zip(recipes, places, members, strict=True):
-        span, (weights, busy, calls) = slice(end, end := end + count), recipe.weights
-        level, shared = level_of[place], alike[place]
+    ends = np.cumsum([0, added + parts * number, len(first.weights[1]), parts * kinds]).tolist()
+    spans, weights, which = list(pairwise(ends)), list[tuple[Array, ...]](), np.zeros(ends[-1], dtype=bool)
+    by_level = added + np.arange(parts * number).reshape(parts, number)
+    for recipe, place in zip(recipes, places, strict=True):
+        (of_rows, busy, calls), level, own = recipe.weights, level_of[place], ~alike[place]
         levels = calls[:, None] * (level == np.arange(number)[:, None])
         errors = calls[:, None] * (family_of[place] == np.arange(kinds)[:, None])
-        all_weights = np.concatenate([weights, levels.reshape(-1, len(place))]), busy, errors.reshape(-1, len(place))
-        for whole, part, values in zip(found, all_weights, table[:, column[place[shared]]], strict=True):
-            whole[:, span] = (part[:, shared] @ values)[:, None]
-        own = np.flatnonzero(~shared)
+        weights.append((
+            np.concatenate([of_rows, levels.reshape(-1, len(place))]), busy, errors.reshape(-1, len(place))
+        ))
+        for span, part in zip(spans, weights[-1], strict=True):
+            which[slice(*span)] |= part[:, own].any(axis=1)
+        which[by_level[calls[:, own & (level < 0)].any(axis=1)]] = True
+    varied = np.flatnonzero(which)
+    shared, own_sums = np.empty((ends[-1], len(recipes), width)), np.empty((len(varied), sum(members) * width))
+    table = _columns([prices[i] for i in np.flatnonzero(alike).tolist()], (width,))
+    mixed, end = dict[int, Array](), 0
+    for step, (recipe, place, count) in enumerate(zip(recipes, places, members, strict=True)):
+        of_members, same = slice(end, end := end + count * width), alike[place]
+        own = np.flatnonzero(~same)
         columns = _columns([prices[i] for i in place[own].tolist()], (count, width)).reshape(3, len(own), count * width)
-        for whole, part, values in zip(found, all_weights, columns, strict=True):
-            counts = np.flatnonzero(part[:, own].any(axis=1))
-            whole[counts, span] += (part[counts][:, own] @ values).reshape(-1, count, width)
-        for i in np.flatnonzero(level < 0).tolist():  # of more than one level
-            which, price = int(place[i]), prices[place[i]]
-            if which not in mixed:
-                mixed[which] = np.equal.outer(np.arange(number), price.level) * price.seconds
-            for k in np.flatnonzero(calls[:, i]):
-                by_level[k, :, span] += calls[k, i] * mixed[which].reshape(number, -1, mixed[which].shape[-1])
-    every, layers = len(first.places), len(first.places) + first.layers * len(KIND_SUMS)
-    return Sums(
-        places=found[0][:every].reshape(every, -1),
-        layers=found[0][every:layers].reshape(first.layers, len(KIND_SUMS), sum(members) * width),
-        busy=found[1].reshape(first.layers, 2, sum(members) * width),
-        among=found[0][layers:added].reshape(parts, len(AMONG), sum(members) * width),
-        levels=found[0][added:].reshape(parts, number, sum(members) * width),
-        errors=found[2].reshape(parts, kinds, sum(members) * width),
-    )
+        both = zip(spans, weights[step], table[:, column[place[same]]], columns, strict=True)
+        for (start, stop), part, values, own_values in both:
+            shared[start:stop, step] = part[:, same] @ values
+            here = slice(*np.searchsorted(varied, (start, stop)))
+            np.matmul(part[varied[here] - start][:, own], own_values, out=own_sums[here, of_members])
+        for i in np.flatnonzero(level_of[place] < 0).tolist():  # of more than one level
+            one = int(place[i])
+            if one not in mixed:
+                mixed[one] = np.equal.outer(np.arange(number), prices[one].level) * prices[one].seconds
+            for k in np.flatnonzero(recipe.weights[2][:, i]):
+                often = recipe.weights[2][k, i]
+                if same[i]:
+                    shared[by_level[k], step] += often * mixed[one]
+                else:
+                    own_sums[np.searchsorted(varied, by_level[k]), of_members] += often * mixed[one].reshape(number, -1)
+    return SumsOfSteps(first, kinds, members, shared, own_sums.reshape(len(varied), sum(members), width), varied)
 
 
 def _columns(prices: Sequence[RowPrice], shape: tuple[int, ...]) -> Array:

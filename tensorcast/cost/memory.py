@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import reduce
 from operator import add, or_
 from typing import NamedTuple
 
 import numpy as np
 
+from tensorcast.cost.stages import layers_of
 from tensorcast.cost.work import Array, Mask, Size
 from tensorcast.modeling.quantization import Quantization, padded
 from tensorcast.profiles.memory import Kept, MemoryCovers, PackedPages
@@ -144,23 +145,9 @@ def cache_bytes(
 ) -> Size:
     """KV cache and recurrent state of ``sequences`` sequences of ``length`` tokens over ``layers``; ``kept`` and
     ``ranks`` as in :func:`sequence_caches`."""
-    tokens, states = summed(sequence_caches(table, kv, length, kept=kept, ranks=ranks), layers_of(table, [layers]))
+    counts = layers_of(table.layer_kinds, [layers])
+    tokens, states = summed(sequence_caches(table, kv, length, kept=kept, ranks=ranks), counts)
     return sequences * (tokens + states)[0]
-
-
-def layers_of(table: OpTable, stages: Sequence[slice]) -> Mapping[int, Array]:
-    """Layers of each kind in each of the ``stages``; one of what is outside the layers, -1."""
-    first, end = np.array([one.indices(len(table.layer_kinds))[:2] for one in stages]).T
-    counts = defaultdict(lambda: np.zeros(len(stages)), {-1: np.ones(len(stages))})
-    for kind, before in _layers_before(table.layer_kinds).items():
-        counts[kind] = before[end] - before[first]
-    return counts
-
-
-@lru_cache(maxsize=1024)
-def _layers_before(kinds: tuple[int, ...]) -> Mapping[int, Array]:
-    """Layers of each kind before each layer, and before the end."""
-    return {kind: np.append(0.0, np.cumsum(np.equal(kinds, kind))) for kind in dict.fromkeys(kinds)}
 
 
 class SequenceCache(NamedTuple):
@@ -174,10 +161,11 @@ class SequenceCache(NamedTuple):
 def summed(each: Sequence[SequenceCache], layers: Mapping[int, Array]) -> tuple[Array, Array]:
     """Bytes that a sequence keeps of its tokens, and of its states, ``[stages, ...]``; ``layers``: of
     :func:`layers_of`."""
-    shape = np.broadcast_shapes(*(np.shape(one.size_bytes) for one in each))
+    shape = np.broadcast_shapes(*{np.shape(one.size_bytes) for one in each})
     found = np.zeros((2, len(layers[-1]), *shape))
     for kind, size, state in each:  # a class whose layers are not known apart, or run in a loop, has one entry
-        found[int(state)] += np.multiply.outer(layers[max(kind, -1)], np.broadcast_to(size, shape))
+        whole = np.broadcast_to(size, shape) if shape else size
+        found[int(state)] += np.multiply.outer(layers[max(kind, -1)], whole)
     return found[0], found[1]
 
 
@@ -282,22 +270,25 @@ def weight_bytes(
     ``local_experts``: experts and copies on the fullest rank, by default what even splitting gives. ``padding``:
     multiples that the engine pads experts' hidden size and a rank's part of their width to, in MXFP4.
     """
-    stages = [(layers, first, last)]
-    return weights_of_stages(table, quantization, ep, etp, stages, local_experts=local_experts, padding=padding)[0]
+    whole = weights_of_stages(
+        table, quantization, ep, etp, layers=layers_of(table.layer_kinds, [layers]),
+        ends=np.array([[first], [last]], dtype=float), local_experts=local_experts, padding=padding,
+    )
+    return whole[0]
 
 
 def weights_of_stages(
-    table: OpTable, quantization: Quantization, ep: Size, etp: Size, stages: Sequence[tuple[slice, bool, bool]], *,
+    table: OpTable, quantization: Quantization, ep: Size, etp: Size, *, layers: Mapping[int, Array], ends: Array,
     local_experts: Size | None, padding: tuple[int, int],
 ) -> Array:
-    """:func:`weight_bytes` ``[stages, ...]`` of stages with these layers, each maybe the ``first`` or the ``last``."""
-    layers = layers_of(table, [one for one, _, _ in stages])
-    first, last = np.array([ends for _, *ends in stages], dtype=float).T
+    """:func:`weight_bytes` ``[stages, ...]`` of stages with these ``layers`` (:func:`layers_of`); ``ends``: which are
+    the first of their pipeline, and which the last."""
+    first, last = ends
     once = {"embedding": np.maximum(first, last) if table.facts.tied_embedding else first, "lm_head": last}
     width, hidden = table.facts.moe_intermediate_size, padding[0]
     local: Size = np.ceil(table.facts.num_experts / ep) if local_experts is None else local_experts
     shape = np.broadcast_shapes(np.shape(local), np.shape(etp))
-    sizes, counts = list[Array](), list[Array]()
+    sizes, counts = list[Size](), list[Array]()
     for part in _weights(table, quantization, hidden):
         size: Size = part.size_bytes
         if part.expert_bytes:
@@ -305,8 +296,9 @@ def weights_of_stages(
             size = size + (part.expert_bytes + part.padded_bytes * (wider - 1.0)) * local / etp
         # outside the layers: is it on this pipeline stage?
         counts.append(layers[part.kind] if part.kind >= 0 else once.get(part.role, layers[-1]))
-        sizes.append(np.broadcast_to(size, shape))
-    return np.tensordot(counts, sizes, axes=(0, 0))
+        sizes.append(np.broadcast_to(size, shape) if shape else size)
+    each: Array = np.array(counts).T @ np.array(sizes).reshape(len(sizes), -1)
+    return each.reshape(-1, *shape)
 
 
 @dataclass

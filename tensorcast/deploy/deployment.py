@@ -15,7 +15,6 @@ from tensorcast.cost.memory import (
     PackedCache,
     cache_budget,
     cache_entries,
-    layers_of,
     low_latency_buffer_bytes,
     packed_cache,
     room_taken,
@@ -23,7 +22,7 @@ from tensorcast.cost.memory import (
     summed,
     weights_of_stages,
 )
-from tensorcast.cost.stages import stage_layers
+from tensorcast.cost.stages import stages_alike
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run, unasked_exchange
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
@@ -56,8 +55,8 @@ class Stages(NamedTuple):
     no such stage; each one's layers, of how many stages its pipeline is, and its layers of each kind."""
 
     weights: Array
-    layers: list[slice]
-    pipelines: list[int]
+    layers: tuple[slice, ...]
+    pipelines: tuple[int, ...]
     counts: Mapping[int, Array]
 
 
@@ -219,9 +218,9 @@ class Deployment:
         held = np.broadcast_to(sequences * room, (count, *shape))
         if count == 1:
             return np.broadcast_to(weights[0], shape) + self.tower_bytes, held[0]
-        fullest = (weights + held).argmax(axis=0)[None]
-        weights = np.take_along_axis(np.broadcast_to(weights, held.shape), fullest, axis=0)[0]
-        return weights + self.tower_bytes, np.take_along_axis(held, fullest, axis=0)[0]
+        fullest = (weights + held).argmax(axis=0)
+        where = fullest if not shape else (fullest, *np.ogrid[tuple(map(slice, shape))])
+        return np.broadcast_to(weights, held.shape)[where] + self.tower_bytes, held[where]
 
     @cached_property
     def packed(self) -> list[PackedCache | None]:
@@ -247,25 +246,21 @@ class Deployment:
         if exchange is not None and exchange.copies is not None and np.all(np.greater(layout.dp, 1)):
             local = float(self.raw.facts.num_experts + exchange.copies)
         padding = mxfp4_padding(self.device.architecture) if self.engine.pads_hidden else (1, 1)
-        found: dict[tuple[int, ...], tuple[slice, bool, bool]] = {}
-        for pp in sorted({*np.ravel(layout.pp).astype(int).tolist()}):
-            stages = stage_layers(len(self.raw.layer_kinds), pp, self.engine.pipeline_split)
-            stages[-1] = slice(stages[-1].start, len(table.layer_kinds))
-            for i, layers in enumerate(stages):
-                first, last = i == 0, i == len(stages) - 1
-                found.setdefault((pp, first, last, *sorted(table.layer_kinds[layers])), (layers, first, last))
-        every, pipelines = [*found.values()], [pp for pp, *_ in found]
+        pps = tuple(sorted({*np.ravel(layout.pp).astype(int).tolist()}))
+        every, pipelines, ends, counts = stages_alike(
+            table.layer_kinds, len(self.raw.layer_kinds), pps, self.engine.pipeline_split
+        )
         weights = weights_of_stages(
-            table, self.quantization, layout.ep, layout.etp, every, local_experts=local, padding=padding
+            table, self.quantization, layout.ep, layout.etp, layers=counts, ends=ends, local_experts=local,
+            padding=padding,
         )
         if self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
             joined = 2.0 * 2.0 * self.raw.facts.hidden_size ** 2
             drafter = self.step.drafter
-            weights[[last for _, _, last in every]] += joined if drafter is None else drafter.weight_bytes
+            weights[ends[1] > 0] += joined if drafter is None else drafter.weight_bytes
         if isinstance(layout.pp, np.ndarray):
             weights = np.where(np.not_equal.outer(pipelines, layout.pp), -np.inf, weights)
-        their = [layers for layers, _, _ in every]
-        return Stages(weights, their, pipelines, layers_of(table, their))
+        return Stages(weights, every, pipelines, counts)
 
     def _communication_bytes(self, tokens: Size, sizes: Sizes) -> Size:
         """Receive buffers of the MoE exchange; collectives' own buffers are in the engine's reserve."""

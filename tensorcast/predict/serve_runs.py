@@ -53,11 +53,6 @@ class _Row:
         """Data-parallel ranks that decode."""
         return self.run.workers[1] * self.decode.layout.dp
 
-    @property
-    def largest(self) -> float:
-        """Most sequences that may decode on a rank."""
-        return float(self.traffic.concurrency) / self.decode_ranks
-
 
 def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = None) -> list[ServingMetrics]:
     """What each of ``runs`` serves, per replica; a run that cannot be says why in ``problem``.
@@ -69,7 +64,7 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
     deployed = _Deployed(engine or _engine)
     order = sorted(range(len(runs)), key=lambda i: (runs[i].device, runs[i].served_by))
     for start in range(0, len(order), TOGETHER):
-        rows, fits = list[_Row](), dict[int, float]()
+        rows, most = list[_Row](), dict[int, float]()
         for i in order[start : start + TOGETHER]:
             run = runs[i]
             try:
@@ -83,28 +78,28 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
                 continue
             rows.append(row)
             unasked = math.inf if run.unlimited else row.decode.unasked_sequences
-            fits[i] = min(float(room), run.max_sequences or unasked)
+            fits = min(float(room), run.max_sequences or unasked)
+            most[i] = min(float(row.traffic.concurrency) / row.decode_ranks, fits)
         if rows:
-            found |= zip(fits, _served(rows, list(fits.values())), strict=True)
+            found |= zip(most, _served(rows, np.array([*most.values()])), strict=True)
         deployed.made.clear()
     return [found[i] for i in range(len(runs))]
 
 
-def _served(rows: list[_Row], fits: list[float]) -> list[ServingMetrics]:
-    """What rows serve that have room for ``fits`` sequences on a rank."""
+def _served(rows: list[_Row], most: Array) -> list[ServingMetrics]:
+    """What rows serve on whose ranks so many sequences decode at ``most``."""
     alike: dict[tuple[str, str, str, bool, float], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         steps = row.decode.engine.arrival_wait_steps
         alike[row.run.served_by, row.run.mode, row.run.frontend, row.cut.per_step <= 1, steps].append(i)
-    costs, curves = _priced(rows)
+    costs, curves = _priced(rows, most)
     found: dict[int, ServingMetrics] = {}
     for (_, mode, *_), members in alike.items():
         at, some = np.array(members), [rows[i] for i in members]
         pools = mode == "disaggregated"
         model = (_disaggregated if pools else _aggregated)(some, costs.where(at), replace(curves, rows=at))
         users = np.asarray(model.traffic.concurrency)
-        limit = np.minimum(users / model.decode_ranks, np.array([fits[i] for i in members]))
-        metrics = model.metrics(model.steady_batch(limit, users), users)
+        metrics = model.metrics(model.steady_batch(most[at], users), users)
         found |= {i: metrics.one(k) for k, i in enumerate(members)}
     return [found[i] for i in range(len(rows))]
 
@@ -205,9 +200,9 @@ def load_profiles(run: Run) -> tuple[ModelProfile, DeviceProfile]:
     return _model(run.model), _device(run.device)
 
 
-def _priced(rows: list[_Row]) -> tuple[PrefillCosts, DecodeCurve]:
-    """Prefill costs and decode curves, an entry per row; no curve is read beyond the grid that it was priced on. Rows
-    of one deployment are priced together, and their kernels' fitted models asked once for both phases."""
+def _priced(rows: list[_Row], most: Array) -> tuple[PrefillCosts, DecodeCurve]:
+    """Prefill costs and decode curves, an entry per row; no curve is read beyond ``most`` sequences, up to which it is
+    priced. Rows of one deployment are priced together, and their kernels' fitted models asked once for both phases."""
     asked: list[Asked] = []
     prefills, decodes = (_parts(rows, of) for of in (lambda row: row.prefill, lambda row: row.decode))
     cuts = [[rows[i].cut for i in part] for part in prefills]
@@ -215,7 +210,7 @@ def _priced(rows: list[_Row]) -> tuple[PrefillCosts, DecodeCurve]:
         batch = np.array([cut.batches for cut in several])
         tokens, past = (np.array([[getattr(cut, name)] for cut in several]) for name in ("tokens", "past"))
         asked.append((rows[part[0]].prefill.step, batch, tokens, past))
-    grids = [GRID[: int(np.searchsorted(GRID, max(rows[i].largest for i in part))) + 1] for part in decodes]
+    grids = [GRID[: int(np.searchsorted(GRID, most[part].max())) + 1] for part in decodes]
     for part, grid in zip(decodes, grids, strict=True):
         decode = rows[part[0]].decode  # a step that decodes has a sequence, however few there are in the mean
         least = np.maximum(grid, 1 / decode.layout.dp)

@@ -53,10 +53,11 @@ def cache_dir() -> Path | None:
     chosen = os.environ.get("TENSORCAST_CACHE", "")
     if chosen.lower() == "off":
         return None
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tensorcast"
+    return _path(chosen or f"{os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')}/tensorcast")
+
+
+_path = functools.cache(Path)
+"""One object for a folder that is asked for again and again."""
 
 
 @functools.cache

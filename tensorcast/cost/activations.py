@@ -17,12 +17,16 @@ def activation_bytes(table: OpTable, sizes: Sizes) -> Size:
     amounts, moments = _liveness(table)
     if not amounts:
         return 0.0
-    each = np.broadcast_arrays(*(
+    held = [
         reduce(np.maximum, [coef * math.prod([dim.at(sizes) for dim in factors], start=1.0) for factors, coef in some])
         for some in amounts
-    ))
-    live: Array = moments @ np.reshape(each, (len(each), -1))
-    peak: Size = live.max(axis=0).reshape(each[0].shape)[()]
+    ]
+    shape = np.broadcast_shapes(*{np.shape(one) for one in held})
+    each = np.empty((len(held), *shape))
+    for i, one in enumerate(held):
+        each[i] = one
+    live: Array = moments @ each.reshape(len(held), -1)
+    peak: Size = live.max(axis=0).reshape(shape)[()]
     return peak
 
 
@@ -108,11 +112,9 @@ def _liveness(table: OpTable) -> tuple[list[_Amount], Array]:
             live[storage] = number, coef = places[every]
             more.append((i, number, coef))
     more += [(last[storage] + 1, number, -coef) for storage, (number, coef) in live.items()]
-    moments = np.zeros((len(table.ops) + 1, len(numbers)))
-    if more:
-        rows, columns, coefs = zip(*more, strict=True)
-        np.add.at(moments, (list(rows), list(columns)), coefs)
-    moments = moments.cumsum(axis=0)
+    shape = len(table.ops) + 1, len(numbers)
+    where = np.array([i * shape[1] + number for i, number, _ in more], dtype=int)
+    moments = np.bincount(where, [coef for *_, coef in more], math.prod(shape)).reshape(shape).cumsum(axis=0)
     moments = moments[:-1][(moments[:-1] > moments[1:]).any(axis=1)]  # others have no more than the next one
     moments = moments[np.argsort(-moments.sum(axis=1), kind="stable")]
     beaten = np.tril((moments[:, None] <= moments[:COMPARED]).all(axis=-1), -1).any(axis=1)  # by one before

@@ -60,13 +60,19 @@ class Context:
     def precision(self, op: Op, output: Tensor) -> Precision:
         """How the row's matmul runs here: MXFP4 weights are unpacked to bf16 where there is no FP4 arithmetic."""
         scheme: Scheme = SCHEMES[op.attrs.get("scheme", "bf16")]
-        name = self.mxfp4 if scheme.kernel == "mxfp4" else scheme.kernel
+        name = matmul_dtype(op, self.mxfp4)
         activation = next((t for t in op.inputs if not t.weight), op.inputs[0])
         weight_bytes = scheme.weight_bytes
         if scheme.name == "bf16":
             weight_bytes = next((DTYPE_BYTES[t.dtype] for t in op.inputs if t.weight and len(t.dims) > 1), 2.0)
         activation_bytes = scheme.activation_bytes if scheme.quantizes_activation else DTYPE_BYTES[activation.dtype]
         return Precision(name, name, weight_bytes, activation_bytes, DTYPE_BYTES[output.dtype])
+
+
+def matmul_dtype(op: Op, mxfp4: str) -> str:
+    """What kernels call the precision of a matmul, on a device that calls MXFP4 weights ``mxfp4``."""
+    kernel: str = SCHEMES[op.attrs.get("scheme", "bf16")].kernel
+    return mxfp4 if kernel == "mxfp4" else kernel
 
 
 Formula = Callable[[Op, Context], list[Work]]

@@ -240,27 +240,22 @@ def expert_load(
         )
     if not routing.group_exponent or num_experts % groups:
         groups = 1
-    popular = np.arange(1, num_experts // groups + 1, dtype=float) ** -routing.exponent
-    of_groups = np.arange(1, groups + 1, dtype=float) ** -routing.group_exponent
-    q = inclusion(np.outer(of_groups, popular).ravel(), top_k)
     noise = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
-    popularities = [q]
-    if routing.exponent:
-        generator = np.random.default_rng(seed)
-        drawn = range(PLACEMENTS[policy in KNOWING])
-        popularities = [
-            generator.permutation(generator.permuted(q.reshape(groups, -1), axis=1)).ravel()
-            if groups > 1 else generator.permutation(q) for _ in drawn
-        ]  # fmt: skip
+    popularities = _popularities(
+        routing.exponent, routing.group_exponent, num_experts, top_k, groups, drawn=PLACEMENTS[policy in KNOWING],
+        seed=seed,
+    )
     # each order is placed by itself where the policy knows it, else one placement is for all
     orders = [[one] for one in popularities] if policy in KNOWING else [popularities]
     found: list[tuple[float, Array, Placement]] = []
     for some in orders:
         placement = place(some[0], ranks, redundant, nodes, groups)
         share = (np.array(some) / placement.replica_counts)[:, np.asarray(placement.physical_to_logical)]
-        held = np.split(share, np.cumsum(placement.experts_per_rank)[:-1], axis=1)
-        loads = np.stack([experts.sum(axis=1) for experts in held])  # [ranks, orders]
-        found += [(float(loads[rank, i]), held[rank][i], placement) for i, rank in enumerate(loads.argmax(axis=0))]
+        ends = np.cumsum(placement.experts_per_rank)
+        until = np.pad(np.cumsum(share, axis=1), ((0, 0), (1, 0)))[:, [0, *ends]]
+        for own, rank in zip(share, np.diff(until, axis=1).argmax(axis=1), strict=True):
+            held = own[ends[rank] - placement.experts_per_rank[rank] : ends[rank]]
+            found.append((float(held.sum()), held, placement))
     found.sort(key=lambda one: one[0])
     _, busiest, placement = found[len(found) // 2]
     chances, alike = np.unique(busiest, return_counts=True)
@@ -268,6 +263,23 @@ def expert_load(
         share=float(busiest.sum()) / top_k, top_k=top_k, ranks=ranks, busiest=chances, alike=alike, noise=noise,
         local_experts=max(placement.experts_per_rank) + fused, fused=fused, likeness=routing.likeness,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _popularities(
+    exponent: float, group_exponent: float, num_experts: int, top_k: float, groups: int, *, drawn: int, seed: int
+) -> list[Array]:
+    """Chances that a token picks each expert, in so many orders ``drawn`` where they differ; whatever the ranks."""
+    popular = np.arange(1, num_experts // groups + 1, dtype=float) ** -exponent
+    of_groups = np.arange(1, groups + 1, dtype=float) ** -group_exponent
+    q = inclusion(np.outer(of_groups, popular).ravel(), top_k)
+    if not exponent:
+        return [q]
+    generator = np.random.default_rng(seed)
+    return [
+        generator.permutation(generator.permuted(q.reshape(groups, -1), axis=1)).ravel()
+        if groups > 1 else generator.permutation(q) for _ in range(drawn)
+    ]  # fmt: skip
 
 
 def _recorded(

@@ -24,12 +24,12 @@ from tensorcast.cost.memory import (
 )
 from tensorcast.cost.stages import stages_alike
 from tensorcast.cost.work import Array, Size
-from tensorcast.deploy.engine_limits import Kernels, engine_can_run, unasked_exchange
+from tensorcast.deploy.engine_limits import engine_can_run, unasked_exchange
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS, broken_exchange
 from tensorcast.deploy.layout import Layout, attention_dp, broken_parts, check
 from tensorcast.deploy.options import Options, Place, check_options, idle_options
 from tensorcast.deploy.plan.context import context_cut, prompt_cut
-from tensorcast.deploy.plan.kernels import expert_sources
+from tensorcast.deploy.plan.kernels import expert_sources, kernels_of
 from tensorcast.deploy.plan.memory_share import memory_share
 from tensorcast.deploy.plan.plan import block_form, choose_all2all, make_plan
 from tensorcast.deploy.plan.switches import as_asked, served_with
@@ -335,7 +335,7 @@ def deploy(
     if whole.cuts or engine.lacking:
         problem = engine_can_run(
             engine.name, layout, whole.facts, options, cuts=whole.cuts, any_engine=True,
-            kernels=Kernels(engine.lacking, device.architecture, model.config, whole),
+            kernels=kernels_of(engine, device.architecture, model.config, whole),
         )
         if problem:
             raise InputError(f"layout {layout}: {engine.name} {engine.version} cannot run it: {problem}")

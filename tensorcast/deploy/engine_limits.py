@@ -5,47 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
 from tensorcast.deploy.exchange_kernels import DEEPEP, EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import BALANCED, Options
-from tensorcast.profiles.config_values import is_one_of, text_of
+from tensorcast.deploy.plan.kernels import Kernels
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.facts import ModelFacts
-from tensorcast.profiles.kernels import Lacking
-from tensorcast.profiles.memory import is_latent
-from tensorcast.trace.cache import WholeModel
 from tensorcast.trace.cuts import HALVED_DOWN_TO, Cut
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What a model needs kernels for. ``lacking``: what the engine's profile says that it has none for, by device."""
-
-    lacking: tuple[Lacking, ...]
-    architecture: str
-    config: dict[str, Any]
-    whole: WholeModel
-
-    @cached_property
-    def missed(self) -> list[Lacking]:
-        """What is lacking that this model needs here, in some layouts and with some options at least."""
-        config, stored, facts = self.config, self.whole.stored, self.whole.facts
-        latent = is_latent(config) or bool(facts.compress_ratios)
-        attention = {"": True, "sparse": bool(facts.indexer_width) and latent}
-        experts = {stored.experts.name, stored.experts.kernel} if facts.num_experts else set[str]()
-        text = text_of(config)
-        shared = (text.get("index_topk_freq") or 1) > 1 or "shared" in (text.get("indexer_types") or ())
-        return [
-            one for one in self.lacking
-            if (not one.devices or self.architecture.lower() in one.devices) and attention.get(one.attention, latent)
-            and is_one_of(one.models, config) and not (one.but_models and is_one_of(one.but_models, config))
-            and (not one.methods or stored.method in one.methods)
-            and (not one.linear or not {stored.linear.name, stored.linear.kernel}.isdisjoint(one.linear))
-            and (not one.experts or not experts.isdisjoint(one.experts)) and (shared or not one.shared_choices)
-        ]
 
 
 @dataclass(frozen=True)

@@ -279,78 +279,79 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
         if least is not None and value < least:
             return "valid numbers", f"{flag(name)} {value} must be at least {least}"
     of_experts = [] if facts.num_experts else [n for n in OPTIONS if ABOUT[n].of_experts and _chosen(o, n)]
-    flags, verb = " and ".join(map(flag, of_experts)), "does" if len(of_experts) == 1 else "do"
     travel, n = all2all in EXCHANGES, o.external_shared_experts
     uneven = broken_stages(o.pp_partition, layout.pp, facts.layers) if o.pp_partition else ""
     physical, ranks = facts.num_experts + o.redundant_experts, layout.ep - n
-    rules = (
-        *(
-            ("valid numbers", getattr(o, name) in words,
-             f"{flag(name)} {getattr(o, name)!r}: must be {' or '.join(words)}")
-            for name, words in SWITCHED.items()
-        ),
+    for name, words in SWITCHED.items():
+        if (value := getattr(o, name)) not in words:
+            return "valid numbers", f"{flag(name)} {value!r}: must be {' or '.join(words)}"
+    rules: tuple[tuple[str, object, Callable[[], str]], ...] = (
         (
             "valid numbers", o.memory_fraction is None or 0 < o.memory_fraction <= 1,
-            f"--memory-fraction {o.memory_fraction}: must be a share above 0 and up to 1",
+            lambda: f"--memory-fraction {o.memory_fraction}: must be a share above 0 and up to 1",
         ),
-        ("experts to place", not of_experts, f"the model has no experts: {flags} {verb} not apply"),
+        (
+            "experts to place", not of_experts,
+            lambda: f"the model has no experts: {' and '.join(map(flag, of_experts))} "
+            f"{'does' if len(of_experts) == 1 else 'do'} not apply",
+        ),
         (
             "tokens to split", not o.split_tokens_over_tp or (layout.dp == 1 < layout.tp and layout.etp == 1),
-            f"--split-tokens-over-tp is for dp = 1 and ep = tp > 1, not {layout}",
+            lambda: f"--split-tokens-over-tp is for dp = 1 and ep = tp > 1, not {layout}",
         ),
         (
             "tokens to split", not o.split_tokens_over_tp or travel,
-            f"--split-tokens-over-tp: tokens must travel; use --all2all {', '.join(EXCHANGES)}, not {all2all}",
+            lambda: f"--split-tokens-over-tp: tokens must travel; use --all2all {', '.join(EXCHANGES)}, not {all2all}",
         ),
         (
             "external shared experts", not n or facts.shared_experts,
-            f"--external-shared-experts {n}: the model has no shared expert",
+            lambda: f"--external-shared-experts {n}: the model has no shared expert",
         ),
         (
             "external shared experts", not n or travel,
-            f"--external-shared-experts {n}: tokens must travel to it; use dp > 1, ep = tp*dp and an all-to-all "
-            f"({', '.join(EXCHANGES)}), not {all2all}",
+            lambda: f"--external-shared-experts {n}: tokens must travel to it; use dp > 1, ep = tp*dp and an "
+            f"all-to-all ({', '.join(EXCHANGES)}), not {all2all}",
         ),
         (
             "external shared experts", not n or n < layout.ep,
-            f"--external-shared-experts {n} leaves none of ep = {layout.ep} ranks for routed experts",
+            lambda: f"--external-shared-experts {n} leaves none of ep = {layout.ep} ranks for routed experts",
         ),
         (
             "redundant experts",
             not o.redundant_experts or not o.placement.startswith(BALANCED) or ranks <= 0 or not physical % ranks,
-            f"{physical} experts and copies do not divide over {ranks} ranks, as --placement eplb needs",
+            lambda: f"{physical} experts and copies do not divide over {ranks} ranks, as --placement eplb needs",
         ),
         (
             "overlap needs an exchange", not o.dual_batch_overlap or (
                 all2all in ("high_throughput", "low_latency") and not inside_experts(o.all2all)
             ),
-            "--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is "
+            lambda: "--dual-batch-overlap hides high_throughput or low_latency exchanges, and here it is "
             f"{o.all2all if inside_experts(o.all2all) else all2all}",
         ),
-        ("layers of stages", not uneven, uneven),
+        ("layers of stages", not uneven, lambda: uneven),
         (
             "drafts of a step", o.mtp_depth <= MOST_DRAFTED,
-            f"--mtp-depth {o.mtp_depth}: at most {MOST_DRAFTED} tokens are drafted at once",
+            lambda: f"--mtp-depth {o.mtp_depth}: at most {MOST_DRAFTED} tokens are drafted at once",
         ),
         (
             "drafts need a module", not o.mtp_depth or facts.mtp_modules or o.speculative_method != "mtp",
-            f"--mtp-depth {o.mtp_depth}: the model's config has no multi-token prediction module",
+            lambda: f"--mtp-depth {o.mtp_depth}: the model's config has no multi-token prediction module",
         ),
         (
             "what drafts", o.speculative_method in DRAFTING,
-            f"--speculative-method {o.speculative_method!r}: must be one of {', '.join(DRAFTING)}",
+            lambda: f"--speculative-method {o.speculative_method!r}: must be one of {', '.join(DRAFTING)}",
         ),
         (
             "what drafts", o.speculative_method != "draft_model" or o.draft_model,
-            "--speculative-method draft_model: which one? Use --draft-model, as qwen3-0.6b",
+            lambda: "--speculative-method draft_model: which one? Use --draft-model, as qwen3-0.6b",
         ),
         (
             "what drafts", not o.draft_model or o.speculative_method not in ("mtp", "ngram"),
-            f"--draft-model {o.draft_model}: {o.speculative_method} has none; use --speculative-method eagle3, dflash, "
-            "dspark or draft_model",
+            lambda: f"--draft-model {o.draft_model}: {o.speculative_method} has none; use --speculative-method eagle3, "
+            "dflash, dspark or draft_model",
         ),
     )
-    return next(((name, says) for name, holds, says in rules if not holds), ("", ""))
+    return next(((name, says()) for name, holds, says in rules if not holds), ("", ""))
 
 
 MOST_DRAFTED = 128

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from tensorcast.cost.kernels.vocabulary import PRECISION, source_of
 from tensorcast.deploy.layout import Layout
+from tensorcast.profiles.config_values import is_one_of, text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.kernels import Lacking
+from tensorcast.profiles.memory import is_latent
+from tensorcast.trace.cache import WholeModel
 from tensorcast.trace.table import Op, with_attr
 
 MOST_SOURCES = 4096
-"""Models, engines and devices of which it is kept whose kernels run."""
+"""Models, engines and devices of which it is kept whose kernels run, and which are missed."""
 
 _sources: dict[tuple[Hashable, ...], tuple[object, object, dict[str, float]]] = {}
 
@@ -44,3 +49,45 @@ def attended_by(row: Op, kernels: str, as_cached: bool) -> Op:
         return row
     row = with_attr(row, "kernels", kernels) if kernels else row
     return with_attr(row, "as_cached", True) if as_cached else row
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a model needs kernels for. ``lacking``: what the engine's profile says that it has none for, by device."""
+
+    lacking: tuple[Lacking, ...]
+    architecture: str
+    config: dict[str, Any]
+    whole: WholeModel
+
+    @cached_property
+    def missed(self) -> list[Lacking]:
+        """What is lacking that this model needs here, in some layouts and with some options at least."""
+        config, stored, facts = self.config, self.whole.stored, self.whole.facts
+        latent = is_latent(config) or bool(facts.compress_ratios)
+        attention = {"": True, "sparse": bool(facts.indexer_width) and latent}
+        experts = {stored.experts.name, stored.experts.kernel} if facts.num_experts else set[str]()
+        text = text_of(config)
+        shared = (text.get("index_topk_freq") or 1) > 1 or "shared" in (text.get("indexer_types") or ())
+        return [
+            one for one in self.lacking
+            if (not one.devices or self.architecture.lower() in one.devices) and attention.get(one.attention, latent)
+            and is_one_of(one.models, config) and not (one.but_models and is_one_of(one.but_models, config))
+            and (not one.methods or stored.method in one.methods)
+            and (not one.linear or not {stored.linear.name, stored.linear.kernel}.isdisjoint(one.linear))
+            and (not one.experts or not experts.isdisjoint(one.experts)) and (shared or not one.shared_choices)
+        ]
+
+
+_kernels: dict[tuple[Hashable, ...], Kernels] = {}
+
+
+def kernels_of(engine: EngineProfile, architecture: str, config: dict[str, Any], whole: WholeModel) -> Kernels:
+    """What a model needs of an engine's kernels on a device of this ``architecture``: looked for once."""
+    key = id(engine.lacking), architecture, id(config), id(whole)
+    if key not in _kernels:
+        while len(_kernels) >= MOST_SOURCES:
+            del _kernels[next(iter(_kernels))]
+        # all that it is of stays alive in it, so that their ids stay their own
+        _kernels[key] = Kernels(engine.lacking, architecture, config, whole)
+    return _kernels[key]

@@ -66,7 +66,7 @@ Row = Op | Collective
 class Plan:
     """Rows of one rank's step, in order, how the MoE blocks exchange tokens, and how their matmuls run.
 
-    ``form``: on which tokens a rank works inside the blocks.
+    ``form``: on which tokens a rank works inside the blocks. ``joins``: norms run in the all-reduces before them.
     """
 
     rows: tuple[Row, ...]
@@ -75,6 +75,7 @@ class Plan:
     combine: Scheme
     backend: str
     form: BlockForm
+    joins: bool = False
 
 
 def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any, *, split: bool = False) -> str:
@@ -221,17 +222,18 @@ def make_plan(
     if layout.pp > 1:
         rows += moe["stages"]
     asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
-    alone = attention_dp(layout, table.facts.num_experts) == 1
+    alone, joins = attention_dp(layout, table.facts.num_experts) == 1, False
     if asked and (limits is None or (is_one_of(limits.models, config) and (alone or not limits.one_replica))):
-        _join_norms(rows, device, engine)
+        joins = _join_norms(rows, device, engine)
     if engine.attention is not None:
         kernels = engine.attention.unusual(device.architecture, config)
         as_cached = engine.attention.library(device.architecture, config) in engine.attention.as_cached
-        rows = [attended_by(row, kernels, as_cached) if isinstance(row, Op) else row for row in rows]
+        if kernels or as_cached:
+            rows = [attended_by(row, kernels, as_cached) if isinstance(row, Op) else row for row in rows]
     backend = choose_experts_backend(options.experts_backend, exchange.all2all, engine, device, table.phase)
     return Plan(
         rows=tuple(rows), all2all=exchange.all2all, dispatch=exchange.dispatch, combine=exchange.combine,
-        backend=backend, form=form,
+        backend=backend, form=form, joins=joins,
     )
 
 
@@ -257,7 +259,7 @@ def exchange_of(
     """
     split, dispatch, facts = options.split_tokens_over_tp, options.dispatch, table.facts
     chosen = choose_all2all(options.all2all, layout, engine, table.phase, split=split)
-    experts = next((op for op in table.ops if op.name == "grouped_matmul"), None)
+    experts = next(iter(expert_matmuls(table).values()), None)
     if dispatch is not None and dispatch not in SCHEMES:
         raise unknown_name("--dispatch dtype", dispatch, SCHEMES)
     scheme = SCHEMES[dispatch or (experts.attrs.get("scheme", "bf16") if experts else "bf16")]
@@ -299,12 +301,24 @@ class _Sent(NamedTuple):
 
 
 @per_table
+def moe_blocks(table: OpTable) -> dict[int, str]:
+    """Layer kind -> path of its MoE block."""
+    return blocks_of(table.ops)
+
+
+@per_table
+def expert_matmuls(table: OpTable) -> dict[str, Op]:
+    """Experts' matmuls by projection: of kinds of layers that have experts the last one's."""
+    return {op.attrs["projection"]: op for op in table.ops if op.name == "grouped_matmul"}
+
+
+@per_table
 def _sites(table: OpTable) -> tuple[dict[int, tuple[Op, frozenset[str]]], dict[int, str]]:
     """Ops before or after which something may be communicated, by position, with what may; MoE blocks by layer kind.
 
     Experts are over with their last op, a block with its own. Found once: plans of a table are many.
     """
-    blocks = blocks_of(table.ops)
+    blocks = moe_blocks(table)
     found: dict[int, set[str]] = {}
     ends: dict[tuple[str, int], int] = {}
     for i, op in enumerate(table.ops):
@@ -329,8 +343,10 @@ def _rows_of(op: Op) -> tuple[Literal["token", "sequence"], float]:
     return "token" if rows.S else "sequence", rows.coef
 
 
-def _join_norms(rows: list[Row], device: DeviceProfile, engine: EngineProfile) -> None:
-    """A norm right after a small all-reduce inside one node runs in its kernel: attrs say up to how many tokens."""
+def _join_norms(rows: list[Row], device: DeviceProfile, engine: EngineProfile) -> bool:
+    """A norm right after a small all-reduce inside one node runs in its kernel: attrs say up to how many tokens.
+    Whether any does."""
+    joins = False
     for i, before in enumerate(rows[:-1]):
         if not isinstance(before, Collective) or before.op != "all_reduce" or len(before.extent) > 1:
             continue
@@ -343,6 +359,8 @@ def _join_norms(rows: list[Row], device: DeviceProfile, engine: EngineProfile) -
         if engine.allreduce_norm is not None:
             limit = engine.allreduce_norm.limit_bytes(device, before.ranks, scale)
         rows[i + 1] = with_attr(row, "joined_tokens", limit / scale)
+        joins = joins or limit > 0
+    return joins
 
 
 def _moe_collectives(

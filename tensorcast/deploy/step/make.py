@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tensorcast.cost.formulas import Context
+from tensorcast.cost.formulas import matmul_dtype
 from tensorcast.cost.kernels.corrections import corrections_for
 from tensorcast.cost.layer_loads import LayerLoads
 from tensorcast.cost.roofline import constants_for
@@ -14,16 +14,14 @@ from tensorcast.cost.routing import ExpertLoad, Routing, expected_distinct, expe
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan.plan import Plan
+from tensorcast.deploy.plan.plan import Plan, expert_matmuls, moe_blocks
 from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.row_prices import EXPERTS_CALL, RowPricer
 from tensorcast.deploy.step.sizes import StepSizes
 from tensorcast.deploy.step.step import Step
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.trace.dims import Sizes
-from tensorcast.trace.moe import blocks_of
-from tensorcast.trace.table import Op, OpTable
+from tensorcast.trace.table import OpTable
 
 if TYPE_CHECKING:
     from tensorcast.deploy.step.drafter import Drafter
@@ -35,7 +33,7 @@ vLLM's and SGLang's keep the router's groups on nodes."""
 
 def moe_layers(table: OpTable) -> tuple[int, ...]:
     """Numbers of the layers with experts."""
-    blocks = blocks_of(table.ops)
+    blocks = moe_blocks(table)
     return tuple(i for i, kind in enumerate(table.layer_kinds) if kind in blocks)
 
 
@@ -100,7 +98,7 @@ def make_step(
     # tokens of the largest step that is replayed from a graph
     whole = captured and (not decode or engine.decode_graphs == "full")
     most = math.inf if whole else prefill_graph_tokens if captured or not decode else 0
-    matmuls = {r.attrs["projection"]: r for r in plan.rows if isinstance(r, Op) and r.name == "grouped_matmul"}
+    matmuls = expert_matmuls(table)
     gated = 1.0  # where experts' first matmul makes gate and up; 0 where there is no gate
     if len(matmuls) > 1:
         wide, narrow = matmuls["up"].outputs[0].dims[-1].coef, matmuls["down"].inputs[0].dims[-1].coef
@@ -122,7 +120,7 @@ def make_step(
     apart = device.experts_held  # or its kernels alone
     one_call = plan.backend == "grouped_mm" and options.fusion == "engine" and bool(engine.fusions)
     for op in matmuls.values():
-        dtype = Context(Sizes(1.0, 1.0, 0.0), mxfp4=mxfp4).precision(op, op.outputs[0]).name
+        dtype = matmul_dtype(op, mxfp4)
         _, kernel, _ = corrections.question("grouped_gemm", dtype, "", {"rows": 1.0})
         constants, _ = constants_for(device, "grouped_gemm", dtype, kernel[0] if kernel else engine.name)
         one_call = one_call and (apart is not None or bool(constants.row_s or constants.element_s))
@@ -131,7 +129,7 @@ def make_step(
         graph_tokens=0.0 if eager else float(most), tp=layout.tp, ep=layout.ep, etp=layout.etp, gated=gated,
         balanced=options.routing == "balanced", sources=sources or {}, distinct=distinct,
         held=frozenset() if not one_call else EXPERTS_CALL if apart is None else frozenset(("products", *apart)),
-        joins=any(row.attrs.get("joined_tokens", 0.0) > 0 for row in plan.rows if isinstance(row, Op)),
+        joins=plan.joins,
     )
     staged = halved is not None and ("decode" if decode else "prefill") in halved.two_stages
     overlap = Overlap.of(plan, table, engine, options, captured, staged=staged)

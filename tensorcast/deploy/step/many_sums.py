@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +15,7 @@ from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.step.price import StepPrice, Tally, Where
 from tensorcast.deploy.step.sizes import Batches
 from tensorcast.deploy.step.step import Step
-from tensorcast.deploy.step.sums import Recipe, sums_at
+from tensorcast.deploy.step.sums import Recipe, Sums, sums_at
 
 Places = NDArray[np.int_]
 
@@ -40,13 +41,14 @@ class StepCases:
 
     @property
     def alike(self) -> Hashable:
-        """What steps have in common that are composed as one, but for the families of their kernels."""
+        """What steps have in common that are composed as one, whatever their rows."""
         step, at, hides = self.step, self.at, self.step.overlap
-        shared = [kind for kind, places in hides.positions.items() if "shared" in places]
+        kinds = [(kind, "shared" in places) for kind, places in sorted(hides.positions.items())]
         return (
-            id(self.recipe.weights), tuple(self.rows), id(step.pricer.engine), step.sizes.decode, at.pp, at.mtp_depth,
-            at.draft is None, at.chunk is at.whole, id(step.drafter), step.table.layer_kinds, step.pricer.device.vendor,
-            hides.external, hides.contention, hides.stream_tokens, hides.staged, hides.inside, *shared,
+            id(step.pricer.engine), step.sizes.decode, at.pp, at.mtp_depth, at.draft is None,
+            tuple([part.drafts for part in self.recipe.parts]), id(step.drafter), step.table.layer_kinds,
+            step.pricer.device.vendor, hides.external, hides.contention, hides.stream_tokens, hides.staged,
+            hides.inside, *kinds,
         )  # fmt: skip
 
     def stand(self, where: Where) -> Places:
@@ -58,26 +60,18 @@ class StepCases:
 
 
 class Numbers:
-    """Numbers of the prices of steps' rows, ``[4, prices x cases]``: seconds, those in which neither arithmetic nor
-    memory is busy, relative errors and levels. Those of steps that are composed as one stand together, by price."""
+    """Numbers of the prices of steps' rows, ``[4, prices x cases]`` of each step: seconds, those in which neither
+    arithmetic nor memory is busy, relative errors and levels."""
 
     def __init__(self, steps: Sequence[StepCases]) -> None:
-        groups: dict[Hashable, list[int]] = {}
-        for i, one in enumerate(steps):
-            groups.setdefault(one.alike, []).append(i)
-        self._steps, self._groups = steps, list(groups.values())
-        self._from, self._stride = np.empty(len(steps), dtype=int), np.empty(len(steps), dtype=int)
-        end = 0
-        for members in self._groups:
-            lengths = [steps[i].cases for i in members]
-            ends = np.cumsum(lengths)
-            self._from[members], self._stride[members] = end + ends - lengths, ends[-1]
-            end += int(ends[-1]) * steps[members[0]].prices
-        self._values = np.empty((4, end))
+        self._steps, self._cases = steps, np.array([one.cases for one in steps])
+        sizes = self._cases * [one.prices for one in steps]
+        self._from = np.cumsum(sizes) - sizes
+        self._values = np.empty((4, sizes.sum()))
 
     def places(self, steps: Sequence[int], prices: Sequence[int]) -> Places:
         """Where the numbers of a price of each step stand, the first of its cases."""
-        return self._from[steps] + np.array(prices) * self._stride[steps]
+        return self._from[steps] + np.array(prices) * self._cases[steps]
 
     def put(self, places: Places, *values: Size) -> None:
         """Seconds, waits, errors and levels."""
@@ -88,30 +82,27 @@ class Numbers:
         self, families: Callable[[int], tuple[str, ...]], cases: Mapping[str, Array]
     ) -> Iterator[tuple[int, StepPrice]]:
         """Steps by their numbers. ``families``: those of a step's prices; ``cases``: sizes of all cases."""
-        tokens = cases["B"] * cases["S"]
-        for members in self._groups:
-            first, width = members[0], self._stride[members[0]]
-            start, prices = self._from[first], self._steps[first].prices
-            whole = self._values[:, start : start + width * prices].reshape(4, prices, width)
-            same: dict[tuple[str, ...], list[int]] = {}
-            for i in members:
-                same.setdefault(families(i), []).append(i)
-            for names, some in same.items():
-                steps, own = [self._steps[i] for i in some], whole
-                if len(some) < len(members):
-                    starts = (self._from[i] - start for i in some)
-                    own = np.concatenate(
-                        [whole[..., at : at + one.cases] for at, one in zip(starts, steps, strict=True)], axis=-1
-                    )
-                yield from _composed(steps, own, names, tokens)
+        tokens, groups = cases["B"] * cases["S"], dict[Hashable, list[int]]()
+        for i, one in enumerate(self._steps):
+            groups.setdefault(one.alike, []).append(i)
+        for members in groups.values():
+            own = [families(i) for i in members]
+            names = {name: i for i, name in enumerate(dict.fromkeys(chain(*own)))}
+            sums = [self._sums(i, some, names) for i, some in zip(members, own, strict=True)]
+            yield from _composed([self._steps[i] for i in members], Sums.joined(sums), tokens)
+
+    def _sums(self, i: int, families: Sequence[str], names: Mapping[str, int]) -> Sums:
+        """Those of a step at its cases."""
+        one, start, cases = self._steps[i], self._from[i], int(self._cases[i])
+        numbers = self._values[:, start : start + one.prices * cases].reshape(4, one.prices, cases)[:, one.rows]
+        if one.at.chunk is not one.at.whole:
+            numbers[:2, one.recipe.chunked] *= np.broadcast_to(one.at.chunks, one.shape).ravel()
+        return sums_at(one.recipe, numbers, [names[families[place]] for place in one.rows], len(names))
 
 
-def _composed(
-    steps: Sequence[StepCases], numbers: Array, families: Sequence[str], tokens: Array
-) -> Iterator[tuple[int, StepPrice]]:
-    """Steps that differ in sizes alone; ``numbers [4, prices, cases]``, ``tokens`` of all cases."""
+def _composed(steps: Sequence[StepCases], sums: Sums, tokens: Array) -> Iterator[tuple[int, StepPrice]]:
+    """Steps that are composed alike; ``sums``: theirs, one step's cases after another's; ``tokens`` of all cases."""
     first = steps[0]
-    recipe, at, rows = first.recipe, first.at, first.rows
     starts = np.cumsum([0, *(one.cases for one in steps)])
     own = [one.stand(one.at.own) for one in steps]
     shapes = [one.shape for one in own]
@@ -124,24 +115,17 @@ def _composed(
     def placed(where: Sequence[Places]) -> Places:
         return np.concatenate([start + one.ravel() for start, one in zip(starts, where, strict=False)])
 
-    numbers = numbers[:, rows]
-    if at.chunk is not at.whole:
-        chunks = [np.broadcast_to(one.at.chunks, one.shape).ravel() for one in steps]
-        numbers[:2, recipe.chunked] *= np.concatenate(chunks)
-    sums = sums_at(recipe, numbers, [families[place] for place in rows], (numbers.shape[-1],))
-    later, standing = sum(not part.drafts for part in recipe.parts), placed(own)
-    here = sums.at(standing, slice(later))
-    drafts = here
-    if at.draft is not None:
+    later, standing = sum(not part.drafts for part in first.recipe.parts), placed(own)
+    here = drafts = sums.at(standing, slice(later))
+    if first.at.draft is not None:
         drafts = sums.at(placed([one.stand(one.at.draft) for one in steps]), slice(later, None))
     tokens = np.concatenate([tokens[one.case : one.case + one.cases] for one in steps])[standing]
     parts = {name: column([getattr(one.at, name) for one in steps]) for name in ("micro", "dual", "halves")}
     hidden = first.step.overlap.hidden(here.layers, here.busy, tokens, parts["dual"])
-    at = at._replace(**parts)
+    at = first.at._replace(**parts)
     every = [*here.by_part(), *drafts.by_part()] if at.draft is not None else here.by_part()
     totals = here.totals(every, first.step.times(at))
-    price = first.step.composed(totals, hidden, at, column([one.batch for one in steps]))
-    end = 0
+    price, end = first.step.composed(totals, hidden, at, column([one.batch for one in steps])), 0
     for one, shape in zip(steps, shapes, strict=True):
         some = slice(end, end := end + math.prod(shape))
         yield one.number, _some(price, some, shape)

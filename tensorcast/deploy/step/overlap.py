@@ -10,9 +10,9 @@ from tensorcast.cost.contention import CONTENTION, Contention, beside
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.exchange_kernels import inside_experts
 from tensorcast.deploy.options import Options
-from tensorcast.deploy.plan.plan import Collective, Plan, Row
+from tensorcast.deploy.plan.plan import Collective, Plan, Row, moe_blocks
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.trace.moe import EXPERT_STAGES, blocks_of, is_shared
+from tensorcast.trace.moe import EXPERT_STAGES, is_shared
 from tensorcast.trace.table import Op, OpTable
 
 KIND_SUMS = ("rest", "shared", "experts", "dispatch", "combine", "before")
@@ -50,13 +50,13 @@ class Overlap:
         cls, plan: Plan, table: OpTable, engine: EngineProfile, options: Options, captured: bool, *,
         staged: bool = False,
     ) -> Overlap:
-        blocks = blocks_of(table.ops)
+        blocks = moe_blocks(table)
         apart = {} if table.facts.fused_experts else blocks  # of fused ones only a gate is left, ahead of the experts
         positions: dict[int, dict[str, list[int]]] = {}
         cores = {
             row.kind: i for i, row in reversed([*enumerate(plan.rows)])
             if isinstance(row, Op) and row.name in PER_SEQUENCE
-        }
+        } if staged else {}
         for i, row in enumerate(plan.rows):
             if row.kind in blocks:
                 place = _place(row, apart)

@@ -152,6 +152,14 @@ class Sums:
             found[name] = some if every else some[..., where]
         return Sums(**found)
 
+    @classmethod
+    def joined(cls, each: Sequence[Sums]) -> Sums:
+        """Of several steps, one's cases after another's."""
+        if len(each) == 1:
+            return each[0]
+        every = zip(*(vars(one).values() for one in each), strict=True)
+        return cls(*(np.concatenate(values, axis=-1) for values in every))
+
     def by_part(self) -> list[PartSums]:
         """``among``, ``levels`` and ``errors`` of each part."""
         return list(zip(self.among, self.levels, self.errors, strict=True))
@@ -182,25 +190,22 @@ class Totals(NamedTuple):
     drafts: Size
 
 
-def sums_at(recipe: Recipe, numbers: Array, families: Sequence[str], shape: tuple[int, ...]) -> Sums:
-    """Of a recipe's rows at cases of this ``shape``: ``numbers [4, rows, cases]`` are seconds, those in which neither
-    arithmetic nor memory is busy, relative errors and levels."""
+def sums_at(recipe: Recipe, numbers: Array, families: Sequence[int], kinds: int) -> Sums:
+    """Of a recipe's rows at cases: ``numbers [4, rows, cases]`` are seconds, those in which neither arithmetic nor
+    memory is busy, relative errors and levels; ``families``: which of so many ``kinds`` each row is of."""
     weights, busy, calls = recipe.weights
     seconds, waits, errors, levels = numbers
-    parts, rows = calls.shape
-    of_row = {name: i for i, name in enumerate(dict.fromkeys(families))}
-    of_family = np.zeros((parts, len(of_row), rows))
-    of_family[:, [of_row[name] for name in families], range(rows)] = calls
-    by_level = np.concatenate([calls @ np.where(levels == level, seconds, 0.0) for level in range(len(LEVELS))])
-    every, kinds, places = weights @ seconds, recipe.layers, len(recipe.places)
-    layers = places + kinds * len(KIND_SUMS)
+    (parts, rows), cases = calls.shape, seconds.shape[-1]
+    of_family = np.zeros((parts, kinds, rows))
+    of_family[:, families, range(rows)] = calls
+    by_level = np.where(levels == np.arange(len(LEVELS))[:, None, None], seconds, 0.0)
+    every, layered, places = weights @ seconds, recipe.layers, len(recipe.places)
+    layers = places + layered * len(KIND_SUMS)
     return Sums(
-        places=every[:places].reshape(places, *shape),
-        layers=every[places:layers].reshape(kinds, len(KIND_SUMS), *shape),
-        busy=(busy @ (seconds - waits)).reshape(kinds, 2, *shape),
-        among=every[layers:].reshape(parts, len(AMONG), *shape),
-        levels=by_level.reshape(len(LEVELS), parts, *shape).swapaxes(0, 1),
-        errors=(of_family.reshape(-1, rows) @ (errors * seconds)).reshape(parts, len(of_row), *shape),
+        places=every[:places], layers=every[places:layers].reshape(layered, len(KIND_SUMS), cases),
+        busy=(busy @ (seconds - waits)).reshape(layered, 2, cases),
+        among=every[layers:].reshape(parts, len(AMONG), cases), levels=(calls @ by_level).swapaxes(0, 1),
+        errors=of_family @ (errors * seconds),
     )
 
 

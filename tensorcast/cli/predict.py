@@ -47,8 +47,8 @@ def predict(
     )] = None,
     result: Annotated[list[Path], typer.Option(
         "--result", metavar="FILE", show_default=False,
-        help="Result of vllm bench serve, sglang.bench_serving or TensorRT-LLM's: the table's one deployment is scored "
-        "at its load; again for more.",
+        help="Result of vllm bench serve, sglang.bench_serving, TensorRT-LLM's client, guidellm or aiperf: the table's "
+        "one deployment is scored at its load; again for more.",
     )] = [],  # noqa: B006 - typer's way of an option that may be given again
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes; short tables need one.")] = 2,
     columns: Annotated[bool, typer.Option("--columns", help="List the columns that are read, and leave.")] = False,

@@ -1,4 +1,9 @@
-"""Result files of engines' load generators, as measured rows of the deployment that they ran against."""
+"""Result files of load generators, as measured rows of the deployment that they ran against.
+
+Read are what engines' own clients write (vLLM 0.33.0, benchmarks/serve.py; SGLang 0.5.23, benchmark/serving.py;
+TensorRT-LLM, serve/scripts/benchmark_serving.py: all the same names), guidellm's ``benchmarks.json`` (0.8.1,
+benchmark/schemas/metrics.py) and aiperf's ``profile_export_aiperf.json`` (0.13.0, common/models/export_models.py).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +18,31 @@ from tensorcast.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-FIELDS = {
+ENGINES = {
     "measured_ttft_s": ("mean_ttft_ms", 1e-3), "measured_tpot_s": ("mean_tpot_ms", 1e-3),
-    "measured_output_tokens_per_s": ("output_throughput", 1.0),
+    "measured_output_tokens_per_s": ("output_throughput", 1.0), "requests": ("completed", 1.0),
 }
-"""Measured columns with their names and units in a result file. vLLM 0.33.0 (benchmarks/serve.py), SGLang 0.5.23
-(benchmark/serving.py) and TensorRT-LLM (serve/scripts/benchmark_serving.py) write the same names."""
+"""Columns with their names and units in a result of an engine's own client."""
+
+AIPERF = {
+    "measured_ttft_s": ("time_to_first_token.avg", 1e-3), "measured_tpot_s": ("inter_token_latency.avg", 1e-3),
+    "measured_output_tokens_per_s": ("output_token_throughput.avg", 1.0), "requests": ("request_count.avg", 1.0),
+    "isl": ("input_sequence_length.avg", 1.0), "osl": ("output_sequence_length.avg", 1.0),
+}
+"""The same of aiperf, whose inter-token latency is a request's time after the first token over its other tokens."""
+
+GUIDELLM = {
+    "measured_ttft_s": ("metrics.time_to_first_token_ms.successful.mean", 1e-3),
+    "measured_tpot_s": ("metrics.inter_token_latency_ms.successful.mean", 1e-3),
+    "measured_output_tokens_per_s": ("metrics.output_tokens_per_second.successful.mean", 1.0),
+    "requests": ("metrics.request_totals.successful", 1.0),
+    "isl": ("metrics.prompt_token_count.successful.mean", 1.0),
+    "osl": ("metrics.output_token_count.successful.mean", 1.0),
+}
+"""The same of guidellm, whose ``time_per_output_token_ms`` has the first token's time in it, which TPOT has not."""
+
+CONSTANT, POISSON = math.inf, 1.0
+"""Burstiness of requests at even gaps, and at random ones."""
 
 
 def with_results(table: pd.DataFrame, paths: Sequence[Path]) -> pd.DataFrame:
@@ -38,7 +62,7 @@ def with_results(table: pd.DataFrame, paths: Sequence[Path]) -> pd.DataFrame:
 
 
 def _results(path: Path) -> list[dict[str, Any]]:
-    """Of a JSON file, or of a file with one JSON object per line."""
+    """Of a JSON file, which may hold several benchmarks, or of a file with one JSON object per line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -50,28 +74,104 @@ def _results(path: Path) -> list[dict[str, Any]]:
             found = [json.loads(line) for line in text.splitlines() if line.strip()]
         except ValueError:
             raise InputError(f"--result {path}: is neither JSON nor a line of JSON per run") from None
-    if not found or not all(isinstance(one, dict) for one in found):
+    if len(found) == 1 and isinstance(found[0], dict) and "benchmarks" in found[0]:
+        found = found[0]["benchmarks"]
+    if not found or not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise InputError(f"--result {path}: holds no result")
     return found
 
 
 def _cells(path: Path, result: dict[str, Any]) -> dict[str, str]:
     """Columns of ``predict``, as text: lengths are means over the requests that were served."""
-    found = {}
-    for column, (name, unit) in FIELDS.items():
-        found[column] = f"{_number(path, result, name) * unit!r}"
-    done = _number(path, result, "completed")
-    for column, name in (("isl", "total_input_tokens"), ("osl", "total_output_tokens")):
-        found[column] = str(max(1, round(_number(path, result, name) / done)))
-    users = result.get("max_concurrency")
-    if users is None:
-        raise InputError(f"--result {path}: has no max_concurrency: measure with a number of requests in flight")
-    found["concurrency"] = f"{_number(path, result, 'max_concurrency'):g}"
-    return found
+    if "scheduler_metrics" in result:
+        names, load = GUIDELLM, _guidellm_load
+    elif "aiperf_version" in result:
+        names, load = AIPERF, _aiperf_load
+    else:
+        names, load = ENGINES, _engine_load
+    found = {column: _number(path, result, name) * unit for column, (name, unit) in names.items()}
+    if "isl" not in found:
+        for column, name in (("isl", "total_input_tokens"), ("osl", "total_output_tokens")):
+            found[column] = _number(path, result, name) / found["requests"]
+    found |= {name: round(max(1.0, found[name])) for name in ("isl", "osl", "requests")} | load(path, result)
+    return {name: f"{value!r}" if name.startswith("measured_") else f"{value:g}" for name, value in found.items()}
 
 
-def _number(path: Path, result: dict[str, Any], name: str) -> float:
-    value = result.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+def _engine_load(path: Path, result: dict[str, Any]) -> dict[str, float]:
+    """How an engine's own client sent requests: so many in flight, or at a rate, or both."""
+    load, rate = dict[str, float](), result.get("request_rate")
+    if result.get("max_concurrency") is not None:
+        load["concurrency"] = _number(path, result, "max_concurrency")
+    if rate == "trace" or result.get("ramp_up_strategy"):
+        raise InputError(f"--result {path}: its requests came as a trace says, or at a growing rate: {REPLAY}")
+    if rate not in (None, "inf", math.inf):
+        load["request_rate"] = _number(path, result, "request_rate")
+        if result.get("burstiness") is not None:
+            load["burstiness"] = _number(path, result, "burstiness", endless=True)
+    elif not load:  # all at once
+        if rate is None:
+            raise InputError(f"--result {path}: has no max_concurrency and no request_rate: measure with one of them")
+        load["request_rate"] = math.inf
+    return load
+
+
+REPLAY = "see tensorcast replay"
+
+
+def _guidellm_load(path: Path, result: dict[str, Any]) -> dict[str, float]:
+    """How guidellm's strategy sent requests (scheduler/strategies.py)."""
+    kind, place = _text(path, result, "config.strategy.type_"), "config.strategy"
+    if kind == "synchronous":
+        return {"concurrency": 1.0}
+    if kind == "concurrent":
+        return {"concurrency": _number(path, result, f"{place}.streams")}
+    limit = _at(result, f"{place}.max_concurrency")
+    load = {} if limit is None else {"concurrency": _number(path, result, f"{place}.max_concurrency")}
+    if kind == "throughput":
+        return load or {"request_rate": math.inf}
+    if kind in ("constant", "poisson"):
+        burstiness = CONSTANT if kind == "constant" else POISSON
+        return load | {"request_rate": _number(path, result, f"{place}.rate"), "burstiness": burstiness}
+    raise InputError(f"--result {path}: {place}.type_ = {kind!r}: no steady load: {REPLAY}")
+
+
+def _aiperf_load(path: Path, result: dict[str, Any]) -> dict[str, float]:
+    """How aiperf's measured phase sent requests (config/phases.py)."""
+    phases = _at(result, "input_config.phases")
+    phases = [one for one in phases or () if isinstance(one, dict) and one.get("kind", "profiling") == "profiling"]
+    if len(phases) != 1:
+        raise InputError(f"--result {path}: input_config.phases: {len(phases)} were measured, and not one")
+    (phase,) = phases
+    kind, load = phase.get("type"), dict[str, float]()
+    if phase.get("concurrency") is not None:
+        load["concurrency"] = _number(path, phase, "concurrency")
+    if kind == "concurrency":
+        return load or {"concurrency": 1.0}
+    if kind not in ("poisson", "gamma", "constant") or phase.get("rate") is None:
+        raise InputError(f"--result {path}: input_config.phases: type = {kind!r}: no steady load: {REPLAY}")
+    load["request_rate"], load["burstiness"] = _number(path, phase, "rate"), CONSTANT if kind == "constant" else POISSON
+    if kind == "gamma" and phase.get("smoothness") is not None:
+        load["burstiness"] = _number(path, phase, "smoothness")
+    return load
+
+
+def _at(result: dict[str, Any], name: str) -> Any:
+    """What stands at the name's parts, one in the other; None where one is missing."""
+    held: Any = result
+    for part in name.split("."):
+        held = held.get(part) if isinstance(held, dict) else None
+    return held
+
+
+def _text(path: Path, result: dict[str, Any], name: str) -> str:
+    value = _at(result, name)
+    if not isinstance(value, str):
+        raise InputError(f"--result {path}: {name} = {value!r}: must be a name")
+    return value
+
+
+def _number(path: Path, result: dict[str, Any], name: str, *, endless: bool = False) -> float:
+    value = _at(result, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf or endless):
         raise InputError(f"--result {path}: {name} = {value!r}: must be a number more than 0")
     return float(value)

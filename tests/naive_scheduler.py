@@ -33,7 +33,8 @@ class Naive:
         self.sent_s: dict[int, float] = {}
         self.most_used, self.steps, self.preemptions = 0.0, 0, 0
         self.now, self.in_flight, self.budget, self.whole = 0.0, 0, 0, 0
-        self.share = rules.expected.first if rules.expected else 0.0
+        self.share, self.shut = 0.0, False
+        self.rest()
         self.coming = list(range(len(requests)))
         self.later: list[int] = []
         self.entering: list[tuple[float, int]] = []
@@ -50,6 +51,10 @@ class Naive:
         while self.step():
             pass
         return self
+
+    def rest(self) -> None:
+        expected = self.rules.expected
+        self.share = 0.0 if expected is None else 1.0 if expected.fixed_whole else expected.first
 
     def send(self, when: float) -> None:
         users = self.requests.users
@@ -85,11 +90,29 @@ class Naive:
             reading = bool(self.reading) and not self.rules.alone
             if not reading and len(self.running) < 2:
                 return
-            one = (self.reading if reading else self.running).pop()
+            expected = self.rules.expected
+            if reading:
+                one = self.reading.pop()
+            elif expected is None:
+                one = self.running.pop()
+            else:
+                order = sorted(range(len(self.running)), key=lambda i: (self.so_far(i), -self.asked(i), -i))
+                one = self.running.pop(order[0])
             self.again[one.request] = self.again.get(one.request, 0) + one.written
-            self.waiting.insert(0, (-1.0, one.request))
+            self.waiting.insert(0 if expected is None else len(self.waiting), (-1.0, one.request))
             self.preemptions += 1
-            self.share = self.rules.expected.first if self.rules.expected else 0.0
+            self.shut = False
+            if expected is not None and not expected.fixed_whole:
+                written = sum(self.so_far(i) + expected.spare_steps for i in range(len(self.running)))
+                whole = sum(int(self.requests.output_len[other.request]) for other in self.running)
+                self.share = min(1.0, written / (whole + 1))
+
+    def so_far(self, i: int) -> int:
+        one = self.running[i]
+        return int(self.requests.output_len[one.request]) - one.left
+
+    def asked(self, i: int) -> int:
+        return int(self.requests.input_len[self.running[i].request])
 
     def take(self, one: Sequence) -> None:
         left = one.to_read - one.read
@@ -120,7 +143,8 @@ class Naive:
             return 0.0
         most = self.rules.expected.most_tokens
         ahead = min(sum(other.left for other in self.running), len(self.running) * most)
-        return min(one.left, most) + self.share * ahead
+        beside = sum(min(other.left, most) for other in self.done)
+        return min(one.left, most) + beside + self.share * ahead
 
     def compose(self) -> None:
         rules, begun = self.rules, self.begun
@@ -130,9 +154,10 @@ class Naive:
         for one in self.reading:
             self.take(one)
         self.whole = rules.prompt_tokens or self.budget
-        while self.budget > 0 and self.whole > 0 and self.waiting and self.waiting[0][0] <= seen:
+        while not self.shut and self.budget > 0 and self.whole > 0 and self.waiting and self.waiting[0][0] <= seen:
             fresh = self.may_come_in()
             if fresh is None:
+                self.shut = rules.expected is not None and not rules.asks_again and bool(self.running)
                 break
             self.waiting.pop(0)
             self.reading.append(fresh)
@@ -167,6 +192,7 @@ class Naive:
 
     def wait(self) -> bool:
         seen_late, self.begun = bool(self.waiting), []
+        self.rest()
         if seen_late:  # nothing runs: whoever came meanwhile is seen at once
             return True
         ahead = [float(self.requests.arrival_s[self.coming[0]])] if self.coming else []
@@ -176,13 +202,14 @@ class Naive:
 
     def finish(self, decoding: list[Sequence]) -> None:
         expected = self.rules.expected
-        if expected is not None and decoding:
+        if expected is not None and decoding and not expected.fixed_whole:
             falls = (expected.first - expected.least) / expected.steps
             self.share = max(expected.least, self.share - falls)
         for one in decoding:
             one.tokens, one.left, one.written = one.tokens + 1, one.left - 1, one.written + 1
             if one.left == 0:
                 self.running.remove(one)
+                self.shut = False
                 self.end(one)
         for one in self.done:
             self.reading.remove(one)

@@ -71,10 +71,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "few at a time, seen late": {"most_sequences": 2, "lag": 3},
     "room for replies expected": {
         "alone": True, "cache_tokens": 1300.0,
-        "expected": ExpectedReply(first=0.9, least=0.1, steps=25, most_tokens=45),
+        "expected": ExpectedReply(first=0.9, least=0.1, steps=25, most_tokens=45, spare_steps=20),
     },
     "room for replies expected, all in one step": {
-        "cache_tokens": 1100.0, "lag": 0, "expected": ExpectedReply(first=1.0, least=0.05, steps=60, most_tokens=60),
+        "cache_tokens": 1100.0, "lag": 0,
+        "expected": ExpectedReply(first=1.0, least=0.05, steps=60, most_tokens=60, spare_steps=3),
+    },
+    "room for replies expected, asked in each step": {
+        "alone": True, "cache_tokens": 1100.0, "asks_again": True,
+        "expected": ExpectedReply(first=0.9, least=0.02, steps=25, most_tokens=45, spare_steps=2),
+    },
+    "room for whole replies expected": {
+        "alone": True, "cache_tokens": 1100.0,
+        "expected": ExpectedReply(first=0.9, least=0.1, steps=25, most_tokens=30, spare_steps=20, fixed_whole=True),
     },
     "seen at once": {"lag": 0},
     "seen late": {"lag": 2},

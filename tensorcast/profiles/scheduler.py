@@ -11,12 +11,20 @@ from tensorcast.profiles.sourced import Frozen, Number
 
 class ExpectedReply(Frozen):
     """A request is let in if the cache has room for what running ones are still expected to write: so large a share of
-    what they may write at most, ``first`` at the start, falling to ``least`` in ``steps`` decode steps."""
+    what they may write at most, ``first`` at the start and after every pause, falling to ``least`` in ``steps`` decode
+    steps. Who was refused so is asked again when a running sequence has left."""
 
     first: Number = Field(gt=0, le=1)
     least: Number = Field(gt=0, le=1)
     steps: int = Field(ge=1)
     most_tokens: int = Field(ge=1, description="tokens of one reply that are expected at most")
+    spare_steps: int = Field(
+        ge=0, description="where a sequence starts over: the share is what the others wrote, and would in so many steps"
+    )
+    fixed_whole: bool = Field(default=False, description="all of a reply whose length is fixed (ignore_eos)")
+    windows_ask_again: bool = Field(
+        default=False, description="whether layers with windows have a cache of their own, and each step asks again"
+    )
 
     @property
     def falls(self) -> float:
@@ -53,6 +61,9 @@ class Scheduler(Frozen):
     prompt_tokens: int | None = Field(default=None, ge=1, description="new tokens of a step's prompts that end in it")
     expected_reply: ExpectedReply | None = None
     prefix_cache: bool = Field(default=True, description="whether blocks of prompts are kept for those that follow")
+    blocks_found: Literal["scheduled", "chunk", "prompt"] = Field(
+        default="prompt", description="when they are: as the step that reads them is composed, is done, or their prompt"
+    )
     rank_choice: Literal["round_robin", "least_requests"] = Field(
         default="least_requests", description="which data-parallel rank a request goes to"
     )

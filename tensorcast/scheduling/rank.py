@@ -8,26 +8,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from tensorcast.profiles.scheduler import ExpectedReply
 from tensorcast.scheduling.record import Record
-from tensorcast.scheduling.room import Decoding, Places, PrefixCache, Reading
+from tensorcast.scheduling.room import Decoding, Expectation, Places, PrefixCache, Reading
 from tensorcast.scheduling.rules import Rules
 
 
 @dataclass(slots=True)
 class Batch:
     """What a rank does in a step: decoding sequences and their mean cached tokens, prompts as (new, cached) tokens, all
-    their new tokens, and who of them is done."""
+    their new tokens, who of them is done, and tokens that their replies are expected to take."""
 
     sequences: int = 0
     context: float = 0.0
     new_tokens: int = 0
     prompts: list[tuple[int, int]] = field(default_factory=list)
     done: list[Reading] = field(default_factory=list)
+    replies: float = 0.0
 
     def clear(self) -> None:
         """No prompts."""
-        self.new_tokens, self.prompts, self.done = 0, [], []
+        self.new_tokens, self.prompts, self.done, self.replies = 0, [], [], 0.0
 
 
 class Rank:
@@ -47,7 +47,8 @@ class Rank:
         self._ends: list[tuple[int, int]] = []
         self.places = Places()
         self.next = Batch()
-        self._share = rules.expected.first if rules.expected else 1.0
+        self.expected = Expectation(rules.expected) if rules.expected else None
+        self._shut = False  # nobody is let in until a sequence has left
         self._closed_for = math.inf  # decode steps in which the head of the queue is not let in, unless a sequence ends
         self._holds, self._each, self._only_writes = rules.cache_tokens, rules.tokens_per_step, rules.role == "decode"
         # tokens of the cache that a decode step takes per sequence: none where replies have their room reserved
@@ -133,6 +134,11 @@ class Rank:
         reply = self.record.left(request) if self.rules.reserves_reply else 0
         return self.record.prompt(request) + self.rules.waste + reply
 
+    def rests(self) -> None:
+        """Nothing runs on its server."""
+        if self.expected is not None:
+            self.expected.rests()
+
     def decode_steps_left(self) -> float:
         """Decode steps until a sequence ends or the cache is full."""
         if not self._ends:
@@ -156,9 +162,9 @@ class Rank:
         """``steps`` decode steps have passed, all at once; who ends with the last one is put into ``ended``."""
         self.steps += steps
         self.used += len(self.decoding) * self._grows * steps
-        share, ends, prefix = self.rules.expected, self._ends, self.prefix
-        if share is not None:
-            self._share = max(share.least, self._share - share.falls * steps)
+        ends, prefix = self._ends, self.prefix
+        if self.expected is not None:
+            self.expected.fall(steps)
         if prefix is not None:
             prefix.shrink(self._holds - self.used)
         while ends and ends[0][0] <= self.steps:
@@ -198,10 +204,11 @@ class Rank:
     def read(self, batch: Batch, now_s: float, ended: list[int]) -> None:
         """The step's prompts have been read; who has its whole reply with that (or its prompt, where that is all) is
         put into ``ended``."""
+        if self.prefix is not None and self.rules.blocks_found != "scheduled":
+            for one in self.reading if self.rules.blocks_found == "chunk" else batch.done:
+                self._share_blocks(one)
         for one in batch.done:
             self.reading.remove(one)
-            if self.prefix is not None:
-                self._share_blocks(one)
             request = one.request
             if self.rules.role == "both":
                 self.record.first_token(request, now_s)
@@ -220,7 +227,7 @@ class Rank:
         for one in self.reading:
             budget -= self._take(found, one, budget)
         while budget > 0 and whole > 0 and self.waiting and record.each.came_s[self.waiting[0]] <= seen_s:
-            if len(self.decoding) + len(self.reading) >= rules.most_sequences:
+            if self._shut or len(self.decoding) + len(self.reading) >= rules.most_sequences:
                 return
             request = self.waiting[0]
             fresh = self._admit(request, budget)
@@ -244,6 +251,10 @@ class Rank:
         one.read += new
         if new == left:
             found.done.append(one)
+            if self.expected is not None:
+                found.replies += self.expected.most(self.record.left(one.request), 1)
+        if self.prefix is not None and self.rules.blocks_found == "scheduled":
+            self._share_blocks(one)
         return new
 
     def _admit(self, request: int, budget: int) -> Reading | None:
@@ -259,15 +270,19 @@ class Rank:
             return None
         held = prompt - cached + rules.waste + (reply if rules.reserves_reply else 0)
         beside = 0.0
-        if rules.expected is not None and rules.role == "both":
-            beside = min(reply, rules.expected.most_tokens) + self._share * self._ahead(rules.expected)
+        expected = self.expected if rules.role == "both" else None
+        if expected is not None:
+            beside = expected.most(reply, 1) + self.next.replies  # those of this step are counted whole
+            beside += expected.share * expected.most(self._ahead(), len(self.decoding))
         if prefix is not None and shared:
             self.used += prefix.pin(shared)
         room = self.free - len(self.decoding) * self._grows
         # who is alone is let in if it fits at all
         if held > room or (held + beside > room and (self.reading or self.decoding)):
-            if held <= room:
-                self._closed_for = self._steps_without(held + beside - room)
+            self._shut = self.expected is not None and not rules.asks_again and bool(self.decoding)
+            if expected is not None and rules.asks_again and held <= room:
+                falls = expected.falls_by(self._ahead(), len(self.decoding), self._each, self._grows)
+                self._closed_for = max(int((held + beside - room) / falls), 1) if falls > 0 else math.inf
             self._release(0.0, shared)
             return None
         self.used += held
@@ -276,20 +291,9 @@ class Rank:
         record.cached(request, cached)
         return Reading(request, prompt, cached, held, shared)
 
-    def _ahead(self, expected: ExpectedReply) -> float:
+    def _ahead(self) -> float:
         """Tokens that running replies may still write."""
-        sequences = len(self.decoding)
-        left = (self._last - sequences * self.steps) * self.rules.tokens_per_step
-        return min(left, sequences * expected.most_tokens)
-
-    def _steps_without(self, lacking: float) -> float:
-        """Decode steps in which what running replies are expected to take surely falls by less than ``lacking``
-        tokens: it never falls faster than now, as fewer of a smaller share are ahead with every step."""
-        expected = self.rules.expected
-        assert expected is not None
-        falls = self._share * self.rules.tokens_per_step - self._grows
-        falls = len(self.decoding) * falls + expected.falls * self._ahead(expected)
-        return max(int(lacking / falls), 1) if falls > 0 else math.inf
+        return (self._last - len(self.decoding) * self.steps) * self._each
 
     def _take_over(self, seen_s: float, now_s: float) -> None:
         """Prompts that another pool has read start to write their replies."""
@@ -323,6 +327,7 @@ class Rank:
     def _leave(self, request: int) -> None:
         """Takes a decoding sequence out; its entry of ``_ends`` is the caller's."""
         one = self.decoding.pop(request)
+        self._shut = False
         self._tokens -= one.tokens - self.rules.tokens_per_step * one.joined
         self._last -= one.ends
         self._release(one.held + self._grows * (self.steps - one.joined), one.blocks)
@@ -333,9 +338,9 @@ class Rank:
             self.used += self.prefix.unpin(blocks)
 
     def _share_blocks(self, one: Reading) -> None:
-        """A prompt that was read is there for others, and no longer its reader's alone."""
+        """What was read of a prompt is there for others, and no longer its reader's alone."""
         assert self.prefix is not None
-        blocks = self.record.blocks_of(one.request)[: one.tokens // self.record.block_tokens]
+        blocks = self.record.blocks_of(one.request)[: one.read // self.record.block_tokens]
         fresh = blocks[len(one.blocks) :]
         alone = len(fresh) * self.record.block_tokens
         one.held -= alone
@@ -351,8 +356,21 @@ class Rank:
         self.used += self.prefix.pin(fresh) - len(fresh) * size
         one.blocks += fresh
 
+    def _starts_over(self) -> int:
+        """Who of the decoding sequences gives its room up: who was let in last, or, where room for replies is
+        expected, who has written least of its own, of those the one with the longest prompt."""
+        if self.expected is None:
+            return next(reversed(self.decoding))
+        prompts = self.record.requests.input_len
+        return min(reversed(self.decoding), key=lambda one: (self._written(one), -prompts[one]))
+
+    def _written(self, request: int) -> int:
+        """Tokens of the reply of a decoding sequence so far."""
+        steps = self.steps - self.decoding[request].joined
+        return self.record.reply(request) - self.record.left(request) + int(steps * self.rules.tokens_per_step)
+
     def _make_room(self) -> None:
-        """Where the cache has no room for another step, who came last starts over."""
+        """Where the cache has no room for another step, sequences start over."""
         rules = self.rules
         while self.free < len(self.decoding) * self._grows:
             if self.reading and not rules.alone:  # where prompts run alone, replies stand still meanwhile
@@ -360,7 +378,7 @@ class Rank:
                 self._release(one.held, one.blocks)
                 request, written = one.request, 0
             elif len(self.decoding) > 1:
-                request = next(reversed(self.decoding))
+                request = self._starts_over()
                 steps = self.steps - self.decoding[request].joined
                 self._leave(request)
                 self._ends = [end for end in self._ends if end[1] != request]
@@ -373,6 +391,8 @@ class Rank:
             else:
                 return
             self.record.preempt(request, written)
-            self.waiting.appendleft(request)
-            if rules.expected is not None:
-                self._share = rules.expected.first
+            last = self.expected is not None and rules.role == "both"
+            (self.waiting.append if last else self.waiting.appendleft)(request)
+            if self.expected is not None:
+                written, whole = (sum(map(each, self.decoding)) for each in (self._written, self.record.reply))
+                self.expected.start_over(written, whole, len(self.decoding))

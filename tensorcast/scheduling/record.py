@@ -58,7 +58,6 @@ class Record:
         self._input: list[int] = requests.input_len.tolist()
         self._output: list[int] = requests.output_len.tolist()
         self._written = [0] * count  # tokens of the reply that were thrown out of the cache with their sequence
-        self.each = Columns(count)
         each = self.each = Columns(count)
         self.came_s, self.sent_s, self.admitted_s = map(np.frombuffer, (each.came_s, each.sent_s, each.admitted_s))
         self.first_s, self.last_s, self.others_s = map(np.frombuffer, (each.first_s, each.last_s, each.others_s))
@@ -76,6 +75,10 @@ class Record:
         """Tokens of the reply that decode steps bring: all but what was written before, and the one that comes with the
         prompt."""
         return self._output[request] - self._written[request] - 1
+
+    def reply(self, request: int) -> int:
+        """Tokens of the reply."""
+        return self._output[request]
 
     def longest(self, request: int) -> int:
         """Tokens of prompt and reply."""

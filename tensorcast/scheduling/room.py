@@ -7,6 +7,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tensorcast.profiles.scheduler import ExpectedReply
+
 
 @dataclass(slots=True)
 class Decoding:
@@ -32,6 +34,39 @@ class Reading:
     read: int
     held: float
     blocks: tuple[int, ...]
+
+
+class Expectation:
+    """Room that running replies are expected to take: of what they may write a share, which falls with decode steps."""
+
+    def __init__(self, rules: ExpectedReply) -> None:
+        self.rules = rules
+        self._first, self._least, self._falls = float(rules.first), float(rules.least), rules.falls
+        if rules.fixed_whole:
+            self._first, self._least, self._falls = 1.0, 1.0, 0.0
+        self.share = self._first
+
+    def rests(self) -> None:
+        """Nothing runs on its server: it begins anew."""
+        self.share = self._first
+
+    def fall(self, steps: int) -> None:
+        """So many decode steps have passed."""
+        self.share = max(self._least, self.share - self._falls * steps)
+
+    def start_over(self, written: int, whole: int, sequences: int) -> None:
+        """One starts over: the other ``sequences`` are expected to write on as they have of their ``whole`` replies."""
+        if not self.rules.fixed_whole:
+            self.share = min(1.0, (written + self.rules.spare_steps * sequences) / (whole + 1))
+
+    def most(self, left: float, sequences: int) -> float:
+        """Tokens that so many replies with ``left`` tokens to write are counted with at most."""
+        return min(left, sequences * self.rules.most_tokens)
+
+    def falls_by(self, left: float, sequences: int, each: float, grows: float) -> float:
+        """By how many tokens, at most, what is expected of them falls in a decode step that brings ``each`` to a
+        sequence, which then holds ``grows`` more: never faster than now, as fewer of a smaller share are ahead."""
+        return sequences * (self.share * each - grows) + self._falls * self.most(left, sequences)
 
 
 class PrefixCache:

@@ -14,6 +14,7 @@ from tensorcast.deploy.engine_log import LONG, cache_log
 from tensorcast.deploy.layout import attention_dp
 from tensorcast.errors import InputError
 from tensorcast.profiles.drafting import acceptance
+from tensorcast.profiles.memory import Kept
 from tensorcast.profiles.scheduler import ExpectedReply, RoomFirst
 from tensorcast.serving.capacity import own_chunk
 
@@ -78,7 +79,9 @@ class Rules:
     decode step brings to a sequence in the mean, more than 1 with drafts; it checks ``verify``. ``lag``: steps that
     are composed ahead of what is seen. ``waits``: for which others prompts wait. ``first_token_s``: per request
     outside the GPU, before it is seen, and ``prompt_token_s`` per token of its prompt. ``longest``: tokens of the
-    longest request that is served. ``room_first``: in two pools room of the server that writes is taken before the
+    longest request that is served. ``asks_again``: who was refused as replies are expected to take the room is asked
+    again in each step, not once a sequence has left. ``blocks_found``: from when on others find a prompt's blocks.
+    ``room_first``: in two pools room of the server that writes is taken before the
     prompt is read. ``graph_sizes``: sequences that decode steps are padded to, where that is stated.
     """
 
@@ -102,6 +105,8 @@ class Rules:
     prefix_cache: bool
     longest: int
     round_robin: bool
+    asks_again: bool = False
+    blocks_found: str = "prompt"
     room_first: RoomFirst | None = None
     graph_sizes: tuple[int, ...] = ()
     state_tokens: float = 0.0
@@ -145,6 +150,8 @@ def rules_of(
     if cache_tokens is None:
         cache_tokens = float(log.tokens if log.room is None else log.room)
     states = math.inf if log.sequences is None else log.sequences
+    kept = engine.cache_rules.kept(deployment.model.config, depth) if engine.cache_rules else Kept()
+    windows_apart = kept.window_share is not None and kept.window_share < 1
     if cache_tokens < scheduler.block_tokens or states < 1:
         raise InputError(f"layout {layout}: {deployment.model.name} leaves no room for a cache")
     return Rules(
@@ -168,6 +175,8 @@ def rules_of(
         prefix_cache=scheduler.prefix_cache,
         longest=longest,
         round_robin=scheduler.rank_choice == "round_robin",
+        asks_again=bool(scheduler.expected_reply and scheduler.expected_reply.windows_ask_again and windows_apart),
+        blocks_found=scheduler.blocks_found,
         room_first=scheduler.room_first if role == "decode" else None,
         graph_sizes=tuple(sorted({int(size) for size in graph_sizes})),
         state_tokens=log.state_tokens,

@@ -167,6 +167,8 @@ class Server:
         else:
             self.idle_from_s = now_s
             self._begun.clear()
+            for rank in self.ranks:
+                rank.rests()
             if seen < now_s and any(rank.waiting for rank in self.ranks):
                 self._compose(now_s)  # nothing runs: whoever came meanwhile is seen at once
 

@@ -58,12 +58,16 @@ def prefill_budget(prefill: Deployment, *prompts: PromptCut) -> Number:
 
 
 def sequence_bytes(decode: Deployment, input_len: Number, output_len: Number, pooled: bool = False) -> Number:
-    """The cache that a sequence needs to be admitted. ``pooled``: to a server that writes what others read, which may
-    leave so many tokens for each reply under way."""
+    """The cache that a sequence needs to be admitted, with room that is kept for the rest of its reply. ``pooled``: to
+    a server that writes what others read, which may leave so many tokens for each reply under way."""
     scheduler = decode.engine.scheduler
     length = input_len + (output_len if decode.engine.reserves_reply else output_len / 2)
     if pooled and scheduler is not None and scheduler.room_first is not None:
         length = length + scheduler.room_first.reserved_tokens
+    expected = None if pooled or scheduler is None else scheduler.expected_reply
+    if expected is not None and expected.fixed_whole:  # in the mean of all moments of a reply; shares fall to little
+        most = np.minimum(output_len, expected.most_tokens)
+        length = length + most - most * most / (2 * np.maximum(output_len, 1))
     return decode.held(1.0, int(length))[1]
 
 

@@ -6,7 +6,9 @@ September 2025. Runs are read as its scripts make them:
 
 - ``run_benchmark.sh`` sends 500 prompts of one length at once through ``--max-concurrency``, to a round-robin router;
 - ``run_all.sh`` goes from many users to few with the client's own seed, so that fewer users send the same prompts once
-  more: from the cache, but for those of 32,784 tokens, of which no cache there holds 500;
+  more: from the cache, but for those of 32,784 tokens, of which no cache there holds 500. The client tries the server
+  with one request first (vllm 0.10.2, benchmarks/serve.py), so that each run sends 501: of two servers that read
+  prompts the second run's go to the other one, and are read once more;
 - replies end by themselves, some before the most that was asked for, and their sum alone is recorded. Over limits of
   128, 2,048 and 32,784 tokens it grows in proportion (to prompts of 2,048 tokens means of 64, 745 and 11,700): a third
   of the replies never ends, the others do within some thirty tokens. So many reach the limit here as make up a run's
@@ -34,6 +36,9 @@ from tensorcast.scheduling.pools import parse_servers
 from tensorcast.scheduling.replay import PricedServers, priced_servers
 from tensorcast.scheduling.requests import Lengths, Requests
 
+USERS = (128, 64, 32)
+"""Of the runs of a load, in their order."""
+
 LONG = 5000
 """Tokens of prompts of which no cache holds 500."""
 
@@ -49,7 +54,13 @@ def replies(mean: float, most: int, count: int) -> Lengths:
     return np.where(long, most, np.clip(ends, 1, most)).astype(np.int64)
 
 
-def sent(row: dict[str, str], most_users: int) -> Requests:
+def again(users: int, readers: int) -> bool:
+    """Whether one of so many servers that read prompts in turn is sent the prompts that it has read in an earlier run."""
+    run = USERS.index(users)
+    return any((run - earlier) * 501 % readers == 0 for earlier in range(run))
+
+
+def sent(row: dict[str, str]) -> Requests:
     """What a run sent."""
     count, done, users = int(row["num_prompts"]), int(row["completed"]), int(row["conc"])
     prompt = round(float(row["total_input_tokens"]) / done)
@@ -57,7 +68,7 @@ def sent(row: dict[str, str], most_users: int) -> Requests:
         arrival_s=np.zeros(count), input_len=np.full(count, prompt), users=users,
         output_len=replies(float(row["total_output_tokens"]) / done, int(row["osl"]), count),
     )
-    return beginning_alike(found, prompt) if users < most_users and prompt < LONG else found
+    return beginning_alike(found, prompt) if prompt < LONG and again(users, int(row["prefill"])) else found
 
 
 def main() -> None:
@@ -70,7 +81,6 @@ def main() -> None:
         rows = list(csv.DictReader(file))
     priced: dict[str, PricedServers] = {}
     model, device, engine = load_model("gpt-oss-120b"), load_device("h200"), load_engine(options.engine)
-    most_users = max(int(row["conc"]) for row in rows)
     heads = [head for name in ("TPOT ms", "tokens/s", "TTFT ms") for head in (name, "replayed")]
     table = Table("ratio", "users", "lengths", *heads, box=None)
     errors: list[tuple[float, ...]] = []
@@ -82,7 +92,7 @@ def main() -> None:
             priced[layout] = priced_servers(
                 model, device, engine, parse_servers(layout), longest=1 << 16, options=Options(routing=model.traffic)
             )
-        said = priced[layout].run(sent(row, most_users), router="round_robin").summary()
+        said = priced[layout].run(sent(row), router="round_robin").summary()
         measured = float(row["mean_tpot_ms"]), float(row["output_throughput"]), float(row["mean_ttft_ms"])
         found = 1e3 * said["tpot_mean_s"], said["output_tokens_per_s"], 1e3 * said["ttft_mean_s"]
         ratio, load = f"{row['prefill']}:{row['decode']}", (row["conc"], row["isl"], row["osl"])

@@ -51,6 +51,18 @@ def test_blocks_are_found_from_when_the_engine_has_them(found: str, cached: list
     assert fleet.run().cached_tokens.tolist() == cached
 
 
+def test_who_begins_as_another_waits_for_its_blocks() -> None:
+    """Under TensorRT-LLM; the third begins otherwise, and is read with the first."""
+    requests = Requests(
+        arrival_s=np.zeros(3), input_len=np.array([400, 400, 100]), output_len=np.full(3, 5), block_tokens=16,
+        blocks=((*range(24), 100), (*range(24), 101), (*range(200, 206),)),
+    )  # fmt: skip
+    fleet = Fleet([Pool(replace(RULES, waits_for_blocks=True, chunk_tokens=1200), TIMES, 1)], requests)
+    record = fleet.run()
+    assert record.cached_tokens.tolist() == [0, 384, 0]
+    assert record.first_s[0] == record.first_s[2] == record.admitted_s[1] < record.first_s[1]
+
+
 @pytest.mark.parametrize("asks_again", [False, True])
 def test_who_was_refused_waits_for_one_to_leave(asks_again: bool) -> None:
     """The third (319 tokens) does not fit beside 210 and six tenths of the 150 that the others may still write; six
@@ -100,10 +112,11 @@ def test_what_is_expected_after_one_starts_over() -> None:
 @pytest.mark.parametrize(
     ("engine", "model", "rules"),
     [
-        ("sglang", "qwen3-30b-a3b", ("chunk", True, False)), ("sglang", "gpt-oss-120b", ("chunk", True, True)),
-        ("sglang==0.5.14", "gpt-oss-120b", ("chunk", False, True)),
-        ("sglang==0.5.10.post1", "gpt-oss-120b", ("chunk", False, False)),
-        ("vllm", "gpt-oss-120b", ("scheduled", None, False)), ("trtllm", "gpt-oss-120b", ("prompt", None, False)),
+        ("sglang", "qwen3-30b-a3b", ("chunk", True, False, False)), ("sglang", "gpt-oss-120b", ("chunk", True, True, False)),
+        ("sglang==0.5.14", "gpt-oss-120b", ("chunk", False, True, False)),
+        ("sglang==0.5.10.post1", "gpt-oss-120b", ("chunk", False, False, False)),
+        ("vllm", "gpt-oss-120b", ("scheduled", None, False, False)),
+        ("trtllm", "gpt-oss-120b", ("prompt", None, False, True)),
     ],
 )  # fmt: skip
 def test_rules_are_those_of_the_release(engine: str, model: str, rules: tuple[Any, ...]) -> None:
@@ -112,7 +125,7 @@ def test_rules_are_those_of_the_release(engine: str, model: str, rules: tuple[An
         options=Options(routing="balanced"),
     ).pools[0].rules  # fmt: skip
     whole = found.expected.fixed_whole if found.expected else None
-    assert (found.blocks_found, whole, found.asks_again) == rules
+    assert (found.blocks_found, whole, found.asks_again, found.waits_for_blocks) == rules
 
 
 @pytest.mark.parametrize("engine", ["sglang", "sglang==0.5.14"])

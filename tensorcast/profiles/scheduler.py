@@ -64,6 +64,9 @@ class Scheduler(Frozen):
     blocks_found: Literal["scheduled", "chunk", "prompt"] = Field(
         default="prompt", description="when they are: as the step that reads them is composed, is done, or their prompt"
     )
+    waits_for_blocks: bool = Field(
+        default=False, description="whether who begins as a prompt that is being read waits for its blocks"
+    )
     rank_choice: Literal["round_robin", "least_requests"] = Field(
         default="least_requests", description="which data-parallel rank a request goes to"
     )

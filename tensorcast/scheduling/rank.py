@@ -5,29 +5,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from tensorcast.scheduling.record import Record
-from tensorcast.scheduling.room import Decoding, Expectation, Places, PrefixCache, Reading
+from tensorcast.scheduling.room import Batch, Decoding, Expectation, Places, PrefixCache, Reading
 from tensorcast.scheduling.rules import Rules
-
-
-@dataclass(slots=True)
-class Batch:
-    """What a rank does in a step: decoding sequences and their mean cached tokens, prompts as (new, cached) tokens, all
-    their new tokens, who of them is done, and tokens that their replies are expected to take."""
-
-    sequences: int = 0
-    context: float = 0.0
-    new_tokens: int = 0
-    prompts: list[tuple[int, int]] = field(default_factory=list)
-    done: list[Reading] = field(default_factory=list)
-    replies: float = 0.0
-
-    def clear(self) -> None:
-        """No prompts."""
-        self.new_tokens, self.prompts, self.done, self.replies = 0, [], [], 0.0
 
 
 class Rank:
@@ -223,21 +205,34 @@ class Rank:
         beside = 0.0 if rules.alone else found.sequences * rules.verify
         budget = int(rules.chunk_tokens - beside)
         whole = rules.prompt_tokens or budget
-        self._closed_for = math.inf
+        self._closed_for, later = math.inf, list[int]()
         for one in self.reading:
             budget -= self._take(found, one, budget)
         while budget > 0 and whole > 0 and self.waiting and record.each.came_s[self.waiting[0]] <= seen_s:
             if self._shut or len(self.decoding) + len(self.reading) >= rules.most_sequences:
-                return
+                break
             request = self.waiting[0]
+            if rules.waits_for_blocks and self._may_find_more(request):
+                later.append(self.waiting.popleft())
+                continue
             fresh = self._admit(request, budget)
             if fresh is None:
-                return
+                break
             self.waiting.popleft()
             record.admit(request, now_s)
             self.reading.append(fresh)
             taken = self._take(found, fresh, budget)
             budget, whole = budget - taken, whole - taken
+        self.waiting.extendleft(reversed(later))
+
+    def _may_find_more(self, request: int) -> bool:
+        """Whether another prompt that is being read has what comes behind the blocks that this one would find."""
+        blocks, prefix = self.record.blocks_of(request), self.prefix
+        if prefix is None or not self.reading:
+            return False
+        found = prefix.match(blocks, len(blocks))
+        others = (self.record.blocks_of(one.request)[len(one.blocks) :][:1] for one in self.reading)
+        return blocks[found : found + 1] in [other for other in others if other]
 
     def _take(self, found: Batch, one: Reading, budget: int) -> int:
         new = left = one.tokens - one.read

@@ -36,6 +36,23 @@ class Reading:
     blocks: tuple[int, ...]
 
 
+@dataclass(slots=True)
+class Batch:
+    """What a rank does in a step: decoding sequences and their mean cached tokens, prompts as (new, cached) tokens, all
+    their new tokens, who of them is done, and tokens that their replies are expected to take."""
+
+    sequences: int = 0
+    context: float = 0.0
+    new_tokens: int = 0
+    prompts: list[tuple[int, int]] = field(default_factory=list)
+    done: list[Reading] = field(default_factory=list)
+    replies: float = 0.0
+
+    def clear(self) -> None:
+        """No prompts."""
+        self.new_tokens, self.prompts, self.done, self.replies = 0, [], [], 0.0
+
+
 class Expectation:
     """Room that running replies are expected to take: of what they may write a share, which falls with decode steps."""
 

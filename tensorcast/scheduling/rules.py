@@ -80,7 +80,8 @@ class Rules:
     are composed ahead of what is seen. ``waits``: for which others prompts wait. ``first_token_s``: per request
     outside the GPU, before it is seen, and ``prompt_token_s`` per token of its prompt. ``longest``: tokens of the
     longest request that is served. ``asks_again``: who was refused as replies are expected to take the room is asked
-    again in each step, not once a sequence has left. ``blocks_found``: from when on others find a prompt's blocks.
+    again in each step, not once a sequence has left. ``blocks_found``: from when on others find a prompt's blocks;
+    ``waits_for_blocks``: who would find those that are being read waits for them, and others go first.
     ``room_first``: in two pools room of the server that writes is taken before the
     prompt is read. ``graph_sizes``: sequences that decode steps are padded to, where that is stated.
     """
@@ -107,6 +108,7 @@ class Rules:
     round_robin: bool
     asks_again: bool = False
     blocks_found: str = "prompt"
+    waits_for_blocks: bool = False
     room_first: RoomFirst | None = None
     graph_sizes: tuple[int, ...] = ()
     state_tokens: float = 0.0
@@ -177,6 +179,7 @@ def rules_of(
         round_robin=scheduler.rank_choice == "round_robin",
         asks_again=bool(scheduler.expected_reply and scheduler.expected_reply.windows_ask_again and windows_apart),
         blocks_found=scheduler.blocks_found,
+        waits_for_blocks=scheduler.waits_for_blocks,
         room_first=scheduler.room_first if role == "decode" else None,
         graph_sizes=tuple(sorted({int(size) for size in graph_sizes})),
         state_tokens=log.state_tokens,

@@ -67,6 +67,20 @@ def test_the_found_rate_keeps_the_limits() -> None:
     assert "60 requests at" in said and "too few to tell a rate that can be kept up" in said
 
 
+def test_the_page_says_when_servers_were_there(tmp_path: Path) -> None:
+    asked = ["--rate", "8", "-r", "60", "-i", "500", "--output-len", "30", "--layout", "2 x tp2-ep2"]
+    assert run(*asked, "--workers", "2s -1, 3s +1", "--out", str(tmp_path)).exit_code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert all(f">{said}</td>" in page for said in ("always", "until 2 s", "from 3 s"))
+
+
+def test_requests_too_long_to_be_served_are_said_where_no_rate_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("arrival_s,input_len,output_len\n0,500,10\n1,900000,10\n")
+    found = run("--trace", str(path), "--find-rate", "--ttft", "1s")
+    assert "only 50.0 % of the requests keep the limits, 99 % are asked for; 1 of 2 are longer than any" in found.output
+
+
 def test_a_trace_at_another_rate(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("arrival_s,input_len,output_len\n" + "".join(f"{i},500,{20 + i}\n" for i in range(20)))
@@ -164,6 +178,8 @@ def test_ctrl_c_leaves_what_was_served(tmp_path: Path, monkeypatch: pytest.Monke
         (["--rate", "1", "--ttft", "300"], "a time needs its unit"),
         (["--rate", "1", "-i", "900000", "-r", "1"], "none can be served"),
         (["--rate", "1", "--think", "2s"], "--think: is about conversations"),
+        (["--users", "4", "--ramp", "2s"], "ramp = 2: is of requests that come at a rate"),
+        (["--rate", "inf", "--burstiness", "0.5"], "burstiness = 0.5: is of requests that come at a rate"),
         (["--rate", "1", "--law", "normal"], "length law 'normal'"),
         (["--rate", "1", "--seed", "x"], "--seed 'x': must be whole numbers"),
         (["--rate", "1,2", "--draws", "3"], "--draws 3: is about one replay, and 2 are asked for"),

@@ -80,5 +80,9 @@ def test_the_command_ranks_writes_and_tells(tmp_path: Path) -> None:
     record = json.loads(CliRunner().invoke(app, [*asked, "--json"], catch_exceptions=False).output)
     assert [row["candidate"] for row in record["replayed"]] == [row["candidate"] for row in rows]
     assert (record["input_len"], record["output_len"]) == (1295, 130)  # the trace's means
+    trace.write_text(trace.read_text() + "9,many,3\n")
+    broken, left_out = (CliRunner().invoke(app, [*asked, *more]) for more in ([], ["--skip-bad"]))
+    assert broken.exit_code == 2 and "row 61: input_len 'many': must be a number; --skip-bad" in broken.output
+    assert f"note: 1 rows of {trace} could not be read" in left_out.output and "60 requests" in left_out.output
     alone = CliRunner().invoke(app, ["compare", "qwen3-8b", "-d", "h100", "-n", "2", "--percentile", "99"])
     assert alone.exit_code == 2 and "--percentile 99: is about a --trace" in alone.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -55,6 +56,12 @@ def test_tables_of_every_kind(tmp_path: Path, text: str) -> None:
     assert asked.input_len.tolist() == [100, 300] and asked.output_len.tolist() == [20, 5]
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_columns_may_be_apart_by_other_marks(tmp_path: Path, mark: str) -> None:
+    text = "arrival_s,input_len,output_len\n0.0,5,7\n2.5,6,8\n".replace(",", mark)
+    assert read_trace(written(tmp_path, "t.csv", text)).requests.arrival_s.tolist() == [0.0, 2.5]
+
+
 def test_parquet_is_read_as_csv_is(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     frame = pd.DataFrame({"arrival_s": [0.0, 1.0], "input_len": [5, 6], "output_len": [7, 8]})
@@ -67,6 +74,40 @@ def test_a_detailed_result_of_vllm_bench(tmp_path: Path) -> None:
     result = {"max_concurrency": 2, **lists}
     asked = read_trace(written(tmp_path, "r.json", json.dumps(result))).requests
     assert asked.users == 2 and asked.arrival_s.tolist() == [0.0, 0.0, 2.5] and asked.input_len.tolist() == [5, 6, 7]
+
+
+def test_results_that_a_client_appends_are_told_apart(tmp_path: Path) -> None:
+    """vLLM 0.33.0 (``--append-result``) and SGLang 0.5.23 (always) add a line of JSON per run."""
+    lists = {"input_lens": [5, 6], "output_lens": [1, 2]}
+    lines = [json.dumps({"max_concurrency": users, "request_rate": math.inf, **lists}) for users in (4, 8)]
+    path = written(tmp_path, "sglang.jsonl", "\n".join(lines) + "\n")
+    assert read_trace(tmp_path / "sglang.jsonl#2").requests.users == 8
+    with pytest.raises(InputError, match="holds 2 results; say which, as sglang.jsonl#1"):
+        read_trace(path)
+
+
+def test_when_a_client_has_sent(tmp_path: Path) -> None:
+    """All at once, as many as its users let through; as noted; at random where it only says its rate."""
+    lists = {"input_lens": [5] * 400, "output_lens": [2] * 400}
+    starts = {"start_times": [3.0 + 0.1 * i for i in range(400)]}
+    for said, last in (
+        ({"request_rate": "inf", "max_concurrency": 4, **starts}, 0.0),
+        ({"request_rate": "inf", "ramp_up_strategy": "linear", **starts}, 39.9),
+        ({"request_rate": 10.0, **starts}, 39.9),
+        ({"request_rate": math.inf}, 0.0),
+    ):
+        asked = read_trace(written(tmp_path, "r.json", json.dumps({**lists, **said}))).requests
+        assert asked.arrival_s[-1] == pytest.approx(last), said
+    drawn = read_trace(written(tmp_path, "r.jsonl", json.dumps({**lists, "request_rate": 10.0}))).requests
+    assert drawn.rate == pytest.approx(10.0, rel=0.15)
+    with pytest.raises(InputError, match="request_rate 'trace': when requests were sent is not in it"):
+        read_trace(written(tmp_path, "r.jsonl", json.dumps({**lists, "request_rate": "trace"})))
+
+
+def test_a_result_without_its_requests_says_how_to_get_them(tmp_path: Path) -> None:
+    text = json.dumps({"request_throughput": 3.0, "total_output_tokens": 5})
+    with pytest.raises(InputError, match="has no requests: vllm bench serve writes them with --save-detailed"):
+        read_trace(written(tmp_path, "r.json", text))
 
 
 def test_failed_requests_of_vllm_bench_are_named_or_left_out(tmp_path: Path) -> None:
@@ -90,6 +131,13 @@ def test_a_result_of_guidellm(tmp_path: Path) -> None:
         read_trace(path)
     with pytest.raises(InputError, match=r"benchmarks.json#3: holds benchmarks 1 to 2"):
         read_trace(tmp_path / "benchmarks.json#3")
+    for strategy, users, last in (
+        ({"type_": "concurrent", "streams": 7}, 7, 0.0), ({"type_": "synchronous"}, 1, 0.0),
+        ({"type_": "poisson", "rate": 2.0, "max_concurrency": 9}, 9, 0.5), ({"type_": "throughput"}, None, 0.0),
+    ):
+        one = {**benchmarks[1], "config": {"strategy": strategy}}
+        asked = read_trace(written(tmp_path, "one.json", json.dumps({"benchmarks": [one]}))).requests
+        assert asked.users == users and asked.arrival_s[-1] == last and asked.input_len.tolist() == [20, 10]
 
 
 def test_lines_of_aiperf(tmp_path: Path) -> None:

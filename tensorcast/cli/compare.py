@@ -189,6 +189,9 @@ def compare(
     requests: Annotated[int | None, typer.Option(
         "--requests", min=1, show_default=False, help="The first so many of the trace.", rich_help_panel=REPLAY,
     )] = None,
+    skip_bad: Annotated[bool, typer.Option(
+        "--skip-bad", help="Leave rows of the trace out that cannot be read, and count them.", rich_help_panel=REPLAY,
+    )] = False,
     percentile: Annotated[float | None, typer.Option(
         "--percentile", min=0, max=100, show_default=False, rich_help_panel=REPLAY,
         help="Send the trace to each layout as fast as leaves so many percent of its requests within the limits.",
@@ -236,7 +239,7 @@ def compare(
         check_directory(out)  # before the work, not after
     sent, means = None, (4096, 1024)
     if (trace, requests, percentile) != (None, None, None):
-        sent, means = _requests(trace, requests, percentile, images_per_request)
+        sent, means = _requests(trace, requests, percentile, images_per_request, skip_bad)
     # a number, or the name of a task
     accepted = float(mtp_acceptance) if mtp_acceptance.replace(".", "", 1).isdigit() else mtp_acceptance
     # options that are searched: lists of what was typed
@@ -314,7 +317,7 @@ def _apart(found: Comparison, ffn: bool, encoders: str | None) -> list[tuple[str
 
 
 def _requests(
-    trace: Path | None, count: int | None, percentile: float | None, images: int | None
+    trace: Path | None, count: int | None, percentile: float | None, images: int | None, skip_bad: bool
 ) -> tuple[Requests, tuple[int, int]]:
     """Requests to replay, and the lengths of prompts and replies to compare for."""
     if trace is None:
@@ -324,7 +327,10 @@ def _requests(
         raise InputError(f"--images-per-request {images}: is of steady loads, not of a --trace")
     from tensorcast.scheduling.trace_files import read_trace
 
-    found = read_trace(trace, False).requests
+    read = read_trace(trace, skip_bad)
+    if read.skipped:
+        typer.echo(f"note: {read.skipped} rows of {trace} could not be read", err=True)
+    found = read.requests
     found = found if count is None else found.first(count)
     return found, (max(1, round(float(found.input_len.mean()))), max(1, round(float(found.output_len.mean()))))
 

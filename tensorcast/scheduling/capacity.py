@@ -51,11 +51,12 @@ def at_the_limit(
     together = run(replace(requests, arrival_s=np.zeros(len(requests))))
     high = len(requests) / together.seconds if together.served else own
     low = high * SLOWEST
-    least = kept(low)
-    if least < share:
+    slow = run(requests.scaled(rate=low / own))
+    if slow.within_limits < share:
+        too_long = f"; {slow.refused:,} of {len(requests):,} are longer than any server takes" if slow.refused else ""
         raise InputError(
-            f"--find-rate: even at {low:.3g} requests/s only {100 * least:.1f} % of the requests keep the limits, "
-            f"{100 * share:g} % are asked for"
+            f"--find-rate: even at {low:.3g} requests/s only {100 * slow.within_limits:.1f} % of the requests keep the "
+            f"limits, {100 * share:g} % are asked for{too_long}"
         )
     while kept(high) >= share:  # all at once is not the fastest way of serving them
         low, high = high, 2 * high

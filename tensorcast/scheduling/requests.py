@@ -125,6 +125,9 @@ def drawn(
         raise InputError(f"burstiness = {burstiness}: must be more than 0")
     if ramp_s < 0:
         raise InputError(f"ramp = {ramp_s}: must be at least 0 seconds")
+    for name, value, unsaid in (("burstiness", burstiness, 1.0), ("ramp", ramp_s, 0.0)):
+        if rate is None and value != unsaid:
+            raise InputError(f"{name} = {value:g}: is of requests that come at a rate, and none is given")
     random = np.random.default_rng(seed)
     prompts, replies = input_len.draw(count, random), output_len.draw(count, random)
     arrival_s = np.zeros(count)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tensorcast.errors import InputError
-from tensorcast.scheduling.requests import Requests
+from tensorcast.scheduling.requests import Length, Requests, drawn
 
 BLOCK_TOKENS = 512
 """Tokens of a block whose hash a Mooncake trace has (https://github.com/kvcache-ai/Mooncake, FAST25-release)."""
@@ -60,9 +60,9 @@ class TraceFile:
 
 
 def read_trace(path: Path, skip_bad: bool = False) -> TraceFile:
-    """Requests of a trace: JSON lines (Mooncake's, aiperf's), CSV (ours, Azure's, BurstGPT's, Vidur's), Parquet, or a
-    result: of ``vllm bench serve --save-detailed``, or of guidellm (``FILE#2`` is the second of its benchmarks); also
-    gzipped. Raises :class:`InputError` on anything else."""
+    """Requests of a trace: JSON lines (Mooncake's, aiperf's), CSV (ours, Azure's, BurstGPT's, Vidur's), Parquet, or
+    results: of ``vllm bench serve --save-detailed``, of SGLang's ``bench_serving --output-details``, of guidellm
+    (``FILE#2`` is the second of several); also gzipped. Raises :class:`InputError` on anything else."""
     path, which = _numbered(path)
     try:
         if path.suffix == ".parquet":
@@ -77,13 +77,15 @@ def read_trace(path: Path, skip_bad: bool = False) -> TraceFile:
     if start == "[":
         raise InputError(f"{path}: is one JSON list, must be JSON lines, a table, or a result of a benchmark's client")
     if start != "{":
-        return _table(path, csv.DictReader(io.StringIO(text)), skip_bad)
+        head = text.lstrip().split("\n", 1)[0]
+        delimiter = max(",;\t", key=head.count)
+        return _table(path, csv.DictReader(io.StringIO(text), delimiter=delimiter), skip_bad)
     first = text.lstrip().split("\n", 1)[0]
     try:
         one = json.loads(first)
     except ValueError:
         one = None
-    if isinstance(one, dict) and not {"input_lens", "benchmarks"} & set(one):
+    if isinstance(one, dict) and not {"input_lens", "benchmarks", "request_throughput"} & set(one):
         return _lines(path, text.splitlines(), skip_bad, _AIPERF if "metrics" in one else _MOONCAKE)
     return _result(path, text, skip_bad, which)
 
@@ -108,7 +110,8 @@ def _each(
             rows.append(read(item))
         except (ValueError, KeyError, TypeError) as error:
             if not skip_bad:
-                raise InputError(f"{path}: {what} {number}: {_said(error, item)}") from None
+                way = "--skip-bad leaves such rows out"
+                raise InputError(f"{path}: {what} {number}: {_said(error, item)}; {way}") from None
             skipped += 1
     if not rows:
         raise InputError(f"{path}: no row could be read{f' ({skipped} skipped)' if skipped else ''}")
@@ -163,17 +166,25 @@ _AIPERF = ("aiperf", _aiperf_row)
 
 
 def _result(path: Path, text: str, skip_bad: bool, which: int | None) -> TraceFile:
-    """A benchmark client's result, one object with an entry per request."""
+    """A benchmark client's results, each one object with an entry per request; vLLM's and SGLang's append a line to
+    their file for each."""
     try:
-        one = json.loads(text)
+        results = [json.loads(text)]
     except ValueError as error:
-        said = _said(error, "")
-        raise InputError(f"{path}: is no trace of JSON lines and no result of a benchmark: {said}") from None
-    if isinstance(one, dict) and "benchmarks" in one:
-        return _guidellm(path, one["benchmarks"], skip_bad, which)
+        try:
+            results = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except ValueError:
+            said = _said(error, "")
+            raise InputError(f"{path}: is no trace of JSON lines and no result of a benchmark: {said}") from None
+    if isinstance(results[0], dict) and "benchmarks" in results[0]:
+        return _guidellm(path, _chosen(path, results[0]["benchmarks"], which, "benchmarks"), skip_bad)
+    one = _chosen(path, results, which, "results")
+    if isinstance(one, dict) and "request_throughput" in one and "input_lens" not in one:
+        raise InputError(f"{path}: has no requests: vllm bench serve writes them with --save-detailed, SGLang's "
+                         "bench_serving with --output-details")  # fmt: skip
     try:
         lists = [one["input_lens"], one["output_lens"]]
-        starts = one.get("start_times") or [0.0] * len(lists[0])
+        starts, users = _sent(path, one, len(lists[0])), one.get("max_concurrency")
         entries = list(zip(starts, *lists, one.get("errors") or [""] * len(lists[0]), strict=True))
     except (ValueError, KeyError, TypeError) as error:
         said = _said(error, "")
@@ -185,28 +196,55 @@ def _result(path: Path, text: str, skip_bad: bool, which: int | None) -> TraceFi
         return _number("start_times", entry[0]), _whole("input_lens", entry[1]), _whole("output_lens", entry[2]), ()
 
     rows, skipped = _each(path, entries, read, skip_bad, "request")
-    requests, users = _requests(rows), one.get("max_concurrency")
+    requests = _requests(rows)
     return TraceFile(replace(requests, users=int(users)) if users else requests, "vllm bench", skipped)
 
 
-def _guidellm(path: Path, benchmarks: Any, skip_bad: bool, which: int | None) -> TraceFile:
-    """guidellm's ``benchmarks.json`` (guidellm 0.8.1, schemas/base/request_stats.py: GenerativeRequestStats)."""
-    many = len(benchmarks)
-    if which is None and many != 1:
-        raise InputError(f"{path}: holds {many} benchmarks; say which, as {path.name}#1")
-    if not 1 <= (which or 1) <= many:
-        raise InputError(f"{path}#{which}: holds benchmarks 1 to {many}")
+def _chosen(path: Path, many: Any, which: int | None, what: str) -> Any:
+    """The one that is asked for of many."""
+    if which is None and len(many) != 1:
+        raise InputError(f"{path}: holds {len(many)} {what}; say which, as {path.name}#1")
+    if not 1 <= (which or 1) <= len(many):
+        raise InputError(f"{path}#{which}: holds {what} 1 to {len(many)}")
+    return many[(which or 1) - 1]
+
+
+def _sent(path: Path, one: Mapping[str, Any], count: int) -> Sequence[Any]:
+    """When requests were sent: all at once where nothing but a place among the users was waited for; as noted, which
+    SGLang's client (0.5.23, benchmark/serving.py) does not; at random at its rate."""
+    rate, noted = one.get("request_rate"), one.get("start_times")
+    endless = rate is None or str(rate).lower() in ("inf", "infinity")
+    if noted and (rate is None or not endless or one.get("ramp_up_strategy")):
+        return list(noted)
+    if endless:
+        return [0.0] * count
+    try:
+        rate_s = _number("request_rate", rate)
+    except ValueError:
+        raise InputError(f"{path}: request_rate {rate!r}: when requests were sent is not in it") from None
+    burstiness = float(one.get("burstiness") or 1.0)
+    return drawn(count, Length(1), Length(1), rate=rate_s, burstiness=burstiness).arrival_s.tolist()
+
+
+def _guidellm(path: Path, one: Any, skip_bad: bool) -> TraceFile:
+    """A benchmark of guidellm's ``benchmarks.json`` (guidellm 0.8.1, schemas/base/request_stats.py:
+    GenerativeRequestStats, scheduler/strategies.py). Streams send whenever they have the reply before."""
 
     def read(one: Mapping[str, Any]) -> Row:
         lengths = [_whole(name, one[name]) for name in ("prompt_tokens", "output_tokens")]
         return _number("request_start_time", one["request_start_time"]), lengths[0], lengths[1], ()
 
     try:
-        entries = benchmarks[(which or 1) - 1]["requests"]["successful"]
-    except (KeyError, TypeError) as error:
+        entries = one["requests"]["successful"]
+        strategy = (one.get("config") or {}).get("strategy") or {}
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: is no result of guidellm with its requests: {_said(error, '')}") from None
     rows, skipped = _each(path, entries, read, skip_bad, "request")
-    return TraceFile(_requests(rows), "guidellm", skipped)
+    requests, kind = _requests(rows), strategy.get("type_")
+    users = 1 if kind == "synchronous" else strategy.get("streams") or strategy.get("max_concurrency")
+    if kind in ("synchronous", "concurrent", "throughput"):
+        requests = replace(requests, arrival_s=np.zeros(len(requests)))
+    return TraceFile(replace(requests, users=int(users)) if users else requests, "guidellm", skipped)
 
 
 def _parquet(path: Path) -> Iterator[Mapping[Any, Any]]:

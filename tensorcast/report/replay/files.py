@@ -38,14 +38,14 @@ def write_replay(found: Outcome, folder: Path) -> list[Path]:
 
 
 def draw(found: Outcome, path: Path) -> Path:
-    """How long requests wait (share of them within a time), and what servers did over time."""
+    """How long requests wait (share of them within a time), what servers did and how full they were over time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9.5, 6.2), layout="constrained", dpi=160)
+    figure = Figure(figsize=(9.5, 7.6), layout="constrained", dpi=160)
     FigureCanvasAgg(figure)
-    within, over_time = figure.subplots(2, 1)
+    within, over_time, cache = figure.subplots(3, 1, height_ratios=(3, 3, 1.6))
     names = {"ttft_s": "time to first token", "tpot_s": "time per output token", "request_s": "whole request"}
     for (key, label), colour in zip(names.items(), COLOURS, strict=False):
         values = np.sort(found.times[key][np.isfinite(found.times[key])])
@@ -65,7 +65,14 @@ def draw(found: Outcome, path: Path) -> Path:
     for (key, label), colour in zip(states.items(), COLOURS, strict=False):
         total = sum(_held(m["time_s"], m[key], grid) for m in moments)
         over_time.plot(grid, total, color=colour, label=label, linewidth=1.2)
-    over_time.set(xlabel="seconds since the first request", ylabel="requests", xlim=(0, end))
+    for role, colour in zip(dict.fromkeys(server["role"] for server in found.servers), COLOURS, strict=False):
+        used = [_held(s["moments"]["time_s"], s["moments"]["cache_used"], grid) for s in found.servers
+                if s["role"] == role]  # fmt: skip
+        label = "the fullest server" if role == "both" else f"the fullest of {role}"
+        cache.plot(grid, 100 * np.max(used, axis=0), color=colour, label=label, linewidth=1.2)
+    cache.set(xlabel="seconds since the first request", ylabel="cache used, %", xlim=(0, end), ylim=(0, 101))
+    cache.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    over_time.set(ylabel="requests", xlim=(0, end))
     over_time.set_ylim(bottom=0)
     over_time.yaxis.set_major_locator(MaxNLocator(integer=True))
     over_time.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

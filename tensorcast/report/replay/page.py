@@ -31,7 +31,7 @@ def sections(found: Outcome) -> list[Section]:
 
 
 def _servers(found: Outcome) -> Table:
-    rows = []
+    rows, stayed = [], not any(server["from_s"] or server["lost_s"] for server in found.servers)
     for number, server in enumerate(found.servers):
         moments = server["moments"]
         full = float(max(moments["cache_used"], default=0.0))
@@ -39,9 +39,16 @@ def _servers(found: Outcome) -> Table:
         rows.append([
             str(number), server["role"], units.count(server["steps"]), units.percent(server["busy_share"]),
             units.percent(server["prompts_share"]), units.count(most), units.percent(full),
+            *([] if stayed else [_there(server["from_s"], server["lost_s"])]),
         ])
     head = ["server", "phases", "steps", "busy", "of it prompts", "most replies at once", "cache at its fullest"]
-    return _table(head, rows, "llrrrrr")
+    return _table(head, rows, "llrrrrr") if stayed else _table([*head, "there"], rows, "llrrrrrl")
+
+
+def _there(from_s: float, lost_s: float | None) -> str:
+    """When a server was there."""
+    said = [f"from {from_s:g} s"] if from_s else []
+    return " ".join(said + ([] if lost_s is None else [f"until {lost_s:g} s"])) or "always"
 
 
 def _table(head: list[str], rows: list[list[str]], align: str = "") -> Table:

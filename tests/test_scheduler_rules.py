@@ -20,6 +20,7 @@ from tensorcast.scheduling.record import Record
 from tensorcast.scheduling.replay import priced_servers
 from tensorcast.scheduling.requests import Requests
 from tensorcast.scheduling.room import Expectation
+from tensorcast.scheduling.server import Server
 
 ALONE = replace(RULES, alone=True)
 
@@ -107,6 +108,22 @@ def test_what_is_expected_after_one_starts_over() -> None:
     one.fall(2)
     one.rests()
     assert one.share == 1.0 and one.most(9000.0, 2) == 8192
+
+
+@pytest.mark.parametrize(
+    ("weight", "from_used", "chosen"), [(0.0, 0.0, 1), (3.0, 0.0, 0), (6.0, 0.5, 0), (6.0, 0.9, 1)]
+)
+def test_who_waits_counts_more_in_the_choice_of_a_rank(weight: float, from_used: float, chosen: int) -> None:
+    """Nine run on the first of two ranks; on the other six do and two wait, with 0.8 of its cache used."""
+    rules = replace(RULES, ranks=2, cache_tokens=1000.0, queue_weight=weight, queue_from_used=from_used)
+    requests = Requests(arrival_s=np.zeros(20), input_len=np.full(20, 10), output_len=np.full(20, 9))
+    server = Server(rules, TIMES, Record(requests))
+    for rank, running in zip(server.ranks, (9, 6), strict=True):
+        rank.decoding = {i: None for i in range(running)}  # type: ignore[misc]
+    server.ranks[1].waiting.extend((10, 11))
+    server.ranks[1].used = 800.0
+    server.put(12, 0.0)
+    assert 12 in server.ranks[chosen].waiting
 
 
 @pytest.mark.parametrize(

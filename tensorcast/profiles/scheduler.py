@@ -70,6 +70,12 @@ class Scheduler(Frozen):
     rank_choice: Literal["round_robin", "least_requests"] = Field(
         default="least_requests", description="which data-parallel rank a request goes to"
     )
+    queue_weight: Number = Field(
+        default=0.0, ge=0, description="as many requests more one that waits counts there where they are told apart so"
+    )
+    queue_from_used: Number = Field(
+        default=0.0, ge=0, lt=1, description="share of the rank's cache from which on: by what is used beyond; 0: always"
+    )
     room_first: RoomFirst | None = None
     prompts_wait: bool = Field(default=False, description="whether prompts can be told to wait for others")
     source: str = Field(min_length=3)

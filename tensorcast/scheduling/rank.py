@@ -43,6 +43,15 @@ class Rank:
         return len(self.waiting) + len(self.reading) + len(self.decoding) + asking
 
     @property
+    def crowd(self) -> float:
+        """Requests here as who chooses a rank counts them."""
+        rules = self.rules
+        if not rules.queue_weight or not self.waiting:
+            return self.load
+        beyond = max(0.0, self.used / self._holds - rules.queue_from_used) if rules.queue_from_used else 1.0
+        return self.load + rules.queue_weight * beyond * len(self.waiting)
+
+    @property
     def free(self) -> float:
         """Tokens of the cache that a new sequence could take, those of blocks that nobody uses included."""
         return self._holds - self.used
@@ -115,11 +124,6 @@ class Rank:
         """Tokens of the cache that a sequence takes as it starts to write."""
         reply = self.record.left(request) if self.rules.reserves_reply else 0
         return self.record.prompt(request) + self.rules.waste + reply
-
-    def rests(self) -> None:
-        """Nothing runs on its server."""
-        if self.expected is not None:
-            self.expected.rests()
 
     def decode_steps_left(self) -> float:
         """Decode steps until a sequence ends or the cache is full."""

@@ -19,6 +19,7 @@ from tensorcast.scheduling.rules import Rules
 from tensorcast.scheduling.step_times import StepTimes
 
 _sequences = attrgetter("sequences")
+_crowd = attrgetter("crowd")
 
 
 @dataclass(slots=True)
@@ -102,7 +103,7 @@ class Server:
         if self.rules.round_robin:
             self._next += 1
             return ranks[(self._next - 1) % len(ranks)]
-        return min(ranks, key=lambda one: one.load) if len(ranks) > 1 else ranks[0]
+        return min(ranks, key=_crowd) if len(ranks) > 1 else ranks[0]
 
     def ask(self, request: int) -> None:
         """A request wants room here, to have its prompt read elsewhere."""
@@ -168,7 +169,8 @@ class Server:
             self.idle_from_s = now_s
             self._begun.clear()
             for rank in self.ranks:
-                rank.rests()
+                if rank.expected is not None:
+                    rank.expected.rests()
             if seen < now_s and any(rank.waiting for rank in self.ranks):
                 self._compose(now_s)  # nothing runs: whoever came meanwhile is seen at once
 

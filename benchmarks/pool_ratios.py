@@ -55,7 +55,7 @@ def replies(mean: float, most: int, count: int) -> Lengths:
 
 
 def again(users: int, readers: int) -> bool:
-    """Whether one of so many servers that read prompts in turn is sent the prompts that it has read in an earlier run."""
+    """Whether each of so many servers that read prompts in turn is sent prompts that it has read in an earlier run."""
     run = USERS.index(users)
     return any((run - earlier) * 501 % readers == 0 for earlier in range(run))
 

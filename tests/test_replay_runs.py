@@ -105,6 +105,8 @@ def test_users_in_a_closed_loop_are_served_steadily() -> None:
     ({"request_rate": 0}, "request_rate 0: must be more than 0"), ({"requests": 0}, "requests 0"),
     ({"requests": 2.5}, "requests 2.5: must be a whole number"), ({"max_num_seqs": 0}, "max_num_seqs 0"),
     ({"request_rate": 1, "burstiness": 0}, "burstiness 0: must be more than 0"),
+    ({"burstiness": 0.5}, "burstiness 0.5: is of requests that come at a request_rate"),
+    ({"request_rate": "inf", "requests": 9, "burstiness": 2}, "burstiness 2: is of requests that come at"),
     ({"requests": 9, "graph_sizes": "1, 2, many"}, "graph_sizes '1, 2, many': must be whole numbers of sequences"),
     ({"request_rate": "-inf"}, "request_rate '-inf': must be a finite number"),
     ({"request_rate": "fast"}, "request_rate 'fast': must be a number"),

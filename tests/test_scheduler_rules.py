@@ -129,7 +129,8 @@ def test_who_waits_counts_more_in_the_choice_of_a_rank(weight: float, from_used:
 @pytest.mark.parametrize(
     ("engine", "model", "rules"),
     [
-        ("sglang", "qwen3-30b-a3b", ("chunk", True, False, False)), ("sglang", "gpt-oss-120b", ("chunk", True, True, False)),
+        ("sglang", "qwen3-30b-a3b", ("chunk", True, False, False)),
+        ("sglang", "gpt-oss-120b", ("chunk", True, True, False)),
         ("sglang==0.5.14", "gpt-oss-120b", ("chunk", False, True, False)),
         ("sglang==0.5.10.post1", "gpt-oss-120b", ("chunk", False, False, False)),
         ("vllm", "gpt-oss-120b", ("scheduled", None, False, False)),

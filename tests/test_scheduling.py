@@ -166,22 +166,24 @@ def test_a_faster_server_is_done_earlier() -> None:
 @settings(max_examples=40)
 @given(requests=asked(), changed=st.sampled_from([{}, {"alone": True}, {"most_sequences": 3}]))
 def test_a_faster_device_has_finished_no_fewer(requests: Requests, changed: dict[str, Any]) -> None:
-    """At no moment: each of so many ends sooner where every step takes half as long."""
+    """Each of so many ends sooner where every step takes half as long, but for the two steps in which who comes then is
+    not seen yet, where those of the slower one began just after."""
     rules = replace(RULES, **changed)
     times = replace(TIMES, alone=rules.alone)
     slow, fast = (
         np.sort(Fleet([Pool(rules, times.scaled(factor, factor), 1)], requests).run().last_s) for factor in (1.0, 0.5)
     )
-    assert np.all(fast <= slow + 1e-9)
+    assert np.all(fast <= slow + 2 * times.scaled(0.5, 0.5).decoding(rules.most_sequences, 1000.0, 1.0))
 
 
 @settings(max_examples=40)
 @given(
     requests=asked(), families=st.lists(st.integers(0, 3), min_size=25, max_size=25),
     cache=st.sampled_from([1000.0, 1600.0, 4000.0]), count=st.integers(1, 2),
+    found=st.sampled_from([{"blocks_found": "scheduled"}, {"blocks_found": "chunk"}, {"waits_for_blocks": True}]),
 )  # fmt: skip
 def test_blocks_are_kept_within_the_cache(
-    requests: Requests, families: list[int], cache: float, count: int
+    requests: Requests, families: list[int], cache: float, count: int, found: dict[str, Any]
 ) -> None:
     """Prompts that begin alike: at every step tokens held, used and kept fit in, each block once; nobody reads more or
     less than its prompt, and finds no more than another's beginning."""
@@ -191,7 +193,7 @@ def test_blocks_are_kept_within_the_cache(
         for family, n, m in zip(families, requests.input_len, requests.output_len, strict=False)
     )
     shared = replace(requests, blocks=blocks, block_tokens=size, reply_blocks=True)
-    fleet = Fleet([Pool(replace(RULES, cache_tokens=cache), TIMES, count)], shared, router="prefix_aware")
+    fleet = Fleet([Pool(replace(RULES, cache_tokens=cache, **found), TIMES, count)], shared, router="prefix_aware")
     read = dict.fromkeys(range(len(requests)), 0)
     for server in fleet.servers:
         for rank in server.ranks:

@@ -82,7 +82,7 @@ def test_results_that_a_client_appends_are_told_apart(tmp_path: Path) -> None:
     lines = [json.dumps({"max_concurrency": users, "request_rate": math.inf, **lists}) for users in (4, 8)]
     path = written(tmp_path, "sglang.jsonl", "\n".join(lines) + "\n")
     assert read_trace(tmp_path / "sglang.jsonl#2").requests.users == 8
-    with pytest.raises(InputError, match="holds 2 results; say which, as sglang.jsonl#1"):
+    with pytest.raises(InputError, match=r"holds 2 results; say which, as sglang\.jsonl#1"):
         read_trace(path)
 
 

@@ -96,6 +96,9 @@ def read_arrivals(cells: Cells, users: float | None) -> Arrivals | None:
     So many users who send one request after another are no such row: how often they do is its ``rounds``.
     """
     rate = cells.number("request_rate", None, endless=True)
+    burstiness = cells.number("burstiness", 1.0, endless=True)
+    if burstiness != 1 and rate in (None, math.inf):
+        raise InputError(f"burstiness {burstiness:g}: is of requests that come at a request_rate, and none is said")
     count, most = (cells.number(name, None) for name in ("requests", "max_num_seqs"))
     graphs = read_graph_sizes(cells.text("graph_sizes", ""), "graph_sizes") if "graph_sizes" in cells.cells else ()
     if rate is None and count is None and most is None and not graphs:
@@ -105,7 +108,7 @@ def read_arrivals(cells: Cells, users: float | None) -> Arrivals | None:
         cells.cells.setdefault("rounds", count / users)
         return None
     return Arrivals(
-        rate=math.inf if rate is None else rate, burstiness=cells.number("burstiness", 1.0, endless=True),
+        rate=math.inf if rate is None else rate, burstiness=burstiness,
         count=None if count is None else cells.whole("requests"), users=None if users is None else max(1, round(users)),
         graph_sizes=graphs,
     )

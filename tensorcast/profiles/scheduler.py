@@ -74,7 +74,7 @@ class Scheduler(Frozen):
         default=0.0, ge=0, description="as many requests more one that waits counts there where they are told apart so"
     )
     queue_from_used: Number = Field(
-        default=0.0, ge=0, lt=1, description="share of the rank's cache from which on: by what is used beyond; 0: always"
+        default=0.0, ge=0, lt=1, description="share of its cache from which on, by what is used beyond; 0: always"
     )
     room_first: RoomFirst | None = None
     prompts_wait: bool = Field(default=False, description="whether prompts can be told to wait for others")

@@ -82,7 +82,7 @@ class Rules:
     longest request that is served. ``asks_again``: who was refused as replies are expected to take the room is asked
     again in each step, not once a sequence has left. ``blocks_found``: from when on others find a prompt's blocks;
     ``waits_for_blocks``: who would find those that are being read waits for them, and others go first.
-    ``queue_weight``: as so many more who waits counts in the choice of a rank, from ``queue_from_used`` of its cache on.
+    ``queue_weight``: as so many more who waits counts in the choice of a rank, from ``queue_from_used`` of its cache.
     ``room_first``: in two pools room of the server that writes is taken before the
     prompt is read. ``graph_sizes``: sequences that decode steps are padded to, where that is stated.
     """

@@ -76,6 +76,8 @@ def test_the_command_ranks_writes_and_tells(tmp_path: Path) -> None:
     told = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "out")], catch_exceptions=False)
     assert told.exit_code == 0 and "Replayed, 60 requests" in told.output, told.output
     rows = list(csv.DictReader((tmp_path / "out" / "replayed.csv").open()))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Under the trace" in page and page.count(rows[0]["layout"]) > 1
     assert len(rows) == 3 and all(float(row["requests"]) == 60 for row in rows)
     record = json.loads(CliRunner().invoke(app, [*asked, "--json"], catch_exceptions=False).output)
     assert [row["candidate"] for row in record["replayed"]] == [row["candidate"] for row in rows]

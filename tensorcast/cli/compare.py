@@ -275,10 +275,8 @@ def compare(
             if out is not None and _written(error.comparison, out):
                 raise NoLayoutMeets(f"{error}; all candidates are in {out}", error.comparison) from None
             raise
-        written = [] if out is None else _written(found, out)
-        replayed = None if sent is None else _replayed(found, sent, replay_top, percentile, out)
+        replayed, written = _replayed(found, sent, replay_top, percentile, out)
         split = _apart(found, ffn_apart, encoder_gpus) if ffn_apart or encoder_gpus else []
-        written += [] if replayed is None or out is None else [out / "replayed.csv"]
     if as_json:
         from tensorcast.report.compare.terminal import comparison_record
         from tensorcast.report.plain import to_json
@@ -292,7 +290,7 @@ def compare(
     if replayed is not None:
         from tensorcast.report.compare.replayed import print_replayed
 
-        print_replayed(found, replayed, console(), percentile is not None)
+        print_replayed(found, replayed, console())
     for _, some, show in split:
         show(some, console())
     if written:
@@ -336,18 +334,22 @@ def _requests(
 
 
 def _replayed(
-    found: Comparison, sent: Requests, top: int, percentile: float | None, out: Path | None
-) -> ReplayedComparison:
-    from tensorcast.report.compare.replayed import write_replayed
+    found: Comparison, sent: Requests | None, top: int, percentile: float | None, out: Path | None
+) -> tuple[ReplayedComparison | None, list[Path]]:
+    """The best layouts under a trace, where there is one, and the files that are written, also where none fits."""
+    if sent is None:
+        return None, [] if out is None else _written(found, out)
     from tensorcast.search.replayed import replay_best
 
-    replayed = replay_best(found, sent, top=top, percentile=percentile)
-    if out is not None:
-        write_replayed(replayed, out)
-    return replayed
+    replayed = None
+    try:
+        replayed = replay_best(found, sent, top=top, percentile=percentile)
+    finally:
+        written = [] if out is None else _written(found, out, replayed)
+    return replayed, written
 
 
-def _written(found: Comparison, out: Path) -> list[Path]:
+def _written(found: Comparison, out: Path, replayed: ReplayedComparison | None = None) -> list[Path]:
     from tensorcast.report.compare.files import write_comparison
 
-    return write_comparison(found, out)
+    return write_comparison(found, out, replayed=replayed)

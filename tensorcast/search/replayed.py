@@ -39,13 +39,15 @@ class ReplayedCandidate:
 class ReplayedComparison:
     """Candidates by what they deliver under ``requests``, the best first; those that could not be replayed last.
 
-    ``per``: what goodput is held against, GPUs, or US dollars where the comparison asks for cost.
+    ``per``: what goodput is held against, GPUs, or US dollars where the comparison asks for cost. ``fastest``: each had
+    the requests as fast as it takes them.
     """
 
     requests: Requests
     limits: Limits
     per: str
     candidates: tuple[ReplayedCandidate, ...]
+    fastest: bool = False
 
     def frame(self) -> pd.DataFrame:
         """A row per candidate: what was compared, and the numbers of :meth:`Outcome.summary` beside them."""
@@ -96,7 +98,7 @@ def replay_best(
 
     return ReplayedComparison(
         requests=requests, limits=limits, per="USD" if per_dollar else "GPU",
-        candidates=tuple(sorted(replayed, key=place)),
+        candidates=tuple(sorted(replayed, key=place)), fastest=percentile is not None,
     )
 
 

@@ -19,6 +19,7 @@ from tensorcast.report.compare.best_of import best_of_each
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.figures import Chart, style
 from tensorcast.report.compare.page import html, today
+from tensorcast.report.compare.replayed import REPLAYED, replayed_table
 from tensorcast.report.compare.roofline import roofline
 from tensorcast.report.compare.sentences import sentences
 from tensorcast.report.compare.takeaway import takeaways
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from tensorcast.search.candidate_table import Candidates
     from tensorcast.search.compare import Comparison
+    from tensorcast.search.replayed import ReplayedComparison
 
 FIGURES: tuple[Callable[[View], Chart | None], ...] = (
     fronts.pareto, steps.step_bars, fronts.throughput, fronts.heatmap, steps.memory, roofline, steps.sensitivity,
@@ -50,16 +52,19 @@ def charts(view: View) -> list[Chart]:
     return [chart for chart in drawn if chart is not None]
 
 
-def write_comparison(comparison: Comparison, directory: Path, price: float | None = None) -> list[Path]:
+def write_comparison(
+    comparison: Comparison, directory: Path, price: float | None = None, replayed: ReplayedComparison | None = None
+) -> list[Path]:
     """Write ``report.html``, ``candidates.parquet`` and ``.csv``, ``summary.json``, figures and launch commands.
 
-    ``price``: USD per GPU hour, where the device profiles' own is not wanted. Every file is complete in a hidden folder
+    ``price``: USD per GPU hour, where the device profiles' own is not wanted. ``replayed``: its best layouts under a
+    trace, for the page and ``replayed.csv``. Every file is complete in a hidden folder
     beside before the first one is moved to its name. Raises :class:`InputError` where ``directory`` cannot be written.
     """
     check_directory(directory)
     view = View(comparison, price)
     figures = charts(view)
-    page = html(view, figures)
+    page = html(view, figures, None if replayed is None else replayed_table(view, replayed))
     summary = to_json(summary_of(view, figures), indent=2) + "\n"
     starts = [one for one in takeaways(view) if not one.problem]
     written = ["report.html", "candidates.parquet", "candidates.csv", "summary.json"]
@@ -77,13 +82,16 @@ def write_comparison(comparison: Comparison, directory: Path, price: float | Non
             if asked:
                 (hidden / QUESTION).write_text(config(asked), encoding="utf-8")
                 written.append(QUESTION)
+            if replayed is not None:
+                replayed.frame().to_csv(hidden / REPLAYED, index=False)
+                written.append(REPLAYED)
             for one in starts:
                 (hidden / one.file).write_text(one.script, encoding="utf-8")
             written += [one.file for one in starts]
             for file in written:
                 os.replace(hidden / file, directory / file)
         ours = {f"{name}.{kind}" for name in FIGURE_NAMES for kind in ("png", "svg")}
-        for stale in (ours | {QUESTION} | {f"launch-{engine}.sh" for engine in WRITERS}) - set(written):
+        for stale in (ours | {QUESTION, REPLAYED} | {f"launch-{engine}.sh" for engine in WRITERS}) - set(written):
             (directory / stale).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--out {directory}: cannot be written: {error.strerror or error}") from None

@@ -14,6 +14,7 @@ from tensorcast.report.compare.best_of import best_of_each
 from tensorcast.report.compare.best_of import rows as rows_of_best
 from tensorcast.report.compare.choices import View
 from tensorcast.report.compare.figures import Chart
+from tensorcast.report.compare.replayed import ReplayedTable
 from tensorcast.report.compare.sentences import sentences
 from tensorcast.report.compare.table import table
 from tensorcast.report.compare.takeaway import takeaways
@@ -24,8 +25,8 @@ from tensorcast.report.question import command, flags
 from tensorcast.search.notes import COUNTED
 
 
-def html(view: View, charts: Sequence[Chart]) -> str:
-    """The page. ``charts`` come in the order in which they are shown."""
+def html(view: View, charts: Sequence[Chart], replayed: ReplayedTable | None = None) -> str:
+    """The page. ``charts`` come in the order in which they are shown; ``replayed``: layouts under a trace."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -38,7 +39,7 @@ def html(view: View, charts: Sequence[Chart]) -> str:
     template = environment.get_template("report.html.j2")
     return template.render(
         question=words.asked_for(view),
-        answer=words.conclusion(view), plain=_plain(view),
+        answer=words.conclusion(view), plain=_plain(view), replayed=replayed,
         charts=[{"name": c.name, "title": c.title, "caption": c.caption, "svg": Markup(c.inline)} for c in charts],
         takeaways=takeaways(view),
         table=rows,

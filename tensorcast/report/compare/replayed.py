@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tensorcast.files import write_atomically
 from tensorcast.report import units
 from tensorcast.report.compare.choices import View
 
@@ -18,44 +16,55 @@ if TYPE_CHECKING:
     from tensorcast.search.compare import Comparison
     from tensorcast.search.replayed import ReplayedComparison
 
-FILE = "replayed.csv"
+REPLAYED = "replayed.csv"
+"""A row per layout."""
 
 
-def print_replayed(found: Comparison, replayed: ReplayedComparison, console: Console, fastest: bool) -> None:
-    """A line per layout, the best first. ``fastest``: each had the requests as fast as it takes them."""
-    view, requests = View(found), replayed.requests
+class ReplayedTable(NamedTuple):
+    """A line per layout, the best first, and who could not be replayed."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: list[str]
+
+
+def replayed_table(view: View, replayed: ReplayedComparison) -> ReplayedTable:
+    """What the terminal and the page show."""
+    requests, fastest = replayed.requests, replayed.fastest
     sent = f"{units.count(len(requests))} requests"
     if not fastest:
         sent += " all at once" if requests.rate == float("inf") else f" at {requests.rate:.3g} per second"
     order = "the largest rate within the limits first" if fastest else "the most within the limits first"
     order += ", per US dollar" if replayed.per == "USD" else ""
-    table = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left", title_style="bold",
-        title=f"Replayed, {sent}: {order}",
-    )
     heads = ("layout", "GPUs", "TTFT P99", "TPOT P99", "within", "requests/s", "good per GPU")
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i == 0 else "right", overflow="fold")
+    rows, notes = list[tuple[str, ...]](), list[str]()
     for one in replayed.candidates:
-        name = view.name(one.row)
+        name, said = view.name(one.row), one.numbers
         if one.problem:
-            table.add_row(name, units.count(one.row["gpus"]), "-", "-", "-", "-", "-")
+            rows.append((name, units.count(one.row["gpus"]), *"-----"))
+            notes.append(f"{name} was not replayed: {one.problem}")
             continue
-        said = one.numbers
-        table.add_row(
+        rows.append((
             name, units.count(one.row["gpus"]), units.seconds(said["ttft_p99_s"]), units.seconds(said["tpot_p99_s"]),
             units.percent(said["within_limits"]), f"{said['requests_per_s']:.3g}",
             f"{said['goodput_requests_per_s_per_gpu']:.3g}",
-        )
+        ))  # fmt: skip
+    return ReplayedTable(f"Replayed, {sent}: {order}", heads, rows, notes)
+
+
+def print_replayed(found: Comparison, replayed: ReplayedComparison, console: Console) -> None:
+    """A line per layout, the best first."""
+    said = replayed_table(View(found), replayed)
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left", title_style="bold",
+        title=said.title,
+    )
+    for i, head in enumerate(said.heads):
+        table.add_column(head, justify="left" if i == 0 else "right", overflow="fold")
+    for row in said.rows:
+        table.add_row(*row)
     console.print()
     console.print(table)
-    for one in replayed.candidates:
-        if one.problem:
-            console.print(Text(f"note: {view.name(one.row)} was not replayed: {one.problem}"))
-
-
-def write_replayed(replayed: ReplayedComparison, directory: Path) -> Path:
-    """``replayed.csv`` in ``directory``, a row per layout."""
-    target = directory / FILE
-    write_atomically(target, replayed.frame().to_csv(index=False))
-    return target
+    for note in said.notes:
+        console.print(Text(f"note: {note}"))

@@ -65,7 +65,7 @@ def sent(row: dict[str, str]) -> Requests:
     count, done, users = int(row["num_prompts"]), int(row["completed"]), int(row["conc"])
     prompt = round(float(row["total_input_tokens"]) / done)
     found = Requests(
-        arrival_s=np.zeros(count), input_len=np.full(count, prompt), users=users,
+        arrival_s=np.zeros(count), input_len=np.full(count, prompt), users=users, fixed=False,
         output_len=replies(float(row["total_output_tokens"]) / done, int(row["osl"]), count),
     )
     return beginning_alike(found, prompt) if prompt < LONG and again(users, int(row["prefill"])) else found

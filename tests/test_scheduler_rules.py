@@ -29,8 +29,12 @@ def expected(**changed: Any) -> ExpectedReply:
     return ExpectedReply(**{"first": 1.0, "least": 0.01, "steps": 10, "most_tokens": 4096, "spare_steps": 20} | changed)
 
 
-def served(prompts: list[int], replies: list[int], times_s: list[float], **changed: Any) -> Record:
-    requests = Requests(arrival_s=np.array(times_s), input_len=np.array(prompts), output_len=np.array(replies))
+def served(
+    prompts: list[int], replies: list[int], times_s: list[float], fixed: bool = True, **changed: Any
+) -> Record:
+    requests = Requests(
+        arrival_s=np.array(times_s), input_len=np.array(prompts), output_len=np.array(replies), fixed=fixed
+    )
     times = replace(TIMES, alone=True)
     return Fleet([Pool(replace(ALONE, **changed), times, 1)], requests).run()
 
@@ -75,14 +79,16 @@ def test_who_was_refused_waits_for_one_to_leave(asks_again: bool) -> None:
     assert asks_again or record.admitted_s[2] == pytest.approx(record.last_s[0])
 
 
-@pytest.mark.parametrize("fixed_whole", [False, True])
-def test_replies_of_fixed_length_are_kept_room_for(fixed_whole: bool) -> None:
-    """Two with replies of 300 tokens in a cache of 700: whole, they are written one after the other."""
+@pytest.mark.parametrize(("fixed_whole", "fixed"), [(False, True), (True, False), (True, True)])
+def test_replies_of_fixed_length_are_kept_room_for(fixed_whole: bool, fixed: bool) -> None:
+    """Two with replies of 300 tokens in a cache of 700: whole, they are written one after the other. Replies that end
+    by themselves are not kept room for whole."""
+    whole = fixed_whole and fixed
     record = served(
-        [100, 100], [300, 300], [0.0, 1.0], cache_tokens=700.0, expected=expected(fixed_whole=fixed_whole)
+        [100, 100], [300, 300], [0.0, 1.0], fixed, cache_tokens=700.0, expected=expected(fixed_whole=fixed_whole)
     )
-    assert (record.admitted_s[1] < record.last_s[0]) != fixed_whole
-    assert not fixed_whole or record.admitted_s[1] == pytest.approx(record.last_s[0])
+    assert (record.admitted_s[1] < record.last_s[0]) != whole
+    assert not whole or record.admitted_s[1] == pytest.approx(record.last_s[0])
 
 
 def test_who_has_written_least_starts_over_and_comes_last() -> None:

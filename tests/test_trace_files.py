@@ -30,7 +30,7 @@ def test_mooncake_lines_come_in_order_with_their_blocks(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, MOONCAKE)).encode()))
     found = read_trace(path)
     asked = found.requests
-    assert found.kind == "mooncake" and found.skipped == 0 and asked.block_tokens == 512
+    assert found.kind == "mooncake" and found.skipped == 0 and asked.block_tokens == 512 and not asked.fixed
     assert asked.arrival_s.tolist() == [0.0, 2.5] and asked.input_len.tolist() == [900, 1100]
     assert asked.output_len.tolist() == [52, 7] and asked.blocks == ((0, 1), (0, 1, 9))
 
@@ -149,7 +149,7 @@ def test_lines_of_aiperf(tmp_path: Path) -> None:
 
     good = [line(2_000_000_000, 30, 4), line(1_500_000_000, 20, 5)]
     found = read_trace(written(tmp_path, "profile_export.jsonl", "\n".join(good)))
-    assert found.kind == "aiperf" and found.requests.arrival_s.tolist() == [0.0, 0.5]
+    assert found.kind == "aiperf" and found.requests.fixed and found.requests.arrival_s.tolist() == [0.0, 0.5]
     assert found.requests.input_len.tolist() == [20, 30] and found.requests.output_len.tolist() == [5, 4]
     path = written(tmp_path, "bad.jsonl", "\n".join([*good, line(1, 3, 3, "refused")]))
     with pytest.raises(InputError, match="line 3: error 'refused': the request failed"):

@@ -29,7 +29,7 @@ class Rank:
         self._ends: list[tuple[int, int]] = []
         self.places = Places()
         self.next = Batch()
-        self.expected = Expectation(rules.expected) if rules.expected else None
+        self.expected = Expectation(rules.expected, record.requests.fixed) if rules.expected else None
         self._shut = False  # nobody is let in until a sequence has left
         self._closed_for = math.inf  # decode steps in which the head of the queue is not let in, unless a sequence ends
         self._holds, self._each, self._only_writes = rules.cache_tokens, rules.tokens_per_step, rules.role == "decode"

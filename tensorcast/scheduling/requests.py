@@ -22,7 +22,8 @@ class Requests:
     reply's behind them; prompts whose first ids agree begin alike. ``users``: most requests in flight; whoever comes
     beyond waits outside of the server, as clients of a benchmark do, and its clock starts when it is sent. With all
     arrivals at 0 that is a closed loop. ``after``: the earlier request whose reply a request waits for, -1 for none;
-    it is sent ``think_s`` seconds after that, and not before its arrival.
+    it is sent ``think_s`` seconds after that, and not before its arrival. ``fixed``: replies run to the length that is
+    asked for (``ignore_eos``), as clients of benchmarks have them; else they end by themselves.
     """
 
     arrival_s: Array
@@ -34,6 +35,7 @@ class Requests:
     users: int | None = None
     after: Lengths | None = None
     think_s: Array | None = None
+    fixed: bool = True
 
     def __post_init__(self) -> None:
         if not len(self.arrival_s):
@@ -140,7 +142,8 @@ def drawn(
 def lengths_of(source: Requests, requests: Requests, seed: int = 0) -> Requests:
     """``requests`` with prompts and replies as long as those of random ones of ``source``, both of the same one."""
     chosen = np.random.default_rng(seed).integers(len(source), size=len(requests))
-    return replace(requests, input_len=source.input_len[chosen], output_len=source.output_len[chosen])
+    lengths = {"input_len": source.input_len[chosen], "output_len": source.output_len[chosen]}
+    return replace(requests, **lengths, fixed=source.fixed)
 
 
 def _ramped(work: Array, rate: float, ramp_s: float) -> Array:

@@ -56,10 +56,11 @@ class Batch:
 class Expectation:
     """Room that running replies are expected to take: of what they may write a share, which falls with decode steps."""
 
-    def __init__(self, rules: ExpectedReply) -> None:
-        self.rules = rules
+    def __init__(self, rules: ExpectedReply, fixed: bool = True) -> None:
+        """``fixed``: replies run to the length that is asked for."""
+        self.rules, self._whole = rules, rules.fixed_whole and fixed
         self._first, self._least, self._falls = float(rules.first), float(rules.least), rules.falls
-        if rules.fixed_whole:
+        if self._whole:
             self._first, self._least, self._falls = 1.0, 1.0, 0.0
         self.share = self._first
 
@@ -73,7 +74,7 @@ class Expectation:
 
     def start_over(self, written: int, whole: int, sequences: int) -> None:
         """One starts over: the other ``sequences`` are expected to write on as they have of their ``whole`` replies."""
-        if not self.rules.fixed_whole:
+        if not self._whole:
             self.share = min(1.0, (written + self.rules.spare_steps * sequences) / (whole + 1))
 
     def most(self, left: float, sequences: int) -> float:

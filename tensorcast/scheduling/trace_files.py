@@ -130,7 +130,7 @@ def _lines(path: Path, lines: Sequence[str], skip_bad: bool, kind: tuple[str, Ca
     rows, skipped = _sound(lines, read), 0
     if rows is None:
         rows, skipped = _each(path, lines, of_line, skip_bad, "line")
-    return TraceFile(_requests(rows), name, skipped)
+    return TraceFile(_requests(rows, fixed=name != "mooncake"), name, skipped)
 
 
 def _sound(lines: Sequence[str], read: Callable[[Any], Row]) -> list[Row] | None:
@@ -267,7 +267,7 @@ def _table(path: Path, found: Iterable[Mapping[Any, Any]], skip_bad: bool) -> Tr
     rows, skipped = _each(
         path, itertools.chain([first], items), lambda row: _table_row(row, columns), skip_bad, "row"
     )
-    return TraceFile(_requests(rows), "table", skipped)
+    return TraceFile(_requests(rows, fixed=False), "table", skipped)
 
 
 def _columns(path: Path, names: list[str]) -> dict[str, tuple[str, float]]:
@@ -333,12 +333,12 @@ def _said(error: Exception, line: Any) -> str:
     return str(error)
 
 
-def _requests(rows: list[Row]) -> Requests:
-    """In the order of their arrival, the first at 0."""
+def _requests(rows: list[Row], fixed: bool = True) -> Requests:
+    """In the order of their arrival, the first at 0. ``fixed``: a benchmark's; users' replies end by themselves."""
     arrival, prompts, replies = (np.array([row[i] for row in rows]) for i in range(3))
     order = np.argsort(arrival, kind="stable")
     blocks = tuple(rows[i][3] for i in order) if any(row[3] for row in rows) else None
     return Requests(
         arrival_s=(arrival[order] - arrival.min()).astype(float), input_len=prompts[order].astype(np.int64),
-        output_len=replies[order].astype(np.int64), blocks=blocks, block_tokens=BLOCK_TOKENS,
+        output_len=replies[order].astype(np.int64), blocks=blocks, block_tokens=BLOCK_TOKENS, fixed=fixed,
     )

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import tensorcast as tc
 from tensorcast.cli import app
+from tensorcast.report.replay.files import _busy
 from tensorcast.scheduling.requests import Length, drawn
 
 BASE = ["replay", "qwen3-30b-a3b", "-d", "h100"]
@@ -72,6 +73,15 @@ def test_the_page_says_when_servers_were_there(tmp_path: Path) -> None:
     assert run(*asked, "--workers", "2s -1, 3s +1", "--out", str(tmp_path)).exit_code == 0
     page = (tmp_path / "report.html").read_text()
     assert all(f">{said}</td>" in page for said in ("always", "until 2 s", "from 3 s"))
+
+
+def test_how_busy_servers_are_over_time_is_their_share_in_the_mean() -> None:
+    found = tc.replay(
+        "qwen3-30b-a3b", device="h100", layout="2 x tp2", requests=drawn(100, Length(500), Length(60), rate=3.0)
+    )
+    middles, busy = _busy(found, found.seconds)
+    assert 0.2 < found.summary()["busy_share"] < 0.8 and middles[-1] < found.seconds
+    assert busy.mean() == pytest.approx(found.summary()["busy_share"], abs=0.03)
 
 
 def test_requests_too_long_to_be_served_are_said_where_no_rate_is_found(tmp_path: Path) -> None:

@@ -68,15 +68,31 @@ def draw(found: Outcome, path: Path) -> Path:
     for role, colour in zip(dict.fromkeys(server["role"] for server in found.servers), COLOURS, strict=False):
         used = [_held(s["moments"]["time_s"], s["moments"]["cache_used"], grid) for s in found.servers
                 if s["role"] == role]  # fmt: skip
-        label = "the fullest server" if role == "both" else f"the fullest of {role}"
+        label = "the fullest cache" if role == "both" else f"the fullest cache of {role}"
         cache.plot(grid, 100 * np.max(used, axis=0), color=colour, label=label, linewidth=1.2)
-    cache.set(xlabel="seconds since the first request", ylabel="cache used, %", xlim=(0, end), ylim=(0, 101))
+    spare = len(dict.fromkeys(server["role"] for server in found.servers))
+    middles, busy = _busy(found, end)
+    cache.plot(middles, 100 * busy, color=COLOURS[spare], label="servers that run a step", linewidth=1.2)
+    cache.set(xlabel="seconds since the first request", ylabel="%", xlim=(0, end), ylim=(0, 101))
     cache.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     over_time.set(ylabel="requests", xlim=(0, end))
     over_time.set_ylim(bottom=0)
     over_time.yaxis.set_major_locator(MaxNLocator(integer=True))
     over_time.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return save(figure, path)
+
+
+def _busy(found: Outcome, end: float, parts: int = 100, each: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """Middles of ``parts`` of the time, and the share of the servers that are there which run a step, in the mean."""
+    grid = (np.arange(parts * each) + 0.5) * end / (parts * each)
+    runs, there = np.zeros(len(grid)), np.zeros(len(grid))
+    for server in found.servers:
+        moments, lost = server["moments"], server["lost_s"]
+        here = (grid >= server["from_s"]) & (grid < (np.inf if lost is None else lost))
+        working = np.minimum(moments["reading"] + moments["decoding"], 1.0)
+        runs, there = runs + here * _held(moments["time_s"], working, grid), there + here
+    share = np.divide(runs, there, out=np.zeros(len(grid)), where=there > 0)
+    return grid.reshape(parts, each).mean(axis=1), share.reshape(parts, each).mean(axis=1)
 
 
 def _held(times: np.ndarray, values: np.ndarray, grid: np.ndarray) -> np.ndarray:

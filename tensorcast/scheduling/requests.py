@@ -142,8 +142,9 @@ def drawn(
 def lengths_of(source: Requests, requests: Requests, seed: int = 0) -> Requests:
     """``requests`` with prompts and replies as long as those of random ones of ``source``, both of the same one."""
     chosen = np.random.default_rng(seed).integers(len(source), size=len(requests))
-    lengths = {"input_len": source.input_len[chosen], "output_len": source.output_len[chosen]}
-    return replace(requests, **lengths, fixed=source.fixed)
+    return replace(
+        requests, input_len=source.input_len[chosen], output_len=source.output_len[chosen], fixed=source.fixed
+    )
 
 
 def _ramped(work: Array, rate: float, ramp_s: float) -> Array:

@@ -181,6 +181,15 @@ def test_models_whose_norms_sglang_joins_to_all_reduces(model: str, layout: str,
     assert {limit for limit in found if limit is not None} == ({2048.0} if runs else set())
 
 
+def test_no_norm_follows_an_all_reduce_of_hyper_connections() -> None:
+    """vLLM's all-reduces of DeepSeek-V4 are mixed into streams first: no kernel joins them with a norm, and over hosts
+    of four GPUs they are NCCL's."""
+    engine = load_engine("vllm==0.19.0")
+    for model, runs in (("deepseek-v4-pro", False), ("deepseek-v3", True)):
+        made = deploy(load_model(model), load_device("gb200"), engine, parse_layout("tp8"), "decode")
+        assert made.step.pricer.joins == runs, model
+
+
 def test_pools_are_priced_as_servers_of_one_phase() -> None:
     """SGLang captures prompts at tp 4 on one server for both phases, in pools it does not: as if made one by one."""
     compared = tc.compare(

@@ -178,6 +178,10 @@ def test_decode_steps_of_pools_are_told_by_pools_alone(measured: pd.DataFrame) -
     behind = fit(pd.concat([measured, pools.assign(frontend="dynamo", measured_ttft_s=times["ttft_s"] + 0.25)]))
     assert behind.hand_over_s == pytest.approx(0.25, abs=0.02) and behind.pool_factor == found.pool_factor
     assert found.layer_s == pytest.approx(plain.layer_s) and found.prefill_factor == plain.prefill_factor
+    other = measured.assign(engine="sglang")  # of whose pools nothing was measured
+    known = engines.read_runs(pd.concat([measured, pools, other], ignore_index=True))
+    fits = engines.told(known, {name: load_engine(name) for name in ("vllm", "sglang")}).fits("synthetic")
+    assert fits["sglang"].pool_factor == fits["vllm"].pool_factor > 1.1
     table = pd.DataFrame({"steps_s": 1.0, "measured_tpot_s": [1.2] * 8 + [0.5] * 8, "drafting": True, "even": True,
                           "alike": [*range(8)] * 2, "same": range(16)})  # fmt: skip
     assert engines._slower_in_pools(table) == pytest.approx(0.2)
@@ -205,12 +209,15 @@ def test_what_serving_errs_by_is_found_beside_what_steps_do() -> None:
     steps = dice.uniform(0.02, 0.1, n)
     off = np.abs(dice.normal(0, np.hypot(steps, 0.08) / 0.67449)) * dice.choice([-1, 1], n)
     ratio = np.exp(np.sign(off) * np.log1p(np.abs(off)))
-    runs = pd.DataFrame({"what": "a model", "engine": "vllm", "tpot_s": ratio, "ttft_s": ratio,
+    runs = pd.DataFrame({"what": "a model", "network": 1, "engine": "vllm", "tpot_s": ratio, "ttft_s": ratio,
                          "tpot_s_error": steps, "ttft_s_error": 0.0})  # fmt: skip
     few = runs.head(50).assign(engine="sglang")
     found = serving_errors(pd.concat([runs, few]))
     assert set(found) == {"vllm"} and found["vllm"]["tpot_s"] == pytest.approx(0.08, rel=0.03)
     assert found["vllm"]["ttft_s"] == pytest.approx(np.quantile(np.abs(off), 0.8) / 1.9, rel=0.01)
+    right = runs.assign(network=2, tpot_s=1.0)  # a network that is always right counts no more for its many runs
+    once, thrice = (serving_errors(pd.concat([runs, *[right] * times]))["vllm"]["tpot_s"] for times in (1, 3))
+    assert once == thrice < found["vllm"]["tpot_s"]
     told_so = fitted(fit=FIT.model_copy(update={"serving_error": found["vllm"]}))
     line = page(dict.fromkeys(LEFT_OUT, runs), {"vllm": told_so}, "runs").splitlines()[-1]
     assert [float(line.split("|")[place].strip(" %")) for place in (6, 9)] == pytest.approx([80, 80], abs=0.2)

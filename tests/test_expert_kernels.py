@@ -124,6 +124,29 @@ def test_a_library_not_timed_under_an_engine_is_priced_by_the_table_that_has_it(
     assert np.allclose(mixed.factor * formula.seconds, mixed.seconds)
 
 
+def test_a_library_timed_for_one_model_is_lent_to_it() -> None:
+    """INT4 experts of Kimi-K2 in TensorRT-LLM's generated kernels, which vLLM runs if a variable asks for them:
+    SGLang's table alone has them, for that model alone. Marlin's, which run unasked, take longer on B200."""
+    own, other = (predictor_for(load_device("b200"), name, served=True) for name in ("vllm", "sglang"))
+    experts = load_engine("vllm").experts
+    assert experts is not None
+    kimi, mine = load_model("kimi-k2-instruct").config, experts.model_copy(update={"asked": "trtllm"})
+    code = source_of(mine.library("blackwell", "w4a16", kimi, False))
+    assert code == source_of("trtllm_moe") != source_of(experts.library("blackwell", "w4a16", kimi, False))
+    size = {"tokens": np.array([4.0, 64.0, 1024.0])} | {
+        name: np.full(3, value) for name, value in
+        {"hidden": 7168.0, "inter": 2048.0, "topk": 8.0, "experts": 384.0, "moe_tp": 8.0}.items()
+    }  # fmt: skip
+    asked = own.estimate("grouped_gemm", "w4a16", "", **size, source=np.full(3, code))
+    theirs = other.estimate("grouped_gemm", "w4a16", "", **size, source=np.full(3, code))
+    assert np.allclose(asked.seconds, theirs.seconds) and set(asked.evidence) == {"calibrated"}
+    unasked = own.estimate("grouped_gemm", "w4a16", "", **size, source=np.full(3, source_of("marlin")))
+    assert (asked.seconds < unasked.seconds).all()
+    new = own.estimate("grouped_gemm", "w4a16", "", **size | {"hidden": np.full(3, 4096.0)}, source=np.full(3, code))
+    plain = own.estimate("grouped_gemm", "w4a16", "", **size | {"hidden": np.full(3, 4096.0)})
+    assert np.array_equal(new.seconds, plain.seconds)  # nobody timed that library for this one
+
+
 def test_lent_kernels_are_nearer_than_those_that_run_now() -> None:
     """What vLLM 0.22.0's table timed of Triton on B200, which no fit has seen: SGLang's table of the library against
     vLLM's of the kernels that it runs since."""

@@ -344,6 +344,14 @@ def test_a_variable_of_a_launch_lets_drafts_overlap(switches: str | None, depth:
     assert launches(pd.DataFrame([launch]))["draft_overlap"].tolist() == [found]
 
 
+def test_experts_kernels_that_a_variable_asks_for() -> None:
+    """kimik2.5_int4_b200.sh from 2026-03-24 on. A record that says no more is taken for the later of two scripts."""
+    kimi = {"model": "moonshotai/Kimi-K2.5", "precision": "int4", "tp": "8", "ep": "1", "moe_tp": "8",
+            "concurrency": "64", "release": "0.15.1"}  # fmt: skip
+    assert read(**kimi).options.experts_kernels == "trtllm"
+    assert read(**kimi, device="h200_sxm").options.experts_kernels == "engine"
+
+
 def test_the_shipped_table_names_profiles() -> None:
     from tensorcast.profiles import list_devices, list_engines, list_models
 

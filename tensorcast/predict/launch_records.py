@@ -292,6 +292,8 @@ def _launches() -> dict[tuple[str, ...], list[dict[str, str]]]:
 
 
 def _most(rows: list[dict[str, str]], option: str, read: Callable[[str], Value]) -> Value | None:
-    """The most frequent value of an option; of equally frequent ones the first of the table."""
-    value = Counter(row[option] for row in rows).most_common(1)[0][0]
+    """The most frequent value of an option; of equally frequent ones the first of the table that is said: scripts are
+    added options more often than they lose any, and records are of their last runs."""
+    counts = Counter(row[option] for row in rows)
+    value = max(counts, key=lambda one: (counts[one], one != ""))
     return read(value) if value else None

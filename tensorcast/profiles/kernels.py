@@ -72,7 +72,8 @@ class ExpertKernels(Frozen):
     source: str = Field(min_length=3)
     libraries: tuple[Library, ...] = Field(default=(), description="the first that holds")
     names: dict[str, tuple[str, ...]] = Field(
-        default={}, description="what measured tables call the libraries that can be asked for, the usual one first"
+        default={}, description="what measured tables call the libraries that can be asked for, the usual one first; "
+        "WORD:DTYPE where it is another for experts in this dtype"
     )
     asked: str = Field(default="", description="a word of `names`: what runs, whatever the engine would choose")
     triton: TritonTiles | None = None
@@ -91,7 +92,7 @@ class ExpertKernels(Frozen):
         activation = next((str(text[name]) for name in ACTIVATIONS if text.get(name)), "")
         found = (rule.kernels for rule in self.libraries
                  if rule.holds(device.lower(), dtype, names, activation, spread=spread, attention_dp=attention_dp))
-        chosen, wanted = next(found, ""), self.names.get(self.asked, ())
+        chosen, wanted = next(found, ""), self.names.get(f"{self.asked}:{dtype}", self.names.get(self.asked, ()))
         return chosen if chosen in wanted or not wanted else wanted[0]
 
 

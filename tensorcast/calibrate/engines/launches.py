@@ -168,8 +168,12 @@ lower case, and ours; CuTe DSL's and fused ones have no tables."""
 REFUSED = {"trtllm": r"VLLM_USE_FLASHINFER_MOE_FP8=(?:0|false)\b", "deepgemm": r"VLLM_MOE_USE_DEEP_GEMM=(?:0|false)\b"}
 """Variables of vLLM that take a library away (0.17.0, fused_moe/oracle/fp8.py); without both Triton's is next."""
 
-ASKED = {"marlin": r"VLLM_MXFP4_USE_MARLIN=(?:1|true)\b"}
-"""Variables of vLLM that ask for a library (0.18.0, quantization/mxfp4.py; for Hopper, as SM100's come before)."""
+ASKED = {
+    ("fp4", "marlin"): r"VLLM_MXFP4_USE_MARLIN=(?:1|true)\b",
+    ("int4", "trtllm"): r"VLLM_USE_FLASHINFER_MOE_INT4=(?:1|true)\b",
+}
+"""Variables of vLLM that ask for a library, by precision (0.18.0, quantization/mxfp4.py: for Hopper, as SM100's come
+before; quantization/utils/flashinfer_mxint4_moe.py: SM100 alone)."""
 
 
 def _experts_kernels(table: pd.DataFrame) -> pd.Series:
@@ -180,8 +184,10 @@ def _experts_kernels(table: pd.DataFrame) -> pd.Series:
     refused = vllm & (table["precision"] == "fp8")
     for pattern in REFUSED.values():
         refused &= given.str.contains(pattern, case=False)
-    asked = vllm & (table["precision"] == "fp4") & given.str.contains(ASKED["marlin"], case=False)
-    return said.mask(refused, "triton").mask(asked, "marlin")
+    said = said.mask(refused, "triton")
+    for (precision, library), pattern in ASKED.items():
+        said = said.mask(vllm & (table["precision"] == precision) & given.str.contains(pattern, case=False), library)
+    return said
 
 
 ATTENTION_KERNELS = {

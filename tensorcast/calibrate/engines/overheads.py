@@ -176,9 +176,17 @@ class Told:
     published: dict[str, EngineProfile]
 
     def fits(self, source: str) -> dict[str, EngineFit]:
-        """Every engine's fit, by name."""
+        """Every engine's fit, by name. One whose pools hardly anybody measured has the other engines' median factor."""
         here = {str(name): runs for name, runs in self.known.groupby("engine")}
-        return {name: _first_part(runs, _steps_part(runs, self.own, source)) for name, runs in here.items()}
+        found = {name: _first_part(runs, _steps_part(runs, self.own, source)) for name, runs in here.items()}
+        factors = [one.pool_factor for one in found.values() if "pool_factor" in one.model_fields_set]
+        if not factors:
+            return found
+        lent = round(float(np.median(factors)), 3)
+        return {
+            name: one if "pool_factor" in one.model_fields_set else one.model_copy(update={"pool_factor": lent})
+            for name, one in found.items()
+        }
 
     def fitted(self, fits: dict[str, EngineFit]) -> dict[str, EngineProfile]:
         return {name: self.published[name].model_copy(update={"fitted": fit}) for name, fit in fits.items()}

@@ -16,12 +16,12 @@ import pandas as pd
 from tensorcast.calibrate.kernel_models.boosting import grow
 from tensorcast.calibrate.kernel_models.expert_libraries import ruled_sources
 from tensorcast.calibrate.measured_tables import Key, MeasuredKernel, MeasuredSystem, held_out
-from tensorcast.cost.kernels.device_model import CODE, CONFIGURATION, LINES
+from tensorcast.cost.kernels.device_model import CONFIGURATION, LINES
 from tensorcast.cost.kernels.formula import formula_of
 from tensorcast.cost.kernels.lattice import SIDES, Lattice, Price
 from tensorcast.cost.kernels.trees import Trees
 from tensorcast.cost.kernels.triton_tiles import of_library
-from tensorcast.cost.kernels.vocabulary import Columns
+from tensorcast.cost.kernels.vocabulary import CODE, Columns
 from tensorcast.profiles.device import DeviceProfile
 
 FAMILY = "grouped_gemm"

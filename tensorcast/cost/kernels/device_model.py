@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.cost.kernels.trees import Trees, leaf_steps
-from tensorcast.cost.kernels.vocabulary import NON_GATED, UNRELATED, Columns, source_of
+from tensorcast.cost.kernels.vocabulary import NON_GATED, Columns, Lookup, source_of
 from tensorcast.cost.work import Array, Mask, Size
 from tensorcast.errors import InputError
 
@@ -48,9 +48,6 @@ ATTENDED = ("new", "past")
 SOURCE_OF = ("hidden", "inter", "topk", "experts")
 """Sizes of a model, whose experts an engine runs with a library of its choice: one where ranks hold whole experts
 (``moe_ep`` over 1), one else."""
-
-CODE = UNRELATED[:8]
-"""Weights that give every combination of sizes a number of its own."""
 
 WEIGHTS = (1.0, 1e5 + 3, 1e9 + 7, 1e13 + 9)
 """Weights under which whole sizes have distinct sums."""
@@ -176,14 +173,14 @@ class Kernel:
         return np.sort(np.round(seen @ np.array(WEIGHTS[: len(lines)])))
 
     @cached_property
-    def _libraries(self) -> tuple[_Lookup, _Lookup]:
+    def _libraries(self) -> tuple[Lookup, Lookup]:
         """The library that a model was timed with; the same of a model and one of its libraries."""
         table = np.asarray(self.sources)
-        return _Lookup(table), _Lookup(np.column_stack([table, table[:, -1]]))
+        return Lookup(table), Lookup(np.column_stack([table, table[:, -1]]))
 
     @cached_property
-    def _leveled(self) -> _Lookup:
-        return _Lookup(np.asarray(self.levels, dtype=float))
+    def _leveled(self) -> Lookup:
+        return Lookup(np.asarray(self.levels, dtype=float))
 
     @cached_property
     def known(self) -> tuple[float, ...]:
@@ -191,6 +188,14 @@ class Kernel:
         models = {(*line[: len(SOURCE_OF)], line[-1]) for line in self.sources}
         counts = Counter(line[-1] for line in models)
         return tuple(code for code in counts if counts[code] >= TELL)
+
+    def timed(self, source: float, columns: Columns) -> bool:
+        """Whether a library was: for :data:`TELL` models, or for those of the calls that it runs."""
+        if source in self.known or not self.sources:
+            return source in self.known
+        some = {name: columns[name][columns["source"] == source] for name in (*SOURCE_OF, "moe_ep", "source")}
+        model = [*(some[name] for name in SOURCE_OF), (some["moe_ep"] > 1).astype(float), some["source"]]
+        return bool(np.isfinite(self._libraries[1].at(model)).all())
 
     def library(self, columns: Columns) -> Array | None:
         """The library whose kernel runs: as the columns say if enough of it was measured, else as was measured for the
@@ -276,22 +281,6 @@ class Kernel:
         return np.minimum(low, 0.0), np.maximum(high, 0.0)
 
 
-class _Lookup:
-    """The last column of a ``table`` by the sizes in the others; of two rows with the same the first."""
-
-    def __init__(self, table: Array) -> None:
-        self.table = table
-        codes = table[:, :-1] @ CODE[: table.shape[1] - 1]
-        order = np.argsort(codes, kind="stable")
-        self._codes, self._found = codes[order], table[order, -1]
-
-    def at(self, sizes: Sequence[Array]) -> Array:
-        """Of each call; NaN where no row is of its ``sizes``."""
-        mine = sum((w * size for w, size in zip(CODE, sizes, strict=False)), np.zeros(1))
-        place = np.minimum(np.searchsorted(self._codes, mine - 1e-7), len(self._codes) - 1)
-        return np.where(np.abs(self._codes[place] - mine) < 1e-6, self._found[place], np.nan)
-
-
 @dataclass(frozen=True)
 class DeviceModel:
     """All kernels of a device, by (family, dtype, engine, variant)."""
@@ -300,15 +289,16 @@ class DeviceModel:
     kernels: Mapping[tuple[str, str, str, str], Kernel]
     provenance: str = ""
 
-    def find(self, family: str, dtype: str, engine: str, variant: str, source: float = 0.0) -> Kernel | None:
-        """This engine's kernel, else the plain variant's, else another engine's of the same dtype. ``source``: of which
-        this library's was measured."""
+    def find(self, family: str, dtype: str, engine: str, variant: str) -> Kernel | None:
+        """This engine's kernel, else the plain variant's, else another engine's of the same dtype."""
+        return next(self.all_of(family, dtype, engine, variant), None)
+
+    def all_of(self, family: str, dtype: str, engine: str, variant: str) -> Iterator[Kernel]:
+        """Kernels that may stand for one, the nearest first."""
         for name in (variant, "") if variant != "eager" else (variant,):
             for who in (engine, "any", *STAND_IN.get(engine, STAND_IN["any"])):
-                found = self.kernels.get((family, dtype, who, name))
-                if found is not None and (not source or source in found.known):
-                    return found
-        return None
+                if (found := self.kernels.get((family, dtype, who, name))) is not None:
+                    yield found
 
 
 STORED_AS = {"trees": "trees", "extrapolated": "carry", "monotone": "rising"}

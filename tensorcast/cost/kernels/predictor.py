@@ -93,8 +93,8 @@ class Predictor:
             # of libraries that were not timed under this engine by the table where they were
             timed = {0.0, *(line[-1] for line in kernel.sources)}
             others = [code for code in np.unique(columns["source"]).tolist() if code not in timed]
-            found = [(code, self.model.find(family, dtype, self.engine, variant, code)) for code in others]
-            lent = [(code, other) for code, other in found if other is not None]
+            every = [*self.model.all_of(family, dtype, self.engine, variant)] if others else []
+            lent = [(code, ran[0]) for code in others if (ran := [k for k in every if k.timed(code, columns)])]
             if lent:
                 return self._lent(kernel, lent, (family, dtype, variant), columns)
             if (twin := kernel.twin(columns)).any():

@@ -43,7 +43,7 @@ def read_facts(source: Source) -> dict[str, Any]:
             *["prefill context parallelism"] * ("supports_pcp: bool = True" in attention),
             *["MoonEP"] * ("'moonep'" in ast.unparse(parallel)),
         ],
-        "uncompiled.architectures": _classes(config, "DEFAULT_BREAKABLE_CUDAGRAPH_ARCHITECTURES"),
+        "uncompiled.architectures": _uncompiled(config),
         "deepep_ranks": literal(found(deepep, "available_rank_configs")),
         "vocabulary_unit": literal(found(
             source.tree("vllm/model_executor/layers/vocab_parallel_embedding.py"), "DEFAULT_VOCAB_PADDING_SIZE"
@@ -155,12 +155,15 @@ def _annotated(source: Source, name: str) -> object:
     return literal(found(source.tree("vllm/envs.py"), name))
 
 
-def _classes(tree: ast.Module, name: str) -> list[str]:
-    """A set of class names; empty where a release has none."""
+def _uncompiled(tree: ast.Module) -> list[str]:
+    """Classes whose graphs are broken by hand: a set of names, until 0.24.0 in the question that asks for them."""
     try:
-        said = literal(found(tree, name))
+        said = literal(found(tree, "DEFAULT_BREAKABLE_CUDAGRAPH_ARCHITECTURES"))
     except InputError:
-        return []
+        asked = (one.test for one in ast.walk(tree) if isinstance(one, ast.If))
+        named = (test for test in asked if "'VLLM_USE_BREAKABLE_CUDAGRAPH' not in" in ast.unparse(test))
+        said = [literal(one) for test in named for one in ast.walk(test) if isinstance(one, ast.Tuple)][:1]
+        said = said[0] if said else ()
     return sorted(map(str, said)) if isinstance(said, set | frozenset | list | tuple) else []
 
 

@@ -63,7 +63,11 @@ GENERATED = (source_of("modular"), source_of("_trtllm_"))
 
 TELL = 2
 """Models that a library must have been timed for to tell what its kernels take for a model that was timed with
-another's: of one, its own sizes stand beside everything else. Marlin's MXFP4 was timed for 896 experts alone."""
+another's: of one, its own sizes stand beside everything else."""
+
+UNPACKS = source_of("marlin")
+"""Marlin's experts, MXFP4 and INT4, are one kernel. Either was timed for one model: 896 experts in MXFP4 take 1.1 times
+what INT4's of Kimi-K2 say of them in the median (H200 and B200, vLLM 0.24.0; 0.8 to 1.2 of four in five)."""
 
 OUTSIDE = 0.055
 """By how much (log) an interval's ends move away per factor of two beyond the measured sizes. Settled on H200 and B200
@@ -299,6 +303,16 @@ class DeviceModel:
             for who in (engine, "any", *STAND_IN.get(engine, STAND_IN["any"])):
                 if (found := self.kernels.get((family, dtype, who, name))) is not None:
                     yield found
+
+    def timed_with(self, source: float, name: tuple[str, str, str, str], columns: Columns) -> Kernel | None:
+        """The nearest kernel that a library was timed with for what ``columns`` ask of it. :data:`UNPACKS` both kinds
+        of 4 bits alike."""
+        family, dtype, *whose = name
+        found = next((one for one in self.all_of(*name) if one.timed(source, columns)), None)
+        if found is None and source == UNPACKS and dtype == "mxfp4":
+            others = self.all_of(family, "w4a16", *whose)
+            found = next((one for one in others if any(line[-1] == source for line in one.sources)), None)
+        return found
 
 
 STORED_AS = {"trees": "trees", "extrapolated": "carry", "monotone": "rising"}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import LEVELS
-from tensorcast.cost.kernels.device_model import CONFIGURATION, LINES, UNTUNED, DeviceModel, Kernel, read_model
+from tensorcast.cost.kernels.device_model import CONFIGURATION, LINES, UNPACKS, UNTUNED, DeviceModel, Kernel, read_model
 from tensorcast.cost.kernels.estimates import (
     LENT_ERROR,
     PARTS,
@@ -92,9 +92,11 @@ class Predictor:
         if self.model is not None and kernel is not None and kernel.sources and "source" in columns:
             # of libraries that were not timed under this engine by the table where they were
             timed = {0.0, *(line[-1] for line in kernel.sources)}
+            if UNPACKS in timed and not kernel.timed(UNPACKS, columns):
+                timed -= {UNPACKS}
             others = [code for code in np.unique(columns["source"]).tolist() if code not in timed]
-            every = [*self.model.all_of(family, dtype, self.engine, variant)] if others else []
-            lent = [(code, ran[0]) for code in others if (ran := [k for k in every if k.timed(code, columns)])]
+            asked = family, dtype, self.engine, variant
+            lent = [(code, ran) for code in others if (ran := self.model.timed_with(code, asked, columns)) is not None]
             if lent:
                 return self._lent(kernel, lent, (family, dtype, variant), columns)
             if (twin := kernel.twin(columns)).any():
@@ -132,7 +134,8 @@ class Predictor:
             places.append(np.flatnonzero(columns["source"] == code))
             some = {size: values[places[-1]] for size, values in columns.items()}
             by_own = formula_of(*name, some, self.device, engine=own.engine)  # what the asked one is corrected over
-            parts.append(borrowed(self._by_kernel(other, *name, some), by_own, LENT_ERROR))
+            there = self._by_kernel(other, name[0], other.dtype, name[2], some)
+            parts.append(borrowed(there, by_own, LENT_ERROR))
         rest = np.isin(columns["source"], [code for code, _ in lent], invert=True)
         if rest.any():
             places.append(np.flatnonzero(rest))

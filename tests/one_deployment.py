@@ -181,9 +181,9 @@ def engine_times(
     unread = float(curve.at("seconds", batch)) if engine.prefill_alone else met
     first = engine.arrival_wait_steps * met + traffic.wait_steps * unread + own
     first, generation = first + engine.first_token_s(traffic.input_len), steps * mean
+    apart = 2 * traffic.spread * steps * math.sqrt(min(traffic.rounds, 1e4)) / 1.5
     if engine.prefill_alone:
         looks, shared = max(2 * traffic.wait_steps, 1), max(prompts.per_step, 1)
-        apart = 2 * traffic.spread * steps * math.sqrt(min(traffic.rounds, 1e4)) / 1.5
         together = others * max(looks / (looks + apart), min(looks / steps, 1))
         cost = prompts.prompt_s + prompts.fixed_s / min(together + 1, shared) if prompts.per_step > 1 else 1 / most
         between = generation - together * max(each - cost, 0)
@@ -191,7 +191,7 @@ def engine_times(
         waits = min(more, (more + shared - 1) / 2) * cost
         generation = between - waits
     else:
-        waits, between = min(0.75 / (1 + traffic.spread / 0.05), others) / most, generation
+        waits, between = min(0.75 / (1 + apart), others) / most, generation
     first += waits + max(others / most / 2 - waits, 0) / traffic.rounds
     return first, generation, mean, math.inf if full else batch / between * dp * (first + generation), between
 

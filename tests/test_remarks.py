@@ -53,7 +53,8 @@ def test_a_checkpoint_that_keeps_more_than_was_asked_for_is_named() -> None:
     [
         ("deepseek-v3", {"attention_kernels": "triton"}, True),  # attention over latents: no word of it is told
         ("qwen3-30b-a3b", {"attention_kernels": "triton"}, False),
-        ("kimi-k2.5", {"experts_kernels": "trtllm"}, True),  # generated kernels of INT4, which no table has
+        ("kimi-k2.5", {"experts_kernels": "trtllm"}, False),  # generated kernels of INT4, of another engine's table
+        ("kimi-k2.5", {"experts_kernels": "cutlass"}, True),  # of INT4, which no table has
         ("qwen3-30b-a3b", {"experts_kernels": "cutlass"}, False),
         ("qwen3-30b-a3b", {}, False),
     ],

@@ -29,10 +29,10 @@ from tensorcast.serving.curves import DecodeCurve
 from tensorcast.serving.prefill_costs import PrefillCosts
 from tensorcast.serving.traffic import Array, Mask, Number, Rows, ServingMetrics, Traffic
 
-IN_STEP_PROMPTS, IN_STEP_SPREAD = 0.75, 0.05
+IN_STEP_PROMPTS = 0.75
 """Prompts that come in together with one's own, beyond chance, where all replies are equally long: clients that once
-waited for the same step move in step. With replies of a relative spread ``s`` it is ``1 / (1 + s / 0.05)`` of that.
-Both were picked among eight pairs by their errors on all runs of ``reports/serving.md``: none were left out."""
+waited for the same step move in step. Replies that end steps apart bring as many times fewer. Picked by errors on all
+runs of ``reports/serving.md``, none left out; 0.5 and 1 serve as well."""
 
 LONG = 1e4
 """Rounds after which ends of replies are as far apart as chance has them."""
@@ -162,13 +162,13 @@ class Aggregated(ServingModel):
         first = engine.arrival_wait_steps * step.met_s + traffic.wait_steps * unread + step.own_s
         first = first + engine.first_token_s(traffic.input_len)
         generation = steps * step.mean_s
+        apart = 4 / 3 * traffic.spread * steps * np.sqrt(np.minimum(traffic.rounds, LONG))  # in steps, of all rounds
         if engine.prefill_alone:
             # Decoding stands still while prompts run, so that others' replies do not end meanwhile: those alone come
             # together, beyond chance, that end in one step, or between two looks for requests; of lengths that differ
             # ends move apart with every round. Their prompts are what tokens would wait for; the first token waits for
             # them instead: for all that share its step, for half of them where they take many.
             looks = np.maximum(2 * traffic.wait_steps, 1.0)  # steps from one to the next
-            apart = 4 / 3 * traffic.spread * steps * np.sqrt(np.minimum(traffic.rounds, LONG))  # mean of all rounds
             together = others * np.maximum(looks / (looks + apart), np.minimum(looks / steps, 1.0))
             # they share steps, where others pay for one of their own, and all of one wait for its end
             shared = np.maximum(prompts.per_step, 1.0)
@@ -181,8 +181,7 @@ class Aggregated(ServingModel):
             bunched = np.minimum(more, (more + shared - 1) / 2) * each
             place, generation = generation, generation - bunched
         else:
-            beside = IN_STEP_PROMPTS / (1 + traffic.spread / IN_STEP_SPREAD)
-            bunched, place = np.minimum(beside, others) / prompts.most_per_s, generation
+            bunched, place = np.minimum(IN_STEP_PROMPTS / (1 + apart), others) / prompts.most_per_s, generation
         # the wave that all begin with makes one round's first tokens wait, where others' prompts do not anyway
         first = first + bunched + np.maximum(wave / 2 - bunched, 0.0) / traffic.rounds
         users = np.where(step.full, np.inf, batch * self.decode_ranks * (first + generation) / place)

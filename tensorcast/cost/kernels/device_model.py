@@ -66,8 +66,8 @@ TELL = 2
 another's: of one, its own sizes stand beside everything else."""
 
 UNPACKS = source_of("marlin")
-"""Marlin's experts, MXFP4 and INT4, are one kernel. Either was timed for one model: 896 experts in MXFP4 take 1.1 times
-what INT4's of Kimi-K2 say of them in the median (H200 and B200, vLLM 0.24.0; 0.8 to 1.2 of four in five)."""
+"""Marlin, whose MXFP4 and INT4 experts are one kernel. Either was timed for one model: 896 experts in MXFP4 take 1.1
+times what Kimi-K2's in INT4 say of them, 0.8 to 1.4 in four of five rows (vLLM 0.24.0 on H200 and B200)."""
 
 OUTSIDE = 0.055
 """By how much (log) an interval's ends move away per factor of two beyond the measured sizes. Settled on H200 and B200
@@ -189,17 +189,15 @@ class Kernel:
     @cached_property
     def known(self) -> tuple[float, ...]:
         """Libraries that were measured for :data:`TELL` models."""
-        models = {(*line[: len(SOURCE_OF)], line[-1]) for line in self.sources}
-        counts = Counter(line[-1] for line in models)
+        counts = Counter(code for *_, code in {(*line[: len(SOURCE_OF)], line[-1]) for line in self.sources})
         return tuple(code for code in counts if counts[code] >= TELL)
 
     def timed(self, source: float, columns: Columns) -> bool:
         """Whether a library was: for :data:`TELL` models, or for those of the calls that it runs."""
-        if source in self.known or not self.sources:
-            return source in self.known
-        some = {name: columns[name][columns["source"] == source] for name in (*SOURCE_OF, "moe_ep", "source")}
-        model = [*(some[name] for name in SOURCE_OF), (some["moe_ep"] > 1).astype(float), some["source"]]
-        return bool(np.isfinite(self._libraries[1].at(model)).all())
+        if not self.sources or source in self.known:
+            return bool(self.sources)
+        some = [columns[name][columns["source"] == source] for name in (*SOURCE_OF, "moe_ep", "source")]
+        return bool(np.isfinite(self._libraries[1].at([*some[:-2], (some[-2] > 1) * 1.0, some[-1]])).all())
 
     def library(self, columns: Columns) -> Array | None:
         """The library whose kernel runs: as the columns say if enough of it was measured, else as was measured for the
@@ -305,14 +303,12 @@ class DeviceModel:
                     yield found
 
     def timed_with(self, source: float, name: tuple[str, str, str, str], columns: Columns) -> Kernel | None:
-        """The nearest kernel that a library was timed with for what ``columns`` ask of it. :data:`UNPACKS` both kinds
-        of 4 bits alike."""
-        family, dtype, *whose = name
-        found = next((one for one in self.all_of(*name) if one.timed(source, columns)), None)
-        if found is None and source == UNPACKS and dtype == "mxfp4":
-            others = self.all_of(family, "w4a16", *whose)
-            found = next((one for one in others if any(line[-1] == source for line in one.sources)), None)
-        return found
+        """The nearest kernel that a library was timed with for what ``columns`` ask of it."""
+        found = [one for one in self.all_of(*name) if one.timed(source, columns)]
+        if not found and source == UNPACKS and name[1] == "mxfp4":
+            others = self.all_of(name[0], "w4a16", *name[2:])
+            found = [one for one in others if any(line[-1] == source for line in one.sources)]
+        return found[0] if found else None
 
 
 STORED_AS = {"trees": "trees", "extrapolated": "carry", "monotone": "rising"}

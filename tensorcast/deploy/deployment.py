@@ -47,7 +47,7 @@ from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import RankForm, rank_tables, whole_model
 from tensorcast.trace.dims import Sizes
-from tensorcast.trace.table import OpTable, per_table
+from tensorcast.trace.table import OpTable
 
 
 class Stages(NamedTuple):
@@ -154,7 +154,7 @@ class Deployment:
         memory = float(self.device.memory_bytes) / MIB
         sampled = max((count for size, count in rule.sequences.items() if memory >= size), default=0)
         logits = rule.logit_bytes * sampled * self.raw.facts.vocab_size
-        live = activation_bytes(_without_head(self.step.table), sizes)
+        live = activation_bytes(self.step.table, sizes, head=False)
         text = text_of(self.model.config)
         if rule.latent_tokens and text.get("kv_lora_rank"):  # a context's keys and values, worked out of its latents
             heads = text["num_attention_heads"] / self.layout.tp
@@ -302,13 +302,6 @@ class Deployment:
                 int(tried[inside]) if inside < len(tried) else high,
             )
         return low
-
-
-@per_table
-def _without_head(table: OpTable) -> OpTable:
-    """The rows that every token of a step passes: logits, and what is made of them, are of few."""
-    ends = (i for i, op in enumerate(table.ops) if op.kind < 0 and op.module.startswith("lm_head"))
-    return replace(table, ops=table.ops[: next(ends, len(table.ops))])
 
 
 def deploy(

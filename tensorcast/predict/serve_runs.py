@@ -133,7 +133,8 @@ class _Deployed:
 
     def __init__(self, engine: Callable[[str], EngineProfile]) -> None:
         self._engine = engine
-        self.made: dict[tuple[Any, ...], Deployment | InputError] = {}
+        self.made: dict[tuple[Any, ...], Deployment | str] = {}
+        """Deployments, or why there is none: an error would hold on to all that was there when it was raised."""
         self._served: dict[tuple[Any, ...], EngineProfile] = {}
         """Engines as they serve: one object for all that are the same, so that their steps are priced side by side."""
 
@@ -148,13 +149,13 @@ class _Deployed:
             whose = run.model if run.options.mtp_depth else "", *served
             self.made[key] = self._make(run, whose, layout, phase, options)
         found = self.made[key]
-        if isinstance(found, InputError):
-            raise found
+        if isinstance(found, str):
+            raise InputError(found)
         return found
 
     def _make(
         self, run: Run, whose: tuple[Any, ...], layout: Layout, phase: str, options: Options
-    ) -> Deployment | InputError:
+    ) -> Deployment | str:
         try:
             if whose not in self._served:
                 self._served[whose] = engine_of(run, self._engine(run.served_by))
@@ -162,7 +163,7 @@ class _Deployed:
             made = deploy(_model(run.model), _device(run.device), served, layout, phase, options=options)
             return made if run.images is None else run.images.held(made)
         except InputError as error:
-            return error
+            return str(error)
 
 
 def engine_of(run: Run, profile: EngineProfile) -> EngineProfile:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -20,13 +20,14 @@ from tensorcast.cost.formulas import Context
 from tensorcast.cost.kernels.corrections import BatchedCorrections, SeveralCorrections
 from tensorcast.cost.row_seconds import RowSeconds
 from tensorcast.cost.work import Array, Size
-from tensorcast.deploy.plan.plan import Collective
-from tensorcast.deploy.step.alike import content_of, joined_op
+from tensorcast.deploy.plan.plan import Collective, Row
+from tensorcast.deploy.step.alike import Content, content_of, joined_op
 from tensorcast.deploy.step.many_sums import Numbers, Places, StepCases
 from tensorcast.deploy.step.price import RowPrice, StepPrice
 from tensorcast.deploy.step.row_prices import RowPricer, side_by_side
 from tensorcast.deploy.step.sizes import Batches
 from tensorcast.deploy.step.step import Asked, Step, prices
+from tensorcast.deploy.step.sums import Recipe
 from tensorcast.trace.dims import Sizes
 from tensorcast.trace.table import Op
 
@@ -81,6 +82,42 @@ class _Alike:
     family: str = ""
 
 
+class _Sheet(NamedTuple):
+    """Rows of a recipe. ``contents``: of ops, those that are alike once, each with whether it is priced at the sizes of
+    chunks; ``places``: which of these each row is, -1 of ``collectives``, which stand there by position, as much."""
+
+    rows: tuple[Row, ...]
+    contents: tuple[tuple[Content, int], ...]
+    places: list[int]
+    collectives: tuple[tuple[int, int], ...]
+
+
+MOST_SHEETS = 4096
+"""Of recipes."""
+
+_sheets: dict[Hashable, _Sheet] = {}
+
+
+def _sheet_of(recipe: Recipe, chunked: bool) -> _Sheet:
+    """The sheet of a recipe; ``chunked``: rows inside the experts are priced at other sizes. Kept by what the rows are,
+    which stay alive in it, so that their ids stay their own."""
+    key = recipe.said, chunked
+    if key not in _sheets:
+        while len(_sheets) >= MOST_SHEETS:
+            del _sheets[next(iter(_sheets))]
+        chunks = [int(inside and chunked) for inside in recipe.chunked]
+        each = [
+            None if isinstance(row, Collective) else (content_of(row), where)
+            for row, where in zip(recipe.rows, chunks, strict=True)
+        ]
+        contents = {(one[0].number, one[1]): one for one in each if one}
+        numbers = {name: i for i, name in enumerate(contents)}
+        places = [numbers[one[0].number, one[1]] if one else -1 for one in each]
+        collectives = tuple([(i, where) for i, where in enumerate(chunks) if each[i] is None])
+        _sheets[key] = _Sheet(recipe.rows, tuple(contents.values()), places, collectives)
+    return _sheets[key]
+
+
 class _Waiting(NamedTuple):
     """Rows as one that have asked for their corrections: what tells their prices then, and the places of these."""
 
@@ -115,31 +152,32 @@ class Many:
             self._case += one.cases
         pricer, last = step.pricer, len(self._steps)
         beside = [_beside_ops(pricer, context) for context in contexts]
-        mine = dict[Hashable, int]()
-        for row, inside in zip(recipe.rows, recipe.chunked, strict=True):
-            where = int(inside and len(contexts) > 1)
-            key: tuple[Hashable, ...]
-            if isinstance(row, Collective):
-                key = _of_collective(row, pricer)
-                place = mine.setdefault((*key, float(row.scale), where), len(mine))
-            else:
-                content = content_of(row)
-                place = mine.setdefault((content.number, where), len(mine))
-            one.rows.append(place)
-            if place < len(prices):
-                continue
-            if not isinstance(row, Collective):
-                key = content.like, beside[where][content.by_phase], content.routed and (True, pricer.held)
-                if row.name == "grouped_matmul":
-                    key = *key, *self._of_experts(row, pricer, contexts[where])
+        sheet = _sheet_of(recipe, len(contexts) > 1)
+        one.rows = sheet.places.copy()
+
+        def priced(place: int, where: int, key: Hashable, what: Any, collective: Collective | None = None) -> None:
             if (alike := self._alike.get(key)) is None:
-                collective = row if isinstance(row, Collective) else None
                 alike = self._alike[key] = _Alike(contexts[where], pricer, collective)
             alike.steps.append(last)
             alike.cases.append(one.case + where * one.cases)
             alike.places.append(place)
-            alike.what.append(row.scale if isinstance(row, Collective) else content)
+            alike.what.append(what)
             prices.append(alike)
+
+        for place, (content, where) in enumerate(sheet.contents):
+            key: tuple[Hashable, ...] = (
+                content.like, beside[where][content.by_phase], content.routed and (True, pricer.held)
+            )
+            if content.op.name == "grouped_matmul":
+                key = *key, *self._of_experts(content.op, pricer, contexts[where])
+            priced(place, where, key, content)
+        mine = dict[Hashable, int]()
+        for i, where in sheet.collectives:
+            row = cast(Collective, recipe.rows[i])
+            key = _of_collective(row, pricer)
+            one.rows[i] = place = mine.setdefault((*key, float(row.scale), where), len(prices))
+            if place == len(prices):
+                priced(place, where, key, row.scale, row)
         one.prices = len(prices)
         self._steps.append(one)
         self._prices.append(prices)

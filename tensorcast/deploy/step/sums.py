@@ -20,7 +20,6 @@ from tensorcast.deploy.step.overlap import KIND_SUMS, PER_SEQUENCE
 from tensorcast.deploy.step.pipeline_stages import place_of
 from tensorcast.deploy.step.price import RowPrice, Where, pick
 from tensorcast.trace.moe import EXPERT_STAGES
-from tensorcast.trace.table import Op, per_op
 
 AMONG = ("seconds", "communication", "attention", "experts")
 """Sums of rows' seconds: of all, of collectives, of ops that run per sequence, of experts with dispatch and combine,
@@ -56,6 +55,8 @@ class Recipe:
     weights: tuple[Array, Array, Array]
     """Of every row: in sums of seconds, in sums of busy seconds, and how often it runs in each part. One object for
     all recipes that add up alike."""
+    said: tuple[int, ...]
+    """What its rows are: ops by their identity, collectives by what is added up of them."""
 
 
 class _Role(NamedTuple):
@@ -72,21 +73,19 @@ _roles: dict[_Role, int] = {}
 
 def _role_of(row: Row) -> int:
     """The number of a row's role."""
-    if not isinstance(row, Collective):
-        return _role_of_op(row)
-    role = _Role(place_of(row), (True, True, False, row.group in ("dp", "ep")), bool(row.exchange))
-    return _roles.setdefault(role, len(_roles))
-
-
-@per_op
-def _role_of_op(op: Op) -> int:
-    inside = op.stage in EXPERT_STAGES
-    role = _Role(place_of(op), (True, False, op.name in PER_SEQUENCE, inside), inside)
+    if isinstance(row, Collective):
+        role = _Role(place_of(row), (True, True, False, row.group in ("dp", "ep")), bool(row.exchange))
+    else:
+        inside = row.stage in EXPERT_STAGES
+        role = _Role(place_of(row), (True, False, row.name in PER_SEQUENCE, inside), inside)
     return _roles.setdefault(role, len(_roles))
 
 
 MOST_RECIPES = 4096
-"""Ways to add rows up that are kept."""
+"""Ways to add rows up that are kept, and lists of rows whose roles are."""
+
+_said: dict[tuple[int, ...], tuple[tuple[Row, ...], tuple[int, ...]]] = {}
+"""Roles of rows by :attr:`Recipe.said`; the rows stay alive here, so that their ids stay their own."""
 
 _weights: dict[tuple[Hashable, ...], tuple[tuple[bool, ...], tuple[Array, Array, Array]]] = {}
 """Of a recipe's rows by what they are: which are inside the experts, and their weights."""
@@ -98,7 +97,12 @@ def recipe_of(
 ) -> Recipe:
     """The recipe of ``rows``, of which the first ``planned`` are the plan's; ``positions``: as
     :class:`~tensorcast.deploy.step.overlap.Overlap` has them."""
-    roles = tuple(map(_role_of, rows))
+    said = tuple([_role_of(row) if isinstance(row, Collective) else id(row) for row in rows])
+    if said not in _said:
+        while len(_said) >= MOST_RECIPES:
+            del _said[next(iter(_said))]
+        _said[said] = rows, tuple(map(_role_of, rows))
+    roles = _said[said][1]
     overlapping = tuple([
         (kind, *((name, *where) for name, where in positions[kind].items())) for kind in sorted(positions)
     ])
@@ -122,7 +126,7 @@ def recipe_of(
         seconds = [by_place, by_layer.reshape(-1, count), (runs[:, None] * among).reshape(-1, count)]
         weights = np.concatenate(seconds), busy.reshape(-1, count), runs
         found = _weights[key] = tuple([role.chunked for role in own]), weights
-    return Recipe(rows, parts, places, len(positions), *found)
+    return Recipe(rows, parts, places, len(positions), *found, said)
 
 
 PartSums = tuple[Array, Array, Array]

@@ -50,7 +50,9 @@ def predict(
         help="Result of vllm bench serve, sglang.bench_serving, TensorRT-LLM's client, guidellm or aiperf: the table's "
         "one deployment is scored at its load; again for more.",
     )] = [],  # noqa: B006 - typer's way of an option that may be given again
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes; short tables need one.")] = 2,
+    jobs: Annotated[int | None, typer.Option(
+        "--jobs", "-j", min=1, show_default=False, help="Processes; unasked one, and two where rows are replayed.",
+    )] = None,
     columns: Annotated[bool, typer.Option("--columns", help="List the columns that are read, and leave.")] = False,
     as_json: AsJson = False,
 ) -> None:

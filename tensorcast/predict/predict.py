@@ -46,7 +46,7 @@ FEW = 256
 """Rows below which one process answers sooner than several start."""
 
 
-def predict_file(path: Path, jobs: int = 1, results: Sequence[Path] = ()) -> pd.DataFrame:
+def predict_file(path: Path, jobs: int | None = 1, results: Sequence[Path] = ()) -> pd.DataFrame:
     """:func:`predict` of a CSV file; with ``results`` of load generators, of its deployment at each of their loads.
 
     Raises :class:`InputError` on bad files.
@@ -61,8 +61,9 @@ def predict_file(path: Path, jobs: int = 1, results: Sequence[Path] = ()) -> pd.
 
 
 @uncollected()
-def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
-    """``table`` with predictions. ``jobs``: processes. Raises :class:`InputError` if no row could be read at all.
+def predict(table: pd.DataFrame, jobs: int | None = 1) -> pd.DataFrame:
+    """``table`` with predictions. ``jobs``: processes; None: one, and two where rows are replayed, which share little
+    of what they take. Raises :class:`InputError` if no row could be read at all.
 
     Columns added: ``layout, gpus, ttft_s, tpot_s, output_tokens_per_s`` with 80 % intervals, ``mean_batch`` (decoding
     sequences per dp rank), ``decode_step_s`` (of the time per token, a step without prompts), ``step_error`` (relative
@@ -76,6 +77,7 @@ def predict(table: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
 
     ours = canonical_columns(table)
     runs, problems = read_runs(table, ours)
+    jobs = jobs or 1 + any(run is not None and run.arrivals is not None for run in runs)
     parts = stretches(runs, jobs)
     results = spread(_serve, parts, jobs if len(table) >= FEW else 1)
     records: list[dict[str, Any]] = [{"problem": problem} for problem in problems]

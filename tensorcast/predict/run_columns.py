@@ -105,6 +105,9 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
 }  # fmt: skip
 """Columns of a row: what they say, default, other names."""
 
+DEFAULTS = {name: default for name, (_, default, _) in (COLUMNS | WORKER_COLUMNS).items()}
+"""Of columns by name."""
+
 MEASURED = {
     "measured_ttft_s": ("silicon_ttft_ms", "measured_ttft_ms", "ttft_ms"),
     "measured_tpot_s": ("silicon_tpot_ms", "measured_tpot_ms", "tpot_ms"),
@@ -223,8 +226,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     """The run that a row of canonical columns describes. ``stated``: the table's own column names, lower case; some
     formats have defaults of their own. Raises :class:`InputError` naming column and value."""
     filled = {name: value for name, value in row.items() if not is_empty(value)}
-    defaults = {name: entry[1] for name, entry in (COLUMNS | WORKER_COLUMNS).items()}
-    cells = Cells(filled, defaults, WORKER_COLUMNS)
+    cells = Cells(filled, DEFAULTS, WORKER_COLUMNS)
     model, device = cells.text("model"), cells.text("device")
     record = "moe_ep_size" in stated and ("dp" in cells.cells or "prefill_dp" in cells.cells)
     engine, release, rules = rules_of(cells.text("engine"), cells.text("release"), record)

@@ -191,6 +191,12 @@ def test_stages_as_stated_reach_the_engine(engine: str, said: str) -> None:
     assert said in found.commands[0] + "".join(found.config_files.values())
 
 
+def test_int4_experts_run_in_generated_kernels_by_a_variable() -> None:
+    asked = Options(experts_kernels="trtllm")
+    for model, told in ((load_model("kimi-k2.5"), True), (DEEPSEEK, False)):
+        assert ("VLLM_USE_FLASHINFER_MOE_INT4=1" in written("vllm", "tp8", asked, model).commands[0]) is told
+
+
 def test_a_rank_over_several_nodes() -> None:
     """vLLM starts plain workers on the nodes that a tensor-parallel group reaches into."""
     commands = [words(command) for command in written("vllm", "tp16-dp2-ep32").commands]

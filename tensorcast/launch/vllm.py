@@ -8,6 +8,7 @@ from typing import Any
 from tensorcast.deploy.options import Options
 from tensorcast.launch.encoder import add_encoding
 from tensorcast.launch.settings import HEAD, HERE, Plan, Settings, add_attention
+from tensorcast.modeling.checkpoint.read import checkpoint
 
 SERVER_PORT, RPC_PORT, MASTER_PORT = 8000, 13345, 29501
 DEFAULT_GRAPH_TOKENS = 512
@@ -105,6 +106,8 @@ def _experts(plan: Plan, found: Settings) -> None:
     inside = plan.case.exchange == "mega_moe"  # kernels of experts that exchange by themselves
     if inside or options.experts_kernels != "engine":
         found.add("experts_kernels", plan.case.exchange if inside else options.experts_kernels)
+        if options.experts_kernels == "trtllm" and checkpoint(plan.model).experts.kernel == "w4a16":
+            found.add("int4_experts", 1)
     if layout.ep > 1:
         found.add("expert_parallel")
         if options.placement == "round_robin":

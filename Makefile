@@ -25,7 +25,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint accuracy calibrate engines engines-check releases launches serving amd inferencex cookbook validate validate-gpu moe-gpu bench reports figures wheel clean families census checkpoints compiled docs traces
+.PHONY: help venv demo test lint accuracy calibrate engines engines-check releases launches serving amd inferencex cookbook peers validate validate-gpu moe-gpu bench reports figures wheel clean families census checkpoints compiled docs traces
 
 help:  ## what each target does
 	@echo "make TARGET, where TARGET is one of"
@@ -78,6 +78,11 @@ inferencex: $(STAMP)  ## predicted against 186 runs of InferenceX's posts (its r
 
 cookbook: $(STAMP)  ## predicted against 32 public saturated runs of Qwen3.6 under SGLang, which no fit has seen
 	@$(BIN)/tensorcast predict benchmarks/cookbook_runs.csv
+
+peers: $(STAMP)  ## the NVIDIA runs of make inferencex beside aiconfigurator 0.12.0 -> reports/peers.md (the package index; minutes)
+	@test -d out/aiconfigurator || { $(BIN)/python -m venv out/aiconfigurator && \
+	  PIP_CONSTRAINT= out/aiconfigurator/bin/python -m pip install -qq aiconfigurator==0.12.0 aiconfigurator-core==0.12.0; }
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers.py out/aiconfigurator/bin/python
 
 launches: $(STAMP)  ## how public benchmarks launched engines, into profiles/records/: make launches TABLE=FILE
 	@test -n "$(TABLE)" || { echo "make launches needs TABLE=FILE, a CSV of launches" >&2; exit 2; }

@@ -76,6 +76,8 @@ def test_a_checkpoint_has_the_bytes_of_its_parts(model: str, entry: dict[str, An
     [  # weights in billions by their files' lists of modules
         ("nvidia/Qwen3.6-35B-A3B-NVFP4", 1.279 + 32.847 * NVFP4_BYTES + 0.535 * 2),
         ("nvidia/MiniMax-M3-NVFP4", 413.12 * NVFP4_BYTES + 10.55 * (1 + 1 / 32) + 2.50 * 2),
+        # with what is not built, a vision tower, 444 GB (InferenceX, minimaxm3_fp8_b200.sh)
+        ("MiniMaxAI/MiniMax-M3-MXFP8", (413.12 + 10.55) * (1 + 1 / 32) + 2.50 * 2),
     ],
 )
 def test_a_release_of_mixed_precision_has_the_bytes_of_its_parts(name: str, gb: float) -> None:

@@ -66,6 +66,10 @@ def test_commands_and_tables_understand_a_name_alike(name: str, profile: str, st
         ("moonshotai/Kimi-K2.5", "fp4", "mi355x", True, "moonshotai/Kimi-K2.5"),
         ("openai/gpt-oss-120b", "fp4", "b200", True, "openai/gpt-oss-120b"),  # nobody stores it otherwise
         ("deepseek-ai/DeepSeek-V4-Pro", "fp4", "b200", True, "deepseek-ai/DeepSeek-V4-Pro"),  # 4 bits of its own
+        ("MiniMaxAI/MiniMax-M3", "fp8", "h200", True, "MiniMaxAI/MiniMax-M3-MXFP8"),  # whatever the device
+        ("minimax-m3", "fp8", "mi355x", True, "MiniMaxAI/MiniMax-M3-MXFP8"),
+        ("minimax-m3", "fp8", "h200", False, "minimax-m3"),
+        ("minimax-m3", "mxfp8", "h200", True, "minimax-m3"),
     ],
 )
 def test_a_row_is_stored_as_the_release_that_it_names_or_that_a_record_ran(
@@ -76,8 +80,20 @@ def test_a_row_is_stored_as_the_release_that_it_names_or_that_a_record_ran(
     assert row.model == stored
     if released(stored) is not None:
         assert row.options.quant is None
-        assert checkpoint(named_model(stored)[0]).describe() == "linear=nvfp4,experts=nvfp4,kv=fp8"
-        assert any("attention in bf16" in said for said in row.assumed)
+        format_, kept = ("mxfp8,kv=bf16", "head") if "MXFP8" in stored else ("nvfp4,kv=fp8", "attention")
+        scheme = format_.partition(",")[0]
+        assert checkpoint(named_model(stored)[0]).describe() == f"linear={scheme},experts={format_}"
+        assert any(f"{kept} in bf16" in said for said in row.assumed)
+
+
+@pytest.mark.parametrize(("model", "record", "quant"), [
+    ("Qwen/Qwen3-30B-A3B", True, "linear=fp8_block,experts=fp8_block"), ("glm-4.6", True, "linear=fp8,experts=fp8"),
+    ("Qwen/Qwen3-30B-A3B", False, "linear=fp8,experts=fp8"), ("MiniMaxAI/MiniMax-M2.5", True, None),
+])  # fmt: skip
+def test_fp8_of_a_record_is_what_its_vendors_release_stores(model: str, record: bool, quant: str | None) -> None:
+    """Qwen's own FP8 releases scale blocks; MiniMax-M2.5 ships so."""
+    cells = {"model": model, "device": "h200", "tp": 4, "dp": 1, "precision": "fp8"}
+    assert read_run(cells, frozenset({"moe_ep_size"}) if record else frozenset()).options.quant == quant
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ SCHEME_OF = {
 """Precisions as people write them, and our scheme."""
 
 _SUFFIX = (
-    r"-(instruct|chat|base|hf|it|preview|fp8|(?:nv)?fp4(?:a16|-v\d)?|mxfp4|bf16|int4|int8|awq|gptq|dynamic|static|block"
+    r"-(instruct|chat|base|hf|it|preview|(?:mx)?fp8|(?:nv)?fp4(?:a16|-v\d)?|mxfp4|bf16|int4|int8|awq|gptq|dynamic|static|block"
     r"|pertensor|kv|(?:quantized\.)?w\da\d+|v0\.\d|\d{4}|[48]bits?|bnb|unsloth|auto-?round)$"
 )
 
@@ -71,7 +71,7 @@ def understand(name: str) -> Named:
         near = _nearest(name)
         if near is None:
             raise
-        return Named(load_model(near), True, _named_precision(name))
+        return Named(load_model(near), True, named_precision(name))
 
 
 def named_model(name: str) -> tuple[ModelProfile, str]:
@@ -117,7 +117,7 @@ def _nearest(name: str) -> str | None:
     return min((model for model in list_models() if wanted in stems(model)), key=len, default=None)
 
 
-def _named_precision(name: str) -> str:
+def named_precision(name: str) -> str:
     """Precision that a model's name ends in, as in ``Qwen3-235B-A22B-NVFP4``; empty where it names none."""
     words = [word for word in re.split(r"[-_./]", name.casefold()) if word in SCHEME_OF or word == "block"]
     methods = {"awq", "gptq"} & {*words}  # of 4 bits, unless the name says of how many

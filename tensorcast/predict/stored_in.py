@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tensorcast.deploy.model_names import SCHEME_OF, Named
+from tensorcast.deploy.model_names import SCHEME_OF, Named, named_precision
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.modeling.checkpoint.released import PUBLISHES, Stored, published, released
+from tensorcast.modeling.checkpoint.released import PUBLISHES, Stored, published, published_in_fp8, released
 from tensorcast.predict.cells import Cells
 from tensorcast.profiles.store import load_device
 
@@ -35,21 +35,23 @@ def stored_in(cells: Cells, named: Named, model: str, device: str, record: bool)
 
 
 def _published(named: Named, device: str, said: set[str | None]) -> tuple[str, Stored | None]:
-    """The release that the vendor of a public record's device makes of a shipped model, where the record is of its
-    precision and the model does not ship in as many bits itself, as DeepSeek-V4 does."""
+    """The release of a shipped model that a public record's precision means, where the model does not ship in as many
+    bits itself, as DeepSeek-V4 does: in FP4 what the vendor of its device publishes, in FP8 what the model's does."""
+    if len(said) != 1 or named.quant(meant := next(iter(said)), meant) is None:
+        return "", None
+    if meant == "fp8":
+        return published_in_fp8(named.profile.hf_id) or ("", None)
     try:
         vendor = load_device(device.replace("_", "-")).vendor
     except InputError:  # said where the row is served
         return "", None
-    meant = PUBLISHES.get(vendor)
-    if meant is None or said != {meant} or named.quant(meant, meant) is None:
-        return "", None
-    return published(vendor, named.profile.hf_id) or ("", None)
+    return (meant == PUBLISHES.get(vendor) and published(vendor, named.profile.hf_id)) or ("", None)
 
 
 def _quant(cells: Cells, named: Named, record: bool) -> str | None:
     """Scheme of linears and experts, as an option; without a column, what the model's name says. A public ``record``
-    of experts in FP8 blocks says fp8 of linears, which such a checkpoint stores in blocks as well."""
+    says fp8 of what its vendor's FP8 release stores in blocks, as a name would, and of linears beside experts in them,
+    which such a checkpoint stores in blocks as well."""
     whole = cells.text("precision", None)
     if whole is None and named.precision and not cells.text("gemm_precision", cells.text("moe_precision", None)):
         whole = named.precision
@@ -58,7 +60,10 @@ def _quant(cells: Cells, named: Named, record: bool) -> str | None:
     for column, precision in zip(("gemm_precision", "moe_precision"), said, strict=True):
         if precision is not None and precision.lower() not in SCHEME_OF:
             raise unknown_name(column if cells.text(column, None) else "precision", precision, SCHEME_OF)
-    return named.quant("fp8_block" if record and said == ["fp8", "fp8_block"] else said[0], said[1])
+    if record and said[0] == "fp8" and said[1] in ("fp8", "fp8_block"):
+        own = named_precision(f"{named.profile.hf_id}-FP8")
+        said = ["fp8_block", "fp8_block"] if "fp8_block" in (own, said[1]) else said
+    return named.quant(said[0], said[1])
 
 
 def kv_dtype(cells: Cells, engine: str, stated: frozenset[str]) -> str | None:

@@ -45,8 +45,17 @@ def released(name: str) -> Stored | None:
 PUBLISHES = {"NVIDIA": "nvfp4"}
 """Vendors of devices, and the precision in which they publish others' models (``nvidia/Kimi-K2.5-NVFP4``)."""
 
+OWN = ("FP8", "MXFP8")
+"""What names of releases end in that vendors of models make of their own, in FP8 (``MiniMaxAI/MiniMax-M3-MXFP8``)."""
+
 
 def published(vendor: str, hf_id: str) -> tuple[str, Stored] | None:
     """Name of the release that a ``vendor`` of devices makes of a model, and what it stores; None for none known."""
     name = f"{vendor.lower()}/{hf_id.rpartition('/')[2]}-{PUBLISHES.get(vendor, '').upper()}"
     return None if vendor not in PUBLISHES or (found := released(name)) is None else (name, found)
+
+
+def published_in_fp8(hf_id: str) -> tuple[str, Stored] | None:
+    """Name of the FP8 release that a model's own vendor makes of it, and what that stores; None for none known."""
+    named = ((name, released(name)) for name in (f"{hf_id}-{format_}" for format_ in OWN))
+    return next(((name, found) for name, found in named if found is not None), None)

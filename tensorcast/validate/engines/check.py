@@ -134,7 +134,8 @@ def _tiles(tiles: TritonTiles | None) -> dict[str, Any]:
 
 def _of_vllm(profile: EngineProfile) -> dict[str, Any]:
     names = (
-        "step_tokens.from_mib", "scheduler.most_sequences", "scheduler.block_tokens", "prefill_graphs.max_tokens",
+        "step_tokens.from_mib", "scheduler.most_sequences", "scheduler.block_tokens", "scheduler.blocks_found",
+        "prefill_graphs.max_tokens",
         "prefill_graphs.device_max_tokens", "prefill_graphs.class_max_tokens", "halved_steps.decode_tokens",
         "halved_steps.prefill_tokens", "lifted_rules",
     )  # fmt: skip
@@ -145,6 +146,7 @@ def _of_vllm(profile: EngineProfile) -> dict[str, Any]:
     return {
         **{name: _field(profile, name) for name in names},
         "memory_fraction": float(profile.memory_fraction),
+        "scheduler.queue": [_field(profile, f"scheduler.queue_{name}") for name in ("weight", "from_used")],
         "shared_expert_stream_tokens": float(profile.shared_expert_stream_tokens or 0),
         "allreduce_norm.hopper": fused.get("hopper", {}),
         "allreduce_norm.blackwell": {**fused.get("blackwell", {}), **_wide(profile, "gb200")},
@@ -201,6 +203,9 @@ def _of_sglang(profile: EngineProfile) -> dict[str, Any]:
         "allreduce_norm.models": _field(profile, "allreduce_norm.models"),
         "step_tokens.buffered": tokens.buffered["low_latency"] if tokens else 0,
         "step_tokens.exchanges": tokens.exchanges["low_latency"] if tokens else 0,
-        "scheduler.expected_reply": [reply.first, round(reply.least / reply.first, 6), reply.steps, reply.most_tokens],
+        "scheduler.expected_reply": [
+            reply.first, round(reply.least / reply.first, 6), reply.steps, reply.most_tokens, reply.spare_steps
+        ],
+        **{f"scheduler.expected_reply.{name}": getattr(reply, name) for name in ("fixed_whole", "windows_ask_again")},
         "experts.triton.tuned": _tiles(profile.experts.triton if profile.experts else None),
     }  # fmt: skip

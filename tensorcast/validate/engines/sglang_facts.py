@@ -72,8 +72,15 @@ def read_facts(source: Source) -> dict[str, Any]:
         "scheduler.expected_reply": [
             _number(rf"SGLANG_{name} = Env(?:Int|Float)\(([\d.]+)\)", environ)
             for name in ("INIT_NEW_TOKEN_RATIO", "MIN_NEW_TOKEN_RATIO_FACTOR", "NEW_TOKEN_RATIO_DECAY_STEPS",
-                         "CLIP_MAX_NEW_TOKENS_ESTIMATION")
+                         "CLIP_MAX_NEW_TOKENS_ESTIMATION", "RETRACT_DECODE_STEPS")
         ],
+        "scheduler.expected_reply.fixed_whole": "ignore_eos" in ast.unparse(
+            found(source.tree("sglang/srt/managers/schedule_policy.py"), "_get_running_request_total_token_offset")
+        ),
+        "scheduler.expected_reply.windows_ask_again": re.search(
+            r"is_hybrid_swa:\n\s+(?:self\.)?running_batch\.batch_is_full = False",
+            ast.unparse(source.tree("sglang/srt/managers/scheduler.py")),
+        ) is not None,
         "scheduler.prompt_tokens": _prompt_tokens(source, split),
         "lifted_rules": _lifted(source, split),
         "experts.triton.tuned": tuned_tiles(source, "sglang/srt/layers/moe/moe_runner/triton_utils/configs"),

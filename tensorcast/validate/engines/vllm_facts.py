@@ -28,6 +28,10 @@ def read_facts(source: Source) -> dict[str, Any]:
         "step_tokens.from_mib": _tiers(defaults, "default_max_num_batched_tokens"),
         "scheduler.most_sequences": _tiers(defaults, "default_max_num_seqs"),
         "scheduler.block_tokens": literal(found(source.tree("vllm/config/cache.py"), "DEFAULT_BLOCK_SIZE")),
+        "scheduler.queue": _queue(source.text("vllm/v1/engine/core_client.py")),
+        "scheduler.blocks_found": "scheduled" if "cache_blocks(request, " in ast.unparse(
+            found(source.tree("vllm/v1/core/kv_cache_manager.py"), "allocate_slots")
+        ) else "read",
         "prefill_graphs.max_tokens": min(_capture(graphs)),
         "prefill_graphs.device_max_tokens": {"blackwell": max(_capture(graphs))} if len(_capture(graphs)) > 1 else {},
         "prefill_graphs.class_max_tokens": _capture_of_classes(source),
@@ -55,6 +59,17 @@ def read_facts(source: Source) -> dict[str, Any]:
         "experts.triton.tuned": tuned_tiles(source, "vllm/model_executor/layers/fused_moe/configs"),
     }  # fmt: skip
     return facts
+
+
+def _queue(text: str) -> list[float]:
+    """As many requests more one that waits counts in the choice of a data-parallel rank, and the share of its cache
+    from which on it does."""
+    if said := re.search(r"waiting \* ([\d.]+) \+ running", text):
+        return [float(said[1]) - 1, 0.0]
+    said = re.search(r"score \+= waiting \* ([\d.]+) \* max\(0\.0, kv_cache_usage - ([\d.]+)\)", text)
+    if said is None:
+        raise InputError("vllm: core_client.py: how a data-parallel rank is chosen: not understood")
+    return [float(said[1]), float(said[2])]
 
 
 def _sparse(source: Source) -> list[int]:

@@ -142,17 +142,23 @@ def test_a_result_of_guidellm(tmp_path: Path) -> None:
 
 def test_lines_of_aiperf(tmp_path: Path) -> None:
     """As aiperf 0.13.0 writes ``profile_export.jsonl``."""
-    def line(start: int, prompt: int, reply: int, error: str | None = None) -> str:
+    def line(start: int, prompt: int, reply: int, error: str | None = None, phase: str = "profiling") -> str:
         metrics = {"input_sequence_length": {"value": prompt, "unit": "tokens"},
                    "output_sequence_length": {"value": reply, "unit": "tokens"}}  # fmt: skip
-        return json.dumps({"metadata": {"request_start_ns": start}, "metrics": metrics, "error": error})
+        metadata = {"request_start_ns": start, "benchmark_phase": phase}
+        return json.dumps({"metadata": metadata, "metrics": metrics, "error": error})
 
-    good = [line(2_000_000_000, 30, 4), line(1_500_000_000, 20, 5)]
+    good = [line(1, 9, 9, phase="warmup"), line(2_000_000_000, 30, 4), line(1_500_000_000, 20, 5)]
     found = read_trace(written(tmp_path, "profile_export.jsonl", "\n".join(good)))
     assert found.kind == "aiperf" and found.requests.fixed and found.requests.arrival_s.tolist() == [0.0, 0.5]
     assert found.requests.input_len.tolist() == [20, 30] and found.requests.output_len.tolist() == [5, 4]
+    for kind, users, last in (("concurrency", 8, 0.0), ("poisson", None, 0.5)):
+        phases = [{"kind": "warmup", "type": "concurrency"}, {"type": kind, "concurrency": 8}]
+        written(tmp_path, "profile_export_aiperf.json", json.dumps({"input_config": {"phases": phases}}))
+        asked = read_trace(tmp_path / "profile_export.jsonl").requests
+        assert asked.users == users and asked.arrival_s[-1] == last and asked.input_len.tolist() == [20, 30]
     path = written(tmp_path, "bad.jsonl", "\n".join([*good, line(1, 3, 3, "refused")]))
-    with pytest.raises(InputError, match="line 3: error 'refused': the request failed"):
+    with pytest.raises(InputError, match="line 4: error 'refused': the request failed"):
         read_trace(path)
 
 

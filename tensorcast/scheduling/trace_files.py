@@ -32,6 +32,9 @@ MOST_TOKENS = 100_000_000
 Row = tuple[float, int, int, tuple[int, ...]]
 """Seconds of the arrival, tokens of prompt and reply, and ids of the prompt's blocks."""
 
+Reader = Callable[[Any], Row | None]
+"""Of what a line or entry holds; none where it is no request of the run."""
+
 COLUMNS: dict[str, tuple[tuple[str, float], ...]] = {
     "arrival": (
         ("arrival_s", 1.0), ("timestamp_ms", 1e-3), ("arrival_ms", 1e-3), ("timestamp", 1.0), ("arrived_at", 1.0),
@@ -99,15 +102,16 @@ def _numbered(path: Path) -> tuple[Path, int | None]:
 
 
 def _each(
-    path: Path, items: Iterable[Any], read: Callable[[Any], Row], skip_bad: bool, what: str
+    path: Path, items: Iterable[Any], read: Callable[[Any], Row | None], skip_bad: bool, what: str
 ) -> tuple[list[Row], int]:
     """Every item as a row, and how many were skipped; the first that cannot be read is named by its number."""
-    rows, skipped = [], 0
+    rows, skipped = list[Row](), 0
     for number, item in enumerate(items, 1):
         if isinstance(item, str) and not item.strip():
             continue
         try:
-            rows.append(read(item))
+            if (row := read(item)) is not None:
+                rows.append(row)
         except (ValueError, KeyError, TypeError) as error:
             if not skip_bad:
                 way = "--skip-bad leaves such rows out"
@@ -118,10 +122,10 @@ def _each(
     return rows, skipped
 
 
-def _lines(path: Path, lines: Sequence[str], skip_bad: bool, kind: tuple[str, Callable[[Any], Row]]) -> TraceFile:
+def _lines(path: Path, lines: Sequence[str], skip_bad: bool, kind: tuple[str, Reader]) -> TraceFile:
     name, read = kind
 
-    def of_line(line: str) -> Row:
+    def of_line(line: str) -> Row | None:
         one = json.loads(line)
         if not isinstance(one, dict):
             raise ValueError("is no object of a request's fields")
@@ -130,17 +134,20 @@ def _lines(path: Path, lines: Sequence[str], skip_bad: bool, kind: tuple[str, Ca
     rows, skipped = _sound(lines, read), 0
     if rows is None:
         rows, skipped = _each(path, lines, of_line, skip_bad, "line")
-    return TraceFile(_requests(rows, fixed=name != "mooncake"), name, skipped)
+    requests = _requests(rows, fixed=name != "mooncake")
+    if name == "aiperf" and (users := _aiperf_users(path)):
+        requests = replace(requests, arrival_s=np.zeros(len(requests)), users=users)
+    return TraceFile(requests, name, skipped)
 
 
-def _sound(lines: Sequence[str], read: Callable[[Any], Row]) -> list[Row] | None:
+def _sound(lines: Sequence[str], read: Reader) -> list[Row] | None:
     """Rows of lines without a fault, parsed all at once; None where there is one, which line by line is then named."""
     written = [line for line in lines if line.strip()]
     try:
         rows = [read(one) for one in json.loads(f"[{','.join(written)}]")]
     except (ValueError, KeyError, TypeError):
         return None
-    return rows if len(rows) == len(written) else None
+    return [row for row in rows if row is not None] or None if len(rows) == len(written) else None
 
 
 def _mooncake_row(one: Mapping[str, Any]) -> Row:
@@ -152,13 +159,29 @@ def _mooncake_row(one: Mapping[str, Any]) -> Row:
     return arrival, lengths[0], lengths[1], tuple(ids)
 
 
-def _aiperf_row(one: Mapping[str, Any]) -> Row:
-    """A line of aiperf's ``profile_export.jsonl`` (aiperf 0.13.0, common/models/record_models.py: MetricRecordInfo)."""
+def _aiperf_row(one: Mapping[str, Any]) -> Row | None:
+    """A line of aiperf's ``profile_export.jsonl`` (aiperf 0.13.0, common/models/record_models.py: MetricRecordInfo);
+    none of a request that only warms up, which has its line, too."""
+    if one["metadata"].get("benchmark_phase") == "warmup":
+        return None
     if one.get("error"):
         raise ValueError(f"error {str(one['error'])[:40]!r}: the request failed")
     names = ("input_sequence_length", "output_sequence_length")
     prompt, reply = (_whole(name, one["metrics"][name]["value"]) for name in names)
     return _number("request_start_ns", one["metadata"]["request_start_ns"]) / 1e9, prompt, reply, ()
+
+
+def _aiperf_users(path: Path) -> int | None:
+    """Requests in flight, where the summary beside the lines (config/artifacts.py) says that nothing else was waited
+    for."""
+    for name in (f"{path.stem}_aiperf.json", f"{path.stem}.json"):
+        try:
+            phases = json.loads(path.with_name(name).read_text(encoding="utf-8"))["input_config"]["phases"]
+            (measured,) = (one for one in phases if one.get("kind", "profiling") == "profiling")
+            return int(measured.get("concurrency") or 1) if measured.get("type") == "concurrency" else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None
 
 
 _MOONCAKE = ("mooncake", _mooncake_row)

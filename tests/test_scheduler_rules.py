@@ -152,6 +152,19 @@ def test_rules_are_those_of_the_release(engine: str, model: str, rules: tuple[An
     assert (found.blocks_found, whole, found.asks_again, found.waits_for_blocks) == rules
 
 
+def test_data_parallel_ranks_expect_less() -> None:
+    """SGLang lowers its schedule_conservativeness to three tenths for attention DP."""
+    shares = []
+    for layout in ("tp4", "dp4-ep4"):
+        rules = priced_servers(
+            load_model("qwen3-30b-a3b"), load_device("h200"), load_engine("sglang"), parse_servers(layout),
+            longest=4096, options=Options(routing="balanced"),
+        ).pools[0].rules  # fmt: skip
+        assert rules.expected is not None
+        shares.append((float(rules.expected.first), float(rules.expected.least)))
+    assert shares == [(0.7, 0.098), pytest.approx((0.21, 0.0294))]
+
+
 @pytest.mark.parametrize("engine", ["sglang", "sglang==0.5.14"])
 def test_a_full_server_runs_as_many_as_the_closed_form_says(engine: str) -> None:
     """More users than there is room for. Before 0.5.23 replies outgrow their room, and some start over."""

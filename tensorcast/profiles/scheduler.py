@@ -22,9 +22,17 @@ class ExpectedReply(Frozen):
         ge=0, description="where a sequence starts over: the share is what the others wrote, and would in so many steps"
     )
     fixed_whole: bool = Field(default=False, description="all of a reply whose length is fixed (ignore_eos)")
+    rank_factor: Number = Field(
+        default=1.0, gt=0, le=1, description="shares are so many times as large where ranks are data-parallel"
+    )
     windows_ask_again: bool = Field(
         default=False, description="whether layers with windows have a cache of their own, and each step asks again"
     )
+
+    def of_ranks(self, ranks: int) -> "ExpectedReply":
+        """The same of one of so many data-parallel ranks."""
+        factor = float(self.rank_factor) if ranks > 1 else 1.0
+        return self.model_copy(update={"first": factor * float(self.first), "least": factor * float(self.least)})
 
     @property
     def falls(self) -> float:

@@ -159,9 +159,10 @@ def rules_of(
     windows_apart = kept.window_share is not None and kept.window_share < 1
     if cache_tokens < scheduler.block_tokens or states < 1:
         raise InputError(f"layout {layout}: {deployment.model.name} leaves no room for a cache")
+    ranks = int(attention_dp(layout, deployment.raw.facts.num_experts))
     return Rules(
         role=role,
-        ranks=int(attention_dp(layout, deployment.raw.facts.num_experts)),
+        ranks=ranks,
         alone=engine.prefill_alone,
         chunk_tokens=chunk_tokens or own_chunk(deployment),
         splits=scheduler.splits_prompts,
@@ -170,7 +171,7 @@ def rules_of(
         cache_tokens=cache_tokens,
         block_tokens=scheduler.block_tokens,
         reserves_reply=engine.reserves_reply,
-        expected=scheduler.expected_reply,
+        expected=scheduler.expected_reply.of_ranks(ranks) if scheduler.expected_reply else None,
         tokens_per_step=sum(mtp_acceptance**i for i in range(depth + 1)),
         verify=1.0 + depth,
         lag=max(0, round(engine.arrival_wait_steps - 1 + wait_steps)),

@@ -206,6 +206,7 @@ def _of_sglang(profile: EngineProfile) -> dict[str, Any]:
         "scheduler.expected_reply": [
             reply.first, round(reply.least / reply.first, 6), reply.steps, reply.most_tokens, reply.spare_steps
         ],
-        **{f"scheduler.expected_reply.{name}": getattr(reply, name) for name in ("fixed_whole", "windows_ask_again")},
+        **{f"scheduler.expected_reply.{name}": getattr(reply, name)
+           for name in ("rank_factor", "fixed_whole", "windows_ask_again")},
         "experts.triton.tuned": _tiles(profile.experts.triton if profile.experts else None),
     }  # fmt: skip

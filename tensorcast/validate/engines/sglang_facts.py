@@ -74,6 +74,10 @@ def read_facts(source: Source) -> dict[str, Any]:
             for name in ("INIT_NEW_TOKEN_RATIO", "MIN_NEW_TOKEN_RATIO_FACTOR", "NEW_TOKEN_RATIO_DECAY_STEPS",
                          "CLIP_MAX_NEW_TOKENS_ESTIMATION", "RETRACT_DECODE_STEPS")
         ],
+        "scheduler.expected_reply.rank_factor": _number(
+            r"schedule_conservativeness ?= ?\w+\.schedule_conservativeness \* ([\d.]+)",
+            ast.unparse(source.tree(f"{HOOKS}/parallel_hook.py" if split else SERVER)),
+        ),
         "scheduler.expected_reply.fixed_whole": "ignore_eos" in ast.unparse(
             found(source.tree("sglang/srt/managers/schedule_policy.py"), "_get_running_request_total_token_offset")
         ),

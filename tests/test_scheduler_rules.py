@@ -152,6 +152,29 @@ def test_rules_are_those_of_the_release(engine: str, model: str, rules: tuple[An
     assert (found.blocks_found, whole, found.asks_again, found.waits_for_blocks) == rules
 
 
+@pytest.mark.parametrize("ranks_wait", [False, True])
+def test_ranks_that_draft_stand_still_while_another_reads(ranks_wait: bool) -> None:
+    """One writes 50 tokens when the other rank's prompt comes: it is read in a step of its own, or beside a token."""
+    rules = replace(ALONE, ranks=2, round_robin=True, ranks_wait=ranks_wait)
+    requests = Requests(arrival_s=np.array([0.0, 0.1]), input_len=np.array([50, 400]), output_len=np.array([50, 1]))
+    fleet = Fleet([Pool(rules, replace(TIMES, alone=True), 1)], requests)
+    record = fleet.run()
+    assert fleet.servers[0].steps == 1 + 49 + ranks_wait
+    wanted = replace(TIMES, alone=True).own([(400, 0)], 0, 0.0) if ranks_wait else 0.0
+    assert record.last_s[0] > record.first_s[0] + 49 * 0.01 + wanted
+
+
+@pytest.mark.parametrize(("depth", "waits"), [(0, False), (1, True)])
+def test_sglang_ranks_wait_where_they_draft(depth: int, waits: bool) -> None:
+    options = Options(routing="balanced", mtp_depth=depth)
+    for layout in ("tp8", "dp8-ep8"):
+        rules = priced_servers(
+            load_model("deepseek-v3"), load_device("h200"), load_engine("sglang"), parse_servers(layout), longest=4096,
+            options=options,
+        ).pools[0].rules  # fmt: skip
+        assert rules.ranks_wait == waits
+
+
 def test_data_parallel_ranks_expect_less() -> None:
     """SGLang lowers its schedule_conservativeness to three tenths for attention DP."""
     shares = []

@@ -113,7 +113,7 @@ def test_steps_are_those_of_a_scheduler_told_token_by_token(kind: str, requests:
     requests=asked(), router=st.sampled_from(ROUTERS), count=st.integers(1, 3), pooled=st.booleans(),
     changed=st.fixed_dictionaries({
         "ranks": st.integers(1, 3), "cache_tokens": st.sampled_from([1000.0, 3000.0, 1e6]), "alone": st.booleans(),
-        "reserves_reply": st.booleans(), "tokens_per_step": st.sampled_from([1.0, 1.8]),
+        "reserves_reply": st.booleans(), "tokens_per_step": st.sampled_from([1.0, 1.8]), "ranks_wait": st.booleans(),
     }),
 )  # fmt: skip
 def test_nothing_is_lost(

@@ -85,6 +85,9 @@ class Scheduler(Frozen):
         default=0.0, ge=0, lt=1, description="share of its cache from which on, by what is used beyond; 0: always"
     )
     room_first: RoomFirst | None = None
+    drafting_ranks_wait: bool = Field(
+        default=False, description="where steps draft, data-parallel ranks write nothing while others read"
+    )
     prompts_wait: bool = Field(default=False, description="whether prompts can be told to wait for others")
     source: str = Field(min_length=3)
 

@@ -82,9 +82,10 @@ class Rules:
     longest request that is served. ``asks_again``: who was refused as replies are expected to take the room is asked
     again in each step, not once a sequence has left. ``blocks_found``: from when on others find a prompt's blocks;
     ``waits_for_blocks``: who would find those that are being read waits for them, and others go first.
-    ``queue_weight``: as so many more who waits counts in the choice of a rank, from ``queue_from_used`` of its cache.
-    ``room_first``: in two pools room of the server that writes is taken before the
-    prompt is read. ``graph_sizes``: sequences that decode steps are padded to, where that is stated.
+    ``ranks_wait``: no rank writes in a step in which another reads. ``queue_weight``: as so many more who waits counts
+    in the choice of a rank, from ``queue_from_used`` of its cache. ``room_first``: in two pools room of the server that
+    writes is taken before the prompt is read. ``graph_sizes``: sequences that decode steps are padded to, where that is
+    stated.
     """
 
     role: Role
@@ -110,6 +111,7 @@ class Rules:
     asks_again: bool = False
     blocks_found: str = "prompt"
     waits_for_blocks: bool = False
+    ranks_wait: bool = False
     queue_weight: float = 0.0
     queue_from_used: float = 0.0
     room_first: RoomFirst | None = None
@@ -184,6 +186,7 @@ def rules_of(
         asks_again=bool(scheduler.expected_reply and scheduler.expected_reply.windows_ask_again and windows_apart),
         blocks_found=scheduler.blocks_found,
         waits_for_blocks=scheduler.waits_for_blocks,
+        ranks_wait=bool(depth) and engine.prefill_alone and scheduler.drafting_ranks_wait,
         queue_weight=float(scheduler.queue_weight),
         queue_from_used=float(scheduler.queue_from_used),
         room_first=scheduler.room_first if role == "decode" else None,

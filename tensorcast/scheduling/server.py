@@ -186,9 +186,10 @@ class Server:
             self._held = (self._held + steps - 1) % rules.waits.balance_steps
         ended: list[int] = []
         decoded = 0
+        wait = stretch.mixed and rules.ranks_wait
         for rank in self.ranks:
             batch = rank.next
-            if batch.sequences and not (batch.prompts and rules.alone):
+            if batch.sequences and not wait and not (batch.prompts and rules.alone):
                 decoded += batch.sequences
                 rank.decoded(steps, ended)
             if batch.prompts:
@@ -298,10 +299,10 @@ class Server:
         return True
 
     def _mixed_s(self) -> float:
-        alone, times = self.rules.alone, self.times
+        alone, wait, times = self.rules.alone, self.rules.ranks_wait, self.times
         busiest, tokens, decoding = 0.0, 0.0, 0.0
         for batch in self.batches:
-            beside = 0 if alone and batch.prompts else batch.sequences
+            beside = 0 if wait or (alone and batch.prompts) else batch.sequences
             own = times.own(batch.prompts, beside, batch.context)
             busiest = own if own > busiest else busiest
             tokens += batch.new_tokens + beside * times.tokens_each

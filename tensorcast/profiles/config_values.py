@@ -55,8 +55,10 @@ def is_one_of(classes: tuple[str, ...], config: dict[str, Any]) -> bool:
 
 def text_of(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of a Hugging Face config: all of it, unless the model is multimodal."""
-    inner = next((config[name] for name in LANGUAGE_PARTS if isinstance(config.get(name), dict)), None)
-    return config if inner is None else text_of(inner)
+    for name in LANGUAGE_PARTS:
+        if isinstance(inner := config.get(name), dict):
+            return text_of(inner)
+    return config
 
 
 def check_values(config: dict[str, Any], where: str = "") -> None:

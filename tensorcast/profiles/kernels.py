@@ -87,11 +87,11 @@ class ExpertKernels(Frozen):
         ``config`` as the model's publisher wrote it; ``spread``: ranks hold whole experts of their own;
         ``attention_dp``: each has requests of its own, too.
         """
-        names = set(config.get("architectures") or ())
+        names, device = set(config.get("architectures") or ()), device.lower()
         text = text_of(config)
         activation = next((str(text[name]) for name in ACTIVATIONS if text.get(name)), "")
         found = (rule.kernels for rule in self.libraries
-                 if rule.holds(device.lower(), dtype, names, activation, spread=spread, attention_dp=attention_dp))
+                 if rule.holds(device, dtype, names, activation, spread=spread, attention_dp=attention_dp))
         chosen, wanted = next(found, ""), self.names.get(f"{self.asked}:{dtype}", self.names.get(self.asked, ()))
         return chosen if chosen in wanted or not wanted else wanted[0]
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -92,7 +91,7 @@ class _Sheet(NamedTuple):
     collectives: tuple[tuple[int, int], ...]
 
 
-MOST_SHEETS = 4096
+MOST_SHEETS = 8192
 """Of recipes."""
 
 _sheets: dict[Hashable, _Sheet] = {}
@@ -101,7 +100,7 @@ _sheets: dict[Hashable, _Sheet] = {}
 def _sheet_of(recipe: Recipe, chunked: bool) -> _Sheet:
     """The sheet of a recipe; ``chunked``: rows inside the experts are priced at other sizes. Kept by what the rows are,
     which stay alive in it, so that their ids stay their own."""
-    key = recipe.said, chunked
+    key = recipe.said, recipe.chunked if chunked else None
     if key not in _sheets:
         while len(_sheets) >= MOST_SHEETS:
             del _sheets[next(iter(_sheets))]
@@ -133,6 +132,9 @@ class Many:
         self._steps: list[StepCases] = []
         self._prices: list[list[_Alike]] = []
         """Of each step's prices what they are priced with."""
+        self._machines = list[int]()
+        """Of each step the number of what it runs on."""
+        self._numbers: dict[Hashable, int] = {}
         self._alike: dict[Hashable, _Alike] = {}
         self._corrections: dict[int, BatchedCorrections] = {}
         self._variants: dict[tuple[int, str, str], str] = {}
@@ -180,6 +182,7 @@ class Many:
                 priced(place, where, key, row.scale, row)
         one.prices = len(prices)
         self._steps.append(one)
+        self._machines.append(self._numbers.setdefault(_machine(pricer), len(self._numbers)))
         self._prices.append(prices)
         self.prices += one.cases * one.prices
 
@@ -254,9 +257,9 @@ class Many:
         own: dict[str, Any] = {name: cases[name][which] for name in names}
         sizes = Sizes(**{name: own.pop(name) for name in ("B", "S", "P", "R", "E", "X") if name in own})
         at = replace(alike.at, sizes=sizes, stages=1, **own)
-        runs = [list(run) for _, run in groupby(range(len(pricers)), lambda i: _machine(pricers[i]))]
-        calls = [int(widths[run[0] : run[-1] + 1].sum()) for run in runs]
-        machines = [pricers[run[0]] for run in runs]
+        machine = np.array([self._machines[i] for i in alike.steps])
+        runs = np.flatnonzero(np.append(True, machine[1:] != machine[:-1])).tolist()  # where those of each begin
+        calls, machines = np.add.reduceat(widths, runs).tolist(), [pricers[i] for i in runs]
         pricer, corrections = machines[0], self._of(machines[0])
         asked: BatchedCorrections | SeveralCorrections = corrections
         if len(runs) > 1:

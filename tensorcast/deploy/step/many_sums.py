@@ -34,10 +34,10 @@ class StepCases:
     case: int
     rows: list[int] = field(default_factory=list)
     prices: int = 0
+    cases: int = field(init=False)
 
-    @property
-    def cases(self) -> int:
-        return math.prod(self.shape)
+    def __post_init__(self) -> None:
+        self.cases = math.prod(self.shape)
 
     @property
     def alike(self) -> Hashable:

@@ -56,7 +56,7 @@ class Recipe:
     """Of every row: in sums of seconds, in sums of busy seconds, and how often it runs in each part. One object for
     all recipes that add up alike."""
     said: tuple[int, ...]
-    """What its rows are: ops by their identity, collectives by what is added up of them."""
+    """What its ops are, by their identity; 0 of collectives."""
 
 
 class _Role(NamedTuple):
@@ -82,10 +82,13 @@ def _role_of(row: Row) -> int:
 
 
 MOST_RECIPES = 4096
-"""Ways to add rows up that are kept, and lists of rows whose roles are."""
+"""Ways to add rows up that are kept."""
 
-_said: dict[tuple[int, ...], tuple[tuple[Row, ...], tuple[int, ...]]] = {}
-"""Roles of rows by :attr:`Recipe.said`; the rows stay alive here, so that their ids stay their own."""
+MOST_ROWS = 8192
+"""Lists of rows of whose ops the roles are kept."""
+
+_said: dict[tuple[int, ...], tuple[tuple[Row, ...], list[int]]] = {}
+"""Roles of rows by :attr:`Recipe.said`, of ops alone; the rows stay alive here, so that their ids stay their own."""
 
 _weights: dict[tuple[Hashable, ...], tuple[tuple[bool, ...], tuple[Array, Array, Array]]] = {}
 """Of a recipe's rows by what they are: which are inside the experts, and their weights."""
@@ -97,12 +100,12 @@ def recipe_of(
 ) -> Recipe:
     """The recipe of ``rows``, of which the first ``planned`` are the plan's; ``positions``: as
     :class:`~tensorcast.deploy.step.overlap.Overlap` has them."""
-    said = tuple([_role_of(row) if isinstance(row, Collective) else id(row) for row in rows])
+    said = tuple([0 if isinstance(row, Collective) else id(row) for row in rows])
     if said not in _said:
-        while len(_said) >= MOST_RECIPES:
+        while len(_said) >= MOST_ROWS:
             del _said[next(iter(_said))]
-        _said[said] = rows, tuple(map(_role_of, rows))
-    roles = _said[said][1]
+        _said[said] = rows, [0 if isinstance(row, Collective) else _role_of(row) for row in rows]
+    roles = tuple([role if one else _role_of(row) for role, one, row in zip(_said[said][1], said, rows, strict=True)])
     overlapping = tuple([
         (kind, *((name, *where) for name, where in positions[kind].items())) for kind in sorted(positions)
     ])

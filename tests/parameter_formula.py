@@ -70,6 +70,8 @@ def parameters(config: dict[str, Any]) -> int | None:
         return _kimi_k3(part)
     if kind == "step3_vl" and part is not None:
         return _step3(part)
+    if kind == "deepseek_v41" and part is not None:
+        return _deepseek_v41(part)
     if part is not None:
         values = {**part, "tie_word_embeddings": _tied(config, part)}
     form = FORMS.get(values.get("model_type", kind)) or FORMS.get(kind)
@@ -120,6 +122,28 @@ def _step3(values: dict[str, Any]) -> int:
     layers = values["num_hidden_layers"]
     total = layers * (attention + 2 * stream) + (layers - sparse) * 3 * stream * values["intermediate_size"]
     return total + sparse * moe + stream + 2 * values["vocab_size"] * stream
+
+
+def _deepseek_v41(values: dict[str, Any]) -> int:
+    """One key for all heads, outputs narrowed in groups; entries and their keys in some layers, indexers in more;
+    weights of four streams twice a layer; two tables (vLLM 0.33.0, models/deepseek_v41)."""
+    stream, head, heads, low = (values[n] for n in ("hidden_size", "head_dim", "num_attention_heads", "q_lora_rank"))
+    layers, groups, streams = values["num_hidden_layers"], values["o_groups"] * values["o_lora_rank"], values["hc_mult"]
+    attention = low * (stream + heads * head + 1) + head * (stream + 1) + heads
+    attention += groups * (heads * head // values["o_groups"] + stream)
+    experts = values["n_routed_experts"]
+    moe = experts * stream + 3 * stream * values["moe_intermediate_size"] * (experts + values["n_shared_experts"])
+    mixes = 2 * (streams * (streams + 2) * (streams * stream + 1) + 3)
+    total = layers * (attention + moe + mixes + 2 * stream) + stream + 2 * values["vocab_size"] * stream
+    width, index = values["index_head_dim"], values["index_n_heads"]
+    total += len(values["index_source_layer_ids"]) * index * (low * width + stream)
+    for layer in values["kv_source_layer_ids"]:
+        vectors = 2 if values["compress_ratios"][layer] > 1 else 1
+        total += head * (vectors * stream + 1) + width * (head + 1)
+    columns = (values["engram_max_ngram_size"] - 1) * values["engram_n_heads"]
+    for rows in values["engram_num_embeddings"]:
+        total += values["engram_head_dim"] * (rows + columns * stream * (streams + 1)) + 2 * streams * stream
+    return total
 
 
 def _block(values: dict[str, Any], block: dict[str, Any], stream: int) -> int:

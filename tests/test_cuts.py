@@ -220,6 +220,7 @@ STORED = {
     # experts in MXFP4, which is padded; heads of 512, and groups of 1,024 before the output
     "deepseek-v4-flash": Stored(128, shared=2048, out=8 * 1024, latent=(64 * 512,)),
     "deepseek-v4-pro": Stored(128, shared=3072, out=16 * 1024, latent=(128 * 512,)),
+    "deepseek-v4.1-flash": Stored(32, shared=2304, out=8 * 1024, latent=(64 * 512,)),
     "glm-5": Stored(128, 2048, 2048, 12288, 64 * 256, (64 * 256, 64 * 448)),
     "glm-5.2": Stored(128, 2048, 2048, 12288, 64 * 256, (64 * 256, 64 * 448)),
     "minimax-m2.5": Stored(128, 1536, out=48 * 128),
@@ -229,7 +230,7 @@ STORED = {
     "qwen3-32b-fp8": Stored(128, dense=25600, out=64 * 128),
 }  # fmt: skip
 PADDED = ("gpt-oss-20b", "gpt-oss-120b")  # MXFP4 experts
-CAPPED = ("deepseek", "kimi", "glm-5")
+CAPPED = ("deepseek-r", "deepseek-v3", "deepseek-v4-", "kimi", "glm-5")
 """TensorRT-LLM cuts these models' shared expert and dense MLP over gcd(blocks, tp) ranks (modeling_deepseekv3.py)."""
 
 

@@ -21,6 +21,8 @@ from tensorcast.validate.engines.vllm_arguments import read_arguments as of_vllm
 
 PINNED = Path(__file__).parent / "data" / "engines"
 READ = {(one.engine, one.release): one for one in map(Read.kept, sorted(PINNED.glob("*.json")))}
+MANIFEST = READ.pop(("trtllm", "main at 0004396"))
+"""Of TensorRT-LLM the keys of its file and their values alone, of the list its own tests keep: no wheel is read."""
 
 
 @pytest.mark.parametrize("release", READ, ids="-".join)
@@ -56,6 +58,16 @@ def test_what_differs_is_told_line_by_line() -> None:
                     "arguments changed since 0.33.0: --all2all-backend --enable-eplb"]
     newer = differences(replace(was, release="0.34.0"))
     assert newer == ["no rules of 0.34.0: held to those of 0.33.0"]
+
+
+def test_keys_of_a_file_are_held_to_the_list_an_engine_keeps() -> None:
+    newer = "no rules of main at 0004396: held to those of 1.3.0rc20"
+    assert differences(MANIFEST) == [newer]
+    arguments = {name: one for name, one in MANIFEST.arguments.items() if name != "enable_attention_dp"}
+    arguments["moe_config.backend"] = Argument(choices=("CUTLASS",))
+    said = differences(replace(MANIFEST, arguments=arguments))
+    assert said[0] == newer and "launch attention_dp: no enable_attention_dp" in said
+    assert any("moe_config.backend has no TRTLLM" in line for line in said)
 
 
 @pytest.mark.parametrize("release", READ, ids="-".join)

@@ -268,14 +268,16 @@ def sparse_indexer(op: Op, at: Context) -> list[Work]:
     """Scores of every visible cached token per query and head, then top-k: q ``[B*S,Hi,Di]``, keys ``[B,L,Di]``.
 
     Keys may stand for several tokens (``compress``), be kept in bf16 (``plain``), and blocks of them be chosen by their
-    best (``pooled``).
+    best (``pooled``); a query may see those of blocks alone that were chosen before (``within``).
     """
     heads, width = at.value(op.attrs["heads"]), at.value(op.attrs["head_dim"])
     batch, new = at.sequences(at.sizes.B, at.sizes.S)
     ratio, pooled = op.attrs.get("compress", 1), op.attrs.get("pooled", 1)
-    pairs = batch * w.attended_pairs(new, at.sizes.P) / ratio
+    within = op.attrs.get("within", 0) * ratio  # of as many tokens, where blocks of entries were chosen before
+    pairs = batch * w.attended_pairs(new, at.sizes.P, within) / ratio
     plain = pooled > 1 or op.attrs.get("plain", False)
-    keys = batch * at.sizes.L / ratio * (2.0 * width if plain else indexer_key_bytes(width))
+    read = np.minimum(at.sizes.L, within) if within and at.decode else at.sizes.L
+    keys = batch * read / ratio * (2.0 * width if plain else indexer_key_bytes(width))
     queries = batch * new * heads * width
     flops = 2.0 * pairs * heads * width
     if plain:  # keys in bf16; one score per block is written and read

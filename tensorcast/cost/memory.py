@@ -75,7 +75,8 @@ def cache_entries(table: OpTable, kv: str) -> list[CacheEntry]:
         if op.name == "kv_cache_write":
             keys, values = op.inputs
             attention = next((a for a in table.ops if a.name == "attention" and a.kind == op.kind), None)
-            limit = (attention.attrs["window"] or attention.attrs["chunk"]) if attention else 0
+            seen = attention.attrs if attention and op.attrs["kind"] == "kv" else {"window": 0, "chunk": 0}
+            limit = seen["window"] or seen["chunk"]
             one = keys.storage == values.storage and keys.offset == values.offset  # not two parts of a fused projection
             shared = one and op.attrs["kind"] != "indexer"  # one vector is key and value
             numel = float(keys.numel(unit)), 0.0 if shared else float(values.numel(unit))
@@ -279,18 +280,19 @@ def weight_bytes(
 
 def weights_of_stages(
     table: OpTable, quantization: Quantization, ep: Size, etp: Size, *, layers: Mapping[int, Array], ends: Array,
-    local_experts: Size | None, padding: tuple[int, int],
+    local_experts: Size | None, padding: tuple[int, int], tables: Size = 1.0,
 ) -> Array:
     """:func:`weight_bytes` ``[stages, ...]`` of stages with these ``layers`` (:func:`layers_of`); ``ends``: which are
-    the first of their pipeline, and which the last."""
+    the first of their pipeline, and which the last. ``tables``: the share of a tensor-parallel rank's rows of tables
+    that it holds."""
     first, last = ends
     once = {"embedding": np.maximum(first, last) if table.facts.tied_embedding else first, "lm_head": last}
     width, hidden = table.facts.moe_intermediate_size, padding[0]
     local: Size = np.ceil(table.facts.num_experts / ep) if local_experts is None else local_experts
-    shape = np.broadcast_shapes(np.shape(local), np.shape(etp))
+    shape = np.broadcast_shapes(np.shape(local), np.shape(etp), np.shape(tables))
     sizes, counts = list[Size](), list[Array]()
     for part in _weights(table, quantization, hidden):
-        size: Size = part.size_bytes
+        size: Size = part.size_bytes + part.table_bytes * tables
         if part.expert_bytes:
             wider = padded(width / etp, padding[1]) if part.padded_bytes else 1.0
             size = size + (part.expert_bytes + part.padded_bytes * (wider - 1.0)) * local / etp
@@ -312,6 +314,8 @@ class _Weights:
     """Of one whole expert."""
     padded_bytes: float = 0.0
     """Of these, what grows with the width that engines pad."""
+    table_bytes: float = 0.0
+    """Of tables of rows."""
 
 
 @per_table
@@ -328,6 +332,8 @@ def _weights(table: OpTable, quantization: Quantization, hidden_multiple: int) -
             expert_bytes = p.full_numel / table.facts.num_experts * per_element
             part.expert_bytes += expert_bytes
             part.padded_bytes += expert_bytes if grows else 0.0
+        elif p.role == "tables":
+            part.table_bytes += p.numel * per_element
         else:
             part.size_bytes += p.numel * per_element
     return list(found.values())

@@ -252,7 +252,7 @@ class Deployment:
         )
         weights = weights_of_stages(
             table, self.quantization, layout.ep, layout.etp, layers=counts, ends=ends, local_experts=local,
-            padding=padding,
+            padding=padding, tables=0.0 if self.engine.host_tables else 1.0 / layout.dp,
         )
         if self.options.mtp_depth:  # hidden state and embedding joined: [2H, H]
             joined = 2.0 * 2.0 * self.raw.facts.hidden_size ** 2

@@ -295,9 +295,9 @@ def _of_device(c: Case) -> Iterator[Limit]:
     for one in c.kernels.missed:
         if (
             one.cache in ("", c.options.kv_dtype or stored.kv) and (c.nodes > 1 or not one.over_nodes)
-            and (not one.exchanges or c.exchange in one.exchanges) and (c.layout.pp > 1 or not one.in_pipeline)
+            and (not one.exchanges or c.exchange in one.exchanges) and (c.options.dual_batch_overlap or not one.halved)
             and (not one.drafts or (c.options.mtp_depth > 0 and c.options.speculative_method in one.drafts))
-            and (c.options.dual_batch_overlap or not one.halved)
+            and c.layout.pp >= max(one.least_stages, 1 + one.in_pipeline)
         ):
             where = f", not on {c.kernels.architecture}" if one.devices else ""
             yield one.rule, f"{one.says}{where}; {one.way}"

@@ -14,7 +14,7 @@ from tensorcast.deploy.exchange_kernels import exchange_note
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options, flag, idle_note
 from tensorcast.deploy.plan.plan import Collective
-from tensorcast.deploy.plan.remarks import not_counted, stored_otherwise, uncut
+from tensorcast.deploy.plan.remarks import not_counted, on_hosts, stored_otherwise, uncut
 from tensorcast.deploy.result import Simulation
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.workload import Workload
@@ -114,6 +114,7 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
     if unknown:
         notes.append(f"no formula, priced as memory traffic: {', '.join(unknown)}")
     notes += [*not_counted(deployment.quantization), *deployment.raw.facts.remarks]
+    notes += on_hosts(deployment.raw, deployment.engine)
     notes += stored_otherwise(deployment.model, deployment.options.quant, deployment.device.vendor)
     if lacking := weight_only_here(deployment.quantization, deployment.device.peak_flops):
         notes.append(f"{deployment.device.name} has no arithmetic for {lacking}: weights are unpacked to bf16")

@@ -21,6 +21,7 @@ from tensorcast.modeling.experts import NAME
 
 TC = torch.ops.tensor_cast
 _past: ContextVar[int] = ContextVar("past", default=0)
+_every_token: ContextVar[bool] = ContextVar("every_token", default=False)
 
 
 def layer_type(config: Any, layer: int | None) -> str:
@@ -163,6 +164,21 @@ def past_length(past: int) -> Iterator[None]:
         yield
     finally:
         _past.reset(token)
+
+
+def of_every_token() -> bool:
+    """Whether what runs now runs on all tokens, in a layer that else runs on the ends of prompts."""
+    return _every_token.get()
+
+
+@contextlib.contextmanager
+def every_token() -> Iterator[None]:
+    """Inside, what a layer does is done with all tokens."""
+    token = _every_token.set(True)
+    try:
+        yield
+    finally:
+        _every_token.reset(token)
 
 
 def _empty_mask(

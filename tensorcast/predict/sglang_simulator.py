@@ -92,7 +92,8 @@ class StepTimePredictor:
             return self._times.decoding(len(decoding), context, len(decoding))
         beside = len(decoding) * self._times.tokens_each
         tokens = sum(new for new, _ in prompts) + beside
-        return self._times.own(prompts, len(decoding), context) + self._times.shared(tokens, beside)
+        times, ends = self._times, self._times.seen_at_ends(prompts, beside)
+        return times.own(prompts, len(decoding), context) + times.shared(tokens, beside, ends)
 
     def get_metrics(self) -> dict[str, Any]:
         """Nothing: predictions count nothing."""

@@ -23,7 +23,7 @@ from tensorcast.profiles.memory import (
     StepTokens,
     is_latent,
 )
-from tensorcast.profiles.scheduler import Scheduler, SerialDrafts, SerialPipeline
+from tensorcast.profiles.scheduler import PromptEnds, Scheduler, SerialDrafts, SerialPipeline
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
 Fusion = Annotated[
@@ -218,6 +218,11 @@ class EngineProfile(Frozen):
         default=(), description="exchanges between experts that cannot be captured: all of their steps run eagerly"
     )
     uncompiled: Uncompiled | None = Field(default=None, description="models for which fusions and captures are others")
+    host_tables: bool = Field(default=False, description="whether rows of n-grams' tables stay in the host's memory")
+    scores_within: tuple[str, ...] = Field(
+        default=(), description="device architectures on which indexers score no more than blocks chosen before"
+    )
+    prompt_ends: PromptEnds | None = Field(default=None, description="where it runs layers on the ends of prompts")
     halved_steps: HalvedSteps | None = Field(default=None, description="else every step is halved that is asked to be")
     graph_launch_gap_s: Figure = Field(description="gap between two kernels inside a captured graph")
     eager_launch_gap_s: Figure = Field(description="least time between two kernels launched one by one")

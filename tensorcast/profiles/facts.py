@@ -19,6 +19,8 @@ class ModelFacts:
     ``remarks``: what the reading of its config took for granted or left out, in lines.
     ``compress_ratios``: tokens of a compressed cache entry by layer, 0 where there are none; those of the least ratio
     have indexer keys of ``indexer_width`` numbers beside them.
+    ``ends_from``: layers from this one on are needed for the last ``ends_tokens`` tokens of a prompt alone (0: all are
+    needed for all), but for what they cache.
     ``handed_on``: vectors of ``hidden_size`` that a pipeline stage hands to the next for a token, on average over all
     places to cut: the state and the residual, or with sums of blocks of layers these and the state.
     """
@@ -44,6 +46,8 @@ class ModelFacts:
     compress_ratios: tuple[int, ...] = ()
     indexer_width: int = 0
     handed_on: float = 2.0
+    ends_from: int = 0
+    ends_tokens: int = 0
 
     @classmethod
     def stored(cls, values: dict[str, Any]) -> ModelFacts:

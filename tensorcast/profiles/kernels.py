@@ -142,6 +142,7 @@ class Lacking(Frozen):
     over_nodes: bool = Field(default=False, description="over several nodes alone")
     drafts: tuple[str, ...] = Field(default=(), description="methods of drafting; else any, and none")
     in_pipeline: bool = Field(default=False, description="with pipeline stages alone")
+    least_stages: int = Field(default=1, ge=1, description="with so many of them, or more")
     halved: bool = Field(default=False, description="of halved steps alone (dual-batch overlap)")
     shared_choices: bool = Field(default=False, description="where layers take what an earlier indexer chose")
     says: str = Field(min_length=3)

@@ -163,7 +163,7 @@ class CacheRules(Frozen):
         default=None, gt=0, le=1, description="of layers with windows: tokens per token of the others; none: the window"
     )
     windowed: tuple[str, ...] = Field(default=(), description="the classes that have such a share; others keep all")
-    own_shares: dict[str, Number] = Field(default={}, description="class -> its share")
+    own_shares: dict[str, Number] = Field(default={}, description="class -> its share; 0: the window")
     pools: bool = Field(default=True, description="also on servers of one phase, in disaggregated serving")
     pooled_windows: bool = Field(default=False, description="on those what is said of windows alone")
     source: str = Field(min_length=3)
@@ -190,7 +190,7 @@ class CacheRules(Frozen):
         share = self.window_share
         if share is not None:
             usual = float(share) if classes & set(self.windowed) else 1.0
-            share = next((float(own) for name, own in self.own_shares.items() if name in classes), usual)
+            share = next((float(own) for name, own in self.own_shares.items() if name in classes), usual) or None
         return Kept(slots, share, float(self.states_apart) if self.drafts_apart or not depth else 0.0)
 
 

@@ -135,6 +135,8 @@ class ModelProfile(Frozen):
     def mtp_modules(self) -> int:
         """Layers of multi-token prediction, which can draft tokens."""
         classes = self.config.get("architectures") or ()
+        if "dspark_block_size" in text_of(self.config):  # its layers draft blocks of tokens, in another way
+            return 0
         return stated(self.config, MTP_MODULES) or max((UNNAMED_DRAFTS.get(name, 0) for name in classes), default=0)
 
     @property

@@ -103,6 +103,21 @@ class Scheduler(Frozen):
         return most if told is None else max(1, told // ranks)
 
 
+class PromptEnds(Frozen):
+    """Prefill steps that run the layers which a model needs for the ends of prompts alone on these: not where ranks
+    slice tokens. Where ``exchanges`` are named, data-parallel ranks do so with these alone, if each has all heads."""
+
+    graphs_from: int = Field(default=0, ge=0, description="tokens of a step in a graph from which on it does")
+    exchanges: tuple[str, ...] = Field(default=(), description="none: with any")
+    source: str = Field(min_length=3)
+
+    def above(self, graph_tokens: float, *, tp: int, dp: int, exchange: str, sliced: bool) -> float | None:
+        """Tokens of the largest step that runs whole, where graphs have up to ``graph_tokens``; None: all do."""
+        if sliced or (dp > 1 and self.exchanges and (tp > 1 or exchange not in self.exchanges)):
+            return None
+        return float(min(graph_tokens, max(self.graphs_from - 1, 0)))
+
+
 class SerialDrafts(Frozen):
     """Drafts for which the engine's scheduler works no step ahead: the GPU waits while the host accepts tokens, hands
     them on and plans the next step."""

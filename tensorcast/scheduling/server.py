@@ -300,14 +300,16 @@ class Server:
 
     def _mixed_s(self) -> float:
         alone, wait, times = self.rules.alone, self.rules.ranks_wait, self.times
-        busiest, tokens, decoding = 0.0, 0.0, 0.0
+        busiest, tokens, decoding, ends = 0.0, 0.0, 0.0, 0.0
         for batch in self.batches:
             beside = 0 if wait or (alone and batch.prompts) else batch.sequences
             own = times.own(batch.prompts, beside, batch.context)
             busiest = own if own > busiest else busiest
             tokens += batch.new_tokens + beside * times.tokens_each
             decoding += beside * times.tokens_each
-        return busiest + times.shared(tokens / len(self.batches), decoding / len(self.batches))
+            ends += times.seen_at_ends(batch.prompts, beside * times.tokens_each)
+        ranks = len(self.batches)
+        return busiest + times.shared(tokens / ranks, decoding / ranks, ends / ranks)
 
     def _decoding(self, now_s: float) -> Stretch:
         steps = math.inf

@@ -20,6 +20,7 @@ import numpy as np
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.step.sizes import GRID
+from tensorcast.deploy.step.step import Step
 from tensorcast.serving.traffic import Array
 
 LEAST_CONTEXT = 32.0
@@ -76,18 +77,36 @@ class DecodeTimes:
 
 
 @dataclass(frozen=True)
+class EndTimes:
+    """Seconds, as of :class:`PromptTimes`, by which a step is longer whose layers for the ends of prompts see more than
+    ``tokens``, those of one prompt's end; in steps of more than ``above`` tokens."""
+
+    tokens: float
+    above: float
+    own: Bilinear
+    shared: Bilinear
+
+    def of(self, step: float, seen: float) -> tuple[float, float]:
+        """Both, in a step of so many tokens whose layers for ends have ``seen`` of them."""
+        if step <= self.above or seen <= self.tokens:
+            return 0.0, 0.0
+        return self.own.first(seen), self.shared.first(seen)
+
+
+@dataclass(frozen=True)
 class PromptTimes:
     """Prefill steps: ``own`` and ``shared`` over a rank's tokens (the second axis has one point less to tell: they are
     the same whatever is cached), ``attention`` over new and cached tokens of one prompt, of which ``least`` is what a
     step pays once for all of its prompts; seconds, those of a server under load. ``beside``: the share of ``own`` and
     ``shared`` that the engine's factor on steps with prompts adds. It was fitted where prompts fill their steps: tokens
-    of sequences that decode beside them do not pay it."""
+    of sequences that decode beside them do not pay it. ``ends``: of a model with layers for the ends of prompts."""
 
     own: Bilinear
     shared: Bilinear
     attention: Bilinear
     least: float
     beside: float = 0.0
+    ends: EndTimes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,16 +166,27 @@ class StepTimes:
         for new, past in prompts:
             seconds += each(past, new) - least
             tokens += new
-        return seconds + times.own.first(tokens) * (1.0 - times.beside * decoding / tokens)
+        whole = times.own.first(tokens)
+        if times.ends is not None:
+            whole += times.ends.of(tokens, self.seen_at_ends(prompts, decoding))[0]
+        return seconds + whole * (1.0 - times.beside * decoding / tokens)
 
-    def shared(self, tokens: float, decoding: float = 0.0) -> float:
+    def shared(self, tokens: float, decoding: float = 0.0, ends: float = 0.0) -> float:
         """Seconds that experts and their exchange take in a step with prompts, ``tokens`` per rank on average, of which
-        so many are ``decoding`` sequences'."""
+        so many are ``decoding`` sequences', and so many are seen by layers for the ``ends`` of prompts."""
         times = self.prompts
         assert times is not None
         if not self._shares:
             return 0.0
-        return times.shared.first(tokens) * (1.0 - times.beside * decoding / tokens)
+        whole = times.shared.first(tokens)
+        if times.ends is not None:
+            whole += times.ends.of(tokens, ends)[1]
+        return whole * (1.0 - times.beside * decoding / tokens)
+
+    def seen_at_ends(self, prompts: Sequence[tuple[int, int]], decoding: float) -> float:
+        """Tokens of a rank's step that layers for the ends of prompts see; 0 of a model without such."""
+        ends = None if self.prompts is None else self.prompts.ends
+        return 0.0 if ends is None else decoding + sum(min(new, ends.tokens) for new, _ in prompts)
 
     @cached_property
     def _shares(self) -> bool:
@@ -179,7 +209,9 @@ class StepTimes:
                 if isinstance(value, Bilinear):
                     whole = (np.array(value.values) * factor).tolist()
                     changed[name] = replace(value, values=whole)
-                elif name != "beside":
+                elif isinstance(value, EndTimes):
+                    changed[name] = times(value, factor)
+                elif name in ("attention", "least"):
                     changed[name] = value * factor
             return replace(part, **changed)
 
@@ -226,23 +258,48 @@ def step_times(
         new = new[: max(3, int(np.searchsorted(new, 2 * chunk_tokens + most_sequences)))][::2]  # two points make a line
         price = prefill.step.price(1.0, new, contexts[:, None])
         factor = engine.overhead.prefill_factor
-        shared, attention = _shared(price, prefill), np.asarray(price.tally.attention)
-        whole, shared, attention = (
-            factor * np.broadcast_to(t, (len(contexts), len(new))) for t in (price.seconds, shared, attention)
+        among = price  # a prompt as it is in a step of several
+        if prefill.step.sizes.ends is not None:
+            among = _always_ends(prefill.step).price(1.0, new, contexts[:, None])
+        whole, shared, alone, attention = (
+            factor * np.broadcast_to(t, (len(contexts), len(new)))
+            for t in (price.seconds, _shared(price, prefill), price.tally.attention, among.tally.attention)
         )
         first = contexts[:2]
-        own = whole[:2] - shared[:2] - attention[:2]
+        own = whole[:2] - shared[:2] - alone[:2]
         prompting = PromptTimes(
             own=Bilinear.of(first, new, own),
             shared=Bilinear.of(first, new, shared[:2]),
             attention=Bilinear.of(contexts, new, attention),
             least=float(attention[0, 0]),
             beside=1.0 - 1.0 / factor,
+            ends=_end_times(prefill, new, factor),
         )
         errors[1] = float(np.hypot(np.median(price.error), engine.overhead.prefill_error))
     return StepTimes(
         decode=decoding, prompts=prompting, tokens_each=verify, alone=engine.prefill_alone,
         errors=(errors[0], errors[1]),
+    )
+
+
+def _always_ends(step: Step) -> Step:
+    """The step, if it has layers for prompts' ends as it is where it has many tokens."""
+    ends = step.sizes.ends
+    return step if ends is None else replace(step, sizes=replace(step.sizes, ends=ends._replace(above=0.0)))
+
+
+def _end_times(prefill: Deployment, new: Array, factor: float) -> EndTimes | None:
+    """From prompts that are no longer than their ends beside one prompt of as many tokens as they have together."""
+    if (ends := prefill.step.sizes.ends) is None:
+        return None
+    new = np.concatenate([[ends.tokens], new[new > ends.tokens]])
+    one, many = _always_ends(prefill.step).price(1.0, new, 0.0), prefill.step.price(new / ends.tokens, ends.tokens, 0.0)
+    shared, more = (factor * np.broadcast_to(_shared(price, prefill), new.shape) for price in (one, many))
+    own, whole = (factor * (price.seconds - price.tally.attention - price.request_overhead_s) for price in (one, many))
+    more = more - shared
+    return EndTimes(
+        tokens=ends.tokens, above=ends.above, shared=Bilinear.of(np.zeros(1), new, more),
+        own=Bilinear.of(np.zeros(1), new, np.maximum(whole - own - more, 0.0)),
     )
 
 

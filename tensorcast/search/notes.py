@@ -13,7 +13,7 @@ from tensorcast.cost.stages import stated_stages
 from tensorcast.deploy.engine_limits import ANY_ENGINE, Kernels, engine_can_run
 from tensorcast.deploy.layout import Layout, broken_rules
 from tensorcast.deploy.options import idle_note
-from tensorcast.deploy.plan.remarks import not_counted, stored_otherwise, uncut
+from tensorcast.deploy.plan.remarks import not_counted, on_hosts, stored_otherwise, uncut
 from tensorcast.profiles.drafting import published, said_of
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.candidate_table import NONE, Candidates
@@ -43,6 +43,7 @@ def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
         found.append(f"KV cache in {kept['kv_dtype'][0]}, as the model ships; --kv-dtype bf16,fp8 compares both")
     facts = whole.facts
     found += facts.remarks if first.images is None else _of_images(first)
+    found += on_hosts(traced(first.model, "decode"), first.engine)
     modules = facts.mtp_modules or first.base.speculative_method != "mtp"
     if modules and first.axes.mtp_depth == (0,):
         found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")

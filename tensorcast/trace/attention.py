@@ -82,6 +82,10 @@ class Selection:
     """Whether only the indexer's keys stand for several tokens, and attention reads the tokens (GLM-5.3-Flash)."""
     plain: bool = False
     """Whether keys that do are kept in bf16."""
+    shared: bool = False
+    """Whether entries and keys are written by some layers for others, as their own code says (DeepSeek-V4.1)."""
+    within: int = 0
+    """Entries among which an indexer chooses, as blocks of them were chosen before; 0: all."""
 
 
 def mark_selection(ops: list[Op], chosen: Mapping[int, Selection]) -> list[Op]:
@@ -96,6 +100,8 @@ def mark_selection(ops: list[Op], chosen: Mapping[int, Selection]) -> list[Op]:
             continue
         within = {id(op) for op in marked if op.kind == kind and op.module.startswith(attention.module)}
         marked = _scored(marked, within, attention.module, selection)
+        if selection.shared:
+            marked = [_of_entries(op, selection.ratio) if op.kind == kind else op for op in marked]
         marked = _read(marked, within, attention, selection)
     return marked
 
@@ -126,11 +132,12 @@ def _scored(ops: list[Op], within: set[int], module: str, selection: Selection) 
     attrs |= {"compress": selection.ratio} if selection.ratio > 1 else {}
     attrs |= {"pooled": selection.pooled} if selection.pooled > 1 else {}
     attrs |= {"plain": True} if selection.plain else {}
+    attrs |= {"within": selection.within} if selection.within else {}
     scored = Op("sparse_indexer", indexer, product.kind, (query, keys), (found,), attrs)
     within.add(id(scored))
     kept = [_pooled(op, selection, width) if id(op) in within and selection.keys_alone else op for op in ops[:scores]]
     within.update(id(op) for op in kept if "unpooled" in op.attrs)
-    if selection.ratio == 1:  # a token's own key; of compressed ones the layer's ratio tells
+    if selection.ratio == 1 and not selection.shared:  # a token's own key; of compressed ones the layer's ratio tells
         written = Tensor((Dim(1, B=1), Dim(1), _new(product), width), "bfloat16", scored_keys)
         nothing = Tensor((*written.dims[:-1], Dim(0)), "bfloat16", -1 - 2 * scores)
         slots = Tensor((Dim(1, B=1), _new(product)), "int64", -2 - 2 * scores)
@@ -149,6 +156,20 @@ def _pooled(op: Op, selection: Selection, width: Dim) -> Op:
     attrs = {**op.attrs, "compress": selection.ratio, "unpooled": own.coef // width.coef * width.coef}
     attrs |= {"kind": "block_indexer"} if selection.plain else {}
     return op.but(inputs=(written, *op.inputs[1:]), attrs=attrs)
+
+
+def _of_entries(op: Op, ratio: int) -> Op:
+    """The write of an entry of several tokens, or of its key: of each token a part. Tokens that have none together yet
+    leave a vector and its weights in fp32."""
+    if ratio == 1 or op.name != "kv_cache_write" or op.attrs["kind"] not in ("entries", "indexer"):
+        return op
+    inputs = tuple([
+        replace(t, dims=(*rest, tokens._replace(coef=tokens.coef / ratio), width))
+        for t in op.inputs for *rest, tokens, width in (t.dims,)
+    ])
+    attrs = {**op.attrs, "compress": ratio}
+    attrs |= {"unpooled": 4.0 * op.inputs[0].dims[-1].coef} if op.attrs["kind"] == "entries" else {}
+    return op.but(inputs=inputs, attrs=attrs)
 
 
 def _heads(product: Op) -> Dim:
@@ -182,7 +203,7 @@ def _read(ops: list[Op], within: set[int], attention: Op, selection: Selection) 
         if idle and op.outputs and not any(t.storage in read for t in op.outputs):
             continue
         if op is attention:
-            compressed = selection.ratio > 1 and not selection.keys_alone
+            compressed = (selection.ratio > 1 or selection.shared) and not selection.keys_alone
             attrs = {**op.attrs, "selected": 0 if compressed else op.attrs["selected"]}
             if compressed:
                 attrs |= {"compress": selection.ratio, "picked": selection.picked}

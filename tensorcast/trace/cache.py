@@ -79,7 +79,7 @@ def digests(profile: ModelProfile, phase: str = "") -> tuple[str, str]:
         network = {name: value for name, value in profile.config.items() if name not in KEYS}
         said = [profile.name, network, dict(profile.moe), profile.sharded, profile.model, code]
         if profile.network is not None:
-            said.append(profile.network.model_dump(mode="json"))
+            said.append(profile.network.model_dump(mode="json", exclude_defaults=True))
         stored = [*said, profile.config, profile.kv_dtype, profile.quantization]
         texts = (json.dumps(part, sort_keys=True, default=asdict) for part in (said, stored))
         one, other = (hashlib.sha256(text.encode()).hexdigest() for text in texts)

@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedConfig
 
 from tensorcast.modeling.attention import layer_type
+from tensorcast.modeling.config import field as said
+from tensorcast.modeling.described.config import DescribedConfig
+from tensorcast.trace.attention import Selection
 
 POSITIONAL = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "moe_layer_idx", "training"})
 """Attributes that tell where a layer is, not what it does."""
@@ -135,3 +139,39 @@ def one_per_kind(path: str, layers: nn.ModuleList, config: Any, kinds: Kinds) ->
     finally:
         for layer in layers:
             del layer.forward
+
+
+def compress_ratios(config: PreTrainedConfig) -> tuple[int, ...]:
+    """By layer, where its type has a compressed cache (DeepSeek-V4)."""
+    rates, kinds = said(config, "compress_rates", default={}), said(config, "layer_types", default=[])
+    return tuple(int(rates.get(kind, 0)) for kind in kinds) if rates else ()
+
+
+def selections(config: PreTrainedConfig, of_layer: Sequence[int]) -> dict[int, Selection]:
+    """By layer kind, where attention reads compressed entries (DeepSeek-V4), blocks (MiniMax-M3) or pools of
+    tokens (GLM-5.3-Flash, Qwen4) that are chosen; ``of_layer``: the kind of each layer."""
+    if isinstance(config, DescribedConfig):
+        return {
+            kind: Selection(
+                takes["ratio"], takes["index_topk"], shared=True,
+                within=takes["candidate_blocks"] * takes["candidate_block_size"] * (takes["candidates"] == "within"),
+            )
+            for kind, (name, takes) in zip(of_layer, config.attention, strict=True) if name == "csa2" and takes["ratio"]
+        }
+    ratios, types = compress_ratios(config), said(config, "layer_types", default=[])
+    blocks, pool, own = (
+        int(said(config, name, default=0) or 0)
+        for name in ("index_topk_blocks", "index_kpool", "indexer_compress_ratio")
+    )
+    found = {}
+    for layer, kind in enumerate(of_layer):
+        if ratios and ratios[layer]:
+            picks = "sparse" in types[layer]
+            found[kind] = Selection(ratios[layer], int(said(config, "index_topk", default=0)) if picks else 0)
+        elif blocks and "sparse" in str(types[layer] if layer < len(types) else ""):
+            block = int(said(config, "index_block_size"))
+            found[kind] = Selection(1, blocks * block, pooled=block)
+        elif pool + own > 1 and layer < len(types) and types[layer] == "indexed_attention":
+            picked = int(said(config, "indexer_budget" if own else "index_topk"))
+            found[kind] = Selection(pool + own, picked // (pool + own), keys_alone=True, plain=bool(own))
+    return found

@@ -11,7 +11,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tensorcast.modeling.attention import of_every_token
 from tensorcast.trace.layers import Kinds
+from tensorcast.trace.table import EVERY_TOKEN
 
 VIEWS = frozenset(
     "view _unsafe_view reshape transpose t t_ permute expand slice select split split_with_sizes unsqueeze squeeze"
@@ -94,6 +96,13 @@ class Recorder(TorchDispatchMode):
         """Path of the module that is running."""
         return self._stack[-1]
 
+    def _of_layer(self) -> str:
+        """Path of the module that is running, with a word in it where its layer does this with all tokens."""
+        if self.kinds.running < 0 or not of_every_token():
+            return self.module
+        layer = self.kinds.representatives[self.kinds.running]
+        return f"{layer}.{EVERY_TOKEN}{self.module[len(layer) :]}"
+
     def __enter__(self) -> Any:
         def entered(module: nn.Module, _: Any) -> None:
             self._stack.append(self._paths.get(module, self._stack[-1]))
@@ -124,5 +133,5 @@ class Recorder(TorchDispatchMode):
         self._alive += inputs + outputs
         attrs = _attrs(func, args, kwargs)
         seen = [_see(t) for t in inputs], [_see(t) for t in outputs]
-        self.calls.append(Call(name, self.module, *seen, attrs, self.kinds.running))
+        self.calls.append(Call(name, self._of_layer(), *seen, attrs, self.kinds.running))
         return out

@@ -40,6 +40,9 @@ STATEFUL = frozenset({"linear_attention", "ssm_scan"})
 CACHING = STATEFUL | {"kv_cache_write", "attention", "causal_conv1d"}
 """Ops that tell what is kept of a sequence."""
 
+EVERY_TOKEN = "every_token"
+"""In the path of what runs on all tokens in a layer that else runs on the ends of prompts."""
+
 MOST_OPS = 1 << 17
 """Rows of which is kept what was found of them."""
 
@@ -80,6 +83,7 @@ DTYPE_BYTES: dict[str, float] = {
     "act_int8": 1,
     "act_nvfp4": 0.5 + 1 / 16,
     "act_mxfp8": 1 + 1 / 32,
+    "mxfp8": 1 + 1 / 32,  # rows of tables, likewise
 }
 
 
@@ -156,7 +160,8 @@ class Param:
     full_numel: int
     dtype: str
     role: str
-    """``linear``, ``experts``, ``embedding``, ``lm_head`` or ``other``."""
+    """``linear``, ``experts``, ``embedding``, ``lm_head``, ``tables`` (of rows that a token's neighbours name) or
+    ``other``."""
     shape: tuple[int, ...] = ()
     stored: tuple[str, ...] = ()
     """Modules of a checkpoint that hold it, where their names are not its own; of experts those of the first."""
@@ -179,6 +184,11 @@ class OpTable:
         """How often a row runs in one step: layers of its kind, or once."""
         return self.layer_kinds[layers].count(op.kind) if op.kind >= 0 else 1
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """Kinds of the layers that are needed for the ends of prompts alone."""
+        return frozenset(self.layer_kinds[self.facts.ends_from :]) if self.facts.ends_tokens else frozenset()
+
     def total_params(self) -> int:
         """Parameters of the whole model (tied weights once)."""
         return sum(p.full_numel * self.count(p) for p in self.params)
@@ -188,6 +198,8 @@ class OpTable:
         share = self.facts.top_k / max(self.facts.num_experts, 1)
         total = 0.0
         for p in self.params:
+            if p.role == "tables":  # of which a token reads a few rows
+                continue
             if p.role == "embedding" and not (with_embedding or (self.facts.tied_embedding and with_head)):
                 continue
             if p.role == "lm_head" and not with_head:

@@ -19,13 +19,14 @@ from tensorcast.modeling.checkpoint_names import stored_names
 from tensorcast.modeling.config import field, hf_config, narrow
 from tensorcast.modeling.custom import CustomConfig
 from tensorcast.modeling.cut import divided, mend, widen
+from tensorcast.modeling.described.streams import TableRows
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.trace.attention import Selection, mark_latent, mark_selection
+from tensorcast.trace.attention import mark_latent, mark_selection
 from tensorcast.trace.closed_form import BLOCK, BLOCKWISE, DECODE, PREFILL, NoClosedForm, Probe, ProgramVaries, solve
 from tensorcast.trace.dims import product
 from tensorcast.trace.forward import record_step
-from tensorcast.trace.layers import Kinds
+from tensorcast.trace.layers import Kinds, compress_ratios, selections
 from tensorcast.trace.moe import blocks_of, is_shared_param, mark_experts
 from tensorcast.trace.record import Call, Seen
 from tensorcast.trace.sharding import mark_sharding, mixers_whole
@@ -124,7 +125,7 @@ def _trace_one(
             raise InputError(f"model {profile.name}: {phase} cannot be traced without data: {line}") from None
     ops = [as_mm(op) for op in _without_idle(_without_copied_states(linears))]
     ops = mark_latent(mark_experts(ops), phase)
-    ops = mark_selection(ops, _selections(whole, kinds))
+    ops = mark_selection(ops, selections(whole, kinds.of_layer))
     if (unsaid := getattr(whole, "unsaid_experts", "")) and blocks_of(ops):
         raise InputError(f"model {profile.name}: config.json does not say {unsaid}, and the model has experts")
     if not isinstance(whole, CustomConfig):
@@ -307,38 +308,12 @@ def _facts(config: PreTrainedConfig, ops: list[Op]) -> ModelFacts:
         expert_groups_chosen=int(field(config, "topk_group", default=1) or 1),
         tied_embedding=bool(getattr(config, "tie_word_embeddings", False)),
         remarks=getattr(config, "remarks", ()),
-        compress_ratios=_compress_ratios(config),
+        compress_ratios=compress_ratios(config),
         indexer_width=int(field(config, "index_head_dim", default=0) or 0),
         handed_on=float(getattr(config, "handed_on", 2.0)),
+        ends_from=int(getattr(config, "ends_from", 0)),
+        ends_tokens=int(getattr(config, "ends_tokens", 0)),
     )
-
-
-def _compress_ratios(config: PreTrainedConfig) -> tuple[int, ...]:
-    """By layer, where its type has a compressed cache (DeepSeek-V4)."""
-    rates, kinds = field(config, "compress_rates", default={}), field(config, "layer_types", default=[])
-    return tuple(int(rates.get(kind, 0)) for kind in kinds) if rates else ()
-
-
-def _selections(config: PreTrainedConfig, kinds: Kinds) -> dict[int, Selection]:
-    """By layer kind, where attention reads compressed entries (DeepSeek-V4), blocks (MiniMax-M3) or pools of
-    tokens (GLM-5.3-Flash, Qwen4) that are chosen."""
-    ratios, types = _compress_ratios(config), field(config, "layer_types", default=[])
-    blocks, pool, own = (
-        int(field(config, name, default=0) or 0)
-        for name in ("index_topk_blocks", "index_kpool", "indexer_compress_ratio")
-    )
-    found = {}
-    for layer, kind in enumerate(kinds.of_layer):
-        if ratios and ratios[layer]:
-            picks = "sparse" in types[layer]
-            found[kind] = Selection(ratios[layer], int(field(config, "index_topk", default=0)) if picks else 0)
-        elif blocks and "sparse" in str(types[layer] if layer < len(types) else ""):
-            block = int(field(config, "index_block_size"))
-            found[kind] = Selection(1, blocks * block, pooled=block)
-        elif pool + own > 1 and layer < len(types) and types[layer] == "indexed_attention":
-            picked = int(field(config, "indexer_budget" if own else "index_topk"))
-            found[kind] = Selection(pool + own, picked // (pool + own), keys_alone=True, plain=bool(own))
-    return found
 
 
 def _zero_experts(config: PreTrainedConfig) -> int:
@@ -367,7 +342,9 @@ def _params(
         layer = kinds.kind_of(module)
         is_linear = type(model.get_submodule(module)) is nn.Linear
         role = (
-            "experts"
+            "tables"
+            if isinstance(model.get_submodule(module), TableRows)
+            else "experts"
             if name in experts
             else "embedding"
             if name in embedded
@@ -377,7 +354,7 @@ def _params(
             if is_linear and (name in matmul or name in shared)
             else "other"  # a router is a matmul, but never quantised
         )
-        dtype = str(param.dtype).removeprefix("torch.")
+        dtype = "mxfp8" if role == "tables" else str(param.dtype).removeprefix("torch.")
         numel = param.numel()
         if role == "experts" and zero and param.shape[0] > zero:  # no checkpoint has weights for them
             numel = numel // param.shape[0] * min(param.shape[0], int(counts) - zero)

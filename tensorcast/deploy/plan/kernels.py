@@ -42,9 +42,20 @@ def expert_sources(
     return _sources[key][-1]
 
 
-def attended_by(row: Op, kernels: str, as_cached: bool) -> Op:
-    """The row as it is run by these ``kernels`` (empty: the usual ones), if it is attention to all tokens or a window:
-    its attrs say whose, and whether they multiply in what the cache holds."""
+def attention_kernels(engine: EngineProfile, architecture: str, config: dict[str, Any]) -> tuple[str, bool, bool]:
+    """Whose kernels run a model's attention (empty: the usual ones), whether they multiply in what the cache holds, and
+    whether its indexers score all entries where they choose among some blocks of them."""
+    whole = bool(text_of(config).get("candidate_topk_blocks")) and architecture not in engine.scores_within
+    if (rules := engine.attention) is None:
+        return "", False, whole
+    return rules.unusual(architecture, config), rules.library(architecture, config) in rules.as_cached, whole
+
+
+def attended_by(row: Op, kernels: str, as_cached: bool, whole: bool) -> Op:
+    """The row as it is run so (:func:`attention_kernels`), if it scores entries or is attention to all tokens or a
+    window: its attrs say how."""
+    if whole and row.attrs.get("within"):
+        return with_attr(row, "within", 0)
     if row.name != "attention" or row.attrs["latent"] or row.attrs["selected"] or row.attrs.get("compress"):
         return row
     row = with_attr(row, "kernels", kernels) if kernels else row
@@ -64,10 +75,10 @@ class Kernels:
     def missed(self) -> list[Lacking]:
         """What is lacking that this model needs here, in some layouts and with some options at least."""
         config, stored, facts = self.config, self.whole.stored, self.whole.facts
-        latent = is_latent(config) or bool(facts.compress_ratios)
+        text = text_of(config)
+        latent = is_latent(config) or bool(text.get("compress_ratios"))
         attention = {"": True, "sparse": bool(facts.indexer_width) and latent}
         experts = {stored.experts.name, stored.experts.kernel} if facts.num_experts else set[str]()
-        text = text_of(config)
         shared = (text.get("index_topk_freq") or 1) > 1 or "shared" in (text.get("indexer_types") or ())
         return [
             one for one in self.lacking

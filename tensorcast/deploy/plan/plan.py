@@ -18,7 +18,7 @@ from tensorcast.cost.work import Size
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import ALL2ALL, Layout, attention_dp
 from tensorcast.deploy.options import EXCHANGES, Options
-from tensorcast.deploy.plan.kernels import attended_by
+from tensorcast.deploy.plan.kernels import attended_by, attention_kernels
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.backends import BACKENDS, choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
@@ -201,6 +201,8 @@ def make_plan(
         if layout.tp > 1 and op.shard == "row" and not summed:
             # a matmul's output, or the one number per token that a norm reduces to
             norm, width = op.name == "pointwise", op.outputs[0].dims[-1].coef
+            if op.name == "embedding":  # a token may have several rows
+                width = product(op.outputs[0].dims)[0].coef
             label = "norm over sharded width" if norm else ""
             partial_sums = 4.0 if norm else 2.0 * width
             kept = norm or not (scattered and op.kind in blocks)
@@ -225,11 +227,8 @@ def make_plan(
     alone, joins = attention_dp(layout, table.facts.num_experts) == 1, False
     if asked and (limits is None or (is_one_of(limits.models, config) and (alone or not limits.one_replica))):
         joins = _join_norms(rows, device, engine)
-    if engine.attention is not None:
-        kernels = engine.attention.unusual(device.architecture, config)
-        as_cached = engine.attention.library(device.architecture, config) in engine.attention.as_cached
-        if kernels or as_cached:
-            rows = [attended_by(row, kernels, as_cached) if isinstance(row, Op) else row for row in rows]
+    if any(how := attention_kernels(engine, device.architecture, config)):
+        rows = [attended_by(row, *how) if isinstance(row, Op) else row for row in rows]
     backend = choose_experts_backend(options.experts_backend, exchange.all2all, engine, device, table.phase)
     return Plan(
         rows=tuple(rows), all2all=exchange.all2all, dispatch=exchange.dispatch, combine=exchange.combine,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from tensorcast.modeling.checkpoint.released import PUBLISHES, published
 from tensorcast.modeling.quantization import Quantization
+from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.memory import is_latent
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.trace.table import OpTable, per_table
+from tensorcast.trace.table import DTYPE_BYTES, OpTable, per_table
 
 UNCUT_SAID = 0.2
 """Share of the linear weights from which uncut ones are spoken of: what engines leave whole, too (down-projections of
@@ -42,11 +43,21 @@ def uncut(table: OpTable) -> str:
 
 def whose_attention(engine: EngineProfile, device: DeviceProfile, model: ModelProfile) -> list[str]:
     """Whose kernels run a model's attention, where that is told."""
-    if engine.attention is None or is_latent(model.config):
+    if engine.attention is None or is_latent(model.config) or text_of(model.config).get("compress_ratios"):
         return []
     library = engine.attention.library(device.architecture, model.config)
     why = "as asked" if engine.attention.asked else f"as {engine.name} {engine.version} chooses for it here"
     return [f"attention by {library.replace('_', ' ')} kernels, {why}"] if library else []
+
+
+def on_hosts(table: OpTable, engine: EngineProfile) -> list[str]:
+    """That rows of tables stay in the host's memory, as an engine keeps them unasked."""
+    numbers = sum(p.full_numel * table.count(p) for p in table.params if p.role == "tables")
+    if not numbers or not engine.host_tables:
+        return []
+    size = numbers * DTYPE_BYTES["mxfp8"] / 1e9
+    return [f"{size:.0f} GB of tables of n-grams are in the memory of each host, as {engine.name} keeps them unasked; "
+            "reading them from there, ahead of their layers, takes no time here"]  # fmt: skip
 
 
 def not_counted(quantization: Quantization) -> list[str]:

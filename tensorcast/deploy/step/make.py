@@ -17,7 +17,7 @@ from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Plan, expert_matmuls, moe_blocks
 from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.row_prices import EXPERTS_CALL, RowPricer
-from tensorcast.deploy.step.sizes import StepSizes
+from tensorcast.deploy.step.sizes import Ends, StepSizes
 from tensorcast.deploy.step.step import Step
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
@@ -74,6 +74,17 @@ def experts_of(
     }
 
 
+def _ends(
+    table: OpTable, plan: Plan, layout: Layout, engine: EngineProfile, *, exchange: str, graph_tokens: float
+) -> Ends | None:
+    """Where layers that a model needs for the ends of prompts alone run on these."""
+    rule, sliced = engine.prompt_ends, plan.form.choosing < 1.0
+    if rule is None or not table.facts.ends_tokens:
+        return None
+    above = rule.above(graph_tokens, tp=layout.tp, dp=layout.dp, exchange=exchange, sliced=sliced)
+    return None if above is None else Ends(float(table.facts.ends_tokens), above)
+
+
 def make_step(
     table: OpTable,
     plan: Plan,
@@ -113,7 +124,9 @@ def make_step(
             halved.decode_tokens if decode else halved.prefill_tokens
         ), load=load, chunk_tokens=options.chunk_tokens, backend=plan.backend,
         has_fp4="fp4" in device.peak_flops, mxfp4=mxfp4, masked_skips=engine.masked_gemm == "skips",
-        pcp=options.pcp,
+        pcp=options.pcp, ends=None if decode else _ends(
+            table, plan, layout, engine, exchange=named, graph_tokens=most
+        ),
     )
     corrections = corrections_for(device, engine.name)
     # an engine's call of experts was timed whole: the constants know what it takes for its rows beside the products

@@ -82,8 +82,8 @@ class _Alike:
 
 
 class _Sheet(NamedTuple):
-    """Rows of a recipe. ``contents``: of ops, those that are alike once, each with whether it is priced at the sizes of
-    chunks; ``places``: which of these each row is, -1 of ``collectives``, which stand there by position, as much."""
+    """Rows of a recipe. ``contents``: of ops, those that are alike once, each with the number of the sizes that it is
+    priced at; ``places``: which of these each row is, -1 of ``collectives``, which stand there by position, as much."""
 
     rows: tuple[Row, ...]
     contents: tuple[tuple[Content, int], ...]
@@ -97,22 +97,22 @@ MOST_SHEETS = 8192
 _sheets: dict[Hashable, _Sheet] = {}
 
 
-def _sheet_of(recipe: Recipe, chunked: bool) -> _Sheet:
-    """The sheet of a recipe; ``chunked``: rows inside the experts are priced at other sizes. Kept by what the rows are,
-    which stay alive in it, so that their ids stay their own."""
-    key = recipe.said, recipe.chunked if chunked else None
+def _sheet_of(recipe: Recipe, at: tuple[int, ...]) -> _Sheet:
+    """The sheet of a recipe; ``at``: the number of the sizes of rows by the :class:`Place` where they stand. Kept by
+    what the rows are, which stay alive in it, so that their ids stay their own."""
+    key = recipe.said, at, recipe.stand if any(at) else ()
     if key not in _sheets:
         while len(_sheets) >= MOST_SHEETS:
             del _sheets[next(iter(_sheets))]
-        chunks = [int(inside and chunked) for inside in recipe.chunked]
+        sizes = [at[stands] for stands in recipe.stand]
         each = [
             None if isinstance(row, Collective) else (content_of(row), where)
-            for row, where in zip(recipe.rows, chunks, strict=True)
+            for row, where in zip(recipe.rows, sizes, strict=True)
         ]
         contents = {(one[0].number, one[1]): one for one in each if one}
         numbers = {name: i for i, name in enumerate(contents)}
         places = [numbers[one[0].number, one[1]] if one else -1 for one in each]
-        collectives = tuple([(i, where) for i, where in enumerate(chunks) if each[i] is None])
+        collectives = tuple([(i, where) for i, where in enumerate(sizes) if each[i] is None])
         _sheets[key] = _Sheet(recipe.rows, tuple(contents.values()), places, collectives)
     return _sheets[key]
 
@@ -144,7 +144,8 @@ class Many:
 
     def ask(self, number: int, step: Step, batch: Size, at: Batches) -> None:
         """A step at these sizes, called by a ``number``; steps on one machine ask one after another."""
-        contexts = [at.whole] if at.chunk is at.whole else [at.whole, at.chunk]
+        apart, contexts = at.apart, list({id(one): one for one in at.contexts}.values())
+        numbers = [next(i for i, one in enumerate(contexts) if one is at.contexts[place]) for place in apart]
         sizes = [[_size(context, name) for name in (*PLAIN, *ROUTED)] for context in contexts]
         shape = np.broadcast_shapes(*{np.shape(size) for one in sizes for size in one})
         recipe = step.recipe(at.draft is not None)
@@ -154,7 +155,7 @@ class Many:
             self._case += one.cases
         pricer, last = step.pricer, len(self._steps)
         beside = [_beside_ops(pricer, context) for context in contexts]
-        sheet = _sheet_of(recipe, len(contexts) > 1)
+        sheet = _sheet_of(recipe, tuple(numbers))
         one.rows = sheet.places.copy()
 
         def priced(place: int, where: int, key: Hashable, what: Any, collective: Collective | None = None) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.step.price import StepPrice, Tally, Where
-from tensorcast.deploy.step.sizes import Batches
+from tensorcast.deploy.step.sizes import Batches, Place
 from tensorcast.deploy.step.step import Step
 from tensorcast.deploy.step.sums import Recipe, Sums, sums_at
 
@@ -95,8 +95,9 @@ class Numbers:
         """Those of a step at its cases."""
         one, start, cases = self._steps[i], self._from[i], int(self._cases[i])
         numbers = self._values[:, start : start + one.prices * cases].reshape(4, one.prices, cases)[:, one.rows]
-        if one.at.chunk is not one.at.whole:
-            numbers[:2, one.recipe.chunked] *= np.broadcast_to(one.at.chunks, one.shape).ravel()
+        for place in {place for place in one.at.apart if place & Place.EXPERTS}:
+            here = [one.at.apart[stands] == place for stands in one.recipe.stand]
+            numbers[:2, here] *= np.broadcast_to(one.at.chunks[place], one.shape).ravel()
         return sums_at(one.recipe, numbers, [names[families[place]] for place in one.rows], len(names))
 
 

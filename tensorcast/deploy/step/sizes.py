@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntFlag
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -51,9 +52,9 @@ class Loads(Protocol):
 class Batches(NamedTuple):
     """Micro-batches, parts that each runs in (2 where it is ``dual``), and what the rows of one part are priced at.
 
-    ``whole``: of all rows but those inside the experts, which tokens pass in so many ``chunks`` of ``chunk``. Every
-    case is there once: ``own`` says at which case each batch runs (None: they are the cases), ``draft`` at which it
-    drafts, if the step drafts. ``pp`` stages and ``mtp_depth`` are those of the step's sizes.
+    ``contexts``: by :class:`Place` of a row. Rows inside the experts run so many ``chunks``, as tokens pass these in
+    parts. Every case is there once: ``own`` says at which case each batch runs (None: they are the cases), ``draft`` at
+    which it drafts, if the step drafts. ``pp`` stages and ``mtp_depth`` are those of the step's sizes.
     """
 
     pp: Size
@@ -61,11 +62,36 @@ class Batches(NamedTuple):
     micro: Size
     dual: Any
     halves: Size
-    whole: Context
-    chunks: Size
-    chunk: Context
+    contexts: tuple[Context, Context, Context, Context]
+    chunks: tuple[Size, Size, Size, Size]
     own: Where
     draft: Where
+
+    @property
+    def whole(self) -> Context:
+        """Of all tokens."""
+        return self.contexts[0]
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """By place the first one that is priced at the same sizes."""
+        return tuple([next(i for i, one in enumerate(self.contexts) if one is own) for own in self.contexts])
+
+
+class Place(IntFlag):
+    """Where a row stands: among all rows, inside the experts, in layers that run on a prompt's ends (:class:`Ends`)."""
+
+    ROWS = 0
+    EXPERTS = 1
+    ENDS = 2
+
+
+class Ends(NamedTuple):
+    """Layers of a model that run on the last ``tokens`` of what a step reads of each prompt, in steps of more than
+    ``above`` tokens."""
+
+    tokens: float
+    above: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +120,7 @@ class StepSizes:
     masked_skips: bool
     pcp: int = 1
     """Data-parallel ranks that read each prompt together."""
+    ends: Ends | None = None
 
     def batches(self, batch: Size, new: Size, past: Size, some: Where = None) -> Batches:
         """What to price for ``batch`` sequences per data-parallel rank, ``new`` tokens each after ``past`` cached.
@@ -114,16 +141,28 @@ class StepSizes:
             asked.append((whole, 1.0, past, 1.0, self.kv_bytes, stages))
         (*columns, stages), cases = _cases(asked)
         wanted: list[Any] = [one if some is None else some if one is None else pick(one, some) for one in cases]
-        context = part = self.context(*columns, stages=stages)
-        chunks: Size = 1.0
-        if self.chunk_tokens:
-            chunks = np.maximum(np.ceil(np.asarray(context.sizes.tokens) / self.chunk_tokens), 1.0)
-            part = self.context(*columns, stages=stages, chunks=chunks)
+        (rows, inside, chunks) = ends = self._chunked(columns, stages)
+        if self.ends is not None:
+            ends = self._chunked(self._at_ends(self.ends, columns), stages)
         return Batches(
             pp=pick(self.pp, some), mtp_depth=pick(self.mtp_depth, some), micro=pick(micro, some),
-            dual=pick(dual, some), halves=pick(halves, some), whole=context, chunks=chunks, chunk=part,
-            own=wanted[0], draft=wanted[1] if len(wanted) > 1 else None,
+            dual=pick(dual, some), halves=pick(halves, some), contexts=(rows, inside, *ends[:2]),
+            chunks=(1.0, chunks, 1.0, ends[2]), own=wanted[0], draft=wanted[1] if len(wanted) > 1 else None,
         )
+
+    def _chunked(self, columns: Sequence[Size], stages: Size) -> tuple[Context, Context, Size]:
+        """What rows are priced at, those inside the experts, and how often these run."""
+        context = self.context(*columns, stages=stages)
+        if not self.chunk_tokens:
+            return context, context, 1.0
+        chunks = np.maximum(np.ceil(np.asarray(context.sizes.tokens) / self.chunk_tokens), 1.0)
+        return context, self.context(*columns, stages=stages, chunks=chunks), chunks
+
+    @staticmethod
+    def _at_ends(ends: Ends, columns: Sequence[Size]) -> list[Size]:
+        batch, new, past, *rest = columns
+        last = np.where(np.asarray(batch) * new > ends.above, np.minimum(new, ends.tokens), new)[()]
+        return [batch, last, past + (new - last), *rest]
 
     @property
     def verify(self) -> Size:

@@ -21,7 +21,7 @@ from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place_of, serial_rounds, stages_of
 from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Tally, pick
 from tensorcast.deploy.step.row_prices import RowPricer
-from tensorcast.deploy.step.sizes import Batches, StepSizes
+from tensorcast.deploy.step.sizes import Batches, Place, StepSizes
 from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, Totals, TotalsOfSteps, recipe_of, sums_of_steps
 from tensorcast.trace.dims import Dim
 from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, per_table
@@ -93,7 +93,7 @@ class Step:
                 more.append(kept)
             known[drafting] = recipe_of(
                 (*rows, *more), tuple(parts), places=(*layers, FIRST, LAST, HAND_OVER), planned=len(rows),
-                positions=self.overlap.positions,
+                positions=self.overlap.positions, ends=self.table.ends if self.sizes.ends else frozenset(),
             )
         return known[drafting]
 
@@ -200,11 +200,11 @@ Asked = tuple[Step, Size, Size, Size]
 
 @dataclass(frozen=True)
 class _Sheet:
-    """Rows of several steps, each of one price once: of which step, whether it is inside the experts, its name; and
-    where each step's rows stand. ``steps`` are kept alive, so that their ids stay their own."""
+    """Rows of several steps, each of one price once: of which step, at which of a step's sizes, its name; and where
+    each step's rows stand. ``steps`` are kept alive, so that their ids stay their own."""
 
     steps: tuple[Step, ...]
-    asked: tuple[tuple[int, bool, Named], ...]
+    asked: tuple[tuple[int, int, Named], ...]
     places: tuple[Rows, ...]
 
 
@@ -212,24 +212,24 @@ MOST_SHEETS = 8
 """Of a step, as the first of others."""
 
 
-def _sheet_of(steps: Sequence[Step], drafting: bool, chunked: bool) -> _Sheet:
-    """The rows of ``steps``, whatever the sizes; ``chunked``: rows inside the experts are priced at other ones."""
+def _sheet_of(steps: Sequence[Step], drafting: bool, apart: tuple[int, ...]) -> _Sheet:
+    """The rows of ``steps``, whatever the sizes; ``apart``: as :attr:`Batches.apart` says it."""
     known: dict[Hashable, _Sheet] = vars(steps[0]).setdefault("sheets", {})
-    key = drafting, chunked, *map(id, steps)
+    key = drafting, apart, *map(id, steps)
     if key not in known:
-        numbers, asked, places = dict[Hashable, int](), list[tuple[int, bool, Named]](), list[Rows]()
+        numbers, asked, places = dict[Hashable, int](), list[tuple[int, int, Named]](), list[Rows]()
         for i, step in enumerate(steps):
             recipe, memo = step.recipe(drafting), step.memo
             lasting, routed = store_keys(step.pricer, step.sizes.backend, Memo() if memo is None else memo)
             kept = (i,) if memo is None else (id(memo.plain), id(memo.routed))
             stores = {"plain": (kept, *lasting), "lasting": (kept, *lasting), "routed": (kept, *routed), "here": (i,)}
             place = list[int]()
-            for row, inside in zip(recipe.rows, recipe.chunked, strict=True):
-                one = named(row)
-                own = (inside, i) if chunked and inside else False  # every step has as many chunks as it needs
+            for row, stands in zip(recipe.rows, recipe.stand, strict=True):
+                one, where = named(row), apart[stands]
+                own = (where, i) if where & Place.EXPERTS else where  # every step has as many chunks as it needs
                 number = numbers.setdefault((own, one.store, stores[one.store], one.name), len(asked))
                 if number == len(asked):
-                    asked.append((i, inside, one))
+                    asked.append((i, where, one))
                 place.append(number)
             places.append(np.array(place))
         while len(known) >= MOST_SHEETS:
@@ -284,31 +284,30 @@ class Together:
                 )
             sizes = replace(sizes, dp=dp, etp=etp, load=load)
         self.at = at = sizes.batches(batch, new, past)
-        whole = SizesOfAll(at.whole)
-        chunk = whole if at.chunk is at.whole else SizesOfAll(at.chunk)
+        apart = at.apart
+        each = {i: SizesOfAll(at.contexts[i]) for i in sorted({*apart})}
         self.members = [slice(*ends[i : i + 2]) if several else None for i in range(len(steps))]
-        chunked, askers = chunk is not whole, list[tuple[AskedRows, AskedRows]]()
+        askers = list[dict[int, AskedRows]]()
         for step, members in zip(steps, self.members, strict=True):
             memo = Memo() if step.memo is None else step.memo
             rows = AskedRows(
-                step.pricer, step.sizes.backend, whole, members, asked=asked, memo=memo, waiting=waiting
+                step.pricer, step.sizes.backend, each[0], members, asked=asked, memo=memo, waiting=waiting
             )
-            askers.append((rows, rows.at(chunk) if chunked else rows))
-        sheet = _sheet_of(steps, at.draft is not None, chunked)
+            askers.append({i: rows.at(one) if i else rows for i, one in each.items()})
+        sheet = _sheet_of(steps, at.draft is not None, apart)
         self.places = sheet.places
         """Of each step's rows, their numbers among all that are asked for."""
         self._asked = [
-            (i, inside, askers[i][inside], *askers[i][inside].ask(row)) for i, inside, row in sheet.asked
+            (i, where, askers[i][where], *askers[i][where].ask(row)) for i, where, row in sheet.asked
         ]
 
     def found(self) -> list[RowPrice]:
         """Prices of all rows, each once; those inside the experts of all chunks."""
-        chunks = self.at.chunks if self.at.chunk is not self.at.whole else None
         found = list[RowPrice]()
-        for i, inside, rows, prices, name in self._asked:
+        for i, where, rows, prices, name in self._asked:
             price = rows.price(prices, name)
-            if inside and chunks is not None:
-                members = self.members[i]
+            if where & Place.EXPERTS:
+                members, chunks = self.members[i], self.at.chunks[where]
                 own = chunks if members is None or np.ndim(chunks) < 2 else np.asarray(chunks)[members]
                 price = price.times(own)
             found.append(price)

@@ -19,7 +19,9 @@ from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.overlap import KIND_SUMS, PER_SEQUENCE
 from tensorcast.deploy.step.pipeline_stages import place_of
 from tensorcast.deploy.step.price import RowPrice, Where, pick
+from tensorcast.deploy.step.sizes import Place
 from tensorcast.trace.moe import EXPERT_STAGES
+from tensorcast.trace.table import EVERY_TOKEN
 
 AMONG = ("seconds", "communication", "attention", "experts")
 """Sums of rows' seconds: of all, of collectives, of ops that run per sequence, of experts with dispatch and combine,
@@ -50,8 +52,8 @@ class Recipe:
     """Layer kinds, and places outside the layers."""
     layers: int
     """Kinds of layers that overlap."""
-    chunked: tuple[bool, ...]
-    """Of each row, whether it is inside the experts."""
+    stand: tuple[int, ...]
+    """Of each row its :class:`~tensorcast.deploy.step.sizes.Place`."""
     weights: tuple[Array, Array, Array]
     """Of every row: in sums of seconds, in sums of busy seconds, and how often it runs in each part. One object for
     all recipes that add up alike."""
@@ -90,16 +92,16 @@ MOST_ROWS = 8192
 _said: dict[tuple[int, ...], tuple[tuple[Row, ...], list[int]]] = {}
 """Roles of rows by :attr:`Recipe.said`, of ops alone; the rows stay alive here, so that their ids stay their own."""
 
-_weights: dict[tuple[Hashable, ...], tuple[tuple[bool, ...], tuple[Array, Array, Array]]] = {}
-"""Of a recipe's rows by what they are: which are inside the experts, and their weights."""
+_weights: dict[tuple[Hashable, ...], tuple[tuple[int, ...], tuple[Array, Array, Array]]] = {}
+"""Of a recipe's rows by what they are: where they stand but for prompts' ends, and their weights."""
 
 
 def recipe_of(
     rows: tuple[Row, ...], parts: tuple[RecipePart, ...], *, places: tuple[int, ...], planned: int,
-    positions: Mapping[int, Mapping[str, Sequence[int]]],
+    positions: Mapping[int, Mapping[str, Sequence[int]]], ends: frozenset[int] = frozenset(),
 ) -> Recipe:
     """The recipe of ``rows``, of which the first ``planned`` are the plan's; ``positions``: as
-    :class:`~tensorcast.deploy.step.overlap.Overlap` has them."""
+    :class:`~tensorcast.deploy.step.overlap.Overlap` has them; ``ends``: kinds of layers that run on prompts' ends."""
     said = tuple([0 if isinstance(row, Collective) else id(row) for row in rows])
     if said not in _said:
         while len(_said) >= MOST_ROWS:
@@ -128,8 +130,14 @@ def recipe_of(
         among = np.array([role.among for role in own], dtype=float).T
         seconds = [by_place, by_layer.reshape(-1, count), (runs[:, None] * among).reshape(-1, count)]
         weights = np.concatenate(seconds), busy.reshape(-1, count), runs
-        found = _weights[key] = tuple([role.chunked for role in own]), weights
-    return Recipe(rows, parts, places, len(positions), *found, said)
+        found = _weights[key] = tuple([int(role.chunked) for role in own]), weights
+    stand, weights = found
+    if ends:
+        stand = tuple([
+            inside | Place.ENDS * (row.kind in ends and EVERY_TOKEN not in row.module)
+            for inside, row in zip(stand, rows, strict=True)
+        ])
+    return Recipe(rows, parts, places, len(positions), stand, weights, said)
 
 
 PartSums = tuple[Array, Array, Array]
@@ -352,7 +360,8 @@ def sums_of_steps(
                 if same[i]:
                     shared[by_level[k], step] += often * mixed[one]
                 else:
-                    own_sums[np.searchsorted(varied, by_level[k]), of_members] += often * mixed[one].reshape(number, -1)
+                    each = np.broadcast_to(mixed[one], (number, count, width)).reshape(number, -1)
+                    own_sums[np.searchsorted(varied, by_level[k]), of_members] += often * each
     return SumsOfSteps(first, kinds, members, shared, own_sums.reshape(len(varied), sum(members), width), varied)
 
 

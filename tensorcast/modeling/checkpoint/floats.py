@@ -20,9 +20,12 @@ def fp8(said: Entries, kv: str, expert_dtype: str = "") -> Quantization:
     said.known("activation_scheme", "fmt", "scale_fmt", "activation_scale_ub", "producer", "dequantize")
     block = said.get("weight_block_size")
     base = SCHEMES["fp8_block" if block else "fp8"]
-    if block and list(block) != [128, 128]:
-        refuse(f"weight_block_size={block}", ("[128, 128]",))
-    experts = str(said.get("store_dtype", default=expert_dtype)).lower()
+    if block and list(block) == [32, 32] and said.get("scale_fmt") == "ue8m0":
+        # a scale serves 32 rows, over which engines spread it as they load (vLLM 0.33.0, deepseek_v41/quant_config.py)
+        base = SCHEMES["mxfp8"]
+    elif block and list(block) != [128, 128]:
+        refuse(f"weight_block_size={block}", ("[128, 128]", "[32, 32] of scale_fmt ue8m0"))
+    experts = str(said.get("store_dtype", "expert_dtype", default=expert_dtype)).lower()
     own = SCHEMES[EXPERT_DTYPES[experts]] if experts in EXPERT_DTYPES else base
     group = said.number("group_size", default=16)
     if algo := said.get("moe_quant_algo"):

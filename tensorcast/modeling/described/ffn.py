@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ class Mlp(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
+
+
 class Router(nn.Module):
     """Scores of the experts in fp32, and the choice among them: of all, or of the best groups."""
 
@@ -55,7 +63,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[T,H]`` -> logits ``[T,E]``, weights and indices ``[T,k]``."""
         logits = F.linear(x.float(), self.weight.float())
-        scores = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
+        scores = SCORES[self.scoring](logits)
         seen = scores + self.e_score_correction_bias if self.corrected else scores
         if self.n_group > 1:
             groups = seen.view(-1, self.n_group, self.num_experts // self.n_group)

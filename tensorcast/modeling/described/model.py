@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorcast.modeling.attention import every_token
 from tensorcast.modeling.described.attention import FullAttention, LatentAttention, RMSNorm, Rotary, rotary
 from tensorcast.modeling.described.config import DescribedConfig
+from tensorcast.modeling.described.csa2 import Pass, SharedEntryAttention
 from tensorcast.modeling.described.ffn import Mlp, Moe, activation
 from tensorcast.modeling.described.recurrent import DeltaAttention
+from tensorcast.modeling.described.streams import Ngrams, StreamMix, collapsed, expanded
 
 ATTENTION: dict[str, type[nn.Module]] = {
-    "attention": FullAttention, "mla": LatentAttention, "kda": DeltaAttention,
+    "attention": FullAttention, "mla": LatentAttention, "csa2": SharedEntryAttention, "kda": DeltaAttention,
 }  # fmt: skip
 FFN: dict[str, type[nn.Module]] = {"mlp": Mlp, "moe": Moe}
 
@@ -66,6 +69,48 @@ class Layer(nn.Module):
         return since + self.ffn_norm(self.mlp(self.post_attention_layernorm(read))), blocks
 
 
+class StreamLayer(nn.Module):
+    """Attention and a feed-forward part, between which a token's streams are mixed.
+
+    ``ends``: the tokens of a prompt's end that the layer is needed for, 0: for all. The first such layer is traced as
+    engines run it: what it caches is made of all tokens, and the layer itself then runs on ends.
+    """
+
+    def __init__(self, config: DescribedConfig, index: int) -> None:
+        super().__init__()
+        hidden, (attention, ffn) = config.hidden_size, (config.attention[index], config.ffn[index])
+        takes = {**ffn.takes, "activation": activation(ffn.takes["activation"])}
+        self.self_attn = SharedEntryAttention(config, index, **attention.takes)
+        self.mlp = FFN[ffn.kind](hidden, **takes)
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(hidden), RMSNorm(hidden)
+        self.attention_mix, self.mlp_mix = (StreamMix(hidden, config.streams, config.rounds) for _ in range(2))
+        tables = config.tables.get(index)
+        self.ngrams = None if tables is None else Ngrams(hidden, config.streams, **tables)
+        self.ends = config.ends_tokens if index >= config.ends_from else 0
+        self.first_of_ends = bool(self.ends) and index == config.ends_from
+
+    def forward(self, streams: Tensor, read: Tensor, shared: Pass) -> tuple[Tensor, Tensor]:
+        """Streams ``[B,S,n,H]`` and the weights ``[B,S,n]`` of their sum that is read -> both, one layer on."""
+        if self.ngrams is not None:
+            streams = self.ngrams(streams, self.ngrams.places(shared.tokens, shared.cache))
+        apart = self.first_of_ends and streams.is_meta and streams.shape[1] > 1
+        if apart:
+            with every_token():
+                self.attention_mix(streams)
+                hidden = self.input_layernorm(collapsed(streams, read))
+                self.self_attn.q_a_proj(hidden)  # one kernel makes them together
+                self.self_attn.window_keys(hidden, shared)
+                if self.self_attn.compressor is not None:
+                    self.self_attn.make_entries(hidden, shared)
+        then, shares, among = self.attention_mix(streams)
+        hidden = self.input_layernorm(collapsed(streams, read))
+        added = self.self_attn(hidden, shared, writes=not apart)
+        streams = expanded(added, streams, shares, among)
+        read, shares, among = self.mlp_mix(streams)
+        added = self.mlp(self.post_attention_layernorm(collapsed(streams, then)))
+        return expanded(added, streams, shares, among), read
+
+
 class Decoder(nn.Module):
     """Embedding, layers and the last norm."""
 
@@ -73,7 +118,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        kind = StreamLayer if config.streams else Layer
+        self.layers = nn.ModuleList(kind(config, i) for i in range(config.num_hidden_layers))
         self.output_res = ResidualAttention(config.hidden_size) if config.block_size else None
         self.norm = RMSNorm(config.hidden_size)
         self.rotary_dim = max(map(_rotary_dim, config.attention), default=0)
@@ -84,10 +130,21 @@ class Decoder(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         position = rotary(position_ids, self.rotary_dim) if self.rotary_dim else None
+        if self.config.streams:
+            assert position is not None
+            return self.norm(self._in_streams(since, Pass(input_ids, position_ids, position, cache)))
         blocks = None if self.output_res is None else since.new_empty((*since.shape[:2], 0, since.shape[2]))
         for layer in self.layers:
             since, blocks = layer(since, blocks, position, cache)
         return self.norm(since if self.output_res is None else self.output_res(blocks, since))
+
+    def _in_streams(self, since: Tensor, shared: Pass) -> Tensor:
+        streams = since.unsqueeze(2).repeat(1, 1, self.config.streams, 1)
+        read = torch.zeros_like(streams[..., 0], dtype=torch.float32)
+        read[..., 0] = 1.0  # all are the same yet
+        for layer in self.layers:
+            streams, read = layer(streams, read, shared)
+        return collapsed(streams, read)
 
 
 def _rotary_dim(part: Any) -> int:
@@ -99,7 +156,7 @@ def _rotary_dim(part: Any) -> int:
 class DescribedLM(nn.Module):
     """The language model that a profile describes, called as transformers' are."""
 
-    _no_split_modules = ("Layer",)
+    _no_split_modules = ("Layer", "StreamLayer")
 
     def __init__(self, config: DescribedConfig, attention: str = "sdpa") -> None:
         super().__init__()

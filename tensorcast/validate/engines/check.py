@@ -64,7 +64,7 @@ def differences(found: Read) -> list[str]:
     known = load_engine(found.engine).releases
     release = found.release if found.release in known else known[0]
     profile = load_engine(f"{found.engine}=={release}")
-    ours = _plain({"vllm": _of_vllm, "sglang": _of_sglang}[found.engine](profile))
+    ours = _plain({"vllm": _of_vllm, "sglang": _of_sglang, "trtllm": lambda _: {}}[found.engine](profile))
     theirs = _plain(found.facts)
     said = [] if release == found.release else [f"no rules of {found.release}: held to those of {release}"]
     for name in sorted(ours.keys() | theirs.keys()):
@@ -74,7 +74,7 @@ def differences(found: Read) -> list[str]:
         table = load_launch_table(found.engine, release)
     except InputError:  # a release that is priced and not launched
         return said
-    return [*said, *_of_flags(table, found.arguments)]
+    return [*said, *_of_flags(table, found.arguments, "config" if found.engine == "trtllm" else "command")]
 
 
 def _told(name: str, theirs: Any, ours: Any) -> Iterator[str]:
@@ -90,10 +90,18 @@ def _told(name: str, theirs: Any, ours: Any) -> Iterator[str]:
         yield f"{name}: the release has {json.dumps(theirs)}, the profile {json.dumps(ours)}"
 
 
-def _of_flags(table: LaunchTable, declared: Declared) -> Iterator[str]:
+FREE_TEXT = ("moe_config.load_balancer", "speculative_config.speculative_model")
+"""Keys of TensorRT-LLM's file whose values are any text, which its manifest leaves out."""
+
+
+def _of_flags(table: LaunchTable, declared: Declared, place: str) -> Iterator[str]:
     known = spellings(declared)
     for name, entry in table.flags.items():
-        if entry.place != "command":
+        if entry.place != place:
+            continue
+        if place == "config" and (
+            entry.flag.startswith(FREE_TEXT) or any(one.startswith(f"{entry.flag}.") for one in known)
+        ):
             continue
         one = known.get(entry.flag)
         if one is None:

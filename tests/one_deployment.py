@@ -176,7 +176,10 @@ def engine_times(
     """Seconds to the first token and of the reply from there, the mean step, requests in flight, seconds that a reply's
     place is taken."""
     engine, steps = decode.engine, steps_of(traffic, depth)
-    mean, met, own, each, full = step_moments(curve, prompts, batch, steps=steps, dp=dp, alone=engine.prefill_alone)
+    waits = engine.scheduler is not None and engine.scheduler.drafting_ranks_wait and depth > 0
+    mean, met, own, each, full = step_moments(
+        curve, prompts, batch, steps=steps, dp=dp, alone=engine.prefill_alone, waits=waits
+    )
     others, most = max(batch - 1, 0), prompts.most_per_s
     unread = float(curve.at("seconds", batch)) if engine.prefill_alone else met
     first = engine.arrival_wait_steps * met + traffic.wait_steps * unread + own
@@ -197,7 +200,7 @@ def engine_times(
 
 
 def step_moments(
-    curve: Any, prompts: Any, batch: float, *, steps: float, dp: int, alone: bool
+    curve: Any, prompts: Any, batch: float, *, steps: float, dp: int, alone: bool, waits: bool
 ) -> tuple[float, float, float, float, bool]:
     """The mean step, that which an arrival meets, that which it rides in, what a prompt adds, if prompts overrun."""
     plain = float(curve.at("seconds", batch))
@@ -218,6 +221,10 @@ def step_moments(
         idle = 1 - max(used, 1e-12) / max(mixed, 1e-12)
         each = max(extra + prompts.prompt_s - prompts.expert_s * idle, 0.0)
         mean, variance = plain + mixed * each, mixed * (1 - mixed) * each**2
+        if alone and not waits:
+            another, longer = another_reads(used, dp), max(each - plain, 0.0)
+            mean = plain + used * each + another * longer
+            variance = min(used, 1.0) * max(1 - used, 0.0) * each**2 + another * (1 - another) * longer**2
         own = (plain + each) / prompts.per_step - beside
     else:
         none = math.exp(-arrivals)
@@ -225,6 +232,10 @@ def step_moments(
         idle = 1 - max(per_rank, 1e-12) / max(most, 1e-12)
         each = prompts.prompt_s - prompts.expert_s * idle
         mean = plain + max((1 - none) * extra + most * each, 0.0)
+        if alone and not waits:
+            busy = 1 - math.exp(-per_rank)
+            reading = extra + each * per_rank / max(busy, 1e-12)
+            mean = plain + busy * reading + another_reads(busy, dp) * max(reading - plain, 0.0)
         scatter = each**2 * most + 2 * extra * each * most * none + extra**2 * none * (1 - none)
         variance = scatter / max(1 - (most * each / mean) ** 2, 1e-3)
         others = per_rank * (1 + variance / mean**2)
@@ -233,6 +244,11 @@ def step_moments(
     met = mean + variance / mean
     own += met * used / (2 * max(1 - used, 1e-3)) / max(prompts.per_step, 1.0)
     return mean, met, own, (mean - plain) / per_rank, used >= 0.98
+
+
+def another_reads(per_step: float, dp: int) -> float:
+    """Chance that one of the other ranks reads while one writes, each so many steps with prompts for one without."""
+    return 1 - (1 / (1 + per_step)) ** (dp - 1)
 
 
 def disaggregated(

@@ -79,6 +79,19 @@ def test_a_long_closed_loop_is_what_the_closed_form_says(engine: str, loop: tupl
     assert replayed["output_tokens_per_s"] == pytest.approx(steady["output_tokens_per_s"], rel=0.1)
 
 
+@pytest.mark.parametrize(("depth", "users"), [(0, 16), (0, 64), (2, 16)])
+def test_replies_go_on_while_another_rank_reads(depth: int, users: int) -> None:
+    """Under SGLang, unless steps draft: then a rank that reads stops all of them."""
+    cells: dict[str, object] = {
+        "model": "deepseek-v3" if depth else "qwen3-235b-a22b-fp8", "device": "h200", "engine": "sglang", "tp": 1,
+        "dp": 8, "ep": 8, "isl": 2000, "osl": 500, "concurrency": users, "length_ratio": 0.8, "rounds": 20,
+        "mtp_depth": depth,
+    }  # fmt: skip
+    replayed, steady = rows(cells | {"max_num_seqs": 1024}, cells)
+    assert replayed["tpot_s"] == pytest.approx(steady["tpot_s"], rel=0.12)
+    assert replayed["output_tokens_per_s"] == pytest.approx(steady["output_tokens_per_s"], rel=0.12)
+
+
 def test_steps_padded_to_few_graphs_take_longer() -> None:
     burst: dict[str, object] = {"requests": 40, "engine": "trtllm"}
     plain, listed, zero = rows(burst, burst | {"graph_sizes": "[8, 256]"}, burst | {"graph_sizes": "0 8"})

@@ -194,6 +194,8 @@ class Aggregated(ServingModel):
         is; of other ranks' users as many as their replies make up of their time.
         """
         prompts, dp, alone = self.prompts, self.decode_ranks, self.engine.prefill_alone
+        scheduler = self.engine.scheduler  # whether other ranks' replies stand still while one reads
+        wait = np.greater(self.depth, 0) & (scheduler is not None and scheduler.drafting_ranks_wait)
         plain = self.decoding.at("seconds", batch)
         shared = 0.0 if alone else self.decoding.at("attention_s", batch) + prompts.token_s * batch
         first = prompts.fixed_s + (plain if alone else shared)  # a: what a step with prompts takes beside their number
@@ -215,6 +217,9 @@ class Aggregated(ServingModel):
             each = np.maximum(extra + prompts.prompt_s - prompts.expert_s * idle, 0.0)
             mean = plain + mixed * each
             variance = mixed * (1 - mixed) * each**2
+            if alone:
+                apart_mean, apart_variance = _beside_readers(plain, each, used, dp)
+                mean, variance = np.where(wait, mean, apart_mean), np.where(wait, variance, apart_variance)
             own = (plain + each) / prompts.per_step - (plain if alone else 0.0)
         else:
             # the slowest of dp ranks: at least whether any has a prompt, at most all of them on one
@@ -225,6 +230,10 @@ class Aggregated(ServingModel):
             each = prompts.prompt_s - prompts.expert_s * idle
             mean = plain + np.maximum((1 - none) * extra + most * each, 0.0)
             scatter = each**2 * most + extra**2 * none * (1 - none) + 2 * extra * each * most * none
+            if alone:
+                busy = -np.expm1(-per_rank)
+                apart_mean, _ = _beside_readers(plain, extra + each * per_rank / np.maximum(busy, 1e-12), busy, dp)
+                mean = np.where(wait, mean, apart_mean)
             # arrivals vary with the length of the step before, too
             variance = scatter / np.maximum(1 - np.square(most * each / mean), 1e-3)
             others = per_rank * (1 + variance / mean**2)
@@ -237,6 +246,16 @@ class Aggregated(ServingModel):
         # prompts that do not fit into the step wait for the next
         own = own + met * used / (2 * np.maximum(1 - used, 1e-3)) / np.maximum(prompts.per_step, 1.0)
         return _Steps(mean, met, own, plain, (mean - plain) / per_rank, used >= 0.98)
+
+
+def _beside_readers(plain: Array, reading: Array, used: Array, dp: Number) -> tuple[Array, Array]:
+    """Mean and variance of the step time of a rank whose engine runs prompts alone and ``used`` such steps, of
+    ``reading`` seconds, for every other: the others' replies go on while one of ``dp`` ranks reads, as long as that
+    takes (SGLang 0.5.23, srt/managers/scheduler.py: each rank picks its own batch, all run them together)."""
+    another = -np.expm1((1 - dp) * np.log1p(used))  # of all its steps a rank reads in used / (1 + used)
+    longer = np.maximum(reading - plain, 0.0)
+    mean = plain + used * reading + another * longer
+    return mean, np.minimum(used, 1) * np.maximum(1 - used, 0) * reading**2 + another * (1 - another) * longer**2
 
 
 @dataclass(frozen=True)

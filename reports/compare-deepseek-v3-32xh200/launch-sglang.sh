@@ -24,9 +24,9 @@ python3 -m sglang.launch_server \
   --enable-two-batch-overlap \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 376 \
+  --max-running-requests 392 \
   --chunked-prefill-size 65536 \
-  --cuda-graph-max-bs-decode 47 \
+  --cuda-graph-max-bs-decode 49 \
   --mem-fraction-static 0.306 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
@@ -46,10 +46,11 @@ python3 -m sglang.launch_server \
   --ep-size 16 \
   --moe-a2a-backend deepep \
   --deepep-mode low_latency \
+  --deepep-dispatcher-output-dtype bf16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 752 \
-  --cuda-graph-max-bs-decode 47 \
+  --max-running-requests 784 \
+  --cuda-graph-max-bs-decode 49 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake
@@ -69,10 +70,11 @@ python3 -m sglang.launch_server \
   --ep-size 16 \
   --moe-a2a-backend deepep \
   --deepep-mode low_latency \
+  --deepep-dispatcher-output-dtype bf16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 752 \
-  --cuda-graph-max-bs-decode 47 \
+  --max-running-requests 784 \
+  --cuda-graph-max-bs-decode 49 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

@@ -5,6 +5,7 @@
 # to be filled in: THIS_NODE_IP: the address of the node that runs the command
 # a proxy in front sends each request to a prefill and then to a decode server
 # to be filled in: HEAD_NODE_IP: the first node's address; THIS_NODE_IP: the address of the node that runs the command
+# dispatch in bf16: vLLM has no flag, its kernels decide
 # on each node: bash THIS_FILE prefill|decode-node0|decode-node1
 
 case "${1-}" in
@@ -22,7 +23,7 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --enable-dbo \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 47 \
+  --max-num-seqs 49 \
   --max-num-batched-tokens 8192 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -41,8 +42,8 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --all2all-backend deepep_low_latency \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 47 \
-  --max-num-batched-tokens 47 \
+  --max-num-seqs 49 \
+  --max-num-batched-tokens 49 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;
@@ -62,8 +63,8 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --all2all-backend deepep_low_latency \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 47 \
-  --max-num-batched-tokens 47 \
+  --max-num-seqs 49 \
+  --max-num-batched-tokens 49 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;

@@ -14,14 +14,15 @@ python3 -m sglang.launch_server \
   --tp-size 1 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 259 \
+  --max-running-requests 256 \
   --chunked-prefill-size 16384 \
-  --cuda-graph-max-bs-decode 259 \
+  --cuda-graph-max-bs-decode 256 \
   --mem-fraction-static 0.859 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
 ;;
 decode)
+SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK=256 \
 python3 -m sglang.launch_server \
   --model-path openai/gpt-oss-120b \
   --host 0.0.0.0 \
@@ -31,14 +32,13 @@ python3 -m sglang.launch_server \
   --enable-dp-lm-head \
   --moe-dense-tp-size 1 \
   --ep-size 4 \
-  --moe-a2a-backend none \
-  --enable-eplb \
-  --ep-num-redundant-experts 4 \
+  --moe-a2a-backend deepep \
+  --deepep-mode low_latency \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 1036 \
-  --cuda-graph-max-bs-decode 259 \
-  --mem-fraction-static 0.944 \
+  --max-running-requests 1024 \
+  --cuda-graph-max-bs-decode 256 \
+  --mem-fraction-static 0.933 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake
 ;;

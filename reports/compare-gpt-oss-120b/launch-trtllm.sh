@@ -15,7 +15,7 @@ gpus_per_node: 8
 enable_attention_dp: false
 moe_expert_parallel_size: 1
 moe_tensor_parallel_size: 1
-max_batch_size: 259
+max_batch_size: 256
 max_num_tokens: 16384
 max_seq_len: 5120
 enable_chunked_prefill: true
@@ -42,12 +42,8 @@ gpus_per_node: 8
 enable_attention_dp: true
 moe_expert_parallel_size: 4
 moe_tensor_parallel_size: 1
-moe_config:
-  load_balancer:
-    num_slots: 132
-    layer_updates_per_iter: 1
-max_batch_size: 259
-max_num_tokens: 259
+max_batch_size: 256
+max_num_tokens: 256
 max_seq_len: 5120
 enable_chunked_prefill: true
 kv_cache_config:
@@ -55,13 +51,13 @@ kv_cache_config:
   free_gpu_memory_fraction: 0.9
 cuda_graph_config:
   enable_padding: true
-  max_batch_size: 259
+  max_batch_size: 256
 cache_transceiver_config:
   backend: NIXL
   max_tokens_in_buffer: 4096
 END
 
-TRTLLM_FORCE_COMM_METHOD=ALLGATHER \
+TRTLLM_FORCE_COMM_METHOD=DEEPEPLOWLATENCY \
 trtllm-serve openai/gpt-oss-120b \
   --host 0.0.0.0 \
   --port 8000 \

@@ -15,7 +15,7 @@ vllm serve openai/gpt-oss-120b \
   --tensor-parallel-size 1 \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 259 \
+  --max-num-seqs 256 \
   --max-num-batched-tokens 16384 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -28,13 +28,11 @@ vllm serve openai/gpt-oss-120b \
   --tensor-parallel-size 1 \
   --data-parallel-size 4 \
   --enable-expert-parallel \
-  --all2all-backend allgather_reducescatter \
-  --enable-eplb \
-  --eplb-config '{"num_redundant_experts": 4}' \
+  --all2all-backend deepep_low_latency \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 259 \
-  --max-num-batched-tokens 259 \
+  --max-num-seqs 256 \
+  --max-num-batched-tokens 256 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;

@@ -104,6 +104,7 @@ def test_each_benchmark_of_a_sweep_is_a_row(tmp_path: Path) -> None:
     (engine(request_rate="trace"), "came as a trace says"),
     (engine(request_rate=1.0, ramp_up_strategy="linear"), "at a growing rate"),
     (engine(max_concurrency=True), "max_concurrency = True: must be a number more than 0"),
+    (engine(request_rate=1.0, burstiness=-1.0), "burstiness = -1.0: must be a number more than 0"),
 ])  # fmt: skip
 def test_a_load_that_is_not_steady_is_refused(tmp_path: Path, result: dict[str, Any], says: str) -> None:
     with pytest.raises(tc.InputError, match=r"--result .*result\.json: ") as told:

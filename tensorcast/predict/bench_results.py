@@ -44,6 +44,9 @@ GUIDELLM = {
 CONSTANT, POISSON = math.inf, 1.0
 """Burstiness of requests at even gaps, and at random ones."""
 
+REPLAY = "see tensorcast replay"
+"""What is said of loads that are not steady."""
+
 
 def with_results(table: pd.DataFrame, paths: Sequence[Path]) -> pd.DataFrame:
     """A row per result: the table's only one, at the load and with the times that a file tells.
@@ -115,9 +118,6 @@ def _engine_load(path: Path, result: dict[str, Any]) -> dict[str, float]:
     return load
 
 
-REPLAY = "see tensorcast replay"
-
-
 def _guidellm_load(path: Path, result: dict[str, Any]) -> dict[str, float]:
     """How guidellm's strategy sent requests (scheduler/strategies.py)."""
     kind, place = _text(path, result, "config.strategy.type_"), "config.strategy"
@@ -172,6 +172,8 @@ def _text(path: Path, result: dict[str, Any], name: str) -> str:
 
 def _number(path: Path, result: dict[str, Any], name: str, *, endless: bool = False) -> float:
     value = _at(result, name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf or endless):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (
+        value > 0 and (endless or value < math.inf)
+    ):
         raise InputError(f"--result {path}: {name} = {value!r}: must be a number more than 0")
     return float(value)

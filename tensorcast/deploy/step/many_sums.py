@@ -117,15 +117,13 @@ def _composed(steps: Sequence[StepCases], sums: Sums, tokens: Array) -> Iterator
         return np.concatenate([start + one.ravel() for start, one in zip(starts, where, strict=False)])
 
     later, standing = sum(not part.drafts for part in first.recipe.parts), placed(own)
-    here = drafts = sums.at(standing, slice(later))
-    if first.at.draft is not None:
-        drafts = sums.at(placed([one.stand(one.at.draft) for one in steps]), slice(later, None))
+    drafting = standing if first.at.draft is None else placed([one.stand(one.at.draft) for one in steps])
+    here, drafts = sums.at(standing, slice(later)), sums.at(drafting, slice(later, None))
     tokens = np.concatenate([tokens[one.case : one.case + one.cases] for one in steps])[standing]
     parts = {name: column([getattr(one.at, name) for one in steps]) for name in ("micro", "dual", "halves")}
     hidden = first.step.overlap.hidden(here.layers, here.busy, tokens, parts["dual"])
     at = first.at._replace(**parts)
-    every = [*here.by_part(), *drafts.by_part()] if at.draft is not None else here.by_part()
-    totals = here.totals(every, first.step.times(at))
+    totals = here.totals([*here.by_part(), *drafts.by_part()], first.step.times(at))
     price, end = first.step.composed(totals, hidden, at, column([one.batch for one in steps])), 0
     for one, shape in zip(steps, shapes, strict=True):
         some = slice(end, end := end + math.prod(shape))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from tensorcast.files import write_atomically
+from tensorcast.measure.environment import cpu_model
 from tensorcast.predict.launch_records import LENGTH_RATIO, MTP_ACCEPTANCE
 from tensorcast.predict.predict import predict_file
 
@@ -31,6 +32,7 @@ CHECKPOINTS = {
 """Configs that aiconfigurator-core ships, by model and precision of the runs."""
 
 PREDICTED = ("tpot_s", "tpot_low_s", "tpot_high_s")
+"""What is taken of our predictions."""
 
 SYSTEMS = {"h100": "h100_sxm", "h200": "h200_sxm", "b200": "b200_sxm"}
 
@@ -67,12 +69,6 @@ def asked(run: dict[str, Any]) -> str:
     ))  # fmt: skip
 
 
-def spent_s(who: int) -> float:
-    """CPU seconds of this process or of its children."""
-    used = resource.getrusage(who)
-    return used.ru_utime + used.ru_stime
-
-
 def table(runs: pd.DataFrame) -> str:
     """Errors of time per token by model, where both tell one."""
     lines = [
@@ -102,11 +98,12 @@ def main() -> None:
     lines = [asked({str(name): value for name, value in run.items()}) for run in runs.to_dict("records")]
     version = "import importlib.metadata as m; print(m.version('aiconfigurator'), m.version('aiconfigurator-core'))"
     release, core = subprocess.check_output([chosen.python, "-c", version], text=True).split()
-    before = spent_s(resource.RUSAGE_CHILDREN)
+    before = os.times()
     done = subprocess.run(
         [chosen.python, "-c", ASK], input="\n".join(lines), capture_output=True, text=True, check=True
     )
-    theirs_s = spent_s(resource.RUSAGE_CHILDREN) - before
+    after = os.times()  # CPU seconds of all children
+    theirs_s = after.children_user + after.children_system - before.children_user - before.children_system
     told = [json.loads(line) for line in done.stdout.splitlines()]
     runs["theirs"] = pd.Series([one.get("tpot_s") for one in told], dtype=float)
     refused = runs[runs["theirs"].isna()]
@@ -126,8 +123,7 @@ layout, mean lengths, users and how many drafted tokens are accepted. Errors are
 Of the {len(runs)} runs aiconfigurator refuses {len(refused)}, {memory} of them for want of memory on machines that ran
 them, with more users than have room at once; tensorcast lets the others wait, and is {100 * alone:.1f} % off on these.
 aiconfigurator gives no interval; tensorcast's of 80 % hold {100 * inside.mean():.0f} % of all {len(runs)}.
-aiconfigurator took {theirs_s / len(runs):.1f} CPU seconds for a run (of one process for all, two cores of an AMD EPYC);
-MiniMax-M3's on B200 ran in the first days of its image: both tools promise far less time than they took.
+aiconfigurator took {theirs_s / len(runs):.1f} CPU seconds for a run (one process for all, {cpu_model()}).
 """
     write_atomically(chosen.out, page.encode())
     print(page)

@@ -230,14 +230,16 @@ def by_place(deployment: Deployment, batch: float) -> dict[str, float]:
 def test_dual_batch_overlap_prices_halves_and_can_lose(engine: str, staged: bool) -> None:
     """In SGLang's decode steps one half is two stages behind the other, in the order of SGLang 0.5.14's
     _compute_moe_deepseek_blog_decode: dispatch while the shared expert of its own half and the projections of the other
-    run, combine while the other attends."""
+    run, combine while the other attends. vLLM's two threads change places at each exchange, and a shared expert runs
+    when its half's tokens are on their way back (0.33.0, fused_moe/modular_kernel.py, _finalize)."""
     serial, dual = (deepseek(engine=engine, all2all="low_latency", dual_batch_overlap=dual) for dual in (False, True))
     half = by_place(serial, 64.0)
     price = dual.step.price(128.0, 1.0, 4096.0)
     k, m = 1.08, 1.1  # low latency: no SMs taken
     first, then, moved = half["before"] + half["shared"], half["rest"], (half["dispatch"], half["combine"])
     pairs = [(first, moved[0]), (then, moved[1]), (half["experts"], 0.0)] * 2 if staged else [
-        (first + then, moved[1]), (first + then, moved[0]), (half["experts"], moved[0]), (half["experts"], moved[1])
+        (first + then, moved[1]), (half["before"] + then, moved[0]),
+        (half["experts"], moved[0]), (half["experts"] + half["shared"], moved[1]),
     ]
     together = sum(
         max(c * k, t * m) - (k - 1 if c * k > t * m else m - 1) / (k if c * k > t * m else m) * abs(c * k - t * m)

@@ -89,12 +89,14 @@ class Uncompiled(Frozen):
 
 
 class HalvedSteps(Frozen):
-    """From how many tokens of a rank on a step is cut in halves under dual-batch overlap, and in which phases attention
-    is two stages of a half's: what comes before the attention itself, and the rest."""
+    """From how many tokens of a rank on a step is cut in halves under dual-batch overlap, in which phases attention is
+    two stages of a half's (what comes before the attention itself, and the rest), and whether shared experts run once
+    their half's tokens are on their way back, beside the other half's experts; else they run with attention."""
 
     decode_tokens: float = Field(default=0.0, ge=0)
     prefill_tokens: float = Field(default=0.0, ge=0)
     two_stages: tuple[Literal["prefill", "decode"], ...] = ()
+    shared_last: bool = False
     prompts_alone: tuple[str, ...] = Field(default=(), description="model classes whose decode steps are never halved")
     source: str = Field(min_length=3)
 

@@ -144,8 +144,7 @@ def make_step(
         held=frozenset() if not one_call else EXPERTS_CALL if apart is None else frozenset(("products", *apart)),
         joins=plan.joins,
     )
-    staged = halved is not None and ("decode" if decode else "prefill") in halved.two_stages
-    overlap = Overlap.of(plan, table, engine, options, captured, staged=staged)
+    overlap = Overlap.of(plan, table, engine, options, captured, decode=decode)
     return Step(
         table=table, plan=plan, sizes=sizes, pricer=pricer, overlap=overlap, captured=captured, drafter=drafter
     )

@@ -48,7 +48,7 @@ class StepCases:
             id(step.pricer.engine), step.sizes.decode, at.pp, at.mtp_depth, at.draft is None,
             tuple([part.drafts for part in self.recipe.parts]), id(step.drafter), step.table.layer_kinds,
             step.pricer.device.vendor, hides.external, hides.contention, hides.stream_tokens, hides.staged,
-            hides.inside, *kinds,
+            hides.shared_last, hides.inside, *kinds,
         )  # fmt: skip
 
     def stand(self, where: Where) -> Places:

@@ -32,6 +32,8 @@ class Overlap:
       of DeepSeek's published schedule: attention beside combine and dispatch, experts beside dispatch and combine.
       ``staged``, the order of its decode steps: one half is two stages behind the other, so that dispatch is beside
       shared experts and what comes before the attention itself, combine beside the rest of it, experts beside nothing.
+      Shared experts run with attention; ``shared_last``: between their half's routed ones and the other half's next
+      stage, so that combine alone has them beside it.
     * ``inside``: tokens travel inside the experts' kernel, which takes the longer of both.
     * Else, in small captured steps, a shared expert runs on a stream beside the exchange and the routed experts.
 
@@ -43,16 +45,21 @@ class Overlap:
     contention: Contention | None
     stream_tokens: float
     staged: bool = False
+    shared_last: bool = False
     inside: bool = False
 
     @classmethod
     def of(
         cls, plan: Plan, table: OpTable, engine: EngineProfile, options: Options, captured: bool, *,
-        staged: bool = False,
+        decode: bool = False,
     ) -> Overlap:
         blocks = moe_blocks(table)
         apart = {} if table.facts.fused_experts else blocks  # of fused ones only a gate is left, ahead of the experts
         positions: dict[int, dict[str, list[int]]] = {}
+        halved = engine.halved_steps
+        # an engine that halves no steps is asked what it would take in DeepSeek's order
+        staged = decode if halved is None else ("decode" if decode else "prefill") in halved.two_stages
+        late = halved is not None and halved.shared_last
         cores = {
             row.kind: i for i, row in reversed([*enumerate(plan.rows)])
             if isinstance(row, Op) and row.name in PER_SEQUENCE
@@ -66,7 +73,7 @@ class Overlap:
         tokens = float(limit) if limit is not None and captured else 0.0
         inside = plan.all2all != "none" and inside_experts(options.all2all)
         contention = None if inside else CONTENTION.get(plan.all2all)
-        return cls(positions, options.external_shared_experts > 0, contention, tokens, staged, inside)
+        return cls(positions, options.external_shared_experts > 0, contention, tokens, staged, late, inside)
 
     def hidden(self, layers: Array, busy: Array, tokens: Size, dual: bool | np.ndarray) -> Array:
         """Seconds that a layer of each kind hides over both half batches, where batches run as ``dual`` ones, and how
@@ -101,10 +108,13 @@ class Overlap:
             if self.staged:
                 pairs = [(before + shared, dispatch), (attention, combine), (routed, 0.0)] * 2
             else:
-                attention = attention + shared
-                pairs = [(attention, combine), (attention, dispatch), (routed, dispatch), (routed, combine)]
+                out = 0.0 if self.shared_last else shared
+                pairs = [
+                    (attention + shared, combine), (attention + out, dispatch),
+                    (routed, dispatch), (routed + shared - out, combine),
+                ]
             together = sum(beside(compute, moved, self.contention) for compute, moved in pairs)
-            alone = before + shared + attention + routed if self.staged else attention + routed
+            alone = before + shared + attention + routed
             overlapped = 2.0 * (alone + dispatch + combine) - together
             both_halves = np.stack([2.0 * saved + overlapped, np.clip(overlapped, 0.0, 2.0 * moves)])
             whole[:] = np.where(halved, both_halves, whole)

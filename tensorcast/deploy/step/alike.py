@@ -151,17 +151,23 @@ class _Alike:
     _whole: tuple[Op, Context, RowPricer] | None = None
     _price: RowPrice | None = None
 
-    def ask(self, corrections: BatchedCorrections, joined: dict[tuple[int, ...], _Joined]) -> None:
+    def ask(self, corrections: BatchedCorrections, joined: dict[tuple[float, ...], _Joined]) -> None:
         """Ask for the corrections of all."""
         first = self.asked[0]
         op, at, pricer = first.op, first.at, first.pricer
         if len(self.asked) > 1:
             places, lengths = tuple([one.place for one in self.asked]), [math.prod(one.shape) for one in self.asked]
-            table = np.array([one.content.coefs for one in self.asked])
+            table, graphs = np.array([one.content.coefs for one in self.asked]), [
+                one.pricer.graph_tokens for one in self.asked
+            ]
             if places.count(first.place) == len(places):
-                columns: list[Any] = list(table.T.reshape(-1, len(table), *(1,) * len(first.shape)))
+                ones = (1,) * len(first.shape)
+                columns: list[Any] = list(table.T.reshape(-1, len(table), *ones))
+                if graphs.count(graphs[0]) < len(graphs):
+                    most: Any = np.array(graphs).reshape(-1, *ones)  # a joined pricer holds a column for a number
+                    pricer = replace(pricer, graph_tokens=most)
             else:
-                key = first.op.name == "grouped_matmul", *places
+                key = first.op.name == "grouped_matmul", *graphs, *places
                 if key not in joined:
                     joined[key] = _joined(self.asked, lengths)
                 at, pricer, self.spans = joined[key]
@@ -209,6 +215,7 @@ def _joined(asked: Sequence[_Asked], lengths: Sequence[int]) -> _Joined:
     if first.op.name == "grouped_matmul":
         columns |= {name: [getattr(one.pricer, name) for one in asked] for name in ("ep", "etp")}
         columns |= {f"{name} ": [one.pricer.sources[name] for one in asked] for name in first.pricer.sources}
+    columns["graph_tokens"] = [one.pricer.graph_tokens for one in asked]
     found: dict[str, Any] = {}
     spans = [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
     for name, values in columns.items():
@@ -234,20 +241,22 @@ class Questions:
     _alike: dict[tuple[Hashable, ...], _Alike] = field(default_factory=dict)
     corrections: dict[int, BatchedCorrections] = field(default_factory=dict)
     """By identity of those that are asked."""
+    _places: dict[Hashable, int] = field(default_factory=dict)
     _shapes: dict[tuple[int, bool], tuple[int, ...]] = field(default_factory=dict)
     """Of rows, routed or not, by identity of what they are priced at, which those that asked keep alive."""
 
     def op(self, pricer: RowPricer, content: Content, op: Op, at: Context, place: int) -> Pending:
         """The price of an op at sizes ``at``, which ``place`` tells from others, after :meth:`find`."""
-        kv = float(at.kv_bytes) if np.ndim(at.kv_bytes) == 0 else 0.0
         key: tuple[Hashable, ...] = (
-            content.like, content.routed, id(pricer.corrections), id(pricer.engine), id(pricer.device),
-            pricer.graph_tokens, pricer.held, at.decode, at.has_fp4, at.mxfp4, at.backend, at.masked_skips, kv,
+            content.like, id(pricer.corrections), id(pricer.engine), id(pricer.device), at.mxfp4,
+            content.routed and (True, pricer.held),
         )
+        if content.by_phase:
+            key = *key, at.decode, at.has_fp4, float(at.kv_bytes) if np.ndim(at.kv_bytes) == 0 else 0.0
         if op.name == "grouped_matmul":
             facts = pricer.table.facts
-            key = *key, pricer.balanced, pricer.gated, *pricer.sources, facts.moe_hidden_size, facts.top_k, \
-                facts.moe_intermediate_size, facts.num_experts, facts.fused_experts
+            key = *key, at.backend, at.masked_skips, pricer.balanced, pricer.gated, *pricer.sources, \
+                facts.moe_hidden_size, facts.top_k, facts.moe_intermediate_size, facts.num_experts, facts.fused_experts
         rows = self._alike.get(key)
         if rows is None:
             rows = self._alike[key] = _Alike()
@@ -260,6 +269,10 @@ class Questions:
         rows.asked.append(_Asked(pricer, content, op, at, shape, place))
         return partial(rows.price, len(rows.asked) - 1)
 
+    def place(self, at: Hashable) -> int:
+        """A number for what rows are priced at, the same for equal ones."""
+        return self._places.setdefault(at, len(self._places))
+
     def batched(self, corrections: Corrections) -> BatchedCorrections:
         """What stands in for ``corrections`` until all have asked."""
         if id(corrections) not in self.corrections:
@@ -268,7 +281,7 @@ class Questions:
 
     def find(self) -> None:
         """Ask each kernel's model once."""
-        joined: dict[tuple[int, ...], _Joined] = {}
+        joined: dict[tuple[float, ...], _Joined] = {}
         for rows in self._alike.values():
             rows.ask(self.batched(rows.asked[0].pricer.corrections), joined)
         for later in self.corrections.values():

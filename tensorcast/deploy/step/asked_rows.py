@@ -32,7 +32,8 @@ class Named(NamedTuple):
     """A row by what it costs: at one load, rows of one ``name`` in one ``store`` have one price.
 
     ``store``: whose price it is. ``plain``, ``lasting``: that of all layouts, which cached tokens are told or are not;
-    ``routed``: of those where tokens fall on experts alike; ``here``: of one step, not to be remembered.
+    ``linked``: of a collective, of all layouts that join norms to theirs, or of all that do not; ``routed``: of those
+    where tokens fall on experts alike; ``here``: of one step, not to be remembered.
     """
 
     row: Row
@@ -47,17 +48,20 @@ def named(row: Row) -> Named:
         return Named(row, None, "routed", ("members", id(row)))  # which its price keeps alive
     if isinstance(row, Collective):
         name = (row.op, row.group, row.ranks, row.extent, row.scale, row.per, *sorted(row.exchange.items()))
-        return Named(row, None, "here" if row.exchange else "lasting", name)
+        return Named(row, None, "here" if row.exchange else "linked", name)
     content = content_of(row)
     if content.routed:
         return Named(row, content, "here" if content.cached else "routed", content.number)
     return Named(row, content, "plain" if content.cached else "lasting", content.number)
 
 
-def store_keys(pricer: RowPricer, backend: str, memo: Memo) -> tuple[tuple[Hashable, ...], tuple[Hashable, ...]]:
-    """What tells stores of rows that the expert load does not change from others, and those of rows that it does."""
-    lasting = pricer.table.phase, pricer.graph_tokens, pricer.held
-    return lasting, (*lasting, backend, *memo.load)
+def store_keys(pricer: RowPricer, backend: str, memo: Memo) -> dict[str, tuple[Hashable, ...]]:
+    """What tells stores of the same sizes apart, but for that of one step."""
+    lasting = pricer.table.phase, pricer.graph_tokens
+    return {
+        "plain": lasting, "lasting": lasting, "linked": (*lasting, pricer.joins),
+        "routed": (*lasting, pricer.held, backend, *memo.load),
+    }
 
 
 Waiting = dict[tuple[int, Hashable], tuple[Prices, Pending, Where]]
@@ -143,19 +147,21 @@ class AskedRows:
     ) -> None:
         self._pricer, self._backend, self._sizes, self._members = pricer, backend, sizes, members
         self._asked, self._memo, self._waiting, self._at = asked, memo, waiting, sizes.at
-        lasting, routed = store_keys(pricer, backend, memo)
-        keys = {"plain": (*lasting, *sizes.key), "lasting": (*lasting, *sizes.key[1:])}
+        own = store_keys(pricer, backend, memo)
+        keys = {"plain": (*own["plain"], *sizes.key)}
+        keys |= {name: (*own[name], *sizes.key[1:]) for name in ("lasting", "linked")}
         self._stores: dict[str, Prices] = {
             name: memo.plain.setdefault(key, memo.plain.pop(key, {})) for name, key in keys.items()
         }
         while len(memo.plain) > memo.most:
             del memo.plain[next(iter(memo.plain))]
-        recent, key = memo.routed, (*routed, *sizes.key[1:])
+        recent, key = memo.routed, (*own["routed"], *sizes.key[1:])
         recent[key] = found = recent.pop(key, (memo.members, {}))
         if len(recent) > RECENT:
             recent.pop(next(iter(recent)))
         self._stores |= {"routed": found[1], "here": {}}
         self._by_dtype: dict[tuple[float, bool], AskedRows] = {}
+        self._place = asked.place((id(pricer.device), id(pricer.engine), self._at.decode, *sizes.key))
 
     def ask(self, asked: Named) -> tuple[Prices, Hashable]:
         """Ask for the corrections of a row, unless its price is known or an equal one has asked; where its price will
@@ -178,7 +184,7 @@ class AskedRows:
             rows, where = self._unstaged
             found = partial(rows.price, *rows.ask(asked)), where
         elif content is not None and not cached.ndim:
-            found = self._asked.op(pricer, content, row, at, id(self._stores["plain"])), None
+            found = self._asked.op(pricer, content, row, at, self._place), None
         elif row.name not in READS_CACHE:  # all the same to it
             found = self._of_dtype(asked, float(cached[0]), slice(None)), None
         else:  # kernels are chosen by what the cache holds: each dtype's batches are priced apart

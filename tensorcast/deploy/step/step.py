@@ -220,14 +220,15 @@ def _sheet_of(steps: Sequence[Step], drafting: bool, apart: tuple[int, ...]) -> 
         numbers, asked, places = dict[Hashable, int](), list[tuple[int, int, Named]](), list[Rows]()
         for i, step in enumerate(steps):
             recipe, memo = step.recipe(drafting), step.memo
-            lasting, routed = store_keys(step.pricer, step.sizes.backend, Memo() if memo is None else memo)
-            kept = (i,) if memo is None else (id(memo.plain), id(memo.routed))
-            stores = {"plain": (kept, *lasting), "lasting": (kept, *lasting), "routed": (kept, *routed), "here": (i,)}
+            stores: dict[str, Hashable] = {**store_keys(
+                step.pricer, step.sizes.backend, Memo() if memo is None else memo
+            ), "here": i}
+            kept = i if memo is None else (id(memo.plain), id(memo.routed))
             place = list[int]()
             for row, stands in zip(recipe.rows, recipe.stand, strict=True):
                 one, where = named(row), apart[stands]
                 own = (where, i) if where & Place.EXPERTS else where  # every step has as many chunks as it needs
-                number = numbers.setdefault((own, one.store, stores[one.store], one.name), len(asked))
+                number = numbers.setdefault((own, kept, one.store, stores[one.store], one.name), len(asked))
                 if number == len(asked):
                     asked.append((i, where, one))
                 place.append(number)

@@ -240,9 +240,9 @@ def test_prompts_under_load_take_their_factor(form: str) -> None:
 def test_an_engine_is_drawn_towards_all_engines_networks() -> None:
     """By hand: the median of the engine's networks beside four times that of all; one left out counts in neither."""
     own = {
-        ("vllm", "h100", 0): engine_fit.Beside(4e-5, 0.2), ("vllm", "h200", 1): engine_fit.Beside(2e-5, 0.4),
-        ("sglang", "h100", 0): engine_fit.Beside(1e-5, 0.1), ("sglang", "h100", 2): engine_fit.Beside(3e-5, 0.9),
-        ("trtllm", "h100", 3): engine_fit.Beside(0.0, 0.3),
+        ("vllm", "h100", 0): engine_fit.Own(4e-5, 0.2), ("vllm", "h200", 1): engine_fit.Own(2e-5, 0.4),
+        ("sglang", "h100", 0): engine_fit.Own(1e-5, 0.1), ("sglang", "h100", 2): engine_fit.Own(3e-5, 0.9),
+        ("trtllm", "h100", 3): engine_fit.Own(0.0, 0.3),
     }  # fmt: skip
     assert engine_fit.drawn(own, "vllm") == pytest.approx(((2 * 3e-5 + 4 * 2e-5) / 6, 0.5 * 0.3))
     assert engine_fit.drawn(own, "unheard of") == pytest.approx((2e-5, 0.15))
@@ -250,6 +250,13 @@ def test_an_engine_is_drawn_towards_all_engines_networks() -> None:
     assert engine_fit.drawn(left, "vllm") == pytest.approx(((2e-5 + 4 * 2e-5) / 5, 0.5 * 0.4))
     assert set(engine_fit.without(own, device="h100")) == {("vllm", "h200", 1)}
     assert engine_fit.drawn({}, "vllm") == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("kernels_s", "left_s"), [(0.0, 10e-6), (6e-6, 8e-6), (12e-6, 0.0)])
+def test_what_kernels_err_by_is_no_distance_between_networks(kernels_s: float, left_s: float) -> None:
+    """By hand: each of four networks is 10 us per layer from what the other three say."""
+    own = {("vllm", "h100", n): engine_fit.Own(s, 0.0, kernels_s) for n, s in enumerate((1e-5, 2e-5, 2e-5, 1e-5))}
+    assert engine_fit.distances(own).layer_s == pytest.approx(left_s)
 
 
 def test_a_network_counts_once_however_often_it_was_measured() -> None:

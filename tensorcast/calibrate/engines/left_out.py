@@ -33,20 +33,25 @@ class Tells(Protocol):
 
 Serve = Callable[[pd.DataFrame, Callable[[str], EngineProfile]], pd.DataFrame]
 
+GIVE_OR_TAKE = ("layer_error_s", "prefill_error")
+"""How far apart networks' constants are: what few of them say of it is as unsure as it is for all."""
+
 ENOUGH = 100
 """Runs left out, by model and by device together, from which on an engine's own width is told by them."""
 
 
 def leave_out(told: Tells, column: str, serve: Serve) -> pd.DataFrame:
-    """Aggregated runs, each predicted by constants fitted without any run of its network, or on its device.
+    """Aggregated runs, each predicted by constants fitted without any run of its network, or on its device, as sure as
+    all runs together make them.
 
     Columns: ``what`` was left out, ``engine``, ``network``, and by name of a time of :data:`METRICS` the predicted over
     the measured and, as ``NAME_error``, the relative median error that its steps have.
     """
-    found = []
+    found, sure = [], {name: getattr(one, name) for one in told.fits("all").values() for name in GIVE_OR_TAKE}
     for value in told.known[column].unique():
         some = told.known[(told.known[column] == value) & (told.known["mode"] == "aggregated")]
         fits = told.without(column, value).fits("others")
+        fits = {name: fit.model_copy(update=sure) for name, fit in fits.items()}
         some = some[some["engine"].isin(fits)]
         if some.empty:
             continue

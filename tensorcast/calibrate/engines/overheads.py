@@ -37,8 +37,8 @@ from tensorcast.calibrate import command
 from tensorcast.calibrate.engines.left_out import LEFT_OUT, leave_out, page, serving_errors
 from tensorcast.calibrate.engines.statistics import (
     FEWEST,
-    Beside,
     Group,
+    Own,
     distances,
     drawn,
     evenly,
@@ -172,7 +172,7 @@ class Told:
     ``own``, each network's constants; ``published``: the engines without what was fitted."""
 
     known: pd.DataFrame
-    own: dict[Group, Beside]
+    own: dict[Group, Own]
     published: dict[str, EngineProfile]
 
     def fits(self, source: str) -> dict[str, EngineFit]:
@@ -233,7 +233,7 @@ def with_fit(engine: EngineProfile, **fields: Any) -> EngineProfile:
     return engine.model_copy(update={"fitted": EngineFit(source="given", rows=1, models=1, **fields)})
 
 
-def _steps_part(runs: pd.DataFrame, own: dict[Group, Beside], source: str) -> EngineFit:
+def _steps_part(runs: pd.DataFrame, own: dict[Group, Own], source: str) -> EngineFit:
     """What the steps of the engine of these ``runs`` take beside their kernels; ``own``: of all engines' networks."""
     found, off = drawn(own, str(runs["engine"].iloc[0])), distances(own)
     used, scored = runs[runs["used"]], runs[runs["scored"]]

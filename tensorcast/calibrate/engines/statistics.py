@@ -1,8 +1,8 @@
 """Constants of engines' steps, from runs of several networks that agree only so far.
 
 A table of runs has ``base_s`` (the time per token as predicted without the constants), ``layer_slope`` and
-``prompt_slope`` (what a unit of each adds), ``measured_tpot_s``, ``engine, device, network``, ``even`` and ``same`` (a
-number per measured run).
+``prompt_slope`` (what a unit of each adds), ``tpot_error`` (relative median error of ``base_s``, its kernels'),
+``measured_tpot_s``, ``engine, device, network``, ``even`` and ``same`` (a number per measured run).
 """
 
 from __future__ import annotations
@@ -31,6 +31,15 @@ class Beside(NamedTuple):
 
     layer_s: float
     slower: float
+
+
+class Own(NamedTuple):
+    """A network's own constants, and how many seconds per layer its kernels err by as stated (a median): the constant
+    makes up for those, too."""
+
+    layer_s: float
+    slower: float
+    kernels_s: float = 0.0
 
 
 Group = tuple[str, str, int]
@@ -91,7 +100,7 @@ def evenly(rows: pd.DataFrame) -> pd.Series[float]:
     return counted / counted.groupby(rows["network"]).transform("sum")
 
 
-def own_fits(rows: pd.DataFrame) -> dict[Group, Beside]:
+def own_fits(rows: pd.DataFrame) -> dict[Group, Own]:
     """Each network's own constants under an engine on a device, where enough runs say them."""
     found = {}
     for (engine, device, network), some in rows.groupby(["engine", "device", "network"]):
@@ -99,36 +108,39 @@ def own_fits(rows: pd.DataFrame) -> dict[Group, Beside]:
             fitted = least_off_by_two(
                 some["base_s"], some["layer_slope"], some["prompt_slope"], some["measured_tpot_s"], once(some)
             )
-            found[str(engine), str(device), int(str(network))] = Beside(*fitted)
+            kernels_s = float((some["tpot_error"] * some["base_s"] / some["layer_slope"]).median())
+            found[str(engine), str(device), int(str(network))] = Own(*fitted, kernels_s)
     return found
 
 
-def drawn(own: dict[Group, Beside], engine: str) -> Beside:
+def drawn(own: dict[Group, Own], engine: str) -> Beside:
     """An engine's constants: the median of its networks', drawn towards that of all engines' networks, which counts as
     :data:`DRAWN` of them. A few networks say little about the next one, and where prompts take a small part of all
     runs, their own factor is anything."""
     if not own:
         return Beside(0.0, 0.0)
-    own = {key: Beside(one.layer_s, BELIEVED * one.slower) for key, one in own.items()}
-    every = np.median(np.array(list(own.values())), axis=0)
-    here = np.array([one for (name, _, _), one in own.items() if name == engine]).reshape(-1, 2)
+    told = {key: (one.layer_s, BELIEVED * one.slower) for key, one in own.items()}
+    every = np.median(np.array(list(told.values())), axis=0)
+    here = np.array([one for (name, _, _), one in told.items() if name == engine]).reshape(-1, 2)
     if not len(here):
         return Beside(*every)
     return Beside(*((len(here) * np.median(here, axis=0) + DRAWN * every) / (len(here) + DRAWN)))
 
 
-def without(own: dict[Group, Beside], *, network: int | None = None, device: str | None = None) -> dict[Group, Beside]:
+def without(own: dict[Group, Own], *, network: int | None = None, device: str | None = None) -> dict[Group, Own]:
     """``own`` but for those of a network, or on a device."""
     return {key: one for key, one in own.items() if key[2] != network and key[1] != device}
 
 
-def distances(own: dict[Group, Beside]) -> Beside:
-    """How far networks' own constants are from those drawn from other networks: medians, of the factor relative."""
+def distances(own: dict[Group, Own]) -> Beside:
+    """How far networks' own constants are from those drawn from other networks: medians, of the factor relative. Of
+    seconds per layer what errors of kernels, which every price states as well, do not explain."""
     if not own:
         return Beside(0.0, 0.0)
     given = [drawn(without(own, network=key[2]), key[0]) for key in own]
-    layer = [abs(one.layer_s - g.layer_s) for one, g in zip(own.values(), given, strict=True)]
-    slower = [abs(one.slower - g.slower) / (1 + g.slower) for one, g in zip(own.values(), given, strict=True)]
+    pairs = list(zip(own.values(), given, strict=True))
+    layer = [np.sqrt(max((one.layer_s - g.layer_s) ** 2 - one.kernels_s**2, 0.0)) for one, g in pairs]
+    slower = [abs(one.slower - g.slower) / (1 + g.slower) for one, g in pairs]
     return Beside(float(np.median(layer)), float(np.median(slower)))
 
 
@@ -137,7 +149,7 @@ def added(rows: pd.DataFrame, beside: Beside) -> pd.Series[float]:
     return rows["base_s"] + beside.layer_s * rows["layer_slope"] + beside.slower * rows["prompt_slope"]
 
 
-def unseen(rows: pd.DataFrame, own: dict[Group, Beside]) -> pd.Series[float]:
+def unseen(rows: pd.DataFrame, own: dict[Group, Own]) -> pd.Series[float]:
     """Times per token of one engine's ``rows``, each network's by constants that nothing of it was fitted to."""
     after = pd.Series(0.0, index=rows.index)
     for network, some in rows.groupby("network"):

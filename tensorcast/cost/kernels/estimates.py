@@ -24,6 +24,10 @@ LENT_ERROR = 0.25
 17 % (bf16) and 33 % (FP8 blocks, most above 64 tokens) from vLLM 0.22.0's own, 31,590 rows that no fit has seen
 (aiconfigurator-core 0.12.0); the library that vLLM runs now is 37 % and 56 % from them."""
 
+UNPACKS_ERROR = 0.2
+"""The same of Marlin's experts in MXFP4 by those in INT4, one kernel: of one model by the other's they take 0.8 to 1.4
+times as long in four of five rows (:data:`~tensorcast.cost.kernels.device_model.UNPACKS`)."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -63,12 +67,17 @@ def estimated(
     return Estimate(seconds, lowest, high, level, seconds / formula.seconds)
 
 
-def borrowed(found: Estimate, formula: KernelFormula, error: float = BORROWED_ERROR) -> Estimate:
-    """Another dtype's or engine's kernel as this one's: never ``measured``, and no surer than such loans are."""
+def borrowed(
+    found: Estimate, formula: KernelFormula, error: float = BORROWED_ERROR, *, whole: bool = False
+) -> Estimate:
+    """Another dtype's or engine's kernel as this one's: never ``measured``, and no surer than such loans are.
+    ``whole``: the error is of such models by such others, so that what the lender says of other models is in it."""
     width = NORMAL_80 * error
-    low = np.maximum(np.minimum(found.low, found.seconds * np.exp(-width)), np.minimum(formula.floor, found.seconds))
+    low, high = found.seconds * np.exp(-width), found.seconds * np.exp(width)
+    if not whole:
+        low, high = np.minimum(found.low, low), np.maximum(found.high, high)
     return Estimate(
-        found.seconds, low, np.maximum(found.high, found.seconds * np.exp(width)),
+        found.seconds, np.maximum(low, np.minimum(formula.floor, found.seconds)), high,
         np.minimum(found.level, LEVELS.index("calibrated")), found.seconds / formula.seconds,
     )
 

@@ -19,6 +19,7 @@ from tensorcast.cost.kernels.device_model import CONFIGURATION, LINES, UNPACKS, 
 from tensorcast.cost.kernels.estimates import (
     LENT_ERROR,
     PARTS,
+    UNPACKS_ERROR,
     Estimate,
     borrowed,
     estimated,
@@ -133,9 +134,10 @@ class Predictor:
         for code, other in lent:
             places.append(np.flatnonzero(columns["source"] == code))
             some = {size: values[places[-1]] for size, values in columns.items()}
-            by_own = formula_of(*name, some, self.device, engine=own.engine)  # what the asked one is corrected over
+            by_own = formula_of(*name, some, self.device, engine=own.engine)  # what the asked one corrects
             there = self._by_kernel(other, name[0], other.dtype, name[2], some)
-            parts.append(borrowed(there, by_own, LENT_ERROR))
+            dtypes = other.dtype != name[1]
+            parts.append(borrowed(there, by_own, UNPACKS_ERROR if dtypes else LENT_ERROR, whole=dtypes))
         rest = np.isin(columns["source"], [code for code, _ in lent], invert=True)
         if rest.any():
             places.append(np.flatnonzero(rest))

@@ -114,8 +114,9 @@ def _overheads(found: dict[str, EngineFit]) -> list[str]:
     text = (
         "Overheads, and median errors of the time per token of aggregated runs as published and as fitted: runs left "
         "out, and each model by constants that nothing of it was fitted to. Give or take: the median distance of a "
-        "model's own constant from the one drawn from others, part of every interval, as is what serving errs by: so "
-        "much beside steps that four in five runs of models and devices left out lie in theirs."
+        "model's own constant from the one drawn from others (of seconds per layer what errors of its kernels do not "
+        "explain), part of every interval, as is what serving errs by: so much beside steps that four in five runs of "
+        "models and devices left out lie in theirs."
     )
     return [text, "", *markdown(head, rows)]
 

@@ -72,6 +72,7 @@ class OnePrefill:
     prompt_s: float
     token_s: float = 0.0
     expert_s: float = 0.0
+    late_s: float = 0.0
     step_s: float = 0.0
     error: float = 0.0
     evidence: dict[str, float] = field(default_factory=dict)
@@ -86,6 +87,11 @@ class OnePrefill:
             s for p, s, _ in seconds_by_row(price, 3)
             if (p.row.group in ("dp", "ep") if isinstance(p.row, Collective) else p.row.stage in EXPERT_STAGES)
         )
+        attention = sum(s for p, s, _ in seconds_by_row(price, 3) if getattr(p.row, "name", "") in PER_SEQUENCE)
+        chunks = max(1 / cut.per_step, 1.0)
+        first, last = cut.past - (chunks - 1) / 2 * cut.tokens, cut.past + (chunks - 1) / 2 * cut.tokens
+        late = slow.prefill_factor * float(np.broadcast_to(attention, 3)[1])
+        late *= (last - first) / 2 / ((last + first + cut.tokens) / 2)
         of_half, of_one, _ = slow.prefill_factor * (np.broadcast_to(experts, 3) - np.broadcast_to(price.hidden_s, 3))
         if cut.per_step > 1:
             prompt_s = min(max((full - one) / (cut.per_step - 1), 0.0), one)
@@ -94,7 +100,7 @@ class OnePrefill:
             prompt_s, token_s, most = 0.0, max(one - half, 0.0) / (cut.tokens / 2), one
         return cls(
             per_step=cut.per_step, fixed_s=one - prompt_s, prompt_s=prompt_s, token_s=token_s, step_s=one,
-            expert_s=min(max(2 * (of_one - of_half), 0.0), most),
+            expert_s=min(max(2 * (of_one - of_half), 0.0), most), late_s=late,
             error=math.hypot(float(np.broadcast_to(price.error, 3)[1]), slow.prefill_error),
             evidence={kind: float(share[1]) for kind, share in evidence(price, 3).items()},
         )  # fmt: skip
@@ -177,14 +183,14 @@ def engine_times(
     place is taken."""
     engine, steps = decode.engine, steps_of(traffic, depth)
     waits = engine.scheduler is not None and engine.scheduler.drafting_ranks_wait and depth > 0
+    apart = 2 * float(traffic.spread) * steps * math.sqrt(min(float(traffic.rounds), 1e4)) / 1.5
     mean, met, own, each, full = step_moments(
-        curve, prompts, batch, steps=steps, dp=dp, alone=engine.prefill_alone, waits=waits
+        curve, prompts, batch, steps=steps, dp=dp, alone=engine.prefill_alone, waits=waits, apart=apart
     )
     others, most = max(batch - 1, 0), prompts.most_per_s
     unread = float(curve.at("seconds", batch)) if engine.prefill_alone else met
     first = engine.arrival_wait_steps * met + traffic.wait_steps * unread + own
     first, generation = first + engine.first_token_s(traffic.input_len), steps * mean
-    apart = 2 * traffic.spread * steps * math.sqrt(min(traffic.rounds, 1e4)) / 1.5
     if engine.prefill_alone:
         looks, shared = max(2 * traffic.wait_steps, 1), max(prompts.per_step, 1)
         together = others * max(looks / (looks + apart), min(looks / steps, 1))
@@ -200,7 +206,7 @@ def engine_times(
 
 
 def step_moments(
-    curve: Any, prompts: Any, batch: float, *, steps: float, dp: int, alone: bool, waits: bool
+    curve: Any, prompts: Any, batch: float, *, steps: float, dp: int, alone: bool, waits: bool, apart: float
 ) -> tuple[float, float, float, float, bool]:
     """The mean step, that which an arrival meets, that which it rides in, what a prompt adds, if prompts overrun."""
     plain = float(curve.at("seconds", batch))
@@ -217,14 +223,16 @@ def step_moments(
     extra, per_rank = first - plain, arrivals / dp
     used, beside = per_rank / prompts.per_step, plain if alone else 0.0
     if prompts.per_step <= 1:
-        mixed = 1 - max(1 - used, 0) ** dp
+        mixed = some_read(used, apart / steps, dp, waits=waits) if alone else 1 - max(1 - used, 0) ** dp
         idle = 1 - max(used, 1e-12) / max(mixed, 1e-12)
-        each = max(extra + prompts.prompt_s - prompts.expert_s * idle, 0.0)
-        mean, variance = plain + mixed * each, mixed * (1 - mixed) * each**2
+        readers = max(dp * (1 - idle), 1)
+        late = prompts.late_s * (readers - 1) / (readers + 1) * (apart / (apart + 1 / prompts.per_step))
+        each = max(extra + prompts.prompt_s + late - prompts.expert_s * idle, 0.0)
+        mean, variance = plain + mixed * each, varied(mixed) * each**2
         if alone and not waits:
-            another, longer = another_reads(used, dp), max(each - plain, 0.0)
-            mean = plain + used * each + another * longer
-            variance = min(used, 1.0) * max(1 - used, 0.0) * each**2 + another * (1 - another) * longer**2
+            longer = max(each - plain, 0.0)
+            mean = plain + used * each + (mixed - used) * longer
+            variance = varied(used) * each**2 + varied(mixed - used) * longer**2
         own = (plain + each) / prompts.per_step - beside
     else:
         none = math.exp(-arrivals)
@@ -234,21 +242,29 @@ def step_moments(
         mean = plain + max((1 - none) * extra + most * each, 0.0)
         if alone and not waits:
             busy = 1 - math.exp(-per_rank)
-            reading = extra + each * per_rank / max(busy, 1e-12)
-            mean = plain + busy * reading + another_reads(busy, dp) * max(reading - plain, 0.0)
+            some = some_read(busy, apart / steps, dp, waits=False)
+            of_prompt = prompts.prompt_s - prompts.expert_s * (1 - max(busy, 1e-12) / max(some, 1e-12))
+            reading = extra + of_prompt * per_rank / max(busy, 1e-12)
+            mean = plain + busy * reading + (some - busy) * max(reading - plain, 0.0)
         scatter = each**2 * most + 2 * extra * each * most * none + extra**2 * none * (1 - none)
         variance = scatter / max(1 - (most * each / mean) ** 2, 1e-3)
         others = per_rank * (1 + variance / mean**2)
         own = (first - beside) * max(1.0, (1 + others / 2) / prompts.per_step) - prompts.expert_s * idle
         own += prompts.prompt_s * min(1 + others, max(prompts.per_step, 1 + others / 2))
     met = mean + variance / mean
-    own += met * used / (2 * max(1 - used, 1e-3)) / max(prompts.per_step, 1.0)
-    return mean, met, own, (mean - plain) / per_rank, used >= 0.98
+    own += met * used / (2 * (1.0 if alone else max(1 - used, 1e-3))) / max(prompts.per_step, 1.0)
+    return mean, met, own, (mean - plain) / per_rank, used >= 0.98 and not alone
 
 
-def another_reads(per_step: float, dp: int) -> float:
-    """Chance that one of the other ranks reads while one writes, each so many steps with prompts for one without."""
-    return 1 - (1 / (1 + per_step)) ** (dp - 1)
+def some_read(used: float, apart: float, dp: int, *, waits: bool) -> float:
+    """Steps with prompts of any rank for one without, of ranks that read in one window of a reply's time."""
+    window = math.sqrt(used**2 + apart**2)
+    window = min(window, max(used, 1.0) if waits else 1 + used)
+    return -window * math.expm1(dp * math.log1p(-min(used / window, 1 - 1e-12)))
+
+
+def varied(chance: float) -> float:
+    return min(chance, 1.0) * max(1 - chance, 0.0)
 
 
 def disaggregated(

@@ -10,7 +10,7 @@ from tensorcast.serving.prefill_costs import PrefillCosts
 
 def line(per_step: float, fixed_s: float, prompt_s: float) -> PrefillCosts:
     """A worker whose steps take ``fixed_s`` and ``prompt_s`` per prompt; ``per_step`` ride together at most."""
-    names = ("token_s", "expert_s", "step_s", "error")
+    names = ("token_s", "expert_s", "late_s", "step_s", "error")
     given = {"per_step": np.array(per_step), "fixed_s": np.array(fixed_s), "prompt_s": np.array(prompt_s)}
     return PrefillCosts(**given, **dict.fromkeys(names, np.array(0.0)), evidence={})
 

@@ -42,7 +42,7 @@ class Prompts:
 
     def __init__(self, fixed_s: float, per_step: float = 8.0) -> None:
         self.fixed_s, self.per_step, self.prompt_s = fixed_s, per_step, PROMPT_S
-        self.token_s, self.expert_s, self.error, self.step_s = 0.0, 0.0, 0.05, fixed_s + PROMPT_S
+        self.token_s, self.expert_s, self.late_s, self.error, self.step_s = 0.0, 0.0, 0.0, 0.05, fixed_s + PROMPT_S
         self.evidence = {"calibrated": 1.0}
         self.most_per_s = per_step / (fixed_s + PROMPT_S * per_step)
 
@@ -259,7 +259,7 @@ def served(
     given: dict[str, Any] = {
         "traffic": traffic, "engine": decode.engine, "decode_ranks": ranks, "depth": decode.options.mtp_depth,
         "decoding": DecodeCurve(GRID, {name: np.broadcast_to(v, (1, len(GRID))) for name, v in found.items()}, rows),
-        "prompts": prefill_costs(columns, cut.tokens, cut.per_step).where(rows),
+        "prompts": prefill_costs(columns, cut.tokens, cut.per_step, cut.rises).where(rows),
     }  # fmt: skip
     lengths = int(traffic.input_len), int(traffic.output_len)
     fits = sequences_that_fit(prefill, decode, None if workers else cut, *lengths)

@@ -42,9 +42,10 @@ def test_a_prompt_takes_its_images_more(fixed: float, prompt: float, per_step: f
     batches = np.array([0.5, 1.0, max(per_step, 1.0)])
     columns: dict[str, Any] = {
         "seconds": fixed + prompt * batches[None], "experts_s": 0.1 * prompt * batches[None],
-        "error": np.full((1, 3), 0.1), **{kind: np.full((1, 3), float(kind == "measured")) for kind in EVIDENCE},
+        "attention_s": 0.1 * prompt * batches[None], "error": np.full((1, 3), 0.1),
+        **{kind: np.full((1, 3), float(kind == "measured")) for kind in EVIDENCE},
     }
-    plain: PrefillCosts = prefill_costs(columns, 1000.0, per_step)
+    plain: PrefillCosts = prefill_costs(columns, 1000.0, per_step, 0.0)
     step = two().of_prompt(load_model(MODEL), load_device("h200"), load_engine("vllm"), 1)
     seen = with_images(plain, [step])
     # seconds of a rank for each prompt when steps are full

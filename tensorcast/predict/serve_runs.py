@@ -220,8 +220,8 @@ def _priced(rows: list[_Row], most: Array) -> tuple[PrefillCosts, DecodeCurve]:
     for part, several in zip(prefills, cuts, strict=True):
         columns = prefill_columns(next(priced), rows[part[0]].prefill)
         every = {name: np.broadcast_to(values, (len(part), 3)) for name, values in columns.items()}
-        tokens, per_step = (np.array([getattr(cut, name) for cut in several]) for name in ("tokens", "per_step"))
-        costs.append(_with_images(prefill_costs(every, tokens, per_step), [rows[i] for i in part]))
+        of_cuts = (np.array([getattr(cut, name) for cut in several]) for name in ("tokens", "per_step", "rises"))
+        costs.append(_with_images(prefill_costs(every, *of_cuts), [rows[i] for i in part]))
     width = max(2, *map(len, grids))
     found: dict[str, Array] = defaultdict(lambda: np.empty((len(rows), width)))
     for part, grid in zip(decodes, grids, strict=True):

@@ -1,7 +1,7 @@
 """How an engine puts requests into steps: who is let in, in which order, and what is kept for the next one."""
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -90,6 +90,10 @@ class Scheduler(Frozen):
     )
     prompts_wait: bool = Field(default=False, description="whether prompts can be told to wait for others")
     source: str = Field(min_length=3)
+
+    def ranks_wait(self, drafts: Any) -> Any:
+        """Whether data-parallel ranks write nothing while others read, with so many ``drafts`` per step (or arrays)."""
+        return (drafts > 0) & self.drafting_ranks_wait
 
     def sequences(
         self, memory_bytes: float, ranks: int = 1, *, drafts: bool = False, classes: Iterable[str] = ()

@@ -186,7 +186,7 @@ def rules_of(
         asks_again=bool(scheduler.expected_reply and scheduler.expected_reply.windows_ask_again and windows_apart),
         blocks_found=scheduler.blocks_found,
         waits_for_blocks=scheduler.waits_for_blocks,
-        ranks_wait=bool(depth) and engine.prefill_alone and scheduler.drafting_ranks_wait,
+        ranks_wait=scheduler.ranks_wait(depth),
         queue_weight=float(scheduler.queue_weight),
         queue_from_used=float(scheduler.queue_from_used),
         room_first=scheduler.room_first if role == "decode" else None,

@@ -304,7 +304,7 @@ class VariantPrices:
                 }
                 for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
                     mine = {name: values[:, i] for name, values in columns.items()}
-                    costs = prefill_costs(mine, cut.tokens, cut.per_step)
+                    costs = prefill_costs(mine, cut.tokens, cut.per_step, cut.rises)
                     if self.scenario.images is not None and not self.scenario.images.apart:
                         costs = with_images(costs, [self._encoding(i) for i in position[some]])
                     self._costs[budget].append((position[some], costs))

@@ -23,12 +23,14 @@ class PromptCut:
     ``tokens``: new tokens that a step takes of a prompt. A prompt longer than a step's chunk runs as equal chunks; a
     chunk is priced at the mean of the tokens cached before it, ``past``. ``per_step``: prompts of a data-parallel rank
     that share a step at most; below 1 for those in chunks. ``batches``: prompts per rank at which steps are priced.
+    ``rises``: by which share of what the mean chunk sees the last one sees more.
     """
 
     tokens: float
     past: float
     per_step: float
     batches: tuple[float, float, float]
+    rises: float
 
 
 def cut_prompts(traffic: Traffic, chunk_tokens: int) -> PromptCut:
@@ -38,8 +40,10 @@ def cut_prompts(traffic: Traffic, chunk_tokens: int) -> PromptCut:
     new = float(traffic.input_len - traffic.prefix_cached)
     chunks = float(np.ceil(new / chunk_tokens))
     per_step = float(chunk_tokens // new) if chunks == 1 else 1.0 / chunks
-    past = float(traffic.prefix_cached) + (new - new / chunks) / 2
-    return PromptCut(new / chunks, past, per_step, (0.5, 1.0, max(per_step, 1.0)))
+    before = (new - new / chunks) / 2
+    past = float(traffic.prefix_cached) + before
+    rises = before / (past + new / chunks / 2)
+    return PromptCut(new / chunks, past, per_step, (0.5, 1.0, max(per_step, 1.0)), rises)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,8 @@ class PrefillCosts(Entries):
     A step with ``n`` prompts per data-parallel rank, ``per_step`` at most, takes ``fixed_s + prompt_s * n`` seconds; a
     step of one prompt ``step_s``. ``token_s``: what one more token adds. Every data-parallel rank has as many prompts;
     ``expert_s`` is what experts and exchange take of ``prompt_s`` or, with one prompt per step, of ``fixed_s``: a rank
-    with a prompt where others have none needs its part of that. ``error``: relative median error of a step.
+    with a prompt where others have none needs its part of that. ``late_s``: by how much a prompt's last chunk takes
+    longer than its mean one. ``error``: relative median error of a step.
     ``evidence``: shares of its kernel seconds by :data:`~tensorcast.cost.evidence.EVIDENCE`.
     """
 
@@ -58,6 +63,7 @@ class PrefillCosts(Entries):
     prompt_s: Array
     token_s: Array
     expert_s: Array
+    late_s: Array
     step_s: Array
     error: Array
     evidence: dict[str, Array]
@@ -98,15 +104,16 @@ def prefill_columns(price: StepPrice, prefill: Deployment) -> dict[str, Any]:
     return {
         "seconds": overhead.prefill_factor * price.seconds,
         "experts_s": overhead.prefill_factor * (price.tally.experts - price.hidden_s),
+        "attention_s": overhead.prefill_factor * price.tally.attention,
         "error": np.hypot(price.error, overhead.prefill_error),
         **price.tally.evidence,
     }
 
 
-def prefill_costs(columns: Mapping[str, Array], tokens: Number, per_step: Number) -> PrefillCosts:
+def prefill_costs(columns: Mapping[str, Array], tokens: Number, per_step: Number, rises: Number) -> PrefillCosts:
     """Costs from :func:`prefill_columns` ``[..., 3]``, the last axis over the three batches of a :class:`PromptCut`.
 
-    ``tokens, per_step``: of the cut; numbers, or arrays of one entry for each of the other axes.
+    ``tokens, per_step, rises``: of the cut; numbers, or arrays of one entry for each of the other axes.
     """
     half, one, full = np.moveaxis(columns["seconds"], -1, 0)
     per_step = np.broadcast_to(np.asarray(per_step, dtype=float), one.shape)
@@ -120,6 +127,7 @@ def prefill_costs(columns: Mapping[str, Array], tokens: Number, per_step: Number
         token_s=np.where(several, prompt_s / tokens, np.maximum(one - half, 0.0) / (np.asarray(tokens) / 2)),
         # with pipeline stages another prompt takes one more turn, less than its way through all stages
         expert_s=np.clip(2 * (with_one - with_half), 0.0, np.where(several, prompt_s, one)),
+        late_s=rises * columns["attention_s"][..., 1],
         step_s=one,
         error=columns["error"][..., 1],
         evidence={kind: columns[kind][..., 1] for kind in EVIDENCE},

@@ -155,14 +155,14 @@ class Aggregated(ServingModel):
         """As :meth:`ServingModel.at`; prompts wait for steps here, in no queue that ``concurrency`` would bound."""
         traffic, engine, prompts = self.traffic, self.engine, self.prompts
         steps, others = traffic.decode_steps(self.depth), np.maximum(batch - 1, 0)
-        step = self._steps(batch, steps)
+        apart = 4 / 3 * traffic.spread * steps * np.sqrt(np.minimum(traffic.rounds, LONG))  # in steps, of all rounds
+        step = self._steps(batch, steps, apart)
         wave = others / prompts.most_per_s  # until the last of a wave of prompts is done, beyond the first
         # between two looks for requests no step reads any: where prompts run alone these are plain
         unread = step.plain_s if engine.prefill_alone else step.met_s
         first = engine.arrival_wait_steps * step.met_s + traffic.wait_steps * unread + step.own_s
         first = first + engine.first_token_s(traffic.input_len)
         generation = steps * step.mean_s
-        apart = 4 / 3 * traffic.spread * steps * np.sqrt(np.minimum(traffic.rounds, LONG))  # in steps, of all rounds
         if engine.prefill_alone:
             # Decoding stands still while prompts run, so that others' replies do not end meanwhile: those alone come
             # together, beyond chance, that end in one step, or between two looks for requests; of lengths that differ
@@ -187,15 +187,16 @@ class Aggregated(ServingModel):
         users = np.where(step.full, np.inf, batch * self.decode_ranks * (first + generation) / place)
         return SteadyState(first, generation, place, step.mean_s, step.plain_s, users)
 
-    def _steps(self, batch: Array, steps: Array) -> _Steps:
-        """Moments of the step time where a reply takes so many ``steps`` and ranks, if several, move in lockstep.
+    def _steps(self, batch: Array, steps: Array, apart: Array) -> _Steps:
+        """Moments of the step time where a reply takes so many ``steps``, ends ``apart`` from those of one beginning,
+        and ranks, if several, move in lockstep.
 
         While one's own reply is written all other users of one's rank send a prompt, as none is read while one's own
         is; of other ranks' users as many as their replies make up of their time.
         """
         prompts, dp, alone = self.prompts, self.decode_ranks, self.engine.prefill_alone
-        scheduler = self.engine.scheduler  # whether other ranks' replies stand still while one reads
-        wait = np.greater(self.depth, 0) & (scheduler is not None and scheduler.drafting_ranks_wait)
+        scheduler = self.engine.scheduler
+        wait = alone and scheduler is not None and scheduler.ranks_wait(self.depth)
         plain = self.decoding.at("seconds", batch)
         shared = 0.0 if alone else self.decoding.at("attention_s", batch) + prompts.token_s * batch
         first = prompts.fixed_s + (plain if alone else shared)  # a: what a step with prompts takes beside their number
@@ -212,14 +213,17 @@ class Aggregated(ServingModel):
         per_rank = arrivals / dp
         used = per_rank / prompts.per_step
         if np.all(prompts.per_step <= 1):  # a prompt takes 1 / per_step steps of its own
-            mixed = 1 - np.maximum(1 - used, 0) ** dp
+            mixed = _some_read(used, apart / steps, dp, wait) if alone else 1 - np.maximum(1 - used, 0) ** dp
             idle = 1 - np.maximum(used, 1e-12) / np.maximum(mixed, 1e-12)  # share of the ranks that have none
-            each = np.maximum(extra + prompts.prompt_s - prompts.expert_s * idle, 0.0)
-            mean = plain + mixed * each
-            variance = mixed * (1 - mixed) * each**2
-            if alone:
-                apart_mean, apart_variance = _beside_readers(plain, each, used, dp)
-                mean, variance = np.where(wait, mean, apart_mean), np.where(wait, variance, apart_variance)
+            # of several that read, the one that is farthest, but where all go in step
+            readers = np.maximum(dp * (1 - idle), 1.0)
+            late = prompts.late_s * (readers - 1) / (readers + 1) * apart / (apart + 1 / prompts.per_step)
+            each = np.maximum(extra + prompts.prompt_s + late - prompts.expert_s * idle, 0.0)
+            # steps in which one's own reply stands still, and those of others that go on meanwhile
+            still = np.where(wait, mixed, used) if alone else mixed
+            longer = np.maximum(each - plain, 0.0)
+            mean = plain + still * each + (mixed - still) * longer
+            variance = _varied(still) * each**2 + _varied(mixed - still) * longer**2
             own = (plain + each) / prompts.per_step - (plain if alone else 0.0)
         else:
             # the slowest of dp ranks: at least whether any has a prompt, at most all of them on one
@@ -231,9 +235,11 @@ class Aggregated(ServingModel):
             mean = plain + np.maximum((1 - none) * extra + most * each, 0.0)
             scatter = each**2 * most + extra**2 * none * (1 - none) + 2 * extra * each * most * none
             if alone:
-                busy = -np.expm1(-per_rank)
-                apart_mean, _ = _beside_readers(plain, extra + each * per_rank / np.maximum(busy, 1e-12), busy, dp)
-                mean = np.where(wait, mean, apart_mean)
+                busy = np.maximum(-np.expm1(-per_rank), 1e-12)
+                some = _some_read(busy, apart / steps, dp, False)
+                reading = extra + (prompts.prompt_s - prompts.expert_s * (1 - busy / some)) * per_rank / busy
+                longer = np.maximum(reading - plain, 0.0)
+                mean = np.where(wait, mean, plain + busy * reading + (some - busy) * longer)
             # arrivals vary with the length of the step before, too
             variance = scatter / np.maximum(1 - np.square(most * each / mean), 1e-3)
             others = per_rank * (1 + variance / mean**2)
@@ -244,18 +250,31 @@ class Aggregated(ServingModel):
             own = own - prompts.expert_s * idle
         met = mean + variance / mean
         # prompts that do not fit into the step wait for the next
-        own = own + met * used / (2 * np.maximum(1 - used, 1e-3)) / np.maximum(prompts.per_step, 1.0)
-        return _Steps(mean, met, own, plain, (mean - plain) / per_rank, used >= 0.98)
+        # (of prompts alone as many as come while replies are written, however long they take to read)
+        left = 1.0 if alone else np.maximum(1 - used, 1e-3)
+        own = own + met * used / (2 * left) / np.maximum(prompts.per_step, 1.0)
+        return _Steps(mean, met, own, plain, (mean - plain) / per_rank, (used >= 0.98) & (not alone))
 
 
-def _beside_readers(plain: Array, reading: Array, used: Array, dp: Number) -> tuple[Array, Array]:
-    """Mean and variance of the step time of a rank whose engine runs prompts alone and ``used`` such steps, of
-    ``reading`` seconds, for every other: the others' replies go on while one of ``dp`` ranks reads, as long as that
-    takes (SGLang 0.5.23, srt/managers/scheduler.py: each rank picks its own batch, all run them together)."""
-    another = -np.expm1((1 - dp) * np.log1p(used))  # of all its steps a rank reads in used / (1 + used)
-    longer = np.maximum(reading - plain, 0.0)
-    mean = plain + used * reading + another * longer
-    return mean, np.minimum(used, 1) * np.maximum(1 - used, 0) * reading**2 + another * (1 - another) * longer**2
+def _some_read(used: Array, apart: Array, dp: Number, wait: Mask | bool) -> Array:
+    """Steps, for each with decoding sequences alone, in which some of ``dp`` ranks reads, where prompts run alone and
+    each rank reads in ``used`` (SGLang 0.5.23, srt/managers/scheduler.py: each rank picks its own batch, all run them
+    together). ``wait``: none writes then.
+
+    Ranks begin together, and in steps, of which all take as many, they stay together: they read in one window of each
+    round of replies, as wide as its prompts take, which widens as replies end ``apart``, in replies, until prompts come
+    at any time.
+    """
+    window = np.minimum(np.hypot(used, apart), np.where(wait, np.maximum(used, 1.0), 1 + used))
+    share = np.minimum(used / window, 1 - NEARLY_NONE**2)
+    found: Array = -window * np.expm1(dp * np.log1p(-share))
+    return found
+
+
+def _varied(chance: Array) -> Array:
+    """Variance of whether something happens."""
+    found: Array = np.minimum(chance, 1.0) * np.maximum(1 - chance, 0.0)
+    return found
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def step_moments(
     extra, per_rank = first - plain, arrivals / dp
     used, beside = per_rank / prompts.per_step, plain if alone else 0.0
     if prompts.per_step <= 1:
-        mixed = some_read(used, apart / steps, dp, waits=waits) if alone else 1 - max(1 - used, 0) ** dp
+        mixed = some_read(used, apart / steps, dp, users, waits=waits) if alone else 1 - max(1 - used, 0) ** dp
         idle = 1 - max(used, 1e-12) / max(mixed, 1e-12)
         readers = max(dp * (1 - idle), 1)
         late = prompts.late_s * (readers - 1) / (readers + 1) * (apart / (apart + 1 / prompts.per_step))
@@ -242,7 +242,7 @@ def step_moments(
         mean = plain + max((1 - none) * extra + most * each, 0.0)
         if alone and not waits:
             busy = 1 - math.exp(-per_rank)
-            some = some_read(busy, apart / steps, dp, waits=False)
+            some = some_read(busy, apart / steps, dp, users, waits=False)
             of_prompt = prompts.prompt_s - prompts.expert_s * (1 - max(busy, 1e-12) / max(some, 1e-12))
             reading = extra + of_prompt * per_rank / max(busy, 1e-12)
             mean = plain + busy * reading + (some - busy) * max(reading - plain, 0.0)
@@ -256,11 +256,12 @@ def step_moments(
     return mean, met, own, (mean - plain) / per_rank, used >= 0.98 and not alone
 
 
-def some_read(used: float, apart: float, dp: int, *, waits: bool) -> float:
+def some_read(used: float, apart: float, dp: int, users: float, *, waits: bool) -> float:
     """Steps with prompts of any rank for one without, of ranks that read in one window of a reply's time."""
     window = math.sqrt(used**2 + apart**2)
     window = min(window, max(used, 1.0) if waits else 1 + used)
-    return -window * math.expm1(dp * math.log1p(-min(used / window, 1 - 1e-12)))
+    chance = -window * math.expm1(dp * math.log1p(-min(used / window, 1 - 1e-12)))
+    return max(chance, used / min(max(users, 1 / dp), 1))  # one user, one rank
 
 
 def varied(chance: float) -> float:

@@ -213,7 +213,7 @@ class Aggregated(ServingModel):
         per_rank = arrivals / dp
         used = per_rank / prompts.per_step
         if np.all(prompts.per_step <= 1):  # a prompt takes 1 / per_step steps of its own
-            mixed = _some_read(used, apart / steps, dp, wait) if alone else 1 - np.maximum(1 - used, 0) ** dp
+            mixed = _some_read(used, apart / steps, dp, users, wait) if alone else 1 - np.maximum(1 - used, 0) ** dp
             idle = 1 - np.maximum(used, 1e-12) / np.maximum(mixed, 1e-12)  # share of the ranks that have none
             # of several that read, the one that is farthest, but where all go in step
             readers = np.maximum(dp * (1 - idle), 1.0)
@@ -236,7 +236,7 @@ class Aggregated(ServingModel):
             scatter = each**2 * most + extra**2 * none * (1 - none) + 2 * extra * each * most * none
             if alone:
                 busy = np.maximum(-np.expm1(-per_rank), 1e-12)
-                some = _some_read(busy, apart / steps, dp, False)
+                some = _some_read(busy, apart / steps, dp, users, False)
                 reading = extra + (prompts.prompt_s - prompts.expert_s * (1 - busy / some)) * per_rank / busy
                 longer = np.maximum(reading - plain, 0.0)
                 mean = np.where(wait, mean, plain + busy * reading + (some - busy) * longer)
@@ -256,18 +256,18 @@ class Aggregated(ServingModel):
         return _Steps(mean, met, own, plain, (mean - plain) / per_rank, (used >= 0.98) & (not alone))
 
 
-def _some_read(used: Array, apart: Array, dp: Number, wait: Mask | bool) -> Array:
+def _some_read(used: Array, apart: Array, dp: Number, users: Array, wait: Mask | bool) -> Array:
     """Steps, for each with decoding sequences alone, in which some of ``dp`` ranks reads, where prompts run alone and
     each rank reads in ``used`` (SGLang 0.5.23, srt/managers/scheduler.py: each rank picks its own batch, all run them
     together). ``wait``: none writes then.
 
     Ranks begin together, and in steps, of which all take as many, they stay together: they read in one window of each
     round of replies, as wide as its prompts take, which widens as replies end ``apart``, in replies, until prompts come
-    at any time.
+    at any time. Of fewer ``users`` of a rank than one not all ranks read.
     """
     window = np.minimum(np.hypot(used, apart), np.where(wait, np.maximum(used, 1.0), 1 + used))
     share = np.minimum(used / window, 1 - NEARLY_NONE**2)
-    found: Array = -window * np.expm1(dp * np.log1p(-share))
+    found: Array = np.maximum(-window * np.expm1(dp * np.log1p(-share)), used / np.clip(users, 1 / dp, 1))
     return found
 
 

@@ -43,6 +43,7 @@ class Naive:
         self.reading: list[Sequence] = []
         self.running: list[Sequence] = []
         self.begun: list[float] = []
+        self.unlooked, self.seen = 0, 0.0  # decode steps since the last look for requests, and until when it saw them
         self.prompts: list[tuple[int, int]] = []
         self.done: list[Sequence] = []
 
@@ -148,7 +149,11 @@ class Naive:
 
     def compose(self) -> None:
         rules, begun = self.rules, self.begun
-        seen = begun[-min(rules.lag, len(begun))] if rules.lag and begun else self.now
+        if begun:
+            self.unlooked += rules.look_steps if self.prompts else 1
+        if not begun or self.unlooked >= rules.look_steps:
+            self.unlooked, self.seen = 0, begun[-min(rules.lag, len(begun))] if rules.lag and begun else self.now
+        seen = self.seen
         self.budget = rules.chunk_tokens - (0 if rules.alone else len(self.running))
         self.prompts, self.done = [], []
         for one in self.reading:

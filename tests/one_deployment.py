@@ -192,7 +192,7 @@ def engine_times(
     first = engine.arrival_wait_steps * met + traffic.wait_steps * unread + own
     first, generation = first + engine.first_token_s(traffic.input_len), steps * mean
     if engine.prefill_alone:
-        looks, shared = max(2 * traffic.wait_steps, 1), max(prompts.per_step, 1)
+        looks, shared = 2 * traffic.wait_steps + 1, max(prompts.per_step, 1)
         together = others * max(looks / (looks + apart), min(looks / steps, 1))
         cost = prompts.prompt_s + prompts.fixed_s / min(together + 1, shared) if prompts.per_step > 1 else 1 / most
         between = generation - together * max(each - cost, 0)

@@ -87,6 +87,8 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "seen at once": {"lag": 0},
     "seen late": {"lag": 2},
+    "looked for now and then": {"alone": True, "look_steps": 7, "most_sequences": 6},
+    "looked for now and then, seen at once": {"lag": 0, "look_steps": 5, "cache_tokens": 1100.0},
 }
 
 

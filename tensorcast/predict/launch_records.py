@@ -51,7 +51,7 @@ LENGTH_RATIO = 0.8
 """Records of InferenceX are of lengths uniform between this share of the stated and the whole (its scripts,
 github.com/SemiAnalysisAI/InferenceX, benchmarks/single_node/)."""
 
-RECEIVE_INTERVAL = {"few": 10, "many": 30, "hopper": 0}
+RECEIVE_INTERVAL = {"few": 10, "many": 30, "hopper": 1}
 """SGLang's ``--scheduler-recv-interval`` where no launch is known (dsr1_fp8_h200.sh, dsr1_fp8_b200.sh,
 qwen3.5_fp8_b200.sh, qwen3.5_bf16_mi355x.sh)."""
 
@@ -100,7 +100,8 @@ class Launched:
 
 
 def wait_steps(device: str, mode: str, users: float) -> float:
-    """Steps that SGLang's receive interval adds to a first token, in a record that says nothing of it: half of it.
+    """Steps that SGLang's receive interval adds to a first token, in a record that says nothing of it: half of those
+    from one look to the next.
 
     Its stream interval adds none: the first token is sent at once (SGLang 0.5.9 and 0.5.14,
     srt/managers/scheduler_output_processor_mixin.py: ``len(output_ids) % stream_interval == 1``).
@@ -108,7 +109,7 @@ def wait_steps(device: str, mode: str, users: float) -> float:
     if mode != "aggregated":
         return 0.0
     hopper = _device(device).architecture.lower() == "hopper"
-    return RECEIVE_INTERVAL["hopper" if hopper else "many" if users >= MANY_USERS else "few"] / 2
+    return (RECEIVE_INTERVAL["hopper" if hopper else "many" if users >= MANY_USERS else "few"] - 1) / 2
 
 
 def frontend(device: str) -> Frontend:

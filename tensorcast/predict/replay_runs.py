@@ -91,7 +91,7 @@ def _priced(run: Run, engine: Callable[[str], EngineProfile], longest: int) -> P
         return priced_servers(
             model, device, profile, servers, longest=longest, options=run.options,
             mtp_acceptance=run.mtp_acceptance, chunk_tokens=run.chunk_tokens,
-            max_sequences=run.max_sequences, wait_steps=run.wait_steps,
+            max_sequences=run.max_sequences, look_steps=2 * run.wait_steps + 1,
             waits=run.arrivals.waits, graph_sizes=run.arrivals.graph_sizes,
         )
     except InputError as error:

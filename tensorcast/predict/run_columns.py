@@ -59,7 +59,7 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "concurrency": ("requests in flight; default batch * dp * workers", None, ("conc", "max_concurrency", "users")),
     "length_ratio": ("lengths are uniform between this share of isl, osl and the whole", 1.0, ("random_range_ratio",)),
     "rounds": ("requests per client of the measurement, which starts with all at once", 10, ()),
-    "wait_steps": ("steps that pass before a request is seen; default half the receive interval", 0, ()),
+    "wait_steps": ("steps that pass before a request is seen; default half of receive_interval less 1", 0, ()),
     "receive_interval": ("steps between SGLang's looks for requests", None, ("sched_recv_interval",)),
     "release": ("of the engine: its rules hold, or the nearest ones read", "", ("backend_version", "engine_release")),
     "frontend": ("what takes requests to pools: own (the engine's router), dynamo (public records)", "own", ()),
@@ -269,7 +269,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     interval, default = cells.number("receive_interval", None), 0.0
     if engine == "sglang":
         unknown = record and found is None and interval is None
-        default = wait_steps(device, mode, concurrency) if unknown else (interval or 0.0) / 2
+        default = wait_steps(device, mode, concurrency) if unknown else max((interval or 1.0) - 1, 0.0) / 2
     wait = cells.number("wait_steps", default)
     images = read_images(cells, arrivals is None)
     if problem := named.profile.too_long(isl + osl + (0 if images is None else images.tokens(named.profile))):

@@ -133,16 +133,16 @@ class Rank:
         growth = len(self.decoding) * self._grows
         return steps if self._holds - self.used >= growth * steps else max(1, int(self.free / growth))
 
-    def closed_for(self, begun: Sequence[float]) -> float:
+    def closed_for(self, begun: Sequence[float], seen_s: float) -> float:
         """Decode steps from now in which nobody of those who wait is let in, unless a sequence ends; 1 at least.
 
-        ``begun``: when the last steps began, the first of which is when the next one's requests were seen.
+        ``begun``: when the last steps began, in which the next ones' requests are seen, now those by ``seen_s``.
         """
         came = self.record.each.came_s[self.waiting[0]]
-        if not begun or came <= begun[0]:
+        if came <= seen_s:
             return self._closed_for
         seen = next((i for i, when in enumerate(begun) if came <= when), len(begun))
-        return seen + self.rules.lag - len(begun)
+        return max(seen + self.rules.lag - len(begun), 1)
 
     def decoded(self, steps: int, ended: list[int]) -> None:
         """``steps`` decode steps have passed, all at once; who ends with the last one is put into ``ended``."""

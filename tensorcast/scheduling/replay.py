@@ -160,7 +160,7 @@ class Settings(TypedDict, total=False):
     mtp_acceptance: float | str
     chunk_tokens: int | None
     max_sequences: int | None
-    wait_steps: float
+    look_steps: float
     waits: Waits
     cache_tokens: float | None
     graph_sizes: Sequence[int]

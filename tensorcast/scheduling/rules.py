@@ -77,7 +77,8 @@ class Rules:
     blocks of ``block_tokens``; ``state_tokens``: of how many a sequence's recurrent states take the room.
     ``reserves_reply``: a request is let in only with room for its whole reply. ``tokens_per_step``: tokens that a
     decode step brings to a sequence in the mean, more than 1 with drafts; it checks ``verify``. ``lag``: steps that
-    are composed ahead of what is seen. ``waits``: for which others prompts wait. ``first_token_s``: per request
+    are composed ahead of what is seen. ``look_steps``: decode steps from one look for requests to the next; steps with
+    prompts are followed by one. ``waits``: for which others prompts wait. ``first_token_s``: per request
     outside the GPU, before it is seen, and ``prompt_token_s`` per token of its prompt. ``longest``: tokens of the
     longest request that is served. ``asks_again``: who was refused as replies are expected to take the room is asked
     again in each step, not once a sequence has left. ``blocks_found``: from when on others find a prompt's blocks;
@@ -117,6 +118,7 @@ class Rules:
     room_first: RoomFirst | None = None
     graph_sizes: tuple[int, ...] = ()
     state_tokens: float = 0.0
+    look_steps: int = 1
 
     @cached_property
     def most_tokens(self) -> float:
@@ -132,7 +134,7 @@ class Rules:
 
 def rules_of(
     deployment: Deployment, role: Role, *, mtp_acceptance: float | str = 0.8, chunk_tokens: int | None = None,
-    max_sequences: int | None = None, wait_steps: float = 0.0, waits: Waits = NO_WAITS,
+    max_sequences: int | None = None, look_steps: float = 1.0, waits: Waits = NO_WAITS,
     cache_tokens: float | None = None, longest: int = 1 << 40, graph_sizes: Sequence[int] = (),
 ) -> Rules:
     """Rules of a server of ``deployment``, whose phase is decode unless it only reads prompts. What is not given is as
@@ -176,7 +178,8 @@ def rules_of(
         expected=scheduler.expected_reply.of_ranks(ranks) if scheduler.expected_reply else None,
         tokens_per_step=sum(mtp_acceptance**i for i in range(depth + 1)),
         verify=1.0 + depth,
-        lag=max(0, round(engine.arrival_wait_steps - 1 + wait_steps)),
+        lag=max(0, round(engine.arrival_wait_steps - 1)),
+        look_steps=1 if role == "prefill" else max(1, round(look_steps)),
         waits=waits,
         first_token_s=engine.first_token_s(0),
         prompt_token_s=engine.first_token_s(1) - engine.first_token_s(0),

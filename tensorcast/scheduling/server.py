@@ -66,6 +66,8 @@ class Server:
         self.busy_s = self.prompts_s = 0.0
         self.steps = 0
         self._begun: deque[float] = deque(maxlen=rules.lag)  # of the last steps, in which the next was composed
+        self._looked_s: float | None = None  # until when requests were seen, where not each step looks for them
+        self._unlooked = 0  # decode steps since then
         self._delayed_s = 0.0  # that prompts have taken from decoding sequences so far
         self._stalled_s = 0.0  # that decoding sequences have stood still for prompts
         self._until_kept = 1  # stretches until the next moment that is kept
@@ -92,7 +94,7 @@ class Server:
         done = stretch.done_by(now_s)
         steps = done + 1
         if not self._waits:  # else every step counts in which prompts wait
-            steps = max(steps, done + self.rules.lag + (stretch.after(done) < now_s))
+            steps = self._next_look(max(steps, done + self.rules.lag + (stretch.after(done) < now_s)))
         if steps >= stretch.steps:
             return False
         stretch.cut(steps)
@@ -150,8 +152,26 @@ class Server:
             self._remember(now_s)
         return self.stretch
 
+    def _next_look(self, steps: int) -> int:
+        """The first steps of the stretch under way, so many at least, after which requests are looked for."""
+        every = self.rules.look_steps
+        return steps if every == 1 else steps + -(self._unlooked + steps) % every
+
+    def _look(self, stretch: Stretch) -> None:
+        """Requests were looked for, or were not, since the steps of a ``stretch`` began."""
+        every = self.rules.look_steps
+        unlooked = every if stretch.mixed else self._unlooked + stretch.steps
+        self._unlooked = unlooked % every
+        if unlooked >= every:
+            self._looked_s = stretch.after(max(stretch.steps - self._unlooked - self.rules.lag, 0))
+
     def _compose(self, now_s: float) -> None:
-        seen = self._begun[0] if self._begun else now_s
+        if self.rules.look_steps == 1:
+            seen = self._begun[0] if self._begun else now_s
+        elif self._looked_s is None:
+            seen = self._looked_s = now_s
+        else:
+            seen = self._looked_s
         hold = self._waits and (self._waits_for_more(seen) if self._alone else self._waits_for_ranks(seen))
         mixed = running = False
         for rank in self.ranks:
@@ -164,10 +184,11 @@ class Server:
             seconds = self._mixed_s()
             self.stretch = Stretch(now_s, seconds, 0.0, 1, now_s + seconds, True)
         elif running:
-            self.stretch = self._decoding(now_s)
+            self.stretch = self._decoding(now_s, seen)
         else:
             self.idle_from_s = now_s
             self._begun.clear()
+            self._looked_s, self._unlooked = None, 0
             for rank in self.ranks:
                 if rank.expected is not None:
                     rank.expected.rests()
@@ -208,6 +229,8 @@ class Server:
             for request in ended:
                 others_s[request] += self._delayed_s
             self.load -= len(ended)
+        if rules.look_steps > 1:
+            self._look(stretch)
         begun, lag = self._begun, rules.lag
         if lag == 1:
             begun.append(stretch.start_s if steps == 1 else stretch.after(steps - 1))
@@ -311,12 +334,13 @@ class Server:
         ranks = len(self.batches)
         return busiest + times.shared(tokens / ranks, decoding / ranks, ends / ranks)
 
-    def _decoding(self, now_s: float) -> Stretch:
+    def _decoding(self, now_s: float, seen_s: float) -> Stretch:
         steps = math.inf
         for rank in self.ranks:
             left = rank.decode_steps_left()
             if rank.waiting:
-                left = min(left, rank.closed_for(self._begun))
+                closed = rank.closed_for(self._begun, seen_s)
+                left = min(left, closed if rank.has_prompt(seen_s) else self._next_look(int(closed)))
             steps = left if left < steps else steps
         if self._waits and any(rank.waiting or rank.reading for rank in self.ranks):
             steps = 1  # every step counts in which prompts wait

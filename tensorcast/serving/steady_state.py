@@ -168,7 +168,7 @@ class Aggregated(ServingModel):
             # together, beyond chance, that end in one step, or between two looks for requests; of lengths that differ
             # ends move apart with every round. Their prompts are what tokens would wait for; the first token waits for
             # them instead: for all that share its step, for half of them where they take many.
-            looks = np.maximum(2 * traffic.wait_steps, 1.0)  # steps from one to the next
+            looks = 2 * traffic.wait_steps + 1  # steps from one to the next
             together = others * np.maximum(looks / (looks + apart), np.minimum(looks / steps, 1.0))
             # they share steps, where others pay for one of their own, and all of one wait for its end
             shared = np.maximum(prompts.per_step, 1.0)

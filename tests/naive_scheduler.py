@@ -78,6 +78,8 @@ class Naive:
     def held(self, one: Sequence) -> int:
         if self.rules.reserves_reply:
             return int(self.requests.input_len[one.request]) + int(self.requests.output_len[one.request]) - 1
+        if self.rules.admits_chunks and not one.tokens:
+            return one.read
         return one.tokens - 1 if one.tokens else one.to_read
 
     def free(self) -> float:
@@ -135,8 +137,9 @@ class Naive:
         waits = not rules.splits and self.budget < one.to_read <= rules.chunk_tokens
         full = len(self.running) + len(self.reading) >= rules.most_sequences
         room = self.free() - self.growth()  # running ones get their next tokens first
-        crowded = bool(self.running or self.reading) and self.held(one) + self.expected(one) > room
-        return None if waits or full or crowded or self.held(one) > room else one
+        held = min(one.to_read, self.budget) if rules.admits_chunks else self.held(one)
+        crowded = bool(self.running or self.reading) and held + self.expected(one) > room
+        return None if waits or full or crowded or held > room else one
 
     def expected(self, one: Sequence) -> float:
         """Tokens that its reply and those of running ones are expected to take."""
@@ -156,7 +159,12 @@ class Naive:
         seen = self.seen
         self.budget = rules.chunk_tokens - (0 if rules.alone else len(self.running))
         self.prompts, self.done = [], []
-        for one in self.reading:
+        for one in list(self.reading):
+            if rules.admits_chunks and min(one.to_read - one.read, self.budget) > self.free() - self.growth():
+                self.reading.remove(one)
+                self.waiting.insert(0, (-1.0, one.request))
+                self.preemptions += 1
+                return
             self.take(one)
         self.whole = rules.prompt_tokens or self.budget
         while not self.shut and self.budget > 0 and self.whole > 0 and self.waiting and self.waiting[0][0] <= seen:

@@ -68,6 +68,21 @@ def test_who_begins_as_another_waits_for_its_blocks() -> None:
     assert record.first_s[0] == record.first_s[2] == record.admitted_s[1] < record.first_s[1]
 
 
+@pytest.mark.parametrize("release", ["0.18.0", "0.19.0"])
+def test_a_first_chunk_lets_a_prompt_in_until_vllm_0_19(release: str) -> None:
+    """The second (600 tokens) has no room beside the first and its reply until that is written. Let in by its first 512
+    tokens, it starts over whenever the next chunk finds none, and the first reply waits for its chunks."""
+    chunks = load_engine(f"vllm=={release}").scheduler
+    assert chunks is not None
+    requests = Requests(arrival_s=np.array([0.0, 0.1]), input_len=np.array([300, 600]), output_len=np.array([100, 5]))
+    record = Fleet(
+        [Pool(replace(RULES, cache_tokens=890.0, admits_chunks=chunks.admits_chunks), TIMES, 1)], requests
+    ).run()
+    assert (record.preemptions[1] > 5) == (release == "0.18.0") and record.preemptions[0] == 0
+    assert (record.others_s[0] > 0.05) == (release == "0.18.0")
+    assert record.first_s[1] > record.last_s[0]
+
+
 @pytest.mark.parametrize("asks_again", [False, True])
 def test_who_was_refused_waits_for_one_to_leave(asks_again: bool) -> None:
     """The third (319 tokens) does not fit beside 210 and six tenths of the 150 that the others may still write; six

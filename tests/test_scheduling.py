@@ -67,6 +67,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "whole prompts, whole replies": {"splits": False, "reserves_reply": True, "chunk_tokens": 1000},
     "small cache": {"cache_tokens": 1100.0},
     "small cache, small chunks": {"cache_tokens": 1000.0, "chunk_tokens": 64},
+    "room for chunks": {"cache_tokens": 1000.0, "chunk_tokens": 200, "admits_chunks": True},
     "few at a time": {"most_sequences": 3},
     "few at a time, seen late": {"most_sequences": 2, "lag": 3},
     "room for replies expected": {
@@ -116,6 +117,7 @@ def test_steps_are_those_of_a_scheduler_told_token_by_token(kind: str, requests:
     changed=st.fixed_dictionaries({
         "ranks": st.integers(1, 3), "cache_tokens": st.sampled_from([1000.0, 3000.0, 1e6]), "alone": st.booleans(),
         "reserves_reply": st.booleans(), "tokens_per_step": st.sampled_from([1.0, 1.8]), "ranks_wait": st.booleans(),
+        "admits_chunks": st.booleans(), "look_steps": st.sampled_from([1, 4]),
     }),
 )  # fmt: skip
 def test_nothing_is_lost(

@@ -66,6 +66,7 @@ class Scheduler(Frozen):
     block_tokens: int = Field(ge=1, description="tokens of a block of the cache")
     held_steps: int = Field(default=1, ge=1, description="steps whose new tokens a window may keep beside its own")
     splits_prompts: bool = Field(default=True, description="whether a prompt may be read in several steps")
+    admits_chunks: bool = Field(default=False, description="whether room for a prompt's first chunk lets it in")
     prompt_tokens: int | None = Field(default=None, ge=1, description="new tokens of a step's prompts that end in it")
     expected_reply: ExpectedReply | None = None
     prefix_cache: bool = Field(default=True, description="whether blocks of prompts are kept for those that follow")

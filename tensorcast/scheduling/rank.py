@@ -8,22 +8,19 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 
 from tensorcast.scheduling.record import Record
-from tensorcast.scheduling.room import Batch, Decoding, Expectation, Places, PrefixCache, Reading
+from tensorcast.scheduling.room import Batch, Cache, Decoding, Expectation, Places, Reading
 from tensorcast.scheduling.rules import Rules
 
 
-class Rank:
+class Rank(Cache):
     """The state of a rank; the server says when steps begin and end."""
 
     def __init__(self, rules: Rules, record: Record) -> None:
-        self.rules, self.record = rules, record
+        super().__init__(rules, record)
         self.waiting: deque[int] = deque()
         self.reading: list[Reading] = []
         self.decoding: dict[int, Decoding] = {}  # in the order in which they were let in
-        keeps = rules.prefix_cache and rules.role != "decode" and record.blocks is not None
-        self.prefix = PrefixCache(record.block_tokens) if keeps else None
         self.steps = 0  # decode steps so far
-        self.used = 0.0  # tokens of the cache that sequences hold, those of shared blocks once
         self._tokens = 0.0  # of decoding sequences at step 0, were they as long ago: those now are _tokens + n e steps
         self._last = 0  # sum of the steps at which they end
         self._ends: list[tuple[int, int]] = []
@@ -32,7 +29,7 @@ class Rank:
         self.expected = Expectation(rules.expected, record.requests.fixed) if rules.expected else None
         self._shut = False  # nobody is let in until a sequence has left
         self._closed_for = math.inf  # decode steps in which the head of the queue is not let in, unless a sequence ends
-        self._holds, self._each, self._only_writes = rules.cache_tokens, rules.tokens_per_step, rules.role == "decode"
+        self._each, self._only_writes = rules.tokens_per_step, rules.role == "decode"
         # tokens of the cache that a decode step takes per sequence: none where replies have their room reserved
         self._grows = 0.0 if rules.reserves_reply else rules.tokens_per_step
 
@@ -50,11 +47,6 @@ class Rank:
             return self.load
         beyond = max(0.0, self.used / self._holds - rules.queue_from_used) if rules.queue_from_used else 1.0
         return self.load + rules.queue_weight * beyond * len(self.waiting)
-
-    @property
-    def free(self) -> float:
-        """Tokens of the cache that a new sequence could take, those of blocks that nobody uses included."""
-        return self._holds - self.used
 
     def batch(self, seen_s: float, now_s: float, hold_prompts: bool = False) -> Batch:
         """The next step, of requests that arrived by ``seen_s``, until the one after it. ``hold_prompts``: no prompt is
@@ -210,7 +202,9 @@ class Rank:
         budget = int(rules.chunk_tokens - beside)
         whole = rules.prompt_tokens or budget
         self._closed_for, later = math.inf, list[int]()
-        for one in self.reading:
+        for one in tuple(self.reading):
+            if rules.admits_chunks and not self._holds_chunk(one, budget):
+                return
             budget -= self._take(found, one, budget)
         while budget > 0 and whole > 0 and self.waiting and record.each.came_s[self.waiting[0]] <= seen_s:
             if self._shut or len(self.decoding) + len(self.reading) >= rules.most_sequences:
@@ -228,6 +222,20 @@ class Rank:
             taken = self._take(found, fresh, budget)
             budget, whole = budget - taken, whole - taken
         self.waiting.extendleft(reversed(later))
+
+    def _holds_chunk(self, one: Reading, budget: int) -> bool:
+        """Room for what a step reads next of a prompt; without it, it starts over, and the step reads nothing more."""
+        new = min(one.tokens - one.read, budget)
+        if new > self.free - len(self.decoding) * self._grows:
+            self.reading.remove(one)
+            self._release(one.held, one.blocks)
+            self.record.preempt(one.request, 0)
+            self.waiting.appendleft(one.request)
+            self._closed_for = 1
+            return False
+        one.held += new
+        self.used += new
+        return True
 
     def _may_find_more(self, request: int) -> bool:
         """Whether another prompt that is being read has what comes behind the blocks that this one would find."""
@@ -267,7 +275,8 @@ class Rank:
         cached = len(shared) * record.block_tokens
         if not rules.splits and budget < prompt - cached <= rules.chunk_tokens:
             return None
-        held = prompt - cached + rules.waste + (reply if rules.reserves_reply else 0)
+        fresh = min(prompt - cached, budget) if rules.admits_chunks else prompt - cached
+        held = fresh + rules.waste + (reply if rules.reserves_reply else 0)
         beside = 0.0
         expected = self.expected if rules.role == "both" else None
         if expected is not None:
@@ -330,21 +339,6 @@ class Rank:
         self._tokens -= one.tokens - self.rules.tokens_per_step * one.joined
         self._last -= one.ends
         self._release(one.held + self._grows * (self.steps - one.joined), one.blocks)
-
-    def _release(self, held: float, blocks: tuple[int, ...]) -> None:
-        self.used -= held
-        if blocks and self.prefix is not None:
-            self.used += self.prefix.unpin(blocks)
-
-    def _share_blocks(self, one: Reading) -> None:
-        """What was read of a prompt is there for others, and no longer its reader's alone."""
-        assert self.prefix is not None
-        blocks = self.record.blocks_of(one.request)[: one.read // self.record.block_tokens]
-        fresh = blocks[len(one.blocks) :]
-        alone = len(fresh) * self.record.block_tokens
-        one.held -= alone
-        self.used += self.prefix.pin(fresh) - alone
-        one.blocks = blocks
 
     def _keep_reply(self, request: int) -> None:
         """Blocks of the reply stay for whoever goes on with it. The last token was never read."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tensorcast.profiles.scheduler import ExpectedReply
+from tensorcast.scheduling.record import Record
+from tensorcast.scheduling.rules import Rules
 
 
 @dataclass(slots=True)
@@ -147,6 +149,37 @@ class PrefixCache:
         free, most = self._free, room // self.block_tokens
         while len(free) > most and free:
             free.popitem(last=False)
+
+
+class Cache:
+    """A rank's cache: what its sequences hold of it, and blocks of prompts that are kept."""
+
+    def __init__(self, rules: Rules, record: Record) -> None:
+        self.rules, self.record = rules, record
+        keeps = rules.prefix_cache and rules.role != "decode" and record.blocks is not None
+        self.prefix = PrefixCache(record.block_tokens) if keeps else None
+        self.used = 0.0  # tokens that sequences hold, those of shared blocks once
+        self._holds = rules.cache_tokens
+
+    @property
+    def free(self) -> float:
+        """Tokens that a new sequence could take, those of blocks that nobody uses included."""
+        return self._holds - self.used
+
+    def _release(self, held: float, blocks: tuple[int, ...]) -> None:
+        self.used -= held
+        if blocks and self.prefix is not None:
+            self.used += self.prefix.unpin(blocks)
+
+    def _share_blocks(self, one: Reading) -> None:
+        """What was read of a prompt is there for others, and no longer its reader's alone."""
+        assert self.prefix is not None
+        blocks = self.record.blocks_of(one.request)[: one.read // self.record.block_tokens]
+        fresh = blocks[len(one.blocks) :]
+        alone = len(fresh) * self.record.block_tokens
+        one.held -= alone
+        self.used += self.prefix.pin(fresh) - alone
+        one.blocks = blocks
 
 
 @dataclass(slots=True)

@@ -86,7 +86,7 @@ class Rules:
     ``ranks_wait``: no rank writes in a step in which another reads. ``queue_weight``: as so many more who waits counts
     in the choice of a rank, from ``queue_from_used`` of its cache. ``room_first``: in two pools room of the server that
     writes is taken before the prompt is read. ``graph_sizes``: sequences that decode steps are padded to, where that is
-    stated.
+    stated. ``admits_chunks``: a prompt is let in with room for its first chunk, and each later one takes its own.
     """
 
     role: Role
@@ -118,6 +118,7 @@ class Rules:
     room_first: RoomFirst | None = None
     graph_sizes: tuple[int, ...] = ()
     state_tokens: float = 0.0
+    admits_chunks: bool = False
     look_steps: int = 1
 
     @cached_property
@@ -195,4 +196,5 @@ def rules_of(
         room_first=scheduler.room_first if role == "decode" else None,
         graph_sizes=tuple(sorted({int(size) for size in graph_sizes})),
         state_tokens=log.state_tokens,
+        admits_chunks=scheduler.admits_chunks,
     )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.step.price import StepPrice, Tally, Where
 from tensorcast.deploy.step.sizes import Batches, Place
-from tensorcast.deploy.step.step import Step
+from tensorcast.deploy.step.step import Overheads, Step
 from tensorcast.deploy.step.sums import Recipe, Sums, sums_at
 
 Places = NDArray[np.int_]
@@ -41,15 +41,16 @@ class StepCases:
 
     @property
     def alike(self) -> Hashable:
-        """What steps have in common that are composed as one, whatever their rows."""
-        step, at, hides = self.step, self.at, self.step.overlap
+        """What steps have in common that are composed as one, whatever their rows and engines."""
+        step, at, hides, engine = self.step, self.at, self.step.overlap, self.step.pricer.engine
         kinds = [(kind, "shared" in places) for kind, places in sorted(hides.positions.items())]
+        halved = (hides.contention, hides.staged, hides.shared_last) if np.any(at.dual) else None
+        drafts = None if at.draft is None else (id(step.drafter), id(engine.serial_drafts))
         return (
-            id(step.pricer.engine), step.sizes.decode, at.pp, at.mtp_depth, at.draft is None,
-            tuple([part.drafts for part in self.recipe.parts]), id(step.drafter), step.table.layer_kinds,
-            step.pricer.device.vendor, hides.external, hides.contention, hides.stream_tokens, hides.staged,
-            hides.shared_last, hides.inside, *kinds,
-        )  # fmt: skip
+            step.sizes.decode, at.mtp_depth, drafts, tuple([part.drafts for part in self.recipe.parts]),
+            step.table.layer_kinds, engine.pipeline_split, id(engine.serial_pipeline), hides.external, hides.inside,
+            halved, *kinds,
+        )
 
     def stand(self, where: Where) -> Places:
         """Of every batch the case at which it runs, or drafts, in the shape of the batches."""
@@ -120,11 +121,13 @@ def _composed(steps: Sequence[StepCases], sums: Sums, tokens: Array) -> Iterator
     drafting = standing if first.at.draft is None else placed([one.stand(one.at.draft) for one in steps])
     here, drafts = sums.at(standing, slice(later)), sums.at(drafting, slice(later, None))
     tokens = np.concatenate([tokens[one.case : one.case + one.cases] for one in steps])[standing]
-    parts = {name: column([getattr(one.at, name) for one in steps]) for name in ("micro", "dual", "halves")}
-    hidden = first.step.overlap.hidden(here.layers, here.busy, tokens, parts["dual"])
+    parts = {name: column([getattr(one.at, name) for one in steps]) for name in ("pp", "micro", "dual", "halves")}
+    streams = column([one.step.overlap.stream_tokens for one in steps])
+    hidden = replace(first.step.overlap, stream_tokens=streams).hidden(here.layers, here.busy, tokens, parts["dual"])
     at = first.at._replace(**parts)
     totals = here.totals([*here.by_part(), *drafts.by_part()], first.step.times(at))
-    price, end = first.step.composed(totals, hidden, at, column([one.batch for one in steps])), 0
+    spent = Overheads(*map(column, zip(*[one.step.overheads for one in steps], strict=True)))
+    price, end = first.step.composed(totals, hidden, at, column([one.batch for one in steps]), spent=spent), 0
     for one, shape in zip(steps, shapes, strict=True):
         some = slice(end, end := end + math.prod(shape))
         yield one.number, _some(price, some, shape)

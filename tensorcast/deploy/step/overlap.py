@@ -43,7 +43,7 @@ class Overlap:
     positions: dict[int, dict[str, list[int]]]
     external: bool
     contention: Contention | None
-    stream_tokens: float
+    stream_tokens: Size
     staged: bool = False
     shared_last: bool = False
     inside: bool = False
@@ -91,7 +91,7 @@ class Overlap:
             whole[:] = within
             if not np.all(halved) and "shared" in self.positions[kind] and self.external:
                 whole[0] = np.minimum(shared, routed + moves - within if self.inside else routed) + within
-            elif not np.all(halved) and "shared" in self.positions[kind] and self.stream_tokens:
+            elif not np.all(halved) and "shared" in self.positions[kind] and np.any(self.stream_tokens):
                 # latency and network waits of one stream hide behind the other; arithmetic and memory traffic add up
                 stream = moves + routed - within
                 both = np.maximum(np.maximum(stream, shared), own[0] + own[1])

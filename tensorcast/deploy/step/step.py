@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,17 @@ OTHER_VENDOR_ERROR = 0.22
 """Median error of a step's kernels, together, where an engine's own part was fitted on another vendor's devices: what
 its other build runs there is in no table. As far off is the median of 45 public runs of vLLM and SGLang on MI300X and
 MI355X (``make amd``)."""
+
+
+class Overheads(NamedTuple):
+    """Seconds that an engine spends on a step, a layer and a sequence, the error of those on layers, and a relative one
+    of the kernels where these were fitted on another vendor's devices; numbers, or one for every batch."""
+
+    step_s: Size
+    layer_s: Size
+    request_s: Size
+    layer_error_s: Size
+    kernels_error: Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +117,24 @@ class Step:
                 times.append(np.greater(at.mtp_depth, 0) * 1.0)
         return times
 
+    @cached_property
+    def overheads(self) -> Overheads:
+        """Those of the engine in its steps."""
+        engine, spent = self.pricer.engine, self.pricer.engine.overhead
+        each = spent.layer_s
+        if self.sizes.decode and engine.decode_graphs == "piecewise" and engine.graph_break_s is not None:
+            each += float(engine.graph_break_s)
+        other = bool(spent.vendor) and self.pricer.device.vendor != spent.vendor
+        return Overheads(
+            spent.step_s, each, spent.request_s, spent.layer_error_s, OTHER_VENDOR_ERROR if other else 0.0
+        )
+
     def composed(
-        self, sums: Totals, hidden: Array, at: Batches, batch: Size, *, found: Sequence[RowPrice] = ()
+        self, sums: Totals, hidden: Array, at: Batches, batch: Size, *, found: Sequence[RowPrice] = (),
+        spent: Overheads | None = None,
     ) -> StepPrice:
         """The step from the sums of its rows at every batch; ``hidden``: by layer kind. ``found``: the rows' prices,
-        where they are told."""
+        where they are told. ``spent``: by the engine at every batch, if not by the step's own alone."""
         recipe, among, levels, errors = self.recipe(at.draft is not None), sums.among, sums.levels, sums.errors
         taken = dict(zip(recipe.places, sums.places * at.halves, strict=True))
         layers, kinds = Counter(self.table.layer_kinds), sorted(self.overlap.positions)
@@ -124,13 +148,10 @@ class Step:
         stages[-1] = stages[-1] + sums.drafts
         depth = at.mtp_depth
         passes = len(self.table.layer_kinds) + (depth if self.drafter is None else self.drafter.layer_passes(depth))
-        turns, spent = at.pp if self.sizes.decode else at.micro + at.pp - 1, self.pricer.engine.overhead
-        passes = passes * turns / at.pp
+        turns, spent = at.pp if self.sizes.decode else at.micro + at.pp - 1, spent or self.overheads
+        passes, engine = passes * turns / at.pp, self.pricer.engine
         per_sequence = spent.request_s * np.asarray(batch, dtype=float)
-        each, engine = spent.layer_s, self.pricer.engine
-        if self.sizes.decode and engine.decode_graphs == "piecewise" and engine.graph_break_s is not None:
-            each += float(engine.graph_break_s)
-        overhead = spent.step_s + each * passes + per_sequence
+        overhead = spent.step_s + spent.layer_s * passes + per_sequence
         serial, method = engine.serial_drafts, "mtp" if self.drafter is None else self.drafter.method
         if at.draft is not None and serial is not None and method in serial.methods:
             waits = np.greater(depth, 0) * serial.sequence_s * np.asarray(batch, dtype=float)
@@ -141,8 +162,8 @@ class Step:
             overhead = overhead + waits
         unsure = spent.layer_error_s * passes
         off = np.square(errors).sum(axis=0)
-        if spent.vendor and self.pricer.device.vendor != spent.vendor:
-            unsure = np.hypot(unsure, OTHER_VENDOR_ERROR * among[0])
+        if np.any(spent.kernels_error):
+            unsure = np.hypot(unsure, spent.kernels_error * among[0])
         shares = levels / np.maximum(levels.sum(axis=0), 1e-30)
         return StepPrice(
             parts=tuple([

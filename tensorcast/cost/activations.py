@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache, reduce
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,10 +16,10 @@ from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, Op, OpTable, per_op, p
 def activation_bytes(table: OpTable, sizes: Sizes, *, head: bool = True) -> Size:
     """Peak of live activations over a step: every tensor from the row that makes it to the last that reads it. Without
     the ``head`` of the rows alone that every token of a step passes: logits, and what is made of them, are of few."""
-    amounts, *of_rows = _liveness(table)
+    amounts = _storages(table).amounts
     if not amounts:
         return 0.0
-    moments = of_rows[not head]
+    moments = _moments(table, head)
     held = [
         reduce(np.maximum, [coef * math.prod([dim.at(sizes) for dim in factors], start=1.0) for factors, coef in some])
         for some in amounts
@@ -35,8 +36,7 @@ def activation_bytes(table: OpTable, sizes: Sizes, *, head: bool = True) -> Size
 @per_table
 def sees_cached_tokens(table: OpTable) -> bool:
     """Whether activations grow with the tokens that are cached."""
-    amounts, *_ = _liveness(table)
-    return any(dim.P or dim.L for amount in amounts for factors, _ in amount for dim in factors)
+    return any(dim.P or dim.L for amount in _storages(table).amounts for factors, _ in amount for dim in factors)
 
 
 _Amount = tuple[tuple[tuple[Dim, ...], float], ...]
@@ -83,50 +83,65 @@ COMPARED = 16
 """Moments at which most lives, that others are compared with, where there are more."""
 
 
+class _Storages(NamedTuple):
+    """What a table's rows hold, states of sequences aside, which are the cache's: ``amounts``; ``seen``, whenever
+    something new is seen of a storage: the row, storage, amount by number and how much of it, what that adds to what
+    was seen before; and the row in which each storage is touched ``last``, of all and of those before the head, which
+    begins at row ``head``."""
+
+    amounts: list[_Amount]
+    seen: list[tuple[int, int, int, float]]
+    last: dict[int, int]
+    last_before: dict[int, int]
+    head: int
+
+
 @per_table
-def _liveness(table: OpTable) -> tuple[list[_Amount], Array, Array]:
-    """Amounts that storages hold, and by moment how much of each lives ``[moments, amounts]`` (a storage counts what
-    was seen in it so far); the same of the rows before the head. States of sequences are the cache's."""
+def _storages(table: OpTable) -> _Storages:
     ops = table.ops
     states = {t.storage for op in ops if op.name in STATEFUL for t in (*op.inputs[3:], *op.outputs[1:])}
     heads = (i for i, op in enumerate(ops) if op.kind < 0 and op.module.startswith("lm_head"))
-    touched, head = list(map(_touched, ops)), next(heads, len(ops))
-    seen: dict[int, frozenset[int]] = {}
-    changes: list[tuple[int, int, frozenset[int]]] = []
-    first: dict[tuple[int, int], int] = {}
-    for i, some in enumerate(touched):
-        for one in some:
+    head, first = next(heads, len(ops)), dict[tuple[int, int], int]()
+    last, last_before = dict[int, int](), None
+    for i, op in enumerate(ops):
+        if i == head:
+            last_before = last.copy()
+        for one in _touched(op):
             first.setdefault(one, i)
+            last[one[0]] = i
+    every, numbers, seen = dict[int, frozenset[int]](), dict[_Amount, int](), list[tuple[int, int, int, float]]()
+    before: dict[int, tuple[int, float]] = {}
     for (storage, what), i in first.items():
         if storage not in states:
-            every = seen[storage] = seen.get(storage, frozenset()) | {what}
-            changes.append((i, storage, every))
-    held = {every: _amount(every) for *_, every in changes}
-    numbers = {amount: n for n, amount in enumerate(dict.fromkeys(amount for amount, _ in held.values()))}
-    places = {every: (numbers[amount], coef) for every, (amount, coef) in held.items()}
-
-    def until(end: int) -> Array:
-        last = {storage: i for i, some in enumerate(touched[:end]) for storage, _ in some}
-        live: dict[int, tuple[int, float]] = {}
-        more: list[tuple[int, int, float]] = []
-        for i, storage, every in changes:
-            if i < end:
-                if storage in live:
-                    number, coef = live[storage]
-                    more.append((i, number, -coef))
-                number, coef = live[storage] = places[every]
-                more.append((i, number, coef))
-        more += [(last[storage] + 1, number, -coef) for storage, (number, coef) in live.items()]
-        return _fullest(more, (end + 1, len(numbers)))
-
-    return list(numbers), until(len(ops)), until(head)
+            every[storage] = own = every.get(storage, frozenset()) | {what}
+            amount, coef = _amount(own)
+            number = numbers.setdefault(amount, len(numbers))
+            if storage in before:  # in place of what was seen so far
+                number_before, coef_before = before[storage]
+                seen.append((i, storage, number_before, -coef_before))
+            before[storage] = number, coef
+            seen.append((i, storage, number, coef))
+    return _Storages(list(numbers), seen, last, last if last_before is None else last_before, head)
 
 
-def _fullest(changes: list[tuple[int, int, float]], shape: tuple[int, int]) -> Array:
-    """How much of each amount lives ``[moments, amounts]``, by what changes at which moment, without moments at which
-    no more lives than at the next one or at one of the fullest."""
-    where = np.array([i * shape[1] + number for i, number, _ in changes], dtype=int)
-    moments = np.bincount(where, [coef for *_, coef in changes], math.prod(shape)).reshape(shape).cumsum(axis=0)
+@per_table
+def _moments(table: OpTable, with_head: bool) -> Array:
+    """How much of each amount lives by moment ``[moments, amounts]``: a storage from the row that makes it, as large as
+    what was seen in it so far, to the last that reads it. Of all rows, or of those before the head alone."""
+    amounts, seen, last, last_before, head = _storages(table)
+    end, until = (len(table.ops), last) if with_head else (head, last_before)
+    own = [one for one in seen if one[0] < end]
+    rows, storages, numbers, coefs = zip(*own, strict=True) if own else ((),) * 4
+    ends = [until[storage] + 1 for storage in storages]
+    where = np.array([*rows, *ends], dtype=int) * len(amounts) + np.array([*numbers, *numbers], dtype=int)
+    many = np.array(coefs, dtype=float)
+    shape = end + 1, len(amounts)
+    moments = np.bincount(where, np.concatenate([many, -many]), math.prod(shape)).reshape(shape).cumsum(axis=0)
+    return _fullest(moments)
+
+
+def _fullest(moments: Array) -> Array:
+    """Without moments at which no more lives than at the next one or at one of the fullest."""
     moments = moments[:-1][(moments[:-1] > moments[1:]).any(axis=1)]
     if len(moments) <= COMPARED:
         return moments

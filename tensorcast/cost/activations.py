@@ -10,7 +10,7 @@ import numpy as np
 
 from tensorcast.cost.work import Array, Size
 from tensorcast.trace.dims import Dim, Sizes, product
-from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, Op, OpTable, per_op, per_table
+from tensorcast.trace.table import DTYPE_BYTES, STATEFUL, Op, OpTable, per_op, per_table, shape_number
 
 
 def activation_bytes(table: OpTable, sizes: Sizes, *, head: bool = True) -> Size:
@@ -43,12 +43,12 @@ _Amount = tuple[tuple[tuple[Dim, ...], float], ...]
 """Bytes of a storage: the largest of what is seen in it, each as factors that hang on the sizes and a number."""
 
 
-_Seen = tuple[tuple[Dim, ...], str, tuple[int, ...]]
-"""What is seen of a storage: a tensor's sizes, dtype and which sizes are only expanded views."""
+_Seen = tuple[int, str, tuple[int, ...]]
+"""What is seen of a storage: a tensor's sizes by number, dtype and which sizes are only expanded views."""
 
 _seen: dict[_Seen, int] = {}
-_each: list[_Seen] = []
-"""All that was seen, by number: sizes are long to compare, and rows of all models are much alike."""
+_each: list[tuple[tuple[Dim, ...], str, tuple[int, ...]]] = []
+"""All that was seen, by number, with the sizes: rows of all models are much alike."""
 
 
 @per_op
@@ -57,10 +57,10 @@ def _touched(op: Op) -> tuple[tuple[int, int], ...]:
     found = []
     for t in (*op.inputs, *op.outputs):
         if not t.weight:
-            one = t.dims, t.dtype, t.expanded
+            one = shape_number(t.dims), t.dtype, t.expanded
             if one not in _seen:
                 _seen[one] = len(_each)
-                _each.append(one)
+                _each.append((t.dims, t.dtype, t.expanded))
             found.append((t.storage, _seen[one]))
     return tuple(found)
 

@@ -56,8 +56,12 @@ def _row(op: Op, inputs: list[int], outputs: list[int]) -> list[Any]:
 def from_json(data: dict[str, Any]) -> list[OpTable]:
     """Tables from what :func:`to_json` made of them. Raises what comes of data that is none."""
     dims = [Dim(*one) for one in data["dims"]]
+    shapes: dict[tuple[int, ...], tuple[Dim, ...]] = {}  # one object for all tensors of the same sizes
+    for own, *_ in data["tensors"]:
+        if tuple(own) not in shapes:
+            shapes[tuple(own)] = tuple([dims[i] for i in own])
     tensors = [
-        Tensor(tuple([dims[i] for i in own]), dtype, storage, weight, tuple(expanded), offset)
+        Tensor(shapes[tuple(own)], dtype, storage, weight, tuple(expanded), offset)
         for own, dtype, storage, weight, expanded, offset in data["tensors"]
     ]
     params = tuple([

@@ -63,6 +63,21 @@ def per_op(function: Callable[[Op], Found]) -> Callable[[Op], Found]:
     return remembered
 
 
+_shapes: dict[int, tuple[tuple[Dim, ...], int]] = {}
+_numbers: dict[tuple[Dim, ...], int] = {}
+
+
+def shape_number(dims: tuple[Dim, ...]) -> int:
+    """A number for these sizes, by identity where they have been asked for: they are long to compare, and the tensors
+    of a model share them."""
+    known = _shapes.get(id(dims))
+    if known is None:
+        if len(_shapes) >= MOST_OPS:
+            _shapes.clear()
+        known = _shapes[id(dims)] = dims, _numbers.setdefault(dims, len(_numbers))  # which stay alive, as above
+    return known[1]
+
+
 DTYPE_BYTES: dict[str, float] = {
     "float32": 4,
     "float64": 8,

@@ -28,7 +28,7 @@ from tensorcast.deploy.step.price import RowPrice, one_level, spending_of
 from tensorcast.deploy.step.row_prices import Pending, RowPricer, Works
 from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.moe import EXPERT_STAGES
-from tensorcast.trace.table import DTYPE_BYTES, Op, Tensor, per_op
+from tensorcast.trace.table import DTYPE_BYTES, Op, Tensor, per_op, shape_number
 
 OF_DIMS = (traffic, embedding, matmul, mla_absorb, grouped_matmul)
 """Formulas that ask for no sizes but those in an op's dims, and for tokens that are routed."""
@@ -59,14 +59,20 @@ class Content(NamedTuple):
 _numbers: dict[tuple[object, ...], int] = {}
 _contents: dict[tuple[object, ...], Content] = {}
 """By all that an op says: tables of other layouts have many of the same."""
+_by_number: dict[int, Content] = {}
+
+
+def numbered(number: int) -> Content:
+    """The content of this number."""
+    return _by_number[number]
 
 
 @per_op
 def content_of(op: Op) -> Content:
     """What an op is priced by."""
-    tensors = [[(t.dims, t.dtype, bool(t.weight), t.expanded) for t in some] for some in (op.inputs, op.outputs)]
-    attrs = sorted((name, repr(value)) for name, value in op.attrs.items())
-    key = (op.name, op.stage, *map(tuple, tensors), tuple(attrs))
+    tensors = [(shape_number(t.dims), t.dtype, bool(t.weight), t.expanded) for t in (*op.inputs, *op.outputs)]
+    attrs = sorted([(name, repr(value)) for name, value in op.attrs.items()])
+    key = (op.name, op.stage, len(op.inputs), *tensors, *attrs)
     if (known := _contents.get((op.parts, *key))) is not None:
         return known
     dims = [dim for tensor in (*op.inputs, *op.outputs) for dim in tensor.dims]
@@ -102,6 +108,7 @@ def content_of(op: Op) -> Content:
         _numbers.setdefault(key, len(_numbers)), routed, cached, _numbers.setdefault(like, len(_numbers)), plain,
         tuple(coefs), numbers, by_phase,
     )
+    _by_number[found.number] = found
     return found
 
 

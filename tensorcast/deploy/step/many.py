@@ -8,19 +8,20 @@ are priced as one row at the cases of all of them, whatever they run on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorcast.cost.formulas import Context
 from tensorcast.cost.kernels.corrections import BatchedCorrections, SeveralCorrections
 from tensorcast.cost.row_seconds import RowSeconds
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.plan.plan import Collective, Row
-from tensorcast.deploy.step.alike import Content, content_of, joined_op
+from tensorcast.deploy.step.alike import Content, content_of, joined_op, numbered
 from tensorcast.deploy.step.many_sums import Numbers, Places, StepCases
 from tensorcast.deploy.step.price import RowPrice, StepPrice
 from tensorcast.deploy.step.row_prices import RowPricer, side_by_side
@@ -68,27 +69,35 @@ class _Alike:
     """Rows whose kernels differ in sizes alone, or collectives that differ in bytes alone, at ``at`` beside these.
 
     Of each row its step, the case from which on its cases stand, its place among the prices of its step, and what it
-    is: of an op its content, of a ``collective`` its bytes per unit. ``family``: there when they are priced.
+    is: of an op its content's number, of a ``collective`` its bytes per unit.
     """
 
     at: Context
     pricer: RowPricer
     collective: Collective | None
-    steps: list[int] = field(default_factory=list)
-    cases: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    what: list[Any] = field(default_factory=list)
-    family: str = ""
+    steps: Places
+    cases: Places
+    places: Places
+    what: NDArray[Any]
 
 
 class _Sheet(NamedTuple):
-    """Rows of a recipe. ``contents``: of ops, those that are alike once, each with the number of the sizes that it is
-    priced at; ``places``: which of these each row is, -1 of ``collectives``, which stand there by position, as much."""
+    """Ops of a recipe, those that are alike once, by their contents' ``numbers``: the kernels that they are ``like``,
+    the number of the sizes that each is priced at, its ``kind`` (:func:`_kind`); which of them are ``experts``; and the
+    ``places`` of all ops among them."""
 
-    rows: tuple[Row, ...]
-    contents: tuple[tuple[Content, int], ...]
-    places: list[int]
-    collectives: tuple[tuple[int, int], ...]
+    ops: tuple[Row, ...]
+    numbers: Places
+    like: Places
+    sizes: Places
+    kinds: Places
+    experts: tuple[int, ...]
+    places: Places
+
+
+def _kind(content: Content, where: int) -> int:
+    """Which of the things that its step tells of itself an op's kernel hangs on, by number (:meth:`Many.ask`)."""
+    return content.by_phase + 2 * content.routed + 4 * where
 
 
 MOST_SHEETS = 8192
@@ -99,21 +108,24 @@ _sheets: dict[Hashable, _Sheet] = {}
 
 def _sheet_of(recipe: Recipe, at: tuple[int, ...]) -> _Sheet:
     """The sheet of a recipe; ``at``: the number of the sizes of rows by the :class:`Place` where they stand. Kept by
-    what the rows are, which stay alive in it, so that their ids stay their own."""
-    key = recipe.said, at, recipe.stand if any(at) else ()
+    what the ops are, which stay alive in it, so that their ids stay their own."""
+    ops = tuple(filter(None, recipe.said))
+    stand = [one for one, op in zip(recipe.stand, recipe.said, strict=True) if op] if any(at) else []
+    key = ops, at, *stand
     if key not in _sheets:
         while len(_sheets) >= MOST_SHEETS:
             del _sheets[next(iter(_sheets))]
-        sizes = [at[stands] for stands in recipe.stand]
-        each = [
-            None if isinstance(row, Collective) else (content_of(row), where)
-            for row, where in zip(recipe.rows, sizes, strict=True)
-        ]
-        contents = {(one[0].number, one[1]): one for one in each if one}
+        rows = [row for row in recipe.rows if isinstance(row, Op)]
+        each = [(content_of(row), at[one]) for row, one in zip(rows, stand or [0] * len(rows), strict=True)]
+        contents = {(content.number, where): (content, where) for content, where in each}
         numbers = {name: i for i, name in enumerate(contents)}
-        places = [numbers[one[0].number, one[1]] if one else -1 for one in each]
-        collectives = tuple([(i, where) for i, where in enumerate(sizes) if each[i] is None])
-        _sheets[key] = _Sheet(recipe.rows, tuple(contents.values()), places, collectives)
+        table = np.array([
+            (content.number, content.like, where, _kind(content, where)) for content, where in contents.values()
+        ], dtype=int).reshape(-1, 4)  # fmt: skip
+        experts = [i for i, (content, _) in enumerate(contents.values()) if content.op.name == "grouped_matmul"]
+        places = np.array([numbers[content.number, where] for content, where in each], dtype=int)
+        numbers_of, like, sizes, kinds = table.T.copy()
+        _sheets[key] = _Sheet(tuple(rows), numbers_of, like, sizes, kinds, tuple(experts), places)
     return _sheets[key]
 
 
@@ -130,12 +142,14 @@ class Many:
 
     def __init__(self) -> None:
         self._steps: list[StepCases] = []
-        self._prices: list[list[_Alike]] = []
-        """Of each step's prices what they are priced with."""
+        self._sheets: list[_Sheet] = []
+        self._codes: list[Places] = []
+        """Of each step's ops, those that are alike once: what tells them from others beside sizes, as a number."""
         self._machines = list[int]()
         """Of each step the number of what it runs on."""
         self._numbers: dict[Hashable, int] = {}
-        self._alike: dict[Hashable, _Alike] = {}
+        self._collectives: dict[Hashable, tuple[Context, RowPricer, Collective, list[tuple[Any, ...]]]] = {}
+        """By what tells them from others beside bytes, with step, first case, place and bytes of each."""
         self._corrections: dict[int, BatchedCorrections] = {}
         self._variants: dict[tuple[int, str, str], str] = {}
         self._sizes = list[tuple[int, tuple[int, ...], list[Size]]]()
@@ -145,47 +159,44 @@ class Many:
     def ask(self, number: int, step: Step, batch: Size, at: Batches) -> None:
         """A step at these sizes, called by a ``number``; steps on one machine ask one after another."""
         apart, contexts = at.apart, list({id(one): one for one in at.contexts}.values())
-        numbers = [next(i for i, one in enumerate(contexts) if one is at.contexts[place]) for place in apart]
+        numbers = tuple([next(i for i, one in enumerate(contexts) if one is at.contexts[place]) for place in apart])
         sizes = [[_size(context, name) for name in (*PLAIN, *ROUTED)] for context in contexts]
         shape = np.broadcast_shapes(*{np.shape(size) for one in sizes for size in one})
         recipe = step.recipe(at.draft is not None)
-        one, prices = StepCases(number, step, batch, at, recipe, shape, self._case), list[_Alike]()
+        one = StepCases(number, step, batch, at, recipe, shape, self._case)
         for own in sizes:
             self._sizes.append((self._case, shape, own))
             self._case += one.cases
-        pricer, last = step.pricer, len(self._steps)
-        beside = [_beside_ops(pricer, context) for context in contexts]
-        sheet = _sheet_of(recipe, tuple(numbers))
-        one.rows = sheet.places.copy()
-
-        def priced(place: int, where: int, key: Hashable, what: Any, collective: Collective | None = None) -> None:
-            if (alike := self._alike.get(key)) is None:
-                alike = self._alike[key] = _Alike(contexts[where], pricer, collective)
-            alike.steps.append(last)
-            alike.cases.append(one.case + where * one.cases)
-            alike.places.append(place)
-            alike.what.append(what)
-            prices.append(alike)
-
-        for place, (content, where) in enumerate(sheet.contents):
-            key: tuple[Hashable, ...] = (
-                content.like, beside[where][content.by_phase], content.routed and (True, pricer.held)
-            )
-            if content.op.name == "grouped_matmul":
-                key = *key, *self._of_experts(content.op, pricer, contexts[where])
-            priced(place, where, key, content)
-        mine = dict[Hashable, int]()
-        for i, where in sheet.collectives:
-            row = cast(Collective, recipe.rows[i])
-            key = _of_collective(row, pricer)
-            one.rows[i] = place = mine.setdefault((*key, float(row.scale), where), len(prices))
-            if place == len(prices):
-                priced(place, where, key, row.scale, row)
-        one.prices = len(prices)
+        pricer, last, sheet = step.pricer, len(self._steps), _sheet_of(recipe, numbers)
+        held = pricer.held
+        told = [
+            self._number((beside, routed))
+            for context in contexts for routed in (None, held) for beside in _beside_ops(pricer, context)
+        ]
+        codes = (sheet.like << 32) + np.array(told)[sheet.kinds]
+        for i in sheet.experts:
+            context, content = contexts[sheet.sizes[i]], numbered(sheet.numbers[i])
+            more = self._of_experts(content.op, pricer, context)
+            codes[i] = (content.like << 32) + self._number((told[sheet.kinds[i]], *more))
+        said = np.array(recipe.said)
+        one.rows, mine = np.empty(len(said), dtype=int), dict[Hashable, int]()
+        one.rows[said != 0] = sheet.places
+        for i in np.flatnonzero(said == 0).tolist():
+            row, where = cast(Collective, recipe.rows[i]), numbers[recipe.stand[i]]
+            key, many = _of_collective(row, pricer), len(mine)
+            one.rows[i] = place = mine.setdefault((*key, float(row.scale), where), len(codes) + many)
+            if len(mine) > many:
+                *_, every = self._collectives.setdefault(key, (contexts[where], pricer, row, []))
+                every.append((last, one.case + where * one.cases, place, row.scale))
+        one.prices = len(codes) + len(mine)
         self._steps.append(one)
-        self._machines.append(self._numbers.setdefault(_machine(pricer), len(self._numbers)))
-        self._prices.append(prices)
+        self._sheets.append(sheet)
+        self._codes.append(codes)
+        self._machines.append(self._number(_machine(pricer)))
         self.prices += one.cases * one.prices
+
+    def _number(self, what: Hashable) -> int:
+        return self._numbers.setdefault(what, len(self._numbers))
 
     def _of(self, pricer: RowPricer) -> BatchedCorrections:
         own = pricer.corrections
@@ -211,9 +222,9 @@ class Many:
             for column, size in zip(columns, sizes, strict=True):
                 column[start : start + math.prod(shape)].reshape(shape)[...] = size
         cases, numbers = dict(zip((*PLAIN, *ROUTED), columns, strict=True)), Numbers(self._steps)
-        widths, later = np.array([one.cases for one in self._steps], dtype=int), list[_Waiting]()
-        for alike in self._alike.values():
-            one, asks = self._asked(alike, cases, widths[alike.steps], numbers)
+        later = list[_Waiting]()
+        for alike in (*self._ops_alike(), *self._collectives_alike()):
+            one, asks = self._asked(alike, cases, numbers)
             if asks:
                 later.append(one)
             else:
@@ -222,16 +233,36 @@ class Many:
             corrections.find()
         while later:
             _price(later.pop(), numbers)
+        return dict(numbers.composed(cases))
 
-        def families(step: int) -> tuple[str, ...]:
-            return tuple([alike.family for alike in self._prices[step]])
+    def _ops_alike(self) -> Iterator[_Alike]:
+        """Ops of all steps by their codes."""
+        if not self._steps:
+            return
+        steps = np.repeat(np.arange(len(self._steps)), [len(codes) for codes in self._codes])
+        places = np.concatenate([np.arange(len(codes)) for codes in self._codes])
+        sizes, contents = (
+            np.concatenate([getattr(sheet, name) for sheet in self._sheets]) for name in ("sizes", "numbers")
+        )
+        first, widths = np.array([(one.case, one.cases) for one in self._steps]).T
+        cases, codes = first[steps] + sizes * widths[steps], np.concatenate(self._codes)
+        order = np.argsort(codes, kind="stable")
+        ends = np.flatnonzero(np.diff(codes[order])) + 1
+        for some in np.split(order, ends):
+            one = self._steps[steps[some[0]]]
+            contexts = list({id(context): context for context in one.at.contexts}.values())
+            yield _Alike(
+                contexts[sizes[some[0]]], one.step.pricer, None, steps[some], cases[some], places[some], contents[some]
+            )
 
-        return dict(numbers.composed(families, cases))
+    def _collectives_alike(self) -> Iterator[_Alike]:
+        for at, pricer, row, every in self._collectives.values():
+            steps, cases, places, scales = map(np.array, zip(*every, strict=True))
+            yield _Alike(at, pricer, row, steps, cases, places, scales)
 
-    def _asked(
-        self, alike: _Alike, cases: Mapping[str, Array], widths: Places, numbers: Numbers
-    ) -> tuple[_Waiting, bool]:
-        """All rows as one, at all their cases, so many of each; and whether they asked for corrections."""
+    def _asked(self, alike: _Alike, cases: Mapping[str, Array], numbers: Numbers) -> tuple[_Waiting, bool]:
+        """All rows as one, at all their cases; and whether they asked for corrections."""
+        widths = numbers.widths[alike.steps]
         starts = np.cumsum(widths) - widths
         every = np.arange(widths.sum())
 
@@ -250,23 +281,29 @@ class Many:
             row = replace(row, scale=spread(alike.what))
             pending = pricer.collective(row, at, self._of(pricer), steps=starts)
             return _Waiting(alike, pending, places), True
-        first, pricers = alike.what[0], [self._steps[i].step.pricer for i in alike.steps]
-        table = np.array([content.coefs for content in alike.what])
+        each, which_content = np.unique(alike.what, return_inverse=True)
+        contents = [numbered(number) for number in each.tolist()]
+        first, table = contents[which_content[0]], np.array([content.coefs for content in contents])
         same = (table == table[0]).all(axis=0).tolist()
-        columns = [float(c[0]) if one else spread(c) for c, one in zip(table.T, same, strict=True)]
+        columns = [
+            float(c[0]) if one else spread(c[which_content]) for c, one in zip(table.T, same, strict=True)
+        ]
         op, names = joined_op(first, columns), (*PLAIN, *ROUTED) if first.routed else PLAIN
         own: dict[str, Any] = {name: cases[name][which] for name in names}
         sizes = Sizes(**{name: own.pop(name) for name in ("B", "S", "P", "R", "E", "X") if name in own})
         at = replace(alike.at, sizes=sizes, stages=1, **own)
-        machine = np.array([self._machines[i] for i in alike.steps])
+        machine = np.array(self._machines)[alike.steps]
         runs = np.flatnonzero(np.append(True, machine[1:] != machine[:-1])).tolist()  # where those of each begin
-        calls, machines = np.add.reduceat(widths, runs).tolist(), [pricers[i] for i in runs]
+        calls, machines = np.add.reduceat(widths, runs).tolist(), [
+            self._steps[i].step.pricer for i in np.asarray(alike.steps)[runs].tolist()
+        ]
         pricer, corrections = machines[0], self._of(machines[0])
         asked: BatchedCorrections | SeveralCorrections = corrections
         if len(runs) > 1:
             pricer = side_by_side(machines, calls)
             asked = SeveralCorrections([self._of(one) for one in machines], calls)
         if op.name == "grouped_matmul":
+            pricers = [self._steps[i].step.pricer for i in alike.steps]
             laid: Any = {name: spread([float(getattr(one, name)) for one in pricers]) for name in ("ep", "etp")}
             sources = {name: spread([float(one.sources[name]) for one in pricers]) for name in pricers[0].sources}
             pricer = replace(pricer, **laid, sources=sources)
@@ -278,8 +315,8 @@ class Many:
 def _price(one: _Waiting, numbers: Numbers) -> None:
     """Put what rows cost in their places."""
     took = one.price()
-    one.alike.family = took.family
     numbers.put(one.places, took.seconds, took.waits_s, took.error, took.level)
+    numbers.of_family(took.family, one.alike.steps, one.alike.places)
 
 
 def _size(at: Context, name: str) -> Size:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -32,8 +31,8 @@ class StepCases:
     recipe: Recipe
     shape: tuple[int, ...]
     case: int
-    rows: list[int] = field(default_factory=list)
-    prices: int = 0
+    rows: Places = field(init=False)
+    prices: int = field(init=False)
     cases: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,44 +61,65 @@ class StepCases:
 
 class Numbers:
     """Numbers of the prices of steps' rows, ``[4, prices x cases]`` of each step: seconds, those in which neither
-    arithmetic nor memory is busy, relative errors and levels."""
+    arithmetic nor memory is busy, relative errors and levels; and the family of each price."""
 
     def __init__(self, steps: Sequence[StepCases]) -> None:
-        self._steps, self._cases = steps, np.array([one.cases for one in steps])
-        sizes = self._cases * [one.prices for one in steps]
-        self._from = np.cumsum(sizes) - sizes
-        self._values = np.empty((4, sizes.sum()))
+        self._steps, self.widths = steps, np.array([one.cases for one in steps], dtype=int)
+        """Of each step its cases."""
+        prices = np.array([one.prices for one in steps], dtype=int)
+        sizes = self.widths * prices
+        self._from, self._prices_from = np.cumsum(sizes) - sizes, np.cumsum(prices) - prices
+        self._values, self._families = np.empty((4, sizes.sum())), np.empty(prices.sum(), dtype=int)
+        self._names: dict[str, int] = {}
 
-    def places(self, steps: Sequence[int], prices: Sequence[int]) -> Places:
+    def places(self, steps: Sequence[int] | Places, prices: Sequence[int] | Places) -> Places:
         """Where the numbers of a price of each step stand, the first of its cases."""
-        return self._from[steps] + np.array(prices) * self._cases[steps]
+        return self._from[steps] + np.asarray(prices) * self.widths[steps]
 
     def put(self, places: Places, *values: Size) -> None:
         """Seconds, waits, errors and levels."""
         for column, some in zip(self._values, values, strict=True):
             column[places] = some
 
-    def composed(
-        self, families: Callable[[int], tuple[str, ...]], cases: Mapping[str, Array]
-    ) -> Iterator[tuple[int, StepPrice]]:
-        """Steps by their numbers. ``families``: those of a step's prices; ``cases``: sizes of all cases."""
+    def of_family(self, family: str, steps: Sequence[int] | Places, prices: Sequence[int] | Places) -> None:
+        """A price of each step is of this family."""
+        self._families[self._prices_from[steps] + prices] = self._names.setdefault(family, len(self._names))
+
+    def composed(self, cases: Mapping[str, Array]) -> Iterator[tuple[int, StepPrice]]:
+        """Steps by their numbers. ``cases``: sizes of all cases."""
         tokens, groups = cases["B"] * cases["S"], dict[Hashable, list[int]]()
         for i, one in enumerate(self._steps):
             groups.setdefault(one.alike, []).append(i)
+        families = [
+            self._families[start : start + one.prices][one.rows]
+            for one, start in zip(self._steps, self._prices_from.tolist(), strict=True)
+        ]
         for members in groups.values():
-            own = [families(i) for i in members]
-            names = {name: i for i, name in enumerate(dict.fromkeys(chain(*own)))}
-            sums = [self._sums(i, some, names) for i, some in zip(members, own, strict=True)]
-            yield from _composed([self._steps[i] for i in members], Sums.joined(sums), tokens)
+            added: dict[Hashable, list[int]] = {}
+            for i in members:  # rows of which all is added up alike
+                added.setdefault((id(self._steps[i].recipe.weights), families[i].tobytes()), []).append(i)
+            kinds, of = np.unique(np.concatenate([families[some[0]] for some in added.values()]), return_inverse=True)
+            sums, end = list[Sums](), 0
+            for some in added.values():
+                start, end = end, end + len(families[some[0]])
+                sums.append(self._sums(some, of[start:end], len(kinds)))
+            order = [i for some in added.values() for i in some]
+            yield from _composed([self._steps[i] for i in order], Sums.joined(sums), tokens)
 
-    def _sums(self, i: int, families: Sequence[str], names: Mapping[str, int]) -> Sums:
-        """Those of a step at its cases."""
-        one, start, cases = self._steps[i], self._from[i], int(self._cases[i])
-        numbers = self._values[:, start : start + one.prices * cases].reshape(4, one.prices, cases)[:, one.rows]
-        for place in {place for place in one.at.apart if place & Place.EXPERTS}:
-            here = [one.at.apart[stands] == place for stands in one.recipe.stand]
-            numbers[:2, here] *= np.broadcast_to(one.at.chunks[place], one.shape).ravel()
-        return sums_at(one.recipe, numbers, [names[families[place]] for place in one.rows], len(names))
+    def _sums(self, some: Sequence[int], families: Places, kinds: int) -> Sums:
+        """Those of some of the steps at their cases, one step's after another's."""
+        steps = [self._steps[i] for i in some]
+        where = np.concatenate([
+            (start + one.rows * one.cases)[:, None] + np.arange(one.cases)
+            for one, start in zip(steps, self._from[some].tolist(), strict=True)
+        ], axis=1)
+        numbers, end = self._values[:, where], 0
+        for one in steps:
+            start, end = end, end + one.cases
+            for place in {place for place in one.at.apart if place & Place.EXPERTS}:
+                here = np.flatnonzero([one.at.apart[stands] == place for stands in one.recipe.stand])
+                numbers[:2, here, start:end] *= np.broadcast_to(one.at.chunks[place], one.shape).ravel()
+        return sums_at(steps[0].recipe, numbers, families, kinds)
 
 
 def _composed(steps: Sequence[StepCases], sums: Sums, tokens: Array) -> Iterator[tuple[int, StepPrice]]:

@@ -21,7 +21,7 @@ from tensorcast.deploy.step.pipeline_stages import place_of
 from tensorcast.deploy.step.price import RowPrice, Where, pick
 from tensorcast.deploy.step.sizes import Place
 from tensorcast.trace.moe import EXPERT_STAGES
-from tensorcast.trace.table import EVERY_TOKEN
+from tensorcast.trace.table import EVERY_TOKEN, Op, per_op
 
 AMONG = ("seconds", "communication", "attention", "experts")
 """Sums of rows' seconds: of all, of collectives, of ops that run per sequence, of experts with dispatch and combine,
@@ -75,22 +75,21 @@ _roles: dict[_Role, int] = {}
 
 def _role_of(row: Row) -> int:
     """The number of a row's role."""
-    if isinstance(row, Collective):
-        role = _Role(place_of(row), (True, True, False, row.group in ("dp", "ep")), bool(row.exchange))
-    else:
-        inside = row.stage in EXPERT_STAGES
-        role = _Role(place_of(row), (True, False, row.name in PER_SEQUENCE, inside), inside)
+    if isinstance(row, Op):
+        return _role_of_op(row)
+    role = _Role(place_of(row), (True, True, False, row.group in ("dp", "ep")), bool(row.exchange))
+    return _roles.setdefault(role, len(_roles))
+
+
+@per_op
+def _role_of_op(op: Op) -> int:
+    inside = op.stage in EXPERT_STAGES
+    role = _Role(place_of(op), (True, False, op.name in PER_SEQUENCE, inside), inside)
     return _roles.setdefault(role, len(_roles))
 
 
 MOST_RECIPES = 4096
 """Ways to add rows up that are kept."""
-
-MOST_ROWS = 8192
-"""Lists of rows of whose ops the roles are kept."""
-
-_said: dict[tuple[int, ...], tuple[tuple[Row, ...], list[int]]] = {}
-"""Roles of rows by :attr:`Recipe.said`, of ops alone; the rows stay alive here, so that their ids stay their own."""
 
 _weights: dict[tuple[Hashable, ...], tuple[tuple[int, ...], tuple[Array, Array, Array]]] = {}
 """Of a recipe's rows by what they are: where they stand but for prompts' ends, and their weights."""
@@ -103,11 +102,7 @@ def recipe_of(
     """The recipe of ``rows``, of which the first ``planned`` are the plan's; ``positions``: as
     :class:`~tensorcast.deploy.step.overlap.Overlap` has them; ``ends``: kinds of layers that run on prompts' ends."""
     said = tuple([0 if isinstance(row, Collective) else id(row) for row in rows])
-    if said not in _said:
-        while len(_said) >= MOST_ROWS:
-            del _said[next(iter(_said))]
-        _said[said] = rows, [0 if isinstance(row, Collective) else _role_of(row) for row in rows]
-    roles = tuple([role if one else _role_of(row) for role, one, row in zip(_said[said][1], said, rows, strict=True)])
+    roles = tuple(map(_role_of, rows))
     overlapping = tuple([
         (kind, *((name, *where) for name, where in positions[kind].items())) for kind in sorted(positions)
     ])
@@ -205,7 +200,7 @@ class Totals(NamedTuple):
     drafts: Size
 
 
-def sums_at(recipe: Recipe, numbers: Array, families: Sequence[int], kinds: int) -> Sums:
+def sums_at(recipe: Recipe, numbers: Array, families: Sequence[int] | Rows, kinds: int) -> Sums:
     """Of a recipe's rows at cases: ``numbers [4, rows, cases]`` are seconds, those in which neither arithmetic nor
     memory is busy, relative errors and levels; ``families``: which of so many ``kinds`` each row is of."""
     weights, busy, calls = recipe.weights

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from tensorcast.errors import InputError, unknown_name
+from tensorcast.parallel import uncollected
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,8 +30,9 @@ def python_names(call: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(call)
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
-        from tensorcast.deploy.option_types import SearchedOptions
-        from tensorcast.deploy.options import OPTIONS
+        with uncollected():  # modules that are read leave no garbage
+            from tensorcast.deploy.option_types import SearchedOptions
+            from tensorcast.deploy.options import OPTIONS
 
         options = tuple(SearchedOptions.__annotations__ if call.__name__ == "compare" else OPTIONS)
         for name in kwargs:

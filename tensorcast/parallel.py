@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from tensorcast.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +28,8 @@ def keep_freed() -> None:
     """Freed memory is taken again rather than given back. glibc gives back what exceeds twice the largest array that
     was freed so far, of those up to 32 MB, and every page of it that is taken anew costs a fault: a search takes tens
     of MB again and again. The array is never touched, so it takes no memory; other systems do not care."""
+    import numpy as np
+
     np.empty((1 << 25) - (1 << 13), dtype=np.uint8)
 
 
@@ -37,10 +37,10 @@ def keep_freed() -> None:
 def uncollected() -> Iterator[None]:
     """Without the search for cycles of garbage: pricing makes many small objects and hardly a cycle. What lives on
     afterwards counts as old, so that the collector does not go through it at once; a full collection still does."""
-    keep_freed()
     was = gc.isenabled()
     gc.disable()
     try:
+        keep_freed()
         yield
     finally:
         if was:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tensorcast.arguments import python_names
 from tensorcast.errors import InputError
+from tensorcast.parallel import note, spread, uncollected
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,14 +166,14 @@ def compare(
     >>> found.best["layout"], found.best["tokens_per_s_per_gpu"]  # doctest: +SKIP
     """
     question = dict(locals())
-    from tensorcast.deploy.model_names import named_model
-    from tensorcast.deploy.options import SERVED_ROUTING
-    from tensorcast.parallel import note, spread
-    from tensorcast.profiles.store import load_engine
-    from tensorcast.search.compare import compare as decide
-    from tensorcast.search.search import search
-    from tensorcast.search.search_task import SEARCHED, search_tasks
-    from tensorcast.serving.encoder import prompt_images
+    with uncollected():  # modules that are read leave no garbage
+        from tensorcast.deploy.model_names import named_model
+        from tensorcast.deploy.options import SERVED_ROUTING
+        from tensorcast.profiles.store import load_engine
+        from tensorcast.search.compare import compare as decide
+        from tensorcast.search.search import search
+        from tensorcast.search.search_task import SEARCHED, search_tasks
+        from tensorcast.serving.encoder import prompt_images
 
     devices = [device] if isinstance(device, str) else list(device)
     said = images_per_request, image_size, encoder_tp_mode

@@ -48,6 +48,11 @@ class Columns:
     stage_ranks: np.ndarray
 
 
+FEW = 64
+"""Numbers of tokens, up to which working out a load at all of them takes less than finding those that are there again.
+"""
+
+
 @dataclass(frozen=True)
 class MemberLoads:
     """Expert loads of the members."""
@@ -67,10 +72,11 @@ class MemberLoads:
         found = [np.empty(np.shape(tokens)) for _ in range(3)]
         points: LayerPoints | None = None
         for load, rows in _alike(self.members, list(map(id, self.members))):
-            numbers, where = np.asarray(tokens)[rows], np.arange(np.shape(tokens)[1])[None, :]
-            if len(rows) > 1:
-                several, place = np.unique(numbers, return_inverse=True)
-                numbers, where = several, place.reshape(len(rows), -1)
+            numbers = np.asarray(tokens)[rows]
+            where = np.arange(numbers.size).reshape(numbers.shape)
+            if numbers.size > FEW:
+                numbers, place = np.unique(numbers, return_inverse=True)
+                where = place.reshape(where.shape)
             at = load.at(numbers.ravel())
             for whole, part in zip(found, (at.rows, at.hit, at.mean_rows), strict=True):
                 whole[rows] = np.asarray(part)[where]

@@ -201,14 +201,19 @@ class Aggregated(ServingModel):
         shared = 0.0 if alone else self.decoding.at("attention_s", batch) + prompts.token_s * batch
         first = prompts.fixed_s + (plain if alone else shared)  # a: what a step with prompts takes beside their number
         extra = first - plain
-        reading = (first + prompts.prompt_s - prompts.expert_s * (1 - 1 / dp)) / np.minimum(prompts.per_step, 1.0)
-        reading = reading / (steps * plain)  # one's own prompt without others', in replies
+        alone_s = prompts.prompt_s - prompts.expert_s * (1 - 1 / dp)
+        # one's own prompt without others', in replies
+        reading = (first + alone_s) / (plain * (np.minimum(prompts.per_step, 1.0) * steps))
         # users of a rank: n of them take 1 + n * reading for a round each, of which 1 + (n - 1) * reading are replies
-        slack = 1 - reading * (1 + batch)
-        root = np.sqrt(slack**2 + 4 * reading * batch)
-        users = np.where(slack > 0, 2 * batch / np.maximum(slack + root, 1e-9), (root - slack) / (2 * reading))
-        users = np.where(batch * (1 + reading) < 1, batch * (1 + reading), np.maximum(users, batch))
-        beside = np.maximum(users - 1, 0.0) + (dp * users - np.maximum(users, 1.0)) * batch / users
+        more = reading * batch
+        slack = 1 - reading - more
+        far = np.sqrt(slack * slack + 4 * more)
+        far += np.abs(slack)
+        users = np.where(slack > 0, 2 * batch / np.maximum(far, 1e-9), far / (2 * reading))
+        more += batch
+        users = np.where(more < 1, more, np.maximum(users, batch))
+        several = np.maximum(users, 1.0)
+        beside = several - 1 + (dp - several / users) * batch
         arrivals = np.maximum(beside, NEARLY_NONE) / steps
         per_rank = arrivals / dp
         used = per_rank / prompts.per_step

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorcast.search.axes import LARGEST_BATCH
 from tensorcast.serving.entries import Entries
@@ -34,6 +36,33 @@ def batches(largest: Array, *also: Array, new: bool = False) -> tuple[Rows, Arra
             odd &= extra != largest
         found.append((np.flatnonzero(odd), extra[odd]))
     return np.concatenate([rows for rows, _ in found]), np.concatenate([batch for _, batch in found])
+
+
+def each_once(*parts: NDArray[Any]) -> NDArray[Any]:
+    """All values, each once, ascending. ``numpy.unique`` would do, but reads masked arrays' module for it."""
+    values = np.sort(np.concatenate(parts))
+    first = np.ones(len(values), dtype=bool)
+    first[1:] = values[1:] != values[:-1]
+    return values[first]
+
+
+def among(values: NDArray[Any], ascending: NDArray[Any]) -> Mask:
+    """Which of the values are among those ``ascending`` ones."""
+    at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    found: Mask = ascending[at] == values if len(ascending) else np.zeros(len(values), dtype=bool)
+    return found
+
+
+def last_of(grid: Array, kept: Mask) -> Array:
+    """Of each row the last of ``grid`` that is ``kept [rows, n]``; 0: none is."""
+    last = len(grid) - 1 - kept[:, ::-1].argmax(axis=1)
+    return np.where(kept[np.arange(len(kept)), last], grid[last], 0.0)
+
+
+def in_order(numbers: Rows) -> Rows:
+    """Where whole numbers from 0 on stand in ascending order, equal ones as they stood. Of two bytes NumPy counts them
+    instead of comparing."""
+    return np.argsort(numbers.astype(np.uint16) if numbers.max(initial=0) < 1 << 16 else numbers, kind="stable")
 
 
 def number_within(ascending: Array, rows: Rows, limit: Array) -> Rows:

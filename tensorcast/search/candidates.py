@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensorcast.search.axes import LARGEST_BATCH
-from tensorcast.search.candidate_arrays import Points, batches, largest_where, number_within
+from tensorcast.search.candidate_arrays import (
+    Points,
+    batches,
+    each_once,
+    in_order,
+    largest_where,
+    last_of,
+    number_within,
+)
 from tensorcast.search.search_task import Room
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.curves import DecodeCurve
@@ -55,7 +63,7 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
         fits = grid <= most[:, None]
         kept = fits & (first_s <= (limits[0] or np.inf)) & (per_token <= (limits[1] or np.inf))
         largest = np.append(0.0, grid)[np.searchsorted(grid, most, side="right")]
-        chosen = np.where(kept, grid, 0.0).max(axis=1)
+        chosen = last_of(grid, kept)
         quickest = grid[np.where(kept, rates, 0.0).argmax(axis=1)]
         known = shop.whatever.get(budget)
         rows, batch = batches(largest, chosen, np.where(quickest < chosen, quickest, 0.0), new=known is not None)
@@ -70,7 +78,7 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
         stable = np.concatenate([np.isfinite(one.columns["concurrency"]) for one in both])
         unstable += int((~stable).sum())
         depths = shop.depths[np.concatenate([one.variant for one in both])]
-        order = np.argsort(depths, kind="stable")
+        order = in_order(depths)
         orders.append(sum(len(one.variant) for one in parts) + order[stable[order]])
         parts += both
     return Points.joined(parts).where(np.concatenate(orders)), unstable
@@ -126,7 +134,7 @@ def steady(shop: VariantPrices, points: Points) -> Mask:
     larger batch: nobody would find such a point in operation.
     """
     found = np.zeros(len(points.variant), dtype=bool)
-    for budget in np.unique(points.columns["chunk_tokens"]):
+    for budget in each_once(points.columns["chunk_tokens"]):
         every = np.flatnonzero(points.columns["chunk_tokens"] == budget)
         for mine in np.array_split(every, 1 + len(every) * HALVINGS // TOGETHER):
             rows, users, batch = (points.variant[mine], *(points.columns[n][mine] for n in ("concurrency", "batch")))
@@ -169,7 +177,7 @@ def disaggregated(
     per_token = (steps / max(shop.scenario.load.output_len - 1, 1))[:, None] * decode_s
     fits = (grid <= np.minimum(shop.room_decode, LARGEST_BATCH)[:, None]) & np.reshape(apart, (-1, 1))
     within = fits & (per_token <= (limits[1] or np.inf))
-    rows, batch = batches(np.where(fits, grid, 0.0).max(axis=1), np.where(within, grid, 0.0).max(axis=1))
+    rows, batch = batches(last_of(grid, fits), last_of(grid, within))
     # prompts per second that one decode worker asks for
     rates = grid * shop.layouts["dp"][:, None] / (steps[:, None] * decode_s)
     rate = rates[rows, np.searchsorted(grid, batch)]
@@ -220,10 +228,9 @@ def disaggregated(
     served = [matched.serve(shop, at)]
     if limits[0] is not None:
         served.append(matched.sooner(shop, served[0], limits[0]))
-    points = Points.joined(served)
-    points = points.where(np.isfinite(points.columns["concurrency"]))
-    # by what reads prompts, then by drafted tokens
-    return points.where(np.lexsort((shop.depths[points.variant], points.columns["prefill"]))), unstable
+    points = Points.joined([one.where(np.isfinite(one.columns["concurrency"])) for one in served])
+    order = in_order(shop.depths[points.variant])  # by what reads prompts, then by drafted tokens
+    return points.where(order[in_order(points.columns["prefill"][order].astype(int))]), unstable
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from tensorcast.cost.routing import SAID
 from tensorcast.cost.stages import stated_stages
 from tensorcast.deploy.engine_limits import ANY_ENGINE, Kernels, engine_can_run
@@ -49,7 +47,7 @@ def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
         found.append("no drafted tokens, though the model can; --mtp 0,1,2 compares depths at --mtp-acceptance")
     elif modules and max(first.axes.mtp_depth) > 0:
         found += _of_drafts(first)
-    cut = [int(tp) for tp in np.unique(kept["tp"]) if tp > 1]
+    cut = [int(tp) for tp in sorted({*kept["tp"].tolist()}) if tp > 1]
     if cut and (said := uncut(traced(first.model, "decode", min(cut)))):
         found.append(said)
     if facts.num_experts:

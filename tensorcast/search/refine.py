@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorcast.search.candidate_arrays import Points
+from tensorcast.search.candidate_arrays import Points, each_once
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.selection import rated
 from tensorcast.search.variant_prices import VariantPrices
@@ -55,7 +55,7 @@ def finer(task: SearchTask, shop: VariantPrices, parts: dict[str, Points]) -> Va
     order = np.argsort(-hope, kind="stable")
     layouts = shop.layout_of[hopes.variant] * (readers.layout_of.max() + 1) + readers.layout_of[prefill]
     _, first = np.unique(layouts[order], return_index=True)
-    chosen = np.union1d(np.flatnonzero(hope >= best), order[np.sort(first)[:LISTED]])
+    chosen = each_once(np.flatnonzero(hope >= best), order[np.sort(first)[:LISTED]])
     chosen = chosen[(hope > -np.inf)[chosen]]
     before = np.flatnonzero((hopes.columns["smaller"][hope >= best] > 1).any(axis=0))
     begins, ends = (np.concatenate(both) for both in (
@@ -63,13 +63,13 @@ def finer(task: SearchTask, shop: VariantPrices, parts: dict[str, Points]) -> Va
     ))  # fmt: skip
     spans = {*zip(begins, ends, strict=True)}
     whole = [np.linspace(low, high, 1 + int(min(high - low, MOST))).round() for low, high in spans]
-    grid = np.unique(np.concatenate([shop.grid, *whole]))
+    grid = each_once(shop.grid, *whole)
     if len(grid) == len(shop.grid):
         return None
     if shop.readers is None:
-        return shop.closer(np.union1d(hopes.variant[chosen], prefill[chosen]), grid)
-    found = shop.closer(np.unique(hopes.variant[chosen]), grid)
-    return found.fed_by(readers.closer(np.unique(prefill[chosen]), readers.grid))
+        return shop.closer(each_once(hopes.variant[chosen], prefill[chosen]), grid)
+    found = shop.closer(each_once(hopes.variant[chosen]), grid)
+    return found.fed_by(readers.closer(each_once(prefill[chosen]), readers.grid))
 
 
 def _smaller(shop: VariantPrices, points: Points) -> Array:

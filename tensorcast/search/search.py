@@ -12,7 +12,7 @@ import numpy as np
 
 from tensorcast.cost.evidence import NORMAL_90
 from tensorcast.parallel import uncollected
-from tensorcast.search.candidate_arrays import Points
+from tensorcast.search.candidate_arrays import Points, among
 from tensorcast.search.candidate_table import NONE, Candidates, candidates_of
 from tensorcast.search.candidates import aggregated, disaggregated, steady, told
 from tensorcast.search.refine import finer
@@ -118,9 +118,9 @@ def _apart(task: SearchTask, shop: VariantPrices) -> Array | bool:
 
 
 def worth_showing(
-    task: SearchTask, prices: VariantPrices, pruned: Counter[str], known: Array | Sequence[float] = ()
+    task: SearchTask, prices: VariantPrices, pruned: Counter[str], known: Array | None = None
 ) -> tuple[dict[str, Points], int]:
-    """Points worth a row by mode, and of how many; those at batches that are ``known`` left out."""
+    """Points worth a row by mode, and of how many; those at batches that are ``known``, ascending, left out."""
     found, examined = {}, 0
     sigmas = NormalDist().inv_cdf(task.confidence or 0.5) / NORMAL_90
     for mode in task.modes:
@@ -139,8 +139,8 @@ def worth_showing(
         pruned[NO_PACE] += slow
         if not len(points.variant):
             continue
-        if len(known):
-            points = points.where(~np.isin(points.columns["batch"], known))
+        if known is not None:
+            points = points.where(~among(points.columns["batch"], known))
         examined += len(points.variant)
         kept = points.where(worth_a_row(task, prices, mode, points))
         if mode == "aggregated":

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 
 from tensorcast.cost.evidence import NORMAL_80, NORMAL_90
-from tensorcast.search.candidate_arrays import Points
+from tensorcast.search.candidate_arrays import Points, each_once, in_order
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.interval import served_interval
@@ -92,7 +92,7 @@ def worth_a_row(task: SearchTask, prices: VariantPrices, mode: str, points: Poin
     _, batches = np.unique(np.log2(prices.grid).round(3), return_inverse=True)
     batch = batches[np.searchsorted(prices.grid, c["batch"])]
     group = prices.layout_of[points.variant] * (batches[-1] + 1) + batch
-    order = np.argsort(group, kind="stable")
+    order = in_order(group)
     begins = np.flatnonzero(np.diff(group[order], prepend=-1))
     sizes = np.diff(begins, append=len(order))
     score, off = OBJECTIVES[task.objective].score(c)[order], worst[order]
@@ -101,7 +101,7 @@ def worth_a_row(task: SearchTask, prices: VariantPrices, mode: str, points: Poin
     for value in (np.where(met & (off > 1), np.inf, -score), off):  # best within the limits, and closest to them
         least = np.flatnonzero(value == np.repeat(np.minimum.reduceat(value, begins), sizes))
         found.append(order[least[np.searchsorted(least, begins)]])
-    return np.unique(np.concatenate(found))
+    return each_once(*found)
 
 
 REPEAT = 0.03

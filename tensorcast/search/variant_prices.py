@@ -29,7 +29,7 @@ from tensorcast.deploy.step.step import Together
 from tensorcast.profiles.kept import same
 from tensorcast.profiles.memory import unasked_cache
 from tensorcast.search.axes import LARGEST_BATCH
-from tensorcast.search.candidate_arrays import Points
+from tensorcast.search.candidate_arrays import Points, among
 from tensorcast.search.search_task import Scenario
 from tensorcast.search.space import Variant
 from tensorcast.search.workspace import MOST_FLEETS, MOST_SPACES, Parts
@@ -239,7 +239,7 @@ class VariantPrices:
 
     def closer(self, rows: Rows, grid: Array) -> VariantPrices:
         """Variants ``rows`` alone, with decode steps at more batches: ``grid`` holds those that are priced already."""
-        found, more = copy.copy(self), np.setdiff1d(grid, self.grid)
+        found, more = copy.copy(self), grid[~among(grid, self.grid)]
         curves = {name: np.full((len(rows), len(grid)), np.nan) for name in self.curves}
         for name, values in self.curves.items():
             curves[name][:, np.searchsorted(grid, self.grid)] = values[rows]

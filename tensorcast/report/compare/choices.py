@@ -13,6 +13,7 @@ import numpy as np
 from tensorcast.cost.work import Mask
 from tensorcast.deploy.step.breakdown import KERNEL_GROUPS, breakdown, kernel_group
 from tensorcast.report import units
+from tensorcast.search.candidate_arrays import among, each_once
 from tensorcast.serving.objective import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -133,10 +134,10 @@ class View:
         """
         ranked = self.per_layout
         every = np.arange(len(ranked))
-        forms = np.union1d(every[:2], ranked.first_of(["mode"]))
-        first = np.union1d(forms, ranked.first_of(["family"])[: max(0, MOST_SHOWN - len(forms))])
-        rest = np.setdiff1d(every, first)[: max(0, MOST_SHOWN - len(first))]
-        rows = ranked.where(np.union1d(first, rest)).records()
+        forms = each_once(every[:2], ranked.first_of(["mode"]))
+        first = each_once(forms, ranked.first_of(["family"])[: max(0, MOST_SHOWN - len(forms))])
+        rest = every[~among(every, first)][: max(0, MOST_SHOWN - len(first))]
+        rows = ranked.where(each_once(first, rest)).records()
         return [Choice(row, self.name(row), *self.comparison.deployments(row["candidate"])) for row in rows]
 
     def full(self, row: dict[str, Any]) -> bool:

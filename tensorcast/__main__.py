@@ -14,6 +14,8 @@ def main() -> None:
     gc.set_threshold(1_000_000, 50, 50)
     # Products here are of small matrices: threads of NumPy's BLAS would wait for one another longer than they work.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Tables are small and written once: Arrow's own allocator would set aside 15 MB for them.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     try:
         from tensorcast.cli import main as run
     except KeyboardInterrupt:

@@ -250,6 +250,20 @@ def test_small_products_are_not_spread_over_threads() -> None:
         assert done.split() == [told, "False"]
 
 
+def test_a_command_ends_with_all_that_was_registered_for_its_end_and_nothing_else_taken_apart() -> None:
+    code = (
+        "import atexit, sys, tensorcast.__main__ as m\n"
+        "class Held:\n    def __del__(self): print('taken apart')\n"
+        "held = Held()\natexit.register(print, 'registered')\nsys.argv = ['tensorcast', *sys.argv[1:]]\nm.main()"
+    )
+    for arguments, status in ((["devices"], 0), (["simulate", "no-such-model"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+        assert done.returncode == status, done.stderr
+        assert done.stdout.endswith("registered\n") and "taken apart" not in done.stdout
+
+
 # Help
 
 

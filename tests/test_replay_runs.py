@@ -108,6 +108,20 @@ def test_prompts_alone_may_take_most_steps(layout: dict[str, object]) -> None:
     assert replayed["output_tokens_per_s"] == pytest.approx(steady["output_tokens_per_s"], rel=0.1)
 
 
+def test_users_whose_replies_fill_the_cache_are_replayed() -> None:
+    """Under vLLM, where they start over: their tokens come more slowly than at the mean. Few of them, replies that
+    hardly grow, and engines that keep room for replies are served steadily."""
+    cells: dict[str, object] = {"isl": 1024, "osl": 2048, "concurrency": 400, "rounds": 3}
+    some: list[dict[str, object]] = [{"isl": 8192, "osl": 256}, {"engine": "trtllm"}, {"concurrency": 50}]
+    full, *others = rows(cells, *(cells | one for one in some))
+    assert "replies fill the cache: replayed" in full["assumed"] and math.isnan(full["decode_step_s"])
+    assert not any("replayed" in one["assumed"] for one in others)
+    asked, = rows(cells | {"max_num_seqs": 1024})
+    assert all(full[name] == pytest.approx(asked[name]) for name in ("ttft_s", "tpot_s", "output_tokens_per_s"))
+    many, = rows(cells | {"concurrency": 4000, "rounds": 10})
+    assert many["tpot_s"] > full["tpot_s"] and many["ttft_s"] > full["ttft_s"]
+
+
 def test_steps_padded_to_few_graphs_take_longer() -> None:
     burst: dict[str, object] = {"requests": 40, "engine": "trtllm"}
     plain, listed, zero = rows(burst, burst | {"graph_sizes": "[8, 256]"}, burst | {"graph_sizes": "0 8"})

@@ -23,7 +23,7 @@ from tensorcast.predict.run_columns import Run
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
-from tensorcast.serving.capacity import own_chunk, room_for
+from tensorcast.serving.capacity import own_chunk, room_for, sequences_that_fit
 from tensorcast.serving.curves import DecodeCurve, decode_columns
 from tensorcast.serving.encoder import with_images
 from tensorcast.serving.hand_over import hand_over_s
@@ -54,11 +54,13 @@ class _Row:
         return self.run.workers[1] * self.decode.layout.dp
 
 
-def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = None) -> list[ServingMetrics]:
+def serve(
+    runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = None, overflowing: set[int] | None = None
+) -> list[ServingMetrics]:
     """What each of ``runs`` serves, per replica; a run that cannot be says why in ``problem``.
 
     ``engine``: the profile of an engine by its name, with ``==RELEASE`` where a run says one; the shipped (or the
-    user's) if not given.
+    user's) if not given. ``overflowing``: positions of runs are put there whose sequences start over now and then.
     """
     found: dict[int, ServingMetrics] = {}
     deployed = _Deployed(engine or _engine)
@@ -76,6 +78,8 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
             if problem:
                 found[i] = unserved(float(row.traffic.concurrency), problem)
                 continue
+            if overflowing is not None and _overflows(row, room):
+                overflowing.add(i)
             rows.append(row)
             unasked = math.inf if run.unlimited else row.decode.unasked_sequences
             fits = min(float(room), run.max_sequences or unasked)
@@ -84,6 +88,21 @@ def serve(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = N
             found |= zip(most, _served(rows, np.array([*most.values()])), strict=True)
         deployed.made.clear()
     return [found[i] for i in range(len(runs))]
+
+
+def _overflows(row: _Row, room: Array) -> bool:
+    """Whether replies that grow beside one another fill the cache, so that some start over, which no steady load says:
+    under engines that keep no room for them, as all begin together, where three quarters of every reply have none.
+    Replies much shorter than prompts hardly grow. ``room``: sequences per rank in the mean of their replies."""
+    engine, traffic = row.decode.engine, row.traffic
+    expects = engine.scheduler is None or engine.scheduler.expected_reply is not None
+    users = float(traffic.concurrency) / row.decode_ranks
+    if engine.reserves_reply or expects or row.run.mode == "disaggregated" or row.run.images is not None:
+        return False
+    if 8 * traffic.output_len < traffic.input_len or 3 * users < 2 * room:
+        return False
+    held = sequences_that_fit(row.prefill, row.decode, row.cut, traffic.input_len, 1.5 * traffic.output_len)
+    return bool(users > held)
 
 
 def _served(rows: list[_Row], most: Array) -> list[ServingMetrics]:

@@ -23,7 +23,7 @@ class Rank(Cache):
         self.steps = 0  # decode steps so far
         self._tokens = 0.0  # of decoding sequences at step 0, were they as long ago: those now are _tokens + n e steps
         self._last = 0  # sum of the steps at which they end
-        self._ends: list[tuple[int, int]] = []
+        self._ends: list[tuple[int, int]] = []  # those of who starts over stay until they come first
         self.places = Places()
         self.next = Batch()
         self.expected = Expectation(rules.expected, record.requests.fixed) if rules.expected else None
@@ -146,7 +146,7 @@ class Rank(Cache):
         if prefix is not None:
             prefix.shrink(self._holds - self.used)
         while ends and ends[0][0] <= self.steps:
-            request = heappop(ends)[1]
+            request = ends[0][1]
             if prefix is not None and self.record.requests.reply_blocks:
                 self._keep_reply(request)
             self._leave(request)
@@ -333,8 +333,10 @@ class Rank(Cache):
         heappush(self._ends, (ends, request))
 
     def _leave(self, request: int) -> None:
-        """Takes a decoding sequence out; its entry of ``_ends`` is the caller's."""
-        one = self.decoding.pop(request)
+        """Takes a decoding sequence out."""
+        one, ends, decoding = self.decoding.pop(request), self._ends, self.decoding
+        while ends and ((first := decoding.get(ends[0][1])) is None or first.ends != ends[0][0]):
+            heappop(ends)
         self._shut = False
         self._tokens -= one.tokens - self.rules.tokens_per_step * one.joined
         self._last -= one.ends
@@ -374,8 +376,6 @@ class Rank(Cache):
                 request = self._starts_over()
                 steps = self.steps - self.decoding[request].joined
                 self._leave(request)
-                self._ends = [end for end in self._ends if end[1] != request]
-                self._ends.sort()
                 with_prompt = rules.role == "both"  # where the prompt is read here, its first token came with it
                 written = with_prompt + int(steps * rules.tokens_per_step)
             elif freed := self.places.give_up():

@@ -41,6 +41,22 @@ def possible(wanted: list[tuple[float, int, bool]], counts: list[int]) -> tuple[
     return (*found, *(Change(4.0, 1, pool) for pool in range(len(left))))
 
 
+def test_a_system_prompt_alone_keeps_no_conversation_together() -> None:
+    """A router that knows of prefixes sends turns to who has their conversation, and conversations that share 64 of 464
+    tokens to who has least to do; not even turns where one server has far more to do than another."""
+    talks = sessions(60, 3, Length(400), Length(100), rate=20.0, think_s=1.0, shared_len=64)
+    record = Fleet([Pool(RULES, TIMES, 3)], talks, router="prefix_aware").run()
+    served = record.server.reshape(60, 3)
+    assert np.all(served == served[:, :1]) and np.bincount(served[:, 0], minlength=3).min() >= 15
+    same = Requests(
+        arrival_s=np.zeros(400), input_len=np.full(400, 512), output_len=np.full(400, 50), block_tokens=16,
+        blocks=(tuple(range(32)),) * 400,
+    )  # fmt: skip
+    first = replace(same, arrival_s=np.concatenate([[0.0], np.full(399, 0.05)]))
+    record = Fleet([Pool(RULES, TIMES, 2)], first, router="prefix_aware").run()
+    assert 60 < np.bincount(record.server, minlength=2).min() < 200
+
+
 @settings(max_examples=60)
 @given(
     requests=asked(), wanted=CHANGES, router=st.sampled_from(ROUTERS), pooled=st.booleans(),

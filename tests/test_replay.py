@@ -110,6 +110,8 @@ def test_draws_say_where_percentiles_lie() -> None:
 def test_what_is_left_without_a_server_is_said() -> None:
     """Prompts that nobody takes over keep their own servers busy, after the last token that a user gets as well."""
     assert "0 of 60 requests served; no server was left" in run(*DRAWN, "--workers", "0s -1").output
+    late = " ".join(run(*DRAWN, "--workers", "900s +1").output.split())
+    assert "workers '900s +1': nothing changes from 900 s on, as the last reply ends at" in late
     found = json.loads(run(*DRAWN, "--layout", "tp2-ep2 > tp2-ep2", "--workers", "1s -1 of 2", "--json").output)
     assert found["unserved"] > 0 and all(0 < server["busy_share"] <= 1 for server in found["servers"])
 

@@ -94,7 +94,13 @@ def replay(
     found = priced.run(requests, limits=limits, router=router, seed=seed, draws=draws, changes=changes, watch=watch)
     spread = SAID[chosen.routing] if profile.stated_facts.num_experts else ""
     short = too_few(found) if find_rate else ""
-    return noted(replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as, spread, short)
+    ended = found.record.last_s[found.record.last_s > 0]
+    last_s = float(ended.max()) if len(ended) else 0.0
+    late = [one.when_s for one in changes if one.when_s >= last_s]
+    never = f"workers {workers!r}: nothing changes from {late[0]:g} s on, as the last reply ends at {last_s:.4g} s"
+    return noted(
+        replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as, spread, short, never if late else ""
+    )
 
 
 @python_names

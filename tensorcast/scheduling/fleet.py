@@ -24,6 +24,11 @@ from tensorcast.scheduling.step_times import StepTimes
 Router = Literal["round_robin", "least_work", "power_of_two", "prefix_aware"]
 ROUTERS: tuple[str, ...] = ("round_robin", "least_work", "power_of_two", "prefix_aware")
 
+UNEVEN_BY, UNEVEN_TIMES, MATCHED = 64, 1.5, 0.3
+"""A router that knows of prefixes sends a request to who has most of it, if that is more than such a share of its
+prompt, and by work where servers' requests differ by more than so many and more than so many times (sglang-router
+0.3.2, router_args.py: ``balance_abs_threshold``, ``balance_rel_threshold``, ``cache_threshold``)."""
+
 ARRIVAL, RETURN, ENTRY, HANDED_OVER, STEP_END, CHANGE, START = range(7)
 """What happens, in the order in which it does at one moment: a step is composed when all who come then are there."""
 
@@ -341,7 +346,13 @@ class Fleet:
         if self.router == "power_of_two":
             one, other = self._random.choice(len(servers), 2, replace=False)
             return min(servers[one], servers[other], key=_load)
-        if self.router == "prefix_aware" and self.record.blocks is not None and not phase:
-            blocks = self.record.blocks_of(request)
-            return max(servers, key=lambda s: (s.found(blocks, now), -s.load))
-        return min(servers, key=_load)
+        least = min(servers, key=_load)
+        if self.router != "prefix_aware" or self.record.blocks is None or phase:
+            return least
+        most = max(servers, key=_load).load
+        if most - least.load > UNEVEN_BY and most > UNEVEN_TIMES * least.load:
+            return least
+        blocks = self.record.blocks_of(request)
+        best = max(servers, key=lambda s: (s.found(blocks, now), -s.load))
+        tokens = best.found(blocks, now) * self.record.block_tokens
+        return best if tokens > MATCHED * self.record.prompt(request) else least

@@ -23,9 +23,9 @@ def sections(found: Outcome) -> list[Section]:
     )
     page.append(Section("What their time goes into", said, _table(*words.causes_table(found))))
     if len(found.broken()):
-        why = "Each by the part of its time that is furthest above the middle request's; the worst ones below."
-        page.append(Section("Why requests broke a limit", (why, *words.worst(found, 10)),
-                            _table(*words.broken_table(found))))  # fmt: skip
+        why = "Each by the part of its time that is furthest above the middle request's."
+        page.append(Section("Why requests broke a limit", (why,), _table(*words.broken_table(found))))
+        page.append(Section("The worst of them", table=_table(*words.worst_table(found, 10), "lrrrlrrlr")))
     page.append(Section("Servers", table=_servers(found)))
     return page
 

@@ -102,17 +102,26 @@ def broken_table(found: Outcome) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
+def worst_table(found: Outcome, count: int) -> tuple[list[str], list[list[str]]]:
+    """The requests that are furthest beyond each limit, and what took longer there."""
+    head = ["request", "sent at", "prompt", "reply", "limit", "took", "at most", "because", "of it"]
+    rows = [
+        [
+            str(row["request"]), units.seconds(row["sent_s"]), units.count(row["input_len"]),
+            units.count(row["output_len"]), LIMIT_NAMES[f"{row['limit']}_s"], units.seconds(row["seconds"]),
+            units.seconds(row["limit_s"]), row["because"], units.seconds(row["of_it_s"]),
+        ]
+        for row in found.broken().groupby("limit", sort=False).head(count).to_dict("records")
+    ]  # fmt: skip
+    return head, rows
+
+
 def worst(found: Outcome, count: int = 3) -> list[str]:
     """A sentence for each of the requests that are furthest beyond each limit."""
-    said = []
-    for row in found.broken().groupby("limit", sort=False).head(count).to_dict("records"):
-        limit = LIMIT_NAMES[f"{row['limit']}_s"]
-        said.append(
-            f"request {row['request']}, sent at {units.seconds(row['sent_s'])}, {units.count(row['input_len'])} + "
-            f"{units.count(row['output_len'])} tokens: {limit} {units.seconds(row['seconds'])}, "
-            f"limit {units.seconds(row['limit_s'])}; {row['because']} {units.seconds(row['of_it_s'])}"
-        )
-    return said
+    return [
+        f"request {request}, sent at {sent}, {prompt} + {reply} tokens: {limit} {took}, limit {most}; {because} {of_it}"
+        for request, sent, prompt, reply, limit, took, most, because, of_it in worst_table(found, count)[1]
+    ]
 
 
 def causes_table(found: Outcome) -> tuple[list[str], list[list[str]]]:

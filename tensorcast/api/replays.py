@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tensorcast.deploy.option_types import DeploymentOptions
     from tensorcast.scheduling.fleet import Watch
     from tensorcast.scheduling.outcome import Outcome
+    from tensorcast.scheduling.pools import Change
     from tensorcast.scheduling.requests import Requests
     from tensorcast.scheduling.rules import Waits
     from tensorcast.scheduling.sweep import Sent
@@ -94,13 +95,19 @@ def replay(
     found = priced.run(requests, limits=limits, router=router, seed=seed, draws=draws, changes=changes, watch=watch)
     spread = SAID[chosen.routing] if profile.stated_facts.num_experts else ""
     short = too_few(found) if find_rate else ""
+    return noted(
+        replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as, spread, short, _too_late(found, changes, workers)
+    )
+
+
+def _too_late(found: Outcome, changes: Sequence[Change], workers: str) -> str:
+    """What is said of ``changes`` of servers after the last reply; empty where there are none."""
     ended = found.record.last_s[found.record.last_s > 0]
     last_s = float(ended.max()) if len(ended) else 0.0
     late = [one.when_s for one in changes if one.when_s >= last_s]
-    never = f"workers {workers!r}: nothing changes from {late[0]:g} s on, as the last reply ends at {last_s:.4g} s"
-    return noted(
-        replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as, spread, short, never if late else ""
-    )
+    if not late or not len(ended):
+        return ""
+    return f"workers {workers!r}: nothing changes from {late[0]:g} s on, as the last reply ends at {last_s:.4g} s"
 
 
 @python_names

@@ -261,9 +261,7 @@ class Questions:
         if content.by_phase:
             key = *key, at.decode, at.has_fp4, float(at.kv_bytes) if np.ndim(at.kv_bytes) == 0 else 0.0
         if op.name == "grouped_matmul":
-            facts = pricer.table.facts
-            key = *key, at.backend, at.masked_skips, pricer.balanced, pricer.gated, *pricer.sources, \
-                facts.moe_hidden_size, facts.top_k, facts.moe_intermediate_size, facts.num_experts, facts.fused_experts
+            key = *key, at.backend, at.masked_skips, pricer.balanced, pricer.feed_forward, *pricer.sources
         rows = self._alike.get(key)
         if rows is None:
             rows = self._alike[key] = _Alike()

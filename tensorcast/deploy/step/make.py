@@ -16,7 +16,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
 from tensorcast.deploy.plan.plan import Plan, expert_matmuls, moe_blocks
 from tensorcast.deploy.step.overlap import Overlap
-from tensorcast.deploy.step.row_prices import EXPERTS_CALL, RowPricer
+from tensorcast.deploy.step.row_prices import EXPERTS_CALL, FeedForward, RowPricer
 from tensorcast.deploy.step.sizes import Ends, StepSizes
 from tensorcast.deploy.step.step import Step
 from tensorcast.profiles.device import DeviceProfile
@@ -110,7 +110,7 @@ def make_step(
     whole = captured and (not decode or engine.decode_graphs == "full")
     most = math.inf if whole else prefill_graph_tokens if captured or not decode else 0
     matmuls = expert_matmuls(table)
-    gated = 1.0  # where experts' first matmul makes gate and up; 0 where there is no gate
+    gated = 1.0
     if len(matmuls) > 1:
         wide, narrow = matmuls["up"].outputs[0].dims[-1].coef, matmuls["down"].inputs[0].dims[-1].coef
         gated = float(wide > 1.5 * narrow)
@@ -137,10 +137,14 @@ def make_step(
         _, kernel, _ = corrections.question("grouped_gemm", dtype, "", {"rows": 1.0})
         constants, _ = constants_for(device, "grouped_gemm", dtype, kernel[0] if kernel else engine.name)
         one_call = one_call and (apart is not None or bool(constants.row_s or constants.element_s))
+    facts = table.facts
+    feed_forward = FeedForward(
+        facts.moe_hidden_size, facts.moe_intermediate_size, facts.top_k, facts.num_experts, facts.fused_experts, gated
+    )
     pricer = RowPricer(
         table=table, device=device, engine=engine, corrections=corrections,
-        graph_tokens=0.0 if eager else float(most), tp=layout.tp, ep=layout.ep, etp=layout.etp, gated=gated,
-        balanced=options.routing == "balanced", sources=sources or {}, distinct=distinct,
+        graph_tokens=0.0 if eager else float(most), tp=layout.tp, ep=layout.ep, etp=layout.etp,
+        feed_forward=feed_forward, balanced=options.routing == "balanced", sources=sources or {}, distinct=distinct,
         held=frozenset() if not one_call else EXPERTS_CALL if apart is None else frozenset(("products", *apart)),
         joins=plan.joins,
     )

@@ -24,7 +24,7 @@ from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.alike import Content, content_of, joined_op, numbered
 from tensorcast.deploy.step.many_sums import Numbers, Places, StepCases
 from tensorcast.deploy.step.price import RowPrice, StepPrice
-from tensorcast.deploy.step.row_prices import RowPricer, side_by_side
+from tensorcast.deploy.step.row_prices import FeedForward, RowPricer, side_by_side
 from tensorcast.deploy.step.sizes import Batches
 from tensorcast.deploy.step.step import Asked, Step, prices
 from tensorcast.deploy.step.sums import Recipe
@@ -206,14 +206,11 @@ class Many:
 
     def _of_experts(self, op: Op, pricer: RowPricer, at: Context) -> tuple[Hashable, ...]:
         """What fitted models of experts' kernels are asked by beside sizes of cases."""
-        facts, dtype = pricer.table.facts, at.precision(op, op.outputs[0]).name
+        dtype = at.precision(op, op.outputs[0]).name
         asked = id(pricer.corrections), dtype, at.backend
         if asked not in self._variants:
             self._variants[asked] = pricer.corrections.variant("grouped_gemm", dtype, at.backend)
-        return (
-            at.backend, at.masked_skips, self._variants[asked], pricer.balanced, pricer.gated, *pricer.sources,
-            facts.moe_hidden_size, facts.top_k, facts.moe_intermediate_size, facts.num_experts, facts.fused_experts,
-        )
+        return at.backend, at.masked_skips, self._variants[asked], pricer.balanced, *pricer.sources
 
     def found(self) -> dict[int, StepPrice]:
         """What the steps that have asked cost, by their numbers."""
@@ -306,7 +303,8 @@ class Many:
             pricers = [self._steps[i].step.pricer for i in alike.steps]
             laid: Any = {name: spread([float(getattr(one, name)) for one in pricers]) for name in ("ep", "etp")}
             sources = {name: spread([float(one.sources[name]) for one in pricers]) for name in pricers[0].sources}
-            pricer = replace(pricer, **laid, sources=sources)
+            sizes = zip(*[one.feed_forward for one in pricers], strict=True)
+            pricer = replace(pricer, **laid, sources=sources, feed_forward=FeedForward(*map(spread, sizes)))
         works = pricer.works(op, at, asked)
         asks = any(known is not None for _, known in works)
         return _Waiting(alike, partial(pricer.seconds, op, at, works), places), asks

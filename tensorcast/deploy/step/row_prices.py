@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +92,18 @@ Works = list[tuple[Work, Known]]
 """Kernels of a row, one after another, each with what corrects it."""
 
 
+class FeedForward(NamedTuple):
+    """Sizes of a model's experts as kernel models know them, numbers or columns. ``gated``: 1 where experts' first
+    matmul makes gate and up, 0 where there is no gate; ``fused``: shared experts among the routed ones."""
+
+    hidden: Size
+    inter: Size
+    topk: Size
+    experts: Size
+    fused: Size
+    gated: Size
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowPricer:
     """Prices of rows on a device under an engine.
@@ -111,7 +123,7 @@ class RowPricer:
     tp: int
     ep: Size
     etp: Size
-    gated: float
+    feed_forward: FeedForward
     balanced: bool
     joins: bool
     sources: Mapping[str, Size]
@@ -165,12 +177,11 @@ class RowPricer:
         if at.backend == "masked" and not at.masked_skips:
             return [(work, None)]
         # the experts' whole feed-forward network as models know it: up, activation and down in one
-        facts = self.table.facts
+        own = self.feed_forward
         sizes = {
-            "tokens": at.capacity, "hidden": facts.moe_hidden_size, "inter": facts.moe_intermediate_size,
+            "tokens": at.capacity, "hidden": own.hidden, "inter": own.inter, "topk": own.topk, "experts": own.experts,
             # a shared expert among them is more of their rows, not another model
-            "topk": facts.top_k, "experts": facts.num_experts, "slots": (at.sizes.E - facts.fused_experts) * self.ep,
-            "moe_tp": self.etp, "moe_ep": self.ep, "gated": self.gated,
+            "slots": (at.sizes.E - own.fused) * self.ep, "moe_tp": self.etp, "moe_ep": self.ep, "gated": own.gated,
             "source": self.sources.get(work.dtype, 0.0),  # whose kernels run
             "skew": 0.0 if self.balanced else -1.0, **work.sizes,
         }
@@ -178,7 +189,7 @@ class RowPricer:
         if known is not None and known.variant == at.backend:  # a kernel of that layout was fitted over plain tiles
             (work,) = work_of(op, replace(at, backend="grouped_mm"))
         if "activation" in self.held and op.attrs["projection"] == "down":  # what the formula has between up and down
-            read, written = work.elements * (1.0 + self.gated) * 2.0, at.precision(op, op.outputs[0]).activation_bytes
+            read, written = work.elements * (1.0 + own.gated) * 2.0, at.precision(op, op.outputs[0]).activation_bytes
             return [(memory(read, work.elements * written), known), (work, known)]
         return [(work, known)]
 

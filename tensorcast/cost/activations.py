@@ -65,18 +65,28 @@ def _touched(op: Op) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+_numbers: dict[_Amount, int] = {}
+_amounts: list[_Amount] = []
+"""By number, of all tables."""
+
+
 @cache
-def _amount(seen: frozenset[int]) -> tuple[_Amount, float]:
-    """Bytes of a storage as an amount and how much of it: sizes that differ by a number alone are the same amount."""
+def _amount(seen: frozenset[int]) -> tuple[int, float]:
+    """Bytes of a storage as an amount, by number, and how much of it: sizes that differ by a number alone are the same
+    amount."""
     found: dict[tuple[Dim, ...], float] = {}
     for dims, dtype, expanded in map(_each.__getitem__, seen):
         whole, *offset = product(dims, expanded)
         factors = (whole._replace(coef=1), *offset)
         found[factors] = max(found.get(factors, 0.0), whole.coef * DTYPE_BYTES[dtype])
-    if len(found) > 1:
-        return tuple(found.items()), 1.0
-    ((factors, coef),) = found.items()
-    return ((factors, 1.0),), coef
+    amount, coef = tuple(found.items()), 1.0
+    if len(found) == 1:
+        ((factors, coef),) = found.items()
+        amount = ((factors, 1.0),)
+    if amount not in _numbers:
+        _numbers[amount] = len(_amounts)
+        _amounts.append(amount)
+    return _numbers[amount], coef
 
 
 COMPARED = 16
@@ -109,19 +119,19 @@ def _storages(table: OpTable) -> _Storages:
         for one in _touched(op):
             first.setdefault(one, i)
             last[one[0]] = i
-    every, numbers, seen = dict[int, frozenset[int]](), dict[_Amount, int](), list[tuple[int, int, int, float]]()
-    before: dict[int, tuple[int, float]] = {}
+    every, numbers, seen = dict[int, frozenset[int]](), dict[int, int](), list[tuple[int, int, int, float]]()
     for (storage, what), i in first.items():
         if storage not in states:
-            every[storage] = own = every.get(storage, frozenset()) | {what}
+            own = frozenset((what,))
+            if storage in every:  # in place of what was seen so far
+                amount, coef = _amount(every[storage])
+                seen.append((i, storage, numbers[amount], -coef))
+                own |= every[storage]
+            every[storage] = own
             amount, coef = _amount(own)
-            number = numbers.setdefault(amount, len(numbers))
-            if storage in before:  # in place of what was seen so far
-                number_before, coef_before = before[storage]
-                seen.append((i, storage, number_before, -coef_before))
-            before[storage] = number, coef
-            seen.append((i, storage, number, coef))
-    return _Storages(list(numbers), seen, last, last if last_before is None else last_before, head)
+            seen.append((i, storage, numbers.setdefault(amount, len(numbers)), coef))
+    amounts = [_amounts[number] for number in numbers]
+    return _Storages(amounts, seen, last, last if last_before is None else last_before, head)
 
 
 @per_table

@@ -81,7 +81,7 @@ def test_many_steps_are_priced_as_one_by_one(layout: Layout, chunk: int) -> None
     every = step.price(batch, new, past)
     alone = [step.price(*one) for one in zip(batch.tolist(), new.tolist(), past.tolist(), strict=True)]
     parts = [(step, batch[i : i + 1], new[i : i + 1], past[i : i + 1]) for i in range(3)]
-    many = sums_of_many([(step, batch, new, past), *parts])
+    many = list(sums_of_many([(step, batch, new, past), *parts]))
     for name in ("seconds", "error", "exposed_comm_s"):
         expected = np.array([float(getattr(price, name)) for price in alone])
         np.testing.assert_allclose(getattr(every, name), expected, rtol=1e-9)

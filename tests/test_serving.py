@@ -252,7 +252,8 @@ def served(
     users = np.atleast_1d(np.asarray(traffic.concurrency, dtype=float))
     cut = cut_prompts(traffic, chunk_tokens or own_chunk(prefill))
     price = prefill.step.price(np.array(cut.batches), cut.tokens, cut.past)
-    columns = {name: np.broadcast_to(v, (1, 3)) for name, v in prefill_columns(price, prefill).items()}
+    spent = prefill.engine.overhead.prefill_factor, prefill.engine.overhead.prefill_error
+    columns = {name: np.broadcast_to(v, (1, 3)) for name, v in prefill_columns(price, *spent).items()}
     rows = np.zeros(len(users), dtype=int)
     found = decode_columns(decode.step.price(np.maximum(GRID, 1 / decode.layout.dp), 1.0, float(traffic.context)))
     ranks = decode.layout.dp * (workers[1] if workers else 1)

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from tensorcast.deploy.deployment import Deployment, deploy
+from tensorcast.deploy.encoder.encoder import EncodeStep
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.model_names import named_model
 from tensorcast.deploy.options import Options, of_layout
 from tensorcast.deploy.step.many import sums_of_many
+from tensorcast.deploy.step.many_sums import Places
 from tensorcast.deploy.step.sizes import GRID
 from tensorcast.deploy.step.step import Asked
 from tensorcast.errors import InputError
@@ -235,31 +237,42 @@ def _priced(rows: list[_Row], most: Array) -> tuple[PrefillCosts, DecodeCurve]:
         decode = rows[part[0]].decode  # a step that decodes has a sequence, however few there are in the mean
         least = np.maximum(grid, 1 / decode.layout.dp)
         asked.append((decode.step, least, 1.0, np.array([[rows[i].traffic.context] for i in part])))
-    priced, costs = iter(sums_of_many(asked)), []
-    for part, several in zip(prefills, cuts, strict=True):
-        columns = prefill_columns(next(priced), rows[part[0]].prefill)
-        every = {name: np.broadcast_to(values, (len(part), 3)) for name, values in columns.items()}
-        of_cuts = (np.array([getattr(cut, name) for cut in several]) for name in ("tokens", "per_step", "rises"))
-        costs.append(_with_images(prefill_costs(every, *of_cuts), [rows[i] for i in part]))
-    width = max(2, *map(len, grids))
-    found: dict[str, Array] = defaultdict(lambda: np.empty((len(rows), width)))
-    for part, grid in zip(decodes, grids, strict=True):
-        for name, values in decode_columns(next(priced)).items():
-            whole = np.broadcast_to(values, (len(part), len(grid)))
-            found[name][part, : len(grid)] = whole
-            found[name][part, len(grid) :] = whole[:, -1:]
-    joined = PrefillCosts.joined(costs).where(np.argsort(np.concatenate(prefills)))
-    return joined, DecodeCurve(GRID[:width], found, np.arange(len(rows)))
+    priced = sums_of_many(asked)
+    first, read, widths = priced.first, len(prefills), np.array(list(map(len, grids)))
+    prompts, replies = _entries(prefills, first[:read], np.full(read, 3)), _entries(decodes, first[read:], widths)
+    spent = [row.prefill.engine.overhead for row in rows]
+    factor, error = (np.array([[getattr(one, f"prefill_{name}")] for one in spent]) for name in ("factor", "error"))
+    of_cuts = (np.array([getattr(row.cut, name) for row in rows]) for name in ("tokens", "per_step", "rises"))
+    costs = prefill_costs(prefill_columns(priced.at(prompts), factor, error), *of_cuts)
+    curves = DecodeCurve(GRID[: replies.shape[1]], decode_columns(priced.at(replies)), np.arange(len(rows)))
+    return _with_images(costs, rows), curves
+
+
+def _entries(parts: list[list[int]], first: Places, widths: Places) -> Places:
+    """By row which entries are its own, the last one again and again where others have more. ``first``: of each of the
+    ``parts`` the first entry of its first row, of whose batches there are so many as ``widths`` say."""
+    sizes = np.array(list(map(len, parts)))
+    own, start = np.repeat(widths, sizes), np.repeat(first, sizes)
+    among = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    columns = np.arange(max(2, widths.max()))
+    found = np.empty((len(own), len(columns)), dtype=int)
+    found[np.concatenate(parts)] = (start + among * own)[:, None] + np.minimum(columns, own[:, None] - 1)
+    return found
 
 
 def _with_images(costs: PrefillCosts, rows: list[_Row]) -> PrefillCosts:
-    """Costs of rows of one deployment, with their images, which are the same for all."""
-    images = rows[0].run.images
-    if images is None:
+    """Costs of rows, with the images of those that have some."""
+    steps: dict[int, EncodeStep] = {}
+    seen = [i for i, row in enumerate(rows) if row.run.images is not None]
+    for i in seen:
+        images, one = rows[i].run.images, rows[i].prefill
+        if images is not None and id(one) not in steps:  # the same for all rows of a deployment
+            steps[id(one)] = images.of_prompt(one.model, one.device, one.engine, one.layout.tp)
+    if not seen:
         return costs
-    one = rows[0].prefill
-    step = images.of_prompt(one.model, one.device, one.engine, one.layout.tp)
-    return with_images(costs, [step] * len(rows))
+    blind = [i for i, row in enumerate(rows) if row.run.images is None]
+    whole = with_images(costs.where(seen), [steps[id(rows[i].prefill)] for i in seen])
+    return PrefillCosts.joined([whole, costs.where(blind)]).where(np.argsort([*seen, *blind]))
 
 
 def _parts(rows: list[_Row], deployment: Callable[[_Row], Deployment]) -> list[list[int]]:

@@ -298,9 +298,10 @@ class VariantPrices:
         if "prefill" in asked:
             kind = np.array([self._kinds.index(one._replace(mtp_depth=0)) for one in self._settings])[setting]
             for some, price in asked["prefill"].each(member, kind[:, None] * len(each) + np.arange(len(each))):
+                spent = fleets["prefill"][0].engine.overhead
                 columns = {
                     name: _shortened(values).reshape(len(some), len(self._cuts), 3)
-                    for name, values in prefill_columns(price, fleets["prefill"][0]).items()
+                    for name, values in prefill_columns(price, spent.prefill_factor, spent.prefill_error).items()
                 }
                 for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
                     mine = {name: values[:, i] for name, values in columns.items()}

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from tensorcast.cost.evidence import EVIDENCE
-from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.errors import InputError
 from tensorcast.serving.entries import Entries
@@ -94,18 +93,18 @@ class PrefillCosts(Entries):
         return service, np.where(full < 1, (busy * met / 2 + crowd * step) / service, np.inf)
 
 
-def prefill_columns(price: StepPrice, prefill: Deployment) -> dict[str, Any]:
-    """Of prefill steps of ``prefill`` as they are in a server under load: seconds, those of experts, error, evidence.
+def prefill_columns(price: StepPrice, factor: Number, error: Number) -> dict[str, Any]:
+    """Of prefill steps as they are in a server under load, with the engine's ``prefill_factor`` and ``prefill_error``:
+    seconds, those of experts, error, evidence.
 
     Expert seconds are what the tokens of all data-parallel ranks take: experts, dispatch and combine, less what
     overlaps.
     """
-    overhead = prefill.engine.overhead
     return {
-        "seconds": overhead.prefill_factor * price.seconds,
-        "experts_s": overhead.prefill_factor * (price.tally.experts - price.hidden_s),
-        "attention_s": overhead.prefill_factor * price.tally.attention,
-        "error": np.hypot(price.error, overhead.prefill_error),
+        "seconds": factor * price.seconds,
+        "experts_s": factor * (price.tally.experts - price.hidden_s),
+        "attention_s": factor * price.tally.attention,
+        "error": np.hypot(price.error, error),
         **price.tally.evidence,
     }
 

@@ -22,8 +22,8 @@ from tensorcast.cost.row_seconds import RowSeconds
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.alike import Content, content_of, joined_op, numbered
-from tensorcast.deploy.step.many_sums import Numbers, Places, StepCases
-from tensorcast.deploy.step.price import RowPrice, StepPrice
+from tensorcast.deploy.step.many_sums import Numbers, Places, StepCases, StepPrices
+from tensorcast.deploy.step.price import RowPrice
 from tensorcast.deploy.step.row_prices import FeedForward, RowPricer, side_by_side
 from tensorcast.deploy.step.sizes import Batches
 from tensorcast.deploy.step.step import Asked, Step, prices
@@ -40,23 +40,23 @@ MOST = 1 << 20
 made of."""
 
 
-def sums_of_many(asked: Sequence[Asked]) -> list[StepPrice]:
+def sums_of_many(asked: Sequence[Asked]) -> StepPrices:
     """The price of each step as :func:`~tensorcast.deploy.step.step.prices` gives it, without those of its rows."""
-    many, found = Many(), dict[int, StepPrice]()
+    many, found = Many(), StepPrices()
     machines: dict[Hashable, int] = {}
     of = [machines.setdefault(_machine(step.pricer), len(machines)) for step, *_ in asked]
     for i in sorted(range(len(asked)), key=of.__getitem__):
         step, batch, new, past = asked[i]
         sizes = step.sizes.batches(batch, new, past)
         if sizes.whole.points is not None:  # layers that load their experts differently are priced apart
-            found[i] = next(prices([asked[i]]))
+            found.add_one(next(prices([asked[i]])), i)
         else:
             many.ask(i, step, batch, sizes)
         if many.prices >= MOST:
-            found |= many.found()
+            many.found(found)
             many = Many()
-    found |= many.found()
-    return [found[i] for i in range(len(asked))]
+    many.found(found)
+    return found
 
 
 def _machine(pricer: RowPricer) -> tuple[Hashable, ...]:
@@ -212,8 +212,8 @@ class Many:
             self._variants[asked] = pricer.corrections.variant("grouped_gemm", dtype, at.backend)
         return at.backend, at.masked_skips, self._variants[asked], pricer.balanced, *pricer.sources
 
-    def found(self) -> dict[int, StepPrice]:
-        """What the steps that have asked cost, by their numbers."""
+    def found(self, prices: StepPrices) -> None:
+        """Add the ``prices`` of the steps that have asked."""
         columns = np.empty((len(PLAIN) + len(ROUTED), self._case))
         for start, shape, sizes in self._sizes:
             for column, size in zip(columns, sizes, strict=True):
@@ -230,7 +230,7 @@ class Many:
             corrections.find()
         while later:
             _price(later.pop(), numbers)
-        return dict(numbers.composed(cases))
+        numbers.compose(cases, prices)
 
     def _ops_alike(self) -> Iterator[_Alike]:
         """Ops of all steps by their codes."""
@@ -303,8 +303,8 @@ class Many:
             pricers = [self._steps[i].step.pricer for i in alike.steps]
             laid: Any = {name: spread([float(getattr(one, name)) for one in pricers]) for name in ("ep", "etp")}
             sources = {name: spread([float(one.sources[name]) for one in pricers]) for name in pricers[0].sources}
-            sizes = zip(*[one.feed_forward for one in pricers], strict=True)
-            pricer = replace(pricer, **laid, sources=sources, feed_forward=FeedForward(*map(spread, sizes)))
+            own_sizes = FeedForward(*map(spread, zip(*[one.feed_forward for one in pricers], strict=True)))
+            pricer = replace(pricer, **laid, sources=sources, feed_forward=own_sizes)
         works = pricer.works(op, at, asked)
         asks = any(known is not None for _, known in works)
         return _Waiting(alike, partial(pricer.seconds, op, at, works), places), asks

@@ -3,20 +3,90 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.step.price import StepPrice, Tally, Where
 from tensorcast.deploy.step.sizes import Batches, Place
 from tensorcast.deploy.step.step import Overheads, Step
-from tensorcast.deploy.step.sums import Recipe, Sums, sums_at
+from tensorcast.deploy.step.sums import AMONG, Recipe, Sums, sums_at
 
 Places = NDArray[np.int_]
+
+
+class StepPrices:
+    """Prices of steps, of those that were composed as one side by side: a step's batches are some entries of theirs."""
+
+    def __init__(self) -> None:
+        self._together: list[tuple[StepPrice, int]] = []
+        """Each with its number of entries, the last axis of its arrays."""
+        self._places: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+        """By number of a step: of which of these its price is a part, from which entry on, the shape of its batches."""
+
+    def add(self, price: StepPrice, numbers: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> None:
+        """Steps of these ``numbers`` with batches of these ``shapes``, one after another in a ``price``."""
+        end = 0
+        for number, shape in zip(numbers, shapes, strict=True):
+            self._places[number] = len(self._together), end, shape
+            end += math.prod(shape)
+        self._together.append((price, end))
+
+    def add_one(self, price: StepPrice, number: int) -> None:
+        """A step by itself."""
+        shape = np.shape(price.seconds)
+
+        def flat(value: Any) -> Any:
+            axes = np.shape(value)[: max(np.ndim(value) - len(shape), 0)]
+            return np.broadcast_to(value, (*axes, *shape)).reshape(*axes, -1)
+
+        self.add(_each(price, flat), [number], [shape])
+
+    def __iter__(self) -> Iterator[StepPrice]:
+        """Each step's own."""
+        for _, (i, first, shape) in sorted(self._places.items()):
+            some = slice(first, first + math.prod(shape))
+            yield _each(self._together[i][0], partial(_cut, some=some, shape=shape))
+
+    @property
+    def first(self) -> Places:
+        """Of each step its first entry among all."""
+        starts = np.cumsum([0, *(count for _, count in self._together)])
+        return np.array([starts[i] + first for _, (i, first, _) in sorted(self._places.items())], dtype=int)
+
+    def at(self, entries: Places) -> StepPrice:
+        """Some ``entries`` among all, in their shape; without errors by family."""
+        prices, counts = zip(*self._together, strict=True)
+
+        def column(values: Iterable[Size]) -> Array:
+            return np.concatenate([np.broadcast_to(v, n) for v, n in zip(values, counts, strict=True)])[entries]
+
+        names = [field.name for field in fields(StepPrice) if field.name not in ("parts", "tally")]
+        tally = {name: column([getattr(one.tally, name) for one in prices]) for name in AMONG}
+        evidence: dict[str, Size] = {kind: column([one.tally.evidence[kind] for one in prices]) for kind in LEVELS}
+        return StepPrice(
+            parts=(), tally=Tally(errors=np.empty((0, *entries.shape)), evidence=evidence, **tally),
+            **{name: column([getattr(one, name) for one in prices]) for name in names},
+        )
+
+
+def _each(price: StepPrice, change: Callable[[Any], Any]) -> StepPrice:
+    """A price with all of its numbers changed, without those of its rows."""
+    numbers = {name: change(value) for name, value in vars(price).items() if name not in ("parts", "tally")}
+    sums = {name: change(value) for name, value in price.tally._asdict().items() if name != "evidence"}
+    evidence = {kind: change(share) for kind, share in price.tally.evidence.items()}
+    tally = price.tally._replace(evidence=evidence, **sums)
+    return replace(price, parts=(), tally=tally, **numbers)
+
+
+def _cut(value: Any, some: slice, shape: tuple[int, ...]) -> Any:
+    return value[..., some].reshape(*value.shape[:-1], *shape)[()] if np.ndim(value) else value
 
 
 @dataclass(eq=False)
@@ -85,8 +155,8 @@ class Numbers:
         """A price of each step is of this family."""
         self._families[self._prices_from[steps] + prices] = self._names.setdefault(family, len(self._names))
 
-    def composed(self, cases: Mapping[str, Array]) -> Iterator[tuple[int, StepPrice]]:
-        """Steps by their numbers. ``cases``: sizes of all cases."""
+    def compose(self, cases: Mapping[str, Array], prices: StepPrices) -> None:
+        """Add the ``prices`` of all steps. ``cases``: sizes of all cases."""
         tokens, groups = cases["B"] * cases["S"], dict[Hashable, list[int]]()
         for i, one in enumerate(self._steps):
             groups.setdefault(one.alike, []).append(i)
@@ -104,7 +174,7 @@ class Numbers:
                 start, end = end, end + len(families[some[0]])
                 sums.append(self._sums(some, of[start:end], len(kinds)))
             order = [i for some in added.values() for i in some]
-            yield from _composed([self._steps[i] for i in order], Sums.joined(sums), tokens)
+            _compose([self._steps[i] for i in order], Sums.joined(sums), tokens, prices)
 
     def _sums(self, some: Sequence[int], families: Places, kinds: int) -> Sums:
         """Those of some of the steps at their cases, one step's after another's."""
@@ -122,7 +192,7 @@ class Numbers:
         return sums_at(steps[0].recipe, numbers, families, kinds)
 
 
-def _composed(steps: Sequence[StepCases], sums: Sums, tokens: Array) -> Iterator[tuple[int, StepPrice]]:
+def _compose(steps: Sequence[StepCases], sums: Sums, tokens: Array, prices: StepPrices) -> None:
     """Steps that are composed alike; ``sums``: theirs, one step's cases after another's; ``tokens`` of all cases."""
     first = steps[0]
     starts = np.cumsum([0, *(one.cases for one in steps)])
@@ -147,19 +217,6 @@ def _composed(steps: Sequence[StepCases], sums: Sums, tokens: Array) -> Iterator
     at = first.at._replace(**parts)
     totals = here.totals([*here.by_part(), *drafts.by_part()], first.step.times(at))
     spent = Overheads(*map(column, zip(*[one.step.overheads for one in steps], strict=True)))
-    price, end = first.step.composed(totals, hidden, at, column([one.batch for one in steps]), spent=spent), 0
-    for one, shape in zip(steps, shapes, strict=True):
-        some = slice(end, end := end + math.prod(shape))
-        yield one.number, _some(price, some, shape)
-
-
-def _some(price: StepPrice, some: slice, shape: tuple[int, ...]) -> StepPrice:
-    """Some batches of a price, in a shape of their own."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: cut(one) for name, one in value.items()}
-        return value[..., some].reshape(*value.shape[:-1], *shape)[()] if np.ndim(value) else value
-
-    numbers = {name: cut(value) for name, value in vars(price).items() if name not in ("parts", "tally")}
-    return replace(price, tally=Tally(*map(cut, price.tally)), **numbers)
+    batch = column([one.batch for one in steps])
+    price = first.step.composed(totals, hidden, at, batch, spent=spent)
+    prices.add(price, [one.number for one in steps], shapes)

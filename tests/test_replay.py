@@ -64,7 +64,10 @@ def test_the_found_rate_keeps_the_limits() -> None:
     both = run(*asked, "--find-rate", "--json", "--layout", "tp2-ep2, tp2")  # rows say the rate that was found
     for row in json.loads(both.output)["replays"]:
         assert row["within_limits"] >= 0.9 and row["rate"] > row["requests_per_s"]
+    assert document["sent_per_s"] > document["requests_per_s"]
     said = " ".join(run(*asked, "--find-rate").output.split())
+    assert f"note: {document['sent_per_s']:.3g} requests per second is the largest rate at which 90 %" in said
+    assert f"sent at {document['sent_per_s']:.3g}" in said
     assert "60 requests at" in said and "too few to tell a rate that can be kept up" in said
 
 
@@ -141,6 +144,8 @@ def test_a_sweep_is_its_replays_one_by_one(tmp_path: Path) -> None:
     assert pd.read_csv(tmp_path / "sweep.csv")["ttft_p99_s"].tolist() == [row["ttft_p99_s"] for row in rows]
     said = run(*asked, "--rate", "4,16,inf").output
     assert "all at once" in said and all(len(line) <= 80 for line in said.splitlines())
+    unfit = " ".join(run(*asked, "--rate", "4,16", "--layout", "tp2-ep2,tp3").output.split())
+    assert unfit.count("note: tp3 was not replayed: ") == 1
 
 
 def test_requests_beyond_a_limit_are_named_with_their_cause(tmp_path: Path) -> None:

@@ -95,8 +95,10 @@ def replay(
     found = priced.run(requests, limits=limits, router=router, seed=seed, draws=draws, changes=changes, watch=watch)
     spread = SAID[chosen.routing] if profile.stated_facts.num_experts else ""
     short = too_few(found) if find_rate else ""
+    most = f"{requests.rate:.3g} requests per second is the largest rate at which {percentile:g} % keep the limits"
     return noted(
-        replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as, spread, short, _too_late(found, changes, workers)
+        replace(found, usd_per_gpu_hour=usd_per_gpu_hour), read_as, most if find_rate else "", spread, short,
+        _too_late(found, changes, workers)
     )
 
 

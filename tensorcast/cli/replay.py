@@ -195,7 +195,7 @@ def replay(
         help="Find the largest rate at which --percentile of the requests keep the limits.",
     )] = False,
     percentile: Annotated[float, typer.Option(
-        "--percentile", help="Share of the requests that must keep them, in percent.", rich_help_panel=LIMITS,
+        "--percentile", help="Of --find-rate: percent of the requests that must keep them.", rich_help_panel=LIMITS,
     )] = 99.0,
     usd: Annotated[float, typer.Option(
         "--usd-per-gpu-hour", min=0, show_default=False, rich_help_panel=LIMITS,

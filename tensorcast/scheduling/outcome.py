@@ -99,6 +99,8 @@ class Outcome:
             "requests": float(len(self.record.requests)), "served": float(self.served), "refused": float(self.refused),
             "unserved": float(self.unserved), "duration_s": self.seconds,
         }
+        if np.isfinite(self.record.requests.rate) and self.record.requests.users is None:
+            found["sent_per_s"] = self.record.requests.rate
         done = np.isfinite(self.record.last_s)
         if done.any():
             for name, values in self.times.items():
@@ -134,7 +136,8 @@ class Outcome:
         found = {}
         for name, value in own.items():
             drawn = np.array([draw.get(name, np.nan) for draw in self.draws])
-            if value > 0 and np.all(drawn > 0) and name.endswith(("_s", "_per_gpu")) and name != "duration_s":
+            varies = name.endswith(("_s", "_per_gpu")) and name not in ("duration_s", "sent_per_s")
+            if varies and value > 0 and np.all(drawn > 0):
                 factor = float(np.exp(NORMAL_90 * np.sqrt(np.mean(np.log(drawn / value) ** 2))))
                 found[name] = value / factor, value * factor
         return found

@@ -40,9 +40,8 @@ def print_sweep(frame: pd.DataFrame, console: Console) -> None:
     console.print(table)
     if laws := {str(row["routing"]) for row in rows if "routing" in row}:
         console.print(Text(f"tokens fall on experts by routing {', '.join(sorted(laws))}", style="dim"))
-    for row in rows:
-        if row["problem"]:
-            console.print(Text(f"note: {row['layout']} was not replayed: {row['problem']}"))
+    for layout, problem in dict.fromkeys((row["layout"], row["problem"]) for row in rows if row["problem"]):
+        console.print(Text(f"note: {layout} was not replayed: {problem}"))
 
 
 def write_sweep(frame: pd.DataFrame, folder: Path) -> list[Path]:

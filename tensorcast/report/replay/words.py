@@ -58,10 +58,11 @@ def rates(found: Outcome, numbers: dict[str, float]) -> list[tuple[str, str]]:
         low, high = bands[name]
         return f"{said}  (80 %: {low:,.4g}-{high:,.4g})"
 
+    sent = f"; sent at {numbers['sent_per_s']:,.3g}" if "sent_per_s" in numbers else ""
     rows = [
         ("throughput", banded("output_tokens_per_s", f"{numbers['output_tokens_per_s']:,.0f} output tokens/s; "
             f"{numbers['output_tokens_per_s_per_gpu']:,.1f} per GPU on {found.gpus:.4g}")),
-        ("requests", banded("requests_per_s", f"{numbers['requests_per_s']:,.3g} per second")),
+        ("requests", banded("requests_per_s", f"{numbers['requests_per_s']:,.3g} served per second{sent}")),
     ]
     if limits_said(found):
         rows.append(("goodput", f"{numbers['goodput_requests_per_s']:,.3g} requests per second within the limits"))

@@ -238,7 +238,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     profile, quant = stored_in(cells, named, model, device, record)
     roles = ("", "") if mode == "aggregated" else ROLES
     twice = record and mode == "aggregated"
-    prefill, decode = (_layout(cells, role, named.profile.num_experts, twice) for role in roles)
+    prefill, decode = (_layout(cells, role, named.profile.num_experts, record, twice) for role in roles)
     concurrency = cells.number("concurrency", None)
     arrivals = read_arrivals(cells, concurrency)
     workers = (1, 1) if mode == "aggregated" else _workers(cells, concurrency)
@@ -353,17 +353,21 @@ def _workers(cells: Cells, concurrency: float | None) -> tuple[int, int]:
     return prefill, decode
 
 
-def _layout(cells: Cells, role: str, num_experts: int, record: bool) -> Layout:
-    """Layout of a row's sizes. ``record``: the sizes may be those of a benchmark record that multiplies them twice."""
+def _layout(cells: Cells, role: str, num_experts: int, record: bool, twice: bool) -> Layout:
+    """Layout of a row's sizes. ``record``: of a public benchmark's, which may leave ``ep`` open; ``twice``: the sizes may
+    be multiplied twice."""
     tp, dp, pp = (cells.whole(name, role) for name in ("tp", "dp", "pp"))
     ep, etp = (int(cells.number(name, 0, role)) or None for name in ("ep", "moe_tp"))
     if not num_experts:
         return Layout(tp * dp * pp, tp, dp, 1, pp)
-    if record and ep and (twice := counted_twice(tp, dp, etp or 1, ep)):
-        tp, dp, etp, ep = twice
+    if twice and ep and (once := counted_twice(tp, dp, etp or 1, ep)):
+        tp, dp, etp, ep = once
         cells.assumed.append(f"recorded sizes count tp and ep twice: read as tp{tp}-dp{dp}-ep{ep}")
     ranks = tp * dp
-    if ep is None:
+    if ep is None and etp is None and record and dp > 1:  # cut in dp parts, blocks of scales would be cut as well
+        ep = ranks if num_experts % ranks == 0 else 1
+        cells.assumed.append(f"{role}ep {ep} (not said, with attention data-parallel)")
+    elif ep is None:
         ep = ranks // etp if etp and ranks % etp == 0 else 1
     if etp is not None and etp * ep != ranks:
         raise InputError(f"{role}moe_tp*ep = {etp}*{ep} must equal tp*dp = {tp}*{dp}")

@@ -196,3 +196,15 @@ def test_a_gated_delta_layer_keeps_the_gemms_that_engines_run_apart(engine: str,
     assert len([op for op in _layer(fused, 0) if op.name == "mm"]) == len(projections) + len(
         [op for op in _layer(together, 0) if op.name == "mm"]
     )
+
+
+def test_norms_by_one_plus_the_weight_may_run_op_by_op() -> None:
+    """SGLang 0.5.9 on ROCm (layers/layernorm.py, GemmaRMSNorm.forward_native): ten kernels, the weight's two among
+    them; of a model whose norms add nothing to their weights no row is another."""
+    raw = traced(load_model("qwen3.5-397b-a17b"), "decode")
+    own = [op.parts for op in fuse(raw, (*ENGINE, "eager_norms")).ops if op.module.endswith("post_attention_layernorm")]
+    assert all(len(parts) == 1 for parts in own)
+    names = [parts[0] for parts in own if parts]
+    assert [names.count(name) for name in ("pow", "mean", "rsqrt", "add", "mul", "_to_copy")] == [2, 2, 2, 4, 4, 6]
+    plain = traced(load_model("qwen3-30b-a3b"), "decode")
+    assert fuse(plain, (*ENGINE, "eager_norms")).ops == fuse(plain, ENGINE).ops

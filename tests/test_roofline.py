@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tensorcast.cost import roofline, work
 from tensorcast.profiles.device import Calibration, DeviceProfile, KernelConstants
+from tensorcast.profiles.store import load_device
 
 
 def figure(value: float) -> dict[str, Any]:
@@ -177,3 +178,15 @@ def test_profile_with_calibration_round_trips() -> None:
     device = make_device(make_constants())
     assert DeviceProfile.model_validate(device.model_dump()) == device
     assert isinstance(device.calibration, Calibration)
+
+
+@pytest.mark.parametrize(("engine", "each_s"), [("vllm", 10.4e-6), ("sglang", 4.0e-6)])
+def test_int4_experts_on_amd_run_in_tritons_kernel(engine: str, each_s: float) -> None:
+    """Kimi-K2.5's experts at tp 8, 3 x 7168 x 256 weights with scales in groups of 32, by the processors of MI355X, on
+    which they were timed (vllm-project/vllm#35093, sgl-project/sglang#22208 and #34460)."""
+    mi300x = load_device("mi300x")
+    found, evidence = roofline.constants_for(mi300x, "grouped_gemm", "w4a16", engine)
+    read = found.memory_efficiency * float(mi300x.memory_bandwidth_bytes_per_s) / mi300x.processors
+    assert 3 * 7168 * 256 * (0.5 + 2 / 32) / (256 * read) == pytest.approx(each_s, rel=0.05)
+    assert evidence == "datasheet"
+    assert roofline.constants_for(load_device("mi355x"), "grouped_gemm", "w4a16", engine)[1] == "calibrated"  # AITER's own

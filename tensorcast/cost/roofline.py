@@ -174,6 +174,28 @@ def sparse_constants(family: str, dtype: str, *, engine: str = "any", error: flo
     )
 
 
+TRITON_INT4 = {"vllm": 1.16e9, "sglang": 3.0e9}
+"""Bytes of INT4 experts that a processor of AMD's reads a second in Triton's kernel (``fused_moe_kernel_gptq_awq``) at
+the tiles that an engine takes where it ships none, as on CDNA 3. Kimi-K2.5 at tp 8 on MI355X takes 0.18 ms and 4.0 us
+for each expert that is hit at SGLang's, 16 x 32 x 64 up to as many tokens as experts (sgl-project/sglang#22208); tuned
+ones take 0.44 of that (sgl-project/sglang#34460: 40 % of decode steps, of which it is 71 %), and vLLM's defaults, 64 x
+64 x 32 from 41 tokens on (0.18.0, fused_moe.py), five to seven times as long as tuned (vllm-project/vllm#35093)."""
+
+TRITON_INT4_FLOPS, TRITON_INT4_LAUNCH_S = 0.24e12, 9e-5
+"""FLOP/s of a processor there: 10 to 13 us for 64 rows of an expert at 64 x 64 x 32 (the same); and its least time."""
+
+
+def _triton_int4(device: DeviceProfile, engine: str) -> KernelConstants:
+    """Constants of INT4 experts on AMD's devices whose own library (AITER) was not timed with them."""
+    read = TRITON_INT4.get(engine, TRITON_INT4["vllm"]) * device.processors
+    return KernelConstants(
+        family="grouped_gemm", dtype="w4a16", engine=engine,
+        compute_efficiency=min(1.0, TRITON_INT4_FLOPS * device.processors / peak_flops(device, "w4a16")),
+        memory_efficiency=min(1.0, read / float(device.memory_bandwidth_bytes_per_s)),
+        launch_s=TRITON_INT4_LAUNCH_S, median_error=DATASHEET_ERROR,
+    )  # fmt: skip
+
+
 MOST_CONSTANTS = 4096
 """Constants that are kept as they were found."""
 
@@ -210,6 +232,11 @@ def constants_for(
     if len(_constants) >= MOST_CONSTANTS:
         _constants.clear()
     known = device.calibration.kernels if device.calibration else ()
+    if device.vendor == "AMD" and (family, dtype) == ("grouped_gemm", "w4a16") and not any(
+        (c.family, c.dtype) == (family, dtype) for c in known
+    ):
+        _constants[key] = device, (_triton_int4(device, engine), "datasheet")
+        return _constants[key][1]
     fitted = [c for c in known if kernel and c.family == f"{family}/{kernel}"]
     fitted = fitted or [c for c in known if c.family == family and (dtype not in WIDE or c.dtype in WIDE)]
     if fitted:

@@ -7,7 +7,7 @@ boundary too. The passes are linear in the number of ops and know no model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from tensorcast.modeling.quantization import SCHEMES
@@ -45,8 +45,9 @@ LABELS = (
 )
 
 
-def fold(ops: Iterable[Op]) -> list[Op]:
-    """Drop ops that read only parameters; their results count as parameters for what follows."""
+def fold(ops: Iterable[Op], eager: Collection[str] = ()) -> list[Op]:
+    """Drop ops that read only parameters, but in modules that run ``eager``; their results count as parameters for
+    what follows."""
     made: dict[int, str] = {}
     kept: list[Op] = []
     for op in ops:
@@ -56,7 +57,7 @@ def fold(ops: Iterable[Op]) -> list[Op]:
             else Tensor(t.dims, t.dtype, t.storage, made[t.storage], t.expanded, t.offset)
             for t in op.inputs
         )
-        if op.outputs and all(t.weight for t in inputs) and op.name not in BARRIERS:
+        if op.outputs and all(t.weight for t in inputs) and op.name not in BARRIERS and op.module not in eager:
             name = next((t.weight for t in inputs), "constant")
             made.update({t.storage: name for t in op.outputs})
             continue
@@ -108,13 +109,25 @@ def merge_gemms(ops: Iterable[Op], apart: Iterable[Collection[str]] = ()) -> lis
     return merged
 
 
-def pointwise_runs(ops: list[Op], fusions: Collection[str] = ()) -> list[Op]:
-    """Fuse non-barrier ops of one layer (and of one side of a MoE exchange) into ``pointwise`` rows.
+def offset_norms(ops: Sequence[Op]) -> set[str]:
+    """Modules that scale by one plus their weight (Gemma's and Qwen3-Next's norms)."""
+    made: set[int] = set()
+    added: set[str] = set()
+    for op in ops:
+        if op.inputs and all(t.weight or t.storage in made for t in op.inputs):
+            made |= {t.storage for t in op.outputs}
+            added |= {op.module} if op.name == "add" else set()
+    return added & {op.module for op in ops if op.name == "rsqrt"}
+
+
+def pointwise_runs(ops: list[Op], fusions: Collection[str] = (), eager: Collection[str] = ()) -> list[Op]:
+    """Fuse non-barrier ops of one layer (and of one side of a MoE exchange) into ``pointwise`` rows, but those of
+    modules that run ``eager``.
 
     An op joins the earliest run that comes after all it depends on, so independent chains (the norms of a query and of
     a key latent) share one kernel, as hand-written engines have it.
     """
-    groups = _group(ops, fusions)
+    groups = _group(ops, fusions, eager)
     last_read: dict[int, int] = {}
     size: dict[int, float] = {}
     for i, group in enumerate(groups):
@@ -132,7 +145,7 @@ def pointwise_runs(ops: list[Op], fusions: Collection[str] = ()) -> list[Op]:
     ]
 
 
-def _group(ops: list[Op], fusions: Collection[str]) -> list[list[Op]]:
+def _group(ops: list[Op], fusions: Collection[str], eager: Collection[str]) -> list[list[Op]]:
     groups: list[list[Op]] = []
     wrote: dict[int, int] = {}
     touched: dict[int, int] = {}
@@ -147,8 +160,9 @@ def _group(ops: list[Op], fusions: Collection[str]) -> list[list[Op]]:
                 *(touched.get(t.storage, -1) for t in op.outputs),
             ]
         )
-        if op.name not in BARRIERS or op.name == "quantize_activation":
-            place = next((i for i in range(after, len(groups)) if _joins(op, groups[i], fusions)), len(groups))
+        if op.module not in eager and (op.name not in BARRIERS or op.name == "quantize_activation"):
+            open_ = (i for i in range(after, len(groups)) if groups[i][0].module not in eager)
+            place = next((i for i in open_ if _joins(op, groups[i], fusions)), len(groups))
         if place == len(groups):
             groups.append([])
         groups[place].append(op)
@@ -346,11 +360,12 @@ def fuse(table: OpTable, fusions: Collection[str], apart: Iterable[Collection[st
     ops = list(table.ops)
     if not fusions:
         return table
-    ops = permute_kernels(sparse_indexers(fold(ops)))
+    eager = offset_norms(ops) if "eager_norms" in fusions else ()
+    ops = permute_kernels(sparse_indexers(fold(ops, eager)))
     if "pointwise" in fusions:
         ops = stream_mixes(ops)
     if "merged_gemm" in fusions:
         ops = merge_gemms(ops, apart)
     if "pointwise" in fusions:
-        ops = across_layers(pointwise_runs(ops, fusions))
+        ops = across_layers(pointwise_runs(ops, fusions, eager))
     return replace(table, ops=tuple(ops))

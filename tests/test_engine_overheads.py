@@ -151,8 +151,8 @@ def fit(table: pd.DataFrame) -> EngineFit:
 def test_known_overheads_are_found(measured: pd.DataFrame) -> None:
     found = fit(measured)
     assert found.layer_s == pytest.approx(4e-5, rel=0.05)
-    assert found.prefill_factor == pytest.approx(1.2, abs=0.02)  # half of it is believed
-    assert found.layer_error_s < 2e-6 and found.prefill_error == pytest.approx(0.2 / 1.2, abs=0.02)
+    assert found.prefill_factor == pytest.approx(1.4, abs=0.02)
+    assert found.layer_error_s < 2e-6 and found.prefill_error < 0.02
     assert found.first_token_s == pytest.approx(0.033, abs=5e-3) and found.hand_over_s is None
     assert set(found.served) == {"h100-sxm", "h200-sxm"} and found.served["h200-sxm"] == ("llama-3.1-8b",)
     assert found.left_out_before is not None and found.left_out_before > 0.1
@@ -244,10 +244,10 @@ def test_an_engine_is_drawn_towards_all_engines_networks() -> None:
         ("sglang", "h100", 0): engine_fit.Own(1e-5, 0.1), ("sglang", "h100", 2): engine_fit.Own(3e-5, 0.9),
         ("trtllm", "h100", 3): engine_fit.Own(0.0, 0.3),
     }  # fmt: skip
-    assert engine_fit.drawn(own, "vllm") == pytest.approx(((2 * 3e-5 + 4 * 2e-5) / 6, 0.5 * 0.3))
-    assert engine_fit.drawn(own, "unheard of") == pytest.approx((2e-5, 0.15))
+    assert engine_fit.drawn(own, "vllm") == pytest.approx(((2 * 3e-5 + 4 * 2e-5) / 6, (2 * 0.2 + 4 * 0.3) / 6))
+    assert engine_fit.drawn(own, "unheard of") == pytest.approx((2e-5, 0.3))
     left = engine_fit.without(own, network=0)
-    assert engine_fit.drawn(left, "vllm") == pytest.approx(((2e-5 + 4 * 2e-5) / 5, 0.5 * 0.4))
+    assert engine_fit.drawn(left, "vllm") == pytest.approx(((2e-5 + 4 * 2e-5) / 5, 0.4))
     assert set(engine_fit.without(own, device="h100")) == {("vllm", "h200", 1)}
     assert engine_fit.drawn({}, "vllm") == (0.0, 0.0)
 
@@ -255,8 +255,22 @@ def test_an_engine_is_drawn_towards_all_engines_networks() -> None:
 @pytest.mark.parametrize(("kernels_s", "left_s"), [(0.0, 10e-6), (6e-6, 8e-6), (12e-6, 0.0)])
 def test_what_kernels_err_by_is_no_distance_between_networks(kernels_s: float, left_s: float) -> None:
     """By hand: each of four networks is 10 us per layer from what the other three say."""
-    own = {("vllm", "h100", n): engine_fit.Own(s, 0.0, kernels_s) for n, s in enumerate((1e-5, 2e-5, 2e-5, 1e-5))}
+    moves = engine_fit.Beside(kernels_s, 0.0)
+    own = {("vllm", "h100", n): engine_fit.Own(s, 0.0, moves) for n, s in enumerate((1e-5, 2e-5, 2e-5, 1e-5))}
     assert engine_fit.distances(own).layer_s == pytest.approx(left_s)
+
+
+def test_a_factor_that_kernels_errors_move_by_far_counts_for_nothing() -> None:
+    """Of networks whose runs hold few prompts: others' factor is taken, and how far it lies from them is no news."""
+    sure, anything = engine_fit.Beside(0.0, 0.01), engine_fit.Beside(0.0, 2.0)
+    own = {
+        ("vllm", "h100", 0): engine_fit.Own(1e-5, 0.2, sure), ("vllm", "h100", 1): engine_fit.Own(1e-5, 0.2, sure),
+        ("vllm", "h100", 2): engine_fit.Own(1e-5, 6.0, anything),
+        ("vllm", "h200", 3): engine_fit.Own(1e-5, 5.0, anything),
+    }  # fmt: skip
+    assert engine_fit.drawn(own, "vllm").slower == pytest.approx(0.2)
+    assert engine_fit.drawn({key: one for key, one in own.items() if key[2] > 1}, "vllm").slower > 1
+    assert engine_fit.distances(own).slower == 0.0
 
 
 def test_a_network_counts_once_however_often_it_was_measured() -> None:

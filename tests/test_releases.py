@@ -31,6 +31,10 @@ def test_releases_in_their_order() -> None:
 def test_the_nearest_release_is_no_newer_one_if_there_is_one(asked: str, nearest: str) -> None:
     assert nearest_release(asked, ["0.33.0", "0.24.0", "0.19.0"]) == nearest
     assert nearest_release("nightly", ["0.33.0"]) is None
+    repaired = ["0.5.12", "0.5.10.post1", "0.5.9"]
+    assert [nearest_release(one, repaired) for one in ("0.5.10", "0.5.10.post2", "0.5.9.post1", "0.5.11")] == [
+        "0.5.10.post1", "0.5.10.post1", "0.5.9", "0.5.10.post1",
+    ]
 
 
 CONTENT = {

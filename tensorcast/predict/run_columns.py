@@ -354,8 +354,8 @@ def _workers(cells: Cells, concurrency: float | None) -> tuple[int, int]:
 
 
 def _layout(cells: Cells, role: str, num_experts: int, record: bool, twice: bool) -> Layout:
-    """Layout of a row's sizes. ``record``: of a public benchmark's, which may leave ``ep`` open; ``twice``: the sizes may
-    be multiplied twice."""
+    """Layout of a row's sizes. ``record``: of a public benchmark's, which may leave ``ep`` open; ``twice``: it may have
+    multiplied sizes twice."""
     tp, dp, pp = (cells.whole(name, role) for name in ("tp", "dp", "pp"))
     ep, etp = (int(cells.number(name, 0, role)) or None for name in ("ep", "moe_tp"))
     if not num_experts:

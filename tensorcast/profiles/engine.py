@@ -27,10 +27,10 @@ from tensorcast.profiles.scheduler import PromptEnds, Scheduler, SerialDrafts, S
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
 Fusion = Annotated[
-    str, Field(pattern=r"^(merged_gemm|pointwise|eager_norms|allreduce_norm|(norm_quant|activation_quant)(:[a-z0-9_]+)?)$")
+    str, Field(pattern=r"^(merged_gemm|pointwise|eager_norms|allreduce_norm|(norm|activation)_quant(:[a-z0-9_]+)?)$")
 ]
 """``merged_gemm``: linears that read the same activation run as one GEMM (QKV, gate+up). ``pointwise``: runs of
-elementwise and row-wise ops become one kernel; with ``eager_norms`` those of norms by one plus the weight do not.
+elementwise and row-wise ops become one kernel, with ``eager_norms`` but in norms by one plus the weight.
 ``allreduce_norm``: all-reduce, residual add and RMSNorm in one kernel.
 ``norm_quant``, ``activation_quant``: RMSNorm, SwiGLU write the quantised activation, of a dtype where one is named."""
 

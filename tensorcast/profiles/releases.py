@@ -30,12 +30,14 @@ def release_order(text: str) -> tuple[tuple[int, ...], int, int, int] | None:
 
 
 def nearest_release(text: str, known: Iterable[str]) -> str | None:
-    """Of the ``known`` releases the newest that is not newer than ``text``, else the oldest; None for no release."""
+    """Of the ``known`` releases the newest that is not newer than ``text``, else the oldest; None for no release. A
+    repaired one (``0.5.10.post1``) is no newer than its own (``0.5.10``), whose rules it shares."""
     order = release_order(text)
     if order is None:
         return None
-    ordered = sorted(known, key=lambda one: release_order(one) or ())
-    return max((one for one in ordered if (release_order(one) or ()) <= order), default=ordered[0], key=ordered.index)
+    orders = {one: release_order(one) or () for one in sorted(known, key=lambda one: release_order(one) or ())}
+    exact = [one for one, its in orders.items() if its == order]
+    return (exact or [one for one, its in orders.items() if its[:3] <= order[:3]] or [*orders][:1])[-1]
 
 
 _DAY = re.compile(r"(?<!\d)(20\d\d)(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(?!\d)")

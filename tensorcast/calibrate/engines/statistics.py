@@ -7,6 +7,7 @@ A table of runs has ``base_s`` (the time per token as predicted without the cons
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +20,9 @@ DRAWN = 4.0
 """As how many networks the median of all engines' counts beside an engine's own. 2 to 8 serve networks that nothing
 was fitted to alike."""
 
-
-BELIEVED = 0.5
-"""Share of the factor told by times per token that is taken. Those hardly change with it, as seconds per layer make up
-for it; first tokens, which it is for as well, come nearest with about half."""
+APART = 0.15
+"""How far networks' factors on steps with prompts lie apart: of one whose kernels' errors move it by as much, half is
+believed."""
 
 
 class Beside(NamedTuple):
@@ -34,12 +34,17 @@ class Beside(NamedTuple):
 
 
 class Own(NamedTuple):
-    """A network's own constants, and how many seconds per layer its kernels err by as stated (a median): the constant
-    makes up for those, too."""
+    """A network's own constants, and by how much each moves for errors of its kernels as large as stated (medians): the
+    constants make up for those, too."""
 
     layer_s: float
     slower: float
-    kernels_s: float = 0.0
+    moves: Beside = Beside(0.0, 0.0)
+
+    @property
+    def believed(self) -> float:
+        """How much the factor counts, from 0 to 1: where prompts take a small part of all runs, it is anything."""
+        return APART**2 / (APART**2 + self.moves.slower**2)
 
 
 Group = tuple[str, str, int]
@@ -108,23 +113,45 @@ def own_fits(rows: pd.DataFrame) -> dict[Group, Own]:
             fitted = least_off_by_two(
                 some["base_s"], some["layer_slope"], some["prompt_slope"], some["measured_tpot_s"], once(some)
             )
-            kernels_s = float((some["tpot_error"] * some["base_s"] / some["layer_slope"]).median())
-            found[str(engine), str(device), int(str(network))] = Own(*fitted, kernels_s)
+            off_s = some["tpot_error"] * some["base_s"]
+            moves = Beside(*(_moved(off_s, some[name], some) for name in ("layer_slope", "prompt_slope")))
+            found[str(engine), str(device), int(str(network))] = Own(*fitted, moves)
     return found
+
+
+def _moved(off_s: pd.Series[float], slope: pd.Series[float], runs: pd.DataFrame) -> float:
+    """What makes up for ``off_s``, by the weights of :func:`least_off`."""
+    some = slope > 1e-9 * slope.max()
+    weights = (once(runs) * slope / runs["measured_tpot_s"])[some]
+    return median((off_s / slope)[some], weights) if some.any() else np.inf
+
+
+def median(values: Any, weights: Any) -> float:
+    """The least of ``values`` that half the weight does not exceed."""
+    values, weights = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
+    order = np.argsort(values)
+    below = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(below, below[-1] / 2)])
 
 
 def drawn(own: dict[Group, Own], engine: str) -> Beside:
     """An engine's constants: the median of its networks', drawn towards that of all engines' networks, which counts as
-    :data:`DRAWN` of them. A few networks say little about the next one, and where prompts take a small part of all
-    runs, their own factor is anything."""
+    :data:`DRAWN` of them. A few networks say little about the next one. Factors count as far as they are believed."""
     if not own:
         return Beside(0.0, 0.0)
-    told = {key: (one.layer_s, BELIEVED * one.slower) for key, one in own.items()}
-    every = np.median(np.array(list(told.values())), axis=0)
-    here = np.array([one for (name, _, _), one in told.items() if name == engine]).reshape(-1, 2)
-    if not len(here):
-        return Beside(*every)
-    return Beside(*((len(here) * np.median(here, axis=0) + DRAWN * every) / (len(here) + DRAWN)))
+    here = [one for (name, _, _), one in own.items() if name == engine]
+    every, own_ = (_medians(some) for some in (list(own.values()), here))
+    counts = Beside(len(here), sum(one.believed for one in here))
+    return Beside(*(
+        (count * mine + DRAWN * all_) / (count + DRAWN) for count, mine, all_ in zip(counts, own_, every, strict=True)
+    ))
+
+
+def _medians(some: Sequence[Own]) -> Beside:
+    if not some:
+        return Beside(0.0, 0.0)
+    layer_s = float(np.median([one.layer_s for one in some]))
+    return Beside(layer_s, median([one.slower for one in some], [one.believed for one in some]))
 
 
 def without(own: dict[Group, Own], *, network: int | None = None, device: str | None = None) -> dict[Group, Own]:
@@ -133,15 +160,20 @@ def without(own: dict[Group, Own], *, network: int | None = None, device: str | 
 
 
 def distances(own: dict[Group, Own]) -> Beside:
-    """How far networks' own constants are from those drawn from other networks: medians, of the factor relative. Of
-    seconds per layer what errors of kernels, which every price states as well, do not explain."""
+    """How far networks' own constants are from those drawn from other networks, but for what errors of kernels, which
+    every price states as well, explain: medians, of the factor relative."""
     if not own:
         return Beside(0.0, 0.0)
     given = [drawn(without(own, network=key[2]), key[0]) for key in own]
     pairs = list(zip(own.values(), given, strict=True))
-    layer = [np.sqrt(max((one.layer_s - g.layer_s) ** 2 - one.kernels_s**2, 0.0)) for one, g in pairs]
-    slower = [abs(one.slower - g.slower) / (1 + g.slower) for one, g in pairs]
-    return Beside(float(np.median(layer)), float(np.median(slower)))
+    layer = [_beyond(one.layer_s - g.layer_s, one.moves.layer_s) for one, g in pairs]
+    slower = [_beyond(one.slower - g.slower, one.moves.slower) / (1 + g.slower) for one, g in pairs]
+    return Beside(float(np.median(layer)), median(slower, [one.believed for one, _ in pairs]))
+
+
+def _beyond(distance: float, error: float) -> float:
+    """What independent causes beside an ``error`` leave of a ``distance``."""
+    return float(np.sqrt(max(distance**2 - error**2, 0.0)))
 
 
 def added(rows: pd.DataFrame, beside: Beside) -> pd.Series[float]:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
+from tensorcast.calibrate.engines.statistics import DRAWN, median
 from tensorcast.cost.evidence import NORMAL_80
 from tensorcast.profiles.engine import EngineFit, EngineProfile
 from tensorcast.serving.interval import served_interval
@@ -67,21 +68,28 @@ def leave_out(told: Tells, column: str, serve: Serve) -> pd.DataFrame:
 
 def serving_errors(runs: pd.DataFrame) -> dict[str, dict[str, float]]:
     """By engine and time what serving errs by beside steps, relative median: with it four in five of the ``runs`` left
-    out lie in their intervals, every network counting alike, however many runs it has: the next model is one network
-    more. Of engines with :data:`ENOUGH` of them."""
+    out lie in their intervals, every network under an engine counting alike, however many runs it has: the next model
+    is one network more. An engine's is drawn towards that of all engines as its constants are
+    (:data:`~tensorcast.calibrate.engines.statistics.DRAWN`). Of engines with :data:`ENOUGH` runs."""
+    told = runs.groupby("engine").filter(lambda some: len(some) >= ENOUGH)
+    every = {name: _beside(told, name) for name in METRICS} if len(told) else {}
     return {
-        str(engine): {name: round(_beside(some, name), 3) for name in METRICS}
-        for engine, some in runs.groupby("engine") if len(some) >= ENOUGH
-    }  # fmt: skip
+        str(engine): {name: round(_drawn(some, name, every[name]), 3) for name in METRICS}
+        for engine, some in told.groupby("engine")
+    }
+
+
+def _drawn(runs: pd.DataFrame, name: str, every: float) -> float:
+    networks = runs["network"].nunique()
+    return (networks * _beside(runs, name) + DRAWN * every) / (networks + DRAWN)
 
 
 def _beside(runs: pd.DataFrame, name: str) -> float:
     off = np.expm1(np.abs(np.log(runs[name]))) / NORMAL_80  # the least median error whose interval holds the run
     alone = np.sqrt(np.maximum(off**2 - runs[f"{name}_error"] ** 2, 0.0))
     known = np.isfinite(alone)
-    order = np.argsort(alone[known].to_numpy())
-    counted = np.cumsum((1.0 / runs.groupby("network")["engine"].transform("size"))[known].to_numpy()[order])
-    return float(alone[known].to_numpy()[order][np.argmax(counted >= 0.8 * counted[-1])])
+    weights = 1.0 / runs.groupby(["engine", "network"])["engine"].transform("size")
+    return median(alone[known], weights[known], 0.8)
 
 
 def page(left: dict[str, pd.DataFrame], engines: dict[str, EngineProfile], source: str) -> str:
@@ -91,8 +99,9 @@ def page(left: dict[str, pd.DataFrame], engines: dict[str, EngineProfile], sourc
         "# Models and devices that nothing was fitted to", "",
         "Every model in turn is taken out of the runs that engines' constants are fitted to, under all engines and on "
         "all devices, and its aggregated runs are predicted by what the others leave; then every device. Kernels keep "
-        "their calibration. What serving errs by beside steps is set for each engine so that four in five of its runs "
-        "in both tables together lie in their intervals, each network counting alike, whatever its number of runs. "
+        "their calibration. What serving errs by beside steps is set so that four in five runs in both tables together "
+        "lie in their intervals, each network under an engine counting alike, whatever its number of runs; an engine's "
+        "is drawn towards that of all engines. "
         f"Written by `make engines` from {source}.",
     ]  # fmt: skip
     for column, name in LEFT_OUT.items():

@@ -126,12 +126,12 @@ def _moved(off_s: pd.Series[float], slope: pd.Series[float], runs: pd.DataFrame)
     return median((off_s / slope)[some], weights) if some.any() else np.inf
 
 
-def median(values: Any, weights: Any) -> float:
-    """The least of ``values`` that half the weight does not exceed."""
+def median(values: Any, weights: Any, share: float = 0.5) -> float:
+    """The least of ``values`` that half the weight, or another ``share`` of it, does not exceed."""
     values, weights = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
     order = np.argsort(values)
     below = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(below, below[-1] / 2)])
+    return float(values[order][np.searchsorted(below, share * below[-1])])
 
 
 def drawn(own: dict[Group, Own], engine: str) -> Beside:

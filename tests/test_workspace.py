@@ -265,7 +265,7 @@ def test_other_lengths_name_no_row_and_look_at_no_variant_again(
     assert first["variants"] == len(prices.variants) and first["rows"] > 0
     _ask(input_len=700, output_len=300)
     assert looked["variants"] == first["variants"]
-    assert looked["rows"] - first["rows"] < first["rows"] / 2
+    assert looked["rows"] - first["rows"] < 0.6 * first["rows"]  # those of variants that were not looked at closer
 
 
 def test_a_file_that_has_changed_is_read_again(made: Counter[str], tmp_path: Path) -> None:

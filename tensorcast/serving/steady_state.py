@@ -157,11 +157,11 @@ class Aggregated(ServingModel):
         steps, others = traffic.decode_steps(self.depth), np.maximum(batch - 1, 0)
         apart = 4 / 3 * traffic.spread * steps * np.sqrt(np.minimum(traffic.rounds, LONG))  # in steps, of all rounds
         step = self._steps(batch, steps, apart)
-        wave = others / prompts.most_per_s  # until the last of a wave of prompts is done, beyond the first
         # between two looks for requests no step reads any: where prompts run alone these are plain
         unread = step.plain_s if engine.prefill_alone else step.met_s
-        first = engine.arrival_wait_steps * step.met_s + traffic.wait_steps * unread + step.own_s
-        first = first + engine.first_token_s(traffic.input_len)
+        first = engine.arrival_wait_steps * step.met_s + step.own_s + engine.first_token_s(traffic.input_len)
+        if np.any(traffic.wait_steps):
+            first = first + traffic.wait_steps * unread
         generation = steps * step.mean_s
         if engine.prefill_alone:
             # Decoding stands still while prompts run, so that others' replies do not end meanwhile: those alone come
@@ -182,8 +182,11 @@ class Aggregated(ServingModel):
             place, generation = generation, generation - bunched
         else:
             bunched, place = np.minimum(IN_STEP_PROMPTS / (1 + apart), others) / prompts.most_per_s, generation
-        # the wave that all begin with makes one round's first tokens wait, where others' prompts do not anyway
-        first = first + bunched + np.maximum(wave / 2 - bunched, 0.0) / traffic.rounds
+        first = first + bunched
+        if np.any(np.isfinite(traffic.rounds)):
+            # the wave that all begin with makes one round's first tokens wait, where others' prompts do not anyway
+            wave = others / prompts.most_per_s  # until its last prompt is done, beyond the first
+            first = first + np.maximum(wave / 2 - bunched, 0.0) / traffic.rounds
         users = np.where(step.full, np.inf, batch * self.decode_ranks * (first + generation) / place)
         return SteadyState(first, generation, place, step.mean_s, step.plain_s, users)
 
@@ -210,10 +213,14 @@ class Aggregated(ServingModel):
         far = np.sqrt(slack * slack + 4 * more)
         far += np.abs(slack)
         users = np.where(slack > 0, 2 * batch / np.maximum(far, 1e-9), far / (2 * reading))
-        more += batch
-        users = np.where(more < 1, more, np.maximum(users, batch))
-        several = np.maximum(users, 1.0)
-        beside = several - 1 + (dp - several / users) * batch
+        if np.all(batch >= 1):
+            users = np.maximum(users, batch)
+            beside = users - 1 + (dp - 1) * batch
+        else:
+            more += batch
+            users = np.where(more < 1, more, np.maximum(users, batch))
+            several = np.maximum(users, 1.0)
+            beside = several - 1 + (dp - several / users) * batch
         arrivals = np.maximum(beside, NEARLY_NONE) / steps
         per_rank = arrivals / dp
         used = per_rank / prompts.per_step
@@ -236,9 +243,11 @@ class Aggregated(ServingModel):
             none = np.exp(-arrivals)
             most = np.maximum(most, 1 - none)
             idle = 1 - np.maximum(per_rank, 1e-12) / np.maximum(most, 1e-12)  # share of the ranks that have fewer
-            each = prompts.prompt_s - prompts.expert_s * idle
-            mean = plain + np.maximum((1 - none) * extra + most * each, 0.0)
-            scatter = each**2 * most + extra**2 * none * (1 - none) + 2 * extra * each * most * none
+            spared = prompts.expert_s * idle
+            each = prompts.prompt_s - spared
+            slowest, once = most * each, (1 - none) * extra
+            mean = plain + np.maximum(once + slowest, 0.0)
+            scatter = each * slowest + none * extra * (once + 2 * slowest)
             if alone:
                 busy = np.maximum(-np.expm1(-per_rank), 1e-12)
                 some = _some_read(busy, apart / steps, dp, users, False)
@@ -246,18 +255,16 @@ class Aggregated(ServingModel):
                 longer = np.maximum(reading - plain, 0.0)
                 mean = np.where(wait, mean, plain + busy * reading + (some - busy) * longer)
             # arrivals vary with the length of the step before, too
-            variance = scatter / np.maximum(1 - np.square(most * each / mean), 1e-3)
+            variance = scatter / np.maximum(1 - np.square(slowest / mean), 1e-3)
             others = per_rank * (1 + variance / mean**2)
-            turns = np.maximum(1.0, (1 + others / 2) / prompts.per_step)
-            own = (first - (plain if alone else 0.0)) * turns + prompts.prompt_s * np.minimum(
-                1 + others, np.maximum(prompts.per_step, 1 + others / 2)
-            )
-            own = own - prompts.expert_s * idle
+            half = 1 + others / 2
+            own = (extra if alone else first) * np.maximum(1.0, half / prompts.per_step) - spared
+            own += prompts.prompt_s * np.minimum(1 + others, np.maximum(prompts.per_step, half))
         met = mean + variance / mean
         # prompts that do not fit into the step wait for the next
         # (of prompts alone as many as come while replies are written, however long they take to read)
         left = 1.0 if alone else np.maximum(1 - used, 1e-3)
-        own = own + met * used / (2 * left) / np.maximum(prompts.per_step, 1.0)
+        own = own + met * used / (left * (2 * np.maximum(prompts.per_step, 1.0)))
         return _Steps(mean, met, own, plain, (mean - plain) / per_rank, (used >= 0.98) & (not alone))
 
 

@@ -112,15 +112,29 @@ def group_extent(size: int, stride: int, device: DeviceProfile) -> tuple[int, ..
     return tuple(extent)
 
 
+MOST_DEVICES = 256
+"""Whose constants are kept by what they are of."""
+
+_constants: dict[int, tuple[object, dict[tuple[str, ...], CollectiveConstants]]] = {}
+"""By identity of a device's calibration, which stays alive here."""
+
+
 def find_constants(
     device: DeviceProfile, op: str, tier: str, algorithm: str, engine: str
 ) -> CollectiveConstants | None:
     """The fitted constants for this engine, else for any engine, else none."""
-    if device.calibration is None:
+    calibration = device.calibration
+    if calibration is None:
         return None
-    key = (op, tier, algorithm)
-    found = {c.engine: c for c in device.calibration.collectives if (c.op, c.tier, c.algorithm) == key}
-    return found.get(engine) or found.get("any")
+    if id(calibration) not in _constants:
+        while len(_constants) >= MOST_DEVICES:
+            del _constants[next(iter(_constants))]
+        every: dict[tuple[str, ...], CollectiveConstants] = {
+            (c.op, c.tier, c.algorithm, c.engine): c for c in calibration.collectives
+        }
+        _constants[id(calibration)] = calibration, every
+    _, known = _constants[id(calibration)]
+    return known.get((op, tier, algorithm, engine)) or known.get((op, tier, algorithm, "any"))
 
 
 def pipelined(wire: Size, bytes_per_s: float, chunk_s: float) -> Size:

@@ -131,18 +131,17 @@ class Corrections:
         if len(known) > MOST_SIZES:
             known, values = np.empty(0), np.empty((3, 0))
         place = np.searchsorted(known, asked)
-        new = np.flatnonzero(np.append(known, np.nan)[place] != asked)
+        new = np.flatnonzero(known.take(place, mode="clip") != asked) if len(known) else np.arange(len(asked))
         if len(new):
             codes, first = np.unique(asked[new], return_index=True)
             columns = {n: np.broadcast_to(value, shape).ravel()[new[first]] for n, value in held.items()}
             found = self.predictor.price(*name, columns)
-            known = np.concatenate([known, codes])
             error = np.log(found.high / found.low) / 2.0 / NORMAL_80  # a median, that the interval stands for
-            values = np.concatenate([values, [found.factor, error, found.level]], axis=1)
-            order = np.argsort(known, kind="stable")
-            known, values = self._answers[(*name, *sizes)] = known[order], values[:, order]
+            at = np.searchsorted(known, codes)
+            values = np.insert(values, at, [found.factor, error, found.level], axis=1)
+            self._answers[(*name, *sizes)] = np.insert(known, at, codes), values
             self.more = True
-            place = np.searchsorted(known, asked)
+            place += np.searchsorted(codes, asked)
         factor, error, level = values[:, place.reshape(shape)]
         return Correction(factor[()], error[()], level.astype(int)[()], *belongs)
 

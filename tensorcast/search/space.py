@@ -40,6 +40,7 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     found = []
     node, latent = task.device.interconnect[0].size, task.axes.dcp != (1,) and is_latent(task.model.config)
     runs = {1: True}  # by tp; a model that cannot be traced at all is an error
+    ruled, first = dict[int, tuple[Options, int]](), dict[Any, int]()
     engine = task.engine.name
     can = partial(
         engine_can_run, engine, facts=facts, gpus_per_node=node, cuts=whole.cuts, any_engine=not task.runnable_only,
@@ -55,7 +56,7 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
         every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized, latent=latent)
         if both and layout.tp > 1:
             every = _told_apart(every, task, form)
-        problems = _problems(every, partial(can, layout=layout))
+        problems = _problems(every, partial(can, layout=layout), ruled, first)
         if every and all(problems):
             pruned[f"{engine}: {problems[0].partition(':')[0]}"] += 1
             continue
@@ -99,19 +100,26 @@ UNRULED = ("dispatch", "combine")
 _ruled = attrgetter(*(option.name for option in fields(Options) if option.name not in UNRULED))
 
 
-def _problems(every: list[Variant], can: Callable[..., str]) -> list[str]:
-    """Why an engine cannot run each variant of a layout; asked once of all that are one to its rules."""
-    options = {id(one): one for v in every for one in (v.prefill, v.decode)}
-    first = dict[tuple[Any, ...], int]()
-    ruled = {number: first.setdefault(_ruled(one), number) for number, one in options.items()}
+def _problems(
+    every: list[Variant], can: Callable[..., str], ruled: dict[int, tuple[Options, int]], first: dict[Any, int]
+) -> list[str]:
+    """Why an engine cannot run each variant of a layout; asked once of all that are one to its rules.
+
+    ``ruled``: of options that were met, by identity, the number of what its rules read of them, which ``first`` knows.
+    """
     told: dict[tuple[int, int], str] = {}
+    found = list[str]()
     for v in every:
-        read, write = (ruled[id(one)] for one in (v.prefill, v.decode))
-        if (read, read) not in told:
-            told[read, read] = can(options=v.prefill)
+        for one in (v.prefill, v.decode):
+            if id(one) not in ruled:
+                ruled[id(one)] = one, first.setdefault(_ruled(one), len(first))
+        read, write = ruled[id(v.prefill)][1], ruled[id(v.decode)][1]
         if (read, write) not in told:
+            if (read, read) not in told:
+                told[read, read] = can(options=v.prefill)
             told[read, write] = told[read, read] or can(options=v.decode, prefill=v.prefill)
-    return [told[ruled[id(v.prefill)], ruled[id(v.decode)]] for v in every]
+        found.append(told[read, write])
+    return found
 
 
 NARROW = "widths of a rank"
@@ -217,22 +225,34 @@ def variants(
             tried["dcp"] = [n for n in tried["dcp"] if not broken_context(n, layout, facts, latent=latent)] or [1]
         if axes.pcp != (1,):  # what decodes is the same whatever reads its prompts
             tried["pcp"] = dict.fromkeys([1, *(n for n in tried["pcp"] if not broken_prompts(n, layout))])
-        for values in product(*tried.values()):
-            chosen = dict(zip(tried, values, strict=True))
-            # ranks of their own have as many rows as others: one of a token's k + 1 copies goes there
-            external = max(1, round(layout.ep / (facts.top_k + 1))) if chosen["external_shared_experts"] else 0
-            if external and not chosen["shared_expert_tp"] and True in tried["shared_expert_tp"]:
-                continue  # ranks of their own hold it whole either way
-            chosen["external_shared_experts"] = external
-            ranks, balances = layout.ep - external, chosen["redundant_experts"]
-            placed = [(base.placement, copies(facts.num_experts, ranks) if balances else base.redundant_experts)]
-            if balances and base.placement == "linear" and base.routing.startswith(COUNTED):
-                placed = [("eplb", placed[0][1])]  # counts say what to copy, and where; nothing is copied blindly
-                if facts.num_experts % ranks == 0:
-                    placed.append(("eplb", 0))
-            for chosen["placement"], chosen["redundant_experts"] in placed:
-                found.append(Variant(layout, *_both_phases(base, name, tuple(chosen.items()))))
+        values = tuple([(axis, tuple(values)) for axis, values in tried.items()])
+        pairs = _combined(base, name, values, ep=layout.ep, experts=facts.num_experts, top_k=facts.top_k)
+        found += [Variant(layout, prefill, decode) for prefill, decode in pairs]
     return list(dict.fromkeys(found)) if "logfmt10" in axes.combine else found
+
+
+@lru_cache(maxsize=1024)
+def _combined(
+    base: Options, exchange: str, tried: tuple[tuple[str, tuple[Any, ...]], ...], *, ep: int, experts: int, top_k: int
+) -> list[tuple[Options, Options]]:
+    """Options of prefill and decode in every combination of what is ``tried``, by axis; many layouts share them."""
+    found, axes = list[tuple[Options, Options]](), dict(tried)
+    for values in product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        # ranks of their own have as many rows as others: one of a token's k + 1 copies goes there
+        external = max(1, round(ep / (top_k + 1))) if chosen["external_shared_experts"] else 0
+        if external and not chosen["shared_expert_tp"] and True in axes["shared_expert_tp"]:
+            continue  # ranks of their own hold it whole either way
+        chosen["external_shared_experts"] = external
+        ranks, balances = ep - external, chosen["redundant_experts"]
+        placed = [(base.placement, copies(experts, ranks) if balances else base.redundant_experts)]
+        if balances and base.placement == "linear" and base.routing.startswith(COUNTED):
+            placed = [("eplb", placed[0][1])]  # counts say what to copy, and where; nothing is copied blindly
+            if experts % ranks == 0:
+                placed.append(("eplb", 0))
+        for chosen["placement"], chosen["redundant_experts"] in placed:
+            found.append(_both_phases(base, exchange, tuple(chosen.items())))
+    return found
 
 
 @lru_cache(maxsize=4096)

@@ -76,8 +76,9 @@ amd: $(STAMP)  ## predicted against 45 public runs on MI300X and MI355X (benchma
 inferencex: $(STAMP)  ## predicted against 186 runs of InferenceX's posts (its repository InferenceX-app, Apache-2.0), which no fit has seen
 	@$(BIN)/tensorcast predict benchmarks/inferencex_runs.csv --report reports/inferencex.md
 
-cookbook: $(STAMP)  ## predicted against 32 public saturated runs of Qwen3.6 under SGLang, which no fit has seen
+cookbook: $(STAMP)  ## predicted against public runs of SGLang's cookbook, which no fit has seen: 32 saturated ones and 85 of 12 networks
 	@$(BIN)/tensorcast predict benchmarks/cookbook_runs.csv
+	@$(BIN)/tensorcast predict benchmarks/cookbook_pages.csv
 
 peers: $(STAMP)  ## the NVIDIA runs of make inferencex beside aiconfigurator 0.12.0 -> reports/peers.md (the package index; minutes)
 	@test -d out/aiconfigurator || { $(BIN)/python -m venv out/aiconfigurator && \

@@ -83,6 +83,7 @@ class OnePrefill:
         cut, slow = cut_prompts(traffic, chunk), prefill.engine.overhead
         price = prefill.step.price(np.array(cut.batches), cut.tokens, cut.past)
         half, one, full = (float(s) * slow.prefill_factor for s in np.broadcast_to(price.seconds, 3))
+        late_host = float(np.broadcast_to(price.host_s, 3)[0]) > 0  # in half a prompt
         experts = sum(
             s for p, s, _ in seconds_by_row(price, 3)
             if (p.row.group in ("dp", "ep") if isinstance(p.row, Collective) else p.row.stage in EXPERT_STAGES)
@@ -100,7 +101,8 @@ class OnePrefill:
             prompt_s, token_s, most = 0.0, max(one - half, 0.0) / (cut.tokens / 2), one
         return cls(
             per_step=cut.per_step, fixed_s=one - prompt_s, prompt_s=prompt_s, token_s=token_s, step_s=one,
-            expert_s=min(max(2 * (of_one - of_half), 0.0), most), late_s=late,
+            expert_s=min(max(2 * (of_one - of_half), 0.0), most, max(one - half, 0.0) if late_host else most),
+            late_s=late,
             error=math.hypot(float(np.broadcast_to(price.error, 3)[1]), slow.prefill_error),
             evidence={kind: float(share[1]) for kind, share in evidence(price, 3).items()},
         )  # fmt: skip
@@ -239,12 +241,13 @@ def step_moments(
         most = max(min(arrivals, per_rank + math.sqrt(2 * math.log(dp) * per_rank)), 1 - none)
         idle = 1 - max(per_rank, 1e-12) / max(most, 1e-12)
         each = prompts.prompt_s - prompts.expert_s * idle
-        mean = plain + max((1 - none) * extra + most * each, 0.0)
+        mean = plain + max((max(1 - none, most / prompts.per_step) if alone else 1 - none) * extra + most * each, 0.0)
         if alone and not waits:
             busy = 1 - math.exp(-per_rank)
             some = some_read(busy, apart / steps, dp, users, waits=False)
             of_prompt = prompts.prompt_s - prompts.expert_s * (1 - max(busy, 1e-12) / max(some, 1e-12))
-            reading = extra + of_prompt * per_rank / max(busy, 1e-12)
+            reading = extra * max(1.0, per_rank / max(busy, 1e-12) / prompts.per_step)
+            reading += of_prompt * per_rank / max(busy, 1e-12)
             mean = plain + busy * reading + (some - busy) * max(reading - plain, 0.0)
         scatter = each**2 * most + 2 * extra * each * most * none + extra**2 * none * (1 - none)
         variance = scatter / max(1 - (most * each / mean) ** 2, 1e-3)

@@ -22,8 +22,8 @@ UNASKED = [
     ("vllm==0.24.0", "glm-5.2", "b200", "bf16"), ("vllm", "glm-5.2", "b200", "fp8"),
     ("vllm", "glm-5.2", "h200", "bf16"), ("vllm", "deepseek-v3.2", "b200", "bf16"),
     ("sglang", "glm-5.2", "b200", "fp8"), ("sglang", "glm-5.2", "h200", "bf16"),
-    ("sglang==0.5.9", "glm-5", "gb300", "fp8"), ("sglang==0.5.8.post1", "glm-5", "gb300", "bf16"),
-    ("sglang==0.5.8.post1", "deepseek-v3.2", "b300", "fp8"), ("sglang==0.5.6.post2", "deepseek-v3.2", "b200", "fp8"),
+    ("sglang==0.5.9", "glm-5", "gb300", "fp8"), ("sglang==0.5.8", "glm-5", "gb300", "bf16"),
+    ("sglang==0.5.8", "deepseek-v3.2", "b300", "fp8"), ("sglang==0.5.6.post2", "deepseek-v3.2", "b200", "fp8"),
     ("sglang", "deepseek-v3", "b200", "bf16"), ("trtllm", "deepseek-v3.2", "b200", "bf16"),
 ]  # fmt: skip
 LAYOUT = parse_layout("tp8-dp2-ep16")

@@ -120,9 +120,9 @@ def test_gather_and_scatter_move_every_token_to_every_rank() -> None:
 
 @pytest.mark.parametrize(
     ("engine", "phase", "moved"),
-    [("sglang==0.5.8.post1", "prefill", ("all_reduce", "all_reduce")),
+    [("sglang==0.5.8", "prefill", ("all_reduce", "all_reduce")),
      ("sglang==0.5.14", "prefill", ("all_reduce", "reduce_scatter")),
-     ("sglang==0.5.8.post1", "decode", ("all_gather", "reduce_scatter"))],
+     ("sglang==0.5.8", "decode", ("all_gather", "reduce_scatter"))],
 )  # fmt: skip
 def test_sglang_gathers_tokens_as_they_come_by_a_sum(engine: str, phase: str, moved: tuple[str, str]) -> None:
     """dp_attention.py: _dp_gather_via_all_reduce of bf16 where prompts are read (SUM_LEN), whose results are summed,
@@ -133,9 +133,9 @@ def test_sglang_gathers_tokens_as_they_come_by_a_sum(engine: str, phase: str, mo
 
 def test_norms_join_no_sum_that_gathers() -> None:
     options = {"all2all": "allgather_reducescatter", "allreduce_fusion": "on"}
-    plan = _deploy("deepseek-v3", Layout(8, 1, 8, 8), "prefill", engine="sglang==0.5.8.post1", **options).step.plan
+    plan = _deploy("deepseek-v3", Layout(8, 1, 8, 8), "prefill", engine="sglang==0.5.8", **options).step.plan
     assert not any("joined_tokens" in row.attrs for row in plan.rows if not isinstance(row, Collective))
-    plan = _deploy("deepseek-v3", Layout(8, 8, 1, 8), "prefill", engine="sglang==0.5.8.post1", **options).step.plan
+    plan = _deploy("deepseek-v3", Layout(8, 8, 1, 8), "prefill", engine="sglang==0.5.8", **options).step.plan
     assert any("joined_tokens" in row.attrs for row in plan.rows if not isinstance(row, Collective))
 
 

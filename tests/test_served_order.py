@@ -15,7 +15,8 @@ from tensorcast.profiles.store import load_device, load_model
 
 DEVICES = ("h100", "b200", "gb300", "l40s", "h20", "mi355x")
 USERS = (1, 2, 4, 8, 32, 128, 512)
-LENGTHS = ((128, 128), (1024, 1024), (8192, 512), (30000, 512))
+LENGTHS = ((128, 512), (1024, 512), (8192, 512), (30000, 512))
+"""Replies of one length: of shorter ones prompts come more often, and wait for each other."""
 SERVERS: dict[str, dict[str, Any]] = {
     "cut": {"tp": 8}, "spread": {"tp": 8, "ep": 8}, "pipeline": {"tp": 4, "pp": 2}, "attention dp": {"dp": 8, "ep": 8},
     "drafts": {"tp": 8, "ep": 8, "mtp_depth": 2},

@@ -134,6 +134,10 @@ def _notes(deployment: Deployment, price: StepPrice) -> tuple[str, ...]:
         notes.append(tight)
     if deployment.step.plan.all2all != "none" and (said := exchange_note(deployment.options.all2all)):
         notes.append(said)
+    if price.host_s > price.seconds / 5:
+        notes.append(
+            f"for {1e3 * float(price.host_s):.3g} ms its kernels wait for the host, which launches them one by one"
+        )
     if idle := deployment.idle(deployment.options):
         notes.append(idle_note(idle))
     return tuple(notes)

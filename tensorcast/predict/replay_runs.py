@@ -48,9 +48,9 @@ def _replayed(
     )
     longest = 1 << int(requests.input_len.max() + requests.output_len.max() - 1).bit_length()  # tables that rows share
     key = (
-        run.model, run.device, run.served_by, run.mode, run.frontend, run.prefix_cache, run.draft_overlap, run.layout,
-        run.options, run.mtp_acceptance, run.chunk_tokens, run.max_sequences, run.arrivals.graph_sizes,
-        run.arrivals.waits, run.wait_steps, longest,
+        run.model, run.device, run.served_by, run.mode, run.frontend, run.prefix_cache, run.record,
+        run.draft_overlap, run.layout, run.options, run.mtp_acceptance, run.chunk_tokens, run.max_sequences,
+        run.arrivals.graph_sizes, run.arrivals.waits, run.wait_steps, longest,
     )
     if key not in priced:
         priced[key] = _priced(run, engine, longest)

@@ -156,6 +156,7 @@ class Run:
     prefix_cached: int = 0
     prefix_cache: bool = True
     unlimited: bool = False
+    record: bool = False
     draft_overlap: bool = False
     mtp_acceptance: float = 0.8
     chunk_tokens: int | None = None
@@ -299,7 +300,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         replicas=cells.whole("replicas"),
         length_ratio=ratio,
         rounds=cells.number("rounds", 10.0),
-        wait_steps=wait, unlimited=record and (found is None or not found.unasked),
+        wait_steps=wait, record=record, unlimited=record and (found is None or not found.unasked),
         prefix_cache=kept, prefix_cached=cells.whole("prefix_cached", least=0),
         draft_overlap=cells.switch("draft_overlap", False),
         mtp_acceptance=cells.number("mtp_acceptance", MTP_ACCEPTANCE if record else 0.8),

@@ -164,7 +164,7 @@ class _Deployed:
         options = of_layout(run.options, layout) if run.mode == "disaggregated" else run.options
         options = replace(options, mtp_depth=0) if phase == "prefill" and options.mtp_depth else options
         drafts = run.draft_overlap, bool(run.options.mtp_depth), run.options.speculative_method
-        served = run.served_by, run.mode, run.frontend, run.prefix_cache, *drafts
+        served = run.served_by, run.mode, run.frontend, run.prefix_cache, run.record, *drafts
         key = run.model, run.device, *served, layout, phase, options, run.images
         if key not in self.made:
             whose = run.model if run.options.mtp_depth else "", *served
@@ -191,6 +191,7 @@ def engine_of(run: Run, profile: EngineProfile) -> EngineProfile:
     """The ``profile`` of the engine as it serves a run."""
     pools = profile.in_pools(run.frontend) if run.mode == "disaggregated" else profile
     found = pools if run.prefix_cache else pools.without_prefix_cache()
+    found = found.in_records() if run.record else found
     if not run.options.mtp_depth:
         return found
     found = found.drafts_of(_model(run.model).config)

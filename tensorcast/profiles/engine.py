@@ -229,6 +229,7 @@ class EngineProfile(Frozen):
     halved_steps: HalvedSteps | None = Field(default=None, description="else every step is halved that is asked to be")
     graph_launch_gap_s: Figure = Field(description="gap between two kernels inside a captured graph")
     eager_launch_gap_s: Figure = Field(description="least time between two kernels launched one by one")
+    host_launch_s: Figure | None = Field(default=None, description="the host's time for each, where it may be late")
     step_overhead_s: Figure = Field(description="scheduling, sampling and input preparation per step, as published")
     request_overhead_s: Figure | None = Field(default=None, description="the same, per sequence in the batch")
     serial_drafts: SerialDrafts | None = Field(default=None, description="drafts that leave the GPU waiting")
@@ -280,8 +281,7 @@ class EngineProfile(Frozen):
     )
     scheduler: Scheduler | None = Field(default=None, description="how requests are put into steps; for replays")
     first_token_overhead_s: Figure | None = Field(
-        default=None,
-        description="per request, outside the GPU and before its first token: HTTP, tokenising, admission, streaming",
+        default=None, description="per request, outside the GPU and before its first token; fits are for public records"
     )
     hand_over_overhead_s: Figure | None = Field(
         default=None,
@@ -382,18 +382,20 @@ class EngineProfile(Frozen):
         return replace(published, **{name: getattr(self.fitted, name) for name in fitted})
 
     def first_token_s(self, input_len: Any) -> Any:
-        """Seconds of a request outside the GPU and before its first token, of a prompt of so many tokens (or arrays):
-        reading it, tokenising, looking its blocks up, handing it on."""
-        if self.fitted is None or self.fitted.first_token_s is None:
+        """Seconds of a request outside the GPU and before its first token, of so long a prompt (a number or arrays)."""
+        if self.first_token_overhead_s is not None or self.fitted is None or self.fitted.first_token_s is None:
             return float(self.first_token_overhead_s or 0.0)
         return self.fitted.first_token_s + self.fitted.prompt_token_s * input_len
+
+    def in_records(self) -> "EngineProfile":
+        """The profile of a server in public records, to which first tokens were fitted."""
+        return self.model_copy(update={"first_token_overhead_s": None}) if self.first_token_overhead_s else self
 
     @property
     def hand_over_s(self) -> float:
         """Seconds of a request between two pools, beside the bytes that move and the steps in which each of them looks.
 
-        What was measured belongs to Dynamo, and to pools over several nodes: it plans every request and starts both
-        legs of it. Behind the engine's own router nothing of the kind shows (``benchmarks/pool_ratios.py``).
+        What was measured belongs to Dynamo, which plans every request and starts both legs of it.
         """
         fitted = self.fitted.hand_over_s if self.fitted and self.frontend == "dynamo" else None
         return float(self.hand_over_overhead_s or 0.0) if fitted is None else fitted

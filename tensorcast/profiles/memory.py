@@ -152,7 +152,10 @@ class CacheRules(Frozen):
     state_slots: int = Field(default=1, ge=1, description="its own state and copies for prompts that begin alike")
     more_slots: int = Field(default=0, ge=0, description="slots more in the classes `buffered`")
     pipeline_slots: int = Field(default=0, ge=0, description="the same in a pipeline, whose schedule does not overlap")
-    buffered: tuple[str, ...] = ()
+    buffered: tuple[str, ...] = Field(default=(), description="classes whose schedule overlaps while copies are kept")
+    serial_step_s: Number = Field(
+        default=0.0, ge=0, description="what a step of others with states takes longer then, planned no step ahead"
+    )
     verified_slots: int = Field(default=0, ge=0, description="slots more where tokens are drafted")
     draft_slots: int = Field(default=0, ge=0, description="slots more for each drafted token")
     states_apart: Number = Field(default=0.0, ge=0, description="size of a pool of states per size of that of tokens")
@@ -180,6 +183,11 @@ class CacheRules(Frozen):
     def without_copies(self) -> "CacheRules":
         """Of a server that keeps no prompts' beginnings, nor copies of their states."""
         return self.model_copy(update={"state_slots": 1, "more_slots": 0, "drafts_apart": False})
+
+    def serial_s(self, config: dict[str, Any]) -> float:
+        """What each step takes longer of a model with this ``config``, which has states, unless in a pipeline."""
+        overlaps = self.state_slots == 1 or bool({*self.buffered} & {*(config.get("architectures") or ())})
+        return 0.0 if overlaps else float(self.serial_step_s)
 
     def kept(self, config: dict[str, Any], depth: int, stages: int = 1) -> Kept:
         """Of a model with this ``config`` that drafts ``depth`` tokens, in a pipeline of ``stages``."""

@@ -104,6 +104,7 @@ def prefill_columns(price: StepPrice, factor: Number, error: Number) -> dict[str
         "seconds": factor * price.seconds,
         "experts_s": factor * (price.tally.experts - price.hidden_s),
         "attention_s": factor * price.tally.attention,
+        "host_s": np.broadcast_to(price.host_s, np.shape(price.seconds)),
         "error": np.hypot(price.error, error),
         **price.tally.evidence,
     }
@@ -119,13 +120,16 @@ def prefill_costs(columns: Mapping[str, Array], tokens: Number, per_step: Number
     several = per_step > 1
     prompt_s = np.where(several, np.clip((full - one) / np.where(several, per_step - 1, 1.0), 0.0, one), 0.0)
     with_half, with_one = columns["experts_s"][..., 0], columns["experts_s"][..., 1]
+    # what half a prompt takes as well is the host's: fewer experts' tokens save no more than the other half does
+    most_s = np.where(several, prompt_s, one)
+    most_s = np.where(columns["host_s"][..., 0] > 1e-6 * half, np.minimum(most_s, np.maximum(one - half, 0.0)), most_s)
     return PrefillCosts(
         per_step=per_step,
         fixed_s=one - prompt_s,
         prompt_s=prompt_s,
         token_s=np.where(several, prompt_s / tokens, np.maximum(one - half, 0.0) / (np.asarray(tokens) / 2)),
         # with pipeline stages another prompt takes one more turn, less than its way through all stages
-        expert_s=np.clip(2 * (with_one - with_half), 0.0, np.where(several, prompt_s, one)),
+        expert_s=np.clip(2 * (with_one - with_half), 0.0, most_s),
         late_s=rises * columns["attention_s"][..., 1],
         step_s=one,
         error=columns["error"][..., 1],

@@ -246,12 +246,15 @@ class Aggregated(ServingModel):
             spared = prompts.expert_s * idle
             each = prompts.prompt_s - spared
             slowest, once = most * each, (1 - none) * extra
-            mean = plain + np.maximum(once + slowest, 0.0)
+            # prompts alone take as many steps as they need
+            taking = np.maximum(once, most / prompts.per_step * extra) if alone else once
+            mean = plain + np.maximum(taking + slowest, 0.0)
             scatter = each * slowest + none * extra * (once + 2 * slowest)
             if alone:
                 busy = np.maximum(-np.expm1(-per_rank), 1e-12)
                 some = _some_read(busy, apart / steps, dp, users, False)
-                reading = extra + (prompts.prompt_s - prompts.expert_s * (1 - busy / some)) * per_rank / busy
+                turns = np.maximum(1.0, per_rank / busy / prompts.per_step)
+                reading = extra * turns + (prompts.prompt_s - prompts.expert_s * (1 - busy / some)) * per_rank / busy
                 longer = np.maximum(reading - plain, 0.0)
                 mean = np.where(wait, mean, plain + busy * reading + (some - busy) * longer)
             # arrivals vary with the length of the step before, too

@@ -97,9 +97,10 @@ def make_step(
     prefill_graph_tokens: int = 0,
     sources: Mapping[str, float] | None = None,
     drafter: Drafter | None = None,
+    serial_s: float = 0.0,
 ) -> Step:
     """The step of one layout. ``sources``: whose experts' kernels run, by dtype; ``drafter``: what drafts tokens, if
-    it is not the model's own layers."""
+    it is not the model's own layers; ``serial_s``: what a step takes longer whose scheduler plans none ahead."""
     decode = table.phase == "decode"
     # the eager view launches its kernels one by one
     # kernels that are priced as others may be captured where those are not
@@ -150,5 +151,6 @@ def make_step(
     )
     overlap = Overlap.of(plan, table, engine, options, captured, decode=decode)
     return Step(
-        table=table, plan=plan, sizes=sizes, pricer=pricer, overlap=overlap, captured=captured, drafter=drafter
+        table=table, plan=plan, sizes=sizes, pricer=pricer, overlap=overlap, captured=captured, drafter=drafter,
+        serial_s=serial_s,
     )

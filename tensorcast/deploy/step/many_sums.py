@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.work import Array, Size
-from tensorcast.deploy.step.price import StepPrice, Tally, Where
+from tensorcast.deploy.step.pipeline_stages import launching
+from tensorcast.deploy.step.price import Overheads, StepPrice, Tally, Where
 from tensorcast.deploy.step.sizes import Batches, Place
-from tensorcast.deploy.step.step import Overheads, Step
+from tensorcast.deploy.step.step import Step
 from tensorcast.deploy.step.sums import AMONG, Recipe, Sums, sums_at
 
 Places = NDArray[np.int_]
@@ -217,6 +218,8 @@ def _compose(steps: Sequence[StepCases], sums: Sums, tokens: Array, prices: Step
     at = first.at._replace(**parts)
     totals = here.totals([*here.by_part(), *drafts.by_part()], first.step.times(at))
     spent = Overheads(*map(column, zip(*[one.step.overheads for one in steps], strict=True)))
+    which = np.repeat(np.arange(len(steps)), [math.prod(shape) for shape in shapes])
+    host = launching([one.step.pricer for one in steps], [one.recipe.launches for one in steps], which, tokens)
     batch = column([one.batch for one in steps])
-    price = first.step.composed(totals, hidden, at, batch, spent=spent)
+    price = first.step.composed(totals, hidden, at, batch, host=host, spent=spent)
     prices.add(price, [one.number for one in steps], shapes)

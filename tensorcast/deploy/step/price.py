@@ -181,13 +181,33 @@ class Tally(NamedTuple):
     evidence: dict[str, Size]
 
 
+OTHER_VENDOR_ERROR = 0.22
+"""Median error of a step's kernels, together, where an engine's own part was fitted on another vendor's devices: what
+its other build runs there is in no table. As far off is the median of 45 public runs of vLLM and SGLang on MI300X and
+MI355X (``make amd``)."""
+
+
+class Overheads(NamedTuple):
+    """Seconds that an engine spends on a step, a layer and a sequence, the error of those on layers, and a relative one
+    of the kernels where these were fitted on another vendor's devices; numbers, or one for every batch."""
+
+    step_s: Size
+    layer_s: Size
+    request_s: Size
+    layer_error_s: Size
+    kernels_error: Size
+    serial_s: Size
+    """Of a step without drafts whose scheduler plans none ahead."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepPrice:
     """A step: its rows' prices and sums, and the time of the slowest pipeline stage, of the whole step, and of its
     overheads. Of steps that are priced as one there are sums alone.
 
-    ``request_overhead_s``: of the overheads, what comes with sequences. ``hidden_s``: kernel seconds that pass while
-    others run; ``hidden_comm_s`` of them are communication, and for ``exposed_comm_s`` of it the step waits.
+    ``request_overhead_s``: of the overheads, what comes with sequences; ``host_s``: in which kernels wait for the host
+    that launches them. ``hidden_s``: kernel seconds that pass while others run; ``hidden_comm_s`` of them are
+    communication, and for ``exposed_comm_s`` of it the step waits.
     ``error``: relative, a median; errors of one family move together, families and overhead independently.
     """
 
@@ -196,6 +216,7 @@ class StepPrice:
     seconds: Size
     overhead_s: Size
     request_overhead_s: Size
+    host_s: Size
     overhead_error_s: Size
     micro_batches: Size
     hidden_s: Size

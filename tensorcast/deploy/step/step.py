@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,17 @@ from tensorcast.deploy.plan.plan import Plan, Row
 from tensorcast.deploy.step.alike import Questions
 from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Named, SizesOfAll, Waiting, named, store_keys
 from tensorcast.deploy.step.overlap import Overlap
-from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, place_of, serial_rounds, stages_of
-from tensorcast.deploy.step.price import Part, RowPrice, StepPrice, Tally, pick
+from tensorcast.deploy.step.pipeline_stages import (
+    FIRST,
+    HAND_OVER,
+    HOST_ERROR,
+    LAST,
+    launching,
+    place_of,
+    serial_rounds,
+    stages_of,
+)
+from tensorcast.deploy.step.price import OTHER_VENDOR_ERROR, Overheads, Part, RowPrice, StepPrice, Tally, pick
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, Place, StepSizes
 from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, Totals, TotalsOfSteps, recipe_of, sums_of_steps
@@ -31,30 +40,14 @@ if TYPE_CHECKING:
 
 Rows = NDArray[np.intp]
 
-OTHER_VENDOR_ERROR = 0.22
-"""Median error of a step's kernels, together, where an engine's own part was fitted on another vendor's devices: what
-its other build runs there is in no table. As far off is the median of 45 public runs of vLLM and SGLang on MI300X and
-MI355X (``make amd``)."""
-
-
-class Overheads(NamedTuple):
-    """Seconds that an engine spends on a step, a layer and a sequence, the error of those on layers, and a relative one
-    of the kernels where these were fitted on another vendor's devices; numbers, or one for every batch."""
-
-    step_s: Size
-    layer_s: Size
-    request_s: Size
-    layer_error_s: Size
-    kernels_error: Size
-
-
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """A plan, ready to be priced for any batch, new tokens and cached tokens.
 
     ``sizes`` say what a batch's rows are priced at, ``pricer`` what one costs there, ``overlap`` what of that passes
     unseen. ``captured``: the step is replayed from a graph. ``memo``: where prices of rows are kept from call to call.
-    ``drafter``: what drafts tokens, if it is not the model's own layers.
+    ``drafter``: what drafts tokens, if it is not the model's own layers. ``serial_s``: what a step without drafts takes
+    longer, as its scheduler plans none ahead.
     """
 
     table: OpTable
@@ -65,6 +58,7 @@ class Step:
     captured: bool
     memo: Memo | None = None
     drafter: Drafter | None = None
+    serial_s: float = 0.0
 
     def price(self, batch: Size, new: Size, past: Size) -> StepPrice:
         """Price ``batch`` sequences per data-parallel rank, ``new`` tokens each after ``past`` cached ones.
@@ -126,25 +120,25 @@ class Step:
             each += float(engine.graph_break_s)
         other = bool(spent.vendor) and self.pricer.device.vendor != spent.vendor
         return Overheads(
-            spent.step_s, each, spent.request_s, spent.layer_error_s, OTHER_VENDOR_ERROR if other else 0.0
+            spent.step_s, each, spent.request_s, spent.layer_error_s, OTHER_VENDOR_ERROR if other else 0.0,
+            self.serial_s,
         )
 
     def composed(
-        self, sums: Totals, hidden: Array, at: Batches, batch: Size, *, found: Sequence[RowPrice] = (),
-        spent: Overheads | None = None,
+        self, sums: Totals, hidden: Array, at: Batches, batch: Size, *, host: Mapping[int, Size],
+        found: Sequence[RowPrice] = (), spent: Overheads | None = None,
     ) -> StepPrice:
-        """The step from the sums of its rows at every batch; ``hidden``: by layer kind. ``found``: the rows' prices,
-        where they are told. ``spent``: by the engine at every batch, if not by the step's own alone."""
+        """The step from the sums of its rows at every batch; ``hidden``: by layer kind; ``host``: as
+        :func:`~tensorcast.deploy.step.pipeline_stages.launching` tells it; ``found``: the rows' prices, where they are
+        told; ``spent``: by the engine at every batch, if not by the step's own alone."""
         recipe, among, levels, errors = self.recipe(at.draft is not None), sums.among, sums.levels, sums.errors
         taken = dict(zip(recipe.places, sums.places * at.halves, strict=True))
         layers, kinds = Counter(self.table.layer_kinds), sorted(self.overlap.positions)
         for kind, each in zip(kinds, hidden, strict=True):
             taken[kind] = taken[kind] - each[0]
         saved = sum((layers[kind] * each for kind, each in zip(kinds, hidden, strict=True)), np.zeros(hidden.shape[1:]))
-        stages = [
-            sum((calls * taken[place] for place, calls in stage), 0.0)
-            for stage in stages_of(self.table.layer_kinds, at.pp, self.pricer.engine.pipeline_split)
-        ]
+        every = stages_of(self.table.layer_kinds, at.pp, self.pricer.engine.pipeline_split)
+        stages = [sum((calls * taken[place] for place, calls in stage), 0.0) for stage in every]
         stages[-1] = stages[-1] + sums.drafts
         depth = at.mtp_depth
         passes = len(self.table.layer_kinds) + (depth if self.drafter is None else self.drafter.layer_passes(depth))
@@ -152,6 +146,8 @@ class Step:
         passes, engine = passes * turns / at.pp, self.pricer.engine
         per_sequence = spent.request_s * np.asarray(batch, dtype=float)
         overhead = spent.step_s + spent.layer_s * passes + per_sequence
+        if at.draft is None:  # a pipeline's schedule is told of below
+            overhead = overhead + spent.serial_s * np.equal(at.pp, 1)
         serial, method = engine.serial_drafts, "mtp" if self.drafter is None else self.drafter.method
         if at.draft is not None and serial is not None and method in serial.methods:
             waits = np.greater(depth, 0) * serial.sequence_s * np.asarray(batch, dtype=float)
@@ -160,7 +156,12 @@ class Step:
         if engine.serial_pipeline is not None:
             turns, waits = serial_rounds(engine.serial_pipeline, turns, at.pp, depth if at.draft is not None else 0)
             overhead = overhead + waits
-        unsure = spent.layer_error_s * passes
+        slowest, unsure = reduce(np.maximum, stages), spent.layer_error_s * passes
+        host_s: Size = 0.0
+        if host:  # it runs ahead of the device, or keeps it waiting
+            held = [sum((calls * host[place] for place, calls in stage), 0.0) * at.halves for stage in every]
+            host_s = (reduce(np.maximum, [*stages, *held]) - slowest) * turns
+            overhead, unsure = overhead + host_s, np.hypot(unsure, HOST_ERROR * host_s)
         off = np.square(errors).sum(axis=0)
         if np.any(spent.kernels_error):
             unsure = np.hypot(unsure, spent.kernels_error * among[0])
@@ -174,8 +175,8 @@ class Step:
             tally=Tally(
                 errors, among[0], among[1], among[2], among[3], dict(zip(LEVELS, shares, strict=True))
             ),
-            seconds=reduce(np.maximum, stages) * turns + overhead, overhead_s=overhead,
-            request_overhead_s=per_sequence, overhead_error_s=unsure,
+            seconds=slowest * turns + overhead, overhead_s=overhead,
+            request_overhead_s=per_sequence, host_s=host_s, overhead_error_s=unsure,
             micro_batches=at.micro if np.ndim(at.micro) else int(at.micro), hidden_s=saved[0],
             hidden_comm_s=saved[1], exposed_comm_s=among[1] - saved[1],
             error=np.sqrt(off + unsure**2) / np.maximum(among[0] + overhead, 1e-30),
@@ -277,7 +278,8 @@ def prices(asked: Sequence[Asked]) -> Iterator[StepPrice]:
         own, draft = sums.at(at.own, slice(first)), sums.at(at.draft, slice(first, None))
         totals = own.totals([*own.by_part(), *draft.by_part()], step.times(at))
         hidden = step.overlap.hidden(own.layers, own.busy, pick(at.whole.sizes.tokens, at.own), at.dual)
-        yield step.composed(totals, hidden, at, together.batch, found=found)
+        host = launching([step.pricer], [recipe.launches], np.zeros((), dtype=int), pick(at.whole.sizes.tokens, at.own))
+        yield step.composed(totals, hidden, at, together.batch, host=host, found=found)
 
 
 class Together:
@@ -344,6 +346,7 @@ class Together:
         names = dict.fromkeys(price.family for price in found)
         families = dict(zip(names, range(len(names)), strict=True))
         recipes = [step.recipe(at.draft is not None) for step in self.steps]
+        pricers, launches = [step.pricer for step in self.steps], [recipe.launches for recipe in recipes]
         sizes = [np.size(step.sizes.dp) for step in self.steps]
         step_of = np.repeat(np.arange(len(sizes)), sizes)[member]
         whole = sums_of_steps(recipes, found, self.places, families, sizes)
@@ -370,7 +373,9 @@ class Together:
                 hidden = self.steps[steps[0]].overlap.hidden(
                     here.layers, here.busy, pick(tokens, entries), parts["dual"]
                 )
-                yield some, first.composed(here, hidden, at._replace(**parts), pick(self.batch, entries))
+                parted, asked = at._replace(**parts), pick(self.batch, entries)
+                host = launching(pricers, launches, step_of[some][:, None], pick(tokens, entries))
+                yield some, first.composed(here, hidden, parted, asked, host=host)
 
 
 TOGETHER = 16_384

@@ -17,7 +17,7 @@ from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.plan.plan import Collective, Row
 from tensorcast.deploy.step.overlap import KIND_SUMS, PER_SEQUENCE
-from tensorcast.deploy.step.pipeline_stages import place_of
+from tensorcast.deploy.step.pipeline_stages import launches_of, place_of
 from tensorcast.deploy.step.price import RowPrice, Where, pick
 from tensorcast.deploy.step.sizes import Place
 from tensorcast.trace.moe import EXPERT_STAGES
@@ -59,6 +59,8 @@ class Recipe:
     all recipes that add up alike."""
     said: tuple[int, ...]
     """What its ops are, by their identity; 0 of collectives."""
+    launches: dict[int, float]
+    """Kernels that the host launches in one pass over the plan, by place."""
 
 
 class _Role(NamedTuple):
@@ -132,7 +134,10 @@ def recipe_of(
             inside | Place.ENDS * (row.kind in ends and EVERY_TOKEN not in row.module)
             for inside, row in zip(stand, rows, strict=True)
         ])
-    return Recipe(rows, parts, places, len(positions), stand, weights, said)
+    launches = dict.fromkeys(places, 0.0)
+    for row in rows[:planned]:
+        launches[place_of(row)] += launches_of(row)
+    return Recipe(rows, parts, places, len(positions), stand, weights, said, launches)
 
 
 PartSums = tuple[Array, Array, Array]

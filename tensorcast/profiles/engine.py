@@ -394,8 +394,6 @@ class EngineProfile(Frozen):
     @property
     def hand_over_s(self) -> float:
         """Seconds of a request between two pools, beside the bytes that move and the steps in which each of them looks.
-
-        What was measured belongs to Dynamo, which plans every request and starts both legs of it.
-        """
+        What was fitted belongs to Dynamo, which plans every request and starts both legs of it."""
         fitted = self.fitted.hand_over_s if self.fitted and self.frontend == "dynamo" else None
         return float(self.hand_over_overhead_s or 0.0) if fitted is None else fitted

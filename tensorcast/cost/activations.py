@@ -94,16 +94,15 @@ COMPARED = 16
 
 
 class _Storages(NamedTuple):
-    """What a table's rows hold, states of sequences aside, which are the cache's: ``amounts``; ``seen``, whenever
-    something new is seen of a storage: the row, storage, amount by number and how much of it, what that adds to what
-    was seen before; and the row in which each storage is touched ``last``, of all and of those before the head, which
-    begins at row ``head``."""
+    """What a table's rows hold, states of sequences aside, which are the cache's: ``amounts``; and whenever something
+    new is seen of a storage ``[5, times]``: the row, amount by number and how much of it, less where that was seen
+    before, the row behind the last that touches the storage, and behind the last of those before the head, which
+    begins at row ``head`` of so many ``rows``."""
 
     amounts: list[_Amount]
-    seen: list[tuple[int, int, int, float]]
-    last: dict[int, int]
-    last_before: dict[int, int]
+    seen: Array
     head: int
+    rows: int
 
 
 @per_table
@@ -112,42 +111,39 @@ def _storages(table: OpTable) -> _Storages:
     states = {t.storage for op in ops if op.name in STATEFUL for t in (*op.inputs[3:], *op.outputs[1:])}
     heads = (i for i, op in enumerate(ops) if op.kind < 0 and op.module.startswith("lm_head"))
     head, first = next(heads, len(ops)), dict[tuple[int, int], int]()
-    last, last_before = dict[int, int](), None
+    last, last_before = dict[int, int](), dict[int, int]()
     for i, op in enumerate(ops):
         if i == head:
             last_before = last.copy()
         for one in _touched(op):
             first.setdefault(one, i)
             last[one[0]] = i
-    every, numbers, seen = dict[int, frozenset[int]](), dict[int, int](), list[tuple[int, int, int, float]]()
+    every, numbers, seen = dict[int, frozenset[int]](), dict[int, int](), list[tuple[float, ...]]()
     for (storage, what), i in first.items():
         if storage not in states:
-            own = frozenset((what,))
+            own, ends = frozenset((what,)), (last[storage] + 1, last_before.get(storage, i) + 1)
             if storage in every:  # in place of what was seen so far
                 amount, coef = _amount(every[storage])
-                seen.append((i, storage, numbers[amount], -coef))
+                seen.append((i, numbers[amount], -coef, *ends))
                 own |= every[storage]
             every[storage] = own
             amount, coef = _amount(own)
-            seen.append((i, storage, numbers.setdefault(amount, len(numbers)), coef))
-    amounts = [_amounts[number] for number in numbers]
-    return _Storages(amounts, seen, last, last if last_before is None else last_before, head)
+            seen.append((i, numbers.setdefault(amount, len(numbers)), coef, *ends))
+    changes = np.array(seen, dtype=float).reshape(-1, 5).T
+    return _Storages([_amounts[number] for number in numbers], changes, head, len(ops))
 
 
 @per_table
 def _moments(table: OpTable, with_head: bool) -> Array:
     """How much of each amount lives by moment ``[moments, amounts]``: a storage from the row that makes it, as large as
     what was seen in it so far, to the last that reads it. Of all rows, or of those before the head alone."""
-    amounts, seen, last, last_before, head = _storages(table)
-    end, until = (len(table.ops), last) if with_head else (head, last_before)
-    own = [one for one in seen if one[0] < end]
-    rows, storages, numbers, coefs = zip(*own, strict=True) if own else ((),) * 4
-    ends = [until[storage] + 1 for storage in storages]
-    where = np.array([*rows, *ends], dtype=int) * len(amounts) + np.array([*numbers, *numbers], dtype=int)
-    many = np.array(coefs, dtype=float)
+    amounts, seen, head, rows = _storages(table)
+    end = rows if with_head else head
+    first, number, coef, *ends = seen[:, seen[0] < end]
+    where = (np.append(first, ends[0 if with_head or head == rows else 1]) * len(amounts) + np.tile(number, 2))
     shape = end + 1, len(amounts)
-    moments = np.bincount(where, np.concatenate([many, -many]), math.prod(shape)).reshape(shape).cumsum(axis=0)
-    return _fullest(moments)
+    changes = np.bincount(where.astype(int), np.append(coef, -coef), math.prod(shape))
+    return _fullest(changes.reshape(shape).cumsum(axis=0))
 
 
 def _fullest(moments: Array) -> Array:

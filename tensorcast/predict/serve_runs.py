@@ -233,14 +233,17 @@ def _priced(rows: list[_Row], most: Array) -> tuple[PrefillCosts, DecodeCurve]:
         batch = np.array([cut.batches for cut in several])
         tokens, past = (np.array([[getattr(cut, name)] for cut in several]) for name in ("tokens", "past"))
         asked.append((rows[part[0]].prefill.step, batch, tokens, past))
-    grids = [GRID[: int(np.searchsorted(GRID, most[part].max())) + 1] for part in decodes]
-    for part, grid in zip(decodes, grids, strict=True):
-        decode = rows[part[0]].decode  # a step that decodes has a sequence, however few there are in the mean
-        least = np.maximum(grid, 1 / decode.layout.dp)
-        asked.append((decode.step, least, 1.0, np.array([[rows[i].traffic.context] for i in part])))
+    # a step that decodes has a sequence, however few there are in the mean: fewer cost as much
+    least = np.array([1 / rows[part[0]].decode.layout.dp for part in decodes])
+    begin = np.maximum(np.searchsorted(GRID, least, side="right") - 1, 0)
+    end = np.maximum(np.searchsorted(GRID, [most[part].max() for part in decodes]) + 1, begin + 1)
+    for part, one, *span in zip(decodes, least, begin, end, strict=True):
+        grid, contexts = np.maximum(GRID[slice(*span)], one), np.array([[rows[i].traffic.context] for i in part])
+        asked.append((rows[part[0]].decode.step, grid, 1.0, contexts))
     priced = sums_of_many(asked)
-    first, read, widths = priced.first, len(prefills), np.array(list(map(len, grids)))
-    prompts, replies = _entries(prefills, first[:read], np.full(read, 3)), _entries(decodes, first[read:], widths)
+    first, read = priced.first, len(prefills)
+    prompts = _entries(prefills, first[:read], np.zeros(read, dtype=int), np.full(read, 3))
+    replies = _entries(decodes, first[read:], begin, end)
     spent = [row.prefill.engine.overhead for row in rows]
     factor, error = (np.array([[getattr(one, f"prefill_{name}")] for one in spent]) for name in ("factor", "error"))
     of_cuts = (np.array([getattr(row.cut, name) for row in rows]) for name in ("tokens", "per_step", "rises"))
@@ -249,15 +252,15 @@ def _priced(rows: list[_Row], most: Array) -> tuple[PrefillCosts, DecodeCurve]:
     return _with_images(costs, rows), curves
 
 
-def _entries(parts: list[list[int]], first: Places, widths: Places) -> Places:
-    """By row which entries are its own, the last one again and again where others have more. ``first``: of each of the
-    ``parts`` the first entry of its first row, of whose batches there are so many as ``widths`` say."""
+def _entries(parts: list[list[int]], first: Places, begin: Places, end: Places) -> Places:
+    """By row which entries are its own, in columns from ``begin`` to ``end``: the first and the last one again where
+    others have more. ``first``: the first entry of the first row of each of the ``parts``."""
     sizes = np.array(list(map(len, parts)))
-    own, start = np.repeat(widths, sizes), np.repeat(first, sizes)
+    own, low, start = (np.repeat(values, sizes) for values in (end - begin, begin, first))
     among = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    columns = np.arange(max(2, widths.max()))
+    columns = np.arange(max(2, end.max()))
     found = np.empty((len(own), len(columns)), dtype=int)
-    found[np.concatenate(parts)] = (start + among * own)[:, None] + np.minimum(columns, own[:, None] - 1)
+    found[np.concatenate(parts)] = (start + among * own)[:, None] + np.clip(columns - low[:, None], 0, own[:, None] - 1)
     return found
 
 

@@ -187,7 +187,8 @@ def engine_times(
     waits = engine.scheduler is not None and engine.scheduler.drafting_ranks_wait and depth > 0
     apart = 2 * float(traffic.spread) * steps * math.sqrt(min(float(traffic.rounds), 1e4)) / 1.5
     mean, met, own, each, full = step_moments(
-        curve, prompts, batch, steps=steps, dp=dp, alone=engine.prefill_alone, waits=waits, apart=apart
+        curve, prompts, batch, steps=steps, dp=dp, alone=engine.prefill_alone, waits=waits,
+        apart=math.inf if math.isinf(float(traffic.rounds)) else apart,
     )
     others, most = max(batch - 1, 0), prompts.most_per_s
     unread = float(curve.at("seconds", batch)) if engine.prefill_alone else met
@@ -225,10 +226,10 @@ def step_moments(
     extra, per_rank = first - plain, arrivals / dp
     used, beside = per_rank / prompts.per_step, plain if alone else 0.0
     if prompts.per_step <= 1:
-        mixed = some_read(used, apart / steps, dp, users, waits=waits) if alone else 1 - max(1 - used, 0) ** dp
+        mixed = some_read(used, apart / steps, dp, users, together=waits or not alone)
         idle = 1 - max(used, 1e-12) / max(mixed, 1e-12)
         readers = max(dp * (1 - idle), 1)
-        late = prompts.late_s * (readers - 1) / (readers + 1) * (apart / (apart + 1 / prompts.per_step))
+        late = prompts.late_s * (readers - 1) / (readers + 1) * (1 - 1 / (1 + apart * prompts.per_step))
         each = max(extra + prompts.prompt_s + late - prompts.expert_s * idle, 0.0)
         mean, variance = plain + mixed * each, varied(mixed) * each**2
         if alone and not waits:
@@ -237,14 +238,16 @@ def step_moments(
             variance = varied(used) * each**2 + varied(mixed - used) * longer**2
         own = (plain + each) / prompts.per_step - beside
     else:
-        none = math.exp(-arrivals)
-        most = max(min(arrivals, per_rank + math.sqrt(2 * math.log(dp) * per_rank)), 1 - none)
+        part = min(math.hypot(used, apart / steps), max(used, 1.0))
+        some = part * (1 - math.exp(-arrivals / part))
+        most = part * min(arrivals / part, per_rank / part + math.sqrt(2 * math.log(dp) * per_rank / part))
+        most, none = max(most, some, per_rank / min(max(users, 1 / dp), 1)), 1 - some
         idle = 1 - max(per_rank, 1e-12) / max(most, 1e-12)
         each = prompts.prompt_s - prompts.expert_s * idle
         mean = plain + max((max(1 - none, most / prompts.per_step) if alone else 1 - none) * extra + most * each, 0.0)
         if alone and not waits:
             busy = 1 - math.exp(-per_rank)
-            some = some_read(busy, apart / steps, dp, users, waits=False)
+            some = some_read(busy, apart / steps, dp, users, together=False)
             of_prompt = prompts.prompt_s - prompts.expert_s * (1 - max(busy, 1e-12) / max(some, 1e-12))
             reading = extra * max(1.0, per_rank / max(busy, 1e-12) / prompts.per_step)
             reading += of_prompt * per_rank / max(busy, 1e-12)
@@ -259,10 +262,9 @@ def step_moments(
     return mean, met, own, (mean - plain) / per_rank, used >= 0.98 and not alone
 
 
-def some_read(used: float, apart: float, dp: int, users: float, *, waits: bool) -> float:
+def some_read(used: float, apart: float, dp: int, users: float, *, together: bool) -> float:
     """Steps with prompts of any rank for one without, of ranks that read in one window of a reply's time."""
-    window = math.sqrt(used**2 + apart**2)
-    window = min(window, max(used, 1.0) if waits else 1 + used)
+    window = min(math.hypot(used, apart), max(used, 1.0) if together else 1 + used)
     chance = -window * math.expm1(dp * math.log1p(-min(used / window, 1 - 1e-12)))
     return max(chance, used / min(max(users, 1 / dp), 1))  # one user, one rank
 

@@ -80,7 +80,7 @@ def test_a_long_closed_loop_is_what_the_closed_form_says(engine: str, loop: tupl
 
 
 def loop(model: str, depth: int, users: int, ratio: float, **cells: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """SGLang's data-parallel ranks, replayed and in closed form."""
+    """Data-parallel ranks, under SGLang if not told otherwise, replayed and in closed form."""
     row: dict[str, object] = {
         "model": model, "device": "h200", "engine": "sglang", "tp": 1, "dp": 8, "ep": 8, "isl": 2000, "osl": 500,
         "concurrency": users, "length_ratio": ratio, "rounds": 20, "mtp_depth": depth,
@@ -97,6 +97,14 @@ def test_ranks_that_begin_together_read_together(depth: int, users: int, ratio: 
     replayed, steady = loop("deepseek-v3" if depth else "qwen3-235b-a22b-fp8", depth, users, ratio)
     assert replayed["tpot_s"] == pytest.approx(steady["tpot_s"], rel=0.1)
     assert replayed["output_tokens_per_s"] == pytest.approx(steady["output_tokens_per_s"], rel=0.1)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "trtllm"])
+@pytest.mark.parametrize("ratio", [0.8, 1.0])
+def test_ranks_whose_prompts_ride_along_do_so_too(engine: str, ratio: float) -> None:
+    replayed, steady = loop("qwen3-235b-a22b-fp8", 0, 256, ratio, engine=engine, isl=4000, osl=1000)
+    assert replayed["tpot_s"] == pytest.approx(steady["tpot_s"], rel=0.2)
+    assert replayed["output_tokens_per_s"] == pytest.approx(steady["output_tokens_per_s"], rel=0.2)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 8, "dp": 1}], ids=["ranks", "one"])

@@ -156,7 +156,8 @@ class Aggregated(ServingModel):
         traffic, engine, prompts = self.traffic, self.engine, self.prompts
         steps, others = traffic.decode_steps(self.depth), np.maximum(batch - 1, 0)
         apart = 4 / 3 * traffic.spread * steps * np.sqrt(np.minimum(traffic.rounds, LONG))  # in steps, of all rounds
-        step = self._steps(batch, steps, apart)
+        # phases that all begin with are lost in an endless load
+        step = self._steps(batch, steps, np.where(np.isinf(traffic.rounds), np.inf, apart / steps))
         # between two looks for requests no step reads any: where prompts run alone these are plain
         unread = step.plain_s if engine.prefill_alone else step.met_s
         first = engine.arrival_wait_steps * step.met_s + step.own_s + engine.first_token_s(traffic.input_len)
@@ -191,8 +192,8 @@ class Aggregated(ServingModel):
         return SteadyState(first, generation, place, step.mean_s, step.plain_s, users)
 
     def _steps(self, batch: Array, steps: Array, apart: Array) -> _Steps:
-        """Moments of the step time where a reply takes so many ``steps``, ends ``apart`` from those of one beginning,
-        and ranks, if several, move in lockstep.
+        """Moments of the step time where a reply takes so many ``steps``, ends ``apart``, in replies, from those of one
+        beginning, and ranks, if several, move in lockstep.
 
         While one's own reply is written all other users of one's rank send a prompt, as none is read while one's own
         is; of other ranks' users as many as their replies make up of their time.
@@ -225,11 +226,11 @@ class Aggregated(ServingModel):
         per_rank = arrivals / dp
         used = per_rank / prompts.per_step
         if np.all(prompts.per_step <= 1):  # a prompt takes 1 / per_step steps of its own
-            mixed = _some_read(used, apart / steps, dp, users, wait) if alone else 1 - np.maximum(1 - used, 0) ** dp
+            mixed = _some_read(used, apart, dp, users, wait | (not alone))
             idle = 1 - np.maximum(used, 1e-12) / np.maximum(mixed, 1e-12)  # share of the ranks that have none
             # of several that read, the one that is farthest, but where all go in step
             readers = np.maximum(dp * (1 - idle), 1.0)
-            late = prompts.late_s * (readers - 1) / (readers + 1) * apart / (apart + 1 / prompts.per_step)
+            late = prompts.late_s * (readers - 1) / (readers + 1) * (1 - 1 / (1 + steps * apart * prompts.per_step))
             each = np.maximum(extra + prompts.prompt_s + late - prompts.expert_s * idle, 0.0)
             # steps in which one's own reply stands still, and those of others that go on meanwhile
             still = np.where(wait, mixed, used) if alone else mixed
@@ -239,9 +240,10 @@ class Aggregated(ServingModel):
             own = (plain + each) / prompts.per_step - (plain if alone else 0.0)
         else:
             # the slowest of dp ranks: at least whether any has a prompt, at most all of them on one
-            most = np.minimum(arrivals, per_rank + np.sqrt(2 * np.log(dp) * per_rank))
-            none = np.exp(-arrivals)
-            most = np.maximum(most, 1 - none)
+            window = _window(used, apart, 1.0)
+            most = np.minimum(arrivals, per_rank + np.sqrt(2 * np.log(dp) * per_rank * window))
+            none = 1 + window * np.expm1(-arrivals / window)
+            most = np.maximum(np.maximum(most, 1 - none), per_rank / np.clip(users, 1 / dp, 1))
             idle = 1 - np.maximum(per_rank, 1e-12) / np.maximum(most, 1e-12)  # share of the ranks that have fewer
             spared = prompts.expert_s * idle
             each = prompts.prompt_s - spared
@@ -252,7 +254,7 @@ class Aggregated(ServingModel):
             scatter = each * slowest + none * extra * (once + 2 * slowest)
             if alone:
                 busy = np.maximum(-np.expm1(-per_rank), 1e-12)
-                some = _some_read(busy, apart / steps, dp, users, False)
+                some = _some_read(busy, apart, dp, users, False)
                 turns = np.maximum(1.0, per_rank / busy / prompts.per_step)
                 reading = extra * turns + (prompts.prompt_s - prompts.expert_s * (1 - busy / some)) * per_rank / busy
                 longer = np.maximum(reading - plain, 0.0)
@@ -271,16 +273,23 @@ class Aggregated(ServingModel):
         return _Steps(mean, met, own, plain, (mean - plain) / per_rank, (used >= 0.98) & (not alone))
 
 
-def _some_read(used: Array, apart: Array, dp: Number, users: Array, wait: Mask | bool) -> Array:
-    """Steps, for each with decoding sequences alone, in which some of ``dp`` ranks reads, where prompts run alone and
-    each rank reads in ``used`` (SGLang 0.5.23, srt/managers/scheduler.py: each rank picks its own batch, all run them
-    together). ``wait``: none writes then.
+def _window(used: Array, apart: Array, widest: Number) -> Array:
+    """The part of a round of replies, in these, in which a rank reads that takes ``used`` steps for it.
 
     Ranks begin together, and in steps, of which all take as many, they stay together: they read in one window of each
-    round of replies, as wide as its prompts take, which widens as replies end ``apart``, in replies, until prompts come
-    at any time. Of fewer ``users`` of a rank than one not all ranks read.
+    round, as wide as its prompts take, which widens as replies end ``apart``, in replies, until prompts come at any
+    time.
     """
-    window = np.minimum(np.hypot(used, apart), np.where(wait, np.maximum(used, 1.0), 1 + used))
+    found: Array = np.minimum(np.hypot(used, apart), np.maximum(used, widest))
+    return found
+
+
+def _some_read(used: Array, apart: Array, dp: Number, users: Array, together: Mask | bool) -> Array:
+    """Steps, for each in which all write, in which some of ``dp`` ranks reads, where each does in ``used``.
+    ``together``: they write together, too; else, where prompts run alone, each rank when it has none (SGLang 0.5.23,
+    srt/managers/scheduler.py: each rank picks its own batch, all run them together). Of fewer ``users`` of a rank than
+    one not all ranks read."""
+    window = _window(used, apart, np.where(together, 1.0, 1 + used))
     share = np.minimum(used / window, 1 - NEARLY_NONE**2)
     found: Array = np.maximum(-window * np.expm1(dp * np.log1p(-share)), used / np.clip(users, 1 / dp, 1))
     return found

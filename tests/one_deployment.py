@@ -238,7 +238,7 @@ def step_moments(
             variance = varied(used) * each**2 + varied(mixed - used) * longer**2
         own = (plain + each) / prompts.per_step - beside
     else:
-        part = min(math.hypot(used, apart / steps), max(used, 1.0))
+        part = min(math.hypot(used, apart / steps), max(used, 1.0)) if dp > 1 else 1.0
         some = part * (1 - math.exp(-arrivals / part))
         most = part * min(arrivals / part, per_rank / part + math.sqrt(2 * math.log(dp) * per_rank / part))
         most, none = max(most, some, per_rank / min(max(users, 1 / dp), 1)), 1 - some

@@ -240,7 +240,7 @@ class Aggregated(ServingModel):
             own = (plain + each) / prompts.per_step - (plain if alone else 0.0)
         else:
             # the slowest of dp ranks: at least whether any has a prompt, at most all of them on one
-            window = _window(used, apart, 1.0)
+            window = np.where(np.greater(dp, 1), _window(used, apart, 1.0), 1.0)
             most = np.minimum(arrivals, per_rank + np.sqrt(2 * np.log(dp) * per_rank * window))
             none = 1 + window * np.expm1(-arrivals / window)
             most = np.maximum(np.maximum(most, 1 - none), per_rank / np.clip(users, 1 / dp, 1))

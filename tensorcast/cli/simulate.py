@@ -86,7 +86,8 @@ def simulate(
     )] = None,
     engine: Annotated[str, typer.Option(
         "--engine", "-e", metavar="NAME",
-        help="vllm, sglang, trtllm, eager (see [bold]tensorcast engines[/bold]) or a profile file.",
+        help="vllm, sglang, trtllm, eager (see [bold]tensorcast engines[/bold]) or a profile file; an older release as "
+        "vllm==0.24.0.",
         rich_help_panel=CHOICES,
     )] = "vllm",
     ffn_gpus: Annotated[int | None, typer.Option(

@@ -195,6 +195,9 @@ def print_engines(records: list[Record], console: Console) -> None:
     _print(console, heads, "lllrrlll", rows, soft=soft, optional=("exchange",), narrow=("version", "graphs"))
     _say(console, "Graphs: phases replayed from captured graphs. Overhead: per step, layer, sequence; beside kernels.")
     _say(console, "Memory: share of the device, or of what weights leave, that it takes. All figures: --json")
+    older = [f"{row['name']} {', '.join(row['releases'])}" for row in records if len(row["releases"]) > 1]
+    if older:
+        _say(console, f"Releases whose rules are known (--engine NAME==RELEASE): {'; '.join(older)}")
 
 
 def _each(seconds: float, what: str) -> str:

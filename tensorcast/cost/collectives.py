@@ -39,6 +39,9 @@ EFFICIENCY = {"ring": 0.80, "one_shot": 0.60, "two_shot": 0.60, "direct": 0.75}
 """Fractions of link speed assumed where nothing was measured (assumption; fitted NVLink values lie in 0.5-1.0). There
 a pairwise exchange starts in four hops of latency, as NCCL's does over NVLink."""
 
+BETWEEN_HOSTS = 0.94
+"""The same of rings over a NIC of 400 Gb/s: 46 to 48 GB/s, as one of NCCL's authors has it (NVIDIA/nccl-tests#290)."""
+
 EXCHANGE = {
     # kind, spans nodes: (fixed seconds, fraction of link speed)
     ("low_latency", False): (14e-6, 0.60),
@@ -152,7 +155,7 @@ def _leg(
     fit = find_constants(device, op, level.name, algorithm, engine)
     name, speed = "tree" if tree else algorithm, float(level.bandwidth_bytes_per_s)
     if fit is None:
-        moving = wire / (speed * EFFICIENCY[algorithm])
+        moving = wire / (speed * (BETWEEN_HOSTS if tier and algorithm == "ring" else EFFICIENCY[algorithm]))
         return _Leg(name, hops * float(level.latency_s) + moving, wire, False, DATASHEET_ERROR)
     steps = 2.0 * math.log2(ranks) if tree else ranks - 2
     fixed = fit.latency_s + fit.step_latency_s * steps
@@ -181,7 +184,7 @@ def _all_reduce(
     device: DeviceProfile, levels: list[tuple[int, int]], payload: Size, engine: str, *, custom: bool
 ) -> _Leg:
     """Inside one tier the cheapest of rings, trees and, on the innermost one, kernels that read peers' memory (one- and
-    two-shot). Over several: reduce-scatter, all-reduce across, all-gather; or whole tensors tier by tier when small."""
+    two-shot). Over several: rings through all of them; or whole tensors tier by tier when small."""
     (tier, ranks), outer = levels[0], levels[1:]
     leg = partial(_leg, device, tier, "all_reduce", engine=engine, ranks=ranks)
     around = 2.0 * (ranks - 1) / ranks * payload
@@ -195,23 +198,32 @@ def _all_reduce(
     inside = _cheapest(legs)
     if not outer:
         return inside
-    scatter, gather = (_gather(device, op, levels[:1], payload, engine) for op in ("reduce_scatter", "all_gather"))
-    across = _all_reduce(device, outer, payload / ranks, engine, custom=custom)
-    nested = inside.then(_all_reduce(device, outer, payload, engine, custom=custom), "nested")
-    return _cheapest([scatter.then(across, "hierarchical").then(gather, "hierarchical"), nested])
+    ranks = math.prod(ranks for _, ranks in levels)
+    rings = _rings(device, "all_reduce", levels, 2.0 * (ranks - 1) / ranks * payload, engine, turns=2.0)
+    across = _all_reduce(device, outer, payload, engine, custom=custom)
+    return _cheapest([rings, inside.then(across, "nested")])
 
 
-def _gather(device: DeviceProfile, op: str, levels: list[tuple[int, int]], payload: Size, engine: str) -> _Leg:
-    """All-gather or reduce-scatter of ``payload`` bytes in all: the outermost tier moves each rank's share first, the
-    inner ones ever larger pieces of the total."""
-    whole: _Leg | None = None
-    for tier, ranks in levels:  # innermost moves the whole total, the next 1/ranks of it, ...
-        wire = (ranks - 1.0) / ranks * payload
-        leg = _leg(device, tier, op, "ring", engine, ranks=ranks, wire=wire, hops=ranks - 1.0)
-        whole = leg if whole is None else whole.then(leg, "hierarchical")
-        payload = payload / ranks
-    assert whole is not None
-    return whole
+def _rings(
+    device: DeviceProfile, op: str, levels: list[tuple[int, int]], sent: Size, engine: str, *, turns: float
+) -> _Leg:
+    """Rings through all tiers at once, one for each rank of a host: each rank sends ``sent`` bytes inside, its share of
+    them leaves the host. Chunk follows chunk: the slowest tier tells how long they take, each how long the first does
+    (``turns`` times around)."""
+    fixed: Size = 0.0
+    worst: Size = 0.0
+    total: Size = 0.0
+    calibrated: bool | Mask = True
+    error: Size = 0.0
+    for tier, ranks in levels:
+        leg, bare = (
+            _leg(device, tier, op, "ring", engine, ranks=ranks, wire=wire, hops=turns * (ranks - 1))
+            for wire in (sent, 0.0 * sent)
+        )
+        fixed, worst = fixed + bare.seconds, np.maximum(worst, leg.seconds - bare.seconds)
+        total, calibrated, error = total + sent, calibrated & leg.calibrated, np.maximum(error, leg.error)
+        sent = sent / ranks
+    return _Leg("ring" if len(levels) == 1 else "rings", fixed + worst, total, calibrated, error)
 
 
 def _exchange(
@@ -284,7 +296,8 @@ def collective_time(
     if op == "all_reduce":
         leg = _all_reduce(device, levels, payload_bytes, engine, custom=custom)
     elif op in ("all_gather", "reduce_scatter"):
-        leg = _gather(device, op, levels, payload_bytes, engine)
+        ranks = math.prod(ranks for _, ranks in levels)
+        leg = _rings(device, op, levels, (ranks - 1.0) / ranks * payload_bytes, engine, turns=1.0)
     elif op == "all_to_all":
         leg = _exchange(
             device, extent, levels, payload_bytes, engine, kind=kind, phase=phase, copies=copies,

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorcast.cost.collectives import BETWEEN_HOSTS, EFFICIENCY, EXCHANGE, collective_time, group_extent
+from tensorcast.deploy.deployment import deploy
+from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.options import Options
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.store import load_device
+from tensorcast.profiles.store import load_device, load_engine, load_model
 
 INNER, OUTER, HOP, FAR = 400e9, 50e9, 1e-6, 5e-6
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
@@ -195,3 +198,15 @@ def test_high_throughput_sends_one_copy_per_node() -> None:
 def test_unknown_op_is_one_clear_line() -> None:
     with pytest.raises(InputError, match="unknown collective"):
         collective_time("gossip", 1.0, (8,), DEVICE)
+
+
+@pytest.mark.parametrize(("device", "ranks", "own"), [
+    ("h100", 8, True), ("h100", 16, False), ("gb200", 4, True), ("gb200", 8, False), ("mi300x", 16, False),
+])  # fmt: skip
+def test_engines_kernels_stop_at_a_host(device: str, ranks: int, own: bool) -> None:
+    """vLLM 0.24.0, distributed/device_communicators/custom_all_reduce.py: not over hosts."""
+    made = deploy(
+        load_model("qwen3-32b"), load_device(device), load_engine("vllm"), Layout(ranks, ranks), "decode",
+        options=Options(allreduce_fusion="off"),
+    )
+    assert made.step.pricer.own_all_reduce(ranks) == own

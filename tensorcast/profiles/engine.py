@@ -67,9 +67,9 @@ class AllreduceNorm(Frozen):
 
     def limit_bytes(self, device: DeviceProfile, ranks: int, token_bytes: float) -> float:
         """Largest all-reduce that is fused on this device in a group of ``ranks``; 0 where none is."""
-        architecture = device.architecture.lower()
-        host = device.interconnect[0].host_gpus
-        if architecture not in self.architectures or (host is not None and ranks > host and not self.over_hosts):
+        architecture, near = device.architecture.lower(), device.interconnect[0]
+        most = near.size if self.over_hosts else near.host_gpus or near.size
+        if architecture not in self.architectures or ranks > most:
             return 0.0
         largest = math.inf if self.max_tokens is None else self.max_tokens * token_bytes
         if self.max_bytes:

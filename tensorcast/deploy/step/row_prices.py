@@ -195,11 +195,11 @@ class RowPricer:
 
     def own_all_reduce(self, ranks: int) -> bool:
         """Whether the engine's own kernels may all-reduce among so many. They stop at a host's GPUs (vLLM 0.24.0 and
-        SGLang 0.5.14, distributed/device_communicators/custom_all_reduce.py), where NVLink joins several, too, but for
+        SGLang 0.5.14, distributed/device_communicators/custom_all_reduce.py), also where NVLink joins several, but for
         those that a norm is joined to."""
-        engine, host = self.engine, self.device.interconnect[0].host_gpus
-        inside = host is None or ranks <= host or engine.all_reduce_over_hosts
-        return engine.custom_all_reduce and (inside or self.joins)
+        engine, near = self.engine, self.device.interconnect[0]
+        inside = ranks <= (near.host_gpus or near.size) or (engine.all_reduce_over_hosts and ranks <= near.size)
+        return engine.custom_all_reduce and (inside or (self.joins and ranks <= near.size))
 
     def collective(
         self, row: Collective, at: Context, asked: Corrections | BatchedCorrections, *, steps: Starts = None

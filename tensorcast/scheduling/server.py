@@ -332,7 +332,8 @@ class Server:
             decoding += beside * times.tokens_each
             ends += times.seen_at_ends(batch.prompts, beside * times.tokens_each)
         ranks = len(self.batches)
-        return busiest + times.shared(tokens / ranks, decoding / ranks, ends / ranks)
+        seconds = busiest + times.shared(tokens / ranks, decoding / ranks, ends / ranks)
+        return max(seconds, times.host_s)
 
     def _decoding(self, now_s: float, seen_s: float) -> Stretch:
         steps = math.inf

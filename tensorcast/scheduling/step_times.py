@@ -99,7 +99,8 @@ class PromptTimes:
     the same whatever is cached), ``attention`` over new and cached tokens of one prompt, of which ``least`` is what a
     step pays once for all of its prompts; seconds, those of a server under load. ``beside``: the share of ``own`` and
     ``shared`` that the engine's factor on steps with prompts adds. It was fitted where prompts fill their steps: tokens
-    of sequences that decode beside them do not pay it. ``ends``: of a model with layers for the ends of prompts."""
+    of sequences that decode beside them do not pay it. ``ends``: of a model with layers for the ends of prompts.
+    ``host_s``: what the host takes to launch the kernels of a step, which is no shorter."""
 
     own: Bilinear
     shared: Bilinear
@@ -107,6 +108,7 @@ class PromptTimes:
     least: float
     beside: float = 0.0
     ends: EndTimes | None = None
+    host_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +197,11 @@ class StepTimes:
         return any(any(row) for table in tables for row in table.values)
 
     @cached_property
+    def host_s(self) -> float:
+        """Steps with prompts are no shorter."""
+        return 0.0 if self.prompts is None else self.prompts.host_s
+
+    @cached_property
     def contexts(self) -> list[float]:
         """Cached tokens between which a decode step's time is one line."""
         return [] if self.decode is None else self.decode.own.down
@@ -211,7 +218,7 @@ class StepTimes:
                     changed[name] = replace(value, values=whole)
                 elif isinstance(value, EndTimes):
                     changed[name] = times(value, factor)
-                elif name in ("attention", "least"):
+                elif name in ("attention", "least", "host_s"):
                     changed[name] = value * factor
             return replace(part, **changed)
 
@@ -263,7 +270,9 @@ def step_times(
             among = _always_ends(prefill.step).price(1.0, new, contexts[:, None])
         whole, shared, alone, attention = (
             factor * np.broadcast_to(t, (len(contexts), len(new)))
-            for t in (price.seconds, _shared(price, prefill), price.tally.attention, among.tally.attention)
+            for t in (
+                price.seconds - price.host_s, _shared(price, prefill), price.tally.attention, among.tally.attention
+            )
         )
         first = contexts[:2]
         own = whole[:2] - shared[:2] - alone[:2]
@@ -274,12 +283,19 @@ def step_times(
             least=float(attention[0, 0]),
             beside=1.0 - 1.0 / factor,
             ends=_end_times(prefill, new, factor),
+            host_s=_host_s(price, factor),
         )
         errors[1] = float(np.hypot(np.median(price.error), engine.overhead.prefill_error))
     return StepTimes(
         decode=decoding, prompts=prompting, tokens_each=verify, alone=engine.prefill_alone,
         errors=(errors[0], errors[1]),
     )
+
+
+def _host_s(price: StepPrice, factor: float) -> float:
+    """What the shortest step takes, if its kernels wait for the host; 0 if they do not."""
+    whole, waited = (np.broadcast_arrays(price.seconds, price.host_s)[i].flat[0] for i in range(2))
+    return factor * float(whole) if waited > 0 else 0.0
 
 
 def _always_ends(step: Step) -> Step:

@@ -57,13 +57,16 @@ def test_blocks_are_found_from_when_the_engine_has_them(found: str, cached: list
 
 
 def test_no_step_with_prompts_is_shorter_than_its_launch() -> None:
-    """Whatever its tokens: half a second, in which others of the same step are read, too; twice that in a draw."""
+    """Whatever its tokens: half a second, in which others of the same step are read, too; twice that in a draw; steps
+    that are replayed from graphs take as long as their kernels."""
     assert TIMES.prompts is not None
     times = replace(TIMES, prompts=replace(TIMES.prompts, host_s=0.5))
     requests = Requests(arrival_s=np.zeros(2), input_len=np.array([10, 20]), output_len=np.full(2, 5))
     for factor, one in ((1, times), (2, times.scaled(1.0, 2.0))):
         record = Fleet([Pool(RULES, one, 1)], requests).run()
         assert record.first_s.tolist() == pytest.approx([0.003 + 0.5 * factor] * 2)
+    captured = replace(TIMES, prompts=replace(TIMES.prompts, host_s=0.5, graph_tokens=30.0))
+    assert Fleet([Pool(RULES, captured, 1)], requests).run().first_s.max() < 0.1
 
 
 def test_who_begins_as_another_waits_for_its_blocks() -> None:

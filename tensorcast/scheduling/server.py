@@ -323,17 +323,18 @@ class Server:
 
     def _mixed_s(self) -> float:
         alone, wait, times = self.rules.alone, self.rules.ranks_wait, self.times
-        busiest, tokens, decoding, ends = 0.0, 0.0, 0.0, 0.0
+        busiest, tokens, decoding, ends, most = 0.0, 0.0, 0.0, 0.0, 0
         for batch in self.batches:
             beside = 0 if wait or (alone and batch.prompts) else batch.sequences
             own = times.own(batch.prompts, beside, batch.context)
             busiest = own if own > busiest else busiest
+            most = max(most, batch.new_tokens)
             tokens += batch.new_tokens + beside * times.tokens_each
             decoding += beside * times.tokens_each
             ends += times.seen_at_ends(batch.prompts, beside * times.tokens_each)
         ranks = len(self.batches)
         seconds = busiest + times.shared(tokens / ranks, decoding / ranks, ends / ranks)
-        return max(seconds, times.host_s)
+        return times.launched(seconds, most)
 
     def _decoding(self, now_s: float, seen_s: float) -> Stretch:
         steps = math.inf

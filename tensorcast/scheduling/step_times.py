@@ -100,7 +100,7 @@ class PromptTimes:
     step pays once for all of its prompts; seconds, those of a server under load. ``beside``: the share of ``own`` and
     ``shared`` that the engine's factor on steps with prompts adds. It was fitted where prompts fill their steps: tokens
     of sequences that decode beside them do not pay it. ``ends``: of a model with layers for the ends of prompts.
-    ``host_s``: what the host takes to launch the kernels of a step, which is no shorter."""
+    ``host_s``: what the host takes to launch a step of more than ``graph_tokens``, which is no shorter."""
 
     own: Bilinear
     shared: Bilinear
@@ -109,6 +109,7 @@ class PromptTimes:
     beside: float = 0.0
     ends: EndTimes | None = None
     host_s: float = 0.0
+    graph_tokens: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,10 +197,10 @@ class StepTimes:
         tables = [part.shared for part in (self.decode, self.prompts) if part is not None]
         return any(any(row) for table in tables for row in table.values)
 
-    @cached_property
-    def host_s(self) -> float:
-        """Steps with prompts are no shorter."""
-        return 0.0 if self.prompts is None else self.prompts.host_s
+    def launched(self, seconds: float, tokens: float) -> float:
+        """Seconds of a step with prompts whose busiest rank has so many ``tokens``: as long as its launch at least."""
+        prompts = self.prompts
+        return seconds if prompts is None or tokens <= prompts.graph_tokens else max(seconds, prompts.host_s)
 
     @cached_property
     def contexts(self) -> list[float]:
@@ -283,19 +284,14 @@ def step_times(
             least=float(attention[0, 0]),
             beside=1.0 - 1.0 / factor,
             ends=_end_times(prefill, new, factor),
-            host_s=_host_s(price, factor),
+            host_s=factor * float(np.max(np.where(np.greater(price.host_s, 0), price.seconds, 0.0))),
+            graph_tokens=float(prefill.step.pricer.graph_tokens),
         )
         errors[1] = float(np.hypot(np.median(price.error), engine.overhead.prefill_error))
     return StepTimes(
         decode=decoding, prompts=prompting, tokens_each=verify, alone=engine.prefill_alone,
         errors=(errors[0], errors[1]),
     )
-
-
-def _host_s(price: StepPrice, factor: float) -> float:
-    """What the shortest step takes, if its kernels wait for the host; 0 if they do not."""
-    whole, waited = (np.broadcast_arrays(price.seconds, price.host_s)[i].flat[0] for i in range(2))
-    return factor * float(whole) if waited > 0 else 0.0
 
 
 def _always_ends(step: Step) -> Step:

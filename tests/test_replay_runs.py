@@ -113,7 +113,7 @@ def test_prompts_alone_may_take_most_steps(layout: dict[str, object]) -> None:
     replayed, steady = loop("qwen3-235b-a22b-fp8", 0, 128, 0.8, isl=16000, osl=64, **layout)
     assert steady["mean_batch"] == pytest.approx(replayed["mean_batch"], rel=0.1)
     assert replayed["tpot_s"] == pytest.approx(steady["tpot_s"], rel=0.2)
-    assert replayed["output_tokens_per_s"] == pytest.approx(steady["output_tokens_per_s"], rel=0.1)
+    assert replayed["output_tokens_per_s"] == pytest.approx(steady["output_tokens_per_s"], rel=0.15)
 
 
 def test_users_whose_replies_fill_the_cache_are_replayed() -> None:

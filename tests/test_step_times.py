@@ -53,6 +53,22 @@ def test_the_factor_on_prompts_is_not_on_those_who_decode_beside(layout: Layout)
     assert slower[2] < slower[3] < slower[4]
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("layout", [Layout(8, 8, 1, 8), Layout(8, 1, 8, 8)], ids=str)
+def test_prompts_of_usual_lengths_take_what_simulate_says(layout: Layout, engine: str) -> None:
+    """Also where the host's launches are what takes the time: powers of two are points of the table."""
+    model, device, profile = load_model("deepseek-v3"), load_device("b200"), load_engine(engine)
+    prefill, decode = (
+        deploy(model, device, profile, layout, phase, options=Options(routing=model.traffic))
+        for phase in ("prefill", "decode")
+    )
+    times = step_times(prefill, decode, most_sequences=64, chunk_tokens=8192, longest=16384)
+    for tokens in (1, 64, 512, 1024, 2048, 4096, 8192):
+        own = profile.overhead.prefill_factor * float(np.asarray(prefill.step.price(1.0, float(tokens), 0.0).seconds))
+        found = times.own([(tokens, 0)], 0, 0.0) + times.shared(tokens, 0, tokens)
+        assert times.launched(found, tokens) == pytest.approx(own, rel=2e-3)
+
+
 def test_padded_steps_are_run_as_the_next_graph() -> None:
     """Attention and the engine's work are those of the sequences that are there; steps with prompts are not padded."""
     model, device, engine = load_model("qwen3-30b-a3b"), load_device("h200"), load_engine("trtllm")

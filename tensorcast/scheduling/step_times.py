@@ -263,7 +263,7 @@ def step_times(
         errors[0], verify = float(np.median(run.error)), float(np.asarray(decode.step.sizes.verify))
     if prefill is not None:
         new = GRID[GRID >= 1]
-        new = new[: max(3, int(np.searchsorted(new, 2 * chunk_tokens + most_sequences)))][::2]  # two points make a line
+        new = new[: max(3, int(np.searchsorted(new, 2 * chunk_tokens + most_sequences)))]
         price = prefill.step.price(1.0, new, contexts[:, None])
         factor = engine.overhead.prefill_factor
         among = price  # a prompt as it is in a step of several

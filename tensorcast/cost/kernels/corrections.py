@@ -285,7 +285,8 @@ class SeveralPending:
         return np.repeat([one is None for one in self.each], self.calls) if None in self.each else None
 
     def _column(self, values: Sequence[Size]) -> Array:
-        return np.concatenate([np.broadcast_to(v, count) for v, count in zip(values, self.calls, strict=True)])
+        each = zip(values, self.calls, strict=True)
+        return np.concatenate([v if np.shape(v) == (count,) else np.broadcast_to(v, count) for v, count in each])
 
 
 MOST_DEVICES = 256

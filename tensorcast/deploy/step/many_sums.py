@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -63,18 +63,30 @@ class StepPrices:
 
     def at(self, entries: Places) -> StepPrice:
         """Some ``entries`` among all, in their shape; without errors by family."""
-        prices, counts = zip(*self._together, strict=True)
+        return _each(self._whole, lambda value: value[..., entries])
 
-        def column(values: Iterable[Size]) -> Array:
-            return np.concatenate([np.broadcast_to(v, n) for v, n in zip(values, counts, strict=True)])[entries]
-
+    @cached_property
+    def _whole(self) -> StepPrice:
+        """All, when all are there."""
+        prices, shapes = zip(*((price, (count,)) for price, count in self._together), strict=True)
         names = [field.name for field in fields(StepPrice) if field.name not in ("parts", "tally")]
-        tally = {name: column([getattr(one.tally, name) for one in prices]) for name in AMONG}
-        evidence: dict[str, Size] = {kind: column([one.tally.evidence[kind] for one in prices]) for kind in LEVELS}
+        tally = {name: column([getattr(one.tally, name) for one in prices], shapes) for name in AMONG}
+        evidence: dict[str, Size] = {
+            kind: column([one.tally.evidence[kind] for one in prices], shapes) for kind in LEVELS
+        }
         return StepPrice(
-            parts=(), tally=Tally(errors=np.empty((0, *entries.shape)), evidence=evidence, **tally),
-            **{name: column([getattr(one, name) for one in prices]) for name in names},
+            parts=(), tally=Tally(errors=np.empty((0, sum(*zip(*shapes, strict=True)))), evidence=evidence, **tally),
+            **{name: column([getattr(one, name) for one in prices], shapes) for name in names},
         )
+
+
+def column(values: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> Array:
+    """Values of these shapes, or that broadcast to them, one after another."""
+    every = zip(values, shapes, strict=True)
+    return np.concatenate([
+        np.ravel(v) if np.shape(v) == shape else np.full(math.prod(shape), v) if np.ndim(v) == 0
+        else np.broadcast_to(v, shape).ravel() for v, shape in every
+    ])
 
 
 def _each(price: StepPrice, change: Callable[[Any], Any]) -> StepPrice:
@@ -200,10 +212,10 @@ def _compose(steps: Sequence[StepCases], sums: Sums, tokens: Array, prices: Step
     own = [one.stand(one.at.own) for one in steps]
     shapes = [one.shape for one in own]
 
-    def column(values: Sequence[Any]) -> Any:
+    def joined(values: Sequence[Any]) -> Any:
         if not any(map(np.ndim, values)) and len({*values}) == 1:
             return values[0]
-        return np.concatenate([np.broadcast_to(v, shape).ravel() for v, shape in zip(values, shapes, strict=True)])
+        return column(values, shapes)
 
     def placed(where: Sequence[Places]) -> Places:
         return np.concatenate([start + one.ravel() for start, one in zip(starts, where, strict=False)])
@@ -212,14 +224,14 @@ def _compose(steps: Sequence[StepCases], sums: Sums, tokens: Array, prices: Step
     drafting = standing if first.at.draft is None else placed([one.stand(one.at.draft) for one in steps])
     here, drafts = sums.at(standing, slice(later)), sums.at(drafting, slice(later, None))
     tokens = np.concatenate([tokens[one.case : one.case + one.cases] for one in steps])[standing]
-    parts = {name: column([getattr(one.at, name) for one in steps]) for name in ("pp", "micro", "dual", "halves")}
-    streams = column([one.step.overlap.stream_tokens for one in steps])
+    parts = {name: joined([getattr(one.at, name) for one in steps]) for name in ("pp", "micro", "dual", "halves")}
+    streams = joined([one.step.overlap.stream_tokens for one in steps])
     hidden = replace(first.step.overlap, stream_tokens=streams).hidden(here.layers, here.busy, tokens, parts["dual"])
     at = first.at._replace(**parts)
     totals = here.totals([*here.by_part(), *drafts.by_part()], first.step.times(at))
-    spent = Overheads(*map(column, zip(*[one.step.overheads for one in steps], strict=True)))
+    spent = Overheads(*map(joined, zip(*[one.step.overheads for one in steps], strict=True)))
     which = np.repeat(np.arange(len(steps)), [math.prod(shape) for shape in shapes])
     host = launching([one.step.pricer for one in steps], [one.recipe.launches for one in steps], which, tokens)
-    batch = column([one.batch for one in steps])
+    batch = joined([one.batch for one in steps])
     price = first.step.composed(totals, hidden, at, batch, host=host, spent=spent)
     prices.add(price, [one.number for one in steps], shapes)

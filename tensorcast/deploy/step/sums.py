@@ -64,11 +64,13 @@ class Recipe:
 
 
 class _Role(NamedTuple):
-    """What is added up of a row: where it runs, which of :data:`AMONG` it is in, whether it is inside the experts."""
+    """What is added up of a row: where it runs, which of :data:`AMONG` it is in, whether it is inside the experts, and
+    the kernels that the host launches for it."""
 
     place: int
     among: tuple[bool, bool, bool, bool]
     chunked: bool
+    launches: float
 
 
 _roles: dict[_Role, int] = {}
@@ -79,22 +81,23 @@ def _role_of(row: Row) -> int:
     """The number of a row's role."""
     if isinstance(row, Op):
         return _role_of_op(row)
-    role = _Role(place_of(row), (True, True, False, row.group in ("dp", "ep")), bool(row.exchange))
+    among = True, True, False, row.group in ("dp", "ep")
+    role = _Role(place_of(row), among, bool(row.exchange), launches_of(row))
     return _roles.setdefault(role, len(_roles))
 
 
 @per_op
 def _role_of_op(op: Op) -> int:
     inside = op.stage in EXPERT_STAGES
-    role = _Role(place_of(op), (True, False, op.name in PER_SEQUENCE, inside), inside)
+    role = _Role(place_of(op), (True, False, op.name in PER_SEQUENCE, inside), inside, launches_of(op))
     return _roles.setdefault(role, len(_roles))
 
 
 MOST_RECIPES = 4096
 """Ways to add rows up that are kept."""
 
-_weights: dict[tuple[Hashable, ...], tuple[tuple[int, ...], tuple[Array, Array, Array]]] = {}
-"""Of a recipe's rows by what they are: where they stand but for prompts' ends, and their weights."""
+_weights: dict[tuple[Hashable, ...], tuple[tuple[int, ...], tuple[Array, Array, Array], dict[int, float]]] = {}
+"""Of a recipe's rows by what they are: where they stand but for prompts' ends, their weights and their launches."""
 
 
 def recipe_of(
@@ -127,16 +130,16 @@ def recipe_of(
         among = np.array([role.among for role in own], dtype=float).T
         seconds = [by_place, by_layer.reshape(-1, count), (runs[:, None] * among).reshape(-1, count)]
         weights = np.concatenate(seconds), busy.reshape(-1, count), runs
-        found = _weights[key] = tuple([int(role.chunked) for role in own]), weights
-    stand, weights = found
+        launches = dict.fromkeys(places, 0.0)
+        for role in own[:planned]:
+            launches[role.place] += role.launches
+        found = _weights[key] = tuple([int(role.chunked) for role in own]), weights, launches
+    stand, weights, launches = found
     if ends:
         stand = tuple([
             inside | Place.ENDS * (row.kind in ends and EVERY_TOKEN not in row.module)
             for inside, row in zip(stand, rows, strict=True)
         ])
-    launches = dict.fromkeys(places, 0.0)
-    for row in rows[:planned]:
-        launches[place_of(row)] += launches_of(row)
     return Recipe(rows, parts, places, len(positions), stand, weights, said, launches)
 
 

@@ -83,7 +83,7 @@ class OnePrefill:
         cut, slow = cut_prompts(traffic, chunk), prefill.engine.overhead
         price = prefill.step.price(np.array(cut.batches), cut.tokens, cut.past)
         half, one, full = (float(s) * slow.prefill_factor for s in np.broadcast_to(price.seconds, 3))
-        late_host = float(np.broadcast_to(price.host_s, 3)[0]) > 0  # in half a prompt
+        held = slow.prefill_factor * float(np.broadcast_to(price.least_s, 3)[1])
         experts = sum(
             s for p, s, _ in seconds_by_row(price, 3)
             if (p.row.group in ("dp", "ep") if isinstance(p.row, Collective) else p.row.stage in EXPERT_STAGES)
@@ -101,7 +101,7 @@ class OnePrefill:
             prompt_s, token_s, most = 0.0, max(one - half, 0.0) / (cut.tokens / 2), one
         return cls(
             per_step=cut.per_step, fixed_s=one - prompt_s, prompt_s=prompt_s, token_s=token_s, step_s=one,
-            expert_s=min(max(2 * (of_one - of_half), 0.0), most, max(one - half, 0.0) if late_host else most),
+            expert_s=min(max(2 * (of_one - of_half), 0.0), most, max(one - held, 0.0) if held else most),
             late_s=late,
             error=math.hypot(float(np.broadcast_to(price.error, 3)[1]), slow.prefill_error),
             evidence={kind: float(share[1]) for kind, share in evidence(price, 3).items()},

@@ -43,7 +43,7 @@ def test_a_prompt_takes_its_images_more(fixed: float, prompt: float, per_step: f
     columns: dict[str, Any] = {
         "seconds": fixed + prompt * batches[None], "experts_s": 0.1 * prompt * batches[None],
         "attention_s": 0.1 * prompt * batches[None], "error": np.full((1, 3), 0.1),
-        "host_s": np.zeros((1, 3)),
+        "least_s": np.zeros((1, 3)),
         **{kind: np.full((1, 3), float(kind == "measured")) for kind in EVIDENCE},
     }
     plain: PrefillCosts = prefill_costs(columns, 1000.0, per_step, 0.0)

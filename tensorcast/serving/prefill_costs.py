@@ -104,7 +104,7 @@ def prefill_columns(price: StepPrice, factor: Number, error: Number) -> dict[str
         "seconds": factor * price.seconds,
         "experts_s": factor * (price.tally.experts - price.hidden_s),
         "attention_s": factor * price.tally.attention,
-        "host_s": np.broadcast_to(price.host_s, np.shape(price.seconds)),
+        "least_s": factor * np.broadcast_to(price.least_s, np.shape(price.seconds)),
         "error": np.hypot(price.error, error),
         **price.tally.evidence,
     }
@@ -120,9 +120,10 @@ def prefill_costs(columns: Mapping[str, Array], tokens: Number, per_step: Number
     several = per_step > 1
     prompt_s = np.where(several, np.clip((full - one) / np.where(several, per_step - 1, 1.0), 0.0, one), 0.0)
     with_half, with_one = columns["experts_s"][..., 0], columns["experts_s"][..., 1]
-    # what half a prompt takes as well is the host's: fewer experts' tokens save no more than the other half does
+    # fewer experts' tokens save no more than a step takes beyond what the host does to launch it
+    held = columns["least_s"][..., 1]
     most_s = np.where(several, prompt_s, one)
-    most_s = np.where(columns["host_s"][..., 0] > 1e-6 * half, np.minimum(most_s, np.maximum(one - half, 0.0)), most_s)
+    most_s = np.where(held > 0, np.minimum(most_s, np.maximum(one - held, 0.0)), most_s)
     return PrefillCosts(
         per_step=per_step,
         fixed_s=one - prompt_s,

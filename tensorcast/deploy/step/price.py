@@ -206,8 +206,8 @@ class StepPrice:
     overheads. Of steps that are priced as one there are sums alone.
 
     ``request_overhead_s``: of the overheads, what comes with sequences; ``host_s``: in which kernels wait for the host
-    that launches them. ``hidden_s``: kernel seconds that pass while others run; ``hidden_comm_s`` of them are
-    communication, and for ``exposed_comm_s`` of it the step waits.
+    that launches them, so that a step takes no less than ``least_s``. ``hidden_s``: kernel seconds that pass while
+    others run; ``hidden_comm_s`` of them are communication, and for ``exposed_comm_s`` of it the step waits.
     ``error``: relative, a median; errors of one family move together, families and overhead independently.
     """
 
@@ -217,6 +217,7 @@ class StepPrice:
     overhead_s: Size
     request_overhead_s: Size
     host_s: Size
+    least_s: Size
     overhead_error_s: Size
     micro_batches: Size
     hidden_s: Size

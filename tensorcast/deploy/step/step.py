@@ -158,9 +158,11 @@ class Step:
             overhead = overhead + waits
         slowest, unsure = reduce(np.maximum, stages), spent.layer_error_s * passes
         host_s: Size = 0.0
+        least_s: Size = 0.0
         if host:  # it runs ahead of the device, or keeps it waiting
-            held = [sum((calls * host[place] for place, calls in stage), 0.0) * at.halves for stage in every]
-            host_s = (reduce(np.maximum, [*stages, *held]) - slowest) * turns
+            launched = [sum((calls * host[place] for place, calls in stage), 0.0) * at.halves for stage in every]
+            held = reduce(np.maximum, launched)
+            host_s, least_s = np.maximum(held - slowest, 0.0) * turns, np.where(held > 0, held * turns + overhead, 0.0)
             overhead, unsure = overhead + host_s, np.hypot(unsure, HOST_ERROR * host_s)
         off = np.square(errors).sum(axis=0)
         if np.any(spent.kernels_error):
@@ -176,7 +178,8 @@ class Step:
                 errors, among[0], among[1], among[2], among[3], dict(zip(LEVELS, shares, strict=True))
             ),
             seconds=slowest * turns + overhead, overhead_s=overhead,
-            request_overhead_s=per_sequence, host_s=host_s, overhead_error_s=unsure,
+            request_overhead_s=per_sequence, host_s=host_s, least_s=least_s,
+            overhead_error_s=unsure,
             micro_batches=at.micro if np.ndim(at.micro) else int(at.micro), hidden_s=saved[0],
             hidden_comm_s=saved[1], exposed_comm_s=among[1] - saved[1],
             error=np.sqrt(off + unsure**2) / np.maximum(among[0] + overhead, 1e-30),

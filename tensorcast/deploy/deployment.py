@@ -47,7 +47,7 @@ from tensorcast.profiles.model import ModelProfile
 from tensorcast.profiles.store import load_model
 from tensorcast.trace.cache import RankForm, rank_tables, whole_model
 from tensorcast.trace.dims import Sizes
-from tensorcast.trace.table import STATEFUL, OpTable
+from tensorcast.trace.table import OpTable, has_states
 
 
 class Stages(NamedTuple):
@@ -363,11 +363,10 @@ def deploy(
 
         network = load_model(options.draft_model) if options.draft_model else None
         drafter = make_drafter(options.speculative_method, model, network, layout, device)
-    states = any(op.name in STATEFUL for op in tables.runs.ops)
     step = make_step(
         tables.runs, plan, layout, device, engine, kv_bytes=KV_BYTES[quantization.kv], options=options,
         prefill_graph_tokens=graphs, sources=expert_sources(engine, device, model.config, layout), drafter=drafter,
-        serial_s=engine.cache_rules.serial_s(model.config) if engine.cache_rules and states else 0.0,
+        serial_s=engine.cache_rules.serial_s(model.config) if engine.cache_rules and has_states(tables.runs) else 0.0,
     )
     return Deployment(
         model=model, device=device, engine=engine, layout=layout, phase=phase, options=options,

@@ -223,6 +223,12 @@ class OpTable:
         return math.floor(total)
 
 
+@per_table
+def has_states(table: OpTable) -> bool:
+    """Whether its layers keep a state of each sequence."""
+    return any(op.name in STATEFUL for op in table.ops)
+
+
 def layer_ranges(indices: list[int]) -> str:
     """Layer numbers for people: ``3-60``, ``0-34:2``, ``0,5,7``."""
 

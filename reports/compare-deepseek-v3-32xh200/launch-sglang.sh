@@ -24,9 +24,9 @@ python3 -m sglang.launch_server \
   --enable-two-batch-overlap \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 392 \
+  --max-running-requests 416 \
   --chunked-prefill-size 65536 \
-  --cuda-graph-max-bs-decode 49 \
+  --cuda-graph-max-bs-decode 52 \
   --mem-fraction-static 0.306 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
@@ -49,8 +49,8 @@ python3 -m sglang.launch_server \
   --deepep-dispatcher-output-dtype bf16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 784 \
-  --cuda-graph-max-bs-decode 49 \
+  --max-running-requests 832 \
+  --cuda-graph-max-bs-decode 52 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake
@@ -73,8 +73,8 @@ python3 -m sglang.launch_server \
   --deepep-dispatcher-output-dtype bf16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 784 \
-  --cuda-graph-max-bs-decode 49 \
+  --max-running-requests 832 \
+  --cuda-graph-max-bs-decode 52 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

@@ -23,7 +23,7 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --enable-dbo \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 49 \
+  --max-num-seqs 52 \
   --max-num-batched-tokens 8192 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -42,8 +42,8 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --all2all-backend deepep_low_latency \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 49 \
-  --max-num-batched-tokens 49 \
+  --max-num-seqs 52 \
+  --max-num-batched-tokens 52 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;
@@ -63,8 +63,8 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --all2all-backend deepep_low_latency \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 49 \
-  --max-num-batched-tokens 49 \
+  --max-num-seqs 52 \
+  --max-num-batched-tokens 52 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;

@@ -189,6 +189,7 @@ def engine_times(
     mean, met, own, each, full = step_moments(
         curve, prompts, batch, steps=steps, dp=dp, alone=engine.prefill_alone, waits=waits,
         apart=math.inf if math.isinf(float(traffic.rounds)) else apart,
+        looks=2 * float(traffic.wait_steps) + 1 if engine.prefill_alone else 1.0,
     )
     others, most = max(batch - 1, 0), prompts.most_per_s
     unread = float(curve.at("seconds", batch)) if engine.prefill_alone else met
@@ -209,7 +210,8 @@ def engine_times(
 
 
 def step_moments(
-    curve: Any, prompts: Any, batch: float, *, steps: float, dp: int, alone: bool, waits: bool, apart: float
+    curve: Any, prompts: Any, batch: float, *, steps: float, dp: int, alone: bool, waits: bool, apart: float,
+    looks: float,
 ) -> tuple[float, float, float, float, bool]:
     """The mean step, that which an arrival meets, that which it rides in, what a prompt adds, if prompts overrun."""
     plain = float(curve.at("seconds", batch))
@@ -238,7 +240,7 @@ def step_moments(
             variance = varied(used) * each**2 + varied(mixed - used) * longer**2
         own = (plain + each) / prompts.per_step - beside
     else:
-        part = min(math.hypot(used, apart / steps), max(used, 1.0)) if dp > 1 else 1.0
+        part = (min(math.hypot(used, apart / steps), max(used, 1.0)) if dp > 1 else 1.0) / looks
         some = part * (1 - math.exp(-arrivals / part))
         most = part * min(arrivals / part, per_rank / part + math.sqrt(2 * math.log(dp) * per_rank / part))
         most, none = max(most, some, per_rank / min(max(users, 1 / dp), 1)), 1 - some
@@ -246,7 +248,7 @@ def step_moments(
         each = prompts.prompt_s - prompts.expert_s * idle
         mean = plain + max((max(1 - none, most / prompts.per_step) if alone else 1 - none) * extra + most * each, 0.0)
         if alone and not waits:
-            busy = 1 - math.exp(-per_rank)
+            busy = (1 - math.exp(-per_rank * looks)) / looks
             some = some_read(busy, apart / steps, dp, users, together=False)
             of_prompt = prompts.prompt_s - prompts.expert_s * (1 - max(busy, 1e-12) / max(some, 1e-12))
             reading = extra * max(1.0, per_rank / max(busy, 1e-12) / prompts.per_step)

@@ -240,7 +240,9 @@ class Aggregated(ServingModel):
             own = (plain + each) / prompts.per_step - (plain if alone else 0.0)
         else:
             # the slowest of dp ranks: at least whether any has a prompt, at most all of them on one
-            window = np.where(np.greater(dp, 1), _window(used, apart, 1.0), 1.0)
+            # between two looks for requests none is read, then all that came since are
+            looks = 2 * self.traffic.wait_steps + 1.0 if alone else 1.0
+            window = np.where(np.greater(dp, 1), _window(used, apart, 1.0), 1.0) / looks
             most = np.minimum(arrivals, per_rank + np.sqrt(2 * np.log(dp) * per_rank * window))
             none = 1 + window * np.expm1(-arrivals / window)
             most = np.maximum(np.maximum(most, 1 - none), per_rank / np.clip(users, 1 / dp, 1))
@@ -253,7 +255,7 @@ class Aggregated(ServingModel):
             mean = plain + np.maximum(taking + slowest, 0.0)
             scatter = each * slowest + none * extra * (once + 2 * slowest)
             if alone:
-                busy = np.maximum(-np.expm1(-per_rank), 1e-12)
+                busy = np.maximum(-np.expm1(-per_rank * looks) / looks, 1e-12)
                 some = _some_read(busy, apart, dp, users, False)
                 turns = np.maximum(1.0, per_rank / busy / prompts.per_step)
                 reading = extra * turns + (prompts.prompt_s - prompts.expert_s * (1 - busy / some)) * per_rank / busy

@@ -21,6 +21,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError
 from tensorcast.profiles.releases import built_near, nearest_release, release_order
 from tensorcast.profiles.store import load_device, load_engine, profile_roots
+from tensorcast.serving.traffic import steps_waited
 
 if TYPE_CHECKING:
     from tensorcast.profiles.device import DeviceProfile
@@ -109,7 +110,7 @@ def wait_steps(device: str, mode: str, users: float) -> float:
     if mode != "aggregated":
         return 0.0
     hopper = _device(device).architecture.lower() == "hopper"
-    return (RECEIVE_INTERVAL["hopper" if hopper else "many" if users >= MANY_USERS else "few"] - 1) / 2
+    return steps_waited(RECEIVE_INTERVAL["hopper" if hopper else "many" if users >= MANY_USERS else "few"])
 
 
 def frontend(device: str) -> Frontend:

@@ -13,6 +13,7 @@ from tensorcast.profiles.engine import EngineProfile
 from tensorcast.scheduling.pools import Servers
 from tensorcast.scheduling.replay import PricedServers, priced_servers
 from tensorcast.serving.interval import served_interval
+from tensorcast.serving.traffic import steps_between_looks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ def _priced(run: Run, engine: Callable[[str], EngineProfile], longest: int) -> P
         return priced_servers(
             model, device, profile, servers, longest=longest, options=run.options,
             mtp_acceptance=run.mtp_acceptance, chunk_tokens=run.chunk_tokens,
-            max_sequences=run.max_sequences, look_steps=2 * run.wait_steps + 1,
+            max_sequences=run.max_sequences, look_steps=steps_between_looks(run.wait_steps),
             waits=run.arrivals.waits, graph_sizes=run.arrivals.graph_sizes,
         )
     except InputError as error:

@@ -37,6 +37,7 @@ from tensorcast.predict.launch_records import (
 from tensorcast.predict.stored_in import kv_dtype, stored_in
 from tensorcast.profiles.engine import Frontend
 from tensorcast.serving.encoder import PromptImages
+from tensorcast.serving.traffic import steps_waited
 
 WORKER_COLUMNS = {
     "tp": ("attention tensor-parallel size", 1, ("tp_size", "tensor_parallel_size")),
@@ -270,7 +271,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     interval, default = cells.number("receive_interval", None), 0.0
     if engine == "sglang":
         unknown = record and found is None and interval is None
-        default = wait_steps(device, mode, concurrency) if unknown else max((interval or 1.0) - 1, 0.0) / 2
+        default = wait_steps(device, mode, concurrency) if unknown else steps_waited(interval or 0.0)
     wait = cells.number("wait_steps", default)
     images = read_images(cells, arrivals is None)
     if problem := named.profile.too_long(isl + osl + (0 if images is None else images.tokens(named.profile))):

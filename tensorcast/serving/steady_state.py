@@ -27,7 +27,7 @@ import numpy as np
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.serving.curves import DecodeCurve
 from tensorcast.serving.prefill_costs import PrefillCosts
-from tensorcast.serving.traffic import Array, Mask, Number, Rows, ServingMetrics, Traffic
+from tensorcast.serving.traffic import Array, Mask, Number, Rows, ServingMetrics, Traffic, steps_between_looks
 
 IN_STEP_PROMPTS = 0.75
 """Prompts that come in together with one's own, beyond chance, where all replies are equally long: clients that once
@@ -169,7 +169,7 @@ class Aggregated(ServingModel):
             # together, beyond chance, that end in one step, or between two looks for requests; of lengths that differ
             # ends move apart with every round. Their prompts are what tokens would wait for; the first token waits for
             # them instead: for all that share its step, for half of them where they take many.
-            looks = 2 * traffic.wait_steps + 1  # steps from one to the next
+            looks = steps_between_looks(traffic.wait_steps)
             together = others * np.maximum(looks / (looks + apart), np.minimum(looks / steps, 1.0))
             # they share steps, where others pay for one of their own, and all of one wait for its end
             shared = np.maximum(prompts.per_step, 1.0)
@@ -241,7 +241,7 @@ class Aggregated(ServingModel):
         else:
             # the slowest of dp ranks: at least whether any has a prompt, at most all of them on one
             # between two looks for requests none is read, then all that came since are
-            looks = 2 * self.traffic.wait_steps + 1.0 if alone else 1.0
+            looks = steps_between_looks(self.traffic.wait_steps) if alone else 1.0
             window = np.where(np.greater(dp, 1), _window(used, apart, 1.0), 1.0) / looks
             most = np.minimum(arrivals, per_rank + np.sqrt(2 * np.log(dp) * per_rank * window))
             none = 1 + window * np.expm1(-arrivals / window)

@@ -18,6 +18,16 @@ Mask = NDArray[np.bool_]
 Number = float | Array
 
 
+def steps_waited(interval: float) -> float:
+    """Steps that a request waits, in the mean, for a server that looks for requests once in ``interval`` steps."""
+    return max(interval - 1.0, 0.0) / 2
+
+
+def steps_between_looks(waited: float | Array) -> Any:
+    """The interval of :func:`steps_waited`, a number or arrays."""
+    return 2 * waited + 1.0
+
+
 @dataclass(frozen=True)
 class Traffic:
     """What users send. ``concurrency`` counts requests in flight over the whole deployment; it may be an array, and so

@@ -128,7 +128,11 @@ def matmul(op: Op, at: Context) -> list[Work]:
     k = at.value(x.dims[-1])
     m = x.numel(at.sizes) / k
     n = sum(at.value(t.dims[-1]) for t in op.outputs)
-    return [w.gemm(m, n, k, at.precision(op, op.outputs[0]))]
+    found = w.gemm(m, n, k, at.precision(op, op.outputs[0]))
+    own = op.attrs.get("kernels")  # of :class:`~tensorcast.profiles.kernels.GemmRule`
+    if own == "one_tile":
+        return [w.one_tile(found)]
+    return [found]
 
 
 def batched_matmul(op: Op, at: Context) -> list[Work]:

@@ -18,6 +18,7 @@ import numpy as np
 from tensorcast.cost.evidence import LEVELS, Evidence
 from tensorcast.cost.work import Size, Work
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
+from tensorcast.profiles.store import load_device
 
 PEAK_OF = {
     "bf16": "bf16", "fp16": "bf16", "w4a16": "bf16", "fp8": "fp8", "fp8_block": "fp8", "int8": "int8",
@@ -196,6 +197,21 @@ def _triton_int4(device: DeviceProfile, engine: str) -> KernelConstants:
     )  # fmt: skip
 
 
+ONE_TILE_STEP_S, ONE_TILE_LAUNCH_S, ONE_TILE_ERROR = 1.67e-8, 2.5e-6, 0.1
+"""AITER's FP8 GEMM in Triton with weights in blocks at its only tile for CDNA 3: seconds per step of depth and beside.
+SGLang 0.5.9 on MI325X took 123, 34, 30, 122 and 39 us for [64, 7168] x [7168, 2112], 2048 x 7168, 1536 x 3072, 7168 x
+4608 and 2304 x 7168 (SemiAnalysisAI/InferenceX#863); before it was tuned the first took 129 to 117 us at 64 to 256 rows
+(ROCm/aiter#1232). CDNA 4 had that tile alone, too, until April 2026, but at what speed no public figure says."""
+
+
+def _one_tile(dtype: str, engine: str) -> KernelConstants:
+    """Constants of a GEMM by that kernel: the depth decides."""
+    return KernelConstants(
+        family="gemm", dtype=dtype, engine=engine, compute_efficiency=1.0, memory_efficiency=DATASHEET["gemm"][1],
+        launch_s=ONE_TILE_LAUNCH_S, step_s=ONE_TILE_STEP_S, smoothing=4.0, median_error=ONE_TILE_ERROR,
+    )
+
+
 MOST_CONSTANTS = 4096
 """Constants that are kept as they were found."""
 
@@ -216,6 +232,21 @@ def _unpacking(
     return best.model_copy(update={"compute_efficiency": min(*rates, best.compute_efficiency)})
 
 
+def _as_of_kin(best: KernelConstants, dtype: str, device: DeviceProfile) -> KernelConstants:
+    """Constants that another dtype lent, as much better or worse as this dtype's are by its on the device's kin."""
+    kin = load_device(device.kin).calibration if device.kin else None
+    own, lent = (
+        next((c for c in (kin.kernels if kin else ()) if (c.family, c.dtype) == (best.family, one)), None)
+        for one in (dtype, best.dtype)
+    )
+    if own is None or lent is None:
+        return best
+    efficiencies = ("compute_efficiency", "memory_efficiency")
+    return best.model_copy(update={
+        name: min(1.0, getattr(best, name) * getattr(own, name) / getattr(lent, name)) for name in efficiencies
+    })  # fmt: skip
+
+
 def constants_for(
     device: DeviceProfile, family: str, dtype: str, engine: str = "any", kernel: str = ""
 ) -> tuple[KernelConstants, Evidence]:
@@ -231,6 +262,9 @@ def constants_for(
         return _constants[key][1]
     if len(_constants) >= MOST_CONSTANTS:
         _constants.clear()
+    if kernel == "one_tile":
+        _constants[key] = device, (_one_tile(dtype, engine), "calibrated")
+        return _constants[key][1]
     known = device.calibration.kernels if device.calibration else ()
     if device.vendor == "AMD" and (family, dtype) == ("grouped_gemm", "w4a16") and not any(
         (c.family, c.dtype) == (family, dtype) for c in known
@@ -244,6 +278,7 @@ def constants_for(
         best = min(fitted, key=lambda c: (order.index(c.dtype), (engine, "any", c.engine).index(c.engine)))
         if best.dtype not in (dtype, "any"):
             best = best.model_copy(update={"median_error": max(best.median_error or 0.0, BORROWED_ERROR)})
+            best = _as_of_kin(best, dtype, device)
         best = _unpacking(best, dtype, device, known) if family == "gemm" else best
         found: tuple[KernelConstants, Evidence] = best, "calibrated"
         if dtype in UNMEASURED:

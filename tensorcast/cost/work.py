@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +108,16 @@ def gemm(m: Size, n: Size, k: Size, precision: Precision = Precision(), batch: S
         family="gemm", dtype=precision.name, flops=2.0 * batch * m * n * k, bytes=batch * moved,
         issued_flops=tilings[1].tiles * tilings[1].flops, tiles=tilings[1].tiles, tilings=tilings,
         rows=batch * m, elements=batch * m * k, sizes={"m": m, "n": n, "k": k, "batch": batch},
+    )
+
+
+def one_tile(work: Work) -> Work:
+    """A GEMM by a kernel that has one tile, 128 x 128, and shares none out: it takes what a tile's depth does, at few
+    rows as at 128."""
+    m, n, k = (work.sizes[name] for name in ("m", "n", "k"))
+    tiles, flops = np.ceil(np.asarray(m, dtype=float) / 128.0) * np.ceil(n / 128.0), 2.0 * 128 * 128 * k
+    return replace(
+        work, tilings=(Tiling(tiles, flops, k),), tiles=tiles, issued_flops=tiles * flops, kernel="one_tile", sizes={}
     )
 
 

@@ -91,6 +91,9 @@ class DeviceProfile(Frozen):
     description: str
     sources: dict[str, str]
     processors: int = Field(ge=1, description="SMs, CUs or cores that run tiles side by side")
+    kin: str = Field(
+        default="", description="a device of this architecture whose kernels tell what one dtype takes by another"
+    )
     whole_tiles: bool = Field(default=True, description="matmuls run in the tiles of GPU libraries, padded to them")
     peak_flops: dict[ComputeDtype, Figure] = Field(description="dense, no sparsity")
     memory_bytes: Figure

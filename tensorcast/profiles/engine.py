@@ -8,7 +8,15 @@ from pydantic import Field
 
 from tensorcast.profiles.config_values import is_one_of
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.kernels import AttentionKernels, ExpertKernels, Gather, Lacking, SlicedBlocks
+from tensorcast.profiles.kernels import (
+    AttentionKernels,
+    ExpertKernels,
+    Gather,
+    GemmRule,
+    Lacking,
+    OwnGemms,
+    SlicedBlocks,
+)
 from tensorcast.profiles.memory import (
     MIB,
     CacheDtype,
@@ -42,13 +50,6 @@ LongerStages = Literal["first", "before_last", "last"]
 PipelineSplit = LongerStages | tuple[tuple[int, ...], LongerStages]
 """Which stages of a pipeline have one more layer where layers do not divide: the first ones, those before the last
 one (which has the head), or the last ones. Before it, layers of each stage in pipelines with as many stages."""
-
-
-class OwnGemms(Frozen):
-    """Projections that read what others read, but run as a GEMM of their own group, by the modules' last names."""
-
-    groups: tuple[tuple[str, ...], ...]
-    source: str = Field(min_length=3)
 
 
 class AllreduceNorm(Frozen):
@@ -205,6 +206,7 @@ class EngineProfile(Frozen):
     sources: dict[str, str]
     fusions: tuple[Fusion, ...]
     own_gemms: OwnGemms | None = Field(default=None, description="what `merged_gemm` leaves apart")
+    gemms: tuple[GemmRule, ...] = Field(default=(), description="which run kernels of their own; the first that holds")
     graph_captured_phases: tuple[Literal["prefill", "decode"], ...] = Field(
         description="phases whose kernels are replayed from a captured graph"
     )
@@ -284,8 +286,7 @@ class EngineProfile(Frozen):
         default=None, description="per request, outside the GPU and before its first token; fits are for public records"
     )
     hand_over_overhead_s: Figure | None = Field(
-        default=None,
-        description="disaggregated: per request beside the bytes: routing, two workers meeting, transfer set up",
+        default=None, description="disaggregated: per request beside the bytes: routing, two workers meeting, set-up"
     )
     fitted: EngineFit | None = Field(default=None, description="overheads fitted to served runs; they come first")
 

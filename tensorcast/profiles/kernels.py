@@ -159,6 +159,40 @@ class SlicedBlocks(Frozen):
     source: str = Field(min_length=3)
 
 
+class OwnGemms(Frozen):
+    """Projections that read what others read, but run as a GEMM of their own group, by the modules' last names."""
+
+    groups: tuple[tuple[str, ...], ...]
+    source: str = Field(min_length=3)
+
+
+class GemmRule(Frozen):
+    """GEMMs that run a kernel which no table of their precision holds, where everything said here holds."""
+
+    kernel: Literal["one_tile", "fp32"] = Field(
+        description="Triton's at its only tile, 128 x 128 by 128 deep; weights and input widened to FP32"
+    )
+    devices: tuple[str, ...] = Field(min_length=1, description="device architectures, lower case")
+    schemes: tuple[str, ...] = Field(default=(), description="of weights; else any")
+    modules: tuple[str, ...] = Field(default=(), description="last names of modules; else any")
+    architectures: tuple[str, ...] = Field(default=(), description="model classes; else all")
+    tuned: tuple[tuple[int, int], ...] = Field(default=(), description="columns and depth that tiles are shipped for")
+    least_columns: int = Field(default=1, ge=1, description="narrower ones, as gates, are in no block of a checkpoint")
+    source: str = Field(min_length=3)
+
+    def holds(self, architecture: str, config: dict[str, Any]) -> bool:
+        """Whether it may be of GEMMs of a model with this ``config`` on devices of an ``architecture``."""
+        return architecture.lower() in self.devices and is_one_of(self.architectures, config)
+
+    def runs(self, scheme: str, module: str, columns: int, depth: int) -> bool:
+        """Whether it is of a GEMM of ``module``, ``[M, depth] x [depth, columns]``, where it :meth:`holds`."""
+        return (
+            (not self.schemes or scheme in self.schemes) and columns >= self.least_columns
+            and (columns, depth) not in self.tuned
+            and (not self.modules or module.rpartition(".")[-1] in self.modules)
+        )
+
+
 class Gather(Frozen):
     """How data-parallel ranks' tokens come together at experts without an exchange of these, and their results go back:
     by an all-gather, as experts read them, and a reduce-scatter, but for what is said here."""

@@ -355,7 +355,7 @@ def fuse(table: OpTable, fusions: Collection[str], apart: Iterable[Collection[st
 
     ``norm_quant`` and ``activation_quant`` may name a dtype that they write (``norm_quant:fp8``). ``apart``: groups of
     projections that it does not merge with others
-    (:class:`tensorcast.profiles.engine.OwnGemms`).
+    (:class:`tensorcast.profiles.kernels.OwnGemms`).
     """
     ops = list(table.ops)
     if not fusions:

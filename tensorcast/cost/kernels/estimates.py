@@ -47,9 +47,11 @@ class Estimate:
 
     def at_least(self, seconds: Array) -> Estimate:
         """Calls that take these seconds at least, with intervals and factors as wide and as large over them."""
-        more = np.maximum(seconds / self.seconds, 1.0)
-        scaled = {name: getattr(self, name) * more for name in ("seconds", "low", "high", "factor")}
-        return replace(self, **scaled)
+        return self.times(np.maximum(seconds / self.seconds, 1.0))
+
+    def times(self, factor: Array | float) -> Estimate:
+        """Calls that take so many times as long, with intervals and factors as wide and as large over them."""
+        return replace(self, **{name: getattr(self, name) * factor for name in ("seconds", "low", "high", "factor")})
 
 
 def in_order(parts: Sequence[Estimate], places: Sequence[NDArray[np.int_]]) -> Estimate:

@@ -40,7 +40,6 @@ from tensorcast.profiles.store import load_device, profile_roots
 if TYPE_CHECKING:
     import pandas as pd
 
-
 __all__ = ["Estimate", "Predictor", "predict_kernels", "predictor_for"]
 
 TRANSFERRED = "other-devices"
@@ -52,7 +51,6 @@ LOAD = ("rows", "hit")
 BEST_OF = ("gemm", "grouped_gemm", "attention_decode", "mla_prefill", "mla_decode")
 """Families whose engines ran kernels of different generations on the measured devices: slow ones say little about a
 new device."""
-
 
 CARRIED = ("attention_prefill", *BEST_OF)
 """Families that are carried over from other devices."""
@@ -156,7 +154,9 @@ class Predictor:
         if kernel is None:
             by_formula = formula_of(*name, columns, self.device, engine=self.engine)
             if lender := self.lender(family, dtype, variant):
-                return borrowed(self.price(family, lender, variant, columns), by_formula)
+                theirs = formula_of(family, lender, variant, columns, self.device, engine=self.engine)
+                by = by_formula.seconds / theirs.seconds if self.device.kin else 1.0  # kin tells the two apart
+                return borrowed(self.price(family, lender, variant, columns).times(by), by_formula)
             if family not in CARRIED or not self.unmeasured(family, dtype, variant):
                 return without_residual(by_formula)
             if self._bare is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -12,7 +12,7 @@ from tensorcast.deploy.layout import Layout
 from tensorcast.profiles.config_values import is_one_of, text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.profiles.kernels import Lacking
+from tensorcast.profiles.kernels import GemmRule, Lacking
 from tensorcast.profiles.memory import is_latent
 from tensorcast.trace.cache import WholeModel
 from tensorcast.trace.table import Op, with_attr
@@ -60,6 +60,25 @@ def attended_by(row: Op, kernels: str, as_cached: bool, whole: bool) -> Op:
         return row
     row = with_attr(row, "kernels", kernels) if kernels else row
     return with_attr(row, "as_cached", True) if as_cached else row
+
+
+def gemm_rules(engine: EngineProfile, architecture: str, config: dict[str, Any]) -> tuple[GemmRule, ...]:
+    """Which GEMMs of a model run kernels of their own on devices of this architecture."""
+    return tuple(rule for rule in engine.gemms if rule.holds(architecture, config))
+
+
+def multiplied_by(row: Op, rules: Iterable[GemmRule]) -> Op:
+    """The row as it is run so (:func:`gemm_rules`), if it is a GEMM of one of them: its attrs name the kernel."""
+    if row.name not in ("mm", "addmm"):
+        return row
+    x = next((t for t in row.inputs if not t.weight and len(t.dims) > 1), row.inputs[0])
+    sides = x.dims[-1], *(t.dims[-1] for t in row.outputs)
+    if not all(side.is_constant for side in sides):
+        return row
+    depth, *columns = (int(side.coef + side.plus) for side in sides)
+    scheme = row.attrs.get("scheme", "bf16")
+    found = next((rule for rule in rules if rule.runs(scheme, row.module, sum(columns), depth)), None)
+    return row if found is None else with_attr(row, "kernels", found.kernel)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tensorcast.cost.work import Size
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import ALL2ALL, Layout, attention_dp
 from tensorcast.deploy.options import EXCHANGES, Options
-from tensorcast.deploy.plan.kernels import attended_by, attention_kernels
+from tensorcast.deploy.plan.kernels import attended_by, attention_kernels, gemm_rules, multiplied_by
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.backends import BACKENDS, choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
@@ -229,6 +229,8 @@ def make_plan(
         joins = _join_norms(rows, device, engine)
     if any(how := attention_kernels(engine, device.architecture, config)):
         rows = [attended_by(row, *how) if isinstance(row, Op) else row for row in rows]
+    if own := gemm_rules(engine, device.architecture, config):
+        rows = [multiplied_by(row, own) if isinstance(row, Op) else row for row in rows]
     backend = choose_experts_backend(options.experts_backend, exchange.all2all, engine, device, table.phase)
     return Plan(
         rows=tuple(rows), all2all=exchange.all2all, dispatch=exchange.dispatch, combine=exchange.combine,

@@ -1,0 +1,88 @@
+"""Which GEMMs run kernels that the tables of their precision do not hold: as releases of engines choose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensorcast.cost import work
+from tensorcast.cost.kernels.predictor import predict_kernels
+from tensorcast.cost.roofline import constants_for, kernel_time
+from tensorcast.deploy.deployment import deploy
+from tensorcast.deploy.layout import parse_layout
+from tensorcast.deploy.options import Options
+from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.trace.table import Op
+
+SERVED = [(7168, 2112, 123e-6), (2048, 7168, 34e-6), (1536, 3072, 30e-6), (7168, 4608, 122e-6), (2304, 7168, 39e-6)]
+"""Depth, columns and seconds at 64 rows on MI325X under SGLang 0.5.9 (SemiAnalysisAI/InferenceX#863)."""
+
+FP8_BLOCKS = work.Precision("fp8_block", "fp8_block", 1.0, 1.03)
+
+
+def one_tile_s(m: float, n: float, k: float, device: str = "mi325x") -> float:
+    own = load_device(device)
+    constants, evidence = constants_for(own, "gemm", "fp8_block", "sglang", "one_tile")
+    assert evidence == "calibrated"
+    return float(kernel_time(work.one_tile(work.gemm(m, n, k, FP8_BLOCKS)), constants, own).seconds)
+
+
+@pytest.mark.parametrize(("k", "n", "measured_s"), SERVED)
+def test_the_only_tile_of_triton_takes_what_it_was_seen_to_take(k: int, n: int, measured_s: float) -> None:
+    assert one_tile_s(64.0, n, k) == pytest.approx(measured_s, rel=0.12)
+
+
+@given(st.integers(1, 20_000), st.integers(128, 40_000), st.integers(128, 30_000))
+def test_its_time_never_falls_with_size_nor_under_the_peak(m: int, n: int, k: int) -> None:
+    seconds, device = one_tile_s(m, n, k), load_device("mi325x")
+    assert one_tile_s(2 * m, n, k) >= seconds and one_tile_s(m, n, 2 * k) >= seconds
+    assert seconds >= 2.0 * m * n * k / float(device.peak_flops["fp8"])
+    assert one_tile_s(1, n, k) == pytest.approx(one_tile_s(128, n, k), rel=0.3) or m > 128
+
+
+def kernels(engine: str, device: str, model: str = "deepseek-v3", **asked: Any) -> dict[str, str]:
+    """Kernels of the matmuls of a decode step at tp 8, by module."""
+    made = deploy(
+        load_model(model), load_device(device), load_engine(engine), parse_layout("tp8"), "decode",
+        options=Options(**asked),
+    )  # fmt: skip
+    rows = [price.row for price in made.step.price(4.0, 1.0, 1000.0).rows]
+    ops = [row for row in rows if isinstance(row, Op) and row.name == "mm"]
+    return {op.module.rpartition(".")[-1]: op.attrs.get("kernels", "") for op in ops}
+
+
+def test_sglang_multiplies_blocks_on_cdna_3_by_one_tile_unless_it_has_others() -> None:
+    """quantization/fp8_utils.py of 0.5.6.post2 to 0.5.23, and AITER's files of tiles for gfx942 by then."""
+    old, new = kernels("sglang==0.5.9", "mi300x"), kernels("sglang", "mi300x")
+    assert old["o_proj"] == old["q_b_proj"] == old["down_proj"] == "one_tile"
+    assert new["o_proj"] == new["q_b_proj"] == "" and new["down_proj"] == "one_tile"
+    assert old["lm_head"] == old["gate"] == ""
+    for engine, device in (("sglang==0.5.9", "mi355x"), ("sglang==0.5.9", "h200"), ("vllm", "mi300x")):
+        assert not any(kernels(engine, device).values())
+    assert not any(kernels("sglang==0.5.9", "mi300x", quant="bf16").values())
+
+
+def test_gates_narrower_than_a_block_are_none_of_its() -> None:
+    """Checkpoints of Qwen3.5 in FP8 leave in_proj_b, in_proj_a and the shared expert's gate as they are."""
+    found = kernels("sglang==0.5.9", "mi300x", "qwen3.5-397b-a17b", quant="fp8_block")
+    assert found["out_proj"] == "one_tile" and found["shared_expert_gate"] == found["in_proj_a"] == ""
+
+
+def test_kin_tells_one_dtype_from_another_that_lends() -> None:
+    """FP8 with and without blocks were both timed on MI308X, without 1.2 to 1.4 times as quick; on MI300X one was."""
+    shapes = [(m, n, k) for m in (1, 64, 8192) for n, k in ((57344, 8192), (8192, 28672), (1280, 8192))]
+    frame = pd.DataFrame([
+        {"family": "gemm", "m": m, "n": n, "k": k, "dtype": dtype}
+        for m, n, k in shapes for dtype in ("fp8_block", "fp8")
+    ])
+    found = predict_kernels(frame, device="mi300x", engine="vllm")
+    blocks, plain = (found[found.dtype == dtype].seconds.to_numpy() for dtype in ("fp8_block", "fp8"))
+    assert np.all(blocks / plain > 1.05) and np.all(blocks / plain < 1.6)
+    assert set(found[found.dtype == "fp8"].evidence) == {"calibrated"}
+    fastest = 2.0 * 8192 * 57344 * 8192 / plain[6]
+    assert 0.5e15 < fastest < float(load_device("mi300x").peak_flops["fp8"])

@@ -86,3 +86,28 @@ def test_kin_tells_one_dtype_from_another_that_lends() -> None:
     assert set(found[found.dtype == "fp8"].evidence) == {"calibrated"}
     fastest = 2.0 * 8192 * 57344 * 8192 / plain[6]
     assert 0.5e15 < fastest < float(load_device("mi300x").peak_flops["fp8"])
+
+
+@pytest.mark.parametrize(("users", "published"), [(1, 133.0), (8, 789.0)])
+def test_mxfp4_experts_on_cdna_3_unpack_in_routed_tiles(users: int, published: float) -> None:
+    """gpt-oss-120b at tp 8 on MI300X under vLLM with triton_kernels: tokens/s of 1,024 in and out, prompts included
+    (vllm-project/vllm#55934). Nothing was fitted to it."""
+    found = kernels("vllm", "mi300x", "gpt-oss-120b")
+    assert found and "routed_tiles" not in found.values()  # of experts alone
+    step = deploy(
+        load_model("gpt-oss-120b"), load_device("mi300x"), load_engine("vllm"), parse_layout("tp8"), "decode",
+    ).step.price(float(users), 1.0, 1536.0)  # fmt: skip
+    experts = [row for row in step.rows if isinstance(row.row, Op) and row.row.name == "grouped_matmul"]
+    assert {row.row.attrs["kernels"] for row in experts if isinstance(row.row, Op)} == {"routed_tiles"}
+    assert users / float(step.seconds) == pytest.approx(published, rel=0.25)
+
+
+def test_its_tile_takes_what_was_reported() -> None:
+    """79 us for a token's four experts, 3,072 deep and 6,144 wide (ROCm/triton#970)."""
+    device = load_device("mi300x")
+    experts = work.grouped_gemm(4.0, 4.0, 6144.0, 3072.0, work.Precision("mxfp4", "mxfp4", 0.53125))
+    constants, evidence = constants_for(device, "grouped_gemm", "mxfp4", "vllm", "routed_tiles")
+    seconds = kernel_time(work.routed_tiles(experts, 6144.0, 3072.0), constants, device).seconds
+    assert seconds - constants.launch_s == pytest.approx(79e-6, rel=0.05) and evidence == "datasheet"
+    alone, _ = constants_for(device, "grouped_gemm", "mxfp4", "vllm")
+    assert kernel_time(experts, alone, device).seconds < seconds  # what weights streamed would take

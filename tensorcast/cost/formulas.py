@@ -165,6 +165,8 @@ def grouped_matmul(op: Op, at: Context) -> list[Work]:
     if at.backend == "masked" and not at.masked_skips:
         padded = w.grouped_gemm(at.sizes.E * at.capacity, at.sizes.E, n, k, precision)
         return [replace(padded, flops=2.0 * rows * n * k)]
+    if op.attrs.get("kernels") == "routed_tiles":
+        return [w.routed_tiles(w.grouped_gemm(rows, at.hit, n, k, precision), n, k)]
     least = {"contiguous": CONTIGUOUS_ROWS, "masked": MASKED_ROWS}.get(at.backend, 16)
     return [w.grouped_gemm(rows, at.hit, n, k, precision, align=least)]
 

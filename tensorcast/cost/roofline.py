@@ -16,6 +16,7 @@ from typing import Any, overload
 import numpy as np
 
 from tensorcast.cost.evidence import LEVELS, Evidence
+from tensorcast.cost.kernels.reported import DATASHEET_ERROR, reported_constants
 from tensorcast.cost.work import Size, Work
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.store import load_device
@@ -76,10 +77,6 @@ query, by where its largest scores lie. The others: medians of what whole module
 (:mod:`tensorcast.calibrate.attention_modules`)."""
 
 SPARSE_ERROR = 0.15
-
-DATASHEET_ERROR = 0.4
-"""Median relative error to state there: a plain roofline is 80 % off on the measured devices, these values 25 %, but
-those devices chose the values, and other vendors' kernels differ more."""
 
 NEAREST = {
     "bf16": ("fp16",), "fp16": ("bf16",), "fp8": ("fp8_block", "int8"), "fp8_block": ("fp8",),
@@ -175,43 +172,6 @@ def sparse_constants(family: str, dtype: str, *, engine: str = "any", error: flo
     )
 
 
-TRITON_INT4 = {"vllm": 1.16e9, "sglang": 3.0e9}
-"""Bytes of INT4 experts that a processor of AMD's reads a second in Triton's kernel (``fused_moe_kernel_gptq_awq``) at
-the tiles that an engine takes where it ships none, as on CDNA 3. Kimi-K2.5 at tp 8 on MI355X takes 0.18 ms and 4.0 us
-for each expert that is hit at SGLang's, 16 x 32 x 64 up to as many tokens as experts (sgl-project/sglang#22208); tuned
-ones take 0.44 of that (sgl-project/sglang#34460: 40 % of decode steps, of which it is 71 %), and vLLM's defaults, 64 x
-64 x 32 from 41 tokens on (0.18.0, fused_moe.py), five to seven times as long as tuned (vllm-project/vllm#35093)."""
-
-TRITON_INT4_FLOPS, TRITON_INT4_LAUNCH_S = 0.24e12, 9e-5
-"""FLOP/s of a processor there: 10 to 13 us for 64 rows of an expert at 64 x 64 x 32 (the same); and its least time."""
-
-
-def _triton_int4(device: DeviceProfile, engine: str) -> KernelConstants:
-    """Constants of INT4 experts on AMD's devices whose own library (AITER) was not timed with them."""
-    read = TRITON_INT4.get(engine, TRITON_INT4["vllm"]) * device.processors
-    return KernelConstants(
-        family="grouped_gemm", dtype="w4a16", engine=engine,
-        compute_efficiency=min(1.0, TRITON_INT4_FLOPS * device.processors / peak_flops(device, "w4a16")),
-        memory_efficiency=min(1.0, read / float(device.memory_bandwidth_bytes_per_s)),
-        launch_s=TRITON_INT4_LAUNCH_S, median_error=DATASHEET_ERROR,
-    )  # fmt: skip
-
-
-ONE_TILE_STEP_S, ONE_TILE_LAUNCH_S, ONE_TILE_ERROR = 1.67e-8, 2.5e-6, 0.1
-"""AITER's FP8 GEMM in Triton with weights in blocks at its only tile for CDNA 3: seconds per step of depth and beside.
-SGLang 0.5.9 on MI325X took 123, 34, 30, 122 and 39 us for [64, 7168] x [7168, 2112], 2048 x 7168, 1536 x 3072, 7168 x
-4608 and 2304 x 7168 (SemiAnalysisAI/InferenceX#863); before it was tuned the first took 129 to 117 us at 64 to 256 rows
-(ROCm/aiter#1232). CDNA 4 had that tile alone, too, until April 2026, but at what speed no public figure says."""
-
-
-def _one_tile(dtype: str, engine: str) -> KernelConstants:
-    """Constants of a GEMM by that kernel: the depth decides."""
-    return KernelConstants(
-        family="gemm", dtype=dtype, engine=engine, compute_efficiency=1.0, memory_efficiency=DATASHEET["gemm"][1],
-        launch_s=ONE_TILE_LAUNCH_S, step_s=ONE_TILE_STEP_S, smoothing=4.0, median_error=ONE_TILE_ERROR,
-    )
-
-
 MOST_CONSTANTS = 4096
 """Constants that are kept as they were found."""
 
@@ -262,15 +222,11 @@ def constants_for(
         return _constants[key][1]
     if len(_constants) >= MOST_CONSTANTS:
         _constants.clear()
-    if kernel == "one_tile":
-        _constants[key] = device, (_one_tile(dtype, engine), "calibrated")
-        return _constants[key][1]
+    peak = peak_flops(device, dtype)
+    if (reported := reported_constants(device, family, dtype, engine, kernel, peak_flops=peak)) is not None:
+        _constants[key] = device, reported
+        return reported
     known = device.calibration.kernels if device.calibration else ()
-    if device.vendor == "AMD" and (family, dtype) == ("grouped_gemm", "w4a16") and not any(
-        (c.family, c.dtype) == (family, dtype) for c in known
-    ):
-        _constants[key] = device, (_triton_int4(device, engine), "datasheet")
-        return _constants[key][1]
     fitted = [c for c in known if kernel and c.family == f"{family}/{kernel}"]
     fitted = fitted or [c for c in known if c.family == family and (dtype not in WIDE or c.dtype in WIDE)]
     if fitted:

@@ -138,6 +138,18 @@ def grouped_gemm(
     )
 
 
+def routed_tiles(work: Work, n: Size, k: Size) -> Work:
+    """Products of experts by a kernel whose tiles are 256 columns wide and 32 rows high or, of more, 128; two
+    of them share a processor."""
+    rows, hit = (np.asarray(work.sizes[name], dtype=float) for name in ("rows", "hit"))
+    each = rows / np.maximum(hit, 1.0)
+    height = np.where(each > 32.0, 128.0, 32.0)
+    tiles, flops = hit * np.ceil(each / height) * np.ceil(np.asarray(n) / 256.0) / 2.0, 2.0 * 2.0 * height * 256.0 * k
+    return replace(
+        work, tilings=(Tiling(tiles, flops, k),), tiles=tiles, issued_flops=tiles * flops, kernel="routed_tiles"
+    )
+
+
 def attended_pairs(new: Size, past: Size, window: Size = 0, causal: bool = True) -> Size:
     """(query, key) pairs that one sequence's attention computes: ``new`` queries after ``past`` cached tokens.
 

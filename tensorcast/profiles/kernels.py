@@ -169,8 +169,8 @@ class OwnGemms(Frozen):
 class GemmRule(Frozen):
     """GEMMs that run a kernel which no table of their precision holds, where everything said here holds."""
 
-    kernel: Literal["one_tile", "fp32"] = Field(
-        description="Triton's at its only tile, 128 x 128 by 128 deep; weights and input widened to FP32"
+    kernel: Literal["one_tile", "routed_tiles"] = Field(
+        description="Triton's at its only tile, 128 x 128 by 128 deep; triton_kernels' of experts, 256 columns wide"
     )
     devices: tuple[str, ...] = Field(min_length=1, description="device architectures, lower case")
     schemes: tuple[str, ...] = Field(default=(), description="of weights; else any")
@@ -184,13 +184,15 @@ class GemmRule(Frozen):
         """Whether it may be of GEMMs of a model with this ``config`` on devices of an ``architecture``."""
         return architecture.lower() in self.devices and is_one_of(self.architectures, config)
 
-    def runs(self, scheme: str, module: str, columns: int, depth: int) -> bool:
+    @property
+    def of_experts(self) -> bool:
+        """Whether it is of routed experts' GEMMs, else of the others."""
+        return self.kernel == "routed_tiles"
+
+    def runs(self, module: str, columns: int, depth: int) -> bool:
         """Whether it is of a GEMM of ``module``, ``[M, depth] x [depth, columns]``, where it :meth:`holds`."""
-        return (
-            (not self.schemes or scheme in self.schemes) and columns >= self.least_columns
-            and (columns, depth) not in self.tuned
-            and (not self.modules or module.rpartition(".")[-1] in self.modules)
-        )
+        named = not self.modules or module.rpartition(".")[-1] in self.modules
+        return named and columns >= self.least_columns and (columns, depth) not in self.tuned
 
 
 class Gather(Frozen):

@@ -69,15 +69,18 @@ def gemm_rules(engine: EngineProfile, architecture: str, config: dict[str, Any])
 
 def multiplied_by(row: Op, rules: Iterable[GemmRule]) -> Op:
     """The row as it is run so (:func:`gemm_rules`), if it is a GEMM of one of them: its attrs name the kernel."""
-    if row.name not in ("mm", "addmm"):
+    if row.name not in ("mm", "addmm", "grouped_matmul"):
         return row
+    scheme, experts = row.attrs.get("scheme", "bf16"), row.name == "grouped_matmul"
+    of_it = [rule for rule in rules if rule.of_experts == experts and scheme in (rule.schemes or (scheme,))]
+    if experts or not of_it:
+        return with_attr(row, "kernels", of_it[0].kernel) if of_it else row
     x = next((t for t in row.inputs if not t.weight and len(t.dims) > 1), row.inputs[0])
     sides = x.dims[-1], *(t.dims[-1] for t in row.outputs)
     if not all(side.is_constant for side in sides):
         return row
     depth, *columns = (int(side.coef + side.plus) for side in sides)
-    scheme = row.attrs.get("scheme", "bf16")
-    found = next((rule for rule in rules if rule.runs(scheme, row.module, sum(columns), depth)), None)
+    found = next((rule for rule in of_it if rule.runs(row.module, sum(columns), depth)), None)
     return row if found is None else with_attr(row, "kernels", found.kernel)
 
 

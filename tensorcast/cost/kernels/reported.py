@@ -1,0 +1,62 @@
+"""Kernels that no measured table holds, by the few times that public reports give of them: Triton's on AMD."""
+
+from __future__ import annotations
+
+from tensorcast.cost.evidence import Evidence
+from tensorcast.profiles.device import DeviceProfile, KernelConstants
+
+DATASHEET_ERROR = 0.4
+"""Median relative error to state of fractions of a datasheet, and of laws that one or two reported times say: a plain
+roofline is 80 % off on the measured devices, the assumed fractions 25 %, but those devices chose them, and kernels of
+other vendors differ more."""
+
+TRITON_INT4 = {"vllm": 1.16e9, "sglang": 3.0e9}
+"""Bytes of INT4 experts that a processor of AMD's reads a second in Triton's kernel (``fused_moe_kernel_gptq_awq``) at
+the tiles that an engine takes where it ships none, as on CDNA 3. Kimi-K2.5 at tp 8 on MI355X takes 0.18 ms and 4.0 us
+for each expert that is hit at SGLang's, 16 x 32 x 64 up to as many tokens as experts (sgl-project/sglang#22208); tuned
+ones take 0.44 of that (sgl-project/sglang#34460: 40 % of decode steps, of which it is 71 %), and vLLM's defaults, 64 x
+64 x 32 from 41 tokens on (0.18.0, fused_moe.py), five to seven times as long as tuned (vllm-project/vllm#35093)."""
+
+TRITON_INT4_FLOPS, TRITON_INT4_LAUNCH_S = 0.24e12, 9e-5
+"""FLOP/s of a processor there: 10 to 13 us for 64 rows of an expert at 64 x 64 x 32 (the same); and its least time."""
+
+ONE_TILE_STEP_S, ONE_TILE_LAUNCH_S, ONE_TILE_ERROR = 1.67e-8, 2.5e-6, 0.1
+"""AITER's FP8 GEMM in Triton with weights in blocks at its only tile for CDNA 3: seconds per step of depth and beside.
+SGLang 0.5.9 on MI325X took 123, 34, 30, 122 and 39 us for [64, 7168] x [7168, 2112], 2048 x 7168, 1536 x 3072, 7168 x
+4608 and 2304 x 7168 (SemiAnalysisAI/InferenceX#863); before it was tuned the first took 129 to 117 us at 64 to 256 rows
+(ROCm/aiter#1232). CDNA 4 had that tile alone, too, until April 2026, but at what speed no public figure says."""
+
+ROUTED_STEP_S, ROUTED_LAUNCH_S, ROUTED_COMPUTE, ROUTED_MEMORY = 2.57e-8, 1.2e-5, 0.6, 0.85
+"""MXFP4 experts of OpenAI's Triton kernels on CDNA 3, which unpack them for want of that arithmetic: a token's four
+experts of gpt-oss-20b, 3,072 deep and 6,144 wide, take 79 us in tiles of 32 x 256 by 128 on MI300X (ROCm/triton#970;
+Triton 3.7.1 takes 119). The rest as assumed of any device."""
+
+
+def reported_constants(
+    device: DeviceProfile, family: str, dtype: str, engine: str, kernel: str, *, peak_flops: float
+) -> tuple[KernelConstants, Evidence] | None:
+    """Constants of a kernel that is known by reports alone; None of any other. ``kernel``: one of
+    :class:`~tensorcast.profiles.kernels.GemmRule`; ``peak_flops`` of the arithmetic that ``dtype`` runs in."""
+    if kernel == "one_tile":
+        return KernelConstants(
+            family=family, dtype=dtype, engine=engine, compute_efficiency=1.0, memory_efficiency=0.8,
+            launch_s=ONE_TILE_LAUNCH_S, step_s=ONE_TILE_STEP_S, smoothing=4.0, median_error=ONE_TILE_ERROR,
+        ), "calibrated"  # fmt: skip
+    if kernel == "routed_tiles":
+        return KernelConstants(
+            family=family, dtype=dtype, engine=engine, compute_efficiency=ROUTED_COMPUTE,
+            memory_efficiency=ROUTED_MEMORY, launch_s=ROUTED_LAUNCH_S, step_s=ROUTED_STEP_S,
+            median_error=DATASHEET_ERROR,
+        ), "datasheet"  # fmt: skip
+    if device.vendor != "AMD" or (family, dtype) != ("grouped_gemm", "w4a16"):
+        return None
+    known = device.calibration.kernels if device.calibration else ()
+    if any((c.family, c.dtype) == (family, dtype) for c in known):  # AITER's own were timed
+        return None
+    read = TRITON_INT4.get(engine, TRITON_INT4["vllm"]) * device.processors
+    return KernelConstants(
+        family=family, dtype=dtype, engine=engine,
+        compute_efficiency=min(1.0, TRITON_INT4_FLOPS * device.processors / peak_flops),
+        memory_efficiency=min(1.0, read / float(device.memory_bandwidth_bytes_per_s)),
+        launch_s=TRITON_INT4_LAUNCH_S, median_error=DATASHEET_ERROR,
+    ), "datasheet"  # fmt: skip

@@ -37,6 +37,8 @@ def test_what_has_no_answer_says_so_beside_the_others(tmp_path: Path) -> None:
     assert list(answers["model"]) == ["qwen3-8b", "deepseek-v3"]
     assert answers["problem"].notna().tolist() == [False, True]
     assert (tmp_path / "qwen3-8b-4096" / "report.html").exists() and not (tmp_path / "deepseek-v3-4096").exists()
+    misspelt = CliRunner().invoke(app, ("compare", "qwen3-8b,qwen3-8bb", "-d", "h100", "-n", "2"))
+    assert misspelt.exit_code == 2 and misspelt.output.startswith("error: unknown model 'qwen3-8bb': did you mean")
     none = CliRunner().invoke(app, ("compare", "deepseek-v3,deepseek-r1", "-d", "h100", "-n", "2"))
     assert none.exit_code == 2 and none.output.startswith("error: deepseek-v3 does not fit")
 

@@ -10,7 +10,15 @@ import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, LOAD, OUTPUT, SEARCH, AsJson, command, console, patience
 from tensorcast.cli.options import Model, deployment_options
-from tensorcast.cli.values import device_prices, duration, layouts_of, listed_names, split_names, whole_numbers
+from tensorcast.cli.values import (
+    check_beside,
+    device_prices,
+    duration,
+    layouts_of,
+    listed_names,
+    split_names,
+    whole_numbers,
+)
 from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError
 
@@ -196,9 +204,9 @@ def compare(
         "--percentile", min=0, max=100, show_default=False, rich_help_panel=REPLAY,
         help="Send the trace to each layout as fast as leaves so many percent of its requests within the limits.",
     )] = None,
-    replay_top: Annotated[int, typer.Option(
-        "--replay-top", min=1, help="Layouts to replay.", rich_help_panel=REPLAY,
-    )] = 8,
+    replay_top: Annotated[int | None, typer.Option(
+        "--replay-top", min=1, help="Layouts to replay.  [default: 8]", show_default=False, rich_help_panel=REPLAY,
+    )] = None,
     engine: Annotated[str, typer.Option(
         "--engine", "-e", metavar="NAME,...", rich_help_panel=CHOICES,
         help="vllm, sglang, trtllm or a profile file, one or more; an older release as vllm==0.24.0.",
@@ -238,8 +246,10 @@ def compare(
 
         check_directory(out)  # before the work, not after
     sent, means = None, (4096, 1024)
-    if (trace, requests, percentile) != (None, None, None):
-        sent, means = _requests(trace, requests, percentile, images_per_request, skip_bad)
+    given = {"--requests": requests, "--percentile": percentile, "--replay-top": replay_top, "--skip-bad": skip_bad}
+    check_beside("a --trace", trace is not None, given)
+    if trace is not None:
+        sent, means = _requests(trace, requests, images_per_request, skip_bad)
     # a number, or the name of a task
     accepted = float(mtp_acceptance) if mtp_acceptance.replace(".", "", 1).isdigit() else mtp_acceptance
     # options that are searched: lists of what was typed
@@ -275,7 +285,7 @@ def compare(
             if out is not None and _written(error.comparison, out):
                 raise NoLayoutMeets(f"{error}; all candidates are in {out}", error.comparison) from None
             raise
-        replayed, written = _replayed(found, sent, replay_top, percentile, out)
+        replayed, written = _replayed(found, sent, replay_top or 8, percentile, out)
         split = _apart(found, ffn_apart, encoder_gpus) if ffn_apart or encoder_gpus else []
     if as_json:
         from tensorcast.report.compare.terminal import comparison_record
@@ -315,12 +325,9 @@ def _apart(found: Comparison, ffn: bool, encoders: str | None) -> list[tuple[str
 
 
 def _requests(
-    trace: Path | None, count: int | None, percentile: float | None, images: int | None, skip_bad: bool
+    trace: Path, count: int | None, images: int | None, skip_bad: bool
 ) -> tuple[Requests, tuple[int, int]]:
     """Requests to replay, and the lengths of prompts and replies to compare for."""
-    if trace is None:
-        flag, value = ("--requests", count) if count is not None else ("--percentile", percentile)
-        raise InputError(f"{flag} {value:g}: is about a --trace, and none is given")
     if images is not None:
         raise InputError(f"--images-per-request {images}: is of steady loads, not of a --trace")
     from tensorcast.scheduling.trace_files import read_trace

@@ -9,7 +9,7 @@ import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, Part, command, console, patience
 from tensorcast.cli.options import Device, Engine, Model, deployment_options
-from tensorcast.cli.values import duration, listed_names, numbers, whole_numbers
+from tensorcast.cli.values import check_beside, duration, listed_names, numbers, whole_numbers
 from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError
 from tensorcast.parallel import note
@@ -169,10 +169,10 @@ def replay(
         "--batch-wait-steps", min=0, rich_help_panel=CHOICES,
         help="Without data-parallel ranks: steps that prompts wait for more of them (batch_wait_timeout_iters).",
     )] = 0,
-    batch_wait_share: Annotated[float, typer.Option(
-        "--batch-wait-share", min=0, max=1, rich_help_panel=CHOICES,
-        help="With --batch-wait-steps: share of a step's tokens that is enough (batch_wait_max_tokens_ratio).",
-    )] = 0.9,
+    batch_wait_share: Annotated[float | None, typer.Option(
+        "--batch-wait-share", min=0, max=1, show_default=False, rich_help_panel=CHOICES,
+        help="With --batch-wait-steps: share of tokens that is enough (batch_wait_max_tokens_ratio).  [default: 0.9]",
+    )] = None,
     mtp_acceptance: Annotated[str, typer.Option(
         "--mtp-acceptance", "--acceptance", metavar="CHANCE|TASK", rich_help_panel=CHOICES,
         help="Chance that a drafted token is accepted, given that those before it were, or a task whose published one "
@@ -194,9 +194,10 @@ def replay(
         "--find-rate", rich_help_panel=LIMITS,
         help="Find the largest rate at which --percentile of the requests keep the limits.",
     )] = False,
-    percentile: Annotated[float, typer.Option(
-        "--percentile", help="Of --find-rate: percent of the requests that must keep them.", rich_help_panel=LIMITS,
-    )] = 99.0,
+    percentile: Annotated[float | None, typer.Option(
+        "--percentile", min=0, max=100, show_default=False, rich_help_panel=LIMITS,
+        help="Of --find-rate: percent of the requests that must keep them.  [default: 99]",
+    )] = None,
     usd: Annotated[float, typer.Option(
         "--usd-per-gpu-hour", min=0, show_default=False, rich_help_panel=LIMITS,
         help="What a GPU costs, for the cost of a million tokens.",
@@ -225,6 +226,10 @@ def replay(
         check_directory(out)
     limits = [duration(flag, text) for flag, text in (("--ttft", ttft), ("--tpot", tpot), ("--e2e", e2e))]
     rates = _rates(rate, search_rate)
+    check_beside("--find-rate", search_rate, {"--percentile": percentile})
+    scaled = {"--scale-input": scale_input != 1 and scale_input, "--scale-output": scale_output != 1 and scale_output}
+    check_beside("a --trace", trace is not None, {"--skip-bad": skip_bad, **scaled})
+    check_beside("--batch-wait-steps", batch_wait_steps > 0, {"--batch-wait-share": batch_wait_share})
     if search_rate and not any(limits):
         raise InputError("--find-rate: needs a limit: --ttft, --tpot or --e2e")
     seeds = whole_numbers("--seed", seed, 0)
@@ -242,9 +247,6 @@ def replay(
         asked = asked.scaled(input_len=scale_input, output_len=scale_output)
         sent = [Sent(requests=_at_rate(asked, one), said={"rate": one or asked.rate}) for one in rates]
     else:
-        for name, value in (("--scale-input", scale_input), ("--scale-output", scale_output)):
-            if value != 1:
-                raise InputError(f"{name} {value:g}: is about a --trace, and none is given")
         if search_rate and rate is None:
             rates = [1.0]  # any will do: it is scaled
         sent = [
@@ -257,10 +259,10 @@ def replay(
     alike = {
         "device": device, "engine": engine, "router": router, "prefill_chunk": chunk, "max_sequences": max_sequences,
         "graph_sizes": read_graph_sizes(graph_sizes), "mtp_acceptance": accepted, "seed": seeds[0],
-        "percentile": percentile,
+        "percentile": 99.0 if percentile is None else percentile,
         "waits": Waits(
             balance_steps=balance_steps, batching_steps=batching_steps, batch_wait_steps=batch_wait_steps,
-            batch_wait_share=batch_wait_share,
+            batch_wait_share=Waits.batch_wait_share if batch_wait_share is None else batch_wait_share,
         ),
         "find_rate": search_rate, "ttft_s": limits[0], "tpot_s": limits[1], "request_s": limits[2], "workers": workers,
         "usd_per_gpu_hour": usd,

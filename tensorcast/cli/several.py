@@ -23,11 +23,14 @@ def compare_several(ask: Ask, questions: Sequence[tuple[str, int]], out: Path | 
 
     Raises :class:`InputError` where none has an answer.
     """
+    from tensorcast.deploy.model_names import named_model
     from tensorcast.report.compare.choices import View
     from tensorcast.report.compare.files import write_comparison
     from tensorcast.report.compare.terminal import comparison_record
     from tensorcast.report.plain import to_json
 
+    for model in dict.fromkeys(model for model, _ in questions):  # a name that is none is a mistake, not an answer
+        named_model(model)
     records, answers = list[dict[str, Any]](), list[dict[str, Any]]()
     for model, length in questions:
         asked = {"model": model, "input_len": length}

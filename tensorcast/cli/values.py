@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,15 @@ def duration(flag: str, text: str | None) -> float | None:
     if not unit:
         raise InputError(f"{flag} {text!r}: a time needs its unit: {number}ms or {number}s")
     return float(number) * _UNITS[unit]
+
+
+def check_beside(other: str, there: bool, given: Mapping[str, Any]) -> None:
+    """Raise :class:`InputError` where an option is ``given`` (None, False: not) that is about another alone, which is
+    not ``there``."""
+    for flag, value in given.items():
+        if not there and value is not None and value is not False:
+            said = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
+            raise InputError(f"{flag}{said}: is about {other}, and none is given")
 
 
 def split_names(text: str | None) -> list[str]:

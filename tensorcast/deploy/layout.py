@@ -138,6 +138,18 @@ def attention_dp(layout: Layout, num_experts: int) -> int:
     return layout.dp if num_experts else 1
 
 
+def one_server(layout: Layout, num_experts: int) -> tuple[Layout, int]:
+    """A server of ``layout``, and how many of it there are: of a dense model every data-parallel rank is one.
+
+    Such ranks share an address and nothing else, and none waits for another's step: vLLM 0.24.0, v1/engine/core.py
+    ("Non-MoE DP ranks are completely independent"); SGLang 0.5.23, managers/data_parallel_controller.py.
+    """
+    ranks = attention_dp(layout, num_experts)
+    if ranks == layout.dp:
+        return layout, 1
+    return Layout(layout.world_size // layout.dp, layout.tp, ep=layout.ep, pp=layout.pp), layout.dp
+
+
 def check(layout: Layout, facts: ModelFacts, device: DeviceProfile) -> None:
     """Raise :class:`InputError` naming the first rule that ``layout`` breaks for a model with these ``facts``."""
     for name in ("world_size", "tp", "dp", "ep", "pp"):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from tensorcast.deploy.layout import Layout
+from tensorcast.deploy.layout import Layout, one_server
 from tensorcast.deploy.model_names import understand
 from tensorcast.deploy.options import SERVED_ROUTING, Options, of_traffic
 from tensorcast.errors import InputError, unknown_name
@@ -267,6 +267,9 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         )  # fmt: skip
         found, workers, prefill, decode = _as_recorded(cells, of, workers, (prefill, decode), mode == "aggregated")
     depths = _as_launched(cells, found)
+    (prefill, *_), (decode, ranks) = alone = [one_server(one, named.profile.num_experts) for one in (prefill, decode)]
+    if mode == "disaggregated":
+        workers, ranks = (workers[0] * alone[0][1], workers[1] * ranks), 1
     arrivals = with_waits(cells, decode.dp if mode == "aggregated" else 0, concurrency, arrivals)
     interval, default = cells.number("receive_interval", None), 0.0
     if engine == "sglang":
@@ -298,7 +301,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     return Run(
         model=profile, device=device, engine=engine, release=release, mode=mode, frontend=before,
         isl=isl, osl=osl, concurrency=concurrency, prefill=prefill, decode=decode, workers=workers,
-        replicas=cells.whole("replicas"),
+        replicas=cells.whole("replicas") * ranks,
         length_ratio=ratio,
         rounds=cells.number("rounds", 10.0),
         wait_steps=wait, record=record, unlimited=record and (found is None or not found.unasked),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from tensorcast.deploy.layout import Layout, parse_layout
+from tensorcast.deploy.layout import Layout, one_server, parse_layout
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device
@@ -29,6 +29,11 @@ class Servers:
     role: Role = "both"
     device: DeviceProfile | None = None
     named: str = field(default="", compare=False)
+
+    def each_alone(self, num_experts: int) -> Servers:
+        """The same with every server by itself: data-parallel ranks of a dense model are servers of their own."""
+        layout, ranks = one_server(self.layout, num_experts)
+        return replace(self, layout=layout, count=self.count * ranks) if ranks > 1 else self
 
     def __str__(self) -> str:
         said = str(self.layout) + (f"@{self.device.name}" if self.device else "")

@@ -23,6 +23,7 @@ from tensorcast.scheduling.server import Server
 from tensorcast.scheduling.step_times import step_times
 from tensorcast.serving.hand_over import hand_over_s
 from tensorcast.serving.interval import POOLS_ERROR, SERVING_ERROR
+from tensorcast.trace.cache import whole_model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,8 +128,9 @@ def priced_servers(
     longer than the model's positions, which servers refuse, none is priced."""
     engine = engine.in_pools() if any(one.role != "both" for one in servers) else engine
     undrafted = replace(options, mtp_depth=0)
+    experts = whole_model(model, "decode", options.quant).facts.num_experts
     parts = []
-    for one in servers:
+    for one in [each.each_alone(experts) for each in servers]:
         where = one.device or device
         prefill, decode = (
             None if one.role == other else deploy(model, where, engine, one.layout, phase, options=asked)

@@ -31,7 +31,7 @@ def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
     """What the numbers rest on and a reader may not expect."""
     first = tasks[0]
     whole = whole_model(first.model, "decode", first.base.quant)
-    found = [f"left out: {text}" for text in left_out(tasks, kept)]
+    found = [f"left out: {text}" for text in (*left_out(tasks, kept), *_undivided(tasks))]
     found += [*not_counted(whole.stored), *stored_otherwise(first.model, first.base.quant, first.device.vendor)]
     if first.engine.remark:
         found.append(first.engine.remark)
@@ -110,6 +110,8 @@ def _idle(task: SearchTask, kept: Candidates) -> dict[str, str]:
     stages = len(stated_stages(task.base.pp_partition)) if task.base.pp_partition else 0
     if stages and not (kept["pp"] == stages).any():
         found["--pp-partition"] = f"no candidate has {stages} pipeline stages"
+    if 1 not in asked.dcp and not (kept["dcp"] > 1).any():
+        found["--dcp"] = "no layout has as many GPUs that would hold copies of a sequence's cache"
     if task.load.mtp_acceptance != Traffic.mtp_acceptance and max(asked.mtp_depth) == 0:
         found["--mtp-acceptance"] = "no tokens are drafted: see --mtp"
     return found
@@ -136,13 +138,26 @@ def left_out(tasks: Sequence[SearchTask], kept: Candidates) -> Iterator[str]:
         own = kept.where(kept["device"] == " > ".join([one.device.name for one in pools]))
         there = {str(name).partition("@")[0] for name in {*own["layout"], *own["prefill_layout"]}}
         several = len({one.device.name for one in (*tasks, *pools)}) > 1
-        for layout, pool in {layout: one for one in pools for layout in one.layouts}.items():
+        of = {layout: one for one in pools for layout in one.layouts}
+        of |= {layout: one for one in pools for layout in one.layouts if one.gpus % layout.world_size == 0}
+        for layout, pool in of.items():
             if str(layout) not in there:
                 where = f" on {pool.device.name}" if several else ""
                 yield f"{layout}{where} {_why_not(pool, layout)}"
 
 
+def _undivided(tasks: Sequence[SearchTask]) -> list[str]:
+    """Sizes of clusters that none of the layouts asked for divides."""
+    return list(dict.fromkeys(
+        f"{one.gpus} {one.device.name}: no layout asked for divides as many" for task in tasks
+        for one in task.pools or (task,)
+        if one.layouts and all(one.gpus % layout.world_size for layout in one.layouts)
+    ))
+
+
 def _why_not(task: SearchTask, layout: Layout) -> str:
+    if task.gpus % layout.world_size:
+        return f"takes {layout.world_size} GPUs, which does not divide {task.gpus}"
     pruned: Counter[str] = Counter()
     if space(replace(task, layouts=(layout,)), pruned):
         return "holds no sequence beside the weights, or reads prompts more slowly than they come"
@@ -169,7 +184,7 @@ def _never(task: SearchTask, layout: Layout) -> str:
 def nothing_left(tasks: Sequence[SearchTask], pruned: Counter[str]) -> str:
     """Why there is no candidate at all: layouts that cannot be, or a model that takes more GPUs, and how many."""
     first = tasks[0]
-    needed, sizes = [], ", ".join(dict.fromkeys(map(_cluster, tasks)))
+    needed, sizes = list[tuple[int, str, str]](), ", ".join(dict.fromkeys(map(_cluster, tasks)))
     tasks = [one for task in tasks for one in task.pools or (task,)]
     if not pruned[NO_ROOM] and not pruned[NO_PACE]:
         asked = list(dict.fromkeys(left_out(tasks, NONE)))
@@ -177,14 +192,22 @@ def nothing_left(tasks: Sequence[SearchTask], pruned: Counter[str]) -> str:
             asked = [f"{first.engine.name} {first.engine.version} cannot run it: {problem}"]
         rules = ", ".join(f"{rule} {number}" for rule, number in pruned.most_common())
         return f"no layout is left to compare on {sizes}: {'; '.join(asked) or 'pruned by rule: ' + rules}"
+    apart, counted = first.modes == ("disaggregated",), sum(one.gpus for one in first.pools) == first.gpus
     for task in {task.device.name: task for task in sorted(tasks, key=lambda task: task.gpus)}.values():
         size = smallest_cluster(task)
         if size is not None:
-            multiple = f" (and --world-size a multiple of {size})" if size <= task.gpus else ""
-            needed.append(f"{size} {task.device.name}{multiple}")
+            least = 2 * size if apart and not first.pools else size  # two pools on one device
+            flag = "--decode-world-size" if task in first.pools[1:] else "--world-size"
+            multiple = f" (and {flag} a multiple of {size})" if size > 1 and least <= task.gpus else ""
+            needed.append((size, f"{least} {task.device.name}", multiple))
     length = first.load.input_len + first.load.output_len
-    hint = f"it needs at least {(' and ' if first.pools else ' or ').join(needed)}" if needed else \
-        "no number of them holds it"
+    hint = "no number of them holds it"
+    if needed and first.pools and not counted:  # GPUs of both together, of which a pool's servers take a divisor
+        largest = max(size for size, *_ in needed)
+        said = f"--world-size {2 * largest} or another multiple of {largest}"
+        hint = f"it needs at least {' and '.join(text for _, text, _ in needed)}: {said}"
+    elif needed:
+        hint = f"it needs at least {(' and ' if first.pools else ' or ').join(text + more for _, text, more in needed)}"
     if first.layouts:
         hint = f"none of the layouts asked for holds it; {hint}"
     return f"{first.model.name} does not fit on {sizes} with a sequence of {length} tokens: {hint}; or quantise"

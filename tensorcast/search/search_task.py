@@ -12,7 +12,7 @@ from tensorcast.cost.routing import Routing
 from tensorcast.cost.stages import broken_stages, stated_stages
 from tensorcast.deploy.deployment import Deployment, deploy
 from tensorcast.deploy.engine_limits import ENGINE_RULES
-from tensorcast.deploy.layout import Layout, parse_layout
+from tensorcast.deploy.layout import Layout, one_server, parse_layout
 from tensorcast.deploy.options import SERVED_ROUTING, Options, check_options, of_layout
 from tensorcast.deploy.plan.switches import as_asked
 from tensorcast.errors import InputError, unknown_name
@@ -84,7 +84,7 @@ class SearchTask:
     axes: Axes = field(default_factory=Axes)
     base: Options = field(default_factory=Options)
     layouts: tuple[Layout, ...] = ()
-    """Only these; empty: all."""
+    """Only these, where they divide the GPUs; empty: all."""
     modes: tuple[str, ...] = MODES
     request_rate: float | None = None
     """Requests per second to be served at least."""
@@ -183,6 +183,7 @@ def search_tasks(
         if runnable_only and "one exchange" in ENGINE_RULES.get(engine.name, ())
     }
     wanted = tuple(dict.fromkeys(parse_layout(text) for text in layouts or ()))
+    own = _of_servers(wanted, model, quant) if axes.pcp == (1,) else wanted
     base = Options(
         quant=quant, state_dtype=state_dtype, routing=routing, placement=placement,
         speculative_method=speculative_method, draft_model=draft_model, pp_partition=pp_partition,
@@ -198,8 +199,8 @@ def search_tasks(
             objective=objective, axes=one_exchange.get(engine.name, axes), base=base,
             modes=tuple(modes) if replies is None else ("disaggregated",),
             request_rate=request_rate, users=users, budget=budget, confidence=confidence,
-            layouts=tuple([layout for layout in wanted if size % layout.world_size == 0]),
-            price_per_hour=(prices or {}).get(device.name), runnable_only=runnable_only, images=images,
+            layouts=own, price_per_hour=(prices or {}).get(device.name), runnable_only=runnable_only,
+            images=images,
         )
         for device in devices
         for engine in engines
@@ -209,10 +210,7 @@ def search_tasks(
         _check(task)
         if replies is not None and (replies is not task.device or decode_gpus is not None):
             there = task.gpus if decode_gpus is None else decode_gpus
-            fit = tuple([layout for layout in wanted if there % layout.world_size == 0])
-            second = replace(
-                task, device=replies, gpus=there, layouts=fit, price_per_hour=(prices or {}).get(replies.name)
-            )
+            second = replace(task, device=replies, gpus=there, price_per_hour=(prices or {}).get(replies.name))
             _check(second)
             tasks[i] = replace(task, pools=(task, second), gpus=task.gpus + (decode_gpus or 0))
     for layout in wanted:
@@ -227,6 +225,14 @@ def search_tasks(
     if problem := model.too_long(input_len + output_len):
         raise InputError(f"--input-len {input_len} and --output-len {output_len}: {problem}")
     return tasks
+
+
+def _of_servers(wanted: tuple[Layout, ...], model: ModelProfile, quant: str | None) -> tuple[Layout, ...]:
+    """Layouts of one server: data-parallel ranks of a dense model are counted as replicas."""
+    if not any(layout.dp > 1 for layout in wanted):
+        return wanted
+    experts = whole_model(model, "decode", quant).facts.num_experts
+    return tuple(dict.fromkeys(one_server(layout, experts)[0] for layout in wanted))
 
 
 def _check_names(

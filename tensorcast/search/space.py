@@ -16,7 +16,7 @@ from typing import Any
 
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
-from tensorcast.deploy.layout import Layout, broken_context, broken_prompts, broken_rules
+from tensorcast.deploy.layout import Layout, broken_context, broken_prompts, broken_rules, one_server
 from tensorcast.deploy.options import EXCHANGES as ALL_TO_ALL
 from tensorcast.deploy.options import Options, of_layout
 from tensorcast.deploy.plan.plan import block_form, choose_all2all
@@ -52,6 +52,9 @@ def space(task: SearchTask, pruned: Counter[str]) -> list[Variant]:
     for layout in tried:
         if broken := next(broken_rules(layout, facts, task.device), None):
             pruned[broken[0]] += 1
+            continue
+        if task.axes.pcp == (1,) and one_server(layout, facts.num_experts)[1] > 1:
+            pruned[REPLICAS] += 1
             continue
         every = variants(layout, facts, task.axes, base, quantized_dispatch=quantized, latent=latent)
         if both and layout.tp > 1:
@@ -125,6 +128,10 @@ def _problems(
 NARROW = "widths of a rank"
 """Rule on layouts beside those of their own: transformers' class runs with a tensor-parallel rank's sizes (OLMoE's
 does not at tp > 1)."""
+
+
+REPLICAS = "ranks are replicas"
+"""Another: data-parallel ranks of a dense model are servers of their own, which are counted as replicas of one."""
 
 
 @dataclass(frozen=True)

@@ -164,23 +164,21 @@ class _Alike:
         op, at, pricer = first.op, first.at, first.pricer
         if len(self.asked) > 1:
             places, lengths = tuple([one.place for one in self.asked]), [math.prod(one.shape) for one in self.asked]
-            table, graphs = np.array([one.content.coefs for one in self.asked]), [
-                one.pricer.graph_tokens for one in self.asked
-            ]
+            graphs = [one.pricer.graph_tokens for one in self.asked]
+            table = np.array([one.content.coefs for one in self.asked]).T
+            columns: list[Any] = [one if (one != one[0]).any() else float(one[0]) for one in table]
             if places.count(first.place) == len(places):
-                ones = (1,) * len(first.shape)
-                columns: list[Any] = list(table.T.reshape(-1, len(table), *ones))
+                along = (-1, *(1,) * len(first.shape))  # a first axis
+                columns = [one.reshape(along) if isinstance(one, np.ndarray) else one for one in columns]
                 if graphs.count(graphs[0]) < len(graphs):
-                    most: Any = np.array(graphs).reshape(-1, *ones)  # a joined pricer holds a column for a number
+                    most: Any = np.array(graphs).reshape(along)  # a joined pricer holds a column for a number
                     pricer = replace(pricer, graph_tokens=most)
             else:
                 key = first.op.name == "grouped_matmul", *graphs, *places
                 if key not in joined:
                     joined[key] = _joined(self.asked, lengths)
                 at, pricer, self.spans = joined[key]
-                columns = list(np.repeat(table, lengths, axis=0).T)
-            for i in np.flatnonzero((table == table[0]).all(axis=0)):
-                columns[i] = float(table[0, i])
+                columns = [one.repeat(lengths) if isinstance(one, np.ndarray) else one for one in columns]
             op = joined_op(first.content, columns)
         self._whole = op, at, pricer
         self.works = pricer.works(op, at, corrections)

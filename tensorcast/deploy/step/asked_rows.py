@@ -188,7 +188,7 @@ class AskedRows:
         elif row.name not in READS_CACHE:  # all the same to it
             found = self._of_dtype(asked, float(cached[0]), slice(None)), None
         else:  # kernels are chosen by what the cache holds: each dtype's batches are priced apart
-            parts = [(np.flatnonzero(cached == kv), float(kv)) for kv in np.unique(cached)]
+            parts = [(np.flatnonzero(cached == kv), float(kv)) for kv in sorted({*cached.tolist()})]
             pending = [(where, self._of_dtype(asked, kv, where)) for where, kv in parts]
             found = partial(joined, pending, cached.shape), None
         self._waiting[key] = prices, *found

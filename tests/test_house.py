@@ -225,6 +225,15 @@ def test_a_comparison_makes_no_frame(written: bool, tmp_path: Path) -> None:
     assert not loaded_by(code, "torch", "transformers", "pandas", *([] if written else ["pyarrow", "matplotlib"]))
 
 
+def test_a_comparison_asked_before_reads_no_fitted_model() -> None:
+    """Kernels' models answered on disk, and what reads images and recorded traffic is not needed: none is imported."""
+    asked = "device='h200', world_size=2, input_len=900, output_len=90"
+    call = f"import tensorcast as tc\ntc.compare('qwen3-30b-a3b', {asked})"
+    unread = ("cost.kernels.predictor", "cost.kernels.trees", "cost.recordings.recording", "serving.encoder")
+    assert loaded_by(call, "tensorcast.search.search")
+    assert not loaded_by(call, *(f"tensorcast.{name}" for name in unread))
+
+
 def test_a_warm_simulation_needs_no_torch() -> None:
     """From the second time a step is priced from the table on disk: torch and transformers stay out."""
     call = "simulate('qwen3-30b-a3b', device='h200', world_size=2, tp=2, ep=2, batch=8).step_s"

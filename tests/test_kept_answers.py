@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorcast.cost.kernels import corrections, kept_answers
+from tensorcast.cost.kernels import corrections, kept_answers, predictor
 from tensorcast.cost.kernels.corrections import corrections_for, keep_all
-from tensorcast.cost.kernels.kept_answers import Answers, answers_file, keep_answers, read_answers
-from tensorcast.cost.kernels.predictor import Predictor, model_path, predictor_for
+from tensorcast.cost.kernels.kept_answers import Answers, answers_file, keep_answers, model_path, read_answers
+from tensorcast.cost.kernels.predictor import Predictor, predictor_for
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device
 
@@ -45,7 +45,7 @@ def test_the_next_process_asks_no_model(device: DeviceProfile, monkeypatch: pyte
         return predictor_for(device, "vllm", served=True)
 
     monkeypatch.setattr(Predictor, "price", counted)
-    monkeypatch.setattr(corrections, "predictor_for", read)
+    monkeypatch.setattr(predictor, "predictor_for", read)
     first = corrections_for(device, "vllm").at("gemm", "bf16", "", SIZES)
     assert first is not None and asked["gemm"] > 0 and asked["models"]
     _next_process(monkeypatch)

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from tensorcast.cost.kernels.corrections import corrections_for
-from tensorcast.cost.kernels.predictor import model_path, predictor_for
+from tensorcast.cost.kernels.kept_answers import model_path
+from tensorcast.cost.kernels.predictor import predictor_for
 from tensorcast.cost.kernels.vocabulary import PRECISION, alike
 from tensorcast.cost.roofline import PEAK_OF, peak_flops
 from tensorcast.profiles.store import list_devices, load_device

@@ -173,10 +173,13 @@ def compare(
         from tensorcast.search.compare import compare as decide
         from tensorcast.search.search import search
         from tensorcast.search.search_task import SEARCHED, search_tasks
-        from tensorcast.serving.encoder import prompt_images
 
     devices = [device] if isinstance(device, str) else list(device)
-    said = images_per_request, image_size, encoder_tp_mode
+    images, said = None, (images_per_request, image_size, encoder_tp_mode)
+    if any(said):
+        from tensorcast.serving.encoder import prompt_images
+
+        images = prompt_images(*said)
     profile, read_as = named_model(model)
     tasks = search_tasks(
         profile, [device_profile(name) for name in devices],
@@ -193,7 +196,7 @@ def compare(
         attention_kernels=options.get("attention_kernels", "engine"),
         searched={axis: dict[str, Any](options).get(name) for axis, name in SEARCHED.items()},
         decode_device=None if decode_device is None else device_profile(decode_device), decode_gpus=decode_world_size,
-        images=prompt_images(*said) if any(said) else None,
+        images=images,
     )  # fmt: skip
     found = noted(decide(tasks, spread(search, tasks, jobs, executor)), read_as, note(len(tasks), jobs, executor))
     return replace(found, question=question)

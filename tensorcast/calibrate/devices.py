@@ -21,7 +21,7 @@ from tensorcast.calibrate.kernel_models import residual, unseen_devices
 from tensorcast.calibrate.measured_devices import read_device, system_of
 from tensorcast.calibrate.measured_rows import MeasuredSystem
 from tensorcast.cost.kernels.device_model import DeviceModel, Kernel, pack, read_model
-from tensorcast.cost.kernels.predictor import TRANSFERRED
+from tensorcast.cost.kernels.kept_answers import TRANSFERRED
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.files import write_atomically
 from tensorcast.profiles.device import DeviceProfile

@@ -17,19 +17,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tensorcast.cost.layer_loads import LayerLoads, layer_loads
 from tensorcast.cost.placing import balanced_by, place_layers
 from tensorcast.cost.rank_load import RankLoad
-from tensorcast.cost.recordings.formats import READABLE
-from tensorcast.cost.recordings.named import PREFIX, recording
-from tensorcast.cost.recordings.recording import LayerCounts
 from tensorcast.cost.work import Array, Size
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.modeling.moe.placement import Placement, linear, round_robin
 from tensorcast.profiles.engine import PipelineSplit
+
+if TYPE_CHECKING:
+    from tensorcast.cost.recordings.recording import LayerCounts
 
 TYPICAL_EXPONENT = 0.6
 """Of ``typical``. Recordings published with SGLang's reproduction of DeepSeek's wide expert parallelism: experts hit by
@@ -96,6 +97,9 @@ class Routing:
             if not 0 <= exponent < 10:
                 raise InputError(f"--routing {text!r}: the exponent after zipf: must be a number from 0 to 10")
             return cls(text, exponent)
+        from tensorcast.cost.recordings.formats import READABLE
+        from tensorcast.cost.recordings.named import PREFIX, recording
+
         if text.startswith(PREFIX) or Path(text).exists() or text.lower().endswith(FILES) or os.sep in text:
             return cls(text, counts=recording(text.removeprefix(PREFIX)).of(phase), likeness=LIKENESS)
         raise InputError(
@@ -287,6 +291,8 @@ def _recorded(
     likeness: float, numbers: tuple[int, ...], stages: tuple[int, PipelineSplit],
 ) -> LayerLoads:
     """Loads of every layer, placed by what ``policy`` knows: these counts, or older ones (``eplb:RECORDING``)."""
+    from tensorcast.cost.recordings.named import recording
+
     base, _, seen = policy.partition(":")
     known = recording(seen).of("decode") if seen and base in ("eplb", "eplb_global", "balanced") else counts
     if known is not counts:

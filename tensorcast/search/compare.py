@@ -12,7 +12,6 @@ import numpy as np
 
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.deploy.deployment import Deployment
-from tensorcast.deploy.simulate import in_vain_note, kernels_in_vain
 from tensorcast.deploy.step.asked_rows import Memo, Prices
 from tensorcast.deploy.step.price import pick
 from tensorcast.deploy.step.step import Asked, prices
@@ -196,6 +195,8 @@ def _in_vain(comparison: Comparison, best: dict[str, Any]) -> list[str]:
     options = comparison.tasks[0].base
     if not comparison.judged or options.experts_kernels == options.attention_kernels == "engine":
         return []
+    from tensorcast.deploy.simulate import in_vain_note, kernels_in_vain
+
     written, read = (kernels_in_vain(one, *sizes) for one, sizes in _steps_of(comparison, best))
     return [in_vain_note(options, name, "on the best") for name in written if name in read]
 

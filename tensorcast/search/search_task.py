@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensorcast.cost.routing import Routing
 from tensorcast.cost.stages import broken_stages, stated_stages
@@ -23,10 +23,12 @@ from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.workspace import CURRENT
-from tensorcast.serving.encoder import PromptImages
 from tensorcast.serving.objective import OBJECTIVES
 from tensorcast.serving.traffic import Traffic
 from tensorcast.trace.cache import whole_model
+
+if TYPE_CHECKING:
+    from tensorcast.serving.encoder import PromptImages
 
 
 @dataclass(frozen=True)

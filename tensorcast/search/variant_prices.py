@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.cost.work import Size
-from tensorcast.deploy.encoder.encoder import EncodeStep
 from tensorcast.deploy.fleet import Fleet, fleet
 from tensorcast.deploy.layout import Layout, attention_dp
 from tensorcast.deploy.options import Options
@@ -42,7 +41,6 @@ from tensorcast.serving.capacity import (
     sequences_that_fit,
 )
 from tensorcast.serving.curves import decode_columns
-from tensorcast.serving.encoder import with_images
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
 from tensorcast.serving.traffic import Array, Rows
 from tensorcast.trace.cache import whole_model
@@ -149,7 +147,7 @@ class VariantPrices:
         self.states: dict[int, tuple[Array, Rows]] = {}
         self.whatever: dict[int, Points] = {}  # candidates there whatever the limits are, by chunk budget
         self._pools: VariantPrices | None = None
-        self._encoded: dict[int, EncodeStep] = {}
+        self._encoded: dict[int, Any] = {}  # images of a prompt, by tp
         self._cuts = [cut_prompts(scenario.load, budget) for budget in self.budgets]
         if id(variants) not in self.parts.structures:
             self._look_at_variants()
@@ -306,9 +304,7 @@ class VariantPrices:
                 for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
                     mine = {name: values[:, i] for name, values in columns.items()}
                     costs = prefill_costs(mine, cut.tokens, cut.per_step, cut.rises)
-                    if self.scenario.images is not None and not self.scenario.images.apart:
-                        costs = with_images(costs, [self._encoding(i) for i in position[some]])
-                    self._costs[budget].append((position[some], costs))
+                    self._costs[budget].append((position[some], self._with_images(costs, position[some])))
             for group, reading, decoding in zip(groups, fleets["prefill"], fleets["decode"], strict=True):
                 self._take_room(group, reading, decoding)
         at_batches, entries = np.searchsorted(self.grid, grid), setting[:, None] * len(grid) + np.arange(len(grid))
@@ -319,12 +315,17 @@ class VariantPrices:
             for name, values in decode_columns(price).items():
                 self.curves[name][position[some][:, None], at_batches[: values.shape[-1]]] = _shortened(values)
 
-    def _encoding(self, variant: int) -> EncodeStep:
-        """The images of one prompt on the GPUs that read it."""
-        tp, where = self.variants[variant].layout.tp, self.scenario
-        if tp not in self._encoded and where.images is not None:
-            self._encoded[tp] = where.images.of_prompt(where.model, where.device, where.engine, tp)
-        return self._encoded[tp]
+    def _with_images(self, costs: PrefillCosts, variants: Rows) -> PrefillCosts:
+        """Prompts of ``variants`` with their images, if any, encoded on the GPUs that read them."""
+        where, images = self.scenario, self.scenario.images
+        if images is None or images.apart:
+            return costs
+        from tensorcast.serving.encoder import with_images
+
+        widths = [self.variants[i].layout.tp for i in variants]
+        for tp in {*widths} - self._encoded.keys():
+            self._encoded[tp] = images.of_prompt(where.model, where.device, where.engine, tp)
+        return with_images(costs, [self._encoded[tp] for tp in widths])
 
     def _take_room(self, group: _Group, reading: Fleet, decoding: Fleet) -> None:
         """Sequences of a group's variants that fit: beside what a full prefill step of each budget takes, and in pools,

@@ -18,8 +18,9 @@ from tensorcast.calibrate.kernel_models.residual import QUANTILES
 from tensorcast.calibrate.measured_tables import Key, MeasuredKernel, MeasuredSystem
 from tensorcast.cost.kernels.device_model import DeviceModel, Kernel
 from tensorcast.cost.kernels.formula import KernelFormula, formula_of
+from tensorcast.cost.kernels.kept_answers import TRANSFERRED
 from tensorcast.cost.kernels.monotone import coordinates, middle_of
-from tensorcast.cost.kernels.predictor import TRANSFERRED, Predictor
+from tensorcast.cost.kernels.predictor import Predictor
 from tensorcast.profiles.device import DeviceProfile
 
 PROBES = 32

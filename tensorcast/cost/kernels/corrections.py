@@ -12,17 +12,27 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tensorcast.cost.evidence import NORMAL_80
-from tensorcast.cost.kernels.formula import constants_digest, formula_of
-from tensorcast.cost.kernels.kept_answers import Answers, Name, Residuals, answers_file, keep_answers, read_answers
-from tensorcast.cost.kernels.predictor import CARRIED, TRANSFERRED, Predictor, model_path, predictor_for
+from tensorcast.cost.kernels.kept_answers import (
+    TRANSFERRED,
+    Answers,
+    Name,
+    Residuals,
+    answers_file,
+    keep_answers,
+    model_path,
+    read_answers,
+)
 from tensorcast.cost.kernels.vocabulary import UNRELATED
 from tensorcast.cost.work import Array, Size
 from tensorcast.profiles.device import DeviceProfile
+
+if TYPE_CHECKING:
+    from tensorcast.cost.kernels.predictor import Predictor
 
 LIBRARIES = ("triton", "flashinfer")
 """Whose attention kernels tables tell from an engine's usual ones."""
@@ -74,6 +84,8 @@ class Corrections:
     @cached_property
     def predictor(self) -> Predictor:
         """Whose answers are kept: read where something has no answer yet."""
+        from tensorcast.cost.kernels.predictor import predictor_for
+
         return predictor_for(self.device, self.engine, served=True)
 
     def at(self, family: str, dtype: str, variant: str, sizes: Mapping[str, Size]) -> Correction | None:
@@ -147,6 +159,9 @@ class Corrections:
 
     def _residual(self, family: str, dtype: str, variant: str) -> tuple[str, str] | None:
         """Engine and variant of the kernel whose residual applies: one over the formula and the constants of today."""
+        from tensorcast.cost.kernels.formula import constants_digest, formula_of
+        from tensorcast.cost.kernels.predictor import CARRIED
+
         model, device, engine = self.predictor.model, self.device, self.engine
         if model is None:
             return None

@@ -34,7 +34,19 @@ residual applies, if one does."""
 MOST_KEPT = 1 << 17
 """Sizes in one file (4 MB); a process that has asked for more keeps none of them."""
 
+TRANSFERRED = "other-devices"
+"""Name of the model fitted over all measured devices, for those of their vendor that were not."""
+
 _CODE = tuple(sorted(Path(__file__).parent.parent.rglob("*.py")))
+
+
+def model_path(device: str) -> Path | None:
+    """Where the kernel model of a device is kept, the user's own before the shipped one."""
+    for root in profile_roots():
+        path = root / "calibration" / f"{device}.npz"
+        if path.is_file():
+            return path
+    return None
 
 
 def answers_file(device: DeviceProfile, engine: str, *models: Path) -> Path | None:

@@ -28,6 +28,7 @@ from tensorcast.cost.kernels.estimates import (
 )
 from tensorcast.cost.kernels.expert_load import skew_of
 from tensorcast.cost.kernels.formula import KernelFormula, formula_of
+from tensorcast.cost.kernels.kept_answers import TRANSFERRED, model_path
 from tensorcast.cost.kernels.lattice import SIDES, Lattice
 from tensorcast.cost.kernels.monotone import coordinates, middle_of
 from tensorcast.cost.kernels.triton_tiles import of_library
@@ -35,15 +36,12 @@ from tensorcast.cost.kernels.vocabulary import Columns, alike
 from tensorcast.cost.roofline import NEAREST, UNMEASURED, constants_for
 from tensorcast.cost.work import Array, Mask, Size
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.store import load_device, profile_roots
+from tensorcast.profiles.store import load_device
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Estimate", "Predictor", "predict_kernels", "predictor_for"]
-
-TRANSFERRED = "other-devices"
-"""Name of the model fitted over all measured devices, for those of their vendor that were not."""
 
 LOAD = ("rows", "hit")
 """Columns that give the busiest rank's load of experts."""
@@ -320,15 +318,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mla_prefill": {"past": 0.0, "kv_bytes": 2.0}, "mla_decode": {"new": 1.0, "kv_bytes": 2.0},
     "moe_exchange": {"nodes": 1.0, "sms": 20.0, "copy_bytes": 2.0},
 }
-
-
-def model_path(device: str) -> Path | None:
-    """Where the kernel model of a device is kept, the user's own before the shipped one."""
-    for root in profile_roots():
-        path = root / "calibration" / f"{device}.npz"
-        if path.is_file():
-            return path
-    return None
 
 
 MOST_PREDICTORS = 256

@@ -27,7 +27,7 @@ from tensorcast.calibrate.measured_tables import (
 )
 from tensorcast.cost import roofline
 from tensorcast.cost.kernels.formula import formula_of
-from tensorcast.cost.kernels.predictor import model_path
+from tensorcast.cost.kernels.kept_answers import model_path
 from tensorcast.cost.kernels.shape_tables import calls_of
 from tensorcast.cost.kernels.vocabulary import PRECISION, SIZES
 from tensorcast.errors import InputError

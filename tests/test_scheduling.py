@@ -184,7 +184,10 @@ def test_a_faster_device_has_finished_no_fewer(requests: Requests, changed: dict
 @given(
     requests=asked(), families=st.lists(st.integers(0, 3), min_size=25, max_size=25),
     cache=st.sampled_from([1000.0, 1600.0, 4000.0]), count=st.integers(1, 2),
-    found=st.sampled_from([{"blocks_found": "scheduled"}, {"blocks_found": "chunk"}, {"waits_for_blocks": True}]),
+    found=st.sampled_from([
+        {"blocks_found": "scheduled"}, {"blocks_found": "chunk"}, {"waits_for_blocks": True},
+        {"admits_chunks": True, "chunk_tokens": 64},
+    ]),
 )  # fmt: skip
 def test_blocks_are_kept_within_the_cache(
     requests: Requests, families: list[int], cache: float, count: int, found: dict[str, Any]
@@ -304,6 +307,14 @@ def test_bands_hold_the_middle_and_grow_with_draws(priced: PricedServers) -> Non
     for name in ("ttft_mean_s", "tpot_mean_s", "output_tokens_per_s"):
         low, high = found.bands()[name]
         assert low < found.summary()[name] < high < 3 * low
+
+
+def test_prompts_that_fill_steps_up_take_nothing_from_replies() -> None:
+    """Where a step with prompts is no longer than one without, as here with graphs for few tokens alone."""
+    assert TIMES.prompts is not None
+    slow = replace(TIMES, prompts=replace(TIMES.prompts, own=plane(0.001, 0.0, 2e-5)))
+    found = Fleet([Pool(RULES, slow, 1)], drawn(60, Length(20), Length(40, 0.5), rate=30.0)).run()
+    assert found.others_s.min() >= 0 and found.others_s.max() == 0
 
 
 def test_causes_make_up_the_whole(priced: PricedServers) -> None:

@@ -35,6 +35,19 @@ def test_mooncake_lines_come_in_order_with_their_blocks(tmp_path: Path) -> None:
     assert asked.output_len.tolist() == [52, 7] and asked.blocks == ((0, 1), (0, 1, 9))
 
 
+def test_bailian_lines_are_seconds_and_blocks_of_sixteen(tmp_path: Path) -> None:
+    """As its README.md has them, https://github.com/alibaba-edu/qwen-bailian-usagetraces-anon."""
+    lines = [
+        {"chat_id": 7, "parent_chat_id": -1, "timestamp": 61.5, "input_length": 40, "output_length": 3, "type": "text",
+         "turn": 1, "hash_ids": [4, 5, 6]},
+        {"chat_id": 8, "parent_chat_id": 7, "timestamp": 70.0, "input_length": 64, "output_length": 9, "type": "text",
+         "turn": 2, "hash_ids": [4, 5, 8, 9]},
+    ]  # fmt: skip
+    found = read_trace(written(tmp_path, "qwen_traceA_blksz_16.jsonl", "\n".join(map(json.dumps, lines))))
+    assert found.kind == "bailian" and found.requests.block_tokens == 16 and not found.requests.fixed
+    assert found.requests.arrival_s.tolist() == [0.0, 8.5] and found.requests.blocks == ((4, 5, 6), (4, 5, 8, 9))
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -169,6 +182,7 @@ def test_lines_of_aiperf(tmp_path: Path) -> None:
         ("t.jsonl", json.dumps({**MOONCAKE[0], "input_length": 0}), "line 1: input_length '0': must be a whole number"),
         ("t.jsonl", json.dumps({"timestamp": 1, "input_length": 3}), "line 1: no output_length"),
         ("t.jsonl", json.dumps({**MOONCAKE[0], "hash_ids": 7}), "line 1: hash_ids 7: must be a list of whole numbers"),
+        ("t.jsonl", json.dumps({**MOONCAKE[0], "hash_ids": [0, 1, 2, 3]}), "line 1: hash_ids: are 4, more than 1100"),
         ("t.jsonl", "\n".join([*map(json.dumps, MOONCAKE), "", "{}, {}"]), "line 4: '{}, {}' is no JSON"),
         ("t.jsonl", "[1, 2]", "is one JSON list"),
         ("t.csv", "arrival_s,input_len,output_len\n0,5,5\n1,x,5\n", "row 2: input_len 'x': must be a number"),

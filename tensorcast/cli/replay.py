@@ -67,8 +67,8 @@ def replay(
     )],
     trace: Annotated[Path | None, typer.Option(
         "--trace", "-t", metavar="FILE", show_default=False, rich_help_panel=REQUESTS,
-        help="Requests: Mooncake JSON lines, CSV or Parquet (ours, Azure's, BurstGPT's, Vidur's), results of "
-        "vllm bench, SGLang's bench_serving, guidellm (FILE#2: the second of several) or aiperf.",
+        help="Requests: JSON lines (Mooncake's, Bailian's), CSV or Parquet (ours, Azure's, BurstGPT's, Vidur's), "
+        "results of vllm bench, SGLang's bench_serving, guidellm (FILE#2: the second of several) or aiperf.",
     )] = None,
     skip_bad: Annotated[bool, typer.Option(
         "--skip-bad", help="Leave rows out that cannot be read, and count them.", rich_help_panel=REQUESTS,

@@ -235,6 +235,8 @@ class Rank(Cache):
             return False
         one.held += new
         self.used += new
+        if self.prefix is not None:
+            self.prefix.shrink(self.free)
         return True
 
     def _may_find_more(self, request: int) -> bool:

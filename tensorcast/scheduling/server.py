@@ -244,7 +244,7 @@ class Server:
         self.prompts_s += seconds
         if not decoded and any(batch.sequences for batch in self.batches):
             self._stalled_s += seconds
-        self._delayed_s += seconds - self._undisturbed_s()
+        self._delayed_s += max(seconds - self._undisturbed_s(), 0.0)
         others_s = self.record.each.others_s
         for batch in self.batches:
             for one in batch.done:

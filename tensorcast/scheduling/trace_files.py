@@ -26,6 +26,10 @@ from tensorcast.scheduling.requests import Length, Requests, drawn
 BLOCK_TOKENS = 512
 """Tokens of a block whose hash a Mooncake trace has (https://github.com/kvcache-ai/Mooncake, FAST25-release)."""
 
+BAILIAN_TOKENS = 16
+"""The same of a Bailian trace (https://github.com/alibaba-edu/qwen-bailian-usagetraces-anon, README.md), whose
+timestamps are seconds."""
+
 MOST_TOKENS = 100_000_000
 """Tokens of the longest prompt or reply that is believed."""
 
@@ -63,9 +67,9 @@ class TraceFile:
 
 
 def read_trace(path: Path, skip_bad: bool = False) -> TraceFile:
-    """Requests of a trace: JSON lines (Mooncake's, aiperf's), CSV (ours, Azure's, BurstGPT's, Vidur's), Parquet, or
-    results: of ``vllm bench serve --save-detailed``, of SGLang's ``bench_serving --output-details``, of guidellm
-    (``FILE#2`` is the second of several); also gzipped. Raises :class:`InputError` on anything else."""
+    """Requests of a trace: JSON lines (Mooncake's, Bailian's, aiperf's), CSV (ours, Azure's, BurstGPT's, Vidur's),
+    Parquet, or results: of ``vllm bench serve --save-detailed``, of SGLang's ``bench_serving --output-details``, of
+    guidellm (``FILE#2`` is the second of several); also gzipped. Raises :class:`InputError` on anything else."""
     path, which = _numbered(path)
     try:
         if path.suffix == ".parquet":
@@ -89,7 +93,8 @@ def read_trace(path: Path, skip_bad: bool = False) -> TraceFile:
     except ValueError:
         one = None
     if isinstance(one, dict) and not {"input_lens", "benchmarks", "request_throughput"} & set(one):
-        return _lines(path, text.splitlines(), skip_bad, _AIPERF if "metrics" in one else _MOONCAKE)
+        kind = _AIPERF if "metrics" in one else _BAILIAN if "chat_id" in one else _MOONCAKE
+        return _lines(path, text.splitlines(), skip_bad, kind)
     return _result(path, text, skip_bad, which)
 
 
@@ -134,7 +139,8 @@ def _lines(path: Path, lines: Sequence[str], skip_bad: bool, kind: tuple[str, Re
     rows, skipped = _sound(lines, read), 0
     if rows is None:
         rows, skipped = _each(path, lines, of_line, skip_bad, "line")
-    requests = _requests(rows, fixed=name != "mooncake")
+    size = BAILIAN_TOKENS if name == "bailian" else BLOCK_TOKENS
+    requests = _requests(rows, fixed=name == "aiperf", block_tokens=size)
     if name == "aiperf" and (users := _aiperf_users(path)):
         requests = replace(requests, arrival_s=np.zeros(len(requests)), users=users)
     return TraceFile(requests, name, skipped)
@@ -150,13 +156,19 @@ def _sound(lines: Sequence[str], read: Reader) -> list[Row] | None:
     return [row for row in rows if row is not None] or None if len(rows) == len(written) else None
 
 
-def _mooncake_row(one: Mapping[str, Any]) -> Row:
-    arrival = _number("timestamp", one["timestamp"]) / 1e3
+def _mooncake_row(one: Mapping[str, Any], second: float = 1e3, block_tokens: int = BLOCK_TOKENS) -> Row:
+    arrival = _number("timestamp", one["timestamp"]) / second
     lengths = [_whole(name, one[name]) for name in ("input_length", "output_length")]
     ids = one.get("hash_ids") or ()
     if not isinstance(ids, list | tuple) or not set(map(type, ids)) <= {int}:
         raise ValueError(f"hash_ids {str(ids)[:40]}: must be a list of whole numbers")
+    if (len(ids) - 1) * block_tokens >= lengths[0]:
+        raise ValueError(f"hash_ids: are {len(ids)}, more than {lengths[0]} tokens have blocks of {block_tokens}")
     return arrival, lengths[0], lengths[1], tuple(ids)
+
+
+def _bailian_row(one: Mapping[str, Any]) -> Row:
+    return _mooncake_row(one, 1.0, BAILIAN_TOKENS)
 
 
 def _aiperf_row(one: Mapping[str, Any]) -> Row | None:
@@ -185,6 +197,7 @@ def _aiperf_users(path: Path) -> int | None:
 
 
 _MOONCAKE = ("mooncake", _mooncake_row)
+_BAILIAN = ("bailian", _bailian_row)
 _AIPERF = ("aiperf", _aiperf_row)
 
 
@@ -356,12 +369,12 @@ def _said(error: Exception, line: Any) -> str:
     return str(error)
 
 
-def _requests(rows: list[Row], fixed: bool = True) -> Requests:
+def _requests(rows: list[Row], fixed: bool = True, block_tokens: int = BLOCK_TOKENS) -> Requests:
     """In the order of their arrival, the first at 0. ``fixed``: a benchmark's; users' replies end by themselves."""
     arrival, prompts, replies = (np.array([row[i] for row in rows]) for i in range(3))
     order = np.argsort(arrival, kind="stable")
     blocks = tuple(rows[i][3] for i in order) if any(row[3] for row in rows) else None
     return Requests(
         arrival_s=(arrival[order] - arrival.min()).astype(float), input_len=prompts[order].astype(np.int64),
-        output_len=replies[order].astype(np.int64), blocks=blocks, block_tokens=BLOCK_TOKENS, fixed=fixed,
+        output_len=replies[order].astype(np.int64), blocks=blocks, block_tokens=block_tokens, fixed=fixed,
     )

@@ -16,6 +16,7 @@ from tensorcast.cost.roofline import constants_for, kernel_time
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import parse_layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.step.price import StepPrice
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.trace.table import Op
 
@@ -45,13 +46,18 @@ def test_its_time_never_falls_with_size_nor_under_the_peak(m: int, n: int, k: in
     assert one_tile_s(1, n, k) == pytest.approx(one_tile_s(128, n, k), rel=0.3) or m > 128
 
 
-def kernels(engine: str, device: str, model: str = "deepseek-v3", **asked: Any) -> dict[str, str]:
-    """Kernels of the matmuls of a decode step at tp 8, by module."""
+def step_of(engine: str, device: str, model: str, users: float = 4.0, **asked: Any) -> StepPrice:
+    """A decode step at tp 8."""
+    layout = parse_layout("tp8-ep8" if model == "minimax-m2.5" else "tp8")
     made = deploy(
-        load_model(model), load_device(device), load_engine(engine), parse_layout("tp8"), "decode",
-        options=Options(**asked),
-    )  # fmt: skip
-    rows = [price.row for price in made.step.price(4.0, 1.0, 1000.0).rows]
+        load_model(model), load_device(device), load_engine(engine), layout, "decode", options=Options(**asked)
+    )
+    return made.step.price(users, 1.0, 1536.0)
+
+
+def kernels(engine: str, device: str, model: str = "deepseek-v3", **asked: Any) -> dict[str, str]:
+    """Kernels of its matmuls, by module."""
+    rows = [price.row for price in step_of(engine, device, model, **asked).rows]
     ops = [row for row in rows if isinstance(row, Op) and row.name == "mm"]
     return {op.module.rpartition(".")[-1]: op.attrs.get("kernels", "") for op in ops}
 
@@ -94,9 +100,7 @@ def test_mxfp4_experts_on_cdna_3_unpack_in_routed_tiles(users: int, published: f
     (vllm-project/vllm#55934). Nothing was fitted to it."""
     found = kernels("vllm", "mi300x", "gpt-oss-120b")
     assert found and "routed_tiles" not in found.values()  # of experts alone
-    step = deploy(
-        load_model("gpt-oss-120b"), load_device("mi300x"), load_engine("vllm"), parse_layout("tp8"), "decode",
-    ).step.price(float(users), 1.0, 1536.0)  # fmt: skip
+    step = step_of("vllm", "mi300x", "gpt-oss-120b", float(users))
     experts = [row for row in step.rows if isinstance(row.row, Op) and row.row.name == "grouped_matmul"]
     assert {row.row.attrs["kernels"] for row in experts if isinstance(row.row, Op)} == {"routed_tiles"}
     assert users / float(step.seconds) == pytest.approx(published, rel=0.25)
@@ -111,3 +115,26 @@ def test_its_tile_takes_what_was_reported() -> None:
     assert seconds - constants.launch_s == pytest.approx(79e-6, rel=0.05) and evidence == "datasheet"
     alone, _ = constants_for(device, "grouped_gemm", "mxfp4", "vllm")
     assert kernel_time(experts, alone, device).seconds < seconds  # what weights streamed would take
+
+
+@pytest.mark.parametrize(("m", "measured_s"), [
+    (1, 7.5e-6), (4, 20.2e-6), (8, 16.7e-6), (16, 22.3e-6), (32, 63.2e-6), (64, 63.3e-6), (128, 69.3e-6),
+    (256, 77.8e-6), (1024, 111e-6),
+])  # fmt: skip
+def test_routers_of_fp32_take_what_was_reported(m: int, measured_s: float) -> None:
+    """[M, 6144] x [6144, 256] by torch on GB200 (vllm-project/vllm#47973)."""
+    device = load_device("gb200")
+    constants, _ = constants_for(device, "gemm", "fp32", "sglang", "fp32")
+    seconds = float(kernel_time(work.fp32_gemm(float(m), 256.0, 6144.0), constants, device).seconds)
+    assert seconds == pytest.approx(measured_s, rel=0.32)
+
+
+def test_sglang_routes_minimax_in_fp32() -> None:
+    """models/minimax_m2.py; it is 9 % of a decode step of 64 at tp 8, ep 8 (sgl-project/sglang#22744)."""
+    found = kernels("sglang==0.5.8", "b200", "minimax-m2.5")
+    assert found["gate"] == "fp32" and not any(kernel for name, kernel in found.items() if name != "gate")
+    assert kernels("sglang==0.5.8", "b200", "qwen3-235b-a22b")["gate"] == ""
+    assert kernels("vllm", "b200", "minimax-m2.5")["gate"] == ""
+    step = step_of("sglang==0.5.8", "b200", "minimax-m2.5", 64.0)
+    rows = [row for row in step.rows if isinstance(row.row, Op) and row.row.attrs.get("kernels") == "fp32"]
+    assert 0.06 < 62 * sum(float(row.seconds) for row in rows) / float(step.seconds) < 0.15

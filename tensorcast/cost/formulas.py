@@ -132,6 +132,8 @@ def matmul(op: Op, at: Context) -> list[Work]:
     own = op.attrs.get("kernels")  # of :class:`~tensorcast.profiles.kernels.GemmRule`
     if own == "one_tile":
         return [w.one_tile(found)]
+    if own == "fp32":
+        return [w.memory(2.0 * m * k, 4.0 * m * k), w.fp32_gemm(m, n, k)]
     return [found]
 
 

@@ -121,6 +121,21 @@ def one_tile(work: Work) -> Work:
     )
 
 
+FP32 = Precision("fp32", "fp32", 4.0, 4.0, 4.0)
+
+
+def fp32_gemm(m: Size, n: Size, k: Size) -> Work:
+    """A narrow GEMM without matrix units, in tiles of 32 x 32: it takes what a tile's depth does, of a row an eighth of
+    it and of up to 16 a third, which are shared out."""
+    rows = np.asarray(m, dtype=float)
+    depth = k * np.select([rows <= 1.0, rows <= 16.0], [0.12, 0.33], 1.0)
+    tiles, flops = np.ceil(rows / 32.0) * np.ceil(n / 32.0), 2.0 * 32 * 32 * depth
+    return replace(
+        gemm(m, n, k, FP32), tilings=(Tiling(tiles, flops, depth),), tiles=tiles, issued_flops=tiles * flops,
+        kernel="fp32", sizes={},
+    )  # fmt: skip
+
+
 def grouped_gemm(
     rows: Size, hit: Size, n: Size, k: Size, precision: Precision = Precision(), *, align: int = 16
 ) -> Work:

@@ -169,8 +169,9 @@ class OwnGemms(Frozen):
 class GemmRule(Frozen):
     """GEMMs that run a kernel which no table of their precision holds, where everything said here holds."""
 
-    kernel: Literal["one_tile", "routed_tiles"] = Field(
-        description="Triton's at its only tile, 128 x 128 by 128 deep; triton_kernels' of experts, 256 columns wide"
+    kernel: Literal["one_tile", "routed_tiles", "fp32"] = Field(
+        description="Triton's at its only tile, 128 x 128 by 128 deep; triton_kernels' of experts, 256 columns wide; "
+        "cuBLAS's of FP32, to which input and weights are widened"
     )
     devices: tuple[str, ...] = Field(min_length=1, description="device architectures, lower case")
     schemes: tuple[str, ...] = Field(default=(), description="of weights; else any")

@@ -205,7 +205,7 @@ def compare(
         help="Send the trace to each layout as fast as leaves so many percent of its requests within the limits.",
     )] = None,
     replay_top: Annotated[int | None, typer.Option(
-        "--replay-top", min=1, help="Layouts to replay.  [default: 8]", show_default=False, rich_help_panel=REPLAY,
+        "--replay-top", min=1, help="Layouts to replay.  [default: 12]", show_default=False, rich_help_panel=REPLAY,
     )] = None,
     engine: Annotated[str, typer.Option(
         "--engine", "-e", metavar="NAME,...", rich_help_panel=CHOICES,
@@ -285,7 +285,7 @@ def compare(
             if out is not None and _written(error.comparison, out):
                 raise NoLayoutMeets(f"{error}; all candidates are in {out}", error.comparison) from None
             raise
-        replayed, written = _replayed(found, sent, replay_top or 8, percentile, out)
+        replayed, written = _replayed(found, sent, replay_top, percentile, out)
         split = _apart(found, ffn_apart, encoder_gpus) if ffn_apart or encoder_gpus else []
     if as_json:
         from tensorcast.report.compare.terminal import comparison_record
@@ -341,16 +341,16 @@ def _requests(
 
 
 def _replayed(
-    found: Comparison, sent: Requests | None, top: int, percentile: float | None, out: Path | None
+    found: Comparison, sent: Requests | None, top: int | None, percentile: float | None, out: Path | None
 ) -> tuple[ReplayedComparison | None, list[Path]]:
     """The best layouts under a trace, where there is one, and the files that are written, also where none fits."""
     if sent is None:
         return None, [] if out is None else _written(found, out)
-    from tensorcast.search.replayed import replay_best
+    from tensorcast.search.replayed import TOP, replay_best
 
     replayed = None
     try:
-        replayed = replay_best(found, sent, top=top, percentile=percentile)
+        replayed = replay_best(found, sent, top=top or TOP, percentile=percentile)
     finally:
         written = [] if out is None else _written(found, out, replayed)
     return replayed, written

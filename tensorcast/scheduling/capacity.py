@@ -25,22 +25,22 @@ SLOWEST = 1e-4
 
 def at_the_limit(
     priced: PricedServers, requests: Requests, limits: Limits, *, share: float, router: str = "least_work",
-    seed: int = 0, changes: Sequence[Change] = (),
+    seed: int = 0, changes: Sequence[Change] = (), asked: str = "--find-rate",
 ) -> Requests:
     """``requests``, sent at the largest rate at which ``share`` of them keep ``limits``, to 1 %.
 
     By bisection: the share is taken to fall with the rate. Raises :class:`InputError` where requests come all at once,
-    no limit is given, or the slowest rate breaks it.
+    no limit is given, or the slowest rate breaks it; ``asked``: what it then says that this was asked by.
     """
     if not 0 < share <= 1:
         raise InputError(f"--percentile {100 * share:g}: must be more than 0 and at most 100")
     if all(limit is None for limit in vars(limits).values()):
-        raise InputError("--find-rate: needs a limit: --ttft, --tpot or --e2e")
+        raise InputError(f"{asked}: needs a limit: --ttft, --tpot or --e2e")
     if requests.users is not None:
-        raise InputError("--find-rate: --users in a closed loop send as fast as they are served; leave one of both out")
+        raise InputError(f"{asked}: --users in a closed loop send as fast as they are served; leave one of both out")
     own = requests.rate
     if not np.isfinite(own):
-        raise InputError("--find-rate: the requests all come at once, and cannot be sent faster or slower")
+        raise InputError(f"{asked}: the requests all come at once, and cannot be sent faster or slower")
 
     def kept(rate: float) -> float:
         return run(requests.scaled(rate=rate / own)).within_limits
@@ -55,13 +55,13 @@ def at_the_limit(
     if slow.within_limits < share:
         too_long = f"; {slow.refused:,} of {len(requests):,} are longer than any server takes" if slow.refused else ""
         raise InputError(
-            f"--find-rate: even at {low:.3g} requests/s only {100 * slow.within_limits:.1f} % of the requests keep the "
+            f"{asked}: even at {low:.3g} requests/s only {100 * slow.within_limits:.1f} % of the requests keep the "
             f"limits, {100 * share:g} % are asked for{too_long}"
         )
     while kept(high) >= share:  # all at once is not the fastest way of serving them
         low, high = high, 2 * high
         if high > 1e6 * own and high > 1e9:
-            raise InputError("--find-rate: no rate breaks the limits")
+            raise InputError(f"{asked}: no rate breaks the limits")
     while high / low > CLOSE:
         middle = float(np.sqrt(low * high))
         low, high = (middle, high) if kept(middle) >= share else (low, middle)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 GOODPUT = "goodput_requests_per_s_per_gpu"
 """Requests per second and GPU that keep the limits; without limits all do."""
 
+TOP = 12
+"""Layouts that are replayed unasked."""
+
 KEPT_UP = 0.05
 """Goodput that layouts may differ by and still have kept up: a trace ends with the last reply, sooner or later."""
 
@@ -61,10 +64,14 @@ class ReplayedComparison:
 
 
 def replay_best(
-    found: Comparison, requests: Requests, *, top: int = 8, percentile: float | None = None,
+    found: Comparison, requests: Requests, *, top: int = TOP, percentile: float | None = None,
     router: str = "least_work", seed: int = 0,
 ) -> ReplayedComparison:
-    """Replay ``requests`` on the ``top`` layouts of a comparison, each as its best candidate, and rank them anew.
+    """Replay ``requests`` on ``top`` layouts of a comparison, each as its best candidate, and rank them anew.
+
+    The comparison's order is that of mean lengths at a steady load; what a trace's longest prompts and its bursts ask
+    for may be another way of reading prompts. So half of the layouts are the best ones of as many ways, and the others
+    the next ones of the way that did best so far.
 
     The comparison's limits are those of every single request here. With a ``percentile`` each layout gets the requests
     as fast as leaves so many percent of them within the limits; else all come as they are, and where every layout keeps
@@ -74,23 +81,38 @@ def replay_best(
         raise InputError(f"layouts to replay = {top}: at least 1")
     limits = Limits(ttft_s=found.targets[0], tpot_s=found.targets[1])
     longest = int((requests.input_len + requests.output_len).max())
-    replayed = []
-    for row in found.families.head(top).to_dict("records"):
-        own = {str(key): value for key, value in row.items()}
-        try:
-            servers, sent = _servers(found, own, longest), requests
-            if percentile is not None:
-                sent = at_the_limit(servers, requests, limits, share=percentile / 100, router=router, seed=seed)
-            outcome = servers.run(sent, limits=limits, router=router, seed=seed)
-            replayed.append(ReplayedCandidate(row=own, outcome=outcome, numbers=outcome.summary()))
-        except InputError as error:
-            replayed.append(ReplayedCandidate(row=own, problem=str(error)))
-    if all(one.outcome is None for one in replayed):
-        raise InputError(f"no layout can be replayed: {replayed[0].problem}")
-    per_dollar = found.objective == "cost" and all(one.row["cost_per_million_tokens"] > 0 for one in replayed)
+    rows = [{str(key): value for key, value in row.items()} for row in found.families.to_dict("records")]
+    per_dollar = found.objective == "cost" and all(row["cost_per_million_tokens"] > 0 for row in rows)
     score = _per_dollar if per_dollar else _per_gpu
+
+    def run(row: dict[str, Any]) -> ReplayedCandidate:
+        try:
+            servers, sent = _servers(found, row, longest), requests
+            if percentile is not None:
+                sent = at_the_limit(
+                    servers, requests, limits, share=percentile / 100, router=router, seed=seed, asked="--percentile"
+                )
+            outcome = servers.run(sent, limits=limits, router=router, seed=seed)
+        except InputError as error:
+            return ReplayedCandidate(row=row, problem=str(error))
+        return ReplayedCandidate(row=row, outcome=outcome, numbers=outcome.summary())
+
+    ways = _ways(rows)
+    begun = ways[: (top + 1) // 2]
+    replayed = [[run(way[0])] for way in begun]
+    for _ in range(min(top, len(rows)) - len(begun)):
+        left = [i for i, way in enumerate(begun) if len(replayed[i]) < len(way)]
+        if left:
+            best = max(left, key=lambda i: max(map(score, replayed[i])))
+            replayed[best].append(run(begun[best][len(replayed[best])]))
+        else:
+            replayed.append([run(ways[len(begun)][0])])
+            begun = ways[: len(begun) + 1]
+    every = [one for way in replayed for one in way]
+    if all(one.outcome is None for one in every):
+        raise InputError(f"no layout can be replayed: {every[0].problem}")
     # each at the largest rate of its own is told from the others by that rate alone
-    enough = math.inf if percentile is not None else (1 - KEPT_UP) * max(map(score, replayed))
+    enough = math.inf if percentile is not None else (1 - KEPT_UP) * max(map(score, every))
 
     def place(one: ReplayedCandidate) -> tuple[bool, float]:
         late = score(one) < enough
@@ -98,8 +120,18 @@ def replay_best(
 
     return ReplayedComparison(
         requests=requests, limits=limits, per="USD" if per_dollar else "GPU",
-        candidates=tuple(sorted(replayed, key=place)), fastest=percentile is not None,
+        candidates=tuple(sorted(every, key=place)), fastest=percentile is not None,
     )
+
+
+def _ways(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Layouts by how they read prompts: by which pool, or beside replies over how many GPUs; the best first, of each
+    and of all."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        pooled = row["mode"] == "disaggregated"
+        found.setdefault((row["device"], row["prefill_layout"] if pooled else row["tp"]), []).append(row)
+    return list(found.values())
 
 
 def _servers(found: Comparison, row: dict[str, Any], longest: int) -> PricedServers:

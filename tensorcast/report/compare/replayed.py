@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tensorcast.report import units
 from tensorcast.report.compare.choices import View
+from tensorcast.report.replay.words import why_broken
 
 if TYPE_CHECKING:
     from tensorcast.search.compare import Comparison
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
 REPLAYED = "replayed.csv"
 """A row per layout."""
 
+TOLD = 3
+"""Layouts of which is told why requests break limits."""
+
 
 class ReplayedTable(NamedTuple):
-    """A line per layout, the best first, and who could not be replayed."""
+    """A line per layout, the best first; why limits are broken, and who could not be replayed."""
 
     title: str
     heads: tuple[str, ...]
@@ -50,6 +54,8 @@ def replayed_table(view: View, replayed: ReplayedComparison) -> ReplayedTable:
             units.percent(said["within_limits"]), f"{said['requests_per_s']:.3g}",
             f"{said['goodput_requests_per_s_per_gpu']:.3g}",
         ))  # fmt: skip
+        if one.outcome is not None and len(rows) <= TOLD:
+            notes += [f"{name}: {why}" for why in why_broken(one.outcome)]
     return ReplayedTable(f"Replayed, {sent}: {order}", heads, rows, notes)
 
 

@@ -103,6 +103,17 @@ def broken_table(found: Outcome) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
+def why_broken(found: Outcome) -> list[str]:
+    """A sentence per limit that is broken: by how many requests, and what took longer than where it is kept."""
+    said = []
+    for limit, own in found.broken().groupby("limit", sort=False):
+        most = units.seconds(own["limit_s"].iloc[0])
+        because = own["because"].value_counts()
+        why = ", ".join(f"{units.count(many)} by {cause}" for cause, many in because.items())
+        said.append(f"{units.plural(len(own), 'request')} beyond {LIMIT_NAMES[f'{limit}_s']} {most}: {why}")
+    return said
+
+
 def worst_table(found: Outcome, count: int) -> tuple[list[str], list[list[str]]]:
     """The requests that are furthest beyond each limit, and what took longer there."""
     head = ["request", "sent at", "prompt", "reply", "limit", "took", "at most", "because", "of it"]

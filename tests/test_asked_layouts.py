@@ -41,7 +41,7 @@ def test_asked_layouts_hold_in_both_pools() -> None:
 )
 def test_pools_need_what_both_take(world: int, decode: tuple[str, int | None] | None, says: str) -> None:
     """Mixtral-8x7B in bf16 takes 93 GB: two H100, one H200."""
-    apart = {"decode_device": decode[0], "decode_world_size": decode[1]} if decode else {}
+    apart: dict[str, Any] = {"decode_device": decode[0], "decode_world_size": decode[1]} if decode else {}
     with pytest.raises(tc.InputError, match="mixtral-8x7b does not fit") as caught:
         tc.compare("mixtral-8x7b", device="h100", world_size=world, modes=["disaggregated"], **ASKED, **apart)
     assert says.replace("--world-size", "world_size") in str(caught.value)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tensorcast as tc
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import parse_layout
 from tensorcast.deploy.options import Options
@@ -98,3 +99,32 @@ def test_prompts_that_no_server_captures_are_launched_one_by_one() -> None:
                                               *range(576, 1025, 64), *range(1280, 2049, 256))}  # fmt: skip
     assert rule.count(16384, "low_latency") == len(aligned) == 38
     assert not rule.run_with(Served(pcp=2)) and rule.run_with(Served("flashinfer_nvlink_one_sided"))
+
+
+def test_chunks_of_several_ranks_are_counted_by_gpu() -> None:
+    """SGLang counts a chunk before it deals it out: 16 ranks of 8192 tokens would leave 192 GiB of 140 free. What is
+    counted is a GPU's own step, at least what the engine takes unasked."""
+    layout, options = "dp16-ep16", Options(all2all="high_throughput")
+    own = printed("deepseek-v3", layout, options, "0.5.23")
+    assert printed("deepseek-v3", layout, options, "0.5.23", chunk_tokens=8192) == own
+    more = printed("deepseek-v3", layout, options, "0.5.23", chunk_tokens=16384)
+    capacity = float(load_device("h200").memory_bytes) / MIB
+    assert own - more == pytest.approx(1.5 * 8192 / capacity, abs=2e-3)
+
+
+@pytest.mark.parametrize("layout", ["tp8", "dp8-ep8"])
+def test_what_was_compared_fits_into_the_share_of_its_command(layout: str) -> None:
+    """Weights and the cache of the largest batch at every chunk, beside what the printed share leaves free."""
+    model, gpu = "qwen3-235b-a22b", load_device("h200")
+    found = tc.compare(
+        model, device="h200", world_size=8, input_len=4000, output_len=500, engine="sglang", layouts=[layout],
+        modes=["aggregated"], all2all=["auto"],
+    ).candidates
+    assert set(found["chunk_tokens"]) >= {2048, 16384}
+    largest = found[found["batch"] == found["largest_batch"]]
+    for row in largest.to_dict("records"):
+        share = printed(
+            model, layout, Options(), "0.5.23", batch=int(row["batch"]), chunk_tokens=int(row["chunk_tokens"])
+        )
+        assert row["weights_bytes"] + row["kv_cache_bytes"] <= (share + 5e-4) * float(gpu.memory_bytes)
+    assert largest.groupby("chunk_tokens")["batch"].max().is_monotonic_decreasing

@@ -148,7 +148,7 @@ def launch(
         if found.problem:
             raise InputError(f"{found.engine} {found.version} cannot run {sizes}: {found.problem}")
         length = input_len + output_len
-        fits = sequences_that_fit(found, profile, gpu, sizes, options, role=own, length=length)
+        fits = sequences_that_fit(found, profile, gpu, sizes, options, role=own, length=length, chunk=chunk)
         most = batch or unasked_batch(engine, own, gpu, fits)
         if batch is None:
             found = written(batch=most)

@@ -94,18 +94,23 @@ class Deployment:
         plain = {name: float(value) if np.ndim(value) == 0 else value for name, value in found.items()}
         return Memory(**plain, capacity=float(self.device.memory_bytes))
 
-    def cache_budget(self, batch: Size, new: Size, past: Size) -> Size:
-        """That of :meth:`memory` alone: of one stage, what its weights leave needs no cache to be known."""
+    def cache_budget(self, batch: Size, new: Size, past: Size, *, chunk: Size | None = None) -> Size:
+        """That of :meth:`memory` alone: of one stage, what its weights leave needs no cache to be known. ``chunk``:
+        prompt tokens of a step per rank; an engine that counts them leaves more for more than it takes unasked."""
         stages = self.stages.weights
         one = stages[0] + self.tower_bytes if len(stages) == 1 else self.held(np.asarray(batch), past + new)[0]
-        return self._left(one, *self._beside(batch, new, past))
+        own = self.engine.tokens_per_step(self.device)
+        tokens = None if chunk is None or np.all(np.less_equal(chunk, own)) else np.maximum(chunk, own)
+        return self._left(one, *self._beside(batch, new, past), tokens)
 
-    def _left(self, weights: Size, activations: Size, communication: Size, graphs: Size) -> Size:
-        """What the engine's memory settings leave for the cache beside all these."""
+    def _left(
+        self, weights: Size, activations: Size, communication: Size, graphs: Size, tokens: Size | None = None
+    ) -> Size:
+        """What the engine's memory settings leave for the cache beside all these, with steps of ``tokens``."""
         capacity, context = float(self.device.memory_bytes), self.context_bytes
         share = memory_share(
             self.engine, self.device, self.layout, self.raw.facts.num_experts > 0, self.model.config,
-            phase=self.phase, served=served_with(self.options, self.step.plan.all2all),
+            phase=self.phase, served=served_with(self.options, self.step.plan.all2all), tokens=tokens,
         )
         if self.engine.reserve is not None or self.engine.memory_covers != "weights_and_cache":
             share = share - graphs / capacity  # else they take what is left beside

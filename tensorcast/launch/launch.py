@@ -168,9 +168,10 @@ def launch_encoder(
 
 def sequences_that_fit(
     found: Launch, model: ModelProfile, device: DeviceProfile, layout: Layout, options: Options, *, role: str | None,
-    length: int,
+    length: int, chunk: int | None = None,
 ) -> int:
-    """Sequences of ``length`` tokens that memory holds per data-parallel rank of ``found``.
+    """Sequences of ``length`` tokens that memory holds per data-parallel rank of ``found``. ``chunk``: prompt tokens of
+    a step, where they are said.
 
     Raises :class:`InputError` where not even one fits. Traces the model, unless its trace is cached.
     """  # fmt: skip
@@ -178,7 +179,7 @@ def sequences_that_fit(
     served = _served(f"{found.engine}=={found.version}", role)
     options = replace(options, placement="linear")  # where experts lie changes no memory
     one = deploy(model, device, served, layout, phase, options=options)
-    left, buffers = decode_budget(one, length - 1)
+    left, buffers = decode_budget(one, length - 1, chunk)
     fits = int(room(one, left, one.held(1.0, length)[1] + buffers))
     if fits < 1:
         memory = one.memory(1, 1, length - 1)
@@ -291,14 +292,19 @@ def _share(
     role: str | None, context: int,
 ) -> float:
     """Share of memory that the engine may take, less what it leaves for steps of ``chunk`` prompt tokens per rank and
-    for decode steps of ``batch`` sequences of up to ``context`` tokens."""
+    for decode steps of ``batch`` sequences of up to ``context`` tokens.
+
+    SGLang counts the tokens of all data-parallel ranks for each GPU, before it deals them out (0.5.23,
+    arg_groups/memory_hook.py, parallel_hook.py): of chunks beyond its own that would leave nothing, where it is told
+    no share. Here a GPU's own count."""
     reserve, experts = profile.reserve, case.facts.num_experts
     if device is None or reserve is None:
         return float(profile.memory_fraction)
     dp, reads = attention_dp(case.layout, experts), reserve.pooled and role == "prefill"
+    tokens = min(chunk * dp, max(chunk, profile.tokens_per_step(device)))
     return round(float(memory_share(
         profile, device, case.layout, experts > 0, model.config, phase=role or "",
-        served=served_with(case.options, case.exchange, context=context), tokens=chunk * dp,
+        served=served_with(case.options, case.exchange, context=context), tokens=tokens,
         grown=0.0 if reads else reserve.graph_bytes(batch, dp, 1 + case.options.mtp_depth),
     )), 3)  # fmt: skip
 

@@ -75,7 +75,7 @@ class Reserve(Frozen):
     source: str = Field(min_length=3)
 
     def fixed_bytes(
-        self, capacity: float, tokens: int, ranks: Any, prefill_graphs: int, latent: bool, *, phase: str = "",
+        self, capacity: float, tokens: Any, ranks: Any, prefill_graphs: int, latent: bool, *, phase: str = "",
         exchange: bool = False, grown: Any = 0.0,
     ) -> Any:
         """Terms that the batch does not change. ``prefill_graphs``: sizes of prefill steps that are captured.
@@ -86,7 +86,7 @@ class Reserve(Frozen):
         decodes = self.pooled and phase == "decode"
         graphs = self.latent_prefill_graphs_mib if latent else self.prefill_graph_mib * prefill_graphs
         graphs += self.exchange_prefill_graphs_mib * exchange
-        counted = self.least_tokens if decodes else max(tokens, self.least_tokens)
+        counted = self.least_tokens if decodes else np.maximum(tokens, self.least_tokens)
         fixed = self.constant_mib + self.token_mib * counted + self.rank_mib * ranks
         fixed = fixed + graphs * (prefill_graphs > 0 and not decodes) + grown / MIB
         buffers = self.exchange_mib * (exchange and (decodes or not self.pooled))

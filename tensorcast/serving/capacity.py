@@ -39,10 +39,11 @@ SEVERAL = 256
 """Sequences of a decode step by which its buffers' growth is told: a sum of terms that nearly all grow evenly."""
 
 
-def decode_budget(decode: Deployment, input_len: Number) -> tuple[Number, Number]:
+def decode_budget(decode: Deployment, input_len: Number, chunk: int | None = None) -> tuple[Number, Number]:
     """What decode steps leave for the cache, and how much of it the buffers of each of their sequences take: live
-    activations and what the MoE exchange receives, where they share memory with the cache."""
-    left = np.asarray(decode.cache_budget(np.array([1.0, SEVERAL]), 1, int(input_len)))
+    activations and what the MoE exchange receives, where they share memory with the cache. ``chunk``: see
+    :meth:`Deployment.cache_budget`."""
+    left = np.asarray(decode.cache_budget(np.array([1.0, SEVERAL]), 1, int(input_len), chunk=chunk))
     left = np.broadcast_to(left, (*left.shape[:-1], 2))
     one, several = left if left.ndim == 1 else (left[:, :1], left[:, 1:])
     if decode.engine.memory_covers == "weights_and_cache":
@@ -54,7 +55,8 @@ def decode_budget(decode: Deployment, input_len: Number) -> tuple[Number, Number
 def prefill_budget(prefill: Deployment, *prompts: PromptCut) -> Number:
     """What a full prefill step leaves for the cache; of several cuts of prompts along the last axis."""
     each = np.array([(int(max(cut.per_step, 1.0)), int(cut.tokens), int(cut.past)) for cut in prompts], dtype=float)
-    return prefill.cache_budget(*(each.T if len(each) > 1 else each[0]))
+    batch, tokens, past = each.T if len(each) > 1 else each[0]
+    return prefill.cache_budget(batch, tokens, past, chunk=batch * tokens)
 
 
 def sequence_bytes(decode: Deployment, input_len: Number, output_len: Number, pooled: bool = False) -> Number:

@@ -16,24 +16,26 @@ from tensorcast.profiles.memory import Served, is_latent
 
 def memory_share(
     engine: EngineProfile, device: DeviceProfile, layout: Layout, experts: bool, config: dict[str, Any], *,
-    phase: str = "", served: Served = Served(), tokens: int | None = None, grown: Size = 0.0,
+    phase: str = "", served: Served = Served(), tokens: Size | None = None, grown: Size = 0.0,
 ) -> Size:
     """Share of the device that ``engine`` takes in ``layout``, before decode steps are captured.
 
-    ``phase``: what it runs, if it is one of a pool. ``tokens`` of a server's step: as it takes unasked where not given;
-    ``grown``: bytes of its captured decode steps, where they are known.
+    ``phase``: what it runs, if it is one of a pool. ``tokens`` of a server's step: as it takes unasked where not given,
+    of several the captured steps are those; ``grown``: bytes of its captured decode steps, where they are known.
     """
     if engine.reserve is None:
         return float(engine.memory_fraction)
     capacity, dp = float(device.memory_bytes), attention_dp(layout, experts)
     graphs = engine.prefill_graphs
     captured = engine.prefill_graph_tokens(
-        device, int(np.max(dp)), int(np.max(layout.pp)), config, served, most=tokens, set_aside=True
+        device, int(np.max(dp)), int(np.max(layout.pp)), config, served,
+        most=tokens if isinstance(tokens, int) else None, set_aside=True,
     )
     sizes = graphs.count(captured, served.exchange) if graphs is not None and captured else 0
+    counted = engine.tokens_per_step(device) if tokens is None else tokens
     left = engine.reserve.fixed_bytes(
-        capacity, tokens or engine.tokens_per_step(device), layout.tp * dp * layout.pp, sizes, is_latent(config),
-        phase=phase, grown=grown, exchange=served.exchange in DEEPEP,
+        capacity, counted, layout.tp * dp * layout.pp, sizes, is_latent(config), phase=phase, grown=grown,
+        exchange=served.exchange in DEEPEP,
     )
     share, seen = 1.0 - left / capacity, engine.reserve.vision
     if seen is None or "vision_config" not in config or (engine.reserve.pooled and phase == "decode"):

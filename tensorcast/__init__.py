@@ -11,6 +11,7 @@ from tensorcast.api import (
     device_profile,
     experts,
     explain,
+    explain_limits,
     predict_kernels,
     replay,
     replay_sweep,
@@ -23,7 +24,7 @@ from tensorcast.version import __version__
 
 __all__ = [
     "InputError", "__version__", "compare", "compare_apart", "compare_encoders", "device_profile", "experts", "explain",
-    "predict_kernels", "replay", "replay_sweep", "simulate", "simulate_apart", "simulate_encoder",
+    "explain_limits", "predict_kernels", "replay", "replay_sweep", "simulate", "simulate_apart", "simulate_encoder",
 ]
 
 

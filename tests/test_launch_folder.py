@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import tensorcast as tc
 from tensorcast.cli import app
 from tensorcast.predict.bench_results import with_results
+from tensorcast.predict.cells import layout_cells
 from tensorcast.predict.csv_table import read_table
-from tensorcast.predict.named_layouts import layout_cells
 from tensorcast.predict.predict import predict_file
 from tensorcast.scheduling.pools import parse_servers
 

@@ -67,7 +67,7 @@ def test_layouts_that_read_long_prompts_sooner_are_replayed_too() -> None:
     found = tc.compare(
         "deepseek-v3", device="h200", world_size=32, input_len=12_000, output_len=200, ttft_s=5, tpot_s=0.06
     )
-    assert found.best["prefill_layout"] == "tp1-dp8-ep8"
+    assert found.best is not None and found.best["prefill_layout"] == "tp1-dp8-ep8"
     alone = tc.replay(
         "deepseek-v3", device="h200", layout="4 x tp8-ep8", requests=requests, ttft_s=5, tpot_s=0.06
     ).summary()[GOODPUT]

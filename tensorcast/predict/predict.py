@@ -19,9 +19,8 @@ from tensorcast.errors import InputError
 from tensorcast.parallel import spread, uncollected
 from tensorcast.predict.arrivals import Arrivals
 from tensorcast.predict.bench_results import with_results
-from tensorcast.predict.cells import MOST_NAMED, is_empty, plain_number
+from tensorcast.predict.cells import MOST_NAMED, is_empty, layout_cells, plain_number
 from tensorcast.predict.csv_table import read_table
-from tensorcast.predict.named_layouts import layout_cells
 from tensorcast.predict.run_columns import COLUMNS, MEASURED, Run, canonical_columns, read_run
 from tensorcast.predict.serve_runs import load_engine_once, serve
 from tensorcast.serving.interval import served_interval

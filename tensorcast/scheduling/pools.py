@@ -65,6 +65,18 @@ def parse_servers(text: str) -> tuple[Servers, ...]:
     )
 
 
+def filling(text: str, world_size: int) -> str:
+    """Servers as they are written; one alone as often as it fills ``world_size`` GPUs. Raises :class:`InputError` where
+    there are not so many."""
+    servers = parse_servers(text)
+    gpus = sum(one.count * one.layout.world_size for one in servers)
+    if gpus > world_size:
+        raise InputError(f"layout {text!r}: has {gpus} GPUs, more than --world-size {world_size}")
+    if len(servers) > 1 or servers[0].count > 1 or world_size % gpus:
+        return text
+    return str(replace(servers[0], count=world_size // gpus))
+
+
 def layout_for(phase: str, text: str, world_size: int, device: DeviceProfile) -> Layout:
     """The layout that serves ``phase`` in a deployment: of pools that phase's, of several servers one.
 

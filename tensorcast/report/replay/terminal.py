@@ -17,16 +17,16 @@ def print_replay(found: Outcome, console: Console, skipped: int = 0) -> None:
     numbers = found.summary()
     console.print(Text(words.headline(found, numbers), style="bold"))
     if found.served:
-        console.print(_table(*words.times_table(found, numbers)))
+        console.print(plain_table(*words.times_table(found, numbers)))
         lines = Table.grid(padding=(0, 2, 0, 0))
         lines.add_column(style="dim", no_wrap=True)
         lines.add_column()
         for name, said in words.rates(found, numbers):
             lines.add_row(name, said)
         console.print(lines)
-        console.print(_table(*words.causes_table(found)))
+        console.print(plain_table(*words.causes_table(found)))
         if len(found.broken()):
-            console.print(_table(*words.broken_table(found)))
+            console.print(plain_table(*words.broken_table(found)))
             for line in words.worst(found):
                 console.print(Text(line, style="dim"))
     if skipped:
@@ -35,7 +35,8 @@ def print_replay(found: Outcome, console: Console, skipped: int = 0) -> None:
         console.print(Text(f"note: {note}", style="dim"))
 
 
-def _table(head: list[str], rows: list[list[str]]) -> Table:
+def plain_table(head: list[str], rows: list[list[str]]) -> Table:
+    """A table whose first column is of words."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for i, name in enumerate(head):
         table.add_column(name, justify="left" if i == 0 else "right")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 from tensorcast.cost.kernels.vocabulary import PRECISION, source_of
 from tensorcast.deploy.layout import Layout
+from tensorcast.errors import InputError
+from tensorcast.modeling.moe.backends import BACKENDS, choose_backend
 from tensorcast.profiles.config_values import is_one_of, text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
@@ -124,3 +126,30 @@ def kernels_of(engine: EngineProfile, architecture: str, config: dict[str, Any],
         # all that it is of stays alive in it, so that their ids stay their own
         _kernels[key] = Kernels(engine.lacking, architecture, config, whole)
     return _kernels[key]
+
+
+BACKEND_OF = {"high_throughput": "contiguous", "low_latency": "masked"}
+"""Layout in which an exchange delivers rows, and so the grouped GEMM that reads them (DeepEP with DeepGEMM)."""
+
+
+def choose_experts_backend(
+    wanted: str, all2all: str, engine: EngineProfile, device: DeviceProfile, phase: Any
+) -> str:
+    """The experts backend that runs: the wanted one, else what the exchange delivers to, else the engine's.
+
+    ``wanted``: a name, or names by phase or sub-config, as :func:`choose_backend` reads them. Where the engine is
+    transformers itself, its own rule holds: on a GPU ``grouped_mm`` decodes as ``batched_mm``.
+    """
+    by_rule = engine.experts_backend.get("decode") == "batched_mm" and device.name != "cpu"
+    if wanted != "auto":
+        chosen = _read_backend(wanted, phase, device="cuda" if by_rule else "cpu")
+        if chosen not in ("auto", *BACKENDS):
+            raise InputError(f"--experts-backend {chosen}: registered by you; it runs, but has no price")
+        if chosen != "auto":
+            return chosen
+    default = BACKEND_OF.get(all2all) or engine.experts_backend.get(phase, "grouped_mm")
+    return "grouped_mm" if default == "batched_mm" and not by_rule else default
+
+
+_read_backend = cache(partial(choose_backend, part="text_config", auto={}))
+"""What is wanted of the language model, read once: plans are many."""

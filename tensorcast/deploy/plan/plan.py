@@ -9,8 +9,9 @@ gathered. Pipeline stages hand on hidden state and residual.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 from tensorcast.cost.collectives import group_extent
@@ -18,9 +19,14 @@ from tensorcast.cost.work import Size
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
 from tensorcast.deploy.layout import ALL2ALL, Layout, attention_dp
 from tensorcast.deploy.options import EXCHANGES, Options
-from tensorcast.deploy.plan.kernels import attended_by, attention_kernels, gemm_rules, multiplied_by
+from tensorcast.deploy.plan.kernels import (
+    attended_by,
+    attention_kernels,
+    choose_experts_backend,
+    gemm_rules,
+    multiplied_by,
+)
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.modeling.moe.backends import BACKENDS, choose_backend
 from tensorcast.modeling.quantization import SCHEMES, Scheme, rounded_hidden
 from tensorcast.profiles.config_values import is_one_of
 from tensorcast.profiles.device import DeviceProfile
@@ -53,6 +59,11 @@ class Collective:
     exchange: dict[str, Any] = field(default_factory=dict)
     label: str = ""
 
+    @property
+    def said(self) -> Hashable:
+        """All but how much moves, and how far."""
+        return self.op, self.module, self.kind, self.group, self.label, bool(self.exchange)
+
     def beside(self, op: Op) -> Collective:
         """The same in the module and layer of an op."""
         _, _, _, *rest = vars(self).values()
@@ -76,6 +87,21 @@ class Plan:
     backend: str
     form: BlockForm
     joins: bool = False
+
+    @cached_property
+    def frame(self) -> Plan:
+        """The first of all plans that differ in their collectives' sizes alone: what holds for all is kept with it."""
+        said = tuple([id(row) if isinstance(row, Op) else row.said for row in self.rows])
+        if said not in _frames:
+            while len(_frames) >= MOST_FRAMES:
+                del _frames[next(iter(_frames))]
+            _frames[said] = self  # its ops stay alive, so that their ids stay their own
+        return _frames[said]
+
+
+MOST_FRAMES = 2048
+
+_frames: dict[tuple[Hashable, ...], Plan] = {}
 
 
 def choose_all2all(wanted: str, layout: Layout, engine: EngineProfile, phase: Any, *, split: bool = False) -> str:
@@ -143,33 +169,6 @@ COMBINES = {
 }
 """What results can travel back in. ``logfmt10``: ten bits a number and four bytes per 128, only in DeepEP's low-latency
 kernels (bytes as github.com/deepseek-ai/DeepEP counts them, tests/legacy/test_low_latency.py)."""
-
-
-BACKEND_OF = {"high_throughput": "contiguous", "low_latency": "masked"}
-"""Layout in which an exchange delivers rows, and so the grouped GEMM that reads them (DeepEP with DeepGEMM)."""
-
-
-def choose_experts_backend(
-    wanted: str, all2all: str, engine: EngineProfile, device: DeviceProfile, phase: Any
-) -> str:
-    """The experts backend that runs: the wanted one, else what the exchange delivers to, else the engine's.
-
-    ``wanted``: a name, or names by phase or sub-config, as :func:`choose_backend` reads them. Where the engine is
-    transformers itself, its own rule holds: on a GPU ``grouped_mm`` decodes as ``batched_mm``.
-    """
-    by_rule = engine.experts_backend.get("decode") == "batched_mm" and device.name != "cpu"
-    if wanted != "auto":
-        chosen = _read_backend(wanted, phase, device="cuda" if by_rule else "cpu")
-        if chosen not in ("auto", *BACKENDS):
-            raise InputError(f"--experts-backend {chosen}: registered by you; it runs, but has no price")
-        if chosen != "auto":
-            return chosen
-    default = BACKEND_OF.get(all2all) or engine.experts_backend.get(phase, "grouped_mm")
-    return "grouped_mm" if default == "batched_mm" and not by_rule else default
-
-
-_read_backend = cache(partial(choose_backend, part="text_config", auto={}))
-"""What is wanted of the language model, read once: plans are many."""
 
 
 def make_plan(

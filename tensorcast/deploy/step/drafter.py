@@ -13,10 +13,12 @@ and SGLang 0.5.23 (``srt/speculative/``) run them alike:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,11 +26,13 @@ from tensorcast.cost.collectives import group_extent
 from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.plan.plan import Collective, Row
+from tensorcast.deploy.step.sums import RecipePart
 from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.model import ModelProfile
+from tensorcast.profiles.sourced import Figure
 from tensorcast.trace.dims import Dim
-from tensorcast.trace.table import Op, Tensor
+from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, per_table
 
 BLOCK = ("dflash", "dspark")
 """What drafts all tokens in one pass."""
@@ -270,3 +274,67 @@ def _norm(width: int) -> Op:
 def _pointwise(label: str, inputs: Sequence[int], outputs: Sequence[int], weights: Sequence[int] = ()) -> Op:
     read = (*map(_activation, inputs), *(Tensor((Dim(w),), "bfloat16", weight="draft.norm") for w in weights))
     return Op("pointwise", "draft", -1, read, tuple(map(_activation, outputs)), attrs={"label": label})
+
+
+class Beside(NamedTuple):
+    """``rows`` behind a plan's, ``parts`` beside the plan's own, and by position what rows are called in these."""
+
+    rows: tuple[Row, ...]
+    parts: tuple[RecipePart, ...]
+    named: Mapping[int, Row]
+
+
+NOTHING = Beside((), (), {})
+"""Of a step that drafts none."""
+
+
+def beside(planned: Sequence[Row], table: OpTable, drafter: Drafter | None, copies: Figure | None) -> Beside:
+    """What drafts tokens beside the ``planned`` rows, and the ``copies`` of accepted states that an engine makes."""
+    rows, parts, named = list[Row](), list[RecipePart](), dict[int, Row]()
+    if drafter is None:
+        named = _own_layer(planned, table)
+        rows.append(_projection(table))
+        parts.append(RecipePart(tuple(named), (1,) * len(named), drafts=True))
+    else:
+        for some in (drafter.once, drafter.again, drafter.heads):
+            first = len(planned) + len(rows)
+            rows += [row for row, _ in some]
+            where, often = tuple(range(first, first + len(some))), tuple([n for _, n in some])
+            parts.append(RecipePart(where, often, drafts=some is not drafter.once))
+    if copies is not None and (kept := _kept_states(table, copies.value)) is not None:
+        parts.append(RecipePart((len(planned) + len(rows),), (1,), drafts=True))
+        rows.append(kept)
+    return Beside(tuple(rows), tuple(parts), named)
+
+
+def _own_layer(planned: Sequence[Row], table: OpTable) -> dict[int, Row]:
+    """What drafts a token, by position (the projection stands behind the plan's rows): a layer of the last kind and
+    the head (DeepSeek-V3, section 2.2), after hidden state and embedding are projected together."""
+    last = table.layer_kinds[-1]
+    drafting = {len(planned): _projection(table)} | {
+        i: row for i, row in enumerate(planned)
+        if row.kind == last or (row.kind < 0 and row.module.startswith("lm_head"))
+    }
+    return {i: replace(row, module=f"mtp.{row.module}") for i, row in drafting.items()}
+
+
+@per_table
+def _projection(table: OpTable) -> Op:
+    """``[T,2H] x [2H,H]``"""
+    hidden = float(table.facts.hidden_size)
+    joined = Tensor((Dim(1, B=1), Dim(2 * hidden)), "bfloat16")
+    weight = Tensor((Dim(2 * hidden), Dim(hidden)), "bfloat16", weight="eh_proj.weight")
+    return Op("mm", "eh_proj", -1, (joined, weight), (Tensor((Dim(1, B=1), Dim(hidden)), "bfloat16"),))
+
+
+@per_table
+def _kept_states(table: OpTable, moved: float) -> Op | None:
+    """Copies of each sequence's accepted states, of all layers together, at ``moved`` states of traffic for each; None
+    where there are none."""
+    layers, found = Counter(table.layer_kinds), list[Tensor]()
+    for op in table.ops:
+        if op.name in STATEFUL:
+            state = op.outputs[1]
+            numbers = math.prod(dim.coef for dim in state.dims[1:]) * layers[op.kind] * moved / 2
+            found.append(Tensor((Dim(1, B=1), Dim(numbers)), state.dtype))
+    return Op("copy_", "accepted_states", -1, tuple(found), tuple(found)) if found else None

@@ -20,7 +20,7 @@ from tensorcast.cost.formulas import Context
 from tensorcast.cost.kernels.corrections import BatchedCorrections, SeveralCorrections
 from tensorcast.cost.row_seconds import RowSeconds
 from tensorcast.cost.work import Array, Size
-from tensorcast.deploy.plan.plan import Collective, Row
+from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.alike import Content, content_of, joined_op, numbered
 from tensorcast.deploy.step.many_sums import Numbers, Places, StepCases, StepPrices
 from tensorcast.deploy.step.price import RowPrice
@@ -83,16 +83,16 @@ class _Alike:
 
 class _Sheet(NamedTuple):
     """Ops of a recipe, those that are alike once, by their contents' ``numbers``: the kernels that they are ``like``,
-    the number of the sizes that each is priced at, its ``kind`` (:func:`_kind`); which of them are ``experts``; and the
-    ``places`` of all ops among them."""
+    the number of the sizes that each is priced at, its ``kind`` (:func:`_kind`); which of them are ``experts``; of all
+    rows the ``places`` among them, and which rows are ``collectives``."""
 
-    ops: tuple[Row, ...]
     numbers: Places
     like: Places
     sizes: Places
     kinds: Places
-    experts: tuple[int, ...]
     places: Places
+    experts: tuple[int, ...]
+    collectives: tuple[int, ...]
 
 
 def _kind(content: Content, where: int) -> int:
@@ -100,33 +100,27 @@ def _kind(content: Content, where: int) -> int:
     return content.by_phase + 2 * content.routed + 4 * where
 
 
-MOST_SHEETS = 8192
-"""Of recipes."""
-
-_sheets: dict[Hashable, _Sheet] = {}
-
-
 def _sheet_of(recipe: Recipe, at: tuple[int, ...]) -> _Sheet:
-    """The sheet of a recipe; ``at``: the number of the sizes of rows by the :class:`Place` where they stand. Kept by
-    what the ops are, which stay alive in it, so that their ids stay their own."""
-    ops = tuple(filter(None, recipe.said))
-    stand = [one for one, op in zip(recipe.stand, recipe.said, strict=True) if op] if any(at) else []
-    key = ops, at, *stand
-    if key not in _sheets:
-        while len(_sheets) >= MOST_SHEETS:
-            del _sheets[next(iter(_sheets))]
-        rows = [row for row in recipe.rows if isinstance(row, Op)]
-        each = [(content_of(row), at[one]) for row, one in zip(rows, stand or [0] * len(rows), strict=True)]
-        contents = {(content.number, where): (content, where) for content, where in each}
-        numbers = {name: i for i, name in enumerate(contents)}
-        table = np.array([
-            (content.number, content.like, where, _kind(content, where)) for content, where in contents.values()
-        ], dtype=int).reshape(-1, 4)  # fmt: skip
-        experts = [i for i, (content, _) in enumerate(contents.values()) if content.op.name == "grouped_matmul"]
-        places = np.array([numbers[content.number, where] for content, where in each], dtype=int)
-        numbers_of, like, sizes, kinds = table.T.copy()
-        _sheets[key] = _Sheet(tuple(rows), numbers_of, like, sizes, kinds, tuple(experts), places)
-    return _sheets[key]
+    """The sheet of a recipe; ``at``: the number of the sizes of rows by the :class:`Place` where they stand."""
+    known: dict[tuple[int, ...], _Sheet] = vars(recipe).setdefault("sheets", {})
+    if at not in known:
+        contents, places = dict[tuple[int, int], tuple[int, Content]](), list[int]()
+        for op, stands in zip(recipe.ops, recipe.stand, strict=True):
+            if op is None:
+                places.append(-1)
+            else:
+                content = content_of(op)
+                places.append(contents.setdefault((content.number, at[stands]), (len(contents), content))[0])
+        each = [(where, content) for (_, where), (_, content) in contents.items()]
+        numbers, like, sizes, kinds = np.array([
+            (content.number, content.like, where, _kind(content, where)) for where, content in each
+        ], dtype=int).reshape(-1, 4).T.copy()  # fmt: skip
+        known[at] = _Sheet(
+            numbers, like, sizes, kinds, np.array(places),
+            experts=tuple([i for i, (_, one) in enumerate(each) if one.op.name == "grouped_matmul"]),
+            collectives=tuple([i for i, place in enumerate(places) if place < 0]),
+        )
+    return known[at]
 
 
 class _Waiting(NamedTuple):
@@ -162,7 +156,8 @@ class Many:
         numbers = tuple([next(i for i, one in enumerate(contexts) if one is at.contexts[place]) for place in apart])
         sizes = [[_size(context, name) for name in (*PLAIN, *ROUTED)] for context in contexts]
         shape = np.broadcast_shapes(*{np.shape(size) for one in sizes for size in one})
-        recipe = step.recipe(at.draft is not None)
+        drafting = at.draft is not None
+        recipe, rows = step.recipe(drafting), step.rows(drafting)
         one = StepCases(number, step, batch, at, recipe, shape, self._case)
         for own in sizes:
             self._sizes.append((self._case, shape, own))
@@ -178,11 +173,9 @@ class Many:
             context, content = contexts[sheet.sizes[i]], numbered(sheet.numbers[i])
             more = self._of_experts(content.op, pricer, context)
             codes[i] = (content.like << 32) + self._number((told[sheet.kinds[i]], *more))
-        said = np.array(recipe.said)
-        one.rows, mine = np.empty(len(said), dtype=int), dict[Hashable, int]()
-        one.rows[said != 0] = sheet.places
-        for i in np.flatnonzero(said == 0).tolist():
-            row, where = cast(Collective, recipe.rows[i]), numbers[recipe.stand[i]]
+        one.rows, mine = sheet.places.copy(), dict[Hashable, int]()
+        for i in sheet.collectives:
+            row, where = cast(Collective, rows[i]), numbers[recipe.stand[i]]
             key, many = _of_collective(row, pricer), len(mine)
             one.rows[i] = place = mine.setdefault((*key, float(row.scale), where), len(codes) + many)
             if len(mine) > many:

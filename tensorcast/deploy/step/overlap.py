@@ -40,7 +40,7 @@ class Overlap:
     ``positions``: of the plan's rows, by layer kind and place (:func:`_place`).
     """
 
-    positions: dict[int, dict[str, list[int]]]
+    positions: Positions
     external: bool
     contention: Contention | None
     stream_tokens: Size
@@ -53,26 +53,15 @@ class Overlap:
         cls, plan: Plan, table: OpTable, engine: EngineProfile, options: Options, captured: bool, *,
         decode: bool = False,
     ) -> Overlap:
-        blocks = moe_blocks(table)
-        apart = {} if table.facts.fused_experts else blocks  # of fused ones only a gate is left, ahead of the experts
-        positions: dict[int, dict[str, list[int]]] = {}
         halved = engine.halved_steps
         # an engine that halves no steps is asked what it would take in DeepSeek's order
         staged = decode if halved is None else ("decode" if decode else "prefill") in halved.two_stages
         late = halved is not None and halved.shared_last
-        cores = {
-            row.kind: i for i, row in reversed([*enumerate(plan.rows)])
-            if isinstance(row, Op) and row.name in PER_SEQUENCE
-        } if staged else {}
-        for i, row in enumerate(plan.rows):
-            if row.kind in blocks:
-                place = _place(row, apart)
-                place = "before" if staged and place == "rest" and i < cores.get(row.kind, 0) else place
-                positions.setdefault(row.kind, {}).setdefault(place, []).append(i)
         limit = engine.shared_expert_stream_tokens
         tokens = float(limit) if limit is not None and captured else 0.0
         inside = plan.all2all != "none" and inside_experts(options.all2all)
         contention = None if inside else CONTENTION.get(plan.all2all)
+        positions = _positions(plan.frame, table, staged)
         return cls(positions, options.external_shared_experts > 0, contention, tokens, staged, late, inside)
 
     def hidden(self, layers: Array, busy: Array, tokens: Size, dual: bool | np.ndarray) -> Array:
@@ -119,6 +108,28 @@ class Overlap:
             both_halves = np.stack([2.0 * saved + overlapped, np.clip(overlapped, 0.0, 2.0 * moves)])
             whole[:] = np.where(halved, both_halves, whole)
         return found
+
+
+Positions = dict[int, dict[str, list[int]]]
+
+
+def _positions(plan: Plan, table: OpTable, staged: bool) -> Positions:
+    """As :class:`Overlap` has them, found once for all plans of a frame."""
+    known: dict[tuple[bool, bool], Positions] = vars(plan).setdefault("positions", {})
+    fused = table.facts.fused_experts > 0  # of which only a gate is left, ahead of the experts
+    if (staged, fused) not in known:
+        blocks = moe_blocks(table)
+        cores = {
+            row.kind: i for i, row in reversed([*enumerate(plan.rows)])
+            if isinstance(row, Op) and row.name in PER_SEQUENCE
+        } if staged else {}
+        found = known[staged, fused] = {}
+        for i, row in enumerate(plan.rows):
+            if row.kind in blocks:
+                place = _place(row, {} if fused else blocks)
+                place = "before" if staged and place == "rest" and i < cores.get(row.kind, 0) else place
+                found.setdefault(row.kind, {}).setdefault(place, []).append(i)
+    return known[staged, fused]
 
 
 def _place(row: Row, blocks: dict[int, str]) -> str:

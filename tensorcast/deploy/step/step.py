@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from tensorcast.cost.work import Array, Size
 from tensorcast.deploy.plan.plan import Plan, Row
 from tensorcast.deploy.step.alike import Questions
 from tensorcast.deploy.step.asked_rows import AskedRows, Memo, Named, SizesOfAll, Waiting, named, store_keys
+from tensorcast.deploy.step.drafter import NOTHING, Beside, Drafter, beside
 from tensorcast.deploy.step.overlap import Overlap
 from tensorcast.deploy.step.pipeline_stages import (
     FIRST,
@@ -32,11 +32,7 @@ from tensorcast.deploy.step.price import OTHER_VENDOR_ERROR, Overheads, Part, Ro
 from tensorcast.deploy.step.row_prices import RowPricer
 from tensorcast.deploy.step.sizes import Batches, Place, StepSizes
 from tensorcast.deploy.step.sums import Recipe, RecipePart, Sums, Totals, TotalsOfSteps, recipe_of, sums_of_steps
-from tensorcast.trace.dims import Dim
-from tensorcast.trace.table import STATEFUL, Op, OpTable, Tensor, per_table
-
-if TYPE_CHECKING:
-    from tensorcast.deploy.step.drafter import Drafter
+from tensorcast.trace.table import OpTable
 
 Rows = NDArray[np.intp]
 
@@ -74,33 +70,32 @@ class Step:
         """Step time alone."""
         return self.price(batch, new, past).seconds
 
+    def rows(self, drafting: bool) -> tuple[Row, ...]:
+        """What is asked of a step that drafts tokens, or drafts none: the plan's rows, and behind them what drafts."""
+        return (*self.plan.rows, *self._beside.rows) if drafting else self.plan.rows
+
     def recipe(self, drafting: bool) -> Recipe:
-        """What is asked and added up of a step that drafts tokens, or drafts none; made once."""
-        known: dict[bool, Recipe] = vars(self).setdefault("recipes", {})
-        if drafting not in known:
-            layers, rows = Counter(self.table.layer_kinds), self.plan.rows
+        """What is added up of these, one object for all steps whose plans have one frame."""
+        table, positions, more = self.table, self.overlap.positions, self._beside if drafting else NOTHING
+        ends = table.ends if self.sizes.ends else frozenset[int]()
+        key = table.layer_kinds, id(positions), ends, more.parts, *map(id, more.rows)
+        known: dict[Hashable, tuple[Recipe, Any]] = vars(self.plan.frame).setdefault("recipes", {})
+        if key not in known:
+            layers, rows = Counter(table.layer_kinds), self.plan.rows
             end = len(rows) - (place_of(rows[-1]) == HAND_OVER)
             calls = tuple([layers[row.kind] if row.kind >= 0 else 1 for row in rows[:end]])
-            parts, more = [RecipePart(rows[:end], tuple(range(end)), calls)], list[Row]()
-            parts.append(RecipePart(rows[end:], tuple(range(end, len(rows))), (1,) * (len(rows) - end)))
-            if drafting and self.drafter is None:
-                drafts, more = self._drafts, [_projection(self.table)]
-                parts.append(RecipePart(tuple(drafts.values()), tuple(drafts), (1,) * len(drafts), drafts=True))
-            elif drafting and self.drafter is not None:
-                for some in (self.drafter.once, self.drafter.again, self.drafter.heads):
-                    first, own = len(rows) + len(more), tuple([row for row, _ in some])
-                    where, more = tuple(range(first, first + len(own))), [*more, *own]
-                    often = tuple([n for _, n in some])
-                    parts.append(RecipePart(own, where, often, drafts=some is not self.drafter.once))
-            moved = self.pricer.engine.state_copies if drafting else None
-            if moved is not None and (kept := _kept_states(self.table, moved.value)) is not None:
-                parts.append(RecipePart((kept,), (len(rows) + len(more),), (1,), drafts=True))
-                more.append(kept)
-            known[drafting] = recipe_of(
-                (*rows, *more), tuple(parts), places=(*layers, FIRST, LAST, HAND_OVER), planned=len(rows),
-                positions=self.overlap.positions, ends=self.table.ends if self.sizes.ends else frozenset(),
+            own = RecipePart(tuple(range(end)), calls)
+            handed_on = RecipePart(tuple(range(end, len(rows))), (1,) * (len(rows) - end))
+            made = recipe_of(
+                (*rows, *more.rows), (own, handed_on, *more.parts), places=(*layers, FIRST, LAST, HAND_OVER),
+                planned=len(rows), positions=positions, ends=ends,
             )
-        return known[drafting]
+            known[key] = made, (positions, more)  # which stay alive, so that their ids stay their own
+        return known[key][0]
+
+    @cached_property
+    def _beside(self) -> Beside:
+        return beside(self.plan.rows, self.table, self.drafter, self.pricer.engine.state_copies)
 
     def times(self, at: Batches) -> list[Size]:
         """How often each part of the rows runs at every batch."""
@@ -169,11 +164,7 @@ class Step:
             unsure = np.hypot(unsure, spent.kernels_error * among[0])
         shares = levels / np.maximum(levels.sum(axis=0), 1e-30)
         return StepPrice(
-            parts=tuple([
-                Part(part.rows, tuple([found[j] for j in part.where]), part.calls, n,
-                     at.draft if part.drafts else at.own)
-                for part, n in zip(recipe.parts, self.times(at), strict=True)
-            ]) if found else (),
+            parts=self._parts(found, at) if found else (),
             tally=Tally(
                 errors, among[0], among[1], among[2], among[3], dict(zip(LEVELS, shares, strict=True))
             ),
@@ -185,39 +176,16 @@ class Step:
             error=np.sqrt(off + unsure**2) / np.maximum(among[0] + overhead, 1e-30),
         )
 
-    @cached_property
-    def _drafts(self) -> dict[int, Row]:
-        """What drafts a token, by position (the projection stands behind the plan's rows): a layer of the last kind
-        and the head (DeepSeek-V3, section 2.2), after hidden state and embedding are projected together."""
-        rows, last = self.plan.rows, self.table.layer_kinds[-1]
-        drafting = {len(rows): _projection(self.table)} | {
-            i: row for i, row in enumerate(rows)
-            if row.kind == last or (row.kind < 0 and row.module.startswith("lm_head"))
-        }
-        return {i: replace(row, module=f"mtp.{row.module}") for i, row in drafting.items()}
-
-
-@per_table
-def _projection(table: OpTable) -> Op:
-    """``[T,2H] x [2H,H]``"""
-    hidden = float(table.facts.hidden_size)
-    joined = Tensor((Dim(1, B=1), Dim(2 * hidden)), "bfloat16")
-    weight = Tensor((Dim(2 * hidden), Dim(hidden)), "bfloat16", weight="eh_proj.weight")
-    return Op("mm", "eh_proj", -1, (joined, weight), (Tensor((Dim(1, B=1), Dim(hidden)), "bfloat16"),))
-
-
-@per_table
-def _kept_states(table: OpTable, moved: float) -> Op | None:
-    """Copies of each sequence's accepted states, of all layers together, at ``moved`` states of traffic for each; None
-    where there are none."""
-    layers, found = Counter(table.layer_kinds), list[Tensor]()
-    for op in table.ops:
-        if op.name in STATEFUL:
-            state = op.outputs[1]
-            numbers = math.prod(dim.coef for dim in state.dims[1:]) * layers[op.kind] * moved / 2
-            found.append(Tensor((Dim(1, B=1), Dim(numbers)), state.dtype))
-    return Op("copy_", "accepted_states", -1, tuple(found), tuple(found)) if found else None
-
+    def _parts(self, found: Sequence[RowPrice], at: Batches) -> tuple[Part, ...]:
+        """The prices ``found`` of the rows by part."""
+        drafting = at.draft is not None
+        rows, parts = self.rows(drafting), self.recipe(drafting).parts
+        drafts = self._beside.named if drafting else {}
+        return tuple([
+            Part(tuple([(part.drafts and drafts.get(j)) or rows[j] for j in part.where]),
+                 tuple([found[j] for j in part.where]), part.calls, n, at.draft if part.drafts else at.own)
+            for part, n in zip(parts, self.times(at), strict=True)
+        ])
 
 Asked = tuple[Step, Size, Size, Size]
 """A step, and the batch, new and cached tokens to price it at: numbers, or arrays that broadcast."""
@@ -250,7 +218,7 @@ def _sheet_of(steps: Sequence[Step], drafting: bool, apart: tuple[int, ...]) -> 
             ), "here": i}
             kept = i if memo is None else (id(memo.plain), id(memo.routed))
             place = list[int]()
-            for row, stands in zip(recipe.rows, recipe.stand, strict=True):
+            for row, stands in zip(step.rows(drafting), recipe.stand, strict=True):
                 one, where = named(row), apart[stands]
                 own = (where, i) if where & Place.EXPERTS else where  # every step has as many chunks as it needs
                 number = numbers.setdefault((own, kept, one.store, stores[one.store], one.name), len(asked))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.work import Array, Size
-from tensorcast.deploy.plan.plan import Collective, Row
+from tensorcast.deploy.plan.plan import Row
 from tensorcast.deploy.step.overlap import KIND_SUMS, PER_SEQUENCE
 from tensorcast.deploy.step.pipeline_stages import launches_of, place_of
 from tensorcast.deploy.step.price import RowPrice, Where, pick
@@ -35,18 +35,16 @@ Rows = NDArray[np.intp]
 class RecipePart(NamedTuple):
     """Rows that run equally often up to their ``calls``, by position; ``drafts``: at the sizes of drafts."""
 
-    rows: tuple[Row, ...]
     where: tuple[int, ...]
     calls: tuple[int, ...]
     drafts: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
-    """What is added up of the prices of ``rows``: by place in the plan, as a layer of each kind overlaps, and of each
-    of the ``parts``."""
+    """What is added up of the prices of a step's rows: by place in the plan, as a layer of each kind overlaps, and of
+    each of the ``parts``."""
 
-    rows: tuple[Row, ...]
     parts: tuple[RecipePart, ...]
     places: tuple[int, ...]
     """Layer kinds, and places outside the layers."""
@@ -57,8 +55,8 @@ class Recipe:
     weights: tuple[Array, Array, Array]
     """Of every row: in sums of seconds, in sums of busy seconds, and how often it runs in each part. One object for
     all recipes that add up alike."""
-    said: tuple[int, ...]
-    """What its ops are, by their identity; 0 of collectives."""
+    ops: tuple[Op | None, ...]
+    """Of every row; none of collectives."""
     launches: dict[int, float]
     """Kernels that the host launches in one pass over the plan, by place."""
 
@@ -106,12 +104,11 @@ def recipe_of(
 ) -> Recipe:
     """The recipe of ``rows``, of which the first ``planned`` are the plan's; ``positions``: as
     :class:`~tensorcast.deploy.step.overlap.Overlap` has them; ``ends``: kinds of layers that run on prompts' ends."""
-    said = tuple([0 if isinstance(row, Collective) else id(row) for row in rows])
     roles = tuple(map(_role_of, rows))
     overlapping = tuple([
         (kind, *((name, *where) for name, where in positions[kind].items())) for kind in sorted(positions)
     ])
-    key = roles, tuple([part[1:] for part in parts]), places, planned, overlapping
+    key = roles, parts, places, planned, overlapping
     if (found := _weights.get(key)) is None:
         while len(_weights) >= MOST_RECIPES:
             del _weights[next(iter(_weights))]
@@ -140,7 +137,8 @@ def recipe_of(
             inside | Place.ENDS * (row.kind in ends and EVERY_TOKEN not in row.module)
             for inside, row in zip(stand, rows, strict=True)
         ])
-    return Recipe(rows, parts, places, len(positions), stand, weights, said, launches)
+    ops = tuple([row if isinstance(row, Op) else None for row in rows])
+    return Recipe(parts, places, len(positions), stand, weights, ops, launches)
 
 
 PartSums = tuple[Array, Array, Array]

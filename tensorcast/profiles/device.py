@@ -1,9 +1,11 @@
 """What a device profile says: peaks, memory, interconnect tiers, and fitted kernel constants."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from tensorcast.errors import InputError
 from tensorcast.profiles.sourced import Figure, Frozen, Number
 
 ComputeDtype = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4"]
@@ -79,6 +81,7 @@ class Calibration(Frozen):
     dropped: dict[str, int] = Field(default={}, description="measured rows left out, by family and reason")
     kernels: tuple[KernelConstants, ...] = ()
     collectives: tuple[CollectiveConstants, ...] = ()
+    lent_by: str = Field(default="", description="the device that it was measured on, where that is another; made here")
 
 
 class DeviceProfile(Frozen):
@@ -93,6 +96,9 @@ class DeviceProfile(Frozen):
     processors: int = Field(ge=1, description="SMs, CUs or cores that run tiles side by side")
     kin: str = Field(
         default="", description="a device of this architecture whose kernels tell what one dtype takes by another"
+    )
+    same_chip: str = Field(
+        default="", description="the device whose chip it is, with other memory or links: kernels go by its calibration"
     )
     whole_tiles: bool = Field(default=True, description="matmuls run in the tiles of GPU libraries, padded to them")
     peak_flops: dict[ComputeDtype, Figure] = Field(description="dense, no sparsity")
@@ -124,6 +130,43 @@ class DeviceProfile(Frozen):
         return self
 
     @property
+    def timed_on(self) -> str:
+        """The device that its kernels were timed on; empty where none were."""
+        return (self.calibration.lent_by or self.name) if self.calibration is not None else ""
+
+    @property
     def world_limit(self) -> int:
         """GPUs in the largest domain that the profile describes."""
         return self.interconnect[-1].size
+
+
+MOST_TIMED = 64
+"""Devices that are kept with what was timed on another."""
+
+_timed: dict[tuple[int, int], tuple[DeviceProfile, DeviceProfile, DeviceProfile]] = {}
+"""By identities of a device and of the one whose chip it is, which stay alive here."""
+
+
+def timed_as(device: DeviceProfile, read: Callable[[str], DeviceProfile]) -> DeviceProfile:
+    """A device that no kernel was timed on, with what was on another with the same chip (:attr:`same_chip`, which is
+    ``read`` by its name): fractions of its own peaks and bandwidths. The same object every time.
+
+    Raises :class:`InputError` for a chip that there is no profile of, or no calibration.
+    """
+    if device.calibration is not None:
+        return device
+    try:
+        chip = read(device.same_chip)
+    except InputError as error:
+        raise InputError(f"device {device.name}: same_chip: {error}") from None
+    if chip.calibration is None:
+        raise InputError(f"device {device.name}: same_chip: {chip.name} has no calibration; name one that has")
+    key = id(device), id(chip)
+    if key not in _timed:
+        while len(_timed) >= MOST_TIMED:
+            del _timed[next(iter(_timed))]
+        said = f"as on {chip.name}, the same chip: {chip.calibration.provenance}"
+        lent = chip.calibration.model_copy(update={"provenance": said, "lent_by": chip.name})
+        changes = {"calibration": lent, "experts_held": chip.experts_held}
+        _timed[key] = device, chip, device.model_copy(update=changes)
+    return _timed[key][-1]

@@ -2,8 +2,7 @@
 
 Folders searched, first match wins: the user's (``TENSORCAST_PROFILES``), then the shipped ones. Each holds ``models/``,
 ``devices/`` and ``engines/`` with one ``NAME.yaml`` per profile. Nothing heavy is imported before a file is read. Every
-call returns a fresh object, so a caller cannot spoil another's; checked profiles are kept on disk, beside the traces.
-"""
+call returns an object that nobody changes; checked profiles are kept on disk, beside the traces."""
 
 from __future__ import annotations
 
@@ -55,9 +54,10 @@ def load_model(name: str | os.PathLike[str]) -> ModelProfile:
 
 def load_device(name: str | os.PathLike[str]) -> DeviceProfile:
     """Device profile by name, alias or YAML path. Raises :class:`InputError`, one line, on any bad input."""
-    from tensorcast.profiles.device import DeviceProfile
+    from tensorcast.profiles.device import DeviceProfile, timed_as
 
-    return _read(_path_of("device", os.fspath(name)), DeviceProfile)
+    found = _read(_path_of("device", os.fspath(name)), DeviceProfile)
+    return timed_as(found, lambda chip: _read(_path_of("device", chip), DeviceProfile)) if found.same_chip else found
 
 
 def device_path(name: str | os.PathLike[str]) -> Path:

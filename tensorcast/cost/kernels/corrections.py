@@ -317,7 +317,7 @@ def corrections_for(device: DeviceProfile, engine: str) -> Corrections:
     if key not in _corrections:
         while len(_corrections) >= MOST_DEVICES:
             del _corrections[next(iter(_corrections))]
-        models = filter(None, (model_path(device.name), model_path(TRANSFERRED)))
+        models = filter(None, (model_path(device.timed_on or device.name), model_path(TRANSFERRED)))
         kept = answers_file(device, engine, *models)
         answers, residuals = read_answers(kept)
         _corrections[key] = Corrections(device, engine, residuals, _answers=answers, kept=kept)

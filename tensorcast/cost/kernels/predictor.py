@@ -62,9 +62,13 @@ class Predictor:
     engine: str
     model: DeviceModel | None
     served: bool = False
+    lent: bool = field(init=False)
     _bare: Predictor | None = field(default=None, init=False, repr=False)
     _middles: dict[tuple[str, ...], float] = field(default_factory=dict, init=False, repr=False)
     _lattices: dict[tuple[str | bool, ...], Lattice] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.lent = self.device.timed_on not in ("", self.device.name)
 
     def estimate(self, family: str, dtype: str, variant: str = "", **sizes: Size) -> Estimate:
         """One kernel's calls. ``sizes`` as in :data:`SIZES`, scalars or arrays of one length.
@@ -184,7 +188,7 @@ class Predictor:
         if measured_shape and inside:
             by_formula, level = formula(columns), kernel.level(columns)
             # measured are calls whose own kernel was, and ran as a server would run it
-            own = name[2] == kernel.variant and kernel.engine in (self.engine, "any")
+            own = name[2] == kernel.variant and kernel.engine in (self.engine, "any") and not self.lent
             measured = np.full(len(level), own) & ~(self.served & (level > UNTUNED))
             features = of_library(by_formula.features, kernel.library(columns))
             seconds = self._with_residual(kernel, by_formula, columns, features, np.ones(len(level), dtype=bool))
@@ -338,7 +342,7 @@ def predictor_for(device: DeviceProfile, engine: str = "any", served: bool = Fal
     measured NVIDIA devices need over that.
     """
     measured = device.calibration is not None
-    path = model_path(device.name if measured else TRANSFERRED)
+    path = model_path(device.timed_on or TRANSFERRED)
     if path is None or not (measured or device.vendor == "NVIDIA"):
         return Predictor(device, engine, None, served)
     changed = path.stat().st_mtime

@@ -152,8 +152,8 @@ def _fit_tables(devices: Sequence[DeviceProfile]) -> list[str]:
 def page(predicted: pd.DataFrame) -> str:
     """The accuracy page, Markdown."""
     profiles = [load_device(name) for name in list_devices()]
-    fitted = [device for device in profiles if device.calibration is not None]
-    rest = [device.name for device in profiles if device.calibration is None]
+    fitted = [device for device in profiles if device.timed_on == device.name]
+    rest = [device.name for device in profiles if not device.timed_on]
     lines = [
         "# How far to trust kernel times", "",
         "Made by `make accuracy`; do not edit. Errors are |predicted / measured - 1|. The",

@@ -105,6 +105,14 @@ CASES: list[tuple[dict[str, Any], Callable[[str], str]]] = [
      lambda name: "w4a16_g64_zp" if name.endswith("q_proj") else "bf16"),
     ({"quant_method": "awq_marlin", "bits": 4, "group_size": 64, "modules_to_not_convert": ["self_attn", "layers.1"]},
      lambda name: "bf16" if "self_attn" in name or ".layers.1." in name else "w4a16_g64_zp"),
+    # AutoAWQ's own lists: of Mixtral (models/mixtral.py), where experts are one module; parts of names, digits as well
+    *(({"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": [name]}, scheme_of)
+      for name, scheme_of in [
+          ("gate", lambda name: "w4a16"), ("mlp.gate", lambda name: "w4a16"), ("experts.0.up", lambda name: "w4a16"),
+          ("mlp", lambda name: "bf16" if "experts" in name else "w4a16"),
+          ("4.mlp.exp", lambda name: "bf16" if "layers.4.mlp.experts" in name else "w4a16"),
+          ("yers.2", lambda name: "bf16" if ".layers.2." in name else "w4a16"), ("v_pr", lambda name: (
+              "bf16" if name.endswith("v_proj") else "w4a16"))]),
     ({"quant_method": "intel/auto-round", "bits": 4, "group_size": 128, "extra_config": {
         "model.layers.2.self_attn.o_proj": {"bits": 16}, r".*layers\.3\.mlp.*": {"bits": 8, "group_size": 64}}},
      lambda name: "bf16" if name.endswith("2.self_attn.o_proj") else "w8a16_g64_zp" if "3.mlp" in name else "w4a16"),

@@ -45,15 +45,26 @@ def gptq(said: Entries, kv: str) -> Quantization:
 
 
 def awq(said: Entries, kv: str) -> Quantization:
-    """AWQ: modules whose names hold one of the listed parts stay as they are.
+    """AWQ: modules whose names hold one of the listed parts stay as they are; experts by the name of all of them, so
+    that Mixtral's ``gate`` is the router, and not half of each expert.
 
-    Source: vLLM 0.24.0, quantization/auto_awq.py (from_config; is_layer_skipped with skip_with_substr).
+    Source: vLLM 0.24.0, quantization/auto_awq.py (from_config; is_layer_skipped with skip_with_substr, of experts for
+    their prefix), AutoAWQ 0.2.9, utils/module.py (exclude_layers_to_not_quantize) and models/mixtral.py.
     """
     said.known(*(key for key in HARMLESS if key != "zero_point"))
     bits, group = said.number("bits", "w_bit", default=4), said.number("group_size", "q_group_size", default=128)
     scheme = SCHEMES[integers(bits, group, "zp" if said.get("zero_point", default=True) else "")]
-    kept = (Rule(part(name), "search", "bf16") for name in said.listed("modules_to_not_convert"))
+    listed = [re.escape(name) for name in said.listed("modules_to_not_convert")]
+    kept = [Rule(name, "search", "bf16", OTHERS) for name in listed]
+    kept += [Rule(name + BEFORE_EXPERTS, "search", "bf16", ("experts",)) for name in listed]
     return Quantization(scheme, scheme, kv=kv, rules=Rules(tuple(kept)))
+
+
+OTHERS = ("linear", "lm_head", "embedding")
+"""All roles but that of experts."""
+
+BEFORE_EXPERTS = r"(?=(?:.*\.)?\w*(?<=experts)(?:\.|$))"
+"""What follows a part of the name that all experts have together, ``model.layers.3.mlp.experts``."""
 
 
 SPECIAL = re.compile(r"[*+?^$()\[\]{}|\\]")

@@ -307,7 +307,7 @@ def collective_time(
         leg = _leg(device, levels[-1][0], "send_recv", "direct", engine, ranks=2, wire=payload_bytes, hops=1.0)
     else:
         raise InputError(f"unknown collective {op!r}: all_reduce, all_gather, reduce_scatter, all_to_all, send_recv")
-    evidence: Evidence = "calibrated" if np.all(leg.calibrated) else "datasheet"
+    evidence: Evidence = "calibrated" if leg.calibrated is True or np.all(leg.calibrated) else "datasheet"
     outermost = device.interconnect[levels[-1][0]].name
     return CollectiveTime(
         seconds=leg.seconds, algorithm=leg.algorithm, tier=outermost, wire_bytes=leg.wire, evidence=evidence,

@@ -17,7 +17,7 @@ import numpy as np
 
 from tensorcast.cost.evidence import LEVELS, Evidence
 from tensorcast.cost.kernels.reported import DATASHEET_ERROR, reported_constants
-from tensorcast.cost.work import Size, Work
+from tensorcast.cost.work import Size, Work, plain, some
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 from tensorcast.profiles.store import load_device
 
@@ -292,11 +292,11 @@ def _compute_time(work: Work, constants: Constants, device: DeviceProfile | Devi
     rate = peak_flops(device, work.dtype) * constants.compute_efficiency
     if not work.tilings or not device.whole_tiles:
         return (work.issued_flops if device.whole_tiles else work.flops) / rate
-    processors: Size = np.asarray(device.processors, dtype=float)[()]
+    processors = device.processors
     best: Size = math.inf
     for tiling in work.tilings:
         inner = tiling.flops * (processors / (rate * tiling.rate))
-        if np.any(constants.step_s):
+        if some(constants.step_s):
             inner = np.maximum(inner, tiling.depth * constants.step_s)
         piece = inner + constants.tile_s
         tiles = np.maximum(tiling.tiles, 1e-9)
@@ -337,11 +337,10 @@ def kernel_time(
     combining them), for callers that price those as operations of their own.
     """
     compute = _compute_time(work, constants, device)
-    bandwidth: Size = np.asarray(device.memory_bandwidth_bytes_per_s, dtype=float)[()]
-    traffic = work.bytes / (bandwidth * constants.memory_efficiency)
+    traffic = work.bytes / (plain(device.memory_bandwidth_bytes_per_s) * constants.memory_efficiency)
     launch = constants.launch_s + (constants.reduce_s if work.reduces else 0.0)
     seconds = launch + _joined(compute, traffic, constants.smoothing)
     beside = passes or work.family != "grouped_gemm"  # an attention's softmax rows always count
-    if beside and (np.any(constants.row_s) or np.any(constants.element_s)):
+    if beside and (some(constants.row_s) or some(constants.element_s)):
         seconds = seconds + work.rows * constants.row_s + work.elements * constants.element_s
     return Timing(seconds, compute, traffic, launch)

@@ -8,11 +8,23 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorcast.profiles.sourced import Figure
 from tensorcast.trace.dims import Array as Array
 from tensorcast.trace.dims import Size as Size
 
 Mask = NDArray[np.bool_]
 """Which of the calls."""
+
+
+def some(value: Size | bool | Mask) -> bool:
+    """Whether a number, or any of an array, is other than zero. NumPy takes microseconds to say so of a number, and
+    pricing asks it of thousands."""
+    return bool(value.any()) if isinstance(value, np.ndarray) else bool(value)
+
+
+def plain(figure: Figure | Size) -> Size:
+    """The number of a profile's figure; columns as they are."""
+    return figure if isinstance(figure, np.ndarray) else float(figure)
 
 GEMM_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (16, 64))
 """Output tiles (rows, columns) that GEMM libraries choose from (CUTLASS, cuBLAS, DeepGEMM; 16: operands swapped)."""

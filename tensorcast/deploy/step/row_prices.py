@@ -27,12 +27,11 @@ from tensorcast.cost.kernels.corrections import (
 )
 from tensorcast.cost.roofline import BORROWED_ERROR, Devices
 from tensorcast.cost.row_seconds import RowSeconds, row_seconds
-from tensorcast.cost.work import Size, Work, memory
+from tensorcast.cost.work import Size, Work, memory, plain, some
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.price import RowPrice, Spending, one_level
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
-from tensorcast.profiles.sourced import Figure
 from tensorcast.trace.moe import EXPERT_STAGES
 from tensorcast.trace.table import Op, OpTable
 
@@ -145,12 +144,12 @@ class RowPricer:
         were timed alone. Launched one by one: the wait for the host.
         """
         between, waits = self.engine.graph_launch_gap_s, self.engine.eager_launch_gap_s
-        own = 0.0 if self.device.graph_gap_s is None else _plain(self.device.graph_gap_s)
-        replayed = np.maximum(_plain(between) - launch_s, 0.0) + own
+        own = 0.0 if self.device.graph_gap_s is None else plain(self.device.graph_gap_s)
+        replayed = np.maximum(plain(between) - launch_s, 0.0) + own
         if np.ndim(self.graph_tokens) == 0 and self.graph_tokens == math.inf:
             return (launch_s + replayed) * alone
-        gap = np.maximum(_plain(waits) - kernel_s, 0.0)
-        if np.any(self.graph_tokens):
+        gap = np.maximum(plain(waits) - kernel_s, 0.0)
+        if some(self.graph_tokens):
             gap = np.where(np.asarray(at.sizes.tokens) <= self.graph_tokens, replayed, gap)[()]
         return (launch_s + gap) * alone
 
@@ -253,11 +252,6 @@ class RowPricer:
             row=row, seconds=seconds, waits_s=on_wire + parts["latency"], family=row.op, level=one_level(level),
             error=error, spend=lambda: spending, detail=f"{row.group}{row.ranks} {time.tier} {algorithm}",
         )
-
-
-def _plain(figure: Figure | Size) -> Size:
-    """The number of a profile's figure; columns as they are."""
-    return figure if isinstance(figure, np.ndarray) else float(figure)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntFlag
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -78,8 +77,9 @@ class Batches(NamedTuple):
         return tuple([next(i for i, one in enumerate(self.contexts) if one is own) for own in self.contexts])
 
 
-class Place(IntFlag):
-    """Where a row stands: among all rows, inside the experts, in layers that run on a prompt's ends (:class:`Ends`)."""
+class Place:
+    """Where a row stands, bit by bit: among all rows, inside the experts, in layers that run on a prompt's ends
+    (:class:`Ends`)."""
 
     ROWS = 0
     EXPERTS = 1

@@ -120,11 +120,10 @@ def test_answers_are_kept_as_soon_as_there_are_any(device: DeviceProfile, tmp_pa
 
 
 def test_too_many_answers_are_not_kept(tmp_path: Path) -> None:
-    few: Answers = {("gemm", "bf16", "", "m"): (np.arange(3.0), np.ones((3, 3)))}
-    sizes = np.arange(kept_answers.MOST_KEPT + 1.0)
-    many: Answers = {("gemm", "bf16", "", "m"): (sizes, np.ones((3, len(sizes))))}
+    few: Answers = {("gemm", "bf16", "", "m"): np.vstack([np.arange(3.0), np.ones((3, 3))])}
+    many: Answers = {("gemm", "bf16", "", "m"): np.ones((4, kept_answers.MOST_KEPT + 1))}
     keep_answers(tmp_path / "one", few, {})
     keep_answers(tmp_path / "one", many, {})
-    ((name, (codes, values)),) = read_answers(tmp_path / "one")[0].items()
-    assert name == ("gemm", "bf16", "", "m") and codes.tolist() == [0, 1, 2] and (values == 1).all()
+    ((name, (codes, *values)),) = read_answers(tmp_path / "one")[0].items()
+    assert name == ("gemm", "bf16", "", "m") and codes.tolist() == [0, 1, 2] and (np.array(values) == 1).all()
     assert not list(tmp_path.glob(".*"))

@@ -52,6 +52,8 @@ WEIGHTS = UNRELATED
 MOST, MOST_SIZES = 4096, 1 << 18
 """Answers that are kept: to whole questions, and by single sizes of each kernel."""
 
+_NO_ANSWERS = np.empty((4, 0))
+
 
 @dataclass(frozen=True)
 class Correction:
@@ -139,22 +141,21 @@ class Corrections:
         shape = np.broadcast_shapes(*(value.shape for value in held.values()))
         codes: Any = sum(weight * value for weight, value in zip(WEIGHTS, held.values(), strict=False))
         asked = np.broadcast_to(codes, shape).ravel()
-        known, values = self._answers.get((*name, *sizes), (np.empty(0), np.empty((3, 0))))
-        if len(known) > MOST_SIZES:
-            known, values = np.empty(0), np.empty((3, 0))
-        place = np.searchsorted(known, asked)
-        new = np.flatnonzero(known.take(place, mode="clip") != asked) if len(known) else np.arange(len(asked))
+        known = self._answers.get((*name, *sizes), _NO_ANSWERS)
+        if known.shape[1] > MOST_SIZES:
+            known = _NO_ANSWERS
+        place = known[0].searchsorted(asked)
+        new = np.flatnonzero(known[0].take(place, mode="clip") != asked) if known.size else np.arange(len(asked))
         if len(new):
             codes, first = np.unique(asked[new], return_index=True)
             columns = {n: np.broadcast_to(value, shape).ravel()[new[first]] for n, value in held.items()}
             found = self.predictor.price(*name, columns)
             error = np.log(found.high / found.low) / 2.0 / NORMAL_80  # a median, that the interval stands for
-            at = np.searchsorted(known, codes)
-            values = np.insert(values, at, [found.factor, error, found.level], axis=1)
-            self._answers[(*name, *sizes)] = np.insert(known, at, codes), values
+            more = np.stack([codes, found.factor, error, found.level])
+            known = self._answers[(*name, *sizes)] = np.insert(known, known[0].searchsorted(codes), more, axis=1)
             self.more = True
-            place += np.searchsorted(codes, asked)
-        factor, error, level = values[:, place.reshape(shape)]
+            place += codes.searchsorted(asked)
+        factor, error, level = known[1:, place.reshape(shape)]
         return Correction(factor[()], error[()], level.astype(int)[()], *belongs)
 
     def _residual(self, family: str, dtype: str, variant: str) -> tuple[str, str] | None:

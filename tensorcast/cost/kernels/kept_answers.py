@@ -21,8 +21,8 @@ from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.kept import kept_as
 from tensorcast.profiles.store import profile_roots
 
-Answers = dict[tuple[str, ...], tuple[Array, Array]]
-"""By kernel and names of its sizes: codes of sizes, ascending, and ``[3, codes]`` factor, error, level."""
+Answers = dict[tuple[str, ...], Array]
+"""By kernel and names of its sizes ``[4, codes]``: codes of sizes, ascending, and factor, error and level of each."""
 
 Name = tuple[str, str, str]
 """Family, dtype and variant of a kernel."""
@@ -70,16 +70,16 @@ def read_answers(path: Path | None) -> tuple[Answers, Residuals]:
             ends, every = [0, *accumulate(said["sizes"])], np.frombuffer(body).reshape(4, -1)
             spans = zip(said["kernels"], ends, ends[1:], strict=False)
             whose = {tuple(asked): (told, belongs and tuple(belongs)) for asked, told, belongs in said["residuals"]}
-            return {tuple(name): (every[0, start:end], every[1:, start:end]) for name, start, end in spans}, whose
+            return {tuple(name): every[:, start:end] for name, start, end in spans}, whose
     return {}, {}
 
 
 def keep_answers(path: Path, answers: Answers, residuals: Residuals) -> None:
     """Write them all, unless they are too many."""
-    sizes = [len(codes) for codes, _ in answers.values()]
+    sizes = [each.shape[1] for each in answers.values()]
     if not 0 < sum(sizes) <= MOST_KEPT:
         return
-    every = np.concatenate([np.vstack([codes, values]) for codes, values in answers.values()], axis=1)
+    every = np.concatenate([*answers.values()], axis=1)
     head = {
         "kernels": [list(name) for name in answers], "sizes": sizes, "crc32": zlib.crc32(body := every.tobytes()),
         "residuals": [(asked, *found) for asked, found in residuals.items()],

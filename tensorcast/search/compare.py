@@ -13,7 +13,7 @@ import numpy as np
 from tensorcast.cost.evidence import LEVELS
 from tensorcast.deploy.deployment import Deployment
 from tensorcast.deploy.step.asked_rows import Memo, Prices
-from tensorcast.deploy.step.price import pick
+from tensorcast.deploy.step.price import StepPrice, pick
 from tensorcast.deploy.step.step import Asked, prices
 from tensorcast.errors import InputError, unknown_name
 from tensorcast.profiles.device import DeviceProfile
@@ -76,6 +76,8 @@ class Comparison:
     """The best, and the best of other modes and layouts within the limits."""
     judged: bool = True
     """Whether :attr:`ties` are looked for."""
+    _priced: dict[Hashable, tuple[Deployment, StepPrice]] = field(default_factory=dict, repr=False, compare=False)
+    """Steps of contenders that :attr:`ties` asked for, by identity of their deployment and sizes."""
 
     def deployments(self, candidate: str) -> tuple[Deployment, Deployment]:
         """(prefill, decode) of a candidate, made anew. Raises :class:`InputError` for an unknown one."""
@@ -86,6 +88,11 @@ class Comparison:
             scenario.deployment(prefill.layout, "prefill", prefill.prefill),
             scenario.deployment(decode.layout, "decode", decode.decode),
         )
+
+    def step_price(self, deployment: Deployment, batch: float, new: float, past: float) -> StepPrice:
+        """A step of a candidate's deployment: as it was priced before, if it was."""
+        known = self._priced.get((id(deployment), batch, new, past))
+        return deployment.step.price(batch, new, past) if known is None else known[1]
 
     @cached_property
     def candidates(self) -> pd.DataFrame:
@@ -251,6 +258,7 @@ def work_by_family(
                 before, off = spent.get(name, (0.0, 0.0))
                 spent[name] = before + seconds, off + seconds * float(np.max(pick(p.error, part.at)))
         kept[key] = new[key], spent
+        comparison._priced[key] = new[key][0], price
     sums = list[dict[str, tuple[float, float]]]()
     for row, keys in zip(rows, both, strict=True):
         decoded = row["tpot_s"] * (comparison.output_len - 1) / row["request_s"]

@@ -159,7 +159,7 @@ class View:
 
     def decode_price(self, choice: Choice, batch: float) -> StepPrice:
         """A decode step of ``batch`` sequences per dp rank, halfway through the answers."""
-        return choice.decode.step.price(float(batch), 1.0, float(self.cached_tokens))
+        return self.comparison.step_price(choice.decode, float(batch), 1.0, float(self.cached_tokens))
 
 
 def interval(view: View, row: dict[str, Any], column: str) -> tuple[float, float]:

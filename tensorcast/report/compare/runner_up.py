@@ -83,8 +83,7 @@ def _ways(view: View, second: dict[str, Any], gap: float) -> list[str]:
     choice = next((one for one in view.shown if one.row["candidate"] == second["candidate"]), None)
     if column == "gpus" or choice is None or gap <= 0:
         return found
-    price = choice.decode.step.price(float(max(1.0, second["batch"])), 1.0, float(view.cached_tokens))
-    split = step_parts(choice.decode, price)
+    split = step_parts(choice.decode, view.decode_price(choice, max(1.0, second["batch"])))
     needed = gap / (1 + gap) if less else gap
     wanted = needed * split.seconds
     able = sorted((wanted / split.parts[part], part) for part in PARTS if split.parts[part] > wanted)

@@ -99,8 +99,7 @@ def _because(view: View, better: dict[str, Any], worse: dict[str, Any]) -> str:
         load = view.comparison.behind[row["candidate"]][0].load
         steps = float(load.decode_steps(row["mtp_depth"])) / max(1, view.comparison.output_len - 1)
         each = row["tp"] * row["pp"] / row["batch"] * steps
-        price = choice.decode.step.price(float(row["batch"]), 1.0, float(view.cached_tokens))
-        split = step_parts(choice.decode, price)
+        split = step_parts(choice.decode, view.decode_price(choice, row["batch"]))
         parts = {part: seconds * each for part, seconds in split.parts.items()}
         times.append(parts | {"prompts and waiting": 1.0 / row["tokens_per_s_per_gpu"] - sum(parts.values())})
     good, bad = times

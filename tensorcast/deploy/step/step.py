@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any
@@ -320,34 +320,49 @@ class Together:
         pricers, launches = [step.pricer for step in self.steps], [recipe.launches for recipe in recipes]
         sizes = [np.size(step.sizes.dp) for step in self.steps]
         step_of = np.repeat(np.arange(len(sizes)), sizes)[member]
-        whole = sums_of_steps(recipes, found, self.places, families, sizes)
+        begins = np.cumsum(sizes) - sizes
         cases = [at.draft if part.drafts else at.own for part in recipes[0].parts]
-        totals = TotalsOfSteps(whole, cases, first.times(at))
-        tokens = pick(np.asarray(at.whole.sizes.tokens), at.own)
+        tokens = pick(of_cases := np.asarray(at.whole.sizes.tokens), at.own)
         alike: dict[Hashable, list[int]] = {}
         for i, step in enumerate(self.steps):
             own = step.overlap  # what overlaps that hide the same have in common, wherever the rows stand
             shared = [kind for kind, places in own.positions.items() if "shared" in places]
             alike.setdefault((own.external, own.contention, own.stream_tokens, *shared), []).append(i)
-        for steps in alike.values():
-            mine = np.flatnonzero(np.isin(step_of, steps))
+        for steps in self._blocks(alike.values(), sizes, of_cases.shape[-1]):
+            asked = [self.places[i] for i in steps]
+            mine, rows = np.flatnonzero(np.isin(step_of, steps)), np.flatnonzero(np.bincount(np.concatenate(asked)))
+            sums = sums_of_steps(
+                [recipes[i] for i in steps], [found[i] for i in rows.tolist()], [rows.searchsorted(i) for i in asked],
+                families, [sizes[i] for i in steps],
+            )
+            totals = TotalsOfSteps(sums, cases, first.times(at))
+            moved = np.zeros(len(sizes), dtype=int)  # from where a step's members stand to where they do among these
+            moved[steps] = np.cumsum([0, *(sizes[i] for i in steps[:-1])]) - begins[steps]
+            among = member + moved[step_of]
             if wanted is not None:  # those that want as many batches together
                 mine = mine[np.argsort(-wanted[mine], kind="stable")]
-            for some in np.array_split(mine, max(1, len(mine) * batch.shape[1] // TOGETHER)):
-                if not len(some):
-                    continue
+            for some in np.array_split(mine, -(-len(mine) * batch.shape[1] // TOGETHER)) if len(mine) else ():
                 entries = batch[some] if wanted is None else batch[some, : wanted[some[0]]]
                 parts: dict[str, Any] = {
                     name: pick(getattr(at, name), entries) for name in ("micro", "dual", "halves")
                 } | {name: pick(getattr(at, name), entries[:, :1]) for name in ("pp", "mtp_depth")}
-                here = totals.at(member[some][:, None], entries)
+                here = totals.at(among[some][:, None], entries)
                 hidden = self.steps[steps[0]].overlap.hidden(
                     here.layers, here.busy, pick(tokens, entries), parts["dual"]
                 )
-                parted, asked = at._replace(**parts), pick(self.batch, entries)
+                parted, sequences = at._replace(**parts), pick(self.batch, entries)
                 host = launching(pricers, launches, step_of[some][:, None], pick(tokens, entries))
-                yield some, first.composed(here, hidden, parted, asked, host=host)
+                yield some, first.composed(here, hidden, parted, sequences, host=host)
+
+    @staticmethod
+    def _blocks(alike: Iterable[list[int]], members: Sequence[int], cases: int) -> Iterator[list[int]]:
+        """Steps that are ``alike``, so many at a time as have :data:`SUMMED` members at cases."""
+        for steps in alike:
+            number = np.cumsum([members[i] * cases for i in steps]) // SUMMED
+            for one in sorted({*number.tolist()}):
+                yield [i for i, own in zip(steps, number, strict=True) if own == one]
 
 
-TOGETHER = 16_384
-"""Entries that are added up together: few enough to stay in the cache."""
+TOGETHER, SUMMED = 16_384, 65_536
+"""Entries that are composed together, few enough to stay in the cache; and members at cases whose rows are added up
+together: their sums take some MB."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -225,11 +225,54 @@ def sums_at(recipe: Recipe, numbers: Array, families: Sequence[int] | Rows, kind
     )
 
 
+class _What(NamedTuple):
+    """How many places, kinds of layers, parts and kernel families rows are added up by."""
+
+    places: int
+    kinds: int
+    parts: int
+    families: int
+
+    def apart(self, values: NDArray[Any]) -> Sums:
+        """``values [sums, ...]`` by what they are."""
+        (count, kinds, parts, families), shape = self, values.shape[1:]
+        sizes = count, kinds * len(KIND_SUMS), parts * len(AMONG), parts * len(LEVELS), kinds * 2
+        places, layers, among, levels, busy, errors = np.split(values, np.cumsum(sizes))
+        return Sums(
+            places, layers.reshape(kinds, len(KIND_SUMS), *shape), busy.reshape(kinds, 2, *shape),
+            among.reshape(parts, len(AMONG), *shape), levels.reshape(parts, len(LEVELS), *shape),
+            errors.reshape(parts, families, *shape),
+        )
+
+
+@cache
+def _in_totals(what: _What, count: int) -> tuple[list[int], list[list[int]], list[tuple[int, ...]]]:
+    """Of each of so many sums, which part of the rows it is of (0: of one pass over the plan) and in which totals it
+    is; and the shapes of totals, one after another."""
+    numbers = what.apart(np.arange(count))
+    part_of, totals_of = [0] * count, [list[int]() for _ in range(count)]
+    shapes, end = list[tuple[int, ...]](), 0
+    for values in (numbers.places, numbers.layers, numbers.busy):
+        for total, i in enumerate(values.ravel().astype(int).tolist(), end):
+            totals_of[i].append(total)
+        shapes.append(values.shape)
+        end += values.size
+    for values in (numbers.among, numbers.levels, numbers.errors):
+        for part, each in enumerate(values.astype(int).tolist(), 1):
+            for total, i in enumerate(each, end):
+                part_of[i], totals_of[i] = part, [total]
+        shapes.append(values.shape[1:])
+        end += values.shape[1]
+    for i in numbers.among[OF_PLAN:, 0].astype(int).tolist():
+        totals_of[i].append(end)
+    return part_of, totals_of, [*shapes, ()]
+
+
 @dataclass(frozen=True)
 class SumsOfSteps:
     """Sums of the rows of several steps, of so many ``members`` each, whose recipes add up alike: ``shared [sums,
     steps, cases]`` of rows that cost all members of a step the same, ``own [varied, members, cases]`` of the others,
-    where there are any: ``varied`` says which sums these are. :meth:`sums` takes them apart."""
+    where there are any: ``varied`` says which sums these are. :meth:`_What.apart` takes them apart."""
 
     recipe: Recipe
     families: int
@@ -238,22 +281,16 @@ class SumsOfSteps:
     own: Array
     varied: Rows
 
-    def sums(self, values: NDArray[Any]) -> Sums:
-        """``values [sums, ...]`` by what they are."""
-        parts, kinds, shape = len(self.recipe.parts), self.recipe.layers, values.shape[1:]
-        sizes = len(self.recipe.places), kinds * len(KIND_SUMS), parts * len(AMONG), parts * len(LEVELS), kinds * 2
-        places, layers, among, levels, busy, errors = np.split(values, np.cumsum(sizes))
-        return Sums(
-            places, layers.reshape(kinds, len(KIND_SUMS), *shape), busy.reshape(kinds, 2, *shape),
-            among.reshape(parts, len(AMONG), *shape), levels.reshape(parts, len(LEVELS), *shape),
-            errors.reshape(parts, self.families, *shape),
-        )
+    @property
+    def what(self) -> _What:
+        """How many of what these are sums of."""
+        return _What(len(self.recipe.places), self.recipe.layers, len(self.recipe.parts), self.families)
 
     def of_members(self) -> Sums:
         """Of all members, one step's after another's, and cases together as the last axis."""
         every = np.repeat(self.shared, self.members, axis=1)
         every[self.varied] += self.own
-        return self.sums(every.reshape(len(every), -1))
+        return self.what.apart(every.reshape(len(every), -1))
 
 
 class TotalsOfSteps:
@@ -261,33 +298,18 @@ class TotalsOfSteps:
     ``cases`` and so many ``times``: numbers, or arrays of as many batches."""
 
     def __init__(self, sums: SumsOfSteps, cases: Sequence[Where], times: Sequence[Size]) -> None:
-        self._width, numbers = sums.shared.shape[-1], sums.sums(np.arange(len(sums.shared)))
+        self._width = sums.shared.shape[-1]
+        part_of, totals_of, self._shapes = _in_totals(sums.what, len(sums.shared))
         every = [np.arange(self._width) if case is None else np.atleast_1d(case) * (self._width > 1) for case in cases]
         # what is of one pass over the plan runs once, where its first part does
         self._cases, self._times = [every[0], *every], [1.0, *times]
-        part_of, totals_of = [0] * len(sums.shared), [list[int]() for _ in sums.shared]
-        self._shapes, end = list[tuple[int, ...]](), 0
-        for values in (numbers.places, numbers.layers, numbers.busy):
-            for total, i in enumerate(values.ravel().astype(int).tolist(), end):
-                totals_of[i].append(total)
-            self._shapes.append(values.shape)
-            end += values.size
-        for values in (numbers.among, numbers.levels, numbers.errors):
-            for part, each in enumerate(values.astype(int).tolist(), 1):
-                for total, i in enumerate(each, end):
-                    part_of[i], totals_of[i] = part, [total]
-            self._shapes.append(values.shape[1:])
-            end += values.shape[1]
-        for i in numbers.among[OF_PLAN:, 0].astype(int).tolist():
-            totals_of[i].append(end)
-        self._shapes.append(())
         self._batches, steps = len(every[0]), np.arange(len(sums.members))[:, None]
         self._step_of = np.repeat(np.arange(len(steps)), sums.members)
-        found = np.zeros((end + 1, len(steps), self._batches))
+        found = np.zeros((sum(map(math.prod, self._shapes)), len(steps), self._batches))
         some = np.flatnonzero(sums.shared.any(axis=(1, 2))).tolist()
         shared = [(sums.shared[i].ravel(), part_of[i], totals_of[i]) for i in some]
         self._add(found, shared, steps, np.arange(self._batches))
-        self._shared = found.reshape(end + 1, -1)
+        self._shared = found.reshape(len(found), -1)
         own = zip(sums.varied.tolist(), sums.own, strict=True)
         self._own = [(values.ravel(), part_of[i], totals_of[i]) for i, values in own]
 

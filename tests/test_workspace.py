@@ -102,6 +102,27 @@ def test_no_batch_is_priced_twice_and_no_setting_that_a_structure_lacks(
         known |= between
 
 
+def test_rows_are_added_up_in_blocks_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps are priced together, the sums of their rows are held of some members at a time: the same."""
+    sizes, sums_of_steps = list[tuple[int, int]](), step.sums_of_steps
+
+    def counted(recipes: Any, prices: Any, places: Any, families: Any, members: Any) -> Any:
+        found = sums_of_steps(recipes, prices, places, families, members)
+        sizes.append((len(recipes), sum(members) * found.shared.shape[-1]))
+        return found
+
+    monkeypatch.setattr(step, "sums_of_steps", counted)
+    _forget()
+    whole = _ask()
+    most = max(size for _, size in sizes)
+    for bound in (most // 2, 1):
+        sizes.clear()
+        _forget()
+        monkeypatch.setattr(step, "SUMMED", bound)
+        pd.testing.assert_frame_equal(_ask(), whole, rtol=1e-12)
+        assert all(size <= 2 * bound or steps == 1 for steps, size in sizes) and max(size for _, size in sizes) < most
+
+
 def test_other_lengths_price_what_sees_cached_tokens_alone(
     made: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,3 +49,15 @@ def test_problems_are_told_once_for_all_layouts_and_the_rarest_in_the_table_alon
     assert line.strip().startswith("3 x trtllm")
     assert "1 x concurrency '[a]': must be a number" in shown
     assert "+ 5 rows with 5 other problems: column problem" in shown
+
+
+def test_a_table_without_one_prediction_is_told_by_the_exit_code(tmp_path: Path) -> None:
+    head, bad = "model,device,concurrency", "qwen3-8b,h1000,4"
+    (tmp_path / "none.csv").write_text(f"{head}\n{bad}\n")
+    (tmp_path / "some.csv").write_text(f"{head}\n{bad}\nqwen3-8b,h100,4\n")
+    none = CliRunner().invoke(app, ["predict", str(tmp_path / "none.csv"), "--out", str(tmp_path / "out.csv")])
+    assert none.exit_code == 2
+    assert none.stderr.strip().endswith("none.csv: no row can be predicted: unknown device 'h1000': did you mean h100, "
+                                        "h100-80gb, v100?")  # fmt: skip
+    assert "h1000" in (tmp_path / "out.csv").read_text()  # each row says why, as always
+    assert CliRunner().invoke(app, ["predict", str(tmp_path / "some.csv")]).exit_code == 0

@@ -163,6 +163,8 @@ def test_broken_yaml_names_file_and_line(user: Path, old: str, new: str, expecte
         ("vendor: Test\narchitecture: Test\n", "", "vendor: this field is missing, as is architecture"),
         ("value: 80e9", "value: -1", "memory_bytes.value: -1: input should be greater than 0"),
         ("value: 80e9", "value: lots", "memory_bytes.value: 'lots': must be a number, such as 4.8e12"),
+        ("value: 80e9", "value: true", "memory_bytes.value: True: must be a number, such as 4.8e12"),
+        ("value: 80e9", "value: .inf", "memory_bytes.value"),
         ("{value: 80e9, source: sheet}", "{value: 80e9}", "memory_bytes.source: this field is missing"),
         ("{value: 80e9, source: sheet}", "80e9", "memory_bytes: "),
         ("  bf16:", "  bf17:", "peak_flops.bf17: 'bf17': input should be 'fp32'"),

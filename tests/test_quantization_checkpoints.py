@@ -234,6 +234,8 @@ def test_the_cache_has_the_precision_that_the_checkpoint_gives_it(entry: dict[st
     [
         ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP3_MAGIC"}}, "FP3_MAGIC"),
         ({"quantization_config": {"quant_method": "hqq", "nbits": 4}}, "hqq"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": -1}}, "weight_block_size=-1"),
+        ({"quantization_config": {"quant_method": "mxfp8", "weight_block_size": True}}, "weight_block_size=True"),
         ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}}, "quantized_layers"),
         ({"quantize": "w8a8_dynamic"}, "w8a8_dynamic"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 48}}, "groups of 48"),

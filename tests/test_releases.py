@@ -61,6 +61,11 @@ def test_a_rule_holds_from_its_release_on(release: str, expected: dict[str, obje
     assert at_release(CONTENT, release) == {**fixed, **expected}
 
 
+def test_releases_are_a_list() -> None:
+    with pytest.raises(InputError, match=r"^one: releases True: must be a list, such as \[3.0.0\]$"):
+        at_release({**CONTENT, "releases": True}, "")
+
+
 def test_every_rule_that_changed_names_releases_that_were_read() -> None:
     """A release among rules that is no listed one would never be asked for."""
     import yaml

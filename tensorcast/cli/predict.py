@@ -91,8 +91,10 @@ def predict(
         if out is None:
             document["rows"] = table.to_dict("records")
         typer.echo(to_json(document, indent=2))
-        return
-    print_summary(table, summary, console(), rows=out is None)
+    else:
+        print_summary(table, summary, console(), rows=out is None)
+    if (problems := table["problem"]).ne("").all():  # whoever reads the exit code alone is to know it
+        raise InputError(f"{runs}: no row can be predicted: {problems.iloc[0]}")
 
 
 def _check_targets(runs: Path, out: Path | None, report: Path | None) -> None:

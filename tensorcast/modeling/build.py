@@ -117,7 +117,7 @@ def build(
         if isinstance(reason, InputError):
             raise
         problem = f"transformers' class fails with its config or our attention function: {reason}"
-        raise InputError(f"model_type {config.model_type!r}: {' '.join(problem.split())}") from None
+        raise InputError(f"model_type {config.model_type!r}: {' '.join(problem.split())[:300]}") from None
     if forms := getattr(config, "layer_forms", ()):
         shape_layers(model.get_decoder().layers, forms)
     check_blocks(model, fields, name or config.model_type)

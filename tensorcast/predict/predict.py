@@ -67,7 +67,7 @@ def predict_file(path: Path, jobs: int | None = 1, results: Sequence[Path] = ())
 @uncollected()
 def predict(table: pd.DataFrame, jobs: int | None = 1) -> pd.DataFrame:
     """``table`` with predictions. ``jobs``: processes; None: one, and two where rows are replayed, which share little
-    of what they take. Raises :class:`InputError` if no row could be read at all.
+    of what they take. Raises :class:`InputError` if no column names the model, or the device.
 
     Columns added: ``layout, gpus, ttft_s, tpot_s, output_tokens_per_s`` with 80 % intervals, ``mean_batch`` (decoding
     sequences per dp rank), ``decode_step_s`` (of the time per token, a step without prompts), ``step_error`` (relative

@@ -61,6 +61,12 @@ def text_of(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+WORDS = {"model_type": "qwen3_moe", "torch_dtype": "bfloat16", "dtype": "bfloat16"}
+"""Fields that say a word, with one."""
+
+ORIGINAL = "original_max_position_embeddings"
+
+
 def check_values(config: dict[str, Any], where: str = "") -> None:
     """Raise ValueError, one line with the field, its value and what would be right, for what cannot be."""
     if not where and _deeper(config, DEEPEST):
@@ -73,8 +79,8 @@ def check_values(config: dict[str, Any], where: str = "") -> None:
                 _check_size(label, one, 0 if isinstance(value, list) else least, most)
         elif name == "architectures" and any(not isinstance(one, str) for one in listed if value is not None):
             raise ValueError(f"{label} = {_short(value)}: must be a list of class names")
-        elif name == "model_type" and where and not isinstance(value, str | None):
-            raise ValueError(f"{label} = {_short(value)}: must be a word, such as qwen3_moe")
+        elif name in WORDS and not isinstance(value, str | None):
+            raise ValueError(f"{label} = {_short(value)}: must be a word, such as {WORDS[name]}")
         elif name == "quantization_config" and not isinstance(value, dict | None):
             raise ValueError(f"{label} {_short(value)}: must be an object with quant_method")
         elif name in _PARTS or name in ("rope_scaling", "rope_parameters"):
@@ -82,8 +88,9 @@ def check_values(config: dict[str, Any], where: str = "") -> None:
                 raise ValueError(f"{label} = {_short(value)}: must be an object of fields")
             if name in _PARTS and value:
                 check_values(value, f"{label}.")
-            elif value and "factor" in value:
-                _check_factor(f"{label}.factor", value["factor"])
+            elif value:
+                _check_factor(f"{label}.factor", value.get("factor"))
+                _check_factor(f"{label}.{ORIGINAL}", value.get(ORIGINAL))
     _check_together(config, where)
 
 

@@ -59,7 +59,10 @@ def at_release(content: dict[str, Any], release: str) -> dict[str, Any]:
     """What a profile's file says of ``release`` (empty: of its newest). Raises :class:`InputError` for one that it
     does not list."""
     newest = str(content.get("version"))
-    known = [str(one) for one in content.get("releases", [newest])]
+    listed = content.get("releases", [newest])
+    if not isinstance(listed, list):
+        raise InputError(f"{content.get('name')}: releases {listed!r}: must be a list, such as [{newest}]")
+    known = [str(one) for one in listed]
     if release and release not in known:
         name, near = content.get("name"), nearest_release(release, known) or newest
         raise InputError(f"{name}: release {release!r} was not read; nearest: {near} (read: {', '.join(known)})")

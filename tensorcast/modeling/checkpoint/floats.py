@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tensorcast.modeling.checkpoint import modelopt
 from tensorcast.modeling.checkpoint.entries import Entries, four_by_eight, has_fp8_cache, integers, refuse
 from tensorcast.modeling.module_rules import Rule, Rules, exclusions, glob
@@ -11,6 +13,12 @@ EXPERT_DTYPES = {"fp4": "mxfp4", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 """``expert_dtype`` of a config (DeepSeek-V4) and our scheme; ``fp8`` is that of the rest."""
 
 
+def _block(said: Entries) -> tuple[Any, list[Any]]:
+    """What is said of a block of scales, and its two sides; none of what is no list."""
+    block = said.get("weight_block_size")
+    return block, list(block) if isinstance(block, list | tuple) else []
+
+
 def fp8(said: Entries, kv: str, expert_dtype: str = "") -> Quantization:
     """8-bit floats for all but the listed modules; experts may have an algorithm of their own.
 
@@ -18,12 +26,12 @@ def fp8(said: Entries, kv: str, expert_dtype: str = "") -> Quantization:
     ``modules_to_not_convert``; ``store_dtype``).
     """
     said.known("activation_scheme", "fmt", "scale_fmt", "activation_scale_ub", "producer", "dequantize")
-    block = said.get("weight_block_size")
+    block, sides = _block(said)
     base = SCHEMES["fp8_block" if block else "fp8"]
-    if block and list(block) == [32, 32] and said.get("scale_fmt") == "ue8m0":
+    if sides == [32, 32] and said.get("scale_fmt") == "ue8m0":
         # a scale serves 32 rows, over which engines spread it as they load (vLLM 0.33.0, deepseek_v41/quant_config.py)
         base = SCHEMES["mxfp8"]
-    elif block and list(block) != [128, 128]:
+    elif block and sides != [128, 128]:
         refuse(f"weight_block_size={block}", ("[128, 128]", "[32, 32] of scale_fmt ue8m0"))
     experts = str(said.get("store_dtype", "expert_dtype", default=expert_dtype)).lower()
     own = SCHEMES[EXPERT_DTYPES[experts]] if experts in EXPERT_DTYPES else base
@@ -50,8 +58,8 @@ def whole(said: Entries, kv: str) -> Quantization:
     """Methods that say all by their name, but for the modules that they leave."""
     said.known("activation_scheme", "linear_activation_scheme", "moe_activation_scheme", "fmt", "scale_fmt")
     method = str(said.get("quant_method")).lower().replace("_", "-")
-    block, group = said.get("weight_block_size"), said.number("group_size", default=128)
-    if block and list(block) != ([1, 32] if method == "mxfp8" else [128, 128]):
+    (block, sides), group = _block(said), said.number("group_size", default=128)
+    if block and sides != ([1, 32] if method == "mxfp8" else [128, 128]):
         refuse(f"weight_block_size={block} of {method}")
     if method == "w4afp8" and group != 128:
         refuse(f"group_size={group} of {method}", ("128",))

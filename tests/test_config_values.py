@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tensorcast.errors import InputError
-from tensorcast.profiles.config_values import DEEPEST
+from tensorcast.profiles.config_values import DEEPEST, check_values
 from tensorcast.profiles.store import list_models, load_model
 
 MOE = {
@@ -55,7 +55,6 @@ def load(folder: Path, text: str) -> Any:
         ({"text_config": "x"}, "text_config = 'x': must be an object"),
         ({"text_config": {"num_experts": -1}}, "text_config.num_experts = -1"),
         ({"text_config": {"model_type": []}}, "text_config.model_type = \\[\\]: must be a word"),
-        ({"model_type": [1]}, "model_type = \\[1\\]: must be a word, such as qwen3_moe"),
         ({"torch_dtype": []}, "torch_dtype = \\[\\]: must be a word, such as bfloat16"),
         ({"dtype": float("nan")}, "dtype = nan: must be a word"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": float("nan")}},
@@ -103,3 +102,8 @@ def test_what_released_files_hold_is_let_through(tmp_path: Path, change: dict[st
 
 def test_every_shipped_model_has_possible_values() -> None:
     assert all(load_model(name).config for name in list_models())
+
+
+def test_a_profiles_type_is_a_word() -> None:
+    with pytest.raises(ValueError, match="^model_type = {}: must be a word, such as qwen3_moe$"):
+        check_values({**MOE, "model_type": {}})

@@ -105,5 +105,5 @@ def test_every_shipped_model_has_possible_values() -> None:
 
 
 def test_a_profiles_type_is_a_word() -> None:
-    with pytest.raises(ValueError, match="^model_type = {}: must be a word, such as qwen3_moe$"):
+    with pytest.raises(ValueError, match=r"^model_type = {}: must be a word, such as qwen3_moe$"):
         check_values({**MOE, "model_type": {}})

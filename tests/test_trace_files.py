@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -191,6 +192,13 @@ def test_lines_of_aiperf(tmp_path: Path) -> None:
         ("t.csv", "arrival_s,input_len,output_len\n", "no row could be read"),
         ("t.csv", "", "is empty"),
         ("t.json", json.dumps({"input_lens": [1], "output_lens": [1, 2]}), "no detailed result of vllm bench"),
+        *(("t.json", json.dumps({"input_lens": [1], "output_lens": [2], "max_concurrency": users}),
+           rf"max_concurrency {re.escape(repr(str(users)))}: must be a") for users in ([1], "many", -1, 1.5)),
+        ("t.json", json.dumps({"benchmarks": 7}), "benchmarks '7': must be a list"),
+        ("t.json", json.dumps({"benchmarks": [{"requests": {"successful": 7}}]}), "no list or object where one must"),
+        ("t.json", json.dumps({"benchmarks": [{"requests": {"successful": [3]}}]}), "request 1: something in it is no"),
+        ("t.jsonl", json.dumps({"metadata": [], "metrics": {}}), "line 1: something in it is no list or object"),
+        ("t.csv", '"a\nb",input_len,output_len\n0,5,5\n', "no column of arrival .* it has a b, input_len"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, text: str, says: str) -> None:

@@ -106,6 +106,10 @@ def _numbered(path: Path) -> tuple[Path, int | None]:
     return path.with_name(name), int(number)
 
 
+WRONG = (ValueError, KeyError, TypeError, AttributeError)
+"""What is raised over values that are none of what is read."""
+
+
 def _each(
     path: Path, items: Iterable[Any], read: Callable[[Any], Row | None], skip_bad: bool, what: str
 ) -> tuple[list[Row], int]:
@@ -117,7 +121,7 @@ def _each(
         try:
             if (row := read(item)) is not None:
                 rows.append(row)
-        except (ValueError, KeyError, TypeError) as error:
+        except WRONG as error:
             if not skip_bad:
                 way = "--skip-bad leaves such rows out"
                 raise InputError(f"{path}: {what} {number}: {_said(error, item)}; {way}") from None
@@ -151,7 +155,7 @@ def _sound(lines: Sequence[str], read: Reader) -> list[Row] | None:
     written = [line for line in lines if line.strip()]
     try:
         rows = [read(one) for one in json.loads(f"[{','.join(written)}]")]
-    except (ValueError, KeyError, TypeError):
+    except WRONG:
         return None
     return [row for row in rows if row is not None] or None if len(rows) == len(written) else None
 
@@ -222,7 +226,7 @@ def _result(path: Path, text: str, skip_bad: bool, which: int | None) -> TraceFi
         lists = [one["input_lens"], one["output_lens"]]
         starts, users = _sent(path, one, len(lists[0])), one.get("max_concurrency")
         entries = list(zip(starts, *lists, one.get("errors") or [""] * len(lists[0]), strict=True))
-    except (ValueError, KeyError, TypeError) as error:
+    except WRONG as error:
         said = _said(error, "")
         raise InputError(f"{path}: is no trace of JSON lines and no detailed result of vllm bench: {said}") from None
 
@@ -232,12 +236,21 @@ def _result(path: Path, text: str, skip_bad: bool, which: int | None) -> TraceFi
         return _number("start_times", entry[0]), _whole("input_lens", entry[1]), _whole("output_lens", entry[2]), ()
 
     rows, skipped = _each(path, entries, read, skip_bad, "request")
-    requests = _requests(rows)
-    return TraceFile(replace(requests, users=int(users)) if users else requests, "vllm bench", skipped)
+    return TraceFile(_of_users(path, _requests(rows), "max_concurrency", users), "vllm bench", skipped)
+
+
+def _of_users(path: Path, requests: Requests, name: str, users: Any) -> Requests:
+    """``requests`` of so many users, where some are said."""
+    try:
+        return replace(requests, users=_whole(name, users)) if users else requests
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _chosen(path: Path, many: Any, which: int | None, what: str) -> Any:
     """The one that is asked for of many."""
+    if not isinstance(many, list):
+        raise InputError(f"{path}: {what} {str(many)[:40]!r}: must be a list")
     if which is None and len(many) != 1:
         raise InputError(f"{path}: holds {len(many)} {what}; say which, as {path.name}#1")
     if not 1 <= (which or 1) <= len(many):
@@ -271,16 +284,16 @@ def _guidellm(path: Path, one: Any, skip_bad: bool) -> TraceFile:
         return _number("request_start_time", one["request_start_time"]), lengths[0], lengths[1], ()
 
     try:
-        entries = one["requests"]["successful"]
+        entries = list(one["requests"]["successful"])
         strategy = (one.get("config") or {}).get("strategy") or {}
-    except (KeyError, TypeError, AttributeError) as error:
+        kind, streams = strategy.get("type_"), strategy.get("streams") or strategy.get("max_concurrency")
+    except WRONG as error:
         raise InputError(f"{path}: is no result of guidellm with its requests: {_said(error, '')}") from None
     rows, skipped = _each(path, entries, read, skip_bad, "request")
-    requests, kind = _requests(rows), strategy.get("type_")
-    users = 1 if kind == "synchronous" else strategy.get("streams") or strategy.get("max_concurrency")
+    requests = _of_users(path, _requests(rows), "streams", 1 if kind == "synchronous" else streams)
     if kind in ("synchronous", "concurrent", "throughput"):
         requests = replace(requests, arrival_s=np.zeros(len(requests)))
-    return TraceFile(replace(requests, users=int(users)) if users else requests, "guidellm", skipped)
+    return TraceFile(requests, "guidellm", skipped)
 
 
 def _parquet(path: Path) -> Iterator[Mapping[Any, Any]]:
@@ -317,7 +330,7 @@ def _columns(path: Path, names: list[str]) -> dict[str, tuple[str, float]]:
         wanted = lacking[0]
         raise InputError(
             f"{path}: no column of {wanted} (one of {', '.join(name for name, _ in COLUMNS[wanted])}); "
-            f"it has {', '.join(map(str, names))[:120]}"
+            f"it has {' '.join(', '.join(map(str, names)).split())[:120]}"
         )
     return {wanted: column for wanted, column in chosen.items() if column is not None}
 
@@ -366,6 +379,8 @@ def _said(error: Exception, line: Any) -> str:
         return f"no {error.args[0]}"
     if isinstance(error, json.JSONDecodeError):
         return f"{str(line).strip()[:40]!r} is no JSON"
+    if isinstance(error, TypeError | AttributeError):
+        return "something in it is no list or object where one must be"
     return str(error)
 
 

@@ -11,6 +11,7 @@ import pytest
 import tensorcast as tc
 from tensorcast.predict.bench_results import with_results
 from tensorcast.predict.csv_table import read_table
+from tensorcast.predict.predict import predict
 
 
 def guidellm(strategy: dict[str, Any]) -> dict[str, Any]:
@@ -110,3 +111,20 @@ def test_a_load_that_is_not_steady_is_refused(tmp_path: Path, result: dict[str, 
     with pytest.raises(tc.InputError, match=r"--result .*result\.json: ") as told:
         cells(tmp_path, result)
     assert says in str(told.value)
+
+
+@pytest.mark.parametrize(("column", "times", "told"), [
+    ("tp", {"mean_tpot_ms": 3.4, "mean_itl_ms": 10.3}, True), ("tp", {"mean_itl_ms": 10.3}, False), ("tp", {}, False),
+    ("mtp_depth", {"mean_tpot_ms": 3.4, "mean_itl_ms": 10.3}, False),
+])  # fmt: skip
+def test_tokens_that_a_client_did_not_time_are_told(
+    tmp_path: Path, column: str, times: dict[str, float], told: bool
+) -> None:
+    """100 thoughts and 50 words of an SGLang server, 10 ms apart, as the client of vLLM 0.33.0 times them
+    (findings/vllm_client_hears_no_thinking.sh)."""
+    (tmp_path / "runs.csv").write_text(f"model,device,engine,{column}\ndeepseek-v3,h200,sglang,1\n")
+    (tmp_path / "result.json").write_text(json.dumps(engine(max_concurrency=4) | times))
+    table = with_results(read_table(tmp_path / "runs.csv"), [tmp_path / "result.json"])
+    notes = predict(table).attrs["notes"]
+    says = f"--result {tmp_path / 'result.json'}: 3.4 ms per token, but 10.3 between chunks"
+    assert [note.partition(": the server")[0] for note in notes] == ([says] if told else [])

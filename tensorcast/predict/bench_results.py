@@ -57,11 +57,35 @@ def with_results(table: pd.DataFrame, paths: Sequence[Path]) -> pd.DataFrame:
 
     if len(table) != 1:
         raise InputError(f"--result: is of one deployment, and the table has {len(table)} rows")
-    rows = []
+    rows, notes = [], list[str]()
+    own = {str(name): cell for name, cell in table.iloc[0].items()}
+    drafts = any(str(own.get(name) or "0") not in ("0", "nan") for name in DRAFTED)
     for path in paths:
         for result in _results(path):
-            rows.append({**{str(name): cell for name, cell in table.iloc[0].items()}, **_cells(path, result)})
-    return pd.DataFrame(rows, dtype=object)
+            rows.append({**own, **_cells(path, result)})
+            notes += [] if drafts else _untimed(path, result)
+    found = pd.DataFrame(rows, dtype=object)
+    found.attrs["notes"] = notes
+    return found
+
+
+DRAFTED = ("mtp_depth", "speculative_tokens", "nextn", "spec_depth")
+"""Columns of a table that say how many tokens are drafted."""
+
+FEW_CHUNKS = 0.7
+"""Chunks per token that a client times, below which something is behind it."""
+
+
+def _untimed(path: Path, result: dict[str, Any]) -> list[str]:
+    """That an engine's client timed fewer chunks than there were tokens, which no drafts explain."""
+    each, apart = (result.get(f"mean_{name}_ms") for name in ("tpot", "itl"))
+    if not isinstance(each, int | float) or not isinstance(apart, int | float) or not 0 < each < FEW_CHUNKS * apart:
+        return []
+    return [
+        f"--result {path}: {each:.3g} ms per token, but {apart:.3g} between chunks: the server sends several tokens at "
+        "once, or the client passes over some, as vLLM's does over thoughts that SGLang streams (reasoning_content): "
+        "its first token is then the first word after them"
+    ]
 
 
 def _results(path: Path) -> list[dict[str, Any]]:

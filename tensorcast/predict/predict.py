@@ -98,7 +98,7 @@ def predict(table: pd.DataFrame, jobs: int | None = 1) -> pd.DataFrame:
     out = pd.DataFrame(records, columns=_columns(), index=table.index)
     kept = table.drop(columns=[c for c in table.columns if c in out.columns or ours.get(str(c)) in measured.columns])
     whole = pd.concat([kept, measured, out], axis=1)
-    whole.attrs["notes"] = [*_notes(table, ours, out), *_other_units(measured, out)]
+    whole.attrs["notes"] = [*table.attrs.get("notes", ()), *_notes(table, ours, out), *_other_units(measured, out)]
     return whole
 
 

@@ -114,7 +114,8 @@ def test_what_is_lent() -> None:
 @pytest.mark.parametrize(("device", "family", "dtype", "lender"), LOANS)
 def test_a_dtype_like_a_measured_one_takes_its_kernel(device: str, family: str, dtype: str, lender: str) -> None:
     """FP8 weights without blocks took twice the time of those with blocks on MI300X, where only these were timed, and
-    1.2 times as long as bf16 ones: the formula alone is that far off at large sizes. In a step as alone, less sure."""
+    1.2 times as long as bf16 ones: the formula alone is that far off at large sizes. In a step as alone, less sure.
+    Where a kin timed both, it tells how much quicker one is (``test_gemm_kernels.py``)."""
     predictor = predictor_for(load_device(device), "vllm", served=True)
     rng = np.random.default_rng(5)
     ends = {"m": (0, 13), "n": (9, 15), "k": (9, 15)}
@@ -124,8 +125,13 @@ def test_a_dtype_like_a_measured_one_takes_its_kernel(device: str, family: str, 
         model = np.array([MODELS[name] for name in MODELS], dtype=float)[rng.integers(0, len(MODELS), 64)].T
         sizes = {"tokens": sizes["m"], **dict(zip(names, model, strict=True)), "distribution": "uniform"}
     mine, its = (predictor.estimate(family, name, **sizes) for name in (dtype, lender))
-    assert mine.seconds == pytest.approx(its.seconds) and set(mine.evidence) == {"calibrated"}
-    assert (mine.high / mine.seconds > 1.37).all() and (mine.high >= its.high * (1 - 1e-9)).all()
+    quicker = mine.seconds / its.seconds
+    if load_device(device).kin and family == "gemm":
+        assert ((quicker > 0.6) & (quicker <= 1)).all() and (quicker < 0.95).any()
+    else:
+        assert quicker == pytest.approx(np.ones(64))
+    assert set(mine.evidence) == {"calibrated"}
+    assert (mine.high / mine.seconds > 1.37).all() and (mine.high >= its.high * quicker * (1 - 1e-9)).all()
     if family == "gemm":
         step = corrections_for(load_device(device), "vllm").at(family, dtype, "", {**sizes, "batch": np.ones(64)})
         assert step is not None and step.factor == pytest.approx(mine.factor, rel=1e-6)

@@ -39,6 +39,10 @@ EFFICIENCY = {"ring": 0.80, "one_shot": 0.60, "two_shot": 0.60, "direct": 0.75}
 """Fractions of link speed assumed where nothing was measured (assumption; fitted NVLink values lie in 0.5-1.0). There
 a pairwise exchange starts in four hops of latency, as NCCL's does over NVLink."""
 
+PAIRWISE = {"ring": 0.70, "one_shot": 0.75, "two_shot": 0.60, "direct": 0.75}
+"""The same where each two GPUs have links of their own. MI300X: 48 of 64 GB/s of a link (rocm.blogs.amd.com, RCCL and
+xGMI, 2025-03-02), as between 2 GPUs in ROCm/aiter#801 (512 MiB in 11.1 ms); vllm#19744 (4 GPUs, 16 MiB in 230 us)."""
+
 BETWEEN_HOSTS = 0.94
 """The same of rings over a NIC of 400 Gb/s: 46 to 48 GB/s, as one of NCCL's authors has it (NVIDIA/nccl-tests#290)."""
 
@@ -153,9 +157,10 @@ def _leg(
     """One algorithm among ``ranks`` ranks of one tier; ``hops`` messages one after another where nothing is fitted."""
     level = device.interconnect[tier]
     fit = find_constants(device, op, level.name, algorithm, engine)
-    name, speed = "tree" if tree else algorithm, float(level.bandwidth_bytes_per_s)
+    name, speed = "tree" if tree else algorithm, level.among(ranks)
     if fit is None:
-        moving = wire / (speed * (BETWEEN_HOSTS if tier and algorithm == "ring" else EFFICIENCY[algorithm]))
+        usual = PAIRWISE if level.pairwise else EFFICIENCY
+        moving = wire / (speed * (BETWEEN_HOSTS if tier and algorithm == "ring" else usual[algorithm]))
         return _Leg(name, hops * float(level.latency_s) + moving, wire, False, DATASHEET_ERROR)
     steps = 2.0 * math.log2(ranks) if tree else ranks - 2
     fixed = fit.latency_s + fit.step_latency_s * steps
@@ -194,7 +199,7 @@ def _all_reduce(
     ]
     if tier == 0 and custom:
         legs.append(leg("one_shot", wire=(ranks - 1.0) * payload, hops=2.0))
-        legs.append(leg("two_shot", wire=around, hops=4.0))
+        legs.append(leg("two_shot", wire=around, hops=3.0 if device.interconnect[0].pairwise else 4.0))
     inside = _cheapest(legs)
     if not outer:
         return inside
@@ -235,7 +240,7 @@ def _exchange(
     worst: Size = 0.0
     wire_total: Size = 0.0
     fixed, calibrated, error = 0.0, True, 0.0
-    for tier, _ in levels:
+    for tier, peers in levels:
         level, inner = device.interconnect[tier], extent[tier - 1] if tier else 1
         wire = payload * (extent[tier] - inner) / ranks
         if kind == "high_throughput":  # one copy per distinct node over the NIC, then one per distinct rank inside
@@ -252,11 +257,12 @@ def _exchange(
             error = max(error, DATASHEET_ERROR if fit.median_error is None else fit.median_error)
         else:
             calibrated, error, chunk = False, max(error, DATASHEET_ERROR), 0.0
+            usual = PAIRWISE if level.pairwise else EFFICIENCY
             start, efficiency = (
-                (4.0 * float(level.latency_s), EFFICIENCY["direct"]) if kind == "direct" else EXCHANGE[kind, tier > 0]
+                (4.0 * float(level.latency_s), usual["direct"]) if kind == "direct" else EXCHANGE[kind, tier > 0]
             )
         fixed = max(fixed, start)
-        worst = np.maximum(worst, pipelined(wire, float(level.bandwidth_bytes_per_s) * efficiency, chunk))
+        worst = np.maximum(worst, pipelined(wire, level.among(peers) * efficiency, chunk))
         wire_total = wire_total + wire
     name = kind if kind != "direct" else ("hierarchical" if spans else "direct")
     return _Leg(name, fixed + worst, wire_total, calibrated, error)

@@ -252,7 +252,7 @@ def _move(
     experts = int(new.sum(axis=(0, 2)).max())
     nbytes = experts * expert_bytes / layers
     domain = next((tier for tier in device.interconnect if tier.size >= ranks), device.interconnect[-1])
-    seconds = nbytes / (float(domain.bandwidth_bytes_per_s) * MOVING)
+    seconds = nbytes / (domain.among(ranks) * MOVING)
     worth = seconds / won_s if won_s > 0 else float("inf")
     return Move(source, experts, nbytes, seconds, worth, INTERVAL.get(engine, 0))
 

@@ -20,6 +20,21 @@ class Tier(Frozen):
     host_gpus: int | None = Field(default=None, ge=1, description="GPUs of one host, where a domain joins several")
     bandwidth_bytes_per_s: Figure = Field(description="per GPU and direction")
     latency_s: Figure = Field(description="one hop, software included")
+    pairwise: bool = Field(
+        default=False,
+        description="each two GPUs have links of their own: a group of n uses (n - 1) / (size - 1) of the bandwidth",
+    )
+
+    def among(self, ranks: int) -> float:
+        """Bytes per second that one GPU sends at most to the others of a group of ``ranks`` inside one domain."""
+        speed = float(self.bandwidth_bytes_per_s)
+        return speed * (ranks - 1) / (self.size - 1) if self.pairwise else speed
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "Tier":
+        if self.pairwise and self.size < 2:
+            raise ValueError(f"pairwise links of tier {self.name!r} need a size of 2 or more, not {self.size}")
+        return self
 
 
 class ListPrice(Figure):

@@ -23,10 +23,10 @@ def hand_over_s(
     device = prefill.device
     inner, outer = device.interconnect[0], device.interconnect[-1]
     share = float(cache_bytes(prefill.raw, prefill.quantization.kv, 1, tokens)) / prefill.layout.pp
-    near, far = (float(tier.latency_s) + share / float(tier.bandwidth_bytes_per_s) for tier in (inner, outer))
+    near, far = (float(tier.latency_s) + share / tier.among(2) for tier in (inner, outer))
     if decode_device is not None and decode_device.name != device.name:
         other = decode_device.interconnect[-1]
-        near = far = max(far, float(other.latency_s) + share / float(other.bandwidth_bytes_per_s))
+        near = far = max(far, float(other.latency_s) + share / other.among(2))
     gpus = (prefill.layout.world_size + np.asarray(decode_gpus)) * workers / 2
     seconds: Number = np.where(gpus <= inner.size, near, far)
     return seconds

@@ -22,7 +22,7 @@ COLLECTIVE_BOUNDS = {
 }
 
 
-def _alpha_beta(values: dict[str, float], ranks: np.ndarray, wire: np.ndarray, speed: float) -> np.ndarray:
+def _alpha_beta(values: dict[str, float], ranks: np.ndarray, wire: np.ndarray, speed: np.ndarray) -> np.ndarray:
     moving = wire / (speed * values["bandwidth_efficiency"])
     fixed = values["latency_s"] + values.get("step_latency_s", 0.0) * (ranks - 2)
     return fixed + moving + 2.0 * np.sqrt(values.get("pipeline_s", 0.0) * moving)
@@ -56,9 +56,10 @@ def fit_collective(op: str, algorithm: str, rows: MeasuredKernel, device: Device
     bounds = dict(COLLECTIVE_BOUNDS)
     if len(np.unique(ranks)) == 1:
         del bounds["step_latency_s"]
-    speed = float(tier.bandwidth_bytes_per_s)
-    found, _ = fit_constants(bounds, lambda values: _alpha_beta(values, ranks[~out], wire[~out], speed), seconds[~out])
-    score = errors(_alpha_beta(found, ranks[out], wire[out], speed), seconds[out])
+    speed = np.array([tier.among(int(n)) for n in ranks])
+    near = ranks[~out], wire[~out], speed[~out]
+    found, _ = fit_constants(bounds, lambda values: _alpha_beta(values, *near), seconds[~out])
+    score = errors(_alpha_beta(found, ranks[out], wire[out], speed[out]), seconds[out])
     return CollectiveConstants(
         op=op, tier=tier.name, algorithm=algorithm, engine="any", points=int((~out).sum()),  # type: ignore[arg-type]
         held_out=int(out.sum()), **found, **score,
@@ -70,9 +71,9 @@ def fit_custom_all_reduce(
 ) -> list[CollectiveConstants]:
     """The engines' own all-reduce: one-shot or two-shot or NCCL's, whichever is fastest, so all are fitted at once."""
     tier = device.interconnect[0]
-    speed = float(tier.bandwidth_bytes_per_s)
     out = held_out("all_reduce", rows.columns)
     ranks, payload, seconds = rows.columns["ranks"], rows.columns["payload_bytes"], rows.seconds
+    speed = np.array([tier.among(int(n)) for n in ranks])
     start = {
         "latency_s": (4e-6, 5e-7, 5e-5), "step_latency_s": (1e-7, 1e-9, 5e-6), "bandwidth_efficiency": (0.6, 0.1, 1.0),
     }
@@ -85,9 +86,9 @@ def fit_custom_all_reduce(
         n, size = ranks[at], payload[at]
         around = 2.0 * (n - 1) / n * size
         return np.minimum.reduce([
-            _alpha_beta(part(values, "one_shot"), n, (n - 1) * size, speed),
-            _alpha_beta(part(values, "two_shot"), n, around, speed),
-            _alpha_beta(ring.model_dump(include=set(COLLECTIVE_BOUNDS)), n, around, speed),
+            _alpha_beta(part(values, "one_shot"), n, (n - 1) * size, speed[at]),
+            _alpha_beta(part(values, "two_shot"), n, around, speed[at]),
+            _alpha_beta(ring.model_dump(include=set(COLLECTIVE_BOUNDS)), n, around, speed[at]),
         ])
 
     found, _ = fit_constants(bounds, lambda values: predict(values, ~out), seconds[~out])

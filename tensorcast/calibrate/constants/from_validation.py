@@ -261,7 +261,7 @@ def fit_collectives(frame: pd.DataFrame, device: DeviceProfile) -> list[Fit]:
         payload, seconds = part.payload_bytes.to_numpy(float), part.seconds.to_numpy(float)
         ranks, held = int(part.ranks.iloc[0]), left_out([str(p) for p in part.payload_bytes])
         share = (ranks - 1) / ranks * (2.0 if op == "all_reduce" else 1.0)
-        wire, speed = share * payload, float(tier.bandwidth_bytes_per_s)
+        wire, speed = share * payload, tier.among(ranks)
 
         def price(values: dict[str, float], wire: np.ndarray = wire[~held], speed: float = speed) -> np.ndarray:
             return values["latency_s"] + wire / (speed * values["bandwidth_efficiency"])

@@ -231,7 +231,7 @@ def _collectives(
         found = collective_time(name, payload[at], extent, device, engine=engine, **exchange)
         seconds[at], wire[at], error = found.seconds, found.wire_bytes, max(error, float(np.max(found.error)))
         if family != "moe_exchange":  # whatever the algorithm, a rank needs what the others hold, over all its links
-            links = sum(float(tier.bandwidth_bytes_per_s) for tier in device.interconnect[: len(extent)])
+            links = sum(tier.among(size) for tier, size in zip(device.interconnect, extent, strict=False))
             floor[at] = payload[at] * (1.0 - 1.0 / ranks) / links
         evidence = found.evidence if found.evidence == "datasheet" else evidence
 
@@ -297,7 +297,7 @@ def constants_digest(family: str, dtype: str, device: DeviceProfile, engine: str
             facts += [_without_fit(constants), roofline.peak_flops(device, kind)]
     else:
         op, tier = "all_to_all" if family == "moe_exchange" else family, device.interconnect[0]
-        facts = [tier.size, float(tier.bandwidth_bytes_per_s), float(tier.latency_s)]
+        facts = [tier.size, float(tier.bandwidth_bytes_per_s), float(tier.latency_s), *["pairwise"] * tier.pairwise]
         known = device.calibration.collectives if device.calibration else ()
         facts += [_without_fit(one) for one in known if one.op == op]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]

@@ -238,7 +238,7 @@ class RowPricer:
         time = collective_time(row.op, payload, row.extent, self.device, engine=engine, **options)
         kernel_s = time.seconds if known is None else time.seconds * known.factor
         tier = next(t for t in self.device.interconnect if t.name == time.tier)
-        on_wire = time.wire_bytes / float(tier.bandwidth_bytes_per_s)
+        on_wire = time.wire_bytes / tier.among(row.extent[0])
         seconds = self._launched(at, 1.0, kernel_s, kernel_s)
         parts = {"compute": 0.0, "memory": 0.0, "network": on_wire, "latency": np.maximum(seconds - on_wire, 0.0)}
         spending = Spending(wire_bytes=time.wire_bytes, parts=parts)

@@ -11,6 +11,8 @@ import pytest
 
 from tensorcast.calibrate import aiter_tables
 from tensorcast.calibrate.aiter_tables import quicker_than_half, read_system
+from tensorcast.cost.roofline import constants_for
+from tensorcast.profiles.store import load_device
 
 FILES = Path("aiter") / "configs"
 
@@ -85,3 +87,43 @@ def test_quicker_than_half_by_brute_force(seed: int) -> None:
         for m, n, took in sizes
     ]
     assert quicker_than_half(lines, "m").tolist() == expected
+
+
+PAGE = """
+| batch | q_nheads | kv_nheads | seqlen_q | seqlen_kv | hdim | causal | FWD(TFLOPS) |      | BWD |
+|-------|----------|-----------|----------|-----------|------|--------|-------------|------|-----|
+|       |          |           |          |           |      |        | MI300X | MI355X | MI300X |
+| 1     | 32       | 8         | 8192     | 8192      | 128  | 0      | 558.17 | 1396     | 524.15 |
+| 1     | 32       | 8         | 8192     | 8192      | 128  | 1      | 522.68 | 1247.73  | 524.15 |
+"""
+
+
+@pytest.mark.parametrize(("system", "rate"), [("gfx942-304", 522.68e12), ("gfx950-256", 1247.73e12)])
+def test_prompts_attention_is_what_its_page_states_where_masks_are_causal(
+    tmp_path: Path, system: str, rate: float
+) -> None:
+    """Two products of 8,192 x 8,192 x 128 in each of 32 heads, half of which a causal mask leaves."""
+    (tmp_path / aiter_tables.PROMPTS).parent.mkdir(parents=True)
+    (tmp_path / aiter_tables.PROMPTS).write_text(PAGE)
+    rows = read_system(tmp_path, system).kernels["attention_prefill", "bf16", "any", ""]
+    assert rows.seconds == pytest.approx([32 * 2 * (2 * 8192 * 8192 * 128) / 2 / rate])
+    assert {name: float(values[0]) for name, values in rows.columns.items()} == {
+        "batch": 1, "new": 8192, "past": 0, "q_heads": 32, "kv_heads": 8, "head_dim": 128, "window": 0, "kv_bytes": 2,
+    }
+
+
+def test_a_checkout_without_the_page_and_a_device_that_it_leaves_out(tmp_path: Path) -> None:
+    assert not read_system(tmp_path, "gfx942-304").kernels
+    (tmp_path / aiter_tables.PROMPTS).parent.mkdir(parents=True)
+    (tmp_path / aiter_tables.PROMPTS).write_text(PAGE)
+    assert not read_system(tmp_path, "gfx942-80").kernels
+
+
+@pytest.mark.parametrize(("device", "published"), [("mi300x", 541.55e12), ("mi355x", 1392.485e12)])
+def test_latents_of_prompts_are_no_quicker_than_attention_was(device: str, published: float) -> None:
+    """64 heads, 16,384 tokens; latents expanded to heads of 192 and 128 run in the same library."""
+    profile = load_device(device)
+    constants, evidence = constants_for(profile, "mla_prefill", "bf16")
+    assert evidence == "datasheet" and constants_for(profile, "attention_prefill", "bf16")[1] == "calibrated"
+    rate = constants.compute_efficiency * float(profile.peak_flops["bf16"])
+    assert published < rate < 1.5 * published

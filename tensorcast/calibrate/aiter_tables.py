@@ -6,6 +6,9 @@ profiler (``aiter/test_common.py``: ``perftest``, ``get_trace_perf``). What a re
 the device's profile. A server that has these files runs that kernel for that shape, so its time is the price; being the
 least of many means it is some percent on the fast side. A GEMM's inputs are quantised beforehand, and experts' rows
 sorted. vLLM and SGLang call the same kernels: they are any engine's.
+
+Its page on attention (``op_tests/cpp/mha/README.md``) states how many FLOP/s prompts reach on MI300X and MI355X in
+BF16, half of all products counted where a mask is causal, as engines' are (``benchmark_mha_fwd.cpp``).
 """
 
 from __future__ import annotations
@@ -19,10 +22,19 @@ import pandas as pd
 from tensorcast.calibrate.measured_rows import MeasuredKernel, MeasuredSystem
 from tensorcast.cost.kernels.vocabulary import SIZES
 
-SOURCE = "ROCm/aiter e404860 (MIT), its tuned GEMMs and fused experts on {system}, the best kernel of each sweep"
+SOURCE = (
+    "ROCm/aiter e404860 (MIT), its tuned GEMMs and fused experts on {system}, the best kernel of each sweep, and its page "
+    "on attention"
+)
 
 PLACE = Path("aiter") / "configs"
 """In a checkout."""
+
+PROMPTS = Path("op_tests") / "cpp" / "mha" / "README.md"
+"""The page on attention, in a checkout; its column of forward TFLOP/s by system."""
+
+PROMPT_COLUMNS = {"gfx942-304": 7, "gfx950-256": 8}
+"""After batch, query heads, KV heads, both lengths, head's width and whether a mask is causal."""
 
 SYSTEMS = {"mi300x": "gfx942-304", "mi325x": "gfx942-304", "mi308x": "gfx942-80", "mi355x": "gfx950-256"}
 """Devices by architecture and compute units. MI300X and MI325X differ in memory alone; tables do not say which ran."""
@@ -151,8 +163,27 @@ def _kernels(family: str, lines: pd.DataFrame, system: MeasuredSystem) -> Iterat
         yield MeasuredKernel(key, columns, part["seconds"].to_numpy(float), ("aiter e404860",))
 
 
+def _prompts(folder: Path, system: str) -> Iterator[MeasuredKernel]:
+    """Causal attention of the page's table; nothing where a checkout has no page or its table not this system."""
+    page, column = Path(folder) / PROMPTS, PROMPT_COLUMNS.get(system)
+    if column is None or not page.is_file():
+        return
+    lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in page.read_text().splitlines()]
+    numbers = [line for line in lines if len(line) > column and line[0].isdigit()]
+    table = np.array([[*line[:7], line[column]] for line in numbers], dtype=float).reshape(-1, 8)
+    batch, q_heads, kv_heads, new, held, head_dim, _, rate = table[table[:, 6] == 1].T
+    if not len(batch):
+        return
+    columns = {
+        "batch": batch, "new": new, "past": held - new, "q_heads": q_heads, "kv_heads": kv_heads,
+        "head_dim": head_dim, "window": np.zeros_like(batch), "kv_bytes": np.full_like(batch, 2.0),
+    }
+    seconds = 4.0 * batch * q_heads * new * held * head_dim / 2.0 / (rate * 1e12)
+    yield MeasuredKernel(("attention_prefill", "bf16", "any", ""), columns, seconds, ("aiter e404860",))
+
+
 def read_system(folder: Path, system: str) -> MeasuredSystem:
-    """GEMMs and fused experts of one of :data:`SYSTEMS`' values."""
+    """GEMMs, fused experts and prompts' attention of one of :data:`SYSTEMS`' values."""
     result = MeasuredSystem(system, source=SOURCE.format(system=system))
     gemms: list[pd.DataFrame] = []
     experts: list[pd.DataFrame] = []
@@ -165,4 +196,5 @@ def read_system(folder: Path, system: str) -> MeasuredSystem:
     for family, found in parts.items():
         if found:
             result.kernels |= {one.key: one for one in _kernels(family, pd.concat(found), result)}
+    result.kernels |= {one.key: one for one in _prompts(folder, system)}
     return result

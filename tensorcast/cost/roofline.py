@@ -78,6 +78,11 @@ query, by where its largest scores lie. The others: medians of what whole module
 
 SPARSE_ERROR = 0.15
 
+LIKE = {"mla_prefill": "attention_prefill"}
+"""A family whose kernels are another's with other widths: where only that one was timed, its constants are nearer than
+the datasheet's (expanded latents are attention with heads of 192 and 128, by the same library: ROCm/aiter,
+``op_tests/cpp/mha``)."""
+
 NEAREST = {
     "bf16": ("fp16",), "fp16": ("bf16",), "fp8": ("fp8_block", "int8"), "fp8_block": ("fp8",),
     "int8": ("fp8", "fp8_block"), "nvfp4": ("w4a8", "fp8"), "w4a8": ("fp8", "nvfp4"), "w4a4": ("nvfp4", "w4a8", "fp8"),
@@ -214,8 +219,8 @@ def constants_for(
 
     Order: this engine, then ``any``, then another engine with the same dtype; then the same for the nearest dtypes
     (:data:`NEAREST`, then whichever were fitted; for :data:`WIDE` ones those alone), with :data:`BORROWED_ERROR`; else
-    the datasheet fractions with :data:`DATASHEET_ERROR`. Constants of this one ``kernel`` of the family, fitted as
-    ``family/kernel``, come before those of the family.
+    those of a family that is :data:`LIKE` it, else the datasheet fractions, both with :data:`DATASHEET_ERROR`.
+    Constants of this one ``kernel`` of the family, fitted as ``family/kernel``, come before those of the family.
     """
     key = id(device), family, dtype, engine, kernel
     if key in _constants and _constants[key][0] is device:
@@ -245,6 +250,11 @@ def constants_for(
     if (family, dtype) in SPARSE:
         _constants[key] = device, (sparse_constants(family, dtype, error=DATASHEET_ERROR), "datasheet")
         return _constants[key][1]
+    if alike := [c for c in known if c.family == LIKE.get(family)]:
+        near = min(alike, key=lambda c: (c.dtype != dtype, (engine, "any", c.engine).index(c.engine)))
+        near = near.model_copy(update={"family": family, "dtype": dtype, "median_error": DATASHEET_ERROR})
+        _constants[key] = device, (near, "datasheet")
+        return near, "datasheet"
     compute, memory, launch, tile, step, split = DATASHEET.get(family, DATASHEET["memory"])
     assumed = KernelConstants(
         family=family, dtype=dtype, compute_efficiency=compute, memory_efficiency=memory, launch_s=launch, tile_s=tile,

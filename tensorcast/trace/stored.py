@@ -1,4 +1,5 @@
-"""Op tables as JSON: every size and every tensor is written once, whatever number of rows and tables it stands in.
+"""Op tables as JSON: every size and every tensor is written once, whatever number of rows and tables it stands in. What
+is read of many models has each word once, too.
 
 A *pack* is what ships of a model: the tables of both phases at every tensor-parallel size, or why there is none,
 compressed together, since they differ in little (``profiles/traces/``).
@@ -12,6 +13,7 @@ import lzma
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from tensorcast.profiles.facts import ModelFacts
@@ -61,7 +63,7 @@ def from_json(data: dict[str, Any]) -> list[OpTable]:
         if tuple(own) not in shapes:
             shapes[tuple(own)] = tuple([dims[i] for i in own])
     tensors = [
-        Tensor(shapes[tuple(own)], dtype, storage, weight, tuple(expanded), offset)
+        Tensor(shapes[tuple(own)], intern(dtype), storage, intern(weight), tuple(expanded), offset)
         for own, dtype, storage, weight, expanded, offset in data["tensors"]
     ]
     params = tuple([
@@ -74,9 +76,10 @@ def from_json(data: dict[str, Any]) -> list[OpTable]:
     for rows in data["ops"]:
         ops = tuple([
             Op(
-                name, module, kind, tuple([tensors[i] for i in inputs]), tuple([tensors[i] for i in outputs]),
-                plain | {size: Dim(*dim) for size, dim in sizes.items()} if sizes else plain, stage, shard,
-                tuple(parts),
+                intern(name), intern(module), kind, tuple([tensors[i] for i in inputs]),
+                tuple([tensors[i] for i in outputs]),
+                plain | {size: Dim(*dim) for size, dim in sizes.items()} if sizes else plain, intern(stage),
+                intern(shard), tuple(map(intern, parts)),
             )
             for name, module, kind, inputs, outputs, plain, sizes, stage, shard, parts in rows
         ])  # fmt: skip

@@ -53,11 +53,13 @@ def cache_dir() -> Path | None:
     chosen = os.environ.get("TENSORCAST_CACHE", "")
     if chosen.lower() == "off":
         return None
-    return _path(chosen or f"{os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')}/tensorcast")
+    return _folder(chosen, *map(os.environ.get, ("XDG_CACHE_HOME", "HOME")))
 
 
-_path = functools.cache(Path)
-"""One object for a folder that is asked for again and again."""
+@functools.cache
+def _folder(chosen: str, *homes: str | None) -> Path:
+    """That of the cache, one object for all who ask where ``homes`` are the same."""
+    return Path(chosen or f"{homes[0] or os.path.expanduser('~/.cache')}/tensorcast")
 
 
 @functools.cache

@@ -24,12 +24,15 @@ def activation_bytes(table: OpTable, sizes: Sizes, *, head: bool = True) -> Size
         reduce(np.maximum, [coef * math.prod([dim.at(sizes) for dim in factors], start=1.0) for factors, coef in some])
         for some in amounts
     ]
+    peak: Size
+    if not any(map(np.ndim, held)):
+        peak = (moments @ np.array(held)).max()
+        return peak
     shape = np.broadcast_shapes(*{np.shape(one) for one in held})
     each = np.empty((len(held), *shape))
     for i, one in enumerate(held):
         each[i] = one
-    live: Array = moments @ each.reshape(len(held), -1)
-    peak: Size = live.max(axis=0).reshape(shape)[()]
+    peak = (moments @ each.reshape(len(held), -1)).max(axis=0).reshape(shape)
     return peak
 
 

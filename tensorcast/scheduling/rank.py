@@ -201,7 +201,8 @@ class Rank(Cache):
         beside = 0.0 if rules.alone else found.sequences * rules.verify
         budget = int(rules.chunk_tokens - beside)
         whole = rules.prompt_tokens or budget
-        self._closed_for, later = math.inf, list[int]()
+        self._closed_for = math.inf
+        later: list[int] = []
         for one in tuple(self.reading):
             if rules.admits_chunks and not self._holds_chunk(one, budget):
                 return
@@ -221,7 +222,8 @@ class Rank(Cache):
             self.reading.append(fresh)
             taken = self._take(found, fresh, budget)
             budget, whole = budget - taken, whole - taken
-        self.waiting.extendleft(reversed(later))
+        if later:
+            self.waiting.extendleft(reversed(later))
 
     def _holds_chunk(self, one: Reading, budget: int) -> bool:
         """Room for what a step reads next of a prompt; without it, it starts over, and the step reads nothing more."""

@@ -162,12 +162,12 @@ class StepTimes:
             return self.decode.own.at(context, sequences) if tokens and self.decode is not None else 0.0
         times = self.prompts
         assert times is not None
-        each, least = times.attention.at, times.least
+        attention, least = times.attention, times.least
         seconds = least
         if tokens and self.decode is not None:
             seconds += self.decode.attention.at(context, sequences)
-        for new, past in prompts:
-            seconds += each(past, new) - least
+        for new, past in prompts:  # the first line is of prompts of which nothing is cached
+            seconds += (attention.at(past, new) if past else attention.first(new)) - least
             tokens += new
         whole = times.own.first(tokens)
         if times.ends is not None:

@@ -28,6 +28,11 @@ def steps_between_looks(waited: float | Array) -> Any:
     return 2 * waited + 1.0
 
 
+def _all(holds: Any) -> bool:
+    """Whether what was asked of a number, or of each in an array, holds."""
+    return holds if isinstance(holds, bool) else bool(np.all(holds))
+
+
 @dataclass(frozen=True)
 class Traffic:
     """What users send. ``concurrency`` counts requests in flight over the whole deployment; it may be an array, and so
@@ -50,20 +55,20 @@ class Traffic:
     wait_steps: Number = 0.0
 
     def __post_init__(self) -> None:
-        if np.any(self.input_len < 1):
+        if not _all(self.input_len >= 1):
             raise InputError(f"input_len = {self.input_len}: a prompt has at least 1 token")
-        if np.any(self.output_len < 1):
+        if not _all(self.output_len >= 1):
             raise InputError(f"output_len = {self.output_len}: a reply has at least 1 token")
-        if not np.all(np.asarray(self.concurrency, dtype=float) > 0):
+        if not _all(self.concurrency > 0):
             raise InputError(f"concurrency = {self.concurrency}: must be more than 0 requests in flight")
-        if not np.all((self.prefix_cached >= 0) & (self.prefix_cached < self.input_len)):
+        if not (_all(self.prefix_cached >= 0) and _all(self.prefix_cached < self.input_len)):
             raise InputError(
                 f"prefix_cached = {self.prefix_cached}: must be at least 0 and less than input_len = {self.input_len}"
             )
-        if not np.all((self.mtp_acceptance >= 0) & (self.mtp_acceptance <= 1)):
+        if not (_all(self.mtp_acceptance >= 0) and _all(self.mtp_acceptance <= 1)):
             given = f"mtp_acceptance = {self.mtp_acceptance} (--mtp-acceptance)"
             raise InputError(f"{given}: a chance lies between 0 and 1")
-        if np.any(self.rounds < 1):
+        if not _all(self.rounds >= 1):
             raise InputError(f"rounds = {self.rounds}: every client sends at least 1 request")
 
     @classmethod

@@ -81,7 +81,7 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
         order = in_order(depths)
         orders.append(sum(len(one.variant) for one in parts) + order[stable[order]])
         parts += both
-    return Points.joined(parts).where(np.concatenate(orders)), unstable
+    return Points.joined(parts, np.concatenate(orders)), unstable
 
 
 def _quick_enough(shop: VariantPrices, tpot_s: float | None) -> Rows:
@@ -228,9 +228,11 @@ def disaggregated(
     served = [matched.serve(shop, at)]
     if limits[0] is not None:
         served.append(matched.sooner(shop, served[0], limits[0]))
-    points = Points.joined([one.where(np.isfinite(one.columns["concurrency"])) for one in served])
-    order = in_order(shop.depths[points.variant])  # by what reads prompts, then by drafted tokens
-    return points.where(order[in_order(points.columns["prefill"][order].astype(int))]), unstable
+    order = np.flatnonzero(np.isfinite(np.concatenate([one.columns["concurrency"] for one in served])))
+    # by what reads prompts, then by drafted tokens
+    order = order[in_order(shop.depths[np.concatenate([one.variant for one in served])[order]])]
+    reads = np.concatenate([one.columns["prefill"] for one in served])[order]
+    return Points.joined(served, order[in_order(reads.astype(int))]), unstable
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ class VariantPrices:
         self.prompts = {}
         for budget, found in self._costs.items():
             positions = np.concatenate([rows for rows, _ in found])
-            self.prompts[budget] = PrefillCosts.joined([part for _, part in found]).where(np.argsort(positions))
+            self.prompts[budget] = PrefillCosts.joined([part for _, part in found], np.argsort(positions))
         self.own_prompts = self.prompts[scenario.own_chunk]  # in steps as the engine cuts them unasked
         while len(self.parts.fleets) > MOST_FLEETS:
             del self.parts.fleets[next(iter(self.parts.fleets))]

@@ -27,15 +27,16 @@ class Entries:
         return type(self)(**found)
 
     @classmethod
-    def joined(cls: type[Own], parts: Sequence[Own]) -> Own:
-        """All entries of ``parts``, one after another; of dictionaries what the first part has."""
+    def joined(cls: type[Own], parts: Sequence[Own], chosen: Any = slice(None)) -> Own:
+        """All entries of ``parts``, one after another, or those of them that are ``chosen``; of dictionaries what the
+        first part has."""
         found: dict[str, Any] = {}
         for field in fields(cls):
             held: list[Any] = [getattr(part, field.name) for part in parts]
             if isinstance(held[0], dict):
-                found[field.name] = {key: np.concatenate([one[key] for one in held]) for key in held[0]}
+                found[field.name] = {key: np.concatenate([one[key] for one in held])[chosen] for key in held[0]}
             elif isinstance(held[0], Entries):
-                found[field.name] = type(held[0]).joined(held)
+                found[field.name] = type(held[0]).joined(held, chosen)
             elif held[0] is not None:
-                found[field.name] = np.concatenate(held)
+                found[field.name] = np.concatenate(held)[chosen]
         return cls(**found)

@@ -166,7 +166,10 @@ class _Alike:
             places, lengths = tuple([one.place for one in self.asked]), [math.prod(one.shape) for one in self.asked]
             graphs = [one.pricer.graph_tokens for one in self.asked]
             table = np.array([one.content.coefs for one in self.asked]).T
-            columns: list[Any] = [one if (one != one[0]).any() else float(one[0]) for one in table]
+            known: dict[bytes, Any] = {}  # many are the same in all
+            columns = [
+                known.setdefault(one.tobytes(), one if (one != one[0]).any() else float(one[0])) for one in table
+            ]
             if places.count(first.place) == len(places):
                 along = (-1, *(1,) * len(first.shape))  # a first axis
                 columns = [one.reshape(along) if isinstance(one, np.ndarray) else one for one in columns]
@@ -178,7 +181,8 @@ class _Alike:
                 if key not in joined:
                     joined[key] = _joined(self.asked, lengths)
                 at, pricer, self.spans = joined[key]
-                columns = [one.repeat(lengths) if isinstance(one, np.ndarray) else one for one in columns]
+                spread = {id(one): one.repeat(lengths) for one in known.values() if isinstance(one, np.ndarray)}
+                columns = [spread.get(id(one), one) for one in columns]
             op = joined_op(first.content, columns)
         self._whole = op, at, pricer
         self.works = pricer.works(op, at, corrections)

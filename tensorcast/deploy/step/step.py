@@ -363,6 +363,6 @@ class Together:
                 yield [i for i, own in zip(steps, number, strict=True) if own == one]
 
 
-TOGETHER, SUMMED = 16_384, 65_536
+TOGETHER, SUMMED = 16_384, 32_768
 """Entries that are composed together, few enough to stay in the cache; and members at cases whose rows are added up
 together: their sums take some MB."""

@@ -67,11 +67,7 @@ def aggregated(shop: VariantPrices, limits: Limits = (None, None)) -> tuple[Poin
         quickest = grid[np.where(kept, rates, 0.0).argmax(axis=1)]
         known = shop.whatever.get(budget)
         rows, batch = batches(largest, chosen, np.where(quickest < chosen, quickest, 0.0), new=known is not None)
-        engine = _engine(shop, budget, rows)
-        state = engine.at(batch)
-        times = engine.times(batch, state.concurrency, state)
-        extra = {"chunk_tokens": np.full(len(rows), float(budget)), "largest_batch": most[rows]}
-        points = Points(rows, times | extra)
+        points = _served(shop, budget, rows, batch)
         if known is None:
             shop.whatever[budget] = points.where(slice(len(batches(largest)[0])))
         both = [points] if known is None else [known, points]  # those that limits choose come last
@@ -93,6 +89,22 @@ def _quick_enough(shop: VariantPrices, tpot_s: float | None) -> Rows:
     steps = scenario.load.decode_steps(shop.depths)[:, None]
     slow = ~(steps * shop.curves["seconds"] / max(scenario.load.output_len - 1, 1) <= tpot_s)
     return np.where(slow.all(axis=1), 0, count - (~slow[:, ::-1]).argmax(axis=1))
+
+
+def _served(shop: VariantPrices, budget: int, rows: Rows, batch: Array) -> Points:
+    """What variants ``rows`` serve at their batches, with prompts cut by this budget."""
+    most, parts = np.minimum(shop.fits[budget], LARGEST_BATCH), list[Points]()
+    for some in _blocks(len(rows)):
+        engine, at = _engine(shop, budget, rows[some]), batch[some]
+        state = engine.at(at)
+        extra = {"chunk_tokens": np.full(len(at), float(budget)), "largest_batch": most[rows[some]]}
+        parts.append(Points(rows[some], engine.times(at, state.concurrency, state) | extra))
+    return Points.joined(parts)
+
+
+def _blocks(count: int) -> list[slice]:
+    """So many entries, :data:`TOGETHER` at a time; of none an empty block."""
+    return [slice(start, start + TOGETHER) for start in range(0, max(count, 1), TOGETHER)]
 
 
 def _engine(shop: VariantPrices, budget: int, rows: Rows) -> Aggregated:
@@ -225,9 +237,11 @@ def disaggregated(
     prefills, rows, x, y, at, took = np.concatenate(chosen, axis=1)
     which = prefills.astype(int)
     matched = _Pools(which, readers.own_prompts.where(which), rows.astype(int), x, y, took)
-    served = [matched.serve(shop, at)]
+    blocks = [(matched.where(some), at[some]) for some in _blocks(len(at))]
+    served = [pools.serve(shop, batch) for pools, batch in blocks]
     if limits[0] is not None:
-        served.append(matched.sooner(shop, served[0], limits[0]))
+        late = zip(blocks, served.copy(), strict=True)
+        served += [pools.sooner(shop, points, limits[0]) for (pools, _), points in late]
     order = np.flatnonzero(np.isfinite(np.concatenate([one.columns["concurrency"] for one in served])))
     # by what reads prompts, then by drafted tokens
     order = order[in_order(shop.depths[np.concatenate([one.variant for one in served])[order]])]

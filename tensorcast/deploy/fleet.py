@@ -193,7 +193,7 @@ def fleet(prototype: Deployment, members: Sequence[tuple[Layout, Options]], memo
         load = MemberLoads(tuple(loads), _column([one.local_experts for one in loads]), staged)
     sources = [kernels[one.ep > 1, one.dp > 1] for one, _ in members]
     pricer = replace(
-        step.pricer, ep=ep, etp=etp,
+        step.pricer, ep=ep, etp=etp, tells=False,
         distinct={name: _column([each[name] for each in spread]) for name in step.pricer.distinct},
         sources={name: _column([each[name] for each in sources]) for name in step.pricer.sources},
     )

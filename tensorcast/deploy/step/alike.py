@@ -24,7 +24,7 @@ from tensorcast.cost.formulas import (
     traffic,
 )
 from tensorcast.cost.kernels.corrections import BatchedCorrections, Corrections
-from tensorcast.deploy.step.price import RowPrice, one_level, spending_of
+from tensorcast.deploy.step.price import RowPrice, one_level, spending_of, untold
 from tensorcast.deploy.step.row_prices import Pending, RowPricer, Works
 from tensorcast.trace.dims import Dim, Sizes, product
 from tensorcast.trace.moe import EXPERT_STAGES
@@ -195,9 +195,10 @@ class _Alike:
             took = pricer.seconds(op, at, self.works)
             self._price = RowPrice(
                 row=op, seconds=took.seconds, waits_s=took.waits_s, family=took.family, level=one_level(took.level),
-                error=took.error, spend=partial(spending_of, took.calls, pricer.device),
-                has_formula=op.name in FORMULAS,
+                error=took.error, has_formula=op.name in FORMULAS,
+                spend=partial(spending_of, took.calls, pricer.device) if pricer.tells else untold,
             )
+            self._whole, self.works = None, []  # the sizes of all rows are large
         shape = self.asked[i].shape
         if len(self.asked) == 1:
             return self._price

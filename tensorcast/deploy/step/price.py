@@ -94,7 +94,8 @@ class RowPrice:
         return RowPrice(
             row=self.row if row is None else row, seconds=change(self.seconds), waits_s=change(self.waits_s),
             family=self.family, level=self.level if isinstance(self.level, int) else one_level(change(self.level)),
-            error=change(self.error), spend=lambda: self.spending.each(change), has_formula=self.has_formula,
+            error=change(self.error), has_formula=self.has_formula,
+            spend=untold if self.spend is untold else lambda: self.spending.each(change),
             detail=self.detail,
         )
 
@@ -102,8 +103,13 @@ class RowPrice:
         """The price of ``count`` such calls."""
         return replace(
             self, seconds=self.seconds * count, waits_s=self.waits_s * count,
-            spend=lambda: self.spending.each(lambda value: value * count),
+            spend=untold if self.spend is untold else lambda: self.spending.each(lambda value: value * count),
         )  # fmt: skip
+
+def untold() -> Spending:
+    """Stands in where nobody asks what rows compute and move: that would hold the sizes of all in memory."""
+    raise AssertionError("what these rows spend is not told")
+
 
 def spending_of(calls: Sequence[Call], device: DeviceProfile | Devices) -> Spending:
     """What the kernels of a row compute and move, and what bounds them."""
@@ -152,7 +158,7 @@ def joined(
         for (part, _), value in zip(prices, values, strict=True):
             whole[part] = value
     joined_up |= {"level": one_level(joined_up["level"]), "row": row or prices[0][1].row}
-    return replace(prices[0][1], **joined_up, spend=spend)
+    return replace(prices[0][1], **joined_up, spend=untold if prices[0][1].spend is untold else spend)
 
 
 class Part(NamedTuple):

@@ -29,7 +29,7 @@ from tensorcast.cost.roofline import BORROWED_ERROR, Devices
 from tensorcast.cost.row_seconds import RowSeconds, row_seconds
 from tensorcast.cost.work import Size, Work, memory, plain, some
 from tensorcast.deploy.plan.plan import Collective
-from tensorcast.deploy.step.price import RowPrice, Spending, one_level
+from tensorcast.deploy.step.price import RowPrice, Spending, one_level, untold
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.trace.moe import EXPERT_STAGES
@@ -128,6 +128,8 @@ class RowPricer:
     sources: Mapping[str, Size]
     """Whose experts' kernels run, by dtype; hangs on the spread of experts."""
     distinct: Mapping[str, Size]
+    tells: bool = True
+    """Whether prices tell what rows compute and move, beside how long they take."""
 
     def seconds(self, op: Op, at: Context, works: Works) -> RowSeconds:
         """Seconds of an op whose kernels are ``works`` (:meth:`works`)."""
@@ -250,7 +252,8 @@ class RowPricer:
             level = np.repeat(levels, np.diff([*steps, np.size(payload)]))
         return RowPrice(
             row=row, seconds=seconds, waits_s=on_wire + parts["latency"], family=row.op, level=one_level(level),
-            error=error, spend=lambda: spending, detail=f"{row.group}{row.ranks} {time.tier} {algorithm}",
+            error=error, spend=(lambda: spending) if self.tells else untold,
+            detail=f"{row.group}{row.ranks} {time.tier} {algorithm}",
         )
 
 

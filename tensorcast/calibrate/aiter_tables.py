@@ -23,8 +23,8 @@ from tensorcast.calibrate.measured_rows import MeasuredKernel, MeasuredSystem
 from tensorcast.cost.kernels.vocabulary import SIZES
 
 SOURCE = (
-    "ROCm/aiter e404860 (MIT), its tuned GEMMs and fused experts on {system}, the best kernel of each sweep, and its page "
-    "on attention"
+    "ROCm/aiter e404860 (MIT), its tuned GEMMs and fused experts on {system}, the best kernel of each sweep, and its "
+    "page on attention"
 )
 
 PLACE = Path("aiter") / "configs"

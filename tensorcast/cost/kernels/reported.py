@@ -35,6 +35,15 @@ FP32_STEP_S, FP32_LAUNCH_S, FP32_ERROR = 1.02e-8, 1e-6, 0.25
 """GEMMs of FP32 on NVIDIA's, which run without matrix units unless TF32 was asked for: [M, 6144] x [6144, 256] takes
 7.5 us for a row, 17 to 22 for 4 to 16, 63 for 32 to 64 and 111 for 1,024 on GB200 (vllm-project/vllm#47973)."""
 
+PAGED_READ, PAGED_LAUNCH_S, PAGED_ERROR = 10.6e9, 1.5e-5, 0.25
+"""Decode's attention on AMD: bytes of cache that a processor reads a second in AITER's kernel, and the least time of it
+and its reduction. 64 query heads of 128 over 8 in a BF16 cache take 23 us for a sequence of 1,024 tokens, 31 for 8, 99
+for 64 and 325 for 256 of them, and 111, 816 and 3,190 us for 8, 64 and 256 of 8,192 on MI355X
+(facebookexperimental/triton#2040, beside a kernel of its own): 2.7 TB/s where there is work for all. A newer one, in
+Gluon, is compared in #2281 there with 4.0 TB/s for 8 of 8,192; which release of an engine runs it is not known here."""
+
+PAGED = (("attention_decode", "bf16"), ("attention_decode", "fp8"))
+
 
 def reported_constants(
     device: DeviceProfile, family: str, dtype: str, engine: str, kernel: str, *, peak_flops: float
@@ -57,11 +66,17 @@ def reported_constants(
             family=family, dtype=dtype, engine=engine, compute_efficiency=0.6, memory_efficiency=0.8,
             launch_s=FP32_LAUNCH_S, step_s=FP32_STEP_S, smoothing=4.0, median_error=FP32_ERROR,
         ), "calibrated"  # fmt: skip
-    if device.vendor != "AMD" or (family, dtype) != ("grouped_gemm", "w4a16"):
+    if device.vendor != "AMD" or (family, dtype) not in (("grouped_gemm", "w4a16"), *PAGED):
         return None
     known = device.calibration.kernels if device.calibration else ()
     if any((c.family, c.dtype) == (family, dtype) for c in known):  # AITER's own were timed
         return None
+    if family == "attention_decode":
+        return KernelConstants(
+            family=family, dtype=dtype, engine=engine, compute_efficiency=0.6,
+            memory_efficiency=min(1.0, PAGED_READ * device.processors / float(device.memory_bandwidth_bytes_per_s)),
+            launch_s=PAGED_LAUNCH_S, median_error=PAGED_ERROR,
+        ), "datasheet"  # fmt: skip
     read = TRITON_INT4.get(engine, TRITON_INT4["vllm"]) * device.processors
     return KernelConstants(
         family=family, dtype=dtype, engine=engine,

@@ -43,3 +43,36 @@ def test_no_amd_device_reads_quicker_than_its_memory(device: str) -> None:
 def test_other_vendors_are_not_touched() -> None:
     constants, _ = constants_for(load_device("gaudi3"), "attention_decode", "bf16")
     assert constants.memory_efficiency == 0.9
+
+
+LATENT_US = {  # device, query heads, cache: sequences, tokens of each
+    ("mi355x", 32, "bf16"): {(16, 4096): 34.7793, (32, 4096): 47.2596, (64, 4096): 75.7614, (128, 4096): 130.537,
+                             (16, 16384): 73.4773, (64, 16384): 230.744, (128, 131072): 3246.21},  # ROCm/aiter#5456
+    ("mi355x", 32, "fp8"): {(16, 4096): 26.8914, (32, 4096): 35.2533, (64, 4096): 48.9394, (128, 4096): 78.1666},
+    ("mi355x", 128, "fp8"): {(16, 8192): 52.138, (16, 23333): 109.965, (64, 23333): 403.895,
+                             (256, 23333): 1422.0},  # ROCm/aiter#3072
+    # the trace states 55 and 11.5 us for 64 requests of 1,024 tokens in and as many out, 1,536 of them halfway
+    ("mi325x", 16, "fp8"): {(64, 1536): 66.5},  # SemiAnalysisAI/InferenceX#863
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "heads", "cache"), LATENT_US)
+def test_latent_attention_on_amd_takes_what_was_published(device: str, heads: int, cache: str) -> None:
+    table = LATENT_US[device, heads, cache]
+    found = predict_kernels(pd.DataFrame([
+        {"family": "mla_decode", "batch": batch, "new": 1, "past": past, "q_heads": heads,
+         "kv_bytes": 1 if cache == "fp8" else 2, "dtype": cache}
+        for batch, past in table
+    ]), device=device, engine="sglang")  # fmt: skip
+    ratio = found.seconds.to_numpy() * 1e6 / np.array([*table.values()])
+    assert np.all((ratio > 0.85) & (ratio < 1.2)), ratio
+    assert set(found.evidence) == {"datasheet"}
+
+
+def test_latent_attention_of_cdna_3_reaches_what_was_reported() -> None:
+    """64 heads, 128 sequences of 32,768 tokens in FP8: at most 367 TFLOP/s (ROCm/aiter#3188)."""
+    found = predict_kernels(pd.DataFrame([{
+        "family": "mla_decode", "batch": 128, "new": 1, "past": 32768, "q_heads": 64, "kv_bytes": 1, "dtype": "fp8",
+    }]), device="mi300x", engine="sglang")  # fmt: skip
+    rate = 128 * 32768 * 64 * 2 * (576 + 512) / float(found.seconds.iloc[0])
+    assert rate == pytest.approx(367e12, rel=0.2)

@@ -41,6 +41,15 @@ and its reduction. 64 query heads of 128 over 8 in a BF16 cache take 23 us for a
 for 64 and 325 for 256 of them, and 111, 816 and 3,190 us for 8, 64 and 256 of 8,192 on MI355X
 (facebookexperimental/triton#2040, beside a kernel of its own): 2.7 TB/s where there is work for all. A newer one, in
 Gluon, is compared in #2281 there with 4.0 TB/s for 8 of 8,192; which release of an engine runs it is not known here."""
+MLA_DECODE = {  # architecture, cache: shares of the peak and of the memory's speed, least seconds
+    ("cdna 4", "bf16"): (0.35, 0.74, 1.8e-5), ("cdna 4", "fp8"): (0.23, 0.64, 1.8e-5),
+    ("cdna 3", "bf16"): (0.28, 0.58, 1.8e-5), ("cdna 3", "fp8"): (0.145, 0.45, 1.8e-5),
+}  # fmt: skip
+"""Latent attention of decode in AITER's assembly. MI355X, 32 heads: 16, 64 and 128 sequences of 4,096 take 35, 76 and
+131 us in BF16, 27, 49 and 78 in FP8, 128 of 131,072 3,246 in BF16 (ROCm/aiter#5456); 128 heads in FP8: 64, 128 and
+256 of 23,333 take 404, 724 and 1,422 (ROCm/aiter#3072); how quick products of BF16 are is assumed. CDNA 3, FP8: 64
+heads reach 367 TFLOP/s on MI300X for 128 of 32,768 (ROCm/aiter#3188), 16 heads take 67 us for 64 requests of 1,024
+tokens in and out on MI325X (SemiAnalysisAI/InferenceX#863); in BF16 as many tokens a second are assumed."""
 
 PAGED = (("attention_decode", "bf16"), ("attention_decode", "fp8"))
 
@@ -66,6 +75,12 @@ def reported_constants(
             family=family, dtype=dtype, engine=engine, compute_efficiency=0.6, memory_efficiency=0.8,
             launch_s=FP32_LAUNCH_S, step_s=FP32_STEP_S, smoothing=4.0, median_error=FP32_ERROR,
         ), "calibrated"  # fmt: skip
+    if family == "mla_decode" and (found := MLA_DECODE.get((device.architecture.lower(), dtype))) is not None:
+        compute, memory, launch_s = found
+        return KernelConstants(
+            family=family, dtype=dtype, engine=engine, compute_efficiency=compute, memory_efficiency=memory,
+            launch_s=launch_s, smoothing=4.0, median_error=PAGED_ERROR,
+        ), "datasheet"  # fmt: skip
     if device.vendor != "AMD" or (family, dtype) not in (("grouped_gemm", "w4a16"), *PAGED):
         return None
     known = device.calibration.kernels if device.calibration else ()

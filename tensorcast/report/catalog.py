@@ -58,7 +58,7 @@ def device_record(profile: DeviceProfile) -> Record:
         "interconnect": [
             {
                 "name": tier.name, "size": tier.size, "bandwidth_bytes_per_s": float(tier.bandwidth_bytes_per_s),
-                "latency_s": float(tier.latency_s),
+                "latency_s": float(tier.latency_s), "pairwise": tier.pairwise,
             }
             for tier in profile.interconnect
         ],
@@ -153,11 +153,12 @@ def print_models(records: list[Record], console: Console) -> None:
 
 def print_devices(records: list[Record], console: Console) -> None:
     """One device per line."""
+    def rate(tier: Record) -> str:
+        whole, links = tier["bandwidth_bytes_per_s"], tier["size"] - 1
+        return f"{links} x {units.byte_rate(whole / links)}" if tier["pairwise"] else units.byte_rate(whole)
+
     def tiers(row: Record) -> str:
-        return " > ".join(
-            f"{tier['size']} {tier['name']} {units.byte_rate(tier['bandwidth_bytes_per_s'])}"
-            for tier in row["interconnect"]
-        )
+        return " > ".join(f"{tier['size']} {tier['name']} {rate(tier)}" for tier in row["interconnect"])
 
     def evidence(row: Record) -> str:
         error = row["median_error"]

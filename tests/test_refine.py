@@ -25,6 +25,7 @@ from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import Variant, space
 from tensorcast.serving.capacity import sequences_that_fit
 from tensorcast.serving.curves import decode_columns
+from tensorcast.serving.full_cache import FullCache, starts_over
 from tensorcast.serving.hand_over import hand_over_s
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts
 from tensorcast.serving.steady_state import Aggregated, Disaggregated
@@ -60,7 +61,11 @@ def served(
         "decoding": Exact(decode, float(load.context)), "prompts": costs_of(OnePrefill.of(prefill, load, chunk)),
     }  # fmt: skip
     if workers is None:
-        model: Any = Aggregated(**given, decode_ranks=one.dp)
+        full, cut = None, cut_prompts(load, chunk)
+        room = sequences_that_fit(prefill, decode, cut, load.input_len, load.output_len)
+        if starts_over(decode.engine) and room < decode.most_sequences:
+            full = FullCache.of(load, room, load.decode_steps(decode.options.mtp_depth))
+        model: Any = Aggregated(**given, decode_ranks=one.dp, full=full)
         users = model.at(batch).concurrency
     else:
         x, y = workers

@@ -28,6 +28,7 @@ from tensorcast.profiles.model import ModelProfile
 from tensorcast.serving.capacity import own_chunk, room_for, sequences_that_fit
 from tensorcast.serving.curves import DecodeCurve, decode_columns
 from tensorcast.serving.encoder import with_images
+from tensorcast.serving.full_cache import FullCache, starts_over
 from tensorcast.serving.hand_over import hand_over_s
 from tensorcast.serving.prefill_costs import PrefillCosts, PromptCut, cut_prompts, prefill_columns, prefill_costs
 from tensorcast.serving.steady_state import Aggregated, Disaggregated
@@ -42,13 +43,14 @@ TOGETHER = 1024
 
 @dataclass(frozen=True)
 class _Row:
-    """A run: what it deploys, what users send, and how prompts are cut."""
+    """A run: what it deploys, what users send, how prompts are cut, and sequences that fill a rank's cache, if so."""
 
     run: Run
     traffic: Traffic
     prefill: Deployment
     decode: Deployment
     cut: PromptCut
+    held: float = math.inf
 
     @property
     def decode_ranks(self) -> int:
@@ -82,7 +84,9 @@ def serve(
                 continue
             if overflowing is not None and _overflows(row, room):
                 overflowing.add(i)
-            rows.append(row)
+            # loads with an end begin together: those that overflow are replayed
+            full = math.isinf(run.rounds) and float(room) < row.decode.most_sequences
+            rows.append(replace(row, held=float(room)) if full else row)
             unasked = math.inf if run.unlimited else row.decode.unasked_sequences
             fits = min(float(room), run.max_sequences or unasked)
             most[i] = min(float(row.traffic.concurrency) / row.decode_ranks, fits)
@@ -289,13 +293,17 @@ def _parts(rows: list[_Row], deployment: Callable[[_Row], Deployment]) -> list[l
 
 def _aggregated(rows: list[_Row], costs: PrefillCosts, curves: DecodeCurve) -> Aggregated:
     """Rows of one engine; all cut their prompts or none does."""
+    traffic, engine = Traffic.together([row.traffic for row in rows]), rows[0].decode.engine
+    depth, held = (np.array(one) for one in zip(*((float(r.run.options.mtp_depth), r.held) for r in rows), strict=True))
+    full = starts_over(engine) and bool(np.any(np.isfinite(held)))
     return Aggregated(
-        traffic=Traffic.together([row.traffic for row in rows]),
-        engine=rows[0].decode.engine,
+        traffic=traffic,
+        engine=engine,
         decode_ranks=np.array([float(row.decode_ranks) for row in rows]),
-        depth=np.array([float(row.run.options.mtp_depth) for row in rows]),
+        depth=depth,
         decoding=curves,
         prompts=costs,
+        full=FullCache.of(traffic, held, traffic.decode_steps(depth)) if full else None,
     )
 
 

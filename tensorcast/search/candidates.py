@@ -20,6 +20,7 @@ from tensorcast.search.search_task import Room
 from tensorcast.search.variant_prices import VariantPrices
 from tensorcast.serving.curves import DecodeCurve
 from tensorcast.serving.entries import Entries
+from tensorcast.serving.full_cache import FullCache, starts_over
 from tensorcast.serving.hand_over import hand_over_s
 from tensorcast.serving.prefill_costs import PrefillCosts
 from tensorcast.serving.steady_state import HALVINGS, Aggregated, Disaggregated
@@ -116,7 +117,22 @@ def _engine(shop: VariantPrices, budget: int, rows: Rows) -> Aggregated:
         depth=shop.depths[rows],
         decoding=DecodeCurve(shop.grid, shop.curves, rows),
         prompts=shop.prompts[budget].where(rows),
+        full=_full(shop, budget, rows),
     )
+
+
+def _full(shop: VariantPrices, budget: int, rows: Rows) -> FullCache | None:
+    """Caches that replies fill beside prompts in steps of ``budget``, where the engine lets in more than stay: none
+    where an exchange takes fewer sequences than fit."""
+    scenario = shop.scenario
+    if not starts_over(scenario.engine):
+        return None
+    if budget not in shop.full:
+        fits, rule = shop.fits[budget], scenario.engine.step_tokens
+        for sent in () if rule is None else rule.exchanges.values():
+            fits = np.where(fits == sent // (1 + shop.depths), np.inf, fits)
+        shop.full[budget] = FullCache.of(scenario.load, fits, scenario.load.decode_steps(shop.depths))
+    return shop.full[budget].where(rows)
 
 
 def told(shop: VariantPrices, points: Points) -> Points:

@@ -146,6 +146,7 @@ class VariantPrices:
         # budget; and how many batches of each variant are worked out
         self.states: dict[int, tuple[Array, Rows]] = {}
         self.whatever: dict[int, Points] = {}  # candidates there whatever the limits are, by chunk budget
+        self.full: dict[int, Any] = {}  # caches that replies fill, by chunk budget
         self._pools: VariantPrices | None = None
         self._encoded: dict[int, Any] = {}  # images of a prompt, by tp
         self._cuts = [cut_prompts(scenario.load, budget) for budget in self.budgets]
@@ -245,7 +246,7 @@ class VariantPrices:
         for one in (found, found._pools):
             if one is None:
                 continue
-            one.grid, one.curves, one.states, one.whatever = grid, curves, {}, {}
+            one.grid, one.curves, one.states, one.whatever, one.full = grid, curves, {}, {}, {}
             one.variants, one._captured = [self.variants[i] for i in rows], [self._captured[i] for i in rows]
             one._setting_of = [self._setting_of[i] for i in rows]
             one._settings = sorted({*one._setting_of})

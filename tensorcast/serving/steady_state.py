@@ -26,6 +26,7 @@ import numpy as np
 
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.serving.curves import DecodeCurve
+from tensorcast.serving.full_cache import FullCache
 from tensorcast.serving.prefill_costs import PrefillCosts
 from tensorcast.serving.traffic import Array, Mask, Number, Rows, ServingMetrics, Traffic, steps_between_looks
 
@@ -39,6 +40,9 @@ LONG = 1e4
 
 NEARLY_NONE = 1e-6
 """Other sequences where there are none: shares of a rate that is 0 are those of a small one."""
+
+SURELY = 1 + 1e-9
+"""So many times what was worked out in another order are more, whatever rounding did."""
 
 HALVINGS = 30
 """Steps of the bisection that finds the steady state: relative error 1e-9."""
@@ -149,15 +153,35 @@ class ServingModel(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregated(ServingModel):
-    """One engine that prefills and decodes on the same GPUs. All entries cut their prompts, or none does."""
+    """One engine that prefills and decodes on the same GPUs. All entries cut their prompts, or none does.
+
+    ``full``: the cache, if replies fill it, of engines that let more in than stay.
+    """
+
+    full: FullCache | None = None
 
     def at(self, batch: Array, concurrency: Number = np.inf) -> SteadyState:
-        """As :meth:`ServingModel.at`; prompts wait for steps here, in no queue that ``concurrency`` would bound."""
+        """As :meth:`ServingModel.at`; prompts wait for steps here, in no queue that ``concurrency`` would bound. Where
+        the cache is full, those of ``concurrency`` beyond are let in and start over."""
+        full = self.full
+        if full is None:
+            return self._at(batch)
+        waiting, share = full.at(batch)
+        found = self._at(batch, waiting, share)
+        if np.any(np.isfinite(concurrency)) and np.any(brim := full.brims(batch)):
+            more = np.where(brim, concurrency - found.concurrency * SURELY, 0.0) / self.decode_ranks
+            if np.any(more > 0):
+                found = self._at(batch, *full.filled(waiting, share, more))
+        return found
+
+    def _at(self, batch: Array, waiting: Number = 0.0, share: Number = 0.0) -> SteadyState:
+        """``waiting``: with their first token, on a rank; ``share``: of what replies write that is read again."""
         traffic, engine, prompts = self.traffic, self.engine, self.prompts
         steps, others = traffic.decode_steps(self.depth), np.maximum(batch - 1, 0)
         apart = 4 / 3 * traffic.spread * steps * np.sqrt(np.minimum(traffic.rounds, LONG))  # in steps, of all rounds
         # phases that all begin with are lost in an endless load
-        step = self._steps(batch, steps, np.where(np.isinf(traffic.rounds), np.inf, apart / steps))
+        again = share * traffic.output_len / (traffic.input_len - traffic.prefix_cached)
+        step = self._steps(batch, steps, np.where(np.isinf(traffic.rounds), np.inf, apart / steps), 1 + again)
         # between two looks for requests no step reads any: where prompts run alone these are plain
         unread = step.plain_s if engine.prefill_alone else step.met_s
         first = engine.arrival_wait_steps * step.met_s + step.own_s + engine.first_token_s(traffic.input_len)
@@ -188,15 +212,17 @@ class Aggregated(ServingModel):
             # the wave that all begin with makes one round's first tokens wait, where others' prompts do not anyway
             wave = others / prompts.most_per_s  # until its last prompt is done, beyond the first
             first = first + np.maximum(wave / 2 - bunched, 0.0) / traffic.rounds
+        generation = generation + waiting * place / batch
         users = np.where(step.full, np.inf, batch * self.decode_ranks * (first + generation) / place)
         return SteadyState(first, generation, place, step.mean_s, step.plain_s, users)
 
-    def _steps(self, batch: Array, steps: Array, apart: Array) -> _Steps:
+    def _steps(self, batch: Array, steps: Array, apart: Array, reads: Number) -> _Steps:
         """Moments of the step time where a reply takes so many ``steps``, ends ``apart``, in replies, from those of one
         beginning, and ranks, if several, move in lockstep.
 
         While one's own reply is written all other users of one's rank send a prompt, as none is read while one's own
-        is; of other ranks' users as many as their replies make up of their time.
+        is; of other ranks' users as many as their replies make up of their time. ``reads``: how often, in tokens, a
+        prompt is read.
         """
         prompts, dp, alone = self.prompts, self.decode_ranks, self.engine.prefill_alone
         scheduler = self.engine.scheduler
@@ -222,7 +248,7 @@ class Aggregated(ServingModel):
             users = np.where(more < 1, more, np.maximum(users, batch))
             several = np.maximum(users, 1.0)
             beside = several - 1 + (dp - several / users) * batch
-        arrivals = np.maximum(beside, NEARLY_NONE) / steps
+        arrivals = np.maximum(beside, NEARLY_NONE) / steps * reads
         per_rank = arrivals / dp
         used = per_rank / prompts.per_step
         if np.all(prompts.per_step <= 1):  # a prompt takes 1 / per_step steps of its own

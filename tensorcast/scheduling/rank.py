@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 
 from tensorcast.scheduling.record import Record
-from tensorcast.scheduling.room import Batch, Cache, Decoding, Expectation, Places, Reading
+from tensorcast.scheduling.room import Batch, Cache, Decoding, Expectation, Places, Reading, Standing
 from tensorcast.scheduling.rules import Rules
 
 
@@ -27,6 +27,7 @@ class Rank(Cache):
         self.places = Places()
         self.next = Batch()
         self.expected = Expectation(rules.expected, record.requests.fixed) if rules.expected else None
+        self.still = Standing()
         self._shut = False  # nobody is let in until a sequence has left
         self._closed_for = math.inf  # decode steps in which the head of the queue is not let in, unless a sequence ends
         self._each, self._only_writes = rules.tokens_per_step, rules.role == "decode"

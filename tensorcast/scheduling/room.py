@@ -55,6 +55,36 @@ class Batch:
         self.new_tokens, self.prompts, self.done, self.replies = 0, [], [], 0.0
 
 
+class Standing:
+    """Sequences that stand still while their rank reads prompts: ``groups``, so many each, from when on, the longest
+    first; and ``while_others_s`` for which others that go on would have written in these steps without any prompts."""
+
+    __slots__ = ("_clock", "_count", "groups", "while_others_s")
+
+    def __init__(self) -> None:
+        self.groups: list[tuple[int, float]] = []
+        self.while_others_s = self._clock = 0.0
+        self._count = 0
+
+    def stand(self, sequences: int, seconds: float, others_s: float) -> None:
+        """So many do, in a step."""
+        if sequences > self._count:
+            self.groups.append((sequences - self._count, self._clock))
+            self._count = sequences
+        self._clock += seconds
+        self.while_others_s += others_s
+
+    def go_on(self, sequences: int) -> list[tuple[int, float]]:
+        """How many of so many that go on stood still for how long: who has started over meanwhile came last."""
+        found, clock = [], self._clock
+        for count, since in self.groups:
+            count = count if count < sequences else sequences
+            found.append((count, clock - since))
+            sequences -= count
+        self.groups, self._count = [], 0
+        return found
+
+
 class Expectation:
     """Room that running replies are expected to take: of what they may write a share, which falls with decode steps."""
 

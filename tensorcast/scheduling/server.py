@@ -10,45 +10,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections import deque
-from dataclasses import dataclass
 from operator import attrgetter
 
 from tensorcast.scheduling.rank import Rank
 from tensorcast.scheduling.record import GAPS, Moments, Record
 from tensorcast.scheduling.rules import Rules
 from tensorcast.scheduling.step_times import StepTimes
+from tensorcast.scheduling.stretch import Stretch
 
 _sequences = attrgetter("sequences")
 _crowd = attrgetter("crowd")
-
-
-@dataclass(slots=True)
-class Stretch:
-    """Steps under way: the first begins at ``start_s`` and takes ``first_s``, each after it ``slope_s`` longer; the
-    last is done at ``end_s``. ``mixed``: with prompts."""
-
-    start_s: float
-    first_s: float
-    slope_s: float
-    steps: int
-    end_s: float
-    mixed: bool = False
-
-    def cut(self, steps: int) -> None:
-        """It ends after so many steps."""
-        self.steps, self.end_s = steps, self.after(steps)
-
-    def after(self, steps: float) -> float:
-        """When so many of its steps are done."""
-        return self.start_s + steps * self.first_s + self.slope_s * steps * (steps - 1) / 2
-
-    def done_by(self, now_s: float) -> int:
-        """Steps that are done at ``now_s``."""
-        low = (now_s - self.start_s) / self.first_s
-        if self.slope_s > 0:
-            half = self.first_s / self.slope_s - 0.5
-            low = math.sqrt(half * half + 2 * (now_s - self.start_s) / self.slope_s) - half
-        return min(max(int(low + 1e-9), 0), self.steps)
 
 
 class Server:
@@ -68,8 +39,7 @@ class Server:
         self._begun: deque[float] = deque(maxlen=rules.lag)  # of the last steps, in which the next was composed
         self._looked_s: float | None = None  # until when requests were seen, where not each step looks for them
         self._unlooked = 0  # decode steps since then
-        self._delayed_s = 0.0  # that prompts have taken from decoding sequences so far
-        self._stalled_s = 0.0  # that decoding sequences have stood still for prompts
+        self._delayed_s = 0.0  # that prompts have taken from sequences that decode meanwhile so far
         self._until_kept = 1  # stretches until the next moment that is kept
         self._held = 0  # steps in which no prompts were let in, as some rank had none
         self._gathered = 0  # steps that prompts have waited, where every rank has one
@@ -199,35 +169,31 @@ class Server:
         """The stretch under way ends: requests that are done here."""
         stretch, rules = self.stretch, self.rules
         assert stretch is not None
-        now, steps = stretch.end_s, stretch.steps
-        seconds = now - stretch.start_s
+        seconds, steps = stretch.end_s - stretch.start_s, stretch.steps
         self.busy_s += seconds
         self.steps += steps
         if self._waits and not self._alone:  # the first of them was counted when it was composed
             self._held = (self._held + steps - 1) % rules.waits.balance_steps
         ended: list[int] = []
-        decoded = 0
-        wait = stretch.mixed and rules.ranks_wait
+        decoded, several, wait = 0, not self._alone, stretch.mixed and rules.ranks_wait
+        if stretch.mixed:
+            self._delay(seconds, wait)
         for rank in self.ranks:
-            batch = rank.next
+            batch, before = rank.next, len(ended)
             if batch.sequences and not wait and not (batch.prompts and rules.alone):
                 decoded += batch.sequences
+                if rank.still.groups:
+                    self._went_on(rank, seconds / (steps * rules.tokens_per_step))
                 rank.decoded(steps, ended)
             if batch.prompts:
-                rank.read(batch, now, ended)
+                rank.read(batch, stretch.end_s, ended)
+            if several and len(ended) > before:
+                self._left(ended[before:], rank.still.while_others_s)
         if decoded:
             each = steps * rules.tokens_per_step
-            gap, gaps = seconds / each, self.record.gaps
-            if self._stalled_s:
-                gaps[bisect_left(GAPS, gap + self._stalled_s)] += decoded
-                self._stalled_s, each = 0.0, each - 1
-            gaps[bisect_left(GAPS, gap)] += decoded * each
-        if stretch.mixed:
-            self._delay(seconds, decoded)
+            self.record.gaps[bisect_left(GAPS, seconds / each)] += decoded * each
         if ended:
-            others_s = self.record.each.others_s
-            for request in ended:
-                others_s[request] += self._delayed_s
+            self._left(ended, self._delayed_s)
             self.load -= len(ended)
         if rules.look_steps > 1:
             self._look(stretch)
@@ -239,16 +205,34 @@ class Server:
         self.stretch = None
         return ended
 
-    def _delay(self, seconds: float, decoded: int) -> None:
-        """What prompts took from replies under way, in a step of theirs."""
+    def _left(self, ended: list[int], others_s: float) -> None:
+        """Who is done: until then prompts have taken so many seconds, of which those before its own are gone."""
+        each = self.record.each.others_s
+        for request in ended:
+            each[request] += others_s
+
+    def _went_on(self, rank: Rank, gap_s: float) -> None:
+        """Of a rank's sequences that write again the first gap is longer for those that stood still."""
+        gaps, at = self.record.gaps, bisect_left(GAPS, gap_s)
+        for count, stood_s in rank.still.go_on(rank.next.sequences):
+            gaps[at] -= count
+            gaps[bisect_left(GAPS, gap_s + stood_s, at)] += count
+
+    def _delay(self, seconds: float, wait: bool) -> None:
+        """What prompts took from replies under way, in a step of theirs: all of it from those that stood still, from
+        others what it is longer than a step of these."""
         self.prompts_s += seconds
-        if not decoded and any(batch.sequences for batch in self.batches):
-            self._stalled_s += seconds
-        self._delayed_s += max(seconds - self._undisturbed_s(), 0.0)
-        others_s = self.record.each.others_s
-        for batch in self.batches:
-            for one in batch.done:
-                others_s[one.request] -= self._delayed_s
+        alone, others_s = self.rules.alone, self.record.each.others_s
+        going_s = min(self._undisturbed_s(wait), seconds)
+        self._delayed_s = delayed_s = self._delayed_s + seconds - going_s
+        for rank in self.ranks:
+            batch = rank.next
+            if batch.sequences and (wait or (alone and batch.prompts)):
+                rank.still.stand(batch.sequences, seconds, going_s)
+            if batch.done:
+                gone_s = delayed_s + rank.still.while_others_s
+                for one in batch.done:
+                    others_s[one.request] -= gone_s
 
     def lose(self, now_s: float) -> list[int]:
         """The server is gone, with its cache: all who were here, those with replies under way first. What was written
@@ -261,24 +245,29 @@ class Server:
                 self.finish()
             self.busy_s += now_s - (stretch.end_s if done else stretch.start_s)
             self.idle_from_s = now_s
-        writing = [request for rank in self.ranks for request in rank.decoding]
-        self.record.others_s[writing] += self._delayed_s
+        for rank in self.ranks:
+            self.record.others_s[list(rank.decoding)] += self._delayed_s + rank.still.while_others_s
         here = [request for rank in self.ranks for request in rank.lose()]
         self.stretch, self.lost_s, self.load, self.asking = None, now_s, 0, 0
         self._places.clear()
         self.moments.add((now_s, 0, 0, 0, 0.0))
         return here
 
-    def _undisturbed_s(self) -> float:
-        """What a step with prompts would have taken the decoding sequences without them."""
-        batches = self.batches
-        busiest = batches[0] if self._alone else max(batches, key=_sequences)
-        if not busiest.sequences or self.rules.alone:
+    def _undisturbed_s(self, wait: bool) -> float:
+        """What a step with prompts would have taken the sequences that decode in it without them."""
+        alone, busiest, most, total = self.rules.alone, None, 0, 0
+        if wait or (alone and self._alone):
+            return 0.0
+        for batch in self.batches:
+            if (count := batch.sequences) and not (alone and batch.prompts):
+                total += count
+                if count > most:
+                    busiest, most = batch, count
+        if busiest is None:
             return 0.0
         if self._alone:
-            return self.times.decoding_line(busiest.sequences, busiest.context)[0]
-        mean = sum(batch.sequences for batch in batches) / len(batches)
-        return self.times.decoding(busiest.sequences, busiest.context, mean)
+            return self.times.decoding_line(most, busiest.context)[0]
+        return self.times.decoding(most, busiest.context, total / len(self.batches))
 
     def _remember(self, now: float) -> None:
         used, reading, decoding, waiting = 0.0, 0, 0, 0
@@ -324,14 +313,17 @@ class Server:
     def _mixed_s(self) -> float:
         alone, wait, times = self.rules.alone, self.rules.ranks_wait, self.times
         busiest, tokens, decoding, ends, most = 0.0, 0.0, 0.0, 0.0, 0
+        have_ends = times.prompts is not None and times.prompts.ends is not None
         for batch in self.batches:
             beside = 0 if wait or (alone and batch.prompts) else batch.sequences
             own = times.own(batch.prompts, beside, batch.context)
             busiest = own if own > busiest else busiest
-            most = max(most, batch.new_tokens)
-            tokens += batch.new_tokens + beside * times.tokens_each
-            decoding += beside * times.tokens_each
-            ends += times.seen_at_ends(batch.prompts, beside * times.tokens_each)
+            new, writes = batch.new_tokens, beside * times.tokens_each
+            most = new if new > most else most
+            tokens += new + writes
+            decoding += writes
+            if have_ends:
+                ends += times.seen_at_ends(batch.prompts, writes)
         ranks = len(self.batches)
         seconds = busiest + times.shared(tokens / ranks, decoding / ranks, ends / ranks)
         return times.launched(seconds, most)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import time
 import re
 from pathlib import Path
 
@@ -68,6 +69,20 @@ def test_tables_of_every_kind(tmp_path: Path, text: str) -> None:
     asked = read_trace(written(tmp_path, "t.csv", text)).requests
     assert asked.arrival_s.tolist() == pytest.approx([0.0, 2.5], abs=1e-6)
     assert asked.input_len.tolist() == [100, 300] and asked.output_len.tolist() == [20, 5]
+
+
+def test_dates_are_nobody_elses_summer_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hours over the night in which clocks of Berlin skip one."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        text = "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-03-31 01:30:00,9,9\n2024-03-31 03:30:00+00:00,9,9\n"
+        assert read_trace(written(tmp_path, "t.csv", text)).requests.arrival_s.tolist() == [0.0, 7200.0]
+        text = text.replace("+00:00", "")
+        assert read_trace(written(tmp_path, "t.csv", text)).requests.arrival_s.tolist() == [0.0, 7200.0]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize("mark", [";", "\t"])

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -350,7 +350,10 @@ def _moment(name: str, value: Any) -> float:
         whole, dot, rest = text.partition(".")
         digits = "".join(itertools.takewhile(str.isdigit, rest))
         try:
-            return datetime.fromisoformat(whole + rest[len(digits) :]).timestamp() + float(f"0{dot}{digits or 0}")
+            found = datetime.fromisoformat(whole + rest[len(digits) :])
+            # no clock of this machine's, which summer time moves
+            found = found if found.tzinfo else found.replace(tzinfo=UTC)
+            return found.timestamp() + float(f"0{dot}{digits or 0}")
         except ValueError:
             raise ValueError(f"{name} {text[:40]!r}: must be a number of seconds or a date and time") from None
 

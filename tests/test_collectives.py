@@ -13,9 +13,11 @@ from tensorcast.cost.collectives import BETWEEN_HOSTS, EFFICIENCY, EXCHANGE, col
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan.plan import Collective
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.trace.table import Op
 
 INNER, OUTER, HOP, FAR = 400e9, 50e9, 1e-6, 5e-6
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
@@ -210,3 +212,29 @@ def test_engines_kernels_stop_at_a_host(device: str, ranks: int, own: bool) -> N
         options=Options(allreduce_fusion="off"),
     )
     assert made.step.pricer.own_all_reduce(ranks) == own
+
+
+def test_less_than_a_word_goes_by_nccl() -> None:
+    """``should_custom_ar`` of vLLM and SGLang takes sizes that 16 divides."""
+    device = load_device("h100-sxm")
+    for engine in ("vllm", "sglang"):
+        few, many = (collective_time("all_reduce", size, (8,), device, engine=engine) for size in (8.0, 16.0))
+        both = collective_time("all_reduce", np.array([8.0, 16.0]), (8,), device, engine=engine)
+        assert few.algorithm in ("ring", "tree") and many.algorithm == "one_shot"
+        assert list(both.algorithm) == [few.algorithm, many.algorithm]
+        assert np.asarray(both.seconds) == pytest.approx([few.seconds, many.seconds])
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_norms_over_a_sharded_width_sum_first_and_add_up_both(tp: int) -> None:
+    """MiniMax-M2's norms of q and k: a kernel for sums of squares, one all-reduce of two numbers in FP32 for each token,
+    and the norms (SGLang 0.5.8, models/minimax_m2.py, forward_qk; vLLM 0.24.0, MiniMaxText01RMSNormTP)."""
+    made = deploy(
+        load_model("minimax-m2.5"), load_device("h100-sxm"), load_engine("sglang"), Layout(tp, tp), "decode",
+        options=Options(),
+    )
+    rows = made.step.plan.rows
+    at, = {rows.index(row) for row in rows if isinstance(row, Op) and row.attrs.get("label") == "sum_of_squares"}
+    reduced = rows[at + 1]
+    assert isinstance(reduced, Collective) and (reduced.op, reduced.scale) == ("all_reduce", 8.0)
+    assert "rms_norm" in rows[at - 1].attrs["label"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from tensorcast.errors import InputError
-from tensorcast.trace.dims import product
+from tensorcast.trace.dims import Dim, product
 from tensorcast.trace.table import Op, OpTable, Tensor
 
 MATMULS = frozenset({"mm", "addmm", "bmm", "mla_absorb", "mla_expand"})
@@ -107,3 +107,9 @@ def mixers_whole(whole: OpTable, shard: OpTable) -> bool:
 def _pairs(op: Op) -> bool:
     """Copies come and go with head counts (one head left makes a reshape a view); every other op has its twin."""
     return op.name not in COPIES or op.stage == "experts"
+
+
+def sums_of(norm: Op) -> Op:
+    """The kernel that sums the squares of a norm's inputs before it runs: other ranks hold the rest of its width."""
+    sums = tuple(replace(t, dims=(*t.dims[:-1], Dim()), dtype="float32") for t in norm.outputs)
+    return norm.but(outputs=sums, attrs={**norm.attrs, "label": "sum_of_squares"}, shard="", parts=("pow", "sum"))

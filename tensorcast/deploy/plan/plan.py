@@ -35,6 +35,7 @@ from tensorcast.profiles.kernels import GATHERS
 from tensorcast.trace.cache import WholeModel
 from tensorcast.trace.dims import product
 from tensorcast.trace.moe import BlockForm, Whole, blocks_of
+from tensorcast.trace.sharding import sums_of
 from tensorcast.trace.table import Op, OpTable, per_table, with_attr
 
 CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
@@ -203,7 +204,8 @@ def make_plan(
             if op.name == "embedding":  # a token may have several rows
                 width = product(op.outputs[0].dims)[0].coef
             label = "norm over sharded width" if norm else ""
-            partial_sums = 4.0 if norm else 2.0 * width
+            partial_sums = 4.0 * max(op.parts.count("rsqrt"), 1) if norm else 2.0 * width
+            rows += [sums_of(op)] * norm
             kept = norm or not (scattered and op.kind in blocks)
             name: CollectiveOp = "all_reduce" if kept else "reduce_scatter"
             per, many = _rows_of(op) if table.phase == "encode" else ("token", 1.0)

@@ -227,8 +227,8 @@ def test_less_than_a_word_goes_by_nccl() -> None:
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_norms_over_a_sharded_width_sum_first_and_add_up_both(tp: int) -> None:
-    """MiniMax-M2's norms of q and k: a kernel for sums of squares, one all-reduce of two numbers in FP32 for each token,
-    and the norms (SGLang 0.5.8, models/minimax_m2.py, forward_qk; vLLM 0.24.0, MiniMaxText01RMSNormTP)."""
+    """MiniMax-M2's norms of q and k: a kernel for sums of squares, one all-reduce of two numbers in FP32 for a token, and
+    the norms (SGLang 0.5.8, models/minimax_m2.py, forward_qk; vLLM 0.24.0, MiniMaxText01RMSNormTP)."""
     made = deploy(
         load_model("minimax-m2.5"), load_device("h100-sxm"), load_engine("sglang"), Layout(tp, tp), "decode",
         options=Options(),

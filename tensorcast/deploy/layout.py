@@ -141,8 +141,9 @@ def attention_dp(layout: Layout, num_experts: int) -> int:
 def one_server(layout: Layout, num_experts: int) -> tuple[Layout, int]:
     """A server of ``layout``, and how many of it there are: of a dense model every data-parallel rank is one.
 
-    Such ranks share an address and nothing else, and none waits for another's step: vLLM 0.24.0, v1/engine/core.py
-    ("Non-MoE DP ranks are completely independent"); SGLang 0.5.23, managers/data_parallel_controller.py.
+    Such ranks share an address and nothing else, and none waits for another's step: vLLM since 0.14.0,
+    v1/engine/core.py ("Non-MoE DP ranks are completely independent"; stepping together before is not priced);
+    SGLang 0.5.23, managers/data_parallel_controller.py.
     """
     ranks = attention_dp(layout, num_experts)
     if ranks == layout.dp:

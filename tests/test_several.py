@@ -43,6 +43,21 @@ def test_what_has_no_answer_says_so_beside_the_others(tmp_path: Path) -> None:
     assert none.exit_code == 2 and none.output.startswith("error: deepseek-v3 does not fit")
 
 
+def test_models_of_one_name_have_reports_of_their_own(tmp_path: Path) -> None:
+    for place, layers in (("a", 2), ("b", 4)):
+        (tmp_path / place / "model").mkdir(parents=True)
+        config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 512, "head_dim": 64,
+                  "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1024,
+                  "intermediate_size": 1024, "max_position_embeddings": 8192}  # fmt: skip
+        (tmp_path / place / "model" / "config.json").write_text(json.dumps(config))
+    models, out = ",".join(str(tmp_path / place / "model") for place in "ab"), tmp_path / "out"
+    done = CliRunner().invoke(app, ["compare", models, "-d", "h100", "-n", "1", "--out", str(out), "-i", "500"])
+    assert done.exit_code == 0, done.output
+    reports = [json.loads((out / name / "summary.json").read_text()) for name in ("model-500", "model-2-500")]
+    fewer, more = (one["best"]["weights_bytes"] for one in reports)
+    assert fewer < more
+
+
 @pytest.mark.parametrize(("models", "columns", "left_out"), [
     ("qwen3-30b-a3b", 100, ()), ("qwen3-30b-a3b", 70, ()), ("qwen3-30b-a3b,qwen3-235b-a22b", 70, ("tokens/s", "users")),
 ])

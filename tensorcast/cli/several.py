@@ -29,8 +29,12 @@ def compare_several(ask: Ask, questions: Sequence[tuple[str, int]], out: Path | 
     from tensorcast.report.compare.terminal import comparison_record
     from tensorcast.report.plain import to_json
 
-    for model in dict.fromkeys(model for model, _ in questions):  # a name that is none is a mistake, not an answer
-        named_model(model)
+    folders = dict[str, str]()
+    for model in dict.fromkeys(model for model, _ in questions):
+        named_model(model)  # a name that is none is a mistake, not an answer
+        name = Path(model).name
+        same = sum(Path(other).name == name for other in folders)
+        folders[model] = f"{name}-{same + 1}" if same else name
     records, answers = list[dict[str, Any]](), list[dict[str, Any]]()
     for model, length in questions:
         asked = {"model": model, "input_len": length}
@@ -45,7 +49,7 @@ def compare_several(ask: Ask, questions: Sequence[tuple[str, int]], out: Path | 
             name: found.best[name] for name in ("device", "engine", "gpus", *NUMBERS)}})  # fmt: skip
         records.append({**asked, **comparison_record(found)})
         if out is not None:
-            write_comparison(found, out / f"{Path(model).name}-{length}")
+            write_comparison(found, out / f"{folders[model]}-{length}")
     if all(one["problem"] for one in answers):
         raise InputError(answers[0]["problem"])
     if out is not None:

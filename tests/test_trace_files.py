@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import time
 import re
+import time
 from pathlib import Path
 
 import pandas as pd

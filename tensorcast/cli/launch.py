@@ -133,6 +133,8 @@ def launch(
     roles = [role if one.role == "both" else one.role for one in servers]
     if roles not in ([role], ["prefill", "decode"]):
         raise InputError(f"--layout {layout}: one kind of servers, or a pool for each phase")
+    if role is not None and len(roles) > 1:
+        raise InputError(f"--role {role}: --layout {layout} says both; name one pool's layout, or leave the role out")
     gpus = [one.device or gpu for one in servers]
     _check_folder(out, manifests, encoders)
     made, users = [], 0

@@ -127,7 +127,9 @@ def expert_study(
     if law.counts is None:
         raise InputError(f"--routing {options.routing}: must be a recording: recorded:FILE or recorded:NAME")
     if layout.ep == 1:
-        raise InputError(f"layout {layout}: experts are in one group; give it ep > 1")
+        dense = not model.num_experts and not model.model  # a class of one's own says so when it is traced
+        why = f"{model.name} has no experts to place" if dense else "experts are in one group; give it ep > 1"
+        raise InputError(f"layout {layout}: {why}")
     ranks = layout.ep - options.external_shared_experts
 
     def deployed(placement: str, count: int) -> Deployment:

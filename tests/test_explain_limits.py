@@ -93,6 +93,8 @@ def test_the_command_says_which_requests_and_by_what(tmp_path: Path) -> None:
     broken = {row["request"]: row["because"] for row in record["a"]["broken"]}
     assert len(broken) == 60 - both - a and broken[20] == "own prompt" and broken[30] == "queue"
     assert record["a"]["requests"] == 60 and "B 2 x tp1-dp1" in said
+    trace.write_text(trace.read_text() + "\n9,many,3\n")
+    assert f"note: 1 rows of {trace} could not be read" in told(*asked, "--skip-bad")
 
 
 def test_the_command_explains_a_steady_load() -> None:

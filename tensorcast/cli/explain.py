@@ -118,6 +118,9 @@ def explain(
         "--requests", "-r", min=1, show_default=False, rich_help_panel=LIMITS,
         help="The first so many of the trace, or so many drawn.  [dim]\\[default: all, 1000][/dim]",
     )] = None,
+    skip_bad: Annotated[bool, typer.Option(
+        "--skip-bad", help="Leave rows of the trace out that cannot be read, and count them.", rich_help_panel=LIMITS,
+    )] = False,
     chunk: Annotated[int | None, typer.Option(
         "--prefill-chunk", min=1, show_default=False, rich_help_panel=LIMITS,
         help="Prompt tokens per step and rank.  [dim]\\[default: the engine's][/dim]",
@@ -134,11 +137,13 @@ def explain(
         for flag, name, text in (("ttft", "ttft_s", ttft), ("tpot", "tpot_s", tpot), ("e2e", "request_s", e2e))
     }
     load = {"--users": users, "--rate": rate, "--trace": trace, "--requests": requests, "--prefill-chunk": chunk}
+    load |= {"--skip-bad": skip_bad}
     check_beside("limits: --ttft, --tpot or --e2e", any(limits.values()), load)
     if any(limits.values()):
         check_beside("one step", False, {"--batch": batch, "--context": context})
+        check_beside("a --trace", trace is not None, {"--skip-bad": skip_bad})
         lengths = input_len or 4096, output_len or 1024
-        sent = _sent(trace, rate, users, requests, lengths)
+        sent = _sent(trace, rate, users, requests, lengths, skip_bad=skip_bad)
         asked: dict[str, Any] = {"device": device, "engine": engine, "prefill_chunk": chunk, **limits, **options}
         asked |= {"users": users, "input_len": lengths[0], "output_len": lengths[1]} if sent is None else {
             "requests": sent
@@ -171,7 +176,8 @@ def explain(
 
 
 def _sent(
-    trace: Path | None, rate: float | None, users: int | None, count: int | None, lengths: tuple[int, int]
+    trace: Path | None, rate: float | None, users: int | None, count: int | None, lengths: tuple[int, int], *,
+    skip_bad: bool,
 ) -> Requests | None:
     """Requests to replay; None for users who are always there."""
     if users is not None:
@@ -187,7 +193,10 @@ def _sent(
         raise InputError("limits: need a load, one of --trace FILE, --rate N and --users N")
     if trace is None:
         return drawn(count or 1000, Length(lengths[0]), Length(lengths[1]), rate=rate)
-    found = read_trace(trace).requests
+    read = read_trace(trace, skip_bad)
+    if read.skipped:
+        typer.echo(f"note: {read.skipped} rows of {trace} could not be read", err=True)
+    found = read.requests
     found = found if count is None else found.first(count)
     return sent_at(found, [] if rate is None else [rate])[0].requests
 

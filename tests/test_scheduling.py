@@ -23,7 +23,7 @@ from tensorcast.scheduling.outcome import Limits
 from tensorcast.scheduling.pools import parse_servers
 from tensorcast.scheduling.replay import PricedServers, priced_servers
 from tensorcast.scheduling.requests import Length, Requests, drawn, sessions
-from tensorcast.scheduling.room import PrefixCache
+from tensorcast.scheduling.room import Batch, PrefixCache
 from tensorcast.scheduling.rules import Role, Rules, Waits
 from tensorcast.scheduling.step_times import Bilinear, DecodeTimes, PromptTimes, StepTimes
 
@@ -118,6 +118,7 @@ def test_steps_are_those_of_a_scheduler_told_token_by_token(kind: str, requests:
         "ranks": st.integers(1, 3), "cache_tokens": st.sampled_from([1000.0, 3000.0, 1e6]), "alone": st.booleans(),
         "reserves_reply": st.booleans(), "tokens_per_step": st.sampled_from([1.0, 1.8]), "ranks_wait": st.booleans(),
         "admits_chunks": st.booleans(), "look_steps": st.sampled_from([1, 4]),
+        "chunk_tokens": st.sampled_from([2, 512]),
     }),
 )  # fmt: skip
 def test_nothing_is_lost(
@@ -141,7 +142,27 @@ def test_nothing_is_lost(
     for server in fleet.servers:
         for rank in server.ranks:
             assert rank.load == 0 and rank.used == pytest.approx(0.0, abs=1e-6)
-        assert all(row[4] <= 1 + 1e-9 for row in server.moments.rows)
+        assert all(-1e-9 <= row[4] <= 1 + 1e-9 for row in server.moments.rows)
+
+
+def test_drafts_that_take_a_whole_step_give_nobody_room() -> None:
+    """Of five tokens of a step three replies check two each: a prompt of which one is read holds that meanwhile."""
+    rules = replace(RULES, chunk_tokens=5, tokens_per_step=1.5, verify=2.0, admits_chunks=True, most_sequences=4)
+    requests = Requests(
+        arrival_s=np.array([0.0, 0.1, 0.1, 0.1]), input_len=np.array([2, 1, 1, 50]),
+        output_len=np.array([90, 90, 90, 5]),
+    )
+    fleet = Fleet([Pool(rules, replace(TIMES, tokens_each=2.0), 1)], requests)
+    (rank,), spare = fleet.servers[0].ranks, list[float]()
+    composed = rank.batch
+
+    def checked(seen_s: float, now_s: float, hold_prompts: bool = False) -> Batch:
+        found = composed(seen_s, now_s, hold_prompts)
+        spare.extend(one.held - one.read for one in rank.reading)
+        return found
+
+    rank.batch = checked  # type: ignore[method-assign]
+    assert np.all(np.isfinite(fleet.run().last_s)) and spare and min(spare) >= 0
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -228,7 +228,7 @@ class Rank(Cache):
 
     def _holds_chunk(self, one: Reading, budget: int) -> bool:
         """Room for what a step reads next of a prompt; without it, it starts over, and the step reads nothing more."""
-        new = min(one.tokens - one.read, budget)
+        new = max(min(one.tokens - one.read, budget), 0)  # none where drafts alone take more than a step's tokens
         if new > self.free - len(self.decoding) * self._grows:
             self.reading.remove(one)
             self._release(one.held, one.blocks)

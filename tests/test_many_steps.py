@@ -13,6 +13,9 @@ import pytest
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.deploy.plan import plan as plan_module
+from tensorcast.deploy.step import many as many_module
+from tensorcast.deploy.step import step as step_module
 from tensorcast.deploy.step.many import sums_of_many
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.step.row_prices import RowPricer
@@ -139,6 +142,27 @@ def test_steps_that_differ_in_sizes_alone_are_added_up_as_one(monkeypatch: pytes
     assert few["composed"] == many["composed"] == 1
     assert many["seconds"] == few["seconds"]
     assert many["_collective"] < 2 * few["_collective"]  # groups of other sizes are others
+
+
+def test_plans_that_differ_in_sizes_alone_have_one_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found and asked for once, whatever their data-parallel ranks; another number of stages is another plan."""
+    made: Counter[str] = Counter()
+    monkeypatch.setattr(step_module, "recipe_of", counting(made, "recipes", step_module.recipe_of))
+    monkeypatch.setattr(many_module, "content_of", counting(made, "contents", many_module.content_of))
+    monkeypatch.setattr(plan_module, "_frames", {})
+    profiles = load_model("qwen3-235b-a22b"), load_device("h200-sxm"), load_engine("vllm")
+
+    def made_for(*layouts: tuple[int, int]) -> Counter[str]:
+        made.clear()
+        steps = [deploy(*profiles, Layout(4 * dp * pp, 4, dp, 4 * dp, pp), "decode").step for dp, pp in layouts]
+        sums_of_many([(step, np.array([1.0, 8.0]), 1.0, np.array([[100.0]])) for step in steps])
+        assert len({id(step.recipe(False)) for step in steps}) == 1
+        return made.copy()
+
+    one, two = made_for((2, 1), (4, 1), (8, 1)), made_for((2, 2), (4, 2))
+    assert one["recipes"] == two["recipes"] == 1
+    assert one["contents"] == two["contents"] > 0
+    assert not made_for((2, 1), (16, 1)), "found again"
 
 
 def test_collectives_of_steps_with_graphs_and_without_are_priced_once(monkeypatch: pytest.MonkeyPatch) -> None:

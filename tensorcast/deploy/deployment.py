@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
 
-from tensorcast.cost.activations import activation_bytes, sees_cached_tokens
+from tensorcast.cost.activations import activation_bytes
 from tensorcast.cost.memory import (
     Memory,
     PackedCache,
@@ -58,10 +58,6 @@ class Stages(NamedTuple):
     layers: tuple[slice, ...]
     pipelines: tuple[int, ...]
     counts: Mapping[int, Array]
-
-
-MOST_STEPS = 8
-"""Steps of a deployment whose memory beside weights and cache is kept."""
 
 
 @dataclass(frozen=True)
@@ -120,25 +116,17 @@ class Deployment:
         )
 
     def _beside(self, batch: Size, new: Size, past: Size) -> tuple[Size, Size, Size]:
-        """Bytes of activations, of the exchange between experts and of captured steps: the same for all caches, and
-        mostly however long, so that they are kept for a few steps."""
+        """Bytes of activations, of the exchange between experts and of captured steps."""
         sequences = np.asarray(batch, dtype=float)
-        asked = sequences, new, past if sees_cached_tokens(self.step.table) else 0.0
-        key = tuple([(one.shape, one.tobytes()) for one in (np.asarray(n, dtype=float) for n in asked)])
-        kept: dict[Hashable, tuple[Size, Size, Size]] = vars(self).setdefault("kept_beside", {})
-        if key not in kept:
-            while len(kept) >= MOST_STEPS:
-                del kept[next(iter(kept))]
-            micro = np.maximum(1.0, np.minimum(self.layout.pp, sequences))
-            sizes = self.step.sizes.context(sequences / micro, 1.0 * new, 1.0 * past).sizes
-            most_live, most_sent = self.profiled
-            sent = sequences * new / (self.options.pcp if self.phase == "prefill" else 1)
-            kept[key] = (
-                np.maximum(activation_bytes(self.step.table, sizes), most_live),
-                np.maximum(self._communication_bytes(sent, sizes), most_sent),
-                self.graph_bytes(sequences) if self.phase == "decode" else 0.0,
-            )
-        return kept[key]
+        micro = np.maximum(1.0, np.minimum(self.layout.pp, sequences))
+        sizes = self.step.sizes.context(sequences / micro, 1.0 * new, 1.0 * past).sizes
+        most_live, most_sent = self.profiled
+        sent = sequences * new / (self.options.pcp if self.phase == "prefill" else 1)
+        return (
+            np.maximum(activation_bytes(self.step.table, sizes), most_live),
+            np.maximum(self._communication_bytes(sent, sizes), most_sent),
+            self.graph_bytes(sequences) if self.phase == "decode" else 0.0,
+        )
 
     @cached_property
     def context_bytes(self) -> Size:
@@ -198,17 +186,15 @@ class Deployment:
     def held(self, sequences: Size, length: Size) -> tuple[Size, Size]:
         """Bytes of weights on the fullest rank, and of room in its cache for ``sequences`` of ``length`` tokens."""
         shape = np.broadcast_shapes(np.shape(sequences), np.shape(length), np.shape(self.layout.dp))
-        kv, rules, stages, table = self.quantization.kv, self.engine.cache_rules, self.stages, self.drafting
+        kv, stages, table = self.quantization.kv, self.stages, self.drafting
         depth, count = self.options.mtp_depth, len(stages.layers)
         if self.options.pcp > 1 and self.phase == "decode":  # each rank of a group holds what all of it decode
             sequences = sequences * self.options.pcp
-        each = [Kept()] * count
-        if rules is not None and any(one.limit or one.per_sequence for one in cache_entries(table, kv)):
-            each = [rules.kept(self.model.config, depth, own) for own in stages.pipelines]
-        tokens, states = np.zeros((2, count, *np.shape(length)))
-        for rule in dict.fromkeys(each):
-            found = summed(sequence_caches(table, kv, length, kept=rule, ranks=self.options.dcp), stages.counts)
-            mine = [one == rule for one in each]
+        each = self._kept
+        caches = partial(sequence_caches, table, kv, length, ranks=self.options.dcp)
+        tokens, states = summed(caches(kept=each[0]), stages.counts)
+        for rule in {*each} - {each[0]}:
+            found, mine = summed(caches(kept=rule), stages.counts), [one == rule for one in each]
             tokens[mine], states[mine] = (part[mine] for part in found)
         for i, packed in enumerate(self.packed):
             if packed is not None:
@@ -216,9 +202,12 @@ class Deployment:
         if depth and self.step.drafter is not None:
             ends = [layers.stop == len(self.raw.layer_kinds) for layers in stages.layers]
             tokens[ends] += self.step.drafter.cache_numbers * KV_BYTES[kv] * length
+        whole, room = stages.weights, np.asarray(room_taken(tokens, states, each[0].states_apart))
+        if count == 1 and not shape:
+            return whole[0] + self.tower_bytes, sequences * room[0]
         weights, room = (
             np.reshape(values, (count, *(1,) * (1 + len(shape) - np.ndim(values)), *np.shape(values)[1:]))
-            for values in (stages.weights, room_taken(tokens, states, each[0].states_apart))
+            for values in (whole, room)
         )
         held = np.broadcast_to(sequences * room, (count, *shape))
         if count == 1:
@@ -226,6 +215,14 @@ class Deployment:
         fullest = (weights + held).argmax(axis=0)
         where = fullest if not shape else (fullest, *np.ogrid[tuple(map(slice, shape))])
         return np.broadcast_to(weights, held.shape)[where] + self.tower_bytes, held[where]
+
+    @cached_property
+    def _kept(self) -> list[Kept]:
+        """What a sequence takes of the cache of each of :attr:`stages`."""
+        rules, entries = self.engine.cache_rules, cache_entries(self.drafting, self.quantization.kv)
+        if rules is None or not any(one.limit or one.per_sequence for one in entries):
+            return [Kept()] * len(self.stages.layers)
+        return [rules.kept(self.model.config, self.options.mtp_depth, own) for own in self.stages.pipelines]
 
     @cached_property
     def packed(self) -> list[PackedCache | None]:
@@ -251,7 +248,8 @@ class Deployment:
         if exchange is not None and exchange.copies is not None and np.all(np.greater(layout.dp, 1)):
             local = float(self.raw.facts.num_experts + exchange.copies)
         padding = mxfp4_padding(self.device.architecture) if self.engine.pads_hidden else (1, 1)
-        pps = tuple(sorted({*np.ravel(layout.pp).astype(int).tolist()}))
+        several = isinstance(layout.pp, np.ndarray)
+        pps = tuple(np.unique(layout.pp).astype(int).tolist()) if several else (int(layout.pp),)
         every, pipelines, ends, counts = stages_alike(
             table.layer_kinds, len(self.raw.layer_kinds), pps, self.engine.pipeline_split
         )
@@ -263,7 +261,7 @@ class Deployment:
             joined = 2.0 * 2.0 * self.raw.facts.hidden_size ** 2
             drafter = self.step.drafter
             weights[ends[1] > 0] += joined if drafter is None else drafter.weight_bytes
-        if isinstance(layout.pp, np.ndarray):
+        if several:
             weights = np.where(np.not_equal.outer(pipelines, layout.pp), -np.inf, weights)
         return Stages(weights, every, pipelines, counts)
 
@@ -353,7 +351,7 @@ def deploy(
         block=form,
     ))  # fmt: skip
     kv = options.kv_dtype or unasked_cache(engine.cache_dtypes, model.config, device.architecture, whole.stored.kv)
-    quantization = replace(whole.stored, kv=kv)
+    quantization = whole.stored if kv == whole.stored.kv else replace(whole.stored, kv=kv)
     plan = make_plan(tables.runs, layout, device, engine, options=options, config=model.config, form=form)
     if options.dcp > 1 and phase == "decode":
         plan = context_cut(plan, options.dcp, device)

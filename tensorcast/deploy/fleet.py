@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorcast.cost.activations import sees_cached_tokens
 from tensorcast.cost.layer_loads import LayerLoads
 from tensorcast.cost.rank_load import LayerPoints, RankLoad
 from tensorcast.cost.routing import ExpertLoad, Routing
@@ -111,6 +112,17 @@ class Fleet(Deployment):
             vars(found)["kept_beside"] = {}
         return found
 
+    def _beside(self, batch: Size, new: Size, past: Size) -> tuple[Size, Size, Size]:
+        # the same for all caches, and mostly however long: kept for a few steps
+        asked = batch, new, past if sees_cached_tokens(self.step.table) else 0.0
+        key = tuple([(one.shape, one.tobytes()) for one in (np.asarray(n, dtype=float) for n in asked)])
+        kept: dict[Hashable, tuple[Size, Size, Size]] = vars(self).setdefault("kept_beside", {})
+        if key not in kept:
+            while len(kept) >= MOST_STEPS:
+                del kept[next(iter(kept))]
+            kept[key] = super()._beside(batch, new, past)
+        return kept[key]
+
     def _with_cache(self, **changes: Any) -> Fleet:
         """The same but for ``changes`` of what its cache holds; all else that was found of it holds on."""
         found = replace(self, **changes)
@@ -152,6 +164,9 @@ class Fleet(Deployment):
         known[key] = found
         return found
 
+
+MOST_STEPS = 8
+"""Steps of a fleet whose memory beside weights and cache is kept."""
 
 WITHOUT_CACHE = ("profiled", "kept_beside", "stages", "context_bytes", "drafting")
 """What is found of a fleet's memory whatever its cache holds."""

@@ -37,7 +37,7 @@ from tensorcast.serving.traffic import Array, ServingMetrics, Traffic
 AT_ONCE = 32
 """Lengths of one deployment that are priced in one call: their arrays stay in the processor's cache."""
 
-TOGETHER = 1024
+TOGETHER = 2048
 """Rows that are deployed and priced together: some hundred megabytes."""
 
 

@@ -323,7 +323,7 @@ def disaggregated(
 
 def hand_over_s(prefill: Deployment, decode: Deployment, tokens: int, workers: int) -> float:
     """A prompt's cache over the innermost tier if both pools fit into one of its domains, else over the outermost; from
-    device to device over the slower one's."""
+    device to device over the slower one's. GPUs that are joined in pairs have one link to each other."""
     from tensorcast.cost.memory import cache_bytes
 
     gpus = (prefill.layout.world_size + decode.layout.world_size) * workers / 2
@@ -332,7 +332,11 @@ def hand_over_s(prefill: Deployment, decode: Deployment, tokens: int, workers: i
     tiers = [tier]
     if decode.device.name != prefill.device.name:
         tiers = [one.device.interconnect[-1] for one in (prefill, decode)]
-    return max(float(one.latency_s) + share / float(one.bandwidth_bytes_per_s) for one in tiers)
+    links = [one.size - 1 if one.pairwise else 1 for one in tiers]
+    return max(
+        float(one.latency_s) + share * many / float(one.bandwidth_bytes_per_s)
+        for one, many in zip(tiers, links, strict=True)
+    )
 
 
 def steady_batch(in_flight: Callable[[float], float], limit: float, users: float) -> float:

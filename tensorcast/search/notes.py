@@ -17,7 +17,6 @@ from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.candidate_table import NONE, Candidates
 from tensorcast.search.search import NO_PACE, NO_ROOM
 from tensorcast.search.search_task import SearchTask
-from tensorcast.search.smallest_cluster import smallest_cluster
 from tensorcast.search.space import space
 from tensorcast.serving.traffic import Traffic
 from tensorcast.trace.cache import traced, whole_model
@@ -191,6 +190,8 @@ def _never(task: SearchTask, layout: Layout) -> str:
 
 def nothing_left(tasks: Sequence[SearchTask], pruned: Counter[str]) -> str:
     """Why there is no candidate at all: layouts that cannot be, or a model that takes more GPUs, and how many."""
+    from tensorcast.search.smallest_cluster import smallest_cluster
+
     first = tasks[0]
     needed, sizes = list[tuple[int, str, str]](), ", ".join(dict.fromkeys(map(_cluster, tasks)))
     tasks = [one for task in tasks for one in task.pools or (task,)]

@@ -83,4 +83,4 @@ def _smaller(shop: VariantPrices, points: Points) -> Array:
     last = np.append(grid[1:] - 1, grid[-1])
     brings = rates[np.arange(len(rates)), np.searchsorted(grid, c["batch"])]
     # batches that are too slow whatever prompts take are not worked out, nor is a larger one in time
-    return np.where(last < c["batch"][:, None], np.nan_to_num(rates * (last / grid) / brings[:, None]), 0.0)
+    return np.where(last < c["batch"][:, None], np.fmax(rates * (last / grid) / brings[:, None], 0.0), 0.0)

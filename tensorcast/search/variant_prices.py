@@ -132,8 +132,7 @@ class VariantPrices:
         self._whole = whole_model(scenario.model, "prefill", variants[0].prefill.quant)
         self.budgets = sorted({*chunks, scenario.own_chunk})
         count = len(variants)
-        names = ("seconds", "attention_s", "error", "exposed_comm_s", "hidden_comm_s", *EVIDENCE)
-        # no number at batches that do not fit
+        names = ("seconds", "attention_s", "error", "exposed_comm_s", "hidden_comm_s", *EVIDENCE)  # NaN: does not fit
         self.curves = {name: np.full((count, len(self.grid)), np.nan) for name in names}
         # sequences that fit beside a full prefill step, and on servers of one phase
         self.fits = {budget: np.zeros(count) for budget in self.budgets}
@@ -166,8 +165,8 @@ class VariantPrices:
             self._price([groups[i] for i, one in enumerate(blocks) if one == block], grid)
         self.prompts = {}
         for budget, found in self._costs.items():
-            positions = np.concatenate([rows for rows, _ in found])
-            self.prompts[budget] = PrefillCosts.joined([part for _, part in found], np.argsort(positions))
+            order = np.argsort(np.concatenate([rows for rows, _ in found]))
+            self.prompts[budget] = PrefillCosts.joined([part for _, part in found], order)
         self.own_prompts = self.prompts[scenario.own_chunk]  # in steps as the engine cuts them unasked
         while len(self.parts.fleets) > MOST_FLEETS:
             del self.parts.fleets[next(iter(self.parts.fleets))]
@@ -313,8 +312,11 @@ class VariantPrices:
         most = np.maximum(self.room_decode, np.max(list(self.fits.values()), axis=0))
         fit = np.searchsorted(grid, most[position], side="right")
         for some, price in asked["decode"].each(member, entries, np.minimum(fit + 1, len(grid))):
-            for name, values in decode_columns(price).items():
-                self.curves[name][position[some][:, None], at_batches[: values.shape[-1]]] = _shortened(values)
+            rows, columns = position[some], decode_columns(price)
+            held = slice(columns["seconds"].shape[-1])  # NumPy is quicker where all batches are new
+            into = (rows, held) if len(grid) == len(self.grid) else (rows[:, None], at_batches[held])
+            for name, values in columns.items():
+                self.curves[name][into] = _shortened(values)
 
     def _with_images(self, costs: PrefillCosts, variants: Rows) -> PrefillCosts:
         """Prompts of ``variants`` with their images, if any, encoded on the GPUs that read them."""
@@ -337,8 +339,7 @@ class VariantPrices:
         lengths = load.input_len, load.output_len
         prompts: dict[tuple[str, bytes, bytes], tuple[Array, Array]] = {}  # whatever is drafted
         for kv, depth, member, stages, where, position in group.of_caches:
-            key = kv, member.tobytes(), stages.tobytes()
-            if key not in prompts:
+            if (key := (kv, member.tobytes(), stages.tobytes())) not in prompts:
                 prefill = reading.at(kv, 0, member, stages)
                 budgets = np.asarray(prefill_budget(prefill, *self._cuts))
                 alone = prefill.in_pools()
@@ -351,11 +352,11 @@ class VariantPrices:
             beside = np.minimum(fits, room(decode, prefilling, each))
             if apart is not decode or leaves_room:
                 fits = sequences_that_fit(decode, apart, None, *lengths)
-            if next(iter(group))[1].pcp > 1:  # pools of prompts alone read them in parts
-                fits, beside = 0.0 * fits, 0.0 * beside
+            if next(iter(group))[1].pcp > 1:
+                fits, beside = 0.0 * fits, 0.0 * beside  # pools of prompts alone read them in parts
             self.room_decode[position], self.room_prefill[position] = fits[where, 0], read[where, 0]
-            for i, budget in enumerate(self.budgets):
-                self.fits[budget][position] = beside[where, i]
+            for budget, fits in zip(self.budgets, beside[where].T, strict=True):
+                self.fits[budget][position] = fits
             self.fleet_of[position], self.member_of[position] = len(self.fleets), where
             self.fleets.append(decode)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tensorcast.modeling.checkpoint.released import PUBLISHES, published
 from tensorcast.modeling.quantization import Quantization
 from tensorcast.profiles.config_values import text_of
 from tensorcast.profiles.device import DeviceProfile
@@ -67,7 +66,11 @@ def not_counted(quantization: Quantization) -> list[str]:
 
 def stored_otherwise(model: ModelProfile, quant: str | None, vendor: str) -> list[str]:
     """That the ``vendor`` of the devices publishes a model in the precision that was asked for, but not all of it."""
-    known = published(vendor, model.hf_id) if quant and quant == PUBLISHES.get(vendor) else None
+    if not quant:
+        return []
+    from tensorcast.modeling.checkpoint.released import PUBLISHES, published
+
+    known = published(vendor, model.hf_id) if quant == PUBLISHES.get(vendor) else None
     if known is None:
         return []
     name, stored = known

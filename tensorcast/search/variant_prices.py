@@ -320,8 +320,7 @@ class VariantPrices:
 
     def _with_images(self, costs: PrefillCosts, variants: Rows) -> PrefillCosts:
         """Prompts of ``variants`` with their images, if any, encoded on the GPUs that read them."""
-        where, images = self.scenario, self.scenario.images
-        if images is None or images.apart:
+        if (images := (where := self.scenario).images) is None or images.apart:
             return costs
         from tensorcast.serving.encoder import with_images
 

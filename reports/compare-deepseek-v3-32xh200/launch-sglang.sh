@@ -27,7 +27,7 @@ python3 -m sglang.launch_server \
   --max-running-requests 416 \
   --chunked-prefill-size 65536 \
   --cuda-graph-max-bs-decode 52 \
-  --mem-fraction-static 0.306 \
+  --mem-fraction-static 0.904 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
 ;;

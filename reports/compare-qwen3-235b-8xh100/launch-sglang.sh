@@ -4,11 +4,11 @@ python3 -m sglang.launch_server \
   --model-path Qwen/Qwen3-235B-A22B-FP8 \
   --host 0.0.0.0 \
   --port 30000 \
-  --tp-size 4 \
-  --ep-size 4 \
+  --tp-size 8 \
+  --ep-size 8 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 64 \
-  --chunked-prefill-size 8192 \
-  --cuda-graph-max-bs-decode 64 \
-  --mem-fraction-static 0.83
+  --max-running-requests 147 \
+  --chunked-prefill-size 16384 \
+  --cuda-graph-max-bs-decode 147 \
+  --mem-fraction-static 0.669

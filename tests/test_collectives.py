@@ -214,17 +214,6 @@ def test_engines_kernels_stop_at_a_host(device: str, ranks: int, own: bool) -> N
     assert made.step.pricer.own_all_reduce(ranks) == own
 
 
-def test_less_than_a_word_goes_by_nccl() -> None:
-    """``should_custom_ar`` of vLLM and SGLang takes sizes that 16 divides."""
-    device = load_device("h100-sxm")
-    for engine in ("vllm", "sglang"):
-        few, many = (collective_time("all_reduce", size, (8,), device, engine=engine) for size in (8.0, 16.0))
-        both = collective_time("all_reduce", np.array([8.0, 16.0]), (8,), device, engine=engine)
-        assert few.algorithm in ("ring", "tree") and many.algorithm == "one_shot"
-        assert list(both.algorithm) == [few.algorithm, many.algorithm]
-        assert np.asarray(both.seconds) == pytest.approx([few.seconds, many.seconds])
-
-
 @pytest.mark.parametrize("tp", [2, 4])
 def test_norms_over_a_sharded_width_sum_first_and_add_up_both(tp: int) -> None:
     """MiniMax-M2's norms of q and k: a kernel for sums of squares, one all-reduce of two numbers in FP32 for a token,

@@ -8,7 +8,7 @@ MPICH" (2005). MoE exchanges: DeepEP (github.com/deepseek-ai/DeepEP).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypedDict
 
@@ -56,10 +56,6 @@ EXCHANGE = {
 """MoE exchange kernels where nothing was fitted. Across nodes from DeepEP's published tables (README, one 400 Gb/s NIC
 per GPU): low latency 47-48 GB/s physical at 2, 4 and 8 nodes, two-stage 43-45 GB/s at 4 and 8. Inside a node: fits of
 H100 and H200 tables."""
-
-WORD_BYTES = 16
-"""Engines' own all-reduce takes tensors of whole words alone: a number or two of a single token go by NCCL (SGLang
-0.5.8 and vLLM 0.24.0, distributed/device_communicators/custom_all_reduce.py, ``should_custom_ar``)."""
 
 DATASHEET_ERROR = 0.4
 """Median relative error stated where no constants were fitted: on NVLink, where it can be checked, these assumptions
@@ -202,13 +198,8 @@ def _all_reduce(
         leg("ring", wire=2.0 * payload, hops=2.0 * math.log2(ranks), tree=True),
     ]
     if tier == 0 and custom:
-        shots = [
-            leg("one_shot", wire=(ranks - 1.0) * payload, hops=2.0),
-            leg("two_shot", wire=around, hops=3.0 if device.interconnect[0].pairwise else 4.0),
-        ]
-        if np.any(payload < WORD_BYTES):
-            shots = [replace(one, seconds=np.where(payload < WORD_BYTES, np.inf, one.seconds)[()]) for one in shots]
-        legs += shots
+        legs.append(leg("one_shot", wire=(ranks - 1.0) * payload, hops=2.0))
+        legs.append(leg("two_shot", wire=around, hops=3.0 if device.interconnect[0].pairwise else 4.0))
     inside = _cheapest(legs)
     if not outer:
         return inside

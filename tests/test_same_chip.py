@@ -23,7 +23,7 @@ def test_kernels_are_those_of_the_chip(name: str, chip: str) -> None:
         for m in (1, 64, 4096, 16384)
     ])
     device, own = load_device(name), load_device(chip)
-    assert device is load_device(name) and device.timed_on == chip and own.timed_on == chip
+    assert device == load_device(name) and device.timed_on == chip and own.timed_on == chip
     found, there = (predict_kernels(frame, device=one, engine="sglang") for one in (device, own))
     assert found.seconds[3] == pytest.approx(there.seconds[3], rel=0.03)
     more = float(device.memory_bandwidth_bytes_per_s) / float(own.memory_bandwidth_bytes_per_s)

@@ -8,6 +8,7 @@ import pytest
 
 from tensorcast.api import predict_kernels
 from tensorcast.cost.roofline import constants_for
+from tensorcast.profiles.device import KernelConstants
 from tensorcast.profiles.store import list_devices, load_device
 
 PUBLISHED_US = {  # facebookexperimental/triton#2040, "aiter us" of MI355X: sequences, tokens of each
@@ -76,3 +77,15 @@ def test_latent_attention_of_cdna_3_reaches_what_was_reported() -> None:
     }]), device="mi300x", engine="sglang")  # fmt: skip
     rate = 128 * 32768 * 64 * 2 * (576 + 512) / float(found.seconds.iloc[0])
     assert rate == pytest.approx(367e12, rel=0.2)
+
+
+def test_a_device_whose_latent_attention_was_timed_goes_by_that() -> None:
+    profile = load_device("mi300x")
+    assert profile.calibration is not None
+    fitted = KernelConstants(
+        family="mla_decode", dtype="fp8", compute_efficiency=0.5, memory_efficiency=0.5, launch_s=1e-5
+    )
+    kernels = (*profile.calibration.kernels, fitted)
+    timed = profile.model_copy(update={"calibration": profile.calibration.model_copy(update={"kernels": kernels})})
+    assert constants_for(timed, "mla_decode", "fp8") == (fitted, "calibrated")
+    assert constants_for(profile, "mla_decode", "fp8")[1] == "datasheet"

@@ -17,6 +17,7 @@ from tensorcast.cli.options import (
     NewTokens,
     Phase,
     deployment_options,
+    time_limit,
 )
 from tensorcast.cli.values import check_beside, duration
 from tensorcast.deploy.options import SERVED_ROUTING
@@ -91,17 +92,9 @@ def explain(
         "--output-len", "-o", min=1, show_default=False, rich_help_panel=WORK,
         help="Tokens of a reply: decode is then priced halfway through, after input-len + output-len / 2 cached ones.",
     )] = None,
-    ttft: Annotated[str | None, typer.Option(
-        "--ttft", metavar="TIME", show_default=False, help="Longest time to first token, as 2s.",
-        rich_help_panel=LIMITS,
-    )] = None,
-    tpot: Annotated[str | None, typer.Option(
-        "--tpot", metavar="TIME", show_default=False, help="Longest time per output token, as 50ms.",
-        rich_help_panel=LIMITS,
-    )] = None,
-    e2e: Annotated[str | None, typer.Option(
-        "--e2e", metavar="TIME", show_default=False, help="Longest time of a whole request.", rich_help_panel=LIMITS,
-    )] = None,
+    ttft: Annotated[str | None, time_limit("--ttft", LIMITS)] = None,
+    tpot: Annotated[str | None, time_limit("--tpot", LIMITS)] = None,
+    e2e: Annotated[str | None, time_limit("--e2e", LIMITS)] = None,
     users: Annotated[int | None, typer.Option(
         "--users", "-u", min=1, show_default=False, rich_help_panel=LIMITS,
         help="Users who are always there: means, as [bold]compare[/bold] has them.",

@@ -35,8 +35,20 @@ Engine = Annotated[str, typer.Option(
     "--engine", "-e", metavar="NAME", help="vllm, sglang, trtllm or a profile file; an older release as vllm==0.24.0.",
     rich_help_panel=CHOICES,
 )]
+TIME_LIMITS = {
+    "--ttft": "Longest time to first token, as 2s.", "--tpot": "Longest time per output token, as 50ms.",
+    "--e2e": "Longest time of a whole request.",
+}  # fmt: skip
+"""Limits of a request, and what ``--help`` says of them."""
+
 LAYOUT = "tpN-dpN-epN-ppN"
 """How layouts are written, for ``--help``."""
+
+
+def time_limit(name: str, panel: str) -> Any:
+    """One of :data:`TIME_LIMITS`, shown in a command's ``panel``."""
+    return typer.Option(name, metavar="TIME", show_default=False, help=TIME_LIMITS[name], rich_help_panel=panel)
+
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

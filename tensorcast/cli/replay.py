@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tensorcast.cli.app import CHOICES, DEPLOYMENT, OUTPUT, Part, command, console, patience
-from tensorcast.cli.options import Device, Engine, Model, deployment_options
+from tensorcast.cli.options import Device, Engine, Model, deployment_options, time_limit
 from tensorcast.cli.values import check_beside, duration, listed_names, numbers, whole_numbers
 from tensorcast.deploy.options import SERVED_ROUTING
 from tensorcast.errors import InputError
@@ -179,17 +179,9 @@ def replay(
         "is taken, as mt-bench.",
     )] = "0.8",
     engine: Engine = "vllm",
-    ttft: Annotated[str | None, typer.Option(
-        "--ttft", metavar="TIME", show_default=False, help="Longest time to first token, as 2s.",
-        rich_help_panel=LIMITS,
-    )] = None,
-    tpot: Annotated[str | None, typer.Option(
-        "--tpot", metavar="TIME", show_default=False, help="Longest time per output token, as 50ms.",
-        rich_help_panel=LIMITS,
-    )] = None,
-    e2e: Annotated[str | None, typer.Option(
-        "--e2e", metavar="TIME", show_default=False, help="Longest time of a whole request.", rich_help_panel=LIMITS,
-    )] = None,
+    ttft: Annotated[str | None, time_limit("--ttft", LIMITS)] = None,
+    tpot: Annotated[str | None, time_limit("--tpot", LIMITS)] = None,
+    e2e: Annotated[str | None, time_limit("--e2e", LIMITS)] = None,
     search_rate: Annotated[bool, typer.Option(
         "--find-rate", rich_help_panel=LIMITS,
         help="Find the largest rate at which --percentile of the requests keep the limits.",

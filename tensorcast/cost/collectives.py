@@ -17,7 +17,7 @@ import numpy as np
 from tensorcast.cost.evidence import Evidence
 from tensorcast.cost.work import Mask, Size
 from tensorcast.errors import InputError
-from tensorcast.profiles.device import CollectiveConstants, DeviceProfile
+from tensorcast.profiles.device import CollectiveConstants, DeviceProfile, Tier
 
 Kind = Literal["direct", "high_throughput", "low_latency"]
 Phase = Literal["dispatch", "combine"]
@@ -150,6 +150,11 @@ def pipelined(wire: Size, bytes_per_s: float, chunk_s: float) -> Size:
     return moving + 2.0 * np.sqrt(chunk_s * moving) if chunk_s else moving
 
 
+def _usual(tier: Tier) -> dict[str, float]:
+    """Fractions of link speed, by algorithm, where nothing was measured."""
+    return PAIRWISE if tier.pairwise else EFFICIENCY
+
+
 def _leg(
     device: DeviceProfile, tier: int, op: str, algorithm: str, engine: str, *, ranks: int, wire: Size, hops: float,
     tree: bool = False,
@@ -159,8 +164,7 @@ def _leg(
     fit = find_constants(device, op, level.name, algorithm, engine)
     name, speed = "tree" if tree else algorithm, level.among(ranks)
     if fit is None:
-        usual = PAIRWISE if level.pairwise else EFFICIENCY
-        moving = wire / (speed * (BETWEEN_HOSTS if tier and algorithm == "ring" else usual[algorithm]))
+        moving = wire / (speed * (BETWEEN_HOSTS if tier and algorithm == "ring" else _usual(level)[algorithm]))
         return _Leg(name, hops * float(level.latency_s) + moving, wire, False, DATASHEET_ERROR)
     steps = 2.0 * math.log2(ranks) if tree else ranks - 2
     fixed = fit.latency_s + fit.step_latency_s * steps
@@ -257,10 +261,9 @@ def _exchange(
             error = max(error, DATASHEET_ERROR if fit.median_error is None else fit.median_error)
         else:
             calibrated, error, chunk = False, max(error, DATASHEET_ERROR), 0.0
-            usual = PAIRWISE if level.pairwise else EFFICIENCY
-            start, efficiency = (
-                (4.0 * float(level.latency_s), usual["direct"]) if kind == "direct" else EXCHANGE[kind, tier > 0]
-            )
+            start, efficiency = EXCHANGE[kind, tier > 0] if kind != "direct" else (
+                4.0 * float(level.latency_s), _usual(level)["direct"]
+            )  # fmt: skip
         fixed = max(fixed, start)
         worst = np.maximum(worst, pipelined(wire, level.among(peers) * efficiency, chunk))
         wire_total = wire_total + wire

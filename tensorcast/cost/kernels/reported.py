@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from tensorcast.cost.evidence import Evidence
 from tensorcast.profiles.device import DeviceProfile, KernelConstants
 
@@ -59,42 +61,41 @@ def reported_constants(
 ) -> tuple[KernelConstants, Evidence] | None:
     """Constants of a kernel that is known by reports alone; None of any other. ``kernel``: one of
     :class:`~tensorcast.profiles.kernels.GemmRule`; ``peak_flops`` of the arithmetic that ``dtype`` runs in."""
+    made = partial(KernelConstants, family=family, dtype=dtype, engine=engine)
     if kernel == "one_tile":
-        return KernelConstants(
-            family=family, dtype=dtype, engine=engine, compute_efficiency=1.0, memory_efficiency=0.8,
-            launch_s=ONE_TILE_LAUNCH_S, step_s=ONE_TILE_STEP_S, smoothing=4.0, median_error=ONE_TILE_ERROR,
+        return made(
+            compute_efficiency=1.0, memory_efficiency=0.8, launch_s=ONE_TILE_LAUNCH_S, step_s=ONE_TILE_STEP_S,
+            smoothing=4.0, median_error=ONE_TILE_ERROR,
         ), "calibrated"  # fmt: skip
     if kernel == "routed_tiles":
-        return KernelConstants(
-            family=family, dtype=dtype, engine=engine, compute_efficiency=ROUTED_COMPUTE,
-            memory_efficiency=ROUTED_MEMORY, launch_s=ROUTED_LAUNCH_S, step_s=ROUTED_STEP_S,
-            median_error=DATASHEET_ERROR,
+        return made(
+            compute_efficiency=ROUTED_COMPUTE, memory_efficiency=ROUTED_MEMORY, launch_s=ROUTED_LAUNCH_S,
+            step_s=ROUTED_STEP_S, median_error=DATASHEET_ERROR,
         ), "datasheet"  # fmt: skip
     if kernel == "fp32":
-        return KernelConstants(
-            family=family, dtype=dtype, engine=engine, compute_efficiency=0.6, memory_efficiency=0.8,
-            launch_s=FP32_LAUNCH_S, step_s=FP32_STEP_S, smoothing=4.0, median_error=FP32_ERROR,
+        return made(
+            compute_efficiency=0.6, memory_efficiency=0.8, launch_s=FP32_LAUNCH_S, step_s=FP32_STEP_S, smoothing=4.0,
+            median_error=FP32_ERROR,
         ), "calibrated"  # fmt: skip
+    known = device.calibration.kernels if device.calibration else ()
+    if any((c.family, c.dtype) == (family, dtype) for c in known):  # its own were timed
+        return None
     if family == "mla_decode" and (found := MLA_DECODE.get((device.architecture.lower(), dtype))) is not None:
         compute, memory, launch_s = found
-        return KernelConstants(
-            family=family, dtype=dtype, engine=engine, compute_efficiency=compute, memory_efficiency=memory,
-            launch_s=launch_s, smoothing=4.0, median_error=PAGED_ERROR,
+        return made(
+            compute_efficiency=compute, memory_efficiency=memory, launch_s=launch_s, smoothing=4.0,
+            median_error=PAGED_ERROR,
         ), "datasheet"  # fmt: skip
     if device.vendor != "AMD" or (family, dtype) not in (("grouped_gemm", "w4a16"), *PAGED):
         return None
-    known = device.calibration.kernels if device.calibration else ()
-    if any((c.family, c.dtype) == (family, dtype) for c in known):  # AITER's own were timed
-        return None
     if family == "attention_decode":
-        return KernelConstants(
-            family=family, dtype=dtype, engine=engine, compute_efficiency=0.6,
+        return made(
+            compute_efficiency=0.6,
             memory_efficiency=min(1.0, PAGED_READ * device.processors / float(device.memory_bandwidth_bytes_per_s)),
             launch_s=PAGED_LAUNCH_S, median_error=PAGED_ERROR,
         ), "datasheet"  # fmt: skip
     read = TRITON_INT4.get(engine, TRITON_INT4["vllm"]) * device.processors
-    return KernelConstants(
-        family=family, dtype=dtype, engine=engine,
+    return made(
         compute_efficiency=min(1.0, TRITON_INT4_FLOPS * device.processors / peak_flops),
         memory_efficiency=min(1.0, read / float(device.memory_bandwidth_bytes_per_s)),
         launch_s=TRITON_INT4_LAUNCH_S, median_error=DATASHEET_ERROR,

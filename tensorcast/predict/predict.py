@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tensorcast.cost.evidence import EVIDENCE
 from tensorcast.errors import InputError
 from tensorcast.parallel import spread, uncollected
-from tensorcast.predict.arrivals import Arrivals
+from tensorcast.predict.arrivals import Arrivals, tell_earlier_runs
 from tensorcast.predict.bench_results import with_results
 from tensorcast.predict.cells import MOST_NAMED, is_empty, layout_cells, plain_number
 from tensorcast.predict.csv_table import read_table
@@ -161,6 +161,7 @@ def read_runs(table: pd.DataFrame, ours: Mapping[Any, str]) -> tuple[list[Run | 
         raise InputError(f"the table needs columns model and device, has {', '.join(map(str, table.columns))}")
     stated = frozenset(name.strip().lower() for name in ours)
     rows = [{ours[name]: value for name, value in row.items() if name in ours} for row in table.to_dict("records")]
+    tell_earlier_runs(rows, MEASURED)
     # a layout's one name stands for columns of sizes, where there are none
     named = table["layout"] if "layout" in table and not {"tp", "dp", "ep", "decode_tp"} & {*ours.values()} else ()
     runs: list[Run | None] = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorcast.errors import InputError
+from tensorcast.predict.arrivals import BLOCK, as_sent
 from tensorcast.predict.run_columns import Run
 from tensorcast.predict.serve_runs import engine_of, load_engine_once, load_profiles
 from tensorcast.profiles.engine import EngineProfile
@@ -43,10 +44,12 @@ def _replayed(
 ) -> Replayed:
     assert run.arrivals is not None
     scheduler = engine(run.served_by).scheduler
+    size = BLOCK if scheduler is None else scheduler.block_tokens
     requests = run.arrivals.requests(
         run.isl, run.osl, length_ratio=run.length_ratio, rounds=run.rounds, prefix_cached=run.prefix_cached,
-        **({} if scheduler is None else {"block_tokens": scheduler.block_tokens}),
+        block_tokens=size,
     )
+    requests = as_sent(requests, run.arrivals, (run.isl, run.osl), run.length_ratio, size)
     longest = 1 << int(requests.input_len.max() + requests.output_len.max() - 1).bit_length()  # tables that rows share
     key = (
         run.model, run.device, run.served_by, run.mode, run.frontend, run.prefix_cache, run.record,

@@ -17,7 +17,7 @@ from tensorcast.deploy.layout import Layout, one_server
 from tensorcast.deploy.model_names import understand
 from tensorcast.deploy.options import SERVED_ROUTING, Options, of_traffic
 from tensorcast.errors import InputError, unknown_name
-from tensorcast.predict.arrivals import ARRIVAL_COLUMNS, Arrivals, read_arrivals, with_waits
+from tensorcast.predict.arrivals import ARRIVAL_COLUMNS, Arrivals, read_arrivals, read_client, with_waits
 from tensorcast.predict.cells import MOST_NAMED, Cells, is_empty
 from tensorcast.predict.image_columns import IMAGE_COLUMNS, read_images
 from tensorcast.predict.launch_records import (
@@ -271,6 +271,9 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     if mode == "disaggregated":
         workers, ranks = (workers[0] * alone[0][1], workers[1] * ranks), 1
     arrivals = with_waits(cells, decode.dp if mode == "aggregated" else 0, concurrency, arrivals)
+    arrivals = read_client(
+        cells, arrivals, engine=engine, public=record, isl=isl, ratio=ratio, users=concurrency
+    )
     interval, default = cells.number("receive_interval", None), 0.0
     if engine == "sglang":
         unknown = record and found is None and interval is None

@@ -83,6 +83,7 @@ class Fleet:
         self._due: list[int] = []  # the order number of each server's end of a step that holds
         for pool in range(len(pools)):
             self._add(pool, pools[pool].count, 0.0)
+        self._keep()
         # tokens of the longest request that some server of each phase takes
         self._longest = min(
             max(pool.rules.most_tokens for pool in pools if self._phase(pool) == phase)
@@ -104,6 +105,20 @@ class Fleet:
         for request, before in enumerate([] if requests.after is None else requests.after.tolist()):
             if before >= 0:
                 self._after[before].append(request)
+
+    def _keep(self) -> None:
+        """Servers have of prompts what they read in the past: each rank its share of them, in turn."""
+        kept, record = self.requests.kept_len, self.record
+        ranks = [rank.prefix for server in self._there[0] for rank in server.ranks if rank.prefix is not None]
+        if kept is None or not ranks:
+            return
+        for request in np.flatnonzero(kept).tolist():
+            prefix = ranks[request % len(ranks)]
+            prefix.keep(record.blocks_of(request)[: int(kept[request]) // record.block_tokens])
+        for server in self._there[0]:
+            for rank in server.ranks:
+                if rank.prefix is not None:
+                    rank.prefix.shrink(server.rules.cache_tokens)
 
     def run(self, watch: Watch | None = None) -> Record:
         """Until every request has its last token. With a ``watch`` Ctrl-C ends the replay and leaves what there is:

@@ -23,7 +23,8 @@ class Requests:
     beyond waits outside of the server, as clients of a benchmark do, and its clock starts when it is sent. With all
     arrivals at 0 that is a closed loop. ``after``: the earlier request whose reply a request waits for, -1 for none;
     it is sent ``think_s`` seconds after that, and not before its arrival. ``fixed``: replies run to the length that is
-    asked for (``ignore_eos``), as clients of benchmarks have them; else they end by themselves.
+    asked for (``ignore_eos``), as clients of benchmarks have them; else they end by themselves. ``kept_len``: tokens of
+    each prompt that the servers had read before the first of these was sent, and keep as far as they have room.
     """
 
     arrival_s: Array
@@ -36,6 +37,7 @@ class Requests:
     after: Lengths | None = None
     think_s: Array | None = None
     fixed: bool = True
+    kept_len: Lengths | None = None
 
     def __post_init__(self) -> None:
         if not len(self.arrival_s):
@@ -50,6 +52,8 @@ class Requests:
             raise InputError(f"users = {self.users}: at least 1 request in flight")
         if self.after is not None and np.any(self.after >= np.arange(len(self))):
             raise InputError("after: a request can wait for an earlier one alone")
+        if self.kept_len is not None and self.blocks is None:
+            raise InputError("kept_len: is of prompts whose blocks are known")
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -77,7 +81,7 @@ class Requests:
         if count < 1:
             raise InputError(f"requests = {count}: at least 1")
         blocks = None if self.blocks is None else self.blocks[:count]
-        names = ("arrival_s", "input_len", "output_len", "after", "think_s")
+        names = ("arrival_s", "input_len", "output_len", "after", "think_s", "kept_len")
         arrays = {name: getattr(self, name)[:count] for name in names if getattr(self, name) is not None}
         return replace(self, **arrays, blocks=blocks)
 

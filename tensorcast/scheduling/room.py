@@ -174,6 +174,11 @@ class PrefixCache:
                 free[block] = None
         return (len(users) - before) * self.block_tokens
 
+    def keep(self, blocks: Sequence[int]) -> None:
+        """``blocks`` of a prompt that was read in the past are there, as long as nobody needs their room."""
+        self.pin(blocks)
+        self.unpin(blocks)
+
     def shrink(self, room: float) -> None:
         """Throw free blocks away until they take no more than ``room`` tokens."""
         free, most = self._free, room // self.block_tokens
